@@ -1,0 +1,241 @@
+"""What a model is: the switches that the one decoder reads, and the tensors that they imply.
+
+Families are known in `convert` only. A converter fills a `ModelConfig`; everything after it,
+the file's reader included, asks the config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edgemoe.errors import FormatError
+
+__all__ = ["MATRICES", "ModelConfig", "TensorSpec", "dense_tensors"]
+
+MATRICES = ("gate", "up", "down")
+"""The three matrices of an expert, in the order in which every rung stores them."""
+
+_LIMIT = 1 << 24  # no dimension of a real model comes near; keeps every product inside 64 bits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Describes one decoder-only Mixture-of-Experts model.
+
+    Shape letters: D hidden_size, H expert_hidden, S shared_hidden, E num_experts, K experts_per_token,
+    V vocab_size, L num_layers.
+    """
+
+    family: str
+    """Where the weights came from, for messages only ("qwen2_moe")."""
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int
+    """Positions that the model was made for."""
+    norm_eps: float
+    tied: bool
+    """The head is the embedding."""
+    num_experts: int
+    experts_per_token: int
+    expert_hidden: int
+    moe_layers: tuple[int, ...]
+    """Layers with routed experts, ascending."""
+    scoring: Literal["softmax", "softmax_topk"] = "softmax"
+    """softmax: over all experts, then the top k. softmax_topk: over the logits of the top k."""
+    renormalise: bool = False
+    """Divide the gates of the chosen experts by their sum (for scoring "softmax")."""
+    shared_hidden: tuple[int, ...] = ()
+    """Per layer, the width of the FFN that every token takes; 0 for none; empty for all 0."""
+    shared_sigmoid: bool = False
+    """In MoE layers the shared FFN's output is scaled by sigmoid(w · x)."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMS norm of q and k: per head (weight [head_dim]) or over the whole projection."""
+    clip_qkv: float | None = None
+    """q, k and v are clamped to ±this before norm and RoPE."""
+    windows: tuple[int, ...] = ()
+    """Per layer, how many last positions attention sees; 0 for all; empty for all 0."""
+    attention_scale: float
+    """Multiplies q · k."""
+    rope_scale: float = 1.0
+    """Multiplies cos and sin (YaRN's attention factor). Frequencies are the tensor `rope`."""
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logits_divisor: float = 1.0
+    eos_ids: tuple[int, ...] = ()
+    """Tokens that end a reply."""
+
+    def __post_init__(self) -> None:
+        def need(ok: bool, what: str) -> None:
+            if not ok:
+                raise FormatError(f"model config: {what}")
+
+        for name in (
+            "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+            "context_length", "num_experts", "experts_per_token", "expert_hidden",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            need(
+                type(value) is int and 0 < value < _LIMIT,
+                f"{name} must be a whole number from 1 to {_LIMIT - 1}, got {value!r}",
+            )
+        for name in (
+            "norm_eps", "attention_scale", "rope_scale",
+            "embedding_multiplier", "residual_multiplier", "logits_divisor",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            need(
+                isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
+                f"{name} must be a positive number, got {value!r}",
+            )
+        need(self.scoring in ("softmax", "softmax_topk"), f"unknown scoring {self.scoring!r}")
+        need(self.qk_norm in ("none", "head", "full"), f"unknown qk_norm {self.qk_norm!r}")
+        need(
+            self.clip_qkv is None or (math.isfinite(self.clip_qkv) and self.clip_qkv > 0),
+            f"clip_qkv must be positive, got {self.clip_qkv!r}",
+        )
+        need(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        need(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
+        need(
+            self.experts_per_token <= self.num_experts,
+            f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}",
+        )
+        need(
+            list(self.moe_layers) == sorted(set(self.moe_layers))
+            and all(0 <= i < self.num_layers for i in self.moe_layers),
+            "moe_layers must be ascending layer numbers",
+        )
+        need(len(self.moe_layers) > 0, "no layer has routed experts")
+        for name in ("shared_hidden", "windows"):
+            value = getattr(self, name)
+            need(
+                len(value) in (0, self.num_layers)
+                and all(type(v) is int and 0 <= v < _LIMIT for v in value),
+                f"{name} must have one whole number per layer",
+            )
+        need(
+            all(type(i) is int and 0 <= i < self.vocab_size for i in self.eos_ids),
+            f"eos_ids {self.eos_ids} are outside the vocabulary",
+        )
+
+    def shared_width(self, layer: int) -> int:
+        """Returns the width of the always-on FFN of a layer, 0 for none."""
+        return self.shared_hidden[layer] if self.shared_hidden else 0
+
+    def window(self, layer: int) -> int:
+        """Returns how many last positions attention of a layer sees, 0 for all."""
+        return self.windows[layer] if self.windows else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: object) -> ModelConfig:
+        """Builds a config from JSON values.
+
+        Raises:
+            FormatError: a field is missing, unknown or out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise FormatError(f"model config: expected an object, got {type(values).__name__}")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise FormatError(f"model config: unknown fields {', '.join(map(str, unknown))}")
+        missing = sorted(
+            n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values
+        )
+        if missing:
+            raise FormatError(f"model config: missing fields {', '.join(missing)}")
+        clean: dict[str, Any] = {}
+        for name, value in values.items():
+            kind = str(fields[name].type)
+            if kind.startswith("tuple"):
+                if not isinstance(value, (list, tuple)):
+                    raise FormatError(f"model config: {name} must be a list, got {value!r}")
+                value = tuple(value)
+                if not all(type(v) is int for v in value):
+                    raise FormatError(f"model config: {name} must hold whole numbers")
+            elif kind == "bool" and type(value) is not bool:
+                raise FormatError(f"model config: {name} must be true or false, got {value!r}")
+            elif kind.startswith("float") and value is not None:
+                if isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise FormatError(f"model config: {name} must be a number, got {value!r}")
+            elif (kind == "str" or kind.startswith("Literal")) and not isinstance(value, str):
+                raise FormatError(f"model config: {name} must be a string, got {value!r}")
+            clean[name] = value
+        return cls(**clean)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Says how a resident tensor is stored: float32 as it is, or nested codes of a [rows, cols] matrix."""
+
+    kind: Literal["f32", "nested"]
+    shape: tuple[int, ...]
+
+
+def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Returns every tensor outside the routed experts, by name, in file order.
+
+    All matrices are [out, in], as in `y = W x`; RoPE is in the half-split layout of transformers.
+
+        embed [V, D]  head [V, D] (absent when tied)  norm [D]  rope [head_dim / 2]
+        layers.I.attn_norm [D]   layers.I.q [heads * head_dim, D]  .k .v [kv_heads * head_dim, D]
+        layers.I.o [D, heads * head_dim]   .q_bias .k_bias .v_bias .o_bias   .q_norm .k_norm
+        layers.I.ffn_norm [D]    layers.I.router [E, D]
+        layers.I.shared.gate .up [S, D]  layers.I.shared.down [D, S]  layers.I.shared.sigmoid [D]
+
+    A layer that is not in `moe_layers` is a dense layer: its FFN is `shared`, without sigmoid.
+    """
+    d, hd = config.hidden_size, config.head_dim
+    q, kv = config.num_heads * hd, config.num_kv_heads * hd
+
+    def f32(*shape: int) -> TensorSpec:
+        return TensorSpec("f32", shape)
+
+    def nested(rows: int, cols: int) -> TensorSpec:
+        return TensorSpec("nested", (rows, cols))
+
+    out = {"embed": nested(config.vocab_size, d), "norm": f32(d), "rope": f32(hd // 2)}
+    if not config.tied:
+        out["head"] = nested(config.vocab_size, d)
+    moe = set(config.moe_layers)
+    for i in range(config.num_layers):
+        p = f"layers.{i}."
+        out[p + "attn_norm"] = f32(d)
+        out |= {p + "q": nested(q, d), p + "k": nested(kv, d), p + "v": nested(kv, d)}
+        out[p + "o"] = nested(d, q)
+        if config.qkv_bias:
+            out |= {p + "q_bias": f32(q), p + "k_bias": f32(kv), p + "v_bias": f32(kv)}
+        if config.o_bias:
+            out[p + "o_bias"] = f32(d)
+        if config.qk_norm == "head":
+            out |= {p + "q_norm": f32(hd), p + "k_norm": f32(hd)}
+        elif config.qk_norm == "full":
+            out |= {p + "q_norm": f32(q), p + "k_norm": f32(kv)}
+        out[p + "ffn_norm"] = f32(d)
+        if i in moe:
+            out[p + "router"] = f32(config.num_experts, d)
+        s = config.shared_width(i)
+        if s:
+            out |= {p + "shared.gate": nested(s, d), p + "shared.up": nested(s, d)}
+            out[p + "shared.down"] = nested(d, s)
+            if i in moe and config.shared_sigmoid:
+                out[p + "shared.sigmoid"] = f32(d)
+        elif i not in moe:
+            raise FormatError(f"model config: layer {i} has neither routed experts nor an FFN")
+    return out

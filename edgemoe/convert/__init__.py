@@ -1,0 +1,1 @@
+"""Turns checkpoints into `.moe` files; the only place that knows model families."""
