@@ -61,7 +61,7 @@ class ModelConfig:
     qk_norm: Literal["none", "head", "full"] = "none"
     """RMS norm of q and k: per head (weight [head_dim]) or over the whole projection."""
     clip_qkv: float | None = None
-    """q, k and v are clamped to ±this before norm and RoPE."""
+    """q, k and v are clamped to ±this after the norm and before RoPE."""
     windows: tuple[int, ...] = ()
     """Per layer, how many last positions attention sees; 0 for all; empty for all 0."""
     attention_scale: float

@@ -1,0 +1,394 @@
+#include "cache.h"
+
+#include <algorithm>
+#include <chrono>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "error.h"
+
+namespace edgemoe {
+namespace {
+
+double now_s() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+void require(bool ok, const char* what) {
+  if (!ok) throw std::logic_error(std::string("cache: ") + what);
+}
+
+/// Bytes of one matrix [rows, cols] in a rung of `width` bits.
+size_t matrix_bytes(int rows, int cols, int width, bool is_base) {
+  return size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(width, is_base);
+}
+
+}  // namespace
+
+Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, std::vector<ExpertRecord> records,
+             std::vector<int> layer_numbers, int max_level, size_t budget_bytes, bool verify, int num_readers)
+    : shape_(std::move(shape)),
+      records_(std::move(records)),
+      layer_numbers_(std::move(layer_numbers)),
+      max_level_(max_level),
+      verify_(verify),
+      budget_pages_(uint32_t(std::min<size_t>(budget_bytes / kPage, UINT32_MAX))),
+      loader_(std::move(file), num_readers) {
+  const int n = int(records_.size());
+  if (n != shape_.num_layers * shape_.num_experts || int(layer_numbers_.size()) != shape_.num_layers || n == 0) {
+    throw std::invalid_argument("Cache: expected one record per expert and one number per layer");
+  }
+  if (max_level < 1 || max_level > int(shape_.rung_widths.size())) {
+    throw std::invalid_argument("Cache: level outside the ladder");
+  }
+  size_t smallest = SIZE_MAX;
+  for (int e = 0; e < n; ++e) {
+    if (records_[e].ends.size() < size_t(max_level) || records_[e].crcs.size() < size_t(max_level)) {
+      throw std::invalid_argument("Cache: a record has fewer rungs than the level needs");
+    }
+    window_bytes_ = std::max(window_bytes_, slot_bytes(e, max_level));
+    smallest = std::min(smallest, slot_bytes(e, 1));
+  }
+  if (size_t(budget_pages_) * kPage < window_bytes_) {
+    throw OutOfBudget("cache: one expert takes " + std::to_string(window_bytes_) + " bytes; the budget is " +
+                      std::to_string(budget_bytes));
+  }
+  const size_t num_slots = std::min<size_t>(n, size_t(budget_pages_) * kPage / smallest);
+  memory_ = Memory(num_slots * window_bytes_);
+  if (num_slots == size_t(n) && num_slots * window_bytes_ <= size_t(budget_pages_) * kPage) {
+    memory_.prefer_huge_pages();
+  }
+  slots_.resize(num_slots);
+  for (size_t i = num_slots; i-- > 0;) free_slots_.push_back(int(i));
+  levels_.assign(n, 0);
+  slot_of_.assign(n, -1);
+  pins_.assign(n, 0);
+  wanted_.assign(n, 0);
+  newer_.assign(n + 1, -1);
+  older_.assign(n + 1, -1);
+  newer_[n] = older_[n] = n;
+}
+
+Cache::~Cache() {
+  try {
+    close();
+  } catch (...) {  // a read that failed after everybody lost interest
+  }
+}
+
+size_t Cache::slot_bytes(int expert, int level) const {
+  return level == 0 ? 0 : round_up(records_[expert].ends[level - 1], kPage);
+}
+
+void Cache::unlink(int e) {
+  if (newer_[e] < 0) return;
+  older_[newer_[e]] = older_[e];
+  newer_[older_[e]] = newer_[e];
+  newer_[e] = older_[e] = -1;
+}
+
+void Cache::touch(int e) {
+  unlink(e);
+  const int head = num_experts();
+  // The head's `older_` is the most recently used, its `newer_` the least.
+  older_[e] = older_[head];
+  newer_[e] = head;
+  newer_[older_[head]] = e;
+  older_[head] = e;
+}
+
+int Cache::find_victim(bool spare_request) const {
+  const int head = num_experts();
+  for (int e = newer_[head]; e != head; e = newer_[e]) {
+    if (pins_[e] == 0 && !(spare_request && wanted_[e])) return e;
+  }
+  return -1;
+}
+
+void Cache::evict(int e) {
+  require(pins_[e] == 0 && levels_[e] > 0, "evict of a pinned or absent expert");
+  stats_.resident_bytes -= slot_bytes(e, levels_[e]);
+  stats_.resident_experts -= 1;
+  stats_.evictions += 1;
+  levels_[e] = 0;
+  slots_[slot_of_[e]].owner = -1;
+  free_slots_.push_back(slot_of_[e]);
+  slot_of_[e] = -1;
+  unlink(e);
+}
+
+/// Frees committed pages of unused slots, then evicts, until `pages` more fit.
+bool Cache::make_room(uint32_t pages, int keep_slot, bool spare_request) {
+  while (committed_pages_ + pages > budget_pages_) {
+    bool trimmed = false;
+    for (int s : free_slots_) {
+      if (s == keep_slot || slots_[s].pages == 0) continue;
+      memory_.release(size_t(s) * window_bytes_, size_t(slots_[s].pages) * kPage);
+      committed_pages_ -= slots_[s].pages;
+      slots_[s].pages = 0;
+      trimmed = true;
+      break;
+    }
+    if (trimmed) continue;
+    const int victim = find_victim(spare_request);
+    if (victim < 0) return false;
+    evict(victim);
+  }
+  return true;
+}
+
+/// Finds room for an expert and starts its read. Returns false when everything is pinned.
+bool Cache::try_load(Use* use, int position) {
+  const int e = use->expert, from = levels_[e];
+  const uint32_t need = pages_at(e, use->level);
+  pins_[e] += 1;  // an upgrade must not evict its own lower rungs
+  bool has_room = false;
+  int slot = slot_of_[e];
+  for (const bool spare_request : {true, false}) {
+    // Experts that this request still wants are dropped only when nothing else can be and nothing is under way.
+    if (!spare_request) {
+      if (!given_.empty() || loader_.num_pending() > 0) break;
+      if (std::any_of(uses_.begin(), uses_.end(), [](const Use& u) { return u.step == Step::kReady; })) break;
+    }
+    int candidate = slot;
+    if (candidate < 0) {
+      // A slot that has its pages is better than an empty one: nothing is faulted in again.
+      const bool usable = !free_slots_.empty() &&
+                          (slots_[free_slots_.back()].pages > 0 || committed_pages_ + need <= budget_pages_);
+      const int victim = usable ? -1 : find_victim(spare_request);
+      if (victim >= 0) evict(victim);
+      if (free_slots_.empty()) continue;
+      candidate = free_slots_.back();
+    }
+    const uint32_t has = slots_[candidate].pages;
+    if (make_room(need > has ? need - has : 0, candidate, spare_request)) {
+      slot = candidate;
+      has_room = true;
+      break;
+    }
+  }
+  pins_[e] -= 1;
+  if (!has_room) return false;
+
+  if (slot_of_[e] < 0) {
+    free_slots_.erase(std::find(free_slots_.begin(), free_slots_.end(), slot));
+    slot_of_[e] = slot;
+    slots_[slot].owner = e;
+  } else {
+    unlink(e);
+  }
+  if (slots_[slot].pages < need) {
+    committed_pages_ += need - slots_[slot].pages;
+    slots_[slot].pages = need;
+    peak_pages_ = std::max(peak_pages_, committed_pages_);
+  }
+  pins_[e] += 1;
+  use->step = Step::kLoading;
+  ReadJob& job = use->job;
+  const ExpertRecord& record = records_[e];
+  const size_t begin = slot_bytes(e, from);
+  job.offset = record.offset + begin;
+  job.length = size_t(need) * kPage - begin;
+  job.to = slot_base(slot) + begin;
+  job.tag = position;
+  job.checks.clear();
+  for (int r = from; verify_ && r < use->level; ++r) {
+    const uint32_t start = r == 0 ? 0 : record.ends[r - 1];
+    job.checks.push_back({slot_base(slot) + start, record.ends[r] - start, record.crcs[r],
+                          layer_numbers_[e / shape_.num_experts], e % shape_.num_experts, r});
+  }
+  if (job.length == 0) {  // the upgrade lies in a page that is here already
+    finish(&job, nullptr);
+  } else {
+    loader_.submit(&job);
+  }
+  return true;
+}
+
+void Cache::begin(const int32_t* experts, const int8_t* levels, int n) {
+  require(!is_open_, "a request is open");
+  for (int i = 0; i < n; ++i) {
+    if (experts[i] < 0 || experts[i] >= num_experts() || levels[i] < 1 || levels[i] > max_level_) {
+      throw std::invalid_argument("Cache: expert " + std::to_string(experts[i]) + " at level " +
+                                  std::to_string(levels[i]) + " is outside the file or above the engine's bits");
+    }
+    for (int j = 0; j < i && n <= 64; ++j) {
+      if (experts[j] == experts[i]) throw std::invalid_argument("Cache: an expert is asked for twice");
+    }
+  }
+  is_open_ = true;
+  for (int i = 0; i < n; ++i) {
+    const int e = experts[i];
+    uses_.push_back({e, levels[i], Step::kWaiting, {}});
+    wanted_[e] = 1;
+    if (levels_[e] >= levels[i]) {
+      uses_.back().step = Step::kReady;
+      pins_[e] += 1;
+      touch(e);
+      stats_.hits += 1;
+    } else {
+      stats_.misses += 1;
+    }
+  }
+  for (int i = 0; i < n; ++i) {
+    if (uses_[i].step == Step::kWaiting && !try_load(&uses_[i], i)) break;
+  }
+}
+
+void Cache::finish(ReadJob* job, std::exception_ptr* error) {
+  Use& use = uses_[job->tag];
+  const int e = use.expert;
+  if (job->error) {
+    if (error && !*error) *error = job->error;
+    job->error = nullptr;
+    pins_[e] -= 1;
+    use.step = Step::kDone;
+    if (levels_[e] == 0) {
+      free_slots_.push_back(slot_of_[e]);
+      slots_[slot_of_[e]].owner = -1;
+      slot_of_[e] = -1;
+    } else {
+      touch(e);
+    }
+    return;
+  }
+  if (levels_[e] == 0) stats_.resident_experts += 1;
+  stats_.resident_bytes += slot_bytes(e, use.level) - slot_bytes(e, levels_[e]);
+  levels_[e] = int8_t(use.level);
+  touch(e);
+  use.step = Step::kReady;
+}
+
+void Cache::next(std::vector<int>* group) {
+  group->clear();
+  if (!is_open_) return;
+  for (int i : given_) {
+    pins_[uses_[i].expert] -= 1;
+    uses_[i].step = Step::kDone;
+  }
+  given_.clear();
+  std::vector<ReadJob*> done;
+  for (bool wait = false;; wait = true) {
+    const double start = wait ? now_s() : 0;
+    loader_.collect(wait, &done);
+    if (wait) stats_.wait_s += now_s() - start;
+    std::exception_ptr error;
+    for (ReadJob* job : done) finish(job, &error);
+    done.clear();
+    if (error) {
+      close();
+      std::rethrow_exception(error);
+    }
+    bool left = false;
+    for (int i = 0; i < int(uses_.size()); ++i) {
+      if (uses_[i].step != Step::kWaiting) continue;
+      left = true;
+      // An expert that was evicted for this request's sake, or a reading that waited for room.
+      if (!try_load(&uses_[i], i)) break;
+    }
+    for (int i = 0; i < int(uses_.size()); ++i) {
+      if (uses_[i].step != Step::kReady) continue;
+      uses_[i].step = Step::kGiven;
+      wanted_[uses_[i].expert] = 0;
+      group->push_back(i);
+    }
+    if (!group->empty()) {
+      given_ = *group;
+      return;
+    }
+    if (loader_.num_pending() == 0) {
+      if (!left) return close();
+      close();
+      throw OutOfBudget("cache: no slot can be freed for an expert");
+    }
+  }
+}
+
+void Cache::close() {
+  if (!is_open_) return;
+  std::vector<ReadJob*> done;
+  std::exception_ptr ignored;
+  while (loader_.num_pending() > 0) loader_.collect(true, &done);
+  for (ReadJob* job : done) finish(job, &ignored);
+  for (const Use& use : uses_) {
+    if (use.step == Step::kReady || use.step == Step::kGiven) pins_[use.expert] -= 1;
+    wanted_[use.expert] = 0;
+  }
+  uses_.clear();
+  given_.clear();
+  is_open_ = false;
+}
+
+bool Cache::shrink(int e, int level) {
+  if (e < 0 || e >= num_experts() || level < 0) throw std::invalid_argument("Cache: no such expert or level");
+  if (level >= levels_[e]) return true;
+  if (pins_[e] > 0) return false;
+  if (level == 0) {
+    evict(e);
+    return true;
+  }
+  Slot& slot = slots_[slot_of_[e]];
+  const uint32_t keep = pages_at(e, level);
+  stats_.resident_bytes -= slot_bytes(e, levels_[e]) - slot_bytes(e, level);
+  memory_.release(size_t(slot_of_[e]) * window_bytes_ + size_t(keep) * kPage, size_t(slot.pages - keep) * kPage);
+  committed_pages_ -= slot.pages - keep;
+  slot.pages = keep;
+  levels_[e] = int8_t(level);
+  return true;
+}
+
+ExpertView Cache::view(int e, int level) const {
+  require(level >= 1 && levels_[e] >= level, "view of an expert that is not resident at that level");
+  ExpertView v;
+  const int d = shape_.hidden, h = shape_.expert_hidden;
+  NestedMatrix* matrices[3] = {&v.gate, &v.up, &v.down};
+  for (int m = 0; m < 3; ++m) {
+    matrices[m]->rows = m == 2 ? d : h;
+    matrices[m]->cols = m == 2 ? h : d;
+    matrices[m]->num_rungs = level;
+  }
+  const uint8_t* base = slot_base(slot_of_[e]);
+  for (int r = 0; r < level; ++r) {
+    const uint8_t* p = base + (r == 0 ? 0 : records_[e].ends[r - 1]);
+    for (int m = 0; m < 3; ++m) {
+      const int width = shape_.rung_widths[r][m];
+      matrices[m]->widths[r] = uint8_t(width);
+      matrices[m]->rungs[r] = p;
+      p += matrix_bytes(matrices[m]->rows, matrices[m]->cols, width, r == 0);
+    }
+  }
+  return v;
+}
+
+CacheStats Cache::stats() const {
+  CacheStats s = stats_;
+  s.committed_bytes = size_t(committed_pages_) * kPage;
+  s.peak_bytes = size_t(peak_pages_) * kPage;
+  s.budget_bytes = size_t(budget_pages_) * kPage;
+  return s;
+}
+
+void Cache::check_integrity() const {
+  size_t resident = 0, committed = 0;
+  int count = 0, listed = 0;
+  for (int e = 0; e < num_experts(); ++e) {
+    require(levels_[e] >= 0 && levels_[e] <= max_level_, "level outside the ladder");
+    require(pins_[e] >= 0 && (is_open_ || pins_[e] == 0), "a pin was not released");
+    require((slot_of_[e] >= 0) || levels_[e] == 0, "resident without a slot");
+    if (slot_of_[e] >= 0) require(slots_[slot_of_[e]].owner == e, "slot and expert disagree");
+    if (levels_[e] == 0) continue;
+    require(slots_[slot_of_[e]].pages >= pages_at(e, levels_[e]), "slot smaller than its expert");
+    resident += slot_bytes(e, levels_[e]);
+    ++count;
+  }
+  for (const Slot& s : slots_) committed += s.pages;
+  for (int e = newer_[num_experts()]; e != num_experts(); e = newer_[e]) ++listed;
+  require(committed == committed_pages_ && committed <= budget_pages_, "committed pages do not add up");
+  require(resident == stats_.resident_bytes && count == stats_.resident_experts, "residents do not add up");
+  require(is_open_ || listed == count, "the list of use does not hold every resident");
+  const size_t owned = size_t(std::count_if(slots_.begin(), slots_.end(), [](const Slot& s) { return s.owner >= 0; }));
+  require(owned + free_slots_.size() == slots_.size(), "slots do not add up");
+}
+
+}  // namespace edgemoe

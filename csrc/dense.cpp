@@ -1,0 +1,218 @@
+#include "dense.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace edgemoe {
+namespace {
+
+size_t quantized_bytes(int rows, int cols) {
+  const size_t groups = size_t(blocks(cols, kTileCols));
+  return size_t(rows) * groups * (kTileCols + 2 * sizeof(float));
+}
+
+/// Pieces for a loop over `count` items: enough for balance, few enough that starting one costs nothing.
+int grain_for(int count, int threads) { return std::max(1, count / (threads * 8)); }
+
+}  // namespace
+
+Workspace::Workspace(int num_threads, int max_rows, int max_cols, int max_hidden)
+    : pool(num_threads),
+      max_rows_(std::max(max_rows, kFfnRows)),
+      max_cols_(max_cols),
+      max_hidden_(max_hidden),
+      activations_(quantized_bytes(max_rows_, max_cols)),
+      hidden_(quantized_bytes(kFfnRows, max_hidden)),
+      gate_(size_t(kFfnRows) * max_hidden * sizeof(float)),
+      up_(size_t(kFfnRows) * max_hidden * sizeof(float)) {}
+
+size_t Workspace::bytes() const { return activations_.size() + hidden_.size() + gate_.size() + up_.size(); }
+
+QuantizedRows Workspace::view(const Memory& memory, int n, int groups, int8_t** codes, float** scales,
+                              float** sums) const {
+  *codes = reinterpret_cast<int8_t*>(memory.bytes());
+  *scales = reinterpret_cast<float*>(memory.bytes() + size_t(n) * groups * kTileCols);
+  *sums = *scales + size_t(n) * groups;
+  return {*codes, *scales, *sums, groups};
+}
+
+QuantizedRows Workspace::quantize(const float* x, const int32_t* rows, int n, int cols) {
+  if (n > max_rows_ || cols > max_cols_) {
+    throw std::invalid_argument("Workspace: expected at most [" + std::to_string(max_rows_) + ", " +
+                                std::to_string(max_cols_) + "] activations, got [" + std::to_string(n) + ", " +
+                                std::to_string(cols) + "]");
+  }
+  int8_t* codes;
+  float *scales, *sums;
+  const int groups = blocks(cols, kTileCols);
+  const QuantizedRows q = view(activations_, n, groups, &codes, &scales, &sums);
+  const Kernels& k = kernels();
+  pool.run(n, 8, [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      const size_t g = size_t(i) * groups;
+      k.quantize_rows(x + size_t(rows ? rows[i] : i) * cols, 0, 1, cols, codes + g * kTileCols, scales + g, sums + g);
+    }
+  });
+  return q;
+}
+
+QuantizedRows Workspace::quantize_hidden(float* gate, const float* up, int n, int hidden) {
+  int8_t* codes;
+  float *scales, *sums;
+  const int groups = blocks(hidden, kTileCols);
+  const QuantizedRows q = view(hidden_, n, groups, &codes, &scales, &sums);
+  const Kernels& k = kernels();
+  pool.run(n, n >= 16 ? 4 : 1, [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      const size_t g = size_t(i) * groups, h = size_t(i) * hidden;
+      k.silu_mul(gate + h, up + h, hidden, gate + h);
+      k.quantize_rows(gate + h, 0, 1, hidden, codes + g * kTileCols, scales + g, sums + g);
+    }
+  });
+  return q;
+}
+
+void linear(Workspace& ws, const float* x, int T, const std::vector<const NestedMatrix*>& matrices,
+            const std::vector<float*>& outs) {
+  const QuantizedRows q = ws.quantize(x, nullptr, T, matrices[0]->cols);
+  const Kernels& k = kernels();
+  int total = 0;
+  for (const NestedMatrix* m : matrices) total += blocks(m->rows, kTileRows);
+  ws.pool.run(total, grain_for(total, ws.pool.size()), [&](int begin, int end) {
+    int first = 0;
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      const NestedMatrix& m = *matrices[i];
+      const int count = blocks(m.rows, kTileRows);
+      const int a = std::max(begin - first, 0), b = std::min(end - first, count);
+      if (a < b) k.matmul_nested(m, q, T, a, b, outs[i], size_t(m.rows));
+      first += count;
+    }
+  });
+}
+
+void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, const AttentionParts& p, const KvLayer& kv,
+               float* out) {
+  const Kernels& kn = kernels();
+  const int hd = p.shape.head_dim, half = hd / 2, heads = p.shape.num_heads, kv_heads = p.shape.num_kv_heads;
+  if (pos < 0 || T < 1 || pos + T > kv.capacity) {
+    throw std::invalid_argument("attention: positions [" + std::to_string(pos) + ", " + std::to_string(pos + T) +
+                                ") are outside the context of " + std::to_string(kv.capacity));
+  }
+  const auto prepare = [&](float* x, int num_heads, const float* bias, const float* norm, int t, bool rotate) {
+    const int width = num_heads * hd;
+    for (int i = 0; bias && i < width; ++i) x[i] += bias[i];
+    if (norm && p.norm_per_head) {
+      for (int h = 0; h < num_heads; ++h) kn.rms_norm(x + h * hd, norm, p.norm_eps, hd, x + h * hd);
+    } else if (norm) {
+      kn.rms_norm(x, norm, p.norm_eps, width, x);
+    }
+    for (int i = 0; p.clip > 0 && i < width; ++i) x[i] = std::min(std::max(x[i], -p.clip), p.clip);
+    for (int h = 0; rotate && h < num_heads; ++h) {
+      kn.rope(x + h * hd, p.cos + size_t(t) * half, p.sin + size_t(t) * half, hd);
+    }
+  };
+  ws.pool.run(T, 4, [&](int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+      prepare(q + size_t(t) * heads * hd, heads, p.q_bias, p.q_norm, t, true);
+      float* kt = k + size_t(t) * kv_heads * hd;
+      float* vt = v + size_t(t) * kv_heads * hd;
+      prepare(kt, kv_heads, p.k_bias, p.k_norm, t, true);
+      prepare(vt, kv_heads, p.v_bias, nullptr, t, false);
+      for (int h = 0; h < kv_heads; ++h) {
+        const size_t at = (size_t(h) * kv.capacity + pos + t) * kv.head_stride;
+        kn.to_f16(kt + h * hd, hd, kv.keys + at);
+        kn.to_f16(vt + h * hd, hd, kv.values + at);
+      }
+    }
+  });
+  const int per_kv = heads / kv_heads;
+  ws.pool.run(T * heads, std::max(1, grain_for(T * heads, ws.pool.size())), [&](int begin, int end) {
+    static thread_local std::vector<float> scratch;
+    if (scratch.size() < size_t(kv.capacity) + 16 + 2 * size_t(kv.head_stride)) {
+      scratch.resize(size_t(kv.capacity) + 16 + 2 * size_t(kv.head_stride));
+    }
+    float* padded = scratch.data();
+    float* result = padded + kv.head_stride;
+    float* scores = result + kv.head_stride;
+    for (int i = begin; i < end; ++i) {
+      const int t = i / heads, h = i % heads;
+      std::memcpy(padded, q + size_t(i) * hd, size_t(hd) * sizeof(float));
+      std::fill(padded + hd, padded + kv.head_stride, 0.0f);
+      kn.attend(padded, kv, p.shape, h / per_kv, pos + t, scores, result);
+      std::memcpy(out + size_t(i) * hd, result, size_t(hd) * sizeof(float));
+    }
+  });
+}
+
+void route(Workspace& ws, const float* x, const float* router, int T, int cols, int num_experts, int top_k,
+           bool softmax_over_top_k, bool renormalise, int32_t* experts, float* gates) {
+  const Kernels& k = kernels();
+  static thread_local std::vector<float> logits;
+  logits.resize(size_t(T) * num_experts);
+  float* all = logits.data();
+  ws.pool.run(num_experts, std::max(4, grain_for(num_experts, ws.pool.size())), [&](int begin, int end) {
+    k.matmul_f32(router, x, T, num_experts, cols, begin, end, all);
+  });
+  ws.pool.run(T, 16, [&](int begin, int end) {
+    static thread_local std::vector<int32_t> order;
+    order.resize(size_t(num_experts));
+    for (int t = begin; t < end; ++t) {
+      float* row = all + size_t(t) * num_experts;
+      for (int e = 0; e < num_experts; ++e) order[size_t(e)] = e;
+      std::partial_sort(order.begin(), order.begin() + top_k, order.end(),
+                        [&](int a, int b) { return row[a] > row[b] || (row[a] == row[b] && a < b); });
+      int32_t* chosen = experts + size_t(t) * top_k;
+      float* g = gates + size_t(t) * top_k;
+      std::copy_n(order.begin(), top_k, chosen);
+      if (!softmax_over_top_k) k.softmax(row, num_experts);
+      for (int i = 0; i < top_k; ++i) g[i] = row[chosen[i]];
+      if (softmax_over_top_k) {
+        k.softmax(g, top_k);
+      } else if (renormalise) {
+        float sum = 0;
+        for (int i = 0; i < top_k; ++i) sum += g[i];
+        for (int i = 0; i < top_k; ++i) g[i] /= sum;
+      }
+    }
+  });
+}
+
+void rms_norm(Workspace& ws, const float* x, const float* weight, float eps, int T, int cols, float* out) {
+  const Kernels& k = kernels();
+  ws.pool.run(T, 16, [&](int begin, int end) {
+    for (int t = begin; t < end; ++t) k.rms_norm(x + size_t(t) * cols, weight, eps, cols, out + size_t(t) * cols);
+  });
+}
+
+void add_rows(Workspace& ws, const float* x, float scale, const float* gate_weight, const float* gate_input, int T,
+              int cols, float* out) {
+  const Kernels& k = kernels();
+  ws.pool.run(T, 16, [&](int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+      const size_t at = size_t(t) * cols;
+      float s = scale;
+      if (gate_weight) {
+        float logit;
+        k.matmul_f32(gate_weight, gate_input + at, 1, 1, cols, 0, 1, &logit);
+        s *= float(1.0 / (1.0 + std::exp(-double(logit))));
+      }
+      k.add_scaled(x + at, s, cols, out + at);
+    }
+  });
+}
+
+void rope_table(const float* inv_freq, int half, int pos, int T, float scale, float* cos, float* sin) {
+  for (int t = 0; t < T; ++t) {
+    for (int i = 0; i < half; ++i) {
+      // The angle in float32, as transformers has it; its cosine in double, the same everywhere.
+      const float angle = float(pos + t) * inv_freq[i];
+      cos[size_t(t) * half + i] = float(std::cos(double(angle))) * scale;
+      sin[size_t(t) * half + i] = float(std::sin(double(angle))) * scale;
+    }
+  }
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,73 @@
+// CPU operations outside the routed experts, and the scratch memory that all of them share.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "memory.h"
+#include "threads.h"
+
+namespace edgemoe {
+
+/// Owns the compute threads and the scratch of one engine. One caller at a time.
+class Workspace {
+ public:
+  /// Scratch for `max_rows` rows of at most `max_cols` activations and FFN batches of width `max_hidden`.
+  Workspace(int num_threads, int max_rows, int max_cols, int max_hidden);
+
+  static constexpr int kFfnRows = 256;  ///< rows of an FFN batch; bounds scratch, not the result
+
+  ThreadPool pool;
+  /// Quantises rows of x in parallel. `rows` (may be null) picks rows of x.
+  QuantizedRows quantize(const float* x, const int32_t* rows, int n, int cols);
+  /// The second scratch, for hidden activations of at most kFfnRows rows.
+  QuantizedRows quantize_hidden(float* gate, const float* up, int n, int hidden);
+
+  float* gate() const { return reinterpret_cast<float*>(gate_.bytes()); }
+  float* up() const { return reinterpret_cast<float*>(up_.bytes()); }
+  size_t bytes() const;
+
+ private:
+  QuantizedRows view(const Memory& memory, int n, int groups, int8_t** codes, float** scales, float** sums) const;
+
+  int max_rows_, max_cols_, max_hidden_;
+  Memory activations_, hidden_, gate_, up_;
+};
+
+/// outs[i][T, rows_i] = x [T, cols] times each matrix; all have the same number of columns.
+void linear(Workspace& ws, const float* x, int T, const std::vector<const NestedMatrix*>& matrices,
+            const std::vector<float*>& outs);
+
+/// What attention needs besides the projections. Null pointers where the model has none.
+struct AttentionParts {
+  AttentionShape shape;
+  const float *q_bias, *k_bias, *v_bias;
+  const float *q_norm, *k_norm;
+  bool norm_per_head;
+  float norm_eps;
+  float clip;        ///< clamps q, k and v to ±clip after the norm; 0 for none
+  const float* cos;  ///< [T, head_dim / 2]
+  const float* sin;
+};
+
+/// Adds biases, norms, clamps and rotates q [T, heads * head_dim], k and v [T, kv_heads * head_dim] in place, stores
+/// k and v at positions [pos, pos + T) and attends causally. out [T, heads * head_dim].
+void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, const AttentionParts& parts,
+               const KvLayer& kv, float* out);
+
+/// Router logits and choice. Ties go to the lower expert.
+/// experts int32 [T, K] in descending order of logits, gates float32 [T, K].
+void route(Workspace& ws, const float* x, const float* router, int T, int cols, int num_experts, int top_k,
+           bool softmax_over_top_k, bool renormalise, int32_t* experts, float* gates);
+
+void rms_norm(Workspace& ws, const float* x, const float* weight, float eps, int T, int cols, float* out);
+
+/// out [T, cols] += scale * x, and, if `gate_weight` is given, x[t] is scaled by sigmoid(gate_weight · gate_input[t]).
+void add_rows(Workspace& ws, const float* x, float scale, const float* gate_weight, const float* gate_input, int T,
+              int cols, float* out);
+
+/// cos and sin [T, half] of angle position * inv_freq, scaled.
+void rope_table(const float* inv_freq, int half, int pos, int T, float scale, float* cos, float* sin);
+
+}  // namespace edgemoe

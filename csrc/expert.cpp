@@ -1,0 +1,105 @@
+#include "expert.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace edgemoe {
+namespace {
+
+/// Some rows of one use, small enough for scratch.
+struct Piece {
+  const FfnUse* use;
+  int first;  ///< row of the use
+  int count;
+  int row;  ///< row of scratch
+};
+
+/// Calls body(piece, begin, end) for every piece's `per_piece(piece)` items, split over the threads.
+template <class Count, class Body>
+void over_pieces(Workspace& ws, const std::vector<Piece>& pieces, Count per_piece, Body body) {
+  int total = 0;
+  for (const Piece& p : pieces) total += per_piece(p);
+  ws.pool.run(total, std::max(1, total / (ws.pool.size() * 8)), [&](int begin, int end) {
+    int first = 0;
+    for (const Piece& p : pieces) {
+      const int count = per_piece(p);
+      const int a = std::max(begin - first, 0), b = std::min(end - first, count);
+      if (a < b) body(p, a, b);
+      first += count;
+    }
+  });
+}
+
+void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& pieces) {
+  const Kernels& k = kernels();
+  const NestedMatrix& any = pieces[0].use->w.gate;
+  const int hidden = any.rows, cols = any.cols, gate_blocks = blocks(hidden, kTileRows);
+  const int total = pieces.back().row + pieces.back().count;
+  // A single token is quantised once for all its experts.
+  const bool shared = T == 1;
+  static thread_local std::vector<int32_t> rows;
+  rows.clear();
+  for (const Piece& p : pieces) {
+    for (int i = 0; i < p.count; ++i) rows.push_back(p.use->tokens ? p.use->tokens[p.first + i] : p.first + i);
+  }
+  const QuantizedRows q = ws.quantize(x, rows.data(), shared ? 1 : total, cols);
+  over_pieces(
+      ws, pieces, [&](const Piece&) { return 2 * gate_blocks; },
+      [&](const Piece& p, int begin, int end) {
+        const QuantizedRows mine = q.from(shared ? 0 : p.row);
+        const size_t at = size_t(p.row) * hidden;
+        if (begin < gate_blocks) {
+          k.matmul_nested(p.use->w.gate, mine, p.count, begin, std::min(end, gate_blocks), ws.gate() + at,
+                          size_t(hidden));
+        }
+        if (end > gate_blocks) {
+          k.matmul_nested(p.use->w.up, mine, p.count, std::max(begin - gate_blocks, 0), end - gate_blocks, ws.up() + at,
+                          size_t(hidden));
+        }
+      });
+  const QuantizedRows h = ws.quantize_hidden(ws.gate(), ws.up(), total, hidden);
+  over_pieces(
+      ws, pieces, [&](const Piece& p) { return blocks(p.use->w.down.rows, kTileRows); },
+      [&](const Piece& p, int begin, int end) {
+        const int d = p.use->w.down.rows;
+        k.matmul_nested(p.use->w.down, h.from(p.row), p.count, begin, end, p.use->out + size_t(p.first) * d, size_t(d));
+      });
+}
+
+}  // namespace
+
+void run_ffns(Workspace& ws, const float* x, int T, const std::vector<FfnUse>& uses) {
+  std::vector<Piece> pieces;
+  int filled = 0;
+  for (const FfnUse& use : uses) {
+    for (int first = 0; first < use.count;) {
+      const int n = std::min(use.count - first, Workspace::kFfnRows - filled);
+      pieces.push_back({&use, first, n, filled});
+      filled += n;
+      first += n;
+      if (filled == Workspace::kFfnRows) {
+        run_batch(ws, x, T, pieces);
+        pieces.clear();
+        filled = 0;
+      }
+    }
+  }
+  if (!pieces.empty()) run_batch(ws, x, T, pieces);
+}
+
+void combine(Workspace& ws, const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols,
+             float* out) {
+  const Kernels& k = kernels();
+  ws.pool.run(T, 16, [&](int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+      float* o = out + size_t(t) * cols;
+      std::memset(o, 0, size_t(cols) * sizeof(float));
+      for (int i = 0; i < K; ++i) {
+        const int32_t row = rows[size_t(t) * K + i];
+        if (row >= 0) k.add_scaled(parts + size_t(row) * cols, gates[size_t(t) * K + i], cols, o);
+      }
+    }
+  });
+}
+
+}  // namespace edgemoe

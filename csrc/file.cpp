@@ -1,0 +1,69 @@
+#include "file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "error.h"
+#include "memory.h"
+
+namespace edgemoe {
+
+File::File(std::string path) : path_(std::move(path)) {
+  buffered_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+  if (buffered_ < 0) throw ReadError(path_ + ": " + std::strerror(errno));
+  struct stat s;
+  if (fstat(buffered_, &s) != 0 || !S_ISREG(s.st_mode)) {
+    close(buffered_);
+    throw ReadError(path_ + ": not a regular file");
+  }
+  size_ = uint64_t(s.st_size);
+  // Weights that we keep ourselves must not take room in the page cache as well.
+  posix_fadvise(buffered_, 0, 0, POSIX_FADV_RANDOM);
+#ifdef O_DIRECT
+  direct_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+  if (direct_ >= 0) {
+    // Some file systems accept the flag and refuse the read.
+    Memory probe(kPage);
+    if (size_ < kPage || pread(direct_, probe.bytes(), kPage, 0) != ssize_t(kPage)) {
+      close(direct_);
+      direct_ = -1;
+    }
+  }
+#endif
+}
+
+File::~File() {
+  if (direct_ >= 0) close(direct_);
+  if (buffered_ >= 0) close(buffered_);
+}
+
+void File::read_pages(uint64_t offset, size_t length, uint8_t* to) const {
+  const size_t wanted = offset >= size_ ? 0 : size_ - offset < length ? size_t(size_ - offset) : length;
+  size_t done = 0;
+  while (done < wanted) {
+    // A direct read must start on a block; what a short read left inside one is read again.
+    const bool direct = direct_ >= 0 && done % kPage == 0;
+    const ssize_t n = direct ? pread(direct_, to + done, length - done, off_t(offset + done))
+                             : pread(buffered_, to + done, wanted - done, off_t(offset + done));
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) {
+      throw ReadError(path_ + ": read of " + std::to_string(length) + " bytes at offset " + std::to_string(offset) +
+                      " failed: " + std::strerror(errno));
+    }
+    if (n == 0) break;
+    done += size_t(n);
+  }
+  if (done < wanted || wanted == 0) {
+    throw ReadError(path_ + ": the file ends at offset " + std::to_string(offset + done) + "; expected " +
+                    std::to_string(length) + " bytes at offset " + std::to_string(offset) +
+                    " (was it replaced or truncated?)");
+  }
+  if (direct_ < 0) posix_fadvise(buffered_, off_t(offset), off_t(length), POSIX_FADV_DONTNEED);
+}
+
+}  // namespace edgemoe

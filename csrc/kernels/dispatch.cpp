@@ -1,0 +1,76 @@
+// Chooses the instruction set at run time. Compiled for the lowest CPU: a probe must not itself be the illegal
+// instruction.
+#include <atomic>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace edgemoe {
+namespace {
+
+struct Candidate {
+  const Kernels* table;
+  bool usable;
+};
+
+const Candidate* candidates(int* count) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  static const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                             __builtin_cpu_supports("avx512vnni");
+  static const Candidate all[] = {{&kAvx512, avx512}, {&kAvx2, avx2}, {&kScalar, true}};
+#else
+  static const Candidate all[] = {{&kScalar, true}};
+#endif
+  *count = int(sizeof(all) / sizeof(all[0]));
+  return all;
+}
+
+std::atomic<const Kernels*> active{nullptr};
+
+}  // namespace
+
+const Kernels& kernels() {
+  if (const Kernels* k = active.load(std::memory_order_acquire)) return *k;
+  int count;
+  const Candidate* all = candidates(&count);
+  for (int i = 0; i < count; ++i) {
+    if (all[i].usable) {
+      active.store(all[i].table, std::memory_order_release);
+      return *all[i].table;
+    }
+  }
+  return kScalar;
+}
+
+const char* usable_isas() {
+  static const std::string names = [] {
+    int count;
+    const Candidate* all = candidates(&count);
+    std::string s;
+    for (int i = 0; i < count; ++i) {
+      if (all[i].usable) s += (s.empty() ? "" : " ") + std::string(all[i].table->name);
+    }
+    return s;
+  }();
+  return names.c_str();
+}
+
+void use_isa(const char* name) {
+  int count;
+  const Candidate* all = candidates(&count);
+  for (int i = 0; i < count; ++i) {
+    if (all[i].usable && std::strcmp(all[i].table->name, name) == 0) {
+      active.store(all[i].table, std::memory_order_release);
+      return;
+    }
+  }
+  throw std::invalid_argument(std::string("use_isa: expected one of ") + usable_isas() + ", got " + name);
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,531 @@
+// The algorithms of every instruction set, over a vector type V: 16 floats (F), 16 ints (I), 64 bytes (B).
+//
+// An ISA file defines V in an anonymous namespace, includes this and fills its table. It may include nothing else of
+// the standard library: an inline function compiled here with wide instructions could replace the baseline's copy.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+
+namespace edgemoe {
+namespace {
+
+// ---------------------------------------------------------------- unpacking
+
+/// Steps [0, 16) of one plane of W bits (1, 2, 4 or 8).
+template <class V, int W, int Step>
+inline typename V::B plane_field(const uint8_t* plane) {
+  constexpr int per_vector = 8 / W;
+  const auto v = V::load_bytes(plane + 64 * (Step / per_vector));
+  if constexpr (W == 8) return v;
+  return V::and_bytes(V::template shift_right<(Step % per_vector) * W>(v), V::set_bytes((1 << W) - 1));
+}
+
+/// Steps of one rung of W bits: its planes, widest first.
+template <class V, int W, int Step>
+inline typename V::B rung_field(const uint8_t* rung) {
+  constexpr int first = W >= 8 ? 8 : W >= 4 ? 4 : W >= 2 ? 2 : 1;
+  if constexpr (first == W) {
+    return plane_field<V, W, Step>(rung);
+  } else {
+    const auto high = plane_field<V, first, Step>(rung);
+    const auto low = rung_field<V, W - first, Step>(rung + 128 * first);
+    return V::or_bytes(V::template shift_left<W - first>(high), low);
+  }
+}
+
+/// A ladder prefix known at compile time.
+template <int... Widths>
+struct Rungs {
+  static constexpr int bits = (Widths + ...);
+
+  template <class V, int Step>
+  static inline typename V::B codes(const uint8_t* const* rungs) {
+    typename V::B code = V::zero_bytes();
+    int i = 0;
+    ((code = append<V, Widths, Step>(code, rungs[i], i == 0), ++i), ...);
+    return code;
+  }
+
+ private:
+  template <class V, int W, int Step>
+  static inline typename V::B append(typename V::B code, const uint8_t* rung, bool first) {
+    const auto field = rung_field<V, W, Step>(rung);
+    if (first) return field;
+    if constexpr (W < 8) return V::or_bytes(V::template shift_left<W>(code), field);
+    return field;
+  }
+};
+
+template <class V, class R, int Step>
+inline void unpack_steps(const uint8_t* const* rungs, uint8_t* tile) {
+  if constexpr (Step < 16) {
+    V::store_bytes(tile + 64 * Step, R::template codes<V, Step>(rungs));
+    unpack_steps<V, R, Step + 1>(rungs, tile);
+  }
+}
+
+/// Any ladder, decided at run time.
+template <class V>
+void unpack_any(const NestedMatrix& w, const uint8_t* const* rungs, uint8_t* tile) {
+  for (int step = 0; step < 16; ++step) V::store_bytes(tile + 64 * step, V::zero_bytes());
+  for (int r = 0; r < w.num_rungs; ++r) {
+    const uint8_t* plane = rungs[r];
+    for (int width = 8; width >= 1; width /= 2) {
+      if (!(w.widths[r] & width)) continue;
+      const int per_vector = 8 / width;
+      const auto mask = V::set_bytes((1 << width) - 1);
+      for (int step = 0; step < 16; ++step) {
+        const auto field =
+            V::and_bytes(V::shift_right_by(V::load_bytes(plane + 64 * (step / per_vector)), step % per_vector * width),
+                         mask);
+        auto code = V::load_bytes(tile + 64 * step);
+        code = width == 8 ? field : V::or_bytes(V::shift_left_by(code, width), field);
+        V::store_bytes(tile + 64 * step, code);
+      }
+      plane += 128 * width;
+    }
+  }
+}
+
+// ---------------------------------------------------------------- matrix products
+
+/// Pointers to the tile (row_block, 0) of each rung, past the scales, and the scales' own.
+struct TileCursor {
+  const uint8_t* rungs[kMaxRungs];
+  size_t strides[kMaxRungs];
+  const uint8_t* scales;
+  int num_rungs;
+
+  TileCursor(const NestedMatrix& w, int row_block, int groups) : num_rungs(w.num_rungs) {
+    for (int r = 0; r < num_rungs; ++r) {
+      strides[r] = tile_bytes(w.widths[r], r == 0);
+      rungs[r] = w.rungs[r] + size_t(row_block) * groups * strides[r];
+    }
+    scales = rungs[0];
+    rungs[0] += kScaleBytes;
+  }
+
+  void next() {
+    for (int r = 0; r < num_rungs; ++r) rungs[r] += strides[r];
+    scales += strides[0];
+  }
+};
+
+/// Scale and middle of a tile's 16 rows such that w = scale * code + middle.
+template <class V>
+inline void tile_scales(const uint8_t* scales, int bits, typename V::F* scale, typename V::F* middle) {
+  const auto s = V::load_f16(reinterpret_cast<const uint16_t*>(scales));
+  const auto m = V::load_f16(reinterpret_cast<const uint16_t*>(scales) + kTileRows);
+  *scale = V::mul(s, V::set(float(1 << (8 - bits))));
+  *middle = V::fma(*scale, V::set(0.5f - float(1 << (bits - 1))), m);
+}
+
+/// acc + the group's share: scale * (x_scale * dot) + middle * x_sum.
+template <class V>
+inline typename V::F add_group(typename V::F acc, typename V::I dot, typename V::F scale, typename V::F middle,
+                               float x_scale, float x_sum) {
+  acc = V::fma(scale, V::mul(V::set(x_scale), V::to_float(dot)), acc);
+  return V::fma(middle, V::set(x_sum), acc);
+}
+
+template <class V>
+inline void store_rows(float* y, typename V::F value, int rows) {
+  if (rows >= kTileRows) return V::store(y, value);
+  alignas(64) float all[kTileRows];
+  V::store(all, value);
+  for (int i = 0; i < rows; ++i) y[i] = all[i];
+}
+
+template <class V, class R, bool kWide, int Step>
+inline void dot_steps(typename V::I* even, typename V::I* odd, const uint8_t* const* rungs, const int8_t* x) {
+  if constexpr (Step < 16) {
+    *even = V::template dot<kWide>(*even, R::template codes<V, Step>(rungs), x + 4 * Step);
+    *odd = V::template dot<kWide>(*odd, R::template codes<V, Step + 1>(rungs), x + 4 * (Step + 1));
+    dot_steps<V, R, kWide, Step + 2>(even, odd, rungs, x);
+  }
+}
+
+/// One token: codes go from the planes straight into the dot product.
+template <class V, class R>
+void matvec(const NestedMatrix& w, const QuantizedRows& x, int begin, int end, float* y) {
+  constexpr bool wide = R::bits > 7;
+  for (int block = begin; block < end; ++block) {
+    TileCursor tile(w, block, x.groups);
+    auto acc = V::zero();
+    for (int g = 0; g < x.groups; ++g, tile.next()) {
+      typename V::F scale, middle;
+      tile_scales<V>(tile.scales, R::bits, &scale, &middle);
+      auto even = V::zero_ints(), odd = V::zero_ints();
+      dot_steps<V, R, wide, 0>(&even, &odd, tile.rungs, x.codes + g * kTileCols);
+      acc = add_group<V>(acc, V::add_ints(even, odd), scale, middle, x.scales[g], x.sums[g]);
+    }
+    store_rows<V>(y + block * kTileRows, acc, w.rows - block * kTileRows);
+  }
+}
+
+/// N tokens against one unpacked tile.
+template <class V, int N, bool kWide>
+inline void dot_tile(const uint8_t* tile, const int8_t* const* x, typename V::I* dots) {
+  typename V::I acc[N];
+  for (int i = 0; i < N; ++i) acc[i] = V::zero_ints();
+  for (int step = 0; step < 16; ++step) {
+    const auto codes = V::load_bytes(tile + 64 * step);
+    for (int i = 0; i < N; ++i) acc[i] = V::template dot<kWide>(acc[i], codes, x[i] + 4 * step);
+  }
+  for (int i = 0; i < N; ++i) dots[i] = acc[i];
+}
+
+/// Many tokens: each tile is unpacked once for up to kTokens of them. Same sums as `matvec`, bit for bit.
+template <class V, bool kWide, class Unpack>
+void matmul_blocked(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end,
+                    float* y, size_t stride, Unpack unpack) {
+  constexpr int kTokens = 64;  // their sums, 4 KiB, stay in the first-level cache
+  constexpr int N = V::kTokensAtOnce;
+  const int bits = w.bits();
+  alignas(64) uint8_t codes[kTileRows * kTileCols];
+  alignas(64) float acc[kTokens * kTileRows];
+  for (int block = begin; block < end; ++block) {
+    for (int first = 0; first < n; first += kTokens) {
+      const int count = n - first < kTokens ? n - first : kTokens;
+      for (int i = 0; i < count; ++i) V::store(acc + i * kTileRows, V::zero());
+      TileCursor tile(w, block, x.groups);
+      for (int g = 0; g < x.groups; ++g, tile.next()) {
+        unpack(tile.rungs, codes);
+        typename V::F scale, middle;
+        tile_scales<V>(tile.scales, bits, &scale, &middle);
+        for (int i = 0; i < count; i += N) {
+          const int here = count - i < N ? count - i : N;
+          const int8_t* rows[N];
+          size_t group[N];
+          for (int j = 0; j < N; ++j) {
+            const int token = first + i + (j < here ? j : 0);
+            group[j] = size_t(token) * x.groups + g;
+            rows[j] = x.codes + group[j] * kTileCols;
+          }
+          typename V::I dots[N];
+          if (here == N) {
+            dot_tile<V, N, kWide>(codes, rows, dots);
+          } else {
+            for (int j = 0; j < here; ++j) dot_tile<V, 1, kWide>(codes, rows + j, dots + j);
+          }
+          for (int j = 0; j < here; ++j) {
+            float* a = acc + (i + j) * kTileRows;
+            V::store(a, add_group<V>(V::load(a), dots[j], scale, middle, x.scales[group[j]], x.sums[group[j]]));
+          }
+        }
+      }
+      for (int i = 0; i < count; ++i) {
+        store_rows<V>(y + (first + i) * stride + block * kTileRows, V::load(acc + i * kTileRows),
+                      w.rows - block * kTileRows);
+      }
+    }
+  }
+}
+
+template <class V, class R>
+void matmul_known(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end,
+                  float* y, size_t stride) {
+  if (n == 1) return matvec<V, R>(w, x, begin, end, y);
+  matmul_blocked<V, (R::bits > 7)>(w, x, n, begin, end, y, stride,
+                                   [](const uint8_t* const* rungs, uint8_t* tile) { unpack_steps<V, R, 0>(rungs, tile); });
+}
+
+/// The default ladder's prefixes have their own code; any other ladder works, slower.
+template <class V>
+void matmul_nested(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end,
+                   float* y, size_t stride) {
+  constexpr uint8_t ladder[] = {2, 1, 1, 2, 2};
+  bool known = w.num_rungs <= 5;
+  for (int i = 0; known && i < w.num_rungs; ++i) known = w.widths[i] == ladder[i];
+  if (known) {
+    switch (w.num_rungs) {
+      case 1:
+        return matmul_known<V, Rungs<2>>(w, x, n, begin, end, y, stride);
+      case 2:
+        return matmul_known<V, Rungs<2, 1>>(w, x, n, begin, end, y, stride);
+      case 3:
+        return matmul_known<V, Rungs<2, 1, 1>>(w, x, n, begin, end, y, stride);
+      case 4:
+        return matmul_known<V, Rungs<2, 1, 1, 2>>(w, x, n, begin, end, y, stride);
+      case 5:
+        return matmul_known<V, Rungs<2, 1, 1, 2, 2>>(w, x, n, begin, end, y, stride);
+    }
+  }
+  const auto unpack = [&w](const uint8_t* const* rungs, uint8_t* tile) { unpack_any<V>(w, rungs, tile); };
+  if (w.bits() > 7) return matmul_blocked<V, true>(w, x, n, begin, end, y, stride, unpack);
+  matmul_blocked<V, false>(w, x, n, begin, end, y, stride, unpack);
+}
+
+template <class V>
+void decode_row(const NestedMatrix& w, int row, float* out) {
+  const int bits = w.bits(), lane = row % kTileRows, groups = blocks(w.cols, kTileCols);
+  alignas(64) uint8_t codes[kTileRows * kTileCols];
+  alignas(64) float scales[kTileRows], middles[kTileRows];
+  TileCursor tile(w, row / kTileRows, groups);
+  for (int g = 0; g < groups; ++g, tile.next()) {
+    unpack_any<V>(w, tile.rungs, codes);
+    typename V::F scale, middle;
+    tile_scales<V>(tile.scales, bits, &scale, &middle);
+    V::store(scales, scale);
+    V::store(middles, middle);
+    for (int c = 0; c < kTileCols && g * kTileCols + c < w.cols; ++c) {
+      out[g * kTileCols + c] = scales[lane] * float(codes[c / 4 * 64 + lane * 4 + c % 4]) + middles[lane];
+    }
+  }
+}
+
+// ---------------------------------------------------------------- floats
+
+/// The first n < 16 values, the rest `fill`.
+template <class V>
+inline typename V::F load_part(const float* x, int n, float fill) {
+  alignas(64) float all[16];
+  for (int i = 0; i < 16; ++i) all[i] = i < n ? x[i] : fill;
+  return V::load(all);
+}
+
+template <class V>
+inline void store_part(float* out, typename V::F value, int n) {
+  alignas(64) float all[16];
+  V::store(all, value);
+  for (int i = 0; i < n; ++i) out[i] = all[i];
+}
+
+template <class V>
+void quantize_group(const float* w, int n, const float* level_weights, uint8_t* codes, uint16_t* scale,
+                    uint16_t* middle) {
+  constexpr int kCandidates = 10;  // the range times 1, 0.95, ... 0.55
+  typename V::F v[4], valid[4];
+  float low = w[0], high = w[0];
+  for (int i = 1; i < n; ++i) {
+    low = w[i] < low ? w[i] : low;
+    high = w[i] > high ? w[i] : high;
+  }
+  const float ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  for (int i = 0; i < 4; ++i) {
+    const int left = n - 16 * i < 0 ? 0 : n - 16 * i > 16 ? 16 : n - 16 * i;
+    v[i] = load_part<V>(w + 16 * i, left, 0.0f);
+    valid[i] = load_part<V>(ones, left, 0.0f);
+  }
+  alignas(64) float pair[16] = {};
+  alignas(64) uint16_t halves[16];
+  float best = -1;
+  for (int k = 0; k < kCandidates; ++k) {
+    pair[0] = (high - low) * (1.0f - 0.05f * float(k)) / 255.0f;
+    pair[1] = 0.5f * low + 0.5f * high;
+    V::store_f16(halves, V::load(pair));
+    alignas(64) float rounded[16];
+    V::store(rounded, V::load_f16(halves));
+    const float s = rounded[0], m = rounded[1];
+    const float inverse = s > 0 ? 1.0f / s : 0.0f;
+    typename V::F q[4];
+    for (int i = 0; i < 4; ++i) {
+      q[i] = V::round(V::fma(V::sub(v[i], V::set(m)), V::set(inverse), V::set(127.5f)));
+      q[i] = V::min(V::max(q[i], V::zero()), V::set(255.0f));
+    }
+    float error = 0;
+    for (int b = 1; b <= 8; ++b) {
+      if (level_weights[b - 1] == 0) continue;
+      const float step = float(1 << (8 - b));
+      auto acc = V::zero();
+      for (int i = 0; i < 4; ++i) {
+        // floor(q / step), as the nearest integer below the middle of the bin.
+        const auto c = V::round(V::fma(V::add(q[i], V::set(0.5f)), V::set(1.0f / step), V::set(-0.5f)));
+        const auto u = V::fma(V::add(c, V::set(0.5f)), V::set(step), V::set(-128.0f));
+        const auto d = V::mul(valid[i], V::sub(V::fma(u, V::set(s), V::set(m)), v[i]));
+        acc = V::fma(d, d, acc);
+      }
+      error += level_weights[b - 1] * V::reduce_add(acc);
+    }
+    if (best < 0 || error < best) {
+      best = error;
+      *scale = halves[0];
+      *middle = halves[1];
+      for (int i = 0; i < 4; ++i) {
+        alignas(64) float whole[16];
+        V::store(whole, q[i]);
+        for (int j = 0; j < 16; ++j) codes[16 * i + j] = uint8_t(whole[j]);
+      }
+    }
+    if (s == 0) break;
+  }
+}
+
+template <class V>
+void quantize_rows(const float* x, size_t stride, int num_rows, int cols, int8_t* codes, float* scales, float* sums) {
+  const int groups = blocks(cols, kTileCols);
+  for (int row = 0; row < num_rows; ++row, x += stride) {
+    for (int g = 0; g < groups; ++g) {
+      typename V::F v[4];
+      auto top = V::zero();
+      for (int i = 0; i < 4; ++i) {
+        const int start = g * kTileCols + 16 * i, left = cols - start;
+        v[i] = left >= 16 ? V::load(x + start) : load_part<V>(x + start, left < 0 ? 0 : left, 0.0f);
+        top = V::max(top, V::abs(v[i]));
+      }
+      const float highest = V::reduce_max(top);
+      const float scale = highest / 127.0f, inverse = highest > 0 ? 127.0f / highest : 0.0f;
+      auto total = V::zero_ints();
+      for (int i = 0; i < 4; ++i) {
+        const auto q = V::round_to_int(V::mul(v[i], V::set(inverse)));
+        total = V::add_ints(total, q);
+        V::store_i8(codes + 16 * i, q);
+      }
+      *scales++ = scale;
+      *sums++ = scale * float(V::reduce_ints(total));
+      codes += kTileCols;
+    }
+  }
+}
+
+template <class V>
+void matmul_f32(const float* w, const float* x, int n, int rows, int cols, int begin, int end, float* y) {
+  for (int r = begin; r < end; ++r) {
+    for (int i = 0; i < n; ++i) {
+      const float *a = w + size_t(r) * cols, *b = x + size_t(i) * cols;
+      auto acc = V::zero();
+      int c = 0;
+      for (; c + 16 <= cols; c += 16) acc = V::fma(V::load(a + c), V::load(b + c), acc);
+      if (c < cols) acc = V::fma(load_part<V>(a + c, cols - c, 0.0f), load_part<V>(b + c, cols - c, 0.0f), acc);
+      y[size_t(i) * rows + r] = V::reduce_add(acc);
+    }
+  }
+}
+
+template <class V>
+void rms_norm(const float* x, const float* weight, float eps, int cols, float* out) {
+  auto acc = V::zero();
+  int c = 0;
+  for (; c + 16 <= cols; c += 16) {
+    const auto v = V::load(x + c);
+    acc = V::fma(v, v, acc);
+  }
+  if (c < cols) {
+    const auto v = load_part<V>(x + c, cols - c, 0.0f);
+    acc = V::fma(v, v, acc);
+  }
+  const float inverse = 1.0f / V::sqrt(V::reduce_add(acc) / float(cols) + eps);
+  for (c = 0; c < cols; ++c) out[c] = x[c] * inverse * weight[c];
+}
+
+/// e^x by range reduction and a polynomial of degree 6 (Cephes' coefficients); 2 ulp for |x| < 87.
+template <class V>
+inline typename V::F exp(typename V::F x) {
+  x = V::min(V::max(x, V::set(-87.0f)), V::set(88.0f));
+  const auto n = V::round(V::mul(x, V::set(1.44269504088896341f)));
+  auto r = V::fma(n, V::set(-0.693359375f), x);
+  r = V::fma(n, V::set(2.12194440e-4f), r);
+  auto p = V::set(1.9875691500e-4f);
+  p = V::fma(p, r, V::set(1.3981999507e-3f));
+  p = V::fma(p, r, V::set(8.3334519073e-3f));
+  p = V::fma(p, r, V::set(4.1665795894e-2f));
+  p = V::fma(p, r, V::set(1.6666665459e-1f));
+  p = V::fma(p, r, V::set(5.0000001201e-1f));
+  p = V::fma(V::mul(p, r), r, V::add(r, V::set(1.0f)));
+  return V::mul(p, V::power_of_two(n));
+}
+
+template <class V>
+inline typename V::F silu_mul_16(typename V::F gate, typename V::F up) {
+  const auto denominator = V::add(V::set(1.0f), exp<V>(V::sub(V::zero(), gate)));
+  return V::mul(V::div(gate, denominator), up);
+}
+
+template <class V>
+void silu_mul(const float* gate, const float* up, int n, float* out) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) V::store(out + i, silu_mul_16<V>(V::load(gate + i), V::load(up + i)));
+  if (i < n) {
+    store_part<V>(out + i, silu_mul_16<V>(load_part<V>(gate + i, n - i, 0.0f), load_part<V>(up + i, n - i, 0.0f)),
+                  n - i);
+  }
+}
+
+template <class V>
+void softmax(float* x, int n) {
+  float highest = x[0];
+  for (int i = 1; i < n; ++i) highest = x[i] > highest ? x[i] : highest;
+  const auto top = V::set(highest);
+  auto acc = V::zero();
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const auto e = exp<V>(V::sub(V::load(x + i), top));
+    acc = V::add(acc, e);
+    V::store(x + i, e);
+  }
+  if (i < n) {
+    store_part<V>(x + i, exp<V>(V::sub(load_part<V>(x + i, n - i, highest), top)), n - i);
+    acc = V::add(acc, load_part<V>(x + i, n - i, 0.0f));
+  }
+  const float inverse = 1.0f / V::reduce_add(acc);
+  for (i = 0; i < n; ++i) x[i] *= inverse;
+}
+
+template <class V>
+void add_scaled(const float* x, float scale, int n, float* out) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) V::store(out + i, V::fma(V::load(x + i), V::set(scale), V::load(out + i)));
+  if (i < n) {
+    store_part<V>(out + i, V::fma(load_part<V>(x + i, n - i, 0.0f), V::set(scale), load_part<V>(out + i, n - i, 0.0f)),
+                  n - i);
+  }
+}
+
+template <class V>
+void rope(float* x, const float* cos, const float* sin, int head_dim) {
+  const int half = head_dim / 2;
+  for (int i = 0; i < half; ++i) {
+    const float a = x[i], b = x[half + i];
+    x[i] = a * cos[i] - b * sin[i];
+    x[half + i] = b * cos[i] + a * sin[i];
+  }
+}
+
+template <class V>
+void to_f16(const float* x, int n, uint16_t* out) {
+  alignas(64) uint16_t part[16];
+  for (int i = 0; i < n; i += 16) {
+    const int left = n - i;
+    V::store_f16(part, left >= 16 ? V::load(x + i) : load_part<V>(x + i, left, 0.0f));
+    for (int j = 0; j < 16 && j < left; ++j) out[i + j] = part[j];
+  }
+}
+
+template <class V>
+void attend(const float* q, const KvLayer& kv, const AttentionShape& shape, int kv_head, int pos, float* scores,
+            float* out) {
+  const int hs = kv.head_stride;
+  const int first = shape.window > 0 && pos + 1 > shape.window ? pos + 1 - shape.window : 0;
+  const int count = pos + 1 - first;
+  const uint16_t* keys = kv.keys + (size_t(kv_head) * kv.capacity + first) * hs;
+  const uint16_t* values = kv.values + (size_t(kv_head) * kv.capacity + first) * hs;
+  for (int s = 0; s < count; ++s) {
+    auto acc = V::zero();
+    for (int c = 0; c < hs; c += 16) acc = V::fma(V::load(q + c), V::load_f16(keys + size_t(s) * hs + c), acc);
+    scores[s] = V::reduce_add(acc) * shape.scale;
+  }
+  softmax<V>(scores, count);
+  for (int c = 0; c < hs; c += 16 * V::kHeadVectors) {
+    const int vectors = (hs - c) / 16 < V::kHeadVectors ? (hs - c) / 16 : V::kHeadVectors;
+    typename V::F acc[V::kHeadVectors];
+    for (int j = 0; j < V::kHeadVectors; ++j) acc[j] = V::zero();
+    for (int s = 0; s < count; ++s) {
+      const auto p = V::set(scores[s]);
+      const uint16_t* v = values + size_t(s) * hs + c;
+      for (int j = 0; j < vectors; ++j) acc[j] = V::fma(p, V::load_f16(v + 16 * j), acc[j]);
+    }
+    for (int j = 0; j < vectors; ++j) V::store(out + c + 16 * j, acc[j]);
+  }
+}
+
+template <class V>
+constexpr Kernels make_kernels(const char* name) {
+  return Kernels{name,           quantize_group<V>, quantize_rows<V>, matmul_nested<V>, decode_row<V>, matmul_f32<V>, rms_norm<V>,
+                 silu_mul<V>,    softmax<V>,       add_scaled<V>,    rope<V>,       to_f16<V>,     attend<V>};
+}
+
+}  // namespace
+}  // namespace edgemoe

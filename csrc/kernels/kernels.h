@@ -1,0 +1,137 @@
+// What every instruction set implements: one table of function pointers. Call it per matrix, never per row.
+//
+// Layout of a nested matrix (the format's specification is edgemoe/format.py). Rows come in blocks of 16 and
+// columns in blocks of 64, both padded with zeros; a tile is 16 x 64 weights. A rung holds its tiles row block by
+// row block; a tile of rung 0 starts with 16 float16 scales and 16 float16 middles (one group of 64 columns).
+// A step of a tile is 64 bytes: byte 4 * row + j belongs to column 4 * step + j, so that one 8-bit dot-product
+// instruction covers 16 rows. A plane of w bits (1, 2, 4 or 8) packs 8 / w consecutive steps into the same 64
+// bytes, the first step in the lowest bits; other widths are stored as two or three such planes, widest first.
+//
+// At b bits a code c (the top b bits of the 8-bit code) means scale * ((c + 0.5) * 2^(8-b) - 128) + middle.
+//
+// Numerics: every float operation is done in the same order on 16 lanes by every instruction set, so that results
+// are bit-identical between them, and a row's result does not depend on the rows computed with it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace edgemoe {
+
+constexpr int kTileRows = 16;
+constexpr int kTileCols = 64;
+constexpr int kScaleBytes = 64;  ///< scales and middles at the start of a tile of rung 0
+constexpr int kMaxRungs = 8;
+
+inline int blocks(int n, int size) { return (n + size - 1) / size; }
+
+/// A view of a resident matrix [rows, cols] in the first `num_rungs` rungs. Owns nothing. Immutable.
+struct NestedMatrix {
+  int rows = 0;
+  int cols = 0;
+  int num_rungs = 0;
+  uint8_t widths[kMaxRungs] = {};  ///< bits that each rung adds
+  const uint8_t* rungs[kMaxRungs] = {};
+
+  int bits() const {
+    int b = 0;
+    for (int i = 0; i < num_rungs; ++i) b += widths[i];
+    return b;
+  }
+};
+
+/// Bytes of one tile in a rung.
+inline size_t tile_bytes(int width, bool is_base) { return size_t(128) * width + (is_base ? kScaleBytes : 0); }
+
+/// Activations in 8 bits, one scale per row and 64 columns. `codes` is [num_rows, groups * 64], zero padded.
+struct QuantizedRows {
+  const int8_t* codes;
+  const float* scales;  ///< [num_rows, groups]
+  const float* sums;    ///< [num_rows, groups]: scale * sum of the group's codes
+  int groups;
+
+  QuantizedRows from(int row) const {
+    return {codes + size_t(row) * groups * kTileCols, scales + size_t(row) * groups, sums + size_t(row) * groups, groups};
+  }
+};
+
+/// One sequence's keys and values of one layer, float16, [kv_heads, capacity, head_stride].
+struct KvLayer {
+  uint16_t* keys;
+  uint16_t* values;
+  int capacity;     ///< positions
+  int head_stride;  ///< head_dim rounded up to 16; the rest is zero
+};
+
+struct AttentionShape {
+  int num_heads;
+  int num_kv_heads;
+  int head_dim;
+  int window;  ///< last positions seen; 0 for all
+  float scale;
+};
+
+struct Kernels {
+  const char* name;
+
+  /// Quantises n <= 64 weights of one group to 8-bit codes with a scale and a middle that float16 holds exactly. The
+  /// range is the one, of a few clipped ones, with the least sum over levels of level_weights[b - 1] * squared error
+  /// at b bits.
+  void (*quantize_group)(const float* w, int n, const float* level_weights, uint8_t* codes, uint16_t* scale,
+                         uint16_t* middle);
+
+  /// Quantises rows of x [num_rows, cols] (consecutive rows `stride` floats apart) to 8 bits.
+  void (*quantize_rows)(const float* x, size_t stride, int num_rows, int cols, int8_t* codes, float* scales,
+                        float* sums);
+
+  /// y[i, r] = sum_c w[r, c] * x[i, c] for i < n and the rows r of blocks [begin, end). Rows of y are `stride` floats
+  /// apart.
+  void (*matmul_nested)(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y,
+                        size_t stride);
+
+  /// Writes row `row` of w as floats.
+  void (*decode_row)(const NestedMatrix& w, int row, float* out);
+
+  /// y[i, r] = sum_c w[r, c] * x[i, c], float32, rows r in [begin, end).
+  void (*matmul_f32)(const float* w, const float* x, int n, int rows, int cols, int begin, int end, float* y);
+
+  /// out = x / sqrt(mean(x^2) + eps) * weight over `cols` values.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int cols, float* out);
+
+  /// out[i] = gate[i] * sigmoid(gate[i]) * up[i].
+  void (*silu_mul)(const float* gate, const float* up, int n, float* out);
+
+  /// x[i] = exp(x[i] - max x) / sum, in place, n >= 1.
+  void (*softmax)(float* x, int n);
+
+  /// out[i] += scale * x[i].
+  void (*add_scaled)(const float* x, float scale, int n, float* out);
+
+  /// Rotates one head of `head_dim` values in place (half-split layout).
+  void (*rope)(float* x, const float* cos, const float* sin, int head_dim);
+
+  /// Stores n floats as float16.
+  void (*to_f16)(const float* x, int n, uint16_t* out);
+
+  /// Attention of one query head at position `pos` over keys [max(0, pos - window + 1), pos] of one kv head.
+  /// q [head_stride] zero padded, scores: scratch of capacity + 16 floats, out [head_stride].
+  void (*attend)(const float* q, const KvLayer& kv, const AttentionShape& shape, int kv_head, int pos, float* scores,
+                 float* out);
+};
+
+/// Returns the active table; the best usable one unless `use_isa` chose another. Thread-safe.
+const Kernels& kernels();
+
+/// Names of the tables that this CPU can run, best first, joined by spaces.
+const char* usable_isas();
+
+/// Makes `name` active for the whole process. Throws std::invalid_argument when this CPU cannot run it.
+void use_isa(const char* name);
+
+extern const Kernels kScalar;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+}  // namespace edgemoe

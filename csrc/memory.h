@@ -1,0 +1,37 @@
+// Memory that we own: anonymous pages, page-aligned, returned to the system on demand.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace edgemoe {
+
+constexpr size_t kPage = 4096;  ///< unit of direct reads and of accounting, whatever the system's page size
+
+inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+/// Owns a range of zeroed address space; pages take room when they are first touched. Move-only.
+class Memory {
+ public:
+  Memory() = default;
+  /// Throws OutOfBudget when the system refuses the range.
+  explicit Memory(size_t bytes);
+  Memory(Memory&& other) noexcept;
+  Memory& operator=(Memory&& other) noexcept;
+  ~Memory();
+
+  uint8_t* bytes() const { return bytes_; }
+  size_t size() const { return size_; }
+
+  /// Gives the pages inside [begin, begin + length) back; they read as zeros afterwards.
+  void release(size_t begin, size_t length);
+
+  /// Asks for huge pages; only for a range that will be touched as a whole.
+  void prefer_huge_pages();
+
+ private:
+  uint8_t* bytes_ = nullptr;
+  size_t size_ = 0;
+};
+
+}  // namespace edgemoe

@@ -1,0 +1,53 @@
+// A pool of compute threads that spins shortly between tasks and parks when idle.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <functional>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace edgemoe {
+
+/// Runs loops on `num_threads` threads, the caller included. One caller at a time.
+class ThreadPool {
+ public:
+  explicit ThreadPool(int num_threads);
+  ThreadPool(const ThreadPool&) = delete;
+  ThreadPool& operator=(const ThreadPool&) = delete;
+  ~ThreadPool();
+
+  int size() const { return int(workers_.size()) + 1; }
+
+  /// Calls body(begin, end) over [0, count) in pieces of about `grain`, and returns when all are done. Which thread
+  /// runs a piece is left to chance; bodies must write to disjoint places. `body` must not throw.
+  template <class Body>
+  void run(int count, int grain, const Body& body) {
+    if (count <= 0) return;
+    if (workers_.empty() || count <= grain) return body(0, count);
+    start(count, grain, [](const void* b, int begin, int end) { (*static_cast<const Body*>(b))(begin, end); }, &body);
+  }
+
+ private:
+  using Call = void (*)(const void* body, int begin, int end);
+
+  void start(int count, int grain, Call call, const void* body);
+  void work();
+  void pieces();
+
+  Call call_ = nullptr;
+  const void* body_ = nullptr;
+  int count_ = 0;
+  int grain_ = 1;
+  alignas(64) std::atomic<int> next_{0};
+  alignas(64) std::atomic<int> busy_{0};
+  alignas(64) std::atomic<uint64_t> round_{0};
+  std::atomic<int> parked_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;  // last: starts after, and joins before, everything it uses
+};
+
+}  // namespace edgemoe

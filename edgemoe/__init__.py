@@ -1,0 +1,1 @@
+"""Runs Mixture-of-Experts language models that do not fit in fast memory."""

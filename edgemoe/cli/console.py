@@ -1,0 +1,76 @@
+"""Writes replies to stdout and everything else to stderr, plainly where they are no terminals."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable
+
+__all__ = ["drop_stdout", "error_line", "is_terminal", "note", "write_reply"]
+
+# A model can write what a terminal takes for commands: only newline and tab get through to one.
+_NO_CONTROLS = {i: None for i in [*range(32), *range(127, 160)] if chr(i) not in "\n\t"}
+
+
+def is_terminal(stream: object) -> bool:
+    """Returns whether a standard stream is open and a terminal."""
+    try:
+        return bool(stream.isatty())  # type: ignore[attr-defined]
+    except (AttributeError, ValueError):  # None, or closed
+        return False
+
+
+def note(text: str) -> None:
+    """Writes a line to stderr, dim on a terminal; a closed stderr swallows it."""
+    if sys.stderr is None:  # print would take stdout instead
+        return
+    is_dim = (
+        is_terminal(sys.stderr)
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM") not in (None, "dumb")
+    )
+    with contextlib.suppress(OSError):
+        print(f"\x1b[2m{text}\x1b[0m" if is_dim else text, file=sys.stderr, flush=True)
+
+
+def write_reply(pieces: Iterable[str]) -> None:
+    """Writes a reply to stdout as it comes, and ends its line however it ends.
+
+    Raises:
+        BrokenPipeError: nobody reads stdout any more.
+    """
+    is_tty = is_terminal(sys.stdout)
+    last = ""
+    try:
+        for piece in pieces:
+            shown = piece.translate(_NO_CONTROLS) if is_tty else piece
+            sys.stdout.write(shown)
+            sys.stdout.flush()
+            last = shown or last
+    finally:
+        if last and not last.endswith("\n"):
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+
+def error_line(error: BaseException) -> str:
+    """Returns an error in one line, without the program's name."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    text = " ".join(str(error).split())
+    if isinstance(error, (ValueError, OSError, MemoryError, ImportError)) and text:
+        return text
+    kind = type(error).__name__
+    return f"internal error, {kind}{': ' * bool(text)}{text}; -v shows where"
+
+
+def drop_stdout() -> None:
+    """Forgets what a broken stdout still holds, or Python would complain about it at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())
+            os.close(null)

@@ -1,0 +1,178 @@
+"""`edgemoe convert`: makes a `.moe` file from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from edgemoe.cli.console import error_line, is_terminal, note
+from edgemoe.errors import EdgemoeError
+
+if TYPE_CHECKING:
+    from edgemoe.convert.checkpoint import Checkpoint
+
+__all__ = ["main"]
+
+_PROG = "edgemoe convert"
+_ERROR, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
+
+_EPILOG = """\
+SOURCE is a Hugging Face checkpoint directory with safetensors in float32,
+float16 or bfloat16. With --carve it is a dense Llama-architecture one, or a
+.gguf file of it, whose FFNs are cut into experts.
+
+An interrupted conversion leaves OUT.moe.part; the same command goes on there.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments after `edgemoe convert`; None for those of the process.
+
+    Returns:
+        The exit code: 0, 1 for an error (one line on stderr), 2 for wrong usage, 130 for Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        _convert(args)
+    except KeyboardInterrupt:
+        note(f"{_PROG}: interrupted; the same command goes on where it stopped")
+        return _INTERRUPTED
+    except Exception as error:
+        if args.verbose:
+            raise
+        note(f"{_PROG}: {error_line(error)}")
+        # A plain ValueError blames an argument; those of files are EdgemoeErrors too.
+        is_usage = isinstance(error, ValueError) and not isinstance(error, EdgemoeError)
+        return _USAGE_ERROR if is_usage else _ERROR
+    return 0
+
+
+def _convert(args: argparse.Namespace) -> None:
+    out: Path = args.out
+    if out.exists() and not args.overwrite:
+        raise FileExistsError(f"{out}: exists; --overwrite replaces it")
+    from edgemoe.convert.convert import convert
+
+    source = _carved(args.source) if args.carve else _checkpoint(args.source)
+    if "tokenizer.json" not in source.files:
+        note(
+            f"{_PROG}: {source.name}: no tokenizer.json; the file will take and give token ids only"
+        )
+    with _Progress(f"writing {out.name}", unit="B") as progress:
+        convert(source, out, bits=args.bits, progress=progress)
+    note(f"{_PROG}: wrote {out}: {_gib(out.stat().st_size)}")
+
+
+def _checkpoint(path: Path) -> Checkpoint:
+    """Opens a checkpoint directory."""
+    if path.suffix == ".gguf":
+        raise ValueError(f"{path}: a .gguf file is read with --carve only")
+    from edgemoe.convert.hf import HFCheckpoint
+
+    checkpoint = HFCheckpoint(path)
+    if checkpoint.config.get("model_type") == "llama":
+        raise ValueError(f"{path}: is a dense model; --carve cuts it into experts")
+    return checkpoint
+
+
+def _carved(path: Path) -> Checkpoint:
+    """Opens a dense checkpoint and cuts its FFNs into experts."""
+    from edgemoe.convert.carve import carve
+
+    dense: Checkpoint
+    if path.is_file():
+        from edgemoe.convert.gguf import GGUFCheckpoint
+
+        dense = GGUFCheckpoint(path)
+    else:
+        from edgemoe.convert.hf import HFCheckpoint
+
+        dense = HFCheckpoint(path)
+    with _Progress("calibrating", unit="layer") as progress:
+        return carve(dense, progress=progress)
+
+
+class _Progress:
+    """Shows how far a task is: a bar on a terminal, a line for every tenth elsewhere."""
+
+    def __init__(self, task: str, *, unit: str) -> None:
+        self._task = task
+        self._unit = unit
+        self._bar: Any = None  # tqdm has no types.
+        self._tenths = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        if not is_terminal(sys.stderr):
+            tenths = 10 * done // total if total else 0
+            if tenths > self._tenths:
+                self._tenths = tenths
+                note(f"{_PROG}: {self._task}: {10 * tenths}%")
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            # What an earlier run has written must not count in the speed of this one.
+            self._bar = tqdm(
+                desc=self._task,
+                initial=done,
+                total=total,
+                unit=self._unit,
+                unit_scale=self._unit == "B",
+                unit_divisor=1024,
+                file=sys.stderr,
+            )
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with one line about wrong usage instead of a screen of flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(_USAGE_ERROR, f"{self.prog}: {message}; {self.prog} --help lists the flags\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=_PROG,
+        description="Make a .moe file from a checkpoint.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint")
+    parser.add_argument("out", type=Path, metavar="OUT.moe", help="the file to make")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        default=8,
+        metavar="N",
+        help="most bits per weight that can be used later; fewer make a smaller file "
+        "(default: %(default)s)",
+    )
+    parser.add_argument("--carve", action="store_true", help="cut a dense model into experts")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.moe if it exists")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    return parser
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

@@ -1,0 +1,106 @@
+"""Reads the user's lines from a terminal, with editing and history where that can be had."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from edgemoe.cli.console import is_terminal, note
+
+__all__ = ["LineReader"]
+
+_PROMPT, _MORE = "> ", ". "
+
+
+class LineReader:
+    """Asks for one message at a time, which may have several lines."""
+
+    def __init__(self) -> None:
+        """Sets up prompt_toolkit, or plain input where that is missing or the terminal is dumb."""
+        self.was_empty = True
+        """Whether nothing had been typed when Ctrl-C interrupted the last `read`."""
+        self._session: Any = None
+        if is_terminal(sys.stderr) and os.environ.get("TERM") not in (None, "", "dumb"):
+            try:
+                self._session = _session()
+            except ImportError:
+                note("# prompt_toolkit is not installed: no history, little editing")
+
+    def read(self) -> str:
+        """Returns what the user typed, without the end of the line.
+
+        Raises:
+            EOFError: Ctrl-D on an empty line, or the terminal is gone.
+            KeyboardInterrupt: Ctrl-C; the line is forgotten.
+        """
+        if self._session is None:
+            return _plain_read()
+        try:
+            return str(self._session.prompt(_PROMPT))
+        except KeyboardInterrupt:
+            self.was_empty = not self._session.default_buffer.text
+            raise
+
+
+def _plain_read() -> str:
+    lines: list[str] = []
+    while True:
+        if sys.stderr is not None:
+            print(_MORE if lines else _PROMPT, end="", file=sys.stderr, flush=True)
+        lines.append(input())
+        if not lines[-1].endswith("\\"):
+            return "\n".join(lines)
+        lines[-1] = lines[-1][:-1]
+
+
+def _session() -> Any:
+    """Returns a prompt_toolkit session; prompts go to stderr, so that stdout has replies only."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.enums import DEFAULT_BUFFER
+    from prompt_toolkit.filters import has_focus
+    from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+    from prompt_toolkit.output import create_output
+
+    keys = KeyBindings()
+    here = has_focus(DEFAULT_BUFFER)  # and not the search line of Ctrl-R
+
+    @keys.add("enter", filter=here)
+    def _(event: KeyPressEvent) -> None:
+        buffer = event.current_buffer
+        if buffer.document.current_line_before_cursor.endswith("\\"):
+            buffer.delete_before_cursor()
+            buffer.newline(copy_margin=False)
+        else:
+            buffer.validate_and_handle()
+
+    @keys.add("escape", "enter", filter=here)
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    path = _history_path()
+    history: History = FileHistory(str(path)) if path else InMemoryHistory()
+    output = create_output(stdout=sys.stderr)
+    if hasattr(output, "enable_cpr"):
+        output.enable_cpr = False  # asks the terminal where the cursor is, and not all answer
+    return PromptSession(
+        history=history,
+        key_bindings=keys,
+        multiline=True,  # for pasted lines; Enter is bound above
+        prompt_continuation=lambda width, number, wrap: _MORE,
+        output=output,
+    )
+
+
+def _history_path() -> Path | None:
+    """Returns the file of earlier messages, which only the user may read; None if it cannot be."""
+    try:
+        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        path = Path(cache) / "edgemoe" / "history"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except (OSError, RuntimeError):  # the latter: no home
+        return None
+    return path

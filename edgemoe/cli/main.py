@@ -1,0 +1,61 @@
+"""`edgemoe`: picks a command and hands the rest of the arguments to it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "convert": ("edgemoe.cli.convert", "make a .moe file from a checkpoint"),
+    "run": ("edgemoe.cli.run", "chat with a model; also installed as edgemoe-run"),
+}
+"""What each command is: the module whose `main(argv)` runs it, and a line about it."""
+
+_USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The command's exit code; 2 when there is no such command.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else None
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name == "--version":
+        from importlib.metadata import version
+
+        print(f"edgemoe {version('edgemoe')}")
+        return 0
+    if name is None or name not in COMMANDS:
+        what = "a command is missing" if name is None else f"no command {name!r}"
+        print(f"edgemoe: {what}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        return _USAGE_ERROR
+    # Imported on use: one command's dependencies must not slow down or break another.
+    module = importlib.import_module(COMMANDS[name][0])
+    code: int = module.main(arguments[1:])
+    return code
+
+
+def _help() -> str:
+    lines = [f"  {name:<9} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: edgemoe COMMAND [ARGUMENTS]",
+            "",
+            "Runs Mixture-of-Experts language models that do not fit in fast memory.",
+            "",
+            *lines,
+            "",
+            "edgemoe COMMAND --help tells more.",
+        ]
+    )

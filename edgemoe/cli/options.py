@@ -1,0 +1,157 @@
+"""The flags of `edgemoe-run`, their defaults and their environment variables."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+__all__ = ["run_parser"]
+
+_YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
+
+_EPILOG = """\
+With no MODEL, a small demo model is built once and kept in the cache folder.
+
+Text goes to stdout, everything else to stderr. A standard input that is no
+terminal is the prompt, or is added to it:
+
+    echo "What is the capital of France?" | %(prog)s model.moe
+
+Every flag takes its default from the environment: EDGEMOE_ and its long name,
+as EDGEMOE_RAM=4GiB or EDGEMOE_CTX_SIZE=4096; 1 and 0 for those without a value.
+"""
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """Returns the parser. It ends the program at wrong usage, with one line and exit code 2."""
+    parser = _Parser(
+        prog="edgemoe-run",
+        usage="%(prog)s [MODEL] [flags]",
+        description="Chat with a Mixture-of-Experts model, inside a memory budget.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    try:
+        _add_flags(parser)
+    except ValueError as error:  # in the environment
+        parser.error(str(error))
+    return parser
+
+
+# fmt: off
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", nargs="?", metavar="MODEL", help="a .moe file")
+    model = parser.add_argument_group("model and memory")
+    _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
+    _add(model, "--ram", metavar="SIZE",
+         help="memory for the whole process: 4GiB, 512MB, 50%% (default: what is free)")
+    _add(model, "--bits", type=int, metavar="N", help="bits of the experts (default: the file's)")
+    _add(model, "--dense-bits", type=int, metavar="N",
+         help="bits of everything else (default: the file's)")
+    _add(model, "--experts", type=int, metavar="K",
+         help="experts per token (default: the file's); fewer is faster and worse")
+    _add(model, "-c", "--ctx-size", type=int, default=0, metavar="N",
+         help="most tokens of prompt and reply (default: 0, what fits)")
+    _add(model, "-t", "--threads", type=int, metavar="N", help="(default: the cores there are)")
+    _add(model, "--scheduler", default="on-demand", metavar="NAME",
+         help="decides what is loaded when (default: %(default)s)")
+    _add_switch(model, "--no-verify", help="do not check the sums of weights as they are read")
+    _add(model, "--trace", metavar="FILE", help="record which experts the router asked for")
+
+    text = parser.add_argument_group("prompt")
+    _add(text, "-p", "--prompt", metavar="TEXT", help="answer this and leave")
+    _add(text, "-f", "--file", metavar="FILE", help="answer this file's text and leave")
+    _add(text, "-sys", "--system-prompt", metavar="TEXT", help="what the model is told first")
+    _add_switch(text, "--raw", help="no chat template: the model continues the text")
+    _add(text, "-n", "--predict", type=int, default=-1, metavar="N",
+         help="most tokens of a reply (default: -1, until it ends)")
+    _add(text, "-r", "--stop", "--reverse-prompt", action=_Collect, default=[], metavar="TEXT",
+         help="a text that ends the reply; may be repeated")
+
+    sampling = parser.add_argument_group("sampling")
+    _add(sampling, "--temp", type=float, default=0.8, metavar="N",
+         help="0 always takes the likeliest token (default: %(default)s)")
+    _add(sampling, "--top-k", type=int, default=40, metavar="N",
+         help="keep the N likeliest, 0 for all (default: %(default)s)")
+    _add(sampling, "--top-p", type=float, default=0.95, metavar="N",
+         help="keep the likeliest with this probability together (default: %(default)s)")
+    _add(sampling, "--min-p", type=float, default=0.05, metavar="N",
+         help="keep those this likely relative to the likeliest (default: %(default)s)")
+    _add(sampling, "--repeat-penalty", type=float, default=1.0, metavar="N",
+         help="divides the logits of recent tokens (default: %(default)s, none)")
+    _add(sampling, "--repeat-last-n", type=int, default=64, metavar="N",
+         help="how many tokens are recent, -1 for all (default: %(default)s)")
+    _add(sampling, "--presence-penalty", type=float, default=0.0, metavar="N",
+         help="taken from the logits of recent tokens (default: %(default)s)")
+    _add(sampling, "--frequency-penalty", type=float, default=0.0, metavar="N",
+         help="the same, for each time they occurred (default: %(default)s)")
+    _add(sampling, "-s", "--seed", type=int, default=-1, metavar="N",
+         help="the same seed gives the same reply (default: -1, random)")
+
+    _add_switch(parser, "-v", "--verbose", help="more messages, and tracebacks of errors")
+    parser.add_argument("--version", action=_Version, help="print the version and leave")
+# fmt: on
+
+
+class _Parser(argparse.ArgumentParser):
+    """Ends with one line about wrong usage instead of a screen of flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists the flags\n")
+
+
+class _Version(argparse.Action):
+    """Prints the version; looks it up only then, since that takes a while."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> NoReturn:
+        from importlib.metadata import version
+
+        print(f"{parser.prog} {version('edgemoe')}")
+        parser.exit()
+
+
+class _Collect(argparse.Action):
+    """Collects the values of a repeated flag; the first one replaces the default."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: object
+    ) -> None:
+        values = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(() if values is self.default else values), value])
+
+
+def _add(
+    group: argparse._ActionsContainer,
+    *names: str,
+    type: Callable[[str], Any] = str,
+    default: Any = None,
+    **rest: Any,
+) -> None:
+    """Adds a flag with a value, whose default is the environment's or `default`."""
+    variable = _variable(names)
+    if text := os.environ.get(variable):
+        try:
+            value = type(text)
+        except ValueError:
+            raise ValueError(f"{variable}: invalid {type.__name__} value: {text!r}") from None
+        default = [value] if isinstance(default, list) else value
+    group.add_argument(*names, type=type, default=default, **rest)
+
+
+def _add_switch(group: argparse._ActionsContainer, *names: str, **rest: Any) -> None:
+    """Adds a flag without a value, which the environment may switch on."""
+    variable = _variable(names)
+    text = os.environ.get(variable, "").lower()
+    if text not in (*_NO, *_YES):
+        raise ValueError(f"{variable}: expected 1 or 0, got {text!r}")
+    group.add_argument(*names, action="store_true", default=text in _YES, **rest)
+
+
+def _variable(names: tuple[str, ...]) -> str:
+    return "EDGEMOE_" + next(n for n in names if n.startswith("--"))[2:].upper().replace("-", "_")

@@ -1,0 +1,179 @@
+"""The interactive chat: replies, commands, and what Ctrl-C and Ctrl-D do."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.cli.console import error_line, note, write_reply
+from edgemoe.cli.line import LineReader
+from edgemoe.cli.stats import stats_line, stats_table
+
+if TYPE_CHECKING:
+    from edgemoe.chat import Chat
+    from edgemoe.engine import Engine
+
+__all__ = ["interact"]
+
+_HELP = """\
+/reset, /clear     forget the conversation
+/stats             what the last reply cost
+/set [NAME VALUE]  change how replies are sampled; alone, show how
+/save FILE         write the conversation to a file
+/load FILE         go on with a saved one
+/help              this
+/quit, /exit       leave, as Ctrl-D does
+Ctrl-C stops a reply. Alt-Enter, or a backslash at the end, goes on in a new line."""
+
+_SHORT = {"temp": "temperature", "n": "max_tokens", "predict": "max_tokens", "s": "seed"}
+"""What /set also understands: the names of the flags, where they differ from the fields'."""
+
+
+def interact(engine: Engine, chat: Chat, *, name: str) -> int:
+    """Chats until the user leaves.
+
+    Args:
+        engine: makes the replies; stays the caller's to close.
+        chat: the conversation to go on with.
+        name: what the model is called in the greeting.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        BrokenPipeError: nobody reads the replies any more.
+    """
+    note(f"# {name}, {engine.context} tokens of context; /help lists the commands, Ctrl-D leaves")
+    session = _Session(engine, chat)
+    reader = LineReader()
+    interrupts = 0
+    while not session.is_over:
+        try:
+            line = reader.read()
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            interrupts = interrupts + 1 if reader.was_empty else 0
+            if interrupts > 1:
+                note("# Ctrl-D or /quit leaves")
+            continue
+        except UnicodeDecodeError:
+            note("# expected UTF-8 text")
+            continue
+        interrupts = 0
+        try:
+            session.take(line)
+        except KeyboardInterrupt:
+            note("# stopped")
+        except BrokenPipeError:
+            raise
+        except (ValueError, OSError, MemoryError) as error:  # the chat goes on
+            note(f"# {error_line(error)}")
+    return 0
+
+
+class _Session:
+    """Does what one line asks for."""
+
+    def __init__(self, engine: Engine, chat: Chat) -> None:
+        self.is_over = False
+        self._engine = engine
+        self._chat = chat
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/reset": self._reset,
+            "/clear": self._reset,
+            "/stats": lambda _: note(stats_table(self._engine.stats)),
+            "/set": self._set,
+            "/save": self._save,
+            "/load": self._load,
+            "/help": lambda _: note(_HELP),
+            "/quit": self._quit,
+            "/exit": self._quit,
+        }
+
+    def take(self, line: str) -> None:
+        """Runs a command, or says the line to the model."""
+        if not line.strip():
+            return
+        if not line.startswith("/"):
+            self._reply(line)
+            return
+        name, _, rest = line.strip().partition(" ")
+        command = self._commands.get(name)
+        if command is None:
+            raise ValueError(f"{name}: unknown command; /help lists them")
+        command(rest.strip())
+
+    def _reply(self, text: str) -> None:
+        with contextlib.closing(self._chat.say(text)) as reply:
+            try:
+                write_reply(reply)
+            except KeyboardInterrupt:
+                note("# stopped")
+        note(stats_line(self._engine.stats))
+        if self._chat.finish == "context":
+            note("# the context is full: /reset starts anew, -c makes it larger")
+
+    def _reset(self, _: str) -> None:
+        self._chat.reset()
+        note("# the conversation is empty")
+
+    def _set(self, rest: str) -> None:
+        params = self._chat.params
+        name, _, text = rest.partition(" ")
+        name = _SHORT.get(name, name).replace("-", "_")
+        if not name:
+            values = dataclasses.asdict(params).items()
+            note("\n".join(f"{n:<18}{_shown(v)}" for n, v in values))
+            return
+        if name not in {f.name for f in dataclasses.fields(params)}:
+            raise ValueError(f"/set: no setting is called {name!r}; /set alone lists them")
+        value = _parsed(name, text.strip(), type(getattr(params, name)))
+        self._chat.params = dataclasses.replace(params, **{name: value})
+        note(f"# {name} is {_shown(value)}")
+
+    def _save(self, rest: str) -> None:
+        path = _path("/save", rest)
+        self._chat.save(path)
+        note(f"# {path}: {len(self._chat.messages)} messages")
+
+    def _load(self, rest: str) -> None:
+        path = _path("/load", rest)
+        self._chat.load(path)
+        note(f"# {path}: {len(self._chat.messages)} messages")
+
+    def _quit(self, _: str) -> None:
+        self.is_over = True
+
+
+def _path(command: str, rest: str) -> Path:
+    if not rest:
+        raise ValueError(f"{command}: expected a file's name")
+    return Path(rest).expanduser()
+
+
+def _parsed(name: str, text: str, kind: type) -> Any:
+    """Returns a setting's value; the type of the present one says what is expected."""
+    if kind is tuple:
+        return (text,) if text else ()
+    if kind is bool:
+        words = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
+        if text.lower() not in words:
+            raise ValueError(f"/set: {name} is on or off, got {text!r}")
+        return words[text.lower()]
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"/set: {name} must be {what}, got {text!r}") from None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ", ".join(map(repr, value)) or "none"
+    return str(value)

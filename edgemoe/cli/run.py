@@ -1,0 +1,164 @@
+"""`edgemoe-run`: chats with a model, or answers one prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgemoe.cli.console import drop_stdout, error_line, is_terminal, note, write_reply
+from edgemoe.cli.options import run_parser
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from edgemoe.chat import Chat
+    from edgemoe.engine import Engine
+    from edgemoe.sampler import SamplingParams
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0; 1 for an error, which is one line on stderr; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with code 2 at wrong usage.
+    """
+    parser = run_parser()
+    args = parser.parse_args(argv)
+    if args.path is not None:
+        args.model = args.path
+    try:
+        params = _sampling(args)
+    except ValueError as error:
+        parser.error(str(error))
+    try:
+        code = _run(args, params)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our text has enough of it: nothing to say
+        return 1
+    except Exception as error:
+        if args.verbose:
+            raise
+        note(f"{parser.prog}: {error_line(error)}")
+        return 1
+    finally:
+        drop_stdout()
+
+
+def _run(args: Namespace, params: SamplingParams) -> int:
+    if sys.stdout is None:
+        raise ValueError("stdout is closed; expected somewhere to write the reply")
+    with contextlib.suppress(AttributeError):  # not so where a caller put a stream of its own
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    _set_up_logging(verbose=args.verbose)
+    prompt = _prompt(args)  # before the model is loaded, so that a mistake costs no time
+    if args.model is None:
+        from edgemoe.demo import demo_model
+
+        args.model = demo_model(progress=True)
+    with _load(args) as engine:
+        from edgemoe.chat import Chat
+
+        chat = Chat(engine, system=args.system_prompt, params=params, raw=args.raw)
+        if chat.is_raw and not args.raw:
+            note("# the model has no chat template: it continues your text instead of answering it")
+        if prompt is None:
+            from edgemoe.cli.repl import interact
+
+            return interact(engine, chat, name=Path(args.model).name)
+        return _answer(engine, chat, prompt)
+
+
+def _answer(engine: Engine, chat: Chat, prompt: str) -> int:
+    from edgemoe.cli.stats import stats_line
+
+    write_reply(chat.say(prompt))
+    note(stats_line(engine.stats))
+    return 0
+
+
+def _load(args: Namespace) -> Engine:
+    import edgemoe
+
+    return edgemoe.load(
+        args.model,
+        ram=args.ram,
+        bits=args.bits,
+        dense_bits=args.dense_bits,
+        context=args.ctx_size or None,
+        threads=args.threads,
+        verify=not args.no_verify,
+        experts=args.experts,
+        scheduler=args.scheduler,
+        trace=args.trace,
+    )
+
+
+def _sampling(args: Namespace) -> SamplingParams:
+    from edgemoe.sampler import SamplingParams
+
+    return SamplingParams(
+        temperature=args.temp,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repeat_penalty=args.repeat_penalty,
+        repeat_last_n=args.repeat_last_n,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        seed=args.seed,
+        max_tokens=args.predict,
+        stop=tuple(args.stop),
+    )
+
+
+def _prompt(args: Namespace) -> str | None:
+    """Returns the one prompt to answer, None for an interactive chat."""
+    parts = [] if args.prompt is None else [args.prompt]
+    if args.file is not None:
+        parts.append(_utf8(Path(args.file).read_bytes(), args.file))
+    if is_terminal(sys.stdin):
+        return "\n".join(parts) if parts else None
+    piped = _utf8(sys.stdin.buffer.read(), "stdin") if sys.stdin is not None else ""
+    if piped:
+        parts.append(piped)
+    if not parts:
+        raise ValueError("stdin: expected a prompt, got nothing")
+    return "\n".join(parts)
+
+
+def _utf8(content: bytes, name: str) -> str:
+    """Returns a prompt's text without the end of its last line."""
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise ValueError(
+            f"{name}: expected UTF-8 text, got byte 0x{byte:02x} at offset {error.start}"
+        ) from None
+    return text.removeprefix("\ufeff").rstrip("\r\n")
+
+
+def _set_up_logging(*, verbose: bool) -> None:
+    import logging
+
+    logging.basicConfig(stream=sys.stderr, format="# %(message)s")
+    if verbose:
+        logging.getLogger("edgemoe").setLevel(logging.DEBUG)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

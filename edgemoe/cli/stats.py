@@ -1,0 +1,67 @@
+"""What a reply cost, as the one line after it and as the table of /stats."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgemoe.engine import Stats
+
+__all__ = ["stats_line", "stats_table"]
+
+
+def stats_line(stats: Stats) -> str:
+    """Returns the line after a reply. What did not happen (no prompt, no reads) has no figure."""
+    tokens = f"{stats.prompt_tokens} prompt + {stats.new_tokens} tokens"
+    speeds = [
+        _rate(stats.prompt_tokens - stats.cached_tokens, stats.prompt_s, "prompt tok/s"),
+        _rate(stats.new_tokens, stats.decode_s, "tok/s"),
+        f"first {stats.first_token_s:.2f} s" if stats.new_tokens else "",
+    ]
+    first = ", ".join(s for s in speeds if s)
+    parts = [
+        f"{tokens}: {first}" if first else tokens,
+        _hit_rate(stats),
+        _reads(stats),
+        f"{stats.average_bits:.1f} bits" if stats.average_bits else "",
+        f"peak {_mib(stats.peak_bytes)}",
+        f"#{stats.logits_hash}" if stats.logits_hash else "",
+    ]
+    return "# " + "; ".join(p for p in parts if p)
+
+
+def stats_table(stats: Stats) -> str:
+    """Returns every figure of the last reply, one a line."""
+    rows = [
+        ("prompt", f"{stats.prompt_tokens} tokens, {stats.cached_tokens} of them kept from before"),
+        ("prompt time", f"{stats.prompt_s:.2f} s"),
+        ("reply", f"{stats.new_tokens} tokens"),
+        ("reply time", f"{stats.decode_s:.2f} s, the first token after {stats.first_token_s:.2f}"),
+        ("experts found in memory", f"{stats.hits} of {stats.hits + stats.misses}"),
+        ("experts dropped", f"{stats.evictions}"),
+        ("read from disk", f"{stats.bytes_read / 1e9:.2f} GB in {stats.read_s:.2f} s"),
+        ("bits of an expert's weight", f"{stats.average_bits:.2f} on average"),
+        ("memory now", _mib(stats.resident_bytes)),
+        ("memory at most", _mib(stats.peak_bytes)),
+        ("hash of the last logits", stats.logits_hash or "none yet"),
+    ]
+    return "\n".join(f"{name:<27}{value}" for name, value in rows)
+
+
+def _rate(count: int, seconds: float, unit: str) -> str:
+    return f"{count / seconds:.1f} {unit}" if count > 0 and seconds > 0 else ""
+
+
+def _hit_rate(stats: Stats) -> str:
+    asked = stats.hits + stats.misses
+    return f"hit {100 * stats.hits / asked:.1f}%" if asked else ""
+
+
+def _reads(stats: Stats) -> str:
+    speed = stats.bytes_read / stats.read_s / 1e9 if stats.read_s > 0 else 0.0
+    at = f" at {speed:.1f} GB/s" if speed else ""
+    return f"read {stats.bytes_read / 1e9:.2f} GB{at}"
+
+
+def _mib(count: float) -> str:
+    return f"{count / 2**20:.0f} MiB"

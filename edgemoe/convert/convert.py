@@ -1,0 +1,64 @@
+"""Turns a checkpoint into a `.moe` file, a few tensors at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from edgemoe.config import dense_tensors
+from edgemoe.convert.checkpoint import Checkpoint
+from edgemoe.convert.source import SourceModel
+from edgemoe.format import Writer
+
+__all__ = ["Progress", "convert"]
+
+Progress = Callable[[int, int], None]
+"""Is told the bytes written and the bytes in total."""
+
+_PROVENANCE = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
+
+
+def convert(
+    source: Checkpoint, out: Path, *, bits: int = 8, progress: Progress | None = None
+) -> None:
+    """Writes `source` to `out`, which appears under its name only when it is whole.
+
+    An interrupted conversion leaves `out` with `.part` appended, and the next one goes on there.
+    An existing `out` is replaced.
+
+    Args:
+        source: the checkpoint; read one expert or one resident tensor at a time.
+        out: the `.moe` file to make.
+        bits: precision that is stored, a level of the file's ladder.
+        progress: called after every tensor and expert.
+
+    Raises:
+        FormatError: the checkpoint is broken or not supported.
+        ValueError: `bits` is not a level.
+        OSError: the disk is too small, or reading or writing failed.
+    """
+    model = SourceModel(source)
+    config = model.config
+    provenance: dict[str, Any] = {
+        "name": source.name,
+        "family": config.family,
+        "config": {key: source.config[key] for key in _PROVENANCE if key in source.config},
+    }
+    with Writer(out, config, bits=bits, sections=source.files, source=provenance) as writer:
+
+        def report() -> None:
+            if progress is not None:
+                progress(writer.written_bytes, writer.total_bytes)
+
+        report()
+        for name in dense_tensors(config):
+            if not writer.is_done(name):
+                writer.add(name, model.tensor(name))
+                report()
+        for layer in config.moe_layers:
+            for index in range(config.num_experts):
+                if not writer.is_done(f"experts.{layer}.{index}"):
+                    writer.add_expert(layer, index, *model.expert(layer, index))
+                    report()
+        writer.finish()

@@ -1,0 +1,190 @@
+"""What a model family is: how its config.json and its tensors' names read as ours.
+
+The reference for what a config.json means is transformers: a key that its model class does not
+read changes nothing here either, and what it does read is honoured or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from edgemoe.config import MATRICES, ModelConfig, dense_tensors
+from edgemoe.convert.settings import Settings
+
+__all__ = [
+    "FUSED_EXPERTS",
+    "NAMED_EXPERTS",
+    "Family",
+    "Source",
+    "decoder_config",
+    "num_layers",
+    "sparse_layers",
+    "window",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a tensor comes from: a stored one, or one half of its rows.
+
+    A name may contain `{expert}`. Inside a layer it is relative to `model.layers.I.`.
+    """
+
+    name: str
+    half: int | None = None
+    """0 or 1: the first or second half of the rows, where gate and up are stored as one."""
+
+
+NAMED_EXPERTS: Mapping[str, Source] = {
+    "router": Source("mlp.gate.weight"),
+    "gate": Source("mlp.experts.{expert}.gate_proj.weight"),
+    "up": Source("mlp.experts.{expert}.up_proj.weight"),
+    "down": Source("mlp.experts.{expert}.down_proj.weight"),
+}
+"""The usual names on disk."""
+
+FUSED_EXPERTS: Mapping[str, Source] = {
+    "router": Source("mlp.gate.weight"),
+    "gate": Source("mlp.experts.gate_up_proj.{expert}", half=0),
+    "up": Source("mlp.experts.gate_up_proj.{expert}", half=1),
+    "down": Source("mlp.experts.down_proj.{expert}"),
+}
+"""The names in the memory of transformers 5, also written by its save_original_format=False.
+
+A checkpoint presents a stack of matrices as one matrix per index.
+"""
+
+_MAX_LAYERS = 4096
+
+_MODEL: Mapping[str, str] = {
+    "embed": "model.embed_tokens.weight",
+    "head": "lm_head.weight",
+    "norm": "model.norm.weight",
+}
+_LAYER: Mapping[str, Source] = {
+    "attn_norm": Source("input_layernorm.weight"),
+    **{x: Source(f"self_attn.{x}_proj.weight") for x in "qkvo"},
+    **{f"{x}_bias": Source(f"self_attn.{x}_proj.bias") for x in "qkvo"},
+    "q_norm": Source("self_attn.q_norm.weight"),
+    "k_norm": Source("self_attn.k_norm.weight"),
+    "ffn_norm": Source("post_attention_layernorm.weight"),
+}
+_DENSE_FFN: Mapping[str, Source] = {f"shared.{x}": Source(f"mlp.{x}_proj.weight") for x in MATRICES}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Maps one family of checkpoints to a `ModelConfig` and canonical tensors. Immutable."""
+
+    config: Callable[[Settings], ModelConfig]
+    """Reads config.json; raises FormatError for what the runtime cannot do."""
+    default_theta: float = 10_000.0
+    """The RoPE base of a config.json that names none."""
+    experts: tuple[Mapping[str, Source], ...] = (NAMED_EXPERTS, FUSED_EXPERTS)
+    """Ways in which router, gate, up and down of a layer may be stored."""
+    shared: Mapping[str, Source] = field(default_factory=dict)
+    """The `shared.*` tensors of a layer with routed experts."""
+
+    def sources(
+        self, config: ModelConfig, stored: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, Source]]:
+        """Yields every canonical tensor but `rope` and where it comes from.
+
+        Args:
+            config: what `self.config` returned.
+            stored: the checkpoint's tensors; decides between the ways to store experts.
+
+        Yields:
+            The names of `dense_tensors`, and `experts.I.J.gate .up .down` of layer I, expert J.
+        """
+        for name in dense_tensors(config):
+            if name in _MODEL:
+                yield name, Source(_MODEL[name])
+            elif name != "rope":
+                _, number, part = name.split(".", 2)
+                layer = int(number)
+                names = self._layer_names(layer, layer in config.moe_layers, stored)
+                yield name, _within(layer, names[part])
+        for layer in config.moe_layers:
+            names = self._layer_names(layer, True, stored)
+            for index in range(config.num_experts):
+                for part in MATRICES:
+                    yield f"experts.{layer}.{index}.{part}", _within(layer, names[part], index)
+
+    def _layer_names(
+        self, layer: int, is_moe: bool, stored: Mapping[str, tuple[int, ...]]
+    ) -> Mapping[str, Source]:
+        if not is_moe:
+            return {**_LAYER, **_DENSE_FFN}
+        for experts in self.experts:
+            if _within(layer, experts["gate"], 0).name in stored:
+                break
+        else:
+            experts = self.experts[0]  # So that what is missing is reported by its usual name.
+        return {**_LAYER, **self.shared, **experts}
+
+
+def _within(layer: int, source: Source, expert: int | None = None) -> Source:
+    return Source(f"model.layers.{layer}.{source.name.format(expert=expert)}", source.half)
+
+
+def decoder_config(settings: Settings, *, family: str, **switches: Any) -> ModelConfig:
+    """Fills in what all families share; `switches` are the other fields of `ModelConfig`.
+
+    `rope_scale` and `eos_ids` are left to whoever opens the checkpoint.
+
+    Raises:
+        FormatError: a key is missing, wrong, or asks for what the runtime cannot do.
+    """
+    activation = settings.text("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise settings.error("hidden_act", f"{activation!r} is not supported; supported: silu")
+    if settings.section("quantization_config"):
+        raise settings.error(
+            "quantization_config", "the weights must be floats; convert the original checkpoint"
+        )
+    hidden_size = settings.integer("hidden_size")
+    num_heads = settings.integer("num_attention_heads")
+    head_dim = settings.integer("head_dim", hidden_size // num_heads)
+    # Qwen3-MoE says num_local_experts on disk since transformers 5, and num_experts before.
+    experts_key = (
+        "num_experts" if settings.get("num_local_experts") is None else "num_local_experts"
+    )
+    fields: dict[str, Any] = {
+        "family": family,
+        "vocab_size": settings.integer("vocab_size"),
+        "hidden_size": hidden_size,
+        "num_layers": num_layers(settings),
+        "num_heads": num_heads,
+        "num_kv_heads": settings.integer("num_key_value_heads", num_heads),
+        "head_dim": head_dim,
+        "context_length": settings.integer("max_position_embeddings"),
+        "norm_eps": settings.number("rms_norm_eps"),
+        "tied": settings.flag("tie_word_embeddings", False),
+        "num_experts": settings.integer(experts_key),
+        "experts_per_token": settings.integer("num_experts_per_tok"),
+        "attention_scale": head_dim**-0.5,
+    }
+    return ModelConfig(**{**fields, **switches})
+
+
+def num_layers(settings: Settings) -> int:
+    """Returns the number of layers, bounded so that a wrong one costs no time or memory."""
+    count = settings.integer("num_hidden_layers")
+    if count > _MAX_LAYERS:
+        raise settings.error("num_hidden_layers", f"at most {_MAX_LAYERS} are supported: {count}")
+    return count
+
+
+def sparse_layers(settings: Settings) -> tuple[int, ...]:
+    """Returns the layers with routed experts of the Qwen families."""
+    step = settings.integer("decoder_sparse_step", 1)
+    dense = settings.integers("mlp_only_layers")
+    return tuple(i for i in range(num_layers(settings)) if i not in dense and (i + 1) % step == 0)
+
+
+def window(settings: Settings) -> int:
+    """Returns the sliding window of config.json, 0 for none."""
+    return settings.integer("sliding_window", 0, at_least=0)

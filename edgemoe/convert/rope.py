@@ -1,0 +1,168 @@
+"""Rotary position frequencies, with every scaling that the supported families use.
+
+The formulas are those of transformers (`modeling_rope_utils.py`), which is the reference for what
+a config.json means. A file holds one fixed set of frequencies, made for the full context.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.convert.settings import Settings
+
+__all__ = ["Rope", "rope"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """What rotates q and k: position p turns pair i by p * frequencies[i]."""
+
+    frequencies: NDArray[np.float32]
+    """[head_dim / 2]"""
+    scale: float
+    """Multiplies cos and sin."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What a scaling may ask for: its own parameters, and the model's sizes."""
+
+    parameters: Settings
+    head_dim: int
+    theta: float
+    context_length: int
+    original_length: int
+
+    def plain(self) -> Array:
+        """Returns the unscaled frequencies, [head_dim / 2]."""
+        exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
+        frequencies: Array = self.theta**-exponents
+        return frequencies
+
+    def factor(self, default: float | None = None) -> float:
+        """Returns how many times the context is stretched; without a default the key must exist."""
+        factor = self.parameters.number("factor", default)
+        if factor <= 0:
+            raise self.parameters.error("factor", f"must be positive, got {factor}")
+        return factor
+
+
+def rope(settings: Settings, *, head_dim: int, default_theta: float) -> Rope:
+    """Computes the frequencies that config.json asks for.
+
+    Reads `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (before).
+
+    Raises:
+        FormatError: the scaling is unknown, or a parameter is missing or out of range.
+    """
+    # In transformers too, the older key wins where a file has both.
+    parameters = (
+        settings.section("rope_scaling") or settings.section("rope_parameters") or Settings({})
+    )
+    for layer_type in ("full_attention", "sliding_attention"):
+        if parameters.get(layer_type) is not None:
+            raise parameters.error(layer_type, "RoPE that differs by layer is not supported")
+    kind = parameters.text("rope_type", parameters.text("type", "default"))
+    if kind not in _SCALINGS:
+        raise parameters.error(
+            "rope_type", f"{kind!r} is not supported; supported: {', '.join(_SCALINGS)}"
+        )
+    for source in (parameters, settings):
+        if source.number("partial_rotary_factor", 1.0) != 1.0:
+            raise source.error("partial_rotary_factor", "must be 1: partial RoPE is not supported")
+    theta = parameters.number("rope_theta", settings.number("rope_theta", default_theta))
+    if theta <= 1:
+        raise parameters.error("rope_theta", f"must be above 1, got {theta}")
+    context_length = settings.integer("max_position_embeddings", at_least=2)
+    original_length = settings.integer(
+        "original_max_position_embeddings",
+        parameters.integer("original_max_position_embeddings", context_length, at_least=2),
+        at_least=2,
+    )
+    request = _Request(parameters, head_dim, theta, context_length, original_length)
+    frequencies, scale = _SCALINGS[kind](request)
+    return Rope(frequencies.astype(np.float32), scale)
+
+
+def _default(request: _Request) -> tuple[Array, float]:
+    # "dynamic" too: it changes the base only past max_position_embeddings, where a context ends.
+    return request.plain(), 1.0
+
+
+def _linear(request: _Request) -> tuple[Array, float]:
+    return request.plain() / request.factor(), 1.0
+
+
+def _yarn(request: _Request) -> tuple[Array, float]:
+    """Interpolates slow frequencies and keeps fast ones, with a ramp between (Peng et al. 2023)."""
+    parameters, dim = request.parameters, request.head_dim
+    factor = request.factor(request.context_length / request.original_length)
+
+    def scale_for(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    mscale, mscale_all = parameters.number("mscale", 0), parameters.number("mscale_all_dim", 0)
+    scale = scale_for(mscale) / scale_for(mscale_all) if mscale and mscale_all else scale_for(1)
+
+    def dimension(rotations: float) -> float:
+        turns = request.original_length / (rotations * 2 * math.pi)
+        return dim * math.log(turns) / (2 * math.log(request.theta))
+
+    low = dimension(parameters.number("beta_fast", 0) or 32)
+    high = dimension(parameters.number("beta_slow", 0) or 1)
+    if parameters.flag("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001  # As in the paper's code: a step instead of a division by zero.
+    interpolated = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
+    plain = request.plain()
+    frequencies = plain / factor * interpolated + plain * (1 - interpolated)
+    return frequencies, parameters.number("attention_factor", scale)
+
+
+def _longrope(request: _Request) -> tuple[Array, float]:
+    """Divides each frequency by a factor found by search, a set for short and one for long."""
+    parameters = request.parameters
+    factor = request.factor(request.context_length / request.original_length)
+    is_long = request.context_length > request.original_length
+    divisors = {
+        key: parameters.numbers(key, request.head_dim // 2)
+        for key in ("short_factor", "long_factor")
+    }["long_factor" if is_long else "short_factor"]
+    if min(divisors) <= 0:
+        raise parameters.error("short_factor, long_factor", "must be positive")
+    scale = 1.0
+    if factor > 1:
+        scale = math.sqrt(1 + math.log(factor) / math.log(request.original_length))
+    frequencies: Array = request.plain() / np.array(divisors)
+    return frequencies, parameters.number("attention_factor", scale)
+
+
+def _llama3(request: _Request) -> tuple[Array, float]:
+    """Divides slow frequencies, keeps fast ones, and blends between two wavelengths."""
+    parameters, factor = request.parameters, request.factor()
+    low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
+    if not 0 < low < high:
+        raise parameters.error("low_freq_factor", f"must be below high_freq_factor {high}: {low}")
+    plain = request.plain()
+    turns = request.original_length * plain / (2 * math.pi)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - kept) * plain / factor + kept * plain, 1.0
+
+
+_SCALINGS: dict[str, Callable[[_Request], tuple[Array, float]]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _default,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "llama3": _llama3,
+}

@@ -1,0 +1,101 @@
+"""Reads float tensors from a safetensors file as float32, one at a time.
+
+The safetensors library checks the file. It cannot hand out bfloat16 without torch or another
+package that knows it, so the bytes are read here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from edgemoe.errors import FormatError
+
+__all__ = ["StoredTensor", "read_header"]
+
+_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor's place in a file."""
+
+    path: Path
+    name: str
+    dtype: str
+    """A key of safetensors' dtypes: F32, F16 or BF16."""
+    shape: tuple[int, ...]
+    offset: int
+    """Bytes from the start of the file."""
+
+    def parts(self) -> list[StoredTensor]:
+        """Returns what an index along the first axis selects, named `name.0`, `name.1`, …"""
+        count, *shape = self.shape
+        step = math.prod(shape) * np.dtype(_DTYPES[self.dtype]).itemsize
+        return [
+            StoredTensor(
+                self.path, f"{self.name}.{i}", self.dtype, tuple(shape), self.offset + i * step
+            )
+            for i in range(count)
+        ]
+
+    def read(self) -> NDArray[np.float32]:
+        """Reads the values as float32, C-contiguous and owned by the caller.
+
+        Raises:
+            FormatError: the file has become shorter since it was opened.
+            OSError: it cannot be read.
+        """
+        count = math.prod(self.shape)
+        # Read, not mapped: a file that shrinks under a mapping kills the process.
+        raw = np.fromfile(self.path, dtype=_DTYPES[self.dtype], count=count, offset=self.offset)
+        if raw.size != count:
+            raise FormatError(
+                f"{self.path}: {self.name}: file is truncated; expected {count} values, "
+                f"got {raw.size}"
+            )
+        if self.dtype == "BF16":  # The upper half of a float32.
+            wide = raw.astype("<u4")
+            wide <<= 16
+            return wide.view(np.float32).reshape(self.shape)
+        return raw.astype(np.float32, copy=False).reshape(self.shape)
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """Returns the tensors of a safetensors file by name, reading none of them.
+
+    Raises:
+        FormatError: the file is missing, truncated or not safetensors, or a tensor is empty or of
+            a type that is not float32, float16 or bfloat16.
+    """
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(size))
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    except (SafetensorError, ValueError, struct.error) as error:
+        raise FormatError(f"{path}: truncated or not a safetensors file: {error}") from error
+    tensors = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if dtype not in _DTYPES:
+            raise FormatError(
+                f"{path}: {name}: dtype {dtype} is not supported; supported: {', '.join(_DTYPES)}"
+            )
+        if math.prod(shape) == 0:
+            raise FormatError(f"{path}: {name}: is empty, shape {list(shape)}")
+        offset = 8 + size + entry["data_offsets"][0]
+        tensors[name] = StoredTensor(path, name, dtype, shape, offset)
+    return tensors

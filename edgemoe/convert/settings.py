@@ -1,0 +1,113 @@
+"""Reads a checkpoint's config.json, naming the key that is missing or wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from edgemoe.convert.checkpoint import Checkpoint
+from edgemoe.errors import FormatError
+
+__all__ = ["Settings", "eos_ids"]
+
+
+class Settings:
+    """The values of a config.json. A key with the value null counts as absent. Immutable."""
+
+    def __init__(self, values: Mapping[str, Any], *, where: str = "config.json") -> None:
+        self._values = values
+        self._where = where
+
+    def get(self, key: str) -> Any:
+        """Returns the raw JSON value, None when absent."""
+        return self._values.get(key)
+
+    def integer(self, key: str, default: int | None = None, *, at_least: int = 1) -> int:
+        """Returns a whole number; without a default the key must exist."""
+        value = self._value(key, default)
+        if type(value) is not int or value < at_least:
+            raise self.error(key, f"expected a whole number from {at_least}, got {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """Returns a finite number; without a default the key must exist."""
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.error(key, f"expected a number, got {value!r}")
+        if not math.isfinite(value):
+            raise self.error(key, f"expected a finite number, got {value!r}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Returns a boolean."""
+        value = self._value(key, default)
+        if type(value) is not bool:
+            raise self.error(key, f"expected true or false, got {value!r}")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        """Returns a string; without a default the key must exist."""
+        value = self._value(key, default)
+        if not isinstance(value, str):
+            raise self.error(key, f"expected a string, got {value!r}")
+        return value
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        """Returns a list of whole numbers, or one of them as such; empty when absent."""
+        value = self._values.get(key)
+        values = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(type(v) is int for v in values):
+            raise self.error(key, f"expected whole numbers, got {value!r}")
+        return tuple(values)
+
+    def numbers(self, key: str, count: int) -> tuple[float, ...]:
+        """Returns a list of exactly `count` finite numbers."""
+        value = self._value(key, None)
+        if not isinstance(value, list) or not all(
+            isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+            for v in value
+        ):
+            raise self.error(key, "expected a list of numbers")
+        if len(value) != count:
+            raise self.error(key, f"expected {count} numbers, got {len(value)}")
+        return tuple(float(v) for v in value)
+
+    def section(self, key: str) -> Settings | None:
+        """Returns a nested object; None when absent or empty."""
+        value = self._values.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise self.error(key, f"expected an object, got {value!r}")
+        return Settings(value, where=f"{self._where}: {key}") if value else None
+
+    def error(self, key: str, what: str) -> FormatError:
+        """Returns the error that blames one key."""
+        return FormatError(f"{self._where}: {key}: {what}")
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self._values.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise self.error(key, "is missing")
+        return value
+
+
+def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Returns the tokens that end a reply: those of generation_config.json, else of config.json.
+
+    Chat models list their end of turn only in the former.
+    """
+    name = "generation_config.json"
+    if name in checkpoint.files:
+        try:
+            values = json.loads(checkpoint.files[name])
+        except ValueError as error:
+            raise FormatError(f"{name}: not valid JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise FormatError(f"{name}: expected an object, got {type(values).__name__}")
+        ids = Settings(values, where=name).integers("eos_token_id")
+        if ids:
+            return ids
+    return Settings(checkpoint.config).integers("eos_token_id")

@@ -1,0 +1,138 @@
+"""A checkpoint seen through its family: a `ModelConfig` and canonical tensors, one at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.config import MATRICES, ModelConfig, dense_tensors
+from edgemoe.convert.checkpoint import Checkpoint
+from edgemoe.convert.families import FAMILIES
+from edgemoe.convert.family import Family, Source
+from edgemoe.convert.rope import rope
+from edgemoe.convert.settings import Settings, eos_ids
+from edgemoe.errors import FormatError
+
+__all__ = ["SourceModel"]
+
+Array = NDArray[np.float32]
+
+
+class SourceModel:
+    """Reads a checkpoint's tensors under the names of `edgemoe.config.dense_tensors`.
+
+    Opening checks that every tensor exists with its shape and that none is left over, so that a
+    long conversion does not fail at its end. Holds no tensor but the RoPE frequencies. Immutable.
+    """
+
+    config: ModelConfig
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Maps a checkpoint.
+
+        Raises:
+            FormatError: the family is unsupported, config.json asks for what the runtime cannot
+                do, or a tensor is missing, unknown or of another shape.
+        """
+        self._checkpoint = checkpoint
+        try:
+            family = _family(checkpoint)
+            settings = Settings(checkpoint.config)
+            config = family.config(settings)
+            angles = rope(settings, head_dim=config.head_dim, default_theta=family.default_theta)
+            self.config = dataclasses.replace(
+                config, rope_scale=angles.scale, eos_ids=eos_ids(checkpoint)
+            )
+            self._frequencies = angles.frequencies
+            self._sources = self._checked_sources(family)
+        except FormatError as error:
+            raise FormatError(f"{checkpoint.name}: {error}") from error
+
+    def tensor(self, name: str) -> Array:
+        """Reads one tensor of `dense_tensors(config)`, float32 in its shape there.
+
+        Raises:
+            FormatError: the tensor is broken or not finite.
+        """
+        if name == "rope":
+            return self._frequencies
+        return self._read(name).reshape(dense_tensors(self.config)[name].shape)
+
+    def expert(self, layer: int, index: int) -> tuple[Array, Array, Array]:
+        """Reads one expert: gate [H, D], up [H, D] and down [D, H], float32.
+
+        Raises:
+            FormatError: a tensor is broken or not finite.
+        """
+        gate, up, down = (self._read(f"experts.{layer}.{index}.{x}") for x in MATRICES)
+        return gate, up, down
+
+    def _read(self, name: str) -> Array:
+        source = self._sources[name]
+        values = self._checkpoint.tensor(source.name)
+        if not np.isfinite(values).all():
+            raise FormatError(f"{self._checkpoint.name}: {source.name}: holds NaN or infinity")
+        if source.half is not None:
+            rows = len(values) // 2
+            values = values[source.half * rows : (source.half + 1) * rows]
+        return values
+
+    def _checked_sources(self, family: Family) -> dict[str, Source]:
+        config, stored = self.config, self._checkpoint.shapes
+        if config.num_layers + len(config.moe_layers) * config.num_experts > len(stored):
+            raise FormatError(
+                f"config.json describes {config.num_layers} layers with {config.num_experts} "
+                f"experts, but there are only {len(stored)} tensors"
+            )
+        shapes = {name: spec.shape for name, spec in dense_tensors(config).items()}
+        hidden, width = config.hidden_size, config.expert_hidden
+        expert = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+        sources = dict(family.sources(config, stored))
+        missing = []
+        for name, source in sources.items():
+            shape = shapes.get(name) or expert[name.rsplit(".", 1)[1]]
+            if name.endswith("shared.sigmoid"):
+                shape = (1, *shape)  # Stored as a matrix with one output.
+            if source.half is not None:
+                shape = (2 * shape[0], *shape[1:])
+            if source.name not in stored:
+                missing.append(source.name)
+            elif stored[source.name] != shape:
+                raise FormatError(
+                    f"{source.name}: expected shape {list(shape)}, got {list(stored[source.name])}"
+                )
+        if missing:
+            raise FormatError(f"missing {_listed(missing)}")
+        self._refuse_unused(set(stored) - {source.name for source in sources.values()})
+        return sources
+
+    def _refuse_unused(self, names: set[str]) -> None:
+        # Old checkpoints store the RoPE frequencies, which config.json determines.
+        unused = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
+        head, embed = "lm_head.weight", "model.embed_tokens.weight"
+        if self.config.tied and head in unused:
+            if not np.array_equal(self._checkpoint.tensor(head), self._checkpoint.tensor(embed)):
+                raise FormatError(
+                    f"{head}: differs from {embed}, though tie_word_embeddings is true"
+                )
+            unused.remove(head)
+        if unused:
+            family = self.config.family
+            raise FormatError(f"not part of a model of family {family}: {_listed(unused)}")
+
+
+def _family(checkpoint: Checkpoint) -> Family:
+    name = checkpoint.config.get("model_type")
+    family = FAMILIES.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise FormatError(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+    return family
+
+
+def _listed(names: set[str] | list[str]) -> str:
+    """Returns the first three names and how many more there are."""
+    shown, rest = sorted(names)[:3], len(names) - 3
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(shown)}{more}"

@@ -1,0 +1,208 @@
+"""Tiny random checkpoints of every family, made by transformers, and their true logits."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # Before transformers is imported, which reads it once.
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+torch.set_num_threads(1)  # The models are too small for more to pay off.
+
+_BASE = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_experts_per_tok": 2,
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "pad_token_id": None,
+}
+_MIXTRAL = {"model_type": "mixtral", "num_local_experts": 8, "intermediate_size": 48}
+_QWEN2 = {
+    "model_type": "qwen2_moe",
+    "num_experts": 8,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 80,
+}
+_QWEN3 = {
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 40,
+    "head_dim": 24,
+}
+_OLMOE = {"model_type": "olmoe", "num_experts": 8, "intermediate_size": 48}
+_GRANITE = {
+    "model_type": "granitemoe",
+    "num_local_experts": 8,
+    "intermediate_size": 48,
+    "attention_multiplier": 0.2,
+    "embedding_multiplier": 6.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 3.0,
+}
+
+
+def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, **parameters}}
+
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "mixtral": _MIXTRAL,
+    "mixtral-window": {**_MIXTRAL, "sliding_window": 5, "tie_word_embeddings": True},
+    "mixtral-mha-top4": {
+        **_MIXTRAL,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "num_experts_per_tok": 4,
+    },
+    "mixtral-longrope": {
+        **_MIXTRAL,
+        "head_dim": 16,  # transformers needs it spelt out for this scaling.
+        **_rope(
+            "longrope",
+            short_factor=[1.0] * 8,
+            long_factor=[1.0, 1.1, 1.3, 1.6, 2.0, 2.5, 3.1, 3.8],
+            original_max_position_embeddings=16,
+            factor=4.0,
+        ),
+    },
+    "qwen2_moe": _QWEN2,
+    "qwen2_moe-sparse-step": {
+        **_QWEN2,
+        "num_hidden_layers": 4,
+        "decoder_sparse_step": 2,
+        "norm_topk_prob": True,
+        "qkv_bias": False,
+    },
+    "qwen2_moe-mlp-only": {
+        **_QWEN2,
+        "num_hidden_layers": 3,
+        "mlp_only_layers": [0, 2],
+        "tie_word_embeddings": True,
+        "num_key_value_heads": 1,
+    },
+    "qwen2_moe-window": {
+        **_QWEN2,
+        "num_hidden_layers": 4,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 3,
+        **_rope("linear", factor=2.0),
+    },
+    "qwen3_moe": _QWEN3,
+    "qwen3_moe-norm-tied": {
+        **_QWEN3,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+        "mlp_only_layers": [1],
+        "num_hidden_layers": 3,
+    },
+    "qwen3_moe-bias-window": {
+        **_QWEN3,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "num_experts_per_tok": 3,
+    },
+    "qwen3_moe-yarn": {
+        **_QWEN3,
+        "norm_topk_prob": True,
+        **_rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    },
+    "olmoe": {**_OLMOE, "num_key_value_heads": 4},
+    "olmoe-clip-norm": {**_OLMOE, "clip_qkv": 0.8, "norm_topk_prob": True},
+    "olmoe-bias-dynamic": {**_OLMOE, "attention_bias": True, **_rope("dynamic", factor=2.0)},
+    "granitemoe": _GRANITE,
+    "granitemoe-tied-llama3": {
+        **_GRANITE,
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "num_experts_per_tok": 4,
+        **_rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    },
+    "granitemoeshared": {
+        **_GRANITE,
+        "model_type": "granitemoeshared",
+        "shared_intermediate_size": 56,
+        "num_key_value_heads": 4,
+    },
+}
+"""What config.json says, by a name that tests are parametrised with."""
+
+
+def make(
+    name: str, out: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **save: Any
+) -> Path:
+    """Writes a checkpoint of `SETTINGS[name]` to the directory `out` and returns it.
+
+    Every tensor is random, norms and biases included, so that none can be swapped or forgotten.
+
+    Args:
+        save: arguments of save_pretrained, such as max_shard_size.
+    """
+    values = {**_BASE, **SETTINGS[name]}
+    config = transformers.AutoConfig.for_model(**values)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 1:
+                weight.copy_(0.3 * noise if key.endswith("bias") else 1 + 0.2 * noise)
+            else:
+                # Routers are sharper than the rest: in random ones experts are nearly tied.
+                gain = 3.0 if "router" in key or key.endswith("mlp.gate.weight") else 1.0
+                weight.copy_(noise * gain / math.sqrt(weight.shape[-1]))
+    model.to(dtype).save_pretrained(out, **save)
+    return out
+
+
+def oracle(path: Path, ids: list[int]) -> tuple[NDArray[np.float32], dict[int, NDArray[np.int64]]]:
+    """Runs a checkpoint with transformers in float32.
+
+    Returns:
+        The logits [T, V], and per layer with experts those chosen, [T, K], best first.
+    """
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, attn_implementation="eager", dtype=torch.float32
+    ).eval()
+    with torch.no_grad():
+        out = model(torch.tensor([ids]), output_router_logits=True, use_cache=False)
+    sparse = [
+        i
+        for i, layer in enumerate(model.model.layers)
+        if hasattr(layer, "block_sparse_moe") or hasattr(layer.mlp, "experts")
+    ]
+    chosen = {
+        layer: scores.topk(model.config.num_experts_per_tok, dim=-1).indices.numpy()
+        for layer, scores in zip(sparse, out.router_logits, strict=True)
+    }
+    return out.logits[0].numpy(), chosen
+
+
+def random_ids(count: int, *, seed: int = 1) -> list[int]:
+    """Returns tokens of the settings' vocabulary."""
+    return [int(i) for i in np.random.default_rng(seed).integers(0, _BASE["vocab_size"], count)]

@@ -1,0 +1,133 @@
+"""A slow, obvious decoder in numpy: what every fast path is compared with.
+
+It reads a `ModelConfig` and the tensors of `edgemoe.config.dense_tensors`, whole sequences at a
+time, without a cache, and knows nothing of families, quantisation or budgets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.config import ModelConfig
+
+Array = NDArray[Any]
+Experts = Callable[[int, int], tuple[Array, Array, Array]]
+"""(layer, index) -> gate [H, D], up [H, D], down [D, H]."""
+
+
+def logits(
+    config: ModelConfig,
+    tensors: Mapping[str, Array],
+    experts: Experts,
+    ids: list[int],
+    *,
+    dtype: type[np.floating[Any]] = np.float64,
+) -> tuple[Array, dict[int, NDArray[np.int64]]]:
+    """Runs the model on one sequence.
+
+    Returns:
+        The logits [T, V], and per layer with experts those chosen, [T, K], best first.
+    """
+
+    def tensor(name: str) -> Array:
+        return tensors[name].astype(dtype)
+
+    chosen = {}
+    x = tensor("embed")[ids] * dtype(config.embedding_multiplier)
+    for i in range(config.num_layers):
+        layer = {
+            name.removeprefix(f"layers.{i}."): tensor(name)
+            for name in tensors
+            if name.startswith(f"layers.{i}.")
+        }
+        h = rms_norm(x, layer["attn_norm"], config.norm_eps)
+        h = attention(config, layer, tensor("rope"), h, window=config.window(i))
+        x = x + h * dtype(config.residual_multiplier)
+        h = rms_norm(x, layer["ffn_norm"], config.norm_eps)
+        out = np.zeros_like(x)
+        if config.shared_width(i):
+            out = ffn(h, layer["shared.gate"], layer["shared.up"], layer["shared.down"])
+            if "shared.sigmoid" in layer:
+                out = out / (1 + np.exp(-(h @ layer["shared.sigmoid"])))[:, None]
+        if i in config.moe_layers:
+            chosen[i], gates = route(config, h @ layer["router"].T)
+            for index in np.unique(chosen[i]):
+                token, place = np.nonzero(chosen[i] == index)
+                gate, up, down = (w.astype(dtype) for w in experts(i, int(index)))
+                out[token] += gates[token, place, None] * ffn(h[token], gate, up, down)
+        x = x + out * dtype(config.residual_multiplier)
+    x = rms_norm(x, tensor("norm"), config.norm_eps)
+    head = tensor("embed" if config.tied else "head")
+    return x @ head.T / dtype(config.logits_divisor), chosen
+
+
+def route(config: ModelConfig, scores: Array) -> tuple[NDArray[np.int64], Array]:
+    """Chooses experts for router scores [T, E]: indices and gates, [T, K], best first."""
+    order = np.argsort(-scores, axis=-1, kind="stable")[:, : config.experts_per_token]
+    if config.scoring == "softmax_topk":
+        return order, softmax(np.take_along_axis(scores, order, axis=-1))
+    gates = np.take_along_axis(softmax(scores), order, axis=-1)
+    if config.renormalise:
+        gates = gates / gates.sum(axis=-1, keepdims=True)
+    return order, gates
+
+
+def attention(
+    config: ModelConfig,
+    layer: Mapping[str, Array],
+    frequencies: Array,
+    x: Array,
+    *,
+    window: int,
+) -> Array:
+    """Causal grouped-query attention over the sequence x [T, D]."""
+    heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
+    q, k, v = (x @ layer[name].T + layer.get(f"{name}_bias", 0) for name in "qkv")
+    if config.qk_norm == "full":
+        q = rms_norm(q, layer["q_norm"], config.norm_eps)
+        k = rms_norm(k, layer["k_norm"], config.norm_eps)
+    if config.clip_qkv is not None:
+        q, k, v = (np.clip(a, -config.clip_qkv, config.clip_qkv) for a in (q, k, v))
+    q = q.reshape(-1, heads, width)
+    k, v = k.reshape(-1, kv_heads, width), v.reshape(-1, kv_heads, width)
+    if config.qk_norm == "head":
+        q = rms_norm(q, layer["q_norm"], config.norm_eps)
+        k = rms_norm(k, layer["k_norm"], config.norm_eps)
+    q, k = (rotate(a, frequencies, config.rope_scale) for a in (q, k))
+    out = np.empty_like(q)
+    for head in range(heads):
+        group = head * kv_heads // heads
+        for t in range(len(x)):
+            first = max(0, t + 1 - window) if window else 0
+            weights = softmax(q[t, head] @ k[first : t + 1, group].T * config.attention_scale)
+            out[t, head] = weights @ v[first : t + 1, group]
+    return out.reshape(len(x), -1) @ layer["o"].T + layer.get("o_bias", 0)
+
+
+def rotate(x: Array, frequencies: Array, scale: float) -> Array:
+    """Applies RoPE to x [T, heads, head_dim]; pair i is (x[i], x[i + head_dim / 2])."""
+    angles = np.arange(len(x))[:, None, None] * frequencies
+    cos, sin = np.cos(angles) * scale, np.sin(angles) * scale
+    a, b = np.split(x, 2, axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def ffn(x: Array, gate: Array, up: Array, down: Array) -> Array:
+    """SwiGLU: down (silu(gate x) * up x)."""
+    h = x @ gate.T
+    return (h / (1 + np.exp(-h)) * (x @ up.T)) @ down.T
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Scales the last axis to unit root mean square, times `weight`."""
+    return x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + eps) * weight
+
+
+def softmax(x: Array) -> Array:
+    """Softmax over the last axis."""
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return e / e.sum(axis=-1, keepdims=True)

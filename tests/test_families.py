@@ -1,0 +1,249 @@
+"""Every family, as `convert` maps it, computes what transformers computes; the rest is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import families
+import numpy as np
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file, save_file
+
+from edgemoe.config import dense_tensors
+from edgemoe.convert.families import FAMILIES
+from edgemoe.convert.hf import HFCheckpoint
+from edgemoe.convert.source import SourceModel
+from edgemoe.errors import FormatError
+
+
+def open_model(path: Path) -> SourceModel:
+    return SourceModel(HFCheckpoint(path))
+
+
+def assert_same_function(path: Path) -> None:
+    """Checks that a checkpoint, read by us and run by the reference, is what transformers runs."""
+    ids = families.random_ids(24)
+    expected, expected_chosen = families.oracle(path, ids)
+    model = open_model(path)
+    tensors = {name: model.tensor(name) for name in dense_tensors(model.config)}
+    got, chosen = reference.logits(model.config, tensors, model.expert, ids)
+    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert chosen.keys() == expected_chosen.keys()
+    for layer in chosen:
+        np.testing.assert_array_equal(chosen[layer], expected_chosen[layer])
+
+
+@pytest.mark.parametrize("name", families.SETTINGS)
+def test_maps_exactly(name: str, tmp_path: Path) -> None:
+    path = families.make(name, tmp_path)
+    assert_same_function(path)
+    model = open_model(path)
+    for tensor, spec in dense_tensors(model.config).items():
+        values = model.tensor(tensor)
+        assert values.dtype == np.float32
+        assert values.shape == spec.shape
+        assert values.flags.c_contiguous
+
+
+@pytest.mark.parametrize(
+    "name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"]
+)
+@pytest.mark.parametrize(
+    "save",
+    [
+        {"max_shard_size": "40KB"},
+        {"save_original_format": False},
+        {"dtype": torch.bfloat16},
+        {"dtype": torch.float16},
+    ],
+    ids=["sharded", "fused", "bf16", "f16"],
+)
+def test_maps_every_way_to_save(name: str, save: dict[str, Any], tmp_path: Path) -> None:
+    assert_same_function(families.make(name, tmp_path, **save))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One checkpoint per family, not to be changed."""
+    return {
+        name: families.make(name, tmp_path_factory.mktemp(name))
+        for name in ("mixtral", "qwen2_moe", "qwen2_moe-window", "qwen3_moe", "olmoe", "granitemoe")
+    }
+
+
+@pytest.fixture
+def edited(
+    checkpoints: dict[str, Path], tmp_path: Path
+) -> Callable[[str, dict[str, Any]], HFCheckpoint]:
+    """Returns a function that opens a checkpoint with keys of config.json set, or None to drop."""
+
+    def edit(name: str, changes: dict[str, Any]) -> HFCheckpoint:
+        source = checkpoints[name]
+        config = json.loads((source / "config.json").read_text()) | changes
+        kept = {key: value for key, value in config.items() if value is not ...}
+        (tmp_path / "config.json").write_text(json.dumps(kept))
+        for file in ("model.safetensors", "generation_config.json"):
+            (tmp_path / file).symlink_to(source / file)
+        return HFCheckpoint(tmp_path)
+
+    return edit
+
+
+def test_reads_configs_from_before_transformers_5(edited) -> None:
+    checkpoint = edited(
+        "qwen3_moe",
+        {
+            "rope_parameters": ...,
+            "rope_theta": 123.0,
+            "rope_scaling": {"type": "linear", "factor": 4.0},
+            "num_local_experts": ...,
+            "num_experts": 8,
+        },
+    )
+    model = SourceModel(checkpoint)
+    assert model.config.num_experts == 8
+    expected = 123.0 ** -(np.arange(0, 24, 2) / 24) / 4
+    np.testing.assert_allclose(model.tensor("rope"), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "theta"), [("mixtral", 1e6), ("olmoe", 1e4)])
+def test_missing_rope_theta_is_the_family_default(family: str, theta: float, edited) -> None:
+    model = SourceModel(edited(family, {"rope_parameters": ...}))
+    assert model.tensor("rope")[1] == pytest.approx(theta ** (-2 / model.config.head_dim))
+
+
+def test_eos_comes_from_generation_config_first(edited, checkpoints: dict[str, Path]) -> None:
+    checkpoint = edited("mixtral", {"eos_token_id": 7})
+    assert SourceModel(checkpoint).config.eos_ids == (2,)
+    for content, ids in (
+        (b'{"eos_token_id": [3, 4]}', (3, 4)),
+        (b'{"eos_token_id": null}', (7,)),
+        (b"{}", (7,)),
+    ):
+        checkpoint.files = {"generation_config.json": content}
+        assert SourceModel(checkpoint).config.eos_ids == ids
+    checkpoint.files = {}
+    assert SourceModel(checkpoint).config.eos_ids == (7,)
+    checkpoint.files = {"generation_config.json": b"{"}
+    with pytest.raises(FormatError, match=r"generation_config\.json: not valid JSON"):
+        SourceModel(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("mixtral", {"model_type": "deepseek_v3"}, "model_type 'deepseek_v3' is not supported"),
+        ("mixtral", {"model_type": ...}, "model_type None is not supported"),
+        ("mixtral", {"model_type": ["mixtral"]}, "is not supported; supported: granitemoe"),
+        ("mixtral", {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
+        ("mixtral", {"quantization_config": {"bits": 4}}, "quantization_config: the weights must"),
+        ("mixtral", {"hidden_size": ...}, "hidden_size: is missing"),
+        ("mixtral", {"hidden_size": "64"}, "hidden_size: expected a whole number from 1, got '64'"),
+        ("mixtral", {"hidden_size": 1}, "head_dim: expected a whole number from 1, got 0"),
+        ("mixtral", {"num_attention_heads": 0}, "num_attention_heads: expected a whole number"),
+        ("mixtral", {"num_hidden_layers": 10**9}, "num_hidden_layers: at most 4096"),
+        ("mixtral", {"num_hidden_layers": 4000}, "describes 4000 layers with 8 experts, but"),
+        ("mixtral", {"num_local_experts": 10**6}, "with 1000000 experts, but there are only"),
+        ("mixtral", {"num_hidden_layers": 3}, "missing tensors model.layers.2.block_sparse_moe."),
+        ("mixtral", {"num_hidden_layers": 1}, "not part of a model of family mixtral: tensors"),
+        ("mixtral", {"num_local_experts": 7}, "gate.weight: expected shape [7, 64], got [8, 64]"),
+        ("mixtral", {"num_experts_per_tok": 9}, "experts_per_token 9 exceeds num_experts 8"),
+        ("mixtral", {"vocab_size": 161}, "embed_tokens.weight: expected shape [161, 64], got"),
+        ("mixtral", {"tie_word_embeddings": True}, "lm_head.weight: differs from model.embed"),
+        ("mixtral", {"tie_word_embeddings": 1}, "tie_word_embeddings: expected true or false"),
+        ("mixtral", {"rms_norm_eps": float("nan")}, "rms_norm_eps: expected a finite number"),
+        ("mixtral", {"sliding_window": -1}, "sliding_window: expected a whole number from 0"),
+        ("mixtral", {"eos_token_id": 5, "vocab_size": 10**9}, "vocab_size must be a whole number"),
+        ("qwen2_moe", {"mlp_only_layers": [0, 1]}, "no layer has routed experts"),
+        ("qwen2_moe", {"mlp_only_layers": [0]}, "missing tensors model.layers.0.mlp.down_proj"),
+        ("qwen2_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step: expected a whole number"),
+        ("qwen2_moe", {"qkv_bias": False}, "not part of a model of family qwen2_moe: tensors"),
+        ("qwen2_moe", {"layer_types": ["full_attention"]}, "layer_types: expected a list of 2"),
+        ("qwen2_moe", {"layer_types": ["full_attention", "mamba"]}, "'mamba' is not supported"),
+        ("qwen2_moe", {"layer_types": ["sliding_attention"] * 2}, "sliding_window: is missing"),
+        ("qwen2_moe-window", {"sliding_window": None}, "sliding_window: is missing"),
+        ("qwen3_moe", {"head_dim": 20}, "q_proj.weight: expected shape [80, 64], got [96"),
+        ("qwen3_moe", {"attention_bias": True}, "missing tensors model.layers.0.self_attn.k_proj"),
+        ("olmoe", {"clip_qkv": -1.0}, "clip_qkv must be positive"),
+        ("olmoe", {"clip_qkv": "8"}, "clip_qkv: expected a number, got '8'"),
+        ("olmoe", {"sliding_window": 8}, "sliding_window: is not supported for OLMoE"),
+        ("granitemoe", {"logits_scaling": 0}, "logits_divisor must be a positive number"),
+        ("granitemoe", {"embedding_multiplier": "12"}, "embedding_multiplier: expected a number"),
+    ],
+)
+def test_refuses_what_it_cannot_map(family: str, changes, message: str, edited) -> None:
+    checkpoint = edited(family, changes)
+    with pytest.raises(FormatError) as error:
+        SourceModel(checkpoint)
+    text = str(error.value)
+    assert message in text, text
+    assert text.startswith(f"{checkpoint.name}: ")
+    assert "\n" not in text
+
+
+def test_unsupported_family_lists_the_supported(edited) -> None:
+    with pytest.raises(FormatError) as error:
+        SourceModel(edited("mixtral", {"model_type": "phimoe"}))
+    assert all(name in str(error.value) for name in ("phimoe", *FAMILIES))
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), "missing tensor model.norm.weight"),
+        (
+            lambda t: t.pop("model.layers.1.mlp.experts.3.up_proj.weight"),
+            "missing tensor model.layers.1.mlp.experts.3.up_proj.weight",
+        ),
+        (
+            lambda t: t.update({"model.layers.0.self_attn.sinks": torch.ones(4)}),
+            "not part of a model of family olmoe: tensor model.layers.0.self_attn.sinks",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(63)}),
+            "model.norm.weight: expected shape [64], got [63]",
+        ),
+    ],
+    ids=["missing", "missing-expert", "extra", "shape"],
+)
+def test_refuses_other_tensors(
+    edit, message: str, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = load_file(checkpoints["olmoe"] / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").symlink_to(checkpoints["olmoe"] / "config.json")
+    with pytest.raises(FormatError) as error:
+        open_model(tmp_path)
+    assert message in str(error.value)
+
+
+def test_accepts_harmless_extra_tensors(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    tensors = load_file(checkpoints["olmoe"] / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = json.loads((checkpoints["olmoe"] / "config.json").read_text())
+    config["tie_word_embeddings"] = True
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_model(tmp_path).config.tied
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_refuses_weights_that_are_not_finite(
+    value: float, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    tensors = load_file(checkpoints["olmoe"] / "model.safetensors")
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    tensors[name][5, 5] = value
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").symlink_to(checkpoints["olmoe"] / "config.json")
+    model = open_model(tmp_path)
+    model.expert(1, 2)
+    with pytest.raises(FormatError, match=f"{name}: holds NaN or infinity"):
+        model.expert(1, 3)

@@ -1,0 +1,139 @@
+"""Kernels: every instruction set against numpy and, bit for bit, against the scalar one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from reference_nested import decode_rungs, quantize_rows, unpack
+
+from edgemoe import _core
+from edgemoe.quant import plane_widths, quantize, rung_bytes
+
+LADDERS = [(2, 3, 4, 6, 8), (1, 2, 3, 4, 5, 6, 7, 8), (3, 8), (4, 8), (8,), (5, 7), (6,)]
+
+
+@pytest.fixture(params=_core.usable_isas().split())
+def isa(request):
+    before = _core.isa()
+    _core.use_isa(request.param)
+    yield request.param
+    _core.use_isa(before)
+
+
+def matrix(rows, cols, seed=0):
+    rng = np.random.default_rng(seed)
+    return (rng.standard_normal((rows, cols)) * rng.uniform(0.01, 2, (rows, 1))).astype(np.float32)
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=str)
+@pytest.mark.parametrize(("rows", "cols"), [(16, 64), (5, 7), (33, 130), (48, 320)])
+def test_matmul_agrees_with_numpy(isa, ladder, rows, cols):
+    w, x = matrix(rows, cols), matrix(70, cols, seed=1)
+    rungs = quantize(w, ladder)
+    assert [len(r) for r in rungs] == rung_bytes(rows, cols, ladder)
+    widths = plane_widths(ladder)
+    ws = _core.Workspace(2, 70, cols, 64)
+    for level in range(1, len(ladder) + 1):
+        nested = _core.Nested.from_rungs(rungs[:level], rows, cols, widths[:level])
+        assert nested.bits == ladder[level - 1]
+        expected = quantize_rows(x) @ decode_rungs(rungs[:level], widths[:level], rows, cols).T
+        out = np.empty((70, rows), np.float32)
+        _core.linear(ws, x, [nested], [out])
+        np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
+        one = np.empty((1, rows), np.float32)
+        for t in (0, 69):  # a row's bits do not depend on its batch
+            _core.linear(ws, x[t : t + 1], [nested], [one])
+            assert np.array_equal(one[0], out[t])
+
+
+@pytest.mark.parametrize("ladder", LADDERS, ids=str)
+def test_a_prefix_is_a_model(ladder):
+    w = matrix(40, 200)
+    rungs, widths = quantize(w, ladder), plane_widths(ladder)
+    full, scales, middles = unpack(rungs, widths, 40, 200)
+    last = np.inf
+    for level in range(1, len(ladder) + 1):
+        codes, s, m = unpack(rungs[:level], widths[:level], 40, 200)
+        assert np.array_equal(codes, full >> (ladder[-1] - ladder[level - 1]))
+        assert np.array_equal(s, scales)
+        assert np.array_equal(m, middles)
+        error = np.square(decode_rungs(rungs[:level], widths[:level], 40, 200) - w).sum()
+        assert error < last
+        last = error
+
+
+def test_fewer_bits_store_a_prefix_of_the_same_code():
+    w = matrix(20, 100)
+    for mine, theirs in zip(quantize(w, (2, 3, 4)), quantize(w, (2, 3, 4, 6, 8)), strict=False):
+        assert np.array_equal(mine, theirs)
+
+
+def test_error_at_eight_bits_is_a_fraction_of_the_step():
+    w = matrix(64, 512)
+    error = decode_rungs(quantize(w), plane_widths((2, 3, 4, 6, 8)), 64, 512) - w
+    assert np.sqrt(np.square(error).sum() / np.square(w).sum()) < 0.008
+
+
+@pytest.mark.parametrize("value", [0.0, 3.25, -1e-7, 1e4])
+def test_constant_groups_are_kept(value):
+    w = np.full((3, 70), value, np.float32)
+    out = decode_rungs(quantize(w), plane_widths((2, 3, 4, 6, 8)), 3, 70)
+    np.testing.assert_allclose(out, w, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])
+def test_weights_that_no_scale_can_hold_are_refused(bad):
+    w = matrix(4, 64)
+    w[2, 5] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        quantize(w)
+
+
+def every_op(seed=3):
+    """Runs each operation once and returns all results."""
+    rng = np.random.default_rng(seed)
+    out = []
+    D, H, heads, kv_heads, hd, T = 100, 75, 6, 2, 18, 9
+    ws = _core.Workspace(2, T, 128, 128)
+    x = rng.standard_normal((T, D)).astype(np.float32)
+    nested = {}
+    for name, shape in {"gate": (H, D), "up": (H, D), "down": (D, H)}.items():
+        w = rng.standard_normal(shape).astype(np.float32)
+        rungs = quantize(w)
+        out += rungs
+        nested[name] = _core.Nested.from_rungs(rungs[:3], *shape, [2, 1, 1])
+    y = np.empty((T, D), np.float32)
+    _core.ffn(ws, x, nested["gate"], nested["up"], nested["down"], y)
+    out.append(y.copy())
+    _core.rms_norm(ws, x, np.linspace(0.5, 2, D, dtype=np.float32), 1e-5, y)
+    out.append(y.copy())
+    experts, gates = np.empty((T, 3), np.int32), np.empty((T, 3), np.float32)
+    router = rng.standard_normal((21, D)).astype(np.float32)
+    for over_top_k, renormalise in [(False, False), (False, True), (True, False)]:
+        _core.route(ws, x, router, over_top_k, renormalise, experts, gates)
+        out += [experts.copy(), gates.copy()]
+    layer = _core.AttentionLayer(
+        num_heads=heads, num_kv_heads=kv_heads, head_dim=hd, window=0, scale=hd**-0.5,
+        q_bias=None, k_bias=None, v_bias=rng.standard_normal(kv_heads * hd).astype(np.float32),
+        q_norm=np.ones(hd, np.float32), k_norm=np.ones(hd, np.float32),
+        norm_per_head=True, norm_eps=1e-6, clip=2.0,
+    )  # fmt: skip
+    kv = np.zeros((2, kv_heads, 16, 32), np.uint16)
+    cos, sin = np.empty((T, hd // 2), np.float32), np.empty((T, hd // 2), np.float32)
+    _core.rope_table(np.linspace(1, 0.01, hd // 2, dtype=np.float32), 3, 1.0, cos, sin)
+    q, k, v = (
+        rng.standard_normal((T, n * hd)).astype(np.float32) for n in (heads, kv_heads, kv_heads)
+    )
+    a = np.empty((T, heads * hd), np.float32)
+    _core.attention(ws, layer, q, k, v, 3, cos, sin, kv, a)
+    out += [a.copy(), kv.copy(), cos, sin]
+    _core.add_rows(ws, x, 0.3, router[0], x, y)
+    out.append(y.copy())
+    return out
+
+
+def test_instruction_sets_are_bit_identical(isa):
+    mine = every_op()
+    _core.use_isa("scalar")
+    for a, b in zip(mine, every_op(), strict=True):
+        assert np.array_equal(a, b)
