@@ -130,6 +130,23 @@ std::unique_ptr<Nested> nested_from_file(const std::shared_ptr<File>& file, uint
   return n;
 }
 
+py::array_t<float> read_f32(const std::shared_ptr<File>& file, uint64_t offset, const std::vector<py::ssize_t>& shape,
+                            uint32_t crc, bool verify, const std::string& name) {
+  py::array_t<float> out(shape);
+  const size_t length = size_t(out.nbytes());
+  float* to = out.mutable_data();
+  py::gil_scoped_release release;
+  const Memory memory = read_range(*file, offset, length);
+  const uint32_t got = crc32c(memory.bytes(), length);
+  if (verify && got != crc) {
+    char text[64];
+    std::snprintf(text, sizeof text, " is %08x; expected %08x", got, crc);
+    throw FormatError(file->path() + ": checksum of tensor " + name + text);
+  }
+  std::copy_n(reinterpret_cast<const float*>(memory.bytes()), length / sizeof(float), to);
+  return out;
+}
+
 /// The parts of attention that stay the same for a layer, with the arrays that they point into.
 struct AttentionLayer {
   AttentionParts parts{};
@@ -189,7 +206,8 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init<std::string>(), py::arg("path"))
       .def_property_readonly("path", &File::path)
       .def_property_readonly("size", &File::size)
-      .def_property_readonly("is_direct", &File::is_direct);
+      .def_property_readonly("is_direct", &File::is_direct)
+      .def("fileno", &File::fileno);
 
   py::class_<Nested>(m, "Nested", "A resident nested matrix [rows, cols].")
       .def_static("from_rungs", &nested_from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"),
@@ -222,6 +240,9 @@ PYBIND11_MODULE(_core, m) {
           },
           py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("scale") = 1.0f,
           "Writes rows `ids` [n] int32, times scale, to out [n, cols] float32.");
+
+  m.def("read_f32", &read_f32, py::arg("file"), py::arg("offset"), py::arg("shape"), py::arg("crc"),
+        py::arg("verify"), py::arg("name"), "Reads a float32 tensor.");
 
   m.def(
       "quantize",

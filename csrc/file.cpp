@@ -27,9 +27,11 @@ File::File(std::string path) : path_(std::move(path)) {
 #ifdef O_DIRECT
   direct_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
   if (direct_ >= 0) {
-    // Some file systems accept the flag and refuse the read.
+    // Some file systems accept the flag and refuse the read; and the name may have got another file meanwhile.
     Memory probe(kPage);
-    if (size_ < kPage || pread(direct_, probe.bytes(), kPage, 0) != ssize_t(kPage)) {
+    struct stat t;
+    if (fstat(direct_, &t) != 0 || t.st_dev != s.st_dev || t.st_ino != s.st_ino || size_ < kPage ||
+        pread(direct_, probe.bytes(), kPage, 0) != ssize_t(kPage)) {
       close(direct_);
       direct_ = -1;
     }

@@ -20,6 +20,8 @@ class File {
   /// file may be short, the rest of it is left as it is. Throws ReadError with path and offset.
   void read_pages(uint64_t offset, size_t length, uint8_t* to) const;
 
+  /// The buffered descriptor; stays ours.
+  int fileno() const { return buffered_; }
   const std::string& path() const { return path_; }
   uint64_t size() const { return size_; }
   /// Reads bypass the page cache.

@@ -1,1 +1,37 @@
-"""Runs Mixture-of-Experts language models that do not fit in fast memory."""
+"""Runs Mixture-of-Experts language models that do not fit in fast memory: exactly, inside a memory budget.
+
+    import edgemoe
+
+    with edgemoe.load("model.moe", ram="4GiB") as engine:
+        for piece in engine.chat().say("Hello"):
+            print(piece, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgemoe.chat import Chat
+    from edgemoe.engine import Engine, Stats, load
+    from edgemoe.errors import EdgemoeError, FormatError, OutOfBudget, ReadError
+    from edgemoe.sampler import SamplingParams
+
+__all__ = [
+    "Chat", "EdgemoeError", "Engine", "FormatError", "OutOfBudget", "ReadError", "SamplingParams",
+    "Stats", "load",
+]  # fmt: skip
+
+_HOMES = {
+    "Chat": "chat", "EdgemoeError": "errors", "Engine": "engine", "FormatError": "errors",
+    "OutOfBudget": "errors", "ReadError": "errors", "SamplingParams": "sampler",
+    "Stats": "engine", "load": "engine",
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use, so that `edgemoe-run --help` need not wait for numpy and the core."""
+    if name in _HOMES:
+        return getattr(import_module(f"edgemoe.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'edgemoe' has no attribute {name!r}")

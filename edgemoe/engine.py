@@ -1,0 +1,432 @@
+"""The engine: one open model, one sequence, one budget."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core, hardware
+from edgemoe.budget import Budget, default_ram, parse_size
+from edgemoe.config import ModelConfig
+from edgemoe.experts import Experts, Observer
+from edgemoe.format import MoeFile, open_moe
+from edgemoe.model import Decoder, KvCache
+from edgemoe.ops import CpuOps
+from edgemoe.sampler import Sampler, SamplingParams
+from edgemoe.scheduler import SCHEDULERS
+from edgemoe.store import ExpertStore, load_dense
+from edgemoe.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgemoe.chat import Chat
+
+__all__ = ["Engine", "Stats", "load"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stats:
+    """Says what one call of `generate` or `logits` did; counters of a running call so far."""
+
+    prompt_tokens: int = 0
+    """Tokens of the prompt that were computed."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were kept from the call before."""
+    new_tokens: int = 0
+    prompt_s: float = 0.0
+    decode_s: float = 0.0
+    """Time in which the tokens after the first were made."""
+    first_token_s: float = 0.0
+    """From the call to the first token."""
+    hits: int = 0
+    """Experts that were wanted and resident."""
+    misses: int = 0
+    evictions: int = 0
+    bytes_read: int = 0
+    read_s: float = 0.0
+    """Time with at least one read under way."""
+    wait_s: float = 0.0
+    """Time that computing stood still for reads."""
+    average_bits: float = 0.0
+    """Of the experts that ran."""
+    peak_bytes: int = 0
+    """The process's highest resident memory since its start."""
+    resident_bytes: int = 0
+    """Of experts, now."""
+    logits_hash: str = ""
+    """CRC-32C of the last logits: the same on every budget and thread count."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Returns hits per use of an expert, 1 when there was none."""
+        uses = self.hits + self.misses
+        return self.hits / uses if uses else 1.0
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    ram: int | str | None = None,
+    bits: int | None = None,
+    dense_bits: int | None = None,
+    experts: int | None = None,
+    context: int | None = None,
+    threads: int | None = None,
+    scheduler: str = "on-demand",
+    verify: bool = True,
+    observer: Observer | None = None,
+    whole_process: bool = False,
+) -> Engine:
+    """Opens a model.
+
+    Args:
+        path: a `.moe` file.
+        ram: what the engine may add to this process's memory, as bytes or "4GiB"; None for what is free,
+            less a margin.
+        bits: precision of routed experts, one of the file's; None for the highest.
+        dense_bits: the same for all other matrices.
+        experts: routed experts per token; None for the model's own number. Another number is another model.
+        context: tokens of prompt and reply together; None for what fits well.
+        threads: None for the machine's cores.
+        scheduler: a name of `edgemoe.scheduler.SCHEDULERS`.
+        verify: check the sum of everything that is read.
+        observer: is told of every layer; for tracing.
+        whole_process: `ram` bounds the whole process, not only what the engine adds.
+
+    Raises:
+        ValueError: an argument is out of range.
+        FormatError: the file is not a sound `.moe` file.
+        OutOfBudget: says the smallest budget that works.
+        ReadError: the disk failed.
+    """
+    return Engine(
+        path, ram=ram, bits=bits, dense_bits=dense_bits, experts=experts, context=context,
+        threads=threads, scheduler=scheduler, verify=verify, observer=observer,
+        whole_process=whole_process,
+    )  # fmt: skip
+
+
+class Engine:
+    """Runs one model inside one budget. One thread at a time; several engines can live in one process.
+
+    Also a context manager. The arguments are those of `load`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        ram: int | str | None,
+        bits: int | None,
+        dense_bits: int | None,
+        experts: int | None,
+        context: int | None,
+        threads: int | None,
+        scheduler: str,
+        verify: bool,
+        observer: Observer | None,
+        whole_process: bool,
+    ) -> None:
+        before = hardware.process_bytes()
+        moe = _with_experts(open_moe(path), experts)
+        self.config = config = moe.config
+        self.bits = bits if bits is not None else moe.ladder[-1][0]
+        level, dense_level = moe.level(self.bits), moe.dense_level(dense_bits)
+        self.threads = threads = hardware.num_threads() if threads is None else threads
+        if not 1 <= threads <= 1024:
+            raise ValueError(f"threads: expected 1 to 1024, got {threads}")
+        if context is not None and not 1 <= context <= config.context_length:
+            raise ValueError(
+                f"context: expected 1 to {config.context_length} (the model's), got {context}"
+            )
+        if scheduler not in SCHEDULERS:
+            raise ValueError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, got {scheduler}")
+        self.tokenizer = Tokenizer.from_files(moe.sections) if _has_tokenizer(moe) else None
+
+        total = default_ram() if ram is None else parse_size(ram)
+        if ram is not None and not whole_process:
+            total += before
+        ops_args: dict[str, Any] = {
+            "threads": threads, "max_cols": _widest(config), "max_hidden": _widest_ffn(config)
+        }  # fmt: skip
+        probe = CpuOps(max_tokens=1, **ops_args)  # its pages are not touched
+
+        def divide(process: int) -> Budget:
+            return Budget.divide(
+                moe, ram=total, process=process, level=level, dense_level=dense_level,
+                context=context, extra_scratch=probe.scratch_bytes,
+            )  # fmt: skip
+
+        divide(hardware.process_bytes())  # refuses before anything large is read
+        weights = load_dense(moe, dense_level, verify=verify)
+        hardware.trim()
+        # Slots are sized last, from what the process really has by now.
+        dense = sum(w.bytes if isinstance(w, _core.Nested) else w.nbytes for w in weights.values())
+        self.budget = budget = divide(max(hardware.process_bytes() - dense, 0))
+        del probe
+        self._ops = CpuOps(max_tokens=budget.chunk, **ops_args)
+        self._store = ExpertStore(moe, bits=self.bits, budget_bytes=budget.slots, verify=verify)
+        self._experts = Experts(
+            SCHEDULERS[scheduler](num_experts=config.num_experts, bits=self.bits),
+            self._store,
+            self._ops,
+            parts=np.empty(
+                (budget.chunk * config.experts_per_token, config.hidden_size), np.float32
+            ),
+            observer=observer,
+        )
+        self._decoder = Decoder(config, weights, self._ops, self._experts, max_tokens=budget.chunk)
+        self._kv = KvCache(config, budget.context)
+        self._ids: list[int] = []  # what the KV cache holds
+        self._logits = np.empty((1, config.vocab_size), np.float32)
+        self._moe: MoeFile | None = moe
+        self._call = 0
+        self._meter = _Meter(self._store, self._experts)
+        logger.info(
+            "%s: %s, %d tokens of context, chunks of %d, %.0f of %.0f MiB of experts, %s, %d threads",
+            moe.path, config.family, budget.context, budget.chunk, budget.slots / 2**20,
+            budget.experts / 2**20, _core.isa(), threads,
+        )  # fmt: skip
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and reply together."""
+        return self.budget.context
+
+    @property
+    def stats(self) -> Stats:
+        """What the last call of `generate` or `logits` did."""
+        return self._meter.stats()
+
+    @property
+    def source(self) -> Mapping[str, Any]:
+        """Where the weights came from, as the file says."""
+        return self._open().source
+
+    def logits(
+        self, ids: Sequence[int] | NDArray[np.integer[Any]], *, last_only: bool = False
+    ) -> NDArray[np.float32]:
+        """Computes a new sequence from its start.
+
+        Args:
+            ids: [T] tokens, T from 1 to `context`.
+            last_only: return the last position alone.
+
+        Returns:
+            float32 [T, V], or [1, V]; the caller's own.
+
+        Raises:
+            ValueError: too many tokens, none, or one outside the vocabulary.
+            ReadError: the disk failed; the engine stays usable.
+        """
+        tokens = self._begin(ids, keep_prefix=False)
+        out = np.empty((1 if last_only else len(tokens), self.config.vocab_size), np.float32)
+        start = time.perf_counter()
+        self._evaluate(tokens, out)
+        self._meter.prompt(len(tokens), 0, time.perf_counter() - start)
+        self._meter.hash(out[-1])
+        return out
+
+    def generate(
+        self, ids: Sequence[int], params: SamplingParams | None = None
+    ) -> Iterator[int]:
+        """Yields tokens as they are made, until an end token, `max_tokens` or the end of the context.
+
+        What the sequence shares with the one before is not computed again; the result is the same, bit for bit.
+
+        Args:
+            ids: [T] the prompt, T from 1 to `context` - 1.
+
+        Raises:
+            ValueError: too many tokens, none, or one outside the vocabulary.
+            ReadError: the disk failed; the engine stays usable.
+        """
+        params = params or SamplingParams()
+        if len(ids) >= self.context:
+            raise ValueError(
+                f"a prompt of {len(ids)} tokens does not fit a context of {self.context} with a reply"
+            )
+        return self._generate(self._begin(ids, keep_prefix=True), params)
+
+    def _generate(self, tokens: NDArray[np.int32], params: SamplingParams) -> Iterator[int]:
+        call, meter = self._call, self._meter
+        sampler = Sampler(params)
+        history = tokens.tolist()
+        limit = self.context - len(history)
+        if params.max_tokens >= 0:
+            limit = min(limit, params.max_tokens)
+        eos = frozenset() if params.ignore_eos else frozenset(self.config.eos_ids)
+        row = self._logits
+        cached = self._kv.length
+        start = time.perf_counter()
+        self._evaluate(tokens[cached:], row)
+        now = time.perf_counter()
+        meter.prompt(len(tokens) - cached, cached, now - start)
+        for _ in range(limit):
+            meter.hash(row[0])
+            token = sampler.sample(row[0], history)
+            meter.token(time.perf_counter() - start)
+            if token in eos:
+                return
+            history.append(token)
+            yield token
+            if self._call != call:
+                raise RuntimeError("generate: the engine was used for something else meanwhile")
+            if len(history) - len(tokens) >= limit:
+                return
+            self._evaluate(np.array([token], np.int32), row)
+
+    def _begin(self, ids: Sequence[int] | NDArray[Any], *, keep_prefix: bool) -> NDArray[np.int32]:
+        """Checks a sequence and takes the KV cache back to what it shares with the last one."""
+        self._open()
+        tokens = np.asarray(ids)
+        if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError("ids: expected a list of at least one token")
+        if len(tokens) > self.context:
+            raise ValueError(f"{len(tokens)} tokens do not fit a context of {self.context}")
+        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
+            raise ValueError(f"ids: expected tokens from 0 to {self.config.vocab_size - 1}")
+        self._call += 1
+        shared = 0
+        if keep_prefix:  # the last token is always computed, for its logits
+            for mine, theirs in zip(self._ids, tokens[:-1].tolist(), strict=False):
+                if mine != theirs:
+                    break
+                shared += 1
+        self._kv.length = shared
+        del self._ids[shared:]
+        self._meter.start()
+        return tokens.astype(np.int32)
+
+    def _evaluate(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
+        """Appends tokens to the sequence; logits of the last ones go to `out` [1 or len(tokens), V]."""
+        chunk = self.budget.chunk
+        for first in range(0, len(tokens), chunk):
+            part = tokens[first : first + chunk]
+            hidden = self._decoder.forward(part, self._kv)
+            self._ids.extend(part.tolist())
+            if len(out) == len(tokens):
+                self._decoder.logits(hidden, out[first : first + len(part)])
+            elif first + chunk >= len(tokens):
+                self._decoder.logits(hidden[-1:], out)
+
+    def chat(self, *, system: str | None = None, params: SamplingParams | None = None) -> Chat:
+        """Opens a conversation.
+
+        Raises:
+            FormatError: the file has no tokenizer.
+        """
+        from edgemoe.chat import Chat
+
+        return Chat(self, system=system, params=params or SamplingParams())
+
+    def close(self) -> None:
+        """Gives all memory back; the engine cannot be used afterwards."""
+        self._call += 1
+        if self._moe is not None:
+            self._meter.freeze()
+            self._moe = None
+            del self._decoder, self._experts, self._store, self._ops, self._kv
+
+    def _open(self) -> MoeFile:
+        if self._moe is None:
+            raise ValueError("the engine is closed")
+        return self._moe
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Meter:
+    """Turns counters since the start into those of one call."""
+
+    def __init__(self, store: ExpertStore, experts: Experts) -> None:
+        self._store: ExpertStore | None = store
+        self._experts: Experts | None = experts
+        self._frozen = Stats()
+        self.start()
+
+    def start(self) -> None:
+        assert self._store is not None and self._experts is not None
+        self._base = self._store.stats
+        self._bits = (self._experts.bits_used, self._experts.experts_used)
+        self._prompt = (0, 0, 0.0)
+        self._tokens = 0
+        self._first_s = self._last_s = 0.0
+        self._row: NDArray[np.float32] | None = None
+
+    def prompt(self, computed: int, cached: int, seconds: float) -> None:
+        self._prompt = (computed, cached, seconds)
+
+    def token(self, seconds: float) -> None:
+        if self._tokens == 0:
+            self._first_s = seconds
+        self._tokens += 1
+        self._last_s = seconds
+
+    def hash(self, row: NDArray[np.float32]) -> None:
+        self._row = row
+
+    def stats(self) -> Stats:
+        if self._store is None or self._experts is None:
+            return self._frozen
+        now, base = self._store.stats, self._base
+        experts = self._experts.experts_used - self._bits[1]
+        return Stats(
+            prompt_tokens=self._prompt[0],
+            cached_tokens=self._prompt[1],
+            prompt_s=self._prompt[2],
+            new_tokens=self._tokens,
+            first_token_s=self._first_s,
+            decode_s=self._last_s - self._first_s,
+            average_bits=(self._experts.bits_used - self._bits[0]) / experts if experts else 0.0,
+            peak_bytes=hardware.peak_bytes(),
+            resident_bytes=now["resident_bytes"],
+            logits_hash="" if self._row is None else f"{_core.crc32c(self._row):08x}",
+            **{
+                k: now[k] - base[k]
+                for k in ("hits", "misses", "evictions", "bytes_read", "read_s", "wait_s")
+            },
+        )
+
+    def freeze(self) -> None:
+        """Keeps the last figures when the counters go."""
+        self._frozen = self.stats()
+        self._store = self._experts = None
+
+
+def _with_experts(moe: MoeFile, experts: int | None) -> MoeFile:
+    if experts is None:
+        return moe
+    if not 1 <= experts <= moe.config.num_experts:
+        raise ValueError(f"experts: expected 1 to {moe.config.num_experts}, got {experts}")
+    return replace(moe, config=replace(moe.config, experts_per_token=experts))
+
+
+def _has_tokenizer(moe: MoeFile) -> bool:
+    return "tokenizer.json" in moe.sections
+
+
+def _widest(config: ModelConfig) -> int:
+    return max(config.hidden_size, config.num_heads * config.head_dim)
+
+
+def _widest_ffn(config: ModelConfig) -> int:
+    return max([config.expert_hidden, *config.shared_hidden])

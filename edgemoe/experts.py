@@ -1,0 +1,68 @@
+"""The heart: the scheduler decides, the store loads, the kernels compute."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.ops import CpuOps
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler import Scheduler
+from edgemoe.store import ExpertStore
+
+__all__ = ["Experts", "Observer"]
+
+Array = NDArray[np.float32]
+
+
+class Observer:
+    """Is told what happens, before and after each layer; the base does nothing."""
+
+    def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
+        """A plan was made and nothing loaded yet; `residency` [E] is a live view."""
+
+    def computed(self, plan: Plan) -> None:
+        """All of a plan's experts have run."""
+
+
+class Experts:
+    """Runs one layer's routed experts for a chunk of tokens."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        store: ExpertStore,
+        ops: CpuOps,
+        *,
+        parts: Array,
+        observer: Observer | None = None,
+    ) -> None:
+        """Args:
+        parts: scratch [max tokens * K, D] for the experts' outputs.
+        """
+        self.scheduler = scheduler
+        self.store = store
+        self.observer = observer
+        self.bits_used = 0
+        self.experts_used = 0
+        self._ops = ops
+        self._parts = parts
+
+    def __call__(self, routing: Routing, x: Array, out: Array) -> None:
+        """out [T, D] = the gated sum of the experts' outputs on x [T, D].
+
+        Parts are added in plan order, so the order in which experts arrive does not matter.
+        """
+        store, ops = self.store, self._ops
+        residency = store.residency(routing.layer)
+        plan = self.scheduler.plan(routing, residency)
+        if self.observer is not None:
+            self.observer.planned(routing, plan, residency)
+        experts, levels = store.request(plan)
+        for group in store.ready_groups():  # computing one group hides the reads of the next
+            ops.expert_ffn(x, store.cache, experts, levels, plan, group, self._parts)
+        ops.combine(self._parts, plan, out)
+        self.bits_used += int(plan.bits.sum())
+        self.experts_used += len(plan.bits)
+        if self.observer is not None:
+            self.observer.computed(plan)

@@ -1,0 +1,342 @@
+"""The `.moe` file, version 1: specification, reader and writer.
+
+All numbers are little-endian. Checksums are CRC-32C.
+
+    byte 0      preamble, 64 bytes: magic "\\x89MOE\\r\\n\\x1a\\n", u32 version = 1, u32 checksum of bytes 16-63,
+                u64 file bytes, u64 index offset, u64 index bytes, u32 index checksum, 20 zero bytes
+    byte 4096   dense tensors, then expert records, then sections; each starts at a multiple of 4096
+    ...         the index, at a multiple of 4096; the file ends where the preamble says
+
+**Index**: UTF-8 JSON.
+
+    config      the model (`edgemoe.config.ModelConfig`)
+    ladder      per rung, the bits in use after it for w_gate, w_up and w_down: [[2, 2, 2], [3, 3, 3], …]
+    dense_ladder  the same for dense matrices: [2, 3, 4, 6, 8]
+    group       columns that share a scale: 64
+    tensors     name → [kind, shape, offset, [[bytes, checksum], …]]; one entry per rung, or one for f32
+    sections    name → [offset, bytes, checksum]: tokenizer.json and so on, and "experts", below
+    source      where the weights came from
+
+The section "experts" holds one entry per (layer of config.moe_layers, expert), in that order: u64 offset of its
+record, then per rung u32 end of the rung from the record's start and u32 checksum of the rung. A rung holds the
+planes of w_gate, then w_up, then w_down, without gaps. Any level is one contiguous read from the record's start.
+
+**Nested matrix** [rows, cols]: rows in blocks of 16, columns in groups of 64, both zero padded. A tile is
+16 × 64 weights; a rung is its tiles, row block by row block. A tile of rung 0 starts with 16 float16 scales and 16
+float16 middles. At b bits the code c (top b bits of the 8-bit code) of a weight means
+
+    w = scale * ((c + 0.5) * 2^(8 - b) - 128) + middle
+
+A tile's codes are 16 steps of 64 bytes: byte 4 * row + j of step s is column 4 * s + j. A plane of w bits (1, 2, 4
+or 8) packs 8 / w consecutive steps into 64 bytes, the first in the lowest bits, and so takes 128 * w bytes per tile;
+a rung of another width is two or three such planes, widest first (3 = 2 + 1).
+
+Later sections may be appended with a new index after them; rewriting the preamble, last, makes them part of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+from edgemoe.config import ModelConfig, TensorSpec, dense_tensors
+from edgemoe.errors import FormatError, ReadError
+from edgemoe.quant import rung_bytes
+
+__all__ = [
+    "ALIGNMENT", "MAGIC", "PREAMBLE", "VERSION", "ExpertTable", "MoeFile", "Tensor",
+    "align", "expert_rung_bytes", "open_moe", "pack_preamble",
+]  # fmt: skip
+
+MAGIC = b"\x89MOE\r\n\x1a\n"
+VERSION = 1
+ALIGNMENT = 4096
+GROUP = 64
+PREAMBLE = struct.Struct("<8sIIQQQI20x")
+_MAX_INDEX = 1 << 28
+_MAX_SECTION = 1 << 30
+
+
+def align(n: int) -> int:
+    """Rounds up to the next record boundary."""
+    return -(-n // ALIGNMENT) * ALIGNMENT
+
+
+def pack_preamble(file_bytes: int, index_offset: int, index: bytes) -> bytes:
+    """Returns the 64 bytes that make a file valid; they are written last."""
+    tail = PREAMBLE.pack(
+        MAGIC, VERSION, 0, file_bytes, index_offset, len(index), _core.crc32c(index)
+    )[16:]
+    return struct.pack("<8sII", MAGIC, VERSION, _core.crc32c(tail)) + tail
+
+
+def expert_rung_bytes(config: ModelConfig, ladder: Sequence[Sequence[int]]) -> list[int]:
+    """Returns the bytes of each rung of an expert's record."""
+    d, h = config.hidden_size, config.expert_hidden
+    columns = list(zip(*ladder, strict=True))
+    sizes = [
+        rung_bytes(rows, cols, bits)
+        for (rows, cols), bits in zip([(h, d), (h, d), (d, h)], columns, strict=True)
+    ]
+    return [sum(rung) for rung in zip(*sizes, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """Is one dense tensor's place in the file: rungs for a nested matrix, one run of bytes for float32."""
+
+    name: str
+    spec: TensorSpec
+    offset: int
+    lengths: tuple[int, ...]
+    crcs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertTable:
+    """Is where every expert lies; row layer_index * num_experts + expert."""
+
+    offsets: NDArray[np.uint64]
+    """[n]: start of the record."""
+    ends: NDArray[np.uint32]
+    """[n, rungs]: end of each rung from the record's start."""
+    crcs: NDArray[np.uint32]
+    """[n, rungs]"""
+
+
+@dataclass(frozen=True, slots=True)
+class MoeFile:
+    """Is an opened, validated `.moe` file: everything but the weights."""
+
+    path: Path
+    file: _core.File
+    """The descriptor that the weights are read from; what was validated is what is read."""
+    config: ModelConfig
+    ladder: tuple[tuple[int, int, int], ...]
+    dense_ladder: tuple[int, ...]
+    tensors: Mapping[str, Tensor]
+    sections: Mapping[str, bytes]
+    experts: ExpertTable
+    source: Mapping[str, Any]
+    file_bytes: int
+
+    def level(self, bits: int | None) -> int:
+        """Returns how many rungs of an expert `bits` are; the whole ladder for None.
+
+        Raises:
+            ValueError: the file has no such level.
+        """
+        return _level([rung[0] for rung in self.ladder], bits, "bits")
+
+    def dense_level(self, bits: int | None) -> int:
+        """Returns how many rungs of a dense matrix `bits` are; see `level`."""
+        return _level(self.dense_ladder, bits, "dense_bits")
+
+
+def _level(ladder: Sequence[int], bits: int | None, name: str) -> int:
+    if bits is None:
+        return len(ladder)
+    if bits not in ladder:
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(str, ladder))} (what the file holds), got {bits}"
+        )
+    return list(ladder).index(bits) + 1
+
+
+class _Reader:
+    """Reads and validates; every message begins with the file's path."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.used: list[tuple[int, int, str]] = []
+
+    def fail(self, what: str) -> FormatError:
+        return FormatError(f"{self.path}: {what}")
+
+    def need(self, ok: bool, what: str) -> None:
+        if not ok:
+            raise self.fail(what)
+
+    def open(self) -> MoeFile:
+        try:
+            self.file = _core.File(str(self.path))
+        except ReadError as e:
+            raise FormatError(str(e)) from None
+        self.need(self.file.size > 0, "the file is empty")
+        head = self.read("the preamble", 0, min(PREAMBLE.size, self.file.size))
+        self.need(head[: len(MAGIC)] == MAGIC[: len(head)], "not a .moe file (bad magic at byte 0)")
+        self.need(len(head) == PREAMBLE.size, "truncated inside the preamble")
+        _, version, crc, self.file_bytes, offset, length, index_crc = PREAMBLE.unpack(head)
+        self.need(
+            version == VERSION, f"format version {version}; this edgemoe reads version {VERSION}"
+        )
+        self.need(_core.crc32c(head[16:]) == crc, "checksum of the preamble does not match")
+        self.need(
+            self.file.size >= self.file_bytes,
+            f"truncated: expected {self.file_bytes} bytes, got {self.file.size}",
+        )
+        self.need(length <= _MAX_INDEX, f"the index claims {length} bytes")
+        return self.parse(self.bytes_at("the index", offset, length, index_crc))
+
+    def read(self, name: str, offset: int, length: int) -> bytes:
+        try:
+            data = os.pread(self.file.fileno(), length, offset)
+        except OSError as e:
+            raise self.fail(f"{name} at offset {offset} cannot be read: {e.strerror}") from None
+        self.need(len(data) == length, f"{name} is truncated")
+        return data
+
+    def claim(self, name: str, offset: int, length: int) -> None:
+        """Checks that a range lies in the file and belongs to nobody else."""
+        self.need(
+            type(offset) is int and type(length) is int and offset >= ALIGNMENT and length > 0
+            and offset % ALIGNMENT == 0 and offset + length <= self.file_bytes,
+            f"{name} claims bytes {offset} to {offset}+{length} of {self.file_bytes}",
+        )  # fmt: skip
+        self.used.append((offset, offset + length, name))
+
+    def bytes_at(self, name: str, offset: int, length: int, crc: int) -> bytes:
+        self.claim(name, offset, length)
+        data = self.read(name, offset, length)
+        self.need(_core.crc32c(data) == crc, f"checksum of {name} does not match")
+        return data
+
+    def parse(self, data: bytes) -> MoeFile:
+        try:
+            index = json.loads(data)
+        except (ValueError, RecursionError):
+            raise self.fail("the index is not JSON") from None
+        keys = {"config", "ladder", "dense_ladder", "group", "tensors", "sections", "source"}
+        self.need(isinstance(index, dict) and set(index) == keys, "the index has other fields")
+        try:
+            config = ModelConfig.from_json(index["config"])
+            specs = dense_tensors(config)
+        except FormatError as e:
+            raise self.fail(str(e)) from None
+        self.need(index["group"] == GROUP, f"groups of {index['group']!r}; expected {GROUP}")
+        ladder = self.ladder(index["ladder"])
+        dense_ladder = tuple(r[0] for r in self.ladder([[b] * 3 for b in _list(index["dense_ladder"])]))
+        tensors = self.tensors(index["tensors"], specs, dense_ladder)
+        self.need(isinstance(index["sections"], dict), "sections must be an object")
+        sections = {}
+        for name, entry in index["sections"].items():
+            self.need(
+                isinstance(entry, list) and len(entry) == 3 and all(type(v) is int for v in entry)
+                and 0 < entry[1] <= _MAX_SECTION,
+                f"section {name} is malformed",
+            )  # fmt: skip
+            sections[name] = self.bytes_at(f"section {name}", *entry)
+        self.need("experts" in sections, "the section experts is missing")
+        experts = self.experts(sections.pop("experts"), config, ladder)
+        self.need(isinstance(index["source"], dict), "source must be an object")
+        self.used.sort()
+        for (_, end, first), (start, _, second) in zip(self.used, self.used[1:], strict=False):
+            self.need(end <= start, f"{first} and {second} overlap")
+        return MoeFile(
+            self.path, self.file, config, ladder, dense_ladder,
+            tensors, sections, experts, index["source"], self.file_bytes,
+        )  # fmt: skip
+
+    def ladder(self, value: Any) -> tuple[tuple[int, int, int], ...]:
+        rungs = _list(value)
+        self.need(0 < len(rungs) <= 8, "a ladder has 1 to 8 rungs")
+        last = (0, 0, 0)
+        out = []
+        for rung in rungs:
+            self.need(
+                isinstance(rung, list) and len(rung) == 3 and all(type(b) is int for b in rung)
+                and all(a < b <= 8 for a, b in zip(last, rung, strict=True)),
+                f"ladder {value!r} does not climb from 1 to at most 8 bits",
+            )  # fmt: skip
+            last = (rung[0], rung[1], rung[2])
+            out.append(last)
+        return tuple(out)
+
+    def tensors(
+        self, value: Any, specs: Mapping[str, TensorSpec], ladder: Sequence[int]
+    ) -> dict[str, Tensor]:
+        self.need(isinstance(value, dict), "tensors must be an object")
+        missing, extra = sorted(set(specs) - set(value)), sorted(set(value) - set(specs))
+        self.need(not missing, f"tensor {missing[0] if missing else ''} is missing")
+        self.need(not extra, f"tensor {extra[0] if extra else ''} is not part of the model")
+        out = {}
+        for name, spec in specs.items():
+            entry = value[name]
+            self.need(isinstance(entry, list) and len(entry) == 4, f"tensor {name} is malformed")
+            kind, shape, offset, rungs = entry
+            self.need(
+                kind == spec.kind and shape == list(spec.shape),
+                f"tensor {name} is {kind} {shape}; expected {spec.kind} {list(spec.shape)}",
+            )
+            expected = tensor_bytes(spec, ladder)
+            self.need(
+                isinstance(rungs, list)
+                and all(isinstance(r, list) and len(r) == 2 and type(r[0]) is int
+                        and type(r[1]) is int and 0 <= r[1] < 1 << 32 for r in rungs)
+                and [r[0] for r in rungs] == expected,
+                f"tensor {name} has rungs {rungs}; expected {expected} bytes",
+            )  # fmt: skip
+            self.claim(f"tensor {name}", offset, sum(expected))
+            out[name] = Tensor(name, spec, offset, tuple(expected), tuple(r[1] for r in rungs))
+        return out
+
+    def experts(
+        self, data: bytes, config: ModelConfig, ladder: Sequence[Sequence[int]]
+    ) -> ExpertTable:
+        n = len(config.moe_layers) * config.num_experts
+        row = np.dtype([("offset", "<u8"), ("rungs", [("end", "<u4"), ("crc", "<u4")], len(ladder))])
+        self.need(
+            len(data) == n * row.itemsize, f"section experts does not hold {n} records"
+        )
+        table = np.frombuffer(data, row)
+        ends = np.cumsum(expert_rung_bytes(config, ladder))
+        offsets = table["offset"].astype(np.uint64)
+        self.need(int(ends[-1]) < 1 << 32, "an expert is larger than 4 GiB")
+        bad = np.flatnonzero((table["rungs"]["end"] != ends).any(1))
+        self.need(bad.size == 0, f"expert record {bad[:1]} has rungs of another size")
+        limit = self.file_bytes - int(ends[-1])
+        bad = np.flatnonzero((offsets % ALIGNMENT != 0) | (offsets < ALIGNMENT) | (offsets > max(limit, 0)))
+        self.need(bad.size == 0 and limit > 0, f"expert record {bad[:1]} lies outside the file")
+        order = np.sort(offsets)
+        self.need(
+            bool((order[1:] - order[:-1] >= align(int(ends[-1]))).all()), "expert records overlap"
+        )
+        # Records may lie anywhere; where they are one run, as written, it is checked against the rest as one.
+        if n == 1 or bool((order[1:] - order[:-1] == align(int(ends[-1]))).all()):
+            self.claim("the experts", int(order[0]), int(order[-1] - order[0]) + int(ends[-1]))
+        else:
+            for o in order:
+                self.claim("an expert record", int(o), int(ends[-1]))
+        return ExpertTable(
+            offsets,
+            np.ascontiguousarray(table["rungs"]["end"], np.uint32),
+            np.ascontiguousarray(table["rungs"]["crc"], np.uint32),
+        )
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def tensor_bytes(spec: TensorSpec, ladder: Sequence[int]) -> list[int]:
+    if spec.kind == "f32":
+        return [4 * int(np.prod(spec.shape))]
+    return rung_bytes(spec.shape[0], spec.shape[1], ladder)
+
+
+def open_moe(path: str | os.PathLike[str]) -> MoeFile:
+    """Opens a `.moe` file, validates its index and checks every section's sum.
+
+    Raises:
+        FormatError: the file is missing, truncated, of another version or inconsistent; one line says where.
+    """
+    return _Reader(Path(path)).open()

@@ -1,0 +1,107 @@
+"""What this machine has: memory inside its limits, threads, and whether there is a GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import psutil
+from cffi import FFI
+
+__all__ = ["available_bytes", "num_cuda_devices", "num_threads", "peak_bytes", "process_bytes", "trim"]
+
+_ffi = FFI()
+_ffi.cdef("""
+    int malloc_trim(size_t pad);
+    int cuInit(unsigned int flags);
+    int cuDeviceGetCount(int *count);
+""")
+
+
+def process_bytes() -> int:
+    """Returns the resident memory of this process, file-backed pages included."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_bytes() -> int:
+    """Returns the highest resident memory that this process ever had."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return process_bytes()
+
+
+def available_bytes() -> int:
+    """Returns how much more memory this process could take: free on the machine and below every cgroup limit.
+
+    Page cache counts as free; the kernel drops it.
+    """
+    free = int(psutil.virtual_memory().available)
+    return min([free, *_cgroup_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+
+
+def _cgroup_rooms(membership: Path, root: Path) -> list[int]:
+    """Returns the room below the limit of each memory cgroup around this process (versions 1 and 2)."""
+    rooms = []
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "memory":
+            base, limit_name, usage_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        elif controllers == "":
+            base = root / "unified" if (root / "unified").is_dir() else root
+            limit_name, usage_name = "memory.max", "memory.current"
+        else:
+            continue
+        group = base / path.lstrip("/")
+        while True:
+            room = _room(group, limit_name, usage_name)
+            if room is not None:
+                rooms.append(room)
+            if group == base:
+                break
+            group = group.parent
+    return rooms
+
+
+def _room(group: Path, limit_name: str, usage_name: str) -> int | None:
+    try:
+        limit = int((group / limit_name).read_text())
+        usage = int((group / usage_name).read_text())
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such group here, or "max"
+        return None
+    cache = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+    return max(limit - usage + cache, 0)
+
+
+def num_threads() -> int:
+    """Returns how many cores this process may use, hyper-threads counted once."""
+    allowed = len(os.sched_getaffinity(0))
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def trim() -> None:
+    """Gives freed heap memory back to the system, where the C library can."""
+    try:
+        libc: Any = _ffi.dlopen(None)
+        libc.malloc_trim(0)
+    except (OSError, AttributeError):  # not glibc
+        return
+
+
+def num_cuda_devices() -> int:
+    """Returns the number of CUDA devices, 0 without a driver."""
+    try:
+        cuda: Any = _ffi.dlopen("libcuda.so.1")
+        count = _ffi.new("int *")
+        if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(count) != 0:
+            return 0
+        return int(count[0])
+    except (OSError, AttributeError):
+        return 0

@@ -1,0 +1,122 @@
+"""The verbs of the forward pass on a CPU: numpy arrays in, native kernels underneath.
+
+One object per device; the model never looks inside an array. All arrays are contiguous float32 unless said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+from edgemoe.plan import Plan
+
+__all__ = ["CpuOps"]
+
+Array = NDArray[np.float32]
+
+
+class CpuOps:
+    """Runs operations on `threads` threads with scratch of its own. One caller at a time."""
+
+    def __init__(self, *, threads: int, max_tokens: int, max_cols: int, max_hidden: int) -> None:
+        """Args:
+        max_tokens: rows of a chunk.
+        max_cols: the widest input of a matrix.
+        max_hidden: the widest FFN.
+        """
+        self._ws = _core.Workspace(threads, max_tokens, max_cols, max_hidden)
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Memory that the scratch takes once all of it was used."""
+        return int(self._ws.bytes)
+
+    def embed(self, table: _core.Nested, ids: NDArray[np.int32], scale: float, out: Array) -> None:
+        """out [T, D] = scale * table[ids]."""
+        table.decode_rows(ids, out, scale)
+
+    def norm(self, x: Array, weight: Array, eps: float, out: Array) -> None:
+        """out [T, D] = RMS norm of x."""
+        _core.rms_norm(self._ws, x, weight, eps, out)
+
+    def linear(
+        self, x: Array, weights: Sequence[_core.Nested], outs: Sequence[Array]
+    ) -> None:
+        """outs[i] [T, rows] = x [T, cols] times weights[i] transposed."""
+        _core.linear(self._ws, x, weights, outs)
+
+    def rope(self, inv_freq: Array, pos: int, scale: float, cos: Array, sin: Array) -> None:
+        """cos and sin [T, head_dim / 2] for the positions from `pos`."""
+        _core.rope_table(inv_freq, pos, scale, cos, sin)
+
+    def attention(
+        self,
+        layer: _core.AttentionLayer,
+        q: Array,
+        k: Array,
+        v: Array,
+        pos: int,
+        cos: Array,
+        sin: Array,
+        kv: NDArray[np.uint16],
+        out: Array,
+    ) -> None:
+        """Biases, norms and rotates q, k, v in place, stores k and v at `pos` in kv and attends causally.
+
+        q and out [T, heads * head_dim], k and v [T, kv_heads * head_dim], kv float16 as uint16
+        [2, kv_heads, capacity, head_dim rounded up to 16].
+        """
+        _core.attention(self._ws, layer, q, k, v, pos, cos, sin, kv, out)
+
+    def route(
+        self,
+        x: Array,
+        router: Array,
+        *,
+        over_top_k: bool,
+        renormalise: bool,
+        experts: NDArray[np.int32],
+        gates: Array,
+    ) -> None:
+        """Writes each token's experts [T, K], best first, and their gates [T, K]."""
+        _core.route(self._ws, x, router, over_top_k, renormalise, experts, gates)
+
+    def ffn(
+        self, x: Array, gate: _core.Nested, up: _core.Nested, down: _core.Nested, out: Array
+    ) -> None:
+        """out [T, D] = down(silu(gate x) * (up x))."""
+        _core.ffn(self._ws, x, gate, up, down, out)
+
+    def expert_ffn(
+        self,
+        x: Array,
+        cache: _core.Cache,
+        experts: NDArray[np.int32],
+        levels: NDArray[np.int8],
+        plan: Plan,
+        group: Sequence[int],
+        parts: Array,
+    ) -> None:
+        """Runs the experts at positions `group` of a plan; their rows of `parts` [m, D] are written."""
+        _core.expert_ffn(
+            self._ws, x, cache, experts, levels, plan.offsets, plan.tokens, group, parts
+        )
+
+    def combine(self, parts: Array, plan: Plan, out: Array) -> None:
+        """out [T, D]: each token's parts times their gates, added in the order of plan.rows."""
+        _core.combine(self._ws, parts, plan.rows, plan.gates, out)
+
+    def add(
+        self,
+        x: Array,
+        scale: float,
+        out: Array,
+        *,
+        gate_weight: Array | None = None,
+        gate_input: Array | None = None,
+    ) -> None:
+        """out [T, D] += scale * x, each row times sigmoid(gate_weight · gate_input) if given."""
+        _core.add_rows(self._ws, x, scale, gate_weight, gate_input, out)

@@ -1,0 +1,124 @@
+"""Where weights live: dense ones resident, experts in the cache, both read from one `.moe` file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+from edgemoe.format import MoeFile
+from edgemoe.plan import Plan
+from edgemoe.quant import plane_widths
+
+__all__ = ["ExpertStore", "dense_bytes", "expert_bytes", "load_dense"]
+
+_NUM_READERS = 4  # reads in flight; more added latency and no throughput (benchmarks/LOG.md)
+
+Weight = _core.Nested | NDArray[np.float32]
+
+
+def dense_bytes(moe: MoeFile, level: int) -> int:
+    """Returns the memory that `load_dense` takes."""
+    return sum(sum(t.lengths[:level]) + 4095 for t in moe.tensors.values())
+
+
+def expert_bytes(moe: MoeFile, level: int) -> int:
+    """Returns the memory of one expert at a level, and of the window that it lies in."""
+    return -(-int(moe.experts.ends[:, level - 1].max()) // 4096) * 4096
+
+
+def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
+    """Reads every tensor outside the routed experts into memory of its own.
+
+    Args:
+        level: rungs of the matrices.
+
+    Raises:
+        FormatError: a checksum does not match.
+        ReadError: the disk failed.
+    """
+    widths = plane_widths(moe.dense_ladder)
+    out: dict[str, Weight] = {}
+    for name, t in moe.tensors.items():
+        if t.spec.kind == "nested":
+            rows, cols = t.spec.shape
+            out[name] = _core.Nested.from_file(
+                moe.file, t.offset, t.lengths[:level], t.crcs[:level], rows, cols,
+                widths[:level], verify, name,
+            )  # fmt: skip
+        else:
+            out[name] = _core.read_f32(moe.file, t.offset, t.spec.shape, t.crcs[0], verify, name)
+    return out
+
+
+class ExpertStore:
+    """Holds routed experts inside a budget and lends them group by group. One thread at a time."""
+
+    def __init__(self, moe: MoeFile, *, bits: int, budget_bytes: int, verify: bool) -> None:
+        """Args:
+            bits: the highest precision that will be asked for.
+            budget_bytes: for slots, all of it.
+
+        Raises:
+            OutOfBudget: not even one expert fits.
+        """
+        config = moe.config
+        ladder = moe.ladder
+        last = [(0, 0, 0), *ladder[:-1]]
+        self._num_experts = config.num_experts
+        self._levels = np.zeros(9, np.int8)
+        for level, (nominal, _, _) in enumerate(ladder, 1):
+            self._levels[nominal] = level
+        self.cache = _core.Cache(
+            file=moe.file,
+            num_experts=config.num_experts,
+            hidden=config.hidden_size,
+            expert_hidden=config.expert_hidden,
+            rung_widths=[
+                [b - a for a, b in zip(low, high, strict=True)]
+                for low, high in zip(last, ladder, strict=True)
+            ],
+            offsets=moe.experts.offsets,
+            ends=moe.experts.ends,
+            crcs=moe.experts.crcs,
+            layers=list(config.moe_layers),
+            max_level=moe.level(bits),
+            budget_bytes=budget_bytes,
+            verify=verify,
+            num_readers=_NUM_READERS,
+        )
+        self._residency = self.cache.residency.reshape(-1, config.num_experts)
+
+    def residency(self, layer: int) -> NDArray[np.int8]:
+        """Returns the rungs in memory of each expert of a layer [E]: a live view, read only."""
+        view: NDArray[np.int8] = self._residency[layer]
+        return view
+
+    def request(self, plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
+        """Starts what a plan needs and returns its experts' ids in the file, and their levels."""
+        experts = plan.experts + np.int32(plan.layer * self._num_experts)
+        levels = self._levels[plan.bits]
+        self.cache.begin(experts, levels)
+        return experts, levels
+
+    def ready_groups(self) -> Iterator[list[int]]:
+        """Yields positions of the requested plan as their experts arrive; a group is pinned until the next.
+
+        Raises:
+            ReadError: a read failed; the request is over and the store usable.
+            FormatError: an expert's checksum does not match; likewise.
+        """
+        try:
+            while group := self.cache.next():
+                yield group
+        finally:
+            self.cache.close()
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start; see `CacheStats` and `LoaderStats` in csrc."""
+        stats: dict[str, Any] = self.cache.stats
+        return stats

@@ -1,0 +1,314 @@
+"""Writes `.moe` files: streaming, resumable, under a temporary name until complete."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+from edgemoe.config import ModelConfig, dense_tensors
+from edgemoe.errors import FormatError
+from edgemoe.format import (
+    ALIGNMENT, GROUP, tensor_bytes, align, expert_rung_bytes, pack_preamble,
+)  # fmt: skip
+from edgemoe.quant import DEFAULT_LADDER, quantize
+
+__all__ = ["Writer"]
+
+_SYNC_BYTES = 64 << 20  # what an interruption may cost
+
+
+class Writer:
+    """Streams a model into `path`.part and renames it when it is complete.
+
+    The layout is known before the first byte: tensors may come in any order, and a second writer with the same
+    arguments goes on where an interrupted one stopped (`path`.part.log says how far it came). One tensor is held
+    in memory at a time. Use as a context manager; leaving without `finish` keeps the partial file.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        config: ModelConfig,
+        *,
+        bits: int = 8,
+        sections: Mapping[str, bytes],
+        source: Mapping[str, Any],
+        threads: int = 0,
+    ) -> None:
+        """Plans the file and opens or resumes `path`.part.
+
+        Args:
+            bits: the last rung that is stored, one of the ladder's.
+            sections: the tokenizer's files and the like, by name; empty ones are left out.
+            source: JSON values that say where the weights came from; a change starts over.
+
+        Raises:
+            ValueError: bits are not on the ladder.
+            OSError: the disk is too small (ENOSPC) or not writable.
+        """
+        if bits not in DEFAULT_LADDER:
+            raise ValueError(
+                f"bits: expected one of {', '.join(map(str, DEFAULT_LADDER))}, got {bits}"
+            )
+        self._path = Path(path)
+        self._part = self._path.with_name(self._path.name + ".part")
+        self._log_path = self._path.with_name(self._path.name + ".part.log")
+        self._config = config
+        self._ladder = DEFAULT_LADDER[: DEFAULT_LADDER.index(bits) + 1]
+        self._threads = threads or os.cpu_count() or 1
+        self._specs = dense_tensors(config)
+        self._source = dict(source)
+        self._sections = {k: v for k, v in sections.items() if v}
+        self._crcs: dict[str, list[int]] = {}
+        self._unlogged: list[str] = []
+        self._unsynced = 0
+        self.written_bytes = 0
+        self._plan()
+        self._open()
+
+    # ------------------------------------------------------------ layout
+
+    def _plan(self) -> None:
+        config, at = self._config, ALIGNMENT
+        self._places: dict[str, tuple[int, list[int]]] = {}
+        for name, spec in self._specs.items():
+            sizes = tensor_bytes(spec, self._ladder)
+            self._places[name] = (at, sizes)
+            at = align(at + sum(sizes))
+        sizes = expert_rung_bytes(config, [(b, b, b) for b in self._ladder])
+        for layer in config.moe_layers:
+            for index in range(config.num_experts):
+                self._places[f"experts.{layer}.{index}"] = (at, sizes)
+                at = align(at + sum(sizes))
+        self._tail = at
+        rows = len(config.moe_layers) * config.num_experts
+        table = rows * (8 + 8 * len(self._ladder))
+        self.total_bytes = (
+            at + sum(align(len(v)) for v in self._sections.values()) + align(table)
+        )
+
+    def _fingerprint(self) -> str:
+        plan = [self._config.to_json(), self._ladder, self._source, sorted(self._sections)]
+        return f"{_core.crc32c(json.dumps(plan, sort_keys=True).encode()):08x}"
+
+    # ------------------------------------------------------------ the partial file
+
+    def _open(self) -> None:
+        done = self._read_log()
+        kept = self._part.stat().st_size if self._part.exists() else 0
+        free = shutil.disk_usage(self._path.parent or ".").free + (kept if done else 0)
+        # Sparse parts of a resumed file count as free here; the margin covers index and log.
+        wanted = self.total_bytes + (1 << 20)
+        if free < wanted:
+            raise OSError(
+                28,
+                f"{self._path}: the disk has {free / 2**30:.2f} GiB free; "
+                f"the file takes {wanted / 2**30:.2f} GiB",
+            )
+        self._file: IO[bytes] = open(self._part, "r+b" if done else "w+b")  # noqa: SIM115
+        try:
+            if done:
+                self._verify(done)
+            else:
+                self._log_path.write_text(self._fingerprint() + "\n")
+            self._log: IO[str] = open(self._log_path, "a")  # noqa: SIM115
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _read_log(self) -> dict[str, list[int]]:
+        """Returns what an interrupted conversion of the same thing finished."""
+        try:
+            lines = self._log_path.read_text().splitlines()
+        except (OSError, UnicodeDecodeError):
+            return {}
+        if not lines or lines[0] != self._fingerprint() or not self._part.exists():
+            return {}
+        done: dict[str, list[int]] = {}
+        for line in lines[1:]:
+            with contextlib.suppress(ValueError, KeyError):  # the last line may be half written
+                name, *crcs = line.split(" ")
+                if len(crcs) == len(self._places[name][1]):
+                    done[name] = [int(c, 16) for c in crcs]
+        return done
+
+    def _verify(self, done: Mapping[str, list[int]]) -> None:
+        """Keeps of the log what the partial file really holds."""
+        for name, crcs in done.items():
+            offset, sizes = self._places[name]
+            self._file.seek(offset)
+            if all(
+                _core.crc32c(self._file.read(size)) == crc
+                for size, crc in zip(sizes, crcs, strict=True)
+            ):
+                self._crcs[name] = crcs
+                self.written_bytes += align(sum(sizes))
+
+    def is_done(self, name: str) -> bool:
+        """Says whether a tensor, or "experts.LAYER.INDEX", is in the file already."""
+        return name in self._crcs
+
+    # ------------------------------------------------------------ adding
+
+    def add(self, name: str, array: NDArray[np.float32]) -> None:
+        """Writes a dense tensor; matrices are quantised.
+
+        Raises:
+            FormatError: the model has no such tensor, its shape differs, or a weight is not finite.
+        """
+        spec = self._specs.get(name)
+        if spec is None:
+            raise FormatError(f"{name}: not a tensor of this model")
+        if array.shape != spec.shape:
+            raise FormatError(f"{name}: expected shape {spec.shape}, got {array.shape}")
+        if spec.kind == "nested":
+            self._write(name, self._quantize(name, array))
+        else:
+            if not np.isfinite(array).all():
+                raise FormatError(f"{name}: a value is not finite")
+            flat = np.ascontiguousarray(array, np.float32).reshape(-1)
+            self._write(name, [flat.view(np.uint8)])
+
+    def add_expert(
+        self,
+        layer: int,
+        index: int,
+        gate: NDArray[np.float32],
+        up: NDArray[np.float32],
+        down: NDArray[np.float32],
+    ) -> None:
+        """Writes one routed expert: gate and up [H, D], down [D, H].
+
+        Raises:
+            FormatError: there is no such expert, a shape differs, or a weight is not finite.
+        """
+        name = f"experts.{layer}.{index}"
+        d, h = self._config.hidden_size, self._config.expert_hidden
+        if name not in self._places:
+            raise FormatError(f"{name}: not an expert of this model")
+        rungs = []
+        for part, w, shape in (("gate", gate, (h, d)), ("up", up, (h, d)), ("down", down, (d, h))):
+            if w.shape != shape:
+                raise FormatError(f"{name}.{part}: expected shape {shape}, got {w.shape}")
+            rungs.append(self._quantize(f"{name}.{part}", w))
+        self._write(name, [np.concatenate(parts) for parts in zip(*rungs, strict=True)])
+
+    def _quantize(self, name: str, w: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
+        try:
+            return quantize(
+                np.ascontiguousarray(w, np.float32), self._ladder, threads=self._threads
+            )
+        except ValueError as e:
+            raise FormatError(f"{name}: {e}") from None
+
+    def _write(self, name: str, rungs: Sequence[NDArray[np.uint8]]) -> None:
+        offset, sizes = self._places[name]
+        assert [len(r) for r in rungs] == sizes
+        self._file.seek(offset)
+        for rung in rungs:
+            self._file.write(rung.data)
+        if name not in self._crcs:
+            self.written_bytes += align(sum(sizes))
+        self._crcs[name] = [_core.crc32c(r.data) for r in rungs]
+        self._unlogged.append(name)
+        self._unsynced += sum(sizes)
+        if self._unsynced >= _SYNC_BYTES:
+            self._sync()
+
+    def _sync(self) -> None:
+        """Logs what is safely on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        for name in self._unlogged:
+            crcs = " ".join(f"{c:x}" for c in self._crcs[name])
+            self._log.write(f"{name} {crcs}\n")
+        self._log.flush()
+        self._unlogged.clear()
+        self._unsynced = 0
+
+    # ------------------------------------------------------------ the end
+
+    def finish(self) -> None:
+        """Writes index and preamble, and gives the file its name.
+
+        Raises:
+            FormatError: a tensor or expert was not added.
+        """
+        missing = sorted(set(self._places) - set(self._crcs))
+        if missing:
+            raise FormatError(f"{missing[0]}: not written ({len(missing)} in all)")
+        sections, at = {}, self._tail
+        for name, data in [*self._sections.items(), ("experts", self._expert_table())]:
+            self._file.seek(at)
+            self._file.write(data)
+            sections[name] = [at, len(data), _core.crc32c(data)]
+            at = align(at + len(data))
+        tensors = {}
+        for name, spec in self._specs.items():
+            offset, sizes = self._places[name]
+            rungs = list(zip(sizes, self._crcs[name], strict=True))
+            tensors[name] = [spec.kind, list(spec.shape), offset, rungs]
+        index = json.dumps(
+            {
+                "config": self._config.to_json(),
+                "ladder": [[b, b, b] for b in self._ladder],
+                "dense_ladder": list(self._ladder),
+                "group": GROUP,
+                "tensors": tensors,
+                "sections": sections,
+                "source": self._source,
+            }
+        ).encode()
+        self._file.seek(at)
+        self._file.write(index)
+        self._file.truncate(at + len(index))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.seek(0)
+        self._file.write(pack_preamble(at + len(index), at, index))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._close()
+        os.replace(self._part, self._path)
+        self._log_path.unlink(missing_ok=True)
+
+    def _expert_table(self) -> bytes:
+        out = bytearray()
+        for layer in self._config.moe_layers:
+            for index in range(self._config.num_experts):
+                name = f"experts.{layer}.{index}"
+                offset, sizes = self._places[name]
+                ends = np.cumsum(sizes)
+                pairs = np.array(list(zip(ends, self._crcs[name], strict=True)), "<u4")
+                out += offset.to_bytes(8, "little") + pairs.tobytes()
+        return bytes(out)
+
+    def _close(self) -> None:
+        self._file.close()
+        self._log.close()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file.closed:
+            return
+        with contextlib.suppress(OSError):  # a full disk must not hide the first error
+            self._sync()
+        with contextlib.suppress(OSError):
+            self._close()
