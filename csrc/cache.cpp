@@ -118,15 +118,21 @@ void Cache::evict(int e) {
   unlink(e);
 }
 
+void Cache::trim(int slot, uint32_t keep) {
+  Slot& s = slots_[slot];
+  if (s.pages <= keep) return;
+  memory_.release(size_t(slot) * window_bytes_ + size_t(keep) * kPage, size_t(s.pages - keep) * kPage);
+  committed_pages_ -= s.pages - keep;
+  s.pages = keep;
+}
+
 /// Frees committed pages of unused slots, then evicts, until `pages` more fit.
 bool Cache::make_room(uint32_t pages, int keep_slot, bool spare_request) {
   while (committed_pages_ + pages > budget_pages_) {
     bool trimmed = false;
     for (int s : free_slots_) {
       if (s == keep_slot || slots_[s].pages == 0) continue;
-      memory_.release(size_t(s) * window_bytes_, size_t(slots_[s].pages) * kPage);
-      committed_pages_ -= slots_[s].pages;
-      slots_[s].pages = 0;
+      trim(s, 0);
       trimmed = true;
       break;
     }
@@ -178,11 +184,10 @@ bool Cache::try_load(Use* use, int position) {
   } else {
     unlink(e);
   }
-  if (slots_[slot].pages < need) {
-    committed_pages_ += need - slots_[slot].pages;
-    slots_[slot].pages = need;
-    peak_pages_ = std::max(peak_pages_, committed_pages_);
-  }
+  trim(slot, need);  // its last owner may have been larger
+  committed_pages_ += need - slots_[slot].pages;
+  slots_[slot].pages = need;
+  peak_pages_ = std::max(peak_pages_, committed_pages_);
   pins_[e] += 1;
   use->step = Step::kLoading;
   ReadJob& job = use->job;
@@ -250,6 +255,7 @@ void Cache::finish(ReadJob* job, std::exception_ptr* error) {
       slot_of_[e] = -1;
     } else {
       touch(e);
+      trim(slot_of_[e], pages_at(e, levels_[e]));
     }
     return;
   }
@@ -328,12 +334,8 @@ bool Cache::shrink(int e, int level) {
     evict(e);
     return true;
   }
-  Slot& slot = slots_[slot_of_[e]];
-  const uint32_t keep = pages_at(e, level);
   stats_.resident_bytes -= slot_bytes(e, levels_[e]) - slot_bytes(e, level);
-  memory_.release(size_t(slot_of_[e]) * window_bytes_ + size_t(keep) * kPage, size_t(slot.pages - keep) * kPage);
-  committed_pages_ -= slot.pages - keep;
-  slot.pages = keep;
+  trim(slot_of_[e], pages_at(e, level));
   levels_[e] = int8_t(level);
   return true;
 }
@@ -378,7 +380,7 @@ void Cache::check_integrity() const {
     require((slot_of_[e] >= 0) || levels_[e] == 0, "resident without a slot");
     if (slot_of_[e] >= 0) require(slots_[slot_of_[e]].owner == e, "slot and expert disagree");
     if (levels_[e] == 0) continue;
-    require(slots_[slot_of_[e]].pages >= pages_at(e, levels_[e]), "slot smaller than its expert");
+    require(is_open_ || slots_[slot_of_[e]].pages == pages_at(e, levels_[e]), "slot and expert differ in size");
     resident += slot_bytes(e, levels_[e]);
     ++count;
   }

@@ -108,6 +108,7 @@ class Cache {
   int find_victim(bool spare_request) const;
   bool make_room(uint32_t pages, int keep_slot, bool spare_request);
   void evict(int expert);
+  void trim(int slot, uint32_t keep);
   void touch(int expert);
   void unlink(int expert);
   void finish(ReadJob* job, std::exception_ptr* error);

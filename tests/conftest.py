@@ -8,3 +8,17 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest  # noqa: E402 (the path must be set first)
+
+
+@pytest.fixture(scope="session")
+def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small real model with tokenizer and ChatML template: 2 layers of 8 experts, 512 tokens of context."""
+    from tiny import tiny_checkpoint
+
+    from edgemoe.convert.convert import convert
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.moe"
+    convert(tiny_checkpoint(), path)
+    return path

@@ -1,0 +1,79 @@
+"""Writes a `.moe` file with the true shapes of a published model and random weights, for speed measurements.
+
+    python benchmarks/synth.py olmoe|granite|tiny OUT.moe [--embedding 500]
+
+Random weights do not route uniformly: the residual stream is dominated by what attention adds, so that consecutive
+tokens choose the same experts. `--embedding` multiplies the embedding; at 500 the routing is close to uniform.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from edgemoe.config import ModelConfig, dense_tensors
+from edgemoe.writer import Writer
+
+COMMON = {"tied": False, "norm_eps": 1e-5}
+SHAPES = {
+    # allenai/OLMoE-1B-7B
+    "olmoe": ModelConfig(
+        family="olmoe", vocab_size=50304, hidden_size=2048, num_layers=16, num_heads=16, num_kv_heads=16,
+        head_dim=128, context_length=8192, num_experts=64, experts_per_token=8, expert_hidden=1024,
+        moe_layers=tuple(range(16)), qk_norm="full", attention_scale=128**-0.5, **COMMON,
+    ),
+    # ibm-granite/granite-3.0-1b-a400m
+    "granite": ModelConfig(
+        family="granitemoe", vocab_size=49155, hidden_size=1024, num_layers=24, num_heads=16, num_kv_heads=8,
+        head_dim=64, context_length=8192, num_experts=32, experts_per_token=8, expert_hidden=512,
+        moe_layers=tuple(range(24)), scoring="softmax_topk", attention_scale=0.015625,
+        embedding_multiplier=12.0, residual_multiplier=0.22, logits_divisor=6.0,
+        **{**COMMON, "tied": True},
+    ),
+    "tiny": ModelConfig(
+        family="olmoe", vocab_size=1024, hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=4,
+        head_dim=64, context_length=2048, num_experts=16, experts_per_token=4, expert_hidden=256,
+        moe_layers=tuple(range(4)), qk_norm="full", attention_scale=0.125, **COMMON,
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--embedding", type=float, default=1.0, help="factor on the embedding")
+    parser.add_argument("--bits", type=int, default=8)
+    args = parser.parse_args()
+    config = SHAPES[args.shape]
+    rng = np.random.Generator(np.random.SFC64(20261122))
+
+    def weights(rows: int, cols: int) -> np.ndarray:
+        return rng.standard_normal((rows, cols), np.float32) * np.float32(0.02)
+
+    source = {"name": f"random {args.shape}", "embedding": args.embedding}
+    with Writer(args.out, config, bits=args.bits, sections={}, source=source) as writer:
+        bar = tqdm(total=writer.total_bytes, unit="B", unit_scale=True)
+        for name, spec in dense_tensors(config).items():
+            if name == "rope":
+                half = config.head_dim // 2
+                writer.add(name, (10000.0 ** (-np.arange(half) / half)).astype(np.float32))
+            elif len(spec.shape) == 1:
+                writer.add(name, np.ones(spec.shape, np.float32))
+            else:
+                factor = np.float32(args.embedding if name == "embed" else 1)
+                writer.add(name, weights(*spec.shape) * factor)
+            bar.update(writer.written_bytes - bar.n)
+        d, h = config.hidden_size, config.expert_hidden
+        for layer in config.moe_layers:
+            for e in range(config.num_experts):
+                writer.add_expert(layer, e, weights(h, d), weights(h, d), weights(d, h))
+                bar.update(writer.written_bytes - bar.n)
+        writer.finish()
+
+
+if __name__ == "__main__":
+    main()

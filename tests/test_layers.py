@@ -1,0 +1,86 @@
+"""The package imports only downwards; see the table in the README."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import edgemoe
+
+ROOT = Path(__file__).parent.parent / "edgemoe"
+ROWS = [
+    {"errors", "plan", "config"},
+    {"ops", "store", "format", "writer", "hardware", "quant"},
+    {"scheduler", "model", "tokenizer", "sampler", "stream", "template"},
+    {"experts"},
+    {"engine", "budget"},
+    {"chat"},
+    {"convert", "demo", "lab", "serve"},
+    {"cli"},
+]
+# The decoder calls the experts between its layers; an engine opens its own chat, on first use.
+EXCEPTIONS = {("model", "experts"), ("engine", "chat")}
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        yield path.relative_to(ROOT), ast.parse(path.read_text())
+
+
+def room(path):
+    return path.parts[0].removesuffix(".py")
+
+
+def imports(tree):
+    """Yields what is imported when a module runs, and the room of edgemoe's own."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "edgemoe":
+                yield from (f"edgemoe.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_imports_point_downwards():
+    row = {name: i for i, names in enumerate(ROWS) for name in names}
+    for path, tree in modules():
+        if path.name == "__init__.py" and len(path.parts) == 1:
+            continue
+        mine = room(path)
+        for name in imports(tree):
+            if not name.startswith("edgemoe."):
+                continue
+            theirs = name.split(".")[1]
+            if theirs == mine or (mine, theirs) in EXCEPTIONS:
+                continue
+            if theirs == "_core":
+                assert row[mine] in (1, 2, 4), f"{path} opens the door to the compiled module"
+                continue
+            assert row[theirs] <= row[mine], f"{path} imports {name}, which lies above it"
+
+
+def test_torch_is_not_needed_to_run():
+    for path, tree in modules():
+        for name in imports(tree):
+            assert name.split(".")[0] not in ("torch", "transformers"), f"{path} imports {name}"
+
+
+def test_only_the_command_line_prints_and_reads_the_environment():
+    for path, tree in modules():
+        if room(path) == "cli":
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != "print", f"{path}:{node.lineno} prints"
+            if isinstance(node, ast.Attribute) and node.attr in ("environ", "argv"):
+                assert isinstance(node.value, ast.Name), path
+                assert (node.value.id, node.attr) in (("os", "environ"),), path
+
+
+def test_exported_names_are_sorted_and_exist():
+    assert edgemoe.__all__ == sorted(edgemoe.__all__)
+    for name in edgemoe.__all__:
+        assert getattr(edgemoe, name).__name__ == name
