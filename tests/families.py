@@ -153,6 +153,25 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 """What config.json says, by a name that tests are parametrised with."""
 
 
+def _gain(name: str, config: Any) -> float:
+    """Returns how much larger a matrix is than one that keeps the scale of what it multiplies.
+
+    As in trained models, a layer adds to the residual stream less than is there, attention looks at
+    several positions and routers are decided. Without that the rounding of weights grows to chaos.
+    """
+    if "embed_tokens" in name:
+        # Tied, a larger one would only ever predict the token that was read.
+        gain = 3.0 if config.tie_word_embeddings else 8.0
+        return gain / getattr(config, "embedding_multiplier", 1.0)
+    if "router" in name or name.endswith("mlp.gate.weight"):
+        return 6.0
+    if "q_proj" in name or "k_proj" in name:
+        return 0.7
+    if "o_proj" in name or "down_proj" in name or "output_linear" in name:
+        return 0.5
+    return 1.0
+
+
 def make(
     name: str, out: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **save: Any
 ) -> Path:
@@ -173,9 +192,7 @@ def make(
             if weight.ndim == 1:
                 weight.copy_(0.3 * noise if key.endswith("bias") else 1 + 0.2 * noise)
             else:
-                # Routers are sharper than the rest: in random ones experts are nearly tied.
-                gain = 3.0 if "router" in key or key.endswith("mlp.gate.weight") else 1.0
-                weight.copy_(noise * gain / math.sqrt(weight.shape[-1]))
+                weight.copy_(noise * _gain(key, config) / math.sqrt(weight.shape[-1]))
     model.to(dtype).save_pretrained(out, **save)
     return out
 

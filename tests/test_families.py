@@ -170,10 +170,10 @@ def test_eos_comes_from_generation_config_first(edited, checkpoints: dict[str, P
         ("qwen3_moe", {"head_dim": 20}, "q_proj.weight: expected shape [80, 64], got [96"),
         ("qwen3_moe", {"attention_bias": True}, "missing tensors model.layers.0.self_attn.k_proj"),
         ("olmoe", {"clip_qkv": -1.0}, "clip_qkv must be positive"),
-        ("olmoe", {"clip_qkv": "8"}, "clip_qkv: expected a number, got '8'"),
+        ("olmoe", {"clip_qkv": "8"}, "clip_qkv: expected a finite number, got '8'"),
         ("olmoe", {"sliding_window": 8}, "sliding_window: is not supported for OLMoE"),
         ("granitemoe", {"logits_scaling": 0}, "logits_divisor must be a positive number"),
-        ("granitemoe", {"embedding_multiplier": "12"}, "embedding_multiplier: expected a number"),
+        ("granitemoe", {"embedding_multiplier": "12"}, "embedding_multiplier: expected a finite"),
     ],
 )
 def test_refuses_what_it_cannot_map(family: str, changes, message: str, edited) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from edgemoe.cli.console import error_line, is_terminal, note
+from edgemoe.cli.console import error_line, note
+from edgemoe.cli.progress import Progress
 from edgemoe.errors import EdgemoeError
 
 if TYPE_CHECKING:
@@ -58,14 +57,20 @@ def _convert(args: argparse.Namespace) -> None:
     out: Path = args.out
     if out.exists() and not args.overwrite:
         raise FileExistsError(f"{out}: exists; --overwrite replaces it")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent}: no such directory")
     from edgemoe.convert.convert import convert
+    from edgemoe.quant import DEFAULT_LADDER
 
+    if args.bits not in DEFAULT_LADDER:  # Carving takes minutes before the writer would say so.
+        levels = ", ".join(map(str, DEFAULT_LADDER))
+        raise ValueError(f"--bits: expected one of {levels}, got {args.bits}")
     source = _carved(args.source) if args.carve else _checkpoint(args.source)
     if "tokenizer.json" not in source.files:
         note(
             f"{_PROG}: {source.name}: no tokenizer.json; the file will take and give token ids only"
         )
-    with _Progress(f"writing {out.name}", unit="B") as progress:
+    with Progress(f"writing {out.name}", unit="B") as progress:
         convert(source, out, bits=args.bits, progress=progress)
     note(f"{_PROG}: wrote {out}: {_gib(out.stat().st_size)}")
 
@@ -95,52 +100,8 @@ def _carved(path: Path) -> Checkpoint:
         from edgemoe.convert.hf import HFCheckpoint
 
         dense = HFCheckpoint(path)
-    with _Progress("calibrating", unit="layer") as progress:
+    with Progress("calibrating", unit="layer") as progress:
         return carve(dense, progress=progress)
-
-
-class _Progress:
-    """Shows how far a task is: a bar on a terminal, a line for every tenth elsewhere."""
-
-    def __init__(self, task: str, *, unit: str) -> None:
-        self._task = task
-        self._unit = unit
-        self._bar: Any = None  # tqdm has no types.
-        self._tenths = 0
-
-    def __call__(self, done: int, total: int) -> None:
-        if not is_terminal(sys.stderr):
-            tenths = 10 * done // total if total else 0
-            if tenths > self._tenths:
-                self._tenths = tenths
-                note(f"{_PROG}: {self._task}: {10 * tenths}%")
-            return
-        if self._bar is None:
-            from tqdm import tqdm
-
-            # What an earlier run has written must not count in the speed of this one.
-            self._bar = tqdm(
-                desc=self._task,
-                initial=done,
-                total=total,
-                unit=self._unit,
-                unit_scale=self._unit == "B",
-                unit_divisor=1024,
-                file=sys.stderr,
-            )
-        self._bar.update(done - self._bar.n)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -52,7 +52,7 @@ def carve(
     update: Path | None = None,
     progress: Progress | None = None,
 ) -> CarvedCheckpoint:
-    """Returns a dense Llama-architecture checkpoint as a Mixture of Experts; tensors are made lazily.
+    """Sees a dense Llama-architecture checkpoint as a Mixture of Experts; tensors are made lazily.
 
     Args:
         dense: the checkpoint; it stays in use.
@@ -68,7 +68,7 @@ def carve(
     Raises:
         ValueError: the widths do not fit the model or the update.
         FormatError: the checkpoint or the update is broken or of an unsupported kind.
-        EdgemoeError: scipy is not installed, and there is no update.
+        ImportError: scipy is not installed, and there is no update.
     """
     shape = llama_shape(dense)
     if update is not None:
@@ -80,9 +80,9 @@ def carve(
             )
         num_experts, shared = found.num_experts, found.shared
     default_experts, default_shared = default_widths(shape.intermediate_size, num_experts)
-    num_experts = num_experts or default_experts
+    num_experts = default_experts if num_experts is None else num_experts
     shared = default_shared if shared is None else shared
-    active = active or max(1, 2 * num_experts // 3)
+    active = max(1, 2 * num_experts // 3) if active is None else active
     _check_widths(shape.intermediate_size, num_experts, shared, active)
     if update is None:
         found = _calibrated(dense, shape, num_experts, shared, calibration, progress)
@@ -92,7 +92,7 @@ def carve(
 class CarvedCheckpoint:
     """A dense checkpoint seen as a Qwen2-MoE one; implements `Checkpoint`.
 
-    Keeps labels, routers and corrections in memory, and the three corrected FFN matrices of the layer
+    Keeps labels, routers and corrections in memory, and the corrected FFN matrices of the layer
     that was read last. One thread at a time.
     """
 
@@ -136,7 +136,7 @@ class CarvedCheckpoint:
         return np.ascontiguousarray(whole[:, neurons] * np.float32(scale))
 
     def _matrix(self, layer: int, matrix: str) -> Array:
-        """Returns a whole FFN matrix of the dense model, corrected; remembers those of one layer."""
+        """Returns a whole corrected FFN matrix of the dense model; remembers those of one layer."""
         if (layer, matrix) not in self._matrices:
             self._matrices = {k: v for k, v in self._matrices.items() if k[0] == layer}
             values = self._dense.tensor(f"model.layers.{layer}.mlp.{matrix}_proj.weight")
@@ -150,17 +150,15 @@ class CarvedCheckpoint:
 def default_widths(intermediate: int, num_experts: int | None = None) -> tuple[int, int]:
     """Returns how many routed experts and shared neurons suit an FFN of `intermediate` neurons.
 
-    16 experts; a third of the neurons shared; experts as wide as the rest allows in steps of 64, the
+    16 experts; about a third of the neurons shared; experts in steps of 64 neurons, the
     quantisation group, or of a smaller power of two where the FFN is narrow.
     """
-    num_experts = num_experts or min(16, 1 << (max(1, intermediate // 2).bit_length() - 1))
-    widest = intermediate * 2 / 3 / num_experts
+    num_experts = 16 if num_experts is None else num_experts
+    ideal = intermediate * 2 / 3 / max(1, num_experts)
     step = 64
-    while step > 1 and widest < step:
+    while step > 1 and ideal < step:
         step //= 2
-    width = max(1, round(widest / step)) * step
-    while width > 1 and width * num_experts >= intermediate:
-        width -= min(step, width - 1)
+    width = max(1, round(ideal / step)) * step
     return num_experts, intermediate - width * num_experts
 
 
@@ -218,7 +216,8 @@ def _calibration_ids(
         raise ValueError(f"carve: calibration must be token ids from 0 to {shape.vocab_size - 1}")
     count = min(_SEQUENCES, len(ids) // length)
     starts = np.linspace(0, len(ids) - length, count).astype(np.int64)
-    return ids[starts[:, None] + np.arange(length)]
+    chosen: NDArray[np.int64] = ids[starts[:, None] + np.arange(length)]
+    return chosen
 
 
 def _config(

@@ -61,7 +61,7 @@ def read_update(path: Path, shape: LlamaShape) -> CarveUpdate:
         if found is None or found.shape != size:
             got = "none" if found is None else found.shape
             raise FormatError(f"{path.name}: {name} must be {size}, got {got}")
-        values = found.astype(np.float32)
+        values: Array = found.astype(np.float32)
         if not np.isfinite(values).all():
             raise FormatError(f"{path.name}: {name} holds NaN or infinity")
         return values
@@ -82,7 +82,7 @@ def read_update(path: Path, shape: LlamaShape) -> CarveUpdate:
         for matrix in MATRICES:
             rows, columns = sizes[matrix]
             found = tensors.get(f"{p}{matrix}.A")
-            rank = 0 if found is None else len(found)
+            rank = 0 if found is None or found.ndim != 2 else len(found)
             a = take(f"{p}{matrix}.A", rank, columns)
             b = take(f"{p}{matrix}.B", rows, rank)
             if f"{p}{matrix}.scale" in tensors:

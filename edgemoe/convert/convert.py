@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.source import SourceModel
-from edgemoe.format import Writer
+from edgemoe.writer import Writer
 
 __all__ = ["Progress", "convert"]
 
@@ -44,6 +45,7 @@ def convert(
         "name": source.name,
         "family": config.family,
         "config": {key: source.config[key] for key in _PROVENANCE if key in source.config},
+        "fingerprint": _fingerprint(model),
     }
     with Writer(out, config, bits=bits, sections=source.files, source=provenance) as writer:
 
@@ -62,3 +64,21 @@ def convert(
                     writer.add_expert(layer, index, *model.expert(layer, index))
                     report()
         writer.finish()
+        if progress is not None:
+            progress(writer.total_bytes, writer.total_bytes)
+
+
+def _fingerprint(model: SourceModel) -> str:
+    """Hashes a sample of the weights: the last layer with experts, and one of these.
+
+    Without it a conversion could go on with the weights of another fine-tune of the same model.
+    """
+    config = model.config
+    layer = config.moe_layers[-1]
+    digest = hashlib.sha256()
+    for name in dense_tensors(config):
+        if name in ("norm", "rope") or name.startswith(f"layers.{layer}."):
+            digest.update(model.tensor(name).data)
+    for values in model.expert(layer, config.num_experts - 1):
+        digest.update(values.data)
+    return digest.hexdigest()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.convert.gguf_tokenizer import tokenizer_files
-from edgemoe.errors import EdgemoeError, FormatError
+from edgemoe.errors import FormatError
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -50,7 +50,7 @@ class GGUFCheckpoint:
     Raises:
         FormatError: not a GGUF file, truncated, or of an architecture or tokenizer that is not
             supported.
-        EdgemoeError: the package gguf is not installed.
+        ImportError: the package gguf is not installed.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -98,7 +98,7 @@ class GGUFCheckpoint:
             q = role[1] == "q"
             heads = self.config["num_attention_heads" if q else "num_key_value_heads"]
             values = self._unpermuted(name, values, heads)
-        return np.ascontiguousarray(values, np.float32)
+        return np.array(values, np.float32, order="C")  # never a view of the mapped file
 
     def _unpermuted(
         self, name: str, values: NDArray[np.float32], heads: int
@@ -110,7 +110,7 @@ class GGUFCheckpoint:
                 f"{self.name}: {name} must have {heads} x {2 * half} rows, got {values.shape[0]}"
             )
         split = values.reshape(heads, half, 2, *values.shape[1:])
-        return split.swapaxes(1, 2).reshape(values.shape)
+        return np.asarray(split.swapaxes(1, 2).reshape(values.shape))
 
     def _hf_name(self, name: str) -> str:
         if name in _GLOBAL:
@@ -207,8 +207,9 @@ def _open(path: Path) -> GGUFReader:
     try:
         from gguf import GGUFReader
     except ImportError as error:
-        raise EdgemoeError(
-            f"{path.name}: reading GGUF needs the package gguf: pip install 'edgemoe[demo]'"
+        raise ImportError(
+            f"{path.name}: reading GGUF needs the package gguf: pip install 'edgemoe[demo]'",
+            name="gguf",
         ) from error
 
     class Bounded(GGUFReader):

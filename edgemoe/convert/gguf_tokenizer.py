@@ -43,7 +43,7 @@ def tokenizer_files(
         FormatError: the tokenizer is of another kind, or its tables contradict each other.
     """
     model, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
-    if model != "gpt2" or pre not in _PRE_TOKENIZERS:
+    if model != "gpt2" or not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise FormatError(
             f"{where}: tokenizer {model!r} with pre-tokenizer {pre!r} is not supported in GGUF; "
             f"supported: 'gpt2' with {', '.join(map(repr, _PRE_TOKENIZERS))}"
@@ -57,7 +57,7 @@ def tokenizer_files(
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
             raise FormatError(f"{where}: merge {' '.join(merge)!r} does not fit the vocabulary")
     special = _special_tokens(meta, tokens, where)
-    files = {
+    files: dict[str, dict[str, Any]] = {
         "tokenizer.json": {
             "version": "1.0",
             "truncation": None,

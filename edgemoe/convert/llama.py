@@ -1,4 +1,4 @@
-"""Runs a dense Llama-architecture checkpoint in numpy, to calibrate and as the yardstick of quality.
+"""Runs a dense Llama-architecture checkpoint in numpy: to calibrate, and as a yardstick of quality.
 
 It is no inference engine: float32, whole sequences, one layer's weights in memory at a time.
 """
@@ -26,7 +26,7 @@ DEFAULT_THETA = 10000.0
 
 Array: TypeAlias = NDArray[np.float32]
 OnFFN: TypeAlias = Callable[[int, Array, Array, Array], None]
-"""Is told, per layer: its number, the FFN's input x [T, D], silu(x Wg) * (x Wu) [T, I] and w_down [D, I].
+"""Is told a layer, its FFN's input x [T, D], silu(x Wg) * (x Wu) [T, I] and w_down [D, I].
 
 The arrays are lent for the call."""
 
@@ -133,20 +133,20 @@ def hidden_states(
         p = f"model.layers.{layer}."
         normed = _rms_norm(x, dense.tensor(p + "input_layernorm.weight"), shape.norm_eps)
         q, k, v = (
-            _linear(normed, dense.tensor(f"{p}self_attn.{name}_proj.weight"))
+            (normed @ dense.tensor(f"{p}self_attn.{name}_proj.weight").T)
             .reshape(count, length, -1, shape.head_dim)
             .transpose(0, 2, 1, 3)
             for name in "qkv"
         )
         mixed = _attention(_rotated(q, cos, sin), _rotated(k, cos, sin), v)
-        x += _linear(mixed, dense.tensor(p + "self_attn.o_proj.weight"))
+        x += mixed @ dense.tensor(p + "self_attn.o_proj.weight").T
         normed = _rms_norm(x, dense.tensor(p + "post_attention_layernorm.weight"), shape.norm_eps)
-        inner = _silu(_linear(normed, dense.tensor(p + "mlp.gate_proj.weight")))
-        inner *= _linear(normed, dense.tensor(p + "mlp.up_proj.weight"))
+        inner = _silu(normed @ dense.tensor(p + "mlp.gate_proj.weight").T)
+        inner *= normed @ dense.tensor(p + "mlp.up_proj.weight").T
         down = dense.tensor(p + "mlp.down_proj.weight")
         if on_ffn is not None:
             on_ffn(layer, normed, inner, down)
-        x += _linear(inner, down)
+        x += inner @ down.T
     x = _rms_norm(x, dense.tensor("model.norm.weight"), shape.norm_eps)
     return x.reshape(count, length, -1)
 
@@ -157,18 +157,14 @@ def head(dense: Checkpoint) -> Array:
     return dense.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
 
 
-def _linear(x: Array, weight: Array) -> Array:
-    return x @ weight.T
-
-
 def _silu(x: Array) -> Array:
     with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
-        return x / (1 + np.exp(-x))
+        return np.asarray(x / (1 + np.exp(-x)))
 
 
 def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    scale = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + eps)
-    return np.asarray(x * scale.astype(np.float32) * weight)
+    scale = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))
+    return np.asarray(x * scale * weight)
 
 
 def _attention(q: Array, k: Array, v: Array) -> Array:

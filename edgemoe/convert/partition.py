@@ -1,7 +1,8 @@
-"""Finds, from activations, which neurons of a dense FFN belong together and a router that tells when.
+"""Cuts one dense FFN into experts, from its activations, and fits a router to them.
 
-After CMoE (PAPERS: "Carved MoE"): neurons that matter for every token become the shared expert, the rest
-are clustered by when they matter; a linear gate is fitted to how much each cluster matters.
+After CMoE (arXiv 2502.04416): the neurons that matter most become the shared expert, the rest are
+clustered by when they matter. Its router fits no standard architecture; ours is a linear gate,
+fitted to how much each cluster matters.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.convert.llama import Array
-from edgemoe.errors import EdgemoeError
 
 __all__ = ["Partition", "partition", "require_scipy"]
 
@@ -87,7 +87,7 @@ def _spread_centres(points: Array, count: int, rng: np.random.Generator) -> Arra
 
 
 def _balanced_assignment(likeness: Array, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Gives every row of likeness [N, C] a column, each column N / C times, for the greatest sum."""
+    """Gives each row of likeness [N, C] a column, each column N / C times, for the greatest sum."""
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = likeness.shape
@@ -120,11 +120,12 @@ def require_scipy() -> None:
     """Fails early, before minutes of calibration, when scipy is not there.
 
     Raises:
-        EdgemoeError: says how to install it.
+        ImportError: says how to install it.
     """
     try:
         import scipy.optimize  # noqa: F401
     except ImportError as error:
-        raise EdgemoeError(
-            "carving without an update needs the package scipy: pip install 'edgemoe[demo]'"
+        raise ImportError(
+            "carving without an update needs the package scipy: pip install 'edgemoe[demo]'",
+            name="scipy",
         ) from error

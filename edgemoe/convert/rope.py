@@ -46,12 +46,9 @@ class _Request:
         frequencies: Array = self.theta**-exponents
         return frequencies
 
-    def factor(self, default: float | None = None) -> float:
-        """Returns how many times the context is stretched; without a default the key must exist."""
-        factor = self.parameters.number("factor", default)
-        if factor <= 0:
-            raise self.parameters.error("factor", f"must be positive, got {factor}")
-        return factor
+    def stretch(self) -> float:
+        """Returns how many times longer than the original the context is, unless `factor` says."""
+        return self.parameters.positive("factor", self.context_length / self.original_length)
 
 
 def rope(settings: Settings, *, head_dim: int, default_theta: float) -> Rope:
@@ -97,26 +94,27 @@ def _default(request: _Request) -> tuple[Array, float]:
 
 
 def _linear(request: _Request) -> tuple[Array, float]:
-    return request.plain() / request.factor(), 1.0
+    return request.plain() / request.parameters.positive("factor"), 1.0
 
 
 def _yarn(request: _Request) -> tuple[Array, float]:
     """Interpolates slow frequencies and keeps fast ones, with a ramp between (Peng et al. 2023)."""
-    parameters, dim = request.parameters, request.head_dim
-    factor = request.factor(request.context_length / request.original_length)
+    parameters, dim, factor = request.parameters, request.head_dim, request.stretch()
 
     def scale_for(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
-    mscale, mscale_all = parameters.number("mscale", 0), parameters.number("mscale_all_dim", 0)
-    scale = scale_for(mscale) / scale_for(mscale_all) if mscale and mscale_all else scale_for(1)
+    scale = scale_for(1)
+    if parameters.get("mscale") and parameters.get("mscale_all_dim"):
+        scale = scale_for(parameters.positive("mscale"))
+        scale /= scale_for(parameters.positive("mscale_all_dim"))
 
     def dimension(rotations: float) -> float:
         turns = request.original_length / (rotations * 2 * math.pi)
         return dim * math.log(turns) / (2 * math.log(request.theta))
 
-    low = dimension(parameters.number("beta_fast", 0) or 32)
-    high = dimension(parameters.number("beta_slow", 0) or 1)
+    low = dimension(parameters.positive("beta_fast", 32))
+    high = dimension(parameters.positive("beta_slow", 1))
     if parameters.flag("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
@@ -125,32 +123,30 @@ def _yarn(request: _Request) -> tuple[Array, float]:
     interpolated = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
     plain = request.plain()
     frequencies = plain / factor * interpolated + plain * (1 - interpolated)
-    return frequencies, parameters.number("attention_factor", scale)
+    return frequencies, parameters.positive("attention_factor", scale)
 
 
 def _longrope(request: _Request) -> tuple[Array, float]:
     """Divides each frequency by a factor found by search, a set for short and one for long."""
-    parameters = request.parameters
-    factor = request.factor(request.context_length / request.original_length)
+    parameters, factor = request.parameters, request.stretch()
     is_long = request.context_length > request.original_length
-    divisors = {
-        key: parameters.numbers(key, request.head_dim // 2)
+    short, long = (
+        np.array(parameters.positives(key, request.head_dim // 2))
         for key in ("short_factor", "long_factor")
-    }["long_factor" if is_long else "short_factor"]
-    if min(divisors) <= 0:
-        raise parameters.error("short_factor, long_factor", "must be positive")
+    )
     scale = 1.0
     if factor > 1:
         scale = math.sqrt(1 + math.log(factor) / math.log(request.original_length))
-    frequencies: Array = request.plain() / np.array(divisors)
-    return frequencies, parameters.number("attention_factor", scale)
+    frequencies: Array = request.plain() / (long if is_long else short)
+    return frequencies, parameters.positive("attention_factor", scale)
 
 
 def _llama3(request: _Request) -> tuple[Array, float]:
     """Divides slow frequencies, keeps fast ones, and blends between two wavelengths."""
-    parameters, factor = request.parameters, request.factor()
-    low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
-    if not 0 < low < high:
+    parameters = request.parameters
+    factor = parameters.positive("factor")
+    low, high = parameters.positive("low_freq_factor"), parameters.positive("high_freq_factor")
+    if low >= high:
         raise parameters.error("low_freq_factor", f"must be below high_freq_factor {high}: {low}")
     plain = request.plain()
     turns = request.original_length * plain / (2 * math.pi)

@@ -12,6 +12,8 @@ from edgemoe.errors import FormatError
 
 __all__ = ["Settings", "eos_ids"]
 
+_LARGEST = 1 << 53  # floats hold every whole number up to here
+
 
 class Settings:
     """The values of a config.json. A key with the value null counts as absent. Immutable."""
@@ -27,18 +29,23 @@ class Settings:
     def integer(self, key: str, default: int | None = None, *, at_least: int = 1) -> int:
         """Returns a whole number; without a default the key must exist."""
         value = self._value(key, default)
-        if type(value) is not int or value < at_least:
+        if type(value) is not int or not at_least <= value <= _LARGEST:
             raise self.error(key, f"expected a whole number from {at_least}, got {value!r}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """Returns a finite number; without a default the key must exist."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self.error(key, f"expected a number, got {value!r}")
-        if not math.isfinite(value):
+        if not _is_number(value):
             raise self.error(key, f"expected a finite number, got {value!r}")
         return float(value)
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """Returns a finite number above zero; without a default the key must exist."""
+        value = self.number(key, default)
+        if value <= 0:
+            raise self.error(key, f"must be positive, got {value}")
+        return value
 
     def flag(self, key: str, default: bool) -> bool:
         """Returns a boolean."""
@@ -62,14 +69,11 @@ class Settings:
             raise self.error(key, f"expected whole numbers, got {value!r}")
         return tuple(values)
 
-    def numbers(self, key: str, count: int) -> tuple[float, ...]:
-        """Returns a list of exactly `count` finite numbers."""
+    def positives(self, key: str, count: int) -> tuple[float, ...]:
+        """Returns a list of exactly `count` finite numbers above zero; the key must exist."""
         value = self._value(key, None)
-        if not isinstance(value, list) or not all(
-            isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
-            for v in value
-        ):
-            raise self.error(key, "expected a list of numbers")
+        if not isinstance(value, list) or not all(_is_number(v) and v > 0 for v in value):
+            raise self.error(key, "expected a list of positive numbers")
         if len(value) != count:
             raise self.error(key, f"expected {count} numbers, got {len(value)}")
         return tuple(float(v) for v in value)
@@ -92,6 +96,12 @@ class Settings:
         if value is None:
             raise self.error(key, "is missing")
         return value
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= _LARGEST if isinstance(value, int) else math.isfinite(value)
 
 
 def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:

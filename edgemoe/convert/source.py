@@ -77,7 +77,7 @@ class SourceModel:
         if source.half is not None:
             rows = len(values) // 2
             values = values[source.half * rows : (source.half + 1) * rows]
-        return values
+        return np.ascontiguousarray(values)
 
     def _checked_sources(self, family: Family) -> dict[str, Source]:
         config, stored = self.config, self._checkpoint.shapes

@@ -1,0 +1,63 @@
+"""Shows how far a long task is."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+from typing import Any
+
+from edgemoe.cli.console import is_terminal, note
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Is a bar on a terminal, and a line for every tenth elsewhere. Also a context manager."""
+
+    def __init__(self, task: str, *, unit: str) -> None:
+        """Names the task.
+
+        Args:
+            task: what is being done ("writing x.moe").
+            unit: what is counted; "B" for bytes.
+        """
+        self._task = task
+        self._unit = unit
+        self._bar: Any = None  # tqdm has no types
+        self._tenths = 0
+
+    def __call__(self, done: int, total: int) -> None:
+        """Takes how much is done by now, and how much there is to do."""
+        if not is_terminal(sys.stderr):
+            tenths = 10 * done // total if total else 0
+            if tenths > self._tenths:
+                self._tenths = tenths
+                note(f"# {self._task}: {10 * tenths}%")
+            return
+        if self._bar is None:
+            from tqdm import tqdm
+
+            # What an earlier run has done must not count in the speed of this one.
+            self._bar = tqdm(
+                desc=self._task,
+                initial=done,
+                total=total,
+                unit=self._unit,
+                unit_scale=self._unit == "B",
+                unit_divisor=1024,
+                file=sys.stderr,
+            )
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
