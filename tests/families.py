@@ -161,7 +161,7 @@ def _gain(name: str, config: Any) -> float:
     """
     if "embed_tokens" in name:
         # Tied, a larger one would only ever predict the token that was read.
-        gain = 3.0 if config.tie_word_embeddings else 8.0
+        gain = 5.0 if config.tie_word_embeddings else 8.0
         return gain / getattr(config, "embedding_multiplier", 1.0)
     if "router" in name or name.endswith("mlp.gate.weight"):
         return 6.0

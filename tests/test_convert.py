@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import families
@@ -13,8 +12,6 @@ import torch
 from decoded import Decoded
 from safetensors.torch import save_file
 
-import edgemoe.convert.convert as module
-from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.convert.convert import convert
 from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.hf import HFCheckpoint
@@ -28,106 +25,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = families.make("qwen2_moe-mlp-only", tmp_path_factory.mktemp("tiny-qwen2"))
     (path / "tokenizer.json").write_text("{}")
     return path
-
-
-class Recorder:
-    """Stands for `edgemoe.writer.Writer` and remembers what it is given."""
-
-    done: tuple[str, ...] = ()
-
-    def __init__(self, path, config, *, bits, sections, source) -> None:
-        self.path, self.config, self.bits = path, config, bits
-        self.sections, self.source = dict(sections), source
-        self.names: list[str] = []
-        self.finished = False
-        self.written_bytes, self.total_bytes = 0, 100
-        Recorder.last = self
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error) -> None:
-        pass
-
-    def is_done(self, name: str) -> bool:
-        return name in self.done
-
-    def add(self, name: str, values: np.ndarray) -> None:
-        assert values.shape == dense_tensors(self.config)[name].shape
-        assert values.dtype == np.float32
-        self.names.append(name)
-        self.written_bytes += 1
-
-    def add_expert(self, layer: int, index: int, gate, up, down) -> None:
-        d, h = self.config.hidden_size, self.config.expert_hidden
-        assert (gate.shape, up.shape, down.shape) == ((h, d), (h, d), (d, h))
-        self.names.append(f"experts.{layer}.{index}")
-        self.written_bytes += 2
-
-    def finish(self) -> None:
-        self.finished = True
-
-
-@pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
-    monkeypatch.setattr(module, "Writer", Recorder)
-    monkeypatch.setattr(Recorder, "done", ())
-    return Recorder
-
-
-def every_name(config: ModelConfig) -> list[str]:
-    experts = [f"experts.{i}.{j}" for i in config.moe_layers for j in range(config.num_experts)]
-    return [*dense_tensors(config), *experts]
-
-
-def test_gives_the_writer_everything_in_file_order(checkpoint, recorder, tmp_path) -> None:
-    reports: list[tuple[int, int]] = []
-    convert(
-        HFCheckpoint(checkpoint), tmp_path / "x.moe", bits=4, progress=lambda *r: reports.append(r)
-    )
-    writer = recorder.last
-    assert writer.finished
-    assert writer.bits == 4
-    assert writer.names == every_name(writer.config)
-    assert writer.sections.keys() == {"tokenizer.json", "generation_config.json"}
-    assert writer.source["name"] == checkpoint.name
-    assert writer.source["family"] == "qwen2_moe"
-    json.dumps(writer.source)
-    assert reports[0] == (0, 100)
-    assert reports == sorted(reports)
-    assert reports[-1] == (100, 100)
-    assert len(reports) == len(writer.names) + 2
-
-
-def test_leaves_out_what_is_done(checkpoint, recorder, tmp_path, monkeypatch) -> None:
-    done = ("embed", "layers.1.router", "experts.1.0")
-    monkeypatch.setattr(recorder, "done", done)
-    convert(HFCheckpoint(checkpoint), tmp_path / "x.moe")
-    writer = recorder.last
-    assert writer.names == [name for name in every_name(writer.config) if name not in done]
-
-
-@pytest.mark.parametrize("name", families.SETTINGS)
-def test_eight_bits_are_nearly_the_checkpoint(name: str, tmp_path: Path) -> None:
-    path = families.make(name, tmp_path / "source")
-    convert(HFCheckpoint(path), tmp_path / "x.moe")
-    model = Decoded(tmp_path / "x.moe")
-    cosines, same, tops = [], [], []
-    for seed in range(4):
-        ids = families.random_ids(12, seed=seed)
-        expected, expected_chosen = families.oracle(path, ids)
-        got, chosen = reference.logits(model.config, model.tensors, model.expert, ids)
-        agree = np.array([np.sort(chosen[i]) == np.sort(expected_chosen[i]) for i in chosen])
-        same.append(agree.all(-1))
-        # A token that took other experts changes those after it through attention.
-        clean = np.logical_and.accumulate(same[-1].all(0))
-        lengths = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
-        cosines += list(((got * expected).sum(1) / lengths)[clean])
-        tops += list(got.argmax(1) == expected.argmax(1))
-    assert len(cosines) >= 12
-    assert min(cosines) > 0.999
-    assert np.mean(same) > 0.95  # Random routers have near ties.
-    assert np.mean(tops) > 0.9
 
 
 def with_stacks(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,180 @@
+"""A GGUF file reads as the checkpoint that it was made from; a broken one is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tiny_llama import TEMPLATE, TEXT, save_gguf, tiny_llama, tiny_tokenizer
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from edgemoe.convert.gguf import GGUFCheckpoint
+from edgemoe.errors import FormatError
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_reads_what_transformers_wrote(tied: bool, tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=tied)
+    checkpoint = GGUFCheckpoint(save_gguf(model, tmp_path / "tiny.gguf"))
+    state = model.state_dict()
+    if tied:
+        del state["lm_head.weight"]
+    assert checkpoint.shapes == {name: tuple(t.shape) for name, t in state.items()}
+    for name, values in state.items():
+        got = checkpoint.tensor(name)
+        assert got.dtype == np.float32
+        assert got.flags.c_contiguous
+        np.testing.assert_array_equal(got, values.numpy(), err_msg=name)
+
+
+def test_its_config_makes_the_same_model(tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=False)
+    checkpoint = GGUFCheckpoint(save_gguf(model, tmp_path / "tiny.gguf"))
+    again = LlamaForCausalLM(LlamaConfig(**checkpoint.config)).eval()
+    again.load_state_dict({n: torch.from_numpy(checkpoint.tensor(n)) for n in checkpoint.shapes})
+    ids = torch.arange(48)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("quant", ["F16", "BF16", "Q8_0", "Q4_1"])
+def test_dequantises(quant: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    kind = gguf.GGMLQuantizationType[quant]
+    checkpoint = GGUFCheckpoint(save_gguf(model, tmp_path / "tiny.gguf", quant=kind))
+    name = "model.layers.1.mlp.down_proj.weight"
+    weight = model.state_dict()[name].numpy()
+    np.testing.assert_array_equal(
+        checkpoint.tensor(name), gguf.dequantize(gguf.quantize(weight, kind), kind)
+    )
+
+
+def test_takes_the_licence_beside_it(tmp_path: Path) -> None:
+    path = save_gguf(tiny_llama(), tmp_path / "tiny.gguf")
+    assert "LICENSE" not in GGUFCheckpoint(path).files
+    (tmp_path / "LICENSE").write_text("free")
+    assert GGUFCheckpoint(path).files["LICENSE"] == b"free"
+
+
+def test_tokenizer_encodes_as_the_original(tmp_path: Path) -> None:
+    checkpoint = GGUFCheckpoint(save_gguf(tiny_llama(), tmp_path / "tiny.gguf"))
+    got = Tokenizer.from_str(checkpoint.files["tokenizer.json"].decode())
+    expected = tiny_tokenizer()
+    # llama.cpp's own expressions for "smollm".
+    expected.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\p{N}"), "isolated"),
+            pre_tokenizers.Split(
+                Regex(
+                    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+                ),
+                "isolated",
+            ),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    alphabet = [*"ab Z'st129½Ⅷ٣\n\t.,—é漢🙂", " 1", "  ", "'re", "whales", "<|im_end|>"]
+    rng = random.Random(0)
+    samples = ["".join(rng.choices(alphabet, k=rng.randrange(40))) for _ in range(500)]
+    for text in [TEXT, *samples]:
+        ids = got.encode(text).ids
+        assert ids == expected.encode(text).ids, text
+        assert got.decode(ids, skip_special_tokens=False) == text
+
+
+def test_tokenizer_config_names_the_special_tokens(tmp_path: Path) -> None:
+    checkpoint = GGUFCheckpoint(save_gguf(tiny_llama(), tmp_path / "tiny.gguf"))
+    config = json.loads(checkpoint.files["tokenizer_config.json"])
+    assert (config["bos_token"], config["eos_token"]) == ("<|im_start|>", "<|im_end|>")
+    assert config["chat_template"] == TEMPLATE
+    assert (checkpoint.config["bos_token_id"], checkpoint.config["eos_token_id"]) == (0, 1)
+
+
+def test_puts_the_first_token_before_a_text_where_the_file_says_so(tmp_path: Path) -> None:
+    path = save_gguf(
+        tiny_llama(), tmp_path / "tiny.gguf", changes={"tokenizer.ggml.add_bos_token": True}
+    )
+    tokenizer = Tokenizer.from_str(GGUFCheckpoint(path).files["tokenizer.json"].decode())
+    plain = tokenizer.encode(TEXT, add_special_tokens=False).ids
+    assert tokenizer.encode(TEXT).ids == [0, *plain]
+
+
+def test_both_ends_of_a_turn_end_it(tmp_path: Path) -> None:
+    changes = {"tokenizer.ggml.eot_token_id": 7}
+    path = save_gguf(tiny_llama(), tmp_path / "tiny.gguf", changes=changes)
+    assert GGUFCheckpoint(path).config["eos_token_id"] == [1, 7]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama.expert_count": 8}, "supported: dense llama"),
+        ({"llama.rope.scaling.type": "yarn"}, "supported: none, linear"),
+        ({"llama.rope.dimension_count": 8}, "must be the head's 16"),
+        ({"llama.block_count": None}, "llama.block_count must be a positive whole number"),
+        ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base must be"),
+        ({"tokenizer.ggml.model": "llama"}, "supported: 'gpt2' with"),
+        ({"tokenizer.ggml.pre": "tekken"}, "supported: 'gpt2' with"),
+        ({"tokenizer.ggml.tokens": ["a", "a"]}, "the same token twice"),
+        ({"tokenizer.ggml.tokens": None}, "tokens must be a list"),
+        ({"tokenizer.ggml.merges": ["never seen"]}, "does not fit the vocabulary"),
+        ({"tokenizer.ggml.token_type": [1]}, "token_type must hold 298"),
+        ({"tokenizer.ggml.eos_token_id": 9000}, "outside the vocabulary"),
+    ],
+)
+def test_says_what_it_does_not_support(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = save_gguf(tiny_llama(), tmp_path / "tiny.gguf", changes=changes)
+    with pytest.raises(FormatError, match=message):
+        GGUFCheckpoint(path)
+
+
+def test_refuses_another_architecture(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "gpt.gguf", "gpt2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(FormatError, match=r"gpt\.gguf: architecture 'gpt2' is not supported"):
+        GGUFCheckpoint(tmp_path / "gpt.gguf")
+
+
+def test_refuses_files_of_another_kind(tmp_path: Path) -> None:
+    for content in (b"", b"GGUF", b"PK\x03\x04" * 50):
+        (tmp_path / "x.gguf").write_bytes(content)
+        with pytest.raises(FormatError, match=r"x\.gguf: not a readable GGUF file"):
+            GGUFCheckpoint(tmp_path / "x.gguf")
+    with pytest.raises(FormatError, match="no such file"):
+        GGUFCheckpoint(tmp_path / "absent.gguf")
+
+
+def test_a_cut_or_flipped_file_is_a_format_error_or_still_reads(tmp_path: Path) -> None:
+    whole = save_gguf(tiny_llama(), tmp_path / "tiny.gguf").read_bytes()
+    header = whole.index(b"output_norm.weight")  # the last of the names, near the header's end
+    rng = random.Random(1)
+    for _ in range(60):
+        broken = bytearray(whole)
+        if rng.random() < 0.4:
+            del broken[rng.randrange(len(whole)) :]
+        else:
+            broken[rng.randrange(header)] ^= 1 << rng.randrange(8)
+        (tmp_path / "broken.gguf").write_bytes(broken)
+        try:
+            checkpoint = GGUFCheckpoint(tmp_path / "broken.gguf")
+            for name in checkpoint.shapes:
+                checkpoint.tensor(name)
+        except FormatError:
+            pass
+
+
+def test_names_a_missing_tensor(tmp_path: Path) -> None:
+    checkpoint = GGUFCheckpoint(save_gguf(tiny_llama(), tmp_path / "tiny.gguf"))
+    with pytest.raises(FormatError, match="no tensor missing"):
+        checkpoint.tensor("missing")
