@@ -24,6 +24,7 @@ from edgemoe.sampler import Sampler, SamplingParams
 from edgemoe.scheduler import SCHEDULERS
 from edgemoe.store import ExpertStore, load_dense
 from edgemoe.tokenizer import Tokenizer
+from edgemoe.trace import TraceHeader, TraceWriter
 
 if TYPE_CHECKING:
     from edgemoe.chat import Chat
@@ -83,6 +84,7 @@ def load(
     threads: int | None = None,
     scheduler: str = "on-demand",
     verify: bool = True,
+    trace: str | os.PathLike[str] | None = None,
     observer: Observer | None = None,
     whole_process: bool = False,
 ) -> Engine:
@@ -99,7 +101,8 @@ def load(
         threads: None for the machine's cores.
         scheduler: a name of `edgemoe.scheduler.SCHEDULERS`.
         verify: check the sum of everything that is read.
-        observer: is told of every layer; for tracing.
+        trace: a file that records the routing; see `edgemoe.trace`.
+        observer: is told of every layer; not together with `trace`.
         whole_process: `ram` bounds the whole process, not only what the engine adds.
 
     Raises:
@@ -110,7 +113,7 @@ def load(
     """
     return Engine(
         path, ram=ram, bits=bits, dense_bits=dense_bits, experts=experts, context=context,
-        threads=threads, scheduler=scheduler, verify=verify, observer=observer,
+        threads=threads, scheduler=scheduler, verify=verify, trace=trace, observer=observer,
         whole_process=whole_process,
     )  # fmt: skip
 
@@ -133,11 +136,14 @@ class Engine:
         threads: int | None,
         scheduler: str,
         verify: bool,
+        trace: str | os.PathLike[str] | None,
         observer: Observer | None,
         whole_process: bool,
     ) -> None:
         before = hardware.process_bytes()
-        moe = _with_experts(open_moe(path), experts)
+        moe = open_moe(path)
+        given = moe.config
+        moe = _with_experts(moe, experts)
         self.config = config = moe.config
         self.bits = bits if bits is not None else moe.ladder[-1][0]
         level, dense_level = moe.level(self.bits), moe.dense_level(dense_bits)
@@ -150,7 +156,14 @@ class Engine:
             )
         if scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, got {scheduler}")
-        self.tokenizer = Tokenizer.from_files(moe.sections) if _has_tokenizer(moe) else None
+        if trace is not None and observer is not None:
+            raise ValueError("trace and observer: expected one of them")
+        has_tokenizer = "tokenizer.json" in moe.sections
+        self.tokenizer = Tokenizer.from_files(moe.sections) if has_tokenizer else None
+        self._eos = frozenset(config.eos_ids)
+        if self.tokenizer is not None:  # a file may name only the base model's end token
+            self._eos |= frozenset(self.tokenizer.eos_ids)
+        self.notes = _notes(moe, given, self.bits, dense_bits)
 
         total = default_ram() if ram is None else parse_size(ram)
         if ram is not None and not whole_process:
@@ -184,6 +197,9 @@ class Engine:
             ),
             observer=observer,
         )
+        self._trace: TraceWriter | None = None
+        if trace is not None:
+            self._trace = self._experts.observer = TraceWriter(trace, _trace_header(moe, self))
         self._decoder = Decoder(config, weights, self._ops, self._experts, max_tokens=budget.chunk)
         self._kv = KvCache(config, budget.context)
         self._ids: list[int] = []  # what the KV cache holds
@@ -196,6 +212,9 @@ class Engine:
             moe.path, config.family, budget.context, budget.chunk, budget.slots / 2**20,
             budget.experts / 2**20, _core.isa(), threads,
         )  # fmt: skip
+
+    notes: tuple[str, ...]
+    """What the user chose that changes the answer, one line each; empty when exact."""
 
     @property
     def context(self) -> int:
@@ -264,7 +283,7 @@ class Engine:
         limit = self.context - len(history)
         if params.max_tokens >= 0:
             limit = min(limit, params.max_tokens)
-        eos = frozenset() if params.ignore_eos else frozenset(self.config.eos_ids)
+        eos = frozenset() if params.ignore_eos else self._eos
         row = self._logits
         cached = self._kv.length
         start = time.perf_counter()
@@ -312,6 +331,8 @@ class Engine:
         chunk = self.budget.chunk
         for first in range(0, len(tokens), chunk):
             part = tokens[first : first + chunk]
+            if self._trace is not None:
+                self._trace.position = self._kv.length
             hidden = self._decoder.forward(part, self._kv)
             self._ids.extend(part.tolist())
             if len(out) == len(tokens):
@@ -335,6 +356,8 @@ class Engine:
         if self._moe is not None:
             self._meter.freeze()
             self._moe = None
+            if self._trace is not None:
+                self._trace.close()
             del self._decoder, self._experts, self._store, self._ops, self._kv
 
     def _open(self) -> MoeFile:
@@ -420,8 +443,31 @@ def _with_experts(moe: MoeFile, experts: int | None) -> MoeFile:
     return replace(moe, config=replace(moe.config, experts_per_token=experts))
 
 
-def _has_tokenizer(moe: MoeFile) -> bool:
-    return "tokenizer.json" in moe.sections
+def _notes(moe: MoeFile, given: ModelConfig, bits: int, dense_bits: int | None) -> tuple[str, ...]:
+    notes = []
+    if bits < moe.ladder[-1][0]:
+        notes.append(f"lossy: experts at {bits} of the file's {moe.ladder[-1][0]} bits")
+    if dense_bits is not None and dense_bits < moe.dense_ladder[-1]:
+        notes.append(f"lossy: dense weights at {dense_bits} of the file's {moe.dense_ladder[-1]} bits")
+    if moe.config.experts_per_token != given.experts_per_token:
+        notes.append(
+            f"lossy: {moe.config.experts_per_token} experts per token; "
+            f"the model's own number is {given.experts_per_token}"
+        )
+    return tuple(notes)
+
+
+def _trace_header(moe: MoeFile, engine: Engine) -> TraceHeader:
+    config = moe.config
+    return TraceHeader(
+        model=str(moe.source.get("name", moe.path.name)),
+        num_experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        num_layers=len(config.moe_layers),
+        bits=engine.bits,
+        slots_bytes=engine.budget.slots,
+        expert_bytes=engine.budget.expert,
+    )
 
 
 def _widest(config: ModelConfig) -> int:

@@ -99,6 +99,7 @@ class ExpertStore:
 
     def request(self, plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
         """Starts what a plan needs and returns its experts' ids in the file, and their levels."""
+        self.cache.close()  # what Ctrl-C may have left open
         experts = plan.experts + np.int32(plan.layer * self._num_experts)
         levels = self._levels[plan.bits]
         self.cache.begin(experts, levels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -111,9 +112,9 @@ class Writer:
         wanted = self.total_bytes + (1 << 20)
         if free < wanted:
             raise OSError(
-                28,
-                f"{self._path}: the disk has {free / 2**30:.2f} GiB free; "
-                f"the file takes {wanted / 2**30:.2f} GiB",
+                errno.ENOSPC,
+                f"the disk has {free / 2**30:.2f} GiB free; the file takes {wanted / 2**30:.2f} GiB",
+                str(self._path),
             )
         self._file: IO[bytes] = open(self._part, "r+b" if done else "w+b")  # noqa: SIM115
         try:

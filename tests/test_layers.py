@@ -13,7 +13,7 @@ ROWS = [
     {"ops", "store", "format", "writer", "hardware", "quant"},
     {"scheduler", "model", "tokenizer", "sampler", "stream", "template"},
     {"experts"},
-    {"engine", "budget"},
+    {"engine", "budget", "trace"},
     {"chat"},
     {"convert", "demo", "lab", "serve"},
     {"cli"},

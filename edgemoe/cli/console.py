@@ -39,19 +39,28 @@ def write_reply(pieces: Iterable[str]) -> None:
 
     Raises:
         BrokenPipeError: nobody reads stdout any more.
+        OSError: stdout cannot be written; its name is in the error.
     """
     is_tty = is_terminal(sys.stdout)
     last = ""
     try:
         for piece in pieces:
             shown = piece.translate(_NO_CONTROLS) if is_tty else piece
-            sys.stdout.write(shown)
-            sys.stdout.flush()
-            last = shown or last
+            last = shown or last  # first, as Ctrl-C may come while it is written
+            _put(shown)
     finally:
         if last and not last.endswith("\n"):
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            _put("\n")
+
+
+def _put(text: str) -> None:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "stdout") from None
 
 
 def error_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.cli.console import is_terminal, note
+from edgemoe.demo import default_cache_dir
 
 __all__ = ["LineReader"]
 
@@ -97,8 +98,7 @@ def _session() -> Any:
 def _history_path() -> Path | None:
     """Returns the file of earlier messages, which only the user may read; None if it cannot be."""
     try:
-        cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-        path = Path(cache) / "edgemoe" / "history"
+        path = default_cache_dir() / "history"
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except (OSError, RuntimeError):  # the latter: no home

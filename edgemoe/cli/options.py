@@ -47,7 +47,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model and memory")
     _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
     _add(model, "--ram", metavar="SIZE",
-         help="memory for the whole process: 4GiB, 512MB, 50%% (default: what is free)")
+         help="memory for the whole process: 4GiB, 512MB, 50%% of what is free "
+         "(default: that, less a margin)")
     _add(model, "--bits", type=int, metavar="N", help="bits of the experts (default: the file's)")
     _add(model, "--dense-bits", type=int, metavar="N",
          help="bits of everything else (default: the file's)")
@@ -68,6 +69,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     _add_switch(text, "--raw", help="no chat template: the model continues the text")
     _add(text, "-n", "--predict", type=int, default=-1, metavar="N",
          help="most tokens of a reply (default: -1, until it ends)")
+    _add_switch(text, "--ignore-eos", help="go on where the model would end its reply")
     _add(text, "-r", "--stop", "--reverse-prompt", action=_Collect, default=[], metavar="TEXT",
          help="a text that ends the reply; may be repeated")
 

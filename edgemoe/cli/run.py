@@ -36,8 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = run_parser()
     args = parser.parse_args(argv)
     if args.path is not None:
+        if args.model not in (None, args.path):
+            parser.error(f"expected one model, got {args.path} and {args.model}")
         args.model = args.path
     try:
+        args.ram = _ram(args.ram)
         params = _sampling(args)
     except ValueError as error:
         parser.error(str(error))
@@ -66,12 +69,12 @@ def _run(args: Namespace, params: SamplingParams) -> int:
     _set_up_logging(verbose=args.verbose)
     prompt = _prompt(args)  # before the model is loaded, so that a mistake costs no time
     if args.model is None:
-        from edgemoe.demo import demo_model
-
-        args.model = demo_model(progress=True)
+        args.model = _demo()
     with _load(args) as engine:
         from edgemoe.chat import Chat
 
+        for line in engine.notes:
+            note(f"# {line}")
         chat = Chat(engine, system=args.system_prompt, params=params, raw=args.raw)
         if chat.is_raw and not args.raw:
             note("# the model has no chat template: it continues your text instead of answering it")
@@ -90,12 +93,29 @@ def _answer(engine: Engine, chat: Chat, prompt: str) -> int:
     return 0
 
 
+def _demo() -> Path:
+    """Returns the demo model, which is built at the first time."""
+    from edgemoe.cli.progress import Progress
+    from edgemoe.demo import demo_model
+
+    with contextlib.ExitStack() as stack:
+        bars: dict[str, Progress] = {}
+
+        def progress(task: str, done: int, total: int) -> None:
+            if task not in bars:
+                bars[task] = stack.enter_context(Progress(task, unit="B"))
+            bars[task](done, total)
+
+        return demo_model(say=lambda text: note(f"# {text}"), progress=progress)
+
+
 def _load(args: Namespace) -> Engine:
     import edgemoe
 
     return edgemoe.load(
         args.model,
         ram=args.ram,
+        whole_process=True,
         bits=args.bits,
         dense_bits=args.dense_bits,
         context=args.ctx_size or None,
@@ -105,6 +125,21 @@ def _load(args: Namespace) -> Engine:
         scheduler=args.scheduler,
         trace=args.trace,
     )
+
+
+def _ram(size: str | None) -> int | str | None:
+    """Returns the budget; a percentage is of what this process could have now."""
+    if size is None or not size.endswith("%"):
+        return size
+    from edgemoe import hardware
+
+    try:
+        share = float(size[:-1]) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise ValueError(f"--ram: expected a size like 4GiB or 50%, got {size!r}")
+    return int(share * (hardware.process_bytes() + hardware.available_bytes()))
 
 
 def _sampling(args: Namespace) -> SamplingParams:
@@ -122,6 +157,7 @@ def _sampling(args: Namespace) -> SamplingParams:
         seed=args.seed,
         max_tokens=args.predict,
         stop=tuple(args.stop),
+        ignore_eos=args.ignore_eos,
     )
 
 

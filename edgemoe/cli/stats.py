@@ -14,8 +14,8 @@ def stats_line(stats: Stats) -> str:
     """Returns the line after a reply. What did not happen (no prompt, no reads) has no figure."""
     tokens = f"{stats.prompt_tokens} prompt + {stats.new_tokens} tokens"
     speeds = [
-        _rate(stats.prompt_tokens - stats.cached_tokens, stats.prompt_s, "prompt tok/s"),
-        _rate(stats.new_tokens, stats.decode_s, "tok/s"),
+        _rate(stats.prompt_tokens, stats.prompt_s, "prompt tok/s"),
+        _rate(stats.new_tokens - 1, stats.decode_s, "tok/s"),
         f"first {stats.first_token_s:.2f} s" if stats.new_tokens else "",
     ]
     first = ", ".join(s for s in speeds if s)
@@ -33,16 +33,20 @@ def stats_line(stats: Stats) -> str:
 def stats_table(stats: Stats) -> str:
     """Returns every figure of the last reply, one a line."""
     rows = [
-        ("prompt", f"{stats.prompt_tokens} tokens, {stats.cached_tokens} of them kept from before"),
+        ("prompt", f"{stats.prompt_tokens} tokens, and {stats.cached_tokens} kept from before"),
         ("prompt time", f"{stats.prompt_s:.2f} s"),
         ("reply", f"{stats.new_tokens} tokens"),
-        ("reply time", f"{stats.decode_s:.2f} s, the first token after {stats.first_token_s:.2f}"),
+        (
+            "reply time",
+            f"{stats.decode_s:.2f} s after the first token, at {stats.first_token_s:.2f} s",
+        ),
         ("experts found in memory", f"{stats.hits} of {stats.hits + stats.misses}"),
         ("experts dropped", f"{stats.evictions}"),
         ("read from disk", f"{stats.bytes_read / 1e9:.2f} GB in {stats.read_s:.2f} s"),
+        ("waited for reads", f"{stats.wait_s:.2f} s"),
         ("bits of an expert's weight", f"{stats.average_bits:.2f} on average"),
-        ("memory now", _mib(stats.resident_bytes)),
-        ("memory at most", _mib(stats.peak_bytes)),
+        ("experts in memory now", _mib(stats.resident_bytes)),
+        ("memory at most", f"{_mib(stats.peak_bytes)}, the whole process"),
         ("hash of the last logits", stats.logits_hash or "none yet"),
     ]
     return "\n".join(f"{name:<27}{value}" for name, value in rows)
