@@ -241,8 +241,8 @@ PYBIND11_MODULE(_core, m) {
           py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("scale") = 1.0f,
           "Writes rows `ids` [n] int32, times scale, to out [n, cols] float32.");
 
-  m.def("read_f32", &read_f32, py::arg("file"), py::arg("offset"), py::arg("shape"), py::arg("crc"),
-        py::arg("verify"), py::arg("name"), "Reads a float32 tensor.");
+  m.def("read_f32", &read_f32, py::arg("file"), py::arg("offset"), py::arg("shape"), py::arg("crc"), py::arg("verify"),
+        py::arg("name"), "Reads a float32 tensor.");
 
   m.def(
       "quantize",
@@ -281,12 +281,15 @@ PYBIND11_MODULE(_core, m) {
       [](Workspace& ws, const Array<float>& x, const std::vector<const Nested*>& matrices,
          std::vector<Array<float>> outs) {
         expect(x, "linear x", {-1, -1});
-        if (matrices.empty() || matrices.size() != outs.size()) throw std::invalid_argument("linear: one out per matrix");
+        if (matrices.empty() || matrices.size() != outs.size())
+          throw std::invalid_argument("linear: one out per matrix");
         std::vector<const NestedMatrix*> ms;
         std::vector<float*> ys;
         for (size_t i = 0; i < matrices.size(); ++i) {
           ms.push_back(&matrices[i]->matrix);
-          if (ms[i]->cols != x.shape(1)) throw std::invalid_argument("linear: x " + shape_text(x) + " does not fit a matrix of " + std::to_string(ms[i]->cols) + " columns");
+          if (ms[i]->cols != x.shape(1))
+            throw std::invalid_argument("linear: x " + shape_text(x) + " does not fit a matrix of " +
+                                        std::to_string(ms[i]->cols) + " columns");
           expect(outs[i], "linear out", {x.shape(0), ms[i]->rows});
           ys.push_back(outs[i].mutable_data());
         }
@@ -470,8 +473,8 @@ PYBIND11_MODULE(_core, m) {
                r.crcs.assign(crcs.data() + i * rungs, crcs.data() + (i + 1) * rungs);
              }
              ExpertShape shape{int(layers.size()), num_experts, hidden, expert_hidden, rung_widths};
-             return std::make_unique<Cache>(file, std::move(shape), std::move(records), layers, max_level,
-                                            budget_bytes, verify, num_readers);
+             return std::make_unique<Cache>(file, std::move(shape), std::move(records), layers, max_level, budget_bytes,
+                                            verify, num_readers);
            }),
            py::kw_only(), py::arg("file"), py::arg("num_experts"), py::arg("hidden"), py::arg("expert_hidden"),
            py::arg("rung_widths"), py::arg("offsets").noconvert(), py::arg("ends").noconvert(),
@@ -507,24 +510,25 @@ PYBIND11_MODULE(_core, m) {
                                const auto& r = self.cast<Cache&>().residency();
                                return lend(r.data(), r.size(), self);
                              })
-      .def_property_readonly("stats", [](const Cache& c) {
-        const CacheStats s = c.stats();
-        const LoaderStats l = c.loader_stats();
-        py::dict d;
-        d["hits"] = s.hits;
-        d["misses"] = s.misses;
-        d["evictions"] = s.evictions;
-        d["wait_s"] = s.wait_s;
-        d["resident_bytes"] = s.resident_bytes;
-        d["resident_experts"] = s.resident_experts;
-        d["committed_bytes"] = s.committed_bytes;
-        d["peak_bytes"] = s.peak_bytes;
-        d["budget_bytes"] = s.budget_bytes;
-        d["bytes_read"] = l.bytes;
-        d["reads"] = l.reads;
-        d["read_s"] = l.busy_s;
-        return d;
-      })
+      .def_property_readonly("stats",
+                             [](const Cache& c) {
+                               const CacheStats s = c.stats();
+                               const LoaderStats l = c.loader_stats();
+                               py::dict d;
+                               d["hits"] = s.hits;
+                               d["misses"] = s.misses;
+                               d["evictions"] = s.evictions;
+                               d["wait_s"] = s.wait_s;
+                               d["resident_bytes"] = s.resident_bytes;
+                               d["resident_experts"] = s.resident_experts;
+                               d["committed_bytes"] = s.committed_bytes;
+                               d["peak_bytes"] = s.peak_bytes;
+                               d["budget_bytes"] = s.budget_bytes;
+                               d["bytes_read"] = l.bytes;
+                               d["reads"] = l.reads;
+                               d["read_s"] = l.busy_s;
+                               return d;
+                             })
       .def(
           "decode",
           [](Cache& c, int expert, int level) {
@@ -560,7 +564,8 @@ PYBIND11_MODULE(_core, m) {
         const py::ssize_t T = x.shape(0), n = experts.size();
         std::vector<FfnUse> uses;
         for (int i : group) {
-          if (i < 0 || i >= n || o[i] < 0 || o[i + 1] <= o[i] || o[i + 1] > tokens.size() || o[i + 1] > parts.shape(0)) {
+          if (i < 0 || i >= n || o[i] < 0 || o[i + 1] <= o[i] || o[i + 1] > tokens.size() ||
+              o[i + 1] > parts.shape(0)) {
             throw std::invalid_argument("expert_ffn: offsets do not fit tokens and parts");
           }
           for (int32_t j = o[i]; j < o[i + 1]; ++j) {

@@ -11,9 +11,7 @@
 namespace edgemoe {
 namespace {
 
-double now_s() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 void require(bool ok, const char* what) {
   if (!ok) throw std::logic_error(std::string("cache: ") + what);
@@ -160,8 +158,8 @@ bool Cache::try_load(Use* use, int position) {
     int candidate = slot;
     if (candidate < 0) {
       // A slot that has its pages is better than an empty one: nothing is faulted in again.
-      const bool usable = !free_slots_.empty() &&
-                          (slots_[free_slots_.back()].pages > 0 || committed_pages_ + need <= budget_pages_);
+      const bool usable =
+          !free_slots_.empty() && (slots_[free_slots_.back()].pages > 0 || committed_pages_ + need <= budget_pages_);
       const int victim = usable ? -1 : find_victim(spare_request);
       if (victim >= 0) evict(victim);
       if (free_slots_.empty()) continue;

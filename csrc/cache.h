@@ -26,10 +26,10 @@ struct ExpertRecord {
 
 /// What all experts of a file have in common.
 struct ExpertShape {
-  int num_layers;     ///< layers with routed experts
-  int num_experts;    ///< per layer
-  int hidden;         ///< D
-  int expert_hidden;  ///< H
+  int num_layers;                                   ///< layers with routed experts
+  int num_experts;                                  ///< per layer
+  int hidden;                                       ///< D
+  int expert_hidden;                                ///< H
   std::vector<std::array<uint8_t, 3>> rung_widths;  ///< per rung, the bits it adds to gate, up and down
 };
 
@@ -40,9 +40,9 @@ struct ExpertView {
 
 struct CacheStats {
   uint64_t hits = 0, misses = 0, evictions = 0;
-  double wait_s = 0;             ///< time that `Request::next` waited for reads
-  size_t resident_bytes = 0;     ///< of experts
-  size_t committed_bytes = 0;    ///< of slots; what the budget bounds
+  double wait_s = 0;           ///< time that `Request::next` waited for reads
+  size_t resident_bytes = 0;   ///< of experts
+  size_t committed_bytes = 0;  ///< of slots; what the budget bounds
   size_t peak_bytes = 0;
   size_t budget_bytes = 0;
   int resident_experts = 0;
@@ -131,8 +131,8 @@ class Cache {
   std::vector<int> newer_, older_;  ///< the LRU list; index num_experts() is its head
   std::vector<uint8_t> wanted_;     ///< belongs to the open request and has not been given
   std::vector<Slot> slots_;
-  std::vector<int> free_slots_;     ///< last freed first
-  std::deque<Use> uses_;            ///< of the open request; a deque, as reads hold pointers into it
+  std::vector<int> free_slots_;  ///< last freed first
+  std::deque<Use> uses_;         ///< of the open request; a deque, as reads hold pointers into it
   std::vector<int> given_;
   bool is_open_ = false;
   CacheStats stats_;

@@ -153,9 +153,8 @@ void route(Workspace& ws, const float* x, const float* router, int T, int cols, 
   static thread_local std::vector<float> logits;
   logits.resize(size_t(T) * num_experts);
   float* all = logits.data();
-  ws.pool.run(num_experts, std::max(4, grain_for(num_experts, ws.pool.size())), [&](int begin, int end) {
-    k.matmul_f32(router, x, T, num_experts, cols, begin, end, all);
-  });
+  ws.pool.run(num_experts, std::max(4, grain_for(num_experts, ws.pool.size())),
+              [&](int begin, int end) { k.matmul_f32(router, x, T, num_experts, cols, begin, end, all); });
   ws.pool.run(T, 16, [&](int begin, int end) {
     static thread_local std::vector<int32_t> order;
     order.resize(size_t(num_experts));

@@ -11,9 +11,7 @@
 namespace edgemoe {
 namespace {
 
-double now_s() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 void verify(const File& file, const ReadJob& job) {
   for (const Checked& c : job.checks) {

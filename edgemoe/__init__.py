@@ -1,10 +1,10 @@
 """Runs Mixture-of-Experts language models that do not fit in fast memory: exactly, inside a memory budget.
 
-    import edgemoe
+import edgemoe
 
-    with edgemoe.load("model.moe", ram="4GiB") as engine:
-        for piece in engine.chat().say("Hello"):
-            print(piece, end="", flush=True)
+with edgemoe.load("model.moe", ram="4GiB") as engine:
+    for piece in engine.chat().say("Hello"):
+        print(piece, end="", flush=True)
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ _HOMES = {
 }  # fmt: skip
 
 
-def __getattr__(name: str) -> Any:
-    """Imports on first use, so that `edgemoe-run --help` need not wait for numpy and the core."""
-    if name in _HOMES:
-        return getattr(import_module(f"edgemoe.{_HOMES[name]}"), name)
-    raise AttributeError(f"module 'edgemoe' has no attribute {name!r}")
+if not TYPE_CHECKING:  # type checkers would take it for every name's home
+
+    def __getattr__(name: str) -> Any:
+        """Imports on first use, so that `edgemoe-run --help` need not wait for numpy and the core."""
+        if name in _HOMES:
+            return getattr(import_module(f"edgemoe.{_HOMES[name]}"), name)
+        raise AttributeError(f"module 'edgemoe' has no attribute {name!r}")

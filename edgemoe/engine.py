@@ -171,12 +171,13 @@ class Engine:
         ops_args: dict[str, Any] = {
             "threads": threads, "max_cols": _widest(config), "max_hidden": _widest_ffn(config)
         }  # fmt: skip
-        probe = CpuOps(max_tokens=1, **ops_args)  # its pages are not touched
+        # The scratch's pages are not touched before they are used.
+        ops_scratch = CpuOps(max_tokens=1, **ops_args).scratch_bytes
 
         def divide(process: int) -> Budget:
             return Budget.divide(
                 moe, ram=total, process=process, level=level, dense_level=dense_level,
-                context=context, extra_scratch=probe.scratch_bytes,
+                context=context, extra_scratch=ops_scratch,
             )  # fmt: skip
 
         divide(hardware.process_bytes())  # refuses before anything large is read
@@ -185,7 +186,6 @@ class Engine:
         # Slots are sized last, from what the process really has by now.
         dense = sum(w.bytes if isinstance(w, _core.Nested) else w.nbytes for w in weights.values())
         self.budget = budget = divide(max(hardware.process_bytes() - dense, 0))
-        del probe
         self._ops = CpuOps(max_tokens=budget.chunk, **ops_args)
         self._store = ExpertStore(moe, bits=self.bits, budget_bytes=budget.slots, verify=verify)
         self._experts = Experts(
@@ -255,9 +255,7 @@ class Engine:
         self._meter.hash(out[-1])
         return out
 
-    def generate(
-        self, ids: Sequence[int], params: SamplingParams | None = None
-    ) -> Iterator[int]:
+    def generate(self, ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[int]:
         """Yields tokens as they are made, until an end token, `max_tokens` or the end of the context.
 
         What the sequence shares with the one before is not computed again; the result is the same, bit for bit.
@@ -387,7 +385,8 @@ class _Meter:
         self.start()
 
     def start(self) -> None:
-        assert self._store is not None and self._experts is not None
+        assert self._store is not None
+        assert self._experts is not None
         self._base = self._store.stats
         self._bits = (self._experts.bits_used, self._experts.experts_used)
         self._prompt = (0, 0, 0.0)
@@ -448,7 +447,9 @@ def _notes(moe: MoeFile, given: ModelConfig, bits: int, dense_bits: int | None) 
     if bits < moe.ladder[-1][0]:
         notes.append(f"lossy: experts at {bits} of the file's {moe.ladder[-1][0]} bits")
     if dense_bits is not None and dense_bits < moe.dense_ladder[-1]:
-        notes.append(f"lossy: dense weights at {dense_bits} of the file's {moe.dense_ladder[-1]} bits")
+        notes.append(
+            f"lossy: dense weights at {dense_bits} of the file's {moe.dense_ladder[-1]} bits"
+        )
     if moe.config.experts_per_token != given.experts_per_token:
         notes.append(
             f"lossy: {moe.config.experts_per_token} experts per token; "

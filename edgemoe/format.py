@@ -224,7 +224,9 @@ class _Reader:
             raise self.fail(str(e)) from None
         self.need(index["group"] == GROUP, f"groups of {index['group']!r}; expected {GROUP}")
         ladder = self.ladder(index["ladder"])
-        dense_ladder = tuple(r[0] for r in self.ladder([[b] * 3 for b in _list(index["dense_ladder"])]))
+        dense_ladder = tuple(
+            r[0] for r in self.ladder([[b] * 3 for b in _list(index["dense_ladder"])])
+        )
         tensors = self.tensors(index["tensors"], specs, dense_ladder)
         self.need(isinstance(index["sections"], dict), "sections must be an object")
         sections = {}
@@ -293,10 +295,10 @@ class _Reader:
         self, data: bytes, config: ModelConfig, ladder: Sequence[Sequence[int]]
     ) -> ExpertTable:
         n = len(config.moe_layers) * config.num_experts
-        row = np.dtype([("offset", "<u8"), ("rungs", [("end", "<u4"), ("crc", "<u4")], len(ladder))])
-        self.need(
-            len(data) == n * row.itemsize, f"section experts does not hold {n} records"
+        row = np.dtype(
+            [("offset", "<u8"), ("rungs", [("end", "<u4"), ("crc", "<u4")], len(ladder))]
         )
+        self.need(len(data) == n * row.itemsize, f"section experts does not hold {n} records")
         table = np.frombuffer(data, row)
         ends = np.cumsum(expert_rung_bytes(config, ladder))
         offsets = table["offset"].astype(np.uint64)
@@ -304,7 +306,9 @@ class _Reader:
         bad = np.flatnonzero((table["rungs"]["end"] != ends).any(1))
         self.need(bad.size == 0, f"expert record {bad[:1]} has rungs of another size")
         limit = self.file_bytes - int(ends[-1])
-        bad = np.flatnonzero((offsets % ALIGNMENT != 0) | (offsets < ALIGNMENT) | (offsets > max(limit, 0)))
+        bad = np.flatnonzero(
+            (offsets % ALIGNMENT != 0) | (offsets < ALIGNMENT) | (offsets > max(limit, 0))
+        )
         self.need(bad.size == 0 and limit > 0, f"expert record {bad[:1]} lies outside the file")
         order = np.sort(offsets)
         self.need(

@@ -9,7 +9,14 @@ from typing import Any
 import psutil
 from cffi import FFI
 
-__all__ = ["available_bytes", "num_cuda_devices", "num_threads", "peak_bytes", "process_bytes", "trim"]
+__all__ = [
+    "available_bytes",
+    "num_cuda_devices",
+    "num_threads",
+    "peak_bytes",
+    "process_bytes",
+    "trim",
+]
 
 _ffi = FFI()
 _ffi.cdef("""
@@ -52,7 +59,11 @@ def _cgroup_rooms(membership: Path, root: Path) -> list[int]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "memory":
-            base, limit_name, usage_name = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+            base, limit_name, usage_name = (
+                root / "memory",
+                "memory.limit_in_bytes",
+                "memory.usage_in_bytes",
+            )
         elif controllers == "":
             base = root / "unified" if (root / "unified").is_dir() else root
             limit_name, usage_name = "memory.max", "memory.current"

@@ -42,9 +42,7 @@ class CpuOps:
         """out [T, D] = RMS norm of x."""
         _core.rms_norm(self._ws, x, weight, eps, out)
 
-    def linear(
-        self, x: Array, weights: Sequence[_core.Nested], outs: Sequence[Array]
-    ) -> None:
+    def linear(self, x: Array, weights: Sequence[_core.Nested], outs: Sequence[Array]) -> None:
         """outs[i] [T, rows] = x [T, cols] times weights[i] transposed."""
         _core.linear(self._ws, x, weights, outs)
 

@@ -19,7 +19,12 @@ from edgemoe import _core
 from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.errors import FormatError
 from edgemoe.format import (
-    ALIGNMENT, GROUP, tensor_bytes, align, expert_rung_bytes, pack_preamble,
+    ALIGNMENT,
+    GROUP,
+    align,
+    expert_rung_bytes,
+    pack_preamble,
+    tensor_bytes,
 )  # fmt: skip
 from edgemoe.quant import DEFAULT_LADDER, quantize
 
@@ -94,9 +99,7 @@ class Writer:
         self._tail = at
         rows = len(config.moe_layers) * config.num_experts
         table = rows * (8 + 8 * len(self._ladder))
-        self.total_bytes = (
-            at + sum(align(len(v)) for v in self._sections.values()) + align(table)
-        )
+        self.total_bytes = at + sum(align(len(v)) for v in self._sections.values()) + align(table)
 
     def _fingerprint(self) -> str:
         plan = [self._config.to_json(), self._ladder, self._source, sorted(self._sections)]

@@ -9,7 +9,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).parent))
 
-import pytest  # noqa: E402 (the path must be set first)
+import pytest
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,9 @@ def unpack(rungs, widths, rows, cols):
             at += 128 * w
             for step in range(16):
                 field = (plane[:, :, step // (8 // w)] >> (step % (8 // w) * w)) & ((1 << w) - 1)
-                codes[:, :, step] = (codes[:, :, step].astype(np.uint16) << w).astype(np.uint8) | field
+                codes[:, :, step] = (codes[:, :, step].astype(np.uint16) << w).astype(
+                    np.uint8
+                ) | field
     codes = codes.reshape(rb, cb, 16, ROWS, 4).transpose(0, 3, 1, 2, 4)
     return codes.reshape(rb * ROWS, cb * COLS)[:rows, :cols], scales, middles
 

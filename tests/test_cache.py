@@ -86,13 +86,19 @@ def test_single_requests_equal_the_model(moe, budget_experts, mixed):
         cache.check_integrity()
         assert dict(model.level) == {e: lv for e, lv in enumerate(cache.residency) if lv}
     stats = cache.stats
-    assert (stats["hits"], stats["misses"], stats["evictions"]) == (model.hits, model.misses, model.evictions)
+    assert (stats["hits"], stats["misses"], stats["evictions"]) == (
+        model.hits,
+        model.misses,
+        model.evictions,
+    )
     assert stats["peak_bytes"] <= budget * 4096
 
 
 @pytest.mark.parametrize("budget_experts", [1, 2, 3.2, 6, 16])
 def test_every_expert_of_a_request_is_given_once_and_pinned(moe, budget_experts):
-    store = ExpertStore(moe, bits=8, budget_bytes=int(budget_experts * expert_bytes(moe, 5)), verify=True)
+    store = ExpertStore(
+        moe, bits=8, budget_bytes=int(budget_experts * expert_bytes(moe, 5)), verify=True
+    )
     cache = store.cache
     rng = np.random.default_rng(0)
     for _ in range(400):

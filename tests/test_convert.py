@@ -67,7 +67,7 @@ def test_decoded_weights_work_in_transformers(name: str, tmp_path: Path) -> None
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-class Stop(Exception):  # noqa: N818
+class Stop(Exception):
     """Interrupts a conversion."""
 
 

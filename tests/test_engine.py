@@ -39,7 +39,9 @@ def expected(tiny_moe):
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("num_experts", [1, 2, 3, 5, 16])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_logits_do_not_depend_on_the_budget(tiny_moe, expected, monkeypatch, bits, num_experts, threads):
+def test_logits_do_not_depend_on_the_budget(
+    tiny_moe, expected, monkeypatch, bits, num_experts, threads
+):
     from edgemoe.format import open_moe
     from edgemoe.store import expert_bytes
 

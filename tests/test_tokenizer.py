@@ -56,7 +56,7 @@ MISTRAL = """{{ bos_token }}{% for message in messages %}
 {{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}
 {% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}
 {% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}
-{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"""  # noqa: E501
+{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"""
 
 FEATURES = """{%- set ns = namespace(n=0) -%}
 {%- for m in messages if m.role != 'system' -%}

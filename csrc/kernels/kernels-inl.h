@@ -78,9 +78,8 @@ void unpack_any(const NestedMatrix& w, const uint8_t* const* rungs, uint8_t* til
       const int per_vector = 8 / width;
       const auto mask = V::set_bytes((1 << width) - 1);
       for (int step = 0; step < 16; ++step) {
-        const auto field =
-            V::and_bytes(V::shift_right_by(V::load_bytes(plane + 64 * (step / per_vector)), step % per_vector * width),
-                         mask);
+        const auto field = V::and_bytes(
+            V::shift_right_by(V::load_bytes(plane + 64 * (step / per_vector)), step % per_vector * width), mask);
         auto code = V::load_bytes(tile + 64 * step);
         code = width == 8 ? field : V::or_bytes(V::shift_left_by(code, width), field);
         V::store_bytes(tile + 64 * step, code);
@@ -180,8 +179,8 @@ inline void dot_tile(const uint8_t* tile, const int8_t* const* x, typename V::I*
 
 /// Many tokens: each tile is unpacked once for up to kTokens of them. Same sums as `matvec`, bit for bit.
 template <class V, bool kWide, class Unpack>
-void matmul_blocked(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end,
-                    float* y, size_t stride, Unpack unpack) {
+void matmul_blocked(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y, size_t stride,
+                    Unpack unpack) {
   constexpr int kTokens = 64;  // their sums, 4 KiB, stay in the first-level cache
   constexpr int N = V::kTokensAtOnce;
   const int bits = w.bits();
@@ -226,17 +225,16 @@ void matmul_blocked(const NestedMatrix& w, const QuantizedRows& x, int n, int be
 }
 
 template <class V, class R>
-void matmul_known(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end,
-                  float* y, size_t stride) {
+void matmul_known(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y, size_t stride) {
   if (n == 1) return matvec<V, R>(w, x, begin, end, y);
-  matmul_blocked<V, (R::bits > 7)>(w, x, n, begin, end, y, stride,
-                                   [](const uint8_t* const* rungs, uint8_t* tile) { unpack_steps<V, R, 0>(rungs, tile); });
+  matmul_blocked<V, (R::bits > 7)>(w, x, n, begin, end, y, stride, [](const uint8_t* const* rungs, uint8_t* tile) {
+    unpack_steps<V, R, 0>(rungs, tile);
+  });
 }
 
 /// The default ladder's prefixes have their own code; any other ladder works, slower.
 template <class V>
-void matmul_nested(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end,
-                   float* y, size_t stride) {
+void matmul_nested(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y, size_t stride) {
   constexpr uint8_t ladder[] = {2, 1, 1, 2, 2};
   bool known = w.num_rungs <= 5;
   for (int i = 0; known && i < w.num_rungs; ++i) known = w.widths[i] == ladder[i];
@@ -523,8 +521,9 @@ void attend(const float* q, const KvLayer& kv, const AttentionShape& shape, int 
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,           quantize_group<V>, quantize_rows<V>, matmul_nested<V>, decode_row<V>, matmul_f32<V>, rms_norm<V>,
-                 silu_mul<V>,    softmax<V>,       add_scaled<V>,    rope<V>,       to_f16<V>,     attend<V>};
+  return Kernels{name,          quantize_group<V>, quantize_rows<V>, matmul_nested<V>, decode_row<V>,
+                 matmul_f32<V>, rms_norm<V>,       silu_mul<V>,      softmax<V>,       add_scaled<V>,
+                 rope<V>,       to_f16<V>,         attend<V>};
 }
 
 }  // namespace

@@ -51,7 +51,8 @@ struct QuantizedRows {
   int groups;
 
   QuantizedRows from(int row) const {
-    return {codes + size_t(row) * groups * kTileCols, scales + size_t(row) * groups, sums + size_t(row) * groups, groups};
+    return {codes + size_t(row) * groups * kTileCols, scales + size_t(row) * groups, sums + size_t(row) * groups,
+            groups};
   }
 };
 

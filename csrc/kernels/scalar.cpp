@@ -34,17 +34,27 @@ struct Scalar {
   }
 
   static B zero_bytes() { return B{}; }
-  static B set_bytes(int x) { return map_bytes([=](int) { return x; }); }
+  static B set_bytes(int x) {
+    return map_bytes([=](int) { return x; });
+  }
   static B load_bytes(const uint8_t* p) {
     B r;
     std::memcpy(r.v, p, 64);
     return r;
   }
   static void store_bytes(uint8_t* p, const B& b) { std::memcpy(p, b.v, 64); }
-  static B and_bytes(const B& a, const B& b) { return map_bytes([&](int i) { return a.v[i] & b.v[i]; }); }
-  static B or_bytes(const B& a, const B& b) { return map_bytes([&](int i) { return a.v[i] | b.v[i]; }); }
-  static B shift_right_by(const B& a, int n) { return map_bytes([&](int i) { return a.v[i] >> n; }); }
-  static B shift_left_by(const B& a, int n) { return map_bytes([&](int i) { return a.v[i] << n; }); }
+  static B and_bytes(const B& a, const B& b) {
+    return map_bytes([&](int i) { return a.v[i] & b.v[i]; });
+  }
+  static B or_bytes(const B& a, const B& b) {
+    return map_bytes([&](int i) { return a.v[i] | b.v[i]; });
+  }
+  static B shift_right_by(const B& a, int n) {
+    return map_bytes([&](int i) { return a.v[i] >> n; });
+  }
+  static B shift_left_by(const B& a, int n) {
+    return map_bytes([&](int i) { return a.v[i] << n; });
+  }
   template <int N>
   static B shift_right(const B& a) {
     return shift_right_by(a, N);
@@ -77,30 +87,50 @@ struct Scalar {
   }
 
   static F zero() { return F{}; }
-  static F set(float x) { return map([=](int) { return x; }); }
+  static F set(float x) {
+    return map([=](int) { return x; });
+  }
   static F load(const float* p) {
     F r;
     std::memcpy(r.v, p, 64);
     return r;
   }
   static void store(float* p, const F& a) { std::memcpy(p, a.v, 64); }
-  static F add(const F& a, const F& b) { return map([&](int i) { return a.v[i] + b.v[i]; }); }
-  static F sub(const F& a, const F& b) { return map([&](int i) { return a.v[i] - b.v[i]; }); }
-  static F mul(const F& a, const F& b) { return map([&](int i) { return a.v[i] * b.v[i]; }); }
-  static F div(const F& a, const F& b) { return map([&](int i) { return a.v[i] / b.v[i]; }); }
+  static F add(const F& a, const F& b) {
+    return map([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static F sub(const F& a, const F& b) {
+    return map([&](int i) { return a.v[i] - b.v[i]; });
+  }
+  static F mul(const F& a, const F& b) {
+    return map([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static F div(const F& a, const F& b) {
+    return map([&](int i) { return a.v[i] / b.v[i]; });
+  }
   static F fma(const F& a, const F& b, const F& c) {
     return map([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
   }
-  static F max(const F& a, const F& b) { return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-  static F min(const F& a, const F& b) { return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
-  static F abs(const F& a) { return map([&](int i) { return std::fabs(a.v[i]); }); }
-  static F round(const F& a) { return map([&](int i) { return std::nearbyint(a.v[i]); }); }
+  static F max(const F& a, const F& b) {
+    return map([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F min(const F& a, const F& b) {
+    return map([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static F abs(const F& a) {
+    return map([&](int i) { return std::fabs(a.v[i]); });
+  }
+  static F round(const F& a) {
+    return map([&](int i) { return std::nearbyint(a.v[i]); });
+  }
   static I round_to_int(const F& a) {
     I r;
     for (int i = 0; i < 16; ++i) r.v[i] = int32_t(std::nearbyint(a.v[i]));
     return r;
   }
-  static F to_float(const I& a) { return map([&](int i) { return float(a.v[i]); }); }
+  static F to_float(const I& a) {
+    return map([&](int i) { return float(a.v[i]); });
+  }
   static F power_of_two(const F& n) {
     return map([&](int i) {
       const uint32_t bits = uint32_t(int32_t(n.v[i]) + 127) << 23;
@@ -147,7 +177,9 @@ struct Scalar {
     bits += 0xfff + (bits >> 13 & 1);  // to nearest, ties to even
     return uint16_t(sign | ((bits >> 13) - (112 << 10)));
   }
-  static F load_f16(const uint16_t* p) { return map([=](int i) { return half_to_float(p[i]); }); }
+  static F load_f16(const uint16_t* p) {
+    return map([=](int i) { return half_to_float(p[i]); });
+  }
   static void store_f16(uint16_t* p, const F& a) {
     for (int i = 0; i < 16; ++i) p[i] = float_to_half(a.v[i]);
   }

@@ -36,8 +36,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = run_parser()
     args = parser.parse_args(argv)
     if args.path is not None:
-        if args.model not in (None, args.path):
-            parser.error(f"expected one model, got {args.path} and {args.model}")
         args.model = args.path
     try:
         args.ram = _ram(args.ram)

@@ -1,0 +1,156 @@
+# Types of the native core, csrc/bindings.cpp. Only row 1 of the layers and the decoder may import it.
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_F32 = NDArray[np.float32]
+_I32 = NDArray[np.int32]
+_U8 = NDArray[np.uint8]
+
+def crc32c(data: bytes | bytearray | memoryview | NDArray[Any], crc: int = 0) -> int: ...
+def isa() -> str: ...
+def usable_isas() -> str: ...
+def use_isa(name: str) -> None: ...
+def quantize(w: _F32, widths: Sequence[int], level_weights: _F32, threads: int) -> list[_U8]: ...
+def read_f32(
+    file: File, offset: int, shape: Sequence[int], crc: int, verify: bool, name: str
+) -> _F32: ...
+
+class File:
+    def __init__(self, path: str) -> None: ...
+    def fileno(self) -> int: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def is_direct(self) -> bool: ...
+
+class Nested:
+    @staticmethod
+    def from_rungs(rungs: Sequence[_U8], rows: int, cols: int, widths: Sequence[int]) -> Nested: ...
+    @staticmethod
+    def from_file(
+        file: File,
+        offset: int,
+        lengths: Sequence[int],
+        crcs: Sequence[int],
+        rows: int,
+        cols: int,
+        widths: Sequence[int],
+        verify: bool,
+        name: str,
+    ) -> Nested: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def decode_rows(self, ids: _I32, out: _F32, scale: float = 1.0) -> None: ...
+
+class Workspace:
+    def __init__(self, threads: int, max_rows: int, max_cols: int, max_hidden: int) -> None: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+
+class AttentionLayer:
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int,
+        scale: float,
+        q_bias: _F32 | None,
+        k_bias: _F32 | None,
+        v_bias: _F32 | None,
+        q_norm: _F32 | None,
+        k_norm: _F32 | None,
+        norm_per_head: bool,
+        norm_eps: float,
+        clip: float,
+    ) -> None: ...
+
+class Cache:
+    def __init__(
+        self,
+        *,
+        file: File,
+        num_experts: int,
+        hidden: int,
+        expert_hidden: int,
+        rung_widths: Sequence[Sequence[int]],
+        offsets: NDArray[np.uint64],
+        ends: NDArray[np.uint32],
+        crcs: NDArray[np.uint32],
+        layers: Sequence[int],
+        max_level: int,
+        budget_bytes: int,
+        verify: bool,
+        num_readers: int,
+    ) -> None: ...
+    def begin(self, experts: _I32, levels: NDArray[np.int8]) -> None: ...
+    def next(self) -> list[int]: ...
+    def close(self) -> None: ...
+    def shrink(self, expert: int, level: int) -> bool: ...
+    def check_integrity(self) -> None: ...
+    def slot_bytes(self, expert: int, level: int) -> int: ...
+    def decode(self, expert: int, level: int) -> list[_F32]: ...
+    @property
+    def residency(self) -> NDArray[np.int8]: ...
+    @property
+    def stats(self) -> dict[str, Any]: ...
+
+def linear(ws: Workspace, x: _F32, matrices: Sequence[Nested], outs: Sequence[_F32]) -> None: ...
+def rms_norm(ws: Workspace, x: _F32, weight: _F32, eps: float, out: _F32) -> None: ...
+def rope_table(inv_freq: _F32, pos: int, scale: float, cos: _F32, sin: _F32) -> None: ...
+def attention(
+    ws: Workspace,
+    layer: AttentionLayer,
+    q: _F32,
+    k: _F32,
+    v: _F32,
+    pos: int,
+    cos: _F32,
+    sin: _F32,
+    kv: NDArray[np.uint16],
+    out: _F32,
+) -> None: ...
+def route(
+    ws: Workspace,
+    x: _F32,
+    router: _F32,
+    softmax_over_top_k: bool,
+    renormalise: bool,
+    experts: _I32,
+    gates: _F32,
+) -> None: ...
+def ffn(ws: Workspace, x: _F32, gate: Nested, up: Nested, down: Nested, out: _F32) -> None: ...
+def expert_ffn(
+    ws: Workspace,
+    x: _F32,
+    cache: Cache,
+    experts: _I32,
+    levels: NDArray[np.int8],
+    offsets: _I32,
+    tokens: _I32,
+    group: Sequence[int],
+    parts: _F32,
+) -> None: ...
+def combine(ws: Workspace, parts: _F32, rows: _I32, gates: _F32, out: _F32) -> None: ...
+def add_rows(
+    ws: Workspace,
+    x: _F32,
+    scale: float,
+    gate_weight: _F32 | None,
+    gate_input: _F32 | None,
+    out: _F32,
+) -> None: ...

@@ -1,0 +1,215 @@
+// The core's own tests, run under sanitizers: the cache under random requests, failing reads, the thread pool.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "cache.h"
+#include "crc32c.h"
+#include "error.h"
+#include "expert.h"
+#include "quantize.h"
+
+using namespace edgemoe;
+
+namespace {
+
+int failures = 0;
+
+#define CHECK(ok)                                                   \
+  do {                                                              \
+    if (!(ok)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #ok); \
+      ++failures;                                                   \
+    }                                                               \
+  } while (0)
+
+constexpr int kExperts = 12, kHidden = 80, kExpertHidden = 48;
+const std::vector<uint8_t> kWidths = {2, 1, 1, 2, 2};
+
+/// A file of quantised experts, deleted at the end.
+struct ExpertFile {
+  std::string path = "/tmp/edgemoe_core_test_XXXXXX";
+  std::vector<ExpertRecord> records;
+
+  ExpertFile() {
+    const int fd = mkstemp(&path[0]);
+    std::mt19937 rng(1);
+    std::normal_distribution<float> normal;
+    ThreadPool pool(2);
+    const float weights[8] = {0, 1, 4, 16, 64, 256, 1024, 4096};
+    uint64_t at = kPage;
+    for (int e = 0; e < kExperts; ++e) {
+      std::vector<std::vector<uint8_t>> rungs(kWidths.size());
+      for (const auto& shape :
+           {std::pair<int, int>{kExpertHidden, kHidden}, {kExpertHidden, kHidden}, {kHidden, kExpertHidden}}) {
+        std::vector<float> w(size_t(shape.first) * shape.second);
+        for (float& x : w) x = normal(rng);
+        std::vector<uint8_t*> outs;
+        for (size_t r = 0; r < kWidths.size(); ++r) {
+          const size_t old = rungs[r].size();
+          rungs[r].resize(old + rung_bytes(shape.first, shape.second, kWidths[r], r == 0));
+          outs.push_back(rungs[r].data() + old);
+        }
+        CHECK(quantize_nested(pool, w.data(), shape.first, shape.second, kWidths, weights, outs));
+      }
+      ExpertRecord record{at, {}, {}};
+      uint32_t end = 0;
+      for (const auto& rung : rungs) {
+        CHECK(pwrite(fd, rung.data(), rung.size(), off_t(at + end)) == ssize_t(rung.size()));
+        end += uint32_t(rung.size());
+        record.ends.push_back(end);
+        record.crcs.push_back(crc32c(rung.data(), rung.size()));
+      }
+      records.push_back(record);
+      at = round_up(at + end, kPage);
+    }
+    CHECK(ftruncate(fd, off_t(at)) == 0);
+    ::close(fd);
+  }
+  ~ExpertFile() { unlink(path.c_str()); }
+
+  ExpertShape shape() const {
+    ExpertShape s{1, kExperts, kHidden, kExpertHidden, {}};
+    for (uint8_t w : kWidths) s.rung_widths.push_back({w, w, w});
+    return s;
+  }
+  std::unique_ptr<Cache> open(size_t budget) const {
+    return std::make_unique<Cache>(std::make_shared<File>(path), shape(), records, std::vector<int>{0}, 5, budget, true,
+                                   3);
+  }
+};
+
+size_t record_bytes(const ExpertFile& file) { return round_up(file.records[0].ends.back(), kPage); }
+
+void test_random_requests_on(const ExpertFile& file, double experts) {
+  auto cache = file.open(size_t(experts * double(record_bytes(file))));
+  std::mt19937 rng(7);
+  std::vector<int> group;
+  for (int round = 0; round < 300; ++round) {
+    std::vector<int32_t> ids;
+    std::vector<int8_t> levels;
+    for (int e = 0; e < kExperts; ++e) {
+      if (rng() % 3 == 0) {
+        ids.push_back(e);
+        levels.push_back(int8_t(1 + rng() % 5));
+      }
+    }
+    cache->begin(ids.data(), levels.data(), int(ids.size()));
+    std::set<int> given;
+    for (cache->next(&group); !group.empty(); cache->next(&group)) {
+      for (int i : group) {
+        CHECK(given.insert(i).second);
+        const ExpertView v = cache->view(ids[size_t(i)], levels[size_t(i)]);
+        float sum = 0;  // touches every byte of the first rung
+        for (size_t b = 0; b < rung_bytes(v.gate.rows, v.gate.cols, 2, true); ++b) sum += v.gate.rungs[0][b];
+        CHECK(sum > 0);
+      }
+      if (rng() % 40 == 0) break;
+    }
+    cache->close();
+    cache->check_integrity();
+    if (rng() % 4 == 0) cache->shrink(int(rng() % kExperts), int(rng() % 5));
+    cache->check_integrity();
+  }
+  CHECK(cache->stats().peak_bytes <= cache->stats().budget_bytes);
+}
+
+void test_failing_reads(const ExpertFile& file) {
+  ExpertFile broken;
+  auto cache = broken.open(4 * record_bytes(file));
+  CHECK(truncate(broken.path.c_str(), off_t(broken.records[6].offset)) == 0);
+  std::vector<int> group;
+  for (int round = 0; round < 50; ++round) {
+    const int32_t ids[] = {0, 7, 1, 8, 2};
+    const int8_t levels[] = {5, 5, 3, 2, 1};
+    bool failed = false;
+    try {
+      cache->begin(ids, levels, 5);
+      do cache->next(&group);
+      while (!group.empty());
+    } catch (const ReadError& e) {
+      failed = std::string(e.what()).find(broken.path) == 0;
+    }
+    CHECK(failed);
+    cache->check_integrity();
+  }
+}
+
+void test_destruction_during_reads(const ExpertFile& file) {
+  for (int round = 0; round < 50; ++round) {
+    auto cache = file.open(8 * record_bytes(file));
+    const int32_t ids[] = {0, 1, 2, 3, 4};
+    const int8_t levels[] = {5, 5, 5, 5, 5};
+    cache->begin(ids, levels, 5);
+  }
+}
+
+void test_budget_of_nothing(const ExpertFile& file) {
+  bool refused = false;
+  try {
+    file.open(record_bytes(file) - 1);
+  } catch (const OutOfBudget&) {
+    refused = true;
+  }
+  CHECK(refused);
+}
+
+void test_thread_pool() {
+  for (int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    for (int round = 0; round < 2000; ++round) {
+      const int count = 1 + round % 97;
+      std::vector<int> seen(size_t(count), 0);
+      pool.run(count, 1 + round % 7, [&](int begin, int end) {
+        for (int i = begin; i < end; ++i) seen[size_t(i)] += 1;
+      });
+      for (int n : seen) CHECK(n == 1);
+    }
+  }
+}
+
+/// The FFN of a group gives each row the bits that it gets alone.
+void test_rows_do_not_depend_on_their_batch(const ExpertFile& file) {
+  auto cache = file.open(kExperts * record_bytes(file));
+  Workspace ws(3, 600, kHidden, kExpertHidden);
+  const int T = 600;
+  std::mt19937 rng(3);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(size_t(T) * kHidden), all(x.size()), one(kHidden);
+  for (float& v : x) v = normal(rng);
+  const int32_t id = 4;
+  const int8_t level = 3;
+  std::vector<int> group;
+  cache->begin(&id, &level, 1);
+  cache->next(&group);
+  run_ffns(ws, x.data(), T, {{cache->view(id, level), nullptr, T, all.data()}});
+  for (int t = 0; t < T; t += 37) {
+    run_ffns(ws, x.data() + size_t(t) * kHidden, 1, {{cache->view(id, level), nullptr, 1, one.data()}});
+    CHECK(std::memcmp(one.data(), all.data() + size_t(t) * kHidden, one.size() * sizeof(float)) == 0);
+  }
+}
+
+}  // namespace
+
+int main() {
+  const ExpertFile file;
+  for (double experts : {1.0, 2.4, 5.0, 12.0}) test_random_requests_on(file, experts);
+  test_failing_reads(file);
+  test_destruction_during_reads(file);
+  test_budget_of_nothing(file);
+  test_thread_pool();
+  for (const char* isa : {"scalar", kernels().name}) {
+    use_isa(isa);
+    test_rows_do_not_depend_on_their_batch(file);
+  }
+  std::printf("core_test: %s\n", failures ? "FAILED" : "ok");
+  return failures ? 1 : 0;
+}
