@@ -163,6 +163,9 @@ class Engine:
         self._eos = frozenset(config.eos_ids)
         if self.tokenizer is not None:  # a file may name only the base model's end token
             self._eos |= frozenset(self.tokenizer.eos_ids)
+        # The tokenizer keeps what it needs; the files' text must not count against the experts.
+        self._moe: MoeFile | None = (moe := replace(moe, sections={}))
+        hardware.trim()
         self.notes = _notes(moe, given, self.bits, dense_bits)
 
         total = default_ram() if ram is None else parse_size(ram)
@@ -204,13 +207,12 @@ class Engine:
         self._kv = KvCache(config, budget.context)
         self._ids: list[int] = []  # what the KV cache holds
         self._logits = np.empty((1, config.vocab_size), np.float32)
-        self._moe: MoeFile | None = moe
         self._call = 0
         self._meter = _Meter(self._store, self._experts)
         logger.info(
-            "%s: %s, %d tokens of context, chunks of %d, %.0f of %.0f MiB of experts, %s, %d threads",
-            moe.path, config.family, budget.context, budget.chunk, budget.slots / 2**20,
-            budget.experts / 2**20, _core.isa(), threads,
+            "%s: %s, %d tokens of context, chunks of %d, %d of %d bytes of experts, %s, %d threads",
+            moe.path, config.family, budget.context, budget.chunk, budget.slots,
+            budget.experts, _core.isa(), threads,
         )  # fmt: skip
 
     notes: tuple[str, ...]

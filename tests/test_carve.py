@@ -279,6 +279,13 @@ def test_says_which_dense_models_it_takes(
         carve(HFCheckpoint(tmp_path))
 
 
+def test_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.model.layers[1].self_attn.o_proj.weight.data[3, 3] = float("nan")
+    with pytest.raises(FormatError, match="layer 1 computes NaN or infinity"):
+        carve(HFCheckpoint(save_hf(model, tmp_path)), **_WIDTHS)
+
+
 def test_needs_a_tokenizer_for_a_text_only(tmp_path: Path) -> None:
     save_hf(tiny_llama(), tmp_path)
     ids = tiny_tokenizer().encode("some words").ids

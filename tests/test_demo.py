@@ -13,6 +13,7 @@ import time
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ class World:
         (self.root / "path" / "pip" / "__init__.py").touch()
         (self.root / "path" / "pip" / "__main__.py").write_text(source)
 
-    def change_package(self, **changes: object) -> None:
+    def change_package(self, **changes: Any) -> None:
         package = dataclasses.replace(demo._PACKAGE, **changes)
         self.monkeypatch.setattr(demo, "_PACKAGE", package)
 

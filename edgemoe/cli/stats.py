@@ -22,6 +22,7 @@ def stats_line(stats: Stats) -> str:
     parts = [
         f"{tokens}: {first}" if first else tokens,
         _hit_rate(stats),
+        f"dropped {stats.evictions}" if stats.evictions else "",
         _reads(stats),
         f"{stats.average_bits:.1f} bits" if stats.average_bits else "",
         f"peak {_mib(stats.peak_bytes)}",

@@ -187,6 +187,8 @@ def _calibrated(
     partitions: list[Partition] = []
 
     def look(layer: int, x: Array, inner: Array, down: Array) -> None:
+        if not (np.isfinite(x).all() and np.isfinite(inner).all()):
+            raise FormatError(f"{dense.name}: layer {layer} computes NaN or infinity")
         partitions.append(
             partition(x, inner, down, num_experts=num_experts, shared=shared, seed=layer)
         )
