@@ -104,7 +104,10 @@ def main() -> None:
         # At the end a little more than all, so that "all" does not hang on a page.
         wanted = max(int(share * experts), expert) + ((4 << 20) if share == 1 else 0)
         rows.append(row(args, share, ram_for(args, wanted)))
-    print("| experts that fit | slots | --ram | tok/s | hit | read | evictions | peak, limited | anonymous, free | text |")
+    print(
+        "| experts that fit | slots | --ram | tok/s | hit | read | evictions | "
+        "peak, limited | anonymous, free | text |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|")
     good = True
     for r in rows:
@@ -113,8 +116,8 @@ def main() -> None:
         is_evicting = (r["evictions"] > 0) == (r["share"] < 1)
         good &= bool(r["code"] == 0 and is_same and is_kept and is_evicting)
         print(
-            f"| {100 * r['share']:.0f}% | {r['slots'] / 2**20:.1f} MiB | {r['ram'] >> 20} MiB | {r['decode']} | {r['hit']}% | "
-            f"{r['read_gb']} GB | {r['evictions']:.0f} | {r['group_peak'] >> 20} MiB | "
+            f"| {100 * r['share']:.0f}% | {r['slots'] / 2**20:.1f} MiB | {r['ram'] >> 20} MiB | "
+            f"{r['decode']} | {r['hit']}% | {r['read_gb']} GB | {r['evictions']:.0f} | {r['group_peak'] >> 20} MiB | "
             f"{r['anon_peak'] >> 20} MiB | {'same' if is_same else 'DIFFERENT'} #{r['hash']} |"
         )
     if args.json:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from edgemoe.errors import FormatError
 
-__all__ = ["Progress", "Say", "default_cache_dir", "demo_model"]
+__all__ = ["Progress", "Say", "default_cache_dir", "demo_model", "demo_path"]
 
 Say = Callable[[str], None]
 """Is told, in one line, what is being done."""
@@ -80,8 +80,8 @@ def demo_model(
         FormatError: what came is not what was expected.
         OSError: the cache directory cannot be written, or its disk is too small.
     """
-    cache_dir = cache_dir or default_cache_dir()
-    model = cache_dir / f"{_RECIPE}.moe"
+    model = demo_path(cache_dir)
+    cache_dir = model.parent
     if model.is_file():
         return model
     say = say or (lambda text: None)
@@ -94,6 +94,11 @@ def demo_model(
         if not model.is_file():  # else another process has built it meanwhile
             _build(model, say, progress or (lambda task, done, total: None))
     return model
+
+
+def demo_path(cache_dir: Path | None = None) -> Path:
+    """Returns where `demo_model` keeps its file, whether it is there or not."""
+    return (cache_dir or default_cache_dir()) / f"{_RECIPE}.moe"
 
 
 def default_cache_dir() -> Path:

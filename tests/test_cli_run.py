@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import os
 import pty
 import re
@@ -14,14 +13,14 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import edgemoe
-from edgemoe.cli.run import main
 from edgemoe.cli.stats import stats_line, stats_table
+from edgemoe.demo import demo_path
 from edgemoe.engine import Stats
 
 RUN = [sys.executable, "-m", "edgemoe.cli.run"]
@@ -254,27 +253,27 @@ def test_a_share_of_the_memory(env: dict[str, str], tiny_moe: Path) -> None:
     assert b" + 2 tokens" in result.stderr
 
 
-def test_without_a_model_the_demo_is_built(
-    tiny_moe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_without_a_model_the_demo_is_run(
+    env: dict[str, str], tiny_moe: Path, tmp_path: Path
 ) -> None:
-    def demo_model(*, say: Callable[[str], None], progress: Callable[..., None]) -> Path:
-        say("building")
-        progress("download", 1, 4)
-        progress("download", 4, 4)
-        progress("convert", 1, 1)
-        return tiny_moe
+    path = demo_path(tmp_path / "edgemoe")
+    path.parent.mkdir()
+    path.symlink_to(tiny_moe)
+    env.pop("EDGEMOE_MODEL", None)
+    result = run({**env, "XDG_CACHE_HOME": str(tmp_path)}, "-p", "Hi", "--temp", 0, "-n", 3)
+    assert result.returncode == 0
+    expected = greedy_reply(tiny_moe, "Hi", 3)
+    assert result.stdout.decode().removesuffix("\n") == expected.removesuffix("\n")
 
-    monkeypatch.setattr("edgemoe.demo.demo_model", demo_model)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"Hi")))
-    monkeypatch.delenv("EDGEMOE_MODEL", raising=False)
-    assert main(["--temp", "0", "-n", "3"]) == 0
-    text, notes = capsys.readouterr()
-    assert text.removesuffix("\n") == greedy_reply(tiny_moe, "Hi", 3).removesuffix("\n")
-    *lines, figures = notes.splitlines()
-    assert lines == [
-        "# building", "# download: 20%", "# download: 100%", "# convert: 100%"
-    ]  # fmt: skip
-    assert STATS.match(figures)
+
+def test_a_demo_that_cannot_be_built_says_why(env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "edgemoe").write_text("in the way")
+    env.pop("EDGEMOE_MODEL", None)
+    result = run({**env, "XDG_CACHE_HOME": str(tmp_path)}, "-p", "Hi")
+    assert result.returncode == 1
+    assert result.stdout == b""
+    assert result.stderr.count(b"\n") == 1
+    assert result.stderr.startswith(b"edgemoe demo: ")
 
 
 # --- at a terminal
@@ -480,7 +479,7 @@ FIGURES = Stats(
 
 def test_the_line_of_figures() -> None:
     assert stats_line(FIGURES) == (
-        "# 12 prompt + 128 tokens: 85.1 prompt tok/s, 11.2 tok/s, first 0.42 s; hit 87.3%; "
+        "# 12 prompt + 128 tokens: 85.1 prompt tok/s, 11.2 tok/s, first 0.42 s; hit 87.3%; dropped 3; "
         "read 1.94 GB at 2.1 GB/s; 3.1 bits; peak 812 MiB; #a31f09c2"
     )
     assert "873 of 1000" in stats_table(FIGURES)

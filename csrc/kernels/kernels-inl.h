@@ -295,7 +295,7 @@ inline void store_part(float* out, typename V::F value, int n) {
 template <class V>
 void quantize_group(const float* w, int n, const float* level_weights, uint8_t* codes, uint16_t* scale,
                     uint16_t* middle) {
-  constexpr int kCandidates = 10;  // the range times 1, 0.95, ... 0.55
+  constexpr int kCandidates = 10;  // the range times 1, 0.98, ... 0.82
   typename V::F v[4], valid[4];
   float low = w[0], high = w[0];
   for (int i = 1; i < n; ++i) {
@@ -312,7 +312,7 @@ void quantize_group(const float* w, int n, const float* level_weights, uint8_t* 
   alignas(64) uint16_t halves[16];
   float best = -1;
   for (int k = 0; k < kCandidates; ++k) {
-    pair[0] = (high - low) * (1.0f - 0.05f * float(k)) / 255.0f;
+    pair[0] = (high - low) * (1.0f - 0.02f * float(k)) / 255.0f;
     pair[1] = 0.5f * low + 0.5f * high;
     V::store_f16(halves, V::load(pair));
     alignas(64) float rounded[16];

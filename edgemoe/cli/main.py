@@ -10,6 +10,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "convert": ("edgemoe.cli.convert", "make a .moe file from a checkpoint"),
+    "demo": ("edgemoe.cli.demo", "build the demo model"),
     "run": ("edgemoe.cli.run", "chat with a model; also installed as edgemoe-run"),
 }
 """What each command is: the module whose `main(argv)` runs it, and a line about it."""

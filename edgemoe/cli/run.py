@@ -92,19 +92,23 @@ def _answer(engine: Engine, chat: Chat, prompt: str) -> int:
 
 
 def _demo() -> Path:
-    """Returns the demo model, which is built at the first time."""
-    from edgemoe.cli.progress import Progress
-    from edgemoe.demo import demo_model
+    """Returns the demo model, which is built at the first time.
 
-    with contextlib.ExitStack() as stack:
-        bars: dict[str, Progress] = {}
+    Building takes memory that `--ram` does not allow for, so that another process does it.
 
-        def progress(task: str, done: int, total: int) -> None:
-            if task not in bars:
-                bars[task] = stack.enter_context(Progress(task, unit="B"))
-            bars[task](done, total)
+    Raises:
+        SystemExit: it could not be built, and has said why.
+    """
+    from edgemoe.demo import demo_path
 
-        return demo_model(say=lambda text: note(f"# {text}"), progress=progress)
+    path = demo_path()
+    if not path.is_file():
+        import subprocess
+
+        code = subprocess.call([sys.executable, "-m", "edgemoe.cli.demo"], stdin=subprocess.DEVNULL)
+        if code:
+            raise SystemExit(code)
+    return path
 
 
 def _load(args: Namespace) -> Engine:

@@ -18,9 +18,9 @@ GROUP = 64
 _ROWS = 16
 _SCALE_BYTES = 64
 
-# How much the squared error at 1 to 8 bits counts when a group's range is clipped. The error falls about
-# fourfold per bit; these weights were chosen on a trained model (benchmarks/LOG.md, clip search).
-_LEVEL_WEIGHTS = np.array([0, 1, 4, 16, 64, 256, 1024, 4096], dtype=np.float32)
+# How much the squared error at 1 to 8 bits counts when a group's range is clipped: fourfold per bit, as the
+# error itself falls. Counting low bits more helped 2 bits by 1% and cost 8 bits threefold: benchmarks/LOG.md.
+_LEVEL_WEIGHTS = np.array([0, 1, 4, 16, 0, 256, 0, 4096], dtype=np.float32)
 
 
 def plane_widths(ladder: Sequence[int]) -> list[int]:

@@ -1,0 +1,51 @@
+"""`edgemoe demo`: builds the demo model, once, and says where it is."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from collections.abc import Sequence
+
+from edgemoe.cli.console import error_line, note
+from edgemoe.cli.progress import Progress
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0; 1 for an error, which is one line on stderr; 130 after Ctrl-C.
+    """
+    argparse.ArgumentParser(
+        prog="edgemoe demo",
+        description="Download and build the demo model, once. `edgemoe-run` without a model does this by itself.",
+    ).parse_args(argv)
+    from edgemoe.demo import demo_model
+
+    bars: dict[str, Progress] = {}
+    try:
+        with contextlib.ExitStack() as stack:
+
+            def progress(task: str, done: int, total: int) -> None:
+                if task not in bars:
+                    bars[task] = stack.enter_context(Progress(task, unit="B"))
+                bars[task](done, total)
+
+            path = demo_model(say=lambda text: note(f"# {text}"), progress=progress)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        note(f"edgemoe demo: {error_line(error)}")
+        return 1
+    note(f"# the demo model is {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
