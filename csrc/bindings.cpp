@@ -461,7 +461,7 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init([](const std::shared_ptr<File>& file, int num_experts, int hidden, int expert_hidden,
                        const std::vector<std::array<uint8_t, 3>>& rung_widths, const Array<uint64_t>& offsets,
                        const Array<uint32_t>& ends, const Array<uint32_t>& crcs, const std::vector<int>& layers,
-                       int max_level, size_t budget_bytes, bool verify, int num_readers) {
+                       int max_level, size_t budget_bytes, bool verify, int num_readers, const std::string& policy) {
              const py::ssize_t n = offsets.size(), rungs = py::ssize_t(rung_widths.size());
              expect(ends, "ends", {n, rungs});
              expect(crcs, "crcs", {n, rungs});
@@ -474,24 +474,27 @@ PYBIND11_MODULE(_core, m) {
              }
              ExpertShape shape{int(layers.size()), num_experts, hidden, expert_hidden, rung_widths};
              return std::make_unique<Cache>(file, std::move(shape), std::move(records), layers, max_level, budget_bytes,
-                                            verify, num_readers);
+                                            verify, num_readers, policy);
            }),
            py::kw_only(), py::arg("file"), py::arg("num_experts"), py::arg("hidden"), py::arg("expert_hidden"),
            py::arg("rung_widths"), py::arg("offsets").noconvert(), py::arg("ends").noconvert(),
            py::arg("crcs").noconvert(), py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"),
-           py::arg("verify"), py::arg("num_readers"))
+           py::arg("verify"), py::arg("num_readers"), py::arg("policy"))
       .def(
           "begin",
-          [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels) {
+          [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels, const Array<int32_t>& counts,
+             int num_tokens) {
             expect(experts, "experts", {-1});
             expect(levels, "levels", {experts.size()});
-            const int32_t* e = experts.data();
+            expect(counts, "counts", {experts.size()});
+            const int32_t *e = experts.data(), *k = counts.data();
             const int8_t* l = levels.data();
             const int n = int(experts.size());
             py::gil_scoped_release release;
-            c.begin(e, l, n);
+            c.begin(e, l, k, n, num_tokens);
           },
-          py::arg("experts").noconvert(), py::arg("levels").noconvert())
+          py::arg("experts").noconvert(), py::arg("levels").noconvert(), py::arg("counts").noconvert(),
+          py::arg("num_tokens"))
       .def("next",
            [](Cache& c) {
              std::vector<int> group;
@@ -534,8 +537,9 @@ PYBIND11_MODULE(_core, m) {
           [](Cache& c, int expert, int level) {
             const int32_t e = expert;
             const int8_t l = int8_t(level);
+            const int32_t count = 1;
             std::vector<int> group;
-            c.begin(&e, &l, 1);
+            c.begin(&e, &l, &count, 1, 1);
             c.next(&group);
             const ExpertView v = c.view(expert, level);
             std::vector<py::array_t<float>> out;

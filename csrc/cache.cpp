@@ -25,13 +25,15 @@ size_t matrix_bytes(int rows, int cols, int width, bool is_base) {
 }  // namespace
 
 Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, std::vector<ExpertRecord> records,
-             std::vector<int> layer_numbers, int max_level, size_t budget_bytes, bool verify, int num_readers)
+             std::vector<int> layer_numbers, int max_level, size_t budget_bytes, bool verify, int num_readers,
+             const std::string& policy)
     : shape_(std::move(shape)),
       records_(std::move(records)),
       layer_numbers_(std::move(layer_numbers)),
       max_level_(max_level),
       verify_(verify),
       budget_pages_(uint32_t(std::min<size_t>(budget_bytes / kPage, UINT32_MAX))),
+      policy_(policy, int(records_.size()), shape_.num_layers),
       loader_(std::move(file), num_readers) {
   const int n = int(records_.size());
   if (n != shape_.num_layers * shape_.num_experts || int(layer_numbers_.size()) != shape_.num_layers || n == 0) {
@@ -63,9 +65,6 @@ Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, std::vector<Ex
   slot_of_.assign(n, -1);
   pins_.assign(n, 0);
   wanted_.assign(n, 0);
-  newer_.assign(n + 1, -1);
-  older_.assign(n + 1, -1);
-  newer_[n] = older_[n] = n;
 }
 
 Cache::~Cache() {
@@ -79,29 +78,14 @@ size_t Cache::slot_bytes(int expert, int level) const {
   return level == 0 ? 0 : round_up(records_[expert].ends[level - 1], kPage);
 }
 
-void Cache::unlink(int e) {
-  if (newer_[e] < 0) return;
-  older_[newer_[e]] = older_[e];
-  newer_[older_[e]] = newer_[e];
-  newer_[e] = older_[e] = -1;
-}
-
-void Cache::touch(int e) {
-  unlink(e);
-  const int head = num_experts();
-  // The head's `older_` is the most recently used, its `newer_` the least.
-  older_[e] = older_[head];
-  newer_[e] = head;
-  newer_[older_[head]] = e;
-  older_[head] = e;
-}
-
 int Cache::find_victim(bool spare_request) const {
-  const int head = num_experts();
-  for (int e = newer_[head]; e != head; e = newer_[e]) {
-    if (pins_[e] == 0 && !(spare_request && wanted_[e])) return e;
+  int victim = -1;
+  for (const Slot& slot : slots_) {
+    const int e = slot.owner;
+    if (e < 0 || pins_[e] > 0 || levels_[e] == 0 || (spare_request && wanted_[e])) continue;
+    if (victim < 0 || policy_.score(e) < policy_.score(victim)) victim = e;
   }
-  return -1;
+  return victim;
 }
 
 void Cache::evict(int e) {
@@ -113,7 +97,6 @@ void Cache::evict(int e) {
   slots_[slot_of_[e]].owner = -1;
   free_slots_.push_back(slot_of_[e]);
   slot_of_[e] = -1;
-  unlink(e);
 }
 
 void Cache::trim(int slot, uint32_t keep) {
@@ -179,8 +162,6 @@ bool Cache::try_load(Use* use, int position) {
     free_slots_.erase(std::find(free_slots_.begin(), free_slots_.end(), slot));
     slot_of_[e] = slot;
     slots_[slot].owner = e;
-  } else {
-    unlink(e);
   }
   trim(slot, need);  // its last owner may have been larger
   committed_pages_ += need - slots_[slot].pages;
@@ -209,7 +190,7 @@ bool Cache::try_load(Use* use, int position) {
   return true;
 }
 
-void Cache::begin(const int32_t* experts, const int8_t* levels, int n) {
+void Cache::begin(const int32_t* experts, const int8_t* levels, const int32_t* counts, int n, int num_tokens) {
   require(!is_open_, "a request is open");
   for (int i = 0; i < n; ++i) {
     if (experts[i] < 0 || experts[i] >= num_experts() || levels[i] < 1 || levels[i] > max_level_) {
@@ -221,14 +202,15 @@ void Cache::begin(const int32_t* experts, const int8_t* levels, int n) {
     }
   }
   is_open_ = true;
+  policy_.advance(num_tokens);
   for (int i = 0; i < n; ++i) {
     const int e = experts[i];
     uses_.push_back({e, levels[i], Step::kWaiting, {}});
     wanted_[e] = 1;
+    policy_.use(e, counts[i]);
     if (levels_[e] >= levels[i]) {
       uses_.back().step = Step::kReady;
       pins_[e] += 1;
-      touch(e);
       stats_.hits += 1;
     } else {
       stats_.misses += 1;
@@ -252,7 +234,6 @@ void Cache::finish(ReadJob* job, std::exception_ptr* error) {
       slots_[slot_of_[e]].owner = -1;
       slot_of_[e] = -1;
     } else {
-      touch(e);
       trim(slot_of_[e], pages_at(e, levels_[e]));
     }
     return;
@@ -260,7 +241,6 @@ void Cache::finish(ReadJob* job, std::exception_ptr* error) {
   if (levels_[e] == 0) stats_.resident_experts += 1;
   stats_.resident_bytes += slot_bytes(e, use.level) - slot_bytes(e, levels_[e]);
   levels_[e] = int8_t(use.level);
-  touch(e);
   use.step = Step::kReady;
 }
 
@@ -371,7 +351,7 @@ CacheStats Cache::stats() const {
 
 void Cache::check_integrity() const {
   size_t resident = 0, committed = 0;
-  int count = 0, listed = 0;
+  int count = 0;
   for (int e = 0; e < num_experts(); ++e) {
     require(levels_[e] >= 0 && levels_[e] <= max_level_, "level outside the ladder");
     require(pins_[e] >= 0 && (is_open_ || pins_[e] == 0), "a pin was not released");
@@ -383,10 +363,8 @@ void Cache::check_integrity() const {
     ++count;
   }
   for (const Slot& s : slots_) committed += s.pages;
-  for (int e = newer_[num_experts()]; e != num_experts(); e = newer_[e]) ++listed;
   require(committed == committed_pages_ && committed <= budget_pages_, "committed pages do not add up");
   require(resident == stats_.resident_bytes && count == stats_.resident_experts, "residents do not add up");
-  require(is_open_ || listed == count, "the list of use does not hold every resident");
   const size_t owned = size_t(std::count_if(slots_.begin(), slots_.end(), [](const Slot& s) { return s.owner >= 0; }));
   require(owned + free_slots_.size() == slots_.size(), "slots do not add up");
 }

@@ -14,6 +14,7 @@
 #include "kernels/kernels.h"
 #include "loader.h"
 #include "memory.h"
+#include "policy.h"
 
 namespace edgemoe {
 
@@ -54,14 +55,16 @@ class Cache {
   /// Expert ids are layer_index * num_experts + expert. `layer_numbers` names layers in errors.
   /// Throws OutOfBudget when not even one expert fits at `max_level`.
   Cache(std::shared_ptr<const File> file, ExpertShape shape, std::vector<ExpertRecord> records,
-        std::vector<int> layer_numbers, int max_level, size_t budget_bytes, bool verify, int num_readers);
+        std::vector<int> layer_numbers, int max_level, size_t budget_bytes, bool verify, int num_readers,
+        const std::string& policy);
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
   ~Cache();
 
-  /// Opens a request: the experts of one layer at their levels, in the order in which they should be read.
-  /// Resident ones are pinned; reads start as far as slots are free. Throws std::logic_error when one is open.
-  void begin(const int32_t* experts, const int8_t* levels, int n);
+  /// Opens a request: the experts of one layer at their levels, in the order in which they should be read; expert i
+  /// runs counts[i] of `num_tokens` tokens. Resident ones are pinned; reads start as far as slots are free.
+  /// Throws std::logic_error when one is open.
+  void begin(const int32_t* experts, const int8_t* levels, const int32_t* counts, int n, int num_tokens);
 
   /// Unpins the group given before and fills `group` with positions of the request that are resident now, waiting
   /// for reads if none is. An empty group means that all have been given; the request is closed then. When a read
@@ -109,8 +112,6 @@ class Cache {
   bool make_room(uint32_t pages, int keep_slot, bool spare_request);
   void evict(int expert);
   void trim(int slot, uint32_t keep);
-  void touch(int expert);
-  void unlink(int expert);
   void finish(ReadJob* job, std::exception_ptr* error);
   uint8_t* slot_base(int slot) const { return memory_.bytes() + size_t(slot) * window_bytes_; }
   uint32_t pages_at(int expert, int level) const { return uint32_t(slot_bytes(expert, level) / kPage); }
@@ -128,13 +129,13 @@ class Cache {
   std::vector<int8_t> levels_;
   std::vector<int> slot_of_;
   std::vector<int> pins_;
-  std::vector<int> newer_, older_;  ///< the LRU list; index num_experts() is its head
-  std::vector<uint8_t> wanted_;     ///< belongs to the open request and has not been given
+  std::vector<uint8_t> wanted_;  ///< belongs to the open request and has not been given
   std::vector<Slot> slots_;
   std::vector<int> free_slots_;  ///< last freed first
   std::deque<Use> uses_;         ///< of the open request; a deque, as reads hold pointers into it
   std::vector<int> given_;
   bool is_open_ = false;
+  Policy policy_;
   CacheStats stats_;
   Memory memory_;
   Loader loader_;  // last: its threads end before the memory that they write to goes

@@ -57,10 +57,13 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
 class ExpertStore:
     """Holds routed experts inside a budget and lends them group by group. One thread at a time."""
 
-    def __init__(self, moe: MoeFile, *, bits: int, budget_bytes: int, verify: bool) -> None:
+    def __init__(
+        self, moe: MoeFile, *, bits: int, budget_bytes: int, verify: bool, policy: str = "lfu"
+    ) -> None:
         """Args:
             bits: the highest precision that will be asked for.
             budget_bytes: for slots, all of it.
+            policy: what is dropped first: the least frequently or the least recently used, "lfu" or "lru".
 
         Raises:
             OutOfBudget: not even one expert fits.
@@ -89,6 +92,7 @@ class ExpertStore:
             budget_bytes=budget_bytes,
             verify=verify,
             num_readers=_NUM_READERS,
+            policy=policy,
         )
         self._residency = self.cache.residency.reshape(-1, config.num_experts)
 
@@ -102,7 +106,8 @@ class ExpertStore:
         self.cache.close()  # what Ctrl-C may have left open
         experts = plan.experts + np.int32(plan.layer * self._num_experts)
         levels = self._levels[plan.bits]
-        self.cache.begin(experts, levels)
+        counts = plan.offsets[1:] - plan.offsets[:-1]
+        self.cache.begin(experts, levels, counts, len(plan.gates))
         return experts, levels
 
     def ready_groups(self) -> Iterator[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from edgemoe.plan import Plan
 from edgemoe.store import ExpertStore, expert_bytes
 
 N = 16  # experts of the tiny model
+ONE = np.ones(1, np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -26,27 +26,34 @@ def pages(moe, level):
 
 
 class Model:
-    """LRU over experts at levels, in pages. What a request of one expert must do."""
+    """Experts at levels, in pages, and what a request of one expert must do."""
 
-    def __init__(self, sizes, budget):
-        self.sizes, self.budget = sizes, budget
-        self.level = OrderedDict()  # least recently used first
+    def __init__(self, sizes, budget, policy):
+        self.sizes, self.budget, self.policy = sizes, budget, policy
+        self.level = {}
+        self.scores = [0.0] * N
+        self.weight = 1.0
         self.hits = self.misses = self.evictions = 0
 
     def used(self):
         return sum(self.sizes[level] for level in self.level.values())
 
     def request(self, expert, level):
+        if self.policy == "lru":
+            self.weight += 1
+            self.scores[expert] = self.weight
+        else:  # a use counts half after 64 tokens, in two layers
+            self.weight *= 2 ** (1 / (64 * 2))
+            self.scores[expert] += self.weight
         if self.level.get(expert, 0) >= level:
             self.hits += 1
-        else:
-            self.misses += 1
-            have = self.level.pop(expert, 0)
-            while self.used() + self.sizes[level] > self.budget:
-                self.level.popitem(last=False)
-                self.evictions += 1
-            self.level[expert] = max(level, have)
-        self.level.move_to_end(expert)
+            return
+        self.misses += 1
+        self.level.pop(expert, 0)
+        while self.used() + self.sizes[level] > self.budget:
+            del self.level[min(self.level, key=self.scores.__getitem__)]
+            self.evictions += 1
+        self.level[expert] = level
 
     def shrink(self, expert, level):
         if level < self.level.get(expert, 0):
@@ -58,7 +65,7 @@ class Model:
 
 
 def one(cache, expert, level):
-    cache.begin(np.array([expert], np.int32), np.array([level], np.int8))
+    cache.begin(np.array([expert], np.int32), np.array([level], np.int8), ONE, 1)
     assert cache.next() == [0]
     assert cache.residency[expert] >= level
     assert cache.next() == []
@@ -66,12 +73,13 @@ def one(cache, expert, level):
 
 @pytest.mark.parametrize("budget_experts", [1, 2.5, 4, 7.3, 16, 40])
 @pytest.mark.parametrize("mixed", [False, True])
-def test_single_requests_equal_the_model(moe, budget_experts, mixed):
+@pytest.mark.parametrize("policy", ["lru", "lfu"])
+def test_single_requests_equal_the_model(moe, budget_experts, mixed, policy):
     top = 5
     sizes = [0] + [pages(moe, level) for level in range(1, top + 1)]
     budget = int(budget_experts * sizes[top])
-    store = ExpertStore(moe, bits=8, budget_bytes=budget * 4096, verify=True)
-    cache, model = store.cache, Model(sizes, budget)
+    store = ExpertStore(moe, bits=8, budget_bytes=budget * 4096, verify=True, policy=policy)
+    cache, model = store.cache, Model(sizes, budget, policy)
     rng = np.random.default_rng(int(budget_experts * 10) + mixed)
     for _ in range(1500):
         expert = int(min(rng.geometric(0.15) - 1, N - 1))
@@ -105,7 +113,7 @@ def test_every_expert_of_a_request_is_given_once_and_pinned(moe, budget_experts)
         n = int(rng.integers(1, N + 1))
         experts = rng.permutation(N)[:n].astype(np.int32)
         levels = rng.integers(1, 6, n).astype(np.int8)
-        cache.begin(experts, levels)
+        cache.begin(experts, levels, np.ones(n, np.int32), 1)
         given = []
         while group := cache.next():
             for i in group:
@@ -126,10 +134,13 @@ def test_requests_that_make_no_sense_are_refused(moe):
     cache = store.cache
     for experts, levels in [([16], [1]), ([-1], [1]), ([0], [0]), ([0], [4]), ([1, 1], [1, 1])]:
         with pytest.raises(ValueError, match="Cache"):
-            cache.begin(np.array(experts, np.int32), np.array(levels, np.int8))
+            cache.begin(
+                np.array(experts, np.int32), np.array(levels, np.int8),
+                np.ones(len(experts), np.int32), 1,
+            )  # fmt: skip
         cache.check_integrity()
     with pytest.raises(TypeError):
-        cache.begin(np.zeros(4, np.int32)[::2], np.ones(2, np.int8))
+        cache.begin(np.zeros(4, np.int32)[::2], np.ones(2, np.int8), np.ones(2, np.int32), 1)
     with pytest.raises(OutOfBudget, match="one expert takes"):
         ExpertStore(moe, bits=8, budget_bytes=expert_bytes(moe, 5) - 4096, verify=True)
 
