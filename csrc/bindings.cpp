@@ -15,6 +15,7 @@
 #include "error.h"
 #include "expert.h"
 #include "quantize.h"
+#include "roof.h"
 
 namespace py = pybind11;
 using namespace edgemoe;
@@ -269,6 +270,22 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("w").noconvert(), py::arg("widths"), py::arg("level_weights").noconvert(), py::arg("threads"),
       "Quantises w [rows, cols] float32 and returns its rungs, one uint8 array each.");
+
+  m.def(
+      "memory_rate",
+      [](size_t bytes, int threads) {
+        py::gil_scoped_release release;
+        return memory_rate(bytes, threads);
+      },
+      py::arg("bytes"), py::arg("threads"), "Bytes per second that `threads` threads read from memory together.");
+  m.def(
+      "disk_rate",
+      [](const std::shared_ptr<File>& file, const std::vector<uint64_t>& offsets, size_t length, int num_readers) {
+        py::gil_scoped_release release;
+        return disk_rate(file, offsets, length, num_readers);
+      },
+      py::arg("file"), py::arg("offsets"), py::arg("length"), py::arg("num_readers"),
+      "Bytes per second of reads of `length` at `offsets`, several at a time; both multiples of 4096.");
 
   py::class_<Workspace>(m, "Workspace", "Compute threads and scratch of one engine.")
       .def(py::init<int, int, int, int>(), py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"),

@@ -59,6 +59,8 @@ class Budget:
     process: int
     """What the process takes that is not the engine's."""
     dense: int
+    active_dense: int
+    """Of `dense`, what computing one token reads: all but the embedding, unless that is also the head."""
     kv: int
     scratch: int
     expert: int
@@ -99,8 +101,10 @@ class Budget:
         expert = expert_bytes(moe, level)
         num_experts = len(moe.experts.offsets)
         smallest_context = context or min(_SMALLEST_CONTEXT, config.context_length)
+        dense = dense_bytes(moe, dense_level)
         least = cls(
-            ram=ram, process=process + _MARGIN_BYTES, dense=dense_bytes(moe, dense_level),
+            ram=ram, process=process + _MARGIN_BYTES, dense=dense,
+            active_dense=dense - (0 if config.tied else sum(moe.tensors["embed"].lengths[:dense_level])),
             kv=per_token * smallest_context,
             scratch=extra_scratch + scratch_bytes(config, _CHUNKS[-1]) + 8 * smallest_context,
             expert=expert, experts=expert * num_experts,

@@ -224,6 +224,23 @@ class Engine:
         return self.budget.context
 
     @property
+    def isa(self) -> str:
+        """The instruction set of the kernels in use."""
+        return _core.isa()
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of weights that computing one token reads from memory, at the bits in use."""
+        c = self.config
+        return (
+            self.budget.active_dense + len(c.moe_layers) * c.experts_per_token * self.budget.expert
+        )
+
+    def measure_disk(self, *, seconds: float) -> float:
+        """Returns the bytes per second of reading experts in random order, for about `seconds`."""
+        return self._store.measure_disk(seconds=seconds)
+
+    @property
     def stats(self) -> Stats:
         """What the last call of `generate` or `logits` did."""
         return self._meter.stats()
@@ -256,6 +273,25 @@ class Engine:
         self._meter.prompt(len(tokens), 0, time.perf_counter() - start)
         self._meter.hash(out[-1])
         return out
+
+    def extend(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """Adds tokens to the sequence of the last call and returns the logits of the last, float32 [1, V].
+
+        For decoding loops of one's own. The result is scratch, valid until the next call.
+
+        Raises:
+            ValueError: too many tokens, none, or one outside the vocabulary.
+            ReadError: the disk failed; the engine stays usable.
+        """
+        known = len(self._ids)
+        tokens = self._checked(ids, self.context - known)
+        self._call += 1
+        self._meter.start()
+        start = time.perf_counter()
+        self._evaluate(tokens, self._logits)
+        self._meter.prompt(len(tokens), known, time.perf_counter() - start)
+        self._meter.hash(self._logits[0])
+        return self._logits
 
     def generate(self, ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[int]:
         """Yields tokens as they are made, until an end token, `max_tokens` or the end of the context.
@@ -304,16 +340,22 @@ class Engine:
                 return
             self._evaluate(np.array([token], np.int32), row)
 
-    def _begin(self, ids: Sequence[int] | NDArray[Any], *, keep_prefix: bool) -> NDArray[np.int32]:
-        """Checks a sequence and takes the KV cache back to what it shares with the last one."""
+    def _checked(self, ids: Sequence[int] | NDArray[Any], room: int) -> NDArray[np.int32]:
+        """Returns tokens as an array, of which there may be at most `room`."""
         self._open()
         tokens = np.asarray(ids)
         if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError("ids: expected a list of at least one token")
-        if len(tokens) > self.context:
-            raise ValueError(f"{len(tokens)} tokens do not fit a context of {self.context}")
+        if len(tokens) > room:
+            have = f" with {self.context - room} tokens in it" if room < self.context else ""
+            raise ValueError(f"{len(tokens)} tokens do not fit a context of {self.context}{have}")
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
             raise ValueError(f"ids: expected tokens from 0 to {self.config.vocab_size - 1}")
+        return tokens.astype(np.int32)
+
+    def _begin(self, ids: Sequence[int] | NDArray[Any], *, keep_prefix: bool) -> NDArray[np.int32]:
+        """Checks a sequence and takes the KV cache back to what it shares with the last one."""
+        tokens = self._checked(ids, self.context)
         self._call += 1
         shared = 0
         if keep_prefix:  # the last token is always computed, for its logits
@@ -324,7 +366,7 @@ class Engine:
         self._kv.length = shared
         del self._ids[shared:]
         self._meter.start()
-        return tokens.astype(np.int32)
+        return tokens
 
     def _evaluate(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
         """Appends tokens to the sequence; logits of the last ones go to `out` [1 or len(tokens), V]."""

@@ -9,8 +9,11 @@ from typing import Any
 import psutil
 from cffi import FFI
 
+from edgemoe import _core
+
 __all__ = [
     "available_bytes",
+    "memory_rate",
     "num_cuda_devices",
     "num_threads",
     "peak_bytes",
@@ -95,6 +98,11 @@ def num_threads() -> int:
     """Returns how many cores this process may use, hyper-threads counted once."""
     allowed = len(os.sched_getaffinity(0))
     return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+def memory_rate(threads: int) -> float:
+    """Returns the bytes per second that `threads` threads read from memory together."""
+    return _core.memory_rate(256 << 20, threads)
 
 
 def trim() -> None:

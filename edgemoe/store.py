@@ -70,6 +70,8 @@ class ExpertStore:
         """
         config = moe.config
         ladder = moe.ladder
+        self._file, self._offsets = moe.file, moe.experts.offsets
+        self._expert_bytes = expert_bytes(moe, moe.level(bits))
         last = [(0, 0, 0), *ladder[:-1]]
         self._num_experts = config.num_experts
         self._levels = np.zeros(9, np.int8)
@@ -122,6 +124,17 @@ class ExpertStore:
                 yield group
         finally:
             self.cache.close()
+
+    def measure_disk(self, *, seconds: float) -> float:
+        """Returns the bytes per second of reading experts in random order, as the cache would."""
+        rng = np.random.default_rng(0)
+        length, count, rate = self._expert_bytes, 32, 0.0
+        while True:
+            offsets = rng.permutation(self._offsets)[:count].tolist()
+            rate = _core.disk_rate(self._file, offsets, length, _NUM_READERS)
+            if length * count / rate >= seconds or count >= len(self._offsets):
+                return rate
+            count *= 2
 
     @property
     def stats(self) -> dict[str, Any]:

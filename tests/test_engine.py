@@ -192,3 +192,51 @@ def test_a_closed_or_reused_engine_says_so(tiny_moe):
     engine.close()
     with pytest.raises(ValueError, match="closed"):
         engine.logits([1])
+
+
+def test_tokens_may_be_added_one_by_one(tiny_moe, expected):
+    with edgemoe.load(tiny_moe) as engine:
+        rows = [engine.logits(IDS[:1])[0]]
+        rows += [engine.extend(IDS[i : i + 1])[0].copy() for i in range(1, 20)]
+        assert np.array_equal(np.array(rows), expected[8][0][:20])
+        assert np.array_equal(engine.extend(IDS[20:150])[0], expected[8][0][-1])
+        with pytest.raises(ValueError, match=r"400 tokens do not fit .* with 150 tokens in it"):
+            engine.extend([0] * 400)
+
+
+def test_an_interrupt_between_request_and_groups_is_forgotten(tiny_moe, expected):
+    with edgemoe.load(tiny_moe) as engine:
+        plans = []
+        plan = engine._experts.scheduler.plan
+
+        def remember(*args):
+            plans.append(plan(*args))
+            return plans[-1]
+
+        engine._experts.scheduler.plan = remember
+        engine.logits(IDS[:9])
+        engine._store.request(plans[0])  # and Ctrl-C here
+        assert np.array_equal(engine.logits(IDS), expected[8][0])
+
+
+def test_a_trace_says_what_was_routed_and_resident(tiny_moe, tmp_path):
+    from edgemoe.trace import read
+
+    path = tmp_path / "x.trace"
+    with edgemoe.load(tiny_moe, trace=path, bits=4) as engine:
+        engine.logits(IDS[:30])
+        engine.extend(IDS[30:31])
+    header, rows = read(path)
+    assert (header.num_experts, header.experts_per_token) == (8, 2)
+    assert (header.num_layers, header.bits) == (2, 4)
+    assert len(rows) == 31 * 2
+    assert rows["token"].tolist() == [*range(30), *range(30), 30, 30]
+    assert rows["layer"].tolist() == [0] * 30 + [1] * 30 + [0, 1]
+    assert not rows["resident"][:60].any()
+    assert (rows["resident"][60:] <= 3).all()
+    np.testing.assert_allclose(rows["gates"].sum(1), 1, atol=2e-3)  # this model renormalises
+    path.write_bytes(b"{}")
+    with pytest.raises(edgemoe.FormatError, match="not a trace"):
+        read(path)
+    with pytest.raises(ValueError, match="expected one of them"):
+        edgemoe.load(tiny_moe, trace=path, observer=object())

@@ -15,7 +15,7 @@ ROWS = [
     {"experts"},
     {"engine", "budget", "trace"},
     {"chat"},
-    {"convert", "demo", "lab", "serve"},
+    {"bench", "convert", "demo", "lab", "serve"},
     {"cli"},
 ]
 # The decoder calls the experts between its layers; an engine opens its own chat, on first use.

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "bench": ("edgemoe.cli.bench", "measure how fast a model runs here"),
     "convert": ("edgemoe.cli.convert", "make a .moe file from a checkpoint"),
     "demo": ("edgemoe.cli.demo", "build the demo model"),
     "run": ("edgemoe.cli.run", "chat with a model; also installed as edgemoe-run"),

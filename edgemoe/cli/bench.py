@@ -1,0 +1,138 @@
+"""`edgemoe bench`: how fast a model runs here, beside what the machine could do."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from edgemoe.cli.console import error_line, note
+
+if TYPE_CHECKING:
+    from edgemoe.bench import Result, Roof
+    from edgemoe.engine import Engine
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0; 1 for an error, which is one line on stderr; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with code 2 at wrong usage.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        import edgemoe
+        from edgemoe.bench import measure, roof
+
+        longest = max([*args.n_prompt, *args.n_gen], default=0)
+        if longest < 1:
+            raise ValueError("expected at least one test of at least one token")
+        with edgemoe.load(
+            args.model, ram=args.ram, whole_process=True, bits=args.bits,
+            dense_bits=args.dense_bits, experts=args.experts, threads=args.threads,
+            context=args.n_depth + longest + 2, verify=not args.no_verify,
+        ) as engine:  # fmt: skip
+            best = roof(engine)
+            results = []
+            if not args.json:
+                print(_HEAD)
+            for result in measure(
+                engine, prompts=args.n_prompt, generations=args.n_gen, depth=args.n_depth,
+                repetitions=args.repetitions, seed=args.seed,
+            ):  # fmt: skip
+                results.append(result)
+                if not args.json:
+                    print(_row(engine, result, best), flush=True)
+            if args.json:
+                print(json.dumps(_report(engine, results, best), indent=1))
+            else:
+                note(
+                    f"# roof: memory {best.memory / 1e9:.1f} GB/s, disk {best.disk / 1e9:.2f} GB/s; "
+                    f"experts {engine.budget.slots / 2**30:.2f} of {engine.budget.experts / 2**30:.2f} GiB"
+                )
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if args.verbose:
+            raise
+        note(f"edgemoe bench: {error_line(error)}")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="edgemoe bench",
+        description="Measure prompts (pp) and single tokens (tg), as llama-bench does: random tokens, "
+        "one unmeasured repetition, the median of the others ± their deviation.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a .moe file")
+    parser.add_argument("-p", "--n-prompt", type=_counts, default=[512], metavar="N,…",
+                        help="prompt lengths, 0 for none (default: 512)")  # fmt: skip
+    parser.add_argument("-n", "--n-gen", type=_counts, default=[128], metavar="N,…",
+                        help="numbers of single tokens, 0 for none (default: 128)")  # fmt: skip
+    parser.add_argument("-d", "--n-depth", type=int, default=0, metavar="N",
+                        help="tokens that are in the context before (default: 0)")  # fmt: skip
+    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
+    parser.add_argument("-t", "--threads", type=int, metavar="N")
+    parser.add_argument("--ram", metavar="SIZE", help="memory for the whole process")
+    parser.add_argument("--bits", type=int, metavar="N")
+    parser.add_argument("--dense-bits", type=int, metavar="N")
+    parser.add_argument("--experts", type=int, metavar="K")
+    parser.add_argument("--seed", type=int, default=1, metavar="N")
+    parser.add_argument("--no-verify", action="store_true")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    return parser
+
+
+def _counts(text: str) -> list[int]:
+    return [n for n in map(int, text.split(",")) if n != 0]
+
+
+_HEAD = """\
+| test | t/s | hit | read/token | disk GB/s | memory GB/s | of roof | waiting | bits | peak |
+|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def _row(engine: Engine, result: Result, best: Roof) -> str:
+    used = result.used_per_token * result.rate
+    return (
+        f"| {result.test} | {result.rate:.2f} ± {result.deviation:.2f} | {100 * result.hit_rate:.1f}% "
+        f"| {result.read_per_token / 1e6:.2f} MB | {result.read_rate / 1e9:.2f} "
+        f"| {f'{used / 1e9:.1f}' if used else ''} | {f'{100 * used / best.memory:.0f}%' if used else ''} "
+        f"| {100 * result.wait_share:.0f}% | {result.average_bits:.1f} | {result.peak_bytes / 2**20:.0f} MiB |"
+    )
+
+
+def _report(engine: Engine, results: Sequence[Result], best: Roof) -> dict[str, object]:
+    return {
+        "command": sys.argv,
+        "family": engine.config.family,
+        "bits": engine.bits,
+        "threads": engine.threads,
+        "isa": engine.isa,
+        "budget": dataclasses.asdict(engine.budget),
+        "roof": dataclasses.asdict(best),
+        "results": [
+            {**dataclasses.asdict(r), "rate": r.rate, "deviation": r.deviation} for r in results
+        ],
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
