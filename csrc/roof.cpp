@@ -6,6 +6,7 @@
 #include <cstring>
 #include <deque>
 
+#include "kernels/kernels.h"
 #include "loader.h"
 #include "memory.h"
 #include "threads.h"
@@ -24,20 +25,13 @@ double memory_rate(size_t bytes, int threads) {
   ThreadPool pool(threads);
   const int count = int(memory.size() / kBlock);
   std::memset(memory.bytes(), 1, memory.size());
-  std::atomic<uint64_t> total{0};
+  std::atomic<uint8_t> total{0};
+  const Kernels& k = kernels();
   double best = 0;
   for (int pass = 0; pass < 5; ++pass) {
     const double start = now_s();
     pool.run(count, std::max(1, count / (8 * threads)), [&](int begin, int end) {
-      const uint8_t* p = memory.bytes() + size_t(begin) * kBlock;
-      const uint8_t* stop = memory.bytes() + size_t(end) * kBlock;
-      uint64_t sums[8] = {};
-      for (; p < stop; p += 64) {
-        uint64_t words[8];
-        std::memcpy(words, p, 64);
-        for (int i = 0; i < 8; ++i) sums[i] += words[i];
-      }
-      for (uint64_t s : sums) total += s;
+      total |= k.read_all(memory.bytes() + size_t(begin) * kBlock, size_t(end - begin) * kBlock);
     });
     best = std::max(best, double(memory.size()) / (now_s() - start));
   }

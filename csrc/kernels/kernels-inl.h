@@ -493,6 +493,25 @@ void to_f16(const float* x, int n, uint16_t* out) {
 }
 
 template <class V>
+uint8_t read_all(const uint8_t* bytes, size_t n) {
+  constexpr int kStreams = 4;  // as many as a matrix at 6 bits has
+  typename V::B acc[kStreams];
+  for (auto& a : acc) a = V::zero_bytes();
+  const size_t part = n / kStreams;
+  for (size_t at = 0; at < part; at += 128) {
+    for (int i = 0; i < kStreams; ++i) {
+      const uint8_t* p = bytes + i * part + at;
+      acc[i] = V::or_bytes(acc[i], V::or_bytes(V::load_bytes(p), V::load_bytes(p + 64)));
+    }
+  }
+  uint8_t all[64];
+  V::store_bytes(all, V::or_bytes(V::or_bytes(acc[0], acc[1]), V::or_bytes(acc[2], acc[3])));
+  uint8_t some = 0;
+  for (uint8_t b : all) some = uint8_t(some | b);
+  return some;
+}
+
+template <class V>
 void attend(const float* q, const KvLayer& kv, const AttentionShape& shape, int kv_head, int pos, float* scores,
             float* out) {
   const int hs = kv.head_stride;
@@ -523,7 +542,7 @@ template <class V>
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,          quantize_group<V>, quantize_rows<V>, matmul_nested<V>, decode_row<V>,
                  matmul_f32<V>, rms_norm<V>,       silu_mul<V>,      softmax<V>,       add_scaled<V>,
-                 rope<V>,       to_f16<V>,         attend<V>};
+                 rope<V>,       to_f16<V>,         read_all<V>,      attend<V>};
 }
 
 }  // namespace

@@ -114,6 +114,9 @@ struct Kernels {
   /// Stores n floats as float16.
   void (*to_f16)(const float* x, int n, uint16_t* out);
 
+  /// Reads n bytes, a multiple of 4096, and returns something that depends on all of them: the memory roof.
+  uint8_t (*read_all)(const uint8_t* bytes, size_t n);
+
   /// Attention of one query head at position `pos` over keys [max(0, pos - window + 1), pos] of one kv head.
   /// q [head_stride] zero padded, scores: scratch of capacity + 16 floats, out [head_stride].
   void (*attend)(const float* q, const KvLayer& kv, const AttentionShape& shape, int kv_head, int pos, float* scores,
