@@ -42,7 +42,7 @@ def main() -> None:
         for threads in args.threads:
             roof = _core.memory_rate(1 << 30, threads)
             for tokens in args.tokens:
-                ws = _core.Workspace(threads, tokens, cols, 64)
+                ws = _core.Workspace(threads, tokens, cols, 64, 1, 16)
                 x = rng.standard_normal((tokens, cols), np.float32)
                 out = np.empty((tokens, rows), np.float32)
                 for level, bits in enumerate(LADDER, 1):

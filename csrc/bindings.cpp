@@ -46,6 +46,16 @@ void expect(const Array<T>& a, const char* name, std::initializer_list<py::ssize
   if (!ok) throw std::invalid_argument(std::string(name) + ": expected shape " + wanted + "], got " + shape_text(a));
 }
 
+/// Data of an array that may not be converted; valid while the object lives.
+const float* floats(const py::object& array, const char* name, std::initializer_list<py::ssize_t> shape) {
+  if (!py::isinstance<Array<float>>(array)) {
+    throw py::type_error(std::string(name) + ": expected a contiguous float32 array");
+  }
+  const auto a = py::reinterpret_borrow<Array<float>>(array);
+  expect(a, name, shape);
+  return a.data();
+}
+
 /// A resident matrix and the memory that holds it. Immutable.
 struct Nested {
   NestedMatrix matrix;
@@ -155,10 +165,8 @@ struct AttentionLayer {
 
   const float* keep(const py::object& array, const char* name, py::ssize_t size) {
     if (array.is_none()) return nullptr;
-    auto a = py::cast<Array<float>>(array);
-    expect(a, name, {size});
     arrays.push_back(array);
-    return a.data();
+    return floats(array, name, {size});
   }
 };
 
@@ -195,11 +203,18 @@ PYBIND11_MODULE(_core, m) {
       "crc32c",
       [](const py::buffer& b, uint32_t crc) {
         const py::buffer_info info = b.request();
+        py::ssize_t packed = info.itemsize;
+        for (size_t axis = info.shape.size(); axis-- > 0; packed *= info.shape[axis]) {
+          if (info.shape[axis] > 1 && info.strides[axis] != packed) {
+            throw std::invalid_argument("crc32c: expected a contiguous buffer");
+          }
+        }
         py::gil_scoped_release release;
         return crc32c(static_cast<const uint8_t*>(info.ptr), size_t(info.size * info.itemsize), crc);
       },
       py::arg("data"), py::arg("crc") = 0, "CRC-32C of a contiguous buffer, continuing from `crc`.");
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
+  m.def("system_page", &system_page, "Unit in which the system gives memory, at least 4096.");
   m.def("usable_isas", [] { return std::string(usable_isas()); }, "What this CPU can run, best first, by spaces.");
   m.def("use_isa", [](const std::string& name) { use_isa(name.c_str()); }, py::arg("name"));
 
@@ -218,7 +233,7 @@ PYBIND11_MODULE(_core, m) {
                   py::arg("name"), "Reads the rungs of a tensor into memory of its own.")
       .def_property_readonly("rows", [](const Nested& n) { return n.matrix.rows; })
       .def_property_readonly("cols", [](const Nested& n) { return n.matrix.cols; })
-      .def_property_readonly("bits", [](const Nested& n) { return n.matrix.bits(); })
+      .def_property_readonly("bits", [](const Nested& n) { return bits_of(n.matrix); })
       .def_property_readonly("bytes", &Nested::bytes)
       .def(
           "decode_rows",
@@ -288,10 +303,19 @@ PYBIND11_MODULE(_core, m) {
       "Bytes per second of reads of `length` at `offsets`, several at a time; both multiples of 4096.");
 
   py::class_<Workspace>(m, "Workspace", "Compute threads and scratch of one engine.")
-      .def(py::init<int, int, int, int>(), py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"),
-           py::arg("max_hidden"))
-      .def_property_readonly("threads", [](const Workspace& w) { return w.pool.size(); })
-      .def_property_readonly("bytes", &Workspace::bytes);
+      .def(py::init([](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim) {
+             return std::make_unique<Workspace>(threads,
+                                                WorkspaceShape{max_rows, max_cols, max_hidden, max_context, head_dim});
+           }),
+           py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
+           py::arg("head_dim"))
+      .def_static(
+          "bytes",
+          [](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim) {
+            return Workspace::bytes(threads, {max_rows, max_cols, max_hidden, max_context, head_dim});
+          },
+          py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
+          py::arg("head_dim"), "What such a workspace takes once all of it was used.");
 
   m.def(
       "linear",
@@ -395,21 +419,23 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "route",
       [](Workspace& ws, const Array<float>& x, const Array<float>& router, bool softmax_over_top_k, bool renormalise,
-         Array<int32_t> experts, Array<float> gates) {
+         Array<float> scores, Array<int32_t> experts, Array<float> gates) {
         expect(x, "route x", {-1, -1});
         expect(router, "router", {-1, x.shape(1)});
         expect(experts, "experts", {x.shape(0), -1});
         expect(gates, "gates", {x.shape(0), experts.shape(1)});
+        expect(scores, "scores", {x.shape(0), router.shape(0)});
         const int T = int(x.shape(0)), cols = int(x.shape(1)), E = int(router.shape(0)), K = int(experts.shape(1));
         if (K < 1 || K > E) throw std::invalid_argument("route: expected 1 to " + std::to_string(E) + " experts");
         const float *a = x.data(), *w = router.data();
         int32_t* e = experts.mutable_data();
-        float* g = gates.mutable_data();
+        float *g = gates.mutable_data(), *s = scores.mutable_data();
         py::gil_scoped_release release;
-        route(ws, a, w, T, cols, E, K, softmax_over_top_k, renormalise, e, g);
+        route(ws, a, w, T, cols, E, K, softmax_over_top_k, renormalise, s, e, g);
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("router").noconvert(), py::arg("softmax_over_top_k"),
-      py::arg("renormalise"), py::arg("experts").noconvert(), py::arg("gates").noconvert());
+      py::arg("renormalise"), py::arg("scores").noconvert(), py::arg("experts").noconvert(),
+      py::arg("gates").noconvert());
 
   m.def(
       "ffn",
@@ -459,11 +485,8 @@ PYBIND11_MODULE(_core, m) {
         expect(out, "add_rows out", {x.shape(0), x.shape(1)});
         const float *w = nullptr, *in = nullptr;
         if (!gate_weight.is_none()) {
-          const auto wa = py::cast<Array<float>>(gate_weight), ia = py::cast<Array<float>>(gate_input);
-          expect(wa, "gate_weight", {x.shape(1)});
-          expect(ia, "gate_input", {x.shape(0), x.shape(1)});
-          w = wa.data();
-          in = ia.data();
+          w = floats(gate_weight, "gate_weight", {x.shape(1)});
+          in = floats(gate_input, "gate_input", {x.shape(0), x.shape(1)});
         }
         const float* a = x.data();
         float* o = out.mutable_data();
@@ -476,27 +499,21 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<Cache>(m, "Cache", "The expert cache; see csrc/cache.h.")
       .def(py::init([](const std::shared_ptr<File>& file, int num_experts, int hidden, int expert_hidden,
-                       const std::vector<std::array<uint8_t, 3>>& rung_widths, const Array<uint64_t>& offsets,
-                       const Array<uint32_t>& ends, const Array<uint32_t>& crcs, const std::vector<int>& layers,
+                       const std::vector<std::array<uint8_t, 3>>& rung_widths, const std::vector<uint32_t>& ends,
+                       const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const std::vector<int>& layers,
                        int max_level, size_t budget_bytes, bool verify, int num_readers, const std::string& policy) {
-             const py::ssize_t n = offsets.size(), rungs = py::ssize_t(rung_widths.size());
-             expect(ends, "ends", {n, rungs});
-             expect(crcs, "crcs", {n, rungs});
-             std::vector<ExpertRecord> records(static_cast<size_t>(n));
-             for (py::ssize_t i = 0; i < n; ++i) {
-               auto& r = records[size_t(i)];
-               r.offset = offsets.data()[i];
-               r.ends.assign(ends.data() + i * rungs, ends.data() + (i + 1) * rungs);
-               r.crcs.assign(crcs.data() + i * rungs, crcs.data() + (i + 1) * rungs);
-             }
-             ExpertShape shape{int(layers.size()), num_experts, hidden, expert_hidden, rung_widths};
-             return std::make_unique<Cache>(file, std::move(shape), std::move(records), layers, max_level, budget_bytes,
-                                            verify, num_readers, policy);
+             expect(offsets, "offsets", {-1});
+             expect(crcs, "crcs", {offsets.size(), py::ssize_t(ends.size())});
+             ExpertTable table{
+                 {offsets.data(), offsets.data() + offsets.size()}, {crcs.data(), crcs.data() + crcs.size()}, layers};
+             ExpertShape shape{int(layers.size()), num_experts, hidden, expert_hidden, rung_widths, ends};
+             return std::make_unique<Cache>(file, std::move(shape), std::move(table), max_level, budget_bytes, verify,
+                                            num_readers, policy);
            }),
            py::kw_only(), py::arg("file"), py::arg("num_experts"), py::arg("hidden"), py::arg("expert_hidden"),
-           py::arg("rung_widths"), py::arg("offsets").noconvert(), py::arg("ends").noconvert(),
-           py::arg("crcs").noconvert(), py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"),
-           py::arg("verify"), py::arg("num_readers"), py::arg("policy"))
+           py::arg("rung_widths"), py::arg("ends"), py::arg("offsets").noconvert(), py::arg("crcs").noconvert(),
+           py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"), py::arg("verify"), py::arg("num_readers"),
+           py::arg("policy"))
       .def(
           "begin",
           [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels, const Array<int32_t>& counts,
@@ -524,7 +541,7 @@ PYBIND11_MODULE(_core, m) {
       .def("close", &Cache::close, py::call_guard<py::gil_scoped_release>())
       .def("shrink", &Cache::shrink, py::arg("expert"), py::arg("level"))
       .def("check_integrity", &Cache::check_integrity)
-      .def("slot_bytes", &Cache::slot_bytes, py::arg("expert"), py::arg("level"))
+      .def("slot_bytes", &Cache::slot_bytes, py::arg("level"))
       .def_property_readonly("residency",
                              [](py::object self) {
                                const auto& r = self.cast<Cache&>().residency();
@@ -553,6 +570,7 @@ PYBIND11_MODULE(_core, m) {
           "decode",
           [](Cache& c, int expert, int level) {
             const int32_t e = expert;
+            if (level < 1 || level > kMaxRungs) throw std::invalid_argument("decode: no such level");
             const int8_t l = int8_t(level);
             const int32_t count = 1;
             std::vector<int> group;

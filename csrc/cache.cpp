@@ -17,48 +17,32 @@ void require(bool ok, const char* what) {
   if (!ok) throw std::logic_error(std::string("cache: ") + what);
 }
 
-/// Bytes of one matrix [rows, cols] in a rung of `width` bits.
-size_t matrix_bytes(int rows, int cols, int width, bool is_base) {
-  return size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(width, is_base);
-}
-
 }  // namespace
 
-Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, std::vector<ExpertRecord> records,
-             std::vector<int> layer_numbers, int max_level, size_t budget_bytes, bool verify, int num_readers,
-             const std::string& policy)
+Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable table, int max_level, size_t budget_bytes,
+             bool verify, int num_readers, const std::string& policy)
     : shape_(std::move(shape)),
-      records_(std::move(records)),
-      layer_numbers_(std::move(layer_numbers)),
+      table_(std::move(table)),
       max_level_(max_level),
       verify_(verify),
       budget_pages_(uint32_t(std::min<size_t>(budget_bytes / kPage, UINT32_MAX))),
-      policy_(policy, int(records_.size()), shape_.num_layers),
+      policy_(policy, int(table_.offsets.size()), shape_.num_layers),
       loader_(std::move(file), num_readers) {
-  const int n = int(records_.size());
-  if (n != shape_.num_layers * shape_.num_experts || int(layer_numbers_.size()) != shape_.num_layers || n == 0) {
-    throw std::invalid_argument("Cache: expected one record per expert and one number per layer");
+  const size_t n = table_.offsets.size(), rungs = shape_.rung_widths.size();
+  if (n == 0 || n > INT32_MAX || n != size_t(shape_.num_layers) * size_t(shape_.num_experts) ||
+      table_.layers.size() != size_t(shape_.num_layers) || table_.crcs.size() != n * rungs ||
+      shape_.ends.size() != rungs || max_level < 1 || size_t(max_level) > rungs) {
+    throw std::invalid_argument("Cache: expected one offset per expert, one sum per rung and a level of the ladder");
   }
-  if (max_level < 1 || max_level > int(shape_.rung_widths.size())) {
-    throw std::invalid_argument("Cache: level outside the ladder");
-  }
-  size_t smallest = SIZE_MAX;
-  for (int e = 0; e < n; ++e) {
-    if (records_[e].ends.size() < size_t(max_level) || records_[e].crcs.size() < size_t(max_level)) {
-      throw std::invalid_argument("Cache: a record has fewer rungs than the level needs");
-    }
-    window_bytes_ = std::max(window_bytes_, slot_bytes(e, max_level));
-    smallest = std::min(smallest, slot_bytes(e, 1));
-  }
+  window_bytes_ = slot_bytes(max_level);
   if (size_t(budget_pages_) * kPage < window_bytes_) {
     throw OutOfBudget("cache: one expert takes " + std::to_string(window_bytes_) + " bytes; the budget is " +
                       std::to_string(budget_bytes));
   }
-  const size_t num_slots = std::min<size_t>(n, size_t(budget_pages_) * kPage / smallest);
+  // Address space for as many as could be resident at the lowest level.
+  const size_t num_slots = std::min<size_t>(n, size_t(budget_pages_) * kPage / slot_bytes(1));
   memory_ = Memory(num_slots * window_bytes_);
-  if (num_slots == size_t(n) && num_slots * window_bytes_ <= size_t(budget_pages_) * kPage) {
-    memory_.prefer_huge_pages();
-  }
+  if (num_slots == n && num_slots * window_bytes_ <= size_t(budget_pages_) * kPage) memory_.prefer_huge_pages();
   slots_.resize(num_slots);
   for (size_t i = num_slots; i-- > 0;) free_slots_.push_back(int(i));
   levels_.assign(n, 0);
@@ -74,8 +58,9 @@ Cache::~Cache() {
   }
 }
 
-size_t Cache::slot_bytes(int expert, int level) const {
-  return level == 0 ? 0 : round_up(records_[expert].ends[level - 1], kPage);
+size_t Cache::slot_bytes(int level) const {
+  if (level < 0 || level > int(shape_.ends.size())) throw std::invalid_argument("Cache: no such level");
+  return level == 0 ? 0 : round_up(shape_.ends[size_t(level) - 1], system_page());
 }
 
 int Cache::find_victim(bool spare_request) const {
@@ -90,7 +75,7 @@ int Cache::find_victim(bool spare_request) const {
 
 void Cache::evict(int e) {
   require(pins_[e] == 0 && levels_[e] > 0, "evict of a pinned or absent expert");
-  stats_.resident_bytes -= slot_bytes(e, levels_[e]);
+  stats_.resident_bytes -= slot_bytes(levels_[e]);
   stats_.resident_experts -= 1;
   stats_.evictions += 1;
   levels_[e] = 0;
@@ -128,7 +113,7 @@ bool Cache::make_room(uint32_t pages, int keep_slot, bool spare_request) {
 /// Finds room for an expert and starts its read. Returns false when everything is pinned.
 bool Cache::try_load(Use* use, int position) {
   const int e = use->expert, from = levels_[e];
-  const uint32_t need = pages_at(e, use->level);
+  const uint32_t need = pages_at(use->level);
   pins_[e] += 1;  // an upgrade must not evict its own lower rungs
   bool has_room = false;
   int slot = slot_of_[e];
@@ -158,8 +143,20 @@ bool Cache::try_load(Use* use, int position) {
   pins_[e] -= 1;
   if (!has_room) return false;
 
+  ReadJob& job = use->job;
+  const size_t begin = slot_bytes(from);
+  job.offset = table_.offsets[e] + begin;
+  job.length = size_t(need) * kPage - begin;
+  job.to = slot_base(slot) + begin;
+  job.tag = position;
+  for (int r = from; verify_ && r < use->level; ++r) {
+    const uint32_t start = r == 0 ? 0 : shape_.ends[r - 1];
+    job.checks.push_back({slot_base(slot) + start, shape_.ends[r] - start, table_.crcs[e * shape_.ends.size() + r],
+                          table_.layers[e / shape_.num_experts], e % shape_.num_experts, r});
+  }
   if (slot_of_[e] < 0) {
-    free_slots_.erase(std::find(free_slots_.begin(), free_slots_.end(), slot));
+    // Mostly the last one.
+    free_slots_.erase(std::find(free_slots_.rbegin(), free_slots_.rend(), slot).base() - 1);
     slot_of_[e] = slot;
     slots_[slot].owner = e;
   }
@@ -167,40 +164,27 @@ bool Cache::try_load(Use* use, int position) {
   committed_pages_ += need - slots_[slot].pages;
   slots_[slot].pages = need;
   peak_pages_ = std::max(peak_pages_, committed_pages_);
+  loader_.submit(&job);
   pins_[e] += 1;
   use->step = Step::kLoading;
-  ReadJob& job = use->job;
-  const ExpertRecord& record = records_[e];
-  const size_t begin = slot_bytes(e, from);
-  job.offset = record.offset + begin;
-  job.length = size_t(need) * kPage - begin;
-  job.to = slot_base(slot) + begin;
-  job.tag = position;
-  job.checks.clear();
-  for (int r = from; verify_ && r < use->level; ++r) {
-    const uint32_t start = r == 0 ? 0 : record.ends[r - 1];
-    job.checks.push_back({slot_base(slot) + start, record.ends[r] - start, record.crcs[r],
-                          layer_numbers_[e / shape_.num_experts], e % shape_.num_experts, r});
-  }
-  if (job.length == 0) {  // the upgrade lies in a page that is here already
-    finish(&job, nullptr);
-  } else {
-    loader_.submit(&job);
-  }
   return true;
+}
+
+void Cache::check_request(const int32_t* experts, const int8_t* levels, const int32_t* counts, int n) const {
+  std::vector<uint8_t> seen(levels_.size(), 0);
+  for (int i = 0; i < n; ++i) {
+    const int32_t e = experts[i];
+    if (e < 0 || e >= num_experts() || levels[i] < 1 || levels[i] > max_level_ || counts[i] < 0) {
+      throw std::invalid_argument("Cache: expert " + std::to_string(e) + " at level " + std::to_string(levels[i]) +
+                                  " is outside the file or above the engine's bits");
+    }
+    if (seen[size_t(e)]++) throw std::invalid_argument("Cache: an expert is asked for twice");
+  }
 }
 
 void Cache::begin(const int32_t* experts, const int8_t* levels, const int32_t* counts, int n, int num_tokens) {
   require(!is_open_, "a request is open");
-  for (int i = 0; i < n; ++i) {
-    if (experts[i] < 0 || experts[i] >= num_experts() || levels[i] < 1 || levels[i] > max_level_) {
-      throw std::invalid_argument("Cache: expert " + std::to_string(experts[i]) + " at level " +
-                                  std::to_string(levels[i]) + " is outside the file or above the engine's bits");
-    }
-    for (int j = 0; j < i && n <= 64; ++j) {
-      if (experts[j] == experts[i]) throw std::invalid_argument("Cache: an expert is asked for twice");
-    }
-  }
+  check_request(experts, levels, counts, n);
   is_open_ = true;
   policy_.advance(num_tokens);
   for (int i = 0; i < n; ++i) {
@@ -224,8 +208,8 @@ void Cache::begin(const int32_t* experts, const int8_t* levels, const int32_t* c
 void Cache::finish(ReadJob* job, std::exception_ptr* error) {
   Use& use = uses_[job->tag];
   const int e = use.expert;
-  if (job->error) {
-    if (error && !*error) *error = job->error;
+  if (job->error || job->is_cancelled) {
+    if (!*error) *error = job->error;
     job->error = nullptr;
     pins_[e] -= 1;
     use.step = Step::kDone;
@@ -234,12 +218,12 @@ void Cache::finish(ReadJob* job, std::exception_ptr* error) {
       slots_[slot_of_[e]].owner = -1;
       slot_of_[e] = -1;
     } else {
-      trim(slot_of_[e], pages_at(e, levels_[e]));
+      trim(slot_of_[e], pages_at(levels_[e]));
     }
     return;
   }
   if (levels_[e] == 0) stats_.resident_experts += 1;
-  stats_.resident_bytes += slot_bytes(e, use.level) - slot_bytes(e, levels_[e]);
+  stats_.resident_bytes += slot_bytes(use.level) - slot_bytes(levels_[e]);
   levels_[e] = int8_t(use.level);
   use.step = Step::kReady;
 }
@@ -293,6 +277,7 @@ void Cache::close() {
   if (!is_open_) return;
   std::vector<ReadJob*> done;
   std::exception_ptr ignored;
+  loader_.cancel();
   while (loader_.num_pending() > 0) loader_.collect(true, &done);
   for (ReadJob* job : done) finish(job, &ignored);
   for (const Use& use : uses_) {
@@ -312,14 +297,15 @@ bool Cache::shrink(int e, int level) {
     evict(e);
     return true;
   }
-  stats_.resident_bytes -= slot_bytes(e, levels_[e]) - slot_bytes(e, level);
-  trim(slot_of_[e], pages_at(e, level));
+  stats_.resident_bytes -= slot_bytes(levels_[e]) - slot_bytes(level);
+  trim(slot_of_[e], pages_at(level));
   levels_[e] = int8_t(level);
   return true;
 }
 
 ExpertView Cache::view(int e, int level) const {
-  require(level >= 1 && levels_[e] >= level, "view of an expert that is not resident at that level");
+  require(e >= 0 && e < num_experts() && level >= 1 && levels_[e] >= level && pins_[e] > 0,
+          "view of an expert that is not pinned at that level");
   ExpertView v;
   const int d = shape_.hidden, h = shape_.expert_hidden;
   NestedMatrix* matrices[3] = {&v.gate, &v.up, &v.down};
@@ -330,12 +316,12 @@ ExpertView Cache::view(int e, int level) const {
   }
   const uint8_t* base = slot_base(slot_of_[e]);
   for (int r = 0; r < level; ++r) {
-    const uint8_t* p = base + (r == 0 ? 0 : records_[e].ends[r - 1]);
+    const uint8_t* p = base + (r == 0 ? 0 : shape_.ends[r - 1]);
     for (int m = 0; m < 3; ++m) {
       const int width = shape_.rung_widths[r][m];
       matrices[m]->widths[r] = uint8_t(width);
       matrices[m]->rungs[r] = p;
-      p += matrix_bytes(matrices[m]->rows, matrices[m]->cols, width, r == 0);
+      p += rung_bytes(matrices[m]->rows, matrices[m]->cols, width, r == 0);
     }
   }
   return v;
@@ -358,8 +344,8 @@ void Cache::check_integrity() const {
     require((slot_of_[e] >= 0) || levels_[e] == 0, "resident without a slot");
     if (slot_of_[e] >= 0) require(slots_[slot_of_[e]].owner == e, "slot and expert disagree");
     if (levels_[e] == 0) continue;
-    require(is_open_ || slots_[slot_of_[e]].pages == pages_at(e, levels_[e]), "slot and expert differ in size");
-    resident += slot_bytes(e, levels_[e]);
+    require(is_open_ || slots_[slot_of_[e]].pages == pages_at(levels_[e]), "slot and expert differ in size");
+    resident += slot_bytes(levels_[e]);
     ++count;
   }
   for (const Slot& s : slots_) committed += s.pages;

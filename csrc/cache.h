@@ -18,13 +18,6 @@
 
 namespace edgemoe {
 
-/// Where one expert lies in the file. Rung r is [ends[r - 1], ends[r]) of its record.
-struct ExpertRecord {
-  uint64_t offset;
-  std::vector<uint32_t> ends;
-  std::vector<uint32_t> crcs;
-};
-
 /// What all experts of a file have in common.
 struct ExpertShape {
   int num_layers;                                   ///< layers with routed experts
@@ -32,6 +25,14 @@ struct ExpertShape {
   int hidden;                                       ///< D
   int expert_hidden;                                ///< H
   std::vector<std::array<uint8_t, 3>> rung_widths;  ///< per rung, the bits it adds to gate, up and down
+  std::vector<uint32_t> ends;                       ///< rung r is [ends[r - 1], ends[r]) of a record
+};
+
+/// Where the experts lie in the file; expert e is layer_index * num_experts + expert.
+struct ExpertTable {
+  std::vector<uint64_t> offsets;  ///< [n], of records
+  std::vector<uint32_t> crcs;     ///< [n, rungs]
+  std::vector<int> layers;        ///< the layer numbers, for errors
 };
 
 /// The matrices of a resident expert.
@@ -41,7 +42,7 @@ struct ExpertView {
 
 struct CacheStats {
   uint64_t hits = 0, misses = 0, evictions = 0;
-  double wait_s = 0;           ///< time that `Request::next` waited for reads
+  double wait_s = 0;           ///< time that `next` waited for reads
   size_t resident_bytes = 0;   ///< of experts
   size_t committed_bytes = 0;  ///< of slots; what the budget bounds
   size_t peak_bytes = 0;
@@ -49,14 +50,12 @@ struct CacheStats {
   int resident_experts = 0;
 };
 
-/// Owns the slots. One thread at a time; reads run beside it. At most one Request is open.
+/// Owns the slots. One thread at a time; reads run beside it. At most one request is open.
 class Cache {
  public:
-  /// Expert ids are layer_index * num_experts + expert. `layer_numbers` names layers in errors.
   /// Throws OutOfBudget when not even one expert fits at `max_level`.
-  Cache(std::shared_ptr<const File> file, ExpertShape shape, std::vector<ExpertRecord> records,
-        std::vector<int> layer_numbers, int max_level, size_t budget_bytes, bool verify, int num_readers,
-        const std::string& policy);
+  Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable table, int max_level, size_t budget_bytes,
+        bool verify, int num_readers, const std::string& policy);
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
   ~Cache();
@@ -71,7 +70,7 @@ class Cache {
   /// failed its error is thrown, the request is closed, and the cache stays usable.
   void next(std::vector<int>* group);
 
-  /// Closes the open request, if any, after its reads have ended.
+  /// Closes the open request, if any: reads that have not started are cancelled, the others waited for.
   void close();
 
   /// A resident expert's matrices at `level`. Valid while pinned.
@@ -91,8 +90,8 @@ class Cache {
   /// Throws std::logic_error when the books do not agree.
   void check_integrity() const;
 
-  /// Bytes that one expert takes in a slot at `level`.
-  size_t slot_bytes(int expert, int level) const;
+  /// Bytes that an expert takes in a slot at `level`, whole pages of the system.
+  size_t slot_bytes(int level) const;
 
  private:
   enum class Step : uint8_t { kWaiting, kLoading, kReady, kGiven, kDone };
@@ -113,12 +112,12 @@ class Cache {
   void evict(int expert);
   void trim(int slot, uint32_t keep);
   void finish(ReadJob* job, std::exception_ptr* error);
+  void check_request(const int32_t* experts, const int8_t* levels, const int32_t* counts, int n) const;
   uint8_t* slot_base(int slot) const { return memory_.bytes() + size_t(slot) * window_bytes_; }
-  uint32_t pages_at(int expert, int level) const { return uint32_t(slot_bytes(expert, level) / kPage); }
+  uint32_t pages_at(int level) const { return uint32_t(slot_bytes(level) / kPage); }
 
   ExpertShape shape_;
-  std::vector<ExpertRecord> records_;
-  std::vector<int> layer_numbers_;
+  ExpertTable table_;
   int max_level_;
   bool verify_;
   size_t window_bytes_ = 0;

@@ -17,19 +17,30 @@ size_t quantized_bytes(int rows, int cols) {
 /// Pieces for a loop over `count` items: enough for balance, few enough that starting one costs nothing.
 int grain_for(int count, int threads) { return std::max(1, count / (threads * 8)); }
 
+size_t attention_floats(const WorkspaceShape& shape) {
+  return size_t(shape.max_context) + 16 + 2 * round_up(size_t(shape.head_dim), 16);
+}
+
 }  // namespace
 
-Workspace::Workspace(int num_threads, int max_rows, int max_cols, int max_hidden)
-    : pool(num_threads),
-      max_rows_(std::max(max_rows, kFfnRows)),
-      max_cols_(max_cols),
-      max_hidden_(max_hidden),
-      activations_(quantized_bytes(max_rows_, max_cols)),
-      hidden_(quantized_bytes(kFfnRows, max_hidden)),
-      gate_(size_t(kFfnRows) * max_hidden * sizeof(float)),
-      up_(size_t(kFfnRows) * max_hidden * sizeof(float)) {}
+Workspace::Workspace(int num_threads, const WorkspaceShape& shape)
+    : shape_(shape),
+      activations_(quantized_bytes(std::max(shape.max_rows, kFfnRows), shape.max_cols)),
+      hidden_(quantized_bytes(kFfnRows, shape.max_hidden)),
+      gate_(size_t(kFfnRows) * shape.max_hidden * sizeof(float)),
+      up_(size_t(kFfnRows) * shape.max_hidden * sizeof(float)),
+      attention_(size_t(num_threads) * attention_floats(shape) * sizeof(float)),
+      pool(num_threads) {}
 
-size_t Workspace::bytes() const { return activations_.size() + hidden_.size() + gate_.size() + up_.size(); }
+size_t Workspace::bytes(int num_threads, const WorkspaceShape& shape) {
+  return quantized_bytes(std::max(shape.max_rows, kFfnRows), shape.max_cols) +
+         kFfnRows * (quantized_bytes(1, shape.max_hidden) + 2 * size_t(shape.max_hidden) * sizeof(float)) +
+         size_t(num_threads) * attention_floats(shape) * sizeof(float);
+}
+
+float* Workspace::attention_scratch() const {
+  return reinterpret_cast<float*>(attention_.bytes()) + size_t(ThreadPool::worker()) * attention_floats(shape_);
+}
 
 QuantizedRows Workspace::view(const Memory& memory, int n, int groups, int8_t** codes, float** scales,
                               float** sums) const {
@@ -40,9 +51,9 @@ QuantizedRows Workspace::view(const Memory& memory, int n, int groups, int8_t** 
 }
 
 QuantizedRows Workspace::quantize(const float* x, const int32_t* rows, int n, int cols) {
-  if (n > max_rows_ || cols > max_cols_) {
-    throw std::invalid_argument("Workspace: expected at most [" + std::to_string(max_rows_) + ", " +
-                                std::to_string(max_cols_) + "] activations, got [" + std::to_string(n) + ", " +
+  if (n > std::max(shape_.max_rows, kFfnRows) || cols > shape_.max_cols) {
+    throw std::invalid_argument("Workspace: expected at most [" + std::to_string(shape_.max_rows) + ", " +
+                                std::to_string(shape_.max_cols) + "] activations, got [" + std::to_string(n) + ", " +
                                 std::to_string(cols) + "]");
   }
   int8_t* codes;
@@ -53,7 +64,7 @@ QuantizedRows Workspace::quantize(const float* x, const int32_t* rows, int n, in
   pool.run(n, 8, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
       const size_t g = size_t(i) * groups;
-      k.quantize_rows(x + size_t(rows ? rows[i] : i) * cols, 0, 1, cols, codes + g * kTileCols, scales + g, sums + g);
+      k.quantize_row(x + size_t(rows ? rows[i] : i) * cols, cols, codes + g * kTileCols, scales + g, sums + g);
     }
   });
   return q;
@@ -69,7 +80,7 @@ QuantizedRows Workspace::quantize_hidden(float* gate, const float* up, int n, in
     for (int i = begin; i < end; ++i) {
       const size_t g = size_t(i) * groups, h = size_t(i) * hidden;
       k.silu_mul(gate + h, up + h, hidden, gate + h);
-      k.quantize_rows(gate + h, 0, 1, hidden, codes + g * kTileCols, scales + g, sums + g);
+      k.quantize_row(gate + h, hidden, codes + g * kTileCols, scales + g, sums + g);
     }
   });
   return q;
@@ -97,7 +108,7 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
                float* out) {
   const Kernels& kn = kernels();
   const int hd = p.shape.head_dim, half = hd / 2, heads = p.shape.num_heads, kv_heads = p.shape.num_kv_heads;
-  if (pos < 0 || T < 1 || pos + T > kv.capacity) {
+  if (pos < 0 || T < 1 || pos + T > kv.capacity || kv.capacity > ws.max_context()) {
     throw std::invalid_argument("attention: positions [" + std::to_string(pos) + ", " + std::to_string(pos + T) +
                                 ") are outside the context of " + std::to_string(kv.capacity));
   }
@@ -130,11 +141,7 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
   });
   const int per_kv = heads / kv_heads;
   ws.pool.run(T * heads, std::max(1, grain_for(T * heads, ws.pool.size())), [&](int begin, int end) {
-    static thread_local std::vector<float> scratch;
-    if (scratch.size() < size_t(kv.capacity) + 16 + 2 * size_t(kv.head_stride)) {
-      scratch.resize(size_t(kv.capacity) + 16 + 2 * size_t(kv.head_stride));
-    }
-    float* padded = scratch.data();
+    float* padded = ws.attention_scratch();
     float* result = padded + kv.head_stride;
     float* scores = result + kv.head_stride;
     for (int i = begin; i < end; ++i) {
@@ -148,24 +155,21 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
 }
 
 void route(Workspace& ws, const float* x, const float* router, int T, int cols, int num_experts, int top_k,
-           bool softmax_over_top_k, bool renormalise, int32_t* experts, float* gates) {
+           bool softmax_over_top_k, bool renormalise, float* scores, int32_t* experts, float* gates) {
   const Kernels& k = kernels();
-  static thread_local std::vector<float> logits;
-  logits.resize(size_t(T) * num_experts);
-  float* all = logits.data();
   ws.pool.run(num_experts, std::max(4, grain_for(num_experts, ws.pool.size())),
-              [&](int begin, int end) { k.matmul_f32(router, x, T, num_experts, cols, begin, end, all); });
+              [&](int begin, int end) { k.matmul_f32(router, x, T, num_experts, cols, begin, end, scores); });
   ws.pool.run(T, 16, [&](int begin, int end) {
-    static thread_local std::vector<int32_t> order;
-    order.resize(size_t(num_experts));
     for (int t = begin; t < end; ++t) {
-      float* row = all + size_t(t) * num_experts;
-      for (int e = 0; e < num_experts; ++e) order[size_t(e)] = e;
-      std::partial_sort(order.begin(), order.begin() + top_k, order.end(),
-                        [&](int a, int b) { return row[a] > row[b] || (row[a] == row[b] && a < b); });
+      float* row = scores + size_t(t) * num_experts;
       int32_t* chosen = experts + size_t(t) * top_k;
       float* g = gates + size_t(t) * top_k;
-      std::copy_n(order.begin(), top_k, chosen);
+      for (int e = 0, count = 0; e < num_experts; ++e) {
+        if (count == top_k && !(row[e] > row[chosen[top_k - 1]])) continue;
+        int at = count < top_k ? count++ : top_k - 1;
+        for (; at > 0 && row[e] > row[chosen[at - 1]]; --at) chosen[at] = chosen[at - 1];
+        chosen[at] = e;
+      }
       if (!softmax_over_top_k) k.softmax(row, num_experts);
       for (int i = 0; i < top_k; ++i) g[i] = row[chosen[i]];
       if (softmax_over_top_k) {

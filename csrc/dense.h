@@ -10,29 +10,46 @@
 
 namespace edgemoe {
 
+/// How large an engine's scratch must be.
+struct WorkspaceShape {
+  int max_rows;     ///< tokens of a chunk
+  int max_cols;     ///< widest input of a matrix
+  int max_hidden;   ///< widest FFN
+  int max_context;  ///< positions that attention sees
+  int head_dim;
+};
+
 /// Owns the compute threads and the scratch of one engine. One caller at a time.
 class Workspace {
  public:
-  /// Scratch for `max_rows` rows of at most `max_cols` activations and FFN batches of width `max_hidden`.
-  Workspace(int num_threads, int max_rows, int max_cols, int max_hidden);
+  Workspace(int num_threads, const WorkspaceShape& shape);
 
   static constexpr int kFfnRows = 256;  ///< rows of an FFN batch; bounds scratch, not the result
 
-  ThreadPool pool;
+  /// What a workspace takes once all of it was used.
+  static size_t bytes(int num_threads, const WorkspaceShape& shape);
+
   /// Quantises rows of x in parallel. `rows` (may be null) picks rows of x.
   QuantizedRows quantize(const float* x, const int32_t* rows, int n, int cols);
-  /// The second scratch, for hidden activations of at most kFfnRows rows.
+  /// gate = silu(gate) * up, quantised; in the second scratch, for at most kFfnRows rows.
   QuantizedRows quantize_hidden(float* gate, const float* up, int n, int hidden);
 
   float* gate() const { return reinterpret_cast<float*>(gate_.bytes()); }
   float* up() const { return reinterpret_cast<float*>(up_.bytes()); }
-  size_t bytes() const;
+  int max_hidden() const { return shape_.max_hidden; }
+  int max_context() const { return shape_.max_context; }
+
+  /// Inside a body of the pool: this thread's scratch for one query head: query, result and scores.
+  float* attention_scratch() const;
 
  private:
   QuantizedRows view(const Memory& memory, int n, int groups, int8_t** codes, float** scales, float** sums) const;
 
-  int max_rows_, max_cols_, max_hidden_;
-  Memory activations_, hidden_, gate_, up_;
+  WorkspaceShape shape_;
+  Memory activations_, hidden_, gate_, up_, attention_;
+
+ public:
+  ThreadPool pool;  // last: its threads end before the scratch goes
 };
 
 /// outs[i][T, rows_i] = x [T, cols] times each matrix; all have the same number of columns.
@@ -57,9 +74,9 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
                const KvLayer& kv, float* out);
 
 /// Router logits and choice. Ties go to the lower expert.
-/// experts int32 [T, K] in descending order of logits, gates float32 [T, K].
+/// scores: scratch [T, num_experts]; experts int32 [T, K] in descending order of logits, gates float32 [T, K].
 void route(Workspace& ws, const float* x, const float* router, int T, int cols, int num_experts, int top_k,
-           bool softmax_over_top_k, bool renormalise, int32_t* experts, float* gates);
+           bool softmax_over_top_k, bool renormalise, float* scores, int32_t* experts, float* gates);
 
 void rms_norm(Workspace& ws, const float* x, const float* weight, float eps, int T, int cols, float* out);
 

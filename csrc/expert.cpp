@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace edgemoe {
 namespace {
@@ -35,6 +37,10 @@ void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& p
   const NestedMatrix& any = pieces[0].use->w.gate;
   const int hidden = any.rows, cols = any.cols, gate_blocks = blocks(hidden, kTileRows);
   const int total = pieces.back().row + pieces.back().count;
+  if (hidden > ws.max_hidden()) {
+    throw std::invalid_argument("ffn: expected at most " + std::to_string(ws.max_hidden()) + " hidden values, got " +
+                                std::to_string(hidden));
+  }
   // A single token is quantised once for all its experts.
   const bool shared = T == 1;
   static thread_local std::vector<int32_t> rows;
@@ -46,7 +52,7 @@ void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& p
   over_pieces(
       ws, pieces, [&](const Piece&) { return 2 * gate_blocks; },
       [&](const Piece& p, int begin, int end) {
-        const QuantizedRows mine = q.from(shared ? 0 : p.row);
+        const QuantizedRows mine = rows_from(q, shared ? 0 : p.row);
         const size_t at = size_t(p.row) * hidden;
         if (begin < gate_blocks) {
           k.matmul_nested(p.use->w.gate, mine, p.count, begin, std::min(end, gate_blocks), ws.gate() + at,
@@ -62,7 +68,8 @@ void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& p
       ws, pieces, [&](const Piece& p) { return blocks(p.use->w.down.rows, kTileRows); },
       [&](const Piece& p, int begin, int end) {
         const int d = p.use->w.down.rows;
-        k.matmul_nested(p.use->w.down, h.from(p.row), p.count, begin, end, p.use->out + size_t(p.first) * d, size_t(d));
+        k.matmul_nested(p.use->w.down, rows_from(h, p.row), p.count, begin, end, p.use->out + size_t(p.first) * d,
+                        size_t(d));
       });
 }
 

@@ -14,7 +14,7 @@
 namespace edgemoe {
 
 File::File(std::string path) : path_(std::move(path)) {
-  buffered_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC);
+  buffered_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO must not block us
   if (buffered_ < 0) throw ReadError(path_ + ": " + std::strerror(errno));
   struct stat s;
   if (fstat(buffered_, &s) != 0 || !S_ISREG(s.st_mode)) {
@@ -25,7 +25,7 @@ File::File(std::string path) : path_(std::move(path)) {
   // Weights that we keep ourselves must not take room in the page cache as well.
   posix_fadvise(buffered_, 0, 0, POSIX_FADV_RANDOM);
 #ifdef O_DIRECT
-  direct_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+  direct_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_DIRECT);
   if (direct_ >= 0) {
     // Some file systems accept the flag and refuse the read; and the name may have got another file meanwhile.
     Memory probe(kPage);
@@ -47,12 +47,17 @@ File::~File() {
 void File::read_pages(uint64_t offset, size_t length, uint8_t* to) const {
   const size_t wanted = offset >= size_ ? 0 : size_ - offset < length ? size_t(size_ - offset) : length;
   size_t done = 0;
+  bool is_direct = direct_ >= 0;
   while (done < wanted) {
-    // A direct read must start on a block; what a short read left inside one is read again.
-    const bool direct = direct_ >= 0 && done % kPage == 0;
-    const ssize_t n = direct ? pread(direct_, to + done, length - done, off_t(offset + done))
-                             : pread(buffered_, to + done, wanted - done, off_t(offset + done));
+    // A direct read must start on a block: the rest of a short one, and what it refuses, goes through the page cache.
+    is_direct = is_direct && done % kPage == 0;
+    const ssize_t n = is_direct ? pread(direct_, to + done, length - done, off_t(offset + done))
+                                : pread(buffered_, to + done, wanted - done, off_t(offset + done));
     if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && errno == EINVAL && is_direct) {
+      is_direct = false;
+      continue;
+    }
     if (n < 0) {
       throw ReadError(path_ + ": read of " + std::to_string(length) + " bytes at offset " + std::to_string(offset) +
                       " failed: " + std::strerror(errno));
@@ -65,7 +70,7 @@ void File::read_pages(uint64_t offset, size_t length, uint8_t* to) const {
                     std::to_string(length) + " bytes at offset " + std::to_string(offset) +
                     " (was it replaced or truncated?)");
   }
-  if (direct_ < 0) posix_fadvise(buffered_, off_t(offset), off_t(length), POSIX_FADV_DONTNEED);
+  if (!is_direct) posix_fadvise(buffered_, off_t(offset), off_t(length), POSIX_FADV_DONTNEED);
 }
 
 }  // namespace edgemoe

@@ -28,10 +28,17 @@ void verify(const File& file, const ReadJob& job) {
 
 Loader::Loader(std::shared_ptr<const File> file, int num_threads) : file_(std::move(file)) {
   if (num_threads < 1 || num_threads > 64) throw std::invalid_argument("Loader: expected 1 to 64 threads");
-  for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
+  try {
+    for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
+  } catch (const std::exception&) {  // a limit on threads or memory
+    stop();
+    throw std::runtime_error("loader: the system refused to start " + std::to_string(num_threads) + " threads");
+  }
 }
 
-Loader::~Loader() {
+Loader::~Loader() { stop(); }
+
+void Loader::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
@@ -39,6 +46,17 @@ Loader::~Loader() {
   }
   has_job_.notify_all();
   for (auto& t : threads_) t.join();
+  threads_.clear();
+}
+
+void Loader::cancel() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (ReadJob* job : queue_) {
+    job->is_cancelled = true;
+    done_.push_back(job);
+  }
+  queue_.clear();
+  has_done_.notify_one();
 }
 
 void Loader::submit(ReadJob* job) {
@@ -81,7 +99,7 @@ void Loader::work() {
     lock.unlock();
     bool is_read = false;
     try {
-      file_->read_pages(job->offset, job->length, job->to);
+      if (job->length > 0) file_->read_pages(job->offset, job->length, job->to);
       is_read = true;
     } catch (...) {
       job->error = std::current_exception();
@@ -90,7 +108,7 @@ void Loader::work() {
     if (--active_ == 0) stats_.busy_s += now_s() - active_since_;
     if (is_read) {
       stats_.bytes += job->length;
-      stats_.reads += 1;
+      stats_.reads += job->length > 0;
       lock.unlock();
       try {
         verify(*file_, *job);

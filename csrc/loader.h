@@ -29,6 +29,7 @@ struct ReadJob {
   uint8_t* to = nullptr;
   std::vector<Checked> checks;
   int tag = 0;  ///< the asker's own
+  bool is_cancelled = false;
   std::exception_ptr error;
 };
 
@@ -46,7 +47,11 @@ class Loader {
   Loader& operator=(const Loader&) = delete;
   ~Loader();
 
+  /// A job of no bytes is only verified.
   void submit(ReadJob* job);
+
+  /// Ends the jobs that have not started, with `is_cancelled` set; they are still collected.
+  void cancel();
 
   /// Moves finished jobs to `done`; waits for one if `wait` and any is under way.
   void collect(bool wait, std::vector<ReadJob*>* done);
@@ -58,6 +63,7 @@ class Loader {
 
  private:
   void work();
+  void stop();
 
   std::shared_ptr<const File> file_;
   mutable std::mutex mutex_;

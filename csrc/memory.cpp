@@ -1,7 +1,9 @@
 #include "memory.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -9,13 +11,22 @@
 
 namespace edgemoe {
 
-Memory::Memory(size_t bytes) : size_(round_up(bytes ? bytes : 1, kPage)) {
+size_t system_page() {
+  static const size_t page = size_t(sysconf(_SC_PAGESIZE)) > kPage ? size_t(sysconf(_SC_PAGESIZE)) : kPage;
+  return page;
+}
+
+Memory::Memory(size_t bytes) : size_(round_up(bytes ? bytes : 1, system_page())) {
   void* p = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) {
     size_ = 0;
     throw OutOfBudget("memory: the system refused " + std::to_string(bytes) + " bytes of address space");
   }
   bytes_ = static_cast<uint8_t*>(p);
+#ifdef MADV_DONTFORK
+  // A child has no use for weights, and copy-on-write would double them.
+  madvise(bytes_, size_, MADV_DONTFORK);
+#endif
 #ifdef MADV_NOHUGEPAGE
   // A huge page would take room that the budget does not know of.
   madvise(bytes_, size_, MADV_NOHUGEPAGE);
@@ -36,7 +47,10 @@ Memory::~Memory() {
 }
 
 void Memory::release(size_t begin, size_t length) {
-  if (length) madvise(bytes_ + begin, length, MADV_DONTNEED);
+  const size_t page = system_page(), first = round_up(begin, page), end = (begin + length) / page * page;
+  if (end > first && madvise(bytes_ + first, end - first, MADV_DONTNEED) != 0) {
+    throw std::logic_error("memory: madvise failed");
+  }
 }
 
 void Memory::prefer_huge_pages() {

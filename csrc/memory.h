@@ -6,7 +6,10 @@
 
 namespace edgemoe {
 
-constexpr size_t kPage = 4096;  ///< unit of direct reads and of accounting, whatever the system's page size
+constexpr size_t kPage = 4096;  ///< unit of direct reads and of records
+
+/// Unit of what the system gives and takes back: its page, at least kPage.
+size_t system_page();
 
 inline size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -23,7 +26,7 @@ class Memory {
   uint8_t* bytes() const { return bytes_; }
   size_t size() const { return size_; }
 
-  /// Gives the pages inside [begin, begin + length) back; they read as zeros afterwards.
+  /// Gives the pages wholly inside [begin, begin + length) back; they read as zeros afterwards.
   void release(size_t begin, size_t length);
 
   /// Asks for huge pages; only for a range that will be touched as a whole.

@@ -27,10 +27,6 @@ void pack_rung(const uint8_t* tile, int width, int shift, uint8_t* out) {
 
 }  // namespace
 
-size_t rung_bytes(int rows, int cols, int width, bool is_base) {
-  return size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(width, is_base);
-}
-
 bool quantize_nested(ThreadPool& pool, const float* w, int rows, int cols, const std::vector<uint8_t>& widths,
                      const float* level_weights, const std::vector<uint8_t*>& outs) {
   const Kernels& k = kernels();

@@ -8,9 +8,6 @@
 
 namespace edgemoe {
 
-/// Bytes of a rung of `width` bits of a matrix [rows, cols].
-size_t rung_bytes(int rows, int cols, int width, bool is_base);
-
 /// Quantises w [rows, cols] in groups of 64 columns and writes each rung of `widths` bits to outs[i], of rung_bytes.
 /// `level_weights` [8]: how much the squared error at 1 to 8 bits counts when a group's range is chosen.
 /// Weights must be finite; returns false, with outs unspecified, when one is not.

@@ -21,16 +21,27 @@ inline void pause() {
 #endif
 }
 
+thread_local int worker_number = 0;
+
 }  // namespace
+
+int ThreadPool::worker() { return worker_number; }
 
 ThreadPool::ThreadPool(int num_threads) {
   if (num_threads < 1 || num_threads > 1024) {
     throw std::invalid_argument("ThreadPool: expected 1 to 1024 threads, got " + std::to_string(num_threads));
   }
-  for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this] { work(); });
+  try {
+    for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
+  } catch (const std::exception&) {  // a limit on threads or memory
+    stop();
+    throw std::runtime_error("threads: the system refused to start " + std::to_string(num_threads) + " threads");
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_.store(true);
@@ -38,6 +49,7 @@ ThreadPool::~ThreadPool() {
   }
   wake_.notify_all();
   for (auto& w : workers_) w.join();
+  workers_.clear();
 }
 
 void ThreadPool::pieces() {
@@ -72,7 +84,8 @@ void ThreadPool::start(int count, int grain, Call call, const void* body) {
   }
 }
 
-void ThreadPool::work() {
+void ThreadPool::work(int number) {
+  worker_number = number;
   uint64_t seen = 0;
   for (;;) {
     int spins = 0;

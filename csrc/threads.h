@@ -20,6 +20,9 @@ class ThreadPool {
 
   int size() const { return int(workers_.size()) + 1; }
 
+  /// Inside a body: the number of the thread that runs it, 0 for the caller.
+  static int worker();
+
   /// Calls body(begin, end) over [0, count) in pieces of about `grain`, and returns when all are done. Which thread
   /// runs a piece is left to chance; bodies must write to disjoint places. `body` must not throw.
   template <class Body>
@@ -33,8 +36,9 @@ class ThreadPool {
   using Call = void (*)(const void* body, int begin, int end);
 
   void start(int count, int grain, Call call, const void* body);
-  void work();
+  void work(int number);
   void pieces();
+  void stop();
 
   Call call_ = nullptr;
   const void* body_ = nullptr;

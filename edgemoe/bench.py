@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,8 @@ import numpy as np
 
 from edgemoe import hardware
 from edgemoe.engine import Engine
+from edgemoe.format import open_moe
+from edgemoe.store import disk_rate
 
 __all__ = ["Result", "Roof", "measure", "roof"]
 
@@ -55,10 +58,17 @@ class Result:
         return statistics.stdev(self.rates) if len(self.rates) > 1 else 0.0
 
 
-def roof(engine: Engine, *, seconds: float = 2.0) -> Roof:
-    """Measures memory with the engine's threads, and the disk with its own kind of reads, for about `seconds`."""
+def roof(
+    path: str | os.PathLike[str], *, bits: int | None, threads: int | None, seconds: float = 1.0
+) -> Roof:
+    """Measures memory with `threads` threads, and the disk with reads like the cache's for about `seconds`.
+
+    Before an engine is opened: it takes memory that a budget would not allow for.
+    """
+    moe = open_moe(path)
     return Roof(
-        memory=hardware.memory_rate(engine.threads), disk=engine.measure_disk(seconds=seconds / 2)
+        memory=hardware.memory_rate(threads or hardware.num_threads()),
+        disk=disk_rate(moe, moe.level(bits), seconds=seconds),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 
 from edgemoe import hardware
@@ -9,6 +10,7 @@ from edgemoe.errors import OutOfBudget
 from edgemoe.format import MoeFile
 from edgemoe.model.decoder import scratch_bytes
 from edgemoe.model.kv import KvCache
+from edgemoe.ops import OpsShape
 from edgemoe.store import dense_bytes, expert_bytes
 
 __all__ = ["Budget", "default_ram", "parse_size"]
@@ -17,9 +19,12 @@ _DEFAULT_CONTEXT = 4096
 _SMALLEST_CONTEXT = 256
 _CHUNKS = (512, 256, 128, 64, 32, 16)
 
-# Page tables, thread stacks, allocator slack and the growth of the interpreter during a chat (measured: 9 MiB
+# Thread stacks, allocator slack and the growth of the interpreter during a chat (measured: 9 MiB
 # over 40 turns of the demo model).
 _MARGIN_BYTES = 24 << 20
+
+# What the resident size of a process differs by from run to run.
+_JITTER_BYTES = 1 << 20
 
 _UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
@@ -30,16 +35,18 @@ def parse_size(text: str | int) -> int:
     Raises:
         ValueError: not a size.
     """
-    if isinstance(text, int):
-        size = text
-    else:
-        clean = text.strip().upper()
-        number = clean.rstrip("BIKMGT")
-        unit = clean[len(number) :].strip().removesuffix("B").removesuffix("I")
-        try:
+    try:
+        if isinstance(text, str):
+            clean = text.strip().upper()
+            number = clean.rstrip("BIKMGT")
+            unit = clean[len(number) :].removesuffix("B").removesuffix("I")
             size = int(float(number) * _UNITS[unit])
-        except (KeyError, ValueError, OverflowError):
-            raise ValueError(f"size: expected something like 4GiB or 512MB, got {text!r}") from None
+        elif isinstance(text, bool):
+            raise TypeError
+        else:
+            size = operator.index(text)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError(f"size: expected something like 4GiB or 512MB, got {text!r}") from None
     if size <= 0:
         raise ValueError(f"size: expected more than nothing, got {text!r}")
     return size
@@ -82,7 +89,8 @@ class Budget:
         level: int,
         dense_level: int,
         context: int | None,
-        extra_scratch: int,
+        ops: OpsShape,
+        outside: int = 0,
     ) -> Budget:
         """Fits context and chunk into `ram`.
 
@@ -91,7 +99,8 @@ class Budget:
             process: what is taken already.
             level: rungs of an expert.
             context: positions that must fit; None for what fits well.
-            extra_scratch: bytes of the operations' own scratch.
+            ops: the operations' shape but for chunk and context.
+            outside: what of `process` the caller's budget does not count; errors leave it out.
 
         Raises:
             OutOfBudget: says the smallest budget that works, and what takes the room.
@@ -99,21 +108,27 @@ class Budget:
         config = moe.config
         per_token = KvCache.bytes_per_token(config)
         expert = expert_bytes(moe, level)
-        num_experts = len(moe.experts.offsets)
-        smallest_context = context or min(_SMALLEST_CONTEXT, config.context_length)
         dense = dense_bytes(moe, dense_level)
-        least = cls(
-            ram=ram, process=process + _MARGIN_BYTES, dense=dense,
-            active_dense=dense - (0 if config.tied else sum(moe.tensors["embed"].lengths[:dense_level])),
-            kv=per_token * smallest_context,
-            scratch=extra_scratch + scratch_bytes(config, _CHUNKS[-1]) + 8 * smallest_context,
-            expert=expert, experts=expert * num_experts,
-            context=smallest_context, chunk=_CHUNKS[-1],
-        )  # fmt: skip
+        embedding = 0 if config.tied else sum(moe.tensors["embed"].lengths[:dense_level])
+        # Eight bytes of page table for every 4 KiB, and a little for the levels above.
+        process += _MARGIN_BYTES + ram // 480
+
+        def sized(context: int, chunk: int) -> Budget:
+            shape = replace(ops, max_tokens=chunk, max_context=context)
+            return cls(
+                ram=ram, process=process, dense=dense, active_dense=dense - embedding,
+                kv=per_token * context,
+                scratch=shape.scratch_bytes + scratch_bytes(config, chunk),
+                expert=expert, experts=expert * len(moe.experts.offsets),
+                context=context, chunk=chunk,
+            )  # fmt: skip
+
+        least = sized(context or min(_SMALLEST_CONTEXT, config.context_length), _CHUNKS[-1])
         if least.room < expert:
             raise OutOfBudget(
-                f"a budget of {_mib(ram)} is too small; the smallest that works is {_mib(least.smallest)}: "
-                f"{_mib(least.process)} for the process, {_mib(least.dense)} for dense weights, "
+                f"a budget of {_mib(ram - outside)} is too small; the smallest that works is "
+                f"{_mib(least.fixed + expert + _JITTER_BYTES - outside)}: "
+                f"{_mib(least.process - outside)} for the process, {_mib(least.dense)} for dense weights, "
                 f"{_mib(least.kv)} for {least.context} tokens of context, {_mib(least.scratch)} for scratch, "
                 f"{_mib(expert)} for one expert"
             )
@@ -121,22 +136,10 @@ class Budget:
         spare = least.room - expert
         if context is None:
             most = min(_DEFAULT_CONTEXT, config.context_length)
-            context = max(smallest_context, min(most, smallest_context + spare // 8 // per_token))
-        chunk = next(
-            (
-                c
-                for c in _CHUNKS
-                if scratch_bytes(config, c) <= scratch_bytes(config, _CHUNKS[-1]) + spare // 8
-            ),
-            _CHUNKS[-1],
-        )
-        return replace(
-            least,
-            kv=per_token * context,
-            scratch=extra_scratch + scratch_bytes(config, chunk) + 8 * context,
-            context=context,
-            chunk=chunk,
-        )
+            context = max(least.context, min(most, least.context + spare // 8 // per_token))
+        fits = (sized(context, chunk) for chunk in _CHUNKS)
+        limit = sized(context, _CHUNKS[-1]).scratch + spare // 8
+        return next(b for b in fits if b.scratch <= limit)
 
     @property
     def fixed(self) -> int:
@@ -153,11 +156,6 @@ class Budget:
         """What expert slots get."""
         return min(self.room, self.experts)
 
-    @property
-    def smallest(self) -> int:
-        """The smallest `ram` that works."""
-        return self.fixed + self.expert
-
 
 def _mib(n: int) -> str:
-    return f"{n / 2**20:.0f} MiB"
+    return f"{-(-n >> 20)} MiB"

@@ -107,6 +107,10 @@ class ModelConfig:
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
+        need(
+            self.num_layers < 1 << 12 and self.num_heads * self.head_dim < _LIMIT,
+            f"{self.num_layers} layers of {self.num_heads} heads of {self.head_dim} are too many",
+        )
         need(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
         need(
             self.experts_per_token <= self.num_experts,
@@ -174,6 +178,10 @@ class ModelConfig:
             elif kind.startswith("float") and value is not None:
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
                     raise FormatError(f"model config: {name} must be a number, got {value!r}")
+                try:
+                    value = float(value)
+                except OverflowError:
+                    raise FormatError(f"model config: {name} is beyond any number") from None
             elif (kind == "str" or kind.startswith("Literal")) and not isinstance(value, str):
                 raise FormatError(f"model config: {name} must be a string, got {value!r}")
             clean[name] = value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts, Observer
 from edgemoe.format import MoeFile, open_moe
 from edgemoe.model import Decoder, KvCache
-from edgemoe.ops import CpuOps
+from edgemoe.ops import CpuOps, OpsShape
 from edgemoe.sampler import Sampler, SamplingParams
 from edgemoe.scheduler import SCHEDULERS
 from edgemoe.store import ExpertStore, load_dense
@@ -171,16 +173,16 @@ class Engine:
         total = default_ram() if ram is None else parse_size(ram)
         if ram is not None and not whole_process:
             total += before
-        ops_args: dict[str, Any] = {
-            "threads": threads, "max_cols": _widest(config), "max_hidden": _widest_ffn(config)
-        }  # fmt: skip
-        # The scratch's pages are not touched before they are used.
-        ops_scratch = CpuOps(max_tokens=1, **ops_args).scratch_bytes
+        ops = OpsShape(
+            threads=threads, max_tokens=1, max_cols=_widest(config),
+            max_hidden=_widest_ffn(config), max_context=1, head_dim=config.head_dim,
+        )  # fmt: skip
+        outside = 0 if whole_process or ram is None else before
 
         def divide(process: int) -> Budget:
             return Budget.divide(
                 moe, ram=total, process=process, level=level, dense_level=dense_level,
-                context=context, extra_scratch=ops_scratch,
+                context=context, ops=ops, outside=outside,
             )  # fmt: skip
 
         divide(hardware.process_bytes())  # refuses before anything large is read
@@ -189,7 +191,7 @@ class Engine:
         # Slots are sized last, from what the process really has by now.
         dense = sum(w.bytes if isinstance(w, _core.Nested) else w.nbytes for w in weights.values())
         self.budget = budget = divide(max(hardware.process_bytes() - dense, 0))
-        self._ops = CpuOps(max_tokens=budget.chunk, **ops_args)
+        self._ops = CpuOps(replace(ops, max_tokens=budget.chunk, max_context=budget.context))
         self._store = ExpertStore(moe, bits=self.bits, budget_bytes=budget.slots, verify=verify)
         self._experts = Experts(
             SCHEDULERS[scheduler](num_experts=config.num_experts, bits=self.bits),
@@ -208,6 +210,8 @@ class Engine:
         self._ids: list[int] = []  # what the KV cache holds
         self._logits = np.empty((1, config.vocab_size), np.float32)
         self._call = 0
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
         self._meter = _Meter(self._store, self._experts)
         logger.info(
             "%s: %s, %d tokens of context, chunks of %d, %d of %d bytes of experts, %s, %d threads",
@@ -236,10 +240,6 @@ class Engine:
             self.budget.active_dense + len(c.moe_layers) * c.experts_per_token * self.budget.expert
         )
 
-    def measure_disk(self, *, seconds: float) -> float:
-        """Returns the bytes per second of reading experts in random order, for about `seconds`."""
-        return self._store.measure_disk(seconds=seconds)
-
     @property
     def stats(self) -> Stats:
         """What the last call of `generate` or `logits` did."""
@@ -266,12 +266,13 @@ class Engine:
             ValueError: too many tokens, none, or one outside the vocabulary.
             ReadError: the disk failed; the engine stays usable.
         """
-        tokens = self._begin(ids, keep_prefix=False)
-        out = np.empty((1 if last_only else len(tokens), self.config.vocab_size), np.float32)
-        start = time.perf_counter()
-        self._evaluate(tokens, out)
-        self._meter.prompt(len(tokens), 0, time.perf_counter() - start)
-        self._meter.hash(out[-1])
+        with self._alone():
+            tokens = self._begin(ids, keep_prefix=False)
+            out = np.empty((1 if last_only else len(tokens), self.config.vocab_size), np.float32)
+            start = time.perf_counter()
+            self._evaluate(tokens, out)
+            self._meter.prompt(len(tokens), 0, time.perf_counter() - start)
+            self._meter.hash(out[-1].copy())
         return out
 
     def extend(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
@@ -283,14 +284,15 @@ class Engine:
             ValueError: too many tokens, none, or one outside the vocabulary.
             ReadError: the disk failed; the engine stays usable.
         """
-        known = len(self._ids)
-        tokens = self._checked(ids, self.context - known)
-        self._call += 1
-        self._meter.start()
-        start = time.perf_counter()
-        self._evaluate(tokens, self._logits)
-        self._meter.prompt(len(tokens), known, time.perf_counter() - start)
-        self._meter.hash(self._logits[0])
+        with self._alone():
+            known = len(self._ids)
+            tokens = self._checked(ids, self.context - known)
+            self._call += 1
+            self._meter.start()
+            start = time.perf_counter()
+            self._evaluate(tokens, self._logits)
+            self._meter.prompt(len(tokens), known, time.perf_counter() - start)
+            self._meter.hash(self._logits[0])
         return self._logits
 
     def generate(self, ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[int]:
@@ -310,10 +312,14 @@ class Engine:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens does not fit a context of {self.context} with a reply"
             )
-        return self._generate(self._begin(ids, keep_prefix=True), params)
+        with self._alone():
+            tokens = self._begin(ids, keep_prefix=True)
+        return self._generate(tokens, params, self._call)
 
-    def _generate(self, tokens: NDArray[np.int32], params: SamplingParams) -> Iterator[int]:
-        call, meter = self._call, self._meter
+    def _generate(
+        self, tokens: NDArray[np.int32], params: SamplingParams, call: int
+    ) -> Iterator[int]:
+        meter = self._meter
         sampler = Sampler(params)
         history = tokens.tolist()
         limit = self.context - len(history)
@@ -321,9 +327,10 @@ class Engine:
             limit = min(limit, params.max_tokens)
         eos = frozenset() if params.ignore_eos else self._eos
         row = self._logits
-        cached = self._kv.length
         start = time.perf_counter()
-        self._evaluate(tokens[cached:], row)
+        with self._alone(call):
+            cached = self._kv.length
+            self._evaluate(tokens[cached:], row)
         now = time.perf_counter()
         meter.prompt(len(tokens) - cached, cached, now - start)
         for _ in range(limit):
@@ -334,15 +341,28 @@ class Engine:
                 return
             history.append(token)
             yield token
-            if self._call != call:
-                raise RuntimeError("generate: the engine was used for something else meanwhile")
             if len(history) - len(tokens) >= limit:
                 return
-            self._evaluate(np.array([token], np.int32), row)
+            with self._alone(call):
+                self._evaluate(np.array([token], np.int32), row)
+
+    @contextlib.contextmanager
+    def _alone(self, call: int | None = None) -> Iterator[None]:
+        """Keeps other threads out, and a generator of an earlier call."""
+        self._open()
+        if os.getpid() != self._pid:
+            raise RuntimeError("the engine belongs to the process that opened it")
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("the engine is in use by another thread")
+        try:
+            if call not in (None, self._call):
+                raise RuntimeError("generate: the engine was used for something else meanwhile")
+            yield
+        finally:
+            self._lock.release()
 
     def _checked(self, ids: Sequence[int] | NDArray[Any], room: int) -> NDArray[np.int32]:
         """Returns tokens as an array, of which there may be at most `room`."""
-        self._open()
         tokens = np.asarray(ids)
         if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
             raise ValueError("ids: expected a list of at least one token")

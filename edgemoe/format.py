@@ -62,8 +62,8 @@ VERSION = 1
 ALIGNMENT = 4096
 GROUP = 64
 PREAMBLE = struct.Struct("<8sIIQQQI20x")
-_MAX_INDEX = 1 << 28
-_MAX_SECTION = 1 << 30
+_MAX_INDEX = 64 << 20
+_MAX_SECTIONS = 256 << 20  # all together; they are read into memory
 
 
 def align(n: int) -> int:
@@ -107,8 +107,8 @@ class ExpertTable:
 
     offsets: NDArray[np.uint64]
     """[n]: start of the record."""
-    ends: NDArray[np.uint32]
-    """[n, rungs]: end of each rung from the record's start."""
+    ends: tuple[int, ...]
+    """[rungs]: end of each rung from a record's start, the same for all."""
     crcs: NDArray[np.uint32]
     """[n, rungs]"""
 
@@ -229,14 +229,16 @@ class _Reader:
         )
         tensors = self.tensors(index["tensors"], specs, dense_ladder)
         self.need(isinstance(index["sections"], dict), "sections must be an object")
-        sections = {}
+        sections, room = {}, _MAX_SECTIONS
         for name, entry in index["sections"].items():
             self.need(
                 isinstance(entry, list) and len(entry) == 3 and all(type(v) is int for v in entry)
-                and 0 < entry[1] <= _MAX_SECTION,
-                f"section {name} is malformed",
+                and 0 < entry[1] <= _MAX_SECTIONS,
+                f"section {name!r} is malformed",
             )  # fmt: skip
-            sections[name] = self.bytes_at(f"section {name}", *entry)
+            room -= entry[1]
+            self.need(room >= 0, f"sections of more than {_MAX_SECTIONS} bytes")
+            sections[name] = self.bytes_at(f"section {name!r}", *entry)
         self.need("experts" in sections, "the section experts is missing")
         experts = self.experts(sections.pop("experts"), config, ladder)
         self.need(isinstance(index["source"], dict), "source must be an object")
@@ -269,7 +271,7 @@ class _Reader:
         self.need(isinstance(value, dict), "tensors must be an object")
         missing, extra = sorted(set(specs) - set(value)), sorted(set(value) - set(specs))
         self.need(not missing, f"tensor {missing[0] if missing else ''} is missing")
-        self.need(not extra, f"tensor {extra[0] if extra else ''} is not part of the model")
+        self.need(not extra, f"tensor {extra[0] if extra else ''!r} is not part of the model")
         out = {}
         for name, spec in specs.items():
             entry = value[name]
@@ -322,7 +324,7 @@ class _Reader:
                 self.claim("an expert record", int(o), int(ends[-1]))
         return ExpertTable(
             offsets,
-            np.ascontiguousarray(table["rungs"]["end"], np.uint32),
+            tuple(int(e) for e in ends),
             np.ascontiguousarray(table["rungs"]["crc"], np.uint32),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,23 @@ def _room(group: Path, limit_name: str, usage_name: str) -> int | None:
 
 
 def num_threads() -> int:
-    """Returns how many cores this process may use, hyper-threads counted once."""
+    """Returns how many cores this process may use: its own affinity and quota, hyper-threads counted once."""
     allowed = len(os.sched_getaffinity(0))
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed, _cpu_quota()))
+
+
+def _cpu_quota() -> int:
+    """Returns how many cores the control group's quota amounts to (docker --cpus), a large number for no quota."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        if (root / "cpu.max").exists():
+            quota, period = (root / "cpu.max").read_text().split()
+        else:
+            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
+            period = (root / "cpu/cpu.cfs_period_us").read_text()
+        return math.ceil(int(quota) / int(period)) if int(quota) > 0 else 1 << 20
+    except (OSError, ValueError):  # "max", or no such controller
+        return 1 << 20
 
 
 def memory_rate(threads: int) -> float:

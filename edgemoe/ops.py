@@ -6,6 +6,7 @@ One object per device; the model never looks inside an array. All arrays are con
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,26 +14,37 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.plan import Plan
 
-__all__ = ["CpuOps"]
+__all__ = ["CpuOps", "OpsShape"]
 
 Array = NDArray[np.float32]
 
 
-class CpuOps:
-    """Runs operations on `threads` threads with scratch of its own. One caller at a time."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpsShape:
+    """Says how large an engine's operations get."""
 
-    def __init__(self, *, threads: int, max_tokens: int, max_cols: int, max_hidden: int) -> None:
-        """Args:
-        max_tokens: rows of a chunk.
-        max_cols: the widest input of a matrix.
-        max_hidden: the widest FFN.
-        """
-        self._ws = _core.Workspace(threads, max_tokens, max_cols, max_hidden)
+    threads: int
+    max_tokens: int
+    """Of a chunk."""
+    max_cols: int
+    """The widest input of a matrix."""
+    max_hidden: int
+    """The widest FFN."""
+    max_context: int
+    """Positions that attention sees."""
+    head_dim: int
 
     @property
     def scratch_bytes(self) -> int:
-        """Memory that the scratch takes once all of it was used."""
-        return int(self._ws.bytes)
+        """Memory that the operations' own scratch takes once all of it was used."""
+        return _core.Workspace.bytes(*astuple(self))
+
+
+class CpuOps:
+    """Runs operations on some threads with scratch of its own. One caller at a time."""
+
+    def __init__(self, shape: OpsShape) -> None:
+        self._ws = _core.Workspace(*astuple(shape))
 
     def embed(self, table: _core.Nested, ids: NDArray[np.int32], scale: float, out: Array) -> None:
         """out [T, D] = scale * table[ids]."""
@@ -76,11 +88,12 @@ class CpuOps:
         *,
         over_top_k: bool,
         renormalise: bool,
+        scores: Array,
         experts: NDArray[np.int32],
         gates: Array,
     ) -> None:
-        """Writes each token's experts [T, K], best first, and their gates [T, K]."""
-        _core.route(self._ws, x, router, over_top_k, renormalise, experts, gates)
+        """Writes each token's experts [T, K], best first, and their gates [T, K]; scores [T, E] is scratch."""
+        _core.route(self._ws, x, router, over_top_k, renormalise, scores, experts, gates)
 
     def ffn(
         self, x: Array, gate: _core.Nested, up: _core.Nested, down: _core.Nested, out: Array

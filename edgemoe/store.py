@@ -13,7 +13,7 @@ from edgemoe.format import MoeFile
 from edgemoe.plan import Plan
 from edgemoe.quant import plane_widths
 
-__all__ = ["ExpertStore", "dense_bytes", "expert_bytes", "load_dense"]
+__all__ = ["ExpertStore", "dense_bytes", "disk_rate", "expert_bytes", "load_dense"]
 
 _NUM_READERS = 4  # reads in flight; more added latency and no throughput (benchmarks/LOG.md)
 
@@ -22,12 +22,14 @@ Weight = _core.Nested | NDArray[np.float32]
 
 def dense_bytes(moe: MoeFile, level: int) -> int:
     """Returns the memory that `load_dense` takes."""
-    return sum(sum(t.lengths[:level]) + 4095 for t in moe.tensors.values())
+    page = _core.system_page()
+    return sum(-(-sum(t.lengths[:level]) // page) * page for t in moe.tensors.values())
 
 
 def expert_bytes(moe: MoeFile, level: int) -> int:
     """Returns the memory of one expert at a level, and of the window that it lies in."""
-    return -(-int(moe.experts.ends[:, level - 1].max()) // 4096) * 4096
+    page = _core.system_page()
+    return -(-moe.experts.ends[level - 1] // page) * page
 
 
 def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
@@ -54,6 +56,18 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
     return out
 
 
+def disk_rate(moe: MoeFile, level: int, *, seconds: float) -> float:
+    """Returns the bytes per second of reading experts in random order as the cache does, for about `seconds`."""
+    rng = np.random.default_rng(0)
+    length, count = expert_bytes(moe, level), 32
+    while True:
+        offsets = rng.permutation(moe.experts.offsets)[:count].tolist()
+        rate = _core.disk_rate(moe.file, offsets, length, _NUM_READERS)
+        if length * count / rate >= seconds or count >= len(moe.experts.offsets):
+            return rate
+        count *= 2
+
+
 class ExpertStore:
     """Holds routed experts inside a budget and lends them group by group. One thread at a time."""
 
@@ -70,8 +84,6 @@ class ExpertStore:
         """
         config = moe.config
         ladder = moe.ladder
-        self._file, self._offsets = moe.file, moe.experts.offsets
-        self._expert_bytes = expert_bytes(moe, moe.level(bits))
         last = [(0, 0, 0), *ladder[:-1]]
         self._num_experts = config.num_experts
         self._levels = np.zeros(9, np.int8)
@@ -124,17 +136,6 @@ class ExpertStore:
                 yield group
         finally:
             self.cache.close()
-
-    def measure_disk(self, *, seconds: float) -> float:
-        """Returns the bytes per second of reading experts in random order, as the cache would."""
-        rng = np.random.default_rng(0)
-        length, count, rate = self._expert_bytes, 32, 0.0
-        while True:
-            offsets = rng.permutation(self._offsets)[:count].tolist()
-            rate = _core.disk_rate(self._file, offsets, length, _NUM_READERS)
-            if length * count / rate >= seconds or count >= len(self._offsets):
-                return rate
-            count *= 2
 
     @property
     def stats(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe import _core
+from edgemoe import _core, hardware
 from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.errors import FormatError
 from edgemoe.format import (
@@ -71,7 +72,7 @@ class Writer:
         self._log_path = self._path.with_name(self._path.name + ".part.log")
         self._config = config
         self._ladder = DEFAULT_LADDER[: DEFAULT_LADDER.index(bits) + 1]
-        self._threads = threads or os.cpu_count() or 1
+        self._threads = threads or hardware.num_threads()
         self._specs = dense_tensors(config)
         self._source = dict(source)
         self._sections = {k: v for k, v in sections.items() if v}
@@ -102,7 +103,8 @@ class Writer:
         self.total_bytes = at + sum(align(len(v)) for v in self._sections.values()) + align(table)
 
     def _fingerprint(self) -> str:
-        plan = [self._config.to_json(), self._ladder, self._source, sorted(self._sections)]
+        sections = {k: _core.crc32c(v) for k, v in self._sections.items()}
+        plan = [self._config.to_json(), self._ladder, self._source, sections]
         return f"{_core.crc32c(json.dumps(plan, sort_keys=True).encode()):08x}"
 
     # ------------------------------------------------------------ the partial file
@@ -119,11 +121,18 @@ class Writer:
                 f"the disk has {free / 2**30:.2f} GiB free; the file takes {wanted / 2**30:.2f} GiB",
                 str(self._path),
             )
-        self._file: IO[bytes] = open(self._part, "r+b" if done else "w+b")  # noqa: SIM115
+        self._file: IO[bytes] = open(self._part, "r+b" if self._part.exists() else "w+b")  # noqa: SIM115
         try:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise BlockingIOError(
+                    errno.EAGAIN, "another conversion is writing it", str(self._part)
+                ) from None
             if done:
                 self._verify(done)
             else:
+                self._file.truncate(0)
                 self._log_path.write_text(self._fingerprint() + "\n")
             self._log: IO[str] = open(self._log_path, "a")  # noqa: SIM115
         except BaseException:
@@ -284,6 +293,10 @@ class Writer:
         os.fsync(self._file.fileno())
         self._close()
         os.replace(self._part, self._path)
+        directory = os.open(self._path.parent, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # some file systems cannot
+            os.fsync(directory)
+        os.close(directory)
         self._log_path.unlink(missing_ok=True)
 
     def _expert_table(self) -> bytes:

@@ -38,7 +38,8 @@ const std::vector<uint8_t> kWidths = {2, 1, 1, 2, 2};
 /// A file of quantised experts, deleted at the end.
 struct ExpertFile {
   std::string path = "/tmp/edgemoe_core_test_XXXXXX";
-  std::vector<ExpertRecord> records;
+  ExpertTable table{{}, {}, {0}};
+  std::vector<uint32_t> ends;
 
   ExpertFile() {
     const int fd = mkstemp(&path[0]);
@@ -61,15 +62,15 @@ struct ExpertFile {
         }
         CHECK(quantize_nested(pool, w.data(), shape.first, shape.second, kWidths, weights, outs));
       }
-      ExpertRecord record{at, {}, {}};
       uint32_t end = 0;
+      ends.clear();
       for (const auto& rung : rungs) {
         CHECK(pwrite(fd, rung.data(), rung.size(), off_t(at + end)) == ssize_t(rung.size()));
         end += uint32_t(rung.size());
-        record.ends.push_back(end);
-        record.crcs.push_back(crc32c(rung.data(), rung.size()));
+        ends.push_back(end);
+        table.crcs.push_back(crc32c(rung.data(), rung.size()));
       }
-      records.push_back(record);
+      table.offsets.push_back(at);
       at = round_up(at + end, kPage);
     }
     CHECK(ftruncate(fd, off_t(at)) == 0);
@@ -78,17 +79,16 @@ struct ExpertFile {
   ~ExpertFile() { unlink(path.c_str()); }
 
   ExpertShape shape() const {
-    ExpertShape s{1, kExperts, kHidden, kExpertHidden, {}};
+    ExpertShape s{1, kExperts, kHidden, kExpertHidden, {}, ends};
     for (uint8_t w : kWidths) s.rung_widths.push_back({w, w, w});
     return s;
   }
   std::unique_ptr<Cache> open(size_t budget) const {
-    return std::make_unique<Cache>(std::make_shared<File>(path), shape(), records, std::vector<int>{0}, 5, budget, true,
-                                   3, "lfu");
+    return std::make_unique<Cache>(std::make_shared<File>(path), shape(), table, 5, budget, true, 3, "lfu");
   }
 };
 
-size_t record_bytes(const ExpertFile& file) { return round_up(file.records[0].ends.back(), kPage); }
+size_t record_bytes(const ExpertFile& file) { return round_up(file.ends.back(), system_page()); }
 
 void test_random_requests_on(const ExpertFile& file, double experts) {
   auto cache = file.open(size_t(experts * double(record_bytes(file))));
@@ -127,7 +127,7 @@ void test_random_requests_on(const ExpertFile& file, double experts) {
 void test_failing_reads(const ExpertFile& file) {
   ExpertFile broken;
   auto cache = broken.open(4 * record_bytes(file));
-  CHECK(truncate(broken.path.c_str(), off_t(broken.records[6].offset)) == 0);
+  CHECK(truncate(broken.path.c_str(), off_t(broken.table.offsets[6])) == 0);
   std::vector<int> group;
   for (int round = 0; round < 50; ++round) {
     const int32_t ids[] = {0, 7, 1, 8, 2};
@@ -181,7 +181,7 @@ void test_thread_pool() {
 /// The FFN of a group gives each row the bits that it gets alone.
 void test_rows_do_not_depend_on_their_batch(const ExpertFile& file) {
   auto cache = file.open(kExperts * record_bytes(file));
-  Workspace ws(3, 600, kHidden, kExpertHidden);
+  Workspace ws(3, {600, kHidden, kExpertHidden, 1, 16});
   const int T = 600;
   std::mt19937 rng(3);
   std::normal_distribution<float> normal;

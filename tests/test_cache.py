@@ -132,7 +132,14 @@ def test_every_expert_of_a_request_is_given_once_and_pinned(moe, budget_experts)
 def test_requests_that_make_no_sense_are_refused(moe):
     store = ExpertStore(moe, bits=4, budget_bytes=1 << 20, verify=True)
     cache = store.cache
-    for experts, levels in [([16], [1]), ([-1], [1]), ([0], [0]), ([0], [4]), ([1, 1], [1, 1])]:
+    for experts, levels in [
+        ([3] * 70, [1] * 70),
+        ([16], [1]),
+        ([-1], [1]),
+        ([0], [0]),
+        ([0], [4]),
+        ([1, 1], [1, 1]),
+    ]:
         with pytest.raises(ValueError, match="Cache"):
             cache.begin(
                 np.array(experts, np.int32), np.array(levels, np.int8),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import edgemoe
+import edgemoe.experts
 from edgemoe import _core
 from edgemoe.budget import Budget
 
@@ -240,3 +241,73 @@ def test_a_trace_says_what_was_routed_and_resident(tiny_moe, tmp_path):
         read(path)
     with pytest.raises(ValueError, match="expected one of them"):
         edgemoe.load(tiny_moe, trace=path, observer=object())
+
+
+def test_a_generator_of_an_earlier_call_refuses_to_go_on(tiny_moe):
+    with edgemoe.load(tiny_moe) as engine:
+        a, b = list(IDS[:6]), list(IDS[6:20])
+        expected = list(engine.generate(b, GREEDY))
+        first, second = engine.generate(a, GREEDY), engine.generate(b, GREEDY)
+        assert list(second) == expected
+        with pytest.raises(RuntimeError, match="meanwhile"):
+            next(first)
+        stream = engine.generate(a, GREEDY)
+        engine.logits(b)
+        with pytest.raises(RuntimeError, match="meanwhile"):
+            next(stream)
+        last = engine.generate(a, GREEDY)
+    with pytest.raises(ValueError, match="closed"):
+        next(last)
+
+
+def test_a_second_thread_and_a_child_process_are_kept_out(tiny_moe):
+    import os
+    import threading
+
+    with edgemoe.load(tiny_moe) as engine:
+        refused = []
+        running, done = threading.Event(), threading.Event()
+
+        class Slow(edgemoe.experts.Observer):
+            def planned(self, *_):
+                running.set()
+                done.wait(10)
+
+        engine._experts.observer = Slow()
+        thread = threading.Thread(target=lambda: engine.logits(IDS[:4]))
+        thread.start()
+        running.wait(10)
+        for call in (
+            lambda: engine.logits([1]),
+            lambda: engine.generate([1]),
+            lambda: engine.extend([1]),
+        ):
+            with pytest.raises(RuntimeError, match="another thread"):
+                call()
+            refused.append(1)
+        done.set()
+        thread.join()
+        engine._experts.observer = None
+        assert len(refused) == 3
+        pid, engine._pid = engine._pid, os.getppid()
+        with pytest.raises(RuntimeError, match="process that opened it"):
+            engine.logits([1])
+        engine._pid = pid
+
+
+def test_the_smallest_budget_works_and_its_logits_are_the_same(tiny_moe, expected):
+    import re
+
+    with pytest.raises(edgemoe.OutOfBudget) as error:
+        edgemoe.load(tiny_moe, ram="1MB", context=160)
+    smallest = re.search(r"works is (\d+) MiB", str(error.value))[1]
+    with edgemoe.load(tiny_moe, ram=f"{int(smallest) + 1}MiB", context=160) as engine:
+        assert np.array_equal(engine.logits(IDS), expected[8][0])
+
+
+def test_logits_are_the_callers_own(tiny_moe):
+    with edgemoe.load(tiny_moe) as engine:
+        out = engine.logits(IDS[:3])
+        before = engine.stats.logits_hash
+        out[:] = 0
+        assert engine.stats.logits_hash == before

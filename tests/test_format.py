@@ -134,6 +134,8 @@ def setter(*path):
         (setter("config", "vocab_size", True), "vocab_size must be"),
         (setter("config", "vocab_size", 265), "tensor embed is nested"),
         (setter("config", "head_dim", 23), "even"),
+        (setter("config", "norm_eps", 10**400), "norm_eps is beyond"),
+        (setter("config", "num_heads", 1 << 20), "too many|num_kv_heads"),
         (setter("config", "norm_eps", "x"), "norm_eps must be a number"),
         (setter("config", "extra", 1), "unknown fields extra"),
         (lambda i: i["config"].pop("num_layers") and None, "missing fields num_layers"),
@@ -141,7 +143,7 @@ def setter(*path):
         (setter("config", "num_experts", 9), "router is f32"),
         (setter("config", "eos_ids", [999]), "outside the vocabulary"),
         (lambda i: i["tensors"].pop("norm") and None, "tensor norm is missing"),
-        (setter("tensors", "bogus", ["f32", [1], 4096, [[4, 0]]]), "bogus is not part"),
+        (setter("tensors", "bogus", ["f32", [1], 4096, [[4, 0]]]), "'bogus' is not part"),
         (setter("tensors", "norm", None), "norm is malformed"),
         (setter("tensors", "norm", 1, [1 << 62, 1 << 62]), "tensor norm is f32"),
         (setter("tensors", "norm", 2, 1 << 60), "norm claims bytes"),
@@ -150,8 +152,8 @@ def setter(*path):
         (setter("tensors", "norm", 2, 4096), "overlap"),
         (setter("tensors", "norm", 3, [[385, 0]]), "norm has rungs"),
         (setter("tensors", "norm", 3, [[384, -1]]), "norm has rungs"),
-        (setter("sections", "tokenizer.json", [4096, 10, 0]), "checksum of section tokenizer.json"),
-        (setter("sections", "tokenizer.json", 5), "section tokenizer.json is malformed"),
+        (setter("sections", "tokenizer.json", [4096, 10, 0]), "checksum of section 'tokenizer.json'"),
+        (setter("sections", "tokenizer.json", 5), "section 'tokenizer.json' is malformed"),
         (lambda i: i["sections"].pop("experts") and None, "section experts is missing"),
         (setter("source", 3), "source must be"),
     ],
@@ -327,3 +329,32 @@ def test_config_survives_json():
     assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     with pytest.raises(FormatError, match="expected an object"):
         ModelConfig.from_json([])
+
+
+def test_a_fifo_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.moe")
+    with pytest.raises(FormatError, match="not a regular file"):
+        open_moe(tmp_path / "pipe.moe")
+
+
+def test_a_second_conversion_to_the_same_name_is_refused(tmp_path):
+    config = SourceModel(tiny_checkpoint()).config
+    with (
+        Writer(tmp_path / "x.moe", config, sections={}, source={}),
+        pytest.raises(BlockingIOError, match="another conversion"),
+    ):
+        Writer(tmp_path / "x.moe", config, sections={}, source={})
+
+
+def test_an_upgrade_is_verified_like_a_load(data, tmp_path):
+    path = tmp_path / "x.moe"
+    path.write_bytes(data)
+    moe = open_moe(path)
+    at = int(moe.experts.offsets[0]) + moe.experts.ends[0] + 5
+    data[at] ^= 1
+    path.write_bytes(data)
+    with edgemoe.load(path) as engine:
+        engine._store.cache.decode(0, 1)
+        with pytest.raises(FormatError, match="rung 1"):
+            engine._store.cache.decode(0, 2)
+        engine._store.cache.check_integrity()

@@ -32,7 +32,7 @@ def test_matmul_agrees_with_numpy(isa, ladder, rows, cols):
     rungs = quantize(w, ladder)
     assert [len(r) for r in rungs] == rung_bytes(rows, cols, ladder)
     widths = plane_widths(ladder)
-    ws = _core.Workspace(2, 70, cols, 64)
+    ws = _core.Workspace(2, 70, cols, 64, 1, 16)
     for level in range(1, len(ladder) + 1):
         nested = _core.Nested.from_rungs(rungs[:level], rows, cols, widths[:level])
         assert nested.bits == ladder[level - 1]
@@ -94,7 +94,7 @@ def every_op(seed=3):
     rng = np.random.default_rng(seed)
     out = []
     D, H, heads, kv_heads, hd, T = 100, 75, 6, 2, 18, 9
-    ws = _core.Workspace(2, T, 128, 128)
+    ws = _core.Workspace(2, T, 128, 128, 16, hd)
     x = rng.standard_normal((T, D)).astype(np.float32)
     nested = {}
     for name, shape in {"gate": (H, D), "up": (H, D), "down": (D, H)}.items():
@@ -108,9 +108,10 @@ def every_op(seed=3):
     _core.rms_norm(ws, x, np.linspace(0.5, 2, D, dtype=np.float32), 1e-5, y)
     out.append(y.copy())
     experts, gates = np.empty((T, 3), np.int32), np.empty((T, 3), np.float32)
+    scores = np.empty((T, 21), np.float32)
     router = rng.standard_normal((21, D)).astype(np.float32)
     for over_top_k, renormalise in [(False, False), (False, True), (True, False)]:
-        _core.route(ws, x, router, over_top_k, renormalise, experts, gates)
+        _core.route(ws, x, router, over_top_k, renormalise, scores, experts, gates)
         out += [experts.copy(), gates.copy()]
     layer = _core.AttentionLayer(
         num_heads=heads, num_kv_heads=kv_heads, head_dim=hd, window=0, scale=hd**-0.5,
@@ -137,3 +138,53 @@ def test_instruction_sets_are_bit_identical(isa):
     _core.use_isa("scalar")
     for a, b in zip(mine, every_op(), strict=True):
         assert np.array_equal(a, b)
+
+
+def test_values_that_are_not_finite_are_seen(isa):
+    ws = _core.Workspace(1, 3, 128, 64, 1, 16)
+    nested = _core.Nested.from_rungs(quantize(matrix(16, 128)), 16, 128, [2, 1, 1, 2, 2])
+    x = matrix(3, 128, seed=2)
+    x[0, 70], x[1, 3] = np.nan, np.inf
+    out = np.empty((3, 16), np.float32)
+    _core.linear(ws, x, [nested], [out])
+    assert np.isnan(out[:2]).all()
+    assert np.isfinite(out[2]).all()
+
+
+def test_tiny_values_are_zero_on_every_instruction_set(isa):
+    ws = _core.Workspace(1, 1, 64, 64, 1, 16)
+    nested = _core.Nested.from_rungs(quantize(matrix(16, 64)), 16, 64, [2, 1, 1, 2, 2])
+    out = np.ones((1, 16), np.float32)
+    _core.linear(ws, np.full((1, 64), 1e-37, np.float32), [nested], [out])
+    assert not out.any()
+
+
+def test_wrong_arrays_are_refused_and_never_converted():
+    w = matrix(16, 64)
+    nested = _core.Nested.from_rungs(quantize(w), 16, 64, [2, 1, 1, 2, 2])
+    ws = _core.Workspace(1, 4, 64, 8, 1, 16)
+    out = np.empty((4, 16), np.float32)
+    for x in (
+        np.zeros((4, 64)),
+        np.zeros((4, 128), np.float32)[:, ::2],
+        np.zeros((4, 64), np.float16),
+    ):
+        with pytest.raises(TypeError):
+            _core.linear(ws, x, [nested], [out])
+    with pytest.raises(ValueError, match="does not fit a matrix of 64 columns"):
+        _core.linear(ws, np.zeros((4, 65), np.float32), [nested], [out])
+    with pytest.raises(ValueError, match="at most 8 hidden values, got 16"):
+        down = _core.Nested.from_rungs(quantize(matrix(64, 16)), 64, 16, [2, 1, 1, 2, 2])
+        _core.ffn(ws, w[:4], nested, nested, down, np.empty((4, 64), np.float32))
+    with pytest.raises(TypeError, match="gate_weight: expected a contiguous float32"):
+        _core.add_rows(ws, w, 1.0, np.zeros(64), w, w.copy())
+    with pytest.raises(ValueError, match="contiguous"):
+        _core.crc32c(np.zeros(8, np.uint8)[::2])
+    with pytest.raises(ValueError, match="use_isa: expected one of"):
+        _core.use_isa("sse9")
+
+
+def test_crc32c_is_the_published_one():
+    assert _core.crc32c(b"123456789") == 0xE3069283
+    data = np.random.default_rng(0).integers(0, 256, 1000, np.uint8).tobytes()
+    assert _core.crc32c(data[301:], _core.crc32c(data[:301])) == _core.crc32c(data)

@@ -41,8 +41,9 @@ const Kernels& kernels() {
   const Candidate* all = candidates(&count);
   for (int i = 0; i < count; ++i) {
     if (all[i].usable) {
-      active.store(all[i].table, std::memory_order_release);
-      return *all[i].table;
+      const Kernels* none = nullptr;
+      active.compare_exchange_strong(none, all[i].table);  // `use_isa` may have been first
+      return *active.load(std::memory_order_acquire);
     }
   }
   return kScalar;

@@ -183,7 +183,7 @@ void matmul_blocked(const NestedMatrix& w, const QuantizedRows& x, int n, int be
                     Unpack unpack) {
   constexpr int kTokens = 64;  // their sums, 4 KiB, stay in the first-level cache
   constexpr int N = V::kTokensAtOnce;
-  const int bits = w.bits();
+  const int bits = bits_of(w);
   alignas(64) uint8_t codes[kTileRows * kTileCols];
   alignas(64) float acc[kTokens * kTileRows];
   for (int block = begin; block < end; ++block) {
@@ -253,13 +253,13 @@ void matmul_nested(const NestedMatrix& w, const QuantizedRows& x, int n, int beg
     }
   }
   const auto unpack = [&w](const uint8_t* const* rungs, uint8_t* tile) { unpack_any<V>(w, rungs, tile); };
-  if (w.bits() > 7) return matmul_blocked<V, true>(w, x, n, begin, end, y, stride, unpack);
+  if (bits_of(w) > 7) return matmul_blocked<V, true>(w, x, n, begin, end, y, stride, unpack);
   matmul_blocked<V, false>(w, x, n, begin, end, y, stride, unpack);
 }
 
 template <class V>
 void decode_row(const NestedMatrix& w, int row, float* out) {
-  const int bits = w.bits(), lane = row % kTileRows, groups = blocks(w.cols, kTileCols);
+  const int bits = bits_of(w), lane = row % kTileRows, groups = blocks(w.cols, kTileCols);
   alignas(64) uint8_t codes[kTileRows * kTileCols];
   alignas(64) float scales[kTileRows], middles[kTileRows];
   TileCursor tile(w, row / kTileRows, groups);
@@ -353,29 +353,29 @@ void quantize_group(const float* w, int n, const float* level_weights, uint8_t* 
 }
 
 template <class V>
-void quantize_rows(const float* x, size_t stride, int num_rows, int cols, int8_t* codes, float* scales, float* sums) {
+void quantize_row(const float* x, int cols, int8_t* codes, float* scales, float* sums) {
   const int groups = blocks(cols, kTileCols);
-  for (int row = 0; row < num_rows; ++row, x += stride) {
-    for (int g = 0; g < groups; ++g) {
-      typename V::F v[4];
-      auto top = V::zero();
-      for (int i = 0; i < 4; ++i) {
-        const int start = g * kTileCols + 16 * i, left = cols - start;
-        v[i] = left >= 16 ? V::load(x + start) : load_part<V>(x + start, left < 0 ? 0 : left, 0.0f);
-        top = V::max(top, V::abs(v[i]));
-      }
-      const float highest = V::reduce_max(top);
-      const float scale = highest / 127.0f, inverse = highest > 0 ? 127.0f / highest : 0.0f;
-      auto total = V::zero_ints();
-      for (int i = 0; i < 4; ++i) {
-        const auto q = V::round_to_int(V::mul(v[i], V::set(inverse)));
-        total = V::add_ints(total, q);
-        V::store_i8(codes + 16 * i, q);
-      }
-      *scales++ = scale;
-      *sums++ = scale * float(V::reduce_ints(total));
-      codes += kTileCols;
+  for (int g = 0; g < groups; ++g, codes += kTileCols) {
+    typename V::F v[4];
+    auto top = V::zero(), poison = V::zero();
+    for (int i = 0; i < 4; ++i) {
+      const int start = g * kTileCols + 16 * i, left = cols - start;
+      v[i] = left >= 16 ? V::load(x + start) : load_part<V>(x + start, left < 0 ? 0 : left, 0.0f);
+      top = V::max(top, V::abs(v[i]));
+      poison = V::fma(v[i], V::zero(), poison);  // not 0 where a value is not finite
     }
+    const float highest = V::reduce_max(top), poisoned = V::reduce_add(poison);
+    // Below, 127 / highest would overflow; such a group is as good as zero.
+    const bool is_zero = !(highest > 1e-30f) || poisoned != 0;
+    const float inverse = is_zero ? 0.0f : 127.0f / highest;
+    auto total = V::zero_ints();
+    for (int i = 0; i < 4; ++i) {
+      const auto q = is_zero ? V::zero_ints() : V::round_to_int(V::mul(v[i], V::set(inverse)));
+      total = V::add_ints(total, q);
+      V::store_i8(codes + 16 * i, q);
+    }
+    scales[g] = is_zero ? poisoned : highest / 127.0f;
+    sums[g] = is_zero ? poisoned : scales[g] * float(V::reduce_ints(total));
   }
 }
 
@@ -540,9 +540,9 @@ void attend(const float* q, const KvLayer& kv, const AttentionShape& shape, int 
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,          quantize_group<V>, quantize_rows<V>, matmul_nested<V>, decode_row<V>,
-                 matmul_f32<V>, rms_norm<V>,       silu_mul<V>,      softmax<V>,       add_scaled<V>,
-                 rope<V>,       to_f16<V>,         read_all<V>,      attend<V>};
+  return Kernels{name,          quantize_group<V>, quantize_row<V>, matmul_nested<V>, decode_row<V>,
+                 matmul_f32<V>, rms_norm<V>,       silu_mul<V>,     softmax<V>,       add_scaled<V>,
+                 rope<V>,       to_f16<V>,         read_all<V>,     attend<V>};
 }
 
 }  // namespace

@@ -23,7 +23,8 @@ constexpr int kTileCols = 64;
 constexpr int kScaleBytes = 64;  ///< scales and middles at the start of a tile of rung 0
 constexpr int kMaxRungs = 8;
 
-inline int blocks(int n, int size) { return (n + size - 1) / size; }
+// Static: a shared copy compiled with wide instructions could replace the baseline's.
+static inline int blocks(int n, int size) { return (n + size - 1) / size; }
 
 /// A view of a resident matrix [rows, cols] in the first `num_rungs` rungs. Owns nothing. Immutable.
 struct NestedMatrix {
@@ -32,16 +33,21 @@ struct NestedMatrix {
   int num_rungs = 0;
   uint8_t widths[kMaxRungs] = {};  ///< bits that each rung adds
   const uint8_t* rungs[kMaxRungs] = {};
-
-  int bits() const {
-    int b = 0;
-    for (int i = 0; i < num_rungs; ++i) b += widths[i];
-    return b;
-  }
 };
 
+static inline int bits_of(const NestedMatrix& w) {
+  int b = 0;
+  for (int i = 0; i < w.num_rungs; ++i) b += w.widths[i];
+  return b;
+}
+
 /// Bytes of one tile in a rung.
-inline size_t tile_bytes(int width, bool is_base) { return size_t(128) * width + (is_base ? kScaleBytes : 0); }
+static inline size_t tile_bytes(int width, bool is_base) { return size_t(128) * width + (is_base ? kScaleBytes : 0); }
+
+/// Bytes of a rung of `width` bits of a matrix [rows, cols].
+static inline size_t rung_bytes(int rows, int cols, int width, bool is_base) {
+  return size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(width, is_base);
+}
 
 /// Activations in 8 bits, one scale per row and 64 columns. `codes` is [num_rows, groups * 64], zero padded.
 struct QuantizedRows {
@@ -49,12 +55,13 @@ struct QuantizedRows {
   const float* scales;  ///< [num_rows, groups]
   const float* sums;    ///< [num_rows, groups]: scale * sum of the group's codes
   int groups;
-
-  QuantizedRows from(int row) const {
-    return {codes + size_t(row) * groups * kTileCols, scales + size_t(row) * groups, sums + size_t(row) * groups,
-            groups};
-  }
 };
+
+/// The rows from `row` on.
+static inline QuantizedRows rows_from(const QuantizedRows& q, int row) {
+  const size_t at = size_t(row) * q.groups;
+  return {q.codes + at * kTileCols, q.scales + at, q.sums + at, q.groups};
+}
 
 /// One sequence's keys and values of one layer, float16, [kv_heads, capacity, head_stride].
 struct KvLayer {
@@ -81,9 +88,9 @@ struct Kernels {
   void (*quantize_group)(const float* w, int n, const float* level_weights, uint8_t* codes, uint16_t* scale,
                          uint16_t* middle);
 
-  /// Quantises rows of x [num_rows, cols] (consecutive rows `stride` floats apart) to 8 bits.
-  void (*quantize_rows)(const float* x, size_t stride, int num_rows, int cols, int8_t* codes, float* scales,
-                        float* sums);
+  /// Quantises a row of activations to 8 bits. A group with a value that is not finite gets a scale that is not a
+  /// number, so that it is seen in the logits.
+  void (*quantize_row)(const float* x, int cols, int8_t* codes, float* scales, float* sums);
 
   /// y[i, r] = sum_c w[r, c] * x[i, c] for i < n and the rows r of blocks [begin, end). Rows of y are `stride` floats
   /// apart.

@@ -38,12 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         longest = max([*args.n_prompt, *args.n_gen], default=0)
         if longest < 1:
             raise ValueError("expected at least one test of at least one token")
+        best = roof(args.model, bits=args.bits, threads=args.threads)
         with edgemoe.load(
             args.model, ram=args.ram, whole_process=True, bits=args.bits,
             dense_bits=args.dense_bits, experts=args.experts, threads=args.threads,
             context=args.n_depth + longest + 2, verify=not args.no_verify,
         ) as engine:  # fmt: skip
-            best = roof(engine)
             results = []
             if not args.json:
                 print(_HEAD)

@@ -46,8 +46,8 @@ class _Layer:
 def _floats_per_token(config: ModelConfig) -> int:
     d, hd, k = config.hidden_size, config.head_dim, config.experts_per_token
     heads, kv = config.num_heads * hd, config.num_kv_heads * hd
-    # x, normed, added, moe, shared; q and attended; k and v; cos and sin; parts; experts and gates.
-    return 5 * d + 2 * heads + 2 * kv + hd + k * d + 2 * k
+    # x, normed, added, moe, shared; q and attended; k and v; cos and sin; parts; scores; experts and gates.
+    return 5 * d + 2 * heads + 2 * kv + hd + k * d + config.num_experts + 2 * k
 
 
 def scratch_bytes(config: ModelConfig, max_tokens: int) -> int:
@@ -89,6 +89,7 @@ class Decoder:
         )  # fmt: skip
         self._cos, self._sin = scratch(hd // 2), scratch(hd // 2)
         self._chosen, self._gates = np.empty((T, k), np.int32), scratch(k)
+        self._scores = scratch(config.num_experts)
 
     def forward(self, ids: NDArray[np.int32], kv: KvCache) -> Array:
         """Runs tokens at the end of a sequence and returns their hidden states.
@@ -129,7 +130,7 @@ class Decoder:
             chosen, gates, moe = self._chosen[:T], self._gates[:T], self._moe[:T]
             ops.route(
                 normed, layer.router, over_top_k=config.scoring == "softmax_topk",
-                renormalise=config.renormalise, experts=chosen, gates=gates,
+                renormalise=config.renormalise, scores=self._scores[:T], experts=chosen, gates=gates,
             )  # fmt: skip
             self._experts(Routing(layer.moe_index, chosen, gates), normed, moe)
         if layer.shared is not None:
