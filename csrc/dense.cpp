@@ -29,17 +29,18 @@ Workspace::Workspace(int num_threads, const WorkspaceShape& shape)
       hidden_(quantized_bytes(kFfnRows, shape.max_hidden)),
       gate_(size_t(kFfnRows) * shape.max_hidden * sizeof(float)),
       up_(size_t(kFfnRows) * shape.max_hidden * sizeof(float)),
-      attention_(size_t(num_threads) * attention_floats(shape) * sizeof(float)),
+      attention_(size_t(num_threads) * kQueries * attention_floats(shape) * sizeof(float)),
       pool(num_threads) {}
 
 size_t Workspace::bytes(int num_threads, const WorkspaceShape& shape) {
   return quantized_bytes(std::max(shape.max_rows, kFfnRows), shape.max_cols) +
          kFfnRows * (quantized_bytes(1, shape.max_hidden) + 2 * size_t(shape.max_hidden) * sizeof(float)) +
-         size_t(num_threads) * attention_floats(shape) * sizeof(float);
+         size_t(num_threads) * kQueries * attention_floats(shape) * sizeof(float);
 }
 
-float* Workspace::attention_scratch() const {
-  return reinterpret_cast<float*>(attention_.bytes()) + size_t(ThreadPool::worker()) * attention_floats(shape_);
+float* Workspace::attention_scratch(int query) const {
+  const size_t at = size_t(ThreadPool::worker()) * kQueries + size_t(query);
+  return reinterpret_cast<float*>(attention_.bytes()) + at * attention_floats(shape_);
 }
 
 QuantizedRows Workspace::view(const Memory& memory, int n, int groups, int8_t** codes, float** scales,
@@ -139,17 +140,32 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
       }
     }
   });
-  const int per_kv = heads / kv_heads;
-  ws.pool.run(T * heads, std::max(1, grain_for(T * heads, ws.pool.size())), [&](int begin, int end) {
-    float* padded = ws.attention_scratch();
-    float* result = padded + kv.head_stride;
-    float* scores = result + kv.head_stride;
+  // The queries of one kv head, by position and then by head, in blocks that load each key and value once.
+  const int per_kv = heads / kv_heads, per_block = kQueries, num_blocks = blocks(T * per_kv, per_block);
+  const int stride = kv.head_stride;
+  ws.pool.run(kv_heads * num_blocks, grain_for(kv_heads * num_blocks, ws.pool.size()), [&](int begin, int end) {
+    AttendQuery queries[kQueries];
     for (int i = begin; i < end; ++i) {
-      const int t = i / heads, h = i % heads;
-      std::memcpy(padded, q + size_t(i) * hd, size_t(hd) * sizeof(float));
-      std::fill(padded + hd, padded + kv.head_stride, 0.0f);
-      kn.attend(padded, kv, p.shape, h / per_kv, pos + t, scores, result);
-      std::memcpy(out + size_t(i) * hd, result, size_t(hd) * sizeof(float));
+      const int kv_head = i / num_blocks, start = i % num_blocks * per_block;
+      const int n = std::min(per_block, T * per_kv - start);
+      float* outs[kQueries];
+      int firsts[kQueries];
+      for (int j = 0; j < n; ++j) {
+        const int t = (start + j) / per_kv, head = kv_head * per_kv + (start + j) % per_kv;
+        const size_t at = (size_t(t) * heads + head) * hd;
+        float* scratch = ws.attention_scratch(j);
+        std::memcpy(scratch, q + at, size_t(hd) * sizeof(float));
+        std::fill(scratch + hd, scratch + stride, 0.0f);
+        firsts[j] = p.shape.window > 0 ? std::max(0, pos + t + 1 - p.shape.window) : 0;
+        queries[j] = {scratch, scratch + 2 * stride, scratch + stride, pos + t + 1 - firsts[j]};
+        outs[j] = out + at;
+      }
+      if (firsts[0] == firsts[n - 1]) {
+        kn.attend(n, queries, kv, p.shape.scale, kv_head, firsts[0]);
+      } else {  // a sliding window starts elsewhere for each
+        for (int j = 0; j < n; ++j) kn.attend(1, queries + j, kv, p.shape.scale, kv_head, firsts[j]);
+      }
+      for (int j = 0; j < n; ++j) std::memcpy(outs[j], queries[j].out, size_t(hd) * sizeof(float));
     }
   });
 }

@@ -39,8 +39,8 @@ class Workspace {
   int max_hidden() const { return shape_.max_hidden; }
   int max_context() const { return shape_.max_context; }
 
-  /// Inside a body of the pool: this thread's scratch for one query head: query, result and scores.
-  float* attention_scratch() const;
+  /// Inside a body of the pool: this thread's scratch for one of kQueries queries: query, result and scores.
+  float* attention_scratch(int query) const;
 
  private:
   QuantizedRows view(const Memory& memory, int n, int groups, int8_t** codes, float** scales, float** sums) const;

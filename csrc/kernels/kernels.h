@@ -71,6 +71,15 @@ struct KvLayer {
   int head_stride;  ///< head_dim rounded up to 16; the rest is zero
 };
 
+constexpr int kQueries = 4;
+
+struct AttendQuery {
+  const float* q;
+  float* scores;
+  float* out;
+  int count;
+};
+
 struct AttentionShape {
   int num_heads;
   int num_kv_heads;
@@ -124,10 +133,10 @@ struct Kernels {
   /// Reads n bytes, a multiple of 4096, and returns something that depends on all of them: the memory roof.
   uint8_t (*read_all)(const uint8_t* bytes, size_t n);
 
-  /// Attention of one query head at position `pos` over keys [max(0, pos - window + 1), pos] of one kv head.
-  /// q [head_stride] zero padded, scores: scratch of capacity + 16 floats, out [head_stride].
-  void (*attend)(const float* q, const KvLayer& kv, const AttentionShape& shape, int kv_head, int pos, float* scores,
-                 float* out);
+  /// Attention of n <= kQueries queries of heads that share one kv head; q, out [head_stride] each, q zero padded.
+  /// Query i sees keys [first, first + counts[i]), counts ascending; scores: scratch of capacity + 16 floats each.
+  /// A query's result does not depend on the others.
+  void (*attend)(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int first);
 };
 
 /// Returns the active table; the best usable one unless `use_isa` chose another. Thread-safe.
