@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <sched.h>
+
 #include <stdexcept>
 #include <string>
 
@@ -12,6 +14,12 @@ namespace {
 
 // About 50 microseconds: longer than Python needs between two calls of one layer, shorter than a read.
 constexpr int kSpins = 2000;
+
+/// Cores that this process may use.
+int num_cores() {
+  cpu_set_t set;
+  return sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : int(std::thread::hardware_concurrency());
+}
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -27,7 +35,8 @@ thread_local int worker_number = 0;
 
 int ThreadPool::worker() { return worker_number; }
 
-ThreadPool::ThreadPool(int num_threads) {
+// With more threads than cores a spinning one would keep the core from one with work.
+ThreadPool::ThreadPool(int num_threads) : spins_(num_threads <= num_cores() ? kSpins : 0) {
   if (num_threads < 1 || num_threads > 1024) {
     throw std::invalid_argument("ThreadPool: expected 1 to 1024 threads, got " + std::to_string(num_threads));
   }
@@ -45,7 +54,7 @@ void ThreadPool::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_.store(true);
-    round_.fetch_add(1);
+    state_.fetch_add(kRound);
   }
   wake_.notify_all();
   for (auto& w : workers_) w.join();
@@ -66,17 +75,18 @@ void ThreadPool::start(int count, int grain, Call call, const void* body) {
   count_ = count;
   grain_ = grain < 1 ? 1 : grain;
   next_.store(0, std::memory_order_relaxed);
-  busy_.store(int(workers_.size()), std::memory_order_relaxed);
-  round_.fetch_add(1, std::memory_order_seq_cst);
+  // The next round, open, nobody in it.
+  state_.store((state_.load(std::memory_order_relaxed) & ~(kRound - 1)) + kRound, std::memory_order_seq_cst);
   if (parked_.load(std::memory_order_seq_cst) > 0) {
     // The lock orders this with a worker between its last look and its wait.
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
   pieces();
-  for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins) {
+  state_.fetch_or(kOver, std::memory_order_acq_rel);
+  for (int spins = 0; (state_.load(std::memory_order_acquire) & kWorkers) != 0; ++spins) {
     // A worker that lost its core needs ours to finish.
-    if (spins < kSpins) {
+    if (spins < spins_) {
       pause();
     } else {
       std::this_thread::yield();
@@ -87,22 +97,25 @@ void ThreadPool::start(int count, int grain, Call call, const void* body) {
 void ThreadPool::work(int number) {
   worker_number = number;
   uint64_t seen = 0;
+  const auto is_new = [&](uint64_t state) { return state / kRound != seen; };
   for (;;) {
-    int spins = 0;
-    while (round_.load(std::memory_order_acquire) == seen && spins < kSpins) {
-      pause();
-      ++spins;
-    }
-    if (round_.load(std::memory_order_acquire) == seen) {
+    for (int spins = 0; spins < spins_ && !is_new(state_.load(std::memory_order_acquire)); ++spins) pause();
+    if (!is_new(state_.load(std::memory_order_acquire))) {
       std::unique_lock<std::mutex> lock(mutex_);
       parked_.fetch_add(1, std::memory_order_seq_cst);
-      wake_.wait(lock, [&] { return round_.load(std::memory_order_seq_cst) != seen; });
+      wake_.wait(lock, [&] { return is_new(state_.load(std::memory_order_seq_cst)); });
       parked_.fetch_sub(1, std::memory_order_relaxed);
     }
-    seen = round_.load(std::memory_order_acquire);
     if (stop_.load()) return;
+    uint64_t state = state_.load(std::memory_order_acquire);
+    seen = state / kRound;
+    bool is_in = false;
+    while (state / kRound == seen && !(state & kOver) && !is_in) {
+      is_in = state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel);
+    }
+    if (!is_in) continue;
     pieces();
-    busy_.fetch_sub(1, std::memory_order_release);
+    state_.fetch_sub(1, std::memory_order_acq_rel);
   }
 }
 

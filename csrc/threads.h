@@ -40,13 +40,17 @@ class ThreadPool {
   void pieces();
   void stop();
 
+  // The state of a round: its number, whether it is over, and how many workers are in it. A worker that comes late,
+  // because its core was taken, finds the round over; nobody waits for it.
+  static constexpr uint64_t kWorkers = 0xffff, kOver = 0x10000, kRound = 0x20000;
+
   Call call_ = nullptr;
   const void* body_ = nullptr;
   int count_ = 0;
   int grain_ = 1;
+  int spins_;
   alignas(64) std::atomic<int> next_{0};
-  alignas(64) std::atomic<int> busy_{0};
-  alignas(64) std::atomic<uint64_t> round_{0};
+  alignas(64) std::atomic<uint64_t> state_{kOver};
   std::atomic<int> parked_{0};
   std::atomic<bool> stop_{false};
   std::mutex mutex_;

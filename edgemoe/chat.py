@@ -19,6 +19,9 @@ __all__ = ["Chat", "Message", "StopFilter", "TextEngine"]
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}."""
 
+_SURELY_LONG = 8  # characters per token; text has about four
+_LARGEST_CHAT = 64 << 20  # bytes of a saved conversation
+
 _ROLES = ("system", "user", "assistant")
 
 
@@ -135,8 +138,11 @@ class Chat:
             OSError: the file cannot be read.
             FormatError: it is no saved conversation; this one stays as it was.
         """
+        source = Path(path)
+        if source.exists() and not (source.is_file() and source.stat().st_size <= _LARGEST_CHAT):
+            raise FormatError(f"{path}: not a saved chat; expected a file of at most 64 MiB")
         try:
-            messages = json.loads(Path(path).read_bytes())["messages"]
+            messages = json.loads(source.read_bytes())["messages"]
             if not all(m["role"] in _ROLES and isinstance(m["content"], str) for m in messages):
                 raise ValueError
             messages = [{"role": m["role"], "content": m["content"]} for m in messages]
@@ -187,6 +193,7 @@ class Chat:
             yield piece
 
     def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        self._check_length(messages)
         if self._is_raw:
             ids = self._tokenizer.encode("".join(m["content"] for m in messages))
         else:
@@ -199,6 +206,17 @@ class Chat:
                 f"{self._engine.context} tokens, got {len(ids)}"
             )
         return ids
+
+    def _check_length(self, messages: Sequence[Message]) -> None:
+        """Refuses what is far too long before all of it is tokenized, which takes many times its memory."""
+        text = "".join(m["content"] for m in messages)
+        context = self._engine.context
+        few = text[: _SURELY_LONG * context]
+        if len(few) < len(text) and len(self._tokenizer.encode(few)) >= context:
+            raise ValueError(
+                f"say: the conversation is too long for the context; expected less than "
+                f"{context} tokens, got {len(text)} characters"
+            )
 
     def _close_reply(self) -> None:
         if self._reply is not None:

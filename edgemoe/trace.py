@@ -59,10 +59,20 @@ def record(experts_per_token: int) -> np.dtype[Any]:
 
 
 class TraceWriter(Observer):
-    """Writes a trace as layers are planned; an existing file is replaced."""
+    """Writes a trace as layers are planned; an earlier trace of that name is replaced."""
 
     def __init__(self, path: str | os.PathLike[str], header: TraceHeader) -> None:
-        """Opens the file and writes the header. Raises OSError."""
+        """Opens the file and writes the header.
+
+        Raises:
+            ValueError: there is a file that is not a trace; it is left alone.
+            OSError: the file cannot be written.
+        """
+        target = Path(path)
+        if target.is_file() and target.stat().st_size:
+            with open(target, "rb") as old:
+                if not old.read(32).startswith(b'{"edgemoe_trace"'):
+                    raise ValueError(f"{path}: exists and is not a trace; it is left as it is")
         self._dtype = record(header.experts_per_token)
         self._file = open(path, "wb")  # noqa: SIM115 (closed by `close`)
         self._file.write(json.dumps(asdict(header)).encode() + b"\n")

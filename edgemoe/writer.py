@@ -8,7 +8,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -27,7 +27,7 @@ from edgemoe.format import (
     pack_preamble,
     tensor_bytes,
 )  # fmt: skip
-from edgemoe.quant import DEFAULT_LADDER, quantize
+from edgemoe.quant import DEFAULT_LADDER, LEVEL_WEIGHTS, quantize
 
 __all__ = ["Writer"]
 
@@ -104,7 +104,13 @@ class Writer:
 
     def _fingerprint(self) -> str:
         sections = {k: _core.crc32c(v) for k, v in self._sections.items()}
-        plan = [self._config.to_json(), self._ladder, self._source, sections]
+        plan = [
+            self._config.to_json(),
+            self._ladder,
+            self._source,
+            sections,
+            LEVEL_WEIGHTS.tolist(),
+        ]
         return f"{_core.crc32c(json.dumps(plan, sort_keys=True).encode()):08x}"
 
     # ------------------------------------------------------------ the partial file
@@ -118,7 +124,7 @@ class Writer:
         if free < wanted:
             raise OSError(
                 errno.ENOSPC,
-                f"the disk has {free / 2**30:.2f} GiB free; the file takes {wanted / 2**30:.2f} GiB",
+                f"the disk has {free / 1e6:.1f} MB free; the file takes {wanted / 1e6:.1f} MB",
                 str(self._path),
             )
         self._file: IO[bytes] = open(self._part, "r+b" if self._part.exists() else "w+b")  # noqa: SIM115
@@ -227,16 +233,26 @@ class Writer:
     def _write(self, name: str, rungs: Sequence[NDArray[np.uint8]]) -> None:
         offset, sizes = self._places[name]
         assert [len(r) for r in rungs] == sizes
-        self._file.seek(offset)
-        for rung in rungs:
-            self._file.write(rung.data)
+        with self._named():
+            self._file.seek(offset)
+            for rung in rungs:
+                self._file.write(rung.data)
         if name not in self._crcs:
             self.written_bytes += align(sum(sizes))
         self._crcs[name] = [_core.crc32c(r.data) for r in rungs]
         self._unlogged.append(name)
         self._unsynced += sum(sizes)
         if self._unsynced >= _SYNC_BYTES:
-            self._sync()
+            with self._named():
+                self._sync()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        """Gives an error of the disk the file's name."""
+        try:
+            yield
+        except OSError as e:
+            raise OSError(e.errno, e.strerror, str(self._part)) from None
 
     def _sync(self) -> None:
         """Logs what is safely on the disk."""
@@ -256,7 +272,12 @@ class Writer:
 
         Raises:
             FormatError: a tensor or expert was not added.
+            OSError: the disk is full.
         """
+        with self._named():
+            self._finish()
+
+    def _finish(self) -> None:
         missing = sorted(set(self._places) - set(self._crcs))
         if missing:
             raise FormatError(f"{missing[0]}: not written ({len(missing)} in all)")

@@ -71,7 +71,13 @@ def test_refuses_to_replace_a_file_unasked(checkpoint, tmp_path, capsys) -> None
     out.write_bytes(b"precious")
     assert run("convert", checkpoint, out) == 1
     assert f"{out}: exists; --overwrite replaces it" in capsys.readouterr().err
+    assert run("convert", checkpoint, out, "--overwrite") == 1
+    assert "not a .moe file" in capsys.readouterr().err
     assert out.read_bytes() == b"precious"
+    assert run("convert", checkpoint, checkpoint / "config.json", "--overwrite") == 1
+    assert run("convert", checkpoint, "/dev/null", "--overwrite") == 1
+    out.unlink()
+    assert run("convert", checkpoint, out) == 0
     assert run("convert", checkpoint, out, "--overwrite") == 0
 
 

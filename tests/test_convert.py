@@ -11,6 +11,7 @@ import reference
 import torch
 from decoded import Decoded
 from safetensors.torch import save_file
+from tiny import tokenizer_files
 
 from edgemoe.convert.convert import convert
 from edgemoe.convert.families import FAMILIES
@@ -23,7 +24,7 @@ from edgemoe.writer import Writer
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a dense layer, shared experts and some of a tokenizer's files."""
     path = families.make("qwen2_moe-mlp-only", tmp_path_factory.mktemp("tiny-qwen2"))
-    (path / "tokenizer.json").write_text("{}")
+    (path / "tokenizer.json").write_bytes(tokenizer_files()["tokenizer.json"])
     return path
 
 
@@ -96,7 +97,7 @@ def test_does_not_go_on_with_other_weights(checkpoint: Path, tmp_path: Path, mon
         raise Stop
 
     other = families.make("qwen2_moe-mlp-only", tmp_path / checkpoint.name, seed=1)
-    (other / "tokenizer.json").write_text("{}")
+    (other / "tokenizer.json").write_bytes(tokenizer_files()["tokenizer.json"])
     out = tmp_path / "x.moe"
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "finish", fail)

@@ -23,6 +23,7 @@ class MemoryCheckpoint:
         self, config: Mapping[str, Any], tensors: Mapping[str, Any], files: Mapping[str, bytes]
     ) -> None:
         self.name = "tiny"
+        self.identity = ""
         self.config = config
         self.files = files
         self._tensors = tensors

@@ -55,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> None:
     out: Path = args.out
-    if out.exists() and not args.overwrite:
-        raise FileExistsError(f"{out}: exists; --overwrite replaces it")
+    _check_target(out, overwrite=args.overwrite)
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such directory")
     from edgemoe.convert.convert import convert
@@ -73,6 +72,21 @@ def _convert(args: argparse.Namespace) -> None:
     with Progress(f"writing {out.name}", unit="B") as progress:
         convert(source, out, bits=args.bits, progress=progress)
     note(f"{_PROG}: wrote {out}: {_gib(out.stat().st_size)}")
+
+
+def _check_target(out: Path, *, overwrite: bool) -> None:
+    """Refuses to replace what is not a `.moe` file, such as a file of the source or a device."""
+    from edgemoe.format import MAGIC
+
+    if not out.exists() and not out.is_symlink():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{out}: exists; --overwrite replaces it")
+    if not out.is_file() or out.is_symlink():
+        raise FileExistsError(f"{out}: is not a regular file; --overwrite replaces .moe files only")
+    with open(out, "rb") as old:
+        if old.read(len(MAGIC)) != MAGIC:
+            raise FileExistsError(f"{out}: is not a .moe file; --overwrite replaces only those")
 
 
 def _checkpoint(path: Path) -> Checkpoint:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_LARGEST_PROMPT = 16 << 20  # bytes; no context holds as much
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command.
@@ -38,11 +40,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.path is not None:
         args.model = args.path
     try:
-        args.ram = _ram(args.ram)
-        params = _sampling(args)
-    except ValueError as error:
-        parser.error(str(error))
-    try:
+        try:
+            args.ram = _ram(args.ram)
+            params = _sampling(args)
+        except ValueError as error:
+            parser.error(str(error))
         code = _run(args, params)
         sys.stdout.flush()
         return code
@@ -167,10 +169,15 @@ def _prompt(args: Namespace) -> str | None:
     """Returns the one prompt to answer, None for an interactive chat."""
     parts = [] if args.prompt is None else [args.prompt]
     if args.file is not None:
+        if Path(args.file).is_file() and Path(args.file).stat().st_size > _LARGEST_PROMPT:
+            raise ValueError(f"{args.file}: expected a prompt of at most 16 MiB")
         parts.append(_utf8(Path(args.file).read_bytes(), args.file))
     if is_terminal(sys.stdin):
         return "\n".join(parts) if parts else None
-    piped = _utf8(sys.stdin.buffer.read(), "stdin") if sys.stdin is not None else ""
+    content = sys.stdin.buffer.read(_LARGEST_PROMPT + 1) if sys.stdin is not None else b""
+    if len(content) > _LARGEST_PROMPT:
+        raise ValueError("stdin: expected a prompt of at most 16 MiB")
+    piped = _utf8(content, "stdin")
     if piped:
         parts.append(piped)
     if not parts:

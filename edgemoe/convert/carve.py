@@ -104,6 +104,7 @@ class CarvedCheckpoint:
         self._matrices: dict[tuple[int, str], Array] = {}
         width = (shape.intermediate_size - update.shared) // update.num_experts
         self.name = f"{dense.name} carved into {update.shared} + {update.num_experts} x {width}"
+        self.identity = dense.identity
         self.files = dense.files
         self.config: Mapping[str, Any] = _config(dense.config, shape, update, width, active)
         self.shapes: Mapping[str, tuple[int, ...]] = _shapes(shape, update, width)

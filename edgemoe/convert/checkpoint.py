@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Checkpoint"]
+__all__ = ["Checkpoint", "file_identity"]
 
 
 class Checkpoint(Protocol):
@@ -17,6 +18,10 @@ class Checkpoint(Protocol):
     @property
     def name(self) -> str:
         """A short name for messages and provenance (a directory's or file's name)."""
+
+    @property
+    def identity(self) -> str:
+        """Differs when the weights' files do: their names, sizes and times."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -33,3 +38,9 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Reads one tensor as float32, C-contiguous. Raises FormatError when it is missing or broken."""
+
+
+def file_identity(paths: Sequence[Path]) -> str:
+    """Returns names, sizes and times of files as one text."""
+    stats = [(p.name, p.stat()) for p in paths]
+    return " ".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)

@@ -10,6 +10,7 @@ from typing import Any
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.source import SourceModel
+from edgemoe.tokenizer import Tokenizer
 from edgemoe.writer import Writer
 
 __all__ = ["Progress", "convert"]
@@ -41,11 +42,13 @@ def convert(
     """
     model = SourceModel(source)
     config = model.config
+    if "tokenizer.json" in source.files:
+        Tokenizer.from_files(source.files)  # a broken one is better found now than at every run
     provenance: dict[str, Any] = {
         "name": source.name,
         "family": config.family,
         "config": {key: source.config[key] for key in _PROVENANCE if key in source.config},
-        "fingerprint": _fingerprint(model),
+        "fingerprint": _fingerprint(model, source.identity),
     }
     with Writer(out, config, bits=bits, sections=source.files, source=provenance) as writer:
 
@@ -68,14 +71,14 @@ def convert(
             progress(writer.total_bytes, writer.total_bytes)
 
 
-def _fingerprint(model: SourceModel) -> str:
-    """Hashes a sample of the weights: the last layer with experts, and one of these.
+def _fingerprint(model: SourceModel, identity: str) -> str:
+    """Hashes which files these are and a sample of the weights: the last layer with experts, and one of these.
 
     Without it a conversion could go on with the weights of another fine-tune of the same model.
     """
     config = model.config
     layer = config.moe_layers[-1]
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(identity.encode())
     for name in dense_tensors(config):
         if name in ("norm", "rope") or name.startswith(f"layers.{layer}."):
             digest.update(model.tensor(name).data)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.convert.checkpoint import file_identity
 from edgemoe.convert.gguf_tokenizer import tokenizer_files
 from edgemoe.errors import FormatError
 
@@ -56,6 +57,7 @@ class GGUFCheckpoint:
     def __init__(self, path: str | Path) -> None:
         path = Path(path)
         self.name = path.name
+        self.identity = file_identity([path]) if path.exists() else ""
         reader = _open(path)
         try:
             self._meta = {name: field.contents() for name, field in reader.fields.items()}

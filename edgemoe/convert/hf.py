@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.convert.checkpoint import file_identity
 from edgemoe.convert.safetensors_file import StoredTensor, read_header
 from edgemoe.errors import FormatError
 
@@ -46,6 +47,7 @@ class HFCheckpoint:
             what = "is not a directory" if path.exists() else "no such directory"
             raise FormatError(f"{path}: {what}; expected a Hugging Face checkpoint")
         self.name: str = path.resolve().name
+        self.identity: str = file_identity(sorted(path.glob("*.safetensors")))
         self.config: Mapping[str, Any] = _read_json(path / _CONFIG)
         self.files: Mapping[str, bytes] = {
             name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()

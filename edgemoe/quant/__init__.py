@@ -1,5 +1,5 @@
 """Nested codes: one 8-bit code per weight of which every prefix is a model."""
 
-from edgemoe.quant.nested import DEFAULT_LADDER, plane_widths, quantize, rung_bytes
+from edgemoe.quant.nested import DEFAULT_LADDER, LEVEL_WEIGHTS, plane_widths, quantize, rung_bytes
 
-__all__ = ["DEFAULT_LADDER", "plane_widths", "quantize", "rung_bytes"]
+__all__ = ["DEFAULT_LADDER", "LEVEL_WEIGHTS", "plane_widths", "quantize", "rung_bytes"]

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 
-__all__ = ["DEFAULT_LADDER", "plane_widths", "quantize", "rung_bytes"]
+__all__ = ["DEFAULT_LADDER", "LEVEL_WEIGHTS", "plane_widths", "quantize", "rung_bytes"]
 
 DEFAULT_LADDER = (2, 3, 4, 6, 8)
 """Bits in use after each rung."""
@@ -20,7 +20,7 @@ _SCALE_BYTES = 64
 
 # How much the squared error at 1 to 8 bits counts when a group's range is clipped: fourfold per bit, as the
 # error itself falls. Counting low bits more helped 2 bits by 1% and cost 8 bits threefold: benchmarks/LOG.md.
-_LEVEL_WEIGHTS = np.array([0, 1, 4, 16, 0, 256, 0, 4096], dtype=np.float32)
+LEVEL_WEIGHTS = np.array([0, 1, 4, 16, 0, 256, 0, 4096], dtype=np.float32)
 
 
 def plane_widths(ladder: Sequence[int]) -> list[int]:
@@ -51,4 +51,4 @@ def quantize(
     Raises:
         ValueError: a weight is not finite or beyond float16.
     """
-    return _core.quantize(w, plane_widths(ladder), _LEVEL_WEIGHTS, threads)
+    return _core.quantize(w, plane_widths(ladder), LEVEL_WEIGHTS, threads)
