@@ -438,7 +438,9 @@ def test_a_message_of_several_lines(brief: Terminal, tmp_path: Path, env: dict[s
 
 
 def test_a_dumb_terminal_is_enough(env: dict[str, str], tiny_moe: Path) -> None:
-    terminal = Terminal(env | {"TERM": "dumb"}, *RUN, str(tiny_moe), "-n", "4", "--ignore-eos")
+    terminal = Terminal(
+        env | {"TERM": "dumb"}, *RUN, str(tiny_moe), "-n", "4", "--ignore-eos", "--temp", "0"
+    )
     try:
         terminal.expect("Ctrl-D leaves")
         terminal.expect("> ")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -358,3 +361,33 @@ def test_an_upgrade_is_verified_like_a_load(data, tmp_path):
         with pytest.raises(FormatError, match="rung 1"):
             engine._store.cache.decode(0, 2)
         engine._store.cache.check_integrity()
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a file system in memory")
+def test_a_file_system_without_direct_reads_works(tiny_moe):
+    path = f"/dev/shm/edgemoe-test-{os.getpid()}.moe"
+    try:
+        shutil.copy(tiny_moe, path)
+        with edgemoe.load(path) as there, edgemoe.load(tiny_moe) as here:
+            assert np.array_equal(there.logits(IDS), here.logits(IDS))
+    finally:
+        os.unlink(path)
+
+
+def test_a_disk_that_fills_up_loses_nothing(tmp_path, tiny_moe):
+    """A limit on the size of files stands for the disk: writing beyond it fails like on a full one."""
+    out = tmp_path / "out.moe"
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+        "from pathlib import Path; from tiny import tiny_checkpoint;"
+        "from edgemoe.convert.convert import convert; convert(tiny_checkpoint(), Path(sys.argv[1]))"
+    )
+    env = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(out)], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"OSError: [Errno 27] File too large: '{out}.part'"
+    assert not out.exists()
+    convert(tiny_checkpoint(), out)
+    assert out.read_bytes() == tiny_moe.read_bytes()

@@ -70,6 +70,8 @@ def _run(args: Namespace, params: SamplingParams) -> int:
     prompt = _prompt(args)  # before the model is loaded, so that a mistake costs no time
     if args.model is None:
         args.model = _demo()
+    if args.verbose:
+        _describe_machine()
     with _load(args) as engine:
         from edgemoe.chat import Chat
 
@@ -111,6 +113,16 @@ def _demo() -> Path:
         if code:
             raise SystemExit(code)
     return path
+
+
+def _describe_machine() -> None:
+    from edgemoe import hardware
+
+    gpus = hardware.num_cuda_devices()
+    note(
+        f"# machine: {hardware.num_threads()} cores, {hardware.available_bytes() / 2**30:.1f} GiB of memory free, "
+        f"{f'{gpus} CUDA devices, which this version does not use' if gpus else 'no CUDA device'}"
+    )
 
 
 def _load(args: Namespace) -> Engine:
