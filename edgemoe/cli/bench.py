@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import error_line, note
+from edgemoe.cli.parser import Parser
 
 if TYPE_CHECKING:
     from edgemoe.bench import Result, Roof
@@ -74,11 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="edgemoe bench",
         description="Measure prompts (pp) and single tokens (tg), as llama-bench does: random tokens, "
         "one unmeasured repetition, the median of the others ± their deviation.",
-        allow_abbrev=False,
     )
     parser.add_argument("model", metavar="MODEL", help="a .moe file")
     parser.add_argument("-p", "--n-prompt", type=_counts, default=[512], metavar="N,…",

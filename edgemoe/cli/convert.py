@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import error_line, note
+from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.errors import EdgemoeError
 
@@ -118,20 +119,11 @@ def _carved(path: Path) -> Checkpoint:
         return carve(dense, progress=progress)
 
 
-class _Parser(argparse.ArgumentParser):
-    """Ends with one line about wrong usage instead of a screen of flags."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(_USAGE_ERROR, f"{self.prog}: {message}; {self.prog} --help lists the flags\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=_PROG,
         description="Make a .moe file from a checkpoint.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT.moe", help="the file to make")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
 from collections.abc import Sequence
 
 from edgemoe.cli.console import error_line, note
+from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 
 __all__ = ["main"]
@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 1 for an error, which is one line on stderr; 130 after Ctrl-C.
     """
-    argparse.ArgumentParser(
+    Parser(
         prog="edgemoe demo",
         description="Download and build the demo model, once. `edgemoe-run` without a model does this by itself.",
     ).parse_args(argv)

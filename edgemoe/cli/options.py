@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from edgemoe.cli.parser import Parser
+
 __all__ = ["run_parser"]
 
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
@@ -26,13 +28,11 @@ as EDGEMOE_RAM=4GiB or EDGEMOE_CTX_SIZE=4096; 1 and 0 for those without a value.
 
 def run_parser() -> argparse.ArgumentParser:
     """Returns the parser. It ends the program at wrong usage, with one line and exit code 2."""
-    parser = _Parser(
+    parser = Parser(
         prog="edgemoe-run",
         usage="%(prog)s [MODEL] [flags]",
         description="Chat with a Mixture-of-Experts model, inside a memory budget.",
         epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     try:
         _add_flags(parser)
@@ -96,13 +96,6 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     _add_switch(parser, "-v", "--verbose", help="more messages, and tracebacks of errors")
     parser.add_argument("--version", action=_Version, help="print the version and leave")
 # fmt: on
-
-
-class _Parser(argparse.ArgumentParser):
-    """Ends with one line about wrong usage instead of a screen of flags."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists the flags\n")
 
 
 class _Version(argparse.Action):
