@@ -149,7 +149,7 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
       const int kv_head = i / num_blocks, start = i % num_blocks * per_block;
       const int n = std::min(per_block, T * per_kv - start);
       float* outs[kQueries];
-      int firsts[kQueries];
+      int firsts[kQueries] = {};
       for (int j = 0; j < n; ++j) {
         const int t = (start + j) / per_kv, head = kv_head * per_kv + (start + j) % per_kv;
         const size_t at = (size_t(t) * heads + head) * hd;

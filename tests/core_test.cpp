@@ -199,6 +199,74 @@ void test_rows_do_not_depend_on_their_batch(const ExpertFile& file) {
   }
 }
 
+/// Every instruction set gives the bits of the scalar one.
+void test_instruction_sets_agree(const ExpertFile& file) {
+  const int T = 9, heads = 6, kv_heads = 2, head_dim = 18, stride = 32, capacity = 40;
+  auto cache = file.open(kExperts * record_bytes(file));
+  std::mt19937 rng(5);
+  std::normal_distribution<float> normal;
+  const auto random = [&](size_t n) {
+    std::vector<float> v(n);
+    for (float& x : v) x = normal(rng);
+    return v;
+  };
+  const auto x = random(size_t(T) * kHidden), q0 = random(size_t(T) * heads * head_dim);
+  const auto k0 = random(size_t(T) * kv_heads * head_dim), v0 = random(size_t(T) * kv_heads * head_dim);
+  const auto router = random(21 * kHidden), norm = random(kHidden), angles = random(size_t(T) * head_dim);
+  std::vector<std::vector<float>> expected;
+  std::string names = usable_isas();
+  for (const std::string& name : {std::string("scalar"), names.substr(0, names.find(' '))}) {
+    use_isa(name.c_str());
+    std::vector<std::vector<float>> got;
+    Workspace ws(2, {T, kHidden, kExpertHidden, capacity, head_dim});
+    for (int8_t level = 1; level <= 5; ++level) {
+      const int32_t id = 2;
+      std::vector<int> group;
+      cache->begin(&id, &level, kOnes, 1, 1);
+      cache->next(&group);
+      for (int n : {1, T}) {
+        std::vector<float> out(size_t(n) * kHidden);
+        run_ffns(ws, x.data(), n, {{cache->view(id, level), nullptr, n, out.data()}});
+        got.push_back(out);
+      }
+      cache->close();
+    }
+    std::vector<float> out(x.size()), scores(21 * T), gates(3 * T), attended(q0.size());
+    rms_norm(ws, x.data(), norm.data(), 1e-5f, T, kHidden, out.data());
+    got.push_back(out);
+    std::vector<int32_t> experts(3 * T);
+    route(ws, x.data(), router.data(), T, kHidden, 21, 3, false, true, scores.data(), experts.data(), gates.data());
+    got.push_back(gates);
+    got.emplace_back(experts.begin(), experts.end());
+    std::vector<uint16_t> kv(size_t(2) * kv_heads * capacity * stride);
+    AttentionParts parts{{heads, kv_heads, head_dim, 0, 0.25f},
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         false,
+                         1e-5f,
+                         2.0f,
+                         angles.data(),
+                         angles.data() + T * head_dim / 2};
+    auto q = q0, k = k0, v = v0;
+    for (int pos : {0, T, 2 * T}) {
+      attention(ws, q.data(), k.data(), v.data(), T, pos, parts,
+                {kv.data(), kv.data() + kv.size() / 2, capacity, stride}, attended.data());
+      got.push_back(attended);
+    }
+    got.emplace_back(kv.begin(), kv.end());
+    if (expected.empty()) {
+      expected = got;
+      continue;
+    }
+    for (size_t i = 0; i < got.size(); ++i) {
+      CHECK(std::memcmp(got[i].data(), expected[i].data(), got[i].size() * sizeof(float)) == 0);
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -212,6 +280,7 @@ int main() {
     use_isa(isa);
     test_rows_do_not_depend_on_their_batch(file);
   }
-  std::printf("core_test: %s\n", failures ? "FAILED" : "ok");
+  test_instruction_sets_agree(file);
+  std::printf("core_test (%s): %s\n", usable_isas(), failures ? "FAILED" : "ok");
   return failures ? 1 : 0;
 }

@@ -7,6 +7,10 @@
 
 #include "kernels.h"
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace edgemoe {
 namespace {
 
@@ -24,6 +28,9 @@ const Candidate* candidates(int* count) {
                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                              __builtin_cpu_supports("avx512vnni");
   static const Candidate all[] = {{&kAvx512, avx512}, {&kAvx2, avx2}, {&kScalar, true}};
+#elif defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
+  static const Candidate all[] = {{&kNeon, (getauxval(AT_HWCAP) & kDotProduct) != 0}, {&kScalar, true}};
 #else
   static const Candidate all[] = {{&kScalar, true}};
 #endif
