@@ -26,7 +26,7 @@ Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable ta
       max_level_(max_level),
       verify_(verify),
       budget_pages_(uint32_t(std::min<size_t>(budget_bytes / kPage, UINT32_MAX))),
-      policy_(policy, int(table_.offsets.size()), shape_.num_layers),
+      policy_(policy, int(table_.offsets.size())),
       loader_(std::move(file), num_readers) {
   const size_t n = table_.offsets.size(), rungs = shape_.rung_widths.size();
   if (n == 0 || n > INT32_MAX || n != size_t(shape_.num_layers) * size_t(shape_.num_experts) ||
@@ -186,7 +186,7 @@ void Cache::begin(const int32_t* experts, const int8_t* levels, const int32_t* c
   require(!is_open_, "a request is open");
   check_request(experts, levels, counts, n);
   is_open_ = true;
-  policy_.advance(num_tokens);
+  if (n > 0) policy_.advance(experts[0] / shape_.num_experts, num_tokens);
   for (int i = 0; i < n; ++i) {
     const int e = experts[i];
     uses_.push_back({e, levels[i], Step::kWaiting, {}});

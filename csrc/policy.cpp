@@ -5,21 +5,24 @@
 
 namespace edgemoe {
 
-Policy::Policy(const std::string& name, int num_experts, int num_layers)
-    : is_lru_(name == "lru"), growth_(std::exp2(1.0 / (kHalfLife * num_layers))), scores_(size_t(num_experts), 0.0) {
+Policy::Policy(const std::string& name, int num_experts) : is_lru_(name == "lru"), scores_(size_t(num_experts), 0.0) {
   if (name != "lru" && name != "lfu") throw std::invalid_argument("policy: expected lru or lfu, got " + name);
 }
 
-void Policy::advance(int num_tokens) {
+void Policy::advance(int layer, int num_tokens) {
   if (is_lru_) {
     weight_ += 1;
     return;
   }
-  weight_ *= std::pow(growth_, num_tokens);
-  if (weight_ > 1e200) {
-    for (double& s : scores_) s *= 1e-200;
-    weight_ *= 1e-200;
+  if (layer <= layer_) {
+    weight_ *= std::exp2(pass_tokens_ / kHalfLife);
+    if (weight_ > 1e200) {
+      for (double& s : scores_) s *= 1e-200;
+      weight_ *= 1e-200;
+    }
   }
+  layer_ = layer;
+  pass_tokens_ = num_tokens;
 }
 
 void Policy::use(int expert, int count) {

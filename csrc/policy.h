@@ -12,14 +12,15 @@ class Policy {
  public:
   /// "lru": least recently used. "lfu": least frequently used, where a use counts half after kHalfLife tokens.
   /// Throws std::invalid_argument for another name.
-  Policy(const std::string& name, int num_experts, int num_layers);
+  Policy(const std::string& name, int num_experts);
 
   /// Tokens after which a use counts half. From 16 to 10^6 made no difference on a trace of real routing; a short
   /// memory follows a change of subject sooner (benchmarks/LOG.md).
   static constexpr double kHalfLife = 64;
 
-  /// One layer is about to run `num_tokens` tokens.
-  void advance(int num_tokens);
+  /// A layer is about to run `num_tokens` tokens. All layers of one pass are at the same time: what a prompt used
+  /// least goes first, in whichever layer.
+  void advance(int layer, int num_tokens);
   /// An expert of that layer runs `count` of them.
   void use(int expert, int count);
 
@@ -27,8 +28,9 @@ class Policy {
 
  private:
   bool is_lru_;
-  double growth_;      ///< per token and layer
-  double weight_ = 1;  ///< of a use now; grows, so that older ones count less
+  int layer_ = -1;       ///< of the pass under way
+  int pass_tokens_ = 0;  ///< likewise
+  double weight_ = 1;    ///< of a use now; grows, so that older ones count less
   std::vector<double> scores_;
 };
 

@@ -33,6 +33,7 @@ class Model:
         self.level = {}
         self.scores = [0.0] * N
         self.weight = 1.0
+        self.layer = -1
         self.hits = self.misses = self.evictions = 0
 
     def used(self):
@@ -42,8 +43,10 @@ class Model:
         if self.policy == "lru":
             self.weight += 1
             self.scores[expert] = self.weight
-        else:  # a use counts half after 64 tokens, in two layers
-            self.weight *= 2 ** (1 / (64 * 2))
+        else:  # a use counts half after 64 passes of a token
+            if expert // 8 <= self.layer:
+                self.weight *= 2 ** (1 / 64)
+            self.layer = expert // 8
             self.scores[expert] += self.weight
         if self.level.get(expert, 0) >= level:
             self.hits += 1
