@@ -276,6 +276,24 @@ def test_a_demo_that_cannot_be_built_says_why(env: dict[str, str], tmp_path: Pat
     assert result.stderr.startswith(b"edgemoe demo: ")
 
 
+def test_a_folder_called_edgemoe_is_not_taken_for_the_package(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "edgemoe").mkdir()
+    (tmp_path / "edgemoe" / "__init__.py").write_text("raise SystemExit('the wrong one')")
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / "edgemoe").write_text("in the way")
+    code = "import sys; sys.path.pop(0); from edgemoe.cli.run import main; sys.exit(main(['-p', 'Hi']))"
+    env.pop("EDGEMOE_MODEL", None)
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**env, "XDG_CACHE_HOME": str(cache)},
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE_S, check=False,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert result.stderr.startswith(b"edgemoe demo: "), result.stderr
+
+
 # --- at a terminal
 
 # What prompt_toolkit switches on before it reads keys, and off when it has a line.

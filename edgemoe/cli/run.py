@@ -109,7 +109,12 @@ def _demo() -> Path:
     if not path.is_file():
         import subprocess
 
-        code = subprocess.call([sys.executable, "-m", "edgemoe.cli.demo"], stdin=subprocess.DEVNULL)
+        # From where this package lies, or a folder of its name in the current one would be taken for it.
+        code = subprocess.call(
+            [sys.executable, "-m", "edgemoe.cli.demo"],
+            stdin=subprocess.DEVNULL,
+            cwd=Path(__file__).parents[2],
+        )
         if code:
             raise SystemExit(code)
     return path
