@@ -92,6 +92,8 @@ def _answer(engine: Engine, chat: Chat, prompt: str) -> int:
 
     write_reply(chat.say(prompt))
     note(stats_line(engine.stats))
+    if chat.finish == "context":
+        note("# the context is full: -c makes it larger")
     return 0
 
 
