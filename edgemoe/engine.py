@@ -165,6 +165,7 @@ class Engine:
         self._eos = frozenset(config.eos_ids)
         if self.tokenizer is not None:  # a file may name only the base model's end token
             self._eos |= frozenset(self.tokenizer.eos_ids)
+        self.sampling = SamplingParams.of_model(moe.sections.get("generation_config.json"))
         # The tokenizer keeps what it needs; the files' text must not count against the experts.
         self._moe: MoeFile | None = (moe := replace(moe, sections={}))
         hardware.trim()
@@ -219,6 +220,8 @@ class Engine:
             budget.experts, _core.isa(), threads,
         )  # fmt: skip
 
+    sampling: SamplingParams
+    """How replies are sampled unless said otherwise: the model's own settings, or the defaults."""
     notes: tuple[str, ...]
     """What the user chose that changes the answer, one line each; empty when exact."""
 
@@ -302,12 +305,13 @@ class Engine:
 
         Args:
             ids: [T] the prompt, T from 1 to `context` - 1.
+            params: how to sample; None for `sampling`.
 
         Raises:
             ValueError: too many tokens, none, or one outside the vocabulary.
             ReadError: the disk failed; the engine stays usable.
         """
-        params = params or SamplingParams()
+        params = params or self.sampling
         if len(ids) >= self.context:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens does not fit a context of {self.context} with a reply"
@@ -410,7 +414,7 @@ class Engine:
         """
         from edgemoe.chat import Chat
 
-        return Chat(self, system=system, params=params or SamplingParams())
+        return Chat(self, system=system, params=params or self.sampling)
 
     def close(self) -> None:
         """Gives all memory back; the engine cannot be used afterwards."""

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 __all__ = ["Sampler", "SamplingParams"]
+
+_MODEL_SETTINGS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}
+"""Names in generation_config.json, and ours."""
 
 _BLOCK = 128  # logits per block maximum: 1,200 maxima for a vocabulary of 150,000
 
@@ -43,6 +54,23 @@ class SamplingParams:
     """Texts that end the reply; they are not part of it."""
     ignore_eos: bool = False
     """Go on after the tokens with which the model ends a reply."""
+
+    @classmethod
+    def of_model(cls, generation_config: bytes | None) -> SamplingParams:
+        """Returns the defaults, with what a model's generation_config.json says of sampling instead.
+
+        What is not a valid setting there is left out: a file that others made must not stop a chat.
+        """
+        try:
+            said = json.loads(generation_config or b"{}")
+        except ValueError:
+            return cls()
+        params = cls()
+        for theirs, ours in _MODEL_SETTINGS.items():
+            if isinstance(said, dict) and said.get(theirs) is not None:
+                with contextlib.suppress(ValueError):
+                    params = replace(params, **{ours: said[theirs]})
+        return params
 
     def __post_init__(self) -> None:
         """Checks every field.

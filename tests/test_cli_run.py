@@ -329,6 +329,20 @@ class Terminal:
         before, _, self.seen = self.seen.partition(text)
         return before + text
 
+    def press_until(self, keys: str, text: str) -> None:
+        """Presses keys until `text` appears.
+
+        Python's own input() loses a Ctrl-C that comes between its prompt and its wait for a line.
+        """
+        for _ in range(PATIENCE_S):
+            self.send(keys)
+            deadline = time.monotonic() + 1
+            while text not in self.seen and time.monotonic() < deadline:
+                self._more(deadline)
+            if text in self.seen:
+                break
+        self.expect(text)
+
     def expect_text(self) -> None:
         """Waits for any text that is no escape sequence or blank."""
         deadline = time.monotonic() + PATIENCE_S
@@ -467,10 +481,7 @@ def test_a_dumb_terminal_is_enough(env: dict[str, str], tiny_moe: Path) -> None:
         terminal.send("two\n")
         terminal.expect(" + 4 tokens")
         terminal.expect("> ")
-        terminal.send("\x03")
-        terminal.expect("> ")
-        terminal.send("\x03")
-        terminal.expect("Ctrl-D or /quit leaves")
+        terminal.press_until("\x03", "Ctrl-D or /quit leaves")
         terminal.expect("> ")
         terminal.send("\x04")
         assert terminal.end() == 0

@@ -311,3 +311,23 @@ def test_logits_are_the_callers_own(tiny_moe):
         before = engine.stats.logits_hash
         out[:] = 0
         assert engine.stats.logits_hash == before
+
+
+def test_a_models_own_sampling_is_the_default(tmp_path):
+    from tiny import tiny_checkpoint
+
+    from edgemoe.convert.convert import convert
+
+    source = tiny_checkpoint()
+    source.files["generation_config.json"] = b'{"temperature": 0, "top_k": 7}'
+    convert(source, tmp_path / "x.moe")
+    with edgemoe.load(tmp_path / "x.moe") as engine:
+        assert engine.sampling == edgemoe.SamplingParams(temperature=0, top_k=7)
+        assert engine.chat().params == engine.sampling
+        stream, greedy = engine.generate(list(IDS[:9])), []
+        for token in stream:
+            greedy.append(token)
+            if len(greedy) == 5:
+                break
+        given = edgemoe.SamplingParams(temperature=0, max_tokens=5)
+        assert list(engine.generate(list(IDS[:9]), given)) == greedy

@@ -203,3 +203,19 @@ def test_minus_infinity_is_never_drawn() -> None:
     logits[[7, 200]] = 1
     sampler = Sampler(SamplingParams(top_k=0, top_p=1, min_p=0, seed=5))
     assert {sampler.sample(logits) for _ in range(50)} == {7, 200}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, SamplingParams()),
+        (b"{", SamplingParams()),
+        (b"[1]", SamplingParams()),
+        (b'{"temperature": 0.2, "top_p": 0.9}', SamplingParams(temperature=0.2, top_p=0.9)),
+        (b'{"repetition_penalty": 1.1, "top_k": 20}', SamplingParams(repeat_penalty=1.1, top_k=20)),
+        (b'{"temperature": null, "top_k": "many", "min_p": 0.1}', SamplingParams(min_p=0.1)),
+        (b'{"temperature": -1, "eos_token_id": 3, "top_p": 0.5}', SamplingParams(top_p=0.5)),
+    ],
+)
+def test_a_model_may_bring_settings(content: bytes | None, expected: SamplingParams) -> None:
+    assert SamplingParams.of_model(content) == expected

@@ -74,16 +74,16 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
          help="a text that ends the reply; may be repeated")
 
     sampling = parser.add_argument_group("sampling")
-    _add(sampling, "--temp", type=float, default=0.8, metavar="N",
-         help="0 always takes the likeliest token (default: %(default)s)")
-    _add(sampling, "--top-k", type=int, default=40, metavar="N",
-         help="keep the N likeliest, 0 for all (default: %(default)s)")
-    _add(sampling, "--top-p", type=float, default=0.95, metavar="N",
-         help="keep the likeliest with this probability together (default: %(default)s)")
-    _add(sampling, "--min-p", type=float, default=0.05, metavar="N",
-         help="keep those this likely relative to the likeliest (default: %(default)s)")
-    _add(sampling, "--repeat-penalty", type=float, default=1.0, metavar="N",
-         help="divides the logits of recent tokens (default: %(default)s, none)")
+    _add(sampling, "--temp", type=float, metavar="N",
+         help="0 always takes the likeliest token (default: the model's, else 0.8)")
+    _add(sampling, "--top-k", type=int, metavar="N",
+         help="keep the N likeliest, 0 for all (default: the model's, else 40)")
+    _add(sampling, "--top-p", type=float, metavar="N",
+         help="keep the likeliest with this probability together (default: the model's, else 0.95)")
+    _add(sampling, "--min-p", type=float, metavar="N",
+         help="keep those this likely relative to the likeliest (default: the model's, else 0.05)")
+    _add(sampling, "--repeat-penalty", type=float, metavar="N",
+         help="divides the logits of recent tokens (default: the model's, else 1, none)")
     _add(sampling, "--repeat-last-n", type=int, default=64, metavar="N",
          help="how many tokens are recent, -1 for all (default: %(default)s)")
     _add(sampling, "--presence-penalty", type=float, default=0.0, metavar="N",

@@ -42,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         try:
             args.ram = _ram(args.ram)
-            params = _sampling(args)
+            from edgemoe.sampler import SamplingParams
+
+            _sampling(args, SamplingParams())  # before the model is loaded
         except ValueError as error:
             parser.error(str(error))
-        code = _run(args, params)
+        code = _run(args)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -61,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         drop_stdout()
 
 
-def _run(args: Namespace, params: SamplingParams) -> int:
+def _run(args: Namespace) -> int:
     if sys.stdout is None:
         raise ValueError("stdout is closed; expected somewhere to write the reply")
     with contextlib.suppress(AttributeError):  # not so where a caller put a stream of its own
@@ -77,6 +79,7 @@ def _run(args: Namespace, params: SamplingParams) -> int:
 
         for line in engine.notes:
             note(f"# {line}")
+        params = _sampling(args, engine.sampling)
         chat = Chat(engine, system=args.system_prompt, params=params, raw=args.raw)
         if chat.is_raw and not args.raw:
             note("# the model has no chat template: it continues your text instead of answering it")
@@ -165,15 +168,20 @@ def _ram(size: str | None) -> int | str | None:
     return int(share * (hardware.process_bytes() + hardware.available_bytes()))
 
 
-def _sampling(args: Namespace) -> SamplingParams:
-    from edgemoe.sampler import SamplingParams
+def _sampling(args: Namespace, base: SamplingParams) -> SamplingParams:
+    """Returns `base` with what the flags say."""
+    import dataclasses
 
-    return SamplingParams(
-        temperature=args.temp,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
-        repeat_penalty=args.repeat_penalty,
+    given = {
+        "temperature": args.temp,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "repeat_penalty": args.repeat_penalty,
+    }
+    return dataclasses.replace(
+        base,
+        **{name: value for name, value in given.items() if value is not None},
         repeat_last_n=args.repeat_last_n,
         presence_penalty=args.presence_penalty,
         frequency_penalty=args.frequency_penalty,
