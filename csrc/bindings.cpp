@@ -516,18 +516,18 @@ PYBIND11_MODULE(_core, m) {
            py::arg("policy"))
       .def(
           "begin",
-          [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels, const Array<int32_t>& counts,
+          [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels, const Array<int32_t>& offsets,
              int num_tokens) {
             expect(experts, "experts", {-1});
             expect(levels, "levels", {experts.size()});
-            expect(counts, "counts", {experts.size()});
-            const int32_t *e = experts.data(), *k = counts.data();
+            expect(offsets, "offsets", {experts.size() + 1});
+            const int32_t *e = experts.data(), *k = offsets.data();
             const int8_t* l = levels.data();
             const int n = int(experts.size());
             py::gil_scoped_release release;
             c.begin(e, l, k, n, num_tokens);
           },
-          py::arg("experts").noconvert(), py::arg("levels").noconvert(), py::arg("counts").noconvert(),
+          py::arg("experts").noconvert(), py::arg("levels").noconvert(), py::arg("offsets").noconvert(),
           py::arg("num_tokens"))
       .def("next",
            [](Cache& c) {
@@ -555,6 +555,7 @@ PYBIND11_MODULE(_core, m) {
                                d["hits"] = s.hits;
                                d["misses"] = s.misses;
                                d["evictions"] = s.evictions;
+                               d["bits"] = s.bits;
                                d["wait_s"] = s.wait_s;
                                d["resident_bytes"] = s.resident_bytes;
                                d["resident_experts"] = s.resident_experts;
@@ -572,9 +573,9 @@ PYBIND11_MODULE(_core, m) {
             const int32_t e = expert;
             if (level < 1 || level > kMaxRungs) throw std::invalid_argument("decode: no such level");
             const int8_t l = int8_t(level);
-            const int32_t count = 1;
+            const int32_t offsets[] = {0, 1};
             std::vector<int> group;
-            c.begin(&e, &l, &count, 1, 1);
+            c.begin(&e, &l, offsets, 1, 1);
             c.next(&group);
             const ExpertView v = c.view(expert, level);
             std::vector<py::array_t<float>> out;

@@ -170,11 +170,11 @@ bool Cache::try_load(Use* use, int position) {
   return true;
 }
 
-void Cache::check_request(const int32_t* experts, const int8_t* levels, const int32_t* counts, int n) const {
+void Cache::check_request(const int32_t* experts, const int8_t* levels, const int32_t* offsets, int n) const {
   std::vector<uint8_t> seen(levels_.size(), 0);
   for (int i = 0; i < n; ++i) {
     const int32_t e = experts[i];
-    if (e < 0 || e >= num_experts() || levels[i] < 1 || levels[i] > max_level_ || counts[i] < 0) {
+    if (e < 0 || e >= num_experts() || levels[i] < 1 || levels[i] > max_level_ || offsets[i + 1] < offsets[i]) {
       throw std::invalid_argument("Cache: expert " + std::to_string(e) + " at level " + std::to_string(levels[i]) +
                                   " is outside the file or above the engine's bits");
     }
@@ -182,16 +182,17 @@ void Cache::check_request(const int32_t* experts, const int8_t* levels, const in
   }
 }
 
-void Cache::begin(const int32_t* experts, const int8_t* levels, const int32_t* counts, int n, int num_tokens) {
+void Cache::begin(const int32_t* experts, const int8_t* levels, const int32_t* offsets, int n, int num_tokens) {
   require(!is_open_, "a request is open");
-  check_request(experts, levels, counts, n);
+  check_request(experts, levels, offsets, n);
   is_open_ = true;
   if (n > 0) policy_.advance(experts[0] / shape_.num_experts, num_tokens);
   for (int i = 0; i < n; ++i) {
     const int e = experts[i];
     uses_.push_back({e, levels[i], Step::kWaiting, {}});
     wanted_[e] = 1;
-    policy_.use(e, counts[i]);
+    policy_.use(e, offsets[i + 1] - offsets[i]);
+    for (int r = 0; r < levels[i]; ++r) stats_.bits += shape_.rung_widths[r][0];
     if (levels_[e] >= levels[i]) {
       uses_.back().step = Step::kReady;
       pins_[e] += 1;

@@ -42,6 +42,7 @@ struct ExpertView {
 
 struct CacheStats {
   uint64_t hits = 0, misses = 0, evictions = 0;
+  uint64_t bits = 0;           ///< summed over uses, as the ladder counts them for w_gate
   double wait_s = 0;           ///< time that `next` waited for reads
   size_t resident_bytes = 0;   ///< of experts
   size_t committed_bytes = 0;  ///< of slots; what the budget bounds
@@ -61,9 +62,9 @@ class Cache {
   ~Cache();
 
   /// Opens a request: the experts of one layer at their levels, in the order in which they should be read; expert i
-  /// runs counts[i] of `num_tokens` tokens. Resident ones are pinned; reads start as far as slots are free.
-  /// Throws std::logic_error when one is open.
-  void begin(const int32_t* experts, const int8_t* levels, const int32_t* counts, int n, int num_tokens);
+  /// runs offsets[i + 1] - offsets[i] of `num_tokens` tokens. Resident ones are pinned; reads start as far as slots are
+  /// free. Throws std::logic_error when one is open.
+  void begin(const int32_t* experts, const int8_t* levels, const int32_t* offsets, int n, int num_tokens);
 
   /// Unpins the group given before and fills `group` with positions of the request that are resident now, waiting
   /// for reads if none is. An empty group means that all have been given; the request is closed then. When a read
@@ -112,7 +113,7 @@ class Cache {
   void evict(int expert);
   void trim(int slot, uint32_t keep);
   void finish(ReadJob* job, std::exception_ptr* error);
-  void check_request(const int32_t* experts, const int8_t* levels, const int32_t* counts, int n) const;
+  void check_request(const int32_t* experts, const int8_t* levels, const int32_t* offsets, int n) const;
   uint8_t* slot_base(int slot) const { return memory_.bytes() + size_t(slot) * window_bytes_; }
   uint32_t pages_at(int level) const { return uint32_t(slot_bytes(level) / kPage); }
 

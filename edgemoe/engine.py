@@ -213,7 +213,7 @@ class Engine:
         self._call = 0
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._meter = _Meter(self._store, self._experts)
+        self._meter = _Meter(self._store)
         logger.info(
             "%s: %s, %d tokens of context, chunks of %d, %d of %d bytes of experts, %s, %d threads",
             moe.path, config.family, budget.context, budget.chunk, budget.slots,
@@ -446,17 +446,14 @@ class Engine:
 class _Meter:
     """Turns counters since the start into those of one call."""
 
-    def __init__(self, store: ExpertStore, experts: Experts) -> None:
+    def __init__(self, store: ExpertStore) -> None:
         self._store: ExpertStore | None = store
-        self._experts: Experts | None = experts
         self._frozen = Stats()
         self.start()
 
     def start(self) -> None:
         assert self._store is not None
-        assert self._experts is not None
         self._base = self._store.stats
-        self._bits = (self._experts.bits_used, self._experts.experts_used)
         self._prompt = (0, 0, 0.0)
         self._tokens = 0
         self._first_s = self._last_s = 0.0
@@ -475,10 +472,10 @@ class _Meter:
         self._row = row
 
     def stats(self) -> Stats:
-        if self._store is None or self._experts is None:
+        if self._store is None:
             return self._frozen
         now, base = self._store.stats, self._base
-        experts = self._experts.experts_used - self._bits[1]
+        uses = now["hits"] + now["misses"] - base["hits"] - base["misses"]
         return Stats(
             prompt_tokens=self._prompt[0],
             cached_tokens=self._prompt[1],
@@ -486,7 +483,7 @@ class _Meter:
             new_tokens=self._tokens,
             first_token_s=self._first_s,
             decode_s=self._last_s - self._first_s,
-            average_bits=(self._experts.bits_used - self._bits[0]) / experts if experts else 0.0,
+            average_bits=(now["bits"] - base["bits"]) / uses if uses else 0.0,
             peak_bytes=hardware.peak_bytes(),
             resident_bytes=now["resident_bytes"],
             logits_hash="" if self._row is None else f"{_core.crc32c(self._row):08x}",
@@ -499,7 +496,7 @@ class _Meter:
     def freeze(self) -> None:
         """Keeps the last figures when the counters go."""
         self._frozen = self.stats()
-        self._store = self._experts = None
+        self._store = None
 
 
 def _with_experts(moe: MoeFile, experts: int | None) -> MoeFile:

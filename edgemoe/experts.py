@@ -43,8 +43,6 @@ class Experts:
         self.scheduler = scheduler
         self.store = store
         self.observer = observer
-        self.bits_used = 0
-        self.experts_used = 0
         self._ops = ops
         self._parts = parts
 
@@ -62,7 +60,5 @@ class Experts:
         for group in store.ready_groups():  # computing one group hides the reads of the next
             ops.expert_ffn(x, store.cache, experts, levels, plan, group, self._parts)
         ops.combine(self._parts, plan, out)
-        self.bits_used += int(plan.bits.sum())
-        self.experts_used += len(plan.bits)
         if self.observer is not None:
             self.observer.computed(plan)

@@ -120,8 +120,7 @@ class ExpertStore:
         self.cache.close()  # what Ctrl-C may have left open
         experts = plan.experts + np.int32(plan.layer * self._num_experts)
         levels = self._levels[plan.bits]
-        counts = plan.offsets[1:] - plan.offsets[:-1]
-        self.cache.begin(experts, levels, counts, len(plan.gates))
+        self.cache.begin(experts, levels, plan.offsets, len(plan.gates))
         return experts, levels
 
     def ready_groups(self) -> Iterator[list[int]]:

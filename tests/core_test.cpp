@@ -32,7 +32,7 @@ int failures = 0;
   } while (0)
 
 constexpr int kExperts = 12, kHidden = 80, kExpertHidden = 48;
-constexpr int32_t kOnes[] = {1, 1, 1, 1, 1};
+constexpr int32_t kRange[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
 const std::vector<uint8_t> kWidths = {2, 1, 1, 2, 2};
 
 /// A file of quantised experts, deleted at the end.
@@ -103,8 +103,7 @@ void test_random_requests_on(const ExpertFile& file, double experts) {
         levels.push_back(int8_t(1 + rng() % 5));
       }
     }
-    const std::vector<int32_t> counts(ids.size(), 1);
-    cache->begin(ids.data(), levels.data(), counts.data(), int(ids.size()), 1);
+    cache->begin(ids.data(), levels.data(), kRange, int(ids.size()), 1);
     std::set<int> given;
     for (cache->next(&group); !group.empty(); cache->next(&group)) {
       for (int i : group) {
@@ -134,7 +133,7 @@ void test_failing_reads(const ExpertFile& file) {
     const int8_t levels[] = {5, 5, 3, 2, 1};
     bool failed = false;
     try {
-      cache->begin(ids, levels, kOnes, 5, 1);
+      cache->begin(ids, levels, kRange, 5, 1);
       do cache->next(&group);
       while (!group.empty());
     } catch (const ReadError& e) {
@@ -150,7 +149,7 @@ void test_destruction_during_reads(const ExpertFile& file) {
     auto cache = file.open(8 * record_bytes(file));
     const int32_t ids[] = {0, 1, 2, 3, 4};
     const int8_t levels[] = {5, 5, 5, 5, 5};
-    cache->begin(ids, levels, kOnes, 5, 1);
+    cache->begin(ids, levels, kRange, 5, 1);
   }
 }
 
@@ -190,7 +189,7 @@ void test_rows_do_not_depend_on_their_batch(const ExpertFile& file) {
   const int32_t id = 4;
   const int8_t level = 3;
   std::vector<int> group;
-  cache->begin(&id, &level, kOnes, 1, 1);
+  cache->begin(&id, &level, kRange, 1, 1);
   cache->next(&group);
   run_ffns(ws, x.data(), T, {{cache->view(id, level), nullptr, T, all.data()}});
   for (int t = 0; t < T; t += 37) {
@@ -222,7 +221,7 @@ void test_instruction_sets_agree(const ExpertFile& file) {
     for (int8_t level = 1; level <= 5; ++level) {
       const int32_t id = 2;
       std::vector<int> group;
-      cache->begin(&id, &level, kOnes, 1, 1);
+      cache->begin(&id, &level, kRange, 1, 1);
       cache->next(&group);
       for (int n : {1, T}) {
         std::vector<float> out(size_t(n) * kHidden);

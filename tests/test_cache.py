@@ -13,7 +13,7 @@ from edgemoe.plan import Plan
 from edgemoe.store import ExpertStore, expert_bytes
 
 N = 16  # experts of the tiny model
-ONE = np.ones(1, np.int32)
+ONE = np.arange(2, dtype=np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_every_expert_of_a_request_is_given_once_and_pinned(moe, budget_experts)
         n = int(rng.integers(1, N + 1))
         experts = rng.permutation(N)[:n].astype(np.int32)
         levels = rng.integers(1, 6, n).astype(np.int8)
-        cache.begin(experts, levels, np.ones(n, np.int32), 1)
+        cache.begin(experts, levels, np.arange(n + 1, dtype=np.int32), 1)
         given = []
         while group := cache.next():
             for i in group:
@@ -146,11 +146,13 @@ def test_requests_that_make_no_sense_are_refused(moe):
         with pytest.raises(ValueError, match="Cache"):
             cache.begin(
                 np.array(experts, np.int32), np.array(levels, np.int8),
-                np.ones(len(experts), np.int32), 1,
+                np.arange(len(experts) + 1, dtype=np.int32), 1,
             )  # fmt: skip
         cache.check_integrity()
     with pytest.raises(TypeError):
-        cache.begin(np.zeros(4, np.int32)[::2], np.ones(2, np.int8), np.ones(2, np.int32), 1)
+        cache.begin(
+            np.zeros(4, np.int32)[::2], np.ones(2, np.int8), np.arange(3, dtype=np.int32), 1
+        )
     with pytest.raises(OutOfBudget, match="one expert takes"):
         ExpertStore(moe, bits=8, budget_bytes=expert_bytes(moe, 5) - 4096, verify=True)
 
