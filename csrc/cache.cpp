@@ -1,17 +1,15 @@
 #include "cache.h"
 
 #include <algorithm>
-#include <chrono>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+#include "clock.h"
 #include "error.h"
 
 namespace edgemoe {
 namespace {
-
-double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 void require(bool ok, const char* what) {
   if (!ok) throw std::logic_error(std::string("cache: ") + what);

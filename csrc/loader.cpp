@@ -1,17 +1,15 @@
 #include "loader.h"
 
-#include <chrono>
 #include <cstdio>
 #include <stdexcept>
 #include <utility>
 
+#include "clock.h"
 #include "crc32c.h"
 #include "error.h"
 
 namespace edgemoe {
 namespace {
-
-double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 void verify(const File& file, const ReadJob& job) {
   for (const Checked& c : job.checks) {

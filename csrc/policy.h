@@ -14,7 +14,7 @@ class Policy {
   /// Throws std::invalid_argument for another name.
   Policy(const std::string& name, int num_experts);
 
-  /// Tokens after which a use counts half. From 16 to 10^6 made no difference on a trace of real routing; a short
+  /// Tokens after which a use counts half. From 64 to 10^6 made no difference on a trace of real routing; a short
   /// memory follows a change of subject sooner (benchmarks/LOG.md).
   static constexpr double kHalfLife = 64;
 

@@ -2,22 +2,16 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstring>
 #include <deque>
 
+#include "clock.h"
 #include "kernels/kernels.h"
 #include "loader.h"
 #include "memory.h"
 #include "threads.h"
 
 namespace edgemoe {
-namespace {
-
-double now_s() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
-
-}  // namespace
-
 double memory_rate(size_t bytes, int threads) {
   constexpr size_t kBlock = size_t(1) << 20;
   Memory memory(round_up(std::max(bytes, kBlock), kBlock));

@@ -12,7 +12,7 @@
 namespace edgemoe {
 namespace {
 
-// About 50 microseconds: longer than Python needs between two calls of one layer, shorter than a read.
+// Some tens of microseconds: longer than Python needs between two calls of one layer, shorter than a read.
 constexpr int kSpins = 2000;
 
 /// Cores that this process may use.

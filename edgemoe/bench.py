@@ -91,8 +91,10 @@ def measure(
     Tokens are drawn at random, as in llama-bench; the same `seed` gives the same ones.
 
     Raises:
-        ValueError: a test does not fit the engine's context.
+        ValueError: a test does not fit the engine's context, or there is nothing to repeat.
     """
+    if repetitions < 1:
+        raise ValueError(f"repetitions: expected at least 1, got {repetitions}")
     rng = np.random.default_rng(seed)
     for is_prompt, count in [*((True, n) for n in prompts), *((False, n) for n in generations)]:
         if count < 1 or depth < 0 or depth + count + 1 > engine.context:

@@ -19,8 +19,8 @@ _DEFAULT_CONTEXT = 4096
 _SMALLEST_CONTEXT = 256
 _CHUNKS = (512, 256, 128, 64, 32, 16)
 
-# Thread stacks, allocator slack and the growth of the interpreter during a chat (measured: 9 MiB
-# over 40 turns of the demo model).
+# Thread stacks, allocator slack and the growth of the interpreter during a chat. Generous: benchmarks/budget.py
+# shows how much of a budget stays unused.
 _MARGIN_BYTES = 24 << 20
 
 # What the resident size of a process differs by from run to run.

@@ -290,6 +290,7 @@ class Engine:
         with self._alone():
             known = len(self._ids)
             tokens = self._checked(ids, self.context - known)
+            self._kv.length = known  # Ctrl-C may have come between the two
             self._call += 1
             self._meter.start()
             start = time.perf_counter()

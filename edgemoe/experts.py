@@ -16,13 +16,10 @@ Array = NDArray[np.float32]
 
 
 class Observer:
-    """Is told what happens, before and after each layer; the base does nothing."""
+    """Is told what happens in each layer; the base does nothing."""
 
     def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
         """A plan was made and nothing loaded yet; `residency` [E] is a live view."""
-
-    def computed(self, plan: Plan) -> None:
-        """All of a plan's experts have run."""
 
 
 class Experts:
@@ -60,5 +57,3 @@ class Experts:
         for group in store.ready_groups():  # computing one group hides the reads of the next
             ops.expert_ffn(x, store.cache, experts, levels, plan, group, self._parts)
         ops.combine(self._parts, plan, out)
-        if self.observer is not None:
-            self.observer.computed(plan)

@@ -50,7 +50,7 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.config import ModelConfig, TensorSpec, dense_tensors
 from edgemoe.errors import FormatError, ReadError
-from edgemoe.quant import rung_bytes
+from edgemoe.quant import GROUP, rung_bytes
 
 __all__ = [
     "ALIGNMENT", "MAGIC", "PREAMBLE", "VERSION", "ExpertTable", "MoeFile", "Tensor",
@@ -60,7 +60,6 @@ __all__ = [
 MAGIC = b"\x89MOE\r\n\x1a\n"
 VERSION = 1
 ALIGNMENT = 4096
-GROUP = 64
 PREAMBLE = struct.Struct("<8sIIQQQI20x")
 _MAX_INDEX = 64 << 20
 _MAX_SECTIONS = 256 << 20  # all together; they are read into memory

@@ -21,13 +21,12 @@ from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.errors import FormatError
 from edgemoe.format import (
     ALIGNMENT,
-    GROUP,
     align,
     expert_rung_bytes,
     pack_preamble,
     tensor_bytes,
 )  # fmt: skip
-from edgemoe.quant import DEFAULT_LADDER, LEVEL_WEIGHTS, quantize
+from edgemoe.quant import DEFAULT_LADDER, GROUP, LEVEL_WEIGHTS, quantize
 
 __all__ = ["Writer"]
 

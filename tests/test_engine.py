@@ -331,3 +331,10 @@ def test_a_models_own_sampling_is_the_default(tmp_path):
                 break
         given = edgemoe.SamplingParams(temperature=0, max_tokens=5)
         assert list(engine.generate(list(IDS[:9]), given)) == greedy
+
+
+def test_an_interrupt_between_computing_and_counting_is_forgotten(tiny_moe, expected):
+    with edgemoe.load(tiny_moe) as engine:
+        engine.logits(IDS[:149])
+        engine._decoder.forward(IDS[:3].astype(np.int32), engine._kv)  # and Ctrl-C here
+        assert np.array_equal(engine.extend(IDS[149:150])[0], expected[8][0][-1])

@@ -409,7 +409,7 @@ void rms_norm(const float* x, const float* weight, float eps, int cols, float* o
   for (c = 0; c < cols; ++c) out[c] = x[c] * inverse * weight[c];
 }
 
-/// e^x by range reduction and a polynomial of degree 6 (Cephes' coefficients); 2 ulp for |x| < 87.
+/// e^x by range reduction and a polynomial of degree 6 (Cephes' coefficients).
 template <class V>
 inline typename V::F exp(typename V::F x) {
   x = V::min(V::max(x, V::set(-87.0f)), V::set(88.0f));

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import error_line, note
+from edgemoe.cli.console import drop_stdout, error_line, note
 from edgemoe.cli.parser import Parser
 
 if TYPE_CHECKING:
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         note(f"edgemoe bench: {error_line(error)}")
         return 1
+    finally:
+        drop_stdout()
     return 0
 
 

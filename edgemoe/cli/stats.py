@@ -58,8 +58,7 @@ def _rate(count: int, seconds: float, unit: str) -> str:
 
 
 def _hit_rate(stats: Stats) -> str:
-    asked = stats.hits + stats.misses
-    return f"hit {100 * stats.hits / asked:.1f}%" if asked else ""
+    return f"hit {100 * stats.hit_rate:.1f}%" if stats.hits + stats.misses else ""
 
 
 def _reads(stats: Stats) -> str:

@@ -1,5 +1,12 @@
 """Nested codes: one 8-bit code per weight of which every prefix is a model."""
 
-from edgemoe.quant.nested import DEFAULT_LADDER, LEVEL_WEIGHTS, plane_widths, quantize, rung_bytes
+from edgemoe.quant.nested import (
+    DEFAULT_LADDER,
+    GROUP,
+    LEVEL_WEIGHTS,
+    plane_widths,
+    quantize,
+    rung_bytes,
+)
 
-__all__ = ["DEFAULT_LADDER", "LEVEL_WEIGHTS", "plane_widths", "quantize", "rung_bytes"]
+__all__ = ["DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "plane_widths", "quantize", "rung_bytes"]

@@ -9,12 +9,13 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 
-__all__ = ["DEFAULT_LADDER", "LEVEL_WEIGHTS", "plane_widths", "quantize", "rung_bytes"]
+__all__ = ["DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "plane_widths", "quantize", "rung_bytes"]
 
 DEFAULT_LADDER = (2, 3, 4, 6, 8)
 """Bits in use after each rung."""
 
 GROUP = 64
+"""Columns that share a scale."""
 _ROWS = 16
 _SCALE_BYTES = 64
 
