@@ -23,8 +23,8 @@ from edgemoe.format import MoeFile, open_moe
 from edgemoe.model import Decoder, KvCache
 from edgemoe.ops import CpuOps, OpsShape
 from edgemoe.sampler import Sampler, SamplingParams
-from edgemoe.scheduler import SCHEDULERS
-from edgemoe.store import ExpertStore, load_dense
+from edgemoe.scheduler import SCHEDULERS, Setting
+from edgemoe.store import ExpertStore, expert_bytes, load_dense
 from edgemoe.tokenizer import Tokenizer
 from edgemoe.trace import TraceHeader, TraceWriter
 
@@ -85,6 +85,7 @@ def load(
     context: int | None = None,
     threads: int | None = None,
     scheduler: str = "on-demand",
+    options: Mapping[str, Any] | None = None,
     verify: bool = True,
     trace: str | os.PathLike[str] | None = None,
     observer: Observer | None = None,
@@ -102,6 +103,7 @@ def load(
         context: tokens of prompt and reply together; None for what fits well.
         threads: None for the machine's cores.
         scheduler: a name of `edgemoe.scheduler.SCHEDULERS`.
+        options: the scheduler's own.
         verify: check the sum of everything that is read.
         trace: a file that records the routing; see `edgemoe.trace`.
         observer: is told of every layer; not together with `trace`.
@@ -115,7 +117,7 @@ def load(
     """
     return Engine(
         path, ram=ram, bits=bits, dense_bits=dense_bits, experts=experts, context=context,
-        threads=threads, scheduler=scheduler, verify=verify, trace=trace, observer=observer,
+        threads=threads, scheduler=scheduler, options=options or {}, verify=verify, trace=trace, observer=observer,
         whole_process=whole_process,
     )  # fmt: skip
 
@@ -137,6 +139,7 @@ class Engine:
         context: int | None,
         threads: int | None,
         scheduler: str,
+        options: Mapping[str, Any],
         verify: bool,
         trace: str | os.PathLike[str] | None,
         observer: Observer | None,
@@ -166,7 +169,8 @@ class Engine:
         if self.tokenizer is not None:  # a file may name only the base model's end token
             self._eos |= frozenset(self.tokenizer.eos_ids)
         self.sampling = SamplingParams.of_model(moe.sections.get("generation_config.json"))
-        # The tokenizer keeps what it needs; the files' text must not count against the experts.
+        # Tokenizer and scheduler keep what they need; the files' text must not count against the experts.
+        sections = moe.sections
         self._moe: MoeFile | None = (moe := replace(moe, sections={}))
         hardware.trim()
         self.notes = _notes(moe, given, self.bits, dense_bits)
@@ -192,10 +196,15 @@ class Engine:
         # Slots are sized last, from what the process really has by now.
         dense = sum(w.bytes if isinstance(w, _core.Nested) else w.nbytes for w in weights.values())
         self.budget = budget = divide(max(hardware.process_bytes() - dense, 0))
+        self.scheduler = SCHEDULERS[scheduler](
+            _setting(moe, self.bits, budget.slots, sections), **options
+        )
+        del sections
+        self.notes += self.scheduler.notes
         self._ops = CpuOps(replace(ops, max_tokens=budget.chunk, max_context=budget.context))
         self._store = ExpertStore(moe, bits=self.bits, budget_bytes=budget.slots, verify=verify)
         self._experts = Experts(
-            SCHEDULERS[scheduler](num_experts=config.num_experts, bits=self.bits),
+            self.scheduler,
             self._store,
             self._ops,
             parts=np.empty(
@@ -400,7 +409,11 @@ class Engine:
             part = tokens[first : first + chunk]
             if self._trace is not None:
                 self._trace.position = self._kv.length
+            if self._kv.length == 0:
+                self.scheduler.begin()
+            start = time.perf_counter()
             hidden = self._decoder.forward(part, self._kv)
+            self.scheduler.passed(len(part), time.perf_counter() - start)
             self._ids.extend(part.tolist())
             if len(out) == len(tokens):
                 self._decoder.logits(hidden, out[first : first + len(part)])
@@ -522,6 +535,20 @@ def _notes(moe: MoeFile, given: ModelConfig, bits: int, dense_bits: int | None) 
             f"the model's own number is {given.experts_per_token}"
         )
     return tuple(notes)
+
+
+def _setting(moe: MoeFile, bits: int, slots: int, sections: Mapping[str, bytes]) -> Setting:
+    config, levels = moe.config, range(1, moe.level(bits) + 1)
+    return Setting(
+        num_layers=len(config.moe_layers),
+        num_experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        bits=bits,
+        level_bits=tuple(moe.ladder[level - 1][0] for level in levels),
+        level_bytes=tuple(expert_bytes(moe, level) for level in levels),
+        slots_bytes=slots,
+        sections=sections,
+    )
 
 
 def _trace_header(moe: MoeFile, engine: Engine) -> TraceHeader:

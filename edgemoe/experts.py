@@ -19,7 +19,7 @@ class Observer:
     """Is told what happens in each layer; the base does nothing."""
 
     def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
-        """A plan was made and nothing loaded yet; `residency` [E] is a live view."""
+        """A plan was made and nothing loaded yet; `residency` [layers, E] is a live view."""
 
 
 class Experts:
@@ -49,7 +49,7 @@ class Experts:
         Parts are added in plan order, so the order in which experts arrive does not matter.
         """
         store, ops = self.store, self._ops
-        residency = store.residency(routing.layer)
+        residency = store.residency
         plan = self.scheduler.plan(routing, residency)
         if self.observer is not None:
             self.observer.planned(routing, plan, residency)

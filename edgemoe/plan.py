@@ -25,6 +25,13 @@ class Routing:
     """[T, K], best first."""
     gates: NDArray[np.float32]
     """[T, K]"""
+    ahead_experts: NDArray[np.int32] | None = None
+    """[p, K]: what the routers of the next p layers with experts choose for this layer's input, best first.
+
+    Only for single tokens, and for a scheduler whose `look_ahead` asks for it; None otherwise.
+    """
+    ahead_gates: NDArray[np.float32] | None = None
+    """[p, K]"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,7 @@ class Plan:
     layer: int
     """As in `Routing`."""
     experts: NDArray[np.int32]
-    """[n], each once, in the order of reading."""
+    """[n], in the order of reading; an expert may come again later at more bits, for other tokens."""
     bits: NDArray[np.int8]
     """[n]: precision of use."""
     offsets: NDArray[np.int32]
@@ -48,3 +55,15 @@ class Plan:
     """[T, K]: the part of a token's k-th expert, or -1 when it is skipped. Parts are added in this order."""
     gates: NDArray[np.float32]
     """[T, K]"""
+    ahead: NDArray[np.int32] | None = None
+    """[a]: experts that later layers will probably want, as layer * num_experts + expert, most urgent first.
+
+    They are read when nothing else is to be read, and kept until the next plan. Each plan gives the whole list:
+    reads for an expert that is no longer on it are cancelled unless they have begun. None: no list.
+    """
+    ahead_bits: NDArray[np.int8] | None = None
+    """[a]"""
+    drop: NDArray[np.int32] | None = None
+    """[d]: experts to lower before anything is read, as layer * num_experts + expert."""
+    drop_bits: NDArray[np.int8] | None = None
+    """[d]: what to lower them to; 0 evicts."""

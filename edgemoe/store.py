@@ -108,12 +108,12 @@ class ExpertStore:
             num_readers=_NUM_READERS,
             policy=policy,
         )
-        self._residency = self.cache.residency.reshape(-1, config.num_experts)
+        self._residency: NDArray[np.int8] = self.cache.residency.reshape(-1, config.num_experts)
 
-    def residency(self, layer: int) -> NDArray[np.int8]:
-        """Returns the rungs in memory of each expert of a layer [E]: a live view, read only."""
-        view: NDArray[np.int8] = self._residency[layer]
-        return view
+    @property
+    def residency(self) -> NDArray[np.int8]:
+        """Levels in memory [layers, E], 0 = absent: a live view, read only."""
+        return self._residency
 
     def request(self, plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
         """Starts what a plan needs and returns its experts' ids in the file, and their levels."""

@@ -87,7 +87,7 @@ class TraceWriter(Observer):
         rows["layer"] = routing.layer
         rows["experts"] = routing.experts
         rows["gates"] = routing.gates
-        rows["resident"] = residency[routing.experts]
+        rows["resident"] = residency[routing.layer][routing.experts]
         self._file.write(rows.data)
 
     def close(self) -> None:

@@ -177,7 +177,7 @@ def test_a_failing_read_surfaces_where_its_weights_are_used(tiny_moe, tmp_path):
             store.request(plan([0, lost, 1, 2]))
             list(store.ready_groups())
         store.cache.check_integrity()
-        assert store.residency(0)[lost] == 0
+        assert store.residency[0, lost] == 0
         store.request(plan([0, 1, 2]))
         assert sorted(i for group in store.ready_groups() for i in group) == [0, 1, 2]
     path.write_bytes(tiny_moe.read_bytes())
@@ -187,7 +187,7 @@ def test_a_failing_read_surfaces_where_its_weights_are_used(tiny_moe, tmp_path):
 
 def test_residency_is_a_read_only_live_view(moe):
     store = ExpertStore(moe, bits=8, budget_bytes=1 << 22, verify=True)
-    view = store.residency(1)
+    view = store.residency[1]
     assert view.sum() == 0
     one(store.cache, 9, 3)
     assert view.tolist() == [0, 3, 0, 0, 0, 0, 0, 0]

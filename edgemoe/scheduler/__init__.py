@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from edgemoe.scheduler.base import Scheduler
+from collections.abc import Callable
+
+from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.on_demand import OnDemand
 
-__all__ = ["SCHEDULERS", "OnDemand", "Scheduler"]
+__all__ = ["SCHEDULERS", "OnDemand", "Scheduler", "Setting"]
 
-SCHEDULERS: dict[str, type[Scheduler]] = {"on-demand": OnDemand}
-"""By the name that `--scheduler` takes. Each is made as `cls(num_experts=…, bits=…)`."""
+SCHEDULERS: dict[str, Callable[..., Scheduler]] = {"on-demand": OnDemand}
+"""By the name that `--scheduler` takes. Each is made as `cls(setting, **options)`."""

@@ -2,29 +2,75 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.plan import Plan, Routing
 
-__all__ = ["Scheduler"]
+__all__ = ["Scheduler", "Setting"]
 
 
-class Scheduler(Protocol):
-    """Decides; does nothing. Holds no weights, so that a recorded trace replays it without a model."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """Says what a scheduler decides about: the model, its levels and the room for experts."""
 
-    def __init__(self, *, num_experts: int, bits: int) -> None:
-        """Args:
-        num_experts: routed experts per layer.
-        bits: the precision that the user asked for.
-        """
+    num_layers: int
+    """Layers with routed experts."""
+    num_experts: int
+    """Per layer."""
+    experts_per_token: int
+    bits: int
+    """The precision that the user asked for, the highest that may be planned."""
+    level_bits: tuple[int, ...]
+    """Bits of the file's levels up to `bits`, ascending: level i + 1 has level_bits[i]."""
+    level_bytes: tuple[int, ...]
+    """Memory and reading of one expert at these levels."""
+    slots_bytes: int
+    """Memory for experts."""
+    sections: Mapping[str, bytes] = field(default_factory=dict)
+    """The file's sections, of which a scheduler may have its own: predictors, trained routers."""
 
+    @property
+    def fits(self) -> bool:
+        """Says whether every expert fits at `bits`, so that nothing will ever be dropped."""
+        return self.slots_bytes >= self.num_layers * self.num_experts * self.level_bytes[-1]
+
+
+class Scheduler(ABC):
+    """Decides; does nothing. Holds no weights, so that a recorded trace replays it without a model.
+
+    Made as `cls(setting, **options)`; a ValueError names the option that is wrong.
+    """
+
+    look_ahead: int = 0
+    """How many of the next layers' routers are applied to a layer's input; may change between tokens."""
+    priorities: NDArray[np.float64] | None = None
+    """[num_layers * num_experts], live: of what may be dropped, the lowest goes first. None: the cache's own policy.
+
+    The array is made in `__init__` and stays the same one.
+    """
+    notes: tuple[str, ...] = ()
+    """What makes the answer differ from the router's own at `bits`, one line each; empty when exact."""
+
+    @abstractmethod
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """Plans one layer.
 
         Args:
             routing: what the router chose.
-            residency: [E], rungs of each expert of this layer now in memory, 0 = absent; a live view, read only.
+            residency: [num_layers, num_experts], levels now in memory, 0 = absent; a live view, read only.
         """
+
+    def begin(self) -> None:
+        """A new sequence starts."""
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """All layers have run for `tokens` tokens, which took `seconds`."""
+
+    def report(self) -> str:
+        """Returns what it did so far in a few words for the statistics line; "" for nothing to say."""
+        return ""

@@ -6,19 +6,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler.base import Scheduler, Setting
 
 __all__ = ["OnDemand"]
 
 
-class OnDemand:
+class OnDemand(Scheduler):
     """Plans every routed expert at one precision.
 
     A single token's experts are read best first; a prompt's in the order of the file.
     """
 
-    def __init__(self, *, num_experts: int, bits: int) -> None:
+    def __init__(self, setting: Setting) -> None:
+        num_experts = setting.num_experts
         self._num_experts = num_experts
-        self._bits = np.full(num_experts, bits, np.int8)
+        self._bits = np.full(num_experts, setting.bits, np.int8)
         self._range = np.arange(num_experts + 1, dtype=np.int32)
         self._zeros = np.zeros(num_experts, np.int32)
 
