@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -54,6 +55,21 @@ const float* floats(const py::object& array, const char* name, std::initializer_
   const auto a = py::reinterpret_borrow<Array<float>>(array);
   expect(a, name, shape);
   return a.data();
+}
+
+/// A policy by name, or by the array of somebody else's scores, which is kept alive.
+Policy policy_from(const py::object& policy, size_t num_experts) {
+  if (py::isinstance<py::str>(policy)) return Policy(policy.cast<std::string>(), num_experts);
+  if (!py::isinstance<Array<double>>(policy)) {
+    throw py::type_error("policy: expected a name or a contiguous float64 array");
+  }
+  const auto scores = py::reinterpret_borrow<Array<double>>(policy);
+  expect(scores, "policy", {py::ssize_t(num_experts)});
+  const auto release = [](void* object) {
+    py::gil_scoped_acquire gil;
+    delete static_cast<py::object*>(object);
+  };
+  return Policy(scores.data(), num_experts, {static_cast<void*>(new py::object(policy)), release});
 }
 
 /// A resident matrix and the memory that holds it. Immutable.
@@ -431,11 +447,40 @@ PYBIND11_MODULE(_core, m) {
         int32_t* e = experts.mutable_data();
         float *g = gates.mutable_data(), *s = scores.mutable_data();
         py::gil_scoped_release release;
-        route(ws, a, w, T, cols, E, K, softmax_over_top_k, renormalise, s, e, g);
+        route(ws, a, w, T, cols, {E, K, softmax_over_top_k, renormalise}, s, e, g);
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("router").noconvert(), py::arg("softmax_over_top_k"),
       py::arg("renormalise"), py::arg("scores").noconvert(), py::arg("experts").noconvert(),
       py::arg("gates").noconvert());
+
+  m.def(
+      "look_ahead",
+      [](Workspace& ws, const Array<float>& x, const std::vector<Array<float>>& norms,
+         const std::vector<Array<float>>& routers, float eps, bool softmax_over_top_k, bool renormalise,
+         Array<float> normed, Array<float> scores, Array<int32_t> experts, Array<float> gates) {
+        expect(x, "look_ahead x", {1, -1});
+        const py::ssize_t p = py::ssize_t(routers.size()), cols = x.shape(1), E = scores.shape(1), K = experts.shape(1);
+        if (py::ssize_t(norms.size()) != p) throw std::invalid_argument("look_ahead: expected a norm per router");
+        expect(normed, "normed", {p, cols});
+        expect(scores, "scores", {p, -1});
+        expect(experts, "experts", {p, -1});
+        expect(gates, "gates", {p, K});
+        if (K < 1 || K > E) throw std::invalid_argument("look_ahead: expected 1 to " + std::to_string(E) + " experts");
+        std::vector<NextRouter> next;
+        for (py::ssize_t i = 0; i < p; ++i) {
+          expect(norms[size_t(i)], "norm", {cols});
+          expect(routers[size_t(i)], "router", {E, cols});
+          next.push_back({norms[size_t(i)].data(), routers[size_t(i)].data()});
+        }
+        const float* a = x.data();
+        int32_t* e = experts.mutable_data();
+        float *g = gates.mutable_data(), *s = scores.mutable_data(), *n = normed.mutable_data();
+        py::gil_scoped_release release;
+        look_ahead(ws, a, next, int(cols), eps, {int(E), int(K), softmax_over_top_k, renormalise}, n, s, e, g);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("norms"), py::arg("routers"), py::arg("eps"),
+      py::arg("softmax_over_top_k"), py::arg("renormalise"), py::arg("normed").noconvert(),
+      py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());
 
   m.def(
       "ffn",
@@ -501,14 +546,14 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init([](const std::shared_ptr<File>& file, int num_experts, int hidden, int expert_hidden,
                        const std::vector<std::array<uint8_t, 3>>& rung_widths, const std::vector<uint32_t>& ends,
                        const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const std::vector<int>& layers,
-                       int max_level, size_t budget_bytes, bool verify, int num_readers, const std::string& policy) {
+                       int max_level, size_t budget_bytes, bool verify, int num_readers, const py::object& policy) {
              expect(offsets, "offsets", {-1});
              expect(crcs, "crcs", {offsets.size(), py::ssize_t(ends.size())});
              ExpertTable table{
                  {offsets.data(), offsets.data() + offsets.size()}, {crcs.data(), crcs.data() + crcs.size()}, layers};
              ExpertShape shape{int(layers.size()), num_experts, hidden, expert_hidden, rung_widths, ends};
              return std::make_unique<Cache>(file, std::move(shape), std::move(table), max_level, budget_bytes, verify,
-                                            num_readers, policy);
+                                            num_readers, policy_from(policy, size_t(offsets.size())));
            }),
            py::kw_only(), py::arg("file"), py::arg("num_experts"), py::arg("hidden"), py::arg("expert_hidden"),
            py::arg("rung_widths"), py::arg("ends"), py::arg("offsets").noconvert(), py::arg("crcs").noconvert(),
@@ -517,18 +562,25 @@ PYBIND11_MODULE(_core, m) {
       .def(
           "begin",
           [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels, const Array<int32_t>& offsets,
-             int num_tokens) {
+             int num_tokens, const std::optional<Array<int32_t>>& ahead,
+             const std::optional<Array<int8_t>>& ahead_levels) {
             expect(experts, "experts", {-1});
             expect(levels, "levels", {experts.size()});
             expect(offsets, "offsets", {experts.size() + 1});
-            const int32_t *e = experts.data(), *k = offsets.data();
-            const int8_t* l = levels.data();
-            const int n = int(experts.size());
+            Wish later{nullptr, nullptr, 0};
+            if (ahead && ahead_levels) {
+              expect(*ahead, "ahead", {-1});
+              expect(*ahead_levels, "ahead_levels", {ahead->size()});
+              later = {ahead->data(), ahead_levels->data(), int(ahead->size())};
+            }
+            const Wish now{experts.data(), levels.data(), int(experts.size())};
+            const int32_t* o = offsets.data();
             py::gil_scoped_release release;
-            c.begin(e, l, k, n, num_tokens);
+            c.begin(now, o, num_tokens, later);
           },
           py::arg("experts").noconvert(), py::arg("levels").noconvert(), py::arg("offsets").noconvert(),
-          py::arg("num_tokens"))
+          py::arg("num_tokens"), py::arg("ahead").noconvert() = py::none(),
+          py::arg("ahead_levels").noconvert() = py::none())
       .def("next",
            [](Cache& c) {
              std::vector<int> group;
@@ -556,6 +608,9 @@ PYBIND11_MODULE(_core, m) {
                                d["misses"] = s.misses;
                                d["evictions"] = s.evictions;
                                d["bits"] = s.bits;
+                               d["ahead_reads"] = s.ahead_reads;
+                               d["ahead_used"] = s.ahead_used;
+                               d["ahead_late"] = s.ahead_late;
                                d["wait_s"] = s.wait_s;
                                d["resident_bytes"] = s.resident_bytes;
                                d["resident_experts"] = s.resident_experts;
@@ -575,7 +630,7 @@ PYBIND11_MODULE(_core, m) {
             const int8_t l = int8_t(level);
             const int32_t offsets[] = {0, 1};
             std::vector<int> group;
-            c.begin(&e, &l, offsets, 1, 1);
+            c.begin({&e, &l, 1}, offsets, 1, {nullptr, nullptr, 0});
             c.next(&group);
             const ExpertView v = c.view(expert, level);
             std::vector<py::array_t<float>> out;

@@ -18,18 +18,17 @@ void require(bool ok, const char* what) {
 }  // namespace
 
 Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable table, int max_level, size_t budget_bytes,
-             bool verify, int num_readers, const std::string& policy)
+             bool verify, int num_readers, Policy policy)
     : shape_(std::move(shape)),
       table_(std::move(table)),
       max_level_(max_level),
       verify_(verify),
       budget_pages_(uint32_t(std::min<size_t>(budget_bytes / kPage, UINT32_MAX))),
-      policy_(policy, int(table_.offsets.size())),
-      loader_(std::move(file), num_readers) {
+      policy_(std::move(policy)) {
   const size_t n = table_.offsets.size(), rungs = shape_.rung_widths.size();
   if (n == 0 || n > INT32_MAX || n != size_t(shape_.num_layers) * size_t(shape_.num_experts) ||
       table_.layers.size() != size_t(shape_.num_layers) || table_.crcs.size() != n * rungs ||
-      shape_.ends.size() != rungs || max_level < 1 || size_t(max_level) > rungs) {
+      shape_.ends.size() != rungs || max_level < 1 || size_t(max_level) > rungs || policy_.size() != n) {
     throw std::invalid_argument("Cache: expected one offset per expert, one sum per rung and a level of the ladder");
   }
   window_bytes_ = slot_bytes(max_level);
@@ -39,14 +38,19 @@ Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable ta
   }
   // Address space for as many as could be resident at the lowest level.
   const size_t num_slots = std::min<size_t>(n, size_t(budget_pages_) * kPage / slot_bytes(1));
-  memory_ = Memory(num_slots * window_bytes_);
-  if (num_slots == n && num_slots * window_bytes_ <= size_t(budget_pages_) * kPage) memory_.prefer_huge_pages();
+  if (file) {
+    memory_ = Memory(num_slots * window_bytes_);
+    if (num_slots == n && num_slots * window_bytes_ <= size_t(budget_pages_) * kPage) memory_.prefer_huge_pages();
+    loader_ = std::make_unique<Loader>(std::move(file), num_readers);
+  }
   slots_.resize(num_slots);
   for (size_t i = num_slots; i-- > 0;) free_slots_.push_back(int(i));
   levels_.assign(n, 0);
   slot_of_.assign(n, -1);
   pins_.assign(n, 0);
   wanted_.assign(n, 0);
+  asked_.assign(n, 0);
+  ahead_.assign(n, 0);
 }
 
 Cache::~Cache() {
@@ -61,11 +65,12 @@ size_t Cache::slot_bytes(int level) const {
   return level == 0 ? 0 : round_up(shape_.ends[size_t(level) - 1], system_page());
 }
 
-int Cache::find_victim(bool spare_request) const {
+int Cache::find_victim(Spare spare) const {
   int victim = -1;
   for (const Slot& slot : slots_) {
     const int e = slot.owner;
-    if (e < 0 || pins_[e] > 0 || levels_[e] == 0 || (spare_request && wanted_[e])) continue;
+    if (e < 0 || pins_[e] > 0 || levels_[e] == 0) continue;
+    if ((spare != Spare::kNothing && wanted_[e]) || (spare == Spare::kAhead && ahead_[e])) continue;
     if (victim < 0 || policy_.score(e) < policy_.score(victim)) victim = e;
   }
   return victim;
@@ -85,13 +90,13 @@ void Cache::evict(int e) {
 void Cache::trim(int slot, uint32_t keep) {
   Slot& s = slots_[slot];
   if (s.pages <= keep) return;
-  memory_.release(size_t(slot) * window_bytes_ + size_t(keep) * kPage, size_t(s.pages - keep) * kPage);
+  if (loader_) memory_.release(size_t(slot) * window_bytes_ + size_t(keep) * kPage, size_t(s.pages - keep) * kPage);
   committed_pages_ -= s.pages - keep;
   s.pages = keep;
 }
 
 /// Frees committed pages of unused slots, then evicts, until `pages` more fit.
-bool Cache::make_room(uint32_t pages, int keep_slot, bool spare_request) {
+bool Cache::make_room(uint32_t pages, int keep_slot, Spare spare) {
   while (committed_pages_ + pages > budget_pages_) {
     bool trimmed = false;
     for (int s : free_slots_) {
@@ -101,130 +106,228 @@ bool Cache::make_room(uint32_t pages, int keep_slot, bool spare_request) {
       break;
     }
     if (trimmed) continue;
-    const int victim = find_victim(spare_request);
+    const int victim = find_victim(spare);
     if (victim < 0) return false;
     evict(victim);
   }
   return true;
 }
 
-/// Finds room for an expert and starts its read. Returns false when everything is pinned.
-bool Cache::try_load(Use* use, int position) {
-  const int e = use->expert, from = levels_[e];
-  const uint32_t need = pages_at(use->level);
+/// Finds or frees a slot with `need` pages for an expert. Returns false when there is none to be had.
+bool Cache::find_room(int e, uint32_t need, Spare spare, int* slot) {
   pins_[e] += 1;  // an upgrade must not evict its own lower rungs
-  bool has_room = false;
-  int slot = slot_of_[e];
-  for (const bool spare_request : {true, false}) {
-    // Experts that this request still wants are dropped only when nothing else can be and nothing is under way.
-    if (!spare_request) {
-      if (!given_.empty() || loader_.num_pending() > 0) break;
-      if (std::any_of(uses_.begin(), uses_.end(), [](const Use& u) { return u.step == Step::kReady; })) break;
-    }
-    int candidate = slot;
-    if (candidate < 0) {
-      // A slot that has its pages is better than an empty one: nothing is faulted in again.
-      const bool usable =
-          !free_slots_.empty() && (slots_[free_slots_.back()].pages > 0 || committed_pages_ + need <= budget_pages_);
-      const int victim = usable ? -1 : find_victim(spare_request);
-      if (victim >= 0) evict(victim);
-      if (free_slots_.empty()) continue;
-      candidate = free_slots_.back();
-    }
+  int candidate = slot_of_[e];
+  if (candidate < 0) {
+    // A slot that has its pages is better than an empty one: nothing is faulted in again.
+    const bool usable =
+        !free_slots_.empty() && (slots_[free_slots_.back()].pages > 0 || committed_pages_ + need <= budget_pages_);
+    const int victim = usable ? -1 : find_victim(spare);
+    if (victim >= 0) evict(victim);
+    if (!free_slots_.empty()) candidate = free_slots_.back();
+  }
+  bool found = candidate >= 0;
+  if (found) {
     const uint32_t has = slots_[candidate].pages;
-    if (make_room(need > has ? need - has : 0, candidate, spare_request)) {
-      slot = candidate;
-      has_room = true;
-      break;
-    }
+    found = make_room(need > has ? need - has : 0, candidate, spare);
   }
   pins_[e] -= 1;
-  if (!has_room) return false;
+  *slot = candidate;
+  return found;
+}
 
-  ReadJob& job = use->job;
-  const size_t begin = slot_bytes(from);
-  job.offset = table_.offsets[e] + begin;
-  job.length = size_t(need) * kPage - begin;
-  job.to = slot_base(slot) + begin;
-  job.tag = position;
-  for (int r = from; verify_ && r < use->level; ++r) {
-    const uint32_t start = r == 0 ? 0 : shape_.ends[r - 1];
-    job.checks.push_back({slot_base(slot) + start, shape_.ends[r] - start, table_.crcs[e * shape_.ends.size() + r],
-                          table_.layers[e / shape_.num_experts], e % shape_.num_experts, r});
-  }
+void Cache::start_read(int e, int slot, int level, bool is_ahead) {
+  Slot& s = slots_[slot];
+  const int from = levels_[e];
+  const uint32_t need = pages_at(level);
   if (slot_of_[e] < 0) {
     // Mostly the last one.
     free_slots_.erase(std::find(free_slots_.rbegin(), free_slots_.rend(), slot).base() - 1);
     slot_of_[e] = slot;
-    slots_[slot].owner = e;
+    s.owner = e;
   }
   trim(slot, need);  // its last owner may have been larger
-  committed_pages_ += need - slots_[slot].pages;
-  slots_[slot].pages = need;
+  committed_pages_ += need - s.pages;
+  s.pages = need;
   peak_pages_ = std::max(peak_pages_, committed_pages_);
-  loader_.submit(&job);
+  s.target = int8_t(level);
+  s.is_ahead = is_ahead;
   pins_[e] += 1;
-  use->step = Step::kLoading;
-  return true;
+  stats_.ahead_reads += is_ahead;
+
+  const size_t begin = slot_bytes(from), length = size_t(need) * kPage - begin;
+  if (!loader_) {
+    dry_stats_.bytes += length;
+    dry_stats_.reads += length > 0;
+    return finish(slot, true, nullptr);
+  }
+  ReadJob& job = s.job;
+  job = {table_.offsets[e] + begin, length, slot_base(slot) + begin, {}, slot, is_ahead, nullptr};
+  for (int r = from; verify_ && r < level; ++r) {
+    const uint32_t start = r == 0 ? 0 : shape_.ends[r - 1];
+    job.checks.push_back({slot_base(slot) + start, shape_.ends[r] - start, table_.crcs[e * shape_.ends.size() + r],
+                          table_.layers[e / shape_.num_experts], e % shape_.num_experts, r});
+  }
+  loader_->submit(&job);
 }
 
-void Cache::check_request(const int32_t* experts, const int8_t* levels, const int32_t* offsets, int n) const {
-  std::vector<uint8_t> seen(levels_.size(), 0);
-  for (int i = 0; i < n; ++i) {
-    const int32_t e = experts[i];
-    if (e < 0 || e >= num_experts() || levels[i] < 1 || levels[i] > max_level_ || offsets[i + 1] < offsets[i]) {
-      throw std::invalid_argument("Cache: expert " + std::to_string(e) + " at level " + std::to_string(levels[i]) +
+Cache::Load Cache::try_load(Use* use) {
+  const int e = use->expert;
+  int slot = slot_of_[e];
+  if (slot >= 0 && slots_[slot].target > 0) {  // under way
+    if (slots_[slot].target < use->level) return Load::kBusy;
+    if (slots_[slot].is_ahead) {
+      slots_[slot].is_ahead = false;
+      stats_.ahead_late += 1;
+      loader_->promote(&slots_[slot].job);
+    }
+    use->step = Step::kLoading;
+    return Load::kStarted;
+  }
+  if (levels_[e] >= use->level) {  // came with an earlier use
+    use->step = Step::kReady;
+    pins_[e] += 1;
+    return Load::kStarted;
+  }
+  const uint32_t need = pages_at(use->level);
+  bool has_room = find_room(e, need, Spare::kAhead, &slot);
+  if (!has_room) {
+    cancel_ahead();
+    has_room = find_room(e, need, Spare::kRequest, &slot);
+  }
+  // Experts that this request still wants are dropped only when nothing else can be and nothing is under way.
+  if (!has_room && given_.empty() && num_pending() == 0 && !any(Step::kReady)) {
+    has_room = find_room(e, need, Spare::kNothing, &slot);
+  }
+  if (!has_room) return Load::kNoRoom;
+  use->step = Step::kLoading;
+  start_read(e, slot, use->level, false);
+  return Load::kStarted;
+}
+
+bool Cache::any(Step step) const {
+  return std::any_of(uses_.begin(), uses_.end(), [step](const Use& u) { return u.step == step; });
+}
+
+void Cache::check(const Wish& wish) const {
+  for (int i = 0; i < wish.count; ++i) {
+    const int32_t e = wish.experts[i];
+    if (e < 0 || e >= num_experts() || wish.levels[i] < 1 || wish.levels[i] > max_level_) {
+      throw std::invalid_argument("Cache: expert " + std::to_string(e) + " at level " + std::to_string(wish.levels[i]) +
                                   " is outside the file or above the engine's bits");
     }
-    if (seen[size_t(e)]++) throw std::invalid_argument("Cache: an expert is asked for twice");
   }
 }
 
-void Cache::begin(const int32_t* experts, const int8_t* levels, const int32_t* offsets, int n, int num_tokens) {
+void Cache::set_ahead(const Wish& ahead) {
+  for (int e : ahead_list_) ahead_[e] = 0;
+  const std::vector<int> before = std::move(ahead_list_);
+  ahead_list_.clear();
+  for (int i = 0; i < ahead.count; ++i) {
+    const int e = ahead.experts[i];
+    if (ahead_[e] == 0) ahead_list_.push_back(e);
+    ahead_[e] = std::max(ahead_[e], ahead.levels[i]);
+  }
+  for (int e : before) {
+    const int slot = slot_of_[e];
+    if (ahead_[e] || slot < 0 || slots_[slot].target == 0 || !slots_[slot].is_ahead || wanted_[e]) continue;
+    if (loader_->cancel(&slots_[slot].job)) finish(slot, false, nullptr);
+  }
+}
+
+/// Gives up what is wanted soon, as far as it has not begun.
+void Cache::cancel_ahead() {
+  if (!ahead_list_.empty()) set_ahead({nullptr, nullptr, 0});
+}
+
+/// Starts reads ahead in their order, as long as there is room that nothing wanted takes.
+void Cache::load_ahead() {
+  for (int e : ahead_list_) {
+    if (levels_[e] >= ahead_[e] || (slot_of_[e] >= 0 && slots_[slot_of_[e]].target > 0)) continue;
+    int slot;
+    if (!find_room(e, pages_at(ahead_[e]), Spare::kAhead, &slot)) return;
+    start_read(e, slot, ahead_[e], true);
+  }
+}
+
+void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const Wish& ahead) {
   require(!is_open_, "a request is open");
-  check_request(experts, levels, offsets, n);
+  check(now);
+  check(ahead);
+  bool ascending = true;
+  for (int i = 0; i < now.count; ++i) {
+    int8_t& asked = asked_[now.experts[i]];
+    ascending = ascending && asked < now.levels[i] && offsets[i] <= offsets[i + 1];
+    asked = now.levels[i];
+  }
+  for (int i = 0; i < now.count; ++i) asked_[now.experts[i]] = 0;
+  if (!ascending) throw std::invalid_argument("Cache: an expert is asked for twice, and not at more bits");
+  std::exception_ptr ignored;  // of reads ahead; who wants the expert reads it again
+  collect(false, &ignored);
   is_open_ = true;
-  if (n > 0) policy_.advance(experts[0] / shape_.num_experts, num_tokens);
-  for (int i = 0; i < n; ++i) {
-    const int e = experts[i];
-    uses_.push_back({e, levels[i], Step::kWaiting, {}});
-    wanted_[e] = 1;
+  if (now.count > 0) policy_.advance(now.experts[0] / shape_.num_experts, num_tokens);
+  for (int i = 0; i < now.count; ++i) {
+    const int e = now.experts[i], level = now.levels[i];
+    uses_.push_back({e, level, Step::kWaiting});
+    wanted_[e] += 1;
     policy_.use(e, offsets[i + 1] - offsets[i]);
-    for (int r = 0; r < levels[i]; ++r) stats_.bits += shape_.rung_widths[r][0];
-    if (levels_[e] >= levels[i]) {
+    for (int r = 0; r < level; ++r) stats_.bits += shape_.rung_widths[r][0];
+    if (levels_[e] >= level) {
       uses_.back().step = Step::kReady;
       pins_[e] += 1;
       stats_.hits += 1;
+      Slot& slot = slots_[slot_of_[e]];
+      if (slot.target == 0 && slot.is_ahead) {
+        slot.is_ahead = false;
+        stats_.ahead_used += 1;
+      }
     } else {
       stats_.misses += 1;
     }
   }
-  for (int i = 0; i < n; ++i) {
-    if (uses_[i].step == Step::kWaiting && !try_load(&uses_[i], i)) break;
+  set_ahead(ahead);
+  for (Use& use : uses_) {
+    if (use.step == Step::kWaiting && try_load(&use) == Load::kNoRoom) return;
+  }
+  load_ahead();
+}
+
+/// A read ended or was taken back.
+void Cache::finish(int slot, bool ok, std::exception_ptr* error) {
+  Slot& s = slots_[slot];
+  const int e = s.owner, level = s.target;
+  s.target = 0;
+  pins_[e] -= 1;
+  if (ok) {
+    if (levels_[e] == 0) stats_.resident_experts += 1;
+    stats_.resident_bytes += slot_bytes(level) - slot_bytes(levels_[e]);
+    levels_[e] = int8_t(level);
+  }
+  for (Use& use : uses_) {
+    if (use.expert != e || use.step != Step::kLoading) continue;
+    if (!ok && error && !*error) *error = s.job.error;
+    use.step = ok ? Step::kReady : Step::kDone;
+    pins_[e] += ok;
+    wanted_[e] -= !ok;
+  }
+  s.job.error = nullptr;
+  if (ok) return;
+  s.is_ahead = false;
+  if (levels_[e] == 0) {
+    free_slots_.push_back(slot);
+    s.owner = -1;
+    slot_of_[e] = -1;
+  } else {
+    trim(slot, pages_at(levels_[e]));
   }
 }
 
-void Cache::finish(ReadJob* job, std::exception_ptr* error) {
-  Use& use = uses_[job->tag];
-  const int e = use.expert;
-  if (job->error || job->is_cancelled) {
-    if (!*error) *error = job->error;
-    job->error = nullptr;
-    pins_[e] -= 1;
-    use.step = Step::kDone;
-    if (levels_[e] == 0) {
-      free_slots_.push_back(slot_of_[e]);
-      slots_[slot_of_[e]].owner = -1;
-      slot_of_[e] = -1;
-    } else {
-      trim(slot_of_[e], pages_at(levels_[e]));
-    }
-    return;
-  }
-  if (levels_[e] == 0) stats_.resident_experts += 1;
-  stats_.resident_bytes += slot_bytes(use.level) - slot_bytes(levels_[e]);
-  levels_[e] = int8_t(use.level);
-  use.step = Step::kReady;
+void Cache::collect(bool wait, std::exception_ptr* error) {
+  if (!loader_) return;
+  std::vector<ReadJob*> done;
+  const double start = wait ? now_s() : 0;
+  loader_->collect(wait, &done);
+  if (wait) stats_.wait_s += now_s() - start;
+  for (ReadJob* job : done) finish(job->tag, !job->error, error);
 }
 
 void Cache::next(std::vector<int>* group) {
@@ -235,37 +338,33 @@ void Cache::next(std::vector<int>* group) {
     uses_[i].step = Step::kDone;
   }
   given_.clear();
-  std::vector<ReadJob*> done;
   for (bool wait = false;; wait = true) {
-    const double start = wait ? now_s() : 0;
-    loader_.collect(wait, &done);
-    if (wait) stats_.wait_s += now_s() - start;
     std::exception_ptr error;
-    for (ReadJob* job : done) finish(job, &error);
-    done.clear();
+    collect(wait, &error);
     if (error) {
       close();
       std::rethrow_exception(error);
     }
-    bool left = false;
-    for (int i = 0; i < int(uses_.size()); ++i) {
-      if (uses_[i].step != Step::kWaiting) continue;
-      left = true;
-      // An expert that was evicted for this request's sake, or a reading that waited for room.
-      if (!try_load(&uses_[i], i)) break;
+    bool left = false, has_room = true;
+    for (Use& use : uses_) {
+      if (use.step != Step::kWaiting) continue;
+      // An expert that was evicted for this request's sake, an upgrade, or a read that waited for room.
+      has_room = has_room && try_load(&use) != Load::kNoRoom;
+      left = left || use.step == Step::kWaiting;
     }
+    if (!left) load_ahead();
     for (int i = 0; i < int(uses_.size()); ++i) {
       if (uses_[i].step != Step::kReady) continue;
       uses_[i].step = Step::kGiven;
-      wanted_[uses_[i].expert] = 0;
+      wanted_[uses_[i].expert] -= 1;
       group->push_back(i);
     }
     if (!group->empty()) {
       given_ = *group;
       return;
     }
-    if (loader_.num_pending() == 0) {
-      if (!left) return close();
+    if (!left && !any(Step::kLoading)) return close();
+    if (num_pending() == 0) {
       close();
       throw OutOfBudget("cache: no slot can be freed for an expert");
     }
@@ -274,14 +373,15 @@ void Cache::next(std::vector<int>* group) {
 
 void Cache::close() {
   if (!is_open_) return;
-  std::vector<ReadJob*> done;
   std::exception_ptr ignored;
-  loader_.cancel();
-  while (loader_.num_pending() > 0) loader_.collect(true, &done);
-  for (ReadJob* job : done) finish(job, &ignored);
+  for (const Use& use : uses_) {
+    const int slot = slot_of_[use.expert];
+    if (use.step == Step::kLoading && loader_->cancel(&slots_[slot].job)) finish(slot, false, nullptr);
+  }
+  while (any(Step::kLoading)) collect(true, &ignored);
   for (const Use& use : uses_) {
     if (use.step == Step::kReady || use.step == Step::kGiven) pins_[use.expert] -= 1;
-    wanted_[use.expert] = 0;
+    if (use.step != Step::kGiven && use.step != Step::kDone) wanted_[use.expert] -= 1;
   }
   uses_.clear();
   given_.clear();
@@ -334,16 +434,21 @@ CacheStats Cache::stats() const {
   return s;
 }
 
+LoaderStats Cache::loader_stats() const { return loader_ ? loader_->stats() : dry_stats_; }
+
 void Cache::check_integrity() const {
   size_t resident = 0, committed = 0;
   int count = 0;
   for (int e = 0; e < num_experts(); ++e) {
     require(levels_[e] >= 0 && levels_[e] <= max_level_, "level outside the ladder");
-    require(pins_[e] >= 0 && (is_open_ || pins_[e] == 0), "a pin was not released");
-    require((slot_of_[e] >= 0) || levels_[e] == 0, "resident without a slot");
-    if (slot_of_[e] >= 0) require(slots_[slot_of_[e]].owner == e, "slot and expert disagree");
+    const int slot = slot_of_[e], target = slot >= 0 ? slots_[slot].target : 0;
+    require(pins_[e] >= (target > 0) && (is_open_ || pins_[e] == (target > 0)), "a pin was not released");
+    require(is_open_ || wanted_[e] == 0, "wanted by nobody");
+    require(slot >= 0 || levels_[e] == 0, "resident without a slot");
+    if (slot < 0) continue;
+    require(slots_[slot].owner == e, "slot and expert disagree");
+    require(slots_[slot].pages == pages_at(std::max(target, int(levels_[e]))), "slot and expert differ in size");
     if (levels_[e] == 0) continue;
-    require(is_open_ || slots_[slot_of_[e]].pages == pages_at(levels_[e]), "slot and expert differ in size");
     resident += slot_bytes(levels_[e]);
     ++count;
   }

@@ -7,7 +7,6 @@
 
 #include <array>
 #include <cstdint>
-#include <deque>
 #include <memory>
 #include <vector>
 
@@ -43,6 +42,9 @@ struct ExpertView {
 struct CacheStats {
   uint64_t hits = 0, misses = 0, evictions = 0;
   uint64_t bits = 0;           ///< summed over uses, as the ladder counts them for w_gate
+  uint64_t ahead_reads = 0;    ///< reads begun for a later layer
+  uint64_t ahead_used = 0;     ///< of these, experts that were then wanted while still in memory
+  uint64_t ahead_late = 0;     ///< of these, still being read when wanted; counted as misses too
   double wait_s = 0;           ///< time that `next` waited for reads
   size_t resident_bytes = 0;   ///< of experts
   size_t committed_bytes = 0;  ///< of slots; what the budget bounds
@@ -51,27 +53,39 @@ struct CacheStats {
   int resident_experts = 0;
 };
 
+/// Experts at levels, in the order in which they should be read.
+struct Wish {
+  const int32_t* experts;
+  const int8_t* levels;
+  int count;
+};
+
 /// Owns the slots. One thread at a time; reads run beside it. At most one request is open.
 class Cache {
  public:
+  /// Without a file it is dry, for replaying traces: nothing is read or kept and every read ends at once.
   /// Throws OutOfBudget when not even one expert fits at `max_level`.
   Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable table, int max_level, size_t budget_bytes,
-        bool verify, int num_readers, const std::string& policy);
+        bool verify, int num_readers, Policy policy);
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
   ~Cache();
 
-  /// Opens a request: the experts of one layer at their levels, in the order in which they should be read; expert i
-  /// runs offsets[i + 1] - offsets[i] of `num_tokens` tokens. Resident ones are pinned; reads start as far as slots are
-  /// free. Throws std::logic_error when one is open.
-  void begin(const int32_t* experts, const int8_t* levels, const int32_t* offsets, int n, int num_tokens);
+  /// Opens a request: experts of one layer; expert i runs offsets[i + 1] - offsets[i] of `num_tokens` tokens. One may
+  /// come again at a higher level. Resident ones are pinned; reads start as far as slots are free.
+  ///
+  /// `ahead` replaces the experts that later requests will probably want. These are read after all others, as far as
+  /// nothing wanted has to go, and are dropped last. Reads for those that are no longer on the list are taken back
+  /// unless they have begun. Throws std::logic_error when a request is open.
+  void begin(const Wish& now, const int32_t* offsets, int num_tokens, const Wish& ahead);
 
   /// Unpins the group given before and fills `group` with positions of the request that are resident now, waiting
   /// for reads if none is. An empty group means that all have been given; the request is closed then. When a read
   /// failed its error is thrown, the request is closed, and the cache stays usable.
   void next(std::vector<int>* group);
 
-  /// Closes the open request, if any: reads that have not started are cancelled, the others waited for.
+  /// Closes the open request, if any: its reads that have not started are cancelled, the others waited for. Reads
+  /// ahead go on.
   void close();
 
   /// A resident expert's matrices at `level`. Valid while pinned.
@@ -86,7 +100,7 @@ class Cache {
   bool shrink(int expert, int level);
 
   CacheStats stats() const;
-  LoaderStats loader_stats() const { return loader_.stats(); }
+  LoaderStats loader_stats() const;
 
   /// Throws std::logic_error when the books do not agree.
   void check_integrity() const;
@@ -100,20 +114,37 @@ class Cache {
     int expert;
     int level;
     Step step;
-    ReadJob job;
   };
   struct Slot {
     int owner = -1;
-    uint32_t pages = 0;  ///< committed
+    uint32_t pages = 0;     ///< committed
+    int8_t target = 0;      ///< level that is being read, 0 = none; such a slot is pinned by the read
+    bool is_ahead = false;  ///< read for a later layer, and not wanted since
+    ReadJob job;
   };
+  /// What may be dropped for a read.
+  enum class Spare : uint8_t {
+    kAhead,    ///< neither what the request still wants nor what is wanted soon
+    kRequest,  ///< not what the request still wants
+    kNothing,
+  };
+  enum class Load : uint8_t { kStarted, kBusy, kNoRoom };
 
-  bool try_load(Use* use, int position);
-  int find_victim(bool spare_request) const;
-  bool make_room(uint32_t pages, int keep_slot, bool spare_request);
+  Load try_load(Use* use);
+  void load_ahead();
+  bool find_room(int expert, uint32_t need, Spare spare, int* slot);
+  void start_read(int expert, int slot, int level, bool is_ahead);
+  void collect(bool wait, std::exception_ptr* error);
+  void finish(int slot, bool ok, std::exception_ptr* error);
+  void set_ahead(const Wish& ahead);
+  void cancel_ahead();
+  int find_victim(Spare spare) const;
+  bool make_room(uint32_t pages, int keep_slot, Spare spare);
   void evict(int expert);
   void trim(int slot, uint32_t keep);
-  void finish(ReadJob* job, std::exception_ptr* error);
-  void check_request(const int32_t* experts, const int8_t* levels, const int32_t* offsets, int n) const;
+  void check(const Wish& wish) const;
+  bool any(Step step) const;
+  int num_pending() const { return loader_ ? loader_->num_pending() : 0; }
   uint8_t* slot_base(int slot) const { return memory_.bytes() + size_t(slot) * window_bytes_; }
   uint32_t pages_at(int level) const { return uint32_t(slot_bytes(level) / kPage); }
 
@@ -129,16 +160,20 @@ class Cache {
   std::vector<int8_t> levels_;
   std::vector<int> slot_of_;
   std::vector<int> pins_;
-  std::vector<uint8_t> wanted_;  ///< belongs to the open request and has not been given
+  std::vector<uint8_t> wanted_;  ///< uses of the open request that have not been given
+  std::vector<int8_t> asked_;    ///< scratch of `begin`
+  std::vector<int8_t> ahead_;    ///< level that is wanted soon, 0 = not
+  std::vector<int> ahead_list_;
   std::vector<Slot> slots_;
   std::vector<int> free_slots_;  ///< last freed first
-  std::deque<Use> uses_;         ///< of the open request; a deque, as reads hold pointers into it
+  std::vector<Use> uses_;        ///< of the open request
   std::vector<int> given_;
   bool is_open_ = false;
   Policy policy_;
   CacheStats stats_;
+  LoaderStats dry_stats_;
   Memory memory_;
-  Loader loader_;  // last: its threads end before the memory that they write to goes
+  std::unique_ptr<Loader> loader_;  // last: its threads end before the memory that they write to goes
 };
 
 }  // namespace edgemoe

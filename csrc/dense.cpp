@@ -21,6 +21,27 @@ size_t attention_floats(const WorkspaceShape& shape) {
   return size_t(shape.max_context) + 16 + 2 * round_up(size_t(shape.head_dim), 16);
 }
 
+/// Takes the best of one token's logits, which are overwritten. Ties go to the lower expert.
+void choose(const RouteRule& rule, float* row, int32_t* chosen, float* gates) {
+  const Kernels& k = kernels();
+  const int top_k = rule.top_k;
+  for (int e = 0, count = 0; e < rule.num_experts; ++e) {
+    if (count == top_k && !(row[e] > row[chosen[top_k - 1]])) continue;
+    int at = count < top_k ? count++ : top_k - 1;
+    for (; at > 0 && row[e] > row[chosen[at - 1]]; --at) chosen[at] = chosen[at - 1];
+    chosen[at] = e;
+  }
+  if (!rule.softmax_over_top_k) k.softmax(row, rule.num_experts);
+  for (int i = 0; i < top_k; ++i) gates[i] = row[chosen[i]];
+  if (rule.softmax_over_top_k) {
+    k.softmax(gates, top_k);
+  } else if (rule.renormalise) {
+    float sum = 0;
+    for (int i = 0; i < top_k; ++i) sum += gates[i];
+    for (int i = 0; i < top_k; ++i) gates[i] /= sum;
+  }
+}
+
 }  // namespace
 
 Workspace::Workspace(int num_threads, const WorkspaceShape& shape)
@@ -170,33 +191,35 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
   });
 }
 
-void route(Workspace& ws, const float* x, const float* router, int T, int cols, int num_experts, int top_k,
-           bool softmax_over_top_k, bool renormalise, float* scores, int32_t* experts, float* gates) {
+void route(Workspace& ws, const float* x, const float* router, int T, int cols, const RouteRule& rule, float* scores,
+           int32_t* experts, float* gates) {
   const Kernels& k = kernels();
-  ws.pool.run(num_experts, std::max(4, grain_for(num_experts, ws.pool.size())),
-              [&](int begin, int end) { k.matmul_f32(router, x, T, num_experts, cols, begin, end, scores); });
+  const int E = rule.num_experts;
+  ws.pool.run(E, std::max(4, grain_for(E, ws.pool.size())),
+              [&](int begin, int end) { k.matmul_f32(router, x, T, E, cols, begin, end, scores); });
   ws.pool.run(T, 16, [&](int begin, int end) {
     for (int t = begin; t < end; ++t) {
-      float* row = scores + size_t(t) * num_experts;
-      int32_t* chosen = experts + size_t(t) * top_k;
-      float* g = gates + size_t(t) * top_k;
-      for (int e = 0, count = 0; e < num_experts; ++e) {
-        if (count == top_k && !(row[e] > row[chosen[top_k - 1]])) continue;
-        int at = count < top_k ? count++ : top_k - 1;
-        for (; at > 0 && row[e] > row[chosen[at - 1]]; --at) chosen[at] = chosen[at - 1];
-        chosen[at] = e;
-      }
-      if (!softmax_over_top_k) k.softmax(row, num_experts);
-      for (int i = 0; i < top_k; ++i) g[i] = row[chosen[i]];
-      if (softmax_over_top_k) {
-        k.softmax(g, top_k);
-      } else if (renormalise) {
-        float sum = 0;
-        for (int i = 0; i < top_k; ++i) sum += g[i];
-        for (int i = 0; i < top_k; ++i) g[i] /= sum;
-      }
+      const size_t at = size_t(t) * rule.top_k;
+      choose(rule, scores + size_t(t) * E, experts + at, gates + at);
     }
   });
+}
+
+void look_ahead(Workspace& ws, const float* x, const std::vector<NextRouter>& routers, int cols, float eps,
+                const RouteRule& rule, float* normed, float* scores, int32_t* experts, float* gates) {
+  const Kernels& k = kernels();
+  const int E = rule.num_experts, p = int(routers.size());
+  for (int i = 0; i < p; ++i) k.rms_norm(x, routers[i].norm, eps, cols, normed + size_t(i) * cols);
+  ws.pool.run(p * E, std::max(4, grain_for(p * E, ws.pool.size())), [&](int begin, int end) {
+    for (int i = begin / E; i < p && i * E < end; ++i) {
+      const int a = std::max(begin - i * E, 0), b = std::min(end - i * E, E);
+      k.matmul_f32(routers[i].weight, normed + size_t(i) * cols, 1, E, cols, a, b, scores + size_t(i) * E);
+    }
+  });
+  for (int i = 0; i < p; ++i) {
+    const size_t at = size_t(i) * rule.top_k;
+    choose(rule, scores + size_t(i) * E, experts + at, gates + at);
+  }
 }
 
 void rms_norm(Workspace& ws, const float* x, const float* weight, float eps, int T, int cols, float* out) {

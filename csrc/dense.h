@@ -73,10 +73,30 @@ struct AttentionParts {
 void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, const AttentionParts& parts,
                const KvLayer& kv, float* out);
 
-/// Router logits and choice. Ties go to the lower expert.
+/// How a router's logits become a choice.
+struct RouteRule {
+  int num_experts;
+  int top_k;
+  bool softmax_over_top_k;  ///< instead of over all experts
+  bool renormalise;         ///< gates of the chosen sum to 1
+};
+
+/// Router logits and choice.
 /// scores: scratch [T, num_experts]; experts int32 [T, K] in descending order of logits, gates float32 [T, K].
-void route(Workspace& ws, const float* x, const float* router, int T, int cols, int num_experts, int top_k,
-           bool softmax_over_top_k, bool renormalise, float* scores, int32_t* experts, float* gates);
+void route(Workspace& ws, const float* x, const float* router, int T, int cols, const RouteRule& rule, float* scores,
+           int32_t* experts, float* gates);
+
+/// A later layer's router and the norm before it.
+struct NextRouter {
+  const float* norm;    ///< [cols]
+  const float* weight;  ///< [num_experts, cols]
+};
+
+/// What later layers' routers choose for one token's x [cols] as it is now, each after its own norm: the look-ahead of
+/// HOBBIT (arXiv 2411.01433, section 3.3), whose gates take this layer's normed input instead.
+/// normed [p, cols] and scores [p, num_experts] are scratch; experts and gates [p, K].
+void look_ahead(Workspace& ws, const float* x, const std::vector<NextRouter>& routers, int cols, float eps,
+                const RouteRule& rule, float* normed, float* scores, int32_t* experts, float* gates);
 
 void rms_norm(Workspace& ws, const float* x, const float* weight, float eps, int T, int cols, float* out);
 

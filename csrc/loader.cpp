@@ -1,5 +1,6 @@
 #include "loader.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <stdexcept>
 #include <utility>
@@ -24,7 +25,8 @@ void verify(const File& file, const ReadJob& job) {
 
 }  // namespace
 
-Loader::Loader(std::shared_ptr<const File> file, int num_threads) : file_(std::move(file)) {
+Loader::Loader(std::shared_ptr<const File> file, int num_threads)
+    : file_(std::move(file)), most_ahead_(std::max(1, num_threads - 1)) {
   if (num_threads < 1 || num_threads > 64) throw std::invalid_argument("Loader: expected 1 to 64 threads");
   try {
     for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
@@ -40,30 +42,54 @@ void Loader::stop() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     stop_ = true;
-    queue_.clear();
+    now_.clear();
+    ahead_.clear();
   }
   has_job_.notify_all();
   for (auto& t : threads_) t.join();
   threads_.clear();
 }
 
-void Loader::cancel() {
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (ReadJob* job : queue_) {
-    job->is_cancelled = true;
-    done_.push_back(job);
-  }
-  queue_.clear();
-  has_done_.notify_one();
-}
-
 void Loader::submit(ReadJob* job) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    queue_.push_back(job);
+    (job->is_ahead ? ahead_ : now_).push_back(job);
     ++pending_;
   }
   has_job_.notify_one();
+}
+
+bool Loader::cancel(ReadJob* job) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto* queue : {&now_, &ahead_}) {
+    const auto at = std::find(queue->begin(), queue->end(), job);
+    if (at == queue->end()) continue;
+    queue->erase(at);
+    --pending_;
+    return true;
+  }
+  return false;
+}
+
+void Loader::promote(ReadJob* job) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto at = std::find(ahead_.begin(), ahead_.end(), job);
+    if (at == ahead_.end()) return;
+    ahead_.erase(at);
+    job->is_ahead = false;
+    now_.push_back(job);
+  }
+  has_job_.notify_one();
+}
+
+/// The next job to begin, or null. Called with the mutex held.
+ReadJob* Loader::take() {
+  auto& queue = now_.empty() && active_ahead_ < most_ahead_ ? ahead_ : now_;
+  if (queue.empty()) return nullptr;
+  ReadJob* job = queue.front();
+  queue.pop_front();
+  return job;
 }
 
 void Loader::collect(bool wait, std::vector<ReadJob*>* done) {
@@ -89,10 +115,11 @@ LoaderStats Loader::stats() const {
 void Loader::work() {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
-    has_job_.wait(lock, [&] { return stop_ || !queue_.empty(); });
+    ReadJob* job = nullptr;
+    has_job_.wait(lock, [&] { return stop_ || (job = take()) != nullptr; });
     if (stop_) return;
-    ReadJob* job = queue_.front();
-    queue_.pop_front();
+    const bool is_ahead = job->is_ahead;
+    active_ahead_ += is_ahead;
     if (active_++ == 0) active_since_ = now_s();
     lock.unlock();
     bool is_read = false;
@@ -104,6 +131,7 @@ void Loader::work() {
     }
     lock.lock();
     if (--active_ == 0) stats_.busy_s += now_s() - active_since_;
+    active_ahead_ -= is_ahead;
     if (is_read) {
       stats_.bytes += job->length;
       stats_.reads += job->length > 0;

@@ -28,8 +28,8 @@ struct ReadJob {
   size_t length = 0;
   uint8_t* to = nullptr;
   std::vector<Checked> checks;
-  int tag = 0;  ///< the asker's own
-  bool is_cancelled = false;
+  int tag = 0;            ///< the asker's own
+  bool is_ahead = false;  ///< begins only when no other read waits
   std::exception_ptr error;
 };
 
@@ -39,9 +39,11 @@ struct LoaderStats {
   double busy_s = 0;  ///< time with at least one read under way
 };
 
-/// Reads jobs of one file in the order of their submission, several at a time. Thread-safe.
+/// Reads jobs of one file, several at a time: in the order of their submission, and those ahead after the others.
+/// Thread-safe.
 class Loader {
  public:
+  /// All threads but one may be busy with reads ahead.
   Loader(std::shared_ptr<const File> file, int num_threads);
   Loader(const Loader&) = delete;
   Loader& operator=(const Loader&) = delete;
@@ -50,8 +52,11 @@ class Loader {
   /// A job of no bytes is only verified.
   void submit(ReadJob* job);
 
-  /// Ends the jobs that have not started, with `is_cancelled` set; they are still collected.
-  void cancel();
+  /// Takes a job back unless it has begun; such a job is not collected. Returns whether it did.
+  bool cancel(ReadJob* job);
+
+  /// A job that is ahead is wanted now.
+  void promote(ReadJob* job);
 
   /// Moves finished jobs to `done`; waits for one if `wait` and any is under way.
   void collect(bool wait, std::vector<ReadJob*>* done);
@@ -64,14 +69,17 @@ class Loader {
  private:
   void work();
   void stop();
+  ReadJob* take();
 
   std::shared_ptr<const File> file_;
   mutable std::mutex mutex_;
   std::condition_variable has_job_, has_done_;
-  std::deque<ReadJob*> queue_;
+  std::deque<ReadJob*> now_, ahead_;
   std::vector<ReadJob*> done_;
   int pending_ = 0;
   int active_ = 0;
+  int active_ahead_ = 0;
+  int most_ahead_;
   double active_since_ = 0;
   LoaderStats stats_;
   bool stop_ = false;

@@ -1,18 +1,23 @@
 // What the cache drops first: a score per expert, the lowest goes. Scores outlive residency.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 namespace edgemoe {
 
-/// Scores experts by their uses. One thread at a time.
+/// Scores experts by their uses, or takes the scores of somebody else. One thread at a time.
 class Policy {
  public:
   /// "lru": least recently used. "lfu": least frequently used, where a use counts half after kHalfLife tokens.
   /// Throws std::invalid_argument for another name.
-  Policy(const std::string& name, int num_experts);
+  Policy(const std::string& name, size_t num_experts);
+
+  /// The scores are `scores` [num_experts], which somebody else changes between requests and `owner` keeps alive.
+  Policy(const double* scores, size_t num_experts, std::shared_ptr<void> owner);
 
   /// Tokens after which a use counts half. From 64 to 10^6 made no difference on a trace of real routing; a short
   /// memory follows a change of subject sooner (benchmarks/LOG.md).
@@ -24,10 +29,14 @@ class Policy {
   /// An expert of that layer runs `count` of them.
   void use(int expert, int count);
 
-  double score(int expert) const { return scores_[size_t(expert)]; }
+  double score(int expert) const { return given_ ? given_[expert] : scores_[size_t(expert)]; }
+  size_t size() const { return size_; }
 
  private:
-  bool is_lru_;
+  size_t size_;
+  const double* given_ = nullptr;
+  std::shared_ptr<void> owner_;
+  bool is_lru_ = false;
   int layer_ = -1;       ///< of the pass under way
   int pass_tokens_ = 0;  ///< likewise
   double weight_ = 1;    ///< of a use now; grows, so that older ones count less

@@ -99,7 +99,7 @@ class Cache:
     def __init__(
         self,
         *,
-        file: File,
+        file: File | None,
         num_experts: int,
         hidden: int,
         expert_hidden: int,
@@ -112,10 +112,16 @@ class Cache:
         budget_bytes: int,
         verify: bool,
         num_readers: int,
-        policy: str,
+        policy: str | NDArray[np.float64],
     ) -> None: ...
     def begin(
-        self, experts: _I32, levels: NDArray[np.int8], offsets: _I32, num_tokens: int
+        self,
+        experts: _I32,
+        levels: NDArray[np.int8],
+        offsets: _I32,
+        num_tokens: int,
+        ahead: _I32 | None = None,
+        ahead_levels: NDArray[np.int8] | None = None,
     ) -> None: ...
     def next(self) -> list[int]: ...
     def close(self) -> None: ...
@@ -149,6 +155,19 @@ def route(
     router: _F32,
     softmax_over_top_k: bool,
     renormalise: bool,
+    scores: _F32,
+    experts: _I32,
+    gates: _F32,
+) -> None: ...
+def look_ahead(
+    ws: Workspace,
+    x: _F32,
+    norms: Sequence[_F32],
+    routers: Sequence[_F32],
+    eps: float,
+    softmax_over_top_k: bool,
+    renormalise: bool,
+    normed: _F32,
     scores: _F32,
     experts: _I32,
     gates: _F32,

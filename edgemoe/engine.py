@@ -202,7 +202,10 @@ class Engine:
         del sections
         self.notes += self.scheduler.notes
         self._ops = CpuOps(replace(ops, max_tokens=budget.chunk, max_context=budget.context))
-        self._store = ExpertStore(moe, bits=self.bits, budget_bytes=budget.slots, verify=verify)
+        self._store = ExpertStore.open(
+            moe, bits=self.bits, budget_bytes=budget.slots, verify=verify,
+            policy="lfu" if self.scheduler.priorities is None else self.scheduler.priorities,
+        )  # fmt: skip
         self._experts = Experts(
             self.scheduler,
             self._store,

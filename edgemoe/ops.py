@@ -95,6 +95,28 @@ class CpuOps:
         """Writes each token's experts [T, K], best first, and their gates [T, K]; scores [T, E] is scratch."""
         _core.route(self._ws, x, router, over_top_k, renormalise, scores, experts, gates)
 
+    def look_ahead(
+        self,
+        x: Array,
+        norms: Sequence[Array],
+        routers: Sequence[Array],
+        eps: float,
+        *,
+        over_top_k: bool,
+        renormalise: bool,
+        normed: Array,
+        scores: Array,
+        experts: NDArray[np.int32],
+        gates: Array,
+    ) -> None:
+        """Writes what p later layers' routers [E, D] choose for x [1, D] after their own norms: experts, gates [p, K].
+
+        normed [p, D] and scores [p, E] are scratch.
+        """
+        _core.look_ahead(
+            self._ws, x, norms, routers, eps, over_top_k, renormalise, normed, scores, experts, gates
+        )
+
     def ffn(
         self, x: Array, gate: _core.Nested, up: _core.Nested, down: _core.Nested, out: Array
     ) -> None:

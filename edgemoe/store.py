@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ __all__ = ["ExpertStore", "dense_bytes", "disk_rate", "expert_bytes", "load_dens
 
 _NUM_READERS = 4  # reads in flight; more added latency and no throughput (benchmarks/LOG.md)
 
+Policy = str | NDArray[np.float64]
 Weight = _core.Nested | NDArray[np.float32]
 
 
@@ -71,25 +72,32 @@ def disk_rate(moe: MoeFile, level: int, *, seconds: float) -> float:
 class ExpertStore:
     """Holds routed experts inside a budget and lends them group by group. One thread at a time."""
 
-    def __init__(
-        self, moe: MoeFile, *, bits: int, budget_bytes: int, verify: bool, policy: str = "lfu"
-    ) -> None:
-        """Args:
+    def __init__(self, cache: _core.Cache, *, num_experts: int, level_bits: Sequence[int]) -> None:
+        """See `open` and `dry`."""
+        self.cache = cache
+        self._num_experts = num_experts
+        self._levels = np.zeros(9, np.int8)
+        self._levels[list(level_bits)] = np.arange(1, len(level_bits) + 1)
+        self._residency: NDArray[np.int8] = cache.residency.reshape(-1, num_experts)
+
+    @classmethod
+    def open(
+        cls, moe: MoeFile, *, bits: int, budget_bytes: int, verify: bool, policy: Policy = "lfu"
+    ) -> ExpertStore:
+        """Returns a store of a file's experts.
+
+        Args:
             bits: the highest precision that will be asked for.
             budget_bytes: for slots, all of it.
-            policy: what is dropped first: the least frequently or the least recently used, "lfu" or "lru".
+            policy: what is dropped first: the least frequently or the least recently used, "lfu" or "lru", or the
+                lowest of a live array [layers * experts].
 
         Raises:
             OutOfBudget: not even one expert fits.
         """
-        config = moe.config
-        ladder = moe.ladder
+        config, ladder = moe.config, moe.ladder
         last = [(0, 0, 0), *ladder[:-1]]
-        self._num_experts = config.num_experts
-        self._levels = np.zeros(9, np.int8)
-        for level, (nominal, _, _) in enumerate(ladder, 1):
-            self._levels[nominal] = level
-        self.cache = _core.Cache(
+        cache = _core.Cache(
             file=moe.file,
             num_experts=config.num_experts,
             hidden=config.hidden_size,
@@ -108,7 +116,46 @@ class ExpertStore:
             num_readers=_NUM_READERS,
             policy=policy,
         )
-        self._residency: NDArray[np.int8] = self.cache.residency.reshape(-1, config.num_experts)
+        return cls(cache, num_experts=config.num_experts, level_bits=[r[0] for r in ladder])
+
+    @classmethod
+    def dry(
+        cls,
+        *,
+        num_layers: int,
+        num_experts: int,
+        level_bits: Sequence[int],
+        level_bytes: Sequence[int],
+        budget_bytes: int,
+        policy: Policy = "lfu",
+    ) -> ExpertStore:
+        """Returns a store that reads nothing and where every read ends at once, for replaying traces.
+
+        Args:
+            level_bits: of each level, ascending.
+            level_bytes: of an expert at each level.
+
+        Raises:
+            OutOfBudget: not even one expert fits.
+        """
+        n, rungs = num_layers * num_experts, len(level_bits)
+        cache = _core.Cache(
+            file=None,
+            num_experts=num_experts,
+            hidden=1,
+            expert_hidden=1,
+            rung_widths=[[w] * 3 for w in np.diff([0, *level_bits]).tolist()],
+            offsets=np.zeros(n, np.uint64),
+            ends=list(level_bytes),
+            crcs=np.zeros((n, rungs), np.uint32),
+            layers=list(range(num_layers)),
+            max_level=rungs,
+            budget_bytes=budget_bytes,
+            verify=False,
+            num_readers=1,
+            policy=policy,
+        )
+        return cls(cache, num_experts=num_experts, level_bits=level_bits)
 
     @property
     def residency(self) -> NDArray[np.int8]:
@@ -118,9 +165,18 @@ class ExpertStore:
     def request(self, plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
         """Starts what a plan needs and returns its experts' ids in the file, and their levels."""
         self.cache.close()  # what Ctrl-C may have left open
+        if plan.drop is not None and plan.drop_bits is not None:
+            for expert, bits in zip(plan.drop.tolist(), plan.drop_bits.tolist(), strict=True):
+                self.cache.shrink(expert, self._levels[bits])
         experts = plan.experts + np.int32(plan.layer * self._num_experts)
         levels = self._levels[plan.bits]
-        self.cache.begin(experts, levels, plan.offsets, len(plan.gates))
+        if plan.ahead is None or plan.ahead_bits is None:
+            self.cache.begin(experts, levels, plan.offsets, len(plan.gates))
+        else:
+            later = self._levels[plan.ahead_bits]
+            self.cache.begin(
+                experts, levels, plan.offsets, len(plan.gates), ahead=plan.ahead, ahead_levels=later
+            )
         return experts, levels
 
     def ready_groups(self) -> Iterator[list[int]]:

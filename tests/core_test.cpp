@@ -32,7 +32,12 @@ int failures = 0;
   } while (0)
 
 constexpr int kExperts = 12, kHidden = 80, kExpertHidden = 48;
-constexpr int32_t kRange[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
+const std::vector<int32_t> kOffsets = [] {
+  std::vector<int32_t> v(5 * kExperts + 1);
+  for (size_t i = 0; i < v.size(); ++i) v[i] = int32_t(i);
+  return v;
+}();
+const int32_t* const kRange = kOffsets.data();
 const std::vector<uint8_t> kWidths = {2, 1, 1, 2, 2};
 
 /// A file of quantised experts, deleted at the end.
@@ -84,9 +89,23 @@ struct ExpertFile {
     return s;
   }
   std::unique_ptr<Cache> open(size_t budget) const {
-    return std::make_unique<Cache>(std::make_shared<File>(path), shape(), table, 5, budget, true, 3, "lfu");
+    return std::make_unique<Cache>(std::make_shared<File>(path), shape(), table, 5, budget, true, 3, Policy("lfu", kExperts));
   }
 };
+
+constexpr Wish kNone{nullptr, nullptr, 0};
+
+/// Experts that may or may not be asked for next.
+Wish soon(std::mt19937* rng, std::vector<int32_t>* ids, std::vector<int8_t>* levels) {
+  ids->clear();
+  levels->clear();
+  for (int e = 0; e < kExperts; ++e) {
+    if ((*rng)() % 4) continue;
+    ids->push_back(e);
+    levels->push_back(int8_t(1 + (*rng)() % 5));
+  }
+  return {ids->data(), levels->data(), int(ids->size())};
+}
 
 size_t record_bytes(const ExpertFile& file) { return round_up(file.ends.back(), system_page()); }
 
@@ -95,15 +114,15 @@ void test_random_requests_on(const ExpertFile& file, double experts) {
   std::mt19937 rng(7);
   std::vector<int> group;
   for (int round = 0; round < 300; ++round) {
-    std::vector<int32_t> ids;
-    std::vector<int8_t> levels;
+    std::vector<int32_t> ids, soon_ids;
+    std::vector<int8_t> levels, soon_levels;
     for (int e = 0; e < kExperts; ++e) {
-      if (rng() % 3 == 0) {
+      for (int level = 1 + int(rng() % 15); level <= 5; level += 1 + int(rng() % 3)) {
         ids.push_back(e);
-        levels.push_back(int8_t(1 + rng() % 5));
+        levels.push_back(int8_t(level));
       }
     }
-    cache->begin(ids.data(), levels.data(), kRange, int(ids.size()), 1);
+    cache->begin({ids.data(), levels.data(), int(ids.size())}, kRange, 1, soon(&rng, &soon_ids, &soon_levels));
     std::set<int> given;
     for (cache->next(&group); !group.empty(); cache->next(&group)) {
       for (int i : group) {
@@ -133,7 +152,7 @@ void test_failing_reads(const ExpertFile& file) {
     const int8_t levels[] = {5, 5, 3, 2, 1};
     bool failed = false;
     try {
-      cache->begin(ids, levels, kRange, 5, 1);
+      cache->begin({ids, levels, 5}, kRange, 1, kNone);
       do cache->next(&group);
       while (!group.empty());
     } catch (const ReadError& e) {
@@ -149,7 +168,7 @@ void test_destruction_during_reads(const ExpertFile& file) {
     auto cache = file.open(8 * record_bytes(file));
     const int32_t ids[] = {0, 1, 2, 3, 4};
     const int8_t levels[] = {5, 5, 5, 5, 5};
-    cache->begin(ids, levels, kRange, 5, 1);
+    cache->begin({ids, levels, 5}, kRange, 1, kNone);
   }
 }
 
@@ -189,7 +208,7 @@ void test_rows_do_not_depend_on_their_batch(const ExpertFile& file) {
   const int32_t id = 4;
   const int8_t level = 3;
   std::vector<int> group;
-  cache->begin(&id, &level, kRange, 1, 1);
+  cache->begin({&id, &level, 1}, kRange, 1, kNone);
   cache->next(&group);
   run_ffns(ws, x.data(), T, {{cache->view(id, level), nullptr, T, all.data()}});
   for (int t = 0; t < T; t += 37) {
@@ -221,7 +240,7 @@ void test_instruction_sets_agree(const ExpertFile& file) {
     for (int8_t level = 1; level <= 5; ++level) {
       const int32_t id = 2;
       std::vector<int> group;
-      cache->begin(&id, &level, kRange, 1, 1);
+      cache->begin({&id, &level, 1}, kRange, 1, kNone);
       cache->next(&group);
       for (int n : {1, T}) {
         std::vector<float> out(size_t(n) * kHidden);
@@ -234,7 +253,7 @@ void test_instruction_sets_agree(const ExpertFile& file) {
     rms_norm(ws, x.data(), norm.data(), 1e-5f, T, kHidden, out.data());
     got.push_back(out);
     std::vector<int32_t> experts(3 * T);
-    route(ws, x.data(), router.data(), T, kHidden, 21, 3, false, true, scores.data(), experts.data(), gates.data());
+    route(ws, x.data(), router.data(), T, kHidden, {21, 3, false, true}, scores.data(), experts.data(), gates.data());
     got.push_back(gates);
     got.emplace_back(experts.begin(), experts.end());
     std::vector<uint16_t> kv(size_t(2) * kv_heads * capacity * stride);

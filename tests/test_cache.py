@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import time
 
 import numpy as np
 import pytest
 
-from edgemoe.errors import OutOfBudget, ReadError
+from edgemoe.errors import FormatError, OutOfBudget, ReadError
 from edgemoe.format import open_moe
 from edgemoe.plan import Plan
 from edgemoe.store import ExpertStore, expert_bytes
@@ -81,7 +82,7 @@ def test_single_requests_equal_the_model(moe, budget_experts, mixed, policy):
     top = 5
     sizes = [0] + [pages(moe, level) for level in range(1, top + 1)]
     budget = int(budget_experts * sizes[top])
-    store = ExpertStore(moe, bits=8, budget_bytes=budget * 4096, verify=True, policy=policy)
+    store = ExpertStore.open(moe, bits=8, budget_bytes=budget * 4096, verify=True, policy=policy)
     cache, model = store.cache, Model(sizes, budget, policy)
     rng = np.random.default_rng(int(budget_experts * 10) + mixed)
     for _ in range(1500):
@@ -107,7 +108,7 @@ def test_single_requests_equal_the_model(moe, budget_experts, mixed, policy):
 
 @pytest.mark.parametrize("budget_experts", [1, 2, 3.2, 6, 16])
 def test_every_expert_of_a_request_is_given_once_and_pinned(moe, budget_experts):
-    store = ExpertStore(
+    store = ExpertStore.open(
         moe, bits=8, budget_bytes=int(budget_experts * expert_bytes(moe, 5)), verify=True
     )
     cache = store.cache
@@ -133,7 +134,7 @@ def test_every_expert_of_a_request_is_given_once_and_pinned(moe, budget_experts)
 
 
 def test_requests_that_make_no_sense_are_refused(moe):
-    store = ExpertStore(moe, bits=4, budget_bytes=1 << 20, verify=True)
+    store = ExpertStore.open(moe, bits=4, budget_bytes=1 << 20, verify=True)
     cache = store.cache
     for experts, levels in [
         ([3] * 70, [1] * 70),
@@ -154,14 +155,14 @@ def test_requests_that_make_no_sense_are_refused(moe):
             np.zeros(4, np.int32)[::2], np.ones(2, np.int8), np.arange(3, dtype=np.int32), 1
         )
     with pytest.raises(OutOfBudget, match="one expert takes"):
-        ExpertStore(moe, bits=8, budget_bytes=expert_bytes(moe, 5) - 4096, verify=True)
+        ExpertStore.open(moe, bits=8, budget_bytes=expert_bytes(moe, 5) - 4096, verify=True)
 
 
 def test_a_failing_read_surfaces_where_its_weights_are_used(tiny_moe, tmp_path):
     path = tmp_path / "x.moe"
     path.write_bytes(tiny_moe.read_bytes())
     moe = open_moe(path)
-    store = ExpertStore(moe, bits=8, budget_bytes=6 * expert_bytes(moe, 5), verify=True)
+    store = ExpertStore.open(moe, bits=8, budget_bytes=6 * expert_bytes(moe, 5), verify=True)
     lost = 5
     os.truncate(path, int(moe.experts.offsets[lost]) + 100)
 
@@ -186,10 +187,154 @@ def test_a_failing_read_surfaces_where_its_weights_are_used(tiny_moe, tmp_path):
 
 
 def test_residency_is_a_read_only_live_view(moe):
-    store = ExpertStore(moe, bits=8, budget_bytes=1 << 22, verify=True)
+    store = ExpertStore.open(moe, bits=8, budget_bytes=1 << 22, verify=True)
     view = store.residency[1]
     assert view.sum() == 0
     one(store.cache, 9, 3)
     assert view.tolist() == [0, 3, 0, 0, 0, 0, 0, 0]
     with pytest.raises(ValueError, match="read-only"):
         view[0] = 1
+
+
+def begin(cache, experts, levels, ahead=(), ahead_levels=()):
+    cache.begin(
+        np.array(experts, np.int32), np.array(levels, np.int8),
+        np.arange(len(experts) + 1, dtype=np.int32), 1,
+        ahead=np.array(ahead, np.int32), ahead_levels=np.array(ahead_levels, np.int8),
+    )  # fmt: skip
+
+
+def run(cache, *request):
+    begin(cache, *request)
+    given = []
+    while group := cache.next():
+        given += group
+    return given
+
+
+def test_an_expert_read_ahead_is_there_when_it_is_wanted(moe):
+    cache = ExpertStore.open(moe, bits=8, budget_bytes=1 << 22, verify=True).cache
+    run(cache, [0, 1], [5, 5], [8, 9], [5, 2])
+    deadline = time.monotonic() + 30
+    while cache.residency[[8, 9]].tolist() != [5, 2] and time.monotonic() < deadline:
+        run(cache, [], [], [8, 9], [5, 2])
+    begin(cache, [8, 9, 10], [5, 2, 5])
+    cache.next()
+    cache.close()
+    stats = cache.stats
+    assert (stats["hits"], stats["misses"]) == (2, 3)
+    assert (stats["ahead_reads"], stats["ahead_used"]) == (2, 2)
+    cache.check_integrity()
+
+
+def test_reads_ahead_take_nothing_that_is_wanted(moe):
+    """With room for three, two in use and one wanted soon, nothing else is read ahead, and that one is dropped last."""
+    top = expert_bytes(moe, 5)
+    cache = ExpertStore.open(moe, bits=8, budget_bytes=3 * top, verify=True).cache
+    run(cache, [0], [5])
+    run(cache, [8], [5])  # the least used of those that are there, but for the wish
+    for _ in range(3):
+        run(cache, [0], [5])
+    begin(cache, [1, 2], [5, 5], [8, 9, 10], [5, 5, 5])
+    given = []
+    while group := cache.next():
+        assert set(np.flatnonzero(cache.residency)) <= {1, 2, 8}
+        given += group
+        cache.check_integrity()
+    assert sorted(given) == [0, 1]
+    run(cache, [8], [5])
+    assert cache.stats["hits"] == 4
+
+
+def test_random_requests_with_wishes_keep_the_books(moe):
+    rng = np.random.default_rng(1)
+    for experts in (1, 2.5, 5, 12, 40):
+        store = ExpertStore.open(
+            moe, bits=8, budget_bytes=int(experts * expert_bytes(moe, 5)), verify=True
+        )
+        cache = store.cache
+        for _ in range(300):
+            base = 8 * int(rng.integers(2))
+            n, m = rng.integers(1, 6), rng.integers(0, 9)
+            chosen = base + rng.permutation(8)[:n]
+            low = rng.integers(1, 6, n)
+            # Some of them again, at more bits.
+            again = [(e, lv + 1) for e, lv in zip(chosen, low, strict=True) if lv < 5]
+            wanted = [*zip(chosen, low, strict=True), *again[:2]]
+            ids, levels = (list(v) for v in zip(*wanted, strict=True))
+            soon = rng.permutation(N)[:m]
+            begin(cache, ids, levels, soon, rng.integers(1, 6, m))
+            given = []
+            while group := cache.next():
+                for i in group:
+                    assert cache.residency[ids[i]] >= levels[i]
+                given += group
+                cache.check_integrity()
+                if rng.random() < 0.05:
+                    break
+            else:
+                assert sorted(given) == list(range(len(ids)))
+            cache.close()
+            cache.check_integrity()
+        assert cache.stats["peak_bytes"] <= cache.stats["budget_bytes"]
+
+
+def test_a_dry_cache_decides_as_the_real_one(moe):
+    rng = np.random.default_rng(2)
+    sizes = [expert_bytes(moe, level) for level in range(1, 6)]
+    scores = np.zeros(N)
+    for policy in ("lru", "lfu", scores):
+        for experts in (4, 7.3):
+            budget = int(experts * sizes[-1])
+            real = ExpertStore.open(
+                moe, bits=8, budget_bytes=budget, verify=True, policy=policy
+            ).cache
+            dry = ExpertStore.dry(
+                num_layers=2, num_experts=8, level_bits=(2, 3, 4, 6, 8), level_bytes=sizes,
+                budget_bytes=budget, policy=policy,
+            ).cache  # fmt: skip
+            for _ in range(300):
+                base = 8 * int(rng.integers(2))
+                chosen, levels = base + rng.permutation(8)[:3], rng.integers(1, 6, 3)
+                scores[:] = rng.random(N)
+                assert run(dry, chosen, levels) == [0, 1, 2]
+                assert sorted(run(real, chosen, levels)) == [0, 1, 2]
+                assert (real.residency == dry.residency).all()
+                dry.check_integrity()
+            same = ("hits", "misses", "evictions", "bytes_read", "reads", "resident_bytes", "bits")
+            assert {k: real.stats[k] for k in same} == {k: dry.stats[k] for k in same}
+
+
+def test_the_lowest_priority_goes_first(moe):
+    scores = np.arange(N, dtype=np.float64)
+    cache = ExpertStore.open(
+        moe, bits=8, budget_bytes=3 * expert_bytes(moe, 5), verify=True, policy=scores
+    ).cache
+    for e in (0, 1, 2):
+        one(cache, e, 5)
+    scores[0], scores[2] = 9, -1
+    one(cache, 3, 5)
+    assert np.flatnonzero(cache.residency).tolist() == [0, 1, 3]
+    with pytest.raises(ValueError, match="policy: expected shape"):
+        ExpertStore.open(moe, bits=8, budget_bytes=1 << 22, verify=True, policy=scores[:3].copy())
+    with pytest.raises(TypeError, match="policy"):
+        ExpertStore.open(moe, bits=8, budget_bytes=1 << 22, verify=True, policy=scores[::2])
+
+
+def test_a_failing_read_ahead_harms_nobody(tiny_moe, tmp_path):
+    path = tmp_path / "x.moe"
+    path.write_bytes(tiny_moe.read_bytes())
+    moe = open_moe(path)
+    cache = ExpertStore.open(
+        moe, bits=8, budget_bytes=6 * expert_bytes(moe, 5), verify=True
+    ).cache
+    lost = 8
+    with open(path, "r+b") as file:
+        file.seek(int(moe.experts.offsets[lost]) + 100)
+        file.write(b"\xff\x00\xff")
+    for _ in range(3):
+        assert sorted(run(cache, [0, 1], [5, 5], [lost], [5])) == [0, 1]
+        cache.check_integrity()
+        with pytest.raises(FormatError, match="checksum of expert 0 of layer 1"):
+            run(cache, [lost], [5])
+        cache.check_integrity()

@@ -22,6 +22,8 @@ from edgemoe.store import Weight
 
 __all__ = ["Decoder", "scratch_bytes"]
 
+_MOST_AHEAD = 4  # layers; what lies further ahead is guesswork
+
 Array = NDArray[np.float32]
 Nested = _core.Nested
 
@@ -52,7 +54,10 @@ def _floats_per_token(config: ModelConfig) -> int:
 
 def scratch_bytes(config: ModelConfig, max_tokens: int) -> int:
     """Returns the memory of a decoder's and its experts' activations for chunks of `max_tokens`."""
-    return 4 * _floats_per_token(config) * max_tokens + 4 * config.vocab_size
+    ahead = _MOST_AHEAD * (
+        config.hidden_size + config.num_experts + 2 * config.experts_per_token
+    )
+    return 4 * (_floats_per_token(config) * max_tokens + ahead + config.vocab_size)
 
 
 class Decoder:
@@ -90,6 +95,13 @@ class Decoder:
         self._cos, self._sin = scratch(hd // 2), scratch(hd // 2)
         self._chosen, self._gates = np.empty((T, k), np.int32), scratch(k)
         self._scores = scratch(config.num_experts)
+        moe = [layer for layer in self._layers if layer.router is not None]
+        self._norms = [layer.ffn_norm for layer in moe]
+        self._routers = [cast(Array, layer.router) for layer in moe]
+        p = _MOST_AHEAD
+        self._ahead_normed = np.empty((p, d), np.float32)
+        self._ahead_scores = np.empty((p, config.num_experts), np.float32)
+        self._ahead_chosen, self._ahead_gates = np.empty((p, k), np.int32), np.empty((p, k), np.float32)
 
     def forward(self, ids: NDArray[np.int32], kv: KvCache) -> Array:
         """Runs tokens at the end of a sequence and returns their hidden states.
@@ -132,7 +144,8 @@ class Decoder:
                 normed, layer.router, over_top_k=config.scoring == "softmax_topk",
                 renormalise=config.renormalise, scores=self._scores[:T], experts=chosen, gates=gates,
             )  # fmt: skip
-            self._experts(Routing(layer.moe_index, chosen, gates), normed, moe)
+            ahead = self._look_ahead(layer.moe_index, x) if T == 1 else (None, None)
+            self._experts(Routing(layer.moe_index, chosen, gates, *ahead), normed, moe)
         if layer.shared is not None:
             shared = self._shared[:T]
             ops.ffn(normed, *layer.shared, shared)
@@ -144,6 +157,22 @@ class Decoder:
                 gate_input=None if layer.shared_sigmoid is None else normed,
             )  # fmt: skip
         ops.add(moe, residual, x)
+
+    def _look_ahead(
+        self, index: int, x: Array
+    ) -> tuple[NDArray[np.int32] | None, NDArray[np.float32] | None]:
+        """Returns what the scheduler wants to know of the layers after `index` for x [1, D]; see `Routing`."""
+        p = min(self._experts.scheduler.look_ahead, _MOST_AHEAD, len(self._routers) - 1 - index)
+        if p <= 0:
+            return None, None
+        config, next_ = self.config, slice(index + 1, index + 1 + p)
+        chosen, gates = self._ahead_chosen[:p], self._ahead_gates[:p]
+        self._ops.look_ahead(
+            x, self._norms[next_], self._routers[next_], config.norm_eps,
+            over_top_k=config.scoring == "softmax_topk", renormalise=config.renormalise,
+            normed=self._ahead_normed[:p], scores=self._ahead_scores[:p], experts=chosen, gates=gates,
+        )  # fmt: skip
+        return chosen, gates
 
     def logits(self, hidden: Array, out: Array) -> None:
         """out [T, V] = the head on hidden [T, D]."""
