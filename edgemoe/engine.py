@@ -23,7 +23,7 @@ from edgemoe.format import MoeFile, open_moe
 from edgemoe.model import Decoder, KvCache
 from edgemoe.ops import CpuOps, OpsShape
 from edgemoe.sampler import Sampler, SamplingParams
-from edgemoe.scheduler import SCHEDULERS, Setting
+from edgemoe.scheduler import SCHEDULERS, Scheduler, Setting
 from edgemoe.store import ExpertStore, expert_bytes, load_dense
 from edgemoe.tokenizer import Tokenizer
 from edgemoe.trace import TraceHeader, TraceWriter
@@ -65,6 +65,8 @@ class Stats:
     """The process's highest resident memory since its start."""
     resident_bytes: int = 0
     """Of experts, now."""
+    scheduler: str = ""
+    """What the scheduler says of itself, if anything."""
     logits_hash: str = ""
     """CRC-32C of the last logits: the same on every budget and thread count."""
 
@@ -225,7 +227,7 @@ class Engine:
         self._call = 0
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._meter = _Meter(self._store)
+        self._meter = _Meter(self._store, self.scheduler)
         logger.info(
             "%s: %s, %d tokens of context, chunks of %d, %d of %d bytes of experts, %s, %d threads",
             moe.path, config.family, budget.context, budget.chunk, budget.slots,
@@ -463,8 +465,9 @@ class Engine:
 class _Meter:
     """Turns counters since the start into those of one call."""
 
-    def __init__(self, store: ExpertStore) -> None:
+    def __init__(self, store: ExpertStore, scheduler: Scheduler) -> None:
         self._store: ExpertStore | None = store
+        self._scheduler = scheduler
         self._frozen = Stats()
         self.start()
 
@@ -503,6 +506,7 @@ class _Meter:
             average_bits=(now["bits"] - base["bits"]) / uses if uses else 0.0,
             peak_bytes=hardware.peak_bytes(),
             resident_bytes=now["resident_bytes"],
+            scheduler=self._scheduler.report(),
             logits_hash="" if self._row is None else f"{_core.crc32c(self._row):08x}",
             **{
                 k: now[k] - base[k]

@@ -56,6 +56,7 @@ def test_logits_do_not_depend_on_the_budget(
         engine._store.cache.check_integrity()
         assert stats["peak_bytes"] <= slots
         assert (stats["evictions"] > 0) == (num_experts < 16)
+        assert (stats["ahead_reads"] > 0) == (2 <= num_experts < 16)
         assert stats["bytes_read"] >= 16 * expert_bytes(moe, moe.level(bits))
 
 

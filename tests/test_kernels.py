@@ -188,3 +188,8 @@ def test_crc32c_is_the_published_one():
     assert _core.crc32c(b"123456789") == 0xE3069283
     data = np.random.default_rng(0).integers(0, 256, 1000, np.uint8).tobytes()
     assert _core.crc32c(data[301:], _core.crc32c(data[:301])) == _core.crc32c(data)
+    long = np.random.default_rng(0).bytes(60_001)  # done in three parts at a time
+    piecewise = 0
+    for at in range(0, len(long), 1000):
+        piecewise = _core.crc32c(long[at : at + 1000], piecewise)
+    assert _core.crc32c(long) == piecewise

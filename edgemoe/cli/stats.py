@@ -25,6 +25,7 @@ def stats_line(stats: Stats) -> str:
         f"dropped {stats.evictions}" if stats.evictions else "",
         _reads(stats),
         f"{stats.average_bits:.1f} bits" if stats.average_bits else "",
+        stats.scheduler,
         f"peak {_mib(stats.peak_bytes)}",
         f"#{stats.logits_hash}" if stats.logits_hash else "",
     ]
@@ -48,6 +49,7 @@ def stats_table(stats: Stats) -> str:
         ("bits of an expert's weight", f"{stats.average_bits:.2f} on average"),
         ("experts in memory now", _mib(stats.resident_bytes)),
         ("memory at most", f"{_mib(stats.peak_bytes)}, the whole process"),
+        ("scheduler", stats.scheduler or "nothing to say"),
         ("hash of the last logits", stats.logits_hash or "none yet"),
     ]
     return "\n".join(f"{name:<27}{value}" for name, value in rows)

@@ -1,0 +1,90 @@
+"""Guesses what the next layer will want from this layer's input, and finds out whether reading it early pays.
+
+After HOBBIT (arXiv 2411.01433, section 3.3). There every guess is loaded. Here a guess is loaded if guesses of its rank
+were right often enough, and all of it is switched off when tokens are faster without.
+"""
+
+from __future__ import annotations
+
+import statistics
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Routing
+from edgemoe.scheduler.base import Setting
+
+__all__ = ["LookAhead"]
+
+_WORTH = 0.5
+"""A rank is loaded ahead when at least this share of its absent experts was wanted (benchmarks/LOG.md)."""
+_KEEP = 0.98
+"""What the counts of a rank are worth after a token."""
+_WARM, _ROUND, _ROUNDS, _PAUSE = 16, 8, 4, 1000
+"""Tokens before the first trial, of one round with or without, pairs of rounds in a trial, and between trials."""
+_MARGIN = 0.02
+"""By how much tokens must be faster without it to switch it off."""
+
+
+class LookAhead:
+    """Is asked by a scheduler in each layer of a single token's pass; exact, as it only reads early."""
+
+    def __init__(self, setting: Setting) -> None:
+        L, E, K = setting.num_layers, setting.num_experts, setting.experts_per_token
+        self._base = np.arange(0, L * E, E, dtype=np.int32)
+        self._bits = np.full(K, setting.bits, np.int8)
+        self._guess = np.full((L, K), -1, np.int32)  # of each layer, made in the layer before
+        self._absent = np.zeros((L, K), bool)
+        self._actual = np.zeros((L, K), np.int32)
+        self._right, self._seen = np.full(K, 6.0), np.full(K, 8.0)
+        self._cut = K  # ranks that are worth it
+        self._last = L - 1
+        self._tokens = 0
+        self._times: tuple[list[float], list[float]] = ([], [])  # without, with
+        self.is_on = True
+
+    def wishes(
+        self, routing: Routing, residency: NDArray[np.int8]
+    ) -> tuple[NDArray[np.int32] | None, NDArray[np.int8] | None]:
+        """Returns `Plan.ahead` and `Plan.ahead_bits` for one token's layer."""
+        layer = routing.layer
+        self._actual[layer] = routing.experts[0]
+        if routing.ahead_experts is None or layer == self._last:
+            return None, None
+        guess = routing.ahead_experts[0]
+        self._guess[layer + 1] = guess
+        self._absent[layer + 1] = residency[layer + 1][guess] == 0
+        return guess[: self._cut] + self._base[layer + 1], self._bits[: self._cut]
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """See `Scheduler.passed`: learns from the guesses of this token, and which is faster: with or without."""
+        if tokens != 1:
+            return
+        if self.is_on:
+            hit = (self._guess[:, :, None] == self._actual[:, None, :]).any(2)
+            self._right = self._right * _KEEP + (hit & self._absent).sum(0)
+            self._seen = self._seen * _KEEP + self._absent.sum(0)
+            self._guess[:] = -1
+            self._absent[:] = False
+            worth = self._right >= _WORTH * self._seen
+            # Ranks get worse one after the other; one that was never absent does not matter.
+            self._cut = int(np.argmin(np.append(worth, False)))
+        self._tokens += 1
+        at = (self._tokens - _WARM) % _PAUSE
+        if self._tokens < _WARM or at >= 2 * _ROUND * _ROUNDS:
+            return
+        if at % _ROUND:  # the first token of a round has reads of the round before
+            self._times[self.is_on].append(seconds)
+        self.is_on = at // _ROUND % 2 == 0
+        if at == 2 * _ROUND * _ROUNDS - 1:
+            without, with_ = (statistics.median(t) for t in self._times)
+            self.is_on = with_ <= without * (1 + _MARGIN)
+            self._times = ([], [])
+
+    def report(self) -> str:
+        """Returns how it does, in a few words."""
+        if not self.is_on:
+            return "look-ahead off: it was slower"
+        return f"look-ahead {self._right[: self._cut].sum() / self._seen[: self._cut].sum():.0%} right" if self._cut else (
+            "look-ahead off: its guesses were wrong"
+        )
