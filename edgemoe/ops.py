@@ -114,7 +114,17 @@ class CpuOps:
         normed [p, D] and scores [p, E] are scratch.
         """
         _core.look_ahead(
-            self._ws, x, norms, routers, eps, over_top_k, renormalise, normed, scores, experts, gates
+            self._ws,
+            x,
+            norms,
+            routers,
+            eps,
+            over_top_k,
+            renormalise,
+            normed,
+            scores,
+            experts,
+            gates,
         )
 
     def ffn(

@@ -89,7 +89,8 @@ struct ExpertFile {
     return s;
   }
   std::unique_ptr<Cache> open(size_t budget) const {
-    return std::make_unique<Cache>(std::make_shared<File>(path), shape(), table, 5, budget, true, 3, Policy("lfu", kExperts));
+    return std::make_unique<Cache>(std::make_shared<File>(path), shape(), table, 5, budget, true, 3,
+                                   Policy("lfu", kExperts));
   }
 };
 

@@ -325,9 +325,7 @@ def test_a_failing_read_ahead_harms_nobody(tiny_moe, tmp_path):
     path = tmp_path / "x.moe"
     path.write_bytes(tiny_moe.read_bytes())
     moe = open_moe(path)
-    cache = ExpertStore.open(
-        moe, bits=8, budget_bytes=6 * expert_bytes(moe, 5), verify=True
-    ).cache
+    cache = ExpertStore.open(moe, bits=8, budget_bytes=6 * expert_bytes(moe, 5), verify=True).cache
     lost = 8
     with open(path, "r+b") as file:
         file.seek(int(moe.experts.offsets[lost]) + 100)

@@ -71,4 +71,3 @@ def test_a_prompt_that_wants_everything_reads_into_the_next_layer():
     assert plan.ahead.tolist() == [E + 1, E + 3, E + 4, E + 5]
     assert scheduler.plan(Routing(0, everything[:2], gates[:2]), residency).ahead is None
     assert scheduler.plan(Routing(2, everything, gates), residency).ahead is None
-

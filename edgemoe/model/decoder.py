@@ -54,9 +54,7 @@ def _floats_per_token(config: ModelConfig) -> int:
 
 def scratch_bytes(config: ModelConfig, max_tokens: int) -> int:
     """Returns the memory of a decoder's and its experts' activations for chunks of `max_tokens`."""
-    ahead = _MOST_AHEAD * (
-        config.hidden_size + config.num_experts + 2 * config.experts_per_token
-    )
+    ahead = _MOST_AHEAD * (config.hidden_size + config.num_experts + 2 * config.experts_per_token)
     return 4 * (_floats_per_token(config) * max_tokens + ahead + config.vocab_size)
 
 
@@ -101,7 +99,10 @@ class Decoder:
         p = _MOST_AHEAD
         self._ahead_normed = np.empty((p, d), np.float32)
         self._ahead_scores = np.empty((p, config.num_experts), np.float32)
-        self._ahead_chosen, self._ahead_gates = np.empty((p, k), np.int32), np.empty((p, k), np.float32)
+        self._ahead_chosen, self._ahead_gates = (
+            np.empty((p, k), np.int32),
+            np.empty((p, k), np.float32),
+        )
 
     def forward(self, ids: NDArray[np.int32], kv: KvCache) -> Array:
         """Runs tokens at the end of a sequence and returns their hidden states.

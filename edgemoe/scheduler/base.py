@@ -65,10 +65,10 @@ class Scheduler(ABC):
             residency: [num_layers, num_experts], levels now in memory, 0 = absent; a live view, read only.
         """
 
-    def begin(self) -> None:
+    def begin(self) -> None:  # noqa: B027 (most have nothing to do)
         """A new sequence starts."""
 
-    def passed(self, tokens: int, seconds: float) -> None:
+    def passed(self, tokens: int, seconds: float) -> None:  # noqa: B027
         """All layers have run for `tokens` tokens, which took `seconds`."""
 
     def report(self) -> str:

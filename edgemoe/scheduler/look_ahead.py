@@ -85,6 +85,7 @@ class LookAhead:
         """Returns how it does, in a few words."""
         if not self.is_on:
             return "look-ahead off: it was slower"
-        return f"look-ahead {self._right[: self._cut].sum() / self._seen[: self._cut].sum():.0%} right" if self._cut else (
-            "look-ahead off: its guesses were wrong"
-        )
+        cut = self._cut
+        if not cut:
+            return "look-ahead off: its guesses were wrong"
+        return f"look-ahead {self._right[:cut].sum() / self._seen[:cut].sum():.0%} right"

@@ -55,7 +55,9 @@ class OnDemand(Scheduler):
         soon = None
         if ahead is not None and len(used) == self._num_experts and routing.layer < self._last:
             # A prompt that wants everything here will want nearly everything there.
-            soon = np.flatnonzero(residency[routing.layer + 1] == 0)[:_PROMPT_AHEAD].astype(np.int32)
+            soon = np.flatnonzero(residency[routing.layer + 1] == 0)[:_PROMPT_AHEAD].astype(
+                np.int32
+            )
             soon += (routing.layer + 1) * self._num_experts
         return Plan(
             routing.layer, used, self._bits[: len(used)], offsets,
