@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,17 +45,55 @@ class _Layer:
     shared_sigmoid: Array | None
 
 
-def _floats_per_token(config: ModelConfig) -> int:
-    d, hd, k = config.hidden_size, config.head_dim, config.experts_per_token
-    heads, kv = config.num_heads * hd, config.num_kv_heads * hd
-    # x, normed, added, moe, shared; q and attended; k and v; cos and sin; parts; scores; experts and gates.
-    return 5 * d + 2 * heads + 2 * kv + hd + k * d + config.num_experts + 2 * k
+@dataclass(frozen=True, slots=True)
+class _Scratch:
+    """Activations of T tokens; the last three are the router's."""
+
+    x: Array
+    normed: Array
+    added: Array
+    moe: Array
+    shared: Array
+    q: Array
+    attended: Array
+    k: Array
+    v: Array
+    cos: Array
+    sin: Array
+    scores: Array
+    gates: Array
+    chosen: NDArray[np.int32]
+
+    @staticmethod
+    def widths(config: ModelConfig) -> dict[str, int]:
+        """Returns the columns of each."""
+        d, hd, k = config.hidden_size, config.head_dim, config.experts_per_token
+        heads, kv = config.num_heads * hd, config.num_kv_heads * hd
+        return {
+            "x": d, "normed": d, "added": d, "moe": d, "shared": d,
+            "q": heads, "attended": heads, "k": kv, "v": kv, "cos": hd // 2, "sin": hd // 2,
+            "scores": config.num_experts, "gates": k, "chosen": k,
+        }  # fmt: skip
+
+    @classmethod
+    def make(cls, config: ModelConfig, tokens: int) -> _Scratch:
+        arrays: dict[str, Any] = {
+            name: np.empty((tokens, width), np.int32 if name == "chosen" else np.float32)
+            for name, width in cls.widths(config).items()
+        }
+        return cls(**arrays)
+
+    def first(self, tokens: int) -> _Scratch:
+        """Returns views of the first rows."""
+        return _Scratch(*(getattr(self, name)[:tokens] for name in self.__slots__))
 
 
 def scratch_bytes(config: ModelConfig, max_tokens: int) -> int:
     """Returns the memory of a decoder's and its experts' activations for chunks of `max_tokens`."""
-    ahead = _MOST_AHEAD * (config.hidden_size + config.num_experts + 2 * config.experts_per_token)
-    return 4 * (_floats_per_token(config) * max_tokens + ahead + config.vocab_size)
+    d, k = config.hidden_size, config.experts_per_token
+    per_token = sum(_Scratch.widths(config).values()) + k * d  # and the experts' parts
+    ahead = _MOST_AHEAD * (d + config.num_experts + 2 * k)
+    return 4 * (per_token * max_tokens + ahead + config.vocab_size)
 
 
 class Decoder:
@@ -79,24 +117,12 @@ class Decoder:
         self._norm = cast(Array, weights["norm"])
         self._inv_freq = cast(Array, weights["rope"])
         self._layers = [_layer(config, weights, i) for i in range(config.num_layers)]
-        T, d, hd = max_tokens, config.hidden_size, config.head_dim
-        heads, kv, k = config.num_heads * hd, config.num_kv_heads * hd, config.experts_per_token
-
-        def scratch(cols: int) -> Array:
-            return np.empty((T, cols), np.float32)
-
-        self._x, self._normed, self._added = scratch(d), scratch(d), scratch(d)
-        self._moe, self._shared = scratch(d), scratch(d)
-        self._q, self._attended, self._k, self._v = (
-            scratch(heads), scratch(heads), scratch(kv), scratch(kv),
-        )  # fmt: skip
-        self._cos, self._sin = scratch(hd // 2), scratch(hd // 2)
-        self._chosen, self._gates = np.empty((T, k), np.int32), scratch(k)
-        self._scores = scratch(config.num_experts)
+        self._all = _Scratch.make(config, max_tokens)
+        self._one = self._all.first(1)  # most passes are of one token
         moe = [layer for layer in self._layers if layer.router is not None]
         self._norms = [layer.ffn_norm for layer in moe]
         self._routers = [cast(Array, layer.router) for layer in moe]
-        p = _MOST_AHEAD
+        p, d, k = _MOST_AHEAD, config.hidden_size, config.experts_per_token
         self._ahead_normed = np.empty((p, d), np.float32)
         self._ahead_scores = np.empty((p, config.num_experts), np.float32)
         self._ahead_chosen, self._ahead_gates = (
@@ -115,9 +141,9 @@ class Decoder:
             [T, D], normed; scratch, valid until the next call.
         """
         config, ops, T, pos = self.config, self._ops, len(ids), kv.length
-        x, normed, added = self._x[:T], self._normed[:T], self._added[:T]
-        q, k, v, attended = self._q[:T], self._k[:T], self._v[:T], self._attended[:T]
-        cos, sin = self._cos[:T], self._sin[:T]
+        s = self._one if T == 1 else self._all.first(T)
+        x, normed, added, q, k, v, attended = s.x, s.normed, s.added, s.q, s.k, s.v, s.attended
+        cos, sin = s.cos, s.sin
         ops.embed(self._embed, ids, config.embedding_multiplier, x)
         ops.rope(self._inv_freq, pos, config.rope_scale, cos, sin)
         eps, residual = config.norm_eps, config.residual_multiplier
@@ -130,25 +156,26 @@ class Decoder:
                 added += layer.o_bias
             ops.add(added, residual, x)
             ops.norm(x, layer.ffn_norm, eps, normed)
-            self._ffn(layer, normed, x)
+            self._ffn(layer, s)
         kv.length = pos + T
         ops.norm(x, self._norm, eps, normed)
         return normed
 
-    def _ffn(self, layer: _Layer, normed: Array, x: Array) -> None:
-        """x [T, D] += the routed experts' and the shared FFN's outputs on `normed`."""
-        config, ops, T = self.config, self._ops, len(x)
+    def _ffn(self, layer: _Layer, s: _Scratch) -> None:
+        """s.x += the routed experts' and the shared FFN's outputs on s.normed."""
+        config, ops, x, normed, moe = self.config, self._ops, s.x, s.normed, s.moe
         residual = config.residual_multiplier
         if layer.router is not None:
-            chosen, gates, moe = self._chosen[:T], self._gates[:T], self._moe[:T]
             ops.route(
                 normed, layer.router, over_top_k=config.scoring == "softmax_topk",
-                renormalise=config.renormalise, scores=self._scores[:T], experts=chosen, gates=gates,
+                renormalise=config.renormalise, scores=s.scores, experts=s.chosen, gates=s.gates,
             )  # fmt: skip
-            ahead = self._look_ahead(layer.moe_index, x) if T == 1 else (None, None)
-            self._experts(Routing(layer.moe_index, chosen, gates, *ahead), normed, moe)
+            routing = Routing(layer.moe_index, s.chosen, s.gates)
+            if len(x) == 1 and self._experts.scheduler.look_ahead:
+                self._look_ahead(routing, x)
+            self._experts(routing, normed, moe)
         if layer.shared is not None:
-            shared = self._shared[:T]
+            shared = s.shared
             ops.ffn(normed, *layer.shared, shared)
             if layer.router is None:
                 ops.add(shared, residual, x)
@@ -159,21 +186,20 @@ class Decoder:
             )  # fmt: skip
         ops.add(moe, residual, x)
 
-    def _look_ahead(
-        self, index: int, x: Array
-    ) -> tuple[NDArray[np.int32] | None, NDArray[np.float32] | None]:
-        """Returns what the scheduler wants to know of the layers after `index` for x [1, D]; see `Routing`."""
-        p = min(self._experts.scheduler.look_ahead, _MOST_AHEAD, len(self._routers) - 1 - index)
+    def _look_ahead(self, routing: Routing, x: Array) -> None:
+        """Adds what the scheduler wants to know of the layers after it for x [1, D]; see `Routing`."""
+        first = routing.layer + 1
+        p = min(self._experts.scheduler.look_ahead, _MOST_AHEAD, len(self._routers) - first)
         if p <= 0:
-            return None, None
-        config, next_ = self.config, slice(index + 1, index + 1 + p)
+            return
+        config = self.config
         chosen, gates = self._ahead_chosen[:p], self._ahead_gates[:p]
         self._ops.look_ahead(
-            x, self._norms[next_], self._routers[next_], config.norm_eps,
+            x, self._norms[first : first + p], self._routers[first : first + p], config.norm_eps,
             over_top_k=config.scoring == "softmax_topk", renormalise=config.renormalise,
             normed=self._ahead_normed[:p], scores=self._ahead_scores[:p], experts=chosen, gates=gates,
         )  # fmt: skip
-        return chosen, gates
+        routing.ahead_experts, routing.ahead_gates = chosen, gates
 
     def logits(self, hidden: Array, out: Array) -> None:
         """out [T, V] = the head on hidden [T, D]."""
