@@ -1,12 +1,13 @@
 """Runs edgemoe and llama.cpp side by side: in memory, and under kernel-enforced memory caps.
 
     python benchmarks/llama_cpp.py --llama-bench PATH --pair MODEL.gguf MODEL.moe BITS [--pair …] \\
-        [--memory] [--caps 0.75 0.5 0.25] [--read-ahead 128] [--json FILE]
+        [--memory] [--caps 0.75 0.5 0.25] [--first-token 0.5] [--read-ahead 128] [--json FILE]
 
 Both sides of a pair have the same shapes and bits per weight. Runs are interleaved; figures are medians. Under a cap,
 both get a control group of that share of the GGUF file's size and an empty page cache. llama.cpp maps the file
 (mmap, no repacking: a repacked copy would not fit), with the disk's read-ahead as it is and as `--read-ahead` says.
-Needs root for the caps.
+`--first-token` times a whole process under a cap, from its start with an empty page cache to the logits after a prompt
+of 128 tokens. Needs root for the caps.
 """
 
 from __future__ import annotations
@@ -117,6 +118,45 @@ def capped(args: argparse.Namespace, pair: Sequence[str], share: float) -> list[
     return [row]
 
 
+_FIRST = """
+import sys, numpy, edgemoe
+model, ram, bits, threads = sys.argv[1:]
+with edgemoe.load(model, ram=int(ram), whole_process=True, bits=int(bits), dense_bits=int(bits),
+                  threads=int(threads), context=256) as engine:
+    ids = numpy.random.default_rng(1).integers(0, engine.config.vocab_size, 128)
+    engine.logits(ids, last_only=True)
+"""
+
+
+def first_token(args: argparse.Namespace, pair: Sequence[str], share: float) -> list[dict]:
+    gguf, moe, bits = pair
+    limit = int(share * Path(gguf).stat().st_size)
+    threads = str(args.threads)
+    commands = {
+        "ours": [sys.executable, "-c", _FIRST, moe, str(limit), bits, threads],
+        "theirs": [
+            args.llama_bench, "-m", gguf, "-t", threads, "-r", "1", "-p", "128", "-n", "0", "--no-warmup",
+            "--repack", "0", "--load-mode", "mmap",
+        ],
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {}
+    for _ in range(args.repetitions):
+        for name, command in commands.items():
+            with _read_ahead(gguf, args.read_ahead if name == "theirs" else None):
+                limits.drop_caches()
+                done = limits.run(command, limit=limit, timeout=args.timeout)
+            if done.code:
+                sys.exit(f"{name}: {done.err[-500:]}")
+            seconds.setdefault(name, []).append(done.seconds)
+    row = {"model": Path(moe).stem, "bits": bits, "share": share, "test": "first token", **seconds}
+    a, b = statistics.median(seconds["ours"]), statistics.median(seconds["theirs"])
+    print(
+        f"| {row['model']} | {bits} | {100 * share:.0f}% | {a:.2f} | {b:.2f} | {b / a:.1f}× |",
+        flush=True,
+    )
+    return [row]
+
+
 class _read_ahead:  # noqa: N801 (reads like a function)
     """Sets the read-ahead of the disk that holds a file for a while; None leaves it."""
 
@@ -147,6 +187,7 @@ def main() -> None:
     )
     parser.add_argument("--memory", action="store_true", help="run in memory")
     parser.add_argument("--caps", type=float, nargs="*", default=[], help="shares of the GGUF file")
+    parser.add_argument("--first-token", type=float, nargs="*", default=[], help="likewise")
     parser.add_argument("--read-ahead", type=int, default=128, metavar="KIB")
     parser.add_argument("--default-read-ahead", action="store_true", help="measure that, too")
     parser.add_argument("--tokens", type=int, default=32)
@@ -169,6 +210,13 @@ def main() -> None:
         for pair in args.pair:
             for share in args.caps:
                 rows += capped(args, pair, share)
+    if args.first_token:
+        print(
+            "| model | bits | cap | edgemoe s | llama.cpp s | faster |\n|---|---|---|---|---|---|"
+        )
+        for pair in args.pair:
+            for share in args.first_token:
+                rows += first_token(args, pair, share)
     if args.json:
         head = {"command": sys.argv, "machine": platform.platform()}
         args.json.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
