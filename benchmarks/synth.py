@@ -41,6 +41,34 @@ SHAPES = {
 }  # fmt: skip
 
 
+def write(out: Path, config: ModelConfig, *, bits: int, embedding: float, name: str) -> None:
+    """Writes a model of random weights; the embedding is multiplied by a factor."""
+    rng = np.random.Generator(np.random.SFC64(20261122))
+
+    def weights(rows: int, cols: int) -> np.ndarray:
+        return rng.standard_normal((rows, cols), np.float32) * np.float32(0.02)
+
+    source = {"name": name, "embedding": embedding}
+    with Writer(out, config, bits=bits, sections={}, source=source) as writer:
+        bar = tqdm(total=writer.total_bytes, unit="B", unit_scale=True)
+        for tensor, spec in dense_tensors(config).items():
+            if tensor == "rope":
+                half = config.head_dim // 2
+                writer.add(tensor, (10000.0 ** (-np.arange(half) / half)).astype(np.float32))
+            elif len(spec.shape) == 1:
+                writer.add(tensor, np.ones(spec.shape, np.float32))
+            else:
+                factor = np.float32(embedding if tensor == "embed" else 1)
+                writer.add(tensor, weights(*spec.shape) * factor)
+            bar.update(writer.written_bytes - bar.n)
+        d, h = config.hidden_size, config.expert_hidden
+        for layer in config.moe_layers:
+            for e in range(config.num_experts):
+                writer.add_expert(layer, e, weights(h, d), weights(h, d), weights(d, h))
+                bar.update(writer.written_bytes - bar.n)
+        writer.finish()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -50,31 +78,13 @@ def main() -> None:
     parser.add_argument("--embedding", type=float, default=1.0, help="factor on the embedding")
     parser.add_argument("--bits", type=int, default=8)
     args = parser.parse_args()
-    config = SHAPES[args.shape]
-    rng = np.random.Generator(np.random.SFC64(20261122))
-
-    def weights(rows: int, cols: int) -> np.ndarray:
-        return rng.standard_normal((rows, cols), np.float32) * np.float32(0.02)
-
-    source = {"name": f"random {args.shape}", "embedding": args.embedding}
-    with Writer(args.out, config, bits=args.bits, sections={}, source=source) as writer:
-        bar = tqdm(total=writer.total_bytes, unit="B", unit_scale=True)
-        for name, spec in dense_tensors(config).items():
-            if name == "rope":
-                half = config.head_dim // 2
-                writer.add(name, (10000.0 ** (-np.arange(half) / half)).astype(np.float32))
-            elif len(spec.shape) == 1:
-                writer.add(name, np.ones(spec.shape, np.float32))
-            else:
-                factor = np.float32(args.embedding if name == "embed" else 1)
-                writer.add(name, weights(*spec.shape) * factor)
-            bar.update(writer.written_bytes - bar.n)
-        d, h = config.hidden_size, config.expert_hidden
-        for layer in config.moe_layers:
-            for e in range(config.num_experts):
-                writer.add_expert(layer, e, weights(h, d), weights(h, d), weights(d, h))
-                bar.update(writer.written_bytes - bar.n)
-        writer.finish()
+    write(
+        args.out,
+        SHAPES[args.shape],
+        bits=args.bits,
+        embedding=args.embedding,
+        name=f"random {args.shape}",
+    )
 
 
 if __name__ == "__main__":
