@@ -60,15 +60,20 @@ struct Prepared {
 /// Stores one head's key or value at a position. scratch: of a prepared query.
 void store(const Kernels& kn, const float* x, int head_dim, KvType type, bool is_key, uint8_t* head, int pos,
            int stride, float* scratch) {
+  const int rows = kv_tile_rows(type), lane = pos % rows;
+  uint8_t* tile = head + pos / rows * kv_tile_bytes(type, stride);
   if (type == KvType::kF16) {
-    return kn.to_f16(x, head_dim, reinterpret_cast<uint16_t*>(head) + size_t(pos) * stride);
+    auto* values = reinterpret_cast<uint16_t*>(tile);
+    if (!is_key) return kn.to_f16(x, head_dim, values + lane * stride);
+    auto* halves = reinterpret_cast<uint16_t*>(scratch);
+    kn.to_f16(x, head_dim, halves);
+    for (int c = 0; c < head_dim; ++c) values[c * rows + lane] = halves[c];
+    return;
   }
   const Prepared row(scratch, stride);
-  const int groups = blocks(stride, kKvGroup), lane = pos % kTileRows;
   std::copy_n(x, head_dim, row.q);
   std::fill(row.q + head_dim, row.q + stride, 0.0f);
   kn.quantize_head(row.q, stride, row.codes, row.scales, row.sums);
-  uint8_t* tile = head + pos / kTileRows * kv_tile_bytes(stride);
   for (int c = 0; is_key && c < stride; c += 4) {
     uint32_t four;
     std::memcpy(&four, row.codes + c, 4);
@@ -76,8 +81,8 @@ void store(const Kernels& kn, const float* x, int head_dim, KvType type, bool is
     std::memcpy(tile + 16 * c + 4 * lane, &four, 4);
   }
   if (!is_key) std::memcpy(tile + lane * stride, row.codes, size_t(stride));
-  auto* halves = reinterpret_cast<uint16_t*>(tile + kTileRows * stride);
-  for (int g = 0; g < groups; ++g) kn.to_f16(row.scales + g, 1, halves + g * kTileRows + lane);
+  auto* halves = reinterpret_cast<uint16_t*>(tile + rows * stride);
+  for (int g = 0; g < blocks(stride, kKvGroup); ++g) kn.to_f16(row.scales + g, 1, halves + g * rows + lane);
 }
 
 }  // namespace

@@ -215,6 +215,7 @@ std::unique_ptr<Kv> make_kv(const std::string& key_type, const std::string& valu
   kv->head_dim = head_dim;
   kv->bytes = keys + kv_bytes(value_type, num_heads, capacity, head_dim);
   kv->memory = Memory(kv->bytes);
+  if (kv->bytes >= (size_t(4) << 20)) kv->memory.prefer_huge_pages();
   kv->layer = {kv->memory.bytes(), kv->memory.bytes() + keys, kv_type(key_type), kv_type(value_type),
                capacity,           blocks(head_dim, 16) * 16};
   return kv;

@@ -137,8 +137,8 @@ class Budget:
         spare = least.room - expert
         if context is None:
             most = min(_DEFAULT_CONTEXT, config.context_length)
-            # 16 positions are what types in blocks grow by.
-            more = spare // 8 * 16 // KvCache.bytes(config, 16, kv_types)
+            # A multiple of what the cache grows by, so that rounding takes no more than its share.
+            more = spare // 8 // KvCache.bytes(config, 32, kv_types) * 32
             context = max(least.context, min(most, least.context + more))
         fits = (sized(context, chunk) for chunk in _CHUNKS)
         limit = sized(context, _CHUNKS[-1]).scratch + spare // 8

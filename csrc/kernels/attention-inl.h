@@ -1,7 +1,8 @@
 // Attention to one block of keys, for every instruction set and every pair of types of keys and values.
 //
-// The products with keys in 8 bits are of whole numbers: the query is in 8 bits too, as activations of matrices are,
-// and 16 positions lie in one vector. Values are added as floats, in the order of their positions.
+// Keys lie in tiles, 16 positions in one vector, so that nothing is summed across lanes. The products with keys in 8
+// bits are of whole numbers: the query is in 8 bits too, as activations of matrices are. Values are added as floats, in
+// the order of their positions.
 #pragma once
 
 #include "kernels.h"
@@ -43,37 +44,28 @@ void quantize_head(const float* x, int n, int8_t* codes, float* scales, int32_t*
 struct F16Keys {
   static constexpr KvType type = KvType::kF16;
 
-  /// scores[i][s - base] for N queries and keys s in [begin, end).
+  /// scores[i][s - base] for N queries and keys s in [begin, end), for whole tiles: scores beside are written too, and
+  /// are right or never looked at.
   template <class V, int N>
   static void score(const AttendQuery* queries, const uint8_t* head, int hs, float scale, int base, int begin,
                     int end) {
-    constexpr int kKeys = V::kSumsAtOnce > N ? V::kSumsAtOnce / N : 1;
-    const auto* keys = reinterpret_cast<const uint16_t*>(head);
-    int s = begin;
-    for (; s + kKeys <= end; s += kKeys) {
-      typename V::F acc[N * kKeys];
+    constexpr int M = V::kKeyVectors;
+    for (int s = begin / (16 * M) * (16 * M); s < end; s += 16 * M) {
+      const auto* keys = reinterpret_cast<const uint16_t*>(head + s / 32 * kv_tile_bytes(type, hs)) + s % 32;
+      typename V::F acc[N * M];
       for (auto& x : acc) x = V::zero();
-      for (int c = 0; c < hs; c += 16) {
-        typename V::F k[kKeys];
-        for (int j = 0; j < kKeys; ++j) k[j] = V::load_f16(keys + size_t(s + j) * hs + c);
+      for (int c = 0; c < hs; ++c) {
+        typename V::F k[M];
+        for (int j = 0; j < M; ++j) k[j] = V::load_f16(keys + 32 * c + 16 * j);
         for (int i = 0; i < N; ++i) {
-          const auto q = V::load(queries[i].q + c);
-          for (int j = 0; j < kKeys; ++j) acc[i * kKeys + j] = V::fma(q, k[j], acc[i * kKeys + j]);
+          const auto q = V::set(queries[i].q[c]);
+          for (int j = 0; j < M; ++j) acc[i * M + j] = V::fma(q, k[j], acc[i * M + j]);
         }
       }
-      float sums[N * kKeys];
-      V::template reduce_all<N * kKeys>(acc, sums);
       for (int i = 0; i < N; ++i) {
-        for (int j = 0; j < kKeys; ++j) queries[i].scores[s + j - base] = sums[i * kKeys + j] * scale;
-      }
-    }
-    for (; s < end; ++s) {
-      for (int i = 0; i < N; ++i) {
-        auto acc = V::zero();
-        for (int c = 0; c < hs; c += 16) {
-          acc = V::fma(V::load(queries[i].q + c), V::load_f16(keys + size_t(s) * hs + c), acc);
+        for (int j = 0; j < M; ++j) {
+          V::store(queries[i].scores + s + 16 * j - base, V::mul(acc[i * M + j], V::set(scale)));
         }
-        queries[i].scores[s - base] = V::reduce_add(acc) * scale;
       }
     }
   }
@@ -82,13 +74,13 @@ struct F16Keys {
 struct Q8Keys {
   static constexpr KvType type = KvType::kQ8;
 
-  /// As above, for whole tiles: scores beside [begin, end) are written too, and are right or never looked at.
+  /// As above.
   template <class V, int N>
   static void score(const AttendQuery* queries, const uint8_t* head, int hs, float scale, int base, int begin,
                     int end) {
     if (begin >= end) return;
     for (int s = begin / 16 * 16; s < end; s += 16) {
-      const uint8_t* tile = head + s / 16 * kv_tile_bytes(hs);
+      const uint8_t* tile = head + s / 16 * kv_tile_bytes(type, hs);
       const auto* scales = reinterpret_cast<const uint16_t*>(tile + 16 * hs);
       typename V::F total[N];
       for (int i = 0; i < N; ++i) total[i] = V::zero();
@@ -148,7 +140,7 @@ struct Q8Values {
     }
     for (int s = begin; s < end;) {
       const int first = s / 16 * 16, stop = first + 16 < end ? first + 16 : end;
-      const uint8_t* tile = head + s / 16 * kv_tile_bytes(hs);
+      const uint8_t* tile = head + s / 16 * kv_tile_bytes(type, hs);
       const auto* scales = reinterpret_cast<const uint16_t*>(tile + 16 * hs) + c / kKvGroup * 16;
       alignas(64) float weights[N][G][16];
       for (int g = 0; g < G; ++g) {

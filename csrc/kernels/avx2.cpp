@@ -15,7 +15,7 @@ struct Avx2 {
   };
   using B = I;
   static constexpr int kTokensAtOnce = 4;
-  static constexpr int kSumsAtOnce = 1;
+  static constexpr int kKeyVectors = 1;
   static constexpr int kHeadVectors = 1;
 
   static B zero_bytes() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
@@ -121,10 +121,6 @@ struct Avx2 {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-  }
-  template <int N>
-  static void reduce_all(const F* a, float* sums) {
-    for (int i = 0; i < N; ++i) sums[i] = reduce_add(a[i]);
   }
   static float reduce_max(F a) {
     const __m256 eight = _mm256_max_ps(a.lo, a.hi);

@@ -445,11 +445,14 @@ void silu_mul(const float* gate, const float* up, int n, float* out) {
 /// x[i] = exp(x[i] - max x) / sum for n >= 1; returns max x and the sum.
 template <class V>
 inline void softmax(float* x, int n, float* top, float* sum) {
-  float highest = x[0];
-  for (int i = 1; i < n; ++i) highest = x[i] > highest ? x[i] : highest;
+  auto most = load_part<V>(x, n < 16 ? n : 16, x[0]);
+  int i = 16;
+  for (; i + 16 <= n; i += 16) most = V::max(most, V::load(x + i));
+  if (i < n) most = V::max(most, load_part<V>(x + i, n - i, x[0]));
+  const float highest = V::reduce_max(most);
   const auto all = V::set(highest);
   auto acc = V::zero();
-  int i = 0;
+  i = 0;
   for (; i + 16 <= n; i += 16) {
     const auto e = exp<V>(V::sub(V::load(x + i), all));
     acc = V::add(acc, e);

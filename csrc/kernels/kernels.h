@@ -71,18 +71,20 @@ constexpr int kKeyBlock = 256;    ///< positions that share a softmax; blocks ar
 constexpr int kQueries = 4;       ///< queries that share each load of a key or value
 constexpr int kPartPadding = 16;  ///< floats after a part's values: the highest score, the sum, padding
 
-/// Bytes of 16 positions of a head in kQ8: the codes, then float16 scales [groups, 16].
-/// A tile of keys has the layout of a weight tile, so that one 8-bit dot product covers 16 positions: byte
-/// 64 * step + 4 * position + j is the code of column 4 * step + j, plus 128. A tile of values is 16 rows of signed
-/// codes.
-static inline size_t kv_tile_bytes(int head_stride) {
-  return size_t(kTileRows) * (head_stride + 2 * blocks(head_stride, kKvGroup));
+/// Keys and values lie in tiles of positions of one head; the last one is padded.
+/// kF16: tiles of 32, so that a column of keys is a cache line: keys [head_stride, 32], values [32, head_stride].
+/// kQ8: tiles of 16, the codes and then float16 scales [groups, 16]. Keys have the layout of a weight tile, so that one
+/// 8-bit dot product covers 16 positions: byte 64 * step + 4 * position + j is the code of column 4 * step + j, plus
+/// 128. Values are [16, head_stride] signed codes.
+static inline int kv_tile_rows(KvType type) { return type == KvType::kF16 ? 32 : 16; }
+
+static inline size_t kv_tile_bytes(KvType type, int head_stride) {
+  return type == KvType::kF16 ? size_t(32) * 2 * head_stride
+                              : size_t(16) * (head_stride + 2 * blocks(head_stride, kKvGroup));
 }
 
-/// Bytes of one head's keys or values. In kF16 they are rows of head_stride values.
 static inline size_t kv_head_bytes(KvType type, int capacity, int head_stride) {
-  return type == KvType::kF16 ? size_t(2) * capacity * head_stride
-                              : blocks(capacity, kTileRows) * kv_tile_bytes(head_stride);
+  return blocks(capacity, kv_tile_rows(type)) * kv_tile_bytes(type, head_stride);
 }
 
 /// One sequence's keys and values of one layer, head after head.

@@ -17,7 +17,7 @@ struct Neon {
     uint8x16_t v[4];
   };
   static constexpr int kTokensAtOnce = 4;
-  static constexpr int kSumsAtOnce = 1;
+  static constexpr int kKeyVectors = 1;
   static constexpr int kHeadVectors = 1;
 
   template <class Op>
@@ -158,10 +158,6 @@ struct Neon {
     const float32x4_t four = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
     const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
-  }
-  template <int N>
-  static void reduce_all(const F* a, float* sums) {
-    for (int i = 0; i < N; ++i) sums[i] = reduce_add(a[i]);
   }
   static float reduce_max(const F& a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));

@@ -18,7 +18,7 @@ struct Scalar {
     uint8_t v[64];
   };
   static constexpr int kTokensAtOnce = 1;
-  static constexpr int kSumsAtOnce = 1;
+  static constexpr int kKeyVectors = 1;
   static constexpr int kHeadVectors = 1;
 
   template <class Op>
@@ -156,10 +156,6 @@ struct Scalar {
       for (int i = 0; i < width; ++i) t[i] = t[i] + t[i + width];
     }
     return t[0];
-  }
-  template <int N>
-  static void reduce_all(const F* a, float* sums) {
-    for (int i = 0; i < N; ++i) sums[i] = reduce_add(a[i]);
   }
   static float reduce_max(const F& a) {
     float top = a.v[0];

@@ -47,7 +47,7 @@ class KvCache:
 
     @staticmethod
     def bytes(config: ModelConfig, capacity: int, types: KvTypes) -> int:
-        """Returns the memory that `capacity` positions take."""
+        """Returns the memory that `capacity` positions take; it grows by 32 of them."""
         return config.num_layers * sum(
             _core.KvLayer.bytes(kind, config.num_kv_heads, capacity, config.head_dim)
             for kind in (types.keys, types.values)
@@ -56,6 +56,6 @@ class KvCache:
     @staticmethod
     def read_bytes(config: ModelConfig, length: int, types: KvTypes) -> int:
         """Returns what attention to `length` positions reads; layers with a window see the last ones only."""
-        per_16 = KvCache.bytes(config, 16, types) // config.num_layers
+        per_32 = KvCache.bytes(config, 32, types) // config.num_layers
         windows = (config.window(i) or length for i in range(config.num_layers))
-        return sum(per_16 * min(length, window) // 16 for window in windows)
+        return sum(per_32 * min(length, window) // 32 for window in windows)
