@@ -52,8 +52,8 @@ struct Prepared {
     if (kv.key_type == KvType::kQ8) kn.quantize_head(q, kv.head_stride, codes, scales, sums);
   }
 
-  AttendQuery query(float* scores, float* part, int begin, int end) const {
-    return {q, codes, scales, sums, scores, part, begin, end};
+  AttendQuery query(float* scores, float* part, int begin, int end, bool is_cold) const {
+    return {q, codes, scales, sums, scores, part, begin, end, is_cold};
   }
 };
 
@@ -154,7 +154,8 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
           const int n = std::min(kQueries, (kv_head + 1) * per_kv - h);
           for (int j = 0; j < n; ++j) {
             block_queries[j] = Prepared(queries + (h + j) * at.query, stride)
-                                   .query(scores + j * kKeyBlock, parts + (block * heads + h + j) * at.part, from, to);
+                                   .query(scores + j * kKeyBlock, parts + (block * heads + h + j) * at.part, from, to,
+                                          h == kv_head * per_kv);
           }
           kn.attend(n, block_queries, kv, p.shape.scale, kv_head, base);
         }
@@ -196,7 +197,8 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
             ids[n] = j;
             is_later[n] = from > first;
             float* part = is_later[n] ? next_parts + n * at.part : parts + j * at.part;
-            block_queries[n] = Prepared(queries + j * at.query, stride).query(scores + n * kKeyBlock, part, from, to);
+            block_queries[n] =
+                Prepared(queries + j * at.query, stride).query(scores + n * kKeyBlock, part, from, to, quad == 0);
             ++n;
           }
           if (n == 0) continue;

@@ -41,6 +41,11 @@ void quantize_head(const float* x, int n, int8_t* codes, float* scales, int32_t*
   }
 }
 
+/// Asks for the tile after the next two: tiles of 8 bits are used up faster than the processor looks ahead by itself.
+inline void prefetch_tile(const uint8_t* tile, size_t bytes) {
+  for (size_t at = 3 * bytes; at < 4 * bytes; at += 64) __builtin_prefetch(tile + at);
+}
+
 struct F16Keys {
   static constexpr KvType type = KvType::kF16;
 
@@ -82,6 +87,7 @@ struct Q8Keys {
     for (int s = begin / 16 * 16; s < end; s += 16) {
       const uint8_t* tile = head + s / 16 * kv_tile_bytes(type, hs);
       const auto* scales = reinterpret_cast<const uint16_t*>(tile + 16 * hs);
+      if (queries[0].is_cold) prefetch_tile(tile, kv_tile_bytes(type, hs));
       typename V::F total[N];
       for (int i = 0; i < N; ++i) total[i] = V::zero();
       for (int c = 0, g = 0; c < hs; c += kKvGroup, ++g) {
@@ -142,6 +148,7 @@ struct Q8Values {
       const int first = s / 16 * 16, stop = first + 16 < end ? first + 16 : end;
       const uint8_t* tile = head + s / 16 * kv_tile_bytes(type, hs);
       const auto* scales = reinterpret_cast<const uint16_t*>(tile + 16 * hs) + c / kKvGroup * 16;
+      if (queries[0].is_cold) prefetch_tile(tile, kv_tile_bytes(type, hs));
       alignas(64) float weights[N][G][16];
       for (int g = 0; g < G; ++g) {
         const auto scale = V::load_f16(scales + 16 * g);

@@ -107,6 +107,7 @@ struct AttendQuery {
   float* part;          ///< out: [head_stride] values, the highest score, the sum of e^(score - highest)
   int begin;
   int end;
+  bool is_cold;  ///< nobody has just read the block: a hint, no more
 };
 
 struct AttentionShape {
