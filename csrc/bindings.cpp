@@ -10,6 +10,7 @@
 #include <string>
 #include <utility>
 
+#include "attention.h"
 #include "cache.h"
 #include "crc32c.h"
 #include "dense.h"
@@ -186,6 +187,40 @@ struct AttentionLayer {
   }
 };
 
+/// Keys and values of one layer, and the memory that holds them.
+struct Kv {
+  KvLayer layer{};
+  int num_heads = 0, head_dim = 0;
+  size_t bytes = 0;
+  Memory memory;
+};
+
+KvType kv_type(const std::string& name) {
+  if (name == "f16") return KvType::kF16;
+  if (name == "q8_0") return KvType::kQ8;
+  throw std::invalid_argument("KV cache: expected f16 or q8_0, got " + name);
+}
+
+/// Bytes of one layer's keys or values, rounded so that both start on a cache line.
+size_t kv_bytes(const std::string& type, int num_heads, int capacity, int head_dim) {
+  return round_up(num_heads * kv_head_bytes(kv_type(type), capacity, blocks(head_dim, 16) * 16), 64);
+}
+
+std::unique_ptr<Kv> make_kv(const std::string& key_type, const std::string& value_type, int num_heads, int capacity,
+                            int head_dim) {
+  if (num_heads < 1 || capacity < 1 || head_dim < 1) throw std::invalid_argument("KV cache: expected a size above 0");
+  auto kv = std::make_unique<Kv>();
+  const size_t keys = kv_bytes(key_type, num_heads, capacity, head_dim);
+  kv->num_heads = num_heads;
+  kv->head_dim = head_dim;
+  kv->bytes = keys + kv_bytes(value_type, num_heads, capacity, head_dim);
+  kv->memory = Memory(kv->bytes);
+  if (kv->bytes >= (size_t(4) << 20)) kv->memory.prefer_huge_pages();
+  kv->layer = {kv->memory.bytes(), kv->memory.bytes() + keys, kv_type(key_type), kv_type(value_type),
+               capacity,           blocks(head_dim, 16) * 16};
+  return kv;
+}
+
 /// Gives a numpy view of memory that `owner` keeps alive.
 template <class T>
 py::array_t<T> lend(const T* p, size_t n, py::handle owner) {
@@ -319,19 +354,20 @@ PYBIND11_MODULE(_core, m) {
       "Bytes per second of reads of `length` at `offsets`, several at a time; both multiples of 4096.");
 
   py::class_<Workspace>(m, "Workspace", "Compute threads and scratch of one engine.")
-      .def(py::init([](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim) {
-             return std::make_unique<Workspace>(threads,
-                                                WorkspaceShape{max_rows, max_cols, max_hidden, max_context, head_dim});
+      .def(py::init([](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim,
+                       int num_heads) {
+             return std::make_unique<Workspace>(
+                 threads, WorkspaceShape{max_rows, max_cols, max_hidden, max_context, head_dim, num_heads});
            }),
            py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
-           py::arg("head_dim"))
+           py::arg("head_dim"), py::arg("num_heads") = 1)
       .def_static(
           "bytes",
-          [](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim) {
-            return Workspace::bytes(threads, {max_rows, max_cols, max_hidden, max_context, head_dim});
+          [](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim, int num_heads) {
+            return Workspace::bytes(threads, {max_rows, max_cols, max_hidden, max_context, head_dim, num_heads});
           },
           py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
-          py::arg("head_dim"), "What such a workspace takes once all of it was used.");
+          py::arg("head_dim"), py::arg("num_heads") = 1, "What such a workspace takes once all of it was used.");
 
   m.def(
       "linear",
@@ -406,31 +442,44 @@ PYBIND11_MODULE(_core, m) {
            py::arg("scale"), py::arg("q_bias"), py::arg("k_bias"), py::arg("v_bias"), py::arg("q_norm"),
            py::arg("k_norm"), py::arg("norm_per_head"), py::arg("norm_eps"), py::arg("clip"));
 
+  py::class_<Kv>(m, "KvLayer", "Keys and values of one layer, of type f16 or q8_0; memory is taken as it is touched.")
+      .def(py::init(&make_kv), py::kw_only(), py::arg("key_type"), py::arg("value_type"), py::arg("num_heads"),
+           py::arg("capacity"), py::arg("head_dim"))
+      .def_static("bytes", &kv_bytes, py::arg("type"), py::arg("num_heads"), py::arg("capacity"), py::arg("head_dim"),
+                  "Bytes of the keys or the values of one layer.")
+      .def_property_readonly(
+          "content",
+          [](const py::object& self) {
+            const auto& kv = self.cast<const Kv&>();
+            return lend(kv.memory.bytes(), kv.bytes, self);
+          },
+          "uint8 view of the keys and then the values, as kernels.h says.");
+
   m.def(
       "attention",
       [](Workspace& ws, const AttentionLayer& layer, Array<float> q, Array<float> k, Array<float> v, int pos,
-         const Array<float>& cos, const Array<float>& sin, Array<uint16_t> kv, Array<float> out) {
+         const Array<float>& cos, const Array<float>& sin, Kv& kv, Array<float> out) {
         AttentionParts parts = layer.parts;
         const AttentionShape& s = parts.shape;
-        const py::ssize_t T = q.shape(0), half = s.head_dim / 2, stride = blocks(s.head_dim, 16) * 16;
+        const py::ssize_t T = q.shape(0), half = s.head_dim / 2;
         expect(q, "q", {T, s.num_heads * s.head_dim});
         expect(k, "k", {T, s.num_kv_heads * s.head_dim});
         expect(v, "v", {T, s.num_kv_heads * s.head_dim});
         expect(out, "out", {T, s.num_heads * s.head_dim});
         expect(cos, "cos", {T, half});
         expect(sin, "sin", {T, half});
-        expect(kv, "kv", {2, s.num_kv_heads, -1, stride});
+        if (kv.num_heads != s.num_kv_heads || kv.head_dim != s.head_dim) {
+          throw std::invalid_argument("attention: the KV cache is of another shape");
+        }
         parts.cos = cos.data();
         parts.sin = sin.data();
-        KvLayer cache{kv.mutable_data(), kv.mutable_data() + kv.size() / 2, int(kv.shape(2)), int(stride)};
         float *qp = q.mutable_data(), *kp = k.mutable_data(), *vp = v.mutable_data(), *o = out.mutable_data();
         py::gil_scoped_release release;
-        attention(ws, qp, kp, vp, int(T), pos, parts, cache, o);
+        attention(ws, qp, kp, vp, int(T), pos, parts, kv.layer, o);
       },
       py::arg("ws"), py::arg("layer"), py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
-      py::arg("pos"), py::arg("cos").noconvert(), py::arg("sin").noconvert(), py::arg("kv").noconvert(),
-      py::arg("out").noconvert(),
-      "Stores k and v at pos, attends causally; q, k and v are changed. kv uint16 [2, kv_heads, capacity, stride].");
+      py::arg("pos"), py::arg("cos").noconvert(), py::arg("sin").noconvert(), py::arg("kv"), py::arg("out").noconvert(),
+      "Stores k and v at pos, attends causally; q, k and v are changed.");
 
   m.def(
       "route",

@@ -2,9 +2,10 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <stdexcept>
 #include <string>
+
+#include "attention.h"
 
 namespace edgemoe {
 namespace {
@@ -12,13 +13,6 @@ namespace {
 size_t quantized_bytes(int rows, int cols) {
   const size_t groups = size_t(blocks(cols, kTileCols));
   return size_t(rows) * groups * (kTileCols + 2 * sizeof(float));
-}
-
-/// Pieces for a loop over `count` items: enough for balance, few enough that starting one costs nothing.
-int grain_for(int count, int threads) { return std::max(1, count / (threads * 8)); }
-
-size_t attention_floats(const WorkspaceShape& shape) {
-  return size_t(shape.max_context) + 16 + 2 * round_up(size_t(shape.head_dim), 16);
 }
 
 /// Takes the best of one token's logits, which are overwritten. Ties go to the lower expert.
@@ -50,18 +44,13 @@ Workspace::Workspace(int num_threads, const WorkspaceShape& shape)
       hidden_(quantized_bytes(kFfnRows, shape.max_hidden)),
       gate_(size_t(kFfnRows) * shape.max_hidden * sizeof(float)),
       up_(size_t(kFfnRows) * shape.max_hidden * sizeof(float)),
-      attention_(size_t(num_threads) * kQueries * attention_floats(shape) * sizeof(float)),
+      attention_(attention_floats(num_threads, shape) * sizeof(float)),
       pool(num_threads) {}
 
 size_t Workspace::bytes(int num_threads, const WorkspaceShape& shape) {
   return quantized_bytes(std::max(shape.max_rows, kFfnRows), shape.max_cols) +
          kFfnRows * (quantized_bytes(1, shape.max_hidden) + 2 * size_t(shape.max_hidden) * sizeof(float)) +
-         size_t(num_threads) * kQueries * attention_floats(shape) * sizeof(float);
-}
-
-float* Workspace::attention_scratch(int query) const {
-  const size_t at = size_t(ThreadPool::worker()) * kQueries + size_t(query);
-  return reinterpret_cast<float*>(attention_.bytes()) + at * attention_floats(shape_);
+         attention_floats(num_threads, shape) * sizeof(float);
 }
 
 QuantizedRows Workspace::view(const Memory& memory, int n, int groups, int8_t** codes, float** scales,
@@ -122,71 +111,6 @@ void linear(Workspace& ws, const float* x, int T, const std::vector<const Nested
       const int a = std::max(begin - first, 0), b = std::min(end - first, count);
       if (a < b) k.matmul_nested(m, q, T, a, b, outs[i], size_t(m.rows));
       first += count;
-    }
-  });
-}
-
-void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, const AttentionParts& p, const KvLayer& kv,
-               float* out) {
-  const Kernels& kn = kernels();
-  const int hd = p.shape.head_dim, half = hd / 2, heads = p.shape.num_heads, kv_heads = p.shape.num_kv_heads;
-  if (pos < 0 || T < 1 || pos + T > kv.capacity || kv.capacity > ws.max_context()) {
-    throw std::invalid_argument("attention: positions [" + std::to_string(pos) + ", " + std::to_string(pos + T) +
-                                ") are outside the context of " + std::to_string(kv.capacity));
-  }
-  const auto prepare = [&](float* x, int num_heads, const float* bias, const float* norm, int t, bool rotate) {
-    const int width = num_heads * hd;
-    for (int i = 0; bias && i < width; ++i) x[i] += bias[i];
-    if (norm && p.norm_per_head) {
-      for (int h = 0; h < num_heads; ++h) kn.rms_norm(x + h * hd, norm, p.norm_eps, hd, x + h * hd);
-    } else if (norm) {
-      kn.rms_norm(x, norm, p.norm_eps, width, x);
-    }
-    for (int i = 0; p.clip > 0 && i < width; ++i) x[i] = std::min(std::max(x[i], -p.clip), p.clip);
-    for (int h = 0; rotate && h < num_heads; ++h) {
-      kn.rope(x + h * hd, p.cos + size_t(t) * half, p.sin + size_t(t) * half, hd);
-    }
-  };
-  ws.pool.run(T, 4, [&](int begin, int end) {
-    for (int t = begin; t < end; ++t) {
-      prepare(q + size_t(t) * heads * hd, heads, p.q_bias, p.q_norm, t, true);
-      float* kt = k + size_t(t) * kv_heads * hd;
-      float* vt = v + size_t(t) * kv_heads * hd;
-      prepare(kt, kv_heads, p.k_bias, p.k_norm, t, true);
-      prepare(vt, kv_heads, p.v_bias, nullptr, t, false);
-      for (int h = 0; h < kv_heads; ++h) {
-        const size_t at = (size_t(h) * kv.capacity + pos + t) * kv.head_stride;
-        kn.to_f16(kt + h * hd, hd, kv.keys + at);
-        kn.to_f16(vt + h * hd, hd, kv.values + at);
-      }
-    }
-  });
-  // The queries of one kv head, by position and then by head, in blocks that load each key and value once.
-  const int per_kv = heads / kv_heads, per_block = kQueries, num_blocks = blocks(T * per_kv, per_block);
-  const int stride = kv.head_stride;
-  ws.pool.run(kv_heads * num_blocks, grain_for(kv_heads * num_blocks, ws.pool.size()), [&](int begin, int end) {
-    AttendQuery queries[kQueries];
-    for (int i = begin; i < end; ++i) {
-      const int kv_head = i / num_blocks, start = i % num_blocks * per_block;
-      const int n = std::min(per_block, T * per_kv - start);
-      float* outs[kQueries];
-      int firsts[kQueries] = {};
-      for (int j = 0; j < n; ++j) {
-        const int t = (start + j) / per_kv, head = kv_head * per_kv + (start + j) % per_kv;
-        const size_t at = (size_t(t) * heads + head) * hd;
-        float* scratch = ws.attention_scratch(j);
-        std::memcpy(scratch, q + at, size_t(hd) * sizeof(float));
-        std::fill(scratch + hd, scratch + stride, 0.0f);
-        firsts[j] = p.shape.window > 0 ? std::max(0, pos + t + 1 - p.shape.window) : 0;
-        queries[j] = {scratch, scratch + 2 * stride, scratch + stride, pos + t + 1 - firsts[j]};
-        outs[j] = out + at;
-      }
-      if (firsts[0] == firsts[n - 1]) {
-        kn.attend(n, queries, kv, p.shape.scale, kv_head, firsts[0]);
-      } else {  // a sliding window starts elsewhere for each
-        for (int j = 0; j < n; ++j) kn.attend(1, queries + j, kv, p.shape.scale, kv_head, firsts[j]);
-      }
-      for (int j = 0; j < n; ++j) std::memcpy(outs[j], queries[j].out, size_t(hd) * sizeof(float));
     }
   });
 }

@@ -17,6 +17,7 @@ struct WorkspaceShape {
   int max_hidden;   ///< widest FFN
   int max_context;  ///< positions that attention sees
   int head_dim;
+  int num_heads;  ///< of queries
 };
 
 /// Owns the compute threads and the scratch of one engine. One caller at a time.
@@ -37,10 +38,10 @@ class Workspace {
   float* gate() const { return reinterpret_cast<float*>(gate_.bytes()); }
   float* up() const { return reinterpret_cast<float*>(up_.bytes()); }
   int max_hidden() const { return shape_.max_hidden; }
-  int max_context() const { return shape_.max_context; }
+  const WorkspaceShape& shape() const { return shape_; }
 
-  /// Inside a body of the pool: this thread's scratch for one of kQueries queries: query, result and scores.
-  float* attention_scratch(int query) const;
+  /// What attention lays out itself, see attention.h.
+  float* attention() const { return reinterpret_cast<float*>(attention_.bytes()); }
 
  private:
   QuantizedRows view(const Memory& memory, int n, int groups, int8_t** codes, float** scales, float** sums) const;
@@ -55,23 +56,6 @@ class Workspace {
 /// outs[i][T, rows_i] = x [T, cols] times each matrix; all have the same number of columns.
 void linear(Workspace& ws, const float* x, int T, const std::vector<const NestedMatrix*>& matrices,
             const std::vector<float*>& outs);
-
-/// What attention needs besides the projections. Null pointers where the model has none.
-struct AttentionParts {
-  AttentionShape shape;
-  const float *q_bias, *k_bias, *v_bias;
-  const float *q_norm, *k_norm;
-  bool norm_per_head;
-  float norm_eps;
-  float clip;        ///< clamps q, k and v to ±clip after the norm; 0 for none
-  const float* cos;  ///< [T, head_dim / 2]
-  const float* sin;
-};
-
-/// Adds biases, norms, clamps and rotates q [T, heads * head_dim], k and v [T, kv_heads * head_dim] in place, stores
-/// k and v at positions [pos, pos + T) and attends causally. out [T, heads * head_dim].
-void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, const AttentionParts& parts,
-               const KvLayer& kv, float* out);
 
 /// How a router's logits become a choice.
 struct RouteRule {

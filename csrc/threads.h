@@ -10,6 +10,9 @@
 
 namespace edgemoe {
 
+/// Pieces for a loop over `count` items: enough for balance, few enough that starting one costs nothing.
+inline int grain_for(int count, int threads) { return count / (threads * 8) > 1 ? count / (threads * 8) : 1; }
+
 /// Runs loops on `num_threads` threads, the caller included. One caller at a time.
 class ThreadPool {
  public:

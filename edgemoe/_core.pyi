@@ -65,6 +65,7 @@ class Workspace:
         max_hidden: int,
         max_context: int,
         head_dim: int,
+        num_heads: int = 1,
     ) -> None: ...
     @staticmethod
     def bytes(
@@ -74,7 +75,17 @@ class Workspace:
         max_hidden: int,
         max_context: int,
         head_dim: int,
+        num_heads: int = 1,
     ) -> int: ...
+
+class KvLayer:
+    def __init__(
+        self, *, key_type: str, value_type: str, num_heads: int, capacity: int, head_dim: int
+    ) -> None: ...
+    @staticmethod
+    def bytes(type: str, num_heads: int, capacity: int, head_dim: int) -> int: ...
+    @property
+    def content(self) -> _U8: ...
 
 class AttentionLayer:
     def __init__(
@@ -146,7 +157,7 @@ def attention(
     pos: int,
     cos: _F32,
     sin: _F32,
-    kv: NDArray[np.uint16],
+    kv: KvLayer,
     out: _F32,
 ) -> None: ...
 def route(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 import time
@@ -40,7 +41,7 @@ class Result:
     read_rate: float
     """Bytes per second while reading."""
     used_per_token: float
-    """Bytes of weights that a token's computing reads from memory; 0 where it depends on the batch."""
+    """Bytes of weights, keys and values that computing one token reads; 0 where it depends on the batch."""
     wait_share: float
     """Share of the time in which computing stood still for reads."""
     average_bits: float
@@ -77,7 +78,7 @@ def measure(
     *,
     prompts: Sequence[int],
     generations: Sequence[int],
-    depth: int = 0,
+    depths: Sequence[int] = (0,),
     repetitions: int = 5,
     seed: int = 1,
 ) -> Iterator[Result]:
@@ -86,7 +87,7 @@ def measure(
     Args:
         prompts: lengths of prompts, evaluated in chunks.
         generations: numbers of single tokens.
-        depth: tokens that are in the context before.
+        depths: tokens that are in the context before; each test is run at each.
 
     Tokens are drawn at random, as in llama-bench; the same `seed` gives the same ones.
 
@@ -96,7 +97,8 @@ def measure(
     if repetitions < 1:
         raise ValueError(f"repetitions: expected at least 1, got {repetitions}")
     rng = np.random.default_rng(seed)
-    for is_prompt, count in [*((True, n) for n in prompts), *((False, n) for n in generations)]:
+    tests = [*((True, n) for n in prompts), *((False, n) for n in generations)]
+    for depth, (is_prompt, count) in itertools.product(depths, tests):
         if count < 1 or depth < 0 or depth + count + 1 > engine.context:
             raise ValueError(
                 f"a test of {count} tokens at depth {depth} does not fit a context of {engine.context}"
@@ -148,7 +150,9 @@ def _run(
         hit_rate=hits / uses if uses else 1.0,
         read_per_token=read / (count * repetitions),
         read_rate=read / read_s if read_s else 0.0,
-        used_per_token=0.0 if is_prompt else float(engine.bytes_per_token),
+        used_per_token=0.0
+        if is_prompt
+        else float(engine.bytes_per_token + engine.kv_bytes(depth + count // 2)),
         wait_share=wait_s / total_s,
         average_bits=stats.average_bits,
         peak_bytes=stats.peak_bytes,

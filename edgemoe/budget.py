@@ -9,7 +9,7 @@ from edgemoe import hardware
 from edgemoe.errors import OutOfBudget
 from edgemoe.format import MoeFile
 from edgemoe.model.decoder import scratch_bytes
-from edgemoe.model.kv import KvCache
+from edgemoe.model.kv import KvCache, KvTypes
 from edgemoe.ops import OpsShape
 from edgemoe.store import dense_bytes, expert_bytes
 
@@ -89,6 +89,7 @@ class Budget:
         level: int,
         dense_level: int,
         context: int | None,
+        kv_types: KvTypes,
         ops: OpsShape,
         outside: int = 0,
     ) -> Budget:
@@ -99,6 +100,7 @@ class Budget:
             process: what is taken already.
             level: rungs of an expert.
             context: positions that must fit; None for what fits well.
+            kv_types: how their keys and values are stored.
             ops: the operations' shape but for chunk and context.
             outside: what of `process` the caller's budget does not count; errors leave it out.
 
@@ -106,7 +108,6 @@ class Budget:
             OutOfBudget: says the smallest budget that works, and what takes the room.
         """
         config = moe.config
-        per_token = KvCache.bytes_per_token(config)
         expert = expert_bytes(moe, level)
         dense = dense_bytes(moe, dense_level)
         embedding = 0 if config.tied else sum(moe.tensors["embed"].lengths[:dense_level])
@@ -117,7 +118,7 @@ class Budget:
             shape = replace(ops, max_tokens=chunk, max_context=context)
             return cls(
                 ram=ram, process=process, dense=dense, active_dense=dense - embedding,
-                kv=per_token * context,
+                kv=KvCache.bytes(config, context, kv_types),
                 scratch=shape.scratch_bytes + scratch_bytes(config, chunk),
                 expert=expert, experts=expert * len(moe.experts.offsets),
                 context=context, chunk=chunk,
@@ -136,7 +137,9 @@ class Budget:
         spare = least.room - expert
         if context is None:
             most = min(_DEFAULT_CONTEXT, config.context_length)
-            context = max(least.context, min(most, least.context + spare // 8 // per_token))
+            # A multiple of what the cache grows by, so that rounding takes no more than its share.
+            more = spare // 8 // KvCache.bytes(config, 32, kv_types) * 32
+            context = max(least.context, min(most, least.context + more))
         fits = (sized(context, chunk) for chunk in _CHUNKS)
         limit = sized(context, _CHUNKS[-1]).scratch + spare // 8
         return next(b for b in fits if b.scratch <= limit)

@@ -20,7 +20,7 @@ from edgemoe.budget import Budget, default_ram, parse_size
 from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts, Observer
 from edgemoe.format import MoeFile, open_moe
-from edgemoe.model import Decoder, KvCache
+from edgemoe.model import Decoder, KvCache, KvTypes
 from edgemoe.ops import CpuOps, OpsShape
 from edgemoe.sampler import Sampler, SamplingParams
 from edgemoe.scheduler import SCHEDULERS, Scheduler, Setting
@@ -65,6 +65,8 @@ class Stats:
     """The process's highest resident memory since its start."""
     resident_bytes: int = 0
     """Of experts, now."""
+    kv_bytes: int = 0
+    """What the KV cache takes once the context is full."""
     scheduler: str = ""
     """What the scheduler says of itself, if anything."""
     logits_hash: str = ""
@@ -85,6 +87,8 @@ def load(
     dense_bits: int | None = None,
     experts: int | None = None,
     context: int | None = None,
+    cache_type_k: str = "f16",
+    cache_type_v: str = "f16",
     threads: int | None = None,
     scheduler: str = "on-demand",
     options: Mapping[str, Any] | None = None,
@@ -103,6 +107,8 @@ def load(
         dense_bits: the same for all other matrices.
         experts: routed experts per token; None for the model's own number. Another number is another model.
         context: tokens of prompt and reply together; None for what fits well.
+        cache_type_k: how the KV cache holds keys, "f16" or "q8_0": 8 bits, half the memory, not exact.
+        cache_type_v: the same for values.
         threads: None for the machine's cores.
         scheduler: a name of `edgemoe.scheduler.SCHEDULERS`.
         options: the scheduler's own.
@@ -119,7 +125,8 @@ def load(
     """
     return Engine(
         path, ram=ram, bits=bits, dense_bits=dense_bits, experts=experts, context=context,
-        threads=threads, scheduler=scheduler, options=options or {}, verify=verify, trace=trace, observer=observer,
+        cache_type_k=cache_type_k, cache_type_v=cache_type_v, threads=threads, scheduler=scheduler,
+        options=options or {}, verify=verify, trace=trace, observer=observer,
         whole_process=whole_process,
     )  # fmt: skip
 
@@ -139,6 +146,8 @@ class Engine:
         dense_bits: int | None,
         experts: int | None,
         context: int | None,
+        cache_type_k: str,
+        cache_type_v: str,
         threads: int | None,
         scheduler: str,
         options: Mapping[str, Any],
@@ -161,6 +170,7 @@ class Engine:
             raise ValueError(
                 f"context: expected 1 to {config.context_length} (the model's), got {context}"
             )
+        self.kv_types = kv_types = KvTypes(cache_type_k, cache_type_v)
         if scheduler not in SCHEDULERS:
             raise ValueError(f"scheduler: expected one of {', '.join(SCHEDULERS)}, got {scheduler}")
         if trace is not None and observer is not None:
@@ -175,7 +185,7 @@ class Engine:
         sections = moe.sections
         self._moe: MoeFile | None = (moe := replace(moe, sections={}))
         hardware.trim()
-        self.notes = _notes(moe, given, self.bits, dense_bits)
+        self.notes = _notes(moe, given, self.bits, dense_bits, kv_types)
 
         total = default_ram() if ram is None else parse_size(ram)
         if ram is not None and not whole_process:
@@ -183,13 +193,14 @@ class Engine:
         ops = OpsShape(
             threads=threads, max_tokens=1, max_cols=_widest(config),
             max_hidden=_widest_ffn(config), max_context=1, head_dim=config.head_dim,
+            num_heads=config.num_heads,
         )  # fmt: skip
         outside = 0 if whole_process or ram is None else before
 
         def divide(process: int) -> Budget:
             return Budget.divide(
                 moe, ram=total, process=process, level=level, dense_level=dense_level,
-                context=context, ops=ops, outside=outside,
+                context=context, kv_types=kv_types, ops=ops, outside=outside,
             )  # fmt: skip
 
         divide(hardware.process_bytes())  # refuses before anything large is read
@@ -221,13 +232,13 @@ class Engine:
         if trace is not None:
             self._trace = self._experts.observer = TraceWriter(trace, _trace_header(moe, self))
         self._decoder = Decoder(config, weights, self._ops, self._experts, max_tokens=budget.chunk)
-        self._kv = KvCache(config, budget.context)
+        self._kv = KvCache(config, budget.context, kv_types)
         self._ids: list[int] = []  # what the KV cache holds
         self._logits = np.empty((1, config.vocab_size), np.float32)
         self._call = 0
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._meter = _Meter(self._store, self.scheduler)
+        self._meter = _Meter(self._store, self.scheduler, budget.kv)
         logger.info(
             "%s: %s, %d tokens of context, chunks of %d, %d of %d bytes of experts, %s, %d threads",
             moe.path, config.family, budget.context, budget.chunk, budget.slots,
@@ -256,6 +267,10 @@ class Engine:
         return (
             self.budget.active_dense + len(c.moe_layers) * c.experts_per_token * self.budget.expert
         )
+
+    def kv_bytes(self, length: int) -> int:
+        """Returns the bytes of keys and values that attention reads for a token after `length` others."""
+        return KvCache.read_bytes(self.config, length, self.kv_types)
 
     @property
     def stats(self) -> Stats:
@@ -465,9 +480,10 @@ class Engine:
 class _Meter:
     """Turns counters since the start into those of one call."""
 
-    def __init__(self, store: ExpertStore, scheduler: Scheduler) -> None:
+    def __init__(self, store: ExpertStore, scheduler: Scheduler, kv_bytes: int) -> None:
         self._store: ExpertStore | None = store
         self._scheduler = scheduler
+        self._kv_bytes = kv_bytes
         self._frozen = Stats()
         self.start()
 
@@ -506,6 +522,7 @@ class _Meter:
             average_bits=(now["bits"] - base["bits"]) / uses if uses else 0.0,
             peak_bytes=hardware.peak_bytes(),
             resident_bytes=now["resident_bytes"],
+            kv_bytes=self._kv_bytes,
             scheduler=self._scheduler.report(),
             logits_hash="" if self._row is None else f"{_core.crc32c(self._row):08x}",
             **{
@@ -528,7 +545,9 @@ def _with_experts(moe: MoeFile, experts: int | None) -> MoeFile:
     return replace(moe, config=replace(moe.config, experts_per_token=experts))
 
 
-def _notes(moe: MoeFile, given: ModelConfig, bits: int, dense_bits: int | None) -> tuple[str, ...]:
+def _notes(
+    moe: MoeFile, given: ModelConfig, bits: int, dense_bits: int | None, kv_types: KvTypes
+) -> tuple[str, ...]:
     notes = []
     if bits < moe.ladder[-1][0]:
         notes.append(f"lossy: experts at {bits} of the file's {moe.ladder[-1][0]} bits")
@@ -541,6 +560,9 @@ def _notes(moe: MoeFile, given: ModelConfig, bits: int, dense_bits: int | None) 
             f"lossy: {moe.config.experts_per_token} experts per token; "
             f"the model's own number is {given.experts_per_token}"
         )
+    rounded = [n for n in ("keys", "values") if getattr(kv_types, n) == "q8_0"]
+    if rounded:
+        notes.append(f"lossy: {' and '.join(rounded)} of the KV cache at 8 of 16 bits")
     return tuple(notes)
 
 

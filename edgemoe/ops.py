@@ -33,6 +33,8 @@ class OpsShape:
     max_context: int
     """Positions that attention sees."""
     head_dim: int
+    num_heads: int
+    """Of queries."""
 
     @property
     def scratch_bytes(self) -> int:
@@ -71,13 +73,12 @@ class CpuOps:
         pos: int,
         cos: Array,
         sin: Array,
-        kv: NDArray[np.uint16],
+        kv: _core.KvLayer,
         out: Array,
     ) -> None:
         """Biases, norms and rotates q, k, v in place, stores k and v at `pos` in kv and attends causally.
 
-        q and out [T, heads * head_dim], k and v [T, kv_heads * head_dim], kv float16 as uint16
-        [2, kv_heads, capacity, head_dim rounded up to 16].
+        q and out [T, heads * head_dim], k and v [T, kv_heads * head_dim].
         """
         _core.attention(self._ws, layer, q, k, v, pos, cos, sin, kv, out)
 

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "cache.h"
 #include "crc32c.h"
 #include "error.h"
@@ -200,7 +201,7 @@ void test_thread_pool() {
 /// The FFN of a group gives each row the bits that it gets alone.
 void test_rows_do_not_depend_on_their_batch(const ExpertFile& file) {
   auto cache = file.open(kExperts * record_bytes(file));
-  Workspace ws(3, {600, kHidden, kExpertHidden, 1, 16});
+  Workspace ws(3, {600, kHidden, kExpertHidden, 1, 16, 1});
   const int T = 600;
   std::mt19937 rng(3);
   std::normal_distribution<float> normal;
@@ -220,7 +221,7 @@ void test_rows_do_not_depend_on_their_batch(const ExpertFile& file) {
 
 /// Every instruction set gives the bits of the scalar one.
 void test_instruction_sets_agree(const ExpertFile& file) {
-  const int T = 9, heads = 6, kv_heads = 2, head_dim = 18, stride = 32, capacity = 40;
+  const int T = 90, heads = 6, kv_heads = 2, head_dim = 18, stride = 32, capacity = 400;
   auto cache = file.open(kExperts * record_bytes(file));
   std::mt19937 rng(5);
   std::normal_distribution<float> normal;
@@ -237,7 +238,7 @@ void test_instruction_sets_agree(const ExpertFile& file) {
   for (const std::string& name : {std::string("scalar"), names.substr(0, names.find(' '))}) {
     use_isa(name.c_str());
     std::vector<std::vector<float>> got;
-    Workspace ws(2, {T, kHidden, kExpertHidden, capacity, head_dim});
+    Workspace ws(2, {T, kHidden, kExpertHidden, capacity, head_dim, heads});
     for (int8_t level = 1; level <= 5; ++level) {
       const int32_t id = 2;
       std::vector<int> group;
@@ -257,7 +258,6 @@ void test_instruction_sets_agree(const ExpertFile& file) {
     route(ws, x.data(), router.data(), T, kHidden, {21, 3, false, true}, scores.data(), experts.data(), gates.data());
     got.push_back(gates);
     got.emplace_back(experts.begin(), experts.end());
-    std::vector<uint16_t> kv(size_t(2) * kv_heads * capacity * stride);
     AttentionParts parts{{heads, kv_heads, head_dim, 0, 0.25f},
                          nullptr,
                          nullptr,
@@ -269,13 +269,21 @@ void test_instruction_sets_agree(const ExpertFile& file) {
                          2.0f,
                          angles.data(),
                          angles.data() + T * head_dim / 2};
-    auto q = q0, k = k0, v = v0;
-    for (int pos : {0, T, 2 * T}) {
-      attention(ws, q.data(), k.data(), v.data(), T, pos, parts,
-                {kv.data(), kv.data() + kv.size() / 2, capacity, stride}, attended.data());
-      got.push_back(attended);
+    for (const KvType key_type : {KvType::kF16, KvType::kQ8}) {
+      for (const KvType value_type : {KvType::kF16, KvType::kQ8}) {
+        const size_t keys = kv_heads * kv_head_bytes(key_type, capacity, stride);
+        std::vector<uint8_t> kv(keys + kv_heads * kv_head_bytes(value_type, capacity, stride));
+        const KvLayer layer{kv.data(), kv.data() + keys, key_type, value_type, capacity, stride};
+        auto q = q0, k = k0, v = v0;
+        for (int pos : {0, T, 2 * T, 3 * T}) {
+          attention(ws, q.data(), k.data(), v.data(), T, pos, parts, layer, attended.data());
+          got.push_back(attended);
+        }
+        attention(ws, q.data(), k.data(), v.data(), 1, 4 * T, parts, layer, attended.data());
+        got.push_back(attended);
+        got.emplace_back(kv.begin(), kv.end());
+      }
     }
-    got.emplace_back(kv.begin(), kv.end());
     if (expected.empty()) {
       expected = got;
       continue;

@@ -520,3 +520,17 @@ def test_figures_of_nothing_are_left_out() -> None:
     nothing = Stats(peak_bytes=2**20)
     assert stats_line(nothing) == "# 0 prompt + 0 tokens; read 0.00 GB; peak 1 MiB"
     assert "none yet" in stats_table(nothing)
+
+
+def test_the_kv_cache_in_eight_bits_is_said_and_comes_from_the_environment(env, tiny_moe):
+    flags = (str(tiny_moe), "-p", "Hi", "-n", "2", "--ignore-eos", "--temp", "0", "--raw")
+    by_flag = run(env, *flags, "-ctk", "q8_0", "-ctv", "q8_0")
+    by_name = run(env, *flags, EDGEMOE_CACHE_TYPE_K="q8_0", EDGEMOE_CACHE_TYPE_V="q8_0")
+    for result in (by_flag, by_name):
+        assert result.returncode == 0
+        assert b"# lossy: keys and values of the KV cache at 8 of 16 bits\n" in result.stderr
+    assert by_flag.stderr.split(b"#")[-1] == by_name.stderr.split(b"#")[-1]  # the logits' hash
+    assert b"lossy" not in run(env, *flags).stderr
+    wrong = run(env, *flags, "-ctk", "q4_0")
+    assert wrong.returncode == 1
+    assert wrong.stderr == b"edgemoe-run: cache_type_k: expected f16 or q8_0, got q4_0\n"

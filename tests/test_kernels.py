@@ -94,7 +94,7 @@ def every_op(seed=3):
     rng = np.random.default_rng(seed)
     out = []
     D, H, heads, kv_heads, hd, T = 100, 75, 6, 2, 18, 9
-    ws = _core.Workspace(2, T, 128, 128, 16, hd)
+    ws = _core.Workspace(2, T, 128, 128, 16, hd, heads)
     x = rng.standard_normal((T, D)).astype(np.float32)
     nested = {}
     for name, shape in {"gate": (H, D), "up": (H, D), "down": (D, H)}.items():
@@ -119,7 +119,9 @@ def every_op(seed=3):
         q_norm=np.ones(hd, np.float32), k_norm=np.ones(hd, np.float32),
         norm_per_head=True, norm_eps=1e-6, clip=2.0,
     )  # fmt: skip
-    kv = np.zeros((2, kv_heads, 16, 32), np.uint16)
+    kv = _core.KvLayer(
+        key_type="f16", value_type="f16", num_heads=kv_heads, capacity=16, head_dim=hd
+    )
     cos, sin = np.empty((T, hd // 2), np.float32), np.empty((T, hd // 2), np.float32)
     _core.rope_table(np.linspace(1, 0.01, hd // 2, dtype=np.float32), 3, 1.0, cos, sin)
     q, k, v = (
@@ -127,7 +129,7 @@ def every_op(seed=3):
     )
     a = np.empty((T, heads * hd), np.float32)
     _core.attention(ws, layer, q, k, v, 3, cos, sin, kv, a)
-    out += [a.copy(), kv.copy(), cos, sin]
+    out += [a.copy(), kv.content.copy(), cos, sin]
     _core.add_rows(ws, x, 0.3, router[0], x, y)
     out.append(y.copy())
     return out

@@ -15,7 +15,7 @@ struct Avx2 {
   };
   using B = I;
   static constexpr int kTokensAtOnce = 4;
-  static constexpr int kKeysAtOnce = 1;
+  static constexpr int kKeyVectors = 1;
   static constexpr int kHeadVectors = 1;
 
   static B zero_bytes() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
@@ -50,6 +50,7 @@ struct Avx2 {
   }
 
   static I zero_ints() { return zero_bytes(); }
+  static I set_ints(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
   static I add_ints(I a, I b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
   static int32_t reduce_ints(I a) {
     __m256i s = _mm256_add_epi32(a.lo, a.hi);
@@ -74,6 +75,11 @@ struct Avx2 {
     const __m256i all = _mm256_set1_epi32(four);
     return {_mm256_add_epi32(acc.lo, dot_half<kWide>(codes.lo, all)),
             _mm256_add_epi32(acc.hi, dot_half<kWide>(codes.hi, all))};
+  }
+  static F load_i8(const int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
   }
   static void store_i8(int8_t* p, I a) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
@@ -115,10 +121,6 @@ struct Avx2 {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-  }
-  template <int N>
-  static void reduce_all(const F* a, float* sums) {
-    for (int i = 0; i < N; ++i) sums[i] = reduce_add(a[i]);
   }
   static float reduce_max(F a) {
     const __m256 eight = _mm256_max_ps(a.lo, a.hi);

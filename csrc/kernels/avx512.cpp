@@ -11,7 +11,7 @@ struct Avx512 {
   using I = __m512i;
   using B = __m512i;
   static constexpr int kTokensAtOnce = 8;
-  static constexpr int kKeysAtOnce = 4;
+  static constexpr int kKeyVectors = 2;
   static constexpr int kHeadVectors = 4;
 
   static B zero_bytes() { return _mm512_setzero_si512(); }
@@ -34,6 +34,7 @@ struct Avx512 {
   }
 
   static I zero_ints() { return _mm512_setzero_si512(); }
+  static I set_ints(int32_t x) { return _mm512_set1_epi32(x); }
   static I add_ints(I a, I b) { return _mm512_add_epi32(a, b); }
   static int32_t reduce_ints(I a) { return _mm512_reduce_add_epi32(a); }
   template <bool kWide>
@@ -41,6 +42,9 @@ struct Avx512 {
     int32_t four;
     __builtin_memcpy(&four, x, 4);
     return _mm512_dpbusd_epi32(acc, codes, _mm512_set1_epi32(four));
+  }
+  static F load_i8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
   static void store_i8(int8_t* p, I a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a)); }
 
@@ -68,31 +72,6 @@ struct Avx512 {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
-  }
-  /// Sums of 16 vectors at once, each in the order of `reduce_add`; of others one by one.
-  template <int N>
-  static void reduce_all(const F* a, float* sums) {
-    if constexpr (N != 16) {
-      for (int i = 0; i < N; ++i) sums[i] = reduce_add(a[i]);
-    } else {
-      F eight[8], four[4], two[2];
-      for (int i = 0; i < 8; ++i) {
-        eight[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x44),
-                                 _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xee));
-      }
-      for (int i = 0; i < 4; ++i) {
-        four[i] = _mm512_add_ps(_mm512_shuffle_f32x4(eight[2 * i], eight[2 * i + 1], 0x88),
-                                _mm512_shuffle_f32x4(eight[2 * i], eight[2 * i + 1], 0xdd));
-      }
-      for (int i = 0; i < 2; ++i) {
-        two[i] = _mm512_add_ps(_mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0x44),
-                               _mm512_shuffle_ps(four[2 * i], four[2 * i + 1], 0xee));
-      }
-      const F all = _mm512_add_ps(_mm512_shuffle_ps(two[0], two[1], 0x88), _mm512_shuffle_ps(two[0], two[1], 0xdd));
-      // Element e of lane l is the sum of vector 4 * e + l.
-      const I order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
-      _mm512_storeu_ps(sums, _mm512_permutexvar_ps(order, all));
-    }
   }
   static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
   static F load_f16(const uint16_t* p) {

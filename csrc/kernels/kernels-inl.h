@@ -442,24 +442,36 @@ void silu_mul(const float* gate, const float* up, int n, float* out) {
   }
 }
 
+/// x[i] = exp(x[i] - max x) / sum for n >= 1; returns max x and the sum.
 template <class V>
-void softmax(float* x, int n) {
-  float highest = x[0];
-  for (int i = 1; i < n; ++i) highest = x[i] > highest ? x[i] : highest;
-  const auto top = V::set(highest);
+inline void softmax(float* x, int n, float* top, float* sum) {
+  auto most = load_part<V>(x, n < 16 ? n : 16, x[0]);
+  int i = 16;
+  for (; i + 16 <= n; i += 16) most = V::max(most, V::load(x + i));
+  if (i < n) most = V::max(most, load_part<V>(x + i, n - i, x[0]));
+  const float highest = V::reduce_max(most);
+  const auto all = V::set(highest);
   auto acc = V::zero();
-  int i = 0;
+  i = 0;
   for (; i + 16 <= n; i += 16) {
-    const auto e = exp<V>(V::sub(V::load(x + i), top));
+    const auto e = exp<V>(V::sub(V::load(x + i), all));
     acc = V::add(acc, e);
     V::store(x + i, e);
   }
   if (i < n) {
-    store_part<V>(x + i, exp<V>(V::sub(load_part<V>(x + i, n - i, highest), top)), n - i);
+    store_part<V>(x + i, exp<V>(V::sub(load_part<V>(x + i, n - i, highest), all)), n - i);
     acc = V::add(acc, load_part<V>(x + i, n - i, 0.0f));
   }
-  const float inverse = 1.0f / V::reduce_add(acc);
+  *top = highest;
+  *sum = V::reduce_add(acc);
+  const float inverse = 1.0f / *sum;
   for (i = 0; i < n; ++i) x[i] *= inverse;
+}
+
+template <class V>
+void softmax(float* x, int n) {
+  float top, sum;
+  softmax<V>(x, n, &top, &sum);
 }
 
 template <class V>
@@ -511,89 +523,19 @@ uint8_t read_all(const uint8_t* bytes, size_t n) {
   return some;
 }
 
-/// scores[i][s] for N queries and keys s in [begin, end).
-template <class V, int N>
-void score_keys(const AttendQuery* queries, const uint16_t* keys, int hs, float scale, int begin, int end) {
-  constexpr int kKeys = V::kKeysAtOnce;
-  int s = begin;
-  for (; s + kKeys <= end; s += kKeys) {
-    typename V::F acc[N * kKeys];
-    for (auto& x : acc) x = V::zero();
-    for (int c = 0; c < hs; c += 16) {
-      typename V::F k[kKeys];
-      for (int j = 0; j < kKeys; ++j) k[j] = V::load_f16(keys + size_t(s + j) * hs + c);
-      for (int i = 0; i < N; ++i) {
-        const auto q = V::load(queries[i].q + c);
-        for (int j = 0; j < kKeys; ++j) acc[i * kKeys + j] = V::fma(q, k[j], acc[i * kKeys + j]);
-      }
-    }
-    float sums[N * kKeys];
-    V::template reduce_all<N * kKeys>(acc, sums);
-    for (int i = 0; i < N; ++i) {
-      for (int j = 0; j < kKeys; ++j) queries[i].scores[s + j] = sums[i * kKeys + j] * scale;
-    }
-  }
-  for (; s < end; ++s) {
-    for (int i = 0; i < N; ++i) {
-      auto acc = V::zero();
-      for (int c = 0; c < hs; c += 16) {
-        acc = V::fma(V::load(queries[i].q + c), V::load_f16(keys + size_t(s) * hs + c), acc);
-      }
-      queries[i].scores[s] = V::reduce_add(acc) * scale;
-    }
-  }
-}
+}  // namespace
+}  // namespace edgemoe
 
-/// out[i] += scores[i][s] * values[s] for N queries, columns [c, c + 16 * M) and s in [begin, end), in order.
-template <class V, int N, int M>
-void add_values(const AttendQuery* queries, const uint16_t* values, int hs, int c, int begin, int end) {
-  typename V::F acc[N * M];
-  for (int i = 0; i < N; ++i) {
-    for (int j = 0; j < M; ++j) acc[i * M + j] = V::load(queries[i].out + c + 16 * j);
-  }
-  for (int s = begin; s < end; ++s) {
-    typename V::F v[M];
-    for (int j = 0; j < M; ++j) v[j] = V::load_f16(values + size_t(s) * hs + c + 16 * j);
-    for (int i = 0; i < N; ++i) {
-      const auto p = V::set(queries[i].scores[s]);
-      for (int j = 0; j < M; ++j) acc[i * M + j] = V::fma(p, v[j], acc[i * M + j]);
-    }
-  }
-  for (int i = 0; i < N; ++i) {
-    for (int j = 0; j < M; ++j) V::store(queries[i].out + c + 16 * j, acc[i * M + j]);
-  }
-}
+#include "attention-inl.h"
 
-template <class V, int N>
-void add_all_values(const AttendQuery* queries, const uint16_t* values, int hs, int begin, int end) {
-  constexpr int M = V::kHeadVectors;
-  int c = 0;
-  for (; c + 16 * M <= hs; c += 16 * M) add_values<V, N, M>(queries, values, hs, c, begin, end);
-  for (; c < hs; c += 16) add_values<V, N, 1>(queries, values, hs, c, begin, end);
-}
-
-template <class V>
-void attend(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int first) {
-  const int hs = kv.head_stride;
-  const uint16_t* keys = kv.keys + (size_t(kv_head) * kv.capacity + first) * hs;
-  const uint16_t* values = kv.values + (size_t(kv_head) * kv.capacity + first) * hs;
-  // What all see is done for all at once, so that each key and value is loaded once; the rest one by one.
-  const int common = n == kQueries ? queries[0].count : 0;
-  if (common > 0) score_keys<V, kQueries>(queries, keys, hs, scale, 0, common);
-  for (int i = 0; i < n; ++i) {
-    score_keys<V, 1>(queries + i, keys, hs, scale, common, queries[i].count);
-    softmax<V>(queries[i].scores, queries[i].count);
-    for (int c = 0; c < hs; c += 16) V::store(queries[i].out + c, V::zero());
-  }
-  if (common > 0) add_all_values<V, kQueries>(queries, values, hs, 0, common);
-  for (int i = 0; i < n; ++i) add_all_values<V, 1>(queries + i, values, hs, common, queries[i].count);
-}
+namespace edgemoe {
+namespace {
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,          quantize_group<V>, quantize_row<V>, matmul_nested<V>, decode_row<V>,
-                 matmul_f32<V>, rms_norm<V>,       silu_mul<V>,     softmax<V>,       add_scaled<V>,
-                 rope<V>,       to_f16<V>,         read_all<V>,     attend<V>};
+  return Kernels{name,        quantize_group<V>, quantize_row<V>, matmul_nested<V>, decode_row<V>, matmul_f32<V>,
+                 rms_norm<V>, silu_mul<V>,       softmax<V>,      add_scaled<V>,    rope<V>,       to_f16<V>,
+                 read_all<V>, quantize_head<V>,  attend<V>,       merge_parts<V>};
 }
 
 }  // namespace

@@ -63,21 +63,51 @@ static inline QuantizedRows rows_from(const QuantizedRows& q, int row) {
   return {q.codes + at * kTileCols, q.scales + at, q.sums + at, q.groups};
 }
 
-/// One sequence's keys and values of one layer, float16, [kv_heads, capacity, head_stride].
+/// How keys or values are stored. `kQ8` is 8 bits with a float16 scale per 32 values of a head, llama.cpp's q8_0.
+enum class KvType : uint8_t { kF16, kQ8 };
+
+constexpr int kKvGroup = 32;      ///< values of a head that share a scale in kQ8
+constexpr int kKeyBlock = 256;    ///< positions that share a softmax; blocks are merged in their order
+constexpr int kQueries = 4;       ///< queries that share each load of a key or value
+constexpr int kPartPadding = 16;  ///< floats after a part's values: the highest score, the sum, padding
+
+/// Keys and values lie in tiles of positions of one head; the last one is padded.
+/// kF16: tiles of 32, so that a column of keys is a cache line: keys [head_stride, 32], values [32, head_stride].
+/// kQ8: tiles of 16, the codes and then float16 scales [groups, 16]. Keys have the layout of a weight tile, so that one
+/// 8-bit dot product covers 16 positions: byte 64 * step + 4 * position + j is the code of column 4 * step + j, plus
+/// 128. Values are [16, head_stride] signed codes.
+static inline int kv_tile_rows(KvType type) { return type == KvType::kF16 ? 32 : 16; }
+
+static inline size_t kv_tile_bytes(KvType type, int head_stride) {
+  return type == KvType::kF16 ? size_t(32) * 2 * head_stride
+                              : size_t(16) * (head_stride + 2 * blocks(head_stride, kKvGroup));
+}
+
+static inline size_t kv_head_bytes(KvType type, int capacity, int head_stride) {
+  return blocks(capacity, kv_tile_rows(type)) * kv_tile_bytes(type, head_stride);
+}
+
+/// One sequence's keys and values of one layer, head after head.
 struct KvLayer {
-  uint16_t* keys;
-  uint16_t* values;
+  uint8_t* keys;
+  uint8_t* values;
+  KvType key_type;
+  KvType value_type;
   int capacity;     ///< positions
   int head_stride;  ///< head_dim rounded up to 16; the rest is zero
 };
 
-constexpr int kQueries = 4;
-
+/// One query and the positions [begin, end) that it sees of a block.
 struct AttendQuery {
-  const float* q;
-  float* scores;
-  float* out;
-  int count;
+  const float* q;       ///< [head_stride], zero padded
+  const int8_t* codes;  ///< the same in 8 bits, [groups, 32]; these three only for keys in kQ8
+  const float* scales;  ///< [groups]
+  const int32_t* sums;  ///< [groups], of codes
+  float* scores;        ///< scratch [kKeyBlock]
+  float* part;          ///< out: [head_stride] values, the highest score, the sum of e^(score - highest)
+  int begin;
+  int end;
+  bool is_cold;  ///< nobody has just read the block: a hint, no more
 };
 
 struct AttentionShape {
@@ -133,10 +163,16 @@ struct Kernels {
   /// Reads n bytes, a multiple of 4096, and returns something that depends on all of them: the memory roof.
   uint8_t (*read_all)(const uint8_t* bytes, size_t n);
 
-  /// Attention of n <= kQueries queries of heads that share one kv head; q, out [head_stride] each, q zero padded.
-  /// Query i sees keys [first, first + counts[i]), counts ascending; scores: scratch of capacity + 16 floats each.
-  /// A query's result does not depend on the others.
-  void (*attend)(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int first);
+  /// Quantises n values of a head to 8 bits with a scale, which float16 holds exactly, per 32. `codes` is
+  /// [groups, 32], zero padded. What is not finite gets a scale that is not a number.
+  void (*quantize_head)(const float* x, int n, int8_t* codes, float* scales, int32_t* sums);
+
+  /// Attention of n <= kQueries queries of heads that share a kv head to positions of the block from `base`, a
+  /// multiple of kKeyBlock. A query's result does not depend on the others.
+  void (*attend)(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int base);
+
+  /// Makes two parts of a query one: `into` of earlier blocks, `part` of the next.
+  void (*merge_parts)(float* into, const float* part, int head_stride);
 };
 
 /// Returns the active table; the best usable one unless `use_isa` chose another. Thread-safe.

@@ -17,7 +17,7 @@ struct Neon {
     uint8x16_t v[4];
   };
   static constexpr int kTokensAtOnce = 4;
-  static constexpr int kKeysAtOnce = 1;
+  static constexpr int kKeyVectors = 1;
   static constexpr int kHeadVectors = 1;
 
   template <class Op>
@@ -65,6 +65,7 @@ struct Neon {
   }
 
   static I zero_ints() { return I{{vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}}; }
+  static I set_ints(int32_t x) { return I{{vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x), vdupq_n_s32(x)}}; }
   static I add_ints(const I& a, const I& b) {
     I r;
     for (int i = 0; i < 4; ++i) r.v[i] = vaddq_s32(a.v[i], b.v[i]);
@@ -89,6 +90,12 @@ struct Neon {
       }
     }
     return acc;
+  }
+  static F load_i8(const int8_t* p) {
+    const int8x16_t bytes = vld1q_s8(p);
+    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
+    return F{{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
+              vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
   }
   static void store_i8(int8_t* p, const I& a) {
     const int16x8_t low = vcombine_s16(vqmovn_s32(a.v[0]), vqmovn_s32(a.v[1]));
@@ -151,10 +158,6 @@ struct Neon {
     const float32x4_t four = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
     const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
-  }
-  template <int N>
-  static void reduce_all(const F* a, float* sums) {
-    for (int i = 0; i < N; ++i) sums[i] = reduce_add(a[i]);
   }
   static float reduce_max(const F& a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));

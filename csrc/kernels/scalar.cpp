@@ -18,7 +18,7 @@ struct Scalar {
     uint8_t v[64];
   };
   static constexpr int kTokensAtOnce = 1;
-  static constexpr int kKeysAtOnce = 1;
+  static constexpr int kKeyVectors = 1;
   static constexpr int kHeadVectors = 1;
 
   template <class Op>
@@ -66,6 +66,11 @@ struct Scalar {
   }
 
   static I zero_ints() { return I{}; }
+  static I set_ints(int32_t x) {
+    I r;
+    for (int i = 0; i < 16; ++i) r.v[i] = x;
+    return r;
+  }
   static I add_ints(const I& a, const I& b) {
     I r;
     for (int i = 0; i < 16; ++i) r.v[i] = a.v[i] + b.v[i];
@@ -82,6 +87,9 @@ struct Scalar {
       for (int j = 0; j < 4; ++j) acc.v[i] += int32_t(codes.v[4 * i + j]) * x[j];
     }
     return acc;
+  }
+  static F load_i8(const int8_t* p) {
+    return map([=](int i) { return float(p[i]); });
   }
   static void store_i8(int8_t* p, const I& a) {
     for (int i = 0; i < 16; ++i) p[i] = int8_t(a.v[i]);
@@ -148,10 +156,6 @@ struct Scalar {
       for (int i = 0; i < width; ++i) t[i] = t[i] + t[i + width];
     }
     return t[0];
-  }
-  template <int N>
-  static void reduce_all(const F* a, float* sums) {
-    for (int i = 0; i < N; ++i) sums[i] = reduce_add(a[i]);
   }
   static float reduce_max(const F& a) {
     float top = a.v[0];

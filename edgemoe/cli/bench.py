@@ -43,13 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         with edgemoe.load(
             args.model, ram=args.ram, whole_process=True, bits=args.bits,
             dense_bits=args.dense_bits, experts=args.experts, threads=args.threads,
-            context=args.n_depth + longest + 2, verify=not args.no_verify,
+            context=max(args.n_depth) + longest + 2, cache_type_k=args.cache_type_k,
+            cache_type_v=args.cache_type_v, verify=not args.no_verify,
         ) as engine:  # fmt: skip
             results = []
             if not args.json:
                 print(_HEAD)
             for result in measure(
-                engine, prompts=args.n_prompt, generations=args.n_gen, depth=args.n_depth,
+                engine, prompts=args.n_prompt, generations=args.n_gen, depths=args.n_depth,
                 repetitions=args.repetitions, seed=args.seed,
             ):  # fmt: skip
                 results.append(result)
@@ -87,8 +88,12 @@ def _parser() -> argparse.ArgumentParser:
                         help="prompt lengths, 0 for none (default: 512)")  # fmt: skip
     parser.add_argument("-n", "--n-gen", type=_counts, default=[128], metavar="N,…",
                         help="numbers of single tokens, 0 for none (default: 128)")  # fmt: skip
-    parser.add_argument("-d", "--n-depth", type=int, default=0, metavar="N",
+    parser.add_argument("-d", "--n-depth", type=_depths, default=[0], metavar="N,…",
                         help="tokens that are in the context before (default: 0)")  # fmt: skip
+    parser.add_argument("-ctk", "--cache-type-k", default="f16", metavar="TYPE",
+                        help="keys of the KV cache: f16 or q8_0 (default: f16)")  # fmt: skip
+    parser.add_argument("-ctv", "--cache-type-v", default="f16", metavar="TYPE",
+                        help="the same for values (default: f16)")  # fmt: skip
     parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
     parser.add_argument("-t", "--threads", type=int, metavar="N")
     parser.add_argument("--ram", metavar="SIZE", help="memory for the whole process")
@@ -104,6 +109,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _counts(text: str) -> list[int]:
     return [n for n in map(int, text.split(",")) if n != 0]
+
+
+def _depths(text: str) -> list[int]:
+    return [int(n) for n in text.split(",")]
 
 
 _HEAD = """\
@@ -126,6 +135,7 @@ def _report(engine: Engine, results: Sequence[Result], best: Roof) -> dict[str, 
         "command": sys.argv,
         "family": engine.config.family,
         "bits": engine.bits,
+        "cache_types": dataclasses.asdict(engine.kv_types),
         "threads": engine.threads,
         "isa": engine.isa,
         "budget": dataclasses.asdict(engine.budget),

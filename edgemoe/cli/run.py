@@ -145,6 +145,8 @@ def _load(args: Namespace) -> Engine:
         bits=args.bits,
         dense_bits=args.dense_bits,
         context=args.ctx_size or None,
+        cache_type_k=args.cache_type_k,
+        cache_type_v=args.cache_type_v,
         threads=args.threads,
         verify=not args.no_verify,
         experts=args.experts,

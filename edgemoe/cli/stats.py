@@ -48,6 +48,7 @@ def stats_table(stats: Stats) -> str:
         ("waited for reads", f"{stats.wait_s:.2f} s"),
         ("bits of an expert's weight", f"{stats.average_bits:.2f} on average"),
         ("experts in memory now", _mib(stats.resident_bytes)),
+        ("KV cache, when full", _mib(stats.kv_bytes)),
         ("memory at most", f"{_mib(stats.peak_bytes)}, the whole process"),
         ("scheduler", stats.scheduler or "nothing to say"),
         ("hash of the last logits", stats.logits_hash or "none yet"),

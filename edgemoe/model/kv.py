@@ -1,33 +1,61 @@
-"""Keys and values of one sequence, float16."""
+"""Keys and values of one sequence, in float16 or 8 bits."""
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass
 
+from edgemoe import _core
 from edgemoe.config import ModelConfig
 
-__all__ = ["KvCache"]
+__all__ = ["KV_TYPES", "KvCache", "KvTypes"]
+
+KV_TYPES = ("f16", "q8_0")
+"""What keys and values may be: float16, or 8 bits with a float16 scale per 32 values of a head (llama.cpp's names)."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvTypes:
+    """Says how keys and values are stored, each one of `KV_TYPES`.
+
+    Raises:
+        ValueError: another type.
+    """
+
+    keys: str = "f16"
+    values: str = "f16"
+
+    def __post_init__(self) -> None:
+        for name, given in (("cache_type_k", self.keys), ("cache_type_v", self.values)):
+            if given not in KV_TYPES:
+                raise ValueError(f"{name}: expected {' or '.join(KV_TYPES)}, got {given}")
 
 
 class KvCache:
     """Holds up to `capacity` positions; memory is touched as the sequence grows."""
 
-    def __init__(self, config: ModelConfig, capacity: int) -> None:
+    def __init__(self, config: ModelConfig, capacity: int, types: KvTypes) -> None:
         self.capacity = capacity
         self.length = 0
         """Positions in use."""
-        shape = (2, config.num_kv_heads, capacity, head_stride(config))
-        self.layers: list[NDArray[np.uint16]] = [
-            np.zeros(shape, np.uint16) for _ in range(config.num_layers)
-        ]
+        self.layers = [
+            _core.KvLayer(
+                key_type=types.keys, value_type=types.values, num_heads=config.num_kv_heads,
+                capacity=capacity, head_dim=config.head_dim,
+            )
+            for _ in range(config.num_layers)
+        ]  # fmt: skip
 
     @staticmethod
-    def bytes_per_token(config: ModelConfig) -> int:
-        """Returns the memory that one position takes."""
-        return 2 * 2 * config.num_layers * config.num_kv_heads * head_stride(config)
+    def bytes(config: ModelConfig, capacity: int, types: KvTypes) -> int:
+        """Returns the memory that `capacity` positions take; it grows by 32 of them."""
+        return config.num_layers * sum(
+            _core.KvLayer.bytes(kind, config.num_kv_heads, capacity, config.head_dim)
+            for kind in (types.keys, types.values)
+        )
 
-
-def head_stride(config: ModelConfig) -> int:
-    """Returns head_dim rounded up to the kernels' 16 lanes."""
-    return -(-config.head_dim // 16) * 16
+    @staticmethod
+    def read_bytes(config: ModelConfig, length: int, types: KvTypes) -> int:
+        """Returns what attention to `length` positions reads; layers with a window see the last ones only."""
+        per_32 = KvCache.bytes(config, 32, types) // config.num_layers
+        windows = (config.window(i) or length for i in range(config.num_layers))
+        return sum(per_32 * min(length, window) // 32 for window in windows)

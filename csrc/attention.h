@@ -1,0 +1,33 @@
+// Attention of one layer: prompts in groups of queries, single tokens split over blocks of positions.
+//
+// A query's result is that of blocks of kKeyBlock positions, each with a softmax of its own, merged in their order. So
+// it does not depend on who computes which block, nor on the queries beside it.
+#pragma once
+
+#include <cstddef>
+
+#include "dense.h"
+
+namespace edgemoe {
+
+/// What attention needs besides the projections. Null pointers where the model has none.
+struct AttentionParts {
+  AttentionShape shape;
+  const float *q_bias, *k_bias, *v_bias;
+  const float *q_norm, *k_norm;
+  bool norm_per_head;
+  float norm_eps;
+  float clip;        ///< clamps q, k and v to ±clip after the norm; 0 for none
+  const float* cos;  ///< [T, head_dim / 2]
+  const float* sin;
+};
+
+/// Adds biases, norms, clamps and rotates q [T, heads * head_dim], k and v [T, kv_heads * head_dim] in place, stores
+/// k and v at positions [pos, pos + T) and attends causally, to what is stored. out [T, heads * head_dim].
+void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, const AttentionParts& parts,
+               const KvLayer& kv, float* out);
+
+/// Scratch that attention takes of a workspace.
+size_t attention_floats(int num_threads, const WorkspaceShape& shape);
+
+}  // namespace edgemoe

@@ -1,0 +1,255 @@
+// Attention to one block of keys, for every instruction set and every pair of types of keys and values.
+//
+// Keys lie in tiles, 16 positions in one vector, so that nothing is summed across lanes. The products with keys in 8
+// bits are of whole numbers: the query is in 8 bits too, as activations of matrices are. Values are added as floats, in
+// the order of their positions.
+#pragma once
+
+#include "kernels.h"
+
+namespace edgemoe {
+namespace {
+
+template <class V>
+void quantize_head(const float* x, int n, int8_t* codes, float* scales, int32_t* sums) {
+  for (int g = 0; g < blocks(n, kKvGroup); ++g, codes += kKvGroup) {
+    typename V::F v[2];
+    auto top = V::zero(), poison = V::zero();
+    for (int i = 0; i < 2; ++i) {
+      const int start = g * kKvGroup + 16 * i, left = n - start;
+      v[i] = left >= 16 ? V::load(x + start) : load_part<V>(x + start, left < 0 ? 0 : left, 0.0f);
+      top = V::max(top, V::abs(v[i]));
+      poison = V::fma(v[i], V::zero(), poison);  // not 0 where a value is not finite
+    }
+    const float poisoned = V::reduce_add(poison);
+    alignas(64) uint16_t halves[16];
+    alignas(64) float rounded[16];
+    V::store_f16(halves, V::set(V::reduce_max(top) / 127.0f));
+    V::store(rounded, V::load_f16(halves));
+    const bool is_zero = !(rounded[0] > 0) || poisoned != 0;
+    const auto inverse = V::set(is_zero ? 0.0f : 1.0f / rounded[0]);
+    auto total = V::zero_ints();
+    for (int i = 0; i < 2; ++i) {
+      // A scale that was rounded down would give 128.
+      const auto whole = V::min(V::max(V::mul(v[i], inverse), V::set(-127.0f)), V::set(127.0f));
+      const auto q = is_zero ? V::zero_ints() : V::round_to_int(whole);
+      total = V::add_ints(total, q);
+      V::store_i8(codes + 16 * i, q);
+    }
+    scales[g] = is_zero ? poisoned : rounded[0];
+    sums[g] = V::reduce_ints(total);
+  }
+}
+
+/// Asks for the tile after the next two: tiles of 8 bits are used up faster than the processor looks ahead by itself.
+inline void prefetch_tile(const uint8_t* tile, size_t bytes) {
+  for (size_t at = 3 * bytes; at < 4 * bytes; at += 64) __builtin_prefetch(tile + at);
+}
+
+struct F16Keys {
+  static constexpr KvType type = KvType::kF16;
+
+  /// scores[i][s - base] for N queries and keys s in [begin, end), for whole tiles: scores beside are written too, and
+  /// are right or never looked at.
+  template <class V, int N>
+  static void score(const AttendQuery* queries, const uint8_t* head, int hs, float scale, int base, int begin,
+                    int end) {
+    constexpr int M = V::kKeyVectors;
+    for (int s = begin / (16 * M) * (16 * M); s < end; s += 16 * M) {
+      const auto* keys = reinterpret_cast<const uint16_t*>(head + s / 32 * kv_tile_bytes(type, hs)) + s % 32;
+      typename V::F acc[N * M];
+      for (auto& x : acc) x = V::zero();
+      for (int c = 0; c < hs; ++c) {
+        typename V::F k[M];
+        for (int j = 0; j < M; ++j) k[j] = V::load_f16(keys + 32 * c + 16 * j);
+        for (int i = 0; i < N; ++i) {
+          const auto q = V::set(queries[i].q[c]);
+          for (int j = 0; j < M; ++j) acc[i * M + j] = V::fma(q, k[j], acc[i * M + j]);
+        }
+      }
+      for (int i = 0; i < N; ++i) {
+        for (int j = 0; j < M; ++j) {
+          V::store(queries[i].scores + s + 16 * j - base, V::mul(acc[i * M + j], V::set(scale)));
+        }
+      }
+    }
+  }
+};
+
+struct Q8Keys {
+  static constexpr KvType type = KvType::kQ8;
+
+  /// As above.
+  template <class V, int N>
+  static void score(const AttendQuery* queries, const uint8_t* head, int hs, float scale, int base, int begin,
+                    int end) {
+    if (begin >= end) return;
+    for (int s = begin / 16 * 16; s < end; s += 16) {
+      const uint8_t* tile = head + s / 16 * kv_tile_bytes(type, hs);
+      const auto* scales = reinterpret_cast<const uint16_t*>(tile + 16 * hs);
+      if (queries[0].is_cold) prefetch_tile(tile, kv_tile_bytes(type, hs));
+      typename V::F total[N];
+      for (int i = 0; i < N; ++i) total[i] = V::zero();
+      for (int c = 0, g = 0; c < hs; c += kKvGroup, ++g) {
+        typename V::I acc[N];
+        for (int i = 0; i < N; ++i) acc[i] = V::set_ints(-128 * queries[i].sums[g]);
+        for (int d = c; d < c + kKvGroup && d < hs; d += 4) {
+          const auto codes = V::load_bytes(tile + 16 * d);
+          for (int i = 0; i < N; ++i) acc[i] = V::template dot<true>(acc[i], codes, queries[i].codes + d);
+        }
+        const auto k_scale = V::load_f16(scales + 16 * g);
+        for (int i = 0; i < N; ++i) {
+          total[i] = V::fma(k_scale, V::mul(V::set(queries[i].scales[g]), V::to_float(acc[i])), total[i]);
+        }
+      }
+      for (int i = 0; i < N; ++i) V::store(queries[i].scores + s - base, V::mul(total[i], V::set(scale)));
+    }
+  }
+};
+
+struct F16Values {
+  static constexpr KvType type = KvType::kF16;
+
+  /// part[i] += scores[i][s - base] * values[s] for N queries, columns [c, c + 16 * M) and s in [begin, end), in order.
+  template <class V, int N, int M>
+  static void add(const AttendQuery* queries, const uint8_t* head, int hs, int c, int base, int begin, int end) {
+    const auto* values = reinterpret_cast<const uint16_t*>(head);
+    typename V::F acc[N * M];
+    for (int i = 0; i < N; ++i) {
+      for (int j = 0; j < M; ++j) acc[i * M + j] = V::load(queries[i].part + c + 16 * j);
+    }
+    for (int s = begin; s < end; ++s) {
+      typename V::F v[M];
+      for (int j = 0; j < M; ++j) v[j] = V::load_f16(values + size_t(s) * hs + c + 16 * j);
+      for (int i = 0; i < N; ++i) {
+        const auto p = V::set(queries[i].scores[s - base]);
+        for (int j = 0; j < M; ++j) acc[i * M + j] = V::fma(p, v[j], acc[i * M + j]);
+      }
+    }
+    for (int i = 0; i < N; ++i) {
+      for (int j = 0; j < M; ++j) V::store(queries[i].part + c + 16 * j, acc[i * M + j]);
+    }
+  }
+};
+
+struct Q8Values {
+  static constexpr KvType type = KvType::kQ8;
+
+  /// As above; a score is multiplied by the scale of its position's group, and the product by the code. c is a
+  /// multiple of 32 where M is more than 1.
+  template <class V, int N, int M>
+  static void add(const AttendQuery* queries, const uint8_t* head, int hs, int c, int base, int begin, int end) {
+    constexpr int G = M > 1 ? M / 2 : 1;
+    typename V::F acc[N * M];
+    for (int i = 0; i < N; ++i) {
+      for (int j = 0; j < M; ++j) acc[i * M + j] = V::load(queries[i].part + c + 16 * j);
+    }
+    for (int s = begin; s < end;) {
+      const int first = s / 16 * 16, stop = first + 16 < end ? first + 16 : end;
+      const uint8_t* tile = head + s / 16 * kv_tile_bytes(type, hs);
+      const auto* scales = reinterpret_cast<const uint16_t*>(tile + 16 * hs) + c / kKvGroup * 16;
+      if (queries[0].is_cold) prefetch_tile(tile, kv_tile_bytes(type, hs));
+      alignas(64) float weights[N][G][16];
+      for (int g = 0; g < G; ++g) {
+        const auto scale = V::load_f16(scales + 16 * g);
+        for (int i = 0; i < N; ++i) {
+          V::store(weights[i][g], V::mul(V::load(queries[i].scores + first - base), scale));
+        }
+      }
+      for (; s < stop; ++s) {
+        const auto* row = reinterpret_cast<const int8_t*>(tile) + (s - first) * hs + c;
+        typename V::F v[M];
+        for (int j = 0; j < M; ++j) v[j] = V::load_i8(row + 16 * j);
+        for (int i = 0; i < N; ++i) {
+          for (int j = 0; j < M; ++j) {
+            acc[i * M + j] = V::fma(V::set(weights[i][j / 2][s - first]), v[j], acc[i * M + j]);
+          }
+        }
+      }
+    }
+    for (int i = 0; i < N; ++i) {
+      for (int j = 0; j < M; ++j) V::store(queries[i].part + c + 16 * j, acc[i * M + j]);
+    }
+  }
+};
+
+template <class V, class Values, int N>
+void add_values(const AttendQuery* queries, const uint8_t* head, int hs, int base, int begin, int end) {
+  constexpr int M = V::kHeadVectors;
+  if (begin >= end) return;
+  int c = 0;
+  for (; c + 16 * M <= hs; c += 16 * M) Values::template add<V, N, M>(queries, head, hs, c, base, begin, end);
+  for (; c < hs; c += 16) Values::template add<V, N, 1>(queries, head, hs, c, base, begin, end);
+}
+
+template <class V, class Keys, class Values, int N>
+void attend_block(const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int base) {
+  const int hs = kv.head_stride;
+  const uint8_t* keys = kv.keys + kv_head * kv_head_bytes(Keys::type, kv.capacity, hs);
+  const uint8_t* values = kv.values + kv_head * kv_head_bytes(Values::type, kv.capacity, hs);
+  // What all see is done for all at once, so that each key and value is loaded once; what is before and after, one
+  // by one.
+  int begin = queries[0].begin, end = queries[0].end;
+  for (int i = 1; i < N; ++i) {
+    begin = queries[i].begin > begin ? queries[i].begin : begin;
+    end = queries[i].end < end ? queries[i].end : end;
+  }
+  if (end < begin) end = begin;
+  const auto before = [&](int i) { return begin < queries[i].end ? begin : queries[i].end; };
+  const auto after = [&](int i) { return end > queries[i].begin ? end : queries[i].begin; };
+  Keys::template score<V, N>(queries, keys, hs, scale, base, begin, end);
+  for (int i = 0; i < N; ++i) {
+    const AttendQuery& q = queries[i];
+    Keys::template score<V, 1>(&q, keys, hs, scale, base, q.begin, before(i));
+    Keys::template score<V, 1>(&q, keys, hs, scale, base, after(i), q.end);
+    softmax<V>(q.scores + q.begin - base, q.end - q.begin, q.part + hs, q.part + hs + 1);
+    for (int c = 0; c < hs; c += 16) V::store(q.part + c, V::zero());
+    add_values<V, Values, 1>(&q, values, hs, base, q.begin, before(i));
+  }
+  add_values<V, Values, N>(queries, values, hs, base, begin, end);
+  for (int i = 0; i < N; ++i) {
+    add_values<V, Values, 1>(queries + i, values, hs, base, after(i), queries[i].end);
+  }
+}
+
+template <class V, class Keys, class Values>
+void attend_as(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int base) {
+  static_assert(kQueries == 4, "a case for each number of queries");
+  switch (n) {
+    case 1:
+      return attend_block<V, Keys, Values, 1>(queries, kv, scale, kv_head, base);
+    case 2:
+      return attend_block<V, Keys, Values, 2>(queries, kv, scale, kv_head, base);
+    case 3:
+      return attend_block<V, Keys, Values, 3>(queries, kv, scale, kv_head, base);
+    case 4:
+      return attend_block<V, Keys, Values, 4>(queries, kv, scale, kv_head, base);
+  }
+}
+
+template <class V>
+void attend(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int base) {
+  if (kv.key_type == KvType::kF16) {
+    if (kv.value_type == KvType::kF16) return attend_as<V, F16Keys, F16Values>(n, queries, kv, scale, kv_head, base);
+    return attend_as<V, F16Keys, Q8Values>(n, queries, kv, scale, kv_head, base);
+  }
+  if (kv.value_type == KvType::kF16) return attend_as<V, Q8Keys, F16Values>(n, queries, kv, scale, kv_head, base);
+  attend_as<V, Q8Keys, Q8Values>(n, queries, kv, scale, kv_head, base);
+}
+
+template <class V>
+void merge_parts(float* into, const float* part, int hs) {
+  const float a = into[hs], b = part[hs], top = a > b ? a : b;
+  alignas(64) float pair[16] = {a - top, b - top};
+  V::store(pair, exp<V>(V::load(pair)));
+  const float sum_a = into[hs + 1] * pair[0], sum_b = part[hs + 1] * pair[1], sum = sum_a + sum_b;
+  const auto share_a = V::set(sum_a / sum), share_b = V::set(sum_b / sum);
+  for (int c = 0; c < hs; c += 16) {
+    V::store(into + c, V::fma(V::load(part + c), share_b, V::mul(V::load(into + c), share_a)));
+  }
+  into[hs] = top;
+  into[hs + 1] = sum;
+}
+
+}  // namespace
+}  // namespace edgemoe
