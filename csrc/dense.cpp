@@ -15,7 +15,7 @@ size_t quantized_bytes(int rows, int cols) {
   return size_t(rows) * groups * (kTileCols + 2 * sizeof(float));
 }
 
-/// Takes the best of one token's logits, which are overwritten. Ties go to the lower expert.
+/// Takes the best of one token's logits, which become probabilities over all experts. Ties go to the lower expert.
 void choose(const RouteRule& rule, float* row, int32_t* chosen, float* gates) {
   const Kernels& k = kernels();
   const int top_k = rule.top_k;
@@ -29,6 +29,7 @@ void choose(const RouteRule& rule, float* row, int32_t* chosen, float* gates) {
   for (int i = 0; i < top_k; ++i) gates[i] = row[chosen[i]];
   if (rule.softmax_over_top_k) {
     k.softmax(gates, top_k);
+    k.softmax(row, rule.num_experts);
   } else if (rule.renormalise) {
     float sum = 0;
     for (int i = 0; i < top_k; ++i) sum += gates[i];

@@ -66,7 +66,8 @@ struct RouteRule {
 };
 
 /// Router logits and choice.
-/// scores: scratch [T, num_experts]; experts int32 [T, K] in descending order of logits, gates float32 [T, K].
+/// scores: [T, num_experts], become the probabilities of all experts; experts int32 [T, K] in descending order of
+/// logits, gates float32 [T, K].
 void route(Workspace& ws, const float* x, const float* router, int T, int cols, const RouteRule& rule, float* scores,
            int32_t* experts, float* gates);
 

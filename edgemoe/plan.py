@@ -33,6 +33,11 @@ class Routing:
     """
     ahead_gates: NDArray[np.float32] | None = None
     """[p, K]"""
+    scores: NDArray[np.float32] | None = None
+    """[T, E]: the router's probabilities of all experts, also where the gates are taken over the chosen only.
+
+    Scratch, valid until the next layer. None where they are not known, as in a trace.
+    """
 
 
 @dataclass(slots=True)

@@ -170,7 +170,7 @@ class Decoder:
                 normed, layer.router, over_top_k=config.scoring == "softmax_topk",
                 renormalise=config.renormalise, scores=s.scores, experts=s.chosen, gates=s.gates,
             )  # fmt: skip
-            routing = Routing(layer.moe_index, s.chosen, s.gates)
+            routing = Routing(layer.moe_index, s.chosen, s.gates, scores=s.scores)
             if len(x) == 1 and self._experts.scheduler.look_ahead:
                 self._look_ahead(routing, x)
             self._experts(routing, normed, moe)
