@@ -2,12 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
 
+from edgemoe.scheduler.auto import Auto
 from edgemoe.scheduler.base import Scheduler, Setting
+from edgemoe.scheduler.combined import Combined, Dropping
+from edgemoe.scheduler.d2moe import D2moe
+from edgemoe.scheduler.expertflow import ExpertFlow
+from edgemoe.scheduler.expertwise import Expertwise
+from edgemoe.scheduler.hobbit import Hobbit
+from edgemoe.scheduler.levers import Levers
+from edgemoe.scheduler.mc import Mc
 from edgemoe.scheduler.on_demand import OnDemand
+from edgemoe.scheduler.options import read_options
 
-__all__ = ["SCHEDULERS", "OnDemand", "Scheduler", "Setting"]
+__all__ = ["KINDS", "SCHEDULERS", "SHARED", "OnDemand", "Scheduler", "Setting"]
 
-SCHEDULERS: dict[str, Callable[..., Scheduler]] = {"on-demand": OnDemand}
-"""By the name that `--scheduler` takes. Each is made as `cls(setting, **options)`."""
+KINDS: Mapping[str, type[Scheduler]] = {
+    "on-demand": OnDemand,
+    "hobbit": Hobbit,
+    "d2moe": D2moe,
+    "expertwise": Expertwise,
+    "expertflow": ExpertFlow,
+    "mc": Mc,
+    "auto": Auto,
+}
+"""By the name that `--scheduler` takes."""
+
+SHARED: tuple[type, ...] = (Dropping, Levers)
+"""Options that every scheduler takes beside its own."""
+
+
+def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
+    shared = {f.name for c in SHARED for f in fields(c)}
+    own = {f.name for f in fields(kind.Options)} | ({"bits"} if kind is OnDemand else set())
+    for name in options:
+        if name not in own | shared:
+            listed = ", ".join([*(f.name for f in fields(kind.Options)), *sorted(shared)])
+            raise ValueError(f"option {name}: there is no such; expected one of: {listed}")
+    made: Callable[..., Scheduler] = kind
+    inner = made(setting, **{name: value for name, value in options.items() if name in own})
+    dropping = read_options(Dropping, _of(Dropping, options))
+    levers = read_options(Levers, _of(Levers, options))
+    if dropping.eviction == "default":
+        dropping = replace(dropping, eviction=kind.drops)
+    elif inner.priorities is not None:
+        raise ValueError("eviction: this scheduler decides itself what is dropped")
+    if dropping.eviction == "lfu" and not levers.notes:  # the cache's own, at no cost
+        return inner
+    return Combined(inner, setting, dropping=dropping, levers=levers)
+
+
+def _of(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    return {f.name: options[f.name] for f in fields(kind) if f.name in options}
+
+
+SCHEDULERS: Mapping[str, Callable[..., Scheduler]] = {
+    name: partial(_make, kind) for name, kind in KINDS.items()
+}
+"""By the same names. Each is made as `cls(setting, **options)`; options may be texts, as a command line has them."""

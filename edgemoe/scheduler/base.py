@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.plan import Plan, Routing
 
-__all__ = ["Scheduler", "Setting"]
+__all__ = ["NoOptions", "Scheduler", "Setting"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,11 +41,23 @@ class Setting:
         return self.slots_bytes >= self.num_layers * self.num_experts * self.level_bytes[-1]
 
 
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """Is for a scheduler without options."""
+
+
 class Scheduler(ABC):
     """Decides; does nothing. Holds no weights, so that a recorded trace replays it without a model.
 
     Made as `cls(setting, **options)`; a ValueError names the option that is wrong.
     """
+
+    Options: ClassVar[type] = NoOptions
+    """A frozen dataclass whose fields are made by `option`."""
+    paper: ClassVar[str] = ""
+    """Where it comes from."""
+    drops: ClassVar[str] = "lfu"
+    """Which of the evictions it is made for; see `edgemoe.scheduler.evict`."""
 
     look_ahead: int = 0
     """How many of the next layers' routers are applied to a layer's input; may change between tokens."""
@@ -55,6 +68,9 @@ class Scheduler(ABC):
     """
     notes: tuple[str, ...] = ()
     """What makes the answer differ from the router's own at `bits`, one line each; empty when exact."""
+
+    substituted: int = 0
+    """Experts that were chosen in place of the router's so far."""
 
     @abstractmethod
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:

@@ -2,36 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.look_ahead import LookAhead
+from edgemoe.scheduler.options import option, read_options
 
 __all__ = ["OnDemand"]
 
 _PROMPT_AHEAD = 4
 
 
+@dataclass(frozen=True, slots=True)
+class OnDemandOptions:
+    """What on-demand may be told."""
+
+    look_ahead: bool = option(
+        True, "read ahead for the next layer, as long as it pays; without effect when everything fits"
+    )
+
+
 class OnDemand(Scheduler):
-    """Plans every routed expert at one precision.
+    """Plans every routed expert at one precision, or each at its own that was decided offline. Exact.
 
     A single token's experts are read best first, and those that the next layer will probably want ahead of it; a
     prompt's in the order of the file, into the next layer.
     """
 
-    def __init__(self, setting: Setting, *, look_ahead: bool = True) -> None:
+    Options = OnDemandOptions
+
+    def __init__(
+        self, setting: Setting, *, bits: NDArray[np.int8] | None = None, **options: Any
+    ) -> None:
         """Args:
-        look_ahead: read ahead for the next layer; without effect when everything fits.
+        bits: [num_layers, num_experts], levels of the file; None for the setting's alone.
         """
-        L, E = setting.num_layers, setting.num_experts
+        o = read_options(OnDemandOptions, options)
+        L, E = shape = setting.num_layers, setting.num_experts
+        if bits is None:
+            bits = np.full(shape, setting.bits, np.int8)
+        elif bits.shape != shape or not np.isin(bits, setting.level_bits).all():
+            raise ValueError(f"bits: expected {list(shape)} of {setting.level_bits}")
+        else:
+            self.notes = (
+                f"lossy: experts at {bits.mean():.2f} bits on average, {bits.min()} to {bits.max()}",
+            )
         self._num_experts = E
         self._last = L - 1
-        self._bits = np.full(E, setting.bits, np.int8)
+        self._bits = bits
+        self._all_bits = bits.reshape(-1)
         self._range = np.arange(E + 1, dtype=np.int32)
         self._zeros = np.zeros(E, np.int32)
-        self._ahead = LookAhead(setting) if look_ahead and not setting.fits else None
+        self._ahead = LookAhead(setting) if o.look_ahead and not setting.fits else None
         self.look_ahead = int(self._ahead is not None)
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:

@@ -1,0 +1,167 @@
+"""Tries levers one after another while running and keeps those that make tokens faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler.base import Scheduler, Setting
+from edgemoe.scheduler.evict import Frequent, SoonestUse
+from edgemoe.scheduler.levers import low_bits_first, skip_small, small_gates
+from edgemoe.scheduler.on_demand import OnDemand
+from edgemoe.scheduler.options import check, option, read_options
+
+__all__ = ["Auto", "Trial"]
+
+
+@dataclass(frozen=True, slots=True)
+class AutoOptions:
+    """What auto may be told."""
+
+    window: int = option(12, "tokens of a window; the first quarter is not counted")
+    rounds: int = option(3, "windows with and windows without a lever, in turn")
+    gain: float = option(0.03, "share of a token's time that a lever must save to be kept")
+    lossy: bool = option(False, "try levers that change answers too: fewer bits on a miss, skipping")
+    miss_bits: int = option(4, "with lossy: bits of an expert that is not resident")
+    skip_below: float = option(0.2, "with lossy: skip experts with a gate below this times the largest")
+
+    def __post_init__(self) -> None:
+        check("window", self.window, 4, 1 << 16)
+        check("rounds", self.rounds, 1, 1 << 10)
+        check("gain", self.gain, 0, 1)
+        check("skip_below", self.skip_below, 0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Says which levers are on."""
+
+    eviction: str = "lfu"
+    look_ahead: int = 0
+    miss_bits: int = 0
+    skip_below: float = 0.0
+
+
+class Trial:
+    """Compares two ways by the seconds of tokens, in alternating windows."""
+
+    def __init__(self, window: int, rounds: int) -> None:
+        self._window, self._rounds = window, rounds
+        self._seconds: tuple[list[float], list[float]] = ([], [])
+        self._tokens = 0
+
+    @property
+    def is_new(self) -> bool:
+        """Says whether the next token runs the new way. The old one has the first window."""
+        return self._tokens // self._window % 2 == 1
+
+    def add(self, seconds: float) -> bool:
+        """Counts a token; returns whether the trial is over."""
+        if self._tokens % self._window >= self._window // 4:  # caches follow a change with delay
+            self._seconds[self.is_new].append(seconds)
+        self._tokens += 1
+        return self._tokens >= 2 * self._window * self._rounds
+
+    @property
+    def saved(self) -> float:
+        """The share of a token's time that the new way saves, by medians."""
+        old, new = self._seconds
+        return 1.0 - median(new) / median(old)
+
+
+class Auto(Scheduler):
+    """Starts exact and on demand, measures one lever after another, keeps what pays and says so.
+
+    Levers, in order: drop what is expected to be used last; look one layer ahead, then two; with `lossy` also fewer
+    bits on a miss and skipping small gates. Each runs in windows in turn with what is kept so far; medians of
+    seconds per token decide. Answers stay exact unless `lossy` is on. Nothing is tried when every expert fits.
+    """
+
+    Options = AutoOptions
+
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        self.options = o = read_options(AutoOptions, options)
+        if o.lossy and o.miss_bits not in setting.level_bits:
+            listed = ", ".join(map(str, setting.level_bits))
+            raise ValueError(f"miss_bits: expected one of {listed}, got {o.miss_bits}")
+        self._exact = OnDemand(setting)
+        self._evictions = {"lfu": Frequent(setting), "next-use": SoonestUse(setting)}
+        self.priorities = np.zeros(setting.num_layers * setting.num_experts)
+        self._rows = list(self.priorities.reshape(setting.num_layers, -1))
+        self._num_experts = setting.num_experts
+        self._bits_of = np.array([0, *setting.level_bits], np.int8)
+        self._now = self.kept = _Choice()
+        self._done: list[str] = []
+        self._to_try: list[tuple[str, Callable[[_Choice], _Choice]]] = [
+            ("next-use", lambda c: replace(c, eviction="next-use")),
+            ("look_ahead 1", lambda c: replace(c, look_ahead=1)),
+            ("look_ahead 2", lambda c: replace(c, look_ahead=2)),
+        ]
+        if o.lossy:
+            self._to_try += [
+                (f"miss_bits {o.miss_bits}", lambda c: replace(c, miss_bits=o.miss_bits)),
+                (f"skip_below {o.skip_below:g}", lambda c: replace(c, skip_below=o.skip_below)),
+            ]
+            self.notes = (
+                f"lossy: may run experts that are not resident at {o.miss_bits} bits and skip those "
+                f"below {o.skip_below:g} of the largest gate, if that is faster",
+            )
+        if setting.fits:
+            self._to_try.clear()
+        self._trial = Trial(o.window, o.rounds) if self._to_try else None
+
+    def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
+        """See `Scheduler.plan`."""
+        layer, now = routing.layer, self._now
+        plan = self._exact.plan(routing, residency)
+        if now.skip_below:
+            keep = small_gates(routing.gates, top_p=1.0, skip_below=now.skip_below)
+            plan = skip_small(plan, keep, renormalise=False)
+        if now.miss_bits and len(routing.experts) == 1:
+            resident = self._bits_of[residency[layer]]
+            plan = low_bits_first(plan, resident, now.miss_bits, layer * self._num_experts)
+        for name, eviction in self._evictions.items():
+            eviction.planned(routing, plan)
+            if name == now.eviction:
+                self._rows[layer][:] = eviction.rows[layer]
+        return plan
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """Counts single tokens, and decides when a trial is over."""
+        for eviction in self._evictions.values():
+            eviction.passed()
+        if tokens > 1 or self._trial is None:
+            return
+        name, change = self._to_try[0]
+        new = change(self.kept)
+        if self._trial.add(seconds):
+            saved = self._trial.saved
+            pays = saved >= self.options.gain
+            if pays:
+                self.kept = new
+            self._done.append(f"{'+' if pays else '-'}{name} ({100 * saved:+.0f}%)")
+            self._to_try.pop(0)
+            is_left = bool(self._to_try)
+            self._trial = Trial(self.options.window, self.options.rounds) if is_left else None
+            self._switch(self.kept)
+            self._evictions = {self.kept.eviction: self._evictions[self.kept.eviction]}
+        else:
+            self._switch(new if self._trial.is_new else self.kept)
+
+    def _switch(self, choice: _Choice) -> None:
+        if choice == self._now:
+            return
+        self._now = choice
+        self.look_ahead = choice.look_ahead
+        assert self.priorities is not None
+        self.priorities[:] = self._evictions[choice.eviction].priorities
+
+    def report(self) -> str:
+        """Returns what was kept (+) and what was not (-), with the time that it saved."""
+        return "auto " + (", ".join(self._done) or "measuring") if self._done or self._trial else ""

@@ -1,0 +1,110 @@
+"""Any scheduler together with a choice of what the cache drops first, and with levers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler.base import Scheduler, Setting
+from edgemoe.scheduler.evict import EVICTIONS, HobbitWeights, make_eviction
+from edgemoe.scheduler.levers import (
+    CachePrior,
+    Levers,
+    low_bits_first,
+    skip_small,
+    small_gates,
+)
+from edgemoe.scheduler.options import option
+from edgemoe.scheduler.plans import add_ahead
+
+__all__ = ["Combined", "Dropping"]
+
+
+@dataclass(frozen=True, slots=True)
+class Dropping:
+    """The exact options that every scheduler takes: what the cache drops first."""
+
+    eviction: str = option(
+        "default", "what the cache drops first; the default is what the scheduler was made with",
+        choices=("default", *EVICTIONS),
+    )  # fmt: skip
+    w_recency: float = option(0.25, "weight of a term of the eviction hobbit; the four sum to 1")
+    w_frequency: float = option(0.25, "the same, of uses")
+    w_high: float = option(0.25, "the same, of uses at high precision")
+    w_distance: float = option(0.25, "the same, of nearness in layers")
+
+
+class Combined(Scheduler):
+    """Plans as another scheduler does, with levers before and after, and tells the cache what to drop."""
+
+    def __init__(
+        self, inner: Scheduler, setting: Setting, *, dropping: Dropping, levers: Levers
+    ) -> None:
+        """Args:
+        dropping: whose `eviction` is none of "default".
+        """
+        d = dropping
+        weights = HobbitWeights(d.w_recency, d.w_frequency, d.w_high, d.w_distance)
+        self.inner = inner
+        self.eviction = make_eviction(d.eviction, setting, weights)
+        self.priorities = inner.priorities if self.eviction is None else self.eviction.priorities
+        self.levers = levers
+        self.notes = (*inner.notes, *levers.notes)
+        self.look_ahead = inner.look_ahead
+        if levers.miss_bits and levers.miss_bits not in setting.level_bits:
+            listed = ", ".join(map(str, setting.level_bits))
+            raise ValueError(f"miss_bits: expected one of {listed}, got {levers.miss_bits}")
+        self._num_experts = setting.num_experts
+        self._bits_of = np.array([0, *setting.level_bits], np.int8)
+        self._top_level = len(setting.level_bits)
+        self._prior = (
+            CachePrior(setting, levers.cache_prior, levers.protect) if levers.cache_prior else None
+        )
+        self._has_levers = bool(levers.notes)
+
+    def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
+        """See `Scheduler.plan`."""
+        make = self._plan_with_levers if self._has_levers else self.inner.plan
+        plan = make(routing, residency)
+        if self.eviction is not None:
+            self.eviction.planned(routing, plan)
+        return plan
+
+    def _plan_with_levers(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
+        levers, layer, resident = self.levers, routing.layer, residency[routing.layer]
+        first, is_single = layer * self._num_experts, len(routing.experts) == 1
+        displaced = None
+        if self._prior is not None and is_single:
+            routing, displaced = self._prior.choose(routing, resident == self._top_level)
+            self.substituted = self._prior.substituted
+        plan = self.inner.plan(routing, residency)
+        if levers.top_p < 1 or levers.skip_below:
+            keep = small_gates(routing.gates, top_p=levers.top_p, skip_below=levers.skip_below)
+            plan = skip_small(plan, keep, renormalise=levers.renormalise)
+        if levers.miss_bits and is_single:
+            plan = low_bits_first(plan, self._bits_of[resident], levers.miss_bits, first)
+        if displaced is not None:
+            # Read in the background, or it would be displaced again whenever it is chosen.
+            bits = np.full(len(displaced), self._bits_of[self._top_level], np.int8)
+            plan = add_ahead(plan, displaced + np.int32(first), bits)
+        return plan
+
+    def begin(self) -> None:
+        """See `Scheduler.begin`."""
+        self.inner.begin()
+        if self.eviction is not None:
+            self.eviction.begin()
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """See `Scheduler.passed`."""
+        self.inner.passed(tokens, seconds)
+        self.look_ahead = self.inner.look_ahead
+        if self.eviction is not None:
+            self.eviction.passed()
+
+    def report(self) -> str:
+        """See `Scheduler.report`."""
+        return self.inner.report()

@@ -1,0 +1,127 @@
+"""D2MoE: bits per token and expert, planes in the order of their demand, high planes dropped first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler.base import Scheduler, Setting
+from edgemoe.scheduler.options import check, option, read_options
+from edgemoe.scheduler.plans import plan_slots
+
+__all__ = ["D2moe"]
+
+
+@dataclass(frozen=True, slots=True)
+class D2moeOptions:
+    """What d2moe may be told."""
+
+    levels: int = option(3, "how many precisions, the highest of the file up to --bits")
+    low: float = option(0.3, "share of selections at the lowest precision (the paper's capacities)")
+    high: float = option(0.3, "share at the highest; those between divide the rest")
+    hottest_first: bool = option(
+        True, "read the planes that most tokens use first; off reads in the order of the file"
+    )
+    frees: bool = option(
+        True, "make room by the high planes of the layer before, then by its low ones"
+    )
+
+    def __post_init__(self) -> None:
+        check("levels", self.levels, 1, 8)
+        check("low", self.low, 0, 1)
+        check("high", self.high, 0, 1 - self.low)
+
+
+class D2moe(Scheduler):
+    """Gives every token its own bits of every expert and reads planes by demand. Lossy.
+
+    The paper trains a router of precisions per expert. This is the rule for those who do not train one: a slot's share
+    of its token's gates is compared with each layer's running quantiles, so that the paper's capacities hold on
+    average. The hottest plane is read first (HEBF), and room is made by its memory rule: while a layer does not fit,
+    the high planes of the layer just run go, then its base. For prompts mostly: a single token has no two demands.
+    """
+
+    Options = D2moeOptions
+    paper = "D2MoE, arXiv 2504.15299 (MobiCom'25), sections 3.2 and 3.4; trained routers are not read"
+
+    _STEP = 0.02  # of a quantile per token, in units of the mean share
+
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        self.options = o = read_options(D2moeOptions, options)
+        bits = np.array(setting.level_bits[-o.levels :], np.int8)
+        n = len(bits)
+        middle = (1.0 - o.low - o.high) / max(n - 2, 1)
+        shares = [o.low] + [middle] * (n - 2)
+        self._targets = np.cumsum(shares)[: n - 1] if n > 1 else np.zeros(0)
+        self._choice = bits
+        K = setting.experts_per_token
+        # Cuts between precisions, of gate shares; gates are skewed, and the mean share is the start of all.
+        self.cuts = np.full((setting.num_layers, n - 1), 1.0 / K)
+        """[num_layers, precisions - 1]: a share of the gates above cut i takes at least precision i + 1."""
+        self._step = self._STEP / K
+        self._num_experts = setting.num_experts
+        self._level_bits = setting.level_bits
+        self._bits_of = np.array([0, *setting.level_bits], np.int8)
+        self._level_of = np.zeros(9, np.int8)
+        self._level_of[list(setting.level_bits)] = np.arange(1, len(setting.level_bits) + 1)
+        self._bytes_of = np.array([0, *setting.level_bytes], np.int64)
+        self._slots_bytes = setting.slots_bytes
+        if n > 1:
+            listed = ", ".join(map(str, bits.tolist()))
+            self.notes = (f"lossy: each token runs its experts at {listed} bits, by their gates",)
+
+    def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
+        """See `Scheduler.plan`."""
+        bits = self.slot_precisions(routing)
+        resident = self._bits_of[residency[routing.layer]]
+        plan = plan_slots(
+            routing, bits, hottest_first=self.options.hottest_first, resident_bits=resident
+        )
+        return self._with_drop(plan, residency) if self.options.frees else plan
+
+    def slot_precisions(self, routing: Routing) -> NDArray[np.int8]:
+        """Returns the bits of each slot, [T, K], by the cuts, and moves these towards their quantiles."""
+        if len(self._targets) == 0:
+            return np.full(routing.experts.shape, self._choice[0], np.int8)
+        gates = routing.gates
+        shares = gates / np.maximum(gates.sum(axis=1, keepdims=True), 1e-30)
+        cuts = self.cuts[routing.layer]
+        above = shares[:, :, None] > cuts
+        chosen: NDArray[np.int8] = self._choice[above.sum(axis=2)]
+        # A quantile is where as many lie below as it says: step by the difference (Robbins and Monro).
+        below = 1.0 - above.mean(axis=(0, 1))
+        cuts += self._step * min(len(gates), 16) * (self._targets - below)
+        np.maximum.accumulate(cuts, out=cuts)
+        return chosen
+
+    def _with_drop(self, plan: Plan, residency: NDArray[np.int8]) -> Plan:
+        """Adds what to drop of the layer before (D2MoE, algorithm 2): the highest planes first, bases last."""
+        layer = plan.layer
+        here = residency[layer]
+        wanted = np.zeros(self._num_experts, np.int8)
+        np.maximum.at(wanted, plan.experts, self._level_of[plan.bits])
+        need = int((self._bytes_of[np.maximum(wanted, here)] - self._bytes_of[here]).sum())
+        if need == 0:
+            return plan
+        missing = need + int(self._bytes_of[residency].sum()) - self._slots_bytes
+        before = (layer - 1) % len(residency)
+        if missing <= 0 or before == layer:
+            return plan
+        levels = residency[before].copy()
+        for level in range(int(levels.max()) - 1, -1, -1):
+            if missing <= 0:
+                break
+            freed = self._bytes_of[levels] - self._bytes_of[np.minimum(levels, level)]
+            missing -= int(freed.sum())
+            np.minimum(levels, np.int8(level), out=levels)
+        lowered = np.flatnonzero(levels < residency[before])
+        return replace(
+            plan,
+            drop=(lowered + before * self._num_experts).astype(np.int32),
+            drop_bits=self._bits_of[levels[lowered]],
+        )
+

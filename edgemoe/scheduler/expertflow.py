@@ -1,0 +1,103 @@
+"""ExpertFlow: the path of the next token through the experts is predicted, and the cache is divided by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler.base import Scheduler, Setting
+from edgemoe.scheduler.on_demand import OnDemand
+from edgemoe.scheduler.options import check, option, read_options
+from edgemoe.scheduler.predict import NextUse
+
+__all__ = ["ExpertFlow"]
+
+_UNUSED = 4  # rounds of all layers: what was predicted and not used goes before what was not predicted
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFlowOptions:
+    """What expertflow may be told."""
+
+    prefetch: int = option(1, "read what is predicted for the next so many layers ahead; 0 for none")
+
+    def __post_init__(self) -> None:
+        check("prefetch", self.prefetch, 0, 64)
+
+
+class ExpertFlow(Scheduler):
+    """Predicts the experts of all layers for the next token and gives slots to layers in their order. Exact.
+
+    The paper trains a small encoder and decoder that predicts the whole path from the text. This one needs no training:
+    it learns from the routing of the prompt and the reply so far (`edgemoe.scheduler.predict.NextUse`). Slots go to
+    predicted experts, the layers that run next first (PLEC); what a layer has used and is not predicted again
+    gives its slots up, before that what was predicted and not used. What the router wants and is not there is read at
+    once. The paper's grouping of tokens into batches is left out: there is one sequence here.
+    """
+
+    Options = ExpertFlowOptions
+    paper = "after ExpertFlow, arXiv 2410.17954 (DAC 2026)"
+
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        o = read_options(ExpertFlowOptions, options)
+        L, E, K = setting.num_layers, setting.num_experts, setting.experts_per_token
+        self._exact = OnDemand(setting)
+        self._predictor = NextUse(L, E, K)
+        self._K, self._num_layers, self._num_experts = K, L, E
+        self._top_level = len(setting.level_bits)
+        self._prefetch = o.prefetch
+        self._bits = np.full(L * E, setting.bits, np.int8)
+        self._paths = np.zeros((L, K), np.int32)  # predicted, as layer * num_experts + expert
+        self._known = 0  # layers that have a prediction
+        self._is_path = np.zeros((L, E), bool)
+        self._step = 0.0
+        self.priorities = np.zeros(L * E)
+        self._rows = list(self.priorities.reshape(L, E))
+        self.predicted = self.right = 0
+        """Experts that were predicted, and those of them that ran."""
+
+    def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
+        """See `Scheduler.plan`."""
+        plan = self._exact.plan(routing, residency)
+        layer, L = routing.layer, float(self._num_layers)
+        self._step += 1.0
+        was_path = self._is_path[layer].copy()
+        if len(routing.experts) == 1 and self._known > layer:
+            self.predicted += self._K
+            self.right += int(was_path[routing.experts[0]].sum())
+        against = self._predictor.update(routing)
+        if self._num_experts > self._K:
+            path = np.argpartition(against, self._K)[: self._K]
+        else:
+            path = np.arange(self._num_experts)
+        is_path, row = self._is_path[layer], self._rows[layer]
+        is_path.fill(False)
+        is_path[path] = True
+        self._paths[layer] = path + layer * self._num_experts
+        self._known = max(self._known, layer + 1)
+        # In steps: predicted experts are needed when the layer runs next, the others a round later at the earliest.
+        np.divide(against, -(1.0 + against), out=row)  # minus the probability that it is not used
+        row -= 2.0
+        row[was_path] -= _UNUSED
+        row[routing.experts[-1]] += _UNUSED * was_path[routing.experts[-1]]
+        row[path] = -1.0
+        row *= L
+        row -= self._step
+        if self._prefetch and len(routing.experts) == 1:
+            later = self._paths[layer + 1 : min(layer + 1 + self._prefetch, self._known)].reshape(-1)
+            if len(later):
+                missing = later[residency.reshape(-1)[later] < self._top_level]
+                plan = replace(plan, ahead=missing, ahead_bits=self._bits[: len(missing)])
+        return plan
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """Learns from the token."""
+        self._predictor.learn()
+
+    def report(self) -> str:
+        """Returns how many predicted experts ran."""
+        return f"path {100 * self.right / self.predicted:.0f}% right" if self.predicted else ""

@@ -1,0 +1,78 @@
+"""EdgeMoE: fixed bits per expert, and the next layer's experts guessed from the path so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler.allocation import allocated_bits
+from edgemoe.scheduler.base import Scheduler, Setting
+from edgemoe.scheduler.options import check, option, read_options
+from edgemoe.scheduler.plans import plan_slots
+from edgemoe.scheduler.predict import Transitions
+
+__all__ = ["Expertwise"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertwiseOptions:
+    """What expertwise may be told."""
+
+    preload: int = option(
+        3, "experts of the next layer to read, likeliest first, until its router answers; 0 for none"
+    )
+    allocation: bool = option(
+        True, "run every expert at the bits that the file's section `allocation` gives it, if it has one"
+    )
+
+    def __post_init__(self) -> None:
+        check("preload", self.preload, 0, 1 << 16)
+
+
+class Expertwise(Scheduler):
+    """Runs each expert at bits fixed beforehand and reads the next layer's likely experts ahead.
+
+    While a layer computes, those experts of the next one that followed the experts of the last two layers most often
+    are read, likeliest first, until the router answers; then what was guessed wrong is no longer read. Exact at
+    the bits of `--bits` where the file has no allocation. For single tokens: a prompt needs all experts anyway.
+    """
+
+    Options = ExpertwiseOptions
+    paper = "EdgeMoE, arXiv 2308.14352 (IEEE TMC 2025), section III"
+    drops = "frequency-distance"
+
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        o = read_options(ExpertwiseOptions, options)
+        L, E = setting.num_layers, setting.num_experts
+        bits = allocated_bits(setting) if o.allocation else None
+        if bits is None:
+            bits = np.full((L, E), setting.bits, np.int8)
+        elif (bits < setting.bits).any():
+            self.notes = (f"lossy: experts at {bits.mean():.2f} bits on average, by allocation",)
+        self._bits = bits
+        self._bits_of = np.array([0, *setting.level_bits], np.int8)
+        self._preload = o.preload
+        self._num_layers, self._num_experts = L, E
+        self._transitions = Transitions(L, E) if o.preload else None
+
+    def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
+        """See `Scheduler.plan`."""
+        layer = routing.layer
+        plan = plan_slots(routing, self._bits[layer][routing.experts])
+        if self._transitions is None:
+            return plan
+        self._transitions.update(routing)
+        if len(routing.experts) > 1 or layer + 1 == self._num_layers:
+            return plan
+        scores = self._transitions.predict(layer + 1)
+        n = min(routing.experts.shape[1], self._num_experts - 1)
+        likely = np.argpartition(scores, -n)[-n:]
+        likely = likely[np.argsort(-scores[likely], kind="stable")]
+        bits, has = self._bits[layer + 1], self._bits_of[residency[layer + 1]]
+        missing = likely[has[likely] < bits[likely]][: self._preload]
+        ahead = (missing + (layer + 1) * self._num_experts).astype(np.int32)
+        return replace(plan, ahead=ahead, ahead_bits=bits[missing])

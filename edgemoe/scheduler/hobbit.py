@@ -1,0 +1,179 @@
+"""HOBBIT: less important experts that are not in memory are loaded at fewer bits, or skipped."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler.base import Scheduler, Setting
+from edgemoe.scheduler.options import check, option, read_options
+from edgemoe.scheduler.plans import look_ahead, plan_slots
+
+__all__ = ["Hobbit", "fit_thresholds", "unimportance"]
+
+_FIRST_FIT, _LAST_FIT = 16, 512  # tokens
+
+
+@dataclass(frozen=True, slots=True)
+class HobbitOptions:
+    """What hobbit may be told."""
+
+    t1: float = option(
+        -1.0, "a missing expert scoring above this is loaded at low_bits; -1 fits it to the model on the way, "
+        "so that `low` and `skip` are the shares of all selections (0.6 where two experts run per token)"
+    )  # fmt: skip
+    t2: float = option(-1.0, "a missing expert scoring above this is skipped; -1 as for t1 (0.9)")
+    low: float = option(0.30, "share of selections for fitting t1, as on Mixtral in the paper")
+    skip: float = option(0.03, "share of selections for fitting t2")
+    low_bits: int = option(0, "the low precision; 0 is the file's best of at most half the bits")
+    strict: bool = option(
+        True, "an important expert of which only the low bits are in memory is a miss; off uses them"
+    )
+    renormalise: bool = option(False, "scale the other gates up where an expert is skipped")
+    look_ahead: int = option(
+        1, "how many layers ahead to predict by their routers; stops at the first one with a miss"
+    )
+    mixed_ahead: bool = option(
+        True, "what is predicted is loaded at the precision that its score gives, not all at high"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("t1", "t2"):
+            if getattr(self, name) != -1:
+                check(name, getattr(self, name), 0, 1)
+        if (self.t1 == -1) != (self.t2 == -1):
+            raise ValueError("t1 and t2: expected both or none")
+        if self.t1 > self.t2:
+            raise ValueError(f"t1: expected at most t2 = {self.t2:g}, got {self.t1:g}")
+        check("low", self.low, 0, 1)
+        check("skip", self.skip, 0, 1 - self.low)
+        check("look_ahead", self.look_ahead, 0, 4)
+
+
+def unimportance(gates: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns s_i = g_0 + … + g_(i-1) of gates [T, K], best first and normalised to sum 1; s_0 = 0 (HOBBIT 3.2)."""
+    total = np.cumsum(gates, axis=1, dtype=np.float32)
+    scores: NDArray[np.float32] = (total - gates) / np.maximum(total[:, -1:], np.float32(1e-30))
+    return scores
+
+
+def fit_thresholds(scores: NDArray[np.float32], *, low: float, skip: float) -> tuple[float, float]:
+    """Returns T1 and T2 so that the shares of scores above them are low + skip and skip."""
+    t1, t2 = np.quantile(scores, [1.0 - low - skip, 1.0 - skip])
+    return float(t1), float(t2)
+
+
+class Hobbit(Scheduler):
+    """Loads missing experts at high or low bits or not at all, by the gates of those before them. Lossy.
+
+    For every token the score of an expert is the share of gates of the better ones. Only misses are scored: what is in
+    memory runs as it is. In prompts an expert takes the highest precision that any of its tokens asks for, and all use
+    it, since it is one read. The routers of the next layers, applied to this layer's input, say what to read ahead.
+    """
+
+    Options = HobbitOptions
+    paper = "HOBBIT, arXiv 2411.01433 (MoE-APEX, ASPLOS'26), sections 3.2 to 3.4"
+    drops = "hobbit"
+
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        self.options = o = read_options(HobbitOptions, options)
+        low = o.low_bits or max(
+            (b for b in setting.level_bits if b <= setting.bits // 2), default=setting.level_bits[0]
+        )
+        if low not in setting.level_bits:
+            listed = ", ".join(map(str, setting.level_bits))
+            raise ValueError(f"low_bits: expected one of {listed}, got {low}")
+        self.look_ahead = o.look_ahead
+        self.t1, self.t2 = (o.t1, o.t2) if o.t1 >= 0 else (0.6, 0.9)
+        self._low, self._high = np.int8(low), np.int8(setting.bits)
+        self._bits_of = np.array([0, *setting.level_bits], np.int8)
+        self._num_experts = setting.num_experts
+        self._fits_itself = o.t1 < 0 and setting.experts_per_token > 2
+        self._scores: list[NDArray[np.float32]] = []
+        self._tokens, self._next_fit = 0, _FIRST_FIT
+        self.notes = (
+            f"lossy: less important experts are read at {low} bits, and the least skipped, when not in memory",
+        )
+
+    def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
+        """See `Scheduler.plan`."""
+        scores = unimportance(routing.gates)
+        if self._fits_itself:
+            self._scores.append(scores)
+        resident = self._bits_of[residency[routing.layer]]
+        has = resident[routing.experts]
+        wanted = self._by_score(scores)
+        if len(has) == 1:
+            bits = self._bits(wanted, has)
+            plan = plan_slots(routing, bits, gates=self._gates(routing.gates, bits))
+            return self._with_ahead(plan, routing, residency)
+        # One read serves all tokens of an expert: it is worth what the most demanding of them asks for.
+        most = np.zeros(self._num_experts, np.int8)
+        np.maximum.at(most, routing.experts, wanted)
+        bits = self._bits(most, resident)[routing.experts]
+        return plan_slots(routing, bits, gates=self._gates(routing.gates, bits))
+
+    def _by_score(self, scores: NDArray[np.float32]) -> NDArray[np.int8]:
+        """Returns high, low or 0 bits."""
+        bits = np.where(scores <= self.t1, self._high, self._low)
+        bits[scores > self.t2] = 0
+        return bits
+
+    def _bits(self, wanted: NDArray[np.int8], has: NDArray[np.int8]) -> NDArray[np.int8]:
+        """Returns the bits to run at, for the bits that scores give and those in memory."""
+        satisfied = has >= (wanted if self.options.strict else np.minimum(wanted, self._low))
+        return np.where(satisfied & (has > 0), has, wanted)
+
+    def _gates(
+        self, gates: NDArray[np.float32], bits: NDArray[np.int8]
+    ) -> NDArray[np.float32]:
+        if not self.options.renormalise or bits.all():
+            return gates
+        kept = np.where(bits > 0, gates, np.float32(0)).sum(axis=1, keepdims=True)
+        scaled: NDArray[np.float32] = gates * (gates.sum(axis=1, keepdims=True) / kept)
+        return scaled
+
+    def _with_ahead(self, plan: Plan, routing: Routing, residency: NDArray[np.int8]) -> Plan:
+        """Adds what the next layers' routers choose, up to the first layer with a miss (HOBBIT 3.3).
+
+        What is predicted and here already is listed too, at the bits that it has: that keeps it from being dropped.
+        """
+        if routing.ahead_experts is None or routing.ahead_gates is None:
+            return plan
+        ids = look_ahead(routing, self._num_experts)
+        has = self._bits_of[residency.reshape(-1)[ids]]
+        wanted = self._by_score(unimportance(routing.ahead_gates))
+        if not self.options.mixed_ahead:
+            wanted[:] = self._high
+        bits = self._bits(wanted, has)
+        is_missing = (bits > has).any(axis=1)
+        layers = 1 + int(is_missing.argmax()) if is_missing.any() else len(ids)
+        ids, bits = ids[:layers].reshape(-1), bits[:layers].reshape(-1)
+        listed = bits > 0
+        plan_ahead, plan_bits = ids[listed], bits[listed]
+        return Plan(
+            plan.layer, plan.experts, plan.bits, plan.offsets, plan.tokens, plan.rows, plan.gates,
+            plan_ahead, plan_bits,
+        )  # fmt: skip
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """Fits the thresholds to the scores so far, ever more seldom, and then leaves them."""
+        self._tokens += tokens
+        if self._fits_itself and self._tokens >= self._next_fit:
+            scores = np.concatenate([s.reshape(-1) for s in self._scores])
+            self._scores = [scores]
+            self.t1, self.t2 = fit_thresholds(
+                scores, low=self.options.low, skip=self.options.skip
+            )
+            self._next_fit = 2 * self._tokens
+            if self._tokens >= _LAST_FIT:
+                self._fits_itself = False
+                self._scores.clear()
+
+    def report(self) -> str:
+        """Returns the thresholds."""
+        return f"T1 {self.t1:.2f}, T2 {self.t2:.2f}"

@@ -1,0 +1,155 @@
+"""Levers that give up exactness for speed, usable with any scheduler and off by default.
+
+Each turns a value into another: a routing before the scheduler plans, or its plan after.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler.base import Setting
+from edgemoe.scheduler.options import check, option
+from edgemoe.scheduler.plans import add_ahead, keep_slots
+
+__all__ = ["CachePrior", "Levers", "low_bits_first", "skip_small", "small_gates"]
+
+
+@dataclass(frozen=True, slots=True)
+class Levers:
+    """The lossy options that every scheduler takes."""
+
+    cache_prior: float = option(
+        0.0, "add this times the range of a layer's logits to those of resident experts before the "
+        "best are chosen; single tokens only (Cache-Prior, arXiv 2412.00099); 0 is off"
+    )  # fmt: skip
+    protect: int = option(1, "the router's best so many experts that cache_prior leaves alone")
+    top_p: float = option(
+        1.0, "run only the best experts whose gates together pass this share of all gates "
+        "(dynamic top-p routing); 1 is off"
+    )  # fmt: skip
+    skip_below: float = option(
+        0.0, "skip experts with a gate below this times the token's largest; 0 is off"
+    )
+    renormalise: bool = option(False, "scale the other gates up when top_p or skip_below skips")
+    miss_bits: int = option(
+        0, "run an expert that is not resident at its bits with what is resident of it, at least these "
+        "bits, and read the rest later; 0 is off"
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        check("cache_prior", self.cache_prior, 0, 10)
+        check("protect", self.protect, 0, 1024)
+        check("top_p", self.top_p, 0, 1)
+        check("skip_below", self.skip_below, 0, 1)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is on, one line each."""
+        lines = []
+        if self.cache_prior:
+            lines.append(f"lossy: routing prefers resident experts (cache_prior {self.cache_prior:g})")
+        if self.top_p < 1:
+            lines.append(f"lossy: experts beyond {self.top_p:g} of a token's gates are skipped")
+        if self.skip_below:
+            lines.append(f"lossy: experts below {self.skip_below:g} of the largest gate are skipped")
+        if self.miss_bits:
+            lines.append(f"lossy: experts that are not resident run at {self.miss_bits} bits or more")
+        return tuple(lines)
+
+
+class CachePrior:
+    """Chooses experts again with resident ones favoured (Cache-Prior, arXiv 2412.00099).
+
+    The logit of a resident expert counts strength * D more, D = running mean of the layer's range of logits. The
+    router's first `protect` stay. Gates are the true probabilities of the chosen, scaled to the same sum as before.
+    """
+
+    def __init__(self, setting: Setting, strength: float, protect: int) -> None:
+        self._strength, self._protect = strength, protect
+        self._range = [0.0] * setting.num_layers
+        self._tokens = [0] * setting.num_layers
+        self.substituted = 0
+        """Experts that were chosen in place of the router's, so far."""
+
+    def choose(
+        self, routing: Routing, resident: NDArray[np.bool_]
+    ) -> tuple[Routing, NDArray[np.int32]]:
+        """Returns the new routing of a single token, best first, and the experts that it lacks.
+
+        Args:
+            resident: [E], of the layer, at the bits that will be planned.
+        """
+        layer, chosen = routing.layer, routing.experts[0]
+        if routing.scores is None:
+            raise ValueError("cache_prior: needs the router's scores, which a trace does not have")
+        scores = routing.scores[0]
+        logits = np.log(scores + 1e-30)
+        self._tokens[layer] += 1
+        spread = float(logits[chosen[0]] - logits.min())
+        self._range[layer] += (spread - self._range[layer]) / self._tokens[layer]
+        if resident[chosen].all():
+            return routing, chosen[:0]
+        biased = logits + (self._strength * self._range[layer]) * resident
+        K = len(chosen)
+        biased[chosen[: self._protect]] = np.inf
+        best = np.argpartition(biased, len(biased) - K)[-K:] if len(biased) > K else chosen
+        displaced = chosen[~np.isin(chosen, best)]
+        if len(displaced) == 0:
+            return routing, displaced
+        self.substituted += len(displaced)
+        order = best[np.argsort(-scores[best], kind="stable")]
+        gates = scores[order]
+        gates = (gates * (routing.gates.sum() / gates.sum())).astype(np.float32)
+        new = replace(routing, experts=order.astype(np.int32)[None], gates=gates[None])
+        return new, displaced
+
+
+def small_gates(
+    gates: NDArray[np.float32], *, top_p: float, skip_below: float
+) -> NDArray[np.bool_]:
+    """Returns which slots stay, [T, K], for gates [T, K], best first; the first of a token always does.
+
+    Top-p keeps the shortest prefix whose share of the token's gates exceeds p, the crossing one included.
+    """
+    keep = gates >= skip_below * gates[:, :1]
+    if top_p < 1:
+        before = np.cumsum(gates, axis=1) - gates
+        keep &= before <= top_p * gates.sum(axis=1, keepdims=True)
+    keep[:, 0] = True
+    return keep
+
+
+def skip_small(plan: Plan, keep: NDArray[np.bool_], *, renormalise: bool) -> Plan:
+    """Returns the plan with only the slots to keep; `renormalise` gives a token's gates their old sum again."""
+    if keep.all():
+        return plan
+    gates = plan.gates
+    if renormalise:
+        kept = np.where(keep & (plan.rows >= 0), gates, np.float32(0))
+        share = gates.sum(axis=1, keepdims=True) / np.maximum(kept.sum(axis=1, keepdims=True), 1e-20)
+        gates = (gates * share).astype(np.float32)
+    return keep_slots(plan, keep, gates)
+
+
+def low_bits_first(
+    plan: Plan, resident_bits: NDArray[np.int8], least: int, first: int
+) -> Plan:
+    """Returns the plan with experts that lack bits at what is resident, at least `least`; the rest is read ahead.
+
+    For single tokens: in a prompt the read of an expert serves many tokens.
+
+    Args:
+        resident_bits: [E], of the plan's layer.
+        first: number of the layer's first expert in the file.
+    """
+    has = resident_bits[plan.experts]
+    lacks = has < plan.bits
+    if not lacks.any():
+        return plan
+    bits = np.where(lacks, np.minimum(np.maximum(has, np.int8(least)), plan.bits), plan.bits)
+    later = plan.experts[lacks] + np.int32(first)
+    return add_ahead(replace(plan, bits=bits.astype(np.int8)), later, plan.bits[lacks])

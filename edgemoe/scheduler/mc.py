@@ -1,0 +1,103 @@
+"""MC-MoE: bits per expert fixed offline, and experts with small gates left out while decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler.allocation import allocated_bits
+from edgemoe.scheduler.base import Scheduler, Setting
+from edgemoe.scheduler.options import check, option, read_options
+from edgemoe.scheduler.plans import add_ahead, look_ahead, plan_slots
+
+__all__ = ["Mc"]
+
+
+@dataclass(frozen=True, slots=True)
+class McOptions:
+    """What mc may be told."""
+
+    prune: bool = option(True, "leave experts out while decoding")
+    beta: float = option(
+        -1.0, "leave out experts with a gate below this times the largest; -1 takes each layer's median of "
+        "the last chosen expert's gate over the largest, learned on the way"
+    )  # fmt: skip
+    layers: int = option(10, "prune in so many layers, the deepest: those hurt least")
+    allocation: bool = option(
+        True, "run every expert at the bits that the file's section `allocation` gives it, if it has one"
+    )
+    look_ahead: int = option(
+        0, "read what the routers of the next so many layers choose for this layer's input, while computing"
+    )
+
+    def __post_init__(self) -> None:
+        if self.beta != -1:
+            check("beta", self.beta, 0, 1)
+        check("layers", self.layers, 0, 1 << 16)
+        check("look_ahead", self.look_ahead, 0, 4)
+
+
+class Mc(Scheduler):
+    """Runs each expert at bits fixed beforehand and prunes experts per token by the ratio of gates. Lossy.
+
+    Online dynamic pruning as its code does it: an expert is left out where its gate is below beta of the token's
+    largest, in some layers only, and the other gates take over its share. The paper has two experts per token and the
+    median over a calibration text; here beta is the running median, by a sign step per token. Prompts are not
+    pruned: the paper protects their important tokens by attention mass, which schedulers do not see. Nor is each
+    layer's loss by pruning known here, by which the paper ranks layers.
+    """
+
+    Options = McOptions
+    paper = "MC-MoE, ICLR 2025 (code Aaronhuang-778/MC-MoE); allocation: `edgemoe allocate`"
+
+    _STEP = 0.02
+
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        self.options = o = read_options(McOptions, options)
+        L = setting.num_layers
+        bits = allocated_bits(setting) if o.allocation else None
+        notes = []
+        if bits is None:
+            bits = np.full((L, setting.num_experts), setting.bits, np.int8)
+        elif (bits < setting.bits).any():
+            notes.append(f"lossy: experts at {bits.mean():.2f} bits on average, by allocation")
+        self._prunes = o.prune and o.layers > 0 and setting.experts_per_token > 1
+        if self._prunes:
+            notes.append(
+                f"lossy: experts with small gates are left out in {min(o.layers, L)} of {L} layers"
+            )
+        self.notes = tuple(notes)
+        self.look_ahead = o.look_ahead
+        self._bits, self._num_experts = bits, setting.num_experts
+        self._first = L - o.layers
+        self.betas = [0.5 if o.beta < 0 else o.beta] * L
+        """Per layer."""
+
+    def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
+        """See `Scheduler.plan`."""
+        layer, gates = routing.layer, routing.gates
+        bits = self._bits[layer][routing.experts]
+        if self._prunes and len(gates) == 1 and layer >= self._first:
+            top = float(gates[0, 0])
+            beta = self.betas[layer]
+            keep = gates >= np.float32(beta * top)
+            if self.options.beta < 0:  # a step up or down finds the median
+                self.betas[layer] += self._STEP if gates[0, -1] > beta * top else -self._STEP
+            if not keep.all():
+                bits = np.where(keep, bits, np.int8(0))
+                gates = gates * (gates.sum() / gates[keep].sum())
+        plan = plan_slots(routing, bits, gates=gates)
+        if routing.ahead_experts is None:
+            return plan
+        ahead = look_ahead(routing, self._num_experts).reshape(-1)
+        return add_ahead(plan, ahead, self._bits.reshape(-1)[ahead])
+
+    def report(self) -> str:
+        """Returns the middle threshold."""
+        if not self._prunes:
+            return ""
+        return f"beta {float(np.median(self.betas[max(self._first, 0) :])):.2f}"

@@ -1,0 +1,144 @@
+"""Makes and changes plans: from the bits of every routed slot, or from another plan. Values only."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Plan, Routing
+
+__all__ = ["add_ahead", "keep_slots", "look_ahead", "plan_slots", "slot_bits"]
+
+_ONE_TOKEN = np.zeros(1024, np.int32)
+_COUNT = np.arange(1025, dtype=np.int32)
+_BITS_PER_CODE = 16  # more than any precision, so that expert * 16 + bits sorts by both
+
+
+def plan_slots(
+    routing: Routing,
+    bits: NDArray[np.int8],
+    *,
+    gates: NDArray[np.float32] | None = None,
+    hottest_first: bool = False,
+    resident_bits: NDArray[np.int8] | None = None,
+) -> Plan:
+    """Plans every routed slot at its own bits.
+
+    A single token's experts keep the order of the routing. A prompt's are in the order of the file and of ascending
+    bits, or by demand: the planes that most tokens use come first, where a token that uses more planes uses all
+    below them too (D2MoE 3.4, hottest expert bit first; a greedy walk over queues of non-increasing demand is a
+    sort), and what is resident comes before everything.
+
+    Args:
+        bits: [T, K]; 0 skips the slot.
+        gates: [T, K] in place of the routing's.
+        resident_bits: [E], of this layer; for `hottest_first`.
+    """
+    gates = routing.gates if gates is None else gates
+    T, K = routing.experts.shape
+    if T == 1 and not hottest_first:
+        return _plan_token(routing.layer, routing.experts[0], bits[0], gates)
+    flat_bits = bits.reshape(-1)
+    slots = np.flatnonzero(flat_bits)
+    codes = routing.experts.reshape(-1)[slots] * _BITS_PER_CODE + flat_bits[slots]
+    groups, group_of, counts = np.unique(codes, return_inverse=True, return_counts=True)
+    experts, levels = np.divmod(groups.astype(np.int32), np.int32(_BITS_PER_CODE))
+    if hottest_first and len(groups):
+        demand = _demand(experts, counts)
+        if resident_bits is not None:
+            demand[resident_bits[experts] >= levels] = T * K + 1
+        order = np.lexsort((groups, -demand))
+        rank = np.empty(len(order), np.intp)
+        rank[order] = np.arange(len(order))
+        group_of, experts, levels, counts = (
+            rank[group_of], experts[order], levels[order], counts[order],
+        )  # fmt: skip
+    offsets = np.zeros(len(groups) + 1, np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    slots = slots[np.argsort(group_of, kind="stable")]
+    rows = np.full(T * K, -1, np.int32)
+    rows[slots] = np.arange(len(slots), dtype=np.int32)
+    return Plan(
+        routing.layer, experts, levels.astype(np.int8), offsets,
+        (slots // K).astype(np.int32), rows.reshape(T, K), gates,
+    )  # fmt: skip
+
+
+def _plan_token(
+    layer: int, experts: NDArray[np.int32], bits: NDArray[np.int8], gates: NDArray[np.float32]
+) -> Plan:
+    K = len(experts)
+    rows = _COUNT[:K]
+    if not bits.all():
+        kept = bits > 0
+        rows = np.where(kept, np.cumsum(kept, dtype=np.int32) - np.int32(1), np.int32(-1))
+        experts, bits = experts[kept], bits[kept]
+    n = len(experts)
+    return Plan(
+        layer, experts, bits, _COUNT[: n + 1], _ONE_TOKEN[:n], rows.reshape(1, K), gates
+    )  # fmt: skip
+
+
+def _demand(experts: NDArray[np.int32], counts: NDArray[np.intp]) -> NDArray[np.intp]:
+    """Returns how many tokens use each group's planes: those of the group and of the same expert's later ones."""
+    total = np.cumsum(counts)
+    last = np.append(np.flatnonzero(experts[1:] != experts[:-1]), len(experts) - 1)
+    ends = total[last][np.searchsorted(last, np.arange(len(experts)))]
+    demand: NDArray[np.intp] = ends - total + counts
+    return demand
+
+
+def slot_bits(plan: Plan) -> NDArray[np.int8]:
+    """Returns the bits of every routed slot of a plan, int8 [T, K]; 0 where it is skipped."""
+    of_row = np.append(np.repeat(plan.bits, np.diff(plan.offsets)), np.int8(0))
+    bits: NDArray[np.int8] = of_row[plan.rows]
+    return bits
+
+
+def keep_slots(plan: Plan, keep: NDArray[np.bool_], gates: NDArray[np.float32]) -> Plan:
+    """Returns the plan without the slots that are not to be kept; what is left keeps its order.
+
+    Args:
+        keep: [T, K].
+        gates: [T, K] of the new plan.
+    """
+    kept = np.zeros(len(plan.tokens) + 1, bool)  # the last entry takes the rows of what was skipped before
+    kept[plan.rows[keep]] = True
+    kept[-1] = False
+    new_row = np.append(np.cumsum(kept[:-1], dtype=np.int32) - np.int32(1), np.int32(-1))
+    rows = np.where(keep, new_row[plan.rows], np.int32(-1))
+    ends = np.append(np.int32(0), np.cumsum(kept[:-1], dtype=np.int32))
+    counts = np.diff(ends[plan.offsets])
+    used = counts > 0
+    offsets = np.zeros(int(used.sum()) + 1, np.int32)
+    np.cumsum(counts[used], out=offsets[1:])
+    return replace(
+        plan, experts=plan.experts[used], bits=plan.bits[used], offsets=offsets,
+        tokens=plan.tokens[kept[:-1]], rows=rows, gates=gates,
+    )  # fmt: skip
+
+
+def add_ahead(plan: Plan, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> Plan:
+    """Returns the plan with more experts at the end of what is read ahead, layer * num_experts + expert."""
+    if len(experts) == 0:
+        return plan
+    if plan.ahead is None or plan.ahead_bits is None:
+        return replace(plan, ahead=experts, ahead_bits=bits)
+    return replace(
+        plan,
+        ahead=np.concatenate([plan.ahead, experts]),
+        ahead_bits=np.concatenate([plan.ahead_bits, bits]),
+    )
+
+
+def look_ahead(
+    routing: Routing, num_experts: int
+) -> NDArray[np.int32]:
+    """Returns what the next layers' routers choose as layer * num_experts + expert, int32 [p, K]."""
+    assert routing.ahead_experts is not None
+    p = len(routing.ahead_experts)
+    first = np.arange(routing.layer + 1, routing.layer + 1 + p, dtype=np.int32) * num_experts
+    ids: NDArray[np.int32] = routing.ahead_experts + first[:, None].astype(np.int32)
+    return ids

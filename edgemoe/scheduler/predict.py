@@ -1,0 +1,170 @@
+"""Predictors that several schedulers share: which experts will run next. Numpy only, learned while running."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Routing
+
+__all__ = ["Frequency", "NextUse", "Transitions"]
+
+Array = NDArray[np.float64]
+
+
+class Frequency:
+    """How often each expert runs, per token, where a use counts half after `half_life` tokens."""
+
+    def __init__(self, num_layers: int, num_experts: int, start: float, half_life: float) -> None:
+        """Args:
+        start: what it takes for the frequency of every expert before anything is known, above 0.
+        """
+        self.values: Array = np.full((num_layers, num_experts), start)
+        """[num_layers, num_experts]"""
+        self._rows = list(self.values)
+        self._keep = 0.5 ** (1.0 / half_life)
+
+    def update(self, routing: Routing) -> None:
+        """One layer has routed its tokens."""
+        row, keep, T = self._rows[routing.layer], self._keep, len(routing.experts)
+        if T == 1:
+            row *= keep
+            row[routing.experts[0]] += 1.0 - keep
+            return
+        weights = (1.0 - keep) * keep ** np.arange(T - 1, -1, -1.0)
+        row *= keep**T
+        row += np.bincount(
+            routing.experts.reshape(-1), np.repeat(weights, routing.experts.shape[1]), len(row)
+        )
+
+
+class NextUse:
+    """The probability that an expert is used when its layer runs next, by logistic regression, learned on the way.
+
+    Features of an expert, for the token that its layer saw last: whether it was used, the logarithm of its decayed
+    frequency, how far its router score lies above the last chosen one's (in logarithms, that is a difference of
+    logits), and a moving average of that. Before anything is learned the odds are the frequency's. Weights
+    follow by one Newton step per token with all tokens' curvature (an online logistic regression that, on the
+    traces of benchmarks/LOG.md, was as good after 32 tokens as a fit on another text).
+    """
+
+    _HALF_LIFE, _AVERAGE = 64.0, 4.0  # tokens; longer and shorter ones, and all of them, did no better
+    _CALM, _EVERY = 256, 8  # after so many tokens weights hardly move: learn from every eighth only
+
+    def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
+        L, E = num_layers, num_experts
+        self._frequency = Frequency(L, E, experts_per_token / E, self._HALF_LIFE)
+        self._decay = 0.5 ** (1.0 / self._AVERAGE)
+        # Rows: one, used, log frequency, margin, its average. Of the last token and of the one before.
+        self._now, self._before = np.zeros((2, 5, L, E))
+        self._now[0] = 1.0
+        self._now[2] = np.log(self._frequency.values)
+        self._views = [
+            (self._now[:, i], self._before[:, i], *(self._now[j, i] for j in range(1, 5)), f)
+            for i, f in enumerate(self._frequency.values)
+        ]
+        self._raw = np.empty(E)
+        self.weights: Array = np.array([0.0, 0.0, 1.0, 0.0, 0.0])
+        """[5], of the features, for the logarithm of the odds."""
+        self._curvature: Array | None = None
+        self._tokens = 0
+
+    def update(self, routing: Routing) -> Array:
+        """Takes one layer's routing and returns the odds against each expert's next use, [E]; not to be kept."""
+        now, before, used, frequency, margin, average, f = self._views[routing.layer]
+        np.copyto(before, now)
+        self._frequency.update(routing)
+        chosen = routing.experts[-1]
+        used.fill(0.0)
+        used[chosen] = 1.0
+        np.log(f, out=frequency)
+        if routing.scores is None:  # gates alone say nothing about the experts that were not chosen
+            margin.fill(0.0)
+            gates = np.log(routing.gates[-1] + 1e-9)
+            margin[chosen] = gates - gates[-1]
+        else:
+            np.add(routing.scores[-1], 1e-9, out=margin)
+            np.log(margin, out=margin)
+            margin -= margin[chosen[-1]]
+        np.subtract(average, margin, out=self._raw)
+        np.multiply(self._raw, self._decay, out=self._raw)
+        np.add(margin, self._raw, out=average)
+        odds_against = np.dot(self.weights, now)
+        np.negative(odds_against, out=odds_against)
+        np.clip(odds_against, -20.0, 20.0, out=odds_against)
+        out: Array = np.exp(odds_against, out=odds_against)
+        return out
+
+    def learn(self) -> None:
+        """All layers have run: learns from what was said about them one token before."""
+        self._tokens += 1
+        if self._tokens == 1 or (self._tokens > self._CALM and self._tokens % self._EVERY):
+            return
+        x = self._before.reshape(5, -1)
+        used = self._now[1].reshape(-1)
+        p = 1.0 / (1.0 + np.exp(np.clip(-(self.weights @ x), -20.0, 20.0)))
+        if self._curvature is None:
+            # A prior as heavy as ten uses, in units of each feature's own size: margins differ much between models.
+            self._curvature = np.diag(10.0 * np.mean(x * x, axis=1) + 1e-6)
+        self._curvature += (x * (p * (1.0 - p))) @ x.T
+        self.weights += np.linalg.solve(self._curvature, x @ (used - p))
+
+
+class Transitions:
+    """Which experts of the next layer follow those of the two layers before it (EdgeMoE III-C-1).
+
+    The paper's table: the key is the experts of the two previous layers, the value counts of what ran next. With
+    several experts per token the key is their sorted tuple, which repeats seldom: an answer falls back to the tuple of
+    one layer, then to the mean over the previous layer's experts of what followed each, at last to the layer's own
+    frequencies. The fall-backs are ours: the paper has one expert per token.
+    """
+
+    _LARGEST = 1 << 14  # keys; then the tables of tuples no longer grow
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        E = num_experts
+        self._num_layers, self._num_experts = num_layers, num_experts
+        self._tuples: dict[tuple[int, bytes], NDArray[np.float32]] = {}
+        self._pairs = np.zeros((num_layers, E, E), np.float32)
+        self._totals = np.zeros((num_layers, E), np.float32)
+        self._path: list[NDArray[np.int32]] = []
+
+    def update(self, routing: Routing) -> None:
+        """One layer has routed its tokens; learns from the last one."""
+        layer, chosen = routing.layer, np.sort(routing.experts[-1])
+        if layer == 0:
+            self._path.clear()
+        elif len(self._path) == layer:
+            self._pairs[layer, self._path[-1][:, None], chosen] += 1.0
+            for key in self._keys(layer):
+                counts = self._tuples.get(key)
+                if counts is None:
+                    if len(self._tuples) >= self._LARGEST:
+                        continue
+                    counts = self._tuples[key] = np.zeros(self._num_experts, np.float32)
+                counts[chosen] += 1.0
+        self._totals[layer, chosen] += 1.0
+        self._path.append(chosen)
+
+    def _keys(self, layer: int) -> Iterator[tuple[int, bytes]]:
+        """Yields the path's keys for a layer, the longest first."""
+        last = self._path[layer - 1].tobytes()
+        if layer > 1:
+            yield layer, self._path[layer - 2].tobytes() + last
+        yield layer, last
+
+    def predict(self, layer: int) -> NDArray[np.float32]:
+        """Returns a score per expert of a layer that follows the one just routed, [E]; larger is likelier."""
+        marginal: NDArray[np.float32] = self._totals[layer]
+        if not 0 < layer == len(self._path):
+            return marginal
+        for key in self._keys(layer):
+            counts = self._tuples.get(key)
+            if counts is not None:
+                return counts
+        rows = self._pairs[layer, self._path[layer - 1]]
+        uses = self._totals[layer - 1, self._path[layer - 1]]
+        total: NDArray[np.float32] = (rows / np.maximum(uses, 1.0)[:, None]).sum(axis=0)
+        return total if total.any() else marginal
