@@ -61,6 +61,10 @@ class Stats:
     """Time that computing stood still for reads."""
     average_bits: float = 0.0
     """Of the experts that ran."""
+    skipped_share: float = 0.0
+    """Of what the routers chose, pairs of a token and an expert."""
+    substituted_share: float = 0.0
+    """The same, of those for which another expert ran."""
     peak_bytes: int = 0
     """The process's highest resident memory since its start."""
     resident_bytes: int = 0
@@ -209,6 +213,7 @@ class Engine:
         # Slots are sized last, from what the process really has by now.
         dense = sum(w.bytes if isinstance(w, _core.Nested) else w.nbytes for w in weights.values())
         self.budget = budget = divide(max(hardware.process_bytes() - dense, 0))
+        self.scheduler_name = scheduler
         self.scheduler = SCHEDULERS[scheduler](
             _setting(moe, self.bits, budget.slots, sections), **options
         )
@@ -238,7 +243,7 @@ class Engine:
         self._call = 0
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._meter = _Meter(self._store, self.scheduler, budget.kv)
+        self._meter = _Meter(self._experts, budget.kv)
         logger.info(
             "%s: %s, %d tokens of context, chunks of %d, %d of %d bytes of experts, %s, %d threads",
             moe.path, config.family, budget.context, budget.chunk, budget.slots,
@@ -480,16 +485,16 @@ class Engine:
 class _Meter:
     """Turns counters since the start into those of one call."""
 
-    def __init__(self, store: ExpertStore, scheduler: Scheduler, kv_bytes: int) -> None:
-        self._store: ExpertStore | None = store
-        self._scheduler = scheduler
+    def __init__(self, experts: Experts, kv_bytes: int) -> None:
+        self._experts: Experts | None = experts
         self._kv_bytes = kv_bytes
         self._frozen = Stats()
         self.start()
 
     def start(self) -> None:
-        assert self._store is not None
-        self._base = self._store.stats
+        assert self._experts is not None
+        self._base = self._experts.store.stats
+        self._base_choices = _choices(self._experts)
         self._prompt = (0, 0, 0.0)
         self._tokens = 0
         self._first_s = self._last_s = 0.0
@@ -508,11 +513,17 @@ class _Meter:
         self._row = row
 
     def stats(self) -> Stats:
-        if self._store is None:
+        experts = self._experts
+        if experts is None:
             return self._frozen
-        now, base = self._store.stats, self._base
+        now, base = experts.store.stats, self._base
         uses = now["hits"] + now["misses"] - base["hits"] - base["misses"]
+        routed, skipped, substituted = (
+            a - b for a, b in zip(_choices(experts), self._base_choices, strict=True)
+        )
         return Stats(
+            skipped_share=skipped / max(routed, 1),
+            substituted_share=substituted / max(routed, 1),
             prompt_tokens=self._prompt[0],
             cached_tokens=self._prompt[1],
             prompt_s=self._prompt[2],
@@ -523,7 +534,7 @@ class _Meter:
             peak_bytes=hardware.peak_bytes(),
             resident_bytes=now["resident_bytes"],
             kv_bytes=self._kv_bytes,
-            scheduler=self._scheduler.report(),
+            scheduler=experts.scheduler.report(),
             logits_hash="" if self._row is None else f"{_core.crc32c(self._row):08x}",
             **{
                 k: now[k] - base[k]
@@ -534,7 +545,12 @@ class _Meter:
     def freeze(self) -> None:
         """Keeps the last figures when the counters go."""
         self._frozen = self.stats()
-        self._store = None
+        self._experts = None
+
+
+def _choices(experts: Experts) -> tuple[int, int, int]:
+    """Returns what routers chose, what was skipped of it and what another expert ran for, since the start."""
+    return experts.routed, experts.skipped, experts.scheduler.substituted
 
 
 def _with_experts(moe: MoeFile, experts: int | None) -> MoeFile:

@@ -40,6 +40,8 @@ class Experts:
         self.scheduler = scheduler
         self.store = store
         self.observer = observer
+        self.routed = self.skipped = 0
+        """Pairs of a token and an expert that routers chose, and those of them that no plan ran."""
         self._ops = ops
         self._parts = parts
 
@@ -53,6 +55,8 @@ class Experts:
         plan = self.scheduler.plan(routing, residency)
         if self.observer is not None:
             self.observer.planned(routing, plan, residency)
+        self.routed += plan.rows.size
+        self.skipped += plan.rows.size - len(plan.tokens)
         experts, levels = store.request(plan)
         for group in store.ready_groups():  # computing one group hides the reads of the next
             ops.expert_ffn(x, store.cache, experts, levels, plan, group, self._parts)

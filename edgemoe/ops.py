@@ -93,7 +93,7 @@ class CpuOps:
         experts: NDArray[np.int32],
         gates: Array,
     ) -> None:
-        """Writes each token's experts and their gates [T, K], best first, and the probabilities of all, scores [T, E]."""
+        """Writes each token's experts and gates [T, K], best first, and the probabilities of all, scores [T, E]."""
         _core.route(self._ws, x, router, over_top_k, renormalise, scores, experts, gates)
 
     def look_ahead(

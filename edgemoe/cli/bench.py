@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import drop_stdout, error_line, note
 from edgemoe.cli.parser import Parser
+from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 
 if TYPE_CHECKING:
     from edgemoe.bench import Result, Roof
@@ -36,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         import edgemoe
         from edgemoe.bench import measure, roof
 
+        if "help" in args.set:
+            print(options_text(args.scheduler))
+            return 0
+        options = read_settings(args.set)
         longest = max([*args.n_prompt, *args.n_gen], default=0)
         if longest < 1:
             raise ValueError("expected at least one test of at least one token")
@@ -45,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             dense_bits=args.dense_bits, experts=args.experts, threads=args.threads,
             context=max(args.n_depth) + longest + 2, cache_type_k=args.cache_type_k,
             cache_type_v=args.cache_type_v, verify=not args.no_verify,
+            scheduler=args.scheduler, options=options,
         ) as engine:  # fmt: skip
+            for line in engine.notes:
+                note(f"# {line}")
             results = []
             if not args.json:
                 print(_HEAD)
@@ -63,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"# roof: memory {best.memory / 1e9:.1f} GB/s, disk {best.disk / 1e9:.2f} GB/s; "
                     f"experts {engine.budget.slots / 2**30:.2f} of {engine.budget.experts / 2**30:.2f} GiB"
                 )
+                if report := engine.scheduler.report():
+                    note(f"# {args.scheduler}: {report}")
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -100,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=int, metavar="N")
     parser.add_argument("--dense-bits", type=int, metavar="N")
     parser.add_argument("--experts", type=int, metavar="K")
+    parser.add_argument("--scheduler", default="on-demand", metavar="NAME",
+                        help="decides what is loaded when (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
     parser.add_argument("--seed", type=int, default=1, metavar="N")
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
@@ -136,6 +149,8 @@ def _report(engine: Engine, results: Sequence[Result], best: Roof) -> dict[str, 
         "family": engine.config.family,
         "bits": engine.bits,
         "cache_types": dataclasses.asdict(engine.kv_types),
+        "scheduler": engine.scheduler_name,
+        "notes": engine.notes,
         "threads": engine.threads,
         "isa": engine.isa,
         "budget": dataclasses.asdict(engine.budget),

@@ -12,6 +12,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "bench": ("edgemoe.cli.bench", "measure how fast a model runs here"),
     "convert": ("edgemoe.cli.convert", "make a .moe file from a checkpoint"),
     "demo": ("edgemoe.cli.demo", "build the demo model"),
+    "schedulers": ("edgemoe.cli.scheduling", "tell what may decide, and its options"),
     "run": ("edgemoe.cli.run", "chat with a model; also installed as edgemoe-run"),
 }
 """What each command is: the module whose `main(argv)` runs it, and a line about it."""
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<9} {about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:<11} {about}" for name, (_, about) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: edgemoe COMMAND [ARGUMENTS]",

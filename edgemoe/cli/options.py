@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from edgemoe.cli.parser import Parser
+from edgemoe.cli.scheduling import SET_HELP
 
 __all__ = ["run_parser"]
 
@@ -62,7 +63,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
          help="the same for values (default: %(default)s)")
     _add(model, "-t", "--threads", type=int, metavar="N", help="(default: the cores there are)")
     _add(model, "--scheduler", default="on-demand", metavar="NAME",
-         help="decides what is loaded when (default: %(default)s)")
+         help="decides what is loaded when (default: %(default)s); `edgemoe schedulers` lists them")
+    _add(model, "--set", action=_Collect, default=[], metavar="KEY=VALUE", help=SET_HELP)
     _add_switch(model, "--no-verify", help="do not check the sums of weights as they are read")
     _add(model, "--trace", metavar="FILE", help="record which experts the router asked for")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import drop_stdout, error_line, is_terminal, note, write_reply
 from edgemoe.cli.options import run_parser
+from edgemoe.cli.scheduling import options_text, read_settings
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -45,6 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             from edgemoe.sampler import SamplingParams
 
             _sampling(args, SamplingParams())  # before the model is loaded
+            if "help" in args.set:
+                print(options_text(args.scheduler))
+                return 0
+            args.set = read_settings(args.set)
         except ValueError as error:
             parser.error(str(error))
         code = _run(args)
@@ -151,6 +156,7 @@ def _load(args: Namespace) -> Engine:
         verify=not args.no_verify,
         experts=args.experts,
         scheduler=args.scheduler,
+        options=args.set,
         trace=args.trace,
     )
 

@@ -41,7 +41,9 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
     own = {f.name for f in fields(kind.Options)} | ({"bits"} if kind is OnDemand else set())
     for name in options:
         if name not in own | shared:
-            listed = ", ".join([*(f.name for f in fields(kind.Options)), *sorted(shared)])
+            listed = ", ".join(
+                dict.fromkeys([*(f.name for f in fields(kind.Options)), *sorted(shared)])
+            )
             raise ValueError(f"option {name}: there is no such; expected one of: {listed}")
     made: Callable[..., Scheduler] = kind
     inner = made(setting, **{name: value for name, value in options.items() if name in own})

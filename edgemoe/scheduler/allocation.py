@@ -26,7 +26,9 @@ def allocated_bits(setting: Setting) -> NDArray[np.int8] | None:
         return None
     try:
         bits = np.array(json.loads(section)["bits"])
-        is_sound = bits.shape == (setting.num_layers, setting.num_experts) and bits.dtype.kind == "i"
+        is_sound = (
+            bits.shape == (setting.num_layers, setting.num_experts) and bits.dtype.kind == "i"
+        )
     except (ValueError, KeyError, TypeError):
         is_sound = False
     if not is_sound:

@@ -27,9 +27,13 @@ class AutoOptions:
     window: int = option(12, "tokens of a window; the first quarter is not counted")
     rounds: int = option(3, "windows with and windows without a lever, in turn")
     gain: float = option(0.03, "share of a token's time that a lever must save to be kept")
-    lossy: bool = option(False, "try levers that change answers too: fewer bits on a miss, skipping")
+    lossy: bool = option(
+        False, "try levers that change answers too: fewer bits on a miss, skipping"
+    )
     miss_bits: int = option(4, "with lossy: bits of an expert that is not resident")
-    skip_below: float = option(0.2, "with lossy: skip experts with a gate below this times the largest")
+    skip_below: float = option(
+        0.2, "with lossy: skip experts with a gate below this times the largest"
+    )
 
     def __post_init__(self) -> None:
         check("window", self.window, 4, 1 << 16)

@@ -46,7 +46,9 @@ class D2moe(Scheduler):
     """
 
     Options = D2moeOptions
-    paper = "D2MoE, arXiv 2504.15299 (MobiCom'25), sections 3.2 and 3.4; trained routers are not read"
+    paper = (
+        "D2MoE, arXiv 2504.15299 (MobiCom'25), sections 3.2 and 3.4; trained routers are not read"
+    )
 
     _STEP = 0.02  # of a quantile per token, in units of the mean share
 
@@ -124,4 +126,3 @@ class D2moe(Scheduler):
             drop=(lowered + before * self._num_experts).astype(np.int32),
             drop_bits=self._bits_of[levels[lowered]],
         )
-

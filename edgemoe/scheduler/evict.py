@@ -155,8 +155,7 @@ class HobbitWeights:
             check(f"w_{name}", getattr(self, name), 0, 1)
         if not 0.99 <= total <= 1.01:
             raise ValueError(
-                "w_recency, w_frequency, w_high, w_distance: expected a sum of 1, "
-                f"got {total:g}"
+                f"w_recency, w_frequency, w_high, w_distance: expected a sum of 1, got {total:g}"
             )
 
 

@@ -16,14 +16,18 @@ from edgemoe.scheduler.predict import NextUse
 
 __all__ = ["ExpertFlow"]
 
-_UNUSED = 4  # rounds of all layers: what was predicted and not used goes before what was not predicted
+_UNUSED = (
+    4  # rounds of all layers: what was predicted and not used goes before what was not predicted
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertFlowOptions:
     """What expertflow may be told."""
 
-    prefetch: int = option(1, "read what is predicted for the next so many layers ahead; 0 for none")
+    prefetch: int = option(
+        1, "read what is predicted for the next so many layers ahead; 0 for none"
+    )
 
     def __post_init__(self) -> None:
         check("prefetch", self.prefetch, 0, 64)
@@ -88,7 +92,9 @@ class ExpertFlow(Scheduler):
         row *= L
         row -= self._step
         if self._prefetch and len(routing.experts) == 1:
-            later = self._paths[layer + 1 : min(layer + 1 + self._prefetch, self._known)].reshape(-1)
+            later = self._paths[layer + 1 : min(layer + 1 + self._prefetch, self._known)].reshape(
+                -1
+            )
             if len(later):
                 missing = later[residency.reshape(-1)[later] < self._top_level]
                 plan = replace(plan, ahead=missing, ahead_bits=self._bits[: len(missing)])

@@ -23,10 +23,12 @@ class ExpertwiseOptions:
     """What expertwise may be told."""
 
     preload: int = option(
-        3, "experts of the next layer to read, likeliest first, until its router answers; 0 for none"
+        3,
+        "experts of the next layer to read, likeliest first, until its router answers; 0 for none",
     )
     allocation: bool = option(
-        True, "run every expert at the bits that the file's section `allocation` gives it, if it has one"
+        True,
+        "run every expert at the bits that the file's section `allocation` gives it, if it has one",
     )
 
     def __post_init__(self) -> None:

@@ -31,7 +31,8 @@ class HobbitOptions:
     skip: float = option(0.03, "share of selections for fitting t2")
     low_bits: int = option(0, "the low precision; 0 is the file's best of at most half the bits")
     strict: bool = option(
-        True, "an important expert of which only the low bits are in memory is a miss; off uses them"
+        True,
+        "an important expert of which only the low bits are in memory is a miss; off uses them",
     )
     renormalise: bool = option(False, "scale the other gates up where an expert is skipped")
     look_ahead: int = option(
@@ -56,8 +57,9 @@ class HobbitOptions:
 
 def unimportance(gates: NDArray[np.float32]) -> NDArray[np.float32]:
     """Returns s_i = g_0 + … + g_(i-1) of gates [T, K], best first and normalised to sum 1; s_0 = 0 (HOBBIT 3.2)."""
-    total = np.cumsum(gates, axis=1, dtype=np.float32)
-    scores: NDArray[np.float32] = (total - gates) / np.maximum(total[:, -1:], np.float32(1e-30))
+    total: NDArray[np.float32] = np.cumsum(gates, axis=1, dtype=np.float32)
+    scores: NDArray[np.float32] = total - gates
+    scores /= np.maximum(total[:, -1:], np.float32(1e-30))
     return scores
 
 
@@ -128,9 +130,7 @@ class Hobbit(Scheduler):
         satisfied = has >= (wanted if self.options.strict else np.minimum(wanted, self._low))
         return np.where(satisfied & (has > 0), has, wanted)
 
-    def _gates(
-        self, gates: NDArray[np.float32], bits: NDArray[np.int8]
-    ) -> NDArray[np.float32]:
+    def _gates(self, gates: NDArray[np.float32], bits: NDArray[np.int8]) -> NDArray[np.float32]:
         if not self.options.renormalise or bits.all():
             return gates
         kept = np.where(bits > 0, gates, np.float32(0)).sum(axis=1, keepdims=True)
@@ -166,9 +166,7 @@ class Hobbit(Scheduler):
         if self._fits_itself and self._tokens >= self._next_fit:
             scores = np.concatenate([s.reshape(-1) for s in self._scores])
             self._scores = [scores]
-            self.t1, self.t2 = fit_thresholds(
-                scores, low=self.options.low, skip=self.options.skip
-            )
+            self.t1, self.t2 = fit_thresholds(scores, low=self.options.low, skip=self.options.skip)
             self._next_fit = 2 * self._tokens
             if self._tokens >= _LAST_FIT:
                 self._fits_itself = False

@@ -51,13 +51,19 @@ class Levers:
         """What is on, one line each."""
         lines = []
         if self.cache_prior:
-            lines.append(f"lossy: routing prefers resident experts (cache_prior {self.cache_prior:g})")
+            lines.append(
+                f"lossy: routing prefers resident experts (cache_prior {self.cache_prior:g})"
+            )
         if self.top_p < 1:
             lines.append(f"lossy: experts beyond {self.top_p:g} of a token's gates are skipped")
         if self.skip_below:
-            lines.append(f"lossy: experts below {self.skip_below:g} of the largest gate are skipped")
+            lines.append(
+                f"lossy: experts below {self.skip_below:g} of the largest gate are skipped"
+            )
         if self.miss_bits:
-            lines.append(f"lossy: experts that are not resident run at {self.miss_bits} bits or more")
+            lines.append(
+                f"lossy: experts that are not resident run at {self.miss_bits} bits or more"
+            )
         return tuple(lines)
 
 
@@ -130,14 +136,14 @@ def skip_small(plan: Plan, keep: NDArray[np.bool_], *, renormalise: bool) -> Pla
     gates = plan.gates
     if renormalise:
         kept = np.where(keep & (plan.rows >= 0), gates, np.float32(0))
-        share = gates.sum(axis=1, keepdims=True) / np.maximum(kept.sum(axis=1, keepdims=True), 1e-20)
+        share = gates.sum(axis=1, keepdims=True) / np.maximum(
+            kept.sum(axis=1, keepdims=True), 1e-20
+        )
         gates = (gates * share).astype(np.float32)
     return keep_slots(plan, keep, gates)
 
 
-def low_bits_first(
-    plan: Plan, resident_bits: NDArray[np.int8], least: int, first: int
-) -> Plan:
+def low_bits_first(plan: Plan, resident_bits: NDArray[np.int8], least: int, first: int) -> Plan:
     """Returns the plan with experts that lack bits at what is resident, at least `least`; the rest is read ahead.
 
     For single tokens: in a prompt the read of an expert serves many tokens.

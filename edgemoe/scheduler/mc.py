@@ -28,10 +28,12 @@ class McOptions:
     )  # fmt: skip
     layers: int = option(10, "prune in so many layers, the deepest: those hurt least")
     allocation: bool = option(
-        True, "run every expert at the bits that the file's section `allocation` gives it, if it has one"
+        True,
+        "run every expert at the bits that the file's section `allocation` gives it, if it has one",
     )
     look_ahead: int = option(
-        0, "read what the routers of the next so many layers choose for this layer's input, while computing"
+        0,
+        "read what the routers of the next so many layers choose for this layer's input, while computing",
     )
 
     def __post_init__(self) -> None:

@@ -104,7 +104,9 @@ def keep_slots(plan: Plan, keep: NDArray[np.bool_], gates: NDArray[np.float32]) 
         keep: [T, K].
         gates: [T, K] of the new plan.
     """
-    kept = np.zeros(len(plan.tokens) + 1, bool)  # the last entry takes the rows of what was skipped before
+    kept = np.zeros(
+        len(plan.tokens) + 1, bool
+    )  # the last entry takes the rows of what was skipped before
     kept[plan.rows[keep]] = True
     kept[-1] = False
     new_row = np.append(np.cumsum(kept[:-1], dtype=np.int32) - np.int32(1), np.int32(-1))
@@ -133,9 +135,7 @@ def add_ahead(plan: Plan, experts: NDArray[np.int32], bits: NDArray[np.int8]) ->
     )
 
 
-def look_ahead(
-    routing: Routing, num_experts: int
-) -> NDArray[np.int32]:
+def look_ahead(routing: Routing, num_experts: int) -> NDArray[np.int32]:
     """Returns what the next layers' routers choose as layer * num_experts + expert, int32 [p, K]."""
     assert routing.ahead_experts is not None
     p = len(routing.ahead_experts)

@@ -50,7 +50,10 @@ class NextUse:
     traces of benchmarks/LOG.md, was as good after 32 tokens as a fit on another text).
     """
 
-    _HALF_LIFE, _AVERAGE = 64.0, 4.0  # tokens; longer and shorter ones, and all of them, did no better
+    _HALF_LIFE, _AVERAGE = (
+        64.0,
+        4.0,
+    )  # tokens; longer and shorter ones, and all of them, did no better
     _CALM, _EVERY = 256, 8  # after so many tokens weights hardly move: learn from every eighth only
 
     def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
