@@ -37,22 +37,31 @@ SHARED: tuple[type, ...] = (Dropping, Levers)
 
 
 def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
-    shared = {f.name for c in SHARED for f in fields(c)}
-    own = {f.name for f in fields(kind.Options)} | ({"bits"} if kind is OnDemand else set())
+    own = {f.name for f in fields(kind.Options)}
+    shared = {
+        f.name for c in SHARED for f in fields(c)
+    } - own  # a scheduler's own option goes first
+    if kind is OnDemand:
+        own.add("bits")
     for name in options:
         if name not in own | shared:
-            listed = ", ".join(
-                dict.fromkeys([*(f.name for f in fields(kind.Options)), *sorted(shared)])
-            )
+            listed = ", ".join([*(f.name for f in fields(kind.Options)), *sorted(shared)])
             raise ValueError(f"option {name}: there is no such; expected one of: {listed}")
     made: Callable[..., Scheduler] = kind
     inner = made(setting, **{name: value for name, value in options.items() if name in own})
-    dropping = read_options(Dropping, _of(Dropping, options))
-    levers = read_options(Levers, _of(Levers, options))
+    given = {name: value for name, value in options.items() if name in shared}
+    dropping = read_options(Dropping, _of(Dropping, given))
+    levers = read_options(Levers, _of(Levers, given))
     if dropping.eviction == "default":
         dropping = replace(dropping, eviction=kind.drops)
     elif inner.priorities is not None:
         raise ValueError("eviction: this scheduler decides itself what is dropped")
+    if dropping.eviction != "hobbit":
+        for name in options:
+            if name.startswith("w_"):
+                raise ValueError(f"{name}: only the eviction hobbit has such weights")
+    if "protect" in options and not levers.cache_prior:
+        raise ValueError("protect: only with cache_prior")
     if dropping.eviction == "lfu" and not levers.notes:  # the cache's own, at no cost
         return inner
     return Combined(inner, setting, dropping=dropping, levers=levers)
