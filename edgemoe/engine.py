@@ -23,7 +23,7 @@ from edgemoe.format import MoeFile, open_moe
 from edgemoe.model import Decoder, KvCache, KvTypes
 from edgemoe.ops import CpuOps, OpsShape
 from edgemoe.sampler import Sampler, SamplingParams
-from edgemoe.scheduler import SCHEDULERS, Scheduler, Setting
+from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.store import ExpertStore, expert_bytes, load_dense
 from edgemoe.tokenizer import Tokenizer
 from edgemoe.trace import TraceHeader, TraceWriter

@@ -117,7 +117,7 @@ def random_routing(rng, layer, T, E, K, ahead):
 CASES = [
     *((name, {}) for name in KINDS),
     *(("on-demand", {"eviction": e}) for e in ("lru", "next-use", "frequency-distance", "hobbit")),
-    ("on-demand", {"look_ahead": 2, "prompt_ahead": 2}),
+    ("on-demand", {"look_ahead": False}),
     ("on-demand", {"cache_prior": 0.5, "protect": 1}),
     ("on-demand", {"top_p": 0.6}),
     ("on-demand", {"skip_below": 0.5, "renormalise": True}),
@@ -687,7 +687,7 @@ def test_auto_tries_nothing_when_all_fits():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("on-demand", {"t1": "0.5"}, "option t1: there is no such; expected one of: look_ahead, prompt_ahead"),
+        ("on-demand", {"t1": "0.5"}, "option t1: there is no such; expected one of: look_ahead"),
         ("hobbit", {"t1": "0.5"}, "t1 and t2: expected both or none"),
         ("hobbit", {"t1": "0.9", "t2": "0.5"}, "t1: expected at most t2 = 0.5, got 0.9"),
         ("hobbit", {"low_bits": "5"}, "low_bits: expected one of 2, 3, 4, 6, 8, got 5"),
@@ -727,7 +727,7 @@ def test_the_plain_baseline_costs_nothing_more():
 EXACT = [
     *(name for name in KINDS if name not in LOSSY),
     *(f"on-demand {e}" for e in ("lru", "next-use", "frequency-distance", "hobbit")),
-    "on-demand ahead",
+    "on-demand alone",
 ]
 
 
@@ -735,7 +735,7 @@ def logits_of(path, name, *, ram=None, ids=range(40, 60)):
     name, _, extra = name.partition(" ")
     options = {}
     if extra:
-        options = {"look_ahead": 1, "prompt_ahead": 2} if extra == "ahead" else {"eviction": extra}
+        options = {"look_ahead": "off"} if extra == "alone" else {"eviction": extra}
     if name == "auto":
         options = {"window": 4, "rounds": 1}
     with edgemoe.load(path, scheduler=name, options=options, ram=ram, context=64, threads=1) as e:

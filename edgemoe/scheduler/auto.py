@@ -94,7 +94,7 @@ class Auto(Scheduler):
         if o.lossy and o.miss_bits not in setting.level_bits:
             listed = ", ".join(map(str, setting.level_bits))
             raise ValueError(f"miss_bits: expected one of {listed}, got {o.miss_bits}")
-        self._exact = OnDemand(setting)
+        self._exact = OnDemand(setting, look_ahead=False)
         self._evictions = {"lfu": Frequent(setting), "next-use": SoonestUse(setting)}
         self.priorities = np.zeros(setting.num_layers * setting.num_experts)
         self._rows = list(self.priorities.reshape(setting.num_layers, -1))

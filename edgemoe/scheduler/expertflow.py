@@ -49,7 +49,7 @@ class ExpertFlow(Scheduler):
     def __init__(self, setting: Setting, **options: Any) -> None:
         o = read_options(ExpertFlowOptions, options)
         L, E, K = setting.num_layers, setting.num_experts, setting.experts_per_token
-        self._exact = OnDemand(setting)
+        self._exact = OnDemand(setting, look_ahead=False)
         self._predictor = NextUse(L, E, K)
         self._K, self._num_layers, self._num_experts = K, L, E
         self._top_level = len(setting.level_bits)

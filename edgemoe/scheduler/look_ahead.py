@@ -29,10 +29,13 @@ _MARGIN = 0.02
 class LookAhead:
     """Is asked by a scheduler in each layer of a single token's pass; exact, as it only reads early."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, bits: NDArray[np.int8] | None = None) -> None:
+        """Args:
+        bits: what each expert runs at, [num_layers, num_experts]; None for the setting's.
+        """
         L, E, K = setting.num_layers, setting.num_experts, setting.experts_per_token
         self._base = np.arange(0, L * E, E, dtype=np.int32)
-        self._bits = np.full(K, setting.bits, np.int8)
+        self._bits = np.full(L * E, setting.bits, np.int8) if bits is None else bits.reshape(-1)
         self._guess = np.full((L, K), -1, np.int32)  # of each layer, made in the layer before
         self._absent = np.zeros((L, K), bool)
         self._actual = np.zeros((L, K), np.int32)
@@ -54,7 +57,8 @@ class LookAhead:
         guess = routing.ahead_experts[0]
         self._guess[layer + 1] = guess
         self._absent[layer + 1] = residency[layer + 1][guess] == 0
-        return guess[: self._cut] + self._base[layer + 1], self._bits[: self._cut]
+        wishes = guess[: self._cut] + self._base[layer + 1]
+        return wishes, self._bits[wishes]
 
     def passed(self, tokens: int, seconds: float) -> None:
         """See `Scheduler.passed`: learns from the guesses of this token, and which is faster: with or without."""

@@ -23,7 +23,8 @@ class OnDemandOptions:
     """What on-demand may be told."""
 
     look_ahead: bool = option(
-        True, "read ahead for the next layer, as long as it pays; without effect when everything fits"
+        True,
+        "read ahead for the next layer, as long as it pays; without effect when everything fits",
     )
 
 
@@ -58,7 +59,7 @@ class OnDemand(Scheduler):
         self._all_bits = bits.reshape(-1)
         self._range = np.arange(E + 1, dtype=np.int32)
         self._zeros = np.zeros(E, np.int32)
-        self._ahead = LookAhead(setting) if o.look_ahead and not setting.fits else None
+        self._ahead = LookAhead(setting, bits) if o.look_ahead and not setting.fits else None
         self.look_ahead = int(self._ahead is not None)
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
@@ -66,8 +67,9 @@ class OnDemand(Scheduler):
         T, K = routing.experts.shape
         ahead = self._ahead
         if T == 1:
+            experts = routing.experts[0]
             return Plan(
-                routing.layer, routing.experts[0], self._bits[:K], self._range[: K + 1],
+                routing.layer, experts, self._bits[routing.layer][experts], self._range[: K + 1],
                 self._zeros[:K], self._range[:K].reshape(1, K), routing.gates,
                 *(ahead.wishes(routing, residency) if ahead is not None else ()),
             )  # fmt: skip
@@ -87,9 +89,9 @@ class OnDemand(Scheduler):
             )
             soon += (routing.layer + 1) * self._num_experts
         return Plan(
-            routing.layer, used, self._bits[: len(used)], offsets,
+            routing.layer, used, self._bits[routing.layer][used], offsets,
             order // K, rows.reshape(T, K), routing.gates,
-            soon, None if soon is None else self._bits[: len(soon)],
+            soon, None if soon is None else self._all_bits[soon],
         )  # fmt: skip
 
     def passed(self, tokens: int, seconds: float) -> None:
