@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.evict import Frequent, SoonestUse
-from edgemoe.scheduler.levers import low_bits_first, skip_small, small_gates
+from edgemoe.scheduler.levers import low_bits_first, skip_small
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.options import check, option, read_options
 
@@ -125,8 +125,9 @@ class Auto(Scheduler):
         layer, now = routing.layer, self._now
         plan = self._exact.plan(routing, residency)
         if now.skip_below:
-            keep = small_gates(routing.gates, top_p=1.0, skip_below=now.skip_below)
-            plan = skip_small(plan, keep, renormalise=False)
+            plan = skip_small(
+                plan, routing.gates, top_p=1.0, skip_below=now.skip_below, renormalise=False
+            )  # fmt: skip
         if now.miss_bits and len(routing.experts) == 1:
             resident = self._bits_of[residency[layer]]
             plan = low_bits_first(plan, resident, now.miss_bits, layer * self._num_experts)

@@ -15,7 +15,6 @@ from edgemoe.scheduler.levers import (
     Levers,
     low_bits_first,
     skip_small,
-    small_gates,
 )
 from edgemoe.scheduler.options import option
 from edgemoe.scheduler.plans import add_ahead
@@ -82,8 +81,10 @@ class Combined(Scheduler):
             self.substituted = self._prior.substituted
         plan = self.inner.plan(routing, residency)
         if levers.top_p < 1 or levers.skip_below:
-            keep = small_gates(routing.gates, top_p=levers.top_p, skip_below=levers.skip_below)
-            plan = skip_small(plan, keep, renormalise=levers.renormalise)
+            plan = skip_small(
+                plan, routing.gates, top_p=levers.top_p, skip_below=levers.skip_below,
+                renormalise=levers.renormalise,
+            )  # fmt: skip
         if levers.miss_bits and is_single:
             plan = low_bits_first(plan, self._bits_of[resident], levers.miss_bits, first)
         if displaced is not None:

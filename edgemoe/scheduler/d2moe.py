@@ -58,12 +58,12 @@ class D2moe(Scheduler):
         n = len(bits)
         middle = (1.0 - o.low - o.high) / max(n - 2, 1)
         shares = [o.low] + [middle] * (n - 2)
-        self._targets = np.cumsum(shares)[: n - 1] if n > 1 else np.zeros(0)
+        self._targets = np.cumsum(shares)[: n - 1].tolist() if n > 1 else []
         self._choice = bits
         K = setting.experts_per_token
         # Cuts between precisions, of gate shares; gates are skewed, and the mean share is the start of all.
-        self.cuts = np.full((setting.num_layers, n - 1), 1.0 / K)
-        """[num_layers, precisions - 1]: a share of the gates above cut i takes at least precision i + 1."""
+        self.cuts = [[1.0 / K] * (n - 1) for _ in range(setting.num_layers)]
+        """[num_layers][precisions - 1]: a share of the gates above cut i takes at least precision i + 1."""
         self._step = self._STEP / K
         self._num_experts = setting.num_experts
         self._level_bits = setting.level_bits
@@ -71,6 +71,7 @@ class D2moe(Scheduler):
         self._level_of = np.zeros(9, np.int8)
         self._level_of[list(setting.level_bits)] = np.arange(1, len(setting.level_bits) + 1)
         self._bytes_of = np.array([0, *setting.level_bytes], np.int64)
+        self._sizes = [0, *setting.level_bytes]
         self._slots_bytes = setting.slots_bytes
         if n > 1:
             listed = ", ".join(map(str, bits.tolist()))
@@ -89,27 +90,54 @@ class D2moe(Scheduler):
         """Returns the bits of each slot, [T, K], by the cuts, and moves these towards their quantiles."""
         if len(self._targets) == 0:
             return np.full(routing.experts.shape, self._choice[0], np.int8)
+        if len(routing.gates) == 1:
+            return self._token_precisions(routing.layer, routing.gates[0].tolist())
         gates = routing.gates
         shares = gates / np.maximum(gates.sum(axis=1, keepdims=True), 1e-30)
         cuts = self.cuts[routing.layer]
-        above = shares[:, :, None] > cuts
-        chosen: NDArray[np.int8] = self._choice[above.sum(axis=2)]
+        above = shares[:, :, None] > np.array(cuts)
         # A quantile is where as many lie below as it says: step by the difference (Robbins and Monro).
-        below = 1.0 - above.mean(axis=(0, 1))
-        cuts += self._step * min(len(gates), 16) * (self._targets - below)
-        np.maximum.accumulate(cuts, out=cuts)
+        step = self._step * min(len(gates), 16)
+        for i, share in enumerate(above.mean(axis=(0, 1)).tolist()):
+            cuts[i] += step * (self._targets[i] - 1.0 + share)
+        cuts.sort()
+        chosen: NDArray[np.int8] = self._choice[above.sum(axis=2)]
         return chosen
+
+    def _token_precisions(self, layer: int, gates: list[float]) -> NDArray[np.int8]:
+        """Is `slot_precisions` for one token, in plain numbers: those of eight experts are faster so."""
+        cuts, total = self.cuts[layer], max(sum(gates), 1e-30)
+        index = [0] * len(gates)
+        for i, cut in enumerate(cuts):
+            above = 0
+            for k, gate in enumerate(gates):  # best first
+                if gate <= cut * total:
+                    break
+                index[k] += 1
+                above += 1
+            cuts[i] = cut + self._step * (self._targets[i] - 1.0 + above / len(gates))
+        cuts.sort()
+        one: NDArray[np.int8] = self._choice[index][None]
+        return one
 
     def _with_drop(self, plan: Plan, residency: NDArray[np.int8]) -> Plan:
         """Adds what to drop of the layer before (D2MoE, algorithm 2): the highest planes first, bases last."""
         layer = plan.layer
         here = residency[layer]
-        wanted = np.zeros(self._num_experts, np.int8)
-        np.maximum.at(wanted, plan.experts, self._level_of[plan.bits])
-        need = int((self._bytes_of[np.maximum(wanted, here)] - self._bytes_of[here]).sum())
+        wanted = self._level_of[plan.bits]
+        if len(plan.gates) > 1:
+            most = np.zeros(self._num_experts, np.int8)
+            np.maximum.at(most, plan.experts, wanted)
+            has, wanted = here, most
+        else:
+            has = here[plan.experts]
+        need = sum(
+            self._sizes[w] - self._sizes[h]
+            for w, h in zip(wanted.tolist(), has.tolist(), strict=True) if w > h
+        )  # fmt: skip
         if need == 0:
             return plan
-        missing = need + int(self._bytes_of[residency].sum()) - self._slots_bytes
+        missing = need + int(self._bytes_of.take(residency).sum()) - self._slots_bytes
         before = (layer - 1) % len(residency)
         if missing <= 0 or before == layer:
             return plan

@@ -110,8 +110,8 @@ class SoonestUse(Eviction):
         self._step += 1.0
         L, row = float(self.num_layers), self.rows[routing.layer]
         odds = self.predictor.update(routing)  # L / p = L + L * odds against
-        np.multiply(odds, -L, out=row)
-        row -= self._step + L
+        odds *= -L
+        np.subtract(odds, self._step + L, out=row)
 
     def passed(self) -> None:
         self.predictor.learn()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.options import check, option, read_options
+from edgemoe.scheduler.plans import with_ahead
 from edgemoe.scheduler.predict import NextUse
 
 __all__ = ["ExpertFlow"]
@@ -69,35 +70,32 @@ class ExpertFlow(Scheduler):
         plan = self._exact.plan(routing, residency)
         layer, L = routing.layer, float(self._num_layers)
         self._step += 1.0
-        was_path = self._is_path[layer].copy()
-        if len(routing.experts) == 1 and self._known > layer:
+        chosen, is_path, row = routing.experts[-1], self._is_path[layer], self._rows[layer]
+        if self._known > layer:
             self.predicted += self._K
-            self.right += int(was_path[routing.experts[0]].sum())
-        against = self._predictor.update(routing)
-        if self._num_experts > self._K:
-            path = np.argpartition(against, self._K)[: self._K]
+            self.right += int(np.count_nonzero(is_path[chosen]))
         else:
-            path = np.arange(self._num_experts)
-        is_path, row = self._is_path[layer], self._rows[layer]
+            self._known = layer + 1
+        against = self._predictor.update(routing)
+        path = against.argpartition(self._K - 1)[: self._K]
+        # In steps until use: predicted experts when the layer runs next, the others when they are expected, but a
+        # round later at the earliest, and what was predicted and not used later still.
+        is_path[chosen] = False
+        against += 2.0
+        against += _UNUSED * is_path
+        against[path] = 1.0
         is_path.fill(False)
         is_path[path] = True
         self._paths[layer] = path + layer * self._num_experts
-        self._known = max(self._known, layer + 1)
-        # In steps: predicted experts are needed when the layer runs next, the others a round later at the earliest.
-        np.divide(against, -(1.0 + against), out=row)  # minus the probability that it is not used
-        row -= 2.0
-        row[was_path] -= _UNUSED
-        row[routing.experts[-1]] += _UNUSED * was_path[routing.experts[-1]]
-        row[path] = -1.0
-        row *= L
-        row -= self._step
+        against *= -L
+        np.subtract(against, self._step, out=row)
         if self._prefetch and len(routing.experts) == 1:
             later = self._paths[layer + 1 : min(layer + 1 + self._prefetch, self._known)].reshape(
                 -1
             )
             if len(later):
                 missing = later[residency.reshape(-1)[later] < self._top_level]
-                plan = replace(plan, ahead=missing, ahead_bits=self._bits[: len(missing)])
+                plan = with_ahead(plan, missing, self._bits[: len(missing)])
         return plan
 
     def passed(self, tokens: int, seconds: float) -> None:

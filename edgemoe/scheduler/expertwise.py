@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.allocation import allocated_bits
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.options import check, option, read_options
-from edgemoe.scheduler.plans import plan_slots
+from edgemoe.scheduler.plans import plan_slots, with_ahead
 from edgemoe.scheduler.predict import Transitions
 
 __all__ = ["Expertwise"]
@@ -59,7 +59,7 @@ class Expertwise(Scheduler):
         self._bits_of = np.array([0, *setting.level_bits], np.int8)
         self._preload = o.preload
         self._num_layers, self._num_experts = L, E
-        self._transitions = Transitions(L, E) if o.preload else None
+        self._transitions = Transitions(L, E, setting.experts_per_token) if o.preload else None
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""
@@ -71,10 +71,13 @@ class Expertwise(Scheduler):
         if len(routing.experts) > 1 or layer + 1 == self._num_layers:
             return plan
         scores = self._transitions.predict(layer + 1)
-        n = min(routing.experts.shape[1], self._num_experts - 1)
-        likely = np.argpartition(scores, -n)[-n:]
-        likely = likely[np.argsort(-scores[likely], kind="stable")]
-        bits, has = self._bits[layer + 1], self._bits_of[residency[layer + 1]]
-        missing = likely[has[likely] < bits[likely]][: self._preload]
-        ahead = (missing + (layer + 1) * self._num_experts).astype(np.int32)
-        return replace(plan, ahead=ahead, ahead_bits=bits[missing])
+        bits = self._bits[layer + 1]
+        missing = np.flatnonzero(self._bits_of[residency[layer + 1]] < bits)
+        n = min(self._preload, len(missing), routing.experts.shape[1])
+        if n == 0:
+            return plan
+        scores = scores[missing]
+        likely = np.argpartition(scores, len(scores) - n)[len(scores) - n :]
+        likely = missing[likely[np.argsort(-scores[likely], kind="stable")]]
+        ahead = (likely + (layer + 1) * self._num_experts).astype(np.int32)
+        return with_ahead(plan, ahead, bits[likely])

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Setting
 from edgemoe.scheduler.options import check, option
-from edgemoe.scheduler.plans import add_ahead, keep_slots
+from edgemoe.scheduler.plans import add_ahead, keep_first, keep_slots
 
 __all__ = ["CachePrior", "Levers", "low_bits_first", "skip_small", "small_gates"]
 
@@ -103,7 +103,9 @@ class CachePrior:
         K = len(chosen)
         biased[chosen[: self._protect]] = np.inf
         best = np.argpartition(biased, len(biased) - K)[-K:] if len(biased) > K else chosen
-        displaced = chosen[~np.isin(chosen, best)]
+        is_best = np.zeros(len(scores), bool)
+        is_best[best] = True
+        displaced = chosen[~is_best[chosen]]
         if len(displaced) == 0:
             return routing, displaced
         self.substituted += len(displaced)
@@ -129,18 +131,42 @@ def small_gates(
     return keep
 
 
-def skip_small(plan: Plan, keep: NDArray[np.bool_], *, renormalise: bool) -> Plan:
-    """Returns the plan with only the slots to keep; `renormalise` gives a token's gates their old sum again."""
-    if keep.all():
-        return plan
-    gates = plan.gates
+def _num_large(gates: list[float], top_p: float, skip_below: float) -> int:
+    """Returns how many of one token's gates stay, as `small_gates` says."""
+    least, most = skip_below * gates[0], top_p * sum(gates)
+    before = gates[0]
+    for i in range(1, len(gates)):
+        if gates[i] < least or (top_p < 1 and before > most):
+            return i
+        before += gates[i]
+    return len(gates)
+
+
+def skip_small(
+    plan: Plan, gates: NDArray[np.float32], *, top_p: float, skip_below: float, renormalise: bool
+) -> Plan:
+    """Returns the plan without slots of small gates; `renormalise` gives a token's other gates their old sum.
+
+    Args:
+        gates: [T, K], the routing's, best first.
+    """
+    T, K = gates.shape
+    if T == 1:  # a decoding token is worth a faster way
+        count = _num_large(gates[0].tolist(), top_p, skip_below)
+        if count == K:
+            return plan
+        if not renormalise:
+            return keep_first(plan, count, plan.gates)
+        keep = np.arange(K)[None] < count
+    else:
+        keep = small_gates(gates, top_p=top_p, skip_below=skip_below)
+        if keep.all():
+            return plan
+    new = plan.gates
     if renormalise:
-        kept = np.where(keep & (plan.rows >= 0), gates, np.float32(0))
-        share = gates.sum(axis=1, keepdims=True) / np.maximum(
-            kept.sum(axis=1, keepdims=True), 1e-20
-        )
-        gates = (gates * share).astype(np.float32)
-    return keep_slots(plan, keep, gates)
+        kept = np.where(keep & (plan.rows >= 0), new, np.float32(0)).sum(axis=1, keepdims=True)
+        new = (new * (new.sum(axis=1, keepdims=True) / np.maximum(kept, 1e-20))).astype(np.float32)
+    return keep_first(plan, count, new) if T == 1 else keep_slots(plan, keep, new)
 
 
 def low_bits_first(plan: Plan, resident_bits: NDArray[np.int8], least: int, first: int) -> Plan:
@@ -158,4 +184,8 @@ def low_bits_first(plan: Plan, resident_bits: NDArray[np.int8], least: int, firs
         return plan
     bits = np.where(lacks, np.minimum(np.maximum(has, np.int8(least)), plan.bits), plan.bits)
     later = plan.experts[lacks] + np.int32(first)
-    return add_ahead(replace(plan, bits=bits.astype(np.int8)), later, plan.bits[lacks])
+    lowered = Plan(
+        plan.layer, plan.experts, bits, plan.offsets, plan.tokens, plan.rows, plan.gates,
+        plan.ahead, plan.ahead_bits, plan.drop, plan.drop_bits,
+    )  # fmt: skip
+    return add_ahead(lowered, later, plan.bits[lacks])

@@ -84,14 +84,14 @@ class Mc(Scheduler):
         layer, gates = routing.layer, routing.gates
         bits = self._bits[layer][routing.experts]
         if self._prunes and len(gates) == 1 and layer >= self._first:
-            top = float(gates[0, 0])
-            beta = self.betas[layer]
-            keep = gates >= np.float32(beta * top)
+            shares = gates[0].tolist()
+            least = self.betas[layer] * shares[0]
             if self.options.beta < 0:  # a step up or down finds the median
-                self.betas[layer] += self._STEP if gates[0, -1] > beta * top else -self._STEP
-            if not keep.all():
-                bits = np.where(keep, bits, np.int8(0))
-                gates = gates * (gates.sum() / gates[keep].sum())
+                self.betas[layer] += self._STEP if shares[-1] > least else -self._STEP
+            if shares[-1] < least:
+                count = sum(g >= least for g in shares)
+                bits[:, count:] = 0
+                gates = gates * np.float32(sum(shares) / sum(shares[:count]))
         plan = plan_slots(routing, bits, gates=gates)
         if routing.ahead_experts is None:
             return plan

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgemoe.plan import Plan, Routing
 
-__all__ = ["add_ahead", "keep_slots", "look_ahead", "plan_slots", "slot_bits"]
+__all__ = ["add_ahead", "keep_first", "keep_slots", "look_ahead", "plan_slots", "slot_bits", "with_ahead"]
 
 _ONE_TOKEN = np.zeros(1024, np.int32)
 _COUNT = np.arange(1025, dtype=np.int32)
@@ -26,9 +26,9 @@ def plan_slots(
 ) -> Plan:
     """Plans every routed slot at its own bits.
 
-    A single token's experts keep the order of the routing. A prompt's are in the order of the file and of ascending
-    bits, or by demand: the planes that most tokens use come first, where a token that uses more planes uses all
-    below them too (D2MoE 3.4, hottest expert bit first; a greedy walk over queues of non-increasing demand is a
+    A single token's experts keep the order of the routing, always. A prompt's are in the order of the file and of
+    ascending bits, or by demand: the planes that most tokens use come first, where a token that uses more planes uses
+    all below them too (D2MoE 3.4, hottest expert bit first; a greedy walk over queues of non-increasing demand is a
     sort), and what is resident comes before everything.
 
     Args:
@@ -38,7 +38,7 @@ def plan_slots(
     """
     gates = routing.gates if gates is None else gates
     T, K = routing.experts.shape
-    if T == 1 and not hottest_first:
+    if T == 1:
         return _plan_token(routing.layer, routing.experts[0], bits[0], gates)
     flat_bits = bits.reshape(-1)
     slots = np.flatnonzero(flat_bits)
@@ -97,6 +97,17 @@ def slot_bits(plan: Plan) -> NDArray[np.int8]:
     return bits
 
 
+def keep_first(plan: Plan, count: int, gates: NDArray[np.float32]) -> Plan:
+    """Returns a single token's plan with its best `count` slots only; for plans in the order of the routing."""
+    rows = plan.rows.copy()
+    rows[0, count:] = -1
+    n = int(rows.max()) + 1
+    return Plan(
+        plan.layer, plan.experts[:n], plan.bits[:n], plan.offsets[: n + 1], plan.tokens[:n], rows, gates,
+        plan.ahead, plan.ahead_bits, plan.drop, plan.drop_bits,
+    )  # fmt: skip
+
+
 def keep_slots(plan: Plan, keep: NDArray[np.bool_], gates: NDArray[np.float32]) -> Plan:
     """Returns the plan without the slots that are not to be kept; what is left keeps its order.
 
@@ -126,13 +137,18 @@ def add_ahead(plan: Plan, experts: NDArray[np.int32], bits: NDArray[np.int8]) ->
     """Returns the plan with more experts at the end of what is read ahead, layer * num_experts + expert."""
     if len(experts) == 0:
         return plan
-    if plan.ahead is None or plan.ahead_bits is None:
-        return replace(plan, ahead=experts, ahead_bits=bits)
-    return replace(
-        plan,
-        ahead=np.concatenate([plan.ahead, experts]),
-        ahead_bits=np.concatenate([plan.ahead_bits, bits]),
-    )
+    if plan.ahead is not None and plan.ahead_bits is not None:
+        experts = np.concatenate([plan.ahead, experts])
+        bits = np.concatenate([plan.ahead_bits, bits])
+    return with_ahead(plan, experts, bits)
+
+
+def with_ahead(plan: Plan, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> Plan:
+    """Returns the plan with another list of what is read ahead. Several times as fast as `replace`."""
+    return Plan(
+        plan.layer, plan.experts, plan.bits, plan.offsets, plan.tokens, plan.rows, plan.gates,
+        experts, bits, plan.drop, plan.drop_bits,
+    )  # fmt: skip
 
 
 def look_ahead(routing: Routing, num_experts: int) -> NDArray[np.int32]:

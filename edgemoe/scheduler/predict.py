@@ -14,6 +14,17 @@ __all__ = ["Frequency", "NextUse", "Transitions"]
 Array = NDArray[np.float64]
 
 
+_TINY = 1e-9  # a probability that is nothing
+
+
+def _decayed(row: Array, experts: NDArray[np.int32], keep: float) -> None:
+    """Adds the uses of T tokens, [T, K], to decayed frequencies [E], where each token leaves `keep` of those before."""
+    T, K = experts.shape
+    weights = (1.0 - keep) * keep ** np.arange(T - 1, -1, -1.0)
+    row *= keep**T
+    row += np.bincount(experts.reshape(-1), np.repeat(weights, K), len(row))
+
+
 class Frequency:
     """How often each expert runs, per token, where a use counts half after `half_life` tokens."""
 
@@ -28,16 +39,12 @@ class Frequency:
 
     def update(self, routing: Routing) -> None:
         """One layer has routed its tokens."""
-        row, keep, T = self._rows[routing.layer], self._keep, len(routing.experts)
-        if T == 1:
-            row *= keep
-            row[routing.experts[0]] += 1.0 - keep
-            return
-        weights = (1.0 - keep) * keep ** np.arange(T - 1, -1, -1.0)
-        row *= keep**T
-        row += np.bincount(
-            routing.experts.reshape(-1), np.repeat(weights, routing.experts.shape[1]), len(row)
-        )
+        row = self._rows[routing.layer]
+        if len(routing.experts) == 1:
+            row *= self._keep
+            row[routing.experts[0]] += 1.0 - self._keep
+        else:
+            _decayed(row, routing.experts, self._keep)
 
 
 class NextUse:
@@ -58,47 +65,53 @@ class NextUse:
 
     def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
         L, E = num_layers, num_experts
-        self._frequency = Frequency(L, E, experts_per_token / E, self._HALF_LIFE)
+        self._keep = 0.5 ** (1.0 / self._HALF_LIFE)
         self._decay = 0.5 ** (1.0 / self._AVERAGE)
+        # Per layer what logarithms are taken of: frequencies and router scores.
+        self._raw = np.full((L, 2, E), experts_per_token / E)
         # Rows: one, used, log frequency, margin, its average. Of the last token and of the one before.
         self._now, self._before = np.zeros((2, 5, L, E))
         self._now[0] = 1.0
-        self._now[2] = np.log(self._frequency.values)
+        self._now[2] = np.log(experts_per_token / E)
         self._views = [
-            (self._now[:, i], self._before[:, i], *(self._now[j, i] for j in range(1, 5)), f)
-            for i, f in enumerate(self._frequency.values)
-        ]
-        self._raw = np.empty(E)
+            (
+                self._now[:, i], self._before[:, i], self._now[1, i], self._now[2:4, i],
+                self._now[3, i], self._now[4, i], self._raw[i], self._raw[i, 0], self._raw[i, 1],
+            )
+            for i in range(L)
+        ]  # fmt: skip
+        self._change = np.empty(E)
         self.weights: Array = np.array([0.0, 0.0, 1.0, 0.0, 0.0])
         """[5], of the features, for the logarithm of the odds."""
+        self._against: Array = -self.weights
         self._curvature: Array | None = None
         self._tokens = 0
 
     def update(self, routing: Routing) -> Array:
-        """Takes one layer's routing and returns the odds against each expert's next use, [E]; not to be kept."""
-        now, before, used, frequency, margin, average, f = self._views[routing.layer]
-        np.copyto(before, now)
-        self._frequency.update(routing)
+        """Takes one layer's routing and returns the odds against each expert's next use, [E], the caller's own."""
+        now, before, used, logs, margin, average, raw, f, s = self._views[routing.layer]
+        before[...] = now
         chosen = routing.experts[-1]
+        if len(routing.experts) == 1:
+            f *= self._keep
+            f[chosen] += 1.0 - self._keep
+        else:
+            _decayed(f, routing.experts, self._keep)
         used.fill(0.0)
         used[chosen] = 1.0
-        np.log(f, out=frequency)
         if routing.scores is None:  # gates alone say nothing about the experts that were not chosen
-            margin.fill(0.0)
-            gates = np.log(routing.gates[-1] + 1e-9)
-            margin[chosen] = gates - gates[-1]
+            s.fill(routing.gates[-1, -1] + _TINY)
+            s[chosen] = routing.gates[-1] + _TINY
         else:
-            np.add(routing.scores[-1], 1e-9, out=margin)
-            np.log(margin, out=margin)
-            margin -= margin[chosen[-1]]
-        np.subtract(average, margin, out=self._raw)
-        np.multiply(self._raw, self._decay, out=self._raw)
-        np.add(margin, self._raw, out=average)
-        odds_against = np.dot(self.weights, now)
-        np.negative(odds_against, out=odds_against)
-        np.clip(odds_against, -20.0, 20.0, out=odds_against)
-        out: Array = np.exp(odds_against, out=odds_against)
-        return out
+            np.add(routing.scores[-1], _TINY, out=s)
+        np.log(raw, out=logs)
+        margin -= margin[chosen[-1]]
+        change = np.subtract(margin, average, out=self._change)
+        change *= 1.0 - self._decay
+        average += change
+        odds: Array = self._against @ now
+        np.minimum(odds, 20.0, out=odds)
+        return np.exp(odds, out=odds)
 
     def learn(self) -> None:
         """All layers have run: learns from what was said about them one token before."""
@@ -107,55 +120,64 @@ class NextUse:
             return
         x = self._before.reshape(5, -1)
         used = self._now[1].reshape(-1)
-        p = 1.0 / (1.0 + np.exp(np.clip(-(self.weights @ x), -20.0, 20.0)))
+        p = 1.0 / (1.0 + np.exp(np.minimum(self._against @ x, 20.0)))
         if self._curvature is None:
             # A prior as heavy as ten uses, in units of each feature's own size: margins differ much between models.
             self._curvature = np.diag(10.0 * np.mean(x * x, axis=1) + 1e-6)
         self._curvature += (x * (p * (1.0 - p))) @ x.T
         self.weights += np.linalg.solve(self._curvature, x @ (used - p))
+        np.negative(self.weights, out=self._against)
 
 
 class Transitions:
-    """Which experts of the next layer follow those of the two layers before it (EdgeMoE III-C-1).
+    """Which experts of the next layer follow those of the layers before it (EdgeMoE III-C-1).
 
-    The paper's table: the key is the experts of the two previous layers, the value counts of what ran next. With
-    several experts per token the key is their sorted tuple, which repeats seldom: an answer falls back to the tuple of
-    one layer, then to the mean over the previous layer's experts of what followed each, at last to the layer's own
-    frequencies. The fall-backs are ours: the paper has one expert per token.
+    The paper's table, for one or two experts per token: the key is the sorted experts of the two previous layers, the
+    value counts of what ran next; where the key is new, that of one layer. Larger sets hardly ever repeat, so
+    for them, and where both keys are new, the answer is the mean over the previous layer's experts of what followed
+    each; at last it is the layer's own frequencies. The fall-backs are ours: the paper has one expert per token.
     """
 
     _LARGEST = 1 << 14  # keys; then the tables of tuples no longer grow
 
-    def __init__(self, num_layers: int, num_experts: int) -> None:
-        E = num_experts
-        self._num_layers, self._num_experts = num_layers, num_experts
+    def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
+        L, E = num_layers, num_experts
+        self._num_experts = E
+        self._has_tuples = experts_per_token <= 2
         self._tuples: dict[tuple[int, bytes], NDArray[np.float32]] = {}
-        self._pairs = np.zeros((num_layers, E, E), np.float32)
-        self._totals = np.zeros((num_layers, E), np.float32)
+        self._pairs = np.zeros((L, E, E), np.float32)
+        self._totals = np.zeros((L, E), np.float32)
+        self._uses = np.ones((L, E), np.float32)  # at least 1, to divide by
         self._path: list[NDArray[np.int32]] = []
 
     def update(self, routing: Routing) -> None:
         """One layer has routed its tokens; learns from the last one."""
-        layer, chosen = routing.layer, np.sort(routing.experts[-1])
+        layer, chosen = routing.layer, routing.experts[-1].copy()
         if layer == 0:
             self._path.clear()
         elif len(self._path) == layer:
-            self._pairs[layer, self._path[-1][:, None], chosen] += 1.0
-            for key in self._keys(layer):
-                counts = self._tuples.get(key)
-                if counts is None:
-                    if len(self._tuples) >= self._LARGEST:
-                        continue
-                    counts = self._tuples[key] = np.zeros(self._num_experts, np.float32)
-                counts[chosen] += 1.0
-        self._totals[layer, chosen] += 1.0
+            self._pairs[layer][self._path[-1][:, None], chosen] += 1.0
+            if self._has_tuples:
+                self._count_tuples(layer, chosen)
+        totals = self._totals[layer]
+        totals[chosen] += 1.0
+        self._uses[layer][chosen] = totals[chosen]
         self._path.append(chosen)
+
+    def _count_tuples(self, layer: int, chosen: NDArray[np.int32]) -> None:
+        for key in self._keys(layer):
+            counts = self._tuples.get(key)
+            if counts is None:
+                if len(self._tuples) >= self._LARGEST:
+                    continue
+                counts = self._tuples[key] = np.zeros(self._num_experts, np.float32)
+            counts[chosen] += 1.0
 
     def _keys(self, layer: int) -> Iterator[tuple[int, bytes]]:
         """Yields the path's keys for a layer, the longest first."""
-        last = self._path[layer - 1].tobytes()
+        last = np.sort(self._path[layer - 1]).tobytes()
         if layer > 1:
-            yield layer, self._path[layer - 2].tobytes() + last
+            yield layer, np.sort(self._path[layer - 2]).tobytes() + last
         yield layer, last
 
     def predict(self, layer: int) -> NDArray[np.float32]:
@@ -163,11 +185,11 @@ class Transitions:
         marginal: NDArray[np.float32] = self._totals[layer]
         if not 0 < layer == len(self._path):
             return marginal
-        for key in self._keys(layer):
-            counts = self._tuples.get(key)
-            if counts is not None:
-                return counts
-        rows = self._pairs[layer, self._path[layer - 1]]
-        uses = self._totals[layer - 1, self._path[layer - 1]]
-        total: NDArray[np.float32] = (rows / np.maximum(uses, 1.0)[:, None]).sum(axis=0)
+        if self._has_tuples:
+            for key in self._keys(layer):
+                counts = self._tuples.get(key)
+                if counts is not None:
+                    return counts
+        last = self._path[layer - 1]
+        total: NDArray[np.float32] = (1.0 / self._uses[layer - 1][last]) @ self._pairs[layer][last]
         return total if total.any() else marginal

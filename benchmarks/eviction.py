@@ -1,0 +1,184 @@
+"""Compares what the cache may drop first, on a model's own routing of a text, with the runtime's cache.
+
+    python benchmarks/eviction.py MODEL.moe --text FILE --experts 4 8 --room 0.25 0.5 0.75
+    python benchmarks/eviction.py MODEL.moe --text FILE --fit-hobbit
+
+The text runs through the model once per number of experts; then every policy decides about the same routing, token by
+token, over a cache that reads nothing. Belady's optimum knows the future. `way` is how far a policy comes from
+LRU to it. `--fit-hobbit` finds the weights of HOBBIT's priority by a grid over hits at the middle room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+import edgemoe
+from edgemoe.experts import Observer
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler import SCHEDULERS, Setting
+from edgemoe.scheduler.evict import EVICTIONS
+from edgemoe.store import ExpertStore
+
+_PAGE = 4096
+_WARM = 50  # tokens that are not counted
+
+
+class Recorder(Observer):
+    """Keeps every routing, token by token."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, list[Routing]] = {}
+
+    def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
+        """See `Observer.planned`."""
+        assert routing.scores is not None
+        e, g, s = routing.experts.copy(), routing.gates.copy(), routing.scores.copy()
+        for t in range(len(e)):
+            one = slice(t, t + 1)
+            self.layers.setdefault(routing.layer, []).append(
+                Routing(routing.layer, e[one], g[one], scores=s[one])
+            )
+
+    def tokens(self) -> list[tuple[Routing, ...]]:
+        """Returns the routings of each token's layers."""
+        return list(zip(*(self.layers[i] for i in sorted(self.layers)), strict=True))
+
+
+def record(
+    model: Path, text: str, *, experts: int | None, count: int
+) -> tuple[Setting, list[tuple[Routing, ...]]]:
+    """Returns the routing of a text and the model's shape."""
+    recorder = Recorder()
+    with edgemoe.load(model, experts=experts, context=count + 1, observer=recorder) as engine:
+        assert engine.tokenizer is not None
+        engine.logits(engine.tokenizer.encode(text)[:count], last_only=True)
+        c = engine.config
+        setting = Setting(
+            num_layers=len(c.moe_layers), num_experts=c.num_experts,
+            experts_per_token=c.experts_per_token, bits=8, level_bits=(8,), level_bytes=(_PAGE,),
+            slots_bytes=0,
+        )  # fmt: skip
+    return setting, recorder.tokens()
+
+
+def store(setting: Setting, room: float, policy: Any) -> ExpertStore:
+    """Returns a cache without a file for a share of all experts."""
+    experts = int(room * setting.num_layers * setting.num_experts)
+    return ExpertStore.dry(
+        num_layers=setting.num_layers, num_experts=setting.num_experts,
+        level_bits=setting.level_bits, level_bytes=setting.level_bytes,
+        budget_bytes=max(experts, 1) * _PAGE, policy=policy,
+    )  # fmt: skip
+
+
+def hit_rate(
+    setting: Setting, tokens: Sequence[tuple[Routing, ...]], room: float, options: Mapping[str, Any]
+) -> float:
+    """Returns the hits per use with some eviction and without reads ahead, after the first tokens."""
+    name = "on-demand" if options else "expertflow"  # which has its own
+    alone = {"look_ahead": False} if options else {"prefetch": 0}
+    scheduler = SCHEDULERS[name](setting, **alone, **options)
+    lfu = "lfu" if scheduler.priorities is None else scheduler.priorities
+    cache = store(setting, room, lfu)
+    scheduler.begin()
+    base = cache.stats
+    for i, layers in enumerate(tokens):
+        if i == _WARM:
+            base = cache.stats
+        for routing in layers:
+            cache.request(scheduler.plan(routing, cache.residency))
+            for _ in cache.ready_groups():
+                pass
+        scheduler.passed(1, 0.0)
+    return _rate(base, cache.stats)
+
+
+def belady(setting: Setting, tokens: Sequence[tuple[Routing, ...]], room: float) -> float:
+    """Returns the same of the policy that drops what is used last in the future."""
+    L, E, K = setting.num_layers, setting.num_experts, setting.experts_per_token
+    future = np.empty((len(tokens), L, K))
+    soon = np.full((L, E), np.inf)
+    for t in range(len(tokens) - 1, -1, -1):
+        for layer, routing in enumerate(tokens[t]):
+            future[t, layer] = soon[layer, routing.experts[0]]
+            soon[layer, routing.experts[0]] = t * L + layer
+    priorities = np.zeros(L * E)
+    scheduler = SCHEDULERS["on-demand"](setting, look_ahead=False)
+    cache = store(setting, room, priorities)
+    base = cache.stats
+    for t, layers in enumerate(tokens):
+        if t == _WARM:
+            base = cache.stats
+        for layer, routing in enumerate(layers):
+            priorities[layer * E + routing.experts[0]] = -np.minimum(future[t, layer], 1e18)
+            cache.request(scheduler.plan(routing, cache.residency))
+            for _ in cache.ready_groups():
+                pass
+    return _rate(base, cache.stats)
+
+
+def _rate(base: Mapping[str, Any], now: Mapping[str, Any]) -> float:
+    hits, misses = now["hits"] - base["hits"], now["misses"] - base["misses"]
+    return float(hits / (hits + misses))
+
+
+def fit_hobbit(setting: Setting, tokens: Sequence[tuple[Routing, ...]], room: float) -> None:
+    """Prints the best weights of a grid; the fourth is what is left of 1. All uses are at high precision here."""
+    best = []
+    for r, f, d in itertools.product((0, 0.1, 0.25, 0.5, 0.75), repeat=3):
+        if (rest := 1 - r - f - d) < 0:
+            continue
+        options = {
+            "eviction": "hobbit",
+            "w_recency": r,
+            "w_frequency": f,
+            "w_high": rest,
+            "w_distance": d,
+        }
+        best.append((hit_rate(setting, tokens, room, options), r, f, rest, d))
+    for rate, r, f, h, d in sorted(best, reverse=True)[:5]:
+        print(f"{rate:.4f}  w_recency={r:g} w_frequency={f:g} w_high={h:g} w_distance={d:g}")
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--experts", type=int, nargs="+", default=[None], help="per token")
+    parser.add_argument("--room", type=float, nargs="+", default=[0.25, 0.5, 0.75])
+    parser.add_argument("--tokens", type=int, default=1100)
+    parser.add_argument("--fit-hobbit", action="store_true")
+    args = parser.parse_args()
+    text = args.text.read_text(encoding="utf-8")
+    names = ["lru", *(e for e in EVICTIONS if e != "lru")]
+    if not args.fit_hobbit:
+        print(f"| experts | room | {' | '.join(names)} | expertflow | Belady | best way |")
+        print(f"|{'---|' * (len(names) + 5)}")
+    for experts in args.experts:
+        setting, tokens = record(args.model, text, experts=experts, count=args.tokens)
+        for room in args.room:
+            if args.fit_hobbit:
+                print(f"{setting.experts_per_token} experts, room for {room:.0%}:")
+                fit_hobbit(setting, tokens, room)
+                continue
+            rates = [hit_rate(setting, tokens, room, {"eviction": name}) for name in names]
+            rates.append(hit_rate(setting, tokens, room, {}))
+            optimum = belady(setting, tokens, room)
+            way = (max(rates) - rates[0]) / (optimum - rates[0])
+            print(
+                f"| {setting.experts_per_token} | {room:.0%} | "
+                + " | ".join(f"{r:.3f}" for r in rates) + f" | {optimum:.3f} | {way:.0%} |",
+                flush=True,
+            )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
