@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgemoe
+from edgemoe.budget import Budget
 from edgemoe.engine import Engine
 
 _RUNS = [
@@ -34,31 +35,19 @@ _WARM = 40  # decoded tokens that are not counted
 
 
 def load(args: argparse.Namespace, run: list[str]) -> Engine:
-    """Opens the model with room for the share of experts, as near as a budget for all comes."""
+    """Opens the model with room for exactly the share of experts, whatever else the process takes."""
     options = dict(text.split("=", 1) for text in run[1:])
-    ram = args.ram
-    for _ in range(4):
-        try:
-            engine = edgemoe.load(
-                args.model, ram=ram, scheduler=run[0], options=options, experts=args.experts,
-                context=args.prompt + args.tokens + 1, threads=args.threads, bits=args.bits,
-            )  # fmt: skip
-        except edgemoe.OutOfBudget:
-            ram += 16 << 20
-            continue
-        b = engine.budget
-        off = int(args.room * b.experts) - b.slots
-        if abs(off) <= b.expert:
-            return engine
-        engine.close()
-        ram += off
-    return engine
+    Budget.slots = property(lambda b: int(args.room * b.experts))  # type: ignore[assignment,method-assign]
+    return edgemoe.load(
+        args.model, scheduler=run[0], options=options, experts=args.experts,
+        context=args.prompt + args.tokens + 1, threads=args.threads, bits=args.bits,
+    )  # fmt: skip
 
 
 def decode(
     engine: Engine, ids: list[int], prompt: int
 ) -> tuple[NDArray[np.float32], list[float], edgemoe.Stats, int]:
-    """Returns the log-probabilities [T, V] after each decoded token, its seconds, the counters and tokens of the rest."""
+    """Returns the log-probabilities [T, V] and seconds of each decoded token, counters, and how many are counted."""
     rows, seconds = [], []
     base = engine._store.stats
     rows.append(engine.logits(ids[:prompt], last_only=True)[0])
@@ -83,7 +72,6 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--room", type=float, default=0.25)
-    parser.add_argument("--ram", type=int, default=160 << 20, help="bytes, the first guess")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=240)
     parser.add_argument("--experts", type=int)
@@ -91,7 +79,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--run", nargs="+", action="append", help="a scheduler and its options")
     args = parser.parse_args()
-    print("| run | room | tok/s | hit | MB/token | bits | skipped | subst. | perplexity | KL | report |")
+    print(
+        "| run | room | tok/s | hit | MB/token | bits | skipped | subst. | perplexity | KL | report |"
+    )
     print(f"|{'---|' * 11}")
     exact = None
     for run in [_RUNS[0], *args.run] if args.run else _RUNS:

@@ -417,6 +417,14 @@ def test_mc_finds_the_median_ratio():
     assert mc.betas[0] == pytest.approx(0.4, abs=0.08)
 
 
+def test_mc_with_equal_gates_keeps_all():
+    mc = Mc(setting(layers=1, top_k=2))
+    for _ in range(100):
+        plan = mc.plan(routing([0, 1], [0.5, 0.5]), residency(1))
+        assert (plan.rows >= 0).all()
+    assert mc.betas[0] > 0.9
+
+
 # --- D2MoE
 
 
@@ -570,11 +578,30 @@ def test_expertflow_keeps_the_predicted_path_and_drops_what_it_missed():
     p = flow.priorities.reshape(2, 4)
     assert p[0].argmax() == 0
     assert p[1].argmax() == 0
-    # Another expert ran: what was predicted and not used waits longer than what was used.
-    flow.plan(routing([3], [0.7], 0, scores=[0.1, 0.1, 0.1, 0.7]), residency(2))
-    after = flow.priorities.reshape(2, 4)[0].copy()
-    assert after[3] == after.max() > after[0]
-    assert "right" in flow.report()
+    assert flow.report() == "path 100% right"
+
+
+def test_expertflow_priorities_are_rounds_until_use():
+    class Given:
+        """Says what the test says."""
+
+        def update(self, routing):
+            return np.array(self.against)
+
+    flow = SCHEDULERS["expertflow"](setting(layers=2, experts=4, top_k=1))
+    flow._predictor = given = Given()
+    given.against = [0.1, 1, 2, 3]
+    flow.plan(routing([0], [0.7], 0), residency(2))
+    L, step = 2, 1
+    np.testing.assert_allclose(
+        flow.priorities[:4], [-L - step, -3 * L - step, -4 * L - step, -5 * L - step]
+    )
+    given.against = [1, 1, 1, 0.1]  # expert 0 was predicted, 3 runs and is predicted again
+    flow.plan(routing([3], [0.7], 0), residency(2))
+    step = 2
+    np.testing.assert_allclose(
+        flow.priorities[:4], [-(3 + 4) * L - step, -3 * L - step, -3 * L - step, -L - step]
+    )
 
 
 # --- levers

@@ -107,7 +107,9 @@ class Hobbit(Scheduler):
         if self._fits_itself:
             self._gates_seen.append(routing.gates.copy())
         if len(routing.gates) == 1:
-            bits = np.array([self._token_bits(routing.gates[0], resident[routing.experts[0]])], np.int8)
+            bits = np.array(
+                [self._token_bits(routing.gates[0], resident[routing.experts[0]])], np.int8
+            )
             plan = plan_slots(routing, bits, gates=self._gates(routing.gates, bits))
             return self._with_ahead(plan, routing, residency)
         # One read serves all tokens of an expert: it is worth what the most demanding of them asks for.

@@ -87,7 +87,8 @@ class Mc(Scheduler):
             shares = gates[0].tolist()
             least = self.betas[layer] * shares[0]
             if self.options.beta < 0:  # a step up or down finds the median
-                self.betas[layer] += self._STEP if shares[-1] > least else -self._STEP
+                step = self._STEP if shares[-1] > least else -self._STEP
+                self.betas[layer] = min(max(self.betas[layer] + step, 0.0), 1.0)
             if shares[-1] < least:
                 count = sum(g >= least for g in shares)
                 bits[:, count:] = 0

@@ -9,7 +9,15 @@ from numpy.typing import NDArray
 
 from edgemoe.plan import Plan, Routing
 
-__all__ = ["add_ahead", "keep_first", "keep_slots", "look_ahead", "plan_slots", "slot_bits", "with_ahead"]
+__all__ = [
+    "add_ahead",
+    "keep_first",
+    "keep_slots",
+    "look_ahead",
+    "plan_slots",
+    "slot_bits",
+    "with_ahead",
+]
 
 _ONE_TOKEN = np.zeros(1024, np.int32)
 _COUNT = np.arange(1025, dtype=np.int32)
