@@ -3,7 +3,8 @@
     python benchmarks/levers.py MODEL.moe --text FILE --room 0.25
     python benchmarks/levers.py MODEL.moe --text FILE --run hobbit t1=0.4 t2=0.8 --run on-demand miss_bits=4
 
-Every run decodes the same text token by token after the same prompt, with room for the given share of all experts.
+Every run decodes the same text token by token after the same prompt, with slots for the given share of all experts at
+the file's bits; `bits=4` among the options is `--bits 4` with the same memory.
 Perplexity and the mean KL divergence are against the exact run, which comes first.
 """
 
@@ -20,10 +21,13 @@ from numpy.typing import NDArray
 import edgemoe
 from edgemoe.budget import Budget
 from edgemoe.engine import Engine
+from edgemoe.format import open_moe
+from edgemoe.store import expert_bytes
 
 _RUNS = [
     ["on-demand", "look_ahead=off"], ["on-demand"], ["on-demand", "look_ahead=off", "eviction=next-use"],
     ["on-demand", "eviction=next-use"], ["expertwise"], ["expertflow"], ["auto"],
+    ["on-demand", "bits=6", "eviction=next-use"], ["on-demand", "bits=4", "eviction=next-use"],
     ["hobbit"], ["hobbit", "look_ahead=0"], ["hobbit", "eviction=next-use", "look_ahead=0"],
     ["d2moe"], ["mc"], ["mc", "beta=0.3", "layers=99"],
     ["on-demand", "miss_bits=4", "eviction=next-use"], ["on-demand", "miss_bits=6", "eviction=next-use"],
@@ -37,10 +41,15 @@ _WARM = 40  # decoded tokens that are not counted
 def load(args: argparse.Namespace, run: list[str]) -> Engine:
     """Opens the model with room for exactly the share of experts, whatever else the process takes."""
     options = dict(text.split("=", 1) for text in run[1:])
-    Budget.slots = property(lambda b: int(args.room * b.experts))  # type: ignore[assignment,method-assign]
+    bits = options.pop("bits", None)
+    moe = open_moe(args.model)
+    total = moe.config.num_experts * len(moe.config.moe_layers)
+    room = int(args.room * total * expert_bytes(moe, len(moe.ladder)))
+    Budget.slots = property(lambda b: room)  # type: ignore[assignment,method-assign]
     return edgemoe.load(
         args.model, scheduler=run[0], options=options, experts=args.experts,
-        context=args.prompt + args.tokens + 1, threads=args.threads, bits=args.bits,
+        context=args.prompt + args.tokens + 1, threads=args.threads,
+        bits=None if bits is None else int(bits),
     )  # fmt: skip
 
 
@@ -75,7 +84,6 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=240)
     parser.add_argument("--experts", type=int)
-    parser.add_argument("--bits", type=int)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--run", nargs="+", action="append", help="a scheduler and its options")
     args = parser.parse_args()
@@ -90,7 +98,7 @@ def main() -> None:
             assert engine.tokenizer is not None
             ids = engine.tokenizer.encode(args.text.read_text(encoding="utf-8"))
             ids = ids[: args.prompt + args.tokens]
-            room = engine.budget.slots / engine.budget.experts
+            room = min(engine.budget.slots / engine.budget.experts, 1.0)
             logs, seconds, stats, count = decode(engine, ids, args.prompt)
             d = engine.decoded  # type: ignore[attr-defined]
             skipped, substituted = _shares(engine)

@@ -404,6 +404,12 @@ def test_mc_leaves_out_small_gates_and_gives_their_share_to_the_others():
     plan = mc.plan(routing([0, 1, 2], gates, 2), residency())
     assert slot_bits(plan).tolist() == [[8, 8, 0]]
     np.testing.assert_allclose(plan.gates[0, :2], [0.625, 0.375])
+    flat = routing([0, 1, 2], [0.6, 0.2, 0.2], 2)  # both others are below half of the first: one goes
+    assert slot_bits(mc.plan(flat, residency())).tolist() == [[8, 8, 0]]
+    two = Mc(setting(top_k=3), beta=0.5, layers=1, most=2, renormalise=False)
+    plan = two.plan(flat, residency())
+    assert slot_bits(plan).tolist() == [[8, 0, 0]]
+    assert plan.gates.tolist() == flat.gates.tolist()
     prompt = mc.plan(routing([[0, 1, 2]] * 2, [gates] * 2, 2), residency())
     assert (prompt.rows >= 0).all()
 
@@ -629,13 +635,14 @@ def test_cache_prior_prefers_residents_but_not_over_the_protected():
     scores = [0.4, 0.3, 0.25, 0.05]
     r = routing([0, 1], [0.4, 0.3], scores=scores)
     here = residency(e0_2=5, e0_3=5)
-    made = SCHEDULERS["on-demand"](s, cache_prior=0.2)
+    made = SCHEDULERS["on-demand"](s, cache_prior=0.2, admit=True)
     plan = made.plan(r, here)
     assert plan.experts.tolist() == [0, 2]  # 0 is protected, 2 is near enough, 3 is not
     assert made.substituted == 1
     np.testing.assert_allclose(plan.gates, [[0.7 * 0.4 / 0.65, 0.7 * 0.25 / 0.65]], rtol=1e-6)
     assert plan.ahead.tolist() == [1]  # the displaced expert comes in the background
     assert made.plan(r, residency(e0_0=5, e0_1=5, e0_2=5)).experts.tolist() == [0, 1]
+    assert SCHEDULERS["on-demand"](s, cache_prior=0.2).plan(r, here).ahead is None
     strong = SCHEDULERS["on-demand"](s, cache_prior=5.0, protect=0)
     assert sorted(strong.plan(r, here).experts.tolist()) == [2, 3]
     assert SCHEDULERS["on-demand"](s, cache_prior=0.001).plan(r, here).experts.tolist() == [0, 1]

@@ -60,8 +60,9 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
         for name in options:
             if name.startswith("w_"):
                 raise ValueError(f"{name}: only the eviction hobbit has such weights")
-    if "protect" in options and not levers.cache_prior:
-        raise ValueError("protect: only with cache_prior")
+    for name in ("protect", "admit"):
+        if name in options and not levers.cache_prior:
+            raise ValueError(f"{name}: only with cache_prior")
     if dropping.eviction == "lfu" and not levers.notes:  # the cache's own, at no cost
         return inner
     return Combined(inner, setting, dropping=dropping, levers=levers)

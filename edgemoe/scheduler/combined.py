@@ -87,8 +87,7 @@ class Combined(Scheduler):
             )  # fmt: skip
         if levers.miss_bits and is_single:
             plan = low_bits_first(plan, self._bits_of[resident], levers.miss_bits, first)
-        if displaced is not None:
-            # Read in the background, or it would be displaced again whenever it is chosen.
+        if displaced is not None and levers.admit:
             bits = np.full(len(displaced), self._bits_of[self._top_level], np.int8)
             plan = add_ahead(plan, displaced + np.int32(first), bits)
         return plan

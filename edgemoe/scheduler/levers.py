@@ -27,6 +27,10 @@ class Levers:
         "best are chosen; single tokens only (Cache-Prior, arXiv 2412.00099); 0 is off"
     )  # fmt: skip
     protect: int = option(1, "the router's best so many experts that cache_prior leaves alone")
+    admit: bool = option(
+        False, "with cache_prior: read what was displaced in the background, or it is displaced again whenever it "
+        "is chosen; without, fewer bytes are read"
+    )  # fmt: skip
     top_p: float = option(
         1.0, "run only the best experts whose gates together pass this share of all gates "
         "(dynamic top-p routing); 1 is off"

@@ -26,6 +26,8 @@ class McOptions:
         -1.0, "leave out experts with a gate below this times the largest; -1 takes each layer's median of "
         "the last chosen expert's gate over the largest, learned on the way"
     )  # fmt: skip
+    most: int = option(1, "leave out at most so many of a token's experts; the paper has two and keeps one")
+    renormalise: bool = option(True, "the other gates take over the share of what is left out")
     layers: int = option(10, "prune in so many layers, the deepest: those hurt least")
     allocation: bool = option(
         True,
@@ -39,6 +41,7 @@ class McOptions:
     def __post_init__(self) -> None:
         if self.beta != -1:
             check("beta", self.beta, 0, 1)
+        check("most", self.most, 1, 1 << 16)
         check("layers", self.layers, 0, 1 << 16)
         check("look_ahead", self.look_ahead, 0, 4)
 
@@ -48,7 +51,7 @@ class Mc(Scheduler):
 
     Online dynamic pruning as its code does it: an expert is left out where its gate is below beta of the token's
     largest, in some layers only, and the other gates take over its share. The paper has two experts per token and the
-    median over a calibration text; here beta is the running median, by a sign step per token. Prompts are not
+    median over a calibration text; here only the last expert goes and beta is the running median, by a sign step. Prompts are not
     pruned: the paper protects their important tokens by attention mass, which schedulers do not see. Nor is each
     layer's loss by pruning known here, by which the paper ranks layers.
     """
@@ -90,9 +93,11 @@ class Mc(Scheduler):
                 step = self._STEP if shares[-1] > least else -self._STEP
                 self.betas[layer] = min(max(self.betas[layer] + step, 0.0), 1.0)
             if shares[-1] < least:
-                count = sum(g >= least for g in shares)
+                kept = sum(g >= least for g in shares)
+                count = max(kept, len(shares) - self.options.most)
                 bits[:, count:] = 0
-                gates = gates * np.float32(sum(shares) / sum(shares[:count]))
+                if self.options.renormalise:
+                    gates = gates * np.float32(sum(shares) / sum(shares[:count]))
         plan = plan_slots(routing, bits, gates=gates)
         if routing.ahead_experts is None:
             return plan

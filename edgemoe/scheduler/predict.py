@@ -138,7 +138,7 @@ class Transitions:
     each; at last it is the layer's own frequencies. The fall-backs are ours: the paper has one expert per token.
     """
 
-    _LARGEST = 1 << 14  # keys; then the tables of tuples no longer grow
+    _LARGEST = 1 << 12  # keys; then the tables of tuples no longer grow
 
     def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
         L, E = num_layers, num_experts
