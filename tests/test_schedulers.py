@@ -404,7 +404,9 @@ def test_mc_leaves_out_small_gates_and_gives_their_share_to_the_others():
     plan = mc.plan(routing([0, 1, 2], gates, 2), residency())
     assert slot_bits(plan).tolist() == [[8, 8, 0]]
     np.testing.assert_allclose(plan.gates[0, :2], [0.625, 0.375])
-    flat = routing([0, 1, 2], [0.6, 0.2, 0.2], 2)  # both others are below half of the first: one goes
+    flat = routing(
+        [0, 1, 2], [0.6, 0.2, 0.2], 2
+    )  # both others are below half of the first: one goes
     assert slot_bits(mc.plan(flat, residency())).tolist() == [[8, 8, 0]]
     two = Mc(setting(top_k=3), beta=0.5, layers=1, most=2, renormalise=False)
     plan = two.plan(flat, residency())

@@ -26,7 +26,9 @@ class McOptions:
         -1.0, "leave out experts with a gate below this times the largest; -1 takes each layer's median of "
         "the last chosen expert's gate over the largest, learned on the way"
     )  # fmt: skip
-    most: int = option(1, "leave out at most so many of a token's experts; the paper has two and keeps one")
+    most: int = option(
+        1, "leave out at most so many of a token's experts; the paper has two and keeps one"
+    )
     renormalise: bool = option(True, "the other gates take over the share of what is left out")
     layers: int = option(10, "prune in so many layers, the deepest: those hurt least")
     allocation: bool = option(
@@ -51,9 +53,9 @@ class Mc(Scheduler):
 
     Online dynamic pruning as its code does it: an expert is left out where its gate is below beta of the token's
     largest, in some layers only, and the other gates take over its share. The paper has two experts per token and the
-    median over a calibration text; here only the last expert goes and beta is the running median, by a sign step. Prompts are not
-    pruned: the paper protects their important tokens by attention mass, which schedulers do not see. Nor is each
-    layer's loss by pruning known here, by which the paper ranks layers.
+    median over a calibration text; here only the last expert goes and beta is the running median, by a sign step.
+    Prompts are not pruned: the paper protects their important tokens by attention mass, which schedulers do not
+    see. Nor is each layer's loss by pruning known here, by which the paper ranks layers.
     """
 
     Options = McOptions
