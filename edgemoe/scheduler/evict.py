@@ -188,16 +188,16 @@ class _HobbitMix(Eviction):
         if layer == 0:
             self._tokens += len(routing.experts)
         T = max(self._tokens, 1.0)
-        records, last = self._records[layer], self._last[layer]
-        high = plan.bits == self._bits
+        records, last, experts = self._records[layer], self._last[layer], plan.experts
+        worth = w.high * (plan.bits == self._bits)  # of a use
+        worth += w.frequency
         if len(routing.experts) == 1:
-            records[plan.experts] += w.frequency + w.high * high
+            worth += w.recency * (T - last[experts])  # R moves to T
+            records[experts] += worth
         else:
-            uses = np.diff(plan.offsets)
-            records += np.bincount(
-                plan.experts, uses * (w.frequency + w.high * high), self.num_experts
-            )
-        records[plan.experts] += w.recency * (T - last[plan.experts])  # R moves to T
-        last[plan.experts] = T
+            worth *= np.diff(plan.offsets)
+            records += np.bincount(experts, worth, self.num_experts)
+            records[experts] += w.recency * (T - last[experts])
+        last[experts] = T
         np.multiply(self._records, 1.0 / T, out=self._table)
         self._table += self._near[layer]
