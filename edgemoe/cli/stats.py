@@ -55,7 +55,6 @@ def stats_table(stats: Stats) -> str:
         ("experts in memory now", _mib(stats.resident_bytes)),
         ("KV cache, when full", _mib(stats.kv_bytes)),
         ("memory at most", f"{_mib(stats.peak_bytes)}, the whole process"),
-        ("scheduler", stats.scheduler or "nothing to say"),
         ("hash of the last logits", stats.logits_hash or "none yet"),
     ]
     return "\n".join(f"{name:<27}{value}" for name, value in rows)
