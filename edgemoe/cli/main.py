@@ -10,6 +10,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "bench": ("edgemoe.cli.bench", "measure how fast a model runs here"),
+    "calibrate": ("edgemoe.cli.calibrate", "sum what flows into a model's matrices"),
     "convert": ("edgemoe.cli.convert", "make a .moe file from a checkpoint"),
     "demo": ("edgemoe.cli.demo", "build the demo model"),
     "schedulers": ("edgemoe.cli.scheduling", "tell what may decide, and its options"),

@@ -69,15 +69,16 @@ class Calibration:
         """
         self.path = Path(path)
         try:
-            self._file: Any = safe_open(self.path, framework="numpy")  # its methods have no types
-            self._names: frozenset[str] = frozenset(self._file.keys())
-            meta: dict[str, str] = self._file.metadata() or {}
+            file: Any = _open(self.path)
+            self._names = frozenset(file.keys())
+            meta = file.metadata() or {}
         except FileNotFoundError:
             raise FormatError(f"{path}: no such file") from None
         except (SafetensorError, OSError) as error:
             raise FormatError(f"{path}: not a calibration file: {error}") from None
         if meta.get("edgemoe_calibration") != _VERSION:
             raise FormatError(f"{path}: not a calibration file of version {_VERSION}")
+        self._file = file
         self.meta: Mapping[str, str] = meta
         self.bits = tuple(map(int, meta.get("bits", "").split()))
         """The levels of `error` and `error2`."""
@@ -152,6 +153,10 @@ class Calibration:
         needed = max(needed, 1)
         layer_mean = total / np.float32(counts.sum())
         return np.asarray((own + np.float32(needed - n) * layer_mean) / np.float32(needed), np.float32)
+
+
+def _open(path: Path) -> Any:
+    return safe_open(path, framework="numpy")
 
 
 def _input(name: str) -> str:

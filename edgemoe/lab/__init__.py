@@ -1,0 +1,1 @@
+"""The lab: measures a model on texts and decides from what it measured."""
