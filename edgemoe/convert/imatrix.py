@@ -1,8 +1,8 @@
 """Reads an importance matrix of llama.cpp, in its GGUF or its older `.dat` form, into a calibration file.
 
 Per matrix it holds the sum of the squares of each input column, and in the GGUF form how many tokens each expert saw
-(llama.cpp, tools/imatrix/imatrix.cpp). The older form holds means alone: every expert gets the same count there, so that
-the reader's rule for rarely used experts does not act.
+(llama.cpp, tools/imatrix/imatrix.cpp). The older form holds means alone: every expert gets the same count there, of
+chunks of 512 tokens as llama.cpp itself assumes, so that the reader's rule for rarely used experts does not act.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _DENSE = {
     "shared.down": ("ffn_down_shexp", "ffn_down"),
 }
 _EXPERTS = {"in": ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"), "hidden": ("ffn_down_exps",)}
+_CHUNK = 512  # tokens of a call
 _LONGEST_NAME, _MOST_VALUES = 1 << 10, 1 << 28
 
 
@@ -115,8 +116,10 @@ def _tensors(
             ours = f"experts.{i}.{port}"
             entry = take(tuple(f"blk.{i}.{n}.weight" for n in _EXPERTS[port]), ours, (E, width))
             if entry is not None:
+                counts = tensors.setdefault(f"experts.{i}.count", entry[1])
+                if not np.array_equal(counts, entry[1]):
+                    raise FormatError(f"{path}: matrices of layer {i}'s experts differ in tokens")
                 tensors[f"{ours}.squares"] = entry[0]
-                tensors[f"experts.{i}.count"] = entry[1]
     dense("embed" if config.tied else "head", ("output.weight",), d)
     return tensors, missing
 
@@ -159,9 +162,9 @@ def _read_dat(path: Path) -> dict[str, Entry]:
             calls, values = number(), number()
             if calls < 1 or not 0 < values <= _MOST_VALUES:
                 raise ValueError(f"{name} has {values} values of {calls} calls")
-            sums = np.frombuffer(data, "<f4", values, at).astype(np.float32)
+            sums = np.frombuffer(data, "<f4", values, at) * np.float32(_CHUNK)
             at += 4 * values
-            out[name] = (sums[None], np.array([calls], np.int64))
+            out[name] = (sums[None], np.array([calls * _CHUNK], np.int64))
     except (struct.error, ValueError) as error:
         raise FormatError(f"{path}: not an imatrix: {error}") from None
     if not out:

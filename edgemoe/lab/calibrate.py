@@ -11,7 +11,7 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -173,11 +173,10 @@ class _State:
     identity: str
     sums: Moments | Products
     done: int = 0
-    saved_at: float = 0.0
-    pause_s: float = _SAVE_SECONDS
+    saved_at: float = field(default_factory=time.monotonic)
+    pause_s: float = field(default_factory=lambda: _SAVE_SECONDS)
 
     def __post_init__(self) -> None:
-        self.saved_at = time.monotonic()
         try:
             with safe_open(self.path, framework="numpy") as file:
                 meta = file.metadata() or {}

@@ -1,6 +1,6 @@
 """Nested codes: one 8-bit code per weight of which every prefix is a model."""
 
-from edgemoe.quant.calibration import MIN_SHARE, Calibration, write_calibration
+from edgemoe.quant.calibration import MIN_TOKENS, Calibration, write_calibration
 from edgemoe.quant.nested import (
     DEFAULT_LADDER,
     GROUP,
@@ -10,4 +10,4 @@ from edgemoe.quant.nested import (
     rung_bytes,
 )
 
-__all__ = ["DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_SHARE", "Calibration", "plane_widths", "quantize", "rung_bytes", "write_calibration"]
+__all__ = ["DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "Calibration", "plane_widths", "quantize", "rung_bytes", "write_calibration"]

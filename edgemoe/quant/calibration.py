@@ -43,12 +43,16 @@ from safetensors import SafetensorError, safe_open
 
 from edgemoe.errors import FormatError
 
-__all__ = ["MIN_SHARE", "Calibration", "write_calibration"]
+__all__ = ["MIN_TOKENS", "Calibration", "write_calibration"]
 
 Array = NDArray[np.float32]
 
-MIN_SHARE = 0.5
-"""Of the layer's mean tokens per expert, what an expert must have seen to be judged by its own alone."""
+MIN_TOKENS = 64
+"""What an expert must have seen to be judged by its own tokens alone; the best of those tried (benchmarks/LOG.md).
+
+EAQuant (arXiv 2506.13329) asks for twice the mean of the layer's experts, of more text. Filling that up with the
+layer's average makes moments much worse: even an expert's first 100 tokens tell more of it than all other experts'.
+"""
 
 _VERSION = "1"
 _DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64"}
@@ -58,11 +62,10 @@ _SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}
 class Calibration:
     """Reads a calibration file, one tensor at a time."""
 
-    def __init__(self, path: str | os.PathLike[str], *, min_share: float = MIN_SHARE) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, min_tokens: int = MIN_TOKENS) -> None:
         """Args:
-            min_share: of the layer's mean tokens per expert. An expert with fewer gets its own moments mixed with
-                the average over the layer's routed tokens, which stands in for the tokens that are missing:
-                (n * own + (m - n) * layer) / m, where m = min_share * mean.
+            min_tokens: an expert with fewer gets its own moments mixed with the average over the layer's routed
+                tokens, which stands in for the tokens that are missing: (n * own + (m - n) * layer) / m.
 
         Raises:
             FormatError: not a calibration file.
@@ -86,7 +89,7 @@ class Calibration:
             sorted(int(n.split(".")[1]) for n in self._names if n.endswith(".count") and n[0] == "e")
         )
         """Model layers with routed experts."""
-        self._min_share = min_share
+        self._min_tokens = max(min_tokens, 1)
 
     @property
     def is_full(self) -> bool:
@@ -140,17 +143,16 @@ class Calibration:
         if key not in self._names:
             return None
         counts = self.layer(layer, "count")
-        n, needed = int(counts[index]), self._min_share * float(counts.mean())
+        n, needed = int(counts[index]), self._min_tokens
         sums = self._file.get_slice(key)
         own = np.asarray(sums[index : index + 1])[0]
         if counts.sum() == 0:
             return None
-        if n >= max(needed, 1):
+        if n >= needed:
             return np.asarray(own / np.float32(n), np.float32)
         total = np.zeros_like(own)
         for e in range(len(counts)):  # one expert at a time: products are large
             total += np.asarray(sums[e : e + 1])[0]
-        needed = max(needed, 1)
         layer_mean = total / np.float32(counts.sum())
         return np.asarray((own + np.float32(needed - n) * layer_mean) / np.float32(needed), np.float32)
 
