@@ -1,4 +1,4 @@
-"""Operations that show what flows into every matrix, for calibration. The results are those of `CpuOps`, bit for bit."""
+"""Operations that show what flows into every matrix, for calibration. Results are those of `CpuOps`."""
 
 from __future__ import annotations
 

@@ -10,4 +10,7 @@ from edgemoe.quant.nested import (
     rung_bytes,
 )
 
-__all__ = ["DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "Calibration", "plane_widths", "quantize", "rung_bytes", "write_calibration"]
+__all__ = [
+    "DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "Calibration",
+    "plane_widths", "quantize", "rung_bytes", "write_calibration",
+]  # fmt: skip
