@@ -136,7 +136,7 @@ def test_products_and_squares_agree(made):
 def test_errors_are_the_change_of_the_layers_output(tiny_moe, made):
     moe, c = open_moe(tiny_moe), Calibration(made)
     assert c.bits == (2, 3, 4, 6, 8)
-    store = ExpertStore(moe, bits=8, budget_bytes=1 << 24, verify=True)
+    store = ExpertStore.open(moe, bits=8, budget_bytes=1 << 24, verify=True)
     layer = 1
     error2, counts = c.layer(layer, "error2"), c.layer(layer, "count")
     assert (error2[:, -1] == 0).all()
