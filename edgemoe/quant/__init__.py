@@ -1,5 +1,6 @@
 """Nested codes: one 8-bit code per weight of which every prefix is a model."""
 
+from edgemoe.quant.allocation import Allocation
 from edgemoe.quant.calibration import MIN_TOKENS, Calibration, write_calibration
 from edgemoe.quant.nested import (
     DEFAULT_LADDER,
@@ -11,6 +12,6 @@ from edgemoe.quant.nested import (
 )
 
 __all__ = [
-    "DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "Calibration",
+    "DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "Allocation", "Calibration",
     "plane_widths", "quantize", "rung_bytes", "write_calibration",
 ]  # fmt: skip

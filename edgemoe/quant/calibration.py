@@ -41,6 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from edgemoe.config import ModelConfig
 from edgemoe.errors import FormatError
 
 __all__ = ["MIN_TOKENS", "Calibration", "write_calibration"]
@@ -127,6 +128,23 @@ class Calibration:
             raise FormatError(f"{self.path}: has no {key}")
         out: NDArray[Any] = self._file.get_tensor(key)
         return out
+
+    def has(self, what: str) -> bool:
+        """Says whether the file has a statistic of experts, as `layer` names it."""
+        return all(f"experts.{i}.{what}" in self._names for i in self.layers)
+
+    def check(self, config: ModelConfig) -> None:
+        """Checks that the file is of a model like this one.
+
+        Raises:
+            FormatError: it has other layers or another number of experts.
+        """
+        counts = {len(self.layer(i, "count")) for i in self.layers}
+        if self.layers != config.moe_layers or counts != {config.num_experts}:
+            raise FormatError(
+                f"{self.path}: is of layers {list(self.layers)} with {sorted(counts)} experts; the model has "
+                f"layers {list(config.moe_layers)} with {config.num_experts}"
+            )
 
     def _mean(self, name: str, what: str) -> Array | None:
         if name.startswith("experts."):
