@@ -7,11 +7,14 @@ goes on there.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,17 +24,12 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from edgemoe import hardware
-from edgemoe.budget import Budget, default_ram, parse_size
+from edgemoe.budget import default_ram, parse_size
 from edgemoe.errors import FormatError
-from edgemoe.experts import Experts
 from edgemoe.format import MoeFile, open_moe
 from edgemoe.lab.moments import Moments, Products, product_shapes
-from edgemoe.model import Decoder, KvCache
-from edgemoe.ops import OpsShape
+from edgemoe.lab.tapped import TappedModel
 from edgemoe.quant import write_calibration
-from edgemoe.scheduler import OnDemand, Setting
-from edgemoe.store import ExpertStore, load_dense
-from edgemoe.tap import TapOps
 from edgemoe.tokenizer import Tokenizer
 
 __all__ = ["WINDOW", "calibrate", "default_text", "windows_of"]
@@ -54,6 +52,8 @@ def default_text() -> str:
 def windows_of(moe: MoeFile, text: str, *, window: int, count: int | None) -> NDArray[np.int32]:
     """Returns a text's tokens, cut into windows [N, window]; what is left over at the end is dropped.
 
+    What the model expects before every text takes the place of each window's first token, as in llama.cpp.
+
     Args:
         count: most windows; None for all.
 
@@ -67,11 +67,16 @@ def windows_of(moe: MoeFile, text: str, *, window: int, count: int | None) -> ND
         raise ValueError(
             f"window: expected 1 to {moe.config.context_length} (the model's), got {window}"
         )
-    ids = Tokenizer.from_files(moe.sections).encode(text, add_special=False)
+    tokenizer = Tokenizer.from_files(moe.sections)
+    ids = tokenizer.encode(text, add_special=False)
     n = len(ids) // window if count is None else min(count, len(ids) // window)
     if n < 1:
         raise ValueError(f"a text of {len(ids)} tokens; expected at least one window of {window}")
-    return np.array(ids[: n * window], np.int32).reshape(n, window)
+    windows = np.array(ids[: n * window], np.int32).reshape(n, window)
+    first = tokenizer.encode("")
+    if len(first) == 1:
+        windows[:, 0] = first[0]
+    return windows
 
 
 def calibrate(
@@ -108,10 +113,12 @@ def calibrate(
     moe = open_moe(path)
     pieces = windows_of(moe, text, window=window, count=count)
     total_ram = default_ram() if ram is None else parse_size(ram)
+    process = hardware.process_bytes()  # before there are sums, which take their memory as they fill
     passes: list[tuple[str, ...]] = [()]
     if full:
-        room = (total_ram - hardware.process_bytes()) // 2
-        passes += _runs(product_shapes(moe.config), room)
+        shapes = product_shapes(moe.config)
+        _check_disk(out, shapes)
+        passes += _runs(shapes, (total_ram - process) // 2)
     parts = [out.with_name(f"{out.name}.part{i}") for i in range(len(passes))]
     identity = _identity(moe, pieces, passes)
     for i, (names, part) in enumerate(zip(passes, parts, strict=True)):
@@ -119,7 +126,9 @@ def calibrate(
         start = state.done
         if start == len(pieces):
             continue
-        with _Runner(moe, state.sums, ram=total_ram, window=window, threads=threads) as run:
+        with TappedModel(
+            moe, state.sums, ram=total_ram, process=process, window=window, threads=threads
+        ) as run:
             for n in range(start, len(pieces)):
                 run(pieces[n])
                 state.end_window()
@@ -137,6 +146,18 @@ def calibrate(
         part.unlink()
 
 
+def _check_disk(out: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses what the disk cannot hold; the parts and the whole lie beside each other at the end."""
+    wanted = 2 * sum(4 * math.prod(shape) for shape in shapes.values())
+    free = shutil.disk_usage(out.parent).free
+    if free < wanted:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk has {free / 1e6:.0f} MB free; products take {wanted / 1e6:.0f} MB",
+            str(out),
+        )
+
+
 def _moments(moe: MoeFile) -> Moments:
     return Moments(moe.config, level_bits=[rung[0] for rung in moe.ladder])
 
@@ -147,7 +168,7 @@ def _runs(shapes: Mapping[str, tuple[int, ...]], room: int) -> list[tuple[str, .
     current: list[str] = []
     used = 0
     for name, shape in shapes.items():
-        size = 4 * int(np.prod(shape))
+        size = 4 * math.prod(shape)
         if current and used + size > room:
             runs.append(tuple(current))
             current, used = [], 0
@@ -221,61 +242,3 @@ class _Joined(Mapping[str, NDArray[Any]]):
 
     def __len__(self) -> int:
         return len(self._files)
-
-
-class _Runner:
-    """Runs windows of tokens, each as a sequence of its own. Also a context manager, which frees the memory."""
-
-    def __init__(
-        self, moe: MoeFile, tap: Moments | Products, *, ram: int, window: int, threads: int | None
-    ) -> None:
-        config, level = moe.config, len(moe.ladder)
-        bits = moe.ladder[-1][0]
-        shape = OpsShape(
-            threads=hardware.num_threads() if threads is None else threads, max_tokens=1,
-            max_cols=max(config.hidden_size, config.num_heads * config.head_dim),
-            max_hidden=max([config.expert_hidden, *config.shared_hidden]), max_context=1,
-            head_dim=config.head_dim,
-        )  # fmt: skip
-        # Beside the engine's own: what the experts give at fewer bits, and what flows inside them.
-        widths = config.hidden_size + config.expert_hidden
-        beside = 4 * window * config.experts_per_token * widths
-        budget = Budget.divide(
-            moe, ram=ram, process=hardware.process_bytes() + beside, level=level,
-            dense_level=len(moe.dense_ladder), context=window, ops=shape,
-        )  # fmt: skip
-        weights = load_dense(moe, len(moe.dense_ladder), verify=True)
-        max_parts = budget.chunk * config.experts_per_token
-        ops = TapOps(
-            replace(shape, max_tokens=budget.chunk, max_context=window),
-            tap, {id(w): name for name, w in weights.items()},
-            max_parts=max_parts, hidden=config.expert_hidden,
-        )  # fmt: skip
-        levels = tuple(rung[0] for rung in moe.ladder)
-        setting = Setting(
-            num_layers=len(config.moe_layers), num_experts=config.num_experts,
-            experts_per_token=config.experts_per_token, bits=bits, level_bits=levels,
-            level_bytes=moe.experts.ends, slots_bytes=budget.slots,
-        )  # fmt: skip
-        self._store = ExpertStore.open(
-            moe, bits=bits, budget_bytes=budget.slots, verify=True
-        )
-        parts = np.empty((max_parts, config.hidden_size), np.float32)
-        experts = Experts(OnDemand(setting), self._store, ops, parts=parts)
-        self._decoder = Decoder(config, weights, ops, experts, max_tokens=budget.chunk)
-        self._kv = KvCache(config, window)
-        self._chunk = budget.chunk
-        self._tap = tap
-        self._head = "embed" if config.tied else "head"
-
-    def __call__(self, ids: NDArray[np.int32]) -> None:
-        self._kv.length = 0
-        for first in range(0, len(ids), self._chunk):
-            hidden = self._decoder.forward(ids[first : first + self._chunk], self._kv)
-            self._tap.dense(self._head, hidden)  # what the head would be applied to
-
-    def __enter__(self) -> _Runner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        del self._decoder, self._store, self._kv
