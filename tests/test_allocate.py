@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from test_engine import GREEDY, with_slots
 
 import edgemoe
 from edgemoe.cli.main import main
@@ -17,6 +18,7 @@ from edgemoe.lab.allocate import METHODS, Settings, allocate
 from edgemoe.lab.calibrate import calibrate, windows_of
 from edgemoe.lab.loss import Loss
 from edgemoe.quant import Allocation, Calibration
+from edgemoe.store import expert_bytes
 
 TEXT = "".join(f"line {i}: the quick brown fox, {i * i} times. " for i in range(12))
 
@@ -176,6 +178,24 @@ def test_every_expert_runs_at_its_own_bits(tiny_moe, tmp_path):
     assert used > 16
     for layer, experts, planned in seen:
         assert planned == bits[layer, experts].tolist()
+
+
+@pytest.mark.parametrize("num_experts", [1, 3])
+def test_mixed_bits_do_not_depend_on_the_budget(tiny_moe, tmp_path, monkeypatch, num_experts):
+    path = tmp_path / "a.json"
+    bits = np.random.default_rng(0).choice([2, 3, 4], (2, 8)).astype(np.int8)
+    path.write_bytes(allocation(bits=bits).to_json())
+
+    def run():
+        with edgemoe.load(tiny_moe, bits="auto", allocation=path) as engine:
+            out = list(engine.generate(list(range(20)), GREEDY))
+            return out, engine.stats.logits_hash, engine.stats.evictions
+
+    plenty = run()
+    with_slots(monkeypatch, num_experts * expert_bytes(open_moe(tiny_moe), 3))
+    scarce = run()
+    assert scarce[:2] == plenty[:2]
+    assert scarce[2] > 0 == plenty[2]
 
 
 def test_wrong_use_is_one_line(tiny_moe, tmp_path):
