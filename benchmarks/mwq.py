@@ -197,6 +197,40 @@ def nested_plain(size: int) -> Quantiser:
     return run
 
 
+def nested_one_pass(size: int, *, propagated: int) -> Quantiser:
+    """Returns our codes with what MWQ's one pass has: a range of least error on the calibration's inputs, judged at all
+    levels at once, and the error of one level compensated."""
+
+    def levels_of(part: Tensor, shrink: float) -> Levels:
+        low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
+        scale = ((high - low) * shrink / 256).half().float().clamp(min=1e-7)
+        middle = ((high + low) / 2).half().float()
+        code = ((part - middle) / scale + 128).floor().clamp(0, 255)
+        return {
+            b: scale * (((code / 2 ** (8 - b)).floor() + 0.5) * 2 ** (8 - b) - 128) + middle
+            for b in DEFAULT_LADDER
+        }
+
+    def run(w: Tensor, moments: Tensor) -> Levels:
+        factor, w = inverse_factor(moments), w.clone()
+        out = {b: torch.empty_like(w) for b in DEFAULT_LADDER}
+        for g in groups(w.shape[-1], size):
+            h, part = moments[:, g, g], w[..., g]
+            best, least = levels_of(part, 1.0), torch.full(part.shape[:-1], torch.inf)
+            for shrink in _SHRINKS:
+                tried = levels_of(part, shrink)
+                value = sum((4.0**b * error(part - v, h) for b, v in tried.items()), torch.zeros(()))
+                better = value < least
+                best = {b: torch.where(better[..., None], v, best[b]) for b, v in tried.items()}
+                least = torch.where(better, value, least)
+            for b, v in best.items():
+                out[b][..., g] = v
+            compensate(w, part - best[propagated], g, factor)
+        return out
+
+    return run
+
+
 @dataclass(frozen=True)
 class Scheme:
     """Is one row of the table per level."""
@@ -217,8 +251,12 @@ def schemes() -> Iterator[Scheme]:
     """Yields what is compared."""
     yield Scheme("nested", DEFAULT_LADDER, nested, 64, is_mwq=False)
     yield Scheme("nested, group 128", DEFAULT_LADDER, nested_plain(128), 128, is_mwq=False)
-    for bits in ((2, 3, 4), (5, 6, 7, 8)):
-        for g in (128, 64):
+    for b in (2, 4, 8):
+        run = nested_one_pass(64, propagated=b)
+        name = f"nested, one pass, error of {b} bits"
+        yield Scheme(name, DEFAULT_LADDER, run, 64, is_mwq=False)
+    for bits, sizes in (((2, 3, 4), (128, 64)), ((5, 6, 7, 8), (128,))):
+        for g in sizes:
             name = f"MWQ from {bits[0]} bits, group {g}"
             yield Scheme(f"{name}, plain", bits, mwq_local(bits, g, fitted=False), g)
             yield Scheme(f"{name}, fitted", bits, mwq_local(bits, g, fitted=True), g)

@@ -290,6 +290,23 @@ def test_what_is_missing_is_said(tiny_moe, calibrated):
 # ---------------------------------------------------------------- the command
 
 
+def test_store(tiny_moe, calibrated, tmp_path):
+    model = tmp_path / "stored.moe"
+    model.write_bytes(tiny_moe.read_bytes())
+    run = ["allocate", str(model), "--calibration", str(calibrated), "--avg-bits", "3", "--store"]
+    assert main(run) == 0
+    assert list(tmp_path.iterdir()) == [model]
+    with edgemoe.load(model, bits="auto") as engine:
+        engine.logits([1, 2, 3])
+        assert engine.notes[0].startswith("lossy: experts at 3.00 bits on average")
+        first = engine.stats.logits_hash
+    run[run.index("3")] = "2.5"
+    assert main(run) == 0  # replaces it
+    with edgemoe.load(model, bits="auto") as engine:
+        engine.logits([1, 2, 3])
+        assert engine.stats.logits_hash != first
+
+
 def test_command(tiny_moe, calibrated, tmp_path, capsys):
     out = tmp_path / "a.json"
     run = ["allocate", str(tiny_moe), "--calibration", str(calibrated), "-o", str(out)]

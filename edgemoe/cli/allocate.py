@@ -30,7 +30,8 @@ METHOD is one of:
   first-blocks, outlier   its other rules
   random       the control
 
-The result is used by `edgemoe-run MODEL.moe --bits auto --allocation OUT.json`.
+The result is used by `edgemoe-run MODEL.moe --bits auto --allocation OUT.json`,
+or without --allocation if it was stored in the model file.
 """
 
 
@@ -64,9 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _allocate(args: argparse.Namespace) -> None:
     if (args.avg_bits is None) == (args.max_loss is None):
         raise ValueError("expected either --avg-bits or --max-loss")
+    if args.store and args.out is not None:
+        raise ValueError("expected either --store or -o")
     if args.max_loss is not None and args.method != "expertwise":
         raise ValueError("--max-loss: for --method expertwise only")
-    out: Path = args.out or args.model.with_suffix(".allocation.json")
     from edgemoe.format import open_moe
     from edgemoe.lab.allocate import Settings, allocate
     from edgemoe.lab.calibrate import default_text, windows_of
@@ -87,9 +89,15 @@ def _allocate(args: argparse.Namespace) -> None:
             args.model, args.method, settings,
             calibration=calibration, windows=windows, progress=progress,
         )  # fmt: skip
-    out.write_bytes(found.to_json())
+    if args.store:
+        from edgemoe.writer import add_sections
+
+        add_sections(args.model, {"allocation": found.to_json()})
+    else:
+        out: Path = args.out or args.model.with_suffix(".allocation.json")
+        out.write_bytes(found.to_json())
     _show(found)
-    note(f"{_PROG}: wrote {out}")
+    note(f"{_PROG}: {f'stored in {args.model}' if args.store else f'wrote {out}'}")
 
 
 def _show(found: Allocation) -> None:
@@ -130,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="of edgemoe calibrate")
     parser.add_argument("-o", "--out", type=Path, metavar="OUT.json",
                         help="(default: MODEL.allocation.json)")
+    parser.add_argument("--store", action="store_true",
+                        help="write it into the model file instead, where --bits auto finds it")
     parser.add_argument("--levels", type=_levels, metavar="N,…",
                         help="bits that may be given (default: the file's; pmq: the lowest three; "
                         "else the two next to the average)")
