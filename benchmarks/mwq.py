@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -317,7 +318,7 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="held out")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--windows", type=int, default=32)
-    parser.add_argument("--only", default="", help="schemes whose names have this in them")
+    parser.add_argument("--only", default="", help="schemes whose names match this pattern")
     parser.add_argument("--json", type=Path, help="where to write the result")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -332,7 +333,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     print("| scheme | bits | bits per weight | KL |\n|---|---|---|---|")
     for scheme in schemes():
-        if args.only not in scheme.name:
+        if not re.search(args.only, scheme.name):
             continue
         levels: dict[int, dict[str, Tensor]] = {b: {} for b in scheme.levels}
         for name, moments in model.matrices():

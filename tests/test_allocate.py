@@ -319,6 +319,8 @@ def test_command(tiny_moe, calibrated, tmp_path, capsys):
     assert main(run) == 2
     assert "expected either --avg-bits or --max-loss" in capsys.readouterr().err
     assert main([*run, "--max-loss", "0.1"]) == 2
+    assert main([*run, "--avg-bits", "3", "--seed", "1"]) == 2
+    assert "--seed: for --method random only" in capsys.readouterr().err
     wrong = ["allocate", str(tiny_moe), "--calibration", str(tmp_path / "no"), "--avg-bits", "3"]
     assert main(wrong) == 1
     assert "no such file" in capsys.readouterr().err

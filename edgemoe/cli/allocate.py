@@ -21,6 +21,15 @@ __all__ = ["main"]
 _PROG = "edgemoe allocate"
 _ERROR, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
 
+_ONLY_FOR = {
+    "max_loss": "expertwise",
+    "text": "expertwise",
+    "window": "expertwise",
+    "chunks": "expertwise",
+    "exponents": "pmq",
+    "seed": "random",
+}
+
 _EPILOG = """\
 METHOD is one of:
   error        least change of the layers' outputs, as calibrated (the default)
@@ -67,8 +76,9 @@ def _allocate(args: argparse.Namespace) -> None:
         raise ValueError("expected either --avg-bits or --max-loss")
     if args.store and args.out is not None:
         raise ValueError("expected either --store or -o")
-    if args.max_loss is not None and args.method != "expertwise":
-        raise ValueError("--max-loss: for --method expertwise only")
+    for name, method in _ONLY_FOR.items():
+        if getattr(args, name) is not None and args.method != method:
+            raise ValueError(f"--{name.replace('_', '-')}: for --method {method} only")
     from edgemoe.format import open_moe
     from edgemoe.lab.allocate import Settings, allocate
     from edgemoe.lab.calibrate import default_text, windows_of
@@ -76,14 +86,16 @@ def _allocate(args: argparse.Namespace) -> None:
 
     settings = Settings(
         average_bits=args.avg_bits, max_loss=args.max_loss, levels=args.levels,
-        exponents=args.exponents, per_layer=args.per_layer, protect=not args.no_protect,
-        seed=args.seed,
+        exponents=args.exponents or (1, 1, 2), per_layer=args.per_layer, protect=not args.no_protect,
+        seed=args.seed or 0,
     )  # fmt: skip
     calibration = None if args.calibration is None else Calibration(args.calibration)
     windows = None
     if args.method == "expertwise":
         text = default_text() if args.text is None else args.text.read_text(encoding="utf-8")
-        windows = windows_of(open_moe(args.model), text, window=args.window, count=args.chunks)
+        windows = windows_of(
+            open_moe(args.model), text, window=args.window or 256, count=args.chunks or 8
+        )
     with Progress("measuring", unit="expert") as progress:
         found = allocate(
             args.model, args.method, settings,
@@ -143,22 +155,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--levels", type=_levels, metavar="N,…",
                         help="bits that may be given (default: the file's; pmq: the lowest three; "
                         "else the two next to the average)")
-    parser.add_argument("--exponents", type=_exponents, default=(1, 1, 2), metavar="A,B,C",
+    parser.add_argument("--exponents", type=_exponents, metavar="A,B,C",
                         help="pmq: of frequency, gate weight and error (default: 1,1,2 as published; "
                         "its code computes 1,1.5,1)")
     parser.add_argument("--per-layer", action="store_true",
                         help="the same average in every layer, as published for pmq")
     parser.add_argument("--no-protect", action="store_true",
                         help="do not give Super Experts the highest of the levels")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of random (default: %(default)s)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of random (default: 0)")
     parser.add_argument("--max-loss", type=float, metavar="X",
                         help="expertwise, instead of --avg-bits: most mean KL divergence to the highest level")
     parser.add_argument("--text", type=Path, metavar="FILE",
                         help="expertwise: what loss is measured on (default: the package's calibration text)")
-    parser.add_argument("--window", type=int, default=256, metavar="N",
-                        help="expertwise: tokens of each piece of it (default: %(default)s)")
-    parser.add_argument("--chunks", type=int, default=8, metavar="N",
-                        help="expertwise: number of pieces (default: %(default)s)")
+    parser.add_argument("--window", type=int, metavar="N",
+                        help="expertwise: tokens of each piece of it (default: 256)")
+    parser.add_argument("--chunks", type=int, metavar="N",
+                        help="expertwise: number of pieces (default: 8)")
     parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
     # fmt: on
     return parser

@@ -55,20 +55,23 @@ def _calibrate(args: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such directory")
     if args.imatrix is not None:
+        for name in ("text", "full", "window", "chunks", "ram", "threads"):
+            if getattr(args, name):
+                raise ValueError(f"--{name}: not together with --imatrix, which is read as it is")
         from edgemoe.convert.imatrix import convert_imatrix
 
         missing = convert_imatrix(args.model, args.imatrix, out)
         if missing:
             note(f"{_PROG}: {args.imatrix} knows nothing of {', '.join(missing)}")
     else:
-        from edgemoe.lab.calibrate import calibrate, default_text
+        from edgemoe.lab.calibrate import WINDOW, calibrate, default_text
 
         if args.text is None:
             note("# no --text: the package's own, from Moby-Dick and State of the Union")
         text = default_text() if args.text is None else _text(args.text)
         with Progress("calibrating", unit="window") as progress:
             calibrate(
-                args.model, text, out, full=args.full, window=args.window, count=args.chunks,
+                args.model, text, out, full=args.full, window=args.window or WINDOW, count=args.chunks,
                 ram=args.ram, threads=args.threads, progress=progress,
             )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {out.stat().st_size / 2**20:.1f} MiB")
@@ -97,8 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--full", action="store_true",
                         help="also sum the products of all pairs of inputs, for compensation; takes "
                         "4 bytes for each, and a pass over the text for as many as fit in memory")  # fmt: skip
-    parser.add_argument("--window", type=int, default=512, metavar="N",
-                        help="tokens of each piece of the text (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--window", type=int, metavar="N",
+                        help="tokens of each piece of the text (default: 512)")  # fmt: skip
     parser.add_argument("--chunks", type=int, metavar="N", help="most pieces (default: all)")
     parser.add_argument("--imatrix", type=Path, metavar="FILE",
                         help="take the sums from a llama.cpp imatrix (.dat or .gguf) instead")  # fmt: skip
