@@ -82,7 +82,9 @@ def plane(rest: Tensor, moments: Tensor | None) -> Tensor:
     if moments is None:
         return sign * rest.abs().mean(-1, keepdim=True).half().float()
     seen = sign @ moments
-    scale = (seen * rest).sum(-1, keepdim=True) / (seen * sign).sum(-1, keepdim=True).clamp(min=1e-12)
+    scale = (seen * rest).sum(-1, keepdim=True) / (seen * sign).sum(-1, keepdim=True).clamp(
+        min=1e-12
+    )
     return sign * scale.half().float()
 
 
@@ -220,7 +222,9 @@ def nested_one_pass(size: int, *, propagated: int) -> Quantiser:
             best, least = levels_of(part, 1.0), torch.full(part.shape[:-1], torch.inf)
             for shrink in _SHRINKS:
                 tried = levels_of(part, shrink)
-                value = sum((4.0**b * error(part - v, h) for b, v in tried.items()), torch.zeros(()))
+                value = sum(
+                    (4.0**b * error(part - v, h) for b, v in tried.items()), torch.zeros(())
+                )
                 better = value < least
                 best = {b: torch.where(better[..., None], v, best[b]) for b, v in tried.items()}
                 least = torch.where(better, value, least)
@@ -325,9 +329,11 @@ def main() -> None:
     from tokenizers import Tokenizer
 
     model = Model(args.model, Calibration(args.calibration))
-    ids = Tokenizer.from_file(str(args.model / "tokenizer.json")).encode(
-        args.text.read_text(encoding="utf-8"), add_special_tokens=False
-    ).ids
+    ids = (
+        Tokenizer.from_file(str(args.model / "tokenizer.json"))
+        .encode(args.text.read_text(encoding="utf-8"), add_special_tokens=False)
+        .ids
+    )
     windows = torch.tensor(ids[: args.window * args.windows]).reshape(-1, args.window)
     reference = model.logs(windows)
     rows: list[dict[str, object]] = []

@@ -14,7 +14,7 @@ struct FfnUse {
   ExpertView w;
   const int32_t* tokens;  ///< rows of x; null for 0 .. count - 1
   int count;
-  float* out;  ///< [count, D]
+  float* out;               ///< [count, D]
   float* hidden = nullptr;  ///< [count, H]: if given, gets silu(gate x) * (up x), what w_down is applied to
 };
 

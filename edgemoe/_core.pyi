@@ -184,7 +184,13 @@ def look_ahead(
     gates: _F32,
 ) -> None: ...
 def ffn(
-    ws: Workspace, x: _F32, gate: Nested, up: Nested, down: Nested, out: _F32, hidden: _F32 | None = None
+    ws: Workspace,
+    x: _F32,
+    gate: Nested,
+    up: Nested,
+    down: Nested,
+    out: _F32,
+    hidden: _F32 | None = None,
 ) -> None: ...
 def expert_ffn(
     ws: Workspace,

@@ -114,7 +114,12 @@ def allocation(**changes):
 def test_json_round_trip(tiny_moe):
     a = allocation()
     b = Allocation.from_json(a.to_json(), "x")
-    assert (b.method, b.settings, b.layers, b.protected) == (a.method, a.settings, a.layers, a.protected)
+    assert (b.method, b.settings, b.layers, b.protected) == (
+        a.method,
+        a.settings,
+        a.layers,
+        a.protected,
+    )
     assert np.array_equal(a.bits, b.bits)
     assert b.average == 2.375
     config = open_moe(tiny_moe).config

@@ -100,7 +100,13 @@ def test_sums_are_those_of_a_plain_forward_pass(tiny_moe, made):
     moe = open_moe(tiny_moe)
     sums = reference_sums(Decoded(tiny_moe), windows_of(moe, TEXT, window=WINDOW, count=None))
     c = Calibration(made, min_tokens=0)
-    for name in ("layers.0.q", "layers.1.o", "layers.0.shared.gate", "layers.1.shared.down", "head"):
+    for name in (
+        "layers.0.q",
+        "layers.1.o",
+        "layers.0.shared.gate",
+        "layers.1.shared.down",
+        "head",
+    ):
         n = sums[f"dense.{name}.count"]
         assert c.count(name) == n
         close(c.matrix(name), sums[f"dense.{name}.products"] / n)
@@ -215,7 +221,9 @@ def test_rare_experts_lean_on_their_layer(tmp_path):
     np.testing.assert_allclose(c.diagonal("experts.3.0.gate"), [1, 2])
     layer = np.array([130, 200]) / 110
     np.testing.assert_allclose(c.diagonal("experts.3.1.up"), layer, rtol=1e-6)
-    np.testing.assert_allclose(c.diagonal("experts.3.2.gate"), ([30, 0] + 30 * layer) / 40, rtol=1e-6)
+    np.testing.assert_allclose(
+        c.diagonal("experts.3.2.gate"), ([30, 0] + 30 * layer) / 40, rtol=1e-6
+    )
     assert c.diagonal("experts.3.0.down") is None
     assert c.diagonal("layers.3.q") is None
     with pytest.raises(FormatError, match=r"has no experts\.3\.error"):
@@ -296,9 +304,17 @@ def test_a_wrong_imatrix_is_refused(tiny_moe, tmp_path):
     source, out = tmp_path / "im", tmp_path / "im.calib"
     wide = {"blk.0.ffn_gate_exps.weight": (np.ones((4, 96), np.float32), np.ones(4, np.int64))}
     write_gguf(source, wide)
-    with pytest.raises(FormatError, match=r"ffn_gate_exps\.weight is \[4, 96\]; expected \[8, 96\]"):
+    with pytest.raises(
+        FormatError, match=r"ffn_gate_exps\.weight is \[4, 96\]; expected \[8, 96\]"
+    ):
         convert_imatrix(tiny_moe, source, out)
-    for content in (b"", b"\x01\x00", struct.pack("<iii", 1, 3, 9), b"GGUF", b"GGUF" + b"\xff" * 40):
+    for content in (
+        b"",
+        b"\x01\x00",
+        struct.pack("<iii", 1, 3, 9),
+        b"GGUF",
+        b"GGUF" + b"\xff" * 40,
+    ):
         source.write_bytes(content)
         with pytest.raises(FormatError):
             convert_imatrix(tiny_moe, source, out)
@@ -326,6 +342,13 @@ def test_command(tiny_moe, tmp_path, capsys):
     assert "expected at least one window of 96" in capsys.readouterr().err
     source = tmp_path / "im.dat"
     write_dat(source, entries())
-    imported = ["calibrate", str(tiny_moe), "--imatrix", str(source), "-o", str(tmp_path / "b.calib")]
+    imported = [
+        "calibrate",
+        str(tiny_moe),
+        "--imatrix",
+        str(source),
+        "-o",
+        str(tmp_path / "b.calib"),
+    ]
     assert main(imported) == 0
     assert Path(tmp_path / "b.calib").is_file()

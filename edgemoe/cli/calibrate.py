@@ -94,7 +94,9 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     parser.add_argument("model", type=Path, metavar="MODEL.moe", help="a converted file")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="what to run (default: the package's own text)")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="what to run (default: the package's own text)"
+    )
     parser.add_argument("-o", "--out", type=Path, metavar="OUT.calib",
                         help="the file to make (default: beside the model)")  # fmt: skip
     parser.add_argument("--full", action="store_true",
@@ -105,8 +107,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--chunks", type=int, metavar="N", help="most pieces (default: all)")
     parser.add_argument("--imatrix", type=Path, metavar="FILE",
                         help="take the sums from a llama.cpp imatrix (.dat or .gguf) instead")  # fmt: skip
-    parser.add_argument("--ram", metavar="SIZE", help="memory for the whole process (default: what is free)")
-    parser.add_argument("-t", "--threads", type=int, metavar="N", help="(default: the cores there are)")
+    parser.add_argument(
+        "--ram", metavar="SIZE", help="memory for the whole process (default: what is free)"
+    )
+    parser.add_argument(
+        "-t", "--threads", type=int, metavar="N", help="(default: the cores there are)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.calib if it exists")
     parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
     return parser

@@ -32,14 +32,15 @@ _DENSE = {
     "shared.gate": ("ffn_gate_shexp", "ffn_up_shexp", "ffn_gate", "ffn_up"),
     "shared.down": ("ffn_down_shexp", "ffn_down"),
 }
-_EXPERTS = {"in": ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"), "hidden": ("ffn_down_exps",)}
+_EXPERTS = {
+    "in": ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"),
+    "hidden": ("ffn_down_exps",),
+}
 _CHUNK = 512  # tokens of a call
 _LONGEST_NAME, _MOST_VALUES = 1 << 10, 1 << 28
 
 
-def convert_imatrix(
-    model: str | os.PathLike[str], imatrix: Path, out: Path
-) -> tuple[str, ...]:
+def convert_imatrix(model: str | os.PathLike[str], imatrix: Path, out: Path) -> tuple[str, ...]:
     """Writes what an imatrix knows of a model to a calibration file.
 
     Args:

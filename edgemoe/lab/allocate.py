@@ -1,15 +1,16 @@
 """Decides offline how many bits each routed expert runs at: the papers' rules on what a calibration knows.
 
-    error       least sum of what each expert's level changes in its layer's output, squared; over all layers at once
-    pmq         MC-MoE's integer programme, phi^a * w^b * eps^c, solved exactly
-    expertwise  EdgeMoE's search: each expert's measured loss at the low level, then as many low ones as may be
-    frequency   QuantMoE-Bench: experts that are often chosen get the higher level
-    first-blocks, outlier    its other rules: early layers; matrices with outliers
-    random      the control
+error       least sum of what each expert's level changes in its layer's output, squared; over all layers at once
+pmq         MC-MoE's integer programme, phi^a * w^b * eps^c, solved exactly
+expertwise  EdgeMoE's search: each expert's measured loss at the low level, then as many low ones as may be
+frequency   QuantMoE-Bench: experts that are often chosen get the higher level
+first-blocks, outlier    its other rules: early layers; matrices with outliers
+random      the control
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,9 +125,9 @@ class _Model:
         """Returns a statistic of the calibration, [L, E, …]."""
         if self._calibration is None:
             raise ValueError("calibration: this method needs one; edgemoe calibrate makes it")
-        return np.stack([self._calibration.layer(i, what) for i in self._calibration.layers]).astype(
-            np.float64
-        )
+        return np.stack(
+            [self._calibration.layer(i, what) for i in self._calibration.layers]
+        ).astype(np.float64)
 
     def errors(self, what: str, levels: Sequence[int]) -> Floats:
         """Returns the calibration's errors at some levels, [L, E, B]."""
@@ -160,7 +161,9 @@ class _Model:
         first, second = self.levels((low, high), count=2)
         return first, second
 
-    def cheapest(self, cost: Floats, levels: Sequence[int], one: Sequence[int] = ()) -> rules.Choice:
+    def cheapest(
+        self, cost: Floats, levels: Sequence[int], one: Sequence[int] = ()
+    ) -> rules.Choice:
         """Solves for all layers at once, or for each alone; cost [L, E, B]."""
         for layer, expert in self.protected:
             cost[layer, expert, :-1] = np.inf
@@ -188,7 +191,11 @@ def _error(model: _Model) -> _Answer:
 
 def _pmq(model: _Model) -> _Answer:
     levels = model.levels([rung[0] for rung in model.moe.ladder][:3])
-    errors, counts, gates = model.errors("error", levels), model.known("count"), model.known("gates")
+    errors, counts, gates = (
+        model.errors("error", levels),
+        model.known("count"),
+        model.known("gates"),
+    )
     cost = np.stack(
         [
             rules.pmq_cost(c, g, e, model.settings.exponents)
@@ -206,7 +213,9 @@ def _frequency(model: _Model) -> _Answer:
 
 def _first_blocks(model: _Model) -> _Answer:
     levels = model.pair()
-    return levels, model.ranked(-np.arange(np.prod(model.shape), dtype=float).reshape(model.shape), levels)
+    return levels, model.ranked(
+        -np.arange(np.prod(model.shape), dtype=float).reshape(model.shape), levels
+    )
 
 
 def _random(model: _Model) -> _Answer:
@@ -238,10 +247,7 @@ def _expertwise(model: _Model) -> _Answer:
     n = model.shape[0] * model.shape[1]
     most = model.settings.max_loss
     with Loss(model.moe.path, model.windows, reference=have[-1]) as loss:
-        if most is None:
-            levels = model.pair(among=(2, 4, 8))
-        else:
-            levels = _bracket(model, loss, most)
+        levels = model.pair(among=(2, 4, 8)) if most is None else _bracket(model, loss, most)
         low, high = levels
         scores = np.empty(n)
         bits = np.full(model.shape, high, np.int8)
@@ -263,7 +269,10 @@ def _expertwise(model: _Model) -> _Answer:
             choice[order[:count]] = 0
             return choice.reshape(model.shape)
 
-        few, many = 0, n - len(model.protected)  # the largest K whose loss is small enough lies between
+        few, many = (
+            0,
+            n - len(model.protected),
+        )  # the largest K whose loss is small enough lies between
         while few < many:
             middle = (few + many + 1) // 2
             if loss(np.array(levels, np.int8)[mix(middle)]) <= most:
@@ -280,7 +289,7 @@ def _bracket(model: _Model, loss: Loss, most: float) -> tuple[int, int]:
         return first, second
     have = [rung[0] for rung in model.moe.ladder]
     levels = [b for b in (2, 4, 8) if b in have] or have
-    for low, high in zip(levels, levels[1:], strict=False):
+    for low, high in itertools.pairwise(levels):
         if loss(np.full(model.shape, high, np.int8)) <= most:
             return low, high
     raise ValueError(f"max loss: even {levels[-1]} bits lose more than {most:g}")

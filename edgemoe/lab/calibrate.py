@@ -113,7 +113,9 @@ def calibrate(
     moe = open_moe(path)
     pieces = windows_of(moe, text, window=window, count=count)
     total_ram = default_ram() if ram is None else parse_size(ram)
-    process = hardware.process_bytes()  # before there are sums, which take their memory as they fill
+    process = (
+        hardware.process_bytes()
+    )  # before there are sums, which take their memory as they fill
     passes: list[tuple[str, ...]] = [()]
     if full:
         shapes = product_shapes(moe.config)

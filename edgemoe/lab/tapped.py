@@ -75,9 +75,7 @@ class TappedModel:
             experts_per_token=config.experts_per_token, bits=bits, level_bits=levels,
             level_bytes=moe.experts.ends, slots_bytes=budget.slots,
         )  # fmt: skip
-        self._store = ExpertStore.open(
-            moe, bits=bits, budget_bytes=budget.slots, verify=True
-        )
+        self._store = ExpertStore.open(moe, bits=bits, budget_bytes=budget.slots, verify=True)
         parts = np.empty((max_parts, config.hidden_size), np.float32)
         experts = Experts(OnDemand(setting), self._store, ops, parts=parts)
         self._decoder = Decoder(config, weights, ops, experts, max_tokens=budget.chunk)

@@ -68,7 +68,9 @@ class Allocation:
         try:
             value = json.loads(content)
             if value["edgemoe_allocation"] != _VERSION:
-                raise FormatError(f"{where}: allocation version {value['edgemoe_allocation']!r}; expected 1")
+                raise FormatError(
+                    f"{where}: allocation version {value['edgemoe_allocation']!r}; expected 1"
+                )
             bits = np.array(value["bits"], np.int64)
             layers = tuple(map(int, value["layers"]))
             if bits.ndim != 2 or len(bits) != len(layers) or ((bits < 1) | (bits > 8)).any():

@@ -87,7 +87,9 @@ class Calibration:
         self.bits = tuple(map(int, meta.get("bits", "").split()))
         """The levels of `error` and `error2`."""
         self.layers = tuple(
-            sorted(int(n.split(".")[1]) for n in self._names if n.endswith(".count") and n[0] == "e")
+            sorted(
+                int(n.split(".")[1]) for n in self._names if n.endswith(".count") and n[0] == "e"
+            )
         )
         """Model layers with routed experts."""
         self._min_tokens = max(min_tokens, 1)
@@ -149,7 +151,9 @@ class Calibration:
     def _mean(self, name: str, what: str) -> Array | None:
         if name.startswith("experts."):
             _, layer, index, part = name.split(".")
-            return self._expert_mean(int(layer), int(index), "hidden" if part == "down" else "in", what)
+            return self._expert_mean(
+                int(layer), int(index), "hidden" if part == "down" else "in", what
+            )
         key, count = f"dense.{_input(name)}.{what}", self.count(name)
         if key not in self._names or count == 0:
             return None
@@ -172,7 +176,9 @@ class Calibration:
         for e in range(len(counts)):  # one expert at a time: products are large
             total += np.asarray(sums[e : e + 1])[0]
         layer_mean = total / np.float32(counts.sum())
-        return np.asarray((own + np.float32(needed - n) * layer_mean) / np.float32(needed), np.float32)
+        return np.asarray(
+            (own + np.float32(needed - n) * layer_mean) / np.float32(needed), np.float32
+        )
 
 
 def _open(path: Path) -> Any:
