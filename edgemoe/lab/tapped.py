@@ -13,7 +13,7 @@ from edgemoe import hardware
 from edgemoe.budget import Budget
 from edgemoe.experts import Experts
 from edgemoe.format import MoeFile
-from edgemoe.model import Decoder, KvCache
+from edgemoe.model import Decoder, KvCache, KvTypes
 from edgemoe.ops import OpsShape
 from edgemoe.scheduler import OnDemand, Setting
 from edgemoe.store import ExpertStore, load_dense
@@ -46,13 +46,13 @@ class TappedModel:
         window: int,
         threads: int | None,
     ) -> None:
-        config, level = moe.config, len(moe.ladder)
+        config, level, kv_types = moe.config, len(moe.ladder), KvTypes()
         bits = moe.ladder[-1][0]
         shape = OpsShape(
             threads=hardware.num_threads() if threads is None else threads, max_tokens=1,
             max_cols=max(config.hidden_size, config.num_heads * config.head_dim),
             max_hidden=max([config.expert_hidden, *config.shared_hidden]), max_context=1,
-            head_dim=config.head_dim,
+            head_dim=config.head_dim, num_heads=config.num_heads,
         )  # fmt: skip
         # Beside the engine's own: the sums, what the experts give at fewer bits, and what flows inside them.
         widths = config.hidden_size + config.expert_hidden
@@ -60,7 +60,7 @@ class TappedModel:
         beside += 4 * window * config.experts_per_token * widths
         budget = Budget.divide(
             moe, ram=ram, process=process + beside, level=level,
-            dense_level=len(moe.dense_ladder), context=window, ops=shape,
+            dense_level=len(moe.dense_ladder), context=window, kv_types=kv_types, ops=shape,
         )  # fmt: skip
         weights = load_dense(moe, len(moe.dense_ladder), verify=True)
         max_parts = budget.chunk * config.experts_per_token
@@ -79,7 +79,7 @@ class TappedModel:
         parts = np.empty((max_parts, config.hidden_size), np.float32)
         experts = Experts(OnDemand(setting), self._store, ops, parts=parts)
         self._decoder = Decoder(config, weights, ops, experts, max_tokens=budget.chunk)
-        self._kv = KvCache(config, window)
+        self._kv = KvCache(config, window, kv_types)
         self._chunk = budget.chunk
         self._tap = tap
         self._head = "embed" if config.tied else "head"
