@@ -1,1 +1,1 @@
-"""The lab: measures a model on texts and decides from what it measured."""
+"""Measures models: what a level or a scheduler costs in quality, and what a file holds."""
