@@ -73,6 +73,12 @@ Policy policy_from(const py::object& policy, size_t num_experts) {
   return Policy(scores.data(), num_experts, {static_cast<void*>(new py::object(policy)), release});
 }
 
+/// The same for an array that is written.
+float* writable(const py::object& array, const char* name, std::initializer_list<py::ssize_t> shape) {
+  floats(array, name, shape);
+  return py::reinterpret_borrow<Array<float>>(array).mutable_data();
+}
+
 /// A resident matrix and the memory that holds it. Immutable.
 struct Nested {
   NestedMatrix matrix;
@@ -534,7 +540,7 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "ffn",
       [](Workspace& ws, const Array<float>& x, const Nested& gate, const Nested& up, const Nested& down,
-         Array<float> out) {
+         Array<float> out, const py::object& hidden) {
         expect(x, "ffn x", {-1, gate.matrix.cols});
         expect(out, "ffn out", {x.shape(0), down.matrix.rows});
         if (up.matrix.rows != gate.matrix.rows || up.matrix.cols != gate.matrix.cols ||
@@ -544,11 +550,13 @@ PYBIND11_MODULE(_core, m) {
         const float* a = x.data();
         const int T = int(x.shape(0));
         FfnUse use{{gate.matrix, up.matrix, down.matrix}, nullptr, T, out.mutable_data()};
+        if (!hidden.is_none()) use.hidden = writable(hidden, "ffn hidden", {x.shape(0), gate.matrix.rows});
         py::gil_scoped_release release;
         run_ffns(ws, a, T, {use});
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("gate"), py::arg("up"), py::arg("down"),
-      py::arg("out").noconvert(), "out [T, D] = down(silu(gate x) * (up x)).");
+      py::arg("out").noconvert(), py::arg("hidden") = py::none(),
+      "out [T, D] = down(silu(gate x) * (up x)); hidden [T, H], if given, gets what down is applied to.");
 
   m.def(
       "combine",
@@ -697,8 +705,8 @@ PYBIND11_MODULE(_core, m) {
       "expert_ffn",
       [](Workspace& ws, const Array<float>& x, const Cache& cache, const Array<int32_t>& experts,
          const Array<int8_t>& levels, const Array<int32_t>& offsets, const Array<int32_t>& tokens,
-         const std::vector<int>& group, Array<float> parts) {
-        const int d = cache.shape().hidden;
+         const std::vector<int>& group, Array<float> parts, const py::object& hidden) {
+        const int d = cache.shape().hidden, h = cache.shape().expert_hidden;
         expect(x, "expert_ffn x", {-1, d});
         expect(experts, "experts", {-1});
         expect(levels, "levels", {experts.size()});
@@ -706,6 +714,7 @@ PYBIND11_MODULE(_core, m) {
         expect(parts, "parts", {-1, d});
         const int32_t *o = offsets.data(), *t = tokens.data();
         const py::ssize_t T = x.shape(0), n = experts.size();
+        float* inner = hidden.is_none() ? nullptr : writable(hidden, "hidden", {parts.shape(0), h});
         std::vector<FfnUse> uses;
         for (int i : group) {
           if (i < 0 || i >= n || o[i] < 0 || o[i + 1] <= o[i] || o[i + 1] > tokens.size() ||
@@ -716,7 +725,7 @@ PYBIND11_MODULE(_core, m) {
             if (t[j] < 0 || t[j] >= T) throw std::invalid_argument("expert_ffn: a token is outside x");
           }
           uses.push_back({cache.view(experts.data()[i], levels.data()[i]), t + o[i], o[i + 1] - o[i],
-                          parts.mutable_data() + size_t(o[i]) * d});
+                          parts.mutable_data() + size_t(o[i]) * d, inner ? inner + size_t(o[i]) * h : nullptr});
         }
         const float* a = x.data();
         py::gil_scoped_release release;
@@ -724,6 +733,7 @@ PYBIND11_MODULE(_core, m) {
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("cache"), py::arg("experts").noconvert(),
       py::arg("levels").noconvert(), py::arg("offsets").noconvert(), py::arg("tokens").noconvert(), py::arg("group"),
-      py::arg("parts").noconvert(),
-      "Runs the experts at positions `group` of a plan on their tokens; part rows are those of `offsets`.");
+      py::arg("parts").noconvert(), py::arg("hidden") = py::none(),
+      "Runs the experts at positions `group` of a plan on their tokens; part rows are those of `offsets`, as are those "
+      "of hidden [m, H], which gets what each w_down is applied to.");
 }

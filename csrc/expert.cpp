@@ -64,6 +64,10 @@ void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& p
         }
       });
   const QuantizedRows h = ws.quantize_hidden(ws.gate(), ws.up(), total, hidden);
+  for (const Piece& p : pieces) {
+    if (!p.use->hidden) continue;
+    std::copy_n(ws.gate() + size_t(p.row) * hidden, size_t(p.count) * hidden, p.use->hidden + size_t(p.first) * hidden);
+  }
   over_pieces(
       ws, pieces, [&](const Piece& p) { return blocks(p.use->w.down.rows, kTileRows); },
       [&](const Piece& p, int begin, int end) {

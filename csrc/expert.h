@@ -14,7 +14,8 @@ struct FfnUse {
   ExpertView w;
   const int32_t* tokens;  ///< rows of x; null for 0 .. count - 1
   int count;
-  float* out;  ///< [count, D]
+  float* out;               ///< [count, D]
+  float* hidden = nullptr;  ///< [count, H]: if given, gets silu(gate x) * (up x), what w_down is applied to
 };
 
 /// out = down(silu(gate x) * (up x)) for each use; x is [T, D]. A row's result does not depend on the other rows.

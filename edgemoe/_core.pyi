@@ -183,7 +183,15 @@ def look_ahead(
     experts: _I32,
     gates: _F32,
 ) -> None: ...
-def ffn(ws: Workspace, x: _F32, gate: Nested, up: Nested, down: Nested, out: _F32) -> None: ...
+def ffn(
+    ws: Workspace,
+    x: _F32,
+    gate: Nested,
+    up: Nested,
+    down: Nested,
+    out: _F32,
+    hidden: _F32 | None = None,
+) -> None: ...
 def expert_ffn(
     ws: Workspace,
     x: _F32,
@@ -194,6 +202,7 @@ def expert_ffn(
     tokens: _I32,
     group: Sequence[int],
     parts: _F32,
+    hidden: _F32 | None = None,
 ) -> None: ...
 def combine(ws: Workspace, parts: _F32, rows: _I32, gates: _F32, out: _F32) -> None: ...
 def add_rows(

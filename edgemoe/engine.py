@@ -9,8 +9,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from edgemoe.experts import Experts, Observer
 from edgemoe.format import MoeFile, open_moe
 from edgemoe.model import Decoder, KvCache, KvTypes
 from edgemoe.ops import CpuOps, OpsShape
+from edgemoe.quant import Allocation
 from edgemoe.sampler import Sampler, SamplingParams
 from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.store import ExpertStore, expert_bytes, load_dense
@@ -87,7 +89,8 @@ def load(
     path: str | os.PathLike[str],
     *,
     ram: int | str | None = None,
-    bits: int | None = None,
+    bits: int | Literal["auto"] | None = None,
+    allocation: str | os.PathLike[str] | None = None,
     dense_bits: int | None = None,
     experts: int | None = None,
     context: int | None = None,
@@ -107,7 +110,8 @@ def load(
         path: a `.moe` file.
         ram: what the engine may add to this process's memory, as bytes or "4GiB"; None for what is free,
             less a margin.
-        bits: precision of routed experts, one of the file's; None for the highest.
+        bits: precision of routed experts, one of the file's; None for the highest, "auto" for each expert's own.
+        allocation: a file that says each expert's bits (`edgemoe allocate`); None for the model file's own.
         dense_bits: the same for all other matrices.
         experts: routed experts per token; None for the model's own number. Another number is another model.
         context: tokens of prompt and reply together; None for what fits well.
@@ -128,7 +132,8 @@ def load(
         ReadError: the disk failed.
     """
     return Engine(
-        path, ram=ram, bits=bits, dense_bits=dense_bits, experts=experts, context=context,
+        path, ram=ram, bits=bits, allocation=allocation, dense_bits=dense_bits,
+        experts=experts, context=context,
         cache_type_k=cache_type_k, cache_type_v=cache_type_v, threads=threads, scheduler=scheduler,
         options=options or {}, verify=verify, trace=trace, observer=observer,
         whole_process=whole_process,
@@ -146,7 +151,8 @@ class Engine:
         path: str | os.PathLike[str],
         *,
         ram: int | str | None,
-        bits: int | None,
+        bits: int | Literal["auto"] | None,
+        allocation: str | os.PathLike[str] | None,
         dense_bits: int | None,
         experts: int | None,
         context: int | None,
@@ -165,7 +171,18 @@ class Engine:
         given = moe.config
         moe = _with_experts(moe, experts)
         self.config = config = moe.config
-        self.bits = bits if bits is not None else moe.ladder[-1][0]
+        noted = moe.ladder[-1][0]
+        if bits == "auto":
+            if scheduler != "on-demand":
+                raise ValueError(f"bits: auto is for the scheduler on-demand, not {scheduler}")
+            each = _allocation(moe, allocation)
+            bits = int(each.max())  # the scheduler has a note of its own
+            options = {**options, "bits": each}
+        elif allocation is not None:
+            raise ValueError("allocation: expected bits to be auto")
+        else:
+            noted = bits = noted if bits is None else bits
+        self.bits = bits
         level, dense_level = moe.level(self.bits), moe.dense_level(dense_bits)
         self.threads = threads = hardware.num_threads() if threads is None else threads
         if not 1 <= threads <= 1024:
@@ -189,7 +206,7 @@ class Engine:
         sections = moe.sections
         self._moe: MoeFile | None = (moe := replace(moe, sections={}))
         hardware.trim()
-        self.notes = _notes(moe, given, self.bits, dense_bits, kv_types)
+        self.notes = _notes(moe, given, noted, dense_bits, kv_types)
 
         total = default_ram() if ram is None else parse_size(ram)
         if ram is not None and not whole_process:
@@ -559,6 +576,21 @@ def _with_experts(moe: MoeFile, experts: int | None) -> MoeFile:
     if not 1 <= experts <= moe.config.num_experts:
         raise ValueError(f"experts: expected 1 to {moe.config.num_experts}, got {experts}")
     return replace(moe, config=replace(moe.config, experts_per_token=experts))
+
+
+def _allocation(moe: MoeFile, path: str | os.PathLike[str] | None) -> NDArray[np.int8]:
+    """Returns each expert's bits [L, E] from a file, or from the model's own section."""
+    if path is not None:
+        content, where = Path(path).read_bytes(), str(path)
+    elif "allocation" in moe.sections:
+        content, where = moe.sections["allocation"], f"{moe.path}: section allocation"
+    else:
+        raise ValueError(
+            f"bits: auto takes an allocation, and {moe.path} has none; edgemoe allocate makes it"
+        )
+    found = Allocation.from_json(content, where)
+    found.check(moe.config, tuple(rung[0] for rung in moe.ladder), where)
+    return found.bits
 
 
 def _notes(

@@ -53,7 +53,7 @@ from edgemoe.errors import FormatError, ReadError
 from edgemoe.quant import GROUP, rung_bytes
 
 __all__ = [
-    "ALIGNMENT", "MAGIC", "PREAMBLE", "VERSION", "ExpertTable", "MoeFile", "Tensor",
+    "ALIGNMENT", "MAGIC", "MAX_SECTIONS", "PREAMBLE", "VERSION", "ExpertTable", "MoeFile", "Tensor",
     "align", "expert_rung_bytes", "open_moe", "pack_preamble",
 ]  # fmt: skip
 
@@ -62,7 +62,7 @@ VERSION = 1
 ALIGNMENT = 4096
 PREAMBLE = struct.Struct("<8sIIQQQI20x")
 _MAX_INDEX = 64 << 20
-_MAX_SECTIONS = 256 << 20  # all together; they are read into memory
+MAX_SECTIONS = 256 << 20  # all together; they are read into memory
 
 
 def align(n: int) -> int:
@@ -228,15 +228,15 @@ class _Reader:
         )
         tensors = self.tensors(index["tensors"], specs, dense_ladder)
         self.need(isinstance(index["sections"], dict), "sections must be an object")
-        sections, room = {}, _MAX_SECTIONS
+        sections, room = {}, MAX_SECTIONS
         for name, entry in index["sections"].items():
             self.need(
                 isinstance(entry, list) and len(entry) == 3 and all(type(v) is int for v in entry)
-                and 0 < entry[1] <= _MAX_SECTIONS,
+                and 0 < entry[1] <= MAX_SECTIONS,
                 f"section {name!r} is malformed",
             )  # fmt: skip
             room -= entry[1]
-            self.need(room >= 0, f"sections of more than {_MAX_SECTIONS} bytes")
+            self.need(room >= 0, f"sections of more than {MAX_SECTIONS} bytes")
             sections[name] = self.bytes_at(f"section {name!r}", *entry)
         self.need("experts" in sections, "the section experts is missing")
         experts = self.experts(sections.pop("experts"), config, ladder)

@@ -129,10 +129,17 @@ class CpuOps:
         )
 
     def ffn(
-        self, x: Array, gate: _core.Nested, up: _core.Nested, down: _core.Nested, out: Array
+        self,
+        x: Array,
+        gate: _core.Nested,
+        up: _core.Nested,
+        down: _core.Nested,
+        out: Array,
+        *,
+        hidden: Array | None = None,
     ) -> None:
-        """out [T, D] = down(silu(gate x) * (up x))."""
-        _core.ffn(self._ws, x, gate, up, down, out)
+        """out [T, D] = down(silu(gate x) * (up x)); hidden [T, H], if given, gets what down is applied to."""
+        _core.ffn(self._ws, x, gate, up, down, out, hidden)
 
     def expert_ffn(
         self,
@@ -143,10 +150,15 @@ class CpuOps:
         plan: Plan,
         group: Sequence[int],
         parts: Array,
+        *,
+        hidden: Array | None = None,
     ) -> None:
-        """Runs the experts at positions `group` of a plan; their rows of `parts` [m, D] are written."""
+        """Runs the experts at positions `group` of a plan; their rows of `parts` [m, D] are written.
+
+        So are their rows of `hidden` [m, H], if given: what each w_down is applied to.
+        """
         _core.expert_ffn(
-            self._ws, x, cache, experts, levels, plan.offsets, plan.tokens, group, parts
+            self._ws, x, cache, experts, levels, plan.offsets, plan.tokens, group, parts, hidden
         )
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "allocate": ("edgemoe.cli.allocate", "decide how many bits each expert runs at"),
     "bench": ("edgemoe.cli.bench", "measure how fast a model runs here"),
+    "calibrate": ("edgemoe.cli.calibrate", "sum what flows into a model's matrices"),
     "convert": ("edgemoe.cli.convert", "make a .moe file from a checkpoint"),
     "demo": ("edgemoe.cli.demo", "build the demo model"),
     "schedulers": ("edgemoe.cli.scheduling", "tell what may decide, and its options"),

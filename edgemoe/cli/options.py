@@ -50,7 +50,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     _add(model, "--ram", metavar="SIZE",
          help="memory for the whole process: 4GiB, 512MB, 50%% of what is free "
          "(default: that, less a margin)")
-    _add(model, "--bits", type=int, metavar="N", help="bits of the experts (default: the file's)")
+    _add(model, "--bits", type=_number_or_auto, metavar="N",
+         help="bits of the experts; auto: each its own, as allocated (default: the file's)")
+    _add(model, "--allocation", metavar="FILE",
+         help="for --bits auto: of edgemoe allocate (default: the model file's own)")
     _add(model, "--dense-bits", type=int, metavar="N",
          help="bits of everything else (default: the file's)")
     _add(model, "--experts", type=int, metavar="K",
@@ -152,6 +155,10 @@ def _add_switch(group: argparse._ActionsContainer, *names: str, **rest: Any) -> 
     if text not in (*_NO, *_YES):
         raise ValueError(f"{variable}: expected 1 or 0, got {text!r}")
     group.add_argument(*names, action="store_true", default=text in _YES, **rest)
+
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def _variable(names: tuple[str, ...]) -> str:

@@ -148,6 +148,7 @@ def _load(args: Namespace) -> Engine:
         ram=args.ram,
         whole_process=True,
         bits=args.bits,
+        allocation=args.allocation,
         dense_bits=args.dense_bits,
         context=args.ctx_size or None,
         cache_type_k=args.cache_type_k,

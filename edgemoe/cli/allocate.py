@@ -1,0 +1,176 @@
+"""`edgemoe allocate`: decides offline how many bits each routed expert runs at."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgemoe.cli.console import drop_stdout, error_line, note
+from edgemoe.cli.parser import Parser
+from edgemoe.cli.progress import Progress
+from edgemoe.errors import EdgemoeError
+
+if TYPE_CHECKING:
+    from edgemoe.quant import Allocation
+
+__all__ = ["main"]
+
+_PROG = "edgemoe allocate"
+_ERROR, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
+
+_ONLY_FOR = {
+    "max_loss": "expertwise",
+    "text": "expertwise",
+    "window": "expertwise",
+    "chunks": "expertwise",
+    "exponents": "pmq",
+    "seed": "random",
+}
+
+_EPILOG = """\
+METHOD is one of:
+  error        least change of the layers' outputs, as calibrated (the default)
+  pmq          MC-MoE's integer programme over frequency, gates and errors
+  expertwise   EdgeMoE's search with measured loss; takes a run per expert
+  frequency    QuantMoE-Bench: often chosen experts get more
+  first-blocks, outlier   its other rules
+  random       the control
+
+The result is used by `edgemoe-run MODEL.moe --bits auto --allocation OUT.json`,
+or without --allocation if it was stored in the model file.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments after `edgemoe allocate`; None for those of the process.
+
+    Returns:
+        The exit code: 0, 1 for an error (one line on stderr), 2 for wrong usage, 130 for Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        _allocate(args)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        return _ERROR
+    except Exception as error:
+        if args.verbose:
+            raise
+        note(f"{_PROG}: {error_line(error)}")
+        is_usage = isinstance(error, ValueError) and not isinstance(error, EdgemoeError)
+        return _USAGE_ERROR if is_usage else _ERROR
+    finally:
+        drop_stdout()
+    return 0
+
+
+def _allocate(args: argparse.Namespace) -> None:
+    if (args.avg_bits is None) == (args.max_loss is None):
+        raise ValueError("expected either --avg-bits or --max-loss")
+    if args.store and args.out is not None:
+        raise ValueError("expected either --store or -o")
+    for name, method in _ONLY_FOR.items():
+        if getattr(args, name) is not None and args.method != method:
+            raise ValueError(f"--{name.replace('_', '-')}: for --method {method} only")
+    from edgemoe.format import open_moe
+    from edgemoe.lab.allocate import Settings, allocate
+    from edgemoe.lab.calibrate import default_text, windows_of
+    from edgemoe.quant import Calibration
+
+    settings = Settings(
+        average_bits=args.avg_bits, max_loss=args.max_loss, levels=args.levels,
+        exponents=args.exponents or (1, 1, 2), per_layer=args.per_layer, protect=not args.no_protect,
+        seed=args.seed or 0,
+    )  # fmt: skip
+    calibration = None if args.calibration is None else Calibration(args.calibration)
+    windows = None
+    if args.method == "expertwise":
+        text = default_text() if args.text is None else args.text.read_text(encoding="utf-8")
+        windows = windows_of(
+            open_moe(args.model), text, window=args.window or 256, count=args.chunks or 8
+        )
+    with Progress("measuring", unit="expert") as progress:
+        found = allocate(
+            args.model, args.method, settings,
+            calibration=calibration, windows=windows, progress=progress,
+        )  # fmt: skip
+    if args.store:
+        from edgemoe.writer import add_sections
+
+        add_sections(args.model, {"allocation": found.to_json()})
+    else:
+        out: Path = args.out or args.model.with_suffix(".allocation.json")
+        out.write_bytes(found.to_json())
+    _show(found)
+    note(f"{_PROG}: {f'stored in {args.model}' if args.store else f'wrote {out}'}")
+
+
+def _show(found: Allocation) -> None:
+    """Prints how many experts of each layer got which bits."""
+    levels = sorted(set(found.bits.reshape(-1).tolist()))
+    print("| layer | average |" + "".join(f" {b} bits |" for b in levels))
+    print("|---|---|" + "---|" * len(levels))
+    for layer, row in zip(found.layers, found.bits, strict=True):
+        counts = "".join(f" {int((row == b).sum())} |" for b in levels)
+        print(f"| {layer} | {row.mean():.2f} |{counts}")
+    counts = "".join(f" {int((found.bits == b).sum())} |" for b in levels)
+    print(f"| all | {found.average:.2f} |{counts}")
+    if found.protected:
+        which = ", ".join(f"{layer}.{expert}" for layer, expert in found.protected)
+        print(f"\nSuper Experts (layer.expert), protected: {which}")
+    sys.stdout.flush()
+
+
+def _levels(text: str) -> tuple[int, ...]:
+    return tuple(int(b) for b in text.split(","))
+
+
+def _exponents(text: str) -> tuple[float, float, float]:
+    alpha, beta, gamma = map(float, text.split(","))
+    return alpha, beta, gamma
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=_PROG,
+        description="Decide how many bits each routed expert of a model runs at.",
+        epilog=_EPILOG,
+    )
+    # fmt: off
+    parser.add_argument("model", type=Path, metavar="MODEL.moe")
+    parser.add_argument("--avg-bits", type=float, metavar="N", help="the mean over all experts, at most")
+    parser.add_argument("--method", default="error", metavar="METHOD", help="(default: %(default)s)")
+    parser.add_argument("--calibration", type=Path, metavar="FILE", help="of edgemoe calibrate")
+    parser.add_argument("-o", "--out", type=Path, metavar="OUT.json",
+                        help="(default: MODEL.allocation.json)")
+    parser.add_argument("--store", action="store_true",
+                        help="write it into the model file instead, where --bits auto finds it")
+    parser.add_argument("--levels", type=_levels, metavar="N,…",
+                        help="bits that may be given (default: the file's; pmq: the lowest three; "
+                        "else the two next to the average)")
+    parser.add_argument("--exponents", type=_exponents, metavar="A,B,C",
+                        help="pmq: of frequency, gate weight and error (default: 1,1,2 as published; "
+                        "its code computes 1,1.5,1)")
+    parser.add_argument("--per-layer", action="store_true",
+                        help="the same average in every layer, as published for pmq")
+    parser.add_argument("--no-protect", action="store_true",
+                        help="do not give Super Experts the highest of the levels")
+    parser.add_argument("--seed", type=int, metavar="N", help="of random (default: 0)")
+    parser.add_argument("--max-loss", type=float, metavar="X",
+                        help="expertwise, instead of --avg-bits: most mean KL divergence to the highest level")
+    parser.add_argument("--text", type=Path, metavar="FILE",
+                        help="expertwise: what loss is measured on (default: the package's calibration text)")
+    parser.add_argument("--window", type=int, metavar="N",
+                        help="expertwise: tokens of each piece of it (default: 256)")
+    parser.add_argument("--chunks", type=int, metavar="N",
+                        help="expertwise: number of pieces (default: 8)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    # fmt: on
+    return parser

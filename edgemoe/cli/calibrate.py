@@ -1,0 +1,118 @@
+"""`edgemoe calibrate`: sums what flows into a model's matrices, for better quantisation and allocation."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgemoe.cli.console import error_line, note
+from edgemoe.cli.parser import Parser
+from edgemoe.cli.progress import Progress
+from edgemoe.errors import EdgemoeError
+
+__all__ = ["main"]
+
+_PROG = "edgemoe calibrate"
+_ERROR, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
+
+_EPILOG = """\
+OUT.calib is read by `edgemoe convert --calibration` and `edgemoe allocate`.
+The text should be like what the model will be used for, and not what it is
+judged by. An interrupted run leaves OUT.calib.part0 and so on; the same
+command goes on there.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments after `edgemoe calibrate`; None for those of the process.
+
+    Returns:
+        The exit code: 0, 1 for an error (one line on stderr), 2 for wrong usage, 130 for Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        _calibrate(args)
+    except KeyboardInterrupt:
+        note(f"{_PROG}: interrupted; the same command goes on where it stopped")
+        return _INTERRUPTED
+    except Exception as error:
+        if args.verbose:
+            raise
+        note(f"{_PROG}: {error_line(error)}")
+        is_usage = isinstance(error, ValueError) and not isinstance(error, EdgemoeError)
+        return _USAGE_ERROR if is_usage else _ERROR
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    out: Path = args.out or args.model.with_suffix(".calib")
+    if out.exists() and not args.overwrite:
+        raise FileExistsError(f"{out}: exists; --overwrite replaces it")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent}: no such directory")
+    if args.imatrix is not None:
+        for name in ("text", "full", "window", "chunks", "ram", "threads"):
+            if getattr(args, name):
+                raise ValueError(f"--{name}: not together with --imatrix, which is read as it is")
+        from edgemoe.convert.imatrix import convert_imatrix
+
+        missing = convert_imatrix(args.model, args.imatrix, out)
+        if missing:
+            note(f"{_PROG}: {args.imatrix} knows nothing of {', '.join(missing)}")
+    else:
+        from edgemoe.lab.calibrate import WINDOW, calibrate, default_text
+
+        if args.text is None:
+            note("# no --text: the package's own, from Moby-Dick and State of the Union")
+        text = default_text() if args.text is None else _text(args.text)
+        with Progress("calibrating", unit="window") as progress:
+            calibrate(
+                args.model, text, out, full=args.full, window=args.window or WINDOW, count=args.chunks,
+                ram=args.ram, threads=args.threads, progress=progress,
+            )  # fmt: skip
+    note(f"{_PROG}: wrote {out}: {out.stat().st_size / 2**20:.1f} MiB")
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(
+            f"{path}: expected UTF-8 text, got byte 0x{byte:02x} at offset {error.start}"
+        ) from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=_PROG,
+        description="Run a text through a model and sum what flows into every matrix.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("model", type=Path, metavar="MODEL.moe", help="a converted file")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="what to run (default: the package's own text)"
+    )
+    parser.add_argument("-o", "--out", type=Path, metavar="OUT.calib",
+                        help="the file to make (default: beside the model)")  # fmt: skip
+    parser.add_argument("--full", action="store_true",
+                        help="also sum the products of all pairs of inputs, for compensation; takes "
+                        "4 bytes for each, and a pass over the text for as many as fit in memory")  # fmt: skip
+    parser.add_argument("--window", type=int, metavar="N",
+                        help="tokens of each piece of the text (default: 512)")  # fmt: skip
+    parser.add_argument("--chunks", type=int, metavar="N", help="most pieces (default: all)")
+    parser.add_argument("--imatrix", type=Path, metavar="FILE",
+                        help="take the sums from a llama.cpp imatrix (.dat or .gguf) instead")  # fmt: skip
+    parser.add_argument(
+        "--ram", metavar="SIZE", help="memory for the whole process (default: what is free)"
+    )
+    parser.add_argument(
+        "-t", "--threads", type=int, metavar="N", help="(default: the cores there are)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.calib if it exists")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    return parser

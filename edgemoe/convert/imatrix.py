@@ -1,0 +1,173 @@
+"""Reads an importance matrix of llama.cpp, in its GGUF or its older `.dat` form, into a calibration file.
+
+Per matrix it holds the sum of the squares of each input column, and in the GGUF form how many tokens each expert saw
+(llama.cpp, tools/imatrix/imatrix.cpp). The older form holds means alone: every expert gets the same count there, of
+chunks of 512 tokens as llama.cpp itself assumes, so that the reader's rule for rarely used experts does not act.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.config import ModelConfig
+from edgemoe.errors import FormatError
+from edgemoe.format import open_moe
+from edgemoe.quant import write_calibration
+
+__all__ = ["convert_imatrix", "read_imatrix"]
+
+Entry = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""Sums of squares [matrices, cols] and the tokens of each matrix."""
+
+_DENSE = {
+    "q": ("attn_q", "attn_k", "attn_v"),
+    "o": ("attn_output",),
+    "shared.gate": ("ffn_gate_shexp", "ffn_up_shexp", "ffn_gate", "ffn_up"),
+    "shared.down": ("ffn_down_shexp", "ffn_down"),
+}
+_EXPERTS = {
+    "in": ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"),
+    "hidden": ("ffn_down_exps",),
+}
+_CHUNK = 512  # tokens of a call
+_LONGEST_NAME, _MOST_VALUES = 1 << 10, 1 << 28
+
+
+def convert_imatrix(model: str | os.PathLike[str], imatrix: Path, out: Path) -> tuple[str, ...]:
+    """Writes what an imatrix knows of a model to a calibration file.
+
+    Args:
+        model: the `.moe` file that it is for.
+
+    Returns:
+        The inputs of the model, as the file names them, of which the imatrix knows nothing.
+
+    Raises:
+        FormatError: not an imatrix, or not of this model.
+        ImportError: a GGUF file, and the package gguf is not installed.
+    """
+    moe = open_moe(model)
+    entries = read_imatrix(imatrix)
+    tensors, missing = _tensors(moe.config, entries, imatrix)
+    if not tensors:
+        raise FormatError(f"{imatrix}: has nothing that {moe.path} has")
+    tokens = max(int(counts.sum()) for _, counts in entries.values())
+    name = str(moe.source.get("name", moe.path.name))
+    meta = {"source": "imatrix", "model": name, "tokens": str(tokens), "window": "0", "bits": ""}
+    write_calibration(out, tensors, meta)
+    return tuple(missing)
+
+
+def read_imatrix(path: Path) -> dict[str, Entry]:
+    """Returns the entries of an imatrix by llama.cpp's tensor names.
+
+    Raises:
+        FormatError: not an imatrix.
+        ImportError: a GGUF file, and the package gguf is not installed.
+    """
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file") from None
+    return _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
+
+
+def _tensors(
+    config: ModelConfig, entries: Mapping[str, Entry], path: Path
+) -> tuple[dict[str, NDArray[Any]], list[str]]:
+    tensors: dict[str, NDArray[Any]] = {}
+    missing: list[str] = []
+
+    def take(names: tuple[str, ...], ours: str, shape: tuple[int, int]) -> Entry | None:
+        entry = next((entries[n] for n in names if n in entries), None)
+        if entry is None:
+            missing.append(ours)
+            return None
+        sums, counts = entry
+        if len(counts) == 1 and sums.size == shape[0] * shape[1]:  # the older form is flat
+            return sums.reshape(shape), np.repeat(counts, shape[0])
+        if sums.shape != shape:
+            raise FormatError(f"{path}: {names[0]} is {list(sums.shape)}; expected {list(shape)}")
+        return entry
+
+    def dense(ours: str, names: tuple[str, ...], cols: int) -> None:
+        entry = take(names, ours, (1, cols))
+        if entry is not None:
+            tensors[f"dense.{ours}.count"] = entry[1]
+            tensors[f"dense.{ours}.squares"] = entry[0][0]
+
+    d, E = config.hidden_size, config.num_experts
+    for i in range(config.num_layers):
+        shared = config.shared_width(i)
+        cols = {"q": d, "o": config.num_heads * config.head_dim}
+        cols |= {"shared.gate": d, "shared.down": shared} if shared else {}
+        for role, width in cols.items():
+            dense(f"layers.{i}.{role}", tuple(f"blk.{i}.{n}.weight" for n in _DENSE[role]), width)
+        if i not in config.moe_layers:
+            continue
+        for port, width in (("in", d), ("hidden", config.expert_hidden)):
+            ours = f"experts.{i}.{port}"
+            entry = take(tuple(f"blk.{i}.{n}.weight" for n in _EXPERTS[port]), ours, (E, width))
+            if entry is not None:
+                counts = tensors.setdefault(f"experts.{i}.count", entry[1])
+                if not np.array_equal(counts, entry[1]):
+                    raise FormatError(f"{path}: matrices of layer {i}'s experts differ in tokens")
+                tensors[f"{ours}.squares"] = entry[0]
+    dense("embed" if config.tied else "head", ("output.weight",), d)
+    return tensors, missing
+
+
+def _read_gguf(path: Path) -> dict[str, Entry]:
+    from gguf import GGUFReader
+
+    try:
+        tensors = {t.name: np.array(t.data) for t in GGUFReader(path).tensors}
+        out = {}
+        for name, sums in tensors.items():
+            base, dot, kind = name.rpartition(".")
+            if kind == "in_sum2":
+                counts = tensors[f"{base}{dot}counts"].reshape(-1).astype(np.int64)
+                out[base] = (sums.reshape(len(counts), -1).astype(np.float32), counts)
+    # What the gguf package raises on malformed input.
+    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+        raise FormatError(f"{path}: broken GGUF imatrix: {error}") from error
+    if not out:
+        raise FormatError(f"{path}: is a GGUF file, but not an imatrix")
+    return out
+
+
+def _read_dat(path: Path) -> dict[str, Entry]:
+    """Reads i32 entries, then per entry i32 length, name, i32 calls, i32 values, float32 mean squares * calls."""
+    data, at, out = path.read_bytes(), 0, {}
+
+    def number() -> int:
+        nonlocal at
+        at += 4
+        return int(struct.unpack_from("<i", data, at - 4)[0])
+
+    try:
+        for _ in range(number()):
+            length = number()
+            if not 0 < length <= _LONGEST_NAME:
+                raise ValueError(f"a name of {length} bytes")
+            name = data[at : at + length].decode()
+            at += length
+            calls, values = number(), number()
+            if calls < 1 or not 0 < values <= _MOST_VALUES:
+                raise ValueError(f"{name} has {values} values of {calls} calls")
+            sums = np.frombuffer(data, "<f4", values, at) * np.float32(_CHUNK)
+            at += 4 * values
+            out[name] = (sums[None], np.array([calls * _CHUNK], np.int64))
+    except (struct.error, ValueError) as error:
+        raise FormatError(f"{path}: not an imatrix: {error}") from None
+    if not out:
+        raise FormatError(f"{path}: not an imatrix: it has no entries")
+    return out

@@ -1,0 +1,146 @@
+"""Rules that turn what is known of experts into bits: pure functions of arrays, one per paper.
+
+Shapes: L layers, E experts per layer, B candidate levels, ascending. An allocation here is int64 [L, E], an index into
+the levels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["by_rank", "cheapest", "outlier_score", "pmq_cost", "super_experts"]
+
+Floats = NDArray[np.float64]
+Choice = NDArray[np.int64]
+
+_INFINITY = math.inf
+
+
+def cheapest(
+    cost: Floats, bits: Sequence[int], total_bits: int, *, at_least_one: Sequence[int] = ()
+) -> Choice:
+    """Chooses one level per expert so that their cost is least and their bits are at most `total_bits`.
+
+    An exact dynamic programme over (expert, bits used); O(experts * budget * levels).
+
+    Args:
+        cost: [n, B]; infinite where a level is not allowed.
+        bits: [B], ascending.
+        at_least_one: levels (indices) that some expert must have, as PMQ asks.
+
+    Returns:
+        [n] levels. Of equally good ones those with fewer bits for the later experts.
+
+    Raises:
+        ValueError: not even the lowest levels fit, or a level of `at_least_one` does not.
+    """
+    extra = [b - bits[0] for b in bits]
+    unit = math.gcd(*extra) or 1
+    steps = [x // unit for x in extra]
+    room = (total_bits - len(cost) * bits[0]) // unit
+    if room < 0:
+        raise ValueError(
+            f"{total_bits / len(cost):g} bits per expert; the lowest level takes {bits[0]}"
+        )
+    room = min(room, len(cost) * steps[-1])
+    flags = {level: 1 << i for i, level in enumerate(at_least_one)}
+    every = (1 << len(flags)) - 1
+    best = np.full((every + 1, room + 1), _INFINITY)
+    best[0, 0] = 0
+    # How each state was reached: flag * levels + level of the last expert.
+    came = np.zeros((len(cost), every + 1, room + 1), np.int16)
+    for i, row in enumerate(cost):
+        new = np.full_like(best, _INFINITY)
+        for flag in range(every + 1):
+            for level, step in enumerate(steps):
+                if step > room or row[level] == _INFINITY:
+                    continue
+                after = flag | flags.get(level, 0)
+                value = best[flag, : room + 1 - step] + row[level]
+                better = value < new[after, step:]
+                new[after, step:][better] = value[better]
+                came[i, after, step:][better] = flag * len(bits) + level
+        best = new
+    used = int(np.argmin(best[every]))
+    if best[every, used] == _INFINITY:
+        raise ValueError(f"{total_bits} bits do not suffice for what must be among them")
+    out = np.empty(len(cost), np.int64)
+    flag = every
+    for i in range(len(cost) - 1, -1, -1):
+        flag_before, level = divmod(int(came[i, flag, used]), len(bits))
+        out[i] = level
+        used -= steps[level]
+        flag = flag_before
+    return out
+
+
+def pmq_cost(
+    count: Floats, gates: Floats, error: Floats, exponents: tuple[float, float, float]
+) -> Floats:
+    """Returns what each level of each expert of a layer costs: phi^alpha * w^beta * eps^gamma, [E, B].
+
+    MC-MoE (arXiv 2410.06270): exponents 1, 1, 2 as published; 1, 1.5, 1 is what the released solver computes.
+
+    Args:
+        count: [E] times that an expert was chosen.
+        gates: [E] sum of its gate weights.
+        error: [E, B] change of the layer's output when it alone runs at a level, summed Frobenius norms.
+    """
+    alpha, beta, gamma = exponents
+    phi = count / max(count.sum(), 1)
+    w = gates / max(gates.sum(), 1e-30)
+    out: Floats = (phi**alpha * w**beta)[:, None] * error**gamma
+    return out
+
+
+def by_rank(scores: Floats, bits: Sequence[int], average_bits: float, *, per_layer: bool) -> Choice:
+    """Gives the experts with the highest scores the higher of two levels, as many as the average allows, [L, E].
+
+    QuantMoE-Bench (arXiv 2406.08155) ranks by frequency, by position and by outliers, EdgeMoE by measured loss.
+    Equal scores: the earlier expert first.
+
+    Args:
+        scores: [L, E]
+        bits: the two levels' bits.
+
+    Raises:
+        ValueError: the average is outside the levels.
+    """
+    low, high = bits
+    if not low <= average_bits <= high:
+        raise ValueError(f"average bits: expected {low} to {high}, got {average_bits:g}")
+    rows = scores if per_layer else scores.reshape(1, -1)
+    # A hair more, or 0.1 * 30 would be 2.
+    count = int((average_bits - low) / (high - low) * rows.shape[1] + 1e-9)
+    out = np.zeros(rows.shape, np.int64)
+    order = np.argsort(-rows, axis=1, kind="stable")[:, :count]
+    np.put_along_axis(out, order, 1, axis=1)
+    return out.reshape(scores.shape)
+
+
+def outlier_score(w: NDArray[np.float32]) -> float:
+    """Returns QuantMoE-Bench's score of a matrix: max over columns of max |w| / mean |w| in the column.
+
+    Args:
+        w: [rows, cols]
+    """
+    size = np.abs(w)
+    return float((size.max(0) / np.maximum(size.mean(0), 1e-30)).max())
+
+
+def super_experts(output_max: Floats) -> list[tuple[int, int]]:
+    """Returns the (layer position, expert) whose outputs are extreme, in order.
+
+    Super Experts (arXiv 2507.23279): in the first three quarters of the layers, the largest |output| lies above the
+    99.5th percentile of all experts there and above a tenth of the largest.
+
+    Args:
+        output_max: [L, E], largest |value| of each expert's output.
+    """
+    early = output_max[: max(1, int(0.75 * len(output_max)))]
+    found = (early > np.percentile(early, 99.5)) & (early > early.max() / 10)
+    return [(int(layer), int(expert)) for layer, expert in np.argwhere(found)]

@@ -1,0 +1,107 @@
+"""Bits per expert, decided offline: the value and its JSON form.
+
+    edgemoe_allocation  1
+    method     how it was found, as `edgemoe allocate --method` names it
+    settings   what else it was found with: strings, numbers and lists
+    layers     [L] model layers with routed experts
+    bits       [L][E] bits of each expert, levels of the file
+    protected  [[layer, expert], …]: Super Experts, which were given the highest level in use
+
+It is a file of its own, or the section "allocation" of a `.moe` file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.config import ModelConfig
+from edgemoe.errors import FormatError
+
+__all__ = ["Allocation"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Allocation:
+    """Says how many bits each routed expert runs at."""
+
+    method: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    layers: tuple[int, ...]
+    """Model layers with routed experts."""
+    bits: NDArray[np.int8]
+    """[L, E]"""
+    protected: tuple[tuple[int, int], ...] = ()
+    """(layer, expert)"""
+
+    @property
+    def average(self) -> float:
+        """Returns the mean bits of an expert."""
+        return float(self.bits.mean())
+
+    def to_json(self) -> bytes:
+        """Returns the JSON form."""
+        value = {
+            "edgemoe_allocation": _VERSION, "method": self.method, "settings": dict(self.settings),
+            "layers": list(self.layers), "bits": self.bits.tolist(),
+            "protected": [list(p) for p in self.protected],
+        }  # fmt: skip
+        return json.dumps(value).encode() + b"\n"
+
+    @classmethod
+    def from_json(cls, content: bytes, where: str) -> Allocation:
+        """Reads the JSON form.
+
+        Args:
+            where: what errors call it.
+
+        Raises:
+            FormatError: not an allocation.
+        """
+        try:
+            value = json.loads(content)
+            if value["edgemoe_allocation"] != _VERSION:
+                raise FormatError(
+                    f"{where}: allocation version {value['edgemoe_allocation']!r}; expected 1"
+                )
+            bits = np.array(value["bits"], np.int64)
+            layers = tuple(map(int, value["layers"]))
+            if bits.ndim != 2 or len(bits) != len(layers) or ((bits < 1) | (bits > 8)).any():
+                raise ValueError
+            return cls(
+                method=str(value["method"]), settings=dict(value["settings"]), layers=layers,
+                bits=bits.astype(np.int8),
+                protected=tuple((int(layer), int(expert)) for layer, expert in value["protected"]),
+            )  # fmt: skip
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+            if isinstance(error, FormatError):
+                raise
+            raise FormatError(f"{where}: not an allocation of edgemoe") from None
+
+    def check(self, config: ModelConfig, levels: tuple[int, ...], where: str) -> None:
+        """Checks that a model can run it.
+
+        Args:
+            levels: bits of the file's levels.
+
+        Raises:
+            FormatError: it is of another model.
+        """
+        expected = (len(config.moe_layers), config.num_experts)
+        if self.layers != config.moe_layers or self.bits.shape != expected:
+            raise FormatError(
+                f"{where}: is for {self.bits.shape[0]} layers of {self.bits.shape[1]} experts; "
+                f"the model has {expected[0]} of {expected[1]}"
+            )
+        unknown = sorted(set(self.bits.reshape(-1).tolist()) - set(levels))
+        if unknown:
+            raise FormatError(
+                f"{where}: asks for {unknown[0]} bits; the file has {', '.join(map(str, levels))}"
+            )

@@ -1,0 +1,109 @@
+"""Operations that show what flows into every matrix, for calibration. Results are those of `CpuOps`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+from edgemoe.ops import CpuOps, OpsShape
+from edgemoe.plan import Plan
+
+__all__ = ["Tap", "TapOps"]
+
+Array = NDArray[np.float32]
+
+
+class Tap(Protocol):
+    """Is shown activations. All arrays are valid for the call alone."""
+
+    def dense(self, name: str, x: Array) -> None:
+        """The matrix `name` is applied to x [T, cols]; shown once where matrices share their input."""
+
+    def experts(
+        self,
+        plan: Plan,
+        group: Sequence[int],
+        x: Array,
+        hidden: Array,
+        parts: Array,
+        at_level: Callable[[int], Array],
+    ) -> None:
+        """Experts at positions `group` of a plan were run.
+
+        Args:
+            x: [T, D], inputs of w_gate and w_up.
+            hidden: [m, H], inputs of w_down by row of the plan; rows of other positions are not defined.
+            parts: [m, D], outputs; likewise.
+            at_level: runs the group again at fewer rungs and returns its parts; scratch, until the next call.
+        """
+
+
+class TapOps(CpuOps):
+    """Shows a `Tap` what it computes with."""
+
+    def __init__(
+        self, shape: OpsShape, tap: Tap, names: Mapping[int, str], *, max_parts: int, hidden: int
+    ) -> None:
+        """Args:
+        names: of the dense matrices, by `id`.
+        max_parts: most rows of parts of a layer.
+        hidden: H, the width of routed experts.
+        """
+        super().__init__(shape)
+        self._tap = tap
+        self._names = names
+        self._max_hidden = shape.max_hidden
+        self._hidden = np.empty((max_parts, hidden), np.float32)
+        self._again: Array | None = None
+
+    def linear(self, x: Array, weights: Sequence[_core.Nested], outs: Sequence[Array]) -> None:
+        """See `CpuOps.linear`."""
+        super().linear(x, weights, outs)
+        self._tap.dense(self._names[id(weights[0])], x)
+
+    def ffn(
+        self,
+        x: Array,
+        gate: _core.Nested,
+        up: _core.Nested,
+        down: _core.Nested,
+        out: Array,
+        *,
+        hidden: Array | None = None,
+    ) -> None:
+        """See `CpuOps.ffn`."""
+        if hidden is None:
+            hidden = np.empty((len(x), gate.rows), np.float32)
+        super().ffn(x, gate, up, down, out, hidden=hidden)
+        self._tap.dense(self._names[id(gate)], x)
+        self._tap.dense(self._names[id(down)], hidden)
+
+    def expert_ffn(
+        self,
+        x: Array,
+        cache: _core.Cache,
+        experts: NDArray[np.int32],
+        levels: NDArray[np.int8],
+        plan: Plan,
+        group: Sequence[int],
+        parts: Array,
+        *,
+        hidden: Array | None = None,
+    ) -> None:
+        """See `CpuOps.expert_ffn`."""
+        inner = self._hidden if hidden is None else hidden
+        run = super().expert_ffn
+        run(x, cache, experts, levels, plan, group, parts, hidden=inner[: len(parts)])
+
+        def at_level(level: int) -> Array:
+            if self._again is None:
+                self._again = np.empty_like(parts)
+            fewer = np.full_like(levels, level)
+            run(x, cache, experts, fewer, plan, group, self._again)
+            return self._again
+
+        self._tap.experts(plan, group, x, inner, parts, at_level)
