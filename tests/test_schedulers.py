@@ -369,7 +369,11 @@ def test_expertwise_preloads_the_likeliest_missing_experts():
 
 
 def allocation(bits):
-    return {"allocation": json.dumps({"bits": bits}).encode()}
+    value = {
+        "edgemoe_allocation": 1, "method": "test", "settings": {}, "layers": list(range(len(bits))),
+        "bits": bits, "protected": [],
+    }  # fmt: skip
+    return {"allocation": json.dumps(value).encode()}
 
 
 def test_allocated_bits_are_planned_and_announced():

@@ -2,42 +2,35 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.errors import FormatError
+from edgemoe.quant import Allocation
 from edgemoe.scheduler.base import Setting
 
 __all__ = ["allocated_bits"]
 
 
 def allocated_bits(setting: Setting) -> NDArray[np.int8] | None:
-    """Returns the bits of every expert, int8 [num_layers, num_experts], at most `setting.bits`; None without a section.
-
-    The section is JSON with `bits`, a list per layer of one number per expert, each one of the file's levels.
+    """Returns the bits of every expert [num_layers, num_experts], at most `setting.bits`; None without a section.
 
     Raises:
-        FormatError: the section is not that.
+        FormatError: the section is not an `Allocation` of this model.
     """
     section = setting.sections.get("allocation")
     if section is None:
         return None
-    try:
-        bits = np.array(json.loads(section)["bits"])
-        is_sound = (
-            bits.shape == (setting.num_layers, setting.num_experts) and bits.dtype.kind == "i"
-        )
-    except (ValueError, KeyError, TypeError):
-        is_sound = False
-    if not is_sound:
+    found = Allocation.from_json(section, "section allocation").bits
+    if found.shape != (setting.num_layers, setting.num_experts):
         raise FormatError(
-            "allocation: expected JSON with whole numbers `bits` "
-            f"[{setting.num_layers}][{setting.num_experts}]"
+            f"section allocation: is for {found.shape[0]} layers of {found.shape[1]} experts; "
+            f"the model has {setting.num_layers} of {setting.num_experts}"
         )
-    out: NDArray[np.int8] = np.minimum(bits, setting.bits).astype(np.int8)
-    wrong = out[~np.isin(out, setting.level_bits)]
+    bits: NDArray[np.int8] = np.minimum(found, np.int8(setting.bits))
+    wrong = bits[~np.isin(bits, setting.level_bits)]
     if wrong.size:
-        raise FormatError(f"allocation: {int(wrong[0])} bits are not one of the file's levels")
-    return out
+        raise FormatError(
+            f"section allocation: {int(wrong[0])} bits are not one of the file's levels"
+        )
+    return bits
