@@ -71,9 +71,14 @@ class Allocation:
                 raise FormatError(
                     f"{where}: allocation version {value['edgemoe_allocation']!r}; expected 1"
                 )
-            bits = np.array(value["bits"], np.int64)
+            bits = np.array(value["bits"])
             layers = tuple(map(int, value["layers"]))
-            if bits.ndim != 2 or len(bits) != len(layers) or ((bits < 1) | (bits > 8)).any():
+            if (
+                bits.dtype.kind != "i"
+                or bits.ndim != 2
+                or len(bits) != len(layers)
+                or ((bits < 1) | (bits > 8)).any()
+            ):
                 raise ValueError
             return cls(
                 method=str(value["method"]), settings=dict(value["settings"]), layers=layers,
