@@ -8,9 +8,9 @@ exactly the same tokens. Little-endian:
     f32 scale, f32 minimum, u16 [V] of values q, and one unused u16 where V is odd
 
 The log-probability of a token is scale * q + minimum, in nats. The range of q is the 16 nats below the likeliest token;
-what lies further below is put there. Rounding moves the KL divergence at a position by 1e-5 either way, and its mean over
-1,000 positions by 3e-7 (a model of 4,096 tokens against itself). Where a tokenizer has a first token, the models saw
-it in the place of each chunk's first one.
+what lies further below is put there. Rounding moves the KL divergence at a position by 1e-5 either way, and its mean
+over 1,000 positions by 3e-7 (measured: a model of 4,096 tokens against itself). Where a tokenizer has a first token,
+the models saw it in the place of each chunk's first one.
 """
 
 from __future__ import annotations
