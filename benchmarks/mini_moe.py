@@ -37,17 +37,17 @@ SAVE_EVERY = 50
 
 
 def split(texts: Sequence[str]) -> tuple[list[str], str]:
-    """Returns what to train on and what to hold out: pieces at even distances, cut at ends of lines."""
+    """Returns what to train on and what to hold out: pieces at even distances, cut between words."""
     whole = f"\n{END}\n".join(texts)
     count = HELD_OUT_BYTES // PIECE
     train, held, at = [], [], 0
     for i in range(count):
-        start = whole.find("\n", len(whole) * (2 * i + 1) // (2 * count)) + 1
-        end = whole.find("\n", start + PIECE) + 1 or len(whole)
+        start = whole.find(" ", len(whole) * (2 * i + 1) // (2 * count)) + 1
+        end = whole.find(" ", start + PIECE) + 1 or len(whole)
         train.append(whole[at:start])
         held.append(whole[start:end].replace(END, ""))
         at = end
-    return [*train, whole[at:]], "".join(held)
+    return [*train, whole[at:]], "\n".join(held)
 
 
 def get_tokenizer(out: Path, texts: Sequence[str]) -> Tokenizer:
