@@ -56,6 +56,14 @@ _TYPES = (
     ("Q8_0", "Q8_0", (), False),
 )
 
+_FIGURES = {
+    "kl": r"Mean +KLD: +([\d.]+)",
+    "kl_error": r"Mean +KLD:.*± +([\d.]+)",
+    "kl_99": r"99.0% +KLD: +([\d.]+)",
+    "same_top": r"Same top p: +([\d.]+)",
+    "perplexity": r"Mean PPL\(Q\) +: +([\d.]+)",
+}
+
 _SAME_SIZE = 1.05
 """How much larger theirs may be, to stand beside one of our levels: 2.625 bits per weight beside 2.5."""
 
@@ -96,31 +104,31 @@ def theirs(args: argparse.Namespace, work: Path, source: Path, base: Path) -> li
                 *(("--imatrix", imatrix) if with_imatrix else ()), source, quantised, kind,
                 args.threads,
             )  # fmt: skip
-            out = run(
-                args.llama_cpp / "llama-perplexity", "-m", quantised, *_context(args),
-                "--kl-divergence", "--kl-divergence-base", base,
-            )  # fmt: skip
-
-            def figure(label: str, out: str = out) -> float:
-                found = re.search(rf"{re.escape(label)}\s*:\s*([\d.]+)", out)
-                if found is None:
-                    sys.exit(f"llama-perplexity: no {label!r} in its output: {out[-400:]}")
-                return float(found[1])
-
+            figures = divergence(args, quantised, base)
             rows.append(
                 {
                     "name": f"{name}{' + imatrix' * with_imatrix}",
                     "bits_per_weight": gguf_bits_per_weight(quantised),
-                    "kl": figure("Mean    KLD"),
-                    "kl_error": float(re.search(r"Mean    KLD:.*?±\s*([\d.]+)", out)[1]),
-                    "kl_99": figure("99.0%   KLD"),
-                    "same_top": figure("Same top p") / 100,
-                    "perplexity": figure("Mean PPL(Q)"),
+                    **figures,
                 }
             )
             show(rows[-1])
     quantised.unlink()
     return rows
+
+
+def divergence(args: argparse.Namespace, model: Path, base: Path) -> dict[str, float]:
+    """Returns what llama-perplexity says about a model."""
+    for _ in range(3):  # it ends now and then before its last lines are written
+        out = run(
+            args.llama_cpp / "llama-perplexity", "-m", model, *_context(args),
+            "--kl-divergence", "--kl-divergence-base", base,
+        )  # fmt: skip
+        found = {name: re.search(pattern, out) for name, pattern in _FIGURES.items()}
+        if all(found.values()):
+            figures = {name: float(match[1]) for name, match in found.items() if match}
+            return {**figures, "same_top": figures["same_top"] / 100}
+    sys.exit(f"llama-perplexity: not all figures in its output: {out[-400:]}")
 
 
 def ours(args: argparse.Namespace, moe: Path, base: Path) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -115,6 +116,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
     for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"{path.parent}: no such directory")
+    if args.store and args.model.exists() and not os.access(args.model, os.W_OK):
+        raise PermissionError(f"--store: {args.model} cannot be written")
     if args.plot is not None:
         from edgemoe.lab.plot import check_plot
 

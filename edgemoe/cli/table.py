@@ -22,5 +22,5 @@ def quality_line(row: Mapping[str, Any]) -> str:
         )
     return (
         f"| {row['scheduler']} | {row['average_bits']:.3g} | {row['dense_bits']} "
-        f"| {row['bits_per_weight']:.3f} | {row['perplexity']:.4f} | {divergence} |"
+        f"| {row['bits_per_weight']:.3f} | {row['perplexity']:.6g} | {divergence} |"
     )
