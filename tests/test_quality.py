@@ -251,6 +251,7 @@ def test_command_compares_with_other_references(tiny_moe: Path, tmp_path: Path, 
     assert (
         rows(*with_text, "--reference", 8) == rows(*with_text, "--reference", tiny_moe) == highest
     )
+    assert 0 < rows(*with_text, "--bits", 8, "-ctk", "q8_0")[0]["kl"] < highest[0]["kl"]
     assert rows(*with_text, "--reference", 4)[0]["kl"] != highest[0]["kl"]
     tokenizer = Tokenizer.from_files(open_moe(tiny_moe).sections)
     sample = Sample.of_text(text.read_text(), tokenizer, chunk=CHUNK)
@@ -270,6 +271,7 @@ def test_command_compares_with_other_references(tiny_moe: Path, tmp_path: Path, 
         (("MODEL", "--reference", "."), "--reference: . is a directory; benchmarks/reference_"),
         (("MODEL", "--reference", "absent"), "absent: No such file or directory"),
         (("MODEL", "--scheduler", "magic"), "--scheduler: expected one of on-demand"),
+        (("MODEL", "-ctk", "q4_0"), "expected f16 or q8_0"),
         (("MODEL", "--chunks", 0), "--chunks: expected at least 1, got 0"),
         (("MODEL", "--chunk", 600, "--chunks", 1), "context: expected 1 to 512"),
         (("MODEL", "--text", "short.txt"), "the text has 5 tokens; expected at least 1 × 512"),

@@ -79,17 +79,18 @@ def _run(args: argparse.Namespace) -> None:
     from edgemoe.lab.levels import bits_per_weight, levels
     from edgemoe.lab.quality import measure
 
-    _check_outputs(args)  # before hours are spent
+    _check(args)  # before hours are spent
     moe = open_moe(args.model)
     sizes = levels(moe)
     trials = [_trial(args, moe, s, bits) for s in args.scheduler for bits in _bits(args, moe)]
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        sample, about, reference, known = _reference(args, moe, stack)
+        sample, about, reference, base, known = _reference(args, moe, stack)
         print(QUALITY_HEAD, flush=True)
         for trial in trials:
-            quality = known.get(_key(trial))
-            if quality is None:
+            if known is not None and dataclasses.replace(trial, decode=False) == base:
+                quality = known
+            else:
                 with Progress(f"{trial.bits} bits, {trial.scheduler}", unit="chunk") as progress:
                     quality = measure(
                         args.model, trial, sample, reference=reference, progress=progress
@@ -112,7 +113,10 @@ def _run(args: argparse.Namespace) -> None:
         note(f"# stored in {args.model}; edgemoe inspect shows it")
 
 
-def _check_outputs(args: argparse.Namespace) -> None:
+def _check(args: argparse.Namespace) -> None:
+    from edgemoe.model import KvTypes
+
+    KvTypes(args.cache_type_k, args.cache_type_v)
     for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise FileNotFoundError(f"{path.parent}: no such directory")
@@ -142,7 +146,8 @@ def _trial(args: argparse.Namespace, moe: MoeFile, scheduler: str, bits: int) ->
         moe.dense_level(args.dense_bits)
     return Trial(
         bits=bits, dense_bits=args.dense_bits or _dense_bits(moe, bits), scheduler=scheduler,
-        ram=args.ram, threads=args.threads, verify=not args.no_verify, decode=args.decode,
+        cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v, ram=args.ram,
+        threads=args.threads, verify=not args.no_verify, decode=args.decode,
     )  # fmt: skip
 
 
@@ -151,17 +156,13 @@ def _dense_bits(moe: MoeFile, bits: int) -> int:
     return moe.dense_ladder[min(moe.level(bits), len(moe.dense_ladder)) - 1]
 
 
-def _key(trial: Trial) -> tuple[object, ...]:
-    return trial.scheduler, trial.bits, trial.dense_bits
-
-
 # ------------------------------------------------------------ text and reference
 
 
 def _reference(
     args: argparse.Namespace, moe: MoeFile, stack: ExitStack
-) -> tuple[Sample, str, LogProbs, dict[tuple[object, ...], Quality]]:
-    """Returns what is measured on, a line about it, the reference, and the trial that this has measured already."""
+) -> tuple[Sample, str, LogProbs, Trial | None, Quality | None]:
+    """Returns what is measured on, a line about it, the reference, and what of this file that has measured already."""
     from edgemoe.format import open_moe
     from edgemoe.lab.logprobs import LogProbs
     from edgemoe.lab.quality import Sample, Trial, first_token, recorded
@@ -177,7 +178,8 @@ def _reference(
         saved = stack.enter_context(LogProbs(given))
         first = None if tokenizer is None else first_token(tokenizer)
         sample = Sample(saved.windows[: args.chunks], first)
-        return sample, f"tokens and reference: {Path(given).name}, {_shape(sample)}", saved, {}
+        about = f"tokens and reference: {Path(given).name}, {_shape(sample)}"
+        return sample, about, saved, None, None
     if tokenizer is None:
         raise FormatError(
             f"{moe.path}: has no tokenizer; a --reference with tokens makes up for it"
@@ -201,7 +203,7 @@ def _reference(
     with Progress(f"reference, {bits} bits", unit="chunk") as progress:
         quality, reference = stack.enter_context(recorded(path, trial, sample, progress=progress))
     about = f"text: {name}, {_shape(sample)}; reference: {path.name}, {bits} bits"
-    return sample, about, reference, {_key(trial): quality} if path == args.model else {}
+    return sample, about, reference, trial, quality if path == args.model else None
 
 
 def _is_saved(path: Path) -> bool:
@@ -243,6 +245,7 @@ def _row(trial: Trial, size: float, quality: Quality) -> dict[str, Any]:
         "scheduler": trial.scheduler,
         "bits": trial.bits,
         "dense_bits": trial.dense_bits,
+        "cache_types": [trial.cache_type_k, trial.cache_type_v],
         "bits_per_weight": size,
         **dataclasses.asdict(quality),
     }
@@ -266,6 +269,9 @@ def _parser() -> argparse.ArgumentParser:
                         help="may be repeated (default: on-demand)")  # fmt: skip
     parser.add_argument("--decode", action="store_true",
                         help="token by token, as replies are made: some schedulers act then only")  # fmt: skip
+    for letter, what in (("k", "keys"), ("v", "values")):
+        parser.add_argument(f"-ct{letter}", f"--cache-type-{letter}", default="f16", metavar="TYPE",
+                            help=f"how {what} are kept: f16 or q8_0 (default: f16)")  # fmt: skip
     parser.add_argument(
         "--chunk", type=int, metavar="N", help=f"tokens of each (default: {_CHUNK})"
     )

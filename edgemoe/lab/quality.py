@@ -109,6 +109,8 @@ class Trial:
     scheduler: str = "on-demand"
     options: Mapping[str, Any] = field(default_factory=dict)
     """The scheduler's own."""
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
     ram: int | str | None = None
     threads: int | None = None
     verify: bool = True
@@ -135,7 +137,8 @@ def measure(
     """
     with load(
         path, bits=trial.bits, dense_bits=trial.dense_bits, scheduler=trial.scheduler,
-        options=trial.options, ram=trial.ram, threads=trial.threads, verify=trial.verify,
+        options=trial.options, cache_type_k=trial.cache_type_k, cache_type_v=trial.cache_type_v,
+        ram=trial.ram, threads=trial.threads, verify=trial.verify,
         context=sample.windows.shape[1], whole_process=True,
     ) as engine:  # fmt: skip
         step = 1 if trial.decode else None
