@@ -32,10 +32,10 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.gguf import GGUFCheckpoint
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.llama import head, hidden_states
+from edgemoe.lab.text import default_text
 
 _ROOT = Path(__file__).parents[1]
 _UPDATE = _ROOT / "edgemoe" / "convert" / "data" / "smollm2-moe-update.safetensors"
-_HELD_OUT = _ROOT / "tests" / "data" / "held_out.txt"
 
 Logits = Callable[[NDArray[np.int64]], NDArray[np.float32]]
 """Token ids [T] of one text -> logits [T, V]."""
@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     """Returns one row per model and number of experts, and prints them as they come."""
     dense = GGUFCheckpoint(args.dense) if args.dense.is_file() else HFCheckpoint(args.dense)
     tokenizer = Tokenizer.from_str(dense.files["tokenizer.json"].decode())
-    ids = np.asarray(tokenizer.encode(_HELD_OUT.read_text(encoding="utf-8")).ids, np.int64)
+    ids = np.asarray(tokenizer.encode(default_text()).ids, np.int64)
     count = len(ids) // args.window if args.windows is None else args.windows
     windows = ids[: count * args.window].reshape(count, args.window)
     yardstick = perplexity(dense_logits(dense), windows)

@@ -329,10 +329,16 @@ class Engine:
             self._meter.hash(out[-1].copy())
         return out
 
-    def extend(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+    def extend(
+        self, ids: Sequence[int] | NDArray[np.integer[Any]], *, last_only: bool = True
+    ) -> NDArray[np.float32]:
         """Adds tokens to the sequence of the last call and returns the logits of the last, float32 [1, V].
 
         For decoding loops of one's own. The result is scratch, valid until the next call.
+
+        Args:
+            ids: [T] tokens, at least one.
+            last_only: False for the logits of all of them, float32 [T, V]; the caller's own.
 
         Raises:
             ValueError: too many tokens, none, or one outside the vocabulary.
@@ -344,11 +350,14 @@ class Engine:
             self._kv.length = known  # Ctrl-C may have come between the two
             self._call += 1
             self._meter.start()
+            out = self._logits
+            if not last_only:
+                out = np.empty((len(tokens), self.config.vocab_size), np.float32)
             start = time.perf_counter()
-            self._evaluate(tokens, self._logits)
+            self._evaluate(tokens, out)
             self._meter.prompt(len(tokens), known, time.perf_counter() - start)
-            self._meter.hash(self._logits[0])
-        return self._logits
+            self._meter.hash(out[-1] if last_only else out[-1].copy())
+        return out
 
     def generate(self, ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[int]:
         """Yields tokens as they are made, until an end token, `max_tokens` or the end of the context.

@@ -23,6 +23,7 @@ from edgemoe.convert.llama import head, hidden_states
 from edgemoe.convert.partition import partition
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
+from edgemoe.lab.text import default_text
 
 _IDS = np.random.default_rng(0).integers(0, 298, (3, 40))
 _WIDTHS: dict[str, Any] = {"num_experts": 4, "shared": 32}  # 32 + 4 x 16 of 96
@@ -305,8 +306,7 @@ def test_only_calibration_needs_scipy(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_texts_share_no_sentence() -> None:
-    root = Path(__file__).parent
-    held_out = (root / "data" / "held_out.txt").read_text(encoding="utf-8")
+    held_out = default_text()
     package = Path(sys.modules["edgemoe.convert"].__path__[0])
     calibration = (package / "data" / "calibration.txt").read_text(encoding="utf-8")
     # Addresses begin alike: "Fellow-Citizens of the Senate and House of Representatives".

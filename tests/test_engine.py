@@ -201,7 +201,9 @@ def test_tokens_may_be_added_one_by_one(tiny_moe, expected):
         rows = [engine.logits(IDS[:1])[0]]
         rows += [engine.extend(IDS[i : i + 1])[0].copy() for i in range(1, 20)]
         assert np.array_equal(np.array(rows), expected[8][0][:20])
-        assert np.array_equal(engine.extend(IDS[20:150])[0], expected[8][0][-1])
+        some = engine.extend(IDS[20:40], last_only=False)
+        assert np.array_equal(some, expected[8][0][20:40])
+        assert np.array_equal(engine.extend(IDS[40:150])[0], expected[8][0][-1])
         with pytest.raises(ValueError, match=r"400 tokens do not fit .* with 150 tokens in it"):
             engine.extend([0] * 400)
 

@@ -14,6 +14,8 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "calibrate": ("edgemoe.cli.calibrate", "sum what flows into a model's matrices"),
     "convert": ("edgemoe.cli.convert", "make a .moe file from a checkpoint"),
     "demo": ("edgemoe.cli.demo", "build the demo model"),
+    "inspect": ("edgemoe.cli.inspect", "say what a .moe file holds, and check it"),
+    "quality": ("edgemoe.cli.quality", "measure what levels and schedulers cost in quality"),
     "schedulers": ("edgemoe.cli.scheduling", "tell what may decide, and its options"),
     "run": ("edgemoe.cli.run", "chat with a model; also installed as edgemoe-run"),
 }

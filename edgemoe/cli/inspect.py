@@ -1,0 +1,154 @@
+"""`edgemoe inspect`: what a `.moe` file holds, and whether it is sound."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.cli.console import drop_stdout, error_line, note
+from edgemoe.cli.parser import Parser
+from edgemoe.cli.progress import Progress
+from edgemoe.cli.table import QUALITY_HEAD, quality_line
+
+if TYPE_CHECKING:
+    from edgemoe.format import MoeFile
+
+__all__ = ["main"]
+
+_PROG = "edgemoe inspect"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0; 1 for an error or a file with a wrong sum, which is one line each on stderr; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with code 2 at wrong usage.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        code = _run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if args.verbose:
+            raise
+        note(f"{_PROG}: {error_line(error)}")
+        return 1
+    finally:
+        drop_stdout()
+
+
+def _run(args: argparse.Namespace) -> int:
+    from edgemoe.format import open_moe
+    from edgemoe.lab.summary import summary
+
+    moe = open_moe(args.model)
+    about = summary(moe)
+    broken: list[str] = []
+    if args.verify:
+        from edgemoe.verify import verify
+
+        with Progress(f"verifying {moe.path.name}", unit="B") as progress:
+            broken = verify(moe, progress=progress)
+        about["broken"] = broken
+    if args.json:
+        print(json.dumps(about, indent=1))
+    else:
+        for line in _lines(moe, about):
+            print(line)
+        if args.verify and not broken:
+            print("\nverified: every sum matches")
+    for what in broken:
+        note(f"{_PROG}: {moe.path}: {what}: the sum does not match")
+    return 1 if broken else 0
+
+
+def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
+    from edgemoe.lab.summary import groups
+
+    c = moe.config
+    yield f"{about['file']}: {c.family}, {_size(moe.file_bytes)}"
+    yield (
+        f"  {c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads of {c.head_dim} "
+        f"({c.num_kv_heads} for keys and values), vocabulary {c.vocab_size}, context {c.context_length}"
+    )
+    shared = max(c.shared_hidden, default=0)
+    yield (
+        f"  {c.num_experts} experts of width {c.expert_hidden} in {len(c.moe_layers)} layers, "
+        f"{c.experts_per_token} per token{f', and a shared one of {shared}' if shared else ''}"
+    )
+    yield f"  made from {about['source'].get('name', 'an unnamed checkpoint')}"
+    yield f"  {about['scheme']}"
+    yield ""
+    yield "| level | gate, up, down | experts | dense bits | all else | bits/weight |"
+    yield "|---|---|---|---|---|---|"
+    for level in about["levels"]:
+        yield (
+            f"| {level['bits']} bits | {', '.join(map(str, level['ladder']))} | {_size(level['expert_bytes'])} "
+            f"| {level['dense_bits']} | {_size(level['dense_bytes'])} | {level['bits_per_weight']:.3f} |"
+        )
+    yield ""
+    yield "| tensors | shape | kind | bytes |"
+    yield "|---|---|---|---|"
+    experts = about["experts"]
+    yield (
+        f"| {experts['count']} × expert | 3 × [{c.expert_hidden}, {c.hidden_size}] | nested "
+        f"| {_size(experts['count'] * experts['record_bytes'])} |"
+    )
+    for name, kind, shape, count, size in groups(moe):
+        times = f"{count} × " if count > 1 else ""
+        yield f"| {times}{name} | {list(shape)} | {kind} | {_size(size)} |"
+    yield ""
+    sections = (f"{name} {_size(size)}" for name, size in about["sections"].items())
+    yield f"sections: {', '.join(sections) or 'none'}"
+    if about.get("quality"):
+        yield ""
+        yield from _quality(about["quality"])
+
+
+def _quality(stored: dict[str, Any]) -> Iterator[str]:
+    """Yields the table that `edgemoe quality --store` has kept."""
+    try:
+        lines = [quality_line(row) for row in stored["rows"]]
+        yield f"quality, measured on {stored['measured_on']}"
+    except (KeyError, TypeError, ValueError):
+        yield "quality: stored by another version; --json shows it"
+        return
+    yield QUALITY_HEAD
+    yield from lines
+
+
+def _size(count: int) -> str:
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count} B"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=_PROG, description="Say what a .moe file holds, and check it.")
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a .moe file")
+    parser.add_argument(
+        "--verify", action="store_true", help="read all weights and check their sums"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""What each level of a file takes, counted from the file: bytes, and bits per weight with scales and padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgemoe.format import MoeFile
+
+__all__ = ["Level", "bits_per_weight", "levels"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """Is one prefix of the file's matrices."""
+
+    bits: int
+    """By which the level is called: those of w_gate."""
+    ladder: tuple[int, int, int]
+    """Bits of w_gate, w_up and w_down."""
+    dense_bits: int
+    """Bits of the other matrices at the same rung."""
+    expert_bytes: int
+    """Of all routed experts."""
+    dense_bytes: int
+    """Of all other matrices."""
+    expert_weights: int
+    dense_weights: int
+
+    @property
+    def bytes(self) -> int:
+        """Returns the bytes of all matrices; routers, norms and biases are float32 and not counted."""
+        return self.expert_bytes + self.dense_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Returns the average over all matrices."""
+        return 8 * self.bytes / (self.expert_weights + self.dense_weights)
+
+
+def levels(moe: MoeFile) -> list[Level]:
+    """Returns a file's levels, ascending."""
+    config, count = moe.config, len(moe.experts.offsets)
+    nested = [t for t in moe.tensors.values() if t.spec.kind == "nested"]
+    dense_weights = sum(int(np.prod(t.spec.shape)) for t in nested)
+    out = []
+    for rung, (ladder, end) in enumerate(zip(moe.ladder, moe.experts.ends, strict=True)):
+        dense_rung = min(rung, len(moe.dense_ladder) - 1)
+        out.append(
+            Level(
+                bits=ladder[0],
+                ladder=ladder,
+                dense_bits=moe.dense_ladder[dense_rung],
+                expert_bytes=count * end,
+                dense_bytes=sum(sum(t.lengths[: dense_rung + 1]) for t in nested),
+                expert_weights=count * 3 * config.hidden_size * config.expert_hidden,
+                dense_weights=dense_weights,
+            )
+        )
+    return out
+
+
+def bits_per_weight(all_levels: Sequence[Level], average_bits: float, dense_bits: int) -> float:
+    """Returns bits per weight over all matrices where experts have `average_bits`, between levels by interpolation.
+
+    Args:
+        dense_bits: of one of the levels.
+    """
+    dense = next(level for level in all_levels if level.dense_bits == dense_bits)
+    experts = np.interp(
+        average_bits,
+        [level.bits for level in all_levels],
+        [8 * level.expert_bytes / level.expert_weights for level in all_levels],
+    )
+    total = dense.expert_weights + dense.dense_weights
+    return (float(experts) * dense.expert_weights + 8 * dense.dense_bytes) / total
