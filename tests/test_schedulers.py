@@ -15,7 +15,7 @@ import edgemoe
 from edgemoe.budget import Budget
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler import KINDS, SCHEDULERS, Setting
-from edgemoe.scheduler.auto import Auto, Trial
+from edgemoe.scheduler.auto import Auto
 from edgemoe.scheduler.combined import Combined
 from edgemoe.scheduler.d2moe import D2moe
 from edgemoe.scheduler.evict import HobbitWeights, make_eviction
@@ -26,6 +26,7 @@ from edgemoe.scheduler.mc import Mc
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.plans import keep_slots, plan_slots, slot_bits
 from edgemoe.scheduler.predict import NextUse, Transitions
+from edgemoe.scheduler.trial import Trial
 
 LEVELS = (2, 3, 4, 6, 8)
 LOSSY = {"hobbit", "d2moe", "mc"}
@@ -700,8 +701,12 @@ def test_auto_keeps_what_pays():
     run_auto(auto, seconds)
     assert auto.look_ahead == 1
     assert auto.kept.eviction == "lfu"
-    assert auto.report() == "auto -next-use (+1%), +look_ahead 1 (+20%), -look_ahead 2 (-25%)"
+    assert auto.report() == "auto -next-use (+1%), +look_ahead (+20%)"
     assert auto.notes == ()
+    ahead = routing([0, 1], [0.9, 0.1], 0, ahead=([[1, 0]], [[0.6, 0.4]]))
+    two = Auto(setting(layers=2, slots=2), window=4, rounds=2)
+    run_auto(two, seconds)
+    assert two.plan(ahead, residency(2)).ahead.tolist() == [5, 4]
 
     def lossy_seconds(auto, plan):
         return 0.5 if (plan.rows < 0).any() else 1.0

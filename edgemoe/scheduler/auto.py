@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,12 @@ from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.evict import Frequent, SoonestUse
 from edgemoe.scheduler.levers import low_bits_first, skip_small
+from edgemoe.scheduler.look_ahead import LookAhead
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.options import check, option, read_options
+from edgemoe.scheduler.trial import Trial
 
-__all__ = ["Auto", "Trial"]
+__all__ = ["Auto"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,42 +48,15 @@ class _Choice:
     """Says which levers are on."""
 
     eviction: str = "lfu"
-    look_ahead: int = 0
+    look_ahead: bool = False
     miss_bits: int = 0
     skip_below: float = 0.0
-
-
-class Trial:
-    """Compares two ways by the seconds of tokens, in alternating windows."""
-
-    def __init__(self, window: int, rounds: int) -> None:
-        self._window, self._rounds = window, rounds
-        self._seconds: tuple[list[float], list[float]] = ([], [])
-        self._tokens = 0
-
-    @property
-    def is_new(self) -> bool:
-        """Says whether the next token runs the new way. The old one has the first window."""
-        return self._tokens // self._window % 2 == 1
-
-    def add(self, seconds: float) -> bool:
-        """Counts a token; returns whether the trial is over."""
-        if self._tokens % self._window >= self._window // 4:  # caches follow a change with delay
-            self._seconds[self.is_new].append(seconds)
-        self._tokens += 1
-        return self._tokens >= 2 * self._window * self._rounds
-
-    @property
-    def saved(self) -> float:
-        """The share of a token's time that the new way saves, by medians."""
-        old, new = self._seconds
-        return 1.0 - median(new) / median(old)
 
 
 class Auto(Scheduler):
     """Starts exact and on demand, measures one lever after another, keeps what pays and says so.
 
-    Levers, in order: drop what is expected to be used last; look one layer ahead, then two; with `lossy` also fewer
+    Levers, in order: drop what is expected to be used last; look ahead; with `lossy` also fewer
     bits on a miss and skipping small gates. Each runs in windows in turn with what is kept so far; medians of
     seconds per token decide. Answers stay exact unless `lossy` is on. Nothing is tried when every expert fits.
     """
@@ -95,6 +69,7 @@ class Auto(Scheduler):
             listed = ", ".join(map(str, setting.level_bits))
             raise ValueError(f"miss_bits: expected one of {listed}, got {o.miss_bits}")
         self._exact = OnDemand(setting, look_ahead=False)
+        self._ahead = LookAhead(setting, trials=False)
         self._evictions = {"lfu": Frequent(setting), "next-use": SoonestUse(setting)}
         self.priorities = np.zeros(setting.num_layers * setting.num_experts)
         self._rows = list(self.priorities.reshape(setting.num_layers, -1))
@@ -104,8 +79,7 @@ class Auto(Scheduler):
         self._done: list[str] = []
         self._to_try: list[tuple[str, Callable[[_Choice], _Choice]]] = [
             ("next-use", lambda c: replace(c, eviction="next-use")),
-            ("look_ahead 1", lambda c: replace(c, look_ahead=1)),
-            ("look_ahead 2", lambda c: replace(c, look_ahead=2)),
+            ("look_ahead", lambda c: replace(c, look_ahead=True)),
         ]
         if o.lossy:
             self._to_try += [
@@ -124,6 +98,8 @@ class Auto(Scheduler):
         """See `Scheduler.plan`."""
         layer, now = routing.layer, self._now
         plan = self._exact.plan(routing, residency)
+        if now.look_ahead and len(routing.experts) == 1:
+            plan.ahead, plan.ahead_bits = self._ahead.wishes(routing, residency)
         if now.skip_below:
             plan = skip_small(
                 plan, routing.gates, top_p=1.0, skip_below=now.skip_below, renormalise=False
@@ -141,6 +117,8 @@ class Auto(Scheduler):
         """Counts single tokens, and decides when a trial is over."""
         for eviction in self._evictions.values():
             eviction.passed()
+        if self._now.look_ahead:
+            self._ahead.passed(tokens, seconds)
         if tokens > 1 or self._trial is None:
             return
         name, change = self._to_try[0]
@@ -163,7 +141,7 @@ class Auto(Scheduler):
         if choice == self._now:
             return
         self._now = choice
-        self.look_ahead = choice.look_ahead
+        self.look_ahead = int(choice.look_ahead)
         assert self.priorities is not None
         self.priorities[:] = self._evictions[choice.eviction].priorities
 

@@ -6,13 +6,12 @@ were right often enough, and all of it is switched off when tokens are faster wi
 
 from __future__ import annotations
 
-import statistics
-
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.plan import Routing
 from edgemoe.scheduler.base import Setting
+from edgemoe.scheduler.trial import Trial
 
 __all__ = ["LookAhead"]
 
@@ -20,8 +19,8 @@ _WORTH = 0.5
 """A rank is loaded ahead when at least this share of its absent experts was wanted (benchmarks/LOG.md)."""
 _KEEP = 0.98
 """What the counts of a rank are worth after a token."""
-_WARM, _ROUND, _ROUNDS, _PAUSE = 16, 8, 4, 1000
-"""Tokens before the first trial, of one round with or without, pairs of rounds in a trial, and between trials."""
+_WARM, _WINDOW, _ROUNDS, _PAUSE = 16, 8, 4, 1000
+"""Tokens before the first trial, tokens and pairs of windows of a trial, and tokens from one trial to the next."""
 _MARGIN = 0.02
 """By how much tokens must be faster without it to switch it off."""
 
@@ -29,9 +28,12 @@ _MARGIN = 0.02
 class LookAhead:
     """Is asked by a scheduler in each layer of a single token's pass; exact, as it only reads early."""
 
-    def __init__(self, setting: Setting, bits: NDArray[np.int8] | None = None) -> None:
+    def __init__(
+        self, setting: Setting, bits: NDArray[np.int8] | None = None, *, trials: bool = True
+    ) -> None:
         """Args:
         bits: what each expert runs at, [num_layers, num_experts]; None for the setting's.
+        trials: find out now and then whether tokens are faster without, and switch it off if so.
         """
         L, E, K = setting.num_layers, setting.num_experts, setting.experts_per_token
         self._base = np.arange(0, L * E, E, dtype=np.int32)
@@ -43,7 +45,8 @@ class LookAhead:
         self._cut = K  # ranks that are worth it
         self._last = L - 1
         self._tokens = 0
-        self._times: tuple[list[float], list[float]] = ([], [])  # without, with
+        self._trials = trials
+        self._trial: Trial | None = None
         self.is_on = True
 
     def wishes(
@@ -65,25 +68,27 @@ class LookAhead:
         if tokens != 1:
             return
         if self.is_on:
-            hit = (self._guess[:, :, None] == self._actual[:, None, :]).any(2)
-            self._right = self._right * _KEEP + (hit & self._absent).sum(0)
-            self._seen = self._seen * _KEEP + self._absent.sum(0)
-            self._guess[:] = -1
-            self._absent[:] = False
-            worth = self._right >= _WORTH * self._seen
-            # Ranks get worse one after the other; one that was never absent does not matter.
-            self._cut = int(np.argmin(np.append(worth, False)))
+            self._learn()
         self._tokens += 1
-        at = (self._tokens - _WARM) % _PAUSE
-        if self._tokens < _WARM or at >= 2 * _ROUND * _ROUNDS:
-            return
-        if at % _ROUND:  # the first token of a round has reads of the round before
-            self._times[self.is_on].append(seconds)
-        self.is_on = at // _ROUND % 2 == 0
-        if at == 2 * _ROUND * _ROUNDS - 1:
-            without, with_ = (statistics.median(t) for t in self._times)
-            self.is_on = with_ <= without * (1 + _MARGIN)
-            self._times = ([], [])
+        if self._trial is not None:
+            if self._trial.add(seconds):
+                self.is_on = self._trial.saved >= -_MARGIN
+                self._trial = None
+            else:
+                self.is_on = self._trial.is_new
+        elif self._trials and self._tokens % _PAUSE == _WARM:
+            self._trial = Trial(_WINDOW, _ROUNDS)
+            self.is_on = self._trial.is_new
+
+    def _learn(self) -> None:
+        hit = (self._guess[:, :, None] == self._actual[:, None, :]).any(2)
+        self._right = self._right * _KEEP + (hit & self._absent).sum(0)
+        self._seen = self._seen * _KEEP + self._absent.sum(0)
+        self._guess[:] = -1
+        self._absent[:] = False
+        worth = self._right >= _WORTH * self._seen
+        # Ranks get worse one after the other; one that was never absent does not matter.
+        self._cut = int(np.argmin(np.append(worth, False)))
 
     def report(self) -> str:
         """Returns how it does, in a few words."""

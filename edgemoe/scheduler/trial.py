@@ -1,0 +1,34 @@
+"""Finds out which of two ways makes tokens faster, while running."""
+
+from __future__ import annotations
+
+from statistics import median
+
+__all__ = ["Trial"]
+
+
+class Trial:
+    """Compares two ways by the seconds of tokens, in alternating windows."""
+
+    def __init__(self, window: int, rounds: int) -> None:
+        self._window, self._rounds = window, rounds
+        self._seconds: tuple[list[float], list[float]] = ([], [])
+        self._tokens = 0
+
+    @property
+    def is_new(self) -> bool:
+        """Says whether the next token runs the new way. The old one has the first window."""
+        return self._tokens // self._window % 2 == 1
+
+    def add(self, seconds: float) -> bool:
+        """Counts a token; returns whether the trial is over."""
+        if self._tokens % self._window >= self._window // 4:  # caches follow a change with delay
+            self._seconds[self.is_new].append(seconds)
+        self._tokens += 1
+        return self._tokens >= 2 * self._window * self._rounds
+
+    @property
+    def saved(self) -> float:
+        """The share of a token's time that the new way saves, by medians."""
+        old, new = self._seconds
+        return 1.0 - median(new) / median(old)
