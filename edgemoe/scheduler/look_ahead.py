@@ -42,6 +42,7 @@ class LookAhead:
         self._tokens = 0
         self._times: tuple[list[float], list[float]] = ([], [])  # without, with
         self.is_on = True
+        self._is_slower = False  # as the last trial had it; in one it is off for a round only
 
     def wishes(
         self, routing: Routing, residency: NDArray[np.int8]
@@ -79,11 +80,12 @@ class LookAhead:
         if at == 2 * _ROUND * _ROUNDS - 1:
             without, with_ = (statistics.median(t) for t in self._times)
             self.is_on = with_ <= without * (1 + _MARGIN)
+            self._is_slower = not self.is_on
             self._times = ([], [])
 
     def report(self) -> str:
         """Returns how it does, in a few words."""
-        if not self.is_on:
+        if self._is_slower:
             return "look-ahead off: it was slower"
         cut = self._cut
         if not cut:
