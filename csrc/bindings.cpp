@@ -425,6 +425,9 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init([](int num_heads, int num_kv_heads, int head_dim, int window, float scale, const py::object& q_bias,
                        const py::object& k_bias, const py::object& v_bias, const py::object& q_norm,
                        const py::object& k_norm, bool norm_per_head, float norm_eps, float clip) {
+             if (num_kv_heads < 1 || num_heads % num_kv_heads || head_dim < 1) {
+               throw std::invalid_argument("AttentionLayer: expected heads that are a multiple of the kv heads");
+             }
              auto a = std::make_unique<AttentionLayer>();
              const py::ssize_t q = num_heads * head_dim, kv = num_kv_heads * head_dim;
              a->parts.shape = {num_heads, num_kv_heads, head_dim, window, scale};
