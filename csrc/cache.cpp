@@ -230,7 +230,9 @@ void Cache::set_ahead(const Wish& ahead) {
   for (int e : before) {
     const int slot = slot_of_[e];
     if (ahead_[e] || slot < 0 || slots_[slot].target == 0 || !slots_[slot].is_ahead || wanted_[e]) continue;
-    if (loader_->cancel(&slots_[slot].job)) finish(slot, false, nullptr);
+    if (!loader_->cancel(&slots_[slot].job)) continue;
+    stats_.ahead_reads -= 1;
+    finish(slot, false, nullptr);
   }
 }
 

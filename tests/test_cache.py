@@ -246,6 +246,20 @@ def test_reads_ahead_take_nothing_that_is_wanted(moe):
     assert cache.stats["hits"] == 4
 
 
+def test_reads_ahead_that_never_began_are_not_counted(moe):
+    cache = ExpertStore.open(moe, bits=8, budget_bytes=1 << 22, verify=True).cache
+    for _ in range(20):
+        for expert in range(8, 16):
+            cache.shrink(expert, 0)
+        run(cache, [], [], range(8, 16), [5] * 8)
+        run(cache, [], [])  # takes back what has not begun
+    deadline = time.monotonic() + 30
+    while cache.stats["reads"] != cache.stats["ahead_reads"] and time.monotonic() < deadline:
+        run(cache, [], [])
+    assert cache.stats["reads"] == cache.stats["ahead_reads"] > 0
+    cache.check_integrity()
+
+
 def test_random_requests_with_wishes_keep_the_books(moe):
     rng = np.random.default_rng(1)
     for experts in (1, 2.5, 5, 12, 40):
