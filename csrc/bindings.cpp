@@ -620,7 +620,10 @@ PYBIND11_MODULE(_core, m) {
             expect(levels, "levels", {experts.size()});
             expect(offsets, "offsets", {experts.size() + 1});
             Wish later{nullptr, nullptr, 0};
-            if (ahead && ahead_levels) {
+            if (ahead.has_value() != ahead_levels.has_value()) {
+              throw std::invalid_argument("begin: expected experts ahead and their levels together");
+            }
+            if (ahead) {
               expect(*ahead, "ahead", {-1});
               expect(*ahead_levels, "ahead_levels", {ahead->size()});
               later = {ahead->data(), ahead_levels->data(), int(ahead->size())};
@@ -683,6 +686,8 @@ PYBIND11_MODULE(_core, m) {
             const int32_t offsets[] = {0, 1};
             std::vector<int> group;
             c.begin({&e, &l, 1}, offsets, 1, {nullptr, nullptr, 0});
+            const auto close = [](Cache* open) { open->close(); };
+            const std::unique_ptr<Cache, decltype(close)> request(&c, close);
             c.next(&group);
             const ExpertView v = c.view(expert, level);
             std::vector<py::array_t<float>> out;
@@ -691,7 +696,6 @@ PYBIND11_MODULE(_core, m) {
               for (int r = 0; r < w->rows; ++r) kernels().decode_row(*w, r, a.mutable_data() + size_t(r) * w->cols);
               out.push_back(std::move(a));
             }
-            c.close();
             return out;
           },
           py::arg("expert"), py::arg("level"), "Loads an expert and returns gate, up and down as floats.");

@@ -405,6 +405,7 @@ bool Cache::shrink(int e, int level) {
 }
 
 ExpertView Cache::view(int e, int level) const {
+  require(loader_ != nullptr, "view of an expert that was never read: the cache is dry");
   require(e >= 0 && e < num_experts() && level >= 1 && levels_[e] >= level && pins_[e] > 0,
           "view of an expert that is not pinned at that level");
   ExpertView v;
