@@ -95,9 +95,10 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
                float* out) {
   const Kernels& kn = kernels();
   const int hd = p.shape.head_dim, half = hd / 2, heads = p.shape.num_heads, kv_heads = p.shape.num_kv_heads;
-  if (pos < 0 || T < 1 || pos + T > kv.capacity || kv.capacity > ws.shape().max_context) {
-    throw std::invalid_argument("attention: positions [" + std::to_string(pos) + ", " + std::to_string(pos + T) +
-                                ") are outside the context of " + std::to_string(kv.capacity));
+  if (pos < 0 || T < 1 || pos > kv.capacity - T || kv.capacity > ws.shape().max_context) {
+    throw std::invalid_argument("attention: positions [" + std::to_string(pos) + ", " +
+                                std::to_string(int64_t(pos) + T) + ") are outside the context of " +
+                                std::to_string(kv.capacity));
   }
   if (heads > ws.shape().num_heads || hd > ws.shape().head_dim) {
     throw std::invalid_argument("attention: expected at most " + std::to_string(ws.shape().num_heads) + " heads of " +

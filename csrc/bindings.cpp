@@ -431,6 +431,9 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init([](int num_heads, int num_kv_heads, int head_dim, int window, float scale, const py::object& q_bias,
                        const py::object& k_bias, const py::object& v_bias, const py::object& q_norm,
                        const py::object& k_norm, bool norm_per_head, float norm_eps, float clip) {
+             if (num_kv_heads < 1 || num_heads % num_kv_heads || head_dim < 1) {
+               throw std::invalid_argument("AttentionLayer: expected heads that are a multiple of the kv heads");
+             }
              auto a = std::make_unique<AttentionLayer>();
              const py::ssize_t q = num_heads * head_dim, kv = num_kv_heads * head_dim;
              a->parts.shape = {num_heads, num_kv_heads, head_dim, window, scale};
@@ -625,7 +628,10 @@ PYBIND11_MODULE(_core, m) {
             expect(levels, "levels", {experts.size()});
             expect(offsets, "offsets", {experts.size() + 1});
             Wish later{nullptr, nullptr, 0};
-            if (ahead && ahead_levels) {
+            if (ahead.has_value() != ahead_levels.has_value()) {
+              throw std::invalid_argument("begin: expected experts ahead and their levels together");
+            }
+            if (ahead) {
               expect(*ahead, "ahead", {-1});
               expect(*ahead_levels, "ahead_levels", {ahead->size()});
               later = {ahead->data(), ahead_levels->data(), int(ahead->size())};
@@ -688,6 +694,8 @@ PYBIND11_MODULE(_core, m) {
             const int32_t offsets[] = {0, 1};
             std::vector<int> group;
             c.begin({&e, &l, 1}, offsets, 1, {nullptr, nullptr, 0});
+            const auto close = [](Cache* open) { open->close(); };
+            const std::unique_ptr<Cache, decltype(close)> request(&c, close);
             c.next(&group);
             const ExpertView v = c.view(expert, level);
             std::vector<py::array_t<float>> out;
@@ -696,7 +704,6 @@ PYBIND11_MODULE(_core, m) {
               for (int r = 0; r < w->rows; ++r) kernels().decode_row(*w, r, a.mutable_data() + size_t(r) * w->cols);
               out.push_back(std::move(a));
             }
-            c.close();
             return out;
           },
           py::arg("expert"), py::arg("level"), "Loads an expert and returns gate, up and down as floats.");

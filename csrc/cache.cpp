@@ -230,7 +230,9 @@ void Cache::set_ahead(const Wish& ahead) {
   for (int e : before) {
     const int slot = slot_of_[e];
     if (ahead_[e] || slot < 0 || slots_[slot].target == 0 || !slots_[slot].is_ahead || wanted_[e]) continue;
-    if (loader_->cancel(&slots_[slot].job)) finish(slot, false, nullptr);
+    if (!loader_->cancel(&slots_[slot].job)) continue;
+    stats_.ahead_reads -= 1;
+    finish(slot, false, nullptr);
   }
 }
 
@@ -403,6 +405,7 @@ bool Cache::shrink(int e, int level) {
 }
 
 ExpertView Cache::view(int e, int level) const {
+  require(loader_ != nullptr, "view of an expert that was never read: the cache is dry");
   require(e >= 0 && e < num_experts() && level >= 1 && levels_[e] >= level && pins_[e] > 0,
           "view of an expert that is not pinned at that level");
   ExpertView v;

@@ -181,6 +181,17 @@ def test_wrong_caches_get_one_clear_line():
         case.run(("q4_0", "f16"), [20])
     with pytest.raises(ValueError, match="outside the context of 19"):
         case.run(("f16", "q8_0"), [20], capacity=19)
+    with pytest.raises(ValueError, match="multiple of the kv heads"):
+        Case(heads=7, kv_heads=2, T=2).run(("f16", "f16"), [2])
+
+
+@pytest.mark.parametrize("pos", [-1, 18, 2**31 - 1])
+def test_positions_outside_the_cache_are_refused(pos, monkeypatch):
+    case = Case(T=2)
+    attention = _core.attention
+    monkeypatch.setattr(_core, "attention", lambda *args: attention(*args[:5], pos, *args[6:]))
+    with pytest.raises(ValueError, match=rf"\[{pos}, {pos + 2}\) are outside the context of 19"):
+        case.run(("f16", "f16"), [2], capacity=19)
 
 
 # ---------------------------------------------------------------- in the engine

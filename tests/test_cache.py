@@ -154,6 +154,8 @@ def test_requests_that_make_no_sense_are_refused(moe):
         cache.begin(
             np.zeros(4, np.int32)[::2], np.ones(2, np.int8), np.arange(3, dtype=np.int32), 1
         )
+    with pytest.raises(ValueError, match="experts ahead and their levels together"):
+        cache.begin(ONE[1:], np.ones(1, np.int8), ONE, 1, ahead=ONE)
     with pytest.raises(OutOfBudget, match="one expert takes"):
         ExpertStore.open(moe, bits=8, budget_bytes=expert_bytes(moe, 5) - 4096, verify=True)
 
@@ -246,6 +248,20 @@ def test_reads_ahead_take_nothing_that_is_wanted(moe):
     assert cache.stats["hits"] == 4
 
 
+def test_reads_ahead_that_never_began_are_not_counted(moe):
+    cache = ExpertStore.open(moe, bits=8, budget_bytes=1 << 22, verify=True).cache
+    for _ in range(20):
+        for expert in range(8, 16):
+            cache.shrink(expert, 0)
+        run(cache, [], [], range(8, 16), [5] * 8)
+        run(cache, [], [])  # takes back what has not begun
+    deadline = time.monotonic() + 30
+    while cache.stats["reads"] != cache.stats["ahead_reads"] and time.monotonic() < deadline:
+        run(cache, [], [])
+    assert cache.stats["reads"] == cache.stats["ahead_reads"] > 0
+    cache.check_integrity()
+
+
 def test_random_requests_with_wishes_keep_the_books(moe):
     rng = np.random.default_rng(1)
     for experts in (1, 2.5, 5, 12, 40):
@@ -336,3 +352,18 @@ def test_a_failing_read_ahead_harms_nobody(tiny_moe, tmp_path):
         with pytest.raises(FormatError, match="checksum of expert 0 of layer 1"):
             run(cache, [lost], [5])
         cache.check_integrity()
+
+
+def test_a_dry_cache_has_no_weights_to_give():
+    cache = ExpertStore.dry(
+        num_layers=1,
+        num_experts=2,
+        level_bits=(2, 4),
+        level_bytes=(4096, 8192),
+        budget_bytes=1 << 14,
+    ).cache
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the cache is dry"):
+            cache.decode(0, 1)
+        cache.check_integrity()
+    assert run(cache, [0, 1], [1, 2]) == [0, 1]

@@ -62,6 +62,13 @@ def test_it_stays_only_where_tokens_are_faster(gain):
     assert ("off" in ahead.report()) == (gain < 0)
 
 
+def test_a_trial_under_way_is_no_verdict():
+    ahead = LookAhead(SETTING)
+    while ahead.is_on:
+        ahead.passed(1, 1.0)
+    assert "off" not in ahead.report()
+
+
 def test_a_prompt_that_wants_everything_reads_into_the_next_layer():
     scheduler = OnDemand(SETTING)
     everything = np.arange(E, dtype=np.int32).reshape(4, 2)

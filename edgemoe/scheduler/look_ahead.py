@@ -92,7 +92,7 @@ class LookAhead:
 
     def report(self) -> str:
         """Returns how it does, in a few words."""
-        if not self.is_on:
+        if not self.is_on and self._trial is None:
             return "look-ahead off: it was slower"
         cut = self._cut
         if not cut:
