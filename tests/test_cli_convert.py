@@ -40,7 +40,7 @@ def test_command_reports_in_lines_where_there_is_no_terminal(checkpoint, tmp_pat
     ("argv", "code", "message"),
     [
         ((), 2, "edgemoe: a command is missing; commands: " + ", ".join(edgemoe_cli.COMMANDS)),
-        (("fly",), 2, "edgemoe: no command 'fly'; commands: bench, convert, demo, "),
+        (("fly",), 2, "edgemoe: no command 'fly'; commands: allocate, bench, "),
         (("convert", "absent", "x.moe"), 1, "edgemoe convert: absent: no such directory"),
         (("convert", "absent", "no/x.moe"), 1, "edgemoe convert: no: no such directory"),
         (("convert", "absent", "x.moe", "--bits", "5"), 2, "--bits: expected one of 2, 3, 4, 6"),

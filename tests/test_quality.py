@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import struct
 from pathlib import Path
 
@@ -271,6 +272,8 @@ def test_command_compares_with_other_references(tiny_moe: Path, tmp_path: Path, 
         (("MODEL", "--reference", "."), "--reference: . is a directory; benchmarks/reference_"),
         (("MODEL", "--reference", "absent"), "absent: No such file or directory"),
         (("MODEL", "--scheduler", "magic"), "--scheduler: expected one of on-demand"),
+        (("MODEL", "--bits", "auto"), "holds no allocation; edgemoe allocate makes one"),
+        (("MODEL", "--set", "x"), "--set: expected KEY=VALUE"),
         (("MODEL", "-ctk", "q4_0"), "expected f16 or q8_0"),
         (("MODEL", "--chunks", 0), "--chunks: expected at least 1, got 0"),
         (("MODEL", "--chunk", 600, "--chunks", 1), "context: expected 1 to 512"),
@@ -291,6 +294,32 @@ def test_command_fails_in_one_line(
     assert "|" not in output.out
     assert message in output.err
     assert output.err.count("\n") == 1
+
+
+def test_command_measures_schedulers_and_allocations(
+    tiny_moe: Path, tmp_path: Path, capsys
+) -> None:
+    from edgemoe.quant.allocation import Allocation
+    from edgemoe.writer import add_sections
+
+    path = Path(shutil.copy(tiny_moe, tmp_path / "x.moe"))
+    bits = np.full((2, 8), 3, np.int8)
+    bits[:, ::2] = 2
+    add_sections(
+        path, {"allocation": Allocation(method="test", layers=(0, 1), bits=bits).to_json()}
+    )
+    out = tmp_path / "x.json"
+    argv = (path, *SHORT, "--bits", 3, "auto", 2, "--dense-bits", 8, "--decode", "--json", out)
+    assert run(*argv, "--set", "look-ahead=off") == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["bits"] for row in rows] == [3, 2, "auto"]
+    three, two, auto = rows
+    assert 2 < auto["average_bits"] < 3
+    for name in ("kl", "bits_per_weight"):
+        assert min(two[name], three[name]) < auto[name] < max(two[name], three[name])
+    capsys.readouterr()
+    assert run(path, "--set", "help") == 0
+    assert "look_ahead" in capsys.readouterr().out.replace("-", "_")
 
 
 def test_command_draws_a_plot(tiny_moe: Path, tmp_path: Path, capsys, monkeypatch) -> None:

@@ -10,11 +10,12 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from edgemoe.cli.console import drop_stdout, error_line, note
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
+from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.table import QUALITY_HEAD, quality_line
 from edgemoe.errors import FormatError
 
@@ -79,6 +80,9 @@ def _run(args: argparse.Namespace) -> None:
     from edgemoe.lab.levels import bits_per_weight, levels
     from edgemoe.lab.quality import measure
 
+    if "help" in args.set:
+        print("\n\n".join(options_text(name) for name in args.scheduler))
+        return
     _check(args)  # before hours are spent
     moe = open_moe(args.model)
     sizes = levels(moe)
@@ -128,15 +132,22 @@ def _check(args: argparse.Namespace) -> None:
         check_plot(args.plot)
 
 
-def _bits(args: argparse.Namespace, moe: MoeFile) -> list[int]:
-    """Returns the levels to measure, highest first."""
-    bits = args.bits or [rung[0] for rung in moe.ladder]
-    for b in bits:
+def _bits(args: argparse.Namespace, moe: MoeFile) -> list[int | Literal["auto"]]:
+    """Returns the levels to measure, highest first, and the allocation last."""
+    given = args.bits or [rung[0] for rung in moe.ladder]
+    levels = {b for b in given if b != "auto"}
+    for b in levels:
         moe.level(b)  # a ValueError names those that there are
-    return sorted(set(bits), reverse=True)
+    return [*sorted(levels, reverse=True), *(["auto"] if "auto" in given else [])]
 
 
-def _trial(args: argparse.Namespace, moe: MoeFile, scheduler: str, bits: int) -> Trial:
+def _level_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+def _trial(
+    args: argparse.Namespace, moe: MoeFile, scheduler: str, bits: int | Literal["auto"]
+) -> Trial:
     from edgemoe.lab.quality import Trial
     from edgemoe.scheduler import SCHEDULERS
 
@@ -144,8 +155,11 @@ def _trial(args: argparse.Namespace, moe: MoeFile, scheduler: str, bits: int) ->
         raise ValueError(f"--scheduler: expected one of {', '.join(SCHEDULERS)}, got {scheduler}")
     if args.dense_bits is not None:
         moe.dense_level(args.dense_bits)
+    if bits == "auto" and "allocation" not in moe.sections:
+        raise ValueError(f"--bits auto: {moe.path} holds no allocation; edgemoe allocate makes one")
+    dense = args.dense_bits or _dense_bits(moe, moe.ladder[-1][0] if bits == "auto" else bits)
     return Trial(
-        bits=bits, dense_bits=args.dense_bits or _dense_bits(moe, bits), scheduler=scheduler,
+        bits=bits, dense_bits=dense, scheduler=scheduler, options=read_settings(args.set),
         cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v, ram=args.ram,
         threads=args.threads, verify=not args.no_verify, decode=args.decode,
     )  # fmt: skip
@@ -261,12 +275,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-f", "--text", type=Path, metavar="FILE",
                         help="text to predict (default: 64 KB of Moby-Dick and speeches)")  # fmt: skip
     parser.add_argument("--reference", metavar="SOURCE", help="what to compare with; see below")
-    parser.add_argument("--bits", type=int, nargs="+", metavar="N",
-                        help="levels to measure (default: all)")  # fmt: skip
+    parser.add_argument("--bits", type=_level_or_auto, nargs="+", metavar="N",
+                        help="levels to measure, or auto, the file's allocation (default: all levels)")  # fmt: skip
     parser.add_argument("--dense-bits", type=int, metavar="N",
                         help="of all that is no expert (default: as --bits)")  # fmt: skip
     parser.add_argument("--scheduler", action="append", metavar="NAME",
                         help="may be repeated (default: on-demand)")  # fmt: skip
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
     parser.add_argument("--decode", action="store_true",
                         help="token by token, as replies are made: some schedulers act then only")  # fmt: skip
     for letter, what in (("k", "keys"), ("v", "values")):

@@ -12,7 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +104,8 @@ class Quality:
 class Trial:
     """Is one way to run a model."""
 
-    bits: int
+    bits: int | Literal["auto"]
+    """"auto" for the allocation that the file holds."""
     dense_bits: int
     scheduler: str = "on-demand"
     options: Mapping[str, Any] = field(default_factory=dict)
