@@ -6,10 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from edgemoe.cli import main as edgemoe_cli
 from edgemoe.format import open_moe
+from edgemoe.quant.allocation import Allocation
 from edgemoe.verify import verify
 from edgemoe.writer import add_sections
 
@@ -84,6 +86,15 @@ def test_stored_quality_is_shown(path: Path, capsys) -> None:
     assert "quality: stored by another version" in capsys.readouterr().out
     add_sections(path, {"quality": b"no JSON"})
     assert run(path) == 0
+
+
+def test_a_stored_allocation_is_shown(path: Path, capsys) -> None:
+    bits = np.full((2, 8), 3, np.int8)
+    bits[0] = 2
+    found = Allocation(method="test", layers=(0, 1), bits=bits)
+    add_sections(path, {"allocation": found.to_json()})
+    assert run(path) == 0
+    assert "allocation: test, 2.500 bits per expert's weight on average" in capsys.readouterr().out
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys) -> None:

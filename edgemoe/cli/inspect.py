@@ -115,6 +115,11 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
     yield ""
     sections = (f"{name} {_size(size)}" for name, size in about["sections"].items())
     yield f"sections: {', '.join(sections) or 'none'}"
+    if "allocation" in moe.sections:
+        from edgemoe.quant.allocation import Allocation
+
+        found = Allocation.from_json(moe.sections["allocation"], f"{moe.path}: section allocation")
+        yield f"allocation: {found.method}, {found.average:.3f} bits per expert's weight on average"
     if about.get("quality"):
         yield ""
         yield from _quality(about["quality"])
