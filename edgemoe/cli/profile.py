@@ -104,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
                              help="lru, lfu: for schedulers without one of their own (default: lfu)")
         command.add_argument("--set", action="append", default=[], metavar="SCHEDULER.KEY=VALUE",
                              help="an option of a scheduler; may be repeated")
+        command.add_argument("--model", metavar="MODEL",
+                             help="the .moe file, for schedulers with tables of their own in it")
         command.add_argument("--timing", metavar="TRACE", help="predict speeds from this one's times "
                              "instead of the trace's own")
     plot.add_argument("-o", "--output", required=True, metavar="FILE", help="the HTML file")
@@ -250,14 +252,16 @@ def _plot(args: argparse.Namespace) -> None:
 
 def _studied(args: argparse.Namespace, trace: Trace) -> tuple[Timing | None, list[dict[str, Any]]]:
     from edgemoe.cli.progress import Progress
+    from edgemoe.format import open_moe
     from edgemoe.lab.study import lines, study
     from edgemoe.trace import read
 
     ways = lines(args.schedulers, args.policies, settings_by_scheduler(args.set))
     budgets = list(dict.fromkeys(_budget(text, trace) for text in args.budgets))
     timing = _timing(trace if args.timing is None else read(args.timing))
+    sections = {} if args.model is None else open_moe(args.model).sections
     with Progress("replaying", unit="run") as progress:
-        rows = study(trace, ways, budgets, timing=timing, progress=progress)
+        rows = study(trace, ways, budgets, timing=timing, sections=sections, progress=progress)
     further = {r["scheduler"] for r in rows if r["look_ahead"] > trace.header.look_ahead}
     for name in sorted(further):
         note(f"# {name} looks further ahead than the trace does; --look-ahead records more")

@@ -117,8 +117,10 @@ class Tape:
         return [routing.experts for layers in self.passes for routing in layers]
 
 
-def setting(header: TraceHeader, budget_bytes: int) -> Setting:
-    """Returns what a scheduler would be told with another budget."""
+def setting(
+    header: TraceHeader, budget_bytes: int, sections: Mapping[str, bytes] | None = None
+) -> Setting:
+    """Returns what a scheduler would be told with another budget; `sections` are those of the model's file."""
     return Setting(
         num_layers=header.num_layers,
         num_experts=header.num_experts,
@@ -127,18 +129,24 @@ def setting(header: TraceHeader, budget_bytes: int) -> Setting:
         level_bits=header.level_bits,
         level_bytes=header.level_bytes,
         slots_bytes=budget_bytes,
+        sections=sections or {},
     )
 
 
 def make_scheduler(
-    tape: Tape, name: str, *, budget_bytes: int, options: Mapping[str, Any] | None = None
+    tape: Tape,
+    name: str,
+    *,
+    budget_bytes: int,
+    options: Mapping[str, Any] | None = None,
+    sections: Mapping[str, bytes] | None = None,
 ) -> Scheduler:
     """Returns a scheduler of `edgemoe.scheduler`, or the oracle "sch" or "belady".
 
     Raises:
         ValueError: no such scheduler, or a wrong option.
     """
-    given = setting(tape.header, budget_bytes)
+    given = setting(tape.header, budget_bytes, sections)
     if name in ORACLES:
         return Oracle(given, tape.requests, name)
     if name not in SCHEDULERS:

@@ -61,6 +61,7 @@ def study(
     budgets: Sequence[int],
     *,
     timing: Timing | None,
+    sections: Mapping[str, bytes] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
     """Returns a row per budget and line: the fields of `Replay` and its rates, and the hit rate when the single
@@ -70,6 +71,7 @@ def study(
 
     Args:
         budgets: bytes for experts.
+        sections: of the model's file, where a scheduler may have tables of its own.
     """
     header = trace.header
     everything = header.num_layers * header.num_experts * header.level_bytes[-1]
@@ -80,7 +82,9 @@ def study(
         progress(done, total)
 
         def scheduler(of: Tape, way: Line = way, budget: int = budget) -> Scheduler:
-            return make_scheduler(of, way.scheduler, budget_bytes=budget, options=way.options)
+            return make_scheduler(
+                of, way.scheduler, budget_bytes=budget, options=way.options, sections=sections
+            )
 
         first = scheduler(tape)
         own = first.priorities is not None
