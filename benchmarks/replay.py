@@ -1,18 +1,18 @@
 """Compares real runs at several budgets with replays of one trace: hits exactly, tokens/s by the timing model.
 
-    python benchmarks/replay.py MODEL.moe --text FILE [-n TOKENS] [--shares 25 50 75] [--base 50] [--json FILE]
+    python benchmarks/replay.py MODEL.moe --text FILE [-n TOKENS] [--shares 25 50 75 --base 50] [--json FILE]
 
-Every budget is run and traced, reading on demand. "predicted" replays the trace of the base budget at each budget,
-with the times fitted to that one trace. "own times" fits them to the run's own trace.
+Every budget is run and traced, side by side, reading on demand. "Predicted" replays the trace of the base budget at
+each budget, with the times fitted to that one trace. "Its own times" fits them to the run's own trace.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -21,12 +21,12 @@ from typing import Any
 
 import edgemoe
 from edgemoe.budget import Budget
-from edgemoe.lab.record import follow
 from edgemoe.lab.replay import Replay, Tape, make_scheduler, replay
 from edgemoe.lab.timing import Timing, fit
 from edgemoe.trace import Trace, read
 
 PLAIN = {"look_ahead": False}
+BLOCK = 8  # tokens
 
 
 def opened(args: argparse.Namespace, share: float) -> edgemoe.Engine:
@@ -44,18 +44,30 @@ def opened(args: argparse.Namespace, share: float) -> edgemoe.Engine:
         Budget.divide = divide  # type: ignore[method-assign]
 
 
-def run(args: argparse.Namespace, ids: list[int], share: float, path: Path) -> dict[str, float]:
-    with opened(args, share) as engine:
-        engine.record(path)
-        marks = []
-        follow(
-            engine, ids, prompt=args.prompt, progress=lambda *_: marks.append(time.perf_counter())
-        )
-        stats = engine._store.stats
+def run(
+    args: argparse.Namespace, ids: list[int], shares: list[float], folder: Path
+) -> dict[float, dict[str, float]]:
+    """Runs all budgets side by side, a few tokens of each in turn: what disturbs the machine disturbs all alike."""
+    spent = dict.fromkeys(shares, 0.0)
+    with contextlib.ExitStack() as stack:
+        engines = {s: stack.enter_context(opened(args, s / 100)) for s in shares}
+        for s, engine in engines.items():
+            engine.record(folder / f"{s}")
+            engine.logits(ids[: args.prompt], last_only=True)
+        for first in range(args.prompt, len(ids), BLOCK):
+            for s, engine in engines.items():
+                start = time.perf_counter()
+                for i in range(first, min(first + BLOCK, len(ids))):
+                    engine.extend(ids[i : i + 1])
+                spent[s] += time.perf_counter() - start
         return {
-            "rate": (len(marks) - 1) / (marks[-1] - marks[0]), "hits": stats["hits"],
-            "misses": stats["misses"], "slots": engine.budget.slots,
-        }  # fmt: skip
+            s: {
+                "rate": (len(ids) - args.prompt) / spent[s],
+                "slots": engine.budget.slots,
+                **{k: engine._store.stats[k] for k in ("hits", "misses", "bytes_read")},
+            }
+            for s, engine in engines.items()
+        }
 
 
 def replayed(trace: Trace, slots: int, timing: Timing) -> Replay:
@@ -70,12 +82,11 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("-n", type=int, default=320)
+    parser.add_argument("-n", type=int, default=512)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--bits", type=int)
     parser.add_argument("--shares", type=float, nargs="+", default=[25, 50, 75])
     parser.add_argument("--base", type=float, default=50)
-    parser.add_argument("-r", "--repetitions", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with edgemoe.load(args.model, context=64) as engine:
@@ -83,38 +94,27 @@ def main() -> None:
         ids = engine.tokenizer.encode(args.text.read_text())[: args.n]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = {
-            s: [Path(folder) / f"{s}-{i}" for i in range(args.repetitions)] for s in args.shares
-        }
-        real = {s: [] for s in args.shares}
-        for i in range(args.repetitions):  # one after the other, so that noise hits all alike
-            for s in args.shares:
-                real[s].append(run(args, ids, s / 100, paths[s][i]))
-        bases = [read(p) for p in paths[args.base]]
-        for s in args.shares:
-            slots = int(real[s][0]["slots"])
-            predicted = [replayed(base, slots, fit(base)) for base in bases]
-            own = [replayed(t, slots, fit(t)) for t in map(read, paths[s])]
-            hits = replayed(read(paths[s][0]), slots, fit(bases[0]))
+        real = run(args, ids, args.shares, Path(folder))
+        base = read(Path(folder) / f"{args.base}")
+        for s, r in real.items():
+            slots, own = int(r["slots"]), read(Path(folder) / f"{s}")
+            predicted = replayed(base, slots, fit(base))
             rows.append(
                 {
-                    "share": s, "slots": slots, "hits": real[s][0]["hits"], "misses": real[s][0]["misses"],
-                    "replayed_hits": hits.hits + hits.prompt_hits,
-                    "rate": statistics.median(r["rate"] for r in real[s]),
-                    "rates": [r["rate"] for r in real[s]],
-                    "predicted": statistics.median(r.rate for r in predicted),
-                    "own_times": statistics.median(r.rate for r in own),
+                    **r, "share": s, "replayed_hits": predicted.hits + predicted.prompt_hits,
+                    "predicted": predicted.rate, "own_times": replayed(own, slots, fit(own)).rate,
+                    "timing": dataclasses.asdict(fit(own)),
                 }
             )  # fmt: skip
     print(
-        "| experts that fit | hits, real | hits, replayed | tok/s, real (each run) | "
+        "| experts that fit | hits, real | hits, replayed | tok/s, real | "
         f"predicted from {args.base:.0f}% | error | from its own times | error |"
     )
     print("|---|---|---|---|---|---|---|---|")
     for r in rows:
         print(
-            f"| {r['share']:.0f}% | {r['hits']} | {r['replayed_hits']} | {r['rate']:.1f} "
-            f"({', '.join(f'{x:.1f}' for x in r['rates'])}) | {r['predicted']:.1f} | "
+            f"| {r['share']:.0f}% | {r['hits']} | {r['replayed_hits']} | {r['rate']:.1f} | "
+            f"{r['predicted']:.1f} | "
             f"{100 * (r['predicted'] / r['rate'] - 1):+.0f}% | {r['own_times']:.1f} | "
             f"{100 * (r['own_times'] / r['rate'] - 1):+.0f}% |"
         )

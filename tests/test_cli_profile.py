@@ -104,6 +104,7 @@ def test_the_page_needs_nothing_else(traced, tmp_path, capsys):
         (["replay", "{trace}", "--policies", "fifo"], "policy: expected one of lru, lfu"),
         (["replay", "{trace}", "--set", "look-ahead=1"], "expected SCHEDULER.KEY=VALUE"),
         (["trace", "{moe}", "-o", "{tmp}/t", "-n", "1"], "at least 2"),
+        (["trace", "{moe}", "-o", "{tmp}/t", "--text", "{tmp}/empty"], "at least 2 tokens"),
         (["trace", "{moe}", "-o", "{tmp}/t", "--set", "x"], "expected KEY=VALUE"),
         (["trace", "{moe}", "-o", "{tmp}/broken"], "left as it is"),
         (["trace", "{moe}", "-o", "{tmp}/t", "--look-ahead", "9"], "look-ahead: expected 0 to 4"),
@@ -114,6 +115,7 @@ def test_the_page_needs_nothing_else(traced, tmp_path, capsys):
 def test_a_mistake_gets_one_clear_line(traced, tiny_moe, tmp_path, capsys, arguments, message):
     (tmp_path / "broken").write_bytes(b"what?\n")
     (tmp_path / "latin").write_bytes(b"caf\xe9 au lait")
+    (tmp_path / "empty").write_bytes(b"")
     places = {"tmp": tmp_path, "trace": traced, "moe": tiny_moe}
     assert run(*(a.format(**places) for a in arguments)) == 1
     lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("# ")]

@@ -177,7 +177,9 @@ def test_the_shuffled_control_keeps_tokens_whole_and_chunks_in_place():
     assert (tape.num_tokens, plain.num_tokens) == (25, 25)
 
 
-TIMING = Timing(before_us=(10.0, 10.0), expert_us=4.0, miss_us=1.0, latency_us=5.0, rate=2.0)
+TIMING = Timing(
+    before_us=(10.0, 10.0), expert_us=4.0, miss_us=1.0, split_us=0.0, latency_us=5.0, rate=2.0
+)
 
 
 def test_a_layer_takes_what_one_can_work_out_by_hand():
@@ -207,7 +209,14 @@ def test_a_layer_takes_what_one_can_work_out_by_hand():
 def test_the_timing_comes_back_from_a_trace_that_it_made():
     rng = np.random.default_rng(2)
     T, L, K, E = 300, 2, 4, 16
-    true = Timing(before_us=(300.0, 50.0), expert_us=20.0, miss_us=7.0, latency_us=60.0, rate=200.0)
+    true = Timing(
+        before_us=(300.0, 50.0),
+        expert_us=20.0,
+        miss_us=7.0,
+        split_us=9.0,
+        latency_us=60.0,
+        rate=200.0,
+    )
     misses = rng.integers(0, K + 1, (T, L))
     times = {
         name: np.zeros((T, L)) for name in ("before_us", "experts_us", "wait_us", "bytes_read")
@@ -225,7 +234,7 @@ def test_the_timing_comes_back_from_a_trace_that_it_made():
     at[:] = np.where(np.arange(K) < misses[:, :, None], 0, 2)
     got = fit(trace)
     assert got.before_us == pytest.approx(true.before_us)
-    assert (got.expert_us, got.miss_us) == (pytest.approx(20), pytest.approx(7))
+    assert (got.expert_us, got.miss_us, got.split_us) == pytest.approx((20, 7, 9))
     assert got.rate == pytest.approx(200, rel=0.03)
     assert got.latency_us == pytest.approx(60, rel=0.2)
     ahead = dataclasses.replace(trace.header, reads_ahead=True)
@@ -255,7 +264,7 @@ def test_perfect_look_ahead_hides_reads_and_is_told_apart():
     ahead[:, :-1, 0] = experts[:, 1:]
     trace = made(experts, 16, ahead=ahead)
     tape, budget = Tape(trace), 8 * 2 * SIZE
-    timing = Timing((500.0,) * 3, 4.0, 1.0, 5.0, SIZE / 10)
+    timing = Timing((500.0,) * 3, 4.0, 1.0, 0.0, 5.0, SIZE / 10)
     plain, early = (
         replay(
             tape, OnDemand(setting(trace.header, budget), look_ahead=on), budget_bytes=budget,
@@ -286,7 +295,7 @@ def test_what_arrives_in_time_is_bound_by_the_link():
     times = {"before_us": np.full((64, 2), 100.0), "experts_us": np.full((64, 2), 10_000.0)}
     trace = made(experts, 8, ahead=ahead, times=times)
     trace = Trace(dataclasses.replace(trace.header, slots_bytes=6 * 2 * SIZE), trace.rows)
-    fast, slow = (Timing((100.0,) * 2, 4.0, 1.0, 5.0, rate) for rate in (1e5, 1e-3))
+    fast, slow = (Timing((100.0,) * 2, 4.0, 1.0, 0.0, 5.0, rate) for rate in (1e5, 1e-3))
     assert predictions(trace, fast)[0].in_time == 1
     assert predictions(trace, slow)[0].in_time == 0
     assert predictions(trace, fast)[0].in_time_bytes > 0

@@ -132,24 +132,16 @@ def _trace(args: argparse.Namespace) -> None:
     if args.scheduler is None:
         options = {"look_ahead": False, **options}
     text = None if args.text is None else _text(args.text)  # before the model is loaded
-    limit = args.tokens if args.tokens is not None else _RANDOM_TOKENS if text is None else None
-    if limit is not None and limit < 2:
-        raise ValueError(f"--tokens: expected at least 2, got {limit}")
-    ids = None
-    if text is not None:
-        ids = _ids(args.model, text)[:limit]
-        limit = len(ids)
+    if args.tokens is not None and args.tokens < 2:
+        raise ValueError(f"--tokens: expected at least 2, got {args.tokens}")
+    ids = _ids(args.model, text, args.tokens)
     with edgemoe.load(
         args.model, ram=args.ram, whole_process=True, bits=args.bits, dense_bits=args.dense_bits,
-        experts=args.experts, threads=args.threads, context=limit, verify=not args.no_verify,
+        experts=args.experts, threads=args.threads, context=len(ids), verify=not args.no_verify,
         scheduler=args.scheduler or "on-demand", options=options,
     ) as engine:  # fmt: skip
         for line in engine.notes:
             note(f"# {line}")
-        if ids is None:
-            import numpy as np
-
-            ids = np.random.default_rng(1).integers(0, engine.config.vocab_size, limit).tolist()
         engine.record(args.output, look_ahead=args.look_ahead)
         with Progress(f"tracing {Path(args.model).name}", unit="tok") as progress:
             follow(engine, ids, prompt=min(args.prompt, len(ids) - 1), progress=progress)
@@ -164,14 +156,28 @@ def _say_traced(engine: Engine, path: str, count: int) -> None:
     )
 
 
-def _ids(model: str, text: str) -> list[int]:
+def _ids(model: str, text: str | None, limit: int | None) -> list[int]:
+    """Returns the tokens of a text, or random ones."""
+    import numpy as np
+
     from edgemoe.format import open_moe
     from edgemoe.tokenizer import Tokenizer
 
-    sections = open_moe(model).sections
-    if "tokenizer.json" not in sections:
+    moe = open_moe(model)
+    if text is None:
+        rng = np.random.default_rng(1)
+        count = _RANDOM_TOKENS if limit is None else limit
+        ids: list[int] = rng.integers(0, moe.config.vocab_size, count).tolist()
+    elif "tokenizer.json" in moe.sections:
+        ids = Tokenizer.from_files(moe.sections).encode(text)[:limit]
+    else:
         raise ValueError(f"{model}: has no tokenizer; without --text random tokens are traced")
-    return Tokenizer.from_files(sections).encode(text)
+    if len(ids) < 2:
+        raise ValueError(f"expected a text of at least 2 tokens, got {len(ids)}")
+    most = moe.config.context_length
+    if len(ids) > most:
+        note(f"# the first {most} of {len(ids)} tokens: the model was made for no more")
+    return ids[:most]
 
 
 def _text(path: str) -> str:

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgemoe.trace import Trace
 
 __all__ = ["Pipeline", "Timing", "fit"]
 
 _NUM_READERS = 4  # as the runtime's (edgemoe.store)
+_DOUBT = 0.02  # how much worse a fit may be for a rate e times lower
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,8 @@ class Timing:
     """Computing one expert at the trace's bits, of a group that is in memory."""
     miss_us: float
     """More than that, for one that had to be read."""
+    split_us: float
+    """Once more, in a layer that reads at all: its experts are computed in more than one group."""
     latency_us: float
     """From asking for a read to its first byte."""
     rate: float
@@ -85,7 +89,7 @@ class Pipeline:
             arrivals.append((end, order.pop() if order else 0.0))
         for expert, size in ahead:
             self._queue.setdefault(expert, size)
-        done += sum(order)
+        done += sum(order) + (self.timing.split_us if reads else 0.0)
         for end, compute in sorted(arrivals):
             if end > done:
                 self.wait_us += end - done
@@ -126,8 +130,8 @@ def fit(trace: Trace) -> Timing:
     before = trace.by_token("before_us", single=True)[1:]
     if len(before) < 8:
         raise ValueError("timing: expected a trace with at least 9 tokens computed one at a time")
-    experts = trace.by_token("experts_us", single=True)[1:].ravel()
     wait = trace.by_token("wait_us", single=True)[1:].ravel()
+    computing = trace.by_token("experts_us", single=True)[1:].ravel() - wait
     size = trace.by_token("bytes_read", single=True)[1:].ravel()
     bits = trace.by_token("bits", single=True)[1:]
     resident = trace.by_token("resident", single=True)[1:]
@@ -139,8 +143,7 @@ def fit(trace: Trace) -> Timing:
         raise ValueError(
             "timing: nothing had to be read in this trace; record it with a smaller --ram"
         )
-    # Computing: ran * expert_us + misses * miss_us, each number of misses as often as it came.
-    computing = experts - wait
+    # Each number of experts that ran and of misses among them, and how often it came.
     kinds = np.unique(np.stack([ran, misses], axis=1), axis=0)
     table = []
     for r, m in kinds.tolist():
@@ -148,14 +151,16 @@ def fit(trace: Trace) -> Timing:
         table.append(
             (r, m, mask.sum(), computing[mask].mean(), wait[mask].mean(), size[mask].mean())
         )
-    columns = np.array(table)
-    weights = np.sqrt(columns[:, 2])
-    parts, *_ = np.linalg.lstsq(columns[:, :2] * weights[:, None], columns[:, 3] * weights)
-    expert_us, miss_us = float(max(parts[0], 0.0)), float(max(parts[1], 0.0))
     before_us = tuple(before.mean(axis=0).tolist())
+    rows = np.array(table)
+    expert_us, miss_us, split_us = _computing(rows)
+    read = rows[:, 1] > 0
+    slowest = float(
+        (rows[read, 2] * rows[read, 5]).sum() / (rows[read, 2] * rows[read, 3:5].sum(axis=1)).sum()
+    )
 
     def error(latency: float, rate: float) -> float:
-        timing = Timing(before_us, expert_us, miss_us, latency, rate)
+        timing = Timing(before_us, expert_us, miss_us, split_us, latency, rate)
         total = 0.0
         for r, m, count, _, waited, bytes_read in table:
             if m == 0:
@@ -164,14 +169,35 @@ def fit(trace: Trace) -> Timing:
             one = (bytes_read / m, expert_us + miss_us)
             play.layer(0.0, [expert_us] * (r - m), [one] * m)
             total += count * (play.wait_us - waited) ** 2
-        return total
+        # Where layers all read much, latency and rate can stand for each other: then the lower rate is the likelier.
+        return total * (1 + _DOUBT * float(np.log(max(rate, slowest) / slowest)) ** 2)
 
-    # A grid that narrows: the error has one valley, but no derivative.
-    latency, rate, span = 100.0, 1000.0, 30.0
-    for _ in range(7):
-        steps = span ** np.linspace(-1, 1, 9)
+    # A grid, then finer ones around the best: the error has no derivative, and more than one valley.
+    latency, rate = 100.0, 10 * slowest
+    for span, points in ((20.0, 25), (1.3, 9), (1.05, 9)):
+        steps = span ** np.linspace(-1, 1, points)
         _, latency, rate = min(
             (error(latency * a, rate * b), latency * a, rate * b) for a in steps for b in steps
         )
-        span **= 0.5
-    return Timing(before_us, expert_us, miss_us, float(latency), float(rate))
+    return Timing(before_us, expert_us, miss_us, split_us, float(latency), float(rate))
+
+
+def _computing(table: NDArray[np.float64]) -> tuple[float, float, float]:
+    """Returns expert_us, miss_us and split_us that fit best, none of them negative.
+
+    Args:
+        table: [n, …]: experts that ran, misses, how often, mean computing time.
+    """
+    ran, misses, count, mean = table.T[:4]
+    columns = np.stack([ran, misses, misses > 0], axis=1)
+    weights = np.sqrt(count)
+    used = [0, 1, 2]
+    while True:
+        parts, *_ = np.linalg.lstsq(columns[:, used] * weights[:, None], mean * weights, rcond=None)
+        if parts.min() >= 0 or len(used) == 1:
+            break
+        del used[int(parts.argmin())]
+    out = [0.0, 0.0, 0.0]
+    for i, value in zip(used, parts.tolist(), strict=True):
+        out[i] = max(value, 0.0)
+    return out[0], out[1], out[2]
