@@ -1,4 +1,4 @@
-"""What a layer takes on this machine: reads and compute side by side, fitted from a trace's own times.
+"""What a layer takes on this machine: reads and compute side by side, fitted to a trace's own times.
 
 The model: what comes before the experts takes its time; then reads start while the experts in memory are computed,
 the others as they arrive. A few readers hide each other's latency and share one link. A miss costs some computing
@@ -119,6 +119,8 @@ class Pipeline:
 def fit(trace: Trace) -> Timing:
     """Fits the model to the single tokens of a trace.
 
+    By medians: other work on the machine makes some tokens slow, and what it predicts is a machine without.
+
     Raises:
         ValueError: the trace has too few single tokens, or no miss among them, or its scheduler read ahead.
     """
@@ -149,9 +151,9 @@ def fit(trace: Trace) -> Timing:
     for r, m in kinds.tolist():
         mask = (ran == r) & (misses == m)
         table.append(
-            (r, m, mask.sum(), computing[mask].mean(), wait[mask].mean(), size[mask].mean())
+            (r, m, mask.sum(), np.median(computing[mask]), np.median(wait[mask]), size[mask].mean())
         )
-    before_us = tuple(before.mean(axis=0).tolist())
+    before_us = tuple(np.median(before, axis=0).tolist())
     rows = np.array(table)
     expert_us, miss_us, split_us = _computing(rows)
     read = rows[:, 1] > 0
