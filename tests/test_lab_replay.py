@@ -177,9 +177,7 @@ def test_the_shuffled_control_keeps_tokens_whole_and_chunks_in_place():
     assert (tape.num_tokens, plain.num_tokens) == (25, 25)
 
 
-TIMING = Timing(
-    before_us=(10.0, 10.0), expert_us=4.0, miss_us=1.0, split_us=0.0, latency_us=5.0, rate=2.0
-)
+TIMING = Timing(before_us=(10.0, 10.0), expert_us=4.0, miss_us=0.0, latency_us=5.0, rate=2.0)
 
 
 def test_a_layer_takes_what_one_can_work_out_by_hand():
@@ -200,6 +198,10 @@ def test_a_layer_takes_what_one_can_work_out_by_hand():
     play.layer(0.0, [4.0], [], wanted=[0], ahead=[(7, 40)])
     play.layer(10.0, [4.0], [], wanted=[7])
     assert play.now == pytest.approx(25 + 4)  # asked for at 0
+    # What misses cost on top is shared by those of a layer.
+    play = Pipeline(dataclasses.replace(TIMING, miss_us=6.0))
+    play.layer(0.0, [], [(40, 0.0)] * 4)
+    assert play.now == 5 + 4 * 20 + 3
     # What is wanted now goes before what waits for its turn.
     play = Pipeline(TIMING)
     play.layer(0.0, [], [(40, 5.0)], ahead=[(7, 4000), (8, 4000), (9, 4000), (5, 4000)])
@@ -213,7 +215,6 @@ def test_the_timing_comes_back_from_a_trace_that_it_made():
         before_us=(300.0, 50.0),
         expert_us=20.0,
         miss_us=7.0,
-        split_us=9.0,
         latency_us=60.0,
         rate=200.0,
     )
@@ -224,7 +225,7 @@ def test_the_timing_comes_back_from_a_trace_that_it_made():
     for t, layer in itertools.product(range(T), range(L)):
         n = misses[t, layer]
         play = Pipeline(true)
-        play.layer(0.0, [20.0] * (K - n), [(2 * SIZE, 27.0)] * n)
+        play.layer(0.0, [20.0] * (K - n), [(2 * SIZE, 20.0)] * n)
         times["before_us"][t, layer] = true.before_us[layer]
         times["experts_us"][t, layer] = play.now
         times["wait_us"][t, layer] = play.wait_us
@@ -234,7 +235,7 @@ def test_the_timing_comes_back_from_a_trace_that_it_made():
     at[:] = np.where(np.arange(K) < misses[:, :, None], 0, 2)
     got = fit(trace)
     assert got.before_us == pytest.approx(true.before_us)
-    assert (got.expert_us, got.miss_us, got.split_us) == pytest.approx((20, 7, 9))
+    assert (got.expert_us, got.miss_us) == pytest.approx((20, 7))
     assert got.rate == pytest.approx(200, rel=0.03)
     assert got.latency_us == pytest.approx(60, rel=0.2)
     ahead = dataclasses.replace(trace.header, reads_ahead=True)
@@ -251,7 +252,7 @@ def test_a_replay_takes_the_time_that_its_misses_take():
     timing = dataclasses.replace(TIMING, rate=SIZE / 10)
     budget = 100 * SIZE
     got = replay(tape, OnDemand(setting(tape.header, budget)), budget_bytes=budget, timing=timing)
-    hit, miss = 10 + 4, 10 + 5 + 20 + 5
+    hit, miss = 10 + 4, 10 + 5 + 20 + 4
     assert (got.hits, got.misses) == (3, 3)
     assert got.seconds * 1e6 == pytest.approx(3 * hit + 3 * miss)
     assert got.wait_s * 1e6 == pytest.approx(3 * 25)
@@ -264,7 +265,7 @@ def test_perfect_look_ahead_hides_reads_and_is_told_apart():
     ahead[:, :-1, 0] = experts[:, 1:]
     trace = made(experts, 16, ahead=ahead)
     tape, budget = Tape(trace), 8 * 2 * SIZE
-    timing = Timing((500.0,) * 3, 4.0, 1.0, 0.0, 5.0, SIZE / 10)
+    timing = Timing((500.0,) * 3, 4.0, 1.0, 5.0, SIZE / 10)
     plain, early = (
         replay(
             tape, OnDemand(setting(trace.header, budget), look_ahead=on), budget_bytes=budget,
@@ -295,7 +296,7 @@ def test_what_arrives_in_time_is_bound_by_the_link():
     times = {"before_us": np.full((64, 2), 100.0), "experts_us": np.full((64, 2), 10_000.0)}
     trace = made(experts, 8, ahead=ahead, times=times)
     trace = Trace(dataclasses.replace(trace.header, slots_bytes=6 * 2 * SIZE), trace.rows)
-    fast, slow = (Timing((100.0,) * 2, 4.0, 1.0, 0.0, 5.0, rate) for rate in (1e5, 1e-3))
+    fast, slow = (Timing((100.0,) * 2, 4.0, 1.0, 5.0, rate) for rate in (1e5, 1e-3))
     assert predictions(trace, fast)[0].in_time == 1
     assert predictions(trace, slow)[0].in_time == 0
     assert predictions(trace, fast)[0].in_time_bytes > 0

@@ -266,7 +266,7 @@ class _Player:
             if h >= n:
                 ready.append(compute)
             else:
-                reads.append((sizes[n] - sizes[h], compute + timing.miss_us))
+                reads.append((sizes[n] - sizes[h], compute))
         flat = residency.reshape(-1)
         had = flat[plan.ahead] if plan.ahead is not None else None
 

@@ -30,9 +30,7 @@ class Timing:
     expert_us: float
     """Computing one expert at the trace's bits, of a group that is in memory."""
     miss_us: float
-    """More than that, for one that had to be read."""
-    split_us: float
-    """Once more, in a layer that reads at all: its experts are computed in more than one group."""
+    """More than that in a layer with reads, times the root of their number: few come one by one, many in groups."""
     latency_us: float
     """From asking for a read to its first byte."""
     rate: float
@@ -75,7 +73,8 @@ class Pipeline:
         """
         self.now += before_us
         self._begin_ahead(self.now)
-        arrivals = [(self._read(size, self.now), compute) for size, compute in reads]
+        extra = self.timing.miss_us / len(reads) ** 0.5 if reads else 0.0
+        arrivals = [(self._read(size, self.now), compute + extra) for size, compute in reads]
         done = self.now
         late = []
         if self._queue or self._arrivals:
@@ -89,7 +88,7 @@ class Pipeline:
             arrivals.append((end, order.pop() if order else 0.0))
         for expert, size in ahead:
             self._queue.setdefault(expert, size)
-        done += sum(order) + (self.timing.split_us if reads else 0.0)
+        done += sum(order)
         for end, compute in sorted(arrivals):
             if end > done:
                 self.wait_us += end - done
@@ -155,20 +154,20 @@ def fit(trace: Trace) -> Timing:
         )
     before_us = tuple(np.median(before, axis=0).tolist())
     rows = np.array(table)
-    expert_us, miss_us, split_us = _computing(rows)
+    expert_us, miss_us = _computing(rows)
     read = rows[:, 1] > 0
     slowest = float(
         (rows[read, 2] * rows[read, 5]).sum() / (rows[read, 2] * rows[read, 3:5].sum(axis=1)).sum()
     )
 
     def error(latency: float, rate: float) -> float:
-        timing = Timing(before_us, expert_us, miss_us, split_us, latency, rate)
+        timing = Timing(before_us, expert_us, miss_us, latency, rate)
         total = 0.0
         for r, m, count, _, waited, bytes_read in table:
             if m == 0:
                 continue
             play = Pipeline(timing)
-            one = (bytes_read / m, expert_us + miss_us)
+            one = (bytes_read / m, expert_us)
             play.layer(0.0, [expert_us] * (r - m), [one] * m)
             total += count * (play.wait_us - waited) ** 2
         # Where layers all read much, latency and rate can stand for each other: then the lower rate is the likelier.
@@ -181,25 +180,19 @@ def fit(trace: Trace) -> Timing:
         _, latency, rate = min(
             (error(latency * a, rate * b), latency * a, rate * b) for a in steps for b in steps
         )
-    return Timing(before_us, expert_us, miss_us, split_us, float(latency), float(rate))
+    return Timing(before_us, expert_us, miss_us, float(latency), float(rate))
 
 
-def _computing(table: NDArray[np.float64]) -> tuple[float, float, float]:
-    """Returns expert_us, miss_us and split_us that fit best, none of them negative.
+def _computing(table: NDArray[np.float64]) -> tuple[float, float]:
+    """Returns expert_us and miss_us that fit best, neither of them negative.
 
     Args:
-        table: [n, …]: experts that ran, misses, how often, mean computing time.
+        table: [n, …]: experts that ran, misses, how often, computing time.
     """
-    ran, misses, count, mean = table.T[:4]
-    columns = np.stack([ran, misses, misses > 0], axis=1)
+    ran, misses, count, computing = table.T[:4]
     weights = np.sqrt(count)
-    used = [0, 1, 2]
-    while True:
-        parts, *_ = np.linalg.lstsq(columns[:, used] * weights[:, None], mean * weights, rcond=None)
-        if parts.min() >= 0 or len(used) == 1:
-            break
-        del used[int(parts.argmin())]
-    out = [0.0, 0.0, 0.0]
-    for i, value in zip(used, parts.tolist(), strict=True):
-        out[i] = max(value, 0.0)
-    return out[0], out[1], out[2]
+    columns = np.stack([ran, np.sqrt(misses)], axis=1) * weights[:, None]
+    parts, *_ = np.linalg.lstsq(columns, computing * weights, rcond=None)
+    if parts.min() >= 0:
+        return float(parts[0]), float(parts[1])
+    return float((computing * count).sum() / (ran * count).sum()), 0.0
