@@ -28,7 +28,7 @@ from edgemoe.lab.timing import Timing, fit
 from edgemoe.trace import Trace, read
 
 PLAIN = {"look_ahead": False}
-BLOCK = 8  # tokens
+BLOCK = 4  # tokens
 
 
 def opened(args: argparse.Namespace, share: float) -> edgemoe.Engine:
@@ -85,7 +85,7 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("-n", type=int, default=512)
+    parser.add_argument("-n", type=int, default=1024)
     parser.add_argument("--prompt", type=int, default=32)
     parser.add_argument("--bits", type=int)
     parser.add_argument("--shares", type=float, nargs="+", default=[25, 50, 75])
