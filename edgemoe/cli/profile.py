@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.console import drop_stdout, error_line, note
 from edgemoe.cli.parser import Parser
-from edgemoe.cli.settings import settings, settings_by_scheduler
+from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 
 if TYPE_CHECKING:
     from edgemoe.engine import Engine
@@ -83,8 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("-t", "--threads", type=int, metavar="N")
     trace.add_argument("--scheduler", metavar="NAME",
                        help="(default: on-demand without reading ahead, which predictions of speed need)")
-    trace.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                       help="an option of the scheduler; may be repeated")
+    trace.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
     trace.add_argument("--no-verify", action="store_true")
 
     report = _command(commands, "report", _report, "say what a trace holds")
@@ -128,7 +127,10 @@ def _trace(args: argparse.Namespace) -> None:
     from edgemoe.cli.progress import Progress
     from edgemoe.lab.record import follow
 
-    options: Mapping[str, Any] = settings(args.set)
+    if "help" in args.set:
+        print(options_text(args.scheduler or "on-demand"))
+        return
+    options: Mapping[str, Any] = read_settings(args.set)
     if args.scheduler is None:
         options = {"look_ahead": False, **options}
     text = None if args.text is None else _text(args.text)  # before the model is loaded
@@ -262,7 +264,7 @@ def _studied(args: argparse.Namespace, trace: Trace) -> tuple[Timing | None, lis
     from edgemoe.lab.study import lines, study
     from edgemoe.trace import read
 
-    ways = lines(args.schedulers, args.policies, settings_by_scheduler(args.set))
+    ways = lines(args.schedulers, args.policies, _settings_by_scheduler(args.set))
     budgets = list(dict.fromkeys(_budget(text, trace) for text in args.budgets))
     timing = _timing(trace if args.timing is None else read(args.timing))
     sections = {} if args.model is None else open_moe(args.model).sections
@@ -272,6 +274,17 @@ def _studied(args: argparse.Namespace, trace: Trace) -> tuple[Timing | None, lis
     for name in sorted(further):
         note(f"# {name} looks further ahead than the trace does; --look-ahead records more")
     return timing, rows
+
+
+def _settings_by_scheduler(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns options by scheduler, from SCHEDULER.KEY=VALUE."""
+    out: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        scheduler, dot, rest = text.partition(".")
+        if not dot or not scheduler or "=" in scheduler or "@" in scheduler:
+            raise ValueError(f"--set: expected SCHEDULER.KEY=VALUE, got {text!r}")
+        out.setdefault(scheduler, {}).update(read_settings([rest]))
+    return out
 
 
 def _timing(trace: Trace) -> Timing | None:

@@ -22,7 +22,9 @@ class Watched(Scheduler):
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""
-        return self._inner.plan(seen(routing, self._inner.look_ahead), residency)
+        plan = self._inner.plan(seen(routing, self._inner.look_ahead), residency)
+        self.substituted = self._inner.substituted
+        return plan
 
     def begin(self) -> None:
         """See `Scheduler.begin`."""
@@ -42,8 +44,8 @@ def seen(routing: Routing, look_ahead: int) -> Routing:
     if routing.ahead_experts is None or routing.ahead_gates is None:
         return routing
     if look_ahead <= 0:
-        return Routing(routing.layer, routing.experts, routing.gates)
+        return Routing(routing.layer, routing.experts, routing.gates, scores=routing.scores)
     return Routing(
         routing.layer, routing.experts, routing.gates,
-        routing.ahead_experts[:look_ahead], routing.ahead_gates[:look_ahead],
+        routing.ahead_experts[:look_ahead], routing.ahead_gates[:look_ahead], routing.scores,
     )  # fmt: skip
