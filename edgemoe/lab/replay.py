@@ -25,6 +25,9 @@ from edgemoe.trace import NO_EXPERT, Trace, TraceHeader
 __all__ = ["Replay", "Tape", "make_scheduler", "replay", "setting"]
 
 
+_NOMINAL_S, _NOMINAL_RATE = 1e-2, 1e9  # of a token, and bytes per second
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
     """Says what would have happened. Sums are over single tokens, after what the chunks left in memory."""
@@ -207,9 +210,13 @@ def replay(
             if finish:
                 finish()
         took = (pipeline.now_s, pipeline.wait_s) if pipeline else (0.0, 0.0)
-        scheduler.passed(len(layers[0].experts), took[0] - start[0])
         last, counts = counts, _counts(store)
         sums[int(is_single)] += counts - last
+        # Schedulers that try things out must see some time; without a timing, reading is all that takes any.
+        spent_s = (
+            took[0] - start[0] if pipeline else _NOMINAL_S + (counts - last)[3] / _NOMINAL_RATE
+        )
+        scheduler.passed(len(layers[0].experts), float(spent_s))
         if is_single:
             seconds, waited = seconds + took[0] - start[0], waited + took[1] - start[1]
     hits, misses, evictions, bytes_read, bits, ahead_hits = sums[1].tolist()

@@ -93,7 +93,9 @@ def study(
         ):
             continue
         r: Replay = replay(tape, first, budget_bytes=budget, policy=way.policy, timing=timing)
-        mixed = replay(control, scheduler(control), budget_bytes=budget, policy=way.policy)
+        mixed = replay(
+            control, scheduler(control), budget_bytes=budget, policy=way.policy, timing=timing
+        )
         rows.append(
             {
                 "name": way.scheduler if own and way.scheduler not in ORACLES else way.name,
