@@ -226,22 +226,22 @@ def _replay(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from edgemoe.lab import plots, report, tables
+    from edgemoe.lab import pictures, report, tables
     from edgemoe.lab.page import page
     from edgemoe.trace import read
 
     trace = read(args.trace)
     used, local, waits = report.usage(trace), report.locality(trace), report.waits(trace)
     timing, rows = _studied(args, trace)
-    pictures = [
+    figures = [
         ("Hit rate and budget", "Dashed lines know the future; dotted ones are the same with the tokens in random "
-         "order, where only frequency helps.", plots.budgets(rows)),
-        ("Use and residency", "By layer and expert, over all tokens of the trace.", plots.heat_maps(trace)),
+         "order, where only frequency helps.", pictures.budgets(rows)),
+        ("Use and residency", "By layer and expert, over all tokens of the trace.", pictures.heat_maps(trace)),
         ("Timeline", "Single tokens from the middle of the trace. Red is waiting: the bubbles.",
-         plots.timeline(trace, timing=timing)),
-        ("Where the time went", "The mean single token, layer by layer.", plots.waits(waits["layers"])),
+         pictures.timeline(trace, timing=timing)),
+        ("Where the time went", "The mean single token, layer by layer.", pictures.waits(waits["layers"])),
     ]  # fmt: skip
-    drawn = [(title, about, plots.png(figure)) for title, about, figure in pictures]
+    drawn = [(title, about, pictures.png(figure)) for title, about, figure in figures]
     words = [
         *tables.usage(used), tables.srp(local), tables.hit_rates(local), *tables.waits(waits),
         tables.studied(rows),
