@@ -662,6 +662,9 @@ PYBIND11_MODULE(_core, m) {
                                const auto& r = self.cast<Cache&>().residency();
                                return lend(r.data(), r.size(), self);
                              })
+      .def_property_readonly(
+          "progress", [](const Cache& c) { return py::make_tuple(c.loader_stats().bytes, c.stats().wait_s); },
+          "Bytes read and seconds waited since the start: what a trace asks for after every layer.")
       .def_property_readonly("stats",
                              [](const Cache& c) {
                                const CacheStats s = c.stats();

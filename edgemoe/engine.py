@@ -21,11 +21,12 @@ from edgemoe.budget import Budget, default_ram, parse_size
 from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts, Observer
 from edgemoe.format import MoeFile, open_moe
-from edgemoe.model import Decoder, KvCache, KvTypes
+from edgemoe.model import MOST_AHEAD, Decoder, KvCache, KvTypes
 from edgemoe.ops import CpuOps, OpsShape
 from edgemoe.quant import Allocation
 from edgemoe.sampler import Sampler, SamplingParams
 from edgemoe.scheduler import SCHEDULERS, Setting
+from edgemoe.scheduler.watched import Watched
 from edgemoe.store import ExpertStore, expert_bytes, load_dense
 from edgemoe.tokenizer import Tokenizer
 from edgemoe.trace import TraceHeader, TraceWriter
@@ -230,11 +231,11 @@ class Engine:
         # Slots are sized last, from what the process really has by now.
         dense = sum(w.bytes if isinstance(w, _core.Nested) else w.nbytes for w in weights.values())
         self.budget = budget = divide(max(hardware.process_bytes() - dense, 0))
+        setting = _setting(moe, self.bits, budget.slots, sections)
         self.scheduler_name = scheduler
-        self.scheduler = SCHEDULERS[scheduler](
-            _setting(moe, self.bits, budget.slots, sections), **options
-        )
-        del sections
+        self.scheduler = SCHEDULERS[scheduler](setting, **options)
+        self._setting = replace(setting, sections={})
+        del sections, setting
         self.notes += self.scheduler.notes
         self._ops = CpuOps(replace(ops, max_tokens=budget.chunk, max_context=budget.context))
         self._store = ExpertStore.open(
@@ -251,8 +252,6 @@ class Engine:
             observer=observer,
         )
         self._trace: TraceWriter | None = None
-        if trace is not None:
-            self._trace = self._experts.observer = TraceWriter(trace, _trace_header(moe, self))
         self._decoder = Decoder(config, weights, self._ops, self._experts, max_tokens=budget.chunk)
         self._kv = KvCache(config, budget.context, kv_types)
         self._ids: list[int] = []  # what the KV cache holds
@@ -261,6 +260,8 @@ class Engine:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._meter = _Meter(self._experts, budget.kv)
+        if trace is not None:
+            self.record(trace)
         logger.info(
             "%s: %s, %d tokens of context, chunks of %d, %d of %d bytes of experts, %s, %d threads",
             moe.path, config.family, budget.context, budget.chunk, budget.slots,
@@ -459,7 +460,7 @@ class Engine:
         for first in range(0, len(tokens), chunk):
             part = tokens[first : first + chunk]
             if self._trace is not None:
-                self._trace.position = self._kv.length
+                self._trace.begin(self._kv.length)
             if self._kv.length == 0:
                 self.scheduler.begin()
             start = time.perf_counter()
@@ -470,6 +471,44 @@ class Engine:
                 self._decoder.logits(hidden, out[first : first + len(part)])
             elif first + chunk >= len(tokens):
                 self._decoder.logits(hidden[-1:], out)
+            if self._trace is not None:
+                self._trace.end()
+
+    def record(self, path: str | os.PathLike[str], *, look_ahead: int = 0) -> None:
+        """Records from now on what is routed, resident and waited for; see `edgemoe.trace`.
+
+        Args:
+            look_ahead: for the record, how many of the next layers' routers are asked for each layer's input; at
+                least as many as the scheduler asks for.
+
+        Raises:
+            ValueError: the engine has an observer or a trace already, or there is a file that is not a trace.
+            OSError: the file cannot be written.
+        """
+        moe = self._open()
+        if self._experts.observer is not None:
+            raise ValueError("record: the engine is observed already")
+        if not 0 <= look_ahead <= MOST_AHEAD:
+            raise ValueError(f"look-ahead: expected 0 to {MOST_AHEAD} layers, got {look_ahead}")
+        reads_ahead = self.scheduler.look_ahead > 0
+        if look_ahead > self.scheduler.look_ahead:
+            self._experts.scheduler = self.scheduler = Watched(self.scheduler, look_ahead)
+        setting = self._setting
+        header = TraceHeader(
+            model=str(moe.source.get("name", moe.path.name)),
+            num_experts=setting.num_experts,
+            experts_per_token=setting.experts_per_token,
+            num_layers=setting.num_layers,
+            bits=setting.bits,
+            level_bits=setting.level_bits,
+            level_bytes=setting.level_bytes,
+            slots_bytes=setting.slots_bytes,
+            scheduler=self.scheduler_name,
+            look_ahead=self.scheduler.look_ahead,
+            reads_ahead=reads_ahead,
+            threads=self.threads,
+        )
+        self._trace = self._experts.observer = TraceWriter(path, header)
 
     def chat(self, *, system: str | None = None, params: SamplingParams | None = None) -> Chat:
         """Opens a conversation.
@@ -634,19 +673,6 @@ def _setting(moe: MoeFile, bits: int, slots: int, sections: Mapping[str, bytes])
         level_bytes=tuple(expert_bytes(moe, level) for level in levels),
         slots_bytes=slots,
         sections=sections,
-    )
-
-
-def _trace_header(moe: MoeFile, engine: Engine) -> TraceHeader:
-    config = moe.config
-    return TraceHeader(
-        model=str(moe.source.get("name", moe.path.name)),
-        num_experts=config.num_experts,
-        experts_per_token=config.experts_per_token,
-        num_layers=len(config.moe_layers),
-        bits=engine.bits,
-        slots_bytes=engine.budget.slots,
-        expert_bytes=engine.budget.expert,
     )
 
 

@@ -21,6 +21,9 @@ class Observer:
     def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
         """A plan was made and nothing loaded yet; `residency` [layers, E] is a live view."""
 
+    def done(self, bytes_read: int, wait_s: float) -> None:
+        """The layer's experts have run; both are totals since the store was opened."""
+
 
 class Experts:
     """Runs one layer's routed experts for a chunk of tokens."""
@@ -61,3 +64,5 @@ class Experts:
         for group in store.ready_groups():  # computing one group hides the reads of the next
             ops.expert_ffn(x, store.cache, experts, levels, plan, group, self._parts)
         ops.combine(self._parts, plan, out)
+        if self.observer is not None:
+            self.observer.done(*store.cache.progress)

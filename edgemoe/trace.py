@@ -1,21 +1,36 @@
-"""Records what the router asked for and what was in memory, token by token, in a compact file.
+"""Records what the router asked for, what was in memory, and what each layer took, in a compact file.
 
-A trace is one line of JSON, then fixed-size little-endian records (numpy dtype `record(K)`), one per token and
-layer with experts, in the order of computing:
+A trace is one line of JSON, the fields of `TraceHeader`, then fixed-size little-endian records (numpy dtype
+`record(K, p)`), one per token and layer with experts, in the order of computing. A chunk of T tokens is T records of
+layer 0, then T of layer 1, and so on:
 
-    token     u4        position in its sequence
-    layer     u2        position among the layers with routed experts
-    experts   u2 [K]    chosen, best first
-    gates     f2 [K]
-    resident  u1 [K]    rungs of each in memory when the layer was planned; 0 = absent
+    token          u4         position in its sequence; a sequence starts at 0
+    layer          u2         position among the layers with routed experts
+    tokens         u2         T in the first record of a chunk's layer, 0 in the others
+    experts        u2 [K]     chosen by the router, best first
+    gates          f2 [K]
+    resident       u1 [K]     level of each in memory when the layer was planned, 0 = absent
+    bits           u1 [K]     that each ran at, 0 = skipped
+    ahead_experts  u2 [p, K]  what the routers of the next p layers chose for this layer's input, best first;
+                              65535 where they were not asked. Absent when p is 0
+    ahead_gates    f2 [p, K]  likewise
 
-The header has the fields of `TraceHeader`. `read` gives both back.
+and of the chunk's layer as a whole, in its first record, 0 in the others:
+
+    bytes_read     u8         that arrived since the layer before
+    before_us      f4         since the experts of the layer before were done: head, embedding, attention, router
+                              and scheduler, but not what the caller did between tokens
+    experts_us     f4         from the plan to the sum of the experts' outputs
+    wait_us        f4         of that, standing still for reads
+
+`read` gives all of it back.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,14 +42,23 @@ from edgemoe.errors import FormatError
 from edgemoe.experts import Observer
 from edgemoe.plan import Plan, Routing
 
-__all__ = ["TraceHeader", "TraceWriter", "read", "record"]
+__all__ = ["NO_EXPERT", "Trace", "TraceHeader", "TraceWriter", "read", "record"]
+
+_VERSION = 2
+_MAGIC = b'{"edgemoe_trace"'
+_ROWS = 1024  # records that are gathered before they are written
+
+NO_EXPERT = 0xFFFF
+"""In `ahead_experts`, where no router was asked."""
+
+_clock = time.perf_counter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceHeader:
     """Says which model and settings a trace is of."""
 
-    edgemoe_trace: int = 1
+    edgemoe_trace: int = _VERSION
     """Version of the format."""
     model: str
     num_experts: int
@@ -42,24 +66,39 @@ class TraceHeader:
     num_layers: int
     """Layers with routed experts."""
     bits: int
+    """The highest precision that may be planned."""
+    level_bits: tuple[int, ...]
+    """Of each level, ascending; `bits` is the last."""
+    level_bytes: tuple[int, ...]
+    """Memory and reading of one expert at each level."""
     slots_bytes: int
     """Memory for experts."""
-    expert_bytes: int
+    scheduler: str
+    look_ahead: int = 0
+    """p of the records."""
+    reads_ahead: bool = False
+    """The scheduler asked for look-ahead, so that reads and waits are not those of single layers."""
+    threads: int
 
 
-def record(experts_per_token: int) -> np.dtype[Any]:
+def record(experts_per_token: int, look_ahead: int = 0) -> np.dtype[Any]:
     """Returns the dtype of a trace's records."""
-    K = experts_per_token
+    K, p = experts_per_token, look_ahead
+    ahead = [("ahead_experts", "<u2", (p, K)), ("ahead_gates", "<f2", (p, K))] if p else []
     return np.dtype(
         [
-            ("token", "<u4"), ("layer", "<u2"), ("experts", "<u2", K), ("gates", "<f2", K),
-            ("resident", "u1", K),
+            ("token", "<u4"), ("layer", "<u2"), ("tokens", "<u2"), ("experts", "<u2", (K,)),
+            ("gates", "<f2", (K,)), ("resident", "u1", (K,)), ("bits", "u1", (K,)), *ahead,
+            ("bytes_read", "<u8"), ("before_us", "<f4"), ("experts_us", "<f4"), ("wait_us", "<f4"),
         ]
     )  # fmt: skip
 
 
 class TraceWriter(Observer):
-    """Writes a trace as layers are planned; an earlier trace of that name is replaced."""
+    """Writes a trace as layers run; an earlier trace of that name is replaced.
+
+    A token's layer costs a few copies of some bytes; what they mean is worked out for many at once.
+    """
 
     def __init__(self, path: str | os.PathLike[str], header: TraceHeader) -> None:
         """Opens the file and writes the header.
@@ -71,43 +110,202 @@ class TraceWriter(Observer):
         target = Path(path)
         if target.is_file() and target.stat().st_size:
             with open(target, "rb") as old:
-                if not old.read(32).startswith(b'{"edgemoe_trace"'):
+                if not old.read(32).startswith(_MAGIC):
                     raise ValueError(f"{path}: exists and is not a trace; it is left as it is")
-        self._dtype = record(header.experts_per_token)
+        self.header = header
+        self._path = str(path)
+        self._dtype = record(header.experts_per_token, header.look_ahead)
         self._file = open(path, "wb")  # noqa: SIM115 (closed by `close`)
         self._file.write(json.dumps(asdict(header)).encode() + b"\n")
-        self.position = 0
-        """Of the first token of the next chunk; the engine sets it."""
+        self._position = 0
+        self._blocks: list[NDArray[Any]] = []
+        self._num_rows = 0
+        self._single: list[tuple[Any, ...]] = []
+        self._times: list[tuple[float, float, float, int]] = []
+        self._planned: float | None = None
+        self._last = _clock()
+        self._tail = 0.0
+        self._bytes_read, self._wait_s = 0, 0.0
+
+    def begin(self, position: int) -> None:
+        """A chunk starts at a position of its sequence."""
+        self._position = position
+        self._last = _clock() - self._tail
+
+    def end(self) -> None:
+        """The chunk is done, its logits too."""
+        self._tail = _clock() - self._last
 
     def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
-        """Writes one record per token."""
+        """Copies what was routed, planned and resident."""
+        if self._planned is not None:  # an error or Ctrl-C ended the layer before
+            self._times.append((0.0, 0.0, 0.0, 0))
+        if len(routing.experts) == 1 and routing.ahead_experts is None:
+            self._single.append(
+                (
+                    self._position, routing.layer, routing.experts.tobytes(), routing.gates.tobytes(),
+                    plan.bits.tobytes(), plan.rows.tobytes(), residency[routing.layer].tobytes(),
+                )
+            )  # fmt: skip
+        else:
+            self._settle()
+            self._blocks.append(self._block(routing, plan, residency))
+            self._num_rows += len(routing.experts)
+        self._planned = _clock()
+
+    def done(self, bytes_read: int, wait_s: float) -> None:
+        """Notes what the layer took, from the cache's counters since the start."""
+        now, planned = _clock(), self._planned
+        assert planned is not None
+        self._times.append(
+            (planned - self._last, now - planned, wait_s - self._wait_s, bytes_read - self._bytes_read)
+        )  # fmt: skip
+        self._bytes_read, self._wait_s = bytes_read, wait_s
+        self._last, self._planned = now, None
+        if len(self._single) + self._num_rows >= _ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        """Writes what is left and ends the file."""
+        try:
+            self._flush()
+            self._file.close()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._path) from None
+
+    def _settle(self) -> None:
+        """Turns the single tokens gathered so far into a block of records."""
+        if not self._single:
+            return
+        position, layer, experts, gates, bits, order, resident = zip(*self._single, strict=True)
+        n, K, E = len(position), self.header.experts_per_token, self.header.num_experts
+        rows = np.zeros(n, self._dtype)
+        rows["token"], rows["layer"], rows["tokens"] = position, layer, 1
+        rows["experts"] = chosen = np.frombuffer(b"".join(experts), np.int32).reshape(n, K)
+        rows["gates"] = np.frombuffer(b"".join(gates), np.float32).reshape(n, K)
+        levels = np.frombuffer(b"".join(resident), np.int8).reshape(n, E)
+        rows["resident"] = np.take_along_axis(levels, chosen, axis=1)
+        # A single token's uses have one part each, so that its row of parts names uses.
+        at = np.frombuffer(b"".join(order), np.int32).reshape(n, K)
+        starts = np.cumsum([0, *map(len, bits)])[:-1]
+        ran = np.frombuffer(b"".join(bits), np.uint8)
+        rows["bits"] = np.where(at < 0, 0, ran[np.where(at < 0, 0, at + starts[:, None])])
+        if self.header.look_ahead:
+            rows["ahead_experts"] = NO_EXPERT
+        self._blocks.append(rows)
+        self._num_rows += n
+        self._single.clear()
+
+    def _block(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> NDArray[Any]:
+        """Returns the records of a chunk, or of a token with look-ahead."""
         T = len(routing.experts)
-        rows = np.empty(T, self._dtype)
-        rows["token"] = np.arange(self.position, self.position + T)
+        rows = np.zeros(T, self._dtype)
+        rows["token"] = np.arange(self._position, self._position + T)
         rows["layer"] = routing.layer
+        rows["tokens"][0] = T
         rows["experts"] = routing.experts
         rows["gates"] = routing.gates
         rows["resident"] = residency[routing.layer][routing.experts]
-        self._file.write(rows.data)
+        use = np.searchsorted(plan.offsets, plan.rows, side="right") - 1
+        rows["bits"] = np.where(plan.rows < 0, 0, plan.bits[use])
+        if self.header.look_ahead:
+            rows["ahead_experts"] = NO_EXPERT
+            if routing.ahead_experts is not None and routing.ahead_gates is not None:
+                n = min(len(routing.ahead_experts), self.header.look_ahead)
+                rows["ahead_experts"][0, :n] = routing.ahead_experts[:n]
+                rows["ahead_gates"][0, :n] = routing.ahead_gates[:n]
+        return rows
 
-    def close(self) -> None:
-        """Ends the file."""
-        self._file.close()
+    def _flush(self) -> None:
+        self._settle()
+        if not self._blocks:
+            return
+        if self._planned is not None:
+            self._times.append((0.0, 0.0, 0.0, 0))
+            self._planned = None
+        rows = np.concatenate(self._blocks)
+        first = np.flatnonzero(rows["tokens"])
+        before, experts, wait, bytes_read = zip(*self._times, strict=True)
+        rows["before_us"][first] = np.array(before) * 1e6
+        rows["experts_us"][first] = np.array(experts) * 1e6
+        rows["wait_us"][first] = np.array(wait) * 1e6
+        rows["bytes_read"][first] = bytes_read
+        self._blocks.clear()
+        self._times.clear()
+        self._num_rows = 0
+        try:
+            self._file.write(rows.data)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._path) from None
 
 
-def read(path: str | os.PathLike[str]) -> tuple[TraceHeader, NDArray[Any]]:
-    """Returns a trace's header and its records.
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """Is a trace in memory."""
+
+    header: TraceHeader
+    rows: NDArray[Any]
+    """[n] of `record`."""
+
+    def passes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Returns each pass through all layers: its first record [P] and its number of tokens [P].
+
+        The record of its token t in layer l is first + l * tokens + t. A pass that was broken off is left out.
+        """
+        L = self.header.num_layers
+        starts = np.flatnonzero(self.rows["tokens"])
+        layers, tokens = self.rows["layer"][starts], self.rows["tokens"][starts].astype(np.int64)
+        if len(starts) < L:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        windows = np.lib.stride_tricks.sliding_window_view
+        whole = (windows(layers, L) == np.arange(L)).all(axis=1)
+        whole &= (windows(tokens, L) == tokens[: len(tokens) - L + 1, None]).all(axis=1)
+        whole &= starts[: len(whole)] + L * tokens[: len(whole)] <= len(self.rows)
+        at = np.flatnonzero(whole)
+        return starts[at].astype(np.int64), tokens[at]
+
+    def by_token(self, field: str, *, single: bool = False) -> NDArray[Any]:
+        """Returns a column as [T, L, …], all tokens of whole passes in their order.
+
+        Args:
+            single: only those that were computed one at a time.
+        """
+        first, tokens = self.passes()
+        if single:
+            first, tokens = first[tokens == 1], tokens[tokens == 1]
+        within = np.arange(tokens.sum()) - np.repeat(np.cumsum(tokens) - tokens, tokens)
+        width = np.repeat(tokens, tokens)[:, None]
+        index = (np.repeat(first, tokens) + within)[:, None]
+        index = index + width * np.arange(self.header.num_layers)
+        column: NDArray[Any] = self.rows[field][index]
+        return column
+
+
+def read(path: str | os.PathLike[str]) -> Trace:
+    """Reads a trace.
 
     Raises:
-        FormatError: not a trace. A last record that was cut off is left out.
+        FormatError: not a trace of this version. A last record that was cut off is left out.
     """
     data = Path(path).read_bytes()
     line, _, body = data.partition(b"\n")
     try:
-        header = TraceHeader(**json.loads(line))
-        dtype = record(header.experts_per_token)
-    except (ValueError, TypeError):
+        fields = json.loads(line)
+        version = fields["edgemoe_trace"]
+    except (ValueError, TypeError, KeyError):
         raise FormatError(f"{path}: not a trace of edgemoe") from None
-    if header.edgemoe_trace != 1:
-        raise FormatError(f"{path}: trace version {header.edgemoe_trace}; expected 1")
-    return header, np.frombuffer(body[: len(body) // dtype.itemsize * dtype.itemsize], dtype)
+    if version != _VERSION:
+        raise FormatError(f"{path}: trace version {version}; expected {_VERSION}, record it again")
+    try:
+        for name in ("level_bits", "level_bytes"):
+            fields[name] = tuple(fields[name])
+        header = TraceHeader(**fields)
+        dtype = record(header.experts_per_token, header.look_ahead)
+    except (ValueError, TypeError, KeyError):
+        raise FormatError(f"{path}: a trace with a damaged header") from None
+    rows = np.frombuffer(body[: len(body) // dtype.itemsize * dtype.itemsize], dtype)
+    if len(rows) and (
+        rows["experts"].max() >= header.num_experts or rows["layer"].max() >= header.num_layers
+    ):
+        raise FormatError(f"{path}: a trace with records outside its model")
+    return Trace(header, rows)

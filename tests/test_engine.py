@@ -223,29 +223,6 @@ def test_an_interrupt_between_request_and_groups_is_forgotten(tiny_moe, expected
         assert np.array_equal(engine.logits(IDS), expected[8][0])
 
 
-def test_a_trace_says_what_was_routed_and_resident(tiny_moe, tmp_path):
-    from edgemoe.trace import read
-
-    path = tmp_path / "x.trace"
-    with edgemoe.load(tiny_moe, trace=path, bits=4) as engine:
-        engine.logits(IDS[:30])
-        engine.extend(IDS[30:31])
-    header, rows = read(path)
-    assert (header.num_experts, header.experts_per_token) == (8, 2)
-    assert (header.num_layers, header.bits) == (2, 4)
-    assert len(rows) == 31 * 2
-    assert rows["token"].tolist() == [*range(30), *range(30), 30, 30]
-    assert rows["layer"].tolist() == [0] * 30 + [1] * 30 + [0, 1]
-    assert not rows["resident"][:60].any()
-    assert (rows["resident"][60:] <= 3).all()
-    np.testing.assert_allclose(rows["gates"].sum(1), 1, atol=2e-3)  # this model renormalises
-    path.write_bytes(b"{}")
-    with pytest.raises(edgemoe.FormatError, match="not a trace"):
-        read(path)
-    with pytest.raises(ValueError, match="expected one of them"):
-        edgemoe.load(tiny_moe, trace=path, observer=object())
-
-
 def test_a_generator_of_an_earlier_call_refuses_to_go_on(tiny_moe):
     with edgemoe.load(tiny_moe) as engine:
         a, b = list(IDS[:6]), list(IDS[6:20])

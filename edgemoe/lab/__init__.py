@@ -1,1 +1,1 @@
-"""Measures models: what a level or a scheduler costs in quality, and what a file holds."""
+"""Measures models: what a level or a scheduler costs in quality, what a file holds, and what recorded routing allows."""

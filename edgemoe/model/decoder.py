@@ -20,9 +20,9 @@ from edgemoe.ops import CpuOps
 from edgemoe.plan import Routing
 from edgemoe.store import Weight
 
-__all__ = ["Decoder", "scratch_bytes"]
+__all__ = ["MOST_AHEAD", "Decoder", "scratch_bytes"]
 
-_MOST_AHEAD = 4  # layers; what lies further ahead is guesswork
+MOST_AHEAD = 4  # layers; what lies further ahead is guesswork
 
 Array = NDArray[np.float32]
 Nested = _core.Nested
@@ -92,7 +92,7 @@ def scratch_bytes(config: ModelConfig, max_tokens: int) -> int:
     """Returns the memory of a decoder's and its experts' activations for chunks of `max_tokens`."""
     d, k = config.hidden_size, config.experts_per_token
     per_token = sum(_Scratch.widths(config).values()) + k * d  # and the experts' parts
-    ahead = _MOST_AHEAD * (d + config.num_experts + 2 * k)
+    ahead = MOST_AHEAD * (d + config.num_experts + 2 * k)
     return 4 * (per_token * max_tokens + ahead + config.vocab_size)
 
 
@@ -122,7 +122,7 @@ class Decoder:
         moe = [layer for layer in self._layers if layer.router is not None]
         self._norms = [layer.ffn_norm for layer in moe]
         self._routers = [cast(Array, layer.router) for layer in moe]
-        p, d, k = _MOST_AHEAD, config.hidden_size, config.experts_per_token
+        p, d, k = MOST_AHEAD, config.hidden_size, config.experts_per_token
         self._ahead_normed = np.empty((p, d), np.float32)
         self._ahead_scores = np.empty((p, config.num_experts), np.float32)
         self._ahead_chosen, self._ahead_gates = (
@@ -189,7 +189,7 @@ class Decoder:
     def _look_ahead(self, routing: Routing, x: Array) -> None:
         """Adds what the scheduler wants to know of the layers after it for x [1, D]; see `Routing`."""
         first = routing.layer + 1
-        p = min(self._experts.scheduler.look_ahead, _MOST_AHEAD, len(self._routers) - first)
+        p = min(self._experts.scheduler.look_ahead, MOST_AHEAD, len(self._routers) - first)
         if p <= 0:
             return
         config = self.config

@@ -1,0 +1,84 @@
+"""Schedulers that know the future of a trace: the lines that no policy can reach."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler import OnDemand, Scheduler, Setting
+
+__all__ = ["ORACLES", "Oracle"]
+
+ORACLES = ("sch", "belady")
+
+_LATER = float(1 << 32)
+
+
+class Oracle(Scheduler):
+    """Loads on demand and drops what the future wants least.
+
+    "belady": what is wanted again last, which no policy beats that loads all that is asked for. "sch": what is used
+    least often in the next 16 passes, the least recently used of equals; arXiv 2505.16056 calls it a fair practical
+    ideal. A prompt's chunk is one pass.
+    """
+
+    def __init__(
+        self,
+        setting: Setting,
+        requests: Sequence[NDArray[np.integer[Any]]],
+        rule: str,
+        *,
+        window: int = 16,
+    ) -> None:
+        """Args:
+        requests: the experts that each call of `plan` will be for, layer after layer.
+        """
+        self.priorities = np.zeros(setting.num_layers * setting.num_experts)
+        self._on_demand = OnDemand(setting, look_ahead=False)
+        self._setting = setting
+        self._rule = rule
+        self._reach = window * setting.num_layers
+        self._at = 0
+        self._requests = [
+            np.unique(experts).astype(np.int64) + i % setting.num_layers * setting.num_experts
+            for i, experts in enumerate(requests)
+        ]
+        if rule == "belady":
+            self._next = self._next_requests()
+        else:
+            for ids in self._requests[: self._reach]:
+                self.priorities[ids] += _LATER
+
+    def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
+        """See `Scheduler.plan`.
+
+        Raises:
+            ValueError: not the layer that was said to come.
+        """
+        at, priorities = self._at, self.priorities
+        if at >= len(self._requests) or at % self._setting.num_layers != routing.layer:
+            raise ValueError("oracle: the future is not what was foretold")
+        assert priorities is not None
+        ids = self._requests[at]
+        if self._rule == "belady":
+            priorities[ids] = -self._next[at]
+        else:
+            priorities[ids] = (priorities[ids] // _LATER - 1) * _LATER + at
+            if at + self._reach < len(self._requests):
+                priorities[self._requests[at + self._reach]] += _LATER
+        self._at += 1
+        return self._on_demand.plan(routing, residency)
+
+    def _next_requests(self) -> list[NDArray[np.float64]]:
+        never = float(len(self._requests))
+        coming = np.full(self._setting.num_layers * self._setting.num_experts, never)
+        out = []
+        for at in range(len(self._requests) - 1, -1, -1):
+            ids = self._requests[at]
+            out.append(coming[ids])
+            coming[ids] = at
+        return out[::-1]

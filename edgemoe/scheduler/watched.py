@@ -1,0 +1,51 @@
+"""A scheduler whose look-ahead is watched further than it asks for, so that a trace can record it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler.base import Scheduler
+
+__all__ = ["Watched", "seen"]
+
+
+class Watched(Scheduler):
+    """Asks for more look-ahead than its scheduler wants, for the trace alone."""
+
+    def __init__(self, scheduler: Scheduler, look_ahead: int) -> None:
+        self._inner = scheduler
+        self.look_ahead = max(look_ahead, scheduler.look_ahead)
+        self.priorities = scheduler.priorities
+        self.notes = scheduler.notes
+
+    def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
+        """See `Scheduler.plan`."""
+        plan = self._inner.plan(seen(routing, self._inner.look_ahead), residency)
+        self.substituted = self._inner.substituted
+        return plan
+
+    def begin(self) -> None:
+        """See `Scheduler.begin`."""
+        self._inner.begin()
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """See `Scheduler.passed`."""
+        self._inner.passed(tokens, seconds)
+
+    def report(self) -> str:
+        """See `Scheduler.report`."""
+        return self._inner.report()
+
+
+def seen(routing: Routing, look_ahead: int) -> Routing:
+    """Returns a routing with no more look-ahead than was asked for."""
+    if routing.ahead_experts is None or routing.ahead_gates is None:
+        return routing
+    if look_ahead <= 0:
+        return Routing(routing.layer, routing.experts, routing.gates, scores=routing.scores)
+    return Routing(
+        routing.layer, routing.experts, routing.gates,
+        routing.ahead_experts[:look_ahead], routing.ahead_gates[:look_ahead], routing.scores,
+    )  # fmt: skip
