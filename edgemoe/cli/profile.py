@@ -96,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (replay, plot):
         command.add_argument("--budgets", nargs="+", default=_BUDGETS, metavar="SIZE",
                              help="memory for experts: a share of all of them, or a size "
-                             f"(default: {' '.join(_BUDGETS)})")
+                             "(default: 10%% 25%% 50%% 75%%)")
         command.add_argument("--schedulers", nargs="*", default=["on-demand"], metavar="NAME",
                              help="(default: on-demand)")
         command.add_argument("--policies", nargs="+", default=["lfu"], metavar="NAME",

@@ -1,1 +1,1 @@
-"""Measures models: what a level or a scheduler costs in quality, what a file holds, and what recorded routing allows."""
+"""Measures models: what levels and schedulers cost in quality, and what recorded routing allows."""
