@@ -63,7 +63,7 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
     for name in ("protect", "admit"):
         if name in options and not levers.cache_prior:
             raise ValueError(f"{name}: only with cache_prior")
-    if dropping.eviction == "lfu" and not levers.notes:  # the cache's own, at no cost
+    if dropping.eviction in ("lfu", "own") and not levers.notes:  # the cache's own, at no cost
         return inner
     return Combined(inner, setting, dropping=dropping, levers=levers)
 

@@ -62,6 +62,7 @@ class Auto(Scheduler):
     """
 
     Options = AutoOptions
+    drops = "own"
 
     def __init__(self, setting: Setting, **options: Any) -> None:
         self.options = o = read_options(AutoOptions, options)

@@ -57,7 +57,7 @@ class Scheduler(ABC):
     paper: ClassVar[str] = ""
     """Where it comes from."""
     drops: ClassVar[str] = "lfu"
-    """Which of the evictions it is made for; see `edgemoe.scheduler.evict`."""
+    """Which of the evictions it is made for, see `edgemoe.scheduler.evict`; "own" when it has `priorities` itself."""
 
     look_ahead: int = 0
     """How many of the next layers' routers are applied to a layer's input; may change between tokens."""

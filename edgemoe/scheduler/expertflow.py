@@ -45,6 +45,7 @@ class ExpertFlow(Scheduler):
     """
 
     Options = ExpertFlowOptions
+    drops = "own"
     paper = "after ExpertFlow, arXiv 2410.17954 (DAC 2026)"
 
     def __init__(self, setting: Setting, **options: Any) -> None:
