@@ -3,6 +3,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <memory>
@@ -79,6 +80,19 @@ float* writable(const py::object& array, const char* name, std::initializer_list
   return py::reinterpret_borrow<Array<float>>(array).mutable_data();
 }
 
+/// Deletes an object, but not in a forked child: its threads and its memory did not come along.
+template <class T>
+struct InItsProcess {
+  pid_t pid = getpid();
+
+  void operator()(T* object) const {
+    if (getpid() == pid) delete object;
+  }
+};
+
+template <class T>
+using Held = std::unique_ptr<T, InItsProcess<T>>;
+
 /// A resident matrix and the memory that holds it. Immutable.
 struct Nested {
   NestedMatrix matrix;
@@ -107,8 +121,8 @@ void point_at_rungs(NestedMatrix* m, int rows, int cols, const std::vector<uint8
   }
 }
 
-std::unique_ptr<Nested> nested_from_rungs(const std::vector<Array<uint8_t>>& rungs, int rows, int cols,
-                                          const std::vector<uint8_t>& widths) {
+Held<Nested> nested_from_rungs(const std::vector<Array<uint8_t>>& rungs, int rows, int cols,
+                               const std::vector<uint8_t>& widths) {
   check_widths(widths);
   if (rungs.size() != widths.size()) throw std::invalid_argument("nested: expected one array per rung");
   size_t total = 0;
@@ -117,7 +131,7 @@ std::unique_ptr<Nested> nested_from_rungs(const std::vector<Array<uint8_t>>& run
     expect(rungs[r], "nested rung", {py::ssize_t(bytes)});
     total += bytes;
   }
-  auto n = std::make_unique<Nested>();
+  Held<Nested> n(new Nested);
   n->memory = Memory(total);
   uint8_t* p = n->memory.bytes();
   for (const auto& r : rungs) p = std::copy_n(r.data(), r.size(), p);
@@ -137,10 +151,9 @@ Memory read_range(const File& file, uint64_t offset, size_t length) {
   return memory;
 }
 
-std::unique_ptr<Nested> nested_from_file(const std::shared_ptr<File>& file, uint64_t offset,
-                                         const std::vector<uint64_t>& lengths, const std::vector<uint32_t>& crcs,
-                                         int rows, int cols, const std::vector<uint8_t>& widths, bool verify,
-                                         const std::string& name) {
+Held<Nested> nested_from_file(const std::shared_ptr<File>& file, uint64_t offset, const std::vector<uint64_t>& lengths,
+                              const std::vector<uint32_t>& crcs, int rows, int cols, const std::vector<uint8_t>& widths,
+                              bool verify, const std::string& name) {
   check_widths(widths);
   if (lengths.size() != widths.size() || crcs.size() != widths.size()) {
     throw std::invalid_argument("nested: expected one length and one checksum per rung");
@@ -150,7 +163,7 @@ std::unique_ptr<Nested> nested_from_file(const std::shared_ptr<File>& file, uint
     if (lengths[r] != rung_bytes(rows, cols, widths[r], r == 0)) throw std::invalid_argument("nested: wrong length");
     total += lengths[r];
   }
-  auto n = std::make_unique<Nested>();
+  Held<Nested> n(new Nested);
   py::gil_scoped_release release;
   n->memory = read_range(*file, offset, total);
   point_at_rungs(&n->matrix, rows, cols, widths, n->memory.bytes());
@@ -212,10 +225,10 @@ size_t kv_bytes(const std::string& type, int num_heads, int capacity, int head_d
   return round_up(num_heads * kv_head_bytes(kv_type(type), capacity, blocks(head_dim, 16) * 16), 64);
 }
 
-std::unique_ptr<Kv> make_kv(const std::string& key_type, const std::string& value_type, int num_heads, int capacity,
-                            int head_dim) {
+Held<Kv> make_kv(const std::string& key_type, const std::string& value_type, int num_heads, int capacity,
+                 int head_dim) {
   if (num_heads < 1 || capacity < 1 || head_dim < 1) throw std::invalid_argument("KV cache: expected a size above 0");
-  auto kv = std::make_unique<Kv>();
+  Held<Kv> kv(new Kv);
   const size_t keys = kv_bytes(key_type, num_heads, capacity, head_dim);
   kv->num_heads = num_heads;
   kv->head_dim = head_dim;
@@ -282,7 +295,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("is_direct", &File::is_direct)
       .def("fileno", &File::fileno);
 
-  py::class_<Nested>(m, "Nested", "A resident nested matrix [rows, cols].")
+  py::class_<Nested, Held<Nested>>(m, "Nested", "A resident nested matrix [rows, cols].")
       .def_static("from_rungs", &nested_from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"),
                   py::arg("widths"), "Copies rungs as `quantize` returns them.")
       .def_static("from_file", &nested_from_file, py::arg("file"), py::arg("offset"), py::arg("lengths"),
@@ -359,11 +372,11 @@ PYBIND11_MODULE(_core, m) {
       py::arg("file"), py::arg("offsets"), py::arg("length"), py::arg("num_readers"),
       "Bytes per second of reads of `length` at `offsets`, several at a time; both multiples of 4096.");
 
-  py::class_<Workspace>(m, "Workspace", "Compute threads and scratch of one engine.")
+  py::class_<Workspace, Held<Workspace>>(m, "Workspace", "Compute threads and scratch of one engine.")
       .def(py::init([](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim,
                        int num_heads) {
-             return std::make_unique<Workspace>(
-                 threads, WorkspaceShape{max_rows, max_cols, max_hidden, max_context, head_dim, num_heads});
+             return Held<Workspace>(new Workspace(
+                 threads, WorkspaceShape{max_rows, max_cols, max_hidden, max_context, head_dim, num_heads}));
            }),
            py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
            py::arg("head_dim"), py::arg("num_heads") = 1)
@@ -451,7 +464,8 @@ PYBIND11_MODULE(_core, m) {
            py::arg("scale"), py::arg("q_bias"), py::arg("k_bias"), py::arg("v_bias"), py::arg("q_norm"),
            py::arg("k_norm"), py::arg("norm_per_head"), py::arg("norm_eps"), py::arg("clip"));
 
-  py::class_<Kv>(m, "KvLayer", "Keys and values of one layer, of type f16 or q8_0; memory is taken as it is touched.")
+  py::class_<Kv, Held<Kv>>(m, "KvLayer",
+                           "Keys and values of one layer, of type f16 or q8_0; memory is taken as it is touched.")
       .def(py::init(&make_kv), py::kw_only(), py::arg("key_type"), py::arg("value_type"), py::arg("num_heads"),
            py::arg("capacity"), py::arg("head_dim"))
       .def_static("bytes", &kv_bytes, py::arg("type"), py::arg("num_heads"), py::arg("capacity"), py::arg("head_dim"),
@@ -602,7 +616,7 @@ PYBIND11_MODULE(_core, m) {
       py::arg("ws"), py::arg("x").noconvert(), py::arg("scale"), py::arg("gate_weight"), py::arg("gate_input"),
       py::arg("out").noconvert(), "out += scale * sigmoid(gate_weight · gate_input) * x; no sigmoid when None.");
 
-  py::class_<Cache>(m, "Cache", "The expert cache; see csrc/cache.h.")
+  py::class_<Cache, Held<Cache>>(m, "Cache", "The expert cache; see csrc/cache.h.")
       .def(py::init([](const std::shared_ptr<File>& file, int num_experts, int hidden, int expert_hidden,
                        const std::vector<std::array<uint8_t, 3>>& rung_widths, const std::vector<uint32_t>& ends,
                        const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const std::vector<int>& layers,
@@ -612,8 +626,8 @@ PYBIND11_MODULE(_core, m) {
              ExpertTable table{
                  {offsets.data(), offsets.data() + offsets.size()}, {crcs.data(), crcs.data() + crcs.size()}, layers};
              ExpertShape shape{int(layers.size()), num_experts, hidden, expert_hidden, rung_widths, ends};
-             return std::make_unique<Cache>(file, std::move(shape), std::move(table), max_level, budget_bytes, verify,
-                                            num_readers, policy_from(policy, size_t(offsets.size())));
+             return Held<Cache>(new Cache(file, std::move(shape), std::move(table), max_level, budget_bytes, verify,
+                                          num_readers, policy_from(policy, size_t(offsets.size()))));
            }),
            py::kw_only(), py::arg("file"), py::arg("num_experts"), py::arg("hidden"), py::arg("expert_hidden"),
            py::arg("rung_widths"), py::arg("ends"), py::arg("offsets").noconvert(), py::arg("crcs").noconvert(),

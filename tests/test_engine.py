@@ -275,6 +275,30 @@ def test_a_second_thread_and_a_child_process_are_kept_out(tiny_moe):
         engine._pid = pid
 
 
+def test_a_child_process_may_drop_the_engine(tiny_moe):
+    """In a process of its own, so that no other threads are there when it forks."""
+    import subprocess
+    import sys
+
+    code = """
+import os, sys
+import edgemoe
+engine = edgemoe.load(sys.argv[1], threads=2)
+logits = engine.logits([1, 2, 3])
+child = os.fork()
+if child == 0:
+    engine.close()
+    sys.exit(7)
+status = os.waitpid(child, 0)[1]
+assert os.waitstatus_to_exitcode(status) == 7, status
+assert (engine.logits([1, 2, 3]) == logits).all()
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tiny_moe)], capture_output=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr.decode()
+
+
 def test_the_smallest_budget_works_and_its_logits_are_the_same(tiny_moe, expected):
     import re
 
