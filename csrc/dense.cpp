@@ -11,8 +11,8 @@ namespace edgemoe {
 namespace {
 
 size_t quantized_bytes(int rows, int cols) {
-  const size_t groups = size_t(blocks(cols, kTileCols));
-  return size_t(rows) * groups * (kTileCols + 2 * sizeof(float));
+  const size_t tiles = size_t(blocks(cols, kTileCols));
+  return size_t(rows) * tiles * (kTileCols + (kScales + kSums) * sizeof(float));
 }
 
 /// Takes the best of one token's logits, which become probabilities over all experts. Ties go to the lower expert.
@@ -54,12 +54,12 @@ size_t Workspace::bytes(int num_threads, const WorkspaceShape& shape) {
          attention_floats(num_threads, shape) * sizeof(float);
 }
 
-QuantizedRows Workspace::view(const Memory& memory, int n, int groups, int8_t** codes, float** scales,
+QuantizedRows Workspace::view(const Memory& memory, int n, int tiles, int8_t** codes, float** scales,
                               float** sums) const {
   *codes = reinterpret_cast<int8_t*>(memory.bytes());
-  *scales = reinterpret_cast<float*>(memory.bytes() + size_t(n) * groups * kTileCols);
-  *sums = *scales + size_t(n) * groups;
-  return {*codes, *scales, *sums, groups};
+  *scales = reinterpret_cast<float*>(memory.bytes() + size_t(n) * tiles * kTileCols);
+  *sums = *scales + size_t(n) * tiles * kScales;
+  return {*codes, *scales, *sums, tiles};
 }
 
 QuantizedRows Workspace::quantize(const float* x, const int32_t* rows, int n, int cols) {
@@ -70,13 +70,13 @@ QuantizedRows Workspace::quantize(const float* x, const int32_t* rows, int n, in
   }
   int8_t* codes;
   float *scales, *sums;
-  const int groups = blocks(cols, kTileCols);
-  const QuantizedRows q = view(activations_, n, groups, &codes, &scales, &sums);
+  const int tiles = blocks(cols, kTileCols);
+  const QuantizedRows q = view(activations_, n, tiles, &codes, &scales, &sums);
   const Kernels& k = kernels();
   pool.run(n, 8, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
-      const size_t g = size_t(i) * groups;
-      k.quantize_row(x + size_t(rows ? rows[i] : i) * cols, cols, codes + g * kTileCols, scales + g, sums + g);
+      const size_t at = size_t(i) * tiles;
+      k.quantize_row(x + size_t(rows ? rows[i] : i) * cols, cols, codes + at * kTileCols, scales + at * kScales, sums + at * kSums);
     }
   });
   return q;
@@ -85,14 +85,14 @@ QuantizedRows Workspace::quantize(const float* x, const int32_t* rows, int n, in
 QuantizedRows Workspace::quantize_hidden(float* gate, const float* up, int n, int hidden) {
   int8_t* codes;
   float *scales, *sums;
-  const int groups = blocks(hidden, kTileCols);
-  const QuantizedRows q = view(hidden_, n, groups, &codes, &scales, &sums);
+  const int tiles = blocks(hidden, kTileCols);
+  const QuantizedRows q = view(hidden_, n, tiles, &codes, &scales, &sums);
   const Kernels& k = kernels();
   pool.run(n, n >= 16 ? 4 : 1, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
-      const size_t g = size_t(i) * groups, h = size_t(i) * hidden;
+      const size_t at = size_t(i) * tiles, h = size_t(i) * hidden;
       k.silu_mul(gate + h, up + h, hidden, gate + h);
-      k.quantize_row(gate + h, hidden, codes + g * kTileCols, scales + g, sums + g);
+      k.quantize_row(gate + h, hidden, codes + at * kTileCols, scales + at * kScales, sums + at * kSums);
     }
   });
   return q;

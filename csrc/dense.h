@@ -44,7 +44,7 @@ class Workspace {
   float* attention() const { return reinterpret_cast<float*>(attention_.bytes()); }
 
  private:
-  QuantizedRows view(const Memory& memory, int n, int groups, int8_t** codes, float** scales, float** sums) const;
+  QuantizedRows view(const Memory& memory, int n, int tiles, int8_t** codes, float** scales, float** sums) const;
 
   WorkspaceShape shape_;
   Memory activations_, hidden_, gate_, up_, attention_;

@@ -8,10 +8,22 @@
 
 namespace edgemoe {
 
-/// Quantises w [rows, cols] in groups of 64 columns and writes each rung of `widths` bits to outs[i], of rung_bytes.
-/// `level_weights` [8]: how much the squared error at 1 to 8 bits counts when a group's range is chosen.
+/// What makes one code better than another.
+struct Objective {
+  /// [8] how much the squared error at 1 to 8 bits counts; some are not 0.
+  const float* level_weights;
+  /// [cols, cols] symmetric: the mean product of each two inputs, or null. With it, codes are refined for the error
+  /// of the output: the sum over levels of weight * (W - Wb) moments (W - Wb)^T.
+  const float* moments;
+  /// [cols] the mean square of each input, positive; the diagonal of `moments` where it is given.
+  const float* squares;
+  /// Passes over the columns at most.
+  int sweeps;
+};
+
+/// Quantises w [rows, cols] and writes each rung of `widths` bits to outs[i], of rung_bytes.
 /// Weights must be finite; returns false, with outs unspecified, when one is not.
 bool quantize_nested(ThreadPool& pool, const float* w, int rows, int cols, const std::vector<uint8_t>& widths,
-                     const float* level_weights, const std::vector<uint8_t*>& outs);
+                     const Objective& objective, const std::vector<uint8_t*>& outs);
 
 }  // namespace edgemoe

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import numpy as np
 
-ROWS, COLS = 16, 64
+ROWS, COLS, GROUP = 16, 64, 16
 
 
 def unpack(rungs, widths, rows, cols):
-    """Returns codes [rows, cols] of sum(widths) bits, scales and middles [rows, groups] as float32."""
+    """Returns codes [rows, cols] of sum(widths) bits, and steps and middles [rows, groups] of 16 columns, float64.
+
+    At 8 bits, w = step * (code + 0.5 + middle).
+    """
     rb, cb = -(-rows // ROWS), -(-cols // COLS)
     codes = np.zeros((rb, cb, 16, 64), np.uint8)  # [row block, column block, step, row * 4 + j]
     for r, (rung, width) in enumerate(zip(rungs, widths, strict=True)):
-        tiles = np.asarray(rung, np.uint8).reshape(rb, cb, -1)
+        rung = np.asarray(rung, np.uint8)
         if r == 0:
-            halves = tiles[:, :, :64].copy().view(np.float16).astype(np.float32)
-            scales = halves[:, :, :16].transpose(0, 2, 1).reshape(rb * ROWS, cb)[:rows]
-            middles = halves[:, :, 16:].transpose(0, 2, 1).reshape(rb * ROWS, cb)[:rows]
+            header = -(-rows // 32) * 64
+            row_scales = rung[:header].view(np.float16)[:rows].astype(np.float64)
+            tiles = rung[header:].reshape(rb, cb, -1)
+            both = tiles[:, :, :64].reshape(rb, cb, 4, ROWS).transpose(0, 3, 1, 2)
+            both = both.reshape(rb * ROWS, cb * 4)[:rows, : -(-cols // GROUP)].astype(int)
+            low, high = both % 16, both // 16
+            steps = row_scales[:, None] / 4096 * (4 + low % 4) * 2.0 ** (low // 4)
+            middles = 12.0 * (high - 8) - 128
             tiles = tiles[:, :, 64:]
+        else:
+            tiles = rung.reshape(rb, cb, -1)
         at = 0
         for w in (8, 4, 2, 1):
             if not width & w:
@@ -30,15 +40,14 @@ def unpack(rungs, widths, rows, cols):
                     np.uint8
                 ) | field
     codes = codes.reshape(rb, cb, 16, ROWS, 4).transpose(0, 3, 1, 2, 4)
-    return codes.reshape(rb * ROWS, cb * COLS)[:rows, :cols], scales, middles
+    return codes.reshape(rb * ROWS, cb * COLS)[:rows, :cols], steps, middles
 
 
-def decode(codes, scales, middles, bits):
-    """w = scale * ((code + 0.5) * 2^(8 - bits) - 128) + middle, in float64."""
-    u = (codes.astype(np.float64) + 0.5) * 2.0 ** (8 - bits) - 128
-    spread = np.repeat(scales.astype(np.float64), COLS, axis=1)[:, : codes.shape[1]]
-    middle = np.repeat(middles.astype(np.float64), COLS, axis=1)[:, : codes.shape[1]]
-    return u * spread + middle
+def decode(codes, steps, middles, bits):
+    """w = step * ((code + 0.5) * 2^(8 - bits) + middle), in float64."""
+    cols = codes.shape[1]
+    u = (codes.astype(np.float64) + 0.5) * 2.0 ** (8 - bits)
+    return (u + np.repeat(middles, GROUP, axis=1)[:, :cols]) * np.repeat(steps, GROUP, axis=1)[:, :cols]
 
 
 def decode_rungs(rungs, widths, rows, cols):
@@ -47,10 +56,10 @@ def decode_rungs(rungs, widths, rows, cols):
 
 
 def quantize_rows(x):
-    """8-bit activations per row and 64 columns, decoded to float64."""
+    """8-bit activations per row and 32 columns, decoded to float64."""
     x = np.asarray(x, np.float32)
     pad = -x.shape[1] % COLS
-    groups = np.pad(x, ((0, 0), (0, pad))).reshape(x.shape[0], -1, COLS)
+    groups = np.pad(x, ((0, 0), (0, pad))).reshape(x.shape[0], -1, 32)
     top = np.abs(groups).max(-1, keepdims=True)
     scale = (top / np.float32(127)).astype(np.float32)
     inverse = np.divide(np.float32(127), top, out=np.zeros_like(top), where=top > 0)

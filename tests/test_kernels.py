@@ -78,7 +78,7 @@ def test_error_at_eight_bits_is_a_fraction_of_the_step():
 def test_constant_groups_are_kept(value):
     w = np.full((3, 70), value, np.float32)
     out = decode_rungs(quantize(w), plane_widths((2, 3, 4, 6, 8)), 3, 70)
-    np.testing.assert_allclose(out, w, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(out, w, rtol=3e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e6])

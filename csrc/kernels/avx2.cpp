@@ -128,6 +128,16 @@ struct Avx2 {
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
+  static F bytes_to_float(__m128i b) {
+    return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)),
+            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
+  }
+  static void load_scales(const uint8_t* p, F* scale, F* middle) {
+    const __m128i values = _mm_setr_epi8(4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56);
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), half = _mm_set1_epi8(15);
+    *scale = bytes_to_float(_mm_shuffle_epi8(values, _mm_and_si128(bytes, half)));
+    *middle = bytes_to_float(_mm_and_si128(_mm_srli_epi16(bytes, 4), half));
+  }
   static F load_f16(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
             _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};

@@ -96,6 +96,7 @@ struct TileCursor {
   const uint8_t* rungs[kMaxRungs];
   size_t strides[kMaxRungs];
   const uint8_t* scales;
+  const uint16_t* row_scales;
   int num_rungs;
 
   TileCursor(const NestedMatrix& w, int row_block, int groups) : num_rungs(w.num_rungs) {
@@ -103,6 +104,8 @@ struct TileCursor {
       strides[r] = tile_bytes(w.widths[r], r == 0);
       rungs[r] = w.rungs[r] + size_t(row_block) * groups * strides[r];
     }
+    rungs[0] += row_scale_bytes(w.rows);
+    row_scales = reinterpret_cast<const uint16_t*>(w.rungs[0]) + row_block * kTileRows;
     scales = rungs[0];
     rungs[0] += kScaleBytes;
   }
@@ -113,21 +116,28 @@ struct TileCursor {
   }
 };
 
-/// Scale and middle of a tile's 16 rows such that w = scale * code + middle.
+/// What the rows' sums are multiplied with at the end: the row scales in steps of a code of `bits` bits.
 template <class V>
-inline void tile_scales(const uint8_t* scales, int bits, typename V::F* scale, typename V::F* middle) {
-  const auto s = V::load_f16(reinterpret_cast<const uint16_t*>(scales));
-  const auto m = V::load_f16(reinterpret_cast<const uint16_t*>(scales) + kTileRows);
-  *scale = V::mul(s, V::set(float(1 << (8 - bits))));
-  *middle = V::fma(*scale, V::set(0.5f - float(1 << (bits - 1))), m);
+inline typename V::F row_scales(const TileCursor& tile, int bits) {
+  return V::mul(V::load_f16(tile.row_scales), V::set(float(1 << (8 - bits)) / float(kScaleUnit)));
 }
 
-/// acc + the group's share: scale * (x_scale * dot) + middle * x_sum.
+/// Scale and middle of a group for 16 rows such that w = row scale * (scale * (code + middle)), all but w exact.
 template <class V>
-inline typename V::F add_group(typename V::F acc, typename V::I dot, typename V::F scale, typename V::F middle,
-                               float x_scale, float x_sum) {
-  acc = V::fma(scale, V::mul(V::set(x_scale), V::to_float(dot)), acc);
-  return V::fma(middle, V::set(x_sum), acc);
+inline void group_scales(const uint8_t* group, int bits, typename V::F* scale, typename V::F* middle) {
+  const float step = float(kMiddleStep) / float(1 << (8 - bits));
+  typename V::F index;
+  V::load_scales(group, scale, &index);
+  *middle = V::fma(index, V::set(step), V::set(0.5f - float(1 << (bits - 1)) - 8 * step));
+}
+
+/// acc + x_scale * the share of two groups: sum of scale * (dot + middle * sum of x's codes).
+template <class V>
+inline typename V::F add_groups(typename V::F acc, const typename V::I* dots, const typename V::F* scales,
+                                const typename V::F* middles, float x_scale, const float* x_sums) {
+  const auto a = V::fma(middles[0], V::set(x_sums[0]), V::to_float(dots[0]));
+  const auto b = V::fma(middles[1], V::set(x_sums[1]), V::to_float(dots[1]));
+  return V::fma(V::set(x_scale), V::fma(scales[1], b, V::mul(scales[0], a)), acc);
 }
 
 template <class V>
@@ -138,12 +148,13 @@ inline void store_rows(float* y, typename V::F value, int rows) {
   for (int i = 0; i < rows; ++i) y[i] = all[i];
 }
 
+/// dots[i] = the dot product of group i, steps 4 * i to 4 * i + 3.
 template <class V, class R, bool kWide, int Step>
-inline void dot_steps(typename V::I* even, typename V::I* odd, const uint8_t* const* rungs, const int8_t* x) {
+inline void dot_steps(typename V::I* dots, const uint8_t* const* rungs, const int8_t* x) {
   if constexpr (Step < 16) {
-    *even = V::template dot<kWide>(*even, R::template codes<V, Step>(rungs), x + 4 * Step);
-    *odd = V::template dot<kWide>(*odd, R::template codes<V, Step + 1>(rungs), x + 4 * (Step + 1));
-    dot_steps<V, R, kWide, Step + 2>(even, odd, rungs, x);
+    if constexpr (Step % 4 == 0) dots[Step / 4] = V::zero_ints();
+    dots[Step / 4] = V::template dot<kWide>(dots[Step / 4], R::template codes<V, Step>(rungs), x + 4 * Step);
+    dot_steps<V, R, kWide, Step + 1>(dots, rungs, x);
   }
 }
 
@@ -152,29 +163,44 @@ template <class V, class R>
 void matvec(const NestedMatrix& w, const QuantizedRows& x, int begin, int end, float* y) {
   constexpr bool wide = R::bits > 7;
   for (int block = begin; block < end; ++block) {
-    TileCursor tile(w, block, x.groups);
+    TileCursor tile(w, block, x.tiles);
+    const auto row_scale = row_scales<V>(tile, R::bits);
     auto acc = V::zero();
-    for (int g = 0; g < x.groups; ++g, tile.next()) {
-      typename V::F scale, middle;
-      tile_scales<V>(tile.scales, R::bits, &scale, &middle);
-      auto even = V::zero_ints(), odd = V::zero_ints();
-      dot_steps<V, R, wide, 0>(&even, &odd, tile.rungs, x.codes + g * kTileCols);
-      acc = add_group<V>(acc, V::add_ints(even, odd), scale, middle, x.scales[g], x.sums[g]);
+    for (int g = 0; g < x.tiles; ++g, tile.next()) {
+      typename V::F scales[kSums], middles[kSums];
+      typename V::I dots[kSums];
+      dot_steps<V, R, wide, 0>(dots, tile.rungs, x.codes + g * kTileCols);
+      for (int i = 0; i < kSums; ++i) group_scales<V>(tile.scales + kGroup * i, R::bits, scales + i, middles + i);
+      for (int i = 0; i < kScales; ++i) {
+        acc = add_groups<V>(acc, dots + 2 * i, scales + 2 * i, middles + 2 * i, x.scales[kScales * g + i],
+                            x.sums + kSums * g + 2 * i);
+      }
     }
-    store_rows<V>(y + block * kTileRows, acc, w.rows - block * kTileRows);
+    store_rows<V>(y + block * kTileRows, V::mul(row_scale, acc), w.rows - block * kTileRows);
   }
 }
 
-/// N tokens against one unpacked tile.
+/// N tokens against one unpacked tile: acc[i] += token i's share, in the order of `add_groups`.
 template <class V, int N, bool kWide>
-inline void dot_tile(const uint8_t* tile, const int8_t* const* x, typename V::I* dots) {
-  typename V::I acc[N];
-  for (int i = 0; i < N; ++i) acc[i] = V::zero_ints();
-  for (int step = 0; step < 16; ++step) {
-    const auto codes = V::load_bytes(tile + 64 * step);
-    for (int i = 0; i < N; ++i) acc[i] = V::template dot<kWide>(acc[i], codes, x[i] + 4 * step);
+inline void dot_tile(const uint8_t* tile, const typename V::F* scales, const typename V::F* middles,
+                     const int8_t* const* x, const float* const* x_scales, const float* const* x_sums, float* acc) {
+  for (int half = 0; half < kScales; ++half) {
+    typename V::I dots[N][2];
+    for (int group = 0; group < 2; ++group) {
+      typename V::I sum[N];
+      for (int i = 0; i < N; ++i) sum[i] = V::zero_ints();
+      for (int step = 4 * (2 * half + group), end = step + 4; step < end; ++step) {
+        const auto codes = V::load_bytes(tile + 64 * step);
+        for (int i = 0; i < N; ++i) sum[i] = V::template dot<kWide>(sum[i], codes, x[i] + 4 * step);
+      }
+      for (int i = 0; i < N; ++i) dots[i][group] = sum[i];
+    }
+    for (int i = 0; i < N; ++i) {
+      float* a = acc + i * kTileRows;
+      V::store(a, add_groups<V>(V::load(a), dots[i], scales + 2 * half, middles + 2 * half, x_scales[i][half],
+                                x_sums[i] + 2 * half));
+    }
   }
-  for (int i = 0; i < N; ++i) dots[i] = acc[i];
 }
 
 /// Many tokens: each tile is unpacked once for up to kTokens of them. Same sums as `matvec`, bit for bit.
@@ -190,34 +216,34 @@ void matmul_blocked(const NestedMatrix& w, const QuantizedRows& x, int n, int be
     for (int first = 0; first < n; first += kTokens) {
       const int count = n - first < kTokens ? n - first : kTokens;
       for (int i = 0; i < count; ++i) V::store(acc + i * kTileRows, V::zero());
-      TileCursor tile(w, block, x.groups);
-      for (int g = 0; g < x.groups; ++g, tile.next()) {
+      TileCursor tile(w, block, x.tiles);
+      const auto row_scale = row_scales<V>(tile, bits);
+      for (int g = 0; g < x.tiles; ++g, tile.next()) {
         unpack(tile.rungs, codes);
-        typename V::F scale, middle;
-        tile_scales<V>(tile.scales, bits, &scale, &middle);
+        typename V::F scales[kSums], middles[kSums];
+        for (int i = 0; i < kSums; ++i) group_scales<V>(tile.scales + kGroup * i, bits, scales + i, middles + i);
         for (int i = 0; i < count; i += N) {
           const int here = count - i < N ? count - i : N;
           const int8_t* rows[N];
-          size_t group[N];
-          for (int j = 0; j < N; ++j) {
-            const int token = first + i + (j < here ? j : 0);
-            group[j] = size_t(token) * x.groups + g;
-            rows[j] = x.codes + group[j] * kTileCols;
-          }
-          typename V::I dots[N];
-          if (here == N) {
-            dot_tile<V, N, kWide>(codes, rows, dots);
-          } else {
-            for (int j = 0; j < here; ++j) dot_tile<V, 1, kWide>(codes, rows + j, dots + j);
-          }
+          const float *x_scales[N], *x_sums[N];
           for (int j = 0; j < here; ++j) {
-            float* a = acc + (i + j) * kTileRows;
-            V::store(a, add_group<V>(V::load(a), dots[j], scale, middle, x.scales[group[j]], x.sums[group[j]]));
+            const size_t at = size_t(first + i + j) * x.tiles + g;
+            rows[j] = x.codes + at * kTileCols;
+            x_scales[j] = x.scales + at * kScales;
+            x_sums[j] = x.sums + at * kSums;
+          }
+          float* a = acc + i * kTileRows;
+          if (here == N) {
+            dot_tile<V, N, kWide>(codes, scales, middles, rows, x_scales, x_sums, a);
+          } else {
+            for (int j = 0; j < here; ++j) {
+              dot_tile<V, 1, kWide>(codes, scales, middles, rows + j, x_scales + j, x_sums + j, a + j * kTileRows);
+            }
           }
         }
       }
       for (int i = 0; i < count; ++i) {
-        store_rows<V>(y + (first + i) * stride + block * kTileRows, V::load(acc + i * kTileRows),
+        store_rows<V>(y + (first + i) * stride + block * kTileRows, V::mul(row_scale, V::load(acc + i * kTileRows)),
                       w.rows - block * kTileRows);
       }
     }
@@ -261,16 +287,20 @@ template <class V>
 void decode_row(const NestedMatrix& w, int row, float* out) {
   const int bits = bits_of(w), lane = row % kTileRows, groups = blocks(w.cols, kTileCols);
   alignas(64) uint8_t codes[kTileRows * kTileCols];
-  alignas(64) float scales[kTileRows], middles[kTileRows];
+  alignas(64) float scales[kTileRows], middles[kTileRows], of_rows[kTileRows];
   TileCursor tile(w, row / kTileRows, groups);
+  V::store(of_rows, row_scales<V>(tile, bits));
   for (int g = 0; g < groups; ++g, tile.next()) {
     unpack_any<V>(w, tile.rungs, codes);
-    typename V::F scale, middle;
-    tile_scales<V>(tile.scales, bits, &scale, &middle);
-    V::store(scales, scale);
-    V::store(middles, middle);
     for (int c = 0; c < kTileCols && g * kTileCols + c < w.cols; ++c) {
-      out[g * kTileCols + c] = scales[lane] * float(codes[c / 4 * 64 + lane * 4 + c % 4]) + middles[lane];
+      if (c % kGroup == 0) {
+        typename V::F scale, middle;
+        group_scales<V>(tile.scales + c, bits, &scale, &middle);
+        V::store(scales, scale);
+        V::store(middles, middle);
+      }
+      const float code = float(codes[c / 4 * 64 + lane * 4 + c % 4]);
+      out[g * kTileCols + c] = of_rows[lane] * (scales[lane] * (code + middles[lane]));
     }
   }
 }
@@ -293,89 +323,74 @@ inline void store_part(float* out, typename V::F value, int n) {
 }
 
 template <class V>
-void quantize_group(const float* w, int n, const float* level_weights, uint8_t* codes, uint16_t* scale,
-                    uint16_t* middle) {
-  constexpr int kCandidates = 10;  // the range times 1, 0.98, ... 0.82
-  typename V::F v[4], valid[4];
+uint8_t choose_scale(const float* w, const float* importance, float row_scale, const float* level_weights) {
+  constexpr int kAround = 2;  // candidates on each side of the fitting one
+  const auto v = V::load(w), weight = V::load(importance);
   float low = w[0], high = w[0];
-  for (int i = 1; i < n; ++i) {
+  for (int i = 1; i < kGroup; ++i) {
     low = w[i] < low ? w[i] : low;
     high = w[i] > high ? w[i] : high;
   }
-  const float ones[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
-  for (int i = 0; i < 4; ++i) {
-    const int left = n - 16 * i < 0 ? 0 : n - 16 * i > 16 ? 16 : n - 16 * i;
-    v[i] = load_part<V>(w + 16 * i, left, 0.0f);
-    valid[i] = load_part<V>(ones, left, 0.0f);
+  if (!(row_scale > 0)) return 0x80;
+  const float furthest = -low > high ? -low : high;
+  int fitting = 0;  // reaches from low to high, and that far from zero
+  for (; fitting < 15; ++fitting) {
+    const float scale = row_scale * float((4 + fitting % 4) << (fitting / 4));
+    if (scale * 255 >= high - low && scale * float(127 + 7 * kMiddleStep) >= furthest) break;
   }
-  alignas(64) float pair[16] = {};
-  alignas(64) uint16_t halves[16];
   float best = -1;
-  for (int k = 0; k < kCandidates; ++k) {
-    pair[0] = (high - low) * (1.0f - 0.02f * float(k)) / 255.0f;
-    pair[1] = 0.5f * low + 0.5f * high;
-    V::store_f16(halves, V::load(pair));
-    alignas(64) float rounded[16];
-    V::store(rounded, V::load_f16(halves));
-    const float s = rounded[0], m = rounded[1];
-    const float inverse = s > 0 ? 1.0f / s : 0.0f;
-    typename V::F q[4];
-    for (int i = 0; i < 4; ++i) {
-      q[i] = V::round(V::fma(V::sub(v[i], V::set(m)), V::set(inverse), V::set(127.5f)));
-      q[i] = V::min(V::max(q[i], V::zero()), V::set(255.0f));
-    }
-    float error = 0;
-    for (int b = 1; b <= 8; ++b) {
-      if (level_weights[b - 1] == 0) continue;
-      const float step = float(1 << (8 - b));
+  uint8_t chosen = 0;
+  for (int a = fitting - kAround; a <= fitting + kAround; ++a) {
+    if (a < 0 || a > 15) continue;
+    const float scale = row_scale * float((4 + a % 4) << (a / 4)), inverse = 1 / scale;
+    const float middle = (0.5f * low + 0.5f * high) * inverse / float(kMiddleStep) + 8;
+    const int nearest = middle < 0 ? 0 : middle > 15 ? 15 : int(middle + 0.5f);
+    for (int m = nearest - kAround; m <= nearest + kAround; ++m) {
+      if (m < 0 || m > 15) continue;
+      // In steps of the 8-bit code, whose value q stands for q + 0.5.
+      const auto x = V::fma(v, V::set(inverse), V::set(128.0f - float(kMiddleStep * (m - 8))));
+      const auto q = V::min(V::max(V::round(V::sub(x, V::set(0.5f))), V::zero()), V::set(255.0f));
       auto acc = V::zero();
-      for (int i = 0; i < 4; ++i) {
+      for (int b = 1; b <= 8; ++b) {
+        if (level_weights[b - 1] == 0) continue;
+        const float step = float(1 << (8 - b));
         // floor(q / step), as the nearest integer below the middle of the bin.
-        const auto c = V::round(V::fma(V::add(q[i], V::set(0.5f)), V::set(1.0f / step), V::set(-0.5f)));
-        const auto u = V::fma(V::add(c, V::set(0.5f)), V::set(step), V::set(-128.0f));
-        const auto d = V::mul(valid[i], V::sub(V::fma(u, V::set(s), V::set(m)), v[i]));
-        acc = V::fma(d, d, acc);
+        const auto c = V::round(V::fma(V::add(q, V::set(0.5f)), V::set(1.0f / step), V::set(-0.5f)));
+        const auto d = V::sub(V::mul(V::add(c, V::set(0.5f)), V::set(step)), x);
+        acc = V::fma(V::mul(d, V::set(level_weights[b - 1])), d, acc);
       }
-      error += level_weights[b - 1] * V::reduce_add(acc);
-    }
-    if (best < 0 || error < best) {
-      best = error;
-      *scale = halves[0];
-      *middle = halves[1];
-      for (int i = 0; i < 4; ++i) {
-        alignas(64) float whole[16];
-        V::store(whole, q[i]);
-        for (int j = 0; j < 16; ++j) codes[16 * i + j] = uint8_t(whole[j]);
+      const float error = scale * scale * V::reduce_add(V::mul(acc, weight));
+      if (best < 0 || error < best) {
+        best = error;
+        chosen = uint8_t(a | m << 4);
       }
     }
-    if (s == 0) break;
   }
+  return chosen;
 }
 
 template <class V>
 void quantize_row(const float* x, int cols, int8_t* codes, float* scales, float* sums) {
-  const int groups = blocks(cols, kTileCols);
-  for (int g = 0; g < groups; ++g, codes += kTileCols) {
-    typename V::F v[4];
+  const int parts = blocks(cols, kTileCols) * kScales;
+  for (int p = 0; p < parts; ++p, codes += kActivations, sums += kActivations / kGroup) {
+    typename V::F v[2];
     auto top = V::zero(), poison = V::zero();
-    for (int i = 0; i < 4; ++i) {
-      const int start = g * kTileCols + 16 * i, left = cols - start;
+    for (int i = 0; i < 2; ++i) {
+      const int start = p * kActivations + 16 * i, left = cols - start;
       v[i] = left >= 16 ? V::load(x + start) : load_part<V>(x + start, left < 0 ? 0 : left, 0.0f);
       top = V::max(top, V::abs(v[i]));
       poison = V::fma(v[i], V::zero(), poison);  // not 0 where a value is not finite
     }
     const float highest = V::reduce_max(top), poisoned = V::reduce_add(poison);
-    // Below, 127 / highest would overflow; such a group is as good as zero.
+    // Below, 127 / highest would overflow; such a part is as good as zero.
     const bool is_zero = !(highest > 1e-30f) || poisoned != 0;
     const float inverse = is_zero ? 0.0f : 127.0f / highest;
-    auto total = V::zero_ints();
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 2; ++i) {
       const auto q = is_zero ? V::zero_ints() : V::round_to_int(V::mul(v[i], V::set(inverse)));
-      total = V::add_ints(total, q);
+      sums[i] = float(V::reduce_ints(q));
       V::store_i8(codes + 16 * i, q);
     }
-    scales[g] = is_zero ? poisoned : highest / 127.0f;
-    sums[g] = is_zero ? poisoned : scales[g] * float(V::reduce_ints(total));
+    scales[p] = is_zero ? poisoned : highest / 127.0f;
   }
 }
 
@@ -505,6 +520,16 @@ void to_f16(const float* x, int n, uint16_t* out) {
 }
 
 template <class V>
+void from_f16(const uint16_t* x, int n, float* out) {
+  alignas(64) uint16_t part[16] = {};
+  for (int i = 0; i < n; i += 16) {
+    const int left = n - i < 16 ? n - i : 16;
+    for (int j = 0; j < left; ++j) part[j] = x[i + j];
+    store_part<V>(out + i, V::load_f16(part), left);
+  }
+}
+
+template <class V>
 uint8_t read_all(const uint8_t* bytes, size_t n) {
   constexpr int kStreams = 4;  // as many as a matrix at 6 bits has
   typename V::B acc[kStreams];
@@ -533,9 +558,9 @@ namespace {
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,        quantize_group<V>, quantize_row<V>, matmul_nested<V>, decode_row<V>, matmul_f32<V>,
-                 rms_norm<V>, silu_mul<V>,       softmax<V>,      add_scaled<V>,    rope<V>,       to_f16<V>,
-                 read_all<V>, quantize_head<V>,  attend<V>,       merge_parts<V>};
+  return Kernels{name,          choose_scale<V>, quantize_row<V>, matmul_nested<V>, decode_row<V>, matmul_f32<V>,
+                 rms_norm<V>,   silu_mul<V>,     softmax<V>,      add_scaled<V>,    rope<V>,       to_f16<V>,
+                 from_f16<V>,   read_all<V>,     quantize_head<V>, attend<V>,       merge_parts<V>};
 }
 
 }  // namespace

@@ -2,12 +2,14 @@
 //
 // Layout of a nested matrix (the format's specification is edgemoe/format.py). Rows come in blocks of 16 and
 // columns in blocks of 64, both padded with zeros; a tile is 16 x 64 weights. A rung holds its tiles row block by
-// row block; a tile of rung 0 starts with 16 float16 scales and 16 float16 middles (one group of 64 columns).
+// row block. Rung 0 starts with one float16 scale per row; a tile of it starts with one byte per row and group of 16
+// columns: byte 16 * group + row has a relative scale in its lower half and a middle in its upper one.
 // A step of a tile is 64 bytes: byte 4 * row + j belongs to column 4 * step + j, so that one 8-bit dot-product
 // instruction covers 16 rows. A plane of w bits (1, 2, 4 or 8) packs 8 / w consecutive steps into the same 64
 // bytes, the first step in the lowest bits; other widths are stored as two or three such planes, widest first.
 //
-// At b bits a code c (the top b bits of the 8-bit code) means scale * ((c + 0.5) * 2^(8-b) - 128) + middle.
+// At b bits a code c (the top b bits of the 8-bit code) means
+//   row scale / 4096 * (4 + a % 4) * 2^(a / 4) * ((c + 0.5) * 2^(8-b) - 128 + 12 * (m - 8)),  a, m the byte's halves.
 //
 // Numerics: every float operation is done in the same order on 16 lanes by every instruction set, so that results
 // are bit-identical between them, and a row's result does not depend on the rows computed with it.
@@ -20,7 +22,11 @@ namespace edgemoe {
 
 constexpr int kTileRows = 16;
 constexpr int kTileCols = 64;
+constexpr int kGroup = 16;       ///< columns that share a scale and a middle
 constexpr int kScaleBytes = 64;  ///< scales and middles at the start of a tile of rung 0
+constexpr int kMiddleStep = 12;  ///< unit of a middle, in steps of the 8-bit code
+constexpr int kScaleUnit = 4096; ///< a row scale is this many times the step of a code with relative scale 1
+constexpr int kActivations = 32; ///< columns of activations that share a scale
 constexpr int kMaxRungs = 8;
 
 // Static: a shared copy compiled with wide instructions could replace the baseline's.
@@ -44,23 +50,30 @@ static inline int bits_of(const NestedMatrix& w) {
 /// Bytes of one tile in a rung.
 static inline size_t tile_bytes(int width, bool is_base) { return size_t(128) * width + (is_base ? kScaleBytes : 0); }
 
+/// Bytes of the row scales before the tiles of rung 0; a multiple of 64, so that tiles are aligned.
+static inline size_t row_scale_bytes(int rows) { return size_t(blocks(rows, 2 * kTileRows)) * 64; }
+
 /// Bytes of a rung of `width` bits of a matrix [rows, cols].
 static inline size_t rung_bytes(int rows, int cols, int width, bool is_base) {
-  return size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(width, is_base);
+  return size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(width, is_base) +
+         (is_base ? row_scale_bytes(rows) : 0);
 }
 
-/// Activations in 8 bits, one scale per row and 64 columns. `codes` is [num_rows, groups * 64], zero padded.
+constexpr int kScales = kTileCols / kActivations;  ///< scales of activations per row and tile
+constexpr int kSums = kTileCols / kGroup;          ///< sums of activations per row and tile
+
+/// Activations in 8 bits, one scale per row and 32 columns. `codes` is [num_rows, tiles * 64], zero padded.
 struct QuantizedRows {
   const int8_t* codes;
-  const float* scales;  ///< [num_rows, groups]
-  const float* sums;    ///< [num_rows, groups]: scale * sum of the group's codes
-  int groups;
+  const float* scales;  ///< [num_rows, tiles * kScales]
+  const float* sums;    ///< [num_rows, tiles * kSums]: sum of the codes of 16 columns
+  int tiles;
 };
 
 /// The rows from `row` on.
 static inline QuantizedRows rows_from(const QuantizedRows& q, int row) {
-  const size_t at = size_t(row) * q.groups;
-  return {q.codes + at * kTileCols, q.scales + at, q.sums + at, q.groups};
+  const size_t at = size_t(row) * q.tiles;
+  return {q.codes + at * kTileCols, q.scales + at * kScales, q.sums + at * kSums, q.tiles};
 }
 
 /// How keys or values are stored. `kQ8` is 8 bits with a float16 scale per 32 values of a head, llama.cpp's q8_0.
@@ -121,11 +134,9 @@ struct AttentionShape {
 struct Kernels {
   const char* name;
 
-  /// Quantises n <= 64 weights of one group to 8-bit codes with a scale and a middle that float16 holds exactly. The
-  /// range is the one, of a few clipped ones, with the least sum over levels of level_weights[b - 1] * squared error
-  /// at b bits.
-  void (*quantize_group)(const float* w, int n, const float* level_weights, uint8_t* codes, uint16_t* scale,
-                         uint16_t* middle);
+  /// Chooses the byte of scale and middle of 16 weights: the one with the least sum, over levels and weights, of
+  /// level_weights[b - 1] * importance * squared error at b bits. Padding has no importance.
+  uint8_t (*choose_scale)(const float* w, const float* importance, float row_scale, const float* level_weights);
 
   /// Quantises a row of activations to 8 bits. A group with a value that is not finite gets a scale that is not a
   /// number, so that it is seen in the logits.
@@ -159,6 +170,9 @@ struct Kernels {
 
   /// Stores n floats as float16.
   void (*to_f16)(const float* x, int n, uint16_t* out);
+
+  /// The other way.
+  void (*from_f16)(const uint16_t* x, int n, float* out);
 
   /// Reads n bytes, a multiple of 4096, and returns something that depends on all of them: the memory roof.
   uint8_t (*read_all)(const uint8_t* bytes, size_t n);

@@ -162,6 +162,17 @@ struct Neon {
   static float reduce_max(const F& a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));
   }
+  static F bytes_to_float(uint8x16_t b) {
+    const uint16x8_t low = vmovl_u8(vget_low_u8(b)), high = vmovl_u8(vget_high_u8(b));
+    return F{{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(low))),
+              vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)))}};
+  }
+  static void load_scales(const uint8_t* p, F* scale, F* middle) {
+    static const uint8_t values[16] = {4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56};
+    const uint8x16_t bytes = vld1q_u8(p);
+    *scale = bytes_to_float(vqtbl1q_u8(vld1q_u8(values), vandq_u8(bytes, vdupq_n_u8(15))));
+    *middle = bytes_to_float(vshrq_n_u8(bytes, 4));
+  }
   static F load_f16(const uint16_t* p) {
     return map([=](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });
   }

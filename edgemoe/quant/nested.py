@@ -14,14 +14,17 @@ __all__ = ["DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "plane_widths", "quantize
 DEFAULT_LADDER = (2, 3, 4, 6, 8)
 """Bits in use after each rung."""
 
-GROUP = 64
-"""Columns that share a scale."""
+GROUP = 16
+"""Columns that share a scale and a middle."""
 _ROWS = 16
+_COLS = 64
 _SCALE_BYTES = 64
 
-# How much the squared error at 1 to 8 bits counts when a group's range is clipped: fourfold per bit, as the
-# error itself falls. Counting low bits more helped 2 bits by 1% and cost 8 bits threefold: benchmarks/LOG.md.
-LEVEL_WEIGHTS = np.array([0, 1, 4, 16, 0, 256, 0, 4096], dtype=np.float32)
+# How much the squared error at 1 to 8 bits counts. The error falls about fourfold per bit; 2 bits count more than
+# that would give them, because without it they lose most to the others: benchmarks/LOG.md has the trade.
+LEVEL_WEIGHTS = np.array([0, 16, 12, 24, 0, 256, 0, 4096], dtype=np.float32)
+_SWEEPS = 3
+_DAMPING = 0.02  # of the mean square, so that an input that calibration never saw still counts
 
 
 def plane_widths(ladder: Sequence[int]) -> list[int]:
@@ -31,25 +34,53 @@ def plane_widths(ladder: Sequence[int]) -> list[int]:
 
 def rung_bytes(rows: int, cols: int, ladder: Sequence[int]) -> list[int]:
     """Returns the bytes of each rung of a matrix [rows, cols], padding and scales included."""
-    tiles = -(-rows // _ROWS) * -(-cols // GROUP)
-    return [
-        tiles * (128 * width + (_SCALE_BYTES if i == 0 else 0))
-        for i, width in enumerate(plane_widths(ladder))
-    ]
+    tiles = -(-rows // _ROWS) * -(-cols // _COLS)
+    sizes = [tiles * 128 * width for width in plane_widths(ladder)]
+    sizes[0] += tiles * _SCALE_BYTES + -(-rows // (2 * _ROWS)) * 64
+    return sizes
 
 
 def quantize(
-    w: NDArray[np.float32], ladder: Sequence[int] = DEFAULT_LADDER, *, threads: int = 2
+    w: NDArray[np.float32],
+    ladder: Sequence[int] = DEFAULT_LADDER,
+    *,
+    second_moments: NDArray[np.float32] | None = None,
+    threads: int = 2,
 ) -> list[NDArray[np.uint8]]:
     """Quantises a matrix and returns its rungs as the file stores them.
 
-    Each group of 64 columns gets one asymmetric 8-bit code whose range is the best of ten clipped ones,
-    judged at all levels at once. Fewer bits in the ladder store a prefix of the same code.
+    Scale and middle of each group of 16 columns are the best of some 25, and codes the best of those near, judged at
+    all levels at once. Fewer bits in the ladder store a prefix of the same code.
+
+    With the full matrix of second moments the codes are then refined: coordinate descent on the squared error of the
+    output, again summed over the levels. It is GPTQ's objective (arXiv 2210.17323) for all levels of one code; an
+    error of one level is compensated where that costs the others least.
 
     Args:
         w: [rows, cols], contiguous.
+        second_moments: of the matrix's inputs, [cols] mean squares or [cols, cols] mean products; any scale.
+            None counts every input alike.
 
     Raises:
-        ValueError: a weight is not finite or beyond float16.
+        ValueError: a weight is not finite or beyond float16, or the moments are not finite or of another shape.
     """
-    return _core.quantize(w, plane_widths(ladder), LEVEL_WEIGHTS, threads)
+    cols = w.shape[1]
+    squares, moments = np.ones(cols, np.float32), None
+    if second_moments is not None:
+        if second_moments.shape not in ((cols,), (cols, cols)):
+            raise ValueError(
+                f"second_moments: expected [{cols}] or [{cols}, {cols}], got {list(second_moments.shape)}"
+            )
+        is_full = second_moments.ndim == 2
+        diagonal = np.diagonal(second_moments) if is_full else second_moments
+        mean = float(diagonal.mean())
+        if not (np.isfinite(mean) and mean >= 0):
+            raise ValueError("second_moments: expected mean squares, finite and not negative")
+        if mean > 0:
+            squares = np.asarray(diagonal / mean + _DAMPING, np.float32)
+            if is_full:
+                moments = np.asarray(second_moments / mean, np.float32)
+                np.fill_diagonal(moments, squares)
+    return _core.quantize(
+        w, plane_widths(ladder), LEVEL_WEIGHTS, squares, moments, _SWEEPS, threads
+    )
