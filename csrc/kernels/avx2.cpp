@@ -132,11 +132,11 @@ struct Avx2 {
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)),
             _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
   }
-  static void load_scales(const uint8_t* p, F* scale, F* middle) {
+  static void load_scales(const uint8_t* p, float step, float first, F* scale, F* middle) {
     const __m128i values = _mm_setr_epi8(4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56);
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), half = _mm_set1_epi8(15);
     *scale = bytes_to_float(_mm_shuffle_epi8(values, _mm_and_si128(bytes, half)));
-    *middle = bytes_to_float(_mm_and_si128(_mm_srli_epi16(bytes, 4), half));
+    *middle = fma(bytes_to_float(_mm_and_si128(_mm_srli_epi16(bytes, 4), half)), set(step), set(first));
   }
   static F load_f16(const uint16_t* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),

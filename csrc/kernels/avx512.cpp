@@ -74,11 +74,12 @@ struct Avx512 {
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
   static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
-  static void load_scales(const uint8_t* p, F* scale, F* middle) {
+  static void load_scales(const uint8_t* p, float step, float first, F* scale, F* middle) {
     const F values = _mm512_setr_ps(4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56);
     const I bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     *scale = _mm512_permutexvar_ps(bytes, values);  // looks at the lowest four bits
-    *middle = _mm512_cvtepi32_ps(_mm512_srli_epi32(bytes, 4));
+    const F index = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    *middle = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), fma(index, set(step), set(first)));
   }
   static F load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -126,9 +126,7 @@ inline typename V::F row_scales(const TileCursor& tile, int bits) {
 template <class V>
 inline void group_scales(const uint8_t* group, int bits, typename V::F* scale, typename V::F* middle) {
   const float step = float(kMiddleStep) / float(1 << (8 - bits));
-  typename V::F index;
-  V::load_scales(group, scale, &index);
-  *middle = V::fma(index, V::set(step), V::set(0.5f - float(1 << (bits - 1)) - 8 * step));
+  V::load_scales(group, step, 0.5f - float(1 << (bits - 1)) - 8 * step, scale, middle);
 }
 
 /// acc + x_scale * the share of two groups: sum of scale * (dot + middle * sum of x's codes).

@@ -167,11 +167,11 @@ struct Neon {
     return F{{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(low))),
               vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)))}};
   }
-  static void load_scales(const uint8_t* p, F* scale, F* middle) {
+  static void load_scales(const uint8_t* p, float step, float first, F* scale, F* middle) {
     static const uint8_t values[16] = {4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56};
     const uint8x16_t bytes = vld1q_u8(p);
     *scale = bytes_to_float(vqtbl1q_u8(vld1q_u8(values), vandq_u8(bytes, vdupq_n_u8(15))));
-    *middle = bytes_to_float(vshrq_n_u8(bytes, 4));
+    *middle = fma(bytes_to_float(vshrq_n_u8(bytes, 4)), set(step), set(first));
   }
   static F load_f16(const uint16_t* p) {
     return map([=](int i) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i))); });

@@ -186,11 +186,11 @@ struct Scalar {
     bits += 0xfff + (bits >> 13 & 1);  // to nearest, ties to even
     return uint16_t(sign | ((bits >> 13) - (112 << 10)));
   }
-  /// Relative scales and middles of 16 rows: the halves of 16 bytes.
-  static void load_scales(const uint8_t* p, F* scale, F* middle) {
+  /// Of 16 bytes, the relative scales in their lower halves, and first + step * their upper halves (exact).
+  static void load_scales(const uint8_t* p, float step, float first, F* scale, F* middle) {
     for (int i = 0; i < 16; ++i) {
       scale->v[i] = float((4 + p[i] % 4) << (p[i] % 16 / 4));
-      middle->v[i] = float(p[i] >> 4);
+      middle->v[i] = first + step * float(p[i] >> 4);
     }
   }
   static F load_f16(const uint16_t* p) {

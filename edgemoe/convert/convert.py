@@ -10,6 +10,7 @@ from typing import Any
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.source import SourceModel
+from edgemoe.quant import Calibration
 from edgemoe.tokenizer import Tokenizer
 from edgemoe.writer import Writer
 
@@ -22,7 +23,12 @@ _PROVENANCE = ("model_type", "architectures", "torch_dtype", "dtype", "transform
 
 
 def convert(
-    source: Checkpoint, out: Path, *, bits: int = 8, progress: Progress | None = None
+    source: Checkpoint,
+    out: Path,
+    *,
+    bits: int = 8,
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Writes `source` to `out`, which appears under its name only when it is whole.
 
@@ -33,10 +39,11 @@ def convert(
         source: the checkpoint; read one expert or one resident tensor at a time.
         out: the `.moe` file to make.
         bits: precision that is stored, a level of the file's ladder.
+        calibration: of this model, as `edgemoe calibrate` makes it; without one every input counts alike.
         progress: called after every tensor and expert.
 
     Raises:
-        FormatError: the checkpoint is broken or not supported.
+        FormatError: the checkpoint is broken or not supported, or the calibration is of another model.
         ValueError: `bits` is not a level.
         OSError: the disk is too small, or reading or writing failed.
     """
@@ -50,7 +57,12 @@ def convert(
         "config": {key: source.config[key] for key in _PROVENANCE if key in source.config},
         "fingerprint": _fingerprint(model, source.identity),
     }
-    with Writer(out, config, bits=bits, sections=source.files, source=provenance) as writer:
+    if calibration is not None:
+        calibration.check(config)
+        provenance["calibration"] = {**calibration.meta, "checksum": _checksum(calibration.path)}
+    with Writer(
+        out, config, bits=bits, sections=source.files, source=provenance, calibration=calibration
+    ) as writer:
 
         def report() -> None:
             if progress is not None:
@@ -69,6 +81,14 @@ def convert(
         writer.finish()
         if progress is not None:
             progress(writer.total_bytes, writer.total_bytes)
+
+
+def _checksum(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _fingerprint(model: SourceModel, identity: str) -> str:
