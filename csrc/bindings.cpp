@@ -357,8 +357,8 @@ PYBIND11_MODULE(_core, m) {
         if (!ok) throw std::invalid_argument("quantize: a weight is not finite, or too large for float16 scales");
         return rungs;
       },
-      py::arg("w").noconvert(), py::arg("widths"), py::arg("level_weights").noconvert(),
-      py::arg("squares").noconvert(), py::arg("moments").noconvert(), py::arg("sweeps"), py::arg("threads"),
+      py::arg("w").noconvert(), py::arg("widths"), py::arg("level_weights").noconvert(), py::arg("squares").noconvert(),
+      py::arg("moments").noconvert(), py::arg("sweeps"), py::arg("threads"),
       "Quantises w [rows, cols] float32 and returns its rungs, one uint8 array each; see quantize.h.");
 
   m.def(

@@ -76,7 +76,8 @@ QuantizedRows Workspace::quantize(const float* x, const int32_t* rows, int n, in
   pool.run(n, 8, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
       const size_t at = size_t(i) * tiles;
-      k.quantize_row(x + size_t(rows ? rows[i] : i) * cols, cols, codes + at * kTileCols, scales + at * kScales, sums + at * kSums);
+      k.quantize_row(x + size_t(rows ? rows[i] : i) * cols, cols, codes + at * kTileCols, scales + at * kScales,
+                     sums + at * kSums);
     }
   });
   return q;

@@ -255,7 +255,8 @@ class Writer:
         # The tied embedding is the head, which was calibrated, and is looked up, where every column counts alike.
         diagonal = np.diagonal(moments) if moments.ndim == 2 else moments
         alike = _LOOKED_UP / (1 - _LOOKED_UP) * diagonal.mean()
-        return moments + alike * (np.eye(len(moments), dtype=np.float32) if moments.ndim == 2 else 1)
+        spread = np.eye(len(moments)) if moments.ndim == 2 else np.ones(len(moments))
+        return np.asarray(moments + alike * spread, np.float32)
 
     def _write(self, name: str, rungs: Sequence[NDArray[np.uint8]]) -> None:
         offset, sizes = self._places[name]

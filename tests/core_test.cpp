@@ -66,7 +66,9 @@ struct ExpertFile {
           rungs[r].resize(old + rung_bytes(shape.first, shape.second, kWidths[r], r == 0));
           outs.push_back(rungs[r].data() + old);
         }
-        CHECK(quantize_nested(pool, w.data(), shape.first, shape.second, kWidths, weights, outs));
+        const std::vector<float> squares(size_t(shape.second), 1.0f);
+        const Objective objective{weights, nullptr, squares.data(), 0};
+        CHECK(quantize_nested(pool, w.data(), shape.first, shape.second, kWidths, objective, outs));
       }
       uint32_t end = 0;
       ends.clear();

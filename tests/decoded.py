@@ -52,7 +52,9 @@ class Decoded:
         for rung in range(len(moe.ladder)):
             for part, (rows, cols) in enumerate(shapes):
                 tiles = -(-rows // 16) * -(-cols // 64)
-                size = tiles * (128 * int(ladders[part][rung]) + (64 if rung == 0 else 0))
+                size = tiles * 128 * int(ladders[part][rung])
+                if rung == 0:
+                    size += tiles * 64 + -(-rows // 32) * 64
                 rungs[part].append(self._bytes[at : at + size])
                 at += size
         gate, up, down = (

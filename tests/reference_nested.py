@@ -47,7 +47,9 @@ def decode(codes, steps, middles, bits):
     """w = step * ((code + 0.5) * 2^(8 - bits) + middle), in float64."""
     cols = codes.shape[1]
     u = (codes.astype(np.float64) + 0.5) * 2.0 ** (8 - bits)
-    return (u + np.repeat(middles, GROUP, axis=1)[:, :cols]) * np.repeat(steps, GROUP, axis=1)[:, :cols]
+    return (u + np.repeat(middles, GROUP, axis=1)[:, :cols]) * np.repeat(steps, GROUP, axis=1)[
+        :, :cols
+    ]
 
 
 def decode_rungs(rungs, widths, rows, cols):

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from decoded import Decoded
 from reference_nested import decode, decode_rungs, unpack
+from tiny import tiny_checkpoint
 
 from edgemoe import _core
-from edgemoe.quant import LEVEL_WEIGHTS, plane_widths, quantize
+from edgemoe.convert.convert import convert
+from edgemoe.convert.source import SourceModel
+from edgemoe.errors import FormatError
+from edgemoe.format import open_moe
+from edgemoe.quant import LEVEL_WEIGHTS, Calibration, plane_widths, quantize, write_calibration
 
 LADDER = (2, 3, 4, 6, 8)
 WIDTHS = plane_widths(LADDER)
@@ -39,7 +45,8 @@ def level_errors(w, rungs, moments):
 def objective(w, codes, steps, middles, importance):
     """Weighted squared error over levels, per weight."""
     return importance * sum(
-        weight * np.square(decode(codes >> (8 - bits), steps, middles, bits) - w) for bits, weight in LEVELS
+        weight * np.square(decode(codes >> (8 - bits), steps, middles, bits) - w)
+        for bits, weight in LEVELS
     )
 
 
@@ -56,8 +63,10 @@ def test_codes_are_the_best_of_all_256():
 def test_scales_and_middles_are_near_the_best_of_all_256():
     w = weights(4, 64)
     importance = np.linspace(0.5, 2, 64)
-    codes, steps, middles = unpack(quantize(w, second_moments=importance.astype(np.float32)), WIDTHS, 4, 64)
-    units = unpack_units(w)
+    rungs = quantize(w, second_moments=importance.astype(np.float32))
+    codes, steps, middles = unpack(rungs, WIDTHS, 4, 64)
+    # The step of a row's code at relative scale 1.
+    units = rungs[0][:8].view(np.float16).astype(np.float64)[:, None] / 4096
     groups = lambda x: x.reshape(4, 4, 16).sum(-1)  # noqa: E731
     chosen = groups(objective(w, codes, steps, middles, importance))
     best = np.full((4, 4), np.inf)
@@ -72,22 +81,18 @@ def test_scales_and_middles_are_near_the_best_of_all_256():
     assert (chosen <= best * 1.2).all()
 
 
-def unpack_units(w):
-    """The step of a row's code at relative scale 1, [rows, 1]."""
-    rungs = quantize(w)
-    return rungs[0][: 2 * len(w)].view(np.float16).astype(np.float64)[:, None] / 4096
-
-
 @pytest.mark.parametrize("shape", [(64, 128), (40, 200), (7, 33)], ids=str)
 def test_calibration_gains_at_every_level(shape):
     w = weights(*shape)
     x = inputs(4096, shape[1])
     moments = (x.T @ x / len(x)).astype(np.float32)
+    weight = LEVEL_WEIGHTS[np.array(LADDER) - 1]
     plain = level_errors(w, quantize(w), moments)
     squares = level_errors(w, quantize(w, second_moments=np.diagonal(moments).copy()), moments)
     full = level_errors(w, quantize(w, second_moments=moments), moments)
-    assert (full < 0.9 * plain).all()
-    assert squares @ LEVEL_WEIGHTS[np.array(LADDER) - 1] < plain @ LEVEL_WEIGHTS[np.array(LADDER) - 1]
+    assert (full < plain).all()
+    assert full @ weight < 0.9 * plain @ weight
+    assert squares @ weight < plain @ weight
     assert (np.diff(full) < 0).all()
 
 
@@ -137,7 +142,10 @@ def test_instruction_sets_choose_the_same_codes():
 
 def test_an_input_that_calibration_never_saw_still_counts():
     w = weights(32, 64)
-    for moments in (np.zeros(64, np.float32), np.diag(np.r_[np.ones(32), np.zeros(32)]).astype(np.float32)):
+    for moments in (
+        np.zeros(64, np.float32),
+        np.diag(np.r_[np.ones(32), np.zeros(32)]).astype(np.float32),
+    ):
         out = decode_rungs(quantize(w, second_moments=moments), WIDTHS, 32, 64)
         assert np.abs(out - w).max() < 0.02 * np.abs(w).max()
 
@@ -153,3 +161,46 @@ def test_an_input_that_calibration_never_saw_still_counts():
 def test_wrong_moments_are_refused(moments, message):
     with pytest.raises(ValueError, match=message):
         quantize(weights(4, 64), second_moments=moments)
+
+
+def write_products(path, config, layers, seed=2):
+    """A calibration of the experts' inputs alone; returns it."""
+    d, h, n = config.hidden_size, config.expert_hidden, config.num_experts
+    tensors = {}
+    for layer in layers:
+        tensors[f"experts.{layer}.count"] = np.full(n, 1000)
+        for port, cols in (("in", d), ("hidden", h)):
+            x = np.stack([inputs(300, cols, seed + e) for e in range(n)])
+            tensors[f"experts.{layer}.{port}.products"] = (x.transpose(0, 2, 1) @ x).astype(
+                np.float32
+            )
+    meta = {"source": "test", "model": "tiny", "tokens": "1000", "window": "1", "bits": ""}
+    write_calibration(path, tensors, meta)
+    return Calibration(path)
+
+
+def test_convert_uses_a_calibration(tmp_path):
+    source = tiny_checkpoint()
+    convert(source, tmp_path / "plain.moe")
+    config = open_moe(tmp_path / "plain.moe").config
+    calibration = write_products(tmp_path / "x.calib", config, config.moe_layers)
+    convert(source, tmp_path / "calibrated.moe", calibration=calibration)
+    plain, calibrated = (Decoded(tmp_path / f"{name}.moe") for name in ("plain", "calibrated"))
+    assert open_moe(tmp_path / "calibrated.moe").source["calibration"]["tokens"] == "1000"
+    weights = SourceModel(source)
+    layer = config.moe_layers[-1]
+    for part, name in enumerate(("gate", "up", "down")):
+        moments = calibration.matrix(f"experts.{layer}.3.{name}")
+        errors = [
+            np.einsum("rc,cd,rd->", e, moments, e)
+            for e in (
+                file.expert(layer, 3)[part] - weights.expert(layer, 3)[part]
+                for file in (plain, calibrated)
+            )
+        ]
+        assert errors[1] < 0.9 * errors[0]
+    for name in plain.tensors:  # of which this calibration knows nothing
+        assert np.array_equal(plain.tensors[name], calibrated.tensors[name])
+    wrong = write_products(tmp_path / "y.calib", config, [*config.moe_layers, 7])
+    with pytest.raises(FormatError, match="the model has"):
+        convert(source, tmp_path / "wrong.moe", calibration=wrong)

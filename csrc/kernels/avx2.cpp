@@ -14,7 +14,7 @@ struct Avx2 {
     __m256i lo, hi;
   };
   using B = I;
-  static constexpr int kTokensAtOnce = 4;
+  static constexpr int kTokensAtOnce = 3;
   static constexpr int kKeyVectors = 1;
   static constexpr int kHeadVectors = 1;
 

@@ -182,23 +182,24 @@ void matvec(const NestedMatrix& w, const QuantizedRows& x, int begin, int end, f
 template <class V, int N, bool kWide>
 inline void dot_tile(const uint8_t* tile, const typename V::F* scales, const typename V::F* middles,
                      const int8_t* const* x, const float* const* x_scales, const float* const* x_sums, float* acc) {
+  typename V::F sums[N];
+  for (int i = 0; i < N; ++i) sums[i] = V::load(acc + i * kTileRows);
   for (int half = 0; half < kScales; ++half) {
     typename V::I dots[N][2];
-    for (int group = 0; group < 2; ++group) {
-      typename V::I sum[N];
-      for (int i = 0; i < N; ++i) sum[i] = V::zero_ints();
-      for (int step = 4 * (2 * half + group), end = step + 4; step < end; ++step) {
-        const auto codes = V::load_bytes(tile + 64 * step);
-        for (int i = 0; i < N; ++i) sum[i] = V::template dot<kWide>(sum[i], codes, x[i] + 4 * step);
+    for (int i = 0; i < N; ++i) dots[i][0] = dots[i][1] = V::zero_ints();
+    for (int step = 8 * half, end = step + 4; step < end; ++step) {
+      const auto first = V::load_bytes(tile + 64 * step), second = V::load_bytes(tile + 64 * (step + 4));
+      for (int i = 0; i < N; ++i) {
+        dots[i][0] = V::template dot<kWide>(dots[i][0], first, x[i] + 4 * step);
+        dots[i][1] = V::template dot<kWide>(dots[i][1], second, x[i] + 4 * (step + 4));
       }
-      for (int i = 0; i < N; ++i) dots[i][group] = sum[i];
     }
     for (int i = 0; i < N; ++i) {
-      float* a = acc + i * kTileRows;
-      V::store(a, add_groups<V>(V::load(a), dots[i], scales + 2 * half, middles + 2 * half, x_scales[i][half],
-                                x_sums[i] + 2 * half));
+      sums[i] = add_groups<V>(sums[i], dots[i], scales + 2 * half, middles + 2 * half, x_scales[i][half],
+                              x_sums[i] + 2 * half);
     }
   }
+  for (int i = 0; i < N; ++i) V::store(acc + i * kTileRows, sums[i]);
 }
 
 /// Many tokens: each tile is unpacked once for up to kTokens of them. Same sums as `matvec`, bit for bit.
@@ -321,7 +322,7 @@ inline void store_part(float* out, typename V::F value, int n) {
 }
 
 template <class V>
-uint8_t choose_scale(const float* w, const float* importance, float row_scale, const float* level_weights) {
+float choose_scale(const float* w, const float* importance, float unit, const float* level_weights, uint8_t* chosen) {
   constexpr int kAround = 2;  // candidates on each side of the fitting one
   const auto v = V::load(w), weight = V::load(importance);
   float low = w[0], high = w[0];
@@ -329,18 +330,18 @@ uint8_t choose_scale(const float* w, const float* importance, float row_scale, c
     low = w[i] < low ? w[i] : low;
     high = w[i] > high ? w[i] : high;
   }
-  if (!(row_scale > 0)) return 0x80;
+  *chosen = 0x80;
+  if (!(unit > 0)) return 0;
   const float furthest = -low > high ? -low : high;
   int fitting = 0;  // reaches from low to high, and that far from zero
   for (; fitting < 15; ++fitting) {
-    const float scale = row_scale * float((4 + fitting % 4) << (fitting / 4));
+    const float scale = unit * float((4 + fitting % 4) << (fitting / 4));
     if (scale * 255 >= high - low && scale * float(127 + 7 * kMiddleStep) >= furthest) break;
   }
   float best = -1;
-  uint8_t chosen = 0;
   for (int a = fitting - kAround; a <= fitting + kAround; ++a) {
     if (a < 0 || a > 15) continue;
-    const float scale = row_scale * float((4 + a % 4) << (a / 4)), inverse = 1 / scale;
+    const float scale = unit * float((4 + a % 4) << (a / 4)), inverse = 1 / scale;
     const float middle = (0.5f * low + 0.5f * high) * inverse / float(kMiddleStep) + 8;
     const int nearest = middle < 0 ? 0 : middle > 15 ? 15 : int(middle + 0.5f);
     for (int m = nearest - kAround; m <= nearest + kAround; ++m) {
@@ -360,11 +361,11 @@ uint8_t choose_scale(const float* w, const float* importance, float row_scale, c
       const float error = scale * scale * V::reduce_add(V::mul(acc, weight));
       if (best < 0 || error < best) {
         best = error;
-        chosen = uint8_t(a | m << 4);
+        *chosen = uint8_t(a | m << 4);
       }
     }
   }
-  return chosen;
+  return best;
 }
 
 template <class V>
@@ -556,9 +557,9 @@ namespace {
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,          choose_scale<V>, quantize_row<V>, matmul_nested<V>, decode_row<V>, matmul_f32<V>,
-                 rms_norm<V>,   silu_mul<V>,     softmax<V>,      add_scaled<V>,    rope<V>,       to_f16<V>,
-                 from_f16<V>,   read_all<V>,     quantize_head<V>, attend<V>,       merge_parts<V>};
+  return Kernels{name,        choose_scale<V>, quantize_row<V>,  matmul_nested<V>, decode_row<V>, matmul_f32<V>,
+                 rms_norm<V>, silu_mul<V>,     softmax<V>,       add_scaled<V>,    rope<V>,       to_f16<V>,
+                 from_f16<V>, read_all<V>,     quantize_head<V>, attend<V>,        merge_parts<V>};
 }
 
 }  // namespace

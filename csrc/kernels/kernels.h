@@ -22,11 +22,11 @@ namespace edgemoe {
 
 constexpr int kTileRows = 16;
 constexpr int kTileCols = 64;
-constexpr int kGroup = 16;       ///< columns that share a scale and a middle
-constexpr int kScaleBytes = 64;  ///< scales and middles at the start of a tile of rung 0
-constexpr int kMiddleStep = 12;  ///< unit of a middle, in steps of the 8-bit code
-constexpr int kScaleUnit = 4096; ///< a row scale is this many times the step of a code with relative scale 1
-constexpr int kActivations = 32; ///< columns of activations that share a scale
+constexpr int kGroup = 16;        ///< columns that share a scale and a middle
+constexpr int kScaleBytes = 64;   ///< scales and middles at the start of a tile of rung 0
+constexpr int kMiddleStep = 12;   ///< unit of a middle, in steps of the 8-bit code
+constexpr int kScaleUnit = 4096;  ///< a row scale is this many times the step of a code with relative scale 1
+constexpr int kActivations = 32;  ///< columns of activations that share a scale
 constexpr int kMaxRungs = 8;
 
 // Static: a shared copy compiled with wide instructions could replace the baseline's.
@@ -135,8 +135,10 @@ struct Kernels {
   const char* name;
 
   /// Chooses the byte of scale and middle of 16 weights: the one with the least sum, over levels and weights, of
-  /// level_weights[b - 1] * importance * squared error at b bits. Padding has no importance.
-  uint8_t (*choose_scale)(const float* w, const float* importance, float row_scale, const float* level_weights);
+  /// level_weights[b - 1] * importance * squared error at b bits. Padding has no importance. `unit` is the step of a
+  /// code with relative scale 1. Returns that sum.
+  float (*choose_scale)(const float* w, const float* importance, float unit, const float* level_weights,
+                        uint8_t* chosen);
 
   /// Quantises a row of activations to 8 bits. A group with a value that is not finite gets a scale that is not a
   /// number, so that it is seen in the logits.

@@ -22,7 +22,7 @@ _SCALE_BYTES = 64
 
 # How much the squared error at 1 to 8 bits counts. The error falls about fourfold per bit; 2 bits count more than
 # that would give them, because without it they lose most to the others: benchmarks/LOG.md has the trade.
-LEVEL_WEIGHTS = np.array([0, 16, 12, 24, 0, 256, 0, 4096], dtype=np.float32)
+LEVEL_WEIGHTS = np.array([0, 20, 16, 28, 0, 512, 0, 8192], dtype=np.float32)
 _SWEEPS = 3
 _DAMPING = 0.02  # of the mean square, so that an input that calibration never saw still counts
 
