@@ -28,13 +28,8 @@ from edgemoe.format import (
     open_moe,
     pack_preamble,
     tensor_bytes,
-<<<<<<< HEAD
-)
-from edgemoe.quant import DEFAULT_LADDER, GROUP, LEVEL_WEIGHTS, quantize
-=======
 )  # fmt: skip
 from edgemoe.quant import DEFAULT_LADDER, GROUP, LEVEL_WEIGHTS, Calibration, quantize
->>>>>>> 982dbcc (quantise: refine codes by calibration at all levels; convert --calibration; format version 2)
 
 __all__ = ["Writer", "add_sections"]
 
