@@ -28,7 +28,7 @@ from edgemoe.format import (
     open_moe,
     pack_preamble,
     tensor_bytes,
-)
+)  # fmt: skip
 from edgemoe.quant import DEFAULT_LADDER, GROUP, LEVEL_WEIGHTS, Calibration, quantize
 
 __all__ = ["Writer", "add_sections"]

@@ -81,7 +81,7 @@ def test_scales_and_middles_are_near_the_best_of_all_256():
     assert (chosen <= best * 1.2).all()
 
 
-@pytest.mark.parametrize("shape", [(64, 128), (40, 200), (7, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(64, 128), (40, 200)], ids=str)
 def test_calibration_gains_at_every_level(shape):
     w = weights(*shape)
     x = inputs(4096, shape[1])
