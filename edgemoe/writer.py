@@ -29,7 +29,14 @@ from edgemoe.format import (
     pack_preamble,
     tensor_bytes,
 )  # fmt: skip
-from edgemoe.quant import DEFAULT_LADDER, GROUP, LEVEL_WEIGHTS, Calibration, quantize
+from edgemoe.quant import (
+    DEFAULT_LADDER,
+    GROUP,
+    LEVEL_WEIGHTS,
+    ROUNDING_WEIGHTS,
+    Calibration,
+    quantize,
+)
 
 __all__ = ["Writer", "add_sections"]
 
@@ -116,6 +123,7 @@ class Writer:
             self._source,
             sections,
             LEVEL_WEIGHTS.tolist(),
+            ROUNDING_WEIGHTS.tolist(),
         ]
         return f"{_core.crc32c(json.dumps(plan, sort_keys=True).encode()):08x}"
 

@@ -66,11 +66,7 @@ totals: dict[str, list[np.ndarray]] = {"same": [], "tops": []}
 
 def test_eight_bits_are_nearly_the_checkpoint(compared):
     assert compared["clean"].sum() >= 16
-    cos = compared["cos"][compared["clean"]]
-    assert (
-        np.mean(cos > 0.999) > 0.98
-    )  # a position whose logits nearly cancel may lose a little more
-    assert cos.min() > 0.998
+    assert compared["cos"][compared["clean"]].min() > 0.999
     assert np.median(compared["own"]) > 0.9998  # the decoded weights, with float activations
     assert compared["same"].mean() > 0.95  # random routers have near ties
     assert compared["tops"].mean() > 0.9

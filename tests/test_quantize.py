@@ -13,11 +13,18 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 from edgemoe.format import open_moe
-from edgemoe.quant import LEVEL_WEIGHTS, Calibration, plane_widths, quantize, write_calibration
+from edgemoe.quant import (
+    LEVEL_WEIGHTS,
+    ROUNDING_WEIGHTS,
+    Calibration,
+    plane_widths,
+    quantize,
+    write_calibration,
+)
 
 LADDER = (2, 3, 4, 6, 8)
 WIDTHS = plane_widths(LADDER)
-LEVELS = [(bits, float(LEVEL_WEIGHTS[bits - 1])) for bits in LADDER]
+LEVELS = [(bits, float(ROUNDING_WEIGHTS[bits - 1])) for bits in LADDER]
 
 
 def weights(rows, cols, seed=0):
@@ -103,7 +110,7 @@ def test_refining_is_coordinate_descent():
     moments = (x.T @ x / len(x)).astype(np.float32)
     moments /= np.diagonal(moments).mean()
     squares = np.diagonal(moments).copy()
-    rungs = _core.quantize(w, WIDTHS, LEVEL_WEIGHTS, squares, moments, 100, 1)
+    rungs = _core.quantize(w, WIDTHS, ROUNDING_WEIGHTS, squares, moments, 100, 1)
     codes, steps, middles = unpack(rungs, WIDTHS, *w.shape)
 
     def total(codes):

@@ -6,12 +6,13 @@ from edgemoe.quant.nested import (
     DEFAULT_LADDER,
     GROUP,
     LEVEL_WEIGHTS,
+    ROUNDING_WEIGHTS,
     plane_widths,
     quantize,
     rung_bytes,
 )
 
 __all__ = [
-    "DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "Allocation", "Calibration",
+    "DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "ROUNDING_WEIGHTS", "Allocation", "Calibration",
     "plane_widths", "quantize", "rung_bytes", "write_calibration",
 ]  # fmt: skip

@@ -9,7 +9,15 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 
-__all__ = ["DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "plane_widths", "quantize", "rung_bytes"]
+__all__ = [
+    "DEFAULT_LADDER",
+    "GROUP",
+    "LEVEL_WEIGHTS",
+    "ROUNDING_WEIGHTS",
+    "plane_widths",
+    "quantize",
+    "rung_bytes",
+]
 
 DEFAULT_LADDER = (2, 3, 4, 6, 8)
 """Bits in use after each rung."""
@@ -23,6 +31,8 @@ _SCALE_BYTES = 64
 # How much the squared error at 1 to 8 bits counts. The error falls about fourfold per bit; 2 bits count more than
 # that would give them, because without it they lose most to the others: benchmarks/LOG.md has the trade.
 LEVEL_WEIGHTS = np.array([0, 20, 16, 28, 0, 512, 0, 8192], dtype=np.float32)
+# The same without products of the inputs: nothing is compensated then, and 8 bits must stay near the checkpoint.
+ROUNDING_WEIGHTS = np.array([0, 20, 16, 28, 0, 512, 0, 32768], dtype=np.float32)
 _SWEEPS = 3
 _DAMPING = 0.02  # of the mean square, so that an input that calibration never saw still counts
 
@@ -81,6 +91,7 @@ def quantize(
             if is_full:
                 moments = np.asarray(second_moments / mean, np.float32)
                 np.fill_diagonal(moments, squares)
+    level_weights = ROUNDING_WEIGHTS if moments is None else LEVEL_WEIGHTS
     return _core.quantize(
-        w, plane_widths(ladder), LEVEL_WEIGHTS, squares, moments, _SWEEPS, threads
+        w, plane_widths(ladder), level_weights, squares, moments, _SWEEPS, threads
     )
