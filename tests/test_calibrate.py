@@ -118,7 +118,7 @@ def test_sums_are_those_of_a_plain_forward_pass(tiny_moe, made):
         for e in range(moe.config.num_experts):
             p = f"experts.{i}.{e}."
             n = sums[p + "gate.count"]
-            assert abs(c.count(p + "gate") - n) <= 2  # a choice may be close
+            assert abs(c.count(p + "gate") - n) <= 4  # choices may be close
             if c.count(p + "gate") != n or n < 10:
                 continue
             compared += 1
