@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import drop_stdout, error_line, note
+from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
-from edgemoe.errors import EdgemoeError
 
 if TYPE_CHECKING:
     from edgemoe.quant import Allocation
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _PROG = "edgemoe allocate"
-_ERROR, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
 
 _ONLY_FOR = {
     "max_loss": "expertwise",
@@ -54,21 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for an error (one line on stderr), 2 for wrong usage, 130 for Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    try:
-        _allocate(args)
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:
-        return _ERROR
-    except Exception as error:
-        if args.verbose:
-            raise
-        note(f"{_PROG}: {error_line(error)}")
-        is_usage = isinstance(error, ValueError) and not isinstance(error, EdgemoeError)
-        return _USAGE_ERROR if is_usage else _ERROR
-    finally:
-        drop_stdout()
-    return 0
+    return run_command(
+        _PROG,
+        lambda: _allocate(args),
+        verbose=args.verbose,
+        blames_arguments=True,
+    )
 
 
 def _allocate(args: argparse.Namespace) -> None:

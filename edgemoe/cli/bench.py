@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import drop_stdout, error_line, note
+from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 
@@ -33,58 +33,49 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 at wrong usage.
     """
     args = _parser().parse_args(argv)
-    try:
-        import edgemoe
-        from edgemoe.bench import measure, roof
+    return run_command("edgemoe bench", lambda: _run(args), verbose=args.verbose)
 
-        if "help" in args.set:
-            print(options_text(args.scheduler))
-            return 0
-        options = read_settings(args.set)
-        longest = max([*args.n_prompt, *args.n_gen], default=0)
-        if longest < 1:
-            raise ValueError("expected at least one test of at least one token")
-        best = roof(args.model, bits=args.bits, threads=args.threads)
-        with edgemoe.load(
-            args.model, ram=args.ram, whole_process=True, bits=args.bits,
-            dense_bits=args.dense_bits, experts=args.experts, threads=args.threads,
-            context=max(args.n_depth) + longest + 2, cache_type_k=args.cache_type_k,
-            cache_type_v=args.cache_type_v, verify=not args.no_verify,
-            scheduler=args.scheduler, options=options,
-        ) as engine:  # fmt: skip
-            for line in engine.notes:
-                note(f"# {line}")
-            results = []
+
+def _run(args: argparse.Namespace) -> None:
+    import edgemoe
+    from edgemoe.bench import measure, roof
+
+    if "help" in args.set:
+        print(options_text(args.scheduler))
+        return
+    options = read_settings(args.set)
+    longest = max([*args.n_prompt, *args.n_gen], default=0)
+    if longest < 1:
+        raise ValueError("expected at least one test of at least one token")
+    best = roof(args.model, bits=args.bits, threads=args.threads)
+    with edgemoe.load(
+        args.model, ram=args.ram, whole_process=True, bits=args.bits,
+        dense_bits=args.dense_bits, experts=args.experts, threads=args.threads,
+        context=max(args.n_depth) + longest + 2, cache_type_k=args.cache_type_k,
+        cache_type_v=args.cache_type_v, verify=not args.no_verify,
+        scheduler=args.scheduler, options=options,
+    ) as engine:  # fmt: skip
+        for line in engine.notes:
+            note(f"# {line}")
+        results = []
+        if not args.json:
+            print(_HEAD)
+        for result in measure(
+            engine, prompts=args.n_prompt, generations=args.n_gen, depths=args.n_depth,
+            repetitions=args.repetitions, seed=args.seed,
+        ):  # fmt: skip
+            results.append(result)
             if not args.json:
-                print(_HEAD)
-            for result in measure(
-                engine, prompts=args.n_prompt, generations=args.n_gen, depths=args.n_depth,
-                repetitions=args.repetitions, seed=args.seed,
-            ):  # fmt: skip
-                results.append(result)
-                if not args.json:
-                    print(_row(engine, result, best), flush=True)
-            if args.json:
-                print(json.dumps(_report(engine, results, best), indent=1))
-            else:
-                note(
-                    f"# roof: memory {best.memory / 1e9:.1f} GB/s, disk {best.disk / 1e9:.2f} GB/s; "
-                    f"experts {engine.budget.slots / 2**30:.2f} of {engine.budget.experts / 2**30:.2f} GiB"
-                )
-                if report := engine.scheduler.report():
-                    note(f"# {args.scheduler}: {report}")
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        return 1
-    except Exception as error:
-        if args.verbose:
-            raise
-        note(f"edgemoe bench: {error_line(error)}")
-        return 1
-    finally:
-        drop_stdout()
-    return 0
+                print(_row(engine, result, best), flush=True)
+        if args.json:
+            print(json.dumps(_report(engine, results, best), indent=1))
+        else:
+            note(
+                f"# roof: memory {best.memory / 1e9:.1f} GB/s, disk {best.disk / 1e9:.2f} GB/s; "
+                f"experts {engine.budget.slots / 2**30:.2f} of {engine.budget.experts / 2**30:.2f} GiB"
+            )
+            if report := engine.scheduler.report():
+                note(f"# {args.scheduler}: {report}")
 
 
 def _parser() -> argparse.ArgumentParser:

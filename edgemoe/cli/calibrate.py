@@ -6,15 +6,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgemoe.cli.console import error_line, note
+from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
-from edgemoe.errors import EdgemoeError
 
 __all__ = ["main"]
 
 _PROG = "edgemoe calibrate"
-_ERROR, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
 
 _EPILOG = """\
 OUT.calib is read by `edgemoe convert --calibration` and `edgemoe allocate`.
@@ -34,18 +32,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for an error (one line on stderr), 2 for wrong usage, 130 for Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    try:
-        _calibrate(args)
-    except KeyboardInterrupt:
-        note(f"{_PROG}: interrupted; the same command goes on where it stopped")
-        return _INTERRUPTED
-    except Exception as error:
-        if args.verbose:
-            raise
-        note(f"{_PROG}: {error_line(error)}")
-        is_usage = isinstance(error, ValueError) and not isinstance(error, EdgemoeError)
-        return _USAGE_ERROR if is_usage else _ERROR
-    return 0
+    return run_command(
+        _PROG,
+        lambda: _calibrate(args),
+        verbose=args.verbose,
+        blames_arguments=True,
+        interrupted="interrupted; the same command goes on where it stopped",
+    )
 
 
 def _calibrate(args: argparse.Namespace) -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-__all__ = ["drop_stdout", "error_line", "is_terminal", "note", "write_reply"]
+from edgemoe.errors import EdgemoeError
+
+__all__ = ["drop_stdout", "error_line", "is_terminal", "note", "run_command", "write_reply"]
+
+_ERROR, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
 
 # A model can write what a terminal takes for commands: only newline and tab get through to one.
 _NO_CONTROLS = {i: None for i in [*range(32), *range(127, 160)] if chr(i) not in "\n\t"}
@@ -83,3 +87,44 @@ def drop_stdout() -> None:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())
             os.close(null)
+
+
+def run_command(
+    name: str,
+    body: Callable[[], int | None],
+    *,
+    verbose: bool = False,
+    interrupted: str = "",
+    blames_arguments: bool = False,
+) -> int:
+    """Runs what a command does and turns however it ends into an exit code.
+
+    Args:
+        name: what errors begin with.
+        verbose: let errors through, for their tracebacks.
+        interrupted: what to say after Ctrl-C, if anything.
+        blames_arguments: a plain ValueError is wrong usage; those of files are EdgemoeErrors too.
+
+    Returns:
+        What `body` returns, 0 for None; 1 for an error, which is one line on stderr, or 2 for wrong usage; 1 when
+        nobody reads stdout any more; 130 after Ctrl-C.
+    """
+    try:
+        code = body()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code or 0
+    except KeyboardInterrupt:
+        if interrupted:
+            note(f"{name}: {interrupted}")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        return _ERROR
+    except Exception as error:
+        if verbose:
+            raise
+        note(f"{name}: {error_line(error)}")
+        is_usage = isinstance(error, ValueError) and not isinstance(error, EdgemoeError)
+        return _USAGE_ERROR if blames_arguments and is_usage else _ERROR
+    finally:
+        drop_stdout()

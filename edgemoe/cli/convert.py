@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import error_line, note
+from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
-from edgemoe.errors import EdgemoeError
 
 if TYPE_CHECKING:
     from edgemoe.convert.checkpoint import Checkpoint
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _PROG = "edgemoe convert"
-_ERROR, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
 
 _EPILOG = """\
 SOURCE is a Hugging Face checkpoint directory with safetensors in float32,
@@ -39,19 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, 1 for an error (one line on stderr), 2 for wrong usage, 130 for Ctrl-C.
     """
     args = _parser().parse_args(argv)
-    try:
-        _convert(args)
-    except KeyboardInterrupt:
-        note(f"{_PROG}: interrupted; the same command goes on where it stopped")
-        return _INTERRUPTED
-    except Exception as error:
-        if args.verbose:
-            raise
-        note(f"{_PROG}: {error_line(error)}")
-        # A plain ValueError blames an argument; those of files are EdgemoeErrors too.
-        is_usage = isinstance(error, ValueError) and not isinstance(error, EdgemoeError)
-        return _USAGE_ERROR if is_usage else _ERROR
-    return 0
+    return run_command(
+        _PROG,
+        lambda: _convert(args),
+        verbose=args.verbose,
+        blames_arguments=True,
+        interrupted="interrupted; the same command goes on where it stopped",
+    )
 
 
 def _convert(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import sys
 from collections.abc import Sequence
 
-from edgemoe.cli.console import error_line, note
+from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 
@@ -26,25 +26,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="edgemoe demo",
         description="Download and build the demo model, once. `edgemoe-run` without a model does this by itself.",
     ).parse_args(argv)
+    return run_command("edgemoe demo", _build)
+
+
+def _build() -> None:
     from edgemoe.demo import demo_model
 
     bars: dict[str, Progress] = {}
-    try:
-        with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
 
-            def progress(task: str, done: int, total: int) -> None:
-                if task not in bars:
-                    bars[task] = stack.enter_context(Progress(task, unit="B"))
-                bars[task](done, total)
+        def progress(task: str, done: int, total: int) -> None:
+            if task not in bars:
+                bars[task] = stack.enter_context(Progress(task, unit="B"))
+            bars[task](done, total)
 
-            path = demo_model(say=lambda text: note(f"# {text}"), progress=progress)
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        note(f"edgemoe demo: {error_line(error)}")
-        return 1
+        path = demo_model(say=lambda text: note(f"# {text}"), progress=progress)
     note(f"# the demo model is {path}")
-    return 0
 
 
 if __name__ == "__main__":

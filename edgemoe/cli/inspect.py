@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.cli.console import drop_stdout, error_line, note
+from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.table import QUALITY_HEAD, quality_line
@@ -35,21 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 at wrong usage.
     """
     args = _parser().parse_args(argv)
-    try:
-        code = _run(args)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        return 1
-    except Exception as error:
-        if args.verbose:
-            raise
-        note(f"{_PROG}: {error_line(error)}")
-        return 1
-    finally:
-        drop_stdout()
+    return run_command(_PROG, lambda: _run(args), verbose=args.verbose)
 
 
 def _run(args: argparse.Namespace) -> int:

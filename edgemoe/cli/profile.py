@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.cli.console import drop_stdout, error_line, note
+from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 
@@ -39,22 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 at wrong usage.
     """
-    parser = _parser()
-    args = parser.parse_args(argv)
-    try:
-        args.run(args)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        return 1
-    except Exception as error:
-        if args.verbose:
-            raise
-        note(f"edgemoe profile {args.command}: {error_line(error)}")
-        return 1
-    finally:
-        drop_stdout()
-    return 0
+    args = _parser().parse_args(argv)
+    return run_command(
+        f"edgemoe profile {args.command}", lambda: args.run(args), verbose=args.verbose
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

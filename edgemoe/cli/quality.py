@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgemoe.cli.console import drop_stdout, error_line, note
+from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
@@ -58,21 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     args.scheduler = args.scheduler or [_EXACT]
-    try:
-        _run(args)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        return 1
-    except Exception as error:
-        if args.verbose:
-            raise
-        note(f"{_PROG}: {error_line(error)}")
-        return 1
-    finally:
-        drop_stdout()
-    return 0
+    return run_command(_PROG, lambda: _run(args), verbose=args.verbose)
 
 
 def _run(args: argparse.Namespace) -> None:
