@@ -94,7 +94,7 @@ class LookAhead:
         """Returns how it does, in a few words."""
         if not self.is_on and self._trial is None:
             return "look-ahead off: it was slower"
-        cut = self._cut
-        if not cut:
+        right, seen = self._right[: self._cut].sum(), self._seen[: self._cut].sum()
+        if not self._cut:
             return "look-ahead off: its guesses were wrong"
-        return f"look-ahead {self._right[:cut].sum() / self._seen[:cut].sum():.0%} right"
+        return f"look-ahead {right / seen:.0%} right" if seen >= 1 else ""
