@@ -681,6 +681,17 @@ PYBIND11_MODULE(_core, m) {
                                const auto& r = self.cast<Cache&>().residency();
                                return lend(r.data(), r.size(), self);
                              })
+      .def_property(
+          "uses",
+          [](const Cache& c) {
+            const std::vector<double> uses = c.uses();
+            return Array<double>(py::ssize_t(uses.size()), uses.data());
+          },
+          [](Cache& c, const Array<double>& uses) {
+            expect(uses, "uses", {c.num_experts()});
+            c.set_uses({uses.data(), uses.data() + uses.size()});
+          },
+          "How much each expert was used, float64 [n]; one use of now counts 1, one of 64 tokens ago half.")
       .def_property_readonly(
           "progress", [](const Cache& c) { return py::make_tuple(c.loader_stats().bytes, c.stats().wait_s); },
           "Bytes read and seconds waited since the start: what a trace asks for after every layer.")

@@ -94,6 +94,11 @@ class Cache {
   /// Level of each expert, 0 = absent.
   const std::vector<int8_t>& residency() const { return levels_; }
   int num_experts() const { return int(levels_.size()); }
+
+  /// How much each expert was used; see Policy.
+  std::vector<double> uses() const { return policy_.uses(); }
+  void set_uses(const std::vector<double>& uses) { policy_.set_uses(uses); }
+
   const ExpertShape& shape() const { return shape_; }
 
   /// Lowers an expert that is not pinned to `level`. Returns false when it is pinned.

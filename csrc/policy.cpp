@@ -12,10 +12,9 @@ Policy::Policy(const std::string& name, size_t num_experts)
 }
 
 Policy::Policy(const double* scores, size_t num_experts, std::shared_ptr<void> owner)
-    : size_(num_experts), given_(scores), owner_(std::move(owner)) {}
+    : size_(num_experts), given_(scores), owner_(std::move(owner)), scores_(num_experts, 0.0) {}
 
 void Policy::advance(int layer, int num_tokens) {
-  if (given_) return;
   if (is_lru_) {
     weight_ += 1;
     return;
@@ -32,13 +31,28 @@ void Policy::advance(int layer, int num_tokens) {
 }
 
 void Policy::use(int expert, int count) {
-  if (given_) return;
   double& s = scores_[size_t(expert)];
   if (is_lru_) {
     s = weight_;
   } else {
     s += weight_ * count;
   }
+}
+
+std::vector<double> Policy::uses() const {
+  if (is_lru_) throw std::logic_error("policy: lru counts no uses");
+  const double now = weight_ * std::exp2(pass_tokens_ / kHalfLife);  // of the next pass
+  std::vector<double> uses(scores_);
+  for (double& u : uses) u /= now;
+  return uses;
+}
+
+void Policy::set_uses(const std::vector<double>& uses) {
+  if (is_lru_ || uses.size() != size_) throw std::invalid_argument("policy: expected one number of uses per expert");
+  scores_ = uses;
+  weight_ = 1;
+  layer_ = -1;
+  pass_tokens_ = 0;
 }
 
 }  // namespace edgemoe

@@ -30,6 +30,12 @@ class Policy {
   void use(int expert, int count);
 
   double score(int expert) const { return given_ ? given_[expert] : scores_[size_t(expert)]; }
+
+  /// Uses of each expert [num_experts], where one of now counts 1 and one half as much kHalfLife tokens ago; counted
+  /// also where somebody else's scores decide. Throws std::logic_error for "lru", which counts none.
+  std::vector<double> uses() const;
+  /// Starts from what `uses` said at another time. Throws std::invalid_argument where `uses` are not as many.
+  void set_uses(const std::vector<double>& uses);
   size_t size() const { return size_; }
 
  private:
