@@ -23,6 +23,7 @@ from edgemoe.experts import Experts, Observer
 from edgemoe.format import MoeFile, open_moe
 from edgemoe.model import MOST_AHEAD, Decoder, KvCache, KvTypes
 from edgemoe.ops import CpuOps, OpsShape
+from edgemoe.profile import Profile, identity, read_profile, write_profile
 from edgemoe.quant import Allocation
 from edgemoe.sampler import Sampler, SamplingParams
 from edgemoe.scheduler import SCHEDULERS, Setting
@@ -102,6 +103,7 @@ def load(
     options: Mapping[str, Any] | None = None,
     verify: bool = True,
     trace: str | os.PathLike[str] | None = None,
+    profile: str | os.PathLike[str] | None = None,
     observer: Observer | None = None,
     whole_process: bool = False,
 ) -> Engine:
@@ -123,6 +125,8 @@ def load(
         options: the scheduler's own.
         verify: check the sum of everything that is read.
         trace: a file that records the routing; see `edgemoe.trace`.
+        profile: a file of what was learned about this model's use: loaded if there is one, and saved at `close`;
+            see `edgemoe.profile` and `Engine.warm`.
         observer: is told of every layer; not together with `trace`.
         whole_process: `ram` bounds the whole process, not only what the engine adds.
 
@@ -136,7 +140,7 @@ def load(
         path, ram=ram, bits=bits, allocation=allocation, dense_bits=dense_bits,
         experts=experts, context=context,
         cache_type_k=cache_type_k, cache_type_v=cache_type_v, threads=threads, scheduler=scheduler,
-        options=options or {}, verify=verify, trace=trace, observer=observer,
+        options=options or {}, verify=verify, trace=trace, profile=profile, observer=observer,
         whole_process=whole_process,
     )  # fmt: skip
 
@@ -164,6 +168,7 @@ class Engine:
         options: Mapping[str, Any],
         verify: bool,
         trace: str | os.PathLike[str] | None,
+        profile: str | os.PathLike[str] | None,
         observer: Observer | None,
         whole_process: bool,
     ) -> None:
@@ -173,6 +178,7 @@ class Engine:
         moe = _with_experts(moe, experts)
         self.config = config = moe.config
         noted = moe.ladder[-1][0]
+        each: NDArray[np.int8] | None = None
         if bits == "auto":
             if scheduler != "on-demand":
                 raise ValueError(f"bits: auto is for the scheduler on-demand, not {scheduler}")
@@ -184,6 +190,12 @@ class Engine:
         else:
             noted = bits = noted if bits is None else bits
         self.bits = bits
+        self._profile_path = None if profile is None else Path(profile)
+        if self._profile_path is not None and not self._profile_path.absolute().parent.is_dir():
+            raise ValueError(f"profile: no such folder: {self._profile_path.parent}")
+        self._profile: Profile | None = None
+        if self._profile_path is not None:
+            self._profile = read_profile(self._profile_path, identity(moe))
         level, dense_level = moe.level(self.bits), moe.dense_level(dense_bits)
         self.threads = threads = hardware.num_threads() if threads is None else threads
         if not 1 <= threads <= 1024:
@@ -235,6 +247,10 @@ class Engine:
         self.scheduler_name = scheduler
         self.scheduler = SCHEDULERS[scheduler](setting, **options)
         self._setting = replace(setting, sections={})
+        num_experts = setting.num_layers * setting.num_experts
+        self._top_bits = (
+            np.full(num_experts, self.bits, np.int8) if each is None else each.reshape(-1)
+        )
         del sections, setting
         self.notes += self.scheduler.notes
         self._ops = CpuOps(replace(ops, max_tokens=budget.chunk, max_context=budget.context))
@@ -242,6 +258,9 @@ class Engine:
             moe, bits=self.bits, budget_bytes=budget.slots, verify=verify,
             policy="lfu" if self.scheduler.priorities is None else self.scheduler.priorities,
         )  # fmt: skip
+        if self._profile is not None:
+            self._store.uses = self._profile.uses
+            self.scheduler.restore(self._profile.state)
         self._experts = Experts(
             self.scheduler,
             self._store,
@@ -510,6 +529,38 @@ class Engine:
         )
         self._trace = self._experts.observer = TraceWriter(path, header)
 
+    def warm(self) -> int:
+        """Loads the experts that were used most, until the slots are full; changes no answer.
+
+        They are loaded at the highest bits that they may run at, the most used first; Ctrl-C leaves those that came.
+
+        Returns:
+            The bytes read: 0 when the profile knows of no use yet, or all is there.
+
+        Raises:
+            ValueError: the engine has no profile.
+            ReadError: the disk failed; the engine stays usable.
+        """
+        if self._profile_path is None:
+            raise ValueError("warm: expected an engine with a profile")
+        with self._alone():
+            uses, store = self._store.uses.reshape(-1), self._store
+            order = np.argsort(-uses, kind="stable")[: np.count_nonzero(uses)].astype(np.int32)
+            bits, size = self._top_bits[order], np.zeros(self.bits + 1, np.int64)
+            size[list(self._setting.level_bits)] = self._setting.level_bytes
+            fit = int(
+                np.searchsorted(np.cumsum(size[bits]), self._setting.slots_bytes, side="right")
+            )
+            before = int(store.stats["bytes_read"])
+            store.load(order[:fit], bits[:fit])
+            return int(store.stats["bytes_read"]) - before
+
+    def _learned(self) -> Profile | None:
+        """Returns what to save: what other schedulers learned is kept. None when nothing has run."""
+        uses = self._store.uses
+        before = {} if self._profile is None else self._profile.state
+        return Profile(uses, {**before, **self.scheduler.state()}) if uses.any() else None
+
     def chat(self, *, system: str | None = None, params: SamplingParams | None = None) -> Chat:
         """Opens a conversation.
 
@@ -521,14 +572,24 @@ class Engine:
         return Chat(self, system=system, params=params or self.sampling)
 
     def close(self) -> None:
-        """Gives all memory back; the engine cannot be used afterwards."""
+        """Saves the profile and gives all memory back; the engine cannot be used afterwards.
+
+        Raises:
+            OSError: the profile cannot be written; what was there stays, and the engine is closed.
+        """
         self._call += 1
-        if self._moe is not None:
-            self._meter.freeze()
-            self._moe = None
-            if self._trace is not None:
-                self._trace.close()
-            del self._decoder, self._experts, self._store, self._ops, self._kv
+        if self._moe is None:
+            return
+        learned, of = None, identity(self._moe)
+        if self._profile_path is not None and os.getpid() == self._pid:
+            learned = self._learned()
+        self._meter.freeze()
+        self._moe = None
+        if self._trace is not None:
+            self._trace.close()
+        del self._decoder, self._experts, self._store, self._ops, self._kv
+        if self._profile_path is not None and learned is not None:
+            write_profile(self._profile_path, learned, of)
 
     def _open(self) -> MoeFile:
         if self._moe is None:

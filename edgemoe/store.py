@@ -15,6 +15,7 @@ from edgemoe.quant import plane_widths
 
 __all__ = ["ExpertStore", "dense_bytes", "disk_rate", "expert_bytes", "load_dense"]
 
+_REQUEST = 256  # experts that `load` asks for at once: the cache looks through all of a request's at every arrival
 _NUM_READERS = 4  # reads in flight; more added latency and no throughput (benchmarks/LOG.md)
 
 Policy = str | NDArray[np.float64]
@@ -191,6 +192,35 @@ class ExpertStore:
                 yield group
         finally:
             self.cache.close()
+
+    def load(self, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> None:
+        """Brings experts into memory that nothing asked for yet, in their order; does not count as use.
+
+        Args:
+            experts: [n], as layer * num_experts + expert, none twice; together no more than the slots hold.
+            bits: [n]
+
+        Raises:
+            ReadError: a read failed; the store stays usable, as after Ctrl-C.
+            FormatError: an expert's checksum does not match; likewise.
+        """
+        levels = self._levels[bits]
+        unused = np.zeros(_REQUEST + 1, np.int32)
+        self.cache.close()
+        for i in range(0, len(experts), _REQUEST):
+            part = experts[i : i + _REQUEST]
+            self.cache.begin(part, levels[i : i + _REQUEST], unused[: len(part) + 1], 0)
+            for _ in self.ready_groups():
+                pass
+
+    @property
+    def uses(self) -> NDArray[np.float64]:
+        """How much each expert was used [layers, E]: one use of now counts 1, one of 64 tokens ago half. A copy."""
+        return self.cache.uses.reshape(-1, self._num_experts)
+
+    @uses.setter
+    def uses(self, uses: NDArray[np.float64]) -> None:
+        self.cache.uses = uses.reshape(-1)
 
     @property
     def stats(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ ROWS = [
     {"ops", "tap", "store", "format", "writer", "verify", "hardware", "quant"},
     {"scheduler", "model", "tokenizer", "sampler", "stream", "template"},
     {"experts"},
-    {"engine", "budget", "trace"},
+    {"engine", "budget", "profile", "trace"},
     {"chat"},
     {"bench", "convert", "demo", "lab", "serve"},
     {"cli"},

@@ -70,6 +70,9 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     _add(model, "--set", action=_Collect, default=[], metavar="KEY=VALUE", help=SET_HELP)
     _add_switch(model, "--no-verify", help="do not check the sums of weights as they are read")
     _add(model, "--trace", metavar="FILE", help="record which experts the router asked for")
+    _add(model, "--profile", metavar="FILE",
+         help="learn from run to run: loaded if it exists, saved at the end")
+    _add_switch(model, "--warm", help="first load the experts that the profile says are used most")
 
     text = parser.add_argument_group("prompt")
     _add(text, "-p", "--prompt", metavar="TEXT", help="answer this and leave")

@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(options_text(args.scheduler))
                 return 0
             args.set = read_settings(args.set)
+            if args.warm and args.profile is None:
+                raise ValueError("--warm: expected --profile FILE, which says what to load")
         except ValueError as error:
             parser.error(str(error))
         code = _run(args)
@@ -84,6 +86,8 @@ def _run(args: Namespace) -> int:
 
         for line in engine.notes:
             note(f"# {line}")
+        if args.warm:
+            _warm(engine, args.profile)
         params = _sampling(args, engine.sampling)
         chat = Chat(engine, system=args.system_prompt, params=params, raw=args.raw)
         if chat.is_raw and not args.raw:
@@ -93,6 +97,17 @@ def _run(args: Namespace) -> int:
 
             return interact(engine, chat, name=Path(args.model).name)
         return _answer(engine, chat, prompt)
+
+
+def _warm(engine: Engine, profile: str) -> None:
+    import time
+
+    start = time.perf_counter()
+    size = engine.warm()
+    if size:
+        note(f"# warm: {size / 2**20:.0f} MiB of experts in {time.perf_counter() - start:.2f} s")
+    else:
+        note(f"# nothing to warm from yet: {profile} is written at the end")
 
 
 def _answer(engine: Engine, chat: Chat, prompt: str) -> int:
@@ -159,6 +174,7 @@ def _load(args: Namespace) -> Engine:
         scheduler=args.scheduler,
         options=args.set,
         trace=args.trace,
+        profile=args.profile,
     )
 
 

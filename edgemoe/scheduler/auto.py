@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,6 +145,21 @@ class Auto(Scheduler):
         self.look_ahead = int(choice.look_ahead)
         assert self.priorities is not None
         self.priorities[:] = self._evictions[choice.eviction].priorities
+
+    def state(self) -> Mapping[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        state = self._ahead.state()
+        for eviction in self._evictions.values():
+            state.update(eviction.state())
+        return state
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`."""
+        self._ahead.restore(state)
+        for eviction in self._evictions.values():
+            eviction.restore(state)
+        assert self.priorities is not None
+        self.priorities[:] = self._evictions[self._now.eviction].priorities
 
     def report(self) -> str:
         """Returns what was kept (+) and what was not (-), with the time that it saved."""

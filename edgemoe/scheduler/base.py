@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,17 @@ class Scheduler(ABC):
 
     def passed(self, tokens: int, seconds: float) -> None:  # noqa: B027
         """All layers have run for `tokens` tokens, which took `seconds`."""
+
+    def state(self) -> Mapping[str, NDArray[Any]]:
+        """Returns what it learned and is of use in another run, under the names of `edgemoe.profile`."""
+        return {}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:  # noqa: B027
+        """Takes what `state` of an earlier run returned, before anything is planned.
+
+        Args:
+            state: by name; it may lack its own and have others. Shapes are those of `edgemoe.profile`.
+        """
 
     def report(self) -> str:
         """Returns what it did so far in a few words for the statistics line; "" for nothing to say."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +106,19 @@ class Combined(Scheduler):
         self.look_ahead = self.inner.look_ahead
         if self.eviction is not None:
             self.eviction.passed()
+
+    def state(self) -> Mapping[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        return {
+            **self.inner.state(),
+            **(self.eviction.state() if self.eviction is not None else {}),
+        }
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`."""
+        self.inner.restore(state)
+        if self.eviction is not None:
+            self.eviction.restore(state)
 
     def report(self) -> str:
         """See `Scheduler.report`."""

@@ -6,7 +6,9 @@ Each keeps live scores of all experts, of which the cache drops the lowest that 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +43,13 @@ class Eviction(ABC):
 
     def passed(self) -> None:  # noqa: B027 (likewise)
         """All layers have run."""
+
+    def state(self) -> Mapping[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        return {}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:  # noqa: B027
+        """See `Scheduler.restore`."""
 
 
 def make_eviction(name: str, setting: Setting, weights: HobbitWeights) -> Eviction | None:
@@ -89,6 +98,16 @@ class Frequent(Eviction):
             uses = np.diff(plan.offsets)
             row += self._weight * np.bincount(plan.experts, uses, self.num_experts)
 
+    def state(self) -> Mapping[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        now = self._weight * self._GROWTH**self._tokens
+        return {"frequent.uses": (self.priorities / now).reshape(self.num_layers, -1)}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`."""
+        if "frequent.uses" in state:
+            self.priorities[:] = state["frequent.uses"].reshape(-1)
+
 
 class SoonestUse(Eviction):
     """The one whose next use is expected last goes first, after Belady's optimum.
@@ -100,10 +119,14 @@ class SoonestUse(Eviction):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        L = self.num_layers
-        self.predictor = NextUse(L, self.num_experts, setting.experts_per_token)
+        self.predictor = NextUse(self.num_layers, self.num_experts, setting.experts_per_token)
         self._step = 0.0
-        first = L * self.num_experts / setting.experts_per_token
+        self._expect()
+
+    def _expect(self) -> None:
+        """Scores all experts by their frequency alone."""
+        L = self.num_layers
+        first = L / np.maximum(self.predictor.frequency, 1e-9)
         self.priorities.reshape(L, -1)[:] = -(np.arange(L)[:, None] + first)
 
     def planned(self, routing: Routing, plan: Plan) -> None:
@@ -115,6 +138,15 @@ class SoonestUse(Eviction):
 
     def passed(self) -> None:
         self.predictor.learn()
+
+    def state(self) -> Mapping[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        return self.predictor.state()
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`."""
+        self.predictor.restore(state)
+        self._expect()
 
 
 class _FrequencyDistance(Eviction):
@@ -136,6 +168,15 @@ class _FrequencyDistance(Eviction):
     def planned(self, routing: Routing, plan: Plan) -> None:
         self._frequency.update(routing)
         np.multiply(self._frequency.values, self._nearness[routing.layer], out=self._table)
+
+    def state(self) -> Mapping[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        return {"frequency.values": self._frequency.values}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`."""
+        if "frequency.values" in state:
+            self._frequency.values[:] = self._table[:] = state["frequency.values"]
 
 
 @dataclass(frozen=True, slots=True)

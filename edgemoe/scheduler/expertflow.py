@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,14 @@ class ExpertFlow(Scheduler):
     def passed(self, tokens: int, seconds: float) -> None:
         """Learns from the token."""
         self._predictor.learn()
+
+    def state(self) -> Mapping[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        return self._predictor.state()
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`."""
+        self._predictor.restore(state)
 
     def report(self) -> str:
         """Returns how many predicted experts ran."""

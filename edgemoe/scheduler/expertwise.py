@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,3 +82,12 @@ class Expertwise(Scheduler):
         likely = missing[likely[np.argsort(-scores[likely], kind="stable")]]
         ahead = (likely + (layer + 1) * self._num_experts).astype(np.int32)
         return with_ahead(plan, ahead, bits[likely])
+
+    def state(self) -> Mapping[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        return self._transitions.state() if self._transitions is not None else {}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`."""
+        if self._transitions is not None:
+            self._transitions.restore(state)

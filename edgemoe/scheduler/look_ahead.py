@@ -6,6 +6,9 @@ were right often enough, and all of it is switched off when tokens are faster wi
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -86,9 +89,23 @@ class LookAhead:
         self._seen = self._seen * _KEEP + self._absent.sum(0)
         self._guess[:] = -1
         self._absent[:] = False
+        self._cut = self._worth()
+
+    def _worth(self) -> int:
+        """Returns how many ranks are worth it."""
         worth = self._right >= _WORTH * self._seen
         # Ranks get worse one after the other; one that was never absent does not matter.
-        self._cut = int(np.argmin(np.append(worth, False)))
+        return int(np.argmin(np.append(worth, False)))
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        return {"look_ahead.right": self._right, "look_ahead.seen": self._seen}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`."""
+        self._right = state.get("look_ahead.right", self._right)
+        self._seen = state.get("look_ahead.seen", self._seen)
+        self._cut = self._worth()
 
     def report(self) -> str:
         """Returns how it does, in a few words."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,15 @@ class OnDemand(Scheduler):
         if self._ahead is not None:
             self._ahead.passed(tokens, seconds)
             self.look_ahead = int(self._ahead.is_on)
+
+    def state(self) -> Mapping[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        return self._ahead.state() if self._ahead is not None else {}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`."""
+        if self._ahead is not None:
+            self._ahead.restore(state)
 
     def report(self) -> str:
         """See `Scheduler.report`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +129,31 @@ class NextUse:
         self.weights += np.linalg.solve(self._curvature, x @ (used - p))
         np.negative(self.weights, out=self._against)
 
+    @property
+    def frequency(self) -> Array:
+        """Uses per token, decayed, [num_layers, num_experts]; a live view."""
+        return self._raw[:, 0]
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        curvature = np.zeros((5, 5)) if self._curvature is None else self._curvature
+        return {
+            "next_use.weights": self.weights,
+            "next_use.curvature": curvature,
+            "next_use.frequency": self.frequency,
+        }
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`."""
+        if any(name not in state for name in self.state()):
+            return
+        self.weights[:] = state["next_use.weights"]
+        np.negative(self.weights, out=self._against)
+        if state["next_use.curvature"].any():
+            self._curvature = state["next_use.curvature"].copy()
+        self.frequency[:] = state["next_use.frequency"]
+        self._now[2] = np.log(np.maximum(self.frequency, _TINY))
+
 
 class Transitions:
     """Which experts of the next layer follow those of the layers before it (EdgeMoE III-C-1).
@@ -193,3 +219,14 @@ class Transitions:
         last = self._path[layer - 1]
         total: NDArray[np.float32] = (1.0 / self._uses[layer - 1][last]) @ self._pairs[layer][last]
         return total if total.any() else marginal
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """See `Scheduler.state`; the table of tuples is left out, it is larger than all else."""
+        return {"transitions.pairs": self._pairs, "transitions.totals": self._totals}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`."""
+        if all(name in state for name in self.state()):
+            self._pairs[:] = state["transitions.pairs"]
+            self._totals[:] = state["transitions.totals"]
+            self._uses[:] = np.maximum(self._totals, 1.0)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -33,6 +36,14 @@ class Watched(Scheduler):
     def passed(self, tokens: int, seconds: float) -> None:
         """See `Scheduler.passed`."""
         self._inner.passed(tokens, seconds)
+
+    def state(self) -> Mapping[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        return self._inner.state()
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`."""
+        self._inner.restore(state)
 
     def report(self) -> str:
         """See `Scheduler.report`."""
