@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -125,7 +124,7 @@ def _show(found: Allocation) -> None:
     if found.protected:
         which = ", ".join(f"{layer}.{expert}" for layer, expert in found.protected)
         print(f"\nSuper Experts (layer.expert), protected: {which}")
-    sys.stdout.flush()
+    print(end="", flush=True)  # not sys.stdout.flush(): it may be closed
 
 
 def _levels(text: str) -> tuple[int, ...]:

@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         code = _run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)  # not sys.stdout.flush(): it may be closed
         return code
     except KeyboardInterrupt:
         return 130

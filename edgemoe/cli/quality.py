@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.scheduler = args.scheduler or [_EXACT]
     try:
         _run(args)
-        sys.stdout.flush()
+        print(end="", flush=True)  # not sys.stdout.flush(): it may be closed
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
