@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -329,3 +331,19 @@ def test_command(tiny_moe, calibrated, tmp_path, capsys):
     wrong = ["allocate", str(tiny_moe), "--calibration", str(tmp_path / "no"), "--avg-bits", "3"]
     assert main(wrong) == 1
     assert "no such file" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_an_earlier_result(tiny_moe, calibrated, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a.json"
+    out.write_bytes(b"earlier")
+
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    common = ["allocate", str(tiny_moe), "--calibration", str(calibrated), "--avg-bits", "3"]
+    assert main([*common, "-o", str(out)]) == 1
+    assert capsys.readouterr().err == f"edgemoe allocate: {out}: No space left on device\n"
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_bytes() == b"earlier"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import drop_stdout, error_line, note
+from edgemoe.cli.console import drop_stdout, error_line, note, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.errors import EdgemoeError
@@ -78,6 +79,12 @@ def _allocate(args: argparse.Namespace) -> None:
     for name, method in _ONLY_FOR.items():
         if getattr(args, name) is not None and args.method != method:
             raise ValueError(f"--{name.replace('_', '-')}: for --method {method} only")
+    out: Path = args.out or args.model.with_suffix(".allocation.json")
+    if args.store:  # before hours are spent
+        if args.model.exists() and not os.access(args.model, os.W_OK):
+            raise PermissionError(f"--store: {args.model} cannot be written")
+    elif not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent}: no such directory")
     from edgemoe.format import open_moe
     from edgemoe.lab.allocate import Settings, allocate
     from edgemoe.lab.calibrate import default_text, windows_of
@@ -105,8 +112,7 @@ def _allocate(args: argparse.Namespace) -> None:
 
         add_sections(args.model, {"allocation": found.to_json()})
     else:
-        out: Path = args.out or args.model.with_suffix(".allocation.json")
-        out.write_bytes(found.to_json())
+        write_file(out, found.to_json())
     _show(found)
     note(f"{_PROG}: {f'stored in {args.model}' if args.store else f'wrote {out}'}")
 

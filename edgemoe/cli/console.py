@@ -6,8 +6,9 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ["drop_stdout", "error_line", "is_terminal", "note", "write_reply"]
+__all__ = ["drop_stdout", "error_line", "is_terminal", "note", "write_file", "write_reply"]
 
 # A model can write what a terminal takes for commands: only newline and tab get through to one.
 _NO_CONTROLS = {i: None for i in [*range(32), *range(127, 160)] if chr(i) not in "\n\t"}
@@ -32,6 +33,25 @@ def note(text: str) -> None:
     )
     with contextlib.suppress(OSError):
         print(f"\x1b[2m{text}\x1b[0m" if is_dim else text, file=sys.stderr, flush=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file under its name only when it is whole; what is no regular file is written as it is.
+
+    Raises:
+        OSError: the file cannot be written; its name is in the error.
+    """
+    is_plain = not path.is_symlink() and (path.is_file() or not path.exists())
+    part = path.with_name(path.name + ".tmp") if is_plain else path
+    try:
+        part.write_bytes(content)
+        if is_plain:
+            os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        if is_plain:
+            part.unlink(missing_ok=True)
 
 
 def write_reply(pieces: Iterable[str]) -> None:

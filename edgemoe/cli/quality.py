@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgemoe.cli.console import drop_stdout, error_line, note
+from edgemoe.cli.console import drop_stdout, error_line, note, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
@@ -105,7 +105,8 @@ def _run(args: argparse.Namespace) -> None:
     note(f"# {about}; {sample.positions} positions")
     report = {"model": args.model.name, "measured_on": about, "rows": rows}
     if args.json is not None:
-        args.json.write_text(json.dumps({"command": sys.argv, **report}, indent=1) + "\n")
+        text = json.dumps({"command": sys.argv, **report}, indent=1)
+        write_file(args.json, f"{text}\n".encode())
     if args.plot is not None:
         from edgemoe.lab.plot import plot_quality
 
