@@ -328,6 +328,16 @@ def test_command(tiny_moe, calibrated, tmp_path, capsys):
     assert main([*run, "--max-loss", "0.1"]) == 2
     assert main([*run, "--avg-bits", "3", "--seed", "1"]) == 2
     assert "--seed: for --method random only" in capsys.readouterr().err
+    for flags, what in [
+        (["--avg-bits", "nan"], "average bits: expected at least 1, got nan"),
+        (["--avg-bits", "3", "--method", "expertwise", "--window", "0"], "window: expected 1 to"),
+        (
+            ["--avg-bits", "3", "--method", "expertwise", "--chunks", "0"],
+            "chunks: expected at least 1",
+        ),
+    ]:
+        assert main([*run, *flags]) == 2
+        assert what in capsys.readouterr().err
     wrong = ["allocate", str(tiny_moe), "--calibration", str(tmp_path / "no"), "--avg-bits", "3"]
     assert main(wrong) == 1
     assert "no such file" in capsys.readouterr().err

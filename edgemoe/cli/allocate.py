@@ -100,7 +100,10 @@ def _allocate(args: argparse.Namespace) -> None:
     if args.method == "expertwise":
         text = default_text() if args.text is None else args.text.read_text(encoding="utf-8")
         windows = windows_of(
-            open_moe(args.model), text, window=args.window or 256, count=args.chunks or 8
+            open_moe(args.model),
+            text,
+            window=256 if args.window is None else args.window,
+            count=8 if args.chunks is None else args.chunks,
         )
     with Progress("measuring", unit="expert") as progress:
         found = allocate(

@@ -56,7 +56,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"{out.parent}: no such directory")
     if args.imatrix is not None:
         for name in ("text", "full", "window", "chunks", "ram", "threads"):
-            if getattr(args, name):
+            if getattr(args, name) not in (None, False):
                 raise ValueError(f"--{name}: not together with --imatrix, which is read as it is")
         from edgemoe.convert.imatrix import convert_imatrix
 
@@ -71,7 +71,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         text = default_text() if args.text is None else _text(args.text)
         with Progress("calibrating", unit="window") as progress:
             calibrate(
-                args.model, text, out, full=args.full, window=args.window or WINDOW, count=args.chunks,
+                args.model, text, out, full=args.full, window=WINDOW if args.window is None else args.window, count=args.chunks,
                 ram=args.ram, threads=args.threads, progress=progress,
             )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {out.stat().st_size / 2**20:.1f} MiB")

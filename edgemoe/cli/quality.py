@@ -200,7 +200,9 @@ def _reference(
             f"{moe.path}: has no tokenizer; a --reference with tokens makes up for it"
         )
     text, name = _text(args.text)
-    sample = Sample.of_text(text, tokenizer, chunk=args.chunk or _CHUNK, chunks=args.chunks)
+    sample = Sample.of_text(
+        text, tokenizer, chunk=_CHUNK if args.chunk is None else args.chunk, chunks=args.chunks
+    )
     path, other = args.model, moe
     bits = moe.ladder[-1][0]
     if given is not None and given.isdecimal():

@@ -67,6 +67,8 @@ def windows_of(moe: MoeFile, text: str, *, window: int, count: int | None) -> ND
         raise ValueError(
             f"window: expected 1 to {moe.config.context_length} (the model's), got {window}"
         )
+    if count is not None and count < 1:
+        raise ValueError(f"chunks: expected at least 1, got {count}")
     tokenizer = Tokenizer.from_files(moe.sections)
     ids = tokenizer.encode(text, add_special=False)
     n = len(ids) // window if count is None else min(count, len(ids) // window)
