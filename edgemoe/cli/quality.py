@@ -90,6 +90,7 @@ def _run(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         sample, about, reference, base, known = _reference(args, moe, stack)
+        about += _settings(args)
         print(QUALITY_HEAD, flush=True)
         for trial in trials:
             if known is not None and dataclasses.replace(trial, decode=False) == base:
@@ -247,6 +248,16 @@ def _text(path: Path | None) -> tuple[str, str]:
         raise ValueError(
             f"{path}: expected UTF-8 text, got another byte at offset {error.start}"
         ) from None
+
+
+def _settings(args: argparse.Namespace) -> str:
+    """Returns what was not as usual and has no column in the table."""
+    parts = [
+        f"; {what} of the KV cache in {kind}"
+        for what, kind in (("keys", args.cache_type_k), ("values", args.cache_type_v))
+        if kind != "f16"
+    ]
+    return "".join([*parts, *(f"; {text}" for text in args.set)])
 
 
 def _shape(sample: Sample) -> str:
