@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,7 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _calibrate(args)
     except KeyboardInterrupt:
-        note(f"{_PROG}: interrupted; the same command goes on where it stopped")
+        out = _out(args)
+        is_saved = any(out.parent.glob(f"{glob.escape(out.name)}.part*"))
+        note(
+            f"{_PROG}: interrupted; "
+            + (
+                "the same command goes on from what was saved"
+                if is_saved
+                else "nothing was saved yet"
+            )
+        )
         return _INTERRUPTED
     except Exception as error:
         if args.verbose:
@@ -49,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
-    out: Path = args.out or args.model.with_suffix(".calib")
+    out = _out(args)
     if out.exists() and not args.overwrite:
         raise FileExistsError(f"{out}: exists; --overwrite replaces it")
     if not out.parent.is_dir():
@@ -75,6 +85,11 @@ def _calibrate(args: argparse.Namespace) -> None:
                 ram=args.ram, threads=args.threads, progress=progress,
             )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {out.stat().st_size / 2**20:.1f} MiB")
+
+
+def _out(args: argparse.Namespace) -> Path:
+    out: Path = args.out or args.model.with_suffix(".calib")
+    return out
 
 
 def _text(path: Path) -> str:
