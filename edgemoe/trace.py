@@ -281,6 +281,25 @@ class Trace:
         return column
 
 
+def _check(header: TraceHeader) -> None:
+    """Checks what is computed with.
+
+    Raises:
+        ValueError, TypeError: a field has another type, or a value that no model has.
+    """
+    counts = (
+        header.num_experts, header.experts_per_token, header.num_layers, header.slots_bytes,
+        header.threads, *header.level_bytes,
+    )  # fmt: skip
+    if not all(type(n) is int and n > 0 for n in counts):
+        raise ValueError
+    bits = header.level_bits
+    if not all(type(b) is int and 1 <= b <= 8 for b in bits) or list(bits) != sorted(set(bits)):
+        raise ValueError
+    if len(bits) != len(header.level_bytes) or not bits or header.bits != bits[-1]:
+        raise ValueError
+
+
 def read(path: str | os.PathLike[str]) -> Trace:
     """Reads a trace.
 
@@ -300,6 +319,7 @@ def read(path: str | os.PathLike[str]) -> Trace:
         for name in ("level_bits", "level_bytes"):
             fields[name] = tuple(fields[name])
         header = TraceHeader(**fields)
+        _check(header)
         dtype = record(header.experts_per_token, header.look_ahead)
     except (ValueError, TypeError, KeyError):
         raise FormatError(f"{path}: a trace with a damaged header") from None

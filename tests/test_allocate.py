@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -326,6 +328,32 @@ def test_command(tiny_moe, calibrated, tmp_path, capsys):
     assert main([*run, "--max-loss", "0.1"]) == 2
     assert main([*run, "--avg-bits", "3", "--seed", "1"]) == 2
     assert "--seed: for --method random only" in capsys.readouterr().err
+    for flags, what in [
+        (["--avg-bits", "nan"], "average bits: expected at least 1, got nan"),
+        (["--avg-bits", "3", "--method", "expertwise", "--window", "0"], "window: expected 1 to"),
+        (
+            ["--avg-bits", "3", "--method", "expertwise", "--chunks", "0"],
+            "chunks: expected at least 1",
+        ),
+    ]:
+        assert main([*run, *flags]) == 2
+        assert what in capsys.readouterr().err
     wrong = ["allocate", str(tiny_moe), "--calibration", str(tmp_path / "no"), "--avg-bits", "3"]
     assert main(wrong) == 1
     assert "no such file" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_an_earlier_result(tiny_moe, calibrated, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "a.json"
+    out.write_bytes(b"earlier")
+
+    def full(path, content):
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    common = ["allocate", str(tiny_moe), "--calibration", str(calibrated), "--avg-bits", "3"]
+    assert main([*common, "-o", str(out)]) == 1
+    assert capsys.readouterr().err == f"edgemoe allocate: {out}: No space left on device\n"
+    assert list(tmp_path.iterdir()) == [out]
+    assert out.read_bytes() == b"earlier"

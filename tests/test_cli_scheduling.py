@@ -7,6 +7,7 @@ import io
 import pytest
 
 from edgemoe.cli.bench import main as bench
+from edgemoe.cli.inspect import main as inspect
 from edgemoe.cli.run import main as run
 from edgemoe.cli.scheduling import main, options_text, read_settings
 from edgemoe.scheduler import KINDS, SHARED
@@ -138,3 +139,17 @@ def test_bench_takes_the_same_flags(tiny_moe, capsys):
     out = capsys.readouterr()
     assert "| tg4 |" in out.out
     assert "read at 2 bits" in out.err
+
+
+def test_a_stdout_that_cannot_be_written_is_one_line_at_most(monkeypatch, capsys):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr("sys.stdout", full)
+        assert main([]) == 1
+    err = capsys.readouterr().err
+    assert err == "edgemoe schedulers: [Errno 28] No space left on device\n"
+
+
+def test_a_closed_stdout_is_no_error(tiny_moe, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout", None)
+    assert inspect([str(tiny_moe)]) == 0
+    assert capsys.readouterr().err == ""

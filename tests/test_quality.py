@@ -253,6 +253,7 @@ def test_command_compares_with_other_references(tiny_moe: Path, tmp_path: Path, 
         rows(*with_text, "--reference", 8) == rows(*with_text, "--reference", tiny_moe) == highest
     )
     assert 0 < rows(*with_text, "--bits", 8, "-ctk", "q8_0")[0]["kl"] < highest[0]["kl"]
+    assert "; keys of the KV cache in q8_0" in json.loads(out.read_text())["measured_on"]
     assert rows(*with_text, "--reference", 4)[0]["kl"] != highest[0]["kl"]
     tokenizer = Tokenizer.from_files(open_moe(tiny_moe).sections)
     sample = Sample.of_text(text.read_text(), tokenizer, chunk=CHUNK)

@@ -142,6 +142,17 @@ def test_what_is_no_trace_is_refused_in_a_line(tiny_moe, tmp_path):
         path.write_bytes(content)
         with pytest.raises(edgemoe.FormatError, match=what):
             read(path)
+    damage = {
+        "num_experts": "x",
+        "experts_per_token": 0,
+        "level_bytes": (0, 0),
+        "level_bits": (2, 300),
+    }
+    for name, value in damage.items():
+        fields = dataclasses.asdict(header()) | {name: value}
+        path.write_bytes(json.dumps(fields).encode() + b"\n")
+        with pytest.raises(edgemoe.FormatError, match="damaged header"):
+            read(path)
     path.write_bytes(b"precious")
     with pytest.raises(ValueError, match="left as it is"):
         TraceWriter(path, header())

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import note, run_command
+from edgemoe.cli.console import note, run_command, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 
@@ -68,6 +68,12 @@ def _allocate(args: argparse.Namespace) -> None:
     for name, method in _ONLY_FOR.items():
         if getattr(args, name) is not None and args.method != method:
             raise ValueError(f"--{name.replace('_', '-')}: for --method {method} only")
+    out: Path = args.out or args.model.with_suffix(".allocation.json")
+    if args.store:  # before hours are spent
+        if args.model.exists() and not os.access(args.model, os.W_OK):
+            raise PermissionError(f"--store: {args.model} cannot be written")
+    elif not out.parent.is_dir():
+        raise FileNotFoundError(f"{out.parent}: no such directory")
     from edgemoe.format import open_moe
     from edgemoe.lab.allocate import Settings, allocate
     from edgemoe.lab.calibrate import default_text, windows_of
@@ -83,7 +89,10 @@ def _allocate(args: argparse.Namespace) -> None:
     if args.method == "expertwise":
         text = default_text() if args.text is None else args.text.read_text(encoding="utf-8")
         windows = windows_of(
-            open_moe(args.model), text, window=args.window or 256, count=args.chunks or 8
+            open_moe(args.model),
+            text,
+            window=256 if args.window is None else args.window,
+            count=8 if args.chunks is None else args.chunks,
         )
     with Progress("measuring", unit="expert") as progress:
         found = allocate(
@@ -95,8 +104,7 @@ def _allocate(args: argparse.Namespace) -> None:
 
         add_sections(args.model, {"allocation": found.to_json()})
     else:
-        out: Path = args.out or args.model.with_suffix(".allocation.json")
-        out.write_bytes(found.to_json())
+        write_file(out, found.to_json())
     _show(found)
     note(f"{_PROG}: {f'stored in {args.model}' if args.store else f'wrote {out}'}")
 
@@ -114,7 +122,7 @@ def _show(found: Allocation) -> None:
     if found.protected:
         which = ", ".join(f"{layer}.{expert}" for layer, expert in found.protected)
         print(f"\nSuper Experts (layer.expert), protected: {which}")
-    sys.stdout.flush()
+    print(end="", flush=True)  # not sys.stdout.flush(): it may be closed
 
 
 def _levels(text: str) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,19 +38,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: _calibrate(args),
         verbose=args.verbose,
         blames_arguments=True,
-        interrupted="interrupted; the same command goes on where it stopped",
+        interrupted=lambda: _interrupted(args),
     )
 
 
+def _interrupted(args: argparse.Namespace) -> str:
+    out = _out(args)
+    is_saved = any(out.parent.glob(f"{glob.escape(out.name)}.part*"))
+    what = "the same command goes on from what was saved" if is_saved else "nothing was saved yet"
+    return f"interrupted; {what}"
+
+
 def _calibrate(args: argparse.Namespace) -> None:
-    out: Path = args.out or args.model.with_suffix(".calib")
+    out = _out(args)
     if out.exists() and not args.overwrite:
         raise FileExistsError(f"{out}: exists; --overwrite replaces it")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such directory")
     if args.imatrix is not None:
         for name in ("text", "full", "window", "chunks", "ram", "threads"):
-            if getattr(args, name):
+            if getattr(args, name) not in (None, False):
                 raise ValueError(f"--{name}: not together with --imatrix, which is read as it is")
         from edgemoe.convert.imatrix import convert_imatrix
 
@@ -64,10 +72,16 @@ def _calibrate(args: argparse.Namespace) -> None:
         text = default_text() if args.text is None else _text(args.text)
         with Progress("calibrating", unit="window") as progress:
             calibrate(
-                args.model, text, out, full=args.full, window=args.window or WINDOW, count=args.chunks,
+                args.model, text, out, full=args.full,
+                window=WINDOW if args.window is None else args.window, count=args.chunks,
                 ram=args.ram, threads=args.threads, progress=progress,
             )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {out.stat().st_size / 2**20:.1f} MiB")
+
+
+def _out(args: argparse.Namespace) -> Path:
+    out: Path = args.out or args.model.with_suffix(".calib")
+    return out
 
 
 def _text(path: Path) -> str:

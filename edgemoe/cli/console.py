@@ -6,10 +6,19 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from edgemoe.errors import EdgemoeError
 
-__all__ = ["drop_stdout", "error_line", "is_terminal", "note", "run_command", "write_reply"]
+__all__ = [
+    "drop_stdout",
+    "error_line",
+    "is_terminal",
+    "note",
+    "run_command",
+    "write_file",
+    "write_reply",
+]
 
 _ERROR, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
 
@@ -36,6 +45,25 @@ def note(text: str) -> None:
     )
     with contextlib.suppress(OSError):
         print(f"\x1b[2m{text}\x1b[0m" if is_dim else text, file=sys.stderr, flush=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes a file under its name only when it is whole; what is no regular file is written as it is.
+
+    Raises:
+        OSError: the file cannot be written; its name is in the error.
+    """
+    is_plain = not path.is_symlink() and (path.is_file() or not path.exists())
+    part = path.with_name(path.name + ".tmp") if is_plain else path
+    try:
+        part.write_bytes(content)
+        if is_plain:
+            os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        if is_plain:
+            part.unlink(missing_ok=True)
 
 
 def write_reply(pieces: Iterable[str]) -> None:
@@ -94,7 +122,7 @@ def run_command(
     body: Callable[[], int | None],
     *,
     verbose: bool = False,
-    interrupted: str = "",
+    interrupted: Callable[[], str] | None = None,
     blames_arguments: bool = False,
 ) -> int:
     """Runs what a command does and turns however it ends into an exit code.
@@ -102,7 +130,7 @@ def run_command(
     Args:
         name: what errors begin with.
         verbose: let errors through, for their tracebacks.
-        interrupted: what to say after Ctrl-C, if anything.
+        interrupted: says what to say after Ctrl-C.
         blames_arguments: a plain ValueError is wrong usage; those of files are EdgemoeErrors too.
 
     Returns:
@@ -111,12 +139,11 @@ def run_command(
     """
     try:
         code = body()
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        print(end="", flush=True)  # not sys.stdout.flush(): it may be closed
         return code or 0
     except KeyboardInterrupt:
-        if interrupted:
-            note(f"{name}: {interrupted}")
+        if interrupted is not None:
+            note(f"{name}: {interrupted()}")
         return _INTERRUPTED
     except BrokenPipeError:
         return _ERROR

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: _convert(args),
         verbose=args.verbose,
         blames_arguments=True,
-        interrupted="interrupted; the same command goes on where it stopped",
+        interrupted=lambda: "interrupted; the same command goes on where it stopped",
     )
 
 

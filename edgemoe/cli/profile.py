@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.cli.console import note, run_command
+from edgemoe.cli.console import note, run_command, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 
@@ -235,14 +235,14 @@ def _plot(args: argparse.Namespace) -> None:
         tables.studied(rows),
     ]  # fmt: skip
     title = f"Routing of {trace.header.model}"
-    Path(args.output).write_text(page(title, _title(trace), words, drawn), encoding="utf-8")
+    write_file(Path(args.output), page(title, _title(trace), words, drawn).encode())
     note(f"# {args.output}")
     if args.png:
         folder = Path(args.png)
         folder.mkdir(parents=True, exist_ok=True)
         for heading, _, picture in drawn:
             target = folder / f"{heading.lower().replace(' ', '-')}.png"
-            target.write_bytes(picture)
+            write_file(target, picture)
             note(f"# {target}")
 
 

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgemoe.cli.console import note, run_command
+from edgemoe.cli.console import note, run_command, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
@@ -76,6 +76,7 @@ def _run(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
         sample, about, reference, base, known = _reference(args, moe, stack)
+        about += _settings(args)
         print(QUALITY_HEAD, flush=True)
         for trial in trials:
             if known is not None and dataclasses.replace(trial, decode=False) == base:
@@ -91,7 +92,8 @@ def _run(args: argparse.Namespace) -> None:
     note(f"# {about}; {sample.positions} positions")
     report = {"model": args.model.name, "measured_on": about, "rows": rows}
     if args.json is not None:
-        args.json.write_text(json.dumps({"command": sys.argv, **report}, indent=1) + "\n")
+        text = json.dumps({"command": sys.argv, **report}, indent=1)
+        write_file(args.json, f"{text}\n".encode())
     if args.plot is not None:
         from edgemoe.lab.plot import plot_quality
 
@@ -185,7 +187,9 @@ def _reference(
             f"{moe.path}: has no tokenizer; a --reference with tokens makes up for it"
         )
     text, name = _text(args.text)
-    sample = Sample.of_text(text, tokenizer, chunk=args.chunk or _CHUNK, chunks=args.chunks)
+    sample = Sample.of_text(
+        text, tokenizer, chunk=_CHUNK if args.chunk is None else args.chunk, chunks=args.chunks
+    )
     path, other = args.model, moe
     bits = moe.ladder[-1][0]
     if given is not None and given.isdecimal():
@@ -230,6 +234,16 @@ def _text(path: Path | None) -> tuple[str, str]:
         raise ValueError(
             f"{path}: expected UTF-8 text, got another byte at offset {error.start}"
         ) from None
+
+
+def _settings(args: argparse.Namespace) -> str:
+    """Returns what was not as usual and has no column in the table."""
+    parts = [
+        f"; {what} of the KV cache in {kind}"
+        for what, kind in (("keys", args.cache_type_k), ("values", args.cache_type_v))
+        if kind != "f16"
+    ]
+    return "".join([*parts, *(f"; {text}" for text in args.set)])
 
 
 def _shape(sample: Sample) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from edgemoe.cli.console import drop_stdout, error_line, note
 from edgemoe.cli.parser import Parser
 
 __all__ = ["SET_HELP", "main", "options_text", "read_settings"]
@@ -44,9 +45,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.name is not None and args.name not in KINDS:
         parser.error(f"{args.name}: expected one of {', '.join(KINDS)}")
     names = list(KINDS) if args.name is None else [args.name]
-    print("\n\n".join(_about(name) for name in names))
-    if args.name is None:
-        print("\n" + _shared())
+    try:
+        print("\n\n".join(_about(name) for name in names))
+        if args.name is None:
+            print("\n" + _shared())
+        print(end="", flush=True)
+    except BrokenPipeError:
+        return 1
+    except OSError as error:
+        note(f"{parser.prog}: {error_line(error)}")
+        return 1
+    finally:
+        drop_stdout()
     return 0
 
 

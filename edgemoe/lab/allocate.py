@@ -11,6 +11,7 @@ random      the control
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -119,6 +120,10 @@ class _Model:
     def average(self) -> float:
         if self.settings.average_bits is None:
             raise ValueError("average bits: missing")
+        if not 1 <= self.settings.average_bits < math.inf:
+            raise ValueError(
+                f"average bits: expected at least 1, got {self.settings.average_bits:g}"
+            )
         return self.settings.average_bits
 
     def known(self, what: str) -> Floats:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import math
 import os
 import shutil
@@ -67,6 +68,8 @@ def windows_of(moe: MoeFile, text: str, *, window: int, count: int | None) -> ND
         raise ValueError(
             f"window: expected 1 to {moe.config.context_length} (the model's), got {window}"
         )
+    if count is not None and count < 1:
+        raise ValueError(f"chunks: expected at least 1, got {count}")
     tokenizer = Tokenizer.from_files(moe.sections)
     ids = tokenizer.encode(text, add_special=False)
     n = len(ids) // window if count is None else min(count, len(ids) // window)
@@ -120,11 +123,14 @@ def calibrate(
     if full:
         shapes = product_shapes(moe.config)
         _check_disk(out, shapes)
-        passes += _runs(shapes, (total_ram - process) // 2)
+        room = (total_ram - process) // 2
+        saved = _saved_passes(out.with_name(f"{out.name}.part0"), moe, pieces, shapes, room)
+        passes = saved or [(), *_runs(shapes, room)]
     parts = [out.with_name(f"{out.name}.part{i}") for i in range(len(passes))]
     identity = _identity(moe, pieces, passes)
     for i, (names, part) in enumerate(zip(passes, parts, strict=True)):
-        state = _State(part, identity, Products(moe.config, names) if names else _moments(moe))
+        sums = Products(moe.config, names) if names else _moments(moe)
+        state = _State(part, identity, json.dumps(passes), sums)
         start = state.done
         if start == len(pieces):
             continue
@@ -179,6 +185,32 @@ def _runs(shapes: Mapping[str, tuple[int, ...]], room: int) -> list[tuple[str, .
     return [*runs, tuple(current)]
 
 
+def _saved_passes(
+    part: Path,
+    moe: MoeFile,
+    pieces: NDArray[np.int32],
+    shapes: Mapping[str, tuple[int, ...]],
+    room: int,
+) -> list[tuple[str, ...]] | None:
+    """Returns the passes that an interrupted call has begun; None if there are none, or they are too large by now.
+
+    What is free differs from call to call, so that other passes would throw away what was saved.
+    """
+    try:
+        with safe_open(part, framework="numpy") as file:
+            meta = file.metadata() or {}
+        passes = [tuple(names) for names in json.loads(meta["passes"])]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    if meta.get("identity") != _identity(moe, pieces, passes):
+        return None
+    if sorted(name for names in passes for name in names) != sorted(shapes):  # not of --full
+        return None
+    largest = max(sum(4 * math.prod(shapes[name]) for name in names) for names in passes)
+    single = max(4 * math.prod(shape) for shape in shapes.values())
+    return passes if largest <= max(1.5 * room, single) else None
+
+
 def _identity(moe: MoeFile, pieces: NDArray[np.int32], passes: list[tuple[str, ...]]) -> str:
     """Returns a sum of what the result depends on."""
     digest = hashlib.sha256(repr((moe.config, moe.ladder, pieces.shape, passes)).encode())
@@ -194,6 +226,7 @@ class _State:
 
     path: Path
     identity: str
+    passes: str
     sums: Moments | Products
     done: int = 0
     saved_at: float = field(default_factory=time.monotonic)
@@ -220,8 +253,9 @@ class _State:
     def save(self) -> None:
         start = time.monotonic()
         write_calibration(
-            self.path, self.sums.sums, {"identity": self.identity, "windows": str(self.done)}
-        )
+            self.path, self.sums.sums,
+            {"identity": self.identity, "windows": str(self.done), "passes": self.passes},
+        )  # fmt: skip
         self.saved_at = time.monotonic()
         self.pause_s = max(_SAVE_SECONDS, _SAVE_SHARE * (self.saved_at - start))
 

@@ -224,5 +224,9 @@ def write_calibration(
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, target)
+    except OSError as error:
+        if error.filename is None:  # of a write, which does not know the name
+            raise OSError(error.errno, error.strerror, str(target)) from None
+        raise
     finally:
         part.unlink(missing_ok=True)
