@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 from test_engine import GREEDY, with_slots
 
 import edgemoe
@@ -19,7 +20,7 @@ from edgemoe.lab import rules
 from edgemoe.lab.allocate import METHODS, Settings, allocate
 from edgemoe.lab.calibrate import calibrate, windows_of
 from edgemoe.lab.loss import Loss
-from edgemoe.quant import Allocation, Calibration
+from edgemoe.quant import Allocation, Calibration, write_calibration
 from edgemoe.store import expert_bytes
 
 TEXT = "".join(f"line {i}: the quick brown fox, {i * i} times. " for i in range(12))
@@ -357,3 +358,16 @@ def test_a_full_disk_leaves_an_earlier_result(tiny_moe, calibrated, tmp_path, mo
     assert capsys.readouterr().err == f"edgemoe allocate: {out}: No space left on device\n"
     assert list(tmp_path.iterdir()) == [out]
     assert out.read_bytes() == b"earlier"
+
+
+def test_a_damaged_calibration_is_named(tiny_moe, calibrated, tmp_path, capsys):
+    tensors, path = load_file(calibrated), tmp_path / "x.calib"
+    tensors["experts.0.error2"][0, 0] = np.nan
+    meta = {k: v for k, v in Calibration(calibrated).meta.items() if k != "edgemoe_calibration"}
+    write_calibration(path, tensors, meta)
+    command = ["allocate", str(tiny_moe), "--calibration", str(path), "--avg-bits", "3"]
+    assert main(command) == 1
+    assert f"{path}: error2: expected finite sums" in capsys.readouterr().err
+    write_calibration(path, tensors, {**meta, "bits": "a b"})
+    assert main(command) == 1
+    assert f"{path}: a calibration file with damaged levels" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.errors import FormatError
 from edgemoe.format import MoeFile, open_moe
 from edgemoe.lab import rules
 from edgemoe.lab.loss import Loss
@@ -130,9 +131,14 @@ class _Model:
         """Returns a statistic of the calibration, [L, E, …]."""
         if self._calibration is None:
             raise ValueError("calibration: this method needs one; edgemoe calibrate makes it")
-        return np.stack(
+        table = np.stack(
             [self._calibration.layer(i, what) for i in self._calibration.layers]
         ).astype(np.float64)
+        if not (table >= 0).all() or np.isinf(table).any():
+            raise FormatError(
+                f"{self._calibration.path}: {what}: expected finite sums, none below 0"
+            )
+        return table
 
     def errors(self, what: str, levels: Sequence[int]) -> Floats:
         """Returns the calibration's errors at some levels, [L, E, B]."""

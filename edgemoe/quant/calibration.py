@@ -84,7 +84,10 @@ class Calibration:
             raise FormatError(f"{path}: not a calibration file of version {_VERSION}")
         self._file = file
         self.meta: Mapping[str, str] = meta
-        self.bits = tuple(map(int, meta.get("bits", "").split()))
+        try:
+            self.bits = tuple(map(int, meta.get("bits", "").split()))
+        except ValueError:
+            raise FormatError(f"{path}: a calibration file with damaged levels") from None
         """The levels of `error` and `error2`."""
         self.layers = tuple(
             sorted(
