@@ -178,7 +178,9 @@ class _Reader:
         self.need(len(head) == PREAMBLE.size, "truncated inside the preamble")
         _, version, crc, self.file_bytes, offset, length, index_crc = PREAMBLE.unpack(head)
         self.need(
-            version == VERSION, f"format version {version}; this edgemoe reads version {VERSION}"
+            version == VERSION,
+            f"format version {version}; this edgemoe reads version {VERSION}"
+            + (": convert the checkpoint again" if version < VERSION else ""),
         )
         self.need(_core.crc32c(head[16:]) == crc, "checksum of the preamble does not match")
         self.need(

@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 
+from edgemoe.cli.console import run_command
+
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
@@ -37,8 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else None
     if name in ("-h", "--help"):
-        print(_help())
-        return 0
+        return run_command("edgemoe", lambda: print(_help()))
     if name == "--version":
         from importlib.metadata import version
 
