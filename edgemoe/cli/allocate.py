@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import note, run_command, write_file
+from edgemoe.cli.console import decode_text, note, run_command, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 
@@ -87,7 +87,9 @@ def _allocate(args: argparse.Namespace) -> None:
     calibration = None if args.calibration is None else Calibration(args.calibration)
     windows = None
     if args.method == "expertwise":
-        text = default_text() if args.text is None else args.text.read_text(encoding="utf-8")
+        text = (
+            default_text() if args.text is None else decode_text(args.text.read_bytes(), args.text)
+        )
         windows = windows_of(
             open_moe(args.model),
             text,

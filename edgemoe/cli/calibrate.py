@@ -7,7 +7,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgemoe.cli.console import note, run_command
+from edgemoe.cli.console import decode_text, note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 
@@ -69,7 +69,9 @@ def _calibrate(args: argparse.Namespace) -> None:
 
         if args.text is None:
             note("# no --text: the package's own, from Moby-Dick and State of the Union")
-        text = default_text() if args.text is None else _text(args.text)
+        text = (
+            default_text() if args.text is None else decode_text(args.text.read_bytes(), args.text)
+        )
         with Progress("calibrating", unit="window") as progress:
             calibrate(
                 args.model, text, out, full=args.full,
@@ -82,16 +84,6 @@ def _calibrate(args: argparse.Namespace) -> None:
 def _out(args: argparse.Namespace) -> Path:
     out: Path = args.out or args.model.with_suffix(".calib")
     return out
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(
-            f"{path}: expected UTF-8 text, got byte 0x{byte:02x} at offset {error.start}"
-        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:

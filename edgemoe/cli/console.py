@@ -106,6 +106,21 @@ def error_line(error: BaseException) -> str:
     return f"internal error, {kind}{': ' * bool(text)}{text}; -v shows where"
 
 
+def decode_text(content: bytes, name: object) -> str:
+    """Returns a text that the user gave.
+
+    Raises:
+        ValueError: not UTF-8; names `name`, the byte and where it is.
+    """
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        byte = content[error.start]
+        raise ValueError(
+            f"{name}: expected UTF-8 text, got byte 0x{byte:02x} at offset {error.start}"
+        ) from None
+
+
 def drop_stdout() -> None:
     """Forgets what a broken stdout still holds, or Python would complain about it at exit."""
     try:

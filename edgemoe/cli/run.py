@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import drop_stdout, error_line, is_terminal, note, write_reply
+from edgemoe.cli.console import decode_text, drop_stdout, error_line, is_terminal, note, write_reply
 from edgemoe.cli.options import run_parser
 from edgemoe.cli.scheduling import options_text, read_settings
 
@@ -239,14 +239,7 @@ def _prompt(args: Namespace) -> str | None:
 
 def _utf8(content: bytes, name: str) -> str:
     """Returns a prompt's text without the end of its last line."""
-    try:
-        text = content.decode()
-    except UnicodeDecodeError as error:
-        byte = content[error.start]
-        raise ValueError(
-            f"{name}: expected UTF-8 text, got byte 0x{byte:02x} at offset {error.start}"
-        ) from None
-    return text.removeprefix("\ufeff").rstrip("\r\n")
+    return decode_text(content, name).removeprefix("\ufeff").rstrip("\r\n")
 
 
 def _set_up_logging(*, verbose: bool) -> None:
