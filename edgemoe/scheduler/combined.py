@@ -61,6 +61,7 @@ class Combined(Scheduler):
         self._num_experts = setting.num_experts
         self._bits_of = np.array([0, *setting.level_bits], np.int8)
         self._top_level = len(setting.level_bits)
+        self._all_at_top = np.full(setting.num_experts, self._top_level, np.int8)
         self._prior = (
             CachePrior(setting, levers.cache_prior, levers.protect) if levers.cache_prior else None
         )
@@ -79,7 +80,7 @@ class Combined(Scheduler):
         first, is_single = layer * self._num_experts, len(routing.experts) == 1
         displaced = None
         if self._prior is not None and is_single:
-            routing, displaced = self._prior.choose(routing, resident == self._top_level)
+            routing, displaced = self._prior.choose(routing, np.equal(resident, self._all_at_top))
             self.substituted = self._prior.substituted
         plan = self.inner.plan(routing, residency)
         if levers.top_p < 1 or levers.skip_below:

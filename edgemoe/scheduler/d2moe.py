@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from operator import mul
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.options import check, option, read_options
-from edgemoe.scheduler.plans import plan_slots
+from edgemoe.scheduler.plans import plan_slots, plan_token
 
 __all__ = ["D2moe"]
 
@@ -70,8 +71,10 @@ class D2moe(Scheduler):
         self._bits_of = np.array([0, *setting.level_bits], np.int8)
         self._level_of = np.zeros(9, np.int8)
         self._level_of[list(setting.level_bits)] = np.arange(1, len(setting.level_bits) + 1)
-        self._bytes_of = np.array([0, *setting.level_bytes], np.int64)
         self._sizes = [0, *setting.level_bytes]
+        self._layer_bytes = [
+            0
+        ] * setting.num_layers  # resident, when the layer or the next one ran last
         self._slots_bytes = setting.slots_bytes
         if n > 1:
             listed = ", ".join(map(str, bits.tolist()))
@@ -80,10 +83,13 @@ class D2moe(Scheduler):
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""
         bits = self.slot_precisions(routing)
-        resident = self._bits_of[residency[routing.layer]]
-        plan = plan_slots(
-            routing, bits, hottest_first=self.options.hottest_first, resident_bits=resident
-        )
+        if len(bits) == 1:
+            plan = plan_token(routing, bits[0])
+        else:
+            resident = self._bits_of[residency[routing.layer]]
+            plan = plan_slots(
+                routing, bits, hottest_first=self.options.hottest_first, resident_bits=resident
+            )
         return self._with_drop(plan, residency) if self.options.frees else plan
 
     def slot_precisions(self, routing: Routing) -> NDArray[np.int8]:
@@ -117,40 +123,48 @@ class D2moe(Scheduler):
                 above += 1
             cuts[i] = cut + self._step * (self._targets[i] - 1.0 + above / len(gates))
         cuts.sort()
-        one: NDArray[np.int8] = self._choice[index][None]
+        one: NDArray[np.int8] = self._choice.take(index)[None]
         return one
 
     def _with_drop(self, plan: Plan, residency: NDArray[np.int8]) -> Plan:
         """Adds what to drop of the layer before (D2MoE, algorithm 2): the highest planes first, bases last."""
-        layer = plan.layer
-        here = residency[layer]
-        wanted = self._level_of[plan.bits]
+        layer, before = plan.layer, (plan.layer - 1) % len(residency)
+        here, sizes = residency[layer], self._sizes
         if len(plan.gates) > 1:
             most = np.zeros(self._num_experts, np.int8)
-            np.maximum.at(most, plan.experts, wanted)
-            has, wanted = here, most
+            np.maximum.at(most, plan.experts, self._level_of[plan.bits])
+            has, wanted = here.tolist(), most.tolist()
         else:
-            has = here[plan.experts]
-        need = sum(
-            self._sizes[w] - self._sizes[h]
-            for w, h in zip(wanted.tolist(), has.tolist(), strict=True) if w > h
+            has, wanted = here.take(plan.experts).tolist(), self._level_of.take(plan.bits).tolist()
+        need = 0
+        for w, h in zip(wanted, has, strict=True):
+            if w > h:
+                need += sizes[w] - sizes[h]
+        counts = self._count(before, residency)
+        self._count(layer, residency)
+        missing = need + sum(self._layer_bytes) - self._slots_bytes
+        if need == 0 or missing <= 0 or before == layer:
+            return plan
+        above, level = 0, len(sizes) - 1  # experts of the layer before at more than `level`, and it
+        while missing > 0 and level > 0:
+            above += counts[level]
+            missing -= above * (sizes[level] - sizes[level - 1])
+            level -= 1
+        if not above:
+            return plan
+        dropped = np.flatnonzero(residency[before] > level).astype(np.int32)
+        dropped += np.int32(before * self._num_experts)
+        bits = np.full(len(dropped), self._level_bits[level - 1] if level else 0, np.int8)
+        return Plan(
+            layer, plan.experts, plan.bits, plan.offsets, plan.tokens, plan.rows, plan.gates,
+            plan.ahead, plan.ahead_bits, dropped, bits,
         )  # fmt: skip
-        if need == 0:
-            return plan
-        missing = need + int(self._bytes_of.take(residency).sum()) - self._slots_bytes
-        before = (layer - 1) % len(residency)
-        if missing <= 0 or before == layer:
-            return plan
-        levels = residency[before].copy()
-        for level in range(int(levels.max()) - 1, -1, -1):
-            if missing <= 0:
-                break
-            freed = self._bytes_of[levels] - self._bytes_of[np.minimum(levels, level)]
-            missing -= int(freed.sum())
-            np.minimum(levels, np.int8(level), out=levels)
-        lowered = np.flatnonzero(levels < residency[before])
-        return replace(
-            plan,
-            drop=(lowered + before * self._num_experts).astype(np.int32),
-            drop_bits=self._bits_of[levels[lowered]],
-        )
+
+    def _count(self, layer: int, residency: NDArray[np.int8]) -> list[int]:
+        """Returns how many experts of a layer are at each level, and notes what memory they take.
+
+        Counting all layers each time would cost more than all else here; a layer changes mostly when it runs.
+        """
+        counts: list[int] = np.bincount(residency[layer], minlength=len(self._sizes)).tolist()
+        self._layer_bytes[layer] = sum(map(mul, counts, self._sizes))
+        return counts

@@ -93,7 +93,7 @@ class Frequent(Eviction):
         self._tokens = len(routing.experts)
         row = self.rows[routing.layer]
         if self._tokens == 1:
-            row[plan.experts] += self._weight
+            row[plan.experts.astype(np.intp)] += self._weight
         else:
             uses = np.diff(plan.offsets)
             row += self._weight * np.bincount(plan.experts, uses, self.num_experts)
@@ -204,41 +204,44 @@ class _HobbitMix(Eviction):
     """HOBBIT 3.4: the lowest weighted sum of four terms goes first; records are of this sequence only.
 
     Recency R/T, frequency F/T, frequency at high precision H/T, and nearness of the layer,
-    1 - ((l_expert - l_now + L) mod L) / L, where T counts tokens.
+    1 - ((l_expert - l_now + L) mod L) / L, where T counts tokens. All are kept times T, which changes no order.
     """
 
     def __init__(self, setting: Setting, weights: HobbitWeights) -> None:
         super().__init__(setting)
         L = self.num_layers
-        self._bits = setting.bits
-        self._w = weights
+        self._recency = weights.recency
+        self._worth = np.full(9, weights.frequency)  # of a use, by its bits
+        self._worth[setting.bits] += weights.high
         self._records = np.zeros((L, self.num_experts))  # the first three terms times T
         self._last = np.zeros((L, self.num_experts))
         near = 1.0 - ((np.arange(L)[None, :] - np.arange(L)[:, None]) % L) / L
-        self._near = list(weights.distance * near[:, :, None])  # by the layer that runs
+        self._near = weights.distance * near[:, :, None]  # by the layer that runs
         self._table = self.priorities.reshape(L, self.num_experts)
-        self._tokens = 0.0
+        self.begin()
+
+    def _start_token(self, count: int) -> None:
+        self._tokens += count
+        self._worth_now = self._worth + self._recency * self._tokens
+        self._near_now = list(self._near * self._tokens)
 
     def begin(self) -> None:
         self._records.fill(0.0)
         self._last.fill(0.0)
         self._tokens = 0.0
+        self._start_token(0)
 
     def planned(self, routing: Routing, plan: Plan) -> None:
-        layer, w = routing.layer, self._w
+        layer, experts = routing.layer, plan.experts.astype(np.intp)
         if layer == 0:
-            self._tokens += len(routing.experts)
-        T = max(self._tokens, 1.0)
-        records, last, experts = self._records[layer], self._last[layer], plan.experts
-        worth = w.high * (plan.bits == self._bits)  # of a use
-        worth += w.frequency
+            self._start_token(len(routing.experts))
+        records, last = self._records[layer], self._last[layer]
         if len(routing.experts) == 1:
-            worth += w.recency * (T - last[experts])  # R moves to T
-            records[experts] += worth
+            # Recency was what `last` says and is T.
+            records[experts] += self._worth_now.take(plan.bits) - last.take(experts)
         else:
-            worth *= np.diff(plan.offsets)
+            worth = self._worth.take(plan.bits) * np.diff(plan.offsets)
             records += np.bincount(experts, worth, self.num_experts)
-            records[experts] += w.recency * (T - last[experts])
-        last[experts] = T
-        np.multiply(self._records, 1.0 / T, out=self._table)
-        self._table += self._near[layer]
+            records[experts] += self._recency * self._tokens - last[experts]
+        last[experts] = self._recency * self._tokens
+        np.add(self._records, self._near_now[layer], out=self._table)

@@ -13,7 +13,7 @@ from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.options import check, option, read_options
-from edgemoe.scheduler.plans import with_ahead
+from edgemoe.scheduler.plans import plan_token
 from edgemoe.scheduler.predict import NextUse
 
 __all__ = ["ExpertFlow"]
@@ -58,9 +58,10 @@ class ExpertFlow(Scheduler):
         self._top_level = len(setting.level_bits)
         self._prefetch = o.prefetch
         self._bits = np.full(L * E, setting.bits, np.int8)
-        self._paths = np.zeros((L, K), np.int32)  # predicted, as layer * num_experts + expert
+        self._paths = np.zeros((L, K), np.int32)  # predicted
         self._known = 0  # layers that have a prediction
-        self._is_path = np.zeros((L, E), bool)
+        self._first = np.arange(0, L * E, E, dtype=np.int32)[:, None]
+        self._unused = list(np.zeros((L, E)))  # rounds later for what is predicted, until it runs
         self._step = 0.0
         self.priorities = np.zeros(L * E)
         self._rows = list(self.priorities.reshape(L, E))
@@ -69,36 +70,43 @@ class ExpertFlow(Scheduler):
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""
-        plan = self._exact.plan(routing, residency)
-        layer, L = routing.layer, float(self._num_layers)
+        layer, L, K = routing.layer, float(self._num_layers), self._K
         self._step += 1.0
-        chosen, is_path, row = routing.experts[-1], self._is_path[layer], self._rows[layer]
+        chosen, unused, row = (
+            routing.experts[-1].astype(np.intp),
+            self._unused[layer],
+            self._rows[layer],
+        )
         if self._known > layer:
-            self.predicted += self._K
-            self.right += int(np.count_nonzero(is_path[chosen]))
+            self.predicted += K
+            self.right += int(np.count_nonzero(unused.take(chosen)))
         else:
             self._known = layer + 1
         against = self._predictor.update(routing)
-        path = against.argpartition(self._K - 1)[: self._K]
+        path = against.argpartition(K - 1)[:K]
         # In steps until use: predicted experts when the layer runs next, the others when they are expected, but a
         # round later at the earliest, and what was predicted and not used later still.
-        is_path[chosen] = False
-        against += 2.0
-        against += _UNUSED * is_path
-        against[path] = 1.0
-        is_path.fill(False)
-        is_path[path] = True
-        self._paths[layer] = path + layer * self._num_experts
+        unused[chosen] = 0.0
+        against += unused
         against *= -L
-        np.subtract(against, self._step, out=row)
-        if self._prefetch and len(routing.experts) == 1:
-            later = self._paths[layer + 1 : min(layer + 1 + self._prefetch, self._known)].reshape(
-                -1
-            )
-            if len(later):
-                missing = later[residency.reshape(-1)[later] < self._top_level]
-                plan = with_ahead(plan, missing, self._bits[: len(missing)])
-        return plan
+        np.subtract(against, self._step + 2 * L, out=row)
+        row[path] = -L - self._step
+        unused.fill(0.0)
+        unused[path] = _UNUSED
+        self._paths[layer] = path
+        if len(routing.experts) > 1:
+            return self._exact.plan(routing, residency)
+        ahead, stop = None, min(layer + 1 + self._prefetch, self._known)
+        if layer + 1 < stop:
+            later = self._paths[layer + 1 : stop] + self._first[layer + 1 : stop]
+            ahead = later[residency.take(later) < self._top_level]
+        return plan_token(
+            routing,
+            self._bits[:K],
+            None,
+            ahead,
+            None if ahead is None else self._bits[: len(ahead)],
+        )
 
     def passed(self, tokens: int, seconds: float) -> None:
         """Learns from the token."""

@@ -13,7 +13,7 @@ from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.allocation import allocated_bits
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.options import check, option, read_options
-from edgemoe.scheduler.plans import plan_slots, with_ahead
+from edgemoe.scheduler.plans import plan_slots, plan_token
 from edgemoe.scheduler.predict import Transitions
 
 __all__ = ["Expertwise"]
@@ -57,31 +57,41 @@ class Expertwise(Scheduler):
         elif (bits < setting.bits).any():
             self.notes = (f"lossy: experts at {bits.mean():.2f} bits on average, by allocation",)
         self._bits = bits
-        self._bits_of = np.array([0, *setting.level_bits], np.int8)
+        self._levels = (np.searchsorted(setting.level_bits, bits) + 1).astype(np.int8)
         self._preload = o.preload
         self._num_layers, self._num_experts = L, E
         self._transitions = Transitions(L, E, setting.experts_per_token) if o.preload else None
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""
-        layer = routing.layer
-        plan = plan_slots(routing, self._bits[layer][routing.experts])
-        if self._transitions is None:
-            return plan
-        self._transitions.update(routing)
-        if len(routing.experts) > 1 or layer + 1 == self._num_layers:
-            return plan
-        scores = self._transitions.predict(layer + 1)
-        bits = self._bits[layer + 1]
-        missing = np.flatnonzero(self._bits_of[residency[layer + 1]] < bits)
-        n = min(self._preload, len(missing), routing.experts.shape[1])
-        if n == 0:
-            return plan
-        scores = scores[missing]
-        likely = np.argpartition(scores, len(scores) - n)[len(scores) - n :]
-        likely = missing[likely[np.argsort(-scores[likely], kind="stable")]]
-        ahead = (likely + (layer + 1) * self._num_experts).astype(np.int32)
-        return with_ahead(plan, ahead, bits[likely])
+        layer, transitions = routing.layer, self._transitions
+        if transitions is not None:
+            transitions.update(routing)
+        if len(routing.experts) > 1:
+            return plan_slots(routing, self._bits[layer][routing.experts])
+        bits = self._bits[layer].take(routing.experts[0])
+        if transitions is None or layer + 1 == self._num_layers:
+            return plan_token(routing, bits)
+        # Only what is missing and has followed before; the next round's argmax is the next likeliest.
+        scores = transitions.predict(layer + 1) * (residency[layer + 1] < self._levels[layer + 1])
+        likely = []
+        for _ in range(min(self._preload, len(bits))):
+            best = int(scores.argmax())
+            if scores[best] <= 0:
+                break
+            likely.append(best)
+            scores[best] = 0
+        if not likely:
+            return plan_token(routing, bits)
+        ahead = np.array(likely, np.int32)
+        ahead_bits = self._bits[layer + 1].take(ahead)
+        ahead += np.int32((layer + 1) * self._num_experts)
+        return plan_token(routing, bits, None, ahead, ahead_bits)
+
+    def passed(self, tokens: int, seconds: float) -> None:
+        """See `Scheduler.passed`: learns the path."""
+        if self._transitions is not None:
+            self._transitions.learn()
 
     def state(self) -> Mapping[str, NDArray[Any]]:
         """See `Scheduler.state`."""

@@ -5,7 +5,7 @@ Each turns a value into another: a routing before the scheduler plans, or its pl
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from edgemoe.scheduler.options import check, option
 from edgemoe.scheduler.plans import add_ahead, keep_first, keep_slots
 
 __all__ = ["CachePrior", "Levers", "low_bits_first", "skip_small", "small_gates"]
+
+_TINY = 1e-30  # a probability whose logarithm is finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +83,7 @@ class CachePrior:
     def __init__(self, setting: Setting, strength: float, protect: int) -> None:
         self._strength, self._protect = strength, protect
         self._range = [0.0] * setting.num_layers
+        self._logits = np.empty(setting.num_experts)
         self._tokens = [0] * setting.num_layers
         self.substituted = 0
         """Experts that were chosen in place of the router's, so far."""
@@ -93,31 +96,36 @@ class CachePrior:
         Args:
             resident: [E], of the layer, at the bits that will be planned.
         """
-        layer, chosen = routing.layer, routing.experts[0]
         if routing.scores is None:
             raise ValueError("cache_prior: needs the router's scores, which a trace does not have")
-        scores = routing.scores[0]
-        logits = np.log(scores + 1e-30)
+        layer, scores, logits = routing.layer, routing.scores[0], self._logits
+        chosen = routing.experts[0].astype(np.intp)  # other indices are converted at every use
+        logits[...] = scores
+        logits += _TINY
+        np.log(logits, logits)
         self._tokens[layer] += 1
-        spread = float(logits[chosen[0]] - logits.min())
+        spread = float(logits[chosen[0]] - np.minimum.reduce(logits))
         self._range[layer] += (spread - self._range[layer]) / self._tokens[layer]
-        if resident[chosen].all():
-            return routing, chosen[:0]
-        biased = logits + (self._strength * self._range[layer]) * resident
-        K = len(chosen)
-        biased[chosen[: self._protect]] = np.inf
-        best = np.argpartition(biased, len(biased) - K)[-K:] if len(biased) > K else chosen
-        is_best = np.zeros(len(scores), bool)
+        if False not in resident.take(chosen).tolist():
+            return routing, routing.experts[0, :0]
+        logits[resident.nonzero()[0]] += self._strength * self._range[layer]
+        logits[chosen[: self._protect]] = np.inf
+        E, K = len(logits), len(chosen)
+        best = logits.argpartition(E - K)[E - K :] if E > K else chosen
+        is_best = np.zeros(E, bool)
         is_best[best] = True
-        displaced = chosen[~is_best[chosen]]
+        displaced = routing.experts[0].compress(~is_best.take(chosen))
         if len(displaced) == 0:
             return routing, displaced
         self.substituted += len(displaced)
-        order = best[np.argsort(-scores[best], kind="stable")]
-        gates = scores[order]
-        gates = (gates * (routing.gates.sum() / gates.sum())).astype(np.float32)
-        new = replace(routing, experts=order.astype(np.int32)[None], gates=gates[None])
-        return new, displaced
+        probabilities = scores.take(best)
+        order = (-probabilities).argsort(kind="stable")
+        gates = probabilities.take(order)
+        gates *= np.add.reduce(routing.gates[0]) / np.add.reduce(gates)
+        experts = best.take(order).astype(np.int32)[None]
+        return Routing(
+            layer, experts, gates[None], routing.ahead_experts, routing.ahead_gates, routing.scores
+        ), displaced
 
 
 def small_gates(

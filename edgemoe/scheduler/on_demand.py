@@ -13,6 +13,7 @@ from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.look_ahead import LookAhead
 from edgemoe.scheduler.options import option, read_options
+from edgemoe.scheduler.plans import plan_token
 
 __all__ = ["OnDemand"]
 
@@ -58,8 +59,6 @@ class OnDemand(Scheduler):
         self._last = L - 1
         self._bits = bits
         self._all_bits = bits.reshape(-1)
-        self._range = np.arange(E + 1, dtype=np.int32)
-        self._zeros = np.zeros(E, np.int32)
         self._ahead = LookAhead(setting, bits) if o.look_ahead and not setting.fits else None
         self.look_ahead = int(self._ahead is not None)
 
@@ -68,12 +67,9 @@ class OnDemand(Scheduler):
         T, K = routing.experts.shape
         ahead = self._ahead
         if T == 1:
-            experts = routing.experts[0]
-            return Plan(
-                routing.layer, experts, self._bits[routing.layer][experts], self._range[: K + 1],
-                self._zeros[:K], self._range[:K].reshape(1, K), routing.gates,
-                *(ahead.wishes(routing, residency) if ahead is not None else ()),
-            )  # fmt: skip
+            bits = self._bits[routing.layer].take(routing.experts[0])
+            wishes = ahead.wishes(routing, residency) if ahead is not None else ()
+            return plan_token(routing, bits, None, *wishes)
         flat = routing.experts.reshape(-1)
         order = np.argsort(flat, kind="stable").astype(np.int32)
         counts = np.bincount(flat, minlength=self._num_experts)

@@ -15,12 +15,14 @@ __all__ = [
     "keep_slots",
     "look_ahead",
     "plan_slots",
+    "plan_token",
     "slot_bits",
     "with_ahead",
 ]
 
 _ONE_TOKEN = np.zeros(1024, np.int32)
 _COUNT = np.arange(1025, dtype=np.int32)
+_SKIPPED = np.full(1024, -1, np.int32)
 _BITS_PER_CODE = 16  # more than any precision, so that expert * 16 + bits sorts by both
 
 
@@ -47,7 +49,7 @@ def plan_slots(
     gates = routing.gates if gates is None else gates
     T, K = routing.experts.shape
     if T == 1:
-        return _plan_token(routing.layer, routing.experts[0], bits[0], gates)
+        return plan_token(routing, bits[0], gates)
     flat_bits = bits.reshape(-1)
     slots = np.flatnonzero(flat_bits)
     codes = routing.experts.reshape(-1)[slots] * _BITS_PER_CODE + flat_bits[slots]
@@ -74,18 +76,31 @@ def plan_slots(
     )  # fmt: skip
 
 
-def _plan_token(
-    layer: int, experts: NDArray[np.int32], bits: NDArray[np.int8], gates: NDArray[np.float32]
+def plan_token(
+    routing: Routing,
+    bits: NDArray[np.int8],
+    gates: NDArray[np.float32] | None = None,
+    ahead: NDArray[np.int32] | None = None,
+    ahead_bits: NDArray[np.int8] | None = None,
 ) -> Plan:
+    """Plans a single token's slots in the order of the routing: the whole of a scheduler's work while decoding.
+
+    Args:
+        bits: [K]; 0 skips the slot.
+        gates: [1, K] in place of the routing's.
+    """
+    experts = routing.experts[0]
     K = len(experts)
     rows = _COUNT[:K]
-    if not bits.all():
-        kept = bits > 0
-        rows = np.where(kept, np.cumsum(kept, dtype=np.int32) - np.int32(1), np.int32(-1))
-        experts, bits = experts[kept], bits[kept]
+    if 0 in bits.tolist():  # for so few of them faster than `all`
+        kept = bits.nonzero()[0]
+        rows = _SKIPPED[:K].copy()
+        rows[kept] = _COUNT[: len(kept)]
+        experts, bits = experts.take(kept), bits.take(kept)
     n = len(experts)
     return Plan(
-        layer, experts, bits, _COUNT[: n + 1], _ONE_TOKEN[:n], rows.reshape(1, K), gates
+        routing.layer, experts, bits, _COUNT[: n + 1], _ONE_TOKEN[:n], rows.reshape(1, K),
+        routing.gates if gates is None else gates, ahead, ahead_bits,
     )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class Frequency:
         row = self._rows[routing.layer]
         if len(routing.experts) == 1:
             row *= self._keep
-            row[routing.experts[0]] += 1.0 - self._keep
+            row[routing.experts[0].astype(np.intp)] += 1.0 - self._keep
         else:
             _decayed(row, routing.experts, self._keep)
 
@@ -71,17 +71,15 @@ class NextUse:
         # Per layer what logarithms are taken of: frequencies and router scores.
         self._raw = np.full((L, 2, E), experts_per_token / E)
         # Rows: one, used, log frequency, margin, its average. Of the last token and of the one before.
-        self._now, self._before = np.zeros((2, 5, L, E))
-        self._now[0] = 1.0
-        self._now[2] = np.log(experts_per_token / E)
+        self._now, self._before = np.zeros((2, L, 5, E))
+        self._now[:, 0] = 1.0
+        self._now[:, 2] = np.log(experts_per_token / E)
         self._views = [
-            (
-                self._now[:, i], self._before[:, i], self._now[1, i], self._now[2:4, i],
-                self._now[3, i], self._now[4, i], self._raw[i], self._raw[i, 0], self._raw[i, 1],
-            )
-            for i in range(L)
-        ]  # fmt: skip
+            (now, before, now[1], now[2:4], now[3], now[4], raw, raw[0], raw[1])
+            for now, before, raw in zip(self._now, self._before, self._raw, strict=True)
+        ]
         self._change = np.empty(E)
+        self._most = np.full(E, 20.0)  # a whole row, as a number is converted at every use
         self.weights: Array = np.array([0.0, 0.0, 1.0, 0.0, 0.0])
         """[5], of the features, for the logarithm of the odds."""
         self._against: Array = -self.weights
@@ -92,7 +90,7 @@ class NextUse:
         """Takes one layer's routing and returns the odds against each expert's next use, [E], the caller's own."""
         now, before, used, logs, margin, average, raw, f, s = self._views[routing.layer]
         before[...] = now
-        chosen = routing.experts[-1]
+        chosen = routing.experts[-1].astype(np.intp)  # other indices are converted at every use
         if len(routing.experts) == 1:
             f *= self._keep
             f[chosen] += 1.0 - self._keep
@@ -101,17 +99,18 @@ class NextUse:
         used.fill(0.0)
         used[chosen] = 1.0
         if routing.scores is None:  # gates alone say nothing about the experts that were not chosen
-            s.fill(routing.gates[-1, -1] + _TINY)
-            s[chosen] = routing.gates[-1] + _TINY
+            s.fill(routing.gates[-1, -1])
+            s[chosen] = routing.gates[-1]
         else:
-            np.add(routing.scores[-1], _TINY, out=s)
+            s[...] = routing.scores[-1]
+        s += _TINY
         np.log(raw, out=logs)
         margin -= margin[chosen[-1]]
         change = np.subtract(margin, average, out=self._change)
         change *= 1.0 - self._decay
         average += change
-        odds: Array = self._against @ now
-        np.minimum(odds, 20.0, out=odds)
+        odds: Array = np.dot(self._against, now)
+        np.minimum(odds, self._most, out=odds)
         return np.exp(odds, out=odds)
 
     def learn(self) -> None:
@@ -119,8 +118,8 @@ class NextUse:
         self._tokens += 1
         if self._tokens == 1 or (self._tokens > self._CALM and self._tokens % self._EVERY):
             return
-        x = self._before.reshape(5, -1)
-        used = self._now[1].reshape(-1)
+        x = self._before.transpose(1, 0, 2).reshape(5, -1)
+        used = self._now[:, 1].reshape(-1)
         p = 1.0 / (1.0 + np.exp(np.minimum(self._against @ x, 20.0)))
         if self._curvature is None:
             # A prior as heavy as ten uses, in units of each feature's own size: margins differ much between models.
@@ -152,7 +151,7 @@ class NextUse:
         if state["next_use.curvature"].any():
             self._curvature = state["next_use.curvature"].copy()
         self.frequency[:] = state["next_use.frequency"]
-        self._now[2] = np.log(np.maximum(self.frequency, _TINY))
+        self._now[:, 2] = np.log(np.maximum(self.frequency, _TINY))
 
 
 class Transitions:
@@ -177,18 +176,24 @@ class Transitions:
         self._path: list[NDArray[np.int32]] = []
 
     def update(self, routing: Routing) -> None:
-        """One layer has routed its tokens; learns from the last one."""
-        layer, chosen = routing.layer, routing.experts[-1].copy()
-        if layer == 0:
+        """One layer has routed its tokens, of which the last one's path counts."""
+        if routing.layer == 0:
             self._path.clear()
-        elif len(self._path) == layer:
-            self._pairs[layer][self._path[-1][:, None], chosen] += 1.0
-            if self._has_tuples:
-                self._count_tuples(layer, chosen)
-        totals = self._totals[layer]
-        totals[chosen] += 1.0
-        self._uses[layer][chosen] = totals[chosen]
-        self._path.append(chosen)
+        self._path.append(routing.experts[-1].copy())
+
+    def learn(self) -> None:
+        """All layers have run: counts the path. All at once, as it takes a dozen calls."""
+        path = np.array(self._path)
+        L = len(path)
+        if len(self._totals) != L:
+            return  # it did not begin with the first layer
+        layers = np.arange(L)[:, None]
+        self._totals[layers, path] += 1.0
+        self._uses[layers, path] = self._totals[layers, path]
+        self._pairs[layers[1:, :, None], path[:-1, :, None], path[1:, None, :]] += 1.0
+        if self._has_tuples:
+            for layer in range(1, L):
+                self._count_tuples(layer, path[layer])
 
     def _count_tuples(self, layer: int, chosen: NDArray[np.int32]) -> None:
         for key in self._keys(layer):
@@ -217,7 +222,8 @@ class Transitions:
                 if counts is not None:
                     return counts
         last = self._path[layer - 1]
-        total: NDArray[np.float32] = (1.0 / self._uses[layer - 1][last]) @ self._pairs[layer][last]
+        weights = np.reciprocal(self._uses[layer - 1].take(last))
+        total: NDArray[np.float32] = weights @ self._pairs[layer].take(last, axis=0)
         return total if total.any() else marginal
 
     def state(self) -> dict[str, NDArray[Any]]:
