@@ -38,6 +38,8 @@ in nats per token, ± its standard error.
 --reference is one of
   BITS        a level of the same file (default: the highest)
   FILE.moe    another file, at its highest level
+  DIRECTORY   the checkpoint that the file was converted from, in float32; takes
+              a pass of plain numpy over it
   FILE        log-probabilities that another program saved, with their tokens:
               llama-perplexity -m MODEL.gguf -f TEXT --kl-divergence-base FILE, or
               benchmarks/reference_logprobs.py CHECKPOINT TEXT FILE
@@ -190,6 +192,10 @@ def _reference(
     sample = Sample.of_text(
         text, tokenizer, chunk=_CHUNK if args.chunk is None else args.chunk, chunks=args.chunks
     )
+    if given is not None and Path(given).is_dir():
+        reference = _checkpoint(Path(given), sample, moe, stack)
+        about = f"text: {name}, {_shape(sample)}; reference: {Path(given).resolve().name}, float32"
+        return sample, about, reference, None, None
     path, other = args.model, moe
     bits = moe.ladder[-1][0]
     if given is not None and given.isdecimal():
@@ -210,14 +216,23 @@ def _reference(
     return sample, about, reference, trial, quality if path == args.model else None
 
 
+def _checkpoint(path: Path, sample: Sample, moe: MoeFile, stack: ExitStack) -> LogProbs:
+    from edgemoe.convert.hf import HFCheckpoint
+    from edgemoe.convert.source import SourceModel
+    from edgemoe.lab.checkpoint import recorded_checkpoint
+
+    model = SourceModel(HFCheckpoint(path))
+    if model.config.vocab_size != moe.config.vocab_size:
+        raise ValueError(f"--reference: {path} has another vocabulary than {moe.path}")
+    with Progress("reference, float32", unit="layer") as progress:
+        return stack.enter_context(recorded_checkpoint(model, sample, progress=progress))
+
+
 def _is_saved(path: Path) -> bool:
     from edgemoe.lab.logprobs import MAGIC
 
     if path.is_dir():
-        raise ValueError(
-            f"--reference: {path} is a directory; benchmarks/reference_logprobs.py "
-            "makes a reference of a checkpoint"
-        )
+        return False
     with open(path, "rb") as file:
         return file.read(len(MAGIC)) == MAGIC
 
