@@ -237,7 +237,9 @@ class Engine:
                 context=context, kv_types=kv_types, ops=ops, outside=outside,
             )  # fmt: skip
 
-        divide(hardware.process_bytes())  # refuses before anything large is read
+        # Both refuse what is wrong before anything large is read.
+        estimate = divide(hardware.process_bytes())
+        SCHEDULERS[scheduler](_setting(moe, self.bits, estimate.slots, sections), **options)
         weights = load_dense(moe, dense_level, verify=verify)
         hardware.trim()
         # Slots are sized last, from what the process really has by now.
