@@ -624,20 +624,24 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Cache, Held<Cache>>(m, "Cache", "The expert cache; see csrc/cache.h.")
       .def(py::init([](const std::shared_ptr<File>& file, int num_experts, int hidden, int expert_hidden,
                        const std::vector<std::array<uint8_t, 3>>& rung_widths, const std::vector<uint32_t>& ends,
-                       const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const std::vector<int>& layers,
-                       int max_level, size_t budget_bytes, bool verify, int num_readers, const py::object& policy) {
+                       const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const Array<uint8_t>& rungs,
+                       const std::vector<int>& layers, int max_level, size_t budget_bytes, bool verify, int num_readers,
+                       const py::object& policy) {
              expect(offsets, "offsets", {-1});
              expect(crcs, "crcs", {offsets.size(), py::ssize_t(ends.size())});
-             ExpertTable table{
-                 {offsets.data(), offsets.data() + offsets.size()}, {crcs.data(), crcs.data() + crcs.size()}, layers};
+             expect(rungs, "rungs", {offsets.size()});
+             ExpertTable table{{offsets.data(), offsets.data() + offsets.size()},
+                               {crcs.data(), crcs.data() + crcs.size()},
+                               {rungs.data(), rungs.data() + rungs.size()},
+                               layers};
              ExpertShape shape{int(layers.size()), num_experts, hidden, expert_hidden, rung_widths, ends};
              return Held<Cache>(new Cache(file, std::move(shape), std::move(table), max_level, budget_bytes, verify,
                                           num_readers, policy_from(policy, size_t(offsets.size()))));
            }),
            py::kw_only(), py::arg("file"), py::arg("num_experts"), py::arg("hidden"), py::arg("expert_hidden"),
            py::arg("rung_widths"), py::arg("ends"), py::arg("offsets").noconvert(), py::arg("crcs").noconvert(),
-           py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"), py::arg("verify"), py::arg("num_readers"),
-           py::arg("policy"))
+           py::arg("rungs").noconvert(), py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"),
+           py::arg("verify"), py::arg("num_readers"), py::arg("policy"))
       .def(
           "begin",
           [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels, const Array<int32_t>& offsets,

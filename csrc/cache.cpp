@@ -28,10 +28,17 @@ Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable ta
   const size_t n = table_.offsets.size(), rungs = shape_.rung_widths.size();
   if (n == 0 || n > INT32_MAX || n != size_t(shape_.num_layers) * size_t(shape_.num_experts) ||
       table_.layers.size() != size_t(shape_.num_layers) || table_.crcs.size() != n * rungs ||
-      shape_.ends.size() != rungs || max_level < 1 || size_t(max_level) > rungs || policy_.size() != n) {
+      table_.rungs.size() != n || shape_.ends.size() != rungs || max_level < 1 || size_t(max_level) > rungs ||
+      policy_.size() != n) {
     throw std::invalid_argument("Cache: expected one offset per expert, one sum per rung and a level of the ladder");
   }
-  window_bytes_ = slot_bytes(max_level);
+  int most = 0;
+  for (const uint8_t have : table_.rungs) {
+    if (have < 1 || have > rungs)
+      throw std::invalid_argument("Cache: expected each expert to have some rungs of the ladder");
+    most = std::max(most, std::min(max_level, int(have)));
+  }
+  window_bytes_ = slot_bytes(most);
   if (size_t(budget_pages_) * kPage < window_bytes_) {
     throw OutOfBudget("cache: one expert takes " + std::to_string(window_bytes_) + " bytes; the budget is " +
                       std::to_string(budget_bytes));
@@ -78,7 +85,7 @@ int Cache::find_victim(Spare spare) const {
 
 void Cache::evict(int e) {
   require(pins_[e] == 0 && levels_[e] > 0, "evict of a pinned or absent expert");
-  stats_.resident_bytes -= slot_bytes(levels_[e]);
+  stats_.resident_bytes -= bytes_at(e, levels_[e]);
   stats_.resident_experts -= 1;
   stats_.evictions += 1;
   levels_[e] = 0;
@@ -138,7 +145,7 @@ bool Cache::find_room(int e, uint32_t need, Spare spare, int* slot) {
 void Cache::start_read(int e, int slot, int level, bool is_ahead) {
   Slot& s = slots_[slot];
   const int from = levels_[e];
-  const uint32_t need = pages_at(level);
+  const uint32_t need = pages_at(e, level);
   if (slot_of_[e] < 0) {
     // Mostly the last one.
     free_slots_.erase(std::find(free_slots_.rbegin(), free_slots_.rend(), slot).base() - 1);
@@ -154,7 +161,7 @@ void Cache::start_read(int e, int slot, int level, bool is_ahead) {
   pins_[e] += 1;
   stats_.ahead_reads += is_ahead;
 
-  const size_t begin = slot_bytes(from), length = size_t(need) * kPage - begin;
+  const size_t begin = bytes_at(e, from), length = size_t(need) * kPage - begin;
   if (!loader_) {
     dry_stats_.bytes += length;
     dry_stats_.reads += length > 0;
@@ -162,7 +169,7 @@ void Cache::start_read(int e, int slot, int level, bool is_ahead) {
   }
   ReadJob& job = s.job;
   job = {table_.offsets[e] + begin, length, slot_base(slot) + begin, {}, slot, is_ahead, nullptr};
-  for (int r = from; verify_ && r < level; ++r) {
+  for (int r = from; verify_ && r < rungs_at(e, level); ++r) {
     const uint32_t start = r == 0 ? 0 : shape_.ends[r - 1];
     job.checks.push_back({slot_base(slot) + start, shape_.ends[r] - start, table_.crcs[e * shape_.ends.size() + r],
                           table_.layers[e / shape_.num_experts], e % shape_.num_experts, r});
@@ -188,7 +195,7 @@ Cache::Load Cache::try_load(Use* use) {
     pins_[e] += 1;
     return Load::kStarted;
   }
-  const uint32_t need = pages_at(use->level);
+  const uint32_t need = pages_at(e, use->level);
   bool has_room = find_room(e, need, Spare::kAhead, &slot);
   if (!has_room) {
     cancel_ahead();
@@ -225,7 +232,7 @@ void Cache::set_ahead(const Wish& ahead) {
   for (int i = 0; i < ahead.count; ++i) {
     const int e = ahead.experts[i];
     if (ahead_[e] == 0) ahead_list_.push_back(e);
-    ahead_[e] = std::max(ahead_[e], ahead.levels[i]);
+    ahead_[e] = std::max(ahead_[e], int8_t(level_of(e, ahead.levels[i])));
   }
   for (int e : before) {
     const int slot = slot_of_[e];
@@ -246,7 +253,7 @@ void Cache::load_ahead() {
   for (int e : ahead_list_) {
     if (levels_[e] >= ahead_[e] || (slot_of_[e] >= 0 && slots_[slot_of_[e]].target > 0)) continue;
     int slot;
-    if (!find_room(e, pages_at(ahead_[e]), Spare::kAhead, &slot)) return;
+    if (!find_room(e, pages_at(e, ahead_[e]), Spare::kAhead, &slot)) return;
     start_read(e, slot, ahead_[e], true);
   }
 }
@@ -268,11 +275,11 @@ void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const
   is_open_ = true;
   if (now.count > 0) policy_.advance(now.experts[0] / shape_.num_experts, num_tokens);
   for (int i = 0; i < now.count; ++i) {
-    const int e = now.experts[i], level = now.levels[i];
+    const int e = now.experts[i], level = level_of(e, now.levels[i]);
     uses_.push_back({e, level, Step::kWaiting});
     wanted_[e] += 1;
     policy_.use(e, offsets[i + 1] - offsets[i]);
-    for (int r = 0; r < level; ++r) stats_.bits += shape_.rung_widths[r][0];
+    for (int r = 0; r < rungs_at(e, level); ++r) stats_.bits += shape_.rung_widths[r][0];
     if (levels_[e] >= level) {
       uses_.back().step = Step::kReady;
       pins_[e] += 1;
@@ -301,7 +308,7 @@ void Cache::finish(int slot, bool ok, std::exception_ptr* error) {
   pins_[e] -= 1;
   if (ok) {
     if (levels_[e] == 0) stats_.resident_experts += 1;
-    stats_.resident_bytes += slot_bytes(level) - slot_bytes(levels_[e]);
+    stats_.resident_bytes += bytes_at(e, level) - bytes_at(e, levels_[e]);
     levels_[e] = int8_t(level);
   }
   for (Use& use : uses_) {
@@ -319,7 +326,7 @@ void Cache::finish(int slot, bool ok, std::exception_ptr* error) {
     s.owner = -1;
     slot_of_[e] = -1;
   } else {
-    trim(slot, pages_at(levels_[e]));
+    trim(slot, pages_at(e, levels_[e]));
   }
 }
 
@@ -392,14 +399,15 @@ void Cache::close() {
 
 bool Cache::shrink(int e, int level) {
   if (e < 0 || e >= num_experts() || level < 0) throw std::invalid_argument("Cache: no such expert or level");
+  level = level_of(e, level);
   if (level >= levels_[e]) return true;
   if (pins_[e] > 0) return false;
   if (level == 0) {
     evict(e);
     return true;
   }
-  stats_.resident_bytes -= slot_bytes(levels_[e]) - slot_bytes(level);
-  trim(slot_of_[e], pages_at(level));
+  stats_.resident_bytes -= bytes_at(e, levels_[e]) - bytes_at(e, level);
+  trim(slot_of_[e], pages_at(e, level));
   levels_[e] = int8_t(level);
   return true;
 }
@@ -408,6 +416,7 @@ ExpertView Cache::view(int e, int level) const {
   require(loader_ != nullptr, "view of an expert that was never read: the cache is dry");
   require(e >= 0 && e < num_experts() && level >= 1 && levels_[e] >= level && pins_[e] > 0,
           "view of an expert that is not pinned at that level");
+  level = rungs_at(e, level);
   ExpertView v;
   const int d = shape_.hidden, h = shape_.expert_hidden;
   NestedMatrix* matrices[3] = {&v.gate, &v.up, &v.down};
@@ -450,9 +459,9 @@ void Cache::check_integrity() const {
     require(slot >= 0 || levels_[e] == 0, "resident without a slot");
     if (slot < 0) continue;
     require(slots_[slot].owner == e, "slot and expert disagree");
-    require(slots_[slot].pages == pages_at(std::max(target, int(levels_[e]))), "slot and expert differ in size");
+    require(slots_[slot].pages == pages_at(e, std::max(target, int(levels_[e]))), "slot and expert differ in size");
     if (levels_[e] == 0) continue;
-    resident += slot_bytes(levels_[e]);
+    resident += bytes_at(e, levels_[e]);
     ++count;
   }
   for (const Slot& s : slots_) committed += s.pages;

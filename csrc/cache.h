@@ -5,6 +5,7 @@
 // page. A record's bytes lie in its slot as they lie in the file: one read brings any level, one more any upgrade.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
@@ -31,6 +32,7 @@ struct ExpertShape {
 struct ExpertTable {
   std::vector<uint64_t> offsets;  ///< [n], of records
   std::vector<uint32_t> crcs;     ///< [n, rungs]
+  std::vector<uint8_t> rungs;     ///< [n], how many of the ladder's rungs each expert has: the first ones
   std::vector<int> layers;        ///< the layer numbers, for errors
 };
 
@@ -63,6 +65,9 @@ struct Wish {
 /// Owns the slots. One thread at a time; reads run beside it. At most one request is open.
 class Cache {
  public:
+  /// An expert that has fewer rungs than `max_level` is whole at its last: whatever level from there on is asked for,
+  /// it gives that one, and counts as resident at `max_level`. So whoever plans need not know who has how many.
+  ///
   /// Without a file it is dry, for replaying traces: nothing is read or kept and every read ends at once.
   /// Throws OutOfBudget when not even one expert fits at `max_level`.
   Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable table, int max_level, size_t budget_bytes,
@@ -88,10 +93,10 @@ class Cache {
   /// ahead go on.
   void close();
 
-  /// A resident expert's matrices at `level`. Valid while pinned.
+  /// A resident expert's matrices at `level`, or at its last. Valid while pinned.
   ExpertView view(int expert, int level) const;
 
-  /// Level of each expert, 0 = absent.
+  /// Level of each expert, 0 = absent; `max_level` once all that it has is there.
   const std::vector<int8_t>& residency() const { return levels_; }
   int num_experts() const { return int(levels_.size()); }
 
@@ -110,7 +115,7 @@ class Cache {
   /// Throws std::logic_error when the books do not agree.
   void check_integrity() const;
 
-  /// Bytes that an expert takes in a slot at `level`, whole pages of the system.
+  /// Bytes that an expert with all rungs takes in a slot at `level`, whole pages of the system.
   size_t slot_bytes(int level) const;
 
  private:
@@ -151,7 +156,12 @@ class Cache {
   bool any(Step step) const;
   int num_pending() const { return loader_ ? loader_->num_pending() : 0; }
   uint8_t* slot_base(int slot) const { return memory_.bytes() + size_t(slot) * window_bytes_; }
-  uint32_t pages_at(int level) const { return uint32_t(slot_bytes(level) / kPage); }
+  /// Of the rungs that `level` asks for, how many an expert has.
+  int rungs_at(int expert, int level) const { return std::min(level, int(table_.rungs[size_t(expert)])); }
+  /// The level that an expert is at when `level` is asked for: the highest of those that are the same for it.
+  int level_of(int expert, int level) const { return level < table_.rungs[size_t(expert)] ? level : max_level_; }
+  size_t bytes_at(int expert, int level) const { return slot_bytes(rungs_at(expert, level)); }
+  uint32_t pages_at(int expert, int level) const { return uint32_t(bytes_at(expert, level) / kPage); }
 
   ExpertShape shape_;
   ExpertTable table_;

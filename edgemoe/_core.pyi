@@ -126,6 +126,7 @@ class Cache:
         ends: Sequence[int],
         offsets: NDArray[np.uint64],
         crcs: NDArray[np.uint32],
+        rungs: NDArray[np.uint8],
         layers: Sequence[int],
         max_level: int,
         budget_bytes: int,

@@ -11,7 +11,7 @@ from edgemoe.format import MoeFile
 from edgemoe.model.decoder import scratch_bytes
 from edgemoe.model.kv import KvCache, KvTypes
 from edgemoe.ops import OpsShape
-from edgemoe.store import dense_bytes, expert_bytes
+from edgemoe.store import all_expert_bytes, dense_bytes, expert_bytes
 
 __all__ = ["Budget", "default_ram", "parse_size"]
 
@@ -71,7 +71,7 @@ class Budget:
     kv: int
     scratch: int
     expert: int
-    """One expert, the least that can be resident."""
+    """The largest expert, the least that can be resident."""
     experts: int
     """Every routed expert at the bits in use."""
     context: int
@@ -120,7 +120,7 @@ class Budget:
                 ram=ram, process=process, dense=dense, active_dense=dense - embedding,
                 kv=KvCache.bytes(config, context, kv_types),
                 scratch=shape.scratch_bytes + scratch_bytes(config, chunk),
-                expert=expert, experts=expert * len(moe.experts.offsets),
+                expert=expert, experts=all_expert_bytes(moe, level),
                 context=context, chunk=chunk,
             )  # fmt: skip
 

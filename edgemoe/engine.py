@@ -28,7 +28,7 @@ from edgemoe.quant import Allocation
 from edgemoe.sampler import Sampler, SamplingParams
 from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.scheduler.watched import Watched
-from edgemoe.store import ExpertStore, expert_bytes, load_dense
+from edgemoe.store import ExpertStore, level_bytes, load_dense
 from edgemoe.tokenizer import Tokenizer
 from edgemoe.trace import TraceHeader, TraceWriter
 
@@ -113,7 +113,8 @@ def load(
         path: a `.moe` file.
         ram: what the engine may add to this process's memory, as bytes or "4GiB"; None for what is free,
             less a margin.
-        bits: precision of routed experts, one of the file's; None for the highest, "auto" for each expert's own.
+        bits: most precision of routed experts, one of the file's levels; None for all that the file has of each,
+            "auto" for each expert's own.
         allocation: a file that says each expert's bits (`edgemoe allocate`); None for the model file's own.
         dense_bits: the same for all other matrices.
         experts: routed experts per token; None for the model's own number. Another number is another model.
@@ -177,18 +178,20 @@ class Engine:
         given = moe.config
         moe = _with_experts(moe, experts)
         self.config = config = moe.config
-        noted = moe.ladder[-1][0]
-        each: NDArray[np.int8] | None = None
+        each = noted = moe.expert_bits
         if bits == "auto":
             if scheduler != "on-demand":
                 raise ValueError(f"bits: auto is for the scheduler on-demand, not {scheduler}")
             each = _allocation(moe, allocation)
-            bits = int(each.max())  # the scheduler has a note of its own
-            options = {**options, "bits": each}
+            bits = int(each.max())
+            if (each != noted).any():  # the scheduler has a note of its own
+                options = {**options, "bits": each}
         elif allocation is not None:
             raise ValueError("allocation: expected bits to be auto")
         else:
-            noted = bits = noted if bits is None else bits
+            bits = moe.ladder[-1][0] if bits is None else bits
+            moe.level(bits)  # or it says which there are
+            each = noted = np.minimum(each, np.int8(bits))
         self.bits = bits
         self._profile_path = None if profile is None else Path(profile)
         if self._profile_path is not None and not self._profile_path.absolute().parent.is_dir():
@@ -249,10 +252,8 @@ class Engine:
         self.scheduler_name = scheduler
         self.scheduler = SCHEDULERS[scheduler](setting, **options)
         self._setting = replace(setting, sections={})
-        num_experts = setting.num_layers * setting.num_experts
-        self._top_bits = (
-            np.full(num_experts, self.bits, np.int8) if each is None else each.reshape(-1)
-        )
+        self._top_bits = each.reshape(-1)
+        self._rungs = np.minimum(moe.experts.rungs, level)
         del sections, setting
         self.notes += self.scheduler.notes
         self._ops = CpuOps(replace(ops, max_tokens=budget.chunk, max_context=budget.context))
@@ -300,6 +301,11 @@ class Engine:
         return self.budget.context
 
     @property
+    def expert_bits(self) -> NDArray[np.int8]:
+        """The most bits that each expert may run at, [layers with experts, E]."""
+        return self._top_bits.reshape(-1, self.config.num_experts)
+
+    @property
     def isa(self) -> str:
         """The instruction set of the kernels in use."""
         return _core.isa()
@@ -308,9 +314,8 @@ class Engine:
     def bytes_per_token(self) -> int:
         """Bytes of weights that computing one token reads from memory, at the bits in use."""
         c = self.config
-        return (
-            self.budget.active_dense + len(c.moe_layers) * c.experts_per_token * self.budget.expert
-        )
+        expert = self.budget.experts // (len(c.moe_layers) * c.num_experts)
+        return self.budget.active_dense + len(c.moe_layers) * c.experts_per_token * expert
 
     def kv_bytes(self, length: int) -> int:
         """Returns the bytes of keys and values that attention reads for a token after `length` others."""
@@ -514,7 +519,7 @@ class Engine:
         reads_ahead = self.scheduler.look_ahead > 0
         if look_ahead > self.scheduler.look_ahead:
             self._experts.scheduler = self.scheduler = Watched(self.scheduler, look_ahead)
-        setting = self._setting
+        setting, slot_bytes = self._setting, self._store.cache.slot_bytes
         header = TraceHeader(
             model=str(moe.source.get("name", moe.path.name)),
             num_experts=setting.num_experts,
@@ -522,7 +527,8 @@ class Engine:
             num_layers=setting.num_layers,
             bits=setting.bits,
             level_bits=setting.level_bits,
-            level_bytes=setting.level_bytes,
+            level_bytes=tuple(map(slot_bytes, range(1, len(setting.level_bits) + 1))),
+            rungs=() if (self._rungs == self._rungs.max()).all() else tuple(self._rungs.tolist()),
             slots_bytes=setting.slots_bytes,
             scheduler=self.scheduler_name,
             look_ahead=self.scheduler.look_ahead,
@@ -548,11 +554,9 @@ class Engine:
         with self._alone():
             uses, store = self._store.uses.reshape(-1), self._store
             order = np.argsort(-uses, kind="stable")[: np.count_nonzero(uses)].astype(np.int32)
-            bits, size = self._top_bits[order], np.zeros(self.bits + 1, np.int64)
-            size[list(self._setting.level_bits)] = self._setting.level_bytes
-            fit = int(
-                np.searchsorted(np.cumsum(size[bits]), self._setting.slots_bytes, side="right")
-            )
+            bits = self._top_bits[order]
+            total = np.cumsum(store.sizes(order, bits))
+            fit = int(np.searchsorted(total, self._setting.slots_bytes, side="right"))
             before = int(store.stats["bytes_read"])
             store.load(order[:fit], bits[:fit])
             return int(store.stats["bytes_read"]) - before
@@ -690,26 +694,33 @@ def _with_experts(moe: MoeFile, experts: int | None) -> MoeFile:
 
 
 def _allocation(moe: MoeFile, path: str | os.PathLike[str] | None) -> NDArray[np.int8]:
-    """Returns each expert's bits [L, E] from a file, or from the model's own section."""
+    """Returns each expert's bits [L, E]: a file's, the model's section, or what is there where experts differ."""
     if path is not None:
         content, where = Path(path).read_bytes(), str(path)
     elif "allocation" in moe.sections:
         content, where = moe.sections["allocation"], f"{moe.path}: section allocation"
+    elif (moe.experts.rungs != len(moe.ladder)).any():
+        return moe.expert_bits
     else:
         raise ValueError(
             f"bits: auto takes an allocation, and {moe.path} has none; edgemoe allocate makes it"
         )
     found = Allocation.from_json(content, where)
-    found.check(moe.config, tuple(rung[0] for rung in moe.ladder), where)
+    found.check(moe.config, tuple(rung[0] for rung in moe.ladder), where, most=moe.expert_bits)
     return found.bits
 
 
 def _notes(
-    moe: MoeFile, given: ModelConfig, bits: int, dense_bits: int | None, kv_types: KvTypes
+    moe: MoeFile,
+    given: ModelConfig,
+    bits: NDArray[np.int8],
+    dense_bits: int | None,
+    kv_types: KvTypes,
 ) -> tuple[str, ...]:
     notes = []
-    if bits < moe.ladder[-1][0]:
-        notes.append(f"lossy: experts at {bits} of the file's {moe.ladder[-1][0]} bits")
+    have = moe.expert_bits
+    if (bits < have).any():
+        notes.append(f"lossy: experts at {_mean_bits(bits)} of the file's {_mean_bits(have)} bits")
     if dense_bits is not None and dense_bits < moe.dense_ladder[-1]:
         notes.append(
             f"lossy: dense weights at {dense_bits} of the file's {moe.dense_ladder[-1]} bits"
@@ -725,6 +736,11 @@ def _notes(
     return tuple(notes)
 
 
+def _mean_bits(bits: NDArray[np.int8]) -> str:
+    """Returns how many bits experts have, the mean where they differ."""
+    return f"{bits.flat[0]}" if (bits == bits.flat[0]).all() else f"{bits.mean():.2f}"
+
+
 def _setting(moe: MoeFile, bits: int, slots: int, sections: Mapping[str, bytes]) -> Setting:
     config, levels = moe.config, range(1, moe.level(bits) + 1)
     return Setting(
@@ -733,7 +749,7 @@ def _setting(moe: MoeFile, bits: int, slots: int, sections: Mapping[str, bytes])
         experts_per_token=config.experts_per_token,
         bits=bits,
         level_bits=tuple(moe.ladder[level - 1][0] for level in levels),
-        level_bytes=tuple(expert_bytes(moe, level) for level in levels),
+        level_bytes=level_bytes(moe, len(levels)),
         slots_bytes=slots,
         sections=sections,
     )

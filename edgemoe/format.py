@@ -20,6 +20,8 @@ All numbers are little-endian. Checksums are CRC-32C.
 The section "experts" holds one entry per (layer of config.moe_layers, expert), in that order: u64 offset of its
 record, then per rung u32 end of the rung from the record's start and u32 checksum of the rung. A rung holds the
 planes of w_gate, then w_up, then w_down, without gaps. Any level is one contiguous read from the record's start.
+An expert may have only the first of the ladder's rungs: those that it lacks end where its last one ends, with
+checksum 0. It always has the first.
 
 **Nested matrix** [rows, cols]: rows in blocks of 16, columns in groups of 64, both zero padded. A tile is
 16 × 64 weights; a rung is its tiles, row block by row block. Rung 0 has two levels of scales: it starts with one
@@ -109,9 +111,16 @@ class ExpertTable:
     offsets: NDArray[np.uint64]
     """[n]: start of the record."""
     ends: tuple[int, ...]
-    """[rungs]: end of each rung from a record's start, the same for all."""
+    """[rungs]: end of each rung from a record's start, the same for all that have it."""
     crcs: NDArray[np.uint32]
     """[n, rungs]"""
+    rungs: NDArray[np.uint8]
+    """[n]: how many of the ladder's rungs each has."""
+
+    def sizes(self, level: int) -> NDArray[np.int64]:
+        """Returns the bytes that each expert has up to a level, [n]."""
+        sizes: NDArray[np.int64] = np.array(self.ends)[np.minimum(self.rungs, level) - 1]
+        return sizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +138,12 @@ class MoeFile:
     experts: ExpertTable
     source: Mapping[str, Any]
     file_bytes: int
+
+    @property
+    def expert_bits(self) -> NDArray[np.int8]:
+        """Returns the most bits that each expert has, [layers with experts, E]."""
+        bits = np.array([rung[0] for rung in self.ladder], np.int8)[self.experts.rungs - 1]
+        return bits.reshape(-1, self.config.num_experts)
 
     def level(self, bits: int | None) -> int:
         """Returns how many rungs of an expert `bits` are; the whole ladder for None.
@@ -308,27 +323,36 @@ class _Reader:
         ends = np.cumsum(expert_rung_bytes(config, ladder))
         offsets = table["offset"].astype(np.uint64)
         self.need(int(ends[-1]) < 1 << 32, "an expert is larger than 4 GiB")
-        bad = np.flatnonzero((table["rungs"]["end"] != ends).any(1))
-        self.need(bad.size == 0, f"expert record {bad[:1]} has rungs of another size")
-        limit = self.file_bytes - int(ends[-1])
+        rungs = np.maximum((table["rungs"]["end"] == ends).cumprod(1).sum(1), 1)
+        kept = np.minimum(np.arange(len(ends)), rungs[:, None] - 1)  # the last one that each has
+        lacks = np.arange(len(ends)) >= rungs[:, None]
         bad = np.flatnonzero(
-            (offsets % ALIGNMENT != 0) | (offsets < ALIGNMENT) | (offsets > max(limit, 0))
+            (table["rungs"]["end"] != ends[kept]).any(1)
+            | (lacks & (table["rungs"]["crc"] != 0)).any(1)
         )
-        self.need(bad.size == 0 and limit > 0, f"expert record {bad[:1]} lies outside the file")
-        order = np.sort(offsets)
-        self.need(
-            bool((order[1:] - order[:-1] >= align(int(ends[-1]))).all()), "expert records overlap"
-        )
+        self.need(bad.size == 0, f"expert record {bad[:1]} has rungs of another size")
+        sizes = ends[rungs - 1].astype(np.uint64)
+        bad = np.flatnonzero(
+            (offsets % ALIGNMENT != 0) | (offsets < ALIGNMENT)
+            | (sizes > self.file_bytes) | (offsets > self.file_bytes - np.minimum(sizes, self.file_bytes))
+        )  # fmt: skip
+        self.need(bad.size == 0, f"expert record {bad[:1]} lies outside the file")
+        order = np.argsort(offsets)
+        starts, stops = offsets[order], offsets[order] + sizes[order]
+        room = -(-stops[:-1].astype(np.int64) // ALIGNMENT) * ALIGNMENT
+        gaps = starts[1:].astype(np.int64) - room
+        self.need(bool((gaps >= 0).all()), "expert records overlap")
         # Records may lie anywhere; where they are one run, as written, it is checked against the rest as one.
-        if n == 1 or bool((order[1:] - order[:-1] == align(int(ends[-1]))).all()):
-            self.claim("the experts", int(order[0]), int(order[-1] - order[0]) + int(ends[-1]))
+        if not gaps.any():
+            self.claim("the experts", int(starts[0]), int(stops[-1] - starts[0]))
         else:
-            for o in order:
-                self.claim("an expert record", int(o), int(ends[-1]))
+            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+                self.claim("an expert record", start, stop - start)
         return ExpertTable(
             offsets,
             tuple(int(e) for e in ends),
             np.ascontiguousarray(table["rungs"]["crc"], np.uint32),
+            rungs.astype(np.uint8),
         )
 
 

@@ -13,7 +13,9 @@ from edgemoe.format import MoeFile
 from edgemoe.plan import Plan
 from edgemoe.quant import plane_widths
 
-__all__ = ["ExpertStore", "dense_bytes", "disk_rate", "expert_bytes", "load_dense"]
+__all__ = [
+    "ExpertStore", "all_expert_bytes", "dense_bytes", "disk_rate", "expert_bytes", "level_bytes", "load_dense",
+]  # fmt: skip
 
 _REQUEST = 256  # experts that `load` asks for at once: the cache looks through all of a request's at every arrival
 _NUM_READERS = 4  # reads in flight; more added latency and no throughput (benchmarks/LOG.md)
@@ -28,10 +30,26 @@ def dense_bytes(moe: MoeFile, level: int) -> int:
     return sum(-(-sum(t.lengths[:level]) // page) * page for t in moe.tensors.values())
 
 
-def expert_bytes(moe: MoeFile, level: int) -> int:
-    """Returns the memory of one expert at a level, and of the window that it lies in."""
+def _expert_pages(moe: MoeFile, level: int) -> NDArray[np.int64]:
+    """Returns the memory of each expert at a level, whole pages."""
     page = _core.system_page()
-    return -(-moe.experts.ends[level - 1] // page) * page
+    pages: NDArray[np.int64] = -(-moe.experts.sizes(level) // page) * page
+    return pages
+
+
+def expert_bytes(moe: MoeFile, level: int) -> int:
+    """Returns the memory of the largest expert at a level, and of the window that each lies in."""
+    return int(_expert_pages(moe, level).max())
+
+
+def all_expert_bytes(moe: MoeFile, level: int) -> int:
+    """Returns the memory of all experts at a level."""
+    return int(_expert_pages(moe, level).sum())
+
+
+def level_bytes(moe: MoeFile, level: int) -> tuple[int, ...]:
+    """Returns the mean memory of an expert at each level up to `level`, rounded down."""
+    return tuple(all_expert_bytes(moe, i) // len(moe.experts.offsets) for i in range(1, level + 1))
 
 
 def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
@@ -62,10 +80,11 @@ def disk_rate(moe: MoeFile, level: int, *, seconds: float) -> float:
     """Returns the bytes per second of reading experts in random order as the cache does, for about `seconds`."""
     rng = np.random.default_rng(0)
     length, count = expert_bytes(moe, level), 32
+    starts = moe.experts.offsets[moe.experts.offsets + np.uint64(length) <= moe.file_bytes]
     while True:
-        offsets = rng.permutation(moe.experts.offsets)[:count].tolist()
+        offsets = rng.permutation(starts)[:count].tolist()
         rate = _core.disk_rate(moe.file, offsets, length, _NUM_READERS)
-        if length * count / rate >= seconds or count >= len(moe.experts.offsets):
+        if length * count / rate >= seconds or count >= len(starts):
             return rate
         count *= 2
 
@@ -73,10 +92,19 @@ def disk_rate(moe: MoeFile, level: int, *, seconds: float) -> float:
 class ExpertStore:
     """Holds routed experts inside a budget and lends them group by group. One thread at a time."""
 
-    def __init__(self, cache: _core.Cache, *, num_experts: int, level_bits: Sequence[int]) -> None:
+    def __init__(
+        self,
+        cache: _core.Cache,
+        *,
+        num_experts: int,
+        level_bits: Sequence[int],
+        rungs: NDArray[np.uint8],
+    ) -> None:
         """See `open` and `dry`."""
         self.cache = cache
         self._num_experts = num_experts
+        self._rungs = rungs
+        self._level_bytes = np.array([cache.slot_bytes(i) for i in range(len(level_bits) + 1)])
         self._levels = np.zeros(9, np.int8)
         self._levels[list(level_bits)] = np.arange(1, len(level_bits) + 1)
         self._residency: NDArray[np.int8] = cache.residency.reshape(-1, num_experts)
@@ -110,6 +138,7 @@ class ExpertStore:
             offsets=moe.experts.offsets,
             ends=moe.experts.ends,
             crcs=moe.experts.crcs,
+            rungs=moe.experts.rungs,
             layers=list(config.moe_layers),
             max_level=moe.level(bits),
             budget_bytes=budget_bytes,
@@ -117,7 +146,10 @@ class ExpertStore:
             num_readers=_NUM_READERS,
             policy=policy,
         )
-        return cls(cache, num_experts=config.num_experts, level_bits=[r[0] for r in ladder])
+        return cls(
+            cache, num_experts=config.num_experts, level_bits=[r[0] for r in ladder],
+            rungs=moe.experts.rungs,
+        )  # fmt: skip
 
     @classmethod
     def dry(
@@ -127,6 +159,7 @@ class ExpertStore:
         num_experts: int,
         level_bits: Sequence[int],
         level_bytes: Sequence[int],
+        rungs: NDArray[np.uint8] | None = None,
         budget_bytes: int,
         policy: Policy = "lfu",
     ) -> ExpertStore:
@@ -135,11 +168,13 @@ class ExpertStore:
         Args:
             level_bits: of each level, ascending.
             level_bytes: of an expert at each level.
+            rungs: [num_layers * num_experts], how many of the levels each expert has; None for all.
 
         Raises:
             OutOfBudget: not even one expert fits.
         """
-        n, rungs = num_layers * num_experts, len(level_bits)
+        n, levels = num_layers * num_experts, len(level_bits)
+        rungs = np.full(n, levels, np.uint8) if rungs is None else rungs
         cache = _core.Cache(
             file=None,
             num_experts=num_experts,
@@ -148,20 +183,28 @@ class ExpertStore:
             rung_widths=[[w] * 3 for w in np.diff([0, *level_bits]).tolist()],
             offsets=np.zeros(n, np.uint64),
             ends=list(level_bytes),
-            crcs=np.zeros((n, rungs), np.uint32),
+            crcs=np.zeros((n, levels), np.uint32),
+            rungs=rungs,
             layers=list(range(num_layers)),
-            max_level=rungs,
+            max_level=levels,
             budget_bytes=budget_bytes,
             verify=False,
             num_readers=1,
             policy=policy,
         )
-        return cls(cache, num_experts=num_experts, level_bits=level_bits)
+        return cls(cache, num_experts=num_experts, level_bits=level_bits, rungs=rungs)
 
     @property
     def residency(self) -> NDArray[np.int8]:
-        """Levels in memory [layers, E], 0 = absent: a live view, read only."""
+        """Levels in memory [layers, E], 0 = absent: a live view, read only.
+
+        An expert of which all that the file has is there is at the highest level, however much that is.
+        """
         return self._residency
+
+    def sizes(self, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> NDArray[np.int64]:
+        """Returns the memory of experts at some bits, [n] each; experts as layer * num_experts + expert."""
+        return self._level_bytes[np.minimum(self._levels[bits], self._rungs[experts])]
 
     def request(self, plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
         """Starts what a plan needs and returns its experts' ids in the file, and their levels."""

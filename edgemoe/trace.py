@@ -9,7 +9,8 @@ layer 0, then T of layer 1, and so on:
     tokens         u2         T in the first record of a chunk's layer, 0 in the others
     experts        u2 [K]     chosen by the router, best first
     gates          f2 [K]
-    resident       u1 [K]     level of each in memory when the layer was planned, 0 = absent
+    resident       u1 [K]     level of each in memory when the layer was planned, 0 = absent; the highest level of all
+                              where everything that the file has of it was there
     bits           u1 [K]     that each ran at, 0 = skipped
     ahead_experts  u2 [p, K]  what the routers of the next p layers chose for this layer's input, best first;
                               65535 where they were not asked. Absent when p is 0
@@ -70,7 +71,9 @@ class TraceHeader:
     level_bits: tuple[int, ...]
     """Of each level, ascending; `bits` is the last."""
     level_bytes: tuple[int, ...]
-    """Memory and reading of one expert at each level."""
+    """Memory and reading of one expert that has it, at each level."""
+    rungs: tuple[int, ...] = ()
+    """How many of the levels each expert has, layer by layer; none when all have all."""
     slots_bytes: int
     """Memory for experts."""
     scheduler: str
@@ -79,6 +82,23 @@ class TraceHeader:
     reads_ahead: bool = False
     """The scheduler asked for look-ahead, so that reads and waits are not those of single layers."""
     threads: int
+
+    @property
+    def mean_bytes(self) -> tuple[int, ...]:
+        """Returns the memory of an expert at each level, averaged over what each has, rounded down."""
+        if not self.rungs:
+            return self.level_bytes
+        sizes, rungs = np.array(self.level_bytes), np.array(self.rungs)
+        levels = range(1, len(sizes) + 1)
+        return tuple(int(sizes[np.minimum(rungs, i) - 1].mean()) for i in levels)
+
+    def own_bits(self) -> NDArray[np.uint8] | None:
+        """Returns the most bits that each expert has, [layers, E]; None when all have all."""
+        if not self.rungs:
+            return None
+        rungs = np.array(self.rungs).reshape(self.num_layers, self.num_experts)
+        bits: NDArray[np.uint8] = np.array(self.level_bits, np.uint8)[rungs - 1]
+        return bits
 
 
 def record(experts_per_token: int, look_ahead: int = 0) -> np.dtype[Any]:
@@ -117,6 +137,7 @@ class TraceWriter(Observer):
         self._dtype = record(header.experts_per_token, header.look_ahead)
         self._file = open(path, "wb")  # noqa: SIM115 (closed by `close`)
         self._file.write(json.dumps(asdict(header)).encode() + b"\n")
+        self._own = header.own_bits()
         self._position = 0
         self._blocks: list[NDArray[Any]] = []
         self._num_rows = 0
@@ -224,6 +245,9 @@ class TraceWriter(Observer):
             self._times.append((0.0, 0.0, 0.0, 0))
             self._planned = None
         rows = np.concatenate(self._blocks)
+        if self._own is not None:  # plans ask all alike
+            own = self._own[rows["layer"].astype(int)[:, None], rows["experts"]]
+            rows["bits"] = np.minimum(rows["bits"], own)
         first = np.flatnonzero(rows["tokens"])
         before, experts, wait, bytes_read = zip(*self._times, strict=True)
         rows["before_us"][first] = np.array(before) * 1e6
@@ -296,6 +320,10 @@ def _check(header: TraceHeader) -> None:
     bits = header.level_bits
     if not all(type(b) is int and 1 <= b <= 8 for b in bits) or list(bits) != sorted(set(bits)):
         raise ValueError
+    if not all(type(r) is int and 1 <= r <= len(bits) for r in header.rungs):
+        raise ValueError
+    if len(header.rungs) not in (0, header.num_layers * header.num_experts):
+        raise ValueError
     if len(bits) != len(header.level_bytes) or not bits or header.bits != bits[-1]:
         raise ValueError
 
@@ -316,8 +344,8 @@ def read(path: str | os.PathLike[str]) -> Trace:
     if version != _VERSION:
         raise FormatError(f"{path}: trace version {version}; expected {_VERSION}, record it again")
     try:
-        for name in ("level_bits", "level_bytes"):
-            fields[name] = tuple(fields[name])
+        for name in ("level_bits", "level_bytes", "rungs"):
+            fields[name] = tuple(fields.get(name, ()))
         header = TraceHeader(**fields)
         _check(header)
         dtype = record(header.experts_per_token, header.look_ahead)

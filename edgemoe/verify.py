@@ -47,6 +47,6 @@ def _pieces(moe: MoeFile) -> Iterator[tuple[int, int, int, str]]:
     count, starts = moe.config.num_experts, (0, *moe.experts.ends)
     for row, offset in enumerate(moe.experts.offsets.tolist()):
         layer, expert = moe.config.moe_layers[row // count], row % count
-        for rung, end in enumerate(moe.experts.ends):
+        for rung, end in enumerate(moe.experts.ends[: moe.experts.rungs[row]]):
             name = f"expert {expert} of layer {layer}, rung {rung}"
             yield offset + starts[rung], end - starts[rung], int(moe.experts.crcs[row, rung]), name

@@ -34,6 +34,7 @@ from edgemoe.quant import (
     GROUP,
     LEVEL_WEIGHTS,
     ROUNDING_WEIGHTS,
+    Allocation,
     Calibration,
     quantize,
 )
@@ -61,6 +62,7 @@ class Writer:
         sections: Mapping[str, bytes],
         source: Mapping[str, Any],
         calibration: Calibration | None = None,
+        allocation: Allocation | None = None,
         threads: int = 0,
     ) -> None:
         """Plans the file and opens or resumes `path`.part.
@@ -70,9 +72,11 @@ class Writer:
             sections: the tokenizer's files and the like, by name; empty ones are left out.
             source: JSON values that say where the weights and the calibration came from; a change starts over.
             calibration: what flows into the matrices; the quantiser then minimises the error of what comes out.
+            allocation: of each expert only so many bits are stored; None stores `bits` of all.
 
         Raises:
             ValueError: bits are not on the ladder.
+            FormatError: the allocation is of another model, or asks for more than `bits`.
             OSError: the disk is too small (ENOSPC) or not writable.
         """
         if bits not in DEFAULT_LADDER:
@@ -84,6 +88,11 @@ class Writer:
         self._log_path = self._path.with_name(self._path.name + ".part.log")
         self._config = config
         self._ladder = DEFAULT_LADDER[: DEFAULT_LADDER.index(bits) + 1]
+        self._rungs = np.full(len(config.moe_layers) * config.num_experts, len(self._ladder))
+        if allocation is not None:
+            allocation.check(config, self._ladder, "allocation")
+            self._rungs = np.searchsorted(self._ladder, allocation.bits.reshape(-1)) + 1
+        self._expert_ladder = self._ladder[: int(self._rungs.max())]
         self._calibration = calibration
         self._threads = threads or hardware.num_threads()
         self._specs = dense_tensors(config)
@@ -105,14 +114,15 @@ class Writer:
             sizes = tensor_bytes(spec, self._ladder)
             self._places[name] = (at, sizes)
             at = align(at + sum(sizes))
-        sizes = expert_rung_bytes(config, [(b, b, b) for b in self._ladder])
+        all_sizes = expert_rung_bytes(config, [(b, b, b) for b in self._expert_ladder])
+        rungs = iter(self._rungs.tolist())
         for layer in config.moe_layers:
             for index in range(config.num_experts):
+                sizes = all_sizes[: next(rungs)]
                 self._places[f"experts.{layer}.{index}"] = (at, sizes)
                 at = align(at + sum(sizes))
         self._tail = at
-        rows = len(config.moe_layers) * config.num_experts
-        table = rows * (8 + 8 * len(self._ladder))
+        table = len(self._rungs) * (8 + 8 * len(self._expert_ladder))
         self.total_bytes = at + sum(align(len(v)) for v in self._sections.values()) + align(table)
 
     def _fingerprint(self) -> str:
@@ -120,6 +130,7 @@ class Writer:
         plan = [
             self._config.to_json(),
             self._ladder,
+            self._rungs.tolist(),
             self._source,
             sections,
             LEVEL_WEIGHTS.tolist(),
@@ -234,7 +245,8 @@ class Writer:
             if w.shape != shape:
                 raise FormatError(f"{name}.{part}: expected shape {shape}, got {w.shape}")
             rungs.append(self._quantize(f"{name}.{part}", w))
-        self._write(name, [np.concatenate(parts) for parts in zip(*rungs, strict=True)])
+        stored = [np.concatenate(parts) for parts in zip(*rungs, strict=True)]
+        self._write(name, stored[: len(self._places[name][1])])
 
     def _quantize(self, name: str, w: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
         try:
@@ -326,7 +338,7 @@ class Writer:
         index = json.dumps(
             {
                 "config": self._config.to_json(),
-                "ladder": [[b, b, b] for b in self._ladder],
+                "ladder": [[b, b, b] for b in self._expert_ladder],
                 "dense_ladder": list(self._ladder),
                 "group": GROUP,
                 "tensors": tensors,
@@ -357,9 +369,10 @@ class Writer:
             for index in range(self._config.num_experts):
                 name = f"experts.{layer}.{index}"
                 offset, sizes = self._places[name]
-                ends = np.cumsum(sizes)
-                pairs = np.array(list(zip(ends, self._crcs[name], strict=True)), "<u4")
-                out += offset.to_bytes(8, "little") + pairs.tobytes()
+                pairs = list(zip(np.cumsum(sizes).tolist(), self._crcs[name], strict=True))
+                lacks = len(self._expert_ladder) - len(pairs)
+                pairs += [(sum(sizes), 0)] * lacks
+                out += offset.to_bytes(8, "little") + np.array(pairs, "<u4").tobytes()
         return bytes(out)
 
     def _close(self) -> None:

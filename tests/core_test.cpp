@@ -44,7 +44,7 @@ const std::vector<uint8_t> kWidths = {2, 1, 1, 2, 2};
 /// A file of quantised experts, deleted at the end.
 struct ExpertFile {
   std::string path = "/tmp/edgemoe_core_test_XXXXXX";
-  ExpertTable table{{}, {}, {0}};
+  ExpertTable table{{}, {}, std::vector<uint8_t>(kExperts, 5), {0}};
   std::vector<uint32_t> ends;
 
   ExpertFile() {

@@ -49,7 +49,8 @@ class Decoded:
         ladders = [np.diff([0, *bits]) for bits in zip(*moe.ladder, strict=True)]
         rungs: list[list[Array]] = [[], [], []]
         at = int(moe.experts.offsets[row])
-        for rung in range(len(moe.ladder)):
+        have = int(moe.experts.rungs[row])
+        for rung in range(have):
             for part, (rows, cols) in enumerate(shapes):
                 tiles = -(-rows // 16) * -(-cols // 64)
                 size = tiles * 128 * int(ladders[part][rung])
@@ -58,7 +59,7 @@ class Decoded:
                 rungs[part].append(self._bytes[at : at + size])
                 at += size
         gate, up, down = (
-            reference_nested.decode_rungs(rungs[part], ladders[part], *shapes[part])
+            reference_nested.decode_rungs(rungs[part], ladders[part][:have], *shapes[part])
             for part in range(3)
         )
         return gate, up, down

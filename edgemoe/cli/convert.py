@@ -52,19 +52,25 @@ def _convert(args: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such directory")
     from edgemoe.convert.convert import convert
-    from edgemoe.quant import DEFAULT_LADDER, Calibration
+    from edgemoe.quant import DEFAULT_LADDER, Allocation, Calibration
 
     if args.bits not in DEFAULT_LADDER:  # Carving takes minutes before the writer would say so.
         levels = ", ".join(map(str, DEFAULT_LADDER))
         raise ValueError(f"--bits: expected one of {levels}, got {args.bits}")
     calibration = None if args.calibration is None else Calibration(args.calibration)
+    allocation = None
+    if args.allocation is not None:
+        allocation = Allocation.from_json(args.allocation.read_bytes(), str(args.allocation))
     source = _carved(args.source) if args.carve else _checkpoint(args.source)
     if "tokenizer.json" not in source.files:
         note(
             f"{_PROG}: {source.name}: no tokenizer.json; the file will take and give token ids only"
         )
     with Progress(f"writing {out.name}", unit="B") as progress:
-        convert(source, out, bits=args.bits, calibration=calibration, progress=progress)
+        convert(
+            source, out, bits=args.bits, calibration=calibration, allocation=allocation,
+            progress=progress,
+        )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {_gib(out.stat().st_size)}")
 
 
@@ -134,6 +140,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="of `edgemoe calibrate`, made with an earlier conversion of the same checkpoint; with its "
         "--full matrices every level comes much closer to the checkpoint",
+    )
+    parser.add_argument(
+        "--allocation",
+        type=Path,
+        metavar="FILE",
+        help="of `edgemoe allocate`: store only these bits of each expert, a smaller file that runs as the whole one "
+        "would with --bits auto",
     )
     parser.add_argument("--carve", action="store_true", help="cut a dense model into experts")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.moe if it exists")

@@ -79,6 +79,10 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
     )
     yield f"  made from {about['source'].get('name', 'an unnamed checkpoint')}"
     yield f"  {about['scheme']}"
+    held = about["experts"]["with_bits"]
+    if len(held) > 1:
+        counts = ", ".join(f"{count} of {bits}" for bits, count in held.items())
+        yield f"  experts of {about['experts']['average_bits']:.3f} bits on average: {counts}"
     yield ""
     yield "| level | gate, up, down | experts | dense bits | all else | bits/weight |"
     yield "|---|---|---|---|---|---|"
@@ -93,7 +97,7 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
     experts = about["experts"]
     yield (
         f"| {experts['count']} × expert | 3 × [{c.expert_hidden}, {c.hidden_size}] | nested "
-        f"| {_size(experts['count'] * experts['record_bytes'])} |"
+        f"| {_size(experts['bytes'])} |"
     )
     for name, kind, shape, count, size in groups(moe):
         times = f"{count} × " if count > 1 else ""

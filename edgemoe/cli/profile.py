@@ -289,7 +289,7 @@ def _budget(text: str, trace: Trace) -> int:
     from edgemoe.budget import parse_size
 
     header = trace.header
-    everything = header.num_layers * header.num_experts * header.level_bytes[-1]
+    everything = header.num_layers * header.num_experts * header.mean_bytes[-1]
     if not text.endswith("%"):
         return parse_size(text)
     try:

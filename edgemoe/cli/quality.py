@@ -21,6 +21,7 @@ from edgemoe.errors import FormatError
 
 if TYPE_CHECKING:
     from edgemoe.format import MoeFile
+    from edgemoe.lab.levels import Level
     from edgemoe.lab.logprobs import LogProbs
     from edgemoe.lab.quality import Quality, Sample, Trial
 
@@ -88,7 +89,9 @@ def _run(args: argparse.Namespace) -> None:
                     quality = measure(
                         args.model, trial, sample, reference=reference, progress=progress
                     )
-            size = bits_per_weight(sizes, quality.average_bits, trial.dense_bits)
+            size = bits_per_weight(
+                sizes, _average_bits(moe, sizes, trial, quality), trial.dense_bits
+            )
             rows.append(_row(trial, size, quality))
             print(quality_line(rows[-1]), flush=True)
     note(f"# {about}; {sample.positions} positions")
@@ -138,6 +141,7 @@ def _level_or_auto(text: str) -> int | str:
 def _trial(
     args: argparse.Namespace, moe: MoeFile, scheduler: str, bits: int | Literal["auto"]
 ) -> Trial:
+    from edgemoe.lab.levels import dense_bits_at
     from edgemoe.lab.quality import Trial
     from edgemoe.scheduler import SCHEDULERS
 
@@ -145,19 +149,15 @@ def _trial(
         raise ValueError(f"--scheduler: expected one of {', '.join(SCHEDULERS)}, got {scheduler}")
     if args.dense_bits is not None:
         moe.dense_level(args.dense_bits)
-    if bits == "auto" and "allocation" not in moe.sections:
+    differ = (moe.experts.rungs != len(moe.ladder)).any()
+    if bits == "auto" and "allocation" not in moe.sections and not differ:
         raise ValueError(f"--bits auto: {moe.path} holds no allocation; edgemoe allocate makes one")
-    dense = args.dense_bits or _dense_bits(moe, moe.ladder[-1][0] if bits == "auto" else bits)
+    dense = args.dense_bits or dense_bits_at(moe, None if bits == "auto" else bits)
     return Trial(
         bits=bits, dense_bits=dense, scheduler=scheduler, options=read_settings(args.set),
         cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v, ram=args.ram,
         threads=args.threads, verify=not args.no_verify, decode=args.decode,
     )  # fmt: skip
-
-
-def _dense_bits(moe: MoeFile, bits: int) -> int:
-    """Returns the bits of dense matrices at the rung where experts have `bits`."""
-    return moe.dense_ladder[min(moe.level(bits), len(moe.dense_ladder)) - 1]
 
 
 # ------------------------------------------------------------ text and reference
@@ -168,6 +168,7 @@ def _reference(
 ) -> tuple[Sample, str, LogProbs, Trial | None, Quality | None]:
     """Returns what is measured on, a line about it, the reference, and what of this file that has measured already."""
     from edgemoe.format import open_moe
+    from edgemoe.lab.levels import dense_bits_at
     from edgemoe.lab.logprobs import LogProbs
     from edgemoe.lab.quality import Sample, Trial, first_token, recorded
     from edgemoe.tokenizer import Tokenizer
@@ -207,7 +208,7 @@ def _reference(
             raise ValueError(f"--reference: {given} has another vocabulary than {moe.path}")
         bits = other.ladder[-1][0]
     trial = Trial(
-        bits=bits, dense_bits=_dense_bits(other, bits), scheduler=_EXACT, ram=args.ram,
+        bits=bits, dense_bits=dense_bits_at(other, bits), scheduler=_EXACT, ram=args.ram,
         threads=args.threads, verify=not args.no_verify,
     )  # fmt: skip
     with Progress(f"reference, {bits} bits", unit="chunk") as progress:
@@ -267,6 +268,15 @@ def _shape(sample: Sample) -> str:
 
 
 # ------------------------------------------------------------ results
+
+
+def _average_bits(moe: MoeFile, sizes: list[Level], trial: Trial, quality: Quality) -> float:
+    """Returns the mean bits of an expert: of all alike where they are known, else of those that ran."""
+    if trial.scheduler == _EXACT and (trial.bits != "auto" or "allocation" not in moe.sections):
+        return next(
+            size.average_bits for size in reversed(sizes) if trial.bits in ("auto", size.bits)
+        )
+    return quality.average_bits
 
 
 def _row(trial: Trial, size: float, quality: Quality) -> dict[str, Any]:

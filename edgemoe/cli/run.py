@@ -86,6 +86,12 @@ def _run(args: Namespace) -> int:
 
         for line in engine.notes:
             note(f"# {line}")
+        bits = engine.expert_bits
+        if (
+            not any(line.startswith("lossy: experts") for line in engine.notes)
+            and bits.min() < bits.max()
+        ):
+            note(f"# experts of {bits.mean():.2f} bits on average, {bits.min()} to {bits.max()}")
         if args.warm:
             _warm(engine, args.profile)
         params = _sampling(args, engine.sampling)

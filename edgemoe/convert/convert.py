@@ -10,7 +10,7 @@ from typing import Any
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.source import SourceModel
-from edgemoe.quant import Calibration
+from edgemoe.quant import Allocation, Calibration
 from edgemoe.tokenizer import Tokenizer
 from edgemoe.writer import Writer
 
@@ -28,6 +28,7 @@ def convert(
     *,
     bits: int = 8,
     calibration: Calibration | None = None,
+    allocation: Allocation | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Writes `source` to `out`, which appears under its name only when it is whole.
@@ -40,10 +41,12 @@ def convert(
         out: the `.moe` file to make.
         bits: precision that is stored, a level of the file's ladder.
         calibration: of this model, as `edgemoe calibrate` makes it; without one every input counts alike.
+        allocation: of this model, as `edgemoe allocate` finds it: of each expert only so many bits are stored.
         progress: called after every tensor and expert.
 
     Raises:
-        FormatError: the checkpoint is broken or not supported, or the calibration is of another model.
+        FormatError: the checkpoint is broken or not supported, or the calibration or allocation is of another
+            model or asks for more than `bits`.
         ValueError: `bits` is not a level.
         OSError: the disk is too small, or reading or writing failed.
     """
@@ -60,9 +63,12 @@ def convert(
     if calibration is not None:
         calibration.check(config)
         provenance["calibration"] = {**calibration.meta, "checksum": _checksum(calibration.path)}
+    if allocation is not None:
+        provenance["allocation"] = {"method": allocation.method, **allocation.settings}
     with Writer(
-        out, config, bits=bits, sections=source.files, source=provenance, calibration=calibration
-    ) as writer:
+        out, config, bits=bits, sections=source.files, source=provenance, calibration=calibration,
+        allocation=allocation,
+    ) as writer:  # fmt: skip
 
         def report() -> None:
             if progress is not None:

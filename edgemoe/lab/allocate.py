@@ -93,6 +93,13 @@ def allocate(
     if settings.max_loss is not None:
         used["max_loss"] = settings.max_loss
     layers = moe.config.moe_layers
+    lacking = np.argwhere(bits > moe.expert_bits)
+    if len(lacking):
+        i, e = lacking[0].tolist()
+        raise ValueError(
+            f"{method}: wants {bits[i, e]} bits of expert {e} of layer {layers[i]}, of which the file has "
+            f"{moe.expert_bits[i, e]}; allocate on a file that has all bits of all experts"
+        )
     protected = tuple((layers[i], e) for i, e in model.protected)
     return Allocation(method=method, settings=used, layers=layers, bits=bits, protected=protected)
 
@@ -176,8 +183,10 @@ class _Model:
         self, cost: Floats, levels: Sequence[int], one: Sequence[int] = ()
     ) -> rules.Choice:
         """Solves for all layers at once, or for each alone; cost [L, E, B]."""
+        lacks = np.array(levels) > self.moe.expert_bits[:, :, None]
         for layer, expert in self.protected:
-            cost[layer, expert, :-1] = np.inf
+            cost[layer, expert, : max((~lacks[layer, expert]).sum() - 1, 0)] = np.inf
+        cost = np.where(lacks, np.inf, cost)
         L, E = self.shape
         if not self.settings.per_layer:
             total = int(self.average * L * E + 1e-9)

@@ -9,7 +9,7 @@ import numpy as np
 
 from edgemoe.format import MoeFile
 
-__all__ = ["Level", "bits_per_weight", "levels"]
+__all__ = ["Level", "bits_per_weight", "dense_bits_at", "levels"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,8 +20,10 @@ class Level:
     """By which the level is called: those of w_gate."""
     ladder: tuple[int, int, int]
     """Bits of w_gate, w_up and w_down."""
+    average_bits: float
+    """Of an expert, of those that have fewer than this level too."""
     dense_bits: int
-    """Bits of the other matrices at the same rung."""
+    """Bits of the other matrices: at the same rung, and all of them at the last."""
     expert_bytes: int
     """Of all routed experts."""
     dense_bytes: int
@@ -40,20 +42,28 @@ class Level:
         return 8 * self.bytes / (self.expert_weights + self.dense_weights)
 
 
+def dense_bits_at(moe: MoeFile, bits: int | None) -> int:
+    """Returns the bits of dense matrices that go with a level of the experts; None for the highest."""
+    level = moe.level(bits)
+    highest = level == len(moe.ladder)
+    return moe.dense_ladder[-1 if highest else min(level, len(moe.dense_ladder)) - 1]
+
+
 def levels(moe: MoeFile) -> list[Level]:
     """Returns a file's levels, ascending."""
     config, count = moe.config, len(moe.experts.offsets)
     nested = [t for t in moe.tensors.values() if t.spec.kind == "nested"]
     dense_weights = sum(int(np.prod(t.spec.shape)) for t in nested)
     out = []
-    for rung, (ladder, end) in enumerate(zip(moe.ladder, moe.experts.ends, strict=True)):
-        dense_rung = min(rung, len(moe.dense_ladder) - 1)
+    for rung, ladder in enumerate(moe.ladder):
+        dense_rung = moe.dense_ladder.index(dense_bits_at(moe, ladder[0]))
         out.append(
             Level(
                 bits=ladder[0],
                 ladder=ladder,
+                average_bits=float(np.minimum(moe.expert_bits, ladder[0]).mean()),
                 dense_bits=moe.dense_ladder[dense_rung],
-                expert_bytes=count * end,
+                expert_bytes=int(moe.experts.sizes(rung + 1).sum()),
                 dense_bytes=sum(sum(t.lengths[: dense_rung + 1]) for t in nested),
                 expert_weights=count * 3 * config.hidden_size * config.expert_hidden,
                 dense_weights=dense_weights,
@@ -71,7 +81,7 @@ def bits_per_weight(all_levels: Sequence[Level], average_bits: float, dense_bits
     dense = next(level for level in all_levels if level.dense_bits == dense_bits)
     experts = np.interp(
         average_bits,
-        [level.bits for level in all_levels],
+        [level.average_bits for level in all_levels],
         [8 * level.expert_bytes / level.expert_weights for level in all_levels],
     )
     total = dense.expert_weights + dense.dense_weights

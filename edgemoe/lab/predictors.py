@@ -91,7 +91,7 @@ def predictions(trace: Trace, timing: Timing | None) -> list[Prediction]:
         if timing is None:
             in_time = arrived = float("nan")
         else:
-            size = header.level_bytes[-1]
+            size = header.mean_bytes[-1]
             space = room[max(d, 1)][test, first:]
             fits = missing & (missing.cumsum(axis=2) * size <= space[..., None])
             brought = (fits & right).sum()
@@ -165,7 +165,7 @@ def _room(trace: Trace, timing: Timing | None) -> tuple[NDArray[np.bool_], dict[
     needed = np.take_along_axis(
         absent, trace.by_token("experts", single=True).astype(np.int64), axis=2
     ).sum(axis=2)
-    spare = experts - needed * header.level_bytes[-1] / timing.rate - timing.latency_us
+    spare = experts - needed * header.mean_bytes[-1] / timing.rate - timing.latency_us
     room: dict[int, Floats] = {}
     for d in range(1, max(header.look_ahead, 1) + 1):
         time_us = np.zeros(before.shape)

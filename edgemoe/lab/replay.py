@@ -130,7 +130,7 @@ def setting(
         experts_per_token=header.experts_per_token,
         bits=header.bits,
         level_bits=header.level_bits,
-        level_bytes=header.level_bytes,
+        level_bytes=header.mean_bytes,
         slots_bytes=budget_bytes,
         sections=sections or {},
     )
@@ -182,6 +182,7 @@ def replay(
     store = ExpertStore.dry(
         num_layers=header.num_layers, num_experts=header.num_experts,
         level_bits=header.level_bits, level_bytes=header.level_bytes, budget_bytes=budget_bytes,
+        rungs=np.array(header.rungs, np.uint8) if header.rungs else None,
         policy=policy if scheduler.priorities is None else scheduler.priorities,
     )  # fmt: skip
     pipeline = None if timing is None else _Player(timing, header)
@@ -241,6 +242,9 @@ class _Player:
         self._timing = timing
         self._E = header.num_experts
         self._sizes = [0, *header.level_bytes]
+        self._mean = header.mean_bytes[-1]
+        every = header.num_layers * header.num_experts
+        self._rungs = header.rungs or (len(header.level_bytes),) * every
         self._levels = np.zeros(9, np.int64)
         self._levels[list(header.level_bits)] = np.arange(1, len(header.level_bits) + 1)
 
@@ -259,11 +263,13 @@ class _Player:
         timing, sizes = self._timing, self._sizes
         single = len(plan.gates) == 1
         before = timing.before_us[plan.layer] if single else time_us[0]
-        have = residency[plan.layer][plan.experts].tolist()
-        need = self._levels[plan.bits].tolist()
+        wanted = (plan.experts + plan.layer * self._E).tolist()
+        most = [self._rungs[e] for e in wanted]
+        have = list(map(min, residency[plan.layer][plan.experts].tolist(), most))
+        need = list(map(min, self._levels[plan.bits].tolist(), most))
         # Compute is as the bytes that it reads from memory; a chunk's was measured, with as many tokens.
         one = (
-            timing.expert_us / sizes[-1]
+            timing.expert_us / self._mean
             if single
             else time_us[1] / max(1, sum(map(sizes.__getitem__, need)))
         )
@@ -284,8 +290,7 @@ class _Player:
                     plan.ahead.tolist(), had.tolist(), flat[plan.ahead].tolist(), strict=True
                 ):
                     if now > was:
-                        ahead.append((e, sizes[now] - sizes[was]))
-            wanted = (plan.experts + plan.layer * self._E).tolist()
+                        ahead.append((e, sizes[min(now, self._rungs[e])] - sizes[was]))
             self._pipeline.layer(before, ready, reads, wanted=wanted, ahead=ahead)
 
         return finish

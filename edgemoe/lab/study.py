@@ -74,7 +74,7 @@ def study(
         sections: of the model's file, where a scheduler may have tables of its own.
     """
     header = trace.header
-    everything = header.num_layers * header.num_experts * header.level_bytes[-1]
+    everything = header.num_layers * header.num_experts * header.mean_bytes[-1]
     tape, control = Tape(trace), Tape(trace, shuffle=True)
     rows: list[dict[str, Any]] = []
     total = len(ways) * len(budgets)

@@ -23,8 +23,8 @@ def summary(moe: MoeFile) -> dict[str, Any]:
     """Returns everything about a file but its weights and texts.
 
     Keys: file, bytes, config, source, scheme, levels (bytes and bits per weight of each), tensors (kind, shape, offset,
-    and bytes and checksum of each rung), experts (count, bytes and checksums are those of the file's own table),
-    sections (bytes), and the content of those that measurements have added.
+    and bytes and checksum of each rung), experts (count, bytes of all, end of each rung, mean bits, how many have
+    which bits), sections (bytes), and the content of those that measurements have added.
     """
     added = {name: _json(moe.sections[name]) for name in _MEASURED if name in moe.sections}
     return {
@@ -55,8 +55,13 @@ def summary(moe: MoeFile) -> dict[str, Any]:
         },
         "experts": {
             "count": len(moe.experts.offsets),
-            "record_bytes": moe.experts.ends[-1],
+            "bytes": int(moe.experts.sizes(len(moe.ladder)).sum()),
             "rung_ends": list(moe.experts.ends),
+            "average_bits": float(moe.expert_bits.mean()),
+            "with_bits": {
+                str(b): int(n)
+                for b, n in zip(*np.unique(moe.expert_bits, return_counts=True), strict=True)
+            },
         },
         "sections": {name: len(data) for name, data in sorted(moe.sections.items())},
         **added,

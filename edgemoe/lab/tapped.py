@@ -16,7 +16,7 @@ from edgemoe.format import MoeFile
 from edgemoe.model import Decoder, KvCache, KvTypes
 from edgemoe.ops import OpsShape
 from edgemoe.scheduler import OnDemand, Setting
-from edgemoe.store import ExpertStore, load_dense
+from edgemoe.store import ExpertStore, level_bytes, load_dense
 from edgemoe.tap import Tap, TapOps
 
 __all__ = ["Sums", "TappedModel"]
@@ -73,7 +73,7 @@ class TappedModel:
         setting = Setting(
             num_layers=len(config.moe_layers), num_experts=config.num_experts,
             experts_per_token=config.experts_per_token, bits=bits, level_bits=levels,
-            level_bytes=moe.experts.ends, slots_bytes=budget.slots,
+            level_bytes=level_bytes(moe, level), slots_bytes=budget.slots,
         )  # fmt: skip
         self._store = ExpertStore.open(moe, bits=bits, budget_bytes=budget.slots, verify=True)
         parts = np.empty((max_parts, config.hidden_size), np.float32)

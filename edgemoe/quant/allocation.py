@@ -90,14 +90,22 @@ class Allocation:
                 raise
             raise FormatError(f"{where}: not an allocation of edgemoe") from None
 
-    def check(self, config: ModelConfig, levels: tuple[int, ...], where: str) -> None:
+    def check(
+        self,
+        config: ModelConfig,
+        levels: tuple[int, ...],
+        where: str,
+        *,
+        most: NDArray[np.int8] | None = None,
+    ) -> None:
         """Checks that a model can run it.
 
         Args:
             levels: bits of the file's levels.
+            most: [L, E], bits that the file has of each expert; None for all of the levels.
 
         Raises:
-            FormatError: it is of another model.
+            FormatError: it is of another model, or asks for what the file lacks.
         """
         expected = (len(config.moe_layers), config.num_experts)
         if self.layers != config.moe_layers or self.bits.shape != expected:
@@ -109,4 +117,10 @@ class Allocation:
         if unknown:
             raise FormatError(
                 f"{where}: asks for {unknown[0]} bits; the file has {', '.join(map(str, levels))}"
+            )
+        if most is not None and (self.bits > most).any():
+            row, expert = np.argwhere(self.bits > most)[0].tolist()
+            raise FormatError(
+                f"{where}: asks for {self.bits[row, expert]} bits of expert {expert} of layer {self.layers[row]}; "
+                f"the file has {most[row, expert]}"
             )

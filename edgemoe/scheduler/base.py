@@ -29,7 +29,11 @@ class Setting:
     level_bits: tuple[int, ...]
     """Bits of the file's levels up to `bits`, ascending: level i + 1 has level_bits[i]."""
     level_bytes: tuple[int, ...]
-    """Memory and reading of one expert at these levels."""
+    """Memory and reading of one expert at these levels; the mean where experts differ in what they have.
+
+    An expert that lacks a level is planned like all others: it gives what it has, and is resident at the highest level
+    once that is there.
+    """
     slots_bytes: int
     """Memory for experts."""
     sections: Mapping[str, bytes] = field(default_factory=dict)
