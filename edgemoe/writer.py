@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -63,6 +64,8 @@ class Writer:
         source: Mapping[str, Any],
         calibration: Calibration | None = None,
         allocation: Allocation | None = None,
+        favour: int | None = None,
+        down_bits: Sequence[int] | None = None,
         threads: int = 0,
     ) -> None:
         """Plans the file and opens or resumes `path`.part.
@@ -73,9 +76,12 @@ class Writer:
             source: JSON values that say where the weights and the calibration came from; a change starts over.
             calibration: what flows into the matrices; the quantiser then minimises the error of what comes out.
             allocation: of each expert only so many bits are stored; None stores `bits` of all.
+            favour: bits of the level whose error matters most. None: all levels that are stored, but with an allocation
+                the last of each expert, as it will mostly run at that.
+            down_bits: bits of experts' w_down at each level; None for those of the other two.
 
         Raises:
-            ValueError: bits are not on the ladder.
+            ValueError: bits are not on the ladder, `favour` is not one of the levels, or `down_bits` do not climb.
             FormatError: the allocation is of another model, or asks for more than `bits`.
             OSError: the disk is too small (ENOSPC) or not writable.
         """
@@ -88,11 +94,23 @@ class Writer:
         self._log_path = self._path.with_name(self._path.name + ".part.log")
         self._config = config
         self._ladder = DEFAULT_LADDER[: DEFAULT_LADDER.index(bits) + 1]
+        if favour not in (None, *self._ladder):
+            raise ValueError(
+                f"favour: expected one of {', '.join(map(str, self._ladder))}, got {favour}"
+            )
+        down = tuple(self._ladder if down_bits is None else down_bits)
+        if len(down) != len(self._ladder) or not all(a < b <= 8 for a, b in pairwise((0, *down))):
+            raise ValueError(
+                f"down bits: expected {len(self._ladder)} that climb to at most 8, got {down}"
+            )
         self._rungs = np.full(len(config.moe_layers) * config.num_experts, len(self._ladder))
         if allocation is not None:
             allocation.check(config, self._ladder, "allocation")
             self._rungs = np.searchsorted(self._ladder, allocation.bits.reshape(-1)) + 1
-        self._expert_ladder = self._ladder[: int(self._rungs.max())]
+        levels = int(self._rungs.max())
+        self._expert_ladder = list(zip(self._ladder, self._ladder, down, strict=True))[:levels]
+        self._favoured = None if favour is None else self._ladder.index(favour) + 1
+        self._favours_own = allocation is not None and favour is None
         self._calibration = calibration
         self._threads = threads or hardware.num_threads()
         self._specs = dense_tensors(config)
@@ -114,7 +132,7 @@ class Writer:
             sizes = tensor_bytes(spec, self._ladder)
             self._places[name] = (at, sizes)
             at = align(at + sum(sizes))
-        all_sizes = expert_rung_bytes(config, [(b, b, b) for b in self._expert_ladder])
+        all_sizes = expert_rung_bytes(config, self._expert_ladder)
         rungs = iter(self._rungs.tolist())
         for layer in config.moe_layers:
             for index in range(config.num_experts):
@@ -131,6 +149,8 @@ class Writer:
             self._config.to_json(),
             self._ladder,
             self._rungs.tolist(),
+            self._expert_ladder,
+            [self._favoured, self._favours_own],
             self._source,
             sections,
             LEVEL_WEIGHTS.tolist(),
@@ -216,7 +236,7 @@ class Writer:
         if array.shape != spec.shape:
             raise FormatError(f"{name}: expected shape {spec.shape}, got {array.shape}")
         if spec.kind == "nested":
-            self._write(name, self._quantize(name, array))
+            self._write(name, self._quantize(name, array, self._ladder, self._favoured))
         else:
             if not np.isfinite(array).all():
                 raise FormatError(f"{name}: a value is not finite")
@@ -241,19 +261,26 @@ class Writer:
         if name not in self._places:
             raise FormatError(f"{name}: not an expert of this model")
         rungs = []
-        for part, w, shape in (("gate", gate, (h, d)), ("up", up, (h, d)), ("down", down, (d, h))):
+        levels = len(self._places[name][1])
+        favour = levels if self._favours_own else self._favoured and min(self._favoured, levels)
+        matrices = (("gate", gate, (h, d)), ("up", up, (h, d)), ("down", down, (d, h)))
+        for (part, w, shape), ladder in zip(
+            matrices, zip(*self._expert_ladder, strict=True), strict=True
+        ):
             if w.shape != shape:
                 raise FormatError(f"{name}.{part}: expected shape {shape}, got {w.shape}")
-            rungs.append(self._quantize(f"{name}.{part}", w))
-        stored = [np.concatenate(parts) for parts in zip(*rungs, strict=True)]
-        self._write(name, stored[: len(self._places[name][1])])
+            rungs.append(self._quantize(f"{name}.{part}", w, ladder[:levels], favour))
+        self._write(name, [np.concatenate(parts) for parts in zip(*rungs, strict=True)])
 
-    def _quantize(self, name: str, w: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
+    def _quantize(
+        self, name: str, w: NDArray[np.float32], ladder: Sequence[int], favour: int | None
+    ) -> list[NDArray[np.uint8]]:
         try:
             return quantize(
                 np.ascontiguousarray(w, np.float32),
-                self._ladder,
+                ladder,
                 second_moments=self._second_moments(name),
+                favour=favour,
                 threads=self._threads,
             )
         except ValueError as e:
@@ -338,7 +365,7 @@ class Writer:
         index = json.dumps(
             {
                 "config": self._config.to_json(),
-                "ladder": [[b, b, b] for b in self._expert_ladder],
+                "ladder": self._expert_ladder,
                 "dense_ladder": list(self._ladder),
                 "group": GROUP,
                 "tensors": tensors,

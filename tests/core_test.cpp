@@ -79,6 +79,7 @@ struct ExpertFile {
         table.crcs.push_back(crc32c(rung.data(), rung.size()));
       }
       table.offsets.push_back(at);
+      if (e % 3 == 2) table.rungs[size_t(e)] = uint8_t(1 + e / 3);  // as where the rest was not stored
       at = round_up(at + end, kPage);
     }
     CHECK(ftruncate(fd, off_t(at)) == 0);

@@ -44,6 +44,11 @@ def test_command_reports_in_lines_where_there_is_no_terminal(checkpoint, tmp_pat
         (("convert", "absent", "x.moe"), 1, "edgemoe convert: absent: no such directory"),
         (("convert", "absent", "no/x.moe"), 1, "edgemoe convert: no: no such directory"),
         (("convert", "absent", "x.moe", "--bits", "5"), 2, "--bits: expected one of 2, 3, 4, 6"),
+        (
+            ("convert", "absent", "x.moe", "--bits", "4", "--favour", "6"),
+            2,
+            "--favour: expected a level up to --bits 4, got 6",
+        ),
         (("convert", "absent", "x.moe", "--carve"), 1, "absent: no such directory"),
         (("convert", "x.gguf", "x.moe"), 2, "a .gguf file is read with --carve only"),
     ],

@@ -16,16 +16,17 @@ from test_engine import GREEDY, with_slots
 from tiny import tiny_checkpoint
 
 import edgemoe
-from edgemoe import _core
+from edgemoe import _core, writer
 from edgemoe.cli.main import main
 from edgemoe.convert.convert import convert
+from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 from edgemoe.format import ALIGNMENT, PREAMBLE, open_moe, pack_preamble
 from edgemoe.lab.allocate import Settings, allocate
 from edgemoe.lab.calibrate import calibrate
 from edgemoe.lab.levels import levels
 from edgemoe.lab.replay import Tape, replay, setting
-from edgemoe.quant import Allocation, Calibration
+from edgemoe.quant import Allocation, Calibration, quantize
 from edgemoe.scheduler import OnDemand
 from edgemoe.store import ExpertStore, all_expert_bytes, expert_bytes
 from edgemoe.trace import read
@@ -50,9 +51,16 @@ def alloc(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
+    """A file with the codes of the whole one, so that the two can be compared bit by bit."""
     path = tmp_path_factory.mktemp("small") / "small.moe"
-    convert(tiny_checkpoint(), path, allocation=allocation())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "quantize", quantize_whole)
+        convert(tiny_checkpoint(), path, allocation=allocation())
     return path
+
+
+def quantize_whole(w, ladder, *, favour, **more):
+    return quantize(w, **more)[: len(ladder)]
 
 
 @pytest.fixture(scope="module")
@@ -315,13 +323,16 @@ def test_a_wrong_number_of_rungs_is_refused(small, tmp_path, change):
     ]
 
 
-def test_an_interrupted_conversion_goes_on_and_another_allocation_starts_over(small, tmp_path):
+def test_an_interrupted_conversion_goes_on_and_another_allocation_starts_over(
+    small, tmp_path, monkeypatch
+):
     path = tmp_path / "x.moe"
 
     def stop(written, total):
         if written > 0.7 * total:
             raise KeyboardInterrupt
 
+    monkeypatch.setattr(writer, "quantize", quantize_whole)
     for bits, kept in ((BITS, True), (np.full((2, 8), 2), False)):
         with pytest.raises(KeyboardInterrupt):
             convert(tiny_checkpoint(), path, allocation=allocation(bits), progress=stop)
@@ -342,6 +353,46 @@ def test_an_allocation_of_another_model_or_of_more_bits_is_refused(tmp_path):
         with pytest.raises(FormatError, match=message):
             convert(tiny_checkpoint(), tmp_path / "x.moe", bits=stored, allocation=allocation(bits))
     assert list(tmp_path.iterdir()) == []
+
+
+def errors(path: Path, level: int) -> np.ndarray:
+    """Returns the squared error of each expert's weights at a level, [16]."""
+    moe, source = open_moe(path), SourceModel(tiny_checkpoint())
+    bits = moe.ladder[level - 1][0]
+    cache = ExpertStore.open(moe, bits=bits, budget_bytes=1 << 22, verify=True).cache
+    return np.array(
+        [
+            sum(
+                np.square(mine - w).sum()
+                for mine, w in zip(
+                    cache.decode(i, level), source.expert(i // 8, i % 8), strict=True
+                )
+            )
+            for i in range(16)
+        ]
+    )
+
+
+def test_what_is_not_stored_does_not_count(tiny_moe, tmp_path):
+    path = tmp_path / "x.moe"
+    convert(tiny_checkpoint(), path, allocation=allocation())
+    own = np.array([errors(path, 4), *(errors(tiny_moe, level) for level in range(1, 5))])
+    rungs = np.array([RUNGS[b] for b in BITS.reshape(-1).tolist()])
+    whole = own[rungs, range(16)]
+    assert (own[0] < whole).all()
+    assert (own[0][rungs == 1] < 0.97 * whole[rungs == 1]).all()
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_favoured_level_is_better_and_the_others_are_still_levels(tiny_moe, tmp_path, bits):
+    path = tmp_path / "x.moe"
+    convert(tiny_checkpoint(), path, favour=bits)
+    before = np.array([errors(tiny_moe, level).sum() for level in range(1, 6)])
+    after = np.array([errors(path, level).sum() for level in range(1, 6)])
+    at = [2, 3, 4, 6, 8].index(bits)
+    assert after[at] < before[at]
+    assert (np.diff(after) < 0).all()
+    assert open_moe(path).source["favour"] == bits
 
 
 # ---------------------------------------------------------------- the lab

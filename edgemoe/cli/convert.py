@@ -57,6 +57,11 @@ def _convert(args: argparse.Namespace) -> None:
     if args.bits not in DEFAULT_LADDER:  # Carving takes minutes before the writer would say so.
         levels = ", ".join(map(str, DEFAULT_LADDER))
         raise ValueError(f"--bits: expected one of {levels}, got {args.bits}")
+    if (
+        args.favour is not None
+        and args.favour not in DEFAULT_LADDER[: DEFAULT_LADDER.index(args.bits) + 1]
+    ):
+        raise ValueError(f"--favour: expected a level up to --bits {args.bits}, got {args.favour}")
     calibration = None if args.calibration is None else Calibration(args.calibration)
     allocation = None
     if args.allocation is not None:
@@ -69,7 +74,7 @@ def _convert(args: argparse.Namespace) -> None:
     with Progress(f"writing {out.name}", unit="B") as progress:
         convert(
             source, out, bits=args.bits, calibration=calibration, allocation=allocation,
-            progress=progress,
+            favour=args.favour, progress=progress,
         )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {_gib(out.stat().st_size)}")
 
@@ -145,8 +150,14 @@ def _parser() -> argparse.ArgumentParser:
         "--allocation",
         type=Path,
         metavar="FILE",
-        help="of `edgemoe allocate`: store only these bits of each expert, a smaller file that runs as the whole one "
-        "would with --bits auto",
+        help="of `edgemoe allocate`: store only these bits of each expert, which makes a smaller file",
+    )
+    parser.add_argument(
+        "--favour",
+        type=int,
+        metavar="N",
+        help="make the level of N bits better at the cost of the others (default: all that are stored count; with "
+        "--allocation the bits that each expert gets)",
     )
     parser.add_argument("--carve", action="store_true", help="cut a dense model into experts")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.moe if it exists")

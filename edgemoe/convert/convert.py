@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ def convert(
     bits: int = 8,
     calibration: Calibration | None = None,
     allocation: Allocation | None = None,
+    favour: int | None = None,
+    down_bits: Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> None:
     """Writes `source` to `out`, which appears under its name only when it is whole.
@@ -42,12 +44,15 @@ def convert(
         bits: precision that is stored, a level of the file's ladder.
         calibration: of this model, as `edgemoe calibrate` makes it; without one every input counts alike.
         allocation: of this model, as `edgemoe allocate` finds it: of each expert only so many bits are stored.
+        favour: bits of the level whose error matters most; None for all levels alike, but with an allocation for what
+            is stored of each expert.
+        down_bits: bits of experts' w_down at each level; None for those of the other two matrices.
         progress: called after every tensor and expert.
 
     Raises:
         FormatError: the checkpoint is broken or not supported, or the calibration or allocation is of another
             model or asks for more than `bits`.
-        ValueError: `bits` is not a level.
+        ValueError: `bits` or `favour` is not a level, or `down_bits` do not climb.
         OSError: the disk is too small, or reading or writing failed.
     """
     model = SourceModel(source)
@@ -65,9 +70,11 @@ def convert(
         provenance["calibration"] = {**calibration.meta, "checksum": _checksum(calibration.path)}
     if allocation is not None:
         provenance["allocation"] = {"method": allocation.method, **allocation.settings}
+    if favour is not None:
+        provenance["favour"] = favour
     with Writer(
         out, config, bits=bits, sections=source.files, source=provenance, calibration=calibration,
-        allocation=allocation,
+        allocation=allocation, favour=favour, down_bits=down_bits,
     ) as writer:  # fmt: skip
 
         def report() -> None:

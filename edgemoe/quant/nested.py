@@ -11,6 +11,7 @@ from edgemoe import _core
 
 __all__ = [
     "DEFAULT_LADDER",
+    "FAVOUR",
     "GROUP",
     "LEVEL_WEIGHTS",
     "ROUNDING_WEIGHTS",
@@ -33,6 +34,8 @@ _SCALE_BYTES = 64
 LEVEL_WEIGHTS = np.array([0, 20, 16, 28, 0, 512, 0, 8192], dtype=np.float32)
 # The same without products of the inputs: nothing is compensated then, and 8 bits must stay near the checkpoint.
 ROUNDING_WEIGHTS = np.array([0, 20, 16, 28, 0, 512, 0, 32768], dtype=np.float32)
+FAVOUR = 100.0
+"""How many times as much a favoured level counts; benchmarks/LOG.md has what that costs the others."""
 _SWEEPS = 3
 _DAMPING = 0.02  # of the mean square, so that an input that calibration never saw still counts
 
@@ -50,17 +53,31 @@ def rung_bytes(rows: int, cols: int, ladder: Sequence[int]) -> list[int]:
     return sizes
 
 
+def _level_weights(
+    ladder: Sequence[int], favour: int | None, *, is_compensated: bool
+) -> NDArray[np.float32]:
+    """Returns how much each of 1 to 8 bits counts: the ladder's alone, what lies between two as their mean."""
+    known = LEVEL_WEIGHTS if is_compensated else ROUNDING_WEIGHTS
+    used = np.flatnonzero(known)
+    out = np.zeros(8, np.float32)
+    for level, bits in enumerate(ladder, start=1):
+        weight = known[bits - 1] or np.exp(np.interp(bits - 1, used, np.log(known[used])))
+        out[bits - 1] = weight if favour in (None, level) else weight / FAVOUR
+    return out
+
+
 def quantize(
     w: NDArray[np.float32],
     ladder: Sequence[int] = DEFAULT_LADDER,
     *,
     second_moments: NDArray[np.float32] | None = None,
+    favour: int | None = None,
     threads: int = 2,
 ) -> list[NDArray[np.uint8]]:
     """Quantises a matrix and returns its rungs as the file stores them.
 
     Scale and middle of each group of 16 columns are the best of some 25, and codes the best of those near, judged at
-    all levels at once. Fewer bits in the ladder store a prefix of the same code.
+    all levels of the ladder at once.
 
     With the full matrix of second moments the codes are then refined: coordinate descent on the squared error of the
     output, again summed over the levels. It is GPTQ's objective (arXiv 2210.17323) for all levels of one code; an
@@ -70,6 +87,7 @@ def quantize(
         w: [rows, cols], contiguous.
         second_moments: of the matrix's inputs, [cols] mean squares or [cols, cols] mean products; any scale.
             None counts every input alike.
+        favour: the level, 1 for the first rung, whose error matters much more than that of the others; None for none.
 
     Raises:
         ValueError: a weight is not finite or beyond float16, or the moments are not finite or of another shape.
@@ -91,7 +109,7 @@ def quantize(
             if is_full:
                 moments = np.asarray(second_moments / mean, np.float32)
                 np.fill_diagonal(moments, squares)
-    level_weights = ROUNDING_WEIGHTS if moments is None else LEVEL_WEIGHTS
+    level_weights = _level_weights(ladder, favour, is_compensated=moments is not None)
     return _core.quantize(
         w, plane_widths(ladder), level_weights, squares, moments, _SWEEPS, threads
     )
