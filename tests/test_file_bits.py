@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference
 from decoded import Decoded
 from safetensors.numpy import load_file
 from test_cache import begin
@@ -17,6 +18,7 @@ from tiny import tiny_checkpoint
 
 import edgemoe
 from edgemoe import _core, writer
+from edgemoe import scheduler as schedulers
 from edgemoe.cli.main import main
 from edgemoe.convert.convert import convert
 from edgemoe.convert.source import SourceModel
@@ -112,6 +114,27 @@ def test_it_runs_as_the_whole_file_would(small, expected, monkeypatch, num_exper
         assert stats["peak_bytes"] <= slots
         assert 2 < engine.stats.average_bits < 6
         assert (engine.expert_bits == BITS).all()
+
+
+@pytest.mark.parametrize("scheduler", sorted(schedulers.SCHEDULERS))
+@pytest.mark.parametrize("options", [{}, {"miss_bits": 2}, {"cache_prior": 0.5}], ids=str)
+def test_every_scheduler_runs_on_it(small, expected, monkeypatch, scheduler, options):
+    with_slots(monkeypatch, int(3.3 * expert_bytes(open_moe(small), 4)))
+    if scheduler == "auto":
+        options = {}  # has levers of its own
+    with edgemoe.load(small, scheduler=scheduler, options=options) as engine:
+        engine.logits(IDS)
+        assert len(list(engine.generate(list(IDS[:20]), GREEDY))) > 0
+        engine._store.cache.check_integrity()
+        assert 0 < engine.stats.average_bits <= 6
+    # Nobody takes an expert that is all there for one that waits for its upper bits.
+    with_slots(monkeypatch, 1 << 22)
+    if scheduler in ("on-demand", "hobbit"):
+        with edgemoe.load(small, scheduler=scheduler, options=options) as engine:
+            engine.logits(IDS)
+            warm = engine.logits(IDS)
+            assert engine.stats.misses == 0
+            assert np.array_equal(warm, expected[0])
 
 
 def test_everything_fits_in_what_it_holds(small, expected):
@@ -485,3 +508,37 @@ def test_a_run_says_how_many_bits_there_are(small, capsys, monkeypatch, flags, l
     assert line in err
     assert ("on average" in err) == (not flags)
     assert used is None or used in err
+
+
+# ---------------------------------------------------------------- more bits of w_down
+
+
+@pytest.mark.parametrize("some", [None, allocation()])
+def test_w_down_may_have_more_bits(tmp_path, some):
+    path, down = tmp_path / "x.moe", (3, 4, 6, 7, 8)
+    convert(tiny_checkpoint(), path, down_bits=down, allocation=some)
+    moe, decoded = open_moe(path), Decoded(path)
+    levels = 5 if some is None else 4
+    assert moe.ladder == tuple(zip((2, 3, 4, 6, 8), (2, 3, 4, 6, 8), down, strict=True))[:levels]
+    cache = ExpertStore.open(
+        moe, bits=moe.ladder[-1][0], budget_bytes=1 << 22, verify=True
+    ).cache  # fmt: skip
+    for row in range(16):
+        for mine, theirs in zip(
+            decoded.expert(row // 8, row % 8), cache.decode(row, levels), strict=True
+        ):
+            np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=1e-7)
+    expected, _ = reference.logits(decoded.config, decoded.tensors, decoded.expert, IDS[:24])
+    with edgemoe.load(path) as engine:
+        got = engine.logits(IDS[:24])
+    cosine = (
+        (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
+    )
+    assert np.median(cosine) > 0.999
+
+
+@pytest.mark.parametrize("down", [(3, 4, 6, 8), (3, 4, 6, 8, 9), (2, 2, 3, 4, 6), (0, 1, 2, 3, 4)])
+def test_bits_of_w_down_climb(tmp_path, down):
+    with pytest.raises(ValueError, match="down bits: expected 5 that climb to at most 8"):
+        convert(tiny_checkpoint(), tmp_path / "x.moe", down_bits=down)
+    assert list(tmp_path.iterdir()) == []
