@@ -45,6 +45,16 @@ def test_command_reports_in_lines_where_there_is_no_terminal(checkpoint, tmp_pat
         (("convert", "absent", "no/x.moe"), 1, "edgemoe convert: no: no such directory"),
         (("convert", "absent", "x.moe", "--bits", "5"), 2, "--bits: expected one of 2, 3, 4, 6"),
         (
+            ("convert", "absent", "x.moe", "--allocation", "no.json"),
+            1,
+            "edgemoe convert: no.json: No such file",
+        ),
+        (
+            ("convert", "absent", "x.moe", "--allocation", __file__),
+            1,
+            "not an allocation of edgemoe",
+        ),
+        (
             ("convert", "absent", "x.moe", "--bits", "4", "--favour", "6"),
             2,
             "--favour: expected a level up to --bits 4, got 6",

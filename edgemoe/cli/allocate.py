@@ -38,7 +38,8 @@ METHOD is one of:
   random       the control
 
 The result is used by `edgemoe-run MODEL.moe --bits auto --allocation OUT.json`,
-or without --allocation if it was stored in the model file.
+or without --allocation if it was stored in the model file; and by
+`edgemoe convert SOURCE SMALL.moe --allocation OUT.json`, which stores no more.
 """
 
 
