@@ -76,8 +76,8 @@ class Writer:
             source: JSON values that say where the weights and the calibration came from; a change starts over.
             calibration: what flows into the matrices; the quantiser then minimises the error of what comes out.
             allocation: of each expert only so many bits are stored; None stores `bits` of all.
-            favour: bits of the level whose error matters most. None: all levels that are stored, but with an allocation
-                the last of each expert, as it will mostly run at that.
+            favour: bits of the level whose error matters most. None: all levels alike, but with an allocation the last
+                of each expert, as it will mostly run at that.
             down_bits: bits of experts' w_down at each level; None for those of the other two.
 
         Raises:

@@ -156,8 +156,8 @@ def _parser() -> argparse.ArgumentParser:
         "--favour",
         type=int,
         metavar="N",
-        help="make the level of N bits better at the cost of the others (default: all that are stored count; with "
-        "--allocation the bits that each expert gets)",
+        help="make the level of N bits better at the cost of the others (default: none; with --allocation "
+        "the bits that each expert gets)",
     )
     parser.add_argument("--carve", action="store_true", help="cut a dense model into experts")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.moe if it exists")

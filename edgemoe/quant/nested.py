@@ -56,10 +56,16 @@ def rung_bytes(rows: int, cols: int, ladder: Sequence[int]) -> list[int]:
 def _level_weights(
     ladder: Sequence[int], favour: int | None, *, is_compensated: bool
 ) -> NDArray[np.float32]:
-    """Returns how much each of 1 to 8 bits counts: the ladder's alone, what lies between two as their mean."""
+    """Returns how much each of 1 to 8 bits counts; levels between the known ones as these.
+
+    Where none is favoured, levels above the ladder's last count too: without them the last one, which such a file is
+    mostly run at, gets worse in favour of the others (benchmarks/LOG.md).
+    """
     known = LEVEL_WEIGHTS if is_compensated else ROUNDING_WEIGHTS
     used = np.flatnonzero(known)
     out = np.zeros(8, np.float32)
+    if favour is None:
+        out[ladder[-1] :] = known[ladder[-1] :]
     for level, bits in enumerate(ladder, start=1):
         weight = known[bits - 1] or np.exp(np.interp(bits - 1, used, np.log(known[used])))
         out[bits - 1] = weight if favour in (None, level) else weight / FAVOUR
@@ -77,7 +83,7 @@ def quantize(
     """Quantises a matrix and returns its rungs as the file stores them.
 
     Scale and middle of each group of 16 columns are the best of some 25, and codes the best of those near, judged at
-    all levels of the ladder at once.
+    all levels at once. Fewer bits in the ladder store a prefix of the same code, unless a level is favoured.
 
     With the full matrix of second moments the codes are then refined: coordinate descent on the squared error of the
     output, again summed over the levels. It is GPTQ's objective (arXiv 2210.17323) for all levels of one code; an
