@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from edgemoe import _core
 
 __all__ = [
     "available_bytes",
+    "forget_peak",
     "memory_rate",
     "num_cuda_devices",
     "num_threads",
@@ -37,7 +39,7 @@ def process_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Returns the highest resident memory that this process ever had."""
+    """Returns the highest resident memory that this process ever had, or had since `forget_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -115,9 +117,19 @@ def _cpu_quota() -> int:
         return 1 << 20
 
 
-def memory_rate(threads: int) -> float:
-    """Returns the bytes per second that `threads` threads read from memory together."""
-    return _core.memory_rate(256 << 20, threads)
+def forget_peak() -> None:
+    """Makes `peak_bytes` count from now on, where the kernel allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_rate(threads: int, *, room: int) -> float:
+    """Returns the bytes per second that `threads` threads read from memory together.
+
+    Args:
+        room: bytes that this may take; 256 MiB are enough, less may partly measure a cache.
+    """
+    return _core.memory_rate(min(256 << 20, room), threads)
 
 
 def trim() -> None:

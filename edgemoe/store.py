@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
-from edgemoe.format import MoeFile
+from edgemoe.format import ALIGNMENT, MoeFile
 from edgemoe.plan import Plan
 from edgemoe.quant import plane_widths
 
@@ -58,10 +58,14 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
     return out
 
 
-def disk_rate(moe: MoeFile, level: int, *, seconds: float) -> float:
-    """Returns the bytes per second of reading experts in random order as the cache does, for about `seconds`."""
+def disk_rate(moe: MoeFile, level: int, *, seconds: float, room: int) -> float:
+    """Returns the bytes per second of reading experts in random order as the cache does, for about `seconds`.
+
+    Where `room` bytes do not hold as many experts as are read at once, only the first part of each is read.
+    """
     rng = np.random.default_rng(0)
-    length, count = expert_bytes(moe, level), 32
+    most = max(room // (2 * _NUM_READERS) // ALIGNMENT, 1) * ALIGNMENT
+    length, count = min(expert_bytes(moe, level), most), 32
     while True:
         offsets = rng.permutation(moe.experts.offsets)[:count].tolist()
         rate = _core.disk_rate(moe.file, offsets, length, _NUM_READERS)

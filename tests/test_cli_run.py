@@ -161,7 +161,7 @@ def test_the_environment_gives_defaults(env: dict[str, str], tiny_moe: Path) -> 
         (("MODEL", "-f", "absent.txt"), b"", 1, r"absent\.txt: No such file or directory"),
         (("absent.moe", "-p", "Hi"), b"", 1, r".*absent\.moe.*"),
         (("BROKEN", "-p", "Hi"), b"", 1, r".*broken\.moe.*"),
-        (("MODEL", "--ram", "0%"), b"", 2, r"--ram: expected a size like 4GiB or 50%, got '0%';"),
+        (("MODEL", "--ram", "0%"), b"", 2, r"argument --ram: expected a size like 4GiB or 50%, got '0%';"),
         (("MODEL", "--ram", "much", "-p", "Hi"), b"", 1, r".*much.*"),
         (("MODEL", "--ram", "1MB", "-p", "Hi"), b"", 1, r".*"),
         (("MODEL", "--bits", "9", "-p", "Hi"), b"", 1, r".*bits.*9.*"),

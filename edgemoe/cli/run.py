@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.model = args.path
     try:
         try:
-            args.ram = _ram(args.ram)
             from edgemoe.sampler import SamplingParams
 
             _sampling(args, SamplingParams())  # before the model is loaded
@@ -176,21 +175,6 @@ def _load(args: Namespace) -> Engine:
         trace=args.trace,
         profile=args.profile,
     )
-
-
-def _ram(size: str | None) -> int | str | None:
-    """Returns the budget; a percentage is of what this process could have now."""
-    if size is None or not size.endswith("%"):
-        return size
-    from edgemoe import hardware
-
-    try:
-        share = float(size[:-1]) / 100
-    except ValueError:
-        share = -1.0
-    if not 0 < share <= 1:
-        raise ValueError(f"--ram: expected a size like 4GiB or 50%, got {size!r}")
-    return int(share * (hardware.process_bytes() + hardware.available_bytes()))
 
 
 def _sampling(args: Namespace, base: SamplingParams) -> SamplingParams:
