@@ -61,13 +61,14 @@ def test_reads_shards_by_their_index(tmp_path: Path) -> None:
 
 def test_collects_the_files_that_a_chat_needs(tmp_path: Path) -> None:
     write(tmp_path, {"a": torch.zeros(2)})
-    for name in ("tokenizer.json", "chat_template.jinja", "README.md"):
+    for name in ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "README.md"):
         (tmp_path / name).write_text(name)
     checkpoint = HFCheckpoint(tmp_path)
     assert checkpoint.name == tmp_path.name
     assert checkpoint.config == {"model_type": "mixtral"}
     assert checkpoint.files == {
         "tokenizer.json": b"tokenizer.json",
+        "special_tokens_map.json": b"special_tokens_map.json",
         "chat_template.jinja": b"chat_template.jinja",
     }
 
