@@ -22,6 +22,7 @@ import edgemoe
 from edgemoe.cli.stats import stats_line, stats_table
 from edgemoe.demo import demo_path
 from edgemoe.engine import Stats
+from edgemoe.sampler import SamplingParams
 
 RUN = [sys.executable, "-m", "edgemoe.cli.run"]
 STATS = re.compile(
@@ -161,7 +162,12 @@ def test_the_environment_gives_defaults(env: dict[str, str], tiny_moe: Path) -> 
         (("MODEL", "-f", "absent.txt"), b"", 1, r"absent\.txt: No such file or directory"),
         (("absent.moe", "-p", "Hi"), b"", 1, r".*absent\.moe.*"),
         (("BROKEN", "-p", "Hi"), b"", 1, r".*broken\.moe.*"),
-        (("MODEL", "--ram", "0%"), b"", 2, r"argument --ram: expected a size like 4GiB or 50%, got '0%';"),
+        (
+            ("MODEL", "--ram", "0%"),
+            b"",
+            2,
+            r"argument --ram: expected a size like 4GiB or 50%, got '0%';",
+        ),
         (("MODEL", "--ram", "much", "-p", "Hi"), b"", 1, r".*much.*"),
         (("MODEL", "--ram", "1MB", "-p", "Hi"), b"", 1, r".*"),
         (("MODEL", "--bits", "9", "-p", "Hi"), b"", 1, r".*bits.*9.*"),
@@ -534,3 +540,12 @@ def test_the_kv_cache_in_eight_bits_is_said_and_comes_from_the_environment(env, 
     wrong = run(env, *flags, "-ctk", "q4_0")
     assert wrong.returncode == 1
     assert wrong.stderr == b"edgemoe-run: cache_type_k: expected f16 or q8_0, got q4_0\n"
+
+
+def test_what_the_model_gave_as_a_whole_number_may_be_set_to_a_fraction(tiny_moe: Path) -> None:
+    from edgemoe.cli.repl import _Session
+
+    with edgemoe.load(tiny_moe) as engine:
+        chat = engine.chat(params=SamplingParams.of_model(b'{"temperature": 1, "top_p": 1}'))
+        _Session(engine, chat).take("/set temp 0.5")
+    assert (chat.params.temperature, chat.params.top_p) == (0.5, 1)
