@@ -154,3 +154,10 @@ def test_notices_a_file_that_was_cut_after_opening(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(FormatError, match="b: file is truncated; expected 3 values, got 2"):
         checkpoint.tensor("b")
+
+
+def test_names_a_shard_that_cannot_be_read(tmp_path: Path) -> None:
+    write(tmp_path, {"a": torch.zeros(2)}, file="1.safetensors")
+    (tmp_path / "2.safetensors").mkdir()
+    write_index(tmp_path, {"a": "1.safetensors", "b": "2.safetensors"})
+    assert "2.safetensors: cannot be read: " in refused(tmp_path)
