@@ -175,7 +175,8 @@ Held<Nested> nested_from_file(const std::shared_ptr<File>& file, uint64_t offset
   }
   size_t total = 0;
   for (size_t r = 0; r < widths.size(); ++r) {
-    if (lengths[r] != rung_bytes(scheme, rows, cols, widths[r], r == 0)) throw std::invalid_argument("nested: wrong length");
+    if (lengths[r] != rung_bytes(scheme, rows, cols, widths[r], r == 0))
+      throw std::invalid_argument("nested: wrong length");
     total += lengths[r];
   }
   Held<Nested> n(new Nested);

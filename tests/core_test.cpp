@@ -133,7 +133,8 @@ void test_random_requests_on(const ExpertFile& file, double experts) {
         CHECK(given.insert(i).second);
         const ExpertView v = cache->view(ids[size_t(i)], levels[size_t(i)]);
         float sum = 0;  // touches every byte of the first rung
-        for (size_t b = 0; b < rung_bytes(Scheme::kNested, v.gate.rows, v.gate.cols, 2, true); ++b) sum += v.gate.rungs[0][b];
+        for (size_t b = 0; b < rung_bytes(Scheme::kNested, v.gate.rows, v.gate.cols, 2, true); ++b)
+          sum += v.gate.rungs[0][b];
         CHECK(sum > 0);
       }
       if (rng() % 40 == 0) break;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -107,7 +108,7 @@ def test_a_prefix_is_a_model(ladder):
         errors.append(np.square(part - w).sum())
         shorter = quantize(w, ladder[:level])
         assert all(np.array_equal(a, b) for a, b in zip(shorter, rungs, strict=False))
-    assert all(b < 0.4 * a for a, b in zip(errors, errors[1:], strict=False))
+    assert all(b < 0.4 * a for a, b in pairwise(errors))
 
 
 @pytest.mark.parametrize("calibrated", [False, True], ids=["plain", "calibrated"])
@@ -205,8 +206,8 @@ def test_weights_that_no_scale_can_hold_are_refused(bad):
 
 
 def test_ladders_are_those_of_the_paper():
-    assert is_ladder((2, 3)) and is_ladder((5, 6, 7, 8))
-    assert not is_ladder((2, 4)) and not is_ladder((3, 4)) and not is_ladder((2, 3, 4, 5))
+    assert all(map(is_ladder, [(2, 3), (2, 3, 4), (5, 6, 7, 8)]))
+    assert not any(map(is_ladder, [(2, 4), (3, 4), (2, 3, 4, 5)]))
     assert SCHEMES["mwq"].ladder(None) == (2, 3, 4)
     assert SCHEMES["mwq"].ladder(3) == (2, 3)
     assert SCHEMES["mwq"].ladder(6) == (5, 6)
@@ -245,7 +246,7 @@ def test_a_file_holds_what_was_quantised(files):
 
 
 def test_the_engine_computes_with_the_decoded_weights(path, files):
-    moe, read = files
+    _, read = files
     expected, _ = reference.logits(read.config, read.tensors, read.expert, IDS)
     with edgemoe.load(path) as engine:
         got = engine.logits(IDS)

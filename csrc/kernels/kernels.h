@@ -13,7 +13,8 @@
 //
 // The scheme MWQ has the same tiles of codes, without scales in them. Each of its rungs starts with its own float16
 // scales per row and 128 columns: 16 rows of a group lie together, and those of rung 0 are followed by the 16 weights
-// that code 0 stands for. w = scale * code + lowest, plus or minus the scale of each later rung, whose planes are signs.
+// that code 0 stands for. w = scale * code + lowest, plus or minus the scale of each later rung, whose planes are
+// signs.
 //
 // Numerics: every float operation is done in the same order on 16 lanes by every instruction set, so that results
 // are bit-identical between them, and a row's result does not depend on the rows computed with it.

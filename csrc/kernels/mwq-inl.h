@@ -91,13 +91,18 @@ inline void mwq_dot_tile(const uint8_t* codes, const MwqCursor<V>& tile, const i
     for (int i = 0; i < N; ++i) parts[i] = mwq_start<V>(tile.lowest, x_sums[i] + 2 * half);
     const uint8_t* rung = codes;
     for (int r = 0; r < tile.num_rungs; ++r, rung += kTileRows * kTileCols) {
-      typename V::I dots[N];
-      for (int i = 0; i < N; ++i) dots[i] = V::zero_ints();
-      for (int step = 8 * half, end = step + 8; step < end; ++step) {
-        const auto field = V::load_bytes(rung + 64 * step);
-        for (int i = 0; i < N; ++i) dots[i] = V::template dot<false>(dots[i], field, x[i] + 4 * step);
+      typename V::I dots[N][2];  // two, because a dot product waits for the one before it
+      for (int i = 0; i < N; ++i) dots[i][0] = dots[i][1] = V::zero_ints();
+      for (int step = 8 * half, end = step + 4; step < end; ++step) {
+        const auto first = V::load_bytes(rung + 64 * step), second = V::load_bytes(rung + 64 * (step + 4));
+        for (int i = 0; i < N; ++i) {
+          dots[i][0] = V::template dot<false>(dots[i][0], first, x[i] + 4 * step);
+          dots[i][1] = V::template dot<false>(dots[i][1], second, x[i] + 4 * (step + 4));
+        }
       }
-      for (int i = 0; i < N; ++i) parts[i] = V::fma(tile.scale[r], V::to_float(dots[i]), parts[i]);
+      for (int i = 0; i < N; ++i) {
+        parts[i] = V::fma(tile.scale[r], V::to_float(V::add_ints(dots[i][0], dots[i][1])), parts[i]);
+      }
     }
     for (int i = 0; i < N; ++i) {
       float* a = acc + i * kTileRows;
