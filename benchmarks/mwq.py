@@ -12,7 +12,7 @@ predictions. MWQ (arXiv 2504.15299, section 3.3) from 2 bits (version 1) and fro
     for its base   the same, the base's error made up for
     as published   rung after rung over the whole matrix, each making up for its own error (algorithm 1)
 
-and without one. Bytes are of the matrices. Speed is of single tokens with everything in memory, all files in turn.
+and without one. Bytes are of the matrices. With --speed: single tokens with everything in memory, all files in turn.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import edgemoe
@@ -65,58 +65,38 @@ def tokens_per_second(path: Path, bits: int, threads: int) -> float:
         return result.rate
 
 
-def main() -> None:
-    """Parses the command line, measures, prints and writes the JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("model", type=Path, help="a checkpoint")
-    parser.add_argument("calibration", type=Path, help="of edgemoe calibrate --full")
-    parser.add_argument("reference", type=Path, help="the float model's predictions")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--speed", type=int, default=0, metavar="ROUNDS", help="of timing")
-    parser.add_argument("--keep", type=Path, help="where files lie, to use them again")
-    parser.add_argument("--json", type=Path, help="where to write the result")
-    args = parser.parse_args()
+def written(model: Path, calibration: Calibration, folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yields each candidate's label and its file, which is made unless it is there."""
+    for label, scheme, bits, calibrated in candidates():
+        path = folder / f"{label.replace(' ', '-').replace(',', '')}.moe"
+        if not path.exists():
+            convert(
+                HFCheckpoint(model), path, bits=bits, scheme=scheme,
+                calibration=calibration if calibrated else None,
+            )  # fmt: skip
+        yield label, path
+
+
+def divergences(
+    files: Iterable[tuple[str, Path]], reference: LogProbs, threads: int
+) -> list[dict[str, object]]:
+    """Measures every level of every file."""
     rows: list[dict[str, object]] = []
-    with tempfile.TemporaryDirectory() as scratch, LogProbs(args.reference) as reference:
-        print("| scheme | bits | bits per weight | MB | KL |\n|---|---|---|---|---|")
-        files = []
-        for label, scheme, bits, calibrated in candidates():
-            path = (args.keep or Path(scratch)) / f"{label.replace(' ', '-')}.moe"
-            if not path.exists():
-                calibration = Calibration(args.calibration) if calibrated else None
-                convert(
-                    HFCheckpoint(args.model),
-                    path,
-                    bits=bits,
-                    scheme=scheme,
-                    calibration=calibration,
-                )
-            files.append((label, path))
-            moe = open_moe(path)
-            sample = Sample(
-                reference.windows, first_token(Tokenizer.from_files(dict(moe.sections)))
+    print("| scheme | bits | bits per weight | MB | KL |\n|---|---|---|---|---|")
+    for label, path in files:
+        moe = open_moe(path)
+        sample = Sample(reference.windows, first_token(Tokenizer.from_files(dict(moe.sections))))
+        for level in levels(moe):
+            trial = Trial(bits=level.bits, dense_bits=level.bits, threads=threads)
+            kl = measure(path, trial, sample, reference=reference).kl
+            rows.append({"scheme": label, "kl": kl, "bytes": level.bytes,
+                         "bits": level.bits, "bits_per_weight": level.bits_per_weight})  # fmt: skip
+            print(
+                f"| {label} | {level.bits} | {level.bits_per_weight:.3f} "
+                f"| {level.bytes / 1e6:.2f} | {kl:.6f} |",
+                flush=True,
             )
-            for level in levels(moe):
-                trial = Trial(bits=level.bits, dense_bits=level.bits, threads=args.threads)
-                kl = measure(path, trial, sample, reference=reference).kl
-                rows.append({"scheme": label, "kl": kl, "bytes": level.bytes,
-                             "bits": level.bits, "bits_per_weight": level.bits_per_weight})  # fmt: skip
-                print(
-                    f"| {label} | {level.bits} | {level.bits_per_weight:.3f} "
-                    f"| {level.bytes / 1e6:.2f} | {kl:.6f} |",
-                    flush=True,
-                )
-        if args.speed:
-            rows += speeds(files, args.speed, args.threads)
-    if args.json:
-        commit = subprocess.run(
-            ["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-        args.json.write_text(
-            json.dumps({"command": sys.argv, "commit": commit, "rows": rows}, indent=1) + "\n"
-        )
+    return rows
 
 
 def speeds(files: list[tuple[str, Path]], rounds: int, threads: int) -> list[dict[str, object]]:
@@ -135,6 +115,38 @@ def speeds(files: list[tuple[str, Path]], rounds: int, threads: int) -> list[dic
     for (label, bits), found in rates.items():
         print(f"| {label} | {bits} | {statistics.median(found):.0f} |")
     return [{"scheme": s, "bits": b, "rates": found} for (s, b), found in rates.items()]
+
+
+def main() -> None:
+    """Parses the command line, measures, prints and writes the JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("model", type=Path, help="a checkpoint")
+    parser.add_argument("calibration", type=Path, help="of edgemoe calibrate --full")
+    parser.add_argument("reference", type=Path, help="the float model's predictions")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--speed", type=int, metavar="ROUNDS", help="time in so many rounds, and nothing else"
+    )
+    parser.add_argument("--keep", type=Path, help="where files lie, to use them again")
+    parser.add_argument("--json", type=Path, help="where to write the result")
+    args = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as scratch:
+        files = written(args.model, Calibration(args.calibration), args.keep or Path(scratch))
+        if args.speed:
+            rows = speeds(list(files), args.speed, args.threads)
+        else:
+            with LogProbs(args.reference) as reference:
+                rows = divergences(files, reference, args.threads)
+    if args.json:
+        commit = subprocess.run(
+            ["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
+        args.json.write_text(
+            json.dumps({"command": sys.argv, "commit": commit, "rows": rows}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ or 8) packs 8 / w consecutive steps into 64 bytes, the first in the lowest bits,
 a rung of another width is two or three such planes, widest first (3 = 2 + 1).
 
 **Scheme "mwq"**: D2MoE's Matryoshka quantisation (arXiv 2504.15299). The ladders are 2, 3, 4 or 5, 6, 7, 8, or their
-beginnings, and the group is 128. A rung's tiles are those of a nested matrix without the 64 bytes of scales; it starts
-with its own scales instead, padded with zeros to a multiple of 64 bytes: row block by row block and, in it, group by
-group of 128 columns, 16 float16, one per row; in rung 0 each 16 scales are followed by 16 float16 L. The code c of
-the first rung and the bits p of the others mean, with each rung's own scale s,
+beginnings, and the group is 128. Tiles are those of a nested matrix without the 64 bytes of scales. In rung 0 the tiles
+of each 128 columns of a row block come after 16 float16 s, one per row, and 16 float16 L; in later rungs those of each
+256 columns after 16 s of the first 128 and 16 of the others, which are zeros where there are none. The code c of the
+first rung and the bits p of the others mean, with each rung's own scale s,
 
     w = s[0] * c + L + s[1] * (2 * p[1] - 1) + s[2] * (2 * p[2] - 1) + …
 

@@ -8,38 +8,38 @@ from reference_nested import COLS, ROWS
 GROUP = 128
 
 
+def strip(rung):
+    """Columns that share 64 bytes of scales."""
+    return GROUP if rung == 0 else 2 * GROUP
+
+
 def rung_bytes(rows, cols, width, rung):
-    blocks, tiles, groups = -(-rows // ROWS), -(-cols // COLS), -(-cols // GROUP)
-    scales = blocks * groups * (64 if rung == 0 else 32)
-    return -(-scales // 64) * 64 + blocks * tiles * 128 * width
+    return -(-rows // ROWS) * (-(-cols // strip(rung)) * 64 + -(-cols // COLS) * 128 * width)
 
 
 def decode_rungs(rungs, widths, rows, cols):
     """Decodes a prefix of rungs to float64 [rows, cols], weight by weight."""
-    tiles, groups = -(-cols // COLS), -(-cols // GROUP)
     out = np.zeros((rows, cols))
     for i, (rung, width) in enumerate(zip(rungs, widths, strict=True)):
-        rung = np.asarray(rung, np.uint8)
         assert len(rung) == rung_bytes(rows, cols, width, i)
-        per_group = 32 if i == 0 else 16
-        count = -(-rows // ROWS) * groups * per_group
-        halves = rung[: 2 * count].view(np.float16).astype(np.float64)
-        planes = rung[len(rung) - -(-rows // ROWS) * tiles * 128 * width :]
+        blocks = np.asarray(rung, np.uint8).reshape(-(-rows // ROWS), -1)
+        of_tile, wide = 128 * width, strip(i)
         for r in range(rows):
+            block, lane = blocks[r // ROWS], r % ROWS
             for c in range(cols):
-                at = (r // ROWS * groups + c // GROUP) * per_group + r % ROWS
-                tile = (r // ROWS * tiles + c // COLS) * 128 * width
-                step, byte = c % COLS // 4, 4 * (r % ROWS) + c % 4
-                code, start = 0, tile
+                at = c // wide * (64 + wide // COLS * of_tile)
+                scales = block[at : at + 64].view(np.float16).astype(float)
+                step, byte = c % COLS // 4, 4 * lane + c % 4
+                code, start = 0, at + 64 + c % wide // COLS * of_tile
                 for w in (4, 2, 1):
                     if width & w:
-                        packed = int(planes[start + step // (8 // w) * 64 + byte])
+                        packed = int(block[start + step // (8 // w) * 64 + byte])
                         code = code << w | packed >> step % (8 // w) * w & (1 << w) - 1
                         start += 128 * w
                 if i == 0:
-                    out[r, c] = halves[at] * code + halves[at + ROWS]
+                    out[r, c] = scales[lane] * code + scales[ROWS + lane]
                 else:
-                    out[r, c] += halves[at] * (2 * code - 1)
+                    out[r, c] += scales[c % wide // GROUP * ROWS + lane] * (2 * code - 1)
     return out
 
 

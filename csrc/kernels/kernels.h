@@ -11,10 +11,10 @@
 // At b bits a code c (the top b bits of the 8-bit code) means
 //   row scale / 4096 * (4 + a % 4) * 2^(a / 4) * ((c + 0.5) * 2^(8-b) - 128 + 12 * (m - 8)),  a, m the byte's halves.
 //
-// The scheme MWQ has the same tiles of codes, without scales in them. Each of its rungs starts with its own float16
-// scales per row and 128 columns: 16 rows of a group lie together, and those of rung 0 are followed by the 16 weights
-// that code 0 stands for. w = scale * code + lowest, plus or minus the scale of each later rung, whose planes are
-// signs.
+// The scheme MWQ has the same tiles of codes, and other scales: float16, one per row, 128 columns and rung. In rung 0
+// each group of 128 columns starts with its 16 scales and the 16 weights that code 0 stands for; in later rungs, whose
+// planes are signs, each two groups start with 16 scales each. w = scale * code + lowest, plus or minus the scale of
+// each later rung. A rung is read straight through.
 //
 // Numerics: every float operation is done in the same order on 16 lanes by every instruction set, so that results
 // are bit-identical between them, and a row's result does not depend on the rows computed with it.
@@ -28,7 +28,7 @@ namespace edgemoe {
 constexpr int kTileRows = 16;
 constexpr int kTileCols = 64;
 constexpr int kGroup = 16;        ///< columns that share a scale and a middle
-constexpr int kScaleBytes = 64;   ///< scales and middles at the start of a tile of rung 0
+constexpr int kScaleBytes = 64;   ///< scales and middles at the start of a tile of rung 0, or wherever MWQ has scales
 constexpr int kMiddleStep = 12;   ///< unit of a middle, in steps of the 8-bit code
 constexpr int kScaleUnit = 4096;  ///< a row scale is this many times the step of a code with relative scale 1
 constexpr int kActivations = 32;  ///< columns of activations that share a scale
@@ -63,17 +63,16 @@ static inline size_t tile_bytes(int width, bool is_base) { return size_t(128) * 
 /// Bytes of the row scales before the tiles of rung 0; a multiple of 64, so that tiles are aligned.
 static inline size_t row_scale_bytes(int rows) { return size_t(blocks(rows, 2 * kTileRows)) * 64; }
 
-/// Bytes of the scales before the tiles of a rung of MWQ; a multiple of 64, so that tiles are aligned.
-static inline size_t mwq_scale_bytes(int rows, int cols, bool is_base) {
-  const size_t groups = size_t(blocks(rows, kTileRows)) * blocks(cols, kMwqGroup);
-  return is_base ? groups * 64 : (groups + 1) / 2 * 64;
+/// Bytes of a row block in a rung of MWQ.
+static inline size_t mwq_block_bytes(int cols, int width, bool is_base) {
+  return size_t(blocks(cols, is_base ? kMwqGroup : 2 * kMwqGroup)) * kScaleBytes +
+         size_t(blocks(cols, kTileCols)) * tile_bytes(width, false);
 }
 
 /// Bytes of a rung of `width` bits of a matrix [rows, cols].
 static inline size_t rung_bytes(Scheme scheme, int rows, int cols, int width, bool is_base) {
   if (scheme == Scheme::kMwq) {
-    return mwq_scale_bytes(rows, cols, is_base) +
-           size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(width, false);
+    return size_t(blocks(rows, kTileRows)) * mwq_block_bytes(cols, width, is_base);
   }
   return size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(width, is_base) +
          (is_base ? row_scale_bytes(rows) : 0);

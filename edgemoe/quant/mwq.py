@@ -39,10 +39,10 @@ def is_ladder(ladder: Sequence[int]) -> bool:
 
 def rung_bytes(rows: int, cols: int, ladder: Sequence[int]) -> list[int]:
     """Returns the bytes of each rung of a matrix [rows, cols], padding and scales included."""
-    blocks = -(-rows // _ROWS)
-    groups, tiles = blocks * -(-cols // GROUP), blocks * -(-cols // _COLS)
-    planes = -(-groups // 2) * 64 + 128 * tiles
-    return [64 * groups + 128 * tiles * ladder[0], *[planes] * (len(ladder) - 1)]
+    blocks, tiles = -(-rows // _ROWS), -(-cols // _COLS)
+    base = -(-cols // GROUP) * 64 + 128 * tiles * ladder[0]
+    plane = -(-cols // (2 * GROUP)) * 64 + 128 * tiles
+    return [blocks * base, *[blocks * plane] * (len(ladder) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,12 +109,10 @@ def quantize(
         ValueError: as `fit`.
     """
     m = fit(w, ladder, second_moments, compensated=compensated, threads=threads)
-    widths = [ladder[0], *[1] * (len(ladder) - 1)]
-    scales = [np.stack([m.scales[0], m.lowest], -1), *(s[..., None] for s in m.scales[1:])]
-    return [
-        np.concatenate([_pack_scales(s), _pack_codes(c, width)])
-        for s, c, width in zip(scales, m.codes, widths, strict=True)
-    ]
+    base = _pack(m.codes[0], ladder[0], np.stack([m.scales[0], m.lowest], -1))
+    odd = m.lowest.shape[1] % 2
+    pairs = [np.pad(s, ((0, 0), (0, odd))).reshape(len(w), -1, 2) for s in m.scales[1:]]
+    return [base, *(_pack(c, 1, s) for c, s in zip(m.codes[1:], pairs, strict=True))]
 
 
 def fit(
@@ -278,17 +276,27 @@ def _groups(cols: int) -> Iterator[slice]:
         yield slice(first, min(first + GROUP, cols))
 
 
-def _pack_scales(scales: NDArray[np.float16]) -> Codes:
-    """[rows, groups, n] → per row block and group, n times 16 rows; padded to a multiple of 64 bytes."""
-    rows, groups, n = scales.shape
-    padded = np.pad(scales, ((0, -rows % _ROWS), (0, 0), (0, 0)))
-    tiles = padded.reshape(-1, _ROWS, groups, n).transpose(0, 2, 3, 1)
-    data = np.ascontiguousarray(tiles).reshape(-1).view(np.uint8)
-    return np.pad(data, (0, -len(data) % 64))
+def _pack(codes: Codes, width: int, scales: Half) -> Codes:
+    """Returns a rung: for each of the `strips` along the columns, two float16 of each row, then the strip's tiles.
+
+    Args:
+        codes: [rows, cols].
+        scales: [rows, strips, 2].
+    """
+    strips = scales.shape[1]
+    padded = np.pad(scales, ((0, -len(codes) % _ROWS), (0, 0), (0, 0)))
+    heads = np.ascontiguousarray(padded.reshape(-1, _ROWS, strips, 2).transpose(0, 2, 3, 1))
+    tiles = _tiles(codes, width)
+    blocks, each = len(tiles), GROUP // _COLS * (1 if width > 1 else 2)
+    parts = []
+    for i in range(strips):
+        parts.append(heads[:, i].reshape(blocks, -1).view(np.uint8))
+        parts.append(tiles[:, i * each : (i + 1) * each].reshape(blocks, -1))
+    return np.concatenate(parts, axis=1).reshape(-1)
 
 
-def _pack_codes(codes: Codes, width: int) -> Codes:
-    """[rows, cols] → per tile its planes, widest first."""
+def _tiles(codes: Codes, width: int) -> Codes:
+    """[rows, cols] → [row blocks, tiles, bytes]: of each tile its planes, widest first."""
     rows, cols = codes.shape
     padded = np.pad(codes, ((0, -rows % _ROWS), (0, -cols % _COLS)))
     tiles = padded.reshape(-(-rows // _ROWS), _ROWS, -(-cols // _COLS), 16, 4)
@@ -301,4 +309,4 @@ def _pack_codes(codes: Codes, width: int) -> Codes:
         field = (steps >> width & (1 << w) - 1).reshape(-1, 2 * w, 8 // w, 64)
         shifts = np.arange(0, 8, w, dtype=np.uint8)[:, None]
         planes.append(np.bitwise_or.reduce(field << shifts, axis=2))
-    return np.concatenate(planes, axis=1).reshape(-1)
+    return np.concatenate(planes, axis=1).reshape(*tiles.shape[0:3:2], -1)
