@@ -97,6 +97,17 @@ def test_kernels_agree_with_numpy_and_with_each_other(isas, ladder, rows, cols):
             assert all(np.array_equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
+def test_values_that_are_not_finite_are_seen(isas):
+    matrix = held(quantize(weights(16, 128)), (2, 3, 4), 3, 16, 128)
+    x = weights(3, 128, seed=2)
+    x[0, 70], x[1, 3] = np.nan, np.inf
+    for isa in isas:
+        _core.use_isa(isa)
+        for out in products_of(matrix, x):
+            assert np.isnan(out[:2]).all()
+            assert np.isfinite(out[2]).all()
+
+
 @pytest.mark.parametrize("ladder", LADDERS, ids=str)
 def test_a_prefix_is_a_model(ladder):
     w = weights(24, 200)
