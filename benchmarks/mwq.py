@@ -8,9 +8,9 @@
 Every scheme becomes a file; every level of it runs in the engine, all matrices at that level, against the float model's
 predictions. MWQ (arXiv 2504.15299, section 3.3) from 2 bits (version 1) and from 5 (version 2), with a calibration:
 
-    in one pass    all rungs of a group before the next one, the last level's error made up for: what convert writes
+    as published   rung after rung over the whole matrix, each making up for its own error: what convert writes
+    for 4 or 8     all rungs of a group before the next one, the last level's error made up for
     for its base   the same, the base's error made up for
-    as published   rung after rung over the whole matrix, each making up for its own error (algorithm 1)
 
 and without one. Bytes are of the matrices. With --speed: single tokens with everything in memory, all files in turn.
 """
@@ -47,14 +47,14 @@ def candidates() -> Iterator[tuple[str, Scheme, int, bool]]:
     yield "nested", SCHEMES["nested"], 8, True
     yield "nested, not calibrated", SCHEMES["nested"], 8, False
 
-    def order(compensated: int | None) -> Scheme:
+    def order(compensated: int) -> Scheme:
         quantize = functools.partial(mwq.quantize, compensated=compensated)
         return dataclasses.replace(SCHEMES["mwq"], quantize=quantize)
 
     for bits in (4, 8):
-        yield f"MWQ to {bits} bits, in one pass", SCHEMES["mwq"], bits, True
-        yield f"MWQ to {bits} bits, in one pass, for its base", order(0), bits, True
-        yield f"MWQ to {bits} bits, as published", order(None), bits, True
+        yield f"MWQ to {bits} bits, as published", SCHEMES["mwq"], bits, True
+        yield f"MWQ to {bits} bits, for {bits}", order(-1), bits, True
+        yield f"MWQ to {bits} bits, for its base", order(0), bits, True
         yield f"MWQ to {bits} bits, not calibrated", SCHEMES["mwq"], bits, False
 
 
@@ -104,7 +104,7 @@ def speeds(files: list[tuple[str, Path]], rounds: int, threads: int) -> list[dic
     tests = [
         (label, path, level.bits)
         for label, path in files
-        if label == "nested" or label.endswith("in one pass")
+        if label == "nested" or label.endswith("as published")
         for level in levels(open_moe(path))
     ]
     rates: dict[tuple[str, int], list[float]] = {}

@@ -95,7 +95,7 @@ def quantize(
     ladder: Sequence[int] = LADDERS[0],
     *,
     second_moments: Array | None = None,
-    compensated: int | None = -1,
+    compensated: int | None = None,
     threads: int = 2,
 ) -> list[Codes]:
     """Quantises a matrix and returns its rungs as the file stores them; see `fit`.
@@ -120,7 +120,7 @@ def fit(
     ladder: Sequence[int],
     second_moments: Array | None = None,
     *,
-    compensated: int | None = -1,
+    compensated: int | None = None,
     threads: int = 2,
 ) -> Matryoshka:
     """Chooses codes and scales.
@@ -131,9 +131,9 @@ def fit(
 
     Args:
         second_moments: as in `quantize`.
-        compensated: the level, by its place in the ladder, whose error is made up for; every group gets all its rungs
-            before the next one. None is the published order: rung after rung over the whole matrix, each making up
-            for its own error. That is better at the base and much worse above (benchmarks/LOG.md).
+        compensated: None is the published order: rung after rung over the whole matrix, each making up for its own
+            error. A number is a place in the ladder: every group gets all its rungs before the next group, and the
+            error of this level alone is made up for. The last is better there and worse below (benchmarks/LOG.md).
         threads: the result does not depend on them.
 
     Raises:
