@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import json
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import edgemoe
 from edgemoe import bench
@@ -48,7 +48,9 @@ def candidates() -> Iterator[tuple[str, Scheme, int, bool]]:
     yield "nested, not calibrated", SCHEMES["nested"], 8, False
 
     def order(compensated: int) -> Scheme:
-        quantize = functools.partial(mwq.quantize, compensated=compensated)
+        def quantize(w: Any, ladder: Any, *, second_moments: Any, threads: int) -> Any:
+            return mwq.quantize(w, ladder, second_moments=second_moments, compensated=compensated)
+
         return dataclasses.replace(SCHEMES["mwq"], quantize=quantize)
 
     for bits in (4, 8):

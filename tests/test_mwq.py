@@ -173,13 +173,6 @@ def test_calibration_gains_where_its_error_is_made_up_for():
     assert published[0] < squares[0]
 
 
-def test_threads_do_not_change_the_codes():
-    w, moments = weights(150, 260), products(260)
-    one = quantize(w, second_moments=moments, threads=1)
-    for a, b in zip(one, quantize(w, second_moments=moments, threads=3), strict=True):
-        assert np.array_equal(a, b)
-
-
 @pytest.mark.parametrize("value", [0.0, 3.25, -1e-4, 1e4])
 def test_constant_groups_are_kept(value):
     w = np.full((3, 70), value, np.float32)

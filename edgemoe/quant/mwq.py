@@ -7,7 +7,6 @@ with scales of its own. It is here to be compared with nested codes in the same 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,7 @@ _ROWS = 16
 _COLS = 64
 _SHRINKS = np.linspace(1.0, 0.5, 21).tolist()  # of a group's range, tried for the base
 _DAMPING = 0.01  # of the mean square, as GPTQ has it
-_CHUNK = 64  # rows that are fitted together: small enough for the caches, the same for any number of threads
+_CHUNK = 256  # rows that are fitted together, small enough for the caches
 
 
 def is_ladder(ladder: Sequence[int]) -> bool:
@@ -96,7 +95,6 @@ def quantize(
     *,
     second_moments: Array | None = None,
     compensated: int | None = None,
-    threads: int = 2,
 ) -> list[Codes]:
     """Quantises a matrix and returns its rungs as the file stores them; see `fit`.
 
@@ -108,7 +106,7 @@ def quantize(
     Raises:
         ValueError: as `fit`.
     """
-    m = fit(w, ladder, second_moments, compensated=compensated, threads=threads)
+    m = fit(w, ladder, second_moments, compensated=compensated)
     base = _pack(m.codes[0], ladder[0], np.stack([m.scales[0], m.lowest], -1))
     odd = m.lowest.shape[1] % 2
     pairs = [np.pad(s, ((0, 0), (0, odd))).reshape(len(w), -1, 2) for s in m.scales[1:]]
@@ -121,7 +119,6 @@ def fit(
     second_moments: Array | None = None,
     *,
     compensated: int | None = None,
-    threads: int = 2,
 ) -> Matryoshka:
     """Chooses codes and scales.
 
@@ -134,7 +131,6 @@ def fit(
         compensated: None is the published order: rung after rung over the whole matrix, each making up for its own
             error. A number is a place in the ladder: every group gets all its rungs before the next group, and the
             error of this level alone is made up for. The last is better there and worse below (benchmarks/LOG.md).
-        threads: the result does not depend on them.
 
     Raises:
         ValueError: a weight is not finite or beyond float16, or the moments are not finite or of another shape.
@@ -145,17 +141,13 @@ def fit(
     moments = None if second_moments is None else _moments(second_moments, cols)
     pushes = None if moments is None else _pushes(moments)
     out = Matryoshka.empty(rows, cols, len(ladder))
-
-    def run(first: int) -> None:
+    for first in range(0, rows, _CHUNK):
         at = slice(first, first + _CHUNK)
         part = w[at].astype(np.float32)
         if compensated is None:
             _rung_by_rung(part, ladder[0], moments, pushes, out.rows(at))
         else:
             _group_by_group(part, ladder[0], moments, pushes, out.rows(at), compensated)
-
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(run, range(0, rows, _CHUNK)))
     return out
 
 

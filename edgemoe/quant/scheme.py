@@ -57,6 +57,17 @@ class Scheme:
         raise ValueError(f"{name}: expected one of {levels}, got {bits}")
 
 
+def _quantize_mwq(
+    w: NDArray[np.float32],
+    ladder: Sequence[int],
+    *,
+    second_moments: NDArray[np.float32] | None,
+    threads: int,
+) -> list[NDArray[np.uint8]]:
+    del threads  # numpy's products have their own; more beside these made it slower
+    return mwq.quantize(w, ladder, second_moments=second_moments)
+
+
 SCHEMES = {
     s.name: s
     for s in (
@@ -77,7 +88,7 @@ SCHEMES = {
             mwq.LADDERS,
             mwq.is_ladder,
             mwq.rung_bytes,
-            mwq.quantize,
+            _quantize_mwq,
         ),
     )
 }
