@@ -51,7 +51,7 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
             rows, cols = t.spec.shape
             out[name] = _core.Nested.from_file(
                 moe.file, t.offset, t.lengths[:level], t.crcs[:level], rows, cols,
-                widths[:level], verify, name,
+                widths[:level], verify, name, moe.scheme,
             )  # fmt: skip
         else:
             out[name] = _core.read_f32(moe.file, t.offset, t.spec.shape, t.crcs[0], verify, name)
@@ -120,6 +120,7 @@ class ExpertStore:
             verify=verify,
             num_readers=_NUM_READERS,
             policy=policy,
+            scheme=moe.scheme,
         )
         return cls(cache, num_experts=config.num_experts, level_bits=[r[0] for r in ladder])
 

@@ -29,14 +29,7 @@ from edgemoe.format import (
     pack_preamble,
     tensor_bytes,
 )  # fmt: skip
-from edgemoe.quant import (
-    DEFAULT_LADDER,
-    GROUP,
-    LEVEL_WEIGHTS,
-    ROUNDING_WEIGHTS,
-    Calibration,
-    quantize,
-)
+from edgemoe.quant import LEVEL_WEIGHTS, ROUNDING_WEIGHTS, SCHEMES, Calibration, Scheme
 
 __all__ = ["Writer", "add_sections"]
 
@@ -57,7 +50,8 @@ class Writer:
         path: Path,
         config: ModelConfig,
         *,
-        bits: int = 8,
+        bits: int | None = None,
+        scheme: Scheme = SCHEMES["nested"],
         sections: Mapping[str, bytes],
         source: Mapping[str, Any],
         calibration: Calibration | None = None,
@@ -66,24 +60,22 @@ class Writer:
         """Plans the file and opens or resumes `path`.part.
 
         Args:
-            bits: the last rung that is stored, one of the ladder's.
+            bits: the last rung that is stored, a level of one of the scheme's ladders; None for all of the first.
+            scheme: what the planes mean; one of `edgemoe.quant.SCHEMES`, or with a quantiser of its own.
             sections: the tokenizer's files and the like, by name; empty ones are left out.
             source: JSON values that say where the weights and the calibration came from; a change starts over.
             calibration: what flows into the matrices; the quantiser then minimises the error of what comes out.
 
         Raises:
-            ValueError: bits are not on the ladder.
+            ValueError: bits are on no ladder of the scheme.
             OSError: the disk is too small (ENOSPC) or not writable.
         """
-        if bits not in DEFAULT_LADDER:
-            raise ValueError(
-                f"bits: expected one of {', '.join(map(str, DEFAULT_LADDER))}, got {bits}"
-            )
         self._path = Path(path)
         self._part = self._path.with_name(self._path.name + ".part")
         self._log_path = self._path.with_name(self._path.name + ".part.log")
         self._config = config
-        self._ladder = DEFAULT_LADDER[: DEFAULT_LADDER.index(bits) + 1]
+        self._scheme = scheme
+        self._ladder = scheme.ladder(bits)
         self._calibration = calibration
         self._threads = threads or hardware.num_threads()
         self._specs = dense_tensors(config)
@@ -99,13 +91,13 @@ class Writer:
     # ------------------------------------------------------------ layout
 
     def _plan(self) -> None:
-        config, at = self._config, ALIGNMENT
+        config, scheme, at = self._config, self._scheme, ALIGNMENT
         self._places: dict[str, tuple[int, list[int]]] = {}
         for name, spec in self._specs.items():
-            sizes = tensor_bytes(spec, self._ladder)
+            sizes = tensor_bytes(spec, scheme, self._ladder)
             self._places[name] = (at, sizes)
             at = align(at + sum(sizes))
-        sizes = expert_rung_bytes(config, [(b, b, b) for b in self._ladder])
+        sizes = expert_rung_bytes(config, scheme, [(b, b, b) for b in self._ladder])
         for layer in config.moe_layers:
             for index in range(config.num_experts):
                 self._places[f"experts.{layer}.{index}"] = (at, sizes)
@@ -124,6 +116,7 @@ class Writer:
             sections,
             LEVEL_WEIGHTS.tolist(),
             ROUNDING_WEIGHTS.tolist(),
+            self._scheme.name,
         ]
         return f"{_core.crc32c(json.dumps(plan, sort_keys=True).encode()):08x}"
 
@@ -238,7 +231,7 @@ class Writer:
 
     def _quantize(self, name: str, w: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
         try:
-            return quantize(
+            return self._scheme.quantize(
                 np.ascontiguousarray(w, np.float32),
                 self._ladder,
                 second_moments=self._second_moments(name),
@@ -323,15 +316,17 @@ class Writer:
             offset, sizes = self._places[name]
             rungs = list(zip(sizes, self._crcs[name], strict=True))
             tensors[name] = [spec.kind, list(spec.shape), offset, rungs]
+        name = self._scheme.name
         index = json.dumps(
             {
                 "config": self._config.to_json(),
                 "ladder": [[b, b, b] for b in self._ladder],
                 "dense_ladder": list(self._ladder),
-                "group": GROUP,
+                "group": self._scheme.group,
                 "tensors": tensors,
                 "sections": sections,
                 "source": self._source,
+                **({} if name == "nested" else {"scheme": name}),  # as before there were two
             }
         ).encode()
         self._file.seek(at)

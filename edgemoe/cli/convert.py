@@ -52,11 +52,12 @@ def _convert(args: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such directory")
     from edgemoe.convert.convert import convert
-    from edgemoe.quant import DEFAULT_LADDER, Calibration
+    from edgemoe.quant import SCHEMES, Calibration
 
-    if args.bits not in DEFAULT_LADDER:  # Carving takes minutes before the writer would say so.
-        levels = ", ".join(map(str, DEFAULT_LADDER))
-        raise ValueError(f"--bits: expected one of {levels}, got {args.bits}")
+    scheme = SCHEMES.get(args.scheme)
+    if scheme is None:
+        raise ValueError(f"--scheme: expected one of {', '.join(SCHEMES)}, got {args.scheme}")
+    scheme.ladder(args.bits, "--bits")  # Carving takes minutes before the writer would say so.
     calibration = None if args.calibration is None else Calibration(args.calibration)
     source = _carved(args.source) if args.carve else _checkpoint(args.source)
     if "tokenizer.json" not in source.files:
@@ -64,7 +65,9 @@ def _convert(args: argparse.Namespace) -> None:
             f"{_PROG}: {source.name}: no tokenizer.json; the file will take and give token ids only"
         )
     with Progress(f"writing {out.name}", unit="B") as progress:
-        convert(source, out, bits=args.bits, calibration=calibration, progress=progress)
+        convert(
+            source, out, bits=args.bits, scheme=scheme, calibration=calibration, progress=progress
+        )
     note(f"{_PROG}: wrote {out}: {_gib(out.stat().st_size)}")
 
 
@@ -123,9 +126,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bits",
         type=int,
-        default=8,
         metavar="N",
         help="most bits per weight that can be used later; fewer make a smaller file "
+        "(default: 8; with --scheme mwq 4, and 5 to 8 are version 2 of it, which starts at 5)",
+    )
+    parser.add_argument(
+        "--scheme",
+        default="nested",
+        metavar="NAME",
+        help="nested: every level is a prefix of one code; mwq: D2MoE's base and planes of signs, to compare with "
         "(default: %(default)s)",
     )
     parser.add_argument(

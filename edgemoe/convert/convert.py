@@ -10,7 +10,7 @@ from typing import Any
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.source import SourceModel
-from edgemoe.quant import Calibration
+from edgemoe.quant import SCHEMES, Calibration, Scheme
 from edgemoe.tokenizer import Tokenizer
 from edgemoe.writer import Writer
 
@@ -26,7 +26,8 @@ def convert(
     source: Checkpoint,
     out: Path,
     *,
-    bits: int = 8,
+    bits: int | None = None,
+    scheme: Scheme = SCHEMES["nested"],
     calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -38,7 +39,8 @@ def convert(
     Args:
         source: the checkpoint; read one expert or one resident tensor at a time.
         out: the `.moe` file to make.
-        bits: precision that is stored, a level of the file's ladder.
+        bits: precision that is stored, a level of one of the scheme's ladders; None for all of the first.
+        scheme: what the planes mean, as `Writer` takes it.
         calibration: of this model, as `edgemoe calibrate` makes it; without one every input counts alike.
         progress: called after every tensor and expert.
 
@@ -61,7 +63,13 @@ def convert(
         calibration.check(config)
         provenance["calibration"] = {**calibration.meta, "checksum": _checksum(calibration.path)}
     with Writer(
-        out, config, bits=bits, sections=source.files, source=provenance, calibration=calibration
+        out,
+        config,
+        bits=bits,
+        scheme=scheme,
+        sections=source.files,
+        source=provenance,
+        calibration=calibration,
     ) as writer:
 
         def report() -> None:
