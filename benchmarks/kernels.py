@@ -1,6 +1,6 @@
 """Speed of the nested matrix kernels at every level, beside the memory roof.
 
-    python benchmarks/kernels.py [--threads 1 2] [--isa avx512 avx2] [--tokens 1 64]
+    python benchmarks/kernels.py [--threads 1 2] [--isa avx512 avx2] [--tokens 1 64] [--scheme nested mwq]
 
 Weights of 1 GiB at 8 bits are read in turn, so that nothing comes from a cache; with `--small`, one matrix that fits
 in the second-level cache, which shows what the instructions alone cost. GB/s are of planes and scales.
@@ -15,9 +15,7 @@ import time
 import numpy as np
 
 from edgemoe import _core
-from edgemoe.quant import plane_widths, quantize, rung_bytes
-
-LADDER = (2, 3, 4, 6, 8)
+from edgemoe.quant import SCHEMES, plane_widths
 
 
 def main() -> None:
@@ -29,14 +27,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1])
     parser.add_argument("--cols", type=int, default=2048)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--scheme", nargs="+", default=["nested"], choices=list(SCHEMES))
     args = parser.parse_args()
     rows, cols = (256 if args.small else 16384), args.cols
     count = 1 if args.small else max(1, (1 << 30) // (rows * cols))
     rng = np.random.default_rng(0)
-    rungs = quantize(rng.standard_normal((rows, cols), np.float32), LADDER)
-    widths = plane_widths(LADDER)
-    print("| isa | threads | tokens | bits | Gweights/s | GB/s | of roof |")
-    print("|---|---|---|---|---|---|---|")
+    w = rng.standard_normal((rows, cols), np.float32)
+    stored = [
+        (scheme, ladder, scheme.quantize(w, ladder, second_moments=None, threads=2))
+        for scheme in map(SCHEMES.__getitem__, args.scheme)
+        for ladder in scheme.ladders
+    ]
+    print("| isa | threads | tokens | scheme | bits | Gweights/s | GB/s | of roof |")
+    print("|---|---|---|---|---|---|---|---|")
     for isa in args.isa:
         _core.use_isa(isa)
         for threads in args.threads:
@@ -45,9 +48,16 @@ def main() -> None:
                 ws = _core.Workspace(threads, tokens, cols, 64, 1, 16)
                 x = rng.standard_normal((tokens, cols), np.float32)
                 out = np.empty((tokens, rows), np.float32)
-                for level, bits in enumerate(LADDER, 1):
+                levels = [
+                    (scheme, ladder[: n + 1], rungs[: n + 1])
+                    for scheme, ladder, rungs in stored
+                    for n in range(len(ladder))
+                ]
+                for scheme, ladder, rungs in levels:
                     matrices = [
-                        _core.Nested.from_rungs(rungs[:level], rows, cols, widths[:level])
+                        _core.Nested.from_rungs(
+                            rungs, rows, cols, plane_widths(ladder), scheme.name
+                        )
                         for _ in range(count)
                     ]
                     passes = 300 if args.small else 3
@@ -59,9 +69,10 @@ def main() -> None:
                                 _core.linear(ws, x, [m], [out])
                         times.append((time.perf_counter() - start) / passes / count)
                     seconds = statistics.median(times)
-                    size = sum(rung_bytes(rows, cols, LADDER[:level]))
+                    size = sum(scheme.rung_bytes(rows, cols, ladder))
                     print(
-                        f"| {isa} | {threads} | {tokens} | {bits} | {rows * cols * tokens / seconds / 1e9:.1f} "
+                        f"| {isa} | {threads} | {tokens} | {scheme.name} | {ladder[-1]} "
+                        f"| {rows * cols * tokens / seconds / 1e9:.1f} "
                         f"| {size / seconds / 1e9:.1f} | {100 * size / seconds / roof:.0f}% |"
                     )
 

@@ -101,33 +101,47 @@ struct Nested {
   size_t bytes() const { return memory.size(); }
 };
 
-void check_widths(const std::vector<uint8_t>& widths) {
+Scheme scheme_named(const std::string& name) {
+  if (name == "nested") return Scheme::kNested;
+  if (name == "mwq") return Scheme::kMwq;
+  throw std::invalid_argument("scheme: expected nested or mwq, got " + name);
+}
+
+void check_widths(Scheme scheme, const std::vector<uint8_t>& widths) {
   int bits = 0;
   for (uint8_t w : widths) bits += w == 0 ? 99 : w;
   if (widths.empty() || widths.size() > kMaxRungs || bits > 8) {
     throw std::invalid_argument("nested: a ladder has 1 to 8 rungs of at least 1 and together at most 8 bits");
   }
+  if (scheme == Scheme::kMwq) {
+    bool ok = widths[0] == 2 || widths[0] == 5;
+    for (size_t r = 1; r < widths.size(); ++r) ok = ok && widths[r] == 1;
+    if (!ok) throw std::invalid_argument("nested: a ladder of mwq has a base of 2 or 5 bits and rungs of 1 bit");
+  }
 }
 
 /// Points the matrix at rungs that follow each other in memory.
-void point_at_rungs(NestedMatrix* m, int rows, int cols, const std::vector<uint8_t>& widths, const uint8_t* p) {
+void point_at_rungs(NestedMatrix* m, Scheme scheme, int rows, int cols, const std::vector<uint8_t>& widths,
+                    const uint8_t* p) {
+  m->scheme = scheme;
   m->rows = rows;
   m->cols = cols;
   m->num_rungs = int(widths.size());
   for (size_t r = 0; r < widths.size(); ++r) {
     m->widths[r] = widths[r];
     m->rungs[r] = p;
-    p += rung_bytes(rows, cols, widths[r], r == 0);
+    p += rung_bytes(scheme, rows, cols, widths[r], r == 0);
   }
 }
 
 Held<Nested> nested_from_rungs(const std::vector<Array<uint8_t>>& rungs, int rows, int cols,
-                               const std::vector<uint8_t>& widths) {
-  check_widths(widths);
+                               const std::vector<uint8_t>& widths, const std::string& scheme_name) {
+  const Scheme scheme = scheme_named(scheme_name);
+  check_widths(scheme, widths);
   if (rungs.size() != widths.size()) throw std::invalid_argument("nested: expected one array per rung");
   size_t total = 0;
   for (size_t r = 0; r < widths.size(); ++r) {
-    const size_t bytes = rung_bytes(rows, cols, widths[r], r == 0);
+    const size_t bytes = rung_bytes(scheme, rows, cols, widths[r], r == 0);
     expect(rungs[r], "nested rung", {py::ssize_t(bytes)});
     total += bytes;
   }
@@ -135,7 +149,7 @@ Held<Nested> nested_from_rungs(const std::vector<Array<uint8_t>>& rungs, int row
   n->memory = Memory(total);
   uint8_t* p = n->memory.bytes();
   for (const auto& r : rungs) p = std::copy_n(r.data(), r.size(), p);
-  point_at_rungs(&n->matrix, rows, cols, widths, n->memory.bytes());
+  point_at_rungs(&n->matrix, scheme, rows, cols, widths, n->memory.bytes());
   return n;
 }
 
@@ -153,20 +167,22 @@ Memory read_range(const File& file, uint64_t offset, size_t length) {
 
 Held<Nested> nested_from_file(const std::shared_ptr<File>& file, uint64_t offset, const std::vector<uint64_t>& lengths,
                               const std::vector<uint32_t>& crcs, int rows, int cols, const std::vector<uint8_t>& widths,
-                              bool verify, const std::string& name) {
-  check_widths(widths);
+                              bool verify, const std::string& name, const std::string& scheme_name) {
+  const Scheme scheme = scheme_named(scheme_name);
+  check_widths(scheme, widths);
   if (lengths.size() != widths.size() || crcs.size() != widths.size()) {
     throw std::invalid_argument("nested: expected one length and one checksum per rung");
   }
   size_t total = 0;
   for (size_t r = 0; r < widths.size(); ++r) {
-    if (lengths[r] != rung_bytes(rows, cols, widths[r], r == 0)) throw std::invalid_argument("nested: wrong length");
+    if (lengths[r] != rung_bytes(scheme, rows, cols, widths[r], r == 0))
+      throw std::invalid_argument("nested: wrong length");
     total += lengths[r];
   }
   Held<Nested> n(new Nested);
   py::gil_scoped_release release;
   n->memory = read_range(*file, offset, total);
-  point_at_rungs(&n->matrix, rows, cols, widths, n->memory.bytes());
+  point_at_rungs(&n->matrix, scheme, rows, cols, widths, n->memory.bytes());
   for (size_t r = 0; verify && r < widths.size(); ++r) {
     const uint32_t crc = crc32c(n->matrix.rungs[r], lengths[r]);
     if (crc == crcs[r]) continue;
@@ -297,10 +313,10 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<Nested, Held<Nested>>(m, "Nested", "A resident nested matrix [rows, cols].")
       .def_static("from_rungs", &nested_from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"),
-                  py::arg("widths"), "Copies rungs as `quantize` returns them.")
+                  py::arg("widths"), py::arg("scheme") = "nested", "Copies rungs as `quantize` returns them.")
       .def_static("from_file", &nested_from_file, py::arg("file"), py::arg("offset"), py::arg("lengths"),
                   py::arg("crcs"), py::arg("rows"), py::arg("cols"), py::arg("widths"), py::arg("verify"),
-                  py::arg("name"), "Reads the rungs of a tensor into memory of its own.")
+                  py::arg("name"), py::arg("scheme") = "nested", "Reads the rungs of a tensor into memory of its own.")
       .def_property_readonly("rows", [](const Nested& n) { return n.matrix.rows; })
       .def_property_readonly("cols", [](const Nested& n) { return n.matrix.cols; })
       .def_property_readonly("bits", [](const Nested& n) { return bits_of(n.matrix); })
@@ -320,7 +336,7 @@ PYBIND11_MODULE(_core, m) {
             const int32_t* id = ids.data();
             py::gil_scoped_release release;
             for (py::ssize_t i = 0; i < ids.size(); ++i, o += n.matrix.cols) {
-              kernels().decode_row(n.matrix, id[i], o);
+              decode_row(kernels(), n.matrix, id[i], o);
               for (int c = 0; scale != 1.0f && c < n.matrix.cols; ++c) o[c] *= scale;
             }
           },
@@ -336,14 +352,14 @@ PYBIND11_MODULE(_core, m) {
          const Array<float>& squares, const std::optional<Array<float>>& moments, int sweeps, int threads) {
         expect(w, "quantize", {-1, -1});
         expect(level_weights, "level_weights", {8});
-        check_widths(widths);
+        check_widths(Scheme::kNested, widths);
         const int rows = int(w.shape(0)), cols = int(w.shape(1));
         expect(squares, "squares", {cols});
         if (moments) expect(*moments, "moments", {cols, cols});
         std::vector<py::array_t<uint8_t>> rungs;
         std::vector<uint8_t*> outs;
         for (size_t r = 0; r < widths.size(); ++r) {
-          rungs.emplace_back(py::ssize_t(rung_bytes(rows, cols, widths[r], r == 0)));
+          rungs.emplace_back(py::ssize_t(rung_bytes(Scheme::kNested, rows, cols, widths[r], r == 0)));
           outs.push_back(rungs.back().mutable_data());
         }
         bool ok;
@@ -626,7 +642,13 @@ PYBIND11_MODULE(_core, m) {
                        const std::vector<std::array<uint8_t, 3>>& rung_widths, const std::vector<uint32_t>& ends,
                        const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const Array<uint8_t>& rungs,
                        const std::vector<int>& layers, int max_level, size_t budget_bytes, bool verify, int num_readers,
-                       const py::object& policy) {
+                       const py::object& policy, const std::string& scheme_name) {
+             const Scheme scheme = scheme_named(scheme_name);
+             for (size_t m = 0; m < 3; ++m) {
+               std::vector<uint8_t> widths;
+               for (const auto& rung : rung_widths) widths.push_back(rung[m]);
+               check_widths(scheme, widths);
+             }
              expect(offsets, "offsets", {-1});
              expect(crcs, "crcs", {offsets.size(), py::ssize_t(ends.size())});
              expect(rungs, "rungs", {offsets.size()});
@@ -634,14 +656,14 @@ PYBIND11_MODULE(_core, m) {
                                {crcs.data(), crcs.data() + crcs.size()},
                                {rungs.data(), rungs.data() + rungs.size()},
                                layers};
-             ExpertShape shape{int(layers.size()), num_experts, hidden, expert_hidden, rung_widths, ends};
+             ExpertShape shape{scheme, int(layers.size()), num_experts, hidden, expert_hidden, rung_widths, ends};
              return Held<Cache>(new Cache(file, std::move(shape), std::move(table), max_level, budget_bytes, verify,
                                           num_readers, policy_from(policy, size_t(offsets.size()))));
            }),
            py::kw_only(), py::arg("file"), py::arg("num_experts"), py::arg("hidden"), py::arg("expert_hidden"),
            py::arg("rung_widths"), py::arg("ends"), py::arg("offsets").noconvert(), py::arg("crcs").noconvert(),
            py::arg("rungs").noconvert(), py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"),
-           py::arg("verify"), py::arg("num_readers"), py::arg("policy"))
+           py::arg("verify"), py::arg("num_readers"), py::arg("policy"), py::arg("scheme") = "nested")
       .def(
           "begin",
           [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels, const Array<int32_t>& offsets,
@@ -738,7 +760,7 @@ PYBIND11_MODULE(_core, m) {
             std::vector<py::array_t<float>> out;
             for (const NestedMatrix* w : {&v.gate, &v.up, &v.down}) {
               py::array_t<float> a({py::ssize_t(w->rows), py::ssize_t(w->cols)});
-              for (int r = 0; r < w->rows; ++r) kernels().decode_row(*w, r, a.mutable_data() + size_t(r) * w->cols);
+              for (int r = 0; r < w->rows; ++r) decode_row(kernels(), *w, r, a.mutable_data() + size_t(r) * w->cols);
               out.push_back(std::move(a));
             }
             return out;

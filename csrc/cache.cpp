@@ -421,6 +421,7 @@ ExpertView Cache::view(int e, int level) const {
   const int d = shape_.hidden, h = shape_.expert_hidden;
   NestedMatrix* matrices[3] = {&v.gate, &v.up, &v.down};
   for (int m = 0; m < 3; ++m) {
+    matrices[m]->scheme = shape_.scheme;
     matrices[m]->rows = m == 2 ? d : h;
     matrices[m]->cols = m == 2 ? h : d;
     matrices[m]->num_rungs = level;
@@ -432,7 +433,7 @@ ExpertView Cache::view(int e, int level) const {
       const int width = shape_.rung_widths[r][m];
       matrices[m]->widths[r] = uint8_t(width);
       matrices[m]->rungs[r] = p;
-      p += rung_bytes(matrices[m]->rows, matrices[m]->cols, width, r == 0);
+      p += rung_bytes(shape_.scheme, matrices[m]->rows, matrices[m]->cols, width, r == 0);
     }
   }
   return v;

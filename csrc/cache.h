@@ -20,6 +20,7 @@ namespace edgemoe {
 
 /// What all experts of a file have in common.
 struct ExpertShape {
+  Scheme scheme;
   int num_layers;                                   ///< layers with routed experts
   int num_experts;                                  ///< per layer
   int hidden;                                       ///< D

@@ -111,7 +111,7 @@ void linear(Workspace& ws, const float* x, int T, const std::vector<const Nested
       const NestedMatrix& m = *matrices[i];
       const int count = blocks(m.rows, kTileRows);
       const int a = std::max(begin - first, 0), b = std::min(end - first, count);
-      if (a < b) k.matmul_nested(m, q, T, a, b, outs[i], size_t(m.rows));
+      if (a < b) matmul(k, m, q, T, a, b, outs[i], size_t(m.rows));
       first += count;
     }
   });

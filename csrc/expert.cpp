@@ -55,12 +55,11 @@ void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& p
         const QuantizedRows mine = rows_from(q, shared ? 0 : p.row);
         const size_t at = size_t(p.row) * hidden;
         if (begin < gate_blocks) {
-          k.matmul_nested(p.use->w.gate, mine, p.count, begin, std::min(end, gate_blocks), ws.gate() + at,
-                          size_t(hidden));
+          matmul(k, p.use->w.gate, mine, p.count, begin, std::min(end, gate_blocks), ws.gate() + at, size_t(hidden));
         }
         if (end > gate_blocks) {
-          k.matmul_nested(p.use->w.up, mine, p.count, std::max(begin - gate_blocks, 0), end - gate_blocks, ws.up() + at,
-                          size_t(hidden));
+          matmul(k, p.use->w.up, mine, p.count, std::max(begin - gate_blocks, 0), end - gate_blocks, ws.up() + at,
+                 size_t(hidden));
         }
       });
   const QuantizedRows h = ws.quantize_hidden(ws.gate(), ws.up(), total, hidden);
@@ -72,8 +71,7 @@ void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& p
       ws, pieces, [&](const Piece& p) { return blocks(p.use->w.down.rows, kTileRows); },
       [&](const Piece& p, int begin, int end) {
         const int d = p.use->w.down.rows;
-        k.matmul_nested(p.use->w.down, rows_from(h, p.row), p.count, begin, end, p.use->out + size_t(p.first) * d,
-                        size_t(d));
+        matmul(k, p.use->w.down, rows_from(h, p.row), p.count, begin, end, p.use->out + size_t(p.first) * d, size_t(d));
       });
 }
 

@@ -41,7 +41,9 @@ class File:
 
 class Nested:
     @staticmethod
-    def from_rungs(rungs: Sequence[_U8], rows: int, cols: int, widths: Sequence[int]) -> Nested: ...
+    def from_rungs(
+        rungs: Sequence[_U8], rows: int, cols: int, widths: Sequence[int], scheme: str = "nested"
+    ) -> Nested: ...
     @staticmethod
     def from_file(
         file: File,
@@ -53,6 +55,7 @@ class Nested:
         widths: Sequence[int],
         verify: bool,
         name: str,
+        scheme: str = "nested",
     ) -> Nested: ...
     @property
     def rows(self) -> int: ...
@@ -133,6 +136,7 @@ class Cache:
         verify: bool,
         num_readers: int,
         policy: str | NDArray[np.float64],
+        scheme: str = "nested",
     ) -> None: ...
     def begin(
         self,

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgemoe import hardware
+from edgemoe.budget import default_ram
 from edgemoe.engine import Engine
 from edgemoe.format import open_moe
 from edgemoe.store import disk_rate
 
 __all__ = ["Result", "Roof", "measure", "roof"]
+
+_MARGIN_BYTES = 16 << 20  # stacks of the threads that read, page tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,17 +63,27 @@ class Result:
 
 
 def roof(
-    path: str | os.PathLike[str], *, bits: int | None, threads: int | None, seconds: float = 1.0
+    path: str | os.PathLike[str],
+    *,
+    bits: int | None,
+    threads: int | None,
+    ram: int | None = None,
+    seconds: float = 1.0,
 ) -> Roof:
     """Measures memory with `threads` threads, and the disk with reads like the cache's for about `seconds`.
 
-    Before an engine is opened: it takes memory that a budget would not allow for.
+    Before an engine is opened, with the memory that it will have: `ram` bytes for the process, None for what is free.
     """
     moe = open_moe(path)
-    return Roof(
-        memory=hardware.memory_rate(threads or hardware.num_threads()),
-        disk=disk_rate(moe, moe.level(bits), seconds=seconds),
+    total = default_ram() if ram is None else ram
+    room = max(total - hardware.process_bytes() - _MARGIN_BYTES, 1 << 20)
+    best = Roof(
+        memory=hardware.memory_rate(threads or hardware.num_threads(), room=room),
+        disk=disk_rate(moe, moe.level(bits), seconds=seconds, room=room),
     )
+    hardware.trim()
+    hardware.forget_peak()  # the engine's is reported
+    return best
 
 
 def measure(

@@ -115,21 +115,21 @@ class Chat:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the conversation to a JSON file, which is replaced as a whole or not at all.
 
+        A link leads to the file to replace. What is no regular file, such as a device, is written as it is.
+
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be written; its name is in the error.
         """
-        target = Path(path)
         text = json.dumps({"messages": self._messages}, ensure_ascii=False, indent=1) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
+        content = text.encode(errors="surrogatepass")
         try:
-            with open(handle, "wb") as out:
-                out.write(text.encode(errors="surrogatepass"))
-                out.flush()
-                os.fsync(out.fileno())
-            os.replace(temporary, target)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+            target = Path(path).resolve()
+            if target.exists() and not target.is_file():
+                target.write_bytes(content)
+            else:
+                _replace(target, content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replaces the conversation, system message included, with a saved one.
@@ -222,6 +222,19 @@ class Chat:
         if self._reply is not None:
             self._reply.close()
             self._reply = None
+
+
+def _replace(target: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
+    try:
+        with open(handle, "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
 
 
 class StopFilter:

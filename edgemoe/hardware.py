@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from edgemoe import _core
 
 __all__ = [
     "available_bytes",
+    "forget_peak",
     "memory_rate",
     "num_cuda_devices",
     "num_threads",
@@ -21,6 +24,8 @@ __all__ = [
     "process_bytes",
     "trim",
 ]
+
+_MEMBERSHIP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 _ffi = FFI()
 _ffi.cdef("""
@@ -37,7 +42,7 @@ def process_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """Returns the highest resident memory that this process ever had."""
+    """Returns the highest resident memory that this process ever had, or had since `forget_peak`."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
@@ -50,37 +55,39 @@ def available_bytes() -> int:
     Page cache counts as free; the kernel drops it.
     """
     free = int(psutil.virtual_memory().available)
-    return min([free, *_cgroup_rooms(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
+    return min([free, *_cgroup_rooms(_MEMBERSHIP, _CGROUPS)])
 
 
-def _cgroup_rooms(membership: Path, root: Path) -> list[int]:
-    """Returns the room below the limit of each memory cgroup around this process (versions 1 and 2)."""
-    rooms = []
+def _cgroups(controller: str, membership: Path, root: Path) -> Iterator[tuple[Path, bool]]:
+    """Yields each control group around this process, innermost first, and whether it is of version 2."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
-        return []
+        return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "memory":
-            base, limit_name, usage_name = (
-                root / "memory",
-                "memory.limit_in_bytes",
-                "memory.usage_in_bytes",
-            )
+        if controller in controllers.split(","):
+            base = root / controller
         elif controllers == "":
             base = root / "unified" if (root / "unified").is_dir() else root
-            limit_name, usage_name = "memory.max", "memory.current"
         else:
             continue
         group = base / path.lstrip("/")
         while True:
-            room = _room(group, limit_name, usage_name)
-            if room is not None:
-                rooms.append(room)
+            yield group, controllers == ""
             if group == base:
                 break
             group = group.parent
+
+
+def _cgroup_rooms(membership: Path, root: Path) -> list[int]:
+    """Returns the room below every limit of memory around this process."""
+    rooms = []
+    for group, is_v2 in _cgroups("memory", membership, root):
+        # Above memory.high the kernel slows a process down as much as it takes.
+        limits = ("memory.max", "memory.high") if is_v2 else ("memory.limit_in_bytes",)
+        usage = "memory.current" if is_v2 else "memory.usage_in_bytes"
+        rooms += [room for name in limits if (room := _room(group, name, usage)) is not None]
     return rooms
 
 
@@ -98,26 +105,42 @@ def _room(group: Path, limit_name: str, usage_name: str) -> int | None:
 def num_threads() -> int:
     """Returns how many cores this process may use: its own affinity and quota, hyper-threads counted once."""
     allowed = len(os.sched_getaffinity(0))
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed, _cpu_quota()))
+    return max(
+        1,
+        min(allowed, psutil.cpu_count(logical=False) or allowed, _cpu_quota(_MEMBERSHIP, _CGROUPS)),
+    )
 
 
-def _cpu_quota() -> int:
-    """Returns how many cores the control group's quota amounts to (docker --cpus), a large number for no quota."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        if (root / "cpu.max").exists():
-            quota, period = (root / "cpu.max").read_text().split()
-        else:
-            quota = (root / "cpu/cpu.cfs_quota_us").read_text()
-            period = (root / "cpu/cpu.cfs_period_us").read_text()
-        return math.ceil(int(quota) / int(period)) if int(quota) > 0 else 1 << 20
-    except (OSError, ValueError):  # "max", or no such controller
-        return 1 << 20
+def _cpu_quota(membership: Path, root: Path) -> int:
+    """Returns how many cores the quotas around this process amount to (docker --cpus), a large number for none."""
+    least = 1 << 20
+    for group, is_v2 in _cgroups("cpu", membership, root):
+        try:
+            if is_v2:
+                quota, period = map(int, (group / "cpu.max").read_text().split())
+            else:
+                quota = int((group / "cpu.cfs_quota_us").read_text())
+                period = int((group / "cpu.cfs_period_us").read_text())
+        except (OSError, ValueError):  # "max", or no such controller
+            continue
+        if quota > 0:
+            least = min(least, math.ceil(quota / period))
+    return least
 
 
-def memory_rate(threads: int) -> float:
-    """Returns the bytes per second that `threads` threads read from memory together."""
-    return _core.memory_rate(256 << 20, threads)
+def forget_peak() -> None:
+    """Makes `peak_bytes` count from now on, where the kernel allows it."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory_rate(threads: int, *, room: int) -> float:
+    """Returns the bytes per second that `threads` threads read from memory together.
+
+    Args:
+        room: bytes that this may take; 256 MiB are enough, less may partly measure a cache.
+    """
+    return _core.memory_rate(min(256 << 20, room), threads)
 
 
 def trim() -> None:

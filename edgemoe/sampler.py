@@ -63,12 +63,12 @@ class SamplingParams:
         """
         try:
             said = json.loads(generation_config or b"{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             return cls()
         params = cls()
         for theirs, ours in _MODEL_SETTINGS.items():
             if isinstance(said, dict) and said.get(theirs) is not None:
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, OverflowError):
                     params = replace(params, **{ours: said[theirs]})
         return params
 

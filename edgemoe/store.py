@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
-from edgemoe.format import MoeFile
+from edgemoe.format import ALIGNMENT, MoeFile
 from edgemoe.plan import Plan
 from edgemoe.quant import plane_widths
 
@@ -69,17 +69,21 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
             rows, cols = t.spec.shape
             out[name] = _core.Nested.from_file(
                 moe.file, t.offset, t.lengths[:level], t.crcs[:level], rows, cols,
-                widths[:level], verify, name,
+                widths[:level], verify, name, moe.scheme,
             )  # fmt: skip
         else:
             out[name] = _core.read_f32(moe.file, t.offset, t.spec.shape, t.crcs[0], verify, name)
     return out
 
 
-def disk_rate(moe: MoeFile, level: int, *, seconds: float) -> float:
-    """Returns the bytes per second of reading experts in random order as the cache does, for about `seconds`."""
+def disk_rate(moe: MoeFile, level: int, *, seconds: float, room: int) -> float:
+    """Returns the bytes per second of reading experts in random order as the cache does, for about `seconds`.
+
+    Where `room` bytes do not hold as many experts as are read at once, only the first part of each is read.
+    """
     rng = np.random.default_rng(0)
-    length, count = expert_bytes(moe, level), 32
+    most = max(room // (2 * _NUM_READERS) // ALIGNMENT, 1) * ALIGNMENT
+    length, count = min(expert_bytes(moe, level), most), 32
     starts = moe.experts.offsets[moe.experts.offsets + np.uint64(length) <= moe.file_bytes]
     while True:
         offsets = rng.permutation(starts)[:count].tolist()
@@ -145,6 +149,7 @@ class ExpertStore:
             verify=verify,
             num_readers=_NUM_READERS,
             policy=policy,
+            scheme=moe.scheme,
         )
         return cls(
             cache, num_experts=config.num_experts, level_bits=[r[0] for r in ladder],

@@ -86,6 +86,8 @@ def token_bytes(backend: tokenizers.Tokenizer) -> TokenBytes | None:
     if backend.decoder is None:
         return lambda token, first: (token if first else " " + token).encode()
     spec: Mapping[str, Any] = json.loads(backend.decoder.__getstate__())
+    while spec["type"] == "Sequence" and len(spec["decoders"]) == 1:
+        spec = spec["decoders"][0]
     if spec["type"] == "ByteLevel":
         return _byte_level
     if spec["type"] == "Metaspace":

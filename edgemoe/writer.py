@@ -31,13 +31,12 @@ from edgemoe.format import (
     tensor_bytes,
 )  # fmt: skip
 from edgemoe.quant import (
-    DEFAULT_LADDER,
-    GROUP,
     LEVEL_WEIGHTS,
     ROUNDING_WEIGHTS,
+    SCHEMES,
     Allocation,
     Calibration,
-    quantize,
+    Scheme,
 )
 
 __all__ = ["Writer", "add_sections"]
@@ -59,7 +58,8 @@ class Writer:
         path: Path,
         config: ModelConfig,
         *,
-        bits: int = 8,
+        bits: int | None = None,
+        scheme: Scheme = SCHEMES["nested"],
         sections: Mapping[str, bytes],
         source: Mapping[str, Any],
         calibration: Calibration | None = None,
@@ -71,7 +71,8 @@ class Writer:
         """Plans the file and opens or resumes `path`.part.
 
         Args:
-            bits: the last rung that is stored, one of the ladder's.
+            bits: the last rung that is stored, a level of one of the scheme's ladders; None for all of the first.
+            scheme: what the planes mean; one of `edgemoe.quant.SCHEMES`, or with a quantiser of its own.
             sections: the tokenizer's files and the like, by name; empty ones are left out.
             source: JSON values that say where the weights and the calibration came from; a change starts over.
             calibration: what flows into the matrices; the quantiser then minimises the error of what comes out.
@@ -81,25 +82,29 @@ class Writer:
             down_bits: bits of experts' w_down at each level; None for those of the other two.
 
         Raises:
-            ValueError: bits are not on the ladder, `favour` is not one of the levels, or `down_bits` do not climb.
+            ValueError: bits are on no ladder of the scheme, `favour` is not one of the levels or the scheme cannot, or
+                `down_bits` do not climb.
             FormatError: the allocation is of another model, or asks for more than `bits`.
             OSError: the disk is too small (ENOSPC) or not writable.
         """
-        if bits not in DEFAULT_LADDER:
-            raise ValueError(
-                f"bits: expected one of {', '.join(map(str, DEFAULT_LADDER))}, got {bits}"
-            )
         self._path = Path(path)
         self._part = self._path.with_name(self._path.name + ".part")
         self._log_path = self._path.with_name(self._path.name + ".part.log")
         self._config = config
-        self._ladder = DEFAULT_LADDER[: DEFAULT_LADDER.index(bits) + 1]
+        self._scheme = scheme
+        self._ladder = scheme.ladder(bits)
+        if favour is not None and not scheme.can_favour:
+            raise ValueError(f"favour: not for the scheme {scheme.name}")
         if favour not in (None, *self._ladder):
             raise ValueError(
                 f"favour: expected one of {', '.join(map(str, self._ladder))}, got {favour}"
             )
         down = tuple(self._ladder if down_bits is None else down_bits)
-        if len(down) != len(self._ladder) or not all(a < b <= 8 for a, b in pairwise((0, *down))):
+        if (
+            len(down) != len(self._ladder)
+            or not all(a < b <= 8 for a, b in pairwise((0, *down)))
+            or not scheme.is_ladder(down)
+        ):
             raise ValueError(
                 f"down bits: expected {len(self._ladder)} that climb to at most 8, got {down}"
             )
@@ -110,7 +115,7 @@ class Writer:
         levels = int(self._rungs.max())
         self._expert_ladder = list(zip(self._ladder, self._ladder, down, strict=True))[:levels]
         self._favoured = None if favour is None else self._ladder.index(favour) + 1
-        self._favours_own = allocation is not None and favour is None
+        self._favours_own = allocation is not None and favour is None and scheme.can_favour
         self._calibration = calibration
         self._threads = threads or hardware.num_threads()
         self._specs = dense_tensors(config)
@@ -126,13 +131,13 @@ class Writer:
     # ------------------------------------------------------------ layout
 
     def _plan(self) -> None:
-        config, at = self._config, ALIGNMENT
+        config, scheme, at = self._config, self._scheme, ALIGNMENT
         self._places: dict[str, tuple[int, list[int]]] = {}
         for name, spec in self._specs.items():
-            sizes = tensor_bytes(spec, self._ladder)
+            sizes = tensor_bytes(spec, scheme, self._ladder)
             self._places[name] = (at, sizes)
             at = align(at + sum(sizes))
-        all_sizes = expert_rung_bytes(config, self._expert_ladder)
+        all_sizes = expert_rung_bytes(config, scheme, self._expert_ladder)
         rungs = iter(self._rungs.tolist())
         for layer in config.moe_layers:
             for index in range(config.num_experts):
@@ -155,6 +160,7 @@ class Writer:
             sections,
             LEVEL_WEIGHTS.tolist(),
             ROUNDING_WEIGHTS.tolist(),
+            self._scheme.name,
         ]
         return f"{_core.crc32c(json.dumps(plan, sort_keys=True).encode()):08x}"
 
@@ -276,7 +282,7 @@ class Writer:
         self, name: str, w: NDArray[np.float32], ladder: Sequence[int], favour: int | None
     ) -> list[NDArray[np.uint8]]:
         try:
-            return quantize(
+            return self._scheme.quantize(
                 np.ascontiguousarray(w, np.float32),
                 ladder,
                 second_moments=self._second_moments(name),
@@ -362,15 +368,17 @@ class Writer:
             offset, sizes = self._places[name]
             rungs = list(zip(sizes, self._crcs[name], strict=True))
             tensors[name] = [spec.kind, list(spec.shape), offset, rungs]
+        name = self._scheme.name
         index = json.dumps(
             {
                 "config": self._config.to_json(),
                 "ladder": self._expert_ladder,
                 "dense_ladder": list(self._ladder),
-                "group": GROUP,
+                "group": self._scheme.group,
                 "tensors": tensors,
                 "sections": sections,
                 "source": self._source,
+                **({} if name == "nested" else {"scheme": name}),  # as before there were two
             }
         ).encode()
         self._file.seek(at)

@@ -63,7 +63,7 @@ struct ExpertFile {
         std::vector<uint8_t*> outs;
         for (size_t r = 0; r < kWidths.size(); ++r) {
           const size_t old = rungs[r].size();
-          rungs[r].resize(old + rung_bytes(shape.first, shape.second, kWidths[r], r == 0));
+          rungs[r].resize(old + rung_bytes(Scheme::kNested, shape.first, shape.second, kWidths[r], r == 0));
           outs.push_back(rungs[r].data() + old);
         }
         const std::vector<float> squares(size_t(shape.second), 1.0f);
@@ -88,7 +88,7 @@ struct ExpertFile {
   ~ExpertFile() { unlink(path.c_str()); }
 
   ExpertShape shape() const {
-    ExpertShape s{1, kExperts, kHidden, kExpertHidden, {}, ends};
+    ExpertShape s{Scheme::kNested, 1, kExperts, kHidden, kExpertHidden, {}, ends};
     for (uint8_t w : kWidths) s.rung_widths.push_back({w, w, w});
     return s;
   }
@@ -134,7 +134,8 @@ void test_random_requests_on(const ExpertFile& file, double experts) {
         CHECK(given.insert(i).second);
         const ExpertView v = cache->view(ids[size_t(i)], levels[size_t(i)]);
         float sum = 0;  // touches every byte of the first rung
-        for (size_t b = 0; b < rung_bytes(v.gate.rows, v.gate.cols, 2, true); ++b) sum += v.gate.rungs[0][b];
+        for (size_t b = 0; b < rung_bytes(Scheme::kNested, v.gate.rows, v.gate.cols, 2, true); ++b)
+          sum += v.gate.rungs[0][b];
         CHECK(sum > 0);
       }
       if (rng() % 40 == 0) break;
@@ -297,6 +298,47 @@ void test_instruction_sets_agree(const ExpertFile& file) {
   }
 }
 
+/// MWQ on random planes: every instruction set gives the scalar one's bits, and a row those it gets alone.
+void test_mwq_agrees() {
+  std::mt19937 rng(11);
+  std::normal_distribution<float> normal;
+  const int T = 70;
+  std::string names = usable_isas();
+  for (const std::vector<uint8_t>& widths : {std::vector<uint8_t>{2, 1, 1}, {5, 1, 1, 1}}) {
+    for (const auto& shape : {std::pair<int, int>{33, 130}, {48, 64}, {5, 320}}) {
+      NestedMatrix w{Scheme::kMwq, shape.first, shape.second, int(widths.size()), {}, {}};
+      std::vector<std::vector<uint8_t>> rungs;
+      for (size_t r = 0; r < widths.size(); ++r) {
+        rungs.emplace_back(rung_bytes(Scheme::kMwq, w.rows, w.cols, widths[r], r == 0));
+        std::vector<float> values(rungs[r].size() / 2);  // scales must be finite, and codes may be anything
+        for (float& v : values) v = normal(rng);
+        kernels().to_f16(values.data(), int(values.size()), reinterpret_cast<uint16_t*>(rungs[r].data()));
+        w.widths[r] = widths[r];
+        w.rungs[r] = rungs[r].data();
+      }
+      std::vector<float> x(size_t(T) * w.cols);
+      for (float& v : x) v = normal(rng);
+      std::vector<float> expected;
+      for (const std::string& name : {std::string("scalar"), names.substr(0, names.find(' '))}) {
+        use_isa(name.c_str());
+        Workspace ws(2, {T, w.cols, 16, 1, 16, 1});
+        std::vector<float> all(size_t(T) * w.rows), one(size_t(w.rows)), row(size_t(w.cols));
+        linear(ws, x.data(), T, {&w}, {all.data()});
+        for (int t = 0; t < T; t += 23) {
+          linear(ws, x.data() + size_t(t) * w.cols, 1, {&w}, {one.data()});
+          CHECK(std::memcmp(one.data(), all.data() + size_t(t) * w.rows, one.size() * sizeof(float)) == 0);
+        }
+        for (int r = 0; r < w.rows; r += 4) {
+          decode_row(kernels(), w, r, row.data());
+          all.insert(all.end(), row.begin(), row.end());
+        }
+        if (expected.empty()) expected = all;
+        CHECK(std::memcmp(all.data(), expected.data(), all.size() * sizeof(float)) == 0);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -311,6 +353,7 @@ int main() {
     test_rows_do_not_depend_on_their_batch(file);
   }
   test_instruction_sets_agree(file);
+  test_mwq_agrees();
   std::printf("core_test (%s): %s\n", usable_isas(), failures ? "FAILED" : "ok");
   return failures ? 1 : 0;
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import reference_mwq
 import reference_nested
 from numpy.typing import NDArray
 
@@ -26,6 +27,7 @@ class Decoded:
 
     def __init__(self, path: Path) -> None:
         self._moe = moe = open_moe(path)
+        self._scheme = reference_mwq if moe.scheme == "mwq" else reference_nested
         self._bytes = np.fromfile(path, np.uint8)
         self.config = moe.config
         self.tensors = {}
@@ -38,7 +40,7 @@ class Decoded:
                 starts = tensor.offset + np.cumsum([0, *tensor.lengths])
                 rungs = [self._bytes[a:b] for a, b in pairwise(starts)]
                 widths = np.diff([0, *moe.dense_ladder])
-                self.tensors[name] = reference_nested.decode_rungs(rungs, widths, *shape)
+                self.tensors[name] = self._scheme.decode_rungs(rungs, widths, *shape)
 
     def expert(self, layer: int, index: int) -> tuple[Array, Array, Array]:
         """Returns gate [H, D], up [H, D] and down [D, H]."""
@@ -52,14 +54,11 @@ class Decoded:
         have = int(moe.experts.rungs[row])
         for rung in range(have):
             for part, (rows, cols) in enumerate(shapes):
-                tiles = -(-rows // 16) * -(-cols // 64)
-                size = tiles * 128 * int(ladders[part][rung])
-                if rung == 0:
-                    size += tiles * 64 + -(-rows // 32) * 64
+                size = self._scheme.rung_bytes(rows, cols, int(ladders[part][rung]), rung)
                 rungs[part].append(self._bytes[at : at + size])
                 at += size
         gate, up, down = (
-            reference_nested.decode_rungs(rungs[part], ladders[part][:have], *shapes[part])
+            self._scheme.decode_rungs(rungs[part], ladders[part][:have], *shapes[part])
             for part in range(3)
         )
         return gate, up, down

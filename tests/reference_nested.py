@@ -7,6 +7,11 @@ import numpy as np
 ROWS, COLS, GROUP = 16, 64, 16
 
 
+def rung_bytes(rows, cols, width, rung):
+    tiles = -(-rows // ROWS) * -(-cols // COLS)
+    return tiles * 128 * width + (0 if rung else tiles * 64 + -(-rows // 32) * 64)
+
+
 def unpack(rungs, widths, rows, cols):
     """Returns codes [rows, cols] of sum(widths) bits, and steps and middles [rows, groups] of 16 columns, float64.
 

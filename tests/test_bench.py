@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 import edgemoe
 import edgemoe.bench
-from edgemoe.bench import Roof, measure
+from edgemoe import _core, hardware
+from edgemoe.bench import Roof, measure, roof
 from edgemoe.cli.bench import main
+from edgemoe.format import open_moe
+from edgemoe.store import disk_rate, expert_bytes
 
 
 @pytest.fixture
@@ -44,3 +48,69 @@ def test_the_command_takes_llama_benchs_flags(tiny_moe, no_roof, capsys):
     assert capsys.readouterr().err == (
         "edgemoe bench: cache_type_v: expected f16 or q8_0, got q5_1\n"
     )
+
+
+def test_the_roof_is_measured_inside_the_budget(tiny_moe, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        edgemoe.bench.hardware._core,
+        "memory_rate",
+        lambda size, threads: asked.append(size) or 1e9,
+    )
+    taken = hardware.process_bytes()
+    roof(tiny_moe, bits=None, threads=1, ram=taken + (80 << 20), seconds=0.01)
+    roof(tiny_moe, bits=None, threads=1, ram=taken + (8 << 30), seconds=0.01)
+    assert 32 << 20 < asked[0] < 80 << 20
+    assert asked[1] == 256 << 20
+
+
+def test_the_disk_is_measured_with_what_fits(tiny_moe):
+    moe = open_moe(tiny_moe)
+    length = expert_bytes(moe, moe.level(None))
+    asked = []
+    rate = _core.disk_rate
+    for room in (0, 64 * length):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                _core,
+                "disk_rate",
+                lambda file, offsets, size, readers: (
+                    asked.append(size) or rate(file, offsets, size, readers)
+                ),
+            )
+            assert disk_rate(moe, moe.level(None), seconds=0.0, room=room) > 0
+    assert asked == [4096, length]
+
+
+def test_the_peak_counts_from_when_it_is_forgotten():
+    spike = np.ones(64 << 20, np.uint8)
+    del spike
+    before = hardware.peak_bytes()
+    hardware.forget_peak()
+    assert hardware.peak_bytes() < before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["-p", "x"], "argument -p/--n-prompt: expected a whole number from 0, got 'x'"),
+        (["-n", "4,-1"], "argument -n/--n-gen: expected a whole number from 0, got '-1'"),
+        (["-d", ""], "argument -d/--n-depth: expected a whole number from 0, got ''"),
+        (["-r", "0"], "argument -r/--repetitions: expected a whole number from 1, got '0'"),
+        (["--seed", "-1"], "argument --seed: expected a whole number from 0, got '-1'"),
+        (["--ram", "0"], "argument --ram: expected a size like 4GiB or 50%, got '0'"),
+        (["--ram", "101%"], "argument --ram: expected a size like 4GiB or 50%, got '101%'"),
+    ],
+)
+def test_wrong_numbers_are_wrong_usage(flags, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["nothing.moe", *flags])
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == f"edgemoe bench: {message}; edgemoe bench --help lists the flags\n"
+
+
+def test_ram_may_be_a_share(tiny_moe, no_roof, capsys):
+    assert main([str(tiny_moe), "-p", "0", "-n", "2", "-r", "1", "-t", "1", "--ram", "50%"]) == 0
+    assert "| tg2 |" in capsys.readouterr().out

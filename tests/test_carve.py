@@ -287,6 +287,50 @@ def test_refuses_weights_that_are_not_finite(tmp_path: Path) -> None:
         carve(HFCheckpoint(save_hf(model, tmp_path)), **_WIDTHS)
 
 
+def test_refuses_tensors_that_it_would_leave_out(tmp_path: Path) -> None:
+    save_hf(tiny_llama(), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    # A bias of a later layer only: the first layer's absence says nothing.
+    extra = {"model.layers.1.self_attn.q_proj.bias": np.ones(64, np.float32)}
+    save_file({**tensors, **extra}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        FormatError, match=r"not part of .* llama: tensor .*1\.self_attn\.q_proj\.bias"
+    ):
+        carve(HFCheckpoint(tmp_path), **_WIDTHS)
+    old = {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    save_file({**tensors, **old}, tmp_path / "model.safetensors")
+    carve(HFCheckpoint(tmp_path), **_WIDTHS)
+
+
+def test_a_wrong_head_size_takes_no_memory(tmp_path: Path) -> None:
+    save_hf(tiny_llama(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "head_dim": 1 << 48}))
+    with pytest.raises(FormatError, match="q_proj.weight must be"):
+        carve(HFCheckpoint(tmp_path), **_WIDTHS)
+
+
+def test_a_tokenizers_truncation_does_not_shorten_the_calibration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_hf(tiny_llama(), tmp_path)
+    seen = []
+    monkeypatch.setattr(
+        sys.modules["edgemoe.convert.carve"],
+        "hidden_states",
+        lambda dense, ids, on_ffn: seen.append(ids),
+    )
+    carve(HFCheckpoint(tmp_path), **_WIDTHS)
+    tokenizer = tiny_tokenizer()
+    tokenizer.enable_truncation(20)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    carve(HFCheckpoint(tmp_path), **_WIDTHS)
+    np.testing.assert_array_equal(seen[0], seen[1])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(FormatError, match=r"tokenizer\.json: "):
+        carve(HFCheckpoint(tmp_path), **_WIDTHS)
+
+
 def test_needs_a_tokenizer_for_a_text_only(tmp_path: Path) -> None:
     save_hf(tiny_llama(), tmp_path)
     ids = tiny_tokenizer().encode("some words").ids

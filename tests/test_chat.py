@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -302,3 +303,29 @@ def test_a_model_without_tokenizer_cannot_chat(
     monkeypatch.setattr(engine, "tokenizer", None)
     with pytest.raises(FormatError, match="no tokenizer"):
         engine.chat()
+
+
+def test_saving_follows_a_link_and_leaves_what_is_no_file(chat: Chat, tmp_path: Path) -> None:
+    list(chat.say("Hello"))
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    chat.save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    saved = (tmp_path / "real.json").read_bytes()
+    assert json.loads(saved)["messages"] == chat.messages
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        chat.save(tmp_path / "pipe")
+        assert os.read(reader, 1 << 16) == saved
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["nowhere/chat.json", "."])
+def test_an_error_of_saving_names_the_file(chat: Chat, tmp_path: Path, name: str) -> None:
+    with pytest.raises(OSError, match=r"\[Errno") as caught:
+        chat.save(tmp_path / name)
+    assert caught.value.filename == str(tmp_path / name)
+    assert not list(tmp_path.iterdir())

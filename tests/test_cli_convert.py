@@ -57,7 +57,7 @@ def test_command_reports_in_lines_where_there_is_no_terminal(checkpoint, tmp_pat
         (
             ("convert", "absent", "x.moe", "--bits", "4", "--favour", "6"),
             2,
-            "--favour: expected a level up to --bits 4, got 6",
+            "--favour: expected one of 2, 3, 4, got 6",
         ),
         (("convert", "absent", "x.moe", "--carve"), 1, "absent: no such directory"),
         (("convert", "x.gguf", "x.moe"), 2, "a .gguf file is read with --carve only"),

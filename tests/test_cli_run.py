@@ -22,6 +22,7 @@ import edgemoe
 from edgemoe.cli.stats import stats_line, stats_table
 from edgemoe.demo import demo_path
 from edgemoe.engine import Stats
+from edgemoe.sampler import SamplingParams
 
 RUN = [sys.executable, "-m", "edgemoe.cli.run"]
 STATS = re.compile(
@@ -161,8 +162,25 @@ def test_the_environment_gives_defaults(env: dict[str, str], tiny_moe: Path) -> 
         (("MODEL", "-f", "absent.txt"), b"", 1, r"absent\.txt: No such file or directory"),
         (("absent.moe", "-p", "Hi"), b"", 1, r".*absent\.moe.*"),
         (("BROKEN", "-p", "Hi"), b"", 1, r".*broken\.moe.*"),
-        (("MODEL", "--ram", "0%"), b"", 2, r"--ram: expected a size like 4GiB or 50%, got '0%';"),
-        (("MODEL", "--ram", "much", "-p", "Hi"), b"", 1, r".*much.*"),
+        (
+            ("MODEL", "--ram", "0%"),
+            b"",
+            2,
+            r"argument --ram: expected a size like 4GiB or 50%, got '0%';",
+        ),
+        (
+            ("MODEL", "--ram", "much", "-p", "Hi"),
+            b"",
+            2,
+            r"argument --ram: expected a size .*much.*",
+        ),
+        (
+            ("MODEL", "--bits", "x"),
+            b"",
+            2,
+            r"argument --bits: expected a whole number or auto, got 'x'",
+        ),
+        (("MODEL", "-f", "/dev/zero"), b"", 1, r"/dev/zero: expected a prompt of at most 16 MiB"),
         (("MODEL", "--ram", "1MB", "-p", "Hi"), b"", 1, r".*"),
         (("MODEL", "--bits", "9", "-p", "Hi"), b"", 1, r".*bits.*9.*"),
         (("MODEL", "-c", "16", "-p", "word " * 99), b"", 1, r".*too long for the context.*"),
@@ -534,3 +552,89 @@ def test_the_kv_cache_in_eight_bits_is_said_and_comes_from_the_environment(env, 
     wrong = run(env, *flags, "-ctk", "q4_0")
     assert wrong.returncode == 1
     assert wrong.stderr == b"edgemoe-run: cache_type_k: expected f16 or q8_0, got q4_0\n"
+
+
+def test_what_the_model_gave_as_a_whole_number_may_be_set_to_a_fraction(tiny_moe: Path) -> None:
+    from edgemoe.cli.repl import _Session
+
+    with edgemoe.load(tiny_moe) as engine:
+        chat = engine.chat(params=SamplingParams.of_model(b'{"temperature": 1, "top_p": 1}'))
+        _Session(engine, chat).take("/set temp 0.5")
+    assert (chat.params.temperature, chat.params.top_p) == (0.5, 1)
+
+
+ENTRY = [
+    sys.executable,
+    "-c",
+    "import sys; from edgemoe.cli.entry import edgemoe; sys.exit(edgemoe())",
+]
+
+
+def test_help_and_version_take_any_stdout(env: dict[str, str]) -> None:
+    ascii_ = env | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": "1"}
+    result = subprocess.run([*ENTRY, "bench", "--help"], env=ascii_, capture_output=True)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"N,?" in result.stdout
+    for command in ([*ENTRY, "--version"], [*RUN, "--version"]):
+        with open("/dev/full", "wb") as full:
+            result = subprocess.run(command, env=ascii_, stdout=full, stderr=subprocess.PIPE)
+        assert result.returncode == 1
+        assert re.fullmatch(rb"edgemoe(-run)?: [^\n]*No space left on device\n", result.stderr)
+
+
+def test_ctrl_c_before_a_command_begins_is_no_traceback(env: dict[str, str]) -> None:
+    # As the program is started, at the first import of a command, and while its flags are read.
+    for where, code in (
+        ("edgemoe.cli.main", -signal.SIGINT),
+        ("edgemoe.cli.bench", 130),
+        ("edgemoe.bench", 130),
+    ):
+        program = f"""
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == {where!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+from edgemoe.cli.entry import edgemoe
+sys.exit(edgemoe())
+"""
+        command = [sys.executable, "-c", program, "bench", "nothing.moe"]
+        result = subprocess.run(command, env=env, capture_output=True)
+        assert (result.returncode, result.stderr) == (code, b""), where
+
+
+def test_a_program_that_ignores_ctrl_c_goes_on_ignoring_it(env: dict[str, str]) -> None:
+    program = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+from edgemoe.cli import entry, main
+main.main = lambda: os.kill(os.getpid(), signal.SIGINT) or 7
+sys.exit(entry.edgemoe())
+"""
+    result = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True)
+    assert (result.returncode, result.stderr) == (7, b"")
+
+
+def test_a_full_disk_does_not_end_a_chat_for_its_history(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgemoe.cli import line
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "edgemoe").mkdir()
+    (tmp_path / "edgemoe" / "history").symlink_to("/dev/full")
+    history = line._session().history
+    history.append_string("Hello")
+    assert history.get_strings() == ["Hello"]
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    with pytest.raises(FileNotFoundError, match="expected HOME or XDG_CACHE_HOME"):
+        demo_path()

@@ -169,6 +169,12 @@ def test_a_damaged_earlier_download_is_fetched_again(world: World) -> None:
     assert demo.demo_model(cache_dir=world.cache).is_file()
 
 
+def test_a_damaged_model_of_an_earlier_run_is_made_again(world: World) -> None:
+    world.work.mkdir(parents=True)
+    (world.work / "tiny.gguf").write_bytes(b"half of it")
+    assert demo.demo_model(cache_dir=world.cache).is_file()
+
+
 def test_goes_on_after_an_interruption(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(task: str, done: int, total: int) -> None:
         if task == "convert" and done:

@@ -129,9 +129,10 @@ def test_eos_comes_from_generation_config_first(edited, checkpoints: dict[str, P
         assert SourceModel(checkpoint).config.eos_ids == ids
     checkpoint.files = {}
     assert SourceModel(checkpoint).config.eos_ids == (7,)
-    checkpoint.files = {"generation_config.json": b"{"}
-    with pytest.raises(FormatError, match=r"generation_config\.json: not valid JSON"):
-        SourceModel(checkpoint)
+    for broken in (b"{", b"[" * 100_000):
+        checkpoint.files = {"generation_config.json": broken}
+        with pytest.raises(FormatError, match=r"generation_config\.json: not valid JSON"):
+            SourceModel(checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import sys
@@ -17,7 +18,7 @@ from test_engine import GREEDY, with_slots
 from tiny import tiny_checkpoint
 
 import edgemoe
-from edgemoe import _core, writer
+from edgemoe import _core
 from edgemoe import scheduler as schedulers
 from edgemoe.cli.main import main
 from edgemoe.convert.convert import convert
@@ -28,7 +29,7 @@ from edgemoe.lab.allocate import Settings, allocate
 from edgemoe.lab.calibrate import calibrate
 from edgemoe.lab.levels import levels
 from edgemoe.lab.replay import Tape, replay, setting
-from edgemoe.quant import Allocation, Calibration, quantize
+from edgemoe.quant import SCHEMES, Allocation, Calibration, quantize
 from edgemoe.scheduler import OnDemand
 from edgemoe.store import ExpertStore, all_expert_bytes, expert_bytes
 from edgemoe.trace import read
@@ -38,6 +39,13 @@ BITS = np.array([[2, 3, 4, 6, 2, 2, 3, 4], [4, 2, 6, 2, 3, 2, 2, 6]], np.int8)
 RUNGS = {2: 1, 3: 2, 4: 3, 6: 4}
 IDS = np.random.default_rng(7).integers(0, 264, 70).astype(np.int32)
 SCHEDULERS = ("on-demand", "auto", "expertwise", "expertflow")
+
+
+def quantize_whole(w, ladder, *, favour, **more):
+    return quantize(w, **more)[: len(ladder)]
+
+
+WHOLE = dataclasses.replace(SCHEMES["nested"], quantize=quantize_whole)
 
 
 def allocation(bits=BITS) -> Allocation:
@@ -55,14 +63,8 @@ def alloc(tmp_path_factory) -> Path:
 def small(tmp_path_factory) -> Path:
     """A file with the codes of the whole one, so that the two can be compared bit by bit."""
     path = tmp_path_factory.mktemp("small") / "small.moe"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "quantize", quantize_whole)
-        convert(tiny_checkpoint(), path, allocation=allocation())
+    convert(tiny_checkpoint(), path, scheme=WHOLE, allocation=allocation())
     return path
-
-
-def quantize_whole(w, ladder, *, favour, **more):
-    return quantize(w, **more)[: len(ladder)]
 
 
 @pytest.fixture(scope="module")
@@ -346,22 +348,21 @@ def test_a_wrong_number_of_rungs_is_refused(small, tmp_path, change):
     ]
 
 
-def test_an_interrupted_conversion_goes_on_and_another_allocation_starts_over(
-    small, tmp_path, monkeypatch
-):
+def test_an_interrupted_conversion_goes_on_and_another_allocation_starts_over(small, tmp_path):
     path = tmp_path / "x.moe"
 
     def stop(written, total):
         if written > 0.7 * total:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer, "quantize", quantize_whole)
     for bits, kept in ((BITS, True), (np.full((2, 8), 2), False)):
         with pytest.raises(KeyboardInterrupt):
-            convert(tiny_checkpoint(), path, allocation=allocation(bits), progress=stop)
+            convert(
+                tiny_checkpoint(), path, scheme=WHOLE, allocation=allocation(bits), progress=stop
+            )
         seen = []
         convert(
-            tiny_checkpoint(), path, allocation=allocation(),
+            tiny_checkpoint(), path, scheme=WHOLE, allocation=allocation(),
             progress=lambda written, total, seen=seen: seen.append(written / total),
         )  # fmt: skip
         assert (seen[0] > 0.6) == kept
@@ -535,6 +536,20 @@ def test_w_down_may_have_more_bits(tmp_path, some):
         (got * expected).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(expected, axis=1)
     )
     assert np.median(cosine) > 0.999
+
+
+def test_mwq_may_hold_what_an_allocation_gives(tmp_path):
+    whole, path = tmp_path / "whole.moe", tmp_path / "x.moe"
+    some, mwq = tmp_path / "bits.json", SCHEMES["mwq"]
+    some.write_bytes(allocation(np.minimum(BITS, 4)).to_json())
+    convert(tiny_checkpoint(), whole, scheme=mwq)
+    convert(tiny_checkpoint(), path, scheme=mwq, allocation=allocation(np.minimum(BITS, 4)))
+    with edgemoe.load(whole, bits="auto", allocation=some) as engine:
+        expected = engine.logits(IDS)
+    with edgemoe.load(path) as engine:
+        assert np.array_equal(engine.logits(IDS), expected)
+    with pytest.raises(ValueError, match="favour: not for the scheme mwq"):
+        convert(tiny_checkpoint(), tmp_path / "y.moe", scheme=mwq, favour=2)
 
 
 @pytest.mark.parametrize("down", [(3, 4, 6, 8), (3, 4, 6, 8, 9), (2, 2, 3, 4, 6), (0, 1, 2, 3, 4)])

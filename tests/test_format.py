@@ -50,6 +50,7 @@ def test_what_is_written_comes_back(tiny_moe):
     moe = open_moe(tiny_moe)
     source = SourceModel(tiny_checkpoint())
     assert moe.config == source.config
+    assert moe.scheme == "nested"  # what a file without the field holds
     assert moe.sections["tokenizer.json"] == tiny_checkpoint().files["tokenizer.json"]
     assert moe.source["name"] == "tiny"
     raw = tiny_moe.read_bytes()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from edgemoe.convert.gguf import GGUFCheckpoint
+from edgemoe.convert.imatrix import read_imatrix
 from edgemoe.errors import FormatError
 
 
@@ -106,6 +108,27 @@ def test_puts_the_first_token_before_a_text_where_the_file_says_so(tmp_path: Pat
     assert tokenizer.encode(TEXT).ids == [0, *plain]
 
 
+@pytest.mark.parametrize(
+    ("changes", "factor"),
+    [
+        ({}, None),
+        ({"llama.rope.scaling.factor": 4.0}, 4.0),  # linear is llama.cpp's default
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "linear"}, 4.0),
+        ({"llama.rope.scaling.factor": 4.0, "llama.rope.scaling.type": "none"}, None),
+        ({"llama.rope.scaling.factor": 0.0, "llama.rope.scaling.type": "linear"}, None),
+        ({"llama.rope.scaling.type": "linear"}, None),
+        ({"llama.rope.scale_linear": 2.0}, 2.0),
+        ({"llama.rope.scale_linear": 2.0, "llama.rope.scaling.factor": 4.0}, 4.0),
+    ],
+)
+def test_rope_scaling_is_what_llama_cpp_reads(
+    changes: dict[str, Any], factor: float | None, tmp_path: Path
+) -> None:
+    path = save_gguf(tiny_llama(), tmp_path / "tiny.gguf", changes=changes)
+    expected = None if factor is None else {"rope_type": "linear", "factor": factor}
+    assert GGUFCheckpoint(path).config["rope_scaling"] == expected
+
+
 def test_both_ends_of_a_turn_end_it(tmp_path: Path) -> None:
     changes = {"tokenizer.ggml.eot_token_id": 7}
     path = save_gguf(tiny_llama(), tmp_path / "tiny.gguf", changes=changes)
@@ -178,3 +201,11 @@ def test_names_a_missing_tensor(tmp_path: Path) -> None:
     checkpoint = GGUFCheckpoint(save_gguf(tiny_llama(), tmp_path / "tiny.gguf"))
     with pytest.raises(FormatError, match="no tensor missing"):
         checkpoint.tensor("missing")
+
+
+def test_a_broken_imatrix_ends_soon(tmp_path: Path) -> None:
+    # The package's own reader walks through an array of 2^40 bytes that are not there.
+    array = struct.pack("<Q1sIIQ", 1, b"a", 9, 0, 1 << 40)
+    (tmp_path / "im").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array)
+    with pytest.raises(FormatError, match="not a readable GGUF file"):
+        read_imatrix(tmp_path / "im")

@@ -61,13 +61,14 @@ def test_reads_shards_by_their_index(tmp_path: Path) -> None:
 
 def test_collects_the_files_that_a_chat_needs(tmp_path: Path) -> None:
     write(tmp_path, {"a": torch.zeros(2)})
-    for name in ("tokenizer.json", "chat_template.jinja", "README.md"):
+    for name in ("tokenizer.json", "special_tokens_map.json", "chat_template.jinja", "README.md"):
         (tmp_path / name).write_text(name)
     checkpoint = HFCheckpoint(tmp_path)
     assert checkpoint.name == tmp_path.name
     assert checkpoint.config == {"model_type": "mixtral"}
     assert checkpoint.files == {
         "tokenizer.json": b"tokenizer.json",
+        "special_tokens_map.json": b"special_tokens_map.json",
         "chat_template.jinja": b"chat_template.jinja",
     }
 
@@ -153,3 +154,10 @@ def test_notices_a_file_that_was_cut_after_opening(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(FormatError, match="b: file is truncated; expected 3 values, got 2"):
         checkpoint.tensor("b")
+
+
+def test_names_a_shard_that_cannot_be_read(tmp_path: Path) -> None:
+    write(tmp_path, {"a": torch.zeros(2)}, file="1.safetensors")
+    (tmp_path / "2.safetensors").mkdir()
+    write_index(tmp_path, {"a": "1.safetensors", "b": "2.safetensors"})
+    assert "2.safetensors: cannot be read: " in refused(tmp_path)

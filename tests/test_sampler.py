@@ -211,6 +211,8 @@ def test_minus_infinity_is_never_drawn() -> None:
         (None, SamplingParams()),
         (b"{", SamplingParams()),
         (b"[1]", SamplingParams()),
+        (b"[" * 100_000, SamplingParams()),
+        (b'{"temperature": 1' + b"0" * 400 + b', "top_k": 7}', SamplingParams(top_k=7)),
         (b'{"temperature": 0.2, "top_p": 0.9}', SamplingParams(temperature=0.2, top_p=0.9)),
         (b'{"repetition_penalty": 1.1, "top_k": 20}', SamplingParams(repeat_penalty=1.1, top_k=20)),
         (b'{"temperature": null, "top_k": "many", "min_p": 0.1}', SamplingParams(min_p=0.1)),

@@ -440,3 +440,14 @@ def test_a_missing_tokenizer_is_a_format_error() -> None:
 def test_half_a_surrogate_pair_is_a_value_error() -> None:
     with pytest.raises(ValueError, match="not valid Unicode"):
         Tokenizer.from_files(files_of("byte_level")).encode("\ud83d")
+
+
+def test_a_decoder_in_a_sequence_of_one_streams_whole_characters() -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.Sequence([decoders.ByteLevel()])
+    tokenizer = Tokenizer.from_files({"tokenizer.json": backend.to_str().encode()})
+    stream = tokenizer.stream()
+    text = "".join(map(stream.push, tokenizer.encode("né 🐋"))) + stream.flush()
+    assert text == "né 🐋"

@@ -283,7 +283,7 @@ void matmul_nested(const NestedMatrix& w, const QuantizedRows& x, int n, int beg
 }
 
 template <class V>
-void decode_row(const NestedMatrix& w, int row, float* out) {
+void decode_nested(const NestedMatrix& w, int row, float* out) {
   const int bits = bits_of(w), lane = row % kTileRows, groups = blocks(w.cols, kTileCols);
   alignas(64) uint8_t codes[kTileRows * kTileCols];
   alignas(64) float scales[kTileRows], middles[kTileRows], of_rows[kTileRows];
@@ -551,15 +551,17 @@ uint8_t read_all(const uint8_t* bytes, size_t n) {
 }  // namespace edgemoe
 
 #include "attention-inl.h"
+#include "mwq-inl.h"
 
 namespace edgemoe {
 namespace {
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,        choose_scale<V>, quantize_row<V>,  matmul_nested<V>, decode_row<V>, matmul_f32<V>,
-                 rms_norm<V>, silu_mul<V>,     softmax<V>,       add_scaled<V>,    rope<V>,       to_f16<V>,
-                 from_f16<V>, read_all<V>,     quantize_head<V>, attend<V>,        merge_parts<V>};
+  return Kernels{name,          choose_scale<V>,  quantize_row<V>, matmul_nested<V>, decode_nested<V>,
+                 matmul_mwq<V>, decode_mwq<V>,    matmul_f32<V>,   rms_norm<V>,      silu_mul<V>,
+                 softmax<V>,    add_scaled<V>,    rope<V>,         to_f16<V>,        from_f16<V>,
+                 read_all<V>,   quantize_head<V>, attend<V>,       merge_parts<V>};
 }
 
 }  // namespace

@@ -11,6 +11,11 @@
 // At b bits a code c (the top b bits of the 8-bit code) means
 //   row scale / 4096 * (4 + a % 4) * 2^(a / 4) * ((c + 0.5) * 2^(8-b) - 128 + 12 * (m - 8)),  a, m the byte's halves.
 //
+// The scheme MWQ has the same tiles of codes, and other scales: float16, one per row, 128 columns and rung. In rung 0
+// each group of 128 columns starts with its 16 scales and the 16 weights that code 0 stands for; in later rungs, whose
+// planes are signs, each two groups start with 16 scales each. w = scale * code + lowest, plus or minus the scale of
+// each later rung. A rung is read straight through.
+//
 // Numerics: every float operation is done in the same order on 16 lanes by every instruction set, so that results
 // are bit-identical between them, and a row's result does not depend on the rows computed with it.
 #pragma once
@@ -23,17 +28,22 @@ namespace edgemoe {
 constexpr int kTileRows = 16;
 constexpr int kTileCols = 64;
 constexpr int kGroup = 16;        ///< columns that share a scale and a middle
-constexpr int kScaleBytes = 64;   ///< scales and middles at the start of a tile of rung 0
+constexpr int kScaleBytes = 64;   ///< scales and middles at the start of a tile of rung 0, or wherever MWQ has scales
 constexpr int kMiddleStep = 12;   ///< unit of a middle, in steps of the 8-bit code
 constexpr int kScaleUnit = 4096;  ///< a row scale is this many times the step of a code with relative scale 1
 constexpr int kActivations = 32;  ///< columns of activations that share a scale
 constexpr int kMaxRungs = 8;
+constexpr int kMwqGroup = 128;  ///< columns that share each rung's scale in MWQ
 
 // Static: a shared copy compiled with wide instructions could replace the baseline's.
 static inline int blocks(int n, int size) { return (n + size - 1) / size; }
 
+/// What the planes mean: prefixes of one code, or D2MoE's base and planes of signs (arXiv 2504.15299).
+enum class Scheme : uint8_t { kNested, kMwq };
+
 /// A view of a resident matrix [rows, cols] in the first `num_rungs` rungs. Owns nothing. Immutable.
 struct NestedMatrix {
+  Scheme scheme = Scheme::kNested;
   int rows = 0;
   int cols = 0;
   int num_rungs = 0;
@@ -53,8 +63,17 @@ static inline size_t tile_bytes(int width, bool is_base) { return size_t(128) * 
 /// Bytes of the row scales before the tiles of rung 0; a multiple of 64, so that tiles are aligned.
 static inline size_t row_scale_bytes(int rows) { return size_t(blocks(rows, 2 * kTileRows)) * 64; }
 
+/// Bytes of a row block in a rung of MWQ.
+static inline size_t mwq_block_bytes(int cols, int width, bool is_base) {
+  return size_t(blocks(cols, is_base ? kMwqGroup : 2 * kMwqGroup)) * kScaleBytes +
+         size_t(blocks(cols, kTileCols)) * tile_bytes(width, false);
+}
+
 /// Bytes of a rung of `width` bits of a matrix [rows, cols].
-static inline size_t rung_bytes(int rows, int cols, int width, bool is_base) {
+static inline size_t rung_bytes(Scheme scheme, int rows, int cols, int width, bool is_base) {
+  if (scheme == Scheme::kMwq) {
+    return size_t(blocks(rows, kTileRows)) * mwq_block_bytes(cols, width, is_base);
+  }
   return size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(width, is_base) +
          (is_base ? row_scale_bytes(rows) : 0);
 }
@@ -150,7 +169,11 @@ struct Kernels {
                         size_t stride);
 
   /// Writes row `row` of w as floats.
-  void (*decode_row)(const NestedMatrix& w, int row, float* out);
+  void (*decode_nested)(const NestedMatrix& w, int row, float* out);
+
+  /// The same two for a matrix of the other scheme, whose base has 2 or 5 bits; see `matmul` and `decode_row` below.
+  void (*matmul_mwq)(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y, size_t stride);
+  void (*decode_mwq)(const NestedMatrix& w, int row, float* out);
 
   /// y[i, r] = sum_c w[r, c] * x[i, c], float32, rows r in [begin, end).
   void (*matmul_f32)(const float* w, const float* x, int n, int rows, int cols, int begin, int end, float* y);
@@ -190,6 +213,17 @@ struct Kernels {
   /// Makes two parts of a query one: `into` of earlier blocks, `part` of the next.
   void (*merge_parts)(float* into, const float* part, int head_stride);
 };
+
+/// `matmul_nested` or `matmul_mwq`, as w is.
+static inline void matmul(const Kernels& k, const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end,
+                          float* y, size_t stride) {
+  (w.scheme == Scheme::kMwq ? k.matmul_mwq : k.matmul_nested)(w, x, n, begin, end, y, stride);
+}
+
+/// Writes row `row` of w as floats.
+static inline void decode_row(const Kernels& k, const NestedMatrix& w, int row, float* out) {
+  (w.scheme == Scheme::kMwq ? k.decode_mwq : k.decode_nested)(w, row, out);
+}
 
 /// Returns the active table; the best usable one unless `use_isa` chose another. Thread-safe.
 const Kernels& kernels();

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
+from edgemoe.cli.values import ram_size, whole, wholes
 
 if TYPE_CHECKING:
     from edgemoe.bench import Result, Roof
@@ -44,10 +45,11 @@ def _run(args: argparse.Namespace) -> None:
         print(options_text(args.scheduler))
         return
     options = read_settings(args.set)
-    longest = max([*args.n_prompt, *args.n_gen], default=0)
+    prompts, generations = ([n for n in counts if n] for counts in (args.n_prompt, args.n_gen))
+    longest = max([*prompts, *generations], default=0)
     if longest < 1:
         raise ValueError("expected at least one test of at least one token")
-    best = roof(args.model, bits=args.bits, threads=args.threads)
+    best = roof(args.model, bits=args.bits, threads=args.threads, ram=args.ram)
     with edgemoe.load(
         args.model, ram=args.ram, whole_process=True, bits=args.bits,
         dense_bits=args.dense_bits, experts=args.experts, threads=args.threads,
@@ -61,7 +63,7 @@ def _run(args: argparse.Namespace) -> None:
         if not args.json:
             print(_HEAD)
         for result in measure(
-            engine, prompts=args.n_prompt, generations=args.n_gen, depths=args.n_depth,
+            engine, prompts=prompts, generations=generations, depths=args.n_depth,
             repetitions=args.repetitions, seed=args.seed,
         ):  # fmt: skip
             results.append(result)
@@ -85,38 +87,31 @@ def _parser() -> argparse.ArgumentParser:
         "one unmeasured repetition, the median of the others ± their deviation.",
     )
     parser.add_argument("model", metavar="MODEL", help="a .moe file")
-    parser.add_argument("-p", "--n-prompt", type=_counts, default=[512], metavar="N,…",
+    parser.add_argument("-p", "--n-prompt", type=wholes(0), default=[512], metavar="N,…",
                         help="prompt lengths, 0 for none (default: 512)")  # fmt: skip
-    parser.add_argument("-n", "--n-gen", type=_counts, default=[128], metavar="N,…",
+    parser.add_argument("-n", "--n-gen", type=wholes(0), default=[128], metavar="N,…",
                         help="numbers of single tokens, 0 for none (default: 128)")  # fmt: skip
-    parser.add_argument("-d", "--n-depth", type=_depths, default=[0], metavar="N,…",
+    parser.add_argument("-d", "--n-depth", type=wholes(0), default=[0], metavar="N,…",
                         help="tokens that are in the context before (default: 0)")  # fmt: skip
     parser.add_argument("-ctk", "--cache-type-k", default="f16", metavar="TYPE",
                         help="keys of the KV cache: f16 or q8_0 (default: f16)")  # fmt: skip
     parser.add_argument("-ctv", "--cache-type-v", default="f16", metavar="TYPE",
                         help="the same for values (default: f16)")  # fmt: skip
-    parser.add_argument("-r", "--repetitions", type=int, default=5, metavar="N")
-    parser.add_argument("-t", "--threads", type=int, metavar="N")
-    parser.add_argument("--ram", metavar="SIZE", help="memory for the whole process")
+    parser.add_argument("-r", "--repetitions", type=whole(1), default=5, metavar="N")
+    parser.add_argument("-t", "--threads", type=whole(1), metavar="N")
+    parser.add_argument("--ram", type=ram_size, metavar="SIZE",
+                        help="memory for the whole process: 4GiB, 50%% of what is free")  # fmt: skip
     parser.add_argument("--bits", type=int, metavar="N")
     parser.add_argument("--dense-bits", type=int, metavar="N")
     parser.add_argument("--experts", type=int, metavar="K")
     parser.add_argument("--scheduler", default="on-demand", metavar="NAME",
                         help="decides what is loaded when (default: %(default)s)")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
-    parser.add_argument("--seed", type=int, default=1, metavar="N")
+    parser.add_argument("--seed", type=whole(0), default=1, metavar="N")
     parser.add_argument("--no-verify", action="store_true")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
     return parser
-
-
-def _counts(text: str) -> list[int]:
-    return [n for n in map(int, text.split(",")) if n != 0]
-
-
-def _depths(text: str) -> list[int]:
-    return [int(n) for n in text.split(",")]
 
 
 _HEAD = """\

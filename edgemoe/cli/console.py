@@ -15,6 +15,7 @@ __all__ = [
     "error_line",
     "is_terminal",
     "note",
+    "replace_unwritable",
     "run_command",
     "write_file",
     "write_reply",
@@ -119,6 +120,12 @@ def decode_text(content: bytes, name: object) -> str:
         raise ValueError(
             f"{name}: expected UTF-8 text, got byte 0x{byte:02x} at offset {error.start}"
         ) from None
+
+
+def replace_unwritable() -> None:
+    """Makes stdout write "?" for what its encoding lacks, instead of failing in the middle of a result."""
+    with contextlib.suppress(AttributeError):  # not so where a caller put a stream of its own
+        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def drop_stdout() -> None:

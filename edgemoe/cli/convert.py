@@ -52,16 +52,15 @@ def _convert(args: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such directory")
     from edgemoe.convert.convert import convert
-    from edgemoe.quant import DEFAULT_LADDER, Allocation, Calibration
+    from edgemoe.quant import SCHEMES, Allocation, Calibration
 
-    if args.bits not in DEFAULT_LADDER:  # Carving takes minutes before the writer would say so.
-        levels = ", ".join(map(str, DEFAULT_LADDER))
-        raise ValueError(f"--bits: expected one of {levels}, got {args.bits}")
-    if (
-        args.favour is not None
-        and args.favour not in DEFAULT_LADDER[: DEFAULT_LADDER.index(args.bits) + 1]
-    ):
-        raise ValueError(f"--favour: expected a level up to --bits {args.bits}, got {args.favour}")
+    scheme = SCHEMES.get(args.scheme)
+    if scheme is None:
+        raise ValueError(f"--scheme: expected one of {', '.join(SCHEMES)}, got {args.scheme}")
+    levels = scheme.ladder(args.bits, "--bits")  # Carving takes minutes before the writer says so.
+    if args.favour is not None and args.favour not in levels:
+        listed = ", ".join(map(str, levels))
+        raise ValueError(f"--favour: expected one of {listed}, got {args.favour}")
     calibration = None if args.calibration is None else Calibration(args.calibration)
     allocation = None
     if args.allocation is not None:
@@ -73,8 +72,8 @@ def _convert(args: argparse.Namespace) -> None:
         )
     with Progress(f"writing {out.name}", unit="B") as progress:
         convert(
-            source, out, bits=args.bits, calibration=calibration, allocation=allocation,
-            favour=args.favour, progress=progress,
+            source, out, bits=args.bits, scheme=scheme, calibration=calibration,
+            allocation=allocation, favour=args.favour, progress=progress,
         )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {_gib(out.stat().st_size)}")
 
@@ -134,9 +133,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bits",
         type=int,
-        default=8,
         metavar="N",
         help="most bits per weight that can be used later; fewer make a smaller file "
+        "(default: 8; with --scheme mwq 4, and 5 to 8 are version 2 of it, which starts at 5)",
+    )
+    parser.add_argument(
+        "--scheme",
+        default="nested",
+        metavar="NAME",
+        help="nested: every level is a prefix of one code; mwq: D2MoE's base and planes of signs, to compare with "
         "(default: %(default)s)",
     )
     parser.add_argument(

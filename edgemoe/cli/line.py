@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -81,8 +82,13 @@ def _session() -> Any:
     def _(event: KeyPressEvent) -> None:
         event.current_buffer.newline(copy_margin=False)
 
+    class _Kept(FileHistory):
+        def store_string(self, string: str) -> None:
+            with contextlib.suppress(OSError):  # a full disk must not end the chat
+                super().store_string(string)
+
     path = _history_path()
-    history: History = FileHistory(str(path)) if path else InMemoryHistory()
+    history: History = _Kept(str(path)) if path else InMemoryHistory()
     output = create_output(stdout=sys.stderr)
     if hasattr(output, "enable_cpr"):
         output.enable_cpr = False  # asks the terminal where the cursor is, and not all answer
@@ -101,6 +107,6 @@ def _history_path() -> Path | None:
         path = default_cache_dir() / "history"
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    except (OSError, RuntimeError):  # the latter: no home
+    except OSError:
         return None
     return path

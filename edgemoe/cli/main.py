@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 
-from edgemoe.cli.console import run_command
+from edgemoe.cli.console import replace_unwritable, run_command
 
 __all__ = ["COMMANDS", "main"]
 
@@ -24,7 +24,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 """What each command is: the module whose `main(argv)` runs it, and a line about it."""
 
-_USAGE_ERROR = 2
+_USAGE_ERROR, _INTERRUPTED = 2, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The command's exit code; 2 when there is no such command.
     """
+    replace_unwritable()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else None
     if name in ("-h", "--help"):
@@ -43,15 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name == "--version":
         from importlib.metadata import version
 
-        print(f"edgemoe {version('edgemoe')}")
-        return 0
+        return run_command("edgemoe", lambda: print(f"edgemoe {version('edgemoe')}"))
     if name is None or name not in COMMANDS:
         what = "a command is missing" if name is None else f"no command {name!r}"
         print(f"edgemoe: {what}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
         return _USAGE_ERROR
-    # Imported on use: one command's dependencies must not slow down or break another.
-    module = importlib.import_module(COMMANDS[name][0])
-    code: int = module.main(arguments[1:])
+    try:
+        # Imported on use: one command's dependencies must not slow down or break another.
+        module = importlib.import_module(COMMANDS[name][0])
+        code: int = module.main(arguments[1:])
+    except KeyboardInterrupt:  # before the command began
+        return _INTERRUPTED
     return code
 
 

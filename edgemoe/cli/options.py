@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP
+from edgemoe.cli.values import bits_or_auto, ram_size
 
 __all__ = ["run_parser"]
 
@@ -47,10 +48,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", nargs="?", metavar="MODEL", help="a .moe file")
     model = parser.add_argument_group("model and memory")
     _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
-    _add(model, "--ram", metavar="SIZE",
+    _add(model, "--ram", type=ram_size, metavar="SIZE",
          help="memory for the whole process: 4GiB, 512MB, 50%% of what is free "
          "(default: that, less a margin)")
-    _add(model, "--bits", type=_number_or_auto, metavar="N",
+    _add(model, "--bits", type=bits_or_auto, metavar="N",
          help="bits of the experts; auto: each its own, as allocated (default: the file's)")
     _add(model, "--allocation", metavar="FILE",
          help="for --bits auto: of edgemoe allocate (default: the model file's own)")
@@ -145,6 +146,8 @@ def _add(
     if text := os.environ.get(variable):
         try:
             value = type(text)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"{variable}: {error}") from None
         except ValueError:
             raise ValueError(f"{variable}: invalid {type.__name__} value: {text!r}") from None
         default = [value] if isinstance(default, list) else value
@@ -158,10 +161,6 @@ def _add_switch(group: argparse._ActionsContainer, *names: str, **rest: Any) -> 
     if text not in (*_NO, *_YES):
         raise ValueError(f"{variable}: expected 1 or 0, got {text!r}")
     group.add_argument(*names, action="store_true", default=text in _YES, **rest)
-
-
-def _number_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
 
 
 def _variable(names: tuple[str, ...]) -> str:

@@ -131,7 +131,8 @@ class _Session:
             return
         if name not in {f.name for f in dataclasses.fields(params)}:
             raise ValueError(f"/set: no setting is called {name!r}; /set alone lists them")
-        value = _parsed(name, text.strip(), type(getattr(params, name)))
+        # The default's type: a model's own settings may say 1 where 1.0 is meant.
+        value = _parsed(name, text.strip(), type(getattr(type(params)(), name)))
         self._chat.params = dataclasses.replace(params, **{name: value})
         note(f"# {name} is {_shown(value)}")
 
@@ -156,7 +157,7 @@ def _path(command: str, rest: str) -> Path:
 
 
 def _parsed(name: str, text: str, kind: type) -> Any:
-    """Returns a setting's value; the type of the present one says what is expected."""
+    """Returns a setting's value; `kind` says what is expected."""
     if kind is tuple:
         return (text,) if text else ()
     if kind is bool:

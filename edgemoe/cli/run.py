@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
-from edgemoe.cli.console import decode_text, drop_stdout, error_line, is_terminal, note, write_reply
+from edgemoe.cli.console import (
+    decode_text,
+    drop_stdout,
+    error_line,
+    is_terminal,
+    note,
+    replace_unwritable,
+    write_reply,
+)
 from edgemoe.cli.options import run_parser
 from edgemoe.cli.scheduling import options_text, read_settings
 
@@ -36,13 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 at wrong usage.
     """
-    parser = run_parser()
-    args = parser.parse_args(argv)
-    if args.path is not None:
-        args.model = args.path
+    replace_unwritable()
+    args = None
     try:
+        parser = run_parser()
+        args = parser.parse_args(argv)
+        if args.path is not None:
+            args.model = args.path
         try:
-            args.ram = _ram(args.ram)
             from edgemoe.sampler import SamplingParams
 
             _sampling(args, SamplingParams())  # before the model is loaded
@@ -62,9 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our text has enough of it: nothing to say
         return 1
     except Exception as error:
-        if args.verbose:
+        if args is not None and args.verbose:
             raise
-        note(f"{parser.prog}: {error_line(error)}")
+        note(f"edgemoe-run: {error_line(error)}")
         return 1
     finally:
         drop_stdout()
@@ -73,8 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: Namespace) -> int:
     if sys.stdout is None:
         raise ValueError("stdout is closed; expected somewhere to write the reply")
-    with contextlib.suppress(AttributeError):  # not so where a caller put a stream of its own
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     _set_up_logging(verbose=args.verbose)
     prompt = _prompt(args)  # before the model is loaded, so that a mistake costs no time
     if args.model is None:
@@ -184,21 +190,6 @@ def _load(args: Namespace) -> Engine:
     )
 
 
-def _ram(size: str | None) -> int | str | None:
-    """Returns the budget; a percentage is of what this process could have now."""
-    if size is None or not size.endswith("%"):
-        return size
-    from edgemoe import hardware
-
-    try:
-        share = float(size[:-1]) / 100
-    except ValueError:
-        share = -1.0
-    if not 0 < share <= 1:
-        raise ValueError(f"--ram: expected a size like 4GiB or 50%, got {size!r}")
-    return int(share * (hardware.process_bytes() + hardware.available_bytes()))
-
-
 def _sampling(args: Namespace, base: SamplingParams) -> SamplingParams:
     """Returns `base` with what the flags say."""
     import dataclasses
@@ -227,15 +218,11 @@ def _prompt(args: Namespace) -> str | None:
     """Returns the one prompt to answer, None for an interactive chat."""
     parts = [] if args.prompt is None else [args.prompt]
     if args.file is not None:
-        if Path(args.file).is_file() and Path(args.file).stat().st_size > _LARGEST_PROMPT:
-            raise ValueError(f"{args.file}: expected a prompt of at most 16 MiB")
-        parts.append(_utf8(Path(args.file).read_bytes(), args.file))
+        with open(args.file, "rb") as file:
+            parts.append(_text(file, args.file))
     if is_terminal(sys.stdin):
         return "\n".join(parts) if parts else None
-    content = sys.stdin.buffer.read(_LARGEST_PROMPT + 1) if sys.stdin is not None else b""
-    if len(content) > _LARGEST_PROMPT:
-        raise ValueError("stdin: expected a prompt of at most 16 MiB")
-    piped = _utf8(content, "stdin")
+    piped = "" if sys.stdin is None else _text(sys.stdin.buffer, "stdin")
     if piped:
         parts.append(piped)
     if not parts:
@@ -243,8 +230,11 @@ def _prompt(args: Namespace) -> str | None:
     return "\n".join(parts)
 
 
-def _utf8(content: bytes, name: str) -> str:
-    """Returns a prompt's text without the end of its last line."""
+def _text(file: BinaryIO, name: str) -> str:
+    """Reads a prompt, without the end of its last line."""
+    content = file.read(_LARGEST_PROMPT + 1)  # it may be a device without an end
+    if len(content) > _LARGEST_PROMPT:
+        raise ValueError(f"{name}: expected a prompt of at most 16 MiB")
     return decode_text(content, name).removeprefix("\ufeff").rstrip("\r\n")
 
 

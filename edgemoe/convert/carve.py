@@ -24,6 +24,7 @@ from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.llama import DEFAULT_THETA, Array, LlamaShape, hidden_states, llama_shape
 from edgemoe.convert.partition import Partition, partition, require_scipy
 from edgemoe.errors import FormatError
+from edgemoe.tokenizer import Tokenizer
 
 __all__ = ["CarvedCheckpoint", "Progress", "carve", "default_widths"]
 
@@ -209,10 +210,8 @@ def _calibration_ids(
     if isinstance(calibration, str):
         if "tokenizer.json" not in dense.files:
             raise FormatError(f"{dense.name}: no tokenizer.json to read the calibration text with")
-        from tokenizers import Tokenizer
-
-        tokenizer = Tokenizer.from_str(dense.files["tokenizer.json"].decode())
-        calibration = tokenizer.encode(calibration, add_special_tokens=False).ids
+        tokenizer = Tokenizer.from_files(dense.files)
+        calibration = tokenizer.encode(calibration, add_special=False)
     ids = np.asarray(calibration, np.int64)
     length = min(_LENGTH, shape.context_length, len(ids))
     if length < 1 or ids.min() < 0 or ids.max() >= shape.vocab_size:

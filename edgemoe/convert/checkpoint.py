@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Checkpoint", "file_identity"]
+from edgemoe.errors import FormatError
+
+__all__ = ["Checkpoint", "file_identity", "listed", "refuse_unused"]
 
 
 class Checkpoint(Protocol):
@@ -29,8 +31,8 @@ class Checkpoint(Protocol):
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        """Those that exist of tokenizer.json, tokenizer_config.json, chat_template.jinja,
-        generation_config.json and LICENSE."""
+        """Those that exist of tokenizer.json, tokenizer_config.json, special_tokens_map.json,
+        chat_template.jinja, generation_config.json and LICENSE."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -44,3 +46,36 @@ def file_identity(paths: Sequence[Path]) -> str:
     """Returns names, sizes and times of files as one text."""
     stats = [(p.name, p.stat()) for p in paths]
     return " ".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)
+
+
+def listed(names: Collection[str]) -> str:
+    """Returns the first three names of tensors and how many more there are."""
+    shown, rest = sorted(names)[:3], len(names) - 3
+    more = f" and {rest} more" if rest > 0 else ""
+    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(shown)}{more}"
+
+
+def refuse_unused(
+    checkpoint: Checkpoint, used: Collection[str], *, family: str, tied: bool
+) -> None:
+    """Checks that a model uses all that is stored, so that nothing of it is silently left out.
+
+    Args:
+        used: the names of the tensors that it uses.
+        family: of the model, for the message.
+        tied: the head is the embedding; a copy of it may be stored.
+
+    Raises:
+        FormatError: names the tensors that are left over.
+    """
+    # Old checkpoints store the RoPE frequencies, which config.json determines.
+    unused = {
+        n for n in set(checkpoint.shapes) - set(used) if not n.endswith("rotary_emb.inv_freq")
+    }
+    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    if tied and head in unused:
+        if not np.array_equal(checkpoint.tensor(head), checkpoint.tensor(embed)):
+            raise FormatError(f"{head}: differs from {embed}, though tie_word_embeddings is true")
+        unused.remove(head)
+    if unused:
+        raise FormatError(f"not part of a model of family {family}: {listed(unused)}")

@@ -10,7 +10,7 @@ from typing import Any
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.source import SourceModel
-from edgemoe.quant import Allocation, Calibration
+from edgemoe.quant import SCHEMES, Allocation, Calibration, Scheme
 from edgemoe.tokenizer import Tokenizer
 from edgemoe.writer import Writer
 
@@ -26,7 +26,8 @@ def convert(
     source: Checkpoint,
     out: Path,
     *,
-    bits: int = 8,
+    bits: int | None = None,
+    scheme: Scheme = SCHEMES["nested"],
     calibration: Calibration | None = None,
     allocation: Allocation | None = None,
     favour: int | None = None,
@@ -41,7 +42,8 @@ def convert(
     Args:
         source: the checkpoint; read one expert or one resident tensor at a time.
         out: the `.moe` file to make.
-        bits: precision that is stored, a level of the file's ladder.
+        bits: precision that is stored, a level of one of the scheme's ladders; None for all of the first.
+        scheme: what the planes mean, as `Writer` takes it.
         calibration: of this model, as `edgemoe calibrate` makes it; without one every input counts alike.
         allocation: of this model, as `edgemoe allocate` finds it: of each expert only so many bits are stored.
         favour: bits of the level whose error matters most; None for all levels alike, but with an allocation for what
@@ -73,8 +75,8 @@ def convert(
     if favour is not None:
         provenance["favour"] = favour
     with Writer(
-        out, config, bits=bits, sections=source.files, source=provenance, calibration=calibration,
-        allocation=allocation, favour=favour, down_bits=down_bits,
+        out, config, bits=bits, scheme=scheme, sections=source.files, source=provenance,
+        calibration=calibration, allocation=allocation, favour=favour, down_bits=down_bits,
     ) as writer:  # fmt: skip
 
         def report() -> None:

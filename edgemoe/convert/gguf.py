@@ -17,7 +17,7 @@ from edgemoe.errors import FormatError
 if TYPE_CHECKING:
     from gguf import GGUFReader
 
-__all__ = ["GGUFCheckpoint"]
+__all__ = ["BROKEN", "GGUFCheckpoint", "open_gguf"]
 
 _GLOBAL = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -38,8 +38,8 @@ _PER_LAYER = {
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _QK_NAME = re.compile(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)")
 
-# What the gguf package raises on malformed input; every one of them is the file's fault.
-_BROKEN = (ValueError, KeyError, IndexError, TypeError, OverflowError, NotImplementedError)
+BROKEN = (ValueError, KeyError, IndexError, TypeError, OverflowError, NotImplementedError)
+"""What the gguf package raises on malformed input; every one of them is the file's fault."""
 
 
 class GGUFCheckpoint:
@@ -58,10 +58,10 @@ class GGUFCheckpoint:
         path = Path(path)
         self.name = path.name
         self.identity = file_identity([path]) if path.exists() else ""
-        reader = _open(path)
+        reader = open_gguf(path)
         try:
             self._meta = {name: field.contents() for name, field in reader.fields.items()}
-        except _BROKEN as error:
+        except BROKEN as error:
             raise FormatError(f"{self.name}: broken GGUF metadata: {error}") from error
         self._tensors = {}
         for tensor in reader.tensors:
@@ -92,7 +92,7 @@ class GGUFCheckpoint:
         tensor = self._tensors[name]
         try:
             values = dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
-        except _BROKEN as error:
+        except BROKEN as error:
             kind = tensor.tensor_type.name
             raise FormatError(f"{self.name}: cannot decode {name} ({kind}): {error}") from error
         role = _QK_NAME.fullmatch(tensor.name)
@@ -168,12 +168,15 @@ class GGUFCheckpoint:
         return config | self._special_ids()
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        kind = self._meta.get("llama.rope.scaling.type", "none")
+        kind = self._meta.get("llama.rope.scaling.type", "linear")  # llama.cpp's default, too
         if kind == "none":
             return None
         if kind == "linear":
-            factor = self._positive("llama.rope.scaling.factor")
-            return {"rope_type": "linear", "factor": factor}
+            key = "llama.rope.scaling.factor"
+            key = key if key in self._meta else "llama.rope.scale_linear"  # the old name
+            if self._meta.get(key, 0.0) == 0.0:
+                return None
+            return {"rope_type": "linear", "factor": self._positive(key)}
         raise FormatError(
             f"{self.name}: RoPE scaling {kind!r} is not supported in GGUF; supported: none, linear"
         )
@@ -205,7 +208,13 @@ class GGUFCheckpoint:
         return value
 
 
-def _open(path: Path) -> GGUFReader:
+def open_gguf(path: Path) -> GGUFReader:
+    """Opens any GGUF file.
+
+    Raises:
+        FormatError: no such file, or not a readable one.
+        ImportError: the package gguf is not installed.
+    """
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -228,5 +237,5 @@ def _open(path: Path) -> GGUFReader:
     try:
         with np.errstate(over="ignore"):  # sizes from a broken file may wrap; _get catches them
             return Bounded(path)
-    except _BROKEN as error:
+    except BROKEN as error:
         raise FormatError(f"{path.name}: not a readable GGUF file: {error}") from error

@@ -22,6 +22,7 @@ _INDEX = "model.safetensors.index.json"
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
     "LICENSE",

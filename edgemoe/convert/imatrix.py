@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig
+from edgemoe.convert.gguf import BROKEN, open_gguf
 from edgemoe.errors import FormatError
 from edgemoe.format import open_moe
 from edgemoe.quant import write_calibration
@@ -126,18 +127,16 @@ def _tensors(
 
 
 def _read_gguf(path: Path) -> dict[str, Entry]:
-    from gguf import GGUFReader
-
+    reader = open_gguf(path)
     try:
-        tensors = {t.name: np.array(t.data) for t in GGUFReader(path).tensors}
+        tensors = {t.name: np.array(t.data) for t in reader.tensors}
         out = {}
         for name, sums in tensors.items():
             base, dot, kind = name.rpartition(".")
             if kind == "in_sum2":
                 counts = tensors[f"{base}{dot}counts"].reshape(-1).astype(np.int64)
                 out[base] = (sums.reshape(len(counts), -1).astype(np.float32), counts)
-    # What the gguf package raises on malformed input.
-    except (ValueError, KeyError, IndexError, TypeError, OverflowError) as error:
+    except BROKEN as error:
         raise FormatError(f"{path}: broken GGUF imatrix: {error}") from error
     if not out:
         raise FormatError(f"{path}: is a GGUF file, but not an imatrix")

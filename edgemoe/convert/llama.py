@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.convert.checkpoint import Checkpoint
+from edgemoe.convert.checkpoint import Checkpoint, refuse_unused
 from edgemoe.convert.family import num_layers
 from edgemoe.convert.rope import Rope, rope
 from edgemoe.convert.settings import Settings
@@ -90,7 +90,6 @@ def llama_shape(dense: Checkpoint) -> LlamaShape:
             raise FormatError(
                 f"config.json: {heads} heads of {head_dim} over {kv_heads} do not fit"
             )
-        angles = rope(settings, head_dim=head_dim, default_theta=DEFAULT_THETA)
         shape = LlamaShape(
             num_layers=num_layers(settings),
             hidden_size=hidden,
@@ -102,11 +101,15 @@ def llama_shape(dense: Checkpoint) -> LlamaShape:
             context_length=settings.integer("max_position_embeddings"),
             norm_eps=settings.number("rms_norm_eps", 1e-6),
             tied=settings.flag("tie_word_embeddings", False),
-            rope=angles,
+            rope=Rope(np.empty(0, np.float32), 1.0),
         )
         for name, size in shape.tensors().items():
             if dense.shapes.get(name) != size:
                 raise FormatError(f"{name} must be {size}, got {dense.shapes.get(name, 'none')}")
+        refuse_unused(dense, shape.tensors().keys(), family=kind, tied=shape.tied)
+        # Last, when the tensors have vouched for the size of a head.
+        angles = rope(settings, head_dim=head_dim, default_theta=DEFAULT_THETA)
+        shape = replace(shape, rope=angles)
     except FormatError as error:
         raise FormatError(f"{dense.name}: {error}") from error
     return shape

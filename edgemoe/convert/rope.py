@@ -84,8 +84,12 @@ def rope(settings: Settings, *, head_dim: int, default_theta: float) -> Rope:
         at_least=2,
     )
     request = _Request(parameters, head_dim, theta, context_length, original_length)
-    frequencies, scale = _SCALINGS[kind](request)
-    return Rope(frequencies.astype(np.float32), scale)
+    with np.errstate(over="ignore", invalid="ignore"):
+        frequencies, scale = _SCALINGS[kind](request)
+        rounded = frequencies.astype(np.float32)
+    if not np.isfinite(rounded).all():
+        raise parameters.error("rope_type", f"{kind} gives frequencies that are not finite")
+    return Rope(rounded, scale)
 
 
 def _default(request: _Request) -> tuple[Array, float]:
@@ -109,12 +113,14 @@ def _yarn(request: _Request) -> tuple[Array, float]:
         scale = scale_for(parameters.positive("mscale"))
         scale /= scale_for(parameters.positive("mscale_all_dim"))
 
-    def dimension(rotations: float) -> float:
-        turns = request.original_length / (rotations * 2 * math.pi)
-        return dim * math.log(turns) / (2 * math.log(request.theta))
+    def dimension(key: str, default: float) -> float:
+        turns = request.original_length / (parameters.positive(key, default) * 2 * math.pi)
+        found = dim * math.log(turns) / (2 * math.log(request.theta)) if turns > 0 else math.inf
+        if not math.isfinite(found):
+            raise parameters.error(key, "is beyond what can be computed")
+        return found
 
-    low = dimension(parameters.positive("beta_fast", 32))
-    high = dimension(parameters.positive("beta_slow", 1))
+    low, high = dimension("beta_fast", 32), dimension("beta_slow", 1)
     if parameters.flag("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)

@@ -83,6 +83,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             header = json.loads(file.read(size))
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
+    except OSError as error:  # the library's do not name the file
+        raise FormatError(f"{path}: cannot be read: {error}") from None
     except (SafetensorError, ValueError, struct.error) as error:
         raise FormatError(f"{path}: truncated or not a safetensors file: {error}") from error
     tensors = {}

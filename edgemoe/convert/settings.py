@@ -113,7 +113,7 @@ def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     if name in checkpoint.files:
         try:
             values = json.loads(checkpoint.files[name])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"{name}: not valid JSON: {error}") from error
         if not isinstance(values, dict):
             raise FormatError(f"{name}: expected an object, got {type(values).__name__}")

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
-from edgemoe.convert.checkpoint import Checkpoint
+from edgemoe.convert.checkpoint import Checkpoint, listed, refuse_unused
 from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.family import Family, Source
 from edgemoe.convert.rope import rope
@@ -104,23 +104,10 @@ class SourceModel:
                     f"{source.name}: expected shape {list(shape)}, got {list(stored[source.name])}"
                 )
         if missing:
-            raise FormatError(f"missing {_listed(missing)}")
-        self._refuse_unused(set(stored) - {source.name for source in sources.values()})
+            raise FormatError(f"missing {listed(missing)}")
+        used = {source.name for source in sources.values()}
+        refuse_unused(self._checkpoint, used, family=config.family, tied=config.tied)
         return sources
-
-    def _refuse_unused(self, names: set[str]) -> None:
-        # Old checkpoints store the RoPE frequencies, which config.json determines.
-        unused = {name for name in names if not name.endswith("rotary_emb.inv_freq")}
-        head, embed = "lm_head.weight", "model.embed_tokens.weight"
-        if self.config.tied and head in unused:
-            if not np.array_equal(self._checkpoint.tensor(head), self._checkpoint.tensor(embed)):
-                raise FormatError(
-                    f"{head}: differs from {embed}, though tie_word_embeddings is true"
-                )
-            unused.remove(head)
-        if unused:
-            family = self.config.family
-            raise FormatError(f"not part of a model of family {family}: {_listed(unused)}")
 
 
 def _family(checkpoint: Checkpoint) -> Family:
@@ -129,10 +116,3 @@ def _family(checkpoint: Checkpoint) -> Family:
     if family is None:
         raise FormatError(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
     return family
-
-
-def _listed(names: set[str] | list[str]) -> str:
-    """Returns the first three names and how many more there are."""
-    shown, rest = sorted(names)[:3], len(names) - 3
-    more = f" and {rest} more" if rest > 0 else ""
-    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(shown)}{more}"

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgemoe.format import MoeFile
 from edgemoe.lab.levels import levels
-from edgemoe.quant import GROUP
+from edgemoe.quant import SCHEMES
 
 __all__ = ["groups", "summary"]
 
@@ -32,7 +32,7 @@ def summary(moe: MoeFile) -> dict[str, Any]:
         "bytes": moe.file_bytes,
         "config": moe.config.to_json(),
         "source": dict(moe.source),
-        "scheme": f"nested codes; a float16 scale and middle for each {GROUP} columns of a row",
+        "scheme": SCHEMES[moe.scheme].about,
         "levels": [
             {
                 **dataclasses.asdict(level),

@@ -1,4 +1,4 @@
-"""Nested codes: one 8-bit code per weight of which every prefix is a model."""
+"""Codes of which every prefix is a model: one 8-bit code per weight, or a base and planes of signs (MWQ)."""
 
 from edgemoe.quant.allocation import Allocation
 from edgemoe.quant.calibration import MIN_TOKENS, Calibration, write_calibration
@@ -11,8 +11,9 @@ from edgemoe.quant.nested import (
     quantize,
     rung_bytes,
 )
+from edgemoe.quant.scheme import SCHEMES, Scheme
 
 __all__ = [
-    "DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "ROUNDING_WEIGHTS", "Allocation", "Calibration",
-    "plane_widths", "quantize", "rung_bytes", "write_calibration",
+    "DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "ROUNDING_WEIGHTS", "SCHEMES",
+    "Allocation", "Calibration", "Scheme", "plane_widths", "quantize", "rung_bytes", "write_calibration",
 ]  # fmt: skip

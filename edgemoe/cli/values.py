@@ -1,0 +1,55 @@
+"""Reads the values of flags; what is wrong with one is said as wrong usage, before any work."""
+
+from __future__ import annotations
+
+from argparse import ArgumentTypeError
+from collections.abc import Callable
+
+__all__ = ["bits_or_auto", "ram_size", "whole", "wholes"]
+
+
+def ram_size(text: str) -> int:
+    """Returns the bytes of a size like 4GiB, or of a percentage of what this process could have now."""
+    wrong = ArgumentTypeError(f"expected a size like 4GiB or 50%, got {text!r}")
+    try:
+        if not text.endswith("%"):
+            from edgemoe.budget import parse_size
+
+            return parse_size(text)
+        share = float(text[:-1]) / 100
+    except ValueError:
+        raise wrong from None
+    if not 0 < share <= 1:
+        raise wrong
+    from edgemoe import hardware
+
+    return int(share * (hardware.process_bytes() + hardware.available_bytes()))
+
+
+def bits_or_auto(text: str) -> int | str:
+    """Returns a whole number, or "auto"."""
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise ArgumentTypeError(f"expected a whole number or auto, got {text!r}") from None
+
+
+def whole(at_least: int) -> Callable[[str], int]:
+    """Returns a reader of a whole number from `at_least`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = at_least - 1
+        if value < at_least:
+            raise ArgumentTypeError(f"expected a whole number from {at_least}, got {text!r}")
+        return value
+
+    return read
+
+
+def wholes(at_least: int) -> Callable[[str], list[int]]:
+    """Returns a reader of whole numbers from `at_least`, separated by commas."""
+    one = whole(at_least)
+    return lambda text: [one(part) for part in text.split(",")]

@@ -1,0 +1,102 @@
+"""What a file's planes mean: the schemes that `edgemoe convert` writes and the kernels compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.quant import mwq, nested
+
+__all__ = ["SCHEMES", "Scheme"]
+
+
+class Quantize(Protocol):
+    """Is what makes a matrix's rungs; see `edgemoe.quant.nested.quantize`."""
+
+    def __call__(
+        self,
+        w: NDArray[np.float32],
+        ladder: Sequence[int],
+        *,
+        second_moments: NDArray[np.float32] | None,
+        favour: int | None,
+        threads: int,
+    ) -> list[NDArray[np.uint8]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """Is a way to store a matrix of which every prefix of rungs is a model."""
+
+    name: str
+    """As the index of a file and `edgemoe._core` call it."""
+    about: str
+    group: int
+    """Columns that share a scale."""
+    ladders: tuple[tuple[int, ...], ...]
+    """Bits in use after each rung, as `edgemoe convert` writes them; the first is the default."""
+    is_ladder: Callable[[Sequence[int]], bool]
+    """Says whether a file may have such levels."""
+    rung_bytes: Callable[[int, int, Sequence[int]], list[int]]
+    """(rows, cols, ladder) → bytes of each rung."""
+    quantize: Quantize
+    can_favour: bool
+    """Says whether `quantize` can make one level better at the cost of the others."""
+
+    def ladder(self, bits: int | None, name: str = "bits") -> tuple[int, ...]:
+        """Returns the levels up to `bits`; the whole default ladder for None.
+
+        Raises:
+            ValueError: no ladder has such a level; the message begins with `name`.
+        """
+        for ladder in self.ladders:
+            if bits is None or bits in ladder:
+                return ladder if bits is None else ladder[: ladder.index(bits) + 1]
+        levels = ", ".join(str(b) for ladder in self.ladders for b in ladder)
+        raise ValueError(f"{name}: expected one of {levels}, got {bits}")
+
+
+def _quantize_mwq(
+    w: NDArray[np.float32],
+    ladder: Sequence[int],
+    *,
+    second_moments: NDArray[np.float32] | None,
+    favour: int | None,
+    threads: int,
+) -> list[NDArray[np.uint8]]:
+    assert favour is None  # as `can_favour` says
+    del threads  # numpy's products have their own; more beside these made it slower
+    return mwq.quantize(w, ladder, second_moments=second_moments)
+
+
+SCHEMES = {
+    s.name: s
+    for s in (
+        Scheme(
+            "nested",
+            f"nested codes; a float16 scale and middle for each {nested.GROUP} columns of a row",
+            nested.GROUP,
+            (nested.DEFAULT_LADDER,),
+            lambda ladder: True,
+            nested.rung_bytes,
+            nested.quantize,
+            True,
+        ),
+        Scheme(
+            "mwq",
+            "D2MoE's MWQ; a base and planes of signs, each with a float16 scale for each "
+            f"{mwq.GROUP} columns of a row",
+            mwq.GROUP,
+            mwq.LADDERS,
+            mwq.is_ladder,
+            mwq.rung_bytes,
+            _quantize_mwq,
+            False,
+        ),
+    )
+}
+"""By name."""
