@@ -6,9 +6,8 @@
     python benchmarks/conversions.py path/to/mini-moe base.kld --calibration mini.calib
 
 Of its tables, the first has a row per conversion and a column per level: all levels together, as by default; one level
-favoured (`edgemoe convert --favour`); one level alone, which leaves nothing of the others and is the best that the
-quantiser can do for it. The second says from these what being nested costs each level. `--bits` and `--down-bits` add
-conversions with these options. In parentheses are the bits per weight that a level takes.
+favoured (`edgemoe convert --favour`); one level alone, which leaves nothing of the others. The second says from these what being nested costs each level. `--down-bits` adds
+conversions with other bits of w_down. In parentheses are the bits per weight that a level takes.
 """
 
 from __future__ import annotations
@@ -74,7 +73,6 @@ def main() -> None:
     parser.add_argument("--favour", type=int, nargs="*", default=list(DEFAULT_LADDER))
     parser.add_argument("--alone", type=int, nargs="*", default=list(DEFAULT_LADDER))
     parser.add_argument("--factor", type=float, default=nested.FAVOUR, help="of a favoured level")
-    parser.add_argument("--bits", type=int, nargs="*", default=[], help="files of fewer bits")
     parser.add_argument("--down-bits", nargs="*", default=[], metavar="N,N,N,N,N")
     parser.add_argument("--chunks", type=int)
     parser.add_argument("--threads", type=int, default=1)
@@ -87,7 +85,6 @@ def main() -> None:
         nested_kl = {f["bits"]: f["kl"] for f in rows[0]["levels"]}
         rows += [row(args, f"{b} favoured", args.factor, favour=b) for b in args.favour]
         alone = [row(args, f"{b} alone", ALONE, favour=b) for b in args.alone]
-        rows += [row(args, f"up to {b} bits", 1, bits=b) for b in args.bits]
         for down in args.down_bits:
             bits = [int(b) for b in down.split(",")]
             rows.append(row(args, f"w_down {down}", 1, down_bits=bits))
