@@ -6,8 +6,9 @@
     python benchmarks/conversions.py path/to/mini-moe base.kld --calibration mini.calib
 
 Of its tables, the first has a row per conversion and a column per level: all levels together, as by default; one level
-favoured (`edgemoe convert --favour`); one level alone, which leaves nothing of the others. The second says from these what being nested costs each level. `--down-bits` adds
-conversions with other bits of w_down. In parentheses are the bits per weight that a level takes.
+favoured (`edgemoe convert --favour`); one level alone, which leaves nothing of the others. The second says from these
+what being nested costs each level. `--down-bits` adds conversions with other bits of w_down. In parentheses are the
+bits per weight that a level takes.
 """
 
 from __future__ import annotations
