@@ -486,10 +486,11 @@ class Engine:
         for first in range(0, len(tokens), chunk):
             part = tokens[first : first + chunk]
             if self._trace is not None:
-                self._trace.begin(self._kv.length)
+                self._trace.begin(self._kv.length, part)
             if self._kv.length == 0:
                 self.scheduler.begin()
             start = time.perf_counter()
+            self.scheduler.tokens(part)
             hidden = self._decoder.forward(part, self._kv)
             self.scheduler.passed(len(part), time.perf_counter() - start)
             self._ids.extend(part.tolist())

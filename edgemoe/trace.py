@@ -5,6 +5,7 @@ A trace is one line of JSON, the fields of `TraceHeader`, then fixed-size little
 layer 0, then T of layer 1, and so on:
 
     token          u4         position in its sequence; a sequence starts at 0
+    id             u4         the token itself; 4294967295 where it is not known. Not in version 2
     layer          u2         position among the layers with routed experts
     tokens         u2         T in the first record of a chunk's layer, 0 in the others
     experts        u2 [K]     chosen by the router, best first
@@ -24,7 +25,7 @@ and of the chunk's layer as a whole, in its first record, 0 in the others:
     experts_us     f4         from the plan to the sum of the experts' outputs
     wait_us        f4         of that, standing still for reads
 
-`read` gives all of it back.
+`read` gives all of it back, of version 2 too.
 """
 
 from __future__ import annotations
@@ -43,14 +44,17 @@ from edgemoe.errors import FormatError
 from edgemoe.experts import Observer
 from edgemoe.plan import Plan, Routing
 
-__all__ = ["NO_EXPERT", "Trace", "TraceHeader", "TraceWriter", "read", "record"]
+__all__ = ["NO_EXPERT", "NO_TOKEN", "Trace", "TraceHeader", "TraceWriter", "read", "record"]
 
-_VERSION = 2
+_VERSION = 3
 _MAGIC = b'{"edgemoe_trace"'
 _ROWS = 1024  # records that are gathered before they are written
 
 NO_EXPERT = 0xFFFF
 """In `ahead_experts`, where no router was asked."""
+
+NO_TOKEN = 0xFFFFFFFF
+"""In `id`, where it is not known."""
 
 _clock = time.perf_counter
 
@@ -107,7 +111,7 @@ def record(experts_per_token: int, look_ahead: int = 0) -> np.dtype[Any]:
     ahead = [("ahead_experts", "<u2", (p, K)), ("ahead_gates", "<f2", (p, K))] if p else []
     return np.dtype(
         [
-            ("token", "<u4"), ("layer", "<u2"), ("tokens", "<u2"), ("experts", "<u2", (K,)),
+            ("token", "<u4"), ("id", "<u4"), ("layer", "<u2"), ("tokens", "<u2"), ("experts", "<u2", (K,)),
             ("gates", "<f2", (K,)), ("resident", "u1", (K,)), ("bits", "u1", (K,)), *ahead,
             ("bytes_read", "<u8"), ("before_us", "<f4"), ("experts_us", "<f4"), ("wait_us", "<f4"),
         ]
@@ -139,6 +143,7 @@ class TraceWriter(Observer):
         self._file.write(json.dumps(asdict(header)).encode() + b"\n")
         self._own = header.own_bits()
         self._position = 0
+        self._ids: NDArray[np.int32] = np.empty(0, np.int32)
         self._blocks: list[NDArray[Any]] = []
         self._num_rows = 0
         self._single: list[tuple[Any, ...]] = []
@@ -148,9 +153,9 @@ class TraceWriter(Observer):
         self._tail = 0.0
         self._bytes_read, self._wait_s = 0, 0.0
 
-    def begin(self, position: int) -> None:
-        """A chunk starts at a position of its sequence."""
-        self._position = position
+    def begin(self, position: int, ids: NDArray[np.int32]) -> None:
+        """A chunk starts at a position of its sequence: tokens [T], the caller's own."""
+        self._position, self._ids = position, ids
         self._last = _clock() - self._tail
 
     def end(self) -> None:
@@ -164,7 +169,7 @@ class TraceWriter(Observer):
         if len(routing.experts) == 1 and routing.ahead_experts is None:
             self._single.append(
                 (
-                    self._position, routing.layer, routing.experts.tobytes(), routing.gates.tobytes(),
+                    self._position, self._ids[0], routing.layer, routing.experts.tobytes(), routing.gates.tobytes(),
                     plan.bits.tobytes(), plan.rows.tobytes(), residency[routing.layer].tobytes(),
                 )
             )  # fmt: skip
@@ -198,10 +203,12 @@ class TraceWriter(Observer):
         """Turns the single tokens gathered so far into a block of records."""
         if not self._single:
             return
-        position, layer, experts, gates, bits, order, resident = zip(*self._single, strict=True)
+        position, ids, layer, experts, gates, bits, order, resident = zip(
+            *self._single, strict=True
+        )
         n, K, E = len(position), self.header.experts_per_token, self.header.num_experts
         rows = np.zeros(n, self._dtype)
-        rows["token"], rows["layer"], rows["tokens"] = position, layer, 1
+        rows["token"], rows["id"], rows["layer"], rows["tokens"] = position, ids, layer, 1
         rows["experts"] = chosen = np.frombuffer(b"".join(experts), np.int32).reshape(n, K)
         rows["gates"] = np.frombuffer(b"".join(gates), np.float32).reshape(n, K)
         levels = np.frombuffer(b"".join(resident), np.int8).reshape(n, E)
@@ -222,6 +229,7 @@ class TraceWriter(Observer):
         T = len(routing.experts)
         rows = np.zeros(T, self._dtype)
         rows["token"] = np.arange(self._position, self._position + T)
+        rows["id"] = self._ids
         rows["layer"] = routing.layer
         rows["tokens"][0] = T
         rows["experts"] = routing.experts
@@ -341,7 +349,7 @@ def read(path: str | os.PathLike[str]) -> Trace:
         version = fields["edgemoe_trace"]
     except (ValueError, TypeError, KeyError):
         raise FormatError(f"{path}: not a trace of edgemoe") from None
-    if version != _VERSION:
+    if version not in (2, _VERSION):
         raise FormatError(f"{path}: trace version {version}; expected {_VERSION}, record it again")
     try:
         for name in ("level_bits", "level_bytes", "rungs"):
@@ -351,9 +359,24 @@ def read(path: str | os.PathLike[str]) -> Trace:
         dtype = record(header.experts_per_token, header.look_ahead)
     except (ValueError, TypeError, KeyError):
         raise FormatError(f"{path}: a trace with a damaged header") from None
-    rows = np.frombuffer(body[: len(body) // dtype.itemsize * dtype.itemsize], dtype)
+    if version == 2:
+        rows = _with_ids(body, dtype)
+    else:
+        rows = np.frombuffer(body[: len(body) // dtype.itemsize * dtype.itemsize], dtype)
     if len(rows) and (
         rows["experts"].max() >= header.num_experts or rows["layer"].max() >= header.num_layers
     ):
         raise FormatError(f"{path}: a trace with records outside its model")
     return Trace(header, rows)
+
+
+def _with_ids(body: bytes, dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Returns the records of version 2, whose tokens are not known."""
+    names = [name for name in dtype.names or () if name != "id"]
+    old = np.dtype([(name, dtype[name]) for name in names])
+    found = np.frombuffer(body[: len(body) // old.itemsize * old.itemsize], old)
+    rows = np.empty(len(found), dtype)
+    for name in names:
+        rows[name] = found[name]
+    rows["id"] = NO_TOKEN
+    return rows

@@ -10,7 +10,7 @@ import pytest
 
 import edgemoe
 from edgemoe.plan import Plan, Routing
-from edgemoe.trace import NO_EXPERT, TraceHeader, TraceWriter, read, record
+from edgemoe.trace import NO_EXPERT, NO_TOKEN, TraceHeader, TraceWriter, read, record
 
 IDS = np.random.default_rng(1).integers(0, 256, 40)
 
@@ -54,6 +54,7 @@ def test_what_a_run_routed_and_found_in_memory_comes_back(tiny_moe, tmp_path):
     assert trace.header.level_bits == (2, 3, 4)
     assert trace.header.scheduler == "on-demand"
     assert rows["token"].tolist() == [*range(30), *range(30), 30, 30]
+    assert rows["id"].tolist() == [*IDS[:30], *IDS[:30], IDS[30], IDS[30]]
     assert rows["layer"].tolist() == [0] * 30 + [1] * 30 + [0, 1]
     assert rows["tokens"].tolist() == [30, *[0] * 29, 30, *[0] * 29, 1, 1]
     assert not rows["resident"][:60].any()
@@ -83,21 +84,22 @@ def test_single_tokens_chunks_skips_and_look_ahead_become_records(tmp_path):
         0, np.array([1, 2], np.int32), np.array([2, 4], np.int8), np.array([0, 1, 3], np.int32),
         np.array([0, 0, 1], np.int32), np.array([[0, 1], [2, -1]], np.int32), chunk.gates,
     )  # fmt: skip
-    writer.begin(0)
+    writer.begin(0, np.array([7, 8], np.int32))
     writer.planned(chunk, plan, residency)
     writer.done(500, 0.25)
     writer.end()
-    writer.begin(2)
+    writer.begin(2, np.array([9], np.int32))
     writer.planned(*single(0, [3, 1], [4, 2], [1, 0]), residency)
     residency[0] = 2  # what the writer keeps must be its own
     writer.done(500, 0.25)
     writer.planned(*single(1, [4, 0], [4], [-1, 0], ahead=[[3, 5]]), residency)  # broken off
-    writer.begin(2)
+    writer.begin(2, np.array([9], np.int32))
     writer.planned(*single(0, [0, 5], [2, 4], [0, 1]), residency)
     writer.done(700, 0.5)
     writer.close()
     rows = read(path).rows
     assert rows["token"].tolist() == [0, 1, 2, 2, 2]
+    assert rows["id"].tolist() == [7, 8, 9, 9, 9]
     assert rows["tokens"].tolist() == [2, 0, 1, 1, 1]
     assert rows["resident"].tolist() == [[1, 2], [2, 0], [0, 1], [2, 2], [2, 2]]
     assert rows["bits"].tolist() == [[2, 4], [4, 0], [2, 4], [0, 4], [2, 4]]
@@ -114,7 +116,7 @@ def test_many_tokens_are_written_in_blocks_and_a_cut_end_is_left_out(tmp_path):
     writer = TraceWriter(path, header())
     residency = np.zeros((2, 6), np.int8)
     for t in range(1500):
-        writer.begin(t)
+        writer.begin(t, np.array([t], np.int32))
         for layer in range(2):
             writer.planned(*single(layer, [t % 6, (t + 1) % 6], [4, 4], [0, 1]), residency)
             writer.done(t, t / 1000)
@@ -129,6 +131,24 @@ def test_many_tokens_are_written_in_blocks_and_a_cut_end_is_left_out(tmp_path):
     assert len(read(path).by_token("experts")) == 1499
 
 
+def test_version_2_is_read_without_its_tokens(tiny_moe, tmp_path):
+    path = tmp_path / "x.trace"
+    with edgemoe.load(tiny_moe, trace=path, bits=4) as engine:
+        engine.logits(IDS[:9])
+    new = read(path)
+    names = [name for name in new.rows.dtype.names if name != "id"]
+    old = np.empty(len(new.rows), [(name, new.rows.dtype[name]) for name in names])
+    for name in names:
+        old[name] = new.rows[name]
+    fields = dataclasses.asdict(new.header) | {"edgemoe_trace": 2}
+    path.write_bytes(json.dumps(fields).encode() + b"\n" + old.tobytes()[:-3])
+    trace = read(path)
+    assert len(trace.rows) == len(old) - 1
+    assert (trace.rows["id"] == NO_TOKEN).all()
+    for name in names:
+        np.testing.assert_array_equal(trace.rows[name], new.rows[name][:-1])
+
+
 def test_what_is_no_trace_is_refused_in_a_line(tiny_moe, tmp_path):
     path = tmp_path / "x.trace"
     line = json.dumps({"edgemoe_trace": 1, "model": "x"})
@@ -136,8 +156,8 @@ def test_what_is_no_trace_is_refused_in_a_line(tiny_moe, tmp_path):
         (b"{}", "not a trace"),
         (b"", "not a trace"),
         (b"[1]\n", "not a trace"),
-        (line.encode(), "trace version 1; expected 2"),
-        (b'{"edgemoe_trace": 2}\n', "damaged header"),
+        (line.encode(), "trace version 1; expected 3"),
+        (b'{"edgemoe_trace": 3}\n', "damaged header"),
     ]:
         path.write_bytes(content)
         with pytest.raises(edgemoe.FormatError, match=what):

@@ -20,7 +20,7 @@ from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler import SCHEDULERS, Scheduler, Setting
 from edgemoe.scheduler.watched import seen
 from edgemoe.store import ExpertStore
-from edgemoe.trace import NO_EXPERT, Trace, TraceHeader
+from edgemoe.trace import NO_EXPERT, NO_TOKEN, Trace, TraceHeader
 
 __all__ = ["Replay", "Tape", "make_scheduler", "replay", "setting"]
 
@@ -94,6 +94,8 @@ class Tape:
         known = (ahead[:, :, 0] != NO_EXPERT).sum(axis=1) if ahead is not None else None
         self.passes: list[list[Routing]] = []
         self.begins: list[bool] = []
+        self.ids: list[NDArray[np.int32] | None] = []
+        """Per pass its tokens [T]; None where the trace does not know them."""
         self.computing_us: list[list[tuple[float, float]]] = []
         """Per pass and layer, the time before the experts and that of computing them, as it was recorded."""
         for f, T in zip(first.tolist(), tokens.tolist(), strict=True):
@@ -112,6 +114,8 @@ class Tape:
                 times.append((float(r["before_us"]), float(r["experts_us"] - r["wait_us"])))
             self.passes.append(layers)
             self.begins.append(int(rows["token"][f]) == 0)
+            ids = rows["id"][f : f + T]
+            self.ids.append(None if (ids == NO_TOKEN).any() else ids.astype(np.int32))
             self.computing_us.append(times)
 
     @property
@@ -191,9 +195,13 @@ def replay(
     seconds = waited = 0.0
     spent: list[float] = []
     counts = _counts(store)
-    for begins, layers, times in zip(tape.begins, tape.passes, tape.computing_us, strict=True):
+    for begins, ids, layers, times in zip(
+        tape.begins, tape.ids, tape.passes, tape.computing_us, strict=True
+    ):
         if begins:
             scheduler.begin()
+        if ids is not None:
+            scheduler.tokens(ids)
         is_single = len(layers[0].experts) == 1
         start = (pipeline.now_s, pipeline.wait_s) if pipeline else (0.0, 0.0)
         for recorded, time_us in zip(layers, times, strict=True):

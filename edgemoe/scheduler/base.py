@@ -88,6 +88,9 @@ class Scheduler(ABC):
     def begin(self) -> None:  # noqa: B027 (most have nothing to do)
         """A new sequence starts."""
 
+    def tokens(self, ids: NDArray[np.int32]) -> None:  # noqa: B027
+        """All layers will now run for tokens [T] of the sequence. A sequence may have gone back some tokens before."""
+
     def passed(self, tokens: int, seconds: float) -> None:  # noqa: B027
         """All layers have run for `tokens` tokens, which took `seconds`."""
 

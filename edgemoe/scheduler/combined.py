@@ -101,6 +101,12 @@ class Combined(Scheduler):
         if self.eviction is not None:
             self.eviction.begin()
 
+    def tokens(self, ids: NDArray[np.int32]) -> None:
+        """See `Scheduler.tokens`."""
+        self.inner.tokens(ids)
+        if self.eviction is not None:
+            self.eviction.tokens(ids)
+
     def passed(self, tokens: int, seconds: float) -> None:
         """See `Scheduler.passed`."""
         self.inner.passed(tokens, seconds)

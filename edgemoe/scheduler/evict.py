@@ -41,6 +41,9 @@ class Eviction(ABC):
     def begin(self) -> None:  # noqa: B027 (there may be nothing to do)
         """A new sequence starts."""
 
+    def tokens(self, ids: NDArray[np.int32]) -> None:  # noqa: B027 (likewise)
+        """See `Scheduler.tokens`."""
+
     def passed(self) -> None:  # noqa: B027 (likewise)
         """All layers have run."""
 

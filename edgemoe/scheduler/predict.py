@@ -88,6 +88,12 @@ class NextUse:
 
     def update(self, routing: Routing) -> Array:
         """Takes one layer's routing and returns the odds against each expert's next use, [E], the caller's own."""
+        odds = self.log_odds(routing)
+        np.minimum(odds, self._most, out=odds)
+        return np.exp(odds, out=odds)
+
+    def log_odds(self, routing: Routing) -> Array:
+        """As `update`, and returns the logarithms of these odds."""
         now, before, used, logs, margin, average, raw, f, s = self._views[routing.layer]
         before[...] = now
         chosen = routing.experts[-1].astype(np.intp)  # other indices are converted at every use
@@ -110,8 +116,7 @@ class NextUse:
         change *= 1.0 - self._decay
         average += change
         odds: Array = np.dot(self._against, now)
-        np.minimum(odds, self._most, out=odds)
-        return np.exp(odds, out=odds)
+        return odds
 
     def learn(self) -> None:
         """All layers have run: learns from what was said about them one token before."""

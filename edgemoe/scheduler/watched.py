@@ -33,6 +33,10 @@ class Watched(Scheduler):
         """See `Scheduler.begin`."""
         self._inner.begin()
 
+    def tokens(self, ids: NDArray[np.int32]) -> None:
+        """See `Scheduler.tokens`."""
+        self._inner.tokens(ids)
+
     def passed(self, tokens: int, seconds: float) -> None:
         """See `Scheduler.passed`."""
         self._inner.passed(tokens, seconds)
