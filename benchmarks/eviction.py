@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 
 import edgemoe
 from edgemoe.experts import Observer
+from edgemoe.format import open_moe
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.scheduler.evict import EVICTIONS
+from edgemoe.scheduler.paths import SECTION
 from edgemoe.store import ExpertStore
 
 _PAGE = 4096
@@ -53,19 +55,20 @@ class Recorder(Observer):
 
 def record(
     model: Path, text: str, *, experts: int | None, count: int
-) -> tuple[Setting, list[tuple[Routing, ...]]]:
-    """Returns the routing of a text and the model's shape."""
+) -> tuple[Setting, list[tuple[Routing, ...]], NDArray[np.int32]]:
+    """Returns the model's shape, the routing of a text, and its tokens."""
     recorder = Recorder()
     with edgemoe.load(model, experts=experts, context=count + 1, observer=recorder) as engine:
         assert engine.tokenizer is not None
-        engine.logits(engine.tokenizer.encode(text)[:count], last_only=True)
+        ids = np.array(engine.tokenizer.encode(text)[:count], np.int32)
+        engine.logits(ids, last_only=True)
         c = engine.config
         setting = Setting(
             num_layers=len(c.moe_layers), num_experts=c.num_experts,
             experts_per_token=c.experts_per_token, bits=8, level_bits=(8,), level_bytes=(_PAGE,),
-            slots_bytes=0,
+            slots_bytes=0, sections=open_moe(model).sections,
         )  # fmt: skip
-    return setting, recorder.tokens()
+    return setting, recorder.tokens(), ids
 
 
 def store(setting: Setting, room: float, policy: Any) -> ExpertStore:
@@ -79,11 +82,16 @@ def store(setting: Setting, room: float, policy: Any) -> ExpertStore:
 
 
 def hit_rate(
-    setting: Setting, tokens: Sequence[tuple[Routing, ...]], room: float, options: Mapping[str, Any]
+    setting: Setting,
+    tokens: Sequence[tuple[Routing, ...]],
+    ids: NDArray[np.int32],
+    room: float,
+    options: Mapping[str, Any],
 ) -> float:
     """Returns the hits per use with some eviction and without reads ahead, after the first tokens."""
-    name = "on-demand" if options else "expertflow"  # which has its own
-    alone = {"look_ahead": False} if options else {"prefetch": 0}
+    # The one that is no eviction has its own.
+    name = "on-demand" if "eviction" in options else "expertflow"
+    alone = {"look_ahead": False} if "eviction" in options else {"prefetch": 0}
     scheduler = SCHEDULERS[name](setting, **alone, **options)
     lfu = "lfu" if scheduler.priorities is None else scheduler.priorities
     cache = store(setting, room, lfu)
@@ -92,6 +100,7 @@ def hit_rate(
     for i, layers in enumerate(tokens):
         if i == _WARM:
             base = cache.stats
+        scheduler.tokens(ids[i : i + 1])
         for routing in layers:
             cache.request(scheduler.plan(routing, cache.residency))
             for _ in cache.ready_groups():
@@ -129,7 +138,9 @@ def _rate(base: Mapping[str, Any], now: Mapping[str, Any]) -> float:
     return float(hits / (hits + misses))
 
 
-def fit_hobbit(setting: Setting, tokens: Sequence[tuple[Routing, ...]], room: float) -> None:
+def fit_hobbit(
+    setting: Setting, tokens: Sequence[tuple[Routing, ...]], ids: NDArray[np.int32], room: float
+) -> None:
     """Prints the best weights of a grid; the fourth is what is left of 1. All uses are at high precision here."""
     best = []
     for r, f, d in itertools.product((0, 0.1, 0.25, 0.5, 0.75), repeat=3):
@@ -142,7 +153,7 @@ def fit_hobbit(setting: Setting, tokens: Sequence[tuple[Routing, ...]], room: fl
             "w_high": rest,
             "w_distance": d,
         }
-        best.append((hit_rate(setting, tokens, room, options), r, f, rest, d))
+        best.append((hit_rate(setting, tokens, ids, room, options), r, f, rest, d))
     for rate, r, f, h, d in sorted(best, reverse=True)[:5]:
         print(f"{rate:.4f}  w_recency={r:g} w_frequency={f:g} w_high={h:g} w_distance={d:g}")
 
@@ -158,19 +169,22 @@ def main() -> None:
     parser.add_argument("--fit-hobbit", action="store_true")
     args = parser.parse_args()
     text = args.text.read_text(encoding="utf-8")
-    names = ["lru", *(e for e in EVICTIONS if e != "lru")]
+    has_paths = SECTION in open_moe(args.model).sections
+    names = ["lru", *(e for e in EVICTIONS if e != "lru" and (has_paths or e != "next-path"))]
+    kinds = ["habit", *(["trained"] if has_paths else [])]
     if not args.fit_hobbit:
-        print(f"| experts | room | {' | '.join(names)} | expertflow | Belady | best way |")
-        print(f"|{'---|' * (len(names) + 5)}")
+        listed = " | ".join([*names, *(f"expertflow, {kind}" for kind in kinds)])
+        print(f"| experts | room | {listed} | Belady | best way |")
+        print(f"|{'---|' * (len(names) + len(kinds) + 4)}")
     for experts in args.experts:
-        setting, tokens = record(args.model, text, experts=experts, count=args.tokens)
+        setting, tokens, ids = record(args.model, text, experts=experts, count=args.tokens)
         for room in args.room:
             if args.fit_hobbit:
                 print(f"{setting.experts_per_token} experts, room for {room:.0%}:")
-                fit_hobbit(setting, tokens, room)
+                fit_hobbit(setting, tokens, ids, room)
                 continue
-            rates = [hit_rate(setting, tokens, room, {"eviction": name}) for name in names]
-            rates.append(hit_rate(setting, tokens, room, {}))
+            ways = [{"eviction": name} for name in names] + [{"predictor": kind} for kind in kinds]
+            rates = [hit_rate(setting, tokens, ids, room, way) for way in ways]
             optimum = belady(setting, tokens, room)
             way = (max(rates) - rates[0]) / (optimum - rates[0])
             print(

@@ -21,6 +21,9 @@ ROWS = [
 # The decoder calls the experts between its layers; an engine opens its own chat, on first use.
 EXCEPTIONS = {("model", "experts"), ("engine", "chat")}
 
+# They import torch when they are asked to train, with the extra `train`.
+TRAIN = {"lab/paths.py"}
+
 
 def modules():
     for path in sorted(ROOT.rglob("*.py")):
@@ -64,6 +67,11 @@ def test_imports_point_downwards():
 
 def test_torch_is_not_needed_to_run():
     for path, tree in modules():
+        if path.as_posix() in TRAIN:
+            tree = ast.Module(tree.body, [])  # what runs when it is imported
+            tree.body = [
+                node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))
+            ]
         for name in imports(tree):
             assert name.split(".")[0] not in ("torch", "transformers"), f"{path} imports {name}"
 

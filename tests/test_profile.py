@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import tiny_checkpoint
+from tiny import tiny_checkpoint, tiny_paths
 
 import edgemoe
 from edgemoe import profile as module
@@ -28,7 +28,7 @@ from edgemoe.store import ExpertStore, expert_bytes
 L, E, K = 2, 8, 2
 SETTING = Setting(
     num_layers=L, num_experts=E, experts_per_token=K, bits=8, level_bits=(2, 8),
-    level_bytes=(4096, 8192), slots_bytes=8 * 8192,
+    level_bytes=(4096, 8192), slots_bytes=8 * 8192, sections={"paths": tiny_paths(2, 8)},
 )  # fmt: skip
 IDS = [5, 9, 200, 31, 77, 5, 120, 33] * 3
 

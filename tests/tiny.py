@@ -99,3 +99,17 @@ def tiny_checkpoint(
                 q + "down_proj.weight": w(D, H, gain=0.5),
             }  # fmt: skip
     return MemoryCheckpoint(config, tensors, tokenizer_files())
+
+
+def tiny_paths(layers: int = 2, experts: int = 8, *, width: int = 8, rows: int = 16) -> bytes:
+    """A random predictor of routing paths, as the section "paths" holds it."""
+    from safetensors.numpy import save
+
+    rng = np.random.default_rng(5)
+    n, d = layers * experts, width
+    shapes = {
+        "w_input": (3 * d, d), "w_state": (3 * d, d), "b_input": (3 * d,), "b_state": (3 * d,),
+        "now": (n, 2 * d), "now_bias": (n,), "next": (n, d), "next_bias": (n,),
+    }  # fmt: skip
+    tensors = {name: rng.normal(0, 1, shape).astype(np.float32) for name, shape in shapes.items()}
+    return save({"embedding": rng.normal(0, 1, (rows, d)).astype(np.float16), **tensors})

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
                        help=f"of the text, at most (default: all of it; {_RANDOM_TOKENS} random ones)")
     trace.add_argument("--prompt", type=int, default=64, metavar="N",
                        help="tokens computed at once, before single ones (default: %(default)s)")
+    trace.add_argument("--pieces", type=int, metavar="N",
+                       help="instead of --prompt: the text as sequences of N tokens, each computed at once: fast, and "
+                       "of any length; for edgemoe profile train")
     trace.add_argument("--look-ahead", type=int, default=2, metavar="N",
                        help="ask the routers of the next N layers too (default: %(default)s)")
     trace.add_argument("--ram", metavar="SIZE", help="memory for the whole process")
@@ -74,7 +78,18 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
     trace.add_argument("--no-verify", action="store_true")
 
+    train = _command(commands, "train", _train,
+                     "train a predictor of routing paths on traces, and keep it in the model's file")
+    train.add_argument("model", metavar="MODEL", help="the .moe file that was traced")
+    train.add_argument("traces", nargs="+", metavar="TRACE", help="best 100,000 tokens or more of text like yours")
+    train.add_argument("--width", type=int, default=192, metavar="N",
+                       help="of the network (default: %(default)s)")
+    train.add_argument("--rows", type=int, default=16384, metavar="N",
+                       help="of its embedding, a power of two (default: %(default)s)")
+    train.add_argument("--epochs", type=int, default=6, metavar="N", help="(default: %(default)s)")
+
     report = _command(commands, "report", _report, "say what a trace holds")
+    report.add_argument("--model", metavar="MODEL", help="the .moe file, to judge its predictor of paths too")
     replay = _command(commands, "replay", _replay, "replay a trace through schedulers and budgets")
     plot = _command(commands, "plot", _plot, "draw a trace and replays of it into one HTML file")
     for command in (report, replay, plot):
@@ -113,7 +128,7 @@ def _command(commands: Any, name: str, run: Any, about: str) -> argparse.Argumen
 def _trace(args: argparse.Namespace) -> None:
     import edgemoe
     from edgemoe.cli.progress import Progress
-    from edgemoe.lab.record import follow
+    from edgemoe.lab.record import follow, follow_pieces
 
     if "help" in args.set:
         print(options_text(args.scheduler or "on-demand"))
@@ -124,17 +139,23 @@ def _trace(args: argparse.Namespace) -> None:
     text = None if args.text is None else _text(args.text)  # before the model is loaded
     if args.tokens is not None and args.tokens < 2:
         raise ValueError(f"--tokens: expected at least 2, got {args.tokens}")
-    ids = _ids(args.model, text, args.tokens)
+    if args.pieces is not None and args.pieces < 1:
+        raise ValueError(f"--pieces: expected at least 1 token, got {args.pieces}")
+    ids = _ids(args.model, text, args.tokens, cut=args.pieces is None)
     with edgemoe.load(
         args.model, ram=args.ram, whole_process=True, bits=args.bits, dense_bits=args.dense_bits,
-        experts=args.experts, threads=args.threads, context=len(ids), verify=not args.no_verify,
+        experts=args.experts, threads=args.threads,
+        context=len(ids) if args.pieces is None else args.pieces, verify=not args.no_verify,
         scheduler=args.scheduler or "on-demand", options=options,
     ) as engine:  # fmt: skip
         for line in engine.notes:
             note(f"# {line}")
-        engine.record(args.output, look_ahead=args.look_ahead)
+        engine.record(args.output, look_ahead=args.look_ahead if args.pieces is None else 0)
         with Progress(f"tracing {Path(args.model).name}", unit="tok") as progress:
-            follow(engine, ids, prompt=min(args.prompt, len(ids) - 1), progress=progress)
+            if args.pieces is not None:
+                follow_pieces(engine, ids, length=args.pieces, progress=progress)
+            else:
+                follow(engine, ids, prompt=min(args.prompt, len(ids) - 1), progress=progress)
         _say_traced(engine, args.output, len(ids))
 
 
@@ -146,8 +167,8 @@ def _say_traced(engine: Engine, path: str, count: int) -> None:
     )
 
 
-def _ids(model: str, text: str | None, limit: int | None) -> list[int]:
-    """Returns the tokens of a text, or random ones."""
+def _ids(model: str, text: str | None, limit: int | None, *, cut: bool) -> list[int]:
+    """Returns the tokens of a text, or random ones; with `cut` no more than one sequence may have."""
     import numpy as np
 
     from edgemoe.format import open_moe
@@ -165,6 +186,8 @@ def _ids(model: str, text: str | None, limit: int | None) -> list[int]:
     if len(ids) < 2:
         raise ValueError(f"expected a text of at least 2 tokens, got {len(ids)}")
     most = moe.config.context_length
+    if not cut:
+        return ids
     if len(ids) > most:
         note(f"# the first {most} of {len(ids)} tokens: the model was made for no more")
     return ids[:most]
@@ -177,7 +200,35 @@ def _text(path: str) -> str:
         raise ValueError(f"{path}: expected UTF-8 text; byte {error.start} is none") from None
 
 
+def _train(args: argparse.Namespace) -> None:
+    from edgemoe.cli.progress import Progress
+    from edgemoe.format import open_moe
+    from edgemoe.lab.paths import pieces, train
+    from edgemoe.scheduler.paths import SECTION
+    from edgemoe.trace import read
+    from edgemoe.writer import add_sections
+
+    config = open_moe(args.model).config
+    if not os.access(args.model, os.W_OK):  # before it takes minutes
+        raise PermissionError(f"{args.model} cannot be written")
+    ids, uses = pieces(read(path) for path in args.traces)
+    expected = (len(config.moe_layers), config.num_experts)
+    if uses.shape[2:] != expected or ids.max() >= config.vocab_size:
+        raise ValueError(
+            f"expected traces of {args.model}, which has {expected[0]} layers of {expected[1]} experts"
+        )
+    note(f"# {ids.size} tokens")
+    with Progress("training", unit="step") as progress:
+        section = train(
+            ids, uses, width=args.width, rows=args.rows, epochs=args.epochs, progress=progress
+        )
+    add_sections(args.model, {SECTION: section})
+    note(f"# stored in {args.model}: {len(section) / 2**20:.1f} MiB; --scheduler expertflow uses it, "
+         "and --set eviction=next-path")  # fmt: skip
+
+
 def _report(args: argparse.Namespace) -> None:
+    from edgemoe.format import open_moe
     from edgemoe.lab import report, tables
     from edgemoe.lab.predictors import predictions
     from edgemoe.trace import read
@@ -185,7 +236,8 @@ def _report(args: argparse.Namespace) -> None:
     trace = read(args.trace)
     timing = _timing(trace)
     used, local, waits = report.usage(trace), report.locality(trace), report.waits(trace)
-    guesses = predictions(trace, timing)
+    sections = {} if args.model is None else open_moe(args.model).sections
+    guesses = predictions(trace, timing, sections)
     if args.json:
         _print_json(
             trace, args, timing, usage=used, locality=local, waits=waits,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,8 @@ from edgemoe.lab.replay import Tape, replay, setting
 from edgemoe.lab.timing import Timing
 from edgemoe.plan import Routing
 from edgemoe.scheduler import OnDemand
-from edgemoe.trace import NO_EXPERT, Trace
+from edgemoe.scheduler.paths import SECTION, PathPredictor
+from edgemoe.trace import NO_EXPERT, NO_TOKEN, Trace
 
 __all__ = ["Prediction", "predictions"]
 
@@ -39,7 +41,9 @@ class Prediction:
     """The same, per token."""
 
 
-def predictions(trace: Trace, timing: Timing | None) -> list[Prediction]:
+def predictions(
+    trace: Trace, timing: Timing | None, sections: Mapping[str, bytes] | None = None
+) -> list[Prediction]:
     """Judges look-ahead routers, tables and habit on the second half of a trace; what learns does so on the first.
 
     Residency is that of reading on demand in the trace's own memory. A guess made when layer l starts its experts
@@ -47,9 +51,12 @@ def predictions(trace: Trace, timing: Timing | None) -> list[Prediction]:
 
     Args:
         timing: of this machine; without it nothing is said about time, and those fields are nan.
+        sections: of the model's file; with a trained predictor of paths among them, and a trace that knows its tokens,
+            it is judged too.
 
     Raises:
         ValueError: fewer than 16 single tokens.
+        FormatError: the predictor is damaged, or of another model.
     """
     header = trace.header
     experts = trace.by_token("experts", single=True).astype(np.int64)
@@ -76,6 +83,7 @@ def predictions(trace: Trace, timing: Timing | None) -> list[Prediction]:
     guesses.append(("token before", 0, before))
     counts = uses[:half].sum(axis=0).astype(np.float64)
     guesses.append(("frequency", 0, _best(np.broadcast_to(counts, uses.shape), K)))
+    guesses += _trained(trace, (sections or {}).get(SECTION), K)
     absent, room = _room(trace, timing)
     out = []
     for name, d, guess in guesses:
@@ -109,6 +117,30 @@ def predictions(trace: Trace, timing: Timing | None) -> list[Prediction]:
             )
         )
     return out
+
+
+def _trained(trace: Trace, section: bytes | None, K: int) -> list[tuple[str, int, Ids]]:
+    """Returns what a trained predictor says when a token is known, and when only the one before it is."""
+    header, ids = trace.header, trace.by_token("id")[:, 0]
+    if section is None or (ids == NO_TOKEN).any():
+        return []
+    predictor = PathPredictor.from_section(section, header.num_layers, header.num_experts)
+    _, counts = trace.passes()
+    is_single = np.repeat(counts == 1, counts)
+    now, after = [], []
+    starts = trace.by_token("token")[:, 0] == 0
+    for i in range(len(ids)):
+        if starts[i]:
+            predictor.begin()
+        if is_single[i]:
+            after.append(predictor.next.copy())
+        predictor.follow(ids[i : i + 1])
+        if is_single[i]:
+            now.append(predictor.now.copy())
+    return [
+        ("trained path", 0, _best(np.array(now), K)),
+        ("trained path, token before", 0, _best(np.array(after), K)),
+    ]
 
 
 def _best(scores: NDArray[Any], K: int) -> Ids:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from edgemoe.engine import Engine
 
-__all__ = ["follow"]
+__all__ = ["follow", "follow_pieces"]
 
 
 def follow(
@@ -30,3 +30,23 @@ def follow(
     for i in range(prompt, len(ids)):
         engine.extend(ids[i : i + 1])
         progress(i + 1, len(ids))
+
+
+def follow_pieces(
+    engine: Engine,
+    ids: Sequence[int],
+    *,
+    length: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Computes a text as sequences of `length` tokens, each at once: many times as fast as one token at a time.
+
+    Args:
+        progress: takes the tokens done and all of them.
+
+    Raises:
+        ValueError: a piece does not fit the engine's context.
+    """
+    for first in range(0, len(ids), length):
+        engine.logits(ids[first : first + length], last_only=True)
+        progress(min(first + length, len(ids)), len(ids))

@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Setting
 from edgemoe.scheduler.options import check
+from edgemoe.scheduler.paths import PathUse
 from edgemoe.scheduler.predict import Frequency, NextUse
 
 __all__ = ["EVICTIONS", "Eviction", "Frequent", "HobbitWeights", "SoonestUse", "make_eviction"]
 
-EVICTIONS = ("lfu", "lru", "next-use", "frequency-distance", "hobbit")
+EVICTIONS = ("lfu", "lru", "next-use", "next-path", "frequency-distance", "hobbit")
 """lfu: the least frequently used, decayed, as the cache does by itself. lru: the least recently used.
-next-use: the one whose next use is expected last. frequency-distance: EdgeMoE's. hobbit: HOBBIT's four terms."""
+next-use: the one whose next use is expected last. next-path: the same, by the file's trained predictor of paths too.
+frequency-distance: EdgeMoE's. hobbit: HOBBIT's four terms."""
 
 
 class Eviction(ABC):
@@ -61,6 +63,8 @@ def make_eviction(name: str, setting: Setting, weights: HobbitWeights) -> Evicti
         return _Recency(setting)
     if name == "next-use":
         return SoonestUse(setting)
+    if name == "next-path":
+        return SoonestUse(setting, PathUse(setting))
     if name == "frequency-distance":
         return _FrequencyDistance(setting)
     if name == "hobbit":
@@ -120,9 +124,10 @@ class SoonestUse(Eviction):
     layer runs again, so a layer changes its own row only. What was just used may go at once.
     """
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, predictor: NextUse | None = None) -> None:
         super().__init__(setting)
-        self.predictor = NextUse(self.num_layers, self.num_experts, setting.experts_per_token)
+        L, E, K = self.num_layers, self.num_experts, setting.experts_per_token
+        self.predictor = NextUse(L, E, K) if predictor is None else predictor
         self._step = 0.0
         self._expect()
 
@@ -138,6 +143,12 @@ class SoonestUse(Eviction):
         odds = self.predictor.update(routing)  # L / p = L + L * odds against
         odds *= -L
         np.subtract(odds, self._step + L, out=row)
+
+    def begin(self) -> None:
+        self.predictor.begin()
+
+    def tokens(self, ids: NDArray[np.int32]) -> None:
+        self.predictor.tokens(ids)
 
     def passed(self) -> None:
         self.predictor.learn()

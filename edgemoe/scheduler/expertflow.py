@@ -13,6 +13,7 @@ from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.options import check, option, read_options
+from edgemoe.scheduler.paths import SECTION, PathUse
 from edgemoe.scheduler.plans import plan_token
 from edgemoe.scheduler.predict import NextUse
 
@@ -30,6 +31,11 @@ class ExpertFlowOptions:
     prefetch: int = option(
         1, "read what is predicted for the next so many layers ahead; 0 for none"
     )
+    predictor: str = option(
+        "default", "what predicts the path: habit, or habit and the file's trained predictor of paths "
+        "(edgemoe profile train); the default is the trained one where there is one",
+        choices=("default", "trained", "habit"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check("prefetch", self.prefetch, 0, 64)
@@ -38,8 +44,9 @@ class ExpertFlowOptions:
 class ExpertFlow(Scheduler):
     """Predicts the experts of all layers for the next token and gives slots to layers in their order. Exact.
 
-    The paper trains a small encoder and decoder that predicts the whole path from the text. This one needs no training:
-    it learns from the routing of the prompt and the reply so far (`edgemoe.scheduler.predict.NextUse`). Slots go to
+    The paper trains a small encoder and decoder that predicts the whole path from the text. Here a smaller network does
+    that, if the file has one (`edgemoe.scheduler.paths`), together with what needs no training and else decides
+    alone: the routing of the prompt and the reply so far (`edgemoe.scheduler.predict.NextUse`). Slots go to
     predicted experts, the layers that run next first (PLEC); what a layer has used and is not predicted again
     gives its slots up, before that what was predicted and not used. What the router wants and is not there is read at
     once. The paper's grouping of tokens into batches is left out: there is one sequence here.
@@ -53,7 +60,10 @@ class ExpertFlow(Scheduler):
         o = read_options(ExpertFlowOptions, options)
         L, E, K = setting.num_layers, setting.num_experts, setting.experts_per_token
         self._exact = OnDemand(setting, look_ahead=False)
-        self._predictor = NextUse(L, E, K)
+        self._is_trained = o.predictor == "trained" or (
+            o.predictor == "default" and SECTION in setting.sections
+        )
+        self._predictor = PathUse(setting) if self._is_trained else NextUse(L, E, K)
         self._K, self._num_layers, self._num_experts = K, L, E
         self._top_level = len(setting.level_bits)
         self._prefetch = o.prefetch
@@ -61,10 +71,13 @@ class ExpertFlow(Scheduler):
         self._paths = np.zeros((L, K), np.int32)  # predicted
         self._known = 0  # layers that have a prediction
         self._first = np.arange(0, L * E, E, dtype=np.int32)[:, None]
-        self._unused = list(np.zeros((L, E)))  # rounds later for what is predicted, until it runs
+        self._all_unused = np.zeros((L, E))
+        self._unused = list(self._all_unused)  # rounds later for what is predicted, until it runs
         self._step = 0.0
         self.priorities = np.zeros(L * E)
-        self._rows = list(self.priorities.reshape(L, E))
+        self._table = self.priorities.reshape(L, E)
+        self._rows = list(self._table)
+        self._when = -np.arange(1.0, L + 1)[:, None]
         self.predicted = self.right = 0
         """Experts that were predicted, and those of them that ran."""
 
@@ -108,6 +121,25 @@ class ExpertFlow(Scheduler):
             None if ahead is None else self._bits[: len(ahead)],
         )
 
+    def begin(self) -> None:
+        """See `Scheduler.begin`."""
+        self._predictor.begin()
+
+    def tokens(self, ids: NDArray[np.int32]) -> None:
+        """Predicts the paths again, now that the token is known, where there is a trained predictor."""
+        self._predictor.tokens(ids)
+        against = self._predictor.path()
+        if against is None:
+            return
+        paths = against.argpartition(self._K - 1, axis=1)[:, : self._K]
+        # What was predicted and no longer is goes a round later; see `plan`.
+        self._table -= (self._all_unused > 0.0) * (2.0 * self._num_layers)
+        np.put_along_axis(self._table, paths, self._when - self._step, axis=1)
+        self._all_unused.fill(0.0)
+        np.put_along_axis(self._all_unused, paths, _UNUSED, axis=1)
+        self._paths[:] = paths
+        self._known = self._num_layers
+
     def passed(self, tokens: int, seconds: float) -> None:
         """Learns from the token."""
         self._predictor.learn()
@@ -122,4 +154,7 @@ class ExpertFlow(Scheduler):
 
     def report(self) -> str:
         """Returns how many predicted experts ran."""
-        return f"path {100 * self.right / self.predicted:.0f}% right" if self.predicted else ""
+        if not self.predicted:
+            return ""
+        kind = "trained path" if self._is_trained else "path"
+        return f"{kind} {100 * self.right / self.predicted:.0f}% right"

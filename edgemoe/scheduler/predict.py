@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from edgemoe.plan import Routing
 
-__all__ = ["Frequency", "NextUse", "Transitions"]
+__all__ = ["Frequency", "Logistic", "NextUse", "Transitions"]
 
 Array = NDArray[np.float64]
 
@@ -48,21 +48,53 @@ class Frequency:
             _decayed(row, routing.experts, self._keep)
 
 
+class Logistic:
+    """An online logistic regression: the probability that an expert is used is that of the logits weights · features.
+
+    Weights follow by one Newton step per token with all tokens' curvature.
+    """
+
+    _CALM, _EVERY = 256, 8  # after so many tokens weights hardly move: learn from every eighth only
+
+    def __init__(self, weights: Sequence[float]) -> None:
+        self.weights: Array = np.array(weights)
+        """[n]"""
+        self.against: Array = -self.weights
+        """[n], live: their negatives, for the logarithms of the odds against use."""
+        self.curvature: Array | None = None
+        """[n, n]; None before anything is learned."""
+        self._tokens = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Counts a token, and says whether to learn from it."""
+        self._tokens += 1
+        return self._tokens <= self._CALM or self._tokens % self._EVERY == 0
+
+    def learn(self, x: Array, used: Array) -> None:
+        """Learns from features [n, m] and what happened [m], 1.0 for a use."""
+        p = 1.0 / (1.0 + np.exp(np.minimum(self.against @ x, 20.0)))
+        if self.curvature is None:
+            # A prior as heavy as ten uses, in units of each feature's own size: margins differ much between models.
+            self.curvature = np.diag(10.0 * np.mean(x * x, axis=1) + 1e-6)
+        self.curvature += (x * (p * (1.0 - p))) @ x.T
+        self.weights += np.linalg.solve(self.curvature, x @ (used - p))
+        np.negative(self.weights, out=self.against)
+
+
 class NextUse:
     """The probability that an expert is used when its layer runs next, by logistic regression, learned on the way.
 
     Features of an expert, for the token that its layer saw last: whether it was used, the logarithm of its decayed
     frequency, how far its router score lies above the last chosen one's (in logarithms, that is a difference of
-    logits), and a moving average of that. Before anything is learned the odds are the frequency's. Weights
-    follow by one Newton step per token with all tokens' curvature (an online logistic regression that, on the
-    traces of benchmarks/LOG.md, was as good after 32 tokens as a fit on another text).
+    logits), and a moving average of that. Before anything is learned the odds are the frequency's. On the
+    traces of benchmarks/LOG.md this was as good after 32 tokens as a fit on another text.
     """
 
     _HALF_LIFE, _AVERAGE = (
         64.0,
         4.0,
     )  # tokens; longer and shorter ones, and all of them, did no better
-    _CALM, _EVERY = 256, 8  # after so many tokens weights hardly move: learn from every eighth only
 
     def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
         L, E = num_layers, num_experts
@@ -80,11 +112,20 @@ class NextUse:
         ]
         self._change = np.empty(E)
         self._most = np.full(E, 20.0)  # a whole row, as a number is converted at every use
-        self.weights: Array = np.array([0.0, 0.0, 1.0, 0.0, 0.0])
-        """[5], of the features, for the logarithm of the odds."""
-        self._against: Array = -self.weights
-        self._curvature: Array | None = None
-        self._tokens = 0
+        self.habit = Logistic([0.0, 0.0, 1.0, 0.0, 0.0])
+        """Of the features."""
+        self._against = self.habit.against
+        self._is_first = True
+
+    def begin(self) -> None:
+        """A new sequence starts."""
+
+    def tokens(self, ids: NDArray[np.int32]) -> None:
+        """See `Scheduler.tokens`."""
+
+    def path(self) -> Array | None:
+        """Returns the odds against each expert's use by the token that runs next, [L, E], in logarithms, if known."""
+        return None
 
     def update(self, routing: Routing) -> Array:
         """Takes one layer's routing and returns the odds against each expert's next use, [E], the caller's own."""
@@ -120,18 +161,11 @@ class NextUse:
 
     def learn(self) -> None:
         """All layers have run: learns from what was said about them one token before."""
-        self._tokens += 1
-        if self._tokens == 1 or (self._tokens > self._CALM and self._tokens % self._EVERY):
-            return
-        x = self._before.transpose(1, 0, 2).reshape(5, -1)
-        used = self._now[:, 1].reshape(-1)
-        p = 1.0 / (1.0 + np.exp(np.minimum(self._against @ x, 20.0)))
-        if self._curvature is None:
-            # A prior as heavy as ten uses, in units of each feature's own size: margins differ much between models.
-            self._curvature = np.diag(10.0 * np.mean(x * x, axis=1) + 1e-6)
-        self._curvature += (x * (p * (1.0 - p))) @ x.T
-        self.weights += np.linalg.solve(self._curvature, x @ (used - p))
-        np.negative(self.weights, out=self._against)
+        if self._is_first:
+            self._is_first = False
+        elif self.habit.is_due:
+            x = self._before.transpose(1, 0, 2).reshape(5, -1)
+            self.habit.learn(x, self._now[:, 1].reshape(-1))
 
     @property
     def frequency(self) -> Array:
@@ -140,9 +174,9 @@ class NextUse:
 
     def state(self) -> dict[str, NDArray[Any]]:
         """See `Scheduler.state`."""
-        curvature = np.zeros((5, 5)) if self._curvature is None else self._curvature
+        curvature = np.zeros((5, 5)) if self.habit.curvature is None else self.habit.curvature
         return {
-            "next_use.weights": self.weights,
+            "next_use.weights": self.habit.weights,
             "next_use.curvature": curvature,
             "next_use.frequency": self.frequency,
         }
@@ -151,10 +185,10 @@ class NextUse:
         """See `Scheduler.restore`."""
         if any(name not in state for name in self.state()):
             return
-        self.weights[:] = state["next_use.weights"]
-        np.negative(self.weights, out=self._against)
+        self.habit.weights[:] = state["next_use.weights"]
+        np.negative(self.habit.weights, out=self.habit.against)
         if state["next_use.curvature"].any():
-            self._curvature = state["next_use.curvature"].copy()
+            self.habit.curvature = state["next_use.curvature"].copy()
         self.frequency[:] = state["next_use.frequency"]
         self._now[:, 2] = np.log(np.maximum(self.frequency, _TINY))
 

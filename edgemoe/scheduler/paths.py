@@ -1,0 +1,205 @@
+"""A trained predictor of routing paths: from the tokens so far to the experts of all layers. Numpy only.
+
+After ExpertFlow's routing-path predictor (arXiv 2410.17954), with a recurrent state in place of its encoder and
+decoder, because here it must answer in a fraction of a layer's time. `edgemoe profile train` makes one and keeps it in
+the model's file as the section "paths", a safetensors file. V rows of embedding, width d, L layers of E experts:
+
+    embedding  float16 [V, d]      of a token, or, where V is smaller than the vocabulary, of all with the same hash
+    w_input    float32 [3d, d]     of a gated recurrent unit (GRU): reset, update, candidate
+    w_state    float32 [3d, d]
+    b_input    float32 [3d]
+    b_state    float32 [3d]
+    now        float32 [L*E, 2d]   from state and embedding of the last token to the logits of its own path
+    now_bias   float32 [L*E]
+    next       float32 [L*E, d]    from the state alone to those of the token after it, not yet known
+    next_bias  float32 [L*E]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load
+
+from edgemoe.errors import FormatError
+from edgemoe.plan import Routing
+from edgemoe.scheduler.base import Setting
+from edgemoe.scheduler.predict import Logistic, NextUse
+
+__all__ = ["SECTION", "PathPredictor", "PathUse", "hashed"]
+
+Array = NDArray[np.float32]
+
+SECTION = "paths"
+_MOST = 64  # tokens of a prompt's chunk that are looked at: it is trained on pieces not much longer
+
+
+def hashed(ids: NDArray[np.integer[Any]], rows: int) -> NDArray[np.int64]:
+    """Returns the row of the embedding for tokens: multiplicative hashing, `rows` a power of two."""
+    mixed = (ids.astype(np.uint64) * np.uint64(2654435761)) & np.uint64(0xFFFFFFFF)
+    return (mixed >> np.uint64(33 - int(rows).bit_length())).astype(np.int64)
+
+
+class PathPredictor:
+    """Follows a text token by token and tells the path of the last token and of the one after it."""
+
+    def __init__(
+        self, tensors: Mapping[str, NDArray[Any]], num_layers: int, num_experts: int
+    ) -> None:
+        """Args:
+        tensors: as in a section; their shapes fit each other.
+        """
+        self._embedding = tensors["embedding"]
+        self._rows, d = self._embedding.shape
+        self._w_input, self._w_state = tensors["w_input"], tensors["w_state"]
+        self._b_input, self._b_state = tensors["b_input"], tensors["b_state"]
+        self._heads = [(tensors[name], tensors[f"{name}_bias"]) for name in ("now", "next")]
+        self._seen = np.zeros(2 * d, np.float32)  # the state, then the embedding
+        self._state = self._seen[:d]
+        shape = (num_layers, num_experts)
+        self.now: Array = self._heads[0][1].reshape(shape).copy()
+        """[L, E]: logits of the last token's path."""
+        self.next: Array = self._heads[1][1].reshape(shape).copy()
+        """[L, E]: of the token after it."""
+
+    @classmethod
+    def from_section(cls, content: bytes, num_layers: int, num_experts: int) -> PathPredictor:
+        """Reads one.
+
+        Raises:
+            FormatError: damaged, or of another model.
+        """
+        try:
+            t = load(content)
+            V, d = t["embedding"].shape
+        except (SafetensorError, KeyError, ValueError):
+            raise FormatError(f"section {SECTION}: not a path predictor of edgemoe") from None
+        n = num_layers * num_experts
+        shapes = {
+            "embedding": (V, d), "w_input": (3 * d, d), "w_state": (3 * d, d), "b_input": (3 * d,),
+            "b_state": (3 * d,), "now": (n, 2 * d), "now_bias": (n,), "next": (n, d), "next_bias": (n,),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            kind = np.float16 if name == "embedding" else np.float32
+            if name not in t or t[name].shape != shape or t[name].dtype != kind:
+                raise FormatError(
+                    f"section {SECTION}: expected {name} to be {list(shape)}; train it again for this model"
+                )
+            if not np.isfinite(t[name]).all():
+                raise FormatError(f"section {SECTION}: {name} has values that are no numbers")
+        if V & (V - 1) or V < 2:
+            raise FormatError(f"section {SECTION}: expected a power of two of rows, got {V}")
+        return cls(t, num_layers, num_experts)
+
+    def begin(self) -> None:
+        """A new text starts."""
+        self._state.fill(0.0)
+
+    def follow(self, ids: NDArray[np.integer[Any]]) -> None:
+        """Takes the next tokens [T] of the text, of many only the last, and sets `now` and `next`."""
+        d = len(self._state)
+        rows = hashed(ids[-_MOST:], self._rows)
+        inputs = self._embedding[rows].astype(np.float32)
+        from_input = inputs @ self._w_input.T
+        from_input += self._b_input
+        state = self._state
+        for x in from_input:
+            h = self._w_state @ state
+            h += self._b_state
+            gates = 1.0 / (1.0 + np.exp(-x[: 2 * d] - h[: 2 * d]))
+            update = gates[d:]
+            new = np.tanh(x[2 * d :] + gates[:d] * h[2 * d :])
+            state += (1.0 - update) * (new - state)
+        self._seen[d:] = inputs[-1]
+        for out, seen, (weights, bias) in zip(
+            (self.now, self.next), (self._seen, state), self._heads, strict=True
+        ):
+            flat = out.reshape(-1)
+            np.dot(weights, seen, out=flat)
+            flat += bias
+
+
+class PathUse(NextUse):
+    """`NextUse`, which knows the text too: what it says and the trained predictor's logits are weighed on the way.
+
+    Two logistic regressions of both: one for the token after, when a layer has run; one for the token that runs next,
+    as soon as it is known, for all layers at once.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        """Args:
+        setting: whose model has the section.
+
+        Raises:
+            ValueError: it has none.
+            FormatError: it is damaged, or of another model.
+        """
+        L, E = setting.num_layers, setting.num_experts
+        if SECTION not in setting.sections:
+            raise ValueError(
+                "the model's file has no path predictor; edgemoe profile train makes it"
+            )
+        super().__init__(L, E, setting.experts_per_token)
+        self._path = PathPredictor.from_section(setting.sections[SECTION], L, E)
+        # Features: one, the odds against use by habit, the predictor's logit.
+        self._after, self._at = np.zeros((2, L, 3, E))
+        self._after[:, 0] = self._at[:, 0] = 1.0
+        self._rows = list(self._after)
+        self._asked = np.empty_like(self._after)
+        self._weigh_after = Logistic([0.0, -0.5, 0.5])
+        self._weigh_at = Logistic([0.0, -0.3, 0.7])
+        self._against_after = self._weigh_after.against
+        self._has_run = self._can_learn = self._was_asked = False
+
+    def begin(self) -> None:
+        """See `Scheduler.begin`."""
+        self._path.begin()
+        self._has_run = False
+
+    def tokens(self, ids: NDArray[np.int32]) -> None:
+        """See `Scheduler.tokens`."""
+        self._asked[...] = self._after
+        self._path.follow(ids)
+        self._after[:, 2] = self._path.next
+        self._can_learn, self._was_asked = self._has_run and len(ids) == 1, False
+        self._has_run = True
+
+    def path(self) -> NDArray[np.float64] | None:
+        """Returns the odds against each expert's use by the token that runs next, [L, E], in logarithms.
+
+        None where there is no saying: for a prompt, and for the first token of a sequence.
+        """
+        if not self._can_learn:
+            return None
+        self._was_asked = True
+        self._at[:, 1] = self._after[:, 1]
+        self._at[:, 2] = self._path.now
+        odds: NDArray[np.float64] = self._weigh_at.against @ self._at
+        return odds
+
+    def update(self, routing: Routing) -> NDArray[np.float64]:
+        """See `NextUse.update`."""
+        features = self._rows[routing.layer]
+        features[1] = self.log_odds(routing)
+        odds: NDArray[np.float64] = np.dot(self._against_after, features)
+        np.minimum(odds, self._most, out=odds)
+        return np.exp(odds, out=odds)
+
+    def learn(self) -> None:
+        """See `NextUse.learn`."""
+        super().learn()
+        if self._can_learn and self._weigh_after.is_due:
+            used = self._now[:, 1].reshape(-1)
+            self._weigh_after.learn(_features_first(self._asked), used)
+            if self._was_asked:
+                self._weigh_at.learn(_features_first(self._at), used)
+
+
+def _features_first(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns features [L, n, E] as [n, L * E]."""
+    flat: NDArray[np.float64] = x.transpose(1, 0, 2).reshape(x.shape[1], -1)
+    return flat
