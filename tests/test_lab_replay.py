@@ -208,6 +208,18 @@ def test_a_layer_takes_what_one_can_work_out_by_hand():
     assert play.now == 30
 
 
+def test_progressive_compute_uses_idle_moments_only():
+    at_once = dataclasses.replace(TIMING, latency_us=0.0, rate=1.0)
+    for share, now, wait in [(0.0, 49.0, 31.0), (2 / 3, 43.0, 25.0)]:
+        # Two reads of 20 arrive at 20 and 40; of computing that takes 9 each, 6 fit into each wait.
+        play = Pipeline(at_once, progressive=share)
+        play.layer(0.0, [], [(20, 9.0), (20, 9.0)])
+        assert (play.now, play.wait_us) == (pytest.approx(now), pytest.approx(wait))
+        play = Pipeline(at_once, progressive=share)
+        play.layer(0.0, [30.0], [(20, 9.0)])  # never idle
+        assert (play.now, play.wait_us) == (39.0, 0.0)
+
+
 def test_the_timing_comes_back_from_a_trace_that_it_made():
     rng = np.random.default_rng(2)
     T, L, K, E = 300, 2, 4, 16

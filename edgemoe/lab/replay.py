@@ -169,6 +169,7 @@ def replay(
     budget_bytes: int,
     policy: str = "lfu",
     timing: Timing | None = None,
+    progressive: float = 0.0,
     each: Callable[[Routing, NDArray[np.int8]], None] | None = None,
 ) -> Replay:
     """Replays.
@@ -177,6 +178,7 @@ def replay(
         scheduler: made for this budget, and not used before.
         policy: "lfu" or "lru"; a scheduler with priorities of its own needs none.
         timing: predicts the time; None for none.
+        progressive: see `edgemoe.lab.timing.Pipeline`.
         each: is told of each layer before it is planned, with the live residency [layers, E].
 
     Raises:
@@ -189,7 +191,7 @@ def replay(
         rungs=np.array(header.rungs, np.uint8) if header.rungs else None,
         policy=policy if scheduler.priorities is None else scheduler.priorities,
     )  # fmt: skip
-    pipeline = None if timing is None else _Player(timing, header)
+    pipeline = None if timing is None else _Player(timing, header, progressive)
     residency = store.residency
     sums = np.zeros((2, 6), np.int64)
     seconds = waited = 0.0
@@ -245,8 +247,8 @@ def _counts(store: ExpertStore) -> NDArray[np.int64]:
 class _Player:
     """Turns plans into what the pipeline plays."""
 
-    def __init__(self, timing: Timing, header: TraceHeader) -> None:
-        self._pipeline = Pipeline(timing)
+    def __init__(self, timing: Timing, header: TraceHeader, progressive: float) -> None:
+        self._pipeline = Pipeline(timing, progressive=progressive)
         self._timing = timing
         self._E = header.num_experts
         self._sizes = [0, *header.level_bytes]
