@@ -1,10 +1,13 @@
 """Compares real runs at several budgets with replays of one trace: hits exactly, tokens/s by the timing model.
 
-    python benchmarks/replay.py MODEL.moe --text FILE [-n TOKENS] [--shares 25 50 75 --base 50] [--json FILE]
+    python benchmarks/replay.py MODEL.moe --text FILE [-n TOKENS] [--shares 25 50 75 --base 50] [--rounds 4]
 
 Every budget is run and traced, side by side, reading on demand. "Predicted" replays the trace of the base budget at
 each budget, with the times fitted to that one trace; "from its own times" fits them to the run's own. The fit is to
-medians and predicts an undisturbed machine, so that errors are against the faster half of the tokens.
+the quiet half of the tokens and predicts an undisturbed machine, so that speeds are those of the tokens that were quiet
+in the run, and replays are compared on the same tokens. Every round opens all models anew and in another order: the
+same budget, opened twice, may be 15% faster or slower for as long as it is open. Errors are medians over rounds, with
+the least and largest.
 """
 
 from __future__ import annotations
@@ -21,10 +24,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 import edgemoe
 from edgemoe.budget import Budget
 from edgemoe.lab.replay import Replay, Tape, make_scheduler, replay
-from edgemoe.lab.timing import Timing, fit
+from edgemoe.lab.timing import Timing, fit, quiet_tokens
 from edgemoe.trace import Trace, read
 
 PLAIN = {"look_ahead": False}
@@ -48,7 +54,7 @@ def opened(args: argparse.Namespace, share: float) -> edgemoe.Engine:
 
 def run(
     args: argparse.Namespace, ids: list[int], shares: list[float], folder: Path
-) -> dict[float, dict[str, float]]:
+) -> dict[float, dict[str, Any]]:
     """Runs all budgets side by side, a few tokens of each in turn: what disturbs the machine disturbs all alike."""
     spent: dict[float, list[float]] = {s: [] for s in shares}
     with contextlib.ExitStack() as stack:
@@ -64,8 +70,7 @@ def run(
                     spent[s].append(time.perf_counter() - start)
         return {
             s: {
-                "rate": 1 / statistics.mean(spent[s]),
-                "quiet_rate": 1 / statistics.mean(sorted(spent[s])[: len(spent[s]) // 2]),
+                "seconds": np.array(spent[s]),
                 "slots": engine.budget.slots,
                 **{k: engine._store.stats[k] for k in ("hits", "misses", "bytes_read")},
             }
@@ -73,10 +78,49 @@ def run(
         }
 
 
-def replayed(trace: Trace, slots: int, timing: Timing) -> Replay:
+def replayed(trace: Trace, slots: int, timing: Timing) -> tuple[Replay, NDArray[np.float64]]:
+    """Returns a replay, and the seconds of each of its single tokens."""
     tape = Tape(trace)
     scheduler = make_scheduler(tape, "on-demand", budget_bytes=slots, options=PLAIN)
-    return replay(tape, scheduler, budget_bytes=slots, timing=timing)
+    seconds: list[float] = []
+
+    def passed(tokens: int, took: float) -> None:
+        if tokens == 1:
+            seconds.append(took)
+
+    scheduler.passed = passed  # type: ignore[method-assign]
+    return replay(tape, scheduler, budget_bytes=slots, timing=timing), np.array(seconds)
+
+
+def compared(folder: Path, real: dict[float, dict[str, Any]], base: float) -> list[dict[str, Any]]:
+    """Returns a row for each budget of one round."""
+    rows = []
+    source = read(folder / f"{base}")
+    timing = fit(source)
+    for s, r in real.items():
+        own = read(folder / f"{s}")
+        quiet, own_timing = quiet_tokens(own), fit(own)
+        predicted, seconds = replayed(source, r["slots"], timing)
+        _, own_seconds = replayed(own, r["slots"], own_timing)
+        took = r["seconds"][quiet].mean()
+        rows.append(
+            {
+                "share": s, "hits": r["hits"], "replayed_hits": predicted.hits + predicted.prompt_hits,
+                "rate": 1 / r["seconds"].mean(), "quiet_rate": 1 / took,
+                "predicted": 1 / seconds[quiet].mean(), "own_times": 1 / own_seconds[quiet].mean(),
+                "timing": dataclasses.asdict(own_timing),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _median(rates: list[float]) -> str:
+    return f"{statistics.median(rates):.1f}"
+
+
+def _errors(predicted: list[float], real: list[float]) -> str:
+    errors = [100 * (p / r - 1) for p, r in zip(predicted, real, strict=True)]
+    return f"{statistics.median(errors):+.0f}% ({min(errors):+.0f} to {max(errors):+.0f})"
 
 
 def main() -> None:
@@ -90,40 +134,38 @@ def main() -> None:
     parser.add_argument("--bits", type=int)
     parser.add_argument("--shares", type=float, nargs="+", default=[25, 50, 75])
     parser.add_argument("--base", type=float, default=50)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     with edgemoe.load(args.model, context=64) as engine:
         assert engine.tokenizer is not None
         ids = engine.tokenizer.encode(args.text.read_text())[: args.n]
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        real = run(args, ids, args.shares, Path(folder))
-        base = read(Path(folder) / f"{args.base}")
-        for s, r in real.items():
-            slots, own = int(r["slots"]), read(Path(folder) / f"{s}")
-            predicted = replayed(base, slots, fit(base))
-            rows.append(
-                {
-                    **r, "share": s, "replayed_hits": predicted.hits + predicted.prompt_hits,
-                    "predicted": predicted.rate, "own_times": replayed(own, slots, fit(own)).rate,
-                    "timing": dataclasses.asdict(fit(own)),
-                }
-            )  # fmt: skip
+    rounds = []
+    for i in range(args.rounds):
+        part = len(ids) // args.rounds
+        order = [*args.shares[i % len(args.shares) :], *args.shares[: i % len(args.shares)]]
+        with tempfile.TemporaryDirectory() as folder:
+            real = run(args, ids[i * part : (i + 1) * part], order, Path(folder))
+            rounds.append(compared(Path(folder), real, args.base))
     print(
-        "| experts that fit | hits, real | hits, replayed | tok/s, all | tok/s, faster half | "
+        "| experts that fit | hits, real | hits, replayed | tok/s, all | quiet tokens | "
         f"predicted from {args.base:.0f}% | error | from its own times | error |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    for r in rows:
-        errors = [f"{100 * (r[k] / r['quiet_rate'] - 1):+.0f}%" for k in ("predicted", "own_times")]
+    for share in args.shares:
+        rows = [r for rows in rounds for r in rows if r["share"] == share]
+        rates, quiet, predicted, own = (
+            [r[k] for r in rows] for k in ("rate", "quiet_rate", "predicted", "own_times")
+        )
         print(
-            f"| {r['share']:.0f}% | {r['hits']} | {r['replayed_hits']} | {r['rate']:.1f} | {r['quiet_rate']:.1f} | "
-            f"{r['predicted']:.1f} | {errors[0]} | {r['own_times']:.1f} | {errors[1]} |"
+            f"| {share:.0f}% | {sum(r['hits'] for r in rows)} | {sum(r['replayed_hits'] for r in rows)} | "
+            f"{_median(rates)} | {_median(quiet)} | {_median(predicted)} | {_errors(predicted, quiet)} | "
+            f"{_median(own)} | {_errors(own, quiet)} |"
         )
     if args.json:
         head = {"command": sys.argv, "machine": platform.platform(), "cpu": platform.processor()}
-        args.json.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
-    if any(r["hits"] != r["replayed_hits"] for r in rows):
+        args.json.write_text(json.dumps({**head, "rounds": rounds}, indent=1) + "\n")
+    if any(r["hits"] != r["replayed_hits"] for rows in rounds for r in rows):
         sys.exit("a replay has other hits than its run")
 
 

@@ -250,6 +250,13 @@ def test_the_timing_comes_back_from_a_trace_that_it_made():
     assert (got.expert_us, got.miss_us) == pytest.approx((20, 7))
     assert got.rate == pytest.approx(200, rel=0.03)
     assert got.latency_us == pytest.approx(60, rel=0.2)
+    busy = np.flatnonzero(rng.random(T) < 0.45)  # other work on the machine
+    disturbed = trace.rows.copy()
+    for name in ("before_us", "experts_us", "wait_us"):
+        disturbed[name].reshape(T, L)[busy] *= 3
+    assert dataclasses.astuple(fit(Trace(trace.header, disturbed)))[1:] == pytest.approx(
+        dataclasses.astuple(got)[1:], rel=0.05
+    )
     ahead = dataclasses.replace(trace.header, reads_ahead=True)
     with pytest.raises(ValueError, match="reading ahead"):
         fit(Trace(ahead, trace.rows))

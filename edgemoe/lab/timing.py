@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgemoe.trace import Trace
 
-__all__ = ["Pipeline", "Timing", "fit"]
+__all__ = ["Pipeline", "Timing", "fit", "quiet_tokens"]
 
 _NUM_READERS = 4  # as the runtime's (edgemoe.store)
 _DOUBT = 0.02  # how much worse a fit may be for a rate e times lower
@@ -130,7 +130,8 @@ class Pipeline:
 def fit(trace: Trace) -> Timing:
     """Fits the model to the single tokens of a trace.
 
-    By medians: other work on the machine makes some tokens slow, and what it predicts is a machine without.
+    To the means of its quiet tokens: other work on the machine makes some slow, and what this predicts is a machine
+    without it. Means add up to a token's time, which medians of its parts do not.
 
     Raises:
         ValueError: the trace has too few single tokens, or no miss among them, or its scheduler read ahead.
@@ -143,28 +144,28 @@ def fit(trace: Trace) -> Timing:
     before = trace.by_token("before_us", single=True)[1:]
     if len(before) < 8:
         raise ValueError("timing: expected a trace with at least 9 tokens computed one at a time")
-    wait = trace.by_token("wait_us", single=True)[1:].ravel()
-    computing = trace.by_token("experts_us", single=True)[1:].ravel() - wait
-    size = trace.by_token("bytes_read", single=True)[1:].ravel()
-    bits = trace.by_token("bits", single=True)[1:]
-    resident = trace.by_token("resident", single=True)[1:]
-    levels = np.zeros(256, np.int64)
-    levels[list(header.level_bits)] = np.arange(1, len(header.level_bits) + 1)
-    misses = (levels[bits] > resident).sum(axis=2).ravel()
-    ran = (bits > 0).sum(axis=2).ravel()
+    wait = trace.by_token("wait_us", single=True)[1:]
+    computing = trace.by_token("experts_us", single=True)[1:] - wait
+    size = trace.by_token("bytes_read", single=True)[1:]
+    ran, misses = (a[1:] for a in _counts(trace))
     if not misses.any():
         raise ValueError(
             "timing: nothing had to be read in this trace; record it with a smaller --ram"
         )
+    quiet = quiet_tokens(trace)[1:]
+    before = before[quiet]
+    ran, misses, computing, wait, size = (
+        a[quiet].ravel() for a in (ran, misses, computing, wait, size)
+    )
     # Each number of experts that ran and of misses among them, and how often it came.
     kinds = np.unique(np.stack([ran, misses], axis=1), axis=0)
     table = []
     for r, m in kinds.tolist():
         mask = (ran == r) & (misses == m)
         table.append(
-            (r, m, mask.sum(), np.median(computing[mask]), np.median(wait[mask]), size[mask].mean())
+            (r, m, mask.sum(), computing[mask].mean(), wait[mask].mean(), size[mask].mean())
         )
-    before_us = tuple(np.median(before, axis=0).tolist())
+    before_us = tuple(before.mean(axis=0).tolist())
     rows = np.array(table)
     expert_us, miss_us = _computing(rows)
     read = rows[:, 1] > 0
@@ -193,6 +194,34 @@ def fit(trace: Trace) -> Timing:
             (error(latency * a, rate * b), latency * a, rate * b) for a in steps for b in steps
         )
     return Timing(before_us, expert_us, miss_us, float(latency), float(rate))
+
+
+def quiet_tokens(trace: Trace) -> NDArray[np.bool_]:
+    """Returns which half of the single tokens was least disturbed, [T]: the faster ones for what they had to do.
+
+    What they had to do is how many experts ran and how many of them were missing, layer by layer; the usual time of
+    that is its median. The faster half alone would be the tokens with few misses.
+    """
+    before, experts = (trace.by_token(n, single=True) for n in ("before_us", "experts_us"))
+    ran, misses = _counts(trace)
+    kinds = ran * (trace.header.experts_per_token + 1) + misses
+    usual = np.zeros(experts.shape)
+    for kind in np.unique(kinds):
+        mask = kinds == kind
+        usual[mask] = np.median(experts[mask])
+    expected = usual.sum(axis=1) + np.median(before, axis=0).sum()
+    ratio = (before + experts).sum(axis=1) / np.maximum(expected, 1e-9)
+    quiet: NDArray[np.bool_] = ratio <= np.median(ratio)
+    return quiet
+
+
+def _counts(trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Returns how many experts ran in each layer of each single token, and how many of them had to be read, [T, L]."""
+    bits = trace.by_token("bits", single=True)
+    levels = np.zeros(256, np.int64)
+    levels[list(trace.header.level_bits)] = np.arange(1, len(trace.header.level_bits) + 1)
+    missing = levels[bits] > trace.by_token("resident", single=True)
+    return (bits > 0).sum(axis=2), missing.sum(axis=2)
 
 
 def _computing(table: NDArray[np.float64]) -> tuple[float, float]:
