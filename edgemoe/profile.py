@@ -10,6 +10,7 @@ A profile is a safetensors file. `L` is the layers with routed experts, `E` expe
     next_use.frequency   float64 [L, E]     uses per token, decayed
     frequency.values     float64 [L, E]     of `edgemoe.scheduler.predict.Frequency`, likewise
     frequent.uses        float64 [L, E]     of `edgemoe.scheduler.evict.Frequent`, as `uses`
+    hobbit.thresholds    float64 [5]        of HOBBIT: T1, T2, the shares that they were fitted to (low, skip), tokens
     transitions.pairs    float32 [L, E, E]  of `edgemoe.scheduler.predict.Transitions`: what ran after what
     transitions.totals   float32 [L, E]     uses
 
@@ -46,7 +47,7 @@ _VERSION = "1"
 _SHAPES = {
     "uses": "LE", "look_ahead.right": "K", "look_ahead.seen": "K", "next_use.weights": "5",
     "next_use.curvature": "55", "next_use.frequency": "LE", "frequency.values": "LE",
-    "frequent.uses": "LE", "transitions.pairs": "LEE", "transitions.totals": "LE",
+    "frequent.uses": "LE", "hobbit.thresholds": "5", "transitions.pairs": "LEE", "transitions.totals": "LE",
 }  # fmt: skip
 
 

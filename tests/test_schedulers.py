@@ -280,6 +280,35 @@ def test_hobbit_fits_thresholds_to_shares_of_scores():
     assert 0 < h.t1 < h.t2 < 1
 
 
+def test_hobbit_goes_on_with_thresholds_that_a_profile_has():
+    rng = np.random.default_rng(0)
+
+    def ran(h, tokens):
+        for _ in range(tokens):
+            h.plan(random_routing(rng, 0, 1, 8, 4, 0), residency(1, 8))
+            h.passed(1, 0.1)
+        return h
+
+    s = setting(layers=1, experts=8, top_k=4)
+    assert ran(Hobbit(s), 15).state() == {}  # nothing is fitted yet
+    first = ran(Hobbit(s), 40)
+    second = Hobbit(s)
+    second.restore(first.state())
+    fitted = first.t1, first.t2
+    assert (second.t1, second.t2) == fitted
+    assert (ran(second, 31).t1, second.t2) == fitted  # rests on fewer tokens than what it has
+    assert ran(second, 1).t1 != fitted[0]
+    last = ran(Hobbit(s), 520)
+    third = Hobbit(s)
+    third.restore(last.state())
+    assert (ran(third, 600).t1, third.t2) == (last.t1, last.t2)
+    for options in ({"low": 0.2}, {"t1": 0.5, "t2": 0.8}):
+        other = Hobbit(s, **options)
+        before = other.t1, other.t2
+        other.restore(last.state())
+        assert (other.t1, other.t2) == before
+
+
 def test_hobbit_priority_is_the_four_terms():
     s = setting(layers=4, experts=2, top_k=1)
     w = HobbitWeights(0.4, 0.3, 0.2, 0.1)

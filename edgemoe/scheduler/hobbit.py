@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +100,7 @@ class Hobbit(Scheduler):
         self._fits_itself = o.t1 < 0 and setting.experts_per_token > 2
         self._gates_seen: list[NDArray[np.float32]] = []
         self._tokens, self._next_fit = 0, _FIRST_FIT
+        self._rest_on = 0  # tokens of the fit
         self.notes = (
             f"lossy: less important experts are read at {low} bits, and the least skipped, when not in memory",
         )
@@ -183,10 +185,29 @@ class Hobbit(Scheduler):
             self._gates_seen = [gates]
             scores = unimportance(gates)
             self.t1, self.t2 = fit_thresholds(scores, low=self.options.low, skip=self.options.skip)
-            self._next_fit = 2 * self._tokens
+            self._rest_on, self._next_fit = self._tokens, 2 * self._tokens
             if self._tokens >= _LAST_FIT:
                 self._fits_itself = False
                 self._gates_seen.clear()
+
+    def state(self) -> Mapping[str, NDArray[Any]]:
+        """See `Scheduler.state`."""
+        o = self.options
+        if not self._rest_on:
+            return {}
+        return {"hobbit.thresholds": np.array([self.t1, self.t2, o.low, o.skip, self._rest_on])}
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """See `Scheduler.restore`. A fit to other shares is left; this run fits again once it has seen more."""
+        found = state.get("hobbit.thresholds")
+        if found is None or not self._fits_itself:
+            return
+        t1, t2, low, skip, tokens = found.tolist()
+        if (low, skip) == (self.options.low, self.options.skip) and 0 <= t1 <= t2 <= 1:
+            self.t1, self.t2 = t1, t2
+            self._rest_on = int(tokens)
+            self._next_fit = max(_FIRST_FIT, self._rest_on)
+            self._fits_itself = self._rest_on < _LAST_FIT
 
     def report(self) -> str:
         """Returns the thresholds."""
