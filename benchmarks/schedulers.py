@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import save
 
 from edgemoe.plan import Routing
 from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.scheduler.evict import EVICTIONS
+from edgemoe.scheduler.paths import SECTION
 
 _LEVER_SETS: Mapping[str, Mapping[str, Any]] = {
     "cache_prior": {"cache_prior": 0.3},
@@ -65,15 +67,29 @@ def cost(
     for layers in tokens(
         count, setting.num_layers, setting.num_experts, setting.experts_per_token, scheduler.look_ahead
     ):  # fmt: skip
+        told = time.thread_time()
+        scheduler.tokens(rng.integers(0, 1000, 1).astype(np.int32))
         start = time.thread_time()
         for routing in layers:
             scheduler.plan(routing, residency)
         middle = time.thread_time()
         scheduler.passed(1, 0.05)
         plans.append(middle - start)
-        after.append(time.thread_time() - middle)
+        after.append(time.thread_time() - middle + start - told)
     scale = 1e6 / setting.num_layers
     return float(np.median(plans)) * scale, float(np.mean(after)) * scale
+
+
+def paths(layers: int, experts: int, width: int = 192, rows: int = 16384) -> bytes:
+    """Returns a predictor of paths of the usual size, that knows nothing."""
+    n, d = layers * experts, width
+    shapes = {
+        "w_input": (3 * d, d), "w_state": (3 * d, d), "b_input": (3 * d,), "b_state": (3 * d,),
+        "now": (n, 2 * d), "now_bias": (n,), "next": (n, d), "next_bias": (n,),
+    }  # fmt: skip
+    rng = np.random.default_rng(0)
+    tensors = {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes.items()}
+    return save({"embedding": rng.normal(0, 0.1, (rows, d)).astype(np.float16), **tensors})
 
 
 def main() -> None:
@@ -88,8 +104,10 @@ def main() -> None:
         num_layers=args.layers, num_experts=args.experts, experts_per_token=args.top_k, bits=8,
         level_bits=(2, 3, 4, 6, 8), level_bytes=(3 << 12, 4 << 12, 5 << 12, 7 << 12, 9 << 12),
         slots_bytes=args.layers * args.experts * (9 << 12) // 2,
+        sections={SECTION: paths(args.layers, args.experts)},
     )  # fmt: skip
     rows: list[tuple[str, str, Mapping[str, Any]]] = [(name, name, {}) for name in SCHEDULERS]
+    rows.append(("expertflow, habit", "expertflow", {"predictor": "habit"}))
     rows += [(f"on-demand, {e}", "on-demand", {"eviction": e}) for e in EVICTIONS[1:]]
     rows += [(f"on-demand, {name}", "on-demand", o) for name, o in _LEVER_SETS.items()]
     print("| scheduler | plan, µs per layer | per token, ÷ layers |\n|---|---|---|")
