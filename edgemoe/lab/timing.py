@@ -57,8 +57,10 @@ class Pipeline:
         self.timing = timing
         self._readers = [0.0] * _NUM_READERS
         self._link = 0.0
-        self._queue: dict[int, int] = {}  # reads ahead that have not begun: bytes
+        # Reads ahead that have not begun: bytes, and when they were asked for.
+        self._queue: dict[int, tuple[int, float]] = {}
         self._arrivals: dict[int, float] = {}  # those that have
+        self._begun = 0  # of these, since the layer before
 
     def layer(
         self,
@@ -79,21 +81,25 @@ class Pipeline:
         """
         self.now += before_us
         self._begin_ahead(self.now)
-        extra = self.timing.miss_us / len(reads) ** 0.5 if reads else 0.0
-        arrivals = [(self._read(size, self.now), compute + extra) for size, compute in reads]
+        arrivals = [(self._read(size, self.now), compute) for size, compute in reads]
         done = self.now
         late = []
         if self._queue or self._arrivals:
             for expert in wanted:
-                if (size := self._queue.pop(expert, 0)) > 0:
-                    late.append(self._read(size, self.now))
+                if expert in self._queue:
+                    late.append(self._read(self._queue.pop(expert)[0], self.now))
                 elif (end := self._arrivals.pop(expert, 0.0)) > self.now:
                     late.append(end)
         order = sorted(ready)
         for end in late:  # which of the ready ones they are does not matter: they are alike
             arrivals.append((end, order.pop() if order else 0.0))
+        # A read costs computing time whatever it is for; those for later layers do so beside this one's.
+        begun, self._begun = self._begun, 0
+        extra = self.timing.miss_us / max(len(arrivals) + begun, 1) ** 0.5
+        arrivals = [(end, compute + extra) for end, compute in arrivals]
+        done += begun * extra
         for expert, size in ahead:
-            self._queue.setdefault(expert, size)
+            self._queue.setdefault(expert, (size, self.now))
         done += sum(order)
         arrivals.sort()
         early = [self._progressive * compute for _, compute in arrivals]
@@ -120,11 +126,13 @@ class Pipeline:
     def _begin_ahead(self, until: float) -> None:
         """Starts reads ahead as readers come free before a moment; one reader is kept for what is wanted now."""
         while self._queue:
-            free = sorted(self._readers)[1]
-            if free >= until:
+            expert, (size, asked) = next(iter(self._queue.items()))
+            start = max(sorted(self._readers)[1], asked)
+            if start >= until:
                 return
-            expert = next(iter(self._queue))
-            self._arrivals[expert] = self._read(self._queue.pop(expert), free)
+            del self._queue[expert]
+            self._begun += 1
+            self._arrivals[expert] = self._read(size, start)
 
 
 def fit(trace: Trace) -> Timing:
