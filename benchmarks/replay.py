@@ -5,9 +5,9 @@
 Every budget is run and traced, side by side, reading on demand. "Predicted" replays the trace of the base budget at
 each budget, with the times fitted to that one trace; "from its own times" fits them to the run's own. The fit is to
 the quiet half of the tokens and predicts an undisturbed machine, so that speeds are those of the tokens that were quiet
-in the run, and replays are compared on the same tokens. Every round opens all models anew and in another order: the
-same budget, opened twice, may be 15% faster or slower for as long as it is open. Errors are medians over rounds, with
-the least and largest.
+in the run, and replays are compared on the same tokens. Every round opens all models anew and in another order, as
+engines of one budget are not equally fast from one opening to the next. Errors are medians over rounds, with the
+least and largest.
 """
 
 from __future__ import annotations
