@@ -547,6 +547,32 @@ PYBIND11_MODULE(_core, m) {
       py::arg("gates").noconvert());
 
   m.def(
+      "slot_scores",
+      [](Workspace& ws, const Array<float>& x, const Array<float>& weight, const Array<float>& gate_weight,
+         const Array<float>& bias, const Array<int32_t>& experts, const Array<float>& gates, Array<float> scores) {
+        expect(x, "slot_scores x", {-1, -1});
+        expect(weight, "weight", {-1, -1, x.shape(1)});
+        expect(gate_weight, "gate_weight", {weight.shape(0), weight.shape(1)});
+        expect(bias, "bias", {weight.shape(0), weight.shape(1)});
+        expect(experts, "experts", {x.shape(0), -1});
+        expect(gates, "gates", {x.shape(0), experts.shape(1)});
+        expect(scores, "scores", {x.shape(0), experts.shape(1), weight.shape(1)});
+        const int32_t* e = experts.data();
+        for (py::ssize_t i = 0; i < experts.size(); ++i) {
+          if (e[i] < 0 || e[i] >= weight.shape(0)) throw std::invalid_argument("slot_scores: there is no such expert");
+        }
+        const SlotLayers layers{weight.data(), gate_weight.data(), bias.data(), int(weight.shape(1)), int(x.shape(1))};
+        const float *a = x.data(), *g = gates.data();
+        float* s = scores.mutable_data();
+        const int T = int(x.shape(0)), K = int(experts.shape(1));
+        py::gil_scoped_release release;
+        slot_scores(ws, a, layers, e, g, T, K, s);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("gate_weight").noconvert(),
+      py::arg("bias").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert(),
+      py::arg("scores").noconvert());
+
+  m.def(
       "look_ahead",
       [](Workspace& ws, const Array<float>& x, const std::vector<Array<float>>& norms,
          const std::vector<Array<float>>& routers, float eps, bool softmax_over_top_k, bool renormalise,

@@ -131,6 +131,20 @@ void route(Workspace& ws, const float* x, const float* router, int T, int cols, 
   });
 }
 
+void slot_scores(Workspace& ws, const float* x, const SlotLayers& layers, const int32_t* experts, const float* gates,
+                 int T, int top_k, float* scores) {
+  const Kernels& k = kernels();
+  const int n = layers.outputs, cols = layers.cols;
+  ws.pool.run(T * top_k, 16, [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      const size_t row = size_t(experts[i]) * n;
+      float* out = scores + size_t(i) * n;
+      k.matmul_f32(layers.weight + row * cols, x + size_t(i / top_k) * cols, 1, n, cols, 0, n, out);
+      for (int b = 0; b < n; ++b) out[b] += std::fma(gates[i], layers.gate_weight[row + b], layers.bias[row + b]);
+    }
+  });
+}
+
 void look_ahead(Workspace& ws, const float* x, const std::vector<NextRouter>& routers, int cols, float eps,
                 const RouteRule& rule, float* normed, float* scores, int32_t* experts, float* gates) {
   const Kernels& k = kernels();

@@ -71,6 +71,20 @@ struct RouteRule {
 void route(Workspace& ws, const float* x, const float* router, int T, int cols, const RouteRule& rule, float* scores,
            int32_t* experts, float* gates);
 
+/// A linear layer of each expert: weight [num_experts, outputs, cols], bias and gate_weight [num_experts, outputs].
+struct SlotLayers {
+  const float* weight;
+  const float* gate_weight;
+  const float* bias;
+  int outputs;
+  int cols;
+};
+
+/// scores[T, top_k, outputs]: for each of a token's chosen experts, that expert's own layer on x [T, cols] and its
+/// gate. experts and gates: [T, top_k].
+void slot_scores(Workspace& ws, const float* x, const SlotLayers& layers, const int32_t* experts, const float* gates,
+                 int T, int top_k, float* scores);
+
 /// A later layer's router and the norm before it.
 struct NextRouter {
   const float* norm;    ///< [cols]

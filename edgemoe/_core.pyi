@@ -189,6 +189,16 @@ def route(
     experts: _I32,
     gates: _F32,
 ) -> None: ...
+def slot_scores(
+    ws: Workspace,
+    x: _F32,
+    weight: _F32,
+    gate_weight: _F32,
+    bias: _F32,
+    experts: _I32,
+    gates: _F32,
+    scores: _F32,
+) -> None: ...
 def look_ahead(
     ws: Workspace,
     x: _F32,

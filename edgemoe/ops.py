@@ -96,6 +96,20 @@ class CpuOps:
         """Writes each token's experts and gates [T, K], best first, and the probabilities of all, scores [T, E]."""
         _core.route(self._ws, x, router, over_top_k, renormalise, scores, experts, gates)
 
+    def slot_scores(
+        self,
+        x: Array,
+        layers: tuple[Array, Array, Array],
+        experts: NDArray[np.int32],
+        gates: Array,
+        scores: Array,
+    ) -> None:
+        """scores [T, K, B] = for each of a token's experts [T, K], its own linear layer on x [T, D] and its gate.
+
+        layers: weight [E, B, D], gate_weight [E, B], bias [E, B]; gates [T, K].
+        """
+        _core.slot_scores(self._ws, x, *layers, experts, gates, scores)
+
     def look_ahead(
         self,
         x: Array,

@@ -38,6 +38,11 @@ class Routing:
 
     Scratch, valid until the next layer. None where they are not known, as in a trace.
     """
+    bit_logits: NDArray[np.float32] | None = None
+    """[T, K, B]: what the scheduler's `bit_routers` say of the chosen experts. Scratch, valid until the next layer.
+
+    None for a scheduler without, and in a trace, which does not have what they are computed from.
+    """
 
 
 @dataclass(slots=True)

@@ -42,8 +42,10 @@ class Decoded:
                 widths = np.diff([0, *moe.dense_ladder])
                 self.tensors[name] = self._scheme.decode_rungs(rungs, widths, *shape)
 
-    def expert(self, layer: int, index: int) -> tuple[Array, Array, Array]:
-        """Returns gate [H, D], up [H, D] and down [D, H]."""
+    def expert(
+        self, layer: int, index: int, level: int | None = None
+    ) -> tuple[Array, Array, Array]:
+        """Returns gate [H, D], up [H, D] and down [D, H], of the first rungs or of all."""
         moe, config = self._moe, self.config
         row = config.moe_layers.index(layer) * config.num_experts + index
         hidden, width = config.hidden_size, config.expert_hidden
@@ -51,7 +53,7 @@ class Decoded:
         ladders = [np.diff([0, *bits]) for bits in zip(*moe.ladder, strict=True)]
         rungs: list[list[Array]] = [[], [], []]
         at = int(moe.experts.offsets[row])
-        have = int(moe.experts.rungs[row])
+        have = min(int(moe.experts.rungs[row]), level or 8)
         for rung in range(have):
             for part, (rows, cols) in enumerate(shapes):
                 size = self._scheme.rung_bytes(rows, cols, int(ladders[part][rung]), rung)

@@ -21,6 +21,10 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "quality": ("edgemoe.cli.quality", "measure what levels and schedulers cost in quality"),
     "run": ("edgemoe.cli.run", "chat with a model; also installed as edgemoe-run"),
     "schedulers": ("edgemoe.cli.scheduling", "tell what may decide, and its options"),
+    "train-bit-router": (
+        "edgemoe.cli.train_bit_router",
+        "train who chooses each expert's bits, for the scheduler d2moe",
+    ),
 }
 """What each command is: the module whose `main(argv)` runs it, and a line about it."""
 
@@ -59,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _help() -> str:
-    lines = [f"  {name:<11} {about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:<16} {about}" for name, (_, about) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: edgemoe COMMAND [ARGUMENTS]",

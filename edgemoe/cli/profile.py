@@ -310,6 +310,8 @@ def _studied(args: argparse.Namespace, trace: Trace) -> tuple[Timing | None, lis
     sections = {} if args.model is None else open_moe(args.model).sections
     with Progress("replaying", unit="run") as progress:
         rows = study(trace, ways, budgets, timing=timing, sections=sections, progress=progress)
+    for line in sorted({line for r in rows for line in r["notes"] if line.startswith("a trace")}):
+        note(f"# {line}")
     further = {r["scheduler"] for r in rows if r["look_ahead"] > trace.header.look_ahead}
     for name in sorted(further):
         note(f"# {name} looks further ahead than the trace does; --look-ahead records more")

@@ -137,6 +137,7 @@ def setting(
         level_bytes=header.mean_bytes,
         slots_bytes=budget_bytes,
         sections=sections or {},
+        has_inputs=False,
     )
 
 

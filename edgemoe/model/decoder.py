@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.config import ModelConfig
+from edgemoe.errors import FormatError
 from edgemoe.experts import Experts
 from edgemoe.model.kv import KvCache
 from edgemoe.ops import CpuOps
@@ -123,6 +124,17 @@ class Decoder:
         self._norms = [layer.ffn_norm for layer in moe]
         self._routers = [cast(Array, layer.router) for layer in moe]
         p, d, k = MOST_AHEAD, config.hidden_size, config.experts_per_token
+        self._bit_routers: list[tuple[Array, Array, Array]] | None = None
+        if (bits := experts.scheduler.bit_routers) is not None:
+            if bits.weight.shape[3] != d:
+                raise FormatError(
+                    f"section bit-routers: is for {bits.weight.shape[3]} inputs; the model has {d}"
+                )
+            self._bit_routers = list(
+                zip(bits.weight, bits.gate_weight, bits.bias, strict=True)
+            )  # views by layer
+            # Some KiB, or 100 per thousand tokens of a chunk: left to the budget's margin.
+            self._bit_logits = np.empty((max_tokens, k, len(bits.levels)), np.float32)
         self._ahead_normed = np.empty((p, d), np.float32)
         self._ahead_scores = np.empty((p, config.num_experts), np.float32)
         self._ahead_chosen, self._ahead_gates = (
@@ -171,6 +183,11 @@ class Decoder:
                 renormalise=config.renormalise, scores=s.scores, experts=s.chosen, gates=s.gates,
             )  # fmt: skip
             routing = Routing(layer.moe_index, s.chosen, s.gates, scores=s.scores)
+            if self._bit_routers is not None:
+                logits = routing.bit_logits = self._bit_logits[: len(x)]
+                ops.slot_scores(
+                    normed, self._bit_routers[layer.moe_index], s.chosen, s.gates, logits
+                )
             if len(x) == 1 and self._experts.scheduler.look_ahead:
                 self._look_ahead(routing, x)
             self._experts(routing, normed, moe)

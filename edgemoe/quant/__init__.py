@@ -1,6 +1,7 @@
 """Codes of which every prefix is a model: one 8-bit code per weight, or a base and planes of signs (MWQ)."""
 
 from edgemoe.quant.allocation import Allocation
+from edgemoe.quant.bit_routers import BitRouters
 from edgemoe.quant.calibration import MIN_TOKENS, Calibration, write_calibration
 from edgemoe.quant.nested import (
     DEFAULT_LADDER,
@@ -15,5 +16,6 @@ from edgemoe.quant.scheme import SCHEMES, Scheme
 
 __all__ = [
     "DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "ROUNDING_WEIGHTS", "SCHEMES",
-    "Allocation", "Calibration", "Scheme", "plane_widths", "quantize", "rung_bytes", "write_calibration",
+    "Allocation", "BitRouters", "Calibration", "Scheme", "plane_widths", "quantize", "rung_bytes",
+    "write_calibration",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.plan import Plan, Routing
+from edgemoe.quant import BitRouters
 
 __all__ = ["NoOptions", "Scheduler", "Setting"]
 
@@ -38,6 +39,9 @@ class Setting:
     """Memory for experts."""
     sections: Mapping[str, bytes] = field(default_factory=dict)
     """The file's sections, of which a scheduler may have its own: predictors, trained routers."""
+
+    has_inputs: bool = True
+    """Whether routings come with what needs a layer's input, `Routing.bit_logits`; a trace's do not."""
 
     @property
     def fits(self) -> bool:
@@ -70,6 +74,8 @@ class Scheduler(ABC):
 
     The array is made in `__init__` and stays the same one.
     """
+    bit_routers: BitRouters | None = None
+    """Routers of precisions whose logits it wants to be told with every routing."""
     notes: tuple[str, ...] = ()
     """What makes the answer differ from the router's own at `bits`, one line each; empty when exact."""
 

@@ -55,9 +55,14 @@ class Combined(Scheduler):
         self.levers = levers
         self.notes = (*inner.notes, *levers.notes)
         self.look_ahead = inner.look_ahead
+        self.bit_routers = inner.bit_routers
         if levers.miss_bits and levers.miss_bits not in setting.level_bits:
             listed = ", ".join(map(str, setting.level_bits))
             raise ValueError(f"miss_bits: expected one of {listed}, got {levers.miss_bits}")
+        if levers.cache_prior and inner.bit_routers is not None:
+            raise ValueError(
+                "cache_prior: trained bit routers know only the experts that it replaces; router=rule does not"
+            )
         self._num_experts = setting.num_experts
         self._bits_of = np.array([0, *setting.level_bits], np.int8)
         self._top_level = len(setting.level_bits)

@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.errors import FormatError
 from edgemoe.plan import Plan, Routing
+from edgemoe.quant import BitRouters
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.options import check, option, read_options
 from edgemoe.scheduler.plans import plan_slots, plan_token
@@ -21,9 +23,18 @@ __all__ = ["D2moe"]
 class D2moeOptions:
     """What d2moe may be told."""
 
-    levels: int = option(3, "how many precisions, the highest of the file up to --bits")
-    low: float = option(0.3, "share of selections at the lowest precision (the paper's capacities)")
-    high: float = option(0.3, "share at the highest; those between divide the rest")
+    router: str = option(
+        "default", "who chooses the bits: the file's trained routers (edgemoe train-bit-router), or the rule "
+        "by shares of gates; the default is trained where the file has them",
+        choices=("default", "trained", "rule"),
+    )  # fmt: skip
+    levels: int = option(
+        3, "of the rule: how many precisions, the highest of the file up to --bits"
+    )
+    low: float = option(
+        0.3, "of the rule: share of selections at the lowest precision (the paper's capacities)"
+    )
+    high: float = option(0.3, "of the rule: share at the highest; those between divide the rest")
     hottest_first: bool = option(
         True, "read the planes that most tokens use first; off reads in the order of the file"
     )
@@ -40,22 +51,28 @@ class D2moeOptions:
 class D2moe(Scheduler):
     """Gives every token its own bits of every expert and reads planes by demand. Lossy.
 
-    The paper trains a router of precisions per expert. This is the rule for those who do not train one: a slot's share
-    of its token's gates is compared with each layer's running quantiles, so that the paper's capacities hold on
-    average. The hottest plane is read first (HEBF), and room is made by its memory rule: while a layer does not fit,
-    the high planes of the layer just run go, then its base. For prompts mostly: a single token has no two demands.
+    A router of precisions per expert chooses, if the file has trained ones. Else a rule does: a slot's share of its
+    token's gates is compared with each layer's running quantiles, so that the paper's capacities hold on average.
+    The hottest plane is read first (HEBF), and room is made by its memory rule: while a layer does not fit, the high
+    planes of the layer just run go, then its base. For prompts mostly: a single token has no two demands.
     """
 
     Options = D2moeOptions
-    paper = (
-        "D2MoE, arXiv 2504.15299 (MobiCom'25), sections 3.2 and 3.4; trained routers are not read"
-    )
+    paper = "D2MoE, arXiv 2504.15299 (MobiCom'25), sections 3.2 and 3.4"
 
     _STEP = 0.02  # of a quantile per token, in units of the mean share
 
     def __init__(self, setting: Setting, **options: Any) -> None:
         self.options = o = read_options(D2moeOptions, options)
-        bits = np.array(setting.level_bits[-o.levels :], np.int8)
+        trained = _trained(setting, o.router)
+        self.bit_routers = trained if setting.has_inputs else None
+        if self.bit_routers is None:
+            bits = np.array(setting.level_bits[-o.levels :], np.int8)
+        else:
+            for name in ("levels", "low", "high"):
+                if name in options:
+                    raise ValueError(f"{name}: of the rule; the trained routers take router=rule")
+            bits = np.minimum(self.bit_routers.levels, setting.bits).astype(np.int8)
         n = len(bits)
         middle = (1.0 - o.low - o.high) / max(n - 2, 1)
         shares = [o.low] + [middle] * (n - 2)
@@ -78,7 +95,10 @@ class D2moe(Scheduler):
         self._slots_bytes = setting.slots_bytes
         if n > 1:
             listed = ", ".join(map(str, bits.tolist()))
-            self.notes = (f"lossy: each token runs its experts at {listed} bits, by their gates",)
+            who = "by their gates" if self.bit_routers is None else "as trained routers say"
+            self.notes = (f"lossy: each token runs its experts at {listed} bits, {who}",)
+        if trained is not None and self.bit_routers is None:
+            self.notes += ("a trace has no inputs for the trained routers: d2moe's rule decides",)
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""
@@ -93,7 +113,10 @@ class D2moe(Scheduler):
         return self._with_drop(plan, residency) if self.options.frees else plan
 
     def slot_precisions(self, routing: Routing) -> NDArray[np.int8]:
-        """Returns the bits of each slot, [T, K], by the cuts, and moves these towards their quantiles."""
+        """Returns the bits of each slot, [T, K]: as trained, or by the cuts, which move towards their quantiles."""
+        if routing.bit_logits is not None:
+            trained: NDArray[np.int8] = self._choice.take(routing.bit_logits.argmax(axis=2))
+            return trained
         if len(self._targets) == 0:
             return np.full(routing.experts.shape, self._choice[0], np.int8)
         if len(routing.gates) == 1:
@@ -168,3 +191,33 @@ class D2moe(Scheduler):
         counts: list[int] = np.bincount(residency[layer], minlength=len(self._sizes)).tolist()
         self._layer_bytes[layer] = sum(map(mul, counts, self._sizes))
         return counts
+
+
+def _trained(setting: Setting, router: str) -> BitRouters | None:
+    """Returns the file's trained routers if it has any and they are wanted.
+
+    Raises:
+        ValueError: they are asked for, and there are none.
+        FormatError: the section is not sound, or of another model.
+    """
+    section = setting.sections.get("bit-routers")
+    if router == "rule":
+        return None
+    if section is None:
+        if router == "trained":
+            raise ValueError(
+                "router: the file has no trained ones; edgemoe train-bit-router --store"
+            )
+        return None
+    where = "section bit-routers"
+    found = BitRouters.from_bytes(section, where)
+    if found.weight.shape[:2] != (setting.num_layers, setting.num_experts):
+        L, E = found.weight.shape[:2]
+        raise FormatError(
+            f"{where}: is for {L} layers of {E} experts; "
+            f"the model has {setting.num_layers} of {setting.num_experts}"
+        )
+    unknown = [b for b in found.levels if b < setting.bits and b not in setting.level_bits]
+    if unknown:
+        raise FormatError(f"{where}: {unknown[0]} bits are not one of the file's levels")
+    return found

@@ -21,6 +21,7 @@ class Watched(Scheduler):
         self._inner = scheduler
         self.look_ahead = max(look_ahead, scheduler.look_ahead)
         self.priorities = scheduler.priorities
+        self.bit_routers = scheduler.bit_routers
         self.notes = scheduler.notes
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
@@ -59,8 +60,12 @@ def seen(routing: Routing, look_ahead: int) -> Routing:
     if routing.ahead_experts is None or routing.ahead_gates is None:
         return routing
     if look_ahead <= 0:
-        return Routing(routing.layer, routing.experts, routing.gates, scores=routing.scores)
+        return Routing(
+            routing.layer, routing.experts, routing.gates,
+            scores=routing.scores, bit_logits=routing.bit_logits,
+        )  # fmt: skip
     return Routing(
         routing.layer, routing.experts, routing.gates,
         routing.ahead_experts[:look_ahead], routing.ahead_gates[:look_ahead], routing.scores,
+        routing.bit_logits,
     )  # fmt: skip

@@ -1,0 +1,100 @@
+"""Compares trained bit routers with others at the same average bits: KL divergence to the model's highest level.
+
+    edgemoe train-bit-router MODEL.moe --text calibration.txt -o trained.bit-routers
+    python benchmarks/bit_routers.py MODEL.moe trained.bit-routers --text held_out.txt
+
+Token by token, as in a reply, so that the averages are those of slots. The others are levels that are the same for
+all, d2moe's rule with its shares moved to the trained average, d2moe's default shares, an allocation (if the model
+holds one) and precisions drawn at random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgemoe.format import open_moe
+from edgemoe.lab.quality import Quality, Sample, Trial, measure, recorded
+from edgemoe.lab.text import default_text
+from edgemoe.quant import BitRouters
+from edgemoe.tokenizer import Tokenizer
+from edgemoe.writer import add_sections
+
+
+def drawn(like: BitRouters) -> BitRouters:
+    """Routers whose choice depends on the token and on nothing that matters."""
+    rng = np.random.default_rng(0)
+    return BitRouters(
+        levels=like.levels, weight=rng.standard_normal(like.weight.shape).astype(np.float32),
+        gate_weight=np.zeros_like(like.bias), bias=np.zeros_like(like.bias),
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Parses the command line, measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("routers", type=Path, nargs="+", help="of edgemoe train-bit-router")
+    parser.add_argument("--text", type=Path, help="held out (default: the package's)")
+    parser.add_argument("--chunk", type=int, default=256)
+    parser.add_argument("--chunks", type=int, default=32)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    text = default_text() if args.text is None else args.text.read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "x.moe"
+        shutil.copy(args.model, model)
+        moe = open_moe(model)
+        tokenizer = Tokenizer.from_files(moe.sections)
+        sample = Sample.of_text(text, tokenizer, chunk=args.chunk, chunks=args.chunks)
+
+        def trial(bits: Any, scheduler: str = "on-demand", **options: Any) -> Trial:
+            return Trial(
+                bits=bits, dense_bits=moe.dense_ladder[-1], scheduler=scheduler, options=options,
+                threads=args.threads, decode=True,
+            )  # fmt: skip
+
+        def results(reference: Any) -> Iterator[tuple[str, Quality]]:
+            def of(what: Trial) -> Quality:
+                return measure(model, what, sample, reference=reference)
+
+            for path in args.routers:
+                trained = BitRouters.from_bytes(path.read_bytes(), str(path))
+                low, high = trained.levels[0], trained.levels[-1]
+                add_sections(model, {"bit-routers": trained.to_bytes()})
+                found = of(trial(high, "d2moe"))
+                yield f"trained, {path.name}", found
+                more = (found.average_bits - (low + high) / 2) / (high - low) / 2
+                shares = {"low": min(max(0.3 - more, 0), 1), "high": min(max(0.3 + more, 0), 1)}
+                n = len(trained.levels)
+                yield (
+                    f"rule, {shares['low']:.2f} and {shares['high']:.2f}",
+                    of(trial(high, "d2moe", router="rule", levels=n, **shares)),
+                )
+            for level in trained.levels:
+                yield f"{level} bits for all", of(trial(level))
+            if "allocation" in moe.sections:
+                yield "allocation", of(trial("auto"))
+            add_sections(model, {"bit-routers": drawn(trained).to_bytes()})
+            yield "drawn at random", of(trial(high, "d2moe"))
+
+        print("| who chooses | average bits | KL | ± | perplexity |\n|---|---|---|---|---|")
+        with recorded(model, trial(moe.ladder[-1][0]), sample) as (exact, reference):
+            print(
+                f"| {moe.ladder[-1][0]} bits for all | | 0 | | {exact.perplexity:.3f} |", flush=True
+            )
+            for name, q in results(reference):
+                print(
+                    f"| {name} | {q.average_bits:.3f} | {q.kl:.6f} | {q.kl_error:.6f} "
+                    f"| {q.perplexity:.3f} |", flush=True,
+                )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

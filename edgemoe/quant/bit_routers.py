@@ -1,0 +1,107 @@
+"""D2MoE's trained routers of precisions: the value, and its form as bytes.
+
+The bytes are a safetensors file, which is a file of its own or the section "bit-routers" of a `.moe` file:
+
+    weight      float32 [L, E, B, D]: one linear layer per routed expert, from the layer's normed input to B logits
+    gate_weight  float32 [L, E, B]: the same layer's weight of the slot's gate
+    bias        float32 [L, E, B]
+    metadata    edgemoe_bit_routers 1; levels, ascending bits that the logits are of ("2 3 4"); settings, JSON of how
+                it was trained
+
+Weights are float32 because they are used as they are: halves would have to be widened into memory of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from edgemoe.errors import FormatError
+
+__all__ = ["BitRouters"]
+
+_VERSION = "1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BitRouters:
+    """Says at which of some precisions an expert should run for a token: the one of the largest logit."""
+
+    levels: tuple[int, ...]
+    """Bits, ascending."""
+    weight: NDArray[np.float32]
+    """[L, E, B, D]"""
+    gate_weight: NDArray[np.float32]
+    """[L, E, B]"""
+    bias: NDArray[np.float32]
+    """[L, E, B]"""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """How it was trained."""
+
+    def to_bytes(self, more: Mapping[str, NDArray[Any]] | None = None) -> bytes:
+        """Returns the form as bytes.
+
+        Args:
+            more: tensors beside its own; readers leave them alone.
+        """
+        meta = {
+            "edgemoe_bit_routers": _VERSION, "levels": " ".join(map(str, self.levels)),
+            "settings": json.dumps(dict(self.settings)),
+        }  # fmt: skip
+        return save({**self.tensors, **(more or {})}, meta)
+
+    @property
+    def tensors(self) -> dict[str, NDArray[np.float32]]:
+        """Its own, by name."""
+        return {"weight": self.weight, "gate_weight": self.gate_weight, "bias": self.bias}
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> BitRouters:
+        """Reads the form as bytes.
+
+        Args:
+            where: what errors call it.
+
+        Raises:
+            FormatError: these are no such routers, or they do not agree with themselves.
+        """
+        try:
+            tensors = load(content)
+            length = int.from_bytes(content[:8], "little")
+            meta = json.loads(content[8 : 8 + length])["__metadata__"]
+            if meta["edgemoe_bit_routers"] != _VERSION:
+                raise FormatError(
+                    f"{where}: bit routers of version {meta['edgemoe_bit_routers']!r}; expected {_VERSION}"
+                )
+            levels = tuple(map(int, meta["levels"].split()))
+            weight, *rest = own = [tensors[name] for name in ("weight", "gate_weight", "bias")]
+            is_sound = (
+                all(a.dtype == np.float32 and np.isfinite(a).all() for a in own)
+                and weight.ndim == 4 and all(a.shape == weight.shape[:3] for a in rest)
+                and len(levels) == weight.shape[2] and list(levels) == sorted(set(levels))
+            )  # fmt: skip
+            if not is_sound:
+                raise ValueError
+            settings = dict(json.loads(meta["settings"]))
+        except (
+            SafetensorError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ) as e:
+            if isinstance(e, FormatError):
+                raise
+            raise FormatError(f"{where}: not bit routers of edgemoe") from None
+        gate_weight, bias = rest
+        return cls(
+            levels=levels, weight=weight, gate_weight=gate_weight, bias=bias, settings=settings
+        )
