@@ -2,8 +2,8 @@
 
 Per expert one linear layer to a logit per precision, from the layer's normed input and the slot's gate. The paper
 (D2MoE, arXiv 2504.15299, section 3.2) does not spell the architecture out; its reported cost is that of one linear
-layer, and the gate is ours. Only these layers are trained. This is the one module that imports torch; its forward
-pass is that of `edgemoe.model`, without 8-bit activations.
+layer, and the gate is ours. Only these layers are trained. The forward pass is that of `edgemoe.model`, without 8-bit
+activations. The module imports torch, and is imported by a call that trains.
 """
 
 from __future__ import annotations

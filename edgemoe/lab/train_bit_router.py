@@ -147,7 +147,7 @@ def train_bit_router(
         if error.name != "torch":
             raise
         raise ModuleNotFoundError(
-            'training takes torch: pip install "edgemoe[train]"', name="torch"
+            'training needs torch: pip install "edgemoe[train]"', name="torch"
         ) from None
     moe = open_moe(path)
     settings.check(moe)
