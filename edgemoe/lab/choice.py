@@ -18,7 +18,7 @@ import numpy as np
 
 from edgemoe.format import MoeFile
 from edgemoe.quant import Allocation
-from edgemoe.store import dense_bytes, expert_bytes
+from edgemoe.store import all_expert_bytes, dense_bytes, level_bytes
 
 __all__ = ["Choice", "allocation_sum", "choose", "find", "merged", "stored"]
 
@@ -171,9 +171,10 @@ def _used(moe: MoeFile, bits: int | str, dense_bits: int) -> float:
 def _expert_bytes(moe: MoeFile, bits: int | str) -> int:
     """Returns what all experts take."""
     if bits != "auto":
-        return len(moe.experts.offsets) * expert_bytes(moe, moe.level(int(bits)))
+        return all_expert_bytes(moe, moe.level(int(bits)))
+    if "allocation" not in moe.sections:
+        return all_expert_bytes(moe, len(moe.ladder))
     found = Allocation.from_json(moe.sections["allocation"], f"{moe.path}: section allocation")
     levels, counts = np.unique(found.bits, return_counts=True)
-    return sum(
-        int(n) * expert_bytes(moe, moe.level(int(b))) for b, n in zip(levels, counts, strict=True)
-    )
+    each = level_bytes(moe, len(moe.ladder))
+    return sum(int(n) * each[moe.level(int(b)) - 1] for b, n in zip(levels, counts, strict=True))
