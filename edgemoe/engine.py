@@ -35,7 +35,7 @@ from edgemoe.trace import TraceHeader, TraceWriter
 if TYPE_CHECKING:
     from edgemoe.chat import Chat
 
-__all__ = ["Engine", "Stats", "load"]
+__all__ = ["Engine", "Stats", "load", "room_for_experts"]
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,32 @@ def load(
     )  # fmt: skip
 
 
+def room_for_experts(
+    moe: MoeFile,
+    *,
+    ram: int | str | None,
+    dense_bits: int | None = None,
+    context: int | None = None,
+    cache_type_k: str = "f16",
+    cache_type_v: str = "f16",
+    threads: int | None = None,
+) -> int:
+    """Returns about how many bytes of experts would fit beside all else, with `ram` for the whole process.
+
+    The arguments are those of `load`.
+
+    Raises:
+        ValueError: an argument is out of range.
+        OutOfBudget: not one expert at its fewest bits fits.
+    """
+    return Budget.divide(
+        moe, ram=default_ram() if ram is None else parse_size(ram),
+        process=hardware.process_bytes(), level=1, dense_level=moe.dense_level(dense_bits),
+        context=context, kv_types=KvTypes(cache_type_k, cache_type_v),
+        ops=_ops_shape(moe.config, hardware.num_threads() if threads is None else threads),
+    ).room  # fmt: skip
+
+
 class Engine:
     """Runs one model inside one budget. One thread at a time; several engines can live in one process.
 
@@ -227,11 +253,7 @@ class Engine:
         total = default_ram() if ram is None else parse_size(ram)
         if ram is not None and not whole_process:
             total += before
-        ops = OpsShape(
-            threads=threads, max_tokens=1, max_cols=_widest(config),
-            max_hidden=_widest_ffn(config), max_context=1, head_dim=config.head_dim,
-            num_heads=config.num_heads,
-        )  # fmt: skip
+        ops = _ops_shape(config, threads)
         outside = 0 if whole_process or ram is None else before
 
         def divide(process: int) -> Budget:
@@ -754,6 +776,13 @@ def _setting(moe: MoeFile, bits: int, slots: int, sections: Mapping[str, bytes])
         slots_bytes=slots,
         sections=sections,
     )
+
+
+def _ops_shape(config: ModelConfig, threads: int) -> OpsShape:
+    return OpsShape(
+        threads=threads, max_tokens=1, max_cols=_widest(config), max_hidden=_widest_ffn(config),
+        max_context=1, head_dim=config.head_dim, num_heads=config.num_heads,
+    )  # fmt: skip
 
 
 def _widest(config: ModelConfig) -> int:

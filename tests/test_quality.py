@@ -77,6 +77,8 @@ def test_log_probabilities_come_back(tmp_path: Path) -> None:
     (path := tmp_path / "x").write_bytes(written(true, windows))
     with LogProbs(path) as saved:
         assert (saved.vocab_size, saved.windows.tolist()) == (9, windows.tolist())
+        came = -true[np.arange(1, 5), windows[0, 8:]]
+        np.testing.assert_allclose(saved.loss(0, 1, saved.rows(0, 1, 4)), came, atol=16 / 65535)
         np.testing.assert_allclose(saved.rows(0, 0, 5), true, atol=16 / 65535)
         assert np.array_equal(saved.rows(0, 2, 2), saved.rows(0, 0, 5)[2:4])
 
@@ -145,6 +147,14 @@ def test_scores_agree_with_torch(tiny_moe: Path, sample: Sample, low: Quality) -
     assert low.kl_error == pytest.approx(kl.std(correction=0).item() / len(kl) ** 0.5, rel=1e-3)
     assert low.same_top == pytest.approx((full.argmax(1) == other.argmax(1)).double().mean().item())
     assert low.average_bits == 2
+    # Exact, not from the file of 16 bits: the error of the pairs, which is far below that of one perplexity.
+    change = loss - torch.nn.functional.cross_entropy(full, came)
+    pairs = full.log_softmax(1) - other.log_softmax(1)
+    pairs = pairs[torch.arange(len(came)), came]
+    assert low.loss_change == pytest.approx(change.item(), rel=1e-9)
+    assert low.loss_error == pytest.approx(
+        pairs.std(correction=0).item() / len(came) ** 0.5, rel=1e-9
+    )
 
 
 def test_a_model_does_not_diverge_from_itself(tiny_moe: Path, sample: Sample, low: Quality) -> None:
@@ -154,6 +164,7 @@ def test_a_model_does_not_diverge_from_itself(tiny_moe: Path, sample: Sample, lo
     assert itself.perplexity == alone.perplexity
     assert abs(itself.kl) < 1e-5
     assert itself.same_top == 1
+    assert itself.loss_change == itself.loss_error == 0
     assert low.kl > 0.01
 
 
@@ -253,13 +264,16 @@ def test_command_compares_with_other_references(tiny_moe: Path, tmp_path: Path, 
         rows(*with_text, "--reference", 8) == rows(*with_text, "--reference", tiny_moe) == highest
     )
     assert 0 < rows(*with_text, "--bits", 8, "-ctk", "q8_0")[0]["kl"] < highest[0]["kl"]
-    assert "; keys of the KV cache in q8_0" in json.loads(out.read_text())["measured_on"]
+    assert json.loads(out.read_text())["rows"][0]["cache_types"] == ["q8_0", "f16"]
     assert rows(*with_text, "--reference", 4)[0]["kl"] != highest[0]["kl"]
     tokenizer = Tokenizer.from_files(open_moe(tiny_moe).sections)
     sample = Sample.of_text(text.read_text(), tokenizer, chunk=CHUNK)
     with open(saved, "wb") as file:
         measure(tiny_moe, FULL, sample, record=LogProbsWriter(file, sample.windows, 264))
-    assert rows("--reference", saved) == highest
+    clipped = {
+        name: pytest.approx(highest[0][name], abs=0.5) for name in ("loss_change", "loss_error")
+    }
+    assert rows("--reference", saved) == [{**highest[0], **clipped}]
     assert rows("--reference", saved, "--chunks", 2)[0]["positions"] == 2 * (CHUNK // 2 - 1)
 
 

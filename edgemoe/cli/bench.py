@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import note, run_command
+from edgemoe.cli.measured import MAX_LOSS_HELP, check, cost, pick
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.values import ram_size, whole, wholes
@@ -44,21 +45,28 @@ def _run(args: argparse.Namespace) -> None:
     if "help" in args.set:
         print(options_text(args.scheduler))
         return
-    options = read_settings(args.set)
+    args.set = read_settings(args.set)
     prompts, generations = ([n for n in counts if n] for counts in (args.n_prompt, args.n_gen))
     longest = max([*prompts, *generations], default=0)
     if longest < 1:
         raise ValueError("expected at least one test of at least one token")
-    best = roof(args.model, bits=args.bits, threads=args.threads, ram=args.ram)
+    context = max(args.n_depth) + longest + 2
+    if args.max_quality_loss is not None:
+        check(args)
+        note(f"# {pick(args, context=context)}")
+    levels = None if args.bits == "auto" else args.bits
+    best = roof(args.model, bits=levels, threads=args.threads, ram=args.ram)
     with edgemoe.load(
         args.model, ram=args.ram, whole_process=True, bits=args.bits,
         dense_bits=args.dense_bits, experts=args.experts, threads=args.threads,
-        context=max(args.n_depth) + longest + 2, cache_type_k=args.cache_type_k,
+        context=context, cache_type_k=args.cache_type_k,
         cache_type_v=args.cache_type_v, verify=not args.no_verify,
-        scheduler=args.scheduler, options=options,
+        scheduler=args.scheduler, options=args.set,
     ) as engine:  # fmt: skip
         for line in engine.notes:
             note(f"# {line}")
+        if engine.notes and args.max_quality_loss is None and (known := cost(args)):
+            note(f"# {known}")
         results = []
         if not args.json:
             print(_HEAD)
@@ -103,6 +111,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="memory for the whole process: 4GiB, 50%% of what is free")  # fmt: skip
     parser.add_argument("--bits", type=int, metavar="N")
     parser.add_argument("--dense-bits", type=int, metavar="N")
+    parser.add_argument("--max-quality-loss", metavar="X", help=MAX_LOSS_HELP)
     parser.add_argument("--experts", type=int, metavar="K")
     parser.add_argument("--scheduler", default="on-demand", metavar="NAME",
                         help="decides what is loaded when (default: %(default)s)")  # fmt: skip

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from edgemoe.cli.measured import MAX_LOSS_HELP
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP
 from edgemoe.cli.values import bits_or_auto, ram_size
@@ -57,6 +58,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
          help="for --bits auto: of edgemoe allocate (default: the model file's own)")
     _add(model, "--dense-bits", type=int, metavar="N",
          help="bits of everything else (default: the file's)")
+    _add(model, "--max-quality-loss", metavar="X", help=MAX_LOSS_HELP)
     _add(model, "--experts", type=int, metavar="K",
          help="experts per token (default: the file's); fewer is faster and worse")
     _add(model, "-c", "--ctx-size", type=int, default=0, metavar="N",

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,26 +16,28 @@ from typing import TYPE_CHECKING, Any, Literal
 from edgemoe.cli.console import note, run_command, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
+from edgemoe.cli.reference import CHUNK, EXACT, reference
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
-from edgemoe.cli.table import QUALITY_HEAD, quality_line
-from edgemoe.errors import FormatError
+from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
 
 if TYPE_CHECKING:
     from edgemoe.format import MoeFile
     from edgemoe.lab.levels import Level
-    from edgemoe.lab.logprobs import LogProbs
-    from edgemoe.lab.quality import Quality, Sample, Trial
+    from edgemoe.lab.quality import Quality, Trial
 
 __all__ = ["main"]
 
 _PROG = "edgemoe quality"
-_CHUNK = 512  # as in llama-perplexity
-_EXACT = "on-demand"
 
 _EPILOG = """\
 The text is cut into chunks and the second half of each is scored, as llama.cpp's
 llama-perplexity does. KL is the mean divergence from the reference's predictions,
-in nats per token, ± its standard error.
+in nats per token, ± its standard error; change is that of the perplexity from the
+reference's, ± the standard error over pairs of the same tokens.
+
+What depends on what is resident is measured token by token with the memory that
+it is meant for, the exact run beside it:
+  --ram 2GiB --decode --run on-demand --run hobbit --run on-demand miss_bits=4 --store
 
 --reference is one of
   BITS        a level of the same file (default: the highest)
@@ -60,7 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: with code 2 at wrong usage.
     """
     args = _parser().parse_args(argv)
-    args.scheduler = args.scheduler or [_EXACT]
     return run_command(_PROG, lambda: _run(args), verbose=args.verbose)
 
 
@@ -70,44 +72,54 @@ def _run(args: argparse.Namespace) -> None:
     from edgemoe.lab.quality import measure
 
     if "help" in args.set:
-        print("\n\n".join(options_text(name) for name in args.scheduler))
+        print("\n\n".join(options_text(name) for name in args.scheduler or [EXACT]))
         return
     _check(args)  # before hours are spent
     moe = open_moe(args.model)
     sizes = levels(moe)
-    trials = [_trial(args, moe, s, bits) for s in args.scheduler for bits in _bits(args, moe)]
+    trials = _trials(args, moe)
     rows: list[dict[str, Any]] = []
     with ExitStack() as stack:
-        sample, about, reference, base, known = _reference(args, moe, stack)
-        about += _settings(args)
+        sample, about, log_probs, base, known = reference(args, moe, stack)
         print(QUALITY_HEAD, flush=True)
         for trial in trials:
-            if known is not None and dataclasses.replace(trial, decode=False) == base:
+            if known is not None and trial == base:
                 quality = known
             else:
                 with Progress(f"{trial.bits} bits, {trial.scheduler}", unit="chunk") as progress:
                     quality = measure(
-                        args.model, trial, sample, reference=reference, progress=progress
+                        args.model, trial, sample, reference=log_probs, progress=progress
                     )
             size = bits_per_weight(
                 sizes, _average_bits(moe, sizes, trial, quality), trial.dense_bits
             )
-            rows.append(_row(trial, size, quality))
+            rows.append(_row(trial, size, quality, moe))
             print(quality_line(rows[-1]), flush=True)
     note(f"# {about}; {sample.positions} positions")
-    report = {"model": args.model.name, "measured_on": about, "rows": rows}
+    report = {
+        "model": args.model.name,
+        "measured_on": about,
+        "tokens": f"{zlib.crc32(sample.windows.tobytes()):08x}",
+        "reference": None if known is None or base is None else [base.bits, base.dense_bits],
+        "rows": rows,
+    }
     if args.json is not None:
         text = json.dumps({"command": sys.argv, **report}, indent=1)
         write_file(args.json, f"{text}\n".encode())
     if args.plot is not None:
         from edgemoe.lab.plot import plot_quality
 
-        plot_quality(rows, args.plot, title=f"{args.model.stem}; {about}")
+        named = [{**row, "scheduler": run_name(row)} for row in rows]
+        plot_quality(named, args.plot, title=f"{args.model.stem}; {about}")
     if args.store:
+        from edgemoe.lab.choice import merged
         from edgemoe.writer import add_sections
 
-        add_sections(args.model, {"quality": json.dumps(report).encode()})
-        note(f"# stored in {args.model}; edgemoe inspect shows it")
+        whole = merged(open_moe(args.model).sections.get("quality"), report)
+        add_sections(args.model, {"quality": json.dumps(whole).encode()})
+        beside = len(whole["rows"]) - len(rows)
+        more = f", beside {beside} rows of before" if beside else ""
+        note(f"# stored in {args.model}{more}; edgemoe inspect shows it")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -134,12 +146,34 @@ def _bits(args: argparse.Namespace, moe: MoeFile) -> list[int | Literal["auto"]]
     return [*sorted(levels, reverse=True), *(["auto"] if "auto" in given else [])]
 
 
-def _level_or_auto(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+def _level_or_auto(text: str) -> int | Literal["auto"]:
+    return "auto" if text == "auto" else int(text)
+
+
+def _trials(args: argparse.Namespace, moe: MoeFile) -> list[Trial]:
+    """Returns what to measure: each of --run, or --scheduler, at each of --bits."""
+    shared = read_settings(args.set)
+    trials = [
+        _trial(args, moe, scheduler, bits, shared)
+        for scheduler in args.scheduler or ([] if args.run else [EXACT])
+        for bits in _bits(args, moe)
+    ]
+    for scheduler, *texts in args.run or []:
+        own = read_settings(texts)
+        if "bits" in own:
+            wanted = [_level_or_auto(str(own.pop("bits")))]
+        else:
+            wanted = _bits(args, moe) if args.bits else [moe.ladder[-1][0]]
+        trials += [_trial(args, moe, scheduler, bits, {**shared, **own}) for bits in wanted]
+    return trials
 
 
 def _trial(
-    args: argparse.Namespace, moe: MoeFile, scheduler: str, bits: int | Literal["auto"]
+    args: argparse.Namespace,
+    moe: MoeFile,
+    scheduler: str,
+    bits: int | Literal["auto"],
+    options: dict[str, Any],
 ) -> Trial:
     from edgemoe.lab.levels import dense_bits_at
     from edgemoe.lab.quality import Trial
@@ -147,124 +181,19 @@ def _trial(
 
     if scheduler not in SCHEDULERS:
         raise ValueError(f"--scheduler: expected one of {', '.join(SCHEDULERS)}, got {scheduler}")
-    if args.dense_bits is not None:
-        moe.dense_level(args.dense_bits)
+    given = options.pop("dense_bits", args.dense_bits)
     differ = (moe.experts.rungs != len(moe.ladder)).any()
     if bits == "auto" and "allocation" not in moe.sections and not differ:
         raise ValueError(f"--bits auto: {moe.path} holds no allocation; edgemoe allocate makes one")
-    dense = args.dense_bits or dense_bits_at(moe, None if bits == "auto" else bits)
+    dense = dense_bits_at(moe, None if bits == "auto" else bits)
+    if given is not None:
+        dense = int(given)
+        moe.dense_level(dense)
     return Trial(
-        bits=bits, dense_bits=dense, scheduler=scheduler, options=read_settings(args.set),
+        bits=bits, dense_bits=dense, scheduler=scheduler, options=options,
         cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v, ram=args.ram,
         threads=args.threads, verify=not args.no_verify, decode=args.decode,
     )  # fmt: skip
-
-
-# ------------------------------------------------------------ text and reference
-
-
-def _reference(
-    args: argparse.Namespace, moe: MoeFile, stack: ExitStack
-) -> tuple[Sample, str, LogProbs, Trial | None, Quality | None]:
-    """Returns what is measured on, a line about it, the reference, and what of this file that has measured already."""
-    from edgemoe.format import open_moe
-    from edgemoe.lab.levels import dense_bits_at
-    from edgemoe.lab.logprobs import LogProbs
-    from edgemoe.lab.quality import Sample, Trial, first_token, recorded
-    from edgemoe.tokenizer import Tokenizer
-
-    given: str | None = args.reference
-    if args.chunks is not None and args.chunks < 1:
-        raise ValueError(f"--chunks: expected at least 1, got {args.chunks}")
-    tokenizer = Tokenizer.from_files(moe.sections) if "tokenizer.json" in moe.sections else None
-    if given is not None and not given.isdecimal() and _is_saved(Path(given)):
-        if args.text is not None or args.chunk is not None:
-            raise ValueError(f"--text and --chunk: {given} brings its own tokens")
-        saved = stack.enter_context(LogProbs(given))
-        first = None if tokenizer is None else first_token(tokenizer)
-        sample = Sample(saved.windows[: args.chunks], first)
-        about = f"tokens and reference: {Path(given).name}, {_shape(sample)}"
-        return sample, about, saved, None, None
-    if tokenizer is None:
-        raise FormatError(
-            f"{moe.path}: has no tokenizer; a --reference with tokens makes up for it"
-        )
-    text, name = _text(args.text)
-    sample = Sample.of_text(
-        text, tokenizer, chunk=_CHUNK if args.chunk is None else args.chunk, chunks=args.chunks
-    )
-    if given is not None and Path(given).is_dir():
-        reference = _checkpoint(Path(given), sample, moe, stack)
-        about = f"text: {name}, {_shape(sample)}; reference: {Path(given).resolve().name}, float32"
-        return sample, about, reference, None, None
-    path, other = args.model, moe
-    bits = moe.ladder[-1][0]
-    if given is not None and given.isdecimal():
-        bits = int(given)
-        moe.level(bits)
-    elif given is not None:
-        path, other = Path(given), open_moe(given)
-        if other.config.vocab_size != moe.config.vocab_size:
-            raise ValueError(f"--reference: {given} has another vocabulary than {moe.path}")
-        bits = other.ladder[-1][0]
-    trial = Trial(
-        bits=bits, dense_bits=dense_bits_at(other, bits), scheduler=_EXACT, ram=args.ram,
-        threads=args.threads, verify=not args.no_verify,
-    )  # fmt: skip
-    with Progress(f"reference, {bits} bits", unit="chunk") as progress:
-        quality, reference = stack.enter_context(recorded(path, trial, sample, progress=progress))
-    about = f"text: {name}, {_shape(sample)}; reference: {path.name}, {bits} bits"
-    return sample, about, reference, trial, quality if path == args.model else None
-
-
-def _checkpoint(path: Path, sample: Sample, moe: MoeFile, stack: ExitStack) -> LogProbs:
-    from edgemoe.convert.hf import HFCheckpoint
-    from edgemoe.convert.source import SourceModel
-    from edgemoe.lab.checkpoint import recorded_checkpoint
-
-    model = SourceModel(HFCheckpoint(path))
-    if model.config.vocab_size != moe.config.vocab_size:
-        raise ValueError(f"--reference: {path} has another vocabulary than {moe.path}")
-    with Progress("reference, float32", unit="layer") as progress:
-        return stack.enter_context(recorded_checkpoint(model, sample, progress=progress))
-
-
-def _is_saved(path: Path) -> bool:
-    from edgemoe.lab.logprobs import MAGIC
-
-    if path.is_dir():
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
-
-
-def _text(path: Path | None) -> tuple[str, str]:
-    """Returns a text and what it is called; for None the one that comes with the package."""
-    from edgemoe.lab.text import default_text
-
-    if path is None:
-        return default_text(), "the package's own (Moby-Dick, speeches)"
-    try:
-        return path.read_bytes().decode(), path.name
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: expected UTF-8 text, got another byte at offset {error.start}"
-        ) from None
-
-
-def _settings(args: argparse.Namespace) -> str:
-    """Returns what was not as usual and has no column in the table."""
-    parts = [
-        f"; {what} of the KV cache in {kind}"
-        for what, kind in (("keys", args.cache_type_k), ("values", args.cache_type_v))
-        if kind != "f16"
-    ]
-    return "".join([*parts, *(f"; {text}" for text in args.set)])
-
-
-def _shape(sample: Sample) -> str:
-    count, chunk = sample.windows.shape
-    return f"{count} chunks of {chunk} tokens"
 
 
 # ------------------------------------------------------------ results
@@ -272,16 +201,20 @@ def _shape(sample: Sample) -> str:
 
 def _average_bits(moe: MoeFile, sizes: list[Level], trial: Trial, quality: Quality) -> float:
     """Returns the mean bits of an expert: of all alike where they are known, else of those that ran."""
-    if trial.scheduler == _EXACT and (trial.bits != "auto" or "allocation" not in moe.sections):
+    if trial.scheduler == EXACT and (trial.bits != "auto" or "allocation" not in moe.sections):
         return next(
             size.average_bits for size in reversed(sizes) if trial.bits in ("auto", size.bits)
         )
     return quality.average_bits
 
 
-def _row(trial: Trial, size: float, quality: Quality) -> dict[str, Any]:
+def _row(trial: Trial, size: float, quality: Quality, moe: MoeFile) -> dict[str, Any]:
+    from edgemoe.lab.choice import allocation_sum
+
     return {
         "scheduler": trial.scheduler,
+        "options": dict(trial.options),
+        "allocation": allocation_sum(moe) if trial.bits == "auto" else None,
         "bits": trial.bits,
         "dense_bits": trial.dense_bits,
         "cache_types": [trial.cache_type_k, trial.cache_type_v],
@@ -307,20 +240,23 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--scheduler", action="append", metavar="NAME",
                         help="may be repeated (default: on-demand)")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
+    parser.add_argument("--run", action="append", nargs="+", metavar=("NAME", "KEY=VALUE"),
+                        help="measure this scheduler with these options, which may be bits and dense_bits too "
+                        "(default bits: those of --bits, else the highest); may be repeated")  # fmt: skip
     parser.add_argument("--decode", action="store_true",
-                        help="token by token, as replies are made: some schedulers act then only")  # fmt: skip
+                        help="token by token, as replies are made: some schedulers act then only. Says "
+                        "also what was read, which with --ram is what a setting saves")  # fmt: skip
     for letter, what in (("k", "keys"), ("v", "values")):
         parser.add_argument(f"-ct{letter}", f"--cache-type-{letter}", default="f16", metavar="TYPE",
                             help=f"how {what} are kept: f16 or q8_0 (default: f16)")  # fmt: skip
-    parser.add_argument(
-        "--chunk", type=int, metavar="N", help=f"tokens of each (default: {_CHUNK})"
-    )
+    parser.add_argument("--chunk", type=int, metavar="N", help=f"tokens of each (default: {CHUNK})")
     parser.add_argument("--chunks", type=int, metavar="N", help="how many (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
                         help="draw KL over bits per weight (needs the extra `lab`)")  # fmt: skip
     parser.add_argument("--store", action="store_true",
-                        help="keep the figures in the .moe file, for `edgemoe inspect`")  # fmt: skip
+                        help="keep the figures in the .moe file, for `edgemoe inspect` and --max-quality-loss, "
+                        "beside others that are of the same tokens and reference")  # fmt: skip
     parser.add_argument("-t", "--threads", type=int, metavar="N")
     parser.add_argument("--ram", metavar="SIZE", help="memory for the whole process")
     parser.add_argument("--no-verify", action="store_true", help="do not check sums of weights")

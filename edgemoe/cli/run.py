@@ -16,6 +16,7 @@ from edgemoe.cli.console import (
     replace_unwritable,
     write_reply,
 )
+from edgemoe.cli.measured import check, cost, pick
 from edgemoe.cli.options import run_parser
 from edgemoe.cli.scheduling import options_text, read_settings
 
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(options_text(args.scheduler))
                 return 0
             args.set = read_settings(args.set)
+            if args.max_quality_loss is not None:
+                check(args)
             if args.warm and args.profile is None:
                 raise ValueError("--warm: expected --profile FILE, which says what to load")
         except ValueError as error:
@@ -87,6 +90,8 @@ def _run(args: Namespace) -> int:
         args.model = _demo()
     if args.verbose:
         _describe_machine()
+    if args.max_quality_loss is not None:
+        note(f"# {pick(args, context=args.ctx_size or None)}")
     with _load(args) as engine:
         from edgemoe.chat import Chat
 
@@ -98,6 +103,8 @@ def _run(args: Namespace) -> int:
             and bits.min() < bits.max()
         ):
             note(f"# experts of {bits.mean():.2f} bits on average, {bits.min()} to {bits.max()}")
+        if engine.notes and args.max_quality_loss is None and (known := cost(args)):
+            note(f"# {known}")
         if args.warm:
             _warm(engine, args.profile)
         params = _sampling(args, engine.sampling)

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["QUALITY_HEAD", "quality_line"]
+__all__ = ["QUALITY_HEAD", "change", "quality_line", "run_name"]
 
 QUALITY_HEAD = """\
-| scheduler | bits | dense bits | bits/weight | perplexity | KL | KL 99% | same top |
-|---|---|---|---|---|---|---|---|"""
+| scheduler | bits | dense bits | bits/weight | perplexity | change | KL | KL 99% | same top | read/token |
+|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def quality_line(row: Mapping[str, Any]) -> str:
     """Returns a line for one of the rows that the report of `edgemoe quality` holds."""
-    divergence = "reference | – | –"
+    divergence = "reference | – | – | –"
     if row["kl"] is not None:
         divergence = (
-            f"{row['kl']:.6f} ± {row['kl_error']:.6f} | {row['kl_99']:.5f} "
+            f"{change(row)} | {row['kl']:.6f} ± {row['kl_error']:.6f} | {row['kl_99']:.5f} "
             f"| {100 * row['same_top']:.2f}%"
         )
+    read = row["read_per_token"]
     return (
-        f"| {row['scheduler']} | {row['average_bits']:.3g} | {row['dense_bits']} "
-        f"| {row['bits_per_weight']:.3f} | {row['perplexity']:.6g} | {divergence} |"
+        f"| {run_name(row)} | {row['average_bits']:.3g} | {row['dense_bits']} "
+        f"| {row['bits_per_weight']:.3f} | {row['perplexity']:.6g} | {divergence} "
+        f"| {'–' if read is None else f'{read / 1e6:.2f} MB'} |"
     )
+
+
+def run_name(row: Mapping[str, Any]) -> str:
+    """Returns a row's scheduler, its options, and what of the KV cache is in 8 bits."""
+    options = [f"{name}={value}" for name, value in row["options"].items()]
+    caches = [
+        f"-ct{letter} {kind}"
+        for letter, kind in zip("kv", row["cache_types"], strict=True)
+        if kind != "f16"
+    ]
+    return " ".join([row["scheduler"], *options, *caches])
+
+
+def change(row: Mapping[str, Any]) -> str:
+    """Returns how a row's perplexity differs from the reference's, ± the standard error of that."""
+    return f"{100 * math.expm1(row['loss_change']):+.2f} ± {100 * row['loss_error']:.2f}%"

@@ -43,6 +43,7 @@ def recorded_checkpoint(
         record = LogProbsWriter(file.file, sample.windows, model.config.vocab_size)
         record_predictions(model, sample, record, progress=progress)
         with LogProbs(file.name) as reference:
+            reference.losses = record.losses
             yield reference
 
 

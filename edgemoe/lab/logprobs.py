@@ -46,6 +46,8 @@ class LogProbs:
     windows: NDArray[np.int32]
     """[N, C]: the tokens of each chunk."""
     vocab_size: int
+    losses: NDArray[np.float64] | None = None
+    """[N * positions of a chunk]: the exact -log p of the tokens that came, of who wrote them; the file clips it."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Opens a file and checks that it is complete.
@@ -97,6 +99,20 @@ class LogProbs:
         out += table["minimum"][:, None]
         return out
 
+    def loss(self, window: int, first: int, rows: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Returns -log p [count] of the tokens that came at the positions of `rows`.
+
+        Args:
+            rows: of `rows`, with the same window and first.
+        """
+        tokens = self.windows[window]
+        if self.losses is not None:
+            at = window * _scored(len(tokens)) + first
+            return self.losses[at : at + len(rows)]
+        came = tokens[len(tokens) // 2 + 1 + first :][: len(rows)]
+        out: NDArray[np.float64] = -rows[np.arange(len(rows)), came]
+        return out
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -121,6 +137,8 @@ class LogProbsWriter:
         self._file = file
         self._row = _row_type(vocab_size)
         self._vocab_size = vocab_size
+        self._came = windows[:, chunk // 2 + 1 :].reshape(-1)
+        self._losses: list[float] = []
         file.write(MAGIC + _HEAD.pack(chunk, vocab_size, count))
         file.write(np.ascontiguousarray(windows, "<i4").tobytes())
 
@@ -130,6 +148,8 @@ class LogProbsWriter:
         Raises:
             OSError: the disk is full.
         """
+        came = self._came[len(self._losses) :][: len(log_probs)]
+        self._losses += (-log_probs[np.arange(len(log_probs)), came]).tolist()
         low, high = log_probs.min(axis=1), log_probs.max(axis=1)
         low = np.maximum(low, high - _RANGE)
         scale = ((high - low) / _STEPS).astype(np.float32)
@@ -143,6 +163,11 @@ class LogProbsWriter:
             self._file.flush()
         except OSError as e:
             raise OSError(e.errno, e.strerror, self._file.name) from None
+
+    @property
+    def losses(self) -> NDArray[np.float64]:
+        """Returns the exact -log p of the tokens that came, of all positions so far."""
+        return np.array(self._losses)
 
 
 def _row_type(vocab_size: int) -> np.dtype[np.void]:

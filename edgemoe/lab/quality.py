@@ -11,7 +11,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -96,8 +96,16 @@ class Quality:
     """The 99th percentile over positions."""
     same_top: float | None = None
     """Share of positions where both find the same token likeliest."""
+    loss_change: float | None = None
+    """Mean loss of the tokens that came less the reference's: ln of the ratio of the two perplexities."""
+    loss_error: float | None = None
+    """Its standard error over positions, as pairs: far smaller than that of either perplexity."""
     average_bits: float
     """Of the experts that ran."""
+    read_per_token: float | None = field(default=None, compare=False)
+    """Bytes of experts, of what was scored token by token; None where it was not."""
+    slots_bytes: int = field(default=0, compare=False)
+    """What experts could take meanwhile."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +173,7 @@ def recorded(
         record = LogProbsWriter(file.file, sample.windows, vocab_size)
         quality = measure(path, trial, sample, record=record, progress=progress)
         with LogProbs(file.name) as reference:
+            reference.losses = record.losses
             yield quality, reference
 
 
@@ -197,14 +206,15 @@ def score(
         if not np.array_equal(reference.windows[: len(windows)], windows):
             raise ValueError("reference: expected the same tokens in the same chunks")
     step = step or max(_LOGITS // vocab_size, 1)
-    losses, divergences, tops = [], [], []
-    bits = uses = 0.0
+    losses, changes, divergences, tops = [], [], [], []
+    bits = uses = read = 0.0
     for i, window in enumerate(windows):
         at = 0
         for logits in _second_half(engine, window, sample.first_token, step):
             stats = engine.stats
             count = stats.hits + stats.misses
             bits, uses = bits + count * stats.average_bits, uses + count
+            read += stats.bytes_read
             for part in _blocks(logits):
                 mine = log_softmax(part)
                 next_at = len(window) // 2 + 1 + at
@@ -214,24 +224,31 @@ def score(
                     record.add(mine)
                 if reference is not None:
                     other = reference.rows(i, at, len(mine))
+                    changes.append(losses[-1] - reference.loss(i, at, other))
                     divergences.append(_divergence(other, mine))
                     tops.append(other.argmax(axis=1) == mine.argmax(axis=1))
                 at += len(mine)
         if progress is not None:
             progress(i + 1, len(windows))
     average = bits / uses if uses else 0.0
-    perplexity = float(np.exp(np.concatenate(losses).mean()))
-    if reference is None:
-        return Quality(positions=sample.positions, perplexity=perplexity, average_bits=average)
-    kl = np.concatenate(divergences)
-    return Quality(
+    alone = Quality(
         positions=sample.positions,
-        perplexity=perplexity,
+        perplexity=float(np.exp(np.concatenate(losses).mean())),
+        average_bits=average,
+        read_per_token=read / sample.positions if step == 1 else None,
+        slots_bytes=engine.budget.slots,
+    )
+    if reference is None:
+        return alone
+    kl, change = np.concatenate(divergences), np.concatenate(changes)
+    return replace(
+        alone,
         kl=float(kl.mean()),
         kl_error=float(kl.std() / np.sqrt(len(kl))),
         kl_99=float(np.percentile(kl, 99)),
         same_top=float(np.concatenate(tops).mean()),
-        average_bits=average,
+        loss_change=float(change.mean()),
+        loss_error=float(change.std() / np.sqrt(len(change))),
     )
 
 

@@ -1,0 +1,153 @@
+"""What the quality that a file holds says about settings: those of `--max-quality-loss`, and the cost of others."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+from edgemoe.cli.table import change
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from edgemoe.lab.choice import Choice
+
+__all__ = ["MAX_LOSS_HELP", "check", "cost", "pick", "share"]
+
+MAX_LOSS_HELP = (
+    "take the fewest bits, or other settings, that `edgemoe quality --store` has measured to cost at most "
+    "this share of perplexity: 0.01 or 1%%"
+)
+
+_PICKED = ("bits", "allocation", "dense_bits", "experts", "scheduler", "set")
+
+
+def share(text: str) -> float:
+    """Reads "0.01" or "1%".
+
+    Raises:
+        ValueError: neither, or not below 1.
+    """
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise ValueError(
+            f"--max-quality-loss: expected a share of perplexity like 0.01 or 1%, got {text!r}"
+        )
+    return value
+
+
+def check(args: Namespace) -> None:
+    """Checks the flag and those that it replaces.
+
+    Raises:
+        ValueError: not a share, or other flags decide already.
+    """
+    share(args.max_quality_loss)
+    for name in _PICKED:
+        if getattr(args, name, None) not in (None, {}, "on-demand"):
+            raise ValueError(
+                f"--max-quality-loss: picks the settings itself; expected no --{name.replace('_', '-')}"
+            )
+
+
+def pick(args: Namespace, *, context: int | None) -> str:
+    """Puts what is picked into the arguments of a command, and returns a line about it.
+
+    Args:
+        args: as checked, with model, ram, threads, cache_type_k and _v.
+        context: tokens that must fit; None for what fits well.
+
+    Raises:
+        ValueError: the file holds nothing to pick from.
+        FormatError: it is not a sound `.moe` file.
+    """
+    from edgemoe.engine import room_for_experts
+    from edgemoe.errors import OutOfBudget
+    from edgemoe.format import open_moe
+    from edgemoe.lab.choice import choose, stored
+
+    limit = share(args.max_quality_loss)
+    moe = open_moe(args.model)
+    report = stored(moe)
+    top = [moe.ladder[-1][0], moe.dense_ladder[-1]]
+    if report is None or report["reference"] != top:
+        raise ValueError(
+            f"{args.model}: holds no quality measured against its highest level; "
+            f"edgemoe quality {args.model} --store measures it"
+        )
+
+    def slots(dense_bits: int) -> int:
+        try:
+            return room_for_experts(
+                moe, ram=args.ram, dense_bits=dense_bits, context=context, threads=args.threads,
+                cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v,
+            )  # fmt: skip
+        except OutOfBudget:
+            return 0  # the engine will say so, unless other settings fit
+
+    caches = (args.cache_type_k, args.cache_type_v)
+    found = choose(moe, report["rows"], max_loss=limit, cache_types=caches, slots=slots)
+    if found.row is not None:
+        args.bits, args.dense_bits = found.row["bits"], found.row["dense_bits"]
+        args.scheduler, args.set = found.row["scheduler"], dict(found.row["options"])
+    return f"--max-quality-loss {args.max_quality_loss}: {_about(found, report)}"
+
+
+def cost(args: Namespace) -> str | None:
+    """Returns a line about what was measured of the settings in the arguments, None if nothing was.
+
+    Args:
+        args: with model, bits, dense_bits, allocation, experts, scheduler, set, cache_type_k and _v.
+
+    Raises:
+        FormatError: the file is not a sound `.moe` file.
+    """
+    from edgemoe.format import open_moe
+    from edgemoe.lab.choice import find, stored
+
+    moe = open_moe(args.model)
+    report = stored(moe)
+    top = [moe.ladder[-1][0], moe.dense_ladder[-1]]
+    if report is None or report["reference"] != top or args.experts is not None:
+        return None
+    if getattr(args, "allocation", None) is not None:
+        return None
+    row = find(
+        moe, report["rows"], bits=args.bits or top[0], dense_bits=args.dense_bits or top[1],
+        scheduler=args.scheduler, options=args.set, cache_types=(args.cache_type_k, args.cache_type_v),
+    )  # fmt: skip
+    return None if row is None else f"measured: perplexity {_loss(row)} {_where(report)}"
+
+
+def _where(report: Mapping[str, Any]) -> str:
+    return f"on {report['measured_on'].removeprefix('text: ').partition('; reference')[0]}"
+
+
+def _about(found: Choice, report: Mapping[str, Any]) -> str:
+    where = _where(report)
+    if found.row is not None:
+        return f"{_settings(found.row)}, perplexity {_loss(found.row)} {where}"
+    if found.nearest is None:
+        return "exact: nothing cheaper was measured for these flags and this memory"
+    row = found.nearest
+    return (
+        f"exact: the nearest that is cheaper, {_settings(row)}, is not surely within it: perplexity "
+        f"{_loss(row)} {where}"
+    )
+
+
+def _loss(row: Mapping[str, Any]) -> str:
+    return "the same" if row["kl"] is None else change(row)
+
+
+def _settings(row: Mapping[str, Any]) -> str:
+    """Returns the flags that a row is the measurement of."""
+    flags = [f"--bits {row['bits']} --dense-bits {row['dense_bits']}"]
+    if row["scheduler"] != "on-demand":
+        flags.append(f"--scheduler {row['scheduler']}")
+    flags += [f"--set {name}={value}" for name, value in row["options"].items()]
+    return " ".join(flags)

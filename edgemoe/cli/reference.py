@@ -1,0 +1,127 @@
+"""What `edgemoe quality` measures on, and what with: the text's tokens, and the reference's predictions."""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgemoe.cli.progress import Progress
+from edgemoe.errors import FormatError
+
+if TYPE_CHECKING:
+    from edgemoe.format import MoeFile
+    from edgemoe.lab.logprobs import LogProbs
+    from edgemoe.lab.quality import Quality, Sample, Trial
+
+__all__ = ["CHUNK", "EXACT", "reference"]
+
+CHUNK = 512
+"""Tokens, as in llama-perplexity."""
+EXACT = "on-demand"
+"""The reference's scheduler."""
+
+
+def reference(
+    args: argparse.Namespace, moe: MoeFile, stack: ExitStack
+) -> tuple[Sample, str, LogProbs, Trial | None, Quality | None]:
+    """Returns what is measured on, a line about it, the reference, and what of this file that has measured already.
+
+    Args:
+        args: of `edgemoe quality`.
+        stack: closes what is opened.
+
+    Raises:
+        ValueError: a number is out of range, or the text and the flags do not go together.
+        FormatError: the file or the reference is not sound.
+        OSError: something cannot be read, or the disk is full.
+    """
+    from edgemoe.format import open_moe
+    from edgemoe.lab.levels import dense_bits_at
+    from edgemoe.lab.logprobs import LogProbs
+    from edgemoe.lab.quality import Sample, Trial, first_token, recorded
+    from edgemoe.tokenizer import Tokenizer
+
+    given: str | None = args.reference
+    if args.chunks is not None and args.chunks < 1:
+        raise ValueError(f"--chunks: expected at least 1, got {args.chunks}")
+    tokenizer = Tokenizer.from_files(moe.sections) if "tokenizer.json" in moe.sections else None
+    if given is not None and not given.isdecimal() and _is_saved(Path(given)):
+        if args.text is not None or args.chunk is not None:
+            raise ValueError(f"--text and --chunk: {given} brings its own tokens")
+        saved = stack.enter_context(LogProbs(given))
+        first = None if tokenizer is None else first_token(tokenizer)
+        sample = Sample(saved.windows[: args.chunks], first)
+        about = f"tokens and reference: {Path(given).name}, {_shape(sample)}"
+        return sample, about, saved, None, None
+    if tokenizer is None:
+        raise FormatError(
+            f"{moe.path}: has no tokenizer; a --reference with tokens makes up for it"
+        )
+    text, name = _text(args.text)
+    sample = Sample.of_text(
+        text, tokenizer, chunk=CHUNK if args.chunk is None else args.chunk, chunks=args.chunks
+    )
+    if given is not None and Path(given).is_dir():
+        log_probs = _checkpoint(Path(given), sample, moe, stack)
+        about = f"text: {name}, {_shape(sample)}; reference: {Path(given).resolve().name}, float32"
+        return sample, about, log_probs, None, None
+    path, other = args.model, moe
+    bits = moe.ladder[-1][0]
+    if given is not None and given.isdecimal():
+        bits = int(given)
+        moe.level(bits)
+    elif given is not None:
+        path, other = Path(given), open_moe(given)
+        if other.config.vocab_size != moe.config.vocab_size:
+            raise ValueError(f"--reference: {given} has another vocabulary than {moe.path}")
+        bits = other.ladder[-1][0]
+    trial = Trial(
+        bits=bits, dense_bits=dense_bits_at(other, bits), scheduler=EXACT, ram=args.ram,
+        threads=args.threads, verify=not args.no_verify,
+    )  # fmt: skip
+    with Progress(f"reference, {bits} bits", unit="chunk") as progress:
+        quality, log_probs = stack.enter_context(recorded(path, trial, sample, progress=progress))
+    about = f"text: {name}, {_shape(sample)}; reference: {path.name}, {bits} bits"
+    return sample, about, log_probs, trial, quality if path == args.model else None
+
+
+def _checkpoint(path: Path, sample: Sample, moe: MoeFile, stack: ExitStack) -> LogProbs:
+    from edgemoe.convert.hf import HFCheckpoint
+    from edgemoe.convert.source import SourceModel
+    from edgemoe.lab.checkpoint import recorded_checkpoint
+
+    model = SourceModel(HFCheckpoint(path))
+    if model.config.vocab_size != moe.config.vocab_size:
+        raise ValueError(f"--reference: {path} has another vocabulary than {moe.path}")
+    with Progress("reference, float32", unit="layer") as progress:
+        return stack.enter_context(recorded_checkpoint(model, sample, progress=progress))
+
+
+def _is_saved(path: Path) -> bool:
+    from edgemoe.lab.logprobs import MAGIC
+
+    if path.is_dir():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
+def _text(path: Path | None) -> tuple[str, str]:
+    """Returns a text and what it is called; for None the one that comes with the package."""
+    from edgemoe.lab.text import default_text
+
+    if path is None:
+        return default_text(), "the package's own (Moby-Dick, speeches)"
+    try:
+        return path.read_bytes().decode(), path.name
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}: expected UTF-8 text, got another byte at offset {error.start}"
+        ) from None
+
+
+def _shape(sample: Sample) -> str:
+    count, chunk = sample.windows.shape
+    return f"{count} chunks of {chunk} tokens"
