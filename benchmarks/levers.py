@@ -12,7 +12,8 @@ allocation, and `dense_bits`: what these free is added to the slots, as under on
 Quality is that of `edgemoe quality` over the same chunks of a text: KL from the exact run, and the change of the mean
 loss, as pairs of the same tokens. What changes answers only in single tokens is scored token by token. Speed is of
 decoding the text, all runs in turn in every round, beside the exact run of the same round; medians over all rounds, and
-the bytes read per token in the last.
+the bytes read per token in the last. A model without a tokenizer, such as benchmarks/synth.py makes, decodes random
+tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 import edgemoe
 from edgemoe.budget import Budget
@@ -217,6 +219,34 @@ def plot(rows: dict[str, dict[str, Any]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=110)
 
 
+def text_of(args: argparse.Namespace) -> tuple[str, Tokenizer] | None:
+    """Returns the text and who reads it; None for a model of random weights, which has no tokenizer."""
+    sections = open_moe(args.model).sections
+    if "tokenizer.json" not in sections:
+        return None
+    text = default_text() if args.text is None else args.text.read_text(encoding="utf-8")
+    return text, Tokenizer.from_files(sections)
+
+
+def random_tokens(args: argparse.Namespace, count: int) -> NDArray[np.int32]:
+    rng = np.random.default_rng(0)
+    return rng.integers(open_moe(args.model).config.vocab_size, size=count, dtype=np.int32)
+
+
+def sample_of(args: argparse.Namespace) -> Sample:
+    """Returns what quality is measured on."""
+    if (found := text_of(args)) is not None:
+        return Sample.of_text(*found, chunk=args.chunk, chunks=args.chunks)
+    return Sample(random_tokens(args, args.chunks * args.chunk).reshape(args.chunks, -1), None)
+
+
+def tokens_of(args: argparse.Namespace, count: int) -> list[int]:
+    """Returns what speed is measured on."""
+    if (found := text_of(args)) is not None:
+        return found[1].encode(found[0])[:count]
+    return random_tokens(args, count).tolist()  # type: ignore[no-any-return]
+
+
 def main() -> None:
     """Measures what is asked for, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -234,13 +264,10 @@ def main() -> None:
     parser.add_argument("--run", nargs="+", action="append", help="a scheduler and its options")
     parser.add_argument("--plot", type=Path, help="draw all rows of OUT")
     args = parser.parse_args()
-    tokenizer = Tokenizer.from_files(open_moe(args.model).sections)
-    text = default_text() if args.text is None else args.text.read_text(encoding="utf-8")
     if args.chunks:
-        sample = Sample.of_text(text, tokenizer, chunk=args.chunk, chunks=args.chunks)
-        quality(args, args.run or RUNS, sample)
+        quality(args, args.run or RUNS, sample_of(args))
     if args.rounds:
-        ids = tokenizer.encode(text)[: args.prompt + args.tokens]
+        ids = tokens_of(args, args.prompt + args.tokens)
         runs = [EXACT, *(r for r in args.run if r != EXACT)] if args.run else RUNS
         speed(args, runs, ids)
     rows = rows_of(args.out)
