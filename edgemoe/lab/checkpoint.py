@@ -23,9 +23,7 @@ __all__ = ["final_states", "record_predictions", "recorded_checkpoint"]
 Array = NDArray[np.float32]
 Layer = dict[str, Array]
 
-_STATES = (
-    1 << 29
-)  # bytes of hidden states at once; a longer text takes more passes over the checkpoint
+_STATES = 1 << 28  # bytes of hidden states; a longer text takes more passes over the checkpoint
 _VALUES = 1 << 22  # of logits, or inside an FFN, at once
 
 
