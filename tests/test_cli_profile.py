@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,9 @@ import numpy as np
 import pytest
 
 from edgemoe.cli.main import main
+from edgemoe.lab.replay import Tape, make_scheduler, replay
+from edgemoe.lab.study import measured
+from edgemoe.lab.timing import Timing
 from edgemoe.trace import read
 
 
@@ -147,3 +151,43 @@ def test_plots_without_matplotlib_name_the_extra(traced, tmp_path):
     assert got.returncode == 1
     assert "pip install 'edgemoe[lab]'" in got.stderr
     assert not (tmp_path / "x.html").exists()
+
+
+TIMING = Timing(before_us=(50.0, 50.0), expert_us=20.0, miss_us=1.0, latency_us=90.0, rate=900.0)
+
+
+def test_the_page_sets_measured_quality_beside_speed(
+    traced, tiny_moe, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("edgemoe.lab.timing.fit", lambda trace: TIMING)  # all fitted: no reads
+    model, page = tmp_path / "x.moe", tmp_path / "x.html"
+    shutil.copy(tiny_moe, model)
+    settings = ["--chunk", "48", "--chunks", "2", "--dense-bits", "8", "-t", "1", "--store"]
+    assert main(["quality", str(model), *settings, "--bits", "8", "4", "2"]) == 0
+    lossy = ["--decode", "--run", "hobbit", "bits=4", "look_ahead=0", "--run", "on-demand", "cache_prior=0.1"]  # fmt: skip
+    assert main(["quality", str(model), *settings, *lossy]) == 0
+    capsys.readouterr()
+    assert run("plot", traced, "-o", page, "--budgets", "50%", "--model", model) == 0
+    assert page.read_text(encoding="utf-8").count('src="data:image/png;base64,') == 5
+    told = capsys.readouterr().err
+    assert "# not drawn: 8 bits: the trace has 2, 3, 4 bits" in told
+    assert "cache_prior=0.1: " in told
+
+
+def test_measured_settings_are_replayed_at_their_bits(traced):
+    trace = read(traced)
+    row = {"scheduler": "on-demand", "options": {"look_ahead": "off"}, "dense_bits": 8}
+    row |= {"kl": 0.1, "loss_change": 0.02, "loss_error": 0.001}
+    rows = [{**row, "bits": bits} for bits in (4, 2)]
+    (four, two), refused = measured(trace, rows, timing=TIMING, sections={})
+    assert not refused
+    tape = Tape(trace)
+    budget = trace.header.slots_bytes
+    scheduler = make_scheduler(
+        tape, "on-demand", budget_bytes=budget, options={"look_ahead": False}
+    )
+    assert four["rate"] == replay(tape, scheduler, budget_bytes=budget, timing=TIMING).rate
+    assert two["rate"] > four["rate"]
+    assert two["change"] == pytest.approx(np.expm1(0.02))
+    assert two["name"] == "2 bits, on-demand look_ahead=off"

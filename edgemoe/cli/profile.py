@@ -107,7 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--set", action="append", default=[], metavar="SCHEDULER.KEY=VALUE",
                              help="an option of a scheduler; may be repeated")
         command.add_argument("--model", metavar="MODEL",
-                             help="the .moe file, for schedulers with tables of their own in it")
+                             help="the .moe file, for schedulers with tables of their own in it"
+                             + (" and for the quality that it holds" if command is plot else ""))
         command.add_argument("--timing", metavar="TRACE", help="predict speeds from this one's times "
                              "instead of the trace's own")
     plot.add_argument("-o", "--output", required=True, metavar="FILE", help="the HTML file")
@@ -281,6 +282,10 @@ def _plot(args: argparse.Namespace) -> None:
          pictures.timeline(trace, timing=timing)),
         ("Where the time went", "The mean single token, layer by layer.", pictures.waits(waits["layers"])),
     ]  # fmt: skip
+    if settings := _measured(args, trace, timing):
+        figures.insert(1, ("Quality and speed", "Settings whose quality the model's file holds, with the memory of the "
+                           "trace: predicted speed, and the measured change of perplexity. The dashed line is 1%.",
+                           pictures.qualities(settings)))  # fmt: skip
     drawn = [(title, about, pictures.png(figure)) for title, about, figure in figures]
     words = [
         *tables.usage(used), tables.srp(local), tables.hit_rates(local), *tables.waits(waits),
@@ -316,6 +321,27 @@ def _studied(args: argparse.Namespace, trace: Trace) -> tuple[Timing | None, lis
     for name in sorted(further):
         note(f"# {name} looks further ahead than the trace does; --look-ahead records more")
     return timing, rows
+
+
+def _measured(
+    args: argparse.Namespace, trace: Trace, timing: Timing | None
+) -> list[dict[str, Any]]:
+    """Returns the speeds and losses of the settings that the model's file has measured, for a picture."""
+    from edgemoe.format import open_moe
+    from edgemoe.lab.choice import stored
+    from edgemoe.lab.study import measured
+
+    if args.model is None or timing is None:
+        return []
+    moe = open_moe(args.model)
+    if (report := stored(moe)) is None:
+        return []
+    dense = moe.dense_ladder[-1]
+    rows = [row for row in report["rows"] if row["dense_bits"] == dense]
+    found, refused = measured(trace, rows, timing=timing, sections=moe.sections)
+    for line in refused:
+        note(f"# not drawn: {line}")
+    return found
 
 
 def _settings_by_scheduler(texts: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from edgemoe.trace import Trace
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["budgets", "heat_maps", "png", "timeline", "waits"]
+__all__ = ["budgets", "heat_maps", "png", "qualities", "timeline", "waits"]
 
 _BEFORE, _COMPUTING, _WAITING, _READING = "#9aa5b1", "#2b6cb0", "#e05d44", "#3a9d5d"
 
@@ -65,6 +65,26 @@ def budgets(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes[1].set_ylim(bottom=0)
     for axis in axes:
         axis.grid(alpha=0.3)
+    return figure
+
+
+def qualities(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws what settings cost in perplexity against their predicted speed; bars are one standard error.
+
+    Args:
+        rows: as `edgemoe.lab.study.measured` returns them.
+    """
+    figure = _figure(11, 4.2)
+    axis = figure.subplots()
+    for r in rows:
+        axis.errorbar(
+            [r["rate"]], [100 * r["change"]], yerr=[100 * r["error"]], fmt="o", label=r["name"]
+        )
+    axis.axhline(1, color="grey", linestyle="--", linewidth=1)
+    axis.set_yscale("symlog", linthresh=1)
+    axis.set(xlabel="predicted tokens/s", ylabel="change of perplexity, %")
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from edgemoe.lab.oracles import ORACLES
 from edgemoe.lab.replay import Replay, Tape, make_scheduler, replay
 from edgemoe.lab.timing import Timing
+from edgemoe.quant import Allocation
 from edgemoe.scheduler import Scheduler
 from edgemoe.trace import Trace
 
-__all__ = ["Line", "lines", "study"]
+__all__ = ["Line", "lines", "measured", "study"]
 
 _BASELINES = ("lru", "lfu")
 
@@ -117,3 +119,62 @@ def study(
         )
     progress(total, total)
     return rows
+
+
+def measured(
+    trace: Trace,
+    qualities: Sequence[Mapping[str, Any]],
+    *,
+    timing: Timing,
+    sections: Mapping[str, bytes],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Replays settings whose quality was measured, with the trace's own memory.
+
+    Args:
+        qualities: rows that `edgemoe quality --store` keeps, all with the dense bits of the trace.
+        sections: of the model's file.
+
+    Returns:
+        Per setting its name, predicted rate, and the change of perplexity with its standard error, as shares; and why
+        others cannot be replayed, a line each.
+    """
+    header, tape = trace.header, Tape(trace)
+    out, refused = [], []
+    for row in qualities:
+        options = dict(row["options"])
+        name = " ".join([row["scheduler"], *(f"{k}={v}" for k, v in options.items())])
+        name = f"{row['bits']} bits{'' if name == 'on-demand' else f', {name}'}"
+        bits = row["bits"]
+        if bits == "auto":
+            options["bits"] = Allocation.from_json(sections["allocation"], "allocation").bits
+            bits = int(options["bits"].max())
+        if bits not in header.level_bits:
+            refused.append(f"{name}: the trace has {', '.join(map(str, header.level_bits))} bits")
+            continue
+        n = header.level_bits.index(bits) + 1
+        rungs = tuple(min(r, n) for r in header.rungs)
+        tape.header = replace(
+            header, bits=bits, level_bits=header.level_bits[:n], level_bytes=header.level_bytes[:n], rungs=rungs
+        )  # fmt: skip
+        # Computing an expert takes as long as reading its bytes from memory.
+        size = tape.header.mean_bytes[-1] / header.mean_bytes[-1]
+        try:
+            scheduler = make_scheduler(
+                tape, row["scheduler"], budget_bytes=header.slots_bytes, options=options, sections=sections
+            )  # fmt: skip
+            if any(line.startswith("a trace") for line in scheduler.notes):
+                raise ValueError("what it decides by is not in a trace")
+            r = replay(
+                tape, scheduler, budget_bytes=header.slots_bytes,
+                timing=replace(timing, expert_us=timing.expert_us * size),
+            )  # fmt: skip
+        except ValueError as error:
+            refused.append(f"{name}: {error}")
+            continue
+        is_reference = row["kl"] is None
+        out.append({
+            "name": name, "rate": r.rate,
+            "change": 0.0 if is_reference else math.expm1(row["loss_change"]),
+            "error": 0.0 if is_reference else row["loss_error"],
+        })  # fmt: skip
+    return out, refused
