@@ -183,6 +183,8 @@ def test_run_and_bench_pick_and_say_so(measured: Path, capsys) -> None:
     assert "; 2.0 bits;" in picked
     assert edgemoe_cli.main(["bench", str(measured), "-p", "0", "-n", "2", "-r", "1", *flags]) == 0
     assert ": --bits 2 --dense-bits 8, perplexity" in capsys.readouterr().err
+    assert run_cli.main((*argv, "--scheduler", "auto")) == 0  # it decides the rest
+    assert f"{flags[1]}: --bits 2 --dense-bits 8, perplexity" in capsys.readouterr().err
     assert run_cli.main((*argv[:-1], "0")) == 0
     picked = capsys.readouterr().err
     assert "--max-quality-loss 0: exact: the nearest that is cheaper, " in picked
@@ -205,7 +207,7 @@ def test_a_lossy_run_says_what_was_measured_of_it(measured: Path, capsys) -> Non
     [
         (("--bits", "4"), 2, "picks the settings itself; expected no --bits"),
         (("--set", "top_p=0.9"), 2, "picks the settings itself; expected no --set"),
-        (("--scheduler", "mc"), 2, "picks the settings itself; expected no --scheduler"),
+        (("--scheduler", "mc"), 2, "picks the settings itself; expected no --scheduler but auto"),
         (("--max-quality-loss", "2"), 2, "expected a share of perplexity like 0.01 or 1%, got '2'"),
         ((), 1, "edgemoe quality MODEL --store measures it"),
     ],

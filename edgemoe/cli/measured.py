@@ -17,7 +17,7 @@ __all__ = ["MAX_LOSS_HELP", "check", "cost", "pick", "share"]
 
 MAX_LOSS_HELP = (
     "take the fewest bits, or other settings, that `edgemoe quality --store` has measured to cost at most "
-    "this share of perplexity: 0.01 or 1%%"
+    "this share of perplexity: 0.01 or 1%%; with --scheduler auto, bits only"
 )
 
 _PICKED = ("bits", "allocation", "dense_bits", "experts", "scheduler", "set")
@@ -48,9 +48,11 @@ def check(args: Namespace) -> None:
     """
     share(args.max_quality_loss)
     for name in _PICKED:
-        if getattr(args, name, None) not in (None, {}, "on-demand"):
+        allowed = (None, {}, "on-demand", "auto") if name == "scheduler" else (None, {})
+        if getattr(args, name, None) not in allowed:
             raise ValueError(
                 f"--max-quality-loss: picks the settings itself; expected no --{name.replace('_', '-')}"
+                + (" but auto" if name == "scheduler" else "")
             )
 
 
@@ -68,7 +70,7 @@ def pick(args: Namespace, *, context: int | None) -> str:
     from edgemoe.engine import room_for_experts
     from edgemoe.errors import OutOfBudget
     from edgemoe.format import open_moe
-    from edgemoe.lab.choice import choose, stored
+    from edgemoe.lab.choice import choose, is_plain, stored
 
     limit = share(args.max_quality_loss)
     moe = open_moe(args.model)
@@ -90,10 +92,14 @@ def pick(args: Namespace, *, context: int | None) -> str:
             return 0  # the engine will say so, unless other settings fit
 
     caches = (args.cache_type_k, args.cache_type_v)
-    found = choose(moe, report["rows"], max_loss=limit, cache_types=caches, slots=slots)
+    rows = report["rows"]
+    if args.scheduler == "auto":  # it finds what is exact and pays; the bits are left to pick, one for all
+        rows = [row for row in rows if is_plain(row) and row["bits"] != "auto"]
+    found = choose(moe, rows, max_loss=limit, cache_types=caches, slots=slots)
     if found.row is not None:
         args.bits, args.dense_bits = found.row["bits"], found.row["dense_bits"]
-        args.scheduler, args.set = found.row["scheduler"], dict(found.row["options"])
+        if args.scheduler != "auto":
+            args.scheduler, args.set = found.row["scheduler"], dict(found.row["options"])
     return f"--max-quality-loss {args.max_quality_loss}: {_about(found, report)}"
 
 

@@ -20,7 +20,7 @@ from edgemoe.format import MoeFile
 from edgemoe.quant import Allocation
 from edgemoe.store import all_expert_bytes, dense_bytes, level_bytes
 
-__all__ = ["Choice", "allocation_sum", "choose", "find", "merged", "stored"]
+__all__ = ["Choice", "allocation_sum", "choose", "find", "is_plain", "merged", "stored"]
 
 Row = Mapping[str, Any]
 
@@ -116,7 +116,7 @@ def choose(
     """
     top = (moe.ladder[-1][0], moe.dense_ladder[-1])
     mine = [row for row in rows if row["cache_types"] == list(cache_types)]
-    at_top = (row for row in mine if _is_plain(row) and (row["bits"], row["dense_bits"]) == top)
+    at_top = (row for row in mine if is_plain(row) and (row["bits"], row["dense_bits"]) == top)
     base = next(filter(None, (_saving(moe, row) for row in at_top)), None)
     costs = []
     exact = (_reads(moe, top[0], slots(top[1])), _used(moe, *top), False)
@@ -124,14 +124,14 @@ def choose(
         if row["bits"] == "auto" and row["allocation"] != allocation_sum(moe):
             continue  # of another allocation
         share, room = 1.0, slots(row["dense_bits"])
-        if not _is_plain(row):
+        if not is_plain(row):
             saving = _saving(moe, row)
             # With fewer slots than were measured more is missing, and what is done about a miss costs more.
             if not saving or not base or room < row["slots_bytes"]:
                 continue
             share = saving / base
         cost = share * _reads(moe, row["bits"], room)
-        costs.append(((cost, _used(moe, row["bits"], row["dense_bits"]), not _is_plain(row)), row))
+        costs.append(((cost, _used(moe, row["bits"], row["dense_bits"]), not is_plain(row)), row))
     cheaper = sorted((pair for pair in costs if pair[0] < exact), key=lambda pair: pair[0])
     for _, row in cheaper:
         if _bound(row) <= math.log1p(max_loss):
@@ -140,7 +140,8 @@ def choose(
     return Choice(row=None, nearest=nearest)
 
 
-def _is_plain(row: Row) -> bool:
+def is_plain(row: Row) -> bool:
+    """Says whether nothing but bits was chosen."""
     return row["scheduler"] == "on-demand" and not row["options"]
 
 
