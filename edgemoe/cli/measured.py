@@ -48,8 +48,8 @@ def check(args: Namespace) -> None:
     """
     share(args.max_quality_loss)
     for name in _PICKED:
-        allowed = (None, {}, "on-demand", "auto") if name == "scheduler" else (None, {})
-        if getattr(args, name, None) not in allowed:
+        given = getattr(args, name, None)
+        if given not in (None, {}, "on-demand") and (name, given) != ("scheduler", "auto"):
             raise ValueError(
                 f"--max-quality-loss: picks the settings itself; expected no --{name.replace('_', '-')}"
                 + (" but auto" if name == "scheduler" else "")
