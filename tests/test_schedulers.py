@@ -27,6 +27,7 @@ from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.plans import keep_slots, plan_slots, slot_bits
 from edgemoe.scheduler.predict import NextUse, Transitions
 from edgemoe.scheduler.trial import Trial
+from edgemoe.store import ExpertStore
 
 LEVELS = (2, 3, 4, 6, 8)
 LOSSY = {"hobbit", "d2moe", "mc"}
@@ -606,6 +607,39 @@ def test_next_use_evicts_what_is_expected_last():
     assert (p[:, 0] > p[:, 1]).all()
     assert (p[:, 1] >= p[:, 2]).all()
     assert p[0, 0] > p[1, 0]  # equally sure, and its layer runs sooner
+
+
+def test_d2moe_knows_what_is_resident_without_counting_all_of_it():
+    L, E, K = 6, 16, 4
+    s = setting(layers=L, experts=E, top_k=K, slots=L * E // 3)
+    d = SCHEDULERS["d2moe"](s)
+    store = ExpertStore.dry(
+        num_layers=L, num_experts=E, level_bits=s.level_bits, level_bytes=s.level_bytes, budget_bytes=s.slots_bytes,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    sizes = np.array([0, *s.level_bytes])
+    drops = 0
+    for _ in range(40):
+        for layer in range(L):
+            plan = d.plan(random_routing(rng, layer, 1, E, K, 0), store.residency)
+            used = int(sizes[store.residency].sum())
+            if plan.drop is not None:  # no sooner than memory is full, and no more than a level too much
+                drops += 1
+                levels = store.residency.reshape(-1)[plan.drop]
+                kept = np.searchsorted(s.level_bits, plan.drop_bits, side="right")
+                freed = int((sizes[levels] - sizes[kept]).sum())
+                need = sum(
+                    max(0, int(sizes[np.searchsorted(s.level_bits, b) + 1] - sizes[store.residency[layer][e]]))
+                    for e, b in zip(plan.experts, plan.bits, strict=True)
+                )  # fmt: skip
+                assert used + need > s.slots_bytes
+                one_less = np.minimum(levels, kept + 1)
+                assert freed - int((sizes[one_less] - sizes[kept]).sum()) < used + need - s.slots_bytes
+            store.request(plan)
+            for _ in store.ready_groups():
+                pass
+        d.passed(1, 0.1)
+    assert drops > 20
 
 
 def test_expertflow_keeps_the_predicted_path_and_drops_what_it_missed():

@@ -165,13 +165,16 @@ class D2moe(Scheduler):
                 need += sizes[w] - sizes[h]
         counts = self._count(before, residency)
         self._count(layer, residency)
-        missing = need + sum(self._layer_bytes) - self._slots_bytes
+        # What the cache itself has dropped elsewhere is noted when that layer runs; there is never more than fits.
+        missing = need + min(sum(self._layer_bytes), self._slots_bytes) - self._slots_bytes
         if need == 0 or missing <= 0 or before == layer:
             return plan
         above, level = 0, len(sizes) - 1  # experts of the layer before at more than `level`, and it
         while missing > 0 and level > 0:
             above += counts[level]
-            missing -= above * (sizes[level] - sizes[level - 1])
+            freed = above * (sizes[level] - sizes[level - 1])
+            missing -= freed
+            self._layer_bytes[before] -= freed
             level -= 1
         if not above:
             return plan
