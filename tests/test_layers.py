@@ -10,7 +10,7 @@ import edgemoe
 ROOT = Path(__file__).parent.parent / "edgemoe"
 ROWS = [
     {"errors", "plan", "config"},
-    {"ops", "tap", "store", "format", "writer", "verify", "hardware", "quant", "floats"},
+    {"ops", "tap", "store", "format", "writer", "verify", "hardware", "quant", "floats", "tensors"},
     {"scheduler", "model", "tokenizer", "sampler", "stream", "template"},
     {"experts"},
     {"engine", "budget", "profile", "trace"},

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
+from safetensors.numpy import save
 
 from edgemoe.errors import FormatError
+from edgemoe.tensors import is_finite, view
 
 __all__ = ["BitRouters"]
 
@@ -64,7 +64,7 @@ class BitRouters:
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> BitRouters:
-        """Reads the form as bytes.
+        """Reads the form as bytes, which it keeps.
 
         Args:
             where: what errors call it.
@@ -73,9 +73,7 @@ class BitRouters:
             FormatError: these are no such routers, or they do not agree with themselves.
         """
         try:
-            tensors = load(content)
-            length = int.from_bytes(content[:8], "little")
-            meta = json.loads(content[8 : 8 + length])["__metadata__"]
+            tensors, meta = view(content)
             if meta["edgemoe_bit_routers"] != _VERSION:
                 raise FormatError(
                     f"{where}: bit routers of version {meta['edgemoe_bit_routers']!r}; expected {_VERSION}"
@@ -83,21 +81,14 @@ class BitRouters:
             levels = tuple(map(int, meta["levels"].split()))
             weight, *rest = own = [tensors[name] for name in ("weight", "gate_weight", "bias")]
             is_sound = (
-                all(a.dtype == np.float32 and np.isfinite(a).all() for a in own)
+                all(a.dtype == np.float32 and is_finite(a) for a in own)
                 and weight.ndim == 4 and all(a.shape == weight.shape[:3] for a in rest)
-                and len(levels) == weight.shape[2] and list(levels) == sorted(set(levels))
+                and 0 < len(levels) == weight.shape[2] and list(levels) == sorted(set(levels))
             )  # fmt: skip
             if not is_sound:
                 raise ValueError
             settings = dict(json.loads(meta["settings"]))
-        except (
-            SafetensorError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-        ) as e:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             if isinstance(e, FormatError):
                 raise
             raise FormatError(f"{where}: not bit routers of edgemoe") from None

@@ -22,13 +22,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import load
 
 from edgemoe.errors import FormatError
 from edgemoe.plan import Routing
 from edgemoe.scheduler.base import Setting
 from edgemoe.scheduler.predict import Logistic, NextUse
+from edgemoe.tensors import is_finite, view
 
 __all__ = ["SECTION", "PathPredictor", "PathUse", "hashed"]
 
@@ -68,15 +67,15 @@ class PathPredictor:
 
     @classmethod
     def from_section(cls, content: bytes, num_layers: int, num_experts: int) -> PathPredictor:
-        """Reads one.
+        """Reads one, which keeps `content`.
 
         Raises:
             FormatError: damaged, or of another model.
         """
         try:
-            t = load(content)
+            t, _ = view(content)
             V, d = t["embedding"].shape
-        except (SafetensorError, KeyError, ValueError):
+        except (KeyError, ValueError):
             raise FormatError(f"section {SECTION}: not a path predictor of edgemoe") from None
         n = num_layers * num_experts
         shapes = {
@@ -89,10 +88,12 @@ class PathPredictor:
                 raise FormatError(
                     f"section {SECTION}: expected {name} to be {list(shape)}; train it again for this model"
                 )
-            if not np.isfinite(t[name]).all():
+            if not is_finite(t[name]):
                 raise FormatError(f"section {SECTION}: {name} has values that are no numbers")
-        if V & (V - 1) or V < 2:
-            raise FormatError(f"section {SECTION}: expected a power of two of rows, got {V}")
+        if V & (V - 1) or V < 2 or d < 1:
+            raise FormatError(
+                f"section {SECTION}: expected a power of two of rows and some width, got {V} and {d}"
+            )
         return cls(t, num_layers, num_experts)
 
     def begin(self) -> None:

@@ -1,0 +1,51 @@
+"""Reads safetensors that lie in memory, such as a file's section, in place: the library's own `load` copies all of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["is_finite", "view"]
+
+_TYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
+
+
+def view(content: bytes) -> tuple[dict[str, NDArray[np.floating]], Mapping[str, str]]:
+    """Returns the float16 and float32 tensors by name, read-only views that keep `content` alive, and the metadata.
+
+    Raises:
+        ValueError: not safetensors.
+    """
+    try:
+        start = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:start])
+        meta = header.pop("__metadata__", {})
+        tensors = {}
+        for name, entry in header.items():
+            if entry["dtype"] not in _TYPES:
+                continue
+            shape, kind = tuple(map(int, entry["shape"])), _TYPES[entry["dtype"]]
+            first, end = map(int, entry["data_offsets"])
+            is_sound = (
+                min(shape, default=0) >= 0 and 0 <= first <= end <= len(content) - start
+                and math.prod(shape) * kind.itemsize == end - first
+            )  # fmt: skip
+            if not is_sound:
+                raise ValueError
+            tensor: NDArray[np.floating] = np.ndarray(shape, kind, content, start + first)
+            tensors[name] = tensor if tensor.flags.aligned else tensor.copy()
+        if not isinstance(meta, dict):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+        raise ValueError("not safetensors") from None
+    return tensors, meta
+
+
+def is_finite(tensor: NDArray[np.floating]) -> bool:
+    """Says whether all values are numbers, without memory of its own: the least and the largest are."""
+    return bool(tensor.size == 0 or (np.isfinite(tensor.min()) and np.isfinite(tensor.max())))
