@@ -498,7 +498,7 @@ def test_commands(small, alloc, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "line", "used"),
     [
-        ((), "# experts of 3.31 bits on average, 2 to 6\n", None),
+        ((), "# the file's experts: 3.31 bits on average, 2 to 6\n", None),
         (("--bits", "2"), "# lossy: experts at 2 of the file's 3.31 bits\n", "; 2.0 bits;"),
     ],
 )
@@ -557,3 +557,12 @@ def test_bits_of_w_down_climb(tmp_path, down):
     with pytest.raises(ValueError, match="down bits: expected 5 that climb to at most 8"):
         convert(tiny_checkpoint(), tmp_path / "x.moe", down_bits=down)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dense_bits_may_be_what_no_level_of_the_experts_has(small, capsys):
+    argv = ["quality", str(small), "--chunk", "32", "--chunks", "2", "--bits", "2", "--dense-bits"]
+    sizes = []
+    for bits in ("2", "6", "8"):
+        assert main([*argv, bits]) == 0
+        sizes.append(float(capsys.readouterr().out.splitlines()[2].split("|")[4]))
+    assert sizes == sorted(set(sizes))

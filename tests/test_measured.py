@@ -16,7 +16,7 @@ from edgemoe.cli import run as run_cli
 from edgemoe.cli.measured import share
 from edgemoe.cli.table import change
 from edgemoe.format import open_moe
-from edgemoe.lab.choice import allocation_sum, choose, merged, stored
+from edgemoe.lab.choice import choose, find, merged, sections_sum, stored
 from edgemoe.quant import Allocation
 from edgemoe.store import expert_bytes
 from edgemoe.writer import add_sections
@@ -26,7 +26,7 @@ def row(bits, loss, error=0.0, *, dense=8, scheduler="on-demand", read=None, slo
     return {
         "scheduler": scheduler, "options": options, "bits": bits, "dense_bits": dense,
         "cache_types": ["f16", "f16"], "kl": loss, "loss_change": loss, "loss_error": error,
-        "read_per_token": read, "slots_bytes": slots, "allocation": None,
+        "read_per_token": read, "slots_bytes": slots, "sections": None,
     }  # fmt: skip
 
 
@@ -77,11 +77,56 @@ def test_rows_that_do_not_apply_are_left_out(tiny_moe, tmp_path) -> None:
 
     add_sections(path, {"allocation": allocation(3)})
     assert pick() is None  # measured with another allocation
-    rows[0]["allocation"] = allocation_sum(open_moe(path))
+    plain = {"scheduler": "on-demand", "options": {}}
+    rows[0]["sections"] = sections_sum(open_moe(path), bits="auto", **plain)
     assert pick() == ("auto", 8, "on-demand")
     assert pick(("q8_0", "f16")) == (2, 8, "on-demand")
     add_sections(path, {"allocation": allocation(8)})
     assert pick() is None
+
+
+@pytest.mark.parametrize("name", ["allocation", "bit-routers", "paths"])
+def test_a_row_of_what_a_section_decided_goes_with_it(tiny_moe, tmp_path, name) -> None:
+    path = Path(shutil.copy(tiny_moe, tmp_path / "x.moe"))
+    how = {"scheduler": "d2moe", "options": {"frees": "off"}, "bits": 8}
+
+    def mine():
+        moe = open_moe(path)
+        rows = [row(8, 0.0, read=2.0), row(8, 0.001, scheduler="d2moe", read=1.0, frees="off")]
+        rows[1]["sections"] = found
+        choice = choose(
+            moe, rows, max_loss=0.01, cache_types=("f16", "f16"), slots=lambda _: 0
+        )
+        return choice.row, find(moe, rows, **how, dense_bits=8, cache_types=("f16", "f16"))
+
+    found = None
+    assert all(mine())
+    add_sections(path, {name: b"trained"})
+    assert mine() == (None, None)  # it was measured without
+    found = sections_sum(open_moe(path), **how)
+    assert all(mine())
+    add_sections(path, {name: b"trained again"})
+    assert mine() == (None, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"bits": [4]}, {"bits": math.inf}, {"options": 3}, {"loss_change": None}, {"slots_bytes": {}},
+        {"loss_error": math.nan}, {"cache_types": 2}, {"dense_bits": "8"}, {"loss_change": 1e9},
+        {"read_per_token": "much"}, {"scheduler": None}, {"bits": 10**400},
+    ],
+)  # fmt: skip
+def test_a_damaged_report_is_none(tiny_moe, tmp_path, change) -> None:
+    path = Path(shutil.copy(tiny_moe, tmp_path / "x.moe"))
+    report = {"measured_on": "text: x", "tokens": "0", "reference": [8, 8], "rows": [row(4, 0.1)]}
+    add_sections(path, {"quality": json.dumps(report).encode()})
+    assert stored(open_moe(path)) == report
+    report["rows"].append({**row(2, 0.1), **change})
+    for content in (json.dumps(report), "[" * 100_000, json.dumps({**report, "measured_on": 1})):
+        add_sections(path, {"quality": content.encode()})
+        assert stored(open_moe(path)) is None
+        assert edgemoe_cli.main(["inspect", str(path)]) == 0
 
 
 def allocation(bits: int) -> bytes:
@@ -196,7 +241,9 @@ def test_a_lossy_run_says_what_was_measured_of_it(measured: Path, capsys) -> Non
     rows = stored(open_moe(measured))["rows"]
     for flags, number in ((("--bits", "4"), 2), (("--set", "miss-bits=2"), 6)):
         assert run_cli.main((*argv, *flags)) == 0
-        assert f"# measured: perplexity {change(rows[number])} on the " in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert f"# measured: perplexity {change(rows[number])} on the " in said
+        assert (", with 0 MiB for experts\n" in said) == (flags[0] == "--set")
     for flags in ((), ("--bits", "4", "-ctk", "q8_0"), ("--bits", "4", "--experts", "1")):
         assert run_cli.main((*argv, *flags)) == 0
         assert "measured" not in capsys.readouterr().err
@@ -223,3 +270,20 @@ def test_what_cannot_be_picked_is_one_line(tiny_moe, capsys, argv, code, message
     err = capsys.readouterr().err
     assert message.replace("MODEL", str(tiny_moe)) in err
     assert err.strip().count("\n") == 0
+
+
+def test_bits_of_each_expert_are_no_option(tiny_moe, capsys, tmp_path) -> None:
+    (tmp_path / "x.toml").write_text("bits = 4")
+    for given in ("bits=4", f"@{tmp_path / 'x.toml'}"):
+        assert run_cli.main((str(tiny_moe), "-p", "Hi", "--set", given)) == 1
+        assert "option bits: there is no such; expected one of: look_ahead" in capsys.readouterr().err
+
+
+def test_options_of_settings_are_of_every_trial(tiny_moe, capsys) -> None:
+    argv = ("quality", str(tiny_moe), "--chunk", "32", "--chunks", "2")
+    assert edgemoe_cli.main((*argv, "--bits", "2", "4", "--set", "dense_bits=3")) == 0
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split("|")[2:4] for line in lines] == [[" 4 ", " 3 "], [" 2 ", " 3 "]]
+    for name in ("bits", "dense_bits"):
+        assert edgemoe_cli.main((*argv, "--run", "on-demand", f"{name}=x")) == 1
+        assert f"{name}: expected a whole number, got 'x'" in capsys.readouterr().err

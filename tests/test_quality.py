@@ -218,9 +218,9 @@ def test_sizes_are_those_of_the_file(tiny_moe: Path) -> None:
     for level in sizes:
         # Half a bit is scales, and 16 bits a row; the rest is padding: 96 and 48 columns are stored as 128 and 64.
         assert level.bits + 0.5 < level.bits_per_weight < (level.bits + 0.5 + 16 / 48) * 1.4
-        same = bits_per_weight(sizes, level.bits, level.dense_bits)
+        same = bits_per_weight(moe, level.bits, level.dense_bits)
         assert same == pytest.approx(level.bits_per_weight)
-    between = bits_per_weight(sizes, 2.5, 2)
+    between = bits_per_weight(moe, 2.5, 2)
     assert sizes[0].bits_per_weight < between < sizes[1].bits_per_weight
 
 

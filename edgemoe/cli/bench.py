@@ -54,6 +54,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.max_quality_loss is not None:
         check(args)
         note(f"# {pick(args, context=context)}")
+    known = None if args.max_quality_loss is not None else cost(args)
     levels = None if args.bits == "auto" else args.bits
     best = roof(args.model, bits=levels, threads=args.threads, ram=args.ram)
     with edgemoe.load(
@@ -65,7 +66,7 @@ def _run(args: argparse.Namespace) -> None:
     ) as engine:  # fmt: skip
         for line in engine.notes:
             note(f"# {line}")
-        if engine.notes and args.max_quality_loss is None and (known := cost(args)):
+        if engine.notes and known:
             note(f"# {known}")
         results = []
         if not args.json:

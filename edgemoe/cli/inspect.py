@@ -120,7 +120,7 @@ def _quality(stored: dict[str, Any]) -> Iterator[str]:
     try:
         lines = [quality_line(row) for row in stored["rows"]]
         yield f"quality, measured on {stored['measured_on']}"
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         yield "quality: stored by another version; --json shows it"
         return
     yield QUALITY_HEAD

@@ -106,6 +106,8 @@ def pick(args: Namespace, *, context: int | None) -> str:
 def cost(args: Namespace) -> str | None:
     """Returns a line about what was measured of the settings in the arguments, None if nothing was.
 
+    To be called before the engine is loaded: the file's sections are read, for which the budget then has no room.
+
     Args:
         args: with model, bits, dense_bits, allocation, experts, scheduler, set, cache_type_k and _v.
 
@@ -113,8 +115,12 @@ def cost(args: Namespace) -> str | None:
         FormatError: the file is not a sound `.moe` file.
     """
     from edgemoe.format import open_moe
-    from edgemoe.lab.choice import find, stored
+    from edgemoe.lab.choice import find, is_plain, stored
 
+    caches = (args.cache_type_k, args.cache_type_v)
+    is_exact = (args.bits, args.dense_bits, args.scheduler) == (None, None, "on-demand")
+    if is_exact and not args.set and caches == ("f16", "f16"):
+        return None
     moe = open_moe(args.model)
     report = stored(moe)
     top = [moe.ladder[-1][0], moe.dense_ladder[-1]]
@@ -124,9 +130,12 @@ def cost(args: Namespace) -> str | None:
         return None
     row = find(
         moe, report["rows"], bits=args.bits or top[0], dense_bits=args.dense_bits or top[1],
-        scheduler=args.scheduler, options=args.set, cache_types=(args.cache_type_k, args.cache_type_v),
+        scheduler=args.scheduler, options=args.set, cache_types=caches,
     )  # fmt: skip
-    return None if row is None else f"measured: perplexity {_loss(row)} {_where(report)}"
+    if row is None:
+        return None
+    room = "" if is_plain(row) else f", with {row['slots_bytes'] / 2**20:.0f} MiB for experts"
+    return f"measured: perplexity {_loss(row)} {_where(report)}{room}"
 
 
 def _where(report: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +19,7 @@ from edgemoe.cli.progress import Progress
 from edgemoe.cli.reference import CHUNK, EXACT, reference
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
+from edgemoe.cli.values import bits_or_auto
 
 if TYPE_CHECKING:
     from edgemoe.format import MoeFile
@@ -90,9 +91,8 @@ def _run(args: argparse.Namespace) -> None:
                     quality = measure(
                         args.model, trial, sample, reference=log_probs, progress=progress
                     )
-            size = bits_per_weight(
-                sizes, _average_bits(moe, sizes, trial, quality), trial.dense_bits
-            )
+            average = _average_bits(moe, sizes, trial, quality)
+            size = bits_per_weight(moe, average, trial.dense_bits)
             rows.append(_row(trial, size, quality, moe))
             print(quality_line(rows[-1]), flush=True)
     note(f"# {about}; {sample.positions} positions")
@@ -146,8 +146,11 @@ def _bits(args: argparse.Namespace, moe: MoeFile) -> list[int | Literal["auto"]]
     return [*sorted(levels, reverse=True), *(["auto"] if "auto" in given else [])]
 
 
-def _level_or_auto(text: str) -> int | Literal["auto"]:
-    return "auto" if text == "auto" else int(text)
+def _whole(name: str, value: object) -> int:
+    try:
+        return int(str(value))
+    except ValueError:
+        raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
 
 
 def _trials(args: argparse.Namespace, moe: MoeFile) -> list[Trial]:
@@ -160,8 +163,10 @@ def _trials(args: argparse.Namespace, moe: MoeFile) -> list[Trial]:
     ]
     for scheduler, *texts in args.run or []:
         own = read_settings(texts)
+        wanted: list[int | Literal["auto"]]
         if "bits" in own:
-            wanted = [_level_or_auto(str(own.pop("bits")))]
+            bits = own.pop("bits")
+            wanted = ["auto" if bits == "auto" else _whole("bits", bits)]
         else:
             wanted = _bits(args, moe) if args.bits else [moe.ladder[-1][0]]
         trials += [_trial(args, moe, scheduler, bits, {**shared, **own}) for bits in wanted]
@@ -173,7 +178,7 @@ def _trial(
     moe: MoeFile,
     scheduler: str,
     bits: int | Literal["auto"],
-    options: dict[str, Any],
+    options: Mapping[str, Any],
 ) -> Trial:
     from edgemoe.lab.levels import dense_bits_at
     from edgemoe.lab.quality import Trial
@@ -181,13 +186,14 @@ def _trial(
 
     if scheduler not in SCHEDULERS:
         raise ValueError(f"--scheduler: expected one of {', '.join(SCHEDULERS)}, got {scheduler}")
+    options = dict(options)  # of one trial, where several share what --set says
     given = options.pop("dense_bits", args.dense_bits)
     differ = (moe.experts.rungs != len(moe.ladder)).any()
     if bits == "auto" and "allocation" not in moe.sections and not differ:
         raise ValueError(f"--bits auto: {moe.path} holds no allocation; edgemoe allocate makes one")
     dense = dense_bits_at(moe, None if bits == "auto" else bits)
     if given is not None:
-        dense = int(given)
+        dense = _whole("dense_bits", given)
         moe.dense_level(dense)
     return Trial(
         bits=bits, dense_bits=dense, scheduler=scheduler, options=options,
@@ -209,12 +215,15 @@ def _average_bits(moe: MoeFile, sizes: list[Level], trial: Trial, quality: Quali
 
 
 def _row(trial: Trial, size: float, quality: Quality, moe: MoeFile) -> dict[str, Any]:
-    from edgemoe.lab.choice import allocation_sum
+    from edgemoe.lab.choice import sections_sum
 
+    options = dict(trial.options)
     return {
         "scheduler": trial.scheduler,
-        "options": dict(trial.options),
-        "allocation": allocation_sum(moe) if trial.bits == "auto" else None,
+        "options": options,
+        "sections": sections_sum(
+            moe, bits=trial.bits, scheduler=trial.scheduler, options=options
+        ),
         "bits": trial.bits,
         "dense_bits": trial.dense_bits,
         "cache_types": [trial.cache_type_k, trial.cache_type_v],
@@ -233,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-f", "--text", type=Path, metavar="FILE",
                         help="text to predict (default: 64 KB of Moby-Dick and speeches)")  # fmt: skip
     parser.add_argument("--reference", metavar="SOURCE", help="what to compare with; see below")
-    parser.add_argument("--bits", type=_level_or_auto, nargs="+", metavar="N",
+    parser.add_argument("--bits", type=bits_or_auto, nargs="+", metavar="N",
                         help="levels to measure, or auto, the file's allocation (default: all levels)")  # fmt: skip
     parser.add_argument("--dense-bits", type=int, metavar="N",
                         help="of all that is no expert (default: as --bits)")  # fmt: skip

@@ -92,6 +92,7 @@ def _run(args: Namespace) -> int:
         _describe_machine()
     if args.max_quality_loss is not None:
         note(f"# {pick(args, context=args.ctx_size or None)}")
+    known = None if args.max_quality_loss is not None else cost(args)
     with _load(args) as engine:
         from edgemoe.chat import Chat
 
@@ -102,8 +103,8 @@ def _run(args: Namespace) -> int:
             not any(line.startswith("lossy: experts") for line in engine.notes)
             and bits.min() < bits.max()
         ):
-            note(f"# experts of {bits.mean():.2f} bits on average, {bits.min()} to {bits.max()}")
-        if engine.notes and args.max_quality_loss is None and (known := cost(args)):
+            note(f"# the file's experts: {bits.mean():.2f} bits on average, {bits.min()} to {bits.max()}")
+        if engine.notes and known:
             note(f"# {known}")
         if args.warm:
             _warm(engine, args.profile)

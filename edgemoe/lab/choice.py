@@ -20,12 +20,15 @@ from edgemoe.format import MoeFile
 from edgemoe.quant import Allocation
 from edgemoe.store import all_expert_bytes, dense_bytes, level_bytes
 
-__all__ = ["Choice", "allocation_sum", "choose", "find", "is_plain", "merged", "stored"]
+__all__ = ["Choice", "choose", "find", "is_plain", "merged", "sections_sum", "stored"]
 
 Row = Mapping[str, Any]
 
 _SURE = 1.645
 """Standard errors above the mean: with that many the true loss lies below in 19 of 20 measurements."""
+
+_DECIDING = ("allocation", "bit-routers", "paths")
+"""Sections that `edgemoe` adds later, by which schedulers decide."""
 
 _KEY = ("scheduler", "options", "bits", "dense_bits", "cache_types")
 
@@ -44,12 +47,31 @@ def stored(moe: MoeFile) -> Mapping[str, Any] | None:
     """Returns what `edgemoe quality --store` has kept; None for nothing, or nothing of this version."""
     try:
         report = json.loads(moe.sections["quality"])
-        for row in report["rows"]:
-            for name in (*_KEY, "kl", "loss_change", "loss_error", "read_per_token", "slots_bytes"):
-                row[name]
-        return {name: report[name] for name in ("measured_on", "tokens", "reference", "rows")}
-    except (KeyError, TypeError, ValueError):
+        rows = report["rows"]
+        is_sound = isinstance(report["measured_on"], str) and all(_is_row(row) for row in rows)
+        found = {name: report[name] for name in ("measured_on", "tokens", "reference", "rows")}
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
         return None
+    return found if is_sound else None
+
+
+def _is_row(row: Any) -> bool:
+    """Says whether a row has the types that are computed with.
+
+    Raises:
+        KeyError, TypeError: it has other fields.
+    """
+    change = () if row["kl"] is None else (row["loss_change"], row["loss_error"])
+    maybe = (row["bits"] if row["bits"] != "auto" else None, row["read_per_token"])
+    numbers = [row["dense_bits"], row["slots_bytes"], *change, *(n for n in maybe if n is not None)]
+    return (
+        all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+        and all(n < 100 for n in change)  # beyond, what perplexity becomes is not finite
+        and isinstance(row["scheduler"], str)
+        and isinstance(row["options"], dict)
+        and len(row["cache_types"]) == 2
+        and "sections" in row
+    )
 
 
 def merged(old: bytes | None, report: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,7 +82,7 @@ def merged(old: bytes | None, report: Mapping[str, Any]) -> dict[str, Any]:
             return dict(report)
         new = [_key(row) for row in report["rows"]]
         kept = [row for row in before["rows"] if _key(row) not in new]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return dict(report)
     return {**report, "rows": [*kept, *report["rows"]]}
 
@@ -69,10 +91,28 @@ def _key(row: Row) -> list[Any]:
     return [row["read_per_token"] is None, *(row[name] for name in _KEY)]
 
 
-def allocation_sum(moe: MoeFile) -> str | None:
-    """Returns the sum of a file's allocation, by which rows of --bits auto are known to be of it."""
-    section = moe.sections.get("allocation")
-    return None if section is None else f"{zlib.crc32(section):08x}"
+def sections_sum(
+    moe: MoeFile, *, bits: int | str, scheduler: str, options: Mapping[str, Any]
+) -> str | None:
+    """Returns a sum of what of a file decides beside settings: a row is of them only while that is the same.
+
+    A level alone rests on weights only, which never change in a file. None where there is nothing.
+    """
+    names: tuple[str, ...] = ()
+    if scheduler != "on-demand" or options:
+        names = _DECIDING
+    elif bits == "auto":
+        names = ("allocation",)
+    sums = [(name, zlib.crc32(moe.sections[name])) for name in names if name in moe.sections]
+    return f"{zlib.crc32(repr(sums).encode()):08x}" if sums else None
+
+
+def _applies(moe: MoeFile, row: Row) -> bool:
+    """Says whether a row was measured with what the file holds now."""
+    now = sections_sum(
+        moe, bits=row["bits"], scheduler=row["scheduler"], options=row["options"]
+    )
+    return bool(row["sections"] == now)
 
 
 def find(
@@ -92,7 +132,7 @@ def find(
             [row["bits"], row["dense_bits"], row["scheduler"]] == [bits, dense_bits, scheduler]
             and {name: str(value) for name, value in row["options"].items()} == texts
             and row["cache_types"] == list(cache_types)
-            and (bits != "auto" or row["allocation"] == allocation_sum(moe))
+            and _applies(moe, row)
         ):
             return row
     return None
@@ -121,8 +161,8 @@ def choose(
     costs = []
     exact = (_reads(moe, top[0], slots(top[1])), _used(moe, *top), False)
     for row in mine:
-        if row["bits"] == "auto" and row["allocation"] != allocation_sum(moe):
-            continue  # of another allocation
+        if not _applies(moe, row):
+            continue
         share, room = 1.0, slots(row["dense_bits"])
         if not is_plain(row):
             saving = _saving(moe, row)
@@ -141,7 +181,7 @@ def choose(
 
 
 def is_plain(row: Row) -> bool:
-    """Says whether nothing but bits was chosen."""
+    """Says whether a row is of a level alone, so that what it costs does not depend on memory."""
     return row["scheduler"] == "on-demand" and not row["options"]
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from edgemoe.format import MoeFile
+from edgemoe.format import MoeFile, Tensor
 
 __all__ = ["Level", "bits_per_weight", "dense_bits_at", "levels"]
 
@@ -52,8 +51,7 @@ def dense_bits_at(moe: MoeFile, bits: int | None) -> int:
 def levels(moe: MoeFile) -> list[Level]:
     """Returns a file's levels, ascending."""
     config, count = moe.config, len(moe.experts.offsets)
-    nested = [t for t in moe.tensors.values() if t.spec.kind == "nested"]
-    dense_weights = sum(int(np.prod(t.spec.shape)) for t in nested)
+    dense_weights = sum(int(np.prod(t.spec.shape)) for t in _dense(moe))
     out = []
     for rung, ladder in enumerate(moe.ladder):
         dense_rung = moe.dense_ladder.index(dense_bits_at(moe, ladder[0]))
@@ -64,7 +62,7 @@ def levels(moe: MoeFile) -> list[Level]:
                 average_bits=float(np.minimum(moe.expert_bits, ladder[0]).mean()),
                 dense_bits=moe.dense_ladder[dense_rung],
                 expert_bytes=int(moe.experts.sizes(rung + 1).sum()),
-                dense_bytes=sum(sum(t.lengths[: dense_rung + 1]) for t in nested),
+                dense_bytes=_dense_bytes(moe, dense_rung + 1),
                 expert_weights=count * 3 * config.hidden_size * config.expert_hidden,
                 dense_weights=dense_weights,
             )
@@ -72,17 +70,27 @@ def levels(moe: MoeFile) -> list[Level]:
     return out
 
 
-def bits_per_weight(all_levels: Sequence[Level], average_bits: float, dense_bits: int) -> float:
+def bits_per_weight(moe: MoeFile, average_bits: float, dense_bits: int) -> float:
     """Returns bits per weight over all matrices where experts have `average_bits`, between levels by interpolation.
 
     Args:
-        dense_bits: of one of the levels.
+        dense_bits: one of the dense ladder, which may have more levels than the experts'.
     """
-    dense = next(level for level in all_levels if level.dense_bits == dense_bits)
+    all_levels = levels(moe)
     experts = np.interp(
         average_bits,
         [level.average_bits for level in all_levels],
         [8 * level.expert_bytes / level.expert_weights for level in all_levels],
     )
-    total = dense.expert_weights + dense.dense_weights
-    return (float(experts) * dense.expert_weights + 8 * dense.dense_bytes) / total
+    last = all_levels[-1]
+    dense = 8 * _dense_bytes(moe, moe.dense_level(dense_bits))
+    return (float(experts) * last.expert_weights + dense) / (last.expert_weights + last.dense_weights)
+
+
+def _dense_bytes(moe: MoeFile, level: int) -> int:
+    """Returns the bytes of all matrices but the routed experts'."""
+    return sum(sum(t.lengths[:level]) for t in _dense(moe))
+
+
+def _dense(moe: MoeFile) -> list[Tensor]:
+    return [t for t in moe.tensors.values() if t.spec.kind == "nested"]

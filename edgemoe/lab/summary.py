@@ -80,5 +80,5 @@ def groups(moe: MoeFile) -> list[tuple[str, str, tuple[int, ...], int, int]]:
 def _json(data: bytes) -> Any:
     try:
         return json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None

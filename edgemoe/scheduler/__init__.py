@@ -7,6 +7,8 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from edgemoe.scheduler.auto import Auto
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.combined import Combined, Dropping
@@ -41,8 +43,8 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
     shared = {
         f.name for c in SHARED for f in fields(c)
     } - own  # a scheduler's own option goes first
-    if kind is OnDemand:
-        own.add("bits")
+    if kind is OnDemand and isinstance(options.get("bits"), np.ndarray):
+        own.add("bits")  # the engine's; no option of users
     for name in options:
         if name not in own | shared:
             listed = ", ".join([*(f.name for f in fields(kind.Options)), *sorted(shared)])
