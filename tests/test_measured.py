@@ -287,3 +287,14 @@ def test_options_of_settings_are_of_every_trial(tiny_moe, capsys) -> None:
     for name in ("bits", "dense_bits"):
         assert edgemoe_cli.main((*argv, "--run", "on-demand", f"{name}=x")) == 1
         assert f"{name}: expected a whole number, got 'x'" in capsys.readouterr().err
+
+
+def test_rows_that_cannot_be_compared_are_replaced_and_it_says_so(measured, tmp_path, capsys):
+    path = Path(shutil.copy(measured, tmp_path / "x.moe"))
+    count = len(stored(open_moe(path))["rows"])
+    argv = ("quality", str(path), "--chunk", "32", "--chunks", "1", "--bits", "4", "--store")
+    assert edgemoe_cli.main(argv) == 0
+    assert f", in place of {count} rows of other tokens or another reference;" in capsys.readouterr().err
+    assert len(stored(open_moe(path))["rows"]) == 1
+    assert edgemoe_cli.main((*argv[:-2], "2", "--store")) == 0
+    assert ", beside 1 rows of before;" in capsys.readouterr().err

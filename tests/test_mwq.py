@@ -329,6 +329,7 @@ def test_the_writer_names_a_weight_that_no_scale_can_hold(tmp_path, files):
         (("--scheme", "other"), "--scheme: expected one of nested, mwq, got other"),
         (("--scheme", "mwq", "--bits", "9"), "--bits: expected one of 2, 3, 4, 5, 6, 7, 8, got 9"),
         (("--bits", "5"), "--bits: expected one of 2, 3, 4, 6, 8, got 5"),
+        (("--scheme", "mwq", "--favour", "3"), "--favour: not for the scheme mwq"),
     ],
 )
 def test_convert_refuses_in_one_line(argv, message, tmp_path, capsys, monkeypatch):

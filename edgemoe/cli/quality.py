@@ -112,13 +112,16 @@ def _run(args: argparse.Namespace) -> None:
         named = [{**row, "scheduler": run_name(row)} for row in rows]
         plot_quality(named, args.plot, title=f"{args.model.stem}; {about}")
     if args.store:
-        from edgemoe.lab.choice import merged
+        from edgemoe.lab.choice import merged, stored
         from edgemoe.writer import add_sections
 
-        whole = merged(open_moe(args.model).sections.get("quality"), report)
+        now = open_moe(args.model)
+        whole = merged(now.sections.get("quality"), report)
         add_sections(args.model, {"quality": json.dumps(whole).encode()})
         beside = len(whole["rows"]) - len(rows)
         more = f", beside {beside} rows of before" if beside else ""
+        if (old := stored(now)) and any(old[n] != report[n] for n in ("tokens", "reference")):
+            more = f", in place of {len(old['rows'])} rows of other tokens or another reference"
         note(f"# stored in {args.model}{more}; edgemoe inspect shows it")
 
 
