@@ -191,3 +191,13 @@ def test_measured_settings_are_replayed_at_their_bits(traced):
     assert two["rate"] > four["rate"]
     assert two["change"] == pytest.approx(np.expm1(0.02))
     assert two["name"] == "2 bits, on-demand look_ahead=off"
+
+
+def test_auto_of_a_file_without_an_allocation_is_all_that_it_has(traced):
+    row = {"scheduler": "on-demand", "options": {}, "dense_bits": 8, "kl": None}
+    trace = read(traced)
+    found, refused = measured(
+        trace, [{**row, "bits": b} for b in ("auto", 4)], timing=TIMING, sections={}
+    )
+    assert not refused
+    assert found[0]["rate"] == found[1]["rate"]

@@ -328,7 +328,7 @@ def _measured(
 ) -> list[dict[str, Any]]:
     """Returns the speeds and losses of the settings that the model's file has measured, for a picture."""
     from edgemoe.format import open_moe
-    from edgemoe.lab.choice import stored
+    from edgemoe.lab.choice import applies, stored
     from edgemoe.lab.study import measured
 
     if args.model is None or timing is None:
@@ -337,7 +337,7 @@ def _measured(
     if (report := stored(moe)) is None:
         return []
     dense = moe.dense_ladder[-1]
-    rows = [row for row in report["rows"] if row["dense_bits"] == dense]
+    rows = [row for row in report["rows"] if row["dense_bits"] == dense and applies(moe, row)]
     found, refused = measured(trace, rows, timing=timing, sections=moe.sections)
     for line in refused:
         note(f"# not drawn: {line}")

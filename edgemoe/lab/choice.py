@@ -20,7 +20,7 @@ from edgemoe.format import MoeFile
 from edgemoe.quant import Allocation
 from edgemoe.store import all_expert_bytes, dense_bytes, level_bytes
 
-__all__ = ["Choice", "choose", "find", "is_plain", "merged", "sections_sum", "stored"]
+__all__ = ["Choice", "applies", "choose", "find", "is_plain", "merged", "sections_sum", "stored"]
 
 Row = Mapping[str, Any]
 
@@ -107,7 +107,7 @@ def sections_sum(
     return f"{zlib.crc32(repr(sums).encode()):08x}" if sums else None
 
 
-def _applies(moe: MoeFile, row: Row) -> bool:
+def applies(moe: MoeFile, row: Row) -> bool:
     """Says whether a row was measured with what the file holds now."""
     now = sections_sum(
         moe, bits=row["bits"], scheduler=row["scheduler"], options=row["options"]
@@ -132,7 +132,7 @@ def find(
             [row["bits"], row["dense_bits"], row["scheduler"]] == [bits, dense_bits, scheduler]
             and {name: str(value) for name, value in row["options"].items()} == texts
             and row["cache_types"] == list(cache_types)
-            and _applies(moe, row)
+            and applies(moe, row)
         ):
             return row
     return None
@@ -161,7 +161,7 @@ def choose(
     costs = []
     exact = (_reads(moe, top[0], slots(top[1])), _used(moe, *top), False)
     for row in mine:
-        if not _applies(moe, row):
+        if not applies(moe, row):
             continue
         share, room = 1.0, slots(row["dense_bits"])
         if not is_plain(row):

@@ -145,7 +145,9 @@ def measured(
         name = " ".join([row["scheduler"], *(f"{k}={v}" for k, v in options.items())])
         name = f"{row['bits']} bits{'' if name == 'on-demand' else f', {name}'}"
         bits = row["bits"]
-        if bits == "auto":
+        if bits == "auto" and "allocation" not in sections:
+            bits = header.bits  # all that the file has of each
+        elif bits == "auto":
             options["bits"] = Allocation.from_json(sections["allocation"], "allocation").bits
             bits = int(options["bits"].max())
         if bits not in header.level_bits:
