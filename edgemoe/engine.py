@@ -26,7 +26,7 @@ from edgemoe.ops import CpuOps, OpsShape
 from edgemoe.profile import Profile, identity, read_profile, write_profile
 from edgemoe.quant import Allocation
 from edgemoe.sampler import Sampler, SamplingParams
-from edgemoe.scheduler import SCHEDULERS, Setting
+from edgemoe.scheduler import SCHEDULERS, SECTIONS, Setting
 from edgemoe.scheduler.watched import Watched
 from edgemoe.store import ExpertStore, level_bytes, load_dense
 from edgemoe.tokenizer import Tokenizer
@@ -244,8 +244,8 @@ class Engine:
         if self.tokenizer is not None:  # a file may name only the base model's end token
             self._eos |= frozenset(self.tokenizer.eos_ids)
         self.sampling = SamplingParams.of_model(moe.sections.get("generation_config.json"))
-        # Tokenizer and scheduler keep what they need; the files' text must not count against the experts.
-        sections = moe.sections
+        # The tokenizer keeps what it needs; the files' text must not count against the experts.
+        sections = {name: moe.sections[name] for name in SECTIONS if name in moe.sections}
         self._moe: MoeFile | None = (moe := replace(moe, sections={}))
         hardware.trim()
         self.notes = _notes(moe, given, noted, dense_bits, kv_types)

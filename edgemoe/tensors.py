@@ -1,4 +1,4 @@
-"""Reads safetensors that lie in memory, such as a file's section, in place: the library's own `load` copies all of it."""
+"""Reads safetensors that lie in memory, such as a file's section, in place: the library's `load` copies all of it."""
 
 from __future__ import annotations
 

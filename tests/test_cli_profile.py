@@ -165,7 +165,8 @@ def test_the_page_sets_measured_quality_beside_speed(
     shutil.copy(tiny_moe, model)
     settings = ["--chunk", "48", "--chunks", "2", "--dense-bits", "8", "-t", "1", "--store"]
     assert main(["quality", str(model), *settings, "--bits", "8", "4", "2"]) == 0
-    lossy = ["--decode", "--run", "hobbit", "bits=4", "look_ahead=0", "--run", "on-demand", "cache_prior=0.1"]  # fmt: skip
+    lossy = ["--decode", "--run", "hobbit", "bits=4", "look_ahead=0"]
+    lossy += ["--run", "on-demand", "cache_prior=0.1"]
     assert main(["quality", str(model), *settings, *lossy]) == 0
     capsys.readouterr()
     assert run("plot", traced, "-o", page, "--budgets", "50%", "--model", model) == 0

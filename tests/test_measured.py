@@ -94,9 +94,7 @@ def test_a_row_of_what_a_section_decided_goes_with_it(tiny_moe, tmp_path, name) 
         moe = open_moe(path)
         rows = [row(8, 0.0, read=2.0), row(8, 0.001, scheduler="d2moe", read=1.0, frees="off")]
         rows[1]["sections"] = found
-        choice = choose(
-            moe, rows, max_loss=0.01, cache_types=("f16", "f16"), slots=lambda _: 0
-        )
+        choice = choose(moe, rows, max_loss=0.01, cache_types=("f16", "f16"), slots=lambda _: 0)
         return choice.row, find(moe, rows, **how, dense_bits=8, cache_types=("f16", "f16"))
 
     found = None
@@ -276,7 +274,9 @@ def test_bits_of_each_expert_are_no_option(tiny_moe, capsys, tmp_path) -> None:
     (tmp_path / "x.toml").write_text("bits = 4")
     for given in ("bits=4", f"@{tmp_path / 'x.toml'}"):
         assert run_cli.main((str(tiny_moe), "-p", "Hi", "--set", given)) == 1
-        assert "option bits: there is no such; expected one of: look_ahead" in capsys.readouterr().err
+        assert (
+            "option bits: there is no such; expected one of: look_ahead" in capsys.readouterr().err
+        )
 
 
 def test_options_of_settings_are_of_every_trial(tiny_moe, capsys) -> None:
@@ -294,7 +294,10 @@ def test_rows_that_cannot_be_compared_are_replaced_and_it_says_so(measured, tmp_
     count = len(stored(open_moe(path))["rows"])
     argv = ("quality", str(path), "--chunk", "32", "--chunks", "1", "--bits", "4", "--store")
     assert edgemoe_cli.main(argv) == 0
-    assert f", in place of {count} rows of other tokens or another reference;" in capsys.readouterr().err
+    assert (
+        f", in place of {count} rows of other tokens or another reference;"
+        in capsys.readouterr().err
+    )
     assert len(stored(open_moe(path))["rows"]) == 1
     assert edgemoe_cli.main((*argv[:-2], "2", "--store")) == 0
     assert ", beside 1 rows of before;" in capsys.readouterr().err

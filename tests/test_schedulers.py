@@ -623,7 +623,9 @@ def test_d2moe_knows_what_is_resident_without_counting_all_of_it():
         for layer in range(L):
             plan = d.plan(random_routing(rng, layer, 1, E, K, 0), store.residency)
             used = int(sizes[store.residency].sum())
-            if plan.drop is not None:  # no sooner than memory is full, and no more than a level too much
+            if (
+                plan.drop is not None
+            ):  # no sooner than memory is full, and no more than a level too much
                 drops += 1
                 levels = store.residency.reshape(-1)[plan.drop]
                 kept = np.searchsorted(s.level_bits, plan.drop_bits, side="right")
@@ -634,7 +636,9 @@ def test_d2moe_knows_what_is_resident_without_counting_all_of_it():
                 )  # fmt: skip
                 assert used + need > s.slots_bytes
                 one_less = np.minimum(levels, kept + 1)
-                assert freed - int((sizes[one_less] - sizes[kept]).sum()) < used + need - s.slots_bytes
+                assert (
+                    freed - int((sizes[one_less] - sizes[kept]).sum()) < used + need - s.slots_bytes
+                )
             store.request(plan)
             for _ in store.ready_groups():
                 pass

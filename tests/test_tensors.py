@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import tracemalloc
 
 import numpy as np
 import pytest
 from safetensors.numpy import load, save
 
+import edgemoe
 from edgemoe.quant import BitRouters
 from edgemoe.scheduler.paths import PathPredictor
 from edgemoe.tensors import is_finite, view
+from edgemoe.writer import add_sections
 
 GOOD = {
     "a": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.array(2.5, np.float16),
@@ -103,3 +106,13 @@ def test_routers_without_a_level_are_refused():
     ).to_bytes()
     with pytest.raises(ValueError, match="^x: not bit routers"):
         BitRouters.from_bytes(content, "x")
+
+
+def test_sections_that_nobody_keeps_do_not_count_against_the_experts(tiny_moe, tmp_path):
+    copy = shutil.copy(tiny_moe, tmp_path / "x.moe")
+    add_sections(copy, {"LICENSE": bytes(64 << 20)})
+    rooms = []
+    for path in (tiny_moe, copy):
+        with edgemoe.load(path, ram="400MiB") as engine:
+            rooms.append(engine.budget.room)
+    assert rooms[1] > rooms[0] - (16 << 20)

@@ -93,7 +93,9 @@ def pick(args: Namespace, *, context: int | None) -> str:
 
     caches = (args.cache_type_k, args.cache_type_v)
     rows = report["rows"]
-    if args.scheduler == "auto":  # it finds what is exact and pays; the bits are left to pick, one for all
+    if (
+        args.scheduler == "auto"
+    ):  # it finds what is exact and pays; the bits are left to pick, one for all
         rows = [row for row in rows if is_plain(row) and row["bits"] != "auto"]
     found = choose(moe, rows, max_loss=limit, cache_types=caches, slots=slots)
     if found.row is not None:

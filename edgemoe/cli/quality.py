@@ -224,9 +224,7 @@ def _row(trial: Trial, size: float, quality: Quality, moe: MoeFile) -> dict[str,
     return {
         "scheduler": trial.scheduler,
         "options": options,
-        "sections": sections_sum(
-            moe, bits=trial.bits, scheduler=trial.scheduler, options=options
-        ),
+        "sections": sections_sum(moe, bits=trial.bits, scheduler=trial.scheduler, options=options),
         "bits": trial.bits,
         "dense_bits": trial.dense_bits,
         "cache_types": [trial.cache_type_k, trial.cache_type_v],

@@ -103,7 +103,9 @@ def _run(args: Namespace) -> int:
             not any(line.startswith("lossy: experts") for line in engine.notes)
             and bits.min() < bits.max()
         ):
-            note(f"# the file's experts: {bits.mean():.2f} bits on average, {bits.min()} to {bits.max()}")
+            note(
+                f"# the file's experts: {bits.mean():.2f} bits on average, {bits.min()} to {bits.max()}"
+            )
         if engine.notes and known:
             note(f"# {known}")
         if args.warm:

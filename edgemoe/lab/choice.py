@@ -18,6 +18,7 @@ import numpy as np
 
 from edgemoe.format import MoeFile
 from edgemoe.quant import Allocation
+from edgemoe.scheduler import SECTIONS
 from edgemoe.store import all_expert_bytes, dense_bytes, level_bytes
 
 __all__ = ["Choice", "applies", "choose", "find", "is_plain", "merged", "sections_sum", "stored"]
@@ -26,9 +27,6 @@ Row = Mapping[str, Any]
 
 _SURE = 1.645
 """Standard errors above the mean: with that many the true loss lies below in 19 of 20 measurements."""
-
-_DECIDING = ("allocation", "bit-routers", "paths")
-"""Sections that `edgemoe` adds later, by which schedulers decide."""
 
 _KEY = ("scheduler", "options", "bits", "dense_bits", "cache_types")
 
@@ -100,7 +98,7 @@ def sections_sum(
     """
     names: tuple[str, ...] = ()
     if scheduler != "on-demand" or options:
-        names = _DECIDING
+        names = SECTIONS
     elif bits == "auto":
         names = ("allocation",)
     sums = [(name, zlib.crc32(moe.sections[name])) for name in names if name in moe.sections]
@@ -109,9 +107,7 @@ def sections_sum(
 
 def applies(moe: MoeFile, row: Row) -> bool:
     """Says whether a row was measured with what the file holds now."""
-    now = sections_sum(
-        moe, bits=row["bits"], scheduler=row["scheduler"], options=row["options"]
-    )
+    now = sections_sum(moe, bits=row["bits"], scheduler=row["scheduler"], options=row["options"])
     return bool(row["sections"] == now)
 
 

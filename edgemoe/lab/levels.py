@@ -84,7 +84,9 @@ def bits_per_weight(moe: MoeFile, average_bits: float, dense_bits: int) -> float
     )
     last = all_levels[-1]
     dense = 8 * _dense_bytes(moe, moe.dense_level(dense_bits))
-    return (float(experts) * last.expert_weights + dense) / (last.expert_weights + last.dense_weights)
+    return (float(experts) * last.expert_weights + dense) / (
+        last.expert_weights + last.dense_weights
+    )
 
 
 def _dense_bytes(moe: MoeFile, level: int) -> int:

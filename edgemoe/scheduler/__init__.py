@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgemoe.scheduler.auto import Auto
-from edgemoe.scheduler.base import Scheduler, Setting
+from edgemoe.scheduler.base import SECTIONS, Scheduler, Setting
 from edgemoe.scheduler.combined import Combined, Dropping
 from edgemoe.scheduler.d2moe import D2moe
 from edgemoe.scheduler.expertflow import ExpertFlow
@@ -21,7 +21,7 @@ from edgemoe.scheduler.mc import Mc
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.options import read_options
 
-__all__ = ["KINDS", "SCHEDULERS", "SHARED", "OnDemand", "Scheduler", "Setting"]
+__all__ = ["KINDS", "SCHEDULERS", "SECTIONS", "SHARED", "OnDemand", "Scheduler", "Setting"]
 
 KINDS: Mapping[str, type[Scheduler]] = {
     "on-demand": OnDemand,

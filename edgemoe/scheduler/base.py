@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 from edgemoe.plan import Plan, Routing
 from edgemoe.quant import BitRouters
 
-__all__ = ["NoOptions", "Scheduler", "Setting"]
+__all__ = ["SECTIONS", "NoOptions", "Scheduler", "Setting"]
+
+SECTIONS = ("allocation", "bit-routers", "paths")
+"""Those of a file by which schedulers decide."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +41,7 @@ class Setting:
     slots_bytes: int
     """Memory for experts."""
     sections: Mapping[str, bytes] = field(default_factory=dict)
-    """The file's sections, of which a scheduler may have its own: predictors, trained routers."""
+    """Of the file, those of `SECTIONS` that it has."""
 
     has_inputs: bool = True
     """Whether routings come with what needs a layer's input, `Routing.bit_logits`; a trace's do not."""
