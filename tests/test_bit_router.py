@@ -302,6 +302,20 @@ def test_the_command_says_what_is_wrong(copy, tmp_path, capsys):
         assert message in err[0]
 
 
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--levels", "expected a whole number from 1, got 'x'"),
+        ("--capacities", "expected shares like"),
+    ],
+)
+def test_lists_that_are_none_are_named(copy, capsys, flag, message):
+    with pytest.raises(SystemExit) as left:
+        main(["train-bit-router", str(copy), flag, "x"])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 # --- the section
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from edgemoe.cli.console import decode_text, note, run_command, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
+from edgemoe.cli.values import levels
 
 if TYPE_CHECKING:
     from edgemoe.quant import Allocation
@@ -114,22 +115,18 @@ def _allocate(args: argparse.Namespace) -> None:
 
 def _show(found: Allocation) -> None:
     """Prints how many experts of each layer got which bits."""
-    levels = sorted(set(found.bits.reshape(-1).tolist()))
-    print("| layer | average |" + "".join(f" {b} bits |" for b in levels))
-    print("|---|---|" + "---|" * len(levels))
+    given = sorted(set(found.bits.reshape(-1).tolist()))
+    print("| layer | average |" + "".join(f" {b} bits |" for b in given))
+    print("|---|---|" + "---|" * len(given))
     for layer, row in zip(found.layers, found.bits, strict=True):
-        counts = "".join(f" {int((row == b).sum())} |" for b in levels)
+        counts = "".join(f" {int((row == b).sum())} |" for b in given)
         print(f"| {layer} | {row.mean():.2f} |{counts}")
-    counts = "".join(f" {int((found.bits == b).sum())} |" for b in levels)
+    counts = "".join(f" {int((found.bits == b).sum())} |" for b in given)
     print(f"| all | {found.average:.2f} |{counts}")
     if found.protected:
         which = ", ".join(f"{layer}.{expert}" for layer, expert in found.protected)
         print(f"\nSuper Experts (layer.expert), protected: {which}")
     print(end="", flush=True)  # not sys.stdout.flush(): it may be closed
-
-
-def _levels(text: str) -> tuple[int, ...]:
-    return tuple(int(b) for b in text.split(","))
 
 
 def _exponents(text: str) -> tuple[float, float, float]:
@@ -152,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="(default: MODEL.allocation.json)")
     parser.add_argument("--store", action="store_true",
                         help="write it into the model file instead, where --bits auto finds it")
-    parser.add_argument("--levels", type=_levels, metavar="N,…",
+    parser.add_argument("--levels", type=levels, metavar="N,…",
                         help="bits that may be given (default: the file's; pmq: the lowest three; "
                         "else the two next to the average)")
     parser.add_argument("--exponents", type=_exponents, metavar="A,B,C",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from edgemoe.cli.console import decode_text, note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
+from edgemoe.cli.values import levels
 
 if TYPE_CHECKING:
     from edgemoe.lab.train_bit_router import Row
@@ -112,12 +113,13 @@ def _out(args: argparse.Namespace) -> Path:
     return out
 
 
-def _levels(text: str) -> tuple[int, ...]:
-    return tuple(int(b) for b in text.split(","))
-
-
 def _shares(text: str) -> tuple[float, ...]:
-    return tuple(float(c) for c in text.split(","))
+    try:
+        return tuple(float(c) for c in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected shares like 0.3,0.4,0.3, got {text!r}"
+        ) from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -130,7 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL.moe", help="a converted file")
     parser.add_argument("--text", type=Path, metavar="FILE",
                         help="what to train on (default: the package's calibration text)")
-    parser.add_argument("--levels", type=_levels, default=(2, 3, 4), metavar="N,…",
+    parser.add_argument("--levels", type=levels, default=(2, 3, 4), metavar="N,…",
                         help="bits to choose from (default: 2,3,4)")
     parser.add_argument("--avg-bits", type=float, metavar="N",
                         help="what the average is steered to, by alpha (default: the middle of the levels)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 
-__all__ = ["bits_or_auto", "ram_size", "whole", "wholes"]
+__all__ = ["bits_or_auto", "levels", "ram_size", "whole", "wholes"]
 
 
 def ram_size(text: str) -> int:
@@ -53,3 +53,8 @@ def wholes(at_least: int) -> Callable[[str], list[int]]:
     """Returns a reader of whole numbers from `at_least`, separated by commas."""
     one = whole(at_least)
     return lambda text: [one(part) for part in text.split(",")]
+
+
+def levels(text: str) -> tuple[int, ...]:
+    """Returns bits, separated by commas."""
+    return tuple(wholes(1)(text))
