@@ -222,6 +222,10 @@ class Engine:
         self._profile_path = None if profile is None else Path(profile)
         if self._profile_path is not None and not self._profile_path.absolute().parent.is_dir():
             raise ValueError(f"profile: no such folder: {self._profile_path.parent}")
+        if self._profile_path is not None and not os.access(
+            self._profile_path.absolute().parent, os.W_OK
+        ):  # before anything is learned that could not be kept
+            raise PermissionError(f"profile: {self._profile_path} cannot be written")
         self._profile: Profile | None = None
         if self._profile_path is not None:
             self._profile = read_profile(self._profile_path, identity(moe))

@@ -196,6 +196,8 @@ class _Reader:
             raise self.fail(what)
 
     def open(self) -> MoeFile:
+        if self.path.is_dir():
+            raise self.fail("is a directory; edgemoe convert makes a .moe file of a checkpoint")
         try:
             self.file = _core.File(str(self.path))
         except ReadError as e:

@@ -324,6 +324,18 @@ def test_command(tiny_moe, calibrated, tmp_path, capsys):
     assert found.method == "error"
     assert main([*run, "--avg-bits", "2.5", "--method", "pmq", "--exponents", "1,1.5,1"]) == 0
     assert Allocation.from_json(out.read_bytes(), "x").settings["exponents"] == [1, 1.5, 1]
+    for target in (tiny_moe, calibrated):
+        assert main([*run, "--avg-bits", "2.5", "-o", str(target)]) == 1
+        assert "expected another file to write" in capsys.readouterr().err
+    for flags, what in (
+        (["--levels", "2,x"], "expected a whole number from 1, got 'x'"),
+        (["--exponents", "1,2"], "expected three numbers"),
+        (["--exponents", "1,2,x"], "expected three numbers"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main([*run, *flags])
+        assert end.value.code == 2
+        assert what in capsys.readouterr().err
     assert main(run) == 2
     assert "expected either --avg-bits or --max-loss" in capsys.readouterr().err
     assert main([*run, "--max-loss", "0.1"]) == 2

@@ -275,8 +275,7 @@ def test_the_command_stores_and_d2moe_uses_it(copy, tmp_path, capsys):
     text.write_text(TEXT, encoding="utf-8")
     arguments = ["train-bit-router", copy, "--text", text, "--steps", 2, "--window", 32, "-t", 1]
     assert main([*map(str, arguments)]) == 0
-    out = capsys.readouterr()
-    assert "| steps | KL | average bits |" in out.out
+    assert not capsys.readouterr().out  # too few steps for a line of the table
     kept = copy.with_suffix(".bit-routers")
     trained = BitRouters.from_bytes(kept.read_bytes(), "x")
     assert main([*map(str, arguments), "--store"]) == 0  # nothing is left to train

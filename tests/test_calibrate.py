@@ -340,6 +340,16 @@ def test_command(tiny_moe, tmp_path, capsys):
     assert main(run) == 1
     assert "exists; --overwrite replaces it" in capsys.readouterr().err
     assert main([*run, "--overwrite", "--window", "100000"]) == 2
+    before = tiny_moe.read_bytes()
+    for target in (tiny_moe, text):  # a slip of the hand
+        assert (
+            main(
+                ["calibrate", str(tiny_moe), "--text", str(text), "-o", str(target), "--overwrite"]
+            )
+            == 1
+        )
+        assert "expected another file to write" in capsys.readouterr().err
+    assert tiny_moe.read_bytes() == before
     text.write_text("short")
     assert main([*run, "--overwrite"]) == 2
     assert "expected at least one window of 96" in capsys.readouterr().err

@@ -129,6 +129,41 @@ def test_a_mistake_gets_one_clear_line(traced, tiny_moe, tmp_path, capsys, argum
     assert (tmp_path / "broken").read_bytes() == b"what?\n"
 
 
+def test_a_short_trace_is_reported_as_far_as_it_goes(tiny_moe, tmp_path, capsys):
+    pieces = tmp_path / "pieces.trace"
+    assert run("trace", tiny_moe, "-o", pieces, "-n", 40, "--pieces", 20) == 0
+    assert run("report", pieces) == 0
+    told = capsys.readouterr()
+    assert "Segment routing best performance" in told.out
+    assert "Time of a single token" not in told.out
+    assert told.err.count("# left out: ") == 2
+    assert run("report", pieces, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["usage"]["tokens"] == 40
+    assert report["waits"] is report["predictors"] is None
+
+
+def test_a_result_that_could_not_be_kept_is_refused_first(
+    traced, tiny_moe, tmp_path, capsys, monkeypatch
+):
+    import os
+
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # whoever runs tests may be root
+    assert run("plot", traced, "-o", tmp_path / "x.html") == 1
+    assert capsys.readouterr().err.endswith("x.html: cannot be written\n")
+    assert main(["quality", str(tiny_moe), "--json", str(tmp_path / "x.json")]) == 1
+    assert capsys.readouterr().err.endswith("x.json: cannot be written\n")
+
+
+def test_the_page_does_not_replace_what_it_is_made_from(traced, tiny_moe, tmp_path, capsys):
+    trace, model = (shutil.copy(p, tmp_path / p.name) for p in (traced, tiny_moe))
+    for target in (trace, model):
+        before = target.read_bytes()
+        assert run("plot", trace, "-o", target) == 1
+        assert "expected another file to write" in capsys.readouterr().err
+        assert target.read_bytes() == before
+
+
 def test_wrong_usage_ends_with_code_2(capsys):
     with pytest.raises(SystemExit) as end:
         main(["profile", "dance"])
@@ -150,6 +185,7 @@ def test_plots_without_matplotlib_name_the_extra(traced, tmp_path):
     )  # fmt: skip
     assert got.returncode == 1
     assert "pip install 'edgemoe[lab]'" in got.stderr
+    assert "replaying" not in got.stderr  # before anything is done
     assert not (tmp_path / "x.html").exists()
 
 

@@ -234,6 +234,52 @@ def test_run_and_bench_pick_and_say_so(measured: Path, capsys) -> None:
     assert "lossy" not in picked
 
 
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        (("hobbit", "t1=x"), "t1: expected a number, got 'x'"),
+        (("mc", "t1=1"), "option t1: there is no such"),
+        (("on-demand", "miss_bits=soon"), "miss_bits: expected a whole number"),
+        (("on-demand", "bits=x"), "bits: expected a whole number, got 'x'"),
+        (("nosuch",), "scheduler: expected one of on-demand"),
+    ],
+)
+def test_a_mistake_in_the_last_run_is_found_before_the_first(tiny_moe, capsys, run, message):
+    assert edgemoe_cli.main(["quality", str(tiny_moe), "--run", "on-demand", "--run", *run]) == 1
+    told = capsys.readouterr()
+    assert message in told.err
+    assert told.err.count("\n") == 1
+    assert told.out == ""
+
+
+def test_rows_that_are_lost_are_announced(measured: Path, tmp_path, capsys) -> None:
+    path = shutil.copy(measured, tmp_path / "y.moe")
+    short = ("--chunk", "24", "-t", "1", "--store", "--dense-bits", "8", "--bits", "8", "4")
+    assert edgemoe_cli.main(["quality", str(path), *short, "--chunks", "3"]) == 0
+    assert "replace" not in capsys.readouterr().err
+    assert edgemoe_cli.main(["quality", str(path), *short, "--chunks", "2"]) == 0
+    err = capsys.readouterr().err
+    assert "--store will replace 7 rows that cannot be compared with these: text: " in err
+    assert "3 chunks of 24 tokens" in err
+
+
+def test_ctrl_c_keeps_the_rows_that_are_done(tiny_moe, tmp_path, capsys, monkeypatch) -> None:
+    import edgemoe.lab.quality as lab
+
+    path, real = shutil.copy(tiny_moe, tmp_path / "z.moe"), lab.measure
+
+    def until_three(model, trial, *rest, **named):
+        if trial.bits == 3:
+            raise KeyboardInterrupt
+        return real(model, trial, *rest, **named)
+
+    monkeypatch.setattr(lab, "measure", until_three)
+    short = ("--chunk", "24", "--chunks", "2", "-t", "1", "--store")
+    assert edgemoe_cli.main(["quality", str(path), *short]) == 130
+    assert "interrupted; the rows above are all" in capsys.readouterr().err
+    assert [r["bits"] for r in stored(open_moe(path))["rows"]] == [8, 6, 4]
+
+
 def test_a_lossy_run_says_what_was_measured_of_it(measured: Path, capsys) -> None:
     argv = (str(measured), "-p", "Hi", "-n", "1", "--temp", "0", "-t", "1")
     rows = stored(open_moe(measured))["rows"]

@@ -236,13 +236,14 @@ def test_what_was_there_stays_when_saving_fails(half, learned, monkeypatch):
     content = learned.read_bytes()
 
     def fail(source, target):
-        raise OSError(28, "No space left on device", str(target))
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.os, "replace", fail)
     engine = half(profile=learned)
     decode(engine, IDS[:2])
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as failure:
         engine.close()
+    assert failure.value.filename == str(learned)
     engine.close()  # is closed all the same
     assert learned.read_bytes() == content
     assert os.listdir(learned.parent) == [learned.name]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import decode_text, note, run_command, write_file
+from edgemoe.cli.console import check_output, decode_text, note, run_command, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import levels
@@ -74,8 +74,8 @@ def _allocate(args: argparse.Namespace) -> None:
     if args.store:  # before hours are spent
         if args.model.exists() and not os.access(args.model, os.W_OK):
             raise PermissionError(f"--store: {args.model} cannot be written")
-    elif not out.parent.is_dir():
-        raise FileNotFoundError(f"{out.parent}: no such directory")
+    else:
+        check_output(out, args.model, args.calibration, args.text)
     from edgemoe.format import open_moe
     from edgemoe.lab.allocate import Settings, allocate
     from edgemoe.lab.calibrate import default_text, windows_of
@@ -130,7 +130,12 @@ def _show(found: Allocation) -> None:
 
 
 def _exponents(text: str) -> tuple[float, float, float]:
-    alpha, beta, gamma = map(float, text.split(","))
+    try:
+        alpha, beta, gamma = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"expected three numbers like 1,1.5,1, got {text!r}"
+        ) from None
     return alpha, beta, gamma
 
 

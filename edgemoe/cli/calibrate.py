@@ -7,7 +7,7 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgemoe.cli.console import decode_text, note, run_command
+from edgemoe.cli.console import check_output, decode_text, note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 
@@ -53,8 +53,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     out = _out(args)
     if out.exists() and not args.overwrite:
         raise FileExistsError(f"{out}: exists; --overwrite replaces it")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out.parent}: no such directory")
+    check_output(out, args.model, args.text, args.imatrix)
     if args.imatrix is not None:
         for name in ("text", "full", "window", "chunks", "ram", "threads"):
             if getattr(args, name) not in (None, False):

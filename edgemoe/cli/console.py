@@ -11,6 +11,7 @@ from pathlib import Path
 from edgemoe.errors import EdgemoeError
 
 __all__ = [
+    "check_output",
     "drop_stdout",
     "error_line",
     "is_terminal",
@@ -46,6 +47,34 @@ def note(text: str) -> None:
     )
     with contextlib.suppress(OSError):
         print(f"\x1b[2m{text}\x1b[0m" if is_dim else text, file=sys.stderr, flush=True)
+
+
+def check_output(path: Path | None, *inputs: Path | None) -> None:
+    """Refuses to write a result over a model, or over what the command reads: a slip of the hand may cost hours.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        PermissionError: it cannot be written.
+        FileExistsError: `path` is a `.moe` file, or one of `inputs`.
+        OSError: it cannot be looked into.
+    """
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such directory")
+    is_plain = not path.is_symlink() and (path.is_file() or not path.exists())
+    target = path.absolute().parent if is_plain else path
+    if target.exists() and not os.access(target, os.W_OK):
+        raise PermissionError(f"{path}: cannot be written")
+    if not path.is_file():
+        return
+    if any(given.exists() and path.samefile(given) for given in inputs if given is not None):
+        raise FileExistsError(f"{path}: is read by this command; expected another file to write")
+    from edgemoe.format import MAGIC
+
+    with open(path, "rb") as old:
+        if old.read(len(MAGIC)) == MAGIC:
+            raise FileExistsError(f"{path}: is a .moe file; expected another file to write")
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -98,8 +127,9 @@ def _put(text: str) -> None:
 
 def error_line(error: BaseException) -> str:
     """Returns an error in one line, without the program's name."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        return name + error.strerror
     text = " ".join(str(error).split())
     if isinstance(error, (ValueError, OSError, MemoryError, ImportError)) and text:
         return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from argparse import Namespace
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,7 @@ def pick(args: Namespace, *, context: int | None) -> str:
     if report is None or report["reference"] != top:
         raise ValueError(
             f"{args.model}: holds no quality measured against its highest level; "
-            f"edgemoe quality {args.model} --store measures it"
+            f"edgemoe quality {shlex.quote(str(args.model))} --store measures it"
         )
 
     def slots(dense_bits: int) -> int:

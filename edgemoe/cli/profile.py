@@ -8,13 +8,14 @@ import json
 import math
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from edgemoe.cli.console import note, run_command, write_file
+from edgemoe.cli.console import check_output, note, run_command, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
+from edgemoe.errors import FormatError
 
 if TYPE_CHECKING:
     from edgemoe.engine import Engine
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from edgemoe.trace import Trace
 
 __all__ = ["main"]
+
+_T = TypeVar("_T")
 
 _BUDGETS = ["10%", "25%", "50%", "75%"]
 _RANDOM_TOKENS = 512
@@ -236,21 +239,34 @@ def _report(args: argparse.Namespace) -> None:
 
     trace = read(args.trace)
     timing = _timing(trace)
-    used, local, waits = report.usage(trace), report.locality(trace), report.waits(trace)
+    used, local = report.usage(trace), report.locality(trace)
     sections = {} if args.model is None else open_moe(args.model).sections
-    guesses = predictions(trace, timing, sections)
+    guesses = _or_note(lambda: predictions(trace, timing, sections))
+    waits = _or_note(lambda: report.waits(trace))
     if args.json:
         _print_json(
             trace, args, timing, usage=used, locality=local, waits=waits,
-            predictors=[dataclasses.asdict(g) for g in guesses],
+            predictors=guesses and [dataclasses.asdict(g) for g in guesses],
         )  # fmt: skip
         return
     print(_title(trace))
     for table in [
         *tables.usage(used), tables.srp(local), tables.hit_rates(local),
-        tables.predictors(guesses), *tables.waits(waits),
+        *([tables.predictors(guesses)] if guesses else []),
+        *(tables.waits(waits) if waits else []),
     ]:  # fmt: skip
         _print_table(table)
+
+
+def _or_note(make: Callable[[], _T]) -> _T | None:
+    """Returns what is made; None, and says why, where the trace has too few single tokens for it."""
+    try:
+        return make()
+    except FormatError:
+        raise
+    except ValueError as error:
+        note(f"# left out: {error}")
+        return None
 
 
 def _replay(args: argparse.Namespace) -> None:
@@ -271,6 +287,8 @@ def _plot(args: argparse.Namespace) -> None:
     from edgemoe.lab.page import page
     from edgemoe.trace import read
 
+    check_output(Path(args.output), Path(args.trace), args.timing and Path(args.timing))
+    pictures.check()  # before it takes minutes
     trace = read(args.trace)
     used, local, waits = report.usage(trace), report.locality(trace), report.waits(trace)
     timing, rows = _studied(args, trace)

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgemoe.cli.console import note, run_command, write_file
+from edgemoe.cli.console import check_output, note, run_command, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.reference import CHUNK, EXACT, reference
@@ -67,50 +67,55 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_command(_PROG, lambda: _run(args), verbose=args.verbose)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> int:
     from edgemoe.format import open_moe
     from edgemoe.lab.levels import bits_per_weight, levels
     from edgemoe.lab.quality import measure
 
     if "help" in args.set:
         print("\n\n".join(options_text(name) for name in args.scheduler or [EXACT]))
-        return
+        return 0
     _check(args)  # before hours are spent
     moe = open_moe(args.model)
     sizes = levels(moe)
     trials = _trials(args, moe)
     rows: list[dict[str, Any]] = []
+    code = 0
     with ExitStack() as stack:
         sample, about, log_probs, base, known = reference(args, moe, stack)
+        report = {
+            "model": args.model.name,
+            "measured_on": about,
+            "tokens": f"{zlib.crc32(sample.windows.tobytes()):08x}",
+            "reference": None if known is None or base is None else [base.bits, base.dense_bits],
+            "rows": rows,
+        }
+        if args.store:
+            _warn_of_replaced(moe, report)
         print(QUALITY_HEAD, flush=True)
         for trial in trials:
             if known is not None and trial == base:
                 quality = known
             else:
-                with Progress(f"{trial.bits} bits, {trial.scheduler}", unit="chunk") as progress:
-                    quality = measure(
-                        args.model, trial, sample, reference=log_probs, progress=progress
-                    )
+                try:
+                    with Progress(f"{trial.bits} bits, {trial.scheduler}", unit="chunk") as bar:
+                        quality = measure(
+                            args.model, trial, sample, reference=log_probs, progress=bar
+                        )
+                except KeyboardInterrupt:
+                    if not rows:
+                        raise
+                    note(f"{_PROG}: interrupted; the rows above are all")
+                    code = 130
+                    break
             average = _average_bits(moe, sizes, trial, quality)
             size = bits_per_weight(moe, average, trial.dense_bits)
             rows.append(_row(trial, size, quality, moe))
             print(quality_line(rows[-1]), flush=True)
     note(f"# {about}; {sample.positions} positions")
-    report = {
-        "model": args.model.name,
-        "measured_on": about,
-        "tokens": f"{zlib.crc32(sample.windows.tobytes()):08x}",
-        "reference": None if known is None or base is None else [base.bits, base.dense_bits],
-        "rows": rows,
-    }
     if args.json is not None:
         text = json.dumps({"command": sys.argv, **report}, indent=1)
         write_file(args.json, f"{text}\n".encode())
-    if args.plot is not None:
-        from edgemoe.lab.plot import plot_quality
-
-        named = [{**row, "scheduler": run_name(row)} for row in rows]
-        plot_quality(named, args.plot, title=f"{args.model.stem}; {about}")
     if args.store:
         from edgemoe.lab.choice import merged, stored
         from edgemoe.writer import add_sections
@@ -123,6 +128,24 @@ def _run(args: argparse.Namespace) -> None:
         if (old := stored(now)) and any(old[n] != report[n] for n in ("tokens", "reference")):
             more = f", in place of {len(old['rows'])} rows of other tokens or another reference"
         note(f"# stored in {args.model}{more}; edgemoe inspect shows it")
+    if args.plot is not None:
+        from edgemoe.lab.plot import plot_quality
+
+        named = [{**row, "scheduler": run_name(row)} for row in rows]
+        plot_quality(named, args.plot, title=f"{args.model.stem}; {about}")
+    return code
+
+
+def _warn_of_replaced(moe: MoeFile, report: Mapping[str, Any]) -> None:
+    """Says, while Ctrl-C still keeps them, that rows of other tokens will not stay beside these."""
+    from edgemoe.lab.choice import stored
+
+    before = stored(moe)
+    if before and any(before[name] != report[name] for name in ("tokens", "reference")):
+        note(
+            f"# --store will replace {len(before['rows'])} rows that cannot be compared with these: "
+            f"{before['measured_on']}"
+        )
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -130,8 +153,7 @@ def _check(args: argparse.Namespace) -> None:
 
     KvTypes(args.cache_type_k, args.cache_type_v)
     for path in (args.json, args.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise FileNotFoundError(f"{path.parent}: no such directory")
+        check_output(path, args.model, args.text, args.reference and Path(args.reference))
     if args.store and args.model.exists() and not os.access(args.model, os.W_OK):
         raise PermissionError(f"--store: {args.model} cannot be written")
     if args.plot is not None:
@@ -185,12 +207,13 @@ def _trial(
 ) -> Trial:
     from edgemoe.lab.levels import dense_bits_at
     from edgemoe.lab.quality import Trial
-    from edgemoe.scheduler import SCHEDULERS
+    from edgemoe.scheduler import SCHEDULERS, check_options
 
     if scheduler not in SCHEDULERS:
         raise ValueError(f"--scheduler: expected one of {', '.join(SCHEDULERS)}, got {scheduler}")
     options = dict(options)  # of one trial, where several share what --set says
     given = options.pop("dense_bits", args.dense_bits)
+    check_options(scheduler, options)  # before other runs take hours
     differ = (moe.experts.rungs != len(moe.ladder)).any()
     if bits == "auto" and "allocation" not in moe.sections and not differ:
         raise ValueError(f"--bits auto: {moe.path} holds no allocation; edgemoe allocate makes one")
@@ -210,7 +233,8 @@ def _trial(
 
 def _average_bits(moe: MoeFile, sizes: list[Level], trial: Trial, quality: Quality) -> float:
     """Returns the mean bits of an expert: of all alike where they are known, else of those that ran."""
-    if trial.scheduler == EXACT and (trial.bits != "auto" or "allocation" not in moe.sections):
+    plain = trial.scheduler == EXACT and not trial.options  # else some may run at fewer bits
+    if plain and (trial.bits != "auto" or "allocation" not in moe.sections):
         return next(
             size.average_bits for size in reversed(sizes) if trial.bits in ("auto", size.bits)
         )

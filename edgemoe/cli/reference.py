@@ -73,7 +73,11 @@ def reference(
         bits = int(given)
         moe.level(bits)
     elif given is not None:
-        path, other = Path(given), open_moe(given)
+        path = Path(given)
+        try:
+            other = open_moe(path)
+        except FormatError as error:
+            raise FormatError(f"--reference: {error}; see edgemoe quality --help") from None
         if other.config.vocab_size != moe.config.vocab_size:
             raise ValueError(f"--reference: {given} has another vocabulary than {moe.path}")
         bits = other.ladder[-1][0]

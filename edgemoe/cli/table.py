@@ -18,7 +18,7 @@ def quality_line(row: Mapping[str, Any]) -> str:
     divergence = "reference | – | – | –"
     if row["kl"] is not None:
         divergence = (
-            f"{change(row)} | {row['kl']:.6f} ± {row['kl_error']:.6f} | {row['kl_99']:.5f} "
+            f"{change(row)} | {round(row['kl'], 6) + 0.0:.6f} ± {row['kl_error']:.6f} | {row['kl_99']:.5f} "
             f"| {100 * row['same_top']:.2f}%"
         )
     read = row["read_per_token"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import decode_text, note, run_command
+from edgemoe.cli.console import check_output, decode_text, note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import levels
@@ -63,8 +63,7 @@ def _interrupted(args: argparse.Namespace) -> str:
 
 def _train(args: argparse.Namespace) -> None:
     out = _out(args)
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out.parent}: no such directory")
+    check_output(out, args.model, args.text)
     if args.store and args.model.exists() and not os.access(args.model, os.W_OK):
         raise PermissionError(f"--store: {args.model} cannot be written")
     from edgemoe.lab.calibrate import default_text
@@ -96,7 +95,9 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _show(rows: Sequence[Row]) -> None:
-    """Prints how training went, in some lines."""
+    """Prints how training went, in some lines; nothing where it was too short to say."""
+    if not rows:
+        return
     print("| steps | KL | average bits | dropped | alpha |")
     print("|---|---|---|---|---|")
     every = -(-len(rows) // _ROWS) or 1

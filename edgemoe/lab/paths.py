@@ -39,8 +39,12 @@ def pieces(
         if mine != (shape := shape or mine):
             raise ValueError("expected traces of one model, with as many experts per token")
         ids = trace.by_token("id")[:, 0].astype(np.int64)
+        if len(ids) == 0:
+            continue
         if (ids == NO_TOKEN).any():
-            raise ValueError("a trace that does not know its tokens; record it again")
+            raise ValueError(
+                f"a trace of {h.model} does not know its tokens; edgemoe profile trace records it again"
+            )
         experts = trace.by_token("experts")
         starts = np.flatnonzero(trace.by_token("token")[:, 0] == 0)
         for first, end in zip(starts, [*starts[1:], len(ids)], strict=True):

@@ -14,17 +14,24 @@ from edgemoe.trace import Trace
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["budgets", "heat_maps", "png", "qualities", "timeline", "waits"]
+__all__ = ["budgets", "check", "heat_maps", "png", "qualities", "timeline", "waits"]
 
 _BEFORE, _COMPUTING, _WAITING, _READING = "#9aa5b1", "#2b6cb0", "#e05d44", "#3a9d5d"
 
 
-def _figure(width: float, height: float) -> Figure:
+def check() -> None:
+    """Raises an ImportError that says what to install, where pictures cannot be drawn."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ImportError("plots need matplotlib: pip install 'edgemoe[lab]'") from None
+
+
+def _figure(width: float, height: float) -> Figure:
+    check()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure

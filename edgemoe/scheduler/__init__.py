@@ -21,7 +21,9 @@ from edgemoe.scheduler.mc import Mc
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.options import read_options
 
-__all__ = ["KINDS", "SCHEDULERS", "SECTIONS", "SHARED", "OnDemand", "Scheduler", "Setting"]
+__all__ = [
+    "KINDS", "SCHEDULERS", "SECTIONS", "SHARED", "OnDemand", "Scheduler", "Setting", "check_options",
+]  # fmt: skip
 
 KINDS: Mapping[str, type[Scheduler]] = {
     "on-demand": OnDemand,
@@ -38,7 +40,20 @@ SHARED: tuple[type, ...] = (Dropping, Levers)
 """Options that every scheduler takes beside its own."""
 
 
-def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Checks what needs no model: names and types of the options of one of KINDS.
+
+    Raises:
+        ValueError: there is no such option, or a value is of the wrong kind.
+    """
+    kind = KINDS[name]
+    own, shared = _names(kind, options)
+    for group, among in [(kind.Options, own), *((c, shared) for c in SHARED)]:
+        read_options(group, _of(group, {n: v for n, v in options.items() if n in among}))
+
+
+def _names(kind: type[Scheduler], options: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Returns what a scheduler's own options are called, and those of all; the names given are among them."""
     own = {f.name for f in fields(kind.Options)}
     shared = {
         f.name for c in SHARED for f in fields(c)
@@ -49,6 +64,11 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
         if name not in own | shared:
             listed = ", ".join([*(f.name for f in fields(kind.Options)), *sorted(shared)])
             raise ValueError(f"option {name}: there is no such; expected one of: {listed}")
+    return own, shared
+
+
+def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
+    own, shared = _names(kind, options)
     made: Callable[..., Scheduler] = kind
     inner = made(setting, **{name: value for name, value in options.items() if name in own})
     given = {name: value for name, value in options.items() if name in shared}

@@ -94,7 +94,7 @@ class D2moe(Scheduler):
         ] * setting.num_layers  # resident, when the layer or the next one ran last
         self._slots_bytes = setting.slots_bytes
         if n > 1:
-            listed = ", ".join(map(str, bits.tolist()))
+            listed = ", ".join(map(str, sorted(set(bits.tolist()))))
             who = "by their gates" if self.bit_routers is None else "as trained routers say"
             self.notes = (f"lossy: each token runs its experts at {listed} bits, {who}",)
         if trained is not None and self.bit_routers is None:
