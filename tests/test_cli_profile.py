@@ -105,6 +105,8 @@ def test_the_page_needs_nothing_else(traced, tmp_path, capsys):
         (["replay", "{trace}", "--budgets", "soon"], "expected something like 4GiB"),
         (["replay", "{trace}", "--budgets", "1KiB"], "one expert takes"),
         (["replay", "{trace}", "--schedulers", "nosuch"], "scheduler: expected one of"),
+        (["replay", "{trace}", "--set", "mc.most=2"], "--set mc: expected one of --schedulers"),
+        (["replay", "{trace}", "--set", "on-demand.t1=2"], "option t1: there is no such"),
         (["replay", "{trace}", "--policies", "fifo"], "policy: expected one of lru, lfu"),
         (["replay", "{trace}", "--set", "look-ahead=1"], "expected SCHEDULER.KEY=VALUE"),
         (["trace", "{moe}", "-o", "{tmp}/t", "-n", "1"], "at least 2"),

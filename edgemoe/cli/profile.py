@@ -325,9 +325,18 @@ def _studied(args: argparse.Namespace, trace: Trace) -> tuple[Timing | None, lis
     from edgemoe.cli.progress import Progress
     from edgemoe.format import open_moe
     from edgemoe.lab.study import lines, study
+    from edgemoe.scheduler import KINDS, check_options
     from edgemoe.trace import read
 
-    ways = lines(args.schedulers, args.policies, _settings_by_scheduler(args.set))
+    given = _settings_by_scheduler(args.set)
+    for name, options in given.items():  # before replays take minutes
+        if name not in args.schedulers:
+            raise ValueError(
+                f"--set {name}: expected one of --schedulers, {', '.join(args.schedulers)}"
+            )
+        if name in KINDS:
+            check_options(name, options)
+    ways = lines(args.schedulers, args.policies, given)
     budgets = list(dict.fromkeys(_budget(text, trace) for text in args.budgets))
     timing = _timing(trace if args.timing is None else read(args.timing))
     sections = {} if args.model is None else open_moe(args.model).sections
