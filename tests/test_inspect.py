@@ -80,7 +80,14 @@ def test_stored_quality_is_shown(path: Path, capsys) -> None:
     assert edgemoe_cli.main([str(a) for a in argv]) == 0
     table = capsys.readouterr().out.strip()
     assert run(path, "--verify") == 0
-    assert table in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert table in out
+    assert "other sections" not in out
+    assert edgemoe_cli.main([*map(str, argv[:-3]), "-t", "1", "--run", "mc", "--store"]) == 0
+    add_sections(path, {"bit-routers": b"trained later"})
+    assert run(path) == 0
+    end = capsys.readouterr().out.splitlines()[-1]
+    assert end == "measured with other sections than the file has now: mc"
     add_sections(path, {"quality": b'{"rows": [1]}'})
     assert run(path) == 0
     assert "quality: stored by another version" in capsys.readouterr().out

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
-from edgemoe.cli.table import QUALITY_HEAD, quality_line
+from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
 
 if TYPE_CHECKING:
     from edgemoe.format import MoeFile
@@ -112,19 +112,24 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
         yield f"allocation: {found.method}, {found.average:.3f} bits per expert's weight on average"
     if about.get("quality"):
         yield ""
-        yield from _quality(about["quality"])
+        yield from _quality(moe, about["quality"])
 
 
-def _quality(stored: dict[str, Any]) -> Iterator[str]:
-    """Yields the table that `edgemoe quality --store` has kept."""
+def _quality(moe: MoeFile, stored: dict[str, Any]) -> Iterator[str]:
+    """Yields the table that `edgemoe quality --store` has kept, and which of it is of the past."""
+    from edgemoe.lab.choice import applies
+
     try:
         lines = [quality_line(row) for row in stored["rows"]]
+        stale = [run_name(row) for row in stored["rows"] if not applies(moe, row)]
         yield f"quality, measured on {stored['measured_on']}"
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         yield "quality: stored by another version; --json shows it"
         return
     yield QUALITY_HEAD
     yield from lines
+    if stale:
+        yield f"measured with other sections than the file has now: {', '.join(dict.fromkeys(stale))}"
 
 
 def _size(count: int) -> str:
