@@ -10,6 +10,7 @@ from pathlib import Path
 from edgemoe.cli.console import check_output, decode_text, note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
+from edgemoe.cli.values import ram_size
 
 __all__ = ["main"]
 
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--imatrix", type=Path, metavar="FILE",
                         help="take the sums from a llama.cpp imatrix (.dat or .gguf) instead")  # fmt: skip
     parser.add_argument(
-        "--ram", metavar="SIZE", help="memory for the whole process (default: what is free)"
+        "--ram", type=ram_size, metavar="SIZE", help="memory for the whole process (default: what is free)"
     )
     parser.add_argument(
         "-t", "--threads", type=int, metavar="N", help="(default: the cores there are)"

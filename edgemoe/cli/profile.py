@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from edgemoe.cli.console import check_output, note, run_command, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
+from edgemoe.cli.values import ram_size
 from edgemoe.errors import FormatError
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
                        "of any length; for edgemoe profile train")
     trace.add_argument("--look-ahead", type=int, default=2, metavar="N",
                        help="ask the routers of the next N layers too (default: %(default)s)")
-    trace.add_argument("--ram", metavar="SIZE", help="memory for the whole process")
+    trace.add_argument("--ram", type=ram_size, metavar="SIZE", help="memory for the whole process")
     trace.add_argument("--bits", type=int, metavar="N")
     trace.add_argument("--dense-bits", type=int, metavar="N")
     trace.add_argument("--experts", type=int, metavar="K", help="per token")

@@ -19,7 +19,7 @@ from edgemoe.cli.progress import Progress
 from edgemoe.cli.reference import CHUNK, EXACT, reference
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
-from edgemoe.cli.values import bits_or_auto
+from edgemoe.cli.values import bits_or_auto, ram_size
 
 if TYPE_CHECKING:
     from edgemoe.format import MoeFile
@@ -292,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="keep the figures in the .moe file, for `edgemoe inspect` and --max-quality-loss, "
                         "beside others that are of the same tokens and reference")  # fmt: skip
     parser.add_argument("-t", "--threads", type=int, metavar="N")
-    parser.add_argument("--ram", metavar="SIZE", help="memory for the whole process")
+    parser.add_argument("--ram", type=ram_size, metavar="SIZE", help="memory for the whole process")
     parser.add_argument("--no-verify", action="store_true", help="do not check sums of weights")
     parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
     return parser
