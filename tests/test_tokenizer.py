@@ -11,6 +11,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packaging.version import Version
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers import trainers as tokenizer_trainers
@@ -304,8 +305,10 @@ def test_prompts_equal_transformers(
 def test_a_value_of_none_is_no_value(tmp_path: Path) -> None:
     files = files_of("byte_level", chat_template="{{ messages[0].name is defined }}")
     messages = [{"role": "user", "content": "a", "name": None}]
-    expected = oracle(tmp_path, files).apply_chat_template(messages, tokenize=False)
-    assert Tokenizer.from_files(files).render_chat(messages) == expected == "False"
+    assert Tokenizer.from_files(files).render_chat(messages) == "False"
+    if Version(transformers.__version__) >= Version("5.23"):  # 5.20, the last for Python 3.10, had "True"
+        theirs = oracle(tmp_path, files)
+        assert theirs.apply_chat_template(messages, tokenize=False) == "False"
 
 
 def test_a_template_refuses_in_one_line() -> None:
