@@ -155,7 +155,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="where it is kept (default: MODEL.bit-routers, removed once stored)")
     parser.add_argument("--store", action="store_true", help="write the routers into the model file at the end")
     parser.add_argument("--overwrite", action="store_true", help="begin anew if OUT exists")
-    parser.add_argument("--ram", type=ram_size, metavar="SIZE", help="memory for the whole process (default: what is free)")
+    parser.add_argument("--ram", type=ram_size, metavar="SIZE",
+                        help="memory for the whole process (default: what is free)")
     parser.add_argument("-t", "--threads", type=int, metavar="N", help="(default: torch's own)")
     parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
     # fmt: on
