@@ -306,7 +306,8 @@ def test_a_value_of_none_is_no_value(tmp_path: Path) -> None:
     files = files_of("byte_level", chat_template="{{ messages[0].name is defined }}")
     messages = [{"role": "user", "content": "a", "name": None}]
     assert Tokenizer.from_files(files).render_chat(messages) == "False"
-    if Version(transformers.__version__) >= Version("5.23"):  # 5.20, the last for Python 3.10, had "True"
+    # 5.20, the last for Python 3.10, had "True".
+    if Version(transformers.__version__) >= Version("5.23"):
         theirs = oracle(tmp_path, files)
         assert theirs.apply_chat_template(messages, tokenize=False) == "False"
 

@@ -107,7 +107,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--imatrix", type=Path, metavar="FILE",
                         help="take the sums from a llama.cpp imatrix (.dat or .gguf) instead")  # fmt: skip
     parser.add_argument(
-        "--ram", type=ram_size, metavar="SIZE", help="memory for the whole process (default: what is free)"
+        "--ram",
+        type=ram_size,
+        metavar="SIZE",
+        help="memory for the whole process (default: what is free)",
     )
     parser.add_argument(
         "-t", "--threads", type=int, metavar="N", help="(default: the cores there are)"
