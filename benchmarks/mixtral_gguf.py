@@ -8,8 +8,8 @@ For all other models use that converter (`--outtype f32`).
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import gguf
@@ -116,5 +116,14 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: dict, config: dict) -> No
     writer.add_add_bos_token(False)
 
 
+def main() -> None:
+    """Reads the two paths."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path)
+    args = parser.parse_args()
+    write_gguf(args.checkpoint, args.out)
+
+
 if __name__ == "__main__":
-    write_gguf(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()
