@@ -339,9 +339,9 @@ class Engine:
     @property
     def bytes_per_token(self) -> int:
         """Bytes of weights that computing one token reads from memory, at the bits in use."""
-        c = self.config
-        expert = self.budget.experts // (len(c.moe_layers) * c.num_experts)
-        return self.budget.active_dense + len(c.moe_layers) * c.experts_per_token * expert
+        c, every = self.config, np.arange(len(self._top_bits), dtype=np.int32)
+        expert = float(self._store.sizes(every, self._top_bits).mean())
+        return self.budget.active_dense + int(len(c.moe_layers) * c.experts_per_token * expert)
 
     def kv_bytes(self, length: int) -> int:
         """Returns the bytes of keys and values that attention reads for a token after `length` others."""

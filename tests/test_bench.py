@@ -13,6 +13,7 @@ from edgemoe import _core, hardware
 from edgemoe.bench import Roof, measure, roof
 from edgemoe.cli.bench import main
 from edgemoe.format import open_moe
+from edgemoe.quant import Allocation
 from edgemoe.store import disk_rate, expert_bytes
 
 
@@ -47,6 +48,22 @@ def test_the_command_takes_llama_benchs_flags(tiny_moe, no_roof, capsys):
     assert main([*command, "-ctv", "q5_1"]) == 1
     assert capsys.readouterr().err == (
         "edgemoe bench: cache_type_v: expected f16 or q8_0, got q5_1\n"
+    )
+
+
+def test_an_allocation_reads_what_its_experts_have(tiny_moe, tmp_path, no_roof, capsys):
+    bits = np.full((2, 8), 2, np.int8)
+    bits[:, ::2] = 4
+    path = tmp_path / "bits.json"
+    path.write_bytes(Allocation(method="test", layers=(0, 1), bits=bits).to_json())
+    flags = ["-p", "0", "-n", "4", "-r", "1", "--json", "--dense-bits", "8", "--bits"]
+
+    def used(*more):
+        assert main([str(tiny_moe), *flags, *more]) == 0
+        return json.loads(capsys.readouterr().out)["results"][0]["used_per_token"]
+
+    assert used("auto", "--allocation", str(path)) == pytest.approx(
+        (used("2") + used("4")) / 2, abs=1
     )
 
 

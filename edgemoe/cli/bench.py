@@ -7,13 +7,14 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import note, run_command
 from edgemoe.cli.measured import MAX_LOSS_HELP, check, cost, pick
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
-from edgemoe.cli.values import ram_size, whole, wholes
+from edgemoe.cli.values import bits_or_auto, ram_size, whole, wholes
 
 if TYPE_CHECKING:
     from edgemoe.bench import Result, Roof
@@ -59,7 +60,7 @@ def _run(args: argparse.Namespace) -> None:
     best = roof(args.model, bits=levels, threads=args.threads, ram=args.ram)
     with edgemoe.load(
         args.model, ram=args.ram, whole_process=True, bits=args.bits,
-        dense_bits=args.dense_bits, experts=args.experts, threads=args.threads,
+        allocation=args.allocation, dense_bits=args.dense_bits, experts=args.experts, threads=args.threads,
         context=context, cache_type_k=args.cache_type_k,
         cache_type_v=args.cache_type_v, verify=not args.no_verify,
         scheduler=args.scheduler, options=args.set,
@@ -110,7 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-t", "--threads", type=whole(1), metavar="N")
     parser.add_argument("--ram", type=ram_size, metavar="SIZE",
                         help="memory for the whole process: 4GiB, 50%% of what is free")  # fmt: skip
-    parser.add_argument("--bits", type=int, metavar="N")
+    parser.add_argument("--bits", type=bits_or_auto, metavar="N", help="auto: each expert its own")
+    parser.add_argument("--allocation", type=Path, metavar="FILE",
+                        help="for --bits auto (default: the model file's own)")  # fmt: skip
     parser.add_argument("--dense-bits", type=int, metavar="N")
     parser.add_argument("--max-quality-loss", metavar="X", help=MAX_LOSS_HELP)
     parser.add_argument("--experts", type=int, metavar="K")
