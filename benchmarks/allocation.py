@@ -13,22 +13,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import results
 
 from edgemoe.format import open_moe
 from edgemoe.lab.allocate import Settings, allocate
 from edgemoe.lab.calibrate import windows_of
 from edgemoe.lab.loss import Loss
 from edgemoe.quant import Calibration
-
-_ROOT = Path(__file__).parents[1]
 
 
 def candidates(average: float) -> Iterator[tuple[str, str, Settings]]:
@@ -94,12 +90,7 @@ def main() -> None:
             )
             add(label, found.bits)
     if args.json:
-        commit = subprocess.run(
-            ["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-        args.json.write_text(
-            json.dumps({"command": sys.argv, "commit": commit, "rows": rows}, indent=1) + "\n"
-        )
+        results.write(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import results
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
@@ -112,12 +112,9 @@ def main() -> None:
     args = parser.parse_args()
     rows = measure(args)
     if args.json:
-        commit = subprocess.run(
-            ["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
         result = {
             "command": " ".join(sys.argv),
-            "commit": commit,
+            "commit": results.commit(),
             "machine": f"{platform.machine()} {platform.processor()} {platform.system()}",
             "rows": rows,
         }

@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+import results
 
 import edgemoe
 from edgemoe import bench
@@ -38,8 +37,6 @@ from edgemoe.lab.logprobs import LogProbs
 from edgemoe.lab.quality import Sample, Trial, first_token, measure
 from edgemoe.quant import SCHEMES, Calibration, Scheme, mwq
 from edgemoe.tokenizer import Tokenizer
-
-_ROOT = Path(__file__).parents[1]
 
 
 def candidates() -> Iterator[tuple[str, Scheme, int, bool]]:
@@ -143,12 +140,7 @@ def main() -> None:
             with LogProbs(args.reference) as reference:
                 rows = divergences(files, reference, args.threads)
     if args.json:
-        commit = subprocess.run(
-            ["git", "-C", str(_ROOT), "rev-parse", "HEAD"], capture_output=True, text=True
-        ).stdout.strip()
-        args.json.write_text(
-            json.dumps({"command": sys.argv, "commit": commit, "rows": rows}, indent=1) + "\n"
-        )
+        results.write(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from edgemoe.trace import TraceHeader, TraceWriter
 if TYPE_CHECKING:
     from edgemoe.chat import Chat
 
-__all__ = ["Engine", "Stats", "load", "room_for_experts"]
+__all__ = ["Engine", "Stats", "load", "model_setting", "room_for_experts"]
 
 logger = logging.getLogger(__name__)
 
@@ -168,7 +168,7 @@ def room_for_experts(
         moe, ram=default_ram() if ram is None else parse_size(ram),
         process=hardware.process_bytes(), level=1, dense_level=moe.dense_level(dense_bits),
         context=context, kv_types=KvTypes(cache_type_k, cache_type_v),
-        ops=_ops_shape(moe.config, hardware.num_threads() if threads is None else threads),
+        ops=OpsShape.of(moe.config, hardware.num_threads() if threads is None else threads),
     ).room  # fmt: skip
 
 
@@ -257,7 +257,7 @@ class Engine:
         total = default_ram() if ram is None else parse_size(ram)
         if ram is not None and not whole_process:
             total += before
-        ops = _ops_shape(config, threads)
+        ops = OpsShape.of(config, threads)
         outside = 0 if whole_process or ram is None else before
 
         def divide(process: int) -> Budget:
@@ -268,13 +268,13 @@ class Engine:
 
         # Both refuse what is wrong before anything large is read.
         estimate = divide(hardware.process_bytes())
-        SCHEDULERS[scheduler](_setting(moe, self.bits, estimate.slots, sections), **options)
+        SCHEDULERS[scheduler](model_setting(moe, self.bits, estimate.slots, sections), **options)
         weights = load_dense(moe, dense_level, verify=verify)
         hardware.trim()
         # Slots are sized last, from what the process really has by now.
         dense = sum(w.bytes if isinstance(w, _core.Nested) else w.nbytes for w in weights.values())
         self.budget = budget = divide(max(hardware.process_bytes() - dense, 0))
-        setting = _setting(moe, self.bits, budget.slots, sections)
+        setting = model_setting(moe, self.bits, budget.slots, sections)
         self.scheduler_name = scheduler
         self.scheduler = SCHEDULERS[scheduler](setting, **options)
         self._setting = replace(setting, sections={})
@@ -768,7 +768,10 @@ def _mean_bits(bits: NDArray[np.int8]) -> str:
     return f"{bits.flat[0]}" if (bits == bits.flat[0]).all() else f"{bits.mean():.2f}"
 
 
-def _setting(moe: MoeFile, bits: int, slots: int, sections: Mapping[str, bytes]) -> Setting:
+def model_setting(
+    moe: MoeFile, bits: int, slots: int, sections: Mapping[str, bytes] | None = None
+) -> Setting:
+    """Returns what a scheduler decides about when `slots` bytes hold experts of at most `bits`."""
     config, levels = moe.config, range(1, moe.level(bits) + 1)
     return Setting(
         num_layers=len(config.moe_layers),
@@ -778,20 +781,5 @@ def _setting(moe: MoeFile, bits: int, slots: int, sections: Mapping[str, bytes])
         level_bits=tuple(moe.ladder[level - 1][0] for level in levels),
         level_bytes=level_bytes(moe, len(levels)),
         slots_bytes=slots,
-        sections=sections,
+        sections=sections or {},
     )
-
-
-def _ops_shape(config: ModelConfig, threads: int) -> OpsShape:
-    return OpsShape(
-        threads=threads, max_tokens=1, max_cols=_widest(config), max_hidden=_widest_ffn(config),
-        max_context=1, head_dim=config.head_dim, num_heads=config.num_heads,
-    )  # fmt: skip
-
-
-def _widest(config: ModelConfig) -> int:
-    return max(config.hidden_size, config.num_heads * config.head_dim)
-
-
-def _widest_ffn(config: ModelConfig) -> int:
-    return max([config.expert_hidden, *config.shared_hidden])

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
+from edgemoe.config import ModelConfig
 from edgemoe.plan import Plan
 
 __all__ = ["CpuOps", "OpsShape"]
@@ -35,6 +36,16 @@ class OpsShape:
     head_dim: int
     num_heads: int
     """Of queries."""
+
+    @classmethod
+    def of(cls, config: ModelConfig, threads: int) -> OpsShape:
+        """Returns what a model needs for one token of one position; chunks and contexts are made of it."""
+        return cls(
+            threads=threads, max_tokens=1,
+            max_cols=max(config.hidden_size, config.num_heads * config.head_dim),
+            max_hidden=max([config.expert_hidden, *config.shared_hidden]), max_context=1,
+            head_dim=config.head_dim, num_heads=config.num_heads,
+        )  # fmt: skip
 
     @property
     def scratch_bytes(self) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edgemoe.cli.console import check_output, note, run_command, write_file
+from edgemoe.cli.console import check_output, decode_text, note, run_command, write_file
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.values import ram_size
@@ -141,7 +141,8 @@ def _trace(args: argparse.Namespace) -> None:
     options: Mapping[str, Any] = read_settings(args.set)
     if args.scheduler is None:
         options = {"look_ahead": False, **options}
-    text = None if args.text is None else _text(args.text)  # before the model is loaded
+    # Before the model is loaded.
+    text = None if args.text is None else decode_text(Path(args.text).read_bytes(), args.text)
     if args.tokens is not None and args.tokens < 2:
         raise ValueError(f"--tokens: expected at least 2, got {args.tokens}")
     if args.pieces is not None and args.pieces < 1:
@@ -196,13 +197,6 @@ def _ids(model: str, text: str | None, limit: int | None, *, cut: bool) -> list[
     if len(ids) > most:
         note(f"# the first {most} of {len(ids)} tokens: the model was made for no more")
     return ids[:most]
-
-
-def _text(path: str) -> str:
-    try:
-        return Path(path).read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: expected UTF-8 text; byte {error.start} is none") from None
 
 
 def _train(args: argparse.Namespace) -> None:

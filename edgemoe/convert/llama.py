@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgemoe.convert.checkpoint import Checkpoint, refuse_unused
 from edgemoe.convert.family import num_layers
+from edgemoe.convert.numpy_ops import attention, rms_norm, rotated, silu
 from edgemoe.convert.rope import Rope, rope
 from edgemoe.convert.settings import Settings
 from edgemoe.errors import FormatError
@@ -134,23 +135,25 @@ def hidden_states(
     cos, sin = _rotation(shape.rope, length)
     for layer in range(shape.num_layers):
         p = f"model.layers.{layer}."
-        normed = _rms_norm(x, dense.tensor(p + "input_layernorm.weight"), shape.norm_eps)
+        normed = rms_norm(x, dense.tensor(p + "input_layernorm.weight"), shape.norm_eps)
         q, k, v = (
             (normed @ dense.tensor(f"{p}self_attn.{name}_proj.weight").T)
             .reshape(count, length, -1, shape.head_dim)
             .transpose(0, 2, 1, 3)
             for name in "qkv"
         )
-        mixed = _attention(_rotated(q, cos, sin), _rotated(k, cos, sin), v)
+        mixed = attention(
+            rotated(q, cos, sin), rotated(k, cos, sin), v, scale=1 / math.sqrt(shape.head_dim)
+        )
         x += mixed @ dense.tensor(p + "self_attn.o_proj.weight").T
-        normed = _rms_norm(x, dense.tensor(p + "post_attention_layernorm.weight"), shape.norm_eps)
-        inner = _silu(normed @ dense.tensor(p + "mlp.gate_proj.weight").T)
+        normed = rms_norm(x, dense.tensor(p + "post_attention_layernorm.weight"), shape.norm_eps)
+        inner = silu(normed @ dense.tensor(p + "mlp.gate_proj.weight").T)
         inner *= normed @ dense.tensor(p + "mlp.up_proj.weight").T
         down = dense.tensor(p + "mlp.down_proj.weight")
         if on_ffn is not None:
             on_ffn(layer, normed, inner, down)
         x += inner @ down.T
-    x = _rms_norm(x, dense.tensor("model.norm.weight"), shape.norm_eps)
+    x = rms_norm(x, dense.tensor("model.norm.weight"), shape.norm_eps)
     return x.reshape(count, length, -1)
 
 
@@ -158,39 +161,6 @@ def head(dense: Checkpoint) -> Array:
     """Reads the matrix [V, D] that turns hidden states into logits."""
     tied = llama_shape(dense).tied
     return dense.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
-
-
-def _silu(x: Array) -> Array:
-    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
-        return np.asarray(x / (1 + np.exp(-x)))
-
-
-def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    scale = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))
-    return np.asarray(x * scale * weight)
-
-
-def _attention(q: Array, k: Array, v: Array) -> Array:
-    """Causal attention of q [N, H, S, d] over k, v [N, H_kv, S, d]; returns [N * S, H * d]."""
-    count, heads, length, dim = q.shape
-    group = heads // k.shape[1]
-    hidden_future = np.triu(np.full((length, length), -np.inf, np.float32), 1)
-    out = np.empty((count, length, heads, dim), np.float32)
-    for n in range(count):
-        for h in range(heads):  # one [S, S] block at a time keeps it in cache
-            scores = q[n, h] @ k[n, h // group].T
-            scores *= np.float32(1 / math.sqrt(dim))
-            scores += hidden_future
-            scores -= scores.max(axis=-1, keepdims=True)
-            np.exp(scores, out=scores)
-            scores /= scores.sum(axis=-1, keepdims=True)
-            out[n, :, h] = scores @ v[n, h // group]
-    return out.reshape(count * length, heads * dim)
-
-
-def _rotated(x: Array, cos: Array, sin: Array) -> Array:
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def _rotation(rope: Rope, length: int) -> tuple[Array, Array]:

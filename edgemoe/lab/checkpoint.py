@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
+from edgemoe.convert.numpy_ops import attention, rms_norm, rotated, silu
 from edgemoe.convert.source import SourceModel
 from edgemoe.lab.logprobs import LogProbs, LogProbsWriter, log_softmax
 from edgemoe.lab.quality import Sample
@@ -106,10 +107,10 @@ def final_states(
             for name in dense_tensors(config) if name.startswith(p)
         }  # fmt: skip
         for window in x:
-            normed = _norm(window, layer["attn_norm"], config)
+            normed = rms_norm(window, layer["attn_norm"], config.norm_eps)
             window += residual * _attention(config, layer, normed, cos, sin, config.window(i))
         tokens = x.reshape(-1, config.hidden_size)
-        normed = _norm(tokens, layer["ffn_norm"], config)
+        normed = rms_norm(tokens, layer["ffn_norm"], config.norm_eps)
         if config.shared_width(i):
             _add_shared(tokens, normed, layer, residual)
         if i in config.moe_layers:
@@ -117,7 +118,7 @@ def final_states(
         layer_done()
     weight = model.tensor("norm")
     for window in x:
-        window[...] = _norm(window, weight, config)
+        window[...] = rms_norm(window, weight, config.norm_eps)
     return x
 
 
@@ -161,7 +162,7 @@ def _attention(
     heads, kv_heads, width, T = config.num_heads, config.num_kv_heads, config.head_dim, len(x)
     q, k, v = (x @ layer[name].T + layer.get(f"{name}_bias", np.float32(0)) for name in "qkv")
     if config.qk_norm == "full":
-        q, k = _norm(q, layer["q_norm"], config), _norm(k, layer["k_norm"], config)
+        q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_eps) for a, n in ((q, "q"), (k, "k")))
     if config.clip_qkv is not None:
         q, k, v = (a.clip(-config.clip_qkv, config.clip_qkv) for a in (q, k, v))
     q, k, v = (
@@ -170,44 +171,25 @@ def _attention(
         v.reshape(T, kv_heads, width),
     )
     if config.qk_norm == "head":
-        q, k = _norm(q, layer["q_norm"], config), _norm(k, layer["k_norm"], config)
-    q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-    behind = np.arange(T)[:, None] - np.arange(T)
-    hidden = (behind < 0) | (behind >= window) if window else behind < 0
-    out = np.empty_like(q)
-    for head in range(heads):
-        group = head * kv_heads // heads
-        scores = q[:, head] @ k[:, group].T
-        scores *= np.float32(config.attention_scale)
-        scores[hidden] = -np.inf
-        out[:, head] = _softmax(scores) @ v[:, group]
-    added: Array = out.reshape(T, -1) @ layer["o"].T + layer.get("o_bias", np.float32(0))
+        q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_eps) for a, n in ((q, "q"), (k, "k")))
+    q, k, v = (a.transpose(1, 0, 2)[None] for a in (q, k, v))
+    q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+    out = attention(q, k, v, scale=config.attention_scale, window=window)
+    added: Array = out @ layer["o"].T + layer.get("o_bias", np.float32(0))
     return added
 
 
 def _angles(config: ModelConfig, frequencies: Array, count: int) -> tuple[Array, Array]:
-    """Returns cos and sin of positions [0, count), [count, 1, head_dim / 2]."""
-    angles = (np.arange(count, dtype=np.float32)[:, None, None] * frequencies).astype(np.float64)
+    """Returns cos and sin of positions [0, count), [count, head_dim / 2]."""
+    angles = (np.arange(count, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
     cos, sin = np.cos(angles) * config.rope_scale, np.sin(angles) * config.rope_scale
     return cos.astype(np.float32), sin.astype(np.float32)
 
 
-def _rotate(x: Array, cos: Array, sin: Array) -> Array:
-    a, b = np.split(x, 2, axis=-1)
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-
-
 def _ffn(x: Array, gate: Array, up: Array, down: Array) -> Array:
-    h = x @ gate.T
-    h *= _sigmoid(h)
+    h = silu(x @ gate.T)
     h *= x @ up.T
     out: Array = h @ down.T
-    return out
-
-
-def _norm(x: Array, weight: Array, config: ModelConfig) -> Array:
-    out: Array = x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(config.norm_eps))
-    out *= weight
     return out
 
 

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from edgemoe import hardware
 from edgemoe.budget import Budget
+from edgemoe.engine import model_setting
 from edgemoe.experts import Experts
 from edgemoe.format import MoeFile
 from edgemoe.model import Decoder, KvCache, KvTypes
 from edgemoe.ops import OpsShape
-from edgemoe.scheduler import OnDemand, Setting
-from edgemoe.store import ExpertStore, level_bytes, load_dense
+from edgemoe.scheduler import OnDemand
+from edgemoe.store import ExpertStore, load_dense
 from edgemoe.tap import Tap, TapOps
 
 __all__ = ["Sums", "TappedModel"]
@@ -48,12 +49,7 @@ class TappedModel:
     ) -> None:
         config, level, kv_types = moe.config, len(moe.ladder), KvTypes()
         bits = moe.ladder[-1][0]
-        shape = OpsShape(
-            threads=hardware.num_threads() if threads is None else threads, max_tokens=1,
-            max_cols=max(config.hidden_size, config.num_heads * config.head_dim),
-            max_hidden=max([config.expert_hidden, *config.shared_hidden]), max_context=1,
-            head_dim=config.head_dim, num_heads=config.num_heads,
-        )  # fmt: skip
+        shape = OpsShape.of(config, hardware.num_threads() if threads is None else threads)
         # Beside the engine's own: the sums, what the experts give at fewer bits, and what flows inside them.
         widths = config.hidden_size + config.expert_hidden
         beside = sum(a.nbytes for a in tap.sums.values())
@@ -69,12 +65,7 @@ class TappedModel:
             tap, {id(w): name for name, w in weights.items()},
             max_parts=max_parts, hidden=config.expert_hidden,
         )  # fmt: skip
-        levels = tuple(rung[0] for rung in moe.ladder)
-        setting = Setting(
-            num_layers=len(config.moe_layers), num_experts=config.num_experts,
-            experts_per_token=config.experts_per_token, bits=bits, level_bits=levels,
-            level_bytes=level_bytes(moe, level), slots_bytes=budget.slots,
-        )  # fmt: skip
+        setting = model_setting(moe, bits, budget.slots)
         self._store = ExpertStore.open(moe, bits=bits, budget_bytes=budget.slots, verify=True)
         parts = np.empty((max_parts, config.hidden_size), np.float32)
         experts = Experts(OnDemand(setting), self._store, ops, parts=parts)

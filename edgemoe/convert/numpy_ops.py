@@ -1,0 +1,53 @@
+"""A transformer's operations in float32 numpy, on whole sequences: for models as they are before any quantisation."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["attention", "rms_norm", "rotated", "silu"]
+
+Array = NDArray[np.float32]
+
+
+def silu(x: Array) -> Array:
+    """Returns x * sigmoid(x)."""
+    with np.errstate(over="ignore"):  # exp(-x) = inf gives the right limit, 0
+        return np.asarray(x / (1 + np.exp(-x)))
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """Scales the last axis to unit root mean square, times `weight`."""
+    scale = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))
+    return np.asarray(x * scale * weight)
+
+
+def attention(q: Array, k: Array, v: Array, *, scale: float, window: int = 0) -> Array:
+    """Causal attention of q [N, H, S, d] over k, v [N, H_kv, S, d]; returns [N * S, H * d].
+
+    Args:
+        scale: multiplies q · k.
+        window: how many last positions each sees; 0 for all.
+    """
+    count, heads, length, dim = q.shape
+    group = heads // k.shape[1]
+    unseen = np.triu(np.full((length, length), -np.inf, np.float32), 1)
+    if window:
+        unseen += np.tril(np.full((length, length), -np.inf, np.float32), -window)
+    out = np.empty((count, length, heads, dim), np.float32)
+    for n in range(count):
+        for h in range(heads):  # one [S, S] block at a time keeps it in cache
+            scores = q[n, h] @ k[n, h // group].T
+            scores *= np.float32(scale)
+            scores += unseen
+            scores -= scores.max(axis=-1, keepdims=True)
+            np.exp(scores, out=scores)
+            scores /= scores.sum(axis=-1, keepdims=True)
+            out[n, :, h] = scores @ v[n, h // group]
+    return out.reshape(count * length, heads * dim)
+
+
+def rotated(x: Array, cos: Array, sin: Array) -> Array:
+    """Applies RoPE to the last axis; pair i is (x[i], x[i + half])."""
+    first, second = np.split(x, 2, axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
