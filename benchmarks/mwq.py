@@ -45,7 +45,7 @@ def candidates() -> Iterator[tuple[str, Scheme, int, bool]]:
     yield "nested, not calibrated", SCHEMES["nested"], 8, False
 
     def order(compensated: int) -> Scheme:
-        def quantize(w: Any, ladder: Any, *, second_moments: Any, threads: int) -> Any:
+        def quantize(w: Any, ladder: Any, *, second_moments: Any, **_: Any) -> Any:
             return mwq.quantize(w, ladder, second_moments=second_moments, compensated=compensated)
 
         return dataclasses.replace(SCHEMES["mwq"], quantize=quantize)

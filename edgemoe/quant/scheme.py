@@ -23,7 +23,7 @@ class Quantize(Protocol):
         ladder: Sequence[int],
         *,
         second_moments: NDArray[np.float32] | None,
-        favour: int | None,
+        favour: int | None = None,
         threads: int,
     ) -> list[NDArray[np.uint8]]: ...
 
@@ -65,7 +65,7 @@ def _quantize_mwq(
     ladder: Sequence[int],
     *,
     second_moments: NDArray[np.float32] | None,
-    favour: int | None,
+    favour: int | None = None,
     threads: int,
 ) -> list[NDArray[np.uint8]]:
     assert favour is None  # as `can_favour` says
