@@ -202,6 +202,34 @@ inline void dot_tile(const uint8_t* tile, const typename V::F* scales, const typ
   for (int i = 0; i < N; ++i) V::store(acc + i * kTileRows, sums[i]);
 }
 
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+
+/// Calls dot(Count<n>, codes, scales, sums, acc) for tile g of tokens [first, first + count): N tokens at once, the
+/// last ones alone. acc is the first token's sums.
+template <int N, class Dot>
+inline void over_tokens(const QuantizedRows& x, int first, int count, int g, float* acc, Dot dot) {
+  for (int i = 0; i < count; i += N) {
+    const int here = count - i < N ? count - i : N;
+    const int8_t* rows[N];
+    const float *scales[N], *sums[N];
+    for (int j = 0; j < here; ++j) {
+      const size_t at = size_t(first + i + j) * x.tiles + g;
+      rows[j] = x.codes + at * kTileCols;
+      scales[j] = x.scales + at * kScales;
+      sums[j] = x.sums + at * kSums;
+    }
+    float* a = acc + i * kTileRows;
+    if (here == N) {
+      dot(Count<N>(), rows, scales, sums, a);
+    } else {
+      for (int j = 0; j < here; ++j) dot(Count<1>(), rows + j, scales + j, sums + j, a + j * kTileRows);
+    }
+  }
+}
+
 /// Many tokens: each tile is unpacked once for up to kTokens of them. Same sums as `matvec`, bit for bit.
 template <class V, bool kWide, class Unpack>
 void matmul_blocked(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y, size_t stride,
@@ -221,25 +249,11 @@ void matmul_blocked(const NestedMatrix& w, const QuantizedRows& x, int n, int be
         unpack(tile.rungs, codes);
         typename V::F scales[kSums], middles[kSums];
         for (int i = 0; i < kSums; ++i) group_scales<V>(tile.scales + kGroup * i, bits, scales + i, middles + i);
-        for (int i = 0; i < count; i += N) {
-          const int here = count - i < N ? count - i : N;
-          const int8_t* rows[N];
-          const float *x_scales[N], *x_sums[N];
-          for (int j = 0; j < here; ++j) {
-            const size_t at = size_t(first + i + j) * x.tiles + g;
-            rows[j] = x.codes + at * kTileCols;
-            x_scales[j] = x.scales + at * kScales;
-            x_sums[j] = x.sums + at * kSums;
-          }
-          float* a = acc + i * kTileRows;
-          if (here == N) {
-            dot_tile<V, N, kWide>(codes, scales, middles, rows, x_scales, x_sums, a);
-          } else {
-            for (int j = 0; j < here; ++j) {
-              dot_tile<V, 1, kWide>(codes, scales, middles, rows + j, x_scales + j, x_sums + j, a + j * kTileRows);
-            }
-          }
-        }
+        over_tokens<N>(x, first, count, g, acc,
+                       [&](auto n, const int8_t* const* rows, const float* const* x_scales, const float* const* x_sums,
+                           float* sums) {
+                         dot_tile<V, decltype(n)::value, kWide>(codes, scales, middles, rows, x_scales, x_sums, sums);
+                       });
       }
       for (int i = 0; i < count; ++i) {
         store_rows<V>(y + (first + i) * stride + block * kTileRows, V::mul(row_scale, V::load(acc + i * kTileRows)),

@@ -139,25 +139,10 @@ void matmul_mwq_blocked(const NestedMatrix& w, const QuantizedRows& x, int n, in
       for (int g = 0; g < x.tiles; ++g, tile.next()) {
         tile.enter(g);
         mwq_unpack<V, Base>(tile, codes);
-        for (int i = 0; i < count; i += N) {
-          const int here = count - i < N ? count - i : N;
-          const int8_t* rows[N];
-          const float *x_scales[N], *x_sums[N];
-          for (int j = 0; j < here; ++j) {
-            const size_t at = size_t(first + i + j) * x.tiles + g;
-            rows[j] = x.codes + at * kTileCols;
-            x_scales[j] = x.scales + at * kScales;
-            x_sums[j] = x.sums + at * kSums;
-          }
-          float* a = acc + i * kTileRows;
-          if (here == N) {
-            mwq_dot_tile<V, N>(codes, tile, rows, x_scales, x_sums, a);
-          } else {
-            for (int j = 0; j < here; ++j) {
-              mwq_dot_tile<V, 1>(codes, tile, rows + j, x_scales + j, x_sums + j, a + j * kTileRows);
-            }
-          }
-        }
+        over_tokens<N>(
+            x, first, count, g, acc,
+            [&](auto n, const int8_t* const* rows, const float* const* x_scales, const float* const* x_sums,
+                float* sums) { mwq_dot_tile<V, decltype(n)::value>(codes, tile, rows, x_scales, x_sums, sums); });
       }
       for (int i = 0; i < count; ++i) {
         store_rows<V>(y + (first + i) * stride + block * kTileRows, V::load(acc + i * kTileRows),
