@@ -20,10 +20,10 @@ from typing import Any
 import numpy as np
 import results
 
-from edgemoe.format import open_moe
-from edgemoe.lab.allocate import Settings, allocate
-from edgemoe.lab.calibrate import windows_of
-from edgemoe.lab.loss import Loss
+from edgemoe.file.format import open_moe
+from edgemoe.lab.bits.allocate import Settings, allocate
+from edgemoe.lab.bits.calibrate import windows_of
+from edgemoe.lab.quality.loss import Loss
 from edgemoe.quant import Calibration
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
-from edgemoe.format import open_moe
-from edgemoe.lab.quality import Quality, Sample, Trial, measure, recorded
-from edgemoe.lab.text import default_text
+from edgemoe.file.format import open_moe
+from edgemoe.file.writer import add_sections
+from edgemoe.lab.quality.quality import Quality, Sample, Trial, measure, recorded
+from edgemoe.lab.quality.text import default_text
 from edgemoe.quant import BitRouters
-from edgemoe.tokenizer import Tokenizer
-from edgemoe.writer import add_sections
+from edgemoe.text.tokenizer import Tokenizer
 
 
 def drawn(like: BitRouters) -> BitRouters:

@@ -26,12 +26,12 @@ import numpy as np
 import edgemoe.quant.nested as nested
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
-from edgemoe.format import open_moe
-from edgemoe.lab.levels import levels
-from edgemoe.lab.logprobs import LogProbs
-from edgemoe.lab.quality import Sample, Trial, first_token, measure
+from edgemoe.file.format import open_moe
+from edgemoe.lab.quality.logprobs import LogProbs
+from edgemoe.lab.quality.quality import Sample, Trial, first_token, measure
+from edgemoe.lab.report.levels import levels
 from edgemoe.quant import DEFAULT_LADDER, Calibration
-from edgemoe.tokenizer import Tokenizer
+from edgemoe.text.tokenizer import Tokenizer
 
 ALONE = np.inf
 

@@ -26,13 +26,13 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 import edgemoe
-from edgemoe.convert.carve import carve
+from edgemoe.convert.carve.carve import carve
+from edgemoe.convert.carve.llama import head, hidden_states
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.convert import convert
 from edgemoe.convert.gguf import GGUFCheckpoint
 from edgemoe.convert.hf import HFCheckpoint
-from edgemoe.convert.llama import head, hidden_states
-from edgemoe.lab.text import default_text
+from edgemoe.lab.quality.text import default_text
 
 _ROOT = Path(__file__).parents[1]
 _UPDATE = _ROOT / "edgemoe" / "convert" / "data" / "smollm2-moe-update.safetensors"

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.format import open_moe
+from edgemoe.file.format import open_moe
+from edgemoe.runtime.trace import Trace, read
 from edgemoe.scheduler.paths import SECTION, PathPredictor
-from edgemoe.trace import Trace, read
 
 Paths = NDArray[np.bool_]
 """[n, L, E]"""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import edgemoe
 
-_HELD_OUT = Path(__file__).parents[1] / "tests" / "data" / "held_out.txt"
+_HELD_OUT = Path(__file__).parents[1] / "edgemoe" / "lab" / "quality" / "data" / "held_out.txt"
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:

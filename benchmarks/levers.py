@@ -31,14 +31,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgemoe
-from edgemoe.budget import Budget
-from edgemoe.engine import Engine
-from edgemoe.format import open_moe
-from edgemoe.lab.logprobs import LogProbs, LogProbsWriter
-from edgemoe.lab.quality import Sample, score
-from edgemoe.lab.text import default_text
+from edgemoe.file.format import open_moe
+from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
+from edgemoe.lab.quality.quality import Sample, score
+from edgemoe.lab.quality.text import default_text
+from edgemoe.runtime.budget import Budget
+from edgemoe.runtime.engine import Engine
 from edgemoe.store import all_expert_bytes, dense_bytes
-from edgemoe.tokenizer import Tokenizer
+from edgemoe.text.tokenizer import Tokenizer
 
 EXACT = ["on-demand", "eviction=next-use"]
 RUNS = [

@@ -28,15 +28,15 @@ from typing import Any
 import results
 
 import edgemoe
-from edgemoe import bench
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
-from edgemoe.format import open_moe
-from edgemoe.lab.levels import levels
-from edgemoe.lab.logprobs import LogProbs
-from edgemoe.lab.quality import Sample, Trial, first_token, measure
+from edgemoe.file.format import open_moe
+from edgemoe.lab.quality.logprobs import LogProbs
+from edgemoe.lab.quality.quality import Sample, Trial, first_token, measure
+from edgemoe.lab.report.levels import levels
 from edgemoe.quant import SCHEMES, Calibration, Scheme, mwq
-from edgemoe.tokenizer import Tokenizer
+from edgemoe.runtime import bench
+from edgemoe.text.tokenizer import Tokenizer
 
 
 def candidates() -> Iterator[tuple[str, Scheme, int, bool]]:

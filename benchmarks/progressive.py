@@ -17,9 +17,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgemoe.lab.replay import Tape, make_scheduler, replay
-from edgemoe.lab.timing import Timing, fit
-from edgemoe.trace import Trace, read
+from edgemoe.lab.routing.replay import Tape, make_scheduler, replay
+from edgemoe.lab.routing.timing import Timing, fit
+from edgemoe.runtime.trace import Trace, read
 
 SHARE = 2 / 3
 

@@ -31,11 +31,11 @@ from mixtral_gguf import write_gguf
 
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
-from edgemoe.format import open_moe
-from edgemoe.lab.levels import levels
-from edgemoe.lab.logprobs import LogProbs
-from edgemoe.lab.quality import Sample, Trial, first_token, measure
-from edgemoe.tokenizer import Tokenizer
+from edgemoe.file.format import open_moe
+from edgemoe.lab.quality.logprobs import LogProbs
+from edgemoe.lab.quality.quality import Sample, Trial, first_token, measure
+from edgemoe.lab.report.levels import levels
+from edgemoe.text.tokenizer import Tokenizer
 
 _EMBEDDING = ("--token-embedding-type", "iq2_s")
 """IQ2_XS cannot be had without an imatrix, which no embedding has."""

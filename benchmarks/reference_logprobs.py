@@ -15,9 +15,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from edgemoe.lab.logprobs import LogProbsWriter, log_softmax
-from edgemoe.lab.quality import Sample
-from edgemoe.tokenizer import Tokenizer
+from edgemoe.lab.quality.logprobs import LogProbsWriter, log_softmax
+from edgemoe.lab.quality.quality import Sample
+from edgemoe.text.tokenizer import Tokenizer
 
 
 def main() -> None:

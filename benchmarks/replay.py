@@ -28,10 +28,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgemoe
-from edgemoe.budget import Budget
-from edgemoe.lab.replay import Replay, Tape, make_scheduler, replay
-from edgemoe.lab.timing import Timing, fit, quiet_tokens
-from edgemoe.trace import Trace, read
+from edgemoe.lab.routing.replay import Replay, Tape, make_scheduler, replay
+from edgemoe.lab.routing.timing import Timing, fit, quiet_tokens
+from edgemoe.runtime.budget import Budget
+from edgemoe.runtime.trace import Trace, read
 
 PLAIN = {"look_ahead": False}
 BLOCK = 4  # tokens

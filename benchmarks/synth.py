@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from edgemoe.config import ModelConfig, dense_tensors
-from edgemoe.writer import Writer
+from edgemoe.file.writer import Writer
 
 COMMON = {"tied": False, "norm_eps": 1e-5}
 SHAPES = {

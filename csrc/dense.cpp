@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention.h"
+#include "mixers/attention.h"
 
 namespace edgemoe {
 namespace {

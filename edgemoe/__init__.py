@@ -13,10 +13,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgemoe.chat import Chat
-    from edgemoe.engine import Engine, Stats, load
     from edgemoe.errors import EdgemoeError, FormatError, OutOfBudget, ReadError
-    from edgemoe.sampler import SamplingParams
+    from edgemoe.runtime.chat import Chat
+    from edgemoe.runtime.engine import Engine, Stats, load
+    from edgemoe.text.sampler import SamplingParams
 
 __all__ = [
     "Chat", "EdgemoeError", "Engine", "FormatError", "OutOfBudget", "ReadError", "SamplingParams",
@@ -24,9 +24,9 @@ __all__ = [
 ]  # fmt: skip
 
 _HOMES = {
-    "Chat": "chat", "EdgemoeError": "errors", "Engine": "engine", "FormatError": "errors",
-    "OutOfBudget": "errors", "ReadError": "errors", "SamplingParams": "sampler",
-    "Stats": "engine", "load": "engine",
+    "Chat": "runtime.chat", "EdgemoeError": "errors", "Engine": "runtime.engine",
+    "FormatError": "errors", "OutOfBudget": "errors", "ReadError": "errors",
+    "SamplingParams": "text.sampler", "Stats": "runtime.engine", "load": "runtime.engine",
 }  # fmt: skip
 
 

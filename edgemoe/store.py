@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
-from edgemoe.format import ALIGNMENT, MoeFile
+from edgemoe.file.format import ALIGNMENT, MoeFile
 from edgemoe.plan import Plan
 from edgemoe.quant import plane_widths
 

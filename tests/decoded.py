@@ -13,7 +13,7 @@ import reference_nested
 from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig
-from edgemoe.format import open_moe
+from edgemoe.file.format import open_moe
 
 Array = NDArray[Any]
 

@@ -10,20 +10,19 @@ import edgemoe
 ROOT = Path(__file__).parent.parent / "edgemoe"
 ROWS = [
     {"errors", "plan", "config"},
-    {"ops", "tap", "store", "format", "writer", "verify", "hardware", "quant", "floats", "tensors"},
-    {"scheduler", "model", "tokenizer", "sampler", "stream", "template"},
+    {"ops", "tap", "store", "file", "hardware", "quant"},
+    {"scheduler", "model", "text"},
     {"experts"},
-    {"engine", "budget", "profile", "trace"},
-    {"chat"},
-    {"bench", "convert", "demo", "lab", "serve"},
+    {"runtime"},
+    {"convert", "lab", "serve"},
     {"cli"},
 ]
-# The decoder calls the experts between its layers; an engine opens its own chat, on first use.
-EXCEPTIONS = {("model", "experts"), ("engine", "chat")}
+# The decoder calls the experts between its layers.
+EXCEPTIONS = {("model", "experts")}
 
 # They import torch when they are asked to train, with the extra `train`.
-TRAIN = {"lab/paths.py"}
-TORCH = {"lab/bit_router.py"}  # as a whole; imported by a call that trains
+TRAIN = {"lab/routing/paths.py"}
+TORCH = {"lab/bits/bit_router.py"}  # as a whole; imported by a call that trains
 
 
 def modules():

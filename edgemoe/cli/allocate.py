@@ -76,9 +76,9 @@ def _allocate(args: argparse.Namespace) -> None:
             raise PermissionError(f"--store: {args.model} cannot be written")
     else:
         check_output(out, args.model, args.calibration, args.text)
-    from edgemoe.format import open_moe
-    from edgemoe.lab.allocate import Settings, allocate
-    from edgemoe.lab.calibrate import default_text, windows_of
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.bits.allocate import Settings, allocate
+    from edgemoe.lab.bits.calibrate import default_text, windows_of
     from edgemoe.quant import Calibration
 
     settings = Settings(
@@ -104,7 +104,7 @@ def _allocate(args: argparse.Namespace) -> None:
             calibration=calibration, windows=windows, progress=progress,
         )  # fmt: skip
     if args.store:
-        from edgemoe.writer import add_sections
+        from edgemoe.file.writer import add_sections
 
         add_sections(args.model, {"allocation": found.to_json()})
     else:

@@ -17,8 +17,8 @@ from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.values import bits_or_auto, ram_size, whole, wholes
 
 if TYPE_CHECKING:
-    from edgemoe.bench import Result, Roof
-    from edgemoe.engine import Engine
+    from edgemoe.runtime.bench import Result, Roof
+    from edgemoe.runtime.engine import Engine
 
 __all__ = ["main"]
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     import edgemoe
-    from edgemoe.bench import measure, roof
+    from edgemoe.runtime.bench import measure, roof
 
     if "help" in args.set:
         print(options_text(args.scheduler))

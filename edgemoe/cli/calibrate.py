@@ -65,7 +65,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         if missing:
             note(f"{_PROG}: {args.imatrix} knows nothing of {', '.join(missing)}")
     else:
-        from edgemoe.lab.calibrate import WINDOW, calibrate, default_text
+        from edgemoe.lab.bits.calibrate import WINDOW, calibrate, default_text
 
         if args.text is None:
             note("# no --text: the package's own, from Moby-Dick and State of the Union")

@@ -70,7 +70,7 @@ def check_output(path: Path | None, *inputs: Path | None) -> None:
         return
     if any(given.exists() and path.samefile(given) for given in inputs if given is not None):
         raise FileExistsError(f"{path}: is read by this command; expected another file to write")
-    from edgemoe.format import MAGIC
+    from edgemoe.file.format import MAGIC
 
     with open(path, "rb") as old:
         if old.read(len(MAGIC)) == MAGIC:

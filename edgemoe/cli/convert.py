@@ -82,7 +82,7 @@ def _convert(args: argparse.Namespace) -> None:
 
 def _check_target(out: Path, *, overwrite: bool) -> None:
     """Refuses to replace what is not a `.moe` file, such as a file of the source or a device."""
-    from edgemoe.format import MAGIC
+    from edgemoe.file.format import MAGIC
 
     if not out.exists() and not out.is_symlink():
         return
@@ -109,7 +109,7 @@ def _checkpoint(path: Path) -> Checkpoint:
 
 def _carved(path: Path) -> Checkpoint:
     """Opens a dense checkpoint and cuts its FFNs into experts."""
-    from edgemoe.convert.carve import carve
+    from edgemoe.convert.carve.carve import carve
 
     dense: Checkpoint
     if path.is_file():

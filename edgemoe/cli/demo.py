@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _build() -> None:
-    from edgemoe.demo import demo_model
+    from edgemoe.convert.demo import demo_model
 
     bars: dict[str, Progress] = {}
     with contextlib.ExitStack() as stack:

@@ -15,7 +15,7 @@ from edgemoe.cli.progress import Progress
 from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
 
 if TYPE_CHECKING:
-    from edgemoe.format import MoeFile
+    from edgemoe.file.format import MoeFile
 
 __all__ = ["main"]
 
@@ -39,14 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from edgemoe.format import open_moe
-    from edgemoe.lab.summary import summary
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.report.summary import summary
 
     moe = open_moe(args.model)
     about = summary(moe)
     broken: list[str] = []
     if args.verify:
-        from edgemoe.verify import verify
+        from edgemoe.file.verify import verify
 
         with Progress(f"verifying {moe.path.name}", unit="B") as progress:
             broken = verify(moe, progress=progress)
@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
-    from edgemoe.lab.summary import groups
+    from edgemoe.lab.report.summary import groups
 
     c = moe.config
     yield f"{about['file']}: {c.family}, {_size(moe.file_bytes)}"
@@ -117,7 +117,7 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
 
 def _quality(moe: MoeFile, stored: dict[str, Any]) -> Iterator[str]:
     """Yields the table that `edgemoe quality --store` has kept, and which of it is of the past."""
-    from edgemoe.lab.choice import applies
+    from edgemoe.lab.quality.choice import applies
 
     try:
         lines = [quality_line(row) for row in stored["rows"]]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.cli.console import is_terminal, note
-from edgemoe.demo import default_cache_dir
+from edgemoe.convert.demo import default_cache_dir
 
 __all__ = ["LineReader"]
 

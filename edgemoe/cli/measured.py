@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
 
-    from edgemoe.lab.choice import Choice
+    from edgemoe.lab.quality.choice import Choice
 
 __all__ = ["MAX_LOSS_HELP", "check", "cost", "pick", "share"]
 
@@ -68,10 +68,10 @@ def pick(args: Namespace, *, context: int | None) -> str:
         ValueError: the file holds nothing to pick from.
         FormatError: it is not a sound `.moe` file.
     """
-    from edgemoe.engine import room_for_experts
     from edgemoe.errors import OutOfBudget
-    from edgemoe.format import open_moe
-    from edgemoe.lab.choice import choose, is_plain, stored
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.quality.choice import choose, is_plain, stored
+    from edgemoe.runtime.engine import room_for_experts
 
     limit = share(args.max_quality_loss)
     moe = open_moe(args.model)
@@ -117,8 +117,8 @@ def cost(args: Namespace) -> str | None:
     Raises:
         FormatError: the file is not a sound `.moe` file.
     """
-    from edgemoe.format import open_moe
-    from edgemoe.lab.choice import find, is_plain, stored
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.quality.choice import find, is_plain, stored
 
     caches = (args.cache_type_k, args.cache_type_v)
     is_exact = (args.bits, args.dense_bits, args.scheduler) == (None, None, "on-demand")

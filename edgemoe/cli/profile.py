@@ -19,10 +19,10 @@ from edgemoe.cli.values import ram_size
 from edgemoe.errors import FormatError
 
 if TYPE_CHECKING:
-    from edgemoe.engine import Engine
-    from edgemoe.lab.tables import Table
-    from edgemoe.lab.timing import Timing
-    from edgemoe.trace import Trace
+    from edgemoe.lab.report.tables import Table
+    from edgemoe.lab.routing.timing import Timing
+    from edgemoe.runtime.engine import Engine
+    from edgemoe.runtime.trace import Trace
 
 __all__ = ["main"]
 
@@ -133,7 +133,7 @@ def _command(commands: Any, name: str, run: Any, about: str) -> argparse.Argumen
 def _trace(args: argparse.Namespace) -> None:
     import edgemoe
     from edgemoe.cli.progress import Progress
-    from edgemoe.lab.record import follow, follow_pieces
+    from edgemoe.lab.routing.record import follow, follow_pieces
 
     if "help" in args.set:
         print(options_text(args.scheduler or "on-demand"))
@@ -177,8 +177,8 @@ def _ids(model: str, text: str | None, limit: int | None, *, cut: bool) -> list[
     """Returns the tokens of a text, or random ones; with `cut` no more than one sequence may have."""
     import numpy as np
 
-    from edgemoe.format import open_moe
-    from edgemoe.tokenizer import Tokenizer
+    from edgemoe.file.format import open_moe
+    from edgemoe.text.tokenizer import Tokenizer
 
     moe = open_moe(model)
     if text is None:
@@ -201,11 +201,11 @@ def _ids(model: str, text: str | None, limit: int | None, *, cut: bool) -> list[
 
 def _train(args: argparse.Namespace) -> None:
     from edgemoe.cli.progress import Progress
-    from edgemoe.format import open_moe
-    from edgemoe.lab.paths import pieces, train
+    from edgemoe.file.format import open_moe
+    from edgemoe.file.writer import add_sections
+    from edgemoe.lab.routing.paths import pieces, train
+    from edgemoe.runtime.trace import read
     from edgemoe.scheduler.paths import SECTION
-    from edgemoe.trace import read
-    from edgemoe.writer import add_sections
 
     config = open_moe(args.model).config
     if not os.access(args.model, os.W_OK):  # before it takes minutes
@@ -227,10 +227,10 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from edgemoe.format import open_moe
-    from edgemoe.lab import report, tables
-    from edgemoe.lab.predictors import predictions
-    from edgemoe.trace import read
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.report import report, tables
+    from edgemoe.lab.routing.predictors import predictions
+    from edgemoe.runtime.trace import read
 
     trace = read(args.trace)
     timing = _timing(trace)
@@ -265,8 +265,8 @@ def _or_note(make: Callable[[], _T]) -> _T | None:
 
 
 def _replay(args: argparse.Namespace) -> None:
-    from edgemoe.lab import tables
-    from edgemoe.trace import read
+    from edgemoe.lab.report import tables
+    from edgemoe.runtime.trace import read
 
     trace = read(args.trace)
     timing, rows = _studied(args, trace)
@@ -278,9 +278,9 @@ def _replay(args: argparse.Namespace) -> None:
 
 
 def _plot(args: argparse.Namespace) -> None:
-    from edgemoe.lab import pictures, report, tables
-    from edgemoe.lab.page import page
-    from edgemoe.trace import read
+    from edgemoe.lab.report import pictures, report, tables
+    from edgemoe.lab.report.page import page
+    from edgemoe.runtime.trace import read
 
     check_output(Path(args.output), Path(args.trace), args.timing and Path(args.timing))
     pictures.check()  # before it takes minutes
@@ -318,10 +318,10 @@ def _plot(args: argparse.Namespace) -> None:
 
 def _studied(args: argparse.Namespace, trace: Trace) -> tuple[Timing | None, list[dict[str, Any]]]:
     from edgemoe.cli.progress import Progress
-    from edgemoe.format import open_moe
-    from edgemoe.lab.study import lines, study
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.routing.study import lines, study
+    from edgemoe.runtime.trace import read
     from edgemoe.scheduler import KINDS, check_options
-    from edgemoe.trace import read
 
     given = _settings_by_scheduler(args.set)
     for name, options in given.items():  # before replays take minutes
@@ -349,9 +349,9 @@ def _measured(
     args: argparse.Namespace, trace: Trace, timing: Timing | None
 ) -> list[dict[str, Any]]:
     """Returns the speeds and losses of the settings that the model's file has measured, for a picture."""
-    from edgemoe.format import open_moe
-    from edgemoe.lab.choice import applies, stored
-    from edgemoe.lab.study import measured
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.quality.choice import applies, stored
+    from edgemoe.lab.routing.study import measured
 
     if args.model is None or timing is None:
         return []
@@ -378,7 +378,7 @@ def _settings_by_scheduler(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _timing(trace: Trace) -> Timing | None:
-    from edgemoe.lab.timing import fit
+    from edgemoe.lab.routing.timing import fit
 
     try:
         return fit(trace)
@@ -388,7 +388,7 @@ def _timing(trace: Trace) -> Timing | None:
 
 
 def _budget(text: str, trace: Trace) -> int:
-    from edgemoe.budget import parse_size
+    from edgemoe.runtime.budget import parse_size
 
     header = trace.header
     everything = header.num_layers * header.num_experts * header.mean_bytes[-1]
@@ -414,7 +414,7 @@ def _title(trace: Trace) -> str:
 
 
 def _print_table(table: Table) -> None:
-    from edgemoe.lab.tables import markdown
+    from edgemoe.lab.report.tables import markdown
 
     print(f"\n{table[0]}\n\n{markdown(table)}")
 

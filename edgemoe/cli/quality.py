@@ -22,9 +22,9 @@ from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
 from edgemoe.cli.values import bits_or_auto, ram_size
 
 if TYPE_CHECKING:
-    from edgemoe.format import MoeFile
-    from edgemoe.lab.levels import Level
-    from edgemoe.lab.quality import Quality, Trial
+    from edgemoe.file.format import MoeFile
+    from edgemoe.lab.quality.quality import Quality, Trial
+    from edgemoe.lab.report.levels import Level
 
 __all__ = ["main"]
 
@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from edgemoe.format import open_moe
-    from edgemoe.lab.levels import bits_per_weight, levels
-    from edgemoe.lab.quality import measure
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.quality.quality import measure
+    from edgemoe.lab.report.levels import bits_per_weight, levels
 
     if "help" in args.set:
         print("\n\n".join(options_text(name) for name in args.scheduler or [EXACT]))
@@ -117,8 +117,8 @@ def _run(args: argparse.Namespace) -> int:
         text = json.dumps({"command": sys.argv, **report}, indent=1)
         write_file(args.json, f"{text}\n".encode())
     if args.store:
-        from edgemoe.lab.choice import merged, stored
-        from edgemoe.writer import add_sections
+        from edgemoe.file.writer import add_sections
+        from edgemoe.lab.quality.choice import merged, stored
 
         now = open_moe(args.model)
         whole = merged(now.sections.get("quality"), report)
@@ -129,7 +129,7 @@ def _run(args: argparse.Namespace) -> int:
             more = f", in place of {len(old['rows'])} rows of other tokens or another reference"
         note(f"# stored in {args.model}{more}; edgemoe inspect shows it")
     if args.plot is not None:
-        from edgemoe.lab.plot import plot_quality
+        from edgemoe.lab.report.plot import plot_quality
 
         named = [{**row, "scheduler": run_name(row)} for row in rows]
         plot_quality(named, args.plot, title=f"{args.model.stem}; {about}")
@@ -138,7 +138,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _warn_of_replaced(moe: MoeFile, report: Mapping[str, Any]) -> None:
     """Says, while Ctrl-C still keeps them, that rows of other tokens will not stay beside these."""
-    from edgemoe.lab.choice import stored
+    from edgemoe.lab.quality.choice import stored
 
     before = stored(moe)
     if before and any(before[name] != report[name] for name in ("tokens", "reference")):
@@ -157,7 +157,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.store and args.model.exists() and not os.access(args.model, os.W_OK):
         raise PermissionError(f"--store: {args.model} cannot be written")
     if args.plot is not None:
-        from edgemoe.lab.plot import check_plot
+        from edgemoe.lab.report.plot import check_plot
 
         check_plot(args.plot)
 
@@ -205,8 +205,8 @@ def _trial(
     bits: int | Literal["auto"],
     options: Mapping[str, Any],
 ) -> Trial:
-    from edgemoe.lab.levels import dense_bits_at
-    from edgemoe.lab.quality import Trial
+    from edgemoe.lab.quality.quality import Trial
+    from edgemoe.lab.report.levels import dense_bits_at
     from edgemoe.scheduler import SCHEDULERS, check_options
 
     if scheduler not in SCHEDULERS:
@@ -242,7 +242,7 @@ def _average_bits(moe: MoeFile, sizes: list[Level], trial: Trial, quality: Quali
 
 
 def _row(trial: Trial, size: float, quality: Quality, moe: MoeFile) -> dict[str, Any]:
-    from edgemoe.lab.choice import sections_sum
+    from edgemoe.lab.quality.choice import sections_sum
 
     options = dict(trial.options)
     return {

@@ -11,9 +11,9 @@ from edgemoe.cli.progress import Progress
 from edgemoe.errors import FormatError
 
 if TYPE_CHECKING:
-    from edgemoe.format import MoeFile
-    from edgemoe.lab.logprobs import LogProbs
-    from edgemoe.lab.quality import Quality, Sample, Trial
+    from edgemoe.file.format import MoeFile
+    from edgemoe.lab.quality.logprobs import LogProbs
+    from edgemoe.lab.quality.quality import Quality, Sample, Trial
 
 __all__ = ["CHUNK", "EXACT", "reference"]
 
@@ -37,11 +37,11 @@ def reference(
         FormatError: the file or the reference is not sound.
         OSError: something cannot be read, or the disk is full.
     """
-    from edgemoe.format import open_moe
-    from edgemoe.lab.levels import dense_bits_at
-    from edgemoe.lab.logprobs import LogProbs
-    from edgemoe.lab.quality import Sample, Trial, first_token, recorded
-    from edgemoe.tokenizer import Tokenizer
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.quality.logprobs import LogProbs
+    from edgemoe.lab.quality.quality import Sample, Trial, first_token, recorded
+    from edgemoe.lab.report.levels import dense_bits_at
+    from edgemoe.text.tokenizer import Tokenizer
 
     given: str | None = args.reference
     if args.chunks is not None and args.chunks < 1:
@@ -94,7 +94,7 @@ def reference(
 def _checkpoint(path: Path, sample: Sample, moe: MoeFile, stack: ExitStack) -> LogProbs:
     from edgemoe.convert.hf import HFCheckpoint
     from edgemoe.convert.source import SourceModel
-    from edgemoe.lab.checkpoint import recorded_checkpoint
+    from edgemoe.lab.quality.checkpoint import recorded_checkpoint
 
     model = SourceModel(HFCheckpoint(path))
     if model.config.vocab_size != moe.config.vocab_size:
@@ -104,7 +104,7 @@ def _checkpoint(path: Path, sample: Sample, moe: MoeFile, stack: ExitStack) -> L
 
 
 def _is_saved(path: Path) -> bool:
-    from edgemoe.lab.logprobs import MAGIC
+    from edgemoe.lab.quality.logprobs import MAGIC
 
     if path.is_dir():
         return False
@@ -114,7 +114,7 @@ def _is_saved(path: Path) -> bool:
 
 def _text(path: Path | None) -> tuple[str, str]:
     """Returns a text and what it is called; for None the one that comes with the package."""
-    from edgemoe.lab.text import default_text
+    from edgemoe.lab.quality.text import default_text
 
     if path is None:
         return default_text(), "the package's own (Moby-Dick, speeches)"

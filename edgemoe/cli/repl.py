@@ -13,8 +13,8 @@ from edgemoe.cli.line import LineReader
 from edgemoe.cli.stats import stats_line, stats_table
 
 if TYPE_CHECKING:
-    from edgemoe.chat import Chat
-    from edgemoe.engine import Engine
+    from edgemoe.runtime.chat import Chat
+    from edgemoe.runtime.engine import Engine
 
 __all__ = ["interact"]
 

@@ -23,9 +23,9 @@ from edgemoe.cli.scheduling import options_text, read_settings
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from edgemoe.chat import Chat
-    from edgemoe.engine import Engine
-    from edgemoe.sampler import SamplingParams
+    from edgemoe.runtime.chat import Chat
+    from edgemoe.runtime.engine import Engine
+    from edgemoe.text.sampler import SamplingParams
 
 __all__ = ["main"]
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.path is not None:
             args.model = args.path
         try:
-            from edgemoe.sampler import SamplingParams
+            from edgemoe.text.sampler import SamplingParams
 
             _sampling(args, SamplingParams())  # before the model is loaded
             if "help" in args.set:
@@ -94,7 +94,7 @@ def _run(args: Namespace) -> int:
         note(f"# {pick(args, context=args.ctx_size or None)}")
     known = None if args.max_quality_loss is not None else cost(args)
     with _load(args) as engine:
-        from edgemoe.chat import Chat
+        from edgemoe.runtime.chat import Chat
 
         for line in engine.notes:
             note(f"# {line}")
@@ -150,7 +150,7 @@ def _demo() -> Path:
     Raises:
         SystemExit: it could not be built, and has said why.
     """
-    from edgemoe.demo import demo_path
+    from edgemoe.convert.demo import demo_path
 
     path = demo_path()
     if not path.is_file():

@@ -14,7 +14,7 @@ from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import levels, ram_size
 
 if TYPE_CHECKING:
-    from edgemoe.lab.train_bit_router import Row
+    from edgemoe.lab.bits.train_bit_router import Row
 
 __all__ = ["main"]
 
@@ -66,8 +66,8 @@ def _train(args: argparse.Namespace) -> None:
     check_output(out, args.model, args.text)
     if args.store and args.model.exists() and not os.access(args.model, os.W_OK):
         raise PermissionError(f"--store: {args.model} cannot be written")
-    from edgemoe.lab.calibrate import default_text
-    from edgemoe.lab.train_bit_router import RouterSettings, train_bit_router
+    from edgemoe.lab.bits.calibrate import default_text
+    from edgemoe.lab.bits.train_bit_router import RouterSettings, train_bit_router
 
     settings = RouterSettings(
         levels=args.levels, average_bits=args.avg_bits, alpha=args.alpha,
@@ -86,7 +86,7 @@ def _train(args: argparse.Namespace) -> None:
     if not args.store:
         note(f"{_PROG}: wrote {out}; the same command with --store lets d2moe use it")
         return
-    from edgemoe.writer import add_sections
+    from edgemoe.file.writer import add_sections
 
     add_sections(args.model, {"bit-routers": routers.to_bytes()})
     if args.out is None:

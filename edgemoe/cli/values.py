@@ -13,7 +13,7 @@ def ram_size(text: str) -> int:
     wrong = ArgumentTypeError(f"expected a size like 4GiB or 50%, got {text!r}")
     try:
         if not text.endswith("%"):
-            from edgemoe.budget import parse_size
+            from edgemoe.runtime.budget import parse_size
 
             return parse_size(text)
         share = float(text[:-1]) / 100

@@ -10,9 +10,9 @@ from typing import Any
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.source import SourceModel
+from edgemoe.file.writer import Writer
 from edgemoe.quant import SCHEMES, Allocation, Calibration, Scheme
-from edgemoe.tokenizer import Tokenizer
-from edgemoe.writer import Writer
+from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Progress", "convert"]
 

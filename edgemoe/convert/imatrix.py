@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edgemoe.config import ModelConfig
 from edgemoe.convert.gguf import BROKEN, open_gguf
 from edgemoe.errors import FormatError
-from edgemoe.format import open_moe
+from edgemoe.file.format import open_moe
 from edgemoe.quant import write_calibration
 
 __all__ = ["convert_imatrix", "read_imatrix"]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint, listed, refuse_unused
 from edgemoe.convert.families import FAMILIES
-from edgemoe.convert.family import Family, Source
+from edgemoe.convert.families.family import Family, Source
 from edgemoe.convert.rope import rope
 from edgemoe.convert.settings import Settings, eos_ids
 from edgemoe.errors import FormatError

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from edgemoe.errors import FormatError
-from edgemoe.tensors import is_finite, view
+from edgemoe.file.tensors import is_finite, view
 
 __all__ = ["BitRouters"]
 

@@ -1,4 +1,4 @@
-"""Quantises float matrices to nested planes; the layout is specified in `edgemoe.format`."""
+"""Quantises float matrices to nested planes; the layout is specified in `edgemoe.file.format`."""
 
 from __future__ import annotations
 

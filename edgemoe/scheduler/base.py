@@ -104,14 +104,14 @@ class Scheduler(ABC):
         """All layers have run for `tokens` tokens, which took `seconds`."""
 
     def state(self) -> Mapping[str, NDArray[Any]]:
-        """Returns what it learned and is of use in another run, under the names of `edgemoe.profile`."""
+        """Returns what it learned and is of use in another run, under the names of `edgemoe.runtime.profile`."""
         return {}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:  # noqa: B027
         """Takes what `state` of an earlier run returned, before anything is planned.
 
         Args:
-            state: by name; it may lack its own and have others. Shapes are those of `edgemoe.profile`.
+            state: by name; it may lack its own and have others. Shapes are those of `edgemoe.runtime.profile`.
         """
 
     def report(self) -> str:

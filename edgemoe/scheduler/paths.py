@@ -24,10 +24,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.errors import FormatError
+from edgemoe.file.tensors import is_finite, view
 from edgemoe.plan import Routing
 from edgemoe.scheduler.base import Setting
 from edgemoe.scheduler.predict import Logistic, NextUse
-from edgemoe.tensors import is_finite, view
 
 __all__ = ["SECTION", "PathPredictor", "PathUse", "hashed"]
 

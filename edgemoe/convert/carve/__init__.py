@@ -1,0 +1,1 @@
+"""Makes a Mixture of Experts of a dense Llama-architecture checkpoint."""

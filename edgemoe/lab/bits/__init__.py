@@ -1,0 +1,1 @@
+"""Which bits each expert should have: calibration, allocation, trained routers."""

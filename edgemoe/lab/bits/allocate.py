@@ -1,0 +1,327 @@
+"""Decides offline how many bits each routed expert runs at: the papers' rules on what a calibration knows.
+
+error       least sum of what each expert's level changes in its layer's output, squared; over all layers at once
+pmq         MC-MoE's integer programme, phi^a * w^b * eps^c, solved exactly
+expertwise  EdgeMoE's search: each expert's measured loss at the low level, then as many low ones as may be
+frequency   QuantMoE-Bench: experts that are often chosen get the higher level
+first-blocks, outlier    its other rules: early layers; matrices with outliers
+random      the control
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.errors import FormatError
+from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.lab.bits import rules
+from edgemoe.lab.quality.loss import Loss
+from edgemoe.quant import Allocation, Calibration
+from edgemoe.store import ExpertStore, expert_bytes
+
+__all__ = ["METHODS", "Settings", "allocate"]
+
+Floats = NDArray[np.float64]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Says what is asked for. None is each method's own default, as `allocate` says."""
+
+    average_bits: float | None = None
+    max_loss: float | None = None
+    """expertwise alone, instead of `average_bits`: most mean KL divergence to the file's highest level."""
+    levels: tuple[int, ...] | None = None
+    """Bits that may be given, ascending."""
+    exponents: tuple[float, float, float] = (1, 1, 2)
+    """Of pmq: of frequency, gate weight and error."""
+    per_layer: bool = False
+    """Every layer gets the same average, as published for pmq; else the model as a whole."""
+    protect: bool = True
+    """Give Super Experts the highest of `levels`, inside the same average."""
+    seed: int = 0
+    """Of random."""
+
+
+def allocate(
+    path: str | os.PathLike[str],
+    method: str,
+    settings: Settings,
+    *,
+    calibration: Calibration | None = None,
+    windows: NDArray[np.int32] | None = None,
+    progress: Progress | None = None,
+) -> Allocation:
+    """Returns bits for every routed expert of a model.
+
+    Levels are by default all of the file for error, its lowest three for pmq, as published, and for the others the
+    two next to the average; of 2, 4, 8 for expertwise, as published.
+
+    Args:
+        path: a `.moe` file.
+        method: a name of METHODS.
+        calibration: of this model; error, pmq and frequency need it, and so does finding Super Experts.
+        windows: int32 [N, T] tokens that expertwise measures loss on.
+        progress: called with what is measured and how much there is to measure.
+
+    Raises:
+        ValueError: a setting does not do, or something is missing.
+        FormatError: the model or the calibration is not sound, or they do not belong together.
+    """
+    moe = open_moe(path)
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {method}")
+    model = _Model(moe, settings, calibration, windows, progress)
+    levels, choice = METHODS[method](model)
+    bits = np.array(levels, np.int8)[choice]
+    used: dict[str, Any] = {"levels": list(levels), "per_layer": settings.per_layer}
+    if settings.average_bits is not None:
+        used["average_bits"] = settings.average_bits
+    if method == "pmq":
+        used["exponents"] = list(settings.exponents)
+    if method == "random":
+        used["seed"] = settings.seed
+    if settings.max_loss is not None:
+        used["max_loss"] = settings.max_loss
+    layers = moe.config.moe_layers
+    lacking = np.argwhere(bits > moe.expert_bits)
+    if len(lacking):
+        i, e = lacking[0].tolist()
+        raise ValueError(
+            f"{method}: wants {bits[i, e]} bits of expert {e} of layer {layers[i]}, of which the file has "
+            f"{moe.expert_bits[i, e]}; allocate on a file that has all bits of all experts"
+        )
+    protected = tuple((layers[i], e) for i, e in model.protected)
+    return Allocation(method=method, settings=used, layers=layers, bits=bits, protected=protected)
+
+
+class _Model:
+    """Gives the rules what they ask for, and says what is missing."""
+
+    def __init__(
+        self,
+        moe: MoeFile,
+        settings: Settings,
+        calibration: Calibration | None,
+        windows: NDArray[np.int32] | None,
+        progress: Progress | None,
+    ) -> None:
+        self.moe, self.settings, self.windows, self.progress = moe, settings, windows, progress
+        self.shape = (len(moe.config.moe_layers), moe.config.num_experts)
+        self._calibration = calibration
+        if calibration is not None:
+            calibration.check(moe.config)
+        self.protected: list[tuple[int, int]] = []
+        if settings.protect and calibration is not None and calibration.has("output_max"):
+            self.protected = rules.super_experts(self.known("output_max"))
+
+    @property
+    def average(self) -> float:
+        if self.settings.average_bits is None:
+            raise ValueError("average bits: missing")
+        if not 1 <= self.settings.average_bits < math.inf:
+            raise ValueError(
+                f"average bits: expected at least 1, got {self.settings.average_bits:g}"
+            )
+        return self.settings.average_bits
+
+    def known(self, what: str) -> Floats:
+        """Returns a statistic of the calibration, [L, E, …]."""
+        if self._calibration is None:
+            raise ValueError("calibration: this method needs one; edgemoe calibrate makes it")
+        table = np.stack(
+            [self._calibration.layer(i, what) for i in self._calibration.layers]
+        ).astype(np.float64)
+        if not (table >= 0).all() or np.isinf(table).any():
+            raise FormatError(
+                f"{self._calibration.path}: {what}: expected finite sums, none below 0"
+            )
+        return table
+
+    def errors(self, what: str, levels: Sequence[int]) -> Floats:
+        """Returns the calibration's errors at some levels, [L, E, B]."""
+        table = self.known(what)
+        assert self._calibration is not None
+        have = self._calibration.bits
+        missing = sorted(set(levels) - set(have))
+        if missing:
+            raise ValueError(f"calibration: has no errors at {missing[0]} bits")
+        return table[:, :, [have.index(b) for b in levels]]
+
+    def levels(self, default: Sequence[int], *, count: int | None = None) -> tuple[int, ...]:
+        """Returns the levels to choose from."""
+        have = tuple(rung[0] for rung in self.moe.ladder)
+        levels = tuple(default) if self.settings.levels is None else self.settings.levels
+        if list(levels) != sorted(set(levels)) or not set(levels) <= set(have):
+            raise ValueError(
+                f"levels: expected some of {', '.join(map(str, have))}, ascending, got {levels}"
+            )
+        if count is not None and len(levels) != count:
+            raise ValueError(f"levels: expected {count}, got {len(levels)}")
+        return levels
+
+    def pair(self, among: Sequence[int] = ()) -> tuple[int, int]:
+        """Returns the two levels next to the average, or those that are set."""
+        have = [rung[0] for rung in self.moe.ladder]
+        if self.settings.levels is None:
+            have = [b for b in have if not among or b in among]
+        low = max([b for b in have if b <= self.average], default=have[0])
+        high = min([b for b in have if b > low], default=low)
+        first, second = self.levels((low, high), count=2)
+        return first, second
+
+    def cheapest(
+        self, cost: Floats, levels: Sequence[int], one: Sequence[int] = ()
+    ) -> rules.Choice:
+        """Solves for all layers at once, or for each alone; cost [L, E, B]."""
+        lacks = np.array(levels) > self.moe.expert_bits[:, :, None]
+        for layer, expert in self.protected:
+            cost[layer, expert, : max((~lacks[layer, expert]).sum() - 1, 0)] = np.inf
+        cost = np.where(lacks, np.inf, cost)
+        L, E = self.shape
+        if not self.settings.per_layer:
+            total = int(self.average * L * E + 1e-9)
+            return rules.cheapest(cost.reshape(L * E, -1), levels, total).reshape(L, E)
+        total = int(self.average * E + 1e-9)
+        return np.stack([rules.cheapest(c, levels, total, at_least_one=one) for c in cost])
+
+    def ranked(self, scores: Floats, levels: Sequence[int]) -> rules.Choice:
+        """Gives the highest scores the higher of two levels."""
+        for layer, expert in self.protected:
+            scores[layer, expert] = np.inf
+        return rules.by_rank(scores, levels, self.average, per_layer=self.settings.per_layer)
+
+
+_Answer = tuple[Sequence[int], rules.Choice]
+
+
+def _error(model: _Model) -> _Answer:
+    levels = model.levels([rung[0] for rung in model.moe.ladder])
+    return levels, model.cheapest(model.errors("error2", levels), levels)
+
+
+def _pmq(model: _Model) -> _Answer:
+    levels = model.levels([rung[0] for rung in model.moe.ladder][:3])
+    errors, counts, gates = (
+        model.errors("error", levels),
+        model.known("count"),
+        model.known("gates"),
+    )
+    cost = np.stack(
+        [
+            rules.pmq_cost(c, g, e, model.settings.exponents)
+            for c, g, e in zip(counts, gates, errors, strict=True)
+        ]
+    )
+    # As published: in every block at least one expert at each level but the lowest.
+    return levels, model.cheapest(cost, levels, one=range(1, len(levels)))
+
+
+def _frequency(model: _Model) -> _Answer:
+    levels = model.pair()
+    return levels, model.ranked(model.known("count"), levels)
+
+
+def _first_blocks(model: _Model) -> _Answer:
+    levels = model.pair()
+    return levels, model.ranked(
+        -np.arange(np.prod(model.shape), dtype=float).reshape(model.shape), levels
+    )
+
+
+def _random(model: _Model) -> _Answer:
+    levels = model.pair()
+    scores = np.random.default_rng(model.settings.seed).random(model.shape)
+    return levels, model.ranked(scores, levels)
+
+
+def _outlier(model: _Model) -> _Answer:
+    moe, levels = model.moe, model.pair()
+    top = moe.ladder[-1][0]
+    store = ExpertStore.open(
+        moe, bits=top, budget_bytes=2 * expert_bytes(moe, len(moe.ladder)), verify=True
+    )
+    scores = np.empty(model.shape)
+    for i in range(scores.size):
+        matrices = store.cache.decode(i, len(moe.ladder))
+        scores.flat[i] = max(rules.outlier_score(w) for w in matrices)
+        if model.progress is not None:
+            model.progress(i + 1, scores.size)
+    return levels, model.ranked(scores, levels)
+
+
+def _expertwise(model: _Model) -> _Answer:
+    """EdgeMoE III-B, steps 1 to 3; its quantiser is ours, its accuracy loss the KL divergence."""
+    if model.windows is None:
+        raise ValueError("expertwise: expected a text to measure loss on")
+    have = [rung[0] for rung in model.moe.ladder]
+    n = model.shape[0] * model.shape[1]
+    most = model.settings.max_loss
+    with Loss(model.moe.path, model.windows, reference=have[-1]) as loss:
+        levels = model.pair(among=(2, 4, 8)) if most is None else _bracket(model, loss, most)
+        low, high = levels
+        scores = np.empty(n)
+        bits = np.full(model.shape, high, np.int8)
+        for i in range(n):
+            bits.flat[i] = low
+            scores[i] = loss(bits)
+            bits.flat[i] = high
+            if model.progress is not None:
+                model.progress(i + 1, n)
+        table = scores.reshape(model.shape)
+        if most is None:
+            return levels, model.ranked(table, levels)
+        for layer, expert in model.protected:
+            table[layer, expert] = np.inf
+        order = np.argsort(table.reshape(-1), kind="stable")
+
+        def mix(count: int) -> rules.Choice:
+            choice = np.ones(n, np.int64)
+            choice[order[:count]] = 0
+            return choice.reshape(model.shape)
+
+        few, many = (
+            0,
+            n - len(model.protected),
+        )  # the largest K whose loss is small enough lies between
+        while few < many:
+            middle = (few + many + 1) // 2
+            if loss(np.array(levels, np.int8)[mix(middle)]) <= most:
+                few = middle
+            else:
+                many = middle - 1
+        return levels, mix(few)
+
+
+def _bracket(model: _Model, loss: Loss, most: float) -> tuple[int, int]:
+    """Step 2: the two uniform levels whose losses enclose the one that is allowed."""
+    if model.settings.levels is not None:
+        first, second = model.levels((), count=2)
+        return first, second
+    have = [rung[0] for rung in model.moe.ladder]
+    levels = [b for b in (2, 4, 8) if b in have] or have
+    for low, high in itertools.pairwise(levels):
+        if loss(np.full(model.shape, high, np.int8)) <= most:
+            return low, high
+    raise ValueError(f"max loss: even {levels[-1]} bits lose more than {most:g}")
+
+
+METHODS: Mapping[str, Callable[[_Model], _Answer]] = {
+    "error": _error,
+    "pmq": _pmq,
+    "expertwise": _expertwise,
+    "frequency": _frequency,
+    "first-blocks": _first_blocks,
+    "outlier": _outlier,
+    "random": _random,
+}
+"""By the name that `edgemoe allocate --method` takes."""

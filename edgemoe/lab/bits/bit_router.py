@@ -1,0 +1,365 @@
+"""A decoder in torch whose routed experts choose their bits by trainable routers: D2MoE's dual routing, for training.
+
+Per expert one linear layer to a logit per precision, from the layer's normed input and the slot's gate. The paper
+(D2MoE, arXiv 2504.15299, section 3.2) does not spell the architecture out; its reported cost is that of one linear
+layer, and the gate is ours. Only these layers are trained. The forward pass is that of `edgemoe.model`, without 8-bit
+activations. The module imports torch, and is imported by a call that trains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from edgemoe.file.floats import dense_floats, expert_floats
+from edgemoe.file.format import MoeFile
+
+__all__ = ["Routed", "Step", "keep_within", "model_bytes", "use_threads"]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Says what one forward pass gave."""
+
+    divergence: float
+    """Mean KL of the routed model from the full one, in nats per token."""
+    bits: float
+    """Average of what the chosen precisions are, dropped slots included."""
+    dropped: float
+    """Share of slots."""
+
+
+def model_bytes(moe: MoeFile, levels: Sequence[int]) -> int:
+    """Returns the memory of the weights as float32, at the precisions `levels` and the highest."""
+    c = moe.config
+    dense = sum(int(np.prod(t.spec.shape)) for t in moe.tensors.values())
+    expert = 3 * c.hidden_size * c.expert_hidden
+    copies = len({*levels, moe.ladder[-1][0]})
+    return 4 * (dense + copies * expert * len(moe.experts.offsets))
+
+
+def use_threads(count: int) -> None:
+    """Lets torch compute on `count` threads."""
+    torch.set_num_threads(count)
+
+
+def keep_within(choice: Tensor, capacities: Sequence[float], generator: torch.Generator) -> Tensor:
+    """Drops at random what exceeds the capacity of a precision at one expert.
+
+    Args:
+        choice: int64 [n], the precision of each of the expert's tokens.
+        capacities: share of the n tokens that may use each; rounded up to whole tokens.
+
+    Returns:
+        Which tokens are kept, bool [n].
+    """
+    n = len(choice)
+    order = torch.randperm(n, generator=generator)
+    mixed = functional.one_hot(choice[order], len(capacities))
+    before = (mixed.cumsum(0) * mixed).sum(1) - 1  # of the same precision, earlier in the order
+    most = torch.tensor([int(np.ceil(round(c * n, 6))) for c in capacities])
+    kept = torch.empty(n, dtype=torch.bool)
+    kept[order] = before < most[choice[order]]
+    return kept
+
+
+_SHARPNESS = (
+    3.0  # of the rule that routers begin as: logits at one standard deviation of gates from a cut
+)
+_FEW_RATE = 10.0  # for what has one input, where `weight` has D that move together
+
+
+class Routed:
+    """Is a model at its full bits and, from the same weights, with each slot's bits chosen by routers."""
+
+    def __init__(self, moe: MoeFile, levels: Sequence[int], *, rate: float) -> None:
+        """Args:
+        levels: precisions to choose from, ascending, of the file's.
+        rate: of Adam.
+
+        Raises:
+            FormatError: a checksum does not match.
+        """
+        self.config = c = moe.config
+        self.bits = torch.tensor(levels, dtype=torch.float32)
+        self._levels = tuple(levels)
+        self._dense = {name: torch.from_numpy(w) for name, w in dense_floats(moe).items()}
+        self._full = moe.ladder[-1][0]
+        self._experts = {
+            bits: [
+                tuple(map(torch.from_numpy, expert_floats(moe, row, moe.level(bits))))
+                for row in range(len(moe.experts.offsets))
+            ]
+            for bits in sorted({*levels, self._full})
+        }
+        L, E, n = len(c.moe_layers), c.num_experts, len(levels)
+        self.weight = torch.zeros(L, E, n, c.hidden_size, requires_grad=True)
+        """[L, E, levels, D]"""
+        self.gate_weight = torch.zeros(L, E, n, requires_grad=True)
+        """[L, E, levels]"""
+        self.bias = torch.zeros(L, E, n, requires_grad=True)
+        """[L, E, levels]"""
+        groups: list[dict[str, Any]] = [
+            {"params": [self.weight]},
+            {"params": [self.gate_weight, self.bias], "lr": _FEW_RATE * rate},
+        ]
+        self._adam = torch.optim.Adam(groups, lr=rate)
+        self._gates: list[Tensor] | None = None
+
+    def begin(self, ids: NDArray[np.int32], shares: Sequence[float]) -> None:
+        """Lets the routers begin as the rule of those who do not train: a larger gate gets more bits.
+
+        Args:
+            ids: [N, T], sequences whose gates tell where each layer's cuts between precisions lie.
+            shares: of slots, at each precision.
+        """
+        self._gates = []
+        self.logits(ids)
+        at = torch.tensor(shares).cumsum(0)[:-1].clamp(0, 1)
+        for layer, gates in enumerate(self._gates):
+            slope = _SHARPNESS / float(gates.std().clamp(min=1e-6))
+            cuts = torch.cat([torch.zeros(1), gates.flatten().quantile(at)])
+            # Of logits slope * sum over i <= k of (gate - cut i), the k-th is largest between cuts k and k + 1.
+            self.gate_weight.data[layer] = slope * torch.arange(len(shares))
+            self.bias.data[layer] = -slope * cuts.cumsum(0)
+        self._gates = None
+
+    def learn(
+        self,
+        ids: NDArray[np.int32],
+        *,
+        alpha: float,
+        capacities: Sequence[float] | None,
+        seed: int,
+    ) -> Step:
+        """Does a step of Adam on the loss of sequences [N, T]; the arguments are those of `loss`."""
+        loss, step = self.loss(ids, alpha=alpha, capacities=capacities, seed=seed)
+        self._adam.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._adam.step()
+        return step
+
+    def loss(
+        self,
+        ids: NDArray[np.int32],
+        *,
+        alpha: float,
+        capacities: Sequence[float] | None,
+        seed: int,
+    ) -> tuple[Tensor, Step]:
+        """Returns the paper's loss: distillation plus alpha times the bits to be expected, mean over layers.
+
+        Args:
+            ids: [N, T].
+            alpha: nats per bit.
+            capacities: see `keep_within`; None drops nothing.
+            seed: of what is drawn.
+        """
+        tokens = torch.from_numpy(ids).long()
+        with torch.no_grad():
+            teacher = functional.log_softmax(self._forward(tokens, None), -1)
+        choosing = _Choosing(self, capacities, torch.Generator().manual_seed(seed))
+        student = functional.log_softmax(self._forward(tokens, choosing), -1)
+        # The cross-entropy less the teacher's own entropy, which no router changes.
+        divergence = (
+            functional.kl_div(student, teacher, reduction="sum", log_target=True) / tokens.numel()
+        )
+        expected = torch.stack(choosing.expected).mean()
+        slots = choosing.slots
+        step = Step(float(divergence.detach()), choosing.bits / slots, choosing.dropped / slots)
+        return divergence + alpha * expected, step
+
+    def logits(self, ids: NDArray[np.int32]) -> NDArray[np.float32]:
+        """Returns the full model's logits [N, T, V] of sequences [N, T]."""
+        with torch.no_grad():
+            out: NDArray[np.float32] = self._forward(torch.from_numpy(ids).long(), None).numpy()
+        return out
+
+    @property
+    def _trained(self) -> dict[str, Tensor]:
+        return {"weight": self.weight, "gate_weight": self.gate_weight, "bias": self.bias}
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Returns copies of the routers and of what Adam knows, by name."""
+        out = {}
+        for name, tensor in self._trained.items():
+            out[name] = tensor.detach().numpy().copy()
+            for key, value in self._adam.state[tensor].items():
+                out[f"{name}.{key}"] = value.numpy().copy()
+        return out
+
+    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+        """Takes what `state` of the same model returned.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        for name, tensor in self._trained.items():
+            tensor.data = torch.tensor(state[name])
+            self._adam.state[tensor] = {
+                key: torch.tensor(state[f"{name}.{key}"])
+                for key in ("step", "exp_avg", "exp_avg_sq")
+            }
+
+    def _forward(self, ids: Tensor, choosing: _Choosing | None) -> Tensor:
+        c, w = self.config, self._dense
+        x = w["embed"][ids] * c.embedding_multiplier
+        cos, sin = self._rope(ids.shape[1])
+        for i in range(c.num_layers):
+            p = f"layers.{i}."
+            h = _norm(x, w[p + "attn_norm"], c.norm_eps)
+            x = x + self._attention(i, h, cos, sin) * c.residual_multiplier
+            h = _norm(x, w[p + "ffn_norm"], c.norm_eps)
+            out = torch.zeros_like(x)
+            if c.shared_width(i):
+                gate, up, down = (w[f"{p}shared.{m}"] for m in ("gate", "up", "down"))
+                out = _ffn(h, gate, up, down)
+                if p + "shared.sigmoid" in w:
+                    out = out * torch.sigmoid(h @ w[p + "shared.sigmoid"])[..., None]
+            if i in c.moe_layers:
+                flat = h.reshape(-1, c.hidden_size)
+                out = out + self._moe(c.moe_layers.index(i), flat, choosing).reshape(x.shape)
+            x = x + out * c.residual_multiplier
+        x = _norm(x, w["norm"], c.norm_eps)
+        return x @ w["embed" if c.tied else "head"].T / c.logits_divisor
+
+    def _moe(self, layer: int, x: Tensor, choosing: _Choosing | None) -> Tensor:
+        """The gated sum [T, D] of a layer's experts on x [T, D]."""
+        c = self.config
+        scores = x @ self._dense[f"layers.{c.moe_layers[layer]}.router"].T
+        top, chosen = scores.topk(c.experts_per_token)
+        if c.scoring == "softmax_topk":
+            gates = top.softmax(-1)
+        else:
+            gates = scores.softmax(-1).gather(1, chosen)
+            if c.renormalise:
+                gates = gates / gates.sum(-1, keepdim=True)
+        if self._gates is not None:
+            self._gates.append(gates)
+        out = torch.zeros_like(x)
+        for e in range(c.num_experts):
+            token, place = (chosen == e).nonzero(as_tuple=True)
+            if len(token) == 0:
+                continue
+            row, of = layer * c.num_experts + e, x[token]
+            if choosing is None:
+                part = _ffn(of, *self._experts[self._full][row])
+            else:
+                part = choosing(
+                    layer,
+                    e,
+                    of,
+                    gates[token, place].detach(),
+                    [self._experts[b][row] for b in self._levels],
+                )
+            out = out.index_add(0, token, gates[token, place, None] * part)
+        if choosing is not None:
+            choosing.end_layer()
+        return out
+
+    def _attention(self, i: int, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        c, w, p = self.config, self._dense, f"layers.{i}."
+        N, T, _ = x.shape
+        q, k, v = (x @ w[p + m].T + w.get(f"{p}{m}_bias", 0) for m in "qkv")
+        if c.qk_norm == "full":
+            q, k = (_norm(a, w[f"{p}{m}_norm"], c.norm_eps) for a, m in ((q, "q"), (k, "k")))
+        if c.clip_qkv is not None:
+            q, k, v = (a.clamp(-c.clip_qkv, c.clip_qkv) for a in (q, k, v))
+        q, k, v = (a.reshape(N, T, -1, c.head_dim) for a in (q, k, v))
+        if c.qk_norm == "head":
+            q, k = (_norm(a, w[f"{p}{m}_norm"], c.norm_eps) for a, m in ((q, "q"), (k, "k")))
+        q, k = (_rotate(a, cos, sin) for a in (q, k))
+        distance = torch.arange(T)[:, None] - torch.arange(T)
+        seen = distance >= 0
+        if c.window(i):
+            seen &= distance < c.window(i)
+        k, v = (a.repeat_interleave(c.num_heads // c.num_kv_heads, 2) for a in (k, v))
+        q, k, v = (a.transpose(1, 2) for a in (q, k, v))
+        out = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, scale=c.attention_scale
+        )
+        return out.transpose(1, 2).reshape(N, T, -1) @ w[p + "o"].T + w.get(p + "o_bias", 0)
+
+    def _rope(self, T: int) -> tuple[Tensor, Tensor]:
+        angles = torch.arange(T)[:, None, None] * self._dense["rope"]
+        return angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
+
+
+class _Choosing:
+    """Chooses the bits of every slot in one forward pass and counts.
+
+    The forward pass is that of one precision, drawn by its probability; gradients are those of the mixture of all,
+    each with its own output (straight-through). So a router is told how another precision would change the loss,
+    which the chosen one's output alone does not tell, and what is trained is what will run.
+    """
+
+    def __init__(
+        self, model: Routed, capacities: Sequence[float] | None, generator: torch.Generator
+    ) -> None:
+        self._model = model
+        self._capacities = capacities
+        self._generator = generator
+        self._sums: list[Tensor] = []
+        self._count = 0
+        self.expected: list[Tensor] = []
+        """Per layer, the mean over its slots of the bits that are to be expected."""
+        self.bits = 0.0
+        self.slots = self.dropped = 0
+
+    def __call__(
+        self,
+        layer: int,
+        expert: int,
+        x: Tensor,
+        gates: Tensor,
+        levels: Sequence[tuple[Tensor, ...]],
+    ) -> Tensor:
+        """An expert's output [n, D] on x [n, D] with gates [n]; `levels` are its matrices at each precision."""
+        m = self._model
+        # The input is taken as it is: what routers would like it to be is not for earlier layers to learn.
+        scores = x.detach() @ m.weight[layer, expert].T + m.bias[layer, expert]
+        p = (scores + gates[:, None] * m.gate_weight[layer, expert]).softmax(-1)
+        choice = p.detach().multinomial(1, generator=self._generator)[:, 0]
+        self._sums.append((p @ m.bits).sum())
+        self._count += len(x)
+        self.bits += float(m.bits[choice].sum())
+        self.slots += len(x)
+        out = torch.zeros_like(x)
+        for k, matrices in enumerate(levels):
+            mine = choice == k
+            here, others = mine.nonzero()[:, 0], (~mine).nonzero()[:, 0]
+            ran = _ffn(x[here], *matrices)
+            with torch.no_grad():
+                each = torch.empty_like(x)
+                each[here], each[others] = ran, _ffn(x[others], *matrices)
+            out = out.index_add(0, here, ran) + (p[:, k] - p[:, k].detach())[:, None] * each
+        if self._capacities is not None:
+            kept = keep_within(choice, self._capacities, self._generator)
+            self.dropped += int((~kept).sum())
+            out = out * kept[:, None]
+        return out
+
+    def end_layer(self) -> None:
+        """All experts of a layer have run."""
+        self.expected.append(torch.stack(self._sums).sum() / self._count)
+        self._sums, self._count = [], 0
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return (functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = x.chunk(2, -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)

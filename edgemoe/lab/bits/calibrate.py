@@ -1,0 +1,280 @@
+"""Collects a calibration: runs a text through a model and sums what flows into every matrix.
+
+Squares and everything small are collected in one pass over the text. Products (`full`) take a pass for every run of
+layers whose matrices fit in memory. Every pass saves where it is from time to time, and an interrupted calibration
+goes on there.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from edgemoe import hardware
+from edgemoe.errors import FormatError
+from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.lab.bits.moments import Moments, Products, product_shapes
+from edgemoe.lab.bits.tapped import TappedModel
+from edgemoe.quant import write_calibration
+from edgemoe.runtime.budget import default_ram, parse_size
+from edgemoe.text.tokenizer import Tokenizer
+
+__all__ = ["WINDOW", "calibrate", "default_text", "windows_of"]
+
+Progress = Callable[[int, int], None]
+
+WINDOW = 512
+"""Tokens of each piece of text, as llama.cpp's imatrix takes them."""
+
+_SAVE_SHARE = 20  # saving may take a twentieth of the time
+_SAVE_SECONDS = 30.0
+
+
+def default_text() -> str:
+    """Returns the text that comes with the package; its licence is in convert/data/NOTICE.md."""
+    path = files("edgemoe.convert") / "data" / "calibration.txt"
+    return path.read_text(encoding="utf-8")
+
+
+def windows_of(moe: MoeFile, text: str, *, window: int, count: int | None) -> NDArray[np.int32]:
+    """Returns a text's tokens, cut into windows [N, window]; what is left over at the end is dropped.
+
+    What the model expects before every text takes the place of each window's first token, as in llama.cpp.
+
+    Args:
+        count: most windows; None for all.
+
+    Raises:
+        ValueError: the text is shorter than a window, or the window longer than the model's context.
+        FormatError: the file has no tokenizer.
+    """
+    if "tokenizer.json" not in moe.sections:
+        raise FormatError(f"{moe.path}: has no tokenizer")
+    if not 1 <= window <= moe.config.context_length:
+        raise ValueError(
+            f"window: expected 1 to {moe.config.context_length} (the model's), got {window}"
+        )
+    if count is not None and count < 1:
+        raise ValueError(f"chunks: expected at least 1, got {count}")
+    tokenizer = Tokenizer.from_files(moe.sections)
+    ids = tokenizer.encode(text, add_special=False)
+    n = len(ids) // window if count is None else min(count, len(ids) // window)
+    if n < 1:
+        raise ValueError(f"a text of {len(ids)} tokens; expected at least one window of {window}")
+    windows = np.array(ids[: n * window], np.int32).reshape(n, window)
+    first = tokenizer.encode("")
+    if len(first) == 1:
+        windows[:, 0] = first[0]
+    return windows
+
+
+def calibrate(
+    path: str | os.PathLike[str],
+    text: str,
+    out: Path,
+    *,
+    full: bool = False,
+    window: int = WINDOW,
+    count: int | None = None,
+    ram: int | str | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a calibration of a model, at the highest precision of its file.
+
+    The result depends on the model, the text and the arguments up to `count` alone; `full` ones on the numpy's
+    matrix product too. An interrupted call leaves parts beside `out`, from which the same call goes on.
+
+    Args:
+        path: a `.moe` file.
+        full: also collect x xᵀ.
+        window: tokens of each piece of text.
+        count: most pieces; None for the whole text.
+        ram: memory for the whole process; None for what is free, less a margin.
+        progress: called with the pieces that are done and their number, over all passes.
+
+    Raises:
+        ValueError: the text or an argument does not do.
+        FormatError: the model is not sound.
+        OutOfBudget: says the smallest budget that works.
+        OSError: reading or writing failed.
+    """
+    moe = open_moe(path)
+    pieces = windows_of(moe, text, window=window, count=count)
+    total_ram = default_ram() if ram is None else parse_size(ram)
+    process = (
+        hardware.process_bytes()
+    )  # before there are sums, which take their memory as they fill
+    passes: list[tuple[str, ...]] = [()]
+    if full:
+        shapes = product_shapes(moe.config)
+        _check_disk(out, shapes)
+        room = (total_ram - process) // 2
+        saved = _saved_passes(out.with_name(f"{out.name}.part0"), moe, pieces, shapes, room)
+        passes = saved or [(), *_runs(shapes, room)]
+    parts = [out.with_name(f"{out.name}.part{i}") for i in range(len(passes))]
+    identity = _identity(moe, pieces, passes)
+    for i, (names, part) in enumerate(zip(passes, parts, strict=True)):
+        sums = Products(moe.config, names) if names else _moments(moe)
+        state = _State(part, identity, json.dumps(passes), sums)
+        start = state.done
+        if start == len(pieces):
+            continue
+        with TappedModel(
+            moe, state.sums, ram=total_ram, process=process, window=window, threads=threads
+        ) as run:
+            for n in range(start, len(pieces)):
+                run(pieces[n])
+                state.end_window()
+                if progress is not None:
+                    progress(i * len(pieces) + n + 1, len(passes) * len(pieces))
+            state.save()
+    write_calibration(
+        out, _Joined(parts), {
+            "source": "edgemoe", "model": str(moe.source.get("name", moe.path.name)),
+            "tokens": str(pieces.size), "window": str(window),
+            "bits": " ".join(str(rung[0]) for rung in moe.ladder),
+        },
+    )  # fmt: skip
+    for part in parts:
+        part.unlink()
+
+
+def _check_disk(out: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuses what the disk cannot hold; the parts and the whole lie beside each other at the end."""
+    wanted = 2 * sum(4 * math.prod(shape) for shape in shapes.values())
+    free = shutil.disk_usage(out.parent).free
+    if free < wanted:
+        raise OSError(
+            errno.ENOSPC,
+            f"the disk has {free / 1e6:.0f} MB free; products take {wanted / 1e6:.0f} MB",
+            str(out),
+        )
+
+
+def _moments(moe: MoeFile) -> Moments:
+    return Moments(moe.config, level_bits=[rung[0] for rung in moe.ladder])
+
+
+def _runs(shapes: Mapping[str, tuple[int, ...]], room: int) -> list[tuple[str, ...]]:
+    """Divides products into runs that fit in `room` bytes, each of at least one."""
+    runs: list[tuple[str, ...]] = []
+    current: list[str] = []
+    used = 0
+    for name, shape in shapes.items():
+        size = 4 * math.prod(shape)
+        if current and used + size > room:
+            runs.append(tuple(current))
+            current, used = [], 0
+        current.append(name)
+        used += size
+    return [*runs, tuple(current)]
+
+
+def _saved_passes(
+    part: Path,
+    moe: MoeFile,
+    pieces: NDArray[np.int32],
+    shapes: Mapping[str, tuple[int, ...]],
+    room: int,
+) -> list[tuple[str, ...]] | None:
+    """Returns the passes that an interrupted call has begun; None if there are none, or they are too large by now.
+
+    What is free differs from call to call, so that other passes would throw away what was saved.
+    """
+    try:
+        with safe_open(part, framework="numpy") as file:
+            meta = file.metadata() or {}
+        passes = [tuple(names) for names in json.loads(meta["passes"])]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+    if meta.get("identity") != _identity(moe, pieces, passes):
+        return None
+    if sorted(name for names in passes for name in names) != sorted(shapes):  # not of --full
+        return None
+    largest = max(sum(4 * math.prod(shapes[name]) for name in names) for names in passes)
+    single = max(4 * math.prod(shape) for shape in shapes.values())
+    return passes if largest <= max(1.5 * room, single) else None
+
+
+def _identity(moe: MoeFile, pieces: NDArray[np.int32], passes: list[tuple[str, ...]]) -> str:
+    """Returns a sum of what the result depends on."""
+    digest = hashlib.sha256(repr((moe.config, moe.ladder, pieces.shape, passes)).encode())
+    for array in (moe.experts.crcs, pieces):
+        digest.update(array.tobytes())
+    digest.update(repr([t.crcs for t in moe.tensors.values()]).encode())
+    return digest.hexdigest()
+
+
+@dataclass(slots=True)
+class _State:
+    """Is one pass's sums and how many windows they are of, saved under a name of its own."""
+
+    path: Path
+    identity: str
+    passes: str
+    sums: Moments | Products
+    done: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
+    pause_s: float = field(default_factory=lambda: _SAVE_SECONDS)
+
+    def __post_init__(self) -> None:
+        try:
+            with safe_open(self.path, framework="numpy") as file:
+                meta = file.metadata() or {}
+                if meta.get("identity") != self.identity:
+                    return
+                for name, array in self.sums.sums.items():
+                    array[...] = file.get_tensor(name)
+                self.done = int(meta["windows"])
+        except (OSError, SafetensorError):  # there is none, or not a whole one
+            return
+
+    def end_window(self) -> None:
+        self.sums.end_window()
+        self.done += 1
+        if time.monotonic() - self.saved_at > self.pause_s:
+            self.save()
+
+    def save(self) -> None:
+        start = time.monotonic()
+        write_calibration(
+            self.path, self.sums.sums,
+            {"identity": self.identity, "windows": str(self.done), "passes": self.passes},
+        )  # fmt: skip
+        self.saved_at = time.monotonic()
+        self.pause_s = max(_SAVE_SECONDS, _SAVE_SHARE * (self.saved_at - start))
+
+
+class _Joined(Mapping[str, NDArray[Any]]):
+    """Reads the tensors of several parts, one at a time, in the types of a calibration."""
+
+    def __init__(self, parts: list[Path]) -> None:
+        self._files: dict[str, Any] = {}
+        for part in parts:
+            file: Any = safe_open(part, framework="numpy")
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        array: NDArray[Any] = self._files[name].get_tensor(name)
+        return array.astype(np.float32) if name.endswith(".squares") else array
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)

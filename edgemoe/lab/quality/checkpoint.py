@@ -1,0 +1,211 @@
+"""The predictions of a checkpoint before any quantisation: the reference that says what a conversion lost.
+
+Float32 in numpy, a layer at a time over all chunks of a text: every weight is read once, and memory holds the chunks'
+hidden states, one layer's dense matrices and one expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.config import MATRICES, ModelConfig, dense_tensors
+from edgemoe.convert.numpy_ops import attention, rms_norm, rotated, silu
+from edgemoe.convert.source import SourceModel
+from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter, log_softmax
+from edgemoe.lab.quality.quality import Sample
+
+__all__ = ["final_states", "record_predictions", "recorded_checkpoint"]
+
+Array = NDArray[np.float32]
+Layer = dict[str, Array]
+
+_STATES = 1 << 28  # bytes of hidden states; a longer text takes more passes over the checkpoint
+_VALUES = 1 << 22  # of logits, or inside an FFN, at once
+
+
+@contextlib.contextmanager
+def recorded_checkpoint(
+    model: SourceModel, sample: Sample, *, progress: Callable[[int, int], None] | None = None
+) -> Iterator[LogProbs]:
+    """Runs a checkpoint and yields its predictions, which lie in a temporary file meanwhile.
+
+    Raises:
+        FormatError: a tensor is broken or not finite.
+        OSError: the disk is full.
+    """
+    with tempfile.NamedTemporaryFile(prefix="edgemoe-", suffix=".logprobs") as file:
+        record = LogProbsWriter(file.file, sample.windows, model.config.vocab_size)
+        record_predictions(model, sample, record, progress=progress)
+        with LogProbs(file.name) as reference:
+            reference.losses = record.losses
+            yield reference
+
+
+def record_predictions(
+    model: SourceModel,
+    sample: Sample,
+    record: LogProbsWriter,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes the log-probabilities that a checkpoint gives to each chunk's second half.
+
+    Args:
+        progress: is told the layers done and the layers in total.
+
+    Raises:
+        FormatError: a tensor is broken or not finite.
+        OSError: the disk is full.
+    """
+    config, windows = model.config, sample.windows.copy()
+    if sample.first_token is not None:
+        windows[:, 0] = sample.first_token
+    count, chunk = windows.shape
+    group = max(1, _STATES // (4 * chunk * config.hidden_size))
+    total, done = -(-count // group) * (config.num_layers + 1), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    rows = max(1, _VALUES // config.vocab_size)
+    for first in range(0, count, group):
+        states = final_states(model, windows[first : first + group], layer_done=step)
+        head = model.tensor("embed" if config.tied else "head").T
+        for window in states:
+            scored = window[chunk // 2 : chunk - 1]
+            for at in range(0, len(scored), rows):
+                logits = scored[at : at + rows] @ head
+                logits *= np.float32(1.0 / config.logits_divisor)
+                record.add(log_softmax(logits))
+        step()
+
+
+def final_states(
+    model: SourceModel,
+    windows: NDArray[np.int32],
+    *,
+    layer_done: Callable[[], None] = lambda: None,
+) -> Array:
+    """Runs sequences of tokens [N, C] and returns what the head is applied to, [N, C, D]."""
+    config = model.config
+    x: Array = model.tensor("embed")[windows]
+    x *= np.float32(config.embedding_multiplier)
+    cos, sin = _angles(config, model.tensor("rope"), windows.shape[1])
+    residual = np.float32(config.residual_multiplier)
+    for i in range(config.num_layers):
+        p = f"layers.{i}."
+        layer = {
+            name.removeprefix(p): model.tensor(name)
+            for name in dense_tensors(config) if name.startswith(p)
+        }  # fmt: skip
+        for window in x:
+            normed = rms_norm(window, layer["attn_norm"], config.norm_eps)
+            window += residual * _attention(config, layer, normed, cos, sin, config.window(i))
+        tokens = x.reshape(-1, config.hidden_size)
+        normed = rms_norm(tokens, layer["ffn_norm"], config.norm_eps)
+        if config.shared_width(i):
+            _add_shared(tokens, normed, layer, residual)
+        if i in config.moe_layers:
+            _add_routed(tokens, normed, model, i, layer["router"], residual)
+        layer_done()
+    weight = model.tensor("norm")
+    for window in x:
+        window[...] = rms_norm(window, weight, config.norm_eps)
+    return x
+
+
+def _add_shared(tokens: Array, normed: Array, layer: Layer, residual: np.float32) -> None:
+    matrices = [layer[f"shared.{name}"] for name in MATRICES]
+    for rows in _blocks(len(tokens), matrices[0]):
+        out = _ffn(normed[rows], *matrices)
+        if "shared.sigmoid" in layer:
+            out *= _sigmoid(normed[rows] @ layer["shared.sigmoid"])[:, None]
+        tokens[rows] += residual * out
+
+
+def _add_routed(
+    tokens: Array, normed: Array, model: SourceModel, i: int, router: Array, residual: np.float32
+) -> None:
+    chosen, gates = _route(model.config, normed @ router.T)
+    for index in np.unique(chosen):
+        users, places = np.nonzero(chosen == index)
+        matrices = model.expert(i, int(index))
+        for rows in _blocks(len(users), matrices[0]):
+            user = users[rows]
+            out = _ffn(normed[user], *matrices)
+            tokens[user] += residual * gates[user, places[rows], None] * out
+
+
+def _route(config: ModelConfig, logits: Array) -> tuple[NDArray[np.intp], Array]:
+    """Returns each token's experts and gates, [T, K], best first, for router logits [T, E]."""
+    chosen = np.argsort(-logits, axis=1, kind="stable")[:, : config.experts_per_token]
+    if config.scoring == "softmax_topk":
+        return chosen, _softmax(np.take_along_axis(logits, chosen, 1))
+    gates = np.take_along_axis(_softmax(logits), chosen, 1)
+    if config.renormalise:
+        gates /= gates.sum(axis=1, keepdims=True)
+    return chosen, gates
+
+
+def _attention(
+    config: ModelConfig, layer: Layer, x: Array, cos: Array, sin: Array, window: int
+) -> Array:
+    """Causal grouped-query attention over one sequence x [T, D]."""
+    heads, kv_heads, width, T = config.num_heads, config.num_kv_heads, config.head_dim, len(x)
+    q, k, v = (x @ layer[name].T + layer.get(f"{name}_bias", np.float32(0)) for name in "qkv")
+    if config.qk_norm == "full":
+        q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_eps) for a, n in ((q, "q"), (k, "k")))
+    if config.clip_qkv is not None:
+        q, k, v = (a.clip(-config.clip_qkv, config.clip_qkv) for a in (q, k, v))
+    q, k, v = (
+        q.reshape(T, heads, width),
+        k.reshape(T, kv_heads, width),
+        v.reshape(T, kv_heads, width),
+    )
+    if config.qk_norm == "head":
+        q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_eps) for a, n in ((q, "q"), (k, "k")))
+    q, k, v = (a.transpose(1, 0, 2)[None] for a in (q, k, v))
+    q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+    out = attention(q, k, v, scale=config.attention_scale, window=window)
+    added: Array = out @ layer["o"].T + layer.get("o_bias", np.float32(0))
+    return added
+
+
+def _angles(config: ModelConfig, frequencies: Array, count: int) -> tuple[Array, Array]:
+    """Returns cos and sin of positions [0, count), [count, head_dim / 2]."""
+    angles = (np.arange(count, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
+    cos, sin = np.cos(angles) * config.rope_scale, np.sin(angles) * config.rope_scale
+    return cos.astype(np.float32), sin.astype(np.float32)
+
+
+def _ffn(x: Array, gate: Array, up: Array, down: Array) -> Array:
+    h = silu(x @ gate.T)
+    h *= x @ up.T
+    out: Array = h @ down.T
+    return out
+
+
+def _sigmoid(x: Array) -> Array:
+    with np.errstate(over="ignore"):  # 1 / (1 + inf) is the right answer
+        out: Array = np.float32(1) / (np.float32(1) + np.exp(-x))
+    return out
+
+
+def _softmax(x: Array) -> Array:
+    out: Array = np.exp(x - x.max(axis=-1, keepdims=True))
+    out /= out.sum(axis=-1, keepdims=True)
+    return out
+
+
+def _blocks(count: int, matrix: Array) -> Iterator[slice]:
+    """Yields the rows of activations that are multiplied with a matrix [H, D] at once."""
+    rows = max(1, _VALUES // len(matrix))
+    return (slice(first, first + rows) for first in range(0, count, rows))

@@ -1,0 +1,217 @@
+"""Picks the cheapest settings whose measured perplexity is near enough to the exact run's.
+
+What settings cost is the bytes that they would read per token, with the slots that there are. For a level it is what
+routing to all experts alike would read: real routing reads less, but levels keep their order. A scheduler's options
+save the share that they were measured to save, token by token, beside the exact run with the same memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgemoe.file.format import MoeFile
+from edgemoe.quant import Allocation
+from edgemoe.scheduler import SECTIONS
+from edgemoe.store import all_expert_bytes, dense_bytes, level_bytes
+
+__all__ = ["Choice", "applies", "choose", "find", "is_plain", "merged", "sections_sum", "stored"]
+
+Row = Mapping[str, Any]
+
+_SURE = 1.645
+"""Standard errors above the mean: with that many the true loss lies below in 19 of 20 measurements."""
+
+_KEY = ("scheduler", "options", "bits", "dense_bits", "cache_types")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """Says what to run, and why nothing cheaper."""
+
+    row: Row | None
+    """What was measured; None for the exact run."""
+    nearest: Row | None
+    """Of the cheaper rows that were refused for their loss, that of the least; None where there is none."""
+
+
+def stored(moe: MoeFile) -> Mapping[str, Any] | None:
+    """Returns what `edgemoe quality --store` has kept; None for nothing, or nothing of this version."""
+    try:
+        report = json.loads(moe.sections["quality"])
+        rows = report["rows"]
+        is_sound = isinstance(report["measured_on"], str) and all(_is_row(row) for row in rows)
+        found = {name: report[name] for name in ("measured_on", "tokens", "reference", "rows")}
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+        return None
+    return found if is_sound else None
+
+
+def _is_row(row: Any) -> bool:
+    """Says whether a row has the types that are computed with.
+
+    Raises:
+        KeyError, TypeError: it has other fields.
+    """
+    change = () if row["kl"] is None else (row["loss_change"], row["loss_error"])
+    maybe = (row["bits"] if row["bits"] != "auto" else None, row["read_per_token"])
+    numbers = [row["dense_bits"], row["slots_bytes"], *change, *(n for n in maybe if n is not None)]
+    return (
+        all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
+        and all(n < 100 for n in change)  # beyond, what perplexity becomes is not finite
+        and isinstance(row["scheduler"], str)
+        and isinstance(row["options"], dict)
+        and len(row["cache_types"]) == 2
+        and "sections" in row
+    )
+
+
+def merged(old: bytes | None, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a new report with the rows of the stored one that it does not replace, if they can be compared."""
+    try:
+        before = json.loads(old or b"")
+        if any(before[name] != report[name] for name in ("tokens", "reference")):
+            return dict(report)
+        new = [_key(row) for row in report["rows"]]
+        kept = [row for row in before["rows"] if _key(row) not in new]
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return dict(report)
+    return {**report, "rows": [*kept, *report["rows"]]}
+
+
+def _key(row: Row) -> list[Any]:
+    return [row["read_per_token"] is None, *(row[name] for name in _KEY)]
+
+
+def sections_sum(
+    moe: MoeFile, *, bits: int | str, scheduler: str, options: Mapping[str, Any]
+) -> str | None:
+    """Returns a sum of what of a file decides beside settings: a row is of them only while that is the same.
+
+    A level alone rests on weights only, which never change in a file. None where there is nothing.
+    """
+    names: tuple[str, ...] = ()
+    if scheduler != "on-demand" or options:
+        names = SECTIONS
+    elif bits == "auto":
+        names = ("allocation",)
+    sums = [(name, zlib.crc32(moe.sections[name])) for name in names if name in moe.sections]
+    return f"{zlib.crc32(repr(sums).encode()):08x}" if sums else None
+
+
+def applies(moe: MoeFile, row: Row) -> bool:
+    """Says whether a row was measured with what the file holds now."""
+    now = sections_sum(moe, bits=row["bits"], scheduler=row["scheduler"], options=row["options"])
+    return bool(row["sections"] == now)
+
+
+def find(
+    moe: MoeFile,
+    rows: Sequence[Row],
+    *,
+    bits: int | str,
+    dense_bits: int,
+    scheduler: str,
+    options: Mapping[str, Any],
+    cache_types: tuple[str, str],
+) -> Row | None:
+    """Returns the row of exactly these settings, if they were measured; the last of several."""
+    texts = {name: str(value) for name, value in options.items()}
+    for row in reversed(rows):
+        if (
+            [row["bits"], row["dense_bits"], row["scheduler"]] == [bits, dense_bits, scheduler]
+            and {name: str(value) for name, value in row["options"].items()} == texts
+            and row["cache_types"] == list(cache_types)
+            and applies(moe, row)
+        ):
+            return row
+    return None
+
+
+def choose(
+    moe: MoeFile,
+    rows: Sequence[Row],
+    *,
+    max_loss: float,
+    cache_types: tuple[str, str],
+    slots: Callable[[int], int],
+) -> Choice:
+    """Picks the cheapest row.
+
+    Args:
+        rows: measured against the file's highest level.
+        max_loss: most change of the perplexity, as a share of it.
+        cache_types: of keys and values, which the rows must have.
+        slots: bytes that experts would have, by the bits of dense matrices.
+    """
+    top = (moe.ladder[-1][0], moe.dense_ladder[-1])
+    mine = [row for row in rows if row["cache_types"] == list(cache_types)]
+    at_top = (row for row in mine if is_plain(row) and (row["bits"], row["dense_bits"]) == top)
+    base = next(filter(None, (_saving(moe, row) for row in at_top)), None)
+    costs = []
+    exact = (_reads(moe, top[0], slots(top[1])), _used(moe, *top), False)
+    for row in mine:
+        if not applies(moe, row):
+            continue
+        share, room = 1.0, slots(row["dense_bits"])
+        if not is_plain(row):
+            saving = _saving(moe, row)
+            # With fewer slots than were measured more is missing, and what is done about a miss costs more.
+            if not saving or not base or room < row["slots_bytes"]:
+                continue
+            share = saving / base
+        cost = share * _reads(moe, row["bits"], room)
+        costs.append(((cost, _used(moe, row["bits"], row["dense_bits"]), not is_plain(row)), row))
+    cheaper = sorted((pair for pair in costs if pair[0] < exact), key=lambda pair: pair[0])
+    for _, row in cheaper:
+        if _bound(row) <= math.log1p(max_loss):
+            return Choice(row=row, nearest=None)
+    nearest = min((row for _, row in cheaper), key=_bound, default=None)
+    return Choice(row=None, nearest=nearest)
+
+
+def is_plain(row: Row) -> bool:
+    """Says whether a row is of a level alone, so that what it costs does not depend on memory."""
+    return row["scheduler"] == "on-demand" and not row["options"]
+
+
+def _bound(row: Row) -> float:
+    """Returns what the loss surely is at most; the reference's own is none."""
+    return 0.0 if row["kl"] is None else float(row["loss_change"] + _SURE * row["loss_error"])
+
+
+def _saving(moe: MoeFile, row: Row) -> float | None:
+    """Returns what a row was measured to read, relative to what routing all experts alike would."""
+    expected = _reads(moe, row["bits"], row["slots_bytes"])
+    read = row["read_per_token"]
+    return None if read is None or expected <= 0 else float(read / expected)
+
+
+def _reads(moe: MoeFile, bits: int | str, slots: int) -> float:
+    """Returns bytes per token if all experts were routed to alike and kept alike."""
+    share = moe.config.experts_per_token / moe.config.num_experts
+    return share * max(_expert_bytes(moe, bits) - slots, 0)
+
+
+def _used(moe: MoeFile, bits: int | str, dense_bits: int) -> float:
+    """Returns the bytes that computing one token reads from memory, the whole embedding among them."""
+    share = moe.config.experts_per_token / moe.config.num_experts
+    return share * _expert_bytes(moe, bits) + dense_bytes(moe, moe.dense_level(dense_bits))
+
+
+def _expert_bytes(moe: MoeFile, bits: int | str) -> int:
+    """Returns what all experts take."""
+    if bits != "auto":
+        return all_expert_bytes(moe, moe.level(int(bits)))
+    if "allocation" not in moe.sections:
+        return all_expert_bytes(moe, len(moe.ladder))
+    found = Allocation.from_json(moe.sections["allocation"], f"{moe.path}: section allocation")
+    levels, counts = np.unique(found.bits, return_counts=True)
+    each = level_bytes(moe, len(moe.ladder))
+    return sum(int(n) * each[moe.level(int(b)) - 1] for b, n in zip(levels, counts, strict=True))

@@ -1,0 +1,61 @@
+"""Measures what fewer bits cost: the mean KL divergence to a model's own highest level on some text."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.runtime.engine import load
+
+__all__ = ["Loss"]
+
+
+class Loss:
+    """Keeps a model open and measures one map of bits after another on the same tokens. A context manager.
+
+    The second half of each window counts. The reference's log-probabilities stay in memory: N * T/2 * V float32.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], windows: NDArray[np.int32], *, reference: int
+    ) -> None:
+        """Args:
+        windows: [N, T] tokens, each a sequence of its own.
+        reference: a level of the file, in bits, that losses are measured against; the most that may be asked for.
+        """
+        self._windows = windows
+        self._bits: NDArray[np.int8] | None = None
+        with load(path, context=windows.shape[1], bits=reference) as engine:
+            config = engine.config
+            self._reference = [_log_softmax(engine.logits(w)) for w in windows]
+        self._bits = np.full((len(config.moe_layers), config.num_experts), reference, np.int8)
+        # The scheduler reads the array again at every plan.
+        self._engine = load(
+            path, context=windows.shape[1], bits=reference, options={"bits": self._bits}
+        )
+
+    def __call__(self, bits: NDArray[np.int8]) -> float:
+        """Returns the mean over tokens of KL(reference ‖ model at `bits` [L, E]), in nats."""
+        assert self._bits is not None
+        self._bits[:] = bits
+        divergences = []
+        for window, p in zip(self._windows, self._reference, strict=True):
+            q = _log_softmax(self._engine.logits(window))
+            divergences.append((np.exp(p) * (p - q)).sum(1))
+        return float(np.mean(divergences))
+
+    def __enter__(self) -> Loss:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.close()
+
+
+def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns the log-probabilities of the second half of a window, [T - T // 2, V]."""
+    half = logits[len(logits) // 2 :]
+    half = half - half.max(1, keepdims=True)
+    out: NDArray[np.float32] = half - np.log(np.exp(half).sum(1, keepdims=True))
+    return out

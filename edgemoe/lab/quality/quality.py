@@ -1,0 +1,280 @@
+"""Measures what a level or a scheduler costs in quality, on the engine itself.
+
+A text is cut into chunks and the second half of each chunk is scored, so that every token has at least half a chunk
+before it: the rule of llama.cpp's `llama-perplexity`, with which the figures can be compared. Nothing is sampled: the
+same file, text and settings give the same figures, on every instruction set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.file.format import open_moe
+from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter, log_softmax
+from edgemoe.runtime.engine import Engine, load
+from edgemoe.text.tokenizer import Tokenizer
+
+__all__ = ["Quality", "Sample", "Trial", "first_token", "measure", "recorded", "score"]
+
+Progress = Callable[[int, int], None]
+"""Is told of each chunk that is done: how many are, and how many there are."""
+
+_LOGITS = 1 << 24  # at once, 64 MiB; a chunk of a large vocabulary would have 300
+_BLOCK = 1 << 20  # the same in float64, where several arrays of a size are needed
+_SMALLEST = -16.0  # nats; llama.cpp leaves out what the reference finds less likely
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Is a text as the models see it."""
+
+    windows: NDArray[np.int32]
+    """[N, C]: the tokens of each chunk."""
+    first_token: int | None
+    """What the model expects before every text; it takes the place of each chunk's first token."""
+
+    @classmethod
+    def of_text(
+        cls, text: str, tokenizer: Tokenizer, *, chunk: int, chunks: int | None = None
+    ) -> Sample:
+        """Cuts a text.
+
+        Args:
+            chunk: tokens of each, at least 4.
+            chunks: how many; None for all that the text fills.
+
+        Raises:
+            ValueError: the text is too short, or a number is out of range.
+        """
+        if chunk < 4 or (chunks is not None and chunks < 1):
+            raise ValueError(f"expected at least 1 chunk of at least 4 tokens, got {chunk} tokens")
+        first = first_token(tokenizer)
+        ids = tokenizer.encode(text, add_special=False)
+        if first is not None:
+            ids.insert(0, first)
+        full = len(ids) // chunk
+        if full < (chunks or 1):
+            raise ValueError(
+                f"the text has {len(ids)} tokens; expected at least {chunks or 1} × {chunk}"
+            )
+        count = chunks or full
+        return cls(np.array(ids[: count * chunk], np.int32).reshape(count, chunk), first)
+
+    @property
+    def positions(self) -> int:
+        """Returns how many positions are scored."""
+        count, chunk = self.windows.shape
+        return int(count * (chunk - 1 - chunk // 2))
+
+
+def first_token(tokenizer: Tokenizer) -> int | None:
+    """Returns the token that a model expects before every text, if it does."""
+    around = tokenizer.encode("")
+    return around[0] if around else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """Says how well a model predicts a text, and how far it is from a reference."""
+
+    positions: int
+    perplexity: float
+    """exp of the mean negative log-likelihood of the tokens that came."""
+    kl: float | None = None
+    """Mean KL divergence of the model's distribution from the reference's, in nats."""
+    kl_error: float | None = None
+    """Its standard error over positions."""
+    kl_99: float | None = None
+    """The 99th percentile over positions."""
+    same_top: float | None = None
+    """Share of positions where both find the same token likeliest."""
+    loss_change: float | None = None
+    """Mean loss of the tokens that came less the reference's: ln of the ratio of the two perplexities."""
+    loss_error: float | None = None
+    """Its standard error over positions, as pairs: far smaller than that of either perplexity."""
+    average_bits: float
+    """Of the experts that ran."""
+    read_per_token: float | None = field(default=None, compare=False)
+    """Bytes of experts, of what was scored token by token; None where it was not."""
+    slots_bytes: int = field(default=0, compare=False)
+    """What experts could take meanwhile."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """Is one way to run a model."""
+
+    bits: int | Literal["auto"]
+    """"auto" for the allocation that the file holds."""
+    dense_bits: int
+    scheduler: str = "on-demand"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The scheduler's own."""
+    cache_type_k: str = "f16"
+    cache_type_v: str = "f16"
+    ram: int | str | None = None
+    threads: int | None = None
+    verify: bool = True
+    decode: bool = False
+    """Evaluate what is scored token by token, as in a reply. The same unless the scheduler changes the answer."""
+
+
+def measure(
+    path: str | os.PathLike[str],
+    trial: Trial,
+    sample: Sample,
+    *,
+    reference: LogProbs | None = None,
+    record: LogProbsWriter | None = None,
+    progress: Progress | None = None,
+) -> Quality:
+    """Runs one trial; the arguments are those of `score`.
+
+    Raises:
+        ValueError: a setting is out of range, or the chunks are longer than the model's context.
+        FormatError: the file is not a sound `.moe` file.
+        OutOfBudget: says the smallest budget that works.
+        ReadError: the disk failed.
+    """
+    with load(
+        path, bits=trial.bits, dense_bits=trial.dense_bits, scheduler=trial.scheduler,
+        options=trial.options, cache_type_k=trial.cache_type_k, cache_type_v=trial.cache_type_v,
+        ram=trial.ram, threads=trial.threads, verify=trial.verify,
+        context=sample.windows.shape[1], whole_process=True,
+    ) as engine:  # fmt: skip
+        step = 1 if trial.decode else None
+        return score(
+            engine, sample, reference=reference, record=record, step=step, progress=progress
+        )
+
+
+@contextlib.contextmanager
+def recorded(
+    path: str | os.PathLike[str], trial: Trial, sample: Sample, *, progress: Progress | None = None
+) -> Iterator[tuple[Quality, LogProbs]]:
+    """Runs one trial and yields it as a reference for others.
+
+    Its log-probabilities lie in a temporary file meanwhile: a text's are gigabytes where the vocabulary is large, and a
+    second engine beside the first would have to share its budget.
+
+    Raises:
+        OSError: the disk is full; and what `measure` raises.
+    """
+    vocab_size = open_moe(path).config.vocab_size
+    with tempfile.NamedTemporaryFile(prefix="edgemoe-", suffix=".logprobs") as file:
+        record = LogProbsWriter(file.file, sample.windows, vocab_size)
+        quality = measure(path, trial, sample, record=record, progress=progress)
+        with LogProbs(file.name) as reference:
+            reference.losses = record.losses
+            yield quality, reference
+
+
+def score(
+    engine: Engine,
+    sample: Sample,
+    *,
+    reference: LogProbs | None = None,
+    record: LogProbsWriter | None = None,
+    step: int | None = None,
+    progress: Progress | None = None,
+) -> Quality:
+    """Scores a sample.
+
+    Args:
+        reference: what to compare with; its first chunks are those of the sample.
+        record: takes this model's log-probabilities, to be a reference later.
+        step: tokens to evaluate at once in the scored half; None for what memory suggests.
+
+    Raises:
+        ValueError: the reference has another vocabulary or other tokens.
+        ReadError: the disk failed.
+    """
+    windows, vocab_size = sample.windows, engine.config.vocab_size
+    if reference is not None:
+        if reference.vocab_size != vocab_size:
+            raise ValueError(
+                f"reference: expected a vocabulary of {vocab_size} tokens, got {reference.vocab_size}"
+            )
+        if not np.array_equal(reference.windows[: len(windows)], windows):
+            raise ValueError("reference: expected the same tokens in the same chunks")
+    step = step or max(_LOGITS // vocab_size, 1)
+    losses, changes, divergences, tops = [], [], [], []
+    bits = uses = read = 0.0
+    for i, window in enumerate(windows):
+        at = 0
+        for logits in _second_half(engine, window, sample.first_token, step):
+            stats = engine.stats
+            count = stats.hits + stats.misses
+            bits, uses = bits + count * stats.average_bits, uses + count
+            read += stats.bytes_read
+            for part in _blocks(logits):
+                mine = log_softmax(part)
+                next_at = len(window) // 2 + 1 + at
+                came = window[next_at : next_at + len(mine)]
+                losses.append(-mine[np.arange(len(mine)), came])
+                if record is not None:
+                    record.add(mine)
+                if reference is not None:
+                    other = reference.rows(i, at, len(mine))
+                    changes.append(losses[-1] - reference.loss(i, at, other))
+                    divergences.append(_divergence(other, mine))
+                    tops.append(other.argmax(axis=1) == mine.argmax(axis=1))
+                at += len(mine)
+        if progress is not None:
+            progress(i + 1, len(windows))
+    average = bits / uses if uses else 0.0
+    alone = Quality(
+        positions=sample.positions,
+        perplexity=float(np.exp(np.concatenate(losses).mean())),
+        average_bits=average,
+        read_per_token=read / sample.positions if step == 1 else None,
+        slots_bytes=engine.budget.slots,
+    )
+    if reference is None:
+        return alone
+    kl, change = np.concatenate(divergences), np.concatenate(changes)
+    return replace(
+        alone,
+        kl=float(kl.mean()),
+        kl_error=float(kl.std() / np.sqrt(len(kl))),
+        kl_99=float(np.percentile(kl, 99)),
+        same_top=float(np.concatenate(tops).mean()),
+        loss_change=float(change.mean()),
+        loss_error=float(change.std() / np.sqrt(len(change))),
+    )
+
+
+def _second_half(
+    engine: Engine, window: NDArray[np.int32], first_token: int | None, step: int
+) -> Iterator[NDArray[np.float32]]:
+    """Yields the logits [≤ step, V] of positions C // 2 to C - 2, which predict the tokens after them."""
+    tokens = window.copy()
+    if first_token is not None:
+        tokens[0] = first_token
+    half = len(tokens) // 2
+    engine.logits(tokens[:half], last_only=True)
+    for at in range(half, len(tokens) - 1, step):
+        yield engine.extend(tokens[at : min(at + step, len(tokens) - 1)], last_only=False)
+
+
+def _blocks(logits: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
+    rows = max(_BLOCK // logits.shape[1], 1)
+    for first in range(0, len(logits), rows):
+        yield logits[first : first + rows]
+
+
+def _divergence(reference: NDArray[np.float64], model: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Returns KL(reference ‖ model) [T] of log-probabilities [T, V]."""
+    terms = np.exp(reference)
+    terms *= reference - model
+    terms[reference <= _SMALLEST] = 0
+    total: NDArray[np.float64] = terms.sum(axis=1)
+    return total

@@ -1,0 +1,98 @@
+"""What each level of a file takes, counted from the file: bytes, and bits per weight with scales and padding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgemoe.file.format import MoeFile, Tensor
+
+__all__ = ["Level", "bits_per_weight", "dense_bits_at", "levels"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """Is one prefix of the file's matrices."""
+
+    bits: int
+    """By which the level is called: those of w_gate."""
+    ladder: tuple[int, int, int]
+    """Bits of w_gate, w_up and w_down."""
+    average_bits: float
+    """Of an expert, of those that have fewer than this level too."""
+    dense_bits: int
+    """Bits of the other matrices: at the same rung, and all of them at the last."""
+    expert_bytes: int
+    """Of all routed experts."""
+    dense_bytes: int
+    """Of all other matrices."""
+    expert_weights: int
+    dense_weights: int
+
+    @property
+    def bytes(self) -> int:
+        """Returns the bytes of all matrices; routers, norms and biases are float32 and not counted."""
+        return self.expert_bytes + self.dense_bytes
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Returns the average over all matrices."""
+        return 8 * self.bytes / (self.expert_weights + self.dense_weights)
+
+
+def dense_bits_at(moe: MoeFile, bits: int | None) -> int:
+    """Returns the bits of dense matrices that go with a level of the experts; None for the highest."""
+    level = moe.level(bits)
+    highest = level == len(moe.ladder)
+    return moe.dense_ladder[-1 if highest else min(level, len(moe.dense_ladder)) - 1]
+
+
+def levels(moe: MoeFile) -> list[Level]:
+    """Returns a file's levels, ascending."""
+    config, count = moe.config, len(moe.experts.offsets)
+    dense_weights = sum(int(np.prod(t.spec.shape)) for t in _dense(moe))
+    out = []
+    for rung, ladder in enumerate(moe.ladder):
+        dense_rung = moe.dense_ladder.index(dense_bits_at(moe, ladder[0]))
+        out.append(
+            Level(
+                bits=ladder[0],
+                ladder=ladder,
+                average_bits=float(np.minimum(moe.expert_bits, ladder[0]).mean()),
+                dense_bits=moe.dense_ladder[dense_rung],
+                expert_bytes=int(moe.experts.sizes(rung + 1).sum()),
+                dense_bytes=_dense_bytes(moe, dense_rung + 1),
+                expert_weights=count * 3 * config.hidden_size * config.expert_hidden,
+                dense_weights=dense_weights,
+            )
+        )
+    return out
+
+
+def bits_per_weight(moe: MoeFile, average_bits: float, dense_bits: int) -> float:
+    """Returns bits per weight over all matrices where experts have `average_bits`, between levels by interpolation.
+
+    Args:
+        dense_bits: one of the dense ladder, which may have more levels than the experts'.
+    """
+    all_levels = levels(moe)
+    experts = np.interp(
+        average_bits,
+        [level.average_bits for level in all_levels],
+        [8 * level.expert_bytes / level.expert_weights for level in all_levels],
+    )
+    last = all_levels[-1]
+    dense = 8 * _dense_bytes(moe, moe.dense_level(dense_bits))
+    return (float(experts) * last.expert_weights + dense) / (
+        last.expert_weights + last.dense_weights
+    )
+
+
+def _dense_bytes(moe: MoeFile, level: int) -> int:
+    """Returns the bytes of all matrices but the routed experts'."""
+    return sum(sum(t.lengths[:level]) for t in _dense(moe))
+
+
+def _dense(moe: MoeFile) -> list[Tensor]:
+    return [t for t in moe.tensors.values() if t.spec.kind == "nested"]

@@ -1,0 +1,84 @@
+"""What a `.moe` file holds, as JSON values."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import numpy as np
+
+from edgemoe.file.format import MoeFile
+from edgemoe.lab.report.levels import levels
+from edgemoe.quant import SCHEMES
+
+__all__ = ["groups", "summary"]
+
+_MEASURED = ("quality", "allocation")
+"""Sections that hold JSON and were added after the conversion."""
+
+
+def summary(moe: MoeFile) -> dict[str, Any]:
+    """Returns everything about a file but its weights and texts.
+
+    Keys: file, bytes, config, source, scheme, levels (bytes and bits per weight of each), tensors (kind, shape, offset,
+    and bytes and checksum of each rung), experts (count, bytes of all, end of each rung, mean bits, how many have
+    which bits), sections (bytes), and the content of those that measurements have added.
+    """
+    added = {name: _json(moe.sections[name]) for name in _MEASURED if name in moe.sections}
+    return {
+        "file": moe.path.name,
+        "bytes": moe.file_bytes,
+        "config": moe.config.to_json(),
+        "source": dict(moe.source),
+        "scheme": SCHEMES[moe.scheme].about,
+        "levels": [
+            {
+                **dataclasses.asdict(level),
+                "bytes": level.bytes,
+                "bits_per_weight": level.bits_per_weight,
+            }
+            for level in levels(moe)
+        ],
+        "tensors": {
+            name: {
+                "kind": tensor.spec.kind,
+                "shape": list(tensor.spec.shape),
+                "offset": tensor.offset,
+                "rungs": [
+                    {"bytes": length, "crc32c": f"{crc:08x}"}
+                    for length, crc in zip(tensor.lengths, tensor.crcs, strict=True)
+                ],
+            }
+            for name, tensor in moe.tensors.items()
+        },
+        "experts": {
+            "count": len(moe.experts.offsets),
+            "bytes": int(moe.experts.sizes(len(moe.ladder)).sum()),
+            "rung_ends": list(moe.experts.ends),
+            "average_bits": float(moe.expert_bits.mean()),
+            "with_bits": {
+                str(b): int(n)
+                for b, n in zip(*np.unique(moe.expert_bits, return_counts=True), strict=True)
+            },
+        },
+        "sections": {name: len(data) for name, data in sorted(moe.sections.items())},
+        **added,
+    }
+
+
+def groups(moe: MoeFile) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+    """Returns tensors that differ in the layer only as one: name, kind, shape, how many, bytes of all."""
+    found: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
+    for name, tensor in moe.tensors.items():
+        key = (re.sub(r"\d+", "N", name), tensor.spec.kind, tuple(tensor.spec.shape))
+        found.setdefault(key, []).append(int(np.sum(tensor.lengths)))
+    return [(*key, len(sizes), sum(sizes)) for key, sizes in found.items()]
+
+
+def _json(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError):
+        return None

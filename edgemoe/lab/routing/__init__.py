@@ -1,0 +1,1 @@
+"""How a model routes: recording, replaying, predicting."""

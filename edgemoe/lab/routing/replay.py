@@ -1,0 +1,307 @@
+"""Replays a trace through any scheduler, policy and budget, with the runtime's own cache code and no weights.
+
+Hits, misses and evictions are those of a real run, exactly, as long as they do not depend on how fast reads are:
+for schedulers that read nothing ahead, on single tokens and on chunks whose experts fit the budget together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.lab.routing.oracles import ORACLES, Oracle
+from edgemoe.lab.routing.timing import Pipeline, Timing
+from edgemoe.plan import Plan, Routing
+from edgemoe.runtime.trace import NO_EXPERT, NO_TOKEN, Trace, TraceHeader
+from edgemoe.scheduler import SCHEDULERS, Scheduler, Setting
+from edgemoe.scheduler.watched import seen
+from edgemoe.store import ExpertStore
+
+__all__ = ["Replay", "Tape", "make_scheduler", "replay", "setting"]
+
+
+_NOMINAL_S, _NOMINAL_RATE = 1e-2, 1e9  # of a token, and bytes per second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """Says what would have happened. Sums are over single tokens, after what the chunks left in memory."""
+
+    hits: int
+    """Experts that were wanted and resident."""
+    misses: int
+    evictions: int
+    bytes_read: int
+    bits: int
+    """Summed over uses."""
+    tokens: int
+    ahead_hits: int
+    """Of the hits, those that were read ahead for it. A real run counts the late ones as misses."""
+    prompt_hits: int
+    """Of chunks."""
+    prompt_misses: int
+    plan_us: float
+    """Median time of `Scheduler.plan` for one token and layer."""
+    seconds: float
+    """That the timing model says; 0 without one."""
+    wait_s: float
+    """Of these, standing still for reads."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits per use of an expert, 1 when there was none."""
+        uses = self.hits + self.misses
+        return self.hits / uses if uses else 1.0
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes read."""
+        return self.bytes_read / self.tokens if self.tokens else 0.0
+
+    @property
+    def rate(self) -> float:
+        """Predicted tokens per second, 0 without a timing."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def average_bits(self) -> float:
+        """Of the experts that ran."""
+        uses = self.hits + self.misses
+        return self.bits / uses if uses else 0.0
+
+
+class Tape:
+    """Is a trace made ready for replaying, in its own order or, as a control, with its single tokens shuffled."""
+
+    def __init__(self, trace: Trace, *, shuffle: bool = False, seed: int = 0) -> None:
+        first, tokens = trace.passes()
+        if shuffle:  # chunks stay: they fill the cache
+            single = np.flatnonzero(tokens == 1)
+            first[single] = first[np.random.default_rng(seed).permutation(single)]
+        self.header = trace.header
+        self.num_tokens = int((tokens == 1).sum())
+        """Computed one at a time."""
+        rows, L = trace.rows, trace.header.num_layers
+        experts, gates = rows["experts"].astype(np.int32), rows["gates"].astype(np.float32)
+        p = trace.header.look_ahead
+        ahead = rows["ahead_experts"].astype(np.int32) if p else None
+        ahead_gates = rows["ahead_gates"].astype(np.float32) if p else None
+        known = (ahead[:, :, 0] != NO_EXPERT).sum(axis=1) if ahead is not None else None
+        self.passes: list[list[Routing]] = []
+        self.begins: list[bool] = []
+        self.ids: list[NDArray[np.int32] | None] = []
+        """Per pass its tokens [T]; None where the trace does not know them."""
+        self.computing_us: list[list[tuple[float, float]]] = []
+        """Per pass and layer, the time before the experts and that of computing them, as it was recorded."""
+        for f, T in zip(first.tolist(), tokens.tolist(), strict=True):
+            layers, times = [], []
+            for layer in range(L):
+                at = f + layer * T
+                n = int(known[at]) if known is not None else 0
+                layers.append(
+                    Routing(
+                        layer, experts[at : at + T], gates[at : at + T],
+                        ahead[at, :n] if ahead is not None and n else None,
+                        ahead_gates[at, :n] if ahead_gates is not None and n else None,
+                    )
+                )  # fmt: skip
+                r = rows[at]
+                times.append((float(r["before_us"]), float(r["experts_us"] - r["wait_us"])))
+            self.passes.append(layers)
+            self.begins.append(int(rows["token"][f]) == 0)
+            ids = rows["id"][f : f + T]
+            self.ids.append(None if (ids == NO_TOKEN).any() else ids.astype(np.int32))
+            self.computing_us.append(times)
+
+    @property
+    def requests(self) -> list[NDArray[np.int32]]:
+        """The experts of every layer of every pass, for an oracle."""
+        return [routing.experts for layers in self.passes for routing in layers]
+
+
+def setting(
+    header: TraceHeader, budget_bytes: int, sections: Mapping[str, bytes] | None = None
+) -> Setting:
+    """Returns what a scheduler would be told with another budget; `sections` are those of the model's file."""
+    return Setting(
+        num_layers=header.num_layers,
+        num_experts=header.num_experts,
+        experts_per_token=header.experts_per_token,
+        bits=header.bits,
+        level_bits=header.level_bits,
+        level_bytes=header.mean_bytes,
+        slots_bytes=budget_bytes,
+        sections=sections or {},
+        has_inputs=False,
+    )
+
+
+def make_scheduler(
+    tape: Tape,
+    name: str,
+    *,
+    budget_bytes: int,
+    options: Mapping[str, Any] | None = None,
+    sections: Mapping[str, bytes] | None = None,
+) -> Scheduler:
+    """Returns a scheduler of `edgemoe.scheduler`, or the oracle "sch" or "belady".
+
+    Raises:
+        ValueError: no such scheduler, or a wrong option.
+    """
+    given = setting(tape.header, budget_bytes, sections)
+    if name in ORACLES:
+        return Oracle(given, tape.requests, name)
+    if name not in SCHEDULERS:
+        known = ", ".join([*SCHEDULERS, *ORACLES])
+        raise ValueError(f"scheduler: expected one of {known}, got {name}")
+    return SCHEDULERS[name](given, **(options or {}))
+
+
+def replay(
+    tape: Tape,
+    scheduler: Scheduler,
+    *,
+    budget_bytes: int,
+    policy: str = "lfu",
+    timing: Timing | None = None,
+    progressive: float = 0.0,
+    each: Callable[[Routing, NDArray[np.int8]], None] | None = None,
+) -> Replay:
+    """Replays.
+
+    Args:
+        scheduler: made for this budget, and not used before.
+        policy: "lfu" or "lru"; a scheduler with priorities of its own needs none.
+        timing: predicts the time; None for none.
+        progressive: see `edgemoe.lab.routing.timing.Pipeline`.
+        each: is told of each layer before it is planned, with the live residency [layers, E].
+
+    Raises:
+        OutOfBudget: not even one expert fits.
+    """
+    header = tape.header
+    store = ExpertStore.dry(
+        num_layers=header.num_layers, num_experts=header.num_experts,
+        level_bits=header.level_bits, level_bytes=header.level_bytes, budget_bytes=budget_bytes,
+        rungs=np.array(header.rungs, np.uint8) if header.rungs else None,
+        policy=policy if scheduler.priorities is None else scheduler.priorities,
+    )  # fmt: skip
+    pipeline = None if timing is None else _Player(timing, header, progressive)
+    residency = store.residency
+    sums = np.zeros((2, 6), np.int64)
+    seconds = waited = 0.0
+    spent: list[float] = []
+    counts = _counts(store)
+    for begins, ids, layers, times in zip(
+        tape.begins, tape.ids, tape.passes, tape.computing_us, strict=True
+    ):
+        if begins:
+            scheduler.begin()
+        if ids is not None:
+            scheduler.tokens(ids)
+        is_single = len(layers[0].experts) == 1
+        start = (pipeline.now_s, pipeline.wait_s) if pipeline else (0.0, 0.0)
+        for recorded, time_us in zip(layers, times, strict=True):
+            routing = seen(recorded, scheduler.look_ahead)
+            if each is not None:
+                each(recorded, residency)
+            before = time.perf_counter()
+            plan = scheduler.plan(routing, residency)
+            if is_single:
+                spent.append(time.perf_counter() - before)
+            finish = pipeline.play(plan, residency, time_us) if pipeline else None
+            store.request(plan)
+            for _ in store.ready_groups():
+                pass
+            if finish:
+                finish()
+        took = (pipeline.now_s, pipeline.wait_s) if pipeline else (0.0, 0.0)
+        last, counts = counts, _counts(store)
+        sums[int(is_single)] += counts - last
+        # Schedulers that try things out must see some time; without a timing, reading is all that takes any.
+        spent_s = (
+            took[0] - start[0] if pipeline else _NOMINAL_S + (counts - last)[3] / _NOMINAL_RATE
+        )
+        scheduler.passed(len(layers[0].experts), float(spent_s))
+        if is_single:
+            seconds, waited = seconds + took[0] - start[0], waited + took[1] - start[1]
+    hits, misses, evictions, bytes_read, bits, ahead_hits = sums[1].tolist()
+    return Replay(
+        hits=hits, misses=misses, evictions=evictions, bytes_read=bytes_read, bits=bits,
+        tokens=tape.num_tokens, ahead_hits=ahead_hits, prompt_hits=int(sums[0, 0]), prompt_misses=int(sums[0, 1]),
+        plan_us=1e6 * float(np.median(spent)) if spent else 0.0, seconds=seconds, wait_s=waited,
+    )  # fmt: skip
+
+
+def _counts(store: ExpertStore) -> NDArray[np.int64]:
+    names = ("hits", "misses", "evictions", "bytes_read", "bits", "ahead_used")
+    stats = store.stats
+    return np.array([stats[name] for name in names], np.int64)
+
+
+class _Player:
+    """Turns plans into what the pipeline plays."""
+
+    def __init__(self, timing: Timing, header: TraceHeader, progressive: float) -> None:
+        self._pipeline = Pipeline(timing, progressive=progressive)
+        self._timing = timing
+        self._E = header.num_experts
+        self._sizes = [0, *header.level_bytes]
+        self._mean = header.mean_bytes[-1]
+        every = header.num_layers * header.num_experts
+        self._rungs = header.rungs or (len(header.level_bytes),) * every
+        self._levels = np.zeros(9, np.int64)
+        self._levels[list(header.level_bits)] = np.arange(1, len(header.level_bits) + 1)
+
+    @property
+    def now_s(self) -> float:
+        return self._pipeline.now / 1e6
+
+    @property
+    def wait_s(self) -> float:
+        return self._pipeline.wait_us / 1e6
+
+    def play(
+        self, plan: Plan, residency: NDArray[np.int8], time_us: tuple[float, float]
+    ) -> Callable[[], None]:
+        """Takes what is resident before a request; the rest follows when the cache has done its part."""
+        timing, sizes = self._timing, self._sizes
+        single = len(plan.gates) == 1
+        before = timing.before_us[plan.layer] if single else time_us[0]
+        wanted = (plan.experts + plan.layer * self._E).tolist()
+        most = [self._rungs[e] for e in wanted]
+        have = list(map(min, residency[plan.layer][plan.experts].tolist(), most))
+        need = list(map(min, self._levels[plan.bits].tolist(), most))
+        # Compute is as the bytes that it reads from memory; a chunk's was measured, with as many tokens.
+        one = (
+            timing.expert_us / self._mean
+            if single
+            else time_us[1] / max(1, sum(map(sizes.__getitem__, need)))
+        )
+        ready, reads = [], []
+        for h, n in zip(have, need, strict=True):
+            compute = one * sizes[n]
+            if h >= n:
+                ready.append(compute)
+            else:
+                reads.append((sizes[n] - sizes[h], compute))
+        flat = residency.reshape(-1)
+        had = flat[plan.ahead] if plan.ahead is not None else None
+
+        def finish() -> None:
+            ahead = []
+            if plan.ahead is not None and had is not None:
+                for e, was, now in zip(
+                    plan.ahead.tolist(), had.tolist(), flat[plan.ahead].tolist(), strict=True
+                ):
+                    if now > was:
+                        ahead.append((e, sizes[min(now, self._rungs[e])] - sizes[was]))
+            self._pipeline.layer(before, ready, reads, wanted=wanted, ahead=ahead)
+
+        return finish

@@ -1,0 +1,182 @@
+"""Replays one trace through many schedulers, policies and budgets, always beside the lines to judge them by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from edgemoe.lab.routing.oracles import ORACLES
+from edgemoe.lab.routing.replay import Replay, Tape, make_scheduler, replay
+from edgemoe.lab.routing.timing import Timing
+from edgemoe.quant import Allocation
+from edgemoe.runtime.trace import Trace
+from edgemoe.scheduler import Scheduler
+
+__all__ = ["Line", "lines", "measured", "study"]
+
+_BASELINES = ("lru", "lfu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """Is a way to run the trace."""
+
+    name: str
+    scheduler: str
+    policy: str
+    """For schedulers without priorities of their own."""
+    options: Mapping[str, Any]
+
+
+def lines(
+    schedulers: Sequence[str], policies: Sequence[str], options: Mapping[str, Mapping[str, Any]]
+) -> list[Line]:
+    """Returns LRU, LFU, the schedulers under each policy, SCH(16) and Belady.
+
+    Args:
+        options: of each scheduler, by its name.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    for policy in policies:
+        if policy not in _BASELINES:
+            raise ValueError(f"policy: expected one of {', '.join(_BASELINES)}, got {policy}")
+    plain = {"look_ahead": False}
+    out = [Line(name=p, scheduler="on-demand", policy=p, options=plain) for p in _BASELINES]
+    for name in schedulers:
+        for policy in policies:
+            label = name if len(policies) == 1 else f"{name}, {policy}"
+            out.append(
+                Line(name=label, scheduler=name, policy=policy, options=options.get(name, {}))
+            )
+    for name, label in zip(ORACLES, ("SCH(16)", "Belady"), strict=True):
+        out.append(Line(name=label, scheduler=name, policy="lfu", options={}))
+    return out
+
+
+def study(
+    trace: Trace,
+    ways: Sequence[Line],
+    budgets: Sequence[int],
+    *,
+    timing: Timing | None,
+    sections: Mapping[str, bytes] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[dict[str, Any]]:
+    """Returns a row per budget and line: the fields of `Replay` and its rates, and the hit rate when the single
+    tokens come in random order.
+
+    A scheduler that has priorities of its own is replayed under one policy only.
+
+    Args:
+        budgets: bytes for experts.
+        sections: of the model's file, where a scheduler may have tables of its own.
+    """
+    header = trace.header
+    everything = header.num_layers * header.num_experts * header.mean_bytes[-1]
+    tape, control = Tape(trace), Tape(trace, shuffle=True)
+    rows: list[dict[str, Any]] = []
+    total = len(ways) * len(budgets)
+    for done, (budget, way) in enumerate((b, w) for b in budgets for w in ways):
+        progress(done, total)
+
+        def scheduler(of: Tape, way: Line = way, budget: int = budget) -> Scheduler:
+            return make_scheduler(
+                of, way.scheduler, budget_bytes=budget, options=way.options, sections=sections
+            )
+
+        first = scheduler(tape)
+        own = first.priorities is not None
+        if own and any(
+            r["scheduler"] == way.scheduler and r["budget_bytes"] == budget for r in rows
+        ):
+            continue
+        r: Replay = replay(tape, first, budget_bytes=budget, policy=way.policy, timing=timing)
+        mixed = replay(
+            control, scheduler(control), budget_bytes=budget, policy=way.policy, timing=timing
+        )
+        rows.append(
+            {
+                "name": way.scheduler if own and way.scheduler not in ORACLES else way.name,
+                "scheduler": way.scheduler,
+                "policy": "own" if own else way.policy,
+                "options": dict(way.options),
+                "is_oracle": way.scheduler in ORACLES,
+                "budget_bytes": budget,
+                "share": budget / everything,
+                **asdict(r),
+                "hit_rate": r.hit_rate,
+                "shuffled_hit_rate": mixed.hit_rate,
+                "bytes_per_token": r.bytes_per_token,
+                "average_bits": r.average_bits,
+                "rate": r.rate,
+                "look_ahead": first.look_ahead,
+                "notes": list(first.notes),
+            }
+        )
+    progress(total, total)
+    return rows
+
+
+def measured(
+    trace: Trace,
+    qualities: Sequence[Mapping[str, Any]],
+    *,
+    timing: Timing,
+    sections: Mapping[str, bytes],
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Replays settings whose quality was measured, with the trace's own memory.
+
+    Args:
+        qualities: rows that `edgemoe quality --store` keeps, all with the dense bits of the trace.
+        sections: of the model's file.
+
+    Returns:
+        Per setting its name, predicted rate, and the change of perplexity with its standard error, as shares; and why
+        others cannot be replayed, a line each.
+    """
+    header, tape = trace.header, Tape(trace)
+    out, refused = [], []
+    for row in qualities:
+        options = dict(row["options"])
+        name = " ".join([row["scheduler"], *(f"{k}={v}" for k, v in options.items())])
+        name = f"{row['bits']} bits{'' if name == 'on-demand' else f', {name}'}"
+        bits = row["bits"]
+        if bits == "auto" and "allocation" not in sections:
+            bits = header.bits  # all that the file has of each
+        elif bits == "auto":
+            options["bits"] = Allocation.from_json(sections["allocation"], "allocation").bits
+            bits = int(options["bits"].max())
+        if bits not in header.level_bits:
+            refused.append(f"{name}: the trace has {', '.join(map(str, header.level_bits))} bits")
+            continue
+        n = header.level_bits.index(bits) + 1
+        rungs = tuple(min(r, n) for r in header.rungs)
+        tape.header = replace(
+            header, bits=bits, level_bits=header.level_bits[:n], level_bytes=header.level_bytes[:n], rungs=rungs
+        )  # fmt: skip
+        # Computing an expert takes as long as reading its bytes from memory.
+        size = tape.header.mean_bytes[-1] / header.mean_bytes[-1]
+        try:
+            scheduler = make_scheduler(
+                tape, row["scheduler"], budget_bytes=header.slots_bytes, options=options, sections=sections
+            )  # fmt: skip
+            if any(line.startswith("a trace") for line in scheduler.notes):
+                raise ValueError("what it decides by is not in a trace")
+            r = replay(
+                tape, scheduler, budget_bytes=header.slots_bytes,
+                timing=replace(timing, expert_us=timing.expert_us * size),
+            )  # fmt: skip
+        except ValueError as error:
+            refused.append(f"{name}: {error}")
+            continue
+        is_reference = row["kl"] is None
+        out.append({
+            "name": name, "rate": r.rate,
+            "change": 0.0 if is_reference else math.expm1(row["loss_change"]),
+            "error": 0.0 if is_reference else row["loss_error"],
+        })  # fmt: skip
+    return out, refused

@@ -1,0 +1,1 @@
+"""What programs use: the engine, its budget, chats, traces, profiles, benchmarks."""

@@ -1,0 +1,173 @@
+"""Measures speed as llama-bench does: prompts and single tokens, repeated, each beside the machine's roof."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgemoe import hardware
+from edgemoe.file.format import open_moe
+from edgemoe.runtime.budget import default_ram
+from edgemoe.runtime.engine import Engine
+from edgemoe.store import disk_rate
+
+__all__ = ["Result", "Roof", "measure", "roof"]
+
+_MARGIN_BYTES = 16 << 20  # stacks of the threads that read, page tables
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roof:
+    """Says what memory and disk can do, in bytes per second."""
+
+    memory: float
+    disk: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """Is one test over all its repetitions."""
+
+    test: str
+    """"pp512" or "tg128", with "@ d1024" after it for tokens that were there before."""
+    rates: tuple[float, ...]
+    """Tokens per second of each repetition."""
+    hit_rate: float
+    read_per_token: float
+    """Bytes."""
+    read_rate: float
+    """Bytes per second while reading."""
+    used_per_token: float
+    """Bytes of weights, keys and values that computing one token reads; 0 where it depends on the batch."""
+    wait_share: float
+    """Share of the time in which computing stood still for reads."""
+    average_bits: float
+    peak_bytes: int
+    logits_hash: str
+
+    @property
+    def rate(self) -> float:
+        """Returns the median of the rates."""
+        return statistics.median(self.rates)
+
+    @property
+    def deviation(self) -> float:
+        """Returns the standard deviation of the rates."""
+        return statistics.stdev(self.rates) if len(self.rates) > 1 else 0.0
+
+
+def roof(
+    path: str | os.PathLike[str],
+    *,
+    bits: int | None,
+    threads: int | None,
+    ram: int | None = None,
+    seconds: float = 1.0,
+) -> Roof:
+    """Measures memory with `threads` threads, and the disk with reads like the cache's for about `seconds`.
+
+    Before an engine is opened, with the memory that it will have: `ram` bytes for the process, None for what is free.
+    """
+    moe = open_moe(path)
+    total = default_ram() if ram is None else ram
+    room = max(total - hardware.process_bytes() - _MARGIN_BYTES, 1 << 20)
+    best = Roof(
+        memory=hardware.memory_rate(threads or hardware.num_threads(), room=room),
+        disk=disk_rate(moe, moe.level(bits), seconds=seconds, room=room),
+    )
+    hardware.trim()
+    hardware.forget_peak()  # the engine's is reported
+    return best
+
+
+def measure(
+    engine: Engine,
+    *,
+    prompts: Sequence[int],
+    generations: Sequence[int],
+    depths: Sequence[int] = (0,),
+    repetitions: int = 5,
+    seed: int = 1,
+) -> Iterator[Result]:
+    """Yields a result per test, after one unmeasured repetition of each.
+
+    Args:
+        prompts: lengths of prompts, evaluated in chunks.
+        generations: numbers of single tokens.
+        depths: tokens that are in the context before; each test is run at each.
+
+    Tokens are drawn at random, as in llama-bench; the same `seed` gives the same ones.
+
+    Raises:
+        ValueError: a test does not fit the engine's context, or there is nothing to repeat.
+    """
+    if repetitions < 1:
+        raise ValueError(f"repetitions: expected at least 1, got {repetitions}")
+    rng = np.random.default_rng(seed)
+    tests = [*((True, n) for n in prompts), *((False, n) for n in generations)]
+    for depth, (is_prompt, count) in itertools.product(depths, tests):
+        if count < 1 or depth < 0 or depth + count + 1 > engine.context:
+            raise ValueError(
+                f"a test of {count} tokens at depth {depth} does not fit a context of {engine.context}"
+            )
+        name = f"{'pp' if is_prompt else 'tg'}{count}{f' @ d{depth}' if depth else ''}"
+        yield _run(engine, name, is_prompt, count, depth, repetitions, rng)
+
+
+def _run(
+    engine: Engine,
+    name: str,
+    is_prompt: bool,
+    count: int,
+    depth: int,
+    repetitions: int,
+    rng: np.random.Generator,
+) -> Result:
+    rates: list[float] = []
+    hits = uses = read = 0
+    read_s = wait_s = total_s = 0.0
+    for repetition in range(repetitions + 1):
+        ids = rng.integers(0, engine.config.vocab_size, depth + count + 1)
+        start_ids = ids[: max(depth, 1)] if not is_prompt or depth else None
+        if start_ids is not None:
+            engine.logits(start_ids, last_only=True)
+        steps: list[np.ndarray] = (
+            [ids[depth : depth + count]]
+            if is_prompt
+            else [ids[max(depth, 1) + i :][:1] for i in range(count)]
+        )
+        start = time.perf_counter()
+        for tokens in steps:
+            if start_ids is None:
+                engine.logits(tokens, last_only=True)
+            else:
+                engine.extend(tokens)
+            if repetition:
+                s = engine.stats
+                hits, uses = hits + s.hits, uses + s.hits + s.misses
+                read, read_s, wait_s = read + s.bytes_read, read_s + s.read_s, wait_s + s.wait_s
+        seconds = time.perf_counter() - start
+        if repetition:  # the first one warms caches
+            rates.append(count / seconds)
+            total_s += seconds
+    stats = engine.stats
+    return Result(
+        test=name,
+        rates=tuple(rates),
+        hit_rate=hits / uses if uses else 1.0,
+        read_per_token=read / (count * repetitions),
+        read_rate=read / read_s if read_s else 0.0,
+        used_per_token=0.0
+        if is_prompt
+        else float(engine.bytes_per_token + engine.kv_bytes(depth + count // 2)),
+        wait_share=wait_s / total_s,
+        average_bits=stats.average_bits,
+        peak_bytes=stats.peak_bytes,
+        logits_hash=stats.logits_hash,
+    )

@@ -1,0 +1,273 @@
+"""A conversation: keeps the messages, asks the engine for a reply, streams its text."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Generator, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+from edgemoe.errors import FormatError
+from edgemoe.text.sampler import SamplingParams
+from edgemoe.text.tokenizer import Tokenizer
+
+__all__ = ["Chat", "Message", "StopFilter", "TextEngine"]
+
+Message = dict[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}."""
+
+_SURELY_LONG = 8  # characters per token; text has about four
+_LARGEST_CHAT = 64 << 20  # bytes of a saved conversation
+
+_ROLES = ("system", "user", "assistant")
+
+
+class TextEngine(Protocol):
+    """What a chat needs of an `Engine`."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's tokenizer, if its file has one."""
+
+    @property
+    def context(self) -> int:
+        """The most tokens that prompt and reply may have together."""
+
+    def generate(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+        """Yields the tokens that follow `ids`, without the one that ends the reply."""
+
+
+class Chat:
+    """Is one conversation with a model. One thread at a time, one reply at a time."""
+
+    def __init__(
+        self,
+        engine: TextEngine,
+        *,
+        system: str | None = None,
+        params: SamplingParams | None = None,
+        raw: bool = False,
+    ) -> None:
+        """Starts an empty conversation.
+
+        Args:
+            engine: makes the tokens; stays the caller's to close.
+            system: what the model is told before the conversation.
+            params: how replies are sampled; None for the defaults. May be replaced between replies.
+            raw: use no chat template; the model continues the text. Always so where the model has
+                no template.
+
+        Raises:
+            FormatError: the model has no tokenizer.
+        """
+        if engine.tokenizer is None:
+            raise FormatError("chat: the model has no tokenizer, so that it takes ids only")
+        self.params = params if params is not None else SamplingParams()
+        self._engine = engine
+        self._tokenizer: Tokenizer = engine.tokenizer
+        self._is_raw = raw or not engine.tokenizer.has_chat_template
+        self._system: list[Message] = [{"role": "system", "content": system}] if system else []
+        self._messages = list(self._system)
+        self._finish: Literal["stop", "length", "context"] | None = None
+        self._reply: Generator[str, None, None] | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far: a copy, oldest first, the system message included."""
+        return [dict(m) for m in self._messages]
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether the model continues the text instead of answering turns."""
+        return self._is_raw
+
+    @property
+    def finish(self) -> Literal["stop", "length", "context"] | None:
+        """Why the last reply ended, None while it runs or when it was interrupted.
+
+        "stop": the model ended it, or a stop text did; "length": `max_tokens`; "context": full.
+        """
+        return self._finish
+
+    def say(self, text: str) -> Generator[str, None, None]:
+        """Yields the reply to `text` in pieces, as they are made.
+
+        What has been yielded is in `messages`, however the reply ends: closed half-way, an error,
+        Ctrl-C. A reply that ends before its first piece leaves the conversation as it was. A new
+        `say` closes the one before.
+
+        Raises:
+            ValueError: the conversation does not fit the context, or the template refuses it.
+                Like every error of the engine, at the first step and not at the call.
+        """
+        self._close_reply()
+        self._reply = self._say(text)
+        return self._reply
+
+    def reset(self) -> None:
+        """Forgets the conversation, but not the system message."""
+        self._close_reply()
+        self._messages = list(self._system)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the conversation to a JSON file, which is replaced as a whole or not at all.
+
+        A link leads to the file to replace. What is no regular file, such as a device, is written as it is.
+
+        Raises:
+            OSError: the file cannot be written; its name is in the error.
+        """
+        text = json.dumps({"messages": self._messages}, ensure_ascii=False, indent=1) + "\n"
+        content = text.encode(errors="surrogatepass")
+        try:
+            target = Path(path).resolve()
+            if target.exists() and not target.is_file():
+                target.write_bytes(content)
+            else:
+                _replace(target, content)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Replaces the conversation, system message included, with a saved one.
+
+        Raises:
+            OSError: the file cannot be read.
+            FormatError: it is no saved conversation; this one stays as it was.
+        """
+        source = Path(path)
+        if source.exists() and not (source.is_file() and source.stat().st_size <= _LARGEST_CHAT):
+            raise FormatError(f"{path}: not a saved chat; expected a file of at most 64 MiB")
+        try:
+            messages = json.loads(source.read_bytes())["messages"]
+            if not all(m["role"] in _ROLES and isinstance(m["content"], str) for m in messages):
+                raise ValueError
+            messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise FormatError(
+                f'{path}: not a saved chat; expected {{"messages": [{{"role", "content"}}, ...]}}'
+            ) from None
+        self._close_reply()
+        self._messages = messages
+        self._system = [m for m in messages[:1] if m["role"] == "system"]
+
+    def _say(self, text: str) -> Generator[str, None, None]:
+        self._finish = None
+        params = self.params
+        base = self._messages
+        turn = [*base, {"role": "user", "content": text}]
+        ids = self._prompt(turn)
+        stream = self._tokenizer.stream(continues=self._is_raw)
+        stops = StopFilter(params.stop)
+        reply = ""
+        count = 0
+        # A file may name only the base model's end token, while turns end with another.
+        ends = () if params.ignore_eos or self._is_raw else self._tokenizer.eos_ids
+        generator = self._engine.generate(ids, params)
+        with contextlib.closing(generator):  # type: ignore[type-var]
+            for token in generator:
+                if token in ends:
+                    break
+                count += 1
+                piece = stops.push(stream.push(token))
+                if piece:
+                    reply += piece
+                    self._messages = [*turn, {"role": "assistant", "content": reply}]
+                    yield piece
+                if stops.is_stopped:
+                    break
+        piece = "" if stops.is_stopped else stops.push(stream.flush()) + stops.flush()
+        self._messages = [*turn, {"role": "assistant", "content": reply + piece}]
+        if stops.is_stopped:
+            self._finish = "stop"
+        elif count == params.max_tokens:
+            self._finish = "length"
+        elif len(ids) + count >= self._engine.context:
+            self._finish = "context"
+        else:
+            self._finish = "stop"
+        if piece:
+            yield piece
+
+    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+        self._check_length(messages)
+        if self._is_raw:
+            ids = self._tokenizer.encode("".join(m["content"] for m in messages))
+        else:
+            ids = self._tokenizer.encode_chat(messages)
+        if not ids:
+            raise ValueError("say: expected some text, got none")
+        if len(ids) >= self._engine.context:
+            raise ValueError(
+                f"say: the conversation is too long for the context; expected less than "
+                f"{self._engine.context} tokens, got {len(ids)}"
+            )
+        return ids
+
+    def _check_length(self, messages: Sequence[Message]) -> None:
+        """Refuses what is far too long before all of it is tokenized, which takes many times its memory."""
+        text = "".join(m["content"] for m in messages)
+        context = self._engine.context
+        few = text[: _SURELY_LONG * context]
+        if len(few) < len(text) and len(self._tokenizer.encode(few)) >= context:
+            raise ValueError(
+                f"say: the conversation is too long for the context; expected less than "
+                f"{context} tokens, got {len(text)} characters"
+            )
+
+    def _close_reply(self) -> None:
+        if self._reply is not None:
+            self._reply.close()
+            self._reply = None
+
+
+def _replace(target: Path, content: bytes) -> None:
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
+    try:
+        with open(handle, "wb") as out:
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+class StopFilter:
+    """Passes text on up to the first stop text, and never a part of one. One thread at a time."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """Watches for any of `stops`; an empty sequence lets all text through."""
+        self._stops = tuple(stops)
+        self._held = ""
+        self.is_stopped = False
+        """Whether a stop text was met."""
+
+    def push(self, text: str) -> str:
+        """Takes more text and returns what is certainly before any stop text."""
+        if self.is_stopped or not text:
+            return ""
+        text = self._held + text
+        found = [at for s in self._stops if (at := text.find(s)) >= 0]
+        if found:
+            self.is_stopped = True
+            self._held = ""
+            return text[: min(found)]
+        keep = max((_overlap(text, s) for s in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """Ends the text and returns what was held back as the possible start of a stop text."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Returns how many characters at the end of `text` may be the start of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,144 @@
+"""Profiles: what the runtime learned about one model's use, kept from one run to the next. Format, reader and writer.
+
+A profile is a safetensors file. `L` is the layers with routed experts, `E` experts per layer, `K` those per token.
+
+    uses                 float64 [L, E]     uses of each expert; one of now counts 1, one of 64 tokens ago half
+    look_ahead.right     float64 [K]        of guesses of each rank that were absent, those that were wanted, decayed
+    look_ahead.seen      float64 [K]        all of these guesses, decayed
+    next_use.weights     float64 [5]        of `edgemoe.scheduler.predict.NextUse`, which predicts an expert's next use
+    next_use.curvature   float64 [5, 5]     what these weights rest on; zeros when nothing
+    next_use.frequency   float64 [L, E]     uses per token, decayed
+    frequency.values     float64 [L, E]     of `edgemoe.scheduler.predict.Frequency`, likewise
+    frequent.uses        float64 [L, E]     of `edgemoe.scheduler.evict.Frequent`, as `uses`
+    hobbit.thresholds    float64 [5]        of HOBBIT: T1, T2, the shares that they were fitted to (low, skip), tokens
+    transitions.pairs    float32 [L, E, E]  of `edgemoe.scheduler.predict.Transitions`: what ran after what
+    transitions.totals   float32 [L, E]     uses
+
+`uses` is always there, the others where a scheduler has learned them; a scheduler takes what it knows and leaves the
+others as they are. For 48 layers of 128 experts, 8 per token, the default scheduler's file takes 50 kB; each further
+[L, E] as much again, and transitions 3 MB.
+
+The metadata (strings) are: edgemoe_profile "1", crc (CRC-32C of all tensors' bytes, by name, in hexadecimal) and
+what the profile is of: family, layers, experts, experts_per_token and fingerprint (of the weights' source).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from edgemoe import _core
+from edgemoe.errors import FormatError
+from edgemoe.file.format import MoeFile
+
+__all__ = ["Profile", "identity", "read_profile", "write_profile"]
+
+State = Mapping[str, NDArray[Any]]
+
+_VERSION = "1"
+_SHAPES = {
+    "uses": "LE", "look_ahead.right": "K", "look_ahead.seen": "K", "next_use.weights": "5",
+    "next_use.curvature": "55", "next_use.frequency": "LE", "frequency.values": "LE",
+    "frequent.uses": "LE", "hobbit.thresholds": "5", "transitions.pairs": "LEE", "transitions.totals": "LE",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Holds what was learned."""
+
+    uses: NDArray[np.float64]
+    """[L, E]"""
+    state: State = field(default_factory=dict)
+    """Of schedulers, by the names above; see `edgemoe.scheduler.Scheduler.state`."""
+
+
+def identity(moe: MoeFile) -> dict[str, str]:
+    """Returns what a profile is of; any other model's profile is refused."""
+    config = moe.config
+    return {
+        "family": config.family,
+        "layers": str(len(config.moe_layers)),
+        "experts": str(config.num_experts),
+        "experts_per_token": str(config.experts_per_token),
+        "fingerprint": str(moe.source.get("fingerprint", "")),
+    }
+
+
+def read_profile(path: Path, of: Mapping[str, str]) -> Profile | None:
+    """Reads a profile; None when there is no such file yet.
+
+    Args:
+        of: the model's `identity`.
+
+    Raises:
+        FormatError: not a profile, damaged, or another model's.
+    """
+    try:
+        with _open(path) as file:
+            meta = file.metadata() or {}
+            if meta.get("edgemoe_profile") != _VERSION:
+                raise FormatError(f"{path}: not a profile of version {_VERSION}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        return None
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: not a profile: {error}") from None
+    if meta.get("crc") != _crc(tensors):
+        raise FormatError(f"{path}: damaged: its checksum does not match")
+    for name, mine in of.items():
+        if meta.get(name) != mine:
+            raise FormatError(
+                f"{path}: profile of another model: {name} is {meta.get(name)}, this model's is {mine}"
+            )
+    if "uses" not in tensors:
+        raise FormatError(f"{path}: has no uses")
+    sizes = {"L": of["layers"], "E": of["experts"], "K": of["experts_per_token"], "5": "5"}
+    for name, array in tensors.items():
+        if name not in _SHAPES:
+            raise FormatError(f"{path}: {name} is nothing that this edgemoe knows")
+        shape = tuple(int(sizes[letter]) for letter in _SHAPES[name])
+        if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+            raise FormatError(f"{path}: expected {name} to be {list(shape)} finite numbers")
+    return Profile(tensors.pop("uses").astype(np.float64), tensors)
+
+
+def write_profile(path: Path, profile: Profile, of: Mapping[str, str]) -> None:
+    """Writes a profile under its name only when it is whole.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    tensors = {
+        name: np.ascontiguousarray(array)
+        for name, array in {**profile.state, "uses": profile.uses}.items()
+    }
+    content = save(tensors, {"edgemoe_profile": _VERSION, "crc": _crc(tensors), **of})
+    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may end at the same time
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:  # that of a full disk names no file
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _open(path: Path) -> Any:
+    return safe_open(path, framework="numpy")
+
+
+def _crc(tensors: State) -> str:
+    whole = b"".join(tensors[name].tobytes() for name in sorted(tensors))
+    return f"{_core.crc32c(whole):08x}"

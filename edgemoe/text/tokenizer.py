@@ -1,0 +1,268 @@
+"""Text to token ids and back, and chat messages to a prompt, from the files inside a model."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.errors import FormatError
+from edgemoe.text.stream import TextStream, TokenBytes, token_bytes
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from edgemoe.text.template import ChatTemplate
+
+__all__ = ["Tokenizer"]
+
+# Some files name only the base model's end token; a turn of theirs ends with one of these.
+_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+
+
+class Tokenizer:
+    """Encodes and decodes text as the model was trained to see it. Immutable."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        special_tokens: Mapping[str, str],
+        templates: Mapping[str, str],
+        eos_ids: Sequence[int],
+    ) -> None:
+        """Wraps a loaded tokenizer; `from_files` is the usual way.
+
+        Args:
+            backend: the loaded tokenizer.json.
+            special_tokens: text by name, such as {"bos_token": "<s>"}; templates see them.
+            templates: Jinja chat templates by name; empty for none.
+            eos_ids: tokens that end a reply.
+        """
+        self._backend = backend
+        self._special_tokens = dict(special_tokens)
+        self._sources = dict(templates)
+        self._eos_ids = tuple(sorted(set(eos_ids)))
+        self._special_ids = frozenset(
+            i for i, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes]) -> Tokenizer:
+        """Builds a tokenizer from a checkpoint's files.
+
+        Args:
+            files: content by name: tokenizer.json, and where they exist tokenizer_config.json,
+                special_tokens_map.json, chat_template.jinja and generation_config.json.
+
+        Raises:
+            FormatError: tokenizer.json is missing, or a file is not what its name says.
+        """
+        if "tokenizer.json" not in files:
+            raise FormatError("tokenizer: expected tokenizer.json, which the model does not have")
+        backend = _load(files["tokenizer.json"])
+        config = _json(files, "tokenizer_config.json")
+        _add_declared_tokens(backend, config)
+        special_tokens = _special_tokens(_json(files, "special_tokens_map.json") | config)
+        templates = _templates(files, config)
+        ends = [special_tokens["eos_token"]] if "eos_token" in special_tokens else []
+        ends += [t for t in _END_OF_TURN if t in templates.get("default", "")]
+        eos_ids = [i for t in ends if (i := backend.token_to_id(t)) is not None]
+        eos_ids += _generation_eos(_json(files, "generation_config.json"))
+        return cls(backend, special_tokens=special_tokens, templates=templates, eos_ids=eos_ids)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, added ones included; the model's own V may be larger."""
+        return self._backend.get_vocab_size()
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a reply, ascending: of the tokenizer, generation config and template."""
+        return self._eos_ids
+
+    @property
+    def special_tokens(self) -> Mapping[str, str]:
+        """The named special tokens, such as {"eos_token": "</s>"}."""
+        return self._special_tokens
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model knows turns; without a template it only continues text."""
+        return bool(self._sources)
+
+    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Returns the ids of `text`; the special tokens written in it are recognised.
+
+        Args:
+            text: any text.
+            add_special: add what the model expects around a text, such as the first token `<s>`.
+                Rendered chats have it already.
+
+        Raises:
+            ValueError: the text holds half of a surrogate pair, which no encoding can write.
+        """
+        try:
+            return list(self._backend.encode(text, add_special_tokens=add_special).ids)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise ValueError(f"encode: the text is not valid Unicode; {error}") from None
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """Returns the text of `ids`; unknown ids are left out, broken UTF-8 becomes U+FFFD."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def stream(self, *, skip_special: bool = True, continues: bool = False) -> TextStream:
+        """Returns a decoder for ids that come one at a time.
+
+        Args:
+            skip_special: leave out special tokens.
+            continues: the ids go on in the middle of a text, so that a leading space counts.
+        """
+        skip = self._special_ids if skip_special else frozenset()
+        return TextStream(self._backend, self._bytes, skip=skip, continues=continues)
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> str:
+        """Returns the prompt for a conversation, as transformers' `apply_chat_template` does.
+
+        Without a template the prompt is the messages' text, joined: the model goes on from there.
+
+        Args:
+            messages: {"role": "system" | "user" | "assistant" | ..., "content": text}, ...
+            add_generation_prompt: end with the words that open the assistant's reply.
+            kwargs: further variables of the template, such as `tools` or `enable_thinking`.
+
+        Raises:
+            ValueError: the template refuses the messages; its words, in one line.
+            FormatError: the template itself is broken.
+        """
+        if not self._sources:
+            return "".join(str(m.get("content") or "") for m in messages)
+        return self._template.render(
+            messages, add_generation_prompt=add_generation_prompt, **kwargs
+        )
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        **kwargs: Any,
+    ) -> list[int]:
+        """Returns the ids of `render_chat`'s prompt; arguments and errors are the same."""
+        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **kwargs)
+        return self.encode(text, add_special=not self._sources)
+
+    @functools.cached_property
+    def _template(self) -> ChatTemplate:
+        from edgemoe.text.template import ChatTemplate  # costs 50 ms, and only chats need it
+
+        return ChatTemplate(self._sources, self._special_tokens)
+
+    @functools.cached_property
+    def _bytes(self) -> TokenBytes | None:
+        return token_bytes(self._backend)
+
+
+def _load(content: bytes) -> tokenizers.Tokenizer:
+    import tokenizers  # the largest import of a chat's start; only those who use text pay it
+
+    try:
+        backend = tokenizers.Tokenizer.from_buffer(content)
+        backend.no_truncation()  # a training script's settings may be baked in
+        backend.no_padding()
+        return backend
+    except BaseException as error:  # a panic in the library is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise FormatError(f"tokenizer.json: {' '.join(str(error).split())}") from None
+
+
+def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """Returns the object in a JSON file, empty where the file does not exist."""
+    if name not in files:
+        return {}
+    try:
+        value = json.loads(files[name])
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{name}: not JSON; {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{name}: expected an object, got {type(value).__name__}")
+    return value
+
+
+def _text(token: object) -> str | None:
+    """Returns a special token's text, which is written as itself or as {"content": text}."""
+    if isinstance(token, Mapping):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    named = {name: _text(v) for name, v in config.items() if name.endswith("_token")}
+    extra = config.get("extra_special_tokens")
+    if isinstance(extra, Mapping):
+        named |= {name: _text(v) for name, v in extra.items()}
+    return {name: text for name, text in named.items() if text is not None}
+
+
+def _add_declared_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Adds what tokenizer_config.json declares further; its flags win, as in transformers."""
+    import tokenizers
+
+    declared = config.get("added_tokens_decoder", {})
+    flags = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    try:
+        known = backend.get_added_tokens_decoder()
+        tokens = []
+        for i, entry in sorted((int(i), entry) for i, entry in declared.items()):
+            token = tokenizers.AddedToken(
+                entry["content"], **{f: bool(entry[f]) for f in flags if f in entry}
+            )
+            old = known.get(i)
+            same = old is not None and old.content == token.content
+            if not same or any(getattr(old, f) != getattr(token, f) for f in flags):
+                tokens.append(token)
+        if tokens:
+            backend.add_tokens(tokens)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise FormatError(
+            f"tokenizer_config.json: added_tokens_decoder is malformed; {error!r}"
+        ) from None
+
+
+def _templates(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the chat templates by name; a file of their own wins over the config."""
+    if "chat_template.jinja" in files:
+        try:
+            return {"default": files["chat_template.jinja"].decode()}
+        except UnicodeDecodeError as error:
+            raise FormatError(f"chat_template.jinja: not UTF-8; {error}") from None
+    found = config.get("chat_template")
+    if found is None:
+        return {}
+    if isinstance(found, str):
+        return {"default": found}
+    try:
+        named = {entry["name"]: entry["template"] for entry in found}
+    except (TypeError, KeyError):
+        named = {}
+    if not named or not all(isinstance(t, str) for pair in named.items() for t in pair):
+        raise FormatError(
+            "tokenizer_config.json: chat_template must be text or a list of name and template"
+        )
+    return named
+
+
+def _generation_eos(config: Mapping[str, Any]) -> list[int]:
+    found = config.get("eos_token_id")
+    ids = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise FormatError(f"generation_config.json: eos_token_id must be ids, got {found!r}")
+    return ids

@@ -1,0 +1,147 @@
+"""`edgemoe convert` reports plainly, fails in one line and leaves other files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import families
+import pytest
+
+import edgemoe.convert.convert as module
+from edgemoe.cli import convert as cli
+from edgemoe.cli import main as edgemoe_cli
+from edgemoe.errors import FormatError
+from edgemoe.file.format import open_moe
+from edgemoe.file.writer import Writer
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return families.make("olmoe", tmp_path_factory.mktemp("tiny-olmoe"))
+
+
+def run(*argv: object) -> int:
+    return edgemoe_cli.main([str(a) for a in argv])
+
+
+def test_command_reports_in_lines_where_there_is_no_terminal(checkpoint, tmp_path, capsys) -> None:
+    out = tmp_path / "x.moe"
+    assert run("convert", checkpoint, out, "--bits", 3) == 0
+    output = capsys.readouterr()
+    assert output.out == ""
+    lines = output.err.splitlines()
+    tenths = [f"# writing x.moe: {n}0%" for n in range(1, 11)]
+    assert [line for line in lines if line in tenths] == tenths
+    assert lines[-1].startswith(f"edgemoe convert: wrote {out}: ")
+    assert open_moe(out).ladder[-1] == (3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        ((), 2, "edgemoe: a command is missing; commands: " + ", ".join(edgemoe_cli.COMMANDS)),
+        (("fly",), 2, "edgemoe: no command 'fly'; commands: allocate, bench, "),
+        (("convert", "absent", "x.moe"), 1, "edgemoe convert: absent: no such directory"),
+        (("convert", "absent", "no/x.moe"), 1, "edgemoe convert: no: no such directory"),
+        (("convert", "absent", "x.moe", "--bits", "5"), 2, "--bits: expected one of 2, 3, 4, 6"),
+        (
+            ("convert", "absent", "x.moe", "--allocation", "no.json"),
+            1,
+            "edgemoe convert: no.json: No such file",
+        ),
+        (
+            ("convert", "absent", "x.moe", "--allocation", __file__),
+            1,
+            "not an allocation of edgemoe",
+        ),
+        (
+            ("convert", "absent", "x.moe", "--bits", "4", "--favour", "6"),
+            2,
+            "--favour: expected one of 2, 3, 4, got 6",
+        ),
+        (("convert", "absent", "x.moe", "--carve"), 1, "absent: no such directory"),
+        (("convert", "x.gguf", "x.moe"), 2, "a .gguf file is read with --carve only"),
+    ],
+)
+def test_command_fails_in_one_line(argv, code, message, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*argv) == code
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argv", [(), ("a", "b", "c"), ("a", "b", "--bits", "x")])
+def test_wrong_flags_end_with_usage(argv, capsys) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run("convert", *argv)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_refuses_to_replace_a_file_unasked(checkpoint, tmp_path, capsys) -> None:
+    out = tmp_path / "x.moe"
+    out.write_bytes(b"precious")
+    assert run("convert", checkpoint, out) == 1
+    assert f"{out}: exists; --overwrite replaces it" in capsys.readouterr().err
+    assert run("convert", checkpoint, out, "--overwrite") == 1
+    assert "not a .moe file" in capsys.readouterr().err
+    assert out.read_bytes() == b"precious"
+    assert run("convert", checkpoint, checkpoint / "config.json", "--overwrite") == 1
+    assert run("convert", checkpoint, "/dev/null", "--overwrite") == 1
+    out.unlink()
+    assert run("convert", checkpoint, out) == 0
+    assert run("convert", checkpoint, out, "--overwrite") == 0
+
+
+def test_a_dense_model_is_told_about_carving(tmp_path, capsys, checkpoint) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").symlink_to(checkpoint / "model.safetensors")
+    assert run("convert", tmp_path, tmp_path / "x.moe") == 2
+    assert "--carve cuts it into experts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (FormatError("bad file"), 1),
+        (OSError(28, "No space left on device", "x.moe"), 1),
+        (ValueError("bits must be one of 2, 3, 4, 6, 8"), 2),
+        (RuntimeError("a bug"), 1),
+    ],
+)
+def test_exit_codes(error, code, checkpoint, monkeypatch, tmp_path, capsys) -> None:
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(module, "convert", fail)
+    assert cli.main([str(checkpoint), str(tmp_path / "x.moe")]) == code
+    assert capsys.readouterr().err.startswith("edgemoe convert: ")
+    if code == 1:
+        with pytest.raises(type(error)):
+            cli.main([str(checkpoint), str(tmp_path / "x.moe"), "-v"])
+
+
+def test_help_names_every_command(capsys) -> None:
+    assert run("--help") == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in edgemoe_cli.COMMANDS)
+
+
+def test_ctrl_c_leaves_a_part_that_the_next_run_finishes(
+    checkpoint, tmp_path, capsys, monkeypatch
+) -> None:
+    def interrupt(self: Writer) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "x.moe"
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "finish", interrupt)
+        assert run("convert", checkpoint, out) == 130
+    assert "the same command goes on where it stopped" in capsys.readouterr().err
+    assert not out.exists()
+    assert run("convert", checkpoint, out) == 0
+    assert "writing x.moe: 50%" not in capsys.readouterr().err  # It was written before.

@@ -1,0 +1,359 @@
+// The core's own tests, run under sanitizers: the cache under random requests, failing reads, the thread pool.
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "cache.h"
+#include "crc32c.h"
+#include "error.h"
+#include "expert.h"
+#include "mixers/attention.h"
+#include "quantize.h"
+
+using namespace edgemoe;
+
+namespace {
+
+int failures = 0;
+
+#define CHECK(ok)                                                   \
+  do {                                                              \
+    if (!(ok)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #ok); \
+      ++failures;                                                   \
+    }                                                               \
+  } while (0)
+
+constexpr int kExperts = 12, kHidden = 80, kExpertHidden = 48;
+const std::vector<int32_t> kOffsets = [] {
+  std::vector<int32_t> v(5 * kExperts + 1);
+  for (size_t i = 0; i < v.size(); ++i) v[i] = int32_t(i);
+  return v;
+}();
+const int32_t* const kRange = kOffsets.data();
+const std::vector<uint8_t> kWidths = {2, 1, 1, 2, 2};
+
+/// A file of quantised experts, deleted at the end.
+struct ExpertFile {
+  std::string path = "/tmp/edgemoe_core_test_XXXXXX";
+  ExpertTable table{{}, {}, std::vector<uint8_t>(kExperts, 5), {0}};
+  std::vector<uint32_t> ends;
+
+  ExpertFile() {
+    const int fd = mkstemp(&path[0]);
+    std::mt19937 rng(1);
+    std::normal_distribution<float> normal;
+    ThreadPool pool(2);
+    const float weights[8] = {0, 1, 4, 16, 64, 256, 1024, 4096};
+    uint64_t at = kPage;
+    for (int e = 0; e < kExperts; ++e) {
+      std::vector<std::vector<uint8_t>> rungs(kWidths.size());
+      for (const auto& shape :
+           {std::pair<int, int>{kExpertHidden, kHidden}, {kExpertHidden, kHidden}, {kHidden, kExpertHidden}}) {
+        std::vector<float> w(size_t(shape.first) * shape.second);
+        for (float& x : w) x = normal(rng);
+        std::vector<uint8_t*> outs;
+        for (size_t r = 0; r < kWidths.size(); ++r) {
+          const size_t old = rungs[r].size();
+          rungs[r].resize(old + rung_bytes(Scheme::kNested, shape.first, shape.second, kWidths[r], r == 0));
+          outs.push_back(rungs[r].data() + old);
+        }
+        const std::vector<float> squares(size_t(shape.second), 1.0f);
+        const Objective objective{weights, nullptr, squares.data(), 0};
+        CHECK(quantize_nested(pool, w.data(), shape.first, shape.second, kWidths, objective, outs));
+      }
+      uint32_t end = 0;
+      ends.clear();
+      for (const auto& rung : rungs) {
+        CHECK(pwrite(fd, rung.data(), rung.size(), off_t(at + end)) == ssize_t(rung.size()));
+        end += uint32_t(rung.size());
+        ends.push_back(end);
+        table.crcs.push_back(crc32c(rung.data(), rung.size()));
+      }
+      table.offsets.push_back(at);
+      if (e % 3 == 2) table.rungs[size_t(e)] = uint8_t(1 + e / 3);  // as where the rest was not stored
+      at = round_up(at + end, kPage);
+    }
+    CHECK(ftruncate(fd, off_t(at)) == 0);
+    ::close(fd);
+  }
+  ~ExpertFile() { unlink(path.c_str()); }
+
+  ExpertShape shape() const {
+    ExpertShape s{Scheme::kNested, 1, kExperts, kHidden, kExpertHidden, {}, ends};
+    for (uint8_t w : kWidths) s.rung_widths.push_back({w, w, w});
+    return s;
+  }
+  std::unique_ptr<Cache> open(size_t budget) const {
+    return std::make_unique<Cache>(std::make_shared<File>(path), shape(), table, 5, budget, true, 3,
+                                   Policy("lfu", kExperts));
+  }
+};
+
+constexpr Wish kNone{nullptr, nullptr, 0};
+
+/// Experts that may or may not be asked for next.
+Wish soon(std::mt19937* rng, std::vector<int32_t>* ids, std::vector<int8_t>* levels) {
+  ids->clear();
+  levels->clear();
+  for (int e = 0; e < kExperts; ++e) {
+    if ((*rng)() % 4) continue;
+    ids->push_back(e);
+    levels->push_back(int8_t(1 + (*rng)() % 5));
+  }
+  return {ids->data(), levels->data(), int(ids->size())};
+}
+
+size_t record_bytes(const ExpertFile& file) { return round_up(file.ends.back(), system_page()); }
+
+void test_random_requests_on(const ExpertFile& file, double experts) {
+  auto cache = file.open(size_t(experts * double(record_bytes(file))));
+  std::mt19937 rng(7);
+  std::vector<int> group;
+  for (int round = 0; round < 300; ++round) {
+    std::vector<int32_t> ids, soon_ids;
+    std::vector<int8_t> levels, soon_levels;
+    for (int e = 0; e < kExperts; ++e) {
+      for (int level = 1 + int(rng() % 15); level <= 5; level += 1 + int(rng() % 3)) {
+        ids.push_back(e);
+        levels.push_back(int8_t(level));
+      }
+    }
+    cache->begin({ids.data(), levels.data(), int(ids.size())}, kRange, 1, soon(&rng, &soon_ids, &soon_levels));
+    std::set<int> given;
+    for (cache->next(&group); !group.empty(); cache->next(&group)) {
+      for (int i : group) {
+        CHECK(given.insert(i).second);
+        const ExpertView v = cache->view(ids[size_t(i)], levels[size_t(i)]);
+        float sum = 0;  // touches every byte of the first rung
+        for (size_t b = 0; b < rung_bytes(Scheme::kNested, v.gate.rows, v.gate.cols, 2, true); ++b)
+          sum += v.gate.rungs[0][b];
+        CHECK(sum > 0);
+      }
+      if (rng() % 40 == 0) break;
+    }
+    cache->close();
+    cache->check_integrity();
+    if (rng() % 4 == 0) cache->shrink(int(rng() % kExperts), int(rng() % 5));
+    cache->check_integrity();
+  }
+  CHECK(cache->stats().peak_bytes <= cache->stats().budget_bytes);
+}
+
+void test_failing_reads(const ExpertFile& file) {
+  ExpertFile broken;
+  auto cache = broken.open(4 * record_bytes(file));
+  CHECK(truncate(broken.path.c_str(), off_t(broken.table.offsets[6])) == 0);
+  std::vector<int> group;
+  for (int round = 0; round < 50; ++round) {
+    const int32_t ids[] = {0, 7, 1, 8, 2};
+    const int8_t levels[] = {5, 5, 3, 2, 1};
+    bool failed = false;
+    try {
+      cache->begin({ids, levels, 5}, kRange, 1, kNone);
+      do cache->next(&group);
+      while (!group.empty());
+    } catch (const ReadError& e) {
+      failed = std::string(e.what()).find(broken.path) == 0;
+    }
+    CHECK(failed);
+    cache->check_integrity();
+  }
+}
+
+void test_destruction_during_reads(const ExpertFile& file) {
+  for (int round = 0; round < 50; ++round) {
+    auto cache = file.open(8 * record_bytes(file));
+    const int32_t ids[] = {0, 1, 2, 3, 4};
+    const int8_t levels[] = {5, 5, 5, 5, 5};
+    cache->begin({ids, levels, 5}, kRange, 1, kNone);
+  }
+}
+
+void test_budget_of_nothing(const ExpertFile& file) {
+  bool refused = false;
+  try {
+    file.open(record_bytes(file) - 1);
+  } catch (const OutOfBudget&) {
+    refused = true;
+  }
+  CHECK(refused);
+}
+
+void test_thread_pool() {
+  for (int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    for (int round = 0; round < 2000; ++round) {
+      const int count = 1 + round % 97;
+      std::vector<int> seen(size_t(count), 0);
+      pool.run(count, 1 + round % 7, [&](int begin, int end) {
+        for (int i = begin; i < end; ++i) seen[size_t(i)] += 1;
+      });
+      for (int n : seen) CHECK(n == 1);
+    }
+  }
+}
+
+/// The FFN of a group gives each row the bits that it gets alone.
+void test_rows_do_not_depend_on_their_batch(const ExpertFile& file) {
+  auto cache = file.open(kExperts * record_bytes(file));
+  Workspace ws(3, {600, kHidden, kExpertHidden, 1, 16, 1});
+  const int T = 600;
+  std::mt19937 rng(3);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(size_t(T) * kHidden), all(x.size()), one(kHidden);
+  for (float& v : x) v = normal(rng);
+  const int32_t id = 4;
+  const int8_t level = 3;
+  std::vector<int> group;
+  cache->begin({&id, &level, 1}, kRange, 1, kNone);
+  cache->next(&group);
+  run_ffns(ws, x.data(), T, {{cache->view(id, level), nullptr, T, all.data()}});
+  for (int t = 0; t < T; t += 37) {
+    run_ffns(ws, x.data() + size_t(t) * kHidden, 1, {{cache->view(id, level), nullptr, 1, one.data()}});
+    CHECK(std::memcmp(one.data(), all.data() + size_t(t) * kHidden, one.size() * sizeof(float)) == 0);
+  }
+}
+
+/// Every instruction set gives the bits of the scalar one.
+void test_instruction_sets_agree(const ExpertFile& file) {
+  const int T = 90, heads = 6, kv_heads = 2, head_dim = 18, stride = 32, capacity = 400;
+  auto cache = file.open(kExperts * record_bytes(file));
+  std::mt19937 rng(5);
+  std::normal_distribution<float> normal;
+  const auto random = [&](size_t n) {
+    std::vector<float> v(n);
+    for (float& x : v) x = normal(rng);
+    return v;
+  };
+  const auto x = random(size_t(T) * kHidden), q0 = random(size_t(T) * heads * head_dim);
+  const auto k0 = random(size_t(T) * kv_heads * head_dim), v0 = random(size_t(T) * kv_heads * head_dim);
+  const auto router = random(21 * kHidden), norm = random(kHidden), angles = random(size_t(T) * head_dim);
+  std::vector<std::vector<float>> expected;
+  std::string names = usable_isas();
+  for (const std::string& name : {std::string("scalar"), names.substr(0, names.find(' '))}) {
+    use_isa(name.c_str());
+    std::vector<std::vector<float>> got;
+    Workspace ws(2, {T, kHidden, kExpertHidden, capacity, head_dim, heads});
+    for (int8_t level = 1; level <= 5; ++level) {
+      const int32_t id = 2;
+      std::vector<int> group;
+      cache->begin({&id, &level, 1}, kRange, 1, kNone);
+      cache->next(&group);
+      for (int n : {1, T}) {
+        std::vector<float> out(size_t(n) * kHidden);
+        run_ffns(ws, x.data(), n, {{cache->view(id, level), nullptr, n, out.data()}});
+        got.push_back(out);
+      }
+      cache->close();
+    }
+    std::vector<float> out(x.size()), scores(21 * T), gates(3 * T), attended(q0.size());
+    rms_norm(ws, x.data(), norm.data(), 1e-5f, T, kHidden, out.data());
+    got.push_back(out);
+    std::vector<int32_t> experts(3 * T);
+    route(ws, x.data(), router.data(), T, kHidden, {21, 3, false, true}, scores.data(), experts.data(), gates.data());
+    got.push_back(gates);
+    got.emplace_back(experts.begin(), experts.end());
+    AttentionParts parts{{heads, kv_heads, head_dim, 0, 0.25f},
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         false,
+                         1e-5f,
+                         2.0f,
+                         angles.data(),
+                         angles.data() + T * head_dim / 2};
+    for (const KvType key_type : {KvType::kF16, KvType::kQ8}) {
+      for (const KvType value_type : {KvType::kF16, KvType::kQ8}) {
+        const size_t keys = kv_heads * kv_head_bytes(key_type, capacity, stride);
+        std::vector<uint8_t> kv(keys + kv_heads * kv_head_bytes(value_type, capacity, stride));
+        const KvLayer layer{kv.data(), kv.data() + keys, key_type, value_type, capacity, stride};
+        auto q = q0, k = k0, v = v0;
+        for (int pos : {0, T, 2 * T, 3 * T}) {
+          attention(ws, q.data(), k.data(), v.data(), T, pos, parts, layer, attended.data());
+          got.push_back(attended);
+        }
+        attention(ws, q.data(), k.data(), v.data(), 1, 4 * T, parts, layer, attended.data());
+        got.push_back(attended);
+        got.emplace_back(kv.begin(), kv.end());
+      }
+    }
+    if (expected.empty()) {
+      expected = got;
+      continue;
+    }
+    for (size_t i = 0; i < got.size(); ++i) {
+      CHECK(std::memcmp(got[i].data(), expected[i].data(), got[i].size() * sizeof(float)) == 0);
+    }
+  }
+}
+
+/// MWQ on random planes: every instruction set gives the scalar one's bits, and a row those it gets alone.
+void test_mwq_agrees() {
+  std::mt19937 rng(11);
+  std::normal_distribution<float> normal;
+  const int T = 70;
+  std::string names = usable_isas();
+  for (const std::vector<uint8_t>& widths : {std::vector<uint8_t>{2, 1, 1}, {5, 1, 1, 1}}) {
+    for (const auto& shape : {std::pair<int, int>{33, 130}, {48, 64}, {5, 320}}) {
+      NestedMatrix w{Scheme::kMwq, shape.first, shape.second, int(widths.size()), {}, {}};
+      std::vector<std::vector<uint8_t>> rungs;
+      for (size_t r = 0; r < widths.size(); ++r) {
+        rungs.emplace_back(rung_bytes(Scheme::kMwq, w.rows, w.cols, widths[r], r == 0));
+        std::vector<float> values(rungs[r].size() / 2);  // scales must be finite, and codes may be anything
+        for (float& v : values) v = normal(rng);
+        kernels().to_f16(values.data(), int(values.size()), reinterpret_cast<uint16_t*>(rungs[r].data()));
+        w.widths[r] = widths[r];
+        w.rungs[r] = rungs[r].data();
+      }
+      std::vector<float> x(size_t(T) * w.cols);
+      for (float& v : x) v = normal(rng);
+      std::vector<float> expected;
+      for (const std::string& name : {std::string("scalar"), names.substr(0, names.find(' '))}) {
+        use_isa(name.c_str());
+        Workspace ws(2, {T, w.cols, 16, 1, 16, 1});
+        std::vector<float> all(size_t(T) * w.rows), one(size_t(w.rows)), row(size_t(w.cols));
+        linear(ws, x.data(), T, {&w}, {all.data()});
+        for (int t = 0; t < T; t += 23) {
+          linear(ws, x.data() + size_t(t) * w.cols, 1, {&w}, {one.data()});
+          CHECK(std::memcmp(one.data(), all.data() + size_t(t) * w.rows, one.size() * sizeof(float)) == 0);
+        }
+        for (int r = 0; r < w.rows; r += 4) {
+          decode_row(kernels(), w, r, row.data());
+          all.insert(all.end(), row.begin(), row.end());
+        }
+        if (expected.empty()) expected = all;
+        CHECK(std::memcmp(all.data(), expected.data(), all.size() * sizeof(float)) == 0);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const ExpertFile file;
+  for (double experts : {1.0, 2.4, 5.0, 12.0}) test_random_requests_on(file, experts);
+  test_failing_reads(file);
+  test_destruction_during_reads(file);
+  test_budget_of_nothing(file);
+  test_thread_pool();
+  for (const char* isa : {"scalar", kernels().name}) {
+    use_isa(isa);
+    test_rows_do_not_depend_on_their_batch(file);
+  }
+  test_instruction_sets_agree(file);
+  test_mwq_agrees();
+  std::printf("core_test (%s): %s\n", usable_isas(), failures ? "FAILED" : "ok");
+  return failures ? 1 : 0;
+}

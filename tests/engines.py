@@ -1,0 +1,32 @@
+"""Engines and caches of an exact size, and requests of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+import edgemoe
+from edgemoe.runtime.budget import Budget
+
+GREEDY = edgemoe.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+
+
+def with_slots(monkeypatch, num_bytes, chunk=None):
+    """Gives the expert cache exactly `num_bytes`, and prompts a chunk size."""
+    real = Budget.divide.__func__
+
+    def divide(cls, moe, **kwargs):
+        budget = real(cls, moe, **kwargs)
+        budget = dataclasses.replace(budget, ram=budget.fixed + num_bytes)
+        return dataclasses.replace(budget, chunk=chunk or budget.chunk)
+
+    monkeypatch.setattr(Budget, "divide", classmethod(divide))
+
+
+def begin(cache, experts, levels, ahead=(), ahead_levels=()):
+    cache.begin(
+        np.array(experts, np.int32), np.array(levels, np.int8),
+        np.arange(len(experts) + 1, dtype=np.int32), 1,
+        ahead=np.array(ahead, np.int32), ahead_levels=np.array(ahead_levels, np.int8),
+    )  # fmt: skip

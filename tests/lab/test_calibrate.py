@@ -1,0 +1,367 @@
+"""Calibration: the sums against a plain numpy forward pass, resuming, rare experts, imatrix, the command."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+from decoded import Decoded
+
+from edgemoe.cli.main import main
+from edgemoe.convert.imatrix import convert_imatrix
+from edgemoe.errors import FormatError
+from edgemoe.file.format import open_moe
+from edgemoe.lab.bits import calibrate as lab
+from edgemoe.lab.bits.calibrate import calibrate, windows_of
+from edgemoe.quant import Calibration, write_calibration
+from edgemoe.store import ExpertStore
+
+TEXT = "".join(f"line {i}: the quick brown fox, {i * i} times. " for i in range(12))
+WINDOW = 96
+
+
+@pytest.fixture(scope="module")
+def made(tiny_moe, tmp_path_factory):
+    """A calibration with products, made in as many passes as there are."""
+    path = tmp_path_factory.mktemp("calib") / "tiny.calib"
+    calibrate(tiny_moe, TEXT, path, full=True, window=WINDOW, threads=1)
+    return path
+
+
+class Sums(dict):
+    """Adds up arrays by name."""
+
+    def add(self, name, value):
+        self[name] = self.get(name, 0) + value
+
+    def see(self, name, x):
+        self.add(name + ".count", len(x))
+        self.add(name + ".products", x.T @ x)
+
+
+def reference_sums(decoded, windows):
+    """Runs the reference's layers and collects what flows into each matrix."""
+    config, sums = decoded.config, Sums()
+    for ids in windows:
+        x = decoded.tensors["embed"][ids] * config.embedding_multiplier
+        for i in range(config.num_layers):
+            w = {
+                n.removeprefix(f"layers.{i}."): t.astype(np.float64)
+                for n, t in decoded.tensors.items()
+                if n.startswith(f"layers.{i}.")
+            }
+            h = reference.rms_norm(x, w["attn_norm"], config.norm_eps)
+            sums.see(f"dense.layers.{i}.q", h)
+            eye = {**w, "o": np.eye(len(w["o"]))}
+            rope = decoded.tensors["rope"]
+            attended = reference.attention(config, eye, rope, h, window=config.window(i))
+            sums.see(f"dense.layers.{i}.o", attended)
+            x = x + attended @ w["o"].T
+            h = reference.rms_norm(x, w["ffn_norm"], config.norm_eps)
+            sums.see(f"dense.layers.{i}.shared.gate", h)
+            inner = silu(h @ w["shared.gate"].T) * (h @ w["shared.up"].T)
+            sums.see(f"dense.layers.{i}.shared.down", inner)
+            out = inner @ w["shared.down"].T / (1 + np.exp(-(h @ w["shared.sigmoid"])))[:, None]
+            chosen, gates = reference.route(config, h @ w["router"].T)
+            for e in range(config.num_experts):
+                token, place = np.nonzero(chosen == e)
+                gate, up, down = decoded.expert(i, e)
+                inner = silu(h[token] @ gate.T) * (h[token] @ up.T)
+                y = inner @ down.T
+                g = gates[token, place]
+                out[token] += g[:, None] * y
+                p = f"experts.{i}.{e}."
+                sums.see(p + "gate", h[token])
+                sums.see(p + "down", inner)
+                sums.add(p + "gates", g.sum())
+                sums.add(p + "gates2", (g**2).sum())
+                sums.add(p + "output2", (y**2).sum())
+                largest = np.abs(y).max(initial=0)
+                sums[p + "output_max"] = max(sums.get(p + "output_max", 0), largest)
+            x = x + out
+        sums.see("dense.head", reference.rms_norm(x, decoded.tensors["norm"], config.norm_eps))
+    return sums
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def close(ours, theirs, *, within=0.02):
+    """The engine's activations are 8-bit, so that a few per cent are between it and the reference."""
+    error = np.linalg.norm(np.asarray(ours, np.float64) - theirs)
+    assert error <= within * np.linalg.norm(theirs)
+
+
+def test_sums_are_those_of_a_plain_forward_pass(tiny_moe, made):
+    moe = open_moe(tiny_moe)
+    sums = reference_sums(Decoded(tiny_moe), windows_of(moe, TEXT, window=WINDOW, count=None))
+    c = Calibration(made, min_tokens=0)
+    for name in (
+        "layers.0.q",
+        "layers.1.o",
+        "layers.0.shared.gate",
+        "layers.1.shared.down",
+        "head",
+    ):
+        n = sums[f"dense.{name}.count"]
+        assert c.count(name) == n
+        close(c.matrix(name), sums[f"dense.{name}.products"] / n)
+        close(c.diagonal(name), np.diag(sums[f"dense.{name}.products"]) / n)
+    assert np.array_equal(c.diagonal("layers.0.v"), c.diagonal("layers.0.q"))
+    assert np.array_equal(c.diagonal("layers.1.shared.up"), c.diagonal("layers.1.shared.gate"))
+    compared = 0
+    for i in c.layers:
+        for e in range(moe.config.num_experts):
+            p = f"experts.{i}.{e}."
+            n = sums[p + "gate.count"]
+            assert abs(c.count(p + "gate") - n) <= 4  # choices may be close
+            if c.count(p + "gate") != n or n < 10:
+                continue
+            compared += 1
+            close(c.matrix(p + "up"), sums[p + "gate.products"] / n, within=0.05)
+            close(c.matrix(p + "down"), sums[p + "down.products"] / n, within=0.05)
+            close(c.diagonal(p + "down"), np.diag(sums[p + "down.products"]) / n, within=0.05)
+            for what in ("gates", "gates2", "output2", "output_max"):
+                close(c.layer(i, what)[e], sums[p + what], within=0.05)
+    assert compared >= 8
+
+
+def test_products_and_squares_agree(made):
+    c = Calibration(made)
+    assert c.is_full
+    for name in ("layers.1.q", "experts.0.1.gate", "experts.1.2.down"):
+        matrix = c.matrix(name)
+        np.testing.assert_allclose(np.diag(matrix), c.diagonal(name), rtol=1e-5)
+        np.testing.assert_allclose(matrix, matrix.T, atol=1e-5 * np.abs(matrix).max())
+
+
+def test_errors_are_the_change_of_the_layers_output(tiny_moe, made):
+    moe, c = open_moe(tiny_moe), Calibration(made)
+    assert c.bits == (2, 3, 4, 6, 8)
+    store = ExpertStore.open(moe, bits=8, budget_bytes=1 << 24, verify=True)
+    layer = 1
+    error2, counts = c.layer(layer, "error2"), c.layer(layer, "count")
+    assert (error2[:, -1] == 0).all()
+    assert (np.diff(error2[counts > 10], axis=1) < 0).all()
+    # Few moments describe a change well where it is linear: in w_down alone, with inputs as calibrated.
+    e = int(np.argmax(counts))
+    row = layer * moe.config.num_experts + e
+    low, high = store.cache.decode(row, 3)[2], store.cache.decode(row, 5)[2]
+    change = low.astype(np.float64) - high
+    per_token = np.einsum("ij,jk,ik->", change, c.matrix(f"experts.{layer}.{e}.down"), change)
+    gates2 = c.layer(layer, "gates2")[e]
+    assert 0.2 < per_token * gates2 / error2[e, 2] < 1  # w_gate and w_up add theirs
+    # The sum of norms over windows, and of their squares.
+    windows = int(c.meta["tokens"]) // int(c.meta["window"])
+    error = c.layer(layer, "error")
+    assert (error**2 <= windows * error2 * (1 + 1e-9)).all()
+    assert (error**2 >= error2 * (1 - 1e-9)).all()
+
+
+def test_a_run_that_was_interrupted_goes_on(tiny_moe, made, tmp_path, monkeypatch):
+    monkeypatch.setattr(lab, "_SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(lab, "_SAVE_SHARE", 0)
+    cuts = iter([4, 5, 6])  # what is free, and so the runs, differs from call to call
+    monkeypatch.setattr(
+        lab, "_runs", lambda shapes, room: [tuple(shapes)[: (n := next(cuts))], tuple(shapes)[n:]]
+    )
+    out = tmp_path / "again.calib"
+    seen = []
+
+    class Stopped(Exception):
+        pass
+
+    def stop(done, total):
+        seen.append(done)
+        if done in (2, total - 1):
+            raise Stopped
+
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            calibrate(tiny_moe, TEXT, out, full=True, window=WINDOW, threads=2, progress=stop)
+        assert not out.exists()
+    calibrate(tiny_moe, TEXT, out, full=True, window=WINDOW, threads=2, progress=stop)
+    assert seen == sorted(set(seen))  # nothing was done twice
+    assert list(tmp_path.iterdir()) == [out]
+    a, b = Calibration(out), Calibration(made)
+    assert a.meta == b.meta
+    for name in ("layers.0.q", "experts.0.3.down", "experts.1.0.gate", "head"):
+        assert np.array_equal(a.matrix(name), b.matrix(name))
+        assert np.array_equal(a.diagonal(name), b.diagonal(name))
+
+
+def test_parts_of_another_text_are_not_used(tiny_moe, tmp_path, monkeypatch):
+    out = tmp_path / "x.calib"
+    monkeypatch.setattr(lab, "_SAVE_SECONDS", 0.0)
+    done = []
+
+    def stop(*progress):
+        done.append(progress[0])
+        if len(done) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_moe, TEXT, out, window=WINDOW, progress=stop)
+    assert (tmp_path / "x.calib.part0").exists()
+    done += [None]
+    calibrate(tiny_moe, TEXT[7:], out, window=WINDOW, progress=stop)
+    assert done[3] == 1
+
+
+def test_rare_experts_lean_on_their_layer(tmp_path):
+    squares = np.array([[100, 200], [0, 0], [30, 0]], np.float32)
+    count = np.array([100, 0, 10])
+    path = tmp_path / "x.calib"
+    write_calibration(
+        path, {"experts.3.count": count, "experts.3.in.squares": squares}, {"source": "edgemoe"}
+    )
+    c = Calibration(path, min_tokens=40)
+    assert c.layers == (3,)
+    np.testing.assert_allclose(c.diagonal("experts.3.0.gate"), [1, 2])
+    layer = np.array([130, 200]) / 110
+    np.testing.assert_allclose(c.diagonal("experts.3.1.up"), layer, rtol=1e-6)
+    np.testing.assert_allclose(
+        c.diagonal("experts.3.2.gate"), ([30, 0] + 30 * layer) / 40, rtol=1e-6
+    )
+    assert c.diagonal("experts.3.0.down") is None
+    assert c.diagonal("layers.3.q") is None
+    with pytest.raises(FormatError, match=r"has no experts\.3\.error"):
+        c.layer(3, "error")
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors", struct.pack("<Q", 2) + b"{}"])
+def test_other_files_are_refused(tmp_path, content):
+    path = tmp_path / "x.calib"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=r"x\.calib: not a calibration file"):
+        Calibration(path)
+
+
+# ---------------------------------------------------------------- imatrix
+
+
+def entries(seed=0):
+    """An imatrix's sums and counts for the tiny model, by llama.cpp's names."""
+    rng = np.random.default_rng(seed)
+    out = {}
+    for i in range(2):
+        for name, cols, matrices in (
+            ("attn_q", 96, 1), ("attn_k", 96, 1), ("attn_v", 96, 1), ("attn_output", 96, 1),
+            ("ffn_gate_exps", 96, 8), ("ffn_up_exps", 96, 8), ("ffn_down_exps", 48, 8),
+            ("ffn_gate_shexp", 96, 1), ("ffn_up_shexp", 96, 1), ("ffn_down_shexp", 80, 1),
+        ):  # fmt: skip
+            counts = np.arange(matrices) + 200 + i
+            sums = rng.random((matrices, cols), np.float32) * counts[:, None]
+            out[f"blk.{i}.{name}.weight"] = (sums.astype(np.float32), counts)
+    return out
+
+
+def write_gguf(path, values):
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "imatrix")
+    writer.add_string("general.type", "imatrix")
+    for name, (sums, counts) in values.items():
+        writer.add_tensor(f"{name}.in_sum2", sums)
+        writer.add_tensor(f"{name}.counts", counts.astype(np.float32)[:, None])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_dat(path, values, calls=7):
+    data = struct.pack("<i", len(values))
+    for name, (sums, counts) in values.items():
+        means = (sums / counts[:, None] * calls).astype("<f4").tobytes()
+        data += struct.pack("<i", len(name)) + name.encode()
+        data += struct.pack("<ii", calls, len(means) // 4) + means
+    path.write_bytes(data + struct.pack("<ii", calls, 5) + b"x.txt")
+
+
+@pytest.mark.parametrize("write", [write_gguf, write_dat])
+def test_imatrix(tiny_moe, tmp_path, write):
+    source, out, values = tmp_path / "im", tmp_path / "im.calib", entries()
+    write(source, values)
+    assert convert_imatrix(tiny_moe, source, out) == ("head",)
+    c = Calibration(out)
+    assert c.meta["source"] == "imatrix"
+    for ours, theirs, e in (
+        ("layers.1.k", "blk.1.attn_q", 0), ("layers.0.o", "blk.0.attn_output", 0),
+        ("layers.0.shared.down", "blk.0.ffn_down_shexp", 0),
+        ("experts.1.6.up", "blk.1.ffn_gate_exps", 6), ("experts.0.7.down", "blk.0.ffn_down_exps", 7),
+    ):  # fmt: skip
+        sums, counts = values[theirs + ".weight"]
+        np.testing.assert_allclose(c.diagonal(ours), sums[e] / counts[e], rtol=1e-5)
+    if write is write_gguf:
+        assert c.count("layers.1.o") == values["blk.1.attn_output.weight"][1][0]
+    assert c.matrix("layers.0.q") is None
+    assert not c.is_full
+
+
+def test_a_wrong_imatrix_is_refused(tiny_moe, tmp_path):
+    source, out = tmp_path / "im", tmp_path / "im.calib"
+    wide = {"blk.0.ffn_gate_exps.weight": (np.ones((4, 96), np.float32), np.ones(4, np.int64))}
+    write_gguf(source, wide)
+    with pytest.raises(
+        FormatError, match=r"ffn_gate_exps\.weight is \[4, 96\]; expected \[8, 96\]"
+    ):
+        convert_imatrix(tiny_moe, source, out)
+    for content in (
+        b"",
+        b"\x01\x00",
+        struct.pack("<iii", 1, 3, 9),
+        b"GGUF",
+        b"GGUF" + b"\xff" * 40,
+    ):
+        source.write_bytes(content)
+        with pytest.raises(FormatError):
+            convert_imatrix(tiny_moe, source, out)
+    write_dat(source, entries())
+    source.write_bytes(source.read_bytes()[:5000])
+    with pytest.raises(FormatError, match="not an imatrix"):
+        convert_imatrix(tiny_moe, source, out)
+    assert not out.exists()
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_command(tiny_moe, tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "a.calib"
+    text.write_text(TEXT)
+    run = ["calibrate", str(tiny_moe), "--text", str(text), "-o", str(out), "--window", "96"]
+    assert main([*run, "--chunks", "2", "-t", "1"]) == 0
+    assert Calibration(out).meta["tokens"] == "192"
+    assert main(run) == 1
+    assert "exists; --overwrite replaces it" in capsys.readouterr().err
+    assert main([*run, "--overwrite", "--window", "100000"]) == 2
+    before = tiny_moe.read_bytes()
+    for target in (tiny_moe, text):  # a slip of the hand
+        assert (
+            main(
+                ["calibrate", str(tiny_moe), "--text", str(text), "-o", str(target), "--overwrite"]
+            )
+            == 1
+        )
+        assert "expected another file to write" in capsys.readouterr().err
+    assert tiny_moe.read_bytes() == before
+    text.write_text("short")
+    assert main([*run, "--overwrite"]) == 2
+    assert "expected at least one window of 96" in capsys.readouterr().err
+    source = tmp_path / "im.dat"
+    write_dat(source, entries())
+    imported = [
+        "calibrate",
+        str(tiny_moe),
+        "--imatrix",
+        str(source),
+        "-o",
+        str(tmp_path / "b.calib"),
+    ]
+    assert main(imported) == 0
+    assert Path(tmp_path / "b.calib").is_file()

@@ -1,0 +1,276 @@
+"""Attention against plain numpy, for every pair of KV cache types, and the bits that nothing may change."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+
+import edgemoe
+from edgemoe import _core
+from edgemoe.runtime.budget import Budget
+
+TYPES = list(itertools.product(("f16", "q8_0"), repeat=2))
+
+
+@pytest.fixture(params=_core.usable_isas().split())
+def isa(request):
+    before = _core.isa()
+    _core.use_isa(request.param)
+    yield request.param
+    _core.use_isa(before)
+
+
+@dataclasses.dataclass
+class Case:
+    """Projections of T positions, for some shape."""
+
+    heads: int = 6
+    kv_heads: int = 2
+    head_dim: int = 18
+    window: int = 0
+    T: int = 300
+
+    def __post_init__(self):
+        rng = np.random.default_rng(self.T + self.head_dim)
+        self.q, self.k, self.v = (
+            (rng.standard_normal((self.T, n, self.head_dim)) * gain).astype(np.float32)
+            for n, gain in ((self.heads, 2), (self.kv_heads, 2), (self.kv_heads, 1))
+        )
+        self.k[:, :, 0] *= 8  # a channel that stands out, as keys have
+        self.scale = float(np.float32(self.head_dim**-0.5))
+
+    def run(self, types, chunks, *, threads=2, capacity=None):
+        """Returns the outputs [T, heads, head_dim] and the cache."""
+        capacity = capacity or self.T
+        ws = _core.Workspace(threads, self.T, 64, 64, capacity, self.head_dim, self.heads)
+        layer = _core.AttentionLayer(
+            num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim,
+            window=self.window, scale=self.scale, q_bias=None, k_bias=None, v_bias=None,
+            q_norm=None, k_norm=None, norm_per_head=False, norm_eps=1e-6, clip=0.0,
+        )  # fmt: skip
+        kv = _core.KvLayer(
+            key_type=types[0], value_type=types[1], num_heads=self.kv_heads, capacity=capacity,
+            head_dim=self.head_dim,
+        )  # fmt: skip
+        out = np.empty((self.T, self.heads * self.head_dim), np.float32)
+        pos = 0
+        for n in chunks:
+            rows = slice(pos, pos + n)
+            q, k, v = (x[rows].reshape(n, -1).copy() for x in (self.q, self.k, self.v))
+            # Turned by nothing, so that what is stored is known to the last bit.
+            cos = np.ones((n, self.head_dim // 2), np.float32)
+            _core.attention(ws, layer, q, k, v, pos, cos, 0 * cos, kv, out[rows])
+            pos += n
+        assert pos == self.T
+        return out.reshape(self.T, self.heads, self.head_dim), kv
+
+    def expected(self, types):
+        """The same in float64 on what is stored, one query at a time."""
+        k, v = as_stored(self.k, types[0]), as_stored(self.v, types[1])
+        q = as_stored(self.q, "q8_0" if types[0] == "q8_0" else "f32")
+        out = np.empty(self.q.shape)
+        for t, h in np.ndindex(self.T, self.heads):
+            group = h * self.kv_heads // self.heads
+            first = max(0, t + 1 - self.window) if self.window else 0
+            scores = k[first : t + 1, group] @ q[t, h] * self.scale
+            weights = np.exp(scores - scores.max())
+            out[t, h] = weights @ v[first : t + 1, group] / weights.sum()
+        return out
+
+
+def as_stored(x, kind):
+    """Rounds x [T, heads, head_dim] to a type of the cache."""
+    if kind != "q8_0":
+        return x.astype(np.float16 if kind == "f16" else np.float32).astype(np.float64)
+    out = np.empty(x.shape)
+    for i in range(0, x.shape[2], 32):
+        part = x[:, :, i : i + 32]
+        scale = (np.abs(part).max(2, keepdims=True) / np.float32(127)).astype(np.float16)
+        scale = scale.astype(np.float32)
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+        out[:, :, i : i + 32] = np.clip(np.round(part * inverse), -127, 127) * scale.astype(float)
+    return out
+
+
+SHAPES = [
+    Case(),
+    Case(heads=9, kv_heads=3, head_dim=64, T=290),
+    Case(heads=5, kv_heads=1, head_dim=80, T=60),
+    Case(heads=4, kv_heads=4, head_dim=96, window=7, T=60),
+    Case(window=100, T=420),
+    Case(heads=7, kv_heads=1, head_dim=32, window=300, T=560),
+]
+
+
+@pytest.mark.parametrize("types", TYPES, ids="-".join)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_attention_is_what_numpy_says(case, types):
+    got, _ = case.run(types, [case.T])
+    np.testing.assert_allclose(got, case.expected(types), atol=5e-5)
+
+
+@pytest.mark.parametrize("types", TYPES, ids="-".join)
+@pytest.mark.parametrize("case", SHAPES, ids=str)
+def test_chunks_threads_and_capacity_do_not_change_a_bit(case, types):
+    expected, kv = case.run(types, [case.T])
+    one_by_one, same = case.run(types, [1] * case.T, threads=3)
+    assert np.array_equal(one_by_one, expected)
+    assert np.array_equal(same.content, kv.content)
+    rng = np.random.default_rng(5)
+    chunks = []
+    while sum(chunks) < case.T:
+        chunks.append(int(min(rng.choice([1, 2, 5, 16, 31, 64]), case.T - sum(chunks))))
+    for threads, capacity in ((1, case.T + 1), (3, 900)):
+        assert np.array_equal(
+            case.run(types, chunks, threads=threads, capacity=capacity)[0], expected
+        )
+
+
+@pytest.mark.parametrize("types", TYPES, ids="-".join)
+@pytest.mark.parametrize("case", [SHAPES[0], SHAPES[2], SHAPES[3]], ids=str)
+def test_instruction_sets_are_bit_identical(case, types, isa):
+    got, kv = case.run(types, [case.T - 9, 9 - 1, 1])
+    _core.use_isa("scalar")
+    expected, same = case.run(types, [case.T - 9, 9 - 1, 1])
+    assert np.array_equal(got, expected)
+    assert np.array_equal(kv.content, same.content)
+
+
+def test_eight_bits_are_those_of_llama_cpp(isa):
+    """The stored codes and scales against the gguf package's q8_0, where head_dim is a multiple of 32."""
+    from gguf import GGMLQuantizationType, quants
+
+    case = Case(heads=2, kv_heads=2, head_dim=64, T=33)
+    _, kv = case.run(("q8_0", "q8_0"), [33])
+    theirs = quants.quantize(case.v.reshape(-1, 32), GGMLQuantizationType.Q8_0).reshape(
+        33, 2, 2, 34
+    )
+    tiles = kv.content[kv.content.size // 2 :].reshape(2, 3, 16 * 68)
+    codes = tiles[:, :, : 16 * 64].view(np.int8).reshape(2, 48, 2, 32)[:, :33]
+    scales = (
+        tiles[:, :, 16 * 64 :].reshape(2, 3, 2, 16, 2).transpose(0, 1, 3, 2, 4).reshape(2, 48, 2, 2)
+    )
+    their_scales, their_codes = theirs[..., :2], theirs[..., 2:].view(np.int8)
+    assert np.array_equal(scales[:, :33].transpose(1, 0, 2, 3), their_scales)
+    # They divide by the scale before it is rounded to float16.
+    difference = codes.transpose(1, 0, 2, 3).astype(int) - their_codes
+    assert np.abs(difference).max() <= 1
+    assert np.count_nonzero(difference) < 0.05 * difference.size
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, 1e-30, 3e-5])
+def test_odd_values_stay_what_they_are(value, isa):
+    case = Case(heads=1, kv_heads=1, head_dim=32, T=20)
+    case.v[7] = value
+    got, _ = case.run(("q8_0", "q8_0"), [20])
+    assert np.isfinite(got[:7]).all()
+    assert np.isfinite(value) == np.isfinite(got[7:]).all()
+    if np.isfinite(value):
+        np.testing.assert_allclose(got, case.expected(("q8_0", "q8_0")), atol=1e-5)
+        case.v[:] = value
+        got, _ = case.run(("q8_0", "q8_0"), [20])
+        np.testing.assert_allclose(got, value, rtol=0.02 if value > 1e-9 else 0, atol=1e-9)
+
+
+def test_wrong_caches_get_one_clear_line():
+    case = Case(T=20)
+    with pytest.raises(ValueError, match="expected f16 or q8_0, got q4_0"):
+        case.run(("q4_0", "f16"), [20])
+    with pytest.raises(ValueError, match="outside the context of 19"):
+        case.run(("f16", "q8_0"), [20], capacity=19)
+    with pytest.raises(ValueError, match="multiple of the kv heads"):
+        Case(heads=7, kv_heads=2, T=2).run(("f16", "f16"), [2])
+
+
+@pytest.mark.parametrize("pos", [-1, 18, 2**31 - 1])
+def test_positions_outside_the_cache_are_refused(pos, monkeypatch):
+    case = Case(T=2)
+    attention = _core.attention
+    monkeypatch.setattr(_core, "attention", lambda *args: attention(*args[:5], pos, *args[6:]))
+    with pytest.raises(ValueError, match=rf"\[{pos}, {pos + 2}\) are outside the context of 19"):
+        case.run(("f16", "f16"), [2], capacity=19)
+
+
+# ---------------------------------------------------------------- in the engine
+
+IDS = np.random.default_rng(2).integers(0, 256, 280)
+
+
+@pytest.mark.parametrize("types", TYPES, ids="-".join)
+def test_logits_do_not_depend_on_chunk_budget_threads_or_instruction_set(
+    tiny_moe, monkeypatch, types
+):
+    given = {"cache_type_k": types[0], "cache_type_v": types[1]}
+    with edgemoe.load(tiny_moe, **given) as engine:
+        expected = engine.logits(IDS)
+        assert len(engine.notes) == ("q8_0" in types)
+    with edgemoe.load(tiny_moe) as engine:
+        exact = engine.logits(IDS)
+        assert np.array_equal(expected, exact) == (types == ("f16", "f16"))
+        assert np.corrcoef(exact.ravel(), expected.ravel())[0, 1] > 0.99
+    for isa in _core.usable_isas().split():
+        before = _core.isa()
+        _core.use_isa(isa)
+        try:
+            with edgemoe.load(tiny_moe, **given) as engine:
+                assert np.array_equal(engine.logits(IDS[:40]), expected[:40])
+        finally:
+            _core.use_isa(before)
+    real = Budget.divide.__func__
+    for chunk, threads in ((1, 1), (7, 3), (64, 2)):
+
+        def divide(cls, moe, _chunk=chunk, **kwargs):
+            budget = real(cls, moe, **kwargs)
+            ram = budget.fixed + 2 * budget.expert  # two experts' room
+            return dataclasses.replace(budget, ram=ram, chunk=_chunk)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Budget, "divide", classmethod(divide))
+            with edgemoe.load(tiny_moe, threads=threads, **given) as engine:
+                assert np.array_equal(engine.logits(IDS), expected)
+                assert engine.stats.evictions > 0
+
+
+def test_eight_bits_make_room_and_say_so(tiny_moe):
+    with edgemoe.load(tiny_moe, context=512) as engine:
+        full, notes = engine.budget.kv, engine.notes
+        assert engine.stats.kv_bytes == full
+        assert engine.kv_bytes(256) == full // 2
+    with edgemoe.load(tiny_moe, context=512, cache_type_k="q8_0", cache_type_v="q8_0") as engine:
+        # 24 values of a head are stored as 32 codes and one scale, instead of 32 float16.
+        assert engine.budget.kv == full * 34 // 64
+        assert notes == ()
+        assert engine.notes == ("lossy: keys and values of the KV cache at 8 of 16 bits",)
+    with edgemoe.load(tiny_moe, context=512, cache_type_v="q8_0") as engine:
+        assert engine.notes == ("lossy: values of the KV cache at 8 of 16 bits",)
+
+
+def test_more_context_fits_a_small_budget(tiny_moe):
+    from edgemoe.file.format import open_moe
+    from edgemoe.model import KvTypes
+    from edgemoe.ops import OpsShape
+
+    moe = open_moe(tiny_moe)
+    config = dataclasses.replace(moe.config, context_length=1 << 20)
+    moe = dataclasses.replace(moe, config=config)
+    ops = OpsShape(
+        threads=1, max_tokens=1, max_cols=96, max_hidden=96, max_context=1, head_dim=24, num_heads=4
+    )  # fmt: skip
+
+    def context(types):
+        budget = Budget.divide(
+            moe, ram=31 << 20, process=0, level=5, dense_level=5, context=None, kv_types=types, ops=ops
+        )  # fmt: skip
+        assert budget.room >= budget.expert
+        return budget.context
+
+    assert 256 < context(KvTypes()) < context(KvTypes("q8_0")) < context(KvTypes("q8_0", "q8_0"))
+
+
+@pytest.mark.parametrize("name", ["cache_type_k", "cache_type_v"])
+def test_an_unknown_type_gets_one_clear_line(tiny_moe, name):
+    with pytest.raises(ValueError, match=f"{name}: expected f16 or q8_0, got q4_0"):
+        edgemoe.load(tiny_moe, **{name: "q4_0"})

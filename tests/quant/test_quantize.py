@@ -1,0 +1,213 @@
+"""The quantiser: against a slow, obvious search, and what calibration must gain."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from decoded import Decoded
+from reference_nested import decode, decode_rungs, unpack
+from tiny import tiny_checkpoint
+
+from edgemoe import _core
+from edgemoe.convert.convert import convert
+from edgemoe.convert.source import SourceModel
+from edgemoe.errors import FormatError
+from edgemoe.file.format import open_moe
+from edgemoe.quant import (
+    LEVEL_WEIGHTS,
+    ROUNDING_WEIGHTS,
+    Calibration,
+    plane_widths,
+    quantize,
+    write_calibration,
+)
+
+LADDER = (2, 3, 4, 6, 8)
+WIDTHS = plane_widths(LADDER)
+LEVELS = [(bits, float(ROUNDING_WEIGHTS[bits - 1])) for bits in LADDER]
+
+
+def weights(rows, cols, seed=0):
+    rng = np.random.default_rng(seed)
+    columns = np.exp(rng.normal(0, 0.4, cols))
+    return (rng.standard_t(5, (rows, cols)) * columns * 0.02).astype(np.float32)
+
+
+def inputs(tokens, cols, seed=1):
+    """Correlated, and some columns much larger than others."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.standard_normal((cols, cols)) * np.exp(rng.normal(0, 1, cols))
+    return (rng.standard_normal((tokens, cols)) * 0.3) @ mixing.astype(np.float32)
+
+
+def level_errors(w, rungs, moments):
+    """tr(E M E^T) at each level."""
+    errors = []
+    for n in range(1, len(LADDER) + 1):
+        e = decode_rungs(rungs[:n], WIDTHS[:n], *w.shape) - w
+        errors.append(np.einsum("rc,cd,rd->", e, moments, e))
+    return np.array(errors)
+
+
+def objective(w, codes, steps, middles, importance):
+    """Weighted squared error over levels, per weight."""
+    return importance * sum(
+        weight * np.square(decode(codes >> (8 - bits), steps, middles, bits) - w)
+        for bits, weight in LEVELS
+    )
+
+
+def test_codes_are_the_best_of_all_256():
+    w = weights(16, 96)
+    codes, steps, middles = unpack(quantize(w), WIDTHS, *w.shape)
+    chosen = objective(w, codes, steps, middles, 1)
+    every = np.min(
+        [objective(w, np.full_like(codes, c), steps, middles, 1) for c in range(256)], axis=0
+    )
+    np.testing.assert_allclose(chosen, every, rtol=1e-3, atol=1e-3 * every.mean())
+
+
+def test_scales_and_middles_are_near_the_best_of_all_256():
+    w = weights(4, 64)
+    importance = np.linspace(0.5, 2, 64)
+    rungs = quantize(w, second_moments=importance.astype(np.float32))
+    codes, steps, middles = unpack(rungs, WIDTHS, 4, 64)
+    # The step of a row's code at relative scale 1.
+    units = rungs[0][:8].view(np.float16).astype(np.float64)[:, None] / 4096
+    groups = lambda x: x.reshape(4, 4, 16).sum(-1)  # noqa: E731
+    chosen = groups(objective(w, codes, steps, middles, importance))
+    best = np.full((4, 4), np.inf)
+    for low in range(16):
+        for high in range(16):
+            s = np.repeat(units * (4 + low % 4) * 2.0 ** (low // 4), 4, axis=1)
+            m = np.full((4, 4), 12.0 * (high - 8) - 128)
+            u = w / np.repeat(s, 16, axis=1) - np.repeat(m, 16, axis=1)
+            q = np.clip(np.floor(u), 0, 255).astype(np.uint8)
+            best = np.minimum(best, groups(objective(w, q, s, m, importance)))
+    assert (chosen <= best * 1.001).mean() > 0.9
+    assert (chosen <= best * 1.2).all()
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (40, 200)], ids=str)
+def test_calibration_gains_at_every_level(shape):
+    w = weights(*shape)
+    x = inputs(4096, shape[1])
+    moments = (x.T @ x / len(x)).astype(np.float32)
+    weight = LEVEL_WEIGHTS[np.array(LADDER) - 1]
+    plain = level_errors(w, quantize(w), moments)
+    squares = level_errors(w, quantize(w, second_moments=np.diagonal(moments).copy()), moments)
+    full = level_errors(w, quantize(w, second_moments=moments), moments)
+    assert (full < plain).all()
+    assert full @ weight < 0.9 * plain @ weight
+    assert squares @ weight < plain @ weight
+    assert (np.diff(full) < 0).all()
+
+
+def test_refining_is_coordinate_descent():
+    """Every code is the best of 256, given all others: a fixed point of the slow, obvious version."""
+    w = weights(16, 48)
+    x = inputs(512, 48)
+    moments = (x.T @ x / len(x)).astype(np.float32)
+    moments /= np.diagonal(moments).mean()
+    squares = np.diagonal(moments).copy()
+    rungs = _core.quantize(w, WIDTHS, ROUNDING_WEIGHTS, squares, moments, 100, 1)
+    codes, steps, middles = unpack(rungs, WIDTHS, *w.shape)
+
+    def total(codes):
+        out = 0.0
+        for bits, weight in LEVELS:
+            e = decode(codes >> (8 - bits), steps, middles, bits) - w
+            out = out + weight * np.einsum("rc,cd,rd->r", e, moments.astype(np.float64), e)
+        return out
+
+    here = total(codes)
+    for column in range(0, 48, 5):
+        for code in range(0, 256, 3):
+            moved = codes.copy()
+            moved[:, column] = code
+            assert (total(moved) >= here * (1 - 1e-5)).all()
+
+
+def test_threads_do_not_change_the_codes():
+    w, x = weights(70, 130), inputs(300, 130)
+    moments = x.T @ x
+    one = quantize(w, second_moments=moments, threads=1)
+    for a, b in zip(one, quantize(w, second_moments=moments, threads=3), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_instruction_sets_choose_the_same_codes():
+    w, x = weights(33, 70), inputs(200, 70)
+    first, before = None, _core.isa()
+    for isa in _core.usable_isas().split():
+        _core.use_isa(isa)
+        rungs = quantize(w, second_moments=x.T @ x)
+        first = first or rungs
+        assert all(np.array_equal(a, b) for a, b in zip(first, rungs, strict=True))
+    _core.use_isa(before)
+
+
+def test_an_input_that_calibration_never_saw_still_counts():
+    w = weights(32, 64)
+    for moments in (
+        np.zeros(64, np.float32),
+        np.diag(np.r_[np.ones(32), np.zeros(32)]).astype(np.float32),
+    ):
+        out = decode_rungs(quantize(w, second_moments=moments), WIDTHS, 32, 64)
+        assert np.abs(out - w).max() < 0.02 * np.abs(w).max()
+
+
+@pytest.mark.parametrize(
+    ("moments", "message"),
+    [
+        (np.ones(63, np.float32), r"expected \[64\] or \[64, 64\], got \[63\]"),
+        (np.full(64, np.nan, np.float32), "finite"),
+        (np.full(64, -1, np.float32), "not negative"),
+    ],
+)
+def test_wrong_moments_are_refused(moments, message):
+    with pytest.raises(ValueError, match=message):
+        quantize(weights(4, 64), second_moments=moments)
+
+
+def write_products(path, config, layers, seed=2):
+    """A calibration of the experts' inputs alone; returns it."""
+    d, h, n = config.hidden_size, config.expert_hidden, config.num_experts
+    tensors = {}
+    for layer in layers:
+        tensors[f"experts.{layer}.count"] = np.full(n, 1000)
+        for port, cols in (("in", d), ("hidden", h)):
+            x = np.stack([inputs(300, cols, seed + e) for e in range(n)])
+            tensors[f"experts.{layer}.{port}.products"] = (x.transpose(0, 2, 1) @ x).astype(
+                np.float32
+            )
+    meta = {"source": "test", "model": "tiny", "tokens": "1000", "window": "1", "bits": ""}
+    write_calibration(path, tensors, meta)
+    return Calibration(path)
+
+
+def test_convert_uses_a_calibration(tmp_path):
+    source = tiny_checkpoint()
+    convert(source, tmp_path / "plain.moe")
+    config = open_moe(tmp_path / "plain.moe").config
+    calibration = write_products(tmp_path / "x.calib", config, config.moe_layers)
+    convert(source, tmp_path / "calibrated.moe", calibration=calibration)
+    plain, calibrated = (Decoded(tmp_path / f"{name}.moe") for name in ("plain", "calibrated"))
+    assert open_moe(tmp_path / "calibrated.moe").source["calibration"]["tokens"] == "1000"
+    weights = SourceModel(source)
+    layer = config.moe_layers[-1]
+    for part, name in enumerate(("gate", "up", "down")):
+        moments = calibration.matrix(f"experts.{layer}.3.{name}")
+        errors = [
+            np.einsum("rc,cd,rd->", e, moments, e)
+            for e in (
+                file.expert(layer, 3)[part] - weights.expert(layer, 3)[part]
+                for file in (plain, calibrated)
+            )
+        ]
+        assert errors[1] < 0.9 * errors[0]
+    for name in plain.tensors:  # of which this calibration knows nothing
+        assert np.array_equal(plain.tensors[name], calibrated.tensors[name])
+    wrong = write_products(tmp_path / "y.calib", config, [*config.moe_layers, 7])
+    with pytest.raises(FormatError, match="the model has"):
+        convert(source, tmp_path / "wrong.moe", calibration=wrong)

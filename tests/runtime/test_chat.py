@@ -1,0 +1,331 @@
+"""A chat keeps what was said, streams whole characters and never a part of a stop text."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import edgemoe
+from edgemoe.errors import FormatError, ReadError
+from edgemoe.runtime.chat import Chat, StopFilter
+from edgemoe.text.sampler import SamplingParams
+
+GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_moe: Path) -> Iterator[edgemoe.Engine]:
+    with edgemoe.load(tiny_moe) as engine:
+        yield engine
+
+
+@pytest.fixture
+def chat(engine: edgemoe.Engine) -> Chat:
+    return engine.chat(params=GREEDY)
+
+
+def with_stop(*stop: str) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, stop=stop)
+
+
+def test_a_reply_is_what_the_engine_generates(engine: edgemoe.Engine, chat: Chat) -> None:
+    reply = "".join(chat.say("Hello"))
+    messages = [{"role": "user", "content": "Hello"}]
+    ids = engine.tokenizer.encode_chat(messages)
+    assert reply == engine.tokenizer.decode(list(engine.generate(ids, GREEDY)))
+    assert chat.messages == [*messages, {"role": "assistant", "content": reply}]
+    assert chat.finish == "length"
+
+
+def test_the_next_turn_sees_the_one_before(engine: edgemoe.Engine, chat: Chat) -> None:
+    list(chat.say("Hello"))
+    before = chat.messages
+    reply = "".join(chat.say("And you?"))
+    ids = engine.tokenizer.encode_chat([*before, {"role": "user", "content": "And you?"}])
+    assert reply == engine.tokenizer.decode(list(engine.generate(ids, GREEDY)))
+    assert [m["role"] for m in chat.messages] == ["user", "assistant"] * 2
+
+
+def test_what_was_computed_is_not_computed_again(engine: edgemoe.Engine, chat: Chat) -> None:
+    list(chat.say("Hello"))
+    prompt = engine.stats.prompt_tokens + engine.stats.cached_tokens
+    list(chat.say("And you?"))
+    # The reply's text may be cut into other tokens than it was made of, the prompt's may not.
+    assert engine.stats.cached_tokens >= prompt
+
+
+def test_a_system_message_stays(engine: edgemoe.Engine) -> None:
+    chat = engine.chat(system="Be brief.", params=GREEDY)
+    list(chat.say("Hello"))
+    assert chat.messages[0] == {"role": "system", "content": "Be brief."}
+    chat.reset()
+    assert chat.messages == [{"role": "system", "content": "Be brief."}]
+
+
+def test_messages_are_a_copy(chat: Chat) -> None:
+    list(chat.say("Hello"))
+    chat.messages[0]["content"] = "changed"
+    chat.messages.clear()
+    assert chat.messages[0]["content"] == "Hello"
+
+
+def test_a_closed_reply_keeps_what_was_said(engine: edgemoe.Engine, chat: Chat) -> None:
+    reply = chat.say("Hello")
+    first = next(reply)
+    reply.close()
+    assert chat.messages[1:] == [{"role": "assistant", "content": first}]
+    assert chat.finish is None
+    ids = engine.tokenizer.encode_chat([*chat.messages, {"role": "user", "content": "Go on"}])
+    expected = engine.tokenizer.decode(list(engine.generate(ids, GREEDY)))
+    assert "".join(chat.say("Go on")) == expected
+
+
+def test_ctrl_c_in_the_consumer_keeps_what_was_said(chat: Chat) -> None:
+    shown: list[str] = []
+
+    def show() -> None:
+        for piece in chat.say("Hello"):
+            shown.append(piece)
+            if len(shown) == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        show()
+    assert chat.messages[1:] == [{"role": "assistant", "content": "".join(shown)}]
+    assert "".join(chat.say("Again"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ReadError("x.moe: read failed at 4096")])
+@pytest.mark.parametrize("after", [0, 6])
+def test_an_error_in_the_engine_keeps_what_was_said(
+    engine: edgemoe.Engine,
+    chat: Chat,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    after: int,
+) -> None:
+    generate = type(engine).generate
+
+    def failing(self: edgemoe.Engine, *args: object) -> Iterator[int]:
+        for i, token in enumerate(generate(self, *args)):
+            if i == after:
+                raise error
+            yield token
+
+    list(chat.say("Hello"))
+    before = chat.messages
+    pieces: list[str] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine), "generate", failing)
+        with pytest.raises((KeyboardInterrupt, ReadError)):
+            pieces.extend(chat.say("Go on"))
+    shown = "".join(pieces)
+    said = [{"role": "user", "content": "Go on"}, {"role": "assistant", "content": shown}]
+    assert bool(shown) == bool(after)
+    assert chat.messages == (before + said if shown else before)
+    assert "".join(chat.say("Again"))
+
+
+def test_a_new_question_ends_the_reply_before(chat: Chat) -> None:
+    old = chat.say("Hello")
+    first = next(old)
+    assert "".join(chat.say("Go on"))
+    assert list(old) == []
+    assert chat.messages[1]["content"] == first
+    old = chat.say("More")
+    next(old)
+    chat.reset()
+    assert list(old) == []
+    assert chat.messages == []
+
+
+def test_a_conversation_that_does_not_fit_changes_nothing(
+    engine: edgemoe.Engine, chat: Chat
+) -> None:
+    list(chat.say("Hello"))
+    before = chat.messages
+    with pytest.raises(ValueError, match=rf"too long .* less than {engine.context} tokens, got \d"):
+        list(chat.say("word " * engine.context))
+    assert chat.messages == before
+    assert "".join(chat.say("Again"))
+
+
+def test_a_reply_ends_where_the_context_does(engine: edgemoe.Engine) -> None:
+    chat = engine.chat(params=SamplingParams(temperature=0, ignore_eos=True))
+    list(chat.say("Hello"))
+    assert chat.finish == "context"
+    assert engine.stats.new_tokens + engine.stats.prompt_tokens + engine.stats.cached_tokens == (
+        engine.context
+    )
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 9])
+def test_a_stop_text_is_never_seen(chat: Chat, length: int) -> None:
+    whole = "".join(chat.say("Hello"))
+    for start in range(0, len(whole) - length, 3):
+        stop = whole[start : start + length]
+        chat.reset()
+        chat.params = with_stop("nowhere to be found", stop)
+        expected = whole[: whole.find(stop)]
+        assert "".join(chat.say("Hello")) == expected
+        assert chat.messages[1]["content"] == expected
+        assert chat.finish == "stop"
+
+
+def test_a_half_stop_text_at_the_end_is_text(chat: Chat) -> None:
+    whole = "".join(chat.say("Hello"))
+    chat.reset()
+    chat.params = with_stop(whole[-4:] + "!")
+    assert "".join(chat.say("Hello")) == whole
+
+
+@given(
+    text=st.text("ab", max_size=30),
+    stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
+    cuts=st.lists(st.integers(0, 30), max_size=8),
+)
+def test_the_filter_equals_a_search_of_the_whole_text(
+    text: str, stops: list[str], cuts: list[int]
+) -> None:
+    edges = sorted({0, len(text), *(min(c, len(text)) for c in cuts)})
+    watch = StopFilter(stops)
+    shown = ""
+    for start, end in itertools.pairwise(edges):
+        shown += watch.push(text[start:end])
+        assert text.startswith(shown)
+        assert not any(s in shown for s in stops)
+        # No more is held back than the longest stop text could need.
+        assert watch.is_stopped or end - len(shown) < max(map(len, stops), default=1)
+    assert watch.is_stopped == any(s in text for s in stops)
+    if watch.is_stopped:
+        assert any(text.startswith(s, len(shown)) for s in stops)
+        assert watch.push("more") + watch.flush() == ""
+    else:
+        assert shown + watch.flush() == text
+
+
+def test_the_end_token_of_the_template_ends_a_reply(engine: edgemoe.Engine) -> None:
+    assert set(engine.config.eos_ids) <= set(engine.tokenizer.eos_ids)
+    chat = engine.chat(params=SamplingParams(seed=1, temperature=3, top_k=0, top_p=1, min_p=0))
+    for _ in range(3):  # a hot random model meets an end token soon
+        chat.reset()
+        ids = engine.tokenizer.encode_chat([{"role": "user", "content": "Hello"}])
+        tokens = []
+        for token in engine.generate(ids, chat.params):
+            if token in engine.tokenizer.eos_ids:
+                break
+            tokens.append(token)
+        assert "".join(chat.say("Hello")) == engine.tokenizer.decode(tokens)
+
+
+def test_raw_text_is_continued(engine: edgemoe.Engine) -> None:
+    chat = Chat(engine, params=GREEDY, raw=True)
+    assert chat.is_raw
+    first = "".join(chat.say("Once upon"))
+    ids = engine.tokenizer.encode("Once upon")
+    assert first == engine.tokenizer.decode(list(engine.generate(ids, GREEDY)))
+    second = "".join(chat.say(" a time"))
+    ids = engine.tokenizer.encode("Once upon" + first + " a time")
+    assert second == engine.tokenizer.decode(list(engine.generate(ids, GREEDY)))
+    with pytest.raises(ValueError, match="expected some text"):
+        list(Chat(engine, raw=True).say(""))
+
+
+def test_save_and_load(engine: edgemoe.Engine, tmp_path: Path) -> None:
+    chat = engine.chat(system="Be kind. Ünïcödé", params=GREEDY)
+    list(chat.say("Hello"))
+    path = tmp_path / "chat.json"
+    path.write_text("older")
+    chat.save(path)
+    assert [p.name for p in tmp_path.iterdir()] == ["chat.json"]
+    other = engine.chat(params=GREEDY)
+    other.load(path)
+    assert other.messages == chat.messages
+    assert "".join(other.say("Go on")) == "".join(chat.say("Go on"))
+    other.reset()
+    assert other.messages == chat.messages[:1]
+
+
+def test_a_failed_save_leaves_the_file(
+    chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "chat.json"
+    path.write_text("older")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("edgemoe.runtime.chat.os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        chat.save(path)
+    assert path.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(FileNotFoundError):
+        chat.save(tmp_path / "no" / "where.json")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"\xff", b"[]", b"{}", b'{"messages": 3}', b'{"messages": [3]}',
+        b'{"messages": [{"role": "user"}]}', b'{"messages": [{"role": "wolf", "content": ""}]}',
+        b'{"messages": [{"role": "user", "content": 3}]}', b"[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_file_that_is_no_chat_changes_nothing(chat: Chat, tmp_path: Path, content: bytes) -> None:
+    list(chat.say("Hello"))
+    before = chat.messages
+    path = tmp_path / "chat.json"
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=r"chat\.json: not a saved chat"):
+        chat.load(path)
+    assert chat.messages == before
+
+
+def test_a_saved_chat_is_plain(chat: Chat, tmp_path: Path) -> None:
+    list(chat.say("Grüße"))
+    chat.save(tmp_path / "chat.json")
+    text = (tmp_path / "chat.json").read_text(encoding="utf-8")
+    assert "Grüße" in text
+    assert json.loads(text) == {"messages": chat.messages}
+
+
+def test_a_model_without_tokenizer_cannot_chat(
+    engine: edgemoe.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "tokenizer", None)
+    with pytest.raises(FormatError, match="no tokenizer"):
+        engine.chat()
+
+
+def test_saving_follows_a_link_and_leaves_what_is_no_file(chat: Chat, tmp_path: Path) -> None:
+    list(chat.say("Hello"))
+    (tmp_path / "real.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("real.json")
+    chat.save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink()
+    saved = (tmp_path / "real.json").read_bytes()
+    assert json.loads(saved)["messages"] == chat.messages
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        chat.save(tmp_path / "pipe")
+        assert os.read(reader, 1 << 16) == saved
+    finally:
+        os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("name", ["nowhere/chat.json", "."])
+def test_an_error_of_saving_names_the_file(chat: Chat, tmp_path: Path, name: str) -> None:
+    with pytest.raises(OSError, match=r"\[Errno") as caught:
+        chat.save(tmp_path / name)
+    assert caught.value.filename == str(tmp_path / name)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,192 @@
+"""What a trace records, and that it comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import edgemoe
+from edgemoe.plan import Plan, Routing
+from edgemoe.runtime.trace import NO_EXPERT, NO_TOKEN, TraceHeader, TraceWriter, read, record
+
+IDS = np.random.default_rng(1).integers(0, 256, 40)
+
+
+def header(**fields):
+    return TraceHeader(
+        **{
+            "model": "x", "num_experts": 6, "experts_per_token": 2, "num_layers": 2, "bits": 4,
+            "level_bits": (2, 4), "level_bytes": (100, 200), "slots_bytes": 1000,
+            "scheduler": "on-demand", "threads": 1, **fields,
+        }
+    )  # fmt: skip
+
+
+def single(layer, experts, bits, rows, ahead=None):
+    """One token's routing, and a plan for it."""
+    experts = np.array([experts], np.int32)
+    routing = Routing(
+        layer, experts, np.array([[0.75, 0.25]], np.float32),
+        None if ahead is None else np.array(ahead, np.int32),
+        None if ahead is None else np.full(np.shape(ahead), 0.5, np.float32),
+    )  # fmt: skip
+    n = len(bits)
+    plan = Plan(
+        layer, np.zeros(n, np.int32), np.array(bits, np.int8), np.arange(n + 1, dtype=np.int32),
+        np.zeros(n, np.int32), np.array([rows], np.int32), routing.gates,
+    )  # fmt: skip
+    return routing, plan
+
+
+def test_what_a_run_routed_and_found_in_memory_comes_back(tiny_moe, tmp_path):
+    path = tmp_path / "x.trace"
+    with edgemoe.load(tiny_moe, trace=path, bits=4) as engine:
+        engine.logits(IDS[:30])
+        engine.extend(IDS[30:31])
+        stats, total = engine.stats, engine._store.stats
+    trace = read(path)
+    rows = trace.rows
+    assert (trace.header.num_experts, trace.header.experts_per_token) == (8, 2)
+    assert (trace.header.num_layers, trace.header.bits) == (2, 4)
+    assert trace.header.level_bits == (2, 3, 4)
+    assert trace.header.scheduler == "on-demand"
+    assert rows["token"].tolist() == [*range(30), *range(30), 30, 30]
+    assert rows["id"].tolist() == [*IDS[:30], *IDS[:30], IDS[30], IDS[30]]
+    assert rows["layer"].tolist() == [0] * 30 + [1] * 30 + [0, 1]
+    assert rows["tokens"].tolist() == [30, *[0] * 29, 30, *[0] * 29, 1, 1]
+    assert not rows["resident"][:60].any()
+    assert (rows["resident"][60:] == 3).sum() == stats.hits
+    assert (rows["bits"] == 4).all()
+    np.testing.assert_allclose(rows["gates"].sum(1), 1, atol=2e-3)  # this model renormalises
+    assert rows["bytes_read"].sum() == total["bytes_read"] > 0
+    assert rows["wait_us"].sum() == pytest.approx(1e6 * total["wait_s"], rel=1e-4, abs=1)
+    first = rows["tokens"] > 0
+    assert (rows["experts_us"][first] >= rows["wait_us"][first]).all()
+    assert (rows["before_us"][first] > 0).all()
+    assert not rows["experts_us"][~first].any()
+    starts, tokens = trace.passes()
+    assert (starts.tolist(), tokens.tolist()) == ([0, 60], [30, 1])
+    assert trace.by_token("token").tolist() == [[i, i] for i in range(31)]
+    assert trace.by_token("layer", single=True).tolist() == [[0, 1]]
+
+
+def test_single_tokens_chunks_skips_and_look_ahead_become_records(tmp_path):
+    path = tmp_path / "x.trace"
+    writer = TraceWriter(path, header(look_ahead=2))
+    residency = np.array([[0, 1, 2, 0, 0, 0], [2, 2, 2, 2, 2, 2]], np.int8)
+    chunk = Routing(
+        0, np.array([[1, 2], [2, 5]], np.int32), np.full((2, 2), 0.5, np.float32)
+    )  # expert 2 runs on both tokens, 1 at 2 bits, 5 is skipped
+    plan = Plan(
+        0, np.array([1, 2], np.int32), np.array([2, 4], np.int8), np.array([0, 1, 3], np.int32),
+        np.array([0, 0, 1], np.int32), np.array([[0, 1], [2, -1]], np.int32), chunk.gates,
+    )  # fmt: skip
+    writer.begin(0, np.array([7, 8], np.int32))
+    writer.planned(chunk, plan, residency)
+    writer.done(500, 0.25)
+    writer.end()
+    writer.begin(2, np.array([9], np.int32))
+    writer.planned(*single(0, [3, 1], [4, 2], [1, 0]), residency)
+    residency[0] = 2  # what the writer keeps must be its own
+    writer.done(500, 0.25)
+    writer.planned(*single(1, [4, 0], [4], [-1, 0], ahead=[[3, 5]]), residency)  # broken off
+    writer.begin(2, np.array([9], np.int32))
+    writer.planned(*single(0, [0, 5], [2, 4], [0, 1]), residency)
+    writer.done(700, 0.5)
+    writer.close()
+    rows = read(path).rows
+    assert rows["token"].tolist() == [0, 1, 2, 2, 2]
+    assert rows["id"].tolist() == [7, 8, 9, 9, 9]
+    assert rows["tokens"].tolist() == [2, 0, 1, 1, 1]
+    assert rows["resident"].tolist() == [[1, 2], [2, 0], [0, 1], [2, 2], [2, 2]]
+    assert rows["bits"].tolist() == [[2, 4], [4, 0], [2, 4], [0, 4], [2, 4]]
+    assert rows["gates"].tolist() == [[0.5, 0.5]] * 2 + [[0.75, 0.25]] * 3
+    assert rows["bytes_read"].tolist() == [500, 0, 0, 0, 200]
+    assert rows["wait_us"].tolist() == [250_000, 0, 0, 0, 250_000]
+    assert rows["ahead_experts"][3].tolist() == [[3, 5], [NO_EXPERT] * 2]
+    assert rows["ahead_gates"][3].tolist() == [[0.5, 0.5], [0, 0]]
+    assert (np.delete(rows["ahead_experts"], 3, axis=0) == NO_EXPERT).all()
+
+
+def test_many_tokens_are_written_in_blocks_and_a_cut_end_is_left_out(tmp_path):
+    path = tmp_path / "x.trace"
+    writer = TraceWriter(path, header())
+    residency = np.zeros((2, 6), np.int8)
+    for t in range(1500):
+        writer.begin(t, np.array([t], np.int32))
+        for layer in range(2):
+            writer.planned(*single(layer, [t % 6, (t + 1) % 6], [4, 4], [0, 1]), residency)
+            writer.done(t, t / 1000)
+    assert path.stat().st_size > 10_000  # not all at the end
+    writer.close()
+    trace = read(path)
+    assert trace.by_token("experts").tolist() == [[[t % 6, (t + 1) % 6]] * 2 for t in range(1500)]
+    assert trace.rows["bytes_read"].sum() == 1499
+    assert trace.rows["wait_us"].sum() == pytest.approx(1499e3)
+    path.write_bytes(path.read_bytes()[:-5])
+    assert len(read(path).rows) == 2999
+    assert len(read(path).by_token("experts")) == 1499
+
+
+def test_version_2_is_read_without_its_tokens(tiny_moe, tmp_path):
+    path = tmp_path / "x.trace"
+    with edgemoe.load(tiny_moe, trace=path, bits=4) as engine:
+        engine.logits(IDS[:9])
+    new = read(path)
+    names = [name for name in new.rows.dtype.names if name != "id"]
+    old = np.empty(len(new.rows), [(name, new.rows.dtype[name]) for name in names])
+    for name in names:
+        old[name] = new.rows[name]
+    fields = dataclasses.asdict(new.header) | {"edgemoe_trace": 2}
+    path.write_bytes(json.dumps(fields).encode() + b"\n" + old.tobytes()[:-3])
+    trace = read(path)
+    assert len(trace.rows) == len(old) - 1
+    assert (trace.rows["id"] == NO_TOKEN).all()
+    for name in names:
+        np.testing.assert_array_equal(trace.rows[name], new.rows[name][:-1])
+
+
+def test_what_is_no_trace_is_refused_in_a_line(tiny_moe, tmp_path):
+    path = tmp_path / "x.trace"
+    line = json.dumps({"edgemoe_trace": 1, "model": "x"})
+    for content, what in [
+        (b"{}", "not a trace"),
+        (b"", "not a trace"),
+        (b"[1]\n", "not a trace"),
+        (line.encode(), "trace version 1; expected 3"),
+        (b'{"edgemoe_trace": 3}\n', "damaged header"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(edgemoe.FormatError, match=what):
+            read(path)
+    damage = {
+        "num_experts": "x",
+        "experts_per_token": 0,
+        "level_bytes": (0, 0),
+        "level_bits": (2, 300),
+    }
+    for name, value in damage.items():
+        fields = dataclasses.asdict(header()) | {name: value}
+        path.write_bytes(json.dumps(fields).encode() + b"\n")
+        with pytest.raises(edgemoe.FormatError, match="damaged header"):
+            read(path)
+    path.write_bytes(b"precious")
+    with pytest.raises(ValueError, match="left as it is"):
+        TraceWriter(path, header())
+    assert path.read_bytes() == b"precious"
+    rows = np.zeros(1, record(2))
+    rows["experts"] = 6
+    fields = json.dumps(dataclasses.asdict(header())).encode()
+    (tmp_path / "y.trace").write_bytes(fields + b"\n" + rows.tobytes())
+    with pytest.raises(edgemoe.FormatError, match="outside its model"):
+        read(tmp_path / "y.trace")
+    with pytest.raises(ValueError, match="expected one of them"):
+        edgemoe.load(tiny_moe, trace=path, observer=object())
+    with (
+        edgemoe.load(tiny_moe, trace=tmp_path / "z.trace") as engine,
+        pytest.raises(ValueError, match="observed already"),
+    ):
+        engine.record(tmp_path / "w.trace")

@@ -1,0 +1,901 @@
+"""Schedulers: the papers' formulas and examples on plans, lawfulness of every plan, and exactness on a model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import edgemoe
+from edgemoe.plan import Plan, Routing
+from edgemoe.runtime.budget import Budget
+from edgemoe.scheduler import KINDS, SCHEDULERS, Setting
+from edgemoe.scheduler.auto import Auto
+from edgemoe.scheduler.combined import Combined
+from edgemoe.scheduler.d2moe import D2moe
+from edgemoe.scheduler.evict import HobbitWeights, make_eviction
+from edgemoe.scheduler.expertwise import Expertwise
+from edgemoe.scheduler.hobbit import Hobbit, fit_thresholds, unimportance
+from edgemoe.scheduler.levers import small_gates
+from edgemoe.scheduler.mc import Mc
+from edgemoe.scheduler.on_demand import OnDemand
+from edgemoe.scheduler.plans import keep_slots, plan_slots, slot_bits
+from edgemoe.scheduler.predict import NextUse, Transitions
+from edgemoe.scheduler.trial import Trial
+from edgemoe.store import ExpertStore
+
+LEVELS = (2, 3, 4, 6, 8)
+LOSSY = {"hobbit", "d2moe", "mc"}
+
+
+def setting(*, layers=3, experts=4, top_k=2, bits=8, slots=6, sections=None):
+    levels = tuple(b for b in LEVELS if b <= bits)
+    return Setting(
+        num_layers=layers, num_experts=experts, experts_per_token=top_k, bits=bits, level_bits=levels,
+        level_bytes=tuple(b * 4096 for b in levels), slots_bytes=slots * bits * 4096,
+        sections=sections or {},
+    )  # fmt: skip
+
+
+def routing(experts, gates, layer=0, *, scores=None, ahead=None):
+    extra = {}
+    if ahead is not None:
+        extra = {
+            "ahead_experts": np.array(ahead[0], np.int32),
+            "ahead_gates": np.array(ahead[1], np.float32),
+        }
+    if scores is not None:
+        extra["scores"] = np.atleast_2d(np.array(scores, np.float32))
+    return Routing(
+        layer, np.atleast_2d(np.array(experts, np.int32)), np.atleast_2d(np.array(gates, np.float32)),
+        **extra,
+    )  # fmt: skip
+
+
+def residency(layers=3, experts=4, **levels):
+    """residency(e1_0=5): layer 1, expert 0 at level 5."""
+    out = np.zeros((layers, experts), np.int8)
+    for name, level in levels.items():
+        layer, expert = map(int, name[1:].split("_"))
+        out[layer, expert] = level
+    return out
+
+
+def check_lawful(plan: Plan, r: Routing, level_bits, *, exact: bool, layers: int) -> None:
+    """Every routed slot is in the plan once, or skipped, and what the plan says is within the contract."""
+    T, K = r.experts.shape
+    n, m, E = len(plan.experts), len(plan.tokens), 1 << 16
+    assert plan.layer == r.layer
+    assert plan.rows.shape == plan.gates.shape == (T, K)
+    assert len(plan.bits) == n
+    assert len(plan.offsets) == n + 1
+    assert plan.offsets[0] == 0
+    assert plan.offsets[-1] == m
+    assert (np.diff(plan.offsets) > 0).all()
+    assert set(plan.bits.tolist()) <= set(level_bits)
+    used = plan.rows[plan.rows >= 0]
+    assert sorted(used.tolist()) == list(range(m))
+    of_row = np.repeat(plan.experts, np.diff(plan.offsets))
+    for t in range(T):
+        for k in range(K):
+            row = plan.rows[t, k]
+            if row >= 0:
+                assert plan.tokens[row] == t
+                assert of_row[row] == r.experts[t, k]
+    last: dict[int, int] = {}
+    for e, b in zip(plan.experts.tolist(), plan.bits.tolist(), strict=True):
+        assert b > last.get(e, 0), "an expert comes again only at more bits"
+        last[e] = b
+    if exact:
+        assert (plan.rows >= 0).all()
+        assert (plan.bits == level_bits[-1]).all()
+        np.testing.assert_array_equal(plan.gates, r.gates)
+    for ids, bits, zero in (
+        (plan.ahead, plan.ahead_bits, False),
+        (plan.drop, plan.drop_bits, True),
+    ):
+        assert (ids is None) == (bits is None)
+        if ids is not None:
+            assert len(ids) == len(bits)
+            assert set(bits.tolist()) <= {*level_bits, *([0] * zero)}
+            assert ((ids >= 0) & (ids < layers * E)).all()
+
+
+def random_routing(rng, layer, T, E, K, ahead):
+    logits = rng.normal(0, 2, (T, E))
+    scores = np.exp(logits)
+    scores /= scores.sum(1, keepdims=True)
+    order = np.argsort(-scores, axis=1)[:, :K].astype(np.int32)
+    gates = np.take_along_axis(scores, order, 1).astype(np.float32)
+    p = (order[:1].repeat(ahead, 0), gates[:1].repeat(ahead, 0)) if ahead and T == 1 else None
+    return routing(order, gates, layer, scores=scores, ahead=p)
+
+
+CASES = [
+    *((name, {}) for name in KINDS),
+    *(("on-demand", {"eviction": e}) for e in ("lru", "next-use", "frequency-distance", "hobbit")),
+    ("on-demand", {"look_ahead": False}),
+    ("on-demand", {"cache_prior": 0.5, "protect": 1}),
+    ("on-demand", {"top_p": 0.6}),
+    ("on-demand", {"skip_below": 0.5, "renormalise": True}),
+    ("on-demand", {"miss_bits": 3}),
+    ("hobbit", {"t1": 0.3, "t2": 0.6, "strict": False, "renormalise": True, "look_ahead": 3}),
+    ("hobbit", {"cache_prior": 0.5, "skip_below": 0.2, "miss_bits": 2}),
+    ("d2moe", {"hottest_first": False, "frees": False, "levels": 2}),
+    ("auto", {"lossy": True, "window": 4, "rounds": 1}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=str)
+@settings(max_examples=4, deadline=None)
+@given(data=st.data())
+def test_every_plan_is_lawful(name, options, data):
+    L, E = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 9))
+    K = data.draw(st.integers(1, E))
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    s = setting(layers=L, experts=E, top_k=K, slots=max(K, L * E // 2))
+    scheduler = SCHEDULERS[name](s, **options)
+    scheduler.begin()
+    exact = not scheduler.notes
+    for _ in range(8):
+        T = int(rng.integers(1, 5)) if rng.random() < 0.3 else 1
+        for layer in range(L):
+            here = rng.integers(0, len(LEVELS) + 1, (L, E)).astype(np.int8)
+            p = min(scheduler.look_ahead, L - 1 - layer)
+            r = random_routing(rng, layer, T, E, K, p)
+            before = here.copy()
+            plan = scheduler.plan(r, here)
+            if options.get("cache_prior") and T == 1:
+                chosen = np.full((1, K), -1, np.int32)  # the plan's own choice of experts
+                chosen[plan.rows >= 0] = plan.experts[plan.rows[plan.rows >= 0]]
+                assert len(set(chosen[chosen >= 0].tolist())) == (chosen >= 0).sum()
+                if plan.rows[0, 0] >= 0:
+                    assert r.experts[0, 0] in chosen
+            else:
+                check_lawful(plan, r, LEVELS, exact=exact, layers=L)
+            np.testing.assert_array_equal(here, before)
+            if scheduler.priorities is not None:
+                assert scheduler.priorities.shape == (L * E,)
+                assert np.isfinite(scheduler.priorities).all()
+        scheduler.passed(T, float(rng.random()))
+    assert isinstance(scheduler.report(), str)
+
+
+def test_only_schedulers_that_are_lossy_say_so():
+    for name in KINDS:
+        notes = SCHEDULERS[name](setting()).notes
+        assert bool(notes) == (name in LOSSY)
+        assert all(line.startswith("lossy: ") for line in notes)
+
+
+# --- plans
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.integers(1, 6), st.integers(1, 8), st.integers(0, 2**32), st.booleans(), st.booleans()
+)  # fmt: skip
+def test_plan_slots_holds_every_slot_at_its_bits(T, E, seed, hottest_first, skips):
+    rng = np.random.default_rng(seed)
+    K = int(rng.integers(1, E + 1))
+    r = random_routing(rng, 1, T, E, K, 0)
+    bits = rng.choice([*([0] if skips else []), 2, 4, 8], (T, K)).astype(np.int8)
+    has = rng.choice([0, 2, 8], E).astype(np.int8)
+    plan = plan_slots(r, bits, hottest_first=hottest_first, resident_bits=has)
+    check_lawful(plan, r, LEVELS, exact=False, layers=2)
+    np.testing.assert_array_equal(slot_bits(plan), bits)
+    keep = rng.random((T, K)) < 0.6
+    kept = keep_slots(plan, keep, r.gates)
+    check_lawful(kept, r, LEVELS, exact=False, layers=2)
+    np.testing.assert_array_equal(slot_bits(kept), np.where(keep, bits, 0))
+    order = list(zip(plan.experts.tolist(), plan.bits.tolist(), strict=True))
+    assert [o for o in order if o in set(zip(kept.experts.tolist(), kept.bits.tolist(), strict=True))] == list(
+        zip(kept.experts.tolist(), kept.bits.tolist(), strict=True)
+    )  # fmt: skip
+
+
+# --- HOBBIT
+
+
+def test_hobbit_scores_are_sums_of_better_gates():
+    np.testing.assert_allclose(
+        unimportance(np.array([[0.5, 0.3, 0.2], [2.0, 1.0, 1.0]], np.float32)),
+        [[0, 0.5, 0.8], [0, 0.5, 0.75]],
+        rtol=1e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("top", "second"), [(0.55, 8), (0.599, 8), (0.61, 4), (0.899, 4), (0.91, 0), (0.99, 0)]
+)
+def test_hobbit_of_two_experts_is_the_rule_on_the_first_gate(top, second):
+    plan = Hobbit(setting()).plan(routing([2, 0], [top, 1 - top]), residency())
+    assert slot_bits(plan).tolist() == [[8, second]]
+
+
+@pytest.mark.parametrize(
+    ("level", "score", "bits"),
+    [
+        (5, 0.95, 8),  # what is here at high bits runs as it is, whatever its score
+        (3, 0.95, 4),  # low is here and would be skipped: runs as it is
+        (3, 0.7, 4),  # low is asked for and here
+        (3, 0.5, 8),  # high is asked for: low is not enough
+        (4, 0.7, 6),  # more than low is here: that serves a request for low
+        (1, 0.7, 4),  # less than low is not
+    ],
+)
+def test_hobbit_scores_only_misses(level, score, bits):
+    plan = Hobbit(setting()).plan(routing([2, 0], [score, 1 - score]), residency(e0_0=level))
+    assert slot_bits(plan)[0, 1] == bits
+
+
+def test_hobbit_without_strict_uses_low_bits_for_high_requests():
+    plan = Hobbit(setting(), strict=False).plan(routing([2, 0], [0.5, 0.5]), residency(e0_0=3))
+    assert slot_bits(plan).tolist() == [[8, 4]]
+
+
+def test_hobbit_keeps_gates_unless_told():
+    r = routing([2, 0], [0.95, 0.05])
+    assert Hobbit(setting()).plan(r, residency()).gates.tolist() == r.gates.tolist()
+    gates = Hobbit(setting(), renormalise=True).plan(r, residency()).gates
+    assert gates[0, 0] == pytest.approx(1.0)
+
+
+def test_hobbit_reads_an_expert_of_a_prompt_once_at_what_its_best_token_needs():
+    r = routing([[0, 1], [1, 2], [0, 2]], [[0.7, 0.3], [0.8, 0.2], [0.95, 0.05]])
+    plan = Hobbit(setting()).plan(r, residency())
+    # Expert 1 is token 1's best, expert 2 scores 0.8 and 0.95: low for one of them, so low for both.
+    assert dict(zip(plan.experts.tolist(), plan.bits.tolist(), strict=True)) == {0: 8, 1: 8, 2: 4}
+
+
+def test_hobbit_looks_ahead_up_to_the_first_layer_with_a_miss():
+    ahead = ([[0, 1], [2, 3]], [[0.7, 0.3], [0.7, 0.3]])
+    h = Hobbit(setting(), look_ahead=2)
+    all_here = residency(e1_0=5, e1_1=5)
+    plan = h.plan(routing([0, 1], [0.5, 0.5], ahead=ahead), all_here)
+    assert plan.ahead.tolist() == [4, 5, 10, 11]  # layer 1 is here, and kept; layer 2 is read
+    assert plan.ahead_bits.tolist() == [8, 8, 8, 4]
+    plan = h.plan(routing([0, 1], [0.5, 0.5], ahead=ahead), residency(e1_0=5))
+    assert plan.ahead.tolist() == [4, 5]
+    plain = Hobbit(setting(), look_ahead=2, mixed_ahead=False)
+    plan = plain.plan(routing([0, 1], [0.5, 0.5], ahead=ahead), residency(e1_0=5))
+    assert plan.ahead_bits.tolist() == [8, 8]
+
+
+def test_hobbit_fits_thresholds_to_shares_of_scores():
+    rng = np.random.default_rng(0)
+    scores = rng.random(10_000).astype(np.float32)
+    t1, t2 = fit_thresholds(scores, low=0.30, skip=0.03)
+    assert np.mean(scores > t2) == pytest.approx(0.03, abs=2e-3)
+    assert np.mean((scores > t1) & (scores <= t2)) == pytest.approx(0.30, abs=2e-3)
+    h = Hobbit(setting(layers=1, experts=8, top_k=4))
+    for _ in range(40):
+        h.plan(random_routing(rng, 0, 1, 8, 4, 0), residency(1, 8))
+        h.passed(1, 0.1)
+    assert (h.t1, h.t2) != (0.6, 0.9)
+    assert 0 < h.t1 < h.t2 < 1
+
+
+def test_hobbit_goes_on_with_thresholds_that_a_profile_has():
+    rng = np.random.default_rng(0)
+
+    def ran(h, tokens):
+        for _ in range(tokens):
+            h.plan(random_routing(rng, 0, 1, 8, 4, 0), residency(1, 8))
+            h.passed(1, 0.1)
+        return h
+
+    s = setting(layers=1, experts=8, top_k=4)
+    assert ran(Hobbit(s), 15).state() == {}  # nothing is fitted yet
+    first = ran(Hobbit(s), 40)
+    second = Hobbit(s)
+    second.restore(first.state())
+    fitted = first.t1, first.t2
+    assert (second.t1, second.t2) == fitted
+    assert (ran(second, 31).t1, second.t2) == fitted  # rests on fewer tokens than what it has
+    assert ran(second, 1).t1 != fitted[0]
+    last = ran(Hobbit(s), 520)
+    third = Hobbit(s)
+    third.restore(last.state())
+    assert (ran(third, 600).t1, third.t2) == (last.t1, last.t2)
+    for options in ({"low": 0.2}, {"t1": 0.5, "t2": 0.8}):
+        other = Hobbit(s, **options)
+        before = other.t1, other.t2
+        other.restore(last.state())
+        assert (other.t1, other.t2) == before
+
+
+def test_hobbit_priority_is_the_four_terms():
+    s = setting(layers=4, experts=2, top_k=1)
+    w = HobbitWeights(0.4, 0.3, 0.2, 0.1)
+    e = make_eviction("hobbit", s, w)
+    e.begin()
+    uses = [(0, 0, 8), (1, 1, 4), (2, 0, 8), (3, 1, 8)], [(0, 1, 8), (1, 1, 8), (2, 0, 4)]
+    last, count, high = Counter(), Counter(), Counter()
+    for t, token in enumerate(uses, 1):
+        for layer, expert, bits in token:
+            r = routing([expert], [1.0], layer)
+            e.planned(r, plan_slots(r, np.array([[bits]], np.int8)))
+            last[layer, expert] = t
+            count[layer, expert] += 1
+            high[layer, expert] += bits == 8
+    T, now = 2, 2
+    for layer in range(4):
+        for expert in range(2):
+            k = layer, expert
+            distance = 1 - ((layer - now + 4) % 4) / 4
+            want = (0.4 * last[k] + 0.3 * count[k] + 0.2 * high[k]) / T + 0.1 * distance
+            assert e.priorities[layer * 2 + expert] / T == pytest.approx(want)
+    e.begin()
+    r = routing([0], [1.0], 0)
+    e.planned(r, plan_slots(r, np.array([[8]], np.int8)))
+    assert e.priorities[2] == pytest.approx(0.1 * (1 - 1 / 4))  # records are of one sequence
+
+
+def test_hobbit_weights_must_sum_to_one():
+    with pytest.raises(ValueError, match="expected a sum of 1"):
+        SCHEDULERS["hobbit"](setting(), w_recency="0.9")
+
+
+# --- EdgeMoE
+
+
+def test_frequency_over_distance_keeps_what_runs_soon():
+    s = setting(layers=3, experts=2, top_k=1)
+    e = make_eviction("frequency-distance", s, HobbitWeights())
+    for _ in range(50):
+        for layer in range(3):
+            r = routing([0], [1.0], layer)
+            e.planned(r, plan_slots(r, np.array([[8]], np.int8)))
+    r = routing([0], [1.0], 0)
+    e.planned(r, plan_slots(r, np.array([[8]], np.int8)))
+    p = e.priorities.reshape(3, 2)
+    # All equally frequent: the next layer stays longest, the one that just ran goes first (distance 3, not 0).
+    assert p[1, 0] > p[2, 0] > p[0, 0]
+    assert p[1, 0] / p[2, 0] == pytest.approx(2, rel=1e-2)
+    assert p[0, 1] < p[0, 0]  # never used
+
+
+def test_transitions_prefer_the_path_and_fall_back():
+    t = Transitions(3, 4, 1)
+
+    def walk(*path):
+        for layer, experts in enumerate(path):
+            t.update(routing(experts, [0.5] * len(experts), layer))
+        t.learn()
+
+    for _ in range(3):
+        walk([0], [1], [2])
+        walk([3], [1], [0])
+    t.update(routing([0], [1.0], 0))
+    t.update(routing([1], [1.0], 1))
+    assert t.predict(2).argmax() == 2  # two layers tell them apart
+    t.update(routing([2], [1.0], 0))
+    t.update(routing([1], [1.0], 1))
+    assert t.predict(2).tolist() == [3, 0, 3, 0]  # never seen: one layer does not
+    t.update(routing([2], [1.0], 0))
+    t.update(routing([3], [1.0], 1))
+    assert t.predict(2).tolist() == t._totals[2].tolist()  # nothing known but frequency
+    # Tuples do not depend on the order of gates.
+    t = Transitions(2, 4, 2)
+    walk([0, 1], [2, 3])
+    t.update(routing([1, 0], [0.6, 0.4], 0))
+    assert t.predict(1).tolist() == [0, 0, 1, 1]
+
+
+def test_expertwise_preloads_the_likeliest_missing_experts():
+    e = Expertwise(setting(layers=2, experts=4, top_k=2), preload=1)
+    for _ in range(3):
+        for layer, experts in enumerate(([0, 1], [2, 3])):
+            e.plan(routing(experts, [0.5, 0.5], layer), residency(2))
+        e.passed(1, 0.1)
+    plan = e.plan(routing([0, 1], [0.5, 0.5]), residency(2, e1_2=5))
+    assert plan.ahead.tolist() == [4 + 3]
+    assert plan.ahead_bits.tolist() == [8]
+    last = e.plan(routing([2, 3], [0.5, 0.5], 1), residency(2))
+    assert last.ahead is None
+
+
+def allocation(bits):
+    value = {
+        "edgemoe_allocation": 1, "method": "test", "settings": {}, "layers": list(range(len(bits))),
+        "bits": bits, "protected": [],
+    }  # fmt: skip
+    return {"allocation": json.dumps(value).encode()}
+
+
+def test_allocated_bits_are_planned_and_announced():
+    s = setting(layers=2, experts=2, top_k=2, sections=allocation([[2, 8], [4, 3]]))
+    for kind in (Expertwise, Mc):
+        made = kind(s, **({"prune": False} if kind is Mc else {}))
+        assert "4.25 bits" in made.notes[0]
+        assert slot_bits(made.plan(routing([1, 0], [0.6, 0.4], 0), residency(2, 2))).tolist() == [
+            [8, 2]
+        ]
+        assert slot_bits(made.plan(routing([1, 0], [0.6, 0.4], 1), residency(2, 2))).tolist() == [
+            [3, 4]
+        ]
+    plan = Expertwise(s, allocation=False).plan(routing([1, 0], [0.6, 0.4], 1), residency(2, 2))
+    assert slot_bits(plan).tolist() == [[8, 8]]
+
+
+@pytest.mark.parametrize("bits", [[[2, 8]], [[2, 8], [5, 3]], [[2, 8.5], [2, 3]], "x"])
+def test_a_wrong_allocation_is_one_error(bits):
+    with pytest.raises(edgemoe.FormatError, match="allocation"):
+        Expertwise(setting(layers=2, experts=2, sections=allocation(bits)))
+
+
+# --- MC-MoE
+
+
+def test_mc_leaves_out_small_gates_and_gives_their_share_to_the_others():
+    mc = Mc(setting(top_k=3), beta=0.5, layers=1)
+    gates = [0.5, 0.3, 0.2]
+    early = mc.plan(routing([0, 1, 2], gates, 1), residency())
+    assert slot_bits(early).tolist() == [[8, 8, 8]]  # only the last layer prunes
+    plan = mc.plan(routing([0, 1, 2], gates, 2), residency())
+    assert slot_bits(plan).tolist() == [[8, 8, 0]]
+    np.testing.assert_allclose(plan.gates[0, :2], [0.625, 0.375])
+    flat = routing(
+        [0, 1, 2], [0.6, 0.2, 0.2], 2
+    )  # both others are below half of the first: one goes
+    assert slot_bits(mc.plan(flat, residency())).tolist() == [[8, 8, 0]]
+    two = Mc(setting(top_k=3), beta=0.5, layers=1, most=2, renormalise=False)
+    plan = two.plan(flat, residency())
+    assert slot_bits(plan).tolist() == [[8, 0, 0]]
+    assert plan.gates.tolist() == flat.gates.tolist()
+    prompt = mc.plan(routing([[0, 1, 2]] * 2, [gates] * 2, 2), residency())
+    assert (prompt.rows >= 0).all()
+
+
+def test_mc_finds_the_median_ratio():
+    mc = Mc(setting(layers=1, top_k=2))
+    rng = np.random.default_rng(0)
+    ratios = rng.uniform(0.2, 0.6, 600)
+    for ratio in ratios:
+        mc.plan(routing([0, 1], [1 / (1 + ratio), ratio / (1 + ratio)]), residency(1))
+    assert mc.betas[0] == pytest.approx(0.4, abs=0.08)
+
+
+def test_mc_with_equal_gates_keeps_all():
+    mc = Mc(setting(layers=1, top_k=2))
+    for _ in range(100):
+        plan = mc.plan(routing([0, 1], [0.5, 0.5]), residency(1))
+        assert (plan.rows >= 0).all()
+    assert mc.betas[0] > 0.9
+
+
+# --- D2MoE
+
+
+def test_hottest_expert_bit_goes_first_with_cumulative_demand():
+    # PAPERS' example: three requests on expert 2, one of 2 bits and two of 3: base used 3 times, next plane twice.
+    r = routing([[2, 0], [2, 1], [2, 0]], [[0.6, 0.4]] * 3)
+    bits = np.array([[2, 2], [3, 2], [3, 3]], np.int8)
+    plan = plan_slots(r, bits, hottest_first=True)
+    got = list(zip(plan.experts.tolist(), plan.bits.tolist(), strict=True))
+    assert got == [(2, 2), (0, 2), (2, 3), (0, 3), (1, 2)]
+    resident = np.array([0, 2, 0, 0], np.int8)
+    plan = plan_slots(r, bits, hottest_first=True, resident_bits=resident)
+    assert (plan.experts[0], plan.bits[0]) == (1, 2)
+
+
+def makespan(items, io, compute):
+    """PAPERS 2.3: io_end[s] = io_end[s-1] + io; start = max(io_end[s], comp_end[s-1]); comp_end = start + compute."""
+    io_end = comp_end = 0.0
+    for item in items:
+        io_end += io[item]
+        comp_end = max(io_end, comp_end) + compute[item]
+    return comp_end
+
+
+def test_hottest_first_is_near_the_bound_and_file_order_is_not():
+    """The simulation of PAPERS 2.3: 8 experts, planes whose reads take 2:1:1, skewed routing, 4 to 32 tokens."""
+    rng = np.random.default_rng(0)
+    io_of = {2: 2.0, 3: 1.0, 4: 1.0}
+    hottest, by_file = [], []
+    for _ in range(80):
+        T, E, K = int(rng.integers(4, 33)), 8, 2
+        p = rng.dirichlet(np.ones(E)) + 0.01
+        experts = np.array(
+            [rng.choice(E, K, replace=False, p=p / p.sum()) for _ in range(T)], np.int32
+        )
+        bits = rng.choice([2, 3, 4], (T, K), p=[0.3, 0.4, 0.3]).astype(np.int8)
+        r = routing(experts, np.full((T, K), 0.5))
+        demand = {
+            (e, b): int(((experts == e) & (bits >= b)).sum()) for e in range(E) for b in (2, 3, 4)
+        }
+        scale = rng.uniform(0.5, 1.5) * 2 * E / sum(demand.values())
+        for first, out in ((True, hottest), (False, by_file)):
+            plan = plan_slots(r, bits, hottest_first=first)
+            items = planes(plan)
+            io = {item: io_of[item[1]] for item in items}
+            compute = {item: scale * demand[item] for item in items}
+            total_io, total_compute = sum(io.values()), sum(compute.values())
+            bound = max(total_io + min(compute.values()), io[items[0]] + total_compute)
+            out.append(makespan(items, io, compute) / bound)
+    assert np.mean(hottest) < 1.03
+    assert max(hottest) < 1.2
+    assert np.mean(by_file) > np.mean(hottest) + 0.03
+
+
+def planes(plan):
+    """The planes of a plan in the order of reading: an entry brings all below its bits that are not here yet."""
+    here, out = Counter(), []
+    for e, b in zip(plan.experts.tolist(), plan.bits.tolist(), strict=True):
+        for plane in (2, 3, 4):
+            if here[e] < plane <= b:
+                out.append((e, plane))
+                here[e] = plane
+    return out
+
+
+def test_d2moe_bits_keep_the_papers_shares():
+    d = D2moe(setting(layers=1, experts=16, top_k=4, bits=4))
+    rng = np.random.default_rng(0)
+    counts = Counter()
+    for i in range(1500):
+        r = random_routing(rng, 0, 1, 16, 4, 0)
+        bits = d.slot_precisions(r)
+        if i > 500:
+            counts.update(bits.reshape(-1).tolist())
+        assert (np.diff(bits[0]) <= 0).all()  # a larger gate never has fewer bits
+    shares = [counts[b] / sum(counts.values()) for b in (2, 3, 4)]
+    np.testing.assert_allclose(shares, [0.3, 0.4, 0.3], atol=0.04)
+
+
+def test_d2moe_drops_the_layer_befores_high_planes_first_and_bases_last():
+    s = setting(layers=2, experts=4, top_k=2, bits=8, slots=2)  # room for 16 units of 4096 bytes
+    d = D2moe(s, levels=1)
+    full = residency(2, e0_0=5, e0_1=5)  # 16 units
+    plan = d.plan(routing([0, 1], [0.5, 0.5], 1), full)  # needs 16 more: all must go
+    assert plan.drop.tolist() == [0, 1]
+    assert plan.drop_bits.tolist() == [0, 0]
+    d = D2moe(setting(layers=2, experts=4, top_k=1, bits=8, slots=2), levels=1)
+    plan = d.plan(routing([0], [1.0], 1), full)  # 8 more: 8 to 4 bits each gives 8
+    assert plan.drop.tolist() == [0, 1]
+    assert plan.drop_bits.tolist() == [4, 4]
+    plan = d.plan(routing([0], [1.0], 1), residency(2, e0_0=5))
+    assert plan.drop is None
+    plan = d.plan(routing([0], [1.0], 1), residency(2, e0_0=5, e0_1=5, e1_0=5))
+    assert plan.drop is None  # nothing to read
+
+
+# --- prediction and ExpertFlow
+
+
+def test_next_use_learns_what_its_features_tell():
+    rng = np.random.default_rng(0)
+    E, K = 16, 4
+    p = NextUse(1, E, K)
+    taste = rng.normal(0, 1.0, E)
+    drift = np.zeros(E)
+    losses = {"learned": [], "frequency": []}
+    counts = np.full(E, K / E)
+    odds = None
+    for i in range(400):
+        drift = 0.9 * drift + rng.normal(0, 0.7, E)
+        scores = np.exp(taste + drift)
+        scores /= scores.sum()
+        order = np.argsort(-scores)[:K]
+        used = np.isin(np.arange(E), order)
+        if odds is not None and i > 100:
+            q = 1 / (1 + odds)
+            f = np.clip(counts, 0.01, 0.99)
+            for name, x in (("learned", q), ("frequency", f)):
+                losses[name].append(-np.mean(np.log(np.where(used, x, 1 - x))))
+        odds = p.update(routing(order, scores[order], scores=scores)).copy()
+        counts += 0.02 * (used - counts)
+        p.learn()
+    assert np.mean(losses["learned"]) < 0.9 * np.mean(losses["frequency"])
+
+
+def test_next_use_evicts_what_is_expected_last():
+    s = setting(layers=2, experts=3, top_k=1)
+    e = make_eviction("next-use", s, HobbitWeights())
+    for _ in range(30):
+        for layer in range(2):
+            r = routing([0], [0.8], layer, scores=[0.8, 0.15, 0.05])
+            e.planned(r, plan_slots(r, np.array([[8]], np.int8)))
+        e.passed()
+    p = e.priorities.reshape(2, 3)
+    assert (p[:, 0] > p[:, 1]).all()
+    assert (p[:, 1] >= p[:, 2]).all()
+    assert p[0, 0] > p[1, 0]  # equally sure, and its layer runs sooner
+
+
+def test_d2moe_knows_what_is_resident_without_counting_all_of_it():
+    L, E, K = 6, 16, 4
+    s = setting(layers=L, experts=E, top_k=K, slots=L * E // 3)
+    d = SCHEDULERS["d2moe"](s)
+    store = ExpertStore.dry(
+        num_layers=L, num_experts=E, level_bits=s.level_bits, level_bytes=s.level_bytes, budget_bytes=s.slots_bytes,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    sizes = np.array([0, *s.level_bytes])
+    drops = 0
+    for _ in range(40):
+        for layer in range(L):
+            plan = d.plan(random_routing(rng, layer, 1, E, K, 0), store.residency)
+            used = int(sizes[store.residency].sum())
+            if (
+                plan.drop is not None
+            ):  # no sooner than memory is full, and no more than a level too much
+                drops += 1
+                levels = store.residency.reshape(-1)[plan.drop]
+                kept = np.searchsorted(s.level_bits, plan.drop_bits, side="right")
+                freed = int((sizes[levels] - sizes[kept]).sum())
+                need = sum(
+                    max(0, int(sizes[np.searchsorted(s.level_bits, b) + 1] - sizes[store.residency[layer][e]]))
+                    for e, b in zip(plan.experts, plan.bits, strict=True)
+                )  # fmt: skip
+                assert used + need > s.slots_bytes
+                one_less = np.minimum(levels, kept + 1)
+                assert (
+                    freed - int((sizes[one_less] - sizes[kept]).sum()) < used + need - s.slots_bytes
+                )
+            store.request(plan)
+            for _ in store.ready_groups():
+                pass
+        d.passed(1, 0.1)
+    assert drops > 20
+
+
+def test_expertflow_keeps_the_predicted_path_and_drops_what_it_missed():
+    flow = SCHEDULERS["expertflow"](setting(layers=2, experts=4, top_k=1), prefetch=1)
+    scores = [0.7, 0.1, 0.1, 0.1]
+    for _ in range(20):
+        for layer in range(2):
+            plan = flow.plan(routing([0], [0.7], layer, scores=scores), residency(2))
+            if layer == 0:
+                first = plan
+        flow.passed(1, 0.1)
+    assert first.ahead.tolist() == [4]
+    assert first.ahead_bits.tolist() == [8]
+    p = flow.priorities.reshape(2, 4)
+    assert p[0].argmax() == 0
+    assert p[1].argmax() == 0
+    assert flow.report() == "path 100% right"
+
+
+def test_expertflow_priorities_are_rounds_until_use():
+    class Given:
+        """Says what the test says."""
+
+        def update(self, routing):
+            return np.array(self.against)
+
+    flow = SCHEDULERS["expertflow"](setting(layers=2, experts=4, top_k=1))
+    flow._predictor = given = Given()
+    given.against = [0.1, 1, 2, 3]
+    flow.plan(routing([0], [0.7], 0), residency(2))
+    L, step = 2, 1
+    np.testing.assert_allclose(
+        flow.priorities[:4], [-L - step, -3 * L - step, -4 * L - step, -5 * L - step]
+    )
+    given.against = [1, 1, 1, 0.1]  # expert 0 was predicted, 3 runs and is predicted again
+    flow.plan(routing([3], [0.7], 0), residency(2))
+    step = 2
+    np.testing.assert_allclose(
+        flow.priorities[:4], [-(3 + 4) * L - step, -3 * L - step, -3 * L - step, -L - step]
+    )
+
+
+# --- levers
+
+
+def test_dynamic_top_p_keeps_the_crossing_expert():
+    gates = np.array([[0.5, 0.3, 0.1, 0.1]], np.float32)
+    for p, kept in ((0.4, 1), (0.5, 2), (0.7, 2), (0.85, 3), (1.0, 4)):
+        assert small_gates(gates, top_p=p, skip_below=0).sum() == kept
+    assert small_gates(gates, top_p=0, skip_below=1).sum() == 1
+
+
+def test_skipping_by_ratio_and_its_share():
+    s = SCHEDULERS["on-demand"](setting(top_k=3), skip_below=0.5)
+    r = routing([[0, 1, 2], [3, 1, 0]], [[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]])
+    plan = s.plan(r, residency())
+    assert (plan.rows >= 0).tolist() == [[True, True, False], [True, True, True]]
+    assert plan.gates.tolist() == r.gates.tolist()
+    s = SCHEDULERS["on-demand"](setting(top_k=3), skip_below=0.5, renormalise="on")
+    np.testing.assert_allclose(s.plan(r, residency()).gates[0, :2], [0.625, 0.375])
+
+
+def test_cache_prior_prefers_residents_but_not_over_the_protected():
+    s = setting(top_k=2)
+    scores = [0.4, 0.3, 0.25, 0.05]
+    r = routing([0, 1], [0.4, 0.3], scores=scores)
+    here = residency(e0_2=5, e0_3=5)
+    made = SCHEDULERS["on-demand"](s, cache_prior=0.2, admit=True)
+    plan = made.plan(r, here)
+    assert plan.experts.tolist() == [0, 2]  # 0 is protected, 2 is near enough, 3 is not
+    assert made.substituted == 1
+    np.testing.assert_allclose(plan.gates, [[0.7 * 0.4 / 0.65, 0.7 * 0.25 / 0.65]], rtol=1e-6)
+    assert plan.ahead.tolist() == [1]  # the displaced expert comes in the background
+    assert made.plan(r, residency(e0_0=5, e0_1=5, e0_2=5)).experts.tolist() == [0, 1]
+    assert SCHEDULERS["on-demand"](s, cache_prior=0.2).plan(r, here).ahead is None
+    strong = SCHEDULERS["on-demand"](s, cache_prior=5.0, protect=0)
+    assert sorted(strong.plan(r, here).experts.tolist()) == [2, 3]
+    assert SCHEDULERS["on-demand"](s, cache_prior=0.001).plan(r, here).experts.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="scores"):
+        made.plan(routing([0, 1], [0.4, 0.3]), here)
+
+
+def test_a_miss_runs_at_what_is_resident_and_is_upgraded_later():
+    made = SCHEDULERS["on-demand"](setting(layers=2, top_k=3), miss_bits=3)
+    here = residency(2, e1_0=5, e1_1=4, e1_2=1)
+    plan = made.plan(routing([0, 1, 2], [0.5, 0.3, 0.2], 1), here)
+    assert slot_bits(plan).tolist() == [[8, 6, 3]]
+    assert plan.ahead.tolist() == [5, 6]
+    assert plan.ahead_bits.tolist() == [8, 8]
+    prompt = made.plan(routing([[0, 1, 2]] * 2, [[0.5, 0.3, 0.2]] * 2, 1), here)
+    assert (prompt.bits == 8).all()
+
+
+# --- auto
+
+
+def test_a_trial_compares_windows_in_turn():
+    trial = Trial(window=4, rounds=2)
+    order = []
+    for _ in range(16):
+        order.append(trial.is_new)
+        # Tokens right after a change are slow, and must not count.
+        fresh = len(order) % 4 == 1
+        over = trial.add(9.0 if fresh else 0.8 if trial.is_new else 1.0)
+    assert over
+    assert order == ([False] * 4 + [True] * 4) * 2
+    assert trial.saved == pytest.approx(0.2)
+
+
+def run_auto(auto, seconds, tokens=400):
+    """Feeds single tokens whose time depends on what is on."""
+    for _ in range(tokens):
+        plan = auto.plan(routing([0, 1], [0.9, 0.1], 0), residency(1))
+        auto.passed(1, seconds(auto, plan))
+
+
+def test_auto_keeps_what_pays():
+    s = setting(layers=1, slots=2)
+
+    def seconds(auto, plan):
+        return 1.0 - 0.2 * (auto.look_ahead == 1) - 0.01 * (auto._now.eviction == "next-use")
+
+    auto = Auto(s, window=4, rounds=2)
+    run_auto(auto, seconds)
+    assert auto.look_ahead == 1
+    assert auto.kept.eviction == "lfu"
+    assert auto.report() == "auto -next-use (+1%), +look_ahead (+20%)"
+    assert auto.notes == ()
+    ahead = routing([0, 1], [0.9, 0.1], 0, ahead=([[1, 0]], [[0.6, 0.4]]))
+    two = Auto(setting(layers=2, slots=2), window=4, rounds=2)
+    run_auto(two, seconds)
+    assert two.plan(ahead, residency(2)).ahead.tolist() == [5, 4]
+
+    def lossy_seconds(auto, plan):
+        return 0.5 if (plan.rows < 0).any() else 1.0
+
+    auto = Auto(s, window=4, rounds=2, lossy=True)
+    run_auto(auto, lossy_seconds)
+    assert auto.kept.skip_below == 0.2
+    assert auto.kept.miss_bits == 0
+    assert len(auto.notes) == 1
+
+
+def test_auto_tries_nothing_when_all_fits():
+    auto = Auto(setting(layers=1, slots=4))
+    run_auto(auto, lambda a, p: 1.0, tokens=50)
+    assert auto.report() == ""
+
+
+# --- options
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("on-demand", {"t1": "0.5"}, "option t1: there is no such; expected one of: look_ahead"),
+        ("hobbit", {"t1": "0.5"}, "t1 and t2: expected both or none"),
+        ("hobbit", {"t1": "0.9", "t2": "0.5"}, "t1: expected at most t2 = 0.5, got 0.9"),
+        ("hobbit", {"low_bits": "5"}, "low_bits: expected one of 2, 3, 4, 6, 8, got 5"),
+        ("hobbit", {"strict": "maybe"}, "strict: expected a switch, on or off, got 'maybe'"),
+        ("hobbit", {"look_ahead": "1.5"}, "look_ahead: expected a whole number, got '1.5'"),
+        ("hobbit", {"low": "nan"}, "low: expected a number, got 'nan'"),
+        ("mc", {"beta": "2"}, "beta: expected 0 to 1, got 2"),
+        ("on-demand", {"eviction": "fifo"}, "eviction: expected one of default, lfu"),
+        ("expertflow", {"eviction": "lru"}, "eviction: this scheduler decides itself"),
+        ("on-demand", {"miss_bits": "5"}, "miss_bits: expected one of 2, 3, 4, 6, 8, got 5"),
+        ("on-demand", {"top_p": "1.5"}, "top_p: expected 0 to 1, got 1.5"),
+        ("on-demand", {"w_recency": "1"}, "w_recency: only the eviction hobbit"),
+        ("on-demand", {"protect": "2"}, "protect: only with cache_prior"),
+        ("auto", {"lossy": "on", "miss_bits": "5"}, "miss_bits: expected one of"),
+    ],
+)  # fmt: skip
+def test_wrong_options_are_one_line(name, options, message):
+    with pytest.raises(ValueError, match="^" + re.escape(message)) as error:
+        SCHEDULERS[name](setting(), **options)
+    assert "\n" not in str(error.value)
+
+
+def test_options_may_be_texts_or_values():
+    for value in ("on", True, "TRUE"):
+        made = SCHEDULERS["hobbit"](setting(), renormalise=value, t1="0.2", t2=0.3, low_bits="2")
+        assert isinstance(made, Combined)
+        assert made.inner.options.renormalise is True
+        assert (made.inner.t1, made.inner.t2) == (0.2, 0.3)
+
+
+def test_the_plain_baseline_costs_nothing_more():
+    assert isinstance(SCHEDULERS["on-demand"](setting()), OnDemand)
+
+
+# --- on a model
+
+EXACT = [
+    *(name for name in KINDS if name not in LOSSY),
+    *(f"on-demand {e}" for e in ("lru", "next-use", "frequency-distance", "hobbit")),
+    "on-demand alone",
+]
+
+
+def logits_of(path, name, *, ram=None, ids=range(40, 60)):
+    name, _, extra = name.partition(" ")
+    options = {}
+    if extra:
+        options = {"look_ahead": "off"} if extra == "alone" else {"eviction": extra}
+    if name == "auto":
+        options = {"window": 4, "rounds": 1}
+    with edgemoe.load(path, scheduler=name, options=options, ram=ram, context=64, threads=1) as e:
+        rows = [e.logits(list(ids), last_only=True).copy()]
+        rows += [e.extend([i]).copy() for i in range(20)]
+        return np.concatenate(rows), e.stats
+
+
+@pytest.fixture(scope="module")
+def exact_logits(tiny_moe):
+    return logits_of(tiny_moe, "on-demand")[0]
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """Makes every engine have slots for so many experts."""
+
+    def limit(count):
+        monkeypatch.setattr(Budget, "slots", property(lambda budget: count * budget.expert))
+
+    return limit
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_schedulers_do_not_change_an_answer(tiny_moe, exact_logits, name, room):
+    for experts in (1, 5):
+        room(experts)
+        got, stats = logits_of(tiny_moe, name)
+        assert stats.evictions > 0
+        assert stats.skipped_share == stats.substituted_share == 0
+        np.testing.assert_array_equal(got, exact_logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [(n, o) for n, o in CASES if n in LOSSY or set(o) & {"top_p", "miss_bits", "cache_prior"}],
+    ids=str,
+)  # fmt: skip
+def test_lossy_schedulers_run_and_say_what_they_did(tiny_moe, name, options, room):
+    room(5)
+    with edgemoe.load(tiny_moe, scheduler=name, options=options, context=64, threads=1) as e:
+        assert any(line.startswith("lossy: ") for line in e.notes)
+        e.logits(list(range(20)), last_only=True)
+        for i in range(30):
+            row = e.extend([i])
+            assert np.isfinite(row).all()
+        e._store.cache.check_integrity()
+        list(e.generate(list(range(20)), edgemoe.SamplingParams(temperature=0, max_tokens=20)))
+        stats = e.stats
+    assert 2 <= stats.average_bits <= 8
+    if "top_p" in options:
+        assert 0 < stats.skipped_share < 1

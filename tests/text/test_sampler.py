@@ -1,0 +1,223 @@
+"""The sampler equals a slow, obvious version of llama.cpp's chain."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgemoe.text.sampler import Sampler, SamplingParams
+
+
+def reference(
+    logits: np.ndarray, history: Sequence[int], p: SamplingParams
+) -> list[tuple[int, float]]:
+    """Returns (token, probability), most likely first, after all filters in their order."""
+    values = [float(v) for v in logits]
+    recent = list(history) if p.repeat_last_n == -1 else list(history)[::-1][: p.repeat_last_n]
+    for token, count in Counter(recent).items():
+        v = values[token]
+        v = v / p.repeat_penalty if v > 0 else v * p.repeat_penalty
+        values[token] = v - count * p.frequency_penalty - p.presence_penalty
+    tokens = sorted(range(len(values)), key=lambda i: (-values[i], i))
+    tokens = tokens[: p.top_k or None]
+    top = values[tokens[0]]
+    weights = [math.exp(values[t] - top) for t in tokens]
+    kept, mass = [], 0.0
+    for token, weight in zip(tokens, weights, strict=True):
+        kept.append(token)
+        mass += weight
+        if p.top_p < 1 and mass >= p.top_p * sum(weights):
+            break
+    if p.min_p > 0:
+        kept = [t for t in kept if values[t] - top >= math.log(p.min_p)]
+    if p.temperature == 0:
+        return [(kept[0], 1.0)]
+    weights = [math.exp((values[t] - top) / p.temperature) for t in kept]
+    return [(t, w / sum(weights)) for t, w in zip(kept, weights, strict=True)]
+
+
+def draw(logits: np.ndarray, history: Sequence[int], p: SamplingParams, at: float) -> int:
+    """Samples with the random number `at`."""
+    sampler = Sampler(p)
+    sampler._random.random = lambda: at  # type: ignore[method-assign]
+    return sampler.sample(logits, history)
+
+
+def logits_of(size: int, seed: int = 0, scale: float = 3.0) -> np.ndarray:
+    # Not on a grid, so that no two thresholds of the two versions can fall apart by rounding.
+    return (np.random.default_rng(seed).standard_normal(size) * scale).astype(np.float32)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    size=st.sampled_from([1, 2, 31, 128, 1000, 5000]),
+    seed=st.integers(0, 1000),
+    history=st.lists(st.integers(0, 30), max_size=30),
+    temperature=st.sampled_from([0.0, 0.3, 0.8, 2.0]),
+    top_k=st.sampled_from([0, 1, 2, 7, 40, 900, 6000]),
+    top_p=st.sampled_from([0.0, 0.3, 0.95, 0.999, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+    repeat_penalty=st.sampled_from([1.0, 1.3, 0.8]),
+    repeat_last_n=st.sampled_from([-1, 0, 3, 64]),
+    presence=st.sampled_from([0.0, 0.7]),
+    frequency=st.sampled_from([0.0, 0.4, -0.2]),
+)
+def test_it_equals_the_reference(
+    size, seed, history, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n,
+    presence, frequency,
+) -> None:  # fmt: skip
+    params = SamplingParams(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n,
+        presence_penalty=presence, frequency_penalty=frequency,
+    )  # fmt: skip
+    logits = logits_of(size, seed)
+    before = logits.copy()
+    history = [t for t in history if t < size]
+    expected = reference(logits, history, params)
+    edge = 0.0
+    for token, chance in expected[:5]:
+        if chance > 1e-6:
+            middle = edge + chance / 2
+            # Without top_p the filters keep no order: an inverse of the distribution is one too.
+            if params.top_p < 1 or 0 < params.top_k < size:
+                assert draw(logits, history, params, middle) == token
+        edge += chance
+    allowed = {t for t, _ in expected}
+    assert {draw(logits, history, params, u) for u in (0.0, 0.21, 0.5, 0.83, 1 - 1e-12)} <= allowed
+    assert (logits == before).all()
+
+
+def test_without_filters_the_draws_follow_softmax() -> None:
+    params = SamplingParams(temperature=1, top_k=0, top_p=1, min_p=0, seed=3)
+    logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], dtype=np.float32))
+    sampler = Sampler(params)
+    counts = Counter(sampler.sample(logits) for _ in range(20_000))
+    for token, chance in enumerate((0.5, 0.3, 0.15, 0.05)):
+        assert abs(counts[token] / 20_000 - chance) < 0.015
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    logits = np.array([1, 5, 5, 2], dtype=np.float32)
+    assert Sampler(SamplingParams(temperature=0)).sample(logits) == 1
+    assert Sampler(SamplingParams(top_k=1)).sample(logits) == 1
+
+
+def test_equals_at_the_edge_of_top_k_are_taken_by_id() -> None:
+    params = SamplingParams(temperature=1, top_k=3, top_p=1, min_p=0)
+    for size in (10, 5000):
+        logits = np.zeros(size, dtype=np.float32)
+        assert {draw(logits, [], params, u) for u in (0.1, 0.5, 0.9)} == {0, 1, 2}
+
+
+def test_a_flat_nucleus_is_as_wide_as_it_must() -> None:
+    params = SamplingParams(temperature=1, top_k=0, top_p=0.5, min_p=0)
+    logits = np.zeros(40_000, dtype=np.float32)
+    assert draw(logits, [], params, 1 - 1e-12) == 19_999
+    assert draw(logits, [], params, 0.0) == 0
+
+
+def test_extreme_values_do_no_harm() -> None:
+    logits = logits_of(1000)
+    best = int(logits.argmax())
+    tiny = SamplingParams(temperature=5e-324, top_k=0, top_p=1, min_p=0)
+    assert draw(logits, [], tiny, 0.999) == best
+    equal = np.full(1001, 0.1, dtype=np.float32)
+    assert draw(equal, [], SamplingParams(top_k=0, top_p=0.0), 0.999) == 0
+
+
+def test_penalties_move_the_greedy_choice() -> None:
+    logits = np.array([2.0, 1.9, -1.0], dtype=np.float32)
+    greedy = SamplingParams(temperature=0)
+    for change in ({"repeat_penalty": 1.2}, {"presence_penalty": 0.2}, {"frequency_penalty": 0.2}):
+        params = dataclasses.replace(greedy, **change)
+        assert Sampler(params).sample(logits, [0]) == 1
+        assert Sampler(params).sample(logits, [0] + [2] * 64) == 0
+        assert Sampler(dataclasses.replace(params, repeat_last_n=0)).sample(logits, [0]) == 0
+        assert Sampler(dataclasses.replace(params, repeat_last_n=-1)).sample(
+            logits, [0] + [2] * 64
+        ) == 1  # fmt: skip
+
+
+def test_a_seed_fixes_the_draws() -> None:
+    logits = logits_of(1000, scale=1)
+
+    def draws(seed: int) -> list[int]:
+        sampler = Sampler(SamplingParams(seed=seed, temperature=2))
+        return [sampler.sample(logits) for _ in range(20)]
+
+    assert draws(7) == draws(7)
+    assert draws(7) != draws(8)
+    assert draws(-1) != draws(-1)
+    # The numbers themselves may not change from one version to the next.
+    assert draws(0)[:5] == [48, 164, 764, 259, 79]
+
+
+@pytest.mark.parametrize("top_k", [40, 0])
+def test_a_large_vocabulary_is_fast(top_k: int) -> None:
+    logits = logits_of(150_000)
+    sampler = Sampler(SamplingParams(top_k=top_k, seed=1))
+    best = math.inf
+    for _ in range(20):
+        start = time.perf_counter()
+        sampler.sample(logits, [1, 2, 3])
+        best = min(best, time.perf_counter() - start)
+    assert best < (0.005 if top_k else 0.05)  # 0.2 and 1.5 ms where this was written
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"temperature": -0.1}, {"temperature": math.nan}, {"temperature": "warm"},
+        {"temperature": True}, {"top_k": -1}, {"top_k": 2.0}, {"top_p": 1.1}, {"top_p": -0.1},
+        {"min_p": 2}, {"repeat_penalty": 0}, {"repeat_penalty": math.inf}, {"repeat_last_n": -2},
+        {"presence_penalty": math.nan}, {"frequency_penalty": None}, {"seed": -2}, {"seed": 1.5},
+        {"max_tokens": -2}, {"stop": "text"}, {"stop": ("",)}, {"stop": [1]}, {"ignore_eos": 1},
+    ],
+)  # fmt: skip
+def test_a_wrong_value_names_its_field(change: dict[str, object]) -> None:
+    (name,) = change
+    with pytest.raises(ValueError, match=rf"^sampling: {name} must be [^\n]*$"):
+        SamplingParams(**change)
+
+
+def test_broken_logits_are_a_value_error() -> None:
+    sampler = Sampler(SamplingParams())
+    for values in ([math.nan, 1], [1, math.inf], [-math.inf, -math.inf]):
+        with pytest.raises(ValueError, match="finite"):
+            sampler.sample(np.array(values, dtype=np.float32))
+    with pytest.raises(ValueError, match="expected logits"):
+        sampler.sample(np.zeros((2, 2), dtype=np.float32))
+
+
+def test_minus_infinity_is_never_drawn() -> None:
+    logits = np.full(300, -np.inf, dtype=np.float32)
+    logits[[7, 200]] = 1
+    sampler = Sampler(SamplingParams(top_k=0, top_p=1, min_p=0, seed=5))
+    assert {sampler.sample(logits) for _ in range(50)} == {7, 200}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (None, SamplingParams()),
+        (b"{", SamplingParams()),
+        (b"[1]", SamplingParams()),
+        (b"[" * 100_000, SamplingParams()),
+        (b'{"temperature": 1' + b"0" * 400 + b', "top_k": 7}', SamplingParams(top_k=7)),
+        (b'{"temperature": 0.2, "top_p": 0.9}', SamplingParams(temperature=0.2, top_p=0.9)),
+        (b'{"repetition_penalty": 1.1, "top_k": 20}', SamplingParams(repeat_penalty=1.1, top_k=20)),
+        (b'{"temperature": null, "top_k": "many", "min_p": 0.1}', SamplingParams(min_p=0.1)),
+        (b'{"temperature": -1, "eos_token_id": 3, "top_p": 0.5}', SamplingParams(top_p=0.5)),
+    ],
+)
+def test_a_model_may_bring_settings(content: bytes | None, expected: SamplingParams) -> None:
+    assert SamplingParams.of_model(content) == expected
