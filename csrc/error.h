@@ -1,4 +1,4 @@
-// The errors that the core throws; bindings.cpp maps them to Python. A caller's mistake is std::invalid_argument.
+// The errors that the core throws; bindings/ maps them to Python. A caller's mistake is std::invalid_argument.
 #pragma once
 
 #include <stdexcept>

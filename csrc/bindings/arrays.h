@@ -1,0 +1,79 @@
+// What every binding shares: how arrays are lent, checked and given, and who may delete what.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <unistd.h>
+
+#include <initializer_list>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+namespace edgemoe {
+
+namespace py = pybind11;
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T>
+std::string shape_text(const Array<T>& a) {
+  std::string s = "[";
+  for (py::ssize_t i = 0; i < a.ndim(); ++i) s += (i ? ", " : "") + std::to_string(a.shape(i));
+  return s + "]";
+}
+
+/// Throws unless `a` has the shape; -1 matches anything.
+template <class T>
+void expect(const Array<T>& a, const char* name, std::initializer_list<py::ssize_t> shape) {
+  bool ok = a.ndim() == py::ssize_t(shape.size());
+  py::ssize_t axis = 0;
+  std::string wanted = "[";
+  for (py::ssize_t n : shape) {
+    if (ok && n >= 0) ok = a.shape(axis) == n;
+    wanted += (axis ? ", " : "") + (n < 0 ? std::string("any") : std::to_string(n));
+    ++axis;
+  }
+  if (!ok) throw std::invalid_argument(std::string(name) + ": expected shape " + wanted + "], got " + shape_text(a));
+}
+
+/// Data of an array that may not be converted; valid while the object lives.
+inline const float* floats(const py::object& array, const char* name, std::initializer_list<py::ssize_t> shape) {
+  if (!py::isinstance<Array<float>>(array)) {
+    throw py::type_error(std::string(name) + ": expected a contiguous float32 array");
+  }
+  const auto a = py::reinterpret_borrow<Array<float>>(array);
+  expect(a, name, shape);
+  return a.data();
+}
+
+/// The same for an array that is written.
+inline float* writable(const py::object& array, const char* name, std::initializer_list<py::ssize_t> shape) {
+  floats(array, name, shape);
+  return py::reinterpret_borrow<Array<float>>(array).mutable_data();
+}
+
+/// Deletes an object, but not in a forked child: its threads and its memory did not come along.
+template <class T>
+struct InItsProcess {
+  pid_t pid = getpid();
+
+  void operator()(T* object) const {
+    if (getpid() == pid) delete object;
+  }
+};
+
+template <class T>
+using Held = std::unique_ptr<T, InItsProcess<T>>;
+
+/// Gives a numpy view of memory that `owner` keeps alive.
+template <class T>
+py::array_t<T> lend(const T* p, size_t n, py::handle owner) {
+  py::array_t<T> a({py::ssize_t(n)}, {py::ssize_t(sizeof(T))}, p, owner);
+  py::detail::array_proxy(a.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+  return a;
+}
+
+}  // namespace edgemoe

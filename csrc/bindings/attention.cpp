@@ -1,0 +1,117 @@
+#include "mixers/attention.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings/arrays.h"
+#include "bindings/bindings.h"
+#include "dense.h"
+#include "kv.h"
+
+namespace edgemoe {
+namespace {
+
+/// The parts of attention that stay the same for a layer, with the arrays that they point into.
+struct AttentionLayer {
+  AttentionParts parts{};
+  std::vector<py::object> arrays;
+
+  const float* keep(const py::object& array, const char* name, py::ssize_t size) {
+    if (array.is_none()) return nullptr;
+    arrays.push_back(array);
+    return floats(array, name, {size});
+  }
+};
+
+/// Keys and values by the names of their types.
+Held<Kv> kv_of(const std::string& key_type, const std::string& value_type, int num_heads, int capacity, int head_dim) {
+  return Held<Kv>(make_kv(kv_type(key_type), kv_type(value_type), num_heads, capacity, head_dim).release());
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  m.def(
+      "rope_table",
+      [](const Array<float>& inv_freq, int pos, float scale, Array<float> cos, Array<float> sin) {
+        expect(inv_freq, "inv_freq", {-1});
+        expect(cos, "cos", {-1, inv_freq.size()});
+        expect(sin, "sin", {cos.shape(0), inv_freq.size()});
+        rope_table(inv_freq.data(), int(inv_freq.size()), pos, int(cos.shape(0)), scale, cos.mutable_data(),
+                   sin.mutable_data());
+      },
+      py::arg("inv_freq").noconvert(), py::arg("pos"), py::arg("scale"), py::arg("cos").noconvert(),
+      py::arg("sin").noconvert(), "cos and sin [T, half] for positions pos, pos + 1, …");
+
+  py::class_<AttentionLayer>(m, "AttentionLayer", "Shape, biases and norms of one layer's attention.")
+      .def(py::init([](int num_heads, int num_kv_heads, int head_dim, int window, float scale, const py::object& q_bias,
+                       const py::object& k_bias, const py::object& v_bias, const py::object& q_norm,
+                       const py::object& k_norm, bool norm_per_head, float norm_eps, float clip) {
+             if (num_kv_heads < 1 || num_heads % num_kv_heads || head_dim < 1) {
+               throw std::invalid_argument("AttentionLayer: expected heads that are a multiple of the kv heads");
+             }
+             auto a = std::make_unique<AttentionLayer>();
+             const py::ssize_t q = num_heads * head_dim, kv = num_kv_heads * head_dim;
+             a->parts.shape = {num_heads, num_kv_heads, head_dim, window, scale};
+             a->parts.q_bias = a->keep(q_bias, "q_bias", q);
+             a->parts.k_bias = a->keep(k_bias, "k_bias", kv);
+             a->parts.v_bias = a->keep(v_bias, "v_bias", kv);
+             a->parts.q_norm = a->keep(q_norm, "q_norm", norm_per_head ? head_dim : q);
+             a->parts.k_norm = a->keep(k_norm, "k_norm", norm_per_head ? head_dim : kv);
+             a->parts.norm_per_head = norm_per_head;
+             a->parts.norm_eps = norm_eps;
+             a->parts.clip = clip;
+             return a;
+           }),
+           py::kw_only(), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("window"),
+           py::arg("scale"), py::arg("q_bias"), py::arg("k_bias"), py::arg("v_bias"), py::arg("q_norm"),
+           py::arg("k_norm"), py::arg("norm_per_head"), py::arg("norm_eps"), py::arg("clip"));
+
+  py::class_<Kv, Held<Kv>>(m, "KvLayer",
+                           "Keys and values of one layer, of type f16 or q8_0; memory is taken as it is touched.")
+      .def(py::init(&kv_of), py::kw_only(), py::arg("key_type"), py::arg("value_type"), py::arg("num_heads"),
+           py::arg("capacity"), py::arg("head_dim"))
+      .def_static(
+          "bytes",
+          [](const std::string& type, int num_heads, int capacity, int head_dim) {
+            return kv_bytes(kv_type(type), num_heads, capacity, head_dim);
+          },
+          py::arg("type"), py::arg("num_heads"), py::arg("capacity"), py::arg("head_dim"),
+          "Bytes of the keys or the values of one layer.")
+      .def_property_readonly(
+          "content",
+          [](const py::object& self) {
+            const auto& kv = self.cast<const Kv&>();
+            return lend(kv.memory.bytes(), kv.bytes, self);
+          },
+          "uint8 view of the keys and then the values, as kernels.h says.");
+
+  m.def(
+      "attention",
+      [](Workspace& ws, const AttentionLayer& layer, Array<float> q, Array<float> k, Array<float> v, int pos,
+         const Array<float>& cos, const Array<float>& sin, Kv& kv, Array<float> out) {
+        AttentionParts parts = layer.parts;
+        const AttentionShape& s = parts.shape;
+        const py::ssize_t T = q.shape(0), half = s.head_dim / 2;
+        expect(q, "q", {T, s.num_heads * s.head_dim});
+        expect(k, "k", {T, s.num_kv_heads * s.head_dim});
+        expect(v, "v", {T, s.num_kv_heads * s.head_dim});
+        expect(out, "out", {T, s.num_heads * s.head_dim});
+        expect(cos, "cos", {T, half});
+        expect(sin, "sin", {T, half});
+        if (kv.num_heads != s.num_kv_heads || kv.head_dim != s.head_dim) {
+          throw std::invalid_argument("attention: the KV cache is of another shape");
+        }
+        parts.cos = cos.data();
+        parts.sin = sin.data();
+        float *qp = q.mutable_data(), *kp = k.mutable_data(), *vp = v.mutable_data(), *o = out.mutable_data();
+        py::gil_scoped_release release;
+        attention(ws, qp, kp, vp, int(T), pos, parts, kv.layer, o);
+      },
+      py::arg("ws"), py::arg("layer"), py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
+      py::arg("pos"), py::arg("cos").noconvert(), py::arg("sin").noconvert(), py::arg("kv"), py::arg("out").noconvert(),
+      "Stores k and v at pos, attends causally; q, k and v are changed.");
+}
+
+}  // namespace edgemoe

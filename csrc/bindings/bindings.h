@@ -1,0 +1,14 @@
+// What each file of this folder adds to the module `edgemoe._core`.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace edgemoe {
+
+void bind_matrix(pybind11::module_& m);     ///< File, Nested, read_f32
+void bind_quantize(pybind11::module_& m);   ///< quantize
+void bind_cache(pybind11::module_& m);      ///< Cache
+void bind_ops(pybind11::module_& m);        ///< Workspace and all that computes but attention
+void bind_attention(pybind11::module_& m);  ///< AttentionLayer, KvLayer, attention, rope_table
+
+}  // namespace edgemoe

@@ -1,0 +1,166 @@
+#include "cache.h"
+
+#include <array>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "bindings/arrays.h"
+#include "bindings/bindings.h"
+#include "matrix.h"
+
+namespace edgemoe {
+namespace {
+
+/// A policy by name, or by the array of somebody else's scores, which is kept alive.
+Policy policy_from(const py::object& policy, size_t num_experts) {
+  if (py::isinstance<py::str>(policy)) return Policy(policy.cast<std::string>(), num_experts);
+  if (!py::isinstance<Array<double>>(policy)) {
+    throw py::type_error("policy: expected a name or a contiguous float64 array");
+  }
+  const auto scores = py::reinterpret_borrow<Array<double>>(policy);
+  expect(scores, "policy", {py::ssize_t(num_experts)});
+  const auto release = [](void* object) {
+    py::gil_scoped_acquire gil;
+    delete static_cast<py::object*>(object);
+  };
+  return Policy(scores.data(), num_experts, {static_cast<void*>(new py::object(policy)), release});
+}
+
+}  // namespace
+
+void bind_cache(py::module_& m) {
+  py::class_<Cache, Held<Cache>>(m, "Cache", "The expert cache; see csrc/cache.h.")
+      .def(py::init([](const std::shared_ptr<File>& file, int num_experts, int hidden, int expert_hidden,
+                       const std::vector<std::array<uint8_t, 3>>& rung_widths, const std::vector<uint32_t>& ends,
+                       const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const Array<uint8_t>& rungs,
+                       const std::vector<int>& layers, int max_level, size_t budget_bytes, bool verify, int num_readers,
+                       const py::object& policy, const std::string& scheme_name) {
+             const Scheme scheme = scheme_named(scheme_name);
+             for (size_t m = 0; m < 3; ++m) {
+               std::vector<uint8_t> widths;
+               for (const auto& rung : rung_widths) widths.push_back(rung[m]);
+               check_widths(scheme, widths);
+             }
+             expect(offsets, "offsets", {-1});
+             expect(crcs, "crcs", {offsets.size(), py::ssize_t(ends.size())});
+             expect(rungs, "rungs", {offsets.size()});
+             ExpertTable table{{offsets.data(), offsets.data() + offsets.size()},
+                               {crcs.data(), crcs.data() + crcs.size()},
+                               {rungs.data(), rungs.data() + rungs.size()},
+                               layers};
+             ExpertShape shape{scheme, int(layers.size()), num_experts, hidden, expert_hidden, rung_widths, ends};
+             return Held<Cache>(new Cache(file, std::move(shape), std::move(table), max_level, budget_bytes, verify,
+                                          num_readers, policy_from(policy, size_t(offsets.size()))));
+           }),
+           py::kw_only(), py::arg("file"), py::arg("num_experts"), py::arg("hidden"), py::arg("expert_hidden"),
+           py::arg("rung_widths"), py::arg("ends"), py::arg("offsets").noconvert(), py::arg("crcs").noconvert(),
+           py::arg("rungs").noconvert(), py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"),
+           py::arg("verify"), py::arg("num_readers"), py::arg("policy"), py::arg("scheme") = "nested")
+      .def(
+          "begin",
+          [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels, const Array<int32_t>& offsets,
+             int num_tokens, const std::optional<Array<int32_t>>& ahead,
+             const std::optional<Array<int8_t>>& ahead_levels) {
+            expect(experts, "experts", {-1});
+            expect(levels, "levels", {experts.size()});
+            expect(offsets, "offsets", {experts.size() + 1});
+            Wish later{nullptr, nullptr, 0};
+            if (ahead.has_value() != ahead_levels.has_value()) {
+              throw std::invalid_argument("begin: expected experts ahead and their levels together");
+            }
+            if (ahead) {
+              expect(*ahead, "ahead", {-1});
+              expect(*ahead_levels, "ahead_levels", {ahead->size()});
+              later = {ahead->data(), ahead_levels->data(), int(ahead->size())};
+            }
+            const Wish now{experts.data(), levels.data(), int(experts.size())};
+            const int32_t* o = offsets.data();
+            py::gil_scoped_release release;
+            c.begin(now, o, num_tokens, later);
+          },
+          py::arg("experts").noconvert(), py::arg("levels").noconvert(), py::arg("offsets").noconvert(),
+          py::arg("num_tokens"), py::arg("ahead").noconvert() = py::none(),
+          py::arg("ahead_levels").noconvert() = py::none())
+      .def("next",
+           [](Cache& c) {
+             std::vector<int> group;
+             {
+               py::gil_scoped_release release;
+               c.next(&group);
+             }
+             return group;
+           })
+      .def("close", &Cache::close, py::call_guard<py::gil_scoped_release>())
+      .def("shrink", &Cache::shrink, py::arg("expert"), py::arg("level"))
+      .def("check_integrity", &Cache::check_integrity)
+      .def("slot_bytes", &Cache::slot_bytes, py::arg("level"))
+      .def_property_readonly("residency",
+                             [](py::object self) {
+                               const auto& r = self.cast<Cache&>().residency();
+                               return lend(r.data(), r.size(), self);
+                             })
+      .def_property(
+          "uses",
+          [](const Cache& c) {
+            const std::vector<double> uses = c.uses();
+            return Array<double>(py::ssize_t(uses.size()), uses.data());
+          },
+          [](Cache& c, const Array<double>& uses) {
+            expect(uses, "uses", {c.num_experts()});
+            c.set_uses({uses.data(), uses.data() + uses.size()});
+          },
+          "How much each expert was used, float64 [n]; one use of now counts 1, one of 64 tokens ago half.")
+      .def_property_readonly(
+          "progress", [](const Cache& c) { return py::make_tuple(c.loader_stats().bytes, c.stats().wait_s); },
+          "Bytes read and seconds waited since the start: what a trace asks for after every layer.")
+      .def_property_readonly("stats",
+                             [](const Cache& c) {
+                               const CacheStats s = c.stats();
+                               const LoaderStats l = c.loader_stats();
+                               py::dict d;
+                               d["hits"] = s.hits;
+                               d["misses"] = s.misses;
+                               d["evictions"] = s.evictions;
+                               d["bits"] = s.bits;
+                               d["ahead_reads"] = s.ahead_reads;
+                               d["ahead_used"] = s.ahead_used;
+                               d["ahead_late"] = s.ahead_late;
+                               d["wait_s"] = s.wait_s;
+                               d["resident_bytes"] = s.resident_bytes;
+                               d["resident_experts"] = s.resident_experts;
+                               d["committed_bytes"] = s.committed_bytes;
+                               d["peak_bytes"] = s.peak_bytes;
+                               d["budget_bytes"] = s.budget_bytes;
+                               d["bytes_read"] = l.bytes;
+                               d["reads"] = l.reads;
+                               d["read_s"] = l.busy_s;
+                               return d;
+                             })
+      .def(
+          "decode",
+          [](Cache& c, int expert, int level) {
+            const int32_t e = expert;
+            if (level < 1 || level > kMaxRungs) throw std::invalid_argument("decode: no such level");
+            const int8_t l = int8_t(level);
+            const int32_t offsets[] = {0, 1};
+            std::vector<int> group;
+            c.begin({&e, &l, 1}, offsets, 1, {nullptr, nullptr, 0});
+            const auto close = [](Cache* open) { open->close(); };
+            const std::unique_ptr<Cache, decltype(close)> request(&c, close);
+            c.next(&group);
+            const ExpertView v = c.view(expert, level);
+            std::vector<py::array_t<float>> out;
+            for (const NestedMatrix* w : {&v.gate, &v.up, &v.down}) {
+              py::array_t<float> a({py::ssize_t(w->rows), py::ssize_t(w->cols)});
+              for (int r = 0; r < w->rows; ++r) decode_row(kernels(), *w, r, a.mutable_data() + size_t(r) * w->cols);
+              out.push_back(std::move(a));
+            }
+            return out;
+          },
+          py::arg("expert"), py::arg("level"), "Loads an expert and returns gate, up and down as floats.");
+}
+
+}  // namespace edgemoe

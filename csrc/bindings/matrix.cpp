@@ -1,0 +1,90 @@
+#include "matrix.h"
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings/arrays.h"
+#include "bindings/bindings.h"
+#include "file.h"
+
+namespace edgemoe {
+namespace {
+
+Held<Nested> from_rungs(const std::vector<Array<uint8_t>>& rungs, int rows, int cols,
+                        const std::vector<uint8_t>& widths, const std::string& scheme) {
+  std::vector<RungBytes> bytes;
+  for (const auto& r : rungs) {
+    expect(r, "nested rung", {-1});
+    bytes.push_back({r.data(), size_t(r.size())});
+  }
+  return Held<Nested>(nested_from_rungs(bytes, rows, cols, widths, scheme_named(scheme)).release());
+}
+
+Held<Nested> from_file(const std::shared_ptr<File>& file, uint64_t offset, const std::vector<uint64_t>& lengths,
+                       const std::vector<uint32_t>& crcs, int rows, int cols, const std::vector<uint8_t>& widths,
+                       bool verify, const std::string& name, const std::string& scheme) {
+  py::gil_scoped_release release;
+  return Held<Nested>(
+      nested_from_file(*file, {offset, lengths, crcs}, rows, cols, widths, verify, name, scheme_named(scheme))
+          .release());
+}
+
+py::array_t<float> read_floats(const std::shared_ptr<File>& file, uint64_t offset,
+                               const std::vector<py::ssize_t>& shape, uint32_t crc, bool verify,
+                               const std::string& name) {
+  py::array_t<float> out(shape);
+  const size_t length = size_t(out.nbytes());
+  float* to = out.mutable_data();
+  py::gil_scoped_release release;
+  read_f32(*file, offset, length, crc, verify, name, to);
+  return out;
+}
+
+}  // namespace
+
+void bind_matrix(py::module_& m) {
+  py::class_<File, std::shared_ptr<File>>(m, "File", "A file opened for positioned, direct reads.")
+      .def(py::init<std::string>(), py::arg("path"))
+      .def_property_readonly("path", &File::path)
+      .def_property_readonly("size", &File::size)
+      .def_property_readonly("is_direct", &File::is_direct)
+      .def("fileno", &File::fileno);
+
+  py::class_<Nested, Held<Nested>>(m, "Nested", "A resident nested matrix [rows, cols].")
+      .def_static("from_rungs", &from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"),
+                  py::arg("widths"), py::arg("scheme") = "nested", "Copies rungs as `quantize` returns them.")
+      .def_static("from_file", &from_file, py::arg("file"), py::arg("offset"), py::arg("lengths"), py::arg("crcs"),
+                  py::arg("rows"), py::arg("cols"), py::arg("widths"), py::arg("verify"), py::arg("name"),
+                  py::arg("scheme") = "nested", "Reads the rungs of a tensor into memory of its own.")
+      .def_property_readonly("rows", [](const Nested& n) { return n.matrix.rows; })
+      .def_property_readonly("cols", [](const Nested& n) { return n.matrix.cols; })
+      .def_property_readonly("bits", [](const Nested& n) { return bits_of(n.matrix); })
+      .def_property_readonly("bytes", &Nested::bytes)
+      .def(
+          "decode_rows",
+          [](const Nested& n, const Array<int32_t>& ids, Array<float> out, float scale) {
+            expect(ids, "ids", {-1});
+            expect(out, "out", {ids.size(), n.matrix.cols});
+            for (py::ssize_t i = 0; i < ids.size(); ++i) {
+              if (ids.data()[i] < 0 || ids.data()[i] >= n.matrix.rows) {
+                throw std::invalid_argument("decode_rows: row " + std::to_string(ids.data()[i]) + " is outside [0, " +
+                                            std::to_string(n.matrix.rows) + ")");
+              }
+            }
+            float* o = out.mutable_data();
+            const int32_t* id = ids.data();
+            py::gil_scoped_release release;
+            for (py::ssize_t i = 0; i < ids.size(); ++i, o += n.matrix.cols) {
+              decode_row(kernels(), n.matrix, id[i], o);
+              for (int c = 0; scale != 1.0f && c < n.matrix.cols; ++c) o[c] *= scale;
+            }
+          },
+          py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("scale") = 1.0f,
+          "Writes rows `ids` [n] int32, times scale, to out [n, cols] float32.");
+
+  m.def("read_f32", &read_floats, py::arg("file"), py::arg("offset"), py::arg("shape"), py::arg("crc"),
+        py::arg("verify"), py::arg("name"), "Reads a float32 tensor.");
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,245 @@
+#include <utility>
+#include <vector>
+
+#include "bindings/arrays.h"
+#include "bindings/bindings.h"
+#include "cache.h"
+#include "dense.h"
+#include "expert.h"
+#include "matrix.h"
+
+namespace edgemoe {
+
+void bind_ops(py::module_& m) {
+  py::class_<Workspace, Held<Workspace>>(m, "Workspace", "Compute threads and scratch of one engine.")
+      .def(py::init([](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim,
+                       int num_heads) {
+             return Held<Workspace>(new Workspace(
+                 threads, WorkspaceShape{max_rows, max_cols, max_hidden, max_context, head_dim, num_heads}));
+           }),
+           py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
+           py::arg("head_dim"), py::arg("num_heads") = 1)
+      .def_static(
+          "bytes",
+          [](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim, int num_heads) {
+            return Workspace::bytes(threads, {max_rows, max_cols, max_hidden, max_context, head_dim, num_heads});
+          },
+          py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
+          py::arg("head_dim"), py::arg("num_heads") = 1, "What such a workspace takes once all of it was used.");
+
+  m.def(
+      "linear",
+      [](Workspace& ws, const Array<float>& x, const std::vector<const Nested*>& matrices,
+         std::vector<Array<float>> outs) {
+        expect(x, "linear x", {-1, -1});
+        if (matrices.empty() || matrices.size() != outs.size())
+          throw std::invalid_argument("linear: one out per matrix");
+        std::vector<const NestedMatrix*> ms;
+        std::vector<float*> ys;
+        for (size_t i = 0; i < matrices.size(); ++i) {
+          ms.push_back(&matrices[i]->matrix);
+          if (ms[i]->cols != x.shape(1))
+            throw std::invalid_argument("linear: x " + shape_text(x) + " does not fit a matrix of " +
+                                        std::to_string(ms[i]->cols) + " columns");
+          expect(outs[i], "linear out", {x.shape(0), ms[i]->rows});
+          ys.push_back(outs[i].mutable_data());
+        }
+        const float* p = x.data();
+        const int T = int(x.shape(0));
+        py::gil_scoped_release release;
+        linear(ws, p, T, ms, ys);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("matrices"), py::arg("outs").noconvert(),
+      "outs[i] [T, rows_i] = x [T, cols] times matrices[i] transposed.");
+
+  m.def(
+      "rms_norm",
+      [](Workspace& ws, const Array<float>& x, const Array<float>& weight, float eps, Array<float> out) {
+        expect(x, "rms_norm x", {-1, -1});
+        expect(weight, "rms_norm weight", {x.shape(1)});
+        expect(out, "rms_norm out", {x.shape(0), x.shape(1)});
+        const float *a = x.data(), *w = weight.data();
+        float* o = out.mutable_data();
+        const int T = int(x.shape(0)), cols = int(x.shape(1));
+        py::gil_scoped_release release;
+        rms_norm(ws, a, w, eps, T, cols, o);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("eps"),
+      py::arg("out").noconvert());
+
+  m.def(
+      "route",
+      [](Workspace& ws, const Array<float>& x, const Array<float>& router, bool softmax_over_top_k, bool renormalise,
+         Array<float> scores, Array<int32_t> experts, Array<float> gates) {
+        expect(x, "route x", {-1, -1});
+        expect(router, "router", {-1, x.shape(1)});
+        expect(experts, "experts", {x.shape(0), -1});
+        expect(gates, "gates", {x.shape(0), experts.shape(1)});
+        expect(scores, "scores", {x.shape(0), router.shape(0)});
+        const int T = int(x.shape(0)), cols = int(x.shape(1)), E = int(router.shape(0)), K = int(experts.shape(1));
+        if (K < 1 || K > E) throw std::invalid_argument("route: expected 1 to " + std::to_string(E) + " experts");
+        const float *a = x.data(), *w = router.data();
+        int32_t* e = experts.mutable_data();
+        float *g = gates.mutable_data(), *s = scores.mutable_data();
+        py::gil_scoped_release release;
+        route(ws, a, w, T, cols, {E, K, softmax_over_top_k, renormalise}, s, e, g);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("router").noconvert(), py::arg("softmax_over_top_k"),
+      py::arg("renormalise"), py::arg("scores").noconvert(), py::arg("experts").noconvert(),
+      py::arg("gates").noconvert());
+
+  m.def(
+      "slot_scores",
+      [](Workspace& ws, const Array<float>& x, const Array<float>& weight, const Array<float>& gate_weight,
+         const Array<float>& bias, const Array<int32_t>& experts, const Array<float>& gates, Array<float> scores) {
+        expect(x, "slot_scores x", {-1, -1});
+        expect(weight, "weight", {-1, -1, x.shape(1)});
+        expect(gate_weight, "gate_weight", {weight.shape(0), weight.shape(1)});
+        expect(bias, "bias", {weight.shape(0), weight.shape(1)});
+        expect(experts, "experts", {x.shape(0), -1});
+        expect(gates, "gates", {x.shape(0), experts.shape(1)});
+        expect(scores, "scores", {x.shape(0), experts.shape(1), weight.shape(1)});
+        const int32_t* e = experts.data();
+        for (py::ssize_t i = 0; i < experts.size(); ++i) {
+          if (e[i] < 0 || e[i] >= weight.shape(0)) throw std::invalid_argument("slot_scores: there is no such expert");
+        }
+        const SlotLayers layers{weight.data(), gate_weight.data(), bias.data(), int(weight.shape(1)), int(x.shape(1))};
+        const float *a = x.data(), *g = gates.data();
+        float* s = scores.mutable_data();
+        const int T = int(x.shape(0)), K = int(experts.shape(1));
+        py::gil_scoped_release release;
+        slot_scores(ws, a, layers, e, g, T, K, s);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("gate_weight").noconvert(),
+      py::arg("bias").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert(),
+      py::arg("scores").noconvert());
+
+  m.def(
+      "look_ahead",
+      [](Workspace& ws, const Array<float>& x, const std::vector<Array<float>>& norms,
+         const std::vector<Array<float>>& routers, float eps, bool softmax_over_top_k, bool renormalise,
+         Array<float> normed, Array<float> scores, Array<int32_t> experts, Array<float> gates) {
+        expect(x, "look_ahead x", {1, -1});
+        const py::ssize_t p = py::ssize_t(routers.size()), cols = x.shape(1), E = scores.shape(1), K = experts.shape(1);
+        if (py::ssize_t(norms.size()) != p) throw std::invalid_argument("look_ahead: expected a norm per router");
+        expect(normed, "normed", {p, cols});
+        expect(scores, "scores", {p, -1});
+        expect(experts, "experts", {p, -1});
+        expect(gates, "gates", {p, K});
+        if (K < 1 || K > E) throw std::invalid_argument("look_ahead: expected 1 to " + std::to_string(E) + " experts");
+        std::vector<NextRouter> next;
+        for (py::ssize_t i = 0; i < p; ++i) {
+          expect(norms[size_t(i)], "norm", {cols});
+          expect(routers[size_t(i)], "router", {E, cols});
+          next.push_back({norms[size_t(i)].data(), routers[size_t(i)].data()});
+        }
+        const float* a = x.data();
+        int32_t* e = experts.mutable_data();
+        float *g = gates.mutable_data(), *s = scores.mutable_data(), *n = normed.mutable_data();
+        py::gil_scoped_release release;
+        look_ahead(ws, a, next, int(cols), eps, {int(E), int(K), softmax_over_top_k, renormalise}, n, s, e, g);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("norms"), py::arg("routers"), py::arg("eps"),
+      py::arg("softmax_over_top_k"), py::arg("renormalise"), py::arg("normed").noconvert(),
+      py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());
+
+  m.def(
+      "ffn",
+      [](Workspace& ws, const Array<float>& x, const Nested& gate, const Nested& up, const Nested& down,
+         Array<float> out, const py::object& hidden) {
+        expect(x, "ffn x", {-1, gate.matrix.cols});
+        expect(out, "ffn out", {x.shape(0), down.matrix.rows});
+        if (up.matrix.rows != gate.matrix.rows || up.matrix.cols != gate.matrix.cols ||
+            down.matrix.cols != gate.matrix.rows) {
+          throw std::invalid_argument("ffn: the three matrices do not fit each other");
+        }
+        const float* a = x.data();
+        const int T = int(x.shape(0));
+        FfnUse use{{gate.matrix, up.matrix, down.matrix}, nullptr, T, out.mutable_data()};
+        if (!hidden.is_none()) use.hidden = writable(hidden, "ffn hidden", {x.shape(0), gate.matrix.rows});
+        py::gil_scoped_release release;
+        run_ffns(ws, a, T, {use});
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("gate"), py::arg("up"), py::arg("down"),
+      py::arg("out").noconvert(), py::arg("hidden") = py::none(),
+      "out [T, D] = down(silu(gate x) * (up x)); hidden [T, H], if given, gets what down is applied to.");
+
+  m.def(
+      "combine",
+      [](Workspace& ws, const Array<float>& parts, const Array<int32_t>& rows, const Array<float>& gates,
+         Array<float> out) {
+        expect(parts, "parts", {-1, -1});
+        expect(rows, "rows", {-1, -1});
+        expect(gates, "gates", {rows.shape(0), rows.shape(1)});
+        expect(out, "combine out", {rows.shape(0), parts.shape(1)});
+        const int32_t* r = rows.data();
+        for (py::ssize_t i = 0; i < rows.size(); ++i) {
+          if (r[i] >= parts.shape(0)) throw std::invalid_argument("combine: a row is outside parts");
+        }
+        const float *p = parts.data(), *g = gates.data();
+        float* o = out.mutable_data();
+        const int T = int(rows.shape(0)), K = int(rows.shape(1)), cols = int(parts.shape(1));
+        py::gil_scoped_release release;
+        combine(ws, p, r, g, T, K, cols, o);
+      },
+      py::arg("ws"), py::arg("parts").noconvert(), py::arg("rows").noconvert(), py::arg("gates").noconvert(),
+      py::arg("out").noconvert(), "out[t] = sum over k of gates[t, k] * parts[rows[t, k]]; rows below 0 are skipped.");
+
+  m.def(
+      "add_rows",
+      [](Workspace& ws, const Array<float>& x, float scale, const py::object& gate_weight, const py::object& gate_input,
+         Array<float> out) {
+        expect(x, "add_rows x", {-1, -1});
+        expect(out, "add_rows out", {x.shape(0), x.shape(1)});
+        const float *w = nullptr, *in = nullptr;
+        if (!gate_weight.is_none()) {
+          w = floats(gate_weight, "gate_weight", {x.shape(1)});
+          in = floats(gate_input, "gate_input", {x.shape(0), x.shape(1)});
+        }
+        const float* a = x.data();
+        float* o = out.mutable_data();
+        const int T = int(x.shape(0)), cols = int(x.shape(1));
+        py::gil_scoped_release release;
+        add_rows(ws, a, scale, w, in, T, cols, o);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("scale"), py::arg("gate_weight"), py::arg("gate_input"),
+      py::arg("out").noconvert(), "out += scale * sigmoid(gate_weight · gate_input) * x; no sigmoid when None.");
+
+  m.def(
+      "expert_ffn",
+      [](Workspace& ws, const Array<float>& x, const Cache& cache, const Array<int32_t>& experts,
+         const Array<int8_t>& levels, const Array<int32_t>& offsets, const Array<int32_t>& tokens,
+         const std::vector<int>& group, Array<float> parts, const py::object& hidden) {
+        const int d = cache.shape().hidden, h = cache.shape().expert_hidden;
+        expect(x, "expert_ffn x", {-1, d});
+        expect(experts, "experts", {-1});
+        expect(levels, "levels", {experts.size()});
+        expect(offsets, "offsets", {experts.size() + 1});
+        expect(parts, "parts", {-1, d});
+        const int32_t *o = offsets.data(), *t = tokens.data();
+        const py::ssize_t T = x.shape(0), n = experts.size();
+        float* inner = hidden.is_none() ? nullptr : writable(hidden, "hidden", {parts.shape(0), h});
+        std::vector<FfnUse> uses;
+        for (int i : group) {
+          if (i < 0 || i >= n || o[i] < 0 || o[i + 1] <= o[i] || o[i + 1] > tokens.size() ||
+              o[i + 1] > parts.shape(0)) {
+            throw std::invalid_argument("expert_ffn: offsets do not fit tokens and parts");
+          }
+          for (int32_t j = o[i]; j < o[i + 1]; ++j) {
+            if (t[j] < 0 || t[j] >= T) throw std::invalid_argument("expert_ffn: a token is outside x");
+          }
+          uses.push_back({cache.view(experts.data()[i], levels.data()[i]), t + o[i], o[i + 1] - o[i],
+                          parts.mutable_data() + size_t(o[i]) * d, inner ? inner + size_t(o[i]) * h : nullptr});
+        }
+        const float* a = x.data();
+        py::gil_scoped_release release;
+        run_ffns(ws, a, int(T), uses);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("cache"), py::arg("experts").noconvert(),
+      py::arg("levels").noconvert(), py::arg("offsets").noconvert(), py::arg("tokens").noconvert(), py::arg("group"),
+      py::arg("parts").noconvert(), py::arg("hidden") = py::none(),
+      "Runs the experts at positions `group` of a plan on their tokens; part rows are those of `offsets`, as are those "
+      "of hidden [m, H], which gets what each w_down is applied to.");
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,46 @@
+#include "quantize.h"
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "bindings/arrays.h"
+#include "bindings/bindings.h"
+#include "matrix.h"
+
+namespace edgemoe {
+
+void bind_quantize(py::module_& m) {
+  m.def(
+      "quantize",
+      [](const Array<float>& w, const std::vector<uint8_t>& widths, const Array<float>& level_weights,
+         const Array<float>& squares, const std::optional<Array<float>>& moments, int sweeps, int threads) {
+        expect(w, "quantize", {-1, -1});
+        expect(level_weights, "level_weights", {8});
+        check_widths(Scheme::kNested, widths);
+        const int rows = int(w.shape(0)), cols = int(w.shape(1));
+        expect(squares, "squares", {cols});
+        if (moments) expect(*moments, "moments", {cols, cols});
+        std::vector<py::array_t<uint8_t>> rungs;
+        std::vector<uint8_t*> outs;
+        for (size_t r = 0; r < widths.size(); ++r) {
+          rungs.emplace_back(py::ssize_t(rung_bytes(Scheme::kNested, rows, cols, widths[r], r == 0)));
+          outs.push_back(rungs.back().mutable_data());
+        }
+        bool ok;
+        {
+          const float* data = w.data();
+          const Objective objective{level_weights.data(), moments ? moments->data() : nullptr, squares.data(), sweeps};
+          py::gil_scoped_release release;
+          ThreadPool pool(threads);
+          ok = quantize_nested(pool, data, rows, cols, widths, objective, outs);
+        }
+        if (!ok) throw std::invalid_argument("quantize: a weight is not finite, or too large for float16 scales");
+        return rungs;
+      },
+      py::arg("w").noconvert(), py::arg("widths"), py::arg("level_weights").noconvert(), py::arg("squares").noconvert(),
+      py::arg("moments").noconvert(), py::arg("sweeps"), py::arg("threads"),
+      "Quantises w [rows, cols] float32 and returns its rungs, one uint8 array each; see quantize.h.");
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,31 @@
+#include "kv.h"
+
+#include <stdexcept>
+
+namespace edgemoe {
+
+KvType kv_type(const std::string& name) {
+  if (name == "f16") return KvType::kF16;
+  if (name == "q8_0") return KvType::kQ8;
+  throw std::invalid_argument("KV cache: expected f16 or q8_0, got " + name);
+}
+
+size_t kv_bytes(KvType type, int num_heads, int capacity, int head_dim) {
+  return round_up(num_heads * kv_head_bytes(type, capacity, blocks(head_dim, 16) * 16), 64);
+}
+
+std::unique_ptr<Kv> make_kv(KvType key_type, KvType value_type, int num_heads, int capacity, int head_dim) {
+  if (num_heads < 1 || capacity < 1 || head_dim < 1) throw std::invalid_argument("KV cache: expected a size above 0");
+  auto kv = std::make_unique<Kv>();
+  const size_t keys = kv_bytes(key_type, num_heads, capacity, head_dim);
+  kv->num_heads = num_heads;
+  kv->head_dim = head_dim;
+  kv->bytes = keys + kv_bytes(value_type, num_heads, capacity, head_dim);
+  kv->memory = Memory(kv->bytes);
+  if (kv->bytes >= (size_t(4) << 20)) kv->memory.prefer_huge_pages();
+  kv->layer = {kv->memory.bytes(), kv->memory.bytes() + keys, key_type, value_type,
+               capacity,           blocks(head_dim, 16) * 16};
+  return kv;
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,118 @@
+#include "matrix.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <stdexcept>
+
+#include "crc32c.h"
+#include "error.h"
+
+namespace edgemoe {
+namespace {
+
+/// Points the matrix at rungs that follow each other in memory.
+void point_at_rungs(NestedMatrix* m, Scheme scheme, int rows, int cols, const std::vector<uint8_t>& widths,
+                    const uint8_t* p) {
+  m->scheme = scheme;
+  m->rows = rows;
+  m->cols = cols;
+  m->num_rungs = int(widths.size());
+  for (size_t r = 0; r < widths.size(); ++r) {
+    m->widths[r] = widths[r];
+    m->rungs[r] = p;
+    p += rung_bytes(scheme, rows, cols, widths[r], r == 0);
+  }
+}
+
+}  // namespace
+
+Scheme scheme_named(const std::string& name) {
+  if (name == "nested") return Scheme::kNested;
+  if (name == "mwq") return Scheme::kMwq;
+  throw std::invalid_argument("scheme: expected nested or mwq, got " + name);
+}
+
+void check_widths(Scheme scheme, const std::vector<uint8_t>& widths) {
+  int bits = 0;
+  for (uint8_t w : widths) bits += w == 0 ? 99 : w;
+  if (widths.empty() || widths.size() > kMaxRungs || bits > 8) {
+    throw std::invalid_argument("nested: a ladder has 1 to 8 rungs of at least 1 and together at most 8 bits");
+  }
+  if (scheme == Scheme::kMwq) {
+    bool ok = widths[0] == 2 || widths[0] == 5;
+    for (size_t r = 1; r < widths.size(); ++r) ok = ok && widths[r] == 1;
+    if (!ok) throw std::invalid_argument("nested: a ladder of mwq has a base of 2 or 5 bits and rungs of 1 bit");
+  }
+}
+
+std::unique_ptr<Nested> nested_from_rungs(const std::vector<RungBytes>& rungs, int rows, int cols,
+                                          const std::vector<uint8_t>& widths, Scheme scheme) {
+  check_widths(scheme, widths);
+  if (rungs.size() != widths.size()) throw std::invalid_argument("nested: expected one array per rung");
+  size_t total = 0;
+  for (size_t r = 0; r < widths.size(); ++r) {
+    const size_t bytes = rung_bytes(scheme, rows, cols, widths[r], r == 0);
+    if (rungs[r].second != bytes) {
+      throw std::invalid_argument("nested rung: expected shape [" + std::to_string(bytes) + "], got [" +
+                                  std::to_string(rungs[r].second) + "]");
+    }
+    total += bytes;
+  }
+  auto n = std::make_unique<Nested>();
+  n->memory = Memory(total);
+  uint8_t* p = n->memory.bytes();
+  for (const RungBytes& r : rungs) p = std::copy_n(r.first, r.second, p);
+  point_at_rungs(&n->matrix, scheme, rows, cols, widths, n->memory.bytes());
+  return n;
+}
+
+std::unique_ptr<Nested> nested_from_file(const File& file, const StoredRungs& stored, int rows, int cols,
+                                         const std::vector<uint8_t>& widths, bool verify, const std::string& name,
+                                         Scheme scheme) {
+  check_widths(scheme, widths);
+  if (stored.lengths.size() != widths.size() || stored.crcs.size() != widths.size()) {
+    throw std::invalid_argument("nested: expected one length and one checksum per rung");
+  }
+  size_t total = 0;
+  for (size_t r = 0; r < widths.size(); ++r) {
+    if (stored.lengths[r] != rung_bytes(scheme, rows, cols, widths[r], r == 0))
+      throw std::invalid_argument("nested: wrong length");
+    total += stored.lengths[r];
+  }
+  auto n = std::make_unique<Nested>();
+  n->memory = read_range(file, stored.offset, total);
+  point_at_rungs(&n->matrix, scheme, rows, cols, widths, n->memory.bytes());
+  for (size_t r = 0; verify && r < widths.size(); ++r) {
+    const uint32_t crc = crc32c(n->matrix.rungs[r], stored.lengths[r]);
+    if (crc == stored.crcs[r]) continue;
+    char text[96];
+    std::snprintf(text, sizeof text, ", rung %d, is %08x; expected %08x", int(r), crc, stored.crcs[r]);
+    throw FormatError(file.path() + ": checksum of tensor " + name + text);
+  }
+  return n;
+}
+
+Memory read_range(const File& file, uint64_t offset, size_t length) {
+  if (offset % kPage) throw std::invalid_argument("read: offset must be a multiple of 4096");
+  Memory memory(length);
+  if (length >= (size_t(4) << 20)) memory.prefer_huge_pages();
+  constexpr size_t kPiece = size_t(8) << 20;
+  for (size_t at = 0; at < memory.size(); at += kPiece) {
+    file.read_pages(offset + at, std::min(kPiece, memory.size() - at), memory.bytes() + at);
+  }
+  return memory;
+}
+
+void read_f32(const File& file, uint64_t offset, size_t length, uint32_t crc, bool verify, const std::string& name,
+              float* to) {
+  const Memory memory = read_range(file, offset, length);
+  const uint32_t got = crc32c(memory.bytes(), length);
+  if (verify && got != crc) {
+    char text[64];
+    std::snprintf(text, sizeof text, " is %08x; expected %08x", got, crc);
+    throw FormatError(file.path() + ": checksum of tensor " + name + text);
+  }
+  std::copy_n(reinterpret_cast<const float*>(memory.bytes()), length / sizeof(float), to);
+}
+
+}  // namespace edgemoe

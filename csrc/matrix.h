@@ -1,0 +1,57 @@
+// Matrices that stay resident: made of rungs, or read from a file.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "file.h"
+#include "kernels/kernels.h"
+#include "memory.h"
+
+namespace edgemoe {
+
+/// A resident matrix and the memory that holds it. Immutable.
+struct Nested {
+  NestedMatrix matrix;
+  Memory memory;
+
+  size_t bytes() const { return memory.size(); }
+};
+
+/// "nested" or "mwq". Throws std::invalid_argument for another name.
+Scheme scheme_named(const std::string& name);
+
+/// Throws std::invalid_argument unless `widths`, the bits that each rung adds, are a ladder of the scheme.
+void check_widths(Scheme scheme, const std::vector<uint8_t>& widths);
+
+/// Bytes of one rung, and where they are.
+using RungBytes = std::pair<const uint8_t*, size_t>;
+
+/// Copies the rungs of a matrix [rows, cols]. Throws std::invalid_argument unless each has the bytes that it must have.
+std::unique_ptr<Nested> nested_from_rungs(const std::vector<RungBytes>& rungs, int rows, int cols,
+                                          const std::vector<uint8_t>& widths, Scheme scheme);
+
+/// Where the rungs of a matrix lie in a file: one after the other from `offset` on, with a checksum each.
+struct StoredRungs {
+  uint64_t offset;
+  std::vector<uint64_t> lengths;
+  std::vector<uint32_t> crcs;
+};
+
+/// Reads a matrix [rows, cols]. `name` is the tensor's, for errors. Throws std::invalid_argument when the lengths are
+/// not those of such a matrix, ReadError, and FormatError when a sum is wrong and `verify`.
+std::unique_ptr<Nested> nested_from_file(const File& file, const StoredRungs& stored, int rows, int cols,
+                                         const std::vector<uint8_t>& widths, bool verify, const std::string& name,
+                                         Scheme scheme);
+
+/// Reads [offset, offset + length) of a file, page-aligned, in pieces of 8 MiB.
+Memory read_range(const File& file, uint64_t offset, size_t length);
+
+/// Reads `length` bytes of float32 to `to`. Throws like `nested_from_file`.
+void read_f32(const File& file, uint64_t offset, size_t length, uint32_t crc, bool verify, const std::string& name,
+              float* to);
+
+}  // namespace edgemoe
