@@ -1,15 +1,20 @@
-"""Keeps a benchmark's rows beside the command and the commit that made them."""
+"""Keeps a benchmark's rows beside the command, the commit and the machine that made them."""
 
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["commit", "write"]
+import psutil
+
+from edgemoe import _core, hardware
+
+__all__ = ["commit", "machine", "write"]
 
 
 def commit() -> str:
@@ -21,7 +26,22 @@ def commit() -> str:
     return found.stdout.strip()
 
 
+def machine() -> dict[str, Any]:
+    """Returns what figures depend on: processor, threads, instruction set, memory, kernel. Not its name."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    models = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
+    return {
+        "cpu": ", ".join(sorted(models)) or platform.machine(),
+        "threads": hardware.num_threads(),
+        "isa": _core.isa(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+    }
+
+
 def write(path: Path, rows: Sequence[Any]) -> None:
-    """Writes them as JSON."""
-    value = {"command": sys.argv, "commit": commit(), "rows": rows}
+    """Writes them as JSON; benchmarks/results/ keeps those that the documentation quotes."""
+    command = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    value = {"command": command, "commit": commit(), "machine": machine(), "rows": rows}
     path.write_text(json.dumps(value, indent=1) + "\n")

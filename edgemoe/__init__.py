@@ -23,6 +23,9 @@ __all__ = [
     "Stats", "load",
 ]  # fmt: skip
 
+__version__ = "0.1.0"
+"""The only place that says it; `pyproject.toml` and the programs read it here."""
+
 _HOMES = {
     "Chat": "runtime.chat", "EdgemoeError": "errors", "Engine": "runtime.engine",
     "FormatError": "errors", "OutOfBudget": "errors", "ReadError": "errors",

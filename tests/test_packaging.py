@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import re
+import subprocess
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+
+import edgemoe
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,6 +27,20 @@ def test_a_source_distribution_holds_what_cmake_reads() -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([\w/.]+)\)", (ROOT / "README.md").read_text()))
-def test_what_the_readme_links_to_exists(link: str) -> None:
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
+LINKS = [(p.name, x) for p in PAGES for x in re.findall(r"\]\(([\w/.-]+)\)", p.read_text())]
+
+
+@pytest.mark.parametrize(("page", "link"), LINKS)
+def test_what_a_text_links_to_exists(page: str, link: str) -> None:
     assert (ROOT / link).exists()
+
+
+def test_the_version_is_said_in_one_place_and_has_its_notes() -> None:
+    assert version("edgemoe") == edgemoe.__version__
+    done = subprocess.run([ROOT / "scripts" / "release-notes", edgemoe.__version__],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "### Added" in done.stdout
+    wrong = subprocess.run([ROOT / "scripts" / "release-notes", "99.0"], capture_output=True)
+    assert wrong.returncode != 0

@@ -6,6 +6,7 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 
+import edgemoe
 from edgemoe.cli.console import replace_unwritable, run_command
 
 __all__ = ["COMMANDS", "main"]
@@ -46,9 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name in ("-h", "--help"):
         return run_command("edgemoe", lambda: print(_help()))
     if name == "--version":
-        from importlib.metadata import version
-
-        return run_command("edgemoe", lambda: print(f"edgemoe {version('edgemoe')}"))
+        return run_command("edgemoe", lambda: print(f"edgemoe {edgemoe.__version__}"))
     if name is None or name not in COMMANDS:
         what = "a command is missing" if name is None else f"no command {name!r}"
         print(f"edgemoe: {what}; commands: {', '.join(COMMANDS)}", file=sys.stderr)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import edgemoe
 from edgemoe.cli.measured import MAX_LOSS_HELP
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP
@@ -120,9 +121,7 @@ class _Version(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
 
     def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> NoReturn:
-        from importlib.metadata import version
-
-        print(f"{parser.prog} {version('edgemoe')}")
+        print(f"{parser.prog} {edgemoe.__version__}")
         parser.exit()
 
 

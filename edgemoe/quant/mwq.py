@@ -1,4 +1,4 @@
-"""Matryoshka quantisation (MWQ) of D2MoE (arXiv 2504.15299, section 3.3); `edgemoe.file.format` has the layout.
+"""Matryoshka quantisation (MWQ) of D2MoE (arXiv 2504.15299, section 3.3); docs/format.md has the layout.
 
 A base of 2 or 5 bits with a scale and a zero per row and group of columns, and one plane of signs for each further bit,
 with scales of its own. It is here to be compared with nested codes in the same runtime.

@@ -1,4 +1,4 @@
-"""Quantises float matrices to nested planes; the layout is specified in `edgemoe.file.format`."""
+"""Quantises float matrices to nested planes; docs/format.md specifies the layout."""
 
 from __future__ import annotations
 

@@ -1,0 +1,68 @@
+"""Makes the pages that are written elsewhere: the repository's own texts, and every program's --help."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[1]
+TEXTS = {
+    "index.md": "README.md",
+    "security.md": "SECURITY.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "log.md": "benchmarks/LOG.md",
+}
+PICTURES = ("benchmarks/levers.png", "benchmarks/scaling.png")
+
+
+def on_files(files, config):
+    """Adds the generated pages to those of the folder."""
+    for page, source in TEXTS.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        for at, name in TEXTS.items():
+            text = text.replace(f"]({name})", f"]({at})")
+        files.append(File.generated(config, page, content=text.replace("](docs/", "](")))
+    for picture in PICTURES:
+        content = (ROOT / picture).read_bytes()
+        files.append(File.generated(config, f"images/{Path(picture).name}", content=content))
+    files.append(File.generated(config, "reference/flags.md", content=flags()))
+    return files
+
+
+def flags() -> str:
+    """Returns a page with the help of every command and of the commands below it."""
+    from edgemoe.cli.main import COMMANDS
+
+    names = [["edgemoe-run"], *(["edgemoe", name] for name in COMMANDS if name != "run")]
+    parts = ["# All flags\n\nThis page is made from the programs' own `--help`.\n"]
+    for name in names:
+        text = help_of(name)
+        parts.append(f"## {' '.join(name)}\n\n```text\n{text}\n```\n")
+        for sub in subcommands(text):
+            parts.append(f"### {' '.join([*name, sub])}\n\n```text\n{help_of([*name, sub])}\n```\n")
+    return "\n".join(parts)
+
+
+def help_of(command: list[str]) -> str:
+    """Runs a command with --help."""
+    entry = "edgemoe_run" if command[0] == "edgemoe-run" else "edgemoe"
+    code = f"import sys; sys.argv = {[*command, '--help']!r}; from edgemoe.cli.entry import {entry} as e; sys.exit(e())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
+        env={**os.environ, "COLUMNS": "100", "HOME": "/home/user"},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} --help failed: {done.stderr}")
+    return done.stdout.rstrip()
+
+
+def subcommands(text: str) -> list[str]:
+    """Returns the names between braces in a usage line, as argparse writes subcommands."""
+    found = re.search(r"^usage: edgemoe \S+ .*?\{([a-z,-]+)\}", text, re.S)
+    return found[1].split(",") if found and " ..." in text.split("\n\n")[0] else []

@@ -1,0 +1,37 @@
+"""The test vectors of docs/format.md: bytes of small matrices, and what they mean at each level."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference_mwq
+import reference_nested
+
+from edgemoe import _core
+
+VECTORS = Path(__file__).parent / "vectors"
+REFERENCES = {"nested": reference_nested, "mwq": reference_mwq}
+
+
+@pytest.mark.parametrize("scheme", sorted(REFERENCES))
+def test_bytes_mean_the_same_as_on_the_day_the_format_was_written(scheme):
+    vector = json.loads((VECTORS / f"{scheme}.json").read_text())
+    rows, cols, columns = vector["rows"], vector["cols"], vector["columns"]
+    rungs = [np.frombuffer(bytes.fromhex(r["hex"]), np.uint8) for r in vector["rungs"]]
+    for rung, entry in zip(rungs, vector["rungs"], strict=True):
+        assert f"{_core.crc32c(rung):08x}" == entry["crc32c"]
+    widths = [b - a for a, b in pairwise((0, *vector["ladder"]))]
+    for level, bits in enumerate(vector["ladder"], 1):
+        expected = np.array(
+            [[float.fromhex(x) for x in row] for row in vector["weights"][str(bits)]]
+        )
+        slow = REFERENCES[scheme].decode_rungs(rungs[:level], widths[:level], rows, cols)
+        np.testing.assert_array_equal(slow[:, columns].astype(np.float32), expected)
+        matrix = _core.Nested.from_rungs(rungs[:level], rows, cols, widths[:level], scheme)
+        out = np.empty((rows, cols), np.float32)
+        matrix.decode_rows(np.arange(rows, dtype=np.int32), out)
+        np.testing.assert_allclose(out[:, columns], expected, rtol=1e-6)
