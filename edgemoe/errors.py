@@ -5,12 +5,17 @@
     ├── OutOfBudget(MemoryError)     the memory budget is too small; says the smallest that works
     └── ReadError(OSError)           the disk failed while weights were read; says path and offset
 
-Wrong arguments are plain `ValueError`.
+Wrong arguments are plain `ValueError`. What a file may hold is quoted by `quoted`, at most so much of it.
 """
 
 from __future__ import annotations
 
-__all__ = ["EdgemoeError", "FormatError", "OutOfBudget", "ReadError"]
+import reprlib
+from typing import Any
+
+__all__ = ["EdgemoeError", "FormatError", "OutOfBudget", "ReadError", "quoted", "shortened"]
+
+_LONGEST_VALUE, _LONGEST_MESSAGE = 120, 2000  # characters
 
 
 class EdgemoeError(Exception):
@@ -18,7 +23,15 @@ class EdgemoeError(Exception):
 
 
 class FormatError(EdgemoeError, ValueError):
-    """Says that a file or checkpoint is malformed or unsupported, and which part of it."""
+    """Says that a file or checkpoint is malformed or unsupported, and which part of it.
+
+    The text is bounded, whatever names and values the file brought into it.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(
+            *(shortened(a, _LONGEST_MESSAGE) if isinstance(a, str) else a for a in args)
+        )
 
 
 class OutOfBudget(EdgemoeError, MemoryError):
@@ -27,3 +40,23 @@ class OutOfBudget(EdgemoeError, MemoryError):
 
 class ReadError(EdgemoeError, OSError):
     """Says that reading weights failed, with path and offset."""
+
+
+def shortened(text: str, most: int = _LONGEST_VALUE) -> str:
+    """Returns a text of at most `most` characters, of a longer one the beginning and the end."""
+    if len(text) <= most:
+        return text
+    tail = most // 4
+    return f"{text[: most - tail - 3]}...{text[len(text) - tail :]}"
+
+
+def quoted(value: object) -> str:
+    """Returns a value as an error quotes it: its `repr`, cut where it is long or deep, as a file's may be."""
+    return shortened(_Quote().repr(value))
+
+
+class _Quote(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, 2 * _LONGEST_VALUE, 40, 80
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 12

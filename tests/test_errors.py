@@ -1,0 +1,38 @@
+"""What errors say is bounded, whatever a file brings into them."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgemoe.errors import FormatError, quoted, shortened
+
+
+@pytest.mark.parametrize("value", ["cat", 7, 2.5, None, True, [1, 2], {"a": [1]}, (), b"x"])
+def test_short_values_are_quoted_as_they_are(value: object) -> None:
+    assert quoted(value) == repr(value)
+
+
+def test_long_and_deep_values_are_cut() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    wide = [[["x" * 1000] * 1000] * 1000] * 1000
+    for value in ("y" * 300_000, list(range(300_000)), 10**4000, deep, wide, {"k" * 9000: wide}):
+        assert len(quoted(value)) <= 120
+    assert quoted("a" * 50 + "b" * 1000).startswith("'aaaa")
+
+
+def test_a_shortened_text_keeps_both_ends() -> None:
+    assert shortened("abc", 3) == "abc"
+    cut = shortened("begin" + "-" * 1000 + "end", 40)
+    assert len(cut) == 40
+    assert cut.startswith("begin")
+    assert cut.endswith("end")
+    assert "..." in cut
+
+
+def test_a_format_error_is_bounded() -> None:
+    text = str(FormatError(f"model.moe: ladder {'1, ' * 100_000} does not climb"))
+    assert len(text) == 2000
+    assert text.startswith("model.moe")
+    assert text.endswith("does not climb")
