@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import check_output, decode_text, note, run_command, write_file
+from edgemoe.cli.console import check_output, decode_text, note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import levels
+from edgemoe.file.whole import write_whole
 
 if TYPE_CHECKING:
     from edgemoe.quant import Allocation
@@ -108,7 +109,7 @@ def _allocate(args: argparse.Namespace) -> None:
 
         add_sections(args.model, {"allocation": found.to_json()})
     else:
-        write_file(out, found.to_json())
+        write_whole(out, found.to_json())
     _show(found)
     note(f"{_PROG}: {f'stored in {args.model}' if args.store else f'wrote {out}'}")
 

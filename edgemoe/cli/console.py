@@ -18,7 +18,6 @@ __all__ = [
     "note",
     "replace_unwritable",
     "run_command",
-    "write_file",
     "write_reply",
 ]
 
@@ -75,25 +74,6 @@ def check_output(path: Path | None, *inputs: Path | None) -> None:
     with open(path, "rb") as old:
         if old.read(len(MAGIC)) == MAGIC:
             raise FileExistsError(f"{path}: is a .moe file; expected another file to write")
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Writes a file under its name only when it is whole; what is no regular file is written as it is.
-
-    Raises:
-        OSError: the file cannot be written; its name is in the error.
-    """
-    is_plain = not path.is_symlink() and (path.is_file() or not path.exists())
-    part = path.with_name(path.name + ".tmp") if is_plain else path
-    try:
-        part.write_bytes(content)
-        if is_plain:
-            os.replace(part, path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        if is_plain:
-            part.unlink(missing_ok=True)
 
 
 def write_reply(pieces: Iterable[str]) -> None:

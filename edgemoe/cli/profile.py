@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edgemoe.cli.console import check_output, decode_text, note, run_command, write_file
+from edgemoe.cli.console import check_output, decode_text, note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.values import ram_size
 from edgemoe.errors import FormatError
+from edgemoe.file.whole import write_whole
 
 if TYPE_CHECKING:
     from edgemoe.lab.report.tables import Table
@@ -305,14 +306,14 @@ def _plot(args: argparse.Namespace) -> None:
         tables.studied(rows),
     ]  # fmt: skip
     title = f"Routing of {trace.header.model}"
-    write_file(Path(args.output), page(title, _title(trace), words, drawn).encode())
+    write_whole(Path(args.output), page(title, _title(trace), words, drawn).encode())
     note(f"# {args.output}")
     if args.png:
         folder = Path(args.png)
         folder.mkdir(parents=True, exist_ok=True)
         for heading, _, picture in drawn:
             target = folder / f"{heading.lower().replace(' ', '-')}.png"
-            write_file(target, picture)
+            write_whole(target, picture)
             note(f"# {target}")
 
 

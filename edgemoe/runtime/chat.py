@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
 
 from edgemoe.errors import FormatError
+from edgemoe.file.whole import write_whole
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.tokenizer import Tokenizer
 
@@ -113,7 +113,7 @@ class Chat:
         self._messages = list(self._system)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the conversation to a JSON file, which is replaced as a whole or not at all.
+        """Writes the conversation to a JSON file, which is replaced as a whole or not at all, and keeps its mode.
 
         A link leads to the file to replace. What is no regular file, such as a device, is written as it is.
 
@@ -121,15 +121,7 @@ class Chat:
             OSError: the file cannot be written; its name is in the error.
         """
         text = json.dumps({"messages": self._messages}, ensure_ascii=False, indent=1) + "\n"
-        content = text.encode(errors="surrogatepass")
-        try:
-            target = Path(path).resolve()
-            if target.exists() and not target.is_file():
-                target.write_bytes(content)
-            else:
-                _replace(target, content)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+        write_whole(path, text.encode(errors="surrogatepass"))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replaces the conversation, system message included, with a saved one.
@@ -222,19 +214,6 @@ class Chat:
         if self._reply is not None:
             self._reply.close()
             self._reply = None
-
-
-def _replace(target: Path, content: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
-    try:
-        with open(handle, "wb") as out:
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 class StopFilter:

@@ -24,7 +24,6 @@ what the profile is of: family, layers, experts, experts_per_token and fingerpri
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +37,7 @@ from safetensors.numpy import save
 from edgemoe import _core
 from edgemoe.errors import FormatError
 from edgemoe.file.format import MoeFile
+from edgemoe.file.whole import write_whole
 
 __all__ = ["Profile", "identity", "read_profile", "write_profile"]
 
@@ -122,17 +122,7 @@ def write_profile(path: Path, profile: Profile, of: Mapping[str, str]) -> None:
         for name, array in {**profile.state, "uses": profile.uses}.items()
     }
     content = save(tensors, {"edgemoe_profile": _VERSION, "crc": _crc(tensors), **of})
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may end at the same time
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:  # that of a full disk names no file
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        part.unlink(missing_ok=True)
+    write_whole(path, content)
 
 
 def _open(path: Path) -> Any:

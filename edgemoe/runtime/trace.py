@@ -30,18 +30,20 @@ and of the chunk's layer as a whole, in its first record, 0 in the others:
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.errors import FormatError
 from edgemoe.experts import Observer
+from edgemoe.file.whole import locked, named, sync_directory
 from edgemoe.plan import Plan, Routing
 
 __all__ = ["NO_EXPERT", "NO_TOKEN", "Trace", "TraceHeader", "TraceWriter", "read", "record"]
@@ -129,17 +131,12 @@ class TraceWriter(Observer):
 
         Raises:
             ValueError: there is a file that is not a trace; it is left alone.
-            OSError: the file cannot be written.
+            OSError: the file cannot be written, or another process is recording it.
         """
-        target = Path(path)
-        if target.is_file() and target.stat().st_size:
-            with open(target, "rb") as old:
-                if not old.read(32).startswith(_MAGIC):
-                    raise ValueError(f"{path}: exists and is not a trace; it is left as it is")
         self.header = header
         self._path = str(path)
         self._dtype = record(header.experts_per_token, header.look_ahead)
-        self._file = open(path, "wb")  # noqa: SIM115 (closed by `close`)
+        self._file = _emptied(Path(path))
         self._file.write(json.dumps(asdict(header)).encode() + b"\n")
         self._own = header.own_bits()
         self._position = 0
@@ -193,11 +190,13 @@ class TraceWriter(Observer):
 
     def close(self) -> None:
         """Writes what is left and ends the file."""
-        try:
+        with named(self._path):
             self._flush()
+            self._file.flush()
+            if os.path.isfile(self._path):
+                os.fsync(self._file.fileno())
+                sync_directory(Path(os.path.realpath(self._path)))
             self._file.close()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._path) from None
 
     def _settle(self) -> None:
         """Turns the single tokens gathered so far into a block of records."""
@@ -265,10 +264,21 @@ class TraceWriter(Observer):
         self._blocks.clear()
         self._times.clear()
         self._num_rows = 0
-        try:
+        with named(self._path):
             self._file.write(rows.data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, self._path) from None
+
+
+def _emptied(path: Path) -> BinaryIO:
+    """Opens a trace to write; what is no regular file, such as a pipe, is written as it is."""
+    if path.exists() and not path.is_file():
+        return open(path, "wb")
+    file = locked(path, create=True, busy="another process is recording it")
+    head = os.pread(file.fileno(), len(_MAGIC), 0)
+    if head and head != _MAGIC:
+        file.close()
+        raise ValueError(f"{path}: exists and is not a trace; it is left as it is")
+    file.truncate(0)
+    return io.BufferedWriter(file)
 
 
 @dataclass(frozen=True, slots=True)

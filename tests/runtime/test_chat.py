@@ -253,6 +253,14 @@ def test_save_and_load(engine: edgemoe.Engine, tmp_path: Path) -> None:
     assert other.messages == chat.messages[:1]
 
 
+def test_a_saved_file_keeps_its_mode(chat: Chat, tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    path.write_text("older")
+    path.chmod(0o664)
+    chat.save(path)
+    assert path.stat().st_mode & 0o777 == 0o664
+
+
 def test_a_failed_save_leaves_the_file(
     chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

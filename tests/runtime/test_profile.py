@@ -18,7 +18,6 @@ from edgemoe.errors import FormatError
 from edgemoe.experts import Observer
 from edgemoe.file.format import open_moe
 from edgemoe.plan import Routing
-from edgemoe.runtime import profile as module
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.profile import Profile, identity, read_profile, write_profile
 from edgemoe.scheduler import SCHEDULERS, Setting
@@ -238,7 +237,7 @@ def test_what_was_there_stays_when_saving_fails(half, learned, monkeypatch):
     def fail(source, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "replace", fail)
+    monkeypatch.setattr(os, "replace", fail)
     engine = half(profile=learned)
     decode(engine, IDS[:2])
     with pytest.raises(OSError, match="No space") as failure:

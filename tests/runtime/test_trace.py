@@ -177,6 +177,11 @@ def test_what_is_no_trace_is_refused_in_a_line(tiny_moe, tmp_path):
     with pytest.raises(ValueError, match="left as it is"):
         TraceWriter(path, header())
     assert path.read_bytes() == b"precious"
+    writer = TraceWriter(tmp_path / "busy.trace", header())
+    with pytest.raises(BlockingIOError, match="another process is recording it"):
+        TraceWriter(tmp_path / "busy.trace", header())
+    writer.close()
+    TraceWriter(tmp_path / "busy.trace", header()).close()
     rows = np.zeros(1, record(2))
     rows["experts"] = 6
     fields = json.dumps(dataclasses.asdict(header())).encode()

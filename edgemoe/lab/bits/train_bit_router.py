@@ -17,6 +17,7 @@ from safetensors.numpy import load
 from edgemoe.config import ModelConfig
 from edgemoe.errors import FormatError, OutOfBudget
 from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.whole import write_whole
 from edgemoe.lab.bits.calibrate import windows_of
 from edgemoe.quant import BitRouters
 from edgemoe.runtime.budget import default_ram, parse_size
@@ -237,14 +238,7 @@ class _Saved:
 
     def save(self, settings: RouterSettings) -> None:
         more = {k: v for k, v in self.tensors.items() if "." in k}
-        part = self.path.with_name(self.path.name + ".tmp")
-        try:
-            part.write_bytes(self.routers(settings).to_bytes(more))
-            os.replace(part, self.path)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
-        finally:
-            part.unlink(missing_ok=True)
+        write_whole(self.path, self.routers(settings).to_bytes(more))
 
     def load(self) -> None:
         """Takes what there is.

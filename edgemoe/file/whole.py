@@ -1,0 +1,197 @@
+"""Files that appear whole or not at all, and files that one process at a time may change.
+
+A name that the user gives may be a link: what it leads to is meant, and is replaced or locked. A name that is made up
+here or by a caller (`X.part`, a lock, a temporary file) is `ours`: somebody else may have put a link of that name into
+a shared directory, so that it is never followed. What was written has reached the disk before it gets its name, and
+the directory before the caller goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["is_at", "locked", "named", "rename", "sync_directory", "whole_file", "write_whole"]
+
+Name = str | os.PathLike[str]
+
+
+def write_whole(path: Name, content: bytes) -> None:
+    """Writes a file at once; see `whole_file`."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole_file(path: Name) -> Iterator[BinaryIO]:
+    """Gives a file to write, which gets its name when the block ends; after an error all is as it was.
+
+    An existing file is replaced and its mode kept. What is there and no regular file, such as a pipe, is written as
+    it is.
+
+    Raises:
+        OSError: the file cannot be written; names `path`.
+    """
+    with named(path):
+        target, mode = _meant(path), _mode(path)
+    if mode is not None and not stat.S_ISREG(mode):
+        with named(path), open(path, "wb") as file:
+            yield file
+        return
+    # A name of its own: two processes may write the same file, and the last one wins.
+    temporary = target.with_name(f".edgemoe-{secrets.token_hex(8)}.tmp")
+    with named(path, temporary, target):
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with open(fd, "wb") as file:
+                if mode is not None:
+                    os.fchmod(fd, mode & 0o777)
+                yield file
+                file.flush()
+                os.fsync(fd)
+            os.replace(temporary, target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        sync_directory(target)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Gives a file that is on the disk its last name, also on the disk."""
+    os.replace(old, new)
+    sync_directory(new)
+
+
+def locked(
+    path: Name,
+    *,
+    busy: str,
+    create: bool = False,
+    ours: bool = False,
+    wait: Callable[[], None] | None = None,
+) -> io.FileIO:
+    """Opens a regular file to read and write, and locks it until it is closed, or the process ends however it does.
+
+    What is returned is what has the name: it may have been replaced or renamed between opening and locking.
+
+    Args:
+        busy: what the error says when another process has the lock.
+        create: make the file if there is none.
+        ours: the name is made up; it is no link, nor another name of some file.
+        wait: is called before waiting for another process; None raises instead.
+
+    Returns:
+        The file, unbuffered: what could not be written must not be tried again when it is closed.
+
+    Raises:
+        BlockingIOError: another process has it.
+        OSError: the file cannot be opened, or is a link or no regular file.
+    """
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if create else 0)
+    with named(path):
+        target = Path(path) if ours else _meant(path)
+        while True:
+            file = open(_open(target, flags), "r+b", buffering=0)  # noqa: SIM115 (the caller's)
+            try:
+                _require_plain(file, target, ours=ours)
+                _lock(file, wait, BlockingIOError(errno.EAGAIN, busy, str(path)))
+                if is_at(file, target):
+                    return file
+            except BaseException:
+                file.close()
+                raise
+            file.close()
+
+
+def is_at(file: io.FileIO, path: Name) -> bool:
+    """Says whether an open file still has the name `path`."""
+    try:
+        there = os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(file.fileno()), there)
+
+
+@contextlib.contextmanager
+def named(path: Name, *others: Name) -> Iterator[None]:
+    """Gives an error of the disk that has no name, or one of `others`, the name `path`."""
+    try:
+        yield
+    except OSError as error:
+        unnamed = error.filename is None or error.filename in [os.fspath(o) for o in others]
+        if error.errno is None or not unnamed:
+            raise
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
+
+
+def _meant(path: Name) -> Path:
+    """Returns what a name of the user's leads to, whether that exists or not."""
+    with contextlib.suppress(FileNotFoundError):
+        os.stat(path)  # the kernel refuses to follow a link that others left in a shared directory
+    return Path(os.path.realpath(path))
+
+
+def _mode(path: Name) -> int | None:
+    try:
+        return os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+
+
+def _open(path: Path, flags: int) -> int:
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise _not_plain(path, "a symbolic link") from None
+        raise
+
+
+def _require_plain(file: io.FileIO, path: Path, *, ours: bool) -> None:
+    found = os.fstat(file.fileno())
+    if not stat.S_ISREG(found.st_mode):
+        raise _not_plain(path, "no regular file")
+    if ours and found.st_nlink > 1:
+        raise _not_plain(path, "another name of a file")
+
+
+def _not_plain(path: Path, what: str) -> OSError:
+    return OSError(errno.EEXIST, f"is {what}; expected none or a file of edgemoe's own", str(path))
+
+
+def _lock(file: io.FileIO, wait: Callable[[], None] | None, busy: BlockingIOError) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        if wait is None:
+            raise busy from None
+        wait()
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def sync_directory(path: Path) -> None:
+    """Brings the name of a file in its directory to the disk."""
+    try:
+        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:  # one that may be written and not read
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+            errno.EBADF,
+        ):  # some file systems cannot
+            raise
+    finally:
+        os.close(fd)
