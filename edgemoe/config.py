@@ -14,12 +14,13 @@ from typing import Any, Literal
 
 from edgemoe.errors import FormatError
 
-__all__ = ["MATRICES", "ModelConfig", "TensorSpec", "dense_tensors"]
+__all__ = ["LIMIT", "MATRICES", "ModelConfig", "TensorSpec", "dense_tensors"]
 
 MATRICES = ("gate", "up", "down")
 """The three matrices of an expert, in the order in which every rung stores them."""
 
-_LIMIT = 1 << 24  # no dimension of a real model comes near; keeps every product inside 64 bits
+LIMIT = 1 << 24
+"""No dimension of a real model comes near; keeps every product inside 64 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +40,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     context_length: int
-    """Positions that the model was made for."""
+    """Positions that the model was made for, its position scaling included."""
     norm_eps: float
     tied: bool
     """The head is the embedding."""
@@ -85,8 +86,8 @@ class ModelConfig:
         ):  # fmt: skip
             value = getattr(self, name)
             need(
-                type(value) is int and 0 < value < _LIMIT,
-                f"{name} must be a whole number from 1 to {_LIMIT - 1}, got {value!r}",
+                type(value) is int and 0 < value < LIMIT,
+                f"{name} must be a whole number from 1 to {LIMIT - 1}, got {value!r}",
             )
         for name in (
             "norm_eps", "attention_scale", "rope_scale",
@@ -108,7 +109,7 @@ class ModelConfig:
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
         need(
-            self.num_layers < 1 << 12 and self.num_heads * self.head_dim < _LIMIT,
+            self.num_layers < 1 << 12 and self.num_heads * self.head_dim < LIMIT,
             f"{self.num_layers} layers of {self.num_heads} heads of {self.head_dim} are too many",
         )
         need(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
@@ -126,7 +127,7 @@ class ModelConfig:
             value = getattr(self, name)
             need(
                 len(value) in (0, self.num_layers)
-                and all(type(v) is int and 0 <= v < _LIMIT for v in value),
+                and all(type(v) is int and 0 <= v < LIMIT for v in value),
                 f"{name} must have one whole number per layer",
             )
         need(

@@ -173,16 +173,23 @@ def _gain(name: str, config: Any) -> float:
 
 
 def make(
-    name: str, out: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, **save: Any
+    name: str,
+    out: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    changes: Mapping[str, Any] | None = None,
+    **save: Any,
 ) -> Path:
     """Writes a checkpoint of `SETTINGS[name]` to the directory `out` and returns it.
 
     Every tensor is random, norms and biases included, so that none can be swapped or forgotten.
 
     Args:
+        changes: keys that config.json has besides, or instead.
         save: arguments of save_pretrained, such as max_shard_size.
     """
-    values = {**_BASE, **SETTINGS[name]}
+    values = {**_BASE, **SETTINGS[name], **(changes or {})}
     config = transformers.AutoConfig.for_model(**values)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)

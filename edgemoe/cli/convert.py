@@ -76,6 +76,7 @@ def _convert(args: argparse.Namespace) -> None:
         convert(
             source, out, bits=args.bits, scheme=scheme, calibration=calibration,
             allocation=allocation, favour=args.favour, progress=progress,
+            say=lambda text: note(f"{_PROG}: {source.name}: {text}"),
         )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {_gib(out.stat().st_size)}")
 

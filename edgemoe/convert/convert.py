@@ -33,6 +33,7 @@ def convert(
     favour: int | None = None,
     down_bits: Sequence[int] | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Writes `source` to `out`, which appears under its name only when it is whole.
 
@@ -50,6 +51,7 @@ def convert(
             is stored of each expert.
         down_bits: bits of experts' w_down at each level; None for those of the other two matrices.
         progress: called after every tensor and expert.
+        say: is told, a line each, what of the checkpoint is not used.
 
     Raises:
         FormatError: the checkpoint is broken or not supported, or the calibration or allocation is of another
@@ -59,6 +61,9 @@ def convert(
     """
     model = SourceModel(source)
     config = model.config
+    if say is not None:
+        for line in model.notes:
+            say(line)
     if "tokenizer.json" in source.files:
         Tokenizer.from_files(source.files)  # a broken one is better found now than at every run
     provenance: dict[str, Any] = {

@@ -168,18 +168,26 @@ class GGUFCheckpoint:
         return config | self._special_ids()
 
     def _rope_scaling(self) -> dict[str, Any] | None:
-        kind = self._meta.get("llama.rope.scaling.type", "linear")  # llama.cpp's default, too
+        p = "llama.rope.scaling."
+        kind = self._meta.get(p + "type", "linear")  # llama.cpp's default, too
         if kind == "none":
             return None
-        if kind == "linear":
-            key = "llama.rope.scaling.factor"
-            key = key if key in self._meta else "llama.rope.scale_linear"  # the old name
-            if self._meta.get(key, 0.0) == 0.0:
-                return None
-            return {"rope_type": "linear", "factor": self._positive(key)}
-        raise FormatError(
-            f"{self.name}: RoPE scaling {kind!r} is not supported in GGUF; supported: none, linear"
-        )
+        if kind != "linear":
+            raise FormatError(
+                f"{self.name}: {p}type: {kind!r} is not supported in GGUF; supported: none, linear"
+            )
+        for key in (p + "attn_factor", p + "yarn_attn_factor"):  # llama.cpp uses it without yarn
+            if self._positive(key, 1.0) != 1.0:
+                raise FormatError(f"{self.name}: {key} must be 1, got {self._meta[key]}")
+        # The second is the old name.
+        key = p + "factor" if p + "factor" in self._meta else "llama.rope.scale_linear"
+        if self._meta.get(key, 0) == 0:
+            return None
+        scaling: dict[str, Any] = {"rope_type": "linear", "factor": self._positive(key)}
+        key = p + "original_context_length"
+        if self._meta.get(key, 0) != 0:
+            scaling["original_max_position_embeddings"] = self._whole(key)
+        return scaling
 
     def _special_ids(self) -> dict[str, Any]:
         ids = {
@@ -203,9 +211,12 @@ class GGUFCheckpoint:
 
     def _positive(self, key: str, default: float | None = None) -> float:
         value = self._meta.get(key, default)
-        if not isinstance(value, float) or not 0 < value < float("inf"):
+        # Some writers store whole numbers as such.
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise FormatError(f"{self.name}: {key} must be a positive number, got {value!r}")
-        return value
+        if not 0 < value < float("inf"):
+            raise FormatError(f"{self.name}: {key} must be a positive number, got {value!r}")
+        return float(value)
 
 
 def open_gguf(path: Path) -> GGUFReader:

@@ -1,7 +1,7 @@
 """Rotary position frequencies, with every scaling that the supported families use.
 
 The formulas are those of transformers (`modeling_rope_utils.py`), which is the reference for what
-a config.json means. A file holds one fixed set of frequencies, made for the full context.
+a config.json means. How far a scaling reaches is vLLM's rule: `factor` times the original length.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.config import LIMIT
 from edgemoe.convert.settings import Settings
 
 __all__ = ["Rope", "rope"]
@@ -28,6 +29,10 @@ class Rope:
     """[head_dim / 2]"""
     scale: float
     """Multiplies cos and sin."""
+    context_length: int
+    """Positions that can be used: those of config.json, or more where the scaling is for more."""
+    note: str = ""
+    """What of the scaling is not used, in a line for the user; empty for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +42,7 @@ class _Request:
     parameters: Settings
     head_dim: int
     theta: float
-    context_length: int
+    max_positions: int
     original_length: int
 
     def plain(self) -> Array:
@@ -48,7 +53,19 @@ class _Request:
 
     def stretch(self) -> float:
         """Returns how many times longer than the original the context is, unless `factor` says."""
-        return self.parameters.positive("factor", self.context_length / self.original_length)
+        return self.parameters.positive("factor", self.max_positions / self.original_length)
+
+    def context_length(self) -> int:
+        """Returns the positions of a scaling that reaches `factor` times the original length.
+
+        Published recipes add it to a config.json and leave `max_position_embeddings` as it was.
+        """
+        reach = self.stretch() * self.original_length
+        if reach >= LIMIT:
+            raise self.parameters.error(
+                "factor", f"{reach:.6g} positions are more than the {LIMIT - 1} that are supported"
+            )
+        return max(self.max_positions, int(reach))
 
 
 def rope(settings: Settings, *, head_dim: int, default_theta: float) -> Rope:
@@ -77,23 +94,32 @@ def rope(settings: Settings, *, head_dim: int, default_theta: float) -> Rope:
     theta = parameters.number("rope_theta", settings.number("rope_theta", default_theta))
     if theta <= 1:
         raise parameters.error("rope_theta", f"must be above 1, got {theta}")
-    context_length = settings.integer("max_position_embeddings", at_least=2)
+    max_positions = settings.integer("max_position_embeddings", at_least=2)
     original_length = settings.integer(
         "original_max_position_embeddings",
-        parameters.integer("original_max_position_embeddings", context_length, at_least=2),
+        parameters.integer("original_max_position_embeddings", max_positions, at_least=2),
         at_least=2,
     )
-    request = _Request(parameters, head_dim, theta, context_length, original_length)
+    request = _Request(parameters, head_dim, theta, max_positions, original_length)
     with np.errstate(over="ignore", invalid="ignore"):
         frequencies, scale = _SCALINGS[kind](request)
         rounded = frequencies.astype(np.float32)
     if not np.isfinite(rounded).all():
         raise parameters.error("rope_type", f"{kind} gives frequencies that are not finite")
-    return Rope(rounded, scale)
+    if kind in ("linear", "yarn", "llama3", "longrope"):
+        return Rope(rounded, scale, request.context_length())
+    note = ""
+    if kind == "dynamic":
+        note = (
+            f"dynamic RoPE scaling: contexts of up to {max_positions} tokens, where it changes nothing; "
+            "beyond these every length has frequencies of its own, which is not supported"
+        )
+    return Rope(rounded, scale, max_positions, note)
 
 
 def _default(request: _Request) -> tuple[Array, float]:
-    # "dynamic" too: it changes the base only past max_position_embeddings, where a context ends.
+    # "dynamic" too: it changes the base only past max_position_embeddings, where the context ends. And "mrope": the
+    # three positions that it gives each token are one and the same in text.
     return request.plain(), 1.0
 
 
@@ -135,7 +161,7 @@ def _yarn(request: _Request) -> tuple[Array, float]:
 def _longrope(request: _Request) -> tuple[Array, float]:
     """Divides each frequency by a factor found by search, a set for short and one for long."""
     parameters, factor = request.parameters, request.stretch()
-    is_long = request.context_length > request.original_length
+    is_long = request.context_length() > request.original_length
     short, long = (
         np.array(parameters.positives(key, request.head_dim // 2))
         for key in ("short_factor", "long_factor")
@@ -164,6 +190,7 @@ _SCALINGS: dict[str, Callable[[_Request], tuple[Array, float]]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _default,
+    "mrope": _default,
     "yarn": _yarn,
     "longrope": _longrope,
     "llama3": _llama3,

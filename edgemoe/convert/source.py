@@ -28,6 +28,8 @@ class SourceModel:
     """
 
     config: ModelConfig
+    notes: tuple[str, ...]
+    """What of config.json is not used, in lines for the user."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         """Maps a checkpoint.
@@ -43,8 +45,10 @@ class SourceModel:
             config = family.config(settings)
             angles = rope(settings, head_dim=config.head_dim, default_theta=family.default_theta)
             self.config = dataclasses.replace(
-                config, rope_scale=angles.scale, eos_ids=eos_ids(checkpoint)
-            )
+                config, context_length=angles.context_length, rope_scale=angles.scale,
+                eos_ids=eos_ids(checkpoint),
+            )  # fmt: skip
+            self.notes = (angles.note,) if angles.note else ()
             self._frequencies = angles.frequencies
             self._sources = self._checked_sources(family)
         except FormatError as error:

@@ -36,6 +36,13 @@ def test_command_reports_in_lines_where_there_is_no_terminal(checkpoint, tmp_pat
     assert open_moe(out).ladder[-1] == (3, 3, 3)
 
 
+def test_command_says_what_of_a_scaling_is_not_used(tmp_path, capsys) -> None:
+    source = families.make("olmoe-bias-dynamic", tmp_path / "dynamic")
+    assert run("convert", source, tmp_path / "x.moe") == 0
+    said = "edgemoe convert: dynamic: dynamic RoPE scaling: contexts of up to 64 tokens"
+    assert capsys.readouterr().err.count(said) == 1
+
+
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [

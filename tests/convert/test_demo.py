@@ -312,7 +312,7 @@ def test_what_ships_fits_the_recipe() -> None:
     shape = LlamaShape(
         num_layers=30, hidden_size=576, intermediate_size=1536, vocab_size=49152, num_heads=9,
         num_kv_heads=3, head_dim=64, context_length=8192, norm_eps=1e-5, tied=True,
-        rope=Rope(np.ones(32, np.float32), 1.0),
+        rope=Rope(np.ones(32, np.float32), 1.0, 8192),
     )  # fmt: skip
     update = read_update(demo._DATA / "smollm2-moe-update.safetensors", shape)
     assert (update.num_experts, update.shared) == (16, 512)

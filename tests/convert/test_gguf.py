@@ -16,6 +16,7 @@ from tiny_llama import TEMPLATE, TEXT, save_gguf, tiny_llama, tiny_tokenizer
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from edgemoe.convert.carve.llama import llama_shape
 from edgemoe.convert.gguf import GGUFCheckpoint
 from edgemoe.convert.imatrix import read_imatrix
 from edgemoe.errors import FormatError
@@ -119,6 +120,7 @@ def test_puts_the_first_token_before_a_text_where_the_file_says_so(tmp_path: Pat
         ({"llama.rope.scaling.type": "linear"}, None),
         ({"llama.rope.scale_linear": 2.0}, 2.0),
         ({"llama.rope.scale_linear": 2.0, "llama.rope.scaling.factor": 4.0}, 4.0),
+        ({"llama.rope.scaling.factor": 2, "llama.rope.scaling.type": "linear"}, 2.0),
     ],
 )
 def test_rope_scaling_is_what_llama_cpp_reads(
@@ -127,6 +129,19 @@ def test_rope_scaling_is_what_llama_cpp_reads(
     path = save_gguf(tiny_llama(), tmp_path / "tiny.gguf", changes=changes)
     expected = None if factor is None else {"rope_type": "linear", "factor": factor}
     assert GGUFCheckpoint(path).config["rope_scaling"] == expected
+
+
+@pytest.mark.parametrize("original", [0, 32])
+def test_what_a_scaling_is_for_can_be_used(original: int, tmp_path: Path) -> None:
+    model = tiny_llama()
+    changes = {
+        "llama.rope.scaling.factor": 4.0,
+        "llama.rope.scaling.original_context_length": original,
+    }
+    dense = GGUFCheckpoint(save_gguf(model, tmp_path / "tiny.gguf", changes=changes))
+    stored = dense.config["max_position_embeddings"]
+    angles = llama_shape(dense).rope
+    assert angles.context_length == max(stored, 4 * (original or stored))
 
 
 def test_both_ends_of_a_turn_end_it(tmp_path: Path) -> None:

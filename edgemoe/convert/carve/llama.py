@@ -44,6 +44,7 @@ class LlamaShape:
     num_kv_heads: int
     head_dim: int
     context_length: int
+    """As config.json has it: position scaling may reach further."""
     norm_eps: float
     tied: bool
     rope: Rope
@@ -102,7 +103,7 @@ def llama_shape(dense: Checkpoint) -> LlamaShape:
             context_length=settings.integer("max_position_embeddings"),
             norm_eps=settings.number("rms_norm_eps", 1e-6),
             tied=settings.flag("tie_word_embeddings", False),
-            rope=Rope(np.empty(0, np.float32), 1.0),
+            rope=Rope(np.empty(0, np.float32), 1.0, 0),
         )
         for name, size in shape.tensors().items():
             if dense.shapes.get(name) != size:

@@ -133,7 +133,7 @@ def _within(layer: int, source: Source, expert: int | None = None) -> Source:
 def decoder_config(settings: Settings, *, family: str, **switches: Any) -> ModelConfig:
     """Fills in what all families share; `switches` are the other fields of `ModelConfig`.
 
-    `rope_scale` and `eos_ids` are left to whoever opens the checkpoint.
+    What RoPE decides, `context_length` too, and `eos_ids` are left to whoever opens the checkpoint.
 
     Raises:
         FormatError: a key is missing, wrong, or asks for what the runtime cannot do.
