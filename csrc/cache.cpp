@@ -11,6 +11,8 @@
 namespace edgemoe {
 namespace {
 
+uint32_t pages_in(size_t bytes) { return uint32_t(std::min<size_t>(bytes / kPage, UINT32_MAX)); }
+
 void require(bool ok, const char* what) {
   if (!ok) throw std::logic_error(std::string("cache: ") + what);
 }
@@ -18,12 +20,13 @@ void require(bool ok, const char* what) {
 }  // namespace
 
 Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable table, int max_level, size_t budget_bytes,
-             bool verify, int num_readers, Policy policy)
+             bool verify, int num_readers, Policy policy, size_t most_bytes)
     : shape_(std::move(shape)),
       table_(std::move(table)),
       max_level_(max_level),
       verify_(verify),
-      budget_pages_(uint32_t(std::min<size_t>(budget_bytes / kPage, UINT32_MAX))),
+      budget_pages_(pages_in(budget_bytes)),
+      most_pages_(pages_in(std::max(budget_bytes, most_bytes))),
       policy_(std::move(policy)) {
   const size_t n = table_.offsets.size(), rungs = shape_.rung_widths.size();
   if (n == 0 || n > INT32_MAX || n != size_t(shape_.num_layers) * size_t(shape_.num_experts) ||
@@ -39,20 +42,17 @@ Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable ta
     most = std::max(most, std::min(max_level, int(have)));
   }
   window_bytes_ = slot_bytes(most);
-  if (size_t(budget_pages_) * kPage < window_bytes_) {
-    throw OutOfBudget("cache: one expert takes " + std::to_string(window_bytes_) + " bytes; the budget is " +
-                      std::to_string(budget_bytes));
-  }
+  check_budget(budget_bytes);
   // Address space for as many as could be resident at the lowest level.
-  const size_t num_slots = std::min<size_t>(n, size_t(budget_pages_) * kPage / slot_bytes(1));
+  const size_t num_slots = std::min<size_t>(n, size_t(most_pages_) * kPage / slot_bytes(1));
+  slots_.resize(num_slots);
+  levels_.assign(n, 0);
   if (file) {
     memory_ = Memory(num_slots * window_bytes_);
-    if (num_slots == n && num_slots * window_bytes_ <= size_t(budget_pages_) * kPage) memory_.prefer_huge_pages();
+    memory_.prefer_huge_pages(all_fit());
     loader_ = std::make_unique<Loader>(std::move(file), num_readers);
   }
-  slots_.resize(num_slots);
   for (size_t i = num_slots; i-- > 0;) free_slots_.push_back(int(i));
-  levels_.assign(n, 0);
   slot_of_.assign(n, -1);
   pins_.assign(n, 0);
   wanted_.assign(n, 0);
@@ -70,6 +70,24 @@ Cache::~Cache() {
 size_t Cache::slot_bytes(int level) const {
   if (level < 0 || level > int(shape_.ends.size())) throw std::invalid_argument("Cache: no such level");
   return level == 0 ? 0 : round_up(shape_.ends[size_t(level) - 1], system_page());
+}
+
+void Cache::check_budget(size_t bytes) const {
+  if (bytes / kPage * kPage >= window_bytes_) return;
+  throw OutOfBudget("cache: one expert takes " + std::to_string(window_bytes_) + " bytes; the budget is " +
+                    std::to_string(bytes));
+}
+
+void Cache::set_budget(size_t bytes) {
+  require(!is_open_, "a request is open");
+  check_budget(bytes);
+  budget_pages_ = std::min(pages_in(bytes), most_pages_);
+  if (loader_ && !all_fit()) memory_.prefer_huge_pages(false);
+  if (make_room(0, -1, Spare::kAhead)) return;
+  cancel_ahead();
+  std::exception_ptr ignored;  // of reads ahead, whose slots nobody else can have while they are read
+  while (num_pending() > 0) collect(true, &ignored);
+  make_room(0, -1, Spare::kNothing);
 }
 
 int Cache::find_victim(Spare spare) const {

@@ -70,9 +70,10 @@ class Cache {
   /// it gives that one, and counts as resident at `max_level`. So whoever plans need not know who has how many.
   ///
   /// Without a file it is dry, for replaying traces: nothing is read or kept and every read ends at once.
-  /// Throws OutOfBudget when not even one expert fits at `max_level`.
+  /// Slots are made for `most_bytes`, to which `set_budget` may raise the budget. Throws OutOfBudget when not even one
+  /// expert fits at `max_level`.
   Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable table, int max_level, size_t budget_bytes,
-        bool verify, int num_readers, Policy policy);
+        bool verify, int num_readers, Policy policy, size_t most_bytes = 0);
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
   ~Cache();
@@ -109,6 +110,14 @@ class Cache {
 
   /// Lowers an expert that is not pinned to `level`. Returns false when it is pinned.
   bool shrink(int expert, int level);
+
+  /// Changes what the slots may take from now on, at most what they were made for. What no longer fits is dropped and
+  /// its pages are given back before this returns. Throws std::logic_error when a request is open, OutOfBudget when not
+  /// even one expert fits; the budget is as before then.
+  void set_budget(size_t bytes);
+
+  /// All slots, for tests: what is touched of it is resident.
+  const Memory& memory() const { return memory_; }
 
   CacheStats stats() const;
   LoaderStats loader_stats() const;
@@ -154,6 +163,11 @@ class Cache {
   void evict(int expert);
   void trim(int slot, uint32_t keep);
   void check(const Wish& wish) const;
+  void check_budget(size_t bytes) const;
+  /// Whether every expert can be resident at the highest level.
+  bool all_fit() const {
+    return slots_.size() == levels_.size() && slots_.size() * window_bytes_ <= size_t(budget_pages_) * kPage;
+  }
   bool any(Step step) const;
   int num_pending() const { return loader_ ? loader_->num_pending() : 0; }
   uint8_t* slot_base(int slot) const { return memory_.bytes() + size_t(slot) * window_bytes_; }
@@ -170,6 +184,7 @@ class Cache {
   bool verify_;
   size_t window_bytes_ = 0;
   uint32_t budget_pages_ = 0;
+  uint32_t most_pages_ = 0;
   uint32_t committed_pages_ = 0;
   uint32_t peak_pages_ = 0;
 

@@ -27,10 +27,7 @@ Memory::Memory(size_t bytes) : size_(round_up(bytes ? bytes : 1, system_page()))
   // A child has no use for weights, and copy-on-write would double them.
   madvise(bytes_, size_, MADV_DONTFORK);
 #endif
-#ifdef MADV_NOHUGEPAGE
-  // A huge page would take room that the budget does not know of.
-  madvise(bytes_, size_, MADV_NOHUGEPAGE);
-#endif
+  prefer_huge_pages(false);  // one would take room that the budget does not know of
 }
 
 Memory::Memory(Memory&& other) noexcept
@@ -53,9 +50,9 @@ void Memory::release(size_t begin, size_t length) {
   }
 }
 
-void Memory::prefer_huge_pages() {
+void Memory::prefer_huge_pages(bool yes) {
 #ifdef MADV_HUGEPAGE
-  madvise(bytes_, size_, MADV_HUGEPAGE);
+  madvise(bytes_, size_, yes ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
 #endif
 }
 

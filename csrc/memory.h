@@ -29,8 +29,8 @@ class Memory {
   /// Gives the pages wholly inside [begin, begin + length) back; they read as zeros afterwards.
   void release(size_t begin, size_t length);
 
-  /// Asks for huge pages; only for a range that will be touched as a whole.
-  void prefer_huge_pages();
+  /// Asks for huge pages, or for none as at first; only for a range that will be touched as a whole.
+  void prefer_huge_pages(bool yes = true);
 
  private:
   uint8_t* bytes_ = nullptr;

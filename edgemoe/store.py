@@ -115,13 +115,21 @@ class ExpertStore:
 
     @classmethod
     def open(
-        cls, moe: MoeFile, *, bits: int, budget_bytes: int, verify: bool, policy: Policy = "lfu"
+        cls,
+        moe: MoeFile,
+        *,
+        bits: int,
+        budget_bytes: int,
+        most_bytes: int = 0,
+        verify: bool,
+        policy: Policy = "lfu",
     ) -> ExpertStore:
         """Returns a store of a file's experts.
 
         Args:
             bits: the highest precision that will be asked for.
             budget_bytes: for slots, all of it.
+            most_bytes: to what `cache.set_budget` may raise that later.
             policy: what is dropped first: the least frequently or the least recently used, "lfu" or "lru", or the
                 lowest of a live array [layers * experts].
 
@@ -150,6 +158,7 @@ class ExpertStore:
             num_readers=_NUM_READERS,
             policy=policy,
             scheme=moe.scheme,
+            most_bytes=most_bytes,
         )
         return cls(
             cache, num_experts=config.num_experts, level_bits=[r[0] for r in ladder],

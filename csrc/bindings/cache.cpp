@@ -37,7 +37,7 @@ void bind_cache(py::module_& m) {
                        const std::vector<std::array<uint8_t, 3>>& rung_widths, const std::vector<uint32_t>& ends,
                        const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const Array<uint8_t>& rungs,
                        const std::vector<int>& layers, int max_level, size_t budget_bytes, bool verify, int num_readers,
-                       const py::object& policy, const std::string& scheme_name) {
+                       const py::object& policy, const std::string& scheme_name, size_t most_bytes) {
              const Scheme scheme = scheme_named(scheme_name);
              for (size_t m = 0; m < 3; ++m) {
                std::vector<uint8_t> widths;
@@ -53,12 +53,13 @@ void bind_cache(py::module_& m) {
                                layers};
              ExpertShape shape{scheme, int(layers.size()), num_experts, hidden, expert_hidden, rung_widths, ends};
              return Held<Cache>(new Cache(file, std::move(shape), std::move(table), max_level, budget_bytes, verify,
-                                          num_readers, policy_from(policy, size_t(offsets.size()))));
+                                          num_readers, policy_from(policy, size_t(offsets.size())), most_bytes));
            }),
            py::kw_only(), py::arg("file"), py::arg("num_experts"), py::arg("hidden"), py::arg("expert_hidden"),
            py::arg("rung_widths"), py::arg("ends"), py::arg("offsets").noconvert(), py::arg("crcs").noconvert(),
            py::arg("rungs").noconvert(), py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"),
-           py::arg("verify"), py::arg("num_readers"), py::arg("policy"), py::arg("scheme") = "nested")
+           py::arg("verify"), py::arg("num_readers"), py::arg("policy"), py::arg("scheme") = "nested",
+           py::arg("most_bytes") = 0)
       .def(
           "begin",
           [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels, const Array<int32_t>& offsets,
@@ -95,8 +96,16 @@ void bind_cache(py::module_& m) {
            })
       .def("close", &Cache::close, py::call_guard<py::gil_scoped_release>())
       .def("shrink", &Cache::shrink, py::arg("expert"), py::arg("level"))
+      .def("set_budget", &Cache::set_budget, py::arg("bytes"), py::call_guard<py::gil_scoped_release>())
       .def("check_integrity", &Cache::check_integrity)
       .def("slot_bytes", &Cache::slot_bytes, py::arg("level"))
+      .def_property_readonly(
+          "content",
+          [](const py::object& self) {
+            const Memory& memory = self.cast<const Cache&>().memory();
+            return lend(memory.bytes(), memory.size(), self);
+          },
+          "uint8 view of all slots, for tests: reading it makes it resident.")
       .def_property_readonly("residency",
                              [](py::object self) {
                                const auto& r = self.cast<Cache&>().residency();

@@ -143,6 +143,11 @@ void test_random_requests_on(const ExpertFile& file, double experts) {
     cache->close();
     cache->check_integrity();
     if (rng() % 4 == 0) cache->shrink(int(rng() % kExperts), int(rng() % 5));
+    if (rng() % 8 == 0) {  // less for a while
+      cache->set_budget(record_bytes(file));
+      cache->check_integrity();
+      cache->set_budget(size_t(experts * double(record_bytes(file))));
+    }
     cache->check_integrity();
   }
   CHECK(cache->stats().peak_bytes <= cache->stats().budget_bytes);
