@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgemoe.errors import EdgemoeError, FormatError, OutOfBudget, ReadError
     from edgemoe.runtime.chat import Chat
-    from edgemoe.runtime.engine import Engine, Stats, load
+    from edgemoe.runtime.engine import Engine, load
+    from edgemoe.runtime.meter import Stats
     from edgemoe.text.sampler import SamplingParams
 
 __all__ = [
@@ -29,7 +30,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Chat": "runtime.chat", "EdgemoeError": "errors", "Engine": "runtime.engine",
     "FormatError": "errors", "OutOfBudget": "errors", "ReadError": "errors",
-    "SamplingParams": "text.sampler", "Stats": "runtime.engine", "load": "runtime.engine",
+    "SamplingParams": "text.sampler", "Stats": "runtime.meter", "load": "runtime.engine",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from edgemoe.runtime.engine import Stats
+    from edgemoe.runtime.meter import Stats
 
 __all__ = ["stats_line", "stats_table"]
 

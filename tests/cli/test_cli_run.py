@@ -21,7 +21,7 @@ import pytest
 import edgemoe
 from edgemoe.cli.stats import stats_line, stats_table
 from edgemoe.convert.demo import demo_path
-from edgemoe.runtime.engine import Stats
+from edgemoe.runtime.meter import Stats
 from edgemoe.text.sampler import SamplingParams
 
 RUN = [sys.executable, "-m", "edgemoe.cli.run"]
