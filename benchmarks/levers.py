@@ -110,9 +110,9 @@ def speed(args: argparse.Namespace, runs: Sequence[Sequence[str]], ids: list[int
                 engine.logits(ids[: args.prompt], last_only=True)
                 for i, token in enumerate(ids[args.prompt :]):
                     if i == _WARM:
-                        base, start = engine._store.stats, time.perf_counter()
+                        base, start = engine.model.store.stats, time.perf_counter()
                     engine.extend([token])
-                seconds, now = time.perf_counter() - start, engine._store.stats
+                seconds, now = time.perf_counter() - start, engine.model.store.stats
                 d = {k: now[k] - base[k] for k in ("hits", "misses", "bytes_read", "bits", "wait_s")}  # fmt: skip
                 count = len(ids) - args.prompt - _WARM
                 uses, rate = d["hits"] + d["misses"], count / seconds
@@ -130,7 +130,7 @@ def speed(args: argparse.Namespace, runs: Sequence[Sequence[str]], ids: list[int
 
 def shares(engine: Engine) -> dict[str, float]:
     """Returns what was skipped and substituted, of what the router chose."""
-    e = engine._experts
+    e = engine.model.experts
     return {
         "skipped": e.skipped / e.routed,
         "substituted": e.scheduler.substituted / e.routed,

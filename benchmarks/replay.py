@@ -72,7 +72,7 @@ def run(
             s: {
                 "seconds": np.array(spent[s]),
                 "slots": engine.budget.slots,
-                **{k: engine._store.stats[k] for k in ("hits", "misses", "bytes_read")},
+                **{k: engine.model.store.stats[k] for k in ("hits", "misses", "bytes_read")},
             }
             for s, engine in engines.items()
         }

@@ -40,7 +40,7 @@ def main() -> None:
             # Which comes first alternates too: a longer context is slower.
             order = (False, True) if first // (2 * BLOCK) % 2 else (True, False)
             for half, is_on in enumerate(order):
-                engine._trace = engine._experts.observer = writer if is_on else None
+                engine._trace = engine.model.experts.observer = writer if is_on else None
                 start = time.perf_counter()
                 for i in range(BLOCK):
                     at = first + half * BLOCK + i

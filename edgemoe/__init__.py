@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from edgemoe.runtime.chat import Chat
     from edgemoe.runtime.engine import Engine, load
     from edgemoe.runtime.meter import Stats
+    from edgemoe.runtime.options import EngineOptions
     from edgemoe.text.sampler import SamplingParams
 
 __all__ = [
-    "Chat", "EdgemoeError", "Engine", "FormatError", "OutOfBudget", "ReadError", "SamplingParams",
+    "Chat", "EdgemoeError", "Engine", "EngineOptions", "FormatError", "OutOfBudget", "ReadError", "SamplingParams",
     "Stats", "load",
 ]  # fmt: skip
 
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Chat": "runtime.chat", "EdgemoeError": "errors", "Engine": "runtime.engine",
+    "EngineOptions": "runtime.options",
     "FormatError": "errors", "OutOfBudget": "errors", "ReadError": "errors",
     "SamplingParams": "text.sampler", "Stats": "runtime.meter", "load": "runtime.engine",
 }  # fmt: skip

@@ -9,7 +9,7 @@ import edgemoe
 
 ROOT = Path(__file__).parent.parent / "edgemoe"
 ROWS = [
-    {"errors", "plan", "config"},
+    {"arguments", "errors", "plan", "config"},
     {"ops", "tap", "store", "file", "hardware", "quant"},
     {"scheduler", "model", "text"},
     {"experts"},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import note, run_command
+from edgemoe.cli.engine import engine_flags
 from edgemoe.cli.measured import MAX_LOSS_HELP, check, cost, pick
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
@@ -40,8 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    import edgemoe
     from edgemoe.runtime.bench import measure, roof
+    from edgemoe.runtime.engine import Engine
+    from edgemoe.runtime.options import EngineOptions
 
     if "help" in args.set:
         print(options_text(args.scheduler))
@@ -58,13 +60,7 @@ def _run(args: argparse.Namespace) -> None:
     known = None if args.max_quality_loss is not None else cost(args)
     levels = None if args.bits == "auto" else args.bits
     best = roof(args.model, bits=levels, threads=args.threads, ram=args.ram)
-    with edgemoe.load(
-        args.model, ram=args.ram, whole_process=True, bits=args.bits,
-        allocation=args.allocation, dense_bits=args.dense_bits, experts=args.experts, threads=args.threads,
-        context=context, cache_type_k=args.cache_type_k,
-        cache_type_v=args.cache_type_v, verify=not args.no_verify,
-        scheduler=args.scheduler, options=args.set,
-    ) as engine:  # fmt: skip
+    with Engine(args.model, EngineOptions(**engine_flags(args, context=context))) as engine:
         for line in engine.notes:
             note(f"# {line}")
         if engine.notes and known:

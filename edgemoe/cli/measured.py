@@ -71,7 +71,8 @@ def pick(args: Namespace, *, context: int | None) -> str:
     from edgemoe.errors import OutOfBudget
     from edgemoe.file.format import open_moe
     from edgemoe.lab.quality.choice import choose, is_plain, stored
-    from edgemoe.runtime.engine import room_for_experts
+    from edgemoe.runtime.opening import room_for_experts
+    from edgemoe.runtime.options import EngineOptions
 
     limit = share(args.max_quality_loss)
     moe = open_moe(args.model)
@@ -85,10 +86,11 @@ def pick(args: Namespace, *, context: int | None) -> str:
 
     def slots(dense_bits: int) -> int:
         try:
-            return room_for_experts(
-                moe, ram=args.ram, dense_bits=dense_bits, context=context, threads=args.threads,
+            options = EngineOptions(
+                ram=args.ram, dense_bits=dense_bits, context=context, threads=args.threads,
                 cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v,
             )  # fmt: skip
+            return room_for_experts(moe, options)
         except OutOfBudget:
             return 0  # the engine will say so, unless other settings fit
 

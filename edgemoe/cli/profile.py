@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgemoe.cli.console import check_output, decode_text, note, run_command
+from edgemoe.cli.engine import engine_flags
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.values import ram_size
@@ -132,9 +133,10 @@ def _command(commands: Any, name: str, run: Any, about: str) -> argparse.Argumen
 
 
 def _trace(args: argparse.Namespace) -> None:
-    import edgemoe
     from edgemoe.cli.progress import Progress
     from edgemoe.lab.routing.record import follow, follow_pieces
+    from edgemoe.runtime.engine import Engine
+    from edgemoe.runtime.options import EngineOptions
 
     if "help" in args.set:
         print(options_text(args.scheduler or "on-demand"))
@@ -149,12 +151,13 @@ def _trace(args: argparse.Namespace) -> None:
     if args.pieces is not None and args.pieces < 1:
         raise ValueError(f"--pieces: expected at least 1 token, got {args.pieces}")
     ids = _ids(args.model, text, args.tokens, cut=args.pieces is None)
-    with edgemoe.load(
-        args.model, ram=args.ram, whole_process=True, bits=args.bits, dense_bits=args.dense_bits,
-        experts=args.experts, threads=args.threads,
-        context=len(ids) if args.pieces is None else args.pieces, verify=not args.no_verify,
-        scheduler=args.scheduler or "on-demand", options=options,
-    ) as engine:  # fmt: skip
+    given = engine_flags(
+        args,
+        context=len(ids) if args.pieces is None else args.pieces,
+        scheduler=args.scheduler or "on-demand",
+        options=options,
+    )
+    with Engine(args.model, EngineOptions(**given)) as engine:
         for line in engine.notes:
             note(f"# {line}")
         engine.record(args.output, look_ahead=args.look_ahead if args.pieces is None else 0)

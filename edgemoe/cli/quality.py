@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgemoe.cli.console import check_output, note, run_command
+from edgemoe.cli.engine import engine_flags
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.reference import CHUNK, EXACT, reference
@@ -222,11 +223,8 @@ def _trial(
     if given is not None:
         dense = _whole("dense_bits", given)
         moe.dense_level(dense)
-    return Trial(
-        bits=bits, dense_bits=dense, scheduler=scheduler, options=options,
-        cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v, ram=args.ram,
-        threads=args.threads, verify=not args.no_verify, decode=args.decode,
-    )  # fmt: skip
+    said = engine_flags(args, bits=bits, dense_bits=dense, scheduler=scheduler, options=options)
+    return Trial(**said, decode=args.decode)
 
 
 # ------------------------------------------------------------ results

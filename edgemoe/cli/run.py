@@ -16,6 +16,7 @@ from edgemoe.cli.console import (
     replace_unwritable,
     write_reply,
 )
+from edgemoe.cli.engine import engine_flags
 from edgemoe.cli.measured import check, cost, pick
 from edgemoe.cli.options import run_parser
 from edgemoe.cli.scheduling import options_text, read_settings
@@ -93,9 +94,12 @@ def _run(args: Namespace) -> int:
     if args.max_quality_loss is not None:
         note(f"# {pick(args, context=args.ctx_size or None)}")
     known = None if args.max_quality_loss is not None else cost(args)
-    with _load(args) as engine:
-        from edgemoe.runtime.chat import Chat
+    from edgemoe.runtime.chat import Chat
+    from edgemoe.runtime.engine import Engine
+    from edgemoe.runtime.options import EngineOptions
 
+    given = {"context": args.ctx_size or None, "trace": args.trace, "profile": args.profile}
+    with Engine(args.model, EngineOptions(**engine_flags(args, **given))) as engine:
         for line in engine.notes:
             note(f"# {line}")
         bits = engine.expert_bits
@@ -174,29 +178,6 @@ def _describe_machine() -> None:
     note(
         f"# machine: {hardware.num_threads()} cores, {hardware.available_bytes() / 2**30:.1f} GiB of memory free, "
         f"{f'{gpus} CUDA devices, which this version does not use' if gpus else 'no CUDA device'}"
-    )
-
-
-def _load(args: Namespace) -> Engine:
-    import edgemoe
-
-    return edgemoe.load(
-        args.model,
-        ram=args.ram,
-        whole_process=True,
-        bits=args.bits,
-        allocation=args.allocation,
-        dense_bits=args.dense_bits,
-        context=args.ctx_size or None,
-        cache_type_k=args.cache_type_k,
-        cache_type_v=args.cache_type_v,
-        threads=args.threads,
-        verify=not args.no_verify,
-        experts=args.experts,
-        scheduler=args.scheduler,
-        options=args.set,
-        trace=args.trace,
-        profile=args.profile,
     )
 
 

@@ -24,6 +24,7 @@ what the profile is of: family, layers, experts, experts_per_token and fingerpri
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,8 +39,10 @@ from edgemoe import _core
 from edgemoe.errors import FormatError
 from edgemoe.file.format import MoeFile
 from edgemoe.file.whole import write_whole
+from edgemoe.scheduler import Scheduler
+from edgemoe.store import ExpertStore
 
-__all__ = ["Profile", "identity", "read_profile", "write_profile"]
+__all__ = ["Profile", "ProfileFile", "identity", "read_profile", "write_profile"]
 
 State = Mapping[str, NDArray[Any]]
 
@@ -132,3 +135,46 @@ def _open(path: Path) -> Any:
 def _crc(tensors: State) -> str:
     whole = b"".join(tensors[name].tobytes() for name in sorted(tensors))
     return f"{_core.crc32c(whole):08x}"
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileFile:
+    """Is where what was learned about one model is kept, and what was there when it was opened."""
+
+    path: Path
+    of: Mapping[str, str]
+    """The model's `identity`."""
+    before: Profile | None
+
+    @classmethod
+    def open(cls, path: Path, moe: MoeFile) -> ProfileFile:
+        """Reads a profile if there is one, before anything is learned that could not be kept.
+
+        Raises:
+            ValueError: there is no such folder.
+            PermissionError: the folder cannot be written.
+            FormatError: not a profile, damaged, or another model's.
+        """
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise ValueError(f"profile: no such folder: {path.parent}")
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"profile: {path} cannot be written")
+        of = identity(moe)
+        return cls(path, of, read_profile(path, of))
+
+    def restore(self, store: ExpertStore, scheduler: Scheduler) -> None:
+        """Tells what was learned before."""
+        if self.before is not None:
+            store.uses = self.before.uses
+            scheduler.restore(self.before.state)
+
+    def learned(self, store: ExpertStore, scheduler: Scheduler) -> Profile | None:
+        """Returns what to keep: what other schedulers learned stays. None when nothing has run."""
+        uses = store.uses
+        before = {} if self.before is None else self.before.state
+        return Profile(uses, {**before, **scheduler.state()}) if uses.any() else None
+
+    def write(self, profile: Profile) -> None:
+        """Replaces the file; see `write_profile`."""
+        write_profile(self.path, profile, self.of)

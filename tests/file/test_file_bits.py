@@ -110,8 +110,8 @@ def test_it_runs_as_the_whole_file_would(small, expected, monkeypatch, num_exper
         assert np.array_equal(engine.logits(IDS), expected[0])
         assert list(engine.generate(list(IDS[:20]), GREEDY)) == expected[1]
         assert engine.notes == ()
-        engine._store.cache.check_integrity()
-        stats = engine._store.stats
+        engine.model.store.cache.check_integrity()
+        stats = engine.model.store.stats
         assert stats["peak_bytes"] <= slots
         assert 2 < engine.stats.average_bits < 6
         assert (engine.expert_bits == BITS).all()
@@ -126,7 +126,7 @@ def test_every_scheduler_runs_on_it(small, expected, monkeypatch, scheduler, opt
     with edgemoe.load(small, scheduler=scheduler, options=options) as engine:
         engine.logits(IDS)
         assert len(list(engine.generate(list(IDS[:20]), GREEDY))) > 0
-        engine._store.cache.check_integrity()
+        engine.model.store.cache.check_integrity()
         assert 0 < engine.stats.average_bits <= 6
     # Nobody takes an expert that is all there for one that waits for its upper bits.
     with_slots(monkeypatch, 1 << 22)
@@ -142,13 +142,13 @@ def test_everything_fits_in_what_it_holds(small, expected):
     moe = open_moe(small)
     with edgemoe.load(small) as engine:
         assert engine.budget.experts == all_expert_bytes(moe, 4) < 16 * expert_bytes(moe, 4)
-        assert engine._setting.fits
+        assert engine.model.setting.fits
         assert np.array_equal(engine.logits(IDS), expected[0])
-        stats = engine._store.stats
+        stats = engine.model.store.stats
         assert stats["evictions"] == 0
         assert stats["resident_bytes"] <= all_expert_bytes(moe, 4)
-        used = np.flatnonzero(engine._store.residency.reshape(-1))
-        assert (engine._store.residency.reshape(-1)[used] == 4).all()  # all of each is there
+        used = np.flatnonzero(engine.model.store.residency.reshape(-1))
+        assert (engine.model.store.residency.reshape(-1)[used] == 4).all()  # all of each is there
         assert stats["bytes_read"] == sum(
             -(-moe.experts.sizes(4)[e] // 4096) * 4096 for e in used.tolist()
         )
@@ -284,7 +284,7 @@ def test_a_real_run_has_exactly_the_hits_of_its_replay(small, tmp_path, monkeypa
     with edgemoe.load(small, trace=path, options={"look_ahead": False}) as engine:
         for i, token in enumerate(IDS.tolist()):
             (engine.extend if i else engine.logits)([token])
-        real, slots = engine._store.stats, engine.budget.slots
+        real, slots = engine.model.store.stats, engine.budget.slots
     trace = read(path)
     tape = Tape(trace)
     got = replay(tape, OnDemand(setting(tape.header, slots), look_ahead=False), budget_bytes=slots)

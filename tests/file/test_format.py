@@ -69,7 +69,7 @@ def test_what_is_written_comes_back(tiny_moe):
     with edgemoe.load(tiny_moe) as engine:
         for row, (layer, index) in enumerate((i, e) for i in range(2) for e in range(8)):
             for got, true in zip(
-                engine._store.cache.decode(row, 5), source.expert(layer, index), strict=True
+                engine.model.store.cache.decode(row, 5), source.expert(layer, index), strict=True
             ):
                 assert np.square(got - true).sum() < 1e-4 * np.square(true).sum()
 
@@ -217,7 +217,7 @@ def test_a_broken_rung_is_named_and_can_be_ignored(data, tmp_path):
         for _ in range(2):
             with pytest.raises(FormatError, match=r"checksum of expert \d of layer 0, rung \d"):
                 engine.logits(IDS)
-            engine._store.cache.check_integrity()
+            engine.model.store.cache.check_integrity()
     with edgemoe.load(path, verify=False) as engine:
         assert engine.logits(IDS).shape == (40, 264)
     data[moe.tensors["layers.0.q"].offset] ^= 1
@@ -358,10 +358,10 @@ def test_an_upgrade_is_verified_like_a_load(data, tmp_path):
     data[at] ^= 1
     path.write_bytes(data)
     with edgemoe.load(path) as engine:
-        engine._store.cache.decode(0, 1)
+        engine.model.store.cache.decode(0, 1)
         with pytest.raises(FormatError, match="rung 1"):
-            engine._store.cache.decode(0, 2)
-        engine._store.cache.check_integrity()
+            engine.model.store.cache.decode(0, 2)
+        engine.model.store.cache.check_integrity()
 
 
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="needs a file system in memory")

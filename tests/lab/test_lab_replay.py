@@ -73,7 +73,7 @@ def test_a_real_run_has_exactly_the_hits_of_its_replay(
     path = tmp_path / "x.trace"
     with edgemoe.load(tiny_moe, bits=bits, trace=path, options={"look_ahead": False}) as engine:
         follow(engine, IDS, prompt=1 if num_experts < 8 else 20)
-        real = engine._store.stats
+        real = engine.model.store.stats
     tape = Tape(read(path))
     got = replay(tape, OnDemand(setting(tape.header, slots), look_ahead=False), budget_bytes=slots)
     assert got.hits + got.prompt_hits == real["hits"]

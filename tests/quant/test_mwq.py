@@ -270,14 +270,14 @@ def test_logits_do_not_depend_on_the_budget(path, files, monkeypatch):
             with_slots(patched, slots, 16)
             with edgemoe.load(path, bits=bits) as engine:
                 assert np.array_equal(engine.logits(IDS), everything)
-                assert engine._store.stats["evictions"] > 0
-                assert engine._store.stats["peak_bytes"] <= slots
+                assert engine.model.store.stats["evictions"] > 0
+                assert engine.model.store.stats["peak_bytes"] <= slots
 
 
 def test_an_upgrade_reads_the_rungs_that_are_missing(path, files):
     moe, read = files
     with edgemoe.load(path) as engine:
-        cache = engine._store.cache
+        cache = engine.model.store.cache
         low = cache.decode(3, 1)
         before = cache.stats["bytes_read"]
         high = cache.decode(3, len(moe.ladder))

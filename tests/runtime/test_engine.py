@@ -37,8 +37,8 @@ def test_logits_do_not_depend_on_the_budget(
     with edgemoe.load(tiny_moe, bits=bits, threads=threads) as engine:
         assert np.array_equal(engine.logits(IDS), expected[bits][0])
         assert list(engine.generate(list(IDS[:20]), GREEDY)) == expected[bits][1]
-        stats = engine._store.stats
-        engine._store.cache.check_integrity()
+        stats = engine.model.store.stats
+        engine.model.store.cache.check_integrity()
         assert stats["peak_bytes"] <= slots
         assert (stats["evictions"] > 0) == (num_experts < 16)
         assert (stats["ahead_reads"] > 0) == (2 <= num_experts < 16)
@@ -196,15 +196,15 @@ def test_tokens_may_be_added_one_by_one(tiny_moe, expected):
 def test_an_interrupt_between_request_and_groups_is_forgotten(tiny_moe, expected):
     with edgemoe.load(tiny_moe) as engine:
         plans = []
-        plan = engine._experts.scheduler.plan
+        plan = engine.model.experts.scheduler.plan
 
         def remember(*args):
             plans.append(plan(*args))
             return plans[-1]
 
-        engine._experts.scheduler.plan = remember
+        engine.model.experts.scheduler.plan = remember
         engine.logits(IDS[:9])
-        engine._store.request(plans[0])  # and Ctrl-C here
+        engine.model.store.request(plans[0])  # and Ctrl-C here
         assert np.array_equal(engine.logits(IDS), expected[8][0])
 
 
@@ -238,7 +238,7 @@ def test_a_second_thread_and_a_child_process_are_kept_out(tiny_moe):
                 running.set()
                 done.wait(10)
 
-        engine._experts.observer = Slow()
+        engine.model.experts.observer = Slow()
         thread = threading.Thread(target=lambda: engine.logits(IDS[:4]))
         thread.start()
         running.wait(10)
@@ -252,7 +252,7 @@ def test_a_second_thread_and_a_child_process_are_kept_out(tiny_moe):
             refused.append(1)
         done.set()
         thread.join()
-        engine._experts.observer = None
+        engine.model.experts.observer = None
         assert len(refused) == 3
         pid, engine._pid = engine._pid, os.getppid()
         with pytest.raises(RuntimeError, match="process that opened it"):
@@ -325,5 +325,5 @@ def test_a_models_own_sampling_is_the_default(tmp_path):
 def test_an_interrupt_between_computing_and_counting_is_forgotten(tiny_moe, expected):
     with edgemoe.load(tiny_moe) as engine:
         engine.logits(IDS[:149])
-        engine._decoder.forward(IDS[:3].astype(np.int32), engine._kv)  # and Ctrl-C here
+        engine.model.decoder.forward(IDS[:3].astype(np.int32), engine._kv)  # and Ctrl-C here
         assert np.array_equal(engine.extend(IDS[149:150])[0], expected[8][0][-1])

@@ -96,7 +96,7 @@ def test_warm_experts_are_hits_and_logits_stay(half, learned):
         expected, cold = decode(engine, IDS)
     with half(profile=learned) as engine:
         read = engine.warm()
-        store = engine._store
+        store = engine.model.store
         assert read == store.stats["resident_bytes"] == store.stats["budget_bytes"]
         assert (store.residency > 0).sum() == L * E // 2
         assert store.stats["evictions"] == 0

@@ -46,7 +46,7 @@ def test_what_a_run_routed_and_found_in_memory_comes_back(tiny_moe, tmp_path):
     with edgemoe.load(tiny_moe, trace=path, bits=4) as engine:
         engine.logits(IDS[:30])
         engine.extend(IDS[30:31])
-        stats, total = engine.stats, engine._store.stats
+        stats, total = engine.stats, engine.model.store.stats
     trace = read(path)
     rows = trace.rows
     assert (trace.header.num_experts, trace.header.experts_per_token) == (8, 2)

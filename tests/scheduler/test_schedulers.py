@@ -893,7 +893,7 @@ def test_lossy_schedulers_run_and_say_what_they_did(tiny_moe, name, options, roo
         for i in range(30):
             row = e.extend([i])
             assert np.isfinite(row).all()
-        e._store.cache.check_integrity()
+        e.model.store.cache.check_integrity()
         list(e.generate(list(range(20)), edgemoe.SamplingParams(temperature=0, max_tokens=20)))
         stats = e.stats
     assert 2 <= stats.average_bits <= 8

@@ -15,7 +15,7 @@ from edgemoe.file.format import MoeFile
 from edgemoe.model import Decoder, KvCache, KvTypes
 from edgemoe.ops import OpsShape
 from edgemoe.runtime.budget import Budget
-from edgemoe.runtime.engine import model_setting
+from edgemoe.runtime.opening import model_setting
 from edgemoe.scheduler import OnDemand
 from edgemoe.store import ExpertStore, load_dense
 from edgemoe.tap import Tap, TapOps

@@ -10,16 +10,17 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.file.format import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter, log_softmax
-from edgemoe.runtime.engine import Engine, load
+from edgemoe.runtime.engine import Engine
+from edgemoe.runtime.options import EngineOptions
 from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Quality", "Sample", "Trial", "first_token", "measure", "recorded", "score"]
@@ -109,20 +110,12 @@ class Quality:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """Is one way to run a model."""
+class Trial(EngineOptions):
+    """Is one way to run a model, whose precisions are always said; the context is that of the text."""
 
     bits: int | Literal["auto"]
-    """"auto" for the allocation that the file holds."""
     dense_bits: int
-    scheduler: str = "on-demand"
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """The scheduler's own."""
-    cache_type_k: str = "f16"
-    cache_type_v: str = "f16"
-    ram: int | str | None = None
-    threads: int | None = None
-    verify: bool = True
+    whole_process: bool = True
     decode: bool = False
     """Evaluate what is scored token by token, as in a reply. The same unless the scheduler changes the answer."""
 
@@ -144,12 +137,7 @@ def measure(
         OutOfBudget: says the smallest budget that works.
         ReadError: the disk failed.
     """
-    with load(
-        path, bits=trial.bits, dense_bits=trial.dense_bits, scheduler=trial.scheduler,
-        options=trial.options, cache_type_k=trial.cache_type_k, cache_type_v=trial.cache_type_v,
-        ram=trial.ram, threads=trial.threads, verify=trial.verify,
-        context=sample.windows.shape[1], whole_process=True,
-    ) as engine:  # fmt: skip
+    with Engine(path, replace(trial, context=sample.windows.shape[1])) as engine:
         step = 1 if trial.decode else None
         return score(
             engine, sample, reference=reference, record=record, step=step, progress=progress

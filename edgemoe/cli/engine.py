@@ -1,0 +1,31 @@
+"""Turns the flags of a command into options of an engine: one reader for all commands."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+__all__ = ["engine_flags"]
+
+_SAME = (
+    "ram", "bits", "allocation", "dense_bits", "experts", "cache_type_k", "cache_type_v", "threads",
+    "scheduler",
+)  # fmt: skip
+"""Flags that have an option's name and its meaning."""
+
+
+def engine_flags(args: Namespace, **given: Any) -> dict[str, Any]:
+    """Returns what the flags of a command say, as arguments of `EngineOptions`; `ram` is for the whole process.
+
+    Args:
+        args: as parsed; what the command has no flag for is left out.
+        given: options that the command decides itself, in place of flags.
+    """
+    flags = vars(args)
+    said: dict[str, Any] = {"whole_process": True}
+    said |= {name: flags[name] for name in _SAME if name in flags}
+    if "set" in flags:
+        said["options"] = flags["set"]
+    if "no_verify" in flags:
+        said["verify"] = not flags["no_verify"]
+    return {**said, **given}

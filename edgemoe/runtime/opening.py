@@ -1,0 +1,253 @@
+"""Makes a model of a file and options: checks both, divides the memory, and puts the parts together."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core, hardware
+from edgemoe.config import ModelConfig
+from edgemoe.experts import Experts
+from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.model import Decoder
+from edgemoe.ops import CpuOps, OpsShape
+from edgemoe.quant import Allocation
+from edgemoe.runtime.budget import Budget, default_ram, parse_size
+from edgemoe.runtime.model import Model
+from edgemoe.runtime.options import EngineOptions
+from edgemoe.runtime.profile import ProfileFile
+from edgemoe.scheduler import SCHEDULERS, SECTIONS, Setting
+from edgemoe.store import ExpertStore, level_bytes, load_dense
+from edgemoe.text.sampler import SamplingParams
+from edgemoe.text.tokenizer import Tokenizer
+
+__all__ = ["Opened", "Text", "model_setting", "open_model", "room_for_experts"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Is what a file has for texts: how they become tokens, and how replies are sampled and end."""
+
+    tokenizer: Tokenizer | None
+    sampling: SamplingParams
+    eos_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, moe: MoeFile) -> Text:
+        """Reads it; keeps nothing of the file's sections."""
+        files = moe.sections
+        tokenizer = Tokenizer.from_files(files) if "tokenizer.json" in files else None
+        eos = frozenset(moe.config.eos_ids)
+        if tokenizer is not None:  # a file may name only the base model's end token
+            eos |= frozenset(tokenizer.eos_ids)
+        return cls(tokenizer, SamplingParams.of_model(files.get("generation_config.json")), eos)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Is a model that is ready, and what it needs for texts."""
+
+    model: Model
+    text: Text
+    profile: ProfileFile | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Bits:
+    """Says at which bits experts may run."""
+
+    most: int
+    each: NDArray[np.int8]
+    """[L, E]"""
+    noted: NDArray[np.int8]
+    """[L, E]: the same as far as no scheduler has a note of its own."""
+
+
+def open_model(path: str | os.PathLike[str], options: EngineOptions) -> Opened:
+    """Opens a `.moe` file. What is wrong is refused before anything large is read.
+
+    Raises:
+        ValueError: an option does not fit the file.
+        FormatError: the file is not a sound `.moe` file.
+        OutOfBudget: says the smallest budget that works.
+        ReadError: the disk failed.
+    """
+    before = hardware.process_bytes()
+    moe = open_moe(path)
+    given = moe.config
+    moe = _with_experts(moe, options.experts)
+    bits = _bits(moe, options)
+    profile = None if options.profile is None else ProfileFile.open(Path(options.profile), moe)
+    dense_level = moe.dense_level(options.dense_bits)
+    if options.context is not None and not 1 <= options.context <= moe.config.context_length:
+        raise ValueError(
+            f"context: expected 1 to {moe.config.context_length} (the model's), got {options.context}"
+        )
+    text = Text.of(moe)
+    # What needs them keeps what it needs; the files' text must not count against the experts.
+    sections = {name: moe.sections[name] for name in SECTIONS if name in moe.sections}
+    moe = replace(moe, sections={})
+    hardware.trim()
+    model = _assembled(moe, options, bits, dense_level, sections, before)
+    model.notes = _notes(moe, given, bits.noted, options) + model.scheduler.notes
+    if profile is not None:
+        profile.restore(model.store, model.scheduler)
+    if options.trace is not None:
+        model.record(options.trace)
+    logger.info(
+        "%s: %s, %d tokens of context, chunks of %d, %d of %d bytes of experts, %s, %d threads",
+        moe.path, moe.config.family, model.budget.context, model.budget.chunk, model.budget.slots,
+        model.budget.experts, _core.isa(), model.threads,
+    )  # fmt: skip
+    return Opened(model, text, profile)
+
+
+def _assembled(
+    moe: MoeFile,
+    options: EngineOptions,
+    bits: _Bits,
+    dense_level: int,
+    sections: Mapping[str, bytes],
+    before: int,
+) -> Model:
+    """Returns a model inside its budget; `before` is what the process took before."""
+    config, level = moe.config, moe.level(bits.most)
+    threads = hardware.num_threads() if options.threads is None else options.threads
+    shape = OpsShape.of(config, threads)
+    total = default_ram() if options.ram is None else parse_size(options.ram)
+    is_added = options.ram is not None and not options.whole_process
+    chosen = dict(options.options)
+    if (bits.each != bits.noted).any():  # the scheduler has a note of its own
+        chosen["bits"] = bits.each
+
+    def divide(process: int) -> Budget:
+        return Budget.divide(
+            moe, ram=total + before if is_added else total, process=process, level=level,
+            dense_level=dense_level, context=options.context, kv_types=options.kv_types, ops=shape,
+            outside=before if is_added else 0,
+        )  # fmt: skip
+
+    # Both refuse what is wrong before anything large is read.
+    estimate = divide(hardware.process_bytes())
+    make = SCHEDULERS[options.scheduler]
+    make(model_setting(moe, bits.most, estimate.slots, sections), **chosen)
+    weights = load_dense(moe, dense_level, verify=options.verify)
+    hardware.trim()
+    # Slots are sized last, from what the process really has by now.
+    dense = sum(w.bytes if isinstance(w, _core.Nested) else w.nbytes for w in weights.values())
+    budget = divide(max(hardware.process_bytes() - dense, 0))
+    setting = model_setting(moe, bits.most, budget.slots, sections)
+    scheduler = make(setting, **chosen)
+    ops = CpuOps(replace(shape, max_tokens=budget.chunk, max_context=budget.context))
+    store = ExpertStore.open(
+        moe, bits=bits.most, budget_bytes=budget.slots, verify=options.verify,
+        policy="lfu" if scheduler.priorities is None else scheduler.priorities,
+    )  # fmt: skip
+    parts = np.empty((budget.chunk * config.experts_per_token, config.hidden_size), np.float32)
+    experts = Experts(scheduler, store, ops, parts=parts, observer=options.observer)
+    return Model(
+        moe=moe, options=options, bits=bits.most, top_bits=bits.each.reshape(-1), threads=threads,
+        budget=budget, setting=replace(setting, sections={}), store=store, experts=experts,
+        decoder=Decoder(config, weights, ops, experts, max_tokens=budget.chunk),
+    )  # fmt: skip
+
+
+def room_for_experts(moe: MoeFile, options: EngineOptions) -> int:
+    """Returns about how many bytes of experts would fit beside all else, with `ram` for the whole process.
+
+    Raises:
+        ValueError: an option does not fit the file.
+        OutOfBudget: not one expert at its fewest bits fits.
+    """
+    threads = hardware.num_threads() if options.threads is None else options.threads
+    return Budget.divide(
+        moe, ram=default_ram() if options.ram is None else parse_size(options.ram),
+        process=hardware.process_bytes(), level=1, dense_level=moe.dense_level(options.dense_bits),
+        context=options.context, kv_types=options.kv_types, ops=OpsShape.of(moe.config, threads),
+    ).room  # fmt: skip
+
+
+def model_setting(
+    moe: MoeFile, bits: int, slots: int, sections: Mapping[str, bytes] | None = None
+) -> Setting:
+    """Returns what a scheduler decides about when `slots` bytes hold experts of at most `bits`."""
+    config, levels = moe.config, range(1, moe.level(bits) + 1)
+    return Setting(
+        num_layers=len(config.moe_layers),
+        num_experts=config.num_experts,
+        experts_per_token=config.experts_per_token,
+        bits=bits,
+        level_bits=tuple(moe.ladder[level - 1][0] for level in levels),
+        level_bytes=level_bytes(moe, len(levels)),
+        slots_bytes=slots,
+        sections=sections or {},
+    )
+
+
+def _with_experts(moe: MoeFile, experts: int | None) -> MoeFile:
+    if experts is None:
+        return moe
+    if not 1 <= experts <= moe.config.num_experts:
+        raise ValueError(f"experts: expected 1 to {moe.config.num_experts}, got {experts}")
+    return replace(moe, config=replace(moe.config, experts_per_token=experts))
+
+
+def _bits(moe: MoeFile, options: EngineOptions) -> _Bits:
+    have = moe.expert_bits
+    if options.bits == "auto":
+        each = _allocation(moe, options.allocation)
+        return _Bits(int(each.max()), each, have)
+    bits = moe.ladder[-1][0] if options.bits is None else options.bits
+    moe.level(bits)  # or it says which there are
+    each = np.minimum(have, np.int8(bits))
+    return _Bits(bits, each, each)
+
+
+def _allocation(moe: MoeFile, path: str | os.PathLike[str] | None) -> NDArray[np.int8]:
+    """Returns each expert's bits [L, E]: a file's, the model's section, or what is there where experts differ."""
+    if path is not None:
+        content, where = Path(path).read_bytes(), str(path)
+    elif "allocation" in moe.sections:
+        content, where = moe.sections["allocation"], f"{moe.path}: section allocation"
+    elif (moe.experts.rungs != len(moe.ladder)).any():
+        return moe.expert_bits
+    else:
+        raise ValueError(
+            f"bits: auto takes an allocation, and {moe.path} has none; edgemoe allocate makes it"
+        )
+    found = Allocation.from_json(content, where)
+    found.check(moe.config, tuple(rung[0] for rung in moe.ladder), where, most=moe.expert_bits)
+    return found.bits
+
+
+def _notes(
+    moe: MoeFile, given: ModelConfig, bits: NDArray[np.int8], options: EngineOptions
+) -> tuple[str, ...]:
+    """Returns what the options change of the answer, one line each."""
+    notes, have, dense = [], moe.expert_bits, moe.dense_ladder[-1]
+    if (bits < have).any():
+        notes.append(f"lossy: experts at {_mean_bits(bits)} of the file's {_mean_bits(have)} bits")
+    if options.dense_bits is not None and options.dense_bits < dense:
+        notes.append(f"lossy: dense weights at {options.dense_bits} of the file's {dense} bits")
+    if moe.config.experts_per_token != given.experts_per_token:
+        notes.append(
+            f"lossy: {moe.config.experts_per_token} experts per token; "
+            f"the model's own number is {given.experts_per_token}"
+        )
+    rounded = [n for n in ("keys", "values") if getattr(options.kv_types, n) == "q8_0"]
+    if rounded:
+        notes.append(f"lossy: {' and '.join(rounded)} of the KV cache at 8 of 16 bits")
+    return tuple(notes)
+
+
+def _mean_bits(bits: NDArray[np.int8]) -> str:
+    """Returns how many bits experts have, the mean where they differ."""
+    return f"{bits.flat[0]}" if (bits == bits.flat[0]).all() else f"{bits.mean():.2f}"

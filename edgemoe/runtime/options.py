@@ -1,0 +1,96 @@
+"""How a model is opened and run: one value, which `load`, the command line, the lab and a server fill alike."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from edgemoe.arguments import switch, whole
+from edgemoe.experts import Observer
+from edgemoe.model import KvTypes
+from edgemoe.runtime.budget import parse_size
+from edgemoe.scheduler import SCHEDULERS
+
+__all__ = ["EngineOptions"]
+
+_MOST_THREADS = 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """Says how a model is opened and run.
+
+    Checked when it is made, as far as that needs no model; numpy's numbers become Python's.
+
+    Raises:
+        ValueError: an option is of the wrong kind or out of range; says which.
+    """
+
+    ram: int | str | None = None
+    """What the engine may add to this process's memory, as bytes or "4GiB"; None for what is free, less a margin."""
+    whole_process: bool = False
+    """`ram` bounds the whole process, not only what the engine adds."""
+    bits: int | Literal["auto"] | None = None
+    """Most precision of routed experts, one of the file's levels; None for all that the file has of each, "auto" for
+    each expert's own."""
+    allocation: str | os.PathLike[str] | None = None
+    """With bits "auto", a file that says each expert's (`edgemoe allocate`); None for the model file's own."""
+    dense_bits: int | None = None
+    """Precision of all other matrices, one of the file's levels; None for all that the file has."""
+    experts: int | None = None
+    """Routed experts per token; None for the model's own number. Another number is another model."""
+    context: int | None = None
+    """Tokens of prompt and reply together; None for what fits well."""
+    cache_type_k: str = "f16"
+    """How the KV cache holds keys, "f16" or "q8_0": 8 bits, half the memory, not exact."""
+    cache_type_v: str = "f16"
+    """The same for values."""
+    threads: int | None = None
+    """None for the machine's cores."""
+    scheduler: str = "on-demand"
+    """A name of `edgemoe.scheduler.SCHEDULERS`."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """The scheduler's own."""
+    verify: bool = True
+    """Check the sum of everything that is read."""
+    trace: str | os.PathLike[str] | None = None
+    """A file that records the routing; see `edgemoe.runtime.trace`."""
+    profile: str | os.PathLike[str] | None = None
+    """A file of what was learned about this model's use: loaded if there is one, and saved at `close`; see
+    `edgemoe.runtime.profile` and `Engine.warm`."""
+    observer: Observer | None = None
+    """Is told of every layer; not together with `trace`."""
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        if self.ram is not None:
+            put("ram", parse_size(self.ram))
+        if self.bits not in (None, "auto"):
+            put("bits", whole("bits", self.bits))
+        for name in ("dense_bits", "experts", "context"):  # their ranges are the model's
+            if getattr(self, name) is not None:
+                put(name, whole(name, getattr(self, name)))
+        if self.threads is not None:
+            put("threads", whole("threads", self.threads, 1, _MOST_THREADS))
+        for name in ("whole_process", "verify"):
+            put(name, switch(name, getattr(self, name)))
+        put("options", dict(self.options or {}))
+        _ = self.kv_types
+        if self.scheduler not in SCHEDULERS:
+            known = ", ".join(SCHEDULERS)
+            raise ValueError(f"scheduler: expected one of {known}, got {self.scheduler}")
+        if self.bits == "auto" and self.scheduler != "on-demand":
+            raise ValueError(f"bits: auto is for the scheduler on-demand, not {self.scheduler}")
+        if self.allocation is not None and self.bits != "auto":
+            raise ValueError("allocation: expected bits to be auto")
+        if self.trace is not None and self.observer is not None:
+            raise ValueError("trace and observer: expected one of them")
+
+    @property
+    def kv_types(self) -> KvTypes:
+        """How the KV cache holds keys and values."""
+        return KvTypes(self.cache_type_k, self.cache_type_v)
