@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
-from edgemoe.file.writer import add_sections
 from edgemoe.lab.quality.quality import Quality, Sample, Trial, measure, recorded
 from edgemoe.lab.quality.text import default_text
 from edgemoe.quant import BitRouters

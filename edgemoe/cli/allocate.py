@@ -105,7 +105,7 @@ def _allocate(args: argparse.Namespace) -> None:
             calibration=calibration, windows=windows, progress=progress,
         )  # fmt: skip
     if args.store:
-        from edgemoe.file.writer import add_sections
+        from edgemoe.file.append import add_sections
 
         add_sections(args.model, {"allocation": found.to_json()})
     else:

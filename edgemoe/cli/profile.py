@@ -205,8 +205,8 @@ def _ids(model: str, text: str | None, limit: int | None, *, cut: bool) -> list[
 
 def _train(args: argparse.Namespace) -> None:
     from edgemoe.cli.progress import Progress
+    from edgemoe.file.append import add_sections
     from edgemoe.file.format import open_moe
-    from edgemoe.file.writer import add_sections
     from edgemoe.lab.routing.paths import pieces, train
     from edgemoe.runtime.trace import read
     from edgemoe.scheduler.paths import SECTION

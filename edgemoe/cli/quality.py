@@ -119,7 +119,7 @@ def _run(args: argparse.Namespace) -> int:
         text = json.dumps({"command": sys.argv, **report}, indent=1)
         write_whole(args.json, f"{text}\n".encode())
     if args.store:
-        from edgemoe.file.writer import add_sections
+        from edgemoe.file.append import add_sections
         from edgemoe.lab.quality.choice import merged, stored
 
         now = open_moe(args.model)

@@ -86,7 +86,7 @@ def _train(args: argparse.Namespace) -> None:
     if not args.store:
         note(f"{_PROG}: wrote {out}; the same command with --store lets d2moe use it")
         return
-    from edgemoe.file.writer import add_sections
+    from edgemoe.file.append import add_sections
 
     add_sections(args.model, {"bit-routers": routers.to_bytes()})
     if args.out is None:

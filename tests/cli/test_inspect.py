@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from edgemoe.cli import main as edgemoe_cli
+from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
 from edgemoe.file.verify import verify
-from edgemoe.file.writer import add_sections
 from edgemoe.quant.allocation import Allocation
 
 

@@ -11,9 +11,9 @@ import pytest
 
 import edgemoe
 from edgemoe.errors import FormatError
-from edgemoe.file import writer
+from edgemoe.file import append
+from edgemoe.file.append import add_sections
 from edgemoe.file.format import PREAMBLE, open_moe
-from edgemoe.file.writer import add_sections
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_failing_disk_leaves_a_sound_file(path: Path, monkeypatch, step: int) 
         if len(calls) > step:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer.os, "fsync", fsync)
+    monkeypatch.setattr(append.os, "fsync", fsync)
     with pytest.raises(OSError, match="No space left") as error:
         add_sections(path, {"a": b"x"})
     assert error.value.filename == str(path)
@@ -80,7 +80,7 @@ def test_what_cannot_be_added_is_refused(path: Path, monkeypatch, tmp_path: Path
         add_sections(path, {"experts": b"x"})
     with pytest.raises(ValueError, match="section 'a': expected another name and at least one"):
         add_sections(path, {"a": b""})
-    monkeypatch.setattr(writer, "MAX_SECTIONS", 1000)
+    monkeypatch.setattr(append, "MAX_SECTIONS", 1000)
     with pytest.raises(ValueError, match="expected at most 1000 in a file"):
         add_sections(path, {"a": b"x" * 1001})
     with open(path, "rb") as other:

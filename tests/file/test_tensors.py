@@ -10,8 +10,8 @@ import pytest
 from safetensors.numpy import load, save
 
 import edgemoe
+from edgemoe.file.append import add_sections
 from edgemoe.file.tensors import is_finite, view
-from edgemoe.file.writer import add_sections
 from edgemoe.quant import BitRouters
 from edgemoe.scheduler.paths import PathPredictor
 

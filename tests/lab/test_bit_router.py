@@ -21,9 +21,9 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.errors import FormatError, OutOfBudget
 from edgemoe.experts import Observer
+from edgemoe.file.append import add_sections
 from edgemoe.file.floats import dense_floats, expert_floats
 from edgemoe.file.format import open_moe
-from edgemoe.file.writer import add_sections
 from edgemoe.lab.bits.bit_router import Routed, keep_within
 from edgemoe.lab.bits.train_bit_router import RouterSettings, train_bit_router
 from edgemoe.ops import CpuOps, OpsShape

@@ -15,8 +15,8 @@ from edgemoe.cli import main as edgemoe_cli
 from edgemoe.cli import run as run_cli
 from edgemoe.cli.measured import share
 from edgemoe.cli.table import change
+from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
-from edgemoe.file.writer import add_sections
 from edgemoe.lab.quality.choice import choose, find, merged, sections_sum, stored
 from edgemoe.quant import Allocation
 from edgemoe.store import expert_bytes

@@ -314,7 +314,7 @@ def test_command_fails_in_one_line(
 def test_command_measures_schedulers_and_allocations(
     tiny_moe: Path, tmp_path: Path, capsys
 ) -> None:
-    from edgemoe.file.writer import add_sections
+    from edgemoe.file.append import add_sections
     from edgemoe.quant.allocation import Allocation
 
     path = Path(shutil.copy(tiny_moe, tmp_path / "x.moe"))

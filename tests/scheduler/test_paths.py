@@ -13,8 +13,8 @@ from tiny import tiny_paths
 import edgemoe
 from edgemoe.cli.main import main
 from edgemoe.errors import FormatError
+from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
-from edgemoe.file.writer import add_sections
 from edgemoe.lab.routing import paths
 from edgemoe.plan import Routing
 from edgemoe.runtime.budget import Budget
