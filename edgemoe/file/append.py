@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
+import io
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from edgemoe import _core
-from edgemoe.file.format import MAX_SECTIONS, PREAMBLE, align, open_moe, pack_preamble
+from edgemoe.errors import quoted
+from edgemoe.file.format import MAX_SECTIONS, PREAMBLE, MoeFile, align, open_moe, pack_preamble
+from edgemoe.file.whole import is_at, locked, named, pwrite
 
 __all__ = ["add_sections"]
 
@@ -29,28 +31,31 @@ def add_sections(path: str | os.PathLike[str], sections: Mapping[str, bytes]) ->
     Raises:
         ValueError: a section is empty or has a reserved name, or all together are too large.
         FormatError: the file is not a sound `.moe` file.
-        OSError: the disk is full, the file cannot be written, or another process is adding to it.
+        OSError: the disk is full, the file cannot be written, another process is adding to it, or has put another
+            file in its place: what was added then is in neither.
     """
-    path = Path(path)
     for name, data in sections.items():
         if not data or name == "experts":
-            raise ValueError(f"section {name!r}: expected another name and at least one byte")
-    try:
-        # Unbuffered: what could not be written must not be tried again when the file is closed.
-        with open(path, "r+b", buffering=0) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise BlockingIOError(errno.EAGAIN, "another process is adding to it") from None
-            _append(file.fileno(), path, sections)
-    except OSError as e:
-        if e.filename is None:  # of a write, which does not know the name
-            raise OSError(e.errno, e.strerror, str(path)) from None
-        raise
+            raise ValueError(f"section {quoted(name)}: expected another name and at least one byte")
+    # A link leads to the file that is meant.
+    target = Path(os.path.realpath(path))
+    with named(path, target), locked(path, busy="another process is adding to it") as file:
+        moe = open_moe(path)
+        if not os.path.sameopenfile(file.fileno(), moe.file.fileno()):
+            raise _replaced(path)
+        _append(file, moe, sections)
+        if not is_at(file, target):
+            raise _replaced(path)
 
 
-def _append(fd: int, path: Path, sections: Mapping[str, bytes]) -> None:
-    moe = open_moe(path)
+def _replaced(path: str | os.PathLike[str]) -> OSError:
+    return OSError(
+        errno.ESTALE, "another process has replaced it; nothing was added", os.fspath(path)
+    )
+
+
+def _append(file: io.FileIO, moe: MoeFile, sections: Mapping[str, bytes]) -> None:
+    fd = file.fileno()
     kept = sum(len(data) for name, data in moe.sections.items() if name not in sections)
     total = kept + sum(map(len, sections.values()))
     if total > MAX_SECTIONS:
@@ -60,23 +65,16 @@ def _append(fd: int, path: Path, sections: Mapping[str, bytes]) -> None:
     try:
         at = align(end)
         for name, data in sections.items():
-            _pwrite(fd, data, at)
+            pwrite(file, data, at)
             index["sections"][name] = [at, len(data), _core.crc32c(data)]
             at = align(at + len(data))
         new = json.dumps(index).encode()
-        _pwrite(fd, new, at)
-        os.ftruncate(fd, at + len(new))  # an interrupted append may have left more
+        pwrite(file, new, at)
+        file.truncate(at + len(new))  # an interrupted append may have left more
         os.fsync(fd)
     except OSError:
         with contextlib.suppress(OSError):
-            os.ftruncate(fd, end)
+            file.truncate(end)
         raise
-    _pwrite(fd, pack_preamble(at + len(new), at, new), 0)
+    pwrite(file, pack_preamble(at + len(new), at, new), 0)
     os.fsync(fd)
-
-
-def _pwrite(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        count = os.pwrite(fd, view, offset)
-        view, offset = view[count:], offset + count

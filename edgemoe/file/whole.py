@@ -19,9 +19,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["is_at", "locked", "named", "rename", "sync_directory", "whole_file", "write_whole"]
+__all__ = [
+    "is_at",
+    "locked",
+    "named",
+    "pwrite",
+    "rename",
+    "sync_directory",
+    "whole_file",
+    "write_whole",
+]
 
 Name = str | os.PathLike[str]
+Buffer = bytes | memoryview
 
 
 def write_whole(path: Name, content: bytes) -> None:
@@ -110,6 +120,14 @@ def locked(
                 file.close()
                 raise
             file.close()
+
+
+def pwrite(file: io.FileIO, data: Buffer, offset: int) -> None:
+    """Writes all of some bytes at an offset."""
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file.fileno(), view, offset)
+        view, offset = view[count:], offset + count
 
 
 def is_at(file: io.FileIO, path: Name) -> bool:

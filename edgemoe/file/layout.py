@@ -1,0 +1,147 @@
+"""Where everything of a `.moe` file lies, known before its first byte is written, and how it ends; touches no file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from edgemoe import _core
+from edgemoe.config import ModelConfig, dense_tensors
+from edgemoe.file.format import ALIGNMENT, align, expert_rung_bytes, pack_preamble, tensor_bytes
+from edgemoe.quant import Scheme
+
+__all__ = ["Ending", "Layout", "Place", "Sums", "expert_ladder"]
+
+Sums = Mapping[str, Sequence[int]]
+"""The checksum of every rung, by the name of its record."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Is where a record lies: a dense tensor's or an expert's."""
+
+    offset: int
+    sizes: tuple[int, ...]
+    """Bytes of each rung; they follow each other."""
+
+    @property
+    def padded_bytes(self) -> int:
+        """The bytes up to the next record."""
+        return align(sum(self.sizes))
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Is what follows the records, and the preamble that makes it all a model."""
+
+    pieces: tuple[tuple[int, bytes], ...]
+    """Offset and content: sections, then the index."""
+    file_bytes: int
+    preamble: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Says where tensors and experts go, for a model, a scheme and how many rungs each expert has."""
+
+    config: ModelConfig
+    scheme: Scheme
+    ladder: tuple[int, ...]
+    """Of dense matrices."""
+    expert_ladder: tuple[tuple[int, int, int], ...]
+    rungs: tuple[int, ...]
+    """Of each expert, layer by layer."""
+    places: Mapping[str, Place] = field(init=False)
+    """By name: those of `dense_tensors`, then "experts.LAYER.INDEX"."""
+    tail: int = field(init=False)
+    """Where sections start."""
+
+    def __post_init__(self) -> None:
+        places, at = {}, ALIGNMENT
+        sizes = {
+            name: tensor_bytes(spec, self.scheme, self.ladder)
+            for name, spec in dense_tensors(self.config).items()
+        }
+        whole = expert_rung_bytes(self.config, self.scheme, self.expert_ladder)
+        for name, count in zip(self.expert_names(), self.rungs, strict=True):
+            sizes[name] = whole[:count]
+        for name, rungs in sizes.items():
+            places[name] = place = Place(at, tuple(rungs))
+            at += place.padded_bytes
+        object.__setattr__(self, "places", places)
+        object.__setattr__(self, "tail", at)
+
+    def expert_names(self) -> list[str]:
+        """Returns the names of the experts' records, in the order of the file."""
+        count = self.config.num_experts
+        return [f"experts.{layer}.{i}" for layer in self.config.moe_layers for i in range(count)]
+
+    def total_bytes(self, sections: Mapping[str, bytes]) -> int:
+        """Returns about what a file with these sections takes; its index is not counted."""
+        table = len(self.rungs) * (8 + 8 * len(self.expert_ladder))
+        return self.tail + sum(align(len(v)) for v in sections.values()) + align(table)
+
+    def ending(
+        self, sums: Sums, sections: Mapping[str, bytes], source: Mapping[str, Any]
+    ) -> Ending:
+        """Returns how a file ends whose records have these checksums."""
+        pieces, entries, at = [], {}, self.tail
+        for name, data in [*sections.items(), ("experts", self._expert_table(sums))]:
+            pieces.append((at, data))
+            entries[name] = [at, len(data), _core.crc32c(data)]
+            at = align(at + len(data))
+        index = json.dumps(
+            {
+                "config": self.config.to_json(),
+                "ladder": self.expert_ladder,
+                "dense_ladder": self.ladder,
+                "group": self.scheme.group,
+                "tensors": self._tensors(sums),
+                "sections": entries,
+                "source": source,
+                # As before there were two.
+                **({} if self.scheme.name == "nested" else {"scheme": self.scheme.name}),
+            }
+        ).encode()
+        end = at + len(index)
+        return Ending((*pieces, (at, index)), end, pack_preamble(end, at, index))
+
+    def _tensors(self, sums: Sums) -> dict[str, list[Any]]:
+        out = {}
+        for name, spec in dense_tensors(self.config).items():
+            place = self.places[name]
+            rungs = list(zip(place.sizes, sums[name], strict=True))
+            out[name] = [spec.kind, list(spec.shape), place.offset, rungs]
+        return out
+
+    def _expert_table(self, sums: Sums) -> bytes:
+        out = bytearray()
+        for name in self.expert_names():
+            place = self.places[name]
+            pairs = list(zip(np.cumsum(place.sizes).tolist(), sums[name], strict=True))
+            pairs += [(sum(place.sizes), 0)] * (len(self.expert_ladder) - len(pairs))
+            out += place.offset.to_bytes(8, "little") + np.array(pairs, "<u4").tobytes()
+        return bytes(out)
+
+
+def expert_ladder(
+    scheme: Scheme, ladder: Sequence[int], down_bits: Sequence[int] | None
+) -> list[tuple[int, int, int]]:
+    """Returns the bits of w_gate, w_up and w_down after each rung.
+
+    Args:
+        down_bits: those of w_down; None for the same.
+
+    Raises:
+        ValueError: they do not climb, or are no ladder of the scheme.
+    """
+    down = tuple(ladder if down_bits is None else down_bits)
+    climbs = all(a < b <= 8 for a, b in pairwise((0, *down)))
+    if len(down) != len(ladder) or not climbs or not scheme.is_ladder(down):
+        raise ValueError(f"down bits: expected {len(ladder)} that climb to at most 8, got {down}")
+    return list(zip(ladder, ladder, down, strict=True))
