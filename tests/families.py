@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # Before transformers is imported, which rea
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from edgemoe.config import ModelConfig
+from edgemoe.convert.families import FAMILIES
+from edgemoe.convert.settings import Settings
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -57,6 +63,50 @@ _GRANITE = {
     "residual_multiplier": 0.4,
     "logits_scaling": 3.0,
 }
+_LARGE_EPS = {"rms_norm_eps": 0.3}
+"""As large as the mean squares that it is added to, so that a norm with another one is seen."""
+
+
+class _DenseGraniteConfig(transformers.GraniteMoeConfig):
+    model_type = "granitemoe_dense"
+
+
+class _DenseGranite(transformers.GraniteMoeForCausalLM):
+    """GraniteMoe whose layers `dense_layers` have one SwiGLU in place of experts.
+
+    No published family has a multiplier everywhere and a dense layer; the decoder must be right for the next one.
+    """
+
+    config_class = _DenseGraniteConfig
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        dense = transformers.LlamaConfig(
+            hidden_size=config.hidden_size, intermediate_size=config.dense_size, hidden_act="silu"
+        )
+        for i in config.dense_layers:
+            layer = self.model.layers[i]
+            del layer.block_sparse_moe
+            layer.mlp = LlamaMLP(dense)
+            layer.__dict__["block_sparse_moe"] = layer.mlp  # is called so, and stored as mlp
+
+
+def _dense_granite_config(settings: Settings) -> ModelConfig:
+    config = FAMILIES["granitemoe"].config(settings)
+    dense = settings.integers("dense_layers")
+    width = settings.integer("dense_size")
+    layers = range(config.num_layers)
+    return replace(
+        config,
+        moe_layers=tuple(i for i in layers if i not in dense),
+        shared_hidden=tuple(width if i in dense else 0 for i in layers),
+    )
+
+
+transformers.AutoConfig.register("granitemoe_dense", _DenseGraniteConfig)
+transformers.AutoModelForCausalLM.register(_DenseGraniteConfig, _DenseGranite)
+assert isinstance(FAMILIES, dict)
+FAMILIES["granitemoe_dense"] = replace(FAMILIES["granitemoe"], config=_dense_granite_config)
 
 
 def _rope(kind: str, **parameters: Any) -> dict[str, Any]:
@@ -149,6 +199,16 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "shared_intermediate_size": 56,
         "num_key_value_heads": 4,
     },
+    "granitemoe-dense-eps": {
+        **_GRANITE,
+        "model_type": "granitemoe_dense",
+        "num_hidden_layers": 3,
+        "dense_layers": [1],
+        "dense_size": 72,
+        **_LARGE_EPS,
+    },
+    "olmoe-eps": {**_OLMOE, **_LARGE_EPS},
+    "qwen3_moe-eps": {**_QWEN3, **_LARGE_EPS},
 }
 """What config.json says, by a name that tests are parametrised with."""
 
@@ -218,7 +278,7 @@ def oracle(path: Path, ids: list[int]) -> tuple[NDArray[np.float32], dict[int, N
     sparse = [
         i
         for i, layer in enumerate(model.model.layers)
-        if hasattr(layer, "block_sparse_moe") or hasattr(layer.mlp, "experts")
+        if "block_sparse_moe" in layer._modules or hasattr(layer.mlp, "experts")
     ]
     chosen = {
         layer: scores.topk(model.config.num_experts_per_tok, dim=-1).indices.numpy()

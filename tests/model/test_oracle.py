@@ -1,17 +1,25 @@
-"""The engine against transformers: the same logits and the same experts, for every family and setting."""
+"""The engine against transformers: the same logits and the same experts, for every family and setting.
+
+Logits are compared absolutely: a cosine, the order of tokens and the experts chosen are all blind to a factor.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import families
 import numpy as np
 import pytest
 import reference
 from decoded import Decoded
+from numpy.typing import NDArray
 
 import edgemoe
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.experts import Observer
+
+Array = NDArray[np.floating]
 
 
 class Chosen(Observer):
@@ -23,55 +31,110 @@ class Chosen(Observer):
     def planned(self, routing, plan, residency) -> None:
         self.layers.setdefault(routing.layer, []).append(np.sort(routing.experts))
 
+    def same(self, expected: dict[int, np.ndarray]) -> NDArray[np.bool_]:
+        """Where all layers chose what is expected, [layers, T]."""
+        return np.array(
+            [
+                (np.concatenate(self.layers[i]) == np.sort(true)).all(-1)
+                for i, true in enumerate(expected.values())
+            ]
+        )
 
-def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+@dataclass(frozen=True)
+class Against:
+    """Logits beside the true ones, at the positions up to the first where a router chose otherwise: a token that
+    took other experts changes those after it through attention."""
+
+    got: Array
+    true: Array
+
+    @classmethod
+    def of(cls, got: Array, true: Array, same: NDArray[np.bool_]) -> Against:
+        clean = np.logical_and.accumulate(same.all(0))
+        return cls(got[clean].astype(np.float64), true[clean].astype(np.float64))
+
+    @property
+    def errors(self) -> Array:
+        """The largest of each position, in standard deviations of the true logits."""
+        errors: Array = np.abs(self.got - self.true).max(1) / self.true.std()
+        return errors
+
+    @property
+    def scale(self) -> float:
+        """By how much the logits are longer than the true ones, as a share."""
+        return float((self.got * self.true).sum() / (self.true * self.true).sum() - 1)
+
+    @property
+    def divergence(self) -> float:
+        """Mean KL divergence from the true predictions."""
+        p, q = _log_softmax(self.true), _log_softmax(self.got)
+        return float((np.exp(p) * (p - q)).sum(1).mean())
+
+
+def _log_softmax(x: Array) -> Array:
+    x = x - x.max(1, keepdims=True)
+    logs: Array = x - np.log(np.exp(x).sum(1, keepdims=True))
+    return logs
+
+
+def _joined(parts: list[Against]) -> Against:
+    return Against(*(np.concatenate([getattr(p, n) for p in parts]) for n in ("got", "true")))
 
 
 @pytest.fixture(scope="module", params=families.SETTINGS)
 def compared(request, tmp_path_factory):
-    """Per setting: cosine of the logits and equality of the experts at each position, and of the top token."""
+    """Per setting: the logits beside transformers' and beside those of the decoded weights; what was chosen alike."""
     tmp = tmp_path_factory.mktemp("oracle")
     path = families.make(request.param, tmp / "source")
     convert(HFCheckpoint(path), tmp / "x.moe")
     decoded = Decoded(tmp / "x.moe")
-    cos, same, clean, tops, own = [], [], [], [], []
+    theirs, own, same, tops = [], [], [], []
     for seed in range(4):
         ids = families.random_ids(24, seed=seed)
-        expected, expected_chosen = families.oracle(path, ids)
         seen = Chosen()
         with edgemoe.load(tmp / "x.moe", ram="1GiB", observer=seen) as engine:
             got = engine.logits(ids)
-        equal = np.array(
-            [
-                (np.concatenate(seen.layers[i]) == np.sort(true)).all(-1)
-                for i, true in enumerate(expected_chosen.values())
-            ]
-        )
-        same.append(equal)
-        # A token that took other experts changes those after it through attention.
-        clean.append(np.logical_and.accumulate(equal.all(0)))
-        cos.append(cosines(got, expected))
+        expected, chosen = families.oracle(path, ids)
+        same.append(seen.same(chosen))
         tops.append(got.argmax(1) == expected.argmax(1))
-        mine, _ = reference.logits(decoded.config, decoded.tensors, decoded.expert, ids)
-        own.append(cosines(got, mine))
+        theirs.append(Against.of(got, expected, same[-1]))
+        mine, my_chosen = reference.logits(decoded.config, decoded.tensors, decoded.expert, ids)
+        own.append(Against.of(got, mine, seen.same(my_chosen)))
     return {
-        "cos": np.concatenate(cos), "same": np.concatenate(same, 1), "clean": np.concatenate(clean),
-        "tops": np.concatenate(tops), "own": np.concatenate(own),
+        "theirs": _joined(theirs), "own": _joined(own),
+        "same": np.concatenate(same, 1), "tops": np.concatenate(tops),
     }  # fmt: skip
 
 
 totals: dict[str, list[np.ndarray]] = {"same": [], "tops": []}
 
+# Measured over all settings, then about half as much again. Weights of 8 bits, activations of 8 bits beside
+# transformers: medians of the largest error 0.023 to 0.043, the worst position 0.17 (a router that was nearly of two
+# minds), length +-0.0006, KL 1.3e-4. The decoded weights leave the activations' rounding: 0.016 to 0.032 and 9e-5.
+# One factor of a percent anywhere before the logits is 0.01 in length.
+
 
 def test_eight_bits_are_nearly_the_checkpoint(compared):
-    assert compared["clean"].sum() >= 16
-    assert compared["cos"][compared["clean"]].min() > 0.999
-    assert np.median(compared["own"]) > 0.9998  # the decoded weights, with float activations
+    theirs = compared["theirs"]
+    assert len(theirs.got) >= 48
+    assert np.median(theirs.errors) < 0.06
+    assert theirs.errors.max() < 0.25
+    assert abs(theirs.scale) < 0.0015
+    assert theirs.divergence < 2e-4
     assert compared["same"].mean() > 0.95  # random routers have near ties
     assert compared["tops"].mean() > 0.9
     totals["same"].append(compared["same"].ravel())
     totals["tops"].append(compared["tops"])
+
+
+def test_the_arithmetic_is_that_of_the_decoded_weights(compared):
+    own = compared["own"]
+    assert len(own.got) >= 48
+    assert np.median(own.errors) < 0.045
+    assert own.errors.max() < 0.25
+    assert abs(own.scale) < 0.0015
+    assert own.divergence < 1.4e-4
 
 
 def test_routing_and_top_tokens_agree_over_all_settings():
