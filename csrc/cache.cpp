@@ -3,18 +3,51 @@
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include "clock.h"
 #include "error.h"
+#include "matrix.h"
 
 namespace edgemoe {
 namespace {
 
-uint32_t pages_in(size_t bytes) { return uint32_t(std::min<size_t>(bytes / kPage, UINT32_MAX)); }
+uint32_t pages_in(size_t bytes) { return uint32_t(std::min<size_t>(bytes / kPage, INT32_MAX)); }
 
 void require(bool ok, const char* what) {
   if (!ok) throw std::logic_error(std::string("cache: ") + what);
+}
+
+/// Rows and columns of gate, up or down.
+std::pair<int, int> matrix_shape(const ExpertShape& s, size_t m) {
+  return m == 2 ? std::pair(s.hidden, s.expert_hidden) : std::pair(s.expert_hidden, s.hidden);
+}
+
+/// Throws std::invalid_argument unless widths are ladders and rungs end where those of such experts do: `view` computes
+/// pointers by them. A dry cache has no bytes; there they need only grow.
+void check_shape(const ExpertShape& s, bool is_dry) {
+  expect_within("Cache hidden", s.hidden, 1, kMaxSize);
+  expect_within("Cache expert_hidden", s.expert_hidden, 1, kMaxSize);
+  for (size_t m = 0; m < 3; ++m) {
+    std::vector<uint8_t> widths;
+    for (const auto& rung : s.rung_widths) widths.push_back(rung[m]);
+    check_widths(s.scheme, widths);
+  }
+  uint64_t end = 0;
+  for (size_t r = 0; r < s.ends.size(); ++r) {
+    uint64_t expected = end;
+    for (size_t m = 0; m < 3; ++m) {
+      const auto [rows, cols] = matrix_shape(s, m);
+      expected += rung_bytes(s.scheme, rows, cols, s.rung_widths[r][m], r == 0);
+    }
+    const bool ok = is_dry ? s.ends[r] > 0 && s.ends[r] >= end : s.ends[r] == expected;
+    if (!ok) {
+      throw std::invalid_argument("Cache: rung " + std::to_string(r) + " ends at " + std::to_string(s.ends[r]) +
+                                  "; expected " + (is_dry ? "no less than before" : std::to_string(expected)));
+    }
+    end = s.ends[r];
+  }
 }
 
 }  // namespace
@@ -35,6 +68,7 @@ Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable ta
       policy_.size() != n) {
     throw std::invalid_argument("Cache: expected one offset per expert, one sum per rung and a level of the ladder");
   }
+  check_shape(shape_, !file);
   int most = 0;
   for (const uint8_t have : table_.rungs) {
     if (have < 1 || have > rungs)
@@ -173,7 +207,7 @@ void Cache::start_read(int e, int slot, int level, bool is_ahead) {
   trim(slot, need);  // its last owner may have been larger
   committed_pages_ += need - s.pages;
   s.pages = need;
-  peak_pages_ = std::max(peak_pages_, committed_pages_);
+  peak_pages_ = std::max<uint32_t>(peak_pages_, committed_pages_);
   s.target = int8_t(level);
   s.is_ahead = is_ahead;
   pins_[e] += 1;
@@ -181,8 +215,8 @@ void Cache::start_read(int e, int slot, int level, bool is_ahead) {
 
   const size_t begin = bytes_at(e, from), length = size_t(need) * kPage - begin;
   if (!loader_) {
-    dry_stats_.bytes += length;
-    dry_stats_.reads += length > 0;
+    dry_bytes_ += length;
+    dry_reads_ += length > 0;
     return finish(slot, true, nullptr);
   }
   ReadJob& job = s.job;
@@ -280,14 +314,17 @@ void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const
   require(!is_open_, "a request is open");
   check(now);
   check(ahead);
-  bool ascending = true;
+  expect_within("Cache num_tokens", num_tokens, 0, INT32_MAX);
+  bool ascending = offsets[0] >= 0;
   for (int i = 0; i < now.count; ++i) {
     int8_t& asked = asked_[now.experts[i]];
     ascending = ascending && asked < now.levels[i] && offsets[i] <= offsets[i + 1];
     asked = now.levels[i];
   }
   for (int i = 0; i < now.count; ++i) asked_[now.experts[i]] = 0;
-  if (!ascending) throw std::invalid_argument("Cache: an expert is asked for twice, and not at more bits");
+  if (!ascending)
+    throw std::invalid_argument(
+        "Cache: offsets do not ascend from 0, or an expert is asked for twice, and not at more bits");
   std::exception_ptr ignored;  // of reads ahead; who wants the expert reads it again
   collect(false, &ignored);
   is_open_ = true;
@@ -436,12 +473,10 @@ ExpertView Cache::view(int e, int level) const {
           "view of an expert that is not pinned at that level");
   level = rungs_at(e, level);
   ExpertView v;
-  const int d = shape_.hidden, h = shape_.expert_hidden;
   NestedMatrix* matrices[3] = {&v.gate, &v.up, &v.down};
-  for (int m = 0; m < 3; ++m) {
+  for (size_t m = 0; m < 3; ++m) {
     matrices[m]->scheme = shape_.scheme;
-    matrices[m]->rows = m == 2 ? d : h;
-    matrices[m]->cols = m == 2 ? h : d;
+    std::tie(matrices[m]->rows, matrices[m]->cols) = matrix_shape(shape_, m);
     matrices[m]->num_rungs = level;
   }
   const uint8_t* base = slot_base(slot_of_[e]);
@@ -465,7 +500,7 @@ CacheStats Cache::stats() const {
   return s;
 }
 
-LoaderStats Cache::loader_stats() const { return loader_ ? loader_->stats() : dry_stats_; }
+LoaderStats Cache::loader_stats() const { return loader_ ? loader_->stats() : LoaderStats{dry_bytes_, dry_reads_, 0}; }
 
 void Cache::check_integrity() const {
   size_t resident = 0, committed = 0;

@@ -15,6 +15,7 @@
 #include "loader.h"
 #include "memory.h"
 #include "policy.h"
+#include "relaxed.h"
 
 namespace edgemoe {
 
@@ -42,18 +43,19 @@ struct ExpertView {
   NestedMatrix gate, up, down;
 };
 
+/// Each is right by itself, also while another thread uses the cache.
 struct CacheStats {
-  uint64_t hits = 0, misses = 0, evictions = 0;
-  uint64_t bits = 0;           ///< summed over uses, as the ladder counts them for w_gate
-  uint64_t ahead_reads = 0;    ///< reads begun for a later layer
-  uint64_t ahead_used = 0;     ///< of these, experts that were then wanted while still in memory
-  uint64_t ahead_late = 0;     ///< of these, still being read when wanted; counted as misses too
-  double wait_s = 0;           ///< time that `next` waited for reads
-  size_t resident_bytes = 0;   ///< of experts
-  size_t committed_bytes = 0;  ///< of slots; what the budget bounds
-  size_t peak_bytes = 0;
-  size_t budget_bytes = 0;
-  int resident_experts = 0;
+  Relaxed<uint64_t> hits, misses, evictions;
+  Relaxed<uint64_t> bits;           ///< summed over uses, as the ladder counts them for w_gate
+  Relaxed<uint64_t> ahead_reads;    ///< reads begun for a later layer
+  Relaxed<uint64_t> ahead_used;     ///< of these, experts that were then wanted while still in memory
+  Relaxed<uint64_t> ahead_late;     ///< of these, still being read when wanted; counted as misses too
+  Relaxed<double> wait_s;           ///< time that `next` waited for reads
+  Relaxed<size_t> resident_bytes;   ///< of experts
+  Relaxed<size_t> committed_bytes;  ///< of slots; what the budget bounds
+  Relaxed<size_t> peak_bytes;
+  Relaxed<size_t> budget_bytes;
+  Relaxed<int> resident_experts;
 };
 
 /// Experts at levels, in the order in which they should be read.
@@ -63,7 +65,7 @@ struct Wish {
   int count;
 };
 
-/// Owns the slots. One thread at a time; reads run beside it. At most one request is open.
+/// Owns the slots. One thread at a time, but for what says otherwise; reads run beside it. At most one request is open.
 class Cache {
  public:
   /// An expert that has fewer rungs than `max_level` is whole at its last: whatever level from there on is asked for,
@@ -98,8 +100,8 @@ class Cache {
   /// A resident expert's matrices at `level`, or at its last. Valid while pinned.
   ExpertView view(int expert, int level) const;
 
-  /// Level of each expert, 0 = absent; `max_level` once all that it has is there.
-  const std::vector<int8_t>& residency() const { return levels_; }
+  /// Level of each expert, 0 = absent; `max_level` once all that it has is there. Any thread may look.
+  const std::vector<Relaxed<int8_t>>& residency() const { return levels_; }
   int num_experts() const { return int(levels_.size()); }
 
   /// How much each expert was used; see Policy.
@@ -119,6 +121,7 @@ class Cache {
   /// All slots, for tests: what is touched of it is resident.
   const Memory& memory() const { return memory_; }
 
+  /// Any thread may ask.
   CacheStats stats() const;
   LoaderStats loader_stats() const;
 
@@ -183,12 +186,12 @@ class Cache {
   int max_level_;
   bool verify_;
   size_t window_bytes_ = 0;
-  uint32_t budget_pages_ = 0;
+  Relaxed<uint32_t> budget_pages_;
   uint32_t most_pages_ = 0;
-  uint32_t committed_pages_ = 0;
-  uint32_t peak_pages_ = 0;
+  Relaxed<uint32_t> committed_pages_;
+  Relaxed<uint32_t> peak_pages_;
 
-  std::vector<int8_t> levels_;
+  std::vector<Relaxed<int8_t>> levels_;
   std::vector<int> slot_of_;
   std::vector<int> pins_;
   std::vector<uint8_t> wanted_;  ///< uses of the open request that have not been given
@@ -202,7 +205,7 @@ class Cache {
   bool is_open_ = false;
   Policy policy_;
   CacheStats stats_;
-  LoaderStats dry_stats_;
+  Relaxed<uint64_t> dry_bytes_, dry_reads_;
   Memory memory_;
   std::unique_ptr<Loader> loader_;  // last: its threads end before the memory that they write to goes
 };

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "error.h"
+#include "kv.h"
 #include "mixers/attention.h"
 
 namespace edgemoe {
@@ -37,10 +39,23 @@ void choose(const RouteRule& rule, float* row, int32_t* chosen, float* gates) {
   }
 }
 
+/// Throws std::invalid_argument unless all sizes are such that products of them can be computed.
+const WorkspaceShape& checked(int num_threads, const WorkspaceShape& s) {
+  expect_within("threads", num_threads, 1, 1024);
+  expect_within("Workspace max_rows", s.max_rows, 0, kMaxSize);
+  expect_within("Workspace max_cols", s.max_cols, 0, kMaxSize);
+  expect_within("Workspace max_hidden", s.max_hidden, 0, kMaxSize);
+  expect_within("Workspace max_context", s.max_context, 0, kMaxContext);
+  expect_within("Workspace head_dim", s.head_dim, 0, kMaxHeadDim);
+  expect_within("Workspace num_heads", s.num_heads, 0, kMaxHeads);
+  expect_within("Workspace blocks of attention", int64_t(s.num_heads) * blocks(s.max_context, kKeyBlock), 0, INT32_MAX);
+  return s;
+}
+
 }  // namespace
 
 Workspace::Workspace(int num_threads, const WorkspaceShape& shape)
-    : shape_(shape),
+    : shape_(checked(num_threads, shape)),
       activations_(quantized_bytes(std::max(shape.max_rows, kFfnRows), shape.max_cols)),
       hidden_(quantized_bytes(kFfnRows, shape.max_hidden)),
       gate_(size_t(kFfnRows) * shape.max_hidden * sizeof(float)),
@@ -49,6 +64,7 @@ Workspace::Workspace(int num_threads, const WorkspaceShape& shape)
       pool(num_threads) {}
 
 size_t Workspace::bytes(int num_threads, const WorkspaceShape& shape) {
+  checked(num_threads, shape);
   return quantized_bytes(std::max(shape.max_rows, kFfnRows), shape.max_cols) +
          kFfnRows * (quantized_bytes(1, shape.max_hidden) + 2 * size_t(shape.max_hidden) * sizeof(float)) +
          attention_floats(num_threads, shape) * sizeof(float);

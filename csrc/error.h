@@ -1,6 +1,7 @@
 // The errors that the core throws; bindings/ maps them to Python. A caller's mistake is std::invalid_argument.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -20,5 +21,14 @@ struct OutOfBudget : std::runtime_error {
 struct ReadError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
+
+/// Throws std::invalid_argument unless low <= value <= high.
+inline void expect_within(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return;
+  throw std::invalid_argument(std::string(name) + ": expected " + std::to_string(low) + " to " + std::to_string(high) +
+                              ", got " + std::to_string(value));
+}
+
+constexpr int64_t kMaxSize = int64_t(1) << 24;  ///< of a dimension of a model; keeps every product inside 64 bits
 
 }  // namespace edgemoe

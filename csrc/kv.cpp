@@ -2,6 +2,8 @@
 
 #include <stdexcept>
 
+#include "error.h"
+
 namespace edgemoe {
 
 KvType kv_type(const std::string& name) {
@@ -11,11 +13,13 @@ KvType kv_type(const std::string& name) {
 }
 
 size_t kv_bytes(KvType type, int num_heads, int capacity, int head_dim) {
+  expect_within("KV cache num_heads", num_heads, 1, kMaxHeads);
+  expect_within("KV cache capacity", capacity, 1, kMaxContext);
+  expect_within("KV cache head_dim", head_dim, 1, kMaxHeadDim);
   return round_up(num_heads * kv_head_bytes(type, capacity, blocks(head_dim, 16) * 16), 64);
 }
 
 std::unique_ptr<Kv> make_kv(KvType key_type, KvType value_type, int num_heads, int capacity, int head_dim) {
-  if (num_heads < 1 || capacity < 1 || head_dim < 1) throw std::invalid_argument("KV cache: expected a size above 0");
   auto kv = std::make_unique<Kv>();
   const size_t keys = kv_bytes(key_type, num_heads, capacity, head_dim);
   kv->num_heads = num_heads;

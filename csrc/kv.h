@@ -10,6 +10,9 @@
 
 namespace edgemoe {
 
+constexpr int kMaxHeads = 1 << 12, kMaxHeadDim = 1 << 12;  ///< together they stay below 2^24, as all that is a row
+constexpr int kMaxContext = 1 << 30;
+
 /// Keys and values of one layer, and the memory that holds them.
 struct Kv {
   KvLayer layer{};
@@ -21,10 +24,11 @@ struct Kv {
 /// "f16" or "q8_0". Throws std::invalid_argument for another name.
 KvType kv_type(const std::string& name);
 
-/// Bytes of one layer's keys or values, rounded so that both start on a cache line.
+/// Bytes of one layer's keys or values, rounded so that both start on a cache line. Throws std::invalid_argument unless
+/// every size is one that a model may have.
 size_t kv_bytes(KvType type, int num_heads, int capacity, int head_dim);
 
-/// Throws std::invalid_argument unless every size is above 0.
+/// Throws std::invalid_argument like `kv_bytes`, and OutOfBudget.
 std::unique_ptr<Kv> make_kv(KvType key_type, KvType value_type, int num_heads, int capacity, int head_dim);
 
 }  // namespace edgemoe

@@ -45,9 +45,15 @@ void check_widths(Scheme scheme, const std::vector<uint8_t>& widths) {
   }
 }
 
+void check_shape(int rows, int cols) {
+  expect_within("nested rows", rows, 1, kMaxSize);
+  expect_within("nested cols", cols, 1, kMaxSize);
+}
+
 std::unique_ptr<Nested> nested_from_rungs(const std::vector<RungBytes>& rungs, int rows, int cols,
                                           const std::vector<uint8_t>& widths, Scheme scheme) {
   check_widths(scheme, widths);
+  check_shape(rows, cols);
   if (rungs.size() != widths.size()) throw std::invalid_argument("nested: expected one array per rung");
   size_t total = 0;
   for (size_t r = 0; r < widths.size(); ++r) {
@@ -70,6 +76,7 @@ std::unique_ptr<Nested> nested_from_file(const File& file, const StoredRungs& st
                                          const std::vector<uint8_t>& widths, bool verify, const std::string& name,
                                          Scheme scheme) {
   check_widths(scheme, widths);
+  check_shape(rows, cols);
   if (stored.lengths.size() != widths.size() || stored.crcs.size() != widths.size()) {
     throw std::invalid_argument("nested: expected one length and one checksum per rung");
   }

@@ -30,6 +30,9 @@ void check_widths(Scheme scheme, const std::vector<uint8_t>& widths);
 /// Bytes of one rung, and where they are.
 using RungBytes = std::pair<const uint8_t*, size_t>;
 
+/// Throws std::invalid_argument unless a matrix [rows, cols] is of a size that a model may have.
+void check_shape(int rows, int cols);
+
 /// Copies the rungs of a matrix [rows, cols]. Throws std::invalid_argument unless each has the bytes that it must have.
 std::unique_ptr<Nested> nested_from_rungs(const std::vector<RungBytes>& rungs, int rows, int cols,
                                           const std::vector<uint8_t>& widths, Scheme scheme);

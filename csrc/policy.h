@@ -34,7 +34,8 @@ class Policy {
   /// Uses of each expert [num_experts], where one of now counts 1 and one half as much kHalfLife tokens ago; counted
   /// also where somebody else's scores decide. Throws std::logic_error for "lru", which counts none.
   std::vector<double> uses() const;
-  /// Starts from what `uses` said at another time. Throws std::invalid_argument where `uses` are not as many.
+  /// Starts from what `uses` said at another time. Throws std::invalid_argument where `uses` are not as many, or not
+  /// finite or negative.
   void set_uses(const std::vector<double>& uses);
   size_t size() const { return size_; }
 
@@ -45,7 +46,7 @@ class Policy {
   bool is_lru_ = false;
   int layer_ = -1;       ///< of the pass under way
   int pass_tokens_ = 0;  ///< likewise
-  double weight_ = 1;    ///< of a use now; grows, so that older ones count less
+  double weight_ = 1;    ///< of a use now; grows, so that older ones count less, until scores are scaled down instead
   std::vector<double> scores_;
 };
 

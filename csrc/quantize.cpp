@@ -4,8 +4,11 @@
 #include <atomic>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
+#include "error.h"
 #include "kernels/kernels.h"
+#include "matrix.h"
 
 namespace edgemoe {
 namespace {
@@ -50,6 +53,9 @@ inline float position(int code, int bits) {
   return (float(code >> shift) + 0.5f) * float(1 << shift);
 }
 
+/// The code below a position; also of what is no number, as when a gradient overflows.
+inline int code_at(float position) { return int(std::min(std::max(0.0f, position), 255.0f)); }
+
 /// The code with the least sum of weight * (target - position)^2 over the levels, each with its own target.
 ///
 /// Such a code lies between the lowest and the highest target. The last level's best code is known for each code of
@@ -62,10 +68,8 @@ int best_code(const std::vector<Level>& levels, const float* targets) {
     low = std::min(low, targets[i]);
     high = std::max(high, targets[i]);
   }
-  const int first = int(std::min(std::max(low - 1, 0.0f), 255.0f)) >> shift;
-  const int end = int(std::min(std::max(high + 1, 0.0f), 255.0f)) >> shift;
-  // The last level's nearest code, in its own units.
-  const int nearest = int(std::min(std::max(targets[n - 1], 0.0f), 255.0f)) >> last;
+  const int first = code_at(low - 1) >> shift, end = code_at(high + 1) >> shift;
+  const int nearest = code_at(targets[n - 1]) >> last;  // of the last level, in its own units
   int best = 0;
   float least = 0;
   for (int parent = first; parent <= end; ++parent) {
@@ -187,10 +191,30 @@ void refine_rows(RowBlock* b, const std::vector<Level>& levels, const Objective&
   }
 }
 
+/// Throws std::invalid_argument unless every number can be computed with.
+void check(const Objective& o, int cols) {
+  const auto is_weight = [](float x) { return x >= 0 && std::isfinite(x); };
+  const auto is_square = [](float x) { return x > 0 && std::isfinite(x); };
+  const float* end = o.level_weights + 8;
+  if (!std::all_of(o.level_weights, end, is_weight) ||
+      std::all_of(o.level_weights, end, [](float x) { return x == 0; })) {
+    throw std::invalid_argument("level_weights: expected numbers that are finite, not negative and not all 0");
+  }
+  bool ok = std::all_of(o.squares, o.squares + cols, is_square);
+  for (int c = 0; ok && o.moments && c < cols; ++c) {
+    const float* row = o.moments + size_t(c) * cols;
+    ok = is_square(row[c]) && std::all_of(row, row + cols, [](float x) { return std::isfinite(x); });
+  }
+  if (!ok) throw std::invalid_argument("second moments: expected finite numbers, and mean squares above 0");
+}
+
 }  // namespace
 
-bool quantize_nested(ThreadPool& pool, const float* w, int rows, int cols, const std::vector<uint8_t>& widths,
+void quantize_nested(ThreadPool& pool, const float* w, int rows, int cols, const std::vector<uint8_t>& widths,
                      const Objective& objective, const std::vector<uint8_t*>& outs) {
+  check_widths(Scheme::kNested, widths);
+  check_shape(rows, cols);
+  check(objective, cols);
   std::vector<Level> levels;
   for (int b = 1; b <= 8; ++b) {
     if (objective.level_weights[b - 1] > 0) levels.push_back({b, objective.level_weights[b - 1]});
@@ -241,7 +265,7 @@ bool quantize_nested(ThreadPool& pool, const float* w, int rows, int cols, const
       }
     }
   });
-  return finite.load();
+  if (!finite) throw std::invalid_argument("quantize: a weight is not finite, or too large for float16 scales");
 }
 
 }  // namespace edgemoe

@@ -10,7 +10,7 @@ namespace edgemoe {
 
 /// What makes one code better than another.
 struct Objective {
-  /// [8] how much the squared error at 1 to 8 bits counts; some are not 0.
+  /// [8] how much the squared error at 1 to 8 bits counts; not negative, some are not 0.
   const float* level_weights;
   /// [cols, cols] symmetric: the mean product of each two inputs, or null. With it, codes are refined for the error
   /// of the output: the sum over levels of weight * (W - Wb) moments (W - Wb)^T.
@@ -22,8 +22,9 @@ struct Objective {
 };
 
 /// Quantises w [rows, cols] and writes each rung of `widths` bits to outs[i], of rung_bytes.
-/// Weights must be finite; returns false, with outs unspecified, when one is not.
-bool quantize_nested(ThreadPool& pool, const float* w, int rows, int cols, const std::vector<uint8_t>& widths,
+/// Throws std::invalid_argument, with outs unspecified, when a weight is not finite or beyond float16, and when the
+/// objective is not what it says.
+void quantize_nested(ThreadPool& pool, const float* w, int rows, int cols, const std::vector<uint8_t>& widths,
                      const Objective& objective, const std::vector<uint8_t*>& outs);
 
 }  // namespace edgemoe

@@ -4,15 +4,19 @@
 #include <atomic>
 #include <cstring>
 #include <deque>
+#include <stdexcept>
 
 #include "clock.h"
+#include "error.h"
 #include "kernels/kernels.h"
 #include "loader.h"
 #include "memory.h"
 #include "threads.h"
 
 namespace edgemoe {
+
 double memory_rate(size_t bytes, int threads) {
+  expect_within("memory_rate bytes", int64_t(std::min<size_t>(bytes, INT64_MAX)), 0, int64_t(1) << 40);
   constexpr size_t kBlock = size_t(1) << 20;
   Memory memory(round_up(std::max(bytes, kBlock), kBlock));
   memory.prefer_huge_pages();
@@ -34,6 +38,9 @@ double memory_rate(size_t bytes, int threads) {
 
 double disk_rate(const std::shared_ptr<const File>& file, const std::vector<uint64_t>& offsets, size_t length,
                  int num_readers) {
+  expect_within("disk_rate num_readers", num_readers, 1, 64);
+  expect_within("disk_rate length", int64_t(std::min<size_t>(length, INT64_MAX)), 1, int64_t(1) << 32);
+  if (length % kPage) throw std::invalid_argument("disk_rate: length must be a multiple of 4096");
   const int slots = 2 * num_readers;
   Memory memory(size_t(slots) * length);
   std::deque<ReadJob> jobs(offsets.size());

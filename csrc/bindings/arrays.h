@@ -6,10 +6,13 @@
 #include <pybind11/stl.h>
 #include <unistd.h>
 
+#include <cstdint>
 #include <initializer_list>
 #include <memory>
 #include <stdexcept>
 #include <string>
+
+#include "error.h"
 
 namespace edgemoe {
 
@@ -25,9 +28,14 @@ std::string shape_text(const Array<T>& a) {
   return s + "]";
 }
 
-/// Throws unless `a` has the shape; -1 matches anything.
+/// Throws unless `a` has the shape, where -1 matches anything, and its numbers can be addressed: by an int along an
+/// axis of several, and at addresses that are multiples of their size.
 template <class T>
 void expect(const Array<T>& a, const char* name, std::initializer_list<py::ssize_t> shape) {
+  for (py::ssize_t i = 0; a.ndim() > 1 && i < a.ndim(); ++i) expect_within(name, a.shape(i), 0, INT32_MAX);
+  if (reinterpret_cast<uintptr_t>(a.data()) % alignof(T)) {
+    throw std::invalid_argument(std::string(name) + ": expected an aligned array");
+  }
   bool ok = a.ndim() == py::ssize_t(shape.size());
   py::ssize_t axis = 0;
   std::string wanted = "[";

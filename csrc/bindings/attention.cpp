@@ -48,7 +48,9 @@ void bind_attention(py::module_& m) {
       .def(py::init([](int num_heads, int num_kv_heads, int head_dim, int window, float scale, const py::object& q_bias,
                        const py::object& k_bias, const py::object& v_bias, const py::object& q_norm,
                        const py::object& k_norm, bool norm_per_head, float norm_eps, float clip) {
-             if (num_kv_heads < 1 || num_heads % num_kv_heads || head_dim < 1) {
+             expect_within("AttentionLayer num_heads", num_heads, 1, kMaxHeads);
+             expect_within("AttentionLayer head_dim", head_dim, 1, kMaxHeadDim);
+             if (num_kv_heads < 1 || num_heads % num_kv_heads) {
                throw std::invalid_argument("AttentionLayer: expected heads that are a multiple of the kv heads");
              }
              auto a = std::make_unique<AttentionLayer>();

@@ -38,12 +38,6 @@ void bind_cache(py::module_& m) {
                        const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const Array<uint8_t>& rungs,
                        const std::vector<int>& layers, int max_level, size_t budget_bytes, bool verify, int num_readers,
                        const py::object& policy, const std::string& scheme_name, size_t most_bytes) {
-             const Scheme scheme = scheme_named(scheme_name);
-             for (size_t m = 0; m < 3; ++m) {
-               std::vector<uint8_t> widths;
-               for (const auto& rung : rung_widths) widths.push_back(rung[m]);
-               check_widths(scheme, widths);
-             }
              expect(offsets, "offsets", {-1});
              expect(crcs, "crcs", {offsets.size(), py::ssize_t(ends.size())});
              expect(rungs, "rungs", {offsets.size()});
@@ -51,7 +45,8 @@ void bind_cache(py::module_& m) {
                                {crcs.data(), crcs.data() + crcs.size()},
                                {rungs.data(), rungs.data() + rungs.size()},
                                layers};
-             ExpertShape shape{scheme, int(layers.size()), num_experts, hidden, expert_hidden, rung_widths, ends};
+             ExpertShape shape{
+                 scheme_named(scheme_name), int(layers.size()), num_experts, hidden, expert_hidden, rung_widths, ends};
              return Held<Cache>(new Cache(file, std::move(shape), std::move(table), max_level, budget_bytes, verify,
                                           num_readers, policy_from(policy, size_t(offsets.size())), most_bytes));
            }),
@@ -109,7 +104,7 @@ void bind_cache(py::module_& m) {
       .def_property_readonly("residency",
                              [](py::object self) {
                                const auto& r = self.cast<Cache&>().residency();
-                               return lend(r.data(), r.size(), self);
+                               return lend(reinterpret_cast<const int8_t*>(r.data()), r.size(), self);
                              })
       .def_property(
           "uses",
@@ -123,26 +118,26 @@ void bind_cache(py::module_& m) {
           },
           "How much each expert was used, float64 [n]; one use of now counts 1, one of 64 tokens ago half.")
       .def_property_readonly(
-          "progress", [](const Cache& c) { return py::make_tuple(c.loader_stats().bytes, c.stats().wait_s); },
+          "progress", [](const Cache& c) { return py::make_tuple(c.loader_stats().bytes, double(c.stats().wait_s)); },
           "Bytes read and seconds waited since the start: what a trace asks for after every layer.")
       .def_property_readonly("stats",
                              [](const Cache& c) {
                                const CacheStats s = c.stats();
                                const LoaderStats l = c.loader_stats();
                                py::dict d;
-                               d["hits"] = s.hits;
-                               d["misses"] = s.misses;
-                               d["evictions"] = s.evictions;
-                               d["bits"] = s.bits;
-                               d["ahead_reads"] = s.ahead_reads;
-                               d["ahead_used"] = s.ahead_used;
-                               d["ahead_late"] = s.ahead_late;
-                               d["wait_s"] = s.wait_s;
-                               d["resident_bytes"] = s.resident_bytes;
-                               d["resident_experts"] = s.resident_experts;
-                               d["committed_bytes"] = s.committed_bytes;
-                               d["peak_bytes"] = s.peak_bytes;
-                               d["budget_bytes"] = s.budget_bytes;
+                               d["hits"] = uint64_t(s.hits);
+                               d["misses"] = uint64_t(s.misses);
+                               d["evictions"] = uint64_t(s.evictions);
+                               d["bits"] = uint64_t(s.bits);
+                               d["ahead_reads"] = uint64_t(s.ahead_reads);
+                               d["ahead_used"] = uint64_t(s.ahead_used);
+                               d["ahead_late"] = uint64_t(s.ahead_late);
+                               d["wait_s"] = double(s.wait_s);
+                               d["resident_bytes"] = size_t(s.resident_bytes);
+                               d["resident_experts"] = int(s.resident_experts);
+                               d["committed_bytes"] = size_t(s.committed_bytes);
+                               d["peak_bytes"] = size_t(s.peak_bytes);
+                               d["budget_bytes"] = size_t(s.budget_bytes);
                                d["bytes_read"] = l.bytes;
                                d["reads"] = l.reads;
                                d["read_s"] = l.busy_s;

@@ -54,9 +54,9 @@ void bind_matrix(py::module_& m) {
   py::class_<Nested, Held<Nested>>(m, "Nested", "A resident nested matrix [rows, cols].")
       .def_static("from_rungs", &from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"),
                   py::arg("widths"), py::arg("scheme") = "nested", "Copies rungs as `quantize` returns them.")
-      .def_static("from_file", &from_file, py::arg("file"), py::arg("offset"), py::arg("lengths"), py::arg("crcs"),
-                  py::arg("rows"), py::arg("cols"), py::arg("widths"), py::arg("verify"), py::arg("name"),
-                  py::arg("scheme") = "nested", "Reads the rungs of a tensor into memory of its own.")
+      .def_static("from_file", &from_file, py::arg("file").none(false), py::arg("offset"), py::arg("lengths"),
+                  py::arg("crcs"), py::arg("rows"), py::arg("cols"), py::arg("widths"), py::arg("verify"),
+                  py::arg("name"), py::arg("scheme") = "nested", "Reads the rungs of a tensor into memory of its own.")
       .def_property_readonly("rows", [](const Nested& n) { return n.matrix.rows; })
       .def_property_readonly("cols", [](const Nested& n) { return n.matrix.cols; })
       .def_property_readonly("bits", [](const Nested& n) { return bits_of(n.matrix); })
@@ -83,7 +83,7 @@ void bind_matrix(py::module_& m) {
           py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("scale") = 1.0f,
           "Writes rows `ids` [n] int32, times scale, to out [n, cols] float32.");
 
-  m.def("read_f32", &read_floats, py::arg("file"), py::arg("offset"), py::arg("shape"), py::arg("crc"),
+  m.def("read_f32", &read_floats, py::arg("file").none(false), py::arg("offset"), py::arg("shape"), py::arg("crc"),
         py::arg("verify"), py::arg("name"), "Reads a float32 tensor.");
 }
 

@@ -68,7 +68,7 @@ PYBIND11_MODULE(_core, m) {
         py::gil_scoped_release release;
         return disk_rate(file, offsets, length, num_readers);
       },
-      py::arg("file"), py::arg("offsets"), py::arg("length"), py::arg("num_readers"),
+      py::arg("file").none(false), py::arg("offsets"), py::arg("length"), py::arg("num_readers"),
       "Bytes per second of reads of `length` at `offsets`, several at a time; both multiples of 4096.");
 
   bind_cache(m);

@@ -37,6 +37,7 @@ void bind_ops(py::module_& m) {
         std::vector<const NestedMatrix*> ms;
         std::vector<float*> ys;
         for (size_t i = 0; i < matrices.size(); ++i) {
+          if (!matrices[i]) throw py::type_error("linear: expected matrices, got None");
           ms.push_back(&matrices[i]->matrix);
           if (ms[i]->cols != x.shape(1))
             throw std::invalid_argument("linear: x " + shape_text(x) + " does not fit a matrix of " +
@@ -99,6 +100,7 @@ void bind_ops(py::module_& m) {
         expect(experts, "experts", {x.shape(0), -1});
         expect(gates, "gates", {x.shape(0), experts.shape(1)});
         expect(scores, "scores", {x.shape(0), experts.shape(1), weight.shape(1)});
+        expect_within("slot_scores experts", experts.size(), 0, INT32_MAX);
         const int32_t* e = experts.data();
         for (py::ssize_t i = 0; i < experts.size(); ++i) {
           if (e[i] < 0 || e[i] >= weight.shape(0)) throw std::invalid_argument("slot_scores: there is no such expert");
@@ -124,6 +126,7 @@ void bind_ops(py::module_& m) {
         if (py::ssize_t(norms.size()) != p) throw std::invalid_argument("look_ahead: expected a norm per router");
         expect(normed, "normed", {p, cols});
         expect(scores, "scores", {p, -1});
+        expect_within("look_ahead scores", scores.size(), 0, INT32_MAX);
         expect(experts, "experts", {p, -1});
         expect(gates, "gates", {p, K});
         if (K < 1 || K > E) throw std::invalid_argument("look_ahead: expected 1 to " + std::to_string(E) + " experts");
@@ -139,8 +142,8 @@ void bind_ops(py::module_& m) {
         py::gil_scoped_release release;
         look_ahead(ws, a, next, int(cols), eps, {int(E), int(K), softmax_over_top_k, renormalise}, n, s, e, g);
       },
-      py::arg("ws"), py::arg("x").noconvert(), py::arg("norms"), py::arg("routers"), py::arg("eps"),
-      py::arg("softmax_over_top_k"), py::arg("renormalise"), py::arg("normed").noconvert(),
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("norms").noconvert(), py::arg("routers").noconvert(),
+      py::arg("eps"), py::arg("softmax_over_top_k"), py::arg("renormalise"), py::arg("normed").noconvert(),
       py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());
 
   m.def(

@@ -17,8 +17,9 @@ void bind_quantize(py::module_& m) {
          const Array<float>& squares, const std::optional<Array<float>>& moments, int sweeps, int threads) {
         expect(w, "quantize", {-1, -1});
         expect(level_weights, "level_weights", {8});
-        check_widths(Scheme::kNested, widths);
         const int rows = int(w.shape(0)), cols = int(w.shape(1));
+        check_widths(Scheme::kNested, widths);
+        check_shape(rows, cols);
         expect(squares, "squares", {cols});
         if (moments) expect(*moments, "moments", {cols, cols});
         std::vector<py::array_t<uint8_t>> rungs;
@@ -27,15 +28,13 @@ void bind_quantize(py::module_& m) {
           rungs.emplace_back(py::ssize_t(rung_bytes(Scheme::kNested, rows, cols, widths[r], r == 0)));
           outs.push_back(rungs.back().mutable_data());
         }
-        bool ok;
+        const float* data = w.data();
+        const Objective objective{level_weights.data(), moments ? moments->data() : nullptr, squares.data(), sweeps};
         {
-          const float* data = w.data();
-          const Objective objective{level_weights.data(), moments ? moments->data() : nullptr, squares.data(), sweeps};
           py::gil_scoped_release release;
           ThreadPool pool(threads);
-          ok = quantize_nested(pool, data, rows, cols, widths, objective, outs);
+          quantize_nested(pool, data, rows, cols, widths, objective, outs);
         }
-        if (!ok) throw std::invalid_argument("quantize: a weight is not finite, or too large for float16 scales");
         return rungs;
       },
       py::arg("w").noconvert(), py::arg("widths"), py::arg("level_weights").noconvert(), py::arg("squares").noconvert(),

@@ -47,6 +47,7 @@ __all__ = ["Profile", "ProfileFile", "identity", "read_profile", "write_profile"
 State = Mapping[str, NDArray[Any]]
 
 _VERSION = "1"
+_MOST_USES = 1e200  # csrc/policy.cpp takes no more
 _SHAPES = {
     "uses": "LE", "look_ahead.right": "K", "look_ahead.seen": "K", "next_use.weights": "5",
     "next_use.curvature": "55", "next_use.frequency": "LE", "frequency.values": "LE",
@@ -111,6 +112,8 @@ def read_profile(path: Path, of: Mapping[str, str]) -> Profile | None:
         shape = tuple(int(sizes[letter]) for letter in _SHAPES[name])
         if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
             raise FormatError(f"{path}: expected {name} to be {list(shape)} finite numbers")
+        if name.endswith("uses") and not ((array >= 0) & (array < _MOST_USES)).all():
+            raise FormatError(f"{path}: expected {name} to be no less than 0, and numbers of uses")
     return Profile(tensors.pop("uses").astype(np.float64), tensors)
 
 

@@ -83,9 +83,12 @@ class _Recency(Eviction):
 
 
 class Frequent(Eviction):
-    """The least frequently used goes first, where a use counts half after 64 tokens: what the cache does by itself."""
+    """The least frequently used goes first, where a use counts half after 64 tokens: what the cache does by itself.
 
-    _GROWTH, _LARGEST = 2.0 ** (1 / 64), 1e200
+    The same in the same words as csrc/policy.cpp.
+    """
+
+    _LARGEST = 1e200
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -93,10 +96,13 @@ class Frequent(Eviction):
 
     def planned(self, routing: Routing, plan: Plan) -> None:
         if routing.layer == 0:
-            self._weight *= self._GROWTH**self._tokens
-            if self._weight > self._LARGEST:
-                self.priorities /= self._LARGEST
-                self._weight /= self._LARGEST
+            # Uses from now on weigh more; where that ends, the old ones weigh less.
+            left = self._decay()
+            if self._weight < self._LARGEST * left:
+                self._weight /= left
+            else:
+                self.priorities *= left / self._weight
+                self._weight = 1.0
         self._tokens = len(routing.experts)
         row = self.rows[routing.layer]
         if self._tokens == 1:
@@ -105,10 +111,14 @@ class Frequent(Eviction):
             uses = np.diff(plan.offsets)
             row += self._weight * np.bincount(plan.experts, uses, self.num_experts)
 
+    def _decay(self) -> float:
+        """Returns what the pass leaves of a use before it; 0 after very many tokens, never infinite."""
+        return float(2.0 ** (-self._tokens / 64))
+
     def state(self) -> Mapping[str, NDArray[Any]]:
         """See `Scheduler.state`."""
-        now = self._weight * self._GROWTH**self._tokens
-        return {"frequent.uses": (self.priorities / now).reshape(self.num_layers, -1)}
+        uses = self.priorities * (self._decay() / self._weight)
+        return {"frequent.uses": uses.reshape(self.num_layers, -1)}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """See `Scheduler.restore`."""

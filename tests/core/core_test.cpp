@@ -2,19 +2,25 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
 #include <set>
+#include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cache.h"
 #include "crc32c.h"
 #include "error.h"
 #include "expert.h"
+#include "kv.h"
+#include "matrix.h"
 #include "mixers/attention.h"
 #include "quantize.h"
 
@@ -31,6 +37,17 @@ int failures = 0;
       ++failures;                                                   \
     }                                                               \
   } while (0)
+
+/// Whether `body` throws an E.
+template <class E, class Body>
+bool throws(const Body& body) {
+  try {
+    body();
+  } catch (const E&) {
+    return true;
+  }
+  return false;
+}
 
 constexpr int kExperts = 12, kHidden = 80, kExpertHidden = 48;
 const std::vector<int32_t> kOffsets = [] {
@@ -68,7 +85,7 @@ struct ExpertFile {
         }
         const std::vector<float> squares(size_t(shape.second), 1.0f);
         const Objective objective{weights, nullptr, squares.data(), 0};
-        CHECK(quantize_nested(pool, w.data(), shape.first, shape.second, kWidths, objective, outs));
+        quantize_nested(pool, w.data(), shape.first, shape.second, kWidths, objective, outs);
       }
       uint32_t end = 0;
       ends.clear();
@@ -184,13 +201,169 @@ void test_destruction_during_reads(const ExpertFile& file) {
 }
 
 void test_budget_of_nothing(const ExpertFile& file) {
-  bool refused = false;
-  try {
-    file.open(record_bytes(file) - 1);
-  } catch (const OutOfBudget&) {
-    refused = true;
+  CHECK(throws<OutOfBudget>([&] { file.open(record_bytes(file) - 1); }));
+}
+
+/// Statistics and residency are read by another thread all the while; each number only grows, or stays in its bounds.
+void test_statistics_from_another_thread(const ExpertFile& file) {
+  for (const bool is_dry : {false, true}) {
+    auto cache = std::make_unique<Cache>(is_dry ? nullptr : std::make_shared<File>(file.path), file.shape(), file.table,
+                                         5, size_t(5.4 * double(record_bytes(file))), true, 3, Policy("lfu", kExperts));
+    std::atomic<bool> stop{false};
+    std::atomic<int> rounds{0};
+    std::thread reader([&] {
+      uint64_t uses = 0, bytes = 0;
+      for (; !stop; ++rounds) {
+        const CacheStats s = cache->stats();
+        const LoaderStats l = cache->loader_stats();
+        CHECK(s.committed_bytes <= s.budget_bytes && s.peak_bytes <= s.budget_bytes);
+        CHECK(s.hits + s.misses >= uses && l.bytes >= bytes);
+        uses = s.hits + s.misses;
+        bytes = l.bytes;
+        for (const int8_t level : cache->residency()) CHECK(level >= 0 && level <= 5);
+      }
+    });
+    std::mt19937 rng(13);
+    std::vector<int> group;
+    for (int round = 0; round < 400 || rounds < 50; ++round) {
+      std::vector<int32_t> ids, soon_ids;
+      std::vector<int8_t> levels, soon_levels;
+      for (int e = int(rng() % 3); e < kExperts; e += 1 + int(rng() % 4)) {
+        ids.push_back(e);
+        levels.push_back(int8_t(1 + rng() % 5));
+      }
+      cache->begin({ids.data(), levels.data(), int(ids.size())}, kRange, 1, soon(&rng, &soon_ids, &soon_levels));
+      do cache->next(&group);
+      while (!group.empty());
+      cache->shrink(int(rng() % kExperts), int(rng() % 5));
+    }
+    stop = true;
+    reader.join();
+    cache->check_integrity();
   }
-  CHECK(refused);
+}
+
+/// Shapes by which pointers are computed are refused where they are wrong.
+void test_shapes_that_do_not_fit_are_refused(const ExpertFile& file) {
+  const auto open = [&](void (*change)(ExpertShape*), bool is_dry) {
+    ExpertShape shape = file.shape();
+    change(&shape);
+    Cache(is_dry ? nullptr : std::make_shared<File>(file.path), shape, file.table, 5, 100 * record_bytes(file), true, 1,
+          Policy("lfu", kExperts));
+  };
+  void (*const everywhere[])(ExpertShape*) = {
+      [](ExpertShape* s) { s->ends[0] = 0; },         [](ExpertShape* s) { s->ends[3] = s->ends[2] - 1; },
+      [](ExpertShape* s) { s->hidden = 0; },          [](ExpertShape* s) { s->expert_hidden = -1; },
+      [](ExpertShape* s) { s->rung_widths[1] = {}; }, [](ExpertShape* s) { s->rung_widths[0] = {8, 8, 8}; },
+      [](ExpertShape* s) { s->num_experts = 0; },     [](ExpertShape* s) { s->ends.pop_back(); }};
+  for (const auto change : everywhere) {
+    CHECK(throws<std::invalid_argument>([&] { open(change, false); }));
+    CHECK(throws<std::invalid_argument>([&] { open(change, true); }));
+  }
+  void (*const with_bytes[])(ExpertShape*) = {
+      [](ExpertShape* s) { s->ends[4] += 4096; }, [](ExpertShape* s) { s->ends[0] -= 64; },
+      [](ExpertShape* s) { s->hidden = 1 << 20; }, [](ExpertShape* s) { std::swap(s->hidden, s->expert_hidden); }};
+  for (const auto change : with_bytes) CHECK(throws<std::invalid_argument>([&] { open(change, false); }));
+  CHECK(throws<std::invalid_argument>([] { make_kv(KvType::kF16, KvType::kQ8, 1, 0, 16); }));
+  CHECK(throws<std::invalid_argument>([] { kv_bytes(KvType::kF16, 1 << 30, 1 << 30, 1 << 30); }));
+  CHECK(throws<std::invalid_argument>([] { Workspace(1, {-1, 64, 64, 1, 16, 1}); }));
+  CHECK(throws<std::invalid_argument>([] { Workspace::bytes(-1, {1, 64, 64, 1, 16, 1}); }));
+}
+
+/// A matrix of a file is that of its rungs; what is damaged, short or of another size is an error.
+void test_resident_matrices(const ExpertFile& file) {
+  const int rows = kExpertHidden, cols = kHidden;
+  const size_t first = rung_bytes(Scheme::kNested, rows, cols, kWidths[0], true);
+  const File f(file.path);
+  const uint64_t at = file.table.offsets[1];
+  const Memory bytes = read_range(f, at, 3 * first);
+  // The gate's first rung starts the record.
+  const auto read = [&](uint64_t offset, uint64_t length, uint32_t crc, int r, int c, bool verify) {
+    return nested_from_file(f, {offset, {length}, {crc}}, r, c, {kWidths[0]}, verify, "gate", Scheme::kNested);
+  };
+  const uint32_t crc = crc32c(bytes.bytes(), first);
+  const auto stored = read(at, first, crc, rows, cols, true);
+  const auto made = nested_from_rungs({{bytes.bytes(), first}}, rows, cols, {kWidths[0]}, Scheme::kNested);
+  std::vector<float> a(size_t(cols), 0.0f), b(a);
+  for (int r = 0; r < rows; ++r) {
+    decode_row(kernels(), stored->matrix, r, a.data());
+    decode_row(kernels(), made->matrix, r, b.data());
+    CHECK(a == b);
+  }
+  CHECK(throws<FormatError>([&] { read(at, first, crc + 1, rows, cols, true); }));
+  read(at, first, crc + 1, rows, cols, false);
+  CHECK(throws<ReadError>([&] { read(round_up(f.size(), kPage), first, crc, rows, cols, true); }));
+  CHECK(throws<ReadError>([&] { read(UINT64_MAX - kPage + 1, first, crc, rows, cols, true); }));
+  for (const uint64_t offset : {uint64_t(1), at + 64}) {
+    CHECK(throws<std::invalid_argument>([&] { read(offset, first, crc, rows, cols, true); }));
+  }
+  for (const auto& s : {std::pair<int, int>{rows + 16, cols}, {0, cols}, {rows, -1}, {1 << 30, 1 << 30}}) {
+    CHECK(throws<std::invalid_argument>([&] { read(at, first, crc, s.first, s.second, true); }));
+  }
+  CHECK(throws<std::invalid_argument>(
+      [&] { nested_from_rungs({{bytes.bytes(), first - 1}}, rows, cols, {kWidths[0]}, Scheme::kNested); }));
+}
+
+/// Numbers that cannot be computed with are errors, and nothing is cast that does not fit.
+void test_objectives_that_are_none_are_refused() {
+  const int rows = 20, cols = 24;
+  const std::vector<uint8_t> widths = {2, 2};
+  std::mt19937 rng(17);
+  std::normal_distribution<float> normal;
+  ThreadPool pool(2);
+  std::vector<float> w(size_t(rows) * cols), moments(size_t(cols) * cols, 0.5f), squares(size_t(cols), 1.0f);
+  for (float& x : w) x = normal(rng);
+  for (int c = 0; c < cols; ++c) moments[size_t(c) * cols + c] = 1;
+  std::vector<std::vector<uint8_t>> rungs;
+  std::vector<uint8_t*> outs;
+  for (size_t r = 0; r < widths.size(); ++r) {
+    rungs.emplace_back(rung_bytes(Scheme::kNested, rows, cols, widths[r], r == 0));
+    outs.push_back(rungs.back().data());
+  }
+  const auto run = [&](std::vector<float> weights, std::vector<float> m, std::vector<float> s) {
+    quantize_nested(pool, w.data(), rows, cols, widths, {weights.data(), m.data(), s.data(), 2}, outs);
+  };
+  const std::vector<float> weights = {0, 1, 0, 16, 0, 0, 0, 0};
+  run(weights, moments, squares);
+  const float bad[] = {NAN, INFINITY, -INFINITY, -1};
+  for (const float x : bad) {
+    auto changed = weights;
+    changed[1] = x;
+    CHECK(throws<std::invalid_argument>([&] { run(changed, moments, squares); }));
+    changed = squares;
+    changed[5] = x;
+    CHECK(throws<std::invalid_argument>([&] { run(weights, moments, changed); }));
+    for (const size_t at : {size_t(1), size_t(cols + 1)}) {  // off and on the diagonal; a product may be negative
+      changed = moments;
+      changed[at] = x;
+      if (at == 1 && x == -1) continue;
+      CHECK(throws<std::invalid_argument>([&] { run(weights, changed, squares); }));
+    }
+  }
+  CHECK(throws<std::invalid_argument>([&] { run(std::vector<float>(8), moments, squares); }));
+  // Products that overflow on the way are bad codes and no more.
+  run(weights, std::vector<float>(moments.size(), 3e38f), squares);
+}
+
+/// Uses keep their order and stay finite however many tokens a pass has.
+void test_uses_after_long_passes() {
+  for (const int tokens : {1, 64, 60000, 65536, 10000000}) {
+    Policy policy("lfu", 4);
+    for (int pass = 0; pass < 3; ++pass) {
+      policy.advance(0, tokens);
+      policy.use(pass, tokens);
+    }
+    for (int e = 0; e < 4; ++e) CHECK(std::isfinite(policy.score(e)) && std::isfinite(policy.uses()[size_t(e)]));
+    CHECK(policy.score(2) > policy.score(1) && policy.score(1) >= policy.score(0) &&
+          policy.score(0) >= policy.score(3));
+    if (tokens <= 60000) CHECK(policy.score(1) > policy.score(3));
+    Policy next("lfu", 4);
+    next.set_uses(policy.uses());
+  }
+  Policy policy("lfu", 2);
+  for (const double bad : {double(NAN), double(INFINITY), -1.0}) {
+    CHECK(throws<std::invalid_argument>([&] { policy.set_uses({1, bad}); }));
+  }
 }
 
 void test_thread_pool() {
@@ -352,6 +525,11 @@ int main() {
   test_failing_reads(file);
   test_destruction_during_reads(file);
   test_budget_of_nothing(file);
+  test_statistics_from_another_thread(file);
+  test_shapes_that_do_not_fit_are_refused(file);
+  test_resident_matrices(file);
+  test_objectives_that_are_none_are_refused();
+  test_uses_after_long_passes();
   test_thread_pool();
   for (const char* isa : {"scalar", kernels().name}) {
     use_isa(isa);

@@ -217,6 +217,8 @@ def test_a_damaged_profile_is_refused_in_one_line(learned, tiny_moe, capsys):
     [
         ({"uses": np.zeros((L, E + 1))}, r"expected uses to be \[2, 8\]"),
         ({"uses": np.full((L, E), np.nan)}, "finite"),
+        ({"uses": np.full((L, E), -1.0)}, "expected uses to be no less than 0"),
+        ({"frequent.uses": np.full((L, E), 1e300)}, "expected frequent.uses to be no less than 0"),
         ({"mine": np.zeros(1)}, "mine is nothing"),
     ],
 )

@@ -1,0 +1,218 @@
+"""What the bindings refuse: whatever indexes, divides or is cast, and would be a crash or nonsense in the core."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgemoe import _core
+from edgemoe.file.format import open_moe
+from edgemoe.plan import Plan, Routing
+from edgemoe.scheduler.base import Setting
+from edgemoe.scheduler.evict import Frequent
+from edgemoe.store import ExpertStore
+
+WIDTHS = [2, 1, 1, 2, 2]
+BAD = [float("nan"), float("inf"), -1.0]
+
+
+def f32(*shape):
+    return np.zeros(shape, np.float32)
+
+
+def quantize(
+    *, weights=(0, 1, 4, 16, 0, 64, 0, 256), squares=None, moments=None, w=None, threads=1
+):
+    w = np.eye(16, 32, dtype=np.float32) if w is None else w
+    cols = w.shape[1]
+    squares = np.ones(cols, np.float32) if squares is None else squares
+    return _core.quantize(w, WIDTHS, np.array(weights, np.float32), squares, moments, 2, threads)
+
+
+@pytest.fixture(scope="module")
+def matrix():
+    return _core.Nested.from_rungs(quantize(), 16, 32, WIDTHS)
+
+
+@pytest.mark.parametrize("weights", [[0] * 8, *([1, x, 1, 1, 1, 1, 1, 1] for x in BAD)])
+def test_level_weights_that_are_none_are_refused(weights):
+    with pytest.raises(ValueError, match="level_weights: expected numbers that are finite"):
+        quantize(weights=weights)
+
+
+@pytest.mark.parametrize("bad", [*BAD, 0.0])
+@pytest.mark.parametrize("at", [(3, 3), (2, 5)])
+def test_moments_that_are_none_are_refused(bad, at):
+    moments = np.full((32, 32), 0.5, np.float32) + np.eye(32, dtype=np.float32)
+    quantize(moments=moments)
+    moments[at] = bad
+    if at == (2, 5) and bad in (-1.0, 0.0):  # a product of two inputs may be
+        quantize(moments=moments)
+        return
+    with pytest.raises(ValueError, match="second moments: expected finite numbers"):
+        quantize(moments=moments)
+
+
+@pytest.mark.parametrize("bad", [*BAD, 0.0])
+def test_squares_that_are_none_are_refused(bad):
+    squares = np.ones(32, np.float32)
+    squares[7] = bad
+    with pytest.raises(ValueError, match="second moments"):
+        quantize(squares=squares)
+
+
+@pytest.mark.parametrize(("shape", "what"), [((0, 32), "rows"), ((16, 0), "cols")])
+def test_an_empty_matrix_is_refused(shape, what):
+    with pytest.raises(ValueError, match=f"nested {what}: expected 1 to"):
+        quantize(w=f32(*shape))
+
+
+def test_arrays_are_lent_as_they_are(matrix):
+    """A wrong dtype, a strided array and one at an odd address are errors, never a copy."""
+    ws = _core.Workspace(1, 4, 32, 32, 1, 16)
+    out = f32(2, 16)
+    _core.linear(ws, f32(2, 32), [matrix], [out])
+    for x in (np.zeros((2, 32)), f32(32, 2).T, f32(2, 64)[:, ::2]):
+        with pytest.raises(TypeError):
+            _core.linear(ws, x, [matrix], [out])
+    odd = np.zeros(2 * 32 * 4 + 1, np.uint8)[1:].view(np.float32).reshape(2, 32)
+    with pytest.raises(ValueError, match="linear x: expected an aligned array"):
+        _core.linear(ws, odd, [matrix], [out])
+    router, norm = f32(4, 32), np.ones(32, np.float32)
+    chosen = f32(1, 32), f32(1, 4), np.zeros((1, 2), np.int32), f32(1, 2)
+    _core.look_ahead(ws, f32(1, 32), [norm], [router], 1e-5, False, False, *chosen)
+    with pytest.raises(TypeError):
+        _core.look_ahead(ws, f32(1, 32), [norm], [router.astype("f8")], 1e-5, False, False, *chosen)
+
+
+def test_nothing_is_no_file_and_no_matrix(tiny_moe):
+    ws = _core.Workspace(1, 4, 32, 32, 1, 16)
+    with pytest.raises(TypeError, match="expected matrices, got None"):
+        _core.linear(ws, f32(1, 32), [None], [f32(1, 16)])
+    for call in (
+        lambda: _core.read_f32(None, 0, [1], 0, True, "x"),
+        lambda: _core.disk_rate(None, [0], 4096, 1),
+        lambda: _core.Nested.from_file(None, 0, [64], [0], 1, 1, [8], True, "x"),
+    ):
+        with pytest.raises(TypeError):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: _core.Workspace(0, 1, 1, 1, 1, 16), "threads: expected 1 to 1024, got 0"),
+        (lambda: _core.Workspace(1, -1, 1, 1, 1, 16), "max_rows"),
+        (lambda: _core.Workspace(1, 1, 1 << 25, 1, 1, 16), "max_cols"),
+        (lambda: _core.Workspace.bytes(1, 1, 1, 1, 1 << 30, 16, 1 << 12), "blocks of attention"),
+        (lambda: kv(num_heads=0), "num_heads: expected 1 to 4096, got 0"),
+        (lambda: kv(capacity=-5), "capacity"),
+        (lambda: kv(head_dim=1 << 20), "head_dim"),
+        (lambda: kv(key_type="q4"), "expected f16 or q8_0, got q4"),
+        (lambda: _core.KvLayer.bytes("f16", 1, 0, 16), "capacity"),
+        (lambda: attention_layer(num_heads=-4), "num_heads"),
+        (lambda: attention_layer(num_kv_heads=0), "multiple of the kv heads"),
+        (lambda: attention_layer(head_dim=1 << 30), "head_dim"),
+        (lambda: _core.memory_rate(1 << 62, 1), "memory_rate bytes"),
+        (lambda: _core.memory_rate(1 << 20, 0), "1 to 1024 threads, got 0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def kv(**changes):
+    sizes = {"key_type": "f16", "value_type": "f16", "num_heads": 2, "capacity": 4, "head_dim": 16}
+    return _core.KvLayer(**{**sizes, **changes})
+
+
+def attention_layer(**changes):
+    none = dict.fromkeys(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"))
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "window": 0, "scale": 0.25}
+    rest = {"norm_per_head": False, "norm_eps": 1e-5, "clip": 0.0}
+    return _core.AttentionLayer(**{**sizes, **none, **rest, **changes})
+
+
+def test_reads_of_the_disk_that_cannot_be_are_refused(tiny_moe):
+    file = _core.File(str(tiny_moe))
+    for length, readers in ((4096, 0), (4096, -1), (4095, 1), (0, 1), (1 << 40, 1)):
+        with pytest.raises(ValueError, match="disk_rate"):
+            _core.disk_rate(file, [0], length, readers)
+
+
+def cache(moe, **changes):
+    widths = [[2] * 3, [1] * 3, [1] * 3, [2] * 3, [2] * 3]
+    n = len(moe.experts.offsets)
+    parts = {
+        "file": moe.file, "num_experts": moe.config.num_experts, "hidden": moe.config.hidden_size,
+        "expert_hidden": moe.config.expert_hidden, "rung_widths": widths, "ends": list(moe.experts.ends),
+        "offsets": moe.experts.offsets, "crcs": moe.experts.crcs, "rungs": moe.experts.rungs,
+        "layers": list(moe.config.moe_layers), "max_level": 5, "budget_bytes": 1 << 24, "verify": True,
+        "num_readers": 1, "policy": np.zeros(n),
+    }  # fmt: skip
+    return _core.Cache(**{**parts, **changes})
+
+
+def test_rungs_that_end_elsewhere_are_refused(tiny_moe):
+    moe = open_moe(tiny_moe)
+    cache(moe)
+    ends = list(moe.experts.ends)
+    for wrong in (
+        [0, *ends[1:]],
+        [64] * 5,
+        [*ends[:-1], ends[-1] + 4096],
+        ends[::-1],
+        [e * 2 for e in ends],
+    ):
+        with pytest.raises(ValueError, match=r"Cache: rung \d ends at \d+; expected"):
+            cache(moe, ends=wrong)
+        if wrong[0] == 0 or wrong == ends[::-1]:
+            with pytest.raises(ValueError, match=r"Cache: rung \d ends at \d+; expected"):
+                cache(moe, ends=wrong, file=None)
+    for name in ("hidden", "expert_hidden"):
+        with pytest.raises(ValueError, match=f"Cache {name}"):
+            cache(moe, **{name: 0})
+    for policy in (np.zeros(3), np.zeros(16, np.float32), "fifo", None):
+        with pytest.raises((ValueError, TypeError), match="policy: expected"):
+            cache(moe, policy=policy)
+
+
+def test_uses_are_numbers(tiny_moe):
+    moe = open_moe(tiny_moe)
+    store = ExpertStore.open(moe, bits=8, budget_bytes=1 << 24, verify=True)
+    for bad in (*BAD, 1e300):
+        uses = store.uses.copy()
+        uses[0, 0] = bad
+        with pytest.raises(ValueError, match="policy: expected uses that are finite"):
+            store.uses = uses
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 60_000, 65_536, 1_000_000])
+def test_both_counts_of_uses_agree_after_passes_of_any_length(tokens):
+    """What was used later weighs more, and nothing overflows: in the cache and in its twin for `auto`."""
+    setting = Setting(
+        num_layers=1, num_experts=4, experts_per_token=1, bits=8, level_bits=(8,), level_bytes=(4096,),
+        slots_bytes=8192,
+    )  # fmt: skip
+    twin = Frequent(setting)
+    store = ExpertStore.dry(
+        num_layers=1, num_experts=4, level_bits=[8], level_bytes=[4096], budget_bytes=8192
+    )
+    for expert in (0, 1, 2):
+        chosen, gates = np.full((tokens, 1), expert, np.int32), np.ones((tokens, 1), np.float32)
+        plan = Plan(
+            layer=0, experts=np.array([expert], np.int32), bits=np.array([8], np.int8),
+            offsets=np.array([0, tokens], np.int32), tokens=np.arange(tokens, dtype=np.int32),
+            rows=np.arange(tokens, dtype=np.int32).reshape(-1, 1), gates=gates,
+        )  # fmt: skip
+        store.request(plan)
+        assert list(store.ready_groups()) == [[0]]
+        twin.planned(Routing(0, chosen, gates), plan)
+    mine, theirs = store.uses[0], twin.state()["frequent.uses"][0]
+    assert np.isfinite(theirs).all()
+    np.testing.assert_allclose(theirs, mine, rtol=1e-12)
+    assert twin.priorities[2] > twin.priorities[1] >= twin.priorities[0] >= twin.priorities[3]
+    if tokens <= 60_000:
+        assert twin.priorities[1] > twin.priorities[3]
+        assert list(store.cache.residency) == [0, 1, 1, 0]  # the first was dropped for the third
