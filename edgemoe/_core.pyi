@@ -246,3 +246,40 @@ def add_rows(
     gate_input: _F32 | None,
     out: _F32,
 ) -> None: ...
+def short_conv(
+    ws: Workspace,
+    x: _F32,
+    weight: _F32,
+    bias: _F32 | None,
+    tail: _F32,
+    silu: bool,
+    out: _F32,
+) -> None: ...
+def delta_rule(
+    ws: Workspace,
+    qkv: _F32,
+    decay: _F32,
+    beta: _F32,
+    log_a: _F32,
+    bias: _F32,
+    key_heads: int,
+    bounded: bool,
+    state: _F32,
+    out: _F32,
+) -> None: ...
+def mamba2(
+    ws: Workspace,
+    xbc: _F32,
+    step: _F32,
+    decay: _F32,
+    log_a: _F32,
+    step_bias: _F32,
+    skip: _F32,
+    groups: int,
+    state: _F32,
+    out: _F32,
+) -> None: ...
+def gated_norm(
+    ws: Workspace, x: _F32, gate: _F32, weight: _F32, eps: float, groups: int, kind: str
+) -> None: ...
+def gate_attention(ws: Workspace, x: _F32, gate: _F32, kind: str) -> None: ...

@@ -11,4 +11,6 @@ void bind_cache(pybind11::module_& m);      ///< Cache
 void bind_ops(pybind11::module_& m);        ///< Workspace and all that computes but attention
 void bind_attention(pybind11::module_& m);  ///< AttentionLayer, KvLayer, attention, rope_table
 
+void bind_mixers(pybind11::module_& m);  ///< recurrent mixers, gates
+
 }  // namespace edgemoe

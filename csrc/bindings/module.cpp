@@ -74,4 +74,5 @@ PYBIND11_MODULE(_core, m) {
   bind_cache(m);
   bind_ops(m);
   bind_attention(m);
+  bind_mixers(m);
 }

@@ -566,16 +566,17 @@ uint8_t read_all(const uint8_t* bytes, size_t n) {
 
 #include "attention-inl.h"
 #include "mwq-inl.h"
+#include "recurrent-inl.h"
 
 namespace edgemoe {
 namespace {
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,          choose_scale<V>,  quantize_row<V>, matmul_nested<V>, decode_nested<V>,
-                 matmul_mwq<V>, decode_mwq<V>,    matmul_f32<V>,   rms_norm<V>,      silu_mul<V>,
-                 softmax<V>,    add_scaled<V>,    rope<V>,         to_f16<V>,        from_f16<V>,
-                 read_all<V>,   quantize_head<V>, attend<V>,       merge_parts<V>};
+  return Kernels{name,           choose_scale<V>, quantize_row<V>, matmul_nested<V>, decode_nested<V>, matmul_mwq<V>,
+                 decode_mwq<V>,  matmul_f32<V>,   rms_norm<V>,     silu_mul<V>,      softmax<V>,       add_scaled<V>,
+                 rope<V>,        to_f16<V>,       from_f16<V>,     read_all<V>,      quantize_head<V>, attend<V>,
+                 merge_parts<V>, delta_rule<V>,   mamba2<V>,       short_conv<V>,    sigmoid_mul<V>};
 }
 
 }  // namespace

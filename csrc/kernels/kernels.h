@@ -150,6 +150,53 @@ struct AttentionShape {
   float scale;
 };
 
+/// One head of a gated delta rule over some tokens; strides are floats from one token to the next.
+struct DeltaHead {
+  float* state;        ///< [key_dim, value_dim]
+  const float* q;      ///< [key_dim] per token, scaled
+  const float* k;      ///< [key_dim]
+  const float* v;      ///< [value_dim]
+  const float* decay;  ///< one, or key_dim of them: what is left of the state, 0 to 1
+  const float* beta;   ///< how much of the change is written
+  float* out;          ///< [value_dim] per token; may not be v
+  int key_dim;
+  int value_dim;  ///< a multiple of 16
+  size_t key_stride;
+  size_t value_stride;
+  size_t out_stride;
+  size_t decay_stride;
+  size_t beta_stride;
+  bool decay_per_channel;
+};
+
+/// One head of Mamba-2 over some tokens, likewise.
+struct MambaHead {
+  float* state;        ///< [state_dim, head_dim]
+  const float* x;      ///< [head_dim] per token
+  const float* b;      ///< [state_dim], the group's
+  const float* c;      ///< [state_dim]
+  const float* decay;  ///< exp(step * A)
+  const float* step;
+  float* out;  ///< [head_dim] per token; may not be x
+  float skip;  ///< D: of x that passes by
+  int state_dim;
+  int head_dim;  ///< a multiple of 16
+  size_t x_stride;
+  size_t group_stride;
+  size_t step_stride;
+  size_t out_stride;
+};
+
+constexpr int kMaxTaps = 8;  ///< of a short convolution
+
+struct ConvShape {
+  int channels;
+  int taps;  ///< 1 to kMaxTaps; the last one multiplies the newest value
+  bool silu;
+  size_t x_stride;  ///< floats from one token to the next
+  size_t out_stride;
+};
+
 struct Kernels {
   const char* name;
 
@@ -212,6 +259,23 @@ struct Kernels {
 
   /// Makes two parts of a query one: `into` of earlier blocks, `part` of the next.
   void (*merge_parts)(float* into, const float* part, int head_stride);
+
+  /// For each of T tokens in turn, columns [begin, end) of the values, multiples of 16:
+  ///   S = decay S;  d = beta (v - S^T k);  S = S + k d^T;  out = S^T q.
+  void (*delta_rule)(const DeltaHead& head, int T, int begin, int end);
+
+  /// Likewise: S = decay S + b (step x)^T;  out = S^T c + skip x.
+  void (*mamba2)(const MambaHead& head, int T, int begin, int end);
+
+  /// A causal convolution of each of the channels [begin, end), begin a multiple of 16: out = sum_j weight[j] x[t -
+  /// taps + 1 + j]
+  /// + bias, and then silu if the shape says so. weight [taps, channels], bias [channels] or null. `tail`, [taps - 1,
+  /// channels], is what came before, and becomes what comes before the next. out may be x.
+  void (*short_conv)(const ConvShape& shape, const float* x, const float* weight, const float* bias, float* tail, int T,
+                     int begin, int end, float* out);
+
+  /// out[i] = sigmoid(gate[i]) * x[i].
+  void (*sigmoid_mul)(const float* gate, const float* x, int n, float* out);
 };
 
 /// `matmul_nested` or `matmul_mwq`, as w is.

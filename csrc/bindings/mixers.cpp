@@ -1,0 +1,168 @@
+#include <optional>
+#include <string>
+
+#include "bindings/arrays.h"
+#include "bindings/bindings.h"
+#include "mixers/conv.h"
+#include "mixers/delta.h"
+#include "mixers/gated_norm.h"
+#include "mixers/mamba.h"
+
+namespace edgemoe {
+namespace {
+
+using py::ssize_t;
+
+void check_columns(const char* name, ssize_t width) {
+  if (width < 16 || width % 16) {
+    throw std::invalid_argument(std::string(name) + ": expected a head of a multiple of 16 values, got " +
+                                std::to_string(width));
+  }
+}
+
+Gate gate_named(const std::string& name) {
+  if (name == "silu") return Gate::kSilu;
+  if (name == "sigmoid") return Gate::kSigmoid;
+  if (name == "silu_first") return Gate::kSiluFirst;
+  throw std::invalid_argument("gated_norm: expected silu, sigmoid or silu_first, got " + name);
+}
+
+}  // namespace
+
+void bind_mixers(py::module_& m) {
+  m.def(
+      "short_conv",
+      [](Workspace& ws, const Array<float>& x, const Array<float>& weight, const py::object& bias, Array<float> tail,
+         bool silu, Array<float> out) {
+        expect(x, "short_conv x", {-1, -1});
+        const ssize_t T = x.shape(0), C = x.shape(1);
+        expect(weight, "weight", {-1, C});
+        const ssize_t taps = weight.shape(0);
+        if (taps < 1 || taps > kMaxTaps) {
+          throw std::invalid_argument("short_conv: expected 1 to " + std::to_string(kMaxTaps) + " taps, got " +
+                                      std::to_string(taps));
+        }
+        expect(tail, "tail", {taps - 1, C});
+        expect(out, "out", {T, C});
+        const float* b = bias.is_none() ? nullptr : floats(bias, "bias", {C});
+        const float *a = x.data(), *w = weight.data();
+        float *past = tail.mutable_data(), *o = out.mutable_data();
+        py::gil_scoped_release release;
+        short_conv(ws, {int(C), int(taps), silu, size_t(C), size_t(C)}, a, w, b, past, int(T), o);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("bias"),
+      py::arg("tail").noconvert(), py::arg("silu"), py::arg("out").noconvert(),
+      "out [T, C]: a causal convolution over time of each channel; tail [taps - 1, C] is what came before, and "
+      "becomes what comes before the next. out may be x.");
+
+  m.def(
+      "delta_rule",
+      [](Workspace& ws, Array<float> qkv, Array<float> decay, Array<float> beta, const Array<float>& log_a,
+         const Array<float>& bias, int key_heads, bool bounded, Array<float> state, Array<float> out) {
+        expect(state, "state", {-1, -1, -1});
+        const ssize_t Hv = state.shape(0), dk = state.shape(1), dv = state.shape(2);
+        expect(qkv, "qkv", {-1, 2 * key_heads * dk + Hv * dv});
+        const ssize_t T = qkv.shape(0);
+        if (key_heads < 1 || Hv % key_heads || dk < 1) {
+          throw std::invalid_argument("delta_rule: expected value heads that are a multiple of the key heads");
+        }
+        check_columns("delta_rule", dv);
+        expect(decay, "decay", {T, -1});
+        const bool per_channel = decay.shape(1) != Hv;
+        expect(decay, "decay", {T, per_channel ? Hv * dk : Hv});
+        expect(beta, "beta", {T, Hv});
+        expect(log_a, "log_a", {Hv});
+        expect(bias, "bias", {decay.shape(1)});
+        expect(out, "out", {T, Hv * dv});
+        const DeltaParts parts{
+            {key_heads, int(Hv), int(dk), int(dv), per_channel, bounded ? Decay::kBounded : Decay::kSoftplus},
+            log_a.data(),
+            bias.data()};
+        float *q = qkv.mutable_data(), *k = q + key_heads * dk, *v = k + key_heads * dk;
+        float *a = decay.mutable_data(), *b = beta.mutable_data(), *s = state.mutable_data(), *o = out.mutable_data();
+        const auto stride = size_t(qkv.shape(1));
+        py::gil_scoped_release release;
+        delta_rule(ws, parts, q, k, v, stride, a, b, int(T), s, o);
+      },
+      py::arg("ws"), py::arg("qkv").noconvert(), py::arg("decay").noconvert(), py::arg("beta").noconvert(),
+      py::arg("log_a").noconvert(), py::arg("bias").noconvert(), py::arg("key_heads"), py::arg("bounded"),
+      py::arg("state").noconvert(), py::arg("out").noconvert(),
+      "out [T, Hv * dv] of the gated delta rule on qkv [T, 2 * Hk * dk + Hv * dv] (all q, all k, all v), which is "
+      "changed, as are decay [T, Hv] or [T, Hv * dk] and beta [T, Hv]. state [Hv, dk, dv] becomes the next one.");
+
+  m.def(
+      "mamba2",
+      [](Workspace& ws, const Array<float>& xbc, Array<float> step, Array<float> decay, const Array<float>& log_a,
+         const Array<float>& step_bias, const Array<float>& skip, int groups, Array<float> state, Array<float> out) {
+        expect(state, "state", {-1, -1, -1});
+        const ssize_t H = state.shape(0), N = state.shape(1), P = state.shape(2);
+        expect(xbc, "xbc", {-1, H * P + 2 * groups * N});
+        const ssize_t T = xbc.shape(0);
+        if (groups < 1 || H % groups || N < 1) {
+          throw std::invalid_argument("mamba2: expected heads that are a multiple of the groups");
+        }
+        check_columns("mamba2", P);
+        expect(step, "step", {T, H});
+        expect(decay, "decay", {T, H});
+        expect(log_a, "log_a", {H});
+        expect(step_bias, "step_bias", {H});
+        expect(skip, "skip", {H});
+        expect(out, "out", {T, H * P});
+        const MambaParts parts{{int(H), int(P), groups, int(N)}, log_a.data(), step_bias.data(), skip.data()};
+        const float *x = xbc.data(), *b = x + H * P, *c = b + groups * N;
+        const auto stride = size_t(xbc.shape(1));
+        float *d = step.mutable_data(), *a = decay.mutable_data(), *s = state.mutable_data(), *o = out.mutable_data();
+        py::gil_scoped_release release;
+        mamba2(ws, parts, x, b, c, stride, d, a, int(T), s, o);
+      },
+      py::arg("ws"), py::arg("xbc").noconvert(), py::arg("step").noconvert(), py::arg("decay").noconvert(),
+      py::arg("log_a").noconvert(), py::arg("step_bias").noconvert(), py::arg("skip").noconvert(), py::arg("groups"),
+      py::arg("state").noconvert(), py::arg("out").noconvert(),
+      "out [T, H * P] of Mamba-2 on xbc [T, H * P + 2 * groups * N]; step [T, H] is changed, decay [T, H] is scratch. "
+      "state [H, N, P] becomes the next one.");
+
+  m.def(
+      "gated_norm",
+      [](Workspace& ws, Array<float> x, const Array<float>& gate, const Array<float>& weight, float eps, int groups,
+         const std::string& kind) {
+        expect(x, "gated_norm x", {-1, -1});
+        const ssize_t T = x.shape(0), C = x.shape(1);
+        if (groups < 1 || C % groups) throw std::invalid_argument("gated_norm: expected whole groups");
+        expect(gate, "gate", {T, C});
+        const bool per_group = weight.size() == C;
+        expect(weight, "weight", {per_group ? C : C / groups});
+        const Gate how = gate_named(kind);
+        const float *z = gate.data(), *w = weight.data();
+        float* v = x.mutable_data();
+        py::gil_scoped_release release;
+        gated_norm(ws, v, z, size_t(C), w, per_group, eps, how, int(T), groups, int(C / groups));
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("gate").noconvert(), py::arg("weight").noconvert(),
+      py::arg("eps"), py::arg("groups"), py::arg("kind"),
+      "x [T, C], in place: RMS norm of each group beside a gate [T, C]: norm(x) * silu(gate) (\"silu\"), norm(x) * "
+      "sigmoid(gate) (\"sigmoid\") or norm(x * silu(gate)) (\"silu_first\"). weight [C] or [C / groups].");
+
+  m.def(
+      "gate_attention",
+      [](Workspace& ws, Array<float> x, const Array<float>& gate, const std::string& kind) {
+        expect(x, "gate_attention x", {-1, -1});
+        const ssize_t T = x.shape(0), C = x.shape(1);
+        const bool by_element = kind == "sigmoid", softplus = kind == "softplus_head";
+        if (!by_element && !softplus && kind != "sigmoid_head") {
+          throw std::invalid_argument("gate_attention: expected sigmoid, sigmoid_head or softplus_head, got " + kind);
+        }
+        expect(gate, "gate", {T, by_element ? C : -1});
+        const ssize_t heads = gate.shape(1);
+        if (heads < 1 || C % heads) throw std::invalid_argument("gate_attention: expected whole heads");
+        const float* g = gate.data();
+        float* v = x.mutable_data();
+        py::gil_scoped_release release;
+        if (by_element) return sigmoid_gate(ws, v, g, int(T), int(C));
+        head_gate(ws, v, g, softplus, int(T), int(heads), int(C / heads));
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("gate").noconvert(), py::arg("kind"),
+      "x [T, heads * head_dim] *= sigmoid of gate [T, heads * head_dim] (\"sigmoid\"), or sigmoid or softplus of gate "
+      "[T, heads] (\"sigmoid_head\", \"softplus_head\").");
+}
+
+}  // namespace edgemoe

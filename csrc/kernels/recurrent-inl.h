@@ -1,0 +1,131 @@
+// Layers whose state does not grow with the context, for every instruction set: short convolutions, the gated delta
+// rule, and Mamba-2.
+//
+// Time runs in one order, token after token, and nothing is summed across lanes: a lane is a channel, or a column of a
+// state. So a result depends neither on the chunk nor on the instruction set.
+#pragma once
+
+#include "kernels.h"
+
+namespace edgemoe {
+namespace {
+
+/// 16 * M columns of a head's state over T tokens; see `Kernels::delta_rule`.
+template <class V, int M>
+void delta_columns(const DeltaHead& h, int T, int column) {
+  float* state = h.state + column;
+  for (int t = 0; t < T; ++t) {
+    const float *q = h.q + t * h.key_stride, *k = h.k + t * h.key_stride;
+    const float* v = h.v + t * h.value_stride + column;
+    const float* decay = h.decay + t * h.decay_stride;
+    typename V::F held[M];  // what the state says of this key
+    for (auto& x : held) x = V::zero();
+    for (int i = 0; i < h.key_dim; ++i) {
+      const auto a = V::set(decay[h.decay_per_channel ? i : 0]), key = V::set(k[i]);
+      float* row = state + size_t(i) * h.value_dim;
+      for (int j = 0; j < M; ++j) {
+        const auto s = V::mul(V::load(row + 16 * j), a);
+        V::store(row + 16 * j, s);
+        held[j] = V::fma(s, key, held[j]);
+      }
+    }
+    typename V::F change[M], out[M];
+    for (int j = 0; j < M; ++j) {
+      change[j] = V::mul(V::set(h.beta[t * h.beta_stride]), V::sub(V::load(v + 16 * j), held[j]));
+      out[j] = V::zero();
+    }
+    for (int i = 0; i < h.key_dim; ++i) {
+      const auto key = V::set(k[i]), query = V::set(q[i]);
+      float* row = state + size_t(i) * h.value_dim;
+      for (int j = 0; j < M; ++j) {
+        const auto s = V::fma(key, change[j], V::load(row + 16 * j));
+        V::store(row + 16 * j, s);
+        out[j] = V::fma(s, query, out[j]);
+      }
+    }
+    for (int j = 0; j < M; ++j) V::store(h.out + t * h.out_stride + column + 16 * j, out[j]);
+  }
+}
+
+/// The same of Mamba-2; see `Kernels::mamba2`.
+template <class V, int M>
+void mamba_columns(const MambaHead& h, int T, int column) {
+  float* state = h.state + column;
+  for (int t = 0; t < T; ++t) {
+    const float *b = h.b + t * h.group_stride, *c = h.c + t * h.group_stride;
+    const float* x = h.x + t * h.x_stride + column;
+    const auto decay = V::set(h.decay[t * h.step_stride]), step = V::set(h.step[t * h.step_stride]);
+    typename V::F in[M], out[M];
+    for (int j = 0; j < M; ++j) {
+      in[j] = V::mul(step, V::load(x + 16 * j));
+      out[j] = V::mul(V::set(h.skip), V::load(x + 16 * j));
+    }
+    for (int i = 0; i < h.state_dim; ++i) {
+      const auto bi = V::set(b[i]), ci = V::set(c[i]);
+      float* row = state + size_t(i) * h.head_dim;
+      for (int j = 0; j < M; ++j) {
+        const auto s = V::fma(bi, in[j], V::mul(decay, V::load(row + 16 * j)));
+        V::store(row + 16 * j, s);
+        out[j] = V::fma(s, ci, out[j]);
+      }
+    }
+    for (int j = 0; j < M; ++j) V::store(h.out + t * h.out_stride + column + 16 * j, out[j]);
+  }
+}
+
+template <class V>
+void delta_rule(const DeltaHead& h, int T, int begin, int end) {
+  constexpr int M = V::kHeadVectors;
+  int c = begin;
+  for (; c + 16 * M <= end; c += 16 * M) delta_columns<V, M>(h, T, c);
+  for (; c < end; c += 16) delta_columns<V, 1>(h, T, c);
+}
+
+template <class V>
+void mamba2(const MambaHead& h, int T, int begin, int end) {
+  constexpr int M = V::kHeadVectors;
+  int c = begin;
+  for (; c + 16 * M <= end; c += 16 * M) mamba_columns<V, M>(h, T, c);
+  for (; c < end; c += 16) mamba_columns<V, 1>(h, T, c);
+}
+
+/// x * sigmoid(x)
+template <class V>
+inline typename V::F silu(typename V::F x) {
+  return V::div(x, V::add(V::set(1.0f), exp<V>(V::sub(V::zero(), x))));
+}
+
+template <class V>
+void short_conv(const ConvShape& s, const float* x, const float* weight, const float* bias, float* tail, int T,
+                int begin, int end, float* out) {
+  const int past = s.taps - 1;
+  for (int c = begin; c < end; c += 16) {
+    const int n = end - c < 16 ? end - c : 16;
+    typename V::F window[kMaxTaps], w[kMaxTaps];
+    for (int j = 0; j < s.taps; ++j) w[j] = load_part<V>(weight + size_t(j) * s.channels + c, n, 0.0f);
+    for (int j = 0; j < past; ++j) window[j] = load_part<V>(tail + size_t(j) * s.channels + c, n, 0.0f);
+    const auto start = bias ? load_part<V>(bias + c, n, 0.0f) : V::zero();
+    for (int t = 0; t < T; ++t) {
+      window[past] = load_part<V>(x + t * s.x_stride + c, n, 0.0f);
+      auto y = start;
+      for (int j = 0; j < s.taps; ++j) y = V::fma(w[j], window[j], y);
+      store_part<V>(out + t * s.out_stride + c, s.silu ? silu<V>(y) : y, n);
+      for (int j = 0; j < past; ++j) window[j] = window[j + 1];
+    }
+    for (int j = 0; j < past; ++j) store_part<V>(tail + size_t(j) * s.channels + c, window[j], n);
+  }
+}
+
+template <class V>
+void sigmoid_mul(const float* gate, const float* x, int n, float* out) {
+  for (int i = 0; i < n; i += 16) {
+    const int here = n - i < 16 ? n - i : 16;
+    const auto g = load_part<V>(gate + i, here, 0.0f);
+    const auto one = V::set(1.0f);
+    const auto s = V::div(one, V::add(one, exp<V>(V::sub(V::zero(), g))));
+    store_part<V>(out + i, V::mul(load_part<V>(x + i, here, 0.0f), s), here);
+  }
+}
+
+}  // namespace
+}  // namespace edgemoe

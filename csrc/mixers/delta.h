@@ -1,0 +1,38 @@
+// The gated delta rule: Gated DeltaNet (arXiv 2412.06464) with one decay per head, Kimi Delta Attention (arXiv
+// 2510.26692) with one per key channel.
+#pragma once
+
+#include "dense.h"
+
+namespace edgemoe {
+
+/// How the decay a of a step comes from what a layer says of it, x, and its parameters.
+enum class Decay : uint8_t {
+  kSoftplus,  ///< a = exp(-exp(log_a) * softplus(x + bias))
+  kBounded,   ///< a = exp(-5 * sigmoid(exp(log_a) * (x + bias))), "safe gate" of Ling 3
+};
+
+struct DeltaShape {
+  int key_heads;  ///< value head j uses key head j / (value_heads / key_heads)
+  int value_heads;
+  int key_dim;
+  int value_dim;  ///< a multiple of 16
+  bool decay_per_channel;
+  Decay decay;
+};
+
+/// What a layer keeps besides its matrices.
+struct DeltaParts {
+  DeltaShape shape;
+  const float* log_a;  ///< [value_heads]
+  const float* bias;   ///< [value_heads] or [value_heads * key_dim]
+};
+
+/// q, k [T, key_heads * key_dim] inside rows of `qkv_stride` floats, v [T, value_heads * value_dim] likewise. q and k
+/// are made of unit length (x / sqrt(sum x^2 + 1e-6)), q also times key_dim^-0.5; all in place. `decay`: x of above,
+/// [T, value_heads] or [T, value_heads * key_dim], becomes a. `beta` [T, value_heads] becomes sigmoid(beta).
+/// state [value_heads, key_dim, value_dim]; out [T, value_heads * value_dim].
+void delta_rule(Workspace& ws, const DeltaParts& parts, float* q, float* k, const float* v, size_t qkv_stride,
+                float* decay, float* beta, int T, float* state, float* out);
+
+}  // namespace edgemoe

@@ -1,0 +1,43 @@
+#include "mixers/gated_norm.h"
+
+#include "mixers/gates.h"
+
+namespace edgemoe {
+
+void gated_norm(Workspace& ws, float* x, const float* gate, size_t gate_stride, const float* weight,
+                bool weight_per_group, float eps, Gate kind, int T, int groups, int width) {
+  const Kernels& kn = kernels();
+  ws.pool.run(T * groups, grain_for(T * groups, ws.pool.size()), [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      const int g = i % groups;
+      float* v = x + size_t(i) * size_t(width);
+      const float* z = gate + size_t(i / groups) * gate_stride + size_t(g) * size_t(width);
+      const float* w = weight + (weight_per_group ? size_t(g) * size_t(width) : 0);
+      if (kind == Gate::kSiluFirst) kn.silu_mul(z, v, width, v);
+      kn.rms_norm(v, w, eps, width, v);
+      if (kind == Gate::kSilu) kn.silu_mul(z, v, width, v);
+      if (kind == Gate::kSigmoid) kn.sigmoid_mul(z, v, width, v);
+    }
+  });
+}
+
+void sigmoid_gate(Workspace& ws, float* x, const float* gate, int T, int cols) {
+  const Kernels& kn = kernels();
+  ws.pool.run(T, grain_for(T, ws.pool.size()), [&](int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+      const size_t at = size_t(t) * size_t(cols);
+      kn.sigmoid_mul(gate + at, x + at, cols, x + at);
+    }
+  });
+}
+
+void head_gate(Workspace& ws, float* x, const float* gate, bool softplus, int T, int heads, int width) {
+  ws.pool.run(T, grain_for(T, ws.pool.size()), [&](int begin, int end) {
+    for (int i = begin * heads; i < end * heads; ++i) {
+      const float g = float(softplus ? exact_softplus(gate[i]) : exact_sigmoid(gate[i]));
+      for (int c = 0; c < width; ++c) x[size_t(i) * size_t(width) + size_t(c)] *= g;
+    }
+  });
+}
+
+}  // namespace edgemoe

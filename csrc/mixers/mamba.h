@@ -1,0 +1,29 @@
+// Mamba-2's state space layer (arXiv 2405.21060), as a recurrence over time.
+#pragma once
+
+#include "dense.h"
+
+namespace edgemoe {
+
+struct MambaShape {
+  int num_heads;
+  int head_dim;  ///< a multiple of 16
+  int groups;    ///< head h uses group h / (num_heads / groups)
+  int state_dim;
+};
+
+/// What a layer keeps besides its matrices and its convolution; all [num_heads].
+struct MambaParts {
+  MambaShape shape;
+  const float* log_a;
+  const float* step_bias;
+  const float* skip;
+};
+
+/// x [T, heads * head_dim], b and c [T, groups * state_dim] lie in rows of `stride` floats. `step` [T, num_heads]
+/// becomes softplus(step + bias); `decay` [T, num_heads] is scratch. state [num_heads, state_dim, head_dim]; out [T,
+/// num_heads * head_dim].
+void mamba2(Workspace& ws, const MambaParts& parts, const float* x, const float* b, const float* c, size_t stride,
+            float* step, float* decay, int T, float* state, float* out);
+
+}  // namespace edgemoe

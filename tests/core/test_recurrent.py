@@ -1,0 +1,215 @@
+"""Recurrent mixers: agree with plain float64 loops, and are bit-identical however the tokens come."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import reference_recurrent as reference
+
+from edgemoe import _core
+
+RNG = np.random.default_rng
+F = np.float32
+
+
+def workspace(threads=1):
+    return _core.Workspace(threads, 64, 256, 256, 64, 32, 4)
+
+
+def rows(a, start, stop):
+    return np.ascontiguousarray(a[start:stop])
+
+
+class Conv:
+    """A short convolution; `silu` after it and a bias, or neither."""
+
+    def __init__(self, T, taps, C, silu, seed=0):
+        rng = RNG(seed)
+        self.silu = silu
+        self.inputs = (rng.standard_normal((T, C)).astype(F),)
+        self.weight = rng.standard_normal((taps, C)).astype(F)
+        self.bias = rng.standard_normal(C).astype(F) if silu else None
+        self.start = rng.standard_normal((taps - 1, C)).astype(F)
+
+    def run(self, ws, state, x):
+        out = np.empty_like(x)
+        _core.short_conv(ws, x, self.weight, self.bias, state, self.silu, out)
+        return out
+
+    def expected(self):
+        bias = 0 if self.bias is None else self.bias.astype(float)
+        return reference.short_conv(
+            self.inputs[0].astype(float), self.weight, bias, self.start, with_silu=self.silu
+        )
+
+
+class Delta:
+    """A gated delta rule: `channel` decays per key channel, `bounded` ones."""
+
+    def __init__(self, T, Hk, Hv, dk, dv, *, channel=False, bounded=False, seed=0):
+        rng = RNG(seed)
+        n = Hv * dk if channel else Hv
+        self.Hk, self.bounded = Hk, bounded
+        self.inputs = (
+            rng.standard_normal((T, 2 * Hk * dk + Hv * dv)).astype(F),
+            rng.standard_normal((T, n)).astype(F),
+            (2 * rng.standard_normal((T, Hv))).astype(F),
+        )
+        self.log_a = rng.uniform(-3, 2, Hv).astype(F)
+        self.bias = (0.5 * rng.standard_normal(n)).astype(F)
+        self.start = rng.standard_normal((Hv, dk, dv)).astype(F)
+
+    def run(self, ws, state, qkv, decay, beta):
+        out = np.empty((len(qkv), state.shape[0] * state.shape[2]), F)
+        _core.delta_rule(
+            ws,
+            qkv.copy(),
+            decay.copy(),
+            beta.copy(),
+            self.log_a,
+            self.bias,
+            self.Hk,
+            self.bounded,
+            state,
+            out,
+        )
+        return out
+
+    def expected(self):
+        args = (a.astype(float) for a in (*self.inputs, self.log_a, self.bias))
+        return reference.delta_rule(*args, self.Hk, self.start.astype(float), bounded=self.bounded)
+
+
+class Mamba:
+    def __init__(self, T, H, G, N, P, seed=0):
+        rng = RNG(seed)
+        self.G = G
+        self.inputs = (
+            rng.standard_normal((T, H * P + 2 * G * N)).astype(F),
+            rng.standard_normal((T, H)).astype(F),
+        )
+        self.log_a = rng.uniform(-3, 2, H).astype(F)
+        self.bias = rng.standard_normal(H).astype(F)
+        self.skip = rng.standard_normal(H).astype(F)
+        self.start = rng.standard_normal((H, N, P)).astype(F)
+
+    def run(self, ws, state, xbc, step):
+        out = np.empty((len(xbc), state.shape[0] * state.shape[2]), F)
+        _core.mamba2(
+            ws,
+            xbc,
+            step.copy(),
+            np.empty_like(step),
+            self.log_a,
+            self.bias,
+            self.skip,
+            self.G,
+            state,
+            out,
+        )
+        return out
+
+    def expected(self):
+        args = (a.astype(float) for a in (*self.inputs, self.log_a, self.bias, self.skip))
+        return reference.mamba2(*args, self.G, self.start.astype(float))
+
+
+CASES = {
+    "conv of 4, silu, bias": lambda T: Conv(T, 4, 300, True),
+    "conv of 3": lambda T: Conv(T, 3, 37, False),
+    "delta rule": lambda T: Delta(T, 2, 4, 24, 80),
+    "delta rule, a head of one vector": lambda T: Delta(T, 1, 1, 5, 16),
+    "decay per channel": lambda T: Delta(T, 3, 3, 16, 64, channel=True),
+    "bounded decay per channel": lambda T: Delta(T, 2, 2, 16, 32, channel=True, bounded=True),
+    "mamba": lambda T: Mamba(T, 6, 2, 20, 80),
+}
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 33])
+@pytest.mark.parametrize("case", CASES)
+def test_agrees_with_the_plain_loop(case, T):
+    mixer = CASES[case](T)
+    state = mixer.start.copy()
+    out = mixer.run(workspace(), state, *mixer.inputs)
+    expected, after = mixer.expected()
+    np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(state, after, rtol=2e-5, atol=2e-5 * np.abs(after).max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_chunks_threads_and_instruction_sets_do_not_change_a_bit(case):
+    T = 21
+    mixer = CASES[case](T)
+    whole = mixer.start.copy()
+    expected = mixer.run(workspace(), whole, *mixer.inputs)
+    before = _core.isa()
+    try:
+        for isa in _core.usable_isas().split():
+            _core.use_isa(isa)
+            for threads, chunk in ((1, 1), (3, 4), (2, 21)):
+                ws, state = workspace(threads), mixer.start.copy()
+                parts = [
+                    mixer.run(ws, state, *(rows(a, at, at + chunk) for a in mixer.inputs))
+                    for at in range(0, T, chunk)
+                ]
+                np.testing.assert_array_equal(np.concatenate(parts), expected)
+                np.testing.assert_array_equal(state, whole)
+    finally:
+        _core.use_isa(before)
+
+
+@pytest.mark.parametrize("kind", ["silu", "sigmoid", "silu_first"])
+@pytest.mark.parametrize("per_group", [False, True])
+def test_gated_norm(kind, per_group):
+    rng = RNG(1)
+    x, gate = rng.standard_normal((2, 5, 4 * 24)).astype(F)
+    weight = rng.standard_normal(4 * 24 if per_group else 24).astype(F)
+    expected = reference.gated_norm(x.astype(float), gate, weight, 1e-3, 4, kind)
+    _core.gated_norm(workspace(2), x, gate, weight, 1e-3, 4, kind)
+    np.testing.assert_allclose(x, expected, rtol=2e-5, atol=1e-5)
+
+
+def test_gates_of_attention():
+    rng = RNG(2)
+    x, gate = rng.standard_normal((2, 5, 3 * 40)).astype(F)
+    by_head = (20 * rng.standard_normal((5, 3))).astype(F)
+    for kind, g, factor in (
+        ("sigmoid", gate, reference.sigmoid(gate.astype(float))),
+        ("sigmoid_head", by_head, np.repeat(reference.sigmoid(by_head.astype(float)), 40, axis=1)),
+        (
+            "softplus_head",
+            by_head,
+            np.repeat(reference.softplus(by_head.astype(float)), 40, axis=1),
+        ),
+    ):
+        y = x.copy()
+        _core.gate_attention(workspace(2), y, g, kind)
+        np.testing.assert_allclose(y, x * factor, rtol=1e-5, atol=1e-7)
+
+
+def test_extreme_gates_stay_finite():
+    mixer = Delta(3, 1, 2, 8, 16)
+    mixer.inputs[1][:] = np.array([[1e4, -1e4]] * 3, F)
+    mixer.inputs[2][:] = np.array([[-1e4, 1e4]] * 3, F)
+    state = mixer.start.copy()
+    out = mixer.run(workspace(), state, *mixer.inputs)
+    expected, after = mixer.expected()
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state, after, rtol=1e-4, atol=1e-5)
+
+
+def test_what_does_not_fit_is_refused():
+    ws, state = workspace(), np.zeros((4, 8, 24), F)
+    with pytest.raises(ValueError, match="multiple of 16"):
+        _core.delta_rule(
+            ws, np.zeros((1, 2 * 16 + 96), F), np.zeros((1, 4), F), np.zeros((1, 4), F),
+            np.zeros(4, F), np.zeros(4, F), 2, False, state, np.zeros((1, 96), F),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="multiple of the groups"):
+        _core.mamba2(
+            ws, np.zeros((1, 4 * 16 + 2 * 3 * 8), F), np.zeros((1, 4), F), np.zeros((1, 4), F),
+            np.zeros(4, F), np.zeros(4, F), np.zeros(4, F), 3, np.zeros((4, 8, 16), F), np.zeros((1, 64), F),
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="taps"):
+        x, nine, eight = (np.zeros((n, 4), F) for n in (1, 9, 8))
+        _core.short_conv(ws, x, nine, None, eight, False, x)
