@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgemoe.errors import FormatError
+from edgemoe.specs import AttentionSpec, FfnSpec, TensorSpec
 
-__all__ = ["LIMIT", "MATRICES", "ModelConfig", "TensorSpec", "dense_tensors"]
+__all__ = ["LIMIT", "MATRICES", "ModelConfig", "dense_tensors"]
 
 MATRICES = ("gate", "up", "down")
 """The three matrices of an expert, in the order in which every rung stores them."""
@@ -143,6 +145,33 @@ class ModelConfig:
         """Returns how many last positions attention of a layer sees, 0 for all."""
         return self.windows[layer] if self.windows else 0
 
+    def moe_index(self, layer: int) -> int:
+        """Returns the position of a layer among those with routed experts, -1 for none."""
+        at = bisect_left(self.moe_layers, layer)
+        return at if at < len(self.moe_layers) and self.moe_layers[at] == layer else -1
+
+    def mixer(self, layer: int) -> AttentionSpec:
+        """Returns what mixes the tokens of a layer; equal for layers that do it alike."""
+        return AttentionSpec(
+            num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
+            scale=self.attention_scale, window=self.window(layer), qkv_bias=self.qkv_bias,
+            o_bias=self.o_bias, qk_norm=self.qk_norm, norm_eps=self.norm_eps, clip=self.clip_qkv,
+        )  # fmt: skip
+
+    def ffn(self, layer: int) -> FfnSpec:
+        """Returns what follows the mixer of a layer; equal for layers that do it alike."""
+        is_routed = self.moe_index(layer) >= 0
+        return FfnSpec(
+            num_experts=self.num_experts if is_routed else 0,
+            shared_width=self.shared_width(layer),
+            shared_sigmoid=is_routed and self.shared_sigmoid,
+        )
+
+    @property
+    def mixers(self) -> list[AttentionSpec]:
+        """The mixer of every layer, of which few are distinct."""
+        return [self.mixer(i) for i in range(self.num_layers)]
+
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values."""
         return dataclasses.asdict(self)
@@ -189,14 +218,6 @@ class ModelConfig:
         return cls(**clean)
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
-    """Says how a resident tensor is stored: float32 as it is, or nested codes of a [rows, cols] matrix."""
-
-    kind: Literal["f32", "nested"]
-    shape: tuple[int, ...]
-
-
 def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     """Returns every tensor outside the routed experts, by name, in file order.
 
@@ -210,41 +231,17 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
 
     A layer that is not in `moe_layers` is a dense layer: its FFN is `shared`, without sigmoid.
     """
-    d, hd = config.hidden_size, config.head_dim
-    q, kv = config.num_heads * hd, config.num_kv_heads * hd
-
-    def f32(*shape: int) -> TensorSpec:
-        return TensorSpec("f32", shape)
-
-    def nested(rows: int, cols: int) -> TensorSpec:
-        return TensorSpec("nested", (rows, cols))
-
-    out = {"embed": nested(config.vocab_size, d), "norm": f32(d), "rope": f32(hd // 2)}
+    d = config.hidden_size
+    f32, nested = TensorSpec.f32, TensorSpec.nested
+    out = {"embed": nested(config.vocab_size, d), "norm": f32(d), "rope": f32(config.head_dim // 2)}
     if not config.tied:
         out["head"] = nested(config.vocab_size, d)
-    moe = set(config.moe_layers)
     for i in range(config.num_layers):
-        p = f"layers.{i}."
-        out[p + "attn_norm"] = f32(d)
-        out |= {p + "q": nested(q, d), p + "k": nested(kv, d), p + "v": nested(kv, d)}
-        out[p + "o"] = nested(d, q)
-        if config.qkv_bias:
-            out |= {p + "q_bias": f32(q), p + "k_bias": f32(kv), p + "v_bias": f32(kv)}
-        if config.o_bias:
-            out[p + "o_bias"] = f32(d)
-        if config.qk_norm == "head":
-            out |= {p + "q_norm": f32(hd), p + "k_norm": f32(hd)}
-        elif config.qk_norm == "full":
-            out |= {p + "q_norm": f32(q), p + "k_norm": f32(kv)}
-        out[p + "ffn_norm"] = f32(d)
-        if i in moe:
-            out[p + "router"] = f32(config.num_experts, d)
-        s = config.shared_width(i)
-        if s:
-            out |= {p + "shared.gate": nested(s, d), p + "shared.up": nested(s, d)}
-            out[p + "shared.down"] = nested(d, s)
-            if i in moe and config.shared_sigmoid:
-                out[p + "shared.sigmoid"] = f32(d)
-        elif i not in moe:
+        mixer, ffn = config.mixer(i), config.ffn(i)
+        if not ffn.num_experts and not ffn.shared_width:
             raise FormatError(f"model config: layer {i} has neither routed experts nor an FFN")
+        layer = {
+            "attn_norm": f32(d), **mixer.tensors(d), "ffn_norm": f32(d), **ffn.tensors(d),
+        }  # fmt: skip
+        out |= {f"layers.{i}.{name}": spec for name, spec in layer.items()}
     return out

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
-from edgemoe.ops import CpuOps
+from edgemoe.ops import Array, Ops
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler import Scheduler
 from edgemoe.store import ExpertStore
 
-__all__ = ["Experts", "Observer"]
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-Array = NDArray[np.float32]
+__all__ = ["Experts", "Observer"]
 
 
 class Observer:
@@ -32,7 +33,7 @@ class Experts:
         self,
         scheduler: Scheduler,
         store: ExpertStore,
-        ops: CpuOps,
+        ops: Ops,
         *,
         parts: Array,
         observer: Observer | None = None,
@@ -60,9 +61,9 @@ class Experts:
             self.observer.planned(routing, plan, residency)
         self.routed += plan.rows.size
         self.skipped += plan.rows.size - len(plan.tokens)
-        experts, levels = store.request(plan)
+        request = store.request(plan)
         for group in store.ready_groups():  # computing one group hides the reads of the next
-            ops.expert_ffn(x, store.cache, experts, levels, plan, group, self._parts)
+            ops.expert_ffn(x, request, plan, group, self._parts)
         ops.combine(self._parts, plan, out)
         if self.observer is not None:
-            self.observer.done(*store.cache.progress)
+            self.observer.done(*store.progress)

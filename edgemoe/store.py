@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,8 @@ from edgemoe.plan import Plan
 from edgemoe.quant import plane_widths
 
 __all__ = [
-    "ExpertStore", "all_expert_bytes", "dense_bytes", "disk_rate", "expert_bytes", "level_bytes", "load_dense",
+    "ExpertStore", "Request", "all_expert_bytes", "dense_bytes", "disk_rate", "expert_bytes",
+    "level_bytes", "load_dense",
 ]  # fmt: skip
 
 _REQUEST = 256  # experts that `load` asks for at once: the cache looks through all of a request's at every arrival
@@ -91,6 +93,18 @@ def disk_rate(moe: MoeFile, level: int, *, seconds: float, room: int) -> float:
         if length * count / rate >= seconds or count >= len(starts):
             return rate
         count *= 2
+
+
+@dataclass(slots=True)
+class Request:
+    """A plan's experts under way, or here: what operations find their weights by."""
+
+    slots: _core.Cache
+    """Where they lie; the operations of the device that made it know what it is."""
+    experts: NDArray[np.int32]
+    """[n], as the file numbers them, in the plan's order."""
+    levels: NDArray[np.int8]
+    """[n]"""
 
 
 class ExpertStore:
@@ -220,8 +234,8 @@ class ExpertStore:
         """Returns the memory of experts at some bits, [n] each; experts as layer * num_experts + expert."""
         return self._level_bytes[np.minimum(self._levels[bits], self._rungs[experts])]
 
-    def request(self, plan: Plan) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
-        """Starts what a plan needs and returns its experts' ids in the file, and their levels."""
+    def request(self, plan: Plan) -> Request:
+        """Starts what a plan needs."""
         self.cache.close()  # what Ctrl-C may have left open
         if plan.drop is not None and plan.drop_bits is not None:
             for expert, bits in zip(plan.drop.tolist(), plan.drop_bits.tolist(), strict=True):
@@ -235,7 +249,7 @@ class ExpertStore:
             self.cache.begin(
                 experts, levels, plan.offsets, len(plan.gates), ahead=plan.ahead, ahead_levels=later
             )
-        return experts, levels
+        return Request(self.cache, experts, levels)
 
     def ready_groups(self) -> Iterator[list[int]]:
         """Yields positions of the requested plan as their experts arrive; a group is pinned until the next.
@@ -278,6 +292,11 @@ class ExpertStore:
     @uses.setter
     def uses(self, uses: NDArray[np.float64]) -> None:
         self.cache.uses = uses.reshape(-1)
+
+    @property
+    def progress(self) -> tuple[int, float]:
+        """Bytes read and seconds waited since the start: what an observer is told after every layer."""
+        return self.cache.progress
 
     @property
     def stats(self) -> dict[str, Any]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-from edgemoe import _core
-from edgemoe.ops import CpuOps, OpsShape
+from edgemoe.ops import Array, Matrix, OpsShape
+from edgemoe.ops_cpu import CpuOps
 from edgemoe.plan import Plan
+from edgemoe.store import Request
 
 __all__ = ["Tap", "TapOps"]
-
-Array = NDArray[np.float32]
 
 
 class Tap(Protocol):
@@ -60,7 +59,7 @@ class TapOps(CpuOps):
         self._hidden = np.empty((max_parts, hidden), np.float32)
         self._again: Array | None = None
 
-    def linear(self, x: Array, weights: Sequence[_core.Nested], outs: Sequence[Array]) -> None:
+    def linear(self, x: Array, weights: Sequence[Matrix], outs: Sequence[Array]) -> None:
         """See `CpuOps.linear`."""
         super().linear(x, weights, outs)
         self._tap.dense(self._names[id(weights[0])], x)
@@ -68,9 +67,9 @@ class TapOps(CpuOps):
     def ffn(
         self,
         x: Array,
-        gate: _core.Nested,
-        up: _core.Nested,
-        down: _core.Nested,
+        gate: Matrix,
+        up: Matrix,
+        down: Matrix,
         out: Array,
         *,
         hidden: Array | None = None,
@@ -85,9 +84,7 @@ class TapOps(CpuOps):
     def expert_ffn(
         self,
         x: Array,
-        cache: _core.Cache,
-        experts: NDArray[np.int32],
-        levels: NDArray[np.int8],
+        request: Request,
         plan: Plan,
         group: Sequence[int],
         parts: Array,
@@ -97,13 +94,13 @@ class TapOps(CpuOps):
         """See `CpuOps.expert_ffn`."""
         inner = self._hidden if hidden is None else hidden
         run = super().expert_ffn
-        run(x, cache, experts, levels, plan, group, parts, hidden=inner[: len(parts)])
+        run(x, request, plan, group, parts, hidden=inner[: len(parts)])
 
         def at_level(level: int) -> Array:
             if self._again is None:
                 self._again = np.empty_like(parts)
-            fewer = np.full_like(levels, level)
-            run(x, cache, experts, fewer, plan, group, self._again)
+            fewer = replace(request, levels=np.full_like(request.levels, level))
+            run(x, fewer, plan, group, self._again)
             return self._again
 
         self._tap.experts(plan, group, x, inner, parts, at_level)

@@ -9,8 +9,8 @@ import edgemoe
 
 ROOT = Path(__file__).parent.parent / "edgemoe"
 ROWS = [
-    {"arguments", "errors", "plan", "config"},
-    {"ops", "tap", "store", "file", "hardware", "quant"},
+    {"arguments", "errors", "plan", "config", "specs"},
+    {"ops", "ops_cpu", "tap", "store", "file", "hardware", "quant"},
     {"scheduler", "model", "text"},
     {"experts"},
     {"runtime"},
@@ -63,6 +63,22 @@ def test_imports_point_downwards():
                 assert row[mine] in (1, 2, 4), f"{path} opens the door to the compiled module"
                 continue
             assert row[theirs] <= row[mine], f"{path} imports {name}, which lies above it"
+
+
+def test_the_model_sees_verbs_only():
+    """So that a device is one more implementation of `Ops`: no arithmetic on arrays, no native core, no allocation."""
+    seen = [p for p, _ in modules() if room(p) in ("model", "experts")]
+    assert len(seen) > 3
+    for path, tree in modules():
+        if path not in seen:
+            continue
+        hinted = [
+            n for n in tree.body if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)
+        ]
+        tree.body = [n for n in tree.body if n not in hinted]
+        for name in imports(tree):
+            assert name.split(".")[0] != "numpy", f"{path} imports numpy"
+            assert name.split(".")[:2] != ["edgemoe", "_core"], f"{path} imports the core"
 
 
 def test_torch_is_not_needed_to_run():

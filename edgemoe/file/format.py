@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
-from edgemoe.config import ModelConfig, TensorSpec, dense_tensors
+from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.errors import FormatError, ReadError
 from edgemoe.quant import SCHEMES, Scheme
+from edgemoe.specs import TensorSpec
 
 __all__ = [
     "ALIGNMENT", "MAGIC", "MAX_SECTIONS", "PREAMBLE", "VERSION", "ExpertTable", "MoeFile", "Tensor",

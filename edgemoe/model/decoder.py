@@ -7,26 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
-from edgemoe import _core
 from edgemoe.config import ModelConfig
 from edgemoe.errors import FormatError
 from edgemoe.experts import Experts
 from edgemoe.model.kv import KvCache
-from edgemoe.ops import CpuOps
+from edgemoe.ops import Array, AttentionWeights, Ids, Matrix, Ops
 from edgemoe.plan import Routing
 from edgemoe.store import Weight
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = ["MOST_AHEAD", "Decoder", "scratch_bytes"]
 
 MOST_AHEAD = 4  # layers; what lies further ahead is guesswork
-
-Array = NDArray[np.float32]
-Nested = _core.Nested
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +31,15 @@ class _Layer:
     """One block's weights, by role."""
 
     attn_norm: Array
-    qkv: tuple[Nested, Nested, Nested]
-    o: tuple[Nested]
+    qkv: tuple[Matrix, Matrix, Matrix]
+    o: tuple[Matrix]
     o_bias: Array | None
-    attention: _core.AttentionLayer
+    attention: AttentionWeights
     ffn_norm: Array
     moe_index: int
     """Position among the layers with routed experts, -1 for none."""
     router: Array | None
-    shared: tuple[Nested, Nested, Nested] | None
+    shared: tuple[Matrix, Matrix, Matrix] | None
     shared_sigmoid: Array | None
 
 
@@ -63,7 +60,7 @@ class _Scratch:
     sin: Array
     scores: Array
     gates: Array
-    chosen: NDArray[np.int32]
+    chosen: Ids
 
     @staticmethod
     def widths(config: ModelConfig) -> dict[str, int]:
@@ -77,11 +74,11 @@ class _Scratch:
         }  # fmt: skip
 
     @classmethod
-    def make(cls, config: ModelConfig, tokens: int) -> _Scratch:
-        arrays: dict[str, Any] = {
-            name: np.empty((tokens, width), np.int32 if name == "chosen" else np.float32)
-            for name, width in cls.widths(config).items()
-        }
+    def make(cls, config: ModelConfig, ops: Ops, tokens: int) -> _Scratch:
+        widths = cls.widths(config)
+        arrays: dict[str, Any] = {name: ops.empty(tokens, n) for name, n in widths.items()}
+        for name, dtype in (("scores", "float32"), ("gates", "float32"), ("chosen", "int32")):
+            arrays[name] = ops.host(tokens, widths[name], dtype=dtype)
         return cls(**arrays)
 
     def first(self, tokens: int) -> _Scratch:
@@ -104,7 +101,7 @@ class Decoder:
         self,
         config: ModelConfig,
         weights: Mapping[str, Weight],
-        ops: CpuOps,
+        ops: Ops,
         experts: Experts,
         *,
         max_tokens: int,
@@ -113,12 +110,12 @@ class Decoder:
         self.max_tokens = max_tokens
         self._ops = ops
         self._experts = experts
-        self._embed = cast(Nested, weights["embed"])
-        self._head = self._embed if config.tied else cast(Nested, weights["head"])
+        self._embed = cast(Matrix, weights["embed"])
+        self._head = self._embed if config.tied else cast(Matrix, weights["head"])
         self._norm = cast(Array, weights["norm"])
         self._inv_freq = cast(Array, weights["rope"])
-        self._layers = [_layer(config, weights, i) for i in range(config.num_layers)]
-        self._all = _Scratch.make(config, max_tokens)
+        self._layers = [_layer(config, ops, weights, i) for i in range(config.num_layers)]
+        self._all = _Scratch.make(config, ops, max_tokens)
         self._one = self._all.first(1)  # most passes are of one token
         moe = [layer for layer in self._layers if layer.router is not None]
         self._norms = [layer.ffn_norm for layer in moe]
@@ -134,13 +131,11 @@ class Decoder:
                 zip(bits.weight, bits.gate_weight, bits.bias, strict=True)
             )  # views by layer
             # Some KiB, or 100 per thousand tokens of a chunk: left to the budget's margin.
-            self._bit_logits = np.empty((max_tokens, k, len(bits.levels)), np.float32)
-        self._ahead_normed = np.empty((p, d), np.float32)
-        self._ahead_scores = np.empty((p, config.num_experts), np.float32)
-        self._ahead_chosen, self._ahead_gates = (
-            np.empty((p, k), np.int32),
-            np.empty((p, k), np.float32),
-        )
+            self._bit_logits = ops.host(max_tokens, k, len(bits.levels), dtype="float32")
+        self._ahead_normed = ops.empty(p, d)
+        self._ahead_scores = ops.empty(p, config.num_experts)
+        self._ahead_chosen = ops.host(p, k, dtype="int32")
+        self._ahead_gates = ops.host(p, k, dtype="float32")
 
     def forward(self, ids: NDArray[np.int32], kv: KvCache) -> Array:
         """Runs tokens at the end of a sequence and returns their hidden states.
@@ -165,7 +160,7 @@ class Decoder:
             ops.attention(layer.attention, q, k, v, pos, cos, sin, cache, attended)
             ops.linear(attended, layer.o, (added,))
             if layer.o_bias is not None:
-                added += layer.o_bias
+                ops.add_bias(layer.o_bias, added)
             ops.add(added, residual, x)
             ops.norm(x, layer.ffn_norm, eps, normed)
             self._ffn(layer, s)
@@ -222,10 +217,10 @@ class Decoder:
         """out [T, V] = the head on hidden [T, D]."""
         self._ops.linear(hidden, (self._head,), (out,))
         if self.config.logits_divisor != 1.0:
-            out *= np.float32(1.0 / self.config.logits_divisor)
+            self._ops.scale(1.0 / self.config.logits_divisor, out)
 
 
-def _layer(config: ModelConfig, weights: Mapping[str, Weight], i: int) -> _Layer:
+def _layer(config: ModelConfig, ops: Ops, weights: Mapping[str, Weight], i: int) -> _Layer:
     p = f"layers.{i}."
 
     def array(name: str) -> Array | None:
@@ -234,16 +229,12 @@ def _layer(config: ModelConfig, weights: Mapping[str, Weight], i: int) -> _Layer
     def need(name: str) -> Array:
         return cast(Array, weights[p + name])
 
-    def nested(name: str) -> Nested:
-        return cast(Nested, weights[p + name])
+    def nested(name: str) -> Matrix:
+        return cast(Matrix, weights[p + name])
 
-    attention = _core.AttentionLayer(
-        num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
-        window=config.window(i), scale=config.attention_scale,
-        q_bias=array("q_bias"), k_bias=array("k_bias"), v_bias=array("v_bias"),
-        q_norm=array("q_norm"), k_norm=array("k_norm"), norm_per_head=config.qk_norm == "head",
-        norm_eps=config.norm_eps, clip=config.clip_qkv or 0.0,
-    )  # fmt: skip
+    spec = config.mixer(i)
+    vectors = {n: need(n) for n, t in spec.tensors(config.hidden_size).items() if t.kind == "f32"}
+    attention = ops.attention_weights(spec, vectors)
     has_shared = config.shared_width(i) > 0
     return _Layer(
         attn_norm=need("attn_norm"),
@@ -252,7 +243,7 @@ def _layer(config: ModelConfig, weights: Mapping[str, Weight], i: int) -> _Layer
         o_bias=array("o_bias"),
         attention=attention,
         ffn_norm=need("ffn_norm"),
-        moe_index=config.moe_layers.index(i) if i in config.moe_layers else -1,
+        moe_index=config.moe_index(i),
         router=array("router"),
         shared=(nested("shared.gate"), nested("shared.up"), nested("shared.down"))
         if has_shared

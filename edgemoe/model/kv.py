@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgemoe import _core
 from edgemoe.config import ModelConfig
+from edgemoe.ops import Ops, kv_bytes
 
 __all__ = ["KV_TYPES", "KvCache", "KvTypes"]
 
@@ -33,23 +33,20 @@ class KvTypes:
 class KvCache:
     """Holds up to `capacity` positions; memory is touched as the sequence grows."""
 
-    def __init__(self, config: ModelConfig, capacity: int, types: KvTypes) -> None:
+    def __init__(self, config: ModelConfig, ops: Ops, capacity: int, types: KvTypes) -> None:
         self.capacity = capacity
         self.length = 0
         """Positions in use."""
         self.layers = [
-            _core.KvLayer(
-                key_type=types.keys, value_type=types.values, num_heads=config.num_kv_heads,
-                capacity=capacity, head_dim=config.head_dim,
-            )
-            for _ in range(config.num_layers)
-        ]  # fmt: skip
+            ops.kv_layer(mixer, types.keys, types.values, capacity) for mixer in config.mixers
+        ]
 
     @staticmethod
     def bytes(config: ModelConfig, capacity: int, types: KvTypes) -> int:
         """Returns the memory that `capacity` positions take; it grows by 32 of them."""
-        return config.num_layers * sum(
-            _core.KvLayer.bytes(kind, config.num_kv_heads, capacity, config.head_dim)
+        return sum(
+            kv_bytes(kind, mixer.num_kv_heads, capacity, mixer.head_dim)
+            for mixer in config.mixers
             for kind in (types.keys, types.values)
         )
 

@@ -11,6 +11,7 @@ from edgemoe.file.format import MoeFile
 from edgemoe.model.decoder import scratch_bytes
 from edgemoe.model.kv import KvCache, KvTypes
 from edgemoe.ops import OpsShape
+from edgemoe.ops_cpu import CpuOps
 from edgemoe.store import all_expert_bytes, dense_bytes, expert_bytes
 
 __all__ = ["Budget", "default_ram", "parse_size"]
@@ -119,7 +120,7 @@ class Budget:
             return cls(
                 ram=ram, process=process, dense=dense, active_dense=dense - embedding,
                 kv=KvCache.bytes(config, context, kv_types),
-                scratch=shape.scratch_bytes + scratch_bytes(config, chunk),
+                scratch=CpuOps.scratch_bytes(shape) + scratch_bytes(config, chunk),
                 expert=expert, experts=all_expert_bytes(moe, level),
                 context=context, chunk=chunk,
             )  # fmt: skip

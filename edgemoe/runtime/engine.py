@@ -61,7 +61,7 @@ class Engine:
         self.config, self.budget, self.threads = model.config, model.budget, model.threads
         self.bits, self.notes, self._top_bits = model.bits, model.notes, model.top_bits
         self.tokenizer, self.sampling, self._eos = text.tokenizer, text.sampling, text.eos_ids
-        self._kv = KvCache(self.config, self.budget.context, options.kv_types)
+        self._kv = KvCache(self.config, model.ops, self.budget.context, options.kv_types)
         self._ids: list[int] = []  # what the KV cache holds
         self._logits = np.empty((1, self.config.vocab_size), np.float32)
         self._call = 0

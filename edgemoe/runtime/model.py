@@ -12,6 +12,7 @@ from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile
 from edgemoe.model import MOST_AHEAD, Decoder, KvCache
+from edgemoe.ops import Ops
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.trace import TraceHeader, TraceWriter
@@ -37,6 +38,7 @@ class Model:
     budget: Budget
     setting: Setting
     """What the scheduler decides about; without the file's sections."""
+    ops: Ops
     store: ExpertStore
     experts: Experts
     decoder: Decoder

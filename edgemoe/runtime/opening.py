@@ -16,7 +16,8 @@ from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile, open_moe
 from edgemoe.model import Decoder
-from edgemoe.ops import CpuOps, OpsShape
+from edgemoe.ops import OpsShape
+from edgemoe.ops_cpu import CpuOps
 from edgemoe.quant import Allocation
 from edgemoe.runtime.budget import Budget, default_ram, parse_size
 from edgemoe.runtime.model import Model
@@ -151,12 +152,12 @@ def _assembled(
         moe, bits=bits.most, budget_bytes=budget.slots, verify=options.verify,
         policy="lfu" if scheduler.priorities is None else scheduler.priorities,
     )  # fmt: skip
-    parts = np.empty((budget.chunk * config.experts_per_token, config.hidden_size), np.float32)
+    parts = ops.empty(budget.chunk * config.experts_per_token, config.hidden_size)
     experts = Experts(scheduler, store, ops, parts=parts, observer=options.observer)
     return Model(
         moe=moe, options=options, bits=bits.most, top_bits=bits.each.reshape(-1), threads=threads,
         budget=budget, setting=replace(setting, sections={}), store=store, experts=experts,
-        decoder=Decoder(config, weights, ops, experts, max_tokens=budget.chunk),
+        ops=ops, decoder=Decoder(config, weights, ops, experts, max_tokens=budget.chunk),
     )  # fmt: skip
 
 

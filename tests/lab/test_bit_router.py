@@ -26,7 +26,8 @@ from edgemoe.file.floats import dense_floats, expert_floats
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.bit_router import Routed, keep_within
 from edgemoe.lab.bits.train_bit_router import RouterSettings, train_bit_router
-from edgemoe.ops import CpuOps, OpsShape
+from edgemoe.ops import OpsShape
+from edgemoe.ops_cpu import CpuOps
 from edgemoe.plan import Routing
 from edgemoe.quant import SCHEMES, BitRouters
 from edgemoe.scheduler import SCHEDULERS, Setting

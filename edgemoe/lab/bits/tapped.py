@@ -67,10 +67,10 @@ class TappedModel:
         )  # fmt: skip
         setting = model_setting(moe, bits, budget.slots)
         self._store = ExpertStore.open(moe, bits=bits, budget_bytes=budget.slots, verify=True)
-        parts = np.empty((max_parts, config.hidden_size), np.float32)
+        parts = ops.empty(max_parts, config.hidden_size)
         experts = Experts(OnDemand(setting), self._store, ops, parts=parts)
         self._decoder = Decoder(config, weights, ops, experts, max_tokens=budget.chunk)
-        self._kv = KvCache(config, window, kv_types)
+        self._kv = KvCache(config, ops, window, kv_types)
         self._chunk = budget.chunk
         self._tap = tap
         self._head = "embed" if config.tied else "head"

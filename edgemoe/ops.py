@@ -1,0 +1,201 @@
+"""The verbs of the forward pass: what a device must do to run a model.
+
+The model and the experts see only these. They never look inside an array but for those of `host`: a device's arrays
+are its own, have `shape`, `len` and slices of leading rows, and nothing else. Every verb gives the same bits on every
+device, and a row's result never depends on the rows beside it. Arrays are contiguous float32 unless said; what a verb
+writes is an argument, made by `empty` or `host`. One caller at a time.
+
+Shape letters: T tokens of a batch, D hidden, K experts per token, E experts, V vocabulary, p layers ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+from edgemoe.config import ModelConfig
+from edgemoe.plan import Plan
+from edgemoe.specs import AttentionSpec
+from edgemoe.store import Request
+
+__all__ = ["Array", "AttentionWeights", "Ids", "KvLayer", "Matrix", "Ops", "OpsShape", "kv_bytes"]
+
+Array = NDArray[np.float32]
+"""Activations and small weights."""
+Ids = NDArray[np.int32]
+Matrix = _core.Nested
+"""A resident matrix [rows, cols] as the file has it."""
+AttentionWeights = _core.AttentionLayer
+"""Biases and norms of one layer's attention, and how it computes."""
+KvLayer = _core.KvLayer
+"""Keys and values of one layer and sequence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpsShape:
+    """Says how large an engine's operations get."""
+
+    threads: int
+    max_tokens: int
+    """Of a batch."""
+    max_cols: int
+    """The widest input of a matrix."""
+    max_hidden: int
+    """The widest FFN."""
+    max_context: int
+    """Positions that attention sees."""
+    head_dim: int
+    num_heads: int
+    """Of queries."""
+
+    @classmethod
+    def of(cls, config: ModelConfig, threads: int) -> OpsShape:
+        """Returns what a model needs for one token of one position; batches and contexts are made of it."""
+        mixers = set(config.mixers)
+        return cls(
+            threads=threads, max_tokens=1,
+            max_cols=max(config.hidden_size, *(m.q_width for m in mixers)),
+            max_hidden=max(config.expert_hidden, *config.shared_hidden, 0), max_context=1,
+            head_dim=max(m.head_dim for m in mixers), num_heads=max(m.num_heads for m in mixers),
+        )  # fmt: skip
+
+
+def kv_bytes(kind: str, num_heads: int, capacity: int, head_dim: int) -> int:
+    """Returns the memory of one layer's keys or values, stored as `kind`; the same on every device."""
+    return _core.KvLayer.bytes(kind, num_heads, capacity, head_dim)
+
+
+class Ops(Protocol):
+    """Is one device."""
+
+    # ------------------------------------------------------------ memory
+
+    def empty(self, *shape: int) -> Array:
+        """Returns a new array of the device."""
+
+    def host(self, *shape: int, dtype: str) -> NDArray[Any]:
+        """Returns a new array that Python reads after a verb has written it: what routers choose, for schedulers."""
+
+    def kv_layer(self, spec: AttentionSpec, keys: str, values: str, capacity: int) -> KvLayer:
+        """Returns room for `capacity` positions, stored as the kinds `keys` and `values`."""
+
+    def attention_weights(
+        self, spec: AttentionSpec, tensors: Mapping[str, Array]
+    ) -> AttentionWeights:
+        """Returns what `attention` needs of a layer beside its matrices, from its tensors by name."""
+
+    # ------------------------------------------------------------ rows
+
+    def embed(self, table: Matrix, ids: Ids, scale: float, out: Array) -> None:
+        """out [T, D] = scale * table[ids]."""
+
+    def norm(self, x: Array, weight: Array, eps: float, out: Array) -> None:
+        """out [T, D] = RMS norm of x."""
+
+    def linear(self, x: Array, weights: Sequence[Matrix], outs: Sequence[Array]) -> None:
+        """outs[i] [T, rows] = x [T, cols] times weights[i] transposed."""
+
+    def ffn(self, x: Array, gate: Matrix, up: Matrix, down: Matrix, out: Array) -> None:
+        """out [T, D] = down(silu(gate x) * (up x))."""
+
+    def add(
+        self,
+        x: Array,
+        scale: float,
+        out: Array,
+        *,
+        gate_weight: Array | None = None,
+        gate_input: Array | None = None,
+    ) -> None:
+        """out [T, D] += scale * x, each row times sigmoid(gate_weight · gate_input) if given."""
+
+    def add_bias(self, bias: Array, out: Array) -> None:
+        """out [T, D] += bias [D]."""
+
+    def scale(self, factor: float, out: Array) -> None:
+        """out *= factor."""
+
+    # ------------------------------------------------------------ attention
+
+    def rope(self, inv_freq: Array, pos: int, scale: float, cos: Array, sin: Array) -> None:
+        """cos and sin [T, head_dim / 2] for the positions from `pos`."""
+
+    def attention(
+        self,
+        weights: AttentionWeights,
+        q: Array,
+        k: Array,
+        v: Array,
+        pos: int,
+        cos: Array,
+        sin: Array,
+        kv: KvLayer,
+        out: Array,
+    ) -> None:
+        """Biases, norms and rotates q, k, v in place, stores k and v at `pos` in kv and attends causally.
+
+        q and out [T, heads * head_dim], k and v [T, kv_heads * head_dim]. Positions before `pos` stay as they are.
+        """
+
+    # ------------------------------------------------------------ experts
+
+    def route(
+        self,
+        x: Array,
+        router: Array,
+        *,
+        over_top_k: bool,
+        renormalise: bool,
+        scores: Array,
+        experts: Ids,
+        gates: Array,
+    ) -> None:
+        """Writes each token's experts and gates [T, K], best first, and the probabilities of all, scores [T, E].
+
+        The three are the host's.
+        """
+
+    def slot_scores(
+        self,
+        x: Array,
+        layers: tuple[Array, Array, Array],
+        experts: Ids,
+        gates: Array,
+        scores: Array,
+    ) -> None:
+        """scores [T, K, B] = for each of a token's experts [T, K], its own linear layer on x [T, D] and its gate.
+
+        layers: weight [E, B, D], gate_weight [E, B], bias [E, B]; gates [T, K]. `scores` is the host's.
+        """
+
+    def look_ahead(
+        self,
+        x: Array,
+        norms: Sequence[Array],
+        routers: Sequence[Array],
+        eps: float,
+        *,
+        over_top_k: bool,
+        renormalise: bool,
+        normed: Array,
+        scores: Array,
+        experts: Ids,
+        gates: Array,
+    ) -> None:
+        """Writes what p later layers' routers [E, D] choose for x [1, D] after their own norms: experts, gates [p, K].
+
+        normed [p, D] and scores [p, E] are scratch; experts and gates are the host's.
+        """
+
+    def expert_ffn(
+        self, x: Array, request: Request, plan: Plan, group: Sequence[int], parts: Array
+    ) -> None:
+        """Runs the experts at positions `group` of a plan that was requested; writes their rows of `parts` [m, D]."""
+
+    def combine(self, parts: Array, plan: Plan, out: Array) -> None:
+        """out [T, D]: each token's parts times their gates, added in the order of plan.rows."""
