@@ -50,6 +50,20 @@ def test_a_rank_that_is_mostly_wrong_is_left_out():
     assert "right" in ahead.report()
 
 
+@pytest.mark.parametrize(("right", "is_worth"), [(4, False), (6, True)])
+def test_a_rank_is_worth_it_from_half_of_its_absent_experts(right, is_worth):
+    """Of ten tokens, `right` in turn want what the second rank guessed; the first is always right."""
+    ahead = LookAhead(SETTING, trials=False)
+    for token in range(400):
+        ahead.wishes(routing(0, [1, 2], [5, 6]), absent())
+        wanted = 6 if token * right % 10 < right else 7
+        ahead.wishes(routing(1, [5, wanted], [1, 2]), absent((2, 1), (2, 2)))
+        ahead.wishes(routing(2, [1, 2]), absent())
+        ahead.passed(1, 1.0)
+    wishes, _ = ahead.wishes(routing(0, [1, 2], [5, 6]), absent())
+    assert (len(wishes) == 2) is is_worth
+
+
 @pytest.mark.parametrize("gain", [-0.2, 0.2])
 def test_it_stays_only_where_tokens_are_faster(gain):
     ahead = LookAhead(SETTING)

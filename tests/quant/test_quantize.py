@@ -128,6 +128,21 @@ def test_refining_is_coordinate_descent():
             assert (total(moved) >= here * (1 - 1e-5)).all()
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_shorter_ladder_stores_a_prefix_of_the_same_code(calibrated):
+    """So levels that a file does not hold count like those that it holds."""
+    w = weights(48, 128)
+    x = inputs(512, 128)
+    moments = (x.T @ x / len(x)).astype(np.float32) if calibrated else None
+    whole = quantize(w, second_moments=moments)
+    for n in (1, 2, 3, 4):
+        rungs = quantize(w, LADDER[:n], second_moments=moments)
+        assert [r.tobytes() for r in rungs] == [r.tobytes() for r in whole[:n]]
+    # One that is made for itself is another code: nothing above counts.
+    alone = quantize(w, LADDER[:3], second_moments=moments, favour=3)
+    assert alone[0].tobytes() != whole[0].tobytes()
+
+
 def test_threads_do_not_change_the_codes():
     w, x = weights(70, 130), inputs(300, 130)
     moments = x.T @ x
