@@ -14,11 +14,12 @@ class File {
   explicit File(std::string path);
   File(const File&) = delete;
   File& operator=(const File&) = delete;
-  ~File();
+  virtual ~File();
 
   /// Reads exactly `length` bytes at `offset`. All three arguments must be multiples of kPage; the last page of the
-  /// file may be short, the rest of it is left as it is. Throws ReadError with path and offset.
-  void read_pages(uint64_t offset, size_t length, uint8_t* to) const;
+  /// file may be short, the rest of it is left as it is. Throws ReadError with path and offset. Virtual so
+  /// that a test can hold reads back.
+  virtual void read_pages(uint64_t offset, size_t length, uint8_t* to) const;
 
   /// The buffered descriptor; stays ours.
   int fileno() const { return buffered_; }
