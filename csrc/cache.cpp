@@ -52,26 +52,24 @@ void check_shape(const ExpertShape& s, bool is_dry) {
 
 }  // namespace
 
-Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable table, int max_level, size_t budget_bytes,
-             bool verify, int num_readers, Policy policy, size_t most_bytes)
-    : shape_(std::move(shape)),
-      table_(std::move(table)),
+Cache::Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<uint8_t> rungs, int max_level,
+             size_t budget_bytes, Policy policy, size_t most_bytes)
+    : backing_(std::move(backing)),
+      shape_(std::move(shape)),
+      rungs_(std::move(rungs)),
       max_level_(max_level),
-      verify_(verify),
       budget_pages_(pages_in(budget_bytes)),
       most_pages_(pages_in(std::max(budget_bytes, most_bytes))),
       policy_(std::move(policy)) {
-  const size_t n = table_.offsets.size(), rungs = shape_.rung_widths.size();
+  const size_t n = rungs_.size(), num_rungs = shape_.rung_widths.size();
   if (n == 0 || n > INT32_MAX || n != size_t(shape_.num_layers) * size_t(shape_.num_experts) ||
-      table_.layers.size() != size_t(shape_.num_layers) || table_.crcs.size() != n * rungs ||
-      table_.rungs.size() != n || shape_.ends.size() != rungs || max_level < 1 || size_t(max_level) > rungs ||
-      policy_.size() != n) {
-    throw std::invalid_argument("Cache: expected one offset per expert, one sum per rung and a level of the ladder");
+      shape_.ends.size() != num_rungs || max_level < 1 || size_t(max_level) > num_rungs || policy_.size() != n) {
+    throw std::invalid_argument("Cache: expected rungs and a score of each expert and a level of the ladder");
   }
-  check_shape(shape_, !file);
+  check_shape(shape_, !backing_->keeps_bytes());
   int most = 0;
-  for (const uint8_t have : table_.rungs) {
-    if (have < 1 || have > rungs)
+  for (const uint8_t have : rungs_) {
+    if (have < 1 || have > num_rungs)
       throw std::invalid_argument("Cache: expected each expert to have some rungs of the ladder");
     most = std::max(most, std::min(max_level, int(have)));
   }
@@ -81,11 +79,8 @@ Cache::Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable ta
   const size_t num_slots = std::min<size_t>(n, size_t(most_pages_) * kPage / slot_bytes(1));
   slots_.resize(num_slots);
   levels_.assign(n, 0);
-  if (file) {
-    memory_ = Memory(num_slots * window_bytes_);
-    memory_.prefer_huge_pages(all_fit());
-    loader_ = std::make_unique<Loader>(std::move(file), num_readers);
-  }
+  backing_->reserve(int(n), int(num_slots), window_bytes_);
+  backing_->expect_all(all_fit());
   for (size_t i = num_slots; i-- > 0;) free_slots_.push_back(int(i));
   slot_of_.assign(n, -1);
   pins_.assign(n, 0);
@@ -103,7 +98,7 @@ Cache::~Cache() {
 
 size_t Cache::slot_bytes(int level) const {
   if (level < 0 || level > int(shape_.ends.size())) throw std::invalid_argument("Cache: no such level");
-  return level == 0 ? 0 : round_up(shape_.ends[size_t(level) - 1], system_page());
+  return level == 0 ? 0 : round_up(shape_.ends[size_t(level) - 1], backing_->granule());
 }
 
 void Cache::check_budget(size_t bytes) const {
@@ -116,11 +111,11 @@ void Cache::set_budget(size_t bytes) {
   require(!is_open_, "a request is open");
   check_budget(bytes);
   budget_pages_ = std::min(pages_in(bytes), most_pages_);
-  if (loader_ && !all_fit()) memory_.prefer_huge_pages(false);
+  backing_->expect_all(all_fit());
   if (make_room(0, -1, Spare::kAhead)) return;
   cancel_ahead();
   std::exception_ptr ignored;  // of reads ahead, whose slots nobody else can have while they are read
-  while (num_pending() > 0) collect(true, &ignored);
+  while (backing_->num_pending() > 0) collect(true, &ignored);
   make_room(0, -1, Spare::kNothing);
 }
 
@@ -149,7 +144,7 @@ void Cache::evict(int e) {
 void Cache::trim(int slot, uint32_t keep) {
   Slot& s = slots_[slot];
   if (s.pages <= keep) return;
-  if (loader_) memory_.release(size_t(slot) * window_bytes_ + size_t(keep) * kPage, size_t(s.pages - keep) * kPage);
+  backing_->release(slot, size_t(keep) * kPage, size_t(s.pages) * kPage);
   committed_pages_ -= s.pages - keep;
   s.pages = keep;
 }
@@ -213,20 +208,8 @@ void Cache::start_read(int e, int slot, int level, bool is_ahead) {
   pins_[e] += 1;
   stats_.ahead_reads += is_ahead;
 
-  const size_t begin = bytes_at(e, from), length = size_t(need) * kPage - begin;
-  if (!loader_) {
-    dry_bytes_ += length;
-    dry_reads_ += length > 0;
-    return finish(slot, true, nullptr);
-  }
-  ReadJob& job = s.job;
-  job = {table_.offsets[e] + begin, length, slot_base(slot) + begin, {}, slot, is_ahead, nullptr};
-  for (int r = from; verify_ && r < rungs_at(e, level); ++r) {
-    const uint32_t start = r == 0 ? 0 : shape_.ends[r - 1];
-    job.checks.push_back({slot_base(slot) + start, shape_.ends[r] - start, table_.crcs[e * shape_.ends.size() + r],
-                          table_.layers[e / shape_.num_experts], e % shape_.num_experts, r});
-  }
-  loader_->submit(&job);
+  const Fetch what{slot, e, from, rungs_at(e, level), bytes_at(e, from), size_t(need) * kPage, is_ahead};
+  if (backing_->fetch(what)) finish(slot, true, nullptr, nullptr);
 }
 
 Cache::Load Cache::try_load(Use* use) {
@@ -237,7 +220,7 @@ Cache::Load Cache::try_load(Use* use) {
     if (slots_[slot].is_ahead) {
       slots_[slot].is_ahead = false;
       stats_.ahead_late += 1;
-      loader_->promote(&slots_[slot].job);
+      backing_->promote(slot);
     }
     use->step = Step::kLoading;
     return Load::kStarted;
@@ -254,7 +237,7 @@ Cache::Load Cache::try_load(Use* use) {
     has_room = find_room(e, need, Spare::kRequest, &slot);
   }
   // Experts that this request still wants are dropped only when nothing else can be and nothing is under way.
-  if (!has_room && given_.empty() && num_pending() == 0 && !any(Step::kReady)) {
+  if (!has_room && given_.empty() && backing_->num_pending() == 0 && !any(Step::kReady)) {
     has_room = find_room(e, need, Spare::kNothing, &slot);
   }
   if (!has_room) return Load::kNoRoom;
@@ -289,9 +272,9 @@ void Cache::set_ahead(const Wish& ahead) {
   for (int e : before) {
     const int slot = slot_of_[e];
     if (ahead_[e] || slot < 0 || slots_[slot].target == 0 || !slots_[slot].is_ahead || wanted_[e]) continue;
-    if (!loader_->cancel(&slots_[slot].job)) continue;
+    if (!backing_->cancel(slot)) continue;
     stats_.ahead_reads -= 1;
-    finish(slot, false, nullptr);
+    finish(slot, false, nullptr, nullptr);
   }
 }
 
@@ -355,8 +338,9 @@ void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const
   load_ahead();
 }
 
-/// A read ended or was taken back.
-void Cache::finish(int slot, bool ok, std::exception_ptr* error) {
+/// A fetch ended, failed for the reason `why`, or was taken back; the first reason that concerns the request goes to
+/// `error`.
+void Cache::finish(int slot, bool ok, const std::exception_ptr& why, std::exception_ptr* error) {
   Slot& s = slots_[slot];
   const int e = s.owner, level = s.target;
   s.target = 0;
@@ -368,12 +352,11 @@ void Cache::finish(int slot, bool ok, std::exception_ptr* error) {
   }
   for (Use& use : uses_) {
     if (use.expert != e || use.step != Step::kLoading) continue;
-    if (!ok && error && !*error) *error = s.job.error;
+    if (!ok && error && !*error) *error = why;
     use.step = ok ? Step::kReady : Step::kDone;
     pins_[e] += ok;
     wanted_[e] -= !ok;
   }
-  s.job.error = nullptr;
   if (ok) return;
   s.is_ahead = false;
   if (levels_[e] == 0) {
@@ -386,12 +369,11 @@ void Cache::finish(int slot, bool ok, std::exception_ptr* error) {
 }
 
 void Cache::collect(bool wait, std::exception_ptr* error) {
-  if (!loader_) return;
-  std::vector<ReadJob*> done;
+  arrived_.clear();
   const double start = wait ? now_s() : 0;
-  loader_->collect(wait, &done);
+  backing_->collect(wait, &arrived_);
   if (wait) stats_.wait_s += now_s() - start;
-  for (ReadJob* job : done) finish(job->tag, !job->error, error);
+  for (const Arrival& a : arrived_) finish(a.slot, !a.error, a.error, error);
 }
 
 void Cache::next(std::vector<int>* group) {
@@ -428,7 +410,7 @@ void Cache::next(std::vector<int>* group) {
       return;
     }
     if (!left && !any(Step::kLoading)) return close();
-    if (num_pending() == 0) {
+    if (backing_->num_pending() == 0) {
       close();
       throw OutOfBudget("cache: no slot can be freed for an expert");
     }
@@ -440,7 +422,7 @@ void Cache::close() {
   std::exception_ptr ignored;
   for (const Use& use : uses_) {
     const int slot = slot_of_[use.expert];
-    if (use.step == Step::kLoading && loader_->cancel(&slots_[slot].job)) finish(slot, false, nullptr);
+    if (use.step == Step::kLoading && backing_->cancel(slot)) finish(slot, false, nullptr, nullptr);
   }
   while (any(Step::kLoading)) collect(true, &ignored);
   for (const Use& use : uses_) {
@@ -468,7 +450,7 @@ bool Cache::shrink(int e, int level) {
 }
 
 ExpertView Cache::view(int e, int level) const {
-  require(loader_ != nullptr, "view of an expert that was never read: the cache is dry");
+  require(backing_->keeps_bytes(), "view of an expert that was never read: the cache is dry");
   require(e >= 0 && e < num_experts() && level >= 1 && levels_[e] >= level && pins_[e] > 0,
           "view of an expert that is not pinned at that level");
   level = rungs_at(e, level);
@@ -479,7 +461,7 @@ ExpertView Cache::view(int e, int level) const {
     std::tie(matrices[m]->rows, matrices[m]->cols) = matrix_shape(shape_, m);
     matrices[m]->num_rungs = level;
   }
-  const uint8_t* base = slot_base(slot_of_[e]);
+  const uint8_t* base = backing_->view(slot_of_[e]);
   for (int r = 0; r < level; ++r) {
     const uint8_t* p = base + (r == 0 ? 0 : shape_.ends[r - 1]);
     for (int m = 0; m < 3; ++m) {
@@ -499,8 +481,6 @@ CacheStats Cache::stats() const {
   s.budget_bytes = size_t(budget_pages_) * kPage;
   return s;
 }
-
-LoaderStats Cache::loader_stats() const { return loader_ ? loader_->stats() : LoaderStats{dry_bytes_, dry_reads_, 0}; }
 
 void Cache::check_integrity() const {
   size_t resident = 0, committed = 0;

@@ -3,6 +3,7 @@
 // A slot is a window of address space as large as one expert's record at the highest level in use; its pages take
 // room only as far as the expert's level needs, so levels mix without fragmentation and the budget is exact to the
 // page. A record's bytes lie in its slot as they lie in the file: one read brings any level, one more any upgrade.
+// The cache keeps the books; the bytes themselves are its `Backing`'s.
 #pragma once
 
 #include <algorithm>
@@ -11,8 +12,8 @@
 #include <memory>
 #include <vector>
 
+#include "backing.h"
 #include "kernels/kernels.h"
-#include "loader.h"
 #include "memory.h"
 #include "policy.h"
 #include "relaxed.h"
@@ -28,14 +29,6 @@ struct ExpertShape {
   int expert_hidden;                                ///< H
   std::vector<std::array<uint8_t, 3>> rung_widths;  ///< per rung, the bits it adds to gate, up and down
   std::vector<uint32_t> ends;                       ///< rung r is [ends[r - 1], ends[r]) of a record
-};
-
-/// Where the experts lie in the file; expert e is layer_index * num_experts + expert.
-struct ExpertTable {
-  std::vector<uint64_t> offsets;  ///< [n], of records
-  std::vector<uint32_t> crcs;     ///< [n, rungs]
-  std::vector<uint8_t> rungs;     ///< [n], how many of the ladder's rungs each expert has: the first ones
-  std::vector<int> layers;        ///< the layer numbers, for errors
 };
 
 /// The matrices of a resident expert.
@@ -65,17 +58,18 @@ struct Wish {
   int count;
 };
 
-/// Owns the slots. One thread at a time, but for what says otherwise; reads run beside it. At most one request is open.
+/// Keeps the books of the slots. One thread at a time, but for what says otherwise; reads run beside it. At most one
+/// request is open.
 class Cache {
  public:
   /// An expert that has fewer rungs than `max_level` is whole at its last: whatever level from there on is asked for,
   /// it gives that one, and counts as resident at `max_level`. So whoever plans need not know who has how many.
   ///
-  /// Without a file it is dry, for replaying traces: nothing is read or kept and every read ends at once.
-  /// Slots are made for `most_bytes`, to which `set_budget` may raise the budget. Throws OutOfBudget when not even one
-  /// expert fits at `max_level`.
-  Cache(std::shared_ptr<const File> file, ExpertShape shape, ExpertTable table, int max_level, size_t budget_bytes,
-        bool verify, int num_readers, Policy policy, size_t most_bytes = 0);
+  /// `rungs` [n] says how many of the ladder's each expert has: the first ones; e is layer_index * num_experts +
+  /// expert. Slots are made for `most_bytes`, to which `set_budget` may raise the budget. Throws OutOfBudget when not
+  /// even one expert fits at `max_level`.
+  Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<uint8_t> rungs, int max_level,
+        size_t budget_bytes, Policy policy, size_t most_bytes = 0);
   Cache(const Cache&) = delete;
   Cache& operator=(const Cache&) = delete;
   ~Cache();
@@ -118,17 +112,18 @@ class Cache {
   /// even one expert fits; the budget is as before then.
   void set_budget(size_t bytes);
 
-  /// All slots, for tests: what is touched of it is resident.
-  const Memory& memory() const { return memory_; }
+  /// All slots, one after the other, for tests: what is touched of it is resident.
+  const uint8_t* slots() const { return backing_->view(0); }
+  size_t slots_bytes() const { return backing_->keeps_bytes() ? slots_.size() * window_bytes_ : 0; }
 
   /// Any thread may ask.
   CacheStats stats() const;
-  LoaderStats loader_stats() const;
+  LoaderStats loader_stats() const { return backing_->stats(); }
 
   /// Throws std::logic_error when the books do not agree.
   void check_integrity() const;
 
-  /// Bytes that an expert with all rungs takes in a slot at `level`, whole pages of the system.
+  /// Bytes that an expert with all rungs takes in a slot at `level`, whole granules of the backing.
   size_t slot_bytes(int level) const;
 
  private:
@@ -143,7 +138,6 @@ class Cache {
     uint32_t pages = 0;     ///< committed
     int8_t target = 0;      ///< level that is being read, 0 = none; such a slot is pinned by the read
     bool is_ahead = false;  ///< read for a later layer, and not wanted since
-    ReadJob job;
   };
   /// What may be dropped for a read.
   enum class Spare : uint8_t {
@@ -158,7 +152,7 @@ class Cache {
   bool find_room(int expert, uint32_t need, Spare spare, int* slot);
   void start_read(int expert, int slot, int level, bool is_ahead);
   void collect(bool wait, std::exception_ptr* error);
-  void finish(int slot, bool ok, std::exception_ptr* error);
+  void finish(int slot, bool ok, const std::exception_ptr& why, std::exception_ptr* error);
   void set_ahead(const Wish& ahead);
   void cancel_ahead();
   int find_victim(Spare spare) const;
@@ -172,19 +166,17 @@ class Cache {
     return slots_.size() == levels_.size() && slots_.size() * window_bytes_ <= size_t(budget_pages_) * kPage;
   }
   bool any(Step step) const;
-  int num_pending() const { return loader_ ? loader_->num_pending() : 0; }
-  uint8_t* slot_base(int slot) const { return memory_.bytes() + size_t(slot) * window_bytes_; }
   /// Of the rungs that `level` asks for, how many an expert has.
-  int rungs_at(int expert, int level) const { return std::min(level, int(table_.rungs[size_t(expert)])); }
+  int rungs_at(int expert, int level) const { return std::min(level, int(rungs_[size_t(expert)])); }
   /// The level that an expert is at when `level` is asked for: the highest of those that are the same for it.
-  int level_of(int expert, int level) const { return level < table_.rungs[size_t(expert)] ? level : max_level_; }
+  int level_of(int expert, int level) const { return level < rungs_[size_t(expert)] ? level : max_level_; }
   size_t bytes_at(int expert, int level) const { return slot_bytes(rungs_at(expert, level)); }
   uint32_t pages_at(int expert, int level) const { return uint32_t(bytes_at(expert, level) / kPage); }
 
+  std::unique_ptr<Backing> backing_;
   ExpertShape shape_;
-  ExpertTable table_;
+  std::vector<uint8_t> rungs_;
   int max_level_;
-  bool verify_;
   size_t window_bytes_ = 0;
   Relaxed<uint32_t> budget_pages_;
   uint32_t most_pages_ = 0;
@@ -205,9 +197,7 @@ class Cache {
   bool is_open_ = false;
   Policy policy_;
   CacheStats stats_;
-  Relaxed<uint64_t> dry_bytes_, dry_reads_;
-  Memory memory_;
-  std::unique_ptr<Loader> loader_;  // last: its threads end before the memory that they write to goes
+  std::vector<Arrival> arrived_;  ///< scratch of `collect`
 };
 
 }  // namespace edgemoe

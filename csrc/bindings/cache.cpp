@@ -41,14 +41,21 @@ void bind_cache(py::module_& m) {
              expect(offsets, "offsets", {-1});
              expect(crcs, "crcs", {offsets.size(), py::ssize_t(ends.size())});
              expect(rungs, "rungs", {offsets.size()});
-             ExpertTable table{{offsets.data(), offsets.data() + offsets.size()},
-                               {crcs.data(), crcs.data() + crcs.size()},
-                               {rungs.data(), rungs.data() + rungs.size()},
-                               layers};
+             std::unique_ptr<Backing> backing;
+             if (file) {
+               ExpertTable table{{offsets.data(), offsets.data() + offsets.size()},
+                                 {crcs.data(), crcs.data() + crcs.size()},
+                                 ends,
+                                 layers};
+               backing = make_host_backing(file, std::move(table), verify, num_readers);
+             } else {
+               backing = make_dry_backing();
+             }
              ExpertShape shape{
                  scheme_named(scheme_name), int(layers.size()), num_experts, hidden, expert_hidden, rung_widths, ends};
-             return Held<Cache>(new Cache(file, std::move(shape), std::move(table), max_level, budget_bytes, verify,
-                                          num_readers, policy_from(policy, size_t(offsets.size())), most_bytes));
+             return Held<Cache>(new Cache(std::move(backing), std::move(shape),
+                                          {rungs.data(), rungs.data() + rungs.size()}, max_level, budget_bytes,
+                                          policy_from(policy, size_t(rungs.size())), most_bytes));
            }),
            py::kw_only(), py::arg("file"), py::arg("num_experts"), py::arg("hidden"), py::arg("expert_hidden"),
            py::arg("rung_widths"), py::arg("ends"), py::arg("offsets").noconvert(), py::arg("crcs").noconvert(),
@@ -97,8 +104,8 @@ void bind_cache(py::module_& m) {
       .def_property_readonly(
           "content",
           [](const py::object& self) {
-            const Memory& memory = self.cast<const Cache&>().memory();
-            return lend(memory.bytes(), memory.size(), self);
+            const Cache& cache = self.cast<const Cache&>();
+            return lend(cache.slots(), cache.slots_bytes(), self);
           },
           "uint8 view of all slots, for tests: reading it makes it resident.")
       .def_property_readonly("residency",

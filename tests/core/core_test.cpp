@@ -61,8 +61,8 @@ const std::vector<uint8_t> kWidths = {2, 1, 1, 2, 2};
 /// A file of quantised experts, deleted at the end.
 struct ExpertFile {
   std::string path = "/tmp/edgemoe_core_test_XXXXXX";
-  ExpertTable table{{}, {}, std::vector<uint8_t>(kExperts, 5), {0}};
-  std::vector<uint32_t> ends;
+  ExpertTable table{{}, {}, {}, {0}};
+  std::vector<uint8_t> have = std::vector<uint8_t>(kExperts, 5);
 
   ExpertFile() {
     const int fd = mkstemp(&path[0]);
@@ -88,15 +88,15 @@ struct ExpertFile {
         quantize_nested(pool, w.data(), shape.first, shape.second, kWidths, objective, outs);
       }
       uint32_t end = 0;
-      ends.clear();
+      table.ends.clear();
       for (const auto& rung : rungs) {
         CHECK(pwrite(fd, rung.data(), rung.size(), off_t(at + end)) == ssize_t(rung.size()));
         end += uint32_t(rung.size());
-        ends.push_back(end);
+        table.ends.push_back(end);
         table.crcs.push_back(crc32c(rung.data(), rung.size()));
       }
       table.offsets.push_back(at);
-      if (e % 3 == 2) table.rungs[size_t(e)] = uint8_t(1 + e / 3);  // as where the rest was not stored
+      if (e % 3 == 2) have[size_t(e)] = uint8_t(1 + e / 3);  // as where the rest was not stored
       at = round_up(at + end, kPage);
     }
     CHECK(ftruncate(fd, off_t(at)) == 0);
@@ -105,13 +105,15 @@ struct ExpertFile {
   ~ExpertFile() { unlink(path.c_str()); }
 
   ExpertShape shape() const {
-    ExpertShape s{Scheme::kNested, 1, kExperts, kHidden, kExpertHidden, {}, ends};
+    ExpertShape s{Scheme::kNested, 1, kExperts, kHidden, kExpertHidden, {}, table.ends};
     for (uint8_t w : kWidths) s.rung_widths.push_back({w, w, w});
     return s;
   }
   std::unique_ptr<Cache> open(size_t budget) const {
-    return std::make_unique<Cache>(std::make_shared<File>(path), shape(), table, 5, budget, true, 3,
-                                   Policy("lfu", kExperts));
+    return std::make_unique<Cache>(backing(false), shape(), have, 5, budget, Policy("lfu", kExperts));
+  }
+  std::unique_ptr<Backing> backing(bool is_dry) const {
+    return is_dry ? make_dry_backing() : make_host_backing(std::make_shared<File>(path), table, true, 3);
   }
 };
 
@@ -129,7 +131,7 @@ Wish soon(std::mt19937* rng, std::vector<int32_t>* ids, std::vector<int8_t>* lev
   return {ids->data(), levels->data(), int(ids->size())};
 }
 
-size_t record_bytes(const ExpertFile& file) { return round_up(file.ends.back(), system_page()); }
+size_t record_bytes(const ExpertFile& file) { return round_up(file.table.ends.back(), system_page()); }
 
 void test_random_requests_on(const ExpertFile& file, double experts) {
   auto cache = file.open(size_t(experts * double(record_bytes(file))));
@@ -207,8 +209,8 @@ void test_budget_of_nothing(const ExpertFile& file) {
 /// Statistics and residency are read by another thread all the while; each number only grows, or stays in its bounds.
 void test_statistics_from_another_thread(const ExpertFile& file) {
   for (const bool is_dry : {false, true}) {
-    auto cache = std::make_unique<Cache>(is_dry ? nullptr : std::make_shared<File>(file.path), file.shape(), file.table,
-                                         5, size_t(5.4 * double(record_bytes(file))), true, 3, Policy("lfu", kExperts));
+    auto cache = std::make_unique<Cache>(file.backing(is_dry), file.shape(), file.have, 5,
+                                         size_t(5.4 * double(record_bytes(file))), Policy("lfu", kExperts));
     std::atomic<bool> stop{false};
     std::atomic<int> rounds{0};
     std::thread reader([&] {
@@ -248,8 +250,7 @@ void test_shapes_that_do_not_fit_are_refused(const ExpertFile& file) {
   const auto open = [&](void (*change)(ExpertShape*), bool is_dry) {
     ExpertShape shape = file.shape();
     change(&shape);
-    Cache(is_dry ? nullptr : std::make_shared<File>(file.path), shape, file.table, 5, 100 * record_bytes(file), true, 1,
-          Policy("lfu", kExperts));
+    Cache(file.backing(is_dry), shape, file.have, 5, 100 * record_bytes(file), Policy("lfu", kExperts));
   };
   void (*const everywhere[])(ExpertShape*) = {
       [](ExpertShape* s) { s->ends[0] = 0; },         [](ExpertShape* s) { s->ends[3] = s->ends[2] - 1; },
