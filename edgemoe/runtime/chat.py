@@ -61,7 +61,7 @@ class Chat:
                 no template.
 
         Raises:
-            FormatError: the model has no tokenizer.
+            FormatError: the model has no tokenizer, or its chat template is broken.
         """
         if engine.tokenizer is None:
             raise FormatError("chat: the model has no tokenizer, so that it takes ids only")
@@ -69,6 +69,8 @@ class Chat:
         self._engine = engine
         self._tokenizer: Tokenizer = engine.tokenizer
         self._is_raw = raw or not engine.tokenizer.has_chat_template
+        if not self._is_raw:  # takes memory for a moment, best before experts fill theirs
+            engine.tokenizer.read_templates()
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._system)
         self._finish: Literal["stop", "length", "context"] | None = None
@@ -189,7 +191,9 @@ class Chat:
         if self._is_raw:
             ids = self._tokenizer.encode("".join(m["content"] for m in messages))
         else:
-            ids = self._tokenizer.encode_chat(messages)
+            given = sum(len(m["content"]) for m in messages)
+            most = _SURELY_LONG * self._engine.context + 2 * given
+            ids = self._tokenizer.encode_chat(messages, most_characters=most)
         if not ids:
             raise ValueError("say: expected some text, got none")
         if len(ids) >= self._engine.context:

@@ -1,48 +1,54 @@
-"""Chat templates: renders messages to a prompt as transformers does, in a sandbox."""
+"""Chat templates: renders messages to a prompt as transformers does, in a sandbox and within limits."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edgemoe.errors import FormatError
+from edgemoe.text.jinja.interpreter import Program
+from edgemoe.text.jinja.meter import Meter
+from edgemoe.text.jinja.sandbox import Sandbox
 
 __all__ = ["ChatTemplate"]
 
+_LARGEST_SOURCE = 128 << 10  # characters; the longest that is known has 17,000
+_MOST_TOKENS = 32 << 10  # a parsed one takes about 120 bytes
+_MOST_DIGITS = 1000  # the lexer takes 270 bytes for each digit of a number
+_LONGEST_ERROR = 300
+
 
 class ChatTemplate:
-    """Is one compiled template, or the named templates of one model.
+    """Is one parsed template, or the named templates of one model.
 
-    Templates come with the model file and are not trusted: they see JSON values only. Immutable.
+    Templates come with the model file and are not trusted: they see JSON values only, and what they
+    take is limited. Immutable.
     """
 
     def __init__(self, sources: Mapping[str, str], variables: Mapping[str, str]) -> None:
-        """Compiles the templates.
+        """Parses the templates.
 
         Args:
             sources: Jinja text by name; "default" is for chats, "tool_use" for those with tools.
             variables: what every template sees, such as `bos_token`.
 
         Raises:
-            FormatError: a template does not compile; says the line.
+            FormatError: a template is no Jinja, or far too long; says the line.
         """
-        environment = _environment()
+        self._sandbox = Sandbox()
         self._variables = dict(variables)
-        self._templates = {n: _compile(environment, n, text) for n, text in sources.items()}
+        self._templates = {n: _parsed(self._sandbox, n, text) for n, text in sources.items()}
 
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        most_characters: int | None = None,
         **kwargs: Any,
     ) -> str:
         """Returns the prompt for `messages`.
@@ -50,10 +56,12 @@ class ChatTemplate:
         Args:
             messages: {"role": ..., "content": ...} and what else the template knows; JSON values.
             add_generation_prompt: end with the words that open the assistant's reply.
+            most_characters: longer prompts are refused; None for what a template may make at all.
             kwargs: further variables of the template, such as `tools` or `enable_thinking`.
 
         Raises:
-            ValueError: there are no messages, or the template refuses them; its words, in one line.
+            ValueError: there are no messages, the template refuses them (its words, in one line), or it
+                takes more steps or memory than any honest one.
             FormatError: no template of the model is for chats.
         """
         if not messages:
@@ -61,22 +69,32 @@ class ChatTemplate:
         try:
             # A round trip through JSON leaves no object whose methods a template could call.
             # Keys without a value are dropped, as transformers does: many templates print "None".
-            plain = json.loads(
-                json.dumps([{k: v for k, v in m.items() if v is not None} for m in messages])
-            )
-            variables = json.loads(json.dumps({"tools": None, "documents": None} | kwargs))
+            plain = json.dumps([{k: v for k, v in m.items() if v is not None} for m in messages])
+            variables = json.dumps({"tools": None, "documents": None} | kwargs)
         except (TypeError, AttributeError) as error:
             raise ValueError(f"chat template: messages must be JSON values; {error}") from None
-        template = self._choose(with_tools=variables["tools"] is not None)
-        variables = self._variables | variables
+        given = json.loads(variables)
+        template = self._choose(with_tools=given["tools"] is not None)
+        given = {
+            **self._variables,
+            **given,
+            "messages": json.loads(plain),
+            "add_generation_prompt": add_generation_prompt,
+        }
+        meter = Meter(len(plain) + len(variables))
+        meter.know(given)
+        pieces, count = [], 0
         try:
-            return template.render(
-                messages=plain, add_generation_prompt=add_generation_prompt, **variables
-            )
+            for piece in template.run(self._sandbox, given, meter):
+                pieces.append(piece)
+                count += len(piece)
+                if most_characters is not None and count > most_characters:
+                    raise ValueError(f"it makes a prompt of more than {most_characters} characters")
         except Exception as error:  # a template can fail in any way that Python can
             raise ValueError(f"chat template: {_one_line(error)}") from None
+        return "".join(pieces)
 
-    def _choose(self, *, with_tools: bool) -> jinja2.Template:
+    def _choose(self, *, with_tools: bool) -> Program:
         for name in ("tool_use",) * with_tools + ("default",):
             if name in self._templates:
                 return self._templates[name]
@@ -85,79 +103,27 @@ class ChatTemplate:
         )
 
 
-class _Generation(Extension):
-    """Accepts `{% generation %}`, with which templates mark the assistant's words for training."""
-
-    tags = {"generation"}  # noqa: RUF012  (Jinja declares it so)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_words"), [], [], body).set_lineno(line)
-
-    def _words(self, caller: Callable[[], str]) -> str:
-        return caller()
-
-
-class _Dict:
-    """Stands for Jinja's `dict`: Python's own type would be a way out of the sandbox."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """Is Jinja's namespace without underscored names, a way to Python's internals."""
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}")
-        super().__setitem__(name, value)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_Generation, "jinja2.ext.loopcontrols"],
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": lambda form: datetime.now().strftime(form),
-        "dict": _Dict(),
-        "namespace": _Namespace,
-    }
-    return environment
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes for HTML.
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _compile(environment: ImmutableSandboxedEnvironment, name: str, source: str) -> jinja2.Template:
+def _parsed(sandbox: Sandbox, name: str, source: str) -> Program:
+    where = f"chat template {name!r}"
+    if len(source) > _LARGEST_SOURCE:
+        raise FormatError(
+            f"{where}: expected at most {_LARGEST_SOURCE} characters, got {len(source)}"
+        )
+    if re.search(rf"[\d_]{{{_MOST_DIGITS}}}", source):
+        raise FormatError(f"{where}: has a number of more than {_MOST_DIGITS} digits")
     try:
-        return environment.from_string(source)
+        if sum(1 for _ in sandbox.lexer.tokeniter(source, None)) > _MOST_TOKENS:
+            raise FormatError(f"{where}: has more than {_MOST_TOKENS} words")
+        return Program(sandbox.parse(source))
+    except FormatError:
+        raise
     except jinja2.TemplateSyntaxError as error:
-        where = f"chat template {name!r}, line {error.lineno}"
+        raise FormatError(f"{where}, line {error.lineno}: {_one_line(error)}") from None
+    except Exception as error:  # deep nesting fails in Python
         raise FormatError(f"{where}: {_one_line(error)}") from None
-    except Exception as error:  # deep nesting and huge constants fail in Python's own compiler
-        raise FormatError(f"chat template {name!r}: {_one_line(error)}") from None
 
 
 def _one_line(error: Exception) -> str:
     message = getattr(error, "message", None) or str(error)
-    return " ".join(str(message).split()) or type(error).__name__
+    text = " ".join(str(message).split()) or type(error).__name__
+    return text if len(text) <= _LONGEST_ERROR else text[:_LONGEST_ERROR] + "…"

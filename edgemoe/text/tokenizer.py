@@ -127,6 +127,7 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        most_characters: int | None = None,
         **kwargs: Any,
     ) -> str:
         """Returns the prompt for a conversation, as transformers' `apply_chat_template` does.
@@ -136,16 +137,20 @@ class Tokenizer:
         Args:
             messages: {"role": "system" | "user" | "assistant" | ..., "content": text}, ...
             add_generation_prompt: end with the words that open the assistant's reply.
+            most_characters: longer prompts are refused; None for what a template may make at all.
             kwargs: further variables of the template, such as `tools` or `enable_thinking`.
 
         Raises:
-            ValueError: the template refuses the messages; its words, in one line.
+            ValueError: the template refuses the messages (its words, in one line), or takes too much.
             FormatError: the template itself is broken.
         """
         if not self._sources:
             return "".join(str(m.get("content") or "") for m in messages)
         return self._template.render(
-            messages, add_generation_prompt=add_generation_prompt, **kwargs
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            most_characters=most_characters,
+            **kwargs,
         )
 
     def encode_chat(
@@ -153,11 +158,26 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        most_characters: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
         """Returns the ids of `render_chat`'s prompt; arguments and errors are the same."""
-        text = self.render_chat(messages, add_generation_prompt=add_generation_prompt, **kwargs)
+        text = self.render_chat(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            most_characters=most_characters,
+            **kwargs,
+        )
         return self.encode(text, add_special=not self._sources)
+
+    def read_templates(self) -> None:
+        """Parses the chat templates, which else happens when the first chat is rendered.
+
+        Raises:
+            FormatError: a template is broken; says which and where.
+        """
+        if self._sources:
+            _ = self._template
 
     @functools.cached_property
     def _template(self) -> ChatTemplate:

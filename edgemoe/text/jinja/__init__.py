@@ -1,0 +1,1 @@
+"""Jinja templates within limits: parsed and filtered by Jinja itself, run here."""
