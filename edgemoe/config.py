@@ -13,16 +13,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
 from edgemoe.specs import AttentionSpec, FfnSpec, TensorSpec
 
-__all__ = ["LIMIT", "MATRICES", "ModelConfig", "dense_tensors"]
+__all__ = ["LIMIT", "MATRICES", "MOST_EXPERTS", "MOST_LAYERS", "ModelConfig", "dense_tensors"]
 
 MATRICES = ("gate", "up", "down")
 """The three matrices of an expert, in the order in which every rung stores them."""
 
 LIMIT = 1 << 24
 """No dimension of a real model comes near; keeps every product inside 64 bits."""
+
+
+MOST_LAYERS, MOST_EXPERTS = 1 << 12, 1 << 18
+"""Of a model; the largest published one has 24,576 experts in all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,7 @@ class ModelConfig:
             value = getattr(self, name)
             need(
                 type(value) is int and 0 < value < LIMIT,
-                f"{name} must be a whole number from 1 to {LIMIT - 1}, got {value!r}",
+                f"{name} must be a whole number from 1 to {LIMIT - 1}, got {quoted(value)}",
             )
         for name in (
             "norm_eps", "attention_scale", "rope_scale",
@@ -98,20 +102,20 @@ class ModelConfig:
             value = getattr(self, name)
             need(
                 isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
-                f"{name} must be a positive number, got {value!r}",
+                f"{name} must be a positive number, got {quoted(value)}",
             )
-        need(self.scoring in ("softmax", "softmax_topk"), f"unknown scoring {self.scoring!r}")
-        need(self.qk_norm in ("none", "head", "full"), f"unknown qk_norm {self.qk_norm!r}")
+        need(self.scoring in ("softmax", "softmax_topk"), f"unknown scoring {quoted(self.scoring)}")
+        need(self.qk_norm in ("none", "head", "full"), f"unknown qk_norm {quoted(self.qk_norm)}")
         need(
             self.clip_qkv is None or (math.isfinite(self.clip_qkv) and self.clip_qkv > 0),
-            f"clip_qkv must be positive, got {self.clip_qkv!r}",
+            f"clip_qkv must be positive, got {quoted(self.clip_qkv)}",
         )
         need(
             self.num_heads % self.num_kv_heads == 0,
             f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
         )
         need(
-            self.num_layers < 1 << 12 and self.num_heads * self.head_dim < LIMIT,
+            self.num_layers < MOST_LAYERS and self.num_heads * self.head_dim < LIMIT,
             f"{self.num_layers} layers of {self.num_heads} heads of {self.head_dim} are too many",
         )
         need(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
@@ -125,6 +129,10 @@ class ModelConfig:
             "moe_layers must be ascending layer numbers",
         )
         need(len(self.moe_layers) > 0, "no layer has routed experts")
+        need(
+            len(self.moe_layers) * self.num_experts <= MOST_EXPERTS and self.num_experts < 0xFFFF,
+            f"{len(self.moe_layers)} layers of {self.num_experts} experts are too many",
+        )
         for name in ("shared_hidden", "windows"):
             value = getattr(self, name)
             need(
@@ -199,21 +207,23 @@ class ModelConfig:
             kind = str(fields[name].type)
             if kind.startswith("tuple"):
                 if not isinstance(value, (list, tuple)):
-                    raise FormatError(f"model config: {name} must be a list, got {value!r}")
+                    raise FormatError(f"model config: {name} must be a list, got {quoted(value)}")
                 value = tuple(value)
                 if not all(type(v) is int for v in value):
                     raise FormatError(f"model config: {name} must hold whole numbers")
             elif kind == "bool" and type(value) is not bool:
-                raise FormatError(f"model config: {name} must be true or false, got {value!r}")
+                raise FormatError(
+                    f"model config: {name} must be true or false, got {quoted(value)}"
+                )
             elif kind.startswith("float") and value is not None:
                 if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    raise FormatError(f"model config: {name} must be a number, got {value!r}")
+                    raise FormatError(f"model config: {name} must be a number, got {quoted(value)}")
                 try:
                     value = float(value)
                 except OverflowError:
                     raise FormatError(f"model config: {name} is beyond any number") from None
             elif (kind == "str" or kind.startswith("Literal")) and not isinstance(value, str):
-                raise FormatError(f"model config: {name} must be a string, got {value!r}")
+                raise FormatError(f"model config: {name} must be a string, got {quoted(value)}")
             clean[name] = value
         return cls(**clean)
 

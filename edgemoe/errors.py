@@ -52,7 +52,7 @@ def shortened(text: str, most: int = _LONGEST_VALUE) -> str:
 
 def quoted(value: object) -> str:
     """Returns a value as an error quotes it: its `repr`, cut where it is long or deep, as a file's may be."""
-    return shortened(_Quote().repr(value))
+    return shortened(_QUOTE.repr(value))
 
 
 class _Quote(reprlib.Repr):
@@ -60,3 +60,6 @@ class _Quote(reprlib.Repr):
         super().__init__()
         self.maxlevel, self.maxstring, self.maxlong, self.maxother = 3, 2 * _LONGEST_VALUE, 40, 80
         self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 12
+
+
+_QUOTE = _Quote()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgemoe.convert.checkpoint import file_identity
 from edgemoe.convert.gguf_tokenizer import tokenizer_files
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
 
 if TYPE_CHECKING:
     from gguf import GGUFReader
@@ -174,7 +174,7 @@ class GGUFCheckpoint:
             return None
         if kind != "linear":
             raise FormatError(
-                f"{self.name}: {p}type: {kind!r} is not supported in GGUF; supported: none, linear"
+                f"{self.name}: {p}type: {quoted(kind)} is not supported in GGUF; supported: none, linear"
             )
         for key in (p + "attn_factor", p + "yarn_attn_factor"):  # llama.cpp uses it without yarn
             if self._positive(key, 1.0) != 1.0:
@@ -206,16 +206,18 @@ class GGUFCheckpoint:
         if isinstance(value, list) and len(set(value)) == 1:
             value = value[0]  # written per layer, but the same everywhere
         if type(value) is not int or value <= 0:
-            raise FormatError(f"{self.name}: {key} must be a positive whole number, got {value!r}")
+            raise FormatError(
+                f"{self.name}: {key} must be a positive whole number, got {quoted(value)}"
+            )
         return value
 
     def _positive(self, key: str, default: float | None = None) -> float:
         value = self._meta.get(key, default)
         # Some writers store whole numbers as such.
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise FormatError(f"{self.name}: {key} must be a positive number, got {value!r}")
+            raise FormatError(f"{self.name}: {key} must be a positive number, got {quoted(value)}")
         if not 0 < value < float("inf"):
-            raise FormatError(f"{self.name}: {key} must be a positive number, got {value!r}")
+            raise FormatError(f"{self.name}: {key} must be a positive number, got {quoted(value)}")
         return float(value)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
 
 __all__ = ["tokenizer_files"]
 
@@ -45,7 +45,7 @@ def tokenizer_files(
     model, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
     if model != "gpt2" or not isinstance(pre, str) or pre not in _PRE_TOKENIZERS:
         raise FormatError(
-            f"{where}: tokenizer {model!r} with pre-tokenizer {pre!r} is not supported in GGUF; "
+            f"{where}: tokenizer {quoted(model)} with pre-tokenizer {quoted(pre)} is not supported in GGUF; "
             f"supported: 'gpt2' with {', '.join(map(repr, _PRE_TOKENIZERS))}"
         )
     tokens = _strings(meta, "tokenizer.ggml.tokens", where)
@@ -55,7 +55,9 @@ def tokenizer_files(
     merges = [merge.split(" ") for merge in _strings(meta, "tokenizer.ggml.merges", where)]
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
-            raise FormatError(f"{where}: merge {' '.join(merge)!r} does not fit the vocabulary")
+            raise FormatError(
+                f"{where}: merge {quoted(' '.join(merge))} does not fit the vocabulary"
+            )
     special = _special_tokens(meta, tokens, where)
     files: dict[str, dict[str, Any]] = {
         "tokenizer.json": {
@@ -108,7 +110,7 @@ def _special_tokens(meta: Mapping[str, Any], tokens: list[str], where: str) -> d
         if index is None:
             continue
         if type(index) is not int or not 0 <= index < len(tokens):
-            raise FormatError(f"{where}: the {key} token {index!r} is outside the vocabulary")
+            raise FormatError(f"{where}: the {key} token {quoted(index)} is outside the vocabulary")
         found[f"{role}_token"] = tokens[index]
     return found
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgemoe.convert.checkpoint import file_identity
 from edgemoe.convert.safetensors_file import StoredTensor, read_header
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
 
 __all__ = ["HFCheckpoint"]
 
@@ -81,11 +81,13 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
         raise FormatError(f"{path}: no {_SINGLE} and no {_INDEX}; only safetensors are supported")
     weight_map = _read_json(path / _INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise FormatError(f"{path / _INDEX}: weight_map must be an object, got {weight_map!r}")
+        raise FormatError(
+            f"{path / _INDEX}: weight_map must be an object, got {quoted(weight_map)}"
+        )
     shards: dict[str, dict[str, StoredTensor]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise FormatError(f"{path / _INDEX}: {name}: expected a file name, got {shard!r}")
+            raise FormatError(f"{path / _INDEX}: {name}: expected a file name, got {quoted(shard)}")
         if shard not in shards:
             shards[shard] = read_header(path / shard)
         if name not in shards[shard]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgemoe.config import LIMIT
 from edgemoe.convert.settings import Settings
+from edgemoe.errors import quoted
 
 __all__ = ["Rope", "rope"]
 
@@ -86,7 +87,7 @@ def rope(settings: Settings, *, head_dim: int, default_theta: float) -> Rope:
     kind = parameters.text("rope_type", parameters.text("type", "default"))
     if kind not in _SCALINGS:
         raise parameters.error(
-            "rope_type", f"{kind!r} is not supported; supported: {', '.join(_SCALINGS)}"
+            "rope_type", f"{quoted(kind)} is not supported; supported: {', '.join(_SCALINGS)}"
         )
     for source in (parameters, settings):
         if source.number("partial_rotary_factor", 1.0) != 1.0:

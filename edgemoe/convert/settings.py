@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
 
 from edgemoe.convert.checkpoint import Checkpoint
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
+from edgemoe.file.parse import parse_object
 
 __all__ = ["Settings", "eos_ids"]
 
@@ -30,14 +30,14 @@ class Settings:
         """Returns a whole number; without a default the key must exist."""
         value = self._value(key, default)
         if type(value) is not int or not at_least <= value <= _LARGEST:
-            raise self.error(key, f"expected a whole number from {at_least}, got {value!r}")
+            raise self.error(key, f"expected a whole number from {at_least}, got {quoted(value)}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
         """Returns a finite number; without a default the key must exist."""
         value = self._value(key, default)
         if not _is_number(value):
-            raise self.error(key, f"expected a finite number, got {value!r}")
+            raise self.error(key, f"expected a finite number, got {quoted(value)}")
         return float(value)
 
     def positive(self, key: str, default: float | None = None) -> float:
@@ -51,14 +51,14 @@ class Settings:
         """Returns a boolean."""
         value = self._value(key, default)
         if type(value) is not bool:
-            raise self.error(key, f"expected true or false, got {value!r}")
+            raise self.error(key, f"expected true or false, got {quoted(value)}")
         return value
 
     def text(self, key: str, default: str | None = None) -> str:
         """Returns a string; without a default the key must exist."""
         value = self._value(key, default)
         if not isinstance(value, str):
-            raise self.error(key, f"expected a string, got {value!r}")
+            raise self.error(key, f"expected a string, got {quoted(value)}")
         return value
 
     def integers(self, key: str) -> tuple[int, ...]:
@@ -66,7 +66,7 @@ class Settings:
         value = self._values.get(key)
         values = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(v) is int for v in values):
-            raise self.error(key, f"expected whole numbers, got {value!r}")
+            raise self.error(key, f"expected whole numbers, got {quoted(value)}")
         return tuple(values)
 
     def positives(self, key: str, count: int) -> tuple[float, ...]:
@@ -82,7 +82,7 @@ class Settings:
         """Returns a nested object; None when absent or empty."""
         value = self._values.get(key)
         if value is not None and not isinstance(value, Mapping):
-            raise self.error(key, f"expected an object, got {value!r}")
+            raise self.error(key, f"expected an object, got {quoted(value)}")
         return Settings(value, where=f"{self._where}: {key}") if value else None
 
     def error(self, key: str, what: str) -> FormatError:
@@ -111,12 +111,7 @@ def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
     """
     name = "generation_config.json"
     if name in checkpoint.files:
-        try:
-            values = json.loads(checkpoint.files[name])
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"{name}: not valid JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise FormatError(f"{name}: expected an object, got {type(values).__name__}")
+        values = parse_object(checkpoint.files[name], name)
         ids = Settings(values, where=name).integers("eos_token_id")
         if ids:
             return ids

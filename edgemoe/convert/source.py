@@ -13,7 +13,7 @@ from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.families.family import Family, Source
 from edgemoe.convert.rope import rope
 from edgemoe.convert.settings import Settings, eos_ids
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
 
 __all__ = ["SourceModel"]
 
@@ -118,5 +118,7 @@ def _family(checkpoint: Checkpoint) -> Family:
     name = checkpoint.config.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
-        raise FormatError(f"model_type {name!r} is not supported; supported: {', '.join(FAMILIES)}")
+        raise FormatError(
+            f"model_type {quoted(name)} is not supported; supported: {', '.join(FAMILIES)}"
+        )
     return family

@@ -61,7 +61,7 @@ def _append(file: io.FileIO, moe: MoeFile, sections: Mapping[str, bytes]) -> Non
     if total > MAX_SECTIONS:
         raise ValueError(f"sections of {total} bytes; expected at most {MAX_SECTIONS} in a file")
     *_, end, offset, length, _ = PREAMBLE.unpack(os.pread(fd, PREAMBLE.size, 0))
-    index = json.loads(os.pread(fd, length, offset))
+    index = json.loads(os.pread(fd, length, offset))  # as `open_moe` has read it
     try:
         at = align(end)
         for name, data in sections.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,8 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.config import ModelConfig, dense_tensors
-from edgemoe.errors import FormatError, ReadError
+from edgemoe.errors import FormatError, ReadError, quoted
+from edgemoe.file.parse import parse_json
 from edgemoe.quant import SCHEMES, Scheme
 from edgemoe.specs import TensorSpec
 
@@ -198,10 +198,7 @@ class _Reader:
         return data
 
     def parse(self, data: bytes) -> MoeFile:
-        try:
-            index = json.loads(data)
-        except (ValueError, RecursionError):
-            raise self.fail("the index is not JSON") from None
+        index = parse_json(data, f"{self.path}: the index", most=_MAX_INDEX)
         keys = {"config", "ladder", "dense_ladder", "group", "tensors", "sections", "source"}
         self.need(
             isinstance(index, dict) and set(index) - {"scheme"} == keys,
@@ -213,11 +210,11 @@ class _Reader:
         except FormatError as e:
             raise self.fail(str(e)) from None
         name = index.get("scheme", "nested")
-        self.need(isinstance(name, str) and name in SCHEMES, f"scheme {name!r} is not known")
+        self.need(isinstance(name, str) and name in SCHEMES, f"scheme {quoted(name)} is not known")
         scheme = SCHEMES[name]
         self.need(
             index["group"] == scheme.group,
-            f"groups of {index['group']!r}; expected {scheme.group}",
+            f"groups of {quoted(index['group'])}; expected {scheme.group}",
         )
         ladder = self.ladder(index["ladder"], scheme)
         dense_ladder = tuple(
@@ -230,11 +227,11 @@ class _Reader:
             self.need(
                 isinstance(entry, list) and len(entry) == 3 and all(type(v) is int for v in entry)
                 and 0 < entry[1] <= MAX_SECTIONS,
-                f"section {name!r} is malformed",
+                f"section {quoted(name)} is malformed",
             )  # fmt: skip
             room -= entry[1]
             self.need(room >= 0, f"sections of more than {MAX_SECTIONS} bytes")
-            sections[name] = self.bytes_at(f"section {name!r}", *entry)
+            sections[name] = self.bytes_at(f"section {quoted(name)}", *entry)
         self.need("experts" in sections, "the section experts is missing")
         experts = self.experts(sections.pop("experts"), config, scheme, ladder)
         self.need(isinstance(index["source"], dict), "source must be an object")
@@ -255,13 +252,13 @@ class _Reader:
             self.need(
                 isinstance(rung, list) and len(rung) == 3 and all(type(b) is int for b in rung)
                 and all(a < b <= 8 for a, b in zip(last, rung, strict=True)),
-                f"ladder {value!r} does not climb from 1 to at most 8 bits",
+                f"ladder {quoted(value)} does not climb from 1 to at most 8 bits",
             )  # fmt: skip
             last = (rung[0], rung[1], rung[2])
             out.append(last)
         self.need(
             all(scheme.is_ladder(bits) for bits in zip(*out, strict=True)),
-            f"ladder {value!r} is none of scheme {scheme.name}",
+            f"ladder {quoted(value)} is none of scheme {scheme.name}",
         )
         return tuple(out)
 
@@ -271,7 +268,7 @@ class _Reader:
         self.need(isinstance(value, dict), "tensors must be an object")
         missing, extra = sorted(set(specs) - set(value)), sorted(set(value) - set(specs))
         self.need(not missing, f"tensor {missing[0] if missing else ''} is missing")
-        self.need(not extra, f"tensor {extra[0] if extra else ''!r} is not part of the model")
+        self.need(not extra, f"tensor {quoted(extra[0] if extra else '')} is not part of the model")
         out = {}
         for name, spec in specs.items():
             entry = value[name]

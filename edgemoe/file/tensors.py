@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,8 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.file.parse import parse_object
+
 __all__ = ["is_finite", "view"]
 
+_MOST_HEADER = 100_000_000  # bytes, as the library has it
 _TYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 
 
@@ -23,7 +25,7 @@ def view(content: bytes) -> tuple[dict[str, NDArray[np.floating]], Mapping[str, 
     """
     try:
         start = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:start])
+        header = parse_object(content[8:start], "safetensors", most=_MOST_HEADER)
         meta = header.pop("__metadata__", {})
         tensors = {}
         for name, entry in header.items():
@@ -41,7 +43,7 @@ def view(content: bytes) -> tuple[dict[str, NDArray[np.floating]], Mapping[str, 
             tensors[name] = tensor if tensor.flags.aligned else tensor.copy()
         if not isinstance(meta, dict):
             raise ValueError
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise ValueError("not safetensors") from None
     return tensors, meta
 

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
+from edgemoe.file.parse import parse_json
 
 __all__ = ["Allocation"]
 
@@ -66,10 +67,10 @@ class Allocation:
             FormatError: not an allocation.
         """
         try:
-            value = json.loads(content)
+            value = parse_json(content, where)
             if value["edgemoe_allocation"] != _VERSION:
                 raise FormatError(
-                    f"{where}: allocation version {value['edgemoe_allocation']!r}; expected 1"
+                    f"{where}: allocation version {quoted(value['edgemoe_allocation'])}; expected 1"
                 )
             bits = np.array(value["bits"])
             layers = tuple(map(int, value["layers"]))
@@ -85,7 +86,7 @@ class Allocation:
                 bits=bits.astype(np.int8),
                 protected=tuple((int(layer), int(expert)) for layer, expert in value["protected"]),
             )  # fmt: skip
-        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             if isinstance(error, FormatError):
                 raise
             raise FormatError(f"{where}: not an allocation of edgemoe") from None

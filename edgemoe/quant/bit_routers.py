@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
+from edgemoe.file.parse import parse_object
 from edgemoe.file.tensors import is_finite, view
 
 __all__ = ["BitRouters"]
@@ -76,7 +77,7 @@ class BitRouters:
             tensors, meta = view(content)
             if meta["edgemoe_bit_routers"] != _VERSION:
                 raise FormatError(
-                    f"{where}: bit routers of version {meta['edgemoe_bit_routers']!r}; expected {_VERSION}"
+                    f"{where}: bit routers of version {quoted(meta['edgemoe_bit_routers'])}; expected {_VERSION}"
                 )
             levels = tuple(map(int, meta["levels"].split()))
             weight, *rest = own = [tensors[name] for name in ("weight", "gate_weight", "bias")]
@@ -87,8 +88,8 @@ class BitRouters:
             )  # fmt: skip
             if not is_sound:
                 raise ValueError
-            settings = dict(json.loads(meta["settings"]))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+            settings = parse_object(meta["settings"], where)
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
             if isinstance(e, FormatError):
                 raise
             raise FormatError(f"{where}: not bit routers of edgemoe") from None

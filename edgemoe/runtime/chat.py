@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from edgemoe.errors import FormatError
+from edgemoe.file.parse import parse_json
 from edgemoe.file.whole import write_whole
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.tokenizer import Tokenizer
@@ -136,11 +137,11 @@ class Chat:
         if source.exists() and not (source.is_file() and source.stat().st_size <= _LARGEST_CHAT):
             raise FormatError(f"{path}: not a saved chat; expected a file of at most 64 MiB")
         try:
-            messages = json.loads(source.read_bytes())["messages"]
+            messages = parse_json(source.read_bytes(), "chat", most=_LARGEST_CHAT)["messages"]
             if not all(m["role"] in _ROLES and isinstance(m["content"], str) for m in messages):
                 raise ValueError
             messages = [{"role": m["role"], "content": m["content"]} for m in messages]
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError):
             raise FormatError(
                 f'{path}: not a saved chat; expected {{"messages": [{{"role", "content"}}, ...]}}'
             ) from None

@@ -41,8 +41,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.errors import FormatError
+from edgemoe.config import MOST_EXPERTS, MOST_LAYERS
+from edgemoe.errors import FormatError, quoted
 from edgemoe.experts import Observer
+from edgemoe.file.parse import parse_object
 from edgemoe.file.whole import locked, named, sync_directory
 from edgemoe.plan import Plan, Routing
 
@@ -51,6 +53,7 @@ __all__ = ["NO_EXPERT", "NO_TOKEN", "Trace", "TraceHeader", "TraceWriter", "read
 _VERSION = 3
 _MAGIC = b'{"edgemoe_trace"'
 _ROWS = 1024  # records that are gathered before they are written
+_MOST_BYTES = 1 << 53  # of memory or a read; beyond, floats skip numbers
 
 NO_EXPERT = 0xFFFF
 """In `ahead_experts`, where no router was asked."""
@@ -323,27 +326,54 @@ class Trace:
         return column
 
 
-def _check(header: TraceHeader) -> None:
-    """Checks what is computed with.
+def _is_sound(header: TraceHeader) -> bool:
+    """Says whether a header has the types and ranges that are computed with.
 
     Raises:
-        ValueError, TypeError: a field has another type, or a value that no model has.
+        TypeError: it does not.
     """
-    counts = (
-        header.num_experts, header.experts_per_token, header.num_layers, header.slots_bytes,
-        header.threads, *header.level_bytes,
+    E, L, bits, sizes = header.num_experts, header.num_layers, header.level_bits, header.level_bytes
+    whole = (
+        E, L, header.experts_per_token, header.look_ahead, header.slots_bytes, header.threads,
+        *bits, *sizes, *header.rungs,
     )  # fmt: skip
-    if not all(type(n) is int and n > 0 for n in counts):
-        raise ValueError
-    bits = header.level_bits
-    if not all(type(b) is int and 1 <= b <= 8 for b in bits) or list(bits) != sorted(set(bits)):
-        raise ValueError
-    if not all(type(r) is int and 1 <= r <= len(bits) for r in header.rungs):
-        raise ValueError
-    if len(header.rungs) not in (0, header.num_layers * header.num_experts):
-        raise ValueError
-    if len(bits) != len(header.level_bytes) or not bits or header.bits != bits[-1]:
-        raise ValueError
+    return (
+        all(type(n) is int for n in whole)
+        and 0 < header.experts_per_token <= E < NO_EXPERT
+        and 0 < L < MOST_LAYERS
+        and E * L <= MOST_EXPERTS
+        and 0 <= header.look_ahead < MOST_LAYERS
+        and 0 < header.slots_bytes <= _MOST_BYTES
+        and 0 < header.threads < NO_EXPERT
+        and 0 < len(bits) == len(sizes)
+        and list(bits) == sorted(set(bits))
+        and 1 <= bits[0] <= bits[-1] == header.bits <= 8
+        and list(sizes) == sorted(sizes)
+        and 0 < sizes[0] <= sizes[-1] <= _MOST_BYTES
+        and len(header.rungs) in (0, L * E)
+        and all(1 <= r <= len(bits) for r in header.rungs)
+        and isinstance(header.model, str)
+        and isinstance(header.scheduler, str)
+        and type(header.reads_ahead) is bool
+    )
+
+
+def _are_inside(rows: NDArray[Any], header: TraceHeader) -> bool:
+    """Says whether records are of the header's model."""
+    E, levels = header.num_experts, np.zeros(256, bool)
+    levels[[0, *header.level_bits]] = True
+    times = [rows[name] for name in ("before_us", "experts_us", "wait_us")]
+    ahead = rows["ahead_experts"] if header.look_ahead else np.zeros(1, np.uint16)
+    return bool(
+        (rows["experts"] < E).all()
+        and (rows["layer"] < header.num_layers).all()
+        and (rows["resident"] <= len(header.level_bits)).all()
+        and levels[rows["bits"]].all()
+        and np.isfinite(rows["gates"]).all()
+        and ((ahead < E) | (ahead == NO_EXPERT)).all()
+        and (rows["bytes_read"] <= _MOST_BYTES).all()
+        and all(np.isfinite(t).all() for t in times)
+    )
 
 
 def read(path: str | os.PathLike[str]) -> Trace:
@@ -355,27 +385,29 @@ def read(path: str | os.PathLike[str]) -> Trace:
     data = Path(path).read_bytes()
     line, _, body = data.partition(b"\n")
     try:
-        fields = json.loads(line)
+        fields = parse_object(line, str(path))
         version = fields["edgemoe_trace"]
-    except (ValueError, TypeError, KeyError):
+    except (FormatError, KeyError):
         raise FormatError(f"{path}: not a trace of edgemoe") from None
     if version not in (2, _VERSION):
-        raise FormatError(f"{path}: trace version {version}; expected {_VERSION}, record it again")
+        raise FormatError(
+            f"{path}: trace version {quoted(version)}; expected {_VERSION}, record it again"
+        )
     try:
         for name in ("level_bits", "level_bytes", "rungs"):
             fields[name] = tuple(fields.get(name, ()))
         header = TraceHeader(**fields)
-        _check(header)
-        dtype = record(header.experts_per_token, header.look_ahead)
-    except (ValueError, TypeError, KeyError):
-        raise FormatError(f"{path}: a trace with a damaged header") from None
+        is_sound = _is_sound(header)
+    except TypeError:
+        is_sound = False
+    if not is_sound:
+        raise FormatError(f"{path}: a trace with a damaged header")
+    dtype = record(header.experts_per_token, header.look_ahead)
     if version == 2:
         rows = _with_ids(body, dtype)
     else:
         rows = np.frombuffer(body[: len(body) // dtype.itemsize * dtype.itemsize], dtype)
-    if len(rows) and (
-        rows["experts"].max() >= header.num_experts or rows["layer"].max() >= header.num_layers
-    ):
+    if not _are_inside(rows, header):
         raise FormatError(f"{path}: a trace with records outside its model")
     return Trace(header, rows)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -11,6 +10,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edgemoe.errors import FormatError
+from edgemoe.file.parse import parse_json
 
 __all__ = ["Sampler", "SamplingParams"]
 
@@ -62,8 +64,8 @@ class SamplingParams:
         What is not a valid setting there is left out: a file that others made must not stop a chat.
         """
         try:
-            said = json.loads(generation_config or b"{}")
-        except (ValueError, RecursionError):
+            said = parse_json(generation_config or b"{}", "generation_config.json")
+        except FormatError:
             return cls()
         params = cls()
         for theirs, ours in _MODEL_SETTINGS.items():

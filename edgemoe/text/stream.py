@@ -5,9 +5,10 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+from edgemoe.file.parse import parse_json
 
 if TYPE_CHECKING:
     import tokenizers
@@ -85,7 +86,7 @@ def token_bytes(backend: tokenizers.Tokenizer) -> TokenBytes | None:
     """
     if backend.decoder is None:
         return lambda token, first: (token if first else " " + token).encode()
-    spec: Mapping[str, Any] = json.loads(backend.decoder.__getstate__())
+    spec: Mapping[str, Any] = parse_json(backend.decoder.__getstate__(), "tokenizer.json")
     while spec["type"] == "Sequence" and len(spec["decoders"]) == 1:
         spec = spec["decoders"][0]
     if spec["type"] == "ByteLevel":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
+from edgemoe.file.parse import parse_object
 from edgemoe.text.stream import TextStream, TokenBytes, token_bytes
 
 if TYPE_CHECKING:
@@ -206,15 +206,7 @@ def _load(content: bytes) -> tokenizers.Tokenizer:
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     """Returns the object in a JSON file, empty where the file does not exist."""
-    if name not in files:
-        return {}
-    try:
-        value = json.loads(files[name])
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{name}: not JSON; {error}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{name}: expected an object, got {type(value).__name__}")
-    return value
+    return parse_object(files[name], name) if name in files else {}
 
 
 def _text(token: object) -> str | None:
@@ -253,7 +245,7 @@ def _add_declared_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any
             backend.add_tokens(tokens)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FormatError(
-            f"tokenizer_config.json: added_tokens_decoder is malformed; {error!r}"
+            f"tokenizer_config.json: added_tokens_decoder is malformed; {quoted(error)}"
         ) from None
 
 
@@ -284,5 +276,5 @@ def _generation_eos(config: Mapping[str, Any]) -> list[int]:
     found = config.get("eos_token_id")
     ids = found if isinstance(found, list) else [] if found is None else [found]
     if not all(type(i) is int and i >= 0 for i in ids):
-        raise FormatError(f"generation_config.json: eos_token_id must be ids, got {found!r}")
+        raise FormatError(f"generation_config.json: eos_token_id must be ids, got {quoted(found)}")
     return ids

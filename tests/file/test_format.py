@@ -123,8 +123,8 @@ def setter(*path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda _: b"{", "not JSON"),
-        (lambda _: b"[" * 100_000, "not JSON"),
+        (lambda _: b"{", "the index: not valid JSON"),
+        (lambda _: b"[" * 100_000, "the index: not valid JSON: nested"),
         (lambda _: b"[]", "other fields"),
         (lambda i: i.pop("group") and None, "other fields"),
         (setter("group", 64), "groups of 64"),

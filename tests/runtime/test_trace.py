@@ -162,17 +162,6 @@ def test_what_is_no_trace_is_refused_in_a_line(tiny_moe, tmp_path):
         path.write_bytes(content)
         with pytest.raises(edgemoe.FormatError, match=what):
             read(path)
-    damage = {
-        "num_experts": "x",
-        "experts_per_token": 0,
-        "level_bytes": (0, 0),
-        "level_bits": (2, 300),
-    }
-    for name, value in damage.items():
-        fields = dataclasses.asdict(header()) | {name: value}
-        path.write_bytes(json.dumps(fields).encode() + b"\n")
-        with pytest.raises(edgemoe.FormatError, match="damaged header"):
-            read(path)
     path.write_bytes(b"precious")
     with pytest.raises(ValueError, match="left as it is"):
         TraceWriter(path, header())
@@ -182,12 +171,6 @@ def test_what_is_no_trace_is_refused_in_a_line(tiny_moe, tmp_path):
         TraceWriter(tmp_path / "busy.trace", header())
     writer.close()
     TraceWriter(tmp_path / "busy.trace", header()).close()
-    rows = np.zeros(1, record(2))
-    rows["experts"] = 6
-    fields = json.dumps(dataclasses.asdict(header())).encode()
-    (tmp_path / "y.trace").write_bytes(fields + b"\n" + rows.tobytes())
-    with pytest.raises(edgemoe.FormatError, match="outside its model"):
-        read(tmp_path / "y.trace")
     with pytest.raises(ValueError, match="expected one of them"):
         edgemoe.load(tiny_moe, trace=path, observer=object())
     with (
@@ -195,3 +178,57 @@ def test_what_is_no_trace_is_refused_in_a_line(tiny_moe, tmp_path):
         pytest.raises(ValueError, match="observed already"),
     ):
         engine.record(tmp_path / "w.trace")
+
+
+def write(path, rows=None, **fields):
+    head = json.dumps(dataclasses.asdict(header()) | fields).encode()
+    path.write_bytes(head + b"\n" + (b"" if rows is None else rows.tobytes()))
+    return path
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"num_experts": "x"}, {"num_experts": 10**30}, {"num_experts": 0}, {"num_experts": True},
+        {"num_experts": 65535}, {"num_experts": 2.0}, {"num_layers": 2**31}, {"num_layers": -1},
+        {"num_layers": 4095, "num_experts": 65534}, {"experts_per_token": 0}, {"experts_per_token": 7},
+        {"level_bytes": (0, 0)}, {"level_bytes": (200, 100)}, {"level_bytes": (100, 10**30)},
+        {"level_bytes": (100,)}, {"level_bytes": 5}, {"level_bits": (2, 300)}, {"level_bits": (4, 2)},
+        {"level_bits": (), "level_bytes": ()}, {"bits": 2}, {"slots_bytes": 10**30},
+        {"slots_bytes": -1}, {"threads": 10**9}, {"look_ahead": -1}, {"look_ahead": 10**9},
+        {"look_ahead": "2"}, {"rungs": (1, 2)}, {"rungs": (3,) * 12}, {"rungs": None},
+        {"model": 3}, {"scheduler": None}, {"reads_ahead": 2}, {"unknown": 1},
+    ],
+)  # fmt: skip
+def test_a_damaged_header_is_refused(tmp_path, fields):
+    with pytest.raises(edgemoe.FormatError, match=r"x\.trace: a trace with a damaged header"):
+        read(write(tmp_path / "x.trace", **fields))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"[" * 200_000, b"[" * 200_000 + b"\n", b"{}", b"[]\n", b"\xff\n", b'{"edgemoe_trace"\n',
+        b'{"a": ' * 900 + b"1" + b"}" * 900 + b"\n",
+    ],
+)  # fmt: skip
+def test_what_is_no_trace_is_refused(tmp_path, content):
+    (tmp_path / "x.trace").write_bytes(content)
+    with pytest.raises(edgemoe.FormatError, match=r"x\.trace: not a trace of edgemoe"):
+        read(tmp_path / "x.trace")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("experts", 6), ("layer", 2), ("resident", 3), ("bits", 3), ("bits", 255), ("gates", np.nan),
+        ("ahead_experts", 6), ("bytes_read", 2**63), ("before_us", np.inf), ("wait_us", np.nan),
+    ],
+)  # fmt: skip
+def test_records_outside_the_model_are_refused(tmp_path, name, value):
+    rows = np.zeros(3, record(2, 1))
+    path = tmp_path / "x.trace"
+    assert len(read(write(path, rows, look_ahead=1)).rows) == 3
+    rows[name][1] = value
+    with pytest.raises(edgemoe.FormatError, match="a trace with records outside its model"):
+        read(write(path, rows, look_ahead=1))

@@ -18,7 +18,7 @@ from edgemoe.convert.families.family import num_layers
 from edgemoe.convert.numpy_ops import attention, rms_norm, rotated, silu
 from edgemoe.convert.rope import Rope, rope
 from edgemoe.convert.settings import Settings
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
 
 __all__ = ["DEFAULT_THETA", "Array", "LlamaShape", "OnFFN", "head", "hidden_states", "llama_shape"]
 
@@ -79,7 +79,9 @@ def llama_shape(dense: Checkpoint) -> LlamaShape:
         settings = Settings(dense.config)
         kind = settings.text("model_type")
         if kind != "llama":
-            raise settings.error("model_type", f"{kind!r} cannot be carved; supported: 'llama'")
+            raise settings.error(
+                "model_type", f"{quoted(kind)} cannot be carved; supported: 'llama'"
+            )
         for key in ("attention_bias", "mlp_bias"):
             if settings.flag(key, False):
                 raise settings.error(key, "models with it cannot be carved")

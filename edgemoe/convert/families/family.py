@@ -12,6 +12,7 @@ from typing import Any
 
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.settings import Settings
+from edgemoe.errors import quoted
 
 __all__ = [
     "FUSED_EXPERTS",
@@ -140,7 +141,9 @@ def decoder_config(settings: Settings, *, family: str, **switches: Any) -> Model
     """
     activation = settings.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
-        raise settings.error("hidden_act", f"{activation!r} is not supported; supported: silu")
+        raise settings.error(
+            "hidden_act", f"{quoted(activation)} is not supported; supported: silu"
+        )
     if settings.section("quantization_config"):
         raise settings.error(
             "quantization_config", "the weights must be floats; convert the original checkpoint"

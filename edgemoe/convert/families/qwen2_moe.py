@@ -12,6 +12,7 @@ from edgemoe.convert.families.family import (
     window,
 )
 from edgemoe.convert.settings import Settings
+from edgemoe.errors import quoted
 
 __all__ = ["FAMILY"]
 
@@ -43,10 +44,12 @@ def _windows(settings: Settings, layers: int) -> tuple[int, ...]:
     elif isinstance(types, list) and len(types) == layers:
         unknown = [t for t in types if t not in ("full_attention", "sliding_attention")]
         if unknown:
-            raise settings.error("layer_types", f"{unknown[0]!r} is not supported")
+            raise settings.error("layer_types", f"{quoted(unknown[0])} is not supported")
         sliding = [t == "sliding_attention" for t in types]
     else:
-        raise settings.error("layer_types", f"expected a list of {layers} names, got {types!r}")
+        raise settings.error(
+            "layer_types", f"expected a list of {layers} names, got {quoted(types)}"
+        )
     width = window(settings)
     if any(sliding) and not (uses_window and width):
         raise settings.error("sliding_window", "is missing, yet some layers have one")

@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from edgemoe import hardware
 from edgemoe.errors import FormatError
 from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.parse import parse_json
 from edgemoe.lab.bits.moments import Moments, Products, product_shapes
 from edgemoe.lab.bits.tapped import TappedModel
 from edgemoe.quant import write_calibration
@@ -199,7 +200,7 @@ def _saved_passes(
     try:
         with safe_open(part, framework="numpy") as file:
             meta = file.metadata() or {}
-        passes = [tuple(names) for names in json.loads(meta["passes"])]
+        passes = [tuple(names) for names in parse_json(meta["passes"], "passes")]
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
     if meta.get("identity") != _identity(moe, pieces, passes):

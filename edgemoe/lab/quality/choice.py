@@ -7,7 +7,6 @@ save the share that they were measured to save, token by token, beside the exact
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from edgemoe.file.format import MoeFile
+from edgemoe.file.parse import parse_json
 from edgemoe.quant import Allocation
 from edgemoe.scheduler import SECTIONS
 from edgemoe.store import all_expert_bytes, dense_bytes, level_bytes
@@ -44,11 +44,11 @@ class Choice:
 def stored(moe: MoeFile) -> Mapping[str, Any] | None:
     """Returns what `edgemoe quality --store` has kept; None for nothing, or nothing of this version."""
     try:
-        report = json.loads(moe.sections["quality"])
+        report = parse_json(moe.sections["quality"], "quality")
         rows = report["rows"]
         is_sound = isinstance(report["measured_on"], str) and all(_is_row(row) for row in rows)
         found = {name: report[name] for name in ("measured_on", "tokens", "reference", "rows")}
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return found if is_sound else None
 
@@ -75,12 +75,12 @@ def _is_row(row: Any) -> bool:
 def merged(old: bytes | None, report: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a new report with the rows of the stored one that it does not replace, if they can be compared."""
     try:
-        before = json.loads(old or b"")
+        before = parse_json(old or b"", "quality")
         if any(before[name] != report[name] for name in ("tokens", "reference")):
             return dict(report)
         new = [_key(row) for row in report["rows"]]
         kept = [row for row in before["rows"] if _key(row) not in new]
-    except (KeyError, TypeError, ValueError, RecursionError):
+    except (KeyError, TypeError, ValueError):
         return dict(report)
     return {**report, "rows": [*kept, *report["rows"]]}
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from typing import Any
 
 import numpy as np
 
+from edgemoe.errors import FormatError
 from edgemoe.file.format import MoeFile
+from edgemoe.file.parse import parse_json
 from edgemoe.lab.report.levels import levels
 from edgemoe.quant import SCHEMES
 
@@ -79,6 +80,6 @@ def groups(moe: MoeFile) -> list[tuple[str, str, tuple[int, ...], int, int]]:
 
 def _json(data: bytes) -> Any:
     try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
+        return parse_json(data, "section")
+    except FormatError:
         return None
