@@ -30,6 +30,14 @@ struct Avx2 {
   }
   static B and_bytes(B a, B b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
   static B or_bytes(B a, B b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+  static B select(B mask, B a, B b) {
+    return {_mm256_or_si256(_mm256_and_si256(mask.lo, a.lo), _mm256_andnot_si256(mask.lo, b.lo)),
+            _mm256_or_si256(_mm256_and_si256(mask.hi, a.hi), _mm256_andnot_si256(mask.hi, b.hi))};
+  }
+  static B lookup(const uint8_t* table, B index) {
+    const __m256i both = _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+    return {_mm256_shuffle_epi8(both, index.lo), _mm256_shuffle_epi8(both, index.hi)};
+  }
   // 16-bit shifts: what crosses a byte is masked by the caller (right) or cannot be set (left).
   static B shift_right_by(B a, int n) {
     const __m128i count = _mm_cvtsi32_si128(n);

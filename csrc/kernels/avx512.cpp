@@ -20,6 +20,10 @@ struct Avx512 {
   static void store_bytes(uint8_t* p, B b) { _mm512_storeu_si512(p, b); }
   static B and_bytes(B a, B b) { return _mm512_and_si512(a, b); }
   static B or_bytes(B a, B b) { return _mm512_or_si512(a, b); }
+  static B select(B mask, B a, B b) { return _mm512_ternarylogic_epi64(mask, a, b, 0xca); }
+  static B lookup(const uint8_t* table, B index) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
+  }
   // 16-bit shifts: what crosses a byte is masked by the caller (right) or cannot be set (left).
   static B shift_right_by(B a, int n) { return _mm512_srl_epi16(a, _mm_cvtsi32_si128(n)); }
   static B shift_left_by(B a, int n) { return _mm512_sll_epi16(a, _mm_cvtsi32_si128(n)); }

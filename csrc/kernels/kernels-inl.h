@@ -7,87 +7,11 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "codes-inl.h"
 #include "kernels.h"
 
 namespace edgemoe {
 namespace {
-
-// ---------------------------------------------------------------- unpacking
-
-/// Steps [0, 16) of one plane of W bits (1, 2, 4 or 8).
-template <class V, int W, int Step>
-inline typename V::B plane_field(const uint8_t* plane) {
-  constexpr int per_vector = 8 / W;
-  const auto v = V::load_bytes(plane + 64 * (Step / per_vector));
-  if constexpr (W == 8) return v;
-  return V::and_bytes(V::template shift_right<(Step % per_vector) * W>(v), V::set_bytes((1 << W) - 1));
-}
-
-/// Steps of one rung of W bits: its planes, widest first.
-template <class V, int W, int Step>
-inline typename V::B rung_field(const uint8_t* rung) {
-  constexpr int first = W >= 8 ? 8 : W >= 4 ? 4 : W >= 2 ? 2 : 1;
-  if constexpr (first == W) {
-    return plane_field<V, W, Step>(rung);
-  } else {
-    const auto high = plane_field<V, first, Step>(rung);
-    const auto low = rung_field<V, W - first, Step>(rung + 128 * first);
-    return V::or_bytes(V::template shift_left<W - first>(high), low);
-  }
-}
-
-/// A ladder prefix known at compile time.
-template <int... Widths>
-struct Rungs {
-  static constexpr int bits = (Widths + ...);
-
-  template <class V, int Step>
-  static inline typename V::B codes(const uint8_t* const* rungs) {
-    typename V::B code = V::zero_bytes();
-    int i = 0;
-    ((code = append<V, Widths, Step>(code, rungs[i], i == 0), ++i), ...);
-    return code;
-  }
-
- private:
-  template <class V, int W, int Step>
-  static inline typename V::B append(typename V::B code, const uint8_t* rung, bool first) {
-    const auto field = rung_field<V, W, Step>(rung);
-    if (first) return field;
-    if constexpr (W < 8) return V::or_bytes(V::template shift_left<W>(code), field);
-    return field;
-  }
-};
-
-template <class V, class R, int Step>
-inline void unpack_steps(const uint8_t* const* rungs, uint8_t* tile) {
-  if constexpr (Step < 16) {
-    V::store_bytes(tile + 64 * Step, R::template codes<V, Step>(rungs));
-    unpack_steps<V, R, Step + 1>(rungs, tile);
-  }
-}
-
-/// Any ladder, decided at run time.
-template <class V>
-void unpack_any(const NestedMatrix& w, const uint8_t* const* rungs, uint8_t* tile) {
-  for (int step = 0; step < 16; ++step) V::store_bytes(tile + 64 * step, V::zero_bytes());
-  for (int r = 0; r < w.num_rungs; ++r) {
-    const uint8_t* plane = rungs[r];
-    for (int width = 8; width >= 1; width /= 2) {
-      if (!(w.widths[r] & width)) continue;
-      const int per_vector = 8 / width;
-      const auto mask = V::set_bytes((1 << width) - 1);
-      for (int step = 0; step < 16; ++step) {
-        const auto field = V::and_bytes(
-            V::shift_right_by(V::load_bytes(plane + 64 * (step / per_vector)), step % per_vector * width), mask);
-        auto code = V::load_bytes(tile + 64 * step);
-        code = width == 8 ? field : V::or_bytes(V::shift_left_by(code, width), field);
-        V::store_bytes(tile + 64 * step, code);
-      }
-      plane += 128 * width;
-    }
-  }
-}
 
 // ---------------------------------------------------------------- matrix products
 
@@ -146,29 +70,18 @@ inline void store_rows(float* y, typename V::F value, int rows) {
   for (int i = 0; i < rows; ++i) y[i] = all[i];
 }
 
-/// dots[i] = the dot product of group i, steps 4 * i to 4 * i + 3.
-template <class V, class R, bool kWide, int Step>
-inline void dot_steps(typename V::I* dots, const uint8_t* const* rungs, const int8_t* x) {
-  if constexpr (Step < 16) {
-    if constexpr (Step % 4 == 0) dots[Step / 4] = V::zero_ints();
-    dots[Step / 4] = V::template dot<kWide>(dots[Step / 4], R::template codes<V, Step>(rungs), x + 4 * Step);
-    dot_steps<V, R, kWide, Step + 1>(dots, rungs, x);
-  }
-}
-
 /// One token: codes go from the planes straight into the dot product.
-template <class V, class R>
+template <class V, int Bits>
 void matvec(const NestedMatrix& w, const QuantizedRows& x, int begin, int end, float* y) {
-  constexpr bool wide = R::bits > 7;
   for (int block = begin; block < end; ++block) {
     TileCursor tile(w, block, x.tiles);
-    const auto row_scale = row_scales<V>(tile, R::bits);
+    const auto row_scale = row_scales<V>(tile, Bits);
     auto acc = V::zero();
     for (int g = 0; g < x.tiles; ++g, tile.next()) {
       typename V::F scales[kSums], middles[kSums];
       typename V::I dots[kSums];
-      dot_steps<V, R, wide, 0>(dots, tile.rungs, x.codes + g * kTileCols);
-      for (int i = 0; i < kSums; ++i) group_scales<V>(tile.scales + kGroup * i, R::bits, scales + i, middles + i);
+      dot_quarters<V, Ladder<Bits>, (Bits > 7)>(dots, tile.rungs, x.codes + g * kTileCols);
+      for (int i = 0; i < kSums; ++i) group_scales<V>(tile.scales + kGroup * i, Bits, scales + i, middles + i);
       for (int i = 0; i < kScales; ++i) {
         acc = add_groups<V>(acc, dots + 2 * i, scales + 2 * i, middles + 2 * i, x.scales[kScales * g + i],
                             x.sums + kSums * g + 2 * i);
@@ -263,11 +176,11 @@ void matmul_blocked(const NestedMatrix& w, const QuantizedRows& x, int n, int be
   }
 }
 
-template <class V, class R>
+template <class V, int Bits>
 void matmul_known(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y, size_t stride) {
-  if (n == 1) return matvec<V, R>(w, x, begin, end, y);
-  matmul_blocked<V, (R::bits > 7)>(w, x, n, begin, end, y, stride, [](const uint8_t* const* rungs, uint8_t* tile) {
-    unpack_steps<V, R, 0>(rungs, tile);
+  if (n == 1) return matvec<V, Bits>(w, x, begin, end, y);
+  matmul_blocked<V, (Bits > 7)>(w, x, n, begin, end, y, stride, [](const uint8_t* const* rungs, uint8_t* tile) {
+    unpack<V, Ladder<Bits>>(rungs, tile);
   });
 }
 
@@ -280,15 +193,15 @@ void matmul_nested(const NestedMatrix& w, const QuantizedRows& x, int n, int beg
   if (known) {
     switch (w.num_rungs) {
       case 1:
-        return matmul_known<V, Rungs<2>>(w, x, n, begin, end, y, stride);
+        return matmul_known<V, 2>(w, x, n, begin, end, y, stride);
       case 2:
-        return matmul_known<V, Rungs<2, 1>>(w, x, n, begin, end, y, stride);
+        return matmul_known<V, 3>(w, x, n, begin, end, y, stride);
       case 3:
-        return matmul_known<V, Rungs<2, 1, 1>>(w, x, n, begin, end, y, stride);
+        return matmul_known<V, 4>(w, x, n, begin, end, y, stride);
       case 4:
-        return matmul_known<V, Rungs<2, 1, 1, 2>>(w, x, n, begin, end, y, stride);
+        return matmul_known<V, 6>(w, x, n, begin, end, y, stride);
       case 5:
-        return matmul_known<V, Rungs<2, 1, 1, 2, 2>>(w, x, n, begin, end, y, stride);
+        return matmul_known<V, 8>(w, x, n, begin, end, y, stride);
     }
   }
   const auto unpack = [&w](const uint8_t* const* rungs, uint8_t* tile) { unpack_any<V>(w, rungs, tile); };

@@ -68,7 +68,7 @@ inline void mwq_add_rung(typename V::F* parts, typename V::F scale, const uint8_
   constexpr int kAhead = 8;  // tiles
   for (int at = 0; at < 128 * W; at += 64) __builtin_prefetch(rung + kAhead * 128 * W + at);
   typename V::I dots[kSums];
-  dot_steps<V, Rungs<W>, false, 0>(dots, &rung, x);
+  dot_quarters<V, Plain<W>, false>(dots, &rung, x);
   for (int i = 0; i < kScales; ++i) {
     parts[i] = V::fma(scale, V::to_float(V::add_ints(dots[2 * i], dots[2 * i + 1])), parts[i]);
   }
@@ -118,9 +118,9 @@ inline void mwq_dot_tile(const uint8_t* codes, const MwqCursor<V>& tile, const i
 
 template <class V, int Base>
 inline void mwq_unpack(const MwqCursor<V>& tile, uint8_t* codes) {
-  unpack_steps<V, Rungs<Base>, 0>(&tile.rungs[0], codes);
+  unpack<V, Plain<Base>>(&tile.rungs[0], codes);
   for (int r = 1; r < tile.num_rungs; ++r) {
-    unpack_steps<V, Rungs<1>, 0>(&tile.rungs[r], codes + r * kTileRows * kTileCols);
+    unpack<V, Plain<1>>(&tile.rungs[r], codes + r * kTileRows * kTileCols);
   }
 }
 

@@ -45,6 +45,13 @@ struct Neon {
   static B or_bytes(const B& a, const B& b) {
     return map_bytes([&](int i) { return vorrq_u8(a.v[i], b.v[i]); });
   }
+  static B select(const B& mask, const B& a, const B& b) {
+    return map_bytes([&](int i) { return vbslq_u8(mask.v[i], a.v[i], b.v[i]); });
+  }
+  static B lookup(const uint8_t* table, const B& index) {
+    const uint8x16_t all = vld1q_u8(table);
+    return map_bytes([&](int i) { return vqtbl1q_u8(all, index.v[i]); });
+  }
   static B shift_right_by(const B& a, int n) {
     return map_bytes([&](int i) { return vshlq_u8(a.v[i], vdupq_n_s8(int8_t(-n))); });
   }

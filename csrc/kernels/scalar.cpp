@@ -50,6 +50,14 @@ struct Scalar {
   static B or_bytes(const B& a, const B& b) {
     return map_bytes([&](int i) { return a.v[i] | b.v[i]; });
   }
+  /// a where a bit of the mask is set, b elsewhere.
+  static B select(const B& mask, const B& a, const B& b) {
+    return map_bytes([&](int i) { return (mask.v[i] & a.v[i]) | (~mask.v[i] & b.v[i]); });
+  }
+  /// table [16], at the byte's lower half; the upper one is 0.
+  static B lookup(const uint8_t* table, const B& index) {
+    return map_bytes([&](int i) { return table[index.v[i]]; });
+  }
   static B shift_right_by(const B& a, int n) {
     return map_bytes([&](int i) { return a.v[i] >> n; });
   }
