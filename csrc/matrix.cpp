@@ -24,7 +24,27 @@ void point_at_rungs(NestedMatrix* m, Scheme scheme, int rows, int cols, const st
   }
 }
 
+/// Reads pages of a file, in pieces of 8 MiB.
+void read_range(const File& file, uint64_t offset, size_t length, uint8_t* to) {
+  if (offset % kPage) throw std::invalid_argument("read: offset must be a multiple of 4096");
+  constexpr size_t kPiece = size_t(8) << 20;
+  for (size_t at = 0; at < length; at += kPiece) {
+    file.read_pages(offset + at, std::min(kPiece, length - at), to + at);
+  }
+}
+
 }  // namespace
+
+uint8_t* Arena::take(size_t bytes) {
+  const size_t pages = round_up(bytes, system_page());
+  if (pages > memory_.size() - taken_) {
+    throw std::invalid_argument("arena: expected at most " + std::to_string(memory_.size() - taken_) + " bytes, got " +
+                                std::to_string(pages));
+  }
+  uint8_t* p = memory_.bytes() + taken_;
+  taken_ += pages;
+  return p;
+}
 
 Scheme scheme_named(const std::string& name) {
   if (name == "nested") return Scheme::kNested;
@@ -64,15 +84,17 @@ std::unique_ptr<Nested> nested_from_rungs(const std::vector<RungBytes>& rungs, i
     }
     total += bytes;
   }
-  auto n = std::make_unique<Nested>();
-  n->memory = Memory(total);
-  uint8_t* p = n->memory.bytes();
+  const auto arena = std::make_shared<Arena>(total);
+  auto n = std::make_unique<Nested>(Nested{{}, round_up(total, system_page()), arena});
+  uint8_t* const start = arena->take(total);
+  uint8_t* p = start;
   for (const RungBytes& r : rungs) p = std::copy_n(r.first, r.second, p);
-  point_at_rungs(&n->matrix, scheme, rows, cols, widths, n->memory.bytes());
+  point_at_rungs(&n->matrix, scheme, rows, cols, widths, start);
   return n;
 }
 
-std::unique_ptr<Nested> nested_from_file(const File& file, const StoredRungs& stored, int rows, int cols,
+std::unique_ptr<Nested> nested_from_file(const std::shared_ptr<Arena>& arena, const File& file,
+                                         const StoredRungs& stored, int rows, int cols,
                                          const std::vector<uint8_t>& widths, bool verify, const std::string& name,
                                          Scheme scheme) {
   check_widths(scheme, widths);
@@ -86,9 +108,10 @@ std::unique_ptr<Nested> nested_from_file(const File& file, const StoredRungs& st
       throw std::invalid_argument("nested: wrong length");
     total += stored.lengths[r];
   }
-  auto n = std::make_unique<Nested>();
-  n->memory = read_range(file, stored.offset, total);
-  point_at_rungs(&n->matrix, scheme, rows, cols, widths, n->memory.bytes());
+  auto n = std::make_unique<Nested>(Nested{{}, round_up(total, system_page()), arena});
+  uint8_t* const to = arena->take(total);
+  read_range(file, stored.offset, n->bytes, to);
+  point_at_rungs(&n->matrix, scheme, rows, cols, widths, to);
   for (size_t r = 0; verify && r < widths.size(); ++r) {
     const uint32_t crc = crc32c(n->matrix.rungs[r], stored.lengths[r]);
     if (crc == stored.crcs[r]) continue;
@@ -99,20 +122,10 @@ std::unique_ptr<Nested> nested_from_file(const File& file, const StoredRungs& st
   return n;
 }
 
-Memory read_range(const File& file, uint64_t offset, size_t length) {
-  if (offset % kPage) throw std::invalid_argument("read: offset must be a multiple of 4096");
-  Memory memory(length);
-  if (length >= (size_t(4) << 20)) memory.prefer_huge_pages();
-  constexpr size_t kPiece = size_t(8) << 20;
-  for (size_t at = 0; at < memory.size(); at += kPiece) {
-    file.read_pages(offset + at, std::min(kPiece, memory.size() - at), memory.bytes() + at);
-  }
-  return memory;
-}
-
 void read_f32(const File& file, uint64_t offset, size_t length, uint32_t crc, bool verify, const std::string& name,
               float* to) {
-  const Memory memory = read_range(file, offset, length);
+  const Memory memory(length);
+  read_range(file, offset, memory.size(), memory.bytes());
   const uint32_t got = crc32c(memory.bytes(), length);
   if (verify && got != crc) {
     char text[64];

@@ -13,12 +13,25 @@
 
 namespace edgemoe {
 
+/// Memory that several matrices share, so that huge pages serve small ones too. Handed out from its start.
+class Arena {
+ public:
+  /// Of `bytes`, all of which will be taken.
+  explicit Arena(size_t bytes) : memory_(bytes) { memory_.prefer_huge_pages(); }
+
+  /// The next `bytes` of it, rounded up to whole pages of the system. Throws std::invalid_argument when fewer are left.
+  uint8_t* take(size_t bytes);
+
+ private:
+  Memory memory_;
+  size_t taken_ = 0;
+};
+
 /// A resident matrix and the memory that holds it. Immutable.
 struct Nested {
   NestedMatrix matrix;
-  Memory memory;
-
-  size_t bytes() const { return memory.size(); }
+  size_t bytes;
+  std::shared_ptr<const Arena> arena;
 };
 
 /// "nested" or "mwq". Throws std::invalid_argument for another name.
@@ -44,14 +57,12 @@ struct StoredRungs {
   std::vector<uint32_t> crcs;
 };
 
-/// Reads a matrix [rows, cols]. `name` is the tensor's, for errors. Throws std::invalid_argument when the lengths are
-/// not those of such a matrix, ReadError, and FormatError when a sum is wrong and `verify`.
-std::unique_ptr<Nested> nested_from_file(const File& file, const StoredRungs& stored, int rows, int cols,
+/// Reads a matrix [rows, cols] into an arena. `name` is the tensor's, for errors. Throws std::invalid_argument when the
+/// lengths are not those of such a matrix, ReadError, and FormatError when a sum is wrong and `verify`.
+std::unique_ptr<Nested> nested_from_file(const std::shared_ptr<Arena>& arena, const File& file,
+                                         const StoredRungs& stored, int rows, int cols,
                                          const std::vector<uint8_t>& widths, bool verify, const std::string& name,
                                          Scheme scheme);
-
-/// Reads [offset, offset + length) of a file, page-aligned, in pieces of 8 MiB.
-Memory read_range(const File& file, uint64_t offset, size_t length);
 
 /// Reads `length` bytes of float32 to `to`. Throws like `nested_from_file`.
 void read_f32(const File& file, uint64_t offset, size_t length, uint32_t crc, bool verify, const std::string& name,

@@ -39,6 +39,9 @@ class File:
     @property
     def is_direct(self) -> bool: ...
 
+class Arena:
+    def __init__(self, bytes: int) -> None: ...
+
 class Nested:
     @staticmethod
     def from_rungs(
@@ -46,6 +49,7 @@ class Nested:
     ) -> Nested: ...
     @staticmethod
     def from_file(
+        arena: Arena,
         file: File,
         offset: int,
         lengths: Sequence[int],

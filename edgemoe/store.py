@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
-from edgemoe.file.format import ALIGNMENT, MoeFile
+from edgemoe.file.format import ALIGNMENT, MoeFile, Tensor
 from edgemoe.plan import Plan
 from edgemoe.quant import plane_widths
 
@@ -28,8 +28,13 @@ Weight = _core.Nested | NDArray[np.float32]
 
 def dense_bytes(moe: MoeFile, level: int) -> int:
     """Returns the memory that `load_dense` takes."""
+    return _pages(moe.tensors.values(), level)
+
+
+def _pages(tensors: Iterable[Tensor], level: int) -> int:
+    """Returns the memory of tensors at a level, each in whole pages."""
     page = _core.system_page()
-    return sum(-(-sum(t.lengths[:level]) // page) * page for t in moe.tensors.values())
+    return sum(-(-sum(t.lengths[:level]) // page) * page for t in tensors)
 
 
 def _expert_pages(moe: MoeFile, level: int) -> NDArray[np.int64]:
@@ -65,12 +70,14 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
         ReadError: the disk failed.
     """
     widths = plane_widths(moe.dense_ladder)
+    nested = [t for t in moe.tensors.values() if t.spec.kind == "nested"]
+    arena = _core.Arena(_pages(nested, level))
     out: dict[str, Weight] = {}
     for name, t in moe.tensors.items():
         if t.spec.kind == "nested":
             rows, cols = t.spec.shape
             out[name] = _core.Nested.from_file(
-                moe.file, t.offset, t.lengths[:level], t.crcs[:level], rows, cols,
+                arena, moe.file, t.offset, t.lengths[:level], t.crcs[:level], rows, cols,
                 widths[:level], verify, name, moe.scheme,
             )  # fmt: skip
         else:

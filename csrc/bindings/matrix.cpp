@@ -21,12 +21,13 @@ Held<Nested> from_rungs(const std::vector<Array<uint8_t>>& rungs, int rows, int 
   return Held<Nested>(nested_from_rungs(bytes, rows, cols, widths, scheme_named(scheme)).release());
 }
 
-Held<Nested> from_file(const std::shared_ptr<File>& file, uint64_t offset, const std::vector<uint64_t>& lengths,
-                       const std::vector<uint32_t>& crcs, int rows, int cols, const std::vector<uint8_t>& widths,
-                       bool verify, const std::string& name, const std::string& scheme) {
+Held<Nested> from_file(const std::shared_ptr<Arena>& arena, const std::shared_ptr<File>& file, uint64_t offset,
+                       const std::vector<uint64_t>& lengths, const std::vector<uint32_t>& crcs, int rows, int cols,
+                       const std::vector<uint8_t>& widths, bool verify, const std::string& name,
+                       const std::string& scheme) {
   py::gil_scoped_release release;
   return Held<Nested>(
-      nested_from_file(*file, {offset, lengths, crcs}, rows, cols, widths, verify, name, scheme_named(scheme))
+      nested_from_file(arena, *file, {offset, lengths, crcs}, rows, cols, widths, verify, name, scheme_named(scheme))
           .release());
 }
 
@@ -51,16 +52,21 @@ void bind_matrix(py::module_& m) {
       .def_property_readonly("is_direct", &File::is_direct)
       .def("fileno", &File::fileno);
 
+  py::class_<Arena, std::shared_ptr<Arena>>(m, "Arena", "Memory that several matrices share.")
+      .def(py::init([](size_t bytes) { return std::shared_ptr<Arena>(new Arena(bytes), InItsProcess<Arena>()); }),
+           py::arg("bytes"));
+
   py::class_<Nested, Held<Nested>>(m, "Nested", "A resident nested matrix [rows, cols].")
       .def_static("from_rungs", &from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"),
                   py::arg("widths"), py::arg("scheme") = "nested", "Copies rungs as `quantize` returns them.")
-      .def_static("from_file", &from_file, py::arg("file").none(false), py::arg("offset"), py::arg("lengths"),
-                  py::arg("crcs"), py::arg("rows"), py::arg("cols"), py::arg("widths"), py::arg("verify"),
-                  py::arg("name"), py::arg("scheme") = "nested", "Reads the rungs of a tensor into memory of its own.")
+      .def_static("from_file", &from_file, py::arg("arena").none(false), py::arg("file").none(false),
+                  py::arg("offset"), py::arg("lengths"), py::arg("crcs"), py::arg("rows"), py::arg("cols"),
+                  py::arg("widths"), py::arg("verify"), py::arg("name"), py::arg("scheme") = "nested",
+                  "Reads the rungs of a tensor into an arena.")
       .def_property_readonly("rows", [](const Nested& n) { return n.matrix.rows; })
       .def_property_readonly("cols", [](const Nested& n) { return n.matrix.cols; })
       .def_property_readonly("bits", [](const Nested& n) { return bits_of(n.matrix); })
-      .def_property_readonly("bytes", &Nested::bytes)
+      .def_readonly("bytes", &Nested::bytes)
       .def(
           "decode_rows",
           [](const Nested& n, const Array<int32_t>& ids, Array<float> out, float scale) {
