@@ -2,6 +2,7 @@
 
 #include <sched.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 
@@ -36,7 +37,8 @@ thread_local int worker_number = 0;
 int ThreadPool::worker() { return worker_number; }
 
 // With more threads than cores a spinning one would keep the core from one with work.
-ThreadPool::ThreadPool(int num_threads) : spins_(num_threads <= num_cores() ? kSpins : 0) {
+ThreadPool::ThreadPool(int num_threads)
+    : spins_(num_threads <= num_cores() ? kSpins : 0), shares_(size_t(std::clamp(num_threads, 1, 1024))) {
   if (num_threads < 1 || num_threads > 1024) {
     throw std::invalid_argument("ThreadPool: expected 1 to 1024 threads, got " + std::to_string(num_threads));
   }
@@ -61,20 +63,46 @@ void ThreadPool::stop() {
   workers_.clear();
 }
 
-void ThreadPool::pieces() {
+/// Takes the first or the last piece of a thread's share; -1 when none is left.
+int ThreadPool::take(int owner, bool first) {
+  std::atomic<uint64_t>& left = shares_[size_t(owner)].left;
+  uint64_t before = left.load(std::memory_order_acquire);
   for (;;) {
-    const int begin = next_.fetch_add(grain_, std::memory_order_relaxed);
-    if (begin >= count_) return;
-    call_(body_, begin, begin + grain_ < count_ ? begin + grain_ : count_);
+    uint64_t begin = before >> 16 & 0xffff, end = before & 0xffff;
+    if (uint32_t(before >> 32) != round_) {
+      const uint64_t threads = uint64_t(size());
+      begin = uint64_t(num_pieces_) * uint64_t(owner) / threads;
+      end = uint64_t(num_pieces_) * uint64_t(owner + 1) / threads;
+    } else if (begin == end) {
+      return -1;
+    }
+    const bool is_empty =
+        begin == end;  // of this round it is from now on, so that no later round mistakes it for its own
+    const int piece = is_empty ? -1 : int(first ? begin++ : --end);
+    if (left.compare_exchange_weak(before, uint64_t(round_) << 32 | begin << 16 | end, std::memory_order_acq_rel,
+                                   std::memory_order_acquire)) {
+      return piece;
+    }
+  }
+}
+
+void ThreadPool::pieces(int number) {
+  for (int i = 0; i < size(); ++i) {
+    const int owner = (number + i) % size();
+    for (int piece; (piece = take(owner, i == 0)) >= 0;) {
+      call_(body_, piece * grain_, piece + 1 < num_pieces_ ? (piece + 1) * grain_ : count_);
+    }
   }
 }
 
 void ThreadPool::start(int count, int grain, Call call, const void* body) {
+  constexpr int kMost = 0xffff;
   call_ = call;
   body_ = body;
   count_ = count;
-  grain_ = grain < 1 ? 1 : grain;
-  next_.store(0, std::memory_order_relaxed);
+  grain_ = std::max({grain, 1, (count - 1) / kMost + 1});
+  num_pieces_ = (count - 1) / grain_ + 1;
+  ++round_;
   // The next round, open, nobody in it.
   state_.store((state_.load(std::memory_order_relaxed) & ~(kRound - 1)) + kRound, std::memory_order_seq_cst);
   if (parked_.load(std::memory_order_seq_cst) > 0) {
@@ -82,7 +110,7 @@ void ThreadPool::start(int count, int grain, Call call, const void* body) {
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
   }
-  pieces();
+  pieces(0);
   state_.fetch_or(kOver, std::memory_order_acq_rel);
   for (int spins = 0; (state_.load(std::memory_order_acquire) & kWorkers) != 0; ++spins) {
     // A worker that lost its core needs ours to finish.
@@ -114,7 +142,7 @@ void ThreadPool::work(int number) {
       is_in = state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel);
     }
     if (!is_in) continue;
-    pieces();
+    pieces(number);
     state_.fetch_sub(1, std::memory_order_acq_rel);
   }
 }

@@ -26,8 +26,10 @@ class ThreadPool {
   /// Inside a body: the number of the thread that runs it, 0 for the caller.
   static int worker();
 
-  /// Calls body(begin, end) over [0, count) in pieces of about `grain`, and returns when all are done. Which thread
-  /// runs a piece is left to chance; bodies must write to disjoint places. `body` must not throw.
+  /// Calls body(begin, end) over [0, count) in pieces of about `grain`, and returns when all are done. Each thread
+  /// begins with a share of its own, from the front, so that it reads memory in one run; who has none left takes
+  /// pieces from the end of another's. Which thread runs a piece is left to chance; bodies must write to disjoint
+  /// places. `body` must not throw.
   template <class Body>
   void run(int count, int grain, const Body& body) {
     if (count <= 0) return;
@@ -38,9 +40,16 @@ class ThreadPool {
  private:
   using Call = void (*)(const void* body, int begin, int end);
 
+  /// The pieces of one thread that nobody has taken: the round that they are of, the first and the end. One that is of
+  /// another round stands for the whole share, so that starting a round need not write to each.
+  struct alignas(64) Share {
+    std::atomic<uint64_t> left{0};
+  };
+
   void start(int count, int grain, Call call, const void* body);
   void work(int number);
-  void pieces();
+  void pieces(int number);
+  int take(int owner, bool first);
   void stop();
 
   // The state of a round: its number, whether it is over, and how many workers are in it. A worker that comes late,
@@ -51,8 +60,10 @@ class ThreadPool {
   const void* body_ = nullptr;
   int count_ = 0;
   int grain_ = 1;
+  int num_pieces_ = 0;
+  uint32_t round_ = 0;
   int spins_;
-  alignas(64) std::atomic<int> next_{0};
+  std::vector<Share> shares_;  ///< one per thread
   alignas(64) std::atomic<uint64_t> state_{kOver};
   std::atomic<int> parked_{0};
   std::atomic<bool> stop_{false};

@@ -70,6 +70,18 @@ inline void store_rows(float* y, typename V::F value, int rows) {
   for (int i = 0; i < rows; ++i) y[i] = all[i];
 }
 
+/// Asks for the tile that comes kAhead tiles later. A processor also reads ahead by itself, but not across pages, and
+/// finds the runs of several rungs late.
+template <int Bits>
+inline void fetch_ahead(const TileCursor& tile) {
+  constexpr int kAhead = 16, kWidths[] = {2, 1, 1, 2, 2};
+  for (int r = 0, bits = 0; bits < Bits; bits += kWidths[r++]) {
+    const size_t bytes = tile_bytes(kWidths[r], r == 0);
+    const uint8_t* later = (r == 0 ? tile.scales : tile.rungs[r]) + kAhead * bytes;
+    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(later + at, 0, 2);
+  }
+}
+
 /// One token: codes go from the planes straight into the dot product.
 template <class V, int Bits>
 void matvec(const NestedMatrix& w, const QuantizedRows& x, int begin, int end, float* y) {
@@ -78,6 +90,7 @@ void matvec(const NestedMatrix& w, const QuantizedRows& x, int begin, int end, f
     const auto row_scale = row_scales<V>(tile, Bits);
     auto acc = V::zero();
     for (int g = 0; g < x.tiles; ++g, tile.next()) {
+      fetch_ahead<Bits>(tile);
       typename V::F scales[kSums], middles[kSums];
       typename V::I dots[kSums];
       dot_quarters<V, Ladder<Bits>, (Bits > 7)>(dots, tile.rungs, x.codes + g * kTileCols);
