@@ -378,6 +378,12 @@ void test_thread_pool() {
       });
       for (int n : seen) CHECK(n == 1);
     }
+    // More pieces than a share can count: they become larger.
+    std::vector<int> seen(200000, 0);
+    pool.run(int(seen.size()), 1, [&](int begin, int end) {
+      for (int i = begin; i < end; ++i) seen[size_t(i)] += 1;
+    });
+    for (int n : seen) CHECK(n == 1);
   }
 }
 
