@@ -59,9 +59,9 @@ void bind_matrix(py::module_& m) {
   py::class_<Nested, Held<Nested>>(m, "Nested", "A resident nested matrix [rows, cols].")
       .def_static("from_rungs", &from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"),
                   py::arg("widths"), py::arg("scheme") = "nested", "Copies rungs as `quantize` returns them.")
-      .def_static("from_file", &from_file, py::arg("arena").none(false), py::arg("file").none(false),
-                  py::arg("offset"), py::arg("lengths"), py::arg("crcs"), py::arg("rows"), py::arg("cols"),
-                  py::arg("widths"), py::arg("verify"), py::arg("name"), py::arg("scheme") = "nested",
+      .def_static("from_file", &from_file, py::arg("arena").none(false), py::arg("file").none(false), py::arg("offset"),
+                  py::arg("lengths"), py::arg("crcs"), py::arg("rows"), py::arg("cols"), py::arg("widths"),
+                  py::arg("verify"), py::arg("name"), py::arg("scheme") = "nested",
                   "Reads the rungs of a tensor into an arena.")
       .def_property_readonly("rows", [](const Nested& n) { return n.matrix.rows; })
       .def_property_readonly("cols", [](const Nested& n) { return n.matrix.cols; })
