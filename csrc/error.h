@@ -22,6 +22,11 @@ struct ReadError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// A number of the model does not fit where it must be kept.
+struct RangeError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 /// Throws std::invalid_argument unless low <= value <= high.
 inline void expect_within(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value <= high) return;

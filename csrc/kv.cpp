@@ -8,8 +8,9 @@ namespace edgemoe {
 
 KvType kv_type(const std::string& name) {
   if (name == "f16") return KvType::kF16;
+  if (name == "f32") return KvType::kF32;
   if (name == "q8_0") return KvType::kQ8;
-  throw std::invalid_argument("KV cache: expected f16 or q8_0, got " + name);
+  throw std::invalid_argument("KV cache: expected f16, f32 or q8_0, got " + name);
 }
 
 size_t kv_bytes(KvType type, int num_heads, int capacity, int head_dim) {

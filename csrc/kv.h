@@ -21,7 +21,7 @@ struct Kv {
   Memory memory;
 };
 
-/// "f16" or "q8_0". Throws std::invalid_argument for another name.
+/// "f16", "f32" or "q8_0". Throws std::invalid_argument for another name.
 KvType kv_type(const std::string& name);
 
 /// Bytes of one layer's keys or values, rounded so that both start on a cache line. Throws std::invalid_argument unless

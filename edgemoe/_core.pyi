@@ -106,6 +106,7 @@ class AttentionLayer:
     def __init__(
         self,
         *,
+        index: int,
         num_heads: int,
         num_kv_heads: int,
         head_dim: int,

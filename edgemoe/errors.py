@@ -3,7 +3,8 @@
     EdgemoeError
     ├── FormatError(ValueError)      a file is not what it claims to be, or a checkpoint is not supported
     ├── OutOfBudget(MemoryError)     the memory budget is too small; says the smallest that works
-    └── ReadError(OSError)           the disk failed while weights were read; says path and offset
+    ├── ReadError(OSError)           the disk failed while weights were read; says path and offset
+    └── RangeError(ArithmeticError)  a number of the model does not fit where it is kept; says where, and what does
 
 Wrong arguments are plain `ValueError`. What a file may hold is quoted by `quoted`, at most so much of it.
 """
@@ -13,7 +14,15 @@ from __future__ import annotations
 import reprlib
 from typing import Any
 
-__all__ = ["EdgemoeError", "FormatError", "OutOfBudget", "ReadError", "quoted", "shortened"]
+__all__ = [
+    "EdgemoeError",
+    "FormatError",
+    "OutOfBudget",
+    "RangeError",
+    "ReadError",
+    "quoted",
+    "shortened",
+]
 
 _LONGEST_VALUE, _LONGEST_MESSAGE = 120, 2000  # characters
 
@@ -36,6 +45,10 @@ class FormatError(EdgemoeError, ValueError):
 
 class OutOfBudget(EdgemoeError, MemoryError):
     """Says that the memory budget is too small, and the smallest that works."""
+
+
+class RangeError(EdgemoeError, ArithmeticError):
+    """Says that a number which the model computed does not fit where it must be kept, and what would hold it."""
 
 
 class ReadError(EdgemoeError, OSError):

@@ -85,9 +85,12 @@ class Ops(Protocol):
         """Returns room for `capacity` positions, stored as the kinds `keys` and `values`."""
 
     def attention_weights(
-        self, spec: AttentionSpec, tensors: Mapping[str, Array]
+        self, layer: int, spec: AttentionSpec, tensors: Mapping[str, Array]
     ) -> AttentionWeights:
-        """Returns what `attention` needs of a layer beside its matrices, from its tensors by name."""
+        """Returns what `attention` needs of a layer beside its matrices, from its tensors by name.
+
+        The layer's number is for errors.
+        """
 
     # ------------------------------------------------------------ rows
 
@@ -140,6 +143,9 @@ class Ops(Protocol):
         """Biases, norms and rotates q, k, v in place, stores k and v at `pos` in kv and attends causally.
 
         q and out [T, heads * head_dim], k and v [T, kv_heads * head_dim]. Positions before `pos` stay as they are.
+
+        Raises:
+            RangeError: a key or value does not fit the type of kv; names the layer, the number and what holds it.
         """
 
     # ------------------------------------------------------------ experts

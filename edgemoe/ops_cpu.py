@@ -45,11 +45,11 @@ class CpuOps:
         )  # fmt: skip
 
     def attention_weights(
-        self, spec: AttentionSpec, tensors: Mapping[str, Array]
+        self, layer: int, spec: AttentionSpec, tensors: Mapping[str, Array]
     ) -> AttentionWeights:
         """See `Ops.attention_weights`."""
         return _core.AttentionLayer(
-            num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
+            index=layer, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
             window=spec.window, scale=spec.scale, norm_per_head=spec.qk_norm == "head",
             norm_eps=spec.norm_eps, clip=spec.clip or 0.0,
             q_bias=tensors.get("q_bias"), k_bias=tensors.get("k_bias"),

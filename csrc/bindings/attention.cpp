@@ -45,15 +45,17 @@ void bind_attention(py::module_& m) {
       py::arg("sin").noconvert(), "cos and sin [T, half] for positions pos, pos + 1, …");
 
   py::class_<AttentionLayer>(m, "AttentionLayer", "Shape, biases and norms of one layer's attention.")
-      .def(py::init([](int num_heads, int num_kv_heads, int head_dim, int window, float scale, const py::object& q_bias,
-                       const py::object& k_bias, const py::object& v_bias, const py::object& q_norm,
-                       const py::object& k_norm, bool norm_per_head, float norm_eps, float clip) {
+      .def(py::init([](int index, int num_heads, int num_kv_heads, int head_dim, int window, float scale,
+                       const py::object& q_bias, const py::object& k_bias, const py::object& v_bias,
+                       const py::object& q_norm, const py::object& k_norm, bool norm_per_head, float norm_eps,
+                       float clip) {
              expect_within("AttentionLayer num_heads", num_heads, 1, kMaxHeads);
              expect_within("AttentionLayer head_dim", head_dim, 1, kMaxHeadDim);
              if (num_kv_heads < 1 || num_heads % num_kv_heads) {
                throw std::invalid_argument("AttentionLayer: expected heads that are a multiple of the kv heads");
              }
              auto a = std::make_unique<AttentionLayer>();
+             a->parts.layer = index;
              const py::ssize_t q = num_heads * head_dim, kv = num_kv_heads * head_dim;
              a->parts.shape = {num_heads, num_kv_heads, head_dim, window, scale};
              a->parts.q_bias = a->keep(q_bias, "q_bias", q);
@@ -66,12 +68,12 @@ void bind_attention(py::module_& m) {
              a->parts.clip = clip;
              return a;
            }),
-           py::kw_only(), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"), py::arg("window"),
-           py::arg("scale"), py::arg("q_bias"), py::arg("k_bias"), py::arg("v_bias"), py::arg("q_norm"),
-           py::arg("k_norm"), py::arg("norm_per_head"), py::arg("norm_eps"), py::arg("clip"));
+           py::kw_only(), py::arg("index"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
+           py::arg("window"), py::arg("scale"), py::arg("q_bias"), py::arg("k_bias"), py::arg("v_bias"),
+           py::arg("q_norm"), py::arg("k_norm"), py::arg("norm_per_head"), py::arg("norm_eps"), py::arg("clip"));
 
   py::class_<Kv, Held<Kv>>(m, "KvLayer",
-                           "Keys and values of one layer, of type f16 or q8_0; memory is taken as it is touched.")
+                           "Keys and values of one layer, of type f16, f32 or q8_0; memory is taken as it is touched.")
       .def(py::init(&kv_of), py::kw_only(), py::arg("key_type"), py::arg("value_type"), py::arg("num_heads"),
            py::arg("capacity"), py::arg("head_dim"))
       .def_static(

@@ -31,6 +31,8 @@ PYBIND11_MODULE(_core, m) {
       raise("OutOfBudget", e.what());
     } catch (const ReadError& e) {
       raise("ReadError", e.what());
+    } catch (const RangeError& e) {
+      raise("RangeError", e.what());
     }
   });
 

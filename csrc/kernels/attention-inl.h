@@ -46,8 +46,20 @@ inline void prefetch_tile(const uint8_t* tile, size_t bytes) {
   for (size_t at = 3 * bytes; at < 4 * bytes; at += 64) __builtin_prefetch(tile + at);
 }
 
-struct F16Keys {
-  static constexpr KvType type = KvType::kF16;
+template <class V>
+typename V::F load_cell(const uint16_t* p) {
+  return V::load_f16(p);
+}
+
+template <class V>
+typename V::F load_cell(const float* p) {
+  return V::load(p);
+}
+
+/// Keys as they are, in float16 or float32.
+template <KvType kType, class Cell>
+struct PlainKeys {
+  static constexpr KvType type = kType;
 
   /// scores[i][s - base] for N queries and keys s in [begin, end), for whole tiles: scores beside are written too, and
   /// are right or never looked at.
@@ -56,12 +68,12 @@ struct F16Keys {
                     int end) {
     constexpr int M = V::kKeyVectors;
     for (int s = begin / (16 * M) * (16 * M); s < end; s += 16 * M) {
-      const auto* keys = reinterpret_cast<const uint16_t*>(head + s / 32 * kv_tile_bytes(type, hs)) + s % 32;
+      const auto* keys = reinterpret_cast<const Cell*>(head + s / 32 * kv_tile_bytes(type, hs)) + s % 32;
       typename V::F acc[N * M];
       for (auto& x : acc) x = V::zero();
       for (int c = 0; c < hs; ++c) {
         typename V::F k[M];
-        for (int j = 0; j < M; ++j) k[j] = V::load_f16(keys + 32 * c + 16 * j);
+        for (int j = 0; j < M; ++j) k[j] = load_cell<V>(keys + 32 * c + 16 * j);
         for (int i = 0; i < N; ++i) {
           const auto q = V::set(queries[i].q[c]);
           for (int j = 0; j < M; ++j) acc[i * M + j] = V::fma(q, k[j], acc[i * M + j]);
@@ -107,20 +119,21 @@ struct Q8Keys {
   }
 };
 
-struct F16Values {
-  static constexpr KvType type = KvType::kF16;
+template <KvType kType, class Cell>
+struct PlainValues {
+  static constexpr KvType type = kType;
 
   /// part[i] += scores[i][s - base] * values[s] for N queries, columns [c, c + 16 * M) and s in [begin, end), in order.
   template <class V, int N, int M>
   static void add(const AttendQuery* queries, const uint8_t* head, int hs, int c, int base, int begin, int end) {
-    const auto* values = reinterpret_cast<const uint16_t*>(head);
+    const auto* values = reinterpret_cast<const Cell*>(head);
     typename V::F acc[N * M];
     for (int i = 0; i < N; ++i) {
       for (int j = 0; j < M; ++j) acc[i * M + j] = V::load(queries[i].part + c + 16 * j);
     }
     for (int s = begin; s < end; ++s) {
       typename V::F v[M];
-      for (int j = 0; j < M; ++j) v[j] = V::load_f16(values + size_t(s) * hs + c + 16 * j);
+      for (int j = 0; j < M; ++j) v[j] = load_cell<V>(values + size_t(s) * hs + c + 16 * j);
       for (int i = 0; i < N; ++i) {
         const auto p = V::set(queries[i].scores[s - base]);
         for (int j = 0; j < M; ++j) acc[i * M + j] = V::fma(p, v[j], acc[i * M + j]);
@@ -227,14 +240,28 @@ void attend_as(int n, const AttendQuery* queries, const KvLayer& kv, float scale
   }
 }
 
+template <class V, class Keys>
+void attend_keys(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int base) {
+  switch (kv.value_type) {
+    case KvType::kF16:
+      return attend_as<V, Keys, PlainValues<KvType::kF16, uint16_t>>(n, queries, kv, scale, kv_head, base);
+    case KvType::kF32:
+      return attend_as<V, Keys, PlainValues<KvType::kF32, float>>(n, queries, kv, scale, kv_head, base);
+    case KvType::kQ8:
+      return attend_as<V, Keys, Q8Values>(n, queries, kv, scale, kv_head, base);
+  }
+}
+
 template <class V>
 void attend(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int base) {
-  if (kv.key_type == KvType::kF16) {
-    if (kv.value_type == KvType::kF16) return attend_as<V, F16Keys, F16Values>(n, queries, kv, scale, kv_head, base);
-    return attend_as<V, F16Keys, Q8Values>(n, queries, kv, scale, kv_head, base);
+  switch (kv.key_type) {
+    case KvType::kF16:
+      return attend_keys<V, PlainKeys<KvType::kF16, uint16_t>>(n, queries, kv, scale, kv_head, base);
+    case KvType::kF32:
+      return attend_keys<V, PlainKeys<KvType::kF32, float>>(n, queries, kv, scale, kv_head, base);
+    case KvType::kQ8:
+      return attend_keys<V, Q8Keys>(n, queries, kv, scale, kv_head, base);
   }
-  if (kv.value_type == KvType::kF16) return attend_as<V, Q8Keys, F16Values>(n, queries, kv, scale, kv_head, base);
-  attend_as<V, Q8Keys, Q8Values>(n, queries, kv, scale, kv_head, base);
 }
 
 template <class V>

@@ -96,7 +96,7 @@ static inline QuantizedRows rows_from(const QuantizedRows& q, int row) {
 }
 
 /// How keys or values are stored. `kQ8` is 8 bits with a float16 scale per 32 values of a head, llama.cpp's q8_0.
-enum class KvType : uint8_t { kF16, kQ8 };
+enum class KvType : uint8_t { kF16, kF32, kQ8 };
 
 constexpr int kKvGroup = 32;      ///< values of a head that share a scale in kQ8
 constexpr int kKeyBlock = 256;    ///< positions that share a softmax; blocks are merged in their order
@@ -104,15 +104,16 @@ constexpr int kQueries = 4;       ///< queries that share each load of a key or 
 constexpr int kPartPadding = 16;  ///< floats after a part's values: the highest score, the sum, padding
 
 /// Keys and values lie in tiles of positions of one head; the last one is padded.
-/// kF16: tiles of 32, so that a column of keys is a cache line: keys [head_stride, 32], values [32, head_stride].
+/// kF16: tiles of 32, so that a column of keys is a cache line: keys [head_stride, 32], values [32, head_stride]. kF32
+/// likewise.
 /// kQ8: tiles of 16, the codes and then float16 scales [groups, 16]. Keys have the layout of a weight tile, so that one
 /// 8-bit dot product covers 16 positions: byte 64 * step + 4 * position + j is the code of column 4 * step + j, plus
 /// 128. Values are [16, head_stride] signed codes.
-static inline int kv_tile_rows(KvType type) { return type == KvType::kF16 ? 32 : 16; }
+static inline int kv_tile_rows(KvType type) { return type == KvType::kQ8 ? 16 : 32; }
 
 static inline size_t kv_tile_bytes(KvType type, int head_stride) {
-  return type == KvType::kF16 ? size_t(32) * 2 * head_stride
-                              : size_t(16) * (head_stride + 2 * blocks(head_stride, kKvGroup));
+  return type == KvType::kQ8 ? size_t(16) * (head_stride + 2 * blocks(head_stride, kKvGroup))
+                             : size_t(32) * (type == KvType::kF16 ? 2 : 4) * head_stride;
 }
 
 static inline size_t kv_head_bytes(KvType type, int capacity, int head_stride) {

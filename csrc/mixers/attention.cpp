@@ -1,9 +1,14 @@
 #include "mixers/attention.h"
 
 #include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <stdexcept>
 #include <string>
+
+#include "error.h"
 
 namespace edgemoe {
 namespace {
@@ -57,18 +62,39 @@ struct Prepared {
   }
 };
 
-/// Stores one head's key or value at a position. scratch: of a prepared query.
-void store(const Kernels& kn, const float* x, int head_dim, KvType type, bool is_key, uint8_t* head, int pos,
+/// Whether no number is infinite or none at all. An exponent of ones carries into the sign.
+bool all_finite(const uint16_t* halves, int n) {
+  unsigned seen = 0;
+  for (int i = 0; i < n; ++i) seen |= (halves[i] & 0x7c00u) + 0x0400u;
+  return !(seen & 0x8000u);
+}
+
+bool all_finite(const float* x, int n) {
+  uint32_t seen = 0;
+  for (int i = 0; i < n; ++i) {
+    uint32_t bits;
+    std::memcpy(&bits, x + i, 4);
+    seen |= (bits & 0x7f800000u) + 0x00800000u;
+  }
+  return !(seen & 0x80000000u);
+}
+
+/// Stores one head's key or value at a position. Returns whether the type can hold it. scratch: of a prepared query.
+bool store(const Kernels& kn, const float* x, int head_dim, KvType type, bool is_key, uint8_t* head, int pos,
            int stride, float* scratch) {
   const int rows = kv_tile_rows(type), lane = pos % rows;
   uint8_t* tile = head + pos / rows * kv_tile_bytes(type, stride);
   if (type == KvType::kF16) {
     auto* values = reinterpret_cast<uint16_t*>(tile);
-    if (!is_key) return kn.to_f16(x, head_dim, values + lane * stride);
-    auto* halves = reinterpret_cast<uint16_t*>(scratch);
+    auto* halves = is_key ? reinterpret_cast<uint16_t*>(scratch) : values + lane * stride;
     kn.to_f16(x, head_dim, halves);
-    for (int c = 0; c < head_dim; ++c) values[c * rows + lane] = halves[c];
-    return;
+    for (int c = 0; is_key && c < head_dim; ++c) values[c * rows + lane] = halves[c];
+    return all_finite(halves, head_dim);
+  }
+  if (type == KvType::kF32) {
+    auto* values = reinterpret_cast<float*>(tile);
+    for (int c = 0; c < head_dim; ++c) values[is_key ? c * rows + lane : lane * stride + c] = x[c];
+    return all_finite(x, head_dim);
   }
   const Prepared row(scratch, stride);
   std::copy_n(x, head_dim, row.q);
@@ -82,7 +108,29 @@ void store(const Kernels& kn, const float* x, int head_dim, KvType type, bool is
   }
   if (!is_key) std::memcpy(tile + lane * stride, row.codes, size_t(stride));
   auto* halves = reinterpret_cast<uint16_t*>(tile + rows * stride);
-  for (int g = 0; g < blocks(stride, kKvGroup); ++g) kn.to_f16(row.scales + g, 1, halves + g * rows + lane);
+  bool fits = true;
+  for (int g = 0; g < blocks(stride, kKvGroup); ++g) {
+    kn.to_f16(row.scales + g, 1, halves + g * rows + lane);
+    fits = fits && all_finite(halves + g * rows + lane, 1);
+  }
+  return fits;
+}
+
+/// Says which number of a position's keys or values does not fit; empty if all do.
+std::string misfit(const float* x, int n, KvType type, bool is_key) {
+  const char *name = is_key ? "key" : "value", *flag = is_key ? "-ctk" : "-ctv";
+  const float most = type == KvType::kF16 ? 65504.0f : 127 * 65504.0f;
+  float top = 0;
+  for (int i = 0; i < n; ++i) {
+    if (!std::isfinite(x[i])) return std::string("a ") + name + " is not a finite number: the computation broke down";
+    top = std::max(top, std::fabs(x[i]));
+  }
+  if (type == KvType::kF32 || top <= most) return "";
+  char text[200];
+  std::snprintf(text, sizeof text,
+                "a %s of %g does not fit the KV cache in %s, which ends at %g; f32 holds it (%s f32)", name,
+                double(top), type == KvType::kF16 ? "f16" : "q8_0", double(most), flag);
+  return text;
 }
 
 }  // namespace
@@ -124,6 +172,7 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
       kn.rope(x + h * hd, p.cos + size_t(t) * half, p.sin + size_t(t) * half, hd);
     }
   };
+  std::atomic<int> misfits{T};  // the first row that cannot be stored
   ws.pool.run(T, 4, [&](int begin, int end) {
     float* scratch = mine();
     for (int t = begin; t < end; ++t) {
@@ -132,12 +181,20 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
       float* vt = v + size_t(t) * kv_heads * hd;
       prepare(kt, kv_heads, p.k_bias, p.k_norm, t, true);
       prepare(vt, kv_heads, p.v_bias, nullptr, t, false);
+      bool fits = true;
       for (int h = 0; h < kv_heads; ++h) {
-        store(kn, kt + h * hd, hd, kv.key_type, true, kv.keys + h * key_head, pos + t, stride, scratch);
-        store(kn, vt + h * hd, hd, kv.value_type, false, kv.values + h * value_head, pos + t, stride, scratch);
+        fits &= store(kn, kt + h * hd, hd, kv.key_type, true, kv.keys + h * key_head, pos + t, stride, scratch);
+        fits &= store(kn, vt + h * hd, hd, kv.value_type, false, kv.values + h * value_head, pos + t, stride, scratch);
       }
+      for (int first = misfits; !fits && t < first && !misfits.compare_exchange_weak(first, t);) continue;
     }
   });
+  if (const int t = misfits; t < T) {
+    const int width = kv_heads * hd;
+    std::string what = misfit(k + size_t(t) * width, width, kv.key_type, true);
+    if (what.empty()) what = misfit(v + size_t(t) * width, width, kv.value_type, false);
+    throw RangeError("layer " + std::to_string(p.layer) + ": " + what);
+  }
   const auto first_seen = [&](int position) { return window > 0 ? std::max(0, position + 1 - window) : 0; };
 
   if (T == 1) {  // all threads share the blocks of all heads

@@ -12,6 +12,7 @@ namespace edgemoe {
 
 /// What attention needs besides the projections. Null pointers where the model has none.
 struct AttentionParts {
+  int layer;  ///< for errors
   AttentionShape shape;
   const float *q_bias, *k_bias, *v_bias;
   const float *q_norm, *k_norm;
@@ -23,7 +24,8 @@ struct AttentionParts {
 };
 
 /// Adds biases, norms, clamps and rotates q [T, heads * head_dim], k and v [T, kv_heads * head_dim] in place, stores
-/// k and v at positions [pos, pos + T) and attends causally, to what is stored. out [T, heads * head_dim].
+/// k and v at positions [pos, pos + T) and attends causally, to what is stored. out [T, heads * head_dim]. Throws
+/// RangeError where the cache's type cannot hold a key or value; what lies before `pos` stays.
 void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, const AttentionParts& parts,
                const KvLayer& kv, float* out);
 

@@ -111,7 +111,7 @@ def error_line(error: BaseException) -> str:
         name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return name + error.strerror
     text = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError, MemoryError, ImportError)) and text:
+    if isinstance(error, (EdgemoeError, ValueError, OSError, MemoryError, ImportError)) and text:
         return text
     kind = type(error).__name__
     return f"internal error, {kind}{': ' * bool(text)}{text}; -v shows where"

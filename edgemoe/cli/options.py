@@ -65,7 +65,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     _add(model, "-c", "--ctx-size", type=int, default=0, metavar="N",
          help="most tokens of prompt and reply (default: 0, what fits)")
     _add(model, "-ctk", "--cache-type-k", default="f16", metavar="TYPE",
-         help="keys of the KV cache: f16, or q8_0: half the memory, not exact (default: %(default)s)")
+         help="keys of the KV cache: f16, f32: twice the memory, or q8_0: half of it, not exact (default: %(default)s)")
     _add(model, "-ctv", "--cache-type-v", default="f16", metavar="TYPE",
          help="the same for values (default: %(default)s)")
     _add(model, "-t", "--threads", type=int, metavar="N", help="(default: the cores there are)")

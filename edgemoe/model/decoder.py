@@ -234,7 +234,7 @@ def _layer(config: ModelConfig, ops: Ops, weights: Mapping[str, Weight], i: int)
 
     spec = config.mixer(i)
     vectors = {n: need(n) for n, t in spec.tensors(config.hidden_size).items() if t.kind == "f32"}
-    attention = ops.attention_weights(spec, vectors)
+    attention = ops.attention_weights(i, spec, vectors)
     has_shared = config.shared_width(i) > 0
     return _Layer(
         attn_norm=need("attn_norm"),

@@ -1,4 +1,4 @@
-"""Keys and values of one sequence, in float16 or 8 bits."""
+"""Keys and values of one sequence, in float16, float32 or 8 bits."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from edgemoe.ops import Ops, kv_bytes
 
 __all__ = ["KV_TYPES", "KvCache", "KvTypes"]
 
-KV_TYPES = ("f16", "q8_0")
-"""What keys and values may be: float16, or 8 bits with a float16 scale per 32 values of a head (llama.cpp's names)."""
+KV_TYPES = ("f16", "f32", "q8_0")
+"""What keys and values may be: float16, float32, or 8 bits with a float16 scale per 32 values of a head.
+
+The names are llama.cpp's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +29,9 @@ class KvTypes:
     def __post_init__(self) -> None:
         for name, given in (("cache_type_k", self.keys), ("cache_type_v", self.values)):
             if given not in KV_TYPES:
-                raise ValueError(f"{name}: expected {' or '.join(KV_TYPES)}, got {given}")
+                raise ValueError(
+                    f"{name}: expected {', '.join(KV_TYPES[:-1])} or {KV_TYPES[-1]}, got {given}"
+                )
 
 
 class KvCache:

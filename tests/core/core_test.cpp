@@ -447,7 +447,8 @@ void test_instruction_sets_agree(const ExpertFile& file) {
     route(ws, x.data(), router.data(), T, kHidden, {21, 3, false, true}, scores.data(), experts.data(), gates.data());
     got.push_back(gates);
     got.emplace_back(experts.begin(), experts.end());
-    AttentionParts parts{{heads, kv_heads, head_dim, 0, 0.25f},
+    AttentionParts parts{0,
+                         {heads, kv_heads, head_dim, 0, 0.25f},
                          nullptr,
                          nullptr,
                          nullptr,
@@ -458,8 +459,8 @@ void test_instruction_sets_agree(const ExpertFile& file) {
                          2.0f,
                          angles.data(),
                          angles.data() + T * head_dim / 2};
-    for (const KvType key_type : {KvType::kF16, KvType::kQ8}) {
-      for (const KvType value_type : {KvType::kF16, KvType::kQ8}) {
+    for (const KvType key_type : {KvType::kF16, KvType::kF32, KvType::kQ8}) {
+      for (const KvType value_type : {KvType::kF16, KvType::kF32, KvType::kQ8}) {
         const size_t keys = kv_heads * kv_head_bytes(key_type, capacity, stride);
         std::vector<uint8_t> kv(keys + kv_heads * kv_head_bytes(value_type, capacity, stride));
         const KvLayer layer{kv.data(), kv.data() + keys, key_type, value_type, capacity, stride};

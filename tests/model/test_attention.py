@@ -7,12 +7,17 @@ import itertools
 
 import numpy as np
 import pytest
+import reference
+from decoded import Decoded
+from tiny import tiny_checkpoint
 
 import edgemoe
 from edgemoe import _core
+from edgemoe.cli.main import main
+from edgemoe.convert.convert import convert
 from edgemoe.runtime.budget import Budget
 
-TYPES = list(itertools.product(("f16", "q8_0"), repeat=2))
+TYPES = list(itertools.product(("f16", "f32", "q8_0"), repeat=2))
 
 
 @pytest.fixture(params=_core.usable_isas().split())
@@ -47,7 +52,7 @@ class Case:
         capacity = capacity or self.T
         ws = _core.Workspace(threads, self.T, 64, 64, capacity, self.head_dim, self.heads)
         layer = _core.AttentionLayer(
-            num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim,
+            index=5, num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim,
             window=self.window, scale=self.scale, q_bias=None, k_bias=None, v_bias=None,
             q_norm=None, k_norm=None, norm_per_head=False, norm_eps=1e-6, clip=0.0,
         )  # fmt: skip
@@ -161,23 +166,73 @@ def test_eight_bits_are_those_of_llama_cpp(isa):
     assert np.count_nonzero(difference) < 0.05 * difference.size
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, 1e-30, 3e-5])
-def test_odd_values_stay_what_they_are(value, isa):
+@pytest.mark.parametrize("value", [0.0, 1e-30, 3e-5])
+def test_small_values_stay_what_they_are(value, isa):
     case = Case(heads=1, kv_heads=1, head_dim=32, T=20)
     case.v[7] = value
     got, _ = case.run(("q8_0", "q8_0"), [20])
-    assert np.isfinite(got[:7]).all()
-    assert np.isfinite(value) == np.isfinite(got[7:]).all()
-    if np.isfinite(value):
-        np.testing.assert_allclose(got, case.expected(("q8_0", "q8_0")), atol=1e-5)
-        case.v[:] = value
-        got, _ = case.run(("q8_0", "q8_0"), [20])
-        np.testing.assert_allclose(got, value, rtol=0.02 if value > 1e-9 else 0, atol=1e-9)
+    np.testing.assert_allclose(got, case.expected(("q8_0", "q8_0")), atol=1e-5)
+    case.v[:] = value
+    got, _ = case.run(("q8_0", "q8_0"), [20])
+    np.testing.assert_allclose(got, value, rtol=0.02 if value > 1e-9 else 0, atol=1e-9)
+
+
+# What a type holds at most, the first number that it does not, and what the error says of it.
+LIMITS = [
+    (
+        "f16",
+        65504.0,
+        65520.0,
+        "of 65520 does not fit the KV cache in f16, which ends at 65504; f32",
+    ),
+    ("q8_0", 127 * 65504.0, 8.4e6, r"of 8.4e\+06 does not fit the KV cache in q8_0, which ends at"),
+    ("f32", 3e38, np.inf, "is not a finite number"),
+]
+
+
+@pytest.mark.parametrize("chunks", [[20], [1] * 20], ids=["prompt", "tokens"])
+@pytest.mark.parametrize(("kind", "most", "more", "message"), LIMITS, ids=lambda x: str(x)[:5])
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_what_does_not_fit_is_refused_by_layer(name, kind, most, more, message, chunks, isa):
+    case = Case(heads=2, kv_heads=2, head_dim=32, T=20)
+    rows = case.k if name == "key" else case.v
+    types = (kind, "f32") if name == "key" else ("f32", kind)
+    rows[7, 1, 3] = -most
+    case.q[:, 1, 3] = 0  # scores stay in range
+    got, _ = case.run(types, chunks)
+    assert np.isfinite(got).all()
+    for value, said in ((more, message), (np.nan, "is not a finite number")):
+        rows[7, 1, 3] = value
+        with pytest.raises(edgemoe.RangeError, match=f"^layer 5: a {name} {said}"):
+            case.run(types, chunks)
+
+
+def test_a_cache_that_refused_keeps_what_was_before(isa):
+    case = Case(T=60)
+    expected, kv = case.run(("f16", "q8_0"), [40, 20])
+    parts = []
+    with pytest.MonkeyPatch.context() as patch:
+        attention = _core.attention
+
+        def fail_first(*args):
+            """Every chunk comes twice; the first time one of its numbers is too large."""
+            q, k, v, out = (args[i].copy() for i in (2, 3, 4, 9))
+            k[-1, 5] = 1e6
+            with pytest.raises(edgemoe.RangeError):
+                attention(*args[:2], q, k, v, *args[5:9], out)
+            parts.append(args[5])
+            attention(*args)
+
+        patch.setattr(_core, "attention", fail_first)
+        got, same = case.run(("f16", "q8_0"), [40, 20])
+    assert parts == [0, 40]
+    assert np.array_equal(got, expected)
+    assert np.array_equal(same.content, kv.content)
 
 
 def test_wrong_caches_get_one_clear_line():
     case = Case(T=20)
-    with pytest.raises(ValueError, match="expected f16 or q8_0, got q4_0"):
+    with pytest.raises(ValueError, match="expected f16, f32 or q8_0, got q4_0"):
         case.run(("q4_0", "f16"), [20])
     with pytest.raises(ValueError, match="outside the context of 19"):
         case.run(("f16", "q8_0"), [20], capacity=19)
@@ -272,5 +327,32 @@ def test_more_context_fits_a_small_budget(tiny_moe):
 
 @pytest.mark.parametrize("name", ["cache_type_k", "cache_type_v"])
 def test_an_unknown_type_gets_one_clear_line(tiny_moe, name):
-    with pytest.raises(ValueError, match=f"{name}: expected f16 or q8_0, got q4_0"):
+    with pytest.raises(ValueError, match=f"{name}: expected f16, f32 or q8_0, got q4_0"):
         edgemoe.load(tiny_moe, **{name: "q4_0"})
+
+
+def test_an_engine_says_what_holds_its_values_and_goes_on(tmp_path, capsys):
+    """Values of which float16 cannot hold the largest: refused by name, and right in float32."""
+    source = tiny_checkpoint(experts=2)  # all of them for each token: no near ties
+    source.tensor("model.layers.1.self_attn.v_proj.weight")[:] *= 20_000
+    source.tensor("model.layers.1.self_attn.o_proj.weight")[:] /= 20_000
+    convert(source, tmp_path / "x.moe")
+    decoded = Decoded(tmp_path / "x.moe")
+    ids = np.arange(200)
+    expected, _ = reference.logits(decoded.config, decoded.tensors, decoded.expert, ids.tolist())
+    with edgemoe.load(tmp_path / "x.moe", cache_type_v="f32") as engine:
+        assert engine.notes == ()
+        right = engine.logits(ids)
+    assert np.abs(right - expected).max() < 0.15 * expected.std()
+    said = (
+        r"^layer 1: a value of .* does not fit the KV cache in f16, .*; f32 holds it \(-ctv f32\)$"
+    )
+    with edgemoe.load(tmp_path / "x.moe") as engine:
+        with pytest.raises(edgemoe.RangeError, match=said):
+            engine.logits(ids)
+        short = engine.logits(ids[:1])
+        with pytest.raises(edgemoe.RangeError, match=said):
+            engine.extend(ids[1:])
+        assert np.array_equal(engine.logits(ids[:1]), short)
+    assert main(["bench", str(tmp_path / "x.moe"), "-p", "64", "-n", "2"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("edgemoe bench: layer 1: a value of")
