@@ -114,7 +114,7 @@ def every_op(seed=3):
         _core.route(ws, x, router, over_top_k, renormalise, scores, experts, gates)
         out += [experts.copy(), gates.copy()]
     layer = _core.AttentionLayer(
-        num_heads=heads, num_kv_heads=kv_heads, head_dim=hd, window=0, scale=hd**-0.5,
+        index=0, num_heads=heads, num_kv_heads=kv_heads, head_dim=hd, window=0, scale=hd**-0.5,
         q_bias=None, k_bias=None, v_bias=rng.standard_normal(kv_heads * hd).astype(np.float32),
         q_norm=np.ones(hd, np.float32), k_norm=np.ones(hd, np.float32),
         norm_per_head=True, norm_eps=1e-6, clip=2.0,
