@@ -108,7 +108,7 @@ def test_nothing_is_no_file_and_no_matrix(tiny_moe):
         (lambda: kv(num_heads=0), "num_heads: expected 1 to 4096, got 0"),
         (lambda: kv(capacity=-5), "capacity"),
         (lambda: kv(head_dim=1 << 20), "head_dim"),
-        (lambda: kv(key_type="q4"), "expected f16 or q8_0, got q4"),
+        (lambda: kv(key_type="q4"), "expected f16, f32 or q8_0, got q4"),
         (lambda: _core.KvLayer.bytes("f16", 1, 0, 16), "capacity"),
         (lambda: attention_layer(num_heads=-4), "num_heads"),
         (lambda: attention_layer(num_kv_heads=0), "multiple of the kv heads"),
@@ -129,7 +129,14 @@ def kv(**changes):
 
 def attention_layer(**changes):
     none = dict.fromkeys(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"))
-    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "window": 0, "scale": 0.25}
+    sizes = {
+        "index": 0,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 16,
+        "window": 0,
+        "scale": 0.25,
+    }
     rest = {"norm_per_head": False, "norm_eps": 1e-5, "clip": 0.0}
     return _core.AttentionLayer(**{**sizes, **none, **rest, **changes})
 
