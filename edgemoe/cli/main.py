@@ -18,7 +18,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "convert": ("edgemoe.cli.convert", "make a .moe file from a checkpoint"),
     "demo": ("edgemoe.cli.demo", "build the demo model"),
     "inspect": ("edgemoe.cli.inspect", "say what a .moe file holds, and check it"),
-    "profile": ("edgemoe.cli.profile", "record, judge and replay how a model routes"),
+    "profile": ("edgemoe.cli.profile.command", "record, judge and replay how a model routes"),
     "quality": ("edgemoe.cli.quality", "measure what levels and schedulers cost in quality"),
     "run": ("edgemoe.cli.run", "chat with a model; also installed as edgemoe-run"),
     "schedulers": ("edgemoe.cli.scheduling", "tell what may decide, and its options"),

@@ -1,0 +1,1 @@
+"""`edgemoe profile`: one file a subcommand."""
