@@ -101,7 +101,7 @@ def test_the_page_needs_nothing_else(traced, tmp_path, capsys):
     [
         (["report", "{tmp}/none"], "No such file"),
         (["report", "{tmp}/broken"], "not a trace"),
-        (["replay", "{trace}", "--budgets", "0%"], "--budgets: expected shares"),
+        (["replay", "{trace}", "--budgets", "0%"], "budgets: expected shares"),
         (["replay", "{trace}", "--budgets", "soon"], "expected something like 4GiB"),
         (["replay", "{trace}", "--budgets", "1KiB"], "one expert takes"),
         (["replay", "{trace}", "--schedulers", "nosuch"], "scheduler: expected one of"),

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import math
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from edgemoe.cli.console import note
+from edgemoe.errors import FormatError
 
 if TYPE_CHECKING:
     from edgemoe.lab.report.tables import Table
     from edgemoe.lab.routing.timing import Timing
     from edgemoe.runtime.trace import Trace
 
-__all__ = ["add_command", "print_json", "print_table", "timing_of", "title"]
+__all__ = ["add_command", "or_note", "print_json", "print_table", "title"]
+
+_T = TypeVar("_T")
 
 
 def add_command(commands: Any, name: str, run: Any, about: str) -> argparse.ArgumentParser:
+    """Adds a subcommand, which `run` runs, and returns its parser."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name, prog=f"edgemoe profile {name}", help=about, description=f"{about.capitalize()}."
     )
@@ -29,17 +31,19 @@ def add_command(commands: Any, name: str, run: Any, about: str) -> argparse.Argu
     return parser
 
 
-def timing_of(trace: Trace) -> Timing | None:
-    from edgemoe.lab.routing.timing import fit
-
+def or_note(make: Callable[[], _T], *, what: str) -> _T | None:
+    """Returns what is made; None, and says why, where the trace has too little for it."""
     try:
-        return fit(trace)
+        return make()
+    except FormatError:
+        raise
     except ValueError as error:
-        note(f"# no prediction of times: {error}")
+        note(f"# {what}: {error}")
         return None
 
 
 def title(trace: Trace) -> str:
+    """Returns a line about a trace."""
     h = trace.header
     _, tokens = trace.passes()
     return (
@@ -50,6 +54,7 @@ def title(trace: Trace) -> str:
 
 
 def print_table(table: Table) -> None:
+    """Prints a table under its heading."""
     from edgemoe.lab.report.tables import markdown
 
     print(f"\n{table[0]}\n\n{markdown(table)}")
@@ -58,21 +63,13 @@ def print_table(table: Table) -> None:
 def print_json(
     trace: Trace, args: argparse.Namespace, timing: Timing | None, **values: object
 ) -> None:
+    """Prints what was found as one JSON object."""
+    from edgemoe.lab.report.report import to_json
+
     report = {
         "command": sys.argv,
         "trace": dataclasses.asdict(trace.header),
         "timing": None if timing is None else dataclasses.asdict(timing),
         **values,
     }
-    # What cannot be said is null: JSON has no nan.
-    print(json.dumps(_clean(report), indent=1, allow_nan=False))
-
-
-def _clean(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {k: _clean(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_clean(v) for v in value]
-    return value
+    print(to_json(report))

@@ -47,7 +47,10 @@ def _plot(args: argparse.Namespace) -> None:
          pictures.timeline(trace, timing=timing)),
         ("Where the time went", "The mean single token, layer by layer.", pictures.waits(waits["layers"])),
     ]  # fmt: skip
-    if settings := _measured(args, trace, timing):
+    settings, refused = _qualities(args, trace, timing)
+    for line in refused:
+        note(f"# not drawn: {line}")
+    if settings:
         figures.insert(1, ("Quality and speed", "Settings whose quality the model's file holds, with the memory of the "
                            "trace: predicted speed, and the measured change of perplexity. The dashed line is 1%.",
                            pictures.qualities(settings)))  # fmt: skip
@@ -68,22 +71,15 @@ def _plot(args: argparse.Namespace) -> None:
             note(f"# {target}")
 
 
-def _measured(
+def _qualities(
     args: argparse.Namespace, trace: Trace, timing: Timing | None
-) -> list[dict[str, Any]]:
-    """Returns the speeds and losses of the settings that the model's file has measured, for a picture."""
+) -> tuple[list[dict[str, Any]], list[str]]:
     from edgemoe.file.format import open_moe
-    from edgemoe.lab.quality.choice import applies, stored
+    from edgemoe.lab.quality.choice import stored_rows
     from edgemoe.lab.routing.study import measured
 
     if args.model is None or timing is None:
-        return []
+        return [], []
     moe = open_moe(args.model)
-    if (report := stored(moe)) is None:
-        return []
-    dense = moe.dense_ladder[-1]
-    rows = [row for row in report["rows"] if row["dense_bits"] == dense and applies(moe, row)]
-    found, refused = measured(trace, rows, timing=timing, sections=moe.sections)
-    for line in refused:
-        note(f"# not drawn: {line}")
-    return found
+    rows = stored_rows(moe, dense_bits=moe.dense_ladder[-1])
+    return measured(trace, rows, timing=timing, sections=moe.sections)

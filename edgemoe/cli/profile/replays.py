@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.console import note
-from edgemoe.cli.profile.common import timing_of
+from edgemoe.cli.profile.common import or_note
 from edgemoe.cli.scheduling import read_settings
 
 if TYPE_CHECKING:
@@ -39,31 +39,27 @@ def add_flags(command: argparse.ArgumentParser, *, model_is_for: str) -> None:
 
 
 def studied(args: argparse.Namespace, trace: Trace) -> tuple[Timing | None, list[dict[str, Any]]]:
+    """Returns what layers take, if the trace says it, and a row for each replay that the flags ask for."""
     from edgemoe.cli.progress import Progress
     from edgemoe.file.format import open_moe
-    from edgemoe.lab.routing.study import lines, study
+    from edgemoe.lab.routing.study import budget_of, lines, remarks, study
+    from edgemoe.lab.routing.timing import fit
     from edgemoe.runtime.trace import read
-    from edgemoe.scheduler import KINDS, check_options
 
     given = _settings_by_scheduler(args.set)
-    for name, options in given.items():  # before replays take minutes
+    for name in given:
         if name not in args.schedulers:
-            raise ValueError(
-                f"--set {name}: expected one of --schedulers, {', '.join(args.schedulers)}"
-            )
-        if name in KINDS:
-            check_options(name, options)
+            known = ", ".join(args.schedulers)
+            raise ValueError(f"--set {name}: expected one of --schedulers, {known}")
     ways = lines(args.schedulers, args.policies, given)
-    budgets = list(dict.fromkeys(_budget(text, trace) for text in args.budgets))
-    timing = timing_of(trace if args.timing is None else read(args.timing))
+    budgets = list(dict.fromkeys(budget_of(text, trace) for text in args.budgets))
+    timed = trace if args.timing is None else read(args.timing)
+    timing = or_note(lambda: fit(timed), what="no prediction of times")
     sections = {} if args.model is None else open_moe(args.model).sections
     with Progress("replaying", unit="run") as progress:
         rows = study(trace, ways, budgets, timing=timing, sections=sections, progress=progress)
-    for line in sorted({line for r in rows for line in r["notes"] if line.startswith("a trace")}):
+    for line in remarks(trace, rows):
         note(f"# {line}")
-    further = {r["scheduler"] for r in rows if r["look_ahead"] > trace.header.look_ahead}
-    for name in sorted(further):
-        note(f"# {name} looks further ahead than the trace does; --look-ahead records more")
     return timing, rows
 
 
@@ -76,19 +72,3 @@ def _settings_by_scheduler(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ValueError(f"--set: expected SCHEDULER.KEY=VALUE, got {text!r}")
         out.setdefault(scheduler, {}).update(read_settings([rest]))
     return out
-
-
-def _budget(text: str, trace: Trace) -> int:
-    from edgemoe.runtime.budget import parse_size
-
-    header = trace.header
-    everything = header.num_layers * header.num_experts * header.mean_bytes[-1]
-    if not text.endswith("%"):
-        return parse_size(text)
-    try:
-        share = float(text[:-1]) / 100
-    except ValueError:
-        share = -1.0
-    if not 0 < share <= 1:
-        raise ValueError(f"--budgets: expected shares like 25% or sizes like 200MiB, got {text!r}")
-    return int(share * everything)

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-from edgemoe.cli.console import note
-from edgemoe.cli.profile.common import add_command, print_json, print_table, timing_of, title
-from edgemoe.errors import FormatError
+from edgemoe.cli.profile.common import add_command, or_note, print_json, print_table, title
 
 __all__ = ["add"]
-
-_T = TypeVar("_T")
 
 
 def add(commands: Any) -> None:
@@ -30,14 +25,15 @@ def _report(args: argparse.Namespace) -> None:
     from edgemoe.file.format import open_moe
     from edgemoe.lab.report import report, tables
     from edgemoe.lab.routing.predictors import predictions
+    from edgemoe.lab.routing.timing import fit
     from edgemoe.runtime.trace import read
 
     trace = read(args.trace)
-    timing = timing_of(trace)
+    timing = or_note(lambda: fit(trace), what="no prediction of times")
     used, local = report.usage(trace), report.locality(trace)
     sections = {} if args.model is None else open_moe(args.model).sections
-    guesses = _or_note(lambda: predictions(trace, timing, sections))
-    waits = _or_note(lambda: report.waits(trace))
+    guesses = or_note(lambda: predictions(trace, timing, sections), what="left out")
+    waits = or_note(lambda: report.waits(trace), what="left out")
     if args.json:
         print_json(
             trace, args, timing, usage=used, locality=local, waits=waits,
@@ -51,14 +47,3 @@ def _report(args: argparse.Namespace) -> None:
         *(tables.waits(waits) if waits else []),
     ]:  # fmt: skip
         print_table(table)
-
-
-def _or_note(make: Callable[[], _T]) -> _T | None:
-    """Returns what is made; None, and says why, where the trace has too few single tokens for it."""
-    try:
-        return make()
-    except FormatError:
-        raise
-    except ValueError as error:
-        note(f"# left out: {error}")
-        return None

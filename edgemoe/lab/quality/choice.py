@@ -21,7 +21,17 @@ from edgemoe.quant import Allocation
 from edgemoe.scheduler import SECTIONS
 from edgemoe.store import all_expert_bytes, dense_bytes, level_bytes
 
-__all__ = ["Choice", "applies", "choose", "find", "is_plain", "merged", "sections_sum", "stored"]
+__all__ = [
+    "Choice",
+    "applies",
+    "choose",
+    "find",
+    "is_plain",
+    "merged",
+    "sections_sum",
+    "stored",
+    "stored_rows",
+]
 
 Row = Mapping[str, Any]
 
@@ -109,6 +119,13 @@ def applies(moe: MoeFile, row: Row) -> bool:
     """Says whether a row was measured with what the file holds now."""
     now = sections_sum(moe, bits=row["bits"], scheduler=row["scheduler"], options=row["options"])
     return bool(row["sections"] == now)
+
+
+def stored_rows(moe: MoeFile, *, dense_bits: int) -> list[Row]:
+    """Returns the rows that the file holds at these dense bits and that were measured with what it holds now."""
+    report = stored(moe)
+    rows = () if report is None else report["rows"]
+    return [row for row in rows if row["dense_bits"] == dense_bits and applies(moe, row)]
 
 
 def find(

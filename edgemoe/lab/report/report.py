@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,7 @@ import numpy as np
 from edgemoe.lab.routing import metrics
 from edgemoe.runtime.trace import Trace
 
-__all__ = ["locality", "usage", "waits"]
+__all__ = ["locality", "to_json", "usage", "waits"]
 
 _SHARES = (0.1, 0.25, 0.5)
 _WINDOWS = (4, 16, 64, 256)
@@ -131,3 +134,18 @@ def waits(trace: Trace) -> dict[str, Any]:
         "skipped": float((bits == 0).mean()),
         "layers": layers,
     }
+
+
+def to_json(report: Mapping[str, Any]) -> str:
+    """Returns a report as JSON, in which what cannot be said is null: JSON has no nan."""
+    return json.dumps(_plain(report), indent=1, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value

@@ -11,10 +11,11 @@ from edgemoe.lab.routing.oracles import ORACLES
 from edgemoe.lab.routing.replay import Replay, Tape, make_scheduler, replay
 from edgemoe.lab.routing.timing import Timing
 from edgemoe.quant import Allocation
+from edgemoe.runtime.budget import parse_size
 from edgemoe.runtime.trace import Trace
-from edgemoe.scheduler import Scheduler
+from edgemoe.scheduler import KINDS, Scheduler, check_options
 
-__all__ = ["Line", "lines", "measured", "study"]
+__all__ = ["Line", "budget_of", "lines", "measured", "remarks", "study"]
 
 _BASELINES = ("lru", "lfu")
 
@@ -39,8 +40,11 @@ def lines(
         options: of each scheduler, by its name.
 
     Raises:
-        ValueError: no such policy.
+        ValueError: no such policy, or no such option of a scheduler.
     """
+    for name, given in options.items():  # before replays take minutes
+        if name in KINDS:
+            check_options(name, given)
     for policy in policies:
         if policy not in _BASELINES:
             raise ValueError(f"policy: expected one of {', '.join(_BASELINES)}, got {policy}")
@@ -55,6 +59,39 @@ def lines(
     for name, label in zip(ORACLES, ("SCH(16)", "Belady"), strict=True):
         out.append(Line(name=label, scheduler=name, policy="lfu", options={}))
     return out
+
+
+def budget_of(text: str, trace: Trace) -> int:
+    """Returns the bytes of a size like 200MiB, or of a share like 25% of all experts.
+
+    Raises:
+        ValueError: neither.
+    """
+    if not text.endswith("%"):
+        return parse_size(text)
+    try:
+        share = float(text[:-1]) / 100
+    except ValueError:
+        share = -1.0
+    if not 0 < share <= 1:
+        raise ValueError(f"budgets: expected shares like 25% or sizes like 200MiB, got {text!r}")
+    return int(share * _everything(trace))
+
+
+def _everything(trace: Trace) -> int:
+    """Returns the bytes of all experts at the trace's bits."""
+    header = trace.header
+    return int(header.num_layers * header.num_experts * header.mean_bytes[-1])
+
+
+def remarks(trace: Trace, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Returns what a reader of the rows of `study` must know: where a trace is less than a run."""
+    said = sorted({line for r in rows for line in r["notes"] if line.startswith("a trace")})
+    further = {r["scheduler"] for r in rows if r["look_ahead"] > trace.header.look_ahead}
+    return said + [
+        f"{name} looks further ahead than the trace does; --look-ahead records more"
+        for name in sorted(further)
+    ]
 
 
 def study(
@@ -75,8 +112,7 @@ def study(
         budgets: bytes for experts.
         sections: of the model's file, where a scheduler may have tables of its own.
     """
-    header = trace.header
-    everything = header.num_layers * header.num_experts * header.mean_bytes[-1]
+    everything = _everything(trace)
     tape, control = Tape(trace), Tape(trace, shuffle=True)
     rows: list[dict[str, Any]] = []
     total = len(ways) * len(budgets)
