@@ -69,9 +69,7 @@ def _convert(args: argparse.Namespace) -> None:
         allocation = Allocation.from_json(args.allocation.read_bytes(), str(args.allocation))
     source = _carved(args.source) if args.carve else _checkpoint(args.source)
     if "tokenizer.json" not in source.files:
-        note(
-            f"{_PROG}: {source.name}: no tokenizer.json; the file will take and give token ids only"
-        )
+        note(f"{_PROG}: {source.name}: {_without_tokenizer(args.source)}")
     with Progress(f"writing {out.name}", unit="B") as progress:
         convert(
             source, out, bits=args.bits, scheme=scheme, calibration=calibration,
@@ -79,6 +77,19 @@ def _convert(args: argparse.Namespace) -> None:
             say=lambda text: note(f"{_PROG}: {source.name}: {text}"),
         )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {_gib(out.stat().st_size)}")
+
+
+def _without_tokenizer(path: Path) -> str:
+    from edgemoe.convert.folder import other_tokenizer
+
+    text = "no tokenizer.json; the file will take and give token ids only"
+    found = other_tokenizer(path)
+    if found:
+        text += (
+            f"; transformers makes one of its {found}: "
+            "AutoTokenizer.from_pretrained(SOURCE).save_pretrained(SOURCE)"
+        )
+    return text
 
 
 def _check_target(out: Path, *, overwrite: bool) -> None:

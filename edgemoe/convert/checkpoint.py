@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, shortened
 
 __all__ = ["Checkpoint", "file_identity", "listed", "refuse_unused"]
 
@@ -48,11 +48,16 @@ def file_identity(paths: Sequence[Path]) -> str:
     return " ".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)
 
 
-def listed(names: Collection[str]) -> str:
-    """Returns the first three names of tensors and how many more there are."""
-    shown, rest = sorted(names)[:3], len(names) - 3
-    more = f" and {rest} more" if rest > 0 else ""
-    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(shown)}{more}"
+def listed(names: Iterable[str]) -> str:
+    """Returns the first three names of tensors and how many more there are; empty for none."""
+    shown: list[str] = []
+    count = 0
+    for count, name in enumerate(names, start=1):  # noqa: B007 (a stack may have millions)
+        shown = sorted([*shown, name])[:3]
+    if not shown:
+        return ""
+    more = f" and {count - 3} more" if count > 3 else ""
+    return f"tensor{'s' * (count > 1)} {', '.join(map(shortened, shown))}{more}"
 
 
 def refuse_unused(
@@ -68,14 +73,15 @@ def refuse_unused(
     Raises:
         FormatError: names the tensors that are left over.
     """
-    # Old checkpoints store the RoPE frequencies, which config.json determines.
-    unused = {
-        n for n in set(checkpoint.shapes) - set(used) if not n.endswith("rotary_emb.inv_freq")
-    }
+    known = set(used)
     head, embed = "lm_head.weight", "model.embed_tokens.weight"
-    if tied and head in unused:
+    if tied and head in checkpoint.shapes and head not in known:
         if not np.array_equal(checkpoint.tensor(head), checkpoint.tensor(embed)):
             raise FormatError(f"{head}: differs from {embed}, though tie_word_embeddings is true")
-        unused.remove(head)
+        known.add(head)
+    # Old checkpoints store the RoPE frequencies, which config.json determines.
+    unused = listed(
+        n for n in checkpoint.shapes if n not in known and not n.endswith("rotary_emb.inv_freq")
+    )
     if unused:
-        raise FormatError(f"not part of a model of family {family}: {listed(unused)}")
+        raise FormatError(f"not part of a model of family {family}: {unused}")

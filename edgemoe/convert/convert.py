@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.source import SourceModel
+from edgemoe.convert.text import check_text
 from edgemoe.file.writer import Writer
 from edgemoe.quant import SCHEMES, Allocation, Calibration, Scheme
-from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Progress", "convert"]
 
 Progress = Callable[[int, int], None]
 """Is told the bytes written and the bytes in total."""
 
+_LONGEST = 1000  # characters
 _PROVENANCE = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
 
 
@@ -64,12 +66,11 @@ def convert(
     if say is not None:
         for line in model.notes:
             say(line)
-    if "tokenizer.json" in source.files:
-        Tokenizer.from_files(source.files)  # a broken one is better found now than at every run
+    check_text(source, config.vocab_size)
     provenance: dict[str, Any] = {
         "name": source.name,
         "family": config.family,
-        "config": {key: source.config[key] for key in _PROVENANCE if key in source.config},
+        "config": {key: source.config[key] for key in _PROVENANCE if _is_short(source.config, key)},
         "fingerprint": _fingerprint(model, source.identity),
     }
     if calibration is not None:
@@ -101,6 +102,11 @@ def convert(
         writer.finish()
         if progress is not None:
             progress(writer.total_bytes, writer.total_bytes)
+
+
+def _is_short(config: Mapping[str, Any], key: str) -> bool:
+    """Says whether there is a key, of no more than such a key's real values."""
+    return key in config and len(json.dumps(config[key])) <= _LONGEST
 
 
 def _checksum(path: Path) -> str:

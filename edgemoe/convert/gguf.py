@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.convert.checkpoint import file_identity
+from edgemoe.convert.folder import read_file, require_file
 from edgemoe.convert.gguf_tokenizer import tokenizer_files
 from edgemoe.errors import FormatError, quoted
 
@@ -38,7 +39,15 @@ _PER_LAYER = {
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _QK_NAME = re.compile(r"blk\.\d+\.attn_([qk])\.(?:weight|bias)")
 
-BROKEN = (ValueError, KeyError, IndexError, TypeError, OverflowError, NotImplementedError)
+BROKEN = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    NotImplementedError,
+    RecursionError,
+)
 """What the gguf package raises on malformed input; every one of them is the file's fault."""
 
 
@@ -63,6 +72,12 @@ class GGUFCheckpoint:
             self._meta = {name: field.contents() for name, field in reader.fields.items()}
         except BROKEN as error:
             raise FormatError(f"{self.name}: broken GGUF metadata: {error}") from error
+        parts = self._meta.get("split.count", 0)
+        if parts not in (0, 1):
+            raise FormatError(
+                f"{self.name}: is one of {quoted(parts)} parts of a split GGUF file; "
+                "llama-gguf-split --merge makes one of them"
+            )
         self._tensors = {}
         for tensor in reader.tensors:
             self._tensors[self._hf_name(tensor.name)] = tensor
@@ -74,9 +89,9 @@ class GGUFCheckpoint:
         files = tokenizer_files(
             self._meta, context_length=self.config["max_position_embeddings"], where=self.name
         )
-        licence = path.with_name("LICENSE")
-        if licence.is_file():
-            files["LICENSE"] = licence.read_bytes()
+        licence = read_file(path.parent, "LICENSE")
+        if licence is not None:
+            files["LICENSE"] = licence
         self.files: Mapping[str, bytes] = files
 
     def tensor(self, name: str) -> NDArray[np.float32]:
@@ -245,10 +260,12 @@ def open_gguf(path: Path) -> GGUFReader:
                 raise ValueError(f"ends at byte {len(self.data)}, expected at least {end}")
             return super()._get(offset, dtype, count, *rest, **kw)
 
-    if not path.is_file():
-        raise FormatError(f"{path}: no such file")
+    require_file(path)
     try:
         with np.errstate(over="ignore"):  # sizes from a broken file may wrap; _get catches them
-            return Bounded(path)
+            reader = Bounded(path)
     except BROKEN as error:
         raise FormatError(f"{path.name}: not a readable GGUF file: {error}") from error
+    if reader.byte_order == "S":  # the package swaps the metadata and not the weights
+        raise FormatError(f"{path.name}: is a big-endian GGUF file; expected a little-endian one")
+    return reader

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +10,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.convert.checkpoint import file_identity
+from edgemoe.convert.folder import exists, missing, read_file
 from edgemoe.convert.safetensors_file import StoredTensor, read_header
-from edgemoe.errors import FormatError, quoted
+from edgemoe.errors import FormatError, quoted, shortened
+from edgemoe.file.parse import parse_object
 
 __all__ = ["HFCheckpoint"]
 
 _CONFIG = "config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_MOST_INDEX = 64 << 20
 _FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -27,6 +29,7 @@ _FILES = (
     "generation_config.json",
     "LICENSE",
 )
+_LONGEST_NUMBER = 8  # digits of an index into a stack
 
 
 class HFCheckpoint:
@@ -48,18 +51,13 @@ class HFCheckpoint:
             what = "is not a directory" if path.exists() else "no such directory"
             raise FormatError(f"{path}: {what}; expected a Hugging Face checkpoint")
         self.name: str = path.resolve().name
-        self.identity: str = file_identity(sorted(path.glob("*.safetensors")))
-        self.config: Mapping[str, Any] = _read_json(path / _CONFIG)
-        self.files: Mapping[str, bytes] = {
-            name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()
-        }
-        self._tensors: dict[str, StoredTensor] = {}
-        for tensor in _stored_tensors(path).values():
-            for part in tensor.parts() if len(tensor.shape) == 3 else [tensor]:
-                self._tensors[part.name] = part
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: tensor.shape for name, tensor in self._tensors.items()
-        }
+        self.config: Mapping[str, Any] = _read_json(path, _CONFIG)
+        found = {name: read_file(path, name) for name in _FILES}
+        self.files: Mapping[str, bytes] = {n: data for n, data in found.items() if data is not None}
+        stored = _stored_tensors(path)
+        self.identity: str = file_identity(sorted({tensor.path for tensor in stored.values()}))
+        self._tensors = _Tensors(stored)
+        self.shapes: Mapping[str, tuple[int, ...]] = _Shapes(self._tensors)
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Reads one tensor as float32, C-contiguous.
@@ -67,19 +65,71 @@ class HFCheckpoint:
         Raises:
             FormatError: there is no such tensor, or its file is truncated.
         """
-        if name not in self._tensors:
-            raise FormatError(f"{self.name}: no tensor {name}")
-        return self._tensors[name].read()
+        try:
+            return self._tensors[name].read()
+        except KeyError:
+            raise FormatError(f"{self.name}: no tensor {name}") from None
+
+
+class _Tensors(Mapping[str, StoredTensor]):
+    """Stored tensors by name; the matrices of a stack are made when they are asked for, however many it has."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._stored = stored
+        for name, tensor in stored.items():
+            if self._part(name) is not None:
+                raise FormatError(f"{tensor.path}: {name} is stored, and a stack that has it too")
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        tensor = self._stored.get(name)
+        if tensor is None or len(tensor.shape) == 3:
+            tensor = self._part(name)
+        if tensor is None:
+            raise KeyError(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        for name, tensor in self._stored.items():
+            if len(tensor.shape) == 3:
+                yield from (f"{name}.{i}" for i in range(tensor.shape[0]))
+            else:
+                yield name
+
+    def __len__(self) -> int:
+        return sum(t.shape[0] if len(t.shape) == 3 else 1 for t in self._stored.values())
+
+    def _part(self, name: str) -> StoredTensor | None:
+        stack, _, number = name.rpartition(".")
+        tensor = self._stored.get(stack)
+        if tensor is None or len(tensor.shape) != 3 or len(number) > _LONGEST_NUMBER:
+            return None
+        if not number.isdecimal() or number != str(int(number)) or int(number) >= tensor.shape[0]:
+            return None
+        return tensor.part(int(number))
+
+
+class _Shapes(Mapping[str, tuple[int, ...]]):
+    def __init__(self, tensors: _Tensors) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].shape
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Returns all tensors of a single or sharded checkpoint."""
     # transformers, too, prefers the single file where a directory has both.
-    if (path / _SINGLE).is_file():
+    if exists(path / _SINGLE):
         return read_header(path / _SINGLE)
-    if not (path / _INDEX).is_file():
-        raise FormatError(f"{path}: no {_SINGLE} and no {_INDEX}; only safetensors are supported")
-    weight_map = _read_json(path / _INDEX).get("weight_map")
+    if not exists(path / _INDEX):
+        raise _without_index(path)
+    weight_map = _read_json(path, _INDEX, most=_MOST_INDEX).get("weight_map")
     if not isinstance(weight_map, dict):
         raise FormatError(
             f"{path / _INDEX}: weight_map must be an object, got {quoted(weight_map)}"
@@ -87,23 +137,32 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     shards: dict[str, dict[str, StoredTensor]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise FormatError(f"{path / _INDEX}: {name}: expected a file name, got {quoted(shard)}")
+            raise FormatError(
+                f"{path / _INDEX}: {shortened(name)}: expected a file name, got {quoted(shard)}"
+            )
         if shard not in shards:
             shards[shard] = read_header(path / shard)
         if name not in shards[shard]:
-            raise FormatError(f"{path / shard}: no tensor {name}, which {_INDEX} places there")
+            raise FormatError(
+                f"{path / shard}: no tensor {shortened(name)}, which {_INDEX} places there"
+            )
     # Those that the index forgot count too, so that they are reported as unknown, not dropped.
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     return tensors | {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FormatError(f"{path}: no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise FormatError(f"{path}: expected a JSON object, got {type(values).__name__}")
-    return values
+def _without_index(path: Path) -> FormatError:
+    found = sorted(p.name for p in path.glob("*.safetensors"))
+    if not found:
+        return FormatError(f"{path}: no {_SINGLE} and no {_INDEX}; only safetensors are supported")
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return FormatError(
+        f"{path}: has {found[0]}{more}, but no {_INDEX}, which says what is in which file, and no {_SINGLE}"
+    )
+
+
+def _read_json(path: Path, name: str, *, most: int = 16 << 20) -> dict[str, Any]:
+    content = read_file(path, name, is_copied=False)
+    if content is None:
+        raise missing(path / name)
+    return parse_object(content, str(path / name), most=most)

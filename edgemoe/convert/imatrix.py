@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig
 from edgemoe.convert.gguf import BROKEN, open_gguf
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, shortened
 from edgemoe.file.format import open_moe
 from edgemoe.quant import write_calibration
 
@@ -38,7 +38,7 @@ _EXPERTS = {
     "hidden": ("ffn_down_exps",),
 }
 _CHUNK = 512  # tokens of a call
-_LONGEST_NAME, _MOST_VALUES = 1 << 10, 1 << 28
+_LONGEST_NAME, _MOST_VALUES, _MOST_TOKENS = 1 << 10, 1 << 28, 1 << 53
 
 
 def convert_imatrix(model: str | os.PathLike[str], imatrix: Path, out: Path) -> tuple[str, ...]:
@@ -78,7 +78,12 @@ def read_imatrix(path: Path) -> dict[str, Entry]:
             magic = file.read(4)
     except FileNotFoundError:
         raise FormatError(f"{path}: no such file") from None
-    return _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
+    entries = _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
+    for name, (sums, counts) in entries.items():
+        # Sums of squares; a model that was run in half precision may have overflowed.
+        if not (np.isfinite(sums).all() and (sums >= 0).all() and (counts >= 0).all()):
+            raise FormatError(f"{path}: {shortened(name)} holds what is no sum of squares")
+    return entries
 
 
 def _tensors(
@@ -134,8 +139,11 @@ def _read_gguf(path: Path) -> dict[str, Entry]:
         for name, sums in tensors.items():
             base, dot, kind = name.rpartition(".")
             if kind == "in_sum2":
-                counts = tensors[f"{base}{dot}counts"].reshape(-1).astype(np.int64)
-                out[base] = (sums.reshape(len(counts), -1).astype(np.float32), counts)
+                counts = tensors[f"{base}{dot}counts"].reshape(-1)
+                if not (np.abs(counts) < _MOST_TOKENS).all():  # nor NaN
+                    raise ValueError(f"{base} has counts that no text gives")
+                tokens = counts.astype(np.int64)
+                out[base] = (sums.reshape(len(tokens), -1).astype(np.float32), tokens)
     except BROKEN as error:
         raise FormatError(f"{path}: broken GGUF imatrix: {error}") from error
     if not out:
@@ -162,7 +170,8 @@ def _read_dat(path: Path) -> dict[str, Entry]:
             calls, values = number(), number()
             if calls < 1 or not 0 < values <= _MOST_VALUES:
                 raise ValueError(f"{name} has {values} values of {calls} calls")
-            sums = np.frombuffer(data, "<f4", values, at) * np.float32(_CHUNK)
+            with np.errstate(over="ignore"):  # `_checked` finds it
+                sums = np.frombuffer(data, "<f4", values, at) * np.float32(_CHUNK)
             at += 4 * values
             out[name] = (sums[None], np.array([calls * _CHUNK], np.int64))
     except (struct.error, ValueError) as error:

@@ -6,7 +6,6 @@ package that knows it, so the bytes are read here.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from dataclasses import dataclass
@@ -16,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from edgemoe.errors import FormatError
+from edgemoe.convert.folder import require_file
+from edgemoe.errors import FormatError, shortened
+from edgemoe.file.parse import parse_object
 
 __all__ = ["StoredTensor", "read_header"]
 
+_MOST_HEADER = 100_000_000  # bytes, as the library has it
 _DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
@@ -35,16 +37,11 @@ class StoredTensor:
     offset: int
     """Bytes from the start of the file."""
 
-    def parts(self) -> list[StoredTensor]:
-        """Returns what an index along the first axis selects, named `name.0`, `name.1`, …"""
-        count, *shape = self.shape
-        step = math.prod(shape) * np.dtype(_DTYPES[self.dtype]).itemsize
-        return [
-            StoredTensor(
-                self.path, f"{self.name}.{i}", self.dtype, tuple(shape), self.offset + i * step
-            )
-            for i in range(count)
-        ]
+    def part(self, index: int) -> StoredTensor:
+        """Returns what an index along the first axis selects, named `name.index`."""
+        _, *shape = self.shape
+        at = self.offset + index * math.prod(shape) * np.dtype(_DTYPES[self.dtype]).itemsize
+        return StoredTensor(self.path, f"{self.name}.{index}", self.dtype, tuple(shape), at)
 
     def read(self) -> NDArray[np.float32]:
         """Reads the values as float32, C-contiguous and owned by the caller.
@@ -75,14 +72,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         FormatError: the file is missing, truncated or not safetensors, or a tensor is empty or of
             a type that is not float32, float16 or bfloat16.
     """
+    require_file(path)
     try:
         with safe_open(path, framework="numpy"):
             pass
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(size))
-    except FileNotFoundError:
-        raise FormatError(f"{path}: no such file") from None
+            header = parse_object(file.read(size), "header", most=_MOST_HEADER)
     except OSError as error:  # the library's do not name the file
         raise FormatError(f"{path}: cannot be read: {error}") from None
     except (SafetensorError, ValueError, struct.error) as error:
@@ -94,10 +90,11 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         if dtype not in _DTYPES:
             raise FormatError(
-                f"{path}: {name}: dtype {dtype} is not supported; supported: {', '.join(_DTYPES)}"
+                f"{path}: {shortened(name)}: dtype {dtype} is not supported; "
+                f"supported: {', '.join(_DTYPES)}"
             )
         if math.prod(shape) == 0:
-            raise FormatError(f"{path}: {name}: is empty, shape {list(shape)}")
+            raise FormatError(f"{path}: {shortened(name)}: is empty, shape {list(shape)}")
         offset = 8 + size + entry["data_offsets"][0]
         tensors[name] = StoredTensor(path, name, dtype, shape, offset)
     return tensors

@@ -104,15 +104,27 @@ def _is_number(value: object) -> bool:
     return abs(value) <= _LARGEST if isinstance(value, int) else math.isfinite(value)
 
 
-def eos_ids(checkpoint: Checkpoint) -> tuple[int, ...]:
+def eos_ids(checkpoint: Checkpoint, vocab_size: int) -> tuple[int, ...]:
     """Returns the tokens that end a reply: those of generation_config.json, else of config.json.
 
     Chat models list their end of turn only in the former.
+
+    Raises:
+        FormatError: they are none of the model's.
     """
     name = "generation_config.json"
     if name in checkpoint.files:
         values = parse_object(checkpoint.files[name], name)
-        ids = Settings(values, where=name).integers("eos_token_id")
+        ids = _tokens(Settings(values, where=name), vocab_size)
         if ids:
             return ids
-    return Settings(checkpoint.config).integers("eos_token_id")
+    return _tokens(Settings(checkpoint.config), vocab_size)
+
+
+def _tokens(settings: Settings, vocab_size: int) -> tuple[int, ...]:
+    key = "eos_token_id"
+    ids = settings.integers(key)
+    outside = [i for i in ids if not 0 <= i < vocab_size]
+    if outside:
+        raise settings.error(key, f"{quoted(outside[0])} is outside the vocabulary of {vocab_size}")
+    return ids

@@ -46,7 +46,7 @@ class SourceModel:
             angles = rope(settings, head_dim=config.head_dim, default_theta=family.default_theta)
             self.config = dataclasses.replace(
                 config, context_length=angles.context_length, rope_scale=angles.scale,
-                eos_ids=eos_ids(checkpoint),
+                eos_ids=eos_ids(checkpoint, config.vocab_size),
             )  # fmt: skip
             self.notes = (angles.note,) if angles.note else ()
             self._frequencies = angles.frequencies

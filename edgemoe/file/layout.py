@@ -81,10 +81,17 @@ class Layout:
         count = self.config.num_experts
         return [f"experts.{layer}.{i}" for layer in self.config.moe_layers for i in range(count)]
 
+    @property
+    def _table_bytes(self) -> int:
+        return len(self.rungs) * (8 + 8 * len(self.expert_ladder))
+
+    def section_bytes(self, sections: Mapping[str, bytes]) -> int:
+        """Returns the bytes of these sections and the experts'."""
+        return sum(map(len, sections.values())) + self._table_bytes
+
     def total_bytes(self, sections: Mapping[str, bytes]) -> int:
         """Returns about what a file with these sections takes; its index is not counted."""
-        table = len(self.rungs) * (8 + 8 * len(self.expert_ladder))
-        return self.tail + sum(align(len(v)) for v in sections.values()) + align(table)
+        return self.tail + sum(align(len(v)) for v in sections.values()) + align(self._table_bytes)
 
     def ending(
         self, sums: Sums, sections: Mapping[str, bytes], source: Mapping[str, Any]

@@ -45,7 +45,7 @@ def parse_object(data: bytes | str, where: str, *, most: int = _MOST_BYTES) -> d
     """
     value = parse_json(data, where, most=most)
     if not isinstance(value, dict):
-        raise FormatError(f"{where}: expected an object, got {type(value).__name__}")
+        raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from edgemoe import _core, hardware
 from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.errors import FormatError
+from edgemoe.file.format import MAX_SECTIONS
 from edgemoe.file.layout import Layout, expert_ladder
 from edgemoe.file.partial import PartialFile
 from edgemoe.quant import (
@@ -95,6 +96,9 @@ class Writer:
         self._specs = dense_tensors(config)
         self._source = dict(source)
         self._sections = {k: v for k, v in sections.items() if v}
+        taken = self._layout.section_bytes(self._sections)
+        if taken > MAX_SECTIONS:  # which no reader takes
+            raise FormatError(f"sections of {taken} bytes; expected at most {MAX_SECTIONS}")
         self.total_bytes = self._layout.total_bytes(self._sections)
         self._part = PartialFile(
             Path(path), self._fingerprint(), self._layout.places, self.total_bytes

@@ -68,10 +68,12 @@ class Allocation:
         """
         try:
             value = parse_json(content, where)
-            if value["edgemoe_allocation"] != _VERSION:
-                raise FormatError(
-                    f"{where}: allocation version {quoted(value['edgemoe_allocation'])}; expected 1"
-                )
+            version = value["edgemoe_allocation"]
+        except (FormatError, TypeError, KeyError):
+            raise FormatError(f"{where}: not an allocation of edgemoe") from None
+        if version != _VERSION:
+            raise FormatError(f"{where}: allocation version {quoted(version)}; expected 1")
+        try:
             bits = np.array(value["bits"])
             layers = tuple(map(int, value["layers"]))
             if (
@@ -86,9 +88,7 @@ class Allocation:
                 bits=bits.astype(np.int8),
                 protected=tuple((int(layer), int(expert)) for layer, expert in value["protected"]),
             )  # fmt: skip
-        except (ValueError, TypeError, KeyError, OverflowError) as error:
-            if isinstance(error, FormatError):
-                raise
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise FormatError(f"{where}: not an allocation of edgemoe") from None
 
     def check(

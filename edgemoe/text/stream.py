@@ -5,15 +5,16 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from edgemoe.errors import FormatError
 from edgemoe.file.parse import parse_json
 
 if TYPE_CHECKING:
     import tokenizers
 
-__all__ = ["TextStream", "TokenBytes", "token_bytes"]
+__all__ = ["TextStream", "TokenBytes", "panics_blamed", "token_bytes"]
 
 TokenBytes = Callable[[str, bool], bytes]
 """Maps a token's text to the bytes that it stands for; the flag says that it is a text's first."""
@@ -70,12 +71,28 @@ class TextStream:
     def _push_windowed(self, token: int) -> str:
         # Such decoders (WordPiece, CTC) have no bytes, and look at a neighbour at most.
         def text(ids: list[int]) -> str:
-            return self._backend.decode(ids, skip_special_tokens=False)
+            with panics_blamed():
+                return self._backend.decode(ids, skip_special_tokens=False)
 
         before = text(self._window) if self._window else ""
         after = text([*self._window, token])
         self._window = [*self._window, token][-_WINDOW:]
         return after[len(before) :]
+
+
+@contextlib.contextmanager
+def panics_blamed() -> Iterator[None]:
+    """Makes an error of a panic of the library, which is no Exception: what it was built of is at fault.
+
+    Raises:
+        FormatError: names tokenizer.json, as a regular expression of which may need more steps than there are.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise FormatError(f"tokenizer.json: fails: {' '.join(str(error).split())}") from None
 
 
 def token_bytes(backend: tokenizers.Tokenizer) -> TokenBytes | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.errors import FormatError, quoted
 from edgemoe.file.parse import parse_object
-from edgemoe.text.stream import TextStream, TokenBytes, token_bytes
+from edgemoe.text.stream import TextStream, TokenBytes, panics_blamed, token_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -102,15 +102,18 @@ class Tokenizer:
 
         Raises:
             ValueError: the text holds half of a surrogate pair, which no encoding can write.
+            FormatError: the tokenizer fails at it.
         """
         try:
-            return list(self._backend.encode(text, add_special_tokens=add_special).ids)
+            with panics_blamed():
+                return list(self._backend.encode(text, add_special_tokens=add_special).ids)
         except (UnicodeEncodeError, TypeError) as error:
             raise ValueError(f"encode: the text is not valid Unicode; {error}") from None
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """Returns the text of `ids`; unknown ids are left out, broken UTF-8 becomes U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        with panics_blamed():
+            return self._backend.decode(list(ids), skip_special_tokens=skip_special)
 
     def stream(self, *, skip_special: bool = True, continues: bool = False) -> TextStream:
         """Returns a decoder for ids that come one at a time.
@@ -170,6 +173,19 @@ class Tokenizer:
         )
         return self.encode(text, add_special=not self._sources)
 
+    def check_vocabulary(self, size: int) -> None:
+        """Checks that a model with so many tokens knows all ids that texts may become.
+
+        Raises:
+            FormatError: names a token that it does not know.
+        """
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        token, largest = max(vocabulary.items(), key=lambda entry: entry[1], default=("", -1))
+        if largest >= size:
+            raise FormatError(
+                f"tokenizer.json: token {quoted(token)} has id {largest}; the embedding has {size} rows (vocab_size)"
+            )
+
     def read_templates(self) -> None:
         """Parses the chat templates, which else happens when the first chat is rendered.
 
@@ -194,13 +210,14 @@ def _load(content: bytes) -> tokenizers.Tokenizer:
     import tokenizers  # the largest import of a chat's start; only those who use text pay it
 
     try:
-        backend = tokenizers.Tokenizer.from_buffer(content)
-        backend.no_truncation()  # a training script's settings may be baked in
-        backend.no_padding()
-        return backend
-    except BaseException as error:  # a panic in the library is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
+        with panics_blamed():
+            backend = tokenizers.Tokenizer.from_buffer(content)
+            backend.no_truncation()  # a training script's settings may be baked in
+            backend.no_padding()
+            return backend
+    except FormatError:
+        raise
+    except Exception as error:  # the library's are plain ones
         raise FormatError(f"tokenizer.json: {' '.join(str(error).split())}") from None
 
 

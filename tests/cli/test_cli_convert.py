@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import families
@@ -152,3 +153,28 @@ def test_ctrl_c_leaves_a_part_that_the_next_run_finishes(
     assert not out.exists()
     assert run("convert", checkpoint, out) == 0
     assert "writing x.moe: 50%" not in capsys.readouterr().err  # It was written before.
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ((), ""),
+        (("vocab.json",), ""),
+        (
+            ("vocab.json", "merges.txt"),
+            "; transformers makes one of its vocab.json and merges.txt: ",
+        ),
+        (("tokenizer.model",), "; transformers makes one of its tokenizer.model: AutoTokenizer."),
+    ],
+)
+def test_a_missing_tokenizer_is_said_and_how_to_get_one(
+    names, words, checkpoint, tmp_path, capsys
+) -> None:
+    source = Path(shutil.copytree(checkpoint, tmp_path / "source"))
+    for name in names:
+        (source / name).write_text("x")
+    assert run("convert", source, tmp_path / "x.moe", "--bits", 2) == 0
+    first = capsys.readouterr().err.splitlines()[0]
+    said = "no tokenizer.json; the file will take and give token ids only"
+    assert first.startswith(f"edgemoe convert: source: {said}{words}")
+    assert ("transformers" in first) == bool(words)

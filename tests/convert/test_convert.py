@@ -11,7 +11,7 @@ import reference
 import torch
 from decoded import Decoded
 from safetensors.torch import save_file
-from tiny import tokenizer_files
+from tokenizers import Tokenizer, models
 
 from edgemoe.convert.convert import convert
 from edgemoe.convert.families import FAMILIES
@@ -19,12 +19,14 @@ from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.errors import FormatError
 from edgemoe.file.writer import Writer
 
+TOKENIZER = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[])).to_str().encode()
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with a dense layer, shared experts and some of a tokenizer's files."""
     path = families.make("qwen2_moe-mlp-only", tmp_path_factory.mktemp("tiny-qwen2"))
-    (path / "tokenizer.json").write_bytes(tokenizer_files()["tokenizer.json"])
+    (path / "tokenizer.json").write_bytes(TOKENIZER)
     return path
 
 
@@ -97,7 +99,7 @@ def test_does_not_go_on_with_other_weights(checkpoint: Path, tmp_path: Path, mon
         raise Stop
 
     other = families.make("qwen2_moe-mlp-only", tmp_path / checkpoint.name, seed=1)
-    (other / "tokenizer.json").write_bytes(tokenizer_files()["tokenizer.json"])
+    (other / "tokenizer.json").write_bytes(TOKENIZER)
     out = tmp_path / "x.moe"
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "finish", fail)

@@ -165,6 +165,7 @@ def test_both_ends_of_a_turn_end_it(tmp_path: Path) -> None:
         ({"tokenizer.ggml.merges": ["never seen"]}, "does not fit the vocabulary"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type must hold 298"),
         ({"tokenizer.ggml.eos_token_id": 9000}, "outside the vocabulary"),
+        ({"split.count": 3}, "is one of 3 parts of a split GGUF file; llama-gguf-split --merge"),
     ],
 )
 def test_says_what_it_does_not_support(
@@ -210,6 +211,62 @@ def test_a_cut_or_flipped_file_is_a_format_error_or_still_reads(tmp_path: Path) 
                 checkpoint.tensor(name)
         except FormatError:
             pass
+
+
+def test_a_big_endian_file_is_named(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("output_norm.weight", np.ones(4, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(FormatError, match=r"x\.gguf: is a big-endian GGUF file; expected a little"):
+        GGUFCheckpoint(tmp_path / "x.gguf")
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    with pytest.raises(FormatError, match=r"x\.gguf: is a git-lfs pointer, not the file"):
+        GGUFCheckpoint(tmp_path / "x.gguf")
+
+
+def test_deeply_nested_metadata_is_refused(tmp_path: Path) -> None:
+    # A key whose value is an array of one array of one array …
+    array = struct.pack("<IQ", 9, 1) * 3000 + struct.pack("<IQI", 4, 1, 7)
+    content = struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sI", 1, b"a", 9) + array
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + content)
+    with pytest.raises(FormatError, match=r"x\.gguf: not a readable GGUF file"):
+        GGUFCheckpoint(tmp_path / "x.gguf")
+    with pytest.raises(FormatError, match=r"x\.gguf: not a readable GGUF file"):
+        read_imatrix(tmp_path / "x.gguf")
+
+
+def dat(name: bytes, values: list[float]) -> bytes:
+    head = struct.pack("<ii", 1, len(name)) + name + struct.pack("<ii", 1, len(values))
+    return head + np.array(values, "<f4").tobytes()
+
+
+@pytest.mark.parametrize("value", [3e38, np.inf, np.nan, -1.0])
+def test_an_imatrix_of_no_sums_of_squares_is_refused(tmp_path: Path, value: float) -> None:
+    (tmp_path / "im.dat").write_bytes(dat(b"blk.0.attn_q.weight", [1.0, 2.0]))
+    sums, counts = read_imatrix(tmp_path / "im.dat")["blk.0.attn_q.weight"]
+    assert (sums.tolist(), counts.tolist()) == ([[512.0, 1024.0]], [512])
+    (tmp_path / "im.dat").write_bytes(dat(b"blk.0.attn_q.weight", [1.0, value]))
+    with pytest.raises(FormatError, match=r"im\.dat: blk\.0\.attn_q\.weight holds what is no sum"):
+        read_imatrix(tmp_path / "im.dat")
+
+
+@pytest.mark.parametrize("count", [np.nan, np.inf, 1e30, -5.0])
+def test_an_imatrix_of_impossible_counts_is_refused(tmp_path: Path, count: float) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "im.gguf", "imatrix")
+    writer.add_tensor("w.in_sum2", np.ones((1, 4), np.float32))
+    writer.add_tensor("w.counts", np.array([[count]], np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(FormatError, match=r"im\.gguf: "):
+        read_imatrix(tmp_path / "im.gguf")
 
 
 def test_names_a_missing_tensor(tmp_path: Path) -> None:

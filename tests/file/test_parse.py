@@ -57,7 +57,7 @@ def test_the_deepest_and_the_longest() -> None:
 def test_an_object_is_asked_for() -> None:
     assert parse_object(b'{"a": 1}', "x") == {"a": 1}
     for data, kind in ((b"[1]", "list"), (b"null", "NoneType"), (b'"a"', "str")):
-        with pytest.raises(FormatError, match=f"x: expected an object, got {kind}"):
+        with pytest.raises(FormatError, match=f"x: expected a JSON object, got {kind}"):
             parse_object(data, "x")
 
 

@@ -146,7 +146,7 @@ def test_broken_allocations_are_refused(change):
     with pytest.raises(FormatError, match="^there: "):
         Allocation.from_json(json.dumps(value).encode(), "there")
     for content in (b"", b"[]", b"{}", b"\xff", b"1", b"[" * 100_000):
-        with pytest.raises(FormatError, match="there: not (an allocation|valid JSON)"):
+        with pytest.raises(FormatError, match="there: not an allocation"):
             Allocation.from_json(content, "there")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,8 @@ def edited(
         config = json.loads((source / "config.json").read_text()) | changes
         kept = {key: value for key, value in config.items() if value is not ...}
         (tmp_path / "config.json").write_text(json.dumps(kept))
-        for file in ("model.safetensors", "generation_config.json"):
-            (tmp_path / file).symlink_to(source / file)
+        (tmp_path / "model.safetensors").symlink_to(source / "model.safetensors")
+        shutil.copy(source / "generation_config.json", tmp_path)
         return HFCheckpoint(tmp_path)
 
     return edit

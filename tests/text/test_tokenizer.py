@@ -12,7 +12,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from tokenizers import trainers as tokenizer_trainers
 
@@ -455,3 +455,13 @@ def test_a_decoder_in_a_sequence_of_one_streams_whole_characters() -> None:
     stream = tokenizer.stream()
     text = "".join(map(stream.push, tokenizer.encode("né 🐋"))) + stream.flush()
     assert text == "né 🐋"
+
+
+def test_a_regular_expression_that_explodes_is_a_format_error() -> None:
+    """The library panics, which is no Exception, when a match takes too many steps."""
+    backend = Backend(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("(a+)+$"), "isolated")
+    tokenizer = Tokenizer.from_files({"tokenizer.json": backend.to_str().encode()})
+    assert tokenizer.encode("aab") == [0, 0, 1]
+    with pytest.raises(FormatError, match=r"^tokenizer\.json: fails: .*retry-limit"):
+        tokenizer.encode("a" * 28 + "b")

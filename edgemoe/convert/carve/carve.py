@@ -23,6 +23,7 @@ from edgemoe.convert.carve.llama import DEFAULT_THETA, Array, LlamaShape, hidden
 from edgemoe.convert.carve.partition import Partition, partition, require_scipy
 from edgemoe.convert.carve.update import CarveUpdate, read_update
 from edgemoe.convert.checkpoint import Checkpoint
+from edgemoe.convert.text import check_text
 from edgemoe.errors import FormatError
 from edgemoe.text.tokenizer import Tokenizer
 
@@ -72,6 +73,7 @@ def carve(
         ImportError: scipy is not installed, and there is no update.
     """
     shape = llama_shape(dense)
+    check_text(dense, shape.vocab_size)  # before minutes of calibration
     if update is not None:
         found = read_update(update, shape)
         if num_experts not in (None, found.num_experts) or shared not in (None, found.shared):

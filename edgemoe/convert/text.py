@@ -1,0 +1,29 @@
+"""Finds, before hours of work, what would make a converted file useless for text."""
+
+from __future__ import annotations
+
+from edgemoe.convert.checkpoint import Checkpoint
+from edgemoe.convert.settings import eos_ids
+from edgemoe.errors import FormatError
+from edgemoe.text.tokenizer import Tokenizer
+
+__all__ = ["check_text"]
+
+
+def check_text(checkpoint: Checkpoint, vocab_size: int) -> None:
+    """Checks a checkpoint's tokenizer, chat template and end tokens, as far as there are some.
+
+    Args:
+        vocab_size: rows of the embedding.
+
+    Raises:
+        FormatError: names the checkpoint, the file and what is wrong in it.
+    """
+    try:
+        eos_ids(checkpoint, vocab_size)
+        if "tokenizer.json" in checkpoint.files:
+            tokenizer = Tokenizer.from_files(checkpoint.files)
+            tokenizer.check_vocabulary(vocab_size)
+            tokenizer.read_templates()
+    except FormatError as error:
+        raise FormatError(f"{checkpoint.name}: {error}") from None
