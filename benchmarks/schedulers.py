@@ -45,8 +45,8 @@ def tokens(
         yield [
             Routing(
                 i, order[i : i + 1], gates[i : i + 1],
-                order[i + 1 : i + 1 + ahead] if ahead and i + 1 < layers else None,
-                gates[i + 1 : i + 1 + ahead] if ahead and i + 1 < layers else None,
+                order[i + 1 : i + 1 + ahead, None] if ahead and i + 1 < layers else None,
+                gates[i + 1 : i + 1 + ahead, None] if ahead and i + 1 < layers else None,
                 scores[i : i + 1],
             )
             for i in range(layers)

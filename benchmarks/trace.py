@@ -30,7 +30,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, opened(args, args.share / 100) as engine:
         path = Path(folder) / "x.trace"
         engine.record(path)
-        writer = engine._trace
+        writer = engine.model.experts.observer
         ids = np.random.default_rng(1).integers(0, engine.config.vocab_size, args.n)
         engine.logits(ids[:64], last_only=True)
         times: dict[bool, list[float]] = {False: [], True: []}
@@ -40,7 +40,7 @@ def main() -> None:
             # Which comes first alternates too: a longer context is slower.
             order = (False, True) if first // (2 * BLOCK) % 2 else (True, False)
             for half, is_on in enumerate(order):
-                engine._trace = engine.model.experts.observer = writer if is_on else None
+                engine.model.experts.observer = writer if is_on else None
                 start = time.perf_counter()
                 for i in range(BLOCK):
                     at = first + half * BLOCK + i
@@ -49,7 +49,7 @@ def main() -> None:
                     times[is_on].append(time.perf_counter() - mark)
                 spent[is_on] = time.perf_counter() - start
             ratios.append(spent[True] / spent[False])
-        engine._trace = writer
+        engine.model.experts.observer = writer
         fits = engine.budget.slots / engine.budget.experts
         engine.close()
         size = path.stat().st_size / (64 + len(times[True]))

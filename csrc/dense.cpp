@@ -161,18 +161,21 @@ void slot_scores(Workspace& ws, const float* x, const SlotLayers& layers, const 
   });
 }
 
-void look_ahead(Workspace& ws, const float* x, const std::vector<NextRouter>& routers, int cols, float eps,
+void look_ahead(Workspace& ws, const float* x, const std::vector<NextRouter>& routers, int T, int cols, float eps,
                 const RouteRule& rule, float* normed, float* scores, int32_t* experts, float* gates) {
   const Kernels& k = kernels();
   const int E = rule.num_experts, p = int(routers.size());
-  for (int i = 0; i < p; ++i) k.rms_norm(x, routers[i].norm, eps, cols, normed + size_t(i) * cols);
+  for (int i = 0; i < p * T; ++i) {
+    k.rms_norm(x + size_t(i % T) * cols, routers[i / T].norm, eps, cols, normed + size_t(i) * cols);
+  }
   ws.pool.run(p * E, std::max(4, grain_for(p * E, ws.pool.size())), [&](int begin, int end) {
     for (int i = begin / E; i < p && i * E < end; ++i) {
       const int a = std::max(begin - i * E, 0), b = std::min(end - i * E, E);
-      k.matmul_f32(routers[i].weight, normed + size_t(i) * cols, 1, E, cols, a, b, scores + size_t(i) * E);
+      const size_t first = size_t(i) * T;
+      k.matmul_f32(routers[i].weight, normed + first * cols, T, E, cols, a, b, scores + first * E);
     }
   });
-  for (int i = 0; i < p; ++i) {
+  for (int i = 0; i < p * T; ++i) {
     const size_t at = size_t(i) * rule.top_k;
     choose(rule, scores + size_t(i) * E, experts + at, gates + at);
   }

@@ -93,8 +93,8 @@ struct NextRouter {
 
 /// What later layers' routers choose for one token's x [cols] as it is now, each after its own norm: the look-ahead of
 /// HOBBIT (arXiv 2411.01433, section 3.3), whose gates take this layer's normed input instead.
-/// normed [p, cols] and scores [p, num_experts] are scratch; experts and gates [p, K].
-void look_ahead(Workspace& ws, const float* x, const std::vector<NextRouter>& routers, int cols, float eps,
+/// normed [p, T, cols] and scores [p, T, num_experts] are scratch; experts and gates [p, T, K].
+void look_ahead(Workspace& ws, const float* x, const std::vector<NextRouter>& routers, int T, int cols, float eps,
                 const RouteRule& rule, float* normed, float* scores, int32_t* experts, float* gates);
 
 void rms_norm(Workspace& ws, const float* x, const float* weight, float eps, int T, int cols, float* out);

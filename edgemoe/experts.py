@@ -13,17 +13,32 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from edgemoe.model.batch import Batch
+
 __all__ = ["Experts", "Observer"]
 
 
 class Observer:
     """Is told what happens in each layer; the base does nothing."""
 
+    def begin(self, batch: Batch) -> None:
+        """A batch starts, whose tokens do not count yet."""
+
     def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
         """A plan was made and nothing loaded yet; `residency` [layers, E] is a live view."""
 
     def done(self, bytes_read: int, wait_s: float) -> None:
         """The layer's experts have run; both are totals since the store was opened."""
+
+    def end(self) -> None:
+        """The batch's logits are there, if they were wanted."""
+
+    def close(self) -> None:
+        """Nothing more will happen.
+
+        Raises:
+            OSError: what was told cannot be kept.
+        """
 
 
 class Experts:

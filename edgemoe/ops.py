@@ -193,9 +193,9 @@ class Ops(Protocol):
         experts: Ids,
         gates: Array,
     ) -> None:
-        """Writes what p later layers' routers [E, D] choose for x [1, D] after their own norms: experts, gates [p, K].
+        """Writes what p later layers' routers [E, D] choose for x [T, D] after own norms: experts, gates [p, T, K].
 
-        normed [p, D] and scores [p, E] are scratch; experts and gates are the host's.
+        normed [p, T, D] and scores [p, T, E] are scratch; experts and gates are the host's.
         """
 
     def expert_ffn(

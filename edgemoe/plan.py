@@ -27,12 +27,12 @@ class Routing:
     gates: NDArray[np.float32]
     """[T, K]"""
     ahead_experts: NDArray[np.int32] | None = None
-    """[p, K]: what the routers of the next p layers with experts choose for this layer's input, best first.
+    """[p, T, K]: what the routers of the next p layers with experts choose for this layer's input, best first.
 
-    Only for single tokens, and for a scheduler whose `look_ahead` asks for it; None otherwise.
+    Only while decoding, and for a scheduler whose `look_ahead` asks for it; None otherwise.
     """
     ahead_gates: NDArray[np.float32] | None = None
-    """[p, K]"""
+    """[p, T, K]"""
     scores: NDArray[np.float32] | None = None
     """[T, E]: the router's probabilities of all experts, also where the gates are taken over the chosen only.
 
@@ -43,6 +43,13 @@ class Routing:
 
     None for a scheduler without, and in a trace, which does not have what they are computed from.
     """
+    sequences: int = 1
+    """How many the tokens are of; each sequence's follow one another."""
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether every sequence has one token here, as in replies; else there is a prompt among them."""
+        return len(self.experts) == self.sequences
 
 
 @dataclass(slots=True)

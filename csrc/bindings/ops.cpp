@@ -121,14 +121,15 @@ void bind_ops(py::module_& m) {
       [](Workspace& ws, const Array<float>& x, const std::vector<Array<float>>& norms,
          const std::vector<Array<float>>& routers, float eps, bool softmax_over_top_k, bool renormalise,
          Array<float> normed, Array<float> scores, Array<int32_t> experts, Array<float> gates) {
-        expect(x, "look_ahead x", {1, -1});
-        const py::ssize_t p = py::ssize_t(routers.size()), cols = x.shape(1), E = scores.shape(1), K = experts.shape(1);
+        expect(x, "look_ahead x", {-1, -1});
+        expect(scores, "scores", {py::ssize_t(routers.size()), x.shape(0), -1});
+        expect(experts, "experts", {scores.shape(0), x.shape(0), -1});
+        const py::ssize_t p = scores.shape(0), T = x.shape(0), cols = x.shape(1), E = scores.shape(2),
+                          K = experts.shape(2);
         if (py::ssize_t(norms.size()) != p) throw std::invalid_argument("look_ahead: expected a norm per router");
-        expect(normed, "normed", {p, cols});
-        expect(scores, "scores", {p, -1});
+        expect(normed, "normed", {p, T, cols});
         expect_within("look_ahead scores", scores.size(), 0, INT32_MAX);
-        expect(experts, "experts", {p, -1});
-        expect(gates, "gates", {p, K});
+        expect(gates, "gates", {p, T, K});
         if (K < 1 || K > E) throw std::invalid_argument("look_ahead: expected 1 to " + std::to_string(E) + " experts");
         std::vector<NextRouter> next;
         for (py::ssize_t i = 0; i < p; ++i) {
@@ -140,7 +141,7 @@ void bind_ops(py::module_& m) {
         int32_t* e = experts.mutable_data();
         float *g = gates.mutable_data(), *s = scores.mutable_data(), *n = normed.mutable_data();
         py::gil_scoped_release release;
-        look_ahead(ws, a, next, int(cols), eps, {int(E), int(K), softmax_over_top_k, renormalise}, n, s, e, g);
+        look_ahead(ws, a, next, int(T), int(cols), eps, {int(E), int(K), softmax_over_top_k, renormalise}, n, s, e, g);
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("norms").noconvert(), py::arg("routers").noconvert(),
       py::arg("eps"), py::arg("softmax_over_top_k"), py::arg("renormalise"), py::arg("normed").noconvert(),

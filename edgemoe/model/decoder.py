@@ -1,97 +1,39 @@
-"""The forward pass: one decoder with switches, for prompts in chunks and for single tokens alike.
+"""The forward pass: one decoder for all families, for prompts in chunks and for single tokens alike.
 
-A token's arithmetic never depends on its chunk, so one chunk, many chunks and token by token give the same bits.
+A token's arithmetic never depends on the tokens beside it, so one chunk, many chunks, token by token, and a batch with
+other sequences give the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import cast
 
 from edgemoe.config import ModelConfig
-from edgemoe.errors import FormatError
 from edgemoe.experts import Experts
-from edgemoe.model.kv import KvCache
-from edgemoe.ops import Array, AttentionWeights, Ids, Matrix, Ops
-from edgemoe.plan import Routing
+from edgemoe.model.batch import Batch
+from edgemoe.model.ffn import DenseFfn, Ffn, RoutedFfn
+from edgemoe.model.kv import KvTypes
+from edgemoe.model.mixer import Mixer, MixerLayer, mixer_class
+from edgemoe.model.router import Routers
+from edgemoe.model.rows import Rows
+from edgemoe.model.state import SequenceState
+from edgemoe.ops import Array, Matrix, Ops
+from edgemoe.specs import AttentionSpec
 from edgemoe.store import Weight
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-__all__ = ["MOST_AHEAD", "Decoder", "scratch_bytes"]
-
-MOST_AHEAD = 4  # layers; what lies further ahead is guesswork
+__all__ = ["Decoder", "read_bytes", "scratch_bytes", "state_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One block's weights, by role."""
+    """One block."""
 
-    attn_norm: Array
-    qkv: tuple[Matrix, Matrix, Matrix]
-    o: tuple[Matrix]
-    o_bias: Array | None
-    attention: AttentionWeights
+    mixer_norm: Array
+    mixer: MixerLayer
     ffn_norm: Array
-    moe_index: int
-    """Position among the layers with routed experts, -1 for none."""
-    router: Array | None
-    shared: tuple[Matrix, Matrix, Matrix] | None
-    shared_sigmoid: Array | None
-
-
-@dataclass(frozen=True, slots=True)
-class _Scratch:
-    """Activations of T tokens; the last three are the router's."""
-
-    x: Array
-    normed: Array
-    added: Array
-    moe: Array
-    shared: Array
-    q: Array
-    attended: Array
-    k: Array
-    v: Array
-    cos: Array
-    sin: Array
-    scores: Array
-    gates: Array
-    chosen: Ids
-
-    @staticmethod
-    def widths(config: ModelConfig) -> dict[str, int]:
-        """Returns the columns of each."""
-        d, hd, k = config.hidden_size, config.head_dim, config.experts_per_token
-        heads, kv = config.num_heads * hd, config.num_kv_heads * hd
-        return {
-            "x": d, "normed": d, "added": d, "moe": d, "shared": d,
-            "q": heads, "attended": heads, "k": kv, "v": kv, "cos": hd // 2, "sin": hd // 2,
-            "scores": config.num_experts, "gates": k, "chosen": k,
-        }  # fmt: skip
-
-    @classmethod
-    def make(cls, config: ModelConfig, ops: Ops, tokens: int) -> _Scratch:
-        widths = cls.widths(config)
-        arrays: dict[str, Any] = {name: ops.empty(tokens, n) for name, n in widths.items()}
-        for name, dtype in (("scores", "float32"), ("gates", "float32"), ("chosen", "int32")):
-            arrays[name] = ops.host(tokens, widths[name], dtype=dtype)
-        return cls(**arrays)
-
-    def first(self, tokens: int) -> _Scratch:
-        """Returns views of the first rows."""
-        return _Scratch(*(getattr(self, name)[:tokens] for name in self.__slots__))
-
-
-def scratch_bytes(config: ModelConfig, max_tokens: int) -> int:
-    """Returns the memory of a decoder's and its experts' activations for chunks of `max_tokens`."""
-    d, k = config.hidden_size, config.experts_per_token
-    per_token = sum(_Scratch.widths(config).values()) + k * d  # and the experts' parts
-    ahead = MOST_AHEAD * (d + config.num_experts + 2 * k)
-    return 4 * (per_token * max_tokens + ahead + config.vocab_size)
+    ffn: Ffn
 
 
 class Decoder:
@@ -106,112 +48,66 @@ class Decoder:
         *,
         max_tokens: int,
     ) -> None:
-        self.config = config
-        self.max_tokens = max_tokens
-        self._ops = ops
-        self._experts = experts
+        self.config, self.max_tokens, self._ops = config, max_tokens, ops
         self._embed = cast(Matrix, weights["embed"])
         self._head = self._embed if config.tied else cast(Matrix, weights["head"])
         self._norm = cast(Array, weights["norm"])
-        self._inv_freq = cast(Array, weights["rope"])
-        self._layers = [_layer(config, ops, weights, i) for i in range(config.num_layers)]
-        self._all = _Scratch.make(config, ops, max_tokens)
-        self._one = self._all.first(1)  # most passes are of one token
-        moe = [layer for layer in self._layers if layer.router is not None]
-        self._norms = [layer.ffn_norm for layer in moe]
-        self._routers = [cast(Array, layer.router) for layer in moe]
-        p, d, k = MOST_AHEAD, config.hidden_size, config.experts_per_token
-        self._bit_routers: list[tuple[Array, Array, Array]] | None = None
-        if (bits := experts.scheduler.bit_routers) is not None:
-            if bits.weight.shape[3] != d:
-                raise FormatError(
-                    f"section bit-routers: is for {bits.weight.shape[3]} inputs; the model has {d}"
-                )
-            self._bit_routers = list(
-                zip(bits.weight, bits.gate_weight, bits.bias, strict=True)
-            )  # views by layer
-            # Some KiB, or 100 per thousand tokens of a chunk: left to the budget's margin.
-            self._bit_logits = ops.host(max_tokens, k, len(bits.levels), dtype="float32")
-        self._ahead_normed = ops.empty(p, d)
-        self._ahead_scores = ops.empty(p, config.num_experts)
-        self._ahead_chosen = ops.host(p, k, dtype="int32")
-        self._ahead_gates = ops.host(p, k, dtype="float32")
+        d = config.hidden_size
+        self._rows = Rows(*(ops.empty(max_tokens, d) for _ in range(3)))  # x, normed, added
+        shared = Rows(ops.empty(max_tokens, d))
+        inv_freq = cast(Array, weights["rope"])
+        self._mixers: dict[AttentionSpec, Mixer] = {
+            spec: mixer_class(spec)(spec, config, ops, inv_freq, max_tokens)
+            for spec in dict.fromkeys(config.mixers)
+        }
+        tensors = _by_layer(weights, config.num_layers)
+        routers = Routers(
+            config, ops, experts, [tensors[i] for i in config.moe_layers], max_tokens=max_tokens
+        )
 
-    def forward(self, ids: NDArray[np.int32], kv: KvCache) -> Array:
-        """Runs tokens at the end of a sequence and returns their hidden states.
+        def ffn(i: int) -> Ffn:
+            index = config.moe_index(i)
+            if index < 0:
+                return DenseFfn(ops, tensors[i])
+            return RoutedFfn(index, ops, routers, experts, tensors[i], shared)
+
+        self._layers = [
+            _Layer(
+                cast(Array, tensors[i]["attn_norm"]), self._mixers[spec].layer(i, tensors[i]),
+                cast(Array, tensors[i]["ffn_norm"]), ffn(i),
+            )
+            for i, spec in enumerate(config.mixers)
+        ]  # fmt: skip
+
+    def make_state(self, context: int, types: KvTypes) -> SequenceState:
+        """Returns the state of a new sequence of at most `context` tokens."""
+        layers = [self._mixers[spec].make_state(context, types) for spec in self.config.mixers]
+        return SequenceState(layers, context)
+
+    def forward(self, batch: Batch) -> Array:
+        """Runs a batch and returns its hidden states. What its sequences count is left to the caller.
 
         Args:
-            ids: [T], T at most `max_tokens`.
-            kv: gets T more positions; unchanged in length when an error is raised.
+            batch: T tokens, at most `max_tokens`.
 
         Returns:
             [T, D], normed; scratch, valid until the next call.
         """
-        config, ops, T, pos = self.config, self._ops, len(ids), kv.length
-        s = self._one if T == 1 else self._all.first(T)
-        x, normed, added, q, k, v, attended = s.x, s.normed, s.added, s.q, s.k, s.v, s.attended
-        cos, sin = s.cos, s.sin
-        ops.embed(self._embed, ids, config.embedding_multiplier, x)
-        ops.rope(self._inv_freq, pos, config.rope_scale, cos, sin)
+        config, ops = self.config, self._ops
         eps, residual = config.norm_eps, config.residual_multiplier
-        for layer, cache in zip(self._layers, kv.layers, strict=True):
-            ops.norm(x, layer.attn_norm, eps, normed)
-            ops.linear(normed, layer.qkv, (q, k, v))
-            ops.attention(layer.attention, q, k, v, pos, cos, sin, cache, attended)
-            ops.linear(attended, layer.o, (added,))
-            if layer.o_bias is not None:
-                ops.add_bias(layer.o_bias, added)
+        x, normed, added = self._rows.first(len(batch))
+        ops.embed(self._embed, batch.ids, config.embedding_multiplier, x)
+        for mixer in self._mixers.values():
+            mixer.start(batch)
+        for layer in self._layers:
+            ops.norm(x, layer.mixer_norm, eps, normed)
+            layer.mixer.forward(normed, batch, added)
             ops.add(added, residual, x)
             ops.norm(x, layer.ffn_norm, eps, normed)
-            self._ffn(layer, s)
-        kv.length = pos + T
+            layer.ffn.forward(x, normed, batch, added)
+            ops.add(added, residual, x)
         ops.norm(x, self._norm, eps, normed)
-        return normed
-
-    def _ffn(self, layer: _Layer, s: _Scratch) -> None:
-        """s.x += the routed experts' and the shared FFN's outputs on s.normed."""
-        config, ops, x, normed, moe = self.config, self._ops, s.x, s.normed, s.moe
-        residual = config.residual_multiplier
-        if layer.router is not None:
-            ops.route(
-                normed, layer.router, over_top_k=config.scoring == "softmax_topk",
-                renormalise=config.renormalise, scores=s.scores, experts=s.chosen, gates=s.gates,
-            )  # fmt: skip
-            routing = Routing(layer.moe_index, s.chosen, s.gates, scores=s.scores)
-            if self._bit_routers is not None:
-                logits = routing.bit_logits = self._bit_logits[: len(x)]
-                ops.slot_scores(
-                    normed, self._bit_routers[layer.moe_index], s.chosen, s.gates, logits
-                )
-            if len(x) == 1 and self._experts.scheduler.look_ahead:
-                self._look_ahead(routing, x)
-            self._experts(routing, normed, moe)
-        if layer.shared is not None:
-            shared = s.shared
-            ops.ffn(normed, *layer.shared, shared)
-            if layer.router is None:
-                ops.add(shared, residual, x)
-                return
-            ops.add(
-                shared, 1.0, moe, gate_weight=layer.shared_sigmoid,
-                gate_input=None if layer.shared_sigmoid is None else normed,
-            )  # fmt: skip
-        ops.add(moe, residual, x)
-
-    def _look_ahead(self, routing: Routing, x: Array) -> None:
-        """Adds what the scheduler wants to know of the layers after it for x [1, D]; see `Routing`."""
-        first = routing.layer + 1
-        p = min(self._experts.scheduler.look_ahead, MOST_AHEAD, len(self._routers) - first)
-        if p <= 0:
-            return
-        config = self.config
-        chosen, gates = self._ahead_chosen[:p], self._ahead_gates[:p]
-        self._ops.look_ahead(
-            x, self._norms[first : first + p], self._routers[first : first + p], config.norm_eps,
-            over_top_k=config.scoring == "softmax_topk", renormalise=config.renormalise,
-            normed=self._ahead_normed[:p], scores=self._ahead_scores[:p], experts=chosen, gates=gates,
-        )  # fmt: skip
-        routing.ahead_experts, routing.ahead_gates = chosen, gates
+        return cast(Array, normed)
 
     def logits(self, hidden: Array, out: Array) -> None:
         """out [T, V] = the head on hidden [T, D]."""
@@ -220,33 +116,30 @@ class Decoder:
             self._ops.scale(1.0 / self.config.logits_divisor, out)
 
 
-def _layer(config: ModelConfig, ops: Ops, weights: Mapping[str, Weight], i: int) -> _Layer:
-    p = f"layers.{i}."
+def scratch_bytes(config: ModelConfig, max_tokens: int, max_sequences: int = 1) -> int:
+    """Returns the memory of a decoder's and its experts' activations for batches of `max_tokens`."""
+    d, k = config.hidden_size, config.experts_per_token
+    per_token = (4 + k) * d  # the experts' parts too
+    per_token += sum(mixer_class(spec).scratch_width(spec) for spec in set(config.mixers))
+    routers = Routers.scratch_bytes(config, max_tokens, max_sequences)
+    return 4 * (per_token * max_tokens + config.vocab_size * max_sequences) + routers
 
-    def array(name: str) -> Array | None:
-        return cast("Array | None", weights.get(p + name))
 
-    def need(name: str) -> Array:
-        return cast(Array, weights[p + name])
+def state_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
+    """Returns the memory of a sequence's state once it holds `context` tokens; see `Mixer.state_bytes`."""
+    return sum(mixer_class(spec).state_bytes(spec, context, types) for spec in config.mixers)
 
-    def nested(name: str) -> Matrix:
-        return cast(Matrix, weights[p + name])
 
-    spec = config.mixer(i)
-    vectors = {n: need(n) for n, t in spec.tensors(config.hidden_size).items() if t.kind == "f32"}
-    attention = ops.attention_weights(i, spec, vectors)
-    has_shared = config.shared_width(i) > 0
-    return _Layer(
-        attn_norm=need("attn_norm"),
-        qkv=(nested("q"), nested("k"), nested("v")),
-        o=(nested("o"),),
-        o_bias=array("o_bias"),
-        attention=attention,
-        ffn_norm=need("ffn_norm"),
-        moe_index=config.moe_index(i),
-        router=array("router"),
-        shared=(nested("shared.gate"), nested("shared.up"), nested("shared.down"))
-        if has_shared
-        else None,
-        shared_sigmoid=array("shared.sigmoid"),
-    )
+def read_bytes(config: ModelConfig, length: int, types: KvTypes) -> int:
+    """Returns the bytes of its state that computing a token after `length` others reads."""
+    return sum(mixer_class(spec).read_bytes(spec, length, types) for spec in config.mixers)
+
+
+def _by_layer(weights: Mapping[str, Weight], num_layers: int) -> list[dict[str, Weight]]:
+    """Returns each layer's tensors, by their names within it."""
+    layers: list[dict[str, Weight]] = [{} for _ in range(num_layers)]
+    for name, weight in weights.items():
+        if name.startswith("layers."):
+            _, i, rest = name.split(".", 2)
+            layers[int(i)][rest] = weight
+    return layers

@@ -1,13 +1,13 @@
-"""Keys and values of one sequence, in float16, float32 or 8 bits."""
+"""Keys and values of one layer and sequence, in float16, float32 or 8 bits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgemoe.config import ModelConfig
-from edgemoe.ops import Ops, kv_bytes
+from edgemoe.ops import KvLayer, Ops, kv_bytes
+from edgemoe.specs import AttentionSpec
 
-__all__ = ["KV_TYPES", "KvCache", "KvTypes"]
+__all__ = ["KV_TYPES", "KvState", "KvTypes"]
 
 KV_TYPES = ("f16", "f32", "q8_0")
 """What keys and values may be: float16, float32, or 8 bits with a float16 scale per 32 values of a head.
@@ -34,29 +34,23 @@ class KvTypes:
                 )
 
 
-class KvCache:
-    """Holds up to `capacity` positions; memory is touched as the sequence grows."""
+class KvState:
+    """Is the state of an attention layer. Memory is touched as the sequence grows; any prefix of it is a state."""
 
-    def __init__(self, config: ModelConfig, ops: Ops, capacity: int, types: KvTypes) -> None:
-        self.capacity = capacity
-        self.length = 0
-        """Positions in use."""
-        self.layers = [
-            ops.kv_layer(mixer, types.keys, types.values, capacity) for mixer in config.mixers
-        ]
+    def __init__(self, ops: Ops, spec: AttentionSpec, capacity: int, types: KvTypes) -> None:
+        self.layer: KvLayer = ops.kv_layer(spec, types.keys, types.values, capacity)
 
     @staticmethod
-    def bytes(config: ModelConfig, capacity: int, types: KvTypes) -> int:
+    def bytes(spec: AttentionSpec, capacity: int, types: KvTypes) -> int:
         """Returns the memory that `capacity` positions take; it grows by 32 of them."""
         return sum(
-            kv_bytes(kind, mixer.num_kv_heads, capacity, mixer.head_dim)
-            for mixer in config.mixers
+            kv_bytes(kind, spec.num_kv_heads, capacity, spec.head_dim)
             for kind in (types.keys, types.values)
         )
 
-    @staticmethod
-    def read_bytes(config: ModelConfig, length: int, types: KvTypes) -> int:
-        """Returns what attention to `length` positions reads; layers with a window see the last ones only."""
-        per_32 = KvCache.bytes(config, 32, types) // config.num_layers
-        windows = (config.window(i) or length for i in range(config.num_layers))
-        return sum(per_32 * min(length, window) // 32 for window in windows)
+    def rewind(self, length: int) -> int:
+        """See `State.rewind`: what lies behind `length` is written over."""
+        return length
+
+    def snapshot(self, length: int) -> None:
+        """See `State.snapshot`."""

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from edgemoe import hardware
 from edgemoe.errors import OutOfBudget
 from edgemoe.file.format import MoeFile
-from edgemoe.model.decoder import scratch_bytes
-from edgemoe.model.kv import KvCache, KvTypes
+from edgemoe.model import KvTypes, scratch_bytes, state_bytes
 from edgemoe.ops import OpsShape
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.store import all_expert_bytes, dense_bytes, expert_bytes
@@ -92,6 +91,7 @@ class Budget:
         context: int | None,
         kv_types: KvTypes,
         ops: OpsShape,
+        sequences: int = 1,
         outside: int = 0,
     ) -> Budget:
         """Fits context and chunk into `ram`.
@@ -102,6 +102,7 @@ class Budget:
             level: rungs of an expert.
             context: positions that must fit; None for what fits well.
             kv_types: how their keys and values are stored.
+            sequences: how many have a context each.
             ops: the operations' shape but for chunk and context.
             outside: what of `process` the caller's budget does not count; errors leave it out.
 
@@ -119,8 +120,8 @@ class Budget:
             shape = replace(ops, max_tokens=chunk, max_context=context)
             return cls(
                 ram=ram, process=process, dense=dense, active_dense=dense - embedding,
-                kv=KvCache.bytes(config, context, kv_types),
-                scratch=CpuOps.scratch_bytes(shape) + scratch_bytes(config, chunk),
+                kv=sequences * state_bytes(config, context, kv_types),
+                scratch=CpuOps.scratch_bytes(shape) + scratch_bytes(config, chunk, sequences),
                 expert=expert, experts=all_expert_bytes(moe, level),
                 context=context, chunk=chunk,
             )  # fmt: skip
@@ -139,7 +140,7 @@ class Budget:
         if context is None:
             most = min(_DEFAULT_CONTEXT, config.context_length)
             # A multiple of what the cache grows by, so that rounding takes no more than its share.
-            more = spare // 8 // KvCache.bytes(config, 32, kv_types) * 32
+            more = spare // 8 // (sequences * state_bytes(config, 32, kv_types)) * 32
             context = max(least.context, min(most, least.context + more))
         fits = (sized(context, chunk) for chunk in _CHUNKS)
         limit = sized(context, _CHUNKS[-1]).scratch + spare // 8

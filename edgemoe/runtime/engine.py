@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import abc
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
-from edgemoe.model import KvCache, KvTypes
-from edgemoe.runtime.meter import Meter, Stats
+from edgemoe.model import KvTypes
+from edgemoe.runtime.meter import Stats
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
-from edgemoe.runtime.trace import TraceWriter
+from edgemoe.runtime.sequence import Sequence
 from edgemoe.scheduler import Scheduler
-from edgemoe.text.sampler import Sampler, SamplingParams
+from edgemoe.text.sampler import SamplingParams
 
 if TYPE_CHECKING:
     from edgemoe.runtime.chat import Chat
@@ -61,13 +61,11 @@ class Engine:
         self.config, self.budget, self.threads = model.config, model.budget, model.threads
         self.bits, self.notes, self._top_bits = model.bits, model.notes, model.top_bits
         self.tokenizer, self.sampling, self._eos = text.tokenizer, text.sampling, text.eos_ids
-        self._kv = KvCache(self.config, model.ops, self.budget.context, options.kv_types)
-        self._ids: list[int] = []  # what the KV cache holds
-        self._logits = np.empty((1, self.config.vocab_size), np.float32)
-        self._call = 0
+        self._sequence: Sequence | None = Sequence(model)
+        self._meter = self._sequence.meter
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._meter = Meter(model.experts, self.budget.kv)
+        self._owner = 0  # the thread that holds it
 
     sampling: SamplingParams
     """How replies are sampled unless said otherwise: the model's own settings, or the defaults."""
@@ -126,7 +124,10 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        """What the last call of `generate` or `logits` did."""
+        """What the last call of `generate` or `logits` did, as of its last pass through the layers.
+
+        Any thread may ask at any time.
+        """
         return self._meter.stats()
 
     @property
@@ -135,7 +136,7 @@ class Engine:
         return self.model.moe.source
 
     def logits(
-        self, ids: Sequence[int] | NDArray[np.integer[Any]], *, last_only: bool = False
+        self, ids: abc.Sequence[int] | NDArray[np.integer[Any]], *, last_only: bool = False
     ) -> NDArray[np.float32]:
         """Computes a new sequence from its start.
 
@@ -150,17 +151,16 @@ class Engine:
             ValueError: too many tokens, none, or one outside the vocabulary.
             ReadError: the disk failed; the engine stays usable.
         """
-        with self._alone():
-            tokens = self._begin(ids, keep_prefix=False)
+        with self._alone() as sequence:
+            tokens = self._checked(ids, self.context)
+            sequence.begin(tokens, kept=0)
             out = np.empty((1 if last_only else len(tokens), self.config.vocab_size), np.float32)
-            start = time.perf_counter()
-            self._evaluate(tokens, out)
-            self._meter.prompt(len(tokens), 0, time.perf_counter() - start)
-            self._meter.hash(out[-1].copy())
+            sequence.prompt(tokens, out)
+            sequence.meter.hash(out[-1].copy())
         return out
 
     def extend(
-        self, ids: Sequence[int] | NDArray[np.integer[Any]], *, last_only: bool = True
+        self, ids: abc.Sequence[int] | NDArray[np.integer[Any]], *, last_only: bool = True
     ) -> NDArray[np.float32]:
         """Adds tokens to the sequence of the last call and returns the logits of the last, float32 [1, V].
 
@@ -174,22 +174,19 @@ class Engine:
             ValueError: too many tokens, none, or one outside the vocabulary.
             ReadError: the disk failed; the engine stays usable.
         """
-        with self._alone():
-            known = len(self._ids)
-            tokens = self._checked(ids, self.context - known)
-            self._kv.length = known  # Ctrl-C may have come between the two
-            self._call += 1
-            self._meter.start()
-            out = self._logits
+        with self._alone() as sequence:
+            tokens = self._checked(ids, self.context - sequence.state.length)
+            sequence.go_on()
+            out = sequence.row
             if not last_only:
                 out = np.empty((len(tokens), self.config.vocab_size), np.float32)
-            start = time.perf_counter()
-            self._evaluate(tokens, out)
-            self._meter.prompt(len(tokens), known, time.perf_counter() - start)
-            self._meter.hash(out[-1] if last_only else out[-1].copy())
+            sequence.prompt(tokens, out)
+            sequence.meter.hash(out[-1] if last_only else out[-1].copy())
         return out
 
-    def generate(self, ids: Sequence[int], params: SamplingParams | None = None) -> Iterator[int]:
+    def generate(
+        self, ids: abc.Sequence[int], params: SamplingParams | None = None
+    ) -> Iterator[int]:
         """Yields tokens as they are made, until an end token, `max_tokens` or the end of the context.
 
         What the sequence shares with the one before is not computed again; the result is the same, bit for bit.
@@ -207,56 +204,54 @@ class Engine:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens does not fit a context of {self.context} with a reply"
             )
-        with self._alone():
-            tokens = self._begin(ids, keep_prefix=True)
-        return self._generate(tokens, params, self._call)
+        with self._alone() as sequence:
+            tokens = self._checked(ids, self.context)
+            # The last token is always computed, for its logits.
+            cached = sequence.begin(tokens, kept=len(tokens) - 1)
+        return self._generate(tokens[cached:], params, sequence.call)
 
     def _generate(
         self, tokens: NDArray[np.int32], params: SamplingParams, call: int
     ) -> Iterator[int]:
-        meter = self._meter
-        sampler = Sampler(params)
-        history = tokens.tolist()
-        limit = self.context - len(history)
-        if params.max_tokens >= 0:
-            limit = min(limit, params.max_tokens)
+        """Yields the reply after a prompt, of which `tokens` are to be computed."""
         eos = frozenset() if params.ignore_eos else self._eos
-        row = self._logits
-        start = time.perf_counter()
-        with self._alone(call):
-            cached = self._kv.length
-            self._evaluate(tokens[cached:], row)
-        now = time.perf_counter()
-        meter.prompt(len(tokens) - cached, cached, now - start)
-        for _ in range(limit):
-            meter.hash(row[0])
-            token = sampler.sample(row[0], history)
-            meter.token(time.perf_counter() - start)
+        with self._alone(call) as sequence:
+            sequence.reply(params)
+            sequence.prompt(tokens, sequence.row)
+            limit = self.context - sequence.state.length
+            if params.max_tokens >= 0:
+                limit = min(limit, params.max_tokens)
+            token = sequence.sample() if limit > 0 else -1
+        for made in range(1, limit + 1):
             if token in eos:
                 return
-            history.append(token)
             yield token
-            if len(history) - len(tokens) >= limit:
-                return
-            with self._alone(call):
-                self._evaluate(np.array([token], np.int32), row)
+            if made < limit:
+                with self._alone(call) as sequence:
+                    sequence.evaluate(np.array([token], np.int32), sequence.row)
+                    token = sequence.sample()
 
     @contextlib.contextmanager
-    def _alone(self, call: int | None = None) -> Iterator[None]:
-        """Keeps other threads out, and a generator of an earlier call."""
-        _ = self.model
+    def _alone(self, call: int | None = None) -> Iterator[Sequence]:
+        """Keeps other threads out, and a generator of an earlier call; gives the engine's sequence."""
+        _ = self.model  # or it says that it is closed
         if os.getpid() != self._pid:
             raise RuntimeError("the engine belongs to the process that opened it")
         if not self._lock.acquire(blocking=False):
             raise RuntimeError("the engine is in use by another thread")
+        self._owner = threading.get_ident()
         try:
-            if call not in (None, self._call):
+            sequence = self._sequence
+            if sequence is None:
+                raise ValueError("the engine is closed")
+            if call not in (None, sequence.call):
                 raise RuntimeError("generate: the engine was used for something else meanwhile")
-            yield
+            yield sequence
         finally:
+            self._owner = 0
             self._lock.release()
 
-    def _checked(self, ids: Sequence[int] | NDArray[Any], room: int) -> NDArray[np.int32]:
+    def _checked(self, ids: abc.Sequence[int] | NDArray[Any], room: int) -> NDArray[np.int32]:
         """Returns tokens as an array, of which there may be at most `room`."""
         tokens = np.asarray(ids)
         if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
@@ -271,42 +266,6 @@ class Engine:
             raise ValueError(f"ids: expected tokens from 0 to {self.config.vocab_size - 1}")
         return tokens.astype(np.int32)
 
-    def _begin(self, ids: Sequence[int] | NDArray[Any], *, keep_prefix: bool) -> NDArray[np.int32]:
-        """Checks a sequence and takes the KV cache back to what it shares with the last one."""
-        tokens = self._checked(ids, self.context)
-        self._call += 1
-        shared = 0
-        if keep_prefix:  # the last token is always computed, for its logits
-            for mine, theirs in zip(self._ids, tokens[:-1].tolist(), strict=False):
-                if mine != theirs:
-                    break
-                shared += 1
-        self._kv.length = shared
-        del self._ids[shared:]
-        self._meter.start()
-        return tokens
-
-    def _evaluate(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
-        """Appends tokens to the sequence; logits of the last ones go to `out` [1 or len(tokens), V]."""
-        model, chunk, trace = self.model, self.budget.chunk, self._trace
-        for first in range(0, len(tokens), chunk):
-            part = tokens[first : first + chunk]
-            if trace is not None:
-                trace.begin(self._kv.length, part)
-            if self._kv.length == 0:
-                model.scheduler.begin()
-            start = time.perf_counter()
-            model.scheduler.tokens(part)
-            hidden = model.decoder.forward(part, self._kv)
-            model.scheduler.passed(len(part), time.perf_counter() - start)
-            self._ids.extend(part.tolist())
-            if len(out) == len(tokens):
-                model.decoder.logits(hidden, out[first : first + len(part)])
-            elif first + chunk >= len(tokens):
-                model.decoder.logits(hidden[-1:], out)
-            if trace is not None:
-                trace.end()
-
     def record(self, path: str | os.PathLike[str], *, look_ahead: int = 0) -> None:
         """Records from now on what is routed, resident and waited for; see `edgemoe.runtime.trace`.
 
@@ -317,8 +276,10 @@ class Engine:
         Raises:
             ValueError: the engine has an observer or a trace already, or there is a file that is not a trace.
             OSError: the file cannot be written.
+            RuntimeError: the engine is in use by another thread.
         """
-        self.model.record(path, look_ahead=look_ahead)
+        with self._alone():
+            self.model.record(path, look_ahead=look_ahead)
 
     def warm(self) -> int:
         """Loads the experts that were used most, until the slots are full; changes no answer.
@@ -350,28 +311,30 @@ class Engine:
     def close(self) -> None:
         """Saves the profile and gives all memory back; the engine cannot be used afterwards.
 
-        Raises:
-            OSError: the profile cannot be written; what was there stays, and the engine is closed.
-        """
-        self._call += 1
-        model, profile = self._model, self._profile
-        if model is None:
-            return
-        learned = None
-        if profile is not None and os.getpid() == self._pid:
-            learned = profile.learned(model.store, model.scheduler)
-        self._meter.freeze()
-        if self._trace is not None:
-            self._trace.close()
-        self._model = None
-        del self._kv, model
-        if profile is not None and learned is not None:
-            profile.write(learned)
+        What another thread is computing is waited for; it finds the engine closed when it wants to go on.
 
-    @property
-    def _trace(self) -> TraceWriter | None:
-        observer = self.model.experts.observer
-        return observer if isinstance(observer, TraceWriter) else None
+        Raises:
+            OSError: the profile or the trace cannot be written; what was there stays, and the engine is closed.
+            RuntimeError: called by what the engine calls, such as an observer.
+        """
+        if os.getpid() != self._pid:  # a child drops what it cannot use
+            self._model = self._sequence = None
+            return
+        if self._owner == threading.get_ident():
+            raise RuntimeError("the engine cannot be closed by what it calls")
+        with self._lock:
+            model, profile, self._sequence = self._model, self._profile, None
+            if model is None:
+                return
+            learned = None if profile is None else profile.learned(model.store, model.scheduler)
+            self._meter.freeze()
+            self._model = None
+        try:
+            if model.experts.observer is not None:
+                model.experts.observer.close()
+        finally:
+            if profile is not None and learned is not None:
+                profile.write(learned)
 
     def __enter__(self) -> Engine:
         return self

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core, hardware
-from edgemoe.experts import Experts
+from edgemoe.runtime.model import Model
 
 __all__ = ["Meter", "Stats"]
+
+_CHANGES = ("hits", "misses", "evictions", "bytes_read", "read_s", "wait_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,71 +64,73 @@ class Stats:
 
 
 class Meter:
-    """Turns counters since the start into those of one call."""
+    """Turns a model's counters since it was opened into those of one call of a sequence.
 
-    def __init__(self, experts: Experts, kv_bytes: int) -> None:
-        self._experts: Experts | None = experts
+    Counted on the thread that runs the model; `stats` may be asked for on any.
+    """
+
+    def __init__(self, model: Model, kv_bytes: int) -> None:
+        self._model: Model | None = model
         self._kv_bytes = kv_bytes
         self._frozen = Stats()
+        self.row_lock = threading.Lock()
+        """Held while the logits are written that `hash` was told of."""
         self.start()
 
     def start(self) -> None:
-        assert self._experts is not None
-        self._base = self._experts.store.stats
-        self._base_choices = _choices(self._experts)
+        """A call begins."""
+        assert self._model is not None
+        self._base = self._model.counters
         self._prompt = (0, 0, 0.0)
-        self._tokens = 0
-        self._first_s = self._last_s = 0.0
+        self._times = (0, 0.0, 0.0)
         self._row: NDArray[np.float32] | None = None
 
     def prompt(self, computed: int, cached: int, seconds: float) -> None:
+        """So many tokens of the prompt were computed, and so many were there."""
         self._prompt = (computed, cached, seconds)
 
     def token(self, seconds: float) -> None:
-        if self._tokens == 0:
-            self._first_s = seconds
-        self._tokens += 1
-        self._last_s = seconds
+        """A token was made, so long after the call began."""
+        count, first, _ = self._times
+        self._times = (count + 1, first if count else seconds, seconds)
 
     def hash(self, row: NDArray[np.float32]) -> None:
+        """These are the last logits, [V]; written over under `row_lock` alone."""
         self._row = row
 
     def stats(self) -> Stats:
-        experts = self._experts
-        if experts is None:
+        """Returns what the call did so far, as of the model's last pass."""
+        model = self._model
+        if model is None:
             return self._frozen
-        now, base = experts.store.stats, self._base
-        uses = now["hits"] + now["misses"] - base["hits"] - base["misses"]
-        routed, skipped, substituted = (
-            a - b for a, b in zip(_choices(experts), self._base_choices, strict=True)
-        )
+        now, base = model.counters, self._base
+        new_tokens, first_s, last_s = self._times
+        computed, cached, prompt_s = self._prompt
+        with self.row_lock:
+            row = self._row
+            logits_hash = "" if row is None else f"{_core.crc32c(row):08x}"
+        change = {name: now.store[name] - base.store[name] for name in _CHANGES}
+        uses = change["hits"] + change["misses"]
+        routed = max(now.routed - base.routed, 1)
         return Stats(
-            skipped_share=skipped / max(routed, 1),
-            substituted_share=substituted / max(routed, 1),
-            prompt_tokens=self._prompt[0],
-            cached_tokens=self._prompt[1],
-            prompt_s=self._prompt[2],
-            new_tokens=self._tokens,
-            first_token_s=self._first_s,
-            decode_s=self._last_s - self._first_s,
-            average_bits=(now["bits"] - base["bits"]) / uses if uses else 0.0,
+            skipped_share=(now.skipped - base.skipped) / routed,
+            substituted_share=(now.substituted - base.substituted) / routed,
+            prompt_tokens=computed,
+            cached_tokens=cached,
+            prompt_s=prompt_s,
+            new_tokens=new_tokens,
+            first_token_s=first_s,
+            decode_s=last_s - first_s,
+            average_bits=(now.store["bits"] - base.store["bits"]) / uses if uses else 0.0,
             peak_bytes=hardware.peak_bytes(),
-            resident_bytes=now["resident_bytes"],
+            resident_bytes=now.store["resident_bytes"],
             kv_bytes=self._kv_bytes,
-            scheduler=experts.scheduler.report(),
-            logits_hash="" if self._row is None else f"{_core.crc32c(self._row):08x}",
-            **{
-                k: now[k] - base[k]
-                for k in ("hits", "misses", "evictions", "bytes_read", "read_s", "wait_s")
-            },
+            scheduler=model.scheduler.report(),
+            logits_hash=logits_hash,
+            **change,
         )
 
     def freeze(self) -> None:
-        """Keeps the last figures when the counters go."""
+        """Keeps the last figures when the model goes."""
         self._frozen = self.stats()
-        self._experts = None
-
-
-def _choices(experts: Experts) -> tuple[int, int, int]:
-    """Returns what routers chose, what was skipped of it and what another expert ran for, since the start."""
-    return experts.routed, experts.skipped, experts.scheduler.substituted
+        self._model = None

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +14,8 @@ from numpy.typing import NDArray
 from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile
-from edgemoe.model import MOST_AHEAD, Decoder, KvCache
-from edgemoe.ops import Ops
+from edgemoe.model import MOST_AHEAD, Batch, Decoder, SequenceState, read_bytes
+from edgemoe.ops import Array, Ops
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.trace import TraceHeader, TraceWriter
@@ -20,12 +23,28 @@ from edgemoe.scheduler import Scheduler, Setting
 from edgemoe.scheduler.watched import Watched
 from edgemoe.store import ExpertStore
 
-__all__ = ["Model"]
+__all__ = ["Counters", "Model"]
+
+
+class Counters(NamedTuple):
+    """Counts what a model has done since it was opened."""
+
+    store: dict[str, Any]
+    """See `ExpertStore.stats`."""
+    routed: int
+    """Pairs of a token and an expert that routers chose."""
+    skipped: int
+    """Those of them that no plan ran."""
+    substituted: int
+    """Those for which another expert ran."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Model:
-    """Holds weights, operations, store and scheduler. One thread at a time. Made by `opening.open_model`."""
+    """Holds weights, operations, store and scheduler, and runs batches. Made by `opening.open_model`.
+
+    One thread at a time, but for `counters`, which any may read.
+    """
 
     moe: MoeFile
     """Without its sections."""
@@ -44,6 +63,73 @@ class Model:
     decoder: Decoder
     notes: tuple[str, ...] = ()
     """What the user chose that changes the answer, one line each; empty when exact."""
+    counters: Counters = field(init=False)
+    """As of the last pass: replaced as a whole, never changed."""
+    _states: WeakSet[SequenceState] = field(default_factory=WeakSet)
+
+    def __post_init__(self) -> None:
+        self.count()
+
+    def make_state(self) -> SequenceState:
+        """Returns the state of a new sequence.
+
+        Raises:
+            ValueError: there are as many as the memory was divided for.
+        """
+        most = self.options.sequences
+        if len(self._states) >= most:
+            raise ValueError(f"sequences: the model was opened for {most} at once")
+        state = self.decoder.make_state(self.budget.context, self.options.kv_types)
+        self._states.add(state)
+        return state
+
+    def forward(self, batch: Batch) -> Array:
+        """Runs tokens of one sequence or of several through all layers; when it returns, they count.
+
+        Args:
+            batch: at most `budget.chunk` tokens.
+
+        Returns:
+            [T, D], for `logits`; scratch, valid until the next call.
+
+        Raises:
+            ValueError: tokens do not fit a sequence's context; nothing has run.
+            ReadError: the disk failed; the sequences are as they were, and everything is usable.
+            FormatError: a checksum does not match; likewise.
+        """
+        scheduler, observer = self.scheduler, self.experts.observer
+        if len(batch) > self.budget.chunk:
+            raise ValueError(
+                f"batch: expected at most {self.budget.chunk} tokens, got {len(batch)}"
+            )
+        for part in batch.slices:
+            part.state.begin(part.count)
+        if observer is not None:
+            observer.begin(batch)
+        for part in batch.slices:
+            if part.state.length == 0:
+                scheduler.begin()
+        start, sequences = time.perf_counter(), len(batch.slices)
+        try:
+            scheduler.tokens(batch.ids, sequences)
+            hidden = self.decoder.forward(batch)
+            scheduler.passed(len(batch), time.perf_counter() - start, sequences)
+        finally:
+            self.count()
+        for part in batch.slices:
+            part.state.commit(batch.ids[part.start : part.stop].tolist())
+        return hidden
+
+    def logits(self, hidden: Array, out: NDArray[np.float32]) -> None:
+        """out [T, V] = the logits of rows of `forward`'s result."""
+        self.decoder.logits(hidden, out)
+        if self.experts.observer is not None:
+            self.experts.observer.end()
+
+    def count(self) -> None:
+        """Publishes the counters as they are now."""
+        e = self.experts
+        self.counters = Counters(self.store.stats, e.routed, e.skipped, e.scheduler.substituted)
 
     @property
     def config(self) -> ModelConfig:
@@ -64,7 +150,7 @@ class Model:
 
     def kv_bytes(self, length: int) -> int:
         """Returns the bytes of keys and values that attention reads for a token after `length` others."""
-        return KvCache.read_bytes(self.config, length, self.options.kv_types)
+        return read_bytes(self.config, length, self.options.kv_types)
 
     def warm(self) -> int:
         """Loads the experts that were used most, until the slots are full; returns the bytes read."""
@@ -74,10 +160,13 @@ class Model:
         total = np.cumsum(store.sizes(order, bits))
         fit = int(np.searchsorted(total, self.setting.slots_bytes, side="right"))
         before = int(store.stats["bytes_read"])
-        store.load(order[:fit], bits[:fit])
+        try:
+            store.load(order[:fit], bits[:fit])
+        finally:
+            self.count()
         return int(store.stats["bytes_read"]) - before
 
-    def record(self, path: str | os.PathLike[str], *, look_ahead: int = 0) -> TraceWriter:
+    def record(self, path: str | os.PathLike[str], *, look_ahead: int = 0) -> None:
         """Observes with a trace from now on; see `Engine.record`."""
         if self.experts.observer is not None:
             raise ValueError("record: the engine is observed already")
@@ -103,5 +192,4 @@ class Model:
             reads_ahead=reads_ahead,
             threads=self.threads,
         )
-        writer = self.experts.observer = TraceWriter(path, header)
-        return writer
+        self.experts.observer = TraceWriter(path, header)

@@ -133,7 +133,7 @@ def _assembled(
         return Budget.divide(
             moe, ram=total + before if is_added else total, process=process, level=level,
             dense_level=dense_level, context=options.context, kv_types=options.kv_types, ops=shape,
-            outside=before if is_added else 0,
+            sequences=options.sequences, outside=before if is_added else 0,
         )  # fmt: skip
 
     # Both refuse what is wrong before anything large is read.
@@ -173,6 +173,7 @@ def room_for_experts(moe: MoeFile, options: EngineOptions) -> int:
         moe, ram=default_ram() if options.ram is None else parse_size(options.ram),
         process=hardware.process_bytes(), level=1, dense_level=moe.dense_level(options.dense_bits),
         context=options.context, kv_types=options.kv_types, ops=OpsShape.of(moe.config, threads),
+        sequences=options.sequences,
     ).room  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from edgemoe.scheduler import SCHEDULERS
 __all__ = ["EngineOptions"]
 
 _MOST_THREADS = 1024
+_MOST_SEQUENCES = 16  # as many tokens as the smallest batch holds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,8 @@ class EngineOptions:
     """How the KV cache holds keys, "f16" or "q8_0": 8 bits, half the memory, not exact."""
     cache_type_v: str = "f16"
     """The same for values."""
+    sequences: int = 1
+    """How many have a context each, inside the budget; an `Engine` needs one, see `Model.make_state` for others."""
     threads: int | None = None
     """None for the machine's cores."""
     scheduler: str = "on-demand"
@@ -76,6 +79,7 @@ class EngineOptions:
                 put(name, whole(name, getattr(self, name)))
         if self.threads is not None:
             put("threads", whole("threads", self.threads, 1, _MOST_THREADS))
+        put("sequences", whole("sequences", self.sequences, 1, _MOST_SEQUENCES))
         for name in ("whole_process", "verify"):
             put(name, switch(name, getattr(self, name)))
         put("options", dict(self.options or {}))

@@ -8,6 +8,7 @@ layer 0, then T of layer 1, and so on:
     id             u4         the token itself; 4294967295 where it is not known. Not in version 2
     layer          u2         position among the layers with routed experts
     tokens         u2         T in the first record of a chunk's layer, 0 in the others
+    sequences      u2         how many the T are of, likewise; as many as T while decoding. Not in versions 2 and 3
     experts        u2 [K]     chosen by the router, best first
     gates          f2 [K]
     resident       u1 [K]     level of each in memory when the layer was planned, 0 = absent; the highest level of all
@@ -25,7 +26,7 @@ and of the chunk's layer as a whole, in its first record, 0 in the others:
     experts_us     f4         from the plan to the sum of the experts' outputs
     wait_us        f4         of that, standing still for reads
 
-`read` gives all of it back, of version 2 too.
+`read` gives all of it back, of versions 2 and 3 too.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ import io
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,11 +48,14 @@ from edgemoe.errors import FormatError, quoted
 from edgemoe.experts import Observer
 from edgemoe.file.parse import parse_object
 from edgemoe.file.whole import locked, named, sync_directory
+from edgemoe.model import Batch
 from edgemoe.plan import Plan, Routing
 
 __all__ = ["NO_EXPERT", "NO_TOKEN", "Trace", "TraceHeader", "TraceWriter", "read", "record"]
 
-_VERSION = 3
+_VERSION = 4
+_LACKS: Mapping[int, Sequence[str]] = {2: ("id", "sequences"), 3: ("sequences",), _VERSION: ()}
+"""Fields that records of a version do not have, for those that are read."""
 _MAGIC = b'{"edgemoe_trace"'
 _ROWS = 1024  # records that are gathered before they are written
 _MOST_BYTES = 1 << 53  # of memory or a read; beyond, floats skip numbers
@@ -116,8 +121,8 @@ def record(experts_per_token: int, look_ahead: int = 0) -> np.dtype[Any]:
     ahead = [("ahead_experts", "<u2", (p, K)), ("ahead_gates", "<f2", (p, K))] if p else []
     return np.dtype(
         [
-            ("token", "<u4"), ("id", "<u4"), ("layer", "<u2"), ("tokens", "<u2"), ("experts", "<u2", (K,)),
-            ("gates", "<f2", (K,)), ("resident", "u1", (K,)), ("bits", "u1", (K,)), *ahead,
+            ("token", "<u4"), ("id", "<u4"), ("layer", "<u2"), ("tokens", "<u2"), ("sequences", "<u2"),
+            ("experts", "<u2", (K,)), ("gates", "<f2", (K,)), ("resident", "u1", (K,)), ("bits", "u1", (K,)), *ahead,
             ("bytes_read", "<u8"), ("before_us", "<f4"), ("experts_us", "<f4"), ("wait_us", "<f4"),
         ]
     )  # fmt: skip
@@ -142,7 +147,7 @@ class TraceWriter(Observer):
         self._file = _emptied(Path(path))
         self._file.write(json.dumps(asdict(header)).encode() + b"\n")
         self._own = header.own_bits()
-        self._position = 0
+        self._positions: NDArray[np.int64] = np.zeros(1, np.int64)
         self._ids: NDArray[np.int32] = np.empty(0, np.int32)
         self._blocks: list[NDArray[Any]] = []
         self._num_rows = 0
@@ -153,13 +158,14 @@ class TraceWriter(Observer):
         self._tail = 0.0
         self._bytes_read, self._wait_s = 0, 0.0
 
-    def begin(self, position: int, ids: NDArray[np.int32]) -> None:
-        """A chunk starts at a position of its sequence: tokens [T], the caller's own."""
-        self._position, self._ids = position, ids
+    def begin(self, batch: Batch) -> None:
+        """A batch starts."""
+        self._positions, self._ids = batch.positions, batch.ids
         self._last = _clock() - self._tail
+        self._tail = 0.0
 
     def end(self) -> None:
-        """The chunk is done, its logits too."""
+        """The batch is done, its logits too."""
         self._tail = _clock() - self._last
 
     def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
@@ -169,7 +175,7 @@ class TraceWriter(Observer):
         if len(routing.experts) == 1 and routing.ahead_experts is None:
             self._single.append(
                 (
-                    self._position, self._ids[0], routing.layer, routing.experts.tobytes(), routing.gates.tobytes(),
+                    self._positions[0], self._ids[0], routing.layer, routing.experts.tobytes(), routing.gates.tobytes(),
                     plan.bits.tobytes(), plan.rows.tobytes(), residency[routing.layer].tobytes(),
                 )
             )  # fmt: skip
@@ -210,7 +216,8 @@ class TraceWriter(Observer):
         )
         n, K, E = len(position), self.header.experts_per_token, self.header.num_experts
         rows = np.zeros(n, self._dtype)
-        rows["token"], rows["id"], rows["layer"], rows["tokens"] = position, ids, layer, 1
+        rows["token"], rows["id"], rows["layer"] = position, ids, layer
+        rows["tokens"] = rows["sequences"] = 1
         rows["experts"] = chosen = np.frombuffer(b"".join(experts), np.int32).reshape(n, K)
         rows["gates"] = np.frombuffer(b"".join(gates), np.float32).reshape(n, K)
         levels = np.frombuffer(b"".join(resident), np.int8).reshape(n, E)
@@ -227,13 +234,13 @@ class TraceWriter(Observer):
         self._single.clear()
 
     def _block(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> NDArray[Any]:
-        """Returns the records of a chunk, or of a token with look-ahead."""
+        """Returns the records of a batch, or of a token with look-ahead."""
         T = len(routing.experts)
         rows = np.zeros(T, self._dtype)
-        rows["token"] = np.arange(self._position, self._position + T)
+        rows["token"] = self._positions
         rows["id"] = self._ids
         rows["layer"] = routing.layer
-        rows["tokens"][0] = T
+        rows["tokens"][0], rows["sequences"][0] = T, routing.sequences
         rows["experts"] = routing.experts
         rows["gates"] = routing.gates
         rows["resident"] = residency[routing.layer][routing.experts]
@@ -243,8 +250,8 @@ class TraceWriter(Observer):
             rows["ahead_experts"] = NO_EXPERT
             if routing.ahead_experts is not None and routing.ahead_gates is not None:
                 n = min(len(routing.ahead_experts), self.header.look_ahead)
-                rows["ahead_experts"][0, :n] = routing.ahead_experts[:n]
-                rows["ahead_gates"][0, :n] = routing.ahead_gates[:n]
+                rows["ahead_experts"][:, :n] = routing.ahead_experts[:n].swapaxes(0, 1)
+                rows["ahead_gates"][:, :n] = routing.ahead_gates[:n].swapaxes(0, 1)
         return rows
 
     def _flush(self) -> None:
@@ -367,6 +374,8 @@ def _are_inside(rows: NDArray[Any], header: TraceHeader) -> bool:
     return bool(
         (rows["experts"] < E).all()
         and (rows["layer"] < header.num_layers).all()
+        and (rows["sequences"] <= rows["tokens"]).all()
+        and ((rows["sequences"] > 0) == (rows["tokens"] > 0)).all()
         and (rows["resident"] <= len(header.level_bits)).all()
         and levels[rows["bits"]].all()
         and np.isfinite(rows["gates"]).all()
@@ -389,7 +398,7 @@ def read(path: str | os.PathLike[str]) -> Trace:
         version = fields["edgemoe_trace"]
     except (FormatError, KeyError):
         raise FormatError(f"{path}: not a trace of edgemoe") from None
-    if version not in (2, _VERSION):
+    if type(version) is not int or version not in _LACKS:
         raise FormatError(
             f"{path}: trace version {quoted(version)}; expected {_VERSION}, record it again"
         )
@@ -402,23 +411,23 @@ def read(path: str | os.PathLike[str]) -> Trace:
         is_sound = False
     if not is_sound:
         raise FormatError(f"{path}: a trace with a damaged header")
-    dtype = record(header.experts_per_token, header.look_ahead)
-    if version == 2:
-        rows = _with_ids(body, dtype)
-    else:
-        rows = np.frombuffer(body[: len(body) // dtype.itemsize * dtype.itemsize], dtype)
+    rows = _as_now(body, record(header.experts_per_token, header.look_ahead), _LACKS[version])
     if not _are_inside(rows, header):
         raise FormatError(f"{path}: a trace with records outside its model")
     return Trace(header, rows)
 
 
-def _with_ids(body: bytes, dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Returns the records of version 2, whose tokens are not known."""
-    names = [name for name in dtype.names or () if name != "id"]
+def _as_now(body: bytes, dtype: np.dtype[Any], lacks: Sequence[str]) -> NDArray[Any]:
+    """Returns the records of a version that lacks some fields: tokens that are not known, one sequence at a time."""
+    names = [name for name in dtype.names or () if name not in lacks]
     old = np.dtype([(name, dtype[name]) for name in names])
     found = np.frombuffer(body[: len(body) // old.itemsize * old.itemsize], old)
-    rows = np.empty(len(found), dtype)
+    if not lacks:
+        return found
+    rows = np.zeros(len(found), dtype)
     for name in names:
         rows[name] = found[name]
-    rows["id"] = NO_TOKEN
+    rows["sequences"] = rows["tokens"] > 0
+    if "id" in lacks:
+        rows["id"] = NO_TOKEN
     return rows

@@ -99,13 +99,13 @@ class Auto(Scheduler):
         """See `Scheduler.plan`."""
         layer, now = routing.layer, self._now
         plan = self._exact.plan(routing, residency)
-        if now.look_ahead and len(routing.experts) == 1:
+        if now.look_ahead and routing.is_decoding:
             plan.ahead, plan.ahead_bits = self._ahead.wishes(routing, residency)
         if now.skip_below:
             plan = skip_small(
                 plan, routing.gates, top_p=1.0, skip_below=now.skip_below, renormalise=False
             )  # fmt: skip
-        if now.miss_bits and len(routing.experts) == 1:
+        if now.miss_bits and routing.is_decoding:
             resident = self._bits_of[residency[layer]]
             plan = low_bits_first(plan, resident, now.miss_bits, layer * self._num_experts)
         for name, eviction in self._evictions.items():
@@ -114,13 +114,13 @@ class Auto(Scheduler):
                 self._rows[layer][:] = eviction.rows[layer]
         return plan
 
-    def passed(self, tokens: int, seconds: float) -> None:
+    def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
         """Counts single tokens, and decides when a trial is over."""
         for eviction in self._evictions.values():
             eviction.passed()
         if self._now.look_ahead:
-            self._ahead.passed(tokens, seconds)
-        if tokens > 1 or self._trial is None:
+            self._ahead.passed(tokens, seconds, sequences)
+        if tokens != sequences or self._trial is None:
             return
         name, change = self._to_try[0]
         new = change(self.kept)

@@ -95,13 +95,16 @@ class Scheduler(ABC):
         """
 
     def begin(self) -> None:  # noqa: B027 (most have nothing to do)
-        """A new sequence starts."""
+        """A new sequence starts; others may be in the middle."""
 
-    def tokens(self, ids: NDArray[np.int32]) -> None:  # noqa: B027
-        """All layers will now run for tokens [T] of the sequence. A sequence may have gone back some tokens before."""
+    def tokens(self, ids: NDArray[np.int32], sequences: int = 1) -> None:  # noqa: B027
+        """All layers will now run for the next tokens [T] of so many sequences, one after the other.
 
-    def passed(self, tokens: int, seconds: float) -> None:  # noqa: B027
-        """All layers have run for `tokens` tokens, which took `seconds`."""
+        A sequence may have gone back some tokens before.
+        """
+
+    def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:  # noqa: B027
+        """All layers have run for `tokens` tokens, which took `seconds`; of as many sequences while decoding."""
 
     def state(self) -> Mapping[str, NDArray[Any]]:
         """Returns what it learned and is of use in another run, under the names of `edgemoe.runtime.profile`."""

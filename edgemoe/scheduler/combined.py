@@ -82,9 +82,9 @@ class Combined(Scheduler):
 
     def _plan_with_levers(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         levers, layer, resident = self.levers, routing.layer, residency[routing.layer]
-        first, is_single = layer * self._num_experts, len(routing.experts) == 1
+        first, is_decoding = layer * self._num_experts, routing.is_decoding
         displaced = None
-        if self._prior is not None and is_single:
+        if self._prior is not None and is_decoding:
             routing, displaced = self._prior.choose(routing, np.equal(resident, self._all_at_top))
             self.substituted = self._prior.substituted
         plan = self.inner.plan(routing, residency)
@@ -93,7 +93,7 @@ class Combined(Scheduler):
                 plan, routing.gates, top_p=levers.top_p, skip_below=levers.skip_below,
                 renormalise=levers.renormalise,
             )  # fmt: skip
-        if levers.miss_bits and is_single:
+        if levers.miss_bits and is_decoding:
             plan = low_bits_first(plan, self._bits_of[resident], levers.miss_bits, first)
         if displaced is not None and levers.admit:
             bits = np.full(len(displaced), self._bits_of[self._top_level], np.int8)
@@ -106,15 +106,15 @@ class Combined(Scheduler):
         if self.eviction is not None:
             self.eviction.begin()
 
-    def tokens(self, ids: NDArray[np.int32]) -> None:
+    def tokens(self, ids: NDArray[np.int32], sequences: int = 1) -> None:
         """See `Scheduler.tokens`."""
-        self.inner.tokens(ids)
+        self.inner.tokens(ids, sequences)
         if self.eviction is not None:
-            self.eviction.tokens(ids)
+            self.eviction.tokens(ids, sequences)
 
-    def passed(self, tokens: int, seconds: float) -> None:
+    def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
         """See `Scheduler.passed`."""
-        self.inner.passed(tokens, seconds)
+        self.inner.passed(tokens, seconds, sequences)
         self.look_ahead = self.inner.look_ahead
         if self.eviction is not None:
             self.eviction.passed()

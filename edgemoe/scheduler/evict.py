@@ -43,7 +43,7 @@ class Eviction(ABC):
     def begin(self) -> None:  # noqa: B027 (there may be nothing to do)
         """A new sequence starts."""
 
-    def tokens(self, ids: NDArray[np.int32]) -> None:  # noqa: B027 (likewise)
+    def tokens(self, ids: NDArray[np.int32], sequences: int = 1) -> None:  # noqa: B027 (likewise)
         """See `Scheduler.tokens`."""
 
     def passed(self) -> None:  # noqa: B027 (likewise)
@@ -157,8 +157,8 @@ class SoonestUse(Eviction):
     def begin(self) -> None:
         self.predictor.begin()
 
-    def tokens(self, ids: NDArray[np.int32]) -> None:
-        self.predictor.tokens(ids)
+    def tokens(self, ids: NDArray[np.int32], sequences: int = 1) -> None:
+        self.predictor.tokens(ids, sequences)
 
     def passed(self) -> None:
         self.predictor.learn()

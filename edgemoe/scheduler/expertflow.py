@@ -125,9 +125,9 @@ class ExpertFlow(Scheduler):
         """See `Scheduler.begin`."""
         self._predictor.begin()
 
-    def tokens(self, ids: NDArray[np.int32]) -> None:
+    def tokens(self, ids: NDArray[np.int32], sequences: int = 1) -> None:
         """Predicts the paths again, now that the token is known, where there is a trained predictor."""
-        self._predictor.tokens(ids)
+        self._predictor.tokens(ids, sequences)
         against = self._predictor.path()
         if against is None:
             return
@@ -140,7 +140,7 @@ class ExpertFlow(Scheduler):
         self._paths[:] = paths
         self._known = self._num_layers
 
-    def passed(self, tokens: int, seconds: float) -> None:
+    def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
         """Learns from the token."""
         self._predictor.learn()
 

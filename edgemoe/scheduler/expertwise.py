@@ -88,7 +88,7 @@ class Expertwise(Scheduler):
         ahead += np.int32((layer + 1) * self._num_experts)
         return plan_token(routing, bits, None, ahead, ahead_bits)
 
-    def passed(self, tokens: int, seconds: float) -> None:
+    def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
         """See `Scheduler.passed`: learns the path."""
         if self._transitions is not None:
             self._transitions.learn()

@@ -123,7 +123,11 @@ class Hobbit(Scheduler):
         least = most if self._strict else np.minimum(most, self._low)
         bits = np.where((resident > 0) & (resident >= least), resident, most).astype(np.int8)
         slots = bits[routing.experts]
-        return plan_slots(routing, slots, gates=self._gates(routing.gates, slots))
+        plan = plan_slots(routing, slots, gates=self._gates(routing.gates, slots))
+        if not routing.is_decoding:
+            return plan
+        plan.ahead, plan.ahead_bits = self._wishes(routing, residency)
+        return plan
 
     def _token_bits(self, gates: list[float], levels: list[int]) -> list[int]:
         """Returns the bits of one token's experts that are resident at `levels`, best first.
@@ -158,26 +162,29 @@ class Hobbit(Scheduler):
         """
         if routing.ahead_experts is None or routing.ahead_gates is None:
             return None, None
-        E, all_ids, all_bits = self._num_experts, [], []
-        for i, experts in enumerate(routing.ahead_experts):
+        E = self._num_experts
+        wishes: dict[int, int] = {}
+        for i, tokens in enumerate(routing.ahead_experts):
             layer = routing.layer + 1 + i
-            levels = residency[layer].take(experts).tolist()
-            if self._mixed_ahead:
-                bits = self._token_bits(routing.ahead_gates[i].tolist(), levels)
-            else:
-                bits = [self._high] * len(levels)
             first, is_missing = layer * E, False
-            for expert, want, level in zip(experts.tolist(), bits, levels, strict=True):
-                if want > 0:
-                    all_ids.append(first + expert)
-                    all_bits.append(want)
-                    if want > self._bits_of_level[level]:
-                        is_missing = True
+            for experts, gates in zip(tokens, routing.ahead_gates[i].tolist(), strict=True):
+                levels = residency[layer].take(experts).tolist()
+                bits = (
+                    self._token_bits(gates, levels)
+                    if self._mixed_ahead
+                    else [self._high] * len(levels)
+                )
+                for expert, want, level in zip(experts.tolist(), bits, levels, strict=True):
+                    if want > 0:
+                        id = first + expert
+                        wishes[id] = max(want, wishes.get(id, 0))
+                        if want > self._bits_of_level[level]:
+                            is_missing = True
             if is_missing:
                 break
-        return np.array(all_ids, np.int32), np.array(all_bits, np.int8)
+        return np.array(list(wishes), np.int32), np.array(list(wishes.values()), np.int8)
 
-    def passed(self, tokens: int, seconds: float) -> None:
+    def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
         """Fits the thresholds to the scores so far, ever more seldom, and then leaves them."""
         self._tokens += tokens
         if self._fits_itself and self._tokens >= self._next_fit:

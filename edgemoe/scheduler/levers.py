@@ -26,7 +26,7 @@ class Levers:
 
     cache_prior: float = option(
         0.0, "add this times the range of a layer's logits to those of resident experts before the "
-        "best are chosen; single tokens only (Cache-Prior, arXiv 2412.00099); 0 is off"
+        "best are chosen; while decoding only (Cache-Prior, arXiv 2412.00099); 0 is off"
     )  # fmt: skip
     protect: int = option(1, "the router's best so many experts that cache_prior leaves alone")
     admit: bool = option(
@@ -91,13 +91,33 @@ class CachePrior:
     def choose(
         self, routing: Routing, resident: NDArray[np.bool_]
     ) -> tuple[Routing, NDArray[np.int32]]:
-        """Returns the new routing of a single token, best first, and the experts that it lacks.
+        """Returns the new routing of decoding tokens, best first, and the experts that no token has any more.
 
         Args:
             resident: [E], of the layer, at the bits that will be planned.
         """
         if routing.scores is None:
             raise ValueError("cache_prior: needs the router's scores, which a trace does not have")
+        if len(routing.experts) == 1:
+            return self._choose_one(routing, resident)
+        layer, scores = routing.layer, routing.scores
+        chosen = [
+            self._choose_one(Routing(layer, e[None], g[None], scores=s[None]), resident)[0]
+            for e, g, s in zip(routing.experts, routing.gates, scores, strict=True)
+        ]
+        experts, gates = (
+            np.concatenate([getattr(one, name) for one in chosen]) for name in ("experts", "gates")
+        )
+        return Routing(
+            layer, experts, gates, routing.ahead_experts, routing.ahead_gates, scores,
+            sequences=routing.sequences,
+        ), np.setdiff1d(routing.experts, experts)  # fmt: skip
+
+    def _choose_one(
+        self, routing: Routing, resident: NDArray[np.bool_]
+    ) -> tuple[Routing, NDArray[np.int32]]:
+        """Is `choose` for one token."""
+        assert routing.scores is not None
         layer, scores, logits = routing.layer, routing.scores[0], self._logits
         chosen = routing.experts[0].astype(np.intp)  # other indices are converted at every use
         logits[...] = scores
@@ -184,7 +204,7 @@ def skip_small(
 def low_bits_first(plan: Plan, resident_bits: NDArray[np.int8], least: int, first: int) -> Plan:
     """Returns the plan with experts that lack bits at what is resident, at least `least`; the rest is read ahead.
 
-    For single tokens: in a prompt the read of an expert serves many tokens.
+    While decoding: in a prompt the read of an expert serves many tokens.
 
     Args:
         resident_bits: [E], of the plan's layer.

@@ -29,7 +29,7 @@ _MARGIN = 0.02
 
 
 class LookAhead:
-    """Is asked by a scheduler in each layer of a single token's pass; exact, as it only reads early."""
+    """Is asked by a scheduler in each layer while decoding; exact, as it only reads early."""
 
     def __init__(
         self, setting: Setting, bits: NDArray[np.int8] | None = None, *, trials: bool = True
@@ -39,11 +39,10 @@ class LookAhead:
         trials: find out now and then whether tokens are faster without, and switch it off if so.
         """
         L, E, K = setting.num_layers, setting.num_experts, setting.experts_per_token
+        self._shape = (L, K)
         self._base = np.arange(0, L * E, E, dtype=np.int32)
         self._bits = np.full(L * E, setting.bits, np.int8) if bits is None else bits.reshape(-1)
-        self._guess = np.full((L, K), -1, np.int32)  # of each layer, made in the layer before
-        self._absent = np.zeros((L, K), bool)
-        self._actual = np.zeros((L, K), np.int32)
+        self._start(1)
         self._right, self._seen = np.full(K, 6.0), np.full(K, 8.0)
         self._cut = K  # ranks that are worth it
         self._last = L - 1
@@ -52,23 +51,35 @@ class LookAhead:
         self._trial: Trial | None = None
         self.is_on = True
 
+    def _start(self, rows: int) -> None:
+        """Guesses for so many tokens at once from now on, one of each sequence."""
+        (L, K), self._rows = self._shape, rows
+        self._guess = np.full((L, rows, K), -1, np.int32)  # of each layer, made in the layer before
+        self._absent = np.zeros((L, rows, K), bool)
+        self._actual = np.zeros((L, rows, K), np.int32)
+
     def wishes(
         self, routing: Routing, residency: NDArray[np.int8]
     ) -> tuple[NDArray[np.int32] | None, NDArray[np.int8] | None]:
-        """Returns `Plan.ahead` and `Plan.ahead_bits` for one token's layer."""
-        layer = routing.layer
-        self._actual[layer] = routing.experts[0]
+        """Returns `Plan.ahead` and `Plan.ahead_bits` of a layer: best guesses first, those of all tokens in turn."""
+        layer, T = routing.layer, len(routing.experts)
+        if self._rows != T:
+            self._start(T)
+        self._actual[layer] = routing.experts
         if routing.ahead_experts is None or layer == self._last:
             return None, None
         guess = routing.ahead_experts[0]
         self._guess[layer + 1] = guess
         self._absent[layer + 1] = residency[layer + 1][guess] == 0
-        wishes = guess[: self._cut] + self._base[layer + 1]
+        best = guess[0, : self._cut]
+        if T > 1:
+            best = np.array(list(dict.fromkeys(guess[:, : self._cut].T.ravel().tolist())), np.int32)
+        wishes = best + self._base[layer + 1]
         return wishes, self._bits[wishes]
 
-    def passed(self, tokens: int, seconds: float) -> None:
-        """See `Scheduler.passed`: learns from the guesses of this token, and which is faster: with or without."""
-        if tokens != 1:
+    def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
+        """See `Scheduler.passed`: learns from the guesses of this pass, and which is faster: with or without."""
+        if tokens != sequences:
             return
         if self.is_on:
             self._learn()
@@ -84,9 +95,9 @@ class LookAhead:
             self.is_on = self._trial.is_new
 
     def _learn(self) -> None:
-        hit = (self._guess[:, :, None] == self._actual[:, None, :]).any(2)
-        self._right = self._right * _KEEP + (hit & self._absent).sum(0)
-        self._seen = self._seen * _KEEP + self._absent.sum(0)
+        hit = (self._guess[..., None] == self._actual[:, :, None]).any(3)
+        self._right = self._right * _KEEP + (hit & self._absent).sum((0, 1))
+        self._seen = self._seen * _KEEP + self._absent.sum((0, 1))
         self._guess[:] = -1
         self._absent[:] = False
         self._cut = self._worth()

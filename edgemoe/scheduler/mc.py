@@ -88,8 +88,19 @@ class Mc(Scheduler):
         """See `Scheduler.plan`."""
         layer, gates = routing.layer, routing.gates
         bits = self._bits[layer][routing.experts]
-        if self._prunes and len(gates) == 1 and layer >= self._first:
-            shares = gates[0].tolist()
+        if self._prunes and routing.is_decoding and layer >= self._first:
+            gates = self._pruned(layer, gates, bits)
+        plan = plan_slots(routing, bits, gates=gates)
+        if routing.ahead_experts is None:
+            return plan
+        ahead = look_ahead(routing, self._num_experts)
+        return add_ahead(plan, ahead, self._bits.reshape(-1)[ahead])
+
+    def _pruned(
+        self, layer: int, gates: NDArray[np.float32], bits: NDArray[np.int8]
+    ) -> NDArray[np.float32]:
+        """Sets the bits [T, K] of what is left out to 0, and returns the gates [T, K] of the others."""
+        for t, shares in enumerate(gates.tolist()):
             least = self.betas[layer] * shares[0]
             if self.options.beta < 0:  # a step up or down finds the median
                 step = self._STEP if shares[-1] > least else -self._STEP
@@ -97,14 +108,11 @@ class Mc(Scheduler):
             if shares[-1] < least:
                 kept = sum(g >= least for g in shares)
                 count = max(kept, len(shares) - self.options.most)
-                bits[:, count:] = 0
+                bits[t, count:] = 0
                 if self.options.renormalise:
-                    gates = gates * np.float32(sum(shares) / sum(shares[:count]))
-        plan = plan_slots(routing, bits, gates=gates)
-        if routing.ahead_experts is None:
-            return plan
-        ahead = look_ahead(routing, self._num_experts).reshape(-1)
-        return add_ahead(plan, ahead, self._bits.reshape(-1)[ahead])
+                    gates = gates.copy()
+                    gates[t] *= np.float32(sum(shares) / sum(shares[:count]))
+        return gates
 
     def report(self) -> str:
         """Returns the middle threshold."""

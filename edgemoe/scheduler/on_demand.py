@@ -78,23 +78,26 @@ class OnDemand(Scheduler):
         np.cumsum(counts[used], out=offsets[1:])
         rows = np.empty(T * K, np.int32)
         rows[order] = np.arange(T * K, dtype=np.int32)
-        soon = None
-        if ahead is not None and len(used) == self._num_experts and routing.layer < self._last:
+        soon = soon_bits = None
+        if ahead is not None and routing.is_decoding:
+            soon, soon_bits = ahead.wishes(routing, residency)
+        elif ahead is not None and len(used) == self._num_experts and routing.layer < self._last:
             # A prompt that wants everything here will want nearly everything there.
             soon = np.flatnonzero(residency[routing.layer + 1] == 0)[:_PROMPT_AHEAD].astype(
                 np.int32
             )
             soon += (routing.layer + 1) * self._num_experts
+            soon_bits = self._all_bits[soon]
         return Plan(
             routing.layer, used, self._bits[routing.layer][used], offsets,
             order // K, rows.reshape(T, K), routing.gates,
-            soon, None if soon is None else self._all_bits[soon],
+            soon, soon_bits,
         )  # fmt: skip
 
-    def passed(self, tokens: int, seconds: float) -> None:
+    def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
         """See `Scheduler.passed`."""
         if self._ahead is not None:
-            self._ahead.passed(tokens, seconds)
+            self._ahead.passed(tokens, seconds, sequences)
             self.look_ahead = int(self._ahead.is_on)
 
     def state(self) -> Mapping[str, NDArray[Any]]:

@@ -161,8 +161,12 @@ class PathUse(NextUse):
         self._path.begin()
         self._has_run = False
 
-    def tokens(self, ids: NDArray[np.int32]) -> None:
-        """See `Scheduler.tokens`."""
+    def tokens(self, ids: NDArray[np.int32], sequences: int = 1) -> None:
+        """See `Scheduler.tokens`. It follows one text: of several at once it says nothing."""
+        if sequences > 1:
+            self.begin()
+            self._can_learn = self._was_asked = False
+            return
         self._asked[...] = self._after
         self._path.follow(ids)
         self._after[:, 2] = self._path.next

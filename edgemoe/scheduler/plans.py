@@ -175,9 +175,9 @@ def with_ahead(plan: Plan, experts: NDArray[np.int32], bits: NDArray[np.int8]) -
 
 
 def look_ahead(routing: Routing, num_experts: int) -> NDArray[np.int32]:
-    """Returns what the next layers' routers choose as layer * num_experts + expert, int32 [p, K]."""
+    """Returns what the next layers' routers choose as layer * num_experts + expert, each once, nearest layers first."""
     assert routing.ahead_experts is not None
-    p = len(routing.ahead_experts)
+    p, T, _ = routing.ahead_experts.shape
     first = np.arange(routing.layer + 1, routing.layer + 1 + p, dtype=np.int32) * num_experts
-    ids: NDArray[np.int32] = routing.ahead_experts + first[:, None].astype(np.int32)
-    return ids
+    ids = (routing.ahead_experts + first[:, None, None].astype(np.int32)).reshape(-1)
+    return ids if T == 1 else np.array(list(dict.fromkeys(ids.tolist())), np.int32)

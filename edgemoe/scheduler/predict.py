@@ -120,7 +120,7 @@ class NextUse:
     def begin(self) -> None:
         """A new sequence starts."""
 
-    def tokens(self, ids: NDArray[np.int32]) -> None:
+    def tokens(self, ids: NDArray[np.int32], sequences: int = 1) -> None:
         """See `Scheduler.tokens`."""
 
     def path(self) -> Array | None:
@@ -137,7 +137,9 @@ class NextUse:
         """As `update`, and returns the logarithms of these odds."""
         now, before, used, logs, margin, average, raw, f, s = self._views[routing.layer]
         before[...] = now
-        chosen = routing.experts[-1].astype(np.intp)  # other indices are converted at every use
+        several = routing.sequences > 1 and routing.is_decoding
+        # Other indices are converted at every use.
+        chosen = (np.unique(routing.experts) if several else routing.experts[-1]).astype(np.intp)
         if len(routing.experts) == 1:
             f *= self._keep
             f[chosen] += 1.0 - self._keep
@@ -147,12 +149,12 @@ class NextUse:
         used[chosen] = 1.0
         if routing.scores is None:  # gates alone say nothing about the experts that were not chosen
             s.fill(routing.gates[-1, -1])
-            s[chosen] = routing.gates[-1]
+            s[routing.experts[-1]] = routing.gates[-1]
         else:
-            s[...] = routing.scores[-1]
+            s[...] = routing.scores.max(0) if several else routing.scores[-1]
         s += _TINY
         np.log(raw, out=logs)
-        margin -= margin[chosen[-1]]
+        margin -= margin[chosen].min() if several else margin[chosen[-1]]
         change = np.subtract(margin, average, out=self._change)
         change *= 1.0 - self._decay
         average += change

@@ -34,13 +34,13 @@ class Watched(Scheduler):
         """See `Scheduler.begin`."""
         self._inner.begin()
 
-    def tokens(self, ids: NDArray[np.int32]) -> None:
+    def tokens(self, ids: NDArray[np.int32], sequences: int = 1) -> None:
         """See `Scheduler.tokens`."""
-        self._inner.tokens(ids)
+        self._inner.tokens(ids, sequences)
 
-    def passed(self, tokens: int, seconds: float) -> None:
+    def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
         """See `Scheduler.passed`."""
-        self._inner.passed(tokens, seconds)
+        self._inner.passed(tokens, seconds, sequences)
 
     def state(self) -> Mapping[str, NDArray[Any]]:
         """See `Scheduler.state`."""
@@ -62,10 +62,10 @@ def seen(routing: Routing, look_ahead: int) -> Routing:
     if look_ahead <= 0:
         return Routing(
             routing.layer, routing.experts, routing.gates,
-            scores=routing.scores, bit_logits=routing.bit_logits,
+            scores=routing.scores, bit_logits=routing.bit_logits, sequences=routing.sequences,
         )  # fmt: skip
     return Routing(
         routing.layer, routing.experts, routing.gates,
         routing.ahead_experts[:look_ahead], routing.ahead_gates[:look_ahead], routing.scores,
-        routing.bit_logits,
+        routing.bit_logits, routing.sequences,
     )  # fmt: skip

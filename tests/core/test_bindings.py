@@ -79,7 +79,7 @@ def test_arrays_are_lent_as_they_are(matrix):
     with pytest.raises(ValueError, match="linear x: expected an aligned array"):
         _core.linear(ws, odd, [matrix], [out])
     router, norm = f32(4, 32), np.ones(32, np.float32)
-    chosen = f32(1, 32), f32(1, 4), np.zeros((1, 2), np.int32), f32(1, 2)
+    chosen = f32(1, 1, 32), f32(1, 1, 4), np.zeros((1, 1, 2), np.int32), f32(1, 1, 2)
     _core.look_ahead(ws, f32(1, 32), [norm], [router], 1e-5, False, False, *chosen)
     with pytest.raises(TypeError):
         _core.look_ahead(ws, f32(1, 32), [norm], [router.astype("f8")], 1e-5, False, False, *chosen)

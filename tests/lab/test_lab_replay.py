@@ -40,6 +40,7 @@ def made(experts, E, *, chunk=0, bits=4, ahead=None, times=None):
         block = rows[at : at + len(tokens)]
         block["token"], block["layer"], block["experts"] = tokens, layer, experts[tokens, layer]
         block["tokens"][0], block["bits"], block["gates"] = len(tokens), bits, 1 / K
+        block["sequences"][0] = 1
         if ahead is not None:
             block["ahead_experts"] = ahead[tokens, layer]
         if times is not None:

@@ -18,9 +18,9 @@ SETTING = Setting(
 
 def routing(layer, experts, ahead=None):
     chosen = np.array([experts], np.int32)
-    guess = None if ahead is None else np.array([ahead], np.int32)
+    guess = None if ahead is None else np.array([[ahead]], np.int32)
     gates = np.full((1, K), 0.5, np.float32)
-    return Routing(layer, chosen, gates, guess, None if ahead is None else gates)
+    return Routing(layer, chosen, gates, guess, None if ahead is None else gates[None])
 
 
 def absent(*resident):
@@ -36,6 +36,38 @@ def test_the_next_layers_guess_is_wished_for_at_the_bits_in_use():
     assert plan.ahead_bits.tolist() == [4, 4]
     assert OnDemand(SETTING).plan(routing(2, [3, 4]), absent()).ahead is None
     assert OnDemand(SETTING, look_ahead=False).look_ahead == 0
+
+
+def several(layer, experts, ahead=None):
+    """A routing of decoding tokens of several sequences."""
+    gates = np.full((len(experts), K), 0.5, np.float32)
+    guess = None if ahead is None else np.array([ahead], np.int32)
+    return Routing(
+        layer, np.array(experts, np.int32), gates, guess, None if ahead is None else gates[None],
+        sequences=len(experts),
+    )  # fmt: skip
+
+
+def test_guesses_of_several_sequences_are_read_in_turn_and_each_once():
+    plan = OnDemand(SETTING).plan(several(0, [[3, 4], [4, 1]], [[7, 0], [2, 7]]), absent())
+    assert plan.ahead.tolist() == [E + 7, E + 2, E + 0]
+    assert plan.ahead_bits.tolist() == [4, 4, 4]
+    assert plan.experts.tolist() == [1, 3, 4]  # one read for both
+    assert OnDemand(SETTING).plan(several(2, [[3, 4], [4, 1]]), absent()).ahead is None
+
+
+def test_ranks_are_judged_by_all_sequences_that_guess():
+    ahead = LookAhead(SETTING)
+    for _ in range(14):  # the second rank is right for nobody
+        ahead.wishes(several(0, [[1, 2], [0, 3]], [[5, 6], [4, 2]]), absent())
+        ahead.wishes(several(1, [[5, 7], [4, 1]], [[1, 2], [1, 2]]), absent((2, 2)))
+        ahead.wishes(several(2, [[1, 0], [1, 4]]), absent())
+        ahead.passed(2, 1.0, sequences=2)
+    ahead.passed(2, 1.0)  # a prompt teaches nothing
+    wishes, _ = ahead.wishes(several(0, [[1, 2], [0, 3]], [[5, 6], [4, 2]]), absent())
+    assert wishes.tolist() == [E + 5, E + 4]
+    wishes, _ = ahead.wishes(routing(0, [1, 2], [5, 6]), absent())  # and one alone goes on with it
+    assert wishes.tolist() == [E + 5]
 
 
 def test_a_rank_that_is_mostly_wrong_is_left_out():

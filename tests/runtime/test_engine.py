@@ -9,6 +9,7 @@ from engines import GREEDY, with_slots
 import edgemoe
 import edgemoe.experts
 from edgemoe import _core
+from edgemoe.model import Batch
 
 IDS = np.random.default_rng(1).integers(0, 256, 150)
 
@@ -325,5 +326,7 @@ def test_a_models_own_sampling_is_the_default(tmp_path):
 def test_an_interrupt_between_computing_and_counting_is_forgotten(tiny_moe, expected):
     with edgemoe.load(tiny_moe) as engine:
         engine.logits(IDS[:149])
-        engine.model.decoder.forward(IDS[:3].astype(np.int32), engine._kv)  # and Ctrl-C here
+        state = engine._sequence.state
+        state.begin(3)
+        engine.model.decoder.forward(Batch.of((state, IDS[:3].astype(np.int32))))  # and Ctrl-C here
         assert np.array_equal(engine.extend(IDS[149:150])[0], expected[8][0][-1])

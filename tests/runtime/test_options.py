@@ -72,7 +72,9 @@ def test_every_flag_of_the_command_line_has_an_option():
     fields = {f.name for f in dataclasses.fields(EngineOptions)}
     assert set(said) <= fields
     # What is left: what edgemoe-run adds itself, and what only a program can give.
-    assert fields - set(said) == {"context", "trace", "profile", "observer"}
+    assert fields - set(said) == {
+        "context", "trace", "profile", "observer", "sequences",
+    }  # fmt: skip
     assert EngineOptions(**said) == EngineOptions(whole_process=True)
     assert engine_flags(argparse.Namespace(bits=4), ram=1 << 30) == {
         "whole_process": True, "bits": 4, "ram": 1 << 30,

@@ -78,7 +78,7 @@ def routings(seed=0, tokens=6):
             chosen, ahead = (rng.permutation(E)[:K].astype(np.int32)[None] for _ in range(2))
             gates = np.full((1, K), 0.5, np.float32)
             scores = rng.random((1, E), np.float32)
-            later = (ahead, gates) if layer < L - 1 else (None, None)
+            later = (ahead[None], gates[None]) if layer < L - 1 else (None, None)
             yield Routing(layer, chosen, gates, *later, scores)
 
 

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 import edgemoe
+from edgemoe.lab.routing.replay import Tape
+from edgemoe.model import Batch, SequenceState
 from edgemoe.plan import Plan, Routing
 from edgemoe.runtime.trace import NO_EXPERT, NO_TOKEN, TraceHeader, TraceWriter, read, record
+from edgemoe.scheduler.plans import plan_slots
 
 IDS = np.random.default_rng(1).integers(0, 256, 40)
 
@@ -25,13 +28,20 @@ def header(**fields):
     )  # fmt: skip
 
 
+def batch(position, *ids):
+    """Tokens that come after `position` others in a sequence without layers."""
+    state = SequenceState([], 1 << 20)
+    state.commit([0] * position)
+    return Batch.of((state, np.array(ids, np.int32)))
+
+
 def single(layer, experts, bits, rows, ahead=None):
     """One token's routing, and a plan for it."""
     experts = np.array([experts], np.int32)
     routing = Routing(
         layer, experts, np.array([[0.75, 0.25]], np.float32),
-        None if ahead is None else np.array(ahead, np.int32),
-        None if ahead is None else np.full(np.shape(ahead), 0.5, np.float32),
+        None if ahead is None else np.array(ahead, np.int32)[:, None],
+        None if ahead is None else np.full(np.shape(ahead), 0.5, np.float32)[:, None],
     )  # fmt: skip
     n = len(bits)
     plan = Plan(
@@ -84,16 +94,16 @@ def test_single_tokens_chunks_skips_and_look_ahead_become_records(tmp_path):
         0, np.array([1, 2], np.int32), np.array([2, 4], np.int8), np.array([0, 1, 3], np.int32),
         np.array([0, 0, 1], np.int32), np.array([[0, 1], [2, -1]], np.int32), chunk.gates,
     )  # fmt: skip
-    writer.begin(0, np.array([7, 8], np.int32))
+    writer.begin(batch(0, 7, 8))
     writer.planned(chunk, plan, residency)
     writer.done(500, 0.25)
     writer.end()
-    writer.begin(2, np.array([9], np.int32))
+    writer.begin(batch(2, 9))
     writer.planned(*single(0, [3, 1], [4, 2], [1, 0]), residency)
     residency[0] = 2  # what the writer keeps must be its own
     writer.done(500, 0.25)
     writer.planned(*single(1, [4, 0], [4], [-1, 0], ahead=[[3, 5]]), residency)  # broken off
-    writer.begin(2, np.array([9], np.int32))
+    writer.begin(batch(2, 9))
     writer.planned(*single(0, [0, 5], [2, 4], [0, 1]), residency)
     writer.done(700, 0.5)
     writer.close()
@@ -116,7 +126,7 @@ def test_many_tokens_are_written_in_blocks_and_a_cut_end_is_left_out(tmp_path):
     writer = TraceWriter(path, header())
     residency = np.zeros((2, 6), np.int8)
     for t in range(1500):
-        writer.begin(t, np.array([t], np.int32))
+        writer.begin(batch(t, t))
         for layer in range(2):
             writer.planned(*single(layer, [t % 6, (t + 1) % 6], [4, 4], [0, 1]), residency)
             writer.done(t, t / 1000)
@@ -131,22 +141,51 @@ def test_many_tokens_are_written_in_blocks_and_a_cut_end_is_left_out(tmp_path):
     assert len(read(path).by_token("experts")) == 1499
 
 
-def test_version_2_is_read_without_its_tokens(tiny_moe, tmp_path):
+@pytest.mark.parametrize(("version", "lacks"), [(2, ("id", "sequences")), (3, ("sequences",))])
+def test_older_versions_are_read_without_what_they_lack(tiny_moe, tmp_path, version, lacks):
     path = tmp_path / "x.trace"
     with edgemoe.load(tiny_moe, trace=path, bits=4) as engine:
         engine.logits(IDS[:9])
     new = read(path)
-    names = [name for name in new.rows.dtype.names if name != "id"]
+    names = [name for name in new.rows.dtype.names if name not in lacks]
     old = np.empty(len(new.rows), [(name, new.rows.dtype[name]) for name in names])
     for name in names:
         old[name] = new.rows[name]
-    fields = dataclasses.asdict(new.header) | {"edgemoe_trace": 2}
+    fields = dataclasses.asdict(new.header) | {"edgemoe_trace": version}
     path.write_bytes(json.dumps(fields).encode() + b"\n" + old.tobytes()[:-3])
     trace = read(path)
     assert len(trace.rows) == len(old) - 1
-    assert (trace.rows["id"] == NO_TOKEN).all()
-    for name in names:
+    assert ((trace.rows["id"] == NO_TOKEN) == ("id" in lacks)).all()
+    for name in {*names, "sequences"}:  # there was one sequence
         np.testing.assert_array_equal(trace.rows[name], new.rows[name][:-1])
+
+
+def test_decoding_tokens_of_several_sequences_become_records_of_one_pass(tmp_path):
+    path = tmp_path / "x.trace"
+    writer = TraceWriter(path, header(look_ahead=1))
+    states = [SequenceState([], 99), SequenceState([], 99)]
+    for state, length in zip(states, (4, 7), strict=True):
+        state.commit([0] * length)
+    writer.begin(Batch.of(*((state, np.array([i], np.int32)) for i, state in enumerate(states))))
+    gates = np.full((2, 2), 0.5, np.float32)
+    ahead = np.array([[[3, 5], [1, 0]]], np.int32)
+    for layer in range(2):
+        routing = Routing(
+            layer, np.array([[1, 2], [2, 5]], np.int32), gates, sequences=2,
+            ahead_experts=ahead if layer == 0 else None, ahead_gates=gates[None],
+        )  # fmt: skip
+        plan = plan_slots(routing, np.full((2, 2), 4, np.int8))
+        writer.planned(routing, plan, np.zeros((2, 6), np.int8))
+        writer.done(layer, 0.0)
+    writer.close()
+    rows = read(path).rows
+    assert rows["token"].tolist() == [4, 7, 4, 7]
+    assert rows["id"].tolist() == [0, 1, 0, 1]
+    assert rows["tokens"].tolist() == rows["sequences"].tolist() == [2, 0, 2, 0]
+    assert rows["ahead_experts"][:, 0].tolist() == [[3, 5], [1, 0], *[[NO_EXPERT] * 2] * 2]
+    (layers,) = Tape(read(path)).passes
+    assert [r.is_decoding for r in layers] == [True, True]
+    assert np.array_equal(layers[0].ahead_experts, ahead)
 
 
 def test_what_is_no_trace_is_refused_in_a_line(tiny_moe, tmp_path):
@@ -156,8 +195,8 @@ def test_what_is_no_trace_is_refused_in_a_line(tiny_moe, tmp_path):
         (b"{}", "not a trace"),
         (b"", "not a trace"),
         (b"[1]\n", "not a trace"),
-        (line.encode(), "trace version 1; expected 3"),
-        (b'{"edgemoe_trace": 3}\n', "damaged header"),
+        (line.encode(), "trace version 1; expected 4"),
+        (b'{"edgemoe_trace": 4}\n', "damaged header"),
     ]:
         path.write_bytes(content)
         with pytest.raises(edgemoe.FormatError, match=what):

@@ -46,8 +46,8 @@ def routing(experts, gates, layer=0, *, scores=None, ahead=None):
     extra = {}
     if ahead is not None:
         extra = {
-            "ahead_experts": np.array(ahead[0], np.int32),
-            "ahead_gates": np.array(ahead[1], np.float32),
+            "ahead_experts": np.array(ahead[0], np.int32)[:, None],
+            "ahead_gates": np.array(ahead[1], np.float32)[:, None],
         }
     if scores is not None:
         extra["scores"] = np.atleast_2d(np.array(scores, np.float32))
@@ -104,16 +104,19 @@ def check_lawful(plan: Plan, r: Routing, level_bits, *, exact: bool, layers: int
             assert len(ids) == len(bits)
             assert set(bits.tolist()) <= {*level_bits, *([0] * zero)}
             assert ((ids >= 0) & (ids < layers * E)).all()
+            assert len(set(ids.tolist())) == len(ids)
 
 
-def random_routing(rng, layer, T, E, K, ahead):
+def random_routing(rng, layer, T, E, K, ahead, sequences=1):
     logits = rng.normal(0, 2, (T, E))
     scores = np.exp(logits)
     scores /= scores.sum(1, keepdims=True)
     order = np.argsort(-scores, axis=1)[:, :K].astype(np.int32)
     gates = np.take_along_axis(scores, order, 1).astype(np.float32)
-    p = (order[:1].repeat(ahead, 0), gates[:1].repeat(ahead, 0)) if ahead and T == 1 else None
-    return routing(order, gates, layer, scores=scores, ahead=p)
+    r = Routing(layer, order, gates, scores=scores.astype(np.float32), sequences=sequences)
+    if ahead and r.is_decoding:
+        r.ahead_experts, r.ahead_gates = order[None].repeat(ahead, 0), gates[None].repeat(ahead, 0)
+    return r
 
 
 CASES = [
@@ -143,26 +146,28 @@ def test_every_plan_is_lawful(name, options, data):
     scheduler.begin()
     exact = not scheduler.notes
     for _ in range(8):
-        T = int(rng.integers(1, 5)) if rng.random() < 0.3 else 1
+        T = int(rng.integers(1, 5)) if rng.random() < 0.5 else 1
+        sequences = T if rng.random() < 0.5 else 1  # tokens of replies, or a prompt
+        scheduler.tokens(rng.integers(0, 99, T).astype(np.int32), sequences)
         for layer in range(L):
             here = rng.integers(0, len(LEVELS) + 1, (L, E)).astype(np.int8)
             p = min(scheduler.look_ahead, L - 1 - layer)
-            r = random_routing(rng, layer, T, E, K, p)
+            r = random_routing(rng, layer, T, E, K, p, sequences)
             before = here.copy()
             plan = scheduler.plan(r, here)
-            if options.get("cache_prior") and T == 1:
-                chosen = np.full((1, K), -1, np.int32)  # the plan's own choice of experts
-                chosen[plan.rows >= 0] = plan.experts[plan.rows[plan.rows >= 0]]
-                assert len(set(chosen[chosen >= 0].tolist())) == (chosen >= 0).sum()
-                if plan.rows[0, 0] >= 0:
-                    assert r.experts[0, 0] in chosen
+            if options.get("cache_prior") and r.is_decoding:
+                of_row = np.repeat(plan.experts, np.diff(plan.offsets))
+                for row, best in zip(plan.rows, r.experts[:, 0], strict=True):
+                    chosen = of_row[row[row >= 0]].tolist()  # the plan's own choice of experts
+                    assert len(set(chosen)) == len(chosen)
+                    assert row[0] < 0 or best in chosen
             else:
                 check_lawful(plan, r, LEVELS, exact=exact, layers=L)
             np.testing.assert_array_equal(here, before)
             if scheduler.priorities is not None:
                 assert scheduler.priorities.shape == (L * E,)
                 assert np.isfinite(scheduler.priorities).all()
-        scheduler.passed(T, float(rng.random()))
+        scheduler.passed(T, float(rng.random()), sequences)
     assert isinstance(scheduler.report(), str)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgemoe import hardware
 from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile
-from edgemoe.model import Decoder, KvCache, KvTypes
+from edgemoe.model import Batch, Decoder, KvTypes
 from edgemoe.ops import OpsShape
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.opening import model_setting
@@ -70,19 +70,23 @@ class TappedModel:
         parts = ops.empty(max_parts, config.hidden_size)
         experts = Experts(OnDemand(setting), self._store, ops, parts=parts)
         self._decoder = Decoder(config, weights, ops, experts, max_tokens=budget.chunk)
-        self._kv = KvCache(config, ops, window, kv_types)
+        self._state = self._decoder.make_state(window, kv_types)
         self._chunk = budget.chunk
         self._tap = tap
         self._head = "embed" if config.tied else "head"
 
     def __call__(self, ids: NDArray[np.int32]) -> None:
-        self._kv.length = 0
+        state = self._state
+        state.rewind(0)
         for first in range(0, len(ids), self._chunk):
-            hidden = self._decoder.forward(ids[first : first + self._chunk], self._kv)
+            part = ids[first : first + self._chunk]
+            state.begin(len(part))
+            hidden = self._decoder.forward(Batch.of((state, part)))
+            state.commit(part.tolist())
             self._tap.dense(self._head, hidden)  # what the head would be applied to
 
     def __enter__(self) -> TappedModel:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._decoder, self._store, self._kv
+        del self._decoder, self._store, self._state

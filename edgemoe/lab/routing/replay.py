@@ -101,13 +101,14 @@ class Tape:
         for f, T in zip(first.tolist(), tokens.tolist(), strict=True):
             layers, times = [], []
             for layer in range(L):
-                at = f + layer * T
+                at, until = f + layer * T, f + layer * T + T
                 n = int(known[at]) if known is not None else 0
                 layers.append(
                     Routing(
-                        layer, experts[at : at + T], gates[at : at + T],
-                        ahead[at, :n] if ahead is not None and n else None,
-                        ahead_gates[at, :n] if ahead_gates is not None and n else None,
+                        layer, experts[at:until], gates[at:until],
+                        ahead[at:until, :n].swapaxes(0, 1) if ahead is not None and n else None,
+                        ahead_gates[at:until, :n].swapaxes(0, 1) if ahead_gates is not None and n else None,
+                        sequences=int(rows["sequences"][at]),
                     )
                 )  # fmt: skip
                 r = rows[at]
@@ -204,7 +205,7 @@ def replay(
         if begins:
             scheduler.begin()
         if ids is not None:
-            scheduler.tokens(ids)
+            scheduler.tokens(ids, layers[0].sequences)
         is_single = len(layers[0].experts) == 1
         start = (pipeline.now_s, pipeline.wait_s) if pipeline else (0.0, 0.0)
         for recorded, time_us in zip(layers, times, strict=True):
@@ -228,7 +229,7 @@ def replay(
         spent_s = (
             took[0] - start[0] if pipeline else _NOMINAL_S + (counts - last)[3] / _NOMINAL_RATE
         )
-        scheduler.passed(len(layers[0].experts), float(spent_s))
+        scheduler.passed(len(layers[0].experts), float(spent_s), layers[0].sequences)
         if is_single:
             seconds, waited = seconds + took[0] - start[0], waited + took[1] - start[1]
     hits, misses, evictions, bytes_read, bits, ahead_hits = sums[1].tolist()

@@ -1,0 +1,73 @@
+"""What follows the mixer in a layer: an FFN that every token takes, routed experts, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, cast
+
+from edgemoe.experts import Experts
+from edgemoe.model.batch import Batch
+from edgemoe.model.router import Routers
+from edgemoe.model.rows import Rows
+from edgemoe.ops import Array, Matrix, Ops
+from edgemoe.store import Weight
+
+__all__ = ["DenseFfn", "Ffn", "RoutedFfn"]
+
+
+class Ffn(Protocol):
+    """Is the FFN of one layer."""
+
+    def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """out [T, D] = what the layer adds to the residual x [T, D] for normed [T, D]."""
+
+
+class DenseFfn:
+    """Is one FFN for every token."""
+
+    def __init__(self, ops: Ops, weights: Mapping[str, Weight]) -> None:
+        matrices = cast(Mapping[str, Matrix], weights)
+        self._ops = ops
+        self._matrices = (
+            matrices["shared.gate"], matrices["shared.up"], matrices["shared.down"],
+        )  # fmt: skip
+
+    def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.forward`."""
+        self._ops.ffn(normed, *self._matrices, out)
+
+
+class RoutedFfn:
+    """Is experts that a router chooses, and an FFN for every token beside them if there is one."""
+
+    def __init__(
+        self,
+        index: int,
+        ops: Ops,
+        routers: Routers,
+        experts: Experts,
+        weights: Mapping[str, Weight],
+        scratch: Rows,
+    ) -> None:
+        """Args:
+        index: the layer's, among those with experts.
+        weights: the layer's tensors, by their names within it.
+        scratch: [max tokens, D].
+        """
+        self._index, self._ops, self._routers, self._experts = index, ops, routers, experts
+        self._shared = DenseFfn(ops, weights) if "shared.gate" in weights else None
+        self._sigmoid = cast("Array | None", weights.get("shared.sigmoid"))
+        self._scratch = scratch
+
+    def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.forward`."""
+        routing = self._routers.route(self._index, x, normed, batch)
+        self._experts(routing, normed, out)
+        if self._shared is None:
+            return
+        (shared,) = self._scratch.first(len(batch))
+        self._shared.forward(x, normed, batch, shared)
+        sigmoid = self._sigmoid
+        self._ops.add(
+            shared, 1.0, out, gate_weight=sigmoid, gate_input=None if sigmoid is None else normed
+        )

@@ -1,0 +1,59 @@
+"""What mixes the tokens of a sequence: one file for each kind, found by its spec.
+
+Everything else of a layer treats each row of a batch alone; a mixer sees which rows follow which, and keeps a state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from edgemoe.model.attention import Attention
+from edgemoe.model.batch import Batch
+from edgemoe.model.kv import KvTypes
+from edgemoe.model.state import State
+from edgemoe.ops import Array
+from edgemoe.specs import AttentionSpec
+from edgemoe.store import Weight
+
+__all__ = ["Mixer", "MixerLayer", "mixer_class"]
+
+
+class MixerLayer(Protocol):
+    """Is the mixer of one layer: its weights."""
+
+    def forward(self, normed: Array, batch: Batch, out: Array) -> None:
+        """out [T, D] = what the layer adds to the residual for normed [T, D]."""
+
+
+class Mixer(Protocol):
+    """Is what all layers of one spec share: scratch, and what depends on the batch alone."""
+
+    @staticmethod
+    def scratch_width(spec: AttentionSpec) -> int:
+        """Returns the floats of scratch for each token."""
+
+    @staticmethod
+    def state_bytes(spec: AttentionSpec, context: int, types: KvTypes) -> int:
+        """Returns the memory of one layer's state once it holds `context` tokens."""
+
+    @staticmethod
+    def read_bytes(spec: AttentionSpec, length: int, types: KvTypes) -> int:
+        """Returns the bytes of one layer's state that computing a token after `length` others reads."""
+
+    def make_state(self, context: int, types: KvTypes) -> State:
+        """Returns the state of one layer for a new sequence."""
+
+    def start(self, batch: Batch) -> None:
+        """All layers will now run for a batch."""
+
+    def layer(self, index: int, weights: Mapping[str, Weight]) -> MixerLayer:
+        """Returns the mixer of layer `index`, whose tensors are given by their names within the layer."""
+
+
+_CLASSES: Mapping[type, type[Attention]] = {AttentionSpec: Attention}
+
+
+def mixer_class(spec: AttentionSpec) -> type[Attention]:
+    """Returns the class of a spec's mixer."""
+    return _CLASSES[type(spec)]

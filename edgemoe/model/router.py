@@ -1,0 +1,108 @@
+"""The routers of all layers: they choose a layer's experts, and guess those of the layers after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from edgemoe.config import ModelConfig
+from edgemoe.errors import FormatError
+from edgemoe.experts import Experts
+from edgemoe.model.batch import Batch
+from edgemoe.model.rows import Rows
+from edgemoe.ops import Array, Ops
+from edgemoe.plan import Routing
+from edgemoe.store import Weight
+
+__all__ = ["MOST_AHEAD", "Routers"]
+
+MOST_AHEAD = 4  # layers; what lies further ahead is guesswork
+
+
+class Routers:
+    """Routes a batch, layer by layer."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        ops: Ops,
+        experts: Experts,
+        layers: Sequence[Mapping[str, Weight]],
+        *,
+        max_tokens: int,
+    ) -> None:
+        """Args:
+        layers: the tensors of the layers with experts, by their names within the layer.
+        """
+        E, K = config.num_experts, config.experts_per_token
+        self._config, self._ops, self._experts = config, ops, experts
+        self._norms = [cast(Array, layer["ffn_norm"]) for layer in layers]
+        self._routers = [cast(Array, layer["router"]) for layer in layers]
+        self._chosen = Rows(
+            ops.host(max_tokens, E, dtype="float32"),
+            ops.host(max_tokens, K, dtype="int32"),
+            ops.host(max_tokens, K, dtype="float32"),
+        )
+        self._ahead: tuple[Any, ...] = ()
+        self._ahead_rows = 0
+        self._bit_routers: list[tuple[Array, Array, Array]] | None = None
+        if (bits := experts.scheduler.bit_routers) is not None:
+            if bits.weight.shape[3] != config.hidden_size:
+                raise FormatError(
+                    f"section bit-routers: is for {bits.weight.shape[3]} inputs; "
+                    f"the model has {config.hidden_size}"
+                )
+            # Views by layer.
+            self._bit_routers = list(zip(bits.weight, bits.gate_weight, bits.bias, strict=True))
+            # Some KiB, or 100 per thousand tokens of a batch: left to the budget's margin.
+            self._bit_logits = ops.host(max_tokens, K, len(bits.levels), dtype="float32")
+
+    @staticmethod
+    def scratch_bytes(config: ModelConfig, max_tokens: int, max_sequences: int) -> int:
+        """Returns the memory of what is routed and guessed."""
+        E, K = config.num_experts, config.experts_per_token
+        ahead = MOST_AHEAD * (config.hidden_size + E + 2 * K) * max_sequences
+        return 4 * ((E + 2 * K) * max_tokens + ahead)
+
+    def route(self, index: int, x: Array, normed: Array, batch: Batch) -> Routing:
+        """Returns what the router chooses for normed [T, D], the input of the experts; it lies in scratch.
+
+        Args:
+            index: the layer's, among those with experts.
+            x: [T, D], the residual, from which the next layers' choices are guessed.
+        """
+        config, ops = self._config, self._ops
+        scores, experts, gates = self._chosen.first(len(batch))
+        ops.route(
+            normed, self._routers[index], over_top_k=config.scoring == "softmax_topk",
+            renormalise=config.renormalise, scores=scores, experts=experts, gates=gates,
+        )  # fmt: skip
+        routing = Routing(index, experts, gates, None, None, scores, None, len(batch.slices))
+        if self._bit_routers is not None:
+            logits = routing.bit_logits = self._bit_logits[: len(batch)]
+            ops.slot_scores(normed, self._bit_routers[index], experts, gates, logits)
+        if batch.is_decoding and self._experts.scheduler.look_ahead:
+            self._look_ahead(routing, x)
+        return routing
+
+    def _look_ahead(self, routing: Routing, x: Array) -> None:
+        """Adds what the scheduler wants to know of the layers after it for x [T, D]; see `Routing`."""
+        first = routing.layer + 1
+        p = min(self._experts.scheduler.look_ahead, MOST_AHEAD, len(self._routers) - first)
+        if p <= 0:
+            return
+        config, ops, T = self._config, self._ops, len(x)
+        if self._ahead_rows != T:
+            E, K = config.num_experts, config.experts_per_token
+            self._ahead = (
+                ops.empty(MOST_AHEAD, T, config.hidden_size), ops.empty(MOST_AHEAD, T, E),
+                ops.host(MOST_AHEAD, T, K, dtype="int32"), ops.host(MOST_AHEAD, T, K, dtype="float32"),
+            )  # fmt: skip
+            self._ahead_rows = T
+        normed, scores, experts, gates = (array[:p] for array in self._ahead)
+        ops.look_ahead(
+            x, self._norms[first : first + p], self._routers[first : first + p], config.norm_eps,
+            over_top_k=config.scoring == "softmax_topk", renormalise=config.renormalise,
+            normed=normed, scores=scores, experts=experts, gates=gates,
+        )  # fmt: skip
+        routing.ahead_experts, routing.ahead_gates = experts, gates

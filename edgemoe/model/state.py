@@ -1,0 +1,85 @@
+"""What a model remembers of one sequence: its tokens, and a state for each layer.
+
+A pass over further tokens may end half-way: a read fails in layer 7, or Ctrl-C comes. Then every layer must be where it
+was. So what counts is one list, the tokens, which gets longer in one step after the last layer. What layers have
+written by then for tokens that do not count is theirs to ignore, and it never takes the place of what does count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+__all__ = ["SequenceState", "State"]
+
+
+class State(Protocol):
+    """Is what one layer remembers of one sequence; made by the layer's mixer, which alone looks into it.
+
+    A pass gives the layer tokens from position `pos`, where `pos` tokens count. Until the sequence says otherwise the
+    layer can be asked to go on from `pos` again: keys and values are written behind it, a recurrent layer keeps the
+    matrix of `pos` beside the one after the pass.
+    """
+
+    def rewind(self, length: int) -> int:
+        """Goes back to `length` tokens, or as near as it can, and returns how many it holds then: 0 for the start.
+
+        Once gone back to, a length can be gone on from; what was kept of longer ones is void.
+        """
+
+    def snapshot(self, length: int) -> None:
+        """Keeps what it takes for `rewind` to come back to `length`, the present one. Nothing for keys and values."""
+
+
+class SequenceState:
+    """Holds the tokens that count and the layers' states. One thread at a time."""
+
+    def __init__(self, layers: Sequence[State], capacity: int) -> None:
+        self.ids: list[int] = []
+        """The tokens that the states stand for."""
+        self.layers = list(layers)
+        self.capacity = capacity
+        """The most tokens."""
+        self.is_dirty = False
+        """A pass is under way, or was broken off."""
+
+    @property
+    def length(self) -> int:
+        """Tokens that count: the position of the next one."""
+        return len(self.ids)
+
+    def begin(self, count: int) -> None:
+        """A pass over `count` more tokens starts.
+
+        Raises:
+            ValueError: they do not fit, or a pass that was broken off has cost tokens; `length` says how many are left.
+        """
+        before = self.length
+        if self.is_dirty and self.rewind(before) < before:
+            raise ValueError(
+                f"a pass that was broken off took the sequence back from {before} to {self.length} tokens"
+            )
+        if before + count > self.capacity:
+            have = f" with {before} tokens in it" if before else ""
+            raise ValueError(f"{count} tokens do not fit a context of {self.capacity}{have}")
+        self.is_dirty = True
+
+    def commit(self, ids: Sequence[int]) -> None:
+        """The pass has succeeded: its tokens count from now on."""
+        self.ids.extend(ids)  # one step, so that Ctrl-C comes before it or after it
+        self.is_dirty = False
+
+    def rewind(self, length: int) -> int:
+        """Goes back to the first `length` tokens, or as many as all layers can go on from; returns how many."""
+        self.is_dirty = True  # until all layers agree
+        length = min(length, self.length)
+        while (reached := min((s.rewind(length) for s in self.layers), default=length)) < length:
+            length = reached
+        del self.ids[length:]
+        self.is_dirty = False
+        return length
+
+    def snapshot(self) -> None:
+        """Keeps what it takes to come back here with `rewind`, until the sequence has gone back further."""
+        for state in self.layers:
+            state.snapshot(self.length)

@@ -1,0 +1,81 @@
+"""One conversation with a model: its tokens and states, how its reply is sampled, and what its last call did."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.model import Batch
+from edgemoe.runtime.meter import Meter
+from edgemoe.runtime.model import Model
+from edgemoe.text.sampler import Sampler, SamplingParams
+
+__all__ = ["Sequence"]
+
+
+class Sequence:
+    """Runs one sequence on a model that others may share. One thread at a time, that of the model."""
+
+    def __init__(self, model: Model) -> None:
+        """Takes one of the model's states; raises what `Model.make_state` does."""
+        self.state = model.make_state()
+        self.row = np.empty((1, model.config.vocab_size), np.float32)
+        """The last logits, [1, V]: scratch."""
+        self.meter = Meter(model, model.budget.kv // model.options.sequences)
+        self.call = 0
+        """Counts calls: what an earlier one began has ended."""
+        self._model = model
+        self._sampler = Sampler(SamplingParams())
+        self._start = 0.0
+
+    def begin(self, tokens: NDArray[np.int32], *, kept: int) -> int:
+        """Starts a call, and keeps at most `kept` tokens of what is there if `tokens` [T] begin with them.
+
+        Returns:
+            How many were kept: the position of the first token that is to be computed.
+        """
+        self.call += 1
+        shared = 0
+        for mine, theirs in zip(self.state.ids[:kept], tokens.tolist(), strict=False):
+            if mine != theirs:
+                break
+            shared += 1
+        self.meter.start()
+        return self.state.rewind(shared)
+
+    def go_on(self) -> None:
+        """Starts a call that adds tokens to what is there."""
+        self.call += 1
+        self.meter.start()
+
+    def evaluate(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
+        """Appends tokens [T], chunk by chunk; logits of the last ones go to `out` [1 or T, V]."""
+        model, chunk = self._model, self._model.budget.chunk
+        for first in range(0, len(tokens), chunk):
+            part = tokens[first : first + chunk]
+            hidden = model.forward(Batch.of((self.state, part)))
+            with self.meter.row_lock:
+                if len(out) == len(tokens):
+                    model.logits(hidden, out[first : first + len(part)])
+                elif first + chunk >= len(tokens):
+                    model.logits(hidden[-1:], out)
+
+    def prompt(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
+        """Does `evaluate` for the first tokens of a call, and counts them."""
+        known, start = self.state.length, time.perf_counter()
+        self.evaluate(tokens, out)
+        self.meter.prompt(len(tokens), known, time.perf_counter() - start)
+
+    def reply(self, params: SamplingParams) -> None:
+        """A reply begins, which is sampled so."""
+        self._sampler = Sampler(params)
+        self._start = time.perf_counter()
+
+    def sample(self) -> int:
+        """Returns the next token of the reply, from the last logits."""
+        self.meter.hash(self.row[0])
+        token = self._sampler.sample(self.row[0], self.state.ids)
+        self.meter.token(time.perf_counter() - self._start)
+        return token
