@@ -3,10 +3,8 @@
 #include <array>
 #include <cstring>
 
-#if defined(__x86_64__)
-#include <nmmintrin.h>
-#elif defined(__ARM_FEATURE_CRC32)
-#include <arm_acle.h>
+#if defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 namespace edgemoe {
@@ -45,75 +43,48 @@ uint32_t update_by_table(const uint8_t* p, size_t n, uint32_t crc) {
   return crc;
 }
 
-#if defined(__x86_64__) || defined(__ARM_FEATURE_CRC32)
-#if defined(__x86_64__)
-#define EDGEMOE_CRC_TARGET __attribute__((target("sse4.2")))
-EDGEMOE_CRC_TARGET inline uint32_t update_word(uint32_t crc, uint64_t word) {
-  return uint32_t(_mm_crc32_u64(crc, word));
-}
-EDGEMOE_CRC_TARGET inline uint32_t update_byte(uint32_t crc, uint8_t byte) { return _mm_crc32_u8(crc, byte); }
-#else
-#define EDGEMOE_CRC_TARGET
-inline uint32_t update_word(uint32_t crc, uint64_t word) { return __crc32cd(crc, word); }
-inline uint32_t update_byte(uint32_t crc, uint8_t byte) { return __crc32cb(crc, byte); }
-#endif
-
-constexpr size_t kStride = 4096;
-
-/// What kStride zero bytes make of a sum, by its bytes: the sum is linear, so that this shifts one over the next part.
-const std::array<std::array<uint32_t, 256>, 4>& zeros() {
+/// What kCrcPart zero bytes make of a sum, by its bytes: the sum is linear, so that this shifts one over the next part.
+const uint32_t* zeros() {
   static const auto t = [] {
-    std::array<std::array<uint32_t, 256>, 4> shift{};
-    const std::array<uint8_t, kStride> nothing{};
-    for (int k = 0; k < 4; ++k) {
-      for (int bit = 0; bit < 8; ++bit) {
-        const uint32_t one = update_by_table(nothing.data(), kStride, uint32_t(1) << (8 * k + bit));
-        for (int i = 0; i < 256; ++i) shift[k][i] ^= i >> bit & 1 ? one : 0;
+    std::array<uint32_t, 4 * 256> shift{};
+    const std::array<uint8_t, kCrcPart> nothing{};
+    for (size_t k = 0; k < 4; ++k) {
+      for (size_t bit = 0; bit < 8; ++bit) {
+        const uint32_t one = update_by_table(nothing.data(), kCrcPart, uint32_t(1) << (8 * k + bit));
+        for (size_t i = 0; i < 256; ++i) shift[256 * k + i] ^= i >> bit & 1 ? one : 0;
       }
     }
     return shift;
   }();
-  return t;
+  return t.data();
 }
 
-uint32_t shifted(uint32_t crc) {
-  const auto& t = zeros();
-  return t[0][crc & 255] ^ t[1][crc >> 8 & 255] ^ t[2][crc >> 16 & 255] ^ t[3][crc >> 24];
-}
-
-/// Three parts at a time: the instruction takes three cycles and one can begin in each.
-EDGEMOE_CRC_TARGET uint32_t update_by_instruction(const uint8_t* p, size_t n, uint32_t crc) {
-  for (; n >= 3 * kStride; n -= 3 * kStride, p += 3 * kStride) {
-    uint32_t a = crc, b = 0, c = 0;
-    for (size_t i = 0; i < kStride; i += 8) {
-      uint64_t words[3];
-      for (int k = 0; k < 3; ++k) std::memcpy(&words[k], p + k * kStride + i, 8);
-      a = update_word(a, words[0]);
-      b = update_word(b, words[1]);
-      c = update_word(c, words[2]);
-    }
-    crc = shifted(shifted(a) ^ b) ^ c;
-  }
-  for (; n >= 8; n -= 8, p += 8) {
-    uint64_t word;
-    std::memcpy(&word, p, 8);
-    crc = update_word(crc, word);
-  }
-  for (; n; --n, ++p) crc = update_byte(crc, *p);
-  return crc;
-}
+/// Compiled for the lowest CPU, as kernels/dispatch.cpp is.
+bool has_instruction() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("sse4.2");
+#elif defined(__aarch64__)
+  constexpr unsigned long kCrc32 = 1ul << 7;  // HWCAP_CRC32
+  return (getauxval(AT_HWCAP) & kCrc32) != 0;
+#else
+  return false;
 #endif
+}
 
 }  // namespace
 
-uint32_t crc32c(const uint8_t* bytes, size_t length, uint32_t crc) {
-#if defined(__x86_64__)
-  static const bool has_instruction = __builtin_cpu_supports("sse4.2");
-  if (has_instruction) return ~update_by_instruction(bytes, length, ~crc);
-#elif defined(__ARM_FEATURE_CRC32)
-  return ~update_by_instruction(bytes, length, ~crc);
-#endif
+uint32_t crc32c_by_table(const uint8_t* bytes, size_t length, uint32_t crc) {
   return ~update_by_table(bytes, length, ~crc);
 }
+
+uint32_t crc32c(const uint8_t* bytes, size_t length, uint32_t crc) {
+#if defined(__x86_64__) || defined(__aarch64__)
+  static const bool by_instruction = has_instruction();
+  if (by_instruction) return ~update_by_instruction(bytes, length, ~crc, zeros());
+#endif
+  return crc32c_by_table(bytes, length, crc);
+}
+
+bool crc32c_has_instruction() { return has_instruction(); }
 
 }  // namespace edgemoe

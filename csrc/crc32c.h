@@ -6,7 +6,20 @@
 
 namespace edgemoe {
 
-/// Returns the CRC-32C of `bytes`, continuing from `crc` (0 at the start). Thread-safe.
+/// Returns the CRC-32C of `bytes`, continuing from `crc` (0 at the start), by the CPU's instruction where it has one.
+/// Thread-safe.
 uint32_t crc32c(const uint8_t* bytes, size_t length, uint32_t crc = 0);
+
+/// The same by tables: what CPUs without the instruction take.
+uint32_t crc32c_by_table(const uint8_t* bytes, size_t length, uint32_t crc = 0);
+
+/// Whether this CPU has the instruction.
+bool crc32c_has_instruction();
+
+constexpr size_t kCrcPart = 4096;  ///< bytes of each of three parts that are summed at a time
+
+/// The inner loop, in crc32c_instruction.cpp: `crc` as the instruction has it; `zeros` [4, 256] is what kCrcPart zero
+/// bytes make of each byte of a sum.
+uint32_t update_by_instruction(const uint8_t* bytes, size_t length, uint32_t crc, const uint32_t* zeros);
 
 }  // namespace edgemoe

@@ -24,7 +24,6 @@ File::File(std::string path) : path_(std::move(path)) {
   size_ = uint64_t(s.st_size);
   // Weights that we keep ourselves must not take room in the page cache as well.
   posix_fadvise(buffered_, 0, 0, POSIX_FADV_RANDOM);
-#ifdef O_DIRECT
   direct_ = open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_DIRECT);
   if (direct_ >= 0) {
     // Some file systems accept the flag and refuse the read; and the name may have got another file meanwhile.
@@ -36,7 +35,6 @@ File::File(std::string path) : path_(std::move(path)) {
       direct_ = -1;
     }
   }
-#endif
 }
 
 File::~File() {

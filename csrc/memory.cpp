@@ -23,10 +23,8 @@ Memory::Memory(size_t bytes) : size_(round_up(bytes ? bytes : 1, system_page()))
     throw OutOfBudget("memory: the system refused " + std::to_string(bytes) + " bytes of address space");
   }
   bytes_ = static_cast<uint8_t*>(p);
-#ifdef MADV_DONTFORK
   // A child has no use for weights, and copy-on-write would double them.
   madvise(bytes_, size_, MADV_DONTFORK);
-#endif
   prefer_huge_pages(false);  // one would take room that the budget does not know of
 }
 
@@ -50,10 +48,6 @@ void Memory::release(size_t begin, size_t length) {
   }
 }
 
-void Memory::prefer_huge_pages(bool yes) {
-#ifdef MADV_HUGEPAGE
-  madvise(bytes_, size_, yes ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
-#endif
-}
+void Memory::prefer_huge_pages(bool yes) { madvise(bytes_, size_, yes ? MADV_HUGEPAGE : MADV_NOHUGEPAGE); }
 
 }  // namespace edgemoe

@@ -4,6 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#ifndef __linux__
+#error "edgemoe needs Linux: direct reads (O_DIRECT), madvise, sched_getaffinity and /proc are used throughout"
+#endif
+
 namespace edgemoe {
 
 constexpr size_t kPage = 4096;  ///< unit of direct reads and of records

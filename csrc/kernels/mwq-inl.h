@@ -20,7 +20,8 @@ struct MwqCursor {
   typename V::F scale[kMaxRungs];
   typename V::F lowest;  ///< what a weight is with all codes 0
 
-  MwqCursor(const NestedMatrix& w, int row_block) : num_rungs(w.num_rungs) {
+  MwqCursor(const NestedMatrix& w, int row_block) : num_rungs(w.num_rungs), lowest(V::zero()) {
+    scale[0] = V::zero();  // until `enter`
     for (int r = 0; r < num_rungs; ++r) {
       strides[r] = tile_bytes(w.widths[r], false);
       rungs[r] = w.rungs[r] + row_block * mwq_block_bytes(w.cols, w.widths[r], r == 0);
