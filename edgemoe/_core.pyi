@@ -1,4 +1,4 @@
-# Types of the native core, csrc/bindings.cpp. Only row 1 of the layers and the decoder may import it.
+# Types of the native core, csrc/bindings. Only row 1 of the layers and the decoder may import it.
 from collections.abc import Sequence
 from typing import Any
 

@@ -29,6 +29,7 @@ using namespace edgemoe;
 namespace {
 
 int failures = 0;
+int num_threads = 2;  ///< of computing; the first argument
 
 #define CHECK(ok)                                                   \
   do {                                                              \
@@ -68,7 +69,7 @@ struct ExpertFile {
     const int fd = mkstemp(&path[0]);
     std::mt19937 rng(1);
     std::normal_distribution<float> normal;
-    ThreadPool pool(2);
+    ThreadPool pool(num_threads);
     const float weights[8] = {0, 1, 4, 16, 64, 256, 1024, 4096};
     uint64_t at = kPage;
     for (int e = 0; e < kExperts; ++e) {
@@ -311,7 +312,7 @@ void test_objectives_that_are_none_are_refused() {
   const std::vector<uint8_t> widths = {2, 2};
   std::mt19937 rng(17);
   std::normal_distribution<float> normal;
-  ThreadPool pool(2);
+  ThreadPool pool(num_threads);
   std::vector<float> w(size_t(rows) * cols), moments(size_t(cols) * cols, 0.5f), squares(size_t(cols), 1.0f);
   for (float& x : w) x = normal(rng);
   for (int c = 0; c < cols; ++c) moments[size_t(c) * cols + c] = 1;
@@ -386,7 +387,7 @@ void test_checksums() {
 }
 
 void test_thread_pool() {
-  for (int threads : {1, 2, 5}) {
+  for (int threads : {1, 2, 5, num_threads}) {
     ThreadPool pool(threads);
     for (int round = 0; round < 2000; ++round) {
       const int count = 1 + round % 97;
@@ -408,7 +409,7 @@ void test_thread_pool() {
 /// The FFN of a group gives each row the bits that it gets alone.
 void test_rows_do_not_depend_on_their_batch(const ExpertFile& file) {
   auto cache = file.open(kExperts * record_bytes(file));
-  Workspace ws(3, {600, kHidden, kExpertHidden, 1, 16, 1});
+  Workspace ws(num_threads + 1, {600, kHidden, kExpertHidden, 1, 16, 1});
   const int T = 600;
   std::mt19937 rng(3);
   std::normal_distribution<float> normal;
@@ -445,7 +446,7 @@ void test_instruction_sets_agree(const ExpertFile& file) {
   for (const std::string& name : {std::string("scalar"), names.substr(0, names.find(' '))}) {
     use_isa(name.c_str());
     std::vector<std::vector<float>> got;
-    Workspace ws(2, {T, kHidden, kExpertHidden, capacity, head_dim, heads});
+    Workspace ws(num_threads, {T, kHidden, kExpertHidden, capacity, head_dim, heads});
     for (int8_t level = 1; level <= 5; ++level) {
       const int32_t id = 2;
       std::vector<int> group;
@@ -525,7 +526,7 @@ void test_mwq_agrees() {
       std::vector<float> expected;
       for (const std::string& name : {std::string("scalar"), names.substr(0, names.find(' '))}) {
         use_isa(name.c_str());
-        Workspace ws(2, {T, w.cols, 16, 1, 16, 1});
+        Workspace ws(num_threads, {T, w.cols, 16, 1, 16, 1});
         std::vector<float> all(size_t(T) * w.rows), one(size_t(w.rows)), row(size_t(w.cols));
         linear(ws, x.data(), T, {&w}, {all.data()});
         for (int t = 0; t < T; t += 23) {
@@ -545,7 +546,8 @@ void test_mwq_agrees() {
 
 }  // namespace
 
-int main() {
+int main(int argc, char** argv) {
+  if (argc > 1) num_threads = std::atoi(argv[1]);
   const ExpertFile file;
   for (double experts : {1.0, 2.4, 5.0, 12.0}) test_random_requests_on(file, experts);
   test_failing_reads(file);
