@@ -88,6 +88,8 @@ def _allocate(args: argparse.Namespace) -> None:
         seed=args.seed or 0,
     )  # fmt: skip
     calibration = None if args.calibration is None else Calibration(args.calibration)
+    if calibration is not None and calibration.note:
+        note(f"{_PROG}: {calibration.note}")
     windows = None
     if args.method == "expertwise":
         text = (

@@ -75,7 +75,10 @@ def convert(
     }
     if calibration is not None:
         calibration.check(config)
-        provenance["calibration"] = {**calibration.meta, "checksum": _checksum(calibration.path)}
+        calibration.verify()
+        if say is not None and calibration.note:
+            say(calibration.note)
+        provenance["calibration"] = {**calibration.meta, "checksum": calibration.digest()}
     if allocation is not None:
         provenance["allocation"] = {"method": allocation.method, **allocation.settings}
     if favour is not None:
@@ -107,14 +110,6 @@ def convert(
 def _is_short(config: Mapping[str, Any], key: str) -> bool:
     """Says whether there is a key, of no more than such a key's real values."""
     return key in config and len(json.dumps(config[key])) <= _LONGEST
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _fingerprint(model: SourceModel, identity: str) -> str:

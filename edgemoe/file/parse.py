@@ -13,7 +13,7 @@ _MOST_BYTES = 16 << 20
 _MOST_DEPTH = 64  # what is deeper would fail later, where it is printed or written
 
 
-def parse_json(data: bytes | str, where: str, *, most: int = _MOST_BYTES) -> Any:
+def parse_json(data: bytes | bytearray | str, where: str, *, most: int = _MOST_BYTES) -> Any:
     """Returns the value of a JSON text.
 
     Args:
@@ -37,7 +37,9 @@ def parse_json(data: bytes | str, where: str, *, most: int = _MOST_BYTES) -> Any
     return value
 
 
-def parse_object(data: bytes | str, where: str, *, most: int = _MOST_BYTES) -> dict[str, Any]:
+def parse_object(
+    data: bytes | bytearray | str, where: str, *, most: int = _MOST_BYTES
+) -> dict[str, Any]:
     """Returns the object that a JSON text is.
 
     Raises:

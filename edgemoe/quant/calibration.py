@@ -1,6 +1,7 @@
 """Calibration files: what flows into every matrix of a model, summed over a text. Format, reader and writer.
 
-A `.calib` file is a safetensors file. Sums are over the tokens of the text (for an expert: the tokens routed to it).
+A `.calib` file is a safetensors file with checksums (`edgemoe.file.summed`). Sums are over the tokens of the text (for
+an expert: the tokens routed to it).
 `L` is the model's layer index, `E` experts, `D` hidden, `H` expert hidden; `X` names an input, see below.
 
     dense.X.count       int64   [1]        tokens
@@ -23,27 +24,25 @@ Experts that no token reached have zeros. The inputs `X` of dense matrices are n
 them, as `edgemoe.config.dense_tensors` names it: layers.L.q (also k, v), layers.L.o, layers.L.shared.gate (also up),
 layers.L.shared.down, and head (embed where it is tied). An imatrix of llama.cpp gives counts and squares alone.
 
-The metadata (strings) are: edgemoe_calibration "1", source "edgemoe" or "imatrix", model, tokens, window (tokens
+The metadata (strings) are: edgemoe_calibration "2", source "edgemoe" or "imatrix", model, tokens, window (tokens
 of each piece of text, every one a sequence of its own) and bits (of `error`, separated by spaces; may be empty).
+
+Version 1 had no checksums. It is read, with a notice to the user; version 2 without them is refused.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
-from edgemoe.config import ModelConfig
-from edgemoe.errors import FormatError
-from edgemoe.file.whole import whole_file
+from edgemoe.config import ModelConfig, dense_tensors
+from edgemoe.errors import FormatError, quoted
+from edgemoe.file.summed import SummedFile, write_summed
 
 __all__ = ["MIN_TOKENS", "Calibration", "write_calibration"]
 
@@ -56,8 +55,17 @@ EAQuant (arXiv 2506.13329) asks for twice the mean of the layer's experts, of mo
 layer's average makes moments much worse: even an expert's first 100 tokens tell more of it than all other experts'.
 """
 
-_VERSION = "1"
-_DTYPES = {"float32": "F32", "float64": "F64", "int64": "I64"}
+_VERSIONS = ("1", "2")
+# Of each statistic, its type and how many axes it has beside that of experts.
+_FORMS = {
+    "dense.count": ("int64", 1), "dense.squares": ("float32", 1), "dense.products": ("float32", 2),
+    "experts.count": ("int64", 0), "experts.gates": ("float64", 0), "experts.gates2": ("float64", 0),
+    "experts.in.squares": ("float32", 1), "experts.in.products": ("float32", 2),
+    "experts.hidden.squares": ("float32", 1), "experts.hidden.products": ("float32", 2),
+    "experts.output2": ("float64", 0), "experts.output_max": ("float32", 0),
+    "experts.error": ("float64", 1), "experts.error2": ("float64", 1),
+}  # fmt: skip
+_LONGEST_LAYER = 4  # digits
 _SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}
 
 
@@ -73,35 +81,80 @@ class Calibration:
             FormatError: not a calibration file.
         """
         self.path = Path(path)
+        self._file = SummedFile(path, "a calibration file")
+        self.meta: Mapping[str, str] = self._file.meta
+        version = self.meta.get("edgemoe_calibration")
+        if version not in _VERSIONS or (version != "1" and not self._file.is_summed):
+            raise FormatError(f"{path}: not a calibration file of version {' or '.join(_VERSIONS)}")
         try:
-            file: Any = _open(self.path)
-            self._names = frozenset(file.keys())
-            meta = file.metadata() or {}
-        except FileNotFoundError:
-            raise FormatError(f"{path}: no such file") from None
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{path}: not a calibration file: {error}") from None
-        if meta.get("edgemoe_calibration") != _VERSION:
-            raise FormatError(f"{path}: not a calibration file of version {_VERSION}")
-        self._file = file
-        self.meta: Mapping[str, str] = meta
-        try:
-            self.bits = tuple(map(int, meta.get("bits", "").split()))
+            self.bits = tuple(map(int, self.meta.get("bits", "").split()))
         except ValueError:
             raise FormatError(f"{path}: a calibration file with damaged levels") from None
         """The levels of `error` and `error2`."""
-        self.layers = tuple(
-            sorted(
-                int(n.split(".")[1]) for n in self._names if n.endswith(".count") and n[0] == "e"
-            )
-        )
+        self._keys = {name: self._key(name) for name in self._file.shapes}
+        for name in self._keys:
+            self._check_form(name)
+        layers = {int(place) for place, form in self._keys.values() if form == "experts.count"}
+        self.layers = tuple(sorted(layers))
         """Model layers with routed experts."""
         self._min_tokens = max(min_tokens, 1)
+
+    def _key(self, name: str) -> tuple[str, str]:
+        """Returns the input or layer that a tensor is of, and which of the `_FORMS` it has."""
+        kind, _, rest = name.partition(".")
+        if kind == "dense":
+            place, _, what = rest.rpartition(".")
+        else:
+            place, _, what = rest.partition(".")
+            if not (
+                place.isdecimal() and len(place) <= _LONGEST_LAYER and place == f"{int(place)}"
+            ):
+                place = ""
+        if not place or f"{kind}.{what}" not in _FORMS:
+            raise FormatError(f"{self.path}: {quoted(name)} is nothing that this edgemoe knows")
+        return place, f"{kind}.{what}"
+
+    def _check_form(self, name: str) -> None:
+        """Checks that a tensor has its type and shape; its experts are those that its layer counts."""
+        shape, (place, form) = self._file.shapes[name], self._keys[name]
+        kind, axes = _FORMS[form]
+        experts: tuple[int, ...] = ()
+        if form.startswith("experts."):
+            experts = self._file.shapes.get(f"experts.{place}.count", (0,))[:1]
+        width = {
+            "dense.count": 1,
+            "experts.error": len(self.bits),
+            "experts.error2": len(self.bits),
+        }
+        cols = width.get(form, shape[-1])
+        if self._file.dtypes[name] != kind or shape != experts + (cols,) * axes:
+            raise FormatError(f"{self.path}: {name}: {kind} {list(shape)} does not fit the others")
+
+    @property
+    def note(self) -> str:
+        """What the user must know of the file, in a line; empty for nothing."""
+        if self._file.is_summed:
+            return ""
+        return f"{self.path}: of an earlier version of edgemoe, without checksums to check"
+
+    def verify(self) -> None:
+        """Reads all, which takes as long as the disk does, so that no hours are lost to a damaged file.
+
+        Raises:
+            FormatError: a checksum does not match, or what is not one can be no sum: NaN, infinity, below 0.
+        """
+        for name in self._file.shapes:
+            for rows in self._file.rows(name):
+                self._checked(name, rows)
+
+    def digest(self) -> str:
+        """Returns a sum of the content, in hexadecimal."""
+        return self._file.digest()
 
     @property
     def is_full(self) -> bool:
         """Says whether the file holds products, not only squares."""
-        return any(n.endswith(".products") for n in self._names)
+        return any(n.endswith(".products") for n in self._file.shapes)
 
     def diagonal(self, name: str) -> Array | None:
         """Returns the mean square of each input column of a matrix, float32 [cols]; None if nothing is known.
@@ -121,7 +174,7 @@ class Calibration:
             _, layer, index, _ = name.split(".")
             return int(self.layer(int(layer), "count")[int(index)])
         key = f"dense.{_input(name)}.count"
-        return int(self._file.get_tensor(key)[0]) if key in self._names else 0
+        return int(self._tensor(key)[0]) if key in self._file.shapes else 0
 
     def layer(self, layer: int, what: str) -> NDArray[Any]:
         """Returns a statistic of a layer's experts, [E, …]: count, gates, gates2, output2, output_max, error, error2.
@@ -130,20 +183,19 @@ class Calibration:
             FormatError: the file does not have it.
         """
         key = f"experts.{layer}.{what}"
-        if key not in self._names:
+        if key not in self._file.shapes:
             raise FormatError(f"{self.path}: has no {key}")
-        out: NDArray[Any] = self._file.get_tensor(key)
-        return out
+        return self._tensor(key)
 
     def has(self, what: str) -> bool:
         """Says whether the file has a statistic of experts, as `layer` names it."""
-        return all(f"experts.{i}.{what}" in self._names for i in self.layers)
+        return all(f"experts.{i}.{what}" in self._file.shapes for i in self.layers)
 
     def check(self, config: ModelConfig) -> None:
         """Checks that the file is of a model like this one.
 
         Raises:
-            FormatError: it has other layers or another number of experts.
+            FormatError: it has other layers, another number of experts, or inputs of another width.
         """
         counts = {len(self.layer(i, "count")) for i in self.layers}
         if self.layers != config.moe_layers or counts != {config.num_experts}:
@@ -151,6 +203,23 @@ class Calibration:
                 f"{self.path}: is of layers {list(self.layers)} with {sorted(counts)} experts; the model has "
                 f"layers {list(config.moe_layers)} with {config.num_experts}"
             )
+        dense = {name: spec.shape[-1] for name, spec in dense_tensors(config).items()}
+        widths = {"in": config.hidden_size, "hidden": config.expert_hidden}
+        for name, (place, form) in self._keys.items():
+            port = form.split(".")[1]
+            cols = dense.get(place, 0) if form.startswith("dense") else widths.get(port, -1)
+            found = self._file.shapes[name][-1]
+            if form != "dense.count" and cols not in (-1, found):
+                raise FormatError(f"{self.path}: {name} has {found} inputs; the model's has {cols}")
+
+    def _tensor(self, name: str) -> NDArray[Any]:
+        return self._checked(name, self._file.tensor(name))
+
+    def _checked(self, name: str, rows: NDArray[Any]) -> NDArray[Any]:
+        """Returns a tensor or some of its rows; but for products of different inputs, nothing is below 0."""
+        if not name.endswith(".products") and rows.size and rows.min() < 0:
+            raise FormatError(f"{self.path}: {name}: expected sums, none below 0")
+        return rows
 
     def _mean(self, name: str, what: str) -> Array | None:
         if name.startswith("experts."):
@@ -159,34 +228,28 @@ class Calibration:
                 int(layer), int(index), "hidden" if part == "down" else "in", what
             )
         key, count = f"dense.{_input(name)}.{what}", self.count(name)
-        if key not in self._names or count == 0:
+        if key not in self._file.shapes or count == 0:
             return None
-        mean: Array = self._file.get_tensor(key) / np.float32(count)
-        return mean
+        return np.asarray(self._tensor(key) / np.float32(count), np.float32)
 
     def _expert_mean(self, layer: int, index: int, port: str, what: str) -> Array | None:
         key = f"experts.{layer}.{port}.{what}"
-        if key not in self._names:
+        if key not in self._file.shapes:
             return None
         counts = self.layer(layer, "count")
         n, needed = int(counts[index]), self._min_tokens
-        sums = self._file.get_slice(key)
-        own = np.asarray(sums[index : index + 1])[0]
+        own = self._checked(key, self._file.row(key, index))
         if counts.sum() == 0:
             return None
         if n >= needed:
             return np.asarray(own / np.float32(n), np.float32)
         total = np.zeros_like(own)
         for e in range(len(counts)):  # one expert at a time: products are large
-            total += np.asarray(sums[e : e + 1])[0]
+            total += self._file.row(key, e)
         layer_mean = total / np.float32(counts.sum())
         return np.asarray(
             (own + np.float32(needed - n) * layer_mean) / np.float32(needed), np.float32
         )
-
-
-def _open(path: Path) -> Any:
-    return safe_open(path, framework="numpy")
 
 
 def _input(name: str) -> str:
@@ -200,25 +263,10 @@ def write_calibration(
     """Writes a calibration file, one tensor at a time, under its name only when it is whole.
 
     Args:
-        tensors: by the names above; read once, in order, so that a mapping may make them as they are asked for.
+        tensors: by the names above; see `edgemoe.file.summed.write_summed`.
         meta: but for the version.
 
     Raises:
         OSError: the file cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": {"edgemoe_calibration": _VERSION, **meta}}
-    at = 0
-    for name, array in tensors.items():
-        size = math.prod(array.shape) * array.dtype.itemsize
-        header[name] = {
-            "dtype": _DTYPES[array.dtype.name],
-            "shape": list(array.shape),
-            "data_offsets": [at, at + size],
-        }
-        at += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with whole_file(path) as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for array in tensors.values():
-            file.write(np.ascontiguousarray(array).data)
+    write_summed(path, tensors, {"edgemoe_calibration": _VERSIONS[-1], **meta})

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.file.tensors import is_finite
+
 __all__ = ["GROUP", "LADDERS", "Matryoshka", "fit", "is_ladder", "quantize", "rung_bytes"]
 
 Array = NDArray[np.float32]
@@ -158,8 +160,9 @@ def _moments(given: Array, cols: int) -> Array | None:
             f"second_moments: expected [{cols}] or [{cols}, {cols}], got {list(given.shape)}"
         )
     products = np.diag(given) if given.ndim == 1 else given
-    mean = float(np.diagonal(products).mean())
-    if not (np.isfinite(mean) and mean >= 0):
+    diagonal = np.diagonal(products)
+    mean = float(diagonal.mean())
+    if not (is_finite(given) and np.isfinite(mean) and diagonal.min() >= 0):
         raise ValueError("second_moments: expected mean squares, finite and not negative")
     return np.asarray(products / mean, np.float32) if mean > 0 else None
 

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
+from edgemoe.file.tensors import is_finite
 
 __all__ = [
     "DEFAULT_LADDER",
@@ -108,7 +109,7 @@ def quantize(
         is_full = second_moments.ndim == 2
         diagonal = np.diagonal(second_moments) if is_full else second_moments
         mean = float(diagonal.mean())
-        if not (np.isfinite(mean) and mean >= 0):
+        if not (is_finite(second_moments) and np.isfinite(mean) and diagonal.min() >= 0):
             raise ValueError("second_moments: expected mean squares, finite and not negative")
         if mean > 0:
             squares = np.asarray(diagonal / mean + _DAMPING, np.float32)

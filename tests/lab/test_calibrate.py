@@ -194,6 +194,28 @@ def test_a_run_that_was_interrupted_goes_on(tiny_moe, made, tmp_path, monkeypatc
         assert np.array_equal(a.diagonal(name), b.diagonal(name))
 
 
+def test_a_damaged_part_is_made_again(tiny_moe, made, tmp_path):
+    out = tmp_path / "x.calib"
+    done = []
+
+    def stop(*progress):
+        done.append(progress[0])
+        if len(done) == 8:  # in the second pass
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(tiny_moe, TEXT, out, full=True, window=WINDOW, threads=1, progress=stop)
+    part = tmp_path / "x.calib.part0"
+    content = bytearray(part.read_bytes())
+    content[-1000] ^= 1
+    part.write_bytes(content)
+    done += [None] * 100
+    calibrate(tiny_moe, TEXT, out, full=True, window=WINDOW, threads=1, progress=stop)
+    assert done[108] == 1
+    assert out.read_bytes() == made.read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_parts_of_another_text_are_not_used(tiny_moe, tmp_path, monkeypatch):
     out = tmp_path / "x.calib"
     monkeypatch.setattr(lab, "_SAVE_SECONDS", 0.0)

@@ -178,6 +178,8 @@ def test_an_input_that_calibration_never_saw_still_counts():
         (np.ones(63, np.float32), r"expected \[64\] or \[64, 64\], got \[63\]"),
         (np.full(64, np.nan, np.float32), "finite"),
         (np.full(64, -1, np.float32), "not negative"),
+        (np.r_[-1, np.ones(63)].astype(np.float32), "not negative"),
+        (np.where(np.arange(64)[:, None] == np.arange(64) + 1, np.nan, np.eye(64)), "finite"),
     ],
 )
 def test_wrong_moments_are_refused(moments, message):

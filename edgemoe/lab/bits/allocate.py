@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.errors import FormatError
 from edgemoe.file.format import MoeFile, open_moe
 from edgemoe.lab.bits import rules
 from edgemoe.lab.quality.loss import Loss
@@ -138,14 +137,9 @@ class _Model:
         """Returns a statistic of the calibration, [L, E, …]."""
         if self._calibration is None:
             raise ValueError("calibration: this method needs one; edgemoe calibrate makes it")
-        table = np.stack(
+        return np.stack(
             [self._calibration.layer(i, what) for i in self._calibration.layers]
         ).astype(np.float64)
-        if not (table >= 0).all() or np.isinf(table).any():
-            raise FormatError(
-                f"{self._calibration.path}: {what}: expected finite sums, none below 0"
-            )
-        return table
 
     def errors(self, what: str, levels: Sequence[int]) -> Floats:
         """Returns the calibration's errors at some levels, [L, E, B]."""

@@ -22,12 +22,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from edgemoe import hardware
 from edgemoe.errors import FormatError
 from edgemoe.file.format import MoeFile, open_moe
 from edgemoe.file.parse import parse_json
+from edgemoe.file.summed import SummedFile
 from edgemoe.lab.bits.moments import Moments, Products, product_shapes
 from edgemoe.lab.bits.tapped import TappedModel
 from edgemoe.quant import write_calibration
@@ -41,6 +41,7 @@ Progress = Callable[[int, int], None]
 WINDOW = 512
 """Tokens of each piece of text, as llama.cpp's imatrix takes them."""
 
+_PART = "a part of a calibration"
 _SAVE_SHARE = 20  # saving may take a twentieth of the time
 _SAVE_SECONDS = 30.0
 
@@ -198,10 +199,9 @@ def _saved_passes(
     What is free differs from call to call, so that other passes would throw away what was saved.
     """
     try:
-        with safe_open(part, framework="numpy") as file:
-            meta = file.metadata() or {}
+        meta = SummedFile(part, _PART).meta
         passes = [tuple(names) for names in parse_json(meta["passes"], "passes")]
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+    except (OSError, KeyError, TypeError, ValueError):
         return None
     if meta.get("identity") != _identity(moe, pieces, passes):
         return None
@@ -235,15 +235,15 @@ class _State:
 
     def __post_init__(self) -> None:
         try:
-            with safe_open(self.path, framework="numpy") as file:
-                meta = file.metadata() or {}
-                if meta.get("identity") != self.identity:
-                    return
-                for name, array in self.sums.sums.items():
-                    array[...] = file.get_tensor(name)
-                self.done = int(meta["windows"])
-        except (OSError, SafetensorError):  # there is none, or not a whole one
+            file = SummedFile(self.path, _PART)
+            if file.meta.get("identity") != self.identity or not file.is_summed:
+                return
+            file.verify()
+        except (OSError, FormatError):  # there is none, or not a sound one
             return
+        for name, array in self.sums.sums.items():
+            array[...] = file.tensor(name)
+        self.done = int(file.meta["windows"])
 
     def end_window(self) -> None:
         self.sums.end_window()
@@ -265,13 +265,13 @@ class _Joined(Mapping[str, NDArray[Any]]):
     """Reads the tensors of several parts, one at a time, in the types of a calibration."""
 
     def __init__(self, parts: list[Path]) -> None:
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, SummedFile] = {}
         for part in parts:
-            file: Any = safe_open(part, framework="numpy")
-            self._files |= dict.fromkeys(file.keys(), file)
+            file = SummedFile(part, _PART)
+            self._files |= dict.fromkeys(file.shapes, file)
 
     def __getitem__(self, name: str) -> NDArray[Any]:
-        array: NDArray[Any] = self._files[name].get_tensor(name)
+        array = self._files[name].tensor(name)
         return array.astype(np.float32) if name.endswith(".squares") else array
 
     def __iter__(self) -> Iterator[str]:

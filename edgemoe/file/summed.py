@@ -1,0 +1,255 @@
+"""Safetensors files whose every row has a checksum, so that what is read is what was written, a row at a time.
+
+The last tensor is `checksums`, uint32 [n], CRC-32C: of the header (its length and text); of every other tensor in the
+order of the file, one for each index of its first axis, or one for a tensor of a single axis; and of the numbers
+before. They take 4 bytes a row. A file without that tensor can be read, and then nothing of it is checked but that
+numbers are finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import stat
+import struct
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+from edgemoe.errors import FormatError, quoted
+from edgemoe.file.parse import parse_object
+from edgemoe.file.tensors import is_finite
+from edgemoe.file.whole import whole_file
+
+__all__ = ["SummedFile", "write_summed"]
+
+_SUMS = "checksums"
+_TYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "U32": np.dtype("<u4"),
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+_MOST_HEADER = 100_000_000  # bytes, as the library has it
+_BLOCK = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+    sums: int
+    """Position of its first checksum."""
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0] if len(self.shape) > 1 else 1
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize // max(self.num_rows, 1)
+
+
+class SummedFile:
+    """Reads a file. The descriptor stays open with it: what was checked is what is read. Immutable."""
+
+    def __init__(self, path: str | os.PathLike[str], what: str) -> None:
+        """Opens a file; reads its header and checksums.
+
+        Args:
+            what: a file of this kind is, for messages: "a calibration file".
+
+        Raises:
+            FormatError: there is no such file, or it is none of these, or damaged.
+            OSError: it cannot be read.
+        """
+        self.path, self._what = Path(path), what
+        try:
+            self._fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            raise FormatError(f"{path}: no such file") from None
+        weakref.finalize(self, os.close, self._fd)
+        found = os.fstat(self._fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise self._none("it is no regular file")
+        size = self._size = found.st_size
+        head = self._bytes(0, min(8, size))
+        if len(head) < 8 or not 0 < (length := struct.unpack("<Q", head)[0]) <= _MOST_HEADER:
+            raise self._none("its header makes no sense")
+        if 8 + length > size:
+            raise self._none("truncated inside its header")
+        text = self._bytes(8, length)
+        try:
+            header = parse_object(text, "header", most=_MOST_HEADER)
+            self.meta: Mapping[str, str] = _meta(header)
+            self._places = _places(header, 8 + length, size)
+        except (FormatError, TypeError, KeyError, ValueError, OverflowError) as error:
+            reason = str(error) if type(error) is FormatError else "its header makes no sense"
+            raise self._none(reason) from None
+        place = self._places.pop(_SUMS, None)
+        self.is_summed: bool = place is not None
+        """Whether the file has checksums."""
+        self._sums: list[int] = []
+        if place is not None:
+            self._take_sums(place, head + text)
+        self.shapes: Mapping[str, tuple[int, ...]] = {n: p.shape for n, p in self._places.items()}
+        self.dtypes: Mapping[str, np.dtype[Any]] = {n: p.dtype for n, p in self._places.items()}
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """Reads a tensor.
+
+        Raises:
+            FormatError: it is damaged, or holds NaN or infinity.
+        """
+        place = self._places[name]
+        return self._rows(name, 0, place.num_rows).reshape(place.shape)
+
+    def row(self, name: str, index: int) -> NDArray[Any]:
+        """Reads what an index of a tensor's first axis selects, of two axes or more; errors as `tensor`."""
+        return self._rows(name, index, 1).reshape(self._places[name].shape[1:])
+
+    def rows(self, name: str) -> Iterator[NDArray[Any]]:
+        """Reads a tensor, some rows at a time."""
+        place = self._places[name]
+        step = max(1, _BLOCK // max(place.row_bytes, 1))
+        for first in range(0, place.num_rows, step):
+            yield self._rows(name, first, min(step, place.num_rows - first))
+
+    def verify(self) -> None:
+        """Reads all; errors as `tensor`."""
+        for name in self.shapes:
+            for _ in self.rows(name):
+                pass
+
+    def digest(self) -> str:
+        """Returns a sum of the content, in hexadecimal; of all of it where there are no checksums to stand for it."""
+        sha = hashlib.sha256(np.array(self._sums, "<u4").tobytes())
+        at, size = 0, 0 if self.is_summed else self._size
+        while at < size:
+            block = self._bytes(at, min(_BLOCK, size - at))
+            sha.update(block)
+            at += len(block)
+        return sha.hexdigest()
+
+    def _rows(self, name: str, first: int, count: int) -> NDArray[Any]:
+        place = self._places[name]
+        data = self._bytes(place.offset + first * place.row_bytes, count * place.row_bytes)
+        if self.is_summed:
+            view, size = memoryview(data), place.row_bytes
+            for i in range(count):
+                crc = _core.crc32c(view[i * size : (i + 1) * size])
+                if crc != self._sums[place.sums + first + i]:
+                    raise self._damaged(name)
+        array: NDArray[Any] = np.frombuffer(data, place.dtype)
+        if len(place.shape) > 1:
+            array = array.reshape(count, *place.shape[1:])
+        if array.dtype.kind == "f" and not is_finite(array):
+            raise FormatError(f"{self.path}: {name}: holds NaN or infinity")
+        return array
+
+    def _take_sums(self, place: _Place, head: bytearray) -> None:
+        data = self._bytes(place.offset, place.row_bytes)
+        self._sums = np.frombuffer(data, "<u4").tolist()
+        expected = 2 + sum(p.num_rows for p in self._places.values())
+        if place.dtype != _TYPES["U32"] or place.shape != (expected,):
+            raise self._none(f"{_SUMS} does not hold {expected} numbers")
+        if self._sums[-1] != _core.crc32c(data[:-4]) or self._sums[0] != _core.crc32c(head):
+            raise self._damaged("the header")
+
+    def _bytes(self, offset: int, count: int) -> bytearray:
+        data = bytearray(count)
+        view, at = memoryview(data), offset
+        while view:
+            got = os.preadv(self._fd, [view], at)
+            if got == 0:
+                raise FormatError(f"{self.path}: became shorter while it was read")
+            view, at = view[got:], at + got
+        return data
+
+    def _none(self, reason: str) -> FormatError:
+        return FormatError(f"{self.path}: not {self._what}: {reason}")
+
+    def _damaged(self, name: str) -> FormatError:
+        return FormatError(f"{self.path}: damaged: checksum of {name} does not match")
+
+
+def write_summed(
+    path: str | os.PathLike[str], tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, str]
+) -> None:
+    """Writes a file, one tensor at a time, under its name only when it is whole.
+
+    Args:
+        tensors: float32, float64 or int64; read once for their shapes and once for their content, in order, so that
+            a mapping may make them as they are asked for.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(meta)}
+    at, num_sums = 0, 2
+
+    def enter(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        nonlocal at
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
+
+    assert _SUMS not in tensors
+    for name, array in tensors.items():
+        enter(name, array.dtype, array.shape)
+        num_sums += len(array) if array.ndim > 1 else 1
+    enter(_SUMS, _TYPES["U32"], (num_sums,))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    head = struct.pack("<Q", len(text)) + text
+    sums = [_core.crc32c(head)]
+    with whole_file(path) as file:
+        file.write(head)
+        for array in tensors.values():
+            array = np.ascontiguousarray(array)
+            file.write(array.data)
+            sums += map(_core.crc32c, array if array.ndim > 1 else [array])
+        numbers = np.array(sums, "<u4").tobytes()
+        file.write(numbers + struct.pack("<I", _core.crc32c(numbers)))
+
+
+def _meta(header: dict[str, Any]) -> Mapping[str, str]:
+    meta = header.pop("__metadata__", {})
+    if not isinstance(meta, dict) or not all(isinstance(v, str) for v in meta.values()):
+        raise ValueError
+    return meta
+
+
+def _places(header: Mapping[str, Any], start: int, size: int) -> dict[str, _Place]:
+    """Returns where tensors lie, in the order of the file, which they fill without gaps.
+
+    Raises:
+        FormatError: says which does not.
+        TypeError, KeyError, ValueError: an entry has another form.
+    """
+    places, at, sums = {}, start, 1
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        first, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        if entry["dtype"] not in _TYPES:
+            raise FormatError(f"{quoted(name)} is of type {quoted(entry['dtype'])}")
+        if not all(type(n) is int and n >= 0 for n in (first, end, *shape)) or len(shape) > 4:
+            raise ValueError
+        place = _Place(_TYPES[entry["dtype"]], shape, start + first, sums)
+        taken = math.prod(shape) * place.dtype.itemsize
+        if start + first != at or end - first != taken or at + taken > size or not shape:
+            raise FormatError(f"{quoted(name)} claims bytes {first} to {end} of {size - start}")
+        if math.prod(shape) == 0 and len(shape) > 1:
+            raise FormatError(f"{quoted(name)} is empty")
+        places[name] = place
+        at, sums = at + taken, sums + place.num_rows
+    if at != size:
+        raise FormatError(f"expected {at} bytes, got {size}")
+    return places
