@@ -110,3 +110,14 @@ def test_exported_names_are_sorted_and_exist():
     assert edgemoe.__all__ == sorted(edgemoe.__all__)
     for name in edgemoe.__all__:
         assert getattr(edgemoe, name).__name__ == name
+
+
+def test_only_the_console_writes_to_the_terminal():
+    for path, tree in modules():
+        if path.as_posix() == "cli/console.py":
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                writes = called == "print" or called.startswith(("sys.stdout.", "sys.stderr."))
+                assert not writes or called.endswith(".flush"), f"{path}:{node.lineno}: {called}"

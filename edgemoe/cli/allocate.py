@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import check_output, decode_text, note, run_command
+from edgemoe.cli.console import check_output, decode_text, note, run_command, say
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import levels
@@ -119,17 +119,18 @@ def _allocate(args: argparse.Namespace) -> None:
 def _show(found: Allocation) -> None:
     """Prints how many experts of each layer got which bits."""
     given = sorted(set(found.bits.reshape(-1).tolist()))
-    print("| layer | average |" + "".join(f" {b} bits |" for b in given))
-    print("|---|---|" + "---|" * len(given))
+    say(
+        "| layer | average |" + "".join(f" {b} bits |" for b in given),
+        "|---|---|" + "---|" * len(given),
+    )
     for layer, row in zip(found.layers, found.bits, strict=True):
         counts = "".join(f" {int((row == b).sum())} |" for b in given)
-        print(f"| {layer} | {row.mean():.2f} |{counts}")
+        say(f"| {layer} | {row.mean():.2f} |{counts}")
     counts = "".join(f" {int((found.bits == b).sum())} |" for b in given)
-    print(f"| all | {found.average:.2f} |{counts}")
+    say(f"| all | {found.average:.2f} |{counts}")
     if found.protected:
         which = ", ".join(f"{layer}.{expert}" for layer, expert in found.protected)
-        print(f"\nSuper Experts (layer.expert), protected: {which}")
-    print(end="", flush=True)  # not sys.stdout.flush(): it may be closed
+        say("", f"Super Experts (layer.expert), protected: {which}")
 
 
 def _exponents(text: str) -> tuple[float, float, float]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import note, run_command
+from edgemoe.cli.console import note, run_command, say, say_json
 from edgemoe.cli.engine import engine_flags
 from edgemoe.cli.measured import MAX_LOSS_HELP, check, cost, pick
 from edgemoe.cli.parser import Parser
@@ -46,7 +45,7 @@ def _run(args: argparse.Namespace) -> None:
     from edgemoe.runtime.options import EngineOptions
 
     if "help" in args.set:
-        print(options_text(args.scheduler))
+        say(*options_text(args.scheduler).split("\n"))
         return
     args.set = read_settings(args.set)
     prompts, generations = ([n for n in counts if n] for counts in (args.n_prompt, args.n_gen))
@@ -67,16 +66,16 @@ def _run(args: argparse.Namespace) -> None:
             note(f"# {known}")
         results = []
         if not args.json:
-            print(_HEAD)
+            say(*_HEAD.split("\n"))
         for result in measure(
             engine, prompts=prompts, generations=generations, depths=args.n_depth,
             repetitions=args.repetitions, seed=args.seed,
         ):  # fmt: skip
             results.append(result)
             if not args.json:
-                print(_row(engine, result, best), flush=True)
+                say(_row(engine, result, best))
         if args.json:
-            print(json.dumps(_report(engine, results, best), indent=1))
+            say_json(_report(engine, results, best))
         else:
             note(
                 f"# roof: memory {best.memory / 1e9:.1f} GB/s, disk {best.disk / 1e9:.2f} GB/s; "

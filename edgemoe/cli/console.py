@@ -1,16 +1,21 @@
-"""Writes replies to stdout and everything else to stderr, plainly where they are no terminals."""
+"""Writes replies and results to stdout and everything else to stderr, plainly where they are no terminals.
+
+The one place that writes to them: whatever a model file, a trace or a checkpoint brings into a line passes `shown`.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from edgemoe.errors import EdgemoeError
+from edgemoe.errors import EdgemoeError, shortened
 
 __all__ = [
+    "ask",
     "check_output",
     "drop_stdout",
     "error_line",
@@ -18,13 +23,39 @@ __all__ = [
     "note",
     "replace_unwritable",
     "run_command",
+    "say",
+    "say_json",
+    "shown",
+    "traceback_lines",
     "write_reply",
 ]
 
 _ERROR, _USAGE_ERROR, _INTERRUPTED = 1, 2, 130
 
-# A model can write what a terminal takes for commands: only newline and tab get through to one.
-_NO_CONTROLS = {i: None for i in [*range(32), *range(127, 160)] if chr(i) not in "\n\t"}
+_LONGEST_NOTE = 4000  # characters of a line on stderr
+
+_CONTROLS = [*range(32), *range(127, 160), 0x2028, 0x2029]
+_TURNS = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+"""Characters that change the direction of what is around them, so that a line reads as another."""
+
+# A reply may have lines, tabs, and the marks of scripts that run from right to left, but turn nothing around.
+_NOT_IN_REPLIES = dict.fromkeys(i for i in [*_CONTROLS, *_TURNS[3:]] if chr(i) not in "\n\t")
+
+
+def _escape(char: int) -> str:
+    if 0xDC80 <= char <= 0xDCFF:  # a byte of a name that is no UTF-8
+        return f"\\x{char - 0xDC00:02x}"
+    return {9: "\\t", 10: "\\n", 13: "\\r"}.get(
+        char, f"\\x{char:02x}" if char < 256 else f"\\u{char:04x}"
+    )
+
+
+_ESCAPES = {char: _escape(char) for char in [*_CONTROLS, *_TURNS, *range(0xD800, 0xE000)]}
+
+
+def shown(text: str) -> str:
+    """Returns a text as one line that a terminal takes for nothing else: controls as Python writes them."""
+    return text.translate(_ESCAPES)
 
 
 def is_terminal(stream: object) -> bool:
@@ -35,8 +66,8 @@ def is_terminal(stream: object) -> bool:
         return False
 
 
-def note(text: str) -> None:
-    """Writes a line to stderr, dim on a terminal; a closed stderr swallows it."""
+def note(*lines: str) -> None:
+    """Writes lines to stderr, dim on a terminal; a closed stderr swallows them."""
     if sys.stderr is None:  # print would take stdout instead
         return
     is_dim = (
@@ -44,8 +75,30 @@ def note(text: str) -> None:
         and not os.environ.get("NO_COLOR")
         and os.environ.get("TERM") not in (None, "dumb")
     )
+    text = "\n".join(shown(shortened(line, _LONGEST_NOTE)) for line in lines)
     with contextlib.suppress(OSError):
         print(f"\x1b[2m{text}\x1b[0m" if is_dim else text, file=sys.stderr, flush=True)
+
+
+def ask(prompt: str) -> None:
+    """Writes what stands before the user's line to stderr."""
+    if sys.stderr is not None:
+        print(prompt, end="", file=sys.stderr, flush=True)
+
+
+def say(*lines: str) -> None:
+    """Writes lines of a result to stdout, at once.
+
+    Raises:
+        BrokenPipeError: nobody reads stdout any more.
+        OSError: stdout cannot be written.
+    """
+    print("\n".join(map(shown, lines)), flush=True)
+
+
+def say_json(value: object) -> None:
+    """Writes a result to stdout as JSON, in ASCII."""
+    say(*json.dumps(value, indent=1).split("\n"))
 
 
 def check_output(path: Path | None, *inputs: Path | None) -> None:
@@ -87,9 +140,9 @@ def write_reply(pieces: Iterable[str]) -> None:
     last = ""
     try:
         for piece in pieces:
-            shown = piece.translate(_NO_CONTROLS) if is_tty else piece
-            last = shown or last  # first, as Ctrl-C may come while it is written
-            _put(shown)
+            text = piece.translate(_NOT_IN_REPLIES) if is_tty else piece
+            last = text or last  # first, as Ctrl-C may come while it is written
+            _put(text)
     finally:
         if last and not last.endswith("\n"):
             _put("\n")
@@ -115,6 +168,13 @@ def error_line(error: BaseException) -> str:
         return text
     kind = type(error).__name__
     return f"internal error, {kind}{': ' * bool(text)}{text}; -v shows where"
+
+
+def traceback_lines(error: BaseException) -> list[str]:
+    """Returns an error with where it was raised, as Python itself would write it."""
+    import traceback
+
+    return "".join(traceback.format_exception(error)).splitlines()
 
 
 def decode_text(content: bytes, name: object) -> str:
@@ -161,7 +221,7 @@ def run_command(
 
     Args:
         name: what errors begin with.
-        verbose: let errors through, for their tracebacks.
+        verbose: write an error's traceback instead of its line.
         interrupted: says what to say after Ctrl-C.
         blames_arguments: a plain ValueError is wrong usage; those of files are EdgemoeErrors too.
 
@@ -180,9 +240,7 @@ def run_command(
     except BrokenPipeError:
         return _ERROR
     except Exception as error:
-        if verbose:
-            raise
-        note(f"{name}: {error_line(error)}")
+        note(*(traceback_lines(error) if verbose else [f"{name}: {error_line(error)}"]))
         is_usage = isinstance(error, ValueError) and not isinstance(error, EdgemoeError)
         return _USAGE_ERROR if blames_arguments and is_usage else _ERROR
     finally:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.cli.console import note, run_command
+from edgemoe.cli.console import note, run_command, say, say_json
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
+from edgemoe.errors import shortened
 
 if TYPE_CHECKING:
     from edgemoe.file.format import MoeFile
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _PROG = "edgemoe inspect"
+_LONGEST_LINE = 1000  # characters; names in a file may be longer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,12 +53,11 @@ def _run(args: argparse.Namespace) -> int:
             broken = verify(moe, progress=progress)
         about["broken"] = broken
     if args.json:
-        print(json.dumps(about, indent=1))
+        say_json(about)
     else:
-        for line in _lines(moe, about):
-            print(line)
+        say(*(shortened(line, _LONGEST_LINE) for line in _lines(moe, about)))
         if args.verify and not broken:
-            print("\nverified: every sum matches")
+            say("", "verified: every sum matches")
     for what in broken:
         note(f"{_PROG}: {moe.path}: {what}: the sum does not match")
     return 1 if broken else 0
@@ -126,7 +126,7 @@ def _quality(moe: MoeFile, stored: dict[str, Any]) -> Iterator[str]:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         yield "quality: stored by another version; --json shows it"
         return
-    yield QUALITY_HEAD
+    yield from QUALITY_HEAD.split("\n")
     yield from lines
     if stale:
         yield f"measured with other sections than the file has now: {', '.join(dict.fromkeys(stale))}"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgemoe.cli.console import is_terminal, note
+from edgemoe.cli.console import ask, is_terminal, note
 from edgemoe.convert.demo import default_cache_dir
 
 __all__ = ["LineReader"]
@@ -49,8 +49,7 @@ class LineReader:
 def _plain_read() -> str:
     lines: list[str] = []
     while True:
-        if sys.stderr is not None:
-            print(_MORE if lines else _PROMPT, end="", file=sys.stderr, flush=True)
+        ask(_MORE if lines else _PROMPT)
         lines.append(input())
         if not lines[-1].endswith("\\"):
             return "\n".join(lines)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import edgemoe
-from edgemoe.cli.console import replace_unwritable, run_command
+from edgemoe.cli.console import note, replace_unwritable, run_command, say
 
 __all__ = ["COMMANDS", "main"]
 
@@ -45,12 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else None
     if name in ("-h", "--help"):
-        return run_command("edgemoe", lambda: print(_help()))
+        return run_command("edgemoe", lambda: say(*_help()))
     if name == "--version":
-        return run_command("edgemoe", lambda: print(f"edgemoe {edgemoe.__version__}"))
+        return run_command("edgemoe", lambda: say(f"edgemoe {edgemoe.__version__}"))
     if name is None or name not in COMMANDS:
         what = "a command is missing" if name is None else f"no command {name!r}"
-        print(f"edgemoe: {what}; commands: {', '.join(COMMANDS)}", file=sys.stderr)
+        note(f"edgemoe: {what}; commands: {', '.join(COMMANDS)}")
         return _USAGE_ERROR
     try:
         # Imported on use: one command's dependencies must not slow down or break another.
@@ -61,16 +61,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _help() -> str:
+def _help() -> list[str]:
     lines = [f"  {name:<16} {about}" for name, (_, about) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: edgemoe COMMAND [ARGUMENTS]",
-            "",
-            "Runs Mixture-of-Experts language models that do not fit in fast memory.",
-            "",
-            *lines,
-            "",
-            "edgemoe COMMAND --help tells more.",
-        ]
-    )
+    return [
+        "usage: edgemoe COMMAND [ARGUMENTS]",
+        "",
+        "Runs Mixture-of-Experts language models that do not fit in fast memory.",
+        "",
+        *lines,
+        "",
+        "edgemoe COMMAND --help tells more.",
+    ]

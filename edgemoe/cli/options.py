@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import edgemoe
+from edgemoe.cli.console import say
 from edgemoe.cli.measured import MAX_LOSS_HELP
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP
@@ -121,7 +122,7 @@ class _Version(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
 
     def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> NoReturn:
-        print(f"{parser.prog} {edgemoe.__version__}")
+        say(f"{parser.prog} {edgemoe.__version__}")
         parser.exit()
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
+from edgemoe.cli.console import shown
+
 __all__ = ["Parser"]
 
 _USAGE_ERROR = 2
@@ -19,4 +21,5 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        self.exit(_USAGE_ERROR, f"{self.prog}: {message}; {self.prog} --help lists the flags\n")
+        line = f"{self.prog}: {message}; {self.prog} --help lists the flags"
+        self.exit(_USAGE_ERROR, shown(line) + "\n")

@@ -6,7 +6,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from edgemoe.cli.console import is_terminal, note
+from edgemoe.cli.console import is_terminal, note, shown
+from edgemoe.errors import shortened
 
 __all__ = ["Progress"]
 
@@ -21,7 +22,7 @@ class Progress:
             task: what is being done ("writing x.moe").
             unit: what is counted; "B" for bytes.
         """
-        self._task = task
+        self._task = shown(shortened(task))
         self._unit = unit
         self._bar: Any = None  # tqdm has no types
         self._tenths = 0

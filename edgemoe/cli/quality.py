@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from edgemoe.cli.console import check_output, note, run_command
+from edgemoe.cli.console import check_output, note, run_command, say
 from edgemoe.cli.engine import engine_flags
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
@@ -75,7 +75,8 @@ def _run(args: argparse.Namespace) -> int:
     from edgemoe.lab.report.levels import bits_per_weight, levels
 
     if "help" in args.set:
-        print("\n\n".join(options_text(name) for name in args.scheduler or [EXACT]))
+        about = "\n\n".join(options_text(name) for name in args.scheduler or [EXACT])
+        say(*about.split("\n"))
         return 0
     _check(args)  # before hours are spent
     moe = open_moe(args.model)
@@ -94,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
         }
         if args.store:
             _warn_of_replaced(moe, report)
-        print(QUALITY_HEAD, flush=True)
+        say(*QUALITY_HEAD.split("\n"))
         for trial in trials:
             if known is not None and trial == base:
                 quality = known
@@ -113,7 +114,7 @@ def _run(args: argparse.Namespace) -> int:
             average = _average_bits(moe, sizes, trial, quality)
             size = bits_per_weight(moe, average, trial.dense_bits)
             rows.append(_row(trial, size, quality, moe))
-            print(quality_line(rows[-1]), flush=True)
+            say(quality_line(rows[-1]))
     note(f"# {about}; {sample.positions} positions")
     if args.json is not None:
         text = json.dumps({"command": sys.argv, **report}, indent=1)

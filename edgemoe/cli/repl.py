@@ -85,11 +85,11 @@ class _Session:
         self._commands: dict[str, Callable[[str], None]] = {
             "/reset": self._reset,
             "/clear": self._reset,
-            "/stats": lambda _: note(stats_table(self._engine.stats)),
+            "/stats": lambda _: note(*stats_table(self._engine.stats).split("\n")),
             "/set": self._set,
             "/save": self._save,
             "/load": self._load,
-            "/help": lambda _: note(_HELP),
+            "/help": lambda _: note(*_HELP.split("\n")),
             "/quit": self._quit,
             "/exit": self._quit,
         }
@@ -127,7 +127,7 @@ class _Session:
         name = _SHORT.get(name, name).replace("-", "_")
         if not name:
             values = dataclasses.asdict(params).items()
-            note("\n".join(f"{n:<18}{_shown(v)}" for n, v in values))
+            note(*(f"{n:<18}{_shown(v)}" for n, v in values))
             return
         if name not in {f.name for f in dataclasses.fields(params)}:
             raise ValueError(f"/set: no setting is called {name!r}; /set alone lists them")

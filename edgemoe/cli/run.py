@@ -14,6 +14,8 @@ from edgemoe.cli.console import (
     is_terminal,
     note,
     replace_unwritable,
+    say,
+    traceback_lines,
     write_reply,
 )
 from edgemoe.cli.engine import engine_flags
@@ -57,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             _sampling(args, SamplingParams())  # before the model is loaded
             if "help" in args.set:
-                print(options_text(args.scheduler))
+                say(*options_text(args.scheduler).split("\n"))
                 return 0
             args.set = read_settings(args.set)
             if args.max_quality_loss is not None:
@@ -74,9 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read our text has enough of it: nothing to say
         return 1
     except Exception as error:
-        if args is not None and args.verbose:
-            raise
-        note(f"edgemoe-run: {error_line(error)}")
+        is_verbose = args is not None and args.verbose
+        note(*(traceback_lines(error) if is_verbose else [f"edgemoe-run: {error_line(error)}"]))
         return 1
     finally:
         drop_stdout()
@@ -232,7 +233,11 @@ def _text(file: BinaryIO, name: str) -> str:
 def _set_up_logging(*, verbose: bool) -> None:
     import logging
 
-    logging.basicConfig(stream=sys.stderr, format="# %(message)s")
+    class Notes(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            note(f"# {record.getMessage()}")
+
+    logging.basicConfig(handlers=[Notes()])
     if verbose:
         logging.getLogger("edgemoe").setLevel(logging.DEBUG)
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgemoe.cli.console import drop_stdout, error_line, note
+from edgemoe.cli.console import drop_stdout, error_line, note, say
 from edgemoe.cli.parser import Parser
 
 __all__ = ["SET_HELP", "main", "options_text", "read_settings"]
@@ -46,10 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{args.name}: expected one of {', '.join(KINDS)}")
     names = list(KINDS) if args.name is None else [args.name]
     try:
-        print("\n\n".join(_about(name) for name in names))
-        if args.name is None:
-            print("\n" + _shared())
-        print(end="", flush=True)
+        parts = [_about(name) for name in names] + [_shared()] * (args.name is None)
+        say(*"\n\n".join(parts).split("\n"))
     except BrokenPipeError:
         return 1
     except OSError as error:

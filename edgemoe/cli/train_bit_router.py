@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import check_output, decode_text, note, run_command
+from edgemoe.cli.console import check_output, decode_text, note, run_command, say
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import levels, ram_size
@@ -98,15 +98,13 @@ def _show(rows: Sequence[Row]) -> None:
     """Prints how training went, in some lines; nothing where it was too short to say."""
     if not rows:
         return
-    print("| steps | KL | average bits | dropped | alpha |")
-    print("|---|---|---|---|---|")
+    say("| steps | KL | average bits | dropped | alpha |", "|---|---|---|---|---|")
     every = -(-len(rows) // _ROWS) or 1
     for row in rows[::-1][::every][::-1]:  # with the last
-        print(
+        say(
             f"| {row.step} | {row.divergence:.6f} | {row.bits:.2f} "
             f"| {100 * row.dropped:.1f}% | {row.alpha:.2e} |"
         )
-    print(end="", flush=True)
 
 
 def _out(args: argparse.Namespace) -> Path:

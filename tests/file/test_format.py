@@ -11,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from edited import edit, setter
 from reference_nested import decode_rungs
 from tiny import tiny_checkpoint
 
@@ -20,7 +21,7 @@ from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.convert.convert import convert
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError, ReadError
-from edgemoe.file.format import PREAMBLE, open_moe, pack_preamble
+from edgemoe.file.format import PREAMBLE, open_moe
 from edgemoe.file.writer import Writer
 
 IDS = list(range(40))
@@ -96,28 +97,6 @@ def test_other_files_are_refused(data, broken):
 def test_every_bit_of_the_preamble_matters(data, broken, at):
     data[at] ^= 0x10
     broken(data, "magic|version|checksum of the preamble")
-
-
-def edit(data, change):
-    """Returns the file with an index that `change` was applied to, all sums right."""
-    _, _, _, _, offset, length, _ = PREAMBLE.unpack(data[:64])
-    index = json.loads(data[offset : offset + length])
-    index = change(index) or index
-    text = json.dumps(index).encode() if not isinstance(index, bytes) else index
-    out = bytearray(data[:offset]) + text
-    out[:64] = pack_preamble(len(out), offset, text)
-    return out
-
-
-def setter(*path):
-    *way, last, value = path
-
-    def change(index):
-        for key in way:
-            index = index[key]
-        index[last] = value
-
-    return change
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from edgemoe.cli.console import note
-from edgemoe.errors import FormatError
+from edgemoe.cli.console import note, say
+from edgemoe.errors import FormatError, shortened
 
 if TYPE_CHECKING:
     from edgemoe.lab.report.tables import Table
@@ -45,10 +45,11 @@ def or_note(make: Callable[[], _T], *, what: str) -> _T | None:
 def title(trace: Trace) -> str:
     """Returns a line about a trace."""
     h = trace.header
+    name, by = shortened(h.model), shortened(h.scheduler)
     _, tokens = trace.passes()
     return (
-        f"{h.model}: {h.num_layers} layers of {h.num_experts} experts, {h.experts_per_token} per token, {h.bits} bits; "
-        f"{int(tokens.sum())} tokens, {int((tokens == 1).sum())} of them one at a time; recorded with {h.scheduler}, "
+        f"{name}: {h.num_layers} layers of {h.num_experts} experts, {h.experts_per_token} per token, {h.bits} bits; "
+        f"{int(tokens.sum())} tokens, {int((tokens == 1).sum())} of them one at a time; recorded with {by}, "
         f"{h.slots_bytes / 2**20:.0f} MiB for experts, {h.threads} threads"
     )
 
@@ -57,7 +58,7 @@ def print_table(table: Table) -> None:
     """Prints a table under its heading."""
     from edgemoe.lab.report.tables import markdown
 
-    print(f"\n{table[0]}\n\n{markdown(table)}")
+    say("", table[0], "", *markdown(table).split("\n"))
 
 
 def print_json(
@@ -72,4 +73,4 @@ def print_json(
         "timing": None if timing is None else dataclasses.asdict(timing),
         **values,
     }
-    print(to_json(report))
+    say(*to_json(report).split("\n"))

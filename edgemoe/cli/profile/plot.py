@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.cli.console import check_output, note
 from edgemoe.cli.profile.common import add_command, title
 from edgemoe.cli.profile.replays import add_flags, studied
+from edgemoe.errors import shortened
 from edgemoe.file.whole import write_whole
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def _plot(args: argparse.Namespace) -> None:
         *tables.usage(used), tables.srp(local), tables.hit_rates(local), *tables.waits(waits),
         tables.studied(rows),
     ]  # fmt: skip
-    heading = f"Routing of {trace.header.model}"
+    heading = f"Routing of {shortened(trace.header.model)}"
     write_whole(Path(args.output), page(heading, title(trace), words, drawn).encode())
     note(f"# {args.output}")
     if args.png:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from edgemoe.cli.console import say
 from edgemoe.cli.profile.common import add_command, print_json, print_table, title
 from edgemoe.cli.profile.replays import add_flags, studied
 
@@ -29,5 +30,5 @@ def _replay(args: argparse.Namespace) -> None:
     if args.json:
         print_json(trace, args, timing, replays=rows)
         return
-    print(title(trace))
+    say(title(trace))
     print_table(tables.studied(rows))

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from edgemoe.cli.console import say
 from edgemoe.cli.profile.common import add_command, or_note, print_json, print_table, title
 
 __all__ = ["add"]
@@ -40,7 +41,7 @@ def _report(args: argparse.Namespace) -> None:
             predictors=guesses and [dataclasses.asdict(g) for g in guesses],
         )  # fmt: skip
         return
-    print(title(trace))
+    say(title(trace))
     for table in [
         *tables.usage(used), tables.srp(local), tables.hit_rates(local),
         *([tables.predictors(guesses)] if guesses else []),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.cli.console import decode_text, note
+from edgemoe.cli.console import decode_text, note, say
 from edgemoe.cli.engine import engine_flags
 from edgemoe.cli.profile.common import add_command
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
@@ -57,7 +57,7 @@ def _trace(args: argparse.Namespace) -> None:
     from edgemoe.runtime.options import EngineOptions
 
     if "help" in args.set:
-        print(options_text(args.scheduler or "on-demand"))
+        say(*options_text(args.scheduler or "on-demand").split("\n"))
         return
     options: Mapping[str, Any] = read_settings(args.set)
     if args.scheduler is None:
