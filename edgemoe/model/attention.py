@@ -55,14 +55,16 @@ class Attention:
 
     def start(self, batch: Batch) -> None:
         """See `Mixer.start`: rotations of every row, by the position in its own sequence."""
-        parts: list[tuple[list[Any], int, tuple[Array, ...]]] = []
-        whole = self.rows.first(len(batch))
+        parts, T = [], len(batch.ids)
+        whole = self.rows.first(T)
         for part in batch.slices:
+            rows = whole if part.count == T else self.rows.between(part.start, part.stop)
+            q, k, v, heads, cos, sin = rows
+            states: list[Any] = part.state.layers
             pos = part.state.length
-            rows = whole if part.count == len(batch) else self.rows.between(part.start, part.stop)
-            self.ops.rope(self._inv_freq, pos, self._rope_scale, rows[4], rows[5])
-            parts.append((part.state.layers, pos, rows))
-        batch.shared[self] = parts
+            self.ops.rope(self._inv_freq, pos, self._rope_scale, cos, sin)
+            parts.append((states, pos, q, k, v, cos, sin, heads))
+        batch.shared[self] = (whole[:3], whole[3], parts)
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> AttentionLayer:
         """See `Mixer.layer`."""
@@ -77,19 +79,18 @@ class AttentionLayer:
         vectors = cast(Mapping[str, Array], weights)
         specs = shared.spec.tensors(shared.hidden_size)
         small = {name: vectors[name] for name, spec in specs.items() if spec.kind == "f32"}
-        self._shared, self._index = shared, index
+        self._shared, self._ops, self._index = shared, shared.ops, index
         self._weights = shared.ops.attention_weights(index, shared.spec, small)
         self._qkv, self._o = (matrices["q"], matrices["k"], matrices["v"]), (matrices["o"],)
         self._o_bias = small.get("o_bias")
 
     def forward(self, normed: Array, batch: Batch, out: Array) -> None:
         """See `MixerLayer.forward`."""
-        shared, ops = self._shared, self._shared.ops
-        q, k, v, attended, _, _ = shared.rows.first(len(batch))
-        ops.linear(normed, self._qkv, (q, k, v))
-        for states, pos, (q, k, v, heads, cos, sin) in batch.shared[shared]:
-            kv = states[self._index].layer
-            ops.attention(self._weights, q, k, v, pos, cos, sin, kv, heads)
+        ops, index = self._ops, self._index
+        qkv, attended, parts = batch.shared[self._shared]
+        ops.linear(normed, self._qkv, qkv)
+        for states, pos, q, k, v, cos, sin, heads in parts:
+            ops.attention(self._weights, q, k, v, pos, cos, sin, states[index].layer, heads)
         ops.linear(attended, self._o, (out,))
         if self._o_bias is not None:
             ops.add_bias(self._o_bias, out)

@@ -14,7 +14,7 @@ from edgemoe.model.state import SequenceState
 __all__ = ["Batch", "Slice"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Slice:
     """Rows [start, start + count) of a batch: the tokens that come next in one sequence."""
 

@@ -95,7 +95,7 @@ class Decoder:
         """
         config, ops = self.config, self._ops
         eps, residual = config.norm_eps, config.residual_multiplier
-        x, normed, added = self._rows.first(len(batch))
+        x, normed, added = self._rows.first(len(batch.ids))
         ops.embed(self._embed, batch.ids, config.embedding_multiplier, x)
         for mixer in self._mixers.values():
             mixer.start(batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, cast
 
+from edgemoe.config import MATRICES
 from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
 from edgemoe.model.router import Routers
@@ -26,11 +27,10 @@ class DenseFfn:
     """Is one FFN for every token."""
 
     def __init__(self, ops: Ops, weights: Mapping[str, Weight]) -> None:
-        matrices = cast(Mapping[str, Matrix], weights)
-        self._ops = ops
-        self._matrices = (
-            matrices["shared.gate"], matrices["shared.up"], matrices["shared.down"],
-        )  # fmt: skip
+        """Args:
+        weights: the layer's tensors, by their names within it.
+        """
+        self._ops, self._matrices = ops, _shared(weights)
 
     def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
         """See `Ffn.forward`."""
@@ -55,7 +55,7 @@ class RoutedFfn:
         scratch: [max tokens, D].
         """
         self._index, self._ops, self._routers, self._experts = index, ops, routers, experts
-        self._shared = DenseFfn(ops, weights) if "shared.gate" in weights else None
+        self._shared = _shared(weights) if "shared.gate" in weights else None
         self._sigmoid = cast("Array | None", weights.get("shared.sigmoid"))
         self._scratch = scratch
 
@@ -65,9 +65,15 @@ class RoutedFfn:
         self._experts(routing, normed, out)
         if self._shared is None:
             return
-        (shared,) = self._scratch.first(len(batch))
-        self._shared.forward(x, normed, batch, shared)
-        sigmoid = self._sigmoid
-        self._ops.add(
+        (shared,) = self._scratch.first(len(x))
+        ops, sigmoid = self._ops, self._sigmoid
+        ops.ffn(normed, *self._shared, shared)
+        ops.add(
             shared, 1.0, out, gate_weight=sigmoid, gate_input=None if sigmoid is None else normed
         )
+
+
+def _shared(weights: Mapping[str, Weight]) -> tuple[Matrix, Matrix, Matrix]:
+    """Returns the matrices of the FFN that every token takes."""
+    gate, up, down = (cast(Matrix, weights[f"shared.{name}"]) for name in MATRICES)
+    return gate, up, down

@@ -38,6 +38,7 @@ class Routers:
         self._config, self._ops, self._experts = config, ops, experts
         self._norms = [cast(Array, layer["ffn_norm"]) for layer in layers]
         self._routers = [cast(Array, layer["router"]) for layer in layers]
+        self._rule = (config.scoring == "softmax_topk", config.renormalise)
         self._chosen = Rows(
             ops.host(max_tokens, E, dtype="float32"),
             ops.host(max_tokens, K, dtype="int32"),
@@ -71,15 +72,16 @@ class Routers:
             index: the layer's, among those with experts.
             x: [T, D], the residual, from which the next layers' choices are guessed.
         """
-        config, ops = self._config, self._ops
-        scores, experts, gates = self._chosen.first(len(batch))
+        ops = self._ops
+        scores, experts, gates = self._chosen.first(len(normed))
+        over_top_k, renormalise = self._rule
         ops.route(
-            normed, self._routers[index], over_top_k=config.scoring == "softmax_topk",
-            renormalise=config.renormalise, scores=scores, experts=experts, gates=gates,
+            normed, self._routers[index], over_top_k=over_top_k, renormalise=renormalise,
+            scores=scores, experts=experts, gates=gates,
         )  # fmt: skip
         routing = Routing(index, experts, gates, None, None, scores, None, len(batch.slices))
         if self._bit_routers is not None:
-            logits = routing.bit_logits = self._bit_logits[: len(batch)]
+            logits = routing.bit_logits = self._bit_logits[: len(normed)]
             ops.slot_scores(normed, self._bit_routers[index], experts, gates, logits)
         if batch.is_decoding and self._experts.scheduler.look_ahead:
             self._look_ahead(routing, x)
@@ -102,7 +104,7 @@ class Routers:
         normed, scores, experts, gates = (array[:p] for array in self._ahead)
         ops.look_ahead(
             x, self._norms[first : first + p], self._routers[first : first + p], config.norm_eps,
-            over_top_k=config.scoring == "softmax_topk", renormalise=config.renormalise,
+            over_top_k=self._rule[0], renormalise=self._rule[1],
             normed=normed, scores=scores, experts=experts, gates=gates,
         )  # fmt: skip
         routing.ahead_experts, routing.ahead_gates = experts, gates
