@@ -162,27 +162,30 @@ class Hobbit(Scheduler):
         """
         if routing.ahead_experts is None or routing.ahead_gates is None:
             return None, None
-        E = self._num_experts
-        wishes: dict[int, int] = {}
+        E, all_ids, all_bits = self._num_experts, [], []
         for i, tokens in enumerate(routing.ahead_experts):
             layer = routing.layer + 1 + i
             first, is_missing = layer * E, False
-            for experts, gates in zip(tokens, routing.ahead_gates[i].tolist(), strict=True):
+            for t, experts in enumerate(tokens):
                 levels = residency[layer].take(experts).tolist()
-                bits = (
-                    self._token_bits(gates, levels)
-                    if self._mixed_ahead
-                    else [self._high] * len(levels)
-                )
+                if self._mixed_ahead:
+                    bits = self._token_bits(routing.ahead_gates[i, t].tolist(), levels)
+                else:
+                    bits = [self._high] * len(levels)
                 for expert, want, level in zip(experts.tolist(), bits, levels, strict=True):
                     if want > 0:
-                        id = first + expert
-                        wishes[id] = max(want, wishes.get(id, 0))
+                        all_ids.append(first + expert)
+                        all_bits.append(want)
                         if want > self._bits_of_level[level]:
                             is_missing = True
             if is_missing:
                 break
-        return np.array(list(wishes), np.int32), np.array(list(wishes.values()), np.int8)
+        if routing.sequences > 1:  # one read serves all
+            most: dict[int, int] = {}
+            for id, want in zip(all_ids, all_bits, strict=True):
+                most[id] = max(want, most.get(id, 0))
+            all_ids, all_bits = list(most), list(most.values())
+        return np.array(all_ids, np.int32), np.array(all_bits, np.int8)
 
     def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
         """Fits the thresholds to the scores so far, ever more seldom, and then leaves them."""
