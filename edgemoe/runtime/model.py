@@ -18,7 +18,8 @@ from edgemoe.model import MOST_AHEAD, Batch, Decoder, SequenceState, read_bytes
 from edgemoe.ops import Array, Ops
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.options import EngineOptions
-from edgemoe.runtime.trace import TraceHeader, TraceWriter
+from edgemoe.runtime.trace import TraceHeader
+from edgemoe.runtime.trace_writer import TraceWriter
 from edgemoe.scheduler import Scheduler, Setting
 from edgemoe.scheduler.watched import Watched
 from edgemoe.store import ExpertStore

@@ -31,33 +31,26 @@ and of the chunk's layer as a whole, in its first record, 0 in the others:
 
 from __future__ import annotations
 
-import io
-import json
 import os
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import MOST_EXPERTS, MOST_LAYERS
 from edgemoe.errors import FormatError, quoted
-from edgemoe.experts import Observer
 from edgemoe.file.parse import parse_object
-from edgemoe.file.whole import locked, named, sync_directory
-from edgemoe.model import Batch
-from edgemoe.plan import Plan, Routing
 
-__all__ = ["NO_EXPERT", "NO_TOKEN", "Trace", "TraceHeader", "TraceWriter", "read", "record"]
+__all__ = ["MAGIC", "NO_EXPERT", "NO_TOKEN", "Trace", "TraceHeader", "read", "record"]
 
 _VERSION = 4
 _LACKS: Mapping[int, Sequence[str]] = {2: ("id", "sequences"), 3: ("sequences",), _VERSION: ()}
 """Fields that records of a version do not have, for those that are read."""
-_MAGIC = b'{"edgemoe_trace"'
-_ROWS = 1024  # records that are gathered before they are written
+MAGIC = b'{"edgemoe_trace"'
+"""What every trace begins with."""
 _MOST_BYTES = 1 << 53  # of memory or a read; beyond, floats skip numbers
 
 NO_EXPERT = 0xFFFF
@@ -65,8 +58,6 @@ NO_EXPERT = 0xFFFF
 
 NO_TOKEN = 0xFFFFFFFF
 """In `id`, where it is not known."""
-
-_clock = time.perf_counter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,169 +117,6 @@ def record(experts_per_token: int, look_ahead: int = 0) -> np.dtype[Any]:
             ("bytes_read", "<u8"), ("before_us", "<f4"), ("experts_us", "<f4"), ("wait_us", "<f4"),
         ]
     )  # fmt: skip
-
-
-class TraceWriter(Observer):
-    """Writes a trace as layers run; an earlier trace of that name is replaced.
-
-    A token's layer costs a few copies of some bytes; what they mean is worked out for many at once.
-    """
-
-    def __init__(self, path: str | os.PathLike[str], header: TraceHeader) -> None:
-        """Opens the file and writes the header.
-
-        Raises:
-            ValueError: there is a file that is not a trace; it is left alone.
-            OSError: the file cannot be written, or another process is recording it.
-        """
-        self.header = header
-        self._path = str(path)
-        self._dtype = record(header.experts_per_token, header.look_ahead)
-        self._file = _emptied(Path(path))
-        self._file.write(json.dumps(asdict(header)).encode() + b"\n")
-        self._own = header.own_bits()
-        self._positions: NDArray[np.int64] = np.zeros(1, np.int64)
-        self._ids: NDArray[np.int32] = np.empty(0, np.int32)
-        self._blocks: list[NDArray[Any]] = []
-        self._num_rows = 0
-        self._single: list[tuple[Any, ...]] = []
-        self._times: list[tuple[float, float, float, int]] = []
-        self._planned: float | None = None
-        self._last = _clock()
-        self._tail = 0.0
-        self._bytes_read, self._wait_s = 0, 0.0
-
-    def begin(self, batch: Batch) -> None:
-        """A batch starts."""
-        self._positions, self._ids = batch.positions, batch.ids
-        self._last = _clock() - self._tail
-        self._tail = 0.0
-
-    def end(self) -> None:
-        """The batch is done, its logits too."""
-        self._tail = _clock() - self._last
-
-    def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
-        """Copies what was routed, planned and resident."""
-        if self._planned is not None:  # an error or Ctrl-C ended the layer before
-            self._times.append((0.0, 0.0, 0.0, 0))
-        if len(routing.experts) == 1 and routing.ahead_experts is None:
-            self._single.append(
-                (
-                    self._positions[0], self._ids[0], routing.layer, routing.experts.tobytes(), routing.gates.tobytes(),
-                    plan.bits.tobytes(), plan.rows.tobytes(), residency[routing.layer].tobytes(),
-                )
-            )  # fmt: skip
-        else:
-            self._settle()
-            self._blocks.append(self._block(routing, plan, residency))
-            self._num_rows += len(routing.experts)
-        self._planned = _clock()
-
-    def done(self, bytes_read: int, wait_s: float) -> None:
-        """Notes what the layer took, from the cache's counters since the start."""
-        now, planned = _clock(), self._planned
-        assert planned is not None
-        self._times.append(
-            (planned - self._last, now - planned, wait_s - self._wait_s, bytes_read - self._bytes_read)
-        )  # fmt: skip
-        self._bytes_read, self._wait_s = bytes_read, wait_s
-        self._last, self._planned = now, None
-        if len(self._single) + self._num_rows >= _ROWS:
-            self._flush()
-
-    def close(self) -> None:
-        """Writes what is left and ends the file."""
-        with named(self._path):
-            self._flush()
-            self._file.flush()
-            if os.path.isfile(self._path):
-                os.fsync(self._file.fileno())
-                sync_directory(Path(os.path.realpath(self._path)))
-            self._file.close()
-
-    def _settle(self) -> None:
-        """Turns the single tokens gathered so far into a block of records."""
-        if not self._single:
-            return
-        position, ids, layer, experts, gates, bits, order, resident = zip(
-            *self._single, strict=True
-        )
-        n, K, E = len(position), self.header.experts_per_token, self.header.num_experts
-        rows = np.zeros(n, self._dtype)
-        rows["token"], rows["id"], rows["layer"] = position, ids, layer
-        rows["tokens"] = rows["sequences"] = 1
-        rows["experts"] = chosen = np.frombuffer(b"".join(experts), np.int32).reshape(n, K)
-        rows["gates"] = np.frombuffer(b"".join(gates), np.float32).reshape(n, K)
-        levels = np.frombuffer(b"".join(resident), np.int8).reshape(n, E)
-        rows["resident"] = np.take_along_axis(levels, chosen, axis=1)
-        # A single token's uses have one part each, so that its row of parts names uses.
-        at = np.frombuffer(b"".join(order), np.int32).reshape(n, K)
-        starts = np.cumsum([0, *map(len, bits)])[:-1]
-        ran = np.frombuffer(b"".join(bits), np.uint8)
-        rows["bits"] = np.where(at < 0, 0, ran[np.where(at < 0, 0, at + starts[:, None])])
-        if self.header.look_ahead:
-            rows["ahead_experts"] = NO_EXPERT
-        self._blocks.append(rows)
-        self._num_rows += n
-        self._single.clear()
-
-    def _block(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> NDArray[Any]:
-        """Returns the records of a batch, or of a token with look-ahead."""
-        T = len(routing.experts)
-        rows = np.zeros(T, self._dtype)
-        rows["token"] = self._positions
-        rows["id"] = self._ids
-        rows["layer"] = routing.layer
-        rows["tokens"][0], rows["sequences"][0] = T, routing.sequences
-        rows["experts"] = routing.experts
-        rows["gates"] = routing.gates
-        rows["resident"] = residency[routing.layer][routing.experts]
-        use = np.searchsorted(plan.offsets, plan.rows, side="right") - 1
-        rows["bits"] = np.where(plan.rows < 0, 0, plan.bits[use])
-        if self.header.look_ahead:
-            rows["ahead_experts"] = NO_EXPERT
-            if routing.ahead_experts is not None and routing.ahead_gates is not None:
-                n = min(len(routing.ahead_experts), self.header.look_ahead)
-                rows["ahead_experts"][:, :n] = routing.ahead_experts[:n].swapaxes(0, 1)
-                rows["ahead_gates"][:, :n] = routing.ahead_gates[:n].swapaxes(0, 1)
-        return rows
-
-    def _flush(self) -> None:
-        self._settle()
-        if not self._blocks:
-            return
-        if self._planned is not None:
-            self._times.append((0.0, 0.0, 0.0, 0))
-            self._planned = None
-        rows = np.concatenate(self._blocks)
-        if self._own is not None:  # plans ask all alike
-            own = self._own[rows["layer"].astype(int)[:, None], rows["experts"]]
-            rows["bits"] = np.minimum(rows["bits"], own)
-        first = np.flatnonzero(rows["tokens"])
-        before, experts, wait, bytes_read = zip(*self._times, strict=True)
-        rows["before_us"][first] = np.array(before) * 1e6
-        rows["experts_us"][first] = np.array(experts) * 1e6
-        rows["wait_us"][first] = np.array(wait) * 1e6
-        rows["bytes_read"][first] = bytes_read
-        self._blocks.clear()
-        self._times.clear()
-        self._num_rows = 0
-        with named(self._path):
-            self._file.write(rows.data)
-
-
-def _emptied(path: Path) -> BinaryIO:
-    """Opens a trace to write; what is no regular file, such as a pipe, is written as it is."""
-    if path.exists() and not path.is_file():
-        return open(path, "wb")
-    file = locked(path, create=True, busy="another process is recording it")
-    head = os.pread(file.fileno(), len(_MAGIC), 0)
-    if head and head != _MAGIC:
-        file.close()
-        raise ValueError(f"{path}: exists and is not a trace; it is left as it is")
-    file.truncate(0)
-    return io.BufferedWriter(file)
 
 
 @dataclass(frozen=True, slots=True)

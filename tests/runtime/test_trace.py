@@ -12,7 +12,8 @@ import edgemoe
 from edgemoe.lab.routing.replay import Tape
 from edgemoe.model import Batch, SequenceState
 from edgemoe.plan import Plan, Routing
-from edgemoe.runtime.trace import NO_EXPERT, NO_TOKEN, TraceHeader, TraceWriter, read, record
+from edgemoe.runtime.trace import NO_EXPERT, NO_TOKEN, TraceHeader, read, record
+from edgemoe.runtime.trace_writer import TraceWriter
 from edgemoe.scheduler.plans import plan_slots
 
 IDS = np.random.default_rng(1).integers(0, 256, 40)
