@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 import edgemoe
 from edgemoe.experts import Observer
 from edgemoe.file.format import open_moe
-from edgemoe.plan import Plan, Routing
+from edgemoe.plan import Plan, Priorities, Routing
 from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.scheduler.evict import EVICTIONS
 from edgemoe.scheduler.paths import SECTION
@@ -93,8 +93,7 @@ def hit_rate(
     name = "on-demand" if "eviction" in options else "expertflow"
     alone = {"look_ahead": False} if "eviction" in options else {"prefetch": 0}
     scheduler = SCHEDULERS[name](setting, **alone, **options)
-    lfu = "lfu" if scheduler.priorities is None else scheduler.priorities
-    cache = store(setting, room, lfu)
+    cache = store(setting, room, scheduler.policy)
     scheduler.begin()
     base = cache.stats
     for i, layers in enumerate(tokens):
@@ -118,7 +117,7 @@ def belady(setting: Setting, tokens: Sequence[tuple[Routing, ...]], room: float)
         for layer, routing in enumerate(tokens[t]):
             future[t, layer] = soon[layer, routing.experts[0]]
             soon[layer, routing.experts[0]] = t * L + layer
-    priorities = np.zeros(L * E)
+    priorities = Priorities.zeros(L, E)
     scheduler = SCHEDULERS["on-demand"](setting, look_ahead=False)
     cache = store(setting, room, priorities)
     base = cache.stats
@@ -126,7 +125,8 @@ def belady(setting: Setting, tokens: Sequence[tuple[Routing, ...]], room: float)
         if t == _WARM:
             base = cache.stats
         for layer, routing in enumerate(layers):
-            priorities[layer * E + routing.experts[0]] = -np.minimum(future[t, layer], 1e18)
+            priorities.scores[layer, routing.experts[0]] = -np.minimum(future[t, layer], 1e18)
+            priorities.version[layer] += 1
             cache.request(scheduler.plan(routing, cache.residency))
             for _ in cache.ready_groups():
                 pass

@@ -60,7 +60,8 @@ Cache::Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<ui
       max_level_(max_level),
       budget_pages_(pages_in(budget_bytes)),
       most_pages_(pages_in(std::max(budget_bytes, most_bytes))),
-      policy_(std::move(policy)) {
+      policy_(std::move(policy)),
+      victims_(std::max(shape_.num_layers, 1), std::max(shape_.num_experts, 1)) {
   const size_t n = rungs_.size(), num_rungs = shape_.rung_widths.size();
   if (n == 0 || n > INT32_MAX || n != size_t(shape_.num_layers) * size_t(shape_.num_experts) ||
       shape_.ends.size() != num_rungs || max_level < 1 || size_t(max_level) > num_rungs || policy_.size() != n) {
@@ -73,6 +74,10 @@ Cache::Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<ui
       throw std::invalid_argument("Cache: expected each expert to have some rungs of the ladder");
     most = std::max(most, std::min(max_level, int(have)));
   }
+  for (size_t level = 0; level <= num_rungs; ++level) {
+    level_pages_.push_back(uint32_t(slot_bytes(int(level)) / kPage));
+    level_bits_.push_back(level == 0 ? 0 : level_bits_.back() + shape_.rung_widths[level - 1][0]);
+  }
   window_bytes_ = slot_bytes(most);
   check_budget(budget_bytes);
   // Address space for as many as could be resident at the lowest level.
@@ -81,12 +86,15 @@ Cache::Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<ui
   levels_.assign(n, 0);
   backing_->reserve(int(n), int(num_slots), window_bytes_);
   backing_->expect_all(all_fit());
-  for (size_t i = num_slots; i-- > 0;) free_slots_.push_back(int(i));
+  free_.resize(num_slots);
+  free_committed_.resize(num_slots);
+  for (size_t i = num_slots; i-- > 0;) free_.push(int(i));
   slot_of_.assign(n, -1);
   pins_.assign(n, 0);
   wanted_.assign(n, 0);
   asked_.assign(n, 0);
   ahead_.assign(n, 0);
+  last_use_.assign(n, -1);
 }
 
 Cache::~Cache() {
@@ -112,20 +120,42 @@ void Cache::set_budget(size_t bytes) {
   check_budget(bytes);
   budget_pages_ = std::min(pages_in(bytes), most_pages_);
   backing_->expect_all(all_fit());
-  if (make_room(0, -1, Spare::kAhead)) return;
-  cancel_ahead();
+  if (make_room(0, -1, true)) return;
+  set_ahead({nullptr, nullptr, 0});
   std::exception_ptr ignored;  // of reads ahead, whose slots nobody else can have while they are read
   while (backing_->num_pending() > 0) collect(true, &ignored);
-  make_room(0, -1, Spare::kNothing);
+  make_room(0, -1, true);
 }
 
-int Cache::find_victim(Spare spare) const {
-  int victim = -1;
-  for (const Slot& slot : slots_) {
-    const int e = slot.owner;
-    if (e < 0 || pins_[e] > 0 || levels_[e] == 0) continue;
-    if ((spare != Spare::kNothing && wanted_[e]) || (spare == Spare::kAhead && ahead_[e])) continue;
-    if (victim < 0 || policy_.score(e) < policy_.score(victim)) victim = e;
+/// What `may_go` says of an expert may have changed.
+void Cache::note(int e) {
+  if (may_go(e)) {
+    victims_.add(e, slot_of_[e], policy_);
+  } else {
+    victims_.remove(e);
+  }
+}
+
+void Cache::pin(int e, int count) {
+  pins_[e] += count;
+  note(e);
+}
+
+void Cache::want(int e, int count) {
+  wanted_[e] = uint8_t(wanted_[e] + count);
+  note(e);
+}
+
+/// The expert to drop first: the lowest score, of equals that in the lowest slot; -1 for none. What the request still
+/// wants is not dropped if it is to be spared, what is wanted soon never is.
+int Cache::find_victim(bool spare_wanted) {
+  int victim = victims_.lowest(policy_);
+  if (spare_wanted) return victim;
+  for (const Use& use : uses_) {
+    const int e = use.expert;
+    if (wanted_[e] == 0 || pins_[e] > 0 || levels_[e] == 0 || e == victim) continue;
+    const double score = policy_.score(e), least = victim < 0 ? score : policy_.score(victim);
+    if (victim < 0 || score < least || (score == least && slot_of_[e] < slot_of_[victim])) victim = e;
   }
   return victim;
 }
@@ -136,9 +166,17 @@ void Cache::evict(int e) {
   stats_.resident_experts -= 1;
   stats_.evictions += 1;
   levels_[e] = 0;
-  slots_[slot_of_[e]].owner = -1;
-  free_slots_.push_back(slot_of_[e]);
-  slot_of_[e] = -1;
+  note(e);
+  free_slot(slot_of_[e]);
+}
+
+/// Takes a slot from its owner.
+void Cache::free_slot(int slot) {
+  Slot& s = slots_[slot];
+  slot_of_[s.owner] = -1;
+  s.owner = -1;
+  free_.push(slot);
+  if (s.pages > 0) free_committed_.push(slot);
 }
 
 void Cache::trim(int slot, uint32_t keep) {
@@ -147,42 +185,42 @@ void Cache::trim(int slot, uint32_t keep) {
   backing_->release(slot, size_t(keep) * kPage, size_t(s.pages) * kPage);
   committed_pages_ -= s.pages - keep;
   s.pages = keep;
+  if (keep == 0 && free_committed_.has(slot)) free_committed_.remove(slot);
 }
 
 /// Frees committed pages of unused slots, then evicts, until `pages` more fit.
-bool Cache::make_room(uint32_t pages, int keep_slot, Spare spare) {
+bool Cache::make_room(uint32_t pages, int keep_slot, bool spare_wanted) {
   while (committed_pages_ + pages > budget_pages_) {
-    bool trimmed = false;
-    for (int s : free_slots_) {
-      if (s == keep_slot || slots_[s].pages == 0) continue;
-      trim(s, 0);
-      trimmed = true;
-      break;
+    int unused = free_committed_.first();
+    if (unused >= 0 && unused == keep_slot) unused = free_committed_.after(unused);
+    if (unused >= 0) {
+      trim(unused, 0);
+      continue;
     }
-    if (trimmed) continue;
-    const int victim = find_victim(spare);
+    const int victim = find_victim(spare_wanted);
     if (victim < 0) return false;
     evict(victim);
   }
   return true;
 }
 
-/// Finds or frees a slot with `need` pages for an expert. Returns false when there is none to be had.
-bool Cache::find_room(int e, uint32_t need, Spare spare, int* slot) {
+/// Finds or frees a slot with `need` pages for an expert, which is wanted now or soon. Returns false when there is none
+/// to be had.
+bool Cache::find_room(int e, uint32_t need, bool spare_wanted, int* slot) {
   pins_[e] += 1;  // an upgrade must not evict its own lower rungs
   int candidate = slot_of_[e];
   if (candidate < 0) {
     // A slot that has its pages is better than an empty one: nothing is faulted in again.
-    const bool usable =
-        !free_slots_.empty() && (slots_[free_slots_.back()].pages > 0 || committed_pages_ + need <= budget_pages_);
-    const int victim = usable ? -1 : find_victim(spare);
+    const int last = free_.last();
+    const bool usable = last >= 0 && (slots_[last].pages > 0 || committed_pages_ + need <= budget_pages_);
+    const int victim = usable ? -1 : find_victim(spare_wanted);
     if (victim >= 0) evict(victim);
-    if (!free_slots_.empty()) candidate = free_slots_.back();
+    candidate = free_.last();
   }
   bool found = candidate >= 0;
   if (found) {
     const uint32_t has = slots_[candidate].pages;
-    found = make_room(need > has ? need - has : 0, candidate, spare);
+    found = make_room(need > has ? need - has : 0, candidate, spare_wanted);
   }
   pins_[e] -= 1;
   *slot = candidate;
@@ -194,8 +232,8 @@ void Cache::start_read(int e, int slot, int level, bool is_ahead) {
   const int from = levels_[e];
   const uint32_t need = pages_at(e, level);
   if (slot_of_[e] < 0) {
-    // Mostly the last one.
-    free_slots_.erase(std::find(free_slots_.rbegin(), free_slots_.rend(), slot).base() - 1);
+    free_.remove(slot);
+    if (free_committed_.has(slot)) free_committed_.remove(slot);
     slot_of_[e] = slot;
     s.owner = e;
   }
@@ -205,14 +243,15 @@ void Cache::start_read(int e, int slot, int level, bool is_ahead) {
   peak_pages_ = std::max<uint32_t>(peak_pages_, committed_pages_);
   s.target = int8_t(level);
   s.is_ahead = is_ahead;
-  pins_[e] += 1;
+  pin(e, 1);
   stats_.ahead_reads += is_ahead;
 
   const Fetch what{slot, e, from, rungs_at(e, level), bytes_at(e, from), size_t(need) * kPage, is_ahead};
   if (backing_->fetch(what)) finish(slot, true, nullptr, nullptr);
 }
 
-Cache::Load Cache::try_load(Use* use) {
+Cache::Load Cache::try_load(int position) {
+  Use* use = &uses_[position];
   const int e = use->expert;
   int slot = slot_of_[e];
   if (slot >= 0 && slots_[slot].target > 0) {  // under way
@@ -223,31 +262,43 @@ Cache::Load Cache::try_load(Use* use) {
       backing_->promote(slot);
     }
     use->step = Step::kLoading;
+    num_loading_ += 1;
     return Load::kStarted;
   }
   if (levels_[e] >= use->level) {  // came with an earlier use
     use->step = Step::kReady;
-    pins_[e] += 1;
+    ready_.push_back(position);
+    pin(e, 1);
     return Load::kStarted;
   }
   const uint32_t need = pages_at(e, use->level);
-  bool has_room = find_room(e, need, Spare::kAhead, &slot);
-  if (!has_room) {
-    cancel_ahead();
-    has_room = find_room(e, need, Spare::kRequest, &slot);
+  bool has_room = find_room(e, need, true, &slot);
+  if (!has_room && !ahead_list_.empty()) {
+    set_ahead({nullptr, nullptr, 0});  // gives up what is wanted soon, as far as it has not begun
+    has_room = find_room(e, need, true, &slot);
   }
   // Experts that this request still wants are dropped only when nothing else can be and nothing is under way.
-  if (!has_room && given_.empty() && backing_->num_pending() == 0 && !any(Step::kReady)) {
-    has_room = find_room(e, need, Spare::kNothing, &slot);
+  if (!has_room && given_.empty() && backing_->num_pending() == 0 && ready_.empty()) {
+    has_room = find_room(e, need, false, &slot);
   }
   if (!has_room) return Load::kNoRoom;
   use->step = Step::kLoading;
+  num_loading_ += 1;
   start_read(e, slot, use->level, false);
   return Load::kStarted;
 }
 
-bool Cache::any(Step step) const {
-  return std::any_of(uses_.begin(), uses_.end(), [step](const Use& u) { return u.step == step; });
+/// Starts what waits, in order, until there is no room. Returns whether there was for all.
+bool Cache::load_waiting() {
+  size_t kept = 0, i = 0;
+  bool has_room = true;
+  for (; has_room && i < waiting_.size(); ++i) {
+    const Load load = try_load(waiting_[i]);
+    has_room = load != Load::kNoRoom;
+    if (load != Load::kStarted) waiting_[kept++] = waiting_[i];
+  }
+  waiting_.erase(waiting_.begin() + std::ptrdiff_t(kept), waiting_.begin() + std::ptrdiff_t(i));
+  return has_room;
 }
 
 void Cache::check(const Wish& wish) const {
@@ -261,15 +312,17 @@ void Cache::check(const Wish& wish) const {
 }
 
 void Cache::set_ahead(const Wish& ahead) {
-  for (int e : ahead_list_) ahead_[e] = 0;
   const std::vector<int> before = std::move(ahead_list_);
   ahead_list_.clear();
+  for (int e : before) ahead_[e] = 0;
   for (int i = 0; i < ahead.count; ++i) {
     const int e = ahead.experts[i];
     if (ahead_[e] == 0) ahead_list_.push_back(e);
     ahead_[e] = std::max(ahead_[e], int8_t(level_of(e, ahead.levels[i])));
   }
+  for (int e : ahead_list_) note(e);
   for (int e : before) {
+    note(e);
     const int slot = slot_of_[e];
     if (ahead_[e] || slot < 0 || slots_[slot].target == 0 || !slots_[slot].is_ahead || wanted_[e]) continue;
     if (!backing_->cancel(slot)) continue;
@@ -278,17 +331,12 @@ void Cache::set_ahead(const Wish& ahead) {
   }
 }
 
-/// Gives up what is wanted soon, as far as it has not begun.
-void Cache::cancel_ahead() {
-  if (!ahead_list_.empty()) set_ahead({nullptr, nullptr, 0});
-}
-
 /// Starts reads ahead in their order, as long as there is room that nothing wanted takes.
 void Cache::load_ahead() {
   for (int e : ahead_list_) {
     if (levels_[e] >= ahead_[e] || (slot_of_[e] >= 0 && slots_[slot_of_[e]].target > 0)) continue;
     int slot;
-    if (!find_room(e, pages_at(e, ahead_[e]), Spare::kAhead, &slot)) return;
+    if (!find_room(e, pages_at(e, ahead_[e]), true, &slot)) return;
     start_read(e, slot, ahead_[e], true);
   }
 }
@@ -314,28 +362,27 @@ void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const
   if (now.count > 0) policy_.advance(now.experts[0] / shape_.num_experts, num_tokens);
   for (int i = 0; i < now.count; ++i) {
     const int e = now.experts[i], level = level_of(e, now.levels[i]);
-    uses_.push_back({e, level, Step::kWaiting});
-    wanted_[e] += 1;
+    const bool is_here = levels_[e] >= level;
+    uses_.push_back({e, level, last_use_[e], is_here ? Step::kReady : Step::kWaiting});
+    last_use_[e] = i;
+    (is_here ? ready_ : waiting_).push_back(i);
+    want(e, 1);
     policy_.use(e, offsets[i + 1] - offsets[i]);
-    for (int r = 0; r < rungs_at(e, level); ++r) stats_.bits += shape_.rung_widths[r][0];
-    if (levels_[e] >= level) {
-      uses_.back().step = Step::kReady;
-      pins_[e] += 1;
-      stats_.hits += 1;
-      Slot& slot = slots_[slot_of_[e]];
-      if (slot.target == 0 && slot.is_ahead) {
-        slot.is_ahead = false;
-        stats_.ahead_used += 1;
-      }
-    } else {
+    stats_.bits += level_bits_[size_t(rungs_at(e, level))];
+    if (!is_here) {
       stats_.misses += 1;
+      continue;
+    }
+    pin(e, 1);
+    stats_.hits += 1;
+    Slot& slot = slots_[slot_of_[e]];
+    if (slot.target == 0 && slot.is_ahead) {
+      slot.is_ahead = false;
+      stats_.ahead_used += 1;
     }
   }
   set_ahead(ahead);
-  for (Use& use : uses_) {
-    if (use.step == Step::kWaiting && try_load(&use) == Load::kNoRoom) return;
-  }
-  load_ahead();
+  if (load_waiting()) load_ahead();
 }
 
 /// A fetch ended, failed for the reason `why`, or was taken back; the first reason that concerns the request goes to
@@ -350,19 +397,21 @@ void Cache::finish(int slot, bool ok, const std::exception_ptr& why, std::except
     stats_.resident_bytes += bytes_at(e, level) - bytes_at(e, levels_[e]);
     levels_[e] = int8_t(level);
   }
-  for (Use& use : uses_) {
-    if (use.expert != e || use.step != Step::kLoading) continue;
+  for (int i = last_use_[e]; i >= 0; i = uses_[i].next) {
+    Use& use = uses_[i];
+    if (use.step != Step::kLoading) continue;
+    num_loading_ -= 1;
     if (!ok && error && !*error) *error = why;
     use.step = ok ? Step::kReady : Step::kDone;
+    if (ok) ready_.push_back(i);
     pins_[e] += ok;
     wanted_[e] -= !ok;
   }
+  note(e);
   if (ok) return;
   s.is_ahead = false;
   if (levels_[e] == 0) {
-    free_slots_.push_back(slot);
-    s.owner = -1;
-    slot_of_[e] = -1;
+    free_slot(slot);
   } else {
     trim(slot, pages_at(e, levels_[e]));
   }
@@ -380,8 +429,8 @@ void Cache::next(std::vector<int>* group) {
   group->clear();
   if (!is_open_) return;
   for (int i : given_) {
-    pins_[uses_[i].expert] -= 1;
     uses_[i].step = Step::kDone;
+    pin(uses_[i].expert, -1);
   }
   given_.clear();
   for (bool wait = false;; wait = true) {
@@ -391,25 +440,20 @@ void Cache::next(std::vector<int>* group) {
       close();
       std::rethrow_exception(error);
     }
-    bool left = false, has_room = true;
-    for (Use& use : uses_) {
-      if (use.step != Step::kWaiting) continue;
-      // An expert that was evicted for this request's sake, an upgrade, or a read that waited for room.
-      has_room = has_room && try_load(&use) != Load::kNoRoom;
-      left = left || use.step == Step::kWaiting;
-    }
-    if (!left) load_ahead();
-    for (int i = 0; i < int(uses_.size()); ++i) {
-      if (uses_[i].step != Step::kReady) continue;
-      uses_[i].step = Step::kGiven;
-      wanted_[uses_[i].expert] -= 1;
-      group->push_back(i);
-    }
-    if (!group->empty()) {
-      given_ = *group;
+    // An expert that was evicted for this request's sake, an upgrade, or a read that waited for room.
+    load_waiting();
+    if (waiting_.empty()) load_ahead();
+    if (!ready_.empty()) {
+      std::sort(ready_.begin(), ready_.end());
+      given_.swap(ready_);
+      for (int i : given_) {
+        uses_[i].step = Step::kGiven;
+        want(uses_[i].expert, -1);
+      }
+      *group = given_;
       return;
     }
-    if (!left && !any(Step::kLoading)) return close();
+    if (waiting_.empty() && num_loading_ == 0) return close();
     if (backing_->num_pending() == 0) {
       close();
       throw OutOfBudget("cache: no slot can be freed for an expert");
@@ -424,12 +468,16 @@ void Cache::close() {
     const int slot = slot_of_[use.expert];
     if (use.step == Step::kLoading && backing_->cancel(slot)) finish(slot, false, nullptr, nullptr);
   }
-  while (any(Step::kLoading)) collect(true, &ignored);
+  while (num_loading_ > 0) collect(true, &ignored);
   for (const Use& use : uses_) {
+    last_use_[use.expert] = -1;
     if (use.step == Step::kReady || use.step == Step::kGiven) pins_[use.expert] -= 1;
     if (use.step != Step::kGiven && use.step != Step::kDone) wanted_[use.expert] -= 1;
+    note(use.expert);
   }
   uses_.clear();
+  waiting_.clear();
+  ready_.clear();
   given_.clear();
   is_open_ = false;
 }
@@ -491,6 +539,7 @@ void Cache::check_integrity() const {
     require(pins_[e] >= (target > 0) && (is_open_ || pins_[e] == (target > 0)), "a pin was not released");
     require(is_open_ || wanted_[e] == 0, "wanted by nobody");
     require(slot >= 0 || levels_[e] == 0, "resident without a slot");
+    require(victims_.has(e) == may_go(e), "a victim that may not go, or one that is missing");
     if (slot < 0) continue;
     require(slots_[slot].owner == e, "slot and expert disagree");
     require(slots_[slot].pages == pages_at(e, std::max(target, int(levels_[e]))), "slot and expert differ in size");
@@ -502,7 +551,18 @@ void Cache::check_integrity() const {
   require(committed == committed_pages_ && committed <= budget_pages_, "committed pages do not add up");
   require(resident == stats_.resident_bytes && count == stats_.resident_experts, "residents do not add up");
   const size_t owned = size_t(std::count_if(slots_.begin(), slots_.end(), [](const Slot& s) { return s.owner >= 0; }));
-  require(owned + free_slots_.size() == slots_.size(), "slots do not add up");
+  const auto is_idle = [](const Slot& s) { return s.owner < 0 && s.pages > 0; };
+  const size_t idle = size_t(std::count_if(slots_.begin(), slots_.end(), is_idle));
+  require(owned + size_t(free_.count()) == slots_.size(), "slots do not add up");
+  require(idle == size_t(free_committed_.count()), "free slots with pages do not add up");
+  const auto count_of = [this](Step step) {
+    return std::count_if(uses_.begin(), uses_.end(), [step](const Use& u) { return u.step == step; });
+  };
+  require(count_of(Step::kWaiting) == std::ptrdiff_t(waiting_.size()) && count_of(Step::kLoading) == num_loading_ &&
+              count_of(Step::kReady) == std::ptrdiff_t(ready_.size()) &&
+              count_of(Step::kGiven) == std::ptrdiff_t(given_.size()),
+          "steps of the request do not add up");
+  require(victims_.is_sound(policy_), "a layer's lowest score is not its lowest");
 }
 
 }  // namespace edgemoe

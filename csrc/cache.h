@@ -17,6 +17,8 @@
 #include "memory.h"
 #include "policy.h"
 #include "relaxed.h"
+#include "slot_list.h"
+#include "victims.h"
 
 namespace edgemoe {
 
@@ -131,6 +133,7 @@ class Cache {
   struct Use {
     int expert;
     int level;
+    int next;  ///< the expert's use before this one, -1 = none
     Step step;
   };
   struct Slot {
@@ -139,25 +142,28 @@ class Cache {
     int8_t target = 0;      ///< level that is being read, 0 = none; such a slot is pinned by the read
     bool is_ahead = false;  ///< read for a later layer, and not wanted since
   };
-  /// What may be dropped for a read.
-  enum class Spare : uint8_t {
-    kAhead,    ///< neither what the request still wants nor what is wanted soon
-    kRequest,  ///< not what the request still wants
-    kNothing,
-  };
   enum class Load : uint8_t { kStarted, kBusy, kNoRoom };
 
-  Load try_load(Use* use);
+  Load try_load(int position);
+  bool load_waiting();
   void load_ahead();
-  bool find_room(int expert, uint32_t need, Spare spare, int* slot);
+  bool find_room(int expert, uint32_t need, bool spare_wanted, int* slot);
   void start_read(int expert, int slot, int level, bool is_ahead);
   void collect(bool wait, std::exception_ptr* error);
   void finish(int slot, bool ok, const std::exception_ptr& why, std::exception_ptr* error);
   void set_ahead(const Wish& ahead);
   void cancel_ahead();
-  int find_victim(Spare spare) const;
-  bool make_room(uint32_t pages, int keep_slot, Spare spare);
+  int find_victim(bool spare_wanted);
+  bool make_room(uint32_t pages, int keep_slot, bool spare_wanted);
   void evict(int expert);
+  void free_slot(int slot);
+  void pin(int expert, int count);
+  void want(int expert, int count);
+  /// Whether nothing needs an expert: neither the request nor a read, and it is not wanted soon.
+  bool may_go(int expert) const {
+    return levels_[expert] > 0 && pins_[expert] == 0 && wanted_[expert] == 0 && ahead_[expert] == 0;
+  }
+  void note(int expert);
   void trim(int slot, uint32_t keep);
   void check(const Wish& wish) const;
   void check_budget(size_t bytes) const;
@@ -165,19 +171,20 @@ class Cache {
   bool all_fit() const {
     return slots_.size() == levels_.size() && slots_.size() * window_bytes_ <= size_t(budget_pages_) * kPage;
   }
-  bool any(Step step) const;
   /// Of the rungs that `level` asks for, how many an expert has.
   int rungs_at(int expert, int level) const { return std::min(level, int(rungs_[size_t(expert)])); }
   /// The level that an expert is at when `level` is asked for: the highest of those that are the same for it.
   int level_of(int expert, int level) const { return level < rungs_[size_t(expert)] ? level : max_level_; }
-  size_t bytes_at(int expert, int level) const { return slot_bytes(rungs_at(expert, level)); }
-  uint32_t pages_at(int expert, int level) const { return uint32_t(bytes_at(expert, level) / kPage); }
+  uint32_t pages_at(int expert, int level) const { return level_pages_[size_t(rungs_at(expert, level))]; }
+  size_t bytes_at(int expert, int level) const { return size_t(pages_at(expert, level)) * kPage; }
 
   std::unique_ptr<Backing> backing_;
   ExpertShape shape_;
   std::vector<uint8_t> rungs_;
   int max_level_;
   size_t window_bytes_ = 0;
+  std::vector<uint32_t> level_pages_;  ///< that an expert takes, by rungs
+  std::vector<uint32_t> level_bits_;   ///< of w_gate, likewise
   Relaxed<uint32_t> budget_pages_;
   uint32_t most_pages_ = 0;
   Relaxed<uint32_t> committed_pages_;
@@ -191,11 +198,16 @@ class Cache {
   std::vector<int8_t> ahead_;    ///< level that is wanted soon, 0 = not
   std::vector<int> ahead_list_;
   std::vector<Slot> slots_;
-  std::vector<int> free_slots_;  ///< last freed first
-  std::vector<Use> uses_;        ///< of the open request
-  std::vector<int> given_;
+  SlotList free_;              ///< slots without an owner; the last one that was freed is taken first
+  SlotList free_committed_;    ///< those of them that have pages
+  std::vector<Use> uses_;      ///< of the open request
+  std::vector<int> last_use_;  ///< of each expert, -1 = none
+  std::vector<int> waiting_, ready_,
+      given_;            ///< positions in the request whose step this is, in order but for `ready_`
+  int num_loading_ = 0;  ///< likewise
   bool is_open_ = false;
   Policy policy_;
+  Victims victims_;  ///< all that may go
   CacheStats stats_;
   std::vector<Arrival> arrived_;  ///< scratch of `collect`
 };

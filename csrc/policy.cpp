@@ -4,6 +4,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "error.h"
+
 namespace edgemoe {
 namespace {
 
@@ -14,27 +16,31 @@ double decay(int num_tokens) { return std::exp2(-num_tokens / Policy::kHalfLife)
 
 }  // namespace
 
-Policy::Policy(const std::string& name, size_t num_experts)
-    : size_(num_experts), is_lru_(name == "lru"), scores_(num_experts, 0.0) {
+Policy::Policy(const std::string& name, int num_layers, int num_experts)
+    : Policy(GivenScores{}, num_layers, num_experts) {
   if (name != "lru" && name != "lfu") throw std::invalid_argument("policy: expected lru or lfu, got " + name);
+  if (name == "lru") last_.assign(uses_.size(), 0.0);
 }
 
-Policy::Policy(const double* scores, size_t num_experts, std::shared_ptr<void> owner)
-    : size_(num_experts), given_(scores), owner_(std::move(owner)), scores_(num_experts, 0.0) {}
+Policy::Policy(GivenScores given, int num_layers, int num_experts)
+    : num_experts_(num_experts), given_(std::move(given)) {
+  expect_within("policy layers", num_layers, 1, kMaxSize);
+  expect_within("policy experts", num_experts, 1, INT32_MAX / num_layers);
+  uses_.assign(size_t(num_layers) * size_t(num_experts), 0.0);
+  version_.assign(size_t(num_layers), 0);
+}
 
 void Policy::advance(int layer, int num_tokens) {
-  if (is_lru_) {
-    weight_ += 1;
-    return;
-  }
+  step_ += 1;
   if (layer <= layer_) {
     // Uses from now on weigh more, so that nothing else need be touched; where that ends, the old ones weigh less.
     const double left = decay(pass_tokens_);
     if (weight_ < kLargest * left) {
       weight_ /= left;
     } else {
-      for (double& s : scores_) s = s / weight_ * left;
+      for (double& u : uses_) u = u / weight_ * left;
       weight_ = 1;
+      for (uint32_t& v : version_) ++v;
     }
   }
   layer_ = layer;
@@ -42,32 +48,29 @@ void Policy::advance(int layer, int num_tokens) {
 }
 
 void Policy::use(int expert, int count) {
-  double& s = scores_[size_t(expert)];
-  if (is_lru_) {
-    s = weight_;
-  } else {
-    s += weight_ * count;
-  }
+  uses_[size_t(expert)] += weight_ * count;
+  if (!last_.empty()) last_[size_t(expert)] = step_;
+  version_[size_t(expert / num_experts_)] += 1;
 }
 
 std::vector<double> Policy::uses() const {
-  if (is_lru_) throw std::logic_error("policy: lru counts no uses");
   const double left = decay(pass_tokens_);  // when the next pass begins
-  std::vector<double> uses(scores_);
+  std::vector<double> uses(uses_);
   for (double& u : uses) u = u / weight_ * left;
   return uses;
 }
 
 void Policy::set_uses(const std::vector<double>& uses) {
-  if (is_lru_ || uses.size() != size_) throw std::invalid_argument("policy: expected one number of uses per expert");
+  if (uses.size() != uses_.size()) throw std::invalid_argument("policy: expected one number of uses per expert");
   for (const double u : uses) {
     if (!(u >= 0 && u < kLargest))
       throw std::invalid_argument("policy: expected uses that are finite and not negative");
   }
-  scores_ = uses;
+  uses_ = uses;
   weight_ = 1;
   layer_ = -1;
   pass_tokens_ = 0;
+  for (uint32_t& v : version_) ++v;
 }
 
 }  // namespace edgemoe

@@ -9,15 +9,25 @@
 
 namespace edgemoe {
 
+/// Scores of somebody else, live: expert e of layer l counts scores[e] * scale[l] + shift[l].
+struct GivenScores {
+  const double* scores;         ///< [layers * experts]
+  const double* scale;          ///< [layers], above 0
+  const double* shift;          ///< [layers]
+  const uint32_t* version;      ///< [layers]: whoever writes scores of a layer counts it up
+  const uint8_t* decides;       ///< [1]: 0 while the policy's own scores are to decide
+  std::shared_ptr<void> owner;  ///< keeps all of these alive
+};
+
 /// Scores experts by their uses, or takes the scores of somebody else. One thread at a time.
 class Policy {
  public:
   /// "lru": least recently used. "lfu": least frequently used, where a use counts half after kHalfLife tokens.
   /// Throws std::invalid_argument for another name.
-  Policy(const std::string& name, size_t num_experts);
+  Policy(const std::string& name, int num_layers, int num_experts);
 
-  /// The scores are `scores` [num_experts], which somebody else changes between requests and `owner` keeps alive.
-  Policy(const double* scores, size_t num_experts, std::shared_ptr<void> owner);
+  /// The scores are `given`, and "lfu" while these do not decide.
+  Policy(GivenScores given, int num_layers, int num_experts);
 
   /// Tokens after which a use counts half. From 64 to 10^6 made no difference on a trace of real routing; a short
   /// memory follows a change of subject sooner (benchmarks/LOG.md).
@@ -29,25 +39,37 @@ class Policy {
   /// An expert of that layer runs `count` of them.
   void use(int expert, int count);
 
-  double score(int expert) const { return given_ ? given_[expert] : scores_[size_t(expert)]; }
+  double score(int expert) const { return at(expert / num_experts_, raw()[expert]); }
 
-  /// Uses of each expert [num_experts], where one of now counts 1 and one half as much kHalfLife tokens ago; counted
-  /// also where somebody else's scores decide. Throws std::logic_error for "lru", which counts none.
+  /// The scores of all experts before their layer's scale and shift, which change no order within a layer.
+  const double* raw() const { return is_given() ? given_.scores : last_.empty() ? uses_.data() : last_.data(); }
+  /// What a raw score of a layer counts.
+  double at(int layer, double raw) const { return is_given() ? raw * given_.scale[layer] + given_.shift[layer] : raw; }
+  /// Another number than before when raw scores of a layer may have changed.
+  uint64_t version(int layer) const {
+    return uint64_t(version_[size_t(layer)]) << 32 | (given_.version ? given_.version[layer] : 0);
+  }
+
+  /// Uses of each expert, where one of now counts 1 and one half as much kHalfLife tokens ago; counted also where
+  /// something else decides.
   std::vector<double> uses() const;
   /// Starts from what `uses` said at another time. Throws std::invalid_argument where `uses` are not as many, or not
   /// finite or negative.
   void set_uses(const std::vector<double>& uses);
-  size_t size() const { return size_; }
+  size_t size() const { return uses_.size(); }
 
  private:
-  size_t size_;
-  const double* given_ = nullptr;
-  std::shared_ptr<void> owner_;
-  bool is_lru_ = false;
+  bool is_given() const { return given_.scores && *given_.decides; }
+
+  int num_experts_;
+  GivenScores given_{};
   int layer_ = -1;       ///< of the pass under way
   int pass_tokens_ = 0;  ///< likewise
-  double weight_ = 1;    ///< of a use now; grows, so that older ones count less, until scores are scaled down instead
-  std::vector<double> scores_;
+  double weight_ = 1;    ///< of a use now; grows, so that older ones count less, until uses are scaled down instead
+  double step_ = 0;      ///< requests so far
+  std::vector<double> uses_;
+  std::vector<double> last_;       ///< of "lru" the step of the last use, else empty
+  std::vector<uint32_t> version_;  ///< [layers], of its own scores
 };
 
 }  // namespace edgemoe

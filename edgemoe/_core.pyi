@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.plan import Priorities
+
 _F32 = NDArray[np.float32]
 _I32 = NDArray[np.int32]
 _U8 = NDArray[np.uint8]
@@ -140,7 +142,7 @@ class Cache:
         budget_bytes: int,
         verify: bool,
         num_readers: int,
-        policy: str | NDArray[np.float64],
+        policy: str | Priorities,
         scheme: str = "nested",
         most_bytes: int = 0,
     ) -> None: ...

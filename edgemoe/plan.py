@@ -7,13 +7,11 @@ are not frozen because that makes making them three times as slow.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ["Plan", "Routing"]
+__all__ = ["Plan", "Priorities", "Routing"]
 
 
 @dataclass(slots=True)
@@ -85,3 +83,31 @@ class Plan:
     """[d]: experts to lower before anything is read, as layer * num_experts + expert."""
     drop_bits: NDArray[np.int8] | None = None
     """[d]: what to lower them to; 0 evicts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Priorities:
+    """Says what the cache drops first: of what may go, the lowest score. A scheduler writes them, the cache reads.
+
+    Expert e of layer l scores scores[l, e] * scale[l] + shift[l], so that what depends on the layer alone, like how far
+    it is from running again, costs a number per layer and not one per expert.
+    """
+
+    scores: NDArray[np.float64]
+    """[num_layers, num_experts]"""
+    scale: NDArray[np.float64]
+    """[num_layers], above 0"""
+    shift: NDArray[np.float64]
+    """[num_layers]"""
+    version: NDArray[np.uint32]
+    """[num_layers]: who changes scores of a layer counts it up; the cache looks at no others again."""
+    decides: NDArray[np.uint8]
+    """[1]: 0 while the cache shall go by its own count of uses instead; who changes it counts all of `version` up."""
+
+    @classmethod
+    def zeros(cls, num_layers: int, num_experts: int) -> Priorities:
+        """Returns priorities that decide, and by which all experts are equal."""
+        L = num_layers
+        return cls(
+            np.zeros((L, num_experts)), np.ones(L), np.zeros(L), np.zeros(L, np.uint32), np.ones(1, np.uint8)
+        )  # fmt: skip

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.file.format import ALIGNMENT, MoeFile, Tensor
-from edgemoe.plan import Plan
+from edgemoe.plan import Plan, Priorities
 from edgemoe.quant import plane_widths
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
 _REQUEST = 256  # experts that `load` asks for at once: the cache looks through all of a request's at every arrival
 _NUM_READERS = 4  # reads in flight; more added latency and no throughput (benchmarks/LOG.md)
 
-Policy = str | NDArray[np.float64]
+Policy = str | Priorities
 Weight = _core.Nested | NDArray[np.float32]
 
 

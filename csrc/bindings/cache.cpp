@@ -4,6 +4,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -14,19 +15,34 @@
 namespace edgemoe {
 namespace {
 
-/// A policy by name, or by the array of somebody else's scores, which is kept alive.
-Policy policy_from(const py::object& policy, size_t num_experts) {
-  if (py::isinstance<py::str>(policy)) return Policy(policy.cast<std::string>(), num_experts);
-  if (!py::isinstance<Array<double>>(policy)) {
-    throw py::type_error("policy: expected a name or a contiguous float64 array");
+/// One of the live arrays of `edgemoe.plan.Priorities`.
+template <class T>
+Array<T> live(const py::object& priorities, const char* name, std::initializer_list<py::ssize_t> shape) {
+  const py::object array = py::getattr(priorities, name, py::none());
+  if (!py::isinstance<Array<T>>(array)) {
+    const char* type = std::is_same_v<T, double> ? "float64" : std::is_same_v<T, uint8_t> ? "uint8" : "uint32";
+    throw py::type_error(std::string("policy: expected a name or priorities whose ") + name + " is a contiguous " +
+                         type + " array");
   }
-  const auto scores = py::reinterpret_borrow<Array<double>>(policy);
-  expect(scores, "policy", {py::ssize_t(num_experts)});
+  const auto found = py::reinterpret_borrow<Array<T>>(array);
+  expect(found, name, shape);
+  return found;
+}
+
+/// A policy by name, or by `edgemoe.plan.Priorities`, whose arrays are kept alive.
+Policy policy_from(const py::object& policy, int num_layers, int num_experts) {
+  if (py::isinstance<py::str>(policy)) return Policy(policy.cast<std::string>(), num_layers, num_experts);
+  const auto scores = live<double>(policy, "scores", {num_layers, num_experts});
+  const auto scale = live<double>(policy, "scale", {num_layers}), shift = live<double>(policy, "shift", {num_layers});
+  const auto version = live<uint32_t>(policy, "version", {num_layers});
+  const auto decides = live<uint8_t>(policy, "decides", {1});
   const auto release = [](void* object) {
     py::gil_scoped_acquire gil;
     delete static_cast<py::object*>(object);
   };
-  return Policy(scores.data(), num_experts, {static_cast<void*>(new py::object(policy)), release});
+  void* owner = new py::object(py::make_tuple(scores, scale, shift, version, decides));
+  return Policy({scores.data(), scale.data(), shift.data(), version.data(), decides.data(), {owner, release}},
+                num_layers, num_experts);
 }
 
 }  // namespace
@@ -55,7 +71,7 @@ void bind_cache(py::module_& m) {
                  scheme_named(scheme_name), int(layers.size()), num_experts, hidden, expert_hidden, rung_widths, ends};
              return Held<Cache>(new Cache(std::move(backing), std::move(shape),
                                           {rungs.data(), rungs.data() + rungs.size()}, max_level, budget_bytes,
-                                          policy_from(policy, size_t(rungs.size())), most_bytes));
+                                          policy_from(policy, int(layers.size()), num_experts), most_bytes));
            }),
            py::kw_only(), py::arg("file"), py::arg("num_experts"), py::arg("hidden"), py::arg("expert_hidden"),
            py::arg("rung_widths"), py::arg("ends"), py::arg("offsets").noconvert(), py::arg("crcs").noconvert(),

@@ -150,7 +150,7 @@ def _assembled(
     ops = CpuOps(replace(shape, max_tokens=budget.chunk, max_context=budget.context))
     store = ExpertStore.open(
         moe, bits=bits.most, budget_bytes=budget.slots, verify=options.verify,
-        policy="lfu" if scheduler.priorities is None else scheduler.priorities,
+        policy=scheduler.policy,
     )  # fmt: skip
     parts = ops.empty(budget.chunk * config.experts_per_token, config.hidden_size)
     experts = Experts(scheduler, store, ops, parts=parts, observer=options.observer)

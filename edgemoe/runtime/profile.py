@@ -9,14 +9,13 @@ A profile is a safetensors file. `L` is the layers with routed experts, `E` expe
     next_use.curvature   float64 [5, 5]     what these weights rest on; zeros when nothing
     next_use.frequency   float64 [L, E]     uses per token, decayed
     frequency.values     float64 [L, E]     of `edgemoe.scheduler.predict.Frequency`, likewise
-    frequent.uses        float64 [L, E]     of `edgemoe.scheduler.evict.Frequent`, as `uses`
     hobbit.thresholds    float64 [5]        of HOBBIT: T1, T2, the shares that they were fitted to (low, skip), tokens
     transitions.pairs    float32 [L, E, E]  of `edgemoe.scheduler.predict.Transitions`: what ran after what
     transitions.totals   float32 [L, E]     uses
 
 `uses` is always there, the others where a scheduler has learned them; a scheduler takes what it knows and leaves the
 others as they are. For 48 layers of 128 experts, 8 per token, the default scheduler's file takes 50 kB; each further
-[L, E] as much again, and transitions 3 MB.
+[L, E] as much again, and transitions 3 MB. Earlier profiles may have `frequent.uses`, which was `uses` once more.
 
 The metadata (strings) are: edgemoe_profile "1", crc (CRC-32C of all tensors' bytes, by name, in hexadecimal) and
 what the profile is of: family, layers, experts, experts_per_token and fingerprint (of the weights' source).
@@ -51,7 +50,7 @@ _MOST_USES = 1e200  # csrc/policy.cpp takes no more
 _SHAPES = {
     "uses": "LE", "look_ahead.right": "K", "look_ahead.seen": "K", "next_use.weights": "5",
     "next_use.curvature": "55", "next_use.frequency": "LE", "frequency.values": "LE",
-    "frequent.uses": "LE", "hobbit.thresholds": "5", "transitions.pairs": "LEE", "transitions.totals": "LE",
+    "hobbit.thresholds": "5", "transitions.pairs": "LEE", "transitions.totals": "LE",
 }  # fmt: skip
 
 
@@ -103,6 +102,7 @@ def read_profile(path: Path, of: Mapping[str, str]) -> Profile | None:
             raise FormatError(
                 f"{path}: profile of another model: {name} is {meta.get(name)}, this model's is {mine}"
             )
+    tensors.pop("frequent.uses", None)
     if "uses" not in tensors:
         raise FormatError(f"{path}: has no uses")
     sizes = {"L": of["layers"], "E": of["experts"], "K": of["experts_per_token"], "5": "5"}

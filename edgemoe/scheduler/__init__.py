@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from edgemoe.plan import Priorities
 from edgemoe.scheduler.auto import Auto
 from edgemoe.scheduler.base import SECTIONS, Scheduler, Setting
 from edgemoe.scheduler.combined import Combined, Dropping
 from edgemoe.scheduler.d2moe import D2moe
+from edgemoe.scheduler.evict import CACHE_OWN
 from edgemoe.scheduler.expertflow import ExpertFlow
 from edgemoe.scheduler.expertwise import Expertwise
 from edgemoe.scheduler.hobbit import Hobbit
@@ -76,7 +78,7 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
     levers = read_options(Levers, _of(Levers, given))
     if dropping.eviction == "default":
         dropping = replace(dropping, eviction=kind.drops)
-    elif inner.priorities is not None:
+    elif isinstance(inner.policy, Priorities):
         raise ValueError("eviction: this scheduler decides itself what is dropped")
     if dropping.eviction != "hobbit":
         for name in options:
@@ -85,7 +87,9 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
     for name in ("protect", "admit"):
         if name in options and not levers.cache_prior:
             raise ValueError(f"{name}: only with cache_prior")
-    if dropping.eviction in ("lfu", "own") and not levers.notes:  # the cache's own, at no cost
+    if dropping.eviction in CACHE_OWN:
+        inner.policy = dropping.eviction
+    if dropping.eviction in ("own", *CACHE_OWN) and not levers.notes:  # at no cost
         return inner
     return Combined(inner, setting, dropping=dropping, levers=levers)
 

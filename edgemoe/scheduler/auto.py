@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
-from edgemoe.scheduler.evict import Frequent, SoonestUse
+from edgemoe.scheduler.evict import SoonestUse
 from edgemoe.scheduler.levers import low_bits_first, skip_small
 from edgemoe.scheduler.look_ahead import LookAhead
 from edgemoe.scheduler.on_demand import OnDemand
@@ -71,9 +71,9 @@ class Auto(Scheduler):
             raise ValueError(f"miss_bits: expected one of {listed}, got {o.miss_bits}")
         self._exact = OnDemand(setting, look_ahead=False)
         self._ahead = LookAhead(setting, trials=False)
-        self._evictions = {"lfu": Frequent(setting), "next-use": SoonestUse(setting)}
-        self.priorities = np.zeros(setting.num_layers * setting.num_experts)
-        self._rows = list(self.priorities.reshape(setting.num_layers, -1))
+        self._soonest: SoonestUse | None = SoonestUse(setting)
+        self.policy = self._priorities = self._soonest.priorities
+        self._priorities.decides[0] = 0
         self._num_experts = setting.num_experts
         self._bits_of = np.array([0, *setting.level_bits], np.int8)
         self._now = self.kept = _Choice()
@@ -108,16 +108,14 @@ class Auto(Scheduler):
         if now.miss_bits and routing.is_decoding:
             resident = self._bits_of[residency[layer]]
             plan = low_bits_first(plan, resident, now.miss_bits, layer * self._num_experts)
-        for name, eviction in self._evictions.items():
-            eviction.planned(routing, plan)
-            if name == now.eviction:
-                self._rows[layer][:] = eviction.rows[layer]
+        if self._soonest is not None:
+            self._soonest.planned(routing, plan)
         return plan
 
     def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
         """Counts single tokens, and decides when a trial is over."""
-        for eviction in self._evictions.values():
-            eviction.passed()
+        if self._soonest is not None:
+            self._soonest.passed()
         if self._now.look_ahead:
             self._ahead.passed(tokens, seconds, sequences)
         if tokens != sequences or self._trial is None:
@@ -134,7 +132,8 @@ class Auto(Scheduler):
             is_left = bool(self._to_try)
             self._trial = Trial(self.options.window, self.options.rounds) if is_left else None
             self._switch(self.kept)
-            self._evictions = {self.kept.eviction: self._evictions[self.kept.eviction]}
+            if self.kept.eviction == "lfu":
+                self._soonest = None
         else:
             self._switch(new if self._trial.is_new else self.kept)
 
@@ -143,23 +142,19 @@ class Auto(Scheduler):
             return
         self._now = choice
         self.look_ahead = int(choice.look_ahead)
-        assert self.priorities is not None
-        self.priorities[:] = self._evictions[choice.eviction].priorities
+        self._priorities.decides[0] = choice.eviction == "next-use"
+        self._priorities.version[:] += 1
 
     def state(self) -> Mapping[str, NDArray[Any]]:
         """See `Scheduler.state`."""
-        state = self._ahead.state()
-        for eviction in self._evictions.values():
-            state.update(eviction.state())
-        return state
+        soonest = {} if self._soonest is None else self._soonest.state()
+        return {**self._ahead.state(), **soonest}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """See `Scheduler.restore`."""
         self._ahead.restore(state)
-        for eviction in self._evictions.values():
-            eviction.restore(state)
-        assert self.priorities is not None
-        self.priorities[:] = self._evictions[self._now.eviction].priorities
+        if self._soonest is not None:
+            self._soonest.restore(state)
 
     def report(self) -> str:
         """Returns what was kept (+) and what was not (-), with the time that it saved."""

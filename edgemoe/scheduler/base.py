@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.plan import Plan, Routing
+from edgemoe.plan import Plan, Priorities, Routing
 from edgemoe.quant import BitRouters
 
 __all__ = ["SECTIONS", "NoOptions", "Scheduler", "Setting"]
@@ -68,15 +68,12 @@ class Scheduler(ABC):
     paper: ClassVar[str] = ""
     """Where it comes from."""
     drops: ClassVar[str] = "lfu"
-    """Which of the evictions it is made for, see `edgemoe.scheduler.evict`; "own" when it has `priorities` itself."""
+    """Which of the evictions it is made for, see `edgemoe.scheduler.evict`; "own" when it decides that itself."""
 
     look_ahead: int = 0
     """How many of the next layers' routers are applied to a layer's input; may change between tokens."""
-    priorities: NDArray[np.float64] | None = None
-    """[num_layers * num_experts], live: of what may be dropped, the lowest goes first. None: the cache's own policy.
-
-    The array is made in `__init__` and stays the same one.
-    """
+    policy: str | Priorities = "lfu"
+    """What the cache drops first: by a count of its own, "lfu" or "lru", or by priorities, always the same object."""
     bit_routers: BitRouters | None = None
     """Routers of precisions whose logits it wants to be told with every routing."""
     notes: tuple[str, ...] = ()

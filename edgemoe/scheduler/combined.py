@@ -51,7 +51,7 @@ class Combined(Scheduler):
         weights = HobbitWeights(d.w_recency, d.w_frequency, d.w_high, d.w_distance)
         self.inner = inner
         self.eviction = make_eviction(d.eviction, setting, weights)
-        self.priorities = inner.priorities if self.eviction is None else self.eviction.priorities
+        self.policy = inner.policy if self.eviction is None else self.eviction.priorities
         self.levers = levers
         self.notes = (*inner.notes, *levers.notes)
         self.look_ahead = inner.look_ahead

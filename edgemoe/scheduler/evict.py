@@ -1,6 +1,6 @@
 """What the cache drops first: policies that any scheduler can be combined with. All are exact.
 
-Each keeps live scores of all experts, of which the cache drops the lowest that is not in use (`Scheduler.priorities`).
+Each keeps live scores of all experts, of which the cache drops the lowest that is not in use (`Scheduler.policy`).
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.plan import Plan, Routing
+from edgemoe.plan import Plan, Priorities, Routing
 from edgemoe.scheduler.base import Setting
 from edgemoe.scheduler.options import check
 from edgemoe.scheduler.paths import PathUse
 from edgemoe.scheduler.predict import Frequency, NextUse
 
-__all__ = ["EVICTIONS", "Eviction", "Frequent", "HobbitWeights", "SoonestUse", "make_eviction"]
+__all__ = ["CACHE_OWN", "EVICTIONS", "Eviction", "HobbitWeights", "SoonestUse", "make_eviction"]
 
-EVICTIONS = ("lfu", "lru", "next-use", "next-path", "frequency-distance", "hobbit")
-"""lfu: the least frequently used, decayed, as the cache does by itself. lru: the least recently used.
+CACHE_OWN = ("lfu", "lru")
+"""Those that the cache goes by itself."""
+EVICTIONS = (*CACHE_OWN, "next-use", "next-path", "frequency-distance", "hobbit")
+"""lfu: the least frequently used, where a use counts half after 64 tokens. lru: the least recently used.
 next-use: the one whose next use is expected last. next-path: the same, by the file's trained predictor of paths too.
 frequency-distance: EdgeMoE's. hobbit: HOBBIT's four terms."""
 
@@ -32,9 +34,8 @@ class Eviction(ABC):
 
     def __init__(self, setting: Setting) -> None:
         self.num_layers, self.num_experts = setting.num_layers, setting.num_experts
-        self.priorities: NDArray[np.float64] = np.zeros(setting.num_layers * setting.num_experts)
-        """[num_layers * num_experts], live; the lowest goes first."""
-        self.rows = list(self.priorities.reshape(self.num_layers, self.num_experts))
+        self.priorities = Priorities.zeros(self.num_layers, self.num_experts)
+        """The same object always; the cache reads it."""
 
     @abstractmethod
     def planned(self, routing: Routing, plan: Plan) -> None:
@@ -59,8 +60,6 @@ class Eviction(ABC):
 
 def make_eviction(name: str, setting: Setting, weights: HobbitWeights) -> Eviction | None:
     """Returns a policy by its name in `EVICTIONS`; None for the cache's own."""
-    if name == "lru":
-        return _Recency(setting)
     if name == "next-use":
         return SoonestUse(setting)
     if name == "next-path":
@@ -70,60 +69,6 @@ def make_eviction(name: str, setting: Setting, weights: HobbitWeights) -> Evicti
     if name == "hobbit":
         return _HobbitMix(setting, weights)
     return None
-
-
-class _Recency(Eviction):
-    """The least recently used goes first. Collapses where one token's experts do not fit: layers come in turn."""
-
-    _step = 0.0
-
-    def planned(self, routing: Routing, plan: Plan) -> None:
-        self._step += 1.0
-        self.rows[routing.layer][plan.experts] = self._step
-
-
-class Frequent(Eviction):
-    """The least frequently used goes first, where a use counts half after 64 tokens: what the cache does by itself.
-
-    The same in the same words as csrc/policy.cpp.
-    """
-
-    _LARGEST = 1e200
-
-    def __init__(self, setting: Setting) -> None:
-        super().__init__(setting)
-        self._weight, self._tokens = 1.0, 0
-
-    def planned(self, routing: Routing, plan: Plan) -> None:
-        if routing.layer == 0:
-            # Uses from now on weigh more; where that ends, the old ones weigh less.
-            left = self._decay()
-            if self._weight < self._LARGEST * left:
-                self._weight /= left
-            else:
-                self.priorities *= left / self._weight
-                self._weight = 1.0
-        self._tokens = len(routing.experts)
-        row = self.rows[routing.layer]
-        if self._tokens == 1:
-            row[plan.experts.astype(np.intp)] += self._weight
-        else:
-            uses = np.diff(plan.offsets)
-            row += self._weight * np.bincount(plan.experts, uses, self.num_experts)
-
-    def _decay(self) -> float:
-        """Returns what the pass leaves of a use before it; 0 after very many tokens, never infinite."""
-        return float(2.0 ** (-self._tokens / 64))
-
-    def state(self) -> Mapping[str, NDArray[Any]]:
-        """See `Scheduler.state`."""
-        uses = self.priorities * (self._decay() / self._weight)
-        return {"frequent.uses": uses.reshape(self.num_layers, -1)}
-
-    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """See `Scheduler.restore`."""
-        if "frequent.uses" in state:
-            self.priorities[:] = state["frequent.uses"].reshape(-1)
 
 
 class SoonestUse(Eviction):
@@ -138,6 +83,7 @@ class SoonestUse(Eviction):
         super().__init__(setting)
         L, E, K = self.num_layers, self.num_experts, setting.experts_per_token
         self.predictor = NextUse(L, E, K) if predictor is None else predictor
+        self._rows, self._version = list(self.priorities.scores), self.priorities.version
         self._step = 0.0
         self._expect()
 
@@ -145,14 +91,16 @@ class SoonestUse(Eviction):
         """Scores all experts by their frequency alone."""
         L = self.num_layers
         first = L / np.maximum(self.predictor.frequency, 1e-9)
-        self.priorities.reshape(L, -1)[:] = -(np.arange(L)[:, None] + first)
+        self.priorities.scores[:] = -(np.arange(L)[:, None] + first)
+        self._version[:] += 1
 
     def planned(self, routing: Routing, plan: Plan) -> None:
         self._step += 1.0
-        L, row = float(self.num_layers), self.rows[routing.layer]
+        L, row = float(self.num_layers), self._rows[routing.layer]
         odds = self.predictor.update(routing)  # L / p = L + L * odds against
         odds *= -L
         np.subtract(odds, self._step + L, out=row)
+        self._version[routing.layer] += 1
 
     def begin(self) -> None:
         self.predictor.begin()
@@ -183,15 +131,15 @@ class _FrequencyDistance(Eviction):
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
         L = self.num_layers
-        self._frequency = Frequency(L, self.num_experts, 1e-3, half_life=256)
-        self._table = self.priorities.reshape(L, self.num_experts)
+        self._frequency = Frequency(self.priorities.scores, 1e-3, half_life=256)
         distance = (np.arange(L)[None, :] - np.arange(L)[:, None]) % L
         distance[distance == 0] = L
-        self._nearness = list((1.0 / distance)[:, :, None])  # by the layer that runs
+        self._nearness = list(1.0 / distance)  # by the layer that runs
 
     def planned(self, routing: Routing, plan: Plan) -> None:
         self._frequency.update(routing)
-        np.multiply(self._frequency.values, self._nearness[routing.layer], out=self._table)
+        self.priorities.version[routing.layer] += 1
+        self.priorities.scale[:] = self._nearness[routing.layer]
 
     def state(self) -> Mapping[str, NDArray[Any]]:
         """See `Scheduler.state`."""
@@ -200,7 +148,8 @@ class _FrequencyDistance(Eviction):
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """See `Scheduler.restore`."""
         if "frequency.values" in state:
-            self._frequency.values[:] = self._table[:] = state["frequency.values"]
+            self._frequency.values[:] = state["frequency.values"]
+            self.priorities.version[:] += 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,11 +186,12 @@ class _HobbitMix(Eviction):
         self._recency = weights.recency
         self._worth = np.full(9, weights.frequency)  # of a use, by its bits
         self._worth[setting.bits] += weights.high
-        self._records = np.zeros((L, self.num_experts))  # the first three terms times T
+        self._records = (
+            self.priorities.scores
+        )  # the first three terms times T; the fourth is their shift
         self._last = np.zeros((L, self.num_experts))
         near = 1.0 - ((np.arange(L)[None, :] - np.arange(L)[:, None]) % L) / L
-        self._near = weights.distance * near[:, :, None]  # by the layer that runs
-        self._table = self.priorities.reshape(L, self.num_experts)
+        self._near = weights.distance * near  # by the layer that runs
         self.begin()
 
     def _start_token(self, count: int) -> None:
@@ -251,6 +201,8 @@ class _HobbitMix(Eviction):
 
     def begin(self) -> None:
         self._records.fill(0.0)
+        self.priorities.shift.fill(0.0)
+        self.priorities.version[:] += 1
         self._last.fill(0.0)
         self._tokens = 0.0
         self._start_token(0)
@@ -268,4 +220,5 @@ class _HobbitMix(Eviction):
             records += np.bincount(experts, worth, self.num_experts)
             records[experts] += self._recency * self._tokens - last[experts]
         last[experts] = self._recency * self._tokens
-        np.add(self._records, self._near_now[layer], out=self._table)
+        self.priorities.version[layer] += 1
+        self.priorities.shift[:] = self._near_now[layer]

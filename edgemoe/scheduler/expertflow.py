@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.plan import Plan, Routing
+from edgemoe.plan import Plan, Priorities, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.options import check, option, read_options
@@ -74,9 +74,8 @@ class ExpertFlow(Scheduler):
         self._all_unused = np.zeros((L, E))
         self._unused = list(self._all_unused)  # rounds later for what is predicted, until it runs
         self._step = 0.0
-        self.priorities = np.zeros(L * E)
-        self._table = self.priorities.reshape(L, E)
-        self._rows = list(self._table)
+        self.policy = self.priorities = Priorities.zeros(L, E)
+        self._rows = list(self.priorities.scores)
         self._when = -np.arange(1.0, L + 1)[:, None]
         self.predicted = self.right = 0
         """Experts that were predicted, and those of them that ran."""
@@ -104,6 +103,7 @@ class ExpertFlow(Scheduler):
         against *= -L
         np.subtract(against, self._step + 2 * L, out=row)
         row[path] = -L - self._step
+        self.priorities.version[layer] += 1
         unused.fill(0.0)
         unused[path] = _UNUSED
         self._paths[layer] = path
@@ -133,8 +133,10 @@ class ExpertFlow(Scheduler):
             return
         paths = against.argpartition(self._K - 1, axis=1)[:, : self._K]
         # What was predicted and no longer is goes a round later; see `plan`.
-        self._table -= (self._all_unused > 0.0) * (2.0 * self._num_layers)
-        np.put_along_axis(self._table, paths, self._when - self._step, axis=1)
+        scores = self.priorities.scores
+        scores -= (self._all_unused > 0.0) * (2.0 * self._num_layers)
+        np.put_along_axis(scores, paths, self._when - self._step, axis=1)
+        self.priorities.version[:] += 1
         self._all_unused.fill(0.0)
         np.put_along_axis(self._all_unused, paths, _UNUSED, axis=1)
         self._paths[:] = paths

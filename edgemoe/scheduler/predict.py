@@ -29,11 +29,13 @@ def _decayed(row: Array, experts: NDArray[np.int32], keep: float) -> None:
 class Frequency:
     """How often each expert runs, per token, where a use counts half after `half_life` tokens."""
 
-    def __init__(self, num_layers: int, num_experts: int, start: float, half_life: float) -> None:
+    def __init__(self, values: Array, start: float, half_life: float) -> None:
         """Args:
+        values: [num_layers, num_experts], where to keep them.
         start: what it takes for the frequency of every expert before anything is known, above 0.
         """
-        self.values: Array = np.full((num_layers, num_experts), start)
+        values.fill(start)
+        self.values = values
         """[num_layers, num_experts]"""
         self._rows = list(self.values)
         self._keep = 0.5 ** (1.0 / half_life)

@@ -111,7 +111,7 @@ struct ExpertFile {
     return s;
   }
   std::unique_ptr<Cache> open(size_t budget) const {
-    return std::make_unique<Cache>(backing(false), shape(), have, 5, budget, Policy("lfu", kExperts));
+    return std::make_unique<Cache>(backing(false), shape(), have, 5, budget, Policy("lfu", 1, kExperts));
   }
   std::unique_ptr<Backing> backing(bool is_dry) const {
     return is_dry ? make_dry_backing() : make_host_backing(std::make_shared<File>(path), table, true, 3);
@@ -211,7 +211,7 @@ void test_budget_of_nothing(const ExpertFile& file) {
 void test_statistics_from_another_thread(const ExpertFile& file) {
   for (const bool is_dry : {false, true}) {
     auto cache = std::make_unique<Cache>(file.backing(is_dry), file.shape(), file.have, 5,
-                                         size_t(5.4 * double(record_bytes(file))), Policy("lfu", kExperts));
+                                         size_t(5.4 * double(record_bytes(file))), Policy("lfu", 1, kExperts));
     std::atomic<bool> stop{false};
     std::atomic<int> rounds{0};
     std::thread reader([&] {
@@ -251,7 +251,7 @@ void test_shapes_that_do_not_fit_are_refused(const ExpertFile& file) {
   const auto open = [&](void (*change)(ExpertShape*), bool is_dry) {
     ExpertShape shape = file.shape();
     change(&shape);
-    Cache(file.backing(is_dry), shape, file.have, 5, 100 * record_bytes(file), Policy("lfu", kExperts));
+    Cache(file.backing(is_dry), shape, file.have, 5, 100 * record_bytes(file), Policy("lfu", 1, kExperts));
   };
   void (*const everywhere[])(ExpertShape*) = {
       [](ExpertShape* s) { s->ends[0] = 0; },         [](ExpertShape* s) { s->ends[3] = s->ends[2] - 1; },
@@ -350,7 +350,7 @@ void test_objectives_that_are_none_are_refused() {
 /// Uses keep their order and stay finite however many tokens a pass has.
 void test_uses_after_long_passes() {
   for (const int tokens : {1, 64, 60000, 65536, 10000000}) {
-    Policy policy("lfu", 4);
+    Policy policy("lfu", 1, 4);
     for (int pass = 0; pass < 3; ++pass) {
       policy.advance(0, tokens);
       policy.use(pass, tokens);
@@ -359,10 +359,10 @@ void test_uses_after_long_passes() {
     CHECK(policy.score(2) > policy.score(1) && policy.score(1) >= policy.score(0) &&
           policy.score(0) >= policy.score(3));
     if (tokens <= 60000) CHECK(policy.score(1) > policy.score(3));
-    Policy next("lfu", 4);
+    Policy next("lfu", 1, 4);
     next.set_uses(policy.uses());
   }
-  Policy policy("lfu", 2);
+  Policy policy("lfu", 1, 2);
   for (const double bad : {double(NAN), double(INFINITY), -1.0}) {
     CHECK(throws<std::invalid_argument>([&] { policy.set_uses({1, bad}); }));
   }

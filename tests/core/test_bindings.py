@@ -7,9 +7,7 @@ import pytest
 
 from edgemoe import _core
 from edgemoe.file.format import open_moe
-from edgemoe.plan import Plan, Routing
-from edgemoe.scheduler.base import Setting
-from edgemoe.scheduler.evict import Frequent
+from edgemoe.plan import Plan
 from edgemoe.store import ExpertStore
 
 WIDTHS = [2, 1, 1, 2, 2]
@@ -150,13 +148,12 @@ def test_reads_of_the_disk_that_cannot_be_are_refused(tiny_moe):
 
 def cache(moe, **changes):
     widths = [[2] * 3, [1] * 3, [1] * 3, [2] * 3, [2] * 3]
-    n = len(moe.experts.offsets)
     parts = {
         "file": moe.file, "num_experts": moe.config.num_experts, "hidden": moe.config.hidden_size,
         "expert_hidden": moe.config.expert_hidden, "rung_widths": widths, "ends": list(moe.experts.ends),
         "offsets": moe.experts.offsets, "crcs": moe.experts.crcs, "rungs": moe.experts.rungs,
         "layers": list(moe.config.moe_layers), "max_level": 5, "budget_bytes": 1 << 24, "verify": True,
-        "num_readers": 1, "policy": np.zeros(n),
+        "num_readers": 1, "policy": "lru",
     }  # fmt: skip
     return _core.Cache(**{**parts, **changes})
 
@@ -196,30 +193,20 @@ def test_uses_are_numbers(tiny_moe):
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 60_000, 65_536, 1_000_000])
-def test_both_counts_of_uses_agree_after_passes_of_any_length(tokens):
-    """What was used later weighs more, and nothing overflows: in the cache and in its twin for `auto`."""
-    setting = Setting(
-        num_layers=1, num_experts=4, experts_per_token=1, bits=8, level_bits=(8,), level_bytes=(4096,),
-        slots_bytes=8192,
-    )  # fmt: skip
-    twin = Frequent(setting)
+def test_uses_after_passes_of_any_length(tokens):
+    """What was used later weighs more, and nothing overflows."""
     store = ExpertStore.dry(
         num_layers=1, num_experts=4, level_bits=[8], level_bytes=[4096], budget_bytes=8192
     )
     for expert in (0, 1, 2):
-        chosen, gates = np.full((tokens, 1), expert, np.int32), np.ones((tokens, 1), np.float32)
         plan = Plan(
             layer=0, experts=np.array([expert], np.int32), bits=np.array([8], np.int8),
             offsets=np.array([0, tokens], np.int32), tokens=np.arange(tokens, dtype=np.int32),
-            rows=np.arange(tokens, dtype=np.int32).reshape(-1, 1), gates=gates,
+            rows=np.arange(tokens, dtype=np.int32).reshape(-1, 1), gates=np.ones((tokens, 1), np.float32),
         )  # fmt: skip
         store.request(plan)
         assert list(store.ready_groups()) == [[0]]
-        twin.planned(Routing(0, chosen, gates), plan)
-    mine, theirs = store.uses[0], twin.state()["frequent.uses"][0]
-    assert np.isfinite(theirs).all()
-    np.testing.assert_allclose(theirs, mine, rtol=1e-12)
-    assert twin.priorities[2] > twin.priorities[1] >= twin.priorities[0] >= twin.priorities[3]
+    expected = [tokens * 0.5 ** (tokens / 64 * ago) for ago in (3, 2, 1)]
+    np.testing.assert_allclose(store.uses[0], [*expected, 0], rtol=1e-12)
     if tokens <= 60_000:
-        assert twin.priorities[1] > twin.priorities[3]
         assert list(store.cache.residency) == [0, 1, 1, 0]  # the first was dropped for the third

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from engines import begin
 
 from edgemoe.errors import FormatError, OutOfBudget, ReadError
 from edgemoe.file.format import open_moe
-from edgemoe.plan import Plan
+from edgemoe.plan import Plan, Priorities
 from edgemoe.store import ExpertStore, expert_bytes
 
 N = 16  # experts of the tiny model
@@ -293,8 +294,8 @@ def test_random_requests_with_wishes_keep_the_books(moe):
 def test_a_dry_cache_decides_as_the_real_one(moe):
     rng = np.random.default_rng(2)
     sizes = [expert_bytes(moe, level) for level in range(1, 6)]
-    scores = np.zeros(N)
-    for policy in ("lru", "lfu", scores):
+    priorities = Priorities.zeros(2, 8)
+    for policy in ("lru", "lfu", priorities):
         for experts in (4, 7.3):
             budget = int(experts * sizes[-1])
             real = ExpertStore.open(
@@ -307,7 +308,8 @@ def test_a_dry_cache_decides_as_the_real_one(moe):
             for _ in range(300):
                 base = 8 * int(rng.integers(2))
                 chosen, levels = base + rng.permutation(8)[:3], rng.integers(1, 6, 3)
-                scores[:] = rng.random(N)
+                priorities.scores[:] = rng.random((2, 8))
+                priorities.version[:] += 1
                 assert run(dry, chosen, levels) == [0, 1, 2]
                 assert sorted(run(real, chosen, levels)) == [0, 1, 2]
                 assert (real.residency == dry.residency).all()
@@ -316,20 +318,33 @@ def test_a_dry_cache_decides_as_the_real_one(moe):
             assert {k: real.stats[k] for k in same} == {k: dry.stats[k] for k in same}
 
 
+def open_with(moe, policy):
+    ExpertStore.open(moe, bits=8, budget_bytes=1 << 22, verify=True, policy=policy)
+
+
 def test_the_lowest_priority_goes_first(moe):
-    scores = np.arange(N, dtype=np.float64)
+    priorities = Priorities.zeros(2, 8)
+    scores = priorities.scores.reshape(-1)
+    scores[:] = np.arange(N)
     cache = ExpertStore.open(
-        moe, bits=8, budget_bytes=3 * expert_bytes(moe, 5), verify=True, policy=scores
+        moe, bits=8, budget_bytes=3 * expert_bytes(moe, 5), verify=True, policy=priorities
     ).cache
     for e in (0, 1, 2):
         one(cache, e, 5)
     scores[0], scores[2] = 9, -1
+    priorities.version[0] += 1
     one(cache, 3, 5)
     assert np.flatnonzero(cache.residency).tolist() == [0, 1, 3]
-    with pytest.raises(ValueError, match="policy: expected shape"):
-        ExpertStore.open(moe, bits=8, budget_bytes=1 << 22, verify=True, policy=scores[:3].copy())
-    with pytest.raises(TypeError, match="policy"):
-        ExpertStore.open(moe, bits=8, budget_bytes=1 << 22, verify=True, policy=scores[::2])
+    with pytest.raises(ValueError, match=r"scores: expected shape \[2, 8\], got \[2, 4\]"):
+        open_with(moe, Priorities.zeros(2, 4))
+    with pytest.raises(ValueError, match="decides: expected shape"):
+        open_with(moe, replace(priorities, decides=np.ones(2, np.uint8)))
+    with pytest.raises(TypeError, match="whose scale is a contiguous float64 array"):
+        open_with(moe, replace(priorities, scale=np.ones(4)[::2]))
+    with pytest.raises(TypeError, match="whose version is a contiguous uint32 array"):
+        open_with(moe, replace(priorities, version=np.ones(2)))
+    with pytest.raises(TypeError, match="policy: expected a name or priorities"):
+        open_with(moe, np.zeros(N))
 
 
 def test_a_failing_read_ahead_harms_nobody(tiny_moe, tmp_path):

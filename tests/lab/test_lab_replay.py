@@ -156,10 +156,10 @@ def test_the_oracles_count_the_future_over_layers_and_chunks():
         for other, e in itertools.product(range(3), range(6)):
             coming = [i for i in range(at + 1, len(order)) if order[i][1] == other and e in uses[i]]
             soon = [i for i in coming if order[i][0] < p + window + (other <= layer)]
-            assert oracle.priorities[other * 6 + e] // 2**32 == len(soon)
+            assert oracle.priorities.scores[other, e] // 2**32 == len(soon)
             used = any(order[i][1] == other and e in uses[i] for i in range(at + 1))
             if used:
-                assert belady.priorities[other * 6 + e] == -(coming[0] if coming else len(order))
+                assert belady.priorities.scores[other, e] == -(coming[0] if coming else len(order))
     with pytest.raises(ValueError, match="foretold"):
         oracle.plan(tape.passes[0][0], residency)
 

@@ -163,7 +163,7 @@ def test_expertflow_keeps_and_reads_the_path_of_the_token_that_came():
     empty = np.zeros((L, E), np.int8)
     for token in (5, 6):
         flow.tokens(np.array([token], np.int32))
-        before = flow.priorities.reshape(L, E).copy()
+        before = flow.priorities.scores.copy()
         plans = [flow.plan(routing(layer, [0, 1]), empty) for layer in range(L)]
         flow.passed(1, 0.01)
     predicted = np.sort(np.argsort(-before, axis=1)[:, :K])

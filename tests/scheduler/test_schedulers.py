@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edgemoe
-from edgemoe.plan import Plan, Routing
+from edgemoe.plan import Plan, Priorities, Routing
 from edgemoe.runtime.budget import Budget
 from edgemoe.scheduler import KINDS, SCHEDULERS, Setting
 from edgemoe.scheduler.auto import Auto
@@ -55,6 +55,10 @@ def routing(experts, gates, layer=0, *, scores=None, ahead=None):
         layer, np.atleast_2d(np.array(experts, np.int32)), np.atleast_2d(np.array(gates, np.float32)),
         **extra,
     )  # fmt: skip
+
+
+def scored(p: Priorities):
+    return p.scores * p.scale[:, None] + p.shift[:, None]
 
 
 def residency(layers=3, experts=4, **levels):
@@ -164,9 +168,9 @@ def test_every_plan_is_lawful(name, options, data):
             else:
                 check_lawful(plan, r, LEVELS, exact=exact, layers=L)
             np.testing.assert_array_equal(here, before)
-            if scheduler.priorities is not None:
-                assert scheduler.priorities.shape == (L * E,)
-                assert np.isfinite(scheduler.priorities).all()
+            if isinstance(scheduler.policy, Priorities):
+                assert scored(scheduler.policy).shape == (L, E)
+                assert np.isfinite(scored(scheduler.policy)).all()
         scheduler.passed(T, float(rng.random()), sequences)
     assert isinstance(scheduler.report(), str)
 
@@ -335,11 +339,13 @@ def test_hobbit_priority_is_the_four_terms():
             k = layer, expert
             distance = 1 - ((layer - now + 4) % 4) / 4
             want = (0.4 * last[k] + 0.3 * count[k] + 0.2 * high[k]) / T + 0.1 * distance
-            assert e.priorities[layer * 2 + expert] / T == pytest.approx(want)
+            assert scored(e.priorities)[layer, expert] / T == pytest.approx(want)
     e.begin()
     r = routing([0], [1.0], 0)
     e.planned(r, plan_slots(r, np.array([[8]], np.int8)))
-    assert e.priorities[2] == pytest.approx(0.1 * (1 - 1 / 4))  # records are of one sequence
+    assert scored(e.priorities)[1, 0] == pytest.approx(
+        0.1 * (1 - 1 / 4)
+    )  # records are of one sequence
 
 
 def test_hobbit_weights_must_sum_to_one():
@@ -359,7 +365,7 @@ def test_frequency_over_distance_keeps_what_runs_soon():
             e.planned(r, plan_slots(r, np.array([[8]], np.int8)))
     r = routing([0], [1.0], 0)
     e.planned(r, plan_slots(r, np.array([[8]], np.int8)))
-    p = e.priorities.reshape(3, 2)
+    p = scored(e.priorities)
     # All equally frequent: the next layer stays longest, the one that just ran goes first (distance 3, not 0).
     assert p[1, 0] > p[2, 0] > p[0, 0]
     assert p[1, 0] / p[2, 0] == pytest.approx(2, rel=1e-2)
@@ -608,7 +614,7 @@ def test_next_use_evicts_what_is_expected_last():
             r = routing([0], [0.8], layer, scores=[0.8, 0.15, 0.05])
             e.planned(r, plan_slots(r, np.array([[8]], np.int8)))
         e.passed()
-    p = e.priorities.reshape(2, 3)
+    p = scored(e.priorities)
     assert (p[:, 0] > p[:, 1]).all()
     assert (p[:, 1] >= p[:, 2]).all()
     assert p[0, 0] > p[1, 0]  # equally sure, and its layer runs sooner
@@ -662,7 +668,7 @@ def test_expertflow_keeps_the_predicted_path_and_drops_what_it_missed():
         flow.passed(1, 0.1)
     assert first.ahead.tolist() == [4]
     assert first.ahead_bits.tolist() == [8]
-    p = flow.priorities.reshape(2, 4)
+    p = scored(flow.priorities)
     assert p[0].argmax() == 0
     assert p[1].argmax() == 0
     assert flow.report() == "path 100% right"
@@ -681,13 +687,13 @@ def test_expertflow_priorities_are_rounds_until_use():
     flow.plan(routing([0], [0.7], 0), residency(2))
     L, step = 2, 1
     np.testing.assert_allclose(
-        flow.priorities[:4], [-L - step, -3 * L - step, -4 * L - step, -5 * L - step]
+        scored(flow.priorities)[0], [-L - step, -3 * L - step, -4 * L - step, -5 * L - step]
     )
     given.against = [1, 1, 1, 0.1]  # expert 0 was predicted, 3 runs and is predicted again
     flow.plan(routing([3], [0.7], 0), residency(2))
     step = 2
     np.testing.assert_allclose(
-        flow.priorities[:4], [-(3 + 4) * L - step, -3 * L - step, -3 * L - step, -L - step]
+        scored(flow.priorities)[0], [-(3 + 4) * L - step, -3 * L - step, -3 * L - step, -L - step]
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.plan import Plan, Routing
+from edgemoe.plan import Plan, Priorities, Routing
 from edgemoe.scheduler import OnDemand, Scheduler, Setting
 
 __all__ = ["ORACLES", "Oracle"]
@@ -37,7 +37,8 @@ class Oracle(Scheduler):
         """Args:
         requests: the experts that each call of `plan` will be for, layer after layer.
         """
-        self.priorities = np.zeros(setting.num_layers * setting.num_experts)
+        self.policy = self.priorities = Priorities.zeros(setting.num_layers, setting.num_experts)
+        self._scores = self.priorities.scores.reshape(-1)
         self._on_demand = OnDemand(setting, look_ahead=False)
         self._setting = setting
         self._rule = rule
@@ -51,7 +52,7 @@ class Oracle(Scheduler):
             self._next = self._next_requests()
         else:
             for ids in self._requests[: self._reach]:
-                self.priorities[ids] += _LATER
+                self._scores[ids] += _LATER
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`.
@@ -59,17 +60,17 @@ class Oracle(Scheduler):
         Raises:
             ValueError: not the layer that was said to come.
         """
-        at, priorities = self._at, self.priorities
+        at, scores = self._at, self._scores
         if at >= len(self._requests) or at % self._setting.num_layers != routing.layer:
             raise ValueError("oracle: the future is not what was foretold")
-        assert priorities is not None
         ids = self._requests[at]
         if self._rule == "belady":
-            priorities[ids] = -self._next[at]
+            scores[ids] = -self._next[at]
         else:
-            priorities[ids] = (priorities[ids] // _LATER - 1) * _LATER + at
+            scores[ids] = (scores[ids] // _LATER - 1) * _LATER + at
             if at + self._reach < len(self._requests):
-                priorities[self._requests[at + self._reach]] += _LATER
+                scores[self._requests[at + self._reach]] += _LATER  # the same layer's
+        self.priorities.version[routing.layer] += 1
         self._at += 1
         return self._on_demand.plan(routing, residency)
 

@@ -178,7 +178,7 @@ def replay(
 
     Args:
         scheduler: made for this budget, and not used before.
-        policy: "lfu" or "lru"; a scheduler with priorities of its own needs none.
+        policy: "lfu" or "lru"; for a scheduler that is made with another one it is that.
         timing: predicts the time; None for none.
         progressive: see `edgemoe.lab.routing.timing.Pipeline`.
         each: is told of each layer before it is planned, with the live residency [layers, E].
@@ -191,7 +191,7 @@ def replay(
         num_layers=header.num_layers, num_experts=header.num_experts,
         level_bits=header.level_bits, level_bytes=header.level_bytes, budget_bytes=budget_bytes,
         rungs=np.array(header.rungs, np.uint8) if header.rungs else None,
-        policy=policy if scheduler.priorities is None else scheduler.priorities,
+        policy=policy if scheduler.policy == "lfu" else scheduler.policy,
     )  # fmt: skip
     pipeline = None if timing is None else _Player(timing, header, progressive)
     residency = store.residency

@@ -27,7 +27,7 @@ class Line:
     name: str
     scheduler: str
     policy: str
-    """For schedulers without priorities of their own."""
+    """For schedulers that go by the cache's own count of uses."""
     options: Mapping[str, Any]
 
 
@@ -106,7 +106,7 @@ def study(
     """Returns a row per budget and line: the fields of `Replay` and its rates, and the hit rate when the single
     tokens come in random order.
 
-    A scheduler that has priorities of its own is replayed under one policy only.
+    A scheduler with a policy of its own is replayed under that only.
 
     Args:
         budgets: bytes for experts.
@@ -125,7 +125,7 @@ def study(
             )
 
         first = scheduler(tape)
-        own = first.priorities is not None
+        own = first.policy != "lfu"
         if own and any(
             r["scheduler"] == way.scheduler and r["budget_bytes"] == budget for r in rows
         ):
