@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -17,26 +18,68 @@ size_t quantized_bytes(int rows, int cols) {
   return size_t(rows) * tiles * (kTileCols + (kScales + kSums) * sizeof(float));
 }
 
-/// Takes the best of one token's logits, which become probabilities over all experts. Ties go to the lower expert.
-void choose(const RouteRule& rule, float* row, int32_t* chosen, float* gates) {
-  const Kernels& k = kernels();
-  const int top_k = rule.top_k;
-  for (int e = 0, count = 0; e < rule.num_experts; ++e) {
-    if (count == top_k && !(row[e] > row[chosen[top_k - 1]])) continue;
-    int at = count < top_k ? count++ : top_k - 1;
-    for (; at > 0 && row[e] > row[chosen[at - 1]]; --at) chosen[at] = chosen[at - 1];
+/// The k highest of n values, best first; ties go to the lower one.
+void highest(const float* values, int n, int k, int32_t* chosen) {
+  for (int e = 0, count = 0; e < n; ++e) {
+    if (count == k && !(values[e] > values[chosen[k - 1]])) continue;
+    int at = count < k ? count++ : k - 1;
+    for (; at > 0 && values[e] > values[chosen[at - 1]]; --at) chosen[at] = chosen[at - 1];
     chosen[at] = e;
   }
-  if (!rule.softmax_over_top_k) k.softmax(row, rule.num_experts);
-  for (int i = 0; i < top_k; ++i) gates[i] = row[chosen[i]];
-  if (rule.softmax_over_top_k) {
-    k.softmax(gates, top_k);
-    k.softmax(row, rule.num_experts);
-  } else if (rule.renormalise) {
+}
+
+/// What remains of values by which experts are chosen when only the best groups may be: the others' become -infinity.
+void keep_groups(const RouteRule& rule, float* values) {
+  const int size = rule.num_experts / rule.groups;
+  std::vector<float> best(size_t(rule.groups));
+  for (int g = 0; g < rule.groups; ++g) {
+    int32_t two[2];
+    const float* group = values + g * size;
+    const bool sum = rule.group_by_two && size > 1;
+    highest(group, size, sum ? 2 : 1, two);
+    best[size_t(g)] = sum ? group[two[0]] + group[two[1]] : group[two[0]];
+  }
+  std::vector<int32_t> kept(size_t(rule.used_groups));
+  highest(best.data(), rule.groups, rule.used_groups, kept.data());
+  for (int g = 0; g < rule.groups; ++g) {
+    if (std::find(kept.begin(), kept.end(), g) != kept.end()) continue;
+    std::fill_n(values + g * size, size, -std::numeric_limits<float>::infinity());
+  }
+}
+
+/// Takes the best of one token's logits, which become scores of all experts. Ties go to the lower expert.
+void choose(const RouteRule& rule, const float* choice_bias, float* row, int32_t* chosen, float* gates) {
+  const Kernels& k = kernels();
+  const int top_k = rule.top_k, E = rule.num_experts;
+  const auto score = [&] {
+    if (rule.scoring == Scoring::kSigmoid) return k.sigmoid(row, E);
+    k.softmax(row, E);
+  };
+  if (!choice_bias && rule.groups == 1) {  // logits are in the order of their scores
+    highest(row, E, top_k, chosen);
+    if (rule.scoring == Scoring::kSoftmaxTopK) {
+      for (int i = 0; i < top_k; ++i) gates[i] = row[chosen[i]];
+      k.softmax(gates, top_k);
+      score();
+    } else {
+      score();
+      for (int i = 0; i < top_k; ++i) gates[i] = row[chosen[i]];
+    }
+  } else {
+    score();
+    thread_local std::vector<float> values;
+    values.assign(row, row + E);
+    for (int e = 0; choice_bias && e < E; ++e) values[size_t(e)] += choice_bias[e];
+    if (rule.groups > 1) keep_groups(rule, values.data());
+    highest(values.data(), E, top_k, chosen);
+    for (int i = 0; i < top_k; ++i) gates[i] = row[chosen[i]];
+  }
+  if (rule.renormalise && rule.scoring != Scoring::kSoftmaxTopK) {
     float sum = 0;
     for (int i = 0; i < top_k; ++i) sum += gates[i];
-    for (int i = 0; i < top_k; ++i) gates[i] /= sum;
+    for (int i = 0; sum > 0 && i < top_k; ++i) gates[i] /= sum;
   }
+  for (int i = 0; rule.gate_scale != 1.0f && i < top_k; ++i) gates[i] *= rule.gate_scale;
 }
 
 /// Throws std::invalid_argument unless all sizes are such that products of them can be computed.
@@ -133,16 +176,16 @@ void linear(Workspace& ws, const float* x, int T, const std::vector<const Nested
   });
 }
 
-void route(Workspace& ws, const float* x, const float* router, int T, int cols, const RouteRule& rule, float* scores,
+void route(Workspace& ws, const float* x, const Router& router, int T, int cols, const RouteRule& rule, float* scores,
            int32_t* experts, float* gates) {
   const Kernels& k = kernels();
   const int E = rule.num_experts;
   ws.pool.run(E, std::max(4, grain_for(E, ws.pool.size())),
-              [&](int begin, int end) { k.matmul_f32(router, x, T, E, cols, begin, end, scores); });
+              [&](int begin, int end) { k.matmul_f32(router.weight, x, T, E, cols, begin, end, scores); });
   ws.pool.run(T, 16, [&](int begin, int end) {
     for (int t = begin; t < end; ++t) {
       const size_t at = size_t(t) * rule.top_k;
-      choose(rule, scores + size_t(t) * E, experts + at, gates + at);
+      choose(rule, router.choice_bias, scores + size_t(t) * E, experts + at, gates + at);
     }
   });
 }
@@ -172,12 +215,12 @@ void look_ahead(Workspace& ws, const float* x, const std::vector<NextRouter>& ro
     for (int i = begin / E; i < p && i * E < end; ++i) {
       const int a = std::max(begin - i * E, 0), b = std::min(end - i * E, E);
       const size_t first = size_t(i) * T;
-      k.matmul_f32(routers[i].weight, normed + first * cols, T, E, cols, a, b, scores + first * E);
+      k.matmul_f32(routers[i].router.weight, normed + first * cols, T, E, cols, a, b, scores + first * E);
     }
   });
   for (int i = 0; i < p * T; ++i) {
     const size_t at = size_t(i) * rule.top_k;
-    choose(rule, scores + size_t(i) * E, experts + at, gates + at);
+    choose(rule, routers[size_t(i / T)].router.choice_bias, scores + size_t(i) * E, experts + at, gates + at);
   }
 }
 

@@ -57,18 +57,36 @@ class Workspace {
 void linear(Workspace& ws, const float* x, int T, const std::vector<const NestedMatrix*>& matrices,
             const std::vector<float*>& outs);
 
-/// How a router's logits become a choice.
+/// What makes an expert's score of its logit.
+enum class Scoring : uint8_t {
+  kSoftmax,      ///< over all experts
+  kSoftmaxTopK,  ///< over the chosen
+  kSigmoid,
+};
+
+/// How a router's logits become a choice: the experts with the highest scores, to which `Router::choice_bias` may be
+/// added for choosing alone, in those groups of experts that have the highest.
 struct RouteRule {
   int num_experts;
   int top_k;
-  bool softmax_over_top_k;  ///< instead of over all experts
-  bool renormalise;         ///< gates of the chosen sum to 1
+  Scoring scoring;
+  bool renormalise;   ///< gates of the chosen sum to 1
+  float gate_scale;   ///< what gates are multiplied with at last
+  int groups;         ///< of as many experts each, one after the other; 1 for none
+  int used_groups;    ///< that experts are chosen from
+  bool group_by_two;  ///< a group's score is the sum of its two highest, instead of its highest
+};
+
+/// One layer's router.
+struct Router {
+  const float* weight;       ///< [num_experts, cols]
+  const float* choice_bias;  ///< [num_experts], or null
 };
 
 /// Router logits and choice.
-/// scores: [T, num_experts], become the probabilities of all experts; experts int32 [T, K] in descending order of
-/// logits, gates float32 [T, K].
-void route(Workspace& ws, const float* x, const float* router, int T, int cols, const RouteRule& rule, float* scores,
+/// scores: [T, num_experts], become the scores of all experts (for kSoftmaxTopK too over all); experts int32 [T, K] in
+/// descending order of what they are chosen by, gates float32 [T, K].
+void route(Workspace& ws, const float* x, const Router& router, int T, int cols, const RouteRule& rule, float* scores,
            int32_t* experts, float* gates);
 
 /// A linear layer of each expert: weight [num_experts, outputs, cols], bias and gate_weight [num_experts, outputs].
@@ -87,8 +105,8 @@ void slot_scores(Workspace& ws, const float* x, const SlotLayers& layers, const 
 
 /// A later layer's router and the norm before it.
 struct NextRouter {
-  const float* norm;    ///< [cols]
-  const float* weight;  ///< [num_experts, cols]
+  const float* norm;  ///< [cols]
+  Router router;
 };
 
 /// What later layers' routers choose for one token's x [cols] as it is now, each after its own norm: the look-ahead of

@@ -122,6 +122,22 @@ class AttentionLayer:
         norm_per_head: bool,
         norm_eps: float,
         clip: float,
+        rope_dim: int | None = None,
+        norm_after_rope: bool = False,
+    ) -> None: ...
+
+class RouteRule:
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        top_k: int,
+        scoring: str,
+        renormalise: bool,
+        gate_scale: float = 1.0,
+        groups: int = 1,
+        used_groups: int = 1,
+        group_by_two: bool = False,
     ) -> None: ...
 
 class Cache:
@@ -194,8 +210,8 @@ def route(
     ws: Workspace,
     x: _F32,
     router: _F32,
-    softmax_over_top_k: bool,
-    renormalise: bool,
+    choice_bias: _F32 | None,
+    rule: RouteRule,
     scores: _F32,
     experts: _I32,
     gates: _F32,
@@ -215,9 +231,9 @@ def look_ahead(
     x: _F32,
     norms: Sequence[_F32],
     routers: Sequence[_F32],
+    choice_biases: Sequence[_F32 | None],
     eps: float,
-    softmax_over_top_k: bool,
-    renormalise: bool,
+    rule: RouteRule,
     normed: _F32,
     scores: _F32,
     experts: _I32,

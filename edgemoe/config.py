@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgemoe.errors import FormatError, quoted
-from edgemoe.specs import AttentionSpec, FfnSpec, TensorSpec
+from edgemoe.specs import AttentionSpec, FfnSpec, RouterSpec, TensorSpec
 
 __all__ = ["LIMIT", "MATRICES", "MOST_EXPERTS", "MOST_LAYERS", "ModelConfig", "dense_tensors"]
 
@@ -27,6 +27,14 @@ LIMIT = 1 << 24
 
 MOST_LAYERS, MOST_EXPERTS = 1 << 12, 1 << 18
 """Of a model; the largest published one has 24,576 experts in all."""
+
+
+_LATER = frozenset(
+    {
+        "choice_bias", "gate_scale", "groups", "used_groups", "group_score", "norm_after_rope", "rope_dim",
+    }
+)  # fmt: skip
+"""Fields that files of the first families do not have, which older versions can still read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,10 +63,19 @@ class ModelConfig:
     expert_hidden: int
     moe_layers: tuple[int, ...]
     """Layers with routed experts, ascending."""
-    scoring: Literal["softmax", "softmax_topk"] = "softmax"
-    """softmax: over all experts, then the top k. softmax_topk: over the logits of the top k."""
+    scoring: Literal["softmax", "softmax_topk", "sigmoid"] = "softmax"
+    """softmax: over all experts, then the top k. softmax_topk: over the logits of the top k. sigmoid: of each logit."""
     renormalise: bool = False
-    """Divide the gates of the chosen experts by their sum (for scoring "softmax")."""
+    """Divide the gates of the chosen experts by their sum (not for scoring "softmax_topk", whose sum is 1)."""
+    choice_bias: bool = False
+    """Experts are chosen by their score plus a bias, the tensor `choice_bias`; gates are the scores without it."""
+    gate_scale: float = 1.0
+    """Multiplies the gates at last."""
+    groups: int = 1
+    """Of as many experts each, one after the other; experts are chosen from the best `used_groups` of them."""
+    used_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+    """A group is as good as its best expert, or as the sum of its best two."""
     shared_hidden: tuple[int, ...] = ()
     """Per layer, the width of the FFN that every token takes; 0 for none; empty for all 0."""
     shared_sigmoid: bool = False
@@ -67,6 +84,10 @@ class ModelConfig:
     o_bias: bool = False
     qk_norm: Literal["none", "head", "full"] = "none"
     """RMS norm of q and k: per head (weight [head_dim]) or over the whole projection."""
+    norm_after_rope: bool = False
+    """The norm of q and k comes after RoPE (for qk_norm "head")."""
+    rope_dim: int | None = None
+    """Leading columns of each head that RoPE rotates; None for all."""
     clip_qkv: float | None = None
     """q, k and v are clamped to ±this after the norm and before RoPE."""
     windows: tuple[int, ...] = ()
@@ -97,14 +118,22 @@ class ModelConfig:
             )
         for name in (
             "norm_eps", "attention_scale", "rope_scale",
-            "embedding_multiplier", "residual_multiplier", "logits_divisor",
+            "embedding_multiplier", "residual_multiplier", "logits_divisor", "gate_scale",
         ):  # fmt: skip
             value = getattr(self, name)
             need(
                 isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
                 f"{name} must be a positive number, got {quoted(value)}",
             )
-        need(self.scoring in ("softmax", "softmax_topk"), f"unknown scoring {quoted(self.scoring)}")
+        need(
+            self.scoring in ("softmax", "softmax_topk", "sigmoid"),
+            f"unknown scoring {quoted(self.scoring)}",
+        )
+        need(
+            self.scoring != "softmax_topk" or (not self.choice_bias and self.groups == 1),
+            "scoring softmax_topk has neither a choice bias nor groups",
+        )
+        need(self.group_score in ("max", "top2"), f"unknown group_score {quoted(self.group_score)}")
         need(self.qk_norm in ("none", "head", "full"), f"unknown qk_norm {quoted(self.qk_norm)}")
         need(
             self.clip_qkv is None or (math.isfinite(self.clip_qkv) and self.clip_qkv > 0),
@@ -120,8 +149,28 @@ class ModelConfig:
         )
         need(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
         need(
+            self.rope_dim is None
+            or (
+                type(self.rope_dim) is int
+                and self.rope_dim % 2 == 0
+                and 0 < self.rope_dim <= self.head_dim
+            ),
+            f"rope_dim must be an even number to {self.head_dim}, got {quoted(self.rope_dim)}",
+        )
+        need(
+            self.qk_norm == "head" or not self.norm_after_rope, "norm_after_rope needs qk_norm head"
+        )
+        need(
             self.experts_per_token <= self.num_experts,
             f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}",
+        )
+        need(
+            all(type(n) is int for n in (self.groups, self.used_groups))
+            and 0 < self.used_groups <= self.groups <= self.num_experts
+            and self.num_experts % self.groups == 0
+            and self.experts_per_token <= self.num_experts // self.groups * self.used_groups,
+            f"{self.used_groups} of {self.groups} groups of {self.num_experts} experts do not hold "
+            f"{self.experts_per_token}",
         )
         need(
             list(self.moe_layers) == sorted(set(self.moe_layers))
@@ -164,6 +213,7 @@ class ModelConfig:
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
             scale=self.attention_scale, window=self.window(layer), qkv_bias=self.qkv_bias,
             o_bias=self.o_bias, qk_norm=self.qk_norm, norm_eps=self.norm_eps, clip=self.clip_qkv,
+            rope_dim=self.rotated, norm_after_rope=self.norm_after_rope,
         )  # fmt: skip
 
     def ffn(self, layer: int) -> FfnSpec:
@@ -173,7 +223,22 @@ class ModelConfig:
             num_experts=self.num_experts if is_routed else 0,
             shared_width=self.shared_width(layer),
             shared_sigmoid=is_routed and self.shared_sigmoid,
+            choice_bias=is_routed and self.choice_bias,
         )
+
+    @property
+    def router(self) -> RouterSpec:
+        """How experts are chosen."""
+        return RouterSpec(
+            num_experts=self.num_experts, top_k=self.experts_per_token, scoring=self.scoring,
+            renormalise=self.renormalise, gate_scale=self.gate_scale, groups=self.groups,
+            used_groups=self.used_groups, group_score=self.group_score,
+        )  # fmt: skip
+
+    @property
+    def rotated(self) -> int:
+        """Leading columns of each head that RoPE rotates."""
+        return self.head_dim if self.rope_dim is None else self.rope_dim
 
     @property
     def mixers(self) -> list[AttentionSpec]:
@@ -181,8 +246,12 @@ class ModelConfig:
         return [self.mixer(i) for i in range(self.num_layers)]
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as JSON values."""
-        return dataclasses.asdict(self)
+        """Returns the fields as JSON values; those that a model does without, and once were not there, are left out."""
+        values = dataclasses.asdict(self)
+        for field in dataclasses.fields(self):
+            if field.name in _LATER and values[field.name] == field.default:
+                del values[field.name]
+        return values
 
     @classmethod
     def from_json(cls, values: object) -> ModelConfig:
@@ -211,6 +280,10 @@ class ModelConfig:
                 value = tuple(value)
                 if not all(type(v) is int for v in value):
                     raise FormatError(f"model config: {name} must hold whole numbers")
+            elif kind.startswith("int") and value is not None and type(value) is not int:
+                raise FormatError(
+                    f"model config: {name} must be a whole number, got {quoted(value)}"
+                )
             elif kind == "bool" and type(value) is not bool:
                 raise FormatError(
                     f"model config: {name} must be true or false, got {quoted(value)}"
@@ -233,17 +306,17 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
 
     All matrices are [out, in], as in `y = W x`; RoPE is in the half-split layout of transformers.
 
-        embed [V, D]  head [V, D] (absent when tied)  norm [D]  rope [head_dim / 2]
+        embed [V, D]  head [V, D] (absent when tied)  norm [D]  rope [rotated / 2]
         layers.I.attn_norm [D]   layers.I.q [heads * head_dim, D]  .k .v [kv_heads * head_dim, D]
         layers.I.o [D, heads * head_dim]   .q_bias .k_bias .v_bias .o_bias   .q_norm .k_norm
-        layers.I.ffn_norm [D]    layers.I.router [E, D]
+        layers.I.ffn_norm [D]    layers.I.router [E, D]   .choice_bias [E]
         layers.I.shared.gate .up [S, D]  layers.I.shared.down [D, S]  layers.I.shared.sigmoid [D]
 
     A layer that is not in `moe_layers` is a dense layer: its FFN is `shared`, without sigmoid.
     """
     d = config.hidden_size
     f32, nested = TensorSpec.f32, TensorSpec.nested
-    out = {"embed": nested(config.vocab_size, d), "norm": f32(d), "rope": f32(config.head_dim // 2)}
+    out = {"embed": nested(config.vocab_size, d), "norm": f32(d), "rope": f32(config.rotated // 2)}
     if not config.tied:
         out["head"] = nested(config.vocab_size, d)
     for i in range(config.num_layers):

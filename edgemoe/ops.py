@@ -20,16 +20,20 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.config import ModelConfig
 from edgemoe.plan import Plan
-from edgemoe.specs import AttentionSpec
+from edgemoe.specs import AttentionSpec, RouterSpec
 from edgemoe.store import Request
 
-__all__ = ["Array", "AttentionWeights", "Ids", "KvLayer", "Matrix", "Ops", "OpsShape", "kv_bytes"]
+__all__ = [
+    "Array", "AttentionWeights", "Ids", "KvLayer", "Matrix", "Ops", "OpsShape", "RouteRule", "kv_bytes",
+]  # fmt: skip
 
 Array = NDArray[np.float32]
 """Activations and small weights."""
 Ids = NDArray[np.int32]
 Matrix = _core.Nested
 """A resident matrix [rows, cols] as the file has it."""
+RouteRule = _core.RouteRule
+"""How a router's logits become a choice."""
 AttentionWeights = _core.AttentionLayer
 """Biases and norms of one layer's attention, and how it computes."""
 KvLayer = _core.KvLayer
@@ -126,7 +130,7 @@ class Ops(Protocol):
     # ------------------------------------------------------------ attention
 
     def rope(self, inv_freq: Array, pos: int, scale: float, cos: Array, sin: Array) -> None:
-        """cos and sin [T, head_dim / 2] for the positions from `pos`."""
+        """cos and sin [T, rope_dim / 2] for the positions from `pos`."""
 
     def attention(
         self,
@@ -150,18 +154,21 @@ class Ops(Protocol):
 
     # ------------------------------------------------------------ experts
 
+    def route_rule(self, spec: RouterSpec) -> RouteRule:
+        """Returns what `route` and `look_ahead` need to know of a model's routers."""
+
     def route(
         self,
         x: Array,
         router: Array,
+        choice_bias: Array | None,
+        rule: RouteRule,
         *,
-        over_top_k: bool,
-        renormalise: bool,
         scores: Array,
         experts: Ids,
         gates: Array,
     ) -> None:
-        """Writes each token's experts and gates [T, K], best first, and the probabilities of all, scores [T, E].
+        """Writes each token's experts and gates [T, K], best first, and the scores of all, scores [T, E].
 
         The three are the host's.
         """
@@ -184,10 +191,10 @@ class Ops(Protocol):
         x: Array,
         norms: Sequence[Array],
         routers: Sequence[Array],
+        choice_biases: Sequence[Array | None],
+        rule: RouteRule,
         eps: float,
         *,
-        over_top_k: bool,
-        renormalise: bool,
         normed: Array,
         scores: Array,
         experts: Ids,

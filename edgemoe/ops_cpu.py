@@ -10,9 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
-from edgemoe.ops import Array, AttentionWeights, Ids, KvLayer, Matrix, OpsShape
+from edgemoe.ops import Array, AttentionWeights, Ids, KvLayer, Matrix, OpsShape, RouteRule
 from edgemoe.plan import Plan
-from edgemoe.specs import AttentionSpec
+from edgemoe.specs import AttentionSpec, RouterSpec
 from edgemoe.store import Request
 
 __all__ = ["CpuOps"]
@@ -54,7 +54,8 @@ class CpuOps:
             norm_eps=spec.norm_eps, clip=spec.clip or 0.0,
             q_bias=tensors.get("q_bias"), k_bias=tensors.get("k_bias"),
             v_bias=tensors.get("v_bias"), q_norm=tensors.get("q_norm"),
-            k_norm=tensors.get("k_norm"),
+            k_norm=tensors.get("k_norm"), rope_dim=spec.rope_dim,
+            norm_after_rope=spec.norm_after_rope,
         )  # fmt: skip
 
     def embed(self, table: Matrix, ids: Ids, scale: float, out: Array) -> None:
@@ -121,19 +122,27 @@ class CpuOps:
         """See `Ops.attention`."""
         _core.attention(self._ws, weights, q, k, v, pos, cos, sin, kv, out)
 
+    def route_rule(self, spec: RouterSpec) -> RouteRule:
+        """See `Ops.route_rule`."""
+        return _core.RouteRule(
+            num_experts=spec.num_experts, top_k=spec.top_k, scoring=spec.scoring,
+            renormalise=spec.renormalise, gate_scale=spec.gate_scale, groups=spec.groups,
+            used_groups=spec.used_groups, group_by_two=spec.group_score == "top2",
+        )  # fmt: skip
+
     def route(
         self,
         x: Array,
         router: Array,
+        choice_bias: Array | None,
+        rule: RouteRule,
         *,
-        over_top_k: bool,
-        renormalise: bool,
         scores: Array,
         experts: Ids,
         gates: Array,
     ) -> None:
         """See `Ops.route`."""
-        _core.route(self._ws, x, router, over_top_k, renormalise, scores, experts, gates)
+        _core.route(self._ws, x, router, choice_bias, rule, scores, experts, gates)
 
     def slot_scores(
         self,
@@ -151,10 +160,10 @@ class CpuOps:
         x: Array,
         norms: Sequence[Array],
         routers: Sequence[Array],
+        choice_biases: Sequence[Array | None],
+        rule: RouteRule,
         eps: float,
         *,
-        over_top_k: bool,
-        renormalise: bool,
         normed: Array,
         scores: Array,
         experts: Ids,
@@ -162,8 +171,7 @@ class CpuOps:
     ) -> None:
         """See `Ops.look_ahead`."""
         _core.look_ahead(
-            self._ws, x, norms, routers, eps, over_top_k, renormalise, normed, scores, experts,
-            gates,
+            self._ws, x, norms, routers, choice_biases, eps, rule, normed, scores, experts, gates,
         )  # fmt: skip
 
     def expert_ffn(

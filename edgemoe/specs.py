@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["AttentionSpec", "FfnSpec", "TensorSpec"]
+__all__ = ["AttentionSpec", "FfnSpec", "RouterSpec", "TensorSpec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,10 @@ class AttentionSpec:
     qk_norm: Literal["none", "head", "full"]
     norm_eps: float
     clip: float | None
+    rope_dim: int
+    """Leading columns of each head that are rotated, in halves; 0 for none."""
+    norm_after_rope: bool
+    """The norm of q and k comes after their rotation, and not before."""
 
     @property
     def q_width(self) -> int:
@@ -75,6 +79,20 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RouterSpec:
+    """How experts are chosen; the same in every layer."""
+
+    num_experts: int
+    top_k: int
+    scoring: Literal["softmax", "softmax_topk", "sigmoid"]
+    renormalise: bool
+    gate_scale: float
+    groups: int
+    used_groups: int
+    group_score: Literal["max", "top2"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FfnSpec:
     """What follows the mixer: routed experts, an FFN that every token takes, or both."""
 
@@ -84,12 +102,16 @@ class FfnSpec:
     """Of the FFN that every token takes, 0 for none."""
     shared_sigmoid: bool
     """Its output is scaled by sigmoid(w · x); only beside routed experts."""
+    choice_bias: bool
+    """The router adds one to each expert's score, for choosing alone."""
 
     def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
         """Returns its tensors outside the routed experts by their names within a layer, in file order."""
         f32, nested = TensorSpec.f32, TensorSpec.nested
         d, s = hidden_size, self.shared_width
         out = {"router": f32(self.num_experts, d)} if self.num_experts else {}
+        if self.choice_bias:
+            out["choice_bias"] = f32(self.num_experts)
         if s:
             out |= {"shared.gate": nested(s, d), "shared.up": nested(s, d)}
             out["shared.down"] = nested(d, s)

@@ -63,6 +63,44 @@ _GRANITE = {
     "residual_multiplier": 0.4,
     "logits_scaling": 3.0,
 }
+_GLM4 = {
+    "model_type": "glm4_moe",
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_hidden_layers": 3,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "head_dim": 24,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+    "attention_bias": True,
+}
+_ERNIE = {
+    "model_type": "ernie4_5_moe",
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_num_shared_experts": 2,
+    "num_hidden_layers": 3,
+    "moe_layer_start_index": 1,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "head_dim": 24,
+}
+_MINIMAX = {
+    "model_type": "minimax_m2",
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 32,
+    "head_dim": 24,
+}
+_HUNYUAN = {
+    "model_type": "hunyuan_v1_moe",
+    "num_experts": 8,
+    "moe_topk": 3,
+    "intermediate_size": 48,
+    "head_dim": 24,
+}
 _LARGE_EPS = {"rms_norm_eps": 0.3}
 """As large as the mean squares that it is added to, so that a norm with another one is seen."""
 
@@ -207,6 +245,21 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "dense_size": 72,
         **_LARGE_EPS,
     },
+    "glm4_moe": {**_GLM4, **_rope("default", partial_rotary_factor=0.5)},
+    "glm4_moe-groups-norm": {
+        **_GLM4,
+        "n_group": 4,
+        "topk_group": 2,
+        "use_qk_norm": True,
+        "norm_topk_prob": False,
+        "attention_bias": False,
+        **_rope("default", partial_rotary_factor=0.25),
+    },
+    "ernie4_5_moe": _ERNIE,
+    "ernie4_5_moe-step": {**_ERNIE, "moe_layer_interval": 2, "tie_word_embeddings": False},
+    "minimax_m2": {**_MINIMAX, **_rope("default", partial_rotary_factor=0.5)},
+    "hunyuan_v1_moe": _HUNYUAN,
+    "hunyuan_v1_moe-tied-bias": {**_HUNYUAN, "tie_word_embeddings": True, "attention_bias": True},
     "olmoe-eps": {**_OLMOE, **_LARGE_EPS},
     "qwen3_moe-eps": {**_QWEN3, **_LARGE_EPS},
 }
@@ -223,8 +276,9 @@ def _gain(name: str, config: Any) -> float:
         # Tied, a larger one would only ever predict the token that was read.
         gain = 5.0 if config.tie_word_embeddings else 8.0
         return gain / getattr(config, "embedding_multiplier", 1.0)
-    if "router" in name or name.endswith("mlp.gate.weight"):
-        return 6.0
+    if "router" in name or name.endswith((".gate.weight", ".wg.weight")):
+        # Sigmoids of larger logits are all 0 or 1, and their order is chance.
+        return 1.5 if config.model_type in ("glm4_moe", "minimax_m2") else 6.0
     if "q_proj" in name or "k_proj" in name:
         return 0.7
     if "o_proj" in name or "down_proj" in name or "output_linear" in name:
@@ -254,9 +308,12 @@ def make(
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for key, weight in model.named_parameters():
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        for key, weight in tensors:
+            if key.endswith("inv_freq"):
+                continue
             noise = torch.randn(weight.shape, generator=generator)
-            if weight.ndim == 1:
+            if weight.ndim == 1 or key.endswith("bias"):
                 weight.copy_(0.3 * noise if key.endswith("bias") else 1 + 0.2 * noise)
             else:
                 weight.copy_(noise * _gain(key, config) / math.sqrt(weight.shape[-1]))
@@ -268,22 +325,25 @@ def oracle(path: Path, ids: list[int]) -> tuple[NDArray[np.float32], dict[int, N
     """Runs a checkpoint with transformers in float32.
 
     Returns:
-        The logits [T, V], and per layer with experts those chosen, [T, K], best first.
+        The logits [T, V], and per layer with experts those chosen, [T, K], ascending.
     """
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path, attn_implementation="eager", dtype=torch.float32
     ).eval()
+    chosen: dict[int, NDArray[np.int64]] = {}
+
+    def watch(layer: int) -> Any:
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            chosen[layer] = np.sort(args[1].numpy())  # of the module that runs the chosen experts
+
+        return hook
+
+    for i, layer in enumerate(model.model.layers):
+        for name, module in layer.named_modules():
+            if name.endswith(".experts"):
+                module.register_forward_pre_hook(watch(i))
     with torch.no_grad():
-        out = model(torch.tensor([ids]), output_router_logits=True, use_cache=False)
-    sparse = [
-        i
-        for i, layer in enumerate(model.model.layers)
-        if "block_sparse_moe" in layer._modules or hasattr(layer.mlp, "experts")
-    ]
-    chosen = {
-        layer: scores.topk(model.config.num_experts_per_tok, dim=-1).indices.numpy()
-        for layer, scores in zip(sparse, out.router_logits, strict=True)
-    }
+        out = model(torch.tensor([ids]), use_cache=False)
     return out.logits[0].numpy(), chosen
 
 

@@ -54,7 +54,7 @@ def logits(
             if "shared.sigmoid" in layer:
                 out = out / (1 + np.exp(-(h @ layer["shared.sigmoid"])))[:, None]
         if i in config.moe_layers:
-            chosen[i], gates = route(config, h @ layer["router"].T)
+            chosen[i], gates = route(config, h @ layer["router"].T, layer.get("choice_bias", 0))
             for index in np.unique(chosen[i]):
                 token, place = np.nonzero(chosen[i] == index)
                 gate, up, down = (w.astype(dtype) for w in experts(i, int(index)))
@@ -65,15 +65,31 @@ def logits(
     return x @ head.T / dtype(config.logits_divisor), chosen
 
 
-def route(config: ModelConfig, scores: Array) -> tuple[NDArray[np.int64], Array]:
-    """Chooses experts for router scores [T, E]: indices and gates, [T, K], best first."""
-    order = np.argsort(-scores, axis=-1, kind="stable")[:, : config.experts_per_token]
-    if config.scoring == "softmax_topk":
-        return order, softmax(np.take_along_axis(scores, order, axis=-1))
-    gates = np.take_along_axis(softmax(scores), order, axis=-1)
-    if config.renormalise:
-        gates = gates / gates.sum(axis=-1, keepdims=True)
-    return order, gates
+def route(
+    config: ModelConfig, logits: Array, bias: Array | float = 0
+) -> tuple[NDArray[np.int64], Array]:
+    """Chooses experts for router logits [T, E]: indices and gates, [T, K], best first."""
+    K, chosen, gates = config.experts_per_token, [], []
+    for z in logits:
+        if config.scoring == "softmax_topk":
+            order = np.argsort(-z, kind="stable")[:K]
+            weights = softmax(z[order])
+        else:
+            scores = 1 / (1 + np.exp(-z)) if config.scoring == "sigmoid" else softmax(z)
+            choice = scores + bias
+            if config.groups > 1:
+                size = len(z) // config.groups
+                count = 2 if config.group_score == "top2" else 1
+                best = [np.sort(c)[-count:].sum() for c in choice.reshape(-1, size)]
+                for g in np.argsort(-np.array(best), kind="stable")[config.used_groups :]:
+                    choice[g * size : (g + 1) * size] = -np.inf
+            order = np.argsort(-choice, kind="stable")[:K]
+            weights = scores[order]
+            if config.renormalise:
+                weights = weights / weights.sum()
+        chosen.append(order)
+        gates.append(weights * config.gate_scale)
+    return np.array(chosen), np.array(gates)
 
 
 def attention(
@@ -94,10 +110,13 @@ def attention(
         q, k, v = (np.clip(a, -config.clip_qkv, config.clip_qkv) for a in (q, k, v))
     q = q.reshape(-1, heads, width)
     k, v = k.reshape(-1, kv_heads, width), v.reshape(-1, kv_heads, width)
-    if config.qk_norm == "head":
+    if config.qk_norm == "head" and not config.norm_after_rope:
         q = rms_norm(q, layer["q_norm"], config.norm_eps)
         k = rms_norm(k, layer["k_norm"], config.norm_eps)
     q, k = (rotate(a, frequencies, config.rope_scale) for a in (q, k))
+    if config.norm_after_rope:
+        q = rms_norm(q, layer["q_norm"], config.norm_eps)
+        k = rms_norm(k, layer["k_norm"], config.norm_eps)
     out = np.empty_like(q)
     for head in range(heads):
         group = head * kv_heads // heads
@@ -109,11 +128,12 @@ def attention(
 
 
 def rotate(x: Array, frequencies: Array, scale: float) -> Array:
-    """Applies RoPE to x [T, heads, head_dim]; pair i is (x[i], x[i + head_dim / 2])."""
+    """Applies RoPE to the first columns of x [T, heads, head_dim]; pair i is (x[i], x[i + half])."""
     angles = np.arange(len(x))[:, None, None] * frequencies
     cos, sin = np.cos(angles) * scale, np.sin(angles) * scale
-    a, b = np.split(x, 2, axis=-1)
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    half = len(frequencies)
+    a, b, rest = np.split(x, [half, 2 * half], axis=-1)
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
 
 
 def ffn(x: Array, gate: Array, up: Array, down: Array) -> Array:

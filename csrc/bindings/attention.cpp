@@ -1,6 +1,7 @@
 #include "mixers/attention.h"
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -48,29 +49,39 @@ void bind_attention(py::module_& m) {
       .def(py::init([](int index, int num_heads, int num_kv_heads, int head_dim, int window, float scale,
                        const py::object& q_bias, const py::object& k_bias, const py::object& v_bias,
                        const py::object& q_norm, const py::object& k_norm, bool norm_per_head, float norm_eps,
-                       float clip) {
+                       float clip, std::optional<int> rope_dim, bool norm_after_rope) {
              expect_within("AttentionLayer num_heads", num_heads, 1, kMaxHeads);
              expect_within("AttentionLayer head_dim", head_dim, 1, kMaxHeadDim);
              if (num_kv_heads < 1 || num_heads % num_kv_heads) {
                throw std::invalid_argument("AttentionLayer: expected heads that are a multiple of the kv heads");
              }
+             const int rotated = rope_dim.value_or(head_dim);
+             if (rotated < 0 || rotated > head_dim || rotated % 2) {
+               throw std::invalid_argument("AttentionLayer rope_dim: expected an even number to " +
+                                           std::to_string(head_dim) + ", got " + std::to_string(rotated));
+             }
+             if (norm_after_rope && !norm_per_head) {
+               throw std::invalid_argument("AttentionLayer: a norm after RoPE is one of each head");
+             }
              auto a = std::make_unique<AttentionLayer>();
              a->parts.layer = index;
              const py::ssize_t q = num_heads * head_dim, kv = num_kv_heads * head_dim;
-             a->parts.shape = {num_heads, num_kv_heads, head_dim, window, scale};
+             a->parts.shape = {num_heads, num_kv_heads, head_dim, window, scale, rotated};
              a->parts.q_bias = a->keep(q_bias, "q_bias", q);
              a->parts.k_bias = a->keep(k_bias, "k_bias", kv);
              a->parts.v_bias = a->keep(v_bias, "v_bias", kv);
              a->parts.q_norm = a->keep(q_norm, "q_norm", norm_per_head ? head_dim : q);
              a->parts.k_norm = a->keep(k_norm, "k_norm", norm_per_head ? head_dim : kv);
              a->parts.norm_per_head = norm_per_head;
+             a->parts.norm_after_rope = norm_after_rope;
              a->parts.norm_eps = norm_eps;
              a->parts.clip = clip;
              return a;
            }),
            py::kw_only(), py::arg("index"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
            py::arg("window"), py::arg("scale"), py::arg("q_bias"), py::arg("k_bias"), py::arg("v_bias"),
-           py::arg("q_norm"), py::arg("k_norm"), py::arg("norm_per_head"), py::arg("norm_eps"), py::arg("clip"));
+           py::arg("q_norm"), py::arg("k_norm"), py::arg("norm_per_head"), py::arg("norm_eps"), py::arg("clip"),
+           py::arg("rope_dim") = py::none(), py::arg("norm_after_rope") = false);
 
   py::class_<Kv, Held<Kv>>(m, "KvLayer",
                            "Keys and values of one layer, of type f16, f32 or q8_0; memory is taken as it is touched.")
@@ -97,7 +108,7 @@ void bind_attention(py::module_& m) {
          const Array<float>& cos, const Array<float>& sin, Kv& kv, Array<float> out) {
         AttentionParts parts = layer.parts;
         const AttentionShape& s = parts.shape;
-        const py::ssize_t T = q.shape(0), half = s.head_dim / 2;
+        const py::ssize_t T = q.shape(0), half = s.rope_dim / 2;
         expect(q, "q", {T, s.num_heads * s.head_dim});
         expect(k, "k", {T, s.num_kv_heads * s.head_dim});
         expect(v, "v", {T, s.num_kv_heads * s.head_dim});

@@ -1,3 +1,4 @@
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -9,6 +10,34 @@
 #include "matrix.h"
 
 namespace edgemoe {
+namespace {
+
+RouteRule route_rule(int num_experts, int top_k, const std::string& scoring, bool renormalise, float gate_scale,
+                     int groups, int used_groups, bool group_by_two) {
+  if (top_k < 1 || top_k > num_experts) {
+    throw std::invalid_argument("RouteRule: expected 1 to " + std::to_string(num_experts) + " experts");
+  }
+  if (groups < 1 || num_experts % groups || used_groups < 1 || used_groups > groups ||
+      int64_t(used_groups) * (num_experts / groups) < top_k) {
+    throw std::invalid_argument("RouteRule: expected groups of as many experts each, and enough of them in those used");
+  }
+  Scoring how{};
+  if (scoring == "softmax") {
+    how = Scoring::kSoftmax;
+  } else if (scoring == "softmax_topk") {
+    how = Scoring::kSoftmaxTopK;
+  } else if (scoring == "sigmoid") {
+    how = Scoring::kSigmoid;
+  } else {
+    throw std::invalid_argument("RouteRule scoring: expected softmax, softmax_topk or sigmoid, got " + scoring);
+  }
+  if (how == Scoring::kSoftmaxTopK && groups > 1) {
+    throw std::invalid_argument("RouteRule: softmax_topk is not for groups");
+  }
+  return {num_experts, top_k, how, renormalise, gate_scale, groups, used_groups, group_by_two};
+}
+
+}  // namespace
 
 void bind_ops(py::module_& m) {
   py::class_<Workspace, Held<Workspace>>(m, "Workspace", "Compute threads and scratch of one engine.")
@@ -68,26 +97,31 @@ void bind_ops(py::module_& m) {
       py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("eps"),
       py::arg("out").noconvert());
 
+  py::class_<RouteRule>(m, "RouteRule", "How a router's logits become a choice; see dense.h.")
+      .def(py::init(&route_rule), py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("scoring"),
+           py::arg("renormalise"), py::arg("gate_scale") = 1.0f, py::arg("groups") = 1, py::arg("used_groups") = 1,
+           py::arg("group_by_two") = false);
+
   m.def(
       "route",
-      [](Workspace& ws, const Array<float>& x, const Array<float>& router, bool softmax_over_top_k, bool renormalise,
-         Array<float> scores, Array<int32_t> experts, Array<float> gates) {
+      [](Workspace& ws, const Array<float>& x, const Array<float>& router, const py::object& choice_bias,
+         const RouteRule& rule, Array<float> scores, Array<int32_t> experts, Array<float> gates) {
+        const py::ssize_t E = rule.num_experts, K = rule.top_k;
         expect(x, "route x", {-1, -1});
-        expect(router, "router", {-1, x.shape(1)});
-        expect(experts, "experts", {x.shape(0), -1});
-        expect(gates, "gates", {x.shape(0), experts.shape(1)});
-        expect(scores, "scores", {x.shape(0), router.shape(0)});
-        const int T = int(x.shape(0)), cols = int(x.shape(1)), E = int(router.shape(0)), K = int(experts.shape(1));
-        if (K < 1 || K > E) throw std::invalid_argument("route: expected 1 to " + std::to_string(E) + " experts");
-        const float *a = x.data(), *w = router.data();
+        expect(router, "router", {E, x.shape(1)});
+        expect(experts, "experts", {x.shape(0), K});
+        expect(gates, "gates", {x.shape(0), K});
+        expect(scores, "scores", {x.shape(0), E});
+        const Router r{router.data(), choice_bias.is_none() ? nullptr : floats(choice_bias, "choice_bias", {E})};
+        const int T = int(x.shape(0)), cols = int(x.shape(1));
+        const float* a = x.data();
         int32_t* e = experts.mutable_data();
         float *g = gates.mutable_data(), *s = scores.mutable_data();
         py::gil_scoped_release release;
-        route(ws, a, w, T, cols, {E, K, softmax_over_top_k, renormalise}, s, e, g);
+        route(ws, a, r, T, cols, rule, s, e, g);
       },
-      py::arg("ws"), py::arg("x").noconvert(), py::arg("router").noconvert(), py::arg("softmax_over_top_k"),
-      py::arg("renormalise"), py::arg("scores").noconvert(), py::arg("experts").noconvert(),
-      py::arg("gates").noconvert());
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("router").noconvert(), py::arg("choice_bias"), py::arg("rule"),
+      py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());
 
   m.def(
       "slot_scores",
@@ -119,32 +153,35 @@ void bind_ops(py::module_& m) {
   m.def(
       "look_ahead",
       [](Workspace& ws, const Array<float>& x, const std::vector<Array<float>>& norms,
-         const std::vector<Array<float>>& routers, float eps, bool softmax_over_top_k, bool renormalise,
-         Array<float> normed, Array<float> scores, Array<int32_t> experts, Array<float> gates) {
+         const std::vector<Array<float>>& routers, const std::vector<py::object>& choice_biases, float eps,
+         const RouteRule& rule, Array<float> normed, Array<float> scores, Array<int32_t> experts, Array<float> gates) {
+        const py::ssize_t p = py::ssize_t(routers.size()), E = rule.num_experts, K = rule.top_k;
         expect(x, "look_ahead x", {-1, -1});
-        expect(scores, "scores", {py::ssize_t(routers.size()), x.shape(0), -1});
-        expect(experts, "experts", {scores.shape(0), x.shape(0), -1});
-        const py::ssize_t p = scores.shape(0), T = x.shape(0), cols = x.shape(1), E = scores.shape(2),
-                          K = experts.shape(2);
-        if (py::ssize_t(norms.size()) != p) throw std::invalid_argument("look_ahead: expected a norm per router");
+        const py::ssize_t T = x.shape(0), cols = x.shape(1);
+        expect(scores, "scores", {p, T, E});
+        expect(experts, "experts", {p, T, K});
+        expect(gates, "gates", {p, T, K});
         expect(normed, "normed", {p, T, cols});
         expect_within("look_ahead scores", scores.size(), 0, INT32_MAX);
-        expect(gates, "gates", {p, T, K});
-        if (K < 1 || K > E) throw std::invalid_argument("look_ahead: expected 1 to " + std::to_string(E) + " experts");
+        if (py::ssize_t(norms.size()) != p || py::ssize_t(choice_biases.size()) != p) {
+          throw std::invalid_argument("look_ahead: expected a norm and a bias or None per router");
+        }
         std::vector<NextRouter> next;
-        for (py::ssize_t i = 0; i < p; ++i) {
-          expect(norms[size_t(i)], "norm", {cols});
-          expect(routers[size_t(i)], "router", {E, cols});
-          next.push_back({norms[size_t(i)].data(), routers[size_t(i)].data()});
+        for (size_t i = 0; i < routers.size(); ++i) {
+          expect(norms[i], "norm", {cols});
+          expect(routers[i], "router", {E, cols});
+          const py::object& bias = choice_biases[i];
+          next.push_back(
+              {norms[i].data(), {routers[i].data(), bias.is_none() ? nullptr : floats(bias, "choice_bias", {E})}});
         }
         const float* a = x.data();
         int32_t* e = experts.mutable_data();
         float *g = gates.mutable_data(), *s = scores.mutable_data(), *n = normed.mutable_data();
         py::gil_scoped_release release;
-        look_ahead(ws, a, next, int(T), int(cols), eps, {int(E), int(K), softmax_over_top_k, renormalise}, n, s, e, g);
+        look_ahead(ws, a, next, int(T), int(cols), eps, rule, n, s, e, g);
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("norms").noconvert(), py::arg("routers").noconvert(),
-      py::arg("eps"), py::arg("softmax_over_top_k"), py::arg("renormalise"), py::arg("normed").noconvert(),
+      py::arg("choice_biases"), py::arg("eps"), py::arg("rule"), py::arg("normed").noconvert(),
       py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());
 
   m.def(

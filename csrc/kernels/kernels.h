@@ -149,6 +149,7 @@ struct AttentionShape {
   int head_dim;
   int window;  ///< last positions seen; 0 for all
   float scale;
+  int rope_dim;  ///< leading columns of a head that are rotated; 0 for none
 };
 
 /// One head of a gated delta rule over some tokens; strides are floats from one token to the next.
@@ -274,6 +275,9 @@ struct Kernels {
   /// channels], is what came before, and becomes what comes before the next. out may be x.
   void (*short_conv)(const ConvShape& shape, const float* x, const float* weight, const float* bias, float* tail, int T,
                      int begin, int end, float* out);
+
+  /// x[i] = sigmoid(x[i]), in place.
+  void (*sigmoid)(float* x, int n);
 
   /// out[i] = sigmoid(gate[i]) * x[i].
   void (*sigmoid_mul)(const float* gate, const float* x, int n, float* out);

@@ -117,12 +117,24 @@ void short_conv(const ConvShape& s, const float* x, const float* weight, const f
 }
 
 template <class V>
+inline typename V::F sigmoid_16(typename V::F x) {
+  const auto one = V::set(1.0f);
+  return V::div(one, V::add(one, exp<V>(V::sub(V::zero(), x))));
+}
+
+template <class V>
+void sigmoid(float* x, int n) {
+  for (int i = 0; i < n; i += 16) {
+    const int here = n - i < 16 ? n - i : 16;
+    store_part<V>(x + i, sigmoid_16<V>(load_part<V>(x + i, here, 0.0f)), here);
+  }
+}
+
+template <class V>
 void sigmoid_mul(const float* gate, const float* x, int n, float* out) {
   for (int i = 0; i < n; i += 16) {
     const int here = n - i < 16 ? n - i : 16;
-    const auto g = load_part<V>(gate + i, here, 0.0f);
-    const auto one = V::set(1.0f);
-    const auto s = V::div(one, V::add(one, exp<V>(V::sub(V::zero(), g))));
+    const auto s = sigmoid_16<V>(load_part<V>(gate + i, here, 0.0f));
     store_part<V>(out + i, V::mul(load_part<V>(x + i, here, 0.0f), s), here);
   }
 }

@@ -142,7 +142,8 @@ size_t attention_floats(int num_threads, const WorkspaceShape& shape) {
 void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, const AttentionParts& p, const KvLayer& kv,
                float* out) {
   const Kernels& kn = kernels();
-  const int hd = p.shape.head_dim, half = hd / 2, heads = p.shape.num_heads, kv_heads = p.shape.num_kv_heads;
+  const int hd = p.shape.head_dim, half = p.shape.rope_dim / 2, heads = p.shape.num_heads,
+            kv_heads = p.shape.num_kv_heads;
   if (pos < 0 || T < 1 || pos > kv.capacity - T || kv.capacity > ws.shape().max_context) {
     throw std::invalid_argument("attention: positions [" + std::to_string(pos) + ", " +
                                 std::to_string(int64_t(pos) + T) + ") are outside the context of " +
@@ -162,15 +163,19 @@ void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, cons
   const auto prepare = [&](float* x, int num_heads, const float* bias, const float* norm, int t, bool rotate) {
     const int width = num_heads * hd;
     for (int i = 0; bias && i < width; ++i) x[i] += bias[i];
-    if (norm && p.norm_per_head) {
+    const auto norm_heads = [&] {
       for (int h = 0; h < num_heads; ++h) kn.rms_norm(x + h * hd, norm, p.norm_eps, hd, x + h * hd);
-    } else if (norm) {
+    };
+    if (norm && !p.norm_per_head) {
       kn.rms_norm(x, norm, p.norm_eps, width, x);
+    } else if (norm && !p.norm_after_rope) {
+      norm_heads();
     }
     for (int i = 0; p.clip > 0 && i < width; ++i) x[i] = std::min(std::max(x[i], -p.clip), p.clip);
     for (int h = 0; rotate && h < num_heads; ++h) {
-      kn.rope(x + h * hd, p.cos + size_t(t) * half, p.sin + size_t(t) * half, hd);
+      kn.rope(x + h * hd, p.cos + size_t(t) * half, p.sin + size_t(t) * half, p.shape.rope_dim);
     }
+    if (norm && p.norm_after_rope) norm_heads();
   };
   std::atomic<int> misfits{T};  // the first row that cannot be stored
   ws.pool.run(T, 4, [&](int begin, int end) {

@@ -17,9 +17,10 @@ struct AttentionParts {
   const float *q_bias, *k_bias, *v_bias;
   const float *q_norm, *k_norm;
   bool norm_per_head;
+  bool norm_after_rope;  ///< and not before; only per head
   float norm_eps;
   float clip;        ///< clamps q, k and v to ±clip after the norm; 0 for none
-  const float* cos;  ///< [T, head_dim / 2]
+  const float* cos;  ///< [T, rope_dim / 2]
   const float* sin;
 };
 

@@ -48,6 +48,7 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, window: int = 0) ->
 
 
 def rotated(x: Array, cos: Array, sin: Array) -> Array:
-    """Applies RoPE to the last axis; pair i is (x[i], x[i + half])."""
-    first, second = np.split(x, 2, axis=-1)
-    return np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    """Applies RoPE to the first columns of the last axis; cos and sin [S, half], pair i is (x[i], x[i + half])."""
+    half = cos.shape[-1]
+    first, second, rest = np.split(x, [half, 2 * half], axis=-1)
+    return np.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ class Rope:
     """What rotates q and k: position p turns pair i by p * frequencies[i]."""
 
     frequencies: NDArray[np.float32]
-    """[head_dim / 2]"""
+    """[rotated / 2]"""
     scale: float
     """Multiplies cos and sin."""
     context_length: int
@@ -69,14 +69,22 @@ class _Request:
         return max(self.max_positions, int(reach))
 
 
-def rope(settings: Settings, *, head_dim: int, default_theta: float) -> Rope:
+def rope(
+    settings: Settings, *, head_dim: int, default_theta: float, rotated: int | None = None
+) -> Rope:
     """Computes the frequencies that config.json asks for.
+
+    Args:
+        head_dim: of queries and keys.
+        default_theta: the base where config.json names none.
+        rotated: leading columns of them that are rotated, as the family says; None for all.
 
     Reads `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (before).
 
     Raises:
         FormatError: the scaling is unknown, or a parameter is missing or out of range.
     """
+    rotated = head_dim if rotated is None else rotated
     # In transformers too, the older key wins where a file has both.
     parameters = (
         settings.section("rope_scaling") or settings.section("rope_parameters") or Settings({})
@@ -90,8 +98,12 @@ def rope(settings: Settings, *, head_dim: int, default_theta: float) -> Rope:
             "rope_type", f"{quoted(kind)} is not supported; supported: {', '.join(_SCALINGS)}"
         )
     for source in (parameters, settings):
-        if source.number("partial_rotary_factor", 1.0) != 1.0:
-            raise source.error("partial_rotary_factor", "must be 1: partial RoPE is not supported")
+        factor = source.number("partial_rotary_factor", rotated / head_dim)
+        if int(head_dim * factor) != rotated:
+            raise source.error(
+                "partial_rotary_factor",
+                f"expected {rotated / head_dim:g} for this family, got {factor:g}",
+            )
     theta = parameters.number("rope_theta", settings.number("rope_theta", default_theta))
     if theta <= 1:
         raise parameters.error("rope_theta", f"must be above 1, got {theta}")
@@ -101,7 +113,7 @@ def rope(settings: Settings, *, head_dim: int, default_theta: float) -> Rope:
         parameters.integer("original_max_position_embeddings", max_positions, at_least=2),
         at_least=2,
     )
-    request = _Request(parameters, head_dim, theta, max_positions, original_length)
+    request = _Request(parameters, rotated, theta, max_positions, original_length)
     with np.errstate(over="ignore", invalid="ignore"):
         frequencies, scale = _SCALINGS[kind](request)
         rounded = frequencies.astype(np.float32)
@@ -110,7 +122,7 @@ def rope(settings: Settings, *, head_dim: int, default_theta: float) -> Rope:
     if kind in ("linear", "yarn", "llama3", "longrope"):
         return Rope(rounded, scale, request.context_length())
     note = ""
-    if kind == "dynamic":
+    if kind == "dynamic" and parameters.get("alpha") is None:
         note = (
             f"dynamic RoPE scaling: contexts of up to {max_positions} tokens, where it changes nothing; "
             "beyond these every length has frequencies of its own, which is not supported"
@@ -122,6 +134,14 @@ def _default(request: _Request) -> tuple[Array, float]:
     # "dynamic" too: it changes the base only past max_position_embeddings, where the context ends. And "mrope": the
     # three positions that it gives each token are one and the same in text.
     return request.plain(), 1.0
+
+
+def _dynamic(request: _Request) -> tuple[Array, float]:
+    """Hunyuan's form with `alpha` raises the base once, for all lengths (NTK); without it, see `_default`."""
+    if request.parameters.get("alpha") is None:
+        return request.plain(), 1.0
+    dim, alpha = request.head_dim, request.parameters.positive("alpha")
+    return replace(request, theta=request.theta * alpha ** (dim / (dim - 2))).plain(), 1.0
 
 
 def _linear(request: _Request) -> tuple[Array, float]:
@@ -190,7 +210,7 @@ def _llama3(request: _Request) -> tuple[Array, float]:
 _SCALINGS: dict[str, Callable[[_Request], tuple[Array, float]]] = {
     "default": _default,
     "linear": _linear,
-    "dynamic": _default,
+    "dynamic": _dynamic,
     "mrope": _default,
     "yarn": _yarn,
     "longrope": _longrope,

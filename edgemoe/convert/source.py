@@ -43,14 +43,17 @@ class SourceModel:
             family = _family(checkpoint)
             settings = Settings(checkpoint.config)
             config = family.config(settings)
-            angles = rope(settings, head_dim=config.head_dim, default_theta=family.default_theta)
+            angles = rope(
+                settings, head_dim=config.head_dim, rotated=config.rotated,
+                default_theta=family.default_theta,
+            )  # fmt: skip
             self.config = dataclasses.replace(
                 config, context_length=angles.context_length, rope_scale=angles.scale,
                 eos_ids=eos_ids(checkpoint, config.vocab_size),
             )  # fmt: skip
-            self.notes = (angles.note,) if angles.note else ()
             self._frequencies = angles.frequencies
-            self._sources = self._checked_sources(family)
+            self._sources, left_out = self._checked_sources(family)
+            self.notes = tuple(note for note in (angles.note, *left_out) if note)
         except FormatError as error:
             raise FormatError(f"{checkpoint.name}: {error}") from error
 
@@ -81,9 +84,18 @@ class SourceModel:
         if source.half is not None:
             rows = len(values) // 2
             values = values[source.half * rows : (source.half + 1) * rows]
+        if source.interleaved:
+            values = self._in_halves(values)
         return np.ascontiguousarray(values)
 
-    def _checked_sources(self, family: Family) -> dict[str, Source]:
+    def _in_halves(self, values: Array) -> Array:
+        """Orders the rows of q or k [heads * head_dim, D] as `dense_tensors` says: scores stay the same."""
+        heads = values.reshape(-1, self.config.head_dim, *values.shape[1:])
+        n = self.config.rotated
+        out = np.concatenate([heads[:, 0:n:2], heads[:, 1:n:2], heads[:, n:]], axis=1)
+        return np.asarray(out.reshape(values.shape))
+
+    def _checked_sources(self, family: Family) -> tuple[dict[str, Source], list[str]]:
         config, stored = self.config, self._checkpoint.shapes
         if config.num_layers + len(config.moe_layers) * config.num_experts > len(stored):
             raise FormatError(
@@ -97,21 +109,29 @@ class SourceModel:
         missing = []
         for name, source in sources.items():
             shape = shapes.get(name) or expert[name.rsplit(".", 1)[1]]
-            if name.endswith("shared.sigmoid"):
-                shape = (1, *shape)  # Stored as a matrix with one output.
             if source.half is not None:
                 shape = (2 * shape[0], *shape[1:])
             if source.name not in stored:
                 missing.append(source.name)
-            elif stored[source.name] != shape:
+            elif stored[source.name] != shape and stored[source.name] != (
+                1,
+                *shape,
+            ):  # a matrix of one row
                 raise FormatError(
                     f"{source.name}: expected shape {list(shape)}, got {list(stored[source.name])}"
                 )
         if missing:
             raise FormatError(f"missing {listed(missing)}")
         used = {source.name for source in sources.values()}
-        refuse_unused(self._checkpoint, used, family=config.family, tied=config.tied)
-        return sources
+        without = {name: what for name in stored if (what := family.left_out(config, name))}
+        refuse_unused(
+            self._checkpoint, used | without.keys(), family=config.family, tied=config.tied
+        )
+        notes = [
+            f"left out: {what} ({list(without.values()).count(what)} tensors)"
+            for what in dict.fromkeys(without.values())
+        ]
+        return sources, notes
 
 
 def _family(checkpoint: Checkpoint) -> Family:

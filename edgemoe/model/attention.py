@@ -29,7 +29,7 @@ class Attention:
             spec.kv_width,
             spec.kv_width,
             spec.q_width,
-            *[spec.head_dim // 2] * 2,
+            *[spec.rope_dim // 2] * 2,
         )
         self.rows = Rows(*(ops.empty(max_tokens, width) for width in widths))
         """Queries, keys, values, what comes out of the heads; cos and sin."""
@@ -37,7 +37,7 @@ class Attention:
     @staticmethod
     def scratch_width(spec: AttentionSpec) -> int:
         """See `Mixer.scratch_width`."""
-        return 2 * (spec.q_width + spec.kv_width + spec.head_dim // 2)
+        return 2 * (spec.q_width + spec.kv_width + spec.rope_dim // 2)
 
     @staticmethod
     def state_bytes(spec: AttentionSpec, context: int, types: KvTypes) -> int:

@@ -38,7 +38,8 @@ class Routers:
         self._config, self._ops, self._experts = config, ops, experts
         self._norms = [cast(Array, layer["ffn_norm"]) for layer in layers]
         self._routers = [cast(Array, layer["router"]) for layer in layers]
-        self._rule = (config.scoring == "softmax_topk", config.renormalise)
+        self._biases = [cast("Array | None", layer.get("choice_bias")) for layer in layers]
+        self._rule = ops.route_rule(config.router)
         self._chosen = Rows(
             ops.host(max_tokens, E, dtype="float32"),
             ops.host(max_tokens, K, dtype="int32"),
@@ -74,9 +75,8 @@ class Routers:
         """
         ops = self._ops
         scores, experts, gates = self._chosen.first(len(normed))
-        over_top_k, renormalise = self._rule
         ops.route(
-            normed, self._routers[index], over_top_k=over_top_k, renormalise=renormalise,
+            normed, self._routers[index], self._biases[index], self._rule,
             scores=scores, experts=experts, gates=gates,
         )  # fmt: skip
         routing = Routing(index, experts, gates, None, None, scores, None, len(batch.slices))
@@ -102,9 +102,9 @@ class Routers:
             )  # fmt: skip
             self._ahead_rows = T
         normed, scores, experts, gates = (array[:p] for array in self._ahead)
+        layers = slice(first, first + p)
         ops.look_ahead(
-            x, self._norms[first : first + p], self._routers[first : first + p], config.norm_eps,
-            over_top_k=self._rule[0], renormalise=self._rule[1],
-            normed=normed, scores=scores, experts=experts, gates=gates,
+            x, self._norms[layers], self._routers[layers], self._biases[layers], self._rule,
+            config.norm_eps, normed=normed, scores=scores, experts=experts, gates=gates,
         )  # fmt: skip
         routing.ahead_experts, routing.ahead_gates = experts, gates

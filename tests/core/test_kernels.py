@@ -110,9 +110,17 @@ def every_op(seed=3):
     experts, gates = np.empty((T, 3), np.int32), np.empty((T, 3), np.float32)
     scores = np.empty((T, 21), np.float32)
     router = rng.standard_normal((21, D)).astype(np.float32)
-    for over_top_k, renormalise in [(False, False), (False, True), (True, False)]:
-        _core.route(ws, x, router, over_top_k, renormalise, scores, experts, gates)
-        out += [experts.copy(), gates.copy()]
+    bias = rng.standard_normal(21).astype(np.float32)
+    for scoring, renormalise, of, groups in [
+        ("softmax", False, None, 1), ("softmax", True, bias, 1), ("softmax_topk", False, None, 1),
+        ("sigmoid", True, None, 7), ("sigmoid", False, bias, 3),
+    ]:  # fmt: skip
+        rule = _core.RouteRule(
+            num_experts=21, top_k=3, scoring=scoring, renormalise=renormalise, gate_scale=1.7,
+            groups=groups, used_groups=min(groups, 2), group_by_two=groups == 3,
+        )  # fmt: skip
+        _core.route(ws, x, router, of, rule, scores, experts, gates)
+        out += [experts.copy(), gates.copy(), scores.copy()]
     layer = _core.AttentionLayer(
         index=0, num_heads=heads, num_kv_heads=kv_heads, head_dim=hd, window=0, scale=hd**-0.5,
         q_bias=None, k_bias=None, v_bias=rng.standard_normal(kv_heads * hd).astype(np.float32),

@@ -36,7 +36,7 @@ def assert_same_function(path: Path) -> None:
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
     assert chosen.keys() == expected_chosen.keys()
     for layer in chosen:
-        np.testing.assert_array_equal(chosen[layer], expected_chosen[layer])
+        np.testing.assert_array_equal(np.sort(chosen[layer]), expected_chosen[layer])
 
 
 @pytest.mark.parametrize("name", families.SETTINGS)
@@ -141,7 +141,11 @@ def test_eos_comes_from_generation_config_first(edited, checkpoints: dict[str, P
     [
         ("mixtral", {"model_type": "deepseek_v3"}, "model_type 'deepseek_v3' is not supported"),
         ("mixtral", {"model_type": ...}, "model_type None is not supported"),
-        ("mixtral", {"model_type": ["mixtral"]}, "is not supported; supported: granitemoe"),
+        (
+            "mixtral",
+            {"model_type": ["mixtral"]},
+            "is not supported; supported: ernie4_5_moe, glm4_moe, granitemoe",
+        ),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
         ("mixtral", {"quantization_config": {"bits": 4}}, "quantization_config: the weights must"),
         ("mixtral", {"hidden_size": ...}, "hidden_size: is missing"),
@@ -250,3 +254,30 @@ def test_refuses_weights_that_are_not_finite(
     model.expert(1, 2)
     with pytest.raises(FormatError, match=f"{name}: holds NaN or infinity"):
         model.expert(1, 3)
+
+
+def test_layers_that_predict_several_tokens_are_left_out_in_words(tmp_path: Path) -> None:
+    path = families.make("glm4_moe", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    more = {
+        name.replace("layers.2.", "layers.3."): t.clone()
+        for name, t in tensors.items()
+        if ".layers.2." in name
+    }
+    save_file({**tensors, **more}, path / "model.safetensors", {"format": "pt"})
+    model = open_model(path)
+    assert model.notes == (f"left out: layers that predict several tokens ({len(more)} tensors)",)
+    assert_same_function(path)
+
+
+def test_experts_are_chosen_with_the_bias_and_weighed_without_it(tmp_path: Path) -> None:
+    """The trap of sigmoid routers: a bias that is large enough to decide alone leaves the gates as they are."""
+    path = families.make("glm4_moe", tmp_path)
+    tensors = load_file(path / "model.safetensors")
+    for name, t in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            t[:] = torch.tensor([9.0, 0, 9, 0, 0, 9, 0, 0])
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    assert_same_function(path)
+    _, chosen = families.oracle(path, families.random_ids(8))
+    assert all((rows == [0, 2, 5]).all() for rows in chosen.values())

@@ -172,7 +172,10 @@ def test_original_length_beside_the_parameters_wins() -> None:
         ({"rope_type": "linear", "factor": 0}, "factor: must be positive"),
         ({"rope_type": "linear", "factor": "2"}, "factor: expected a finite number"),
         ({"rope_theta": 0.5}, "rope_theta: must be above 1"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: must be 1"),
+        (
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor: expected 1 for this family, got 0.5",
+        ),
         ({"full_attention": {"rope_theta": 1e4}}, "differs by layer"),
         ({**_LONG, "long_factor": [1.0]}, "long_factor: expected 16 numbers, got 1"),
         (

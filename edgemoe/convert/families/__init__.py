@@ -4,14 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from edgemoe.convert.families import granitemoe, mixtral, olmoe, qwen2_moe, qwen3_moe
+from edgemoe.convert.families import (
+    ernie4_5_moe,
+    glm4_moe,
+    granitemoe,
+    hunyuan_v1_moe,
+    minimax_m2,
+    mixtral,
+    olmoe,
+    qwen2_moe,
+    qwen3_moe,
+)
 from edgemoe.convert.families.family import Family
 
 __all__ = ["FAMILIES"]
 
 FAMILIES: Mapping[str, Family] = {
+    "ernie4_5_moe": ernie4_5_moe.FAMILY,
+    "glm4_moe": glm4_moe.FAMILY,
     "granitemoe": granitemoe.FAMILY,
     "granitemoeshared": granitemoe.FAMILY,
+    "hunyuan_v1_moe": hunyuan_v1_moe.FAMILY,
+    "minimax_m2": minimax_m2.FAMILY,
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,

@@ -6,8 +6,9 @@ read changes nothing here either, and what it does read is honoured or refused.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
@@ -19,8 +20,11 @@ __all__ = [
     "NAMED_EXPERTS",
     "Family",
     "Source",
+    "choosing",
     "decoder_config",
+    "further_layers",
     "num_layers",
+    "rotated",
     "sparse_layers",
     "window",
 ]
@@ -36,6 +40,8 @@ class Source:
     name: str
     half: int | None = None
     """0 or 1: the first or second half of the rows, where gate and up are stored as one."""
+    interleaved: bool = False
+    """RoPE turns neighbouring rows of each head; ours are half of what is rotated apart."""
 
 
 NAMED_EXPERTS: Mapping[str, Source] = {
@@ -87,6 +93,10 @@ class Family:
     """Ways in which router, gate, up and down of a layer may be stored."""
     shared: Mapping[str, Source] = field(default_factory=dict)
     """The `shared.*` tensors of a layer with routed experts."""
+    layer: Mapping[str, Source] = field(default_factory=dict)
+    """Where other tensors of a layer are, if not under their usual names."""
+    left_out: Callable[[ModelConfig, str], str] = lambda config, name: ""
+    """Says what a tensor that is not used belongs to, such as "layers that predict several tokens"; "" for nothing."""
 
     def sources(
         self, config: ModelConfig, stored: Mapping[str, tuple[int, ...]]
@@ -118,17 +128,17 @@ class Family:
         self, layer: int, is_moe: bool, stored: Mapping[str, tuple[int, ...]]
     ) -> Mapping[str, Source]:
         if not is_moe:
-            return {**_LAYER, **_DENSE_FFN}
+            return {**_LAYER, **_DENSE_FFN, **self.layer}
         for experts in self.experts:
             if _within(layer, experts["gate"], 0).name in stored:
                 break
         else:
             experts = self.experts[0]  # So that what is missing is reported by its usual name.
-        return {**_LAYER, **self.shared, **experts}
+        return {**_LAYER, **self.layer, **self.shared, **experts}
 
 
 def _within(layer: int, source: Source, expert: int | None = None) -> Source:
-    return Source(f"model.layers.{layer}.{source.name.format(expert=expert)}", source.half)
+    return replace(source, name=f"model.layers.{layer}.{source.name.format(expert=expert)}")
 
 
 def decoder_config(settings: Settings, *, family: str, **switches: Any) -> ModelConfig:
@@ -151,10 +161,6 @@ def decoder_config(settings: Settings, *, family: str, **switches: Any) -> Model
     hidden_size = settings.integer("hidden_size")
     num_heads = settings.integer("num_attention_heads")
     head_dim = settings.integer("head_dim", hidden_size // num_heads)
-    # Qwen3-MoE says num_local_experts on disk since transformers 5, and num_experts before.
-    experts_key = (
-        "num_experts" if settings.get("num_local_experts") is None else "num_local_experts"
-    )
     fields: dict[str, Any] = {
         "family": family,
         "vocab_size": settings.integer("vocab_size"),
@@ -166,11 +172,39 @@ def decoder_config(settings: Settings, *, family: str, **switches: Any) -> Model
         "context_length": settings.integer("max_position_embeddings"),
         "norm_eps": settings.number("rms_norm_eps"),
         "tied": settings.flag("tie_word_embeddings", False),
-        "num_experts": settings.integer(experts_key),
-        "experts_per_token": settings.integer("num_experts_per_tok"),
         "attention_scale": head_dim**-0.5,
     }
+    if "num_experts" not in switches:
+        # Qwen3-MoE says num_local_experts on disk since transformers 5, and num_experts before.
+        local = "num_experts" if settings.get("num_local_experts") is None else "num_local_experts"
+        fields["num_experts"] = settings.integer(local)
+    if "experts_per_token" not in switches:
+        fields["experts_per_token"] = settings.integer("num_experts_per_tok")
     return ModelConfig(**{**fields, **switches})
+
+
+def rotated(settings: Settings, head_dim: int) -> int:
+    """Returns how many leading columns of a head RoPE rotates: the share that config.json names."""
+    of_rope = (
+        settings.section("rope_parameters") or settings.section("rope_scaling") or Settings({})
+    )
+    factor = of_rope.positive(
+        "partial_rotary_factor", settings.positive("partial_rotary_factor", 1.0)
+    )
+    return int(head_dim * factor)
+
+
+def choosing(experts: Mapping[str, Source], bias: str) -> Mapping[str, Source]:
+    """Returns names of experts with that of the bias by which they are chosen."""
+    return {**experts, "choice_bias": Source(bias)}
+
+
+def further_layers(config: ModelConfig, name: str) -> str:
+    """Says that a tensor is of a layer behind the last one, which predicts further tokens; see `Family.left_out`."""
+    match = re.match(r"model\.layers\.(\d+)\.", name)
+    return (
+        "layers that predict several tokens" if match and int(match[1]) >= config.num_layers else ""
+    )
 
 
 def num_layers(settings: Settings) -> int:

@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from edgemoe.errors import FormatError
 from edgemoe.file.floats import dense_floats, expert_floats
 from edgemoe.file.format import MoeFile
+from edgemoe.specs import RouterSpec
 
 __all__ = ["Routed", "Step", "keep_within", "model_bytes", "use_threads"]
 
@@ -85,9 +87,21 @@ class Routed:
         rate: of Adam.
 
         Raises:
-            FormatError: a checksum does not match.
+            FormatError: a checksum does not match, or the model has what this decoder does not know.
         """
         self.config = c = moe.config
+        simple = RouterSpec(
+            num_experts=c.num_experts, top_k=c.experts_per_token, scoring=c.scoring,
+            renormalise=c.renormalise, gate_scale=1.0, groups=1, used_groups=1, group_score="max",
+        )  # fmt: skip
+        if (
+            c.router != simple
+            or c.scoring == "sigmoid"
+            or c.choice_bias
+            or c.norm_after_rope
+            or c.rope_dim
+        ):
+            raise FormatError(f"bit routers cannot be trained for models of family {c.family} yet")
         self.bits = torch.tensor(levels, dtype=torch.float32)
         self._levels = tuple(levels)
         self._dense = {name: torch.from_numpy(w) for name, w in dense_floats(moe).items()}

@@ -18,6 +18,7 @@ from edgemoe.convert.numpy_ops import attention, rms_norm, rotated, silu
 from edgemoe.convert.source import SourceModel
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter, log_softmax
 from edgemoe.lab.quality.quality import Sample
+from edgemoe.specs import RouterSpec
 
 __all__ = ["final_states", "record_predictions", "recorded_checkpoint"]
 
@@ -114,7 +115,7 @@ def final_states(
         if config.shared_width(i):
             _add_shared(tokens, normed, layer, residual)
         if i in config.moe_layers:
-            _add_routed(tokens, normed, model, i, layer["router"], residual)
+            _add_routed(tokens, normed, model, i, layer, residual)
         layer_done()
     weight = model.tensor("norm")
     for window in x:
@@ -132,9 +133,11 @@ def _add_shared(tokens: Array, normed: Array, layer: Layer, residual: np.float32
 
 
 def _add_routed(
-    tokens: Array, normed: Array, model: SourceModel, i: int, router: Array, residual: np.float32
+    tokens: Array, normed: Array, model: SourceModel, i: int, layer: Layer, residual: np.float32
 ) -> None:
-    chosen, gates = _route(model.config, normed @ router.T)
+    chosen, gates = _route(
+        model.config.router, normed @ layer["router"].T, layer.get("choice_bias", np.float32(0))
+    )
     for index in np.unique(chosen):
         users, places = np.nonzero(chosen == index)
         matrices = model.expert(i, int(index))
@@ -144,15 +147,25 @@ def _add_routed(
             tokens[user] += residual * gates[user, places[rows], None] * out
 
 
-def _route(config: ModelConfig, logits: Array) -> tuple[NDArray[np.intp], Array]:
+def _route(
+    spec: RouterSpec, logits: Array, bias: Array | np.float32
+) -> tuple[NDArray[np.intp], Array]:
     """Returns each token's experts and gates, [T, K], best first, for router logits [T, E]."""
-    chosen = np.argsort(-logits, axis=1, kind="stable")[:, : config.experts_per_token]
-    if config.scoring == "softmax_topk":
-        return chosen, _softmax(np.take_along_axis(logits, chosen, 1))
-    gates = np.take_along_axis(_softmax(logits), chosen, 1)
-    if config.renormalise:
-        gates /= gates.sum(axis=1, keepdims=True)
-    return chosen, gates
+    scores = _sigmoid(logits) if spec.scoring == "sigmoid" else _softmax(logits)
+    choice = scores + bias
+    if spec.groups > 1:
+        groups = choice.reshape(len(choice), spec.groups, -1)
+        best = np.sort(groups, axis=2)[:, :, -2 if spec.group_score == "top2" else -1 :].sum(2)
+        rest = np.argsort(-best, axis=1, kind="stable")[:, spec.used_groups :]
+        np.put_along_axis(groups, rest[:, :, None], -np.inf, 1)
+    chosen = np.argsort(-choice, axis=1, kind="stable")[:, : spec.top_k]
+    if spec.scoring == "softmax_topk":
+        gates = _softmax(np.take_along_axis(logits, chosen, 1))
+    else:
+        gates = np.take_along_axis(scores, chosen, 1)
+        if spec.renormalise:
+            gates = gates / gates.sum(axis=1, keepdims=True)
+    return chosen, gates * np.float32(spec.gate_scale)
 
 
 def _attention(
@@ -170,17 +183,24 @@ def _attention(
         k.reshape(T, kv_heads, width),
         v.reshape(T, kv_heads, width),
     )
-    if config.qk_norm == "head":
-        q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_eps) for a, n in ((q, "q"), (k, "k")))
+
+    def normed(*both: Array) -> list[Array]:
+        weights = (layer["q_norm"], layer["k_norm"])
+        return [rms_norm(a, w, config.norm_eps) for a, w in zip(both, weights, strict=True)]
+
+    if config.qk_norm == "head" and not config.norm_after_rope:
+        q, k = normed(q, k)
     q, k, v = (a.transpose(1, 0, 2)[None] for a in (q, k, v))
     q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+    if config.norm_after_rope:
+        q, k = normed(q, k)
     out = attention(q, k, v, scale=config.attention_scale, window=window)
     added: Array = out @ layer["o"].T + layer.get("o_bias", np.float32(0))
     return added
 
 
 def _angles(config: ModelConfig, frequencies: Array, count: int) -> tuple[Array, Array]:
-    """Returns cos and sin of positions [0, count), [count, head_dim / 2]."""
+    """Returns cos and sin of positions [0, count), [count, rotated / 2]."""
     angles = (np.arange(count, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
     cos, sin = np.cos(angles) * config.rope_scale, np.sin(angles) * config.rope_scale
     return cos.astype(np.float32), sin.astype(np.float32)
