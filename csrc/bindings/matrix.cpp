@@ -46,8 +46,7 @@ py::array_t<float> read_floats(const std::shared_ptr<File>& file, uint64_t offse
 
 void bind_matrix(py::module_& m) {
   py::class_<File, std::shared_ptr<File>>(m, "File", "A file opened for positioned, direct reads.")
-      .def(py::init<std::string>(), py::arg("path"))
-      .def_property_readonly("path", &File::path)
+      .def(py::init<std::string>(), py::arg("path"))  // bytes where it is no UTF-8
       .def_property_readonly("size", &File::size)
       .def_property_readonly("is_direct", &File::is_direct)
       .def("fileno", &File::fileno);

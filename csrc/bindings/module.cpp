@@ -21,7 +21,8 @@ PYBIND11_MODULE(_core, m) {
   py::register_exception_translator([](std::exception_ptr p) {
     const auto raise = [](const char* type, const char* what) {
       py::object e = py::module_::import("edgemoe.errors").attr(type);
-      PyErr_SetString(e.ptr(), what);
+      // The name of a file may be no UTF-8.
+      PyErr_SetObject(e.ptr(), py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(what)).ptr());
     };
     try {
       if (p) std::rethrow_exception(p);

@@ -15,6 +15,7 @@ from pathlib import Path
 from edgemoe.errors import EdgemoeError, shortened
 
 __all__ = [
+    "argument_text",
     "ask",
     "check_output",
     "drop_stdout",
@@ -190,6 +191,19 @@ def decode_text(content: bytes, name: object) -> str:
         raise ValueError(
             f"{name}: expected UTF-8 text, got byte 0x{byte:02x} at offset {error.start}"
         ) from None
+
+
+def argument_text(text: str, name: str) -> str:
+    """Returns a text that was given on the command line or typed, whatever the locale took its bytes for.
+
+    Raises:
+        ValueError: its bytes are not UTF-8; names `name`, the byte and where it is.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return decode_text(os.fsencode(text), name)
+    return text
 
 
 def replace_unwritable() -> None:

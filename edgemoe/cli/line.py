@@ -14,6 +14,7 @@ from edgemoe.convert.demo import default_cache_dir
 __all__ = ["LineReader"]
 
 _PROMPT, _MORE = "> ", ". "
+_LONGEST_LINE = 4095  # bytes that the kernel gives of one line (N_TTY_BUF_SIZE)
 
 
 class LineReader:
@@ -29,6 +30,11 @@ class LineReader:
                 self._session = _session()
             except ImportError:
                 note("# prompt_toolkit is not installed: no history, little editing")
+        if self._session is None and sys.stdin is not None:
+            with contextlib.suppress(
+                AttributeError
+            ):  # as for arguments: a file's name may be no UTF-8
+                sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
 
     def read(self) -> str:
         """Returns what the user typed, without the end of the line.
@@ -36,21 +42,38 @@ class LineReader:
         Raises:
             EOFError: Ctrl-D on an empty line, or the terminal is gone.
             KeyboardInterrupt: Ctrl-C; the line is forgotten.
+            ValueError: the line is longer than a plain terminal takes.
         """
+        return self._one(_PROMPT)
+
+    def read_block(self, end: str) -> str:
+        """Returns the lines up to one that is `end`, or to Ctrl-D. The errors are those of `read`, but EOFError."""
+        lines: list[str] = []
+        with contextlib.suppress(EOFError):
+            while (line := self._one(_MORE)).strip() != end:
+                lines.append(line)
+        return "\n".join(lines)
+
+    def _one(self, prompt: str) -> str:
         if self._session is None:
-            return _plain_read()
+            return _plain_read(prompt)
         try:
-            return str(self._session.prompt(_PROMPT))
+            return str(self._session.prompt(prompt))
         except KeyboardInterrupt:
             self.was_empty = not self._session.default_buffer.text
             raise
 
 
-def _plain_read() -> str:
+def _plain_read(prompt: str) -> str:
     lines: list[str] = []
     while True:
-        ask(_MORE if lines else _PROMPT)
+        ask(_MORE if lines else prompt)
         lines.append(input())
+        if len(os.fsencode(lines[-1])) >= _LONGEST_LINE and is_terminal(sys.stdin):
+            raise ValueError(
+                f"this terminal cuts lines at {_LONGEST_LINE} bytes; a backslash at the end goes on in a new line, "
+                "and -f FILE takes any length"
+            )
         if not lines[-1].endswith("\\"):
             return "\n".join(lines)
         lines[-1] = lines[-1][:-1]

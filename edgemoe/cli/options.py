@@ -21,10 +21,12 @@ _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 _EPILOG = """\
 With no MODEL, a small demo model is built once and kept in the cache folder.
 
-Text goes to stdout, everything else to stderr. A standard input that is no
-terminal is the prompt, or is added to it:
+Text goes to stdout, everything else to stderr. Without -p and -f the prompt is
+what comes from a standard input that is no terminal; with one of them nothing
+is read from there, except by -f -, which adds it to what -p says:
 
     echo "What is the capital of France?" | %(prog)s model.moe
+    git diff | %(prog)s model.moe -p "Sum this up:" -f -
 
 Every flag takes its default from the environment: EDGEMOE_ and its long name,
 as EDGEMOE_RAM=4GiB or EDGEMOE_CTX_SIZE=4096; 1 and 0 for those without a value.
@@ -81,7 +83,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
     text = parser.add_argument_group("prompt")
     _add(text, "-p", "--prompt", metavar="TEXT", help="answer this and leave")
-    _add(text, "-f", "--file", metavar="FILE", help="answer this file's text and leave")
+    _add(text, "-f", "--file", metavar="FILE", help="answer this file's text and leave; - for standard input")
     _add(text, "-sys", "--system-prompt", metavar="TEXT", help="what the model is told first")
     _add_switch(text, "--raw", help="no chat template: the model continues the text")
     _add(text, "-n", "--predict", type=int, default=-1, metavar="N",

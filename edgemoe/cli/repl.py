@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.cli.console import error_line, note, write_reply
+from edgemoe.cli.console import argument_text, error_line, note, write_reply
 from edgemoe.cli.line import LineReader
 from edgemoe.cli.stats import stats_line, stats_table
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["interact"]
 
-_HELP = """\
+_HELP = '''\
 /reset, /clear     forget the conversation
 /stats             what the last reply cost
 /set [NAME VALUE]  change how replies are sampled; alone, show how
@@ -26,7 +27,13 @@ _HELP = """\
 /load FILE         go on with a saved one
 /help              this
 /quit, /exit       leave, as Ctrl-D does
-Ctrl-C stops a reply. Alt-Enter, or a backslash at the end, goes on in a new line."""
+Ctrl-C stops a reply. Alt-Enter, or a backslash at the end, goes on in a new line; """ alone
+begins and ends several. What begins with / and is no command needs a space before it.'''
+
+_QUOTES = '"""'
+"""A line of these alone begins a text of several lines, and another ends it."""
+
+_COMMAND = re.compile(r"/[A-Za-z]+( [^\n]*)?")
 
 _SHORT = {"temp": "temperature", "n": "max_tokens", "predict": "max_tokens", "s": "seed"}
 """What /set also understands: the names of the flags, where they differ from the fields'."""
@@ -53,6 +60,8 @@ def interact(engine: Engine, chat: Chat, *, name: str) -> int:
     while not session.is_over:
         try:
             line = reader.read()
+            if is_block := line.strip() == _QUOTES:
+                line = reader.read_block(_QUOTES)
         except EOFError:
             return 0
         except KeyboardInterrupt:
@@ -60,12 +69,12 @@ def interact(engine: Engine, chat: Chat, *, name: str) -> int:
             if interrupts > 1:
                 note("# Ctrl-D or /quit leaves")
             continue
-        except UnicodeDecodeError:
-            note("# expected UTF-8 text")
+        except ValueError as error:
+            note(f"# {error_line(error)}")
             continue
         interrupts = 0
         try:
-            session.take(line)
+            (session.say if is_block else session.take)(line)
         except KeyboardInterrupt:
             note("# stopped")
         except BrokenPipeError:
@@ -95,19 +104,26 @@ class _Session:
         }
 
     def take(self, line: str) -> None:
-        """Runs a command, or says the line to the model."""
-        if not line.strip():
-            return
-        if not line.startswith("/"):
-            self._reply(line)
+        """Runs a command, or says the line to the model.
+
+        A command is one line that begins with a slash and letters: a path, a comment or pasted code is a text.
+        """
+        if not _COMMAND.fullmatch(line):
+            self.say(line.removeprefix(" ") if line.startswith(" /") else line)
             return
         name, _, rest = line.strip().partition(" ")
         command = self._commands.get(name)
         if command is None:
-            raise ValueError(f"{name}: unknown command; /help lists them")
+            raise ValueError(
+                f"{name}: unknown command; /help lists them, and a space before it says it to the model"
+            )
         command(rest.strip())
 
-    def _reply(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Says a text to the model, and writes the reply."""
+        if not text.strip():
+            return
+        text = argument_text(text, "the text")
         with contextlib.closing(self._chat.say(text)) as reply:
             try:
                 write_reply(reply)

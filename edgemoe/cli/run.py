@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from edgemoe.cli.console import (
+    argument_text,
     decode_text,
     drop_stdout,
     error_line,
@@ -87,6 +88,11 @@ def _run(args: Namespace) -> int:
     if sys.stdout is None:
         raise ValueError("stdout is closed; expected somewhere to write the reply")
     _set_up_logging(verbose=args.verbose)
+    args.prompt, args.system_prompt = (
+        text and argument_text(text, name)
+        for text, name in ((args.prompt, "-p"), (args.system_prompt, "-sys"))
+    )
+    args.stop = [argument_text(text, "-r") for text in args.stop]
     prompt = _prompt(args)  # before the model is loaded, so that a mistake costs no time
     if args.model is None:
         args.model = _demo()
@@ -207,19 +213,26 @@ def _sampling(args: Namespace, base: SamplingParams) -> SamplingParams:
 
 
 def _prompt(args: Namespace) -> str | None:
-    """Returns the one prompt to answer, None for an interactive chat."""
+    """Returns the one prompt to answer, None for an interactive chat.
+
+    Standard input is read only where no flag gives a prompt: it may be a loop's, or a pipe that nobody closes.
+    """
+    if args.prompt is None and args.file is None:
+        return None if is_terminal(sys.stdin) else _piped()
     parts = [] if args.prompt is None else [args.prompt]
-    if args.file is not None:
+    if args.file == "-":
+        parts.append(_piped())
+    elif args.file is not None:
         with open(args.file, "rb") as file:
             parts.append(_text(file, args.file))
-    if is_terminal(sys.stdin):
-        return "\n".join(parts) if parts else None
-    piped = "" if sys.stdin is None else _text(sys.stdin.buffer, "stdin")
-    if piped:
-        parts.append(piped)
-    if not parts:
-        raise ValueError("stdin: expected a prompt, got nothing")
     return "\n".join(parts)
+
+
+def _piped() -> str:
+    text = "" if sys.stdin is None else _text(sys.stdin.buffer, "stdin")
+    if not text:
+        raise ValueError("stdin: expected a prompt, got nothing")
+    return text
 
 
 def _text(file: BinaryIO, name: str) -> str:

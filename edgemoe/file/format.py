@@ -153,7 +153,7 @@ class _Reader:
         if self.path.is_dir():
             raise self.fail("is a directory; edgemoe convert makes a .moe file of a checkpoint")
         try:
-            self.file = _core.File(str(self.path))
+            self.file = _core.File(os.fsencode(self.path))
         except ReadError as e:
             raise FormatError(str(e)) from None
         self.need(self.file.size > 0, "the file is empty")

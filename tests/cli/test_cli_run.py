@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import subprocess
@@ -107,13 +109,99 @@ def test_a_piped_prompt_gives_just_the_reply(env: dict[str, str], tiny_moe: Path
     )
 
 
-def test_prompt_file_and_stdin_are_joined(
+def replied(text: str) -> str:
+    return text.removesuffix("\n") + "\n"
+
+
+def test_what_flags_say_is_joined_and_stdin_only_where_it_is_asked_for(
     env: dict[str, str], tiny_moe: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "b").write_text("b\n")
+    flags, piped = (tiny_moe, "--temp", 0, "-n", 8), "\ufeffc\r\n".encode()
+    for given, prompt in (
+        (("-p", "a", "-f", tmp_path / "b"), "a\nb"),
+        (("-p", "a", "-f", "-"), "a\nc"),
+        (("-f", "-"), "c"),
+        ((), "c"),
+    ):
+        result = run(env, *flags, *given, stdin=piped)
+        assert result.stdout.decode() == replied(greedy_reply(tiny_moe, prompt, 8)), given
+    assert run(env, *flags, "-p", "a", "-f", "-").stderr == (
+        b"edgemoe-run: stdin: expected a prompt, got nothing\n"
+    )
+
+
+def test_a_loop_over_a_file_answers_every_line(
+    env: dict[str, str], tiny_moe: Path, tmp_path: Path
+) -> None:
+    questions = ["Who?", "What?", "Where?"]
+    (tmp_path / "questions").write_text("".join(f"{q}\n" for q in questions))
+    loop = 'while read -r q; do "$@" -p "$q"; done < questions'
+    result = subprocess.run(
+        ["sh", "-c", loop, "sh", *RUN, str(tiny_moe), "--temp", "0", "-n", "8"],
+        cwd=tmp_path, capture_output=True, env=env, timeout=PATIENCE_S, check=True,
+    )  # fmt: skip
+    replies = [replied(greedy_reply(tiny_moe, q, 8)) for q in questions]
+    assert result.stdout.decode() == "".join(replies)
+
+
+def test_an_inherited_pipe_that_nobody_closes_is_not_waited_for(
+    env: dict[str, str], tiny_moe: Path
+) -> None:
+    reader, writer = os.pipe()
+    try:
+        command = [*RUN, str(tiny_moe), "-p", "Hi", "-n", "2"]
+        result = subprocess.run(
+            command, stdin=reader, capture_output=True, env=env, timeout=PATIENCE_S, check=True
+        )
+    finally:
+        os.close(reader)
+        os.close(writer)
+    assert result.stderr.startswith(b"# ")
+
+
+def test_arguments_are_utf8_whatever_the_locale_is(env: dict[str, str], tiny_moe: Path) -> None:
+    ascii_ = env | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     flags = (tiny_moe, "--temp", 0, "-n", 8)
-    result = run(env, *flags, "-p", "a", "-f", tmp_path / "b", stdin="\ufeffc\r\n".encode())
-    assert result.stdout.decode() == greedy_reply(tiny_moe, "a\nb\nc", 8).removesuffix("\n") + "\n"
+    assert (
+        run(env, *flags, "-p", "café").stderr.split(b"#")[-1]
+        == (
+            run(ascii_, *flags, "-p", "café").stderr.split(b"#")[-1]  # the logits' hash
+        )
+    )
+    for flag in ("-p", "-sys", "-r"):
+        for variables in (env, ascii_):
+            result = subprocess.run(
+                [*RUN, str(tiny_moe), "-p", "Hi", flag, b"caf\xe9"], stdin=subprocess.DEVNULL,
+                capture_output=True, env=variables, timeout=PATIENCE_S, check=False,
+            )  # fmt: skip
+            assert (result.returncode, result.stdout) == (1, b"")
+            expected = f"edgemoe-run: {flag}: expected UTF-8 text, got byte 0xe9 at offset 3\n"
+            assert result.stderr.decode() == expected
+
+
+def test_names_that_are_no_utf8_are_names(
+    env: dict[str, str], tiny_moe: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "\udcff"
+    folder.mkdir()
+    model, prompt, trace, profile = (folder / f"{n}\udcfe" for n in ("m.moe", "p", "t", "l"))
+    shutil.copy(tiny_moe, model)
+    prompt.write_text("Hi")
+    flags = ("-n", 2, "--temp", 0, "--trace", trace, "--profile", profile)
+    result = run(env, model, "-f", prompt, *flags, "-v")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode() == replied(greedy_reply(tiny_moe, "Hi", 2))
+    assert trace.is_file()
+    assert profile.is_file()
+    assert rb"m.moe\xfe" in result.stderr
+    assert run(env, folder / "absent\udcfd", "-p", "Hi").stderr.endswith(
+        rb"absent\xfd: No such file or directory" + b"\n"
+    )
+    for command in (["inspect", model, "--json"], ["profile", "report", trace, "--json"]):
+        result = subprocess.run([*ENTRY, *map(str, command)], env=env, capture_output=True)
+        assert result.returncode == 0, result.stderr
+        assert isinstance(json.loads(result.stdout), dict)
 
 
 def test_a_seed_and_a_length(env: dict[str, str], tiny_moe: Path) -> None:
@@ -370,6 +458,9 @@ class Terminal:
     def send(self, keys: str) -> None:
         os.write(self._fd, keys.encode())
 
+    def send_bytes(self, keys: bytes) -> None:
+        os.write(self._fd, keys)
+
     def end(self) -> int:
         """Waits for the end of the program and returns its exit code."""
         deadline = time.monotonic() + PATIENCE_S
@@ -408,7 +499,7 @@ def terminal(env: dict[str, str], tiny_moe: Path) -> Iterator[Terminal]:
 @pytest.fixture
 def brief(env: dict[str, str], tiny_moe: Path) -> Iterator[Terminal]:
     """Starts a model that replies with six tokens."""
-    flags = ("--ignore-eos", "-n6", "--temp=0", "-c256")
+    flags = ("--ignore-eos", "-n6", "--temp=0", "-c512")
     terminal = Terminal(env, *RUN, str(tiny_moe), *flags)
     terminal.expect("Ctrl-D leaves")
     terminal.expect(READY)
@@ -450,7 +541,7 @@ def test_commands(brief: Terminal, tmp_path: Path) -> None:
         brief.expect(READY)
 
     ask("/help", "Ctrl-C stops a reply")
-    ask("/nonsense", "/nonsense: unknown command")
+    ask("/nonsense", "/nonsense: unknown command; /help lists them, and a space before it says it")
     ask("Hello", " + 6 tokens")
     ask("/stats", "hash of the last logits")
     ask("/set", "ignore_eos")
@@ -485,6 +576,73 @@ def test_a_message_of_several_lines(brief: Terminal, tmp_path: Path, env: dict[s
     history = Path(env["XDG_CACHE_HOME"], "edgemoe", "history")
     assert "three" in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
+
+
+def test_what_begins_with_a_slash_and_is_no_command_is_said(
+    brief: Terminal, tmp_path: Path
+) -> None:
+    pasted = "\x1b[200~/help\n    int f();\n\x1b[201~"  # as terminals mark what is pasted
+    for text in ("/etc/passwd is what?", "/* a comment */", " /help", "/", pasted):
+        brief.send(text + "\r")
+        brief.expect(" + 6 tokens")
+        brief.expect(READY)
+    for line in ('"""', "/reset", "", "last", '"""'):
+        brief.send(line + "\r")
+        brief.expect(DONE)
+    brief.expect(" + 6 tokens")
+    brief.expect(READY)
+    brief.send(f"/save {tmp_path}/chat.json\r")
+    brief.expect("12 messages")
+    brief.expect(READY)
+    brief.send("\x04")
+    assert brief.end() == 0
+    said = json.loads((tmp_path / "chat.json").read_text())["messages"][::2]
+    assert [m["content"] for m in said] == [
+        "/etc/passwd is what?", "/* a comment */", "/help", "/", "/help\n    int f();\n", "/reset\n\nlast",
+    ]  # fmt: skip
+
+
+def test_a_name_that_is_no_utf8_can_be_typed(brief: Terminal, tmp_path: Path) -> None:
+    brief.send("Hello\r")
+    brief.expect(" + 6 tokens")
+    brief.expect(READY)
+    brief.send_bytes(b"/save " + os.fsencode(tmp_path) + b"/caf\xe9\r")
+    brief.expect(r"caf\xe9: 2 messages")
+    brief.expect(READY)
+    brief.send_bytes(b"caf\xe9\r")
+    brief.expect("the text: expected UTF-8 text, got byte 0xe9 at offset 3")
+    brief.expect(READY)
+    brief.send("\x04")
+    assert brief.end() == 0
+    assert (tmp_path / "caf\udce9").is_file()
+
+
+def test_a_plain_terminal_takes_names_and_blocks_and_refuses_what_it_cuts(
+    env: dict[str, str], tiny_moe: Path, tmp_path: Path
+) -> None:
+    flags = ("-n", "4", "--ignore-eos", "--temp", "0")
+    terminal = Terminal(env | {"TERM": "dumb"}, *RUN, str(tiny_moe), *flags)
+    try:
+        terminal.expect("> ")
+        for part in ["x" * 500] * 12:
+            terminal.send(part)
+            terminal.expect(part)  # its echo, so that nothing is lost on the way
+        terminal.send("\n")
+        terminal.expect("this terminal cuts lines at 4095 bytes; a backslash at the end goes on")
+        terminal.expect("> ")
+        for line in ('"""', "/reset", "one", '"""'):
+            terminal.send(line + "\n")
+        terminal.expect(" + 4 tokens")
+        terminal.expect("> ")
+        terminal.send_bytes(b"/save " + os.fsencode(tmp_path) + b"/caf\xe9\n")
+        terminal.expect(r"caf\xe9: 2 messages")
+        terminal.expect("> ")
+        terminal.send("\x04")
+        assert terminal.end() == 0
+    finally:
+        terminal.close()
+    messages = json.loads((tmp_path / "caf\udce9").read_text())["messages"]
+    assert messages[0]["content"] == "/reset\none"
 
 
 def test_a_dumb_terminal_is_enough(env: dict[str, str], tiny_moe: Path) -> None:
