@@ -1,8 +1,11 @@
 """Measures what deciding costs: microseconds per layer and token of every scheduler and eviction while decoding.
 
-    python benchmarks/schedulers.py --layers 16 --experts 64 --top-k 8
+    python benchmarks/schedulers.py
+    python benchmarks/schedulers.py --shapes 48x512x10 --rooms 0.25 --only next-use
 
-Routing is random with skewed frequencies and half of an earlier token's experts kept; half of the experts are resident.
+All that happens per layer but reading and computing, on a dry store: the plan, scores, the request with its victims,
+and what happens once per token. Routing is random with skewed frequencies and half of an earlier token's logits kept;
+memory is full before the first token.
 """
 
 from __future__ import annotations
@@ -13,28 +16,32 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from safetensors.numpy import save
 
 from edgemoe.plan import Routing
 from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.scheduler.evict import EVICTIONS
 from edgemoe.scheduler.paths import SECTION
+from edgemoe.store import ExpertStore
 
+_SHAPES = ("16x64x8", "40x256x8", "48x512x10")
+_ROOMS = (0.0, 0.25, 0.5, 1.0)
 _LEVER_SETS: Mapping[str, Mapping[str, Any]] = {
     "cache_prior": {"cache_prior": 0.3},
     "top_p": {"top_p": 0.8},
     "miss_bits": {"miss_bits": 4},
 }
+_LEVEL_BITS, _LEVEL_BYTES = (2, 3, 4, 6, 8), (3 << 12, 4 << 12, 5 << 12, 7 << 12, 9 << 12)
+_WARM = 24  # tokens that are not counted
 
 
-def tokens(
-    count: int, layers: int, experts: int, top_k: int, ahead: int, seed: int = 0
-) -> Iterator[list[Routing]]:
-    """Yields the routings of all layers, token by token."""
+def routings(count: int, shape: tuple[int, int, int], seed: int = 0) -> list[list[Routing]]:
+    """Returns the routings of all layers, token by token, with one layer of look-ahead."""
+    layers, experts, top_k = shape
     rng = np.random.default_rng(seed)
     bias = rng.normal(0, 1.5, (layers, experts))
     before = np.zeros((layers, experts))
+    tokens = []
     for _ in range(count):
         logits = bias + rng.normal(0, 1.5, (layers, experts)) + 0.5 * before
         before = logits - bias
@@ -42,42 +49,72 @@ def tokens(
         scores = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores = (scores / scores.sum(axis=1, keepdims=True)).astype(np.float32)
         gates = np.take_along_axis(scores, order, 1)
-        yield [
-            Routing(
-                i, order[i : i + 1], gates[i : i + 1],
-                order[i + 1 : i + 1 + ahead, None] if ahead and i + 1 < layers else None,
-                gates[i + 1 : i + 1 + ahead, None] if ahead and i + 1 < layers else None,
-                scores[i : i + 1],
-            )
-            for i in range(layers)
-        ]  # fmt: skip
+        tokens.append(
+            [
+                Routing(
+                    i, order[i : i + 1], gates[i : i + 1],
+                    order[None, i + 1 : i + 2] if i + 1 < layers else None,
+                    gates[None, i + 1 : i + 2] if i + 1 < layers else None,
+                    scores[i : i + 1],
+                )
+                for i in range(layers)
+            ]
+        )  # fmt: skip
+    return tokens
 
 
 def cost(
-    setting: Setting, name: str, options: Mapping[str, Any], count: int
-) -> tuple[float, float]:
-    """Returns the microseconds per layer and token of planning and of what happens once per token, medians."""
+    setting: Setting, name: str, options: Mapping[str, Any], tokens: list[list[Routing]]
+) -> tuple[float, float, float, float]:
+    """Returns microseconds per layer and token: plans with scores, requests with victims, the rest; and evictions."""
     scheduler = SCHEDULERS[name](setting, **options)
+    store = ExpertStore.dry(
+        num_layers=setting.num_layers, num_experts=setting.num_experts, level_bits=setting.level_bits,
+        level_bytes=setting.level_bytes, budget_bytes=setting.slots_bytes, policy=scheduler.policy,
+    )  # fmt: skip
     rng = np.random.default_rng(1)
-    residency: NDArray[np.int8] = (
-        rng.random((setting.num_layers, setting.num_experts)) < 0.5
-    ) * np.int8(len(setting.level_bits))
+    fit = setting.slots_bytes // setting.level_bytes[-1]
+    some = rng.permutation(setting.num_layers * setting.num_experts)[:fit].astype(np.int32)
+    store.load(some, np.full(len(some), setting.bits, np.int8))
+    residency, clock = store.residency, time.thread_time
     scheduler.begin()
-    plans, after = [], []
-    for layers in tokens(
-        count, setting.num_layers, setting.num_experts, setting.experts_per_token, scheduler.look_ahead
-    ):  # fmt: skip
-        told = time.thread_time()
+    plans, requests, after = [], [], []
+    evicted = 0
+    for i, layers in enumerate(tokens):
+        if i == _WARM:
+            evicted = store.stats["evictions"]
+        planning = requesting = 0.0
+        told = clock()
         scheduler.tokens(rng.integers(0, 1000, 1).astype(np.int32))
-        start = time.thread_time()
+        rest = clock() - told
+        sees_ahead = scheduler.look_ahead > 0
         for routing in layers:
-            scheduler.plan(routing, residency)
-        middle = time.thread_time()
+            seen = routing if sees_ahead else _blind(routing)
+            start = clock()
+            plan = scheduler.plan(seen, residency)
+            middle = clock()
+            store.request(plan)
+            for _ in store.ready_groups():
+                pass
+            requesting += clock() - middle
+            planning += middle - start
+        start = clock()
         scheduler.passed(1, 0.05)
-        plans.append(middle - start)
-        after.append(time.thread_time() - middle + start - told)
+        plans.append(planning)
+        requests.append(requesting)
+        after.append(rest + clock() - start)
     scale = 1e6 / setting.num_layers
-    return float(np.median(plans)) * scale, float(np.mean(after)) * scale
+    n = (len(tokens) - _WARM) * setting.num_layers
+    return (
+        float(np.median(plans[_WARM:])) * scale,
+        float(np.median(requests[_WARM:])) * scale,
+        float(np.mean(after[_WARM:])) * scale,
+        (store.stats["evictions"] - evicted) / n,
+    )
+
+
+def _blind(r: Routing) -> Routing:
+    return Routing(r.layer, r.experts, r.gates, scores=r.scores)
 
 
 def paths(layers: int, experts: int, width: int = 192, rows: int = 16384) -> bytes:
@@ -92,28 +129,53 @@ def paths(layers: int, experts: int, width: int = 192, rows: int = 16384) -> byt
     return save({"embedding": rng.normal(0, 0.1, (rows, d)).astype(np.float16), **tensors})
 
 
+def _rows() -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    for name in SCHEDULERS:
+        yield name, name, {}
+    yield "expertflow, habit", "expertflow", {"predictor": "habit"}
+    for eviction in EVICTIONS[1:]:
+        yield f"on-demand, {eviction}", "on-demand", {"eviction": eviction}
+    for name, options in _LEVER_SETS.items():
+        yield f"on-demand, {name}", "on-demand", options
+
+
 def main() -> None:
-    """Prints one row per scheduler, eviction and lever."""
+    """Prints one table per shape: a row per scheduler, eviction and lever, and a column per room."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--experts", type=int, default=64)
-    parser.add_argument("--top-k", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=200)
-    args = parser.parse_args()
-    setting = Setting(
-        num_layers=args.layers, num_experts=args.experts, experts_per_token=args.top_k, bits=8,
-        level_bits=(2, 3, 4, 6, 8), level_bytes=(3 << 12, 4 << 12, 5 << 12, 7 << 12, 9 << 12),
-        slots_bytes=args.layers * args.experts * (9 << 12) // 2,
-        sections={SECTION: paths(args.layers, args.experts)},
+    parser.add_argument(
+        "--shapes", nargs="+", default=_SHAPES, help="layers x experts x experts per token"
+    )
+    parser.add_argument(
+        "--rooms", nargs="+", type=float, default=_ROOMS,
+        help="shares of the experts that fit; 0 is twice what one layer's token uses",
     )  # fmt: skip
-    rows: list[tuple[str, str, Mapping[str, Any]]] = [(name, name, {}) for name in SCHEDULERS]
-    rows.append(("expertflow, habit", "expertflow", {"predictor": "habit"}))
-    rows += [(f"on-demand, {e}", "on-demand", {"eviction": e}) for e in EVICTIONS[1:]]
-    rows += [(f"on-demand, {name}", "on-demand", o) for name, o in _LEVER_SETS.items()]
-    print("| scheduler | plan, µs per layer | per token, ÷ layers |\n|---|---|---|")
-    for label, name, options in rows:
-        plan, after = cost(setting, name, options, args.tokens)
-        print(f"| {label} | {plan:.1f} | {after:.1f} |", flush=True)
+    parser.add_argument("--only", default="", help="rows that have this in their name")
+    parser.add_argument("--tokens", type=int, default=120)
+    args = parser.parse_args()
+    for text in args.shapes:
+        L, E, K = shape = tuple(map(int, text.split("x")))
+        tokens = routings(args.tokens + _WARM, shape)
+        sections = {SECTION: paths(L, E)}
+        print(
+            f"\n{L} layers of {E} experts, {K} per token; all = plan + request + once per token ÷ layers, evictions"
+        )
+        print("| scheduler | " + " | ".join(f"room {r:g}" for r in args.rooms) + " |")
+        print("|---" * (len(args.rooms) + 1) + "|")
+        for label, name, options in _rows():
+            if args.only not in label:
+                continue
+            cells = []
+            for room in args.rooms:
+                slots = max(int(L * E * room), 2 * K)
+                setting = Setting(
+                    num_layers=L, num_experts=E, experts_per_token=K, bits=8, level_bits=_LEVEL_BITS,
+                    level_bytes=_LEVEL_BYTES, slots_bytes=slots * _LEVEL_BYTES[-1], sections=sections,
+                )  # fmt: skip
+                plan, request, rest, evictions = cost(setting, name, options, tokens)
+                cells.append(
+                    f"**{plan + request + rest:.1f}** = {plan:.1f} + {request:.1f} + {rest:.1f}, {evictions:.1f} out"
+                )
+            print(f"| {label} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

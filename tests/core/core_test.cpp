@@ -386,6 +386,66 @@ void test_checksums() {
   }
 }
 
+/// The slow and obvious search: all that may go, by slot.
+int lowest_of_all(const Policy& policy, const std::vector<int>& owners) {
+  int victim = -1;
+  for (const int e : owners) {
+    if (e >= 0 && (victim < 0 || policy.score(e) < policy.score(victim))) victim = e;
+  }
+  return victim;
+}
+
+/// Whatever comes and goes and is scored anew, the victim is that of the slow search, equals by slot too.
+void test_victims_are_those_of_a_search_among_all() {
+  constexpr int kLayers = 5, kEach = 70, kAll = kLayers * kEach;
+  std::mt19937 rng(3);
+  const auto below = [&rng](int n) { return int(rng() % unsigned(n)); };
+  for (const char* name : {"lfu", "lru", "given"}) {
+    std::vector<double> scores(kAll, 0.0), scale(kLayers, 1.0), shift(kLayers, 0.0);
+    std::vector<uint32_t> version(kLayers, 0);
+    uint8_t decides = 1;
+    const GivenScores given{scores.data(), scale.data(), shift.data(), version.data(), &decides, nullptr};
+    const bool is_given = name == std::string("given");
+    Policy policy = is_given ? Policy(given, kLayers, kEach) : Policy(name, kLayers, kEach);
+    Victims victims(kLayers, kEach);
+    std::vector<int> owners(200, -1), slots(kAll, -1);
+    for (int step = 0; step < 40000; ++step) {
+      const int layer = below(kLayers), e = layer * kEach + below(kEach), slot = below(200);
+      switch (below(is_given ? 8 : 6)) {
+        case 0:
+          policy.advance(layer, step % 1000 ? 1 : 60000);
+          for (int i = 0; i < 3; ++i) policy.use(layer * kEach + below(kEach), 1 + below(2));
+          break;
+        case 1:
+        case 2:
+          if (slots[e] < 0) break;
+          victims.remove(e);
+          owners[size_t(slots[e])] = slots[e] = -1;
+          break;
+        case 6:  // by layer: close values, of which rounding makes equals
+          for (int l = 0; l < kLayers; ++l) {
+            scale[l] = 1.0 / (1 + below(7));
+            shift[l] = below(2) ? 0.0 : double(below(3));
+          }
+          break;
+        case 7:
+          for (int i = 0; i < kEach; ++i) scores[layer * kEach + i] = 1.0 + below(6) * 0x1p-52 + below(2);
+          if (below(50) == 0) decides ^= 1;
+          for (int l = 0; l < kLayers; ++l) version[l] += 1;
+          break;
+        default:
+          if (slots[e] >= 0 || owners[slot] >= 0) break;
+          victims.add(e, slot, policy);
+          owners[slot] = e;
+          slots[e] = slot;
+      }
+      CHECK(victims.has(e) == (slots[e] >= 0));
+      CHECK(victims.lowest(policy) == lowest_of_all(policy, owners));
+      CHECK(victims.is_sound(policy));
+    }
+  }
+}
+
 void test_thread_pool() {
   for (int threads : {1, 2, 5, num_threads}) {
     ThreadPool pool(threads);
@@ -557,6 +617,7 @@ int main(int argc, char** argv) {
   test_shapes_that_do_not_fit_are_refused(file);
   test_resident_matrices(file);
   test_objectives_that_are_none_are_refused();
+  test_victims_are_those_of_a_search_among_all();
   test_uses_after_long_passes();
   test_checksums();
   test_thread_pool();

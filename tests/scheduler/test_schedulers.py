@@ -707,6 +707,20 @@ def test_dynamic_top_p_keeps_the_crossing_expert():
     assert small_gates(gates, top_p=0, skip_below=1).sum() == 1
 
 
+def test_a_token_keeps_the_same_experts_alone_and_in_a_prompt():
+    """Also where a sum of gates lies at the cut, so that rounding decides."""
+    rng = np.random.default_rng(0)
+    gates = -np.sort(-rng.random((200, 10), np.float32))
+    gates /= gates.sum(axis=1, keepdims=True)
+    experts = np.tile(np.arange(10, dtype=np.int32), (200, 1))
+    for top_p in (0.5, *np.cumsum(gates, axis=1)[:5, 3].tolist()):
+        s = SCHEDULERS["on-demand"](setting(experts=10, top_k=10), top_p=top_p, skip_below=0.1)
+        prompt = s.plan(Routing(0, experts, gates), residency(experts=10)).rows >= 0
+        for t in range(200):
+            r = Routing(0, experts[t : t + 1], gates[t : t + 1])
+            np.testing.assert_array_equal(s.plan(r, residency(experts=10)).rows[0] >= 0, prompt[t])
+
+
 def test_skipping_by_ratio_and_its_share():
     s = SCHEDULERS["on-demand"](setting(top_k=3), skip_below=0.5)
     r = routing([[0, 1, 2], [3, 1, 0]], [[0.5, 0.3, 0.2], [0.4, 0.3, 0.3]])
