@@ -128,11 +128,12 @@ class Budget:
 
         least = sized(context or min(_SMALLEST_CONTEXT, config.context_length), _CHUNKS[-1])
         if least.room < expert:
+            each = f"{sequences} times " if sequences > 1 else ""
             raise OutOfBudget(
                 f"a budget of {_mib(ram - outside)} is too small; the smallest that works is "
                 f"{_mib(least.fixed + expert + _JITTER_BYTES - outside)}: "
                 f"{_mib(least.process - outside)} for the process, {_mib(least.dense)} for dense weights, "
-                f"{_mib(least.kv)} for {least.context} tokens of context, {_mib(least.scratch)} for scratch, "
+                f"{_mib(least.kv)} for {each}{least.context} tokens of context, {_mib(least.scratch)} for scratch, "
                 f"{_mib(expert)} for one expert"
             )
         # Context and chunk may take an eighth each of what would else hold experts.

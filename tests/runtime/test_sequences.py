@@ -111,6 +111,8 @@ def test_there_are_as_many_sequences_as_the_memory_was_divided_for(tiny_moe):
     with edgemoe.load(tiny_moe) as one, edgemoe.load(tiny_moe, sequences=3) as three:
         assert three.budget.kv == 3 * one.budget.kv
         assert three.stats.kv_bytes == one.stats.kv_bytes == one.budget.kv
+        with pytest.raises(edgemoe.OutOfBudget, match="for 3 times 256 tokens of context"):
+            edgemoe.load(tiny_moe, sequences=3, ram="1MiB")
         states = [three.model.make_state() for _ in range(2)]
         with pytest.raises(ValueError, match="opened for 3 at once"):
             three.model.make_state()
