@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
-from edgemoe.config import ModelConfig
 from edgemoe.model.batch import Batch
 from edgemoe.model.kv import KvState, KvTypes
-from edgemoe.model.rows import Rows
-from edgemoe.ops import Array, Matrix, Ops
+from edgemoe.model.setup import Setup
+from edgemoe.ops import Array, Matrix
 from edgemoe.specs import AttentionSpec
 from edgemoe.store import Weight
 
@@ -17,27 +16,17 @@ __all__ = ["Attention", "AttentionLayer"]
 
 
 class Attention:
-    """Is what the layers of one spec share: scratch, and the rotations of a batch's positions. See `Mixer`."""
+    """Is what the layers of one spec share. See `Mixer`."""
 
-    def __init__(
-        self, spec: AttentionSpec, config: ModelConfig, ops: Ops, inv_freq: Array, max_tokens: int
-    ) -> None:
-        self.spec, self.ops, self.hidden_size = spec, ops, config.hidden_size
-        self._inv_freq, self._rope_scale = inv_freq, config.rope_scale
-        widths = (
-            spec.q_width,
-            spec.kv_width,
-            spec.kv_width,
-            spec.q_width,
-            *[spec.rope_dim // 2] * 2,
-        )
-        self.rows = Rows(*(ops.empty(max_tokens, width) for width in widths))
-        """Queries, keys, values, what comes out of the heads; cos and sin."""
+    def __init__(self, spec: AttentionSpec, setup: Setup) -> None:
+        self.spec, self.ops, self.hidden_size = spec, setup.ops, setup.config.hidden_size
+        self._rope = setup.rope
+        self._rows = setup.scratch.rows(*self.scratch_widths(spec))
 
     @staticmethod
-    def scratch_width(spec: AttentionSpec) -> int:
-        """See `Mixer.scratch_width`."""
-        return 2 * (spec.q_width + spec.kv_width + spec.rope_dim // 2)
+    def scratch_widths(spec: AttentionSpec) -> tuple[int, ...]:
+        """See `Mixer.scratch_widths`: queries, keys, values, what comes out of the heads."""
+        return spec.q_width, spec.kv_width, spec.kv_width, spec.q_width
 
     @staticmethod
     def state_bytes(spec: AttentionSpec, context: int, types: KvTypes) -> int:
@@ -54,17 +43,14 @@ class Attention:
         return KvState(self.ops, self.spec, context, types)
 
     def start(self, batch: Batch) -> None:
-        """See `Mixer.start`: rotations of every row, by the position in its own sequence."""
-        parts, T = [], len(batch.ids)
-        whole = self.rows.first(T)
+        """See `Mixer.start`: cuts the rows of each sequence, once for all layers."""
+        q, k, v, heads = self._rows.first(len(batch.ids))
+        parts: list[tuple[list[Any], int, Any, Any, Any, Any, Any, Any]] = []
         for part in batch.slices:
-            rows = whole if part.count == T else self.rows.between(part.start, part.stop)
-            q, k, v, heads, cos, sin = rows
-            states: list[Any] = part.state.layers
-            pos = part.state.length
-            self.ops.rope(self._inv_freq, pos, self._rope_scale, cos, sin)
-            parts.append((states, pos, q, k, v, cos, sin, heads))
-        batch.shared[self] = (whole[:3], whole[3], parts)
+            rows = self._rows.between(part.start, part.stop)
+            rotations = self._rope.rows.between(part.start, part.stop)
+            parts.append((part.state.layers, part.state.length, *rows[:3], *rotations, rows[3]))
+        batch.shared[self] = ((q, k, v), heads, parts)
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> AttentionLayer:
         """See `Mixer.layer`."""

@@ -16,8 +16,10 @@ from edgemoe.model.batch import Batch
 from edgemoe.model.ffn import DenseFfn, Ffn, RoutedFfn
 from edgemoe.model.kv import KvTypes
 from edgemoe.model.mixer import Mixer, MixerLayer, mixer_class
+from edgemoe.model.rope import Rope
 from edgemoe.model.router import Routers
-from edgemoe.model.rows import Rows
+from edgemoe.model.scratch import Rows, Scratch
+from edgemoe.model.setup import Setup
 from edgemoe.model.state import SequenceState
 from edgemoe.ops import Array, Matrix, Ops
 from edgemoe.specs import AttentionSpec
@@ -55,10 +57,10 @@ class Decoder:
         d = config.hidden_size
         self._rows = Rows(*(ops.empty(max_tokens, d) for _ in range(3)))  # x, normed, added
         shared = Rows(ops.empty(max_tokens, d))
-        inv_freq = cast(Array, weights["rope"])
+        self._rope = Rope(ops, cast(Array, weights["rope"]), config.rope_scale, max_tokens)
+        setup = Setup(config, ops, self._rope, Scratch(ops, max_tokens))
         self._mixers: dict[AttentionSpec, Mixer] = {
-            spec: mixer_class(spec)(spec, config, ops, inv_freq, max_tokens)
-            for spec in dict.fromkeys(config.mixers)
+            spec: mixer_class(spec)(spec, setup) for spec in dict.fromkeys(config.mixers)
         }
         tensors = _by_layer(weights, config.num_layers)
         routers = Routers(
@@ -97,6 +99,7 @@ class Decoder:
         eps, residual = config.norm_eps, config.residual_multiplier
         x, normed, added = self._rows.first(len(batch.ids))
         ops.embed(self._embed, batch.ids, config.embedding_multiplier, x)
+        self._rope.start(batch)
         for mixer in self._mixers.values():
             mixer.start(batch)
         for layer in self._layers:
@@ -119,8 +122,9 @@ class Decoder:
 def scratch_bytes(config: ModelConfig, max_tokens: int, max_sequences: int = 1) -> int:
     """Returns the memory of a decoder's and its experts' activations for batches of `max_tokens`."""
     d, k = config.hidden_size, config.experts_per_token
-    per_token = (4 + k) * d  # the experts' parts too
-    per_token += sum(mixer_class(spec).scratch_width(spec) for spec in set(config.mixers))
+    mixers = {mixer_class(spec).scratch_widths(spec) for spec in config.mixers}
+    rotations = 2 * (config.rotated // 2)
+    per_token = (4 + k) * d + rotations + sum(map(sum, mixers))  # the experts' parts too
     routers = Routers.scratch_bytes(config, max_tokens, max_sequences)
     return 4 * (per_token * max_tokens + config.vocab_size * max_sequences) + routers
 

@@ -9,7 +9,7 @@ from edgemoe.config import MATRICES
 from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
 from edgemoe.model.router import Routers
-from edgemoe.model.rows import Rows
+from edgemoe.model.scratch import Rows
 from edgemoe.ops import Array, Matrix, Ops
 from edgemoe.store import Weight
 

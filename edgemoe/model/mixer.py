@@ -30,8 +30,8 @@ class Mixer(Protocol):
     """Is what all layers of one spec share: scratch, and what depends on the batch alone."""
 
     @staticmethod
-    def scratch_width(spec: AttentionSpec) -> int:
-        """Returns the floats of scratch for each token."""
+    def scratch_widths(spec: AttentionSpec) -> tuple[int, ...]:
+        """Returns the floats of each array of its scratch for a token; mixers with the same ones share them."""
 
     @staticmethod
     def state_bytes(spec: AttentionSpec, context: int, types: KvTypes) -> int:

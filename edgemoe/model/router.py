@@ -9,7 +9,7 @@ from edgemoe.config import ModelConfig
 from edgemoe.errors import FormatError
 from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
-from edgemoe.model.rows import Rows
+from edgemoe.model.scratch import Rows
 from edgemoe.ops import Array, Ops
 from edgemoe.plan import Routing
 from edgemoe.store import Weight

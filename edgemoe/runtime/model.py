@@ -97,6 +97,7 @@ class Model:
             ValueError: tokens do not fit a sequence's context; nothing has run.
             ReadError: the disk failed; the sequences are as they were, and everything is usable.
             FormatError: a checksum does not match; likewise.
+            RangeError: a key or value does not fit the type of the KV cache; likewise.
         """
         scheduler, observer = self.scheduler, self.experts.observer
         if len(batch) > self.budget.chunk:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["Rows"]
+from edgemoe.ops import Ops
+
+__all__ = ["Rows", "Scratch"]
 
 
 class Rows:
@@ -24,3 +26,17 @@ class Rows:
     def between(self, start: int, stop: int) -> tuple[Any, ...]:
         """Returns rows [start, stop) of each."""
         return tuple(array[start:stop] for array in self._arrays)
+
+
+class Scratch:
+    """Makes rows of activations. Mixers of equal widths share them, as one layer runs at a time."""
+
+    def __init__(self, ops: Ops, max_tokens: int) -> None:
+        self._ops, self._max_tokens = ops, max_tokens
+        self._rows: dict[tuple[int, ...], Rows] = {}
+
+    def rows(self, *widths: int) -> Rows:
+        """Returns an array [max tokens, width] for each width: the same ones for the same widths."""
+        if widths not in self._rows:
+            self._rows[widths] = Rows(*(self._ops.empty(self._max_tokens, n) for n in widths))
+        return self._rows[widths]

@@ -1,0 +1,22 @@
+"""What the mixers of a model are made with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgemoe.config import ModelConfig
+from edgemoe.model.rope import Rope
+from edgemoe.model.scratch import Scratch
+from edgemoe.ops import Ops
+
+__all__ = ["Setup"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """Is what all mixers share."""
+
+    config: ModelConfig
+    ops: Ops
+    rope: Rope
+    scratch: Scratch
