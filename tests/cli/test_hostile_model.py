@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from edited import edit
 from safetensors.numpy import save_file
-from tiny import MemoryCheckpoint, tiny_checkpoint
+from tiny import tiny_checkpoint
 
 from edgemoe.convert.convert import convert
 from edgemoe.file.append import add_sections
@@ -34,10 +34,10 @@ RUN = [sys.executable, "-m", "edgemoe.cli.run"]
 def with_template(path: Path, template: str) -> Path:
     """Writes the tiny model with another chat template."""
     base = tiny_checkpoint()
+    convert(base, path)
     config = json.loads(base.files["tokenizer_config.json"]) | {"chat_template": template}
-    files = {**base.files, "tokenizer_config.json": json.dumps(config).encode()}
-    tensors = {name: base.tensor(name) for name in base.shapes}
-    convert(MemoryCheckpoint(base.config, tensors, files), path)
+    # Not by a conversion, which refuses what does not compile.
+    add_sections(path, {"tokenizer_config.json": json.dumps(config).encode()})
     return path
 
 

@@ -78,9 +78,30 @@ def test_arrays_are_lent_as_they_are(matrix):
         _core.linear(ws, odd, [matrix], [out])
     router, norm = f32(4, 32), np.ones(32, np.float32)
     chosen = f32(1, 1, 32), f32(1, 1, 4), np.zeros((1, 1, 2), np.int32), f32(1, 1, 2)
-    _core.look_ahead(ws, f32(1, 32), [norm], [router], 1e-5, False, False, *chosen)
+    rule = _core.RouteRule(num_experts=4, top_k=2, scoring="softmax", renormalise=False)
+    _core.look_ahead(ws, f32(1, 32), [norm], [router], [None], 1e-5, rule, *chosen)
     with pytest.raises(TypeError):
-        _core.look_ahead(ws, f32(1, 32), [norm], [router.astype("f8")], 1e-5, False, False, *chosen)
+        _core.look_ahead(ws, f32(1, 32), [norm], [router.astype("f8")], [None], 1e-5, rule, *chosen)
+    with pytest.raises(TypeError):
+        _core.look_ahead(ws, f32(1, 32), [norm], [router], [np.zeros(4)], 1e-5, rule, *chosen)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"top_k": 5}, "expected 1 to 4 experts"),
+        ({"top_k": 0}, "expected 1 to 4 experts"),
+        ({"groups": 3}, "groups of as many experts each"),
+        ({"groups": 4, "used_groups": 1}, "enough of them"),
+        ({"groups": 0, "used_groups": 0}, "groups of as many experts each"),
+        ({"scoring": "tanh"}, "expected softmax, softmax_topk or sigmoid, got tanh"),
+        ({"scoring": "softmax_topk", "groups": 2, "used_groups": 2}, "not for groups"),
+    ],
+)
+def test_a_rule_of_routing_that_cannot_be_is_refused(changes, message):
+    rule = {"num_experts": 4, "top_k": 2, "scoring": "softmax", "renormalise": False}
+    with pytest.raises(ValueError, match=message):
+        _core.RouteRule(**{**rule, **changes})
 
 
 def test_nothing_is_no_file_and_no_matrix(tiny_moe):
