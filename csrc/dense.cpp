@@ -142,20 +142,23 @@ QuantizedRows Workspace::quantize(const float* x, const int32_t* rows, int n, in
   return q;
 }
 
-QuantizedRows Workspace::quantize_hidden(float* gate, const float* up, int n, int hidden) {
+QuantizedRows Workspace::hidden_rows(int n, int hidden) const {
+  int8_t* codes;
+  float *scales, *sums;
+  return view(hidden_, n, blocks(hidden, kTileCols), &codes, &scales, &sums);
+}
+
+void Workspace::quantize_hidden(int begin, int end, int n, int hidden) {
   int8_t* codes;
   float *scales, *sums;
   const int tiles = blocks(hidden, kTileCols);
-  const QuantizedRows q = view(hidden_, n, tiles, &codes, &scales, &sums);
+  view(hidden_, n, tiles, &codes, &scales, &sums);
   const Kernels& k = kernels();
-  pool.run(n, n >= 16 ? 4 : 1, [&](int begin, int end) {
-    for (int i = begin; i < end; ++i) {
-      const size_t at = size_t(i) * tiles, h = size_t(i) * hidden;
-      k.silu_mul(gate + h, up + h, hidden, gate + h);
-      k.quantize_row(gate + h, hidden, codes + at * kTileCols, scales + at * kScales, sums + at * kSums);
-    }
-  });
-  return q;
+  for (int i = begin; i < end; ++i) {
+    const size_t at = size_t(i) * tiles, h = size_t(i) * hidden;
+    k.silu_mul(gate() + h, up() + h, hidden, gate() + h);
+    k.quantize_row(gate() + h, hidden, codes + at * kTileCols, scales + at * kScales, sums + at * kSums);
+  }
 }
 
 void linear(Workspace& ws, const float* x, int T, const std::vector<const NestedMatrix*>& matrices,

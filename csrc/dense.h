@@ -32,8 +32,10 @@ class Workspace {
 
   /// Quantises rows of x in parallel. `rows` (may be null) picks rows of x.
   QuantizedRows quantize(const float* x, const int32_t* rows, int n, int cols);
-  /// gate = silu(gate) * up, quantised; in the second scratch, for at most kFfnRows rows.
-  QuantizedRows quantize_hidden(float* gate, const float* up, int n, int hidden);
+  /// Where `quantize_hidden` puts n rows, at most kFfnRows.
+  QuantizedRows hidden_rows(int n, int hidden) const;
+  /// gate() = silu(gate()) * up(), quantised, for rows [begin, end) of n; by one thread.
+  void quantize_hidden(int begin, int end, int n, int hidden);
 
   float* gate() const { return reinterpret_cast<float*>(gate_.bytes()); }
   float* up() const { return reinterpret_cast<float*>(up_.bytes()); }

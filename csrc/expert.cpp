@@ -1,6 +1,7 @@
 #include "expert.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -15,6 +16,8 @@ struct Piece {
   int count;
   int row;  ///< row of scratch
 };
+
+constexpr int kFewRows = 16;  ///< whose hidden values take less time than a loop over threads for them
 
 /// Calls body(piece, begin, end) for every piece's `per_piece(piece)` items, split over the threads.
 template <class Count, class Body>
@@ -49,6 +52,11 @@ void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& p
     for (int i = 0; i < p.count; ++i) rows.push_back(p.use->tokens ? p.use->tokens[p.first + i] : p.first + i);
   }
   const QuantizedRows q = ws.quantize(x, rows.data(), shared ? 1 : total, cols);
+  // Of few rows the thread that computes the last of an expert's gates and ups goes on with the hidden values, while
+  // others read the next expert.
+  const bool few = total <= kFewRows;
+  std::vector<std::atomic<int>> left(few ? pieces.size() : 0);
+  for (auto& l : left) l.store(2 * gate_blocks, std::memory_order_relaxed);
   over_pieces(
       ws, pieces, [&](const Piece&) { return 2 * gate_blocks; },
       [&](const Piece& p, int begin, int end) {
@@ -61,8 +69,12 @@ void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& p
           matmul(k, p.use->w.up, mine, p.count, std::max(begin - gate_blocks, 0), end - gate_blocks, ws.up() + at,
                  size_t(hidden));
         }
+        if (few && left[size_t(&p - pieces.data())].fetch_sub(end - begin, std::memory_order_acq_rel) == end - begin) {
+          ws.quantize_hidden(p.row, p.row + p.count, total, hidden);
+        }
       });
-  const QuantizedRows h = ws.quantize_hidden(ws.gate(), ws.up(), total, hidden);
+  if (!few) ws.pool.run(total, 4, [&](int begin, int end) { ws.quantize_hidden(begin, end, total, hidden); });
+  const QuantizedRows h = ws.hidden_rows(total, hidden);
   for (const Piece& p : pieces) {
     if (!p.use->hidden) continue;
     std::copy_n(ws.gate() + size_t(p.row) * hidden, size_t(p.count) * hidden, p.use->hidden + size_t(p.first) * hidden);
