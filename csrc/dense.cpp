@@ -234,6 +234,18 @@ void rms_norm(Workspace& ws, const float* x, const float* weight, float eps, int
   });
 }
 
+void add_norm(Workspace& ws, const float* added, float scale, float* x, const float* weight, float eps, int T, int cols,
+              float* out) {
+  const Kernels& k = kernels();
+  ws.pool.run(T, 16, [&](int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+      const size_t at = size_t(t) * cols;
+      k.add_scaled(added + at, scale, cols, x + at);
+      k.rms_norm(x + at, weight, eps, cols, out + at);
+    }
+  });
+}
+
 void add_rows(Workspace& ws, const float* x, float scale, const float* gate_weight, const float* gate_input, int T,
               int cols, float* out) {
   const Kernels& k = kernels();

@@ -119,6 +119,10 @@ void look_ahead(Workspace& ws, const float* x, const std::vector<NextRouter>& ro
 
 void rms_norm(Workspace& ws, const float* x, const float* weight, float eps, int T, int cols, float* out);
 
+/// x [T, cols] += scale * added, and out = its RMS norm.
+void add_norm(Workspace& ws, const float* added, float scale, float* x, const float* weight, float eps, int T, int cols,
+              float* out);
+
 /// out [T, cols] += scale * x, and, if `gate_weight` is given, x[t] is scaled by sigmoid(gate_weight · gate_input[t]).
 void add_rows(Workspace& ws, const float* x, float scale, const float* gate_weight, const float* gate_input, int T,
               int cols, float* out);

@@ -121,6 +121,11 @@ class Ops(Protocol):
     ) -> None:
         """out [T, D] += scale * x, each row times sigmoid(gate_weight · gate_input) if given."""
 
+    def add_norm(
+        self, added: Array, scale: float, x: Array, weight: Array, eps: float, out: Array
+    ) -> None:
+        """x [T, D] += scale * added, and out [T, D] = RMS norm of x: what stands between two halves of a layer."""
+
     def add_bias(self, bias: Array, out: Array) -> None:
         """out [T, D] += bias [D]."""
 

@@ -95,6 +95,12 @@ class CpuOps:
         """See `Ops.add`."""
         _core.add_rows(self._ws, x, scale, gate_weight, gate_input, out)
 
+    def add_norm(
+        self, added: Array, scale: float, x: Array, weight: Array, eps: float, out: Array
+    ) -> None:
+        """See `Ops.add_norm`."""
+        _core.add_norm(self._ws, added, scale, x, weight, eps, out)
+
     def add_bias(self, bias: Array, out: Array) -> None:
         """See `Ops.add_bias`."""
         out += bias

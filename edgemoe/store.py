@@ -132,6 +132,9 @@ class ExpertStore:
         self._level_bytes = np.array([cache.slot_bytes(i) for i in range(len(level_bits) + 1)])
         self._levels = np.zeros(9, np.int8)
         self._levels[list(level_bits)] = np.arange(1, len(level_bits) + 1)
+        self._count = (
+            -1
+        )  # experts of the request; after the last one reads ahead may go on, if there are any
         self._residency: NDArray[np.int8] = cache.residency.reshape(-1, num_experts)
 
     @classmethod
@@ -250,9 +253,11 @@ class ExpertStore:
         experts = plan.experts + np.int32(plan.layer * self._num_experts)
         levels = self._levels[plan.bits]
         if plan.ahead is None or plan.ahead_bits is None:
+            self._count = len(experts)
             self.cache.begin(experts, levels, plan.offsets, len(plan.gates))
         else:
             later = self._levels[plan.ahead_bits]
+            self._count = -1
             self.cache.begin(
                 experts, levels, plan.offsets, len(plan.gates), ahead=plan.ahead, ahead_levels=later
             )
@@ -265,8 +270,10 @@ class ExpertStore:
             ReadError: a read failed; the request is over and the store usable.
             FormatError: an expert's checksum does not match; likewise.
         """
+        left, self._count = self._count, -1
         try:
-            while group := self.cache.next():
+            while left and (group := self.cache.next()):
+                left -= len(group)
                 yield group
         finally:
             self.cache.close()
@@ -284,6 +291,7 @@ class ExpertStore:
         """
         levels = self._levels[bits]
         unused = np.zeros(_REQUEST + 1, np.int32)
+        self._count = -1
         self.cache.close()
         for i in range(0, len(experts), _REQUEST):
             part = experts[i : i + _REQUEST]

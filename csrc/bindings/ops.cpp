@@ -227,6 +227,24 @@ void bind_ops(py::module_& m) {
       py::arg("out").noconvert(), "out[t] = sum over k of gates[t, k] * parts[rows[t, k]]; rows below 0 are skipped.");
 
   m.def(
+      "add_norm",
+      [](Workspace& ws, const Array<float>& added, float scale, Array<float> x, const Array<float>& weight, float eps,
+         Array<float> out) {
+        expect(x, "add_norm x", {-1, -1});
+        expect(added, "add_norm added", {x.shape(0), x.shape(1)});
+        expect(weight, "add_norm weight", {x.shape(1)});
+        expect(out, "add_norm out", {x.shape(0), x.shape(1)});
+        const float *a = added.data(), *w = weight.data();
+        float *to = x.mutable_data(), *o = out.mutable_data();
+        const int T = int(x.shape(0)), cols = int(x.shape(1));
+        py::gil_scoped_release release;
+        add_norm(ws, a, scale, to, w, eps, T, cols, o);
+      },
+      py::arg("ws"), py::arg("added").noconvert(), py::arg("scale"), py::arg("x").noconvert(),
+      py::arg("weight").noconvert(), py::arg("eps"), py::arg("out").noconvert(),
+      "x += scale * added, and out = its RMS norm.");
+
+  m.def(
       "add_rows",
       [](Workspace& ws, const Array<float>& x, float scale, const py::object& gate_weight, const py::object& gate_input,
          Array<float> out) {

@@ -333,17 +333,34 @@ void quantize_row(const float* x, int cols, int8_t* codes, float* scales, float*
   }
 }
 
+/// y[r] = w[r] · x for N rows: their sums do not wait for each other.
+template <class V, int N>
+inline void dot_rows(const float* w, const float* x, int cols, float* y) {
+  typename V::F acc[N];
+  for (auto& a : acc) a = V::zero();
+  int c = 0;
+  for (; c + 16 <= cols; c += 16) {
+    const auto b = V::load(x + c);
+    for (int r = 0; r < N; ++r) acc[r] = V::fma(V::load(w + size_t(r) * cols + c), b, acc[r]);
+  }
+  if (c < cols) {
+    const auto b = load_part<V>(x + c, cols - c, 0.0f);
+    for (int r = 0; r < N; ++r) {
+      acc[r] = V::fma(load_part<V>(w + size_t(r) * cols + c, cols - c, 0.0f), b, acc[r]);
+    }
+  }
+  for (int r = 0; r < N; ++r) y[r] = V::reduce_add(acc[r]);
+}
+
 template <class V>
 void matmul_f32(const float* w, const float* x, int n, int rows, int cols, int begin, int end, float* y) {
-  for (int r = begin; r < end; ++r) {
-    for (int i = 0; i < n; ++i) {
-      const float *a = w + size_t(r) * cols, *b = x + size_t(i) * cols;
-      auto acc = V::zero();
-      int c = 0;
-      for (; c + 16 <= cols; c += 16) acc = V::fma(V::load(a + c), V::load(b + c), acc);
-      if (c < cols) acc = V::fma(load_part<V>(a + c, cols - c, 0.0f), load_part<V>(b + c, cols - c, 0.0f), acc);
-      y[size_t(i) * rows + r] = V::reduce_add(acc);
-    }
+  constexpr int kRows = 4;
+  for (int i = 0; i < n; ++i) {
+    const float* b = x + size_t(i) * cols;
+    float* out = y + size_t(i) * rows;
+    int r = begin;
+    for (; r + kRows <= end; r += kRows) dot_rows<V, kRows>(w + size_t(r) * cols, b, cols, out + r);
+    for (; r < end; ++r) dot_rows<V, 1>(w + size_t(r) * cols, b, cols, out + r);
   }
 }
 
@@ -360,7 +377,10 @@ void rms_norm(const float* x, const float* weight, float eps, int cols, float* o
     acc = V::fma(v, v, acc);
   }
   const float inverse = 1.0f / V::sqrt(V::reduce_add(acc) / float(cols) + eps);
-  for (c = 0; c < cols; ++c) out[c] = x[c] * inverse * weight[c];
+  for (c = 0; c + 16 <= cols; c += 16) {
+    V::store(out + c, V::mul(V::mul(V::load(x + c), V::set(inverse)), V::load(weight + c)));
+  }
+  for (; c < cols; ++c) out[c] = x[c] * inverse * weight[c];
 }
 
 /// e^x by range reduction and a polynomial of degree 6 (Cephes' coefficients).
@@ -441,7 +461,13 @@ void add_scaled(const float* x, float scale, int n, float* out) {
 template <class V>
 void rope(float* x, const float* cos, const float* sin, int head_dim) {
   const int half = head_dim / 2;
-  for (int i = 0; i < half; ++i) {
+  int i = 0;
+  for (; i + 16 <= half; i += 16) {
+    const auto a = V::load(x + i), b = V::load(x + half + i), c = V::load(cos + i), s = V::load(sin + i);
+    V::store(x + i, V::sub(V::mul(a, c), V::mul(b, s)));
+    V::store(x + half + i, V::add(V::mul(b, c), V::mul(a, s)));
+  }
+  for (; i < half; ++i) {
     const float a = x[i], b = x[half + i];
     x[i] = a * cos[i] - b * sin[i];
     x[half + i] = b * cos[i] + a * sin[i];

@@ -32,10 +32,11 @@ __all__ = ["Decoder", "read_bytes", "scratch_bytes", "state_bytes"]
 class _Layer:
     """One block."""
 
-    mixer_norm: Array
     mixer: MixerLayer
     ffn_norm: Array
     ffn: Ffn
+    next_norm: Array
+    """Of the next layer's mixer, or of the head."""
 
 
 class Decoder:
@@ -53,7 +54,6 @@ class Decoder:
         self.config, self.max_tokens, self._ops = config, max_tokens, ops
         self._embed = cast(Matrix, weights["embed"])
         self._head = self._embed if config.tied else cast(Matrix, weights["head"])
-        self._norm = cast(Array, weights["norm"])
         d = config.hidden_size
         self._rows = Rows(*(ops.empty(max_tokens, d) for _ in range(3)))  # x, normed, added
         shared = Rows(ops.empty(max_tokens, d))
@@ -73,10 +73,12 @@ class Decoder:
                 return DenseFfn(ops, tensors[i])
             return RoutedFfn(index, ops, routers, experts, tensors[i], shared)
 
+        norms = [cast(Array, t["attn_norm"]) for t in tensors] + [cast(Array, weights["norm"])]
+        self._first_norm = norms[0]
         self._layers = [
             _Layer(
-                cast(Array, tensors[i]["attn_norm"]), self._mixers[spec].layer(i, tensors[i]),
-                cast(Array, tensors[i]["ffn_norm"]), ffn(i),
+                self._mixers[spec].layer(i, tensors[i]), cast(Array, tensors[i]["ffn_norm"]), ffn(i),
+                norms[i + 1],
             )
             for i, spec in enumerate(config.mixers)
         ]  # fmt: skip
@@ -102,14 +104,12 @@ class Decoder:
         self._rope.start(batch)
         for mixer in self._mixers.values():
             mixer.start(batch)
+        ops.norm(x, self._first_norm, eps, normed)
         for layer in self._layers:
-            ops.norm(x, layer.mixer_norm, eps, normed)
             layer.mixer.forward(normed, batch, added)
-            ops.add(added, residual, x)
-            ops.norm(x, layer.ffn_norm, eps, normed)
+            ops.add_norm(added, residual, x, layer.ffn_norm, eps, normed)
             layer.ffn.forward(x, normed, batch, added)
-            ops.add(added, residual, x)
-        ops.norm(x, self._norm, eps, normed)
+            ops.add_norm(added, residual, x, layer.next_norm, eps, normed)
         return cast(Array, normed)
 
     def logits(self, hidden: Array, out: Array) -> None:
