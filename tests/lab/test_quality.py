@@ -90,6 +90,10 @@ def test_log_probabilities_come_back(tmp_path: Path) -> None:
         (lambda data: b"\x89MOE" + data[4:], "not a file of log-probabilities"),
         (lambda data: data[:15], "truncated inside its head"),
         (lambda data: data[:8] + struct.pack("<i", 0) + data[12:], "its head makes no sense"),
+        (
+            lambda data: data[:12] + struct.pack("<i", 2**31 - 1) + data[16:],
+            "its head makes no sense",
+        ),
         (lambda data: data[:-1], "expected 208 bytes, got 207"),
         (lambda data: data[:20] + b"\x09" + data[21:], "tokens outside a vocabulary of 9"),
     ],

@@ -23,6 +23,7 @@ from typing import IO, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.config import LIMIT
 from edgemoe.errors import FormatError
 
 __all__ = ["MAGIC", "LogProbs", "LogProbsWriter", "log_softmax"]
@@ -73,7 +74,7 @@ class LogProbs:
         need(head[: len(MAGIC)] == MAGIC, "not a file of log-probabilities (bad magic at byte 0)")
         need(len(head) == len(MAGIC) + _HEAD.size, "truncated inside its head")
         chunk, self.vocab_size, count = _HEAD.unpack(head[len(MAGIC) :])
-        need(chunk >= 3 and self.vocab_size >= 1 and count >= 1, "its head makes no sense")
+        need(chunk >= 3 and 1 <= self.vocab_size < LIMIT and count >= 1, "its head makes no sense")
         self._row = _row_type(self.vocab_size)
         self._start = len(head) + 4 * chunk * count
         expected = self._start + count * _scored(chunk) * self._row.itemsize
@@ -94,6 +95,8 @@ class LogProbs:
         if len(data) < count * self._row.itemsize:
             raise FormatError(f"{self._path}: became shorter while it was read")
         table = np.frombuffer(data, self._row)
+        if not (np.isfinite(table["scale"]).all() and np.isfinite(table["minimum"]).all()):
+            raise FormatError(f"{self._path}: holds what is no log-probability")
         out = table["q"][:, : self.vocab_size].astype(np.float64)
         out *= table["scale"][:, None]
         out += table["minimum"][:, None]
