@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
+from typing import Any
 
-__all__ = ["switch", "whole"]
+from edgemoe.errors import quoted
+
+__all__ = ["number", "switch", "texts", "whole", "wholes"]
 
 
 def whole(name: str, value: object, least: int | None = None, most: int | None = None) -> int:
@@ -23,6 +27,56 @@ def whole(name: str, value: object, least: int | None = None, most: int | None =
         span = f"at least {least}" if most is None else f"{least} to {most}"
         raise ValueError(f"{name}: expected {span}, got {number}")
     return number
+
+
+def number(name: str, value: object, least: float, most: float) -> float:
+    """Returns a finite number, given as an int, a float, or as numpy's.
+
+    Raises:
+        ValueError: it is no number, or outside the range; names the argument.
+    """
+    try:
+        if isinstance(value, (bool, str, bytes)):
+            raise TypeError
+        found = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{name}: expected a number, got {quoted(value)}") from None
+    if not least <= found <= most or not math.isfinite(found):
+        span = f"{least:g} or more" if math.isinf(most) else f"{least:g} to {most:g}"
+        raise ValueError(f"{name}: expected {span}, got {found}")
+    return found
+
+
+def wholes(name: str, value: object, least: int) -> tuple[int, ...]:
+    """Returns whole numbers, given as a list, a tuple or numpy's array.
+
+    Raises:
+        ValueError: it is none of these, or one is no whole number or too small; names the argument.
+    """
+    return tuple(whole(name, item, least) for item in _items(name, value, "whole numbers"))
+
+
+def texts(name: str, value: object) -> tuple[str, ...]:
+    """Returns texts, given as a list or a tuple, none of them empty.
+
+    Raises:
+        ValueError: it is neither, or one is no text or empty; names the argument.
+    """
+    items = _items(name, value, "texts")
+    for item in items:
+        if not isinstance(item, str) or not item:
+            raise ValueError(f"{name}: expected texts, none empty, got {quoted(item)}")
+    return tuple(items)
+
+
+def _items(name: str, value: object, what: str) -> list[Any]:
+    if (
+        isinstance(value, (str, bytes))
+        or not hasattr(value, "__len__")
+        or not hasattr(value, "__iter__")
+    ):
+        raise ValueError(f"{name}: expected a list of {what}, got {quoted(value)}")
+    return list(value)
 
 
 def switch(name: str, value: object) -> bool:

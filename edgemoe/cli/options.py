@@ -86,8 +86,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     _add(text, "-f", "--file", metavar="FILE", help="answer this file's text and leave; - for standard input")
     _add(text, "-sys", "--system-prompt", metavar="TEXT", help="what the model is told first")
     _add_switch(text, "--raw", help="no chat template: the model continues the text")
-    _add(text, "-n", "--predict", type=int, default=-1, metavar="N",
-         help="most tokens of a reply (default: -1, until it ends)")
+    _add(text, "-n", "--predict", type=int, metavar="N",
+         help="most tokens of a reply, -1 until it ends (default: the model's, else -1)")
     _add_switch(text, "--ignore-eos", help="go on where the model would end its reply")
     _add(text, "-r", "--stop", "--reverse-prompt", action=_Collect, default=[], metavar="TEXT",
          help="a text that ends the reply; may be repeated")
@@ -101,14 +101,16 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
          help="keep the likeliest with this probability together (default: the model's, else 0.95)")
     _add(sampling, "--min-p", type=float, metavar="N",
          help="keep those this likely relative to the likeliest (default: the model's, else 0.05)")
+    _add(sampling, "--typical", type=float, metavar="N",
+         help="keep the most typical with this probability together (default: the model's, else 1)")
     _add(sampling, "--repeat-penalty", type=float, metavar="N",
          help="divides the logits of recent tokens (default: the model's, else 1, none)")
-    _add(sampling, "--repeat-last-n", type=int, default=64, metavar="N",
-         help="how many tokens are recent, -1 for all (default: %(default)s)")
-    _add(sampling, "--presence-penalty", type=float, default=0.0, metavar="N",
-         help="taken from the logits of recent tokens (default: %(default)s)")
-    _add(sampling, "--frequency-penalty", type=float, default=0.0, metavar="N",
-         help="the same, for each time they occurred (default: %(default)s)")
+    _add(sampling, "--repeat-last-n", type=int, metavar="N",
+         help="how many tokens are recent, -1 for all (default: all for the model's penalty, else 64)")
+    _add(sampling, "--presence-penalty", type=float, metavar="N",
+         help="taken from the logits of recent tokens (default: the model's, else 0)")
+    _add(sampling, "--frequency-penalty", type=float, metavar="N",
+         help="the same, for each time they occurred (default: the model's, else 0)")
     _add(sampling, "-s", "--seed", type=int, default=-1, metavar="N",
          help="the same seed gives the same reply (default: -1, random)")
 

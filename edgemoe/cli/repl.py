@@ -174,8 +174,10 @@ def _path(command: str, rest: str) -> Path:
 
 def _parsed(name: str, text: str, kind: type) -> Any:
     """Returns a setting's value; `kind` says what is expected."""
-    if kind is tuple:
+    if name == "stop":
         return (text,) if text else ()
+    if kind is tuple:
+        raise ValueError(f"/set: {name} is the model's own")
     if kind is bool:
         words = {"on": True, "true": True, "1": True, "off": False, "false": False, "0": False}
         if text.lower() not in words:

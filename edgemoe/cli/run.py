@@ -121,6 +121,8 @@ def _run(args: Namespace) -> int:
             note(f"# {known}")
         if args.warm:
             _warm(engine, args.profile)
+        for line in engine.sampling_notes:
+            note(f"# {line}")
         params = _sampling(args, engine.sampling)
         chat = Chat(engine, system=args.system_prompt, params=params, raw=args.raw)
         if chat.is_raw and not args.raw:
@@ -150,6 +152,10 @@ def _answer(engine: Engine, chat: Chat, prompt: str) -> int:
     note(stats_line(engine.stats))
     if chat.finish == "context":
         note("# the context is full: -c makes it larger")
+    if chat.finish == "length" and chat.params.max_tokens == engine.sampling.max_tokens:
+        note(
+            f"# the model's settings end replies after {chat.params.max_tokens} tokens: -n changes it"
+        )
     return 0
 
 
@@ -197,17 +203,18 @@ def _sampling(args: Namespace, base: SamplingParams) -> SamplingParams:
         "top_k": args.top_k,
         "top_p": args.top_p,
         "min_p": args.min_p,
+        "typical_p": args.typical,
         "repeat_penalty": args.repeat_penalty,
+        "repeat_last_n": args.repeat_last_n,
+        "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty,
+        "max_tokens": args.predict,
     }
     return dataclasses.replace(
         base,
         **{name: value for name, value in given.items() if value is not None},
-        repeat_last_n=args.repeat_last_n,
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
         seed=args.seed,
-        max_tokens=args.predict,
-        stop=tuple(args.stop),
+        stop=(*base.stop, *args.stop),
         ignore_eos=args.ignore_eos,
     )
 

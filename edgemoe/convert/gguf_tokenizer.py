@@ -92,7 +92,26 @@ def tokenizer_files(
     template = meta.get("tokenizer.chat_template")
     if isinstance(template, str):
         files["tokenizer_config.json"]["chat_template"] = template
+    if sampling := _sampling(meta):
+        files["generation_config.json"] = sampling
     return {name: json.dumps(content).encode() for name, content in files.items()}
+
+
+_SAMPLING = {
+    "temp": "temperature",
+    "penalty_repeat": "repetition_penalty",
+    "penalty_last_n": "repeat_last_n",
+}
+"""Settings for sampling in GGUF files that are called something else in generation_config.json."""
+
+
+def _sampling(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings for sampling of `general.sampling.*`, all of them: readers say which they honour."""
+    start = "general.sampling."
+    found = {key.removeprefix(start): value for key, value in meta.items() if key.startswith(start)}
+    # Last, as the window belongs to the penalty.
+    found = dict(sorted(found.items(), key=lambda item: item[0] == "penalty_last_n"))
+    return {_SAMPLING.get(name, name): value for name, value in found.items()}
 
 
 def _strings(meta: Mapping[str, Any], key: str, where: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from dataclasses import dataclass, replace
 
 from edgemoe import hardware
@@ -26,7 +27,8 @@ _MARGIN_BYTES = 24 << 20
 # What the resident size of a process differs by from run to run.
 _JITTER_BYTES = 1 << 20
 
-_UNITS = {"": 1, "B": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+) *([KMGT]?)(?:iB|B)?", re.IGNORECASE | re.ASCII)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
 def parse_size(text: str | int) -> int:
@@ -37,10 +39,10 @@ def parse_size(text: str | int) -> int:
     """
     try:
         if isinstance(text, str):
-            clean = text.strip().upper()
-            number = clean.rstrip("BIKMGT")
-            unit = clean[len(number) :].removesuffix("B").removesuffix("I")
-            size = int(float(number) * _UNITS[unit])
+            found = _SIZE.fullmatch(text.strip())
+            if found is None:
+                raise ValueError
+            size = int(float(found[1]) * _UNITS[found[2].upper()])
         elif isinstance(text, bool):
             raise TypeError
         else:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -13,9 +14,10 @@ from edgemoe.errors import FormatError
 from edgemoe.file.parse import parse_json
 from edgemoe.file.whole import write_whole
 from edgemoe.text.sampler import SamplingParams
+from edgemoe.text.stops import ReplyText
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["Chat", "Message", "StopFilter", "TextEngine"]
+__all__ = ["Chat", "Message", "TextEngine"]
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}."""
@@ -37,6 +39,10 @@ class TextEngine(Protocol):
     def context(self) -> int:
         """The most tokens that prompt and reply may have together."""
 
+    @property
+    def sampling(self) -> SamplingParams:
+        """How replies are sampled unless said otherwise."""
+
     def generate(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Yields the tokens that follow `ids`, without the one that ends the reply."""
 
@@ -57,7 +63,7 @@ class Chat:
         Args:
             engine: makes the tokens; stays the caller's to close.
             system: what the model is told before the conversation.
-            params: how replies are sampled; None for the defaults. May be replaced between replies.
+            params: how replies are sampled; None for the model's settings. May be replaced between replies.
             raw: use no chat template; the model continues the text. Always so where the model has
                 no template.
 
@@ -66,7 +72,7 @@ class Chat:
         """
         if engine.tokenizer is None:
             raise FormatError("chat: the model has no tokenizer, so that it takes ids only")
-        self.params = params if params is not None else SamplingParams()
+        self.params = params if params is not None else engine.sampling
         self._engine = engine
         self._tokenizer: Tokenizer = engine.tokenizer
         self._is_raw = raw or not engine.tokenizer.has_chat_template
@@ -155,28 +161,28 @@ class Chat:
         base = self._messages
         turn = [*base, {"role": "user", "content": text}]
         ids = self._prompt(turn)
-        stream = self._tokenizer.stream(continues=self._is_raw)
-        stops = StopFilter(params.stop)
+        made = ReplyText(self._tokenizer, params.stop, continues=self._is_raw)
         reply = ""
         count = 0
         # A file may name only the base model's end token, while turns end with another.
         ends = () if params.ignore_eos or self._is_raw else self._tokenizer.eos_ids
-        generator = self._engine.generate(ids, params)
+        # Stop texts are looked for here, in the text as it is shown.
+        generator = self._engine.generate(ids, replace(params, stop=()))
         with contextlib.closing(generator):  # type: ignore[type-var]
             for token in generator:
                 if token in ends:
                     break
                 count += 1
-                piece = stops.push(stream.push(token))
+                piece = made.push(token)
                 if piece:
                     reply += piece
                     self._messages = [*turn, {"role": "assistant", "content": reply}]
                     yield piece
-                if stops.is_stopped:
+                if made.is_stopped:
                     break
-        piece = "" if stops.is_stopped else stops.push(stream.flush()) + stops.flush()
+        piece = made.flush()
         self._messages = [*turn, {"role": "assistant", "content": reply + piece}]
-        if stops.is_stopped:
+        if made.is_stopped:
             self._finish = "stop"
         elif count == params.max_tokens:
             self._finish = "length"
@@ -219,39 +225,3 @@ class Chat:
         if self._reply is not None:
             self._reply.close()
             self._reply = None
-
-
-class StopFilter:
-    """Passes text on up to the first stop text, and never a part of one. One thread at a time."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        """Watches for any of `stops`; an empty sequence lets all text through."""
-        self._stops = tuple(stops)
-        self._held = ""
-        self.is_stopped = False
-        """Whether a stop text was met."""
-
-    def push(self, text: str) -> str:
-        """Takes more text and returns what is certainly before any stop text."""
-        if self.is_stopped or not text:
-            return ""
-        text = self._held + text
-        found = [at for s in self._stops if (at := text.find(s)) >= 0]
-        if found:
-            self.is_stopped = True
-            self._held = ""
-            return text[: min(found)]
-        keep = max((_overlap(text, s) for s in self._stops), default=0)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def flush(self) -> str:
-        """Ends the text and returns what was held back as the possible start of a stop text."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Returns how many characters at the end of `text` may be the start of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

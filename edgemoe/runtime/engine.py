@@ -22,6 +22,7 @@ from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.sequence import Sequence
 from edgemoe.scheduler import Scheduler
 from edgemoe.text.sampler import SamplingParams
+from edgemoe.text.stops import ReplyText
 
 if TYPE_CHECKING:
     from edgemoe.runtime.chat import Chat
@@ -61,6 +62,7 @@ class Engine:
         self.config, self.budget, self.threads = model.config, model.budget, model.threads
         self.bits, self.notes, self._top_bits = model.bits, model.notes, model.top_bits
         self.tokenizer, self.sampling, self._eos = text.tokenizer, text.sampling, text.eos_ids
+        self.sampling_notes = text.notes
         self._sequence: Sequence | None = Sequence(model)
         self._meter = self._sequence.meter
         self._pid = os.getpid()
@@ -69,6 +71,8 @@ class Engine:
 
     sampling: SamplingParams
     """How replies are sampled unless said otherwise: the model's own settings, or the defaults."""
+    sampling_notes: tuple[str, ...]
+    """What of the model's own settings is not honoured, one line each."""
     notes: tuple[str, ...]
     """What the user chose that changes the answer, one line each; empty when exact."""
 
@@ -187,7 +191,9 @@ class Engine:
     def generate(
         self, ids: abc.Sequence[int], params: SamplingParams | None = None
     ) -> Iterator[int]:
-        """Yields tokens as they are made, until an end token, `max_tokens` or the end of the context.
+        """Yields tokens as they are made, until an end token, a stop text, `max_tokens` or the end of the context.
+
+        The token that completes a stop text is the last.
 
         What the sequence shares with the one before is not computed again; the result is the same, bit for bit.
 
@@ -196,10 +202,12 @@ class Engine:
             params: how to sample; None for `sampling`.
 
         Raises:
-            ValueError: too many tokens, none, or one outside the vocabulary.
+            ValueError: too many tokens, none, or one outside the vocabulary; stop texts without a tokenizer.
             ReadError: the disk failed; the engine stays usable.
         """
         params = params or self.sampling
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop: expected no texts, as the model has no tokenizer")
         if len(ids) >= self.context:
             raise ValueError(
                 f"a prompt of {len(ids)} tokens does not fit a context of {self.context} with a reply"
@@ -215,6 +223,9 @@ class Engine:
     ) -> Iterator[int]:
         """Yields the reply after a prompt, of which `tokens` are to be computed."""
         eos = frozenset() if params.ignore_eos else self._eos
+        text = None
+        if params.stop and self.tokenizer is not None:
+            text = ReplyText(self.tokenizer, params.stop, continues=True)
         with self._alone(call) as sequence:
             sequence.reply(params)
             sequence.prompt(tokens, sequence.row)
@@ -226,6 +237,10 @@ class Engine:
             if token in eos:
                 return
             yield token
+            if text is not None:
+                text.push(token)
+                if text.is_stopped:
+                    return
             if made < limit:
                 with self._alone(call) as sequence:
                     sequence.evaluate(np.array([token], np.int32), sequence.row)

@@ -26,6 +26,7 @@ from edgemoe.runtime.profile import ProfileFile
 from edgemoe.scheduler import SCHEDULERS, SECTIONS, Setting
 from edgemoe.store import ExpertStore, level_bytes, load_dense
 from edgemoe.text.sampler import SamplingParams
+from edgemoe.text.settings import FILE, model_sampling
 from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Opened", "Text", "model_setting", "open_model", "room_for_experts"]
@@ -40,6 +41,8 @@ class Text:
     tokenizer: Tokenizer | None
     sampling: SamplingParams
     eos_ids: frozenset[int]
+    notes: tuple[str, ...]
+    """What of the file's settings for sampling is not honoured, a line each."""
 
     @classmethod
     def of(cls, moe: MoeFile) -> Text:
@@ -49,7 +52,11 @@ class Text:
         eos = frozenset(moe.config.eos_ids)
         if tokenizer is not None:  # a file may name only the base model's end token
             eos |= frozenset(tokenizer.eos_ids)
-        return cls(tokenizer, SamplingParams.of_model(files.get("generation_config.json")), eos)
+        c = moe.config
+        sampling, notes = model_sampling(
+            files.get(FILE), vocab_size=c.vocab_size, context=c.context_length
+        )
+        return cls(tokenizer, sampling, eos, notes)
 
 
 @dataclass(frozen=True, slots=True)

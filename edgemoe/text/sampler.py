@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.errors import FormatError
-from edgemoe.file.parse import parse_json
+from edgemoe.arguments import number, switch, texts, whole, wholes
+from edgemoe.errors import quoted
 
 __all__ = ["Sampler", "SamplingParams"]
-
-_MODEL_SETTINGS = {
-    "temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "repeat_penalty",
-}
-"""Names in generation_config.json, and ours."""
 
 _BLOCK = 128  # logits per block maximum: 1,200 maxima for a vocabulary of 150,000
 
@@ -57,55 +47,60 @@ class SamplingParams:
     ignore_eos: bool = False
     """Go on after the tokens with which the model ends a reply."""
 
-    @classmethod
-    def of_model(cls, generation_config: bytes | None) -> SamplingParams:
-        """Returns the defaults, with what a model's generation_config.json says of sampling instead.
-
-        What is not a valid setting there is left out: a file that others made must not stop a chat.
-        """
-        try:
-            said = parse_json(generation_config or b"{}", "generation_config.json")
-        except FormatError:
-            return cls()
-        params = cls()
-        for theirs, ours in _MODEL_SETTINGS.items():
-            if isinstance(said, dict) and said.get(theirs) is not None:
-                with contextlib.suppress(ValueError, OverflowError):
-                    params = replace(params, **{ours: said[theirs]})
-        return params
+    typical_p: float = 1.0
+    """Keep the tokens whose surprise is nearest to the mean, with this probability together; 1 keeps all."""
+    suppress_tokens: tuple[int, ...] = ()
+    """Tokens that are never taken."""
+    begin_suppress_tokens: tuple[int, ...] = ()
+    """Tokens that are not taken as the first of a reply."""
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that are never completed, prompt and reply together."""
+    no_repeat_ngram_size: int = 0
+    """No sequence of so many tokens comes twice, prompt and reply together; 0 lets all."""
 
     def __post_init__(self) -> None:
-        """Checks every field.
+        """Checks every field; numpy's numbers and lists become Python's numbers and tuples.
 
         Raises:
-            ValueError: a field is outside its range; says which.
+            ValueError: a field is of the wrong kind or outside its range; says which.
         """
-        for name, low, high in (
-            ("temperature", 0, math.inf),
-            ("top_p", 0, 1),
-            ("min_p", 0, 1),
-            ("repeat_penalty", 0, math.inf),
-            ("presence_penalty", -math.inf, math.inf),
-            ("frequency_penalty", -math.inf, math.inf),
-        ):
-            value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or not low <= value <= high:
-                span = f"from {low} to {high}" if math.isfinite(high) else "0 or more"
-                span = span if math.isfinite(low) else "any finite one"
-                raise ValueError(f"sampling: {name} must be a number, {span}; got {value!r}")
-        if self.repeat_penalty == 0:
-            raise ValueError("sampling: repeat_penalty must be above 0; got 0")
-        for name, least in (("top_k", 0), ("repeat_last_n", -1), ("seed", -1), ("max_tokens", -1)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(
-                    f"sampling: {name} must be a whole number, {least} or more; got {value!r}"
-                )
-        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) and s for s in self.stop):
-            raise ValueError(f"sampling: stop must be a tuple of texts, got {self.stop!r}")
-        if type(self.ignore_eos) is not bool:
-            raise ValueError(f"sampling: ignore_eos must be True or False, got {self.ignore_eos!r}")
+
+        def put(name: str, read: Callable[..., object], *limits: object) -> None:
+            object.__setattr__(self, name, read(f"sampling: {name}", getattr(self, name), *limits))
+
+        put("temperature", number, 0, math.inf)
+        for name in ("top_p", "min_p", "typical_p"):
+            put(name, number, 0, 1)
+        # Within these no logit leaves the range of its type; honest ones are near 1 and 0.
+        put("repeat_penalty", number, 0.01, 100)
+        for name in ("presence_penalty", "frequency_penalty"):
+            put(name, number, -1000, 1000)
+        for name in ("top_k", "no_repeat_ngram_size"):
+            put(name, whole, 0)
+        for name in ("repeat_last_n", "seed", "max_tokens"):
+            put(name, whole, -1)
+        for name in ("suppress_tokens", "begin_suppress_tokens"):
+            put(name, wholes, 0)
+        put("bad_words_ids", _sequences)
+        put("stop", texts)
+        put("ignore_eos", switch)
+
+    @property
+    def bans(self) -> bool:
+        """Whether any token may be forbidden."""
+        return bool(
+            self.suppress_tokens
+            or self.begin_suppress_tokens
+            or self.bad_words_ids
+            or self.no_repeat_ngram_size
+        )
+
+
+def _sequences(name: str, value: object) -> tuple[tuple[int, ...], ...]:
+    items = list(value) if isinstance(value, (list, tuple)) else value
+    if not isinstance(items, list) or not all(isinstance(i, (list, tuple)) and i for i in items):
+        raise ValueError(f"{name}: expected a list of lists of tokens, got {quoted(value)}")
+    return tuple(wholes(name, item, 0) for item in items)
 
 
 class Sampler:
@@ -114,6 +109,7 @@ class Sampler:
     def __init__(self, params: SamplingParams) -> None:
         """Starts a reply; draws are a function of `params.seed` and of what `sample` is given."""
         self.params = params
+        self._is_first = True
         # Python's generator gives the same numbers in every version; numpy's may change.
         self._random = random.Random(None if params.seed == -1 else params.seed)
 
@@ -122,22 +118,31 @@ class Sampler:
 
         Args:
             logits: float32 [V], not changed.
-            history: the tokens before, prompt included; only the penalties look at it.
+            history: the tokens before, prompt included; the penalties and what may not repeat look at it.
 
         Raises:
-            ValueError: the shape is wrong, or the largest logit is not a finite number.
+            ValueError: the shape is wrong, the largest logit is not a finite number, or no token is allowed.
         """
         if logits.ndim != 1 or not len(logits):
             raise ValueError(f"sample: expected logits [V], got {list(logits.shape)}")
         params = self.params
         logits = _penalised(logits, history, params)
+        if params.bans:
+            logits = _without(logits, _banned(history, params, is_first=self._is_first))
+        self._is_first = False
         best = int(logits.argmax())  # the lowest id of equals; of a NaN, if there is one
         if not math.isfinite(logits[best]):
+            if params.bans and logits[best] == -math.inf:
+                raise ValueError("sample: no token is left that is not suppressed")
             raise ValueError(f"sample: logits must be finite, got {logits[best]} for token {best}")
         if params.temperature == 0 or params.top_k == 1:
             return best
         ids = _most_likely(logits, params.top_k)
         gaps = logits[ids].astype(np.float64) - float(logits[best])
+        if params.bans:
+            ids, gaps = ids[gaps > -math.inf], gaps[gaps > -math.inf]
+        if params.typical_p < 1:
+            ids, gaps = _typical(ids, gaps, params.typical_p)
         ids, gaps = _filtered(ids, gaps, params)
         with np.errstate(over="ignore"):  # next to no temperature: all but the best have no chance
             chance = np.cumsum(np.exp(gaps / params.temperature))
@@ -161,6 +166,46 @@ def _penalised(
     hit = np.where(hit > 0, hit / params.repeat_penalty, hit * params.repeat_penalty)
     logits[ids] = hit - counts * params.frequency_penalty - params.presence_penalty
     return logits
+
+
+def _banned(history: Sequence[int], params: SamplingParams, *, is_first: bool) -> set[int]:
+    """Returns the tokens that may not come next."""
+    banned = set(params.suppress_tokens)
+    if is_first:
+        banned.update(params.begin_suppress_tokens)
+    for *before, last in params.bad_words_ids:
+        if not before or list(history[-len(before) :]) == before:
+            banned.add(last)
+    size = params.no_repeat_ngram_size
+    if 0 < size <= len(history):
+        ids = np.asarray(history, dtype=np.int64)
+        starts = len(ids) - size + 1
+        is_same = np.ones(starts, dtype=bool)
+        for at in range(size - 1):  # where the last tokens have come before
+            is_same &= ids[at : at + starts] == ids[starts + at]
+        banned.update(ids[size - 1 :][is_same].tolist())
+    return banned
+
+
+def _without(logits: NDArray[np.float32], banned: set[int]) -> NDArray[np.float32]:
+    """Returns a copy of the logits in which tokens have no chance."""
+    ids = np.fromiter(banned, np.int64, len(banned))
+    logits = logits.copy()
+    logits[ids[ids < len(logits)]] = -np.inf
+    return logits
+
+
+def _typical(
+    ids: NDArray[np.intp], gaps: NDArray[np.float64], mass: float
+) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+    """Returns what typical_p keeps (Meister et al., arXiv 2202.00666), gaps now to the likeliest that is left."""
+    weights = np.exp(gaps)
+    chance = weights / weights.sum()
+    surprise = math.log(float(weights.sum())) - gaps
+    order = np.argsort(np.abs(surprise - float((chance * surprise).sum())), kind="stable")
+    count = int(np.searchsorted(np.cumsum(chance[order]), mass)) + 1
+    kept = np.sort(order[:count])  # in the order that they had
+    return ids[kept], gaps[kept] - gaps[kept].max()
 
 
 def _most_likely(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:

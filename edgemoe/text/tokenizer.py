@@ -125,6 +125,10 @@ class Tokenizer:
         skip = self._special_ids if skip_special else frozenset()
         return TextStream(self._backend, self._bytes, skip=skip, continues=continues)
 
+    def special_text(self, token: int) -> str:
+        """Returns what a special token is written as, "" for any other token."""
+        return (self._backend.id_to_token(token) or "") if token in self._special_ids else ""
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],

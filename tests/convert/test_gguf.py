@@ -20,6 +20,8 @@ from edgemoe.convert.carve.llama import llama_shape
 from edgemoe.convert.gguf import GGUFCheckpoint
 from edgemoe.convert.imatrix import read_imatrix
 from edgemoe.errors import FormatError
+from edgemoe.text.sampler import SamplingParams
+from edgemoe.text.settings import model_sampling
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -142,6 +144,19 @@ def test_what_a_scaling_is_for_can_be_used(original: int, tmp_path: Path) -> Non
     stored = dense.config["max_position_embeddings"]
     angles = llama_shape(dense).rope
     assert angles.context_length == max(stored, 4 * (original or stored))
+
+
+def test_settings_for_sampling_are_kept(tmp_path: Path) -> None:
+    """All of them: who samples says what it does not honour."""
+    said = {"penalty_last_n": 32, "temp": 0.5, "top_k": 7, "penalty_repeat": 1.25, "mirostat": 2}
+    changes = {f"general.sampling.{name}": value for name, value in said.items()}
+    checkpoint = GGUFCheckpoint(save_gguf(tiny_llama(), tmp_path / "x.gguf", changes=changes))
+    content = checkpoint.files["generation_config.json"]
+    params, notes = model_sampling(content, vocab_size=300, context=64)
+    assert params == SamplingParams(temperature=0.5, top_k=7, repeat_penalty=1.25, repeat_last_n=32)
+    assert notes == ("generation_config.json: not used here: mirostat 2",)
+    plain = GGUFCheckpoint(save_gguf(tiny_llama(), tmp_path / "y.gguf"))
+    assert "generation_config.json" not in plain.files
 
 
 def test_both_ends_of_a_turn_end_it(tmp_path: Path) -> None:

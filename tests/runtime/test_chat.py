@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import edgemoe
 from edgemoe.errors import FormatError, ReadError
-from edgemoe.runtime.chat import Chat, StopFilter
+from edgemoe.runtime.chat import Chat
 from edgemoe.text.sampler import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True)
@@ -186,29 +184,30 @@ def test_a_half_stop_text_at_the_end_is_text(chat: Chat) -> None:
     assert "".join(chat.say("Hello")) == whole
 
 
-@given(
-    text=st.text("ab", max_size=30),
-    stops=st.lists(st.text("ab", min_size=1, max_size=5), max_size=3),
-    cuts=st.lists(st.integers(0, 30), max_size=8),
-)
-def test_the_filter_equals_a_search_of_the_whole_text(
-    text: str, stops: list[str], cuts: list[int]
-) -> None:
-    edges = sorted({0, len(text), *(min(c, len(text)) for c in cuts)})
-    watch = StopFilter(stops)
-    shown = ""
-    for start, end in itertools.pairwise(edges):
-        shown += watch.push(text[start:end])
-        assert text.startswith(shown)
-        assert not any(s in shown for s in stops)
-        # No more is held back than the longest stop text could need.
-        assert watch.is_stopped or end - len(shown) < max(map(len, stops), default=1)
-    assert watch.is_stopped == any(s in text for s in stops)
-    if watch.is_stopped:
-        assert any(text.startswith(s, len(shown)) for s in stops)
-        assert watch.push("more") + watch.flush() == ""
-    else:
-        assert shown + watch.flush() == text
+@pytest.mark.parametrize("stop", ["<|im_start|>", "im_st", "><|im", "t|><|im_start|>"])
+def test_a_special_token_that_is_not_shown_stops_a_reply(engine: edgemoe.Engine, stop: str) -> None:
+    start = engine.tokenizer.encode("<|im_start|>")[0]
+    others = [i for i in range(engine.config.vocab_size) if i != start]
+    only = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, suppress_tokens=others)
+    chat = engine.chat(params=only)
+    assert "".join(chat.say("Hello")) == ""
+    assert (chat.finish, engine.stats.new_tokens) == ("length", 9)
+    chat.params = replace(only, stop=(stop,))
+    assert "".join(chat.say("Hello")) == ""
+    assert (chat.finish, engine.stats.new_tokens) == ("stop", 1 if stop in "<|im_start|>" else 2)
+
+
+def test_a_stop_text_ends_what_is_generated_at_its_last_token(engine: edgemoe.Engine) -> None:
+    ids = engine.tokenizer.encode("Hello")
+    tokens = list(engine.generate(ids, GREEDY))
+    texts = [engine.tokenizer.decode(tokens[:n], skip_special=False) for n in range(17)]
+    stop = texts[9][-3:]
+    first = next(n for n, text in enumerate(texts) if stop in text)
+    assert list(engine.generate(ids, with_stop("absent", stop))) == tokens[:first]
+
+
+def test_a_chat_is_sampled_as_the_model_says(engine: edgemoe.Engine) -> None:
+    assert Chat(engine).params == engine.sampling
 
 
 def test_the_end_token_of_the_template_ends_a_reply(engine: edgemoe.Engine) -> None:

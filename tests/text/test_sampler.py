@@ -28,8 +28,26 @@ def reference(
         values[token] = v - count * p.frequency_penalty - p.presence_penalty
     tokens = sorted(range(len(values)), key=lambda i: (-values[i], i))
     tokens = tokens[: p.top_k or None]
+    if p.temperature == 0:
+        return [(tokens[0], 1.0)]
     top = values[tokens[0]]
     weights = [math.exp(values[t] - top) for t in tokens]
+    if p.typical_p < 1:
+        chances = [w / sum(weights) for w in weights]
+        entropy = -sum(c * math.log(c) for c in chances if c > 0)
+        order = sorted(
+            range(len(tokens)),
+            key=lambda i: abs(-math.log(chances[i]) - entropy) if chances[i] > 0 else math.inf,
+        )
+        typical, mass = [], 0.0
+        for i in order:
+            typical.append(i)
+            mass += chances[i]
+            if mass >= p.typical_p:
+                break
+        tokens = [tokens[i] for i in sorted(typical)]
+        top = values[tokens[0]]
+        weights = [math.exp(values[t] - top) for t in tokens]
     kept, mass = [], 0.0
     for token, weight in zip(tokens, weights, strict=True):
         kept.append(token)
@@ -38,8 +56,6 @@ def reference(
             break
     if p.min_p > 0:
         kept = [t for t in kept if values[t] - top >= math.log(p.min_p)]
-    if p.temperature == 0:
-        return [(kept[0], 1.0)]
     weights = [math.exp((values[t] - top) / p.temperature) for t in kept]
     return [(t, w / sum(weights)) for t, w in zip(kept, weights, strict=True)]
 
@@ -68,16 +84,17 @@ def logits_of(size: int, seed: int = 0, scale: float = 3.0) -> np.ndarray:
     repeat_penalty=st.sampled_from([1.0, 1.3, 0.8]),
     repeat_last_n=st.sampled_from([-1, 0, 3, 64]),
     presence=st.sampled_from([0.0, 0.7]),
+    typical_p=st.sampled_from([1.0, 0.9, 0.2]),
     frequency=st.sampled_from([0.0, 0.4, -0.2]),
 )
 def test_it_equals_the_reference(
     size, seed, history, temperature, top_k, top_p, min_p, repeat_penalty, repeat_last_n,
-    presence, frequency,
+    presence, frequency, typical_p,
 ) -> None:  # fmt: skip
     params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repeat_penalty=repeat_penalty, repeat_last_n=repeat_last_n,
-        presence_penalty=presence, frequency_penalty=frequency,
+        presence_penalty=presence, frequency_penalty=frequency, typical_p=typical_p,
     )  # fmt: skip
     logits = logits_of(size, seed)
     before = logits.copy()
@@ -180,13 +197,94 @@ def test_a_large_vocabulary_is_fast(top_k: int) -> None:
         {"temperature": True}, {"top_k": -1}, {"top_k": 2.0}, {"top_p": 1.1}, {"top_p": -0.1},
         {"min_p": 2}, {"repeat_penalty": 0}, {"repeat_penalty": math.inf}, {"repeat_last_n": -2},
         {"presence_penalty": math.nan}, {"frequency_penalty": None}, {"seed": -2}, {"seed": 1.5},
-        {"max_tokens": -2}, {"stop": "text"}, {"stop": ("",)}, {"stop": [1]}, {"ignore_eos": 1},
+        {"max_tokens": -2}, {"stop": "text"}, {"repeat_penalty": 1e-39}, {"typical_p": 2},
+        {"suppress_tokens": 3}, {"suppress_tokens": [1.5]}, {"bad_words_ids": [[]]}, {"bad_words_ids": [3]},
+        {"no_repeat_ngram_size": -1}, {"begin_suppress_tokens": ["x"]}, {"stop": ("",)}, {"stop": [1]},
+        {"ignore_eos": 1},
     ],
 )  # fmt: skip
 def test_a_wrong_value_names_its_field(change: dict[str, object]) -> None:
     (name,) = change
-    with pytest.raises(ValueError, match=rf"^sampling: {name} must be [^\n]*$"):
+    with pytest.raises(ValueError, match=rf"^sampling: {name}: expected [^\n]{{1,200}}$"):
         SamplingParams(**change)
+
+
+def test_numbers_and_lists_of_numpy_are_taken() -> None:
+    params = SamplingParams(
+        temperature=np.float32(0.5), top_k=np.int64(7), top_p=1, stop=["a", "b"], seed=np.uint8(3),
+        ignore_eos=np.bool_(True), suppress_tokens=np.arange(3), bad_words_ids=[[1, np.int32(2)]],
+        min_p=np.array(0.25),
+    )  # fmt: skip
+    assert params == SamplingParams(
+        temperature=0.5, top_k=7, top_p=1.0, stop=("a", "b"), seed=3, ignore_eos=True,
+        suppress_tokens=(0, 1, 2), bad_words_ids=((1, 2),), min_p=0.25,
+    )  # fmt: skip
+    kinds = {type(v) for v in dataclasses.asdict(params).values()}
+    assert kinds == {float, int, bool, tuple}
+    hash(params)
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_largest_penalties_keep_logits_finite() -> None:
+    logits = logits_of(300, scale=30)
+    for change in (
+        {"repeat_penalty": 0.01}, {"repeat_penalty": 100}, {"presence_penalty": 1000},
+        {"frequency_penalty": -1000},
+    ):  # fmt: skip
+        Sampler(SamplingParams(repeat_last_n=-1, **change)).sample(logits, list(range(300)) * 9)
+    with pytest.raises(ValueError, match=r"repeat_penalty: expected 0\.01 to 100, got 1e-39"):
+        SamplingParams(repeat_penalty=1e-39)
+
+
+# --- what is never taken, beside transformers' own processors
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    history=st.lists(st.integers(0, 5), min_size=1, max_size=20),
+    words=st.lists(st.lists(st.integers(0, 7), min_size=1, max_size=3), max_size=3),
+    suppressed=st.lists(st.integers(0, 7), max_size=3),
+    begin=st.lists(st.integers(0, 7), max_size=3),
+    size=st.integers(0, 4),
+    prompt=st.integers(0, 20),
+)
+def test_what_is_never_taken_is_what_transformers_leaves_out(
+    history, words, suppressed, begin, size, prompt
+) -> None:
+    import torch
+    from transformers.generation import logits_process as theirs
+
+    prompt = min(prompt, len(history))
+    scores, ids = torch.zeros(1, 9), torch.tensor([history])
+    if words:
+        scores = theirs.NoBadWordsLogitsProcessor(words, eos_token_id=8)(ids, scores)
+    if suppressed:
+        scores = theirs.SuppressTokensLogitsProcessor(suppressed)(ids, scores)
+    if begin:
+        at = theirs.SuppressTokensAtBeginLogitsProcessor(begin, begin_index=prompt)
+        scores = at(ids, scores)
+    if size:
+        scores = theirs.NoRepeatNGramLogitsProcessor(size)(ids, scores)
+    params = SamplingParams(
+        temperature=1, top_k=0, top_p=1, min_p=0, bad_words_ids=words, suppress_tokens=suppressed,
+        begin_suppress_tokens=begin, no_repeat_ngram_size=size,
+    )  # fmt: skip
+    logits = np.zeros(9, dtype=np.float32)
+    allowed = {i for i in range(9) if scores[0, i] == 0}
+    assert 8 in allowed
+    taken = set()
+    for at in np.linspace(0, 1 - 1e-12, 4 * len(allowed)):
+        again = Sampler(params)
+        again._is_first = len(history) == prompt
+        again._random.random = lambda at=at: float(at)
+        taken.add(again.sample(logits, history))
+    assert taken == allowed
+
+
+def test_when_nothing_may_be_taken_it_says_so() -> None:
+    params = SamplingParams(suppress_tokens=range(5))
+    with pytest.raises(ValueError, match="no token is left that is not suppressed"):
+        Sampler(params).sample(np.zeros(5, dtype=np.float32))
 
 
 def test_broken_logits_are_a_value_error() -> None:
@@ -203,21 +301,3 @@ def test_minus_infinity_is_never_drawn() -> None:
     logits[[7, 200]] = 1
     sampler = Sampler(SamplingParams(top_k=0, top_p=1, min_p=0, seed=5))
     assert {sampler.sample(logits) for _ in range(50)} == {7, 200}
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (None, SamplingParams()),
-        (b"{", SamplingParams()),
-        (b"[1]", SamplingParams()),
-        (b"[" * 100_000, SamplingParams()),
-        (b'{"temperature": 1' + b"0" * 400 + b', "top_k": 7}', SamplingParams(top_k=7)),
-        (b'{"temperature": 0.2, "top_p": 0.9}', SamplingParams(temperature=0.2, top_p=0.9)),
-        (b'{"repetition_penalty": 1.1, "top_k": 20}', SamplingParams(repeat_penalty=1.1, top_k=20)),
-        (b'{"temperature": null, "top_k": "many", "min_p": 0.1}', SamplingParams(min_p=0.1)),
-        (b'{"temperature": -1, "eos_token_id": 3, "top_p": 0.5}', SamplingParams(top_p=0.5)),
-    ],
-)
-def test_a_model_may_bring_settings(content: bytes | None, expected: SamplingParams) -> None:
-    assert SamplingParams.of_model(content) == expected

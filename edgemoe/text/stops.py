@@ -1,0 +1,99 @@
+"""The text of a reply while its tokens are made: up to the first stop text, whatever tokens that is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from edgemoe.text.stream import TextStream
+
+__all__ = ["ReplyText", "StopFilter"]
+
+
+class _Decoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    def stream(self, *, skip_special: bool = ..., continues: bool = ...) -> TextStream: ...
+
+    def special_text(self, token: int) -> str: ...
+
+
+class ReplyText:
+    """Turns the tokens of a reply into text. Special tokens are not shown, but may stop it. One thread at a time."""
+
+    def __init__(self, tokenizer: _Decoder, stops: Sequence[str], *, continues: bool) -> None:
+        """Starts a reply.
+
+        Args:
+            tokenizer: of the model.
+            stops: texts that end the reply.
+            continues: the reply goes on in the middle of a text, so that a leading space counts.
+        """
+        self._tokenizer = tokenizer
+        self._stream = tokenizer.stream(continues=continues)
+        self._filter = StopFilter(stops)
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop text was met."""
+        return self._filter.is_stopped
+
+    def push(self, token: int) -> str:
+        """Takes the next token and returns the text that is certainly before any stop text, often empty."""
+        hidden = self._tokenizer.special_text(token)
+        if hidden:
+            return self._filter.push(hidden, is_hidden=True)
+        return self._filter.push(self._stream.push(token))
+
+    def flush(self) -> str:
+        """Ends the reply and returns what was held back: nothing after a stop text."""
+        text = self._filter.push(self._stream.flush())
+        return text if self.is_stopped else text + self._filter.flush()
+
+
+class StopFilter:
+    """Passes text on up to the first stop text, and never a part of one. One thread at a time."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        """Watches for any of `stops`; an empty sequence lets all text through."""
+        self._stops = tuple(stops)
+        self._held = ""
+        self._is_shown = b""  # of what is held, a byte for every character
+        self.is_stopped = False
+        """Whether a stop text was met."""
+
+    def push(self, text: str, *, is_hidden: bool = False) -> str:
+        """Takes more text and returns what is certainly before any stop text.
+
+        Args:
+            is_hidden: the text is looked at, and not passed on.
+        """
+        if self.is_stopped or not text:
+            return ""
+        self._held += text
+        self._is_shown += bytes([not is_hidden]) * len(text)
+        found = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
+        if (
+            found
+        ):  # of several the one that ends first, so that it does not matter how the text is cut
+            self.is_stopped = True
+            out = self._take(min(found)[1])
+            self._held, self._is_shown = "", b""
+            return out
+        keep = max((_overlap(self._held, s) for s in self._stops), default=0)
+        return self._take(len(self._held) - keep)
+
+    def flush(self) -> str:
+        """Ends the text and returns what was held back as the possible start of a stop text."""
+        return self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        text, is_shown = self._held[:count], self._is_shown[:count]
+        self._held, self._is_shown = self._held[count:], self._is_shown[count:]
+        return "".join(char for char, shown in zip(text, is_shown, strict=True) if shown)
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Returns how many characters at the end of `text` may be the start of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
