@@ -263,15 +263,4 @@ void add_rows(Workspace& ws, const float* x, float scale, const float* gate_weig
   });
 }
 
-void rope_table(const float* inv_freq, int half, int pos, int T, float scale, float* cos, float* sin) {
-  for (int t = 0; t < T; ++t) {
-    for (int i = 0; i < half; ++i) {
-      // The angle in float32, as transformers has it; its cosine in double, the same everywhere.
-      const float angle = float(pos + t) * inv_freq[i];
-      cos[size_t(t) * half + i] = float(std::cos(double(angle))) * scale;
-      sin[size_t(t) * half + i] = float(std::sin(double(angle))) * scale;
-    }
-  }
-}
-
 }  // namespace edgemoe

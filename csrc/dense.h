@@ -127,7 +127,4 @@ void add_norm(Workspace& ws, const float* added, float scale, float* x, const fl
 void add_rows(Workspace& ws, const float* x, float scale, const float* gate_weight, const float* gate_input, int T,
               int cols, float* out);
 
-/// cos and sin [T, half] of angle position * inv_freq, scaled.
-void rope_table(const float* inv_freq, int half, int pos, int T, float scale, float* cos, float* sin);
-
 }  // namespace edgemoe

@@ -93,6 +93,13 @@ class Workspace:
         num_heads: int = 1,
     ) -> int: ...
 
+class Rope:
+    def __init__(self, frequencies: _F32, scale: float) -> None: ...
+    def keep(self, positions: int) -> None: ...
+    @staticmethod
+    def bytes(half: int, kept: int) -> int: ...
+    def angles(self, pos: int, cos: _F32, sin: _F32) -> None: ...
+
 class KvLayer:
     def __init__(
         self, *, key_type: str, value_type: str, num_heads: int, capacity: int, head_dim: int
@@ -122,7 +129,11 @@ class AttentionLayer:
         clip: float,
         rope_dim: int | None = None,
         norm_after_rope: bool = False,
+        k: Nested | None = None,
+        input_norm: _F32 | None = None,
     ) -> None: ...
+    @property
+    def num_constants(self) -> int: ...
 
 class RouteRule:
     def __init__(
@@ -194,7 +205,6 @@ def add_norm(
     ws: Workspace, added: _F32, scale: float, x: _F32, weight: _F32, eps: float, out: _F32
 ) -> None: ...
 def rms_norm(ws: Workspace, x: _F32, weight: _F32, eps: float, out: _F32) -> None: ...
-def rope_table(inv_freq: _F32, pos: int, scale: float, cos: _F32, sin: _F32) -> None: ...
 def attention(
     ws: Workspace,
     layer: AttentionLayer,
@@ -204,6 +214,7 @@ def attention(
     pos: int,
     cos: _F32,
     sin: _F32,
+    rope: Rope | None,
     kv: KvLayer,
     out: _F32,
 ) -> None: ...

@@ -24,7 +24,8 @@ from edgemoe.specs import AttentionSpec, RouterSpec
 from edgemoe.store import Request
 
 __all__ = [
-    "Array", "AttentionWeights", "Ids", "KvLayer", "Matrix", "Ops", "OpsShape", "RouteRule", "kv_bytes",
+    "Array", "AttentionWeights", "Ids", "KvLayer", "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule",
+    "kv_bytes", "rope_bytes",
 ]  # fmt: skip
 
 Array = NDArray[np.float32]
@@ -36,6 +37,8 @@ RouteRule = _core.RouteRule
 """How a router's logits become a choice."""
 AttentionWeights = _core.AttentionLayer
 """Biases and norms of one layer's attention, and how it computes."""
+RopeTable = _core.Rope
+"""Frequencies that turn queries and keys by their positions."""
 KvLayer = _core.KvLayer
 """Keys and values of one layer and sequence."""
 
@@ -74,6 +77,11 @@ def kv_bytes(kind: str, num_heads: int, capacity: int, head_dim: int) -> int:
     return _core.KvLayer.bytes(kind, num_heads, capacity, head_dim)
 
 
+def rope_bytes(rope_dim: int, kept: int) -> int:
+    """Returns the memory of a `RopeTable` that keeps so many positions once all were seen; the same on every device."""
+    return _core.Rope.bytes(rope_dim // 2, kept)
+
+
 class Ops(Protocol):
     """Is one device."""
 
@@ -89,12 +97,19 @@ class Ops(Protocol):
         """Returns room for `capacity` positions, stored as the kinds `keys` and `values`."""
 
     def attention_weights(
-        self, layer: int, spec: AttentionSpec, tensors: Mapping[str, Array]
+        self, layer: int, spec: AttentionSpec, tensors: Mapping[str, Array | Matrix], keys: str
     ) -> AttentionWeights:
         """Returns what `attention` needs of a layer beside its matrices, from its tensors by name.
 
-        The layer's number is for errors.
+        Args:
+            layer: its number, for errors.
+            spec: how it computes.
+            tensors: all that the file has of it.
+            keys: the kind that caches store keys as. Those in 8 bits leave large biases out, and scores have them.
         """
+
+    def rope_table(self, frequencies: Array, scale: float) -> RopeTable:
+        """Returns what turns positions; `scale` multiplies cosines and sines."""
 
     # ------------------------------------------------------------ rows
 
@@ -134,7 +149,7 @@ class Ops(Protocol):
 
     # ------------------------------------------------------------ attention
 
-    def rope(self, inv_freq: Array, pos: int, scale: float, cos: Array, sin: Array) -> None:
+    def rope(self, table: RopeTable, pos: int, cos: Array, sin: Array) -> None:
         """cos and sin [T, rope_dim / 2] for the positions from `pos`."""
 
     def attention(
@@ -146,12 +161,14 @@ class Ops(Protocol):
         pos: int,
         cos: Array,
         sin: Array,
+        table: RopeTable,
         kv: KvLayer,
         out: Array,
     ) -> None:
         """Biases, norms and rotates q, k, v in place, stores k and v at `pos` in kv and attends causally.
 
-        q and out [T, heads * head_dim], k and v [T, kv_heads * head_dim]. Positions before `pos` stay as they are.
+        q and out [T, heads * head_dim], k and v [T, kv_heads * head_dim]; cos and sin are what `rope` gave. Positions
+        before `pos` stay as they are.
 
         Raises:
             RangeError: a key or value does not fit the type of kv; names the layer, the number and what holds it.

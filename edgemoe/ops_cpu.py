@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
-from edgemoe.ops import Array, AttentionWeights, Ids, KvLayer, Matrix, OpsShape, RouteRule
+from edgemoe.ops import (
+    Array,
+    AttentionWeights,
+    Ids,
+    KvLayer,
+    Matrix,
+    OpsShape,
+    RopeTable,
+    RouteRule,
+)
 from edgemoe.plan import Plan
 from edgemoe.specs import AttentionSpec, RouterSpec
 from edgemoe.store import Request
@@ -45,18 +54,28 @@ class CpuOps:
         )  # fmt: skip
 
     def attention_weights(
-        self, layer: int, spec: AttentionSpec, tensors: Mapping[str, Array]
+        self, layer: int, spec: AttentionSpec, tensors: Mapping[str, Array | Matrix], keys: str
     ) -> AttentionWeights:
         """See `Ops.attention_weights`."""
+
+        def array(name: str) -> Array | None:
+            return cast("Array | None", tensors.get(name))
+
+        parts = spec.has_constant_keys and keys == "q8_0"
         return _core.AttentionLayer(
             index=layer, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
             window=spec.window, scale=spec.scale, norm_per_head=spec.qk_norm == "head",
             norm_eps=spec.norm_eps, clip=spec.clip or 0.0,
-            q_bias=tensors.get("q_bias"), k_bias=tensors.get("k_bias"),
-            v_bias=tensors.get("v_bias"), q_norm=tensors.get("q_norm"),
-            k_norm=tensors.get("k_norm"), rope_dim=spec.rope_dim,
-            norm_after_rope=spec.norm_after_rope,
+            q_bias=array("q_bias"), k_bias=array("k_bias"), v_bias=array("v_bias"),
+            q_norm=array("q_norm"), k_norm=array("k_norm"),
+            k=cast(Matrix, tensors["k"]) if parts else None,
+            input_norm=array("attn_norm") if parts else None,
+            rope_dim=spec.rope_dim, norm_after_rope=spec.norm_after_rope,
         )  # fmt: skip
+
+    def rope_table(self, frequencies: Array, scale: float) -> RopeTable:
+        """See `Ops.rope_table`."""
+        return _core.Rope(frequencies, scale)
 
     def embed(self, table: Matrix, ids: Ids, scale: float, out: Array) -> None:
         """See `Ops.embed`."""
@@ -109,9 +128,9 @@ class CpuOps:
         """See `Ops.scale`."""
         out *= np.float32(factor)
 
-    def rope(self, inv_freq: Array, pos: int, scale: float, cos: Array, sin: Array) -> None:
+    def rope(self, table: RopeTable, pos: int, cos: Array, sin: Array) -> None:
         """See `Ops.rope`."""
-        _core.rope_table(inv_freq, pos, scale, cos, sin)
+        table.angles(pos, cos, sin)
 
     def attention(
         self,
@@ -122,11 +141,12 @@ class CpuOps:
         pos: int,
         cos: Array,
         sin: Array,
+        table: RopeTable,
         kv: KvLayer,
         out: Array,
     ) -> None:
         """See `Ops.attention`."""
-        _core.attention(self._ws, weights, q, k, v, pos, cos, sin, kv, out)
+        _core.attention(self._ws, weights, q, k, v, pos, cos, sin, table, kv, out)
 
     def route_rule(self, spec: RouterSpec) -> RouteRule:
         """See `Ops.route_rule`."""

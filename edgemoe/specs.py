@@ -62,6 +62,11 @@ class AttentionSpec:
         """Columns of the keys, and of the values."""
         return self.num_kv_heads * self.head_dim
 
+    @property
+    def has_constant_keys(self) -> bool:
+        """Whether a bias adds the same to every key, but for its turn by the position."""
+        return self.qkv_bias and self.qk_norm == "none" and self.clip is None
+
     def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
         """Returns its tensors by their names within a layer, in file order."""
         f32, nested = TensorSpec.f32, TensorSpec.nested

@@ -151,3 +151,17 @@ def softmax(x: Array) -> Array:
     """Softmax over the last axis."""
     e = np.exp(x - x.max(axis=-1, keepdims=True))
     return e / e.sum(axis=-1, keepdims=True)
+
+
+def as_stored(x: Array, kind: str) -> Array:
+    """Rounds keys or values [T, heads, head_dim] to a type of the KV cache."""
+    if kind != "q8_0":
+        return x.astype(np.float16 if kind == "f16" else np.float32).astype(np.float64)
+    out = np.empty(x.shape)
+    for i in range(0, x.shape[2], 32):
+        part = x[:, :, i : i + 32]
+        scale = (np.abs(part).max(2, keepdims=True) / np.float32(127)).astype(np.float16)
+        scale = scale.astype(np.float32)
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+        out[:, :, i : i + 32] = np.clip(np.round(part * inverse), -127, 127) * scale.astype(float)
+    return out

@@ -9,6 +9,8 @@
 #include "bindings/bindings.h"
 #include "dense.h"
 #include "kv.h"
+#include "matrix.h"
+#include "mixers/rope.h"
 
 namespace edgemoe {
 namespace {
@@ -17,6 +19,7 @@ namespace {
 struct AttentionLayer {
   AttentionParts parts{};
   std::vector<py::object> arrays;
+  KeyConstants constants;
 
   const float* keep(const py::object& array, const char* name, py::ssize_t size) {
     if (array.is_none()) return nullptr;
@@ -33,23 +36,32 @@ Held<Kv> kv_of(const std::string& key_type, const std::string& value_type, int n
 }  // namespace
 
 void bind_attention(py::module_& m) {
-  m.def(
-      "rope_table",
-      [](const Array<float>& inv_freq, int pos, float scale, Array<float> cos, Array<float> sin) {
-        expect(inv_freq, "inv_freq", {-1});
-        expect(cos, "cos", {-1, inv_freq.size()});
-        expect(sin, "sin", {cos.shape(0), inv_freq.size()});
-        rope_table(inv_freq.data(), int(inv_freq.size()), pos, int(cos.shape(0)), scale, cos.mutable_data(),
-                   sin.mutable_data());
-      },
-      py::arg("inv_freq").noconvert(), py::arg("pos"), py::arg("scale"), py::arg("cos").noconvert(),
-      py::arg("sin").noconvert(), "cos and sin [T, half] for positions pos, pos + 1, …");
+  py::class_<Rope, Held<Rope>>(m, "Rope", "Rotary frequencies, and the cosines and sines of positions.")
+      .def(py::init([](const Array<float>& frequencies, float scale) {
+             expect(frequencies, "frequencies", {-1});
+             const float* f = frequencies.data();
+             return Held<Rope>(new Rope({f, f + frequencies.size()}, scale));
+           }),
+           py::arg("frequencies").noconvert(), py::arg("scale"))
+      .def("keep", &Rope::keep, py::arg("positions"),
+           "Keeps the cosines and sines of the first positions, as keys without their biases need it.")
+      .def_static("bytes", &Rope::bytes, py::arg("half"), py::arg("kept"), "What keeping so many positions takes.")
+      .def(
+          "angles",
+          [](Rope& rope, int pos, Array<float> cos, Array<float> sin) {
+            expect(cos, "cos", {-1, rope.half()});
+            expect(sin, "sin", {cos.shape(0), rope.half()});
+            rope.angles(pos, int(cos.shape(0)), cos.mutable_data(), sin.mutable_data());
+          },
+          py::arg("pos"), py::arg("cos").noconvert(), py::arg("sin").noconvert(),
+          "cos and sin [T, half] for positions pos, pos + 1, …");
 
   py::class_<AttentionLayer>(m, "AttentionLayer", "Shape, biases and norms of one layer's attention.")
       .def(py::init([](int index, int num_heads, int num_kv_heads, int head_dim, int window, float scale,
                        const py::object& q_bias, const py::object& k_bias, const py::object& v_bias,
                        const py::object& q_norm, const py::object& k_norm, bool norm_per_head, float norm_eps,
-                       float clip, std::optional<int> rope_dim, bool norm_after_rope) {
+                       float clip, std::optional<int> rope_dim, bool norm_after_rope, const Nested* k,
+                       const py::object& input_norm) {
              expect_within("AttentionLayer num_heads", num_heads, 1, kMaxHeads);
              expect_within("AttentionLayer head_dim", head_dim, 1, kMaxHeadDim);
              if (num_kv_heads < 1 || num_heads % num_kv_heads) {
@@ -76,12 +88,23 @@ void bind_attention(py::module_& m) {
              a->parts.norm_after_rope = norm_after_rope;
              a->parts.norm_eps = norm_eps;
              a->parts.clip = clip;
+             if (k && a->parts.k_bias && !a->parts.k_norm && clip == 0) {  // else the bias is no constant of the keys
+               if (k->matrix.rows != kv) throw std::invalid_argument("AttentionLayer: k has another number of rows");
+               const float* norm = floats(input_norm, "input_norm", {k->matrix.cols});
+               a->constants =
+                   split_bias(k->matrix, norm, a->parts.k_bias, num_kv_heads, head_dim, a->parts.shape.rope_dim);
+               a->parts.constants = &a->constants;
+             }
              return a;
            }),
            py::kw_only(), py::arg("index"), py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("head_dim"),
            py::arg("window"), py::arg("scale"), py::arg("q_bias"), py::arg("k_bias"), py::arg("v_bias"),
            py::arg("q_norm"), py::arg("k_norm"), py::arg("norm_per_head"), py::arg("norm_eps"), py::arg("clip"),
-           py::arg("rope_dim") = py::none(), py::arg("norm_after_rope") = false);
+           py::arg("rope_dim") = py::none(), py::arg("norm_after_rope") = false, py::arg("k") = nullptr,
+           py::arg("input_norm") = py::none())
+      .def_property_readonly(
+          "num_constants", [](const AttentionLayer& a) { return a.constants.pairs.size(); },
+          "Pairs of columns of which keys in 8 bits leave the bias out; only with k and input_norm.");
 
   py::class_<Kv, Held<Kv>>(m, "KvLayer",
                            "Keys and values of one layer, of type f16, f32 or q8_0; memory is taken as it is touched.")
@@ -105,7 +128,7 @@ void bind_attention(py::module_& m) {
   m.def(
       "attention",
       [](Workspace& ws, const AttentionLayer& layer, Array<float> q, Array<float> k, Array<float> v, int pos,
-         const Array<float>& cos, const Array<float>& sin, Kv& kv, Array<float> out) {
+         const Array<float>& cos, const Array<float>& sin, const Rope* rope, Kv& kv, Array<float> out) {
         AttentionParts parts = layer.parts;
         const AttentionShape& s = parts.shape;
         const py::ssize_t T = q.shape(0), half = s.rope_dim / 2;
@@ -120,13 +143,15 @@ void bind_attention(py::module_& m) {
         }
         parts.cos = cos.data();
         parts.sin = sin.data();
+        if (rope && rope->half() != half) throw std::invalid_argument("attention: the Rope is of another head");
+        parts.turns = rope ? rope->tiles(pos + int(T)) : nullptr;
         float *qp = q.mutable_data(), *kp = k.mutable_data(), *vp = v.mutable_data(), *o = out.mutable_data();
         py::gil_scoped_release release;
         attention(ws, qp, kp, vp, int(T), pos, parts, kv.layer, o);
       },
       py::arg("ws"), py::arg("layer"), py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
-      py::arg("pos"), py::arg("cos").noconvert(), py::arg("sin").noconvert(), py::arg("kv"), py::arg("out").noconvert(),
-      "Stores k and v at pos, attends causally; q, k and v are changed.");
+      py::arg("pos"), py::arg("cos").noconvert(), py::arg("sin").noconvert(), py::arg("rope"), py::arg("kv"),
+      py::arg("out").noconvert(), "Stores k and v at pos, attends causally; q, k and v are changed.");
 }
 
 }  // namespace edgemoe

@@ -9,7 +9,7 @@ void bind_matrix(pybind11::module_& m);     ///< File, Nested, read_f32
 void bind_quantize(pybind11::module_& m);   ///< quantize
 void bind_cache(pybind11::module_& m);      ///< Cache
 void bind_ops(pybind11::module_& m);        ///< Workspace and all that computes but attention
-void bind_attention(pybind11::module_& m);  ///< AttentionLayer, KvLayer, attention, rope_table
+void bind_attention(pybind11::module_& m);  ///< Rope, AttentionLayer, KvLayer, attention
 
 void bind_mixers(pybind11::module_& m);  ///< recurrent mixers, gates
 

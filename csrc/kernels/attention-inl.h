@@ -114,6 +114,16 @@ struct Q8Keys {
           total[i] = V::fma(k_scale, V::mul(V::set(queries[i].scales[g]), V::to_float(acc[i])), total[i]);
         }
       }
+      const float* turns = queries[0].turns + size_t(s) * 2 * queries[0].half;
+      for (int j = 0; j < queries[0].num_pairs; ++j) {
+        const float* turn = turns + 32 * queries[0].pairs[j];
+        const auto cos = V::load(turn), sin = V::load(turn + 16);
+        for (int i = 0; i < N; ++i) {
+          const float* lacking = queries[i].lacking + 2 * j;
+          total[i] = V::fma(V::set(lacking[0]), cos, total[i]);
+          total[i] = V::fma(V::set(lacking[1]), sin, total[i]);
+        }
+      }
       for (int i = 0; i < N; ++i) V::store(queries[i].scores + s - base, V::mul(total[i], V::set(scale)));
     }
   }

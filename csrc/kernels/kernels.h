@@ -132,12 +132,17 @@ struct KvLayer {
 
 /// One query and the positions [begin, end) that it sees of a block.
 struct AttendQuery {
-  const float* q;       ///< [head_stride], zero padded
-  const int8_t* codes;  ///< the same in 8 bits, [groups, 32]; these three only for keys in kQ8
-  const float* scales;  ///< [groups]
-  const int32_t* sums;  ///< [groups], of codes
-  float* scores;        ///< scratch [kKeyBlock]
-  float* part;          ///< out: [head_stride] values, the highest score, the sum of e^(score - highest)
+  const float* q;        ///< [head_stride], zero padded
+  const int8_t* codes;   ///< the same in 8 bits, [groups, 32]; these three only for keys in kQ8
+  const float* scales;   ///< [groups]
+  const int32_t* sums;   ///< [groups], of codes
+  const float* lacking;  ///< [num_pairs, 2]: what the scores with keys in kQ8 lack, times a position's cosine and sine
+  const int* pairs;      ///< [num_pairs]: of which frequency; the same for all queries of a call, as the next two are
+  int num_pairs;
+  const float* turns;  ///< tiles of 16 positions [half][cosines, sines][16], see mixers/rope.h
+  int half;
+  float* scores;  ///< scratch [kKeyBlock]
+  float* part;    ///< out: [head_stride] values, the highest score, the sum of e^(score - highest)
   int begin;
   int end;
   bool is_cold;  ///< nobody has just read the block: a hint, no more

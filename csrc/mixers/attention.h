@@ -7,6 +7,7 @@
 #include <cstddef>
 
 #include "dense.h"
+#include "mixers/key_constants.h"
 
 namespace edgemoe {
 
@@ -22,6 +23,8 @@ struct AttentionParts {
   float clip;        ///< clamps q, k and v to ±clip after the norm; 0 for none
   const float* cos;  ///< [T, rope_dim / 2]
   const float* sin;
+  const KeyConstants* constants;  ///< what keys in kQ8 lack; null for nothing
+  const float* turns;             ///< for these: the tiles of a Rope, of all positions until now
 };
 
 /// Adds biases, norms, clamps and rotates q [T, heads * head_dim], k and v [T, kv_heads * head_dim] in place, stores

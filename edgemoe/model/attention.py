@@ -20,7 +20,7 @@ class Attention:
 
     def __init__(self, spec: AttentionSpec, setup: Setup) -> None:
         self.spec, self.ops, self.hidden_size = spec, setup.ops, setup.config.hidden_size
-        self._rope = setup.rope
+        self.rope, self.context, self.types = setup.rope, setup.context, setup.types
         self._rows = setup.scratch.rows(*self.scratch_widths(spec))
 
     @staticmethod
@@ -38,9 +38,9 @@ class Attention:
         """See `Mixer.read_bytes`: a window sees the last positions only."""
         return KvState.bytes(spec, 32, types) * min(length, spec.window or length) // 32
 
-    def make_state(self, context: int, types: KvTypes) -> KvState:
+    def make_state(self) -> KvState:
         """See `Mixer.make_state`."""
-        return KvState(self.ops, self.spec, context, types)
+        return KvState(self.ops, self.spec, self.context, self.types)
 
     def start(self, batch: Batch) -> None:
         """See `Mixer.start`: cuts the rows of each sequence, once for all layers."""
@@ -48,7 +48,7 @@ class Attention:
         parts: list[tuple[list[Any], int, Any, Any, Any, Any, Any, Any]] = []
         for part in batch.slices:
             rows = self._rows.between(part.start, part.stop)
-            rotations = self._rope.rows.between(part.start, part.stop)
+            rotations = self.rope.rows.between(part.start, part.stop)
             parts.append((part.state.layers, part.state.length, *rows[:3], *rotations, rows[3]))
         batch.shared[self] = ((q, k, v), heads, parts)
 
@@ -62,21 +62,21 @@ class AttentionLayer:
 
     def __init__(self, shared: Attention, index: int, weights: Mapping[str, Weight]) -> None:
         matrices = cast(Mapping[str, Matrix], weights)
-        vectors = cast(Mapping[str, Array], weights)
-        specs = shared.spec.tensors(shared.hidden_size)
-        small = {name: vectors[name] for name, spec in specs.items() if spec.kind == "f32"}
         self._shared, self._ops, self._index = shared, shared.ops, index
-        self._weights = shared.ops.attention_weights(index, shared.spec, small)
+        self._weights = shared.ops.attention_weights(index, shared.spec, weights, shared.types.keys)
+        if self._weights.num_constants:
+            shared.rope.table.keep(shared.context)
         self._qkv, self._o = (matrices["q"], matrices["k"], matrices["v"]), (matrices["o"],)
-        self._o_bias = small.get("o_bias")
+        self._o_bias = cast("Array | None", weights.get("o_bias"))
 
     def forward(self, normed: Array, batch: Batch, out: Array) -> None:
         """See `MixerLayer.forward`."""
         ops, index = self._ops, self._index
         qkv, attended, parts = batch.shared[self._shared]
         ops.linear(normed, self._qkv, qkv)
+        table = self._shared.rope.table
         for states, pos, q, k, v, cos, sin, heads in parts:
-            ops.attention(self._weights, q, k, v, pos, cos, sin, states[index].layer, heads)
+            ops.attention(self._weights, q, k, v, pos, cos, sin, table, states[index].layer, heads)
         ops.linear(attended, self._o, (out,))
         if self._o_bias is not None:
             ops.add_bias(self._o_bias, out)

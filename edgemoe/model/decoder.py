@@ -21,11 +21,11 @@ from edgemoe.model.router import Routers
 from edgemoe.model.scratch import Rows, Scratch
 from edgemoe.model.setup import Setup
 from edgemoe.model.state import SequenceState
-from edgemoe.ops import Array, Matrix, Ops
+from edgemoe.ops import Array, Matrix, Ops, rope_bytes
 from edgemoe.specs import AttentionSpec
 from edgemoe.store import Weight
 
-__all__ = ["Decoder", "read_bytes", "scratch_bytes", "state_bytes"]
+__all__ = ["Decoder", "kept_rope_bytes", "read_bytes", "scratch_bytes", "state_bytes"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +50,24 @@ class Decoder:
         experts: Experts,
         *,
         max_tokens: int,
+        context: int,
+        types: KvTypes,
     ) -> None:
-        self.config, self.max_tokens, self._ops = config, max_tokens, ops
+        """Takes the parts.
+
+        Args:
+            max_tokens: of a batch.
+            context: the most of a sequence.
+            types: how keys and values are stored.
+        """
+        self.config, self.max_tokens, self.context, self._ops = config, max_tokens, context, ops
         self._embed = cast(Matrix, weights["embed"])
         self._head = self._embed if config.tied else cast(Matrix, weights["head"])
         d = config.hidden_size
         self._rows = Rows(*(ops.empty(max_tokens, d) for _ in range(3)))  # x, normed, added
         shared = Rows(ops.empty(max_tokens, d))
         self._rope = Rope(ops, cast(Array, weights["rope"]), config.rope_scale, max_tokens)
-        setup = Setup(config, ops, self._rope, Scratch(ops, max_tokens))
+        setup = Setup(config, ops, self._rope, Scratch(ops, max_tokens), context, types)
         self._mixers: dict[AttentionSpec, Mixer] = {
             spec: mixer_class(spec)(spec, setup) for spec in dict.fromkeys(config.mixers)
         }
@@ -83,10 +92,10 @@ class Decoder:
             for i, spec in enumerate(config.mixers)
         ]  # fmt: skip
 
-    def make_state(self, context: int, types: KvTypes) -> SequenceState:
-        """Returns the state of a new sequence of at most `context` tokens."""
-        layers = [self._mixers[spec].make_state(context, types) for spec in self.config.mixers]
-        return SequenceState(layers, context)
+    def make_state(self) -> SequenceState:
+        """Returns the state of a new sequence."""
+        layers = [self._mixers[spec].make_state() for spec in self.config.mixers]
+        return SequenceState(layers, self.context)
 
     def forward(self, batch: Batch) -> Array:
         """Runs a batch and returns its hidden states. What its sequences count is left to the caller.
@@ -132,6 +141,12 @@ def scratch_bytes(config: ModelConfig, max_tokens: int, max_sequences: int = 1) 
 def state_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
     """Returns the memory of a sequence's state once it holds `context` tokens; see `Mixer.state_bytes`."""
     return sum(mixer_class(spec).state_bytes(spec, context, types) for spec in config.mixers)
+
+
+def kept_rope_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
+    """Returns the memory of what turned the positions of a context, where keys may leave out their biases."""
+    needs = types.keys == "q8_0" and any(spec.has_constant_keys for spec in config.mixers)
+    return rope_bytes(config.rotated, context) if needs else 0
 
 
 def read_bytes(config: ModelConfig, length: int, types: KvTypes) -> int:

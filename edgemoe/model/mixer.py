@@ -41,7 +41,7 @@ class Mixer(Protocol):
     def read_bytes(spec: AttentionSpec, length: int, types: KvTypes) -> int:
         """Returns the bytes of one layer's state that computing a token after `length` others reads."""
 
-    def make_state(self, context: int, types: KvTypes) -> State:
+    def make_state(self) -> State:
         """Returns the state of one layer for a new sequence."""
 
     def start(self, batch: Batch) -> None:

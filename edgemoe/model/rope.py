@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from edgemoe.model.batch import Batch
 from edgemoe.model.scratch import Rows
-from edgemoe.ops import Array, Ops
+from edgemoe.ops import Array, Ops, RopeTable
 
 __all__ = ["Rope"]
 
@@ -17,7 +17,8 @@ class Rope:
         inv_freq: [rotated components / 2].
         scale: multiplies both.
         """
-        self._ops, self._inv_freq, self._scale = ops, inv_freq, scale
+        self._ops = ops
+        self.table: RopeTable = ops.rope_table(inv_freq, scale)
         half = len(inv_freq)
         self.rows = Rows(ops.empty(max_tokens, half), ops.empty(max_tokens, half))
         """cos and sin"""
@@ -26,4 +27,4 @@ class Rope:
         """Fills the rows of a batch, each by the position in its own sequence."""
         for part in batch.slices:
             cos, sin = self.rows.between(part.start, part.stop)
-            self._ops.rope(self._inv_freq, part.state.length, self._scale, cos, sin)
+            self._ops.rope(self.table, part.state.length, cos, sin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from edgemoe.config import ModelConfig
+from edgemoe.model.kv import KvTypes
 from edgemoe.model.rope import Rope
 from edgemoe.model.scratch import Scratch
 from edgemoe.ops import Ops
@@ -20,3 +21,6 @@ class Setup:
     ops: Ops
     rope: Rope
     scratch: Scratch
+    context: int
+    """The most tokens of a sequence."""
+    types: KvTypes

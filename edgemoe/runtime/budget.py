@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from edgemoe import hardware
 from edgemoe.errors import OutOfBudget
 from edgemoe.file.format import MoeFile
-from edgemoe.model import KvTypes, scratch_bytes, state_bytes
+from edgemoe.model import KvTypes, kept_rope_bytes, scratch_bytes, state_bytes
 from edgemoe.ops import OpsShape
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.store import all_expert_bytes, dense_bytes, expert_bytes
@@ -123,7 +123,8 @@ class Budget:
             return cls(
                 ram=ram, process=process, dense=dense, active_dense=dense - embedding,
                 kv=sequences * state_bytes(config, context, kv_types),
-                scratch=CpuOps.scratch_bytes(shape) + scratch_bytes(config, chunk, sequences),
+                scratch=CpuOps.scratch_bytes(shape) + scratch_bytes(config, chunk, sequences)
+                + kept_rope_bytes(config, context, kv_types),
                 expert=expert, experts=all_expert_bytes(moe, level),
                 context=context, chunk=chunk,
             )  # fmt: skip

@@ -80,7 +80,7 @@ class Model:
         most = self.options.sequences
         if len(self._states) >= most:
             raise ValueError(f"sequences: the model was opened for {most} at once")
-        state = self.decoder.make_state(self.budget.context, self.options.kv_types)
+        state = self.decoder.make_state()
         self._states.add(state)
         return state
 

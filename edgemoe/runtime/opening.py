@@ -164,7 +164,10 @@ def _assembled(
     return Model(
         moe=moe, options=options, bits=bits.most, top_bits=bits.each.reshape(-1), threads=threads,
         budget=budget, setting=replace(setting, sections={}), store=store, experts=experts,
-        ops=ops, decoder=Decoder(config, weights, ops, experts, max_tokens=budget.chunk),
+        ops=ops, decoder=Decoder(
+            config, weights, ops, experts, max_tokens=budget.chunk, context=budget.context,
+            types=options.kv_types,
+        ),
     )  # fmt: skip
 
 

@@ -131,12 +131,12 @@ def every_op(seed=3):
         key_type="f16", value_type="f16", num_heads=kv_heads, capacity=16, head_dim=hd
     )
     cos, sin = np.empty((T, hd // 2), np.float32), np.empty((T, hd // 2), np.float32)
-    _core.rope_table(np.linspace(1, 0.01, hd // 2, dtype=np.float32), 3, 1.0, cos, sin)
+    _core.Rope(np.linspace(1, 0.01, hd // 2, dtype=np.float32), 1.0).angles(3, cos, sin)
     q, k, v = (
         rng.standard_normal((T, n * hd)).astype(np.float32) for n in (heads, kv_heads, kv_heads)
     )
     a = np.empty((T, heads * hd), np.float32)
-    _core.attention(ws, layer, q, k, v, 3, cos, sin, kv, a)
+    _core.attention(ws, layer, q, k, v, 3, cos, sin, None, kv, a)
     out += [a.copy(), kv.content.copy(), cos, sin]
     _core.add_rows(ws, x, 0.3, router[0], x, y)
     out.append(y.copy())

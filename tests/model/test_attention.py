@@ -67,15 +67,15 @@ class Case:
             q, k, v = (x[rows].reshape(n, -1).copy() for x in (self.q, self.k, self.v))
             # Turned by nothing, so that what is stored is known to the last bit.
             cos = np.ones((n, self.head_dim // 2), np.float32)
-            _core.attention(ws, layer, q, k, v, pos, cos, 0 * cos, kv, out[rows])
+            _core.attention(ws, layer, q, k, v, pos, cos, 0 * cos, None, kv, out[rows])
             pos += n
         assert pos == self.T
         return out.reshape(self.T, self.heads, self.head_dim), kv
 
     def expected(self, types):
         """The same in float64 on what is stored, one query at a time."""
-        k, v = as_stored(self.k, types[0]), as_stored(self.v, types[1])
-        q = as_stored(self.q, "q8_0" if types[0] == "q8_0" else "f32")
+        k, v = reference.as_stored(self.k, types[0]), reference.as_stored(self.v, types[1])
+        q = reference.as_stored(self.q, "q8_0" if types[0] == "q8_0" else "f32")
         out = np.empty(self.q.shape)
         for t, h in np.ndindex(self.T, self.heads):
             group = h * self.kv_heads // self.heads
@@ -84,20 +84,6 @@ class Case:
             weights = np.exp(scores - scores.max())
             out[t, h] = weights @ v[first : t + 1, group] / weights.sum()
         return out
-
-
-def as_stored(x, kind):
-    """Rounds x [T, heads, head_dim] to a type of the cache."""
-    if kind != "q8_0":
-        return x.astype(np.float16 if kind == "f16" else np.float32).astype(np.float64)
-    out = np.empty(x.shape)
-    for i in range(0, x.shape[2], 32):
-        part = x[:, :, i : i + 32]
-        scale = (np.abs(part).max(2, keepdims=True) / np.float32(127)).astype(np.float16)
-        scale = scale.astype(np.float32)
-        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-        out[:, :, i : i + 32] = np.clip(np.round(part * inverse), -127, 127) * scale.astype(float)
-    return out
 
 
 SHAPES = [
@@ -216,10 +202,10 @@ def test_a_cache_that_refused_keeps_what_was_before(isa):
 
         def fail_first(*args):
             """Every chunk comes twice; the first time one of its numbers is too large."""
-            q, k, v, out = (args[i].copy() for i in (2, 3, 4, 9))
+            q, k, v, out = (args[i].copy() for i in (2, 3, 4, 10))
             k[-1, 5] = 1e6
             with pytest.raises(edgemoe.RangeError):
-                attention(*args[:2], q, k, v, *args[5:9], out)
+                attention(*args[:2], q, k, v, *args[5:10], out)
             parts.append(args[5])
             attention(*args)
 

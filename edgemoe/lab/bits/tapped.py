@@ -69,8 +69,10 @@ class TappedModel:
         self._store = ExpertStore.open(moe, bits=bits, budget_bytes=budget.slots, verify=True)
         parts = ops.empty(max_parts, config.hidden_size)
         experts = Experts(OnDemand(setting), self._store, ops, parts=parts)
-        self._decoder = Decoder(config, weights, ops, experts, max_tokens=budget.chunk)
-        self._state = self._decoder.make_state(window, kv_types)
+        self._decoder = Decoder(
+            config, weights, ops, experts, max_tokens=budget.chunk, context=window, types=kv_types
+        )
+        self._state = self._decoder.make_state()
         self._chunk = budget.chunk
         self._tap = tap
         self._head = "embed" if config.tied else "head"

@@ -1,0 +1,41 @@
+// How keys and values get into a layer's cache: rounded, into tiles, and looked at once, where they are rounded.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "kernels/kernels.h"
+#include "memory.h"
+
+namespace edgemoe {
+
+/// A head's padded values and their 8 bits, in scratch that somebody else owns.
+struct QuantizedHead {
+  float* padded;  ///< [head_stride]
+  float* scales;
+  int32_t* sums;
+  int8_t* codes;
+
+  static size_t floats(int head_stride) {
+    return round_up(head_stride + (2 + kKvGroup / sizeof(float)) * blocks(head_stride, kKvGroup), 16);
+  }
+
+  /// scratch: `floats`.
+  QuantizedHead(float* scratch, int head_stride);
+
+  /// Copies a head, padded with zeros.
+  void pad(const float* x, int head_dim, int head_stride) const;
+
+  void quantize(const Kernels& kn, int head_stride) const {
+    kn.quantize_head(padded, head_stride, codes, scales, sums);
+  }
+};
+
+/// Stores one head's key or value at a position. Returns whether the cache's type can hold it.
+bool store_head(const Kernels& kn, const KvLayer& kv, bool is_key, int kv_head, int pos, const float* x, int head_dim,
+                const QuantizedHead& scratch);
+
+/// Says which number of a position's keys or values [n] does not fit, and what holds it; empty if all do.
+std::string misfit(const float* x, int n, KvType type, bool is_key);
+
+}  // namespace edgemoe
