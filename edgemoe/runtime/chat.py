@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
 
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
 from edgemoe.file.parse import parse_json
 from edgemoe.file.whole import write_whole
 from edgemoe.text.sampler import SamplingParams
@@ -69,9 +69,13 @@ class Chat:
 
         Raises:
             FormatError: the model has no tokenizer, or its chat template is broken.
+            ValueError: an argument is of the wrong kind.
         """
         if engine.tokenizer is None:
             raise FormatError("chat: the model has no tokenizer, so that it takes ids only")
+        for name, value, kind in (("system", system, str), ("params", params, SamplingParams)):
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"chat: {name}: expected {kind.__name__}, got {quoted(value)}")
         self.params = params if params is not None else engine.sampling
         self._engine = engine
         self._tokenizer: Tokenizer = engine.tokenizer
@@ -109,9 +113,11 @@ class Chat:
         `say` closes the one before.
 
         Raises:
-            ValueError: the conversation does not fit the context, or the template refuses it.
+            ValueError: `text` is no text, the conversation does not fit the context, or the template refuses it.
                 Like every error of the engine, at the first step and not at the call.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"say: expected a text, got {quoted(text)}")
         self._close_reply()
         self._reply = self._say(text)
         return self._reply

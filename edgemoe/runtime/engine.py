@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
+from edgemoe.errors import quoted
 from edgemoe.model import KvTypes
 from edgemoe.runtime.meter import Stats
 from edgemoe.runtime.model import Model
@@ -208,12 +209,13 @@ class Engine:
         params = params or self.sampling
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: expected no texts, as the model has no tokenizer")
-        if len(ids) >= self.context:
+        _ = self.model  # or it says that it is closed
+        tokens = self._checked(ids, self.context)
+        if len(tokens) >= self.context:
             raise ValueError(
-                f"a prompt of {len(ids)} tokens does not fit a context of {self.context} with a reply"
+                f"a prompt of {len(tokens)} tokens does not fit a context of {self.context} with a reply"
             )
         with self._alone() as sequence:
-            tokens = self._checked(ids, self.context)
             # The last token is always computed, for its logits.
             cached = sequence.begin(tokens, kept=len(tokens) - 1)
         return self._generate(tokens[cached:], params, sequence.call)
@@ -268,17 +270,22 @@ class Engine:
 
     def _checked(self, ids: abc.Sequence[int] | NDArray[Any], room: int) -> NDArray[np.int32]:
         """Returns tokens as an array, of which there may be at most `room`."""
-        tokens = np.asarray(ids)
+        try:
+            tokens = np.asarray(ids)
+        except ValueError:  # lists of several lengths
+            tokens = np.empty(0)
         if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
-            what = "an empty list" if tokens.size == 0 else f"{tokens.dtype} {list(tokens.shape)}"
             raise ValueError(
-                f"ids: expected a list of at least one token, whole numbers; got {what}"
+                f"ids: expected a list of at least one token, whole numbers; got {quoted(ids)}"
             )
         if len(tokens) > room:
             have = f" with {self.context - room} tokens in it" if room < self.context else ""
             raise ValueError(f"{len(tokens)} tokens do not fit a context of {self.context}{have}")
         if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            raise ValueError(f"ids: expected tokens from 0 to {self.config.vocab_size - 1}")
+            wrong = int(tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0])
+            raise ValueError(
+                f"ids: expected tokens from 0 to {self.config.vocab_size - 1}, got {wrong}"
+            )
         return tokens.astype(np.int32)
 
     def record(self, path: str | os.PathLike[str], *, look_ahead: int = 0) -> None:

@@ -11,6 +11,7 @@ from weakref import WeakSet
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.arguments import whole
 from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile
@@ -172,8 +173,7 @@ class Model:
         """Observes with a trace from now on; see `Engine.record`."""
         if self.experts.observer is not None:
             raise ValueError("record: the engine is observed already")
-        if not 0 <= look_ahead <= MOST_AHEAD:
-            raise ValueError(f"look-ahead: expected 0 to {MOST_AHEAD} layers, got {look_ahead}")
+        look_ahead = whole("look_ahead", look_ahead, 0, MOST_AHEAD)
         reads_ahead = self.scheduler.look_ahead > 0
         if look_ahead > self.scheduler.look_ahead:
             self.experts.scheduler = Watched(self.scheduler, look_ahead)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgemoe.arguments import switch, whole
+from edgemoe.errors import quoted
 from edgemoe.experts import Observer
 from edgemoe.model import KvTypes
 from edgemoe.runtime.budget import parse_size
@@ -82,6 +83,8 @@ class EngineOptions:
         put("sequences", whole("sequences", self.sequences, 1, _MOST_SEQUENCES))
         for name in ("whole_process", "verify"):
             put(name, switch(name, getattr(self, name)))
+        if not isinstance(self.options or {}, Mapping):
+            raise ValueError(f"options: expected names and values, got {quoted(self.options)}")
         put("options", dict(self.options or {}))
         _ = self.kv_types
         if self.scheduler not in SCHEDULERS:

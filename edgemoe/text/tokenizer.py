@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from edgemoe.arguments import wholes
 from edgemoe.errors import FormatError, quoted
 from edgemoe.file.parse import parse_object
 from edgemoe.text.stream import TextStream, TokenBytes, panics_blamed, token_bytes
@@ -101,9 +102,11 @@ class Tokenizer:
                 Rendered chats have it already.
 
         Raises:
-            ValueError: the text holds half of a surrogate pair, which no encoding can write.
+            ValueError: it is no text, or holds half of a surrogate pair, which no encoding can write.
             FormatError: the tokenizer fails at it.
         """
+        if not isinstance(text, str):
+            raise ValueError(f"encode: expected a text, got {quoted(text)}")
         try:
             with panics_blamed():
                 return list(self._backend.encode(text, add_special_tokens=add_special).ids)
@@ -111,9 +114,14 @@ class Tokenizer:
             raise ValueError(f"encode: the text is not valid Unicode; {error}") from None
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """Returns the text of `ids`; unknown ids are left out, broken UTF-8 becomes U+FFFD."""
+        """Returns the text of `ids`; unknown ids are left out, broken UTF-8 becomes U+FFFD.
+
+        Raises:
+            ValueError: `ids` are no list of whole numbers from 0.
+        """
+        checked = wholes("ids", ids, 0)
         with panics_blamed():
-            return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+            return self._backend.decode(list(checked), skip_special_tokens=skip_special)
 
     def stream(self, *, skip_special: bool = True, continues: bool = False) -> TextStream:
         """Returns a decoder for ids that come one at a time.

@@ -330,3 +330,29 @@ def test_an_interrupt_between_computing_and_counting_is_forgotten(tiny_moe, expe
         state.begin(3)
         engine.model.decoder.forward(Batch.of((state, IDS[:3].astype(np.int32))))  # and Ctrl-C here
         assert np.array_equal(engine.extend(IDS[149:150])[0], expected[8][0][-1])
+
+
+@pytest.mark.parametrize(
+    ("ids", "got"),
+    [([], "[]"), ([1.0], "[1.0]"), ("abc", "'abc'"), ([[1]], "[[1]]"), (None, "None"), (3, "3"),
+     ([True], "[True]"), ([[1], [2, 3]], "[[1], [2, 3]]"), ([2**70], str(2**70)), ([-1], "-1"), ([264], "264"),
+     ([0.5] * 9999, "[0.5, ")],
+)  # fmt: skip
+def test_tokens_of_a_wrong_kind_are_said(tiny_moe, ids, got):
+    with edgemoe.load(tiny_moe) as engine:
+        for call in (engine.logits, engine.extend, engine.generate):
+            with pytest.raises(ValueError, match=r"^ids: expected [^\n]{1,250}$") as refused:
+                call(ids)
+            assert got in str(refused.value).partition("got ")[2]
+
+
+def test_tokens_may_come_from_any_list(tiny_moe):
+    with edgemoe.load(tiny_moe) as engine:
+        expected = engine.logits([1, 2, 3])
+        for ids in (
+            (1, 2, 3),
+            range(1, 4),
+            np.arange(1, 4, dtype=np.uint8),
+            [np.int64(1), 2, np.int8(3)],
+        ):
+            assert (engine.logits(ids) == expected).all()
