@@ -92,9 +92,11 @@ def say(*lines: str) -> None:
 
     Raises:
         BrokenPipeError: nobody reads stdout any more.
-        OSError: stdout cannot be written.
+        OSError: stdout cannot be written; its name is in the error.
     """
-    print("\n".join(map(shown, lines)), flush=True)
+    if sys.stdout is None:
+        raise OSError("stdout is closed; expected somewhere to write the result")
+    _put("".join(f"{shown(line)}\n" for line in lines))
 
 
 def say_json(value: object) -> None:
