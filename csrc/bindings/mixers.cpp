@@ -61,12 +61,12 @@ void bind_mixers(py::module_& m) {
          const Array<float>& bias, int key_heads, bool bounded, Array<float> state, Array<float> out) {
         expect(state, "state", {-1, -1, -1});
         const ssize_t Hv = state.shape(0), dk = state.shape(1), dv = state.shape(2);
-        expect(qkv, "qkv", {-1, 2 * key_heads * dk + Hv * dv});
-        const ssize_t T = qkv.shape(0);
-        if (key_heads < 1 || Hv % key_heads || dk < 1) {
+        if (key_heads < 1 || Hv < 1 || Hv % key_heads || dk < 1) {
           throw std::invalid_argument("delta_rule: expected value heads that are a multiple of the key heads");
         }
         check_columns("delta_rule", dv);
+        expect(qkv, "qkv", {-1, 2 * key_heads * dk + Hv * dv});
+        const ssize_t T = qkv.shape(0);
         expect(decay, "decay", {T, -1});
         const bool per_channel = decay.shape(1) != Hv;
         expect(decay, "decay", {T, per_channel ? Hv * dk : Hv});
@@ -96,12 +96,12 @@ void bind_mixers(py::module_& m) {
          const Array<float>& step_bias, const Array<float>& skip, int groups, Array<float> state, Array<float> out) {
         expect(state, "state", {-1, -1, -1});
         const ssize_t H = state.shape(0), N = state.shape(1), P = state.shape(2);
-        expect(xbc, "xbc", {-1, H * P + 2 * groups * N});
-        const ssize_t T = xbc.shape(0);
-        if (groups < 1 || H % groups || N < 1) {
+        if (groups < 1 || H < 1 || H % groups || N < 1) {
           throw std::invalid_argument("mamba2: expected heads that are a multiple of the groups");
         }
         check_columns("mamba2", P);
+        expect(xbc, "xbc", {-1, H * P + 2 * groups * N});
+        const ssize_t T = xbc.shape(0);
         expect(step, "step", {T, H});
         expect(decay, "decay", {T, H});
         expect(log_a, "log_a", {H});

@@ -278,10 +278,12 @@ void test_resident_matrices(const ExpertFile& file) {
   const size_t first = rung_bytes(Scheme::kNested, rows, cols, kWidths[0], true);
   const File f(file.path);
   const uint64_t at = file.table.offsets[1];
-  const Memory bytes = read_range(f, at, 3 * first);
+  const Memory bytes(round_up(first, kPage));
+  f.read_pages(at, bytes.size(), bytes.bytes());
+  const auto arena = std::make_shared<Arena>(64 * record_bytes(file));
   // The gate's first rung starts the record.
   const auto read = [&](uint64_t offset, uint64_t length, uint32_t crc, int r, int c, bool verify) {
-    return nested_from_file(f, {offset, {length}, {crc}}, r, c, {kWidths[0]}, verify, "gate", Scheme::kNested);
+    return nested_from_file(arena, f, {offset, {length}, {crc}}, r, c, {kWidths[0]}, verify, "gate", Scheme::kNested);
   };
   const uint32_t crc = crc32c(bytes.bytes(), first);
   const auto stored = read(at, first, crc, rows, cols, true);
@@ -292,6 +294,7 @@ void test_resident_matrices(const ExpertFile& file) {
     decode_row(kernels(), made->matrix, r, b.data());
     CHECK(a == b);
   }
+  CHECK(throws<std::invalid_argument>([] { Arena(1).take(system_page() + 1); }));
   CHECK(throws<FormatError>([&] { read(at, first, crc + 1, rows, cols, true); }));
   read(at, first, crc + 1, rows, cols, false);
   CHECK(throws<ReadError>([&] { read(round_up(f.size(), kPage), first, crc, rows, cols, true); }));
