@@ -112,7 +112,8 @@ def read_profile(path: Path, of: Mapping[str, str]) -> Profile | None:
         shape = tuple(int(sizes[letter]) for letter in _SHAPES[name])
         if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
             raise FormatError(f"{path}: expected {name} to be {list(shape)} finite numbers")
-        if name.endswith("uses") and not ((array >= 0) & (array < _MOST_USES)).all():
+        wide = array.astype(np.float64)
+        if name.endswith("uses") and not ((wide >= 0) & (wide < _MOST_USES)).all():
             raise FormatError(f"{path}: expected {name} to be no less than 0, and numbers of uses")
     return Profile(tensors.pop("uses").astype(np.float64), tensors)
 

@@ -1,0 +1,68 @@
+"""scripts/fuzz [TARGET [SECONDS [SEED]]]: runs a fuzzer for some seconds, each in turn without a name.
+
+Cases that do what they must not are kept in build/fuzz/TARGET; a folder of tests/fuzz/corpus/TARGET makes one a test.
+A target runs in a process of its own, so that a crash is a finding too.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fuzz.harness import cases, keep_case, try_case
+from fuzz.targets import TARGETS
+
+_OUT = Path(__file__).parents[2] / "build" / "fuzz"
+_SPACE = 8 << 30  # of addresses: what would take the machine ends in a MemoryError
+
+
+def main(arguments: list[str]) -> int:
+    """Returns the exit code: 1 after a finding."""
+    name, seconds, seed = (*arguments, *("all", "5", "0")[len(arguments) :])[:3]
+    if name != "all" and name not in TARGETS:
+        print(f"fuzz: expected all or one of {', '.join(TARGETS)}; got {name}", file=sys.stderr)
+        return 2
+    if name != "all" and len(arguments) == 4:
+        return _run(name, float(seconds), int(seed))
+    bad = 0
+    for one in TARGETS if name == "all" else [name]:
+        command = [sys.executable, "-m", "fuzz", one, seconds, seed, "here"]
+        (_OUT / one).mkdir(parents=True, exist_ok=True)
+        with open(_OUT / one / "stderr", "wb") as said:  # panics of Rust are many, and caught
+            code = subprocess.run(command, stderr=said, check=False).returncode
+        if code not in (0, 1):
+            said_last = (_OUT / one / "stderr").read_text(errors="replace")[-2000:]
+            print(f"{one}: ended with {code} at {_OUT / one / 'case'}:\n{said_last}", flush=True)
+        bad |= code != 0
+    return int(bad)
+
+
+def _run(name: str, seconds: float, seed: int) -> int:
+    resource.setrlimit(resource.RLIMIT_AS, (_SPACE, resource.RLIM_INFINITY))
+    target, folder = TARGETS[name], _OUT / name
+    found: dict[tuple[str, str], int] = {}
+    start, count = time.monotonic(), 0
+    for case in cases(target, seed):
+        if time.monotonic() - start > seconds:
+            break
+        faulthandler.dump_traceback_later(10 * target.seconds, exit=True)  # where no signal comes
+        finding = try_case(target, case, folder / "case")
+        faulthandler.cancel_dump_traceback_later()
+        count += 1
+        if finding is None:
+            continue
+        key = finding.where, finding.what.split(":")[0]
+        found[key] = found.get(key, 0) + 1
+        if found[key] == 1:
+            kept = keep_case(case, folder)
+            print(f"{name}: {finding.what!r} at {finding.where}: {kept}", flush=True)
+    print(f"{name}: {count} cases, {len(found)} findings", flush=True)
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

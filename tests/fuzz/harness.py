@@ -1,0 +1,125 @@
+"""Runs cases of a target and says what none of them may do: any other error, a warning, a hang, a heap of memory."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import signal
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from types import FrameType
+
+from fuzz.target import Case, Target
+
+_MOST_BYTES = 8 << 20  # of a case; more would say nothing about memory
+
+CORPUS = Path(__file__).parent / "corpus"
+"""TARGET/CASE/FILE: what went wrong once."""
+
+
+class Hang(BaseException):
+    """Is no Exception, so that no reader takes it for the file's fault."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """Is what a case did, and where."""
+
+    what: str
+    where: str
+
+
+def corpus(target: Target) -> list[Case]:
+    """Returns the cases that are kept of a target."""
+    folders = sorted((CORPUS / target.name).glob("*"))
+    return [{f.name: f.read_bytes() for f in sorted(folder.iterdir())} for folder in folders]
+
+
+def cases(target: Target, seed: int) -> Iterator[Case]:
+    """Yields the sound cases, those that are kept, and then changes of them without end."""
+    known = [*target.seeds(), *corpus(target)]
+    yield from known
+    number = 0
+    while True:
+        rng = Random(f"{target.name} {seed} {number}")
+        case = rng.choice(known)
+        with suppress(
+            RecursionError
+        ):  # what was changed before may be too deep to be changed again
+            for _ in range(rng.choice((1, 1, 1, 2))):
+                case = target.change(rng, case)
+        if sum(map(len, case.values())) <= _MOST_BYTES:
+            yield case
+        number += 1
+
+
+def try_case(target: Target, case: Case, folder: Path) -> Finding | None:
+    """Writes a case to a folder, where it stays, and reads it."""
+    write_case(case, folder)
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    finding = None
+    try:
+        with warnings.catch_warnings(), _limit(target.seconds):
+            warnings.simplefilter("error")
+            target.run(folder)
+    except target.documented:
+        pass
+    except Hang as error:
+        finding = Finding(f"takes more than {target.seconds:g} s", _place(error))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # Rust's panics are no Exceptions
+        finding = Finding(f"{type(error).__name__}: {error}"[:300], _place(error))
+    grown = _memory("VmHWM") - before
+    if finding is None and grown > target.memory:
+        finding = Finding(f"takes {grown >> 20} MiB", "")
+    return finding
+
+
+def write_case(case: Case, folder: Path) -> None:
+    """Makes a folder hold exactly the files of a case."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for name, content in case.items():
+        (folder / name).write_bytes(content)
+
+
+def keep_case(case: Case, folder: Path) -> Path:
+    """Writes a case below a folder, under a name of its own."""
+    digest = hashlib.sha256(b"\0".join(n.encode() + b"\0" + c for n, c in sorted(case.items())))
+    write_case(case, folder / digest.hexdigest()[:12])
+    return folder / digest.hexdigest()[:12]
+
+
+def _memory(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) << 10
+    raise AssertionError(field)
+
+
+@contextmanager
+def _limit(seconds: float) -> Iterator[None]:
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Hang
+
+    old = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, old)
+
+
+def _place(error: BaseException) -> str:
+    """Returns the last line of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if "/edgemoe/" in f.filename] or frames
+    return f"{Path(ours[-1].filename).name}:{ours[-1].lineno}"
