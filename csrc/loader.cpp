@@ -32,7 +32,8 @@ Loader::Loader(std::shared_ptr<const File> file, int num_threads)
     for (int i = 0; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
   } catch (const std::exception&) {  // a limit on threads or memory
     stop();
-    throw std::runtime_error("loader: the system refused to start " + std::to_string(num_threads) + " threads");
+    throw OutOfBudget("loader: the system refused to start " + std::to_string(num_threads) +
+                      " threads; `ulimit -v` or `ulimit -u` is too small");
   }
 }
 

@@ -20,7 +20,8 @@ Memory::Memory(size_t bytes) : size_(round_up(bytes ? bytes : 1, system_page()))
   void* p = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (p == MAP_FAILED) {
     size_ = 0;
-    throw OutOfBudget("memory: the system refused " + std::to_string(bytes) + " bytes of address space");
+    throw OutOfBudget("memory: the system refused " + std::to_string(bytes) +
+                      " bytes of address space; is `ulimit -v` too small?");
   }
   bytes_ = static_cast<uint8_t*>(p);
   // A child has no use for weights, and copy-on-write would double them.

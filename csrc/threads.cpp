@@ -6,6 +6,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "error.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -46,7 +48,8 @@ ThreadPool::ThreadPool(int num_threads)
     for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
   } catch (const std::exception&) {  // a limit on threads or memory
     stop();
-    throw std::runtime_error("threads: the system refused to start " + std::to_string(num_threads) + " threads");
+    throw OutOfBudget("threads: the system refused to start " + std::to_string(num_threads) +
+                      " threads; `ulimit -v` or `ulimit -u` is too small");
   }
 }
 

@@ -9,7 +9,7 @@ import edgemoe
 
 ROOT = Path(__file__).parent.parent / "edgemoe"
 ROWS = [
-    {"arguments", "errors", "plan", "config", "specs"},
+    {"arguments", "errors", "plan", "config", "space", "specs"},
     {"ops", "ops_cpu", "tap", "store", "file", "hardware", "quant"},
     {"scheduler", "model", "text"},
     {"experts"},

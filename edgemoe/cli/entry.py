@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
+
+from edgemoe.cli.console import note
+from edgemoe.errors import OutOfBudget
+from edgemoe.space import expect_space
 
 __all__ = ["edgemoe", "edgemoe_run"]
 
 
 def edgemoe() -> int:
     """Is the program `edgemoe`."""
-    return _run("edgemoe.cli.main")
+    return _run("edgemoe", "edgemoe.cli.main")
 
 
 def edgemoe_run() -> int:
     """Is the program `edgemoe-run`."""
-    return _run("edgemoe.cli.run")
+    return _run("edgemoe-run", "edgemoe.cli.run")
 
 
-def _run(module: str) -> int:
+_SPACE, _SPACE_PER_CORE = (
+    160 << 20,
+    16 << 20,
+)  # of addresses, for numpy's threads and the tokenizers' library
+
+
+def _run(name: str, module: str) -> int:
+    try:
+        expect_space(_SPACE + _SPACE_PER_CORE * len(os.sched_getaffinity(0)), "start")
+    except OutOfBudget as error:
+        note(f"{name}: {error}")
+        return 1
     before = signal.getsignal(signal.SIGINT)
     if before is signal.default_int_handler:  # a program in the background may have to ignore it
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -106,7 +106,8 @@ class GGUFCheckpoint:
             raise FormatError(f"{self.name}: no tensor {name}")
         tensor = self._tensors[name]
         try:
-            values = dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
+            with np.errstate(all="ignore"):  # what is not finite is found where it is used
+                values = dequantize(tensor.data, tensor.tensor_type).reshape(self.shapes[name])
         except BROKEN as error:
             kind = tensor.tensor_type.name
             raise FormatError(f"{self.name}: cannot decode {name} ({kind}): {error}") from error

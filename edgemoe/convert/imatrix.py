@@ -139,11 +139,12 @@ def _read_gguf(path: Path) -> dict[str, Entry]:
         for name, sums in tensors.items():
             base, dot, kind = name.rpartition(".")
             if kind == "in_sum2":
-                counts = tensors[f"{base}{dot}counts"].reshape(-1)
+                counts = tensors[f"{base}{dot}counts"].reshape(-1).astype(np.float64)
                 if not (np.abs(counts) < _MOST_TOKENS).all():  # nor NaN
                     raise ValueError(f"{base} has counts that no text gives")
                 tokens = counts.astype(np.int64)
-                out[base] = (sums.reshape(len(tokens), -1).astype(np.float32), tokens)
+                with np.errstate(all="ignore"):  # `write_calibration` finds what is not finite
+                    out[base] = (sums.reshape(len(tokens), -1).astype(np.float32), tokens)
     except BROKEN as error:
         raise FormatError(f"{path}: broken GGUF imatrix: {error}") from error
     if not out:
@@ -170,7 +171,7 @@ def _read_dat(path: Path) -> dict[str, Entry]:
             calls, values = number(), number()
             if calls < 1 or not 0 < values <= _MOST_VALUES:
                 raise ValueError(f"{name} has {values} values of {calls} calls")
-            with np.errstate(over="ignore"):  # `_checked` finds it
+            with np.errstate(all="ignore"):
                 sums = np.frombuffer(data, "<f4", values, at) * np.float32(_CHUNK)
             at += 4 * values
             out[name] = (sums[None], np.array([calls * _CHUNK], np.int64))

@@ -14,7 +14,7 @@ _MOST_DEPTH = 64  # what is deeper would fail later, where it is printed or writ
 
 
 def parse_json(data: bytes | bytearray | str, where: str, *, most: int = _MOST_BYTES) -> Any:
-    """Returns the value of a JSON text.
+    """Returns the value of a JSON text, whose strings can all be encoded.
 
     Args:
         where: what errors begin with.
@@ -28,6 +28,8 @@ def parse_json(data: bytes | bytearray | str, where: str, *, most: int = _MOST_B
     try:
         value = json.loads(data)
         is_deep = _is_deeper(value, _MOST_DEPTH)
+        if not is_deep and _may_halve(data):
+            json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
     except RecursionError:  # the parser's own limit, which depends on its caller
         is_deep = True
     except ValueError as error:
@@ -49,6 +51,13 @@ def parse_object(
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected a JSON object, got {type(value).__name__}")
     return value
+
+
+def _may_halve(data: bytes | bytearray | str) -> bool:
+    """Says whether a text may hold half of a surrogate pair, which nothing can encode: by escape, or as it is."""
+    if isinstance(data, str):
+        data = data.encode("utf-8", "surrogatepass")
+    return b"\\u" in data or b"\xed" in data
 
 
 def _is_deeper(value: Any, depth: int) -> bool:

@@ -110,7 +110,8 @@ def read_profile(path: Path, of: Mapping[str, str]) -> Profile | None:
         if name not in _SHAPES:
             raise FormatError(f"{path}: {name} is nothing that this edgemoe knows")
         shape = tuple(int(sizes[letter]) for letter in _SHAPES[name])
-        if array.shape != shape or array.dtype.kind != "f" or not np.isfinite(array).all():
+        is_float = array.dtype in (np.float32, np.float64)
+        if array.shape != shape or not is_float or not np.isfinite(array).all():
             raise FormatError(f"{path}: expected {name} to be {list(shape)} finite numbers")
         wide = array.astype(np.float64)
         if name.endswith("uses") and not ((wide >= 0) & (wide < _MOST_USES)).all():

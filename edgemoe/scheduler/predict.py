@@ -206,10 +206,15 @@ class Transitions:
     each; at last it is the layer's own frequencies. The fall-backs are ours: the paper has one expert per token.
     """
 
+    _MOST_PAIRS = 1 << 27  # half a gigabyte; 48 layers of 512 experts have a tenth
     _LARGEST = 1 << 12  # keys; then the tables of tuples no longer grow
 
     def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
         L, E = num_layers, num_experts
+        if L * E * E > self._MOST_PAIRS:
+            raise ValueError(
+                f"transitions: {L} layers of {E} experts are {L * E * E} pairs; expected at most {self._MOST_PAIRS}"
+            )
         self._num_experts = E
         self._has_tuples = experts_per_token <= 2
         self._tuples: dict[tuple[int, bytes], NDArray[np.float32]] = {}

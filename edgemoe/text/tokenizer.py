@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.arguments import wholes
 from edgemoe.errors import FormatError, quoted
 from edgemoe.file.parse import parse_object
+from edgemoe.space import expect_space
 from edgemoe.text.stream import TextStream, TokenBytes, panics_blamed, token_bytes
 
 if TYPE_CHECKING:
@@ -20,6 +21,10 @@ __all__ = ["Tokenizer"]
 
 # Some files name only the base model's end token; a turn of theirs ends with one of these.
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+_SPACE, _SPACE_PER_BYTE = (
+    32 << 20,
+    24,
+)  # of addresses, where the library aborts without: SmolLM2's takes 20 a byte
 
 
 class Tokenizer:
@@ -219,6 +224,7 @@ class Tokenizer:
 
 
 def _load(content: bytes) -> tokenizers.Tokenizer:
+    expect_space(_SPACE + _SPACE_PER_BYTE * len(content), "tokenizer.json")
     import tokenizers  # the largest import of a chat's start; only those who use text pay it
 
     try:

@@ -15,7 +15,9 @@ def nested(depth: int) -> bytes:
     return b"[" * depth + b"]" * depth
 
 
-@pytest.mark.parametrize("value", [None, True, 0, -1.5e300, "ü", [], {}, {"a": [1, {"b": [[]]}]}])
+@pytest.mark.parametrize(
+    "value", [None, True, 0, -1.5e300, "ü", "🐋", [], {}, {"a": [1, {"b": [[]]}]}]
+)
 def test_values_come_back(value: object) -> None:
     assert parse_json(json.dumps(value).encode(), "x") == value
     assert parse_json(json.dumps(value), "x") == value
@@ -34,6 +36,9 @@ def test_values_come_back(value: object) -> None:
         (b'{"a":' * 65 + b"1" + b"}" * 65, "x: not valid JSON: nested more than 64 deep"),
         (nested(900), "x: not valid JSON: nested more than 64 deep"),
         (b"[" * 200_000, "x: not valid JSON"),
+        (b'{"a": ["\\ud800"]}', "x: not valid JSON: 'utf-8' codec can't encode"),
+        (b'{"\\udc00": 1}', "x: not valid JSON"),
+        (b'"\xed\xa0\x80"', "x: not valid JSON"),
         (nested(200_000), "x: not valid JSON: nested more than 64 deep"),
     ],
 )

@@ -19,7 +19,7 @@ from fuzz.target import Case, Target
 _MOST_BYTES = 8 << 20  # of a case; more would say nothing about memory
 
 CORPUS = Path(__file__).parent / "corpus"
-"""TARGET/CASE/FILE: what went wrong once."""
+"""TARGET/CASE/FILE: files that went wrong once."""
 
 
 class Hang(BaseException):
@@ -35,9 +35,10 @@ class Finding:
 
 
 def corpus(target: Target) -> list[Case]:
-    """Returns the cases that are kept of a target."""
+    """Returns the cases that are kept of a target: the first sound one with other files."""
     folders = sorted((CORPUS / target.name).glob("*"))
-    return [{f.name: f.read_bytes() for f in sorted(folder.iterdir())} for folder in folders]
+    sound = target.seeds()[0] if folders else {}
+    return [sound | {f.name: f.read_bytes() for f in sorted(d.iterdir())} for d in folders]
 
 
 def cases(target: Target, seed: int) -> Iterator[Case]:

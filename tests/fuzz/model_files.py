@@ -152,7 +152,10 @@ def _study_trace(folder: Path) -> None:
     found = trace.read(folder / "trace")
     tape = Tape(found)
     for name in ("on-demand", "expertwise"):
-        scheduler = make_scheduler(tape, name, budget_bytes=found.header.slots_bytes)
+        try:
+            scheduler = make_scheduler(tape, name, budget_bytes=found.header.slots_bytes)
+        except ValueError:  # as it says of more experts than its tables hold
+            continue
         replay(tape, scheduler, budget_bytes=found.header.slots_bytes)
 
 

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from edgemoe.errors import FormatError
-from edgemoe.text.sampler import SamplingParams
+from edgemoe.text.settings import model_sampling
 from edgemoe.text.template import ChatTemplate
 from edgemoe.text.tokenizer import Tokenizer
 from fuzz.mutate import TEXTS, change_bytes, change_value, json_bytes
@@ -117,7 +117,7 @@ def _change_tokenizer(rng: Random, case: Case) -> Case:
 
 def _use_tokenizer(folder: Path) -> None:
     files = {f.name: f.read_bytes() for f in folder.iterdir()}
-    SamplingParams.of_model(files.get("generation_config.json"))
+    model_sampling(files.get("generation_config.json"), vocab_size=259, context=512)
     made = Tokenizer.from_files(files)
     for text in _SAID:
         try:
