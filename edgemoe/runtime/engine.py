@@ -7,20 +7,18 @@ import os
 import threading
 from collections import abc
 from collections.abc import Iterator, Mapping
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
-from edgemoe.errors import quoted
 from edgemoe.model import KvTypes
 from edgemoe.runtime.meter import Stats
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
-from edgemoe.runtime.sequence import Sequence
+from edgemoe.runtime.sequence import Sequence, token_ids
 from edgemoe.scheduler import Scheduler
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.stops import ReplyText
@@ -157,7 +155,7 @@ class Engine:
             ReadError: the disk failed; the engine stays usable.
         """
         with self._alone() as sequence:
-            tokens = self._checked(ids, self.context)
+            tokens = self._tokens(ids)
             sequence.begin(tokens, kept=0)
             out = np.empty((1 if last_only else len(tokens), self.config.vocab_size), np.float32)
             sequence.prompt(tokens, out)
@@ -180,7 +178,7 @@ class Engine:
             ReadError: the disk failed; the engine stays usable.
         """
         with self._alone() as sequence:
-            tokens = self._checked(ids, self.context - sequence.state.length)
+            tokens = self._tokens(ids, known=sequence.state.length)
             sequence.go_on()
             out = sequence.row
             if not last_only:
@@ -210,7 +208,7 @@ class Engine:
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: expected no texts, as the model has no tokenizer")
         _ = self.model  # or it says that it is closed
-        tokens = self._checked(ids, self.context)
+        tokens = self._tokens(ids)
         if len(tokens) >= self.context:
             raise ValueError(
                 f"a prompt of {len(tokens)} tokens does not fit a context of {self.context} with a reply"
@@ -268,25 +266,9 @@ class Engine:
             self._owner = 0
             self._lock.release()
 
-    def _checked(self, ids: abc.Sequence[int] | NDArray[Any], room: int) -> NDArray[np.int32]:
-        """Returns tokens as an array, of which there may be at most `room`."""
-        try:
-            tokens = np.asarray(ids)
-        except ValueError:  # lists of several lengths
-            tokens = np.empty(0)
-        if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(
-                f"ids: expected a list of at least one token, whole numbers; got {quoted(ids)}"
-            )
-        if len(tokens) > room:
-            have = f" with {self.context - room} tokens in it" if room < self.context else ""
-            raise ValueError(f"{len(tokens)} tokens do not fit a context of {self.context}{have}")
-        if tokens.min() < 0 or tokens.max() >= self.config.vocab_size:
-            wrong = int(tokens[(tokens < 0) | (tokens >= self.config.vocab_size)][0])
-            raise ValueError(
-                f"ids: expected tokens from 0 to {self.config.vocab_size - 1}, got {wrong}"
-            )
-        return tokens.astype(np.int32)
+    def _tokens(self, ids: abc.Sequence[int] | NDArray[Any], known: int = 0) -> NDArray[np.int32]:
+        """Returns tokens as an array, which come after `known` others."""
+        return token_ids(ids, self.config.vocab_size, self.context, known)
 
     def record(self, path: str | os.PathLike[str], *, look_ahead: int = 0) -> None:
         """Records from now on what is routed, resident and waited for; see `edgemoe.runtime.trace`.
@@ -361,10 +343,5 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import time
+from collections import abc
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.errors import quoted
 from edgemoe.model import Batch
 from edgemoe.runtime.meter import Meter
 from edgemoe.runtime.model import Model
 from edgemoe.text.sampler import Sampler, SamplingParams
 
-__all__ = ["Sequence"]
+__all__ = ["Sequence", "token_ids"]
 
 
 class Sequence:
@@ -79,3 +82,31 @@ class Sequence:
         token = self._sampler.sample(self.row[0], self.state.ids)
         self.meter.token(time.perf_counter() - self._start)
         return token
+
+
+def token_ids(
+    ids: abc.Sequence[int] | NDArray[Any], vocab_size: int, context: int, known: int
+) -> NDArray[np.int32]:
+    """Returns tokens of a caller as an array [T].
+
+    Args:
+        known: how many are in the context before them.
+
+    Raises:
+        ValueError: there are none, they do not fit, or one is outside the vocabulary; says what came.
+    """
+    try:
+        tokens = np.asarray(ids)
+    except ValueError:  # lists of several lengths
+        tokens = np.empty(0)
+    if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"ids: expected a list of at least one token, whole numbers; got {quoted(ids)}"
+        )
+    if len(tokens) > context - known:
+        have = f" with {known} tokens in it" if known else ""
+        raise ValueError(f"{len(tokens)} tokens do not fit a context of {context}{have}")
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        wrong = int(tokens[(tokens < 0) | (tokens >= vocab_size)][0])
+        raise ValueError(f"ids: expected tokens from 0 to {vocab_size - 1}, got {wrong}")
+    return tokens.astype(np.int32)
