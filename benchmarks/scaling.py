@@ -140,10 +140,10 @@ def by_memory(args: argparse.Namespace) -> list[dict]:
         except RuntimeError as error:
             print(f"{share}: {error}", flush=True)
             continue
-        result, roof = report["results"][0], report["roof"]
-        bound = max(
-            result["read_per_token"] / roof["disk"], result["used_per_token"] / roof["memory"]
-        )
+        result = report["results"][0]
+        disk = max(roof["disk"] for roof in report["roofs"])
+        memory = max(*result["memory_roofs"], *(roof["memory"] for roof in report["roofs"]))
+        bound = max(result["read_per_token"] / disk, result["used_per_token"] / memory)
         rows.append(
             {"share": share, "tg": result["rate"], "bound": 1 / bound, "hit_rate": result["hit_rate"],
              "read_per_token": result["read_per_token"]}

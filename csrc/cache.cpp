@@ -522,6 +522,15 @@ ExpertView Cache::view(int e, int level) const {
   return v;
 }
 
+std::vector<std::pair<const uint8_t*, size_t>> Cache::resident() const {
+  std::vector<std::pair<const uint8_t*, size_t>> out;
+  for (int i = 0; backing_->keeps_bytes() && i < int(slots_.size()); ++i) {
+    const Slot& s = slots_[size_t(i)];
+    if (s.owner >= 0 && s.target == 0 && s.pages > 0) out.push_back({backing_->view(i), size_t(s.pages) * kPage});
+  }
+  return out;
+}
+
 CacheStats Cache::stats() const {
   CacheStats s = stats_;
   s.committed_bytes = size_t(committed_pages_) * kPage;

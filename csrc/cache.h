@@ -118,6 +118,9 @@ class Cache {
   const uint8_t* slots() const { return backing_->view(0); }
   size_t slots_bytes() const { return backing_->keeps_bytes() ? slots_.size() * window_bytes_ : 0; }
 
+  /// The pages of whole experts, as {first byte, size}.
+  std::vector<std::pair<const uint8_t*, size_t>> resident() const;
+
   /// Any thread may ask.
   CacheStats stats() const;
   LoaderStats loader_stats() const { return backing_->stats(); }

@@ -15,25 +15,35 @@
 
 namespace edgemoe {
 
-double memory_rate(size_t bytes, int threads) {
-  expect_within("memory_rate bytes", int64_t(std::min<size_t>(bytes, INT64_MAX)), 0, int64_t(1) << 40);
+double read_rate(const std::vector<std::pair<const uint8_t*, size_t>>& pieces, int threads) {
   constexpr size_t kBlock = size_t(1) << 20;
-  Memory memory(round_up(std::max(bytes, kBlock), kBlock));
-  memory.prefer_huge_pages();
+  std::vector<std::pair<const uint8_t*, size_t>> blocks;
+  size_t total = 0;
+  for (const auto& [bytes, size] : pieces) {
+    for (size_t at = 0; at < size; at += kBlock) blocks.push_back({bytes + at, std::min(kBlock, size - at)});
+    total += size;
+  }
+  if (total == 0) return 0;
   ThreadPool pool(threads);
-  const int count = int(memory.size() / kBlock);
-  std::memset(memory.bytes(), 1, memory.size());
-  std::atomic<uint8_t> total{0};
+  std::atomic<uint8_t> all{0};
   const Kernels& k = kernels();
   double best = 0;
   for (int pass = 0; pass < 5; ++pass) {
     const double start = now_s();
-    pool.run(count, std::max(1, count / (8 * threads)), [&](int begin, int end) {
-      total |= k.read_all(memory.bytes() + size_t(begin) * kBlock, size_t(end - begin) * kBlock);
+    pool.run(int(blocks.size()), 1, [&](int begin, int end) {
+      for (int i = begin; i < end; ++i) all |= k.read_all(blocks[size_t(i)].first, blocks[size_t(i)].second);
     });
-    best = std::max(best, double(memory.size()) / (now_s() - start));
+    best = std::max(best, double(total) / (now_s() - start));
   }
   return best;
+}
+
+double memory_rate(size_t bytes, int threads) {
+  constexpr size_t kLeast = size_t(1) << 20;
+  Memory memory(round_up(std::max(bytes, kLeast), kLeast));
+  memory.prefer_huge_pages();
+  std::memset(memory.bytes(), 1, memory.size());
+  return read_rate({{memory.bytes(), memory.size()}}, threads);
 }
 
 double disk_rate(const std::shared_ptr<const File>& file, const std::vector<uint64_t>& offsets, size_t length,

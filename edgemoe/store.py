@@ -308,6 +308,13 @@ class ExpertStore:
     def uses(self, uses: NDArray[np.float64]) -> None:
         self.cache.uses = uses.reshape(-1)
 
+    def read_rate(self, threads: int) -> float:
+        """Returns the bytes per second that threads read of the experts in memory now, 0 without any.
+
+        Less than some 100 MiB of them partly measure the processor's cache.
+        """
+        return self.cache.read_rate(threads)
+
     @property
     def progress(self) -> tuple[int, float]:
         """Bytes read and seconds waited since the start: what an observer is told after every layer."""

@@ -11,6 +11,7 @@
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
 #include "matrix.h"
+#include "roof.h"
 
 namespace edgemoe {
 namespace {
@@ -124,6 +125,14 @@ void bind_cache(py::module_& m) {
             return lend(cache.slots(), cache.slots_bytes(), self);
           },
           "uint8 view of all slots, for tests: reading it makes it resident.")
+      .def(
+          "read_rate",
+          [](const Cache& c, int threads) {
+            const auto pieces = c.resident();
+            py::gil_scoped_release release;
+            return read_rate(pieces, threads);
+          },
+          py::arg("threads"), "Bytes per second that `threads` threads read of resident experts; 0 without any.")
       .def_property_readonly("residency",
                              [](py::object self) {
                                const auto& r = self.cast<Cache&>().residency();

@@ -58,7 +58,11 @@ def _run(args: argparse.Namespace) -> None:
         note(f"# {pick(args, context=context)}")
     known = None if args.max_quality_loss is not None else cost(args)
     levels = None if args.bits == "auto" else args.bits
-    best = roof(args.model, bits=levels, threads=args.threads, ram=args.ram)
+
+    def machine() -> Roof:
+        return roof(args.model, bits=levels, threads=args.threads, ram=args.ram)
+
+    before = machine()
     with Engine(args.model, EngineOptions(**engine_flags(args, context=context))) as engine:
         for line in engine.notes:
             note(f"# {line}")
@@ -73,23 +77,34 @@ def _run(args: argparse.Namespace) -> None:
         ):  # fmt: skip
             results.append(result)
             if not args.json:
-                say(_row(engine, result, best))
-        if args.json:
-            say_json(_report(engine, results, best))
-        else:
-            note(
-                f"# roof: memory {best.memory / 1e9:.1f} GB/s, disk {best.disk / 1e9:.2f} GB/s; "
-                f"experts {engine.budget.slots / 2**30:.2f} of {engine.budget.experts / 2**30:.2f} GiB"
-            )
-            if report := engine.scheduler.report():
-                note(f"# {args.scheduler}: {report}")
+                say(_row(result))
+        report, said, budget = _report(engine, results), engine.scheduler.report(), engine.budget
+    # A machine that others use is not the same for long: the roof is measured on both sides.
+    roofs = (before, machine())
+    if args.json:
+        say_json({**report, "roofs": [dataclasses.asdict(r) for r in roofs]})
+        return
+    note(
+        f"# roof, before and after: memory {_span([r.memory for r in roofs], 1)} GB/s, "
+        f"disk {_span([r.disk for r in roofs], 2)} GB/s; "
+        f"experts {budget.slots / 2**30:.2f} of {budget.experts / 2**30:.2f} GiB"
+    )
+    if said:
+        note(f"# {args.scheduler}: {said}")
+
+
+def _span(rates: Sequence[float], digits: int) -> str:
+    """Returns the least and the most of bytes per second in GB/s, one figure where they are the same."""
+    low, high = (f"{rate / 1e9:.{digits}f}" for rate in (min(rates), max(rates)))
+    return low if low == high else f"{low}–{high}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="edgemoe bench",
         description="Measure prompts (pp) and single tokens (tg), as llama-bench does: random tokens, "
-        "one unmeasured repetition, the median of the others ± their deviation.",
+        "one unmeasured repetition, the median of the others ± their deviation. The roof of memory is what reading the "
+        "experts in memory gives just before a test and just after, its share is of the higher one.",
     )
     parser.add_argument("model", metavar="MODEL", help="a .moe file")
     parser.add_argument("-p", "--n-prompt", type=wholes(0), default=[512], metavar="N,…",
@@ -123,21 +138,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 _HEAD = """\
-| test | t/s | hit | read/token | disk GB/s | memory GB/s | of roof | waiting | bits | peak |
-|---|---|---|---|---|---|---|---|---|---|"""
+| test | t/s | hit | read/token | disk GB/s | memory GB/s | roof GB/s | of roof | waiting | bits | peak |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-def _row(engine: Engine, result: Result, best: Roof) -> str:
-    used = result.used_per_token * result.rate
+def _row(result: Result) -> str:
+    used, roofs = result.used_per_token * result.rate, result.memory_roofs
+    share = f"{100 * used / max(roofs):.0f}%" if used and max(roofs) else ""
     return (
         f"| {result.test} | {result.rate:.2f} ± {result.deviation:.2f} | {100 * result.hit_rate:.1f}% "
         f"| {result.read_per_token / 1e6:.2f} MB | {result.read_rate / 1e9:.2f} "
-        f"| {f'{used / 1e9:.1f}' if used else ''} | {f'{100 * used / best.memory:.0f}%' if used else ''} "
+        f"| {f'{used / 1e9:.1f}' if used else ''} | {_span(roofs, 1)} | {share} "
         f"| {100 * result.wait_share:.0f}% | {result.average_bits:.1f} | {result.peak_bytes / 2**20:.0f} MiB |"
     )
 
 
-def _report(engine: Engine, results: Sequence[Result], best: Roof) -> dict[str, object]:
+def _report(engine: Engine, results: Sequence[Result]) -> dict[str, object]:
     return {
         "command": sys.argv,
         "family": engine.config.family,
@@ -148,7 +164,6 @@ def _report(engine: Engine, results: Sequence[Result], best: Roof) -> dict[str, 
         "threads": engine.threads,
         "isa": engine.isa,
         "budget": dataclasses.asdict(engine.budget),
-        "roof": dataclasses.asdict(best),
         "results": [
             {**dataclasses.asdict(r), "rate": r.rate, "deviation": r.deviation} for r in results
         ],

@@ -43,6 +43,8 @@ class Result:
     """Bytes."""
     read_rate: float
     """Bytes per second while reading."""
+    memory_roofs: tuple[float, float]
+    """Bytes per second that the same threads read of the experts in memory, just before the test and just after."""
     used_per_token: float
     """Bytes of weights, keys and values that computing one token reads; 0 where it depends on the batch."""
     wait_share: float
@@ -129,6 +131,10 @@ def _run(
     repetitions: int,
     rng: np.random.Generator,
 ) -> Result:
+    engine.logits(
+        rng.integers(0, engine.config.vocab_size, 1), last_only=True
+    )  # some experts are there
+    roof_before = engine.model.store.read_rate(engine.threads)
     rates: list[float] = []
     hits = uses = read = 0
     read_s = wait_s = total_s = 0.0
@@ -163,6 +169,7 @@ def _run(
         hit_rate=hits / uses if uses else 1.0,
         read_per_token=read / (count * repetitions),
         read_rate=read / read_s if read_s else 0.0,
+        memory_roofs=(roof_before, engine.model.store.read_rate(engine.threads)),
         used_per_token=0.0
         if is_prompt
         else float(engine.bytes_per_token + engine.kv_bytes(depth + count // 2)),

@@ -44,6 +44,11 @@ def test_the_command_takes_llama_benchs_flags(tiny_moe, no_roof, capsys):
     assert main([*command, "-ctk", "q8_0", "--cache-type-v", "f16"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert [r["test"] for r in report["results"]] == ["tg2", "tg2 @ d20"]
+    # On both sides of a test, and of the whole run.
+    assert all(
+        len(r["memory_roofs"]) == 2 and min(r["memory_roofs"]) > 0 for r in report["results"]
+    )
+    assert report["roofs"] == [{"memory": 1e9, "disk": 1e9}] * 2
     assert report["cache_types"] == {"keys": "q8_0", "values": "f16"}
     assert main([*command, "-ctv", "q5_1"]) == 1
     assert capsys.readouterr().err == (
