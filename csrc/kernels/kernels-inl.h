@@ -71,14 +71,15 @@ inline void store_rows(float* y, typename V::F value, int rows) {
 }
 
 /// Asks for the tile that comes kAhead tiles later. A processor also reads ahead by itself, but not across pages, and
-/// finds the runs of several rungs late.
-template <int Bits>
-inline void fetch_ahead(const TileCursor& tile) {
-  constexpr int kAhead = 16, kWidths[] = {2, 1, 1, 2, 2};
-  for (int r = 0, bits = 0; bits < Bits; bits += kWidths[r++]) {
-    const size_t bytes = tile_bytes(kWidths[r], r == 0);
-    const uint8_t* later = (r == 0 ? tile.scales : tile.rungs[r]) + kAhead * bytes;
-    for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(later + at, 0, 2);
+/// finds the runs of several rungs late. GCC takes a function that only prefetches for one without an effect, and drops
+/// calls of it that it has not inlined early.
+template <int Bits, int R = 0, int Before = 0>
+[[gnu::always_inline]] inline void fetch_ahead(const TileCursor& tile) {
+  if constexpr (Before < Bits) {
+    constexpr int kAhead = 16, kWidths[] = {2, 1, 1, 2, 2}, kBytes = 128 * kWidths[R] + (R == 0 ? kScaleBytes : 0);
+    const uint8_t* later = (R == 0 ? tile.scales : tile.rungs[R]) + kAhead * kBytes;
+    for (int at = 0; at < kBytes; at += 64) __builtin_prefetch(later + at, 0, 2);
+    fetch_ahead<Bits, R + 1, Before + kWidths[R]>(tile);
   }
 }
 
