@@ -39,6 +39,7 @@ double read_rate(const std::vector<std::pair<const uint8_t*, size_t>>& pieces, i
 }
 
 double memory_rate(size_t bytes, int threads) {
+  expect_within("memory_rate bytes", int64_t(std::min<size_t>(bytes, INT64_MAX)), 0, int64_t(1) << 40);
   constexpr size_t kLeast = size_t(1) << 20;
   Memory memory(round_up(std::max(bytes, kLeast), kLeast));
   memory.prefer_huge_pages();
