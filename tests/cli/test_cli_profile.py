@@ -113,7 +113,7 @@ def test_the_page_needs_nothing_else(traced, tmp_path, capsys):
         (["trace", "{moe}", "-o", "{tmp}/t", "--text", "{tmp}/empty"], "at least 2 tokens"),
         (["trace", "{moe}", "-o", "{tmp}/t", "--set", "x"], "expected KEY=VALUE"),
         (["trace", "{moe}", "-o", "{tmp}/broken"], "left as it is"),
-        (["trace", "{moe}", "-o", "{tmp}/t", "--look-ahead", "9"], "look-ahead: expected 0 to 4"),
+        (["trace", "{moe}", "-o", "{tmp}/t", "--look-ahead", "9"], "look_ahead: expected 0 to 4"),
         (["trace", "{moe}", "-o", "{tmp}/t", "--text", "{tmp}/latin"], "expected UTF-8"),
         (["trace", "{moe}", "-o", "{tmp}/t", "--prompt", "0"], "prompt: expected 1 to"),
     ],

@@ -146,10 +146,11 @@ def test_a_stdout_that_cannot_be_written_is_one_line_at_most(monkeypatch, capsys
         monkeypatch.setattr("sys.stdout", full)
         assert main([]) == 1
     err = capsys.readouterr().err
-    assert err == "edgemoe schedulers: No space left on device\n"
+    assert err == "edgemoe schedulers: stdout: No space left on device\n"
 
 
-def test_a_closed_stdout_is_no_error(tiny_moe, monkeypatch, capsys):
+def test_a_closed_stdout_is_an_error_in_one_line(tiny_moe, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout", None)
-    assert inspect([str(tiny_moe)]) == 0
-    assert capsys.readouterr().err == ""
+    assert inspect([str(tiny_moe)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("edgemoe inspect: stdout: ")
