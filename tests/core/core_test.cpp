@@ -526,21 +526,27 @@ void test_instruction_sets_agree(const ExpertFile& file) {
     rms_norm(ws, x.data(), norm.data(), 1e-5f, T, kHidden, out.data());
     got.push_back(out);
     std::vector<int32_t> experts(3 * T);
-    route(ws, x.data(), router.data(), T, kHidden, {21, 3, false, true}, scores.data(), experts.data(), gates.data());
-    got.push_back(gates);
-    got.emplace_back(experts.begin(), experts.end());
+    for (const Scoring scoring : {Scoring::kSoftmax, Scoring::kSoftmaxTopK, Scoring::kSigmoid}) {
+      const RouteRule rule{21, 3, scoring, true, 1.5f, scoring == Scoring::kSigmoid ? 7 : 1, 1, true};
+      route(ws, x.data(), {router.data(), nullptr}, T, kHidden, rule, scores.data(), experts.data(), gates.data());
+      got.push_back(gates);
+      got.emplace_back(experts.begin(), experts.end());
+    }
     AttentionParts parts{0,
-                         {heads, kv_heads, head_dim, 0, 0.25f},
+                         {heads, kv_heads, head_dim, 0, 0.25f, head_dim},
                          nullptr,
                          nullptr,
                          nullptr,
                          nullptr,
                          nullptr,
                          false,
+                         false,
                          1e-5f,
                          2.0f,
                          angles.data(),
-                         angles.data() + T * head_dim / 2};
+                         angles.data() + T * head_dim / 2,
+                         nullptr,
+                         nullptr};
     for (const KvType key_type : {KvType::kF16, KvType::kF32, KvType::kQ8}) {
       for (const KvType value_type : {KvType::kF16, KvType::kF32, KvType::kQ8}) {
         const size_t keys = kv_heads * kv_head_bytes(key_type, capacity, stride);
