@@ -423,7 +423,8 @@ void test_victims_are_those_of_a_search_among_all() {
         case 2:
           if (slots[e] < 0) break;
           victims.remove(e);
-          owners[size_t(slots[e])] = slots[e] = -1;
+          owners[size_t(slots[e])] = -1;
+          slots[e] = -1;
           break;
         case 6:  // by layer: close values, of which rounding makes equals
           for (int l = 0; l < kLayers; ++l) {
