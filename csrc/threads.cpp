@@ -137,9 +137,9 @@ void ThreadPool::work(int number) {
       wake_.wait(lock, [&] { return is_new(state_.load(std::memory_order_seq_cst)); });
       parked_.fetch_sub(1, std::memory_order_relaxed);
     }
-    if (stop_.load()) return;
     uint64_t state = state_.load(std::memory_order_acquire);
     seen = state / kRound;
+    if (stop_.load()) return;  // after the state: the round that ends a pool is taken for seen by nobody who goes on
     bool is_in = false;
     while (state / kRound == seen && !(state & kOver) && !is_in) {
       is_in = state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel);
