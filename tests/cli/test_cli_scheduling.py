@@ -153,4 +153,4 @@ def test_a_closed_stdout_is_an_error_in_one_line(tiny_moe, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdout", None)
     assert inspect([str(tiny_moe)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("edgemoe inspect: stdout: ")
+    assert line.startswith("edgemoe inspect: stdout is closed")
