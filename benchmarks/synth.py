@@ -52,7 +52,7 @@ def write(out: Path, config: ModelConfig, *, bits: int, embedding: float, name: 
     with Writer(out, config, bits=bits, sections={}, source=source) as writer:
         bar = tqdm(total=writer.total_bytes, unit="B", unit_scale=True)
         for tensor, spec in dense_tensors(config).items():
-            if tensor == "rope":
+            if tensor.startswith("rope"):
                 half = config.head_dim // 2
                 writer.add(tensor, (10000.0 ** (-np.arange(half) / half)).astype(np.float32))
             elif len(spec.shape) == 1:

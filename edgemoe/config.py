@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgemoe.errors import FormatError, quoted
-from edgemoe.specs import AttentionSpec, FfnSpec, RouterSpec, TensorSpec
+from edgemoe.specs import AttentionSpec, FfnSpec, RopeSpec, RouterSpec, TensorSpec
 
 __all__ = ["LIMIT", "MATRICES", "MOST_EXPERTS", "MOST_LAYERS", "ModelConfig", "dense_tensors"]
 
@@ -32,6 +32,7 @@ MOST_LAYERS, MOST_EXPERTS = 1 << 12, 1 << 18
 _LATER = frozenset(
     {
         "choice_bias", "gate_scale", "groups", "used_groups", "group_score", "norm_after_rope", "rope_dim",
+        "rope_short_length",
     }
 )  # fmt: skip
 """Fields that files of the first families do not have, which older versions can still read."""
@@ -96,6 +97,8 @@ class ModelConfig:
     """Multiplies q · k."""
     rope_scale: float = 1.0
     """Multiplies cos and sin (YaRN's attention factor). Frequencies are the tensor `rope`."""
+    rope_short_length: int = 0
+    """Sequences of up to so many tokens have the frequencies of the tensor `rope_short`; 0 for none (LongRoPE)."""
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
@@ -148,6 +151,10 @@ class ModelConfig:
             f"{self.num_layers} layers of {self.num_heads} heads of {self.head_dim} are too many",
         )
         need(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
+        need(
+            type(self.rope_short_length) is int and 0 <= self.rope_short_length < LIMIT,
+            f"rope_short_length must be a whole number, got {quoted(self.rope_short_length)}",
+        )
         need(
             self.rope_dim is None
             or (
@@ -213,8 +220,27 @@ class ModelConfig:
             num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
             scale=self.attention_scale, window=self.window(layer), qkv_bias=self.qkv_bias,
             o_bias=self.o_bias, qk_norm=self.qk_norm, norm_eps=self.norm_eps, clip=self.clip_qkv,
-            rope_dim=self.rotated, norm_after_rope=self.norm_after_rope,
+            rope=self.rope(layer), norm_after_rope=self.norm_after_rope,
         )  # fmt: skip
+
+    def rope(self, layer: int) -> RopeSpec:
+        """Returns how positions turn queries and keys of a layer; equal for layers that do it alike."""
+        del layer  # one for all, until the file's version is raised
+        return RopeSpec(
+            name="rope", dim=self.rotated, scale=self.rope_scale,
+            short_length=self.rope_short_length,
+        )  # fmt: skip
+
+    @property
+    def ropes(self) -> list[RopeSpec]:
+        """The distinct ones."""
+        return list(dict.fromkeys(self.rope(i) for i in range(self.num_layers)))
+
+    def turns_alike(self, length: int, other: int) -> bool:
+        """Returns whether sequences of `length` and of `other` tokens have the same frequencies in every layer."""
+        if length == other or not self.rope_short_length:
+            return True
+        return all(r.frequencies(length) == r.frequencies(other) for r in self.ropes)
 
     def ffn(self, layer: int) -> FfnSpec:
         """Returns what follows the mixer of a layer; equal for layers that do it alike."""
@@ -306,7 +332,7 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
 
     All matrices are [out, in], as in `y = W x`; RoPE is in the half-split layout of transformers.
 
-        embed [V, D]  head [V, D] (absent when tied)  norm [D]  rope [rotated / 2]
+        embed [V, D]  head [V, D] (absent when tied)  norm [D]  rope [rotated / 2]  rope_short (with LongRoPE)
         layers.I.attn_norm [D]   layers.I.q [heads * head_dim, D]  .k .v [kv_heads * head_dim, D]
         layers.I.o [D, heads * head_dim]   .q_bias .k_bias .v_bias .o_bias   .q_norm .k_norm
         layers.I.ffn_norm [D]    layers.I.router [E, D]   .choice_bias [E]
@@ -316,7 +342,9 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
     """
     d = config.hidden_size
     f32, nested = TensorSpec.f32, TensorSpec.nested
-    out = {"embed": nested(config.vocab_size, d), "norm": f32(d), "rope": f32(config.rotated // 2)}
+    out = {"embed": nested(config.vocab_size, d), "norm": f32(d)}
+    for rope in config.ropes:
+        out |= rope.tensors()
     if not config.tied:
         out["head"] = nested(config.vocab_size, d)
     for i in range(config.num_layers):

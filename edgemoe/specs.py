@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["AttentionSpec", "FfnSpec", "RouterSpec", "TensorSpec"]
+__all__ = ["AttentionSpec", "FfnSpec", "RopeSpec", "RouterSpec", "TensorSpec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,30 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """How positions turn queries and keys. Layers with equal ones share the work."""
+
+    name: str
+    """The tensor of its frequencies."""
+    dim: int
+    """Leading columns of each head that are rotated, in halves."""
+    scale: float
+    """Multiplies cos and sin."""
+    short_length: int
+    """Sequences of up to so many tokens have frequencies of their own ("longrope"); 0 for none."""
+
+    def frequencies(self, length: int) -> str:
+        """Returns the tensor of a sequence of `length` tokens: it holds for all of them."""
+        is_short = self.short_length and length <= self.short_length
+        return f"{self.name}_short" if is_short else self.name
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Returns its tensors by their names in the file."""
+        lengths = (self.short_length + 1, *([1] if self.short_length else []))
+        return {self.frequencies(n): TensorSpec.f32(self.dim // 2) for n in lengths}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpec:
     """Attention to keys and values of the tokens before."""
 
@@ -47,10 +71,14 @@ class AttentionSpec:
     qk_norm: Literal["none", "head", "full"]
     norm_eps: float
     clip: float | None
-    rope_dim: int
-    """Leading columns of each head that are rotated, in halves; 0 for none."""
+    rope: RopeSpec
     norm_after_rope: bool
     """The norm of q and k comes after their rotation, and not before."""
+
+    @property
+    def rope_dim(self) -> int:
+        """Leading columns of each head that are rotated."""
+        return self.rope.dim
 
     @property
     def q_width(self) -> int:

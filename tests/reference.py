@@ -45,7 +45,8 @@ def logits(
             if name.startswith(f"layers.{i}.")
         }
         h = rms_norm(x, layer["attn_norm"], config.norm_eps)
-        h = attention(config, layer, tensor("rope"), h, window=config.window(i))
+        rope = tensor(config.rope(i).frequencies(len(ids)))
+        h = attention(config, layer, rope, h, window=config.window(i))
         x = x + h * dtype(config.residual_multiplier)
         h = rms_norm(x, layer["ffn_norm"], config.norm_eps)
         out = np.zeros_like(x)

@@ -121,7 +121,7 @@ def _fingerprint(model: SourceModel, identity: str) -> str:
     layer = config.moe_layers[-1]
     digest = hashlib.sha256(identity.encode())
     for name in dense_tensors(config):
-        if name in ("norm", "rope") or name.startswith(f"layers.{layer}."):
+        if name == "norm" or name.startswith(("rope", f"layers.{layer}.")):
             digest.update(model.tensor(name).data)
     for values in model.expert(layer, config.num_experts - 1):
         digest.update(values.data)

@@ -34,6 +34,15 @@ class Rope:
     """Positions that can be used: those of config.json, or more where the scaling is for more."""
     note: str = ""
     """What of the scaling is not used, in a line for the user; empty for nothing."""
+    short: NDArray[np.float32] | None = None
+    """[rotated / 2]: what sequences of up to `short_length` tokens have in place of `frequencies`; None for those."""
+    short_length: int = 0
+
+    def of(self, length: int) -> NDArray[np.float32]:
+        """Returns the frequencies of a sequence of `length` tokens: they hold for all of them."""
+        if self.short is None or length > self.short_length:
+            return self.frequencies
+        return self.short
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +102,10 @@ def rope(
         if parameters.get(layer_type) is not None:
             raise parameters.error(layer_type, "RoPE that differs by layer is not supported")
     kind = parameters.text("rope_type", parameters.text("type", "default"))
-    if kind not in _SCALINGS:
+    supported = (*_SCALINGS, "longrope")
+    if kind not in supported:
         raise parameters.error(
-            "rope_type", f"{quoted(kind)} is not supported; supported: {', '.join(_SCALINGS)}"
+            "rope_type", f"{quoted(kind)} is not supported; supported: {', '.join(supported)}"
         )
     for source in (parameters, settings):
         factor = source.number("partial_rotary_factor", rotated / head_dim)
@@ -114,20 +124,27 @@ def rope(
         at_least=2,
     )
     request = _Request(parameters, rotated, theta, max_positions, original_length)
+
+    def rounded(frequencies: Array) -> NDArray[np.float32]:
+        with np.errstate(over="ignore"):
+            out = frequencies.astype(np.float32)
+        if not np.isfinite(out).all():
+            raise parameters.error("rope_type", f"{kind} gives frequencies that are not finite")
+        return out
+
     with np.errstate(over="ignore", invalid="ignore"):
+        if kind == "longrope":
+            return _longrope(request, rounded)
         frequencies, scale = _SCALINGS[kind](request)
-        rounded = frequencies.astype(np.float32)
-    if not np.isfinite(rounded).all():
-        raise parameters.error("rope_type", f"{kind} gives frequencies that are not finite")
-    if kind in ("linear", "yarn", "llama3", "longrope"):
-        return Rope(rounded, scale, request.context_length())
+    if kind in ("linear", "yarn", "llama3"):
+        return Rope(rounded(frequencies), scale, request.context_length())
     note = ""
     if kind == "dynamic" and parameters.get("alpha") is None:
         note = (
             f"dynamic RoPE scaling: contexts of up to {max_positions} tokens, where it changes nothing; "
             "beyond these every length has frequencies of its own, which is not supported"
         )
-    return Rope(rounded, scale, max_positions, note)
+    return Rope(rounded(frequencies), scale, max_positions, note)
 
 
 def _default(request: _Request) -> tuple[Array, float]:
@@ -179,19 +196,24 @@ def _yarn(request: _Request) -> tuple[Array, float]:
     return frequencies, parameters.positive("attention_factor", scale)
 
 
-def _longrope(request: _Request) -> tuple[Array, float]:
-    """Divides each frequency by a factor found by search, a set for short and one for long."""
+def _longrope(request: _Request, rounded: Callable[[Array], NDArray[np.float32]]) -> Rope:
+    """Divides each frequency by a factor found by search (arXiv 2402.13753).
+
+    There is a set of factors for sequences within the original length, and one for longer ones.
+    """
     parameters, factor = request.parameters, request.stretch()
-    is_long = request.context_length() > request.original_length
+    context_length, original_length = request.context_length(), request.original_length
     short, long = (
-        np.array(parameters.positives(key, request.head_dim // 2))
+        rounded(request.plain() / np.array(parameters.positives(key, request.head_dim // 2)))
         for key in ("short_factor", "long_factor")
     )
     scale = 1.0
     if factor > 1:
-        scale = math.sqrt(1 + math.log(factor) / math.log(request.original_length))
-    frequencies: Array = request.plain() / (long if is_long else short)
-    return frequencies, parameters.positive("attention_factor", scale)
+        scale = math.sqrt(1 + math.log(factor) / math.log(original_length))
+    scale = parameters.positive("attention_factor", scale)
+    if context_length <= original_length:
+        return Rope(short, scale, context_length)
+    return Rope(long, scale, context_length, short=short, short_length=original_length)
 
 
 def _llama3(request: _Request) -> tuple[Array, float]:
@@ -213,6 +235,5 @@ _SCALINGS: dict[str, Callable[[_Request], tuple[Array, float]]] = {
     "dynamic": _dynamic,
     "mrope": _default,
     "yarn": _yarn,
-    "longrope": _longrope,
     "llama3": _llama3,
 }

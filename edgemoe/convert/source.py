@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.config import MATRICES, ModelConfig, dense_tensors
+from edgemoe.config import LIMIT, MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint, listed, refuse_unused
 from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.families.family import Family, Source
@@ -49,9 +49,13 @@ class SourceModel:
             )  # fmt: skip
             self.config = dataclasses.replace(
                 config, context_length=angles.context_length, rope_scale=angles.scale,
+                rope_short_length=angles.short_length,
                 eos_ids=eos_ids(checkpoint, config.vocab_size),
             )  # fmt: skip
-            self._frequencies = angles.frequencies
+            self._frequencies = {
+                spec.frequencies(length): angles.of(length)
+                for spec in self.config.ropes for length in (1, LIMIT)
+            }  # fmt: skip
             self._sources, left_out = self._checked_sources(family)
             self.notes = tuple(note for note in (angles.note, *left_out) if note)
         except FormatError as error:
@@ -63,8 +67,8 @@ class SourceModel:
         Raises:
             FormatError: the tensor is broken or not finite.
         """
-        if name == "rope":
-            return self._frequencies
+        if name in self._frequencies:
+            return self._frequencies[name]
         return self._read(name).reshape(dense_tensors(self.config)[name].shape)
 
     def expert(self, layer: int, index: int) -> tuple[Array, Array, Array]:

@@ -20,7 +20,7 @@ class Attention:
 
     def __init__(self, spec: AttentionSpec, setup: Setup) -> None:
         self.spec, self.ops, self.hidden_size = spec, setup.ops, setup.config.hidden_size
-        self.rope, self.context, self.types = setup.rope, setup.context, setup.types
+        self.rope, self.context, self.types = setup.ropes[spec.rope], setup.context, setup.types
         self._rows = setup.scratch.rows(*self.scratch_widths(spec))
 
     @staticmethod
@@ -45,11 +45,12 @@ class Attention:
     def start(self, batch: Batch) -> None:
         """See `Mixer.start`: cuts the rows of each sequence, once for all layers."""
         q, k, v, heads = self._rows.first(len(batch.ids))
-        parts: list[tuple[list[Any], int, Any, Any, Any, Any, Any, Any]] = []
+        parts: list[tuple[list[Any], int, Any, Any, Any, Any, Any, Any, Any]] = []
         for part in batch.slices:
             rows = self._rows.between(part.start, part.stop)
             rotations = self.rope.rows.between(part.start, part.stop)
-            parts.append((part.state.layers, part.state.length, *rows[:3], *rotations, rows[3]))
+            state, table = part.state, self.rope.table(part.state)
+            parts.append((state.layers, state.held, *rows[:3], *rotations, table, rows[3]))
         batch.shared[self] = ((q, k, v), heads, parts)
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> AttentionLayer:
@@ -65,7 +66,7 @@ class AttentionLayer:
         self._shared, self._ops, self._index = shared, shared.ops, index
         self._weights = shared.ops.attention_weights(index, shared.spec, weights, shared.types.keys)
         if self._weights.num_constants:
-            shared.rope.table.keep(shared.context)
+            shared.rope.keep(shared.context)
         self._qkv, self._o = (matrices["q"], matrices["k"], matrices["v"]), (matrices["o"],)
         self._o_bias = cast("Array | None", weights.get("o_bias"))
 
@@ -74,8 +75,7 @@ class AttentionLayer:
         ops, index = self._ops, self._index
         qkv, attended, parts = batch.shared[self._shared]
         ops.linear(normed, self._qkv, qkv)
-        table = self._shared.rope.table
-        for states, pos, q, k, v, cos, sin, heads in parts:
+        for states, pos, q, k, v, cos, sin, table, heads in parts:
             ops.attention(self._weights, q, k, v, pos, cos, sin, table, states[index].layer, heads)
         ops.linear(attended, self._o, (out,))
         if self._o_bias is not None:

@@ -68,5 +68,5 @@ class Batch:
     @property
     def positions(self) -> NDArray[np.int64]:
         """Returns each token's position in its sequence, [T]."""
-        first = (np.arange(s.state.length, s.state.length + s.count) for s in self.slices)
+        first = (np.arange(s.state.held, s.state.held + s.count) for s in self.slices)
         return np.concatenate(list(first))

@@ -66,8 +66,8 @@ class Decoder:
         d = config.hidden_size
         self._rows = Rows(*(ops.empty(max_tokens, d) for _ in range(3)))  # x, normed, added
         shared = Rows(ops.empty(max_tokens, d))
-        self._rope = Rope(ops, cast(Array, weights["rope"]), config.rope_scale, max_tokens)
-        setup = Setup(config, ops, self._rope, Scratch(ops, max_tokens), context, types)
+        self._ropes = {spec: Rope(spec, ops, weights, max_tokens) for spec in config.ropes}
+        setup = Setup(config, ops, self._ropes, Scratch(ops, max_tokens), context, types)
         self._mixers: dict[AttentionSpec, Mixer] = {
             spec: mixer_class(spec)(spec, setup) for spec in dict.fromkeys(config.mixers)
         }
@@ -110,7 +110,8 @@ class Decoder:
         eps, residual = config.norm_eps, config.residual_multiplier
         x, normed, added = self._rows.first(len(batch.ids))
         ops.embed(self._embed, batch.ids, config.embedding_multiplier, x)
-        self._rope.start(batch)
+        for rope in self._ropes.values():
+            rope.start(batch)
         for mixer in self._mixers.values():
             mixer.start(batch)
         ops.norm(x, self._first_norm, eps, normed)
@@ -132,7 +133,7 @@ def scratch_bytes(config: ModelConfig, max_tokens: int, max_sequences: int = 1) 
     """Returns the memory of a decoder's and its experts' activations for batches of `max_tokens`."""
     d, k = config.hidden_size, config.experts_per_token
     mixers = {mixer_class(spec).scratch_widths(spec) for spec in config.mixers}
-    rotations = 2 * (config.rotated // 2)
+    rotations = sum(2 * (rope.dim // 2) for rope in config.ropes)
     per_token = (4 + k) * d + rotations + sum(map(sum, mixers))  # the experts' parts too
     routers = Routers.scratch_bytes(config, max_tokens, max_sequences)
     return 4 * (per_token * max_tokens + config.vocab_size * max_sequences) + routers
@@ -146,7 +147,8 @@ def state_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
 def kept_rope_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
     """Returns the memory of what turned the positions of a context, where keys may leave out their biases."""
     needs = types.keys == "q8_0" and any(spec.has_constant_keys for spec in config.mixers)
-    return rope_bytes(config.rotated, context) if needs else 0
+    tables = [rope for rope in config.ropes for _ in rope.tensors()] if needs else []
+    return sum(rope_bytes(rope.dim, context) for rope in tables)
 
 
 def read_bytes(config: ModelConfig, length: int, types: KvTypes) -> int:

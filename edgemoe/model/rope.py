@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 from edgemoe.model.batch import Batch
 from edgemoe.model.scratch import Rows
+from edgemoe.model.state import SequenceState
 from edgemoe.ops import Array, Ops, RopeTable
+from edgemoe.specs import RopeSpec
+from edgemoe.store import Weight
 
 __all__ = ["Rope"]
 
@@ -12,14 +18,14 @@ __all__ = ["Rope"]
 class Rope:
     """Turns positions into cosines and sines, once for a batch."""
 
-    def __init__(self, ops: Ops, inv_freq: Array, scale: float, max_tokens: int) -> None:
-        """Args:
-        inv_freq: [rotated components / 2].
-        scale: multiplies both.
-        """
-        self._ops = ops
-        self.table: RopeTable = ops.rope_table(inv_freq, scale)
-        half = len(inv_freq)
+    def __init__(
+        self, spec: RopeSpec, ops: Ops, weights: Mapping[str, Weight], max_tokens: int
+    ) -> None:
+        self.spec, self._ops = spec, ops
+        self._tables: Mapping[str, RopeTable] = {
+            name: ops.rope_table(cast(Array, weights[name]), spec.scale) for name in spec.tensors()
+        }
+        half = spec.dim // 2
         self.rows = Rows(ops.empty(max_tokens, half), ops.empty(max_tokens, half))
         """cos and sin"""
 
@@ -27,4 +33,13 @@ class Rope:
         """Fills the rows of a batch, each by the position in its own sequence."""
         for part in batch.slices:
             cos, sin = self.rows.between(part.start, part.stop)
-            self._ops.rope(self.table, part.state.length, cos, sin)
+            self._ops.rope(self.table(part.state), part.state.held, cos, sin)
+
+    def table(self, state: SequenceState) -> RopeTable:
+        """Returns what turns the positions of a sequence, which may depend on its length."""
+        return self._tables[self.spec.frequencies(state.turned)]
+
+    def keep(self, positions: int) -> None:
+        """Keeps the rotations of so many positions, as keys without their biases need it."""
+        for table in self._tables.values():
+            table.keep(positions)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgemoe.config import ModelConfig
@@ -9,6 +10,7 @@ from edgemoe.model.kv import KvTypes
 from edgemoe.model.rope import Rope
 from edgemoe.model.scratch import Scratch
 from edgemoe.ops import Ops
+from edgemoe.specs import RopeSpec
 
 __all__ = ["Setup"]
 
@@ -19,7 +21,7 @@ class Setup:
 
     config: ModelConfig
     ops: Ops
-    rope: Rope
+    ropes: Mapping[RopeSpec, Rope]
     scratch: Scratch
     context: int
     """The most tokens of a sequence."""

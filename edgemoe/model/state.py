@@ -38,6 +38,12 @@ class SequenceState:
         self.ids: list[int] = []
         """The tokens that the states stand for."""
         self.layers = list(layers)
+        self.held = 0
+        """How many of `ids` the layers hold: all, unless these turned their positions as no longer is right."""
+        self.turned = 0
+        """The sequence's length for which positions of what is held were turned; RoPE may depend on it."""
+        self.goal = 0
+        """The length that the call under way will reach; 0 for no more than each pass brings."""
         self.capacity = capacity
         """The most tokens."""
         self.is_dirty = False
@@ -67,6 +73,7 @@ class SequenceState:
     def commit(self, ids: Sequence[int]) -> None:
         """The pass has succeeded: its tokens count from now on."""
         self.ids.extend(ids)  # one step, so that Ctrl-C comes before it or after it
+        self.held = len(self.ids)
         self.is_dirty = False
 
     def rewind(self, length: int) -> int:
@@ -76,6 +83,7 @@ class SequenceState:
         while (reached := min((s.rewind(length) for s in self.layers), default=length)) < length:
             length = reached
         del self.ids[length:]
+        self.held = min(self.held, length)
         self.is_dirty = False
         return length
 

@@ -143,6 +143,9 @@ class Engine:
     ) -> NDArray[np.float32]:
         """Computes a new sequence from its start.
 
+        With LongRoPE all positions have the frequencies of the sequence's length, as in transformers: the logits of
+        the first tokens depend on how many follow.
+
         Args:
             ids: [T] tokens, T from 1 to `context`.
             last_only: return the last position alone.

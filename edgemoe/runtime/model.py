@@ -100,17 +100,41 @@ class Model:
             FormatError: a checksum does not match; likewise.
             RangeError: a key or value does not fit the type of the KV cache; likewise.
         """
-        scheduler, observer = self.scheduler, self.experts.observer
         if len(batch) > self.budget.chunk:
             raise ValueError(
                 f"batch: expected at most {self.budget.chunk} tokens, got {len(batch)}"
             )
         for part in batch.slices:
             part.state.begin(part.count)
+        for part in batch.slices:
+            self._catch_up(part.state, part.count)
+        hidden = self._pass(batch)
+        for part in batch.slices:
+            part.state.commit(batch.ids[part.start : part.stop].tolist())
+        return hidden
+
+    def _catch_up(self, state: SequenceState, count: int) -> None:
+        """Computes again what layers hold of a sequence whose next `count` tokens bring it to other frequencies.
+
+        So logits are those of the whole sequence computed at once, as in transformers for the models that have such
+        frequencies. An error leaves the sequence as it was; the next call goes on here.
+        """
+        length = max(state.goal, state.length + count)
+        if not self.config.turns_alike(state.turned, length):
+            state.held = 0
+        state.turned = length
+        while state.held < state.length:
+            ids = np.array(state.ids[state.held : state.held + self.budget.chunk], np.int32)
+            self._pass(Batch.of((state, ids)))
+            state.held += len(ids)
+
+    def _pass(self, batch: Batch) -> Array:
+        """Runs a batch through all layers."""
+        scheduler, observer = self.scheduler, self.experts.observer
         if observer is not None:
             observer.begin(batch)
         for part in batch.slices:
-            if part.state.length == 0:
+            if part.state.held == 0:
                 scheduler.begin()
         start, sequences = time.perf_counter(), len(batch.slices)
         try:
@@ -119,8 +143,6 @@ class Model:
             scheduler.passed(len(batch), time.perf_counter() - start, sequences)
         finally:
             self.count()
-        for part in batch.slices:
-            part.state.commit(batch.ids[part.start : part.stop].tolist())
         return hidden
 
     def logits(self, hidden: Array, out: NDArray[np.float32]) -> None:

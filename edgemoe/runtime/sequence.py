@@ -40,6 +40,8 @@ class Sequence:
             How many were kept: the position of the first token that is to be computed.
         """
         self.call += 1
+        if not self._model.config.turns_alike(self.state.turned, len(tokens)):
+            kept = 0  # all that is there would be computed again
         shared = 0
         for mine, theirs in zip(self.state.ids[:kept], tokens.tolist(), strict=False):
             if mine != theirs:
@@ -55,15 +57,19 @@ class Sequence:
 
     def evaluate(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
         """Appends tokens [T], chunk by chunk; logits of the last ones go to `out` [1 or T, V]."""
-        model, chunk = self._model, self._model.budget.chunk
-        for first in range(0, len(tokens), chunk):
-            part = tokens[first : first + chunk]
-            hidden = model.forward(Batch.of((self.state, part)))
-            with self.meter.row_lock:
-                if len(out) == len(tokens):
-                    model.logits(hidden, out[first : first + len(part)])
-                elif first + chunk >= len(tokens):
-                    model.logits(hidden[-1:], out)
+        model, chunk, state = self._model, self._model.budget.chunk, self.state
+        state.goal = state.length + len(tokens)
+        try:
+            for first in range(0, len(tokens), chunk):
+                part = tokens[first : first + chunk]
+                hidden = model.forward(Batch.of((state, part)))
+                with self.meter.row_lock:
+                    if len(out) == len(tokens):
+                        model.logits(hidden, out[first : first + len(part)])
+                    elif first + chunk >= len(tokens):
+                        model.logits(hidden[-1:], out)
+        finally:
+            state.goal = 0
 
     def prompt(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
         """Does `evaluate` for the first tokens of a call, and counts them."""

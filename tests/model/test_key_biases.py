@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -214,9 +215,10 @@ def test_positions_that_are_not_kept_are_refused():
 # ---------------------------------------------------------------- in the engine
 
 
-def biased(path: Path, bias: float) -> Path:
+def biased(path: Path, bias: float, **config: Any) -> Path:
     """A model that has a bias in one channel of the keys of every head."""
     source = tiny_checkpoint(experts=2)
+    source.config = {**source.config, **config}
     for layer in range(2):
         source.tensor(f"model.layers.{layer}.self_attn.k_proj.bias").reshape(2, 24)[:, 9] = bias
     convert(source, path)
@@ -238,6 +240,24 @@ def test_a_large_bias_costs_nothing(bias, tmp_path):
         with edgemoe.load(path, cache_type_k=kind) as engine:
             results[kind] = engine.logits(ids)
     assert divergence(results["q8_0"], results["f32"]) < 1e-3
+
+
+def test_they_are_turned_by_the_frequencies_of_the_sequence_s_length(tmp_path):
+    scaling = {
+        "rope_type": "longrope", "original_max_position_embeddings": 64, "factor": 8.0,
+        "short_factor": [1.0 + i / 10 for i in range(12)], "long_factor": [3.0 + i for i in range(12)],
+    }  # fmt: skip
+    path = biased(tmp_path / "x.moe", 400, rope_scaling=scaling)
+    ids = np.random.default_rng(2).integers(0, 256, 100)
+    with edgemoe.load(path, cache_type_k="q8_0") as engine:
+        whole = {n: engine.logits(ids[:n])[-1:] for n in (64, 65, 100)}
+        engine.logits(ids[:60])
+        for n in range(61, 101):
+            got = engine.extend(ids[n - 1 : n])
+            assert n not in whole or np.array_equal(got, whole[n])
+    with edgemoe.load(path, cache_type_k="f32") as engine:
+        for n, got in whole.items():
+            assert divergence(got, engine.logits(ids[:n])[-1:]) < 1e-2
 
 
 def test_the_budget_knows_of_kept_positions(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,18 @@ from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLM
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoeTextRotaryEmbedding
 
 import edgemoe
+from edgemoe.config import dense_tensors
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.rope import rope
 from edgemoe.convert.settings import Settings
+from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
+from edgemoe.experts import Observer
+from edgemoe.file.format import open_moe
+from edgemoe.lab.quality.checkpoint import final_states
+from edgemoe.model import Batch
+from edgemoe.runtime.budget import Budget
 
 _LONG = {
     "rope_type": "longrope",
@@ -118,6 +126,26 @@ def test_what_a_scaling_is_for_can_be_used(
     max_positions: int, parameters: dict, expected: int
 ) -> None:
     assert compute(parameters, context_length=max_positions).context_length == expected
+
+
+@pytest.mark.parametrize("length", [2, 1024, 1025, 4096, 16384])
+def test_longrope_is_that_of_the_sequence_s_length(length: int) -> None:
+    parameters = {**_LONG, "original_max_position_embeddings": 1024, "rope_theta": 10_000.0}
+    config = MixtralConfig(
+        head_dim=32, max_position_embeddings=4096, rope_parameters=dict(parameters)
+    )
+    expected, scale = ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=length)
+    got = compute(parameters)
+    np.testing.assert_allclose(got.of(length), expected.numpy(), rtol=2e-6)
+    assert got.scale == pytest.approx(scale)
+    assert (got.short_length, got.context_length) == (1024, 4096)
+
+
+def test_longrope_reaches_as_far_as_its_factor() -> None:
+    parameters = {**_LONG, "original_max_position_embeddings": 4096, "factor": 8.0}
+    got = compute(parameters)
+    assert (got.short_length, got.context_length) == (4096, 32768)
+    assert compute({**_LONG, "original_max_position_embeddings": 4096}).short is None
 
 
 def test_dynamic_says_where_it_ends_and_the_others_have_nothing_to_say() -> None:
@@ -241,3 +269,151 @@ def test_a_recipe_that_leaves_the_maximum_gives_the_longer_context(
     with edgemoe.load(tmp_path / "x.moe", context=256) as engine:
         got = engine.logits(ids)
     assert distance(got, expected) < 0.1  # 0.2 to 0.4 without the scaling
+
+
+# ---------------------------------------------------------------- frequencies by length
+
+SHORT, LONG = 64, 200
+
+
+@pytest.fixture(scope="module")
+def longrope(tmp_path_factory):
+    """A model whose frequencies change after 64 tokens: the checkpoint and the file."""
+    path = tmp_path_factory.mktemp("longrope")
+    scaling = {
+        "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": SHORT, "factor": 4.0,
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 1.7, 2.0, 2.3],
+        "long_factor": [3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0],
+    }  # fmt: skip
+    make(path / "source", max_position_embeddings=4 * SHORT, rope_parameters=scaling)
+    convert(HFCheckpoint(path / "source"), path / "x.moe")
+    return path / "source", path / "x.moe"
+
+
+IDS = families.random_ids(LONG)
+
+
+@pytest.fixture(scope="module")
+def fresh(longrope):
+    """Logits of the last token of the first n, computed as a new sequence."""
+    with edgemoe.load(longrope[1]) as engine:
+        return {n: engine.logits(IDS[:n])[-1] for n in (1, 30, *range(SHORT - 4, SHORT + 6), LONG)}
+
+
+@pytest.mark.parametrize("length", [40, SHORT, SHORT + 1, LONG])
+def test_a_sequence_has_the_frequencies_of_its_length(longrope, length: int) -> None:
+    expected, _ = families.oracle(longrope[0], IDS[:length])
+    other = IDS[:40] if length > SHORT else IDS[: SHORT + 1]
+    wrong, _ = families.oracle(longrope[0], other)
+    with edgemoe.load(longrope[1]) as engine:
+        got = engine.logits(IDS[:length])
+    assert distance(got, expected) < 0.1
+    n = min(length, len(other))
+    assert distance(wrong[:n], expected[:n]) > 0.3  # what the other ones would give
+
+
+def test_growing_past_the_original_length_gives_the_bits_of_a_fresh_sequence(
+    longrope, fresh, monkeypatch
+) -> None:
+    real = Budget.divide.__func__
+    for chunk, step in ((512, 1), (16, 1), (7, 5), (1, 3)):
+
+        def divide(cls, moe, _chunk=chunk, **kwargs):
+            return dataclasses.replace(real(cls, moe, **kwargs), chunk=_chunk)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Budget, "divide", classmethod(divide))
+            with edgemoe.load(longrope[1]) as engine:
+                n = SHORT - 4
+                assert np.array_equal(engine.logits(IDS[:n])[-1], fresh[n])
+                while n + step < SHORT + 6:
+                    n += step
+                    got = engine.extend(IDS[n - step : n])[-1]
+                    assert np.array_equal(got, fresh[n]), (chunk, n)
+                assert np.array_equal(engine.extend(IDS[n:])[-1], fresh[LONG])
+                assert np.array_equal(engine.logits(IDS[:30])[-1], fresh[30])  # and back
+
+
+def test_replies_and_edits_of_a_chat_take_the_frequencies_of_their_length(longrope) -> None:
+    greedy = edgemoe.SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    with edgemoe.load(longrope[1]) as engine:
+        made = list(engine.generate(IDS[: SHORT - 3], greedy))
+        grown = [*IDS[: SHORT - 3], *made]
+        assert engine.stats.cached_tokens == 0
+        again = list(engine.generate([*grown, 5], greedy))  # a longer one keeps all that is there
+        assert engine.stats.cached_tokens == len(grown) - 1
+        list(engine.generate(IDS[:30], greedy))  # a shorter one has other frequencies
+        assert engine.stats.cached_tokens == 0
+        list(engine.generate(IDS[:31], greedy))
+        assert engine.stats.cached_tokens == 30
+        for prompt, reply in ((IDS[: SHORT - 3], made), ([*grown, 5], again)):
+            for i, token in enumerate(reply):
+                assert engine.logits([*prompt, *reply[:i]])[-1].argmax() == token
+
+
+class StopsIn(Observer):
+    """Raises Ctrl-C in the given call of a layer."""
+
+    def __init__(self) -> None:
+        self.left = -1
+
+    def planned(self, routing, plan, residency) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 6])
+def test_what_ends_while_a_sequence_is_computed_again_costs_nothing(
+    longrope, fresh, calls, monkeypatch
+) -> None:
+    real = Budget.divide.__func__
+
+    def divide(cls, moe, **kwargs):
+        return dataclasses.replace(real(cls, moe, **kwargs), chunk=16)
+
+    monkeypatch.setattr(Budget, "divide", classmethod(divide))
+    observer = StopsIn()
+    with edgemoe.load(longrope[1], observer=observer) as engine:
+        engine.logits(IDS[:SHORT])
+        observer.left = calls
+        with pytest.raises(KeyboardInterrupt):
+            engine.extend(IDS[SHORT : SHORT + 1])
+        assert np.array_equal(engine.extend(IDS[SHORT : SHORT + 1])[-1], fresh[SHORT + 1])
+        # The same in a prompt that goes past it; a short one comes after it.
+        engine.logits(IDS[:30])
+        observer.left = calls
+        with pytest.raises(KeyboardInterrupt):
+            engine.extend(IDS[30:])
+        observer.left = -1
+        engine.logits(IDS[:1])
+        assert np.array_equal(engine.extend(IDS[1:30])[-1], fresh[30])
+
+
+def test_sequences_of_different_lengths_go_together(longrope, fresh) -> None:
+    with edgemoe.load(longrope[1], sequences=3) as engine:
+        model, (short, long) = engine.model, (engine.model.make_state() for _ in range(2))
+        model.forward(Batch.of((short, np.array(IDS[:29], np.int32))))
+        model.forward(Batch.of((long, np.array(IDS[:SHORT], np.int32))))
+        parts = [(short, IDS[29:30]), (long, IDS[SHORT : SHORT + 1])]
+        hidden = model.forward(Batch.of(*((s, np.array(ids, np.int32)) for s, ids in parts)))
+        out = np.empty((2, 160), np.float32)
+        model.logits(hidden, out)
+        assert np.array_equal(out[0], fresh[30])
+        assert np.array_equal(out[1], fresh[SHORT + 1])
+
+
+@pytest.mark.parametrize("length", [40, 100])
+def test_the_lab_s_own_forward_pass_has_them_too(longrope, length: int) -> None:
+    model = SourceModel(HFCheckpoint(longrope[0]))
+    expected, _ = families.oracle(longrope[0], IDS[:length])
+    states = final_states(model, np.array([IDS[:length]], np.int32))[0]
+    assert distance(states @ model.tensor("head").T, expected) < 1e-3
+
+
+def test_files_without_it_are_as_they_were(tiny_moe) -> None:
+    config = open_moe(tiny_moe).config
+    assert "rope_short_length" not in config.to_json()
+    assert [name for name in dense_tensors(config) if name.startswith("rope")] == ["rope"]
+    with pytest.raises(FormatError, match="rope_short_length must be a whole number"):
+        dataclasses.replace(config, rope_short_length=-1)

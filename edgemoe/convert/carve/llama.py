@@ -168,6 +168,6 @@ def head(dense: Checkpoint) -> Array:
 
 def _rotation(rope: Rope, length: int) -> tuple[Array, Array]:
     """Returns cos and sin [S, head_dim / 2] of the angles by position."""
-    angles = np.outer(np.arange(length), rope.frequencies.astype(np.float64))
+    angles = np.outer(np.arange(length), rope.of(length).astype(np.float64))
     cos, sin = np.cos(angles) * rope.scale, np.sin(angles) * rope.scale
     return cos.astype(np.float32), sin.astype(np.float32)

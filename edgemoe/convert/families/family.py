@@ -101,7 +101,7 @@ class Family:
     def sources(
         self, config: ModelConfig, stored: Mapping[str, tuple[int, ...]]
     ) -> Iterator[tuple[str, Source]]:
-        """Yields every canonical tensor but `rope` and where it comes from.
+        """Yields every canonical tensor but those of RoPE and where it comes from.
 
         Args:
             config: what `self.config` returned.
@@ -113,7 +113,7 @@ class Family:
         for name in dense_tensors(config):
             if name in _MODEL:
                 yield name, Source(_MODEL[name])
-            elif name != "rope":
+            elif not name.startswith("rope"):
                 _, number, part = name.split(".", 2)
                 layer = int(number)
                 names = self._layer_names(layer, layer in config.moe_layers, stored)

@@ -225,10 +225,10 @@ class Routed:
     def _forward(self, ids: Tensor, choosing: _Choosing | None) -> Tensor:
         c, w = self.config, self._dense
         x = w["embed"][ids] * c.embedding_multiplier
-        cos, sin = self._rope(ids.shape[1])
         for i in range(c.num_layers):
             p = f"layers.{i}."
             h = _norm(x, w[p + "attn_norm"], c.norm_eps)
+            cos, sin = self._rope(i, ids.shape[1])
             x = x + self._attention(i, h, cos, sin) * c.residual_multiplier
             h = _norm(x, w[p + "ffn_norm"], c.norm_eps)
             out = torch.zeros_like(x)
@@ -301,9 +301,10 @@ class Routed:
         )
         return out.transpose(1, 2).reshape(N, T, -1) @ w[p + "o"].T + w.get(p + "o_bias", 0)
 
-    def _rope(self, T: int) -> tuple[Tensor, Tensor]:
-        angles = torch.arange(T)[:, None, None] * self._dense["rope"]
-        return angles.cos() * self.config.rope_scale, angles.sin() * self.config.rope_scale
+    def _rope(self, layer: int, T: int) -> tuple[Tensor, Tensor]:
+        spec = self.config.rope(layer)
+        angles = torch.arange(T)[:, None, None] * self._dense[spec.frequencies(T)]
+        return angles.cos() * spec.scale, angles.sin() * spec.scale
 
 
 class _Choosing:

@@ -80,6 +80,7 @@ class TappedModel:
     def __call__(self, ids: NDArray[np.int32]) -> None:
         state = self._state
         state.rewind(0)
+        state.turned = len(ids)
         for first in range(0, len(ids), self._chunk):
             part = ids[first : first + self._chunk]
             state.begin(len(part))

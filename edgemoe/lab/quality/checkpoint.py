@@ -18,7 +18,7 @@ from edgemoe.convert.numpy_ops import attention, rms_norm, rotated, silu
 from edgemoe.convert.source import SourceModel
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter, log_softmax
 from edgemoe.lab.quality.quality import Sample
-from edgemoe.specs import RouterSpec
+from edgemoe.specs import RopeSpec, RouterSpec
 
 __all__ = ["final_states", "record_predictions", "recorded_checkpoint"]
 
@@ -99,7 +99,7 @@ def final_states(
     config = model.config
     x: Array = model.tensor("embed")[windows]
     x *= np.float32(config.embedding_multiplier)
-    cos, sin = _angles(config, model.tensor("rope"), windows.shape[1])
+    turns = {spec: _turns(model, spec, windows.shape[1]) for spec in config.ropes}
     residual = np.float32(config.residual_multiplier)
     for i in range(config.num_layers):
         p = f"layers.{i}."
@@ -107,6 +107,7 @@ def final_states(
             name.removeprefix(p): model.tensor(name)
             for name in dense_tensors(config) if name.startswith(p)
         }  # fmt: skip
+        cos, sin = turns[config.rope(i)]
         for window in x:
             normed = rms_norm(window, layer["attn_norm"], config.norm_eps)
             window += residual * _attention(config, layer, normed, cos, sin, config.window(i))
@@ -199,10 +200,11 @@ def _attention(
     return added
 
 
-def _angles(config: ModelConfig, frequencies: Array, count: int) -> tuple[Array, Array]:
-    """Returns cos and sin of positions [0, count), [count, rotated / 2]."""
+def _turns(model: SourceModel, spec: RopeSpec, count: int) -> tuple[Array, Array]:
+    """Returns cos and sin of positions [0, count) in a sequence of `count` tokens, [count, rotated / 2]."""
+    frequencies = model.tensor(spec.frequencies(count))
     angles = (np.arange(count, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
-    cos, sin = np.cos(angles) * config.rope_scale, np.sin(angles) * config.rope_scale
+    cos, sin = np.cos(angles) * spec.scale, np.sin(angles) * spec.scale
     return cos.astype(np.float32), sin.astype(np.float32)
 
 
