@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.arguments import number, switch, texts, whole, wholes
-from edgemoe.errors import quoted
+from edgemoe.errors import RangeError, quoted
 
 __all__ = ["Sampler", "SamplingParams"]
 
@@ -121,7 +121,8 @@ class Sampler:
             history: the tokens before, prompt included; the penalties and what may not repeat look at it.
 
         Raises:
-            ValueError: the shape is wrong, the largest logit is not a finite number, or no token is allowed.
+            ValueError: the shape is wrong, or no token is allowed.
+            RangeError: the largest logit is not a finite number, as damaged weights make it.
         """
         if logits.ndim != 1 or not len(logits):
             raise ValueError(f"sample: expected logits [V], got {list(logits.shape)}")
@@ -134,7 +135,10 @@ class Sampler:
         if not math.isfinite(logits[best]):
             if params.bans and logits[best] == -math.inf:
                 raise ValueError("sample: no token is left that is not suppressed")
-            raise ValueError(f"sample: logits must be finite, got {logits[best]} for token {best}")
+            raise RangeError(
+                f"the logit of token {best} is {logits[best]}, not a finite number: "
+                "the model's weights are damaged, or its numbers left the range of float32"
+            )
         if params.temperature == 0 or params.top_k == 1:
             return best
         ids = _most_likely(logits, params.top_k)

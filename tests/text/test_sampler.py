@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgemoe.errors import RangeError
 from edgemoe.text.sampler import Sampler, SamplingParams
 
 
@@ -287,10 +288,10 @@ def test_when_nothing_may_be_taken_it_says_so() -> None:
         Sampler(params).sample(np.zeros(5, dtype=np.float32))
 
 
-def test_broken_logits_are_a_value_error() -> None:
+def test_broken_logits_are_the_models_error_and_a_wrong_shape_the_callers() -> None:
     sampler = Sampler(SamplingParams())
     for values in ([math.nan, 1], [1, math.inf], [-math.inf, -math.inf]):
-        with pytest.raises(ValueError, match="finite"):
+        with pytest.raises(RangeError, match="not a finite number"):
             sampler.sample(np.array(values, dtype=np.float32))
     with pytest.raises(ValueError, match="expected logits"):
         sampler.sample(np.zeros((2, 2), dtype=np.float32))
