@@ -15,8 +15,9 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from edgemoe.lab.quality.logprobs import LogProbsWriter, log_softmax
+from edgemoe.lab.quality.logprobs import LogProbsWriter
 from edgemoe.lab.quality.quality import Sample
+from edgemoe.text.logprobs import log_softmax
 from edgemoe.text.tokenizer import Tokenizer
 
 

@@ -17,10 +17,11 @@ import edgemoe
 from edgemoe.cli import main as edgemoe_cli
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
-from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter, log_softmax
+from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.lab.quality.quality import Quality, Sample, Trial, measure, recorded, score
 from edgemoe.lab.quality.text import default_text
 from edgemoe.lab.report.levels import bits_per_weight, levels
+from edgemoe.text.logprobs import log_softmax
 from edgemoe.text.tokenizer import Tokenizer
 
 CHUNK, CHUNKS = 24, 3

@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.numpy_ops import attention, rms_norm, rotated, silu
 from edgemoe.convert.source import SourceModel
-from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter, log_softmax
+from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.lab.quality.quality import Sample
 from edgemoe.specs import RopeSpec, RouterSpec
+from edgemoe.text.logprobs import log_softmax
 
 __all__ = ["final_states", "record_predictions", "recorded_checkpoint"]
 

@@ -26,19 +26,12 @@ from numpy.typing import NDArray
 from edgemoe.config import LIMIT
 from edgemoe.errors import FormatError
 
-__all__ = ["MAGIC", "LogProbs", "LogProbsWriter", "log_softmax"]
+__all__ = ["MAGIC", "LogProbs", "LogProbsWriter"]
 
 MAGIC = b"_logits_"
 _HEAD = struct.Struct("<iii")
 _RANGE = 16.0
 _STEPS = 65535
-
-
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Returns log-probabilities [T, V] of logits [T, V]."""
-    out: NDArray[np.float64] = logits - logits.max(axis=1, keepdims=True).astype(np.float64)
-    out -= np.log(np.exp(out).sum(axis=1, keepdims=True))
-    return out
 
 
 class LogProbs:

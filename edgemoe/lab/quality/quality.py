@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.file.format import open_moe
-from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter, log_softmax
+from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.runtime.engine import Engine
 from edgemoe.runtime.options import EngineOptions
+from edgemoe.text.logprobs import log_softmax
 from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Quality", "Sample", "Trial", "first_token", "measure", "recorded", "score"]
