@@ -1,6 +1,7 @@
 """The errors that a user can meet.
 
     EdgemoeError
+    ├── Cancelled                    a pass was broken off, because nobody waits for it any more
     ├── FormatError(ValueError)      a file is not what it claims to be, or a checkpoint is not supported
     ├── OutOfBudget(MemoryError)     the memory budget is too small; says the smallest that works
     ├── ReadError(OSError)           the disk failed while weights were read; says path and offset
@@ -15,6 +16,7 @@ import reprlib
 from typing import Any
 
 __all__ = [
+    "Cancelled",
     "EdgemoeError",
     "FormatError",
     "OutOfBudget",
@@ -29,6 +31,10 @@ _LONGEST_VALUE, _LONGEST_MESSAGE = 120, 2000  # characters
 
 class EdgemoeError(Exception):
     """Is the base of every error that edgemoe defines."""
+
+
+class Cancelled(EdgemoeError):
+    """Says that a pass was broken off, because nobody waits for it any more; sequences are as they were before."""
 
 
 class FormatError(EdgemoeError, ValueError):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.errors import Cancelled
 from edgemoe.model.state import SequenceState
 
 __all__ = ["Batch", "Slice"]
@@ -40,6 +41,8 @@ class Batch:
         """Whether every sequence has one token, as in replies: else there is a prompt among them."""
         self.shared: dict[Any, Any] = {}
         """What mixers keep for the length of the pass, by mixer."""
+        self.is_cancelled: Callable[[], bool] | None = None
+        """Whether nobody waits for it any more; asked before each layer. None for one that is always wanted."""
 
     @classmethod
     def of(cls, *parts: tuple[SequenceState, NDArray[np.int32]]) -> Batch:
@@ -64,6 +67,11 @@ class Batch:
     def __len__(self) -> int:
         """Returns T."""
         return len(self.ids)
+
+    def check(self) -> None:
+        """Raises Cancelled when nobody waits for it any more."""
+        if self.is_cancelled is not None and self.is_cancelled():
+            raise Cancelled("the pass was broken off")
 
     @property
     def positions(self) -> NDArray[np.int64]:

@@ -116,6 +116,7 @@ class Decoder:
             mixer.start(batch)
         ops.norm(x, self._first_norm, eps, normed)
         for layer in self._layers:
+            batch.check()
             layer.mixer.forward(normed, batch, added)
             ops.add_norm(added, residual, x, layer.ffn_norm, eps, normed)
             layer.ffn.forward(x, normed, batch, added)

@@ -96,7 +96,8 @@ class Model:
 
         Raises:
             ValueError: tokens do not fit a sequence's context; nothing has run.
-            ReadError: the disk failed; the sequences are as they were, and everything is usable.
+            Cancelled: the batch was; the sequences are as they were, and everything is usable.
+            ReadError: the disk failed; likewise.
             FormatError: a checksum does not match; likewise.
             RangeError: a key or value does not fit the type of the KV cache; likewise.
         """
@@ -107,13 +108,13 @@ class Model:
         for part in batch.slices:
             part.state.begin(part.count)
         for part in batch.slices:
-            self._catch_up(part.state, part.count)
+            self._catch_up(part.state, batch, part.count)
         hidden = self._pass(batch)
         for part in batch.slices:
             part.state.commit(batch.ids[part.start : part.stop].tolist())
         return hidden
 
-    def _catch_up(self, state: SequenceState, count: int) -> None:
+    def _catch_up(self, state: SequenceState, batch: Batch, count: int) -> None:
         """Computes again what layers hold of a sequence whose next `count` tokens bring it to other frequencies.
 
         So logits are those of the whole sequence computed at once, as in transformers for the models that have such
@@ -125,7 +126,9 @@ class Model:
         state.turned = length
         while state.held < state.length:
             ids = np.array(state.ids[state.held : state.held + self.budget.chunk], np.int32)
-            self._pass(Batch.of((state, ids)))
+            again = Batch.of((state, ids))
+            again.is_cancelled = batch.is_cancelled
+            self._pass(again)
             state.held += len(ids)
 
     def _pass(self, batch: Batch) -> Array:

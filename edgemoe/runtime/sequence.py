@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.config import ModelConfig
 from edgemoe.errors import quoted
-from edgemoe.model import Batch
+from edgemoe.model import Batch, SequenceState
 from edgemoe.runtime.meter import Meter
 from edgemoe.runtime.model import Model
 from edgemoe.text.sampler import Sampler, SamplingParams
 
-__all__ = ["Sequence", "token_ids"]
+__all__ = ["Sequence", "shared_length", "token_ids"]
 
 
 class Sequence:
@@ -40,13 +41,7 @@ class Sequence:
             How many were kept: the position of the first token that is to be computed.
         """
         self.call += 1
-        if not self._model.config.turns_alike(self.state.turned, len(tokens)):
-            kept = 0  # all that is there would be computed again
-        shared = 0
-        for mine, theirs in zip(self.state.ids[:kept], tokens.tolist(), strict=False):
-            if mine != theirs:
-                break
-            shared += 1
+        shared = shared_length(self._model.config, self.state, tokens, kept)
         self.meter.start()
         return self.state.rewind(shared)
 
@@ -88,6 +83,20 @@ class Sequence:
         token = self._sampler.sample(self.row[0], self.state.ids)
         self.meter.token(time.perf_counter() - self._start)
         return token
+
+
+def shared_length(
+    config: ModelConfig, state: SequenceState, tokens: NDArray[np.int32], most: int
+) -> int:
+    """Returns with how many of the tokens that a state holds, `most` at most, `tokens` [T] begin and can go on."""
+    if not config.turns_alike(state.turned, len(tokens)):
+        return 0  # all that is there would be computed again
+    held, given = state.ids[:most], tokens[: min(most, state.length)].tolist()
+    if held[: len(given)] == given:
+        return len(given)
+    return next(
+        i for i, (mine, theirs) in enumerate(zip(held, given, strict=False)) if mine != theirs
+    )
 
 
 def token_ids(

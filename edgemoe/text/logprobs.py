@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["log_softmax"]
+from edgemoe.text.sampler import most_likely
+
+__all__ = ["TokenLogprob", "log_softmax", "token_logprobs"]
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -13,3 +18,25 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     out: NDArray[np.float64] = logits - logits.max(axis=1, keepdims=True).astype(np.float64)
     out -= np.log(np.exp(out).sum(axis=1, keepdims=True))
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Says how likely the model itself found a token: before temperature, penalties, masks and all else."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens with theirs, likeliest first, equals by id."""
+
+
+def token_logprobs(
+    logits: NDArray[np.float32], tokens: Sequence[int], top: int
+) -> list[TokenLogprob]:
+    """Returns the log-probabilities of `tokens` [T] by logits [T, V], with those of the `top` likeliest."""
+    found = []
+    for row, token in zip(log_softmax(logits), tokens, strict=True):
+        best = most_likely(row, top) if top else ()
+        likeliest = tuple((int(i), float(row[i])) for i in best)
+        found.append(TokenLogprob(int(token), float(row[token]), likeliest))
+    return found

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from edgemoe.arguments import number, switch, texts, whole, wholes
 from edgemoe.errors import RangeError, quoted
 
-__all__ = ["Sampler", "SamplingParams"]
+__all__ = ["Sampler", "SamplingParams", "most_likely"]
 
 _BLOCK = 128  # logits per block maximum: 1,200 maxima for a vocabulary of 150,000
 
@@ -55,6 +56,8 @@ class SamplingParams:
     """Tokens that are not taken as the first of a reply."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
     """Sequences of tokens that are never completed, prompt and reply together."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Tokens, and what is added to the logit of each before all else; also given as a mapping."""
     no_repeat_ngram_size: int = 0
     """No sequence of so many tokens comes twice, prompt and reply together; 0 lets all."""
 
@@ -82,6 +85,7 @@ class SamplingParams:
         for name in ("suppress_tokens", "begin_suppress_tokens"):
             put(name, wholes, 0)
         put("bad_words_ids", _sequences)
+        put("logit_bias", _biases)
         put("stop", texts)
         put("ignore_eos", switch)
 
@@ -103,6 +107,18 @@ def _sequences(name: str, value: object) -> tuple[tuple[int, ...], ...]:
     return tuple(wholes(name, item, 0) for item in items)
 
 
+def _biases(name: str, value: object) -> tuple[tuple[int, float], ...]:
+    items = list(value.items()) if isinstance(value, Mapping) else value
+    if not isinstance(items, (list, tuple)) or not all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in items
+    ):
+        raise ValueError(f"{name}: expected tokens and what to add to each, got {quoted(value)}")
+    return tuple(
+        (whole(name, token, 0), number(f"{name}: {token}", bias, -1000, 1000))
+        for token, bias in items
+    )
+
+
 class Sampler:
     """Draws the tokens of one reply. One thread at a time."""
 
@@ -113,12 +129,19 @@ class Sampler:
         # Python's generator gives the same numbers in every version; numpy's may change.
         self._random = random.Random(None if params.seed == -1 else params.seed)
 
-    def sample(self, logits: NDArray[np.float32], history: Sequence[int] = ()) -> int:
+    def sample(
+        self,
+        logits: NDArray[np.float32],
+        history: Sequence[int] = (),
+        *,
+        allowed: NDArray[np.int32] | None = None,
+    ) -> int:
         """Returns the next token.
 
         Args:
             logits: float32 [V], not changed.
             history: the tokens before, prompt included; the penalties and what may not repeat look at it.
+            allowed: the tokens to choose from, a bit for each, token i at bit i % 32 of word i // 32; None for all.
 
         Raises:
             ValueError: the shape is wrong, or no token is allowed.
@@ -127,13 +150,18 @@ class Sampler:
         if logits.ndim != 1 or not len(logits):
             raise ValueError(f"sample: expected logits [V], got {list(logits.shape)}")
         params = self.params
+        if params.logit_bias:
+            logits = _biased(logits, params.logit_bias)
         logits = _penalised(logits, history, params)
         if params.bans:
             logits = _without(logits, _banned(history, params, is_first=self._is_first))
+        if allowed is not None:
+            logits = _among(logits, allowed)
+        bans = params.bans or allowed is not None
         self._is_first = False
         best = int(logits.argmax())  # the lowest id of equals; of a NaN, if there is one
         if not math.isfinite(logits[best]):
-            if params.bans and logits[best] == -math.inf:
+            if bans and logits[best] == -math.inf:
                 raise ValueError("sample: no token is left that is not suppressed")
             raise RangeError(
                 f"the logit of token {best} is {logits[best]}, not a finite number: "
@@ -141,9 +169,9 @@ class Sampler:
             )
         if params.temperature == 0 or params.top_k == 1:
             return best
-        ids = _most_likely(logits, params.top_k)
+        ids = most_likely(logits, params.top_k)
         gaps = logits[ids].astype(np.float64) - float(logits[best])
-        if params.bans:
+        if bans:
             ids, gaps = ids[gaps > -math.inf], gaps[gaps > -math.inf]
         if params.typical_p < 1:
             ids, gaps = _typical(ids, gaps, params.typical_p)
@@ -199,6 +227,25 @@ def _without(logits: NDArray[np.float32], banned: set[int]) -> NDArray[np.float3
     return logits
 
 
+def _biased(
+    logits: NDArray[np.float32], biases: Sequence[tuple[int, float]]
+) -> NDArray[np.float32]:
+    """Returns a copy of the logits with the biases added."""
+    logits = logits.copy()
+    for token, bias in biases:
+        if token < len(logits):
+            logits[token] += np.float32(bias)
+    return logits
+
+
+def _among(logits: NDArray[np.float32], allowed: NDArray[np.int32]) -> NDArray[np.float32]:
+    """Returns a copy of the logits in which tokens that a mask does not allow have no chance."""
+    bits = np.unpackbits(np.ascontiguousarray(allowed).view(np.uint8), bitorder="little")
+    if len(bits) < len(logits):
+        raise ValueError(f"sample: expected a mask of {len(logits)} tokens, got {len(bits)}")
+    return np.where(bits[: len(logits)].view(bool), logits, np.float32(-np.inf))
+
+
 def _typical(
     ids: NDArray[np.intp], gaps: NDArray[np.float64], mass: float
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
@@ -212,7 +259,7 @@ def _typical(
     return ids[kept], gaps[kept] - gaps[kept].max()
 
 
-def _most_likely(logits: NDArray[np.float32], k: int) -> NDArray[np.intp]:
+def most_likely(logits: NDArray[np.floating[Any]], k: int) -> NDArray[np.intp]:
     """Returns the k tokens with the largest logits, largest first, equals by id; all for k = 0."""
     if k == 0 or k >= len(logits):
         return np.arange(len(logits))

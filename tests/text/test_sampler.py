@@ -7,6 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -302,3 +303,36 @@ def test_minus_infinity_is_never_drawn() -> None:
     logits[[7, 200]] = 1
     sampler = Sampler(SamplingParams(top_k=0, top_p=1, min_p=0, seed=5))
     assert {sampler.sample(logits) for _ in range(50)} == {7, 200}
+
+
+def test_a_mask_and_biases_decide_what_may_come() -> None:
+    logits = np.linspace(-1, 1, 70, dtype=np.float32)
+    mask = np.zeros(3, np.int32)
+    mask[[0, 2]] = 1 << 5, 1 << 1  # tokens 5 and 65
+    for temperature in (0.0, 5.0):
+        params = SamplingParams(temperature=temperature, top_k=0, top_p=1, min_p=0, seed=1)
+        drawn = [Sampler(replace(params, seed=i)).sample(logits, allowed=mask) for i in range(40)]
+        assert set(drawn) == ({65} if temperature == 0 else {5, 65})
+        biased = replace(params, logit_bias={5: 50, 900: 50})
+        assert Sampler(biased).sample(logits) == 5
+        assert Sampler(replace(biased, suppress_tokens=(5,))).sample(logits, allowed=mask) == 65
+    with pytest.raises(ValueError, match="no token is left"):
+        Sampler(params).sample(logits, allowed=np.zeros(3, np.int32))
+    with pytest.raises(ValueError, match="a mask of 70 tokens, got 64"):
+        Sampler(params).sample(logits, allowed=np.zeros(2, np.int32))
+    assert logits[5] == np.linspace(-1, 1, 70, dtype=np.float32)[5]
+
+
+def test_a_mask_of_all_changes_nothing() -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        logits = rng.normal(0, 3, 500).astype(np.float32)
+        params = SamplingParams(seed=seed, typical_p=0.9)
+        every = np.full(16, -1, np.int32)
+        assert Sampler(params).sample(logits) == Sampler(params).sample(logits, allowed=every)
+
+
+@pytest.mark.parametrize("bias", [5, [1], {"a": 1}, {1: "x"}, {1: math.nan}, [(1, 2, 3)], {-1: 2}])
+def test_wrong_biases_are_refused(bias: object) -> None:
+    with pytest.raises(ValueError, match="sampling: logit_bias"):
+        SamplingParams(logit_bias=bias)  # type: ignore[arg-type]

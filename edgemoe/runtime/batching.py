@@ -1,0 +1,354 @@
+"""Runs the requests of many on one model: continuous batching.
+
+Each pass goes over one new token of every reply and, in what room the chunk has left, over the next tokens of prompts.
+So the experts that a layer needs are read once for all, and nobody's reply stands still for longer than a chunk. What a
+token's neighbours are does not matter: a reply has the bits, and with a seed the words, that it has alone.
+
+`Batcher.step` is called on one thread; requests may come from any.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import abc, deque
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+from edgemoe.errors import Cancelled, EdgemoeError
+from edgemoe.model import Batch, SequenceState
+from edgemoe.runtime.model import Counters, Model
+from edgemoe.runtime.requests import Outcome, Request, figures
+from edgemoe.runtime.sequence import shared_length, token_ids
+from edgemoe.text.logprobs import token_logprobs
+from edgemoe.text.sampler import Sampler
+
+__all__ = ["Batcher", "QueueFull", "SlotView"]
+
+_WORTH_KEEPING = (
+    0.1  # of a sequence: who shares less with it takes the one that was used longest ago
+)
+
+
+class QueueFull(EdgemoeError):
+    """Says that too many requests wait already."""
+
+
+class SlotView(NamedTuple):
+    """Is what a sequence does, as of the last pass."""
+
+    length: int
+    """Tokens that it holds."""
+    is_busy: bool
+    prompt: int
+    """Tokens of the prompt."""
+    made: int
+    """Tokens of the reply so far."""
+
+
+class _Slot:
+    """Is one sequence's place, and the request that has it."""
+
+    def __init__(self, state: SequenceState) -> None:
+        self.state = state
+        self.request: Request | None = None
+        self.tokens: list[int] = []
+        """Prompt and reply so far; what the state does not hold of them is to be computed."""
+        self.last_used = 0
+
+    def start(
+        self, request: Request, tokens: NDArray[np.int32], cached: int, now: Counters
+    ) -> None:
+        """Takes a request, of whose tokens `cached` are there."""
+        self.request, self.tokens, self.sampler = request, tokens.tolist(), Sampler(request.params)
+        self.prompt, self.cached, self.before, self.beside = len(tokens), cached, now, 0
+        self.started = self.first = self.last = time.perf_counter()
+        self.limit = self.state.capacity - self.prompt
+        if request.params.max_tokens >= 0:
+            self.limit = min(self.limit, request.params.max_tokens)
+        self.state.goal = self.prompt
+
+    @property
+    def made(self) -> int:
+        """Tokens of the reply so far."""
+        return len(self.tokens) - self.prompt
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether the prompt is not yet computed, or more than the last token was lost."""
+        held = self.state.length
+        return held < self.prompt or held + 1 < len(self.tokens)
+
+
+class Batcher:
+    """Owns all sequences of a model, and gives them to requests."""
+
+    def __init__(self, model: Model, eos_ids: abc.Set[int], *, most_waiting: int = 64) -> None:
+        """Takes all states that the model has room for.
+
+        Args:
+            model: opened for as many sequences as shall run at once.
+            eos_ids: tokens that end a reply.
+            most_waiting: requests beyond these are refused.
+        """
+        self._model, self._eos, self._most_waiting = model, frozenset(eos_ids), most_waiting
+        count = model.options.sequences
+        self._slots = [_Slot(model.make_state()) for _ in range(count)]
+        self._rows = np.empty((count, model.config.vocab_size), np.float32)
+        self._waiting: deque[tuple[Request, NDArray[np.int32]]] = deque()
+        self._changed = threading.Condition()
+        self._clock = 0
+        self._ending: Exception | None = None
+        self.views: tuple[SlotView, ...] = ()
+        """What each sequence does: replaced as a whole after each pass."""
+        self._look()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> None:
+        """Takes a request on any thread.
+
+        Raises:
+            ValueError: no tokens, too many, or one outside the vocabulary.
+            QueueFull: too many wait; nothing is changed.
+            RuntimeError: the batcher has ended.
+        """
+        context = self._model.budget.context
+        tokens = token_ids(request.ids, self._model.config.vocab_size, context, 0)
+        if len(tokens) >= context and request.params.max_tokens != 0:
+            raise ValueError(
+                f"a prompt of {len(tokens)} tokens does not fit a context of {context} with a reply"
+            )
+        with self._changed:
+            if self._ending is not None:
+                raise RuntimeError("the batcher has ended") from self._ending
+            if len(self._waiting) >= self._most_waiting:
+                raise QueueFull(f"{len(self._waiting)} requests wait already")
+            self._waiting.append((request, tokens))
+            self._changed.notify()
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Waits until there may be something to do."""
+        with self._changed:
+            if not self._waiting:
+                self._changed.wait(seconds)
+
+    def wake(self) -> None:
+        """Ends a `wait`."""
+        with self._changed:
+            self._changed.notify()
+
+    def step(self) -> bool:
+        """Runs one pass for whoever is there; returns whether there was something to do."""
+        self._drop_cancelled()
+        self._admit()
+        parts = self._parts()
+        if parts:
+            self._advance(parts)
+        self._look()
+        return bool(parts)
+
+    def end(self, error: Exception) -> None:
+        """Ends all requests with an error, those that wait too; takes no others from now on."""
+        with self._changed:
+            self._ending = error
+            waiting, self._waiting = list(self._waiting), deque()
+        for slot in self._slots:
+            if slot.request is not None:
+                self._finish(slot, "error", error)
+        for request, tokens in waiting:
+            self._refuse(request, tokens, "error", error)
+        self._look()
+
+    def _drop_cancelled(self) -> None:
+        for slot in self._slots:
+            if slot.request is not None and slot.request.is_cancelled:
+                self._finish(slot, "cancelled")
+        with self._changed:
+            gone = [item for item in self._waiting if item[0].is_cancelled]
+            for item in gone:
+                self._waiting.remove(item)
+        for request, tokens in gone:
+            self._refuse(request, tokens, "cancelled")
+
+    def _admit(self) -> None:
+        """Gives idle sequences to those who wait, in the order in which they came."""
+        while True:
+            idle = [slot for slot in self._slots if slot.request is None]
+            with self._changed:
+                if not idle or not self._waiting:
+                    return
+                request, tokens = self._waiting.popleft()
+            most = 0 if request.prompt_logprobs is not None else len(tokens) - 1
+            slot, shared = self._best(idle, tokens, most)
+            slot.start(request, tokens, slot.state.rewind(shared), self._model.counters)
+
+    def _best(self, idle: list[_Slot], tokens: NDArray[np.int32], most: int) -> tuple[_Slot, int]:
+        """Returns the sequence that shares most with a prompt, and how much; a short question spoils no long text."""
+        config = self._model.config
+        shared = [shared_length(config, slot.state, tokens, most) for slot in idle]
+        at = max(range(len(idle)), key=lambda i: (shared[i], -idle[i].last_used))
+        if shared[at] < _WORTH_KEEPING * idle[at].state.length:
+            at = min(range(len(idle)), key=lambda i: (idle[i].state.length > 0, idle[i].last_used))
+        return idle[at], shared[at]
+
+    def _parts(self) -> list[tuple[_Slot, NDArray[np.int32]]]:
+        """Returns who gets how many tokens into the next pass: prompts first, so that wanted rows are neighbours."""
+        busy = [slot for slot in self._slots if slot.request is not None]
+        for slot in busy:
+            if slot.state.is_dirty:
+                slot.state.rewind(slot.state.length)
+        filling = [slot for slot in busy if slot.is_filling]
+        room = self._model.budget.chunk - (len(busy) - len(filling))
+        parts = []
+        for slot in sorted(filling, key=lambda s: s.started):
+            have = slot.state.length
+            count = min(room, len(slot.tokens) - have)
+            if count > 0:
+                parts.append((slot, np.array(slot.tokens[have : have + count], np.int32)))
+                room -= count
+        for slot in busy:
+            if not slot.is_filling:
+                parts.append((slot, np.array(slot.tokens[slot.state.length :], np.int32)))
+        return parts
+
+    def _advance(self, parts: list[tuple[_Slot, NDArray[np.int32]]]) -> None:
+        """Runs a pass. Where it fails each goes on alone, so that only those fail who need what cannot be read."""
+        batch = Batch.of(*((slot.state, ids) for slot, ids in parts))
+        wanted = [slot.request for slot, _ in parts if slot.is_filling] or [
+            slot.request for slot, _ in parts
+        ]
+        batch.is_cancelled = lambda: all(r is None or r.is_cancelled for r in wanted)
+        try:
+            hidden = self._model.forward(batch)
+        except Cancelled:
+            return
+        except (EdgemoeError, ValueError) as error:
+            if len(parts) == 1:
+                self._finish(parts[0][0], "error", error)
+                return
+            for part in parts:
+                self._advance([part])
+            return
+        for slot, _ in parts:
+            slot.beside = max(slot.beside, len(parts) - 1)
+        rows = []
+        for (slot, _), span in zip(parts, batch.slices, strict=True):
+            assert slot.request is not None
+            if slot.request.prompt_logprobs is not None and slot.state.length <= slot.prompt:
+                self._score(slot, hidden[span.start : span.stop])
+            if slot.state.length == len(slot.tokens):
+                rows.append((span.stop - 1, slot))
+        for run in _runs(rows):
+            out = self._rows[: len(run)]
+            self._model.logits(hidden[run[0][0] : run[-1][0] + 1], out)
+            for row, (_, slot) in zip(out, run, strict=True):
+                self._reply(slot, row)
+
+    def _score(self, slot: _Slot, hidden: NDArray[np.float32]) -> None:
+        """Tells the log-probabilities of the prompt's tokens that follow rows of a pass, a few rows at a time."""
+        request = slot.request
+        assert request is not None
+        assert request.prompt_logprobs is not None
+        first = slot.state.length - len(hidden) + 1
+        following, block = slot.tokens[first : slot.prompt], len(self._rows)
+        for at in range(0, len(following), block):
+            tokens = following[at : at + block]
+            out = self._rows[: len(tokens)]
+            self._model.decoder.logits(hidden[at : at + len(tokens)], out)
+            request.prompt_logprobs(token_logprobs(out, tokens, request.top or 0))
+
+    def _reply(self, slot: _Slot, row: NDArray[np.float32]) -> None:
+        """Chooses the next token of a reply by its logits."""
+        request, state = slot.request, slot.state
+        assert request is not None
+        if slot.made == 0:
+            state.goal = 0
+            state.snapshot()
+        now = time.perf_counter()
+        slot.first, slot.last = (now if slot.made == 0 else slot.first), now
+        if slot.made >= slot.limit:
+            self._finish(slot, "length", row=row)
+            return
+        constraint = request.constraint
+        try:
+            mask = None if constraint is None else constraint.allowed()
+            token = slot.sampler.sample(row, state.ids, allowed=mask)
+            if token in self._eos and not request.params.ignore_eos:
+                self._finish(slot, "stop", row=row)
+                return
+            is_complete = constraint is not None and constraint.take(token)
+            said = None
+            if request.top is not None:
+                said = token_logprobs(row[None], [token], request.top)[0]
+            goes_on = request.take(token, said)
+        except Exception as error:  # of one request, whatever it is
+            self._finish(slot, "error", error)
+            return
+        slot.tokens.append(token)
+        if is_complete or not goes_on:
+            self._finish(slot, "stop", row=row)
+        elif slot.made >= slot.limit:
+            self._finish(slot, "length", row=row)
+
+    def _finish(
+        self,
+        slot: _Slot,
+        reason: Literal["stop", "length", "cancelled", "error"],
+        error: Exception | None = None,
+        row: NDArray[np.float32] | None = None,
+    ) -> None:
+        """Ends a slot's request; `row` are its last logits."""
+        request = slot.request
+        assert request is not None
+        logits_hash = "" if row is None else f"{_core.crc32c(row):08x}"
+        took = figures(
+            slot.before, self._model.counters, prompt_tokens=slot.prompt, cached_tokens=slot.cached,
+            new_tokens=slot.made, queue_s=slot.started - request.came, prompt_s=slot.first - slot.started,
+            decode_s=slot.last - slot.first, beside=slot.beside, logits_hash=logits_hash,
+        )  # fmt: skip
+        self._clock += 1
+        slot.request, slot.last_used, slot.state.goal = None, self._clock, 0
+        request.end(Outcome(reason, took, error))
+
+    def _refuse(
+        self,
+        request: Request,
+        tokens: NDArray[np.int32],
+        reason: Literal["cancelled", "error"],
+        error: Exception | None = None,
+    ) -> None:
+        """Ends a request that has not begun."""
+        now = time.perf_counter()
+        took = figures(
+            self._model.counters, self._model.counters, prompt_tokens=len(tokens), cached_tokens=0,
+            new_tokens=0, queue_s=now - request.came, prompt_s=0.0, decode_s=0.0, beside=0, logits_hash="",
+        )  # fmt: skip
+        request.end(Outcome(reason, took, error))
+
+    def _look(self) -> None:
+        self.views = tuple(
+            SlotView(
+                slot.state.length, slot.request is not None,
+                slot.prompt if slot.request is not None else 0,
+                slot.made if slot.request is not None else 0,
+            )
+            for slot in self._slots
+        )  # fmt: skip
+
+
+def _runs(rows: list[tuple[int, _Slot]]) -> list[list[tuple[int, _Slot]]]:
+    """Returns rows in runs of neighbours, whose logits are computed together."""
+    runs: list[list[tuple[int, _Slot]]] = []
+    for row in rows:
+        if runs and row[0] == runs[-1][-1][0] + 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return runs
