@@ -179,12 +179,16 @@ void linear(Workspace& ws, const float* x, int T, const std::vector<const Nested
   });
 }
 
+void linear_f32(Workspace& ws, const float* x, int T, const float* matrix, int rows, int cols, float* out) {
+  const Kernels& k = kernels();
+  ws.pool.run(rows, std::max(4, grain_for(rows, ws.pool.size())),
+              [&](int begin, int end) { k.matmul_f32(matrix, x, T, rows, cols, begin, end, out); });
+}
+
 void route(Workspace& ws, const float* x, const Router& router, int T, int cols, const RouteRule& rule, float* scores,
            int32_t* experts, float* gates) {
-  const Kernels& k = kernels();
   const int E = rule.num_experts;
-  ws.pool.run(E, std::max(4, grain_for(E, ws.pool.size())),
-              [&](int begin, int end) { k.matmul_f32(router.weight, x, T, E, cols, begin, end, scores); });
+  linear_f32(ws, x, T, router.weight, E, cols, scores);
   ws.pool.run(T, 16, [&](int begin, int end) {
     for (int t = begin; t < end; ++t) {
       const size_t at = size_t(t) * rule.top_k;

@@ -59,6 +59,9 @@ class Workspace {
 void linear(Workspace& ws, const float* x, int T, const std::vector<const NestedMatrix*>& matrices,
             const std::vector<float*>& outs);
 
+/// The same of a float32 matrix [rows, cols], whose inputs are not rounded: out [T, rows].
+void linear_f32(Workspace& ws, const float* x, int T, const float* matrix, int rows, int cols, float* out);
+
 /// What makes an expert's score of its logit.
 enum class Scoring : uint8_t {
   kSoftmax,      ///< over all experts

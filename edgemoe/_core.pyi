@@ -202,6 +202,7 @@ class Cache:
     def stats(self) -> dict[str, Any]: ...
 
 def linear(ws: Workspace, x: _F32, matrices: Sequence[Nested], outs: Sequence[_F32]) -> None: ...
+def linear_f32(ws: Workspace, x: _F32, matrix: _F32, out: _F32) -> None: ...
 def add_norm(
     ws: Workspace, added: _F32, scale: float, x: _F32, weight: _F32, eps: float, out: _F32
 ) -> None: ...
@@ -287,6 +288,7 @@ def short_conv(
     x: _F32,
     weight: _F32,
     bias: _F32 | None,
+    before: _F32 | None,
     tail: _F32,
     silu: bool,
     out: _F32,
@@ -296,10 +298,11 @@ def delta_rule(
     qkv: _F32,
     decay: _F32,
     beta: _F32,
-    log_a: _F32,
+    rate: _F32,
     bias: _F32,
     key_heads: int,
     bounded: bool,
+    before: _F32 | None,
     state: _F32,
     out: _F32,
 ) -> None: ...
@@ -308,10 +311,11 @@ def mamba2(
     xbc: _F32,
     step: _F32,
     decay: _F32,
-    log_a: _F32,
+    rate: _F32,
     step_bias: _F32,
     skip: _F32,
     groups: int,
+    before: _F32 | None,
     state: _F32,
     out: _F32,
 ) -> None: ...

@@ -24,8 +24,8 @@ from edgemoe.specs import AttentionSpec, RouterSpec
 from edgemoe.store import Request
 
 __all__ = [
-    "Array", "AttentionWeights", "Ids", "KvLayer", "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule",
-    "kv_bytes", "rope_bytes",
+    "Array", "AttentionWeights", "DeltaRule", "Ids", "KvLayer", "MambaRule", "Matrix", "Ops", "OpsShape",
+    "RopeTable", "RouteRule", "kv_bytes", "rope_bytes",
 ]  # fmt: skip
 
 Array = NDArray[np.float32]
@@ -41,6 +41,31 @@ RopeTable = _core.Rope
 """Frequencies that turn queries and keys by their positions."""
 KvLayer = _core.KvLayer
 """Keys and values of one layer and sequence."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaRule:
+    """What one layer's delta rule has besides its matrices."""
+
+    key_heads: int
+    rate: Array
+    """[value_heads]: a step's decay is exp(-rate * softplus(x + bias)), or exp(-5 * sigmoid(rate * (x + bias)))."""
+    bias: Array
+    """[value_heads] or [value_heads * key_dim], as the decays are."""
+    bounded: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MambaRule:
+    """What one layer's Mamba-2 has besides its matrices; all [heads]."""
+
+    groups: int
+    rate: Array
+    """A step's decay is exp(-rate * step)."""
+    step_bias: Array
+    """A step is softplus(x + bias)."""
+    skip: Array
+    """How much of its input passes by the state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +147,9 @@ class Ops(Protocol):
     def linear(self, x: Array, weights: Sequence[Matrix], outs: Sequence[Array]) -> None:
         """outs[i] [T, rows] = x [T, cols] times weights[i] transposed."""
 
+    def linear_f32(self, x: Array, weights: Sequence[Array], outs: Sequence[Array]) -> None:
+        """The same of float32 matrices, few rows that decide much; x is not rounded."""
+
     def ffn(self, x: Array, gate: Matrix, up: Matrix, down: Matrix, out: Array) -> None:
         """out [T, D] = down(silu(gate x) * (up x))."""
 
@@ -172,6 +200,74 @@ class Ops(Protocol):
 
         Raises:
             RangeError: a key or value does not fit the type of kv; names the layer, the number and what holds it.
+        """
+
+    def gate_heads(self, x: Array, gate: Array, kind: str) -> None:
+        """x [T, heads * head_dim] *= what a gate says.
+
+        kind: "sigmoid" of gate [T, heads * head_dim], or "sigmoid_head" or "softplus_head" of gate [T, heads].
+        """
+
+    # ------------------------------------------------------------ recurrent mixers, of one sequence
+
+    # `before` is the state before the tokens, None for all zeros, and `after` becomes that after them; they are not
+    # the same.
+
+    def short_conv(
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None,
+        before: Array | None,
+        after: Array,
+        out: Array,
+        *,
+        silu: bool,
+    ) -> None:
+        """out [T, C]: a causal convolution over time of each channel, and silu if asked for; out may be x.
+
+        weight [taps, C], the last tap for the newest token; bias [C]; before and after [taps - 1, C].
+        """
+
+    def delta_rule(
+        self,
+        qkv: Array,
+        decay: Array,
+        beta: Array,
+        rule: DeltaRule,
+        before: Array | None,
+        after: Array,
+        out: Array,
+    ) -> None:
+        """out [T, value_heads * value_dim] of the gated delta rule; qkv, decay and beta are changed.
+
+        qkv [T, C]: all q, all k, all v. decay [T, value_heads] or [T, value_heads * key_dim] and beta [T,
+        value_heads]: before softplus and sigmoid. before and after [value_heads, key_dim, value_dim].
+        """
+
+    def mamba2(
+        self,
+        xbc: Array,
+        step: Array,
+        decay: Array,
+        rule: MambaRule,
+        before: Array | None,
+        after: Array,
+        out: Array,
+    ) -> None:
+        """out [T, heads * head_dim] of Mamba-2; step is changed, decay is scratch, both [T, heads].
+
+        xbc [T, heads * head_dim + 2 * groups * state_dim]; step: before softplus. before and after [heads, state_dim,
+        head_dim].
+        """
+
+    def gated_norm(
+        self, x: Array, gate: Array, weight: Array, eps: float, groups: int, kind: str
+    ) -> None:
+        """x [T, C], in place: RMS norm of each of `groups` parts of a row, beside a gate [T, C].
+
+        kind: norm(x) * silu(gate) ("silu"), norm(x) * sigmoid(gate) ("sigmoid"), norm(x * silu(gate)) ("silu_first").
+        weight [C], or [C / groups] for all parts.
         """
 
     # ------------------------------------------------------------ experts

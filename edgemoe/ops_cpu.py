@@ -13,8 +13,10 @@ from edgemoe import _core
 from edgemoe.ops import (
     Array,
     AttentionWeights,
+    DeltaRule,
     Ids,
     KvLayer,
+    MambaRule,
     Matrix,
     OpsShape,
     RopeTable,
@@ -89,6 +91,11 @@ class CpuOps:
         """See `Ops.linear`."""
         _core.linear(self._ws, x, weights, outs)
 
+    def linear_f32(self, x: Array, weights: Sequence[Array], outs: Sequence[Array]) -> None:
+        """See `Ops.linear_f32`."""
+        for weight, out in zip(weights, outs, strict=True):
+            _core.linear_f32(self._ws, x, weight, out)
+
     def ffn(
         self,
         x: Array,
@@ -147,6 +154,62 @@ class CpuOps:
     ) -> None:
         """See `Ops.attention`."""
         _core.attention(self._ws, weights, q, k, v, pos, cos, sin, table, kv, out)
+
+    def gate_heads(self, x: Array, gate: Array, kind: str) -> None:
+        """See `Ops.gate_heads`."""
+        _core.gate_attention(self._ws, x, gate, kind)
+
+    def short_conv(
+        self,
+        x: Array,
+        weight: Array,
+        bias: Array | None,
+        before: Array | None,
+        after: Array,
+        out: Array,
+        *,
+        silu: bool,
+    ) -> None:
+        """See `Ops.short_conv`."""
+        _core.short_conv(self._ws, x, weight, bias, before, after, silu, out)
+
+    def delta_rule(
+        self,
+        qkv: Array,
+        decay: Array,
+        beta: Array,
+        rule: DeltaRule,
+        before: Array | None,
+        after: Array,
+        out: Array,
+    ) -> None:
+        """See `Ops.delta_rule`."""
+        _core.delta_rule(
+            self._ws, qkv, decay, beta, rule.rate, rule.bias, rule.key_heads, rule.bounded, before,
+            after, out,
+        )  # fmt: skip
+
+    def mamba2(
+        self,
+        xbc: Array,
+        step: Array,
+        decay: Array,
+        rule: MambaRule,
+        before: Array | None,
+        after: Array,
+        out: Array,
+    ) -> None:
+        """See `Ops.mamba2`."""
+        _core.mamba2(
+            self._ws, xbc, step, decay, rule.rate, rule.step_bias, rule.skip, rule.groups, before,
+            after, out,
+        )  # fmt: skip
+
+    def gated_norm(
+        self, x: Array, gate: Array, weight: Array, eps: float, groups: int, kind: str
+    ) -> None:
+        """See `Ops.gated_norm`."""
+        _core.gated_norm(self._ws, x, gate, weight, eps, groups, kind)
 
     def route_rule(self, spec: RouterSpec) -> RouteRule:
         """See `Ops.route_rule`."""

@@ -24,7 +24,7 @@ def short_conv(x, weight, bias, tail, *, with_silu):
     return silu(y) if with_silu else y, past[len(past) - len(tail) :]
 
 
-def delta_rule(qkv, decay, beta, log_a, bias, key_heads, state, *, bounded):
+def delta_rule(qkv, decay, beta, rate, bias, key_heads, state, *, bounded):
     """Gated DeltaNet (arXiv 2412.06464) or, with a decay per channel, Kimi Delta Attention (2510.26692)."""
     Hv, dk, dv = state.shape
     n = key_heads * dk
@@ -35,7 +35,7 @@ def delta_rule(qkv, decay, beta, log_a, bias, key_heads, state, *, bounded):
     k = k / np.sqrt((k**2).sum(-1, keepdims=True) + 1e-6)
     q, k = (np.repeat(a, Hv // key_heads, axis=1) for a in (q, k))
     at = (decay + bias).reshape(len(qkv), Hv, -1)
-    rate = np.exp(log_a)[None, :, None]
+    rate = rate[None, :, None]
     a = np.exp(-5 * sigmoid(rate * at) if bounded else -rate * softplus(at))
     b = sigmoid(beta)
     S, out = state.copy(), np.empty_like(v)
@@ -47,7 +47,7 @@ def delta_rule(qkv, decay, beta, log_a, bias, key_heads, state, *, bounded):
     return out.reshape(len(qkv), -1), S
 
 
-def mamba2(xbc, step, log_a, step_bias, skip, groups, state):
+def mamba2(xbc, step, rate, step_bias, skip, groups, state):
     """arXiv 2405.21060."""
     H, N, P = state.shape
     x = xbc[:, : H * P].reshape(-1, H, P)
@@ -58,7 +58,7 @@ def mamba2(xbc, step, log_a, step_bias, skip, groups, state):
     d = softplus(step + step_bias)
     S, out = state.copy(), np.empty_like(x)
     for t in range(len(xbc)):
-        S = np.exp(-d[t] * np.exp(log_a))[:, None, None] * S
+        S = np.exp(-d[t] * rate)[:, None, None] * S
         S = S + b[t][:, :, None] * (d[t][:, None] * x[t])[:, None, :]
         out[t] = np.einsum("hnp,hn->hp", S, c[t]) + skip[:, None] * x[t]
     return out.reshape(len(xbc), -1), S

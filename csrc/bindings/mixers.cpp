@@ -32,8 +32,8 @@ Gate gate_named(const std::string& name) {
 void bind_mixers(py::module_& m) {
   m.def(
       "short_conv",
-      [](Workspace& ws, const Array<float>& x, const Array<float>& weight, const py::object& bias, Array<float> tail,
-         bool silu, Array<float> out) {
+      [](Workspace& ws, const Array<float>& x, const Array<float>& weight, const py::object& bias,
+         const py::object& before, Array<float> tail, bool silu, Array<float> out) {
         expect(x, "short_conv x", {-1, -1});
         const ssize_t T = x.shape(0), C = x.shape(1);
         expect(weight, "weight", {-1, C});
@@ -43,22 +43,24 @@ void bind_mixers(py::module_& m) {
                                       std::to_string(taps));
         }
         expect(tail, "tail", {taps - 1, C});
+        const float* past = before.is_none() ? nullptr : floats(before, "before", {taps - 1, C});
         expect(out, "out", {T, C});
         const float* b = bias.is_none() ? nullptr : floats(bias, "bias", {C});
         const float *a = x.data(), *w = weight.data();
-        float *past = tail.mutable_data(), *o = out.mutable_data();
+        float *next = tail.mutable_data(), *o = out.mutable_data();
         py::gil_scoped_release release;
-        short_conv(ws, {int(C), int(taps), silu, size_t(C), size_t(C)}, a, w, b, past, int(T), o);
+        short_conv(ws, {int(C), int(taps), silu, size_t(C), size_t(C)}, a, w, b, past, next, int(T), o);
       },
-      py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("bias"),
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("bias"), py::arg("before"),
       py::arg("tail").noconvert(), py::arg("silu"), py::arg("out").noconvert(),
-      "out [T, C]: a causal convolution over time of each channel; tail [taps - 1, C] is what came before, and "
-      "becomes what comes before the next. out may be x.");
+      "out [T, C]: a causal convolution over time of each channel; before [taps - 1, C], None for zeros, is what came "
+      "before, and tail becomes what comes before the next. They may be the same; out may be x.");
 
   m.def(
       "delta_rule",
-      [](Workspace& ws, Array<float> qkv, Array<float> decay, Array<float> beta, const Array<float>& log_a,
-         const Array<float>& bias, int key_heads, bool bounded, Array<float> state, Array<float> out) {
+      [](Workspace& ws, Array<float> qkv, Array<float> decay, Array<float> beta, const Array<float>& rate,
+         const Array<float>& bias, int key_heads, bool bounded, const py::object& before, Array<float> state,
+         Array<float> out) {
         expect(state, "state", {-1, -1, -1});
         const ssize_t Hv = state.shape(0), dk = state.shape(1), dv = state.shape(2);
         if (key_heads < 1 || Hv < 1 || Hv % key_heads || dk < 1) {
@@ -71,29 +73,33 @@ void bind_mixers(py::module_& m) {
         const bool per_channel = decay.shape(1) != Hv;
         expect(decay, "decay", {T, per_channel ? Hv * dk : Hv});
         expect(beta, "beta", {T, Hv});
-        expect(log_a, "log_a", {Hv});
+        expect(rate, "rate", {Hv});
         expect(bias, "bias", {decay.shape(1)});
         expect(out, "out", {T, Hv * dv});
         const DeltaParts parts{
             {key_heads, int(Hv), int(dk), int(dv), per_channel, bounded ? Decay::kBounded : Decay::kSoftplus},
-            log_a.data(),
+            rate.data(),
             bias.data()};
+        const float* past = before.is_none() ? nullptr : floats(before, "before", {Hv, dk, dv});
         float *q = qkv.mutable_data(), *k = q + key_heads * dk, *v = k + key_heads * dk;
         float *a = decay.mutable_data(), *b = beta.mutable_data(), *s = state.mutable_data(), *o = out.mutable_data();
         const auto stride = size_t(qkv.shape(1));
         py::gil_scoped_release release;
-        delta_rule(ws, parts, q, k, v, stride, a, b, int(T), s, o);
+        delta_rule(ws, parts, q, k, v, stride, a, b, int(T), past, s, o);
       },
       py::arg("ws"), py::arg("qkv").noconvert(), py::arg("decay").noconvert(), py::arg("beta").noconvert(),
-      py::arg("log_a").noconvert(), py::arg("bias").noconvert(), py::arg("key_heads"), py::arg("bounded"),
-      py::arg("state").noconvert(), py::arg("out").noconvert(),
+      py::arg("rate").noconvert(), py::arg("bias").noconvert(), py::arg("key_heads"), py::arg("bounded"),
+      py::arg("before"), py::arg("state").noconvert(), py::arg("out").noconvert(),
       "out [T, Hv * dv] of the gated delta rule on qkv [T, 2 * Hk * dk + Hv * dv] (all q, all k, all v), which is "
-      "changed, as are decay [T, Hv] or [T, Hv * dk] and beta [T, Hv]. state [Hv, dk, dv] becomes the next one.");
+      "changed, as are decay [T, Hv] or [T, Hv * dk] and beta [T, Hv]. before [Hv, dk, dv], None for zeros, is the "
+      "state "
+      "before the tokens, and state becomes that after them; they may be the same.");
 
   m.def(
       "mamba2",
-      [](Workspace& ws, const Array<float>& xbc, Array<float> step, Array<float> decay, const Array<float>& log_a,
-         const Array<float>& step_bias, const Array<float>& skip, int groups, Array<float> state, Array<float> out) {
+      [](Workspace& ws, const Array<float>& xbc, Array<float> step, Array<float> decay, const Array<float>& rate,
+         const Array<float>& step_bias, const Array<float>& skip, int groups, const py::object& before,
+         Array<float> state, Array<float> out) {
         expect(state, "state", {-1, -1, -1});
         const ssize_t H = state.shape(0), N = state.shape(1), P = state.shape(2);
         if (groups < 1 || H < 1 || H % groups || N < 1) {
@@ -104,22 +110,24 @@ void bind_mixers(py::module_& m) {
         const ssize_t T = xbc.shape(0);
         expect(step, "step", {T, H});
         expect(decay, "decay", {T, H});
-        expect(log_a, "log_a", {H});
+        expect(rate, "rate", {H});
         expect(step_bias, "step_bias", {H});
         expect(skip, "skip", {H});
         expect(out, "out", {T, H * P});
-        const MambaParts parts{{int(H), int(P), groups, int(N)}, log_a.data(), step_bias.data(), skip.data()};
+        const MambaParts parts{{int(H), int(P), groups, int(N)}, rate.data(), step_bias.data(), skip.data()};
+        const float* past = before.is_none() ? nullptr : floats(before, "before", {H, N, P});
         const float *x = xbc.data(), *b = x + H * P, *c = b + groups * N;
         const auto stride = size_t(xbc.shape(1));
         float *d = step.mutable_data(), *a = decay.mutable_data(), *s = state.mutable_data(), *o = out.mutable_data();
         py::gil_scoped_release release;
-        mamba2(ws, parts, x, b, c, stride, d, a, int(T), s, o);
+        mamba2(ws, parts, x, b, c, stride, d, a, int(T), past, s, o);
       },
       py::arg("ws"), py::arg("xbc").noconvert(), py::arg("step").noconvert(), py::arg("decay").noconvert(),
-      py::arg("log_a").noconvert(), py::arg("step_bias").noconvert(), py::arg("skip").noconvert(), py::arg("groups"),
-      py::arg("state").noconvert(), py::arg("out").noconvert(),
+      py::arg("rate").noconvert(), py::arg("step_bias").noconvert(), py::arg("skip").noconvert(), py::arg("groups"),
+      py::arg("before"), py::arg("state").noconvert(), py::arg("out").noconvert(),
       "out [T, H * P] of Mamba-2 on xbc [T, H * P + 2 * groups * N]; step [T, H] is changed, decay [T, H] is scratch. "
-      "state [H, N, P] becomes the next one.");
+      "before [H, N, P], None for zeros, is the state before the tokens, and state becomes that after them; they may "
+      "be the same.");
 
   m.def(
       "gated_norm",

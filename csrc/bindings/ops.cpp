@@ -83,6 +83,21 @@ void bind_ops(py::module_& m) {
       "outs[i] [T, rows_i] = x [T, cols] times matrices[i] transposed.");
 
   m.def(
+      "linear_f32",
+      [](Workspace& ws, const Array<float>& x, const Array<float>& matrix, Array<float> out) {
+        expect(x, "linear_f32 x", {-1, -1});
+        expect(matrix, "linear_f32 matrix", {-1, x.shape(1)});
+        expect(out, "linear_f32 out", {x.shape(0), matrix.shape(0)});
+        const float *p = x.data(), *w = matrix.data();
+        float* o = out.mutable_data();
+        const int T = int(x.shape(0)), rows = int(matrix.shape(0)), cols = int(x.shape(1));
+        py::gil_scoped_release release;
+        linear_f32(ws, p, T, w, rows, cols, o);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("matrix").noconvert(), py::arg("out").noconvert(),
+      "out [T, rows] = x [T, cols] times a float32 matrix transposed.");
+
+  m.def(
       "rms_norm",
       [](Workspace& ws, const Array<float>& x, const Array<float>& weight, float eps, Array<float> out) {
         expect(x, "rms_norm x", {-1, -1});

@@ -529,7 +529,8 @@ constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,           choose_scale<V>, quantize_row<V>, matmul_nested<V>, decode_nested<V>, matmul_mwq<V>,
                  decode_mwq<V>,  matmul_f32<V>,   rms_norm<V>,     silu_mul<V>,      softmax<V>,       add_scaled<V>,
                  rope<V>,        to_f16<V>,       from_f16<V>,     read_all<V>,      quantize_head<V>, attend<V>,
-                 merge_parts<V>, delta_rule<V>,   mamba2<V>,       short_conv<V>,    sigmoid<V>,       sigmoid_mul<V>};
+                 merge_parts<V>, delta_rule<V>,   mamba2<V>,       short_conv<V>,    sigmoid<V>,       sigmoid_mul<V>,
+                 softplus<V>,    decays<V>};
 }
 
 }  // namespace

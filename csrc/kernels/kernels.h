@@ -159,13 +159,14 @@ struct AttentionShape {
 
 /// One head of a gated delta rule over some tokens; strides are floats from one token to the next.
 struct DeltaHead {
-  float* state;        ///< [key_dim, value_dim]
-  const float* q;      ///< [key_dim] per token, scaled
-  const float* k;      ///< [key_dim]
-  const float* v;      ///< [value_dim]
-  const float* decay;  ///< one, or key_dim of them: what is left of the state, 0 to 1
-  const float* beta;   ///< how much of the change is written
-  float* out;          ///< [value_dim] per token; may not be v
+  const float* before;  ///< [key_dim, value_dim], the state before the tokens
+  float* state;         ///< after them; may be `before`
+  const float* q;       ///< [key_dim] per token, scaled
+  const float* k;       ///< [key_dim]
+  const float* v;       ///< [value_dim]
+  const float* decay;   ///< one, or key_dim of them: what is left of the state, 0 to 1
+  const float* beta;    ///< how much of the change is written
+  float* out;           ///< [value_dim] per token; may not be v
   int key_dim;
   int value_dim;  ///< a multiple of 16
   size_t key_stride;
@@ -178,11 +179,12 @@ struct DeltaHead {
 
 /// One head of Mamba-2 over some tokens, likewise.
 struct MambaHead {
-  float* state;        ///< [state_dim, head_dim]
-  const float* x;      ///< [head_dim] per token
-  const float* b;      ///< [state_dim], the group's
-  const float* c;      ///< [state_dim]
-  const float* decay;  ///< exp(step * A)
+  const float* before;  ///< [state_dim, head_dim], the state before the tokens
+  float* state;         ///< after them; may be `before`
+  const float* x;       ///< [head_dim] per token
+  const float* b;       ///< [state_dim], the group's
+  const float* c;       ///< [state_dim]
+  const float* decay;   ///< exp(step * A)
   const float* step;
   float* out;  ///< [head_dim] per token; may not be x
   float skip;  ///< D: of x that passes by
@@ -275,17 +277,23 @@ struct Kernels {
   void (*mamba2)(const MambaHead& head, int T, int begin, int end);
 
   /// A causal convolution of each of the channels [begin, end), begin a multiple of 16: out = sum_j weight[j] x[t -
-  /// taps + 1 + j]
-  /// + bias, and then silu if the shape says so. weight [taps, channels], bias [channels] or null. `tail`, [taps - 1,
-  /// channels], is what came before, and becomes what comes before the next. out may be x.
-  void (*short_conv)(const ConvShape& shape, const float* x, const float* weight, const float* bias, float* tail, int T,
-                     int begin, int end, float* out);
+  /// taps + 1 + j] + bias, and then silu if the shape says so. weight [taps, channels], bias [channels] or null.
+  /// `before`, [taps - 1, channels] or null for zeros, is what came before, and `tail` becomes what comes before the
+  /// next; they may be the same. out may be x.
+  void (*short_conv)(const ConvShape& shape, const float* x, const float* weight, const float* bias,
+                     const float* before, float* tail, int T, int begin, int end, float* out);
 
   /// x[i] = sigmoid(x[i]), in place.
   void (*sigmoid)(float* x, int n);
 
   /// out[i] = sigmoid(gate[i]) * x[i].
   void (*sigmoid_mul)(const float* gate, const float* x, int n, float* out);
+
+  /// x[i] = log(1 + exp(x[i] + bias[i])), in place; bias may be null.
+  void (*softplus)(float* x, const float* bias, int n);
+
+  /// out[i] = exp(-rate step[i]) with rate[0], or with rate[i] if `rate_each`. Both are at least 0. out may be step.
+  void (*decays)(const float* step, const float* rate, bool rate_each, int n, float* out);
 };
 
 /// `matmul_nested` or `matmul_mwq`, as w is.

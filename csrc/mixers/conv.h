@@ -7,6 +7,6 @@ namespace edgemoe {
 
 /// out [T, channels] of x [T, channels]; see `Kernels::short_conv`. Threads share the channels.
 void short_conv(Workspace& ws, const ConvShape& shape, const float* x, const float* weight, const float* bias,
-                float* tail, int T, float* out);
+                const float* before, float* tail, int T, float* out);
 
 }  // namespace edgemoe

@@ -1,9 +1,8 @@
 #include "mixers/delta.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
-
-#include "mixers/gates.h"
 
 namespace edgemoe {
 namespace {
@@ -11,23 +10,33 @@ namespace {
 constexpr float kLengthEps = 1e-6f;
 constexpr int kColumns = 64;  ///< of a head's values that are one piece of work
 
-float decay_of(Decay kind, double rate, float x, float bias) {
-  const double at = double(x) + double(bias);
-  return float(exact_exp(kind == Decay::kSoftplus ? -rate * exact_softplus(at) : -5 * exact_sigmoid(rate * at)));
+/// x[i] becomes the decay of n steps; `rate` is one or, if `each`, one for each.
+void decay_of(const Kernels& kn, Decay kind, const float* rate, bool each, const float* bias, int n, float* x) {
+  if (kind == Decay::kSoftplus) {
+    kn.softplus(x, bias, n);
+    return kn.decays(x, rate, each, n, x);
+  }
+  for (int i = 0; i < n; ++i) x[i] = rate[each ? i : 0] * (x[i] + bias[i]);
+  kn.sigmoid(x, n);
+  const float bound = 5;
+  kn.decays(x, &bound, false, n, x);
+}
+
+/// Columns [first, last) of a state [rows, cols] become zeros.
+void clear(float* state, int rows, int cols, int first, int last) {
+  for (int i = 0; i < rows; ++i) std::fill(state + size_t(i) * cols + first, state + size_t(i) * cols + last, 0.0f);
 }
 
 }  // namespace
 
 void delta_rule(Workspace& ws, const DeltaParts& parts, float* q, float* k, const float* v, size_t qkv_stride,
-                float* decay, float* beta, int T, float* state, float* out) {
+                float* decay, float* beta, int T, const float* before, float* state, float* out) {
   const Kernels& kn = kernels();
   const DeltaShape& s = parts.shape;
   const int per_head = s.decay_per_channel ? s.key_dim : 1, decays = s.value_heads * per_head;
   // An RMS norm with a constant weight: x / sqrt(sum + eps) = x / sqrt(mean + eps / n) * n^-0.5.
   const float root = std::sqrt(float(s.key_dim));
   const std::vector<float> k_weight(size_t(s.key_dim), 1 / root), q_weight(size_t(s.key_dim), 1 / root / root);
-  std::vector<double> rates(size_t(s.value_heads));
-  for (int h = 0; h < s.value_heads; ++h) rates[size_t(h)] = exact_exp(parts.log_a[h]);
   ws.pool.run(T * s.key_heads, grain_for(T * s.key_heads, ws.pool.size()), [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
       const size_t at = size_t(i / s.key_heads) * qkv_stride + size_t(i % s.key_heads) * size_t(s.key_dim);
@@ -35,22 +44,23 @@ void delta_rule(Workspace& ws, const DeltaParts& parts, float* q, float* k, cons
       kn.rms_norm(k + at, k_weight.data(), kLengthEps / float(s.key_dim), s.key_dim, k + at);
     }
   });
-  ws.pool.run(T * s.value_heads, grain_for(T * s.value_heads, ws.pool.size()), [&](int begin, int end) {
+  const int pieces = s.decay_per_channel ? s.value_heads : 1, n = decays / pieces;
+  ws.pool.run(T * pieces, grain_for(T * pieces, ws.pool.size()), [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
-      const int h = i % s.value_heads;
-      for (int c = 0; c < per_head; ++c) {
-        float& x = decay[size_t(i) * size_t(per_head) + size_t(c)];
-        x = decay_of(s.decay, rates[size_t(h)], x, parts.bias[h * per_head + c]);
-      }
-      beta[i] = float(exact_sigmoid(beta[i]));
+      const int p = i % pieces;
+      decay_of(kn, s.decay, parts.rate + p, !s.decay_per_channel, parts.bias + p * n, n, decay + size_t(i) * n);
+      if (p == 0) kn.sigmoid(beta + size_t(i / pieces) * s.value_heads, s.value_heads);
     }
   });
   const int columns = blocks(s.value_dim, kColumns), repeat = s.value_heads / s.key_heads;
   ws.pool.run(s.value_heads * columns, 1, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
-      const int h = i / columns, first = i % columns * kColumns;
+      const int h = i / columns, first = i % columns * kColumns, last = std::min(first + kColumns, s.value_dim);
       const size_t key = size_t(h / repeat) * size_t(s.key_dim), value = size_t(h) * size_t(s.value_dim);
-      const DeltaHead head{state + size_t(h) * size_t(s.key_dim) * size_t(s.value_dim),
+      const size_t matrix = size_t(h) * size_t(s.key_dim) * size_t(s.value_dim);
+      if (!before) clear(state + matrix, s.key_dim, s.value_dim, first, last);
+      const DeltaHead head{(before ? before : state) + matrix,
+                           state + matrix,
                            q + key,
                            k + key,
                            v + value,
@@ -65,7 +75,7 @@ void delta_rule(Workspace& ws, const DeltaParts& parts, float* q, float* k, cons
                            size_t(decays),
                            size_t(s.value_heads),
                            s.decay_per_channel};
-      kn.delta_rule(head, T, first, first + kColumns < s.value_dim ? first + kColumns : s.value_dim);
+      kn.delta_rule(head, T, first, last);
     }
   });
 }

@@ -8,8 +8,8 @@ namespace edgemoe {
 
 /// How the decay a of a step comes from what a layer says of it, x, and its parameters.
 enum class Decay : uint8_t {
-  kSoftplus,  ///< a = exp(-exp(log_a) * softplus(x + bias))
-  kBounded,   ///< a = exp(-5 * sigmoid(exp(log_a) * (x + bias))), "safe gate" of Ling 3
+  kSoftplus,  ///< a = exp(-rate * softplus(x + bias))
+  kBounded,   ///< a = exp(-5 * sigmoid(rate * (x + bias))), "safe gate" of Ling 3
 };
 
 struct DeltaShape {
@@ -24,15 +24,16 @@ struct DeltaShape {
 /// What a layer keeps besides its matrices.
 struct DeltaParts {
   DeltaShape shape;
-  const float* log_a;  ///< [value_heads]
-  const float* bias;   ///< [value_heads] or [value_heads * key_dim]
+  const float* rate;  ///< [value_heads]
+  const float* bias;  ///< [value_heads] or [value_heads * key_dim]
 };
 
 /// q, k [T, key_heads * key_dim] inside rows of `qkv_stride` floats, v [T, value_heads * value_dim] likewise. q and k
 /// are made of unit length (x / sqrt(sum x^2 + 1e-6)), q also times key_dim^-0.5; all in place. `decay`: x of above,
 /// [T, value_heads] or [T, value_heads * key_dim], becomes a. `beta` [T, value_heads] becomes sigmoid(beta).
-/// state [value_heads, key_dim, value_dim]; out [T, value_heads * value_dim].
+/// `before` [value_heads, key_dim, value_dim], or null for zeros, is the state before the tokens, and `state` becomes
+/// that after them; they may be the same. out [T, value_heads * value_dim].
 void delta_rule(Workspace& ws, const DeltaParts& parts, float* q, float* k, const float* v, size_t qkv_stride,
-                float* decay, float* beta, int T, float* state, float* out);
+                float* decay, float* beta, int T, const float* before, float* state, float* out);
 
 }  // namespace edgemoe

@@ -1,6 +1,6 @@
 #include "mixers/gated_norm.h"
 
-#include "mixers/gates.h"
+#include <vector>
 
 namespace edgemoe {
 
@@ -32,10 +32,14 @@ void sigmoid_gate(Workspace& ws, float* x, const float* gate, int T, int cols) {
 }
 
 void head_gate(Workspace& ws, float* x, const float* gate, bool softplus, int T, int heads, int width) {
+  const Kernels& kn = kernels();
   ws.pool.run(T, grain_for(T, ws.pool.size()), [&](int begin, int end) {
-    for (int i = begin * heads; i < end * heads; ++i) {
-      const float g = float(softplus ? exact_softplus(gate[i]) : exact_sigmoid(gate[i]));
-      for (int c = 0; c < width; ++c) x[size_t(i) * size_t(width) + size_t(c)] *= g;
+    std::vector<float> g(size_t(heads), 0.0f);
+    for (int t = begin; t < end; ++t) {
+      g.assign(gate + size_t(t) * heads, gate + size_t(t + 1) * heads);
+      softplus ? kn.softplus(g.data(), nullptr, heads) : kn.sigmoid(g.data(), heads);
+      float* row = x + size_t(t) * heads * width;
+      for (int i = 0; i < heads * width; ++i) row[i] *= g[size_t(i / width)];
     }
   });
 }

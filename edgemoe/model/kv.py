@@ -37,6 +37,8 @@ class KvTypes:
 class KvState:
     """Is the state of an attention layer. Memory is touched as the sequence grows; any prefix of it is a state."""
 
+    can_rewind_anywhere = True
+
     def __init__(self, ops: Ops, spec: AttentionSpec, capacity: int, types: KvTypes) -> None:
         self.layer: KvLayer = ops.kv_layer(spec, types.keys, types.values, capacity)
 

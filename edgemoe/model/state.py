@@ -21,6 +21,9 @@ class State(Protocol):
     matrix of `pos` beside the one after the pass.
     """
 
+    can_rewind_anywhere: bool
+    """It can go back to every length, so that snapshots are of no use to it."""
+
     def rewind(self, length: int) -> int:
         """Goes back to `length` tokens, or as near as it can, and returns how many it holds then: 0 for the start.
 
@@ -48,6 +51,11 @@ class SequenceState:
         """The most tokens."""
         self.is_dirty = False
         """A pass is under way, or was broken off."""
+
+    @property
+    def needs_snapshots(self) -> bool:
+        """Whether it takes them to come back to a length."""
+        return not all(state.can_rewind_anywhere for state in self.layers)
 
     @property
     def length(self) -> int:

@@ -31,9 +31,9 @@ class Conv:
         self.bias = rng.standard_normal(C).astype(F) if silu else None
         self.start = rng.standard_normal((taps - 1, C)).astype(F)
 
-    def run(self, ws, state, x):
+    def run(self, ws, before, state, x):
         out = np.empty_like(x)
-        _core.short_conv(ws, x, self.weight, self.bias, state, self.silu, out)
+        _core.short_conv(ws, x, self.weight, self.bias, before, state, self.silu, out)
         return out
 
     def expected(self):
@@ -55,28 +55,29 @@ class Delta:
             rng.standard_normal((T, n)).astype(F),
             (2 * rng.standard_normal((T, Hv))).astype(F),
         )
-        self.log_a = rng.uniform(-3, 2, Hv).astype(F)
+        self.rate = np.exp(rng.uniform(-3, 2, Hv)).astype(F)
         self.bias = (0.5 * rng.standard_normal(n)).astype(F)
         self.start = rng.standard_normal((Hv, dk, dv)).astype(F)
 
-    def run(self, ws, state, qkv, decay, beta):
+    def run(self, ws, before, state, qkv, decay, beta):
         out = np.empty((len(qkv), state.shape[0] * state.shape[2]), F)
         _core.delta_rule(
             ws,
             qkv.copy(),
             decay.copy(),
             beta.copy(),
-            self.log_a,
+            self.rate,
             self.bias,
             self.Hk,
             self.bounded,
+            before,
             state,
             out,
         )
         return out
 
     def expected(self):
-        args = (a.astype(float) for a in (*self.inputs, self.log_a, self.bias))
+        args = (a.astype(float) for a in (*self.inputs, self.rate, self.bias))
         return reference.delta_rule(*args, self.Hk, self.start.astype(float), bounded=self.bounded)
 
 
@@ -88,29 +89,30 @@ class Mamba:
             rng.standard_normal((T, H * P + 2 * G * N)).astype(F),
             rng.standard_normal((T, H)).astype(F),
         )
-        self.log_a = rng.uniform(-3, 2, H).astype(F)
+        self.rate = np.exp(rng.uniform(-3, 2, H)).astype(F)
         self.bias = rng.standard_normal(H).astype(F)
         self.skip = rng.standard_normal(H).astype(F)
         self.start = rng.standard_normal((H, N, P)).astype(F)
 
-    def run(self, ws, state, xbc, step):
+    def run(self, ws, before, state, xbc, step):
         out = np.empty((len(xbc), state.shape[0] * state.shape[2]), F)
         _core.mamba2(
             ws,
             xbc,
             step.copy(),
             np.empty_like(step),
-            self.log_a,
+            self.rate,
             self.bias,
             self.skip,
             self.G,
+            before,
             state,
             out,
         )
         return out
 
     def expected(self):
-        args = (a.astype(float) for a in (*self.inputs, self.log_a, self.bias, self.skip))
+        args = (a.astype(float) for a in (*self.inputs, self.rate, self.bias, self.skip))
         return reference.mamba2(*args, self.G, self.start.astype(float))
 
 
@@ -130,7 +132,7 @@ CASES = {
 def test_agrees_with_the_plain_loop(case, T):
     mixer = CASES[case](T)
     state = mixer.start.copy()
-    out = mixer.run(workspace(), state, *mixer.inputs)
+    out = mixer.run(workspace(), state, state, *mixer.inputs)
     expected, after = mixer.expected()
     np.testing.assert_allclose(out, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max())
     np.testing.assert_allclose(state, after, rtol=2e-5, atol=2e-5 * np.abs(after).max())
@@ -141,7 +143,7 @@ def test_chunks_threads_and_instruction_sets_do_not_change_a_bit(case):
     T = 21
     mixer = CASES[case](T)
     whole = mixer.start.copy()
-    expected = mixer.run(workspace(), whole, *mixer.inputs)
+    expected = mixer.run(workspace(), whole, whole, *mixer.inputs)
     before = _core.isa()
     try:
         for isa in _core.usable_isas().split():
@@ -149,13 +151,38 @@ def test_chunks_threads_and_instruction_sets_do_not_change_a_bit(case):
             for threads, chunk in ((1, 1), (3, 4), (2, 21)):
                 ws, state = workspace(threads), mixer.start.copy()
                 parts = [
-                    mixer.run(ws, state, *(rows(a, at, at + chunk) for a in mixer.inputs))
+                    mixer.run(ws, state, state, *(rows(a, at, at + chunk) for a in mixer.inputs))
                     for at in range(0, T, chunk)
                 ]
                 np.testing.assert_array_equal(np.concatenate(parts), expected)
                 np.testing.assert_array_equal(state, whole)
     finally:
         _core.use_isa(before)
+
+
+@pytest.mark.parametrize("T", [1, 5])
+@pytest.mark.parametrize("case", CASES)
+def test_the_state_before_stays_where_another_takes_what_comes_after(case, T):
+    mixer = CASES[case](T)
+    before, state = mixer.start.copy(), np.full_like(mixer.start, np.nan)
+    in_place = mixer.start.copy()
+    out = mixer.run(workspace(2), before, state, *mixer.inputs)
+    np.testing.assert_array_equal(out, mixer.run(workspace(), in_place, in_place, *mixer.inputs))
+    np.testing.assert_array_equal(before, mixer.start)
+    np.testing.assert_array_equal(state, in_place)
+    start = np.zeros_like(mixer.start)
+    out = mixer.run(workspace(), start, start, *mixer.inputs)
+    state[:] = np.nan
+    np.testing.assert_array_equal(out, mixer.run(workspace(2), None, state, *mixer.inputs))
+    np.testing.assert_array_equal(state, start)
+
+
+def test_small_matrices_are_float32():
+    rng = RNG(4)
+    x, w = rng.standard_normal((5, 70)).astype(F), rng.standard_normal((9, 70)).astype(F)
+    out = np.empty((5, 9), F)
+    _core.linear_f32(workspace(2), x, w, out)
+    np.testing.assert_allclose(out, x.astype(float) @ w.T, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["silu", "sigmoid", "silu_first"])
@@ -192,7 +219,7 @@ def test_extreme_gates_stay_finite():
     mixer.inputs[1][:] = np.array([[1e4, -1e4]] * 3, F)
     mixer.inputs[2][:] = np.array([[-1e4, 1e4]] * 3, F)
     state = mixer.start.copy()
-    out = mixer.run(workspace(), state, *mixer.inputs)
+    out = mixer.run(workspace(), state, state, *mixer.inputs)
     expected, after = mixer.expected()
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(state, after, rtol=1e-4, atol=1e-5)
@@ -203,13 +230,13 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="multiple of 16"):
         _core.delta_rule(
             ws, np.zeros((1, 2 * 16 + 96), F), np.zeros((1, 4), F), np.zeros((1, 4), F),
-            np.zeros(4, F), np.zeros(4, F), 2, False, state, np.zeros((1, 96), F),
+            np.zeros(4, F), np.zeros(4, F), 2, False, None, state, np.zeros((1, 96), F),
         )  # fmt: skip
     with pytest.raises(ValueError, match="multiple of the groups"):
         _core.mamba2(
             ws, np.zeros((1, 4 * 16 + 2 * 3 * 8), F), np.zeros((1, 4), F), np.zeros((1, 4), F),
-            np.zeros(4, F), np.zeros(4, F), np.zeros(4, F), 3, np.zeros((4, 8, 16), F), np.zeros((1, 64), F),
+            np.zeros(4, F), np.zeros(4, F), np.zeros(4, F), 3, None, np.zeros((4, 8, 16), F), np.zeros((1, 64), F),
         )  # fmt: skip
     with pytest.raises(ValueError, match="taps"):
         x, nine, eight = (np.zeros((n, 4), F) for n in (1, 9, 8))
-        _core.short_conv(ws, x, nine, None, eight, False, x)
+        _core.short_conv(ws, x, nine, None, None, eight, False, x)

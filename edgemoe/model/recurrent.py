@@ -1,0 +1,63 @@
+"""States that do not grow with the sequence: arrays that stand for all tokens before a position."""
+
+from __future__ import annotations
+
+import math
+
+from edgemoe.ops import Array, Ops
+
+__all__ = ["RecurrentState"]
+
+_SNAPSHOTS = 2
+"""Of a layer and sequence: where the last turn of a conversation begins, and where its reply does."""
+
+
+class RecurrentState:
+    """Is the state of a layer that cannot go back token by token: some arrays for each of a few lengths.
+
+    A pass reads those of the length that counts and writes others, so that nothing has to be undone. See `State`.
+    """
+
+    can_rewind_anywhere = False
+
+    def __init__(self, ops: Ops, *shapes: tuple[int, ...]) -> None:
+        # Of the length that counts, of that after the pass, and of the snapshots. Memory is taken as it is written to.
+        self._free = [tuple(ops.empty(*s) for s in shapes) for _ in range(2 + _SNAPSHOTS)]
+        self._at: dict[int, tuple[Array, ...]] = {}
+        self._kept: list[int] = []
+        self._start = (None,) * len(shapes)
+
+    @staticmethod
+    def bytes(*shapes: tuple[int, ...]) -> int:
+        """Returns the memory of a state with its snapshots, once all were written."""
+        return (2 + _SNAPSHOTS) * RecurrentState.read_bytes(*shapes)
+
+    @staticmethod
+    def read_bytes(*shapes: tuple[int, ...]) -> int:
+        """Returns the bytes that a pass reads."""
+        return 4 * sum(map(math.prod, shapes))
+
+    def step(self, pos: int, count: int) -> tuple[tuple[Array | None, ...], tuple[Array, ...]]:
+        """Returns the arrays that stand for the first `pos` tokens and those to write for `count` more.
+
+        The former are None at the start, where all are zero. What was kept of longer ones is void.
+        """
+        before = self._at[pos] if pos else self._start
+        self._drop({n for n in self._at if n > pos or (n < pos and n not in self._kept)})
+        after = self._at[pos + count] = self._free.pop()
+        return before, after
+
+    def rewind(self, length: int) -> int:
+        """See `State.rewind`."""
+        self._drop({n for n in self._at if n > length})
+        return max(self._at, default=0)
+
+    def snapshot(self, length: int) -> None:
+        """See `State.snapshot`: the last few are kept."""
+        if length and length not in self._kept:
+            self._kept = [*self._kept, length][-_SNAPSHOTS:]
+
+    def _drop(self, lengths: set[int]) -> None:
+        """Forgets lengths, and what was kept of them."""
+        self._kept = [n for n in self._kept if n not in lengths]
+        self._free += [self._at.pop(n) for n in lengths]
