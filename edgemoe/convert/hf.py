@@ -11,13 +11,15 @@ from numpy.typing import NDArray
 
 from edgemoe.convert.checkpoint import file_identity
 from edgemoe.convert.folder import exists, missing, read_file
-from edgemoe.convert.safetensors_file import StoredTensor, read_header
+from edgemoe.convert.quantised import Tensor, as_floats, without_quantisation
+from edgemoe.convert.safetensors_file import StoredTensor, read_header, require_floats
 from edgemoe.errors import FormatError, quoted, shortened
 from edgemoe.file.parse import parse_object
 
 __all__ = ["HFCheckpoint"]
 
 _CONFIG = "config.json"
+_MODELOPT = "hf_quant_config.json"
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MOST_INDEX = 64 << 20
@@ -37,7 +39,8 @@ class HFCheckpoint:
 
     A stack of matrices `name` [N, R, C], in which some families store their experts, is presented
     as N matrices `name.0`, `name.1`, …, so that one expert can be read without the others.
-    Opening reads no tensor. Immutable.
+    Quantised weights are presented as floats, under the names that a float checkpoint has for them, and config.json
+    without what it says of their quantisation. Opening reads no weights. Immutable.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -51,12 +54,13 @@ class HFCheckpoint:
             what = "is not a directory" if path.exists() else "no such directory"
             raise FormatError(f"{path}: {what}; expected a Hugging Face checkpoint")
         self.name: str = path.resolve().name
-        self.config: Mapping[str, Any] = _read_json(path, _CONFIG)
+        config = _with_quantisation(path, _read_json(path, _CONFIG))
+        self.config: Mapping[str, Any] = without_quantisation(config)
         found = {name: read_file(path, name) for name in _FILES}
         self.files: Mapping[str, bytes] = {n: data for n, data in found.items() if data is not None}
         stored = _stored_tensors(path)
         self.identity: str = file_identity(sorted({tensor.path for tensor in stored.values()}))
-        self._tensors = _Tensors(stored)
+        self._tensors = _Tensors(_floats(path, config, stored))
         self.shapes: Mapping[str, tuple[int, ...]] = _Shapes(self._tensors)
 
     def tensor(self, name: str) -> NDArray[np.float32]:
@@ -71,16 +75,16 @@ class HFCheckpoint:
             raise FormatError(f"{self.name}: no tensor {name}") from None
 
 
-class _Tensors(Mapping[str, StoredTensor]):
+class _Tensors(Mapping[str, Tensor]):
     """Stored tensors by name; the matrices of a stack are made when they are asked for, however many it has."""
 
-    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+    def __init__(self, stored: Mapping[str, Tensor]) -> None:
         self._stored = stored
         for name, tensor in stored.items():
             if self._part(name) is not None:
                 raise FormatError(f"{tensor.path}: {name} is stored, and a stack that has it too")
 
-    def __getitem__(self, name: str) -> StoredTensor:
+    def __getitem__(self, name: str) -> Tensor:
         tensor = self._stored.get(name)
         if tensor is None or len(tensor.shape) == 3:
             tensor = self._part(name)
@@ -98,7 +102,7 @@ class _Tensors(Mapping[str, StoredTensor]):
     def __len__(self) -> int:
         return sum(t.shape[0] if len(t.shape) == 3 else 1 for t in self._stored.values())
 
-    def _part(self, name: str) -> StoredTensor | None:
+    def _part(self, name: str) -> Tensor | None:
         stack, _, number = name.rpartition(".")
         tensor = self._stored.get(stack)
         if tensor is None or len(tensor.shape) != 3 or len(number) > _LONGEST_NUMBER:
@@ -120,6 +124,34 @@ class _Shapes(Mapping[str, tuple[int, ...]]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def _with_quantisation(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Adds what older releases of ModelOpt say of the quantisation in a file of its own."""
+    key, content = "quantization_config", read_file(path, _MODELOPT, is_copied=False)
+    if content is None or config.get(key):
+        return config
+    values = parse_object(content, str(path / _MODELOPT)).get("quantization")
+    if not isinstance(values, dict):
+        raise FormatError(
+            f"{path / _MODELOPT}: quantization must be an object, got {quoted(values)}"
+        )
+    return {**config, key: {**values, "quant_method": "modelopt"}}
+
+
+def _floats(
+    path: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]
+) -> Mapping[str, Tensor]:
+    """Returns the tensors with those that are quantised as floats.
+
+    Raises:
+        FormatError: some are of a kind that is not supported.
+    """
+    tensors = as_floats(config, stored, where=str(path / _CONFIG))
+    for tensor in tensors.values():
+        if isinstance(tensor, StoredTensor):
+            require_floats(tensor)
+    return tensors
 
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:

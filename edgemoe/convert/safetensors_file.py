@@ -1,4 +1,4 @@
-"""Reads float tensors from a safetensors file as float32, one at a time.
+"""Reads tensors from a safetensors file, one at a time; those of floats as float32.
 
 The safetensors library checks the file. It cannot hand out bfloat16 without torch or another
 package that knows it, so the bytes are read here.
@@ -10,6 +10,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +20,12 @@ from edgemoe.convert.folder import require_file
 from edgemoe.errors import FormatError, shortened
 from edgemoe.file.parse import parse_object
 
-__all__ = ["StoredTensor", "read_header"]
+__all__ = ["StoredTensor", "read_header", "require_floats"]
 
 _MOST_HEADER = 100_000_000  # bytes, as the library has it
-_DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+_CODES = {"U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8", "F8_E4M3": "u1", "F8_E8M0": "u1"}
+_DTYPES = {**_FLOATS, **_CODES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class StoredTensor:
     path: Path
     name: str
     dtype: str
-    """A key of safetensors' dtypes: F32, F16 or BF16."""
+    """A key of safetensors' dtypes: F32, F16 or BF16, or one that quantised checkpoints have."""
     shape: tuple[int, ...]
     offset: int
     """Bytes from the start of the file."""
@@ -44,7 +47,18 @@ class StoredTensor:
         return StoredTensor(self.path, f"{self.name}.{index}", self.dtype, tuple(shape), at)
 
     def read(self) -> NDArray[np.float32]:
-        """Reads the values as float32, C-contiguous and owned by the caller.
+        """Reads a tensor of floats as float32, C-contiguous and owned by the caller.
+
+        Raises:
+            FormatError: the file has become shorter since it was opened.
+            OSError: it cannot be read.
+        """
+        assert self.dtype in _FLOATS
+        values: NDArray[np.float32] = self.raw()
+        return values
+
+    def raw(self) -> NDArray[Any]:
+        """Reads the values: floats as float32, whole numbers and the codes of other types as they are.
 
         Raises:
             FormatError: the file has become shorter since it was opened.
@@ -62,6 +76,8 @@ class StoredTensor:
             wide = raw.astype("<u4")
             wide <<= 16
             return wide.view(np.float32).reshape(self.shape)
+        if self.dtype in _CODES:
+            return raw.reshape(self.shape)
         return raw.astype(np.float32, copy=False).reshape(self.shape)
 
 
@@ -70,7 +86,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
     Raises:
         FormatError: the file is missing, truncated or not safetensors, or a tensor is empty or of
-            a type that is not float32, float16 or bfloat16.
+            a type that no checkpoint has.
     """
     require_file(path)
     try:
@@ -89,12 +105,25 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             continue
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         if dtype not in _DTYPES:
-            raise FormatError(
-                f"{path}: {shortened(name)}: dtype {dtype} is not supported; "
-                f"supported: {', '.join(_DTYPES)}"
-            )
+            raise _not_floats(path, name, dtype)
         if math.prod(shape) == 0:
             raise FormatError(f"{path}: {shortened(name)}: is empty, shape {list(shape)}")
         offset = 8 + size + entry["data_offsets"][0]
         tensors[name] = StoredTensor(path, name, dtype, shape, offset)
     return tensors
+
+
+def require_floats(tensor: StoredTensor) -> None:
+    """Checks that a tensor holds floats.
+
+    Raises:
+        FormatError: it is of another type.
+    """
+    if tensor.dtype not in _FLOATS:
+        raise _not_floats(tensor.path, tensor.name, tensor.dtype)
+
+
+def _not_floats(path: Path, name: str, dtype: str) -> FormatError:
+    return FormatError(
+        f"{path}: {shortened(name)}: dtype {dtype} is not supported; supported: {', '.join(_FLOATS)}"
+    )

@@ -154,10 +154,6 @@ def decoder_config(settings: Settings, *, family: str, **switches: Any) -> Model
         raise settings.error(
             "hidden_act", f"{quoted(activation)} is not supported; supported: silu"
         )
-    if settings.section("quantization_config"):
-        raise settings.error(
-            "quantization_config", "the weights must be floats; convert the original checkpoint"
-        )
     hidden_size = settings.integer("hidden_size")
     num_heads = settings.integer("num_attention_heads")
     head_dim = settings.integer("head_dim", hidden_size // num_heads)

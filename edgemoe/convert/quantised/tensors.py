@@ -1,0 +1,183 @@
+"""Tensors that several stored ones make, and what finds those."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.convert.quantised.numbers import E4M3, E8M0
+from edgemoe.convert.safetensors_file import StoredTensor
+from edgemoe.convert.settings import Settings
+from edgemoe.errors import FormatError, shortened
+
+__all__ = ["Decoded", "Method", "Pieces", "Tensor", "Values", "expect", "expect_dtype"]
+
+Values: TypeAlias = Mapping[str, NDArray[Any]]
+"""What a decoder is given, by role: `codes` as they are stored, and all others as numbers."""
+_CODES = "codes"
+
+
+class Tensor(Protocol):
+    """A tensor of a checkpoint that reads as float32."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    def part(self, index: int) -> Tensor:
+        """Returns what an index along the first axis selects, named `name.index`."""
+
+    def read(self) -> NDArray[np.float32]:
+        """Reads the values as float32, C-contiguous. Raises FormatError when they are broken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to quantise a checkpoint."""
+
+    title: str
+    """For people: what is read."""
+    read: Callable[[Pieces, Settings], None]
+    """Finds the quantised tensors among the pieces; is given `quantization_config`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A weight that is decoded from `pieces` when it is read; implements `Tensor`."""
+
+    name: str
+    shape: tuple[int, ...]
+    pieces: Mapping[str, StoredTensor]
+    """By role. `codes` is one of them; its file is the one that errors name."""
+    decode: Callable[[Values], NDArray[np.float32]]
+    """Makes a matrix of `shape`'s last two axes."""
+
+    @property
+    def path(self) -> Path:
+        return self.pieces[_CODES].path
+
+    def part(self, index: int) -> Decoded:
+        """Returns one matrix of a stack. A piece with as many entries as the stack has one for each of them."""
+        count = self.shape[0]
+        pieces = {
+            role: piece.part(index) if piece.shape and piece.shape[0] == count else piece
+            for role, piece in self.pieces.items()
+        }
+        return replace(
+            self, name=f"{self.name}.{index}", shape=self.shape[1:], pieces=pieces
+        )  # fmt: skip
+
+    def read(self) -> NDArray[np.float32]:
+        """Reads the pieces and decodes them.
+
+        Raises:
+            FormatError: a file has become shorter since it was opened, a scale is no number, or codes contradict it.
+        """
+        values = {role: self._values(role) for role in self.pieces}
+        try:
+            out = self.decode(values)
+        except ValueError as error:
+            raise FormatError(f"{self.path}: {shortened(self.name)}: {error}") from None
+        assert out.shape == self.shape
+        return out
+
+    def _values(self, role: str) -> NDArray[Any]:
+        piece = self.pieces[role]
+        raw = piece.raw()
+        if role == _CODES or piece.dtype.startswith("I"):
+            return raw
+        if piece.dtype == "F8_E4M3":
+            raw = E4M3[raw]
+        elif piece.dtype in ("F8_E8M0", "U8"):
+            raw = E8M0[raw]
+        if not np.isfinite(raw).all():
+            raise FormatError(f"{piece.path}: {shortened(piece.name)}: holds NaN or infinity")
+        return raw
+
+
+class Pieces:
+    """The stored tensors of a checkpoint, of which decoders claim those that belong together."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self._left = dict(stored)
+        self._found: dict[str, Decoded] = {}
+
+    def ending(self, suffix: str, *dtypes: str) -> list[str]:
+        """Returns the names that end so, without the ending, of tensors of these types; of all types for none."""
+        return [
+            name.removesuffix(suffix)
+            for name, tensor in self._left.items()
+            if name.endswith(suffix) and (not dtypes or tensor.dtype in dtypes)
+        ]
+
+    def claim(
+        self, start: str, *, optional: tuple[str, ...] = (), **suffixes: str
+    ) -> dict[str, StoredTensor]:
+        """Takes the tensors named `start` and a suffix, by role.
+
+        Raises:
+            FormatError: one is not there, and is not optional.
+        """
+        found = {}
+        for role, suffix in suffixes.items():
+            piece = self._left.pop(start + suffix, None)
+            if piece is not None:
+                found[role] = piece
+            elif role not in optional:
+                at = next(iter(found.values()))
+                raise FormatError(
+                    f"{at.path}: {shortened(at.name)}: is quantised, and there is no {shortened(start + suffix)}"
+                )
+        return found
+
+    def add(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        pieces: Mapping[str, StoredTensor],
+        decode: Callable[[Values], NDArray[np.float32]],
+    ) -> None:
+        """Presents a decoded tensor.
+
+        Raises:
+            FormatError: one of this name is stored, too.
+        """
+        if name in self._left or name in self._found:
+            raise FormatError(f"{pieces[_CODES].path}: {shortened(name)}: is stored twice")
+        self._found[name] = Decoded(name, shape, pieces, decode)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns what was added and, as they are, those that nobody claimed."""
+        return {**self._left, **self._found}
+
+
+def expect(piece: StoredTensor, *shapes: tuple[int, ...]) -> None:
+    """Checks a piece's shape.
+
+    Raises:
+        FormatError: it is none of `shapes`.
+    """
+    if piece.shape not in shapes:
+        expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+        raise FormatError(
+            f"{piece.path}: {shortened(piece.name)}: expected shape {expected}, got {list(piece.shape)}"
+        )
+
+
+def expect_dtype(piece: StoredTensor, *dtypes: str) -> None:
+    """Checks a piece's type.
+
+    Raises:
+        FormatError: it is none of `dtypes`.
+    """
+    if piece.dtype not in dtypes:
+        raise FormatError(
+            f"{piece.path}: {shortened(piece.name)}: expected {' or '.join(dtypes)}, got {piece.dtype}"
+        )
