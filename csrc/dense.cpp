@@ -121,8 +121,8 @@ QuantizedRows Workspace::view(const Memory& memory, int n, int tiles, int8_t** c
   return {*codes, *scales, *sums, tiles};
 }
 
-QuantizedRows Workspace::quantize(const float* x, const int32_t* rows, int n, int cols) {
-  if (n > std::max(shape_.max_rows, kFfnRows) || cols > shape_.max_cols) {
+QuantizedRows Workspace::quantize(const float* x, const int32_t* rows, int n, int cols, int stride) {
+  if (cols > shape_.max_cols || quantized_bytes(n, cols) > activations_.size()) {
     throw std::invalid_argument("Workspace: expected at most [" + std::to_string(shape_.max_rows) + ", " +
                                 std::to_string(shape_.max_cols) + "] activations, got [" + std::to_string(n) + ", " +
                                 std::to_string(cols) + "]");
@@ -135,8 +135,8 @@ QuantizedRows Workspace::quantize(const float* x, const int32_t* rows, int n, in
   pool.run(n, 8, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
       const size_t at = size_t(i) * tiles;
-      k.quantize_row(x + size_t(rows ? rows[i] : i) * cols, cols, codes + at * kTileCols, scales + at * kScales,
-                     sums + at * kSums);
+      k.quantize_row(x + size_t(rows ? rows[i] : i) * size_t(stride ? stride : cols), cols, codes + at * kTileCols,
+                     scales + at * kScales, sums + at * kSums);
     }
   });
   return q;
@@ -183,6 +183,23 @@ void linear_f32(Workspace& ws, const float* x, int T, const float* matrix, int r
   const Kernels& k = kernels();
   ws.pool.run(rows, std::max(4, grain_for(rows, ws.pool.size())),
               [&](int begin, int end) { k.matmul_f32(matrix, x, T, rows, cols, begin, end, out); });
+}
+
+void linear_heads(Workspace& ws, const HeadRows& x, const NestedMatrix& w, int T, int heads, float* out,
+                  int out_stride) {
+  const Kernels& k = kernels();
+  std::vector<int32_t> rows(size_t(T) * heads);  // head after head, so that a head's are together
+  for (int h = 0; h < heads; ++h) {
+    for (int t = 0; t < T; ++t) rows[size_t(h) * T + t] = t * heads + h;
+  }
+  const QuantizedRows q = ws.quantize(x.x, rows.data(), T * heads, w.cols, x.stride);
+  const int per_head = w.rows / heads, count = per_head / kTileRows, total = heads * count;
+  ws.pool.run(total, grain_for(total, ws.pool.size()), [&](int begin, int end) {
+    for (int h = begin / count; h * count < end; ++h) {
+      const int a = std::max(begin, h * count), b = std::min(end, (h + 1) * count);
+      matmul(k, w, rows_from(q, h * T), T, a, b, out + size_t(h) * (out_stride - per_head), size_t(heads) * out_stride);
+    }
+  });
 }
 
 void route(Workspace& ws, const float* x, const Router& router, int T, int cols, const RouteRule& rule, float* scores,

@@ -30,8 +30,9 @@ class Workspace {
   /// What a workspace takes once all of it was used.
   static size_t bytes(int num_threads, const WorkspaceShape& shape);
 
-  /// Quantises rows of x in parallel. `rows` (may be null) picks rows of x.
-  QuantizedRows quantize(const float* x, const int32_t* rows, int n, int cols);
+  /// Quantises rows of x in parallel. `rows` (may be null) picks rows of x, which are `stride` floats apart; 0 for
+  /// cols.
+  QuantizedRows quantize(const float* x, const int32_t* rows, int n, int cols, int stride = 0);
   /// Where `quantize_hidden` puts n rows, at most kFfnRows.
   QuantizedRows hidden_rows(int n, int hidden) const;
   /// gate() = silu(gate()) * up(), quantised, for rows [begin, end) of n; by one thread.
@@ -61,6 +62,17 @@ void linear(Workspace& ws, const float* x, int T, const std::vector<const Nested
 
 /// The same of a float32 matrix [rows, cols], whose inputs are not rounded: out [T, rows].
 void linear_f32(Workspace& ws, const float* x, int T, const float* matrix, int rows, int cols, float* out);
+
+/// Rows of heads: x [T, heads, stride], of which the first columns are used.
+struct HeadRows {
+  const float* x;
+  int stride;
+};
+
+/// A matrix for each head, stacked: out[t, h, :rows / heads] = w[rows of h] x[t, h, :cols]. w [heads * a multiple of
+/// 16, cols]; out [T, heads, out_stride], of which the rest stays.
+void linear_heads(Workspace& ws, const HeadRows& x, const NestedMatrix& w, int T, int heads, float* out,
+                  int out_stride);
 
 /// What makes an expert's score of its logit.
 enum class Scoring : uint8_t {

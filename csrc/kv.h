@@ -31,4 +31,8 @@ size_t kv_bytes(KvType type, int num_heads, int capacity, int head_dim);
 /// Throws std::invalid_argument like `kv_bytes`, and OutOfBudget.
 std::unique_ptr<Kv> make_kv(KvType key_type, KvType value_type, int num_heads, int capacity, int head_dim);
 
+/// Keys of one head, whose leading `value_dim` columns are the values too. Throws likewise, and unless these are a
+/// multiple of 16.
+std::unique_ptr<Kv> make_latents(KvType type, int capacity, int head_dim, int value_dim);
+
 }  // namespace edgemoe

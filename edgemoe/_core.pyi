@@ -106,8 +106,27 @@ class KvLayer:
     ) -> None: ...
     @staticmethod
     def bytes(type: str, num_heads: int, capacity: int, head_dim: int) -> int: ...
+    @staticmethod
+    def latents(*, type: str, capacity: int, head_dim: int, value_dim: int) -> KvLayer: ...
     @property
     def content(self) -> _U8: ...
+
+class LatentLayer:
+    def __init__(
+        self,
+        *,
+        index: int,
+        num_heads: int,
+        nope_dim: int,
+        rope_dim: int,
+        latent_dim: int,
+        scale: float,
+        rotates: bool,
+        grow_every: int,
+        growth: float,
+        norm: _F32,
+        norm_eps: float,
+    ) -> None: ...
 
 class AttentionLayer:
     def __init__(
@@ -203,6 +222,7 @@ class Cache:
 
 def linear(ws: Workspace, x: _F32, matrices: Sequence[Nested], outs: Sequence[_F32]) -> None: ...
 def linear_f32(ws: Workspace, x: _F32, matrix: _F32, out: _F32) -> None: ...
+def linear_heads(ws: Workspace, x: _F32, w: Nested, heads: int, out: _F32) -> None: ...
 def add_norm(
     ws: Workspace, added: _F32, scale: float, x: _F32, weight: _F32, eps: float, out: _F32
 ) -> None: ...
@@ -217,6 +237,18 @@ def attention(
     cos: _F32,
     sin: _F32,
     rope: Rope | None,
+    kv: KvLayer,
+    out: _F32,
+) -> None: ...
+def latent_attention(
+    ws: Workspace,
+    layer: LatentLayer,
+    q: _F32,
+    absorbed: _F32,
+    keys: _F32,
+    pos: int,
+    cos: _F32 | None,
+    sin: _F32 | None,
     kv: KvLayer,
     out: _F32,
 ) -> None: ...

@@ -117,6 +117,13 @@ void bind_attention(py::module_& m) {
           },
           py::arg("type"), py::arg("num_heads"), py::arg("capacity"), py::arg("head_dim"),
           "Bytes of the keys or the values of one layer.")
+      .def_static(
+          "latents",
+          [](const std::string& type, int capacity, int head_dim, int value_dim) {
+            return Held<Kv>(make_latents(kv_type(type), capacity, head_dim, value_dim).release());
+          },
+          py::kw_only(), py::arg("type"), py::arg("capacity"), py::arg("head_dim"), py::arg("value_dim"),
+          "Keys of one head, whose leading columns are the values too.")
       .def_property_readonly(
           "content",
           [](const py::object& self) {
@@ -138,7 +145,7 @@ void bind_attention(py::module_& m) {
         expect(out, "out", {T, s.num_heads * s.head_dim});
         expect(cos, "cos", {T, half});
         expect(sin, "sin", {T, half});
-        if (kv.num_heads != s.num_kv_heads || kv.head_dim != s.head_dim) {
+        if (!kv.layer.values || kv.num_heads != s.num_kv_heads || kv.head_dim != s.head_dim) {
           throw std::invalid_argument("attention: the KV cache is of another shape");
         }
         parts.cos = cos.data();

@@ -10,6 +10,7 @@ void bind_quantize(pybind11::module_& m);   ///< quantize
 void bind_cache(pybind11::module_& m);      ///< Cache
 void bind_ops(pybind11::module_& m);        ///< Workspace and all that computes but attention
 void bind_attention(pybind11::module_& m);  ///< Rope, AttentionLayer, KvLayer, attention
+void bind_latent(pybind11::module_& m);     ///< LatentLayer, latent_attention
 
 void bind_mixers(pybind11::module_& m);  ///< recurrent mixers, gates
 

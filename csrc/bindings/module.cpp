@@ -77,5 +77,6 @@ PYBIND11_MODULE(_core, m) {
   bind_cache(m);
   bind_ops(m);
   bind_attention(m);
+  bind_latent(m);
   bind_mixers(m);
 }

@@ -7,6 +7,7 @@
 #include "cache.h"
 #include "dense.h"
 #include "expert.h"
+#include "kv.h"
 #include "matrix.h"
 
 namespace edgemoe {
@@ -96,6 +97,35 @@ void bind_ops(py::module_& m) {
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("matrix").noconvert(), py::arg("out").noconvert(),
       "out [T, rows] = x [T, cols] times a float32 matrix transposed.");
+
+  m.def(
+      "linear_heads",
+      [](Workspace& ws, const Array<float>& x, const Nested& w, int heads, Array<float> out) {
+        expect(x, "linear_heads x", {-1, -1});
+        expect(out, "linear_heads out", {x.shape(0), -1});
+        expect_within("linear_heads heads", heads, 1, kMaxHeads);
+        expect_within("linear_heads rows of all heads", int64_t(x.shape(0)) * heads, 0, kMaxSize);
+        const NestedMatrix& m = w.matrix;
+        const int per_head = m.rows / heads;
+        if (m.rows % heads || per_head % kTileRows) {
+          throw std::invalid_argument("linear_heads: expected a multiple of 16 rows for each head, got " +
+                                      std::to_string(m.rows) + " for " + std::to_string(heads) + " heads");
+        }
+        for (const auto& [a, least] : {std::pair{x, m.cols}, std::pair{out, per_head}}) {
+          if (a.shape(1) % heads || a.shape(1) / heads < least) {
+            throw std::invalid_argument("linear_heads: expected at least " + std::to_string(least) +
+                                        " columns for each of " + std::to_string(heads) + " heads, got " +
+                                        std::to_string(a.shape(1)));
+          }
+        }
+        const float* a = x.data();
+        float* o = out.mutable_data();
+        const int T = int(x.shape(0)), x_stride = int(x.shape(1)) / heads, out_stride = int(out.shape(1)) / heads;
+        py::gil_scoped_release release;
+        linear_heads(ws, {a, x_stride}, m, T, heads, o, out_stride);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("w"), py::arg("heads"), py::arg("out").noconvert(),
+      "A matrix for each head: out [T, heads * n][t, h, :rows / heads] = w[rows of h] x [T, heads * m][t, h, :cols].");
 
   m.def(
       "rms_norm",

@@ -89,6 +89,15 @@ struct Avx2 {
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
             _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
   }
+  template <int J>
+  static __m256 byte_of_half(__m256i codes) {
+    const __m256i high = _mm256_slli_epi32(_mm256_xor_si256(codes, _mm256_set1_epi8(char(0x80))), 24 - 8 * J);
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(high, 24));
+  }
+  template <int J>
+  static F byte_of(B codes) {
+    return {byte_of_half<J>(codes.lo), byte_of_half<J>(codes.hi)};
+  }
   static void store_i8(int8_t* p, I a) {
     const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a.lo, a.hi), 0xd8);
     const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
@@ -129,6 +138,21 @@ struct Avx2 {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  template <int D>
+  static __m256 fold_half(__m256 a, __m256 b) {
+    constexpr int upper = D == 4 ? 0xf0 : D == 2 ? 0xcc : 0xaa;
+    const __m256 own = _mm256_blend_ps(a, b, upper), other = _mm256_blend_ps(b, a, upper);
+    if constexpr (D == 4) return _mm256_add_ps(own, _mm256_permute2f128_ps(other, other, 1));
+    return _mm256_add_ps(own, _mm256_permute_ps(other, D == 2 ? 0x4e : 0xb1));
+  }
+  template <int D>
+  static F fold(F a, F b) {
+    if constexpr (D == 8) {
+      return {_mm256_add_ps(a.lo, a.hi), _mm256_add_ps(b.lo, b.hi)};
+    } else {
+      return {fold_half<D>(a.lo, b.lo), fold_half<D>(a.hi, b.hi)};
+    }
   }
   static float reduce_max(F a) {
     const __m256 eight = _mm256_max_ps(a.lo, a.hi);

@@ -50,6 +50,11 @@ struct Avx512 {
   static F load_i8(const int8_t* p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
+  template <int J>
+  static F byte_of(B codes) {
+    const I high = _mm512_slli_epi32(_mm512_xor_si512(codes, _mm512_set1_epi8(char(0x80))), 24 - 8 * J);
+    return _mm512_cvtepi32_ps(_mm512_srai_epi32(high, 24));
+  }
   static void store_i8(int8_t* p, I a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a)); }
 
   static F zero() { return _mm512_setzero_ps(); }
@@ -76,6 +81,14 @@ struct Avx512 {
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  }
+  template <int D>
+  static F fold(F a, F b) {
+    constexpr __mmask16 upper = D == 8 ? 0xff00 : D == 4 ? 0xf0f0 : D == 2 ? 0xcccc : 0xaaaa;
+    const F own = _mm512_mask_blend_ps(upper, a, b), other = _mm512_mask_blend_ps(upper, b, a);
+    if constexpr (D == 8) return _mm512_add_ps(own, _mm512_shuffle_f32x4(other, other, 0x4e));
+    if constexpr (D == 4) return _mm512_add_ps(own, _mm512_shuffle_f32x4(other, other, 0xb1));
+    return _mm512_add_ps(own, _mm512_permute_ps(other, D == 2 ? 0x4e : 0xb1));
   }
   static float reduce_max(F a) { return _mm512_reduce_max_ps(a); }
   static void load_scales(const uint8_t* p, float step, float first, F* scale, F* middle) {

@@ -109,6 +109,7 @@ constexpr int kPartPadding = 16;  ///< floats after a part's values: the highest
 /// kQ8: tiles of 16, the codes and then float16 scales [groups, 16]. Keys have the layout of a weight tile, so that one
 /// 8-bit dot product covers 16 positions: byte 64 * step + 4 * position + j is the code of column 4 * step + j, plus
 /// 128. Values are [16, head_stride] signed codes.
+/// Latents have one head and keys only.
 static inline int kv_tile_rows(KvType type) { return type == KvType::kQ8 ? 16 : 32; }
 
 static inline size_t kv_tile_bytes(KvType type, int head_stride) {
@@ -126,8 +127,9 @@ struct KvLayer {
   uint8_t* values;
   KvType key_type;
   KvType value_type;
-  int capacity;     ///< positions
-  int head_stride;  ///< head_dim rounded up to 16; the rest is zero
+  int capacity;      ///< positions
+  int head_stride;   ///< head_dim rounded up to 16; the rest is zero
+  int value_stride;  ///< the same; where values are null, how many of the keys' leading columns they are: of latents
 };
 
 /// One query and the positions [begin, end) that it sees of a block.
@@ -142,7 +144,7 @@ struct AttendQuery {
   const float* turns;  ///< tiles of 16 positions [half][cosines, sines][16], see mixers/rope.h
   int half;
   float* scores;  ///< scratch [kKeyBlock]
-  float* part;    ///< out: [head_stride] values, the highest score, the sum of e^(score - highest)
+  float* part;    ///< out: [value_stride] values, the highest score, the sum of e^(score - highest)
   int begin;
   int end;
   bool is_cold;  ///< nobody has just read the block: a hint, no more
@@ -266,8 +268,11 @@ struct Kernels {
   /// multiple of kKeyBlock. A query's result does not depend on the others.
   void (*attend)(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int base);
 
+  /// The same where a key's leading columns are its value: `kv` has no values.
+  void (*attend_latent)(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int base);
+
   /// Makes two parts of a query one: `into` of earlier blocks, `part` of the next.
-  void (*merge_parts)(float* into, const float* part, int head_stride);
+  void (*merge_parts)(float* into, const float* part, int value_stride);
 
   /// For each of T tokens in turn, columns [begin, end) of the values, multiples of 16:
   ///   S = decay S;  d = beta (v - S^T k);  S = S + k d^T;  out = S^T q.

@@ -104,6 +104,13 @@ struct Neon {
     return F{{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
               vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
   }
+  template <int J>
+  static F byte_of(const B& codes) {
+    return map([&](int i) {
+      const int32x4_t ints = vreinterpretq_s32_u8(veorq_u8(codes.v[i], vdupq_n_u8(0x80)));
+      return vcvtq_f32_s32(vshrq_n_s32(vshlq_n_s32(ints, 24 - 8 * J), 24));
+    });
+  }
   static void store_i8(int8_t* p, const I& a) {
     const int16x8_t low = vcombine_s16(vqmovn_s32(a.v[0]), vqmovn_s32(a.v[1]));
     const int16x8_t high = vcombine_s16(vqmovn_s32(a.v[2]), vqmovn_s32(a.v[3]));
@@ -165,6 +172,22 @@ struct Neon {
     const float32x4_t four = vaddq_f32(vaddq_f32(a.v[0], a.v[2]), vaddq_f32(a.v[1], a.v[3]));
     const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+  }
+  template <int D>
+  static F fold(const F& a, const F& b) {
+    const auto sum = [](float32x4_t x, float32x4_t y) { return vaddq_f32(x, y); };
+    if constexpr (D == 8) {
+      return F{{sum(a.v[0], a.v[2]), sum(a.v[1], a.v[3]), sum(b.v[0], b.v[2]), sum(b.v[1], b.v[3])}};
+    } else if constexpr (D == 4) {
+      return F{{sum(a.v[0], a.v[1]), sum(b.v[0], b.v[1]), sum(a.v[2], a.v[3]), sum(b.v[2], b.v[3])}};
+    } else if constexpr (D == 2) {
+      return map([&](int i) {
+        return vcombine_f32(vadd_f32(vget_low_f32(a.v[i]), vget_high_f32(a.v[i])),
+                            vadd_f32(vget_low_f32(b.v[i]), vget_high_f32(b.v[i])));
+      });
+    } else {
+      return map([&](int i) { return sum(vtrn1q_f32(a.v[i], b.v[i]), vtrn2q_f32(a.v[i], b.v[i])); });
+    }
   }
   static float reduce_max(const F& a) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(a.v[0], a.v[1]), vmaxq_f32(a.v[2], a.v[3])));

@@ -99,6 +99,11 @@ struct Scalar {
   static F load_i8(const int8_t* p) {
     return map([=](int i) { return float(p[i]); });
   }
+  /// Byte J of each lane of four, less 128.
+  template <int J>
+  static F byte_of(const B& codes) {
+    return map([&](int i) { return float(int32_t(codes.v[4 * i + J]) - 128); });
+  }
   static void store_i8(int8_t* p, const I& a) {
     for (int i = 0; i < 16; ++i) p[i] = int8_t(a.v[i]);
   }
@@ -164,6 +169,12 @@ struct Scalar {
       for (int i = 0; i < width; ++i) t[i] = t[i] + t[i + width];
     }
     return t[0];
+  }
+  /// One step of `reduce_add` for two vectors: lane i of the sum of lanes i and i ^ D, of a where i has no bit D, else
+  /// of b.
+  template <int D>
+  static F fold(const F& a, const F& b) {
+    return map([&](int i) { return i & D ? b.v[i] + b.v[i ^ D] : a.v[i] + a.v[i ^ D]; });
   }
   static float reduce_max(const F& a) {
     float top = a.v[0];

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "error.h"
 #include "mixers/kv_store.h"
@@ -48,7 +49,9 @@ class Pass {
  private:
   void prepare(float* x, int num_heads, const float* bias, const float* norm, int t, bool rotate) const;
   void attend_group(int kv_head, int start, const float* q, float* out);
+  void forget() const;
   void fill(float* scratch, const float* q, int kv_head) const;
+  void attend_block(int n, const AttendQuery* queries, int kv_head, int base) const;
   AttendQuery query(float* scratch, int kv_head, float* scores, float* part) const;
   void give(const float* part, int kv_head, float* out) const;
   float* mine() const { return ws_.attention() + ThreadPool::worker() * at_.thread; }
@@ -60,7 +63,7 @@ class Pass {
   const AttentionParts& p_;
   const KvLayer& kv_;
   const Layout at_;
-  const int hd_, heads_, kv_heads_, per_kv_;
+  const int hd_, vd_, heads_, kv_heads_, per_kv_;
   const KeyConstants* constants_ = nullptr;  ///< that keys lack; null for none
   const float *k_bias_, *v_bias_;            ///< of what is stored
   const float* out_bias_ = nullptr;          ///< what values lack; their weights sum to 1
@@ -75,6 +78,7 @@ Pass::Pass(Workspace& ws, int T, int pos, const AttentionParts& p, const KvLayer
       kv_(kv),
       at_(ws.shape()),
       hd_(p.shape.head_dim),
+      vd_(kv.values ? hd_ : kv.value_stride),
       heads_(p.shape.num_heads),
       kv_heads_(p.shape.num_kv_heads),
       per_kv_(heads_ / kv_heads_),
@@ -123,22 +127,36 @@ void Pass::store(float* q, float* k, float* v) {
     const QuantizedHead scratch(mine(), kv_.head_stride);
     for (int t = begin; t < end; ++t) {
       prepare(q + size_t(t) * heads_ * hd_, heads_, p_.q_bias, p_.q_norm, t, true);
-      float *kt = k + t * width, *vt = v + t * width;
+      float *kt = k + t * width, *vt = v ? v + t * width : nullptr;
       prepare(kt, kv_heads_, k_bias_, p_.k_norm, t, true);
-      prepare(vt, kv_heads_, v_bias_, nullptr, t, false);
+      if (vt) prepare(vt, kv_heads_, v_bias_, nullptr, t, false);
       bool fits = true;
       for (int h = 0; h < kv_heads_; ++h) {
         fits &= store_head(kn_, kv_, true, h, pos_ + t, kt + h * hd_, hd_, scratch);
-        fits &= store_head(kn_, kv_, false, h, pos_ + t, vt + h * hd_, hd_, scratch);
+        if (vt) fits &= store_head(kn_, kv_, false, h, pos_ + t, vt + h * hd_, hd_, scratch);
       }
       for (int first = misfits; !fits && t < first && !misfits.compare_exchange_weak(first, t);) continue;
     }
   });
   if (const int t = misfits; t < T_) {
     std::string what = misfit(k + t * width, int(width), kv_.key_type, true);
+    if (!v) forget();
     if (what.empty()) what = misfit(v + t * width, int(width), kv_.value_type, false);
     throw RangeError("layer " + std::to_string(p_.layer) + ": " + what);
   }
+}
+
+/// Latents that are not seen are multiplied with 0, which has to give 0.
+void Pass::forget() const {
+  const QuantizedHead scratch(mine(), kv_.head_stride);
+  const std::vector<float> nothing(size_t(hd_), 0.0f);
+  for (int t = 0; t < T_; ++t) store_head(kn_, kv_, true, 0, pos_ + t, nothing.data(), hd_, scratch);
+}
+
+/// Attends with some queries of a kv head to the block from `base`.
+void Pass::attend_block(int n, const AttendQuery* queries, int kv_head, int base) const {
+  kv_.values ? kn_.attend(n, queries, kv_, p_.shape.scale, kv_head, base)
+             : kn_.attend_latent(n, queries, kv_, p_.shape.scale, base);
 }
 
 /// Prepares a head's query: padded, in 8 bits where keys are, and what these lack.
@@ -171,38 +189,41 @@ AttendQuery Pass::query(float* scratch, int kv_head, float* scores, float* part)
 
 /// Writes a head's result.
 void Pass::give(const float* part, int kv_head, float* out) const {
-  std::copy_n(part, hd_, out);
-  for (int c = 0; out_bias_ && c < hd_; ++c) out[c] += out_bias_[kv_head * hd_ + c];
+  std::copy_n(part, vd_, out);
+  for (int c = 0; out_bias_ && c < vd_; ++c) out[c] += out_bias_[kv_head * hd_ + c];
 }
 
 void Pass::attend_one(const float* q, float* out) {
   const int first = first_seen(pos_), first_block = first / kKeyBlock, num_blocks = pos_ / kKeyBlock + 1 - first_block;
+  const int quads = blocks(per_kv_, kQueries), count = kv_heads_ * num_blocks * quads;
   float* queries = ws_.attention() + ws_.pool.size() * at_.thread;
   float* parts = queries + heads_ * at_.query;  // [block][head]
   for (int h = 0; h < heads_; ++h) fill(queries + h * at_.query, q + h * hd_, h / per_kv_);
-  ws_.pool.run(kv_heads_ * num_blocks, grain_for(kv_heads_ * num_blocks, ws_.pool.size()), [&](int begin, int end) {
+  ws_.pool.run(count, grain_for(count, ws_.pool.size()), [&](int begin, int end) {
     float* scores = mine();
     for (int i = begin; i < end; ++i) {
-      const int kv_head = i / num_blocks, block = i % num_blocks, base = (first_block + block) * kKeyBlock;
-      for (int h = kv_head * per_kv_; h < (kv_head + 1) * per_kv_; h += kQueries) {
-        AttendQuery together[kQueries];
-        const int n = std::min(kQueries, (kv_head + 1) * per_kv_ - h);
-        for (int j = 0; j < n; ++j) {
-          together[j] = query(queries + (h + j) * at_.query, kv_head, scores + j * kKeyBlock,
-                              parts + (block * heads_ + h + j) * at_.part);
-          together[j].begin = std::max(first, base);
-          together[j].end = std::min(pos_ + 1, base + kKeyBlock);
-          together[j].is_cold = h == kv_head * per_kv_;
-        }
-        kn_.attend(n, together, kv_, p_.shape.scale, kv_head, base);
+      const int quad = i % quads, kv_head = i / quads / num_blocks, block = i / quads % num_blocks;
+      const int base = (first_block + block) * kKeyBlock, h = kv_head * per_kv_ + quad * kQueries;
+      AttendQuery together[kQueries];
+      const int n = std::min(kQueries, (kv_head + 1) * per_kv_ - h);
+      for (int j = 0; j < n; ++j) {
+        together[j] = query(queries + (h + j) * at_.query, kv_head, scores + j * kKeyBlock,
+                            parts + (block * heads_ + h + j) * at_.part);
+        together[j].begin = std::max(first, base);
+        together[j].end = std::min(pos_ + 1, base + kKeyBlock);
+        together[j].is_cold = quad == 0;
       }
+      attend_block(n, together, kv_head, base);
     }
   });
-  for (int h = 0; h < heads_; ++h) {
-    float* whole = parts + h * at_.part;
-    for (int b = 1; b < num_blocks; ++b) kn_.merge_parts(whole, parts + (b * heads_ + h) * at_.part, kv_.head_stride);
-    give(whole, h / per_kv_, out + h * hd_);
-  }
+  ws_.pool.run(heads_, num_blocks > 1 ? grain_for(heads_, ws_.pool.size()) : heads_, [&](int begin, int end) {
+    for (int h = begin; h < end; ++h) {
+      float* whole = parts + h * at_.part;
+      for (int b = 1; b < num_blocks; ++b)
+        kn_.merge_parts(whole, parts + (b * heads_ + h) * at_.part, kv_.value_stride);
+      give(whole, h / per_kv_, out + h * vd_);
+    }
+  });
 }
 
 void Pass::attend_many(const float* q, float* out) {
@@ -224,9 +245,9 @@ void Pass::attend_group(int kv_head, int start, const float* q, float* out) {
   const auto position = [&](int j) { return pos_ + (start + j) / per_kv_; };
   const auto place = [&](int j) {
     const size_t head = kv_head * per_kv_ + (start + j) % per_kv_;
-    return (size_t((start + j) / per_kv_) * heads_ + head) * hd_;
+    return size_t((start + j) / per_kv_) * heads_ + head;
   };
-  for (int j = 0; j < count; ++j) fill(queries + j * at_.query, q + place(j), kv_head);
+  for (int j = 0; j < count; ++j) fill(queries + j * at_.query, q + place(j) * hd_, kv_head);
   for (int base = first_seen(position(0)) / kKeyBlock * kKeyBlock; base <= position(count - 1); base += kKeyBlock) {
     for (int quad = 0; quad < count; quad += kQueries) {
       AttendQuery together[kQueries];
@@ -246,13 +267,13 @@ void Pass::attend_group(int kv_head, int start, const float* q, float* out) {
         ++n;
       }
       if (n == 0) continue;
-      kn_.attend(n, together, kv_, p_.shape.scale, kv_head, base);
+      attend_block(n, together, kv_head, base);
       for (int j = 0; j < n; ++j) {
-        if (is_later[j]) kn_.merge_parts(parts + ids[j] * at_.part, next_parts + j * at_.part, kv_.head_stride);
+        if (is_later[j]) kn_.merge_parts(parts + ids[j] * at_.part, next_parts + j * at_.part, kv_.value_stride);
       }
     }
   }
-  for (int j = 0; j < count; ++j) give(parts + j * at_.part, kv_head, out + place(j));
+  for (int j = 0; j < count; ++j) give(parts + j * at_.part, kv_head, out + place(j) * vd_);
 }
 
 }  // namespace

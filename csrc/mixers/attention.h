@@ -29,7 +29,8 @@ struct AttentionParts {
 
 /// Adds biases, norms, clamps and rotates q [T, heads * head_dim], k and v [T, kv_heads * head_dim] in place, stores
 /// k and v at positions [pos, pos + T) and attends causally, to what is stored. out [T, heads * head_dim]. Throws
-/// RangeError where the cache's type cannot hold a key or value; what lies before `pos` stays.
+/// RangeError where the cache's type cannot hold a key or value; what lies before `pos` stays. For latents, where `kv`
+/// has no values, v is null and out [T, heads * value_stride].
 void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, const AttentionParts& parts,
                const KvLayer& kv, float* out);
 

@@ -552,7 +552,7 @@ void test_instruction_sets_agree(const ExpertFile& file) {
       for (const KvType value_type : {KvType::kF16, KvType::kF32, KvType::kQ8}) {
         const size_t keys = kv_heads * kv_head_bytes(key_type, capacity, stride);
         std::vector<uint8_t> kv(keys + kv_heads * kv_head_bytes(value_type, capacity, stride));
-        const KvLayer layer{kv.data(), kv.data() + keys, key_type, value_type, capacity, stride};
+        const KvLayer layer{kv.data(), kv.data() + keys, key_type, value_type, capacity, stride, stride};
         auto q = q0, k = k0, v = v0;
         for (int pos : {0, T, 2 * T, 3 * T}) {
           attention(ws, q.data(), k.data(), v.data(), T, pos, parts, layer, attended.data());
@@ -562,6 +562,18 @@ void test_instruction_sets_agree(const ExpertFile& file) {
         got.push_back(attended);
         got.emplace_back(kv.begin(), kv.end());
       }
+      std::vector<uint8_t> latents(kv_head_bytes(key_type, capacity, stride));
+      const KvLayer layer{latents.data(), nullptr, key_type, key_type, capacity, stride, 16};
+      AttentionParts one_key = parts;
+      one_key.shape.num_kv_heads = 1;
+      auto q = q0, k = k0;
+      for (int pos : {0, T, 2 * T}) {
+        attention(ws, q.data(), k.data(), nullptr, T, pos, one_key, layer, attended.data());
+        got.push_back(attended);
+      }
+      attention(ws, q.data(), k.data(), nullptr, 1, 3 * T, one_key, layer, attended.data());
+      got.push_back(attended);
+      got.emplace_back(latents.begin(), latents.end());
     }
     if (expected.empty()) {
       expected = got;

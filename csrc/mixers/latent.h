@@ -1,0 +1,41 @@
+// Multi-head latent attention (arXiv 2405.04434, section 2.1) in its absorbed form, for prompts and single tokens
+// alike.
+//
+// A position has one key for all heads: a latent, and a part that is turned by the position. A head's own keys and
+// values would be linear in the latent. So its query is brought to the latent's columns instead (`linear_heads` with
+// the head's key matrix), attends to the latents, and what comes out is brought to the head's values (likewise).
+#pragma once
+
+#include "dense.h"
+#include "kernels/kernels.h"
+
+namespace edgemoe {
+
+struct LatentShape {
+  int num_heads;
+  int nope_dim;    ///< columns of a head's query that no position turns
+  int rope_dim;    ///< those behind, of a position's key too
+  int latent_dim;  ///< a multiple of 16
+  float scale;     ///< multiplies q · k
+  bool rotates;    ///< the parts for it are turned; else they are what they are
+  int grow_every;  ///< from every so many positions on, scores are scaled by 1 + growth * log(1 + how many times)
+  float growth;    ///< 0 for never
+};
+
+/// What it needs besides the projections.
+struct LatentParts {
+  int layer;  ///< for errors
+  LatentShape shape;
+  const float* norm;  ///< [latent_dim]
+  float norm_eps;
+  const float* cos;  ///< [T, rope_dim / 2]; null where it does not rotate
+  const float* sin;
+};
+
+/// q [T, heads * (nope + rope)], of which the parts for RoPE are used; absorbed [T, heads * (latent + rope)], whose
+/// latent columns are there, gets these; keys [T, latent + rope] are normed and turned in place and stored at [pos, pos
+/// + T). out [T, heads * latent]. Throws RangeError like `attention`.
+void latent_attention(Workspace& ws, const float* q, float* absorbed, float* keys, int T, int pos,
+                      const LatentParts& parts, const KvLayer& kv, float* out);
+
+}  // namespace edgemoe
