@@ -10,33 +10,46 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.file.writer import Writer
+from edgemoe.specs import AttentionSpec, RopeSpec
 
 COMMON = {"tied": False, "norm_eps": 1e-5}
+
+
+def attention(
+    layers: int, heads: int, kv_heads: int, head_dim: int, **switches: Any
+) -> dict[str, Any]:
+    """Returns the fields of a `ModelConfig` whose layers all have the same attention."""
+    spec = {"scale": head_dim**-0.5, "rope": RopeSpec(dim=head_dim), **switches}
+    mixer = AttentionSpec(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, **spec)
+    return {"num_layers": layers, "mixers": (mixer,), "layer_mixers": (0,) * layers}
+
+
 SHAPES = {
     # allenai/OLMoE-1B-7B
     "olmoe": ModelConfig(
-        family="olmoe", vocab_size=50304, hidden_size=2048, num_layers=16, num_heads=16, num_kv_heads=16,
-        head_dim=128, context_length=8192, num_experts=64, experts_per_token=8, expert_hidden=1024,
-        moe_layers=tuple(range(16)), qk_norm="full", attention_scale=128**-0.5, **COMMON,
+        family="olmoe", vocab_size=50304, hidden_size=2048, context_length=8192,
+        **attention(16, 16, 16, 128, qk_norm="full"), num_experts=64, experts_per_token=8, expert_hidden=1024,
+        moe_layers=tuple(range(16)), **COMMON,
     ),
     # ibm-granite/granite-3.0-1b-a400m
     "granite": ModelConfig(
-        family="granitemoe", vocab_size=49155, hidden_size=1024, num_layers=24, num_heads=16, num_kv_heads=8,
-        head_dim=64, context_length=8192, num_experts=32, experts_per_token=8, expert_hidden=512,
-        moe_layers=tuple(range(24)), scoring="softmax_topk", attention_scale=0.015625,
+        family="granitemoe", vocab_size=49155, hidden_size=1024, context_length=8192,
+        **attention(24, 16, 8, 64, scale=0.015625), num_experts=32, experts_per_token=8, expert_hidden=512,
+        moe_layers=tuple(range(24)), scoring="softmax_topk",
         embedding_multiplier=12.0, residual_multiplier=0.22, logits_divisor=6.0,
         **{**COMMON, "tied": True},
     ),
     "tiny": ModelConfig(
-        family="olmoe", vocab_size=1024, hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=4,
-        head_dim=64, context_length=2048, num_experts=16, experts_per_token=4, expert_hidden=256,
-        moe_layers=tuple(range(4)), qk_norm="full", attention_scale=0.125, **COMMON,
+        family="olmoe", vocab_size=1024, hidden_size=256, context_length=2048,
+        **attention(4, 4, 4, 64, qk_norm="full"), num_experts=16, experts_per_token=4, expert_hidden=256,
+        moe_layers=tuple(range(4)), **COMMON,
     ),
 }  # fmt: skip
 
@@ -53,7 +66,7 @@ def write(out: Path, config: ModelConfig, *, bits: int, embedding: float, name: 
         bar = tqdm(total=writer.total_bytes, unit="B", unit_scale=True)
         for tensor, spec in dense_tensors(config).items():
             if tensor.startswith("rope"):
-                half = config.head_dim // 2
+                (half,) = spec.shape
                 writer.add(tensor, (10000.0 ** (-np.arange(half) / half)).astype(np.float32))
             elif len(spec.shape) == 1:
                 writer.add(tensor, np.ones(spec.shape, np.float32))

@@ -6,36 +6,24 @@ the file's reader included, asks the config.
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgemoe.errors import FormatError, quoted
-from edgemoe.specs import AttentionSpec, FfnSpec, RopeSpec, RouterSpec, TensorSpec
+from edgemoe.specs import MIXERS, FfnSpec, MixerSpec, RopeSpec, RouterSpec, TensorSpec
+from edgemoe.specs.flat import with_mixers
+from edgemoe.specs.mixer import LIMIT, need, need_numbers, need_sizes
+from edgemoe.specs.values import from_values, to_values
 
 __all__ = ["LIMIT", "MATRICES", "MOST_EXPERTS", "MOST_LAYERS", "ModelConfig", "dense_tensors"]
 
 MATRICES = ("gate", "up", "down")
 """The three matrices of an expert, in the order in which every rung stores them."""
 
-LIMIT = 1 << 24
-"""No dimension of a real model comes near; keeps every product inside 64 bits."""
-
-
 MOST_LAYERS, MOST_EXPERTS = 1 << 12, 1 << 18
 """Of a model; the largest published one has 24,576 experts in all."""
-
-
-_LATER = frozenset(
-    {
-        "choice_bias", "gate_scale", "groups", "used_groups", "group_score", "norm_after_rope", "rope_dim",
-        "rope_short_length",
-    }
-)  # fmt: skip
-"""Fields that files of the first families do not have, which older versions can still read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,14 +39,15 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
     context_length: int
     """Positions that the model was made for, its position scaling included."""
     norm_eps: float
     tied: bool
     """The head is the embedding."""
+    mixers: tuple[MixerSpec, ...]
+    """The distinct ones, in the order in which layers first have them."""
+    layer_mixers: tuple[int, ...]
+    """Per layer, which of them it has."""
     num_experts: int
     experts_per_token: int
     expert_hidden: int
@@ -81,24 +70,6 @@ class ModelConfig:
     """Per layer, the width of the FFN that every token takes; 0 for none; empty for all 0."""
     shared_sigmoid: bool = False
     """In MoE layers the shared FFN's output is scaled by sigmoid(w · x)."""
-    qkv_bias: bool = False
-    o_bias: bool = False
-    qk_norm: Literal["none", "head", "full"] = "none"
-    """RMS norm of q and k: per head (weight [head_dim]) or over the whole projection."""
-    norm_after_rope: bool = False
-    """The norm of q and k comes after RoPE (for qk_norm "head")."""
-    rope_dim: int | None = None
-    """Leading columns of each head that RoPE rotates; None for all."""
-    clip_qkv: float | None = None
-    """q, k and v are clamped to ±this after the norm and before RoPE."""
-    windows: tuple[int, ...] = ()
-    """Per layer, how many last positions attention sees; 0 for all; empty for all 0."""
-    attention_scale: float
-    """Multiplies q · k."""
-    rope_scale: float = 1.0
-    """Multiplies cos and sin (YaRN's attention factor). Frequencies are the tensor `rope`."""
-    rope_short_length: int = 0
-    """Sequences of up to so many tokens have the frequencies of the tensor `rope_short`; 0 for none (LongRoPE)."""
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
@@ -106,28 +77,52 @@ class ModelConfig:
     """Tokens that end a reply."""
 
     def __post_init__(self) -> None:
-        def need(ok: bool, what: str) -> None:
-            if not ok:
-                raise FormatError(f"model config: {what}")
+        need_sizes(
+            self, "vocab_size", "hidden_size", "num_layers", "context_length", "num_experts",
+            "experts_per_token", "expert_hidden",
+        )  # fmt: skip
+        need_numbers(
+            self, "norm_eps", "embedding_multiplier", "residual_multiplier", "logits_divisor",
+            "gate_scale",
+        )  # fmt: skip
+        need(self.num_layers < MOST_LAYERS, f"{self.num_layers} layers are too many")
+        self._check_mixers()
+        self._check_router()
+        need(
+            list(self.moe_layers) == sorted(set(self.moe_layers))
+            and all(0 <= i < self.num_layers for i in self.moe_layers),
+            "moe_layers must be ascending layer numbers",
+        )
+        need(len(self.moe_layers) > 0, "no layer has routed experts")
+        need(
+            len(self.moe_layers) * self.num_experts <= MOST_EXPERTS and self.num_experts < 0xFFFF,
+            f"{len(self.moe_layers)} layers of {self.num_experts} experts are too many",
+        )
+        need(
+            len(self.shared_hidden) in (0, self.num_layers)
+            and all(type(v) is int and 0 <= v < LIMIT for v in self.shared_hidden),
+            "shared_hidden must have one whole number per layer",
+        )
+        need(
+            all(type(i) is int and 0 <= i < self.vocab_size for i in self.eos_ids),
+            f"eos_ids {self.eos_ids} are outside the vocabulary",
+        )
 
-        for name in (
-            "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
-            "context_length", "num_experts", "experts_per_token", "expert_hidden",
-        ):  # fmt: skip
-            value = getattr(self, name)
+    def _check_mixers(self) -> None:
+        need(
+            len(self.layer_mixers) == self.num_layers
+            and list(dict.fromkeys(self.layer_mixers)) == list(range(len(self.mixers)))
+            and len(set(self.mixers)) == len(self.mixers),
+            "layer_mixers must say of every layer which of the mixers it has, in their order, each at least once",
+        )
+        tables: dict[str, RopeSpec] = {}
+        for rope in self.ropes:
             need(
-                type(value) is int and 0 < value < LIMIT,
-                f"{name} must be a whole number from 1 to {LIMIT - 1}, got {quoted(value)}",
+                tables.setdefault(rope.name, rope) == rope,
+                f"two kinds of RoPE have the name {rope.name}",
             )
-        for name in (
-            "norm_eps", "attention_scale", "rope_scale",
-            "embedding_multiplier", "residual_multiplier", "logits_divisor", "gate_scale",
-        ):  # fmt: skip
-            value = getattr(self, name)
-            need(
-                isinstance(value, (int, float)) and math.isfinite(value) and value > 0,
-                f"{name} must be a positive number, got {quoted(value)}",
-            )
+
+    def _check_router(self) -> None:
         need(
             self.scoring in ("softmax", "softmax_topk", "sigmoid"),
             f"unknown scoring {quoted(self.scoring)}",
@@ -137,36 +132,6 @@ class ModelConfig:
             "scoring softmax_topk has neither a choice bias nor groups",
         )
         need(self.group_score in ("max", "top2"), f"unknown group_score {quoted(self.group_score)}")
-        need(self.qk_norm in ("none", "head", "full"), f"unknown qk_norm {quoted(self.qk_norm)}")
-        need(
-            self.clip_qkv is None or (math.isfinite(self.clip_qkv) and self.clip_qkv > 0),
-            f"clip_qkv must be positive, got {quoted(self.clip_qkv)}",
-        )
-        need(
-            self.num_heads % self.num_kv_heads == 0,
-            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
-        )
-        need(
-            self.num_layers < MOST_LAYERS and self.num_heads * self.head_dim < LIMIT,
-            f"{self.num_layers} layers of {self.num_heads} heads of {self.head_dim} are too many",
-        )
-        need(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
-        need(
-            type(self.rope_short_length) is int and 0 <= self.rope_short_length < LIMIT,
-            f"rope_short_length must be a whole number, got {quoted(self.rope_short_length)}",
-        )
-        need(
-            self.rope_dim is None
-            or (
-                type(self.rope_dim) is int
-                and self.rope_dim % 2 == 0
-                and 0 < self.rope_dim <= self.head_dim
-            ),
-            f"rope_dim must be an even number to {self.head_dim}, got {quoted(self.rope_dim)}",
-        )
-        need(
-            self.qk_norm == "head" or not self.norm_after_rope, "norm_after_rope needs qk_norm head"
-        )
         need(
             self.experts_per_token <= self.num_experts,
             f"experts_per_token {self.experts_per_token} exceeds num_experts {self.num_experts}",
@@ -179,68 +144,35 @@ class ModelConfig:
             f"{self.used_groups} of {self.groups} groups of {self.num_experts} experts do not hold "
             f"{self.experts_per_token}",
         )
-        need(
-            list(self.moe_layers) == sorted(set(self.moe_layers))
-            and all(0 <= i < self.num_layers for i in self.moe_layers),
-            "moe_layers must be ascending layer numbers",
-        )
-        need(len(self.moe_layers) > 0, "no layer has routed experts")
-        need(
-            len(self.moe_layers) * self.num_experts <= MOST_EXPERTS and self.num_experts < 0xFFFF,
-            f"{len(self.moe_layers)} layers of {self.num_experts} experts are too many",
-        )
-        for name in ("shared_hidden", "windows"):
-            value = getattr(self, name)
-            need(
-                len(value) in (0, self.num_layers)
-                and all(type(v) is int and 0 <= v < LIMIT for v in value),
-                f"{name} must have one whole number per layer",
-            )
-        need(
-            all(type(i) is int and 0 <= i < self.vocab_size for i in self.eos_ids),
-            f"eos_ids {self.eos_ids} are outside the vocabulary",
-        )
 
     def shared_width(self, layer: int) -> int:
         """Returns the width of the always-on FFN of a layer, 0 for none."""
         return self.shared_hidden[layer] if self.shared_hidden else 0
-
-    def window(self, layer: int) -> int:
-        """Returns how many last positions attention of a layer sees, 0 for all."""
-        return self.windows[layer] if self.windows else 0
 
     def moe_index(self, layer: int) -> int:
         """Returns the position of a layer among those with routed experts, -1 for none."""
         at = bisect_left(self.moe_layers, layer)
         return at if at < len(self.moe_layers) and self.moe_layers[at] == layer else -1
 
-    def mixer(self, layer: int) -> AttentionSpec:
-        """Returns what mixes the tokens of a layer; equal for layers that do it alike."""
-        return AttentionSpec(
-            num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
-            scale=self.attention_scale, window=self.window(layer), qkv_bias=self.qkv_bias,
-            o_bias=self.o_bias, qk_norm=self.qk_norm, norm_eps=self.norm_eps, clip=self.clip_qkv,
-            rope=self.rope(layer), norm_after_rope=self.norm_after_rope,
-        )  # fmt: skip
+    def mixer(self, layer: int) -> MixerSpec:
+        """Returns what mixes the tokens of a layer."""
+        return self.mixers[self.layer_mixers[layer]]
 
-    def rope(self, layer: int) -> RopeSpec:
-        """Returns how positions turn queries and keys of a layer; equal for layers that do it alike."""
-        del layer  # one for all, until the file's version is raised
-        return RopeSpec(
-            name="rope", dim=self.rotated, scale=self.rope_scale,
-            short_length=self.rope_short_length,
-        )  # fmt: skip
+    @property
+    def mixer_by_layer(self) -> list[MixerSpec]:
+        """The mixer of every layer."""
+        return [self.mixers[i] for i in self.layer_mixers]
 
     @property
     def ropes(self) -> list[RopeSpec]:
-        """The distinct ones."""
-        return list(dict.fromkeys(self.rope(i) for i in range(self.num_layers)))
+        """The distinct ways in which positions turn queries and keys."""
+        return list(dict.fromkeys(rope for mixer in self.mixers for rope in mixer.ropes))
 
     def turns_alike(self, length: int, other: int) -> bool:
         """Returns whether sequences of `length` and of `other` tokens have the same frequencies in every layer."""
-        if length == other or not self.rope_short_length:
-            return True
-        return all(r.frequencies(length) == r.frequencies(other) for r in self.ropes)
+        return length == other or all(
+            r.frequencies(length) == r.frequencies(other) for r in self.ropes
+        )
 
     def ffn(self, layer: int) -> FfnSpec:
         """Returns what follows the mixer of a layer; equal for layers that do it alike."""
@@ -261,22 +193,9 @@ class ModelConfig:
             used_groups=self.used_groups, group_score=self.group_score,
         )  # fmt: skip
 
-    @property
-    def rotated(self) -> int:
-        """Leading columns of each head that RoPE rotates."""
-        return self.head_dim if self.rope_dim is None else self.rope_dim
-
-    @property
-    def mixers(self) -> list[AttentionSpec]:
-        """The mixer of every layer, of which few are distinct."""
-        return [self.mixer(i) for i in range(self.num_layers)]
-
     def to_json(self) -> dict[str, Any]:
-        """Returns the fields as JSON values; those that a model does without, and once were not there, are left out."""
-        values = dataclasses.asdict(self)
-        for field in dataclasses.fields(self):
-            if field.name in _LATER and values[field.name] == field.default:
-                del values[field.name]
+        """Returns the fields as JSON values, those that are not at their defaults."""
+        values: dict[str, Any] = to_values(self)
         return values
 
     @classmethod
@@ -286,45 +205,9 @@ class ModelConfig:
         Raises:
             FormatError: a field is missing, unknown or out of range.
         """
-        if not isinstance(values, Mapping):
-            raise FormatError(f"model config: expected an object, got {type(values).__name__}")
-        fields = {f.name: f for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            raise FormatError(f"model config: unknown fields {', '.join(map(str, unknown))}")
-        missing = sorted(
-            n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values
-        )
-        if missing:
-            raise FormatError(f"model config: missing fields {', '.join(missing)}")
-        clean: dict[str, Any] = {}
-        for name, value in values.items():
-            kind = str(fields[name].type)
-            if kind.startswith("tuple"):
-                if not isinstance(value, (list, tuple)):
-                    raise FormatError(f"model config: {name} must be a list, got {quoted(value)}")
-                value = tuple(value)
-                if not all(type(v) is int for v in value):
-                    raise FormatError(f"model config: {name} must hold whole numbers")
-            elif kind.startswith("int") and value is not None and type(value) is not int:
-                raise FormatError(
-                    f"model config: {name} must be a whole number, got {quoted(value)}"
-                )
-            elif kind == "bool" and type(value) is not bool:
-                raise FormatError(
-                    f"model config: {name} must be true or false, got {quoted(value)}"
-                )
-            elif kind.startswith("float") and value is not None:
-                if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    raise FormatError(f"model config: {name} must be a number, got {quoted(value)}")
-                try:
-                    value = float(value)
-                except OverflowError:
-                    raise FormatError(f"model config: {name} is beyond any number") from None
-            elif (kind == "str" or kind.startswith("Literal")) and not isinstance(value, str):
-                raise FormatError(f"model config: {name} must be a string, got {quoted(value)}")
-            clean[name] = value
-        return cls(**clean)
+        if isinstance(values, Mapping) and "mixers" not in values:
+            values = with_mixers(values)
+        return from_values(cls, values, "model config", MIXERS)
 
 
 def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
@@ -332,8 +215,10 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
 
     All matrices are [out, in], as in `y = W x`; RoPE is in the half-split layout of transformers.
 
-        embed [V, D]  head [V, D] (absent when tied)  norm [D]  rope [rotated / 2]  rope_short (with LongRoPE)
-        layers.I.attn_norm [D]   layers.I.q [heads * head_dim, D]  .k .v [kv_heads * head_dim, D]
+        embed [V, D]  head [V, D] (absent when tied)  norm [D]
+        of each kind of RoPE: NAME [dim / 2]  NAME_short (with LongRoPE)
+        layers.I.attn_norm [D]   what the mixer's spec names; of attention:
+        layers.I.q [heads * head_dim, D]  .k .v [kv_heads * head_dim, D]
         layers.I.o [D, heads * head_dim]   .q_bias .k_bias .v_bias .o_bias   .q_norm .k_norm
         layers.I.ffn_norm [D]    layers.I.router [E, D]   .choice_bias [E]
         layers.I.shared.gate .up [S, D]  layers.I.shared.down [D, S]  layers.I.shared.sigmoid [D]

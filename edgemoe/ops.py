@@ -88,12 +88,13 @@ class OpsShape:
     @classmethod
     def of(cls, config: ModelConfig, threads: int) -> OpsShape:
         """Returns what a model needs for one token of one position; batches and contexts are made of it."""
-        mixers = set(config.mixers)
+        d = config.hidden_size
+        heads, widths = zip(*(m.heads for m in config.mixers), strict=True)
         return cls(
             threads=threads, max_tokens=1,
-            max_cols=max(config.hidden_size, *(m.q_width for m in mixers)),
+            max_cols=max(d, *(m.widest_input(d) for m in config.mixers)),
             max_hidden=max(config.expert_hidden, *config.shared_hidden, 0), max_context=1,
-            head_dim=max(m.head_dim for m in mixers), num_heads=max(m.num_heads for m in mixers),
+            head_dim=max(2, *widths), num_heads=max(1, *heads),
         )  # fmt: skip
 
 
@@ -187,16 +188,16 @@ class Ops(Protocol):
         k: Array,
         v: Array,
         pos: int,
-        cos: Array,
-        sin: Array,
-        table: RopeTable,
+        cos: Array | None,
+        sin: Array | None,
+        table: RopeTable | None,
         kv: KvLayer,
         out: Array,
     ) -> None:
         """Biases, norms and rotates q, k, v in place, stores k and v at `pos` in kv and attends causally.
 
-        q and out [T, heads * head_dim], k and v [T, kv_heads * head_dim]; cos and sin are what `rope` gave. Positions
-        before `pos` stay as they are.
+        q and out [T, heads * head_dim], k and v [T, kv_heads * head_dim]; cos and sin are what `rope` gave, None
+        with `table` where positions turn nothing. Positions before `pos` stay as they are.
 
         Raises:
             RangeError: a key or value does not fit the type of kv; names the layer, the number and what holds it.

@@ -146,13 +146,15 @@ class CpuOps:
         k: Array,
         v: Array,
         pos: int,
-        cos: Array,
-        sin: Array,
-        table: RopeTable,
+        cos: Array | None,
+        sin: Array | None,
+        table: RopeTable | None,
         kv: KvLayer,
         out: Array,
     ) -> None:
         """See `Ops.attention`."""
+        if cos is None or sin is None:
+            cos = sin = np.empty((len(q), 0), np.float32)
         _core.attention(self._ws, weights, q, k, v, pos, cos, sin, table, kv, out)
 
     def gate_heads(self, x: Array, gate: Array, kind: str) -> None:

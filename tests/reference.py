@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig
+from edgemoe.specs import AttentionSpec, MixerSpec
 
 Array = NDArray[Any]
 Experts = Callable[[int, int], tuple[Array, Array, Array]]
@@ -45,8 +46,12 @@ def logits(
             if name.startswith(f"layers.{i}.")
         }
         h = rms_norm(x, layer["attn_norm"], config.norm_eps)
-        rope = tensor(config.rope(i).frequencies(len(ids)))
-        h = attention(config, layer, rope, h, window=config.window(i))
+        h = mix(
+            config.mixer(i),
+            layer,
+            {name: tensor(name) for name in tensors if name.startswith("rope")},
+            h,
+        )
         x = x + h * dtype(config.residual_multiplier)
         h = rms_norm(x, layer["ffn_norm"], config.norm_eps)
         out = np.zeros_like(x)
@@ -93,37 +98,41 @@ def route(
     return np.array(chosen), np.array(gates)
 
 
+def mix(spec: MixerSpec, layer: Mapping[str, Array], turns: Mapping[str, Array], x: Array) -> Array:
+    """Mixes the tokens of the sequence x [T, D]; `turns` are the model's tables of frequencies."""
+    if isinstance(spec, AttentionSpec):
+        return attention(spec, layer, turns, x)
+    raise AssertionError(spec)
+
+
 def attention(
-    config: ModelConfig,
-    layer: Mapping[str, Array],
-    frequencies: Array,
-    x: Array,
-    *,
-    window: int,
+    spec: AttentionSpec, layer: Mapping[str, Array], turns: Mapping[str, Array], x: Array
 ) -> Array:
-    """Causal grouped-query attention over the sequence x [T, D]."""
-    heads, kv_heads, width = config.num_heads, config.num_kv_heads, config.head_dim
+    """Causal grouped-query attention."""
+    heads, kv_heads, width = spec.num_heads, spec.num_kv_heads, spec.head_dim
     q, k, v = (x @ layer[name].T + layer.get(f"{name}_bias", 0) for name in "qkv")
-    if config.qk_norm == "full":
-        q = rms_norm(q, layer["q_norm"], config.norm_eps)
-        k = rms_norm(k, layer["k_norm"], config.norm_eps)
-    if config.clip_qkv is not None:
-        q, k, v = (np.clip(a, -config.clip_qkv, config.clip_qkv) for a in (q, k, v))
+    if spec.qk_norm == "full":
+        q = rms_norm(q, layer["q_norm"], spec.norm_eps)
+        k = rms_norm(k, layer["k_norm"], spec.norm_eps)
+    if spec.clip is not None:
+        q, k, v = (np.clip(a, -spec.clip, spec.clip) for a in (q, k, v))
     q = q.reshape(-1, heads, width)
     k, v = k.reshape(-1, kv_heads, width), v.reshape(-1, kv_heads, width)
-    if config.qk_norm == "head" and not config.norm_after_rope:
-        q = rms_norm(q, layer["q_norm"], config.norm_eps)
-        k = rms_norm(k, layer["k_norm"], config.norm_eps)
-    q, k = (rotate(a, frequencies, config.rope_scale) for a in (q, k))
-    if config.norm_after_rope:
-        q = rms_norm(q, layer["q_norm"], config.norm_eps)
-        k = rms_norm(k, layer["k_norm"], config.norm_eps)
+    if spec.qk_norm == "head" and not spec.norm_after_rope:
+        q = rms_norm(q, layer["q_norm"], spec.norm_eps)
+        k = rms_norm(k, layer["k_norm"], spec.norm_eps)
+    if spec.rope is not None:
+        frequencies = turns[spec.rope.frequencies(len(x))]
+        q, k = (rotate(a, frequencies, spec.rope.scale) for a in (q, k))
+    if spec.norm_after_rope:
+        q = rms_norm(q, layer["q_norm"], spec.norm_eps)
+        k = rms_norm(k, layer["k_norm"], spec.norm_eps)
     out = np.empty_like(q)
     for head in range(heads):
         group = head * kv_heads // heads
         for t in range(len(x)):
-            first = max(0, t + 1 - window) if window else 0
-            weights = softmax(q[t, head] @ k[first : t + 1, group].T * config.attention_scale)
+            first = max(0, t + 1 - spec.window) if spec.window else 0
+            weights = softmax(q[t, head] @ k[first : t + 1, group].T * spec.scale)
             out[t, head] = weights @ v[first : t + 1, group]
     return out.reshape(len(x), -1) @ layer["o"].T + layer.get("o_bias", 0)
 

@@ -69,9 +69,11 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
     c = moe.config
     yield f"{about['file']}: {c.family}, {_size(moe.file_bytes)}"
     yield (
-        f"  {c.num_layers} layers, width {c.hidden_size}, {c.num_heads} heads of {c.head_dim} "
-        f"({c.num_kv_heads} for keys and values), vocabulary {c.vocab_size}, context {c.context_length}"
+        f"  {c.num_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "
+        f"context {c.context_length}"
     )
+    for i, mixer in enumerate(c.mixers):
+        yield f"  {c.layer_mixers.count(i)} layers mix tokens by {mixer}"
     shared = max(c.shared_hidden, default=0)
     yield (
         f"  {c.num_experts} experts of width {c.expert_hidden} in {len(c.moe_layers)} layers, "

@@ -112,11 +112,11 @@ def _tensors(
 
     d, E = config.hidden_size, config.num_experts
     for i in range(config.num_layers):
-        shared = config.shared_width(i)
-        cols = {"q": d, "o": config.num_heads * config.head_dim}
-        cols |= {"shared.gate": d, "shared.down": shared} if shared else {}
-        for role, width in cols.items():
-            dense(f"layers.{i}.{role}", tuple(f"blk.{i}.{n}.weight" for n in _DENSE[role]), width)
+        tensors_here = {**config.mixer(i).tensors(d), **config.ffn(i).tensors(d)}
+        for role, spec in tensors_here.items():
+            if role in _DENSE:
+                names = tuple(f"blk.{i}.{n}.weight" for n in _DENSE[role])
+                dense(f"layers.{i}.{role}", names, spec.shape[1])
         if i not in config.moe_layers:
             continue
         for port, width in (("in", d), ("hidden", config.expert_hidden)):

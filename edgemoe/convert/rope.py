@@ -17,7 +17,7 @@ from edgemoe.config import LIMIT
 from edgemoe.convert.settings import Settings
 from edgemoe.errors import quoted
 
-__all__ = ["Rope", "rope"]
+__all__ = ["Rope", "check_rotated", "rope", "rotated_columns"]
 
 Array = NDArray[np.float64]
 
@@ -27,7 +27,7 @@ class Rope:
     """What rotates q and k: position p turns pair i by p * frequencies[i]."""
 
     frequencies: NDArray[np.float32]
-    """[rotated / 2]"""
+    """[dim / 2]"""
     scale: float
     """Multiplies cos and sin."""
     context_length: int
@@ -35,7 +35,7 @@ class Rope:
     note: str = ""
     """What of the scaling is not used, in a line for the user; empty for nothing."""
     short: NDArray[np.float32] | None = None
-    """[rotated / 2]: what sequences of up to `short_length` tokens have in place of `frequencies`; None for those."""
+    """[dim / 2]: what sequences of up to `short_length` tokens have in place of `frequencies`; None for those."""
     short_length: int = 0
 
     def of(self, length: int) -> NDArray[np.float32]:
@@ -44,20 +44,25 @@ class Rope:
             return self.frequencies
         return self.short
 
+    def tensors(self, name: str) -> dict[str, NDArray[np.float32]]:
+        """Returns them by their names in a file, as `RopeSpec.tensors` has them."""
+        short = {} if self.short is None else {f"{name}_short": self.short}
+        return {name: self.frequencies, **short}
+
 
 @dataclass(frozen=True, slots=True)
 class _Request:
     """What a scaling may ask for: its own parameters, and the model's sizes."""
 
     parameters: Settings
-    head_dim: int
+    dim: int
     theta: float
     max_positions: int
     original_length: int
 
     def plain(self) -> Array:
-        """Returns the unscaled frequencies, [head_dim / 2]."""
-        exponents = np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
+        """Returns the unscaled frequencies, [dim / 2]."""
+        exponents = np.arange(0, self.dim, 2, dtype=np.float64) / self.dim
         frequencies: Array = self.theta**-exponents
         return frequencies
 
@@ -78,26 +83,19 @@ class _Request:
         return max(self.max_positions, int(reach))
 
 
-def rope(
-    settings: Settings, *, head_dim: int, default_theta: float, rotated: int | None = None
-) -> Rope:
+def rope(settings: Settings, *, dim: int, default_theta: float) -> Rope:
     """Computes the frequencies that config.json asks for.
 
     Args:
-        head_dim: of queries and keys.
+        dim: columns of queries and keys that are rotated.
         default_theta: the base where config.json names none.
-        rotated: leading columns of them that are rotated, as the family says; None for all.
 
     Reads `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (before).
 
     Raises:
         FormatError: the scaling is unknown, or a parameter is missing or out of range.
     """
-    rotated = head_dim if rotated is None else rotated
-    # In transformers too, the older key wins where a file has both.
-    parameters = (
-        settings.section("rope_scaling") or settings.section("rope_parameters") or Settings({})
-    )
+    parameters = _parameters(settings)
     for layer_type in ("full_attention", "sliding_attention"):
         if parameters.get(layer_type) is not None:
             raise parameters.error(layer_type, "RoPE that differs by layer is not supported")
@@ -107,13 +105,6 @@ def rope(
         raise parameters.error(
             "rope_type", f"{quoted(kind)} is not supported; supported: {', '.join(supported)}"
         )
-    for source in (parameters, settings):
-        factor = source.number("partial_rotary_factor", rotated / head_dim)
-        if int(head_dim * factor) != rotated:
-            raise source.error(
-                "partial_rotary_factor",
-                f"expected {rotated / head_dim:g} for this family, got {factor:g}",
-            )
     theta = parameters.number("rope_theta", settings.number("rope_theta", default_theta))
     if theta <= 1:
         raise parameters.error("rope_theta", f"must be above 1, got {theta}")
@@ -123,7 +114,7 @@ def rope(
         parameters.integer("original_max_position_embeddings", max_positions, at_least=2),
         at_least=2,
     )
-    request = _Request(parameters, rotated, theta, max_positions, original_length)
+    request = _Request(parameters, dim, theta, max_positions, original_length)
 
     def rounded(frequencies: Array) -> NDArray[np.float32]:
         with np.errstate(over="ignore"):
@@ -147,6 +138,35 @@ def rope(
     return Rope(rounded(frequencies), scale, max_positions, note)
 
 
+def rotated_columns(settings: Settings, head_dim: int) -> int:
+    """Returns how many leading columns of a head RoPE rotates: the share that config.json names, or all."""
+    parameters = _parameters(settings)
+    factor = parameters.positive(
+        "partial_rotary_factor", settings.positive("partial_rotary_factor", 1.0)
+    )
+    return int(head_dim * factor)
+
+
+def check_rotated(settings: Settings, head_dim: int, dim: int) -> None:
+    """Checks that config.json names no other share of a head's columns than the `dim` that a family rotates.
+
+    Raises:
+        FormatError: it does.
+    """
+    for source in (_parameters(settings), settings):
+        factor = source.number("partial_rotary_factor", dim / head_dim)
+        if int(head_dim * factor) != dim:
+            raise source.error(
+                "partial_rotary_factor",
+                f"expected {dim / head_dim:g} for this family, got {factor:g}",
+            )
+
+
+def _parameters(settings: Settings) -> Settings:
+    # In transformers too, the older key wins where a file has both.
+    return settings.section("rope_scaling") or settings.section("rope_parameters") or Settings({})
+
+
 def _default(request: _Request) -> tuple[Array, float]:
     # "dynamic" too: it changes the base only past max_position_embeddings, where the context ends. And "mrope": the
     # three positions that it gives each token are one and the same in text.
@@ -157,7 +177,7 @@ def _dynamic(request: _Request) -> tuple[Array, float]:
     """Hunyuan's form with `alpha` raises the base once, for all lengths (NTK); without it, see `_default`."""
     if request.parameters.get("alpha") is None:
         return request.plain(), 1.0
-    dim, alpha = request.head_dim, request.parameters.positive("alpha")
+    dim, alpha = request.dim, request.parameters.positive("alpha")
     return replace(request, theta=request.theta * alpha ** (dim / (dim - 2))).plain(), 1.0
 
 
@@ -167,7 +187,7 @@ def _linear(request: _Request) -> tuple[Array, float]:
 
 def _yarn(request: _Request) -> tuple[Array, float]:
     """Interpolates slow frequencies and keeps fast ones, with a ramp between (Peng et al. 2023)."""
-    parameters, dim, factor = request.parameters, request.head_dim, request.stretch()
+    parameters, dim, factor = request.parameters, request.dim, request.stretch()
 
     def scale_for(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
@@ -204,7 +224,7 @@ def _longrope(request: _Request, rounded: Callable[[Array], NDArray[np.float32]]
     parameters, factor = request.parameters, request.stretch()
     context_length, original_length = request.context_length(), request.original_length
     short, long = (
-        rounded(request.plain() / np.array(parameters.positives(key, request.head_dim // 2)))
+        rounded(request.plain() / np.array(parameters.positives(key, request.dim // 2)))
         for key in ("short_factor", "long_factor")
     )
     scale = 1.0

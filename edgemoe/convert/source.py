@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.config import LIMIT, MATRICES, ModelConfig, dense_tensors
+from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint, listed, refuse_unused
 from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.families.family import Family, Source
-from edgemoe.convert.rope import rope
+from edgemoe.convert.rope import Rope, rope
 from edgemoe.convert.settings import Settings, eos_ids
 from edgemoe.errors import FormatError, quoted
+from edgemoe.specs import MixerSpec, RopeSpec
 
 __all__ = ["SourceModel"]
 
@@ -43,21 +45,28 @@ class SourceModel:
             family = _family(checkpoint)
             settings = Settings(checkpoint.config)
             config = family.config(settings)
-            angles = rope(
-                settings, head_dim=config.head_dim, rotated=config.rotated,
-                default_theta=family.default_theta,
-            )  # fmt: skip
-            self.config = dataclasses.replace(
-                config, context_length=angles.context_length, rope_scale=angles.scale,
-                rope_short_length=angles.short_length,
-                eos_ids=eos_ids(checkpoint, config.vocab_size),
-            )  # fmt: skip
+            turns = {
+                spec: rope(
+                    family.rope(settings, spec), dim=spec.dim, default_theta=family.default_theta
+                )
+                for spec in config.ropes
+            }
             self._frequencies = {
-                spec.frequencies(length): angles.of(length)
-                for spec in self.config.ropes for length in (1, LIMIT)
-            }  # fmt: skip
+                name: frequencies
+                for spec, angles in turns.items()
+                for name, frequencies in angles.tensors(spec.name).items()
+            }
+            self.config = dataclasses.replace(
+                config,
+                mixers=tuple(_with_turns(m, turns) for m in config.mixers),
+                context_length=min(
+                    (t.context_length for t in turns.values()), default=config.context_length
+                ),
+                eos_ids=eos_ids(checkpoint, config.vocab_size),
+            )
             self._sources, left_out = self._checked_sources(family)
-            self.notes = tuple(note for note in (angles.note, *left_out) if note)
+            notes = dict.fromkeys(t.note for t in turns.values())
+            self.notes = tuple(note for note in (*notes, *left_out) if note)
         except FormatError as error:
             raise FormatError(f"{checkpoint.name}: {error}") from error
 
@@ -89,15 +98,8 @@ class SourceModel:
             rows = len(values) // 2
             values = values[source.half * rows : (source.half + 1) * rows]
         if source.interleaved:
-            values = self._in_halves(values)
+            values = _in_halves(values, self.config.mixer(int(name.split(".")[1])))
         return np.ascontiguousarray(values)
-
-    def _in_halves(self, values: Array) -> Array:
-        """Orders the rows of q or k [heads * head_dim, D] as `dense_tensors` says: scores stay the same."""
-        heads = values.reshape(-1, self.config.head_dim, *values.shape[1:])
-        n = self.config.rotated
-        out = np.concatenate([heads[:, 0:n:2], heads[:, 1:n:2], heads[:, n:]], axis=1)
-        return np.asarray(out.reshape(values.shape))
 
     def _checked_sources(self, family: Family) -> tuple[dict[str, Source], list[str]]:
         config, stored = self.config, self._checkpoint.shapes
@@ -136,6 +138,25 @@ class SourceModel:
             for what in dict.fromkeys(without.values())
         ]
         return sources, notes
+
+
+def _with_turns(mixer: MixerSpec, turns: Mapping[RopeSpec, Rope]) -> MixerSpec:
+    """Returns a mixer that knows what the frequencies of its positions are like."""
+    if not mixer.ropes:
+        return mixer
+    (spec,) = mixer.ropes
+    angles = turns[spec]
+    known = dataclasses.replace(spec, scale=angles.scale, short_length=angles.short_length)
+    return dataclasses.replace(mixer, rope=known)  # type: ignore[type-var]
+
+
+def _in_halves(values: Array, mixer: MixerSpec) -> Array:
+    """Orders the rows of q or k [heads * head_dim, D] as `dense_tensors` says: scores stay the same."""
+    _, width = mixer.heads
+    n = mixer.ropes[0].dim
+    heads = values.reshape(-1, width, *values.shape[1:])
+    out = np.concatenate([heads[:, 0:n:2], heads[:, 1:n:2], heads[:, n:]], axis=1)
+    return np.asarray(out.reshape(values.shape))
 
 
 def _family(checkpoint: Checkpoint) -> Family:

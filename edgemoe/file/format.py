@@ -1,4 +1,4 @@
-"""The `.moe` file, version 2 (docs/format.md specifies it): the index as objects, its reader, and sizes."""
+"""The `.moe` file, version 3 (docs/format.md specifies it): the index as objects, its reader, and sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ __all__ = [
 ]  # fmt: skip
 
 MAGIC = b"\x89MOE\r\n\x1a\n"
-VERSION = 2
+VERSION = 3
+"""What is written; version 2, whose config describes attention otherwise (`edgemoe.specs.flat`), is read too."""
 ALIGNMENT = 4096
 PREAMBLE = struct.Struct("<8sIIQQQI20x")
 _MAX_INDEX = 64 << 20
@@ -162,8 +163,8 @@ class _Reader:
         self.need(len(head) == PREAMBLE.size, "truncated inside the preamble")
         _, version, crc, self.file_bytes, offset, length, index_crc = PREAMBLE.unpack(head)
         self.need(
-            version == VERSION,
-            f"format version {version}; this edgemoe reads version {VERSION}"
+            version in (2, VERSION),
+            f"format version {version}; this edgemoe reads versions 2 and {VERSION}"
             + (": convert the checkpoint again" if version < VERSION else ""),
         )
         self.need(_core.crc32c(head[16:]) == crc, "checksum of the preamble does not match")

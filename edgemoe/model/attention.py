@@ -15,12 +15,16 @@ from edgemoe.store import Weight
 __all__ = ["Attention", "AttentionLayer"]
 
 
+_NOTHING: tuple[Any, Any, Any] = (None, None, None)
+
+
 class Attention:
     """Is what the layers of one spec share. See `Mixer`."""
 
     def __init__(self, spec: AttentionSpec, setup: Setup) -> None:
         self.spec, self.ops, self.hidden_size = spec, setup.ops, setup.config.hidden_size
-        self.rope, self.context, self.types = setup.ropes[spec.rope], setup.context, setup.types
+        self.rope = None if spec.rope is None else setup.ropes[spec.rope]
+        self.context, self.types = setup.context, setup.types
         self._rows = setup.scratch.rows(*self.scratch_widths(spec))
 
     @staticmethod
@@ -48,9 +52,11 @@ class Attention:
         parts: list[tuple[list[Any], int, Any, Any, Any, Any, Any, Any, Any]] = []
         for part in batch.slices:
             rows = self._rows.between(part.start, part.stop)
-            rotations = self.rope.rows.between(part.start, part.stop)
-            state, table = part.state, self.rope.table(part.state)
-            parts.append((state.layers, state.held, *rows[:3], *rotations, table, rows[3]))
+            state, turn = part.state, _NOTHING
+            if self.rope is not None:
+                cos, sin = self.rope.rows.between(part.start, part.stop)
+                turn = cos, sin, self.rope.table(state)
+            parts.append((state.layers, state.held, *rows[:3], *turn, rows[3]))
         batch.shared[self] = ((q, k, v), heads, parts)
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> AttentionLayer:
@@ -65,7 +71,7 @@ class AttentionLayer:
         matrices = cast(Mapping[str, Matrix], weights)
         self._shared, self._ops, self._index = shared, shared.ops, index
         self._weights = shared.ops.attention_weights(index, shared.spec, weights, shared.types.keys)
-        if self._weights.num_constants:
+        if shared.rope is not None and self._weights.num_constants:
             shared.rope.keep(shared.context)
         self._qkv, self._o = (matrices["q"], matrices["k"], matrices["v"]), (matrices["o"],)
         self._o_bias = cast("Array | None", weights.get("o_bias"))

@@ -22,7 +22,7 @@ from edgemoe.model.scratch import Rows, Scratch
 from edgemoe.model.setup import Setup
 from edgemoe.model.state import SequenceState
 from edgemoe.ops import Array, Matrix, Ops, rope_bytes
-from edgemoe.specs import AttentionSpec
+from edgemoe.specs import MixerSpec
 from edgemoe.store import Weight
 
 __all__ = ["Decoder", "kept_rope_bytes", "read_bytes", "scratch_bytes", "state_bytes"]
@@ -68,8 +68,8 @@ class Decoder:
         shared = Rows(ops.empty(max_tokens, d))
         self._ropes = {spec: Rope(spec, ops, weights, max_tokens) for spec in config.ropes}
         setup = Setup(config, ops, self._ropes, Scratch(ops, max_tokens), context, types)
-        self._mixers: dict[AttentionSpec, Mixer] = {
-            spec: mixer_class(spec)(spec, setup) for spec in dict.fromkeys(config.mixers)
+        self._mixers: dict[MixerSpec, Mixer] = {
+            spec: mixer_class(spec)(spec, setup) for spec in config.mixers
         }
         tensors = _by_layer(weights, config.num_layers)
         routers = Routers(
@@ -89,12 +89,12 @@ class Decoder:
                 self._mixers[spec].layer(i, tensors[i]), cast(Array, tensors[i]["ffn_norm"]), ffn(i),
                 norms[i + 1],
             )
-            for i, spec in enumerate(config.mixers)
+            for i, spec in enumerate(config.mixer_by_layer)
         ]  # fmt: skip
 
     def make_state(self) -> SequenceState:
         """Returns the state of a new sequence."""
-        layers = [self._mixers[spec].make_state() for spec in self.config.mixers]
+        layers = [self._mixers[spec].make_state() for spec in self.config.mixer_by_layer]
         return SequenceState(layers, self.context)
 
     def forward(self, batch: Batch) -> Array:
@@ -142,19 +142,22 @@ def scratch_bytes(config: ModelConfig, max_tokens: int, max_sequences: int = 1) 
 
 def state_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
     """Returns the memory of a sequence's state once it holds `context` tokens; see `Mixer.state_bytes`."""
-    return sum(mixer_class(spec).state_bytes(spec, context, types) for spec in config.mixers)
+    layers = config.mixer_by_layer
+    return sum(mixer_class(spec).state_bytes(spec, context, types) for spec in layers)
 
 
 def kept_rope_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
     """Returns the memory of what turned the positions of a context, where keys may leave out their biases."""
-    needs = types.keys == "q8_0" and any(spec.has_constant_keys for spec in config.mixers)
-    tables = [rope for rope in config.ropes for _ in rope.tensors()] if needs else []
-    return sum(rope_bytes(rope.dim, context) for rope in tables)
+    if types.keys != "q8_0":
+        return 0
+    ropes = {rope for mixer in config.mixers if mixer.has_constant_keys for rope in mixer.ropes}
+    return sum(rope_bytes(rope.dim, context) for rope in ropes for _ in rope.tensors())
 
 
 def read_bytes(config: ModelConfig, length: int, types: KvTypes) -> int:
     """Returns the bytes of its state that computing a token after `length` others reads."""
-    return sum(mixer_class(spec).read_bytes(spec, length, types) for spec in config.mixers)
+    layers = config.mixer_by_layer
+    return sum(mixer_class(spec).read_bytes(spec, length, types) for spec in layers)
 
 
 def _by_layer(weights: Mapping[str, Weight], num_layers: int) -> list[dict[str, Weight]]:

@@ -6,14 +6,15 @@ Everything else of a layer treats each row of a batch alone; a mixer sees which 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from edgemoe.model.attention import Attention
 from edgemoe.model.batch import Batch
 from edgemoe.model.kv import KvTypes
+from edgemoe.model.setup import Setup
 from edgemoe.model.state import State
 from edgemoe.ops import Array
-from edgemoe.specs import AttentionSpec
+from edgemoe.specs import AttentionSpec, MixerSpec
 from edgemoe.store import Weight
 
 __all__ = ["Mixer", "MixerLayer", "mixer_class"]
@@ -27,18 +28,24 @@ class MixerLayer(Protocol):
 
 
 class Mixer(Protocol):
-    """Is what all layers of one spec share: scratch, and what depends on the batch alone."""
+    """Is what all layers of one spec share: scratch, and what depends on the batch alone.
+
+    A spec is of the class that `_CLASSES` names beside the mixer's.
+    """
+
+    def __init__(self, spec: Any, setup: Setup) -> None:
+        """Takes its rows of the scratch, and what else its layers share."""
 
     @staticmethod
-    def scratch_widths(spec: AttentionSpec) -> tuple[int, ...]:
+    def scratch_widths(spec: Any) -> tuple[int, ...]:
         """Returns the floats of each array of its scratch for a token; mixers with the same ones share them."""
 
     @staticmethod
-    def state_bytes(spec: AttentionSpec, context: int, types: KvTypes) -> int:
+    def state_bytes(spec: Any, context: int, types: KvTypes) -> int:
         """Returns the memory of one layer's state once it holds `context` tokens."""
 
     @staticmethod
-    def read_bytes(spec: AttentionSpec, length: int, types: KvTypes) -> int:
+    def read_bytes(spec: Any, length: int, types: KvTypes) -> int:
         """Returns the bytes of one layer's state that computing a token after `length` others reads."""
 
     def make_state(self) -> State:
@@ -51,9 +58,9 @@ class Mixer(Protocol):
         """Returns the mixer of layer `index`, whose tensors are given by their names within the layer."""
 
 
-_CLASSES: Mapping[type, type[Attention]] = {AttentionSpec: Attention}
+_CLASSES: Mapping[type[MixerSpec], type[Mixer]] = {AttentionSpec: Attention}
 
 
-def mixer_class(spec: AttentionSpec) -> type[Attention]:
+def mixer_class(spec: MixerSpec) -> type[Mixer]:
     """Returns the class of a spec's mixer."""
     return _CLASSES[type(spec)]

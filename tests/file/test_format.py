@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -21,8 +22,9 @@ from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.convert.convert import convert
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError, ReadError
-from edgemoe.file.format import PREAMBLE, open_moe
+from edgemoe.file.format import MAGIC, PREAMBLE, open_moe
 from edgemoe.file.writer import Writer
+from edgemoe.specs import AttentionSpec, RopeSpec
 
 IDS = list(range(40))
 
@@ -85,7 +87,7 @@ def test_other_files_are_refused(data, broken):
     broken(b"GGUF" + bytes(100), "not a .moe file")
     broken(
         data[:8] + struct.pack("<I", 1) + data[12:],
-        "format version 1; this edgemoe reads version 2",
+        "format version 1; this edgemoe reads versions 2 and 3",
     )
     with pytest.raises(FormatError, match="No such file"):
         open_moe("/nonexistent/x.moe")
@@ -116,9 +118,18 @@ def test_every_bit_of_the_preamble_matters(data, broken, at):
         (setter("config", "vocab_size", 1 << 40), "vocab_size must be"),
         (setter("config", "vocab_size", True), "vocab_size must be"),
         (setter("config", "vocab_size", 265), "tensor embed is nested"),
-        (setter("config", "head_dim", 23), "even"),
+        (setter("config", "mixers", 0, "head_dim", 23), "even"),
         (setter("config", "norm_eps", 10**400), "norm_eps is beyond"),
-        (setter("config", "num_heads", 1 << 20), "too many|num_kv_heads"),
+        (setter("config", "mixers", 0, "num_heads", 1 << 20), "too many|num_kv_heads"),
+        (setter("config", "mixers", 0, "kind", "riddle"), "a kind 'riddle' is not known"),
+        (setter("config", "mixers", 0, "colour", 1), "mixers: unknown fields colour"),
+        (setter("config", "mixers", 0, "qk_norm", "each"), "unknown qk_norm 'each'"),
+        (setter("config", "mixers", 0, "rope", 7), "rope: expected an object, got int"),
+        (setter("config", "mixers", 0, "rope", "name", "ropes/x"), "has the name 'ropes/x'"),
+        (setter("config", "mixers", 0, "rope", "dim", 26), "heads of 24 columns"),
+        (setter("config", "mixers", 5), "mixers must be a list"),
+        (setter("config", "layer_mixers", [0]), "layer_mixers must say of every layer"),
+        (setter("config", "layer_mixers", [0, 1]), "layer_mixers must say of every layer"),
         (setter("config", "norm_eps", "x"), "norm_eps must be a number"),
         (setter("config", "extra", 1), "unknown fields extra"),
         (lambda i: i["config"].pop("num_layers") and None, "missing fields num_layers"),
@@ -312,6 +323,46 @@ def test_config_survives_json():
     assert ModelConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     with pytest.raises(FormatError, match="expected an object"):
         ModelConfig.from_json([])
+
+
+def test_the_config_of_version_2_is_read():
+    flat = {
+        "family": "x", "vocab_size": 264, "hidden_size": 96, "num_layers": 3, "num_heads": 4,
+        "num_kv_heads": 2, "head_dim": 24, "context_length": 512, "norm_eps": 1e-5, "tied": False,
+        "num_experts": 8, "experts_per_token": 2, "expert_hidden": 40, "moe_layers": [0, 2],
+        "shared_hidden": [0, 50, 0], "qkv_bias": True, "o_bias": False, "qk_norm": "head",
+        "clip_qkv": 4.0, "windows": [16, 0, 16], "attention_scale": 0.2, "rope_scale": 1.1,
+        "rope_dim": 12, "rope_short_length": 64, "norm_after_rope": True,
+    }  # fmt: skip
+    config = ModelConfig.from_json(flat)
+    spec = AttentionSpec(
+        num_heads=4, num_kv_heads=2, head_dim=24, scale=0.2, qkv_bias=True, qk_norm="head",
+        norm_eps=1e-5, clip=4.0, norm_after_rope=True, window=16,
+        rope=RopeSpec(dim=12, scale=1.1, short_length=64),
+    )  # fmt: skip
+    assert config.mixers == (spec, dataclasses.replace(spec, window=0))
+    assert config.layer_mixers == (0, 1, 0)
+    assert "windows" not in config.to_json()
+    assert ModelConfig.from_json(config.to_json()) == config
+    for wrong in ({"windows": 5}, {"windows": [1, [2]]}, {"windows": [0] * 9}, {"num_layers": "x"}):
+        with pytest.raises(FormatError, match="mixers|window|num_layers"):
+            ModelConfig.from_json({**flat, **wrong})
+
+
+def test_a_file_of_version_2_is_read(data, tmp_path):
+    def flat(index):
+        config = index["config"]
+        (mixer,) = config.pop("mixers")
+        del config["layer_mixers"], mixer["kind"]
+        config["attention_scale"] = mixer.pop("scale")
+        config["rope_scale"] = mixer.pop("rope").get("scale", 1.0)
+        config.update(mixer)
+
+    old = edit(data, flat)
+    old[:64] = struct.pack("<8sII", MAGIC, 2, _core.crc32c(old[16:64])) + old[16:64]
+    (tmp_path / "old.moe").write_bytes(old)
+    (tmp_path / "new.moe").write_bytes(data)
+    assert open_moe(tmp_path / "old.moe").config == open_moe(tmp_path / "new.moe").config
 
 
 def test_a_fifo_is_refused_at_once(tmp_path):

@@ -11,7 +11,7 @@ import numpy as np
 import edgemoe
 from edgemoe import _core
 from edgemoe.errors import FormatError, OutOfBudget, RangeError, ReadError
-from edgemoe.file.format import MAGIC, PREAMBLE, align, pack_preamble
+from edgemoe.file.format import MAGIC, PREAMBLE, VERSION, align, pack_preamble
 from edgemoe.lab.report.summary import summary
 from edgemoe.lab.routing.replay import Tape, make_scheduler, replay
 from edgemoe.quant import Allocation
@@ -53,10 +53,10 @@ def _change_model(rng: Random, case: Case) -> Case:
         ]
         size, offset, length, _ = (n % (1 << 64) for n in head)
         found = data[offset : offset + length] if offset < len(data) and length < len(data) else b""
-        tail = PREAMBLE.pack(MAGIC, 2, 0, size, offset, length, _core.crc32c(found))[16:]
+        tail = PREAMBLE.pack(MAGIC, VERSION, 0, size, offset, length, _core.crc32c(found))[16:]
         return {
             "model.moe": MAGIC
-            + b"\2\0\0\0"
+            + VERSION.to_bytes(4, "little")
             + _core.crc32c(tail).to_bytes(4, "little")
             + tail
             + data[64:]

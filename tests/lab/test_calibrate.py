@@ -56,8 +56,7 @@ def reference_sums(decoded, windows):
             h = reference.rms_norm(x, w["attn_norm"], config.norm_eps)
             sums.see(f"dense.layers.{i}.q", h)
             eye = {**w, "o": np.eye(len(w["o"]))}
-            rope = decoded.tensors["rope"]
-            attended = reference.attention(config, eye, rope, h, window=config.window(i))
+            attended = reference.mix(config.mixer(i), eye, decoded.tensors, h)
             sums.see(f"dense.layers.{i}.o", attended)
             x = x + attended @ w["o"].T
             h = reference.rms_norm(x, w["ffn_norm"], config.norm_eps)

@@ -115,7 +115,7 @@ def test_reads_configs_from_before_transformers_5(edited) -> None:
 @pytest.mark.parametrize(("family", "theta"), [("mixtral", 1e6), ("olmoe", 1e4)])
 def test_missing_rope_theta_is_the_family_default(family: str, theta: float, edited) -> None:
     model = SourceModel(edited(family, {"rope_parameters": ...}))
-    assert model.tensor("rope")[1] == pytest.approx(theta ** (-2 / model.config.head_dim))
+    assert model.tensor("rope")[1] == pytest.approx(theta ** (-2 / model.config.mixers[0].head_dim))
 
 
 def test_eos_comes_from_generation_config_first(edited, checkpoints: dict[str, Path]) -> None:
@@ -175,7 +175,7 @@ def test_eos_comes_from_generation_config_first(edited, checkpoints: dict[str, P
         ("qwen2_moe-window", {"sliding_window": None}, "sliding_window: is missing"),
         ("qwen3_moe", {"head_dim": 20}, "q_proj.weight: expected shape [80, 64], got [96"),
         ("qwen3_moe", {"attention_bias": True}, "missing tensors model.layers.0.self_attn.k_proj"),
-        ("olmoe", {"clip_qkv": -1.0}, "clip_qkv must be positive"),
+        ("olmoe", {"clip_qkv": -1.0}, "clip must be positive"),
         ("olmoe", {"clip_qkv": "8"}, "clip_qkv: expected a finite number, got '8'"),
         ("olmoe", {"sliding_window": 8}, "sliding_window: is not supported for OLMoE"),
         ("granitemoe", {"logits_scaling": 0}, "logits_divisor must be a positive number"),

@@ -264,9 +264,11 @@ def test_the_budget_knows_of_kept_positions(tmp_path):
     with edgemoe.load(biased(tmp_path / "x.moe", 100)) as engine:
         config = engine.config
     kept = kept_rope_bytes(config, 512, KvTypes("q8_0", "f16"))
-    assert kept == 512 * 4 * config.head_dim
+    mixer = dataclasses.replace(config.mixers[0], qkv_bias=False)
+    without = dataclasses.replace(config, mixers=(mixer,))
+    assert kept == 512 * 4 * config.mixers[0].head_dim
     for changed, types in (
         (config, KvTypes("f16", "q8_0")),
-        (dataclasses.replace(config, qkv_bias=False), KvTypes("q8_0")),
+        (without, KvTypes("q8_0")),
     ):
         assert kept_rope_bytes(changed, 512, types) == 0

@@ -20,7 +20,7 @@ import edgemoe
 from edgemoe.config import dense_tensors
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
-from edgemoe.convert.rope import rope
+from edgemoe.convert.rope import check_rotated, rope, rotated_columns
 from edgemoe.convert.settings import Settings
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
@@ -29,6 +29,7 @@ from edgemoe.file.format import open_moe
 from edgemoe.lab.quality.checkpoint import final_states
 from edgemoe.model import Batch
 from edgemoe.runtime.budget import Budget
+from edgemoe.specs import RopeSpec
 
 _LONG = {
     "rope_type": "longrope",
@@ -42,7 +43,7 @@ def compute(parameters: dict, *, context_length: int = 4096, **top):
     settings = Settings(
         {"max_position_embeddings": context_length, "rope_parameters": parameters, **top}
     )
-    return rope(settings, head_dim=32, default_theta=10_000.0)
+    return rope(settings, dim=32, default_theta=10_000.0)
 
 
 @pytest.mark.parametrize(
@@ -200,10 +201,6 @@ def test_original_length_beside_the_parameters_wins() -> None:
         ({"rope_type": "linear", "factor": 0}, "factor: must be positive"),
         ({"rope_type": "linear", "factor": "2"}, "factor: expected a finite number"),
         ({"rope_theta": 0.5}, "rope_theta: must be above 1"),
-        (
-            {"partial_rotary_factor": 0.5},
-            "partial_rotary_factor: expected 1 for this family, got 0.5",
-        ),
         ({"full_attention": {"rope_theta": 1e4}}, "differs by layer"),
         ({**_LONG, "long_factor": [1.0]}, "long_factor: expected 16 numbers, got 1"),
         (
@@ -413,7 +410,18 @@ def test_the_lab_s_own_forward_pass_has_them_too(longrope, length: int) -> None:
 
 def test_files_without_it_are_as_they_were(tiny_moe) -> None:
     config = open_moe(tiny_moe).config
-    assert "rope_short_length" not in config.to_json()
+    assert "short_length" not in str(config.to_json())
     assert [name for name in dense_tensors(config) if name.startswith("rope")] == ["rope"]
-    with pytest.raises(FormatError, match="rope_short_length must be a whole number"):
-        dataclasses.replace(config, rope_short_length=-1)
+    with pytest.raises(FormatError, match="short_length must be a whole number"):
+        RopeSpec(dim=32, short_length=-1)
+
+
+@pytest.mark.parametrize("where", [{}, {"rope_parameters": {}}, {"rope_scaling": {}}])
+def test_another_share_of_a_head_is_refused(where: dict) -> None:
+    inner = next(iter(where), None)
+    values = {"partial_rotary_factor": 0.5}
+    settings = Settings(values if inner is None else {inner: values})
+    assert rotated_columns(settings, 32) == 16
+    check_rotated(settings, 32, 16)
+    with pytest.raises(FormatError, match="expected 1 for this family, got 0.5"):
+        check_rotated(settings, 32, 32)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgemoe.convert.checkpoint import Checkpoint, refuse_unused
 from edgemoe.convert.families.family import num_layers
 from edgemoe.convert.numpy_ops import attention, rms_norm, rotated, silu
-from edgemoe.convert.rope import Rope, rope
+from edgemoe.convert.rope import Rope, check_rotated, rope
 from edgemoe.convert.settings import Settings
 from edgemoe.errors import FormatError, quoted
 
@@ -112,7 +112,8 @@ def llama_shape(dense: Checkpoint) -> LlamaShape:
                 raise FormatError(f"{name} must be {size}, got {dense.shapes.get(name, 'none')}")
         refuse_unused(dense, shape.tensors().keys(), family=kind, tied=shape.tied)
         # Last, when the tensors have vouched for the size of a head.
-        angles = rope(settings, head_dim=head_dim, default_theta=DEFAULT_THETA)
+        check_rotated(settings, head_dim, head_dim)
+        angles = rope(settings, dim=head_dim, default_theta=DEFAULT_THETA)
         shape = replace(shape, rope=angles)
     except FormatError as error:
         raise FormatError(f"{dense.name}: {error}") from error

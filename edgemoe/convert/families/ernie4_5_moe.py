@@ -8,6 +8,7 @@ from edgemoe.convert.families.family import (
     NAMED_EXPERTS,
     Family,
     Source,
+    attention_spec,
     choosing,
     decoder_config,
     num_layers,
@@ -34,6 +35,7 @@ def _config(settings: Settings) -> ModelConfig:
     return decoder_config(
         settings,
         family="ernie4_5_moe",
+        mixers=attention_spec(settings),
         num_experts=settings.integer("moe_num_experts"),
         experts_per_token=settings.integer("moe_k"),
         expert_hidden=width,

@@ -7,24 +7,27 @@ read changes nothing here either, and what it does read is honoured or refused.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
+from edgemoe.convert.rope import check_rotated
 from edgemoe.convert.settings import Settings
 from edgemoe.errors import quoted
+from edgemoe.specs import AttentionSpec, MixerSpec, RopeSpec
 
 __all__ = [
     "FUSED_EXPERTS",
     "NAMED_EXPERTS",
     "Family",
     "Source",
+    "attention_spec",
+    "by_layer",
     "choosing",
     "decoder_config",
     "further_layers",
     "num_layers",
-    "rotated",
     "sparse_layers",
     "window",
 ]
@@ -95,6 +98,8 @@ class Family:
     """The `shared.*` tensors of a layer with routed experts."""
     layer: Mapping[str, Source] = field(default_factory=dict)
     """Where other tensors of a layer are, if not under their usual names."""
+    rope: Callable[[Settings, RopeSpec], Settings] = lambda settings, spec: settings
+    """Returns config.json with the `rope_parameters` of one table, where a family has several."""
     left_out: Callable[[ModelConfig, str], str] = lambda config, name: ""
     """Says what a tensor that is not used belongs to, such as "layers that predict several tokens"; "" for nothing."""
 
@@ -110,10 +115,11 @@ class Family:
         Yields:
             The names of `dense_tensors`, and `experts.I.J.gate .up .down` of layer I, expert J.
         """
+        tables = {name for rope in config.ropes for name in rope.tensors()}
         for name in dense_tensors(config):
             if name in _MODEL:
                 yield name, Source(_MODEL[name])
-            elif not name.startswith("rope"):
+            elif name not in tables:
                 _, number, part = name.split(".", 2)
                 layer = int(number)
                 names = self._layer_names(layer, layer in config.moe_layers, stored)
@@ -141,10 +147,20 @@ def _within(layer: int, source: Source, expert: int | None = None) -> Source:
     return replace(source, name=f"model.layers.{layer}.{source.name.format(expert=expert)}")
 
 
-def decoder_config(settings: Settings, *, family: str, **switches: Any) -> ModelConfig:
-    """Fills in what all families share; `switches` are the other fields of `ModelConfig`.
+def decoder_config(
+    settings: Settings,
+    *,
+    family: str,
+    mixers: Sequence[MixerSpec] | MixerSpec,
+    **switches: Any,
+) -> ModelConfig:
+    """Fills in what all families share.
 
     What RoPE decides, `context_length` too, and `eos_ids` are left to whoever opens the checkpoint.
+
+    Args:
+        mixers: of each layer, or the one of all.
+        switches: the other fields of `ModelConfig`.
 
     Raises:
         FormatError: a key is missing, wrong, or asks for what the runtime cannot do.
@@ -155,20 +171,19 @@ def decoder_config(settings: Settings, *, family: str, **switches: Any) -> Model
             "hidden_act", f"{quoted(activation)} is not supported; supported: silu"
         )
     hidden_size = settings.integer("hidden_size")
-    num_heads = settings.integer("num_attention_heads")
-    head_dim = settings.integer("head_dim", hidden_size // num_heads)
+    count = num_layers(settings)
+    layers = [mixers] * count if isinstance(mixers, MixerSpec) else list(mixers)
+    distinct = list(dict.fromkeys(layers))
     fields: dict[str, Any] = {
         "family": family,
         "vocab_size": settings.integer("vocab_size"),
         "hidden_size": hidden_size,
-        "num_layers": num_layers(settings),
-        "num_heads": num_heads,
-        "num_kv_heads": settings.integer("num_key_value_heads", num_heads),
-        "head_dim": head_dim,
+        "num_layers": count,
+        "mixers": tuple(distinct),
+        "layer_mixers": tuple(map(distinct.index, layers)),
         "context_length": settings.integer("max_position_embeddings"),
         "norm_eps": settings.number("rms_norm_eps"),
         "tied": settings.flag("tie_word_embeddings", False),
-        "attention_scale": head_dim**-0.5,
     }
     if "num_experts" not in switches:
         # Qwen3-MoE says num_local_experts on disk since transformers 5, and num_experts before.
@@ -179,15 +194,39 @@ def decoder_config(settings: Settings, *, family: str, **switches: Any) -> Model
     return ModelConfig(**{**fields, **switches})
 
 
-def rotated(settings: Settings, head_dim: int) -> int:
-    """Returns how many leading columns of a head RoPE rotates: the share that config.json names."""
-    of_rope = (
-        settings.section("rope_parameters") or settings.section("rope_scaling") or Settings({})
+def attention_spec(
+    settings: Settings, *, rope: str = "rope", rotated: int | None = None, **switches: Any
+) -> AttentionSpec:
+    """Fills in what attention of most families shares.
+
+    Args:
+        rope: the table by which positions turn queries and keys.
+        rotated: leading columns of each head that it turns; None for all.
+        switches: the other fields of `AttentionSpec`.
+
+    Raises:
+        FormatError: a key is missing, wrong, or asks for what the runtime cannot do.
+    """
+    num_heads = settings.integer("num_attention_heads")
+    head_dim = switches.get("head_dim") or settings.integer(
+        "head_dim", settings.integer("hidden_size") // num_heads
     )
-    factor = of_rope.positive(
-        "partial_rotary_factor", settings.positive("partial_rotary_factor", 1.0)
-    )
-    return int(head_dim * factor)
+    dim = head_dim if rotated is None else rotated
+    check_rotated(settings, head_dim, dim)
+    fields: dict[str, Any] = {
+        "num_heads": num_heads,
+        "num_kv_heads": settings.integer("num_key_value_heads", num_heads),
+        "head_dim": head_dim,
+        "scale": head_dim**-0.5,
+        "rope": RopeSpec(name=rope, dim=dim),
+        "norm_eps": settings.number("rms_norm_eps"),
+    }
+    return AttentionSpec(**{**fields, **switches})
+
+
+def by_layer(windows: Sequence[int], spec: AttentionSpec) -> list[AttentionSpec]:
+    """Returns attention of every layer, which differs by its window alone."""
+    return [replace(spec, window=width) for width in windows]
 
 
 def choosing(experts: Mapping[str, Source], bias: str) -> Mapping[str, Source]:

@@ -8,12 +8,13 @@ from edgemoe.convert.families.family import (
     NAMED_EXPERTS,
     Family,
     Source,
+    attention_spec,
     choosing,
     decoder_config,
     further_layers,
     num_layers,
-    rotated,
 )
+from edgemoe.convert.rope import rotated_columns
 from edgemoe.convert.settings import Settings
 
 __all__ = ["FAMILY"]
@@ -27,12 +28,17 @@ def _config(settings: Settings) -> ModelConfig:
     shared = width * settings.integer("n_shared_experts", 1)
     first = settings.integer("intermediate_size")
     head_dim = settings.integer("head_dim", 128)
+    attention = attention_spec(
+        settings,
+        head_dim=head_dim,
+        rotated=rotated_columns(settings, head_dim),
+        qkv_bias=settings.flag("attention_bias", False),
+        qk_norm="head" if settings.flag("use_qk_norm", False) else "none",
+    )
     return decoder_config(
         settings,
         family="glm4_moe",
-        head_dim=head_dim,
-        attention_scale=head_dim**-0.5,
-        rope_dim=rotated(settings, head_dim),
+        mixers=attention,
         num_experts=settings.integer("n_routed_experts"),
         expert_hidden=width,
         moe_layers=tuple(range(dense, layers)),
@@ -44,8 +50,6 @@ def _config(settings: Settings) -> ModelConfig:
         used_groups=settings.integer("topk_group", 1),
         group_score="top2",
         shared_hidden=tuple(first if i < dense else shared for i in range(layers)),
-        qkv_bias=settings.flag("attention_bias", False),
-        qk_norm="head" if settings.flag("use_qk_norm", False) else "none",
     )
 
 

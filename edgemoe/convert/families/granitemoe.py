@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from edgemoe.config import ModelConfig
-from edgemoe.convert.families.family import Family, Source, decoder_config, num_layers
+from edgemoe.convert.families.family import (
+    Family,
+    Source,
+    attention_spec,
+    decoder_config,
+    num_layers,
+)
 from edgemoe.convert.settings import Settings
 
 __all__ = ["FAMILY"]
@@ -15,16 +21,17 @@ def _config(settings: Settings) -> ModelConfig:
     shared = 0
     if settings.text("model_type") == "granitemoeshared":
         shared = settings.integer("shared_intermediate_size", 0, at_least=0)
+    attention = attention_spec(
+        settings, qkv_bias=bias, o_bias=bias, scale=settings.number("attention_multiplier", 1.0)
+    )
     return decoder_config(
         settings,
         family="granitemoe",
+        mixers=attention,
         expert_hidden=settings.integer("intermediate_size"),
         moe_layers=tuple(range(layers)),
         scoring="softmax_topk",
         shared_hidden=(shared,) * layers,
-        qkv_bias=bias,
-        o_bias=bias,
-        attention_scale=settings.number("attention_multiplier", 1.0),
         embedding_multiplier=settings.number("embedding_multiplier", 1.0),
         residual_multiplier=settings.number("residual_multiplier", 1.0),
         logits_divisor=settings.number("logits_scaling", 1.0),

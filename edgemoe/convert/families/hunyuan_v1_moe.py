@@ -8,6 +8,7 @@ from edgemoe.convert.families.family import (
     NAMED_EXPERTS,
     Family,
     Source,
+    attention_spec,
     decoder_config,
     num_layers,
 )
@@ -30,19 +31,19 @@ def _config(settings: Settings) -> ModelConfig:
     if not settings.flag("use_qk_norm", True):
         raise settings.error("use_qk_norm", "false is not supported")
     bias = settings.flag("attention_bias", False)
+    attention = attention_spec(
+        settings, qkv_bias=bias, o_bias=bias, qk_norm="head", norm_after_rope=True
+    )
     return decoder_config(
         settings,
         family="hunyuan_v1_moe",
+        mixers=attention,
         experts_per_token=_everywhere(settings, "moe_topk", 1),
         num_experts=_everywhere(settings, "num_experts", 1),
         expert_hidden=_everywhere(settings, "moe_intermediate_size", dense),
         moe_layers=tuple(range(layers)),
         renormalise=True,
         shared_hidden=(dense * _everywhere(settings, "num_shared_expert", 1),) * layers,
-        qkv_bias=bias,
-        o_bias=bias,
-        qk_norm="head",
-        norm_after_rope=True,
     )
 
 

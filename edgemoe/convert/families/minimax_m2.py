@@ -7,12 +7,13 @@ from edgemoe.convert.families.family import (
     FUSED_EXPERTS,
     Family,
     Source,
+    attention_spec,
     choosing,
     decoder_config,
     further_layers,
     num_layers,
-    rotated,
 )
+from edgemoe.convert.rope import rotated_columns
 from edgemoe.convert.settings import Settings
 
 __all__ = ["FAMILY"]
@@ -26,18 +27,21 @@ def _config(settings: Settings) -> ModelConfig:
     for key in ("use_qk_norm", "use_routing_bias"):
         if not settings.flag(key, True):
             raise settings.error(key, "false is not supported")
+    attention = attention_spec(
+        settings,
+        head_dim=head_dim,
+        rotated=settings.integer("rotary_dim", rotated_columns(settings, head_dim)),
+        qk_norm="full",
+    )
     return decoder_config(
         settings,
         family="minimax_m2",
-        head_dim=head_dim,
-        attention_scale=head_dim**-0.5,
-        rope_dim=settings.integer("rotary_dim", rotated(settings, head_dim)),
+        mixers=attention,
         expert_hidden=settings.integer("intermediate_size"),
         moe_layers=tuple(range(num_layers(settings))),
         scoring="sigmoid",
         choice_bias=True,
         renormalise=True,
-        qk_norm="full",
     )
 
 

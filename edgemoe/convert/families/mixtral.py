@@ -7,6 +7,7 @@ from edgemoe.convert.families.family import (
     FUSED_EXPERTS,
     Family,
     Source,
+    attention_spec,
     decoder_config,
     num_layers,
     window,
@@ -21,10 +22,10 @@ def _config(settings: Settings) -> ModelConfig:
     return decoder_config(
         settings,
         family="mixtral",
+        mixers=attention_spec(settings, window=window(settings)),
         expert_hidden=settings.integer("intermediate_size"),
         moe_layers=tuple(range(layers)),
         renormalise=True,
-        windows=(window(settings),) * layers,
     )
 
 

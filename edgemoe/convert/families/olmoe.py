@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from edgemoe.config import ModelConfig
-from edgemoe.convert.families.family import Family, decoder_config, num_layers, window
+from edgemoe.convert.families.family import (
+    Family,
+    attention_spec,
+    decoder_config,
+    num_layers,
+    window,
+)
 from edgemoe.convert.settings import Settings
 
 __all__ = ["FAMILY"]
@@ -15,16 +21,20 @@ def _config(settings: Settings) -> ModelConfig:
         raise settings.error("sliding_window", "is not supported for OLMoE")
     clip = settings.get("clip_qkv")
     bias = settings.flag("attention_bias", False)
-    return decoder_config(
+    attention = attention_spec(
         settings,
-        family="olmoe",
-        expert_hidden=settings.integer("intermediate_size"),
-        moe_layers=tuple(range(num_layers(settings))),
-        renormalise=settings.flag("norm_topk_prob", False),
         qkv_bias=bias,
         o_bias=bias,
         qk_norm="full",
-        clip_qkv=None if clip is None else settings.number("clip_qkv"),
+        clip=None if clip is None else settings.number("clip_qkv"),
+    )
+    return decoder_config(
+        settings,
+        family="olmoe",
+        mixers=attention,
+        expert_hidden=settings.integer("intermediate_size"),
+        moe_layers=tuple(range(num_layers(settings))),
+        renormalise=settings.flag("norm_topk_prob", False),
     )
 
 

@@ -6,6 +6,8 @@ from edgemoe.config import MATRICES, ModelConfig
 from edgemoe.convert.families.family import (
     Family,
     Source,
+    attention_spec,
+    by_layer,
     decoder_config,
     num_layers,
     sparse_layers,
@@ -21,16 +23,16 @@ def _config(settings: Settings) -> ModelConfig:
     layers, moe_layers = num_layers(settings), sparse_layers(settings)
     dense = 0 if len(moe_layers) == layers else settings.integer("intermediate_size")
     shared = settings.integer("shared_expert_intermediate_size")
+    attention = attention_spec(settings, qkv_bias=settings.flag("qkv_bias", True))
     return decoder_config(
         settings,
         family="qwen2_moe",
+        mixers=by_layer(_windows(settings, layers), attention),
         expert_hidden=settings.integer("moe_intermediate_size"),
         moe_layers=moe_layers,
         renormalise=settings.flag("norm_topk_prob", False),
         shared_hidden=tuple(shared if i in moe_layers else dense for i in range(layers)),
         shared_sigmoid=True,
-        qkv_bias=settings.flag("qkv_bias", True),
-        windows=_windows(settings, layers),
     )
 
 

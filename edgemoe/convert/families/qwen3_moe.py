@@ -5,6 +5,7 @@ from __future__ import annotations
 from edgemoe.config import ModelConfig
 from edgemoe.convert.families.family import (
     Family,
+    attention_spec,
     decoder_config,
     num_layers,
     sparse_layers,
@@ -19,17 +20,21 @@ def _config(settings: Settings) -> ModelConfig:
     layers, moe_layers = num_layers(settings), sparse_layers(settings)
     width = 0 if len(moe_layers) == layers else settings.integer("intermediate_size")
     bias = settings.flag("attention_bias", False)
+    attention = attention_spec(
+        settings,
+        qkv_bias=bias,
+        o_bias=bias,
+        qk_norm="head",
+        window=window(settings) if settings.flag("use_sliding_window", False) else 0,
+    )
     return decoder_config(
         settings,
         family="qwen3_moe",
+        mixers=attention,
         expert_hidden=settings.integer("moe_intermediate_size"),
         moe_layers=moe_layers,
         renormalise=settings.flag("norm_topk_prob", False),
         shared_hidden=tuple(0 if i in moe_layers else width for i in range(layers)),
-        qkv_bias=bias,
-        o_bias=bias,
-        qk_norm="head",
-        windows=(window(settings) if settings.flag("use_sliding_window", False) else 0,) * layers,
     )
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 from edgemoe.errors import FormatError
 from edgemoe.file.floats import dense_floats, expert_floats
 from edgemoe.file.format import MoeFile
-from edgemoe.specs import RouterSpec
+from edgemoe.specs import AttentionSpec, MixerSpec, RouterSpec
 
 __all__ = ["Routed", "Step", "keep_within", "model_bytes", "use_threads"]
 
@@ -98,8 +98,7 @@ class Routed:
             c.router != simple
             or c.scoring == "sigmoid"
             or c.choice_bias
-            or c.norm_after_rope
-            or c.rope_dim
+            or not all(map(_is_known, c.mixers))
         ):
             raise FormatError(f"bit routers cannot be trained for models of family {c.family} yet")
         self.bits = torch.tensor(levels, dtype=torch.float32)
@@ -279,32 +278,40 @@ class Routed:
         return out
 
     def _attention(self, i: int, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        c, w, p = self.config, self._dense, f"layers.{i}."
+        w, p, c = self._dense, f"layers.{i}.", self.config.mixer(i)
+        assert isinstance(c, AttentionSpec)
         N, T, _ = x.shape
         q, k, v = (x @ w[p + m].T + w.get(f"{p}{m}_bias", 0) for m in "qkv")
         if c.qk_norm == "full":
             q, k = (_norm(a, w[f"{p}{m}_norm"], c.norm_eps) for a, m in ((q, "q"), (k, "k")))
-        if c.clip_qkv is not None:
-            q, k, v = (a.clamp(-c.clip_qkv, c.clip_qkv) for a in (q, k, v))
+        if c.clip is not None:
+            q, k, v = (a.clamp(-c.clip, c.clip) for a in (q, k, v))
         q, k, v = (a.reshape(N, T, -1, c.head_dim) for a in (q, k, v))
         if c.qk_norm == "head":
             q, k = (_norm(a, w[f"{p}{m}_norm"], c.norm_eps) for a, m in ((q, "q"), (k, "k")))
         q, k = (_rotate(a, cos, sin) for a in (q, k))
         distance = torch.arange(T)[:, None] - torch.arange(T)
         seen = distance >= 0
-        if c.window(i):
-            seen &= distance < c.window(i)
+        if c.window:
+            seen &= distance < c.window
         k, v = (a.repeat_interleave(c.num_heads // c.num_kv_heads, 2) for a in (k, v))
         q, k, v = (a.transpose(1, 2) for a in (q, k, v))
-        out = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, scale=c.attention_scale
-        )
+        out = functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=c.scale)
         return out.transpose(1, 2).reshape(N, T, -1) @ w[p + "o"].T + w.get(p + "o_bias", 0)
 
     def _rope(self, layer: int, T: int) -> tuple[Tensor, Tensor]:
-        spec = self.config.rope(layer)
+        (spec,) = self.config.mixer(layer).ropes
         angles = torch.arange(T)[:, None, None] * self._dense[spec.frequencies(T)]
         return angles.cos() * spec.scale, angles.sin() * spec.scale
+
+
+def _is_known(mixer: MixerSpec) -> bool:
+    """Returns whether `Routed` computes it."""
+    return (
+        isinstance(mixer, AttentionSpec)
+        and mixer.rope_dim == mixer.head_dim
+        and not mixer.norm_after_rope
+    )
 
 
 class _Choosing:

@@ -13,18 +13,20 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.config import MATRICES, ModelConfig, dense_tensors
+from edgemoe.config import MATRICES, dense_tensors
 from edgemoe.convert.numpy_ops import attention, rms_norm, rotated, silu
 from edgemoe.convert.source import SourceModel
+from edgemoe.errors import FormatError
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.lab.quality.quality import Sample
-from edgemoe.specs import RopeSpec, RouterSpec
+from edgemoe.specs import AttentionSpec, MixerSpec, RopeSpec, RouterSpec
 from edgemoe.text.logprobs import log_softmax
 
 __all__ = ["final_states", "record_predictions", "recorded_checkpoint"]
 
 Array = NDArray[np.float32]
 Layer = dict[str, Array]
+Turns = dict[RopeSpec, tuple[Array, Array]]
 
 _STATES = 1 << 28  # bytes of hidden states; a longer text takes more passes over the checkpoint
 _VALUES = 1 << 22  # of logits, or inside an FFN, at once
@@ -108,10 +110,9 @@ def final_states(
             name.removeprefix(p): model.tensor(name)
             for name in dense_tensors(config) if name.startswith(p)
         }  # fmt: skip
-        cos, sin = turns[config.rope(i)]
         for window in x:
             normed = rms_norm(window, layer["attn_norm"], config.norm_eps)
-            window += residual * _attention(config, layer, normed, cos, sin, config.window(i))
+            window += residual * _mix(config.mixer(i), layer, normed, turns)
         tokens = x.reshape(-1, config.hidden_size)
         normed = rms_norm(tokens, layer["ffn_norm"], config.norm_eps)
         if config.shared_width(i):
@@ -170,16 +171,21 @@ def _route(
     return chosen, gates * np.float32(spec.gate_scale)
 
 
-def _attention(
-    config: ModelConfig, layer: Layer, x: Array, cos: Array, sin: Array, window: int
-) -> Array:
-    """Causal grouped-query attention over one sequence x [T, D]."""
-    heads, kv_heads, width, T = config.num_heads, config.num_kv_heads, config.head_dim, len(x)
+def _mix(spec: MixerSpec, layer: Layer, x: Array, turns: Turns) -> Array:
+    """Returns what a layer's mixer makes of one sequence x [T, D]."""
+    if isinstance(spec, AttentionSpec):
+        return _attention(spec, layer, x, turns)
+    raise FormatError(f"a forward pass in floats knows no mixers of kind {spec.kind} yet")
+
+
+def _attention(spec: AttentionSpec, layer: Layer, x: Array, turns: Turns) -> Array:
+    """Causal grouped-query attention."""
+    heads, kv_heads, width, T = spec.num_heads, spec.num_kv_heads, spec.head_dim, len(x)
     q, k, v = (x @ layer[name].T + layer.get(f"{name}_bias", np.float32(0)) for name in "qkv")
-    if config.qk_norm == "full":
-        q, k = (rms_norm(a, layer[f"{n}_norm"], config.norm_eps) for a, n in ((q, "q"), (k, "k")))
-    if config.clip_qkv is not None:
-        q, k, v = (a.clip(-config.clip_qkv, config.clip_qkv) for a in (q, k, v))
+    if spec.qk_norm == "full":
+        q, k = (rms_norm(a, layer[f"{n}_norm"], spec.norm_eps) for a, n in ((q, "q"), (k, "k")))
+    if spec.clip is not None:
+        q, k, v = (a.clip(-spec.clip, spec.clip) for a in (q, k, v))
     q, k, v = (
         q.reshape(T, heads, width),
         k.reshape(T, kv_heads, width),
@@ -188,15 +194,16 @@ def _attention(
 
     def normed(*both: Array) -> list[Array]:
         weights = (layer["q_norm"], layer["k_norm"])
-        return [rms_norm(a, w, config.norm_eps) for a, w in zip(both, weights, strict=True)]
+        return [rms_norm(a, w, spec.norm_eps) for a, w in zip(both, weights, strict=True)]
 
-    if config.qk_norm == "head" and not config.norm_after_rope:
+    if spec.qk_norm == "head" and not spec.norm_after_rope:
         q, k = normed(q, k)
     q, k, v = (a.transpose(1, 0, 2)[None] for a in (q, k, v))
-    q, k = rotated(q, cos, sin), rotated(k, cos, sin)
-    if config.norm_after_rope:
+    if spec.rope is not None:
+        q, k = (rotated(a, *turns[spec.rope]) for a in (q, k))
+    if spec.norm_after_rope:
         q, k = normed(q, k)
-    out = attention(q, k, v, scale=config.attention_scale, window=window)
+    out = attention(q, k, v, scale=spec.scale, window=spec.window)
     added: Array = out @ layer["o"].T + layer.get("o_bias", np.float32(0))
     return added
 

@@ -1,0 +1,22 @@
+"""What a layer is made of: values that say how a mixer or an FFN computes, and which tensors it has.
+
+A model has few distinct ones, and each layer has one of them: `ModelConfig.mixer` and `.ffn`. Whoever needs a size or a
+tensor asks them, so that a further kind of mixer is a further class here, a line in `MIXERS`, and its code in
+`edgemoe.model`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edgemoe.specs.attention import AttentionSpec, RopeSpec
+from edgemoe.specs.ffn import FfnSpec, RouterSpec
+from edgemoe.specs.mixer import MixerSpec
+from edgemoe.specs.tensor import TensorSpec
+
+__all__ = [
+    "MIXERS", "AttentionSpec", "FfnSpec", "MixerSpec", "RopeSpec", "RouterSpec", "TensorSpec",
+]  # fmt: skip
+
+MIXERS: Mapping[str, type[MixerSpec]] = {"attention": AttentionSpec}
+"""The kinds of mixers, by their names in a file."""

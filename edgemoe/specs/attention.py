@@ -1,0 +1,152 @@
+"""Attention to keys and values of the tokens before, and how positions turn them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from edgemoe.errors import quoted
+from edgemoe.specs.mixer import LIMIT, MixerSpec, need, need_numbers, need_sizes
+from edgemoe.specs.tensor import TensorSpec
+
+__all__ = ["AttentionSpec", "RopeSpec"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeSpec:
+    """How positions turn queries and keys. Layers with equal ones share the work."""
+
+    name: str = "rope"
+    """The tensor of its frequencies; it begins with "rope"."""
+    dim: int
+    """Leading columns of each head that are rotated, in halves."""
+    scale: float = 1.0
+    """Multiplies cos and sin (YaRN's attention factor)."""
+    short_length: int = 0
+    """Sequences of up to so many tokens have the frequencies of `NAME_short` (LongRoPE); 0 for none."""
+
+    def __post_init__(self) -> None:
+        need(
+            type(self.name) is str and self.name.startswith("rope") and self.name.isidentifier(),
+            f"a table of RoPE has the name {quoted(self.name)}",
+        )
+        need_sizes(self, "dim")
+        need(self.dim % 2 == 0, f"columns that are rotated must be even, got {self.dim}")
+        need_numbers(self, "scale")
+        need_sizes(self, "short_length", least=0)
+
+    def frequencies(self, length: int) -> str:
+        """Returns the tensor of a sequence of `length` tokens: it holds for all of them."""
+        is_short = self.short_length and length <= self.short_length
+        return f"{self.name}_short" if is_short else self.name
+
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Returns its tensors by their names in the file."""
+        lengths = (self.short_length + 1, *([1] if self.short_length else []))
+        return {self.frequencies(n): TensorSpec.f32(self.dim // 2) for n in lengths}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec(MixerSpec):
+    """Attention to keys and values of the tokens before."""
+
+    kind: ClassVar[str] = "attention"
+
+    num_heads: int
+    """Of queries."""
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    """Multiplies q · k."""
+    rope: RopeSpec | None
+    """None: positions do not turn queries and keys (NoPE)."""
+    window: int = 0
+    """How many last positions it sees, 0 for all."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMS norm of q and k: per head (weight [head_dim]) or over the whole projection."""
+    norm_eps: float = 1e-6
+    """Of that norm."""
+    norm_after_rope: bool = False
+    """The norm of q and k comes after their rotation, and not before (for qk_norm "head")."""
+    clip: float | None = None
+    """q, k and v are clamped to ±this after the norm and before RoPE."""
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "num_heads", "num_kv_heads", "head_dim")
+        need_sizes(self, "window", least=0)
+        need_numbers(self, "scale", "norm_eps")
+        need(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}",
+        )
+        need(
+            self.q_width < LIMIT,
+            f"{self.num_heads} heads of {self.head_dim} are too many",
+        )
+        need(self.head_dim % 2 == 0, f"head_dim must be even, got {self.head_dim}")
+        need(
+            self.rope is None or self.rope.dim <= self.head_dim,
+            f"heads of {self.head_dim} columns have none to rotate beyond these",
+        )
+        need(self.qk_norm in ("none", "head", "full"), f"unknown qk_norm {quoted(self.qk_norm)}")
+        need(
+            self.qk_norm == "head" or not self.norm_after_rope, "norm_after_rope needs qk_norm head"
+        )
+        need(
+            self.clip is None or (math.isfinite(self.clip) and self.clip > 0),
+            f"clip must be positive, got {quoted(self.clip)}",
+        )
+
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """See `MixerSpec.ropes`."""
+        return () if self.rope is None else (self.rope,)
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """See `MixerSpec.heads`."""
+        return self.num_heads, self.head_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Leading columns of each head that are rotated."""
+        return 0 if self.rope is None else self.rope.dim
+
+    @property
+    def q_width(self) -> int:
+        """Columns of the queries, and of what comes out of the heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Columns of the keys, and of the values."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def has_constant_keys(self) -> bool:
+        """See `MixerSpec.has_constant_keys`."""
+        turns = self.rope is not None
+        return self.qkv_bias and self.qk_norm == "none" and self.clip is None and turns
+
+    def __str__(self) -> str:
+        """Is what a person is told of it."""
+        window = f", of the last {self.window} positions" if self.window else ""
+        return f"attention: {self.num_heads} heads of {self.head_dim} ({self.num_kv_heads} for keys and values){window}"
+
+    def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
+        """See `MixerSpec.tensors`."""
+        f32, nested = TensorSpec.f32, TensorSpec.nested
+        d, q, kv = hidden_size, self.q_width, self.kv_width
+        out = {"q": nested(q, d), "k": nested(kv, d), "v": nested(kv, d), "o": nested(d, q)}
+        if self.qkv_bias:
+            out |= {"q_bias": f32(q), "k_bias": f32(kv), "v_bias": f32(kv)}
+        if self.o_bias:
+            out["o_bias"] = f32(d)
+        if self.qk_norm == "head":
+            out |= {"q_norm": f32(self.head_dim), "k_norm": f32(self.head_dim)}
+        elif self.qk_norm == "full":
+            out |= {"q_norm": f32(q), "k_norm": f32(kv)}
+        return out
