@@ -17,6 +17,7 @@ from edgemoe import _core
 __all__ = [
     "available_bytes",
     "forget_peak",
+    "isa",
     "memory_rate",
     "num_cuda_devices",
     "num_threads",
@@ -132,6 +133,11 @@ def forget_peak() -> None:
     """Makes `peak_bytes` count from now on, where the kernel allows it."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def isa() -> str:
+    """Returns the instruction set of the kernels in use."""
+    return _core.isa()
 
 
 def memory_rate(threads: int, *, room: int) -> float:

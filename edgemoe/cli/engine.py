@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from typing import Any
 
-__all__ = ["engine_flags"]
+__all__ = ["engine_flags", "sampling_flags"]
 
 _SAME = (
     "ram", "bits", "allocation", "dense_bits", "experts", "cache_type_k", "cache_type_v", "threads",
@@ -29,3 +29,20 @@ def engine_flags(args: Namespace, **given: Any) -> dict[str, Any]:
     if "no_verify" in flags:
         said["verify"] = not flags["no_verify"]
     return {**said, **given}
+
+
+def sampling_flags(args: Namespace) -> dict[str, Any]:
+    """Returns what the flags of a command say of sampling, as arguments of `SamplingParams`."""
+    given = {
+        "temperature": args.temp,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "min_p": args.min_p,
+        "typical_p": args.typical,
+        "repeat_penalty": args.repeat_penalty,
+        "repeat_last_n": args.repeat_last_n,
+        "presence_penalty": args.presence_penalty,
+        "frequency_penalty": args.frequency_penalty,
+        "max_tokens": args.predict,
+    }
+    return {name: value for name, value in given.items() if value is not None}

@@ -22,6 +22,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "quality": ("edgemoe.cli.quality", "measure what levels and schedulers cost in quality"),
     "run": ("edgemoe.cli.run", "chat with a model; also installed as edgemoe-run"),
     "schedulers": ("edgemoe.cli.scheduling", "tell what may decide, and its options"),
+    "serve": ("edgemoe.cli.serve", "answer programs: OpenAI's, Anthropic's and llama.cpp's routes"),
     "train-bit-router": (
         "edgemoe.cli.train_bit_router",
         "train who chooses each expert's bits, for the scheduler d2moe",

@@ -1,4 +1,4 @@
-"""The flags of `edgemoe-run`, their defaults and their environment variables."""
+"""The flags of `edgemoe-run` and `edgemoe serve`, their defaults and their environment variables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP
 from edgemoe.cli.values import bits_or_auto, ram_size
 
-__all__ = ["run_parser"]
+__all__ = ["run_parser", "serve_parser"]
 
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
@@ -33,6 +33,20 @@ as EDGEMOE_RAM=4GiB or EDGEMOE_CTX_SIZE=4096; 1 and 0 for those without a value.
 """
 
 
+_SERVE_EPILOG = """\
+With no MODEL, a small demo model is built once and kept in the cache folder.
+
+A reply is the same, bit for bit, alone or beside others, whatever the budget:
+
+    %(prog)s model.moe --ram 8GiB
+    curl http://127.0.0.1:8080/v1/chat/completions -d '{"messages":
+        [{"role": "user", "content": "Hello"}]}'
+
+Only this machine may ask, unless --host says otherwise; then a key is needed.
+Every flag takes its default from the environment, as EDGEMOE_PORT=8081.
+"""
+
+
 def run_parser() -> argparse.ArgumentParser:
     """Returns the parser. It ends the program at wrong usage, with one line and exit code 2."""
     parser = Parser(
@@ -41,18 +55,55 @@ def run_parser() -> argparse.ArgumentParser:
         description="Chat with a Mixture-of-Experts model, inside a memory budget.",
         epilog=_EPILOG,
     )
+    return _filled(parser, _add_flags)
+
+
+def serve_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the server; like `run_parser`."""
+    parser = Parser(
+        prog="edgemoe serve",
+        usage="%(prog)s [MODEL] [flags]",
+        description="Answer OpenAI's, Anthropic's and llama.cpp's requests, inside a memory budget.",
+        epilog=_SERVE_EPILOG,
+    )
+    return _filled(parser, _add_serve_flags)
+
+
+def _filled(
+    parser: argparse.ArgumentParser, add: Callable[[argparse.ArgumentParser], None]
+) -> argparse.ArgumentParser:
     try:
-        _add_flags(parser)
+        add(parser)
     except ValueError as error:  # in the environment
         parser.error(str(error))
     return parser
 
 
 # fmt: off
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="?", metavar="MODEL", help="a .moe file")
-    model = parser.add_argument_group("model and memory")
-    _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
+def _add_sampling_flags(sampling: argparse._ActionsContainer) -> None:
+    """Adds the flags that say how replies are sampled."""
+    _add(sampling, "--temp", type=float, metavar="N",
+         help="0 always takes the likeliest token (default: the model's, else 0.8)")
+    _add(sampling, "--top-k", type=int, metavar="N",
+         help="keep the N likeliest, 0 for all (default: the model's, else 40)")
+    _add(sampling, "--top-p", type=float, metavar="N",
+         help="keep the likeliest with this probability together (default: the model's, else 0.95)")
+    _add(sampling, "--min-p", type=float, metavar="N",
+         help="keep those this likely relative to the likeliest (default: the model's, else 0.05)")
+    _add(sampling, "--typical", type=float, metavar="N",
+         help="keep the most typical with this probability together (default: the model's, else 1)")
+    _add(sampling, "--repeat-penalty", type=float, metavar="N",
+         help="divides the logits of recent tokens (default: the model's, else 1, none)")
+    _add(sampling, "--repeat-last-n", type=int, metavar="N",
+         help="how many tokens are recent, -1 for all (default: all for the model's penalty, else 64)")
+    _add(sampling, "--presence-penalty", type=float, metavar="N",
+         help="taken from the logits of recent tokens (default: the model's, else 0)")
+    _add(sampling, "--frequency-penalty", type=float, metavar="N",
+         help="the same, for each time they occurred (default: the model's, else 0)")
+
+
+def _add_model_flags(model: argparse._ActionsContainer) -> None:
+    """Adds the flags of model and memory that all have who open a model for others."""
     _add(model, "--ram", type=ram_size, metavar="SIZE",
          help="memory for the whole process: 4GiB, 512MB, 50%% of what is free "
          "(default: that, less a margin)")
@@ -81,6 +132,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
          help="learn from run to run: loaded if it exists, saved at the end")
     _add_switch(model, "--warm", help="first load the experts that the profile says are used most")
 
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", nargs="?", metavar="MODEL", help="a .moe file")
+    model = parser.add_argument_group("model and memory")
+    _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
+    _add_model_flags(model)
+
     text = parser.add_argument_group("prompt")
     _add(text, "-p", "--prompt", metavar="TEXT", help="answer this and leave")
     _add(text, "-f", "--file", metavar="FILE", help="answer this file's text and leave; - for standard input")
@@ -93,30 +151,61 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
          help="a text that ends the reply; may be repeated")
 
     sampling = parser.add_argument_group("sampling")
-    _add(sampling, "--temp", type=float, metavar="N",
-         help="0 always takes the likeliest token (default: the model's, else 0.8)")
-    _add(sampling, "--top-k", type=int, metavar="N",
-         help="keep the N likeliest, 0 for all (default: the model's, else 40)")
-    _add(sampling, "--top-p", type=float, metavar="N",
-         help="keep the likeliest with this probability together (default: the model's, else 0.95)")
-    _add(sampling, "--min-p", type=float, metavar="N",
-         help="keep those this likely relative to the likeliest (default: the model's, else 0.05)")
-    _add(sampling, "--typical", type=float, metavar="N",
-         help="keep the most typical with this probability together (default: the model's, else 1)")
-    _add(sampling, "--repeat-penalty", type=float, metavar="N",
-         help="divides the logits of recent tokens (default: the model's, else 1, none)")
-    _add(sampling, "--repeat-last-n", type=int, metavar="N",
-         help="how many tokens are recent, -1 for all (default: all for the model's penalty, else 64)")
-    _add(sampling, "--presence-penalty", type=float, metavar="N",
-         help="taken from the logits of recent tokens (default: the model's, else 0)")
-    _add(sampling, "--frequency-penalty", type=float, metavar="N",
-         help="the same, for each time they occurred (default: the model's, else 0)")
+    _add_sampling_flags(sampling)
     _add(sampling, "-s", "--seed", type=int, default=-1, metavar="N",
          help="the same seed gives the same reply (default: -1, random)")
 
+    _add_version(parser)
+
+
+def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", nargs="?", metavar="MODEL", help="a .moe file")
+    model = parser.add_argument_group("model and memory")
+    _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
+    _add(model, "-np", "--parallel", type=int, default=4, metavar="N",
+         help="conversations that are kept and run at once, each with its own context (default: %(default)s)")
+    _add_model_flags(model)
+    _add_switch(model, "--no-grammar", help="keep no memory for JSON schemas and grammars, and refuse them")
+
+    door = parser.add_argument_group("who may ask")
+    _add(door, "--host", default="127.0.0.1", metavar="ADDRESS",
+         help="where to listen (default: %(default)s, this machine alone)")
+    _add(door, "--port", type=int, default=8080, metavar="N", help="0 for a free one (default: %(default)s)")
+    _add(door, "--api-key", action=_Collect, default=[], metavar="KEY",
+         help="what clients must send; may be repeated. EDGEMOE_API_KEY is not seen in the list of processes")
+    _add(door, "--api-key-file", metavar="FILE", help="keys, one a line")
+    _add_switch(door, "--no-auth", help="let other machines ask without a key")
+    _add(door, "--allowed-hosts", action=_Collect, default=[], metavar="NAME",
+         help="a further name under which clients reach the server; may be repeated")
+    _add(door, "--cors-origins", action=_Collect, default=[], metavar="ORIGIN",
+         help="a web page whose scripts may ask, * for all; may be repeated (default: none)")
+
+    requests = parser.add_argument_group("requests")
+    _add(requests, "--alias", action=_Collect, default=[], metavar="NAME",
+         help="what the model is called; may be repeated (default: the file's name)")
+    _add(requests, "--queue", type=int, default=64, metavar="N",
+         help="requests that may wait; more are refused (default: %(default)s)")
+    _add(requests, "--timeout", type=float, default=3600.0, metavar="SECONDS",
+         help="after which a request is given up (default: %(default)g)")
+    _add(requests, "--sse-ping", type=float, default=5.0, metavar="SECONDS",
+         help="between signs of life in a stream (default: %(default)g)")
+    _add(requests, "--reasoning-budget", type=int, default=-1, metavar="N",
+         help="most tokens of reasoning, where the model marks its end with one token (default: -1, no limit)")
+    _add_switch(requests, "--strict", help="refuse fields that have no effect, instead of reporting them")
+    _add_switch(requests, "--metrics", help="tell figures at /metrics, as Prometheus reads them")
+
+    sampling = parser.add_argument_group("sampling, where a request says nothing")
+    _add_sampling_flags(sampling)
+    _add(sampling, "-n", "--predict", type=int, metavar="N",
+         help="most tokens of a reply, -1 until it ends (default: the model's, else -1)")
+    _add_version(parser)
+# fmt: on
+
+
+def _add_version(parser: argparse.ArgumentParser) -> None:
+    """Adds what every program has."""
     _add_switch(parser, "-v", "--verbose", help="more messages, and tracebacks of errors")
     parser.add_argument("--version", action=_Version, help="print the version and leave")
-# fmt: on
 
 
 class _Version(argparse.Action):

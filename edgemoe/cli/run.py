@@ -19,7 +19,7 @@ from edgemoe.cli.console import (
     traceback_lines,
     write_reply,
 )
-from edgemoe.cli.engine import engine_flags
+from edgemoe.cli.engine import engine_flags, sampling_flags
 from edgemoe.cli.measured import check, cost, pick
 from edgemoe.cli.options import run_parser
 from edgemoe.cli.scheduling import options_text, read_settings
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from edgemoe.runtime.engine import Engine
     from edgemoe.text.sampler import SamplingParams
 
-__all__ = ["main"]
+__all__ = ["demo_model", "main", "set_up_logging"]
 
 _LARGEST_PROMPT = 16 << 20  # bytes; no context holds as much
 
@@ -87,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: Namespace) -> int:
     if sys.stdout is None:
         raise ValueError("stdout is closed; expected somewhere to write the reply")
-    _set_up_logging(verbose=args.verbose)
+    set_up_logging(verbose=args.verbose)
     args.prompt, args.system_prompt = (
         text and argument_text(text, name)
         for text, name in ((args.prompt, "-p"), (args.system_prompt, "-sys"))
@@ -95,7 +95,7 @@ def _run(args: Namespace) -> int:
     args.stop = [argument_text(text, "-r") for text in args.stop]
     prompt = _prompt(args)  # before the model is loaded, so that a mistake costs no time
     if args.model is None:
-        args.model = _demo()
+        args.model = demo_model()
     if args.verbose:
         _describe_machine()
     if args.max_quality_loss is not None:
@@ -159,7 +159,7 @@ def _answer(engine: Engine, chat: Chat, prompt: str) -> int:
     return 0
 
 
-def _demo() -> Path:
+def demo_model() -> Path:
     """Returns the demo model, which is built at the first time.
 
     Building takes memory that `--ram` does not allow for, so that another process does it.
@@ -198,21 +198,9 @@ def _sampling(args: Namespace, base: SamplingParams) -> SamplingParams:
     """Returns `base` with what the flags say."""
     import dataclasses
 
-    given = {
-        "temperature": args.temp,
-        "top_k": args.top_k,
-        "top_p": args.top_p,
-        "min_p": args.min_p,
-        "typical_p": args.typical,
-        "repeat_penalty": args.repeat_penalty,
-        "repeat_last_n": args.repeat_last_n,
-        "presence_penalty": args.presence_penalty,
-        "frequency_penalty": args.frequency_penalty,
-        "max_tokens": args.predict,
-    }
     return dataclasses.replace(
         base,
-        **{name: value for name, value in given.items() if value is not None},
+        **sampling_flags(args),
         seed=args.seed,
         stop=(*base.stop, *args.stop),
         ignore_eos=args.ignore_eos,
@@ -250,7 +238,8 @@ def _text(file: BinaryIO, name: str) -> str:
     return decode_text(content, name).removeprefix("\ufeff").rstrip("\r\n")
 
 
-def _set_up_logging(*, verbose: bool) -> None:
+def set_up_logging(*, verbose: bool) -> None:
+    """Makes notes of what the package logs."""
     import logging
 
     class Notes(logging.Handler):

@@ -70,6 +70,7 @@ class _Slot:
         if request.params.max_tokens >= 0:
             self.limit = min(self.limit, request.params.max_tokens)
         self.state.goal = self.prompt
+        request.has_begun, request.computed = True, cached
 
     @property
     def made(self) -> int:
@@ -110,6 +111,11 @@ class Batcher:
     def waiting(self) -> int:
         """Requests that have not begun."""
         return len(self._waiting)
+
+    def running(self) -> list[Request]:
+        """Returns the requests that have a sequence."""
+        found = [slot.request for slot in self._slots]
+        return [request for request in found if request is not None]
 
     def submit(self, request: Request) -> None:
         """Takes a request on any thread.
@@ -241,6 +247,7 @@ class Batcher:
         rows = []
         for (slot, _), span in zip(parts, batch.slices, strict=True):
             assert slot.request is not None
+            slot.request.computed = min(slot.state.length, slot.prompt)
             if slot.request.prompt_logprobs is not None and slot.state.length <= slot.prompt:
                 self._score(slot, hidden[span.start : span.stop])
             if slot.state.length == len(slot.tokens):

@@ -81,6 +81,9 @@ class Request:
     constraint: Constraint | None = None
     is_cancelled: bool = False
     """May be set on any thread: the reply ends at the next layer of a prompt, the next token of a reply."""
+    has_begun: bool = False
+    computed: int = 0
+    """Tokens of the prompt that are there so far."""
     came: float = field(default_factory=time.perf_counter)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from edgemoe.text.stream import TextStream
@@ -13,7 +13,9 @@ __all__ = ["ReplyText", "StopFilter"]
 class _Decoder(Protocol):
     """What is needed of a tokenizer."""
 
-    def stream(self, *, skip_special: bool = ..., continues: bool = ...) -> TextStream: ...
+    def stream(
+        self, *, skip_special: bool = ..., continues: bool = ..., shown: Collection[int] = ...
+    ) -> TextStream: ...
 
     def special_text(self, token: int) -> str: ...
 
@@ -21,16 +23,25 @@ class _Decoder(Protocol):
 class ReplyText:
     """Turns the tokens of a reply into text. Special tokens are not shown, but may stop it. One thread at a time."""
 
-    def __init__(self, tokenizer: _Decoder, stops: Sequence[str], *, continues: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: _Decoder,
+        stops: Sequence[str],
+        *,
+        continues: bool,
+        shown: Collection[int] = (),
+    ) -> None:
         """Starts a reply.
 
         Args:
             tokenizer: of the model.
             stops: texts that end the reply.
             continues: the reply goes on in the middle of a text, so that a leading space counts.
+            shown: special tokens that are text here all the same.
         """
         self._tokenizer = tokenizer
-        self._stream = tokenizer.stream(continues=continues)
+        self._shown = frozenset(shown)
+        self._stream = tokenizer.stream(continues=continues, shown=self._shown)
         self._filter = StopFilter(stops)
 
     @property
@@ -38,10 +49,15 @@ class ReplyText:
         """Whether a stop text was met."""
         return self._filter.is_stopped
 
+    @property
+    def stopped_by(self) -> str | None:
+        """Which stop text was met."""
+        return self._filter.stopped_by
+
     def push(self, token: int) -> str:
         """Takes the next token and returns the text that is certainly before any stop text, often empty."""
         hidden = self._tokenizer.special_text(token)
-        if hidden:
+        if hidden and token not in self._shown:
             return self._filter.push(hidden, is_hidden=True)
         return self._filter.push(self._stream.push(token))
 
@@ -61,6 +77,8 @@ class StopFilter:
         self._is_shown = b""  # of what is held, a byte for every character
         self.is_stopped = False
         """Whether a stop text was met."""
+        self.stopped_by: str | None = None
+        """Which."""
 
     def push(self, text: str, *, is_hidden: bool = False) -> str:
         """Takes more text and returns what is certainly before any stop text.
@@ -77,7 +95,9 @@ class StopFilter:
             found
         ):  # of several the one that ends first, so that it does not matter how the text is cut
             self.is_stopped = True
-            out = self._take(min(found)[1])
+            end, at = min(found)
+            self.stopped_by = self._held[at:end]
+            out = self._take(at)
             self._held, self._is_shown = "", b""
             return out
         keep = max((_overlap(self._held, s) for s in self._stops), default=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.arguments import wholes
@@ -98,6 +98,16 @@ class Tokenizer:
         """Whether the model knows turns; without a template it only continues text."""
         return bool(self._sources)
 
+    @property
+    def chat_template(self) -> str:
+        """The source of the template for chats, "" for none."""
+        return self._sources.get("default", "")
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether a template of the model's writes tools into the prompt."""
+        return "tool_use" in self._sources or "tools" in self.chat_template
+
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
         """Returns the ids of `text`; the special tokens written in it are recognised.
 
@@ -128,15 +138,34 @@ class Tokenizer:
         with panics_blamed():
             return self._backend.decode(list(checked), skip_special_tokens=skip_special)
 
-    def stream(self, *, skip_special: bool = True, continues: bool = False) -> TextStream:
+    def stream(
+        self,
+        *,
+        skip_special: bool = True,
+        continues: bool = False,
+        shown: Collection[int] = (),
+    ) -> TextStream:
         """Returns a decoder for ids that come one at a time.
 
         Args:
             skip_special: leave out special tokens.
             continues: the ids go on in the middle of a text, so that a leading space counts.
+            shown: special tokens that are not left out.
         """
-        skip = self._special_ids if skip_special else frozenset()
+        skip = self._special_ids.difference(shown) if skip_special else frozenset()
         return TextStream(self._backend, self._bytes, skip=skip, continues=continues)
+
+    def token_id(self, text: str) -> int | None:
+        """Returns the token that is written so; None if there is none."""
+        return self._backend.token_to_id(text)
+
+    def token_text(self, token: int) -> str:
+        """Returns a token's own text, special or not; U+FFFD for bytes that are no whole character."""
+        return self.decode([token], skip_special=False)
+
+    def to_json(self) -> str:
+        """Returns the tokenizer as the text of a tokenizer.json."""
+        return self._backend.to_str()
 
     def special_text(self, token: int) -> str:
         """Returns what a special token is written as, "" for any other token."""

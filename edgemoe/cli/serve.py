@@ -1,0 +1,179 @@
+"""`edgemoe serve`: answers the programs that people use."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.cli.console import note, run_command, say
+from edgemoe.cli.engine import engine_flags, sampling_flags
+from edgemoe.cli.measured import check, cost, pick
+from edgemoe.cli.options import serve_parser
+from edgemoe.cli.run import demo_model, set_up_logging
+from edgemoe.cli.scheduling import options_text, read_settings
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from edgemoe.file.format import MoeFile
+    from edgemoe.runtime.options import EngineOptions
+    from edgemoe.serve.service import Service
+    from edgemoe.serve.settings import Settings
+
+__all__ = ["main"]
+
+_NEEDED = ("starlette", "uvicorn", "sse_starlette", "msgspec", "llguidance")
+_LARGEST_KEYS = 64 << 10  # bytes
+_PER_SEQUENCE = 1 << 20  # of what a connection and its texts take, beside the engine
+_SMALLEST_CONTEXT = 256
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0 after SIGTERM or Ctrl-C; 1 for an error, or when the engine was lost.
+
+    Raises:
+        SystemExit: with code 2 at wrong usage.
+    """
+    parser = serve_parser()
+    args = parser.parse_args(argv)
+    if args.path is not None:
+        args.model = args.path
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        note('edgemoe serve: expected the extra: pip install "edgemoe[serve]"')
+        return 1
+    try:
+        if "help" in args.set:
+            say(*options_text(args.scheduler).split("\n"))
+            return 0
+        args.set = read_settings(args.set)
+        if args.max_quality_loss is not None:
+            check(args)
+        if args.warm and args.profile is None:
+            raise ValueError("--warm: expected --profile FILE, which says what to load")
+        settings = _settings(args)
+    except ValueError as error:
+        parser.error(str(error))
+    except OSError as error:
+        note(f"edgemoe serve: {error}")
+        return 1
+    return run_command("edgemoe serve", lambda: _run(args, settings), verbose=args.verbose)
+
+
+def _settings(args: Namespace) -> Settings:
+    from edgemoe.arguments import number, whole
+    from edgemoe.serve.settings import Settings
+
+    keys = list(args.api_key)
+    if args.api_key_file is not None:
+        with open(args.api_key_file, encoding="utf-8") as file:
+            keys += [line.strip() for line in file.read(_LARGEST_KEYS).splitlines() if line.strip()]
+        if not keys:
+            raise ValueError(f"--api-key-file: {args.api_key_file} has no key")
+    if not all(keys) or not all(key.isascii() and key.isprintable() for key in keys):
+        raise ValueError("--api-key: expected letters, digits and signs")
+    return Settings(
+        host=args.host, port=whole("--port", args.port, 0, 65535), keys=tuple(keys),
+        no_auth=args.no_auth, aliases=tuple(args.alias), queue=whole("--queue", args.queue, 0, 100_000),
+        timeout=number("--timeout", args.timeout, 1, 1e9), ping=number("--sse-ping", args.sse_ping, 0.1, 3600),
+        origins=tuple(args.cors_origins), hosts=tuple(h.lower() for h in args.allowed_hosts),
+        is_strict=args.strict, has_metrics=args.metrics, has_grammar=not args.no_grammar,
+        reasoning_budget=whole("--reasoning-budget", args.reasoning_budget, -1),
+    )  # fmt: skip
+
+
+def _run(args: Namespace, settings: Settings) -> int:
+    set_up_logging(verbose=args.verbose)
+    from edgemoe.runtime.opening import open_model
+    from edgemoe.serve.server import listen, serve
+    from edgemoe.text.sampler import SamplingParams
+
+    dataclasses.replace(SamplingParams(), **sampling_flags(args))  # before the model is loaded
+    door = listen(settings)
+    with door:
+        if args.model is None:
+            args.model = demo_model()
+        if args.max_quality_loss is not None:
+            note(f"# {pick(args, context=args.ctx_size or None)}")
+        known = None if args.max_quality_loss is not None else cost(args)
+        opened = open_model(args.model, _options(args))
+        model = opened.model
+        for line in (*model.notes, *opened.text.notes):
+            note(f"# {line}")
+        if model.notes and known:
+            note(f"# {known}")
+        if args.warm:
+            note(f"# warm: {model.warm() / 2**20:.0f} MiB of experts")
+        sampling = dataclasses.replace(opened.text.sampling, **sampling_flags(args))
+
+        def ready(service: Service, port: int, _: object) -> None:
+            _welcome(args, settings, service, port)
+
+        return serve(
+            opened, settings, door, name=Path(args.model).stem, sampling=sampling, ready=ready
+        )
+
+
+def _options(args: Namespace) -> EngineOptions:
+    """Returns how the engine is opened: with room for what the server itself takes."""
+    from edgemoe.file.format import open_moe
+    from edgemoe.runtime.budget import default_ram
+    from edgemoe.runtime.options import EngineOptions
+    from edgemoe.serve.grammar import grammar_bytes
+
+    moe = open_moe(args.model)
+    ram = default_ram() if args.ram is None else args.ram
+    ram -= _PER_SEQUENCE * args.parallel
+    if not args.no_grammar:
+        ram -= grammar_bytes(moe.config.vocab_size)
+    given: dict[str, Any] = {
+        "sequences": args.parallel, "ram": max(ram, 1), "trace": args.trace, "profile": args.profile,
+        "context": args.ctx_size or None,
+    }  # fmt: skip
+    options = EngineOptions(**engine_flags(args, **given))
+    if args.ctx_size:
+        return options
+    return dataclasses.replace(options, context=_context(moe, options))
+
+
+def _context(moe: MoeFile, options: EngineOptions) -> int | None:
+    """Returns as long a context as a quarter of the room holds, as agents open with long prompts."""
+    from edgemoe.errors import OutOfBudget
+    from edgemoe.model import state_bytes
+    from edgemoe.runtime.opening import room_for_experts
+
+    most = moe.config.context_length
+    least = min(_SMALLEST_CONTEXT, most)
+    try:
+        room = room_for_experts(moe, dataclasses.replace(options, context=least))
+    except OutOfBudget:
+        return None  # the engine says what is missing
+    step = options.sequences * state_bytes(moe.config, 32, options.kv_types)
+    return max(least, min(most, room // 4 // max(step, 1) * 32))
+
+
+def _welcome(args: Namespace, settings: Settings, service: Service, port: int) -> None:
+    budget, count = service.model.budget, service.model.options.sequences
+    kind = "lossy" if service.model.notes else "exact"
+    note(
+        f"# {count} sequences of {budget.context} tokens (KV {budget.kv / 2**20:.0f} MiB), "
+        f"{budget.slots / 2**20:.0f} of {budget.experts / 2**20:.0f} MiB of experts, {kind}; "
+        f"agents need about 24000 tokens; calls of tools: {service.tool_words()}"
+    )
+    if settings.no_auth and not settings.keys:
+        note("# anyone who reaches this machine may ask: --no-auth")
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    note(f"# {service.names[0]} at http://{host}:{port}/v1; Ctrl-C ends")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,152 @@
+"""What a server says of itself and of its model, and its model's tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import msgspec
+from starlette.responses import PlainTextResponse, Response
+
+import edgemoe
+from edgemoe import hardware
+from edgemoe.serve import fields
+from edgemoe.serve.problems import Problem
+from edgemoe.serve.prompts import Conversation, render
+from edgemoe.serve.service import Service
+
+__all__ = [
+    "apply_template", "detokenize", "health", "metrics", "models", "props", "root", "slots", "tokenize",
+]  # fmt: skip
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def root(service: Service) -> Response:
+    """Says who is here; some clients ask for it first."""
+    return PlainTextResponse(f"edgemoe {edgemoe.__version__}: {service.names[0]}\n")
+
+
+def health(service: Service) -> Response:
+    """Says whether the server answers."""
+    if service.worker.error is not None:
+        return _json({"status": "error"}, 500)
+    if service.is_stopping:
+        return _json({"status": "stopping"}, 503)
+    return _json({"status": "ok"})
+
+
+def models(service: Service) -> Response:
+    """Lists the model, under all its names."""
+    model, config = service.model, service.model.config
+    capabilities = ["completion", "chat", "tools"] + ["reasoning"] * service.can_reason
+    capabilities += ["grammar"] * (service.grammars is not None)
+    meta = {
+        "n_ctx": service.context, "n_ctx_train": config.context_length, "n_vocab": config.vocab_size,
+        "family": config.family, "bits": model.bits, "size": model.moe.file_bytes,
+        "capabilities": capabilities,
+    }  # fmt: skip
+    data = [
+        {
+            "id": name, "object": "model", "created": service.started, "owned_by": "edgemoe",
+            "context_length": service.context, "max_model_len": service.context, "meta": meta,
+        }
+        for name in service.names
+    ]  # fmt: skip
+    return _json({"object": "list", "data": data})
+
+
+def props(service: Service) -> Response:
+    """Says how the model runs, as llama.cpp does and more."""
+    model, budget = service.model, service.model.budget
+    source = service.tokenizer.chat_template
+    return _json({
+        "default_generation_settings": {"n_ctx": service.context, "params": dataclasses.asdict(service.sampling)},
+        "total_slots": len(service.batcher.views), "model_path": service.names[0],
+        "model_alias": service.names[0], "chat_template": source,
+        "chat_template_caps": {
+            "supports_tools": service.speaks_of_tools, "supports_tool_calls": service.speaks_of_tools,
+            "supports_parallel_tool_calls": service.speaks_of_tools,
+        },
+        "build_info": f"edgemoe {edgemoe.__version__}", "is_sleeping": False,
+        "modalities": {"vision": False, "audio": False},
+        "edgemoe": {
+            "bits": model.bits, "scheduler": model.options.scheduler, "notes": model.notes,
+            "isa": hardware.isa(), "threads": model.threads, "tool_format": service.form.name,
+            "system_fingerprint": service.fingerprint,
+            "budget": {
+                "ram": budget.ram, "process": budget.process, "dense": budget.dense, "kv": budget.kv,
+                "scratch": budget.scratch, "slots": budget.slots, "experts": budget.experts,
+            },
+        },
+    })  # fmt: skip
+
+
+def slots(service: Service) -> Response:
+    """Says what each sequence does."""
+    return _json([
+        {
+            "id": i, "n_ctx": service.context, "is_processing": view.is_busy, "n_held": view.length,
+            "n_prompt": view.prompt, "n_decoded": view.made, "waiting": service.batcher.waiting,
+        }
+        for i, view in enumerate(service.batcher.views)
+    ])  # fmt: skip
+
+
+def metrics(service: Service) -> Response:
+    """Tells all figures."""
+    if not service.settings.has_metrics:
+        raise Problem(404, "there is no /metrics without --metrics")
+    return PlainTextResponse(
+        service.figures.text(service.model, service.batcher), media_type="text/plain; version=0.0.4"
+    )
+
+
+class _Tokenize(msgspec.Struct):
+    content: str
+    add_special: bool = False
+    with_pieces: bool = False
+
+
+class _Detokenize(msgspec.Struct):
+    tokens: list[int]
+
+
+class _Template(msgspec.Struct):
+    messages: list[dict[str, Any]]
+    tools: list[fields.Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+def tokenize(service: Service, body: bytes) -> dict[str, Any]:
+    """Returns the tokens of a text."""
+    said, _ = fields.read(body, _Tokenize, is_strict=False)
+    try:
+        ids = service.tokenizer.encode(said.content, add_special=said.add_special)
+    except ValueError as error:
+        raise Problem(400, str(error), param="content") from None
+    if not said.with_pieces:
+        return {"tokens": ids}
+    return {"tokens": [{"id": i, "piece": service.tokenizer.token_text(i)} for i in ids]}
+
+
+def detokenize(service: Service, body: bytes) -> dict[str, Any]:
+    """Returns the text of tokens."""
+    said, _ = fields.read(body, _Detokenize, is_strict=False)
+    size = service.model.config.vocab_size
+    if not all(0 <= i < size for i in said.tokens):
+        raise Problem(400, f"tokens: expected 0 to {size - 1}", param="tokens")
+    return {"content": service.tokenizer.decode(said.tokens, skip_special=False)}
+
+
+def apply_template(service: Service, body: bytes) -> dict[str, Any]:
+    """Returns the prompt of a conversation."""
+    said, _ = fields.read(body, _Template, is_strict=False)
+    tools = [t.function.plain() for t in said.tools or () if t.function is not None]
+    text = render(
+        service.tokenizer, Conversation(said.messages, tools), service.form,
+        most_characters=64 << 20, variables=said.chat_template_kwargs or {},
+    )  # fmt: skip
+    return {"prompt": text}

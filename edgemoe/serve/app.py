@@ -1,0 +1,291 @@
+"""The routes, and what stands before them: who may ask, and how much."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, Protocol
+
+import msgspec
+from sse_starlette.sse import EventSourceResponse
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from edgemoe.serve import about, openai
+from edgemoe.serve.problems import Problem
+from edgemoe.serve.service import Service
+
+__all__ = ["make_app"]
+
+logger = logging.getLogger(__name__)
+
+_LARGEST_BODY = 16 << 20
+_FREE = ("/health", "/v1/health")
+
+
+class _Answer(Protocol):
+    """Is what every dialect makes of a request."""
+
+    async def whole(self) -> dict[str, Any]: ...
+
+    def events(self) -> AsyncIterator[bytes]: ...
+
+    def failure(self, problem: Problem) -> bytes: ...
+
+    def ping(self) -> bytes: ...
+
+    def cancel(self) -> None: ...
+
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+def make_app(service: Service) -> Starlette:
+    """Returns the application."""
+
+    def post(path: str, handle: Callable[[Service, Request], Awaitable[Response]]) -> Route:
+        async def handler(request: Request) -> Response:
+            return await handle(service, request)
+
+        return Route(path, handler, methods=["POST"])
+
+    def get(path: str, tell: Callable[[Service], Response]) -> Route:
+        async def handler(request: Request) -> Response:
+            return tell(service)
+
+        return Route(path, handler, methods=["GET"])
+
+    routes = [
+        get("/", about.root), get("/health", about.health), get("/v1/health", about.health),
+        get("/v1/models", about.models), get("/models", about.models), get("/props", about.props),
+        get("/slots", about.slots), get("/metrics", about.metrics),
+        post("/v1/chat/completions", _chat), post("/chat/completions", _chat),
+        post("/v1/completions", _completion), post("/completions", _completion),
+        post("/v1/embeddings", _no_embeddings), post("/embeddings", _no_embeddings),
+        post("/tokenize", _tokenize), post("/detokenize", _detokenize),
+        post("/apply-template", _apply_template), post("/slots/{slot:int}", _no_actions),
+    ]  # fmt: skip
+    middleware = [Middleware(_Door, service=service)]
+    if origins := list(service.settings.origins):
+        methods, headers = ["GET", "POST"], ["*"]
+        middleware.append(
+            Middleware(
+                CORSMiddleware, allow_origins=origins, allow_methods=methods, allow_headers=headers
+            )
+        )
+    middleware.append(Middleware(_Key, service=service))
+    handlers: dict[Any, Any] = {
+        Problem: _problem, HTTPException: _http_problem, Exception: _server_problem,
+        ClientDisconnect: _gone,
+    }  # fmt: skip
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
+    app.state.service = service
+    return app
+
+
+class _Door:
+    """Refuses requests for another name than this server's, and counts all. Before routing and all else."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        host = headers.get(b"host", b"").decode("latin-1")
+        route = scope["path"]
+
+        async def counted(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                found = getattr(scope.get("route"), "path", "other")
+                self._service.figures.request(str(found), message["status"])
+                message["headers"] = [*message["headers"], *_HEADERS]
+            await send(message)
+
+        if not self._service.settings.takes_host(host):
+            problem = Problem(
+                403, f"Host: this server is not {host[:80]!r}; --allowed-hosts adds names"
+            )
+            await _said(problem, route)(scope, receive, counted)
+            return
+        await self._app(scope, receive, counted)
+
+
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"),
+    (b"content-security-policy", b"default-src 'self'"),
+)  # fmt: skip
+
+
+class _Key:
+    """Lets in who has a key."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app, self._keys = app, [k.encode() for k in service.settings.keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and self._keys and scope["path"] not in _FREE:
+            headers = dict(scope["headers"])
+            given = headers.get(b"x-api-key", b"")
+            bearer = headers.get(b"authorization", b"")
+            if bearer[:7].lower() == b"bearer ":
+                given = bearer[7:].strip() or given
+            # All are compared, and each in constant time.
+            if not sum(hmac.compare_digest(given, key) for key in self._keys):
+                problem = Problem(
+                    401,
+                    "a key is needed: Authorization: Bearer KEY, or x-api-key",
+                    code="invalid_api_key",
+                )
+                await _said(problem, scope["path"])(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def _said(problem: Problem, path: str) -> Response:
+    response = _json(problem.body(is_messages=path.startswith("/v1/messages")), problem.status)
+    if problem.retry_after is not None:
+        response.headers["Retry-After"] = str(problem.retry_after)
+    return response
+
+
+def _problem(request: Request, error: Problem) -> Response:
+    return _said(error, request.url.path)
+
+
+def _http_problem(request: Request, error: HTTPException) -> Response:
+    what = {
+        404: f"there is no {request.url.path}",
+        405: f"{request.method} is not for {request.url.path}",
+    }
+    problem = Problem(error.status_code, what.get(error.status_code, str(error.detail)))
+    response = _said(problem, request.url.path)
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _server_problem(request: Request, error: Exception) -> Response:
+    logger.error("%s: %s: %s", request.url.path, type(error).__name__, error, exc_info=error)
+    return _said(Problem(500, "the server failed at this request"), request.url.path)
+
+
+def _gone(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=400)  # nobody reads it
+
+
+async def body_of(request: Request) -> bytes:
+    """Returns a request's body.
+
+    Raises:
+        Problem: it is too large.
+    """
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > _LARGEST_BODY:
+            raise Problem(413, f"body: expected at most {_LARGEST_BODY >> 20} MiB")
+        parts.append(part)
+    return b"".join(parts)
+
+
+async def answered(
+    service: Service, request: Request, answer: _Answer, *, streams: bool
+) -> Response:
+    """Returns an answer as a response; who leaves is not computed for."""
+    limit = asyncio.get_running_loop().call_later(service.settings.timeout, answer.cancel)
+    if streams:
+        return _streamed(service, answer, limit)
+    work = asyncio.ensure_future(answer.whole())
+    gone = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait([work, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return _json(work.result())
+    finally:
+        limit.cancel()
+        answer.cancel()
+        work.cancel()
+        gone.cancel()
+
+
+async def _left(request: Request) -> None:
+    """Returns when the client has left."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _streamed(service: Service, answer: _Answer, limit: asyncio.TimerHandle) -> Response:
+    settings = service.settings
+
+    async def body() -> AsyncIterator[bytes]:
+        events = answer.events()
+        try:
+            yield answer.ping()
+            async for event in events:
+                yield event
+        except Problem as problem:
+            yield answer.failure(problem)
+        finally:
+            limit.cancel()
+            answer.cancel()
+
+    return EventSourceResponse(
+        body(), ping=settings.ping, ping_message_factory=lambda: answer.ping(), sep="\n",  # type: ignore[arg-type,return-value]
+        headers={"Cache-Control": "no-cache"}, send_timeout=60, shutdown_grace_period=settings.grace,
+    )  # fmt: skip
+
+
+async def _chat(service: Service, request: Request) -> Response:
+    body = await body_of(request)
+    said, ask = await asyncio.to_thread(openai.read_chat, service, body)
+    _note(service, ask.ignored)
+    answer = openai.ChatAnswer(service, said, [ask])
+    return await answered(service, request, answer, streams=bool(said.stream))
+
+
+async def _completion(service: Service, request: Request) -> Response:
+    body = await body_of(request)
+    said, asks = await asyncio.to_thread(openai.read_completion, service, body)
+    _note(service, asks[0].ignored)
+    answer = openai.TextAnswer(service, said, asks)
+    return await answered(service, request, answer, streams=bool(said.stream))
+
+
+def _note(service: Service, ignored: list[str]) -> None:
+    for name in service.figures.ignored(ignored):
+        logger.warning("a client sends %s, which has no effect here", name[:80])
+
+
+async def _no_embeddings(service: Service, request: Request) -> Response:
+    raise Problem(501, "this model makes no embeddings")
+
+
+async def _no_actions(service: Service, request: Request) -> Response:
+    raise Problem(501, "sequences cannot be saved, restored or erased in this version")
+
+
+async def _tokenize(service: Service, request: Request) -> Response:
+    return _json(await asyncio.to_thread(about.tokenize, service, await body_of(request)))
+
+
+async def _detokenize(service: Service, request: Request) -> Response:
+    return _json(await asyncio.to_thread(about.detokenize, service, await body_of(request)))
+
+
+async def _apply_template(service: Service, request: Request) -> Response:
+    return _json(await asyncio.to_thread(about.apply_template, service, await body_of(request)))

@@ -1,0 +1,237 @@
+"""The fields of requests: those that are honoured have a type here; those that have no effect are known by name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import msgspec
+
+from edgemoe.serve.problems import Problem, wrong
+
+__all__ = [
+    "ChatRequest", "CompletionRequest", "CountRequest", "MessagesRequest", "ResponsesRequest", "Tool",
+    "read",
+]  # fmt: skip
+
+_MOST_MESSAGES, _MOST_TOOLS, MOST_STOPS, _MOST_CHOICES, MOST_TOP = 4096, 256, 16, 8, 20
+
+
+class _Base(msgspec.Struct, kw_only=True, forbid_unknown_fields=False):
+    model: str | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repeat_penalty: float | None = None
+    repeat_last_n: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    ignore_eos: bool | None = None
+    timings_per_token: bool | None = None
+    keep_alive: int | str | None = None
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class Function(msgspec.Struct):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    def plain(self) -> dict[str, Any]:
+        """Returns it as templates see it."""
+        return {
+            "name": self.name,
+            "description": self.description or "",
+            "parameters": self.parameters or {},
+        }
+
+
+class Tool(msgspec.Struct):
+    """Is a tool in OpenAI's chat form."""
+
+    type: str
+    function: Function | None = None
+
+
+class _Completion(_Base, kw_only=True):
+    max_tokens: int | None = None
+    stop: str | list[str] | None = None
+    n: int | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: dict[str, float] | None = None
+    grammar: str | None = None
+    json_schema: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+
+
+class ChatRequest(_Completion, kw_only=True):
+    """Is the body of /v1/chat/completions."""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    think: bool | str | None = None
+    thinking: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class CompletionRequest(_Completion, kw_only=True):
+    """Is the body of /v1/completions."""
+
+    prompt: str | list[Any]
+    logprobs: int | None = None
+    echo: bool | None = None
+
+
+class _MessagesBase(msgspec.Struct, kw_only=True):
+    messages: list[dict[str, Any]]
+    model: str | None = None
+    system: str | list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: dict[str, Any] | None = None
+    thinking: dict[str, Any] | None = None
+
+
+class CountRequest(_MessagesBase, kw_only=True):
+    """Is the body of /v1/messages/count_tokens."""
+
+
+class MessagesRequest(_MessagesBase, kw_only=True):
+    """Is the body of /v1/messages."""
+
+    max_tokens: int
+    stop_sequences: list[str] | None = None
+    stream: bool | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+
+
+class ResponsesRequest(msgspec.Struct, kw_only=True):
+    """Is the body of /v1/responses."""
+
+    input: str | list[dict[str, Any]]
+    model: str | None = None
+    instructions: str | None = None
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    max_output_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning: dict[str, Any] | None = None
+    text: dict[str, Any] | None = None
+    seed: int | None = None
+
+
+_T = TypeVar("_T", bound=msgspec.Struct)
+
+_REFUSED: Mapping[str, str] = {
+    "functions": "not supported; say tools",
+    "function_call": "not supported; say tool_choice",
+    "audio": "this model makes no audio",
+    "prediction": "not supported",
+    "web_search_options": "there is no web search here",
+    "best_of": "not supported",
+    "suffix": "this model does not fill in between a beginning and an end",
+    "previous_response_id": "this server keeps no responses; send the whole input",
+    "background": "this server keeps no responses",
+    "conversation": "this server keeps no conversations; send the whole input",
+    "prompt_template": "not supported",
+}
+"""Fields without which the answer would be another one than was asked for."""
+
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "modalities": (["text"],), "best_of": (1,), "suffix": ("",), "background": (False,),
+    "truncation": ("disabled", "auto"),
+}  # fmt: skip
+"""Values of fields that ask for nothing."""
+
+
+def read(body: bytes, kind: type[_T], *, is_strict: bool) -> tuple[_T, list[str]]:
+    """Reads a request's body.
+
+    Returns:
+        The fields that are honoured, and the names of those that came and have no effect here.
+
+    Raises:
+        Problem: no JSON, a field of a wrong kind, or one that cannot be honoured; says where.
+    """
+    try:
+        raw = msgspec.json.decode(body)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise Problem(400, f"body: expected JSON; {error}") from None
+    if not isinstance(raw, dict):
+        raise Problem(400, "body: expected a JSON object")
+    try:
+        found = msgspec.convert(raw, kind)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise _located(str(error)) from None
+    known, ignored = set(kind.__struct_fields__), []
+    for name, value in raw.items():
+        if name in known or value is None or value in _NEUTRAL.get(name, ()):
+            continue
+        if name == "modalities" or name in _REFUSED:
+            raise wrong(name, _REFUSED.get(name, "this model reads and writes text alone"))
+        if is_strict:
+            raise wrong(name, "has no effect here, and --strict refuses such fields")
+        ignored.append(name)
+    _check_numbers(found)
+    return found, ignored
+
+
+def _located(text: str) -> Problem:
+    """Turns msgspec's error, which ends with where it is, into one of ours."""
+    match = re.fullmatch(r"(.*) - at `\$\.?(.*)`", text)
+    if match:
+        return Problem(400, f"{match[2]}: {match[1]}", param=match[2] or None)
+    if match := re.search(r"missing required field `(\w+)`", text):
+        return Problem(400, f"{match[1]}: expected, and missing", param=match[1])
+    return Problem(400, text)
+
+
+def _check_numbers(found: Any) -> None:
+    """Checks how much of everything there is."""
+    limits = {"messages": _MOST_MESSAGES, "tools": _MOST_TOOLS}
+    for name, most in limits.items():
+        items = getattr(found, name, None)
+        if items is not None and len(items) > most:
+            raise wrong(name, f"expected at most {most}, got {len(items)}")
+    for name in ("stop", "stop_sequences"):
+        stops = getattr(found, name, None)
+        if isinstance(stops, list) and len(stops) > MOST_STOPS:
+            raise wrong(name, f"expected at most {MOST_STOPS} texts, got {len(stops)}")
+    choices = getattr(found, "n", None)
+    if choices is not None and not 1 <= choices <= _MOST_CHOICES:
+        raise wrong("n", f"expected 1 to {_MOST_CHOICES}, got {choices}")
+    for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
+        tokens = getattr(found, name, None)
+        if tokens is not None and tokens < -1:
+            raise wrong(name, f"expected 0 or more, or -1 for no limit, got {tokens}")
+    top = getattr(found, "top_logprobs", None)
+    if top is not None and not 0 <= top <= MOST_TOP:
+        raise wrong("top_logprobs", f"expected 0 to {MOST_TOP}, got {top}")

@@ -1,0 +1,249 @@
+"""Replies that have to be of a form: JSON, a schema, a grammar, a call of a tool. Masks are llguidance's."""
+
+from __future__ import annotations
+
+import functools
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.serve.problems import Problem, wrong
+from edgemoe.text.calls import markers
+from edgemoe.text.replies import ReplyFormat
+from edgemoe.text.tokenizer import Tokenizer
+
+__all__ = ["Grammars", "Guide", "grammar_bytes"]
+
+_LARGEST = 256 << 10  # characters of a schema or grammar
+_KEPT = 64
+
+
+def grammar_bytes(vocab_size: int) -> int:
+    """Returns about the memory that masks of a vocabulary take, measured at 49,152 tokens and 151,936."""
+    return (16 << 20) + 600 * vocab_size
+
+
+class Grammars:
+    """Makes guides for replies of one model. Any thread; what is slow happens once."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
+        self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_ids)
+        self._lock = threading.Lock()
+        self._matcher = functools.lru_cache(maxsize=_KEPT)(self._compiled)
+
+    def json_schema(self, param: str, schema: object) -> str:
+        """Returns the grammar of a JSON schema.
+
+        Raises:
+            Problem: it cannot be kept to; llguidance's words.
+        """
+        text = _text(param, schema)
+        from llguidance import LLMatcher
+
+        try:
+            return self._checked(param, LLMatcher.grammar_from_json_schema(text))
+        except ValueError as error:
+            raise wrong(param, str(error)) from None
+
+    def regex(self, param: str, regex: str) -> str:
+        """Returns the grammar of a regular expression; raises as `json_schema` does."""
+        from llguidance import LLMatcher
+
+        return self._checked(param, LLMatcher.grammar_from_regex(_text(param, regex)))
+
+    def choice(self, param: str, texts: Sequence[str]) -> str:
+        """Returns the grammar of one of some texts."""
+        lines = " | ".join(json.dumps(t, ensure_ascii=False) for t in texts)
+        return self.lark(param, f"start: {lines}")
+
+    def lark(self, param: str, text: str) -> str:
+        """Returns a Lark grammar; raises as `json_schema` does."""
+        from llguidance import LLMatcher
+
+        return self._checked(param, LLMatcher.grammar_from_lark(_text(param, text)))
+
+    def gbnf(self, param: str, text: str) -> str:
+        """Returns the grammar of llama.cpp's notation; raises as `json_schema` does."""
+        from llguidance import gbnf_to_lark
+
+        if len(text) > _LARGEST:
+            raise wrong(param, f"expected at most {_LARGEST} characters, got {len(text)}")
+        try:
+            lark = (
+                text if "start:" in text and "::=" not in text else gbnf_to_lark.any_to_lark(text)
+            )
+        except Exception as error:  # a converter's own
+            raise wrong(param, f"not GBNF: {' '.join(str(error).split())}") from None
+        return self.lark(param, lark)
+
+    def calls(
+        self,
+        form: ReplyFormat,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        several: bool,
+        after: str = "",
+    ) -> str:
+        """Returns the grammar of calls of tools, as a model writes them.
+
+        Args:
+            after: what has been written of the first one already.
+        """
+        rules, names = [], []
+        for i, tool in enumerate(tools):
+            schema = tool.get("parameters") or {"type": "object"}
+            self.json_schema(f"tools[{i}].function.parameters", schema)
+            before = form.before.replace("{name}", str(tool["name"])).removeprefix(after)
+            rules.append(
+                f"call{i}: {self._literal(before)} args{i} {self._literal(form.after)}\n"
+                f"args{i}: %json {json.dumps(schema)}"
+            )
+            names.append(f"call{i}")
+        one = " | ".join(names)
+        many = several and not after and bool(form.closer)
+        start = f'start: calls ("\\n" calls)*\ncalls: {one}' if many else f"start: {one}"
+        return self.lark("tools", "\n".join([start, *rules]))
+
+    def _literal(self, text: str) -> str:
+        """Returns text as Lark has it, with tokens that are no text by their numbers."""
+        parts: list[str] = []
+        while text:
+            found = [(text.find(m), m) for m in markers(text) if self._special(m) is not None]
+            at, mark = min(found, default=(len(text), ""))
+            if at:
+                parts.append(json.dumps(text[:at], ensure_ascii=False))
+            if mark:
+                parts.append(f"<[{self._special(mark)}]>")
+            text = text[at + len(mark) :]
+        return " ".join(parts) or '""'
+
+    def _special(self, text: str) -> int | None:
+        token = self._tokenizer.token_id(text)
+        return token if token is not None and self._tokenizer.special_text(token) else None
+
+    def matcher(self, grammar: str) -> Any:
+        """Returns a new matcher at the start of a checked grammar."""
+        return self._matcher(grammar).deep_copy()
+
+    def mask(self, matcher: Any) -> NDArray[np.int32]:
+        """Returns which tokens a matcher lets come next."""
+        mask = np.zeros(-(-self._vocab_size // 32), np.int32)
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        return mask
+
+    def _checked(self, param: str, grammar: str) -> str:
+        matcher = self._matcher(grammar)
+        if matcher.is_error():
+            raise wrong(param, f"cannot be kept to: {' '.join(matcher.get_error().split())[:500]}")
+        return grammar
+
+    def _compiled(self, grammar: str) -> Any:
+        from llguidance import LLMatcher
+
+        return LLMatcher(self._backend, grammar, log_level=0)
+
+    @property
+    def _backend(self) -> Any:
+        with self._lock:
+            return self._made
+
+    @functools.cached_property
+    def _made(self) -> Any:
+        from llguidance import LLTokenizer
+
+        return LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos)
+
+
+def _text(param: str, value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    if len(text) > _LARGEST:
+        raise wrong(param, f"expected at most {_LARGEST} characters, got {len(text)}")
+    return text
+
+
+class Guide:
+    """Keeps one reply to a grammar: after its reasoning, or from where a call begins. One thread at a time."""
+
+    def __init__(
+        self,
+        grammars: Grammars | None,
+        grammar: str | None,
+        *,
+        is_reasoning: bool = False,
+        reasoning: tuple[int | None, int | None] = (None, None),
+        most_reasoning: int = -1,
+        lazy: Mapping[int, str] | None = None,
+        several: bool = True,
+    ) -> None:
+        """Starts a reply.
+
+        Args:
+            grammars: makes the matchers.
+            grammar: that the answer keeps to; None for what `lazy` says.
+            is_reasoning: the prompt has opened the reasoning.
+            reasoning: the tokens that open and close it, where they are single ones.
+            most_reasoning: tokens of it, after which it is closed; -1 for no limit.
+            lazy: grammars that begin after a token.
+            several: whether more may follow after a lazy one's end.
+        """
+        self._grammars, self._grammar, self._lazy, self._several = (
+            grammars,
+            grammar,
+            lazy or {},
+            several,
+        )
+        self._open, self._close = reasoning
+        self._is_reasoning, self._most, self._thought = is_reasoning, most_reasoning, 0
+        self._is_first = True
+        self._matcher: Any = None
+        if grammar is not None and grammars is not None and not is_reasoning:
+            self._matcher = grammars.matcher(grammar)
+
+    def allowed(self) -> NDArray[np.int32] | None:
+        """Returns a mask; None for all tokens."""
+        if self._is_reasoning:
+            if self._close is None or not 0 <= self._most <= self._thought:
+                return None
+            return self._only(self._close)
+        if self._matcher is None or self._grammars is None:
+            return None
+        mask = self._grammars.mask(self._matcher)
+        if self._is_first and self._open is not None and self._most != 0:
+            mask[self._open // 32] |= np.uint32(1 << (self._open % 32)).view(np.int32)
+        return mask
+
+    def _only(self, token: int) -> NDArray[np.int32]:
+        assert self._grammars is not None
+        mask = np.zeros(-(-self._grammars._vocab_size // 32), np.uint32)
+        mask[token // 32] = 1 << (token % 32)
+        return mask.view(np.int32)
+
+    def take(self, token: int) -> bool:
+        """Is told of the token that came; returns whether the reply is complete."""
+        was_first, self._is_first = self._is_first, False
+        if self._is_reasoning:
+            self._thought += 1
+            if token == self._close:
+                self._is_reasoning = False
+                if self._grammar is not None and self._grammars is not None:
+                    self._matcher = self._grammars.matcher(self._grammar)
+            return False
+        if token == self._open and was_first:
+            self._is_reasoning, self._matcher = True, None
+            return False
+        if self._matcher is None:
+            if token in self._lazy and self._grammars is not None:
+                self._matcher = self._grammars.matcher(self._lazy[token])
+            return False
+        if not self._matcher.consume_token(token):
+            raise Problem(500, f"grammar: {self._matcher.get_error()}")
+        if not self._matcher.is_stopped() and not (self._lazy and self._matcher.is_accepting()):
+            return False
+        if self._grammar is None:  # a call is whole; text may follow
+            self._matcher = None
+            return not self._several
+        return True

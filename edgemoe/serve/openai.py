@@ -1,0 +1,488 @@
+"""OpenAI's dialect: chat completions and completions, whole and streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+
+from edgemoe.serve import fields
+from edgemoe.serve.problems import Problem, wrong
+from edgemoe.serve.prompts import Conversation
+from edgemoe.serve.reply import Ask, Ended, Part, Reply, call_id, timings, usage_extras
+from edgemoe.serve.service import Service, Wanted
+from edgemoe.text.calls import ToolCall
+from edgemoe.text.logprobs import TokenLogprob
+
+__all__ = ["ChatAnswer", "TextAnswer", "read_chat", "read_completion", "wanted_form"]
+
+_SAMPLING = (
+    "temperature", "top_p", "top_k", "min_p", "typical_p", "repeat_penalty", "repeat_last_n",
+    "presence_penalty", "frequency_penalty", "seed", "ignore_eos",
+)  # fmt: skip
+
+
+def _wanted(request: Any, ignored: list[str]) -> Wanted:
+    """Returns what both kinds of completions say."""
+    sampling = {name: getattr(request, name) for name in _SAMPLING}
+    sampling["max_tokens"] = request.max_tokens
+    stop = request.stop
+    if stop:
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        sampling["stop"] = stops
+    if request.logit_bias:
+        try:
+            sampling["logit_bias"] = {int(k): v for k, v in request.logit_bias.items()}
+        except ValueError:
+            raise wrong("logit_bias", "expected numbers of tokens") from None
+    if sampling["seed"] is not None and sampling["seed"] < 0:
+        sampling["seed"] = -1
+    if request.keep_alive is not None:
+        ignored.append("keep_alive")
+    return Wanted(
+        sampling=sampling, choices=request.n or 1, ignored=ignored, form=wanted_form(request)
+    )
+
+
+def wanted_form(request: Any) -> tuple[str, str, Any] | None:
+    """Returns what an answer must keep to, however it is said."""
+    found: list[tuple[str, str, Any]] = []
+    form = request.response_format
+    if form is not None:
+        kind = form.get("type")
+        if kind == "json_object":
+            schema = form.get("schema")  # llama.cpp's
+            found.append(("json", "response_format", schema or {"type": "object"}))
+        elif kind == "json_schema":
+            inner = form.get("json_schema")
+            if not isinstance(inner, dict) or not isinstance(inner.get("schema"), dict):
+                raise wrong("response_format.json_schema", "expected an object with a schema")
+            found.append(("json", "response_format.json_schema.schema", inner["schema"]))
+        elif kind != "text":
+            raise wrong(
+                "response_format.type", f"expected text, json_object or json_schema, got {kind!r}"
+            )
+    for name, kind in (
+        ("json_schema", "json"), ("guided_json", "json"), ("guided_regex", "regex"),
+        ("guided_choice", "choice"), ("guided_grammar", "gbnf"), ("grammar", "gbnf"),
+    ):  # fmt: skip
+        value = getattr(request, name)
+        if value:
+            found.append((kind, name, value))
+    for name, value in (request.structured_outputs or {}).items():
+        if name not in ("json", "regex", "choice", "grammar"):
+            raise wrong(f"structured_outputs.{name}", "not supported")
+        kind = "gbnf" if name == "grammar" else name
+        found.append((kind, f"structured_outputs.{name}", value))
+    if len(found) > 1:
+        raise wrong(found[1][1], f"not together with {found[0][1]}")
+    return found[0] if found else None
+
+
+def thinking(*said: object) -> bool | None:
+    """Returns what the spellings of "do not reason" come to: None where nothing is said."""
+    for word in said:
+        if word in (False, "none", "disabled", "off"):
+            return False
+        if isinstance(word, dict) and word.get("type") == "disabled":
+            return False
+    return True if any(word is not None for word in said) else None
+
+
+def tool_choice(choice: object) -> str:
+    """Reads OpenAI's tool_choice, of chats and of responses."""
+    if choice is None:
+        return "auto"
+    if choice in ("auto", "none", "required"):
+        return str(choice)
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        name = (choice.get("function") or choice).get("name")
+        if isinstance(name, str):
+            return f"={name}"
+    raise wrong("tool_choice", f"expected auto, none, required or a function, got {choice!r}")
+
+
+def read_chat(service: Service, body: bytes) -> tuple[fields.ChatRequest, Ask]:
+    """Reads a chat's request; takes a while for long ones.
+
+    Raises:
+        Problem: names what is wrong.
+    """
+    request, ignored = fields.read(body, fields.ChatRequest, is_strict=service.settings.is_strict)
+    wanted = _wanted(request, ignored)
+    if request.max_completion_tokens is not None:
+        wanted.sampling["max_tokens"] = request.max_completion_tokens
+    if request.top_logprobs and not request.logprobs:
+        raise wrong("top_logprobs", "expected logprobs to be true with it")
+    wanted.top = (request.top_logprobs or 0) if request.logprobs else None
+    wanted.thinks = thinking(
+        request.reasoning_effort, request.think, request.thinking, request.enable_thinking
+    )
+    wanted.effort = request.reasoning_effort
+    wanted.variables = request.chat_template_kwargs or {}
+    wanted.tool_choice = tool_choice(request.tool_choice)
+    wanted.several_calls = request.parallel_tool_calls is not False
+    tools = []
+    for i, tool in enumerate(request.tools or ()):
+        if tool.type != "function":
+            ignored.append(f"tools[{i}]: {tool.type}")
+        elif tool.function is None:
+            raise wrong(f"tools[{i}].function", "expected, and missing")
+        else:
+            tools.append(tool.function.plain())
+    return request, service.converse(Conversation(request.messages, tools), wanted)
+
+
+def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionRequest, list[Ask]]:
+    """Reads a completion's request: one text or several, as text or as tokens.
+
+    Raises:
+        Problem: names what is wrong.
+    """
+    request, ignored = fields.read(
+        body, fields.CompletionRequest, is_strict=service.settings.is_strict
+    )
+    wanted = _wanted(request, ignored)
+    if request.logprobs is not None and not 0 <= request.logprobs <= fields.MOST_TOP:
+        raise wrong("logprobs", f"expected 0 to {fields.MOST_TOP}, got {request.logprobs}")
+    wanted.top = request.logprobs
+    params = service.sampled(wanted.sampling)
+    prompt: Any = request.prompt
+    many = isinstance(prompt, list) and prompt and not all(isinstance(i, int) for i in prompt)
+    asks = []
+    for i, one in enumerate(prompt if many else [prompt]):
+        where = f"prompt[{i}]" if many else "prompt"
+        if isinstance(one, str):
+            ids = service.encoded(one, where, add_special=True)
+        elif isinstance(one, list) and one and all(type(t) is int for t in one):
+            size = service.model.config.vocab_size
+            if not all(0 <= t < size for t in one):
+                raise wrong(where, f"expected tokens from 0 to {size - 1}")
+            ids = list(one)
+        else:
+            raise wrong(where, "expected text or tokens, at least one")
+        asks.append(service.continue_text(ids, params, wanted, echo=bool(request.echo)))
+    return request, asks
+
+
+class _Answer:
+    """Is one request's answer, in OpenAI's form."""
+
+    object = chunk_object = prefix = ""
+
+    def __init__(self, service: Service, request: Any, asks: list[Ask]) -> None:
+        self.service, self.request, self.asks = service, request, asks
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.replies: list[Reply] = []
+        self.first = self._begin(0)
+        """Submitted already, so that what is wrong is said before a stream begins."""
+        self.ended: list[Ended] = []
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id, "object": kind, "created": self.created, "model": self.service.names[0],
+            "system_fingerprint": self.service.fingerprint,
+        }  # fmt: skip
+
+    def _reply(self, index: int) -> Reply:
+        """Returns a choice's reply; those of one prompt come one after the other, so that it is computed once."""
+        return self.first if index == 0 else self._begin(index)
+
+    def _begin(self, index: int) -> Reply:
+        ask, choice = divmod(index, self.asks[0].choices)
+        reply = self.service.begin(self.asks[ask], choice)
+        self.replies.append(reply)
+        return reply
+
+    @property
+    def count(self) -> int:
+        """How many choices there are."""
+        return len(self.asks) * self.asks[0].choices
+
+    def usage(self, ended: list[Ended]) -> dict[str, Any]:
+        """Returns what it took."""
+        per = self.asks[0].choices
+        prompt = sum(e.figures.prompt_tokens for e in ended[::per])
+        cached = sum(e.figures.cached_tokens for e in ended[::per])
+        made = sum(e.figures.new_tokens for e in ended)
+        thought = sum(e.reasoning_tokens for e in ended)
+        return {
+            "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": thought},
+        }  # fmt: skip
+
+    def _extras(self, ended: Ended) -> dict[str, Any]:
+        notes = self.service.model.notes
+        return {
+            "timings": timings(ended.figures),
+            "edgemoe": usage_extras(ended.figures, self.asks[0].ignored, notes),
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """Returns the answer once it is complete."""
+        choices = [await self._choice(i, self._reply(i)) for i in range(self.count)]
+        return {
+            **self._head(self.object), "choices": choices, "usage": self.usage(self.ended),
+            **self._extras(self.ended[-1]),
+        }  # fmt: skip
+
+    async def _choice(self, index: int, reply: Reply) -> dict[str, Any]:
+        raise NotImplementedError
+
+    async def stream(self) -> AsyncIterator[dict[str, Any]]:
+        """Yields the answer's chunks.
+
+        Raises:
+            Problem: a reply failed.
+        """
+        options = self.request.stream_options
+        has_usage = options is not None and bool(options.include_usage)
+        running = options is not None and bool(options.continuous_usage_stats)
+        head = self._head(self.chunk_object)
+        for index in range(self.count):
+            async for choice, made in self._pieces(index, self._reply(index)):
+                chunk = {**head, "choices": [choice]}
+                if running and made is not None:
+                    tokens = len(self.asks[0].ids)
+                    chunk["usage"] = {
+                        "prompt_tokens": tokens, "completion_tokens": made, "total_tokens": tokens + made,
+                    }  # fmt: skip
+                elif has_usage:
+                    chunk["usage"] = None
+                if choice.get("finish_reason"):
+                    chunk |= self._extras(self.ended[-1])
+                yield chunk
+        if has_usage:
+            yield {**head, "choices": [], "usage": self.usage(self.ended)}
+
+    def _pieces(self, index: int, reply: Reply) -> AsyncIterator[tuple[dict[str, Any], int | None]]:
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """Nobody waits for it."""
+        for reply in self.replies:
+            reply.request.is_cancelled = True
+
+    def progress(self) -> str:
+        """Returns how far it is, for a comment."""
+        return self.replies[-1].progress(self.service.batcher.waiting)
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yields the answer as a stream of events."""
+        async for chunk in self.stream():
+            yield b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+    def failure(self, problem: Problem) -> bytes:
+        """Returns the last event of a stream that failed."""
+        return b"data: " + msgspec.json.encode(problem.body(is_messages=False)) + b"\n\n"
+
+    def ping(self) -> bytes:
+        """Returns what keeps a stream alive."""
+        return f": {self.progress()}\n\n".encode()
+
+
+class ChatAnswer(_Answer):
+    """Is the answer to a chat."""
+
+    object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    async def _choice(self, index: int, reply: Reply) -> dict[str, Any]:
+        texts = {"content": "", "reasoning": ""}
+        calls: list[dict[str, Any]] = []
+        said: list[TokenLogprob] = []
+        finish = "stop"
+        async for part in reply.parts():
+            if isinstance(part, Ended):
+                self.ended.append(part)
+                finish = part.finish
+                break
+            said += part.logprobs
+            for event in part.events:
+                if isinstance(event, ToolCall):
+                    function = {"name": event.name, "arguments": event.arguments}
+                    name = call_id("call_", self.id, 16 * index + len(calls))
+                    calls.append({"id": name, "type": "function", "function": function})
+                else:
+                    texts[event.kind] += event.text
+        message: dict[str, Any] = {"role": "assistant", "content": texts["content"]}
+        if texts["reasoning"]:
+            message["reasoning_content"] = texts["reasoning"]
+        if calls:
+            message["content"] = texts["content"] or None
+            message["tool_calls"] = calls
+        return {
+            "index": index, "message": message, "finish_reason": finish,
+            "logprobs": self._logprobs(said),
+        }  # fmt: skip
+
+    async def _pieces(
+        self, index: int, reply: Reply
+    ) -> AsyncIterator[tuple[dict[str, Any], int | None]]:
+        def chunk(
+            delta: dict[str, Any], said: list[TokenLogprob], finish: str | None = None
+        ) -> dict[str, Any]:
+            return {
+                "index": index, "delta": delta, "finish_reason": finish, "logprobs": self._logprobs(said),
+            }  # fmt: skip
+
+        yield chunk({"role": "assistant", "content": ""}, []), 0
+        calls = made = 0
+        async for part in reply.parts():
+            if isinstance(part, Ended):
+                self.ended.append(part)
+                yield chunk({}, [], part.finish), part.figures.new_tokens
+                return
+            made, said = part.tokens, part.logprobs
+            for event in part.events:
+                if isinstance(event, ToolCall):
+                    name = call_id("call_", self.id, 16 * index + calls)
+                    head = {
+                        "index": calls, "id": name, "type": "function",
+                        "function": {"name": event.name, "arguments": ""},
+                    }  # fmt: skip
+                    yield chunk({"tool_calls": [head]}, said), made
+                    rest = {"index": calls, "function": {"arguments": event.arguments}}
+                    yield chunk({"tool_calls": [rest]}, []), made
+                    calls += 1
+                else:
+                    key = "reasoning_content" if event.kind == "reasoning" else "content"
+                    yield chunk({key: event.text}, said), made
+                said = []
+            if said:
+                yield chunk({}, said), made
+
+    def _logprobs(self, said: list[TokenLogprob]) -> dict[str, Any] | None:
+        if self.asks[0].top is None:
+            return None
+        return {"content": [self._said(one) for one in said], "refusal": None}
+
+    def _said(self, one: TokenLogprob) -> dict[str, Any]:
+        def token(i: int, logprob: float) -> dict[str, Any]:
+            text = self.service.tokenizer.token_text(i)
+            return {
+                "token": text,
+                "id": i,
+                "logprob": _finite(logprob),
+                "bytes": list(text.encode()),
+            }
+
+        return {**token(one.token, one.logprob), "top_logprobs": [token(i, p) for i, p in one.top]}
+
+
+class TextAnswer(_Answer):
+    """Is the answer to a completion."""
+
+    object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
+
+    async def whole(self) -> dict[str, Any]:
+        """Returns the answer once it is complete. Prompts of one request run beside each other."""
+        room = asyncio.Semaphore(max(1, len(self.service.batcher.views)))
+        per = self.asks[0].choices
+        ends: dict[int, Ended] = {}
+
+        async def one(ask: int) -> list[dict[str, Any]]:
+            out = []
+            for i in range(ask * per, ask * per + per):
+                async with room:
+                    choice, ended = await self._text(i, self._reply(i))
+                ends[i] = ended
+                out.append(choice)
+            return out
+
+        tasks = [asyncio.ensure_future(one(i)) for i in range(len(self.asks))]
+        try:
+            found = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        ended = [ends[i] for i in sorted(ends)]
+        return {
+            **self._head(self.object), "choices": [c for part in found for c in part],
+            "usage": self.usage(ended), **self._extras(ended[-1]),
+        }  # fmt: skip
+
+    async def _text(self, index: int, reply: Reply) -> tuple[dict[str, Any], Ended]:
+        text, said = "", []
+        async for part in reply.parts():
+            if isinstance(part, Ended):
+                break
+            said += part.logprobs
+            text += _content(part)
+        assert isinstance(part, Ended)
+        return self._made(index, reply, text, said, part.finish), part
+
+    def _made(
+        self, index: int, reply: Reply, text: str, said: list[TokenLogprob], finish: str | None
+    ) -> dict[str, Any]:
+        ask = self.asks[index // self.asks[0].choices]
+        logprobs = None
+        if ask.top is not None:
+            logprobs = self._lists(ask, reply.prompt_logprobs, said)
+        if ask.echo:
+            text = self.service.tokenizer.decode(ask.ids, skip_special=False) + text
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _lists(
+        self, ask: Ask, before: list[TokenLogprob], said: list[TokenLogprob], at: int = 0
+    ) -> dict[str, Any]:
+        """Returns log-probabilities in the form of completions: lists, the first of an echo without one."""
+        text: Callable[[int], str] = self.service.tokenizer.token_text
+        tokens, values, tops = [], [], []
+        if ask.echo:
+            tokens, values, tops = [text(ask.ids[0])], [None], [None]
+        for one in [*before, *said]:
+            tokens.append(text(one.token))
+            values.append(_finite(one.logprob))  # type: ignore[arg-type]
+            tops.append({text(i): _finite(p) for i, p in one.top})  # type: ignore[arg-type]
+        offsets = []
+        for token in tokens:
+            offsets.append(at)
+            at += len(token)
+        return {
+            "tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets,
+        }  # fmt: skip
+
+    async def _pieces(
+        self, index: int, reply: Reply
+    ) -> AsyncIterator[tuple[dict[str, Any], int | None]]:
+        ask = self.asks[index // self.asks[0].choices]
+        has_echoed, at = not ask.echo, 0
+        async for part in reply.parts():
+            if isinstance(part, Ended):
+                self.ended.append(part)
+            if not has_echoed:
+                has_echoed = True
+                text = self.service.tokenizer.decode(ask.ids, skip_special=False)
+                logprobs = None if ask.top is None else self._lists(ask, reply.prompt_logprobs, [])
+                yield {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}, 0
+                at = len(text)
+            if isinstance(part, Ended):
+                yield {
+                    "index": index, "text": "", "logprobs": None, "finish_reason": part.finish,
+                }, part.figures.new_tokens  # fmt: skip
+                return
+            text, logprobs = _content(part), None
+            if ask.top is not None:
+                bare = Ask(ids=ask.ids, params=ask.params)
+                logprobs = self._lists(bare, [], part.logprobs, at)
+            at += len(text)
+            yield (
+                {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None},
+                part.tokens,
+            )
+
+
+def _content(part: Part) -> str:
+    return "".join(e.text for e in part.events if not isinstance(e, ToolCall))
+
+
+def _finite(value: float) -> float:
+    """Returns a number that JSON can write: no token is less likely."""
+    return max(value, -9999.0)

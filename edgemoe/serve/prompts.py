@@ -1,0 +1,208 @@
+"""Conversations as clients send them, made into prompts as models know them. Deterministic, or prefixes are lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from edgemoe.serve.problems import Problem, wrong
+from edgemoe.text.replies import ReplyFormat
+from edgemoe.text.tokenizer import Tokenizer
+
+__all__ = ["Conversation", "render"]
+
+logger = logging.getLogger(__name__)
+
+Message = dict[str, Any]
+
+_ROLES = ("system", "user", "assistant", "tool")
+_BILLING = "x-anthropic-billing-header:"
+_TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
+
+
+class Conversation:
+    """Is messages and tools in OpenAI's chat form, read and checked."""
+
+    def __init__(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Reads them.
+
+        Args:
+            messages: as in a chat's request.
+            tools: {"name", "description", "parameters"} each.
+
+        Raises:
+            Problem: names the message, and what of it is wrong.
+        """
+        if not messages:
+            raise wrong("messages", "expected at least one, got none")
+        read = [_message(m, f"messages[{i}]") for i, m in enumerate(messages)]
+        first = next((i for i, m in enumerate(read) if m["role"] != "system"), len(read))
+        texts = [m["content"] for m in read[:first] if not m["content"].startswith(_BILLING)]
+        leading = [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
+        self.messages: list[Message] = leading + read[first:]
+        if not self.messages:
+            raise wrong("messages", "expected more than an attribution")
+        self.tools = [dict(tool) for tool in tools]
+
+
+def _message(message: Mapping[str, Any], where: str) -> Message:
+    role = message.get("role")
+    role = {"developer": "system", "function": "tool"}.get(str(role), role)
+    if role not in _ROLES:
+        raise wrong(f"{where}.role", f"expected one of {', '.join(_ROLES)}, got {role!r}")
+    out: Message = {"role": role, "content": _content(message.get("content"), f"{where}.content")}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        value = message.get(name)
+        if value is not None and not isinstance(value, str):
+            raise wrong(f"{where}.{name}", f"expected text, got {type(value).__name__}")
+        if value:
+            out[name] = value
+    calls = message.get("tool_calls")
+    if calls:
+        if not isinstance(calls, list):
+            raise wrong(f"{where}.tool_calls", "expected a list")
+        out["tool_calls"] = [_call(c, f"{where}.tool_calls[{i}]") for i, c in enumerate(calls)]
+    return out
+
+
+def _content(content: object, where: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise wrong(where, f"expected text or parts, got {type(content).__name__}")
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in _TEXT_PARTS:
+            raise wrong(f"{where}[{i}].type", f"this model reads text alone; got {kind!r}")
+        text = part.get("text", part.get("refusal", ""))
+        if not isinstance(text, str):
+            raise wrong(f"{where}[{i}].text", f"expected text, got {type(text).__name__}")
+        texts.append(text)
+    return "\n".join(texts)
+
+
+def _call(call: object, where: str) -> dict[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(call, dict) or not isinstance(function, dict):
+        raise wrong(where, "expected a call of a function")
+    name, arguments = function.get("name"), function.get("arguments", "{}")
+    if not isinstance(name, str) or not isinstance(arguments, (str, dict)):
+        raise wrong(f"{where}.function", "expected a name, and arguments as text")
+    if isinstance(arguments, str):
+        try:
+            read = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            read = None
+        if isinstance(read, dict):  # as templates expect them
+            arguments = read
+    function = {"name": name, "arguments": arguments}
+    return {"id": str(call.get("id") or ""), "type": "function", "function": function}
+
+
+def render(
+    tokenizer: Tokenizer,
+    talk: Conversation,
+    form: ReplyFormat,
+    *,
+    most_characters: int,
+    variables: Mapping[str, Any],
+) -> str:
+    """Returns the prompt of a conversation.
+
+    What a template refuses is tried in other words, always in the same order: a later system message as the user's,
+    neighbours of one role as one message, the system's words before the user's first.
+
+    Raises:
+        Problem: the template refuses it in all words, or it becomes too long.
+    """
+    messages, tools = talk.messages, talk.tools
+    given: dict[str, Any] = dict(variables)
+    if tools and tokenizer.knows_tools:
+        given["tools"] = [{"type": "function", "function": tool} for tool in tools]
+    elif tools:
+        messages = _with_described(messages, tools)
+    if not tokenizer.knows_tools:
+        messages = [_plain(m) for m in messages]
+    refusal = ""
+    for how, words in _wordings(messages):
+        try:
+            text = tokenizer.render_chat(words, most_characters=most_characters, **given)
+        except ValueError as error:
+            refusal = refusal or str(error)
+            continue
+        if how:
+            logger.debug("messages were reworded for the template: %s", how)
+        return text
+    raise Problem(400, f"messages: {refusal}", param="messages")
+
+
+def _wordings(messages: list[Message]) -> Iterator[tuple[str, list[Message]]]:
+    yield "", messages
+    words = [
+        {**m, "role": "user", "content": f"[system]\n{m['content']}"} if i and m["role"] == "system" else m
+        for i, m in enumerate(messages)
+    ]  # fmt: skip
+    yield "later system messages are the user's", words
+    words = _merged(words)
+    yield "neighbours of one role are one message", words
+    if words[0]["role"] == "system" and len(words) > 1:
+        first = {**words[1], "content": f"{words[0]['content']}\n\n{words[1]['content']}"}
+        yield "the system's words stand before the first message", [first, *words[2:]]
+    texts = [
+        {**m, "tool_calls": [
+            {**c, "function": {**c["function"], "arguments": _dumped(c["function"]["arguments"])}}
+            for c in m["tool_calls"]
+        ]} if "tool_calls" in m else m
+        for m in messages
+    ]  # fmt: skip
+    yield "arguments of calls are text", texts
+
+
+def _merged(messages: list[Message]) -> list[Message]:
+    out: list[Message] = []
+    for message in messages:
+        last = out[-1] if out else None
+        plain = last is not None and not ({"tool_calls", "tool_call_id"} & {*last, *message})
+        if last is not None and plain and last["role"] == message["role"]:
+            out[-1] = {**last, "content": f"{last['content']}\n\n{message['content']}"}
+        else:
+            out.append(message)
+    return out
+
+
+def _with_described(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
+    """Returns messages whose system text tells of tools, for a template that has no words for them."""
+    text = (
+        "You may call tools. To call one, write exactly\n<tool_call>\n"
+        '{"name": the tool\'s name, "arguments": an object}\n</tool_call>\nThe tools are, one a line:\n'
+    ) + "\n".join(_dumped(tool) for tool in tools)
+    if messages[0]["role"] == "system":
+        first = {**messages[0], "content": f"{messages[0]['content']}\n\n{text}"}
+        return [first, *messages[1:]]
+    return [{"role": "system", "content": text}, *messages]
+
+
+def _plain(message: Message) -> Message:
+    """Returns a message of calls or of a tool as one of plain text."""
+    if message["role"] == "tool":
+        return {
+            "role": "user",
+            "content": f"<tool_response>\n{message['content']}\n</tool_response>",
+        }
+    if "tool_calls" not in message:
+        return message
+    calls = "\n".join(
+        f"<tool_call>\n{_dumped(c['function'])}\n</tool_call>" for c in message["tool_calls"]
+    )
+    return {"role": "assistant", "content": f"{message['content']}\n{calls}".strip()}
+
+
+def _dumped(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,227 @@
+"""One reply on its way from the engine's thread to a client: tokens become events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from edgemoe.errors import EdgemoeError
+from edgemoe.runtime.requests import Constraint, Figures, Outcome, Request
+from edgemoe.serve.problems import Problem
+from edgemoe.text.calls import ToolCall
+from edgemoe.text.logprobs import TokenLogprob
+from edgemoe.text.replies import Event, Piece, ReplyFormat, Schemas, parser
+from edgemoe.text.sampler import SamplingParams
+from edgemoe.text.stops import ReplyText
+from edgemoe.text.tokenizer import Tokenizer
+
+__all__ = ["Ask", "Ended", "Part", "Reply", "call_id", "timings", "usage_extras"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Ask:
+    """Is what a request of any dialect comes down to."""
+
+    ids: list[int]
+    params: SamplingParams
+    choices: int = 1
+    top: int | None = None
+    """Of each token's log-probabilities; None for none."""
+    echo: bool = False
+    """The prompt is part of the reply."""
+    is_raw: bool = False
+    """The model continues a text: no reasoning, no calls."""
+    schemas: Schemas | None = None
+    """Of the tools that may be called."""
+    is_reasoning: bool = False
+    """The prompt has opened the reasoning."""
+    hides_reasoning: bool = False
+    constraint: Callable[[], Constraint | None] = lambda: None
+    """Makes a choice's own."""
+    several_calls: bool = True
+    ignored: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Part:
+    """Is what some tokens brought."""
+
+    events: list[Event]
+    logprobs: list[TokenLogprob]
+    tokens: int
+    """Of the reply, so far."""
+
+
+@dataclass(slots=True)
+class Ended:
+    """Is the last part of a reply."""
+
+    finish: str
+    """stop, length or tool_calls."""
+    figures: Figures
+    reasoning_tokens: int
+    stop: str | None = None
+    """The stop text that ended it."""
+
+
+class Reply:
+    """Is one choice of one request. Made and read on the event loop; `take` and `end` run on the engine's thread."""
+
+    def __init__(
+        self,
+        ask: Ask,
+        choice: int,
+        tokenizer: Tokenizer,
+        form: ReplyFormat,
+        on_end: Callable[[Outcome], None],
+    ) -> None:
+        """Makes ready for a choice; `request` is to be submitted."""
+        self._loop, self._on_end = asyncio.get_running_loop(), on_end
+        self._parts: asyncio.Queue[Part | Ended | Exception] = asyncio.Queue()
+        params, shown = ask.params, frozenset[int]()
+        self._parser = None
+        if not ask.is_raw:
+            words = form.markers(tools=ask.schemas is not None)
+            shown = frozenset(i for w in words if (i := tokenizer.token_id(w)) is not None)
+            self._parser = parser(form, ask.schemas, is_reasoning=ask.is_reasoning)
+        self._text = ReplyText(tokenizer, params.stop, continues=ask.is_raw, shown=shown)
+        self._several, self._calls, self._stops = ask.several_calls, 0, params.stop
+        self._count = self._reasoning = 0
+        self._said: list[TokenLogprob] = []
+        self.prompt_logprobs: list[TokenLogprob] = []
+        seed = params.seed + choice if params.seed >= 0 else params.seed
+        self.request = Request(
+            ids=ask.ids, params=replace(params, stop=(), seed=seed), take=self.take, end=self.end,
+            top=ask.top, constraint=ask.constraint(),
+            prompt_logprobs=self.prompt_logprobs.extend if ask.echo and ask.top is not None else None,
+        )  # fmt: skip
+
+    def take(self, token: int, said: TokenLogprob | None) -> bool:
+        """Takes a token; returns whether the reply goes on."""
+        self._count += 1
+        if said is not None:
+            self._said.append(said)
+        if self._parser is not None and self._parser.state == "reasoning":
+            self._reasoning += 1
+        text = self._text.push(token)
+        events = self._events(text)
+        if events:
+            self._send(events)
+        if self._text.is_stopped:
+            return False
+        return self._several or not self._calls
+
+    def _events(self, text: str, *, is_last: bool = False) -> list[Event]:
+        if self._parser is None:
+            return [Piece("content", text)] if text else []
+        events = self._parser.push(text) if text else []
+        if is_last:
+            events += self._parser.flush()
+        found = []
+        for event in events:
+            if isinstance(event, ToolCall):
+                if self._calls and not self._several:
+                    continue
+                self._calls += 1
+            found.append(event)
+        return found
+
+    def end(self, outcome: Outcome) -> None:
+        """The engine is done with it."""
+        self._on_end(outcome)
+        if outcome.error is not None:
+            self._put(outcome.error)
+            return
+        if outcome.reason == "cancelled":
+            self._put(Problem(503, "the request was given up", code="cancelled"))
+            return
+        events = self._events(self._text.flush(), is_last=True)
+        if events or self._said:
+            self._send(events)
+        finish = "length" if outcome.reason == "length" and not self._text.is_stopped else "stop"
+        if self._calls and finish == "stop":
+            finish = "tool_calls"
+        stop = self._text.stopped_by
+        self._put(Ended(finish, outcome.figures, self._reasoning, stop))
+
+    def _send(self, events: list[Event]) -> None:
+        self._put(Part(events, self._said, self._count))
+        self._said = []
+
+    def _put(self, item: Part | Ended | Exception) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._parts.put_nowait, item)
+        except RuntimeError:  # the loop has ended, and with it who waits
+            self.request.is_cancelled = True
+
+    def progress(self, waiting: int) -> str:
+        """Returns how far it is."""
+        request, total = self.request, len(self.request.ids)
+        if self._count:
+            return f"{self._count} tokens"
+        if not request.has_begun:
+            return f"waiting, {max(waiting - 1, 0)} others too"
+        return f"prompt {request.computed}/{total}"
+
+    async def parts(self) -> AsyncIterator[Part | Ended]:
+        """Yields the reply as it is made; one that is closed early is cancelled.
+
+        Raises:
+            Problem: it failed.
+        """
+        try:
+            while True:
+                item = await self._parts.get()
+                if isinstance(item, Exception):
+                    raise _problem(item)
+                yield item
+                if isinstance(item, Ended):
+                    return
+        finally:
+            self.request.is_cancelled = True
+
+
+def _problem(error: Exception) -> Problem:
+    """Returns what a client is told of an error of the engine."""
+    if isinstance(error, Problem):
+        return error
+    if isinstance(error, ValueError) and not isinstance(error, EdgemoeError):
+        return Problem(400, str(error))
+    if isinstance(error, EdgemoeError):
+        return Problem(500, str(error))
+    return Problem(500, f"{type(error).__name__}: the server failed at this request")
+
+
+def call_id(prefix: str, reply_id: str, number: int) -> str:
+    """Returns the name of a call, the same whenever it is asked for."""
+    return f"{prefix}{reply_id.rpartition('-')[2][:20]}{number}"
+
+
+def usage_extras(figures: Figures, ignored: list[str], notes: tuple[str, ...]) -> dict[str, Any]:
+    """Returns what a reply says of the engine."""
+    uses = figures.hits + figures.misses
+    out: dict[str, Any] = {
+        "hit_rate": figures.hits / uses if uses else 1.0, "bytes_read": figures.bytes_read,
+        "average_bits": round(figures.average_bits, 3), "skipped": figures.skipped_share,
+        "substituted": figures.substituted_share, "beside": figures.beside,
+        "logits_hash": figures.logits_hash, "ignored": ignored,
+    }  # fmt: skip
+    if notes:
+        out["notes"] = list(notes)
+    return out
+
+
+def timings(figures: Figures) -> dict[str, Any]:
+    """Returns llama.cpp's figures of a reply."""
+    computed = figures.prompt_tokens - figures.cached_tokens
+    prompt_ms, made_ms = 1000 * figures.prompt_s, 1000 * figures.decode_s
+    made = max(figures.new_tokens - 1, 0)
+    return {
+        "cache_n": figures.cached_tokens, "prompt_n": computed, "prompt_ms": prompt_ms,
+        "prompt_per_second": 1000 * computed / prompt_ms if prompt_ms else 0.0,
+        "predicted_n": figures.new_tokens, "predicted_ms": made_ms,
+        "predicted_per_second": 1000 * made / made_ms if made_ms else 0.0,
+        "queue_ms": 1000 * figures.queue_s,
+    }  # fmt: skip

@@ -1,0 +1,134 @@
+"""Runs a server until it is told to stop, and stops it gracefully."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+import uvicorn
+
+from edgemoe.runtime.opening import Opened
+from edgemoe.serve.app import make_app
+from edgemoe.serve.service import Service
+from edgemoe.serve.settings import Settings, is_loopback
+from edgemoe.text.sampler import SamplingParams
+
+__all__ = ["listen", "serve"]
+
+logger = logging.getLogger(__name__)
+
+_FAILED = 1
+_PER_ADDRESS = 64  # connections, where other machines may ask
+
+
+def listen(settings: Settings) -> socket.socket:
+    """Opens the port, before a model is loaded for nothing.
+
+    Raises:
+        OSError: it is taken, or may not be had; names another one that is free.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((settings.host, settings.port))
+    except OSError as error:
+        found.close()
+        free = _free(settings, family)
+        hint = f"; --port {free} is free" if free else ""
+        raise OSError(
+            error.errno, f"port {settings.port} of {settings.host}: {error.strerror}{hint}"
+        ) from None
+    found.set_inheritable(False)
+    return found
+
+
+def _free(settings: Settings, family: int) -> int:
+    """Returns the next port that can be had, 0 for none."""
+    for port in range(settings.port + 1, min(settings.port + 20, 65536)):
+        with socket.socket(family, socket.SOCK_STREAM) as tried, contextlib.suppress(OSError):
+            tried.bind((settings.host, port))
+            return port
+    return 0
+
+
+class _Server(uvicorn.Server):
+    """Tells the service of signals, and does not raise them again when all is closed."""
+
+    service: Service
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.service.is_stopping = True
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+
+
+def serve(
+    opened: Opened,
+    settings: Settings,
+    door: socket.socket,
+    *,
+    name: str,
+    sampling: SamplingParams,
+    ready: Callable[[Service, int, Callable[[], None]], None],
+) -> int:
+    """Serves until SIGTERM or Ctrl-C; the second one does not wait for replies.
+
+    Args:
+        opened: the model; closed at the end.
+        door: of `listen`.
+        name: the model's.
+        sampling: how replies are sampled where a request says nothing.
+        ready: called when requests are taken, with the port and with what stops the server as a signal does.
+
+    Returns:
+        The exit code: 0, or 1 when the engine's thread was lost.
+
+    Raises:
+        FormatError: the model has no tokenizer, or its chat template is broken.
+        OSError: the profile or the trace cannot be written at the end.
+    """
+    servers: list[_Server] = []
+
+    def lost(error: BaseException) -> None:
+        for server in servers:
+            server.should_exit = server.force_exit = True
+
+    service = Service(opened, settings, name=name, sampling=sampling, on_death=lost)
+    try:
+        config = uvicorn.Config(
+            make_app(service), log_config=None, access_log=False, lifespan="off", server_header=False,
+            timeout_keep_alive=75, h11_max_incomplete_event_size=64 << 10,
+            timeout_graceful_shutdown=int(settings.grace) + 2, http="h11", ws="none",
+            limit_concurrency=None if is_loopback(settings.host) else 16 * _PER_ADDRESS,
+        )  # fmt: skip
+        server = _Server(config)
+        server.service = service
+        servers.append(server)
+        stop = functools.partial(server.handle_exit, signal.SIGTERM, None)
+        ready(service, door.getsockname()[1], stop)
+        server.run(sockets=[door])
+    finally:
+        for request in service.batcher.running():
+            request.is_cancelled = True
+        service.close()
+    return _FAILED if service.worker.error is not None else 0

@@ -1,0 +1,305 @@
+"""What all dialects share: from a conversation and what is wanted of it to tokens, and from there to replies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import edgemoe
+from edgemoe.errors import FormatError
+from edgemoe.runtime.batching import Batcher, QueueFull
+from edgemoe.runtime.opening import Opened
+from edgemoe.runtime.requests import Constraint
+from edgemoe.serve.figures import ServerFigures
+from edgemoe.serve.grammar import Grammars, Guide
+from edgemoe.serve.problems import Problem, too_long, wrong
+from edgemoe.serve.prompts import Conversation, render
+from edgemoe.serve.reply import Ask, Reply
+from edgemoe.serve.settings import Settings
+from edgemoe.serve.worker import Worker
+from edgemoe.text.calls import markers
+from edgemoe.text.replies import reply_format
+from edgemoe.text.sampler import SamplingParams
+
+__all__ = ["Service", "Wanted"]
+
+_SURELY_LONG = 8  # characters per token; text has about four
+
+
+@dataclass(slots=True, kw_only=True)
+class Wanted:
+    """Is what a request wants, in no dialect."""
+
+    sampling: dict[str, Any] = field(default_factory=dict)
+    """Fields of `SamplingParams` that the client said; None for those it did not."""
+    choices: int = 1
+    top: int | None = None
+    tool_choice: str = "auto"
+    """auto, none, required, or "=" and a tool's name."""
+    several_calls: bool = True
+    thinks: bool | None = None
+    """None for the model's own way."""
+    effort: str | None = None
+    most_reasoning: int | None = None
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    """Of the template."""
+    form: tuple[str, str, Any] | None = None
+    """What the answer keeps to: json, regex, choice, gbnf or lark; the field that says it; and its value."""
+    ignored: list[str] = field(default_factory=list)
+
+
+class Service:
+    """Is one model that is ready to answer. Its thread is the model's; everything here runs on the event loop's or
+    on helpers of it."""
+
+    def __init__(
+        self, opened: Opened, settings: Settings, *, name: str, sampling: SamplingParams,
+        on_death: Callable[[BaseException], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """Takes an opened model.
+
+        Args:
+            name: the model's.
+            sampling: how replies are sampled where a request says nothing.
+            on_death: called when the engine's thread has ended by itself.
+
+        Raises:
+            FormatError: the model has no tokenizer, or its chat template is broken.
+        """
+        tokenizer = opened.text.tokenizer
+        if tokenizer is None:
+            raise FormatError("serve: the model has no tokenizer, so that it takes ids only")
+        tokenizer.read_templates()
+        self.opened, self.settings, self.sampling = opened, settings, sampling
+        self.model, self.tokenizer = opened.model, tokenizer
+        self.names = (*settings.aliases, name) if settings.aliases else (name,)
+        self.context = self.model.budget.context
+        self.form, self.speaks_of_tools = reply_format(tokenizer.chat_template)
+        self.started = int(time.time())
+        self.figures = ServerFigures()
+        eos = opened.text.eos_ids
+        self.grammars = (
+            Grammars(tokenizer, self.model.config.vocab_size, sorted(eos))
+            if settings.has_grammar
+            else None
+        )
+        self.fingerprint = _fingerprint(opened)
+        self.is_stopping = False
+        self.worker = Worker(Batcher(self.model, eos, most_waiting=settings.queue), on_death)
+
+    @property
+    def batcher(self) -> Batcher:
+        """Who runs requests."""
+        return self.worker.batcher
+
+    @property
+    def can_reason(self) -> bool:
+        """Whether the model's template speaks of reasoning."""
+        source = self.tokenizer.chat_template
+        return "enable_thinking" in source or any(w in source for w in self.form.reasoning or ())
+
+    def check_name(self, name: str | None) -> None:
+        """Takes any name: one model is served, and the reply says which."""
+
+    def sampled(self, said: Mapping[str, Any]) -> SamplingParams:
+        """Returns how a reply is sampled: what a request says, else what the server was told, else the model's own.
+
+        Raises:
+            Problem: a value is out of range.
+        """
+        given = {name: value for name, value in said.items() if value is not None}
+        try:
+            return replace(self.sampling, **given)
+        except ValueError as error:
+            name, _, rest = str(error).removeprefix("sampling: ").partition(": ")
+            raise wrong(name, rest) from None
+
+    def converse(self, talk: Conversation, wanted: Wanted) -> Ask:
+        """Returns what a conversation comes down to; takes a while, and raises `Problem` for all that is wrong."""
+        params = self.sampled(wanted.sampling)
+        tools = [] if wanted.tool_choice == "none" else talk.tools
+        if wanted.tool_choice.startswith("="):
+            tools = [t for t in tools if t["name"] == wanted.tool_choice[1:]]
+            if not tools:
+                raise wrong("tool_choice", f"no tool is named {wanted.tool_choice[1:]!r}")
+        if wanted.tool_choice == "required" and not tools:
+            raise wrong("tool_choice", "expected tools with it")
+        variables: dict[str, Any] = dict(wanted.variables)
+        thinks = wanted.thinks
+        if thinks is None and variables.get("enable_thinking") is False:
+            thinks = False
+        if thinks is not None:
+            variables.setdefault("enable_thinking", thinks)
+        if wanted.effort and wanted.effort != "none":
+            variables.setdefault("reasoning_effort", wanted.effort)
+        given = sum(len(m["content"]) for m in talk.messages) + len(json.dumps(talk.tools))
+        text = render(
+            self.tokenizer, talk, self.form, variables=variables,
+            most_characters=_SURELY_LONG * self.context + 2 * given + 4096,
+        )  # fmt: skip
+        ids = self.encoded(text, "messages", add_special=not self.tokenizer.has_chat_template)
+        opener = (self.form.reasoning or ("",))[0]
+        is_reasoning = (
+            bool(opener) and not self.form.is_channelled and text.rstrip().endswith(opener)
+        )
+        ask = Ask(
+            ids=ids, params=params, choices=wanted.choices, top=wanted.top, ignored=wanted.ignored,
+            schemas={t["name"]: t.get("parameters") or {} for t in tools} if tools else None,
+            is_reasoning=is_reasoning, several_calls=wanted.several_calls,
+        )  # fmt: skip
+        most = (
+            self.settings.reasoning_budget
+            if wanted.most_reasoning is None
+            else wanted.most_reasoning
+        )
+        ask.constraint = self._constraint(
+            wanted, tools, is_reasoning, 0 if thinks is False else most
+        )
+        return ask
+
+    def _constraint(
+        self, wanted: Wanted, tools: Sequence[Mapping[str, Any]], is_reasoning: bool, most: int
+    ) -> Callable[[], Constraint | None]:
+        """Returns what makes the guide of each choice."""
+        form, grammars = self.form, self.grammars
+        lazy: dict[int, str] = {}
+        grammar = self.grammar(wanted.form)
+        must = wanted.tool_choice == "required" or wanted.tool_choice.startswith("=")
+        if grammar is not None and tools:
+            if not must:
+                raise wrong(
+                    wanted.form[1] if wanted.form else "",
+                    "not together with tools that may or may not be called",
+                )
+            raise wrong(
+                wanted.form[1] if wanted.form else "",
+                "not together with a tool that must be called",
+            )
+        if tools and must:
+            if grammars is None:
+                raise wrong(
+                    "tool_choice", "needs --grammar, with which this server was not started"
+                )
+            grammar = grammars.calls(form, tools, several=wanted.several_calls)
+        elif tools and grammars is not None and not form.is_channelled:
+            token = self.tokenizer.token_id(form.opener)
+            if token is not None:
+                lazy[token] = grammars.calls(form, tools, several=False, after=form.opener)
+        marks: tuple[int | None, int | None] = (None, None)
+        if form.reasoning is not None and not form.is_channelled and self.can_reason:
+            first, last = (self.tokenizer.token_id(w) for w in form.reasoning)
+            marks = (first, last)
+        has_limit = most >= 0 and marks[1] is not None and grammars is not None
+        if grammar is None and not lazy and not has_limit:
+            return lambda: None
+        return lambda: Guide(
+            grammars, grammar, is_reasoning=is_reasoning, reasoning=marks, most_reasoning=most,
+            lazy=lazy, several=wanted.several_calls,
+        )  # fmt: skip
+
+    def grammar(self, form: tuple[str, str, Any] | None) -> str | None:
+        """Returns the grammar that an answer keeps to."""
+        if form is None:
+            return None
+        kind, param, value = form
+        if self.grammars is None:
+            raise wrong(param, "needs --grammar, with which this server was not started")
+        make: Callable[[str, Any], str] = {
+            "json": self.grammars.json_schema, "regex": self.grammars.regex,
+            "choice": self.grammars.choice, "gbnf": self.grammars.gbnf, "lark": self.grammars.lark,
+        }[kind]  # fmt: skip
+        return make(param, value)
+
+    def continue_text(
+        self, ids: list[int], params: SamplingParams, wanted: Wanted, *, echo: bool
+    ) -> Ask:
+        """Returns what a text to go on with comes down to."""
+        grammar = self.grammar(wanted.form)
+        grammars = self.grammars
+        ask = Ask(
+            ids=ids, params=params, choices=wanted.choices, top=wanted.top, echo=echo, is_raw=True,
+            ignored=wanted.ignored,
+        )  # fmt: skip
+        if grammar is not None:
+            ask.constraint = lambda: Guide(grammars, grammar)
+        return ask
+
+    def encoded(self, text: str, param: str, *, add_special: bool) -> list[int]:
+        """Returns the tokens of a prompt.
+
+        Raises:
+            Problem: it is no text, is empty, or is too long for the context with a reply.
+        """
+        few = text[: _SURELY_LONG * self.context]
+        try:
+            if len(few) < len(text) and len(self.tokenizer.encode(few)) >= self.context:
+                raise too_long(param, len(text) * self.context // len(few), self.context)
+            ids = self.tokenizer.encode(text, add_special=add_special)
+        except ValueError as error:
+            raise wrong(param, str(error)) from None
+        if not ids:
+            raise wrong(param, "expected some text, got none")
+        return ids
+
+    def begin(self, ask: Ask, choice: int = 0) -> Reply:
+        """Hands a choice to the engine.
+
+        Raises:
+            Problem: the prompt is too long, too many wait, or the server is ending.
+        """
+        if self.is_stopping:
+            raise Problem(503, "the server is stopping", retry_after=10)
+        if self.worker.error is not None:
+            raise Problem(500, "the engine has failed; the server ends")
+        if len(ask.ids) > self.context - (ask.params.max_tokens != 0):
+            raise too_long("prompt" if ask.is_raw else "messages", len(ask.ids), self.context)
+        reply = Reply(ask, choice, self.tokenizer, self.form, self.figures.reply)
+        try:
+            self.batcher.submit(reply.request)
+        except QueueFull as error:
+            after = max(1, int(self.figures.pace * self.settings.queue / len(self.batcher.views)))
+            raise Problem(429, str(error), retry_after=after) from None
+        except ValueError as error:
+            raise Problem(400, str(error)) from None
+        except RuntimeError as error:
+            raise Problem(503, str(error)) from None
+        return reply
+
+    def close(self) -> None:
+        """Ends the thread, and keeps what was learned.
+
+        Raises:
+            OSError: the profile or the trace cannot be written.
+        """
+        self.is_stopping = True
+        self.worker.stop()
+        profile, model = self.opened.profile, self.model
+        if model.experts.observer is not None:
+            model.experts.observer.close()
+        if profile is not None and self.worker.error is None:
+            learned = profile.learned(model.store, model.scheduler)
+            if learned is not None:
+                profile.write(learned)
+
+    def tool_words(self) -> str:
+        """Returns how calls are written, for a note."""
+        return (
+            self.form.name
+            if self.speaks_of_tools
+            else f"generic ({' '.join(markers(self.form.opener))})"
+        )
+
+
+def _fingerprint(opened: Opened) -> str:
+    """Returns a name of all that decides which text a seed gives."""
+    model, o = opened.model, opened.model.options
+    said = json.dumps([
+        edgemoe.__version__, str(model.moe.source), model.config.family, model.config.experts_per_token,
+        hashlib.sha256(model.top_bits.tobytes()).hexdigest(), o.dense_bits, o.scheduler,
+        str(sorted(o.options.items())), o.cache_type_k, o.cache_type_v,
+    ])  # fmt: skip
+    return "em_" + hashlib.sha256(said.encode()).hexdigest()[:12]

@@ -1,0 +1,86 @@
+"""How a server is run: one checked value."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+__all__ = ["Settings", "is_loopback"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Says how a server is run.
+
+    Raises:
+        ValueError: the settings would open the engine to others without a key.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    """0 for a free one."""
+    keys: tuple[str, ...] = ()
+    """Of which a client must send one; none for all clients."""
+    no_auth: bool = False
+    """Take requests from other machines without a key."""
+    aliases: tuple[str, ...] = ()
+    """Further names of the model; the first is the one that replies carry."""
+    queue: int = 64
+    """Requests that may wait."""
+    timeout: float = 3600.0
+    """Seconds after which a request is given up."""
+    ping: float = 5.0
+    """Seconds between comments in a stream."""
+    grace: float = 10.0
+    """Seconds that replies get to end in when the server stops."""
+    origins: tuple[str, ...] = ()
+    """Web pages of which scripts may ask; "*" for all."""
+    hosts: tuple[str, ...] = ()
+    """Further names under which the server is asked for."""
+    is_strict: bool = False
+    """Refuse fields that have no effect."""
+    has_metrics: bool = False
+    has_grammar: bool = True
+    """Reserve the memory that masks take."""
+    reasoning_budget: int = -1
+    """The most tokens of reasoning; -1 for no limit."""
+
+    def __post_init__(self) -> None:
+        if not is_loopback(self.host) and not self.keys and not self.no_auth:
+            raise ValueError(
+                f"host: {self.host} lets other machines in; give --api-key or --api-key-file, "
+                "or --no-auth if anyone may use it"
+            )
+
+    def takes_host(self, header: str) -> bool:
+        """Returns whether a Host header names this server, and not a name that a web page made lead here."""
+        name = header.rsplit(":", 1)[0] if header.count(":") == 1 else header
+        if header.startswith("["):
+            name = header[1:].partition("]")[0]
+        name = name.lower()
+        return (
+            is_loopback(name)
+            or name == self.host.lower()
+            or name in self.hosts
+            or self._is_own(name)
+        )
+
+    def _is_own(self, name: str) -> bool:
+        """Returns whether a name is a bare address, which no DNS answer can change, where all addresses are served."""
+        if self.host not in ("0.0.0.0", "::"):
+            return False
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether a name or address is this machine's own."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,48 @@
+"""The engine's thread: it alone runs the model."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from edgemoe.runtime.batching import Batcher
+
+__all__ = ["Worker"]
+
+logger = logging.getLogger(__name__)
+
+
+class Worker:
+    """Runs a batcher on a thread of its own."""
+
+    def __init__(self, batcher: Batcher, on_death: Callable[[BaseException], None]) -> None:
+        """Starts.
+
+        Args:
+            on_death: called on the thread when it ends otherwise than by `stop`.
+        """
+        self.batcher, self._on_death = batcher, on_death
+        self.error: BaseException | None = None
+        """Why the thread has ended, if it was not told to."""
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="edgemoe-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends what runs, and the thread."""
+        self._is_stopping = True
+        self.batcher.wake()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._is_stopping:
+                if not self.batcher.step():
+                    self.batcher.wait(1.0)
+            self.batcher.end(RuntimeError("the server is stopping"))
+        except BaseException as error:
+            self.error = error
+            logger.critical("the engine's thread has ended: %s: %s", type(error).__name__, error)
+            self.batcher.end(RuntimeError("the engine has failed"))
+            self._on_death(error)

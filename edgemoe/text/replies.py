@@ -1,0 +1,333 @@
+"""What a model writes, taken apart while it is written: its reasoning, its answer, and its calls of tools.
+
+Each family has its own words around them; `reply_format` finds them by a chat template. A parser never fails: what is
+no call, though it began like one, is part of the answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from edgemoe.text import calls
+from edgemoe.text.calls import ToolCall
+
+__all__ = ["FORMATS", "Piece", "ReplyFormat", "ReplyParser", "parser", "reply_format"]
+
+Schemas = Mapping[str, Any]
+"""The parameters of each tool, by its name: a JSON schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Is some more text."""
+
+    kind: Literal["content", "reasoning"]
+    text: str
+
+
+Event = Piece | ToolCall
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplyFormat:
+    """Is how a family of models writes."""
+
+    name: str
+    signs: tuple[str, ...]
+    """Of which one stands in the family's chat template."""
+    opener: str
+    """What calls of tools begin with."""
+    closer: str
+    """What they end with; "" for the end of the reply."""
+    read: Callable[[str, Schemas], list[ToolCall] | None]
+    """Reads what is between; None if it is no call."""
+    before: str
+    """One whole call, for a grammar: all that comes before the arguments, {name} where the tool's name stands."""
+    after: str
+    reasoning: tuple[str, str] | None = None
+    """The words around reasoning."""
+    is_channelled: bool = False
+    """Everything stands in channels, as gpt-oss writes; `read` gets a channel's head and text."""
+
+    def markers(self, *, tools: bool) -> tuple[str, ...]:
+        """Returns the words that a parser has to see, also where they are tokens that are not shown."""
+        if self.is_channelled:
+            return calls.CHANNEL_MARKS
+        words = [*(self.reasoning or ())]
+        if tools:
+            words += [
+                *calls.markers(self.before),
+                *calls.markers(self.after),
+                self.opener,
+                self.closer,
+            ]
+        return tuple(dict.fromkeys(w for w in words if w))
+
+
+_THINK = ("<think>", "</think>")
+
+FORMATS = (
+    ReplyFormat(
+        name="harmony", signs=("<|channel|>",), opener="<|channel|>", closer="<|call|>",
+        read=calls.in_channel, reasoning=("<|channel|>analysis<|message|>", "<|end|>"), is_channelled=True,
+        before="<|channel|>commentary to=functions.{name} <|constrain|>json<|message|>", after="<|call|>",
+    ),
+    ReplyFormat(
+        name="kimi", signs=("<|tool_calls_section_begin|>",), opener="<|tool_calls_section_begin|>",
+        closer="<|tool_calls_section_end|>", read=calls.kimi, reasoning=_THINK,
+        before="<|tool_calls_section_begin|><|tool_call_begin|>functions.{name}:0<|tool_call_argument_begin|>",
+        after="<|tool_call_end|><|tool_calls_section_end|>",
+    ),
+    ReplyFormat(
+        name="deepseek", signs=("<｜tool▁calls▁begin｜>",), opener="<｜tool▁calls▁begin｜>",
+        closer="<｜tool▁calls▁end｜>", read=calls.deepseek, reasoning=_THINK,
+        before="<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{name}<｜tool▁sep｜>",
+        after="<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    ReplyFormat(
+        name="granite3", signs=("<|tool_call|>",), opener="<|tool_call|>", closer="",
+        read=calls.json_calls, before='<|tool_call|>[{"name": "{name}", "arguments": ', after="}]",
+    ),
+    ReplyFormat(
+        name="mistral", signs=("[TOOL_CALLS]",), opener="[TOOL_CALLS]", closer="",
+        read=calls.mistral, before='[TOOL_CALLS][{"name": "{name}", "arguments": ', after="}]",
+        reasoning=("[THINK]", "[/THINK]"),
+    ),
+    ReplyFormat(
+        name="tagged", signs=("<tool_call>",), opener="<tool_call>", closer="</tool_call>",
+        read=calls.tagged, reasoning=_THINK,
+        before='<tool_call>\n{"name": "{name}", "arguments": ', after="}\n</tool_call>",
+    ),
+)  # fmt: skip
+"""In the order in which their signs are looked for."""
+
+
+def reply_format(template: str) -> tuple[ReplyFormat, bool]:
+    """Returns how a model with a chat template writes, and whether the template itself speaks of tools.
+
+    Where it does not, the words are those that most models have seen.
+    """
+    for form in FORMATS:
+        if any(sign in template for sign in form.signs):
+            return form, True
+    return FORMATS[-1], False
+
+
+class _Text:
+    """Finds words in text that comes in pieces; what may be the beginning of one is held back."""
+
+    def __init__(self) -> None:
+        self.held = ""
+
+    def until(self, words: Collection[str]) -> tuple[str, str]:
+        """Takes what is before the first of `words`, with the word; with "" for what is certainly before any."""
+        found = [(at, -len(w), w) for w in words if (at := self.held.find(w)) >= 0]
+        if found:
+            at, _, word = min(found)
+            before, self.held = self.held[:at], self.held[at + len(word) :]
+            return before, word
+        keep = max((overlap(self.held, w) for w in words), default=0)
+        cut = len(self.held) - keep
+        before, self.held = self.held[:cut], self.held[cut:]
+        return before, ""
+
+    def rest(self) -> str:
+        """Takes all."""
+        text, self.held = self.held, ""
+        return text
+
+
+def overlap(text: str, word: str) -> int:
+    """Returns how many characters at the end of `text` may be the start of `word`."""
+    longest = min(len(text), len(word) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
+
+
+class ReplyParser:
+    """Takes a reply apart. One thread at a time."""
+
+    def __init__(self, form: ReplyFormat, schemas: Schemas | None, *, is_reasoning: bool) -> None:
+        """Starts a reply.
+
+        Args:
+            form: how the model writes.
+            schemas: of the tools that may be called; None for none: what looks like a call is text.
+            is_reasoning: the prompt has opened the reasoning already.
+        """
+        self._form, self._schemas, self._text = form, schemas, _Text()
+        self._state: Literal["content", "reasoning", "call"] = "content"
+        if is_reasoning:
+            self._state = "reasoning"
+        self._call = self._spaces = ""
+        self._is_fresh = is_reasoning  # spaces that follow a marker are not of the text
+        self.calls = 0
+
+    @property
+    def state(self) -> str:
+        """In what the next text will be."""
+        return self._state
+
+    def push(self, text: str) -> list[Event]:
+        """Takes more text and returns what is certain by now."""
+        self._text.held += text
+        out: list[Event] = []
+        while self._step(out):
+            pass
+        return _joined(out)
+
+    def flush(self) -> list[Event]:
+        """Ends the reply."""
+        out: list[Event] = []
+        rest = self._text.rest()
+        if self._state == "call":
+            self._call += rest
+            self._read(out, closer="")
+        elif self._state == "content":
+            self._say(out, rest)
+            if self._spaces:
+                out.append(Piece("content", self._spaces))
+                self._spaces = ""
+        elif rest:
+            self._say(out, rest)
+        return _joined(out)
+
+    def _step(self, out: list[Event]) -> bool:
+        """Takes what is held up to the next marker; returns whether there was one."""
+        form = self._form
+        if self._state == "reasoning":
+            assert form.reasoning is not None
+            text, word = self._text.until([form.reasoning[1]])
+            self._say(out, text)
+            if word:
+                self._state, self._is_fresh, self._spaces = "content", True, ""
+        elif self._state == "call":
+            text, word = self._text.until([form.closer] if form.closer else [])
+            self._call += text
+            if word:
+                self._read(out, closer=word)
+        else:
+            words = [] if form.reasoning is None else [form.reasoning[0]]
+            if self._schemas is not None:
+                words.append(form.opener)
+            text, word = self._text.until(words)
+            self._say(out, text)
+            if word:
+                self._spaces = ""
+                is_call = word == form.opener and self._schemas is not None
+                self._state, self._is_fresh = ("call", False) if is_call else ("reasoning", True)
+        return bool(word)
+
+    def _say(self, out: list[Event], text: str) -> None:
+        """Passes text on: without the spaces after a marker, and those before one."""
+        if self._is_fresh:
+            text = text.lstrip()
+            self._is_fresh = not text
+        if not text:
+            return
+        text = self._spaces + text
+        self._spaces = ""
+        if self._state == "reasoning" or self._schemas is not None:
+            kept = text.rstrip()
+            self._spaces, text = text[len(kept) :], kept
+        if text:
+            out.append(Piece("reasoning" if self._state == "reasoning" else "content", text))
+
+    def _read(self, out: list[Event], *, closer: str) -> None:
+        """Reads a whole call."""
+        found = self._form.read(self._call, self._schemas or {})
+        if found is None:
+            out.append(Piece("content", self._form.opener + self._call + closer))
+        else:
+            out.extend(found)
+            self.calls += len(found)
+        self._call, self._state, self._is_fresh = "", "content", True
+
+
+class _Channels:
+    """Takes apart what stands in channels, as gpt-oss writes it. One thread at a time."""
+
+    def __init__(self, form: ReplyFormat, schemas: Schemas | None) -> None:
+        self._form, self._schemas, self._text = form, schemas, _Text()
+        self._head: str | None = None
+        """Of what is being written; None for text outside of all channels, as before the first mark."""
+        self._body = ""
+        self._is_headed = False
+        self.calls = 0
+
+    @property
+    def state(self) -> str:
+        """In what the next text will be."""
+        if self._head is not None and self._is_headed:
+            if calls.recipient(self._head):
+                return "call"
+            if calls.channel(self._head) == "analysis":
+                return "reasoning"
+        return "content"
+
+    def push(self, text: str) -> list[Event]:
+        """Takes more text and returns what is certain by now."""
+        self._text.held += text
+        out: list[Event] = []
+        while True:
+            text, word = self._text.until(calls.CHANNEL_MARKS)
+            self._take(out, text)
+            if not word:
+                return _joined(out)
+            self._mark(out, word)
+
+    def flush(self) -> list[Event]:
+        """Ends the reply."""
+        out: list[Event] = []
+        self._take(out, self._text.rest())
+        self._mark(out, "<|end|>")
+        return _joined(out)
+
+    def _take(self, out: list[Event], text: str) -> None:
+        if not text:
+            return
+        if self._head is not None and not self._is_headed:
+            self._head += text
+        elif self.state == "call":
+            self._body += text
+        else:
+            out.append(Piece("reasoning" if self.state == "reasoning" else "content", text))
+
+    def _mark(self, out: list[Event], word: str) -> None:
+        if word == "<|constrain|>":
+            self._head = (self._head or "") + " "
+        elif word == "<|message|>":
+            self._head, self._is_headed, self._body = self._head or "", True, ""
+        else:
+            if self.state == "call":
+                found = self._form.read(f"{self._head}<|message|>{self._body}", self._schemas or {})
+                if found is None or self._schemas is None:
+                    out.append(Piece("content", self._body))
+                else:
+                    out.extend(found)
+                    self.calls += len(found)
+            is_head = word in ("<|channel|>", "<|start|>")
+            head = f"{self._head or ''}<|channel|>" if word == "<|channel|>" else ""
+            self._head, self._is_headed, self._body = (head if is_head else None), False, ""
+
+
+def parser(
+    form: ReplyFormat, schemas: Schemas | None, *, is_reasoning: bool
+) -> ReplyParser | _Channels:
+    """Returns what takes a reply apart; see `ReplyParser`."""
+    if form.is_channelled:
+        return _Channels(form, schemas)
+    return ReplyParser(form, schemas, is_reasoning=is_reasoning)
+
+
+def _joined(events: Sequence[Event]) -> list[Event]:
+    """Returns events with neighbouring pieces of one kind as one."""
+    out: list[Event] = []
+    for event in events:
+        last = out[-1] if out else None
+        if isinstance(event, Piece) and isinstance(last, Piece) and last.kind == event.kind:
+            out[-1] = Piece(event.kind, last.text + event.text)
+        else:
+            out.append(event)
+    return out
