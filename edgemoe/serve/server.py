@@ -125,6 +125,7 @@ def serve(
         server.service = service
         servers.append(server)
         stop = functools.partial(server.handle_exit, signal.SIGTERM, None)
+        door.listen(config.backlog)  # who comes from now on is answered
         ready(service, door.getsockname()[1], stop)
         server.run(sockets=[door])
     finally:

@@ -1,0 +1,345 @@
+"""Who may ask, who leaves, what fails, and how a server ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import httpx2 as httpx
+import pytest
+from conftest import running
+
+import edgemoe
+from edgemoe.errors import FormatError
+from edgemoe.serve.settings import Settings
+
+ASK = [{"role": "user", "content": "Say it."}]
+
+
+def chat(text="Say it.", **more):
+    return {"messages": [{"role": "user", "content": text}], **more}
+
+
+@pytest.mark.parametrize(
+    ("host", "code"),
+    [
+        ("127.0.0.1:9", 200), ("localhost", 200), ("[::1]:80", 200), ("LOCALHOST:1", 200), ("box.lan:80", 200),
+        ("evil.com", 403), ("evil.com:8080", 403), ("127.0.0.1.evil.com", 403), ("192.168.0.7", 403), ("", 403),
+    ],
+)  # fmt: skip
+def test_only_its_own_names_are_answered(guarded, host, code):
+    done = guarded.get("/health", headers={"Host": host})
+    assert done.status_code == code
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_moe):
+    with running(
+        tiny_moe,
+        keys=("sesame", "open"),
+        hosts=("box.lan",),
+        origins=("http://page.test",),
+        queue=1,
+        is_strict=True,
+    ) as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({}, 401), ({"Authorization": "Bearer"}, 401), ({"Authorization": "Bearer sesam"}, 401),
+        ({"Authorization": "Basic sesame"}, 401), ({"x-api-key": "nope"}, 401),
+        ({"Authorization": "Bearer sesame"}, 200), ({"Authorization": "bearer open"}, 200),
+        ({"x-api-key": "sesame"}, 200),
+    ],
+)  # fmt: skip
+def test_a_key_is_needed_for_all_but_health(guarded, headers, code):
+    assert guarded.get("/v1/models", headers=headers).status_code == code
+    assert guarded.get("/health", headers=headers).status_code == 200
+
+
+def test_only_named_pages_may_ask(guarded, server):
+    key = {"x-api-key": "sesame"}
+    good = guarded.get("/v1/models", headers={**key, "Origin": "http://page.test"})
+    assert good.headers["access-control-allow-origin"] == "http://page.test"
+    bad = guarded.get("/v1/models", headers={**key, "Origin": "http://other.test"})
+    assert "access-control-allow-origin" not in bad.headers
+    none = server.get("/v1/models", headers={"Origin": "http://page.test"})
+    assert "access-control-allow-origin" not in none.headers
+    assert none.headers["x-content-type-options"] == "nosniff"
+
+
+def test_strict_servers_refuse_what_has_no_effect(guarded):
+    done = guarded.post("/v1/chat/completions", chat(user="x"), headers={"x-api-key": "open"})
+    assert done.status_code == 400
+    assert done.json()["error"]["param"] == "user"
+
+
+def test_other_machines_need_a_key():
+    with pytest.raises(ValueError, match="lets other machines in"):
+        Settings(host="0.0.0.0")
+    for more in ({"keys": ("k",)}, {"no_auth": True}):
+        settings = Settings(host="0.0.0.0", **more)
+        assert settings.takes_host("10.0.0.3:8080")  # an address, which nobody's DNS can move
+        assert not settings.takes_host("evil.com:8080")
+
+
+def test_a_body_is_not_taken_without_end(server):
+    done = httpx.post(server.url + "/v1/chat/completions", content=b"x" * (17 << 20), timeout=30)
+    assert done.status_code == 413
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * (1 << 20),
+        b"\x16\x03\x01 hello\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 20,
+    ],
+)
+def test_half_and_broken_requests_harm_nobody(server, head):
+    port = int(server.url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+        try:
+            raw.sendall(head)
+            raw.settimeout(0.2)
+            raw.recv(65536)
+        except OSError:
+            pass
+    assert server.get("/health").status_code == 200
+
+
+def expected(path, bodies):
+    """What each chat gets from an engine alone."""
+    with edgemoe.load(path) as engine:
+        texts = []
+        for body in bodies:
+            ids = engine.tokenizer.encode_chat(body["messages"])
+            params = replace(engine.sampling, seed=body["seed"], max_tokens=body["max_tokens"])
+            texts.append(engine.tokenizer.decode(list(engine.generate(ids, params))))
+    return texts
+
+
+def test_replies_are_right_whoever_else_asks_and_leaves(tiny_moe, server):
+    rng = random.Random(1)
+    bodies = [
+        chat("".join(rng.choices("abcdefgh ", k=rng.randrange(5, 200))), seed=i, max_tokens=rng.randrange(1, 40))
+        for i in range(60)
+    ]  # fmt: skip
+    texts = expected(tiny_moe, bodies)
+    threads = threading.active_count()
+
+    async def ask(client, i):
+        body = bodies[i]
+        if i % 2:
+            done = await client.post("/v1/chat/completions", json=body)
+            return done.json()["choices"][0]["message"]["content"]
+        text = ""
+        async with client.stream(
+            "POST", "/v1/chat/completions", json={**body, "stream": True}
+        ) as done:
+            async for line in done.aiter_lines():
+                if line.startswith("data: {"):
+                    text += json.loads(line[6:])["choices"][0]["delta"].get("content", "")
+        return text
+
+    async def everyone():
+        eight = asyncio.Semaphore(8)
+        async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+
+            async def one(i):
+                async with eight:
+                    patience = rng.random() * 0.05 if rng.random() < 0.4 else 60
+                    with contextlib.suppress(asyncio.TimeoutError):
+                        return await asyncio.wait_for(ask(client, i), patience)
+
+            return await asyncio.gather(*map(one, range(len(bodies))))
+
+    got = asyncio.run(everyone())
+    assert sum(text is not None for text in got) > 20
+    for text, right in zip(got, texts, strict=True):
+        assert text in (None, right)
+    server.settle()
+    assert not any(slot["is_processing"] for slot in server.get("/slots").json())
+    assert threading.active_count() <= threads + 8  # helpers that read requests stay
+
+
+def test_two_users_in_turns_keep_their_prefixes(server):
+    server.settle()
+    talks, before = [[{"role": "user", "content": c * 60}] for c in "xy"], [0, 0]
+    for turn in range(3):
+        for i, talk in enumerate(talks):
+            body = {"messages": talk, "max_tokens": 8, "seed": 1}
+            usage = server.post("/v1/chat/completions", body).json()["usage"]
+            if turn:
+                assert usage["prompt_tokens_details"]["cached_tokens"] >= 0.95 * before[i]
+            before[i] = usage["prompt_tokens"]
+            talk += [{"role": "assistant", "content": "ok"}, {"role": "user", "content": "more"}]
+
+
+def test_who_leaves_in_a_prompt_makes_room(server):
+    server.settle()
+    with httpx.stream(
+        "POST", server.url + "/v1/chat/completions",
+        json=chat("z" * 400, stream=True, ignore_eos=True), timeout=30,
+    ) as done:  # fmt: skip
+        next(done.iter_lines())
+    server.settle()
+    assert server.post("/v1/chat/completions", chat(max_tokens=2)).status_code == 200
+
+
+def test_a_request_that_takes_too_long_is_given_up(tiny_moe):
+    with running(tiny_moe, timeout=0.02) as server:
+        done = server.post("/v1/chat/completions", chat(ignore_eos=True))
+        assert done.status_code == 503
+        assert done.json()["error"]["code"] == "cancelled"
+
+
+def test_a_full_queue_says_when_to_come_again(tiny_moe):
+    with running(tiny_moe, queue=0) as server:
+        done = server.post("/v1/chat/completions", chat())
+        assert done.status_code == 429
+        assert int(done.headers["retry-after"]) >= 1
+        assert done.json()["error"]["type"] == "rate_limit"
+
+
+def test_a_lost_engine_ends_the_server_with_a_code(tiny_moe):
+    with running(tiny_moe) as server:
+        server.service.batcher.step = lambda: 1 / 0
+        done = None
+        with contextlib.suppress(httpx.HTTPError):
+            done = server.post("/v1/chat/completions", chat())
+        assert done is None or done.status_code in (500, 503)
+        server.thread.join(10)
+        assert server.code == 1
+
+
+def test_a_failed_read_is_one_failed_request(tmp_path):
+    from tiny import tiny_checkpoint
+
+    from edgemoe.convert.convert import convert
+
+    path = tmp_path / "deep.moe"
+    convert(tiny_checkpoint(layers=3), path)
+    whole = path.read_bytes()
+    with running(path) as server:
+        with open(path, "r+b") as file:
+            file.truncate(len(whole) // 2)
+        done = server.post("/v1/chat/completions", chat(max_tokens=4, seed=1))
+        assert done.status_code == 500
+        assert str(path) in done.json()["error"]["message"]
+        stream = server.post("/v1/chat/completions", chat(max_tokens=4, seed=1, stream=True))
+        last = [line for line in stream.text.splitlines() if line.startswith("data:")][-1]
+        assert json.loads(last[5:])["error"]["type"] == "server_error"
+        with open(path, "r+b") as file:
+            file.write(whole)
+        assert server.post("/v1/chat/completions", chat(max_tokens=4, seed=1)).status_code == 200
+
+
+def test_a_model_without_tokenizer_is_refused(tmp_path):
+    from tiny import tiny_checkpoint
+
+    from edgemoe.convert.convert import convert
+    from edgemoe.runtime.opening import open_model
+    from edgemoe.runtime.options import EngineOptions
+    from edgemoe.serve.service import Service
+
+    checkpoint = tiny_checkpoint()
+    checkpoint.files = {}
+    convert(checkpoint, tmp_path / "bare.moe")
+    opened = open_model(tmp_path / "bare.moe", EngineOptions())
+    with pytest.raises(FormatError, match="no tokenizer"):
+        Service(opened, Settings(), name="x", sampling=opened.text.sampling)
+
+
+def started(*flags):
+    """Runs the program; returns it and the port, once it answers."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from edgemoe.cli.entry import edgemoe as e; raise SystemExit(e())", "serve", *flags],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "EDGEMOE_THREADS": "1"},
+    )  # fmt: skip
+    for line in process.stderr:
+        if " at http://" in line:
+            return process, int(line.rpartition("/v1")[0].rpartition(":")[2])
+    raise AssertionError(process.wait())
+
+
+def test_the_program_serves_and_ends_when_told(tiny_moe):
+    process, port = started(str(tiny_moe), "--port", "0", "--ram", "600MiB", "--alias", "small")
+    url = f"http://127.0.0.1:{port}"
+    try:
+        done = httpx.post(f"{url}/v1/chat/completions", json=chat(max_tokens=3), timeout=30).json()
+        assert done["model"] == "small"
+        taken = subprocess.run(
+            [sys.executable, "-m", "edgemoe.cli.serve", str(tiny_moe), "--port", str(port)],
+            capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert taken.returncode == 1
+        assert f"port {port} of 127.0.0.1" in taken.stderr
+        assert "is free" in taken.stderr
+        with httpx.stream(
+            "POST",
+            f"{url}/v1/chat/completions",
+            json=chat(max_tokens=300, stream=True, ignore_eos=True),
+            timeout=30,
+        ) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            text = "\n".join(lines)
+        assert '"finish_reason":"length"' in text  # what runs may end
+        assert process.wait(15) == 0
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
+
+
+def test_a_second_signal_does_not_wait(tiny_moe):
+    process, port = started(str(tiny_moe), "--port", "0", "--ram", "600MiB")
+    try:
+        with socket.create_connection(("127.0.0.1", port)) as idle:
+            idle.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n"
+            )
+            time.sleep(0.2)
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            assert process.wait(5) == 0
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--host", "0.0.0.0"], "lets other machines in"), (["--port", "70000"], "--port"),
+        (["--queue", "-1"], "--queue"), (["--temp", "-1"], "temperature"), (["--timeout", "0"], "--timeout"),
+        (["--warm"], "--profile"), (["--frob"], "--frob"),
+    ],
+)  # fmt: skip
+def test_wrong_flags_are_one_line(tiny_moe, flags, words, capsys):
+    from edgemoe.cli.serve import main
+
+    with pytest.raises(SystemExit) as caught:
+        raise SystemExit(main([str(tiny_moe), "--port", "0", *flags]))
+    assert caught.value.code in (1, 2)
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
