@@ -1,6 +1,7 @@
 // The order of reads: a file whose reads wait for a permit, and what was begun in which order.
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <condition_variable>
 #include <cstdio>
@@ -8,9 +9,10 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
-#include "error.h"
+#include "cache.h"
 #include "loader.h"
 #include "memory.h"
 
@@ -95,6 +97,45 @@ struct Jobs {
 
 using Pages = std::vector<int>;
 
+/// A cache of one layer's experts, one page each and expert i at page i, read by one thread.
+struct OnePageCache {
+  static constexpr int kExperts = 16;
+
+  OnePageCache(const std::string& path, int slots) : file(std::make_shared<GatedFile>(path)) {
+    ExpertTable table{{}, std::vector<uint32_t>(kExperts, 0), {2176}, {0}};
+    for (int e = 0; e < kExperts; ++e) table.offsets.push_back(uint64_t(e) * kPage);
+    ExpertShape shape{Scheme::kNested, 1, kExperts, 64, 16, {{2, 2, 2}}, table.ends};
+    cache = std::make_unique<Cache>(make_host_backing(file, table, false, 1), shape, std::vector<uint8_t>(kExperts, 1),
+                                    1, size_t(slots) * system_page(), Policy("lfu", kExperts));
+  }
+
+  void begin(const std::vector<int32_t>& now, const std::vector<int32_t>& ahead) {
+    const std::vector<int8_t> levels(kExperts, 1);
+    std::vector<int32_t> offsets;
+    for (int i = 0; i <= int(now.size()); ++i) offsets.push_back(i);
+    cache->begin({now.data(), levels.data(), int(now.size())}, offsets.data(), 1,
+                 {ahead.data(), levels.data(), int(ahead.size())});
+  }
+
+  /// Permits every read and takes what the request asked for; returns how many experts came.
+  int take_all() {
+    file->permit(100);
+    int count = 0;
+    std::vector<int> group;
+    for (cache->next(&group); !group.empty(); cache->next(&group)) count += int(group.size());
+    return count;
+  }
+
+  /// Waits for what is read ahead: until a wanted one has come after it.
+  void settle(int32_t expert) {
+    begin({expert}, {});
+    CHECK(take_all() == 1);
+  }
+
+  std::shared_ptr<GatedFile> file;
+  std::unique_ptr<Cache> cache;
+};
+
 void finish(Loader* loader, GatedFile* file) {
   file->permit(100);
   std::vector<ReadJob*> done;
@@ -162,6 +203,106 @@ void test_reads_ahead_leave_a_thread(const std::string& path) {
   finish(&loader, file.get());
 }
 
+/// A request's reads overtake those ahead; of these, one that is wanted by now does too.
+void test_a_request_overtakes_what_is_ahead(const std::string& path) {
+  OnePageCache c(path, 12);
+  c.begin({0}, {4, 5, 6});
+  CHECK(c.file->begun(1) == Pages({0}));
+  c.file->permit(1);
+  std::vector<int> group;
+  c.cache->next(&group);
+  CHECK(group == std::vector<int>({0}));
+  CHECK(c.file->begun(2) == Pages({0, 4}));  // nothing else waits
+  c.cache->next(&group);
+  c.begin({1, 6}, {4, 5, 6});
+  CHECK(c.take_all() == 2);
+  const Pages begun = c.file->begun(4);
+  CHECK(Pages(begun.begin(), begun.begin() + 4) == Pages({0, 4, 1, 6}));
+  const CacheStats stats = c.cache->stats();
+  CHECK(stats.ahead_late == 1);
+  CHECK(stats.misses == 4);
+  c.cache->check_integrity();
+}
+
+/// What is read ahead and no longer listed is taken back, unless it has begun or the request waits for it.
+void test_only_what_nobody_wants_is_taken_back(const std::string& path) {
+  OnePageCache c(path, 12);
+  c.begin({0}, {4, 5, 6, 7});
+  CHECK(c.file->begun(1) == Pages({0}));
+  c.file->permit(1);
+  std::vector<int> group;
+  c.cache->next(&group);
+  c.cache->next(&group);
+  CHECK(c.file->begun(2) == Pages({0, 4}));
+  CHECK(c.cache->stats().ahead_reads == 4);
+  c.begin({6, 1}, {});  // 4 has begun, 5 and 7 are taken back, 6 is wanted
+  const CacheStats stats = c.cache->stats();
+  CHECK(stats.ahead_reads == 2);
+  CHECK(stats.ahead_late == 1);
+  CHECK(c.take_all() == 2);
+  c.settle(8);
+  CHECK(c.file->begun(5) == Pages({0, 4, 6, 1, 8}));
+  c.cache->check_integrity();
+}
+
+/// A closed request's reads that have not begun are not made.
+void test_a_closed_request_reads_no_more(const std::string& path) {
+  OnePageCache c(path, 12);
+  c.begin({0, 1, 2, 3}, {8});
+  CHECK(c.file->begun(1) == Pages({0}));
+  c.file->permit(100);
+  std::vector<int> group;
+  c.cache->next(&group);
+  c.cache->close();
+  const Pages at_close = c.file->begun(1);
+  c.begin({1, 2, 3}, {});
+  CHECK(c.take_all() == 3);
+  Pages all = c.file->begun(5);
+  std::sort(all.begin(), all.end());
+  CHECK(std::unique(all.begin(), all.end()) == all.end());  // nothing twice
+  CHECK(at_close.size() <= all.size());
+  c.cache->check_integrity();
+}
+
+/// Where nothing else can be dropped, what is ahead and has not begun makes room; what is wanted later does not.
+void test_what_is_ahead_makes_room_for_what_is_wanted(const std::string& path) {
+  OnePageCache c(path, 3);
+  c.begin({0}, {4, 5});
+  CHECK(c.file->begun(1) == Pages({0}));
+  c.file->permit(1);
+  std::vector<int> group;
+  c.cache->next(&group);
+  CHECK(c.file->begun(2) == Pages({0, 4}));
+  c.cache->next(&group);
+  c.begin({1, 5, 2}, {4, 5});  // slots: 0, which may go, 4, which is being read, 5, which is wanted
+  CHECK(c.take_all() == 3);
+  const Pages begun = c.file->begun(5);
+  CHECK(Pages(begun.begin(), begun.begin() + 4) == Pages({0, 4, 1, 5}));
+  CHECK(c.cache->stats().ahead_late == 1);
+  c.cache->check_integrity();
+}
+
+/// A budget is lowered at once: what is read ahead is taken back, what has begun is waited for.
+void test_a_lower_budget_takes_reads_back(const std::string& path) {
+  OnePageCache c(path, 8);
+  c.begin({0}, {4, 5, 6, 7});
+  c.file->permit(1);
+  std::vector<int> group;
+  c.cache->next(&group);
+  CHECK(c.file->begun(2) == Pages({0, 4}));
+  c.cache->next(&group);
+  std::thread lowers([&] { c.cache->set_budget(system_page()); });
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+  while (c.cache->stats().ahead_reads > 1 && std::chrono::steady_clock::now() < deadline) std::this_thread::yield();
+  CHECK(c.cache->stats().ahead_reads == 1);
+  c.file->permit(1);
+  lowers.join();
+  c.cache->check_integrity();
+  CHECK(c.cache->stats().committed_bytes <= system_page());
+  c.settle(9);
+  CHECK(c.file->begun(3) == Pages({0, 4, 9}));
+}
+
 }  // namespace
 
 int main() {
@@ -170,6 +311,11 @@ int main() {
   test_a_promoted_read_is_wanted(file.path);
   test_a_read_is_taken_back_until_it_begins(file.path);
   test_reads_ahead_leave_a_thread(file.path);
+  test_a_request_overtakes_what_is_ahead(file.path);
+  test_only_what_nobody_wants_is_taken_back(file.path);
+  test_a_closed_request_reads_no_more(file.path);
+  test_what_is_ahead_makes_room_for_what_is_wanted(file.path);
+  test_a_lower_budget_takes_reads_back(file.path);
   std::printf("reads_test: %s\n", failures ? "FAILED" : "ok");
   return failures ? 1 : 0;
 }
