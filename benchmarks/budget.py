@@ -3,8 +3,8 @@
     python benchmarks/budget.py MODEL.moe [--json FILE]
 
 Each row is `edgemoe-run MODEL --ram SIZE` in a control group of the same SIZE, with no swap: the text must be the
-same, nothing may be killed. The second run of a row has no control group, and its anonymous memory must stay below
-SIZE by itself. Needs root.
+same, nothing may be killed. The second run of a row has no control group, and its memory must stay below SIZE by
+itself; "in use" is what it took at most, as a share of SIZE. Needs root.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def row(args: argparse.Namespace, share: float, ram: int) -> dict[str, object]:
         "decode": figure(r", ([\d.]+) tok/s"), "prompt": figure(r"([\d.]+) prompt tok/s"),
         "hit": figure(r"hit ([\d.]+)%"), "read_gb": figure(r"read ([\d.]+) GB"),
         "evictions": figure(r"dropped (\d+)"), "hash": line.rsplit("#", 1)[-1],
-        "group_peak": capped.group_peak, "anon_peak": free.anon_peak, "swapped": capped.swapped,
+        "group_peak": capped.group_peak, "anon_peak": free.anon_peak, "peak": free.peak, "swapped": capped.swapped,
     }  # fmt: skip
 
 
@@ -106,19 +106,20 @@ def main() -> None:
         rows.append(row(args, share, ram_for(args, wanted)))
     print(
         "| experts that fit | slots | --ram | tok/s | hit | read | evictions | "
-        "peak, limited | anonymous, free | text |"
+        "peak, limited | anonymous, free | peak, free | in use | text |"
     )
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("|---" * 12 + "|")
     good = True
     for r in rows:
         is_same = r["text"] == rows[-1]["text"] and r["same_text_without_limit"] and r["text"]
-        is_kept = r["group_peak"] <= r["ram"] and r["anon_peak"] <= r["ram"] and not r["swapped"]
+        is_kept = r["group_peak"] <= r["ram"] and r["peak"] <= r["ram"] and not r["swapped"]
         is_evicting = (r["evictions"] > 0) == (r["share"] < 1)
         good &= bool(r["code"] == 0 and is_same and is_kept and is_evicting)
         print(
             f"| {100 * r['share']:.0f}% | {r['slots'] / 2**20:.1f} MiB | {r['ram'] >> 20} MiB | "
             f"{r['decode']} | {r['hit']}% | {r['read_gb']} GB | {r['evictions']:.0f} | {r['group_peak'] >> 20} MiB | "
-            f"{r['anon_peak'] >> 20} MiB | {'same' if is_same else 'DIFFERENT'} #{r['hash']} |"
+            f"{r['anon_peak'] >> 20} MiB | {r['peak'] >> 20} MiB | {r['peak'] / r['ram']:.3f} | "
+            f"{'same' if is_same else 'DIFFERENT'} #{r['hash']} |"
         )
     if args.json:
         head = {"command": sys.argv, "machine": platform.platform(), "cpu": platform.processor()}

@@ -35,7 +35,6 @@ from edgemoe.file.format import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.lab.quality.quality import Sample, score
 from edgemoe.lab.quality.text import default_text
-from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.engine import Engine
 from edgemoe.store import all_expert_bytes, dense_bytes
 from edgemoe.text.tokenizer import Tokenizer
@@ -65,9 +64,8 @@ def load(args: argparse.Namespace, run: Sequence[str], context: int) -> Engine:
     if dense is not None:  # of the same memory
         top = len(moe.dense_ladder)
         room += dense_bytes(moe, top) - dense_bytes(moe, moe.dense_level(int(dense)))
-    Budget.slots = property(lambda b: min(room, b.experts))  # type: ignore[assignment,method-assign]
     return edgemoe.load(
-        args.model, scheduler=run[0], options=options, experts=args.experts, context=context,
+        args.model, slots=room, scheduler=run[0], options=options, experts=args.experts, context=context,
         threads=args.threads, bits="auto" if allocation else None if bits is None else int(bits),
         allocation=allocation, dense_bits=None if dense is None else int(dense),
     )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Outcome", "drop_caches", "run"]
+__all__ = ["Outcome", "drop_caches", "missing", "run"]
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
@@ -30,10 +31,35 @@ class Outcome:
     """Highest memory of the control group, page cache included; 0 without a limit."""
     anon_peak: int
     """Highest anonymous memory of the process, sampled every 5 ms."""
+    peak: int
+    """Highest resident memory of the process, libraries included: the kernel's own mark, read every 5 ms."""
     refusals: int
     """How often the kernel had to reclaim to stay below the limit."""
     swapped: int
     """Bytes ever seen in swap."""
+
+
+def missing() -> str | None:
+    """Returns why no command can be limited here, None if it can."""
+    try:
+        group = _make_group(1 << 30)
+    except OSError as error:
+        return f"{type(error).__name__}: {error}"
+    try:
+        names = ("memory.limit_in_bytes", "memory.max")
+        limit = next((group / name for name in names if (group / name).exists()), None)
+        if limit is None:
+            return f"{group} has no memory controller"
+        if int(limit.read_text()) != 1 << 30:
+            return f"{limit} does not keep what is written"
+        # Whoever may make a group may not be allowed to move a process there.
+        moves = f"import os; open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))"
+        done = subprocess.run([sys.executable, "-c", moves], capture_output=True, check=False)
+        return None if done.returncode == 0 else f"{group} takes no process"
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        _remove(group)
 
 
 def drop_caches() -> None:
@@ -57,7 +83,7 @@ def run(
         if group:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    anon = swapped = 0
+    anon = resident = swapped = 0
     try:
         start = time.perf_counter()
         with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -80,6 +106,7 @@ def run(
             while process.poll() is None:
                 status = _status(process.pid)
                 anon = max(anon, status.get("RssAnon", 0))
+                resident = max(resident, status.get("VmHWM", 0))
                 swapped = max(swapped, status.get("VmSwap", 0))
                 time.sleep(0.005)
             killer.cancel()
@@ -89,7 +116,8 @@ def run(
             peak, refusals = _group_counters(group) if group else (0, 0)
             return Outcome(
                 process.returncode, out.read().decode(errors="replace"),
-                err.read().decode(errors="replace"), seconds, peak, anon, refusals, swapped,
+                err.read().decode(errors="replace"), seconds, peak, anon, resident, refusals,
+                swapped,
             )  # fmt: skip
     finally:
         if group:

@@ -28,10 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import edgemoe
+from edgemoe.file.format import open_moe
 from edgemoe.lab.routing.replay import Replay, Tape, make_scheduler, replay
 from edgemoe.lab.routing.timing import Timing, fit, quiet_tokens
-from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.trace import Trace, read
+from edgemoe.store import all_expert_bytes
 
 PLAIN = {"look_ahead": False}
 BLOCK = 4  # tokens
@@ -39,17 +40,9 @@ BLOCK = 4  # tokens
 
 def opened(args: argparse.Namespace, share: float) -> edgemoe.Engine:
     """Opens the model with room for exactly that share of its experts, however much the process takes."""
-    divide = Budget.divide
-
-    def fixed(moe: Any, **rest: Any) -> Budget:
-        budget = divide(moe, **rest)
-        return dataclasses.replace(budget, ram=budget.fixed + int(share * budget.experts))
-
-    Budget.divide = fixed  # type: ignore[method-assign]
-    try:
-        return edgemoe.load(args.model, context=args.n + 1, bits=args.bits, options=PLAIN)
-    finally:
-        Budget.divide = divide  # type: ignore[method-assign]
+    moe = open_moe(args.model)
+    slots = int(share * all_expert_bytes(moe, moe.level(args.bits)))
+    return edgemoe.load(args.model, slots=slots, context=args.n + 1, bits=args.bits, options=PLAIN)
 
 
 def run(

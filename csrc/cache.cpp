@@ -119,7 +119,8 @@ void Cache::set_budget(size_t bytes) {
   require(!is_open_, "a request is open");
   check_budget(bytes);
   budget_pages_ = std::min(pages_in(bytes), most_pages_);
-  backing_->expect_all(all_fit());
+  // A huge page is resident beside what was read into it. So there are none but where all fit from the start.
+  if (!all_fit()) backing_->expect_all(false);
   if (make_room(0, -1, true)) return;
   set_ahead({nullptr, nullptr, 0});
   std::exception_ptr ignored;  // of reads ahead, whose slots nobody else can have while they are read

@@ -104,7 +104,9 @@ Workspace::Workspace(int num_threads, const WorkspaceShape& shape)
       gate_(size_t(kFfnRows) * shape.max_hidden * sizeof(float)),
       up_(size_t(kFfnRows) * shape.max_hidden * sizeof(float)),
       attention_(attention_floats(num_threads, shape) * sizeof(float)),
-      pool(num_threads) {}
+      pool(num_threads) {
+  for (Memory* m : {&activations_, &hidden_, &gate_, &up_, &attention_}) m->touch();
+}
 
 size_t Workspace::bytes(int num_threads, const WorkspaceShape& shape) {
   checked(num_threads, shape);

@@ -20,14 +20,14 @@ struct WorkspaceShape {
   int num_heads;  ///< of queries
 };
 
-/// Owns the compute threads and the scratch of one engine. One caller at a time.
+/// Owns the compute threads and the scratch of one engine, resident from the start. One caller at a time.
 class Workspace {
  public:
   Workspace(int num_threads, const WorkspaceShape& shape);
 
   static constexpr int kFfnRows = 256;  ///< rows of an FFN batch; bounds scratch, not the result
 
-  /// What a workspace takes once all of it was used.
+  /// What a workspace takes.
   static size_t bytes(int num_threads, const WorkspaceShape& shape);
 
   /// Quantises rows of x in parallel. `rows` (may be null) picks rows of x, which are `stride` floats apart; 0 for

@@ -9,7 +9,9 @@ namespace {
 
 void take(Kv* kv) {
   kv->memory = Memory(kv->bytes);
-  if (kv->bytes >= (size_t(4) << 20)) kv->memory.prefer_huge_pages();
+  if (kv->bytes < kHugeKvBytes) return;
+  kv->memory.prefer_huge_pages();
+  kv->memory.touch();
 }
 
 }  // namespace

@@ -12,6 +12,7 @@ namespace edgemoe {
 
 constexpr int kMaxHeads = 1 << 12, kMaxHeadDim = 1 << 12;  ///< together they stay below 2^24, as all that is a row
 constexpr int kMaxContext = 1 << 30;
+constexpr size_t kHugeKvBytes = size_t(4) << 20;  ///< a layer of this size has huge pages, all resident from the start
 
 /// Keys and values of one layer, and the memory that holds them.
 struct Kv {

@@ -49,6 +49,10 @@ void Memory::release(size_t begin, size_t length) {
   }
 }
 
+void Memory::touch() {
+  for (size_t at = 0; at < size_; at += system_page()) *static_cast<volatile uint8_t*>(bytes_ + at) = 0;
+}
+
 void Memory::prefer_huge_pages(bool yes) { madvise(bytes_, size_, yes ? MADV_HUGEPAGE : MADV_NOHUGEPAGE); }
 
 }  // namespace edgemoe

@@ -33,6 +33,9 @@ class Memory {
   /// Gives the pages wholly inside [begin, begin + length) back; they read as zeros afterwards.
   void release(size_t begin, size_t length);
 
+  /// Makes all of it resident, so that nobody need count what is touched when.
+  void touch();
+
   /// Asks for huge pages, or for none as at first; only for a range that will be touched as a whole.
   void prefer_huge_pages(bool yes = true);
 

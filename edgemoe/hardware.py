@@ -16,6 +16,7 @@ from edgemoe import _core
 
 __all__ = [
     "available_bytes",
+    "exact_process_bytes",
     "forget_peak",
     "isa",
     "memory_rate",
@@ -40,6 +41,15 @@ def process_bytes() -> int:
     """Returns the resident memory of this process, file-backed pages included."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def exact_process_bytes() -> int:
+    """Returns the same, exactly: some kernels count pages by core and sum up late. Walks the page tables."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return process_bytes()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:"))
 
 
 def peak_bytes() -> int:

@@ -37,7 +37,7 @@ class CpuOps:
 
     @staticmethod
     def scratch_bytes(shape: OpsShape) -> int:
-        """Returns the memory of the operations' own scratch once all of it was used."""
+        """Returns the memory of the operations' own scratch."""
         return _core.Workspace.bytes(*astuple(shape))
 
     def empty(self, *shape: int) -> Array:

@@ -199,6 +199,7 @@ class ExpertStore:
         level_bytes: Sequence[int],
         rungs: NDArray[np.uint8] | None = None,
         budget_bytes: int,
+        most_bytes: int = 0,
         policy: Policy = "lfu",
     ) -> ExpertStore:
         """Returns a store that reads nothing and where every read ends at once, for replaying traces.
@@ -226,6 +227,7 @@ class ExpertStore:
             layers=list(range(num_layers)),
             max_level=levels,
             budget_bytes=budget_bytes,
+            most_bytes=most_bytes,
             verify=False,
             num_readers=1,
             policy=policy,

@@ -13,13 +13,13 @@ GREEDY = edgemoe.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
 def with_slots(monkeypatch, num_bytes, chunk=None):
-    """Gives the expert cache exactly `num_bytes`, and prompts a chunk size."""
+    """Gives the expert cache exactly `num_bytes`, or what that says of a budget, and prompts a chunk size."""
     real = Budget.divide.__func__
 
     def divide(cls, moe, **kwargs):
         budget = real(cls, moe, **kwargs)
-        budget = dataclasses.replace(budget, ram=budget.fixed + num_bytes)
-        return dataclasses.replace(budget, chunk=chunk or budget.chunk)
+        slots = num_bytes(budget) if callable(num_bytes) else num_bytes
+        return dataclasses.replace(budget, fixed_slots=slots, chunk=chunk or budget.chunk)
 
     monkeypatch.setattr(Budget, "divide", classmethod(divide))
 

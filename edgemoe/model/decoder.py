@@ -25,7 +25,10 @@ from edgemoe.ops import Array, Matrix, Ops, rope_bytes
 from edgemoe.specs import MixerSpec
 from edgemoe.store import Weight
 
-__all__ = ["Decoder", "kept_rope_bytes", "read_bytes", "scratch_bytes", "state_bytes"]
+__all__ = [
+    "Decoder", "kept_rope_bytes", "layer_state_bytes", "read_bytes", "scratch_bytes", "state_bytes",
+    "state_pieces",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +145,17 @@ def scratch_bytes(config: ModelConfig, max_tokens: int, max_sequences: int = 1) 
 
 def state_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
     """Returns the memory of a sequence's state once it holds `context` tokens; see `Mixer.state_bytes`."""
-    layers = config.mixer_by_layer
-    return sum(mixer_class(spec).state_bytes(spec, context, types) for spec in layers)
+    return sum(layer_state_bytes(config, context, types))
+
+
+def layer_state_bytes(config: ModelConfig, context: int, types: KvTypes) -> list[int]:
+    """Returns the same for each layer."""
+    return [mixer_class(spec).state_bytes(spec, context, types) for spec in config.mixer_by_layer]
+
+
+def state_pieces(config: ModelConfig) -> int:
+    """Returns in how many places a sequence's state grows, each of which may fill a page in part."""
+    return sum(spec.state_pieces for spec in config.mixer_by_layer)
 
 
 def kept_rope_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:

@@ -42,7 +42,10 @@ class Mixer(Protocol):
 
     @staticmethod
     def state_bytes(spec: Any, context: int, types: KvTypes) -> int:
-        """Returns the memory of one layer's state once it holds `context` tokens."""
+        """Returns the memory of one layer's state once it holds `context` tokens.
+
+        One of 4 MiB or more is resident as soon as it is made, so that the budget need not count what it grows by.
+        """
 
     @staticmethod
     def read_bytes(spec: Any, length: int, types: KvTypes) -> int:

@@ -49,6 +49,8 @@ class SequenceState:
         """The length that the call under way will reach; 0 for no more than each pass brings."""
         self.capacity = capacity
         """The most tokens."""
+        self.reach = 0
+        """Tokens for which memory is counted: the most that were ever there, and a few."""
         self.is_dirty = False
         """A pass is under way, or was broken off."""
 

@@ -8,24 +8,38 @@ from dataclasses import dataclass, replace
 
 from edgemoe import hardware
 from edgemoe.errors import OutOfBudget
-from edgemoe.file.format import MoeFile
-from edgemoe.model import KvTypes, kept_rope_bytes, scratch_bytes, state_bytes
+from edgemoe.file.format import ALIGNMENT, MoeFile
+from edgemoe.model import (
+    KvTypes,
+    kept_rope_bytes,
+    layer_state_bytes,
+    scratch_bytes,
+    state_pieces,
+)
 from edgemoe.ops import OpsShape
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.store import all_expert_bytes, dense_bytes, expert_bytes
 
-__all__ = ["Budget", "default_ram", "parse_size"]
+__all__ = ["KV_STEP", "Budget", "default_ram", "parse_size"]
 
 _DEFAULT_CONTEXT = 4096
 _SMALLEST_CONTEXT = 256
 _CHUNKS = (512, 256, 128, 64, 32, 16)
 
-# Thread stacks, allocator slack and the growth of the interpreter during a chat. Generous: benchmarks/budget.py
-# shows how much of a budget stays unused.
-_MARGIN_BYTES = 24 << 20
+# What a process grows by from its opening to the end of its first reply: code that is mapped when it is first run,
+# stacks, the interpreter; and what a chat template may take for a moment (`Meter.most_bytes`).
+_GROWTH_BYTES = (8 << 20) + (12 << 20)
 
-# What the resident size of a process differs by from run to run.
+# Float64 and index arrays of a sampler that keeps the whole vocabulary, as bytes for each token.
+_SAMPLER_BYTES = 33
+
+# What the resident size of a process differs by from run to run, and from one time that it is measured to the next.
 _JITTER_BYTES = 1 << 20
+
+# A layer's state from this size on is resident as soon as it is made; see `Mixer.state_bytes`.
+_HUGE_STATE_BYTES = 4 << 20
+KV_STEP = 32
+"""Positions that a layer of keys and values grows by."""
 
 _SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+) *([KMGT]?)(?:iB|B)?", re.IGNORECASE | re.ASCII)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -67,11 +81,25 @@ class Budget:
     ram: int
     process: int
     """What the process takes that is not the engine's."""
+    growth: int
+    """What it will grow by until it has made a reply, and what sampling takes for a moment."""
+    tables: int
+    """Page tables of all of it."""
     dense: int
     active_dense: int
     """Of `dense`, what computing one token reads: all but the embedding, unless that is also the head."""
+    sequences: int
+    """How many `kv` is for."""
     kv: int
+    kv_at_once: int
+    """Of a sequence's, what it takes as soon as it is made."""
+    kv_step: int
+    """Of a sequence's, what every 32 positions take beside that."""
+    kv_edges: int
+    """What pages that are filled in part may add to that."""
     scratch: int
+    row: int
+    """Of `scratch`, what each token of a chunk takes."""
     expert: int
     """The largest expert, the least that can be resident."""
     experts: int
@@ -80,6 +108,10 @@ class Budget:
     """Positions."""
     chunk: int
     """Tokens of a prompt that are computed at once."""
+    slack: int
+    """What must stay free however exactly the process is measured."""
+    fixed_slots: int | None = None
+    """What expert slots get whatever is left, in measurements; None for what is left."""
 
     @classmethod
     def divide(
@@ -94,6 +126,8 @@ class Budget:
         kv_types: KvTypes,
         ops: OpsShape,
         sequences: int = 1,
+        slots: int | None = None,
+        opening: int = 0,
         outside: int = 0,
     ) -> Budget:
         """Fits context and chunk into `ram`.
@@ -106,6 +140,8 @@ class Budget:
             kv_types: how their keys and values are stored.
             sequences: how many have a context each.
             ops: the operations' shape but for chunk and context.
+            slots: what experts get, whatever is left; None for what is left.
+            opening: what the process has taken for a moment already.
             outside: what of `process` the caller's budget does not count; errors leave it out.
 
         Raises:
@@ -115,36 +151,44 @@ class Budget:
         expert = expert_bytes(moe, level)
         dense = dense_bytes(moe, dense_level)
         embedding = 0 if config.tied else sum(moe.tensors["embed"].lengths[:dense_level])
-        # Eight bytes of page table for every 4 KiB, and a little for the levels above.
-        process += _MARGIN_BYTES + ram // 480
+        sampler = _SAMPLER_BYTES * config.vocab_size
+        row = scratch_bytes(config, 1) - scratch_bytes(config, 0)
+        steps = layer_state_bytes(config, KV_STEP, kv_types)
 
         def sized(context: int, chunk: int) -> Budget:
             shape = replace(ops, max_tokens=chunk, max_context=context)
+            layers = layer_state_bytes(config, context, kv_types)
+            small = [n < _HUGE_STATE_BYTES for n in layers]
+            rope = kept_rope_bytes(config, context, kv_types)
             return cls(
-                ram=ram, process=process, dense=dense, active_dense=dense - embedding,
-                kv=sequences * state_bytes(config, context, kv_types),
-                scratch=CpuOps.scratch_bytes(shape) + scratch_bytes(config, chunk, sequences)
-                + kept_rope_bytes(config, context, kv_types),
+                ram=ram, process=process, growth=_GROWTH_BYTES + sampler,
+                tables=ram // 480,  # eight bytes for every 4 KiB, and a little for the levels above
+                dense=dense, active_dense=dense - embedding, sequences=sequences,
+                kv=sequences * sum(layers),
+                kv_at_once=sum(n for n, late in zip(layers, small, strict=True) if not late),
+                kv_step=sum(n for n, late in zip(steps, small, strict=True) if late),
+                kv_edges=state_pieces(config) * ALIGNMENT if any(small) else 0,
+                scratch=CpuOps.scratch_bytes(shape) + scratch_bytes(config, chunk, sequences) + rope,
+                row=row,
                 expert=expert, experts=all_expert_bytes(moe, level),
-                context=context, chunk=chunk,
+                context=context, chunk=chunk, slack=_JITTER_BYTES + sampler + rope, fixed_slots=slots,
             )  # fmt: skip
 
         least = sized(context or min(_SMALLEST_CONTEXT, config.context_length), _CHUNKS[-1])
-        if least.room < expert:
-            each = f"{sequences} times " if sequences > 1 else ""
+        if least.room < expert or ram < opening:
+            smallest = least.fixed + expert + _JITTER_BYTES
+            read = f"; reading the tokenizer takes {_mib(opening)}" if opening > smallest else ""
             raise OutOfBudget(
                 f"a budget of {_mib(ram - outside)} is too small; the smallest that works is "
-                f"{_mib(least.fixed + expert + _JITTER_BYTES - outside)}: "
-                f"{_mib(least.process - outside)} for the process, {_mib(least.dense)} for dense weights, "
-                f"{_mib(least.kv)} for {each}{least.context} tokens of context, {_mib(least.scratch)} for scratch, "
-                f"{_mib(expert)} for one expert"
+                f"{_mib(max(smallest, opening + _JITTER_BYTES) - outside)}: {least.parts(outside)}, "
+                f"{_mib(expert)} for one expert{read}"
             )
         # Context and chunk may take an eighth each of what would else hold experts.
         spare = least.room - expert
         if context is None:
             most = min(_DEFAULT_CONTEXT, config.context_length)
             # A multiple of what the cache grows by, so that rounding takes no more than its share.
-            more = spare // 8 // (sequences * state_bytes(config, 32, kv_types)) * 32
+            more = spare // 8 // (sequences * sum(steps)) * KV_STEP
             context = max(least.context, min(most, least.context + more))
         fits = (sized(context, chunk) for chunk in _CHUNKS)
         limit = sized(context, _CHUNKS[-1]).scratch + spare // 8
@@ -153,7 +197,7 @@ class Budget:
     @property
     def fixed(self) -> int:
         """Everything but experts."""
-        return self.process + self.dense + self.kv + self.scratch
+        return self.process + self.growth + self.tables + self.dense + self.kv + self.scratch
 
     @property
     def room(self) -> int:
@@ -162,8 +206,38 @@ class Budget:
 
     @property
     def slots(self) -> int:
-        """What expert slots get."""
-        return min(self.room, self.experts)
+        """What expert slots get for certain."""
+        room = self.room if self.fixed_slots is None else self.fixed_slots
+        return min(room, self.experts)
+
+    @property
+    def most_slots(self) -> int:
+        """What they may get as long as nothing else takes what is kept for it."""
+        if self.fixed_slots is not None:
+            return self.slots
+        taken = self.process + self.tables + self.dense + self.sequences * self.kv_at_once
+        return max(min(self.ram - taken, self.experts), self.slots)
+
+    def kv_bytes(self, positions: int) -> int:
+        """Returns what a sequence's first positions take once they are stored, beside what was there at once."""
+        if positions == 0:
+            return 0
+        late = self.kv // self.sequences - self.kv_at_once
+        return min(-(-positions // KV_STEP) * self.kv_step, late) + self.kv_edges
+
+    @property
+    def kv_late(self) -> int:
+        """What a sequence may take after the position for which `kv_bytes` counted it."""
+        return self.kv_step + self.kv_edges if self.kv_step else 0
+
+    def parts(self, outside: int = 0) -> str:
+        """Returns what takes room that experts cannot have, and how much; `outside` is left out of the process's."""
+        each = f"{self.sequences} times " if self.sequences > 1 else ""
+        return (
+            f"{_mib(self.process - outside)} for the process, {_mib(self.growth)} for what it grows by, "
+            f"{_mib(self.tables)} for page tables, {_mib(self.dense)} for dense weights, "
+            f"{_mib(self.kv)} for {each}{self.context} tokens of context, {_mib(self.scratch)} for scratch"
+        )
 
 
 def _mib(n: int) -> str:

@@ -43,6 +43,9 @@ class TextEngine(Protocol):
     def sampling(self) -> SamplingParams:
         """How replies are sampled unless said otherwise."""
 
+    def lend(self, size: int) -> None:
+        """Makes room for `size` bytes that are needed until the next `generate`."""
+
     def generate(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
         """Yields the tokens that follow `ids`, without the one that ends the reply."""
 
@@ -204,8 +207,11 @@ class Chat:
         if self._is_raw:
             ids = self._tokenizer.encode("".join(m["content"] for m in messages))
         else:
+            from edgemoe.text.jinja.meter import Meter  # with Jinja, which raw chats need not load
+
             given = sum(len(m["content"]) for m in messages)
             most = _SURELY_LONG * self._engine.context + 2 * given
+            self._engine.lend(Meter.most_bytes(given))
             ids = self._tokenizer.encode_chat(messages, most_characters=most)
         if not ids:
             raise ValueError("say: expected some text, got none")

@@ -190,6 +190,11 @@ class Engine:
             sequence.meter.hash(out[-1] if last_only else out[-1].copy())
         return out
 
+    def lend(self, size: int) -> None:
+        """Makes room for `size` bytes that the caller needs until the next call; experts have it back then."""
+        with self._alone():
+            self.model.room.lend(size)
+
     def generate(
         self, ids: abc.Sequence[int], params: SamplingParams | None = None
     ) -> Iterator[int]:

@@ -6,7 +6,6 @@ import os
 import time
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
-from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +18,7 @@ from edgemoe.model import MOST_AHEAD, Batch, Decoder, SequenceState, read_bytes
 from edgemoe.ops import Array, Ops
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.options import EngineOptions
+from edgemoe.runtime.room import Room
 from edgemoe.runtime.trace import TraceHeader
 from edgemoe.runtime.trace_writer import TraceWriter
 from edgemoe.scheduler import Scheduler, Setting
@@ -57,6 +57,7 @@ class Model:
     """[layers * E]: the same for each."""
     threads: int
     budget: Budget
+    room: Room
     setting: Setting
     """What the scheduler decides about; without the file's sections."""
     ops: Ops
@@ -67,7 +68,6 @@ class Model:
     """What the user chose that changes the answer, one line each; empty when exact."""
     counters: Counters = field(init=False)
     """As of the last pass: replaced as a whole, never changed."""
-    _states: WeakSet[SequenceState] = field(default_factory=WeakSet)
 
     def __post_init__(self) -> None:
         self.count()
@@ -79,10 +79,10 @@ class Model:
             ValueError: there are as many as the memory was divided for.
         """
         most = self.options.sequences
-        if len(self._states) >= most:
+        if len(self.room.states) >= most:
             raise ValueError(f"sequences: the model was opened for {most} at once")
         state = self.decoder.make_state()
-        self._states.add(state)
+        self.room.states.add(state)
         return state
 
     def forward(self, batch: Batch) -> Array:
@@ -134,6 +134,7 @@ class Model:
     def _pass(self, batch: Batch) -> Array:
         """Runs a batch through all layers."""
         scheduler, observer = self.scheduler, self.experts.observer
+        self.room.fit(batch)
         if observer is not None:
             observer.begin(batch)
         for part in batch.slices:
@@ -186,7 +187,7 @@ class Model:
         order = np.argsort(-uses, kind="stable")[: np.count_nonzero(uses)].astype(np.int32)
         bits = self.top_bits[order]
         total = np.cumsum(store.sizes(order, bits))
-        fit = int(np.searchsorted(total, self.setting.slots_bytes, side="right"))
+        fit = int(np.searchsorted(total, self.room.size, side="right"))
         before = int(store.stats["bytes_read"])
         try:
             store.load(order[:fit], bits[:fit])
@@ -219,4 +220,5 @@ class Model:
             reads_ahead=reads_ahead,
             threads=self.threads,
         )
+        self.room.hold()  # whoever replays it counts on the header's slots
         self.experts.observer = TraceWriter(path, header)

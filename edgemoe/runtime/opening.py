@@ -23,6 +23,7 @@ from edgemoe.runtime.budget import Budget, default_ram, parse_size
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.profile import ProfileFile
+from edgemoe.runtime.room import Room
 from edgemoe.scheduler import SCHEDULERS, SECTIONS, Setting
 from edgemoe.store import ExpertStore, level_bytes, load_dense
 from edgemoe.text.sampler import SamplingParams
@@ -88,7 +89,7 @@ def open_model(path: str | os.PathLike[str], options: EngineOptions) -> Opened:
         OutOfBudget: says the smallest budget that works.
         ReadError: the disk failed.
     """
-    before = hardware.process_bytes()
+    before, peak_before = hardware.process_bytes(), hardware.peak_bytes()
     moe = open_moe(path)
     given = moe.config
     moe = _with_experts(moe, options.experts)
@@ -104,7 +105,9 @@ def open_model(path: str | os.PathLike[str], options: EngineOptions) -> Opened:
     sections = {name: moe.sections[name] for name in SECTIONS if name in moe.sections}
     moe = replace(moe, sections={})
     hardware.trim()
-    model = _assembled(moe, options, bits, dense_level, sections, before)
+    peak = hardware.peak_bytes()
+    opening = peak if peak > peak_before and options.whole_process else 0
+    model = _assembled(moe, options, bits, dense_level, sections, before, opening)
     model.notes = _notes(moe, given, bits.noted, options) + model.scheduler.notes
     if profile is not None:
         profile.restore(model.store, model.scheduler)
@@ -114,6 +117,11 @@ def open_model(path: str | os.PathLike[str], options: EngineOptions) -> Opened:
         "%s: %s, %d tokens of context, chunks of %d, %d of %d bytes of experts, %s, %d threads",
         moe.path, moe.config.family, model.budget.context, model.budget.chunk, model.budget.slots,
         model.budget.experts, _core.isa(), model.threads,
+    )  # fmt: skip
+    budget = model.budget
+    logger.info(
+        "%d bytes of memory: %s; %d for experts for certain, %d as long as nothing else takes it",
+        budget.ram, budget.parts(), budget.slots, budget.most_slots,
     )  # fmt: skip
     return Opened(model, text, profile)
 
@@ -125,8 +133,14 @@ def _assembled(
     dense_level: int,
     sections: Mapping[str, bytes],
     before: int,
+    opening: int,
 ) -> Model:
-    """Returns a model inside its budget; `before` is what the process took before."""
+    """Returns a model inside its budget.
+
+    Args:
+        before: what the process took before.
+        opening: what it took at most since then, if that counts.
+    """
     config, level = moe.config, moe.level(bits.most)
     threads = hardware.num_threads() if options.threads is None else options.threads
     shape = OpsShape.of(config, threads)
@@ -140,7 +154,8 @@ def _assembled(
         return Budget.divide(
             moe, ram=total + before if is_added else total, process=process, level=level,
             dense_level=dense_level, context=options.context, kv_types=options.kv_types, ops=shape,
-            sequences=options.sequences, outside=before if is_added else 0,
+            sequences=options.sequences, slots=options.slots, opening=opening,
+            outside=before if is_added else 0,
         )  # fmt: skip
 
     # Both refuse what is wrong before anything large is read.
@@ -156,14 +171,17 @@ def _assembled(
     scheduler = make(setting, **chosen)
     ops = CpuOps(replace(shape, max_tokens=budget.chunk, max_context=budget.context))
     store = ExpertStore.open(
-        moe, bits=bits.most, budget_bytes=budget.slots, verify=options.verify,
-        policy=scheduler.policy,
+        moe, bits=bits.most, budget_bytes=budget.slots, most_bytes=budget.most_slots,
+        verify=options.verify, policy=scheduler.policy,
     )  # fmt: skip
     parts = ops.empty(budget.chunk * config.experts_per_token, config.hidden_size)
     experts = Experts(scheduler, store, ops, parts=parts, observer=options.observer)
     return Model(
         moe=moe, options=options, bits=bits.most, top_bits=bits.each.reshape(-1), threads=threads,
-        budget=budget, setting=replace(setting, sections={}), store=store, experts=experts,
+        budget=budget, room=Room(
+            budget, store.cache, is_measured=options.whole_process,
+            is_steady=options.steady or budget.fixed_slots is not None,
+        ), setting=replace(setting, sections={}), store=store, experts=experts,
         ops=ops, decoder=Decoder(
             config, weights, ops, experts, max_tokens=budget.chunk, context=budget.context,
             types=options.kv_types,

@@ -34,6 +34,11 @@ class EngineOptions:
     """What the engine may add to this process's memory, as bytes or "4GiB"; None for what is free, less a margin."""
     whole_process: bool = False
     """`ram` bounds the whole process, not only what the engine adds."""
+    slots: int | None = None
+    """Bytes for experts, whatever else takes room, for measurements; None for what `ram` leaves."""
+    steady: bool = False
+    """Experts have the same room throughout, so that runs can be compared; else they have what nothing else uses yet.
+    Always so with `slots` and while a trace is recorded."""
     bits: int | Literal["auto"] | None = None
     """Most precision of routed experts, one of the file's levels; None for all that the file has of each, "auto" for
     each expert's own."""
@@ -81,7 +86,9 @@ class EngineOptions:
         if self.threads is not None:
             put("threads", whole("threads", self.threads, 1, _MOST_THREADS))
         put("sequences", whole("sequences", self.sequences, 1, _MOST_SEQUENCES))
-        for name in ("whole_process", "verify"):
+        if self.slots is not None:
+            put("slots", whole("slots", self.slots, 1))
+        for name in ("whole_process", "steady", "verify"):
             put(name, switch(name, getattr(self, name)))
         if not isinstance(self.options or {}, Mapping):
             raise ValueError(f"options: expected names and values, got {quoted(self.options)}")

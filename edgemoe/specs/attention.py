@@ -111,6 +111,11 @@ class AttentionSpec(MixerSpec):
         return self.num_heads, self.head_dim
 
     @property
+    def state_pieces(self) -> int:
+        """See `MixerSpec.state_pieces`: keys and values of each head."""
+        return 2 * self.num_kv_heads
+
+    @property
     def rope_dim(self) -> int:
         """Leading columns of each head that are rotated."""
         return 0 if self.rope is None else self.rope.dim

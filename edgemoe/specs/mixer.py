@@ -41,6 +41,11 @@ class MixerSpec(ABC):
         return 0, 0
 
     @property
+    def state_pieces(self) -> int:
+        """In how many places of memory its state grows with the sequence."""
+        return 1
+
+    @property
     def has_constant_keys(self) -> bool:
         """Whether a bias adds the same to every key, but for its turn by the position."""
         return False

@@ -16,7 +16,6 @@ from edgemoe.lab.routing.record import follow
 from edgemoe.lab.routing.replay import Tape, make_scheduler, replay, setting
 from edgemoe.lab.routing.study import lines, study
 from edgemoe.lab.routing.timing import Pipeline, Timing, fit
-from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.trace import Trace, TraceHeader, read, record
 from edgemoe.scheduler import OnDemand
 from edgemoe.store import ExpertStore, expert_bytes
@@ -58,21 +57,13 @@ def routing(seed, T, L, E, K):
 
 
 @pytest.mark.parametrize(("num_experts", "bits"), [(5, 4), (9.5, 8), (16, 8)])
-def test_a_real_run_has_exactly_the_hits_of_its_replay(
-    tiny_moe, tmp_path, monkeypatch, num_experts, bits
-):
+def test_a_real_run_has_exactly_the_hits_of_its_replay(tiny_moe, tmp_path, num_experts, bits):
     moe = open_moe(tiny_moe)
     slots = int(num_experts * expert_bytes(moe, moe.level(bits)))
-    divide = Budget.divide.__func__
-    monkeypatch.setattr(
-        Budget, "divide", classmethod(
-            lambda cls, moe, **rest: dataclasses.replace(
-                b := divide(cls, moe, **rest), ram=b.fixed + slots
-            )
-        ),
-    )  # fmt: skip
     path = tmp_path / "x.trace"
-    with edgemoe.load(tiny_moe, bits=bits, trace=path, options={"look_ahead": False}) as engine:
+    with edgemoe.load(
+        tiny_moe, bits=bits, slots=slots, trace=path, options={"look_ahead": False}
+    ) as engine:
         follow(engine, IDS, prompt=1 if num_experts < 8 else 20)
         real = engine.model.store.stats
     tape = Tape(read(path))

@@ -265,8 +265,7 @@ def test_logits_do_not_depend_on_chunk_budget_threads_or_instruction_set(
 
         def divide(cls, moe, _chunk=chunk, **kwargs):
             budget = real(cls, moe, **kwargs)
-            ram = budget.fixed + 2 * budget.expert  # two experts' room
-            return dataclasses.replace(budget, ram=ram, chunk=_chunk)
+            return dataclasses.replace(budget, fixed_slots=2 * budget.expert, chunk=_chunk)
 
         with monkeypatch.context() as patch:
             patch.setattr(Budget, "divide", classmethod(divide))

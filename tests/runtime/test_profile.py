@@ -19,7 +19,6 @@ from edgemoe.errors import FormatError
 from edgemoe.experts import Observer
 from edgemoe.file.format import open_moe
 from edgemoe.plan import Priorities, Routing
-from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.profile import Profile, identity, read_profile, write_profile
 from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.scheduler.evict import EVICTIONS
@@ -45,9 +44,7 @@ def half(tiny_moe):
     room = L * E // 2 * expert_bytes(moe, len(moe.ladder))
 
     def load(path=tiny_moe, **options):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Budget, "slots", room)
-            return edgemoe.load(path, threads=1, context=128, **options)
+        return edgemoe.load(path, slots=room, threads=1, context=128, **options)
 
     return load
 

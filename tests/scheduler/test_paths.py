@@ -17,7 +17,6 @@ from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
 from edgemoe.lab.routing import paths
 from edgemoe.plan import Routing
-from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.trace import read
 from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.scheduler.expertflow import ExpertFlow
@@ -209,14 +208,14 @@ def test_pieces_are_of_one_text_each(trained):
     ("scheduler", "options"),
     [("expertflow", {}), ("expertflow", {"prefetch": 0}), ("on-demand", {"eviction": "next-path"})],
 )
-def test_answers_do_not_change(trained, scheduler, options, monkeypatch):
+def test_answers_do_not_change(trained, scheduler, options):
     model, _ = trained
     moe = open_moe(model)
-    monkeypatch.setattr(Budget, "slots", L * E // 2 * expert_bytes(moe, len(moe.ladder)))
+    slots = L * E // 2 * expert_bytes(moe, len(moe.ladder))
     ids = [5, 9, 200, 31, 77, 5, 120, 33] * 3
     rows = []
     for arguments in ({}, {"scheduler": scheduler, "options": options}):
-        with edgemoe.load(model, threads=1, context=64, **arguments) as engine:
+        with edgemoe.load(model, slots=slots, threads=1, context=64, **arguments) as engine:
             engine.logits(ids[:4])
             rows.append([engine.extend([t]).copy() for t in ids[4:]])
             report = engine.stats.scheduler

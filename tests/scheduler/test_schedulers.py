@@ -8,12 +8,12 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from engines import with_slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import edgemoe
 from edgemoe.plan import Plan, Priorities, Routing
-from edgemoe.runtime.budget import Budget
 from edgemoe.scheduler import KINDS, SCHEDULERS, Setting
 from edgemoe.scheduler.auto import Auto
 from edgemoe.scheduler.combined import Combined
@@ -891,7 +891,7 @@ def room(monkeypatch):
     """Makes every engine have slots for so many experts."""
 
     def limit(count):
-        monkeypatch.setattr(Budget, "slots", property(lambda budget: count * budget.expert))
+        with_slots(monkeypatch, lambda budget: count * budget.expert)
 
     return limit
 

@@ -117,6 +117,7 @@ class Trial(EngineOptions):
     bits: int | Literal["auto"]
     dense_bits: int
     whole_process: bool = True
+    steady: bool = True
     decode: bool = False
     """Evaluate what is scored token by token, as in a reply. The same unless the scheduler changes the answer."""
 

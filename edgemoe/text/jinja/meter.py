@@ -13,6 +13,7 @@ __all__ = ["LimitExceeded", "Meter"]
 _STEPS = 1_000_000
 _MADE_BYTES = 8 << 20
 _VALUE_BYTES = 1 << 20
+_PARSED_BYTES = 4 << 20  # of a source of as many words as are allowed
 _NUMBER_BITS = 8192
 _OBJECT_BYTES = 512  # of a namespace, a macro, a loop and the like, generously
 _ITEM_BYTES = 72  # of a list's item that may be new: a pointer and a small tuple
@@ -26,8 +27,13 @@ class Meter:
     """Counts what one rendering takes and ends it at a limit. One thread at a time.
 
     Limits grow with what the user gave, since honest templates handle all of it several times; that
-    is bounded by the context. The rest is constant, and belongs to the margin of the memory budget.
+    is bounded by the context. Whoever renders makes room for both: `Meter.most_bytes`.
     """
+
+    @staticmethod
+    def most_bytes(given: int) -> int:
+        """Returns the memory that a rendering of `given` bytes may take, its parsed source included."""
+        return _MADE_BYTES + 16 * given + _PARSED_BYTES
 
     def __init__(self, given: int) -> None:
         """Starts at nothing; `given` is the size of messages and variables in bytes of JSON."""

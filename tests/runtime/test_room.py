@@ -1,0 +1,233 @@
+"""How much room experts have while a model runs: what nothing else uses yet, and never more than the budget leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import edgemoe
+from edgemoe import hardware
+from edgemoe.model import Batch, SequenceState
+from edgemoe.runtime.budget import KV_STEP, Budget
+from edgemoe.runtime.room import Room
+from edgemoe.store import ExpertStore
+
+KIB, MIB = 1 << 10, 1 << 20
+EXPERT, EXPERTS = 64 * KIB, 64
+STEP = 96 * KIB  # of keys and values
+EDGES = 8 * KIB
+ROW = 4 * KIB
+
+
+def budget(**changes):
+    """1 MiB of experts for certain, with 16 MiB promised to a sequence and a chunk."""
+    parts = {
+        "process": 10 * MIB, "growth": 5 * MIB, "tables": 0, "dense": 2 * MIB, "kv": 12 * MIB,
+        "scratch": 5 * MIB,
+    }  # fmt: skip
+    return Budget(**{
+        "ram": sum(parts.values()) + MIB, **parts, "active_dense": 0, "sequences": 1, "kv_at_once": 0,
+        "kv_step": STEP, "kv_edges": EDGES, "row": ROW, "expert": EXPERT, "experts": EXPERTS * EXPERT,
+        "context": 4096, "chunk": 512, "slack": MIB, **changes,
+    })  # fmt: skip
+
+
+def room(budget, *, is_measured=False, is_steady=False):
+    """A room and the cache whose slots it sizes."""
+    cache = ExpertStore.dry(
+        num_layers=1, num_experts=EXPERTS, level_bits=(8,), level_bytes=(EXPERT,),
+        budget_bytes=budget.slots, most_bytes=budget.most_slots,
+    ).cache  # fmt: skip
+    return Room(budget, cache, is_measured=is_measured, is_steady=is_steady), cache
+
+
+def sequence(room, length=0):
+    state = SequenceState([], 4096)
+    state.ids = [0] * length
+    room.states.add(state)
+    return state
+
+
+def run(room, state, count):
+    """A pass of `count` tokens."""
+    batch = Batch.of((state, np.zeros(count, np.int32)))
+    room.fit(batch)
+    state.ids.extend([0] * count)
+
+
+def expected(b, positions, tokens, sequences=1):
+    taken = b.fixed - b.kv - b.chunk * ROW + tokens * ROW
+    taken += sequences * (-(-positions // KV_STEP) * STEP + EDGES)
+    return max(min(b.ram - taken, b.experts), b.expert)
+
+
+def test_what_a_sequence_does_not_use_yet_holds_experts():
+    b = budget(experts=1000 * EXPERT)
+    r, cache = room(b)
+    state = sequence(r)
+    assert cache.stats["budget_bytes"] == r.size == b.slots == MIB
+    run(r, state, 5)
+    assert r.size == expected(b, 5, 5) > 8 * MIB
+    assert cache.stats["budget_bytes"] == r.size // 4096 * 4096
+    for _ in range(27):  # up to the step's end nothing changes
+        run(r, state, 1)
+        assert r.size == expected(b, 32, 5)
+    run(r, state, 1)
+    assert r.size == expected(b, 33, 5) == expected(b, 32, 5) - STEP
+    run(r, state, 512)
+    assert r.size == expected(b, 33 + 512, 512)
+    while state.length < 4096:
+        run(r, state, min(512, 4096 - state.length))
+    # All that was promised is in use: what is left is what was certain, less the pages' edges.
+    assert r.size == b.slots - EDGES
+
+
+def test_going_back_takes_no_room_twice():
+    b = budget(experts=1000 * EXPERT)
+    r, _ = room(b)
+    state = sequence(r)
+    run(r, state, 100)
+    before = r.size
+    del state.ids[10:]
+    for _ in range(90):
+        run(r, state, 1)
+        assert r.size == before
+
+
+def test_each_sequence_takes_its_own_and_gives_it_back():
+    b = budget(experts=1000 * EXPERT, sequences=2)
+    r, _ = room(b)
+    first, second = sequence(r), sequence(r)
+    run(r, first, 40)
+    run(r, second, 40)
+    assert r.size == expected(b, 40, 40, sequences=2)
+    del first
+    run(r, second, 60)  # wider, so that it is looked at
+    assert r.size == expected(b, 100, 60)
+
+
+def test_all_experts_are_enough_and_one_the_least():
+    r, _ = room(budget())
+    run(r, sequence(r), 1)
+    assert r.size == EXPERTS * EXPERT
+    b = budget(ram=35 * MIB - MIB, expert=EXPERT)
+    r, cache = room(budget(fixed_slots=2 * EXPERT, ram=b.ram))
+    run(r, sequence(r), 4000)
+    assert r.size == EXPERT
+    assert cache.stats["budget_bytes"] == EXPERT
+
+
+def test_large_layers_are_taken_at_once():
+    b = budget(experts=1000 * EXPERT, kv_at_once=12 * MIB, kv_step=0, kv_edges=0)
+    r, _ = room(b)
+    state = sequence(r)
+    run(r, state, 1)
+    assert r.size == b.ram - (b.fixed - b.chunk * ROW + ROW)
+    run(r, state, 512)
+    assert r.size == b.ram - b.fixed
+
+
+def test_steady_slots_stay_and_held_ones_go_back():
+    b = budget(experts=1000 * EXPERT)
+    r, cache = room(b, is_steady=True)
+    run(r, sequence(r), 100)
+    assert r.size == b.slots == cache.stats["budget_bytes"]
+    r, cache = room(b)
+    run(r, sequence(r), 1)
+    assert r.size > b.slots
+    r.hold()
+    assert r.size == b.slots == cache.stats["budget_bytes"]
+    run(r, sequence(r), 1)
+    assert r.size == b.slots
+
+
+def test_a_process_that_grows_gives_up_slots_and_gets_them_back():
+    taken = hardware.exact_process_bytes()
+    b = budget(
+        ram=taken + 64 * MIB, process=taken, growth=40 * MIB, dense=0, kv=12 * MIB, experts=1000 * EXPERT
+    )  # fmt: skip
+    r, _ = room(b, is_measured=True)
+    state = sequence(r)
+
+    def measured():
+        r._next_s = 0.0
+        run(r, state, 1)
+        return r.size
+
+    for _ in range(3):  # until it is warm the reserve stays
+        assert measured() == expected(b, 1, 1)
+    # Now it is not needed: all but what is really there, the slack and the pages to come.
+    first = measured()
+    assert first == pytest.approx(64 * MIB - MIB - 2 * (STEP + EDGES) - ROW, abs=4 * MIB)
+    assert first > expected(b, 1, 1) + 30 * MIB
+    ballast = np.ones(30 * MIB, np.uint8)
+    assert measured() == pytest.approx(first - 30 * MIB, abs=2 * MIB)
+    del ballast
+    assert measured() == pytest.approx(first, abs=2 * MIB)
+
+
+def test_what_is_lent_comes_back_with_the_next_pass():
+    taken = hardware.exact_process_bytes()
+    b = budget(ram=taken + 64 * MIB, process=taken, dense=0, kv=12 * MIB, experts=4000 * EXPERT)
+    r, cache = room(b, is_measured=True)
+    state = sequence(r)
+    r.lend(8 * MIB)  # the reserve is for that
+    assert r.size == b.slots
+    for _ in range(5):
+        run(r, state, 1)
+    before = r.size
+    r._next_s = float("inf")
+    r.lend(8 * MIB)
+    assert r.size == before - 8 * MIB
+    assert cache.stats["budget_bytes"] == r.size // 4096 * 4096
+    run(r, state, 1)
+    assert r.size == pytest.approx(before, abs=2 * MIB)
+    # What did not come back with it is seen at once.
+    r.lend(8 * MIB)
+    kept = np.ones(8 * MIB, np.uint8)
+    run(r, state, 1)
+    assert r.size == pytest.approx(before - kept.size, abs=2 * MIB)
+
+
+def test_measuring_takes_little_time():
+    b = budget(ram=1 << 40, experts=1000 * EXPERT)
+    r, _ = room(b, is_measured=True)
+    state = sequence(r)
+    for _ in range(5):
+        run(r, state, 1)
+    first = r._next_s
+    for _ in range(20):
+        run(r, state, 1)
+    assert r._next_s == first > 0  # it walks page tables: not again before 200 times as long
+
+
+def test_slots_that_change_do_not_change_an_answer(tiny_moe, monkeypatch):
+    ids = np.random.default_rng(0).integers(0, 256, 200).tolist()
+    with edgemoe.load(tiny_moe, context=256) as engine:
+        expected_logits = [engine.logits(ids[:100], last_only=True).copy()]
+        expected_logits += [engine.extend([i]).copy() for i in ids[100:]]
+    real = Budget.divide.__func__
+
+    def divide(cls, moe, **arguments):  # room that is all used up in the end
+        b = real(cls, moe, **arguments)
+        b = dataclasses.replace(b, kv=8 * b.expert, kv_step=b.expert, kv_edges=0, growth=0, row=0)
+        return dataclasses.replace(b, ram=b.fixed + 2 * b.expert)
+
+    monkeypatch.setattr(Budget, "divide", classmethod(divide))
+    with edgemoe.load(tiny_moe, context=256) as engine:
+        sizes = {engine.model.room.size}
+        got = [engine.logits(ids[:100], last_only=True).copy()]
+        for i in ids[100:]:
+            got.append(engine.extend([i]).copy())
+            sizes.add(engine.model.room.size)
+            engine.model.store.cache.check_integrity()
+    assert len(sizes) > 4
+    np.testing.assert_array_equal(got, expected_logits)
+
+
+def test_a_trace_holds_the_slots(tiny_moe, tmp_path):
+    with edgemoe.load(tiny_moe, context=256, trace=tmp_path / "x.trace") as engine:
+        engine.logits([1, 2, 3])
+        assert engine.model.room.size == engine.budget.slots == engine.model.setting.slots_bytes
