@@ -21,7 +21,8 @@ void require(bool ok, const char* what) {
 
 /// Rows and columns of gate, up or down.
 std::pair<int, int> matrix_shape(const ExpertShape& s, size_t m) {
-  return m == 2 ? std::pair(s.hidden, s.expert_hidden) : std::pair(s.expert_hidden, s.hidden);
+  if (m == 2) return {s.hidden, s.expert_hidden};
+  return {m == 0 && !s.gated ? 0 : s.expert_hidden, s.hidden};
 }
 
 /// Throws std::invalid_argument unless widths are ladders and rungs end where those of such experts do: `view` computes

@@ -31,6 +31,7 @@ struct ExpertShape {
   int expert_hidden;                                ///< H
   std::vector<std::array<uint8_t, 3>> rung_widths;  ///< per rung, the bits it adds to gate, up and down
   std::vector<uint32_t> ends;                       ///< rung r is [ends[r - 1], ends[r]) of a record
+  bool gated = true;                                ///< else gate is a matrix of no rows
 };
 
 /// The matrices of a resident expert.

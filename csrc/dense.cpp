@@ -48,9 +48,11 @@ void keep_groups(const RouteRule& rule, float* values) {
 }
 
 /// Takes the best of one token's logits, which become scores of all experts. Ties go to the lower expert.
-void choose(const RouteRule& rule, const float* choice_bias, float* row, int32_t* chosen, float* gates) {
+void choose(const RouteRule& rule, const Router& router, float* row, int32_t* chosen, float* gates) {
   const Kernels& k = kernels();
+  const float* choice_bias = router.choice_bias;
   const int top_k = rule.top_k, E = rule.num_experts;
+  if (router.bias) k.add_scaled(router.bias, 1.0f, E, row);
   const auto score = [&] {
     if (rule.scoring == Scoring::kSigmoid) return k.sigmoid(row, E);
     k.softmax(row, E);
@@ -158,7 +160,6 @@ void Workspace::quantize_hidden(int begin, int end, int n, int hidden) {
   const Kernels& k = kernels();
   for (int i = begin; i < end; ++i) {
     const size_t at = size_t(i) * tiles, h = size_t(i) * hidden;
-    k.silu_mul(gate() + h, up() + h, hidden, gate() + h);
     k.quantize_row(gate() + h, hidden, codes + at * kTileCols, scales + at * kScales, sums + at * kSums);
   }
 }
@@ -211,7 +212,7 @@ void route(Workspace& ws, const float* x, const Router& router, int T, int cols,
   ws.pool.run(T, 16, [&](int begin, int end) {
     for (int t = begin; t < end; ++t) {
       const size_t at = size_t(t) * rule.top_k;
-      choose(rule, router.choice_bias, scores + size_t(t) * E, experts + at, gates + at);
+      choose(rule, router, scores + size_t(t) * E, experts + at, gates + at);
     }
   });
 }
@@ -246,7 +247,7 @@ void look_ahead(Workspace& ws, const float* x, const std::vector<NextRouter>& ro
   });
   for (int i = 0; i < p * T; ++i) {
     const size_t at = size_t(i) * rule.top_k;
-    choose(rule, routers[size_t(i / T)].router.choice_bias, scores + size_t(i) * E, experts + at, gates + at);
+    choose(rule, routers[size_t(i / T)].router, scores + size_t(i) * E, experts + at, gates + at);
   }
 }
 
@@ -266,6 +267,15 @@ void add_norm(Workspace& ws, const float* added, float scale, float* x, const fl
       k.add_scaled(added + at, scale, cols, x + at);
       k.rms_norm(x + at, weight, eps, cols, out + at);
     }
+  });
+}
+
+void soft_cap(Workspace& ws, float cap, int64_t n, float* x) {
+  constexpr int kPart = 4096;
+  const Kernels& k = kernels();
+  ws.pool.run(int((n + kPart - 1) / kPart), 1, [&](int begin, int end) {
+    const int64_t first = int64_t(begin) * kPart;
+    k.soft_cap(x + first, cap, int(std::min(int64_t(end) * kPart, n) - first));
   });
 }
 

@@ -35,7 +35,7 @@ class Workspace {
   QuantizedRows quantize(const float* x, const int32_t* rows, int n, int cols, int stride = 0);
   /// Where `quantize_hidden` puts n rows, at most kFfnRows.
   QuantizedRows hidden_rows(int n, int hidden) const;
-  /// gate() = silu(gate()) * up(), quantised, for rows [begin, end) of n; by one thread.
+  /// Quantises rows [begin, end) of the n in gate(); by one thread.
   void quantize_hidden(int begin, int end, int n, int hidden);
 
   float* gate() const { return reinterpret_cast<float*>(gate_.bytes()); }
@@ -97,6 +97,7 @@ struct RouteRule {
 /// One layer's router.
 struct Router {
   const float* weight;       ///< [num_experts, cols]
+  const float* bias;         ///< [num_experts], of the logits, or null
   const float* choice_bias;  ///< [num_experts], or null
 };
 
@@ -137,6 +138,9 @@ void rms_norm(Workspace& ws, const float* x, const float* weight, float eps, int
 /// x [T, cols] += scale * added, and out = its RMS norm.
 void add_norm(Workspace& ws, const float* added, float scale, float* x, const float* weight, float eps, int T, int cols,
               float* out);
+
+/// x [n] = cap * tanh(x / cap), in place; what is not finite becomes no number.
+void soft_cap(Workspace& ws, float cap, int64_t n, float* x);
 
 /// out [T, cols] += scale * x, and, if `gate_weight` is given, x[t] is scaled by sigmoid(gate_weight · gate_input[t]).
 void add_rows(Workspace& ws, const float* x, float scale, const float* gate_weight, const float* gate_input, int T,

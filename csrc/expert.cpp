@@ -35,10 +35,11 @@ void over_pieces(Workspace& ws, const std::vector<Piece>& pieces, Count per_piec
   });
 }
 
-void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& pieces) {
+void run_batch(Workspace& ws, const float* x, int T, Activation activation, const std::vector<Piece>& pieces) {
   const Kernels& k = kernels();
-  const NestedMatrix& any = pieces[0].use->w.gate;
-  const int hidden = any.rows, cols = any.cols, gate_blocks = blocks(hidden, kTileRows);
+  const NestedMatrix& any = pieces[0].use->w.up;
+  const int hidden = any.rows, cols = any.cols;
+  const int up_blocks = blocks(hidden, kTileRows), gate_blocks = activation == Activation::kRelu2 ? 0 : up_blocks;
   const int total = pieces.back().row + pieces.back().count;
   if (hidden > ws.max_hidden()) {
     throw std::invalid_argument("ffn: expected at most " + std::to_string(ws.max_hidden()) + " hidden values, got " +
@@ -56,9 +57,19 @@ void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& p
   // others read the next expert.
   const bool few = total <= kFewRows;
   std::vector<std::atomic<int>> left(few ? pieces.size() : 0);
-  for (auto& l : left) l.store(2 * gate_blocks, std::memory_order_relaxed);
+  for (auto& l : left) l.store(gate_blocks + up_blocks, std::memory_order_relaxed);
+  const auto finish = [&](const Piece& p, int begin, int end) {  // rows of the piece
+    const FfnBiases& b = p.use->biases;
+    for (int i = p.row + begin; i < p.row + end; ++i) {
+      float *gate = ws.gate() + size_t(i) * hidden, *up = ws.up() + size_t(i) * hidden;
+      if (b.gate) k.add_scaled(b.gate, 1.0f, hidden, gate);
+      if (b.up) k.add_scaled(b.up, 1.0f, hidden, up);
+      k.activate(activation, gate, up, hidden, gate);
+    }
+    ws.quantize_hidden(p.row + begin, p.row + end, total, hidden);
+  };
   over_pieces(
-      ws, pieces, [&](const Piece&) { return 2 * gate_blocks; },
+      ws, pieces, [&](const Piece&) { return gate_blocks + up_blocks; },
       [&](const Piece& p, int begin, int end) {
         const QuantizedRows mine = rows_from(q, shared ? 0 : p.row);
         const size_t at = size_t(p.row) * hidden;
@@ -70,10 +81,10 @@ void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& p
                  size_t(hidden));
         }
         if (few && left[size_t(&p - pieces.data())].fetch_sub(end - begin, std::memory_order_acq_rel) == end - begin) {
-          ws.quantize_hidden(p.row, p.row + p.count, total, hidden);
+          finish(p, 0, p.count);
         }
       });
-  if (!few) ws.pool.run(total, 4, [&](int begin, int end) { ws.quantize_hidden(begin, end, total, hidden); });
+  if (!few) over_pieces(ws, pieces, [&](const Piece& p) { return p.count; }, finish);
   const QuantizedRows h = ws.hidden_rows(total, hidden);
   for (const Piece& p : pieces) {
     if (!p.use->hidden) continue;
@@ -83,13 +94,18 @@ void run_batch(Workspace& ws, const float* x, int T, const std::vector<Piece>& p
       ws, pieces, [&](const Piece& p) { return blocks(p.use->w.down.rows, kTileRows); },
       [&](const Piece& p, int begin, int end) {
         const int d = p.use->w.down.rows;
-        matmul(k, p.use->w.down, rows_from(h, p.row), p.count, begin, end, p.use->out + size_t(p.first) * d, size_t(d));
+        float* out = p.use->out + size_t(p.first) * d;
+        matmul(k, p.use->w.down, rows_from(h, p.row), p.count, begin, end, out, size_t(d));
+        if (!p.use->biases.down) return;
+        const int first = begin * kTileRows, n = std::min(end * kTileRows, d) - first;
+        for (int i = 0; i < p.count; ++i)
+          k.add_scaled(p.use->biases.down + first, 1.0f, n, out + size_t(i) * d + first);
       });
 }
 
 }  // namespace
 
-void run_ffns(Workspace& ws, const float* x, int T, const std::vector<FfnUse>& uses) {
+void run_ffns(Workspace& ws, const float* x, int T, Activation activation, const std::vector<FfnUse>& uses) {
   std::vector<Piece> pieces;
   int filled = 0;
   for (const FfnUse& use : uses) {
@@ -99,13 +115,13 @@ void run_ffns(Workspace& ws, const float* x, int T, const std::vector<FfnUse>& u
       filled += n;
       first += n;
       if (filled == Workspace::kFfnRows) {
-        run_batch(ws, x, T, pieces);
+        run_batch(ws, x, T, activation, pieces);
         pieces.clear();
         filled = 0;
       }
     }
   }
-  if (!pieces.empty()) run_batch(ws, x, T, pieces);
+  if (!pieces.empty()) run_batch(ws, x, T, activation, pieces);
 }
 
 void combine(Workspace& ws, const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols,

@@ -1,4 +1,4 @@
-// Gated FFNs: a group of routed experts, each at its own bits, or one that every token takes.
+// FFNs: a group of routed experts, each at its own bits, or one that every token takes.
 #pragma once
 
 #include <cstdint>
@@ -9,17 +9,26 @@
 
 namespace edgemoe {
 
+/// What is added to the products of an FFN's three matrices; null for nothing.
+struct FfnBiases {
+  const float* gate = nullptr;  ///< [H]
+  const float* up = nullptr;    ///< [H]
+  const float* down = nullptr;  ///< [D]
+};
+
 /// One FFN on some rows of x.
 struct FfnUse {
-  ExpertView w;
+  ExpertView w;           ///< without a gate, a matrix of no rows, where the activation needs none
   const int32_t* tokens;  ///< rows of x; null for 0 .. count - 1
   int count;
   float* out;               ///< [count, D]
-  float* hidden = nullptr;  ///< [count, H]: if given, gets silu(gate x) * (up x), what w_down is applied to
+  float* hidden = nullptr;  ///< [count, H]: if given, gets what w_down is applied to
+  FfnBiases biases{};
 };
 
-/// out = down(silu(gate x) * (up x)) for each use; x is [T, D]. A row's result does not depend on the other rows.
-void run_ffns(Workspace& ws, const float* x, int T, const std::vector<FfnUse>& uses);
+/// out = down(activation(gate x, up x)) for each use, with its biases; x is [T, D]. A row's result does not depend on
+/// the other rows.
+void run_ffns(Workspace& ws, const float* x, int T, Activation activation, const std::vector<FfnUse>& uses);
 
 /// out[t] = sum over k of gates[t, k] * parts[rows[t, k]], in the order of k; rows below 0 are skipped.
 void combine(Workspace& ws, const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols,

@@ -150,6 +150,8 @@ class AttentionLayer:
         norm_after_rope: bool = False,
         k: Nested | None = None,
         input_norm: _F32 | None = None,
+        sinks: _F32 | None = None,
+        v_norm: bool = False,
     ) -> None: ...
     @property
     def num_constants(self) -> int: ...
@@ -189,6 +191,7 @@ class Cache:
         policy: str | Priorities,
         scheme: str = "nested",
         most_bytes: int = 0,
+        gated: bool = True,
     ) -> None: ...
     def begin(
         self,
@@ -256,6 +259,7 @@ def route(
     ws: Workspace,
     x: _F32,
     router: _F32,
+    bias: _F32 | None,
     choice_bias: _F32 | None,
     rule: RouteRule,
     scores: _F32,
@@ -277,6 +281,7 @@ def look_ahead(
     x: _F32,
     norms: Sequence[_F32],
     routers: Sequence[_F32],
+    biases: Sequence[_F32 | None],
     choice_biases: Sequence[_F32 | None],
     eps: float,
     rule: RouteRule,
@@ -288,12 +293,14 @@ def look_ahead(
 def ffn(
     ws: Workspace,
     x: _F32,
-    gate: Nested,
+    gate: Nested | None,
     up: Nested,
     down: Nested,
     out: _F32,
     hidden: _F32 | None = None,
+    activation: str = "swiglu",
 ) -> None: ...
+def soft_cap(ws: Workspace, cap: float, x: _F32) -> None: ...
 def expert_ffn(
     ws: Workspace,
     x: _F32,
@@ -305,6 +312,8 @@ def expert_ffn(
     group: Sequence[int],
     parts: _F32,
     hidden: _F32 | None = None,
+    activation: str = "swiglu",
+    biases: Sequence[_F32 | None] | None = None,
 ) -> None: ...
 def combine(ws: Workspace, parts: _F32, rows: _I32, gates: _F32, out: _F32) -> None: ...
 def add_rows(

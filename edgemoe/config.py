@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from edgemoe.errors import FormatError, quoted
-from edgemoe.specs import MIXERS, FfnSpec, MixerSpec, RopeSpec, RouterSpec, TensorSpec
+from edgemoe.specs import (
+    ACTIVATIONS,
+    MIXERS,
+    Activation,
+    FfnSpec,
+    MixerSpec,
+    RopeSpec,
+    RouterSpec,
+    TensorSpec,
+)
 from edgemoe.specs.flat import with_mixers
 from edgemoe.specs.mixer import LIMIT, need, need_numbers, need_sizes
 from edgemoe.specs.values import from_values, to_values
@@ -66,6 +75,12 @@ class ModelConfig:
     used_groups: int = 1
     group_score: Literal["max", "top2"] = "max"
     """A group is as good as its best expert, or as the sum of its best two."""
+    router_bias: bool = False
+    """Logits of routers have a bias, the tensor `router_bias`."""
+    activation: Activation = "swiglu"
+    """What all FFNs make of gate and up. Those of "relu2" have no gate: its matrix has no rows."""
+    expert_bias: bool = False
+    """The three products of an expert have biases, the tensors `expert_bias.gate .up .down`."""
     shared_hidden: tuple[int, ...] = ()
     """Per layer, the width of the FFN that every token takes; 0 for none; empty for all 0."""
     shared_sigmoid: bool = False
@@ -131,6 +146,11 @@ class ModelConfig:
             self.scoring != "softmax_topk" or (not self.choice_bias and self.groups == 1),
             "scoring softmax_topk has neither a choice bias nor groups",
         )
+        need(self.activation in ACTIVATIONS, f"unknown activation {quoted(self.activation)}")
+        need(
+            self.activation != "relu2" or not self.expert_bias,
+            "activation relu2 is not for experts with biases",
+        )
         need(self.group_score in ("max", "top2"), f"unknown group_score {quoted(self.group_score)}")
         need(
             self.experts_per_token <= self.num_experts,
@@ -182,7 +202,16 @@ class ModelConfig:
             shared_width=self.shared_width(layer),
             shared_sigmoid=is_routed and self.shared_sigmoid,
             choice_bias=is_routed and self.choice_bias,
+            router_bias=is_routed and self.router_bias,
+            bias_width=self.expert_hidden if is_routed and self.expert_bias else 0,
+            activation=self.activation,
         )
+
+    @property
+    def expert_shapes(self) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+        """Rows and columns of an expert's gate, up and down; a gate of no rows is none."""
+        d, h = self.hidden_size, self.expert_hidden
+        return (h if self.activation != "relu2" else 0, d), (h, d), (d, h)
 
     @property
     def router(self) -> RouterSpec:
@@ -220,7 +249,8 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
         layers.I.attn_norm [D]   what the mixer's spec names; of attention:
         layers.I.q [heads * head_dim, D]  .k .v [kv_heads * head_dim, D]
         layers.I.o [D, heads * head_dim]   .q_bias .k_bias .v_bias .o_bias   .q_norm .k_norm
-        layers.I.ffn_norm [D]    layers.I.router [E, D]   .choice_bias [E]
+        layers.I.ffn_norm [D]    layers.I.router [E, D]   .router_bias .choice_bias [E]
+        layers.I.expert_bias.gate .up [E, H]  .down [E, D]
         layers.I.shared.gate .up [S, D]  layers.I.shared.down [D, S]  layers.I.shared.sigmoid [D]
 
     A layer that is not in `moe_layers` is a dense layer: its FFN is `shared`, without sigmoid.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgemoe.ops import Array, Ops
+from edgemoe.ops import Array, ExpertLayer, Ops
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler import Scheduler
 from edgemoe.store import ExpertStore
@@ -64,8 +64,8 @@ class Experts:
         self._ops = ops
         self._parts = parts
 
-    def __call__(self, routing: Routing, x: Array, out: Array) -> None:
-        """out [T, D] = the gated sum of the experts' outputs on x [T, D].
+    def __call__(self, routing: Routing, layer: ExpertLayer, x: Array, out: Array) -> None:
+        """out [T, D] = the gated sum of the outputs of a layer's experts on x [T, D].
 
         Parts are added in plan order, so the order in which experts arrive does not matter.
         """
@@ -78,7 +78,7 @@ class Experts:
         self.skipped += plan.rows.size - len(plan.tokens)
         request = store.request(plan)
         for group in store.ready_groups():  # computing one group hides the reads of the next
-            ops.expert_ffn(x, request, plan, group, self._parts)
+            ops.expert_ffn(x, layer, request, plan, group, self._parts)
         ops.combine(self._parts, plan, out)
         if self.observer is not None:
             self.observer.done(*store.progress)

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.config import ModelConfig
 from edgemoe.plan import Plan
-from edgemoe.specs import AttentionSpec, RouterSpec
+from edgemoe.specs import Activation, AttentionSpec, RouterSpec
 from edgemoe.store import Request
 
 __all__ = [
-    "Array", "AttentionWeights", "DeltaRule", "Ids", "KvLayer", "MambaRule", "Matrix", "Ops", "OpsShape",
-    "RopeTable", "RouteRule", "kv_bytes", "rope_bytes",
+    "Array", "AttentionWeights", "DeltaRule", "ExpertLayer", "Ids", "KvLayer", "MambaRule", "Matrix", "Ops",
+    "OpsShape", "RopeTable", "RouteRule", "RouterWeights", "kv_bytes", "rope_bytes",
 ]  # fmt: skip
 
 Array = NDArray[np.float32]
@@ -66,6 +66,29 @@ class MambaRule:
     """A step is softplus(x + bias)."""
     skip: Array
     """How much of its input passes by the state."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterWeights:
+    """One layer's router."""
+
+    norm: Array
+    """[D], of the residual before it."""
+    weight: Array
+    """[E, D]"""
+    bias: Array | None
+    """[E], of the logits."""
+    choice_bias: Array | None
+    """[E], of the scores, for choosing alone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLayer:
+    """What the experts of one layer have beside their matrices."""
+
+    activation: Activation
+    biases: tuple[Array, Array, Array] | None = None
+    """Of all experts' gates [E, H], ups [E, H] and downs [E, D]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,8 +174,17 @@ class Ops(Protocol):
     def linear_f32(self, x: Array, weights: Sequence[Array], outs: Sequence[Array]) -> None:
         """The same of float32 matrices, few rows that decide much; x is not rounded."""
 
-    def ffn(self, x: Array, gate: Matrix, up: Matrix, down: Matrix, out: Array) -> None:
-        """out [T, D] = down(silu(gate x) * (up x))."""
+    def ffn(
+        self,
+        x: Array,
+        gate: Matrix | None,
+        up: Matrix,
+        down: Matrix,
+        out: Array,
+        *,
+        activation: Activation,
+    ) -> None:
+        """out [T, D] = down(activation(gate x, up x)); without a gate where the activation needs none."""
 
     def add(
         self,
@@ -175,6 +207,12 @@ class Ops(Protocol):
 
     def scale(self, factor: float, out: Array) -> None:
         """out *= factor."""
+
+    def multiply(self, factors: Array, out: Array) -> None:
+        """out [T, D] *= factors, [D] or [1]."""
+
+    def soft_cap(self, cap: float, out: Array) -> None:
+        """out = cap * tanh(out / cap)."""
 
     # ------------------------------------------------------------ attention
 
@@ -279,8 +317,7 @@ class Ops(Protocol):
     def route(
         self,
         x: Array,
-        router: Array,
-        choice_bias: Array | None,
+        router: RouterWeights,
         rule: RouteRule,
         *,
         scores: Array,
@@ -308,9 +345,7 @@ class Ops(Protocol):
     def look_ahead(
         self,
         x: Array,
-        norms: Sequence[Array],
-        routers: Sequence[Array],
-        choice_biases: Sequence[Array | None],
+        routers: Sequence[RouterWeights],
         rule: RouteRule,
         eps: float,
         *,
@@ -319,13 +354,19 @@ class Ops(Protocol):
         experts: Ids,
         gates: Array,
     ) -> None:
-        """Writes what p later layers' routers [E, D] choose for x [T, D] after own norms: experts, gates [p, T, K].
+        """Writes what p later layers' routers choose for x [T, D] after their own norms: experts, gates [p, T, K].
 
         normed [p, T, D] and scores [p, T, E] are scratch; experts and gates are the host's.
         """
 
     def expert_ffn(
-        self, x: Array, request: Request, plan: Plan, group: Sequence[int], parts: Array
+        self,
+        x: Array,
+        layer: ExpertLayer,
+        request: Request,
+        plan: Plan,
+        group: Sequence[int],
+        parts: Array,
     ) -> None:
         """Runs the experts at positions `group` of a plan that was requested; writes their rows of `parts` [m, D]."""
 

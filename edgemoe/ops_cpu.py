@@ -14,6 +14,7 @@ from edgemoe.ops import (
     Array,
     AttentionWeights,
     DeltaRule,
+    ExpertLayer,
     Ids,
     KvLayer,
     MambaRule,
@@ -21,9 +22,10 @@ from edgemoe.ops import (
     OpsShape,
     RopeTable,
     RouteRule,
+    RouterWeights,
 )
 from edgemoe.plan import Plan
-from edgemoe.specs import AttentionSpec, RouterSpec
+from edgemoe.specs import Activation, AttentionSpec, RouterSpec
 from edgemoe.store import Request
 
 __all__ = ["CpuOps"]
@@ -99,15 +101,16 @@ class CpuOps:
     def ffn(
         self,
         x: Array,
-        gate: Matrix,
+        gate: Matrix | None,
         up: Matrix,
         down: Matrix,
         out: Array,
         *,
+        activation: Activation,
         hidden: Array | None = None,
     ) -> None:
         """See `Ops.ffn`; hidden [T, H], if given, gets what down is applied to."""
-        _core.ffn(self._ws, x, gate, up, down, out, hidden)
+        _core.ffn(self._ws, x, gate, up, down, out, hidden, activation)
 
     def add(
         self,
@@ -134,6 +137,14 @@ class CpuOps:
     def scale(self, factor: float, out: Array) -> None:
         """See `Ops.scale`."""
         out *= np.float32(factor)
+
+    def multiply(self, factors: Array, out: Array) -> None:
+        """See `Ops.multiply`."""
+        out *= factors
+
+    def soft_cap(self, cap: float, out: Array) -> None:
+        """See `Ops.soft_cap`."""
+        _core.soft_cap(self._ws, cap, out)
 
     def rope(self, table: RopeTable, pos: int, cos: Array, sin: Array) -> None:
         """See `Ops.rope`."""
@@ -224,8 +235,7 @@ class CpuOps:
     def route(
         self,
         x: Array,
-        router: Array,
-        choice_bias: Array | None,
+        router: RouterWeights,
         rule: RouteRule,
         *,
         scores: Array,
@@ -233,7 +243,17 @@ class CpuOps:
         gates: Array,
     ) -> None:
         """See `Ops.route`."""
-        _core.route(self._ws, x, router, choice_bias, rule, scores, experts, gates)
+        _core.route(
+            self._ws,
+            x,
+            router.weight,
+            router.bias,
+            router.choice_bias,
+            rule,
+            scores,
+            experts,
+            gates,
+        )
 
     def slot_scores(
         self,
@@ -249,9 +269,7 @@ class CpuOps:
     def look_ahead(
         self,
         x: Array,
-        norms: Sequence[Array],
-        routers: Sequence[Array],
-        choice_biases: Sequence[Array | None],
+        routers: Sequence[RouterWeights],
         rule: RouteRule,
         eps: float,
         *,
@@ -262,12 +280,15 @@ class CpuOps:
     ) -> None:
         """See `Ops.look_ahead`."""
         _core.look_ahead(
-            self._ws, x, norms, routers, choice_biases, eps, rule, normed, scores, experts, gates,
+            self._ws, x, [r.norm for r in routers], [r.weight for r in routers],
+            [r.bias for r in routers], [r.choice_bias for r in routers], eps, rule, normed, scores,
+            experts, gates,
         )  # fmt: skip
 
     def expert_ffn(
         self,
         x: Array,
+        layer: ExpertLayer,
         request: Request,
         plan: Plan,
         group: Sequence[int],
@@ -278,7 +299,7 @@ class CpuOps:
         """See `Ops.expert_ffn`; rows of hidden [m, H], if given, get what each w_down is applied to."""
         _core.expert_ffn(
             self._ws, x, request.slots, request.experts, request.levels, plan.offsets, plan.tokens,
-            group, parts, hidden,
+            group, parts, hidden, layer.activation, layer.biases,
         )  # fmt: skip
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:

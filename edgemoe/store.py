@@ -183,6 +183,7 @@ class ExpertStore:
             policy=policy,
             scheme=moe.scheme,
             most_bytes=most_bytes,
+            gated=config.expert_shapes[0][0] > 0,
         )
         return cls(
             cache, num_experts=config.num_experts, level_bits=[r[0] for r in ladder],

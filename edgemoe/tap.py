@@ -8,9 +8,10 @@ from typing import Protocol
 
 import numpy as np
 
-from edgemoe.ops import Array, Matrix, OpsShape
+from edgemoe.ops import Array, ExpertLayer, Matrix, OpsShape
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.plan import Plan
+from edgemoe.specs import Activation
 from edgemoe.store import Request
 
 __all__ = ["Tap", "TapOps"]
@@ -67,23 +68,25 @@ class TapOps(CpuOps):
     def ffn(
         self,
         x: Array,
-        gate: Matrix,
+        gate: Matrix | None,
         up: Matrix,
         down: Matrix,
         out: Array,
         *,
+        activation: Activation,
         hidden: Array | None = None,
     ) -> None:
         """See `CpuOps.ffn`."""
         if hidden is None:
-            hidden = np.empty((len(x), gate.rows), np.float32)
-        super().ffn(x, gate, up, down, out, hidden=hidden)
-        self._tap.dense(self._names[id(gate)], x)
+            hidden = np.empty((len(x), up.rows), np.float32)
+        super().ffn(x, gate, up, down, out, activation=activation, hidden=hidden)
+        self._tap.dense(self._names[id(up if gate is None else gate)], x)
         self._tap.dense(self._names[id(down)], hidden)
 
     def expert_ffn(
         self,
         x: Array,
+        layer: ExpertLayer,
         request: Request,
         plan: Plan,
         group: Sequence[int],
@@ -94,13 +97,13 @@ class TapOps(CpuOps):
         """See `CpuOps.expert_ffn`."""
         inner = self._hidden if hidden is None else hidden
         run = super().expert_ffn
-        run(x, request, plan, group, parts, hidden=inner[: len(parts)])
+        run(x, layer, request, plan, group, parts, hidden=inner[: len(parts)])
 
         def at_level(level: int) -> Array:
             if self._again is None:
                 self._again = np.empty_like(parts)
             fewer = replace(request, levels=np.full_like(request.levels, level))
-            run(x, fewer, plan, group, self._again)
+            run(x, layer, fewer, plan, group, self._again)
             return self._again
 
         self._tap.experts(plan, group, x, inner, parts, at_level)

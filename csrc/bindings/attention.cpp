@@ -19,6 +19,7 @@ namespace {
 struct AttentionLayer {
   AttentionParts parts{};
   std::vector<py::object> arrays;
+  std::vector<float> ones;
   KeyConstants constants;
 
   const float* keep(const py::object& array, const char* name, py::ssize_t size) {
@@ -61,7 +62,7 @@ void bind_attention(py::module_& m) {
                        const py::object& q_bias, const py::object& k_bias, const py::object& v_bias,
                        const py::object& q_norm, const py::object& k_norm, bool norm_per_head, float norm_eps,
                        float clip, std::optional<int> rope_dim, bool norm_after_rope, const Nested* k,
-                       const py::object& input_norm) {
+                       const py::object& input_norm, const py::object& sinks, bool v_norm) {
              expect_within("AttentionLayer num_heads", num_heads, 1, kMaxHeads);
              expect_within("AttentionLayer head_dim", head_dim, 1, kMaxHeadDim);
              if (num_kv_heads < 1 || num_heads % num_kv_heads) {
@@ -84,6 +85,11 @@ void bind_attention(py::module_& m) {
              a->parts.v_bias = a->keep(v_bias, "v_bias", kv);
              a->parts.q_norm = a->keep(q_norm, "q_norm", norm_per_head ? head_dim : q);
              a->parts.k_norm = a->keep(k_norm, "k_norm", norm_per_head ? head_dim : kv);
+             a->parts.sinks = a->keep(sinks, "sinks", num_heads);
+             if (v_norm) {
+               a->ones.assign(size_t(head_dim), 1.0f);
+               a->parts.v_norm = a->ones.data();
+             }
              a->parts.norm_per_head = norm_per_head;
              a->parts.norm_after_rope = norm_after_rope;
              a->parts.norm_eps = norm_eps;
@@ -101,7 +107,7 @@ void bind_attention(py::module_& m) {
            py::arg("window"), py::arg("scale"), py::arg("q_bias"), py::arg("k_bias"), py::arg("v_bias"),
            py::arg("q_norm"), py::arg("k_norm"), py::arg("norm_per_head"), py::arg("norm_eps"), py::arg("clip"),
            py::arg("rope_dim") = py::none(), py::arg("norm_after_rope") = false, py::arg("k") = nullptr,
-           py::arg("input_norm") = py::none())
+           py::arg("input_norm") = py::none(), py::arg("sinks") = py::none(), py::arg("v_norm") = false)
       .def_property_readonly(
           "num_constants", [](const AttentionLayer& a) { return a.constants.pairs.size(); },
           "Pairs of columns of which keys in 8 bits leave the bias out; only with k and input_norm.");

@@ -13,6 +13,53 @@
 namespace edgemoe {
 namespace {
 
+/// Data of an array [n], or null for None.
+const float* optional(const py::object& array, const char* name, py::ssize_t n) {
+  return array.is_none() ? nullptr : floats(array, name, {n});
+}
+
+Activation activation_of(const std::string& name) {
+  if (name == "swiglu") return Activation::kSwiglu;
+  if (name == "geglu") return Activation::kGeglu;
+  if (name == "clamped_swiglu") return Activation::kClampedSwiglu;
+  if (name == "relu2") return Activation::kRelu2;
+  throw std::invalid_argument("activation: expected swiglu, geglu, clamped_swiglu or relu2, got " + name);
+}
+
+/// What an FFN's matrices must be for each other, and without a gate only for an activation that needs none.
+void check_ffn(const ExpertView& w, Activation activation) {
+  const bool gated = activation != Activation::kRelu2;
+  if (w.gate.rows != (gated ? w.up.rows : 0) || (gated && w.gate.cols != w.up.cols) || w.down.cols != w.up.rows) {
+    throw std::invalid_argument("ffn: the matrices do not fit each other or the activation");
+  }
+}
+
+/// Biases of an expert among those of all, arrays [E, H], [E, H] and [E, D], or None for no gate's.
+class ExpertBiases {
+ public:
+  ExpertBiases(const py::object& arrays, int d, int h) : d_(d), h_(h) {
+    if (arrays.is_none()) return;
+    const auto parts = arrays.cast<std::vector<py::object>>();
+    if (parts.size() != 3) throw std::invalid_argument("biases: expected those of gate, up and down");
+    for (int i = 0; i < 3; ++i) {
+      if (!parts[size_t(i)].is_none()) all_[i] = floats(parts[size_t(i)], "biases", {-1, i < 2 ? h : d});
+      if (all_[i]) count_ = std::min(count_, py::reinterpret_borrow<Array<float>>(parts[size_t(i)]).shape(0));
+    }
+  }
+
+  FfnBiases of(py::ssize_t expert) const {
+    if (expert >= count_) throw std::invalid_argument("biases: there is no such expert");
+    const size_t e = size_t(expert);
+    return {all_[0] ? all_[0] + e * size_t(h_) : nullptr, all_[1] ? all_[1] + e * size_t(h_) : nullptr,
+            all_[2] ? all_[2] + e * size_t(d_) : nullptr};
+  }
+
+ private:
+  int d_, h_;
+  py::ssize_t count_ = PY_SSIZE_T_MAX;
+  const float* all_[3] = {};
+};
+
 RouteRule route_rule(int num_experts, int top_k, const std::string& scoring, bool renormalise, float gate_scale,
                      int groups, int used_groups, bool group_by_two) {
   if (top_k < 1 || top_k > num_experts) {
@@ -149,15 +196,16 @@ void bind_ops(py::module_& m) {
 
   m.def(
       "route",
-      [](Workspace& ws, const Array<float>& x, const Array<float>& router, const py::object& choice_bias,
-         const RouteRule& rule, Array<float> scores, Array<int32_t> experts, Array<float> gates) {
+      [](Workspace& ws, const Array<float>& x, const Array<float>& router, const py::object& bias,
+         const py::object& choice_bias, const RouteRule& rule, Array<float> scores, Array<int32_t> experts,
+         Array<float> gates) {
         const py::ssize_t E = rule.num_experts, K = rule.top_k;
         expect(x, "route x", {-1, -1});
         expect(router, "router", {E, x.shape(1)});
         expect(experts, "experts", {x.shape(0), K});
         expect(gates, "gates", {x.shape(0), K});
         expect(scores, "scores", {x.shape(0), E});
-        const Router r{router.data(), choice_bias.is_none() ? nullptr : floats(choice_bias, "choice_bias", {E})};
+        const Router r{router.data(), optional(bias, "router bias", E), optional(choice_bias, "choice_bias", E)};
         const int T = int(x.shape(0)), cols = int(x.shape(1));
         const float* a = x.data();
         int32_t* e = experts.mutable_data();
@@ -165,8 +213,8 @@ void bind_ops(py::module_& m) {
         py::gil_scoped_release release;
         route(ws, a, r, T, cols, rule, s, e, g);
       },
-      py::arg("ws"), py::arg("x").noconvert(), py::arg("router").noconvert(), py::arg("choice_bias"), py::arg("rule"),
-      py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("router").noconvert(), py::arg("bias"), py::arg("choice_bias"),
+      py::arg("rule"), py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());
 
   m.def(
       "slot_scores",
@@ -198,8 +246,9 @@ void bind_ops(py::module_& m) {
   m.def(
       "look_ahead",
       [](Workspace& ws, const Array<float>& x, const std::vector<Array<float>>& norms,
-         const std::vector<Array<float>>& routers, const std::vector<py::object>& choice_biases, float eps,
-         const RouteRule& rule, Array<float> normed, Array<float> scores, Array<int32_t> experts, Array<float> gates) {
+         const std::vector<Array<float>>& routers, const std::vector<py::object>& biases,
+         const std::vector<py::object>& choice_biases, float eps, const RouteRule& rule, Array<float> normed,
+         Array<float> scores, Array<int32_t> experts, Array<float> gates) {
         const py::ssize_t p = py::ssize_t(routers.size()), E = rule.num_experts, K = rule.top_k;
         expect(x, "look_ahead x", {-1, -1});
         const py::ssize_t T = x.shape(0), cols = x.shape(1);
@@ -208,16 +257,17 @@ void bind_ops(py::module_& m) {
         expect(gates, "gates", {p, T, K});
         expect(normed, "normed", {p, T, cols});
         expect_within("look_ahead scores", scores.size(), 0, INT32_MAX);
-        if (py::ssize_t(norms.size()) != p || py::ssize_t(choice_biases.size()) != p) {
-          throw std::invalid_argument("look_ahead: expected a norm and a bias or None per router");
+        if (norms.size() != routers.size() || biases.size() != routers.size() ||
+            choice_biases.size() != routers.size()) {
+          throw std::invalid_argument("look_ahead: expected a norm, and biases or None, per router");
         }
         std::vector<NextRouter> next;
         for (size_t i = 0; i < routers.size(); ++i) {
           expect(norms[i], "norm", {cols});
           expect(routers[i], "router", {E, cols});
-          const py::object& bias = choice_biases[i];
-          next.push_back(
-              {norms[i].data(), {routers[i].data(), bias.is_none() ? nullptr : floats(bias, "choice_bias", {E})}});
+          next.push_back({norms[i].data(),
+                          {routers[i].data(), optional(biases[i], "router bias", E),
+                           optional(choice_biases[i], "choice_bias", E)}});
         }
         const float* a = x.data();
         int32_t* e = experts.mutable_data();
@@ -226,29 +276,38 @@ void bind_ops(py::module_& m) {
         look_ahead(ws, a, next, int(T), int(cols), eps, rule, n, s, e, g);
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("norms").noconvert(), py::arg("routers").noconvert(),
-      py::arg("choice_biases"), py::arg("eps"), py::arg("rule"), py::arg("normed").noconvert(),
+      py::arg("biases"), py::arg("choice_biases"), py::arg("eps"), py::arg("rule"), py::arg("normed").noconvert(),
       py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());
 
   m.def(
       "ffn",
-      [](Workspace& ws, const Array<float>& x, const Nested& gate, const Nested& up, const Nested& down,
-         Array<float> out, const py::object& hidden) {
-        expect(x, "ffn x", {-1, gate.matrix.cols});
+      [](Workspace& ws, const Array<float>& x, const Nested* gate, const Nested& up, const Nested& down,
+         Array<float> out, const py::object& hidden, const std::string& activation) {
+        const Activation kind = activation_of(activation);
+        FfnUse use{{gate ? gate->matrix : NestedMatrix{}, up.matrix, down.matrix}, nullptr, int(x.shape(0)), nullptr};
+        check_ffn(use.w, kind);
+        expect(x, "ffn x", {-1, up.matrix.cols});
         expect(out, "ffn out", {x.shape(0), down.matrix.rows});
-        if (up.matrix.rows != gate.matrix.rows || up.matrix.cols != gate.matrix.cols ||
-            down.matrix.cols != gate.matrix.rows) {
-          throw std::invalid_argument("ffn: the three matrices do not fit each other");
-        }
+        use.out = out.mutable_data();
+        if (!hidden.is_none()) use.hidden = writable(hidden, "ffn hidden", {x.shape(0), up.matrix.rows});
         const float* a = x.data();
-        const int T = int(x.shape(0));
-        FfnUse use{{gate.matrix, up.matrix, down.matrix}, nullptr, T, out.mutable_data()};
-        if (!hidden.is_none()) use.hidden = writable(hidden, "ffn hidden", {x.shape(0), gate.matrix.rows});
         py::gil_scoped_release release;
-        run_ffns(ws, a, T, {use});
+        run_ffns(ws, a, use.count, kind, {use});
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("gate"), py::arg("up"), py::arg("down"),
-      py::arg("out").noconvert(), py::arg("hidden") = py::none(),
-      "out [T, D] = down(silu(gate x) * (up x)); hidden [T, H], if given, gets what down is applied to.");
+      py::arg("out").noconvert(), py::arg("hidden") = py::none(), py::arg("activation") = "swiglu",
+      "out [T, D] = down(activation(gate x, up x)); hidden [T, H], if given, gets what down is applied to.");
+
+  m.def(
+      "soft_cap",
+      [](Workspace& ws, float cap, Array<float> x) {
+        if (!(cap > 0)) throw std::invalid_argument("soft_cap: expected a positive cap");
+        float* p = x.mutable_data();
+        const int64_t n = x.size();
+        py::gil_scoped_release release;
+        soft_cap(ws, cap, n, p);
+      },
+      py::arg("ws"), py::arg("cap"), py::arg("x").noconvert(), "x = cap * tanh(x / cap), in place.");
 
   m.def(
       "combine",
@@ -313,8 +372,11 @@ void bind_ops(py::module_& m) {
       "expert_ffn",
       [](Workspace& ws, const Array<float>& x, const Cache& cache, const Array<int32_t>& experts,
          const Array<int8_t>& levels, const Array<int32_t>& offsets, const Array<int32_t>& tokens,
-         const std::vector<int>& group, Array<float> parts, const py::object& hidden) {
+         const std::vector<int>& group, Array<float> parts, const py::object& hidden, const std::string& activation,
+         const py::object& biases) {
         const int d = cache.shape().hidden, h = cache.shape().expert_hidden;
+        const Activation kind = activation_of(activation);
+        const ExpertBiases all(biases, d, h);
         expect(x, "expert_ffn x", {-1, d});
         expect(experts, "experts", {-1});
         expect(levels, "levels", {experts.size()});
@@ -332,18 +394,24 @@ void bind_ops(py::module_& m) {
           for (int32_t j = o[i]; j < o[i + 1]; ++j) {
             if (t[j] < 0 || t[j] >= T) throw std::invalid_argument("expert_ffn: a token is outside x");
           }
-          uses.push_back({cache.view(experts.data()[i], levels.data()[i]), t + o[i], o[i + 1] - o[i],
-                          parts.mutable_data() + size_t(o[i]) * d, inner ? inner + size_t(o[i]) * h : nullptr});
+          const int32_t e = experts.data()[i];
+          uses.push_back({cache.view(e, levels.data()[i]), t + o[i], o[i + 1] - o[i],
+                          parts.mutable_data() + size_t(o[i]) * d, inner ? inner + size_t(o[i]) * h : nullptr,
+                          all.of(e % cache.shape().num_experts)});
+          check_ffn(uses.back().w, kind);
         }
         const float* a = x.data();
         py::gil_scoped_release release;
-        run_ffns(ws, a, int(T), uses);
+        run_ffns(ws, a, int(T), kind, uses);
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("cache"), py::arg("experts").noconvert(),
       py::arg("levels").noconvert(), py::arg("offsets").noconvert(), py::arg("tokens").noconvert(), py::arg("group"),
-      py::arg("parts").noconvert(), py::arg("hidden") = py::none(),
+      py::arg("parts").noconvert(), py::arg("hidden") = py::none(), py::arg("activation") = "swiglu",
+      py::arg("biases") = py::none(),
       "Runs the experts at positions `group` of a plan on their tokens; part rows are those of `offsets`, as are those "
-      "of hidden [m, H], which gets what each w_down is applied to.");
+      "of hidden [m, H], which gets what each w_down is applied to. biases: of all experts of the layer, gates' [E, "
+      "H], "
+      "ups' [E, H] and downs' [E, D].");
 }
 
 }  // namespace edgemoe

@@ -401,19 +401,65 @@ inline typename V::F exp(typename V::F x) {
   return V::mul(p, V::power_of_two(n));
 }
 
+/// x * sigmoid(z)
 template <class V>
-inline typename V::F silu_mul_16(typename V::F gate, typename V::F up) {
-  const auto denominator = V::add(V::set(1.0f), exp<V>(V::sub(V::zero(), gate)));
-  return V::mul(V::div(gate, denominator), up);
+inline typename V::F gated(typename V::F x, typename V::F z) {
+  return V::div(x, V::add(V::set(1.0f), exp<V>(V::sub(V::zero(), z))));
+}
+
+template <class V, Activation kKind>
+inline typename V::F activated(typename V::F gate, typename V::F up) {
+  if constexpr (kKind == Activation::kSwiglu) return V::mul(gated<V>(gate, gate), up);
+  if constexpr (kKind == Activation::kGeglu) {  // (1 + tanh(z / 2)) / 2 = sigmoid(z)
+    constexpr float k = 1.5957691216057308f;    // 2 sqrt(2 / pi)
+    const auto z = V::mul(V::fma(V::mul(gate, gate), V::set(k * 0.044715f), V::set(k)), gate);
+    return V::mul(gated<V>(gate, z), up);
+  }
+  if constexpr (kKind == Activation::kClampedSwiglu) {
+    // The second of two operands is what is left of a number that is none.
+    const auto g = V::min(V::set(7.0f), gate);
+    const auto u = V::min(V::set(7.0f), V::max(V::set(-7.0f), up));
+    return V::mul(gated<V>(g, V::mul(g, V::set(1.702f))), V::add(u, V::set(1.0f)));
+  }
+  const auto positive = V::max(V::zero(), up);
+  return V::mul(positive, positive);
+}
+
+template <class V, Activation kKind>
+void activate_as(const float* gate, const float* up, int n, float* out) {
+  constexpr bool has_gate = kKind != Activation::kRelu2;
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    V::store(out + i, activated<V, kKind>(has_gate ? V::load(gate + i) : V::zero(), V::load(up + i)));
+  }
+  if (i < n) {
+    const auto g = has_gate ? load_part<V>(gate + i, n - i, 0.0f) : V::zero();
+    store_part<V>(out + i, activated<V, kKind>(g, load_part<V>(up + i, n - i, 0.0f)), n - i);
+  }
 }
 
 template <class V>
-void silu_mul(const float* gate, const float* up, int n, float* out) {
-  int i = 0;
-  for (; i + 16 <= n; i += 16) V::store(out + i, silu_mul_16<V>(V::load(gate + i), V::load(up + i)));
-  if (i < n) {
-    store_part<V>(out + i, silu_mul_16<V>(load_part<V>(gate + i, n - i, 0.0f), load_part<V>(up + i, n - i, 0.0f)),
-                  n - i);
+void activate(Activation kind, const float* gate, const float* up, int n, float* out) {
+  switch (kind) {
+    case Activation::kSwiglu:
+      return activate_as<V, Activation::kSwiglu>(gate, up, n, out);
+    case Activation::kGeglu:
+      return activate_as<V, Activation::kGeglu>(gate, up, n, out);
+    case Activation::kClampedSwiglu:
+      return activate_as<V, Activation::kClampedSwiglu>(gate, up, n, out);
+    case Activation::kRelu2:
+      return activate_as<V, Activation::kRelu2>(gate, up, n, out);
+  }
+}
+
+template <class V>
+void soft_cap(float* x, float cap, int n) {
+  for (int i = 0; i < n; i += 16) {
+    const int here = n - i < 16 ? n - i : 16;
+    const auto v = load_part<V>(x + i, here, 0.0f);
+    const auto e = exp<V>(V::mul(v, V::set(2.0f / cap)));  // tanh(y) = 1 - 2 / (1 + e^2y)
+    const auto y = V::sub(V::set(cap), V::div(V::set(2 * cap), V::add(V::set(1.0f), e)));
+    store_part<V>(x + i, V::fma(v, V::zero(), y), here);
   }
 }
 
@@ -527,12 +573,11 @@ namespace {
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,          choose_scale<V>,  quantize_row<V>, matmul_nested<V>, decode_nested<V>,
-                 matmul_mwq<V>, decode_mwq<V>,    matmul_f32<V>,   rms_norm<V>,      silu_mul<V>,
-                 softmax<V>,    add_scaled<V>,    rope<V>,         to_f16<V>,        from_f16<V>,
-                 read_all<V>,   quantize_head<V>, attend<V>,       attend_latent<V>, merge_parts<V>,
-                 delta_rule<V>, mamba2<V>,        short_conv<V>,   sigmoid<V>,       sigmoid_mul<V>,
-                 softplus<V>,   decays<V>};
+  return Kernels{name,          choose_scale<V>,  quantize_row<V>, matmul_nested<V>, decode_nested<V>, matmul_mwq<V>,
+                 decode_mwq<V>, matmul_f32<V>,    rms_norm<V>,     activate<V>,      soft_cap<V>,      softmax<V>,
+                 add_scaled<V>, rope<V>,          to_f16<V>,       from_f16<V>,      read_all<V>,      quantize_head<V>,
+                 attend<V>,     attend_latent<V>, merge_parts<V>,  delta_rule<V>,    mamba2<V>,        short_conv<V>,
+                 sigmoid<V>,    sigmoid_mul<V>,   softplus<V>,     decays<V>};
 }
 
 }  // namespace

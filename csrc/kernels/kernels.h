@@ -95,6 +95,14 @@ static inline QuantizedRows rows_from(const QuantizedRows& q, int row) {
   return {q.codes + at * kTileCols, q.scales + at * kScales, q.sums + at * kSums, q.tiles};
 }
 
+/// What makes an FFN's hidden values of its gates and ups.
+enum class Activation : uint8_t {
+  kSwiglu,         ///< silu(gate) * up
+  kGeglu,          ///< gelu(gate) * up, with the tanh form of gelu
+  kClampedSwiglu,  ///< gate * sigmoid(1.702 gate) * (up + 1), where gate is 7 at most and up is clamped to ±7
+  kRelu2,          ///< max(up, 0)^2: there are no gates
+};
+
 /// How keys or values are stored. `kQ8` is 8 bits with a float16 scale per 32 values of a head, llama.cpp's q8_0.
 enum class KvType : uint8_t { kF16, kF32, kQ8 };
 
@@ -239,8 +247,11 @@ struct Kernels {
   /// out = x / sqrt(mean(x^2) + eps) * weight over `cols` values.
   void (*rms_norm)(const float* x, const float* weight, float eps, int cols, float* out);
 
-  /// out[i] = gate[i] * sigmoid(gate[i]) * up[i].
-  void (*silu_mul)(const float* gate, const float* up, int n, float* out);
+  /// out[i] = what `kind` makes of gate[i] and up[i]; out may be either. gate may be null where there are none.
+  void (*activate)(Activation kind, const float* gate, const float* up, int n, float* out);
+
+  /// x[i] = cap * tanh(x[i] / cap), in place; what is not finite becomes no number.
+  void (*soft_cap)(float* x, float cap, int n);
 
   /// x[i] = exp(x[i] - max x) / sum, in place, n >= 1.
   void (*softmax)(float* x, int n);

@@ -89,12 +89,6 @@ void mamba2(const MambaHead& h, int T, int begin, int end) {
   for (; c < end; c += 16) mamba_columns<V, 1>(h, T, c);
 }
 
-/// x * sigmoid(x)
-template <class V>
-inline typename V::F silu(typename V::F x) {
-  return V::div(x, V::add(V::set(1.0f), exp<V>(V::sub(V::zero(), x))));
-}
-
 template <class V>
 void short_conv(const ConvShape& s, const float* x, const float* weight, const float* bias, const float* before,
                 float* tail, int T, int begin, int end, float* out) {
@@ -111,7 +105,7 @@ void short_conv(const ConvShape& s, const float* x, const float* weight, const f
       window[past] = load_part<V>(x + t * s.x_stride + c, n, 0.0f);
       auto y = start;
       for (int j = 0; j < s.taps; ++j) y = V::fma(w[j], window[j], y);
-      store_part<V>(out + t * s.out_stride + c, s.silu ? silu<V>(y) : y, n);
+      store_part<V>(out + t * s.out_stride + c, s.silu ? gated<V>(y, y) : y, n);
       for (int j = 0; j < past; ++j) window[j] = window[j + 1];
     }
     for (int j = 0; j < past; ++j) store_part<V>(tail + size_t(j) * s.channels + c, window[j], n);

@@ -19,14 +19,14 @@ struct Layout {
   int stride;     ///< head_dim, rounded up
   size_t query;   ///< floats of a prepared query: the head, what it lacks
   size_t part;    ///< floats of a part
-  size_t thread;  ///< floats of a thread: scores, prepared queries, their results, parts to merge
+  size_t thread;  ///< floats of a thread: scores, prepared queries, their results, parts to merge, that of a sink
   int max_blocks;
 
   explicit Layout(const WorkspaceShape& shape)
       : stride(blocks(shape.head_dim, 16) * 16),
         query(QuantizedHead::floats(stride) + stride),
         part(size_t(stride) + kPartPadding),
-        thread(kQueries * size_t(kKeyBlock) + kGroupQueries * (query + part) + kQueries * part),
+        thread(kQueries * size_t(kKeyBlock) + kGroupQueries * (query + part) + (kQueries + 1) * part),
         max_blocks(blocks(shape.max_context, kKeyBlock)) {}
 
   size_t total(int num_threads, int num_heads) const {
@@ -47,13 +47,14 @@ class Pass {
   void attend_many(const float* q, float* out);
 
  private:
-  void prepare(float* x, int num_heads, const float* bias, const float* norm, int t, bool rotate) const;
+  void prepare(float* x, int num_heads, const float* bias, const float* norm, int t) const;
+  void prepare_values(float* v) const;
   void attend_group(int kv_head, int start, const float* q, float* out);
   void forget() const;
   void fill(float* scratch, const float* q, int kv_head) const;
   void attend_block(int n, const AttendQuery* queries, int kv_head, int base) const;
   AttendQuery query(float* scratch, int kv_head, float* scores, float* part) const;
-  void give(const float* part, int kv_head, float* out) const;
+  void give(float* part, int head, float* out) const;
   float* mine() const { return ws_.attention() + ThreadPool::worker() * at_.thread; }
   int first_seen(int position) const { return p_.shape.window > 0 ? std::max(0, position + 1 - p_.shape.window) : 0; }
 
@@ -66,7 +67,7 @@ class Pass {
   const int hd_, vd_, heads_, kv_heads_, per_kv_;
   const KeyConstants* constants_ = nullptr;  ///< that keys lack; null for none
   const float *k_bias_, *v_bias_;            ///< of what is stored
-  const float* out_bias_ = nullptr;          ///< what values lack; their weights sum to 1
+  const float* out_bias_ = nullptr;          ///< what values lack; their weights sum to 1, before sinks
 };
 
 Pass::Pass(Workspace& ws, int T, int pos, const AttentionParts& p, const KvLayer& kv)
@@ -99,10 +100,10 @@ Pass::Pass(Workspace& ws, int T, int pos, const AttentionParts& p, const KvLayer
     k_bias_ = constants_->rest.data();
     if (!p.turns) throw std::invalid_argument("attention: keys without their biases need a Rope that keeps positions");
   }
-  if (kv.value_type == KvType::kQ8 && !(p.clip > 0)) std::swap(v_bias_, out_bias_);
+  if (kv.value_type == KvType::kQ8 && !(p.clip > 0) && !p.v_norm) std::swap(v_bias_, out_bias_);
 }
 
-void Pass::prepare(float* x, int num_heads, const float* bias, const float* norm, int t, bool rotate) const {
+void Pass::prepare(float* x, int num_heads, const float* bias, const float* norm, int t) const {
   const int width = num_heads * hd_, half = p_.shape.rope_dim / 2;
   const auto norm_heads = [&] {
     for (int h = 0; h < num_heads; ++h) kn_.rms_norm(x + h * hd_, norm, p_.norm_eps, hd_, x + h * hd_);
@@ -114,10 +115,17 @@ void Pass::prepare(float* x, int num_heads, const float* bias, const float* norm
     norm_heads();
   }
   for (int i = 0; p_.clip > 0 && i < width; ++i) x[i] = std::min(std::max(x[i], -p_.clip), p_.clip);
-  for (int h = 0; rotate && h < num_heads; ++h) {
+  for (int h = 0; h < num_heads; ++h) {
     kn_.rope(x + h * hd_, p_.cos + size_t(t) * half, p_.sin + size_t(t) * half, p_.shape.rope_dim);
   }
   if (norm && p_.norm_after_rope) norm_heads();
+}
+
+void Pass::prepare_values(float* v) const {
+  const int width = kv_heads_ * hd_;
+  for (int i = 0; v_bias_ && i < width; ++i) v[i] += v_bias_[i];
+  for (int h = 0; p_.v_norm && h < kv_heads_; ++h) kn_.rms_norm(v + h * hd_, p_.v_norm, p_.norm_eps, hd_, v + h * hd_);
+  for (int i = 0; p_.clip > 0 && i < width; ++i) v[i] = std::min(std::max(v[i], -p_.clip), p_.clip);
 }
 
 void Pass::store(float* q, float* k, float* v) {
@@ -126,10 +134,10 @@ void Pass::store(float* q, float* k, float* v) {
   ws_.pool.run(T_, 4, [&](int begin, int end) {
     const QuantizedHead scratch(mine(), kv_.head_stride);
     for (int t = begin; t < end; ++t) {
-      prepare(q + size_t(t) * heads_ * hd_, heads_, p_.q_bias, p_.q_norm, t, true);
+      prepare(q + size_t(t) * heads_ * hd_, heads_, p_.q_bias, p_.q_norm, t);
       float *kt = k + t * width, *vt = v ? v + t * width : nullptr;
-      prepare(kt, kv_heads_, k_bias_, p_.k_norm, t, true);
-      if (vt) prepare(vt, kv_heads_, v_bias_, nullptr, t, false);
+      prepare(kt, kv_heads_, k_bias_, p_.k_norm, t);
+      if (vt) prepare_values(vt);
       bool fits = true;
       for (int h = 0; h < kv_heads_; ++h) {
         fits &= store_head(kn_, kv_, true, h, pos_ + t, kt + h * hd_, hd_, scratch);
@@ -187,10 +195,18 @@ AttendQuery Pass::query(float* scratch, int kv_head, float* scores, float* part)
   return out;
 }
 
-/// Writes a head's result.
-void Pass::give(const float* part, int kv_head, float* out) const {
+/// Writes a head's result. A sink is a position whose value is zero, merged last.
+void Pass::give(float* part, int head, float* out) const {
+  const float* bias = out_bias_ ? out_bias_ + head / per_kv_ * hd_ : nullptr;
+  for (int c = 0; bias && c < vd_; ++c) part[c] += bias[c];
+  if (p_.sinks) {
+    float* sink = mine() + at_.thread - at_.part;
+    std::fill_n(sink, at_.stride, 0.0f);
+    sink[kv_.value_stride] = p_.sinks[head];
+    sink[kv_.value_stride + 1] = 1.0f;
+    kn_.merge_parts(part, sink, kv_.value_stride);
+  }
   std::copy_n(part, vd_, out);
-  for (int c = 0; out_bias_ && c < vd_; ++c) out[c] += out_bias_[kv_head * hd_ + c];
 }
 
 void Pass::attend_one(const float* q, float* out) {
@@ -221,7 +237,7 @@ void Pass::attend_one(const float* q, float* out) {
       float* whole = parts + h * at_.part;
       for (int b = 1; b < num_blocks; ++b)
         kn_.merge_parts(whole, parts + (b * heads_ + h) * at_.part, kv_.value_stride);
-      give(whole, h / per_kv_, out + h * vd_);
+      give(whole, h, out + h * vd_);
     }
   });
 }
@@ -273,7 +289,9 @@ void Pass::attend_group(int kv_head, int start, const float* q, float* out) {
       }
     }
   }
-  for (int j = 0; j < count; ++j) give(parts + j * at_.part, kv_head, out + place(j) * vd_);
+  for (int j = 0; j < count; ++j) {
+    give(parts + j * at_.part, kv_head * per_kv_ + (start + j) % per_kv_, out + place(j) * vd_);
+  }
 }
 
 }  // namespace

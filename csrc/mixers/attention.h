@@ -17,6 +17,8 @@ struct AttentionParts {
   AttentionShape shape;
   const float *q_bias, *k_bias, *v_bias;
   const float *q_norm, *k_norm;
+  const float* v_norm;  ///< [head_dim]
+  const float* sinks;   ///< [num_heads]: each head's softmax has a further term of this logit, whose value is zero
   bool norm_per_head;
   bool norm_after_rope;  ///< and not before; only per head
   float norm_eps;

@@ -13,9 +13,9 @@ void gated_norm(Workspace& ws, float* x, const float* gate, size_t gate_stride, 
       float* v = x + size_t(i) * size_t(width);
       const float* z = gate + size_t(i / groups) * gate_stride + size_t(g) * size_t(width);
       const float* w = weight + (weight_per_group ? size_t(g) * size_t(width) : 0);
-      if (kind == Gate::kSiluFirst) kn.silu_mul(z, v, width, v);
+      if (kind == Gate::kSiluFirst) kn.activate(Activation::kSwiglu, z, v, width, v);
       kn.rms_norm(v, w, eps, width, v);
-      if (kind == Gate::kSilu) kn.silu_mul(z, v, width, v);
+      if (kind == Gate::kSilu) kn.activate(Activation::kSwiglu, z, v, width, v);
       if (kind == Gate::kSigmoid) kn.sigmoid_mul(z, v, width, v);
     }
   });

@@ -81,12 +81,15 @@ class SourceModel:
         return self._read(name).reshape(dense_tensors(self.config)[name].shape)
 
     def expert(self, layer: int, index: int) -> tuple[Array, Array, Array]:
-        """Reads one expert: gate [H, D], up [H, D] and down [D, H], float32.
+        """Reads one expert: gate [H, D], up [H, D] and down [D, H], float32; gate [0, D] where experts have none.
 
         Raises:
             FormatError: a tensor is broken or not finite.
         """
-        gate, up, down = (self._read(f"experts.{layer}.{index}.{x}") for x in MATRICES)
+        gate, up, down = (
+            self._read(f"experts.{layer}.{index}.{name}") if shape[0] else np.empty(shape, np.float32)
+            for name, shape in zip(MATRICES, self.config.expert_shapes, strict=True)
+        )  # fmt: skip
         return gate, up, down
 
     def _read(self, name: str) -> Array:
@@ -109,8 +112,7 @@ class SourceModel:
                 f"experts, but there are only {len(stored)} tensors"
             )
         shapes = {name: spec.shape for name, spec in dense_tensors(config).items()}
-        hidden, width = config.hidden_size, config.expert_hidden
-        expert = {"gate": (width, hidden), "up": (width, hidden), "down": (hidden, width)}
+        expert = dict(zip(MATRICES, config.expert_shapes, strict=True))
         sources = dict(family.sources(config, stored))
         missing = []
         for name, source in sources.items():

@@ -43,8 +43,7 @@ def expert_floats(moe: MoeFile, row: int, level: int) -> tuple[Array, Array, Arr
     """
     level = min(level, int(moe.experts.rungs[row]))
     config, ladder = moe.config, moe.ladder[:level]
-    d, h = config.hidden_size, config.expert_hidden
-    shapes = ((h, d), (h, d), (d, h))
+    shapes = config.expert_shapes
     ladders = list(zip(*ladder, strict=True))
     scheme = SCHEMES[moe.scheme]
     sizes = [scheme.rung_bytes(*shape, bits) for shape, bits in zip(shapes, ladders, strict=True)]
@@ -60,8 +59,9 @@ def expert_floats(moe: MoeFile, row: int, level: int) -> tuple[Array, Array, Arr
             part.append(whole[a:b])
     gate, up, down = (
         _decode(_core.Nested.from_rungs(part, *shape, plane_widths(bits), moe.scheme))
+        if shape[0] else np.empty(shape, np.float32)
         for part, shape, bits in zip(rungs, shapes, ladders, strict=True)
-    )
+    )  # fmt: skip
     return gate, up, down
 
 

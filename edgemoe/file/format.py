@@ -50,11 +50,10 @@ def expert_rung_bytes(
     config: ModelConfig, scheme: Scheme, ladder: Sequence[Sequence[int]]
 ) -> list[int]:
     """Returns the bytes of each rung of an expert's record."""
-    d, h = config.hidden_size, config.expert_hidden
     columns = list(zip(*ladder, strict=True))
     sizes = [
         scheme.rung_bytes(rows, cols, bits)
-        for (rows, cols), bits in zip([(h, d), (h, d), (d, h)], columns, strict=True)
+        for (rows, cols), bits in zip(config.expert_shapes, columns, strict=True)
     ]
     return [sum(rung) for rung in zip(*sizes, strict=True)]
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core, hardware
-from edgemoe.config import ModelConfig, dense_tensors
+from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.errors import FormatError
 from edgemoe.file.format import MAX_SECTIONS
 from edgemoe.file.layout import Layout, expert_ladder
@@ -159,25 +159,27 @@ class Writer:
         up: NDArray[np.float32],
         down: NDArray[np.float32],
     ) -> None:
-        """Writes one routed expert: gate and up [H, D], down [D, H].
+        """Writes one routed expert: gate and up [H, D], down [D, H]; gate [0, D] where experts have none.
 
         Raises:
             FormatError: there is no such expert, a shape differs, or a weight is not finite.
         """
         name = f"experts.{layer}.{index}"
-        d, h = self._config.hidden_size, self._config.expert_hidden
         if name not in self._layout.places:
             raise FormatError(f"{name}: not an expert of this model")
         rungs = []
         levels = len(self._layout.places[name].sizes)
         favour = levels if self._favours_own else self._favoured and min(self._favoured, levels)
-        matrices = (("gate", gate, (h, d)), ("up", up, (h, d)), ("down", down, (d, h)))
-        for (part, w, shape), ladder in zip(
-            matrices, zip(*self._layout.expert_ladder, strict=True), strict=True
-        ):
+        for part, w, shape, ladder in zip(
+            MATRICES, (gate, up, down), self._config.expert_shapes,
+            zip(*self._layout.expert_ladder, strict=True), strict=True,
+        ):  # fmt: skip
             if w.shape != shape:
                 raise FormatError(f"{name}.{part}: expected shape {shape}, got {w.shape}")
-            rungs.append(self._quantize(f"{name}.{part}", w, ladder[:levels], favour))
+            nothing = [np.empty(0, np.uint8)] * levels  # of a gate that experts do without
+            rungs.append(
+                self._quantize(f"{name}.{part}", w, ladder[:levels], favour) if len(w) else nothing
+            )
         self._part.write(name, [np.concatenate(parts) for parts in zip(*rungs, strict=True)])
 
     def _quantize(

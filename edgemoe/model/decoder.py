@@ -82,8 +82,8 @@ class Decoder:
         def ffn(i: int) -> Ffn:
             index = config.moe_index(i)
             if index < 0:
-                return DenseFfn(ops, tensors[i])
-            return RoutedFfn(index, ops, routers, experts, tensors[i], shared)
+                return DenseFfn(ops, tensors[i], config.activation)
+            return RoutedFfn(index, ops, routers, experts, tensors[i], config.activation, shared)
 
         norms = [cast(Array, t["attn_norm"]) for t in tensors] + [cast(Array, weights["norm"])]
         self._first_norm = norms[0]

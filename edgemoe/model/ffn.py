@@ -10,7 +10,8 @@ from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
 from edgemoe.model.router import Routers
 from edgemoe.model.scratch import Rows
-from edgemoe.ops import Array, Matrix, Ops
+from edgemoe.ops import Array, ExpertLayer, Matrix, Ops
+from edgemoe.specs import Activation
 from edgemoe.store import Weight
 
 __all__ = ["DenseFfn", "Ffn", "RoutedFfn"]
@@ -26,15 +27,15 @@ class Ffn(Protocol):
 class DenseFfn:
     """Is one FFN for every token."""
 
-    def __init__(self, ops: Ops, weights: Mapping[str, Weight]) -> None:
+    def __init__(self, ops: Ops, weights: Mapping[str, Weight], activation: Activation) -> None:
         """Args:
         weights: the layer's tensors, by their names within it.
         """
-        self._ops, self._matrices = ops, _shared(weights)
+        self._ops, self._matrices, self._activation = ops, _shared(weights), activation
 
     def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
         """See `Ffn.forward`."""
-        self._ops.ffn(normed, *self._matrices, out)
+        self._ops.ffn(normed, *self._matrices, out, activation=self._activation)
 
 
 class RoutedFfn:
@@ -47,6 +48,7 @@ class RoutedFfn:
         routers: Routers,
         experts: Experts,
         weights: Mapping[str, Weight],
+        activation: Activation,
         scratch: Rows,
     ) -> None:
         """Args:
@@ -55,25 +57,34 @@ class RoutedFfn:
         scratch: [max tokens, D].
         """
         self._index, self._ops, self._routers, self._experts = index, ops, routers, experts
-        self._shared = _shared(weights) if "shared.gate" in weights else None
+        self._layer = ExpertLayer(activation=activation, biases=_biases(weights))
+        self._shared = _shared(weights) if "shared.up" in weights else None
         self._sigmoid = cast("Array | None", weights.get("shared.sigmoid"))
         self._scratch = scratch
 
     def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
         """See `Ffn.forward`."""
         routing = self._routers.route(self._index, x, normed, batch)
-        self._experts(routing, normed, out)
+        self._experts(routing, self._layer, normed, out)
         if self._shared is None:
             return
         (shared,) = self._scratch.first(len(x))
         ops, sigmoid = self._ops, self._sigmoid
-        ops.ffn(normed, *self._shared, shared)
+        ops.ffn(normed, *self._shared, shared, activation=self._layer.activation)
         ops.add(
             shared, 1.0, out, gate_weight=sigmoid, gate_input=None if sigmoid is None else normed
         )
 
 
-def _shared(weights: Mapping[str, Weight]) -> tuple[Matrix, Matrix, Matrix]:
+def _shared(weights: Mapping[str, Weight]) -> tuple[Matrix | None, Matrix, Matrix]:
     """Returns the matrices of the FFN that every token takes."""
-    gate, up, down = (cast(Matrix, weights[f"shared.{name}"]) for name in MATRICES)
+    gate, up, down = (cast("Matrix | None", weights.get(f"shared.{name}")) for name in MATRICES)
+    return gate, cast(Matrix, up), cast(Matrix, down)
+
+
+def _biases(weights: Mapping[str, Weight]) -> tuple[Array, Array, Array] | None:
+    """Returns those of a layer's experts, if they have some."""
+    if "expert_bias.down" not in weights:
+        return None
+    gate, up, down = (cast(Array, weights[f"expert_bias.{name}"]) for name in MATRICES)
     return gate, up, down

@@ -10,7 +10,7 @@ from edgemoe.errors import FormatError
 from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
 from edgemoe.model.scratch import Rows
-from edgemoe.ops import Array, Ops
+from edgemoe.ops import Array, Ops, RouterWeights
 from edgemoe.plan import Routing
 from edgemoe.store import Weight
 
@@ -36,9 +36,7 @@ class Routers:
         """
         E, K = config.num_experts, config.experts_per_token
         self._config, self._ops, self._experts = config, ops, experts
-        self._norms = [cast(Array, layer["ffn_norm"]) for layer in layers]
-        self._routers = [cast(Array, layer["router"]) for layer in layers]
-        self._biases = [cast("Array | None", layer.get("choice_bias")) for layer in layers]
+        self._routers = [_weights(layer) for layer in layers]
         self._rule = ops.route_rule(config.router)
         self._chosen = Rows(
             ops.host(max_tokens, E, dtype="float32"),
@@ -76,7 +74,7 @@ class Routers:
         ops = self._ops
         scores, experts, gates = self._chosen.first(len(normed))
         ops.route(
-            normed, self._routers[index], self._biases[index], self._rule,
+            normed, self._routers[index], self._rule,
             scores=scores, experts=experts, gates=gates,
         )  # fmt: skip
         routing = Routing(index, experts, gates, None, None, scores, None, len(batch.slices))
@@ -102,9 +100,17 @@ class Routers:
             )  # fmt: skip
             self._ahead_rows = T
         normed, scores, experts, gates = (array[:p] for array in self._ahead)
-        layers = slice(first, first + p)
         ops.look_ahead(
-            x, self._norms[layers], self._routers[layers], self._biases[layers], self._rule,
+            x, self._routers[first : first + p], self._rule,
             config.norm_eps, normed=normed, scores=scores, experts=experts, gates=gates,
         )  # fmt: skip
         routing.ahead_experts, routing.ahead_gates = experts, gates
+
+
+def _weights(layer: Mapping[str, Weight]) -> RouterWeights:
+    """Returns the router of a layer, from its tensors."""
+    optional = cast(Mapping[str, Array], layer).get
+    return RouterWeights(
+        norm=cast(Array, layer["ffn_norm"]), weight=cast(Array, layer["router"]),
+        bias=optional("router_bias"), choice_bias=optional("choice_bias"),
+    )  # fmt: skip

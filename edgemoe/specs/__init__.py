@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgemoe.specs.attention import AttentionSpec, RopeSpec
-from edgemoe.specs.ffn import FfnSpec, RouterSpec
+from edgemoe.specs.ffn import ACTIVATIONS, Activation, FfnSpec, RouterSpec
 from edgemoe.specs.mixer import MixerSpec
 from edgemoe.specs.tensor import TensorSpec
 
 __all__ = [
-    "MIXERS", "AttentionSpec", "FfnSpec", "MixerSpec", "RopeSpec", "RouterSpec", "TensorSpec",
+    "ACTIVATIONS", "MIXERS", "Activation", "AttentionSpec", "FfnSpec", "MixerSpec", "RopeSpec", "RouterSpec",
+    "TensorSpec",
 ]  # fmt: skip
 
 MIXERS: Mapping[str, type[MixerSpec]] = {"attention": AttentionSpec}

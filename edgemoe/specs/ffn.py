@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from edgemoe.specs.tensor import TensorSpec
 
-__all__ = ["FfnSpec", "RouterSpec"]
+__all__ = ["ACTIVATIONS", "Activation", "FfnSpec", "RouterSpec"]
+
+Activation = Literal["swiglu", "geglu", "clamped_swiglu", "relu2"]
+"""What an FFN makes of its gate and up: silu(gate) * up; gelu(gate) * up, with tanh; gate * sigmoid(1.702 gate) *
+(up + 1), with gate at most 7 and up clamped to ±7; max(up, 0)^2, of FFNs without a gate."""
+ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,17 +41,29 @@ class FfnSpec:
     """Its output is scaled by sigmoid(w · x); only beside routed experts."""
     choice_bias: bool
     """The router adds one to each expert's score, for choosing alone."""
+    router_bias: bool
+    """The router's logits have one."""
+    bias_width: int
+    """H of experts whose products have biases, 0 for none."""
+    activation: Activation
 
     def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
         """Returns its tensors outside the routed experts by their names within a layer, in file order."""
         f32, nested = TensorSpec.f32, TensorSpec.nested
         d, s = hidden_size, self.shared_width
         out = {"router": f32(self.num_experts, d)} if self.num_experts else {}
+        if self.router_bias:
+            out["router_bias"] = f32(self.num_experts)
         if self.choice_bias:
             out["choice_bias"] = f32(self.num_experts)
+        if self.bias_width:
+            biases = f32(self.num_experts, self.bias_width)
+            out |= {"expert_bias.gate": biases, "expert_bias.up": biases}
+            out["expert_bias.down"] = f32(self.num_experts, d)
         if s:
-            out |= {"shared.gate": nested(s, d), "shared.up": nested(s, d)}
-            out["shared.down"] = nested(d, s)
+            if self.activation != "relu2":
+                out["shared.gate"] = nested(s, d)
+            out |= {"shared.up": nested(s, d), "shared.down": nested(d, s)}
         if s and self.shared_sigmoid:
             out["shared.sigmoid"] = f32(d)
         return out

@@ -484,9 +484,10 @@ void test_rows_do_not_depend_on_their_batch(const ExpertFile& file) {
   std::vector<int> group;
   cache->begin({&id, &level, 1}, kRange, 1, kNone);
   cache->next(&group);
-  run_ffns(ws, x.data(), T, {{cache->view(id, level), nullptr, T, all.data()}});
+  run_ffns(ws, x.data(), T, Activation::kSwiglu, {{cache->view(id, level), nullptr, T, all.data()}});
   for (int t = 0; t < T; t += 37) {
-    run_ffns(ws, x.data() + size_t(t) * kHidden, 1, {{cache->view(id, level), nullptr, 1, one.data()}});
+    run_ffns(ws, x.data() + size_t(t) * kHidden, 1, Activation::kSwiglu,
+             {{cache->view(id, level), nullptr, 1, one.data()}});
     CHECK(std::memcmp(one.data(), all.data() + size_t(t) * kHidden, one.size() * sizeof(float)) == 0);
   }
 }
@@ -504,7 +505,8 @@ void test_instruction_sets_agree(const ExpertFile& file) {
   };
   const auto x = random(size_t(T) * kHidden), q0 = random(size_t(T) * heads * head_dim);
   const auto k0 = random(size_t(T) * kv_heads * head_dim), v0 = random(size_t(T) * kv_heads * head_dim);
-  const auto router = random(21 * kHidden), norm = random(kHidden), angles = random(size_t(T) * head_dim);
+  const auto router = random(21 * kHidden), norm = random(kHidden), angles = random(size_t(T) * head_dim),
+             sinks = random(size_t(heads));
   std::vector<std::vector<float>> expected;
   std::string names = usable_isas();
   for (const std::string& name : {std::string("scalar"), names.substr(0, names.find(' '))}) {
@@ -518,7 +520,7 @@ void test_instruction_sets_agree(const ExpertFile& file) {
       cache->next(&group);
       for (int n : {1, T}) {
         std::vector<float> out(size_t(n) * kHidden);
-        run_ffns(ws, x.data(), n, {{cache->view(id, level), nullptr, n, out.data()}});
+        run_ffns(ws, x.data(), n, Activation::kSwiglu, {{cache->view(id, level), nullptr, n, out.data()}});
         got.push_back(out);
       }
       cache->close();
@@ -529,7 +531,8 @@ void test_instruction_sets_agree(const ExpertFile& file) {
     std::vector<int32_t> experts(3 * T);
     for (const Scoring scoring : {Scoring::kSoftmax, Scoring::kSoftmaxTopK, Scoring::kSigmoid}) {
       const RouteRule rule{21, 3, scoring, true, 1.5f, scoring == Scoring::kSigmoid ? 7 : 1, 1, true};
-      route(ws, x.data(), {router.data(), nullptr}, T, kHidden, rule, scores.data(), experts.data(), gates.data());
+      route(ws, x.data(), {router.data(), nullptr, nullptr}, T, kHidden, rule, scores.data(), experts.data(),
+            gates.data());
       got.push_back(gates);
       got.emplace_back(experts.begin(), experts.end());
     }
@@ -540,6 +543,8 @@ void test_instruction_sets_agree(const ExpertFile& file) {
                          nullptr,
                          nullptr,
                          nullptr,
+                         nullptr,
+                         sinks.data(),
                          false,
                          false,
                          1e-5f,

@@ -79,11 +79,15 @@ def test_arrays_are_lent_as_they_are(matrix):
     router, norm = f32(4, 32), np.ones(32, np.float32)
     chosen = f32(1, 1, 32), f32(1, 1, 4), np.zeros((1, 1, 2), np.int32), f32(1, 1, 2)
     rule = _core.RouteRule(num_experts=4, top_k=2, scoring="softmax", renormalise=False)
-    _core.look_ahead(ws, f32(1, 32), [norm], [router], [None], 1e-5, rule, *chosen)
+    _core.look_ahead(ws, f32(1, 32), [norm], [router], [None], [None], 1e-5, rule, *chosen)
     with pytest.raises(TypeError):
-        _core.look_ahead(ws, f32(1, 32), [norm], [router.astype("f8")], [None], 1e-5, rule, *chosen)
+        _core.look_ahead(
+            ws, f32(1, 32), [norm], [router.astype("f8")], [None], [None], 1e-5, rule, *chosen
+        )
     with pytest.raises(TypeError):
-        _core.look_ahead(ws, f32(1, 32), [norm], [router], [np.zeros(4)], 1e-5, rule, *chosen)
+        _core.look_ahead(
+            ws, f32(1, 32), [norm], [router], [None], [np.zeros(4)], 1e-5, rule, *chosen
+        )
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def every_op(seed=3):
             num_experts=21, top_k=3, scoring=scoring, renormalise=renormalise, gate_scale=1.7,
             groups=groups, used_groups=min(groups, 2), group_by_two=groups == 3,
         )  # fmt: skip
-        _core.route(ws, x, router, of, rule, scores, experts, gates)
+        _core.route(ws, x, router, router[:, 0].copy(), of, rule, scores, experts, gates)
         out += [experts.copy(), gates.copy(), scores.copy()]
     layer = _core.AttentionLayer(
         index=0, num_heads=heads, num_kv_heads=kv_heads, head_dim=hd, window=0, scale=hd**-0.5,

@@ -127,7 +127,9 @@ class Family:
         for layer in config.moe_layers:
             names = self._layer_names(layer, True, stored)
             for index in range(config.num_experts):
-                for part in MATRICES:
+                for part, (rows, _) in zip(MATRICES, config.expert_shapes, strict=True):
+                    if not rows:  # a gate that experts do without
+                        continue
                     yield f"experts.{layer}.{index}.{part}", _within(layer, names[part], index)
 
     def _layer_names(
@@ -136,7 +138,7 @@ class Family:
         if not is_moe:
             return {**_LAYER, **_DENSE_FFN, **self.layer}
         for experts in self.experts:
-            if _within(layer, experts["gate"], 0).name in stored:
+            if _within(layer, experts["up"], 0).name in stored:
                 break
         else:
             experts = self.experts[0]  # So that what is missing is reported by its usual name.
