@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgemoe.convert.checkpoint import file_identity
 from edgemoe.convert.folder import read_file, require_file
-from edgemoe.convert.gguf_tokenizer import tokenizer_files
+from edgemoe.convert.gguf.tokenizer.bpe import tokenizer_files
 from edgemoe.errors import FormatError, quoted
 
 if TYPE_CHECKING:
