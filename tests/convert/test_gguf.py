@@ -168,19 +168,28 @@ def test_both_ends_of_a_turn_end_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"llama.expert_count": 8}, "supported: dense llama"),
-        ({"llama.rope.scaling.type": "yarn"}, "supported: none, linear"),
+        ({"llama.expert_count": 8}, "llama.expert_used_count must be a positive whole number"),
+        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.factor is missing"),
+        ({"llama.rope.scaling.type": "su"}, "'su' is not supported in GGUF; supported: none, lin"),
         ({"llama.rope.dimension_count": 8}, "must be the head's 16"),
         ({"llama.block_count": None}, "llama.block_count must be a positive whole number"),
         ({"llama.rope.freq_base": float("nan")}, "llama.rope.freq_base must be"),
-        ({"tokenizer.ggml.model": "llama"}, "supported: 'gpt2' with"),
-        ({"tokenizer.ggml.pre": "tekken"}, "supported: 'gpt2' with"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores must hold 298 numbers"),
+        (
+            {"tokenizer.ggml.model": "bert"},
+            "tokenizer 'bert' is not supported in GGUF; supported: gpt2",
+        ),
+        ({"tokenizer.ggml.pre": "viking"}, "pre-tokenizer 'viking' is not supported in GGUF; supp"),
         ({"tokenizer.ggml.tokens": ["a", "a"]}, "the same token twice"),
         ({"tokenizer.ggml.tokens": None}, "tokens must be a list"),
         ({"tokenizer.ggml.merges": ["never seen"]}, "does not fit the vocabulary"),
         ({"tokenizer.ggml.token_type": [1]}, "token_type must hold 298"),
         ({"tokenizer.ggml.eos_token_id": 9000}, "outside the vocabulary"),
-        ({"split.count": 3}, "is one of 3 parts of a split GGUF file; llama-gguf-split --merge"),
+        (
+            {"split.count": 3},
+            "is part None of a split GGUF file, counted from 0; expected the first, N",
+        ),
+        ({"split.count": 3, "split.no": 0}, "expected the name NAME-00001-of-00003.gguf"),
     ],
 )
 def test_says_what_it_does_not_support(

@@ -1,1 +1,101 @@
-"""Tokenizers of GGUF files."""
+"""Rebuilds tokenizer.json, tokenizer_config.json and generation_config.json from a GGUF file's metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from edgemoe.convert.gguf.tokenizer.bpe import byte_level, gemma
+from edgemoe.convert.gguf.tokenizer.sentencepiece import sentencepiece
+from edgemoe.convert.gguf.tokenizer.tokens import (
+    Tokens,
+    added_tokens,
+    end_tokens,
+    first_token,
+    special_tokens,
+    strings,
+)
+from edgemoe.errors import FormatError, quoted
+
+__all__ = ["end_tokens", "tokenizer_files"]
+
+_KINDS: Mapping[str, Callable[[Mapping[str, Any], Tokens, str], tuple[dict[str, Any], bool]]] = {
+    "gpt2": byte_level,
+    "llama": sentencepiece,
+    "gemma4": gemma,
+}
+_NONE = (None, "none", "no_vocab")
+
+
+def tokenizer_files(
+    meta: Mapping[str, Any], *, context_length: int, where: str
+) -> dict[str, bytes]:
+    """Builds the files of a tokenizer; none of it where the file has no tokenizer.
+
+    Args:
+        meta: the GGUF file's metadata by key.
+        context_length: goes into tokenizer_config.json.
+        where: the file's name, for messages.
+
+    Raises:
+        FormatError: the tokenizer is of another kind, or its tables contradict each other.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    kind = meta.get("tokenizer.ggml.model")
+    if kind not in _NONE:
+        files |= _tokenizer(meta, kind, context_length, where)
+    if sampling := _sampling(meta):
+        files["generation_config.json"] = sampling
+    return {name: json.dumps(content).encode() for name, content in files.items()}
+
+
+def _tokenizer(
+    meta: Mapping[str, Any], kind: Any, context_length: int, where: str
+) -> dict[str, dict[str, Any]]:
+    parts_of = _KINDS.get(kind) if isinstance(kind, str) else None
+    if parts_of is None:
+        raise FormatError(
+            f"{where}: tokenizer {quoted(kind)} is not supported in GGUF; supported: {', '.join(_KINDS)}"
+        )
+    tokens = strings(meta, "tokenizer.ggml.tokens", where)
+    vocab = {token: i for i, token in enumerate(tokens)}
+    if len(vocab) != len(tokens):
+        raise FormatError(f"{where}: tokenizer.ggml.tokens holds the same token twice")
+    parts, adds_first = parts_of(meta, tokens, where)
+    special = special_tokens(meta, tokens, where)
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context_length,
+        **special,
+    }
+    template = meta.get("tokenizer.chat_template")
+    if isinstance(template, str):
+        config["chat_template"] = template
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens(meta, tokens, where),
+        "post_processor": first_token(meta, vocab, special.get("bos_token"), default=adds_first),
+        **parts,
+    }
+    return {"tokenizer.json": tokenizer, "tokenizer_config.json": config}
+
+
+_SAMPLING = {
+    "temp": "temperature",
+    "penalty_repeat": "repetition_penalty",
+    "penalty_last_n": "repeat_last_n",
+}
+"""Settings for sampling in GGUF files that are called something else in generation_config.json."""
+
+
+def _sampling(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings for sampling of `general.sampling.*`, all of them: readers say which they honour."""
+    start = "general.sampling."
+    found = {key.removeprefix(start): value for key, value in meta.items() if key.startswith(start)}
+    # Last, as the window belongs to the penalty.
+    found = dict(sorted(found.items(), key=lambda item: item[0] == "penalty_last_n"))
+    return {_SAMPLING.get(name, name): value for name, value in found.items()}

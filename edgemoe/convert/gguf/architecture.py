@@ -1,0 +1,151 @@
+"""What an architecture of GGUF files is: how its names and metadata read as a Hugging Face checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.convert.gguf.meta import Meta
+from edgemoe.convert.gguf.rope import rope_scaling
+
+__all__ = [
+    "ATTENTION",
+    "ATTENTION_POST",
+    "DENSE_FFN",
+    "HALVES",
+    "NAMED_EXPERTS",
+    "QK_NORM",
+    "Architecture",
+    "Array",
+    "Made",
+    "dense_layers",
+    "joined",
+    "settings",
+]
+
+Array: TypeAlias = NDArray[np.float32]
+Shape: TypeAlias = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A tensor that is made of others, or of one by more than its name."""
+
+    of: tuple[str, ...]
+    """Names within a block, ending included; stacks of experts give one matrix each."""
+    make: Callable[[Mapping[str, Any], Sequence[Array]], Array]
+    """From config.json and what is read."""
+    shape: Callable[[Mapping[str, Any], Sequence[Shape]], Shape]
+    """The same for the shapes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """Maps one architecture of GGUF files to checkpoints of one model_type. Immutable."""
+
+    model_type: str
+    """The family, as config.json names it."""
+    config: Callable[[Meta], dict[str, Any]]
+    """Returns config.json, but for what all share and `settings` adds; raises FormatError for unknown values."""
+    layer: Mapping[str, str]
+    """Names within a block and what they are within `model.layers.I.`.
+
+    With an ending (`.weight`, `.bias`) they are whole names, and without one both have the same. `{expert}` stands
+    where the tensor is a stack of one for each expert.
+    """
+    made: Mapping[str, Made] = field(default_factory=dict)
+    """Tensors that are not found under one name, by their own within `model.layers.I.`."""
+    halves: Mapping[str, str] = field(default_factory=dict)
+    """Names within a block, without ending, of q and k whose rows llama.cpp has put in neighbouring pairs for RoPE,
+    though here they lie half a head apart; and the key of config.json that has the number of their heads."""
+    whole: Mapping[str, str] = field(default_factory=dict)
+    """Tensors outside of the blocks, if not under their usual names."""
+    prefix: str = "model.layers."
+    """What the names of a layer's tensors begin with, before its number."""
+
+
+ATTENTION: Mapping[str, str] = {
+    "attn_norm": "input_layernorm",
+    **{f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"},
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+}
+"""The usual names of a block's norms and attention."""
+
+ATTENTION_POST: Mapping[str, str] = {
+    ("post_attention_norm" if name == "ffn_norm" else name): ours
+    for name, ours in ATTENTION.items()
+}
+"""The same, of architectures that name the norm before the FFN by what comes before it."""
+
+QK_NORM: Mapping[str, str] = {f"attn_{x}_norm": f"self_attn.{x}_norm" for x in "qk"}
+
+DENSE_FFN: Mapping[str, str] = {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+
+NAMED_EXPERTS: Mapping[str, str] = {
+    "ffn_gate_inp": "mlp.gate",
+    **{
+        f"ffn_{x}_exps.weight": f"mlp.experts.{{expert}}.{x}_proj.weight"
+        for x in ("gate", "up", "down")
+    },
+}
+
+HALVES: Mapping[str, str] = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}
+
+
+def joined(*of: str) -> Made:
+    """Returns what puts the rows of several matrices under one another."""
+    return Made(
+        of,
+        lambda config, values: np.concatenate(values),
+        lambda config, shapes: (sum(shape[0] for shape in shapes), *shapes[0][1:]),
+    )
+
+
+def dense_layers(meta: Meta) -> list[int]:
+    """Returns the layers without routed experts."""
+    sparse = set(meta.layers_with("ffn_gate_inp.weight"))
+    return [i for i in range(meta.layers) if i not in sparse]
+
+
+def settings(meta: Meta) -> dict[str, Any]:
+    """Returns what config.json has in every family, special tokens apart."""
+    embedding = meta.shapes.get("token_embd.weight")
+    if embedding is None:
+        raise meta.missing("token_embd.weight")
+    hidden, heads = meta.whole("embedding_length"), meta.whole("attention.head_count")
+    head_dim = meta.whole("attention.key_length", hidden // heads)
+    if meta.whole("attention.value_length", head_dim) != head_dim:
+        raise meta.error(
+            "attention.value_length",
+            f"must be the head's {head_dim}, got {meta.get('attention.value_length')}",
+        )
+    names = meta.shapes
+    out: dict[str, Any] = {
+        "vocab_size": embedding[0],
+        "hidden_size": hidden,
+        "num_hidden_layers": meta.layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": meta.whole("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": meta.whole("context_length"),
+        "rms_norm_eps": meta.positive("attention.layer_norm_rms_epsilon"),
+        "rope_theta": meta.positive("rope.freq_base", 10000.0),
+        "rope_scaling": rope_scaling(meta),
+        "tie_word_embeddings": "output.weight" not in names,
+        "attention_bias": "blk.0.attn_q.bias" in names,
+    }
+    if meta.get("expert_count"):
+        out |= {
+            "num_experts": meta.whole("expert_count"),
+            "num_experts_per_tok": meta.whole("expert_used_count"),
+            "moe_intermediate_size": meta.rows("ffn_gate_exps.weight"),
+        }
+    if meta.get("feed_forward_length"):
+        out["intermediate_size"] = meta.whole("feed_forward_length")
+    return out

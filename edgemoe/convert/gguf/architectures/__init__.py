@@ -1,0 +1,33 @@
+"""The architectures of GGUF files that are read, by the file's `general.architecture`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edgemoe.convert.gguf.architecture import Architecture
+from edgemoe.convert.gguf.architectures import (
+    ernie4_5_moe,
+    glm4moe,
+    granitemoe,
+    hunyuan_moe,
+    llama,
+    minimax_m2,
+    olmoe,
+    qwen2moe,
+    qwen3moe,
+)
+
+__all__ = ["ARCHITECTURES"]
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "ernie4_5-moe": ernie4_5_moe.ARCHITECTURE,
+    "glm4moe": glm4moe.ARCHITECTURE,
+    "granitemoe": granitemoe.ARCHITECTURE,
+    "hunyuan-moe": hunyuan_moe.ARCHITECTURE,
+    "llama": llama.ARCHITECTURE,
+    "minimax-m2": minimax_m2.ARCHITECTURE,
+    "olmoe": olmoe.ARCHITECTURE,
+    "qwen2moe": qwen2moe.ARCHITECTURE,
+    "qwen3moe": qwen3moe.ARCHITECTURE,
+    "qwen3vlmoe": qwen3moe.ARCHITECTURE,
+}

@@ -1,0 +1,33 @@
+"""`qwen3moe`, and the text part of `qwen3vlmoe`, which is the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgemoe.convert.gguf.architecture import (
+    ATTENTION,
+    DENSE_FFN,
+    NAMED_EXPERTS,
+    QK_NORM,
+    Architecture,
+    dense_layers,
+)
+from edgemoe.convert.gguf.meta import Meta
+
+__all__ = ["ARCHITECTURE"]
+
+
+def _config(meta: Meta) -> dict[str, Any]:
+    return {
+        "norm_topk_prob": True,  # llama.cpp knows no other
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": dense_layers(meta),
+        "use_sliding_window": False,
+    }
+
+
+ARCHITECTURE = Architecture(
+    model_type="qwen3_moe",
+    config=_config,
+    layer={**ATTENTION, **QK_NORM, **DENSE_FFN, **NAMED_EXPERTS},
+)

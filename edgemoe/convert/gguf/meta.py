@@ -1,0 +1,113 @@
+"""Reads a GGUF file's metadata and the shapes of its tensors, naming the key that is missing or wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgemoe.errors import FormatError, quoted
+
+__all__ = ["Meta"]
+
+
+class Meta:
+    """A file's metadata, keys relative to its architecture's, and the shapes of its tensors. Immutable."""
+
+    def __init__(
+        self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
+    ) -> None:
+        self._values = values
+        self.shapes = shapes
+        """Of every tensor by its name in the file, rows first."""
+        self._where = where
+        arch = values.get("general.architecture")
+        if not isinstance(arch, str):
+            raise FormatError(f"{where}: general.architecture must be a name, got {quoted(arch)}")
+        self.architecture: str = arch
+
+    def get(self, key: str) -> Any:
+        """Returns a raw value, None when absent."""
+        return self._values.get(f"{self.architecture}.{key}")
+
+    def of_file(self, key: str) -> Any:
+        """Returns the raw value of a key that is no architecture's, None when absent."""
+        return self._values.get(key)
+
+    def whole(self, key: str, default: int | None = None, *, at_least: int = 1) -> int:
+        """Returns a whole number; without a default the key must exist.
+
+        A list of one number for each block is taken where they are all the same.
+        """
+        value = self._value(key, default)
+        if isinstance(value, list) and len(set(map(repr, value))) == 1:
+            value = value[0]
+        if type(value) is not int or value < at_least:
+            kind = "a positive whole number" if at_least == 1 else "a whole number"
+            raise self.error(key, f"must be {kind}, got {quoted(value)}")
+        return value
+
+    def positive(self, key: str, default: float | None = None) -> float:
+        """Returns a finite number above zero; without a default the key must exist."""
+        value = self._value(key, default)
+        # Some writers store whole numbers as such.
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, (int, float))
+            or not 0 < value < float("inf")
+        ):
+            raise self.error(key, f"must be a positive number, got {quoted(value)}")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """Returns a boolean."""
+        value = self._value(key, default)
+        if type(value) is not bool:
+            raise self.error(key, f"must be true or false, got {quoted(value)}")
+        return value
+
+    def per_layer(self, key: str, count: int, kind: type = int) -> list[Any]:
+        """Returns a list of one value for each of `count` blocks; one alone is that of all.
+
+        A list for more blocks, which predict further tokens, is cut.
+        """
+        value = self._value(key, None)
+        values = value if isinstance(value, list) else [value] * count
+        if len(values) < count or not all(type(v) is kind for v in values):
+            raise self.error(
+                key, f"must be a list of {count} values of {kind.__name__}, got {quoted(value)}"
+            )
+        return values[:count]
+
+    @property
+    def layers(self) -> int:
+        """Blocks of the model itself, without those behind them that predict further tokens."""
+        count = self.whole("block_count")
+        further = self.whole("nextn_predict_layers", 0, at_least=0)
+        if further >= count:
+            raise self.error(
+                "nextn_predict_layers", f"must be less than {count} blocks, got {further}"
+            )
+        return count - further
+
+    def layers_with(self, name: str) -> list[int]:
+        """Returns the layers that have a tensor `name`, its ending included."""
+        return [i for i in range(self.layers) if f"blk.{i}.{name}" in self.shapes]
+
+    def rows(self, name: str) -> int:
+        """Returns the rows of the matrices `name`, its ending included, of the first layer that has some; 0 if none."""
+        for i in self.layers_with(name)[:1]:
+            shape = self.shapes[f"blk.{i}.{name}"]
+            return shape[-2] if len(shape) > 1 else 1
+        return 0
+
+    def missing(self, tensor: str) -> FormatError:
+        """Returns the error that a tensor is not there."""
+        return FormatError(f"{self._where}: no tensor {tensor}")
+
+    def error(self, key: str, what: str) -> FormatError:
+        """Returns the error that blames one key."""
+        return FormatError(f"{self._where}: {self.architecture}.{key} {what}")
+
+    def _value(self, key: str, default: Any) -> Any:
+        value = self.get(key)
+        return default if value is None else value

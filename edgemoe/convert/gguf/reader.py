@@ -1,0 +1,124 @@
+"""Opens GGUF files: one, or all parts of one that was split."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgemoe.convert.folder import require_file
+from edgemoe.errors import FormatError, quoted
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader, ReaderTensor
+
+__all__ = ["BROKEN", "GGUFFile", "open_gguf"]
+
+BROKEN = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    NotImplementedError,
+    RecursionError,
+)
+"""What the gguf package raises on malformed input; every one of them is the file's fault."""
+
+_PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_MOST_PARTS = 1000
+
+
+class GGUFFile:
+    """The metadata and tensors of a GGUF file, whose other parts are found by its name. Immutable.
+
+    Raises:
+        FormatError: not a GGUF file, truncated, not the first part of a split one, or another part is missing.
+        ImportError: the package gguf is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        reader = open_gguf(path)
+        try:
+            self.meta: dict[str, Any] = {
+                name: field.contents() for name, field in reader.fields.items()
+            }
+        except BROKEN as error:
+            raise FormatError(f"{self.name}: broken GGUF metadata: {error}") from error
+        self.tensors: dict[str, ReaderTensor] = {}
+        self.paths = [path]
+        self._add(reader)
+        count = self.meta.get("split.count", 0)
+        if count not in (0, 1):
+            for part in self._other_parts(path, count):
+                self.paths.append(part)
+                self._add(open_gguf(part))
+            total = self.meta.get("split.tensors.count", len(self.tensors))
+            if total != len(self.tensors):
+                raise FormatError(
+                    f"{self.name}: its parts hold {len(self.tensors)} tensors, expected {quoted(total)}"
+                )
+
+    def _add(self, reader: GGUFReader) -> None:
+        for tensor in reader.tensors:
+            if tensor.name in self.tensors:
+                raise FormatError(f"{self.name}: holds {quoted(tensor.name)} twice")
+            self.tensors[tensor.name] = tensor
+
+    def _other_parts(self, path: Path, count: Any) -> list[Path]:
+        number, match = self.meta.get("split.no"), _PART.fullmatch(path.name)
+        if type(count) is not int or not 1 < count <= _MOST_PARTS:
+            raise FormatError(
+                f"{self.name}: split.count must be a number of parts: {quoted(count)}"
+            )
+        expected = f"NAME-00001-of-{count:05}.gguf"
+        if number != 0:
+            raise FormatError(
+                f"{self.name}: is part {quoted(number)} of a split GGUF file, counted from 0; "
+                f"expected the first, {expected}"
+            )
+        if match is None or int(match[2]) != 1 or int(match[3]) != count:
+            raise FormatError(
+                f"{self.name}: is the first of {count} parts of a split GGUF file; expected the name {expected}"
+            )
+        return [
+            path.with_name(f"{match[1]}-{i:05}-of-{count:05}.gguf") for i in range(2, count + 1)
+        ]
+
+
+def open_gguf(path: Path) -> GGUFReader:
+    """Opens any GGUF file.
+
+    Raises:
+        FormatError: no such file, or not a readable one.
+        ImportError: the package gguf is not installed.
+    """
+    try:
+        from gguf import GGUFReader
+    except ImportError as error:
+        raise ImportError(
+            f"{path.name}: reading GGUF needs the package gguf: pip install 'edgemoe[demo]'",
+            name="gguf",
+        ) from error
+
+    class Bounded(GGUFReader):
+        """Refuses to read past the end, where the package's own reader may loop for ever."""
+
+        def _get(self, offset: int, dtype: Any, count: Any = 1, *rest: Any, **kw: Any) -> Any:
+            end = int(offset) + np.dtype(dtype).itemsize * int(count)
+            if end > len(self.data):
+                raise ValueError(f"ends at byte {len(self.data)}, expected at least {end}")
+            return super()._get(offset, dtype, count, *rest, **kw)
+
+    require_file(path)
+    try:
+        with np.errstate(over="ignore"):  # sizes from a broken file may wrap; _get catches them
+            reader = Bounded(path)
+    except BROKEN as error:
+        raise FormatError(f"{path.name}: not a readable GGUF file: {error}") from error
+    if reader.byte_order == "S":  # the package swaps the metadata and not the weights
+        raise FormatError(f"{path.name}: is a big-endian GGUF file; expected a little-endian one")
+    return reader
