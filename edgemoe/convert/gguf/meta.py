@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from edgemoe.errors import FormatError, quoted
 
 __all__ = ["Meta"]
@@ -47,7 +49,10 @@ class Meta:
         return value
 
     def positive(self, key: str, default: float | None = None) -> float:
-        """Returns a finite number above zero; without a default the key must exist."""
+        """Returns a finite number above zero; without a default the key must exist.
+
+        Files hold float32. Of the numbers that round to one, config.json had the shortest: 1e-05, not 9.99999975e-06.
+        """
         value = self._value(key, default)
         # Some writers store whole numbers as such.
         if (
@@ -56,7 +61,8 @@ class Meta:
             or not 0 < value < float("inf")
         ):
             raise self.error(key, f"must be a positive number, got {quoted(value)}")
-        return float(value)
+        shortest = float(str(np.float32(value)))
+        return shortest if np.float32(value) == value else float(value)
 
     def flag(self, key: str, default: bool) -> bool:
         """Returns a boolean."""
