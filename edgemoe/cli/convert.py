@@ -19,9 +19,10 @@ __all__ = ["main"]
 _PROG = "edgemoe convert"
 
 _EPILOG = """\
-SOURCE is a Hugging Face checkpoint directory with safetensors in float32,
-float16 or bfloat16. With --carve it is a dense Llama-architecture one, or a
-.gguf file of it, whose FFNs are cut into experts.
+SOURCE is a Hugging Face checkpoint directory with safetensors, of floats or
+quantised as released, or a .gguf file, of a split one the first part;
+`edgemoe families` lists what is read. With --carve it is of a dense
+Llama-architecture model, whose FFNs are cut into experts.
 
 An interrupted conversion leaves OUT.moe.part; the same command goes on there.
 """
@@ -108,12 +109,10 @@ def _check_target(out: Path, *, overwrite: bool) -> None:
 
 
 def _checkpoint(path: Path) -> Checkpoint:
-    """Opens a checkpoint directory."""
-    if path.suffix == ".gguf":
-        raise ValueError(f"{path}: a .gguf file is read with --carve only")
-    from edgemoe.convert.hf import HFCheckpoint
+    """Opens a checkpoint of a Mixture of Experts."""
+    from edgemoe.convert.open import open_checkpoint
 
-    checkpoint = HFCheckpoint(path)
+    checkpoint = open_checkpoint(path)
     if checkpoint.config.get("model_type") == "llama":
         raise ValueError(f"{path}: is a dense model; --carve cuts it into experts")
     return checkpoint
@@ -122,16 +121,9 @@ def _checkpoint(path: Path) -> Checkpoint:
 def _carved(path: Path) -> Checkpoint:
     """Opens a dense checkpoint and cuts its FFNs into experts."""
     from edgemoe.convert.carve.carve import carve
+    from edgemoe.convert.open import open_checkpoint
 
-    dense: Checkpoint
-    if path.is_file():
-        from edgemoe.convert.gguf import GGUFCheckpoint
-
-        dense = GGUFCheckpoint(path)
-    else:
-        from edgemoe.convert.hf import HFCheckpoint
-
-        dense = HFCheckpoint(path)
+    dense = open_checkpoint(path)
     with Progress("calibrating", unit="layer") as progress:
         return carve(dense, progress=progress)
 

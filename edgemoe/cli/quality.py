@@ -45,8 +45,8 @@ it is meant for, the exact run beside it:
 --reference is one of
   BITS        a level of the same file (default: the highest)
   FILE.moe    another file, at its highest level
-  DIRECTORY   the checkpoint that the file was converted from, in float32; takes
-              a pass of plain numpy over it
+  SOURCE      the checkpoint that the file was converted from, a directory or a
+              .gguf file, in float32; takes a pass of plain numpy over it
   FILE        log-probabilities that another program saved, with their tokens:
               llama-perplexity -m MODEL.gguf -f TEXT --kl-divergence-base FILE, or
               benchmarks/reference_logprobs.py CHECKPOINT TEXT FILE

@@ -63,7 +63,7 @@ def reference(
     sample = Sample.of_text(
         text, tokenizer, chunk=CHUNK if args.chunk is None else args.chunk, chunks=args.chunks
     )
-    if given is not None and Path(given).is_dir():
+    if given is not None and _is_source(Path(given)):
         log_probs = _checkpoint(Path(given), sample, moe, stack)
         about = f"text: {name}, {_shape(sample)}; reference: {Path(given).resolve().name}, float32"
         return sample, about, log_probs, None, None
@@ -92,15 +92,22 @@ def reference(
 
 
 def _checkpoint(path: Path, sample: Sample, moe: MoeFile, stack: ExitStack) -> LogProbs:
-    from edgemoe.convert.hf import HFCheckpoint
+    from edgemoe.convert.open import open_checkpoint
     from edgemoe.convert.source import SourceModel
     from edgemoe.lab.quality.checkpoint import recorded_checkpoint
 
-    model = SourceModel(HFCheckpoint(path))
+    model = SourceModel(open_checkpoint(path))
     if model.config.vocab_size != moe.config.vocab_size:
         raise ValueError(f"--reference: {path} has another vocabulary than {moe.path}")
     with Progress("reference, float32", unit="layer") as progress:
         return stack.enter_context(recorded_checkpoint(model, sample, progress=progress))
+
+
+def _is_source(path: Path) -> bool:
+    """Says whether it is what a model is converted from."""
+    from edgemoe.convert.open import is_gguf
+
+    return path.is_dir() or is_gguf(path)
 
 
 def _is_saved(path: Path) -> bool:

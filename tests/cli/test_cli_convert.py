@@ -68,7 +68,7 @@ def test_command_says_what_of_a_scaling_is_not_used(tmp_path, capsys) -> None:
             "--favour: expected one of 2, 3, 4, got 6",
         ),
         (("convert", "absent", "x.moe", "--carve"), 1, "absent: no such directory"),
-        (("convert", "x.gguf", "x.moe"), 2, "a .gguf file is read with --carve only"),
+        (("convert", "x.gguf", "x.moe"), 1, "x.gguf: no such file"),
     ],
 )
 def test_command_fails_in_one_line(argv, code, message, tmp_path, capsys, monkeypatch) -> None:

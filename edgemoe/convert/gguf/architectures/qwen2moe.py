@@ -6,10 +6,8 @@ from typing import Any
 
 from edgemoe.convert.gguf.architecture import (
     ATTENTION,
-    DENSE_FFN,
     NAMED_EXPERTS,
     Architecture,
-    dense_layers,
 )
 from edgemoe.convert.gguf.meta import Meta
 
@@ -26,8 +24,6 @@ def _config(meta: Meta) -> dict[str, Any]:
     return {
         "norm_topk_prob": False,
         "shared_expert_intermediate_size": meta.rows("ffn_gate_shexp.weight"),
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": dense_layers(meta),
         "qkv_bias": "blk.0.attn_q.bias" in meta.shapes,
         "use_sliding_window": False,
     }
@@ -36,5 +32,5 @@ def _config(meta: Meta) -> dict[str, Any]:
 ARCHITECTURE = Architecture(
     model_type="qwen2_moe",
     config=_config,
-    layer={**ATTENTION, **DENSE_FFN, **NAMED_EXPERTS, **SHARED_EXPERT},
+    layer={**ATTENTION, **NAMED_EXPERTS, **SHARED_EXPERT},
 )

@@ -6,11 +6,9 @@ from typing import Any
 
 from edgemoe.convert.gguf.architecture import (
     ATTENTION,
-    DENSE_FFN,
     NAMED_EXPERTS,
     QK_NORM,
     Architecture,
-    dense_layers,
 )
 from edgemoe.convert.gguf.meta import Meta
 
@@ -20,8 +18,6 @@ __all__ = ["ARCHITECTURE"]
 def _config(meta: Meta) -> dict[str, Any]:
     return {
         "norm_topk_prob": True,  # llama.cpp knows no other
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": dense_layers(meta),
         "use_sliding_window": False,
     }
 
@@ -29,5 +25,5 @@ def _config(meta: Meta) -> dict[str, Any]:
 ARCHITECTURE = Architecture(
     model_type="qwen3_moe",
     config=_config,
-    layer={**ATTENTION, **QK_NORM, **DENSE_FFN, **NAMED_EXPERTS},
+    layer={**ATTENTION, **QK_NORM, **NAMED_EXPERTS},
 )

@@ -1,0 +1,36 @@
+"""Opens a checkpoint, whatever it is stored in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from edgemoe.convert.checkpoint import Checkpoint
+from edgemoe.convert.hf import HFCheckpoint
+
+__all__ = ["is_gguf", "open_checkpoint"]
+
+_MAGIC = b"GGUF"
+
+
+def is_gguf(path: Path) -> bool:
+    """Says whether a path means a GGUF file, by its name or its first bytes."""
+    if path.suffix == ".gguf" and not path.is_dir():
+        return True
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(_MAGIC)) == _MAGIC
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Opens a Hugging Face directory, or a GGUF file or the first part of one.
+
+    Raises:
+        FormatError: it is neither, or broken, or of a kind that is not supported.
+        ImportError: it is a GGUF file, and the package gguf is not installed.
+    """
+    if is_gguf(path):
+        from edgemoe.convert.gguf import GGUFCheckpoint
+
+        return GGUFCheckpoint(path)
+    return HFCheckpoint(path)

@@ -1,0 +1,179 @@
+"""Writes checkpoints of tests/families.py as GGUF files: names as the gguf package maps them, values as llama.cpp's
+converter lays them out, metadata key by key."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+Array = NDArray[Any]
+
+_EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(.*)\.weight")
+_ARCHITECTURES = {
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "olmoe": "olmoe",
+    "granitemoe": "granitemoe",
+    "granitemoeshared": "granitemoe",
+    "glm4_moe": "glm4moe",
+    "ernie4_5_moe": "ernie4_5-moe",
+    "minimax_m2": "minimax-m2",
+    "hunyuan_v1_moe": "hunyuan-moe",
+}
+
+
+def save(
+    path: Path,
+    out: Path,
+    *,
+    quant: str = "F32",
+    changes: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, Array] | None = None,
+) -> Path:
+    """Writes a checkpoint directory as a GGUF file without a tokenizer.
+
+    Args:
+        path: of the checkpoint.
+        out: the file.
+        quant: type of the matrices.
+        changes: metadata to add or replace, without the architecture's name; None leaves a key out.
+        tensors: to add or replace, by their names in the file.
+    """
+    config = json.loads((path / "config.json").read_text())
+    arch = _ARCHITECTURES[config["model_type"]]
+    writer = gguf.GGUFWriter(out, arch)
+    for key, value in {**metadata(config), **(changes or {})}.items():
+        name = key if key.startswith(("split.", "tokenizer.")) else f"{arch}.{key}"
+        if isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        elif isinstance(value, float):
+            writer.add_float32(name, value)
+        elif isinstance(value, str):
+            writer.add_string(name, value)
+        elif value is not None:
+            writer.add_array(name, value)
+    kind = gguf.GGMLQuantizationType[quant]
+    for name, array in {**named(path, config, arch), **(tensors or {})}.items():
+        if array.ndim == 1 or array.dtype != np.float32 or quant == "F32":
+            writer.add_tensor(name, array)
+        else:
+            writer.add_tensor(name, gguf.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
+def named(path: Path, config: Mapping[str, Any], arch: str) -> dict[str, Array]:
+    """Returns a checkpoint's tensors as they are in a GGUF file."""
+    number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
+    out: dict[str, Array] = {}
+    stacks: dict[str, dict[int, Array]] = {}
+    for name, tensor in load_file(path / "model.safetensors").items():
+        values = tensor.float().numpy()
+        if match := _EXPERT.fullmatch(name):
+            stacks.setdefault(f"{match[1]}.{match[3]}.weight", {})[int(match[2])] = values
+            continue
+        for part, array in _laid_out(name, values, config, arch):
+            out[_name(part, names)] = np.ascontiguousarray(array)
+    for name, found in stacks.items():
+        name = name.replace("model.layers", "layers").replace("block_sparse_moe", "feed_forward")
+        if "feed_forward" not in name:
+            name = f"model.{name}"
+        out[_name(name, names)] = np.stack([found[i] for i in range(len(found))])
+    return out
+
+
+def _laid_out(
+    name: str, values: Array, config: Mapping[str, Any], arch: str
+) -> list[tuple[str, Array]]:
+    if arch in ("llama", "granitemoe") and (m := re.search(r"\.([qk])_proj\.", name)):
+        heads = config["num_attention_heads" if m[1] == "q" else "num_key_value_heads"]
+        halves = values.reshape(heads, 2, -1, *values.shape[1:])
+        return [(name, halves.swapaxes(1, 2).reshape(values.shape))]
+    if "input_linear" in name:
+        gate, up = np.split(values, 2, axis=-2)
+        start = name.replace("input_linear.weight", "")
+        if "shared_mlp" in start:
+            start = start.replace("shared_mlp", "mlp.shared_mlp")
+            return [(f"{start}gate_proj.weight", gate), (f"{start}up_proj.weight", up)]
+        start = start.replace("block_sparse_moe", "mlp.experts")
+        return [(f"{start}gate_proj.weight", gate), (f"{start}up_proj.weight", up)]
+    if name.endswith("e_score_correction_bias"):
+        return [(name.replace("_bias", ".bias"), values.reshape(-1))]
+    return [(name, values)]
+
+
+def _name(name: str, names: Any) -> str:
+    found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+    assert found is not None, name
+    return str(found)
+
+
+def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the metadata of a checkpoint, without the architecture's name."""
+    kind = config["model_type"]
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    rope = config["rope_parameters"]
+    out: dict[str, Any] = {
+        "block_count": config["num_hidden_layers"],
+        "context_length": config["max_position_embeddings"],
+        "embedding_length": config["hidden_size"],
+        "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": heads,
+        "attention.head_count_kv": config["num_key_value_heads"],
+        "attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        "rope.freq_base": float(rope["rope_theta"]),
+        "expert_count": next(
+            config[key]
+            for key in ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+            if config.get(key)
+        ),
+        "expert_used_count": config.get("moe_topk")
+        or config.get("moe_k")
+        or config["num_experts_per_tok"],
+    }
+    if not kind.startswith("granite"):
+        out |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if rope["rope_type"] == "yarn":
+        out |= {
+            "rope.scaling.type": "yarn",
+            "rope.scaling.factor": rope["factor"],
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        }
+    if kind in ("glm4_moe", "minimax_m2"):
+        factor = rope.get("partial_rotary_factor", 1.0)
+        out |= {"rope.dimension_count": int(head_dim * factor), "expert_gating_func": 2}
+    if kind == "glm4_moe":
+        out |= {
+            "expert_shared_count": config["n_shared_experts"],
+            "leading_dense_block_count": config["first_k_dense_replace"],
+            "expert_weights_scale": config["routed_scaling_factor"],
+            "expert_weights_norm": config["norm_topk_prob"],
+            "expert_group_count": config["n_group"],
+            "expert_group_used_count": config["topk_group"],
+        }
+    if kind == "ernie4_5_moe":
+        out |= {"interleave_moe_layer_step": config["moe_layer_interval"]}
+    if kind.startswith("granite"):
+        out |= {
+            "attention.scale": config["attention_multiplier"],
+            "embedding_scale": config["embedding_multiplier"],
+            "residual_scale": config["residual_multiplier"],
+            "logit_scale": config["logits_scaling"],
+        }
+    return out
