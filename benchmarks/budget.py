@@ -30,7 +30,7 @@ with edgemoe.load(sys.argv[1], context=int(sys.argv[2]), bits=int(sys.argv[3]) o
 
 def command(args: argparse.Namespace, ram: int) -> list[str]:
     return [
-        sys.executable, "-m", "edgemoe.cli.run", str(args.model), "-p", QUESTION, "--temp", "0",
+        sys.executable, "-m", "edgemoe.cli.run", str(args.model), "--stats", "full", "-p", QUESTION, "--temp", "0",
         "-n", str(args.n), "-c", str(args.context), "--ram", str(ram), "-v",
         *(["--bits", str(args.bits)] if args.bits else []),
     ]  # fmt: skip

@@ -75,7 +75,9 @@ def is_fixed(engine: Engine) -> bool:
     """Returns whether answers are those of many tokens at once, whatever is resident."""
     ours = ("dense weights", "experts at", "experts beyond", "experts below")
     starts = tuple(f"lossy: {what}" for what in ours)
-    return engine.scheduler_name == "on-demand" and all(n.startswith(starts) for n in engine.notes)
+    return engine.options.scheduler == "on-demand" and all(
+        n.startswith(starts) for n in engine.notes
+    )
 
 
 def quality(args: argparse.Namespace, runs: Sequence[Sequence[str]], sample: Sample) -> None:

@@ -16,6 +16,7 @@ ROWS = [
     {"runtime"},
     {"convert", "lab", "serve"},
     {"cli"},
+    {"__main__"},
 ]
 # The decoder calls the experts between its layers.
 EXCEPTIONS = {("model", "experts")}

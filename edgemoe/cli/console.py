@@ -22,6 +22,7 @@ __all__ = [
     "error_line",
     "is_terminal",
     "note",
+    "passing",
     "replace_unwritable",
     "run_command",
     "say",
@@ -79,6 +80,13 @@ def note(*lines: str) -> None:
     text = "\n".join(shown(shortened(line, _LONGEST_NOTE)) for line in lines)
     with contextlib.suppress(OSError):
         print(f"\x1b[2m{text}\x1b[0m" if is_dim else text, file=sys.stderr, flush=True)
+
+
+def passing(line: str) -> None:
+    """Writes a line to a terminal's stderr in place of the one before, without an end; an empty one clears it."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(f"\r\x1b[K{shown(line)}", end="", file=sys.stderr, flush=True)
 
 
 def ask(prompt: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,18 @@ _LONGEST_LINE = 4095  # bytes that the kernel gives of one line (N_TTY_BUF_SIZE)
 class LineReader:
     """Asks for one message at a time, which may have several lines."""
 
-    def __init__(self) -> None:
-        """Sets up prompt_toolkit, or plain input where that is missing or the terminal is dumb."""
+    def __init__(self, commands: Sequence[str] = ()) -> None:
+        """Sets up prompt_toolkit, or plain input where that is missing or the terminal is dumb.
+
+        Args:
+            commands: that Tab completes.
+        """
         self.was_empty = True
         """Whether nothing had been typed when Ctrl-C interrupted the last `read`."""
         self._session: Any = None
         if is_terminal(sys.stderr) and os.environ.get("TERM") not in (None, "", "dumb"):
             try:
-                self._session = _session()
+                self._session = _session(commands)
             except ImportError:
                 note("# prompt_toolkit is not installed: no history, little editing")
         if self._session is None and sys.stdin is not None:
@@ -79,9 +84,10 @@ def _plain_read(prompt: str) -> str:
         lines[-1] = lines[-1][:-1]
 
 
-def _session() -> Any:
+def _session(commands: Sequence[str]) -> Any:
     """Returns a prompt_toolkit session; prompts go to stderr, so that stdout has replies only."""
     from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
     from prompt_toolkit.enums import DEFAULT_BUFFER
     from prompt_toolkit.filters import has_focus
     from prompt_toolkit.history import FileHistory, History, InMemoryHistory
@@ -116,6 +122,8 @@ def _session() -> Any:
         output.enable_cpr = False  # asks the terminal where the cursor is, and not all answer
     return PromptSession(
         history=history,
+        completer=WordCompleter(list(commands), sentence=True),
+        complete_while_typing=False,
         key_bindings=keys,
         multiline=True,  # for pasted lines; Enter is bound above
         prompt_continuation=lambda width, number, wrap: _MORE,

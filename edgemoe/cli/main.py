@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
 
-import edgemoe
 from edgemoe.cli.console import note, replace_unwritable, run_command, say
 
 __all__ = ["COMMANDS", "main"]
@@ -30,6 +30,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 }
 """What each command is: the module whose `main(argv)` runs it, and a line about it."""
 
+_GROUPS = {
+    "use": ("run", "serve", "convert", "inspect", "demo"),
+    "measure": ("bench", "quality", "profile", "schedulers"),
+}
+"""What comes first in the help; all others follow."""
+
+_ALIASES = {"chat": "run"}
+
 _USAGE_ERROR, _INTERRUPTED = 2, 130
 
 
@@ -44,32 +52,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     replace_unwritable()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    name = arguments[0] if arguments else None
-    if name in ("-h", "--help"):
+    if arguments[:1] == ["help"] and arguments[1:]:
+        arguments = [arguments[1], "--help"]
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help"):
         return run_command("edgemoe", lambda: say(*_help()))
     if name == "--version":
-        return run_command("edgemoe", lambda: say(f"edgemoe {edgemoe.__version__}"))
-    if name is None or name not in COMMANDS:
-        what = "a command is missing" if name is None else f"no command {name!r}"
-        note(f"edgemoe: {what}; commands: {', '.join(COMMANDS)}")
+        from edgemoe.cli.options import version_line
+
+        return run_command("edgemoe", lambda: say(version_line("edgemoe")))
+    name = _ALIASES.get(name, name)
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        meant = f" (did you mean {near[0]}?)" if near else ""
+        note(f"edgemoe: no command {name!r}{meant}; commands: {', '.join(COMMANDS)}")
         return _USAGE_ERROR
     try:
         # Imported on use: one command's dependencies must not slow down or break another.
         module = importlib.import_module(COMMANDS[name][0])
-        code: int = module.main(arguments[1:])
+        named = {"prog": f"edgemoe {arguments[0]}"} if name == "run" else {}
+        code: int = module.main(arguments[1:], **named)
     except KeyboardInterrupt:  # before the command began
         return _INTERRUPTED
     return code
 
 
 def _help() -> list[str]:
-    lines = [f"  {name:<16} {about}" for name, (_, about) in COMMANDS.items()]
+    first = [name for names in _GROUPS.values() for name in names]
+    groups = {**_GROUPS, "research": tuple(name for name in COMMANDS if name not in first)}
+    lines = []
+    for group, names in groups.items():
+        lines += [f"{group}:", *(f"  {name:<16} {COMMANDS[name][1]}" for name in names), ""]
     return [
         "usage: edgemoe COMMAND [ARGUMENTS]",
         "",
         "Runs Mixture-of-Experts language models that do not fit in fast memory.",
         "",
-        *lines,
+        "  edgemoe run                            chat with a small demo model",
+        "  edgemoe convert FOLDER model.moe       make a model from a checkpoint",
+        "  edgemoe run model.moe --ram 8GiB       chat with it inside 8 GiB",
         "",
+        *lines,
         "edgemoe COMMAND --help tells more.",
     ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import os
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -12,9 +14,9 @@ from edgemoe.cli.console import say
 from edgemoe.cli.measured import MAX_LOSS_HELP
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP
-from edgemoe.cli.values import bits_or_auto, ram_size
+from edgemoe.cli.values import bits_or_auto, ram_size, stats_kind
 
-__all__ = ["run_parser", "serve_parser"]
+__all__ = ["run_parser", "serve_parser", "unknown_variables", "version_line"]
 
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
@@ -47,13 +49,19 @@ Every flag takes its default from the environment, as EDGEMOE_PORT=8081.
 """
 
 
-def run_parser() -> argparse.ArgumentParser:
+_EXAMPLES = """\
+Chat with a Mixture-of-Experts model, inside a memory budget.
+
+    %(prog)s model.moe                           chat
+    %(prog)s model.moe --ram 8GiB --bits 4       inside 8 GiB, experts of 4 bits
+    %(prog)s model.moe -p "Why is the sky blue?"  answer and leave
+"""
+
+
+def run_parser(prog: str = "edgemoe-run") -> argparse.ArgumentParser:
     """Returns the parser. It ends the program at wrong usage, with one line and exit code 2."""
     parser = Parser(
-        prog="edgemoe-run",
-        usage="%(prog)s [MODEL] [flags]",
-        description="Chat with a Mixture-of-Experts model, inside a memory budget.",
-        epilog=_EPILOG,
+        prog=prog, usage="%(prog)s [MODEL] [flags]", description=_EXAMPLES, epilog=_EPILOG
     )
     return _filled(parser, _add_flags)
 
@@ -67,6 +75,18 @@ def serve_parser() -> argparse.ArgumentParser:
         epilog=_SERVE_EPILOG,
     )
     return _filled(parser, _add_serve_flags)
+
+
+def version_line(prog: str) -> str:
+    """Returns a program's version and what it runs on, for reports of faults."""
+    import platform
+
+    from edgemoe import hardware
+
+    return (
+        f"{prog} {edgemoe.__version__} ({hardware.isa()}; Python {platform.python_version()}; "
+        f"{platform.system()} {platform.release()} {platform.machine()})"
+    )
 
 
 def _filled(
@@ -102,22 +122,27 @@ def _add_sampling_flags(sampling: argparse._ActionsContainer) -> None:
          help="the same, for each time they occurred (default: the model's, else 0)")
 
 
-def _add_model_flags(model: argparse._ActionsContainer) -> None:
-    """Adds the flags of model and memory that all have who open a model for others."""
-    _add(model, "--ram", type=ram_size, metavar="SIZE",
+def _add_daily_flags(daily: argparse._ActionsContainer) -> None:
+    """Adds what decides most about memory and speed, for whoever opens a model."""
+    _add(daily, "--ram", type=ram_size, metavar="SIZE",
          help="memory for the whole process: 4GiB, 512MB, 50%% of what is free "
          "(default: that, less a margin)")
-    _add(model, "--bits", type=bits_or_auto, metavar="N",
-         help="bits of the experts; auto: each its own, as allocated (default: the file's)")
+    _add(daily, "--bits", type=bits_or_auto, metavar="N",
+         help="bits of the experts' weights: fewer are faster and worse, and more experts fit; `edgemoe inspect` lists "
+         "them; auto: each expert its own, as allocated (default: the file's)")
+    _add(daily, "-c", "--ctx-size", type=int, default=0, metavar="N",
+         help="most tokens of prompt and reply (default: 0, what fits)")
+
+
+def _add_model_flags(model: argparse._ActionsContainer) -> None:
+    """Adds the further flags of whoever opens a model."""
     _add(model, "--allocation", metavar="FILE",
          help="for --bits auto: of edgemoe allocate (default: the model file's own)")
     _add(model, "--dense-bits", type=int, metavar="N",
-         help="bits of everything else (default: the file's)")
+         help="bits of all weights that are no expert's (default: the file's)")
     _add(model, "--max-quality-loss", metavar="X", help=MAX_LOSS_HELP)
     _add(model, "--experts", type=int, metavar="K",
          help="experts per token (default: the file's); fewer is faster and worse")
-    _add(model, "-c", "--ctx-size", type=int, default=0, metavar="N",
-         help="most tokens of prompt and reply (default: 0, what fits)")
     _add(model, "-ctk", "--cache-type-k", default="f16", metavar="TYPE",
          help="keys of the KV cache: f16, f32: twice the memory, or q8_0: half of it, not exact (default: %(default)s)")
     _add(model, "-ctv", "--cache-type-v", default="f16", metavar="TYPE",
@@ -135,17 +160,23 @@ def _add_model_flags(model: argparse._ActionsContainer) -> None:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", nargs="?", metavar="MODEL", help="a .moe file")
-    model = parser.add_argument_group("model and memory")
+    daily = parser.add_argument_group("every day")
+    _add_daily_flags(daily)
+    _add(daily, "-p", "--prompt", metavar="TEXT", help="answer this and leave")
+    _add(daily, "-f", "--file", metavar="FILE", help="answer this file's text and leave; - for standard input")
+    _add(daily, "-sys", "--system-prompt", metavar="TEXT", help="what the model is told first")
+    _add(daily, "-n", "--predict", type=int, metavar="N",
+         help="most tokens of a reply, -1 until it ends (default: the model's, else -1)")
+    _add(daily, "--stats", type=stats_kind, default="short", metavar="KIND",
+         help="the line after a reply: short, full or off (default: %(default)s)")
+    _add_version(daily)
+
+    model = parser.add_argument_group("experts and memory")
     _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
     _add_model_flags(model)
 
-    text = parser.add_argument_group("prompt")
-    _add(text, "-p", "--prompt", metavar="TEXT", help="answer this and leave")
-    _add(text, "-f", "--file", metavar="FILE", help="answer this file's text and leave; - for standard input")
-    _add(text, "-sys", "--system-prompt", metavar="TEXT", help="what the model is told first")
+    text = parser.add_argument_group("text")
     _add_switch(text, "--raw", help="no chat template: the model continues the text")
-    _add(text, "-n", "--predict", type=int, metavar="N",
-         help="most tokens of a reply, -1 until it ends (default: the model's, else -1)")
     _add_switch(text, "--ignore-eos", help="go on where the model would end its reply")
     _add(text, "-r", "--stop", "--reverse-prompt", action=_Collect, default=[], metavar="TEXT",
          help="a text that ends the reply; may be repeated")
@@ -155,8 +186,6 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     _add(sampling, "-s", "--seed", type=int, default=-1, metavar="N",
          help="the same seed gives the same reply (default: -1, random)")
 
-    _add_version(parser)
-
 
 def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", nargs="?", metavar="MODEL", help="a .moe file")
@@ -164,6 +193,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
     _add(model, "-np", "--parallel", type=int, default=4, metavar="N",
          help="conversations that are kept and run at once, each with its own context (default: %(default)s)")
+    _add_daily_flags(model)
     _add_model_flags(model)
     _add_switch(model, "--no-grammar", help="keep no memory for JSON schemas and grammars, and refuse them")
 
@@ -202,7 +232,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
 # fmt: on
 
 
-def _add_version(parser: argparse.ArgumentParser) -> None:
+def _add_version(parser: argparse._ActionsContainer) -> None:
     """Adds what every program has."""
     _add_switch(parser, "-v", "--verbose", help="more messages, and tracebacks of errors")
     parser.add_argument("--version", action=_Version, help="print the version and leave")
@@ -215,7 +245,7 @@ class _Version(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
 
     def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> NoReturn:
-        say(f"{parser.prog} {edgemoe.__version__}")
+        say(version_line(parser.prog))
         parser.exit()
 
 
@@ -258,5 +288,29 @@ def _add_switch(group: argparse._ActionsContainer, *names: str, **rest: Any) -> 
     group.add_argument(*names, action="store_true", default=text in _YES, **rest)
 
 
+def unknown_variables() -> list[str]:
+    """Returns a line for every variable EDGEMOE_... of the environment that no program reads."""
+    names = [name for name in sorted(os.environ) if name.startswith(_PREFIX)]
+    if all(name in _known for name in names):
+        return []
+    for add in (_add_flags, _add_serve_flags):  # another program may read it
+        with contextlib.suppress(ValueError):
+            add(argparse.ArgumentParser())
+    lines = []
+    for name in names:
+        if name not in _known:
+            near = difflib.get_close_matches(name, _known, n=1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            lines.append(f"{name} in the environment means nothing{meant}")
+    return lines
+
+
+_PREFIX = "EDGEMOE_"
+_known: set[str] = set()
+"""The variables that flags have been given."""
+
+
 def _variable(names: tuple[str, ...]) -> str:
-    return "EDGEMOE_" + next(n for n in names if n.startswith("--"))[2:].upper().replace("-", "_")
+    name = _PREFIX + next(n for n in names if n.startswith("--"))[2:].upper().replace("-", "_")
+    _known.add(name)
+    return name

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.console import argument_text, error_line, note, write_reply
 from edgemoe.cli.line import LineReader
-from edgemoe.cli.stats import stats_line, stats_table
+from edgemoe.cli.prompt import read_text
+from edgemoe.cli.stats import more_context, say_stats, stats_table
+from edgemoe.cli.waiting import watched
+from edgemoe.runtime.chat import TooLong
 
 if TYPE_CHECKING:
     from edgemoe.runtime.chat import Chat
@@ -22,30 +25,41 @@ __all__ = ["interact"]
 _HELP = '''\
 /reset, /clear     forget the conversation
 /stats             what the last reply cost
+/regenerate        ask the last question again
+/undo              take back the last question and its reply
+/system [TEXT]     what the model is told before the conversation; alone, nothing
+/read FILE         say a file's text
 /set [NAME VALUE]  change how replies are sampled; alone, show how
 /save FILE         write the conversation to a file
 /load FILE         go on with a saved one
 /help              this
-/quit, /exit       leave, as Ctrl-D does
+/quit, /exit, /bye  leave, as Ctrl-D does
 Ctrl-C stops a reply. Alt-Enter, or a backslash at the end, goes on in a new line; """ alone
 begins and ends several. What begins with / and is no command needs a space before it.'''
 
 _QUOTES = '"""'
 """A line of these alone begins a text of several lines, and another ends it."""
 
-_COMMAND = re.compile(r"/[A-Za-z]+( [^\n]*)?")
+_COMMAND = re.compile(r"/([A-Za-z]+|\?)( [^\n]*)?")
+
+_WORDS = ("exit", "quit", "bye", "clear", "help", "?")
+"""What people type who mean a command."""
+
+_WILD = 2.0
+"""Of temperatures."""
 
 _SHORT = {"temp": "temperature", "n": "max_tokens", "predict": "max_tokens", "s": "seed"}
 """What /set also understands: the names of the flags, where they differ from the fields'."""
 
 
-def interact(engine: Engine, chat: Chat, *, name: str) -> int:
+def interact(engine: Engine, chat: Chat, *, name: str, stats: str = "short") -> int:
     """Chats until the user leaves.
 
     Args:
         engine: makes the replies; stays the caller's to close.
         chat: the conversation to go on with.
         name: what the model is called in the greeting.
+        stats: what is said after a reply: "short", "full" or "off".
 
     Returns:
         The exit code, 0.
@@ -53,9 +67,9 @@ def interact(engine: Engine, chat: Chat, *, name: str) -> int:
     Raises:
         BrokenPipeError: nobody reads the replies any more.
     """
-    note(f"# {name}, {engine.context} tokens of context; /help lists the commands, Ctrl-D leaves")
-    session = _Session(engine, chat)
-    reader = LineReader()
+    note(f"# {_greeting(engine, name)}")
+    session = _Session(engine, chat, stats)
+    reader = LineReader(sorted(session.commands))
     interrupts = 0
     while not session.is_over:
         try:
@@ -84,23 +98,42 @@ def interact(engine: Engine, chat: Chat, *, name: str) -> int:
     return 0
 
 
+def _greeting(engine: Engine, name: str) -> str:
+    """Returns the line at the start: what runs, how precisely, in how much memory, and how to leave."""
+    budget, bits = engine.budget, engine.expert_bits
+    precision = f"{bits.max()}" if bits.min() == bits.max() else f"{bits.mean():.1f}"
+    share = budget.slots / budget.experts
+    fit = "all experts fit" if share >= 1 else f"{100 * share:.0f}% of the experts fit"
+    return (
+        f"{name}: {'lossy' if engine.notes else 'exact'}, {precision} bits, {budget.ram / 2**20:.0f} MiB, {fit}, "
+        f"{engine.context} tokens of context; /help lists the commands, Ctrl-D leaves"
+    )
+
+
 class _Session:
     """Does what one line asks for."""
 
-    def __init__(self, engine: Engine, chat: Chat) -> None:
+    def __init__(self, engine: Engine, chat: Chat, stats: str = "short") -> None:
         self.is_over = False
+        self._stats = stats
         self._engine = engine
         self._chat = chat
-        self._commands: dict[str, Callable[[str], None]] = {
+        self.commands: dict[str, Callable[[str], None]] = {
             "/reset": self._reset,
             "/clear": self._reset,
             "/stats": lambda _: note(*stats_table(self._engine.stats).split("\n")),
             "/set": self._set,
             "/save": self._save,
             "/load": self._load,
+            "/regenerate": lambda _: self.say(self._chat.undo()),
+            "/undo": self._undo,
+            "/system": self._system,
+            "/read": self._read,
+            "/?": lambda _: note(*_HELP.split("\n")),
             "/help": lambda _: note(*_HELP.split("\n")),
             "/quit": self._quit,
             "/exit": self._quit,
+            "/bye": self._quit,
         }
 
     def take(self, line: str) -> None:
@@ -108,11 +141,15 @@ class _Session:
 
         A command is one line that begins with a slash and letters: a path, a comment or pasted code is a text.
         """
+        if line.strip() in _WORDS:
+            raise ValueError(
+                f"/{line.strip()} is the command; a space before it says it to the model"
+            )
         if not _COMMAND.fullmatch(line):
             self.say(line.removeprefix(" ") if line.startswith(" /") else line)
             return
         name, _, rest = line.strip().partition(" ")
-        command = self._commands.get(name)
+        command = self.commands.get(name)
         if command is None:
             raise ValueError(
                 f"{name}: unknown command; /help lists them, and a space before it says it to the model"
@@ -126,10 +163,12 @@ class _Session:
         text = argument_text(text, "the text")
         with contextlib.closing(self._chat.say(text)) as reply:
             try:
-                write_reply(reply)
+                write_reply(watched(self._engine, reply))
             except KeyboardInterrupt:
                 note("# stopped")
-        note(stats_line(self._engine.stats))
+            except TooLong as error:
+                raise ValueError(f"{error}{more_context(self._engine)}") from None
+        say_stats(self._engine, self._stats)
         if self._chat.finish == "context":
             note("# the context is full: /reset starts anew, -c makes it larger")
 
@@ -137,13 +176,31 @@ class _Session:
         self._chat.reset()
         note("# the conversation is empty")
 
+    def _undo(self, _: str) -> None:
+        self._chat.undo()
+        note(f"# taken back; {len(self._chat.messages)} messages are left")
+
+    def _system(self, rest: str) -> None:
+        self._chat.instruct(argument_text(rest, "/system"))
+        note("# the model is told this first" if rest else "# the model is told nothing first")
+
+    def _read(self, rest: str) -> None:
+        path = _path("/read", rest)
+        with open(path, "rb") as file:
+            self.say(read_text(file, str(path)))
+
     def _set(self, rest: str) -> None:
         params = self._chat.params
         name, _, text = rest.partition(" ")
         name = _SHORT.get(name, name).replace("-", "_")
         if not name:
-            values = dataclasses.asdict(params).items()
-            note(*(f"{n:<18}{_shown(v)}" for n, v in values))
+            plain, own = dataclasses.asdict(type(params)()), self._engine.sampling
+            note(
+                *(
+                    f"{n:<18}{_shown(v)}{'  (the model asks for it)' * (v == getattr(own, n) != plain[n])}"
+                    for n, v in dataclasses.asdict(params).items()
+                )
+            )
             return
         if name not in {f.name for f in dataclasses.fields(params)}:
             raise ValueError(f"/set: no setting is called {name!r}; /set alone lists them")
@@ -151,6 +208,8 @@ class _Session:
         value = _parsed(name, text.strip(), type(getattr(type(params)(), name)))
         self._chat.params = dataclasses.replace(params, **{name: value})
         note(f"# {name} is {_shown(value)}")
+        if name == "temperature" and value > _WILD:
+            note(f"# above {_WILD} most tokens are as likely as any other")
 
     def _save(self, rest: str) -> None:
         path = _path("/save", rest)

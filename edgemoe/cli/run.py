@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import (
     argument_text,
-    decode_text,
     drop_stdout,
     error_line,
     is_terminal,
@@ -20,9 +19,12 @@ from edgemoe.cli.console import (
     write_reply,
 )
 from edgemoe.cli.engine import engine_flags, sampling_flags
+from edgemoe.cli.foreign import without_foreign
 from edgemoe.cli.measured import check, cost, pick
-from edgemoe.cli.options import run_parser
+from edgemoe.cli.options import run_parser, unknown_variables
+from edgemoe.cli.prompt import read_text
 from edgemoe.cli.scheduling import options_text, read_settings
+from edgemoe.errors import quoted
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -33,14 +35,13 @@ if TYPE_CHECKING:
 
 __all__ = ["demo_model", "main", "set_up_logging"]
 
-_LARGEST_PROMPT = 16 << 20  # bytes; no context holds as much
 
-
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "edgemoe-run") -> int:
     """Runs the command.
 
     Args:
         argv: the arguments; None for those of the process.
+        prog: what the program was called.
 
     Returns:
         The exit code: 0; 1 for an error, which is one line on stderr; 130 after Ctrl-C.
@@ -51,8 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     replace_unwritable()
     args = None
     try:
-        parser = run_parser()
+        parser = run_parser(prog)
+        try:
+            argv, notes = without_foreign(sys.argv[1:] if argv is None else argv)
+        except ValueError as error:
+            parser.error(str(error))
         args = parser.parse_args(argv)
+        for line in (*notes, *unknown_variables()):
+            note(f"# {line}")
         if args.path is not None:
             args.model = args.path
         try:
@@ -78,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except Exception as error:
         is_verbose = args is not None and args.verbose
-        note(*(traceback_lines(error) if is_verbose else [f"edgemoe-run: {error_line(error)}"]))
+        note(*(traceback_lines(error) if is_verbose else [f"{prog}: {error_line(error)}"]))
         return 1
     finally:
         drop_stdout()
@@ -93,9 +100,12 @@ def _run(args: Namespace) -> int:
         for text, name in ((args.prompt, "-p"), (args.system_prompt, "-sys"))
     )
     args.stop = [argument_text(text, "-r") for text in args.stop]
+    if args.model is not None:
+        _check_model(args.model)
     prompt = _prompt(args)  # before the model is loaded, so that a mistake costs no time
     if args.model is None:
         args.model = demo_model()
+    _note_threads(args.threads)
     if args.verbose:
         _describe_machine()
     if args.max_quality_loss is not None:
@@ -130,8 +140,8 @@ def _run(args: Namespace) -> int:
         if prompt is None:
             from edgemoe.cli.repl import interact
 
-            return interact(engine, chat, name=Path(args.model).name)
-        return _answer(engine, chat, prompt)
+            return interact(engine, chat, name=Path(args.model).stem, stats=args.stats)
+        return _answer(engine, chat, prompt, stats=args.stats)
 
 
 def _warm(engine: Engine, profile: str) -> None:
@@ -145,11 +155,33 @@ def _warm(engine: Engine, profile: str) -> None:
         note(f"# nothing to warm from yet: {profile} is written at the end")
 
 
-def _answer(engine: Engine, chat: Chat, prompt: str) -> int:
-    from edgemoe.cli.stats import stats_line
+def _check_model(name: str) -> None:
+    """Raises an error for a name that is no file, before the prompt is read, which may take a person's time."""
+    path = Path(name)
+    if path.exists() or name.endswith(".moe"):
+        return  # what is wrong with it is said where it is opened
+    if " " in name or "\n" in name:
+        raise ValueError(f"{quoted(name)}: no such model; a prompt is what -p takes")
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        raise ValueError(
+            f"{name}: no such file; models are not fetched by name yet: download the checkpoint "
+            f"(hf download {name} --local-dir FOLDER), then edgemoe convert FOLDER model.moe"
+        )
+    raise FileNotFoundError(
+        f"{name}: no such file; expected a .moe file, which edgemoe convert makes"
+    )
 
-    write_reply(chat.say(prompt))
-    note(stats_line(engine.stats))
+
+def _answer(engine: Engine, chat: Chat, prompt: str, *, stats: str) -> int:
+    from edgemoe.cli.stats import more_context, say_stats
+    from edgemoe.cli.waiting import watched
+    from edgemoe.runtime.chat import TooLong
+
+    try:
+        write_reply(watched(engine, chat.say(prompt)))
+    except TooLong as error:
+        raise ValueError(f"{error}{more_context(engine)}") from None
+    say_stats(engine, stats)
     if chat.finish == "context":
         note("# the context is full: -c makes it larger")
     if chat.finish == "length" and chat.params.max_tokens == engine.sampling.max_tokens:
@@ -182,6 +214,14 @@ def demo_model() -> Path:
         if code:
             raise SystemExit(code)
     return path
+
+
+def _note_threads(threads: int | None) -> None:
+    from edgemoe import hardware
+
+    cores = hardware.num_threads()
+    if threads is not None and threads > cores:
+        note(f"# {threads} threads on {cores} cores: most likely slower than -t {cores}")
 
 
 def _describe_machine() -> None:
@@ -219,23 +259,15 @@ def _prompt(args: Namespace) -> str | None:
         parts.append(_piped())
     elif args.file is not None:
         with open(args.file, "rb") as file:
-            parts.append(_text(file, args.file))
+            parts.append(read_text(file, args.file))
     return "\n".join(parts)
 
 
 def _piped() -> str:
-    text = "" if sys.stdin is None else _text(sys.stdin.buffer, "stdin")
+    text = "" if sys.stdin is None else read_text(sys.stdin.buffer, "stdin")
     if not text:
         raise ValueError("stdin: expected a prompt, got nothing")
     return text
-
-
-def _text(file: BinaryIO, name: str) -> str:
-    """Reads a prompt, without the end of its last line."""
-    content = file.read(_LARGEST_PROMPT + 1)  # it may be a device without an end
-    if len(content) > _LARGEST_PROMPT:
-        raise ValueError(f"{name}: expected a prompt of at most 16 MiB")
-    return decode_text(content, name).removeprefix("\ufeff").rstrip("\r\n")
 
 
 def set_up_logging(*, verbose: bool) -> None:

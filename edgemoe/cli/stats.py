@@ -4,14 +4,42 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgemoe.cli.console import note
+
 if TYPE_CHECKING:
+    from edgemoe.runtime.engine import Engine
     from edgemoe.runtime.meter import Stats
 
-__all__ = ["stats_line", "stats_table"]
+__all__ = ["full_line", "more_context", "say_stats", "stats_line", "stats_table"]
+
+
+def say_stats(engine: Engine, kind: str) -> None:
+    """Writes the line after a reply: short, full, or none for "off"."""
+    if kind != "off":
+        note((full_line if kind == "full" else stats_line)(engine.stats))
+
+
+def more_context(engine: Engine) -> str:
+    """Returns what to add to an error about a context that is full: how to have more, if there is more."""
+    most = engine.config.context_length
+    return f"; -c N makes it longer, the model's most is {most}" if engine.context < most else ""
 
 
 def stats_line(stats: Stats) -> str:
-    """Returns the line after a reply. What did not happen (no prompt, no reads) has no figure."""
+    """Returns the line after a reply: how fast it was, and how many experts were in memory when they were wanted."""
+    parts = [
+        _rate(stats.new_tokens - 1, stats.decode_s, "tok/s"),
+        f"{stats.new_tokens} token{'' if stats.new_tokens == 1 else 's'}",
+        f"first after {stats.first_token_s:.1f} s" if stats.first_token_s >= 1 else "",
+        f"{100 * stats.hit_rate:.0f}% of experts in memory" if stats.misses else "",
+        *_changed(stats),
+        f"#{stats.logits_hash}" if stats.logits_hash else "",
+    ]
+    return "# " + ", ".join(p for p in parts if p)
+
+
+def full_line(stats: Stats) -> str:
+    """Returns the line of --stats full. What did not happen (no prompt, no reads) has no figure."""
     tokens = f"{stats.prompt_tokens} prompt + {stats.new_tokens} tokens"
     speeds = [
         _rate(stats.prompt_tokens, stats.prompt_s, "prompt tok/s"),
@@ -25,8 +53,7 @@ def stats_line(stats: Stats) -> str:
         f"dropped {stats.evictions}" if stats.evictions else "",
         _reads(stats),
         f"{stats.average_bits:.1f} bits" if stats.average_bits else "",
-        f"skipped {100 * stats.skipped_share:.1f}%" if stats.skipped_share else "",
-        f"substituted {100 * stats.substituted_share:.1f}%" if stats.substituted_share else "",
+        *_changed(stats),
         stats.scheduler,
         f"peak {_mib(stats.peak_bytes)}",
         f"#{stats.logits_hash}" if stats.logits_hash else "",
@@ -58,6 +85,12 @@ def stats_table(stats: Stats) -> str:
         ("hash of the last logits", stats.logits_hash or "none yet"),
     ]
     return "\n".join(f"{name:<27}{value}" for name, value in rows)
+
+
+def _changed(stats: Stats) -> list[str]:
+    """Returns what of the routers' choice did not run."""
+    shares = {"skipped": stats.skipped_share, "substituted": stats.substituted_share}
+    return [f"{what} {100 * share:.1f}%" for what, share in shares.items() if share]
 
 
 def _rate(count: int, seconds: float, unit: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 
-__all__ = ["bits_or_auto", "levels", "ram_size", "whole", "wholes"]
+__all__ = ["bits_or_auto", "levels", "ram_size", "stats_kind", "whole", "wholes"]
 
 
 def ram_size(text: str) -> int:
@@ -32,6 +32,13 @@ def bits_or_auto(text: str) -> int | str:
         return text if text == "auto" else int(text)
     except ValueError:
         raise ArgumentTypeError(f"expected a whole number or auto, got {text!r}") from None
+
+
+def stats_kind(text: str) -> str:
+    """Returns how much is said after a reply."""
+    if text not in ("short", "full", "off"):
+        raise ArgumentTypeError(f"expected short, full or off, got {text!r}")
+    return text
 
 
 def whole(at_least: int) -> Callable[[str], int]:

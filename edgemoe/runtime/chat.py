@@ -17,7 +17,7 @@ from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.stops import ReplyText
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["Chat", "Message", "TextEngine"]
+__all__ = ["Chat", "Message", "TextEngine", "TooLong"]
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}."""
@@ -26,6 +26,10 @@ _SURELY_LONG = 8  # characters per token; text has about four
 _LARGEST_CHAT = 64 << 20  # bytes of a saved conversation
 
 _ROLES = ("system", "user", "assistant")
+
+
+class TooLong(ValueError):
+    """Says that a conversation does not fit the context."""
 
 
 class TextEngine(Protocol):
@@ -130,6 +134,27 @@ class Chat:
         self._close_reply()
         self._messages = list(self._system)
 
+    def undo(self) -> str:
+        """Takes back the last question and its reply, and returns the question.
+
+        Raises:
+            ValueError: nothing was asked yet.
+        """
+        self._close_reply()
+        asked = [i for i, m in enumerate(self._messages) if m["role"] == "user"]
+        if not asked:
+            raise ValueError("nothing was asked yet")
+        question = self._messages[asked[-1]]["content"]
+        self._messages = self._messages[: asked[-1]]
+        return question
+
+    def instruct(self, system: str) -> None:
+        """Replaces what the model is told before the conversation; empty for nothing."""
+        self._close_reply()
+        rest = self._messages[len(self._system) :]
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._messages = [*self._system, *rest]
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the conversation to a JSON file, which is replaced as a whole or not at all, and keeps its mode.
 
@@ -216,7 +241,7 @@ class Chat:
         if not ids:
             raise ValueError("say: expected some text, got none")
         if len(ids) >= self._engine.context:
-            raise ValueError(
+            raise TooLong(
                 f"say: the conversation is too long for the context; expected less than "
                 f"{self._engine.context} tokens, got {len(ids)}"
             )
@@ -228,7 +253,7 @@ class Chat:
         context = self._engine.context
         few = text[: _SURELY_LONG * context]
         if len(few) < len(text) and len(self._tokenizer.encode(few)) >= context:
-            raise ValueError(
+            raise TooLong(
                 f"say: the conversation is too long for the context; expected less than "
                 f"{context} tokens, got {len(text)} characters"
             )

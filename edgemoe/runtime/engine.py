@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
-from edgemoe.model import KvTypes
 from edgemoe.runtime.meter import Stats
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
@@ -92,16 +91,6 @@ class Engine:
         return self.model.scheduler
 
     @property
-    def scheduler_name(self) -> str:
-        """As it was asked for."""
-        return self.options.scheduler
-
-    @property
-    def kv_types(self) -> KvTypes:
-        """How the KV cache holds keys and values."""
-        return self.options.kv_types
-
-    @property
     def context(self) -> int:
         """Tokens of prompt and reply together."""
         return self.budget.context
@@ -132,6 +121,11 @@ class Engine:
         Any thread may ask at any time.
         """
         return self._meter.stats()
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How many tokens of what is computed now are done, and how many there are; any thread may ask."""
+        return self._meter.prompt_progress
 
     @property
     def source(self) -> Mapping[str, Any]:

@@ -82,6 +82,8 @@ class Meter:
         assert self._model is not None
         self._base = self._model.counters
         self._prompt = (0, 0, 0.0)
+        self.prompt_progress = (0, 0)
+        """Tokens of the prompt that were computed so far, and in all; replaced as a whole."""
         self._times = (0, 0.0, 0.0)
         self._row: NDArray[np.float32] | None = None
 

@@ -53,11 +53,13 @@ class Sequence:
     def evaluate(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
         """Appends tokens [T], chunk by chunk; logits of the last ones go to `out` [1 or T, V]."""
         model, chunk, state = self._model, self._model.budget.chunk, self.state
+        self.meter.prompt_progress = (0, len(tokens))
         state.goal = state.length + len(tokens)
         try:
             for first in range(0, len(tokens), chunk):
                 part = tokens[first : first + chunk]
                 hidden = model.forward(Batch.of((state, part)))
+                self.meter.prompt_progress = (first + len(part), len(tokens))
                 with self.meter.row_lock:
                     if len(out) == len(tokens):
                         model.logits(hidden, out[first : first + len(part)])

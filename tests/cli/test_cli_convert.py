@@ -47,7 +47,6 @@ def test_command_says_what_of_a_scaling_is_not_used(tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        ((), 2, "edgemoe: a command is missing; commands: " + ", ".join(edgemoe_cli.COMMANDS)),
         (("fly",), 2, "edgemoe: no command 'fly'; commands: allocate, bench, "),
         (("convert", "absent", "x.moe"), 1, "edgemoe convert: absent: no such directory"),
         (("convert", "absent", "no/x.moe"), 1, "edgemoe convert: no: no such directory"),

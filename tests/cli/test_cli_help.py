@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from edgemoe.cli.main import COMMANDS, main
@@ -16,6 +19,31 @@ def test_help(words, capsys):
         main([*words, "--help"])
     assert end.value.code == 0
     assert capsys.readouterr().out.startswith("usage: edgemoe")
+
+
+def test_alone_it_says_how_to_begin(capsys):
+    for words in ([], ["help"], ["--help"]):
+        assert main(words) == 0
+        text = capsys.readouterr().out
+        assert "edgemoe convert FOLDER model.moe" in text
+        assert all(f"  {name} " in text for name in COMMANDS)
+
+
+def test_what_peers_call_it(capsys):
+    for words in (["help", "bench"], ["chat", "--help"]):
+        with pytest.raises(SystemExit) as end:
+            main(words)
+        assert end.value.code == 0
+    assert main(["chat", "absent.moe", "-p", "Hi"]) == 1
+    assert capsys.readouterr().err == "edgemoe chat: absent.moe: No such file or directory\n"
+    assert main(["inspct"]) == 2
+    assert "no command 'inspct' (did you mean inspect?)" in capsys.readouterr().err
+
+
+def test_python_m_is_the_program():
+    command = [sys.executable, "-m", "edgemoe", "help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: edgemoe COMMAND")
 
 
 def test_no_such_command(capsys):

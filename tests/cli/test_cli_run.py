@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 import edgemoe
-from edgemoe.cli.stats import stats_line, stats_table
+from edgemoe.cli.stats import full_line, stats_line, stats_table
 from edgemoe.convert.demo import demo_path
 from edgemoe.runtime.meter import Stats
 from edgemoe.text.sampler import SamplingParams
@@ -53,7 +53,8 @@ def env(tmp_path: Path) -> dict[str, str]:
     """Returns a clean environment with a cache folder of its own."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("EDGEMOE_")}
     kept.pop("NO_COLOR", None)
-    return kept | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TERM": "xterm"}
+    own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "TERM": "xterm", "EDGEMOE_STATS": "full"}
+    return kept | own
 
 
 def run(
@@ -93,7 +94,9 @@ def test_help_is_instant(env: dict[str, str]) -> None:
 
 def test_version(env: dict[str, str]) -> None:
     result = run(env, "--version")
-    assert re.fullmatch(rb"edgemoe-run \d+\.\d+\.\d+\S*\n", result.stdout)
+    assert re.fullmatch(
+        rb"edgemoe-run \d+\.\d+\.\d+\S* \(\w+; Python [^;]+; Linux [^;]+\)\n", result.stdout
+    )
 
 
 def test_a_piped_prompt_gives_just_the_reply(env: dict[str, str], tiny_moe: Path) -> None:
@@ -196,7 +199,7 @@ def test_names_that_are_no_utf8_are_names(
     assert profile.is_file()
     assert rb"m.moe\xfe" in result.stderr
     assert run(env, folder / "absent\udcfd", "-p", "Hi").stderr.endswith(
-        rb"absent\xfd: No such file or directory" + b"\n"
+        rb"absent\xfd: no such file; expected a .moe file, which edgemoe convert makes" + b"\n"
     )
     for command in (["inspect", model, "--json"], ["profile", "report", trace, "--json"]):
         result = subprocess.run([*ENTRY, *map(str, command)], env=env, capture_output=True)
@@ -276,7 +279,12 @@ def test_the_environment_gives_defaults(env: dict[str, str], tiny_moe: Path) -> 
         (("MODEL", "-f", "/dev/zero"), b"", 1, r"/dev/zero: expected a prompt of at most 16 MiB"),
         (("MODEL", "--ram", "1MB", "-p", "Hi"), b"", 1, r".*"),
         (("MODEL", "--bits", "9", "-p", "Hi"), b"", 1, r".*bits.*9.*"),
-        (("MODEL", "-c", "16", "-p", "word " * 99), b"", 1, r".*too long for the context.*"),
+        (
+            ("MODEL", "-c", "16", "-p", "word " * 99),
+            b"",
+            1,
+            r".*too long for the context.*; -c N makes it longer, the model's most is 512",
+        ),
     ],
 )
 def test_an_error_is_one_line(
@@ -342,6 +350,66 @@ def test_missing_streams(
     assert result.returncode == code
     assert re.fullmatch(stderr, result.stderr.decode())
     assert bool(result.stdout) == (code == 0)
+
+
+def test_how_much_is_said_after_a_reply(env: dict[str, str], tiny_moe: Path) -> None:
+    flags = (tiny_moe, "-p", "Hi", "-n", 4, "--ignore-eos")
+    short = run(env, *flags, "--stats", "short").stderr.decode()
+    assert re.fullmatch(
+        r"# [\d.]+ tok/s, 4 tokens(, \d+% of experts in memory)?, #[0-9a-f]{8}\n", short
+    )
+    assert run(env, *flags, EDGEMOE_STATS="off").stderr == b""
+    wrong = run(env, *flags, "--stats", "many")
+    assert (wrong.returncode, wrong.stderr.count(b"\n")) == (2, 1)
+    assert b"expected short, full or off, got 'many'" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("-hf", "Qwen/Qwen3-30B-A3B"), "-hf: models are not fetched yet"),
+        (("MODEL", "-ngl", "99"), "-ngl: there is one budget for all memory, --ram"),
+        (("MODEL", "--n-gpu-layers=99"), "--n-gpu-layers: there is one budget"),
+        (
+            ("Qwen/Qwen3-30B-A3B",),
+            "Qwen/Qwen3-30B-A3B: no such file; models are not fetched by name",
+        ),
+        (("smollm2-moe",), "smollm2-moe: no such file; expected a .moe file"),
+        (("Say hi",), "'Say hi': no such model; a prompt is what -p takes"),
+    ],
+)
+def test_what_people_type_first_is_answered_about_that(
+    env: dict[str, str], tiny_moe: Path, flags: tuple[str, ...], message: str
+) -> None:
+    result = run(env, *(tiny_moe if f == "MODEL" else f for f in flags))  # stdin is no terminal
+    assert result.returncode in (1, 2)
+    assert result.stdout == b""
+    assert result.stderr.decode().startswith(f"edgemoe-run: {message}")
+    assert result.stderr.count(b"\n") == 1
+
+
+def test_what_a_recipe_asks_for_and_is_so_anyway_is_noted(
+    env: dict[str, str], tiny_moe: Path
+) -> None:
+    flags = (tiny_moe, "-n", 4, "--temp", 0)
+    result = run(env, *flags, "--jinja", "--no-display-prompt", "-p", "Hi")
+    assert result.stdout == run(env, *flags, "-p", "Hi").stdout
+    first, second, _ = result.stderr.decode().splitlines()
+    assert first == "# --jinja: the model's chat template is used anyway"
+    assert second == "# --no-display-prompt: the prompt is never repeated"
+
+
+def test_a_mistyped_variable_is_told(env: dict[str, str], tiny_moe: Path) -> None:
+    result = run(env, tiny_moe, "-p", "Hi", "-n", 2, EDGEMOE_RAMM="1GiB")
+    assert result.returncode == 0
+    note = result.stderr.decode().splitlines()[0]
+    assert note == "# EDGEMOE_RAMM in the environment means nothing; did you mean EDGEMOE_RAM?"
+
+
+def test_more_threads_than_cores_are_noted(env: dict[str, str], tiny_moe: Path) -> None:
+    cores = len(os.sched_getaffinity(0))
+    result = run(env, tiny_moe, "-p", "Hi", "-n", 2, "-t", cores + 7)
+    assert f"# {cores + 7} threads on {cores} cores" in result.stderr.decode()
 
 
 def test_ctrl_c_ends_a_single_reply(env: dict[str, str], tiny_moe: Path) -> None:
@@ -564,8 +632,23 @@ def test_commands(brief: Terminal, tmp_path: Path) -> None:
     ask("/save", "/save: expected a file's name")
     ask(f"/save {tmp_path}/no/where", "No such file or directory")
     ask("word " * 300, "too long for the context")
-    brief.send("/exit\r")
+    ask("/system Be brief", "the model is told this first")
+    ask("/undo", "taken back; 1 messages are left")
+    ask("/undo", "nothing was asked yet")
+    (tmp_path / "question").write_text("Who?\n")
+    ask(f"/read {tmp_path}/question", " + 3 tokens")
+    ask("/regenerate", " + 3 tokens")
+    ask("quit", "/quit is the command; a space before it says it to the model")
+    ask("/set temp 9", "above 2.0 most tokens are as likely as any other")
+    brief.send("/sav\t")
+    brief.expect("e")
+    brief.send(f" {tmp_path}/again.json\r")
+    brief.expect("again.json: 3 messages")
+    brief.expect(READY)
+    brief.send("/bye\r")
     assert brief.end() == 0
+    said = json.loads((tmp_path / "again.json").read_text())["messages"]
+    assert [m["content"] for m in said[:2]] == ["Be brief", "Who?"]
 
 
 def test_a_message_of_several_lines(brief: Terminal, tmp_path: Path, env: dict[str, str]) -> None:
@@ -690,7 +773,8 @@ FIGURES = Stats(
 
 
 def test_the_line_of_figures() -> None:
-    assert stats_line(FIGURES) == (
+    assert stats_line(FIGURES) == "# 11.2 tok/s, 128 tokens, 87% of experts in memory, #a31f09c2"
+    assert full_line(FIGURES) == (
         "# 12 prompt + 128 tokens: 85.1 prompt tok/s, 11.2 tok/s, first 0.42 s; hit 87.3%; dropped 3; "
         "read 1.94 GB at 2.1 GB/s; 3.1 bits; peak 812 MiB; #a31f09c2"
     )
@@ -699,7 +783,8 @@ def test_the_line_of_figures() -> None:
 
 def test_figures_of_nothing_are_left_out() -> None:
     nothing = Stats(peak_bytes=2**20)
-    assert stats_line(nothing) == "# 0 prompt + 0 tokens; read 0.00 GB; peak 1 MiB"
+    assert stats_line(nothing) == "# 0 tokens"
+    assert full_line(nothing) == "# 0 prompt + 0 tokens; read 0.00 GB; peak 1 MiB"
     assert "none yet" in stats_table(nothing)
 
 
@@ -787,7 +872,7 @@ def test_a_full_disk_does_not_end_a_chat_for_its_history(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "edgemoe").mkdir()
     (tmp_path / "edgemoe" / "history").symlink_to("/dev/full")
-    history = line._session().history
+    history = line._session(()).history
     history.append_string("Hello")
     assert history.get_strings() == ["Hello"]
 

@@ -116,7 +116,7 @@ def test_run_announces_what_is_lossy_and_counts_it(tiny_moe, capsys):
     assert code == 0
     err = capsys.readouterr().err
     assert "# lossy: experts below 1 of the largest gate are skipped" in err
-    assert "; skipped 50.0%" in err
+    assert ", skipped 50.0%" in err
 
 
 def test_bench_takes_the_same_flags(tiny_moe, capsys):

@@ -260,6 +260,7 @@ def test_the_command_learns_and_warms(tiny_moe, tmp_path, capsys):
     shutil.copy(tiny_moe, moe)
     path = tmp_path / "p"
     flags = [str(moe), "--profile", str(path), "--warm", "-p", "Hi", "--temp", "0", "-n", "8"]
+    flags += ["--stats", "full"]
     assert main(flags) == 0
     first = capsys.readouterr()
     assert first.err.startswith(f"# nothing to warm from yet: {path} is written at the end\n")
