@@ -17,6 +17,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "calibrate": ("edgemoe.cli.calibrate", "sum what flows into a model's matrices"),
     "convert": ("edgemoe.cli.convert", "make a .moe file from a checkpoint"),
     "demo": ("edgemoe.cli.demo", "build the demo model"),
+    "families": ("edgemoe.cli.families", "list the checkpoints that can be converted"),
     "inspect": ("edgemoe.cli.inspect", "say what a .moe file holds, and check it"),
     "profile": ("edgemoe.cli.profile.command", "record, judge and replay how a model routes"),
     "quality": ("edgemoe.cli.quality", "measure what levels and schedulers cost in quality"),

@@ -12,6 +12,7 @@ from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint, listed, refuse_unused
 from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.families.family import Family, Source
+from edgemoe.convert.missing import missing
 from edgemoe.convert.rope import Rope, rope
 from edgemoe.convert.settings import Settings, eos_ids
 from edgemoe.errors import FormatError, quoted
@@ -165,7 +166,9 @@ def _family(checkpoint: Checkpoint) -> Family:
     name = checkpoint.config.get("model_type")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
+        what = missing(checkpoint.config)
+        needs = f" (missing: {what})" if what else ""
         raise FormatError(
-            f"model_type {quoted(name)} is not supported; supported: {', '.join(FAMILIES)}"
+            f"model_type {quoted(name)} is not supported{needs}; supported: {', '.join(FAMILIES)}"
         )
     return family

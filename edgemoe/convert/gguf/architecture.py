@@ -24,6 +24,7 @@ __all__ = [
     "Made",
     "dense_layers",
     "joined",
+    "one",
     "settings",
 ]
 
@@ -48,7 +49,9 @@ class Architecture:
     """Maps one architecture of GGUF files to checkpoints of one model_type. Immutable."""
 
     model_type: str
-    """The family, as config.json names it."""
+    """The family, as config.json names it, unless `config` says another one."""
+    others: tuple[str, ...] = ()
+    """Those other ones."""
     config: Callable[[Meta], dict[str, Any]]
     """Returns config.json, but for what all share and `settings` adds; raises FormatError for unknown values."""
     layer: Mapping[str, str]
@@ -64,8 +67,17 @@ class Architecture:
     though here they lie half a head apart; and the key of config.json that has the number of their heads."""
     whole: Mapping[str, str] = field(default_factory=dict)
     """Tensors outside of the blocks, if not under their usual names."""
+    made_whole: Mapping[str, Made] = field(default_factory=dict)
+    """Those that are not found under one name, by their own."""
+    rope: Mapping[str, Any] = field(default_factory=dict)
+    """What a scaling of RoPE has besides what the file says."""
     prefix: str = "model.layers."
     """What the names of a layer's tensors begin with, before its number."""
+
+    @property
+    def makes(self) -> frozenset[str]:
+        """Every model_type that files of the architecture may be."""
+        return frozenset((self.model_type, *self.others))
 
 
 ATTENTION: Mapping[str, str] = {
@@ -106,6 +118,13 @@ def joined(*of: str) -> Made:
     )
 
 
+def one(name: str, make: Callable[[Mapping[str, Any], Array], Array]) -> Made:
+    """Returns what changes one tensor's values and not its shape."""
+    return Made(
+        (name,), lambda config, values: make(config, values[0]), lambda config, shapes: shapes[0]
+    )
+
+
 def dense_layers(meta: Meta) -> list[int]:
     """Returns the layers without routed experts."""
     sparse = set(meta.layers_with("ffn_gate_inp.weight"))
@@ -117,9 +136,10 @@ def settings(meta: Meta) -> dict[str, Any]:
     embedding = meta.shapes.get("token_embd.weight")
     if embedding is None:
         raise meta.missing("token_embd.weight")
-    hidden, heads = meta.whole("embedding_length"), meta.whole("attention.head_count")
+    hidden, heads = meta.whole("embedding_length"), meta.most("attention.head_count")
     head_dim = meta.whole("attention.key_length", hidden // heads)
-    if meta.whole("attention.value_length", head_dim) != head_dim:
+    latent = meta.get("attention.kv_lora_rank") is not None  # then keys are wider than values
+    if not latent and meta.whole("attention.value_length", head_dim) != head_dim:
         raise meta.error(
             "attention.value_length",
             f"must be the head's {head_dim}, got {meta.get('attention.value_length')}",
@@ -130,7 +150,7 @@ def settings(meta: Meta) -> dict[str, Any]:
         "hidden_size": hidden,
         "num_hidden_layers": meta.layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": meta.whole("attention.head_count_kv", heads),
+        "num_key_value_heads": meta.most("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": meta.whole("context_length"),
@@ -147,5 +167,5 @@ def settings(meta: Meta) -> dict[str, Any]:
             "moe_intermediate_size": meta.rows("ffn_gate_exps.weight"),
         }
     if meta.get("feed_forward_length"):
-        out["intermediate_size"] = meta.whole("feed_forward_length")
+        out["intermediate_size"] = meta.most("feed_forward_length")
     return out

@@ -122,6 +122,8 @@ class GGUFCheckpoint:
 
     def _config(self, meta: Meta, arch: Architecture, file: GGUFFile) -> dict[str, Any]:
         config = {"model_type": arch.model_type, **settings(meta), **arch.config(meta)}
+        if config["rope_scaling"] is not None:
+            config["rope_scaling"] |= arch.rope
         factors = file.tensors.get(_ROPE_FACTORS)
         if factors is not None and _ROPE_FACTORS not in arch.whole:
             # What divides each frequency, in the words of the scaling that has such a list.
@@ -151,9 +153,12 @@ class _Entries:
         out: dict[str, _Entry] = {}
         blocks: dict[int, dict[str, ReaderTensor]] = {}
         whole = {**_WHOLE, **self._arch.whole}
+        made = {made.of[0]: (name, made) for name, made in self._arch.made_whole.items()}
         for name, tensor in tensors.items():
             if match := _BLOCK.fullmatch(name):
                 blocks.setdefault(int(match[1]), {})[match[2]] = tensor
+            elif name in made:
+                out |= dict(self._entries(made[name][0], (tensor,), made[name][1]))
             elif name in whole:
                 if whole[name]:
                     out[whole[name]] = _Entry((tensor,), _shape(tensor))

@@ -48,6 +48,14 @@ class Meta:
             raise self.error(key, f"must be {kind}, got {quoted(value)}")
         return value
 
+    def most(self, key: str, default: int | None = None) -> int:
+        """Returns a whole number, of a list of one for each block the largest: those that have none say 0."""
+        value = self._value(key, default)
+        values = value if isinstance(value, list) and value else [value]
+        if not all(type(v) is int and v >= 0 for v in values) or max(values) < 1:
+            raise self.error(key, f"must be a positive whole number, got {quoted(value)}")
+        return int(max(values))
+
     def positive(self, key: str, default: float | None = None) -> float:
         """Returns a finite number above zero; without a default the key must exist.
 

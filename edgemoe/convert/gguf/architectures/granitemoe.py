@@ -45,6 +45,7 @@ def _config(meta: Meta) -> dict[str, Any]:
 
 ARCHITECTURE = Architecture(
     model_type="granitemoe",
+    others=("granitemoeshared",),
     config=_config,
     layer={**ATTENTION, **EXPERTS},
     made=SHARED,

@@ -30,6 +30,7 @@ def _config(meta: Meta) -> dict[str, Any]:
 
 ARCHITECTURE = Architecture(
     model_type="llama",
+    others=("mixtral",),
     config=_config,
     layer={
         **ATTENTION,

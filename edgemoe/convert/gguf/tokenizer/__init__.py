@@ -18,13 +18,14 @@ from edgemoe.convert.gguf.tokenizer.tokens import (
 )
 from edgemoe.errors import FormatError, quoted
 
-__all__ = ["end_tokens", "tokenizer_files"]
+__all__ = ["KINDS", "end_tokens", "tokenizer_files"]
 
-_KINDS: Mapping[str, Callable[[Mapping[str, Any], Tokens, str], tuple[dict[str, Any], bool]]] = {
+KINDS: Mapping[str, Callable[[Mapping[str, Any], Tokens, str], tuple[dict[str, Any], bool]]] = {
     "gpt2": byte_level,
     "llama": sentencepiece,
     "gemma4": gemma,
 }
+"""By `tokenizer.ggml.model`."""
 _NONE = (None, "none", "no_vocab")
 
 
@@ -53,10 +54,10 @@ def tokenizer_files(
 def _tokenizer(
     meta: Mapping[str, Any], kind: Any, context_length: int, where: str
 ) -> dict[str, dict[str, Any]]:
-    parts_of = _KINDS.get(kind) if isinstance(kind, str) else None
+    parts_of = KINDS.get(kind) if isinstance(kind, str) else None
     if parts_of is None:
         raise FormatError(
-            f"{where}: tokenizer {quoted(kind)} is not supported in GGUF; supported: {', '.join(_KINDS)}"
+            f"{where}: tokenizer {quoted(kind)} is not supported in GGUF; supported: {', '.join(KINDS)}"
         )
     tokens = strings(meta, "tokenizer.ggml.tokens", where)
     vocab = {token: i for i, token in enumerate(tokens)}

@@ -1,0 +1,69 @@
+"""What the runtime would need for models that it cannot run yet, in words for an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["missing"]
+
+_MAMBA, _INDEXER, _HYPER = "Mamba layers", "a sparse indexer of keys", "hyper-connections"
+_CHANNELS = "delta rules with a decay for each channel"
+_BY_NAME: Mapping[str, str] = {
+    "afmoe": "norms on both sides of a layer's parts",
+    "bailing_hybrid": _CHANNELS,
+    "cohere2_moe": "attention and FFN side by side, and LayerNorm",
+    "dbrx": "LayerNorm, and q, k and v in one matrix",
+    "deepseek_v32": _INDEXER,
+    "deepseek_v4": f"{_HYPER}, and compressed keys and values",
+    "gemma4": "norms around the experts, and heads that differ by layer",
+    "gemma4_text": "norms around the experts, and heads that differ by layer",
+    "glm5_next": _INDEXER,
+    "glm_moe_dsa": _INDEXER,
+    "gpt_oss": "attention sinks, and experts with biases",
+    "granitemoehybrid": _MAMBA,
+    "jamba": _MAMBA,
+    "kimi_linear": _CHANNELS,
+    "laguna": "heads that differ by layer, and a gate for each",
+    "lfm2_moe": "short convolutions",
+    "llama4": "attention in chunks, and experts whose input is weighed",
+    "llama4_text": "attention in chunks, and experts whose input is weighed",
+    "nemotron_h": f"{_MAMBA}, and experts of two matrices",
+    "phimoe": "the sparsemixer router, and LayerNorm",
+    "qwen4_exp": f"{_HYPER}, a sparse indexer and n-gram embeddings",
+    "smallthinker": "a router that reads a layer's input",
+}
+"""By model_type; of one that is supported nobody asks."""
+
+_BY_KEY: Mapping[str, str] = {
+    "hc_mult": _HYPER,
+    "index_topk": _INDEXER,
+    "mamba_d_state": _MAMBA,
+    "ssm_state_size": _MAMBA,
+    "is_encoder_decoder": "an encoder",
+}
+_EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "moe_num_experts",
+    "text_config",
+    "ffn_config",
+)
+
+
+def missing(config: Mapping[str, Any]) -> str:
+    """Returns what a model of no supported family needs and is not there; empty where nothing tells.
+
+    Args:
+        config: the content of config.json.
+    """
+    name = config.get("model_type")
+    if isinstance(name, str) and name in _BY_NAME:
+        return _BY_NAME[name]
+    for key, what in _BY_KEY.items():
+        if config.get(key):
+            return what
+    if isinstance(name, str) and not any(config.get(key) for key in _EXPERTS):
+        return "routed experts, as the model is dense"
+    return ""
