@@ -101,6 +101,21 @@ _HUNYUAN = {
     "intermediate_size": 48,
     "head_dim": 24,
 }
+_QWEN3_NEXT = {
+    "model_type": "qwen3_next",
+    "num_hidden_layers": 3,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "num_experts": 8,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "head_dim": 24,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 16,
+}
+_QWEN3_5 = {**_QWEN3_NEXT, "model_type": "qwen3_5_moe_text"}
 _LARGE_EPS = {"rms_norm_eps": 0.3}
 """As large as the mean squares that it is added to, so that a norm with another one is seen."""
 
@@ -260,6 +275,18 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "minimax_m2": {**_MINIMAX, **_rope("default", partial_rotary_factor=0.5)},
     "hunyuan_v1_moe": _HUNYUAN,
     "hunyuan_v1_moe-tied-bias": {**_HUNYUAN, "tie_word_embeddings": True, "attention_bias": True},
+    "qwen3_next": {**_QWEN3_NEXT, **_rope("default", partial_rotary_factor=0.25)},
+    "qwen3_next-dense-tied": {
+        **_QWEN3_NEXT,
+        "mlp_only_layers": [1],
+        "tie_word_embeddings": True,
+        "norm_topk_prob": False,
+        "layer_types": ["full_attention"] + ["linear_attention"] * 2,
+        "linear_num_value_heads": 2,
+        "linear_conv_kernel_dim": 3,
+    },
+    "qwen3_5_moe": {**_QWEN3_5, **_rope("default", partial_rotary_factor=0.5)},
+    "qwen3_5_moe-eps": {**_QWEN3_5, **_LARGE_EPS},
     "olmoe-eps": {**_OLMOE, **_LARGE_EPS},
     "qwen3_moe-eps": {**_QWEN3, **_LARGE_EPS},
 }
@@ -281,9 +308,22 @@ def _gain(name: str, config: Any) -> float:
         return 1.5 if config.model_type in ("glm4_moe", "minimax_m2") else 6.0
     if "q_proj" in name or "k_proj" in name:
         return 0.7
-    if "o_proj" in name or "down_proj" in name or "output_linear" in name:
+    if "conv1d" in name:
+        return 1.5
+    if "linear_attn.out_proj" in name:
+        return 0.2  # what a head of a recurrent layer reads may be little but noise, and is normed
+    if "o_proj" in name or "out_proj" in name or "down_proj" in name or "output_linear" in name:
         return 0.5
     return 1.0
+
+
+def _vector(key: str, weight: Any, noise: Any) -> Any:
+    """Returns values of a bias or a norm; those of norms lie around what they are at first, 0 or 1."""
+    if key.endswith("bias"):
+        return 0.3 * noise
+    if key.endswith("A_log"):
+        return noise.abs()
+    return weight.mean() + 0.2 * noise
 
 
 def make(
@@ -314,7 +354,7 @@ def make(
                 continue
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim == 1 or key.endswith("bias"):
-                weight.copy_(0.3 * noise if key.endswith("bias") else 1 + 0.2 * noise)
+                weight.copy_(_vector(key, weight, noise))
             else:
                 weight.copy_(noise * _gain(key, config) / math.sqrt(weight.shape[-1]))
     model.to(dtype).save_pretrained(out, **save)

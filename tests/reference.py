@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import reference_recurrent
 from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig
-from edgemoe.specs import AttentionSpec, MixerSpec
+from edgemoe.specs import AttentionSpec, DeltaSpec, MixerSpec
 
 Array = NDArray[Any]
 Experts = Callable[[int, int], tuple[Array, Array, Array]]
@@ -102,6 +103,8 @@ def mix(spec: MixerSpec, layer: Mapping[str, Array], turns: Mapping[str, Array],
     """Mixes the tokens of the sequence x [T, D]; `turns` are the model's tables of frequencies."""
     if isinstance(spec, AttentionSpec):
         return attention(spec, layer, turns, x)
+    if isinstance(spec, DeltaSpec):
+        return delta(spec, layer, x)
     raise AssertionError(spec)
 
 
@@ -134,7 +137,28 @@ def attention(
             first = max(0, t + 1 - spec.window) if spec.window else 0
             weights = softmax(q[t, head] @ k[first : t + 1, group].T * spec.scale)
             out[t, head] = weights @ v[first : t + 1, group]
-    return out.reshape(len(x), -1) @ layer["o"].T + layer.get("o_bias", 0)
+    out = out.reshape(len(x), -1)
+    if spec.gate != "none":
+        gate = x @ layer["q_gate"].T
+        gate = np.logaddexp(0, gate) if spec.gate == "softplus_head" else 1 / (1 + np.exp(-gate))
+        out = out * np.repeat(gate, out.shape[1] // gate.shape[1], axis=1)
+    return out @ layer["o"].T + layer.get("o_bias", 0)
+
+
+def delta(spec: DeltaSpec, layer: Mapping[str, Array], x: Array) -> Array:
+    """The gated delta rule."""
+    zero = [np.zeros(shape) for shape in spec.state_shapes]
+    qkv, _ = reference_recurrent.short_conv(
+        x @ layer["qkv"].T, layer["conv"], 0, zero[0], with_silu=True
+    )
+    heads, _ = reference_recurrent.delta_rule(
+        qkv, x @ layer["decay"].T, x @ layer["beta"].T, layer["decay_rate"], layer["decay_bias"],
+        spec.key_heads, zero[1], bounded=False,
+    )  # fmt: skip
+    mixed = reference_recurrent.gated_norm(
+        heads, x @ layer["z"].T, layer["head_norm"], spec.norm_eps, spec.value_heads, spec.gate
+    )
+    return mixed @ layer["o"].T
 
 
 def rotate(x: Array, frequencies: Array, scale: float) -> Array:

@@ -61,7 +61,12 @@ def listed(names: Iterable[str]) -> str:
 
 
 def refuse_unused(
-    checkpoint: Checkpoint, used: Collection[str], *, family: str, tied: bool
+    checkpoint: Checkpoint,
+    used: Collection[str],
+    *,
+    family: str,
+    tied: bool,
+    embed: str = "model.embed_tokens.weight",
 ) -> None:
     """Checks that a model uses all that is stored, so that nothing of it is silently left out.
 
@@ -69,12 +74,13 @@ def refuse_unused(
         used: the names of the tensors that it uses.
         family: of the model, for the message.
         tied: the head is the embedding; a copy of it may be stored.
+        embed: the name of the embedding.
 
     Raises:
         FormatError: names the tensors that are left over.
     """
     known = set(used)
-    head, embed = "lm_head.weight", "model.embed_tokens.weight"
+    head = "lm_head.weight"
     if tied and head in checkpoint.shapes and head not in known:
         if not np.array_equal(checkpoint.tensor(head), checkpoint.tensor(embed)):
             raise FormatError(f"{head}: differs from {embed}, though tie_word_embeddings is true")

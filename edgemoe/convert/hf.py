@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,8 @@ class HFCheckpoint:
     """Reads a checkpoint directory; implements `Checkpoint`.
 
     A stack of matrices `name` [N, R, C], in which some families store their experts, is presented
-    as N matrices `name.0`, `name.1`, …, so that one expert can be read without the others.
+    as N matrices `name.0`, `name.1`, …, so that one expert can be read without the others. The weights of a convolution
+    of each channel by itself, [C, 1, taps], are a matrix [C, taps].
     Quantised weights are presented as floats, under the names that a float checkpoint has for them, and config.json
     without what it says of their quantisation. Opening reads no weights. Immutable.
     """
@@ -58,7 +60,7 @@ class HFCheckpoint:
         self.config: Mapping[str, Any] = without_quantisation(config)
         found = {name: read_file(path, name) for name in _FILES}
         self.files: Mapping[str, bytes] = {n: data for n, data in found.items() if data is not None}
-        stored = _stored_tensors(path)
+        stored = {name: _as_matrix(t) for name, t in _stored_tensors(path).items()}
         self.identity: str = file_identity(sorted({tensor.path for tensor in stored.values()}))
         self._tensors = _Tensors(_floats(path, config, stored))
         self.shapes: Mapping[str, tuple[int, ...]] = _Shapes(self._tensors)
@@ -73,6 +75,13 @@ class HFCheckpoint:
             return self._tensors[name].read()
         except KeyError:
             raise FormatError(f"{self.name}: no tensor {name}") from None
+
+
+def _as_matrix(tensor: StoredTensor) -> StoredTensor:
+    shape = tensor.shape
+    if len(shape) == 3 and shape[1] == 1:
+        return replace(tensor, shape=(shape[0], shape[2]))
+    return tensor
 
 
 class _Tensors(Mapping[str, Tensor]):

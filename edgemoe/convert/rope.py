@@ -138,11 +138,11 @@ def rope(settings: Settings, *, dim: int, default_theta: float) -> Rope:
     return Rope(rounded(frequencies), scale, max_positions, note)
 
 
-def rotated_columns(settings: Settings, head_dim: int) -> int:
-    """Returns how many leading columns of a head RoPE rotates: the share that config.json names, or all."""
+def rotated_columns(settings: Settings, head_dim: int, default: float = 1.0) -> int:
+    """Returns how many leading columns of a head RoPE rotates: the share that config.json names, or the default."""
     parameters = _parameters(settings)
     factor = parameters.positive(
-        "partial_rotary_factor", settings.positive("partial_rotary_factor", 1.0)
+        "partial_rotary_factor", settings.positive("partial_rotary_factor", default)
     )
     return int(head_dim * factor)
 

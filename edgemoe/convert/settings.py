@@ -10,7 +10,10 @@ from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.errors import FormatError, quoted
 from edgemoe.file.parse import parse_object
 
-__all__ = ["Settings", "eos_ids"]
+__all__ = ["Settings", "eos_ids", "text_settings"]
+
+_OF_THE_WHOLE = ("tie_word_embeddings", "quantization_config", "eos_token_id")
+"""What holds for the text too where it stands outside of its section."""
 
 _LARGEST = 1 << 53  # floats hold every whole number up to here
 
@@ -104,6 +107,15 @@ def _is_number(value: object) -> bool:
     return abs(value) <= _LARGEST if isinstance(value, int) else math.isfinite(value)
 
 
+def text_settings(values: Mapping[str, Any]) -> Settings:
+    """Returns the settings of the part for text, which models of pictures and sound too have in a section."""
+    section = Settings(values).section("text_config")
+    if section is None:
+        return Settings(values)
+    whole = {key: values[key] for key in _OF_THE_WHOLE if values.get(key) is not None}
+    return Settings({**values["text_config"], **whole}, where="config.json: text_config")
+
+
 def eos_ids(checkpoint: Checkpoint, vocab_size: int) -> tuple[int, ...]:
     """Returns the tokens that end a reply: those of generation_config.json, else of config.json.
 
@@ -118,7 +130,7 @@ def eos_ids(checkpoint: Checkpoint, vocab_size: int) -> tuple[int, ...]:
         ids = _tokens(Settings(values, where=name), vocab_size)
         if ids:
             return ids
-    return _tokens(Settings(checkpoint.config), vocab_size)
+    return _tokens(text_settings(checkpoint.config), vocab_size)
 
 
 def _tokens(settings: Settings, vocab_size: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.families.family import Family, Source
 from edgemoe.convert.missing import missing
 from edgemoe.convert.rope import Rope, rope
-from edgemoe.convert.settings import Settings, eos_ids
+from edgemoe.convert.settings import eos_ids, text_settings
 from edgemoe.errors import FormatError, quoted
 from edgemoe.specs import MixerSpec, RopeSpec
 
@@ -44,7 +44,7 @@ class SourceModel:
         self._checkpoint = checkpoint
         try:
             family = _family(checkpoint)
-            settings = Settings(checkpoint.config)
+            settings = text_settings(checkpoint.config)
             config = family.config(settings)
             turns = {
                 spec: rope(
@@ -103,7 +103,9 @@ class SourceModel:
             values = values[source.half * rows : (source.half + 1) * rows]
         if source.interleaved:
             values = _in_halves(values, self.config.mixer(int(name.split(".")[1])))
-        return np.ascontiguousarray(values)
+        if source.fold is not None:
+            values = source.fold(values, _mixer_of(name, self.config))
+        return np.ascontiguousarray(values, np.float32)
 
     def _checked_sources(self, family: Family) -> tuple[dict[str, Source], list[str]]:
         config, stored = self.config, self._checkpoint.shapes
@@ -122,6 +124,8 @@ class SourceModel:
                 shape = (2 * shape[0], *shape[1:])
             if source.name not in stored:
                 missing.append(source.name)
+            elif source.fold is not None:
+                _check_fold(name, source, stored[source.name], shape, config)
             elif stored[source.name] != shape and stored[source.name] != (
                 1,
                 *shape,
@@ -132,15 +136,38 @@ class SourceModel:
         if missing:
             raise FormatError(f"missing {listed(missing)}")
         used = {source.name for source in sources.values()}
+        embed = sources["embed"].name
         without = {name: what for name in stored if (what := family.left_out(config, name))}
         refuse_unused(
-            self._checkpoint, used | without.keys(), family=config.family, tied=config.tied
-        )
+            self._checkpoint, used | without.keys(), family=config.family, tied=config.tied,
+            embed=embed,
+        )  # fmt: skip
         notes = [
             f"left out: {what} ({list(without.values()).count(what)} tensors)"
             for what in dict.fromkeys(without.values())
         ]
         return sources, notes
+
+
+def _mixer_of(name: str, config: ModelConfig) -> MixerSpec | None:
+    """Returns the mixer of the layer that a tensor is of; None outside of layers."""
+    kind, _, rest = name.partition(".")
+    return config.mixer(int(rest.split(".")[0])) if kind in ("layers", "experts") else None
+
+
+def _check_fold(
+    name: str, source: Source, stored: tuple[int, ...], shape: tuple[int, ...], config: ModelConfig
+) -> None:
+    """Checks that what is stored becomes a tensor of `shape`, without reading it."""
+    assert source.fold is not None
+    try:
+        got = source.fold(np.broadcast_to(np.False_, stored), _mixer_of(name, config)).shape
+    except (ValueError, IndexError):
+        got = ()
+    if got != shape:
+        raise FormatError(
+            f"{source.name}: a tensor of shape {list(stored)} does not make the {list(shape)} that config.json asks for"
+        )
 
 
 def _with_turns(mixer: MixerSpec, turns: Mapping[RopeSpec, Rope]) -> MixerSpec:

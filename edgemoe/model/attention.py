@@ -29,8 +29,9 @@ class Attention:
 
     @staticmethod
     def scratch_widths(spec: AttentionSpec) -> tuple[int, ...]:
-        """See `Mixer.scratch_widths`: queries, keys, values, what comes out of the heads."""
-        return spec.q_width, spec.kv_width, spec.kv_width, spec.q_width
+        """See `Mixer.scratch_widths`: queries, keys, values, what comes out of the heads, and their gate."""
+        gate = (spec.gate_width,) if spec.gate_width else ()
+        return spec.q_width, spec.kv_width, spec.kv_width, spec.q_width, *gate
 
     @staticmethod
     def state_bytes(spec: AttentionSpec, context: int, types: KvTypes) -> int:
@@ -48,7 +49,7 @@ class Attention:
 
     def start(self, batch: Batch) -> None:
         """See `Mixer.start`: cuts the rows of each sequence, once for all layers."""
-        q, k, v, heads = self._rows.first(len(batch.ids))
+        q, k, v, heads, *gate = self._rows.first(len(batch.ids))
         parts: list[tuple[list[Any], int, Any, Any, Any, Any, Any, Any, Any]] = []
         for part in batch.slices:
             rows = self._rows.between(part.start, part.stop)
@@ -57,7 +58,7 @@ class Attention:
                 cos, sin = self.rope.rows.between(part.start, part.stop)
                 turn = cos, sin, self.rope.table(state)
             parts.append((state.layers, state.held, *rows[:3], *turn, rows[3]))
-        batch.shared[self] = ((q, k, v), heads, parts)
+        batch.shared[self] = ((q, k, v), heads, gate, parts)
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> AttentionLayer:
         """See `Mixer.layer`."""
@@ -73,16 +74,26 @@ class AttentionLayer:
         self._weights = shared.ops.attention_weights(index, shared.spec, weights, shared.types.keys)
         if shared.rope is not None and self._weights.num_constants:
             shared.rope.keep(shared.context)
-        self._qkv, self._o = (matrices["q"], matrices["k"], matrices["v"]), (matrices["o"],)
+        self._qkv: tuple[Matrix, ...] = matrices["q"], matrices["k"], matrices["v"]
+        self._o = (matrices["o"],)
         self._o_bias = cast("Array | None", weights.get("o_bias"))
+        self._gate, self._gate_kind = weights.get("q_gate"), shared.spec.gate
+        if self._gate_kind == "sigmoid":  # a matrix like the others
+            self._qkv = (*self._qkv, matrices["q_gate"])
 
     def forward(self, normed: Array, batch: Batch, out: Array) -> None:
         """See `MixerLayer.forward`."""
         ops, index = self._ops, self._index
-        qkv, attended, parts = batch.shared[self._shared]
+        qkv, attended, gate, parts = batch.shared[self._shared]
+        if self._gate_kind == "sigmoid":
+            qkv = (*qkv, *gate)
+        elif gate:
+            ops.linear_f32(normed, (cast(Array, self._gate),), gate)
         ops.linear(normed, self._qkv, qkv)
         for states, pos, q, k, v, cos, sin, table, heads in parts:
             ops.attention(self._weights, q, k, v, pos, cos, sin, table, states[index].layer, heads)
+        if gate:
+            ops.gate_heads(attended, gate[0], self._gate_kind)
         ops.linear(attended, self._o, (out,))
         if self._o_bias is not None:
             ops.add_bias(self._o_bias, out)

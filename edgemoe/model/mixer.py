@@ -10,11 +10,12 @@ from typing import Any, Protocol
 
 from edgemoe.model.attention import Attention
 from edgemoe.model.batch import Batch
+from edgemoe.model.delta import Delta
 from edgemoe.model.kv import KvTypes
 from edgemoe.model.setup import Setup
 from edgemoe.model.state import State
 from edgemoe.ops import Array
-from edgemoe.specs import AttentionSpec, MixerSpec
+from edgemoe.specs import AttentionSpec, DeltaSpec, MixerSpec
 from edgemoe.store import Weight
 
 __all__ = ["Mixer", "MixerLayer", "mixer_class"]
@@ -61,7 +62,10 @@ class Mixer(Protocol):
         """Returns the mixer of layer `index`, whose tensors are given by their names within the layer."""
 
 
-_CLASSES: Mapping[type[MixerSpec], type[Mixer]] = {AttentionSpec: Attention}
+_CLASSES: Mapping[type[MixerSpec], type[Mixer]] = {
+    AttentionSpec: Attention,
+    DeltaSpec: Delta,
+}
 
 
 def mixer_class(spec: MixerSpec) -> type[Mixer]:

@@ -44,7 +44,7 @@ from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.errors import FormatError, quoted
 from edgemoe.file.summed import SummedFile, write_summed
 
-__all__ = ["MIN_TOKENS", "Calibration", "write_calibration"]
+__all__ = ["MIN_TOKENS", "SAME_INPUT", "Calibration", "write_calibration"]
 
 Array = NDArray[np.float32]
 
@@ -66,7 +66,8 @@ _FORMS = {
     "experts.error": ("float64", 1), "experts.error2": ("float64", 1),
 }  # fmt: skip
 _LONGEST_LAYER = 4  # digits
-_SAME_INPUT = {"k": "q", "v": "q", "up": "gate"}
+SAME_INPUT = {"k": "q", "v": "q", "q_gate": "q", "z": "qkv", "up": "gate"}
+"""Matrices that are applied to what another one is, by the last part of their names."""
 
 
 class Calibration:
@@ -254,7 +255,7 @@ class Calibration:
 
 def _input(name: str) -> str:
     head, dot, last = name.rpartition(".")
-    return head + dot + _SAME_INPUT.get(last, last)
+    return head + dot + SAME_INPUT.get(last, last)
 
 
 def write_calibration(

@@ -73,6 +73,8 @@ class AttentionSpec(MixerSpec):
     """The norm of q and k comes after their rotation, and not before (for qk_norm "head")."""
     clip: float | None = None
     """q, k and v are clamped to ±this after the norm and before RoPE."""
+    gate: Literal["none", "sigmoid", "sigmoid_head", "softplus_head"] = "none"
+    """What comes out of the heads is multiplied by this of a projection: by element, or one for each head."""
 
     def __post_init__(self) -> None:
         need_sizes(self, "num_heads", "num_kv_heads", "head_dim")
@@ -98,6 +100,10 @@ class AttentionSpec(MixerSpec):
         need(
             self.clip is None or (math.isfinite(self.clip) and self.clip > 0),
             f"clip must be positive, got {quoted(self.clip)}",
+        )
+        need(
+            self.gate in ("none", "sigmoid", "sigmoid_head", "softplus_head"),
+            f"unknown gate {quoted(self.gate)}",
         )
 
     @property
@@ -131,6 +137,13 @@ class AttentionSpec(MixerSpec):
         return self.num_kv_heads * self.head_dim
 
     @property
+    def gate_width(self) -> int:
+        """Columns of the gate, 0 for none."""
+        if self.gate == "none":
+            return 0
+        return self.q_width if self.gate == "sigmoid" else self.num_heads
+
+    @property
     def has_constant_keys(self) -> bool:
         """See `MixerSpec.has_constant_keys`."""
         turns = self.rope is not None
@@ -146,6 +159,10 @@ class AttentionSpec(MixerSpec):
         f32, nested = TensorSpec.f32, TensorSpec.nested
         d, q, kv = hidden_size, self.q_width, self.kv_width
         out = {"q": nested(q, d), "k": nested(kv, d), "v": nested(kv, d), "o": nested(d, q)}
+        if self.gate == "sigmoid":
+            out["q_gate"] = nested(q, d)
+        elif self.gate != "none":
+            out["q_gate"] = f32(self.num_heads, d)
         if self.qkv_bias:
             out |= {"q_bias": f32(q), "k_bias": f32(kv), "v_bias": f32(kv)}
         if self.o_bias:

@@ -13,7 +13,9 @@ from edgemoe.convert.families import (
     mixtral,
     olmoe,
     qwen2_moe,
+    qwen3_5_moe,
     qwen3_moe,
+    qwen3_next,
 )
 from edgemoe.convert.families.family import Family
 
@@ -29,5 +31,8 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,
+    "qwen3_5_moe": qwen3_5_moe.FAMILY,
+    "qwen3_5_moe_text": qwen3_5_moe.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
+    "qwen3_next": qwen3_next.FAMILY,
 }

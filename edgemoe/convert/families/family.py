@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from numpy.typing import NDArray
+
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.rope import check_rotated
 from edgemoe.convert.settings import Settings
@@ -33,11 +35,15 @@ __all__ = [
 ]
 
 
+Fold = Callable[[NDArray[Any], Any], NDArray[Any]]
+"""Makes a tensor of a stored one and the spec of its layer's mixer: picks rows, transposes, adds 1. May give views."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where a tensor comes from: a stored one, or one half of its rows.
 
-    A name may contain `{expert}`. Inside a layer it is relative to `model.layers.I.`.
+    A name may contain `{expert}`. Inside a layer it is relative to `layers.I.` of the root, see `Family.roots`.
     """
 
     name: str
@@ -45,6 +51,8 @@ class Source:
     """0 or 1: the first or second half of the rows, where gate and up are stored as one."""
     interleaved: bool = False
     """RoPE turns neighbouring rows of each head; ours are half of what is rotated apart."""
+    fold: Fold | None = None
+    """Makes ours of the stored tensor."""
 
 
 NAMED_EXPERTS: Mapping[str, Source] = {
@@ -68,10 +76,10 @@ A checkpoint presents a stack of matrices as one matrix per index.
 
 _MAX_LAYERS = 4096
 
-_MODEL: Mapping[str, str] = {
-    "embed": "model.embed_tokens.weight",
-    "head": "lm_head.weight",
-    "norm": "model.norm.weight",
+_HEAD = Source("lm_head.weight")
+_MODEL: Mapping[str, Source] = {
+    "embed": Source("embed_tokens.weight"),
+    "norm": Source("norm.weight"),
 }
 _LAYER: Mapping[str, Source] = {
     "attn_norm": Source("input_layernorm.weight"),
@@ -98,6 +106,12 @@ class Family:
     """The `shared.*` tensors of a layer with routed experts."""
     layer: Mapping[str, Source] = field(default_factory=dict)
     """Where other tensors of a layer are, if not under their usual names."""
+    mixers: Mapping[str, Mapping[str, Source]] = field(default_factory=dict)
+    """The same of layers whose mixer is of a kind."""
+    model: Mapping[str, Source] = field(default_factory=dict)
+    """Where embedding and last norm are in the root, if not under their usual names."""
+    roots: tuple[str, ...] = ("model.",)
+    """How names of all but the head may begin; the first where it finds an embedding."""
     rope: Callable[[Settings, RopeSpec], Settings] = lambda settings, spec: settings
     """Returns config.json with the `rope_parameters` of one table, where a family has several."""
     left_out: Callable[[ModelConfig, str], str] = lambda config, name: ""
@@ -116,37 +130,45 @@ class Family:
             The names of `dense_tensors`, and `experts.I.J.gate .up .down` of layer I, expert J.
         """
         tables = {name for rope in config.ropes for name in rope.tensors()}
+        model = {**_MODEL, **self.model}
+        embeds = (root for root in self.roots if root + model["embed"].name in stored)
+        root = next(embeds, self.roots[0])
         for name in dense_tensors(config):
-            if name in _MODEL:
-                yield name, Source(_MODEL[name])
+            if name == "head":
+                yield name, _HEAD
+            elif name in model:
+                yield name, _within(root, model[name])
             elif name not in tables:
                 _, number, part = name.split(".", 2)
                 layer = int(number)
-                names = self._layer_names(layer, layer in config.moe_layers, stored)
-                yield name, _within(layer, names[part])
+                place = f"{root}layers.{layer}."
+                names = self._layer_names(config, layer, place, stored)
+                yield name, _within(place, names[part])
         for layer in config.moe_layers:
-            names = self._layer_names(layer, True, stored)
+            place = f"{root}layers.{layer}."
+            names = self._layer_names(config, layer, place, stored)
             for index in range(config.num_experts):
                 for part, (rows, _) in zip(MATRICES, config.expert_shapes, strict=True):
                     if not rows:  # a gate that experts do without
                         continue
-                    yield f"experts.{layer}.{index}.{part}", _within(layer, names[part], index)
+                    yield f"experts.{layer}.{index}.{part}", _within(place, names[part], index)
 
     def _layer_names(
-        self, layer: int, is_moe: bool, stored: Mapping[str, tuple[int, ...]]
+        self, config: ModelConfig, layer: int, place: str, stored: Mapping[str, tuple[int, ...]]
     ) -> Mapping[str, Source]:
-        if not is_moe:
-            return {**_LAYER, **_DENSE_FFN, **self.layer}
+        own = {**self.layer, **self.mixers.get(config.mixer(layer).kind, {})}
+        if layer not in config.moe_layers:
+            return {**_LAYER, **_DENSE_FFN, **own}
         for experts in self.experts:
-            if _within(layer, experts["up"], 0).name in stored:
+            if _within(place, experts["up"], 0).name in stored:
                 break
         else:
             experts = self.experts[0]  # So that what is missing is reported by its usual name.
-        return {**_LAYER, **self.layer, **self.shared, **experts}
+        return {**_LAYER, **own, **self.shared, **experts}
 
 
-def _within(layer: int, source: Source, expert: int | None = None) -> Source:
-    return replace(source, name=f"model.layers.{layer}.{source.name.format(expert=expert)}")
+def _within(place: str, source: Source, expert: int | None = None) -> Source:
+    return replace(source, name=place + source.name.format(expert=expert))
 
 
 def decoder_config(

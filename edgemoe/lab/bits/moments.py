@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.plan import Plan
+from edgemoe.quant.calibration import SAME_INPUT
 
 __all__ = ["Moments", "Products", "product_shapes"]
 
@@ -144,7 +145,7 @@ def product_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
 
 def _dense_inputs(config: ModelConfig) -> dict[str, int]:
     """Returns the columns of every matrix that is the first to take its input."""
-    skipped = {"k", "v", "up"} | (set() if config.tied else {"embed"})
+    skipped = SAME_INPUT.keys() | (set() if config.tied else {"embed"})
     return {
         name: spec.shape[1]
         for name, spec in dense_tensors(config).items()

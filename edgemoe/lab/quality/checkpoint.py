@@ -19,7 +19,8 @@ from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.lab.quality.quality import Sample
-from edgemoe.specs import AttentionSpec, MixerSpec, RopeSpec, RouterSpec
+from edgemoe.lab.quality.recurrent import delta, sigmoid, softplus
+from edgemoe.specs import AttentionSpec, DeltaSpec, MixerSpec, RopeSpec, RouterSpec
 from edgemoe.text.logprobs import log_softmax
 
 __all__ = ["final_states", "record_predictions", "recorded_checkpoint"]
@@ -131,7 +132,7 @@ def _add_shared(tokens: Array, normed: Array, layer: Layer, residual: np.float32
     for rows in _blocks(len(tokens), matrices[0]):
         out = _ffn(normed[rows], *matrices)
         if "shared.sigmoid" in layer:
-            out *= _sigmoid(normed[rows] @ layer["shared.sigmoid"])[:, None]
+            out *= sigmoid(normed[rows] @ layer["shared.sigmoid"])[:, None]
         tokens[rows] += residual * out
 
 
@@ -154,7 +155,7 @@ def _route(
     spec: RouterSpec, logits: Array, bias: Array | np.float32
 ) -> tuple[NDArray[np.intp], Array]:
     """Returns each token's experts and gates, [T, K], best first, for router logits [T, E]."""
-    scores = _sigmoid(logits) if spec.scoring == "sigmoid" else _softmax(logits)
+    scores = sigmoid(logits) if spec.scoring == "sigmoid" else _softmax(logits)
     choice = scores + bias
     if spec.groups > 1:
         groups = choice.reshape(len(choice), spec.groups, -1)
@@ -175,6 +176,8 @@ def _mix(spec: MixerSpec, layer: Layer, x: Array, turns: Turns) -> Array:
     """Returns what a layer's mixer makes of one sequence x [T, D]."""
     if isinstance(spec, AttentionSpec):
         return _attention(spec, layer, x, turns)
+    if isinstance(spec, DeltaSpec):
+        return delta(spec, layer, x)
     raise FormatError(f"a forward pass in floats knows no mixers of kind {spec.kind} yet")
 
 
@@ -204,6 +207,10 @@ def _attention(spec: AttentionSpec, layer: Layer, x: Array, turns: Turns) -> Arr
     if spec.norm_after_rope:
         q, k = normed(q, k)
     out = attention(q, k, v, scale=spec.scale, window=spec.window)
+    if spec.gate != "none":
+        gate = x @ layer["q_gate"].T
+        gate = softplus(gate) if spec.gate == "softplus_head" else sigmoid(gate)
+        out *= gate.repeat(out.shape[1] // gate.shape[1], axis=1)
     added: Array = out @ layer["o"].T + layer.get("o_bias", np.float32(0))
     return added
 
@@ -220,12 +227,6 @@ def _ffn(x: Array, gate: Array, up: Array, down: Array) -> Array:
     h = silu(x @ gate.T)
     h *= x @ up.T
     out: Array = h @ down.T
-    return out
-
-
-def _sigmoid(x: Array) -> Array:
-    with np.errstate(over="ignore"):  # 1 / (1 + inf) is the right answer
-        out: Array = np.float32(1) / (np.float32(1) + np.exp(-x))
     return out
 
 

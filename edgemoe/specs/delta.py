@@ -1,0 +1,85 @@
+"""The gated delta rule: a matrix for each head, which each token corrects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from edgemoe.errors import quoted
+from edgemoe.specs.mixer import MixerSpec, need, need_numbers, need_sizes
+from edgemoe.specs.tensor import TensorSpec
+
+__all__ = ["DeltaSpec"]
+
+_MOST_TAPS = 8
+"""Of a short convolution."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeltaSpec(MixerSpec):
+    """Gated DeltaNet (arXiv 2412.06464): a short convolution, the delta rule, and a norm beside a gate."""
+
+    kind: ClassVar[str] = "delta"
+
+    key_heads: int
+    """Each is that of value_heads / key_heads value heads, one after the other."""
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    """Of the convolution over time."""
+    norm_eps: float
+    gate: Literal["silu", "sigmoid"] = "silu"
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "key_heads", "value_heads", "key_dim", "value_dim", "taps")
+        need_numbers(self, "norm_eps")
+        need(self.taps <= _MOST_TAPS, f"a convolution of {self.taps} taps is not supported")
+        need(
+            self.value_heads % self.key_heads == 0,
+            f"value_heads {self.value_heads} is not a multiple of key_heads {self.key_heads}",
+        )
+        need(self.value_dim % 16 == 0, f"value_dim must be a multiple of 16, got {self.value_dim}")
+        need(self.gate in ("silu", "sigmoid"), f"unknown gate {quoted(self.gate)}")
+        need_sizes(self, "channels", "decays")
+        need(self.value_heads * self.key_dim * self.value_dim < 1 << 30, "a state is too large")
+
+    def __str__(self) -> str:
+        """Is what a person is told of it."""
+        heads = f"{self.value_heads} heads of {self.key_dim} x {self.value_dim}"
+        return f"gated delta rule: {heads} ({self.key_heads} for queries and keys)"
+
+    @property
+    def key_width(self) -> int:
+        """Columns of the queries, and of the keys."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_width(self) -> int:
+        """Columns of the values, and of what comes out of the heads."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Columns of queries, keys and values together: what is convolved."""
+        return 2 * self.key_width + self.value_width
+
+    @property
+    def decays(self) -> int:
+        """How many a token has."""
+        return self.value_heads
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The last inputs of the convolution, and the heads' matrices."""
+        return (self.taps - 1, self.channels), (self.value_heads, self.key_dim, self.value_dim)
+
+    def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
+        """See `MixerSpec.tensors`."""
+        f32, nested = TensorSpec.f32, TensorSpec.nested
+        d, v, h = hidden_size, self.value_width, self.value_heads
+        return {
+            "qkv": nested(self.channels, d), "z": nested(v, d), "o": nested(d, v),
+            "decay": f32(self.decays, d), "beta": f32(h, d), "conv": f32(self.taps, self.channels),
+            "decay_rate": f32(h), "decay_bias": f32(self.decays), "head_norm": f32(self.value_dim),
+        }  # fmt: skip
