@@ -12,6 +12,9 @@ from typing import Protocol
 
 __all__ = ["SequenceState", "State"]
 
+_REPLY_START = 16
+"""Tokens at the end of a prompt that may differ when a conversation goes on: how its template begins a reply."""
+
 
 class State(Protocol):
     """Is what one layer remembers of one sequence; made by the layer's mixer, which alone looks into it.
@@ -51,6 +54,8 @@ class SequenceState:
         """The most tokens."""
         self.reach = 0
         """Tokens for which memory is counted: the most that were ever there, and a few."""
+        self.mark = 0
+        """The length at which the next snapshot is taken, 0 for none; passes end there, see `span`."""
         self.is_dirty = False
         """A pass is under way, or was broken off."""
 
@@ -85,6 +90,22 @@ class SequenceState:
         self.ids.extend(ids)  # one step, so that Ctrl-C comes before it or after it
         self.held = len(self.ids)
         self.is_dirty = False
+        if self.length == self.mark:
+            self.snapshot()
+
+    def begin_turn(self, prompt: int) -> None:
+        """The first `prompt` tokens will be there, and a reply follows.
+
+        Layers that cannot go back to every token keep where the turn begins and where its reply does, for a
+        conversation in which either is written anew.
+        """
+        if self.needs_snapshots:
+            self.snapshot()
+            self.mark = max(prompt - _REPLY_START, 0)
+
+    def span(self, count: int) -> int:
+        """Returns how many of the next `count` tokens a pass may take."""
+        return min(count, self.mark - self.length) if self.mark > self.length else count
 
     def rewind(self, length: int) -> int:
         """Goes back to the first `length` tokens, or as many as all layers can go on from; returns how many."""

@@ -71,6 +71,7 @@ class _Slot:
             self.limit = min(self.limit, request.params.max_tokens)
         self.state.goal = self.prompt
         request.has_begun, request.computed = True, cached
+        self.state.begin_turn(self.prompt)
 
     @property
     def made(self) -> int:
@@ -215,7 +216,7 @@ class Batcher:
         parts = []
         for slot in sorted(filling, key=lambda s: s.started):
             have = slot.state.length
-            count = min(room, len(slot.tokens) - have)
+            count = slot.state.span(min(room, len(slot.tokens) - have))
             if count > 0:
                 parts.append((slot, np.array(slot.tokens[have : have + count], np.int32)))
                 room -= count
@@ -277,7 +278,6 @@ class Batcher:
         assert request is not None
         if slot.made == 0:
             state.goal = 0
-            state.snapshot()
         now = time.perf_counter()
         slot.first, slot.last = (now if slot.made == 0 else slot.first), now
         if slot.made >= slot.limit:

@@ -153,7 +153,9 @@ class Budget:
         embedding = 0 if config.tied else sum(moe.tensors["embed"].lengths[:dense_level])
         sampler = _SAMPLER_BYTES * config.vocab_size
         row = scratch_bytes(config, 1) - scratch_bytes(config, 0)
-        steps = layer_state_bytes(config, KV_STEP, kv_types)
+        first, second = (layer_state_bytes(config, n * KV_STEP, kv_types) for n in (1, 2))
+        steps = [b - a for a, b in zip(first, second, strict=True)]
+        same = [a - n for a, n in zip(first, steps, strict=True)]  # at every length
 
         def sized(context: int, chunk: int) -> Budget:
             shape = replace(ops, max_tokens=chunk, max_context=context)
@@ -165,7 +167,9 @@ class Budget:
                 tables=ram // 480,  # eight bytes for every 4 KiB, and a little for the levels above
                 dense=dense, active_dense=dense - embedding, sequences=sequences,
                 kv=sequences * sum(layers),
-                kv_at_once=sum(n for n, late in zip(layers, small, strict=True) if not late),
+                kv_at_once=sum(
+                    n if late else every for n, every, late in zip(same, layers, small, strict=True)
+                ),
                 kv_step=sum(n for n, late in zip(steps, small, strict=True) if late),
                 kv_edges=state_pieces(config) * ALIGNMENT if any(small) else 0,
                 scratch=CpuOps.scratch_bytes(shape) + scratch_bytes(config, chunk, sequences) + rope,
@@ -188,7 +192,7 @@ class Budget:
         if context is None:
             most = min(_DEFAULT_CONTEXT, config.context_length)
             # A multiple of what the cache grows by, so that rounding takes no more than its share.
-            more = spare // 8 // (sequences * sum(steps)) * KV_STEP
+            more = spare // 8 // max(sequences * sum(steps), 1) * KV_STEP
             context = max(least.context, min(most, least.context + more))
         fits = (sized(context, chunk) for chunk in _CHUNKS)
         limit = sized(context, _CHUNKS[-1]).scratch + spare // 8

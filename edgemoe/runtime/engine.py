@@ -230,6 +230,7 @@ class Engine:
             text = ReplyText(self.tokenizer, params.stop, continues=True)
         with self._alone(call) as sequence:
             sequence.reply(params)
+            sequence.state.begin_turn(sequence.state.length + len(tokens))
             sequence.prompt(tokens, sequence.row)
             limit = self.context - sequence.state.length
             if params.max_tokens >= 0:

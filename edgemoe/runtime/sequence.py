@@ -56,14 +56,15 @@ class Sequence:
         self.meter.prompt_progress = (0, len(tokens))
         state.goal = state.length + len(tokens)
         try:
-            for first in range(0, len(tokens), chunk):
-                part = tokens[first : first + chunk]
-                hidden = model.forward(Batch.of((state, part)))
-                self.meter.prompt_progress = (first + len(part), len(tokens))
+            done = 0
+            while done < len(tokens):
+                first, done = done, done + state.span(min(chunk, len(tokens) - done))
+                hidden = model.forward(Batch.of((state, tokens[first:done])))
+                self.meter.prompt_progress = (done, len(tokens))
                 with self.meter.row_lock:
                     if len(out) == len(tokens):
-                        model.logits(hidden, out[first : first + len(part)])
-                    elif first + chunk >= len(tokens):
+                        model.logits(hidden, out[first:done])
+                    elif done == len(tokens):
                         model.logits(hidden[-1:], out)
         finally:
             state.goal = 0

@@ -50,6 +50,11 @@ class DeltaSpec(MixerSpec):
         return f"gated delta rule: {heads} ({self.key_heads} for queries and keys)"
 
     @property
+    def state_pieces(self) -> int:
+        """See `MixerSpec.state_pieces`: its state does not grow."""
+        return 0
+
+    @property
     def key_width(self) -> int:
         """Columns of the queries, and of the keys."""
         return self.key_heads * self.key_dim
