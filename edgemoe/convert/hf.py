@@ -79,7 +79,7 @@ class HFCheckpoint:
 
 def _as_matrix(tensor: StoredTensor) -> StoredTensor:
     shape = tensor.shape
-    if len(shape) == 3 and shape[1] == 1:
+    if len(shape) == 3 and shape[1] == 1 and tensor.name.endswith(("conv.weight", "conv1d.weight")):
         return replace(tensor, shape=(shape[0], shape[2]))
     return tensor
 

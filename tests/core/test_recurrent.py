@@ -240,3 +240,38 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="taps"):
         x, nine, eight = (np.zeros((n, 4), F) for n in (1, 9, 8))
         _core.short_conv(ws, x, nine, None, None, eight, False, x)
+
+
+def run_delta(qkv, decay, beta, state):
+    """One head of 16 by 16 whose steps decay by exp(-softplus(decay)); returns what comes out and the state."""
+    out = np.empty((len(qkv), 16), F)
+    _core.delta_rule(
+        workspace(), qkv.astype(F), np.full((len(qkv), 1), decay, F), np.full((len(qkv), 1), beta, F),
+        np.ones(1, F), np.zeros(1, F), 1, False, None, state, out,
+    )  # fmt: skip
+    return out
+
+
+def test_delta_rule_decays_before_it_reads_and_reads_after_it_writes():
+    rng, state = RNG(6), np.empty((1, 16, 16), F)
+    q, k, v = rng.standard_normal((3, 1, 16))
+    written = run_delta(
+        np.concatenate([q, k, v], 1), -30.0, 30.0, state
+    )  # no decay, all is written
+    unit = k / np.sqrt((k * k).sum() + 1e-6)
+    np.testing.assert_allclose(state[0], unit.T @ v, rtol=1e-5, atol=1e-6)
+    query = q / np.sqrt((q * q).sum() + 1e-6) / 4
+    np.testing.assert_allclose(written, query @ state[0], rtol=1e-4, atol=1e-6)
+    # The same value again is no change, but for what was forgotten before the state was read.
+    both = np.concatenate([np.concatenate([q, k, v], 1)] * 2)
+    run_delta(both, -30.0, 30.0, state)
+    np.testing.assert_allclose(state[0], unit.T @ v, rtol=1e-4, atol=1e-5)
+    run_delta(both, 0.0, -30.0, state)  # nothing is written
+    assert np.abs(state).max() < 1e-12
+
+
+def test_lengths_of_queries_and_keys_have_eps_inside_the_root_of_a_sum_and_not_of_a_mean():
+    state, k = np.empty((1, 16, 16), F), np.full((1, 16), 1e-3 / 4)  # a length of 0.001
+    v = np.ones((1, 16))
+    run_delta(np.concatenate([k, k, v], 1), -30.0, 30.0, state)
+    np.testing.assert_allclose(state[0], (k / np.sqrt(2e-6)).T @ v, rtol=1e-4)

@@ -52,8 +52,12 @@ def test_maps_exactly(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"]
-)
+    "name",
+    [
+        "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "qwen3_next",
+        "qwen3_5_moe",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize(
     "save",
     [
@@ -73,7 +77,15 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One checkpoint per family, not to be changed."""
     return {
         name: families.make(name, tmp_path_factory.mktemp(name))
-        for name in ("mixtral", "qwen2_moe", "qwen2_moe-window", "qwen3_moe", "olmoe", "granitemoe")
+        for name in (
+            "mixtral",
+            "qwen2_moe",
+            "qwen2_moe-window",
+            "qwen3_moe",
+            "olmoe",
+            "granitemoe",
+            "qwen3_next",
+        )
     }
 
 
@@ -280,3 +292,61 @@ def test_experts_are_chosen_with_the_bias_and_weighed_without_it(tmp_path: Path)
     assert_same_function(path)
     _, chosen = families.oracle(path, families.random_ids(8))
     assert all((rows == [0, 2, 5]).all() for rows in chosen.values())
+
+
+def test_the_text_of_a_model_that_sees_too_is_read_and_the_rest_is_left_out_in_words(
+    tmp_path: Path,
+) -> None:
+    path = families.make("qwen3_5_moe", tmp_path / "text")
+    config = json.loads((path / "config.json").read_text())
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): t
+        for name, t in load_file(path / "model.safetensors").items()
+    }
+    others = {
+        "model.visual.patch_embed.proj.weight": torch.ones(4, 3),
+        "mtp.layers.0.mlp.gate.weight": torch.ones(8, 64),
+        "mtp.norm.weight": torch.ones(64),
+    }
+    (whole := tmp_path / "whole").mkdir()
+    save_file({**tensors, **others}, whole / "model.safetensors")
+    (whole / "config.json").write_text(
+        json.dumps(
+            {"model_type": "qwen3_5_moe", "text_config": config, "tie_word_embeddings": False}
+        )
+    )
+    model, plain = open_model(whole), open_model(path)
+    assert model.config == plain.config
+    assert sorted(model.notes) == [
+        "left out: layers that predict several tokens (2 tensors)",
+        "left out: the tower that sees (1 tensors)",
+    ]
+    for name in dense_tensors(model.config):
+        np.testing.assert_array_equal(model.tensor(name), plain.tensor(name))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"linear_num_key_heads": 4}, "in_proj_qkvz.weight: a tensor of shape [224, 64] does not"),
+        ({"linear_conv_kernel_dim": 3}, "conv1d.weight: a tensor of shape [160, 4] does not make"),
+        ({"num_attention_heads": 8}, "q_proj.weight: a tensor of shape [192, 64] does not make"),
+        ({"attn_output_gate": False}, "attn_output_gate: False is not supported"),
+        ({"attention_bias": True}, "attention_bias: True is not supported"),
+        ({"layer_types": ["linear_attention"] * 2}, "layer_types: expected a list of 3 names"),
+        ({"layer_types": ["mamba"] * 3}, "layer_types: 'mamba' is not supported"),
+        ({"linear_value_head_dim": 24}, "value_dim must be a multiple of 16, got 24"),
+        ({"linear_num_value_heads": ...}, "linear_num_value_heads: is missing"),
+    ],
+)
+def test_refuses_what_a_folded_tensor_cannot_make(
+    changes: dict[str, Any], message: str, edited
+) -> None:
+    with pytest.raises(FormatError) as error:
+        SourceModel(edited("qwen3_next", changes))
+    assert message in str(error.value), error.value
+
+
+def test_a_layer_is_attention_by_its_interval_where_no_list_says_so(edited) -> None:
+    checkpoint = edited("qwen3_next", {"layer_types": ..., "full_attention_interval": 2})
+    assert SourceModel(checkpoint).config.layer_mixers == (0, 1, 0)

@@ -1,0 +1,96 @@
+"""The published models' own configurations, planned without a weight: every tensor fits, and files have their sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import families  # noqa: F401 (keeps transformers off the net)
+import pytest
+import torch
+import transformers
+
+from edgemoe.convert.source import SourceModel
+from edgemoe.file.layout import Layout, expert_ladder
+from edgemoe.model import KvTypes, state_bytes
+from edgemoe.quant import SCHEMES
+
+GIB, MIB = 1 << 30, 1 << 20
+_QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """What config.json says beyond the class's defaults, and what is known of the model."""
+
+    settings: Mapping[str, Any]
+    parameters: float
+    """In billions, as its makers say."""
+    expert: float
+    """MiB of one expert at 4 bits."""
+    experts: float
+    """GiB of all."""
+    state: int
+    """Bytes of a sequence that do not grow with it, without snapshots."""
+    position: int
+    """Bytes that a position takes."""
+
+
+PUBLISHED = {
+    "Qwen3.6-35B-A3B": Published(
+        {"model_type": "qwen3_5_moe_text", "rope_parameters": _QWEN_ROPE},
+        34.7, 1.7, 16.9, 30 * (2 * MIB + 96 * 1024), 20 * 1024,
+    ),
+    "Qwen3-Next-80B-A3B": Published(
+        {"model_type": "qwen3_next", "rope_parameters": _QWEN_ROPE},
+        79.7, 1.7, 40.5, 36 * (2 * MIB + 96 * 1024), 24 * 1024,
+    ),
+}  # fmt: skip
+
+
+class Shapes:
+    """A checkpoint of which there are names and shapes alone."""
+
+    name, identity = "published", ""
+
+    def __init__(self, config: Any) -> None:
+        with torch.device("meta"):
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        self.config, self.files = config.to_dict(), {}
+        self.shapes = {}
+        for name, weight in model.state_dict().items():
+            shape = tuple(weight.shape)
+            if ".experts." in name and len(shape) == 3:  # as a directory presents a stack
+                self.shapes |= {f"{name}.{i}": shape[1:] for i in range(shape[0])}
+            else:
+                is_conv = len(shape) == 3 and shape[1] == 1
+                self.shapes[name] = (shape[0], shape[2]) if is_conv else shape
+
+    def tensor(self, name: str) -> Any:
+        raise AssertionError(f"{name} is read")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_plan_of_a_published_configuration(name: str) -> None:
+    known = PUBLISHED[name]
+    checkpoint = Shapes(transformers.AutoConfig.for_model(**known.settings))
+    config = SourceModel(checkpoint).config
+    stored = sum(_count(shape) for shape in checkpoint.shapes.values())
+    assert stored / 1e9 == pytest.approx(known.parameters, abs=0.1)
+    count, scheme = len(config.moe_layers) * config.num_experts, SCHEMES["nested"]
+    layout = Layout(config, scheme, (4,), tuple(expert_ladder(scheme, (4,), None)), (1,) * count)
+    experts = [p for n, p in layout.places.items() if n.startswith("experts.")]
+    assert len(experts) == count
+    assert sum(experts[0].sizes) / MIB == pytest.approx(known.expert, rel=0.03)
+    assert sum(p.padded_bytes for p in experts) / GIB == pytest.approx(known.experts, rel=0.01)
+    fixed = 2 * state_bytes(config, 32, KvTypes()) - state_bytes(config, 64, KvTypes())
+    assert fixed == 4 * known.state  # that after a pass, and two snapshots
+    assert state_bytes(config, 4096, KvTypes()) - fixed == 4096 * known.position
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
