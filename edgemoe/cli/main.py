@@ -19,6 +19,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("edgemoe.cli.demo", "build the demo model"),
     "families": ("edgemoe.cli.families", "list the checkpoints that can be converted"),
     "inspect": ("edgemoe.cli.inspect", "say what a .moe file holds, and check it"),
+    "plan": ("edgemoe.cli.plan", "say how a model would fit, before it is converted"),
     "profile": ("edgemoe.cli.profile.command", "record, judge and replay how a model routes"),
     "quality": ("edgemoe.cli.quality", "measure what levels and schedulers cost in quality"),
     "run": ("edgemoe.cli.run", "chat with a model; also installed as edgemoe-run"),
@@ -32,7 +33,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 """What each command is: the module whose `main(argv)` runs it, and a line about it."""
 
 _GROUPS = {
-    "use": ("run", "serve", "convert", "inspect", "demo"),
+    "use": ("run", "serve", "plan", "convert", "inspect", "demo"),
     "measure": ("bench", "quality", "profile", "schedulers"),
 }
 """What comes first in the help; all others follow."""

@@ -1,0 +1,192 @@
+"""`edgemoe plan`: says how a model would fit, before any weight is read."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgemoe.cli.console import note, run_command, say, say_json
+from edgemoe.cli.parser import Parser
+from edgemoe.cli.values import ram_size, whole
+
+if TYPE_CHECKING:
+    from edgemoe.runtime.forecast import Forecast, Row
+
+__all__ = ["main"]
+
+_PROG = "edgemoe plan"
+
+_EPILOG = """\
+MODEL is a .moe file, a checkpoint's directory or a GGUF file. Of a checkpoint, only
+headers and the tokenizer are read: its weights need not be there yet, as long as the
+first bytes of each file are.
+
+The table has what the engine itself would do with a budget: how many tokens of context
+fit, and which share of the experts is in memory. The last column is what a token of the
+reply reads from the disk if every expert is as likely as any other; real text repeats
+itself and reads less. Divided by what the disk reads in a second, it bounds the speed.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0; 1 for an error, which is one line on stderr; 3 where no budget that was asked for is enough.
+
+    Raises:
+        SystemExit: with code 2 at wrong usage.
+    """
+    args = _parser().parse_args(argv)
+    return run_command(_PROG, lambda: _run(args), verbose=args.verbose)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from edgemoe.file.format import MAGIC
+
+    if not args.model.exists():
+        raise FileNotFoundError(f"{args.model}: no such file or directory")
+    if args.model.is_file():
+        with open(args.model, "rb") as file:
+            if file.read(len(MAGIC)) == MAGIC:
+                return _tell(args)
+    return _of_checkpoint(args)
+
+
+def _of_checkpoint(args: argparse.Namespace) -> int:
+    """Makes a file with holes for weights, and plans that in a process which has read no checkpoint."""
+    from edgemoe.convert.open import open_checkpoint
+    from edgemoe.convert.source import SourceModel
+    from edgemoe.file.hollow import write_hollow
+    from edgemoe.quant import SCHEMES
+
+    checkpoint = open_checkpoint(args.model)
+    model = SourceModel(checkpoint)
+    for line in model.notes:
+        note(f"# {checkpoint.name}: {line}")
+    with tempfile.TemporaryDirectory(prefix="edgemoe-plan-") as folder:
+        path = Path(folder) / "plan.moe"
+        write_hollow(path, model.config, scheme=SCHEMES["nested"], sections=checkpoint.files)
+        flags = [str(path), "--name", checkpoint.name, "-ctk", args.ctk, "-ctv", args.ctv]
+        for name in ("ram", "ctx_size", "bits"):
+            if getattr(args, name) is not None:
+                flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        flags += ["--json"] if args.json else []
+        # From where this package lies, or a folder of its name in the current one would be taken for it.
+        command = [sys.executable, "-m", "edgemoe.cli.plan", *flags]
+        return subprocess.run(command, cwd=Path(__file__).parents[2], check=False).returncode
+
+
+def _tell(args: argparse.Namespace) -> int:
+    import edgemoe.runtime.engine  # noqa: F401 (what runs the model has it in memory too)
+    from edgemoe.errors import OutOfBudget
+    from edgemoe.model import KvTypes
+    from edgemoe.runtime.budget import default_ram
+    from edgemoe.runtime.forecast import Forecast
+
+    forecast = Forecast(args.model, context=args.ctx_size, types=KvTypes(args.ctk, args.ctv))
+    levels = forecast.levels[::-1] if args.bits is None else (args.bits,)
+    for bits in levels:
+        forecast.moe.level(bits)  # or it says which there are
+    free = default_ram()
+    rams = [free, free // 2, free // 4] if args.ram is None else [args.ram]
+    rows: list[Row] = []
+    for ram in rams:
+        for bits in levels:
+            try:
+                rows.append(forecast.row(ram, bits))
+            except OutOfBudget as error:
+                if args.ram is not None and bits == levels[-1]:
+                    note(f"{_PROG}: {bits} bits: {error}")
+            else:
+                if rows[-1].resident == 1:
+                    break  # fewer bits fit all the more
+    smallest = forecast.smallest(levels[-1])
+    name = args.name or args.model.name
+    if args.json:
+        say_json(_values(forecast, name, levels, rows, smallest))
+    else:
+        say(*_lines(forecast, name, levels, rows, smallest))
+    return 0 if rows else 3
+
+
+def _lines(
+    forecast: Forecast, name: str, levels: Sequence[int], rows: Sequence[Row], smallest: Row
+) -> Iterator[str]:
+    c = forecast.moe.config
+    yield (
+        f"{name}: {c.family}, {c.num_layers} layers, {len(c.moe_layers)} with {c.num_experts} experts, "
+        f"{c.experts_per_token} per token"
+    )
+    files = ", ".join(f"{bits} bits {_size(forecast.file_bytes(bits))}" for bits in levels)
+    yield f"  size of the .moe file: {files}"
+    if rows:
+        yield ""
+        yield "      --ram  --bits  context  experts in memory  read per token"
+    for row in rows:
+        b = row.budget
+        yield (
+            f"{_size(b.ram):>11}  {row.bits:>6}  {b.context:>7}  {100 * row.resident:>16.0f}%  "
+            f"{_size(row.token_bytes) if row.token_bytes else 'nothing':>14}"
+        )
+    b = smallest.budget
+    yield ""
+    yield f"  smallest that works: --ram {b.ram >> 20}MiB --bits {smallest.bits}, {b.context} tokens of context"
+
+
+def _values(
+    forecast: Forecast, name: str, levels: Sequence[int], rows: Sequence[Row], smallest: Row
+) -> dict[str, Any]:
+    def values(row: Row) -> dict[str, Any]:
+        b = row.budget
+        return {
+            "ram": b.ram, "bits": row.bits, "context": b.context, "resident": row.resident,
+            "token_bytes": row.token_bytes, "process": b.process, "dense": b.dense, "kv": b.kv,
+            "scratch": b.scratch, "slots": b.slots, "experts": b.experts, "expert": b.expert,
+        }  # fmt: skip
+
+    return {
+        "name": name,
+        "family": forecast.moe.config.family,
+        "files": {str(bits): forecast.file_bytes(bits) for bits in levels},
+        "rows": [values(row) for row in rows],
+        "smallest": values(smallest),
+    }
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=_PROG,
+        description="Say how a model would fit this machine, before it is converted.",
+        epilog=_EPILOG,
+    )
+    add = parser.add_argument
+    add("model", type=Path, metavar="MODEL", help="a .moe file, a checkpoint or a GGUF file")
+    free = "memory for the whole process (default: what is free, a half and a quarter of it)"
+    add("--ram", type=ram_size, metavar="SIZE", help=free)
+    fits = "tokens that must fit (default: what fits)"
+    add("-c", "--ctx-size", type=whole(1), metavar="N", help=fits)
+    add("--bits", type=whole(1), metavar="N", help="of the experts (default: all levels)")
+    types = "of the KV cache: f16, f32 or q8_0 (default: %(default)s)"
+    add("-ctk", default="f16", metavar="TYPE", help=f"keys {types}")
+    add("-ctv", default="f16", metavar="TYPE", help=f"values {types}")
+    add("--name", help=argparse.SUPPRESS)
+    add("--json", action="store_true", help="print JSON, in bytes")
+    add("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
