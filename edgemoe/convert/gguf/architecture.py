@@ -154,7 +154,9 @@ def settings(meta: Meta) -> dict[str, Any]:
         "head_dim": head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": meta.whole("context_length"),
-        "rms_norm_eps": meta.positive("attention.layer_norm_rms_epsilon"),
+        "rms_norm_eps": meta.positive(
+            "attention.layer_norm_rms_epsilon", meta.get("attention.layer_norm_epsilon")
+        ),
         "rope_theta": meta.positive("rope.freq_base", 10000.0),
         "rope_scaling": rope_scaling(meta),
         "tie_word_embeddings": "output.weight" not in names,
@@ -164,7 +166,7 @@ def settings(meta: Meta) -> dict[str, Any]:
         out |= {
             "num_experts": meta.whole("expert_count"),
             "num_experts_per_tok": meta.whole("expert_used_count"),
-            "moe_intermediate_size": meta.rows("ffn_gate_exps.weight"),
+            "moe_intermediate_size": meta.rows("ffn_down_exps.weight", columns=True),
         }
     if meta.get("feed_forward_length"):
         out["intermediate_size"] = meta.most("feed_forward_length")

@@ -66,7 +66,11 @@ class GGUFCheckpoint:
         file = GGUFFile(path)
         self.identity = file_identity(file.paths)
         shapes = {name: _shape(tensor) for name, tensor in file.tensors.items()}
-        meta = Meta(file.meta, shapes, self.name)
+        factors = file.tensors.get(_ROPE_FACTORS)
+        meta = Meta(
+            file.meta, shapes, self.name,
+            None if factors is None else self._dequantised(factors, None).reshape(-1).tolist(),
+        )  # fmt: skip
         arch = ARCHITECTURES.get(meta.architecture)
         if arch is None:
             raise FormatError(
@@ -124,17 +128,6 @@ class GGUFCheckpoint:
         config = {"model_type": arch.model_type, **settings(meta), **arch.config(meta)}
         if config["rope_scaling"] is not None:
             config["rope_scaling"] |= arch.rope
-        factors = file.tensors.get(_ROPE_FACTORS)
-        if factors is not None and _ROPE_FACTORS not in arch.whole:
-            # What divides each frequency, in the words of the scaling that has such a list.
-            values = [float(x) for x in self._dequantised(factors, None).reshape(-1)]
-            config["rope_scaling"] = {
-                "rope_type": "longrope",
-                "factor": 1.0,
-                "attention_factor": 1.0,
-                "short_factor": values,
-                "long_factor": values,
-            }
         return config | end_tokens(file.meta)
 
 

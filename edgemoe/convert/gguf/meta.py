@@ -16,11 +16,17 @@ class Meta:
     """A file's metadata, keys relative to its architecture's, and the shapes of its tensors. Immutable."""
 
     def __init__(
-        self, values: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], where: str
+        self,
+        values: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
+        where: str,
+        rope_factors: list[float] | None = None,
     ) -> None:
         self._values = values
         self.shapes = shapes
         """Of every tensor by its name in the file, rows first."""
+        self.rope_factors = rope_factors
+        """What divides the frequencies of RoPE, None where they are as they are."""
         self._where = where
         arch = values.get("general.architecture")
         if not isinstance(arch, str):
@@ -72,6 +78,10 @@ class Meta:
         shortest = float(str(np.float32(value)))
         return shortest if np.float32(value) == value else float(value)
 
+    def optional(self, key: str) -> float | None:
+        """Returns a finite number above zero; None where the key is absent or 0."""
+        return self.positive(key) if self.get(key) else None
+
     def flag(self, key: str, default: bool) -> bool:
         """Returns a boolean."""
         value = self._value(key, default)
@@ -107,11 +117,19 @@ class Meta:
         """Returns the layers that have a tensor `name`, its ending included."""
         return [i for i in range(self.layers) if f"blk.{i}.{name}" in self.shapes]
 
-    def rows(self, name: str) -> int:
-        """Returns the rows of the matrices `name`, its ending included, of the first layer that has some; 0 if none."""
+    def has(self, name: str) -> bool:
+        """Says whether some layer has a tensor `name`, its ending included."""
+        return bool(self.layers_with(name))
+
+    def rows(self, name: str, *, columns: bool = False) -> int:
+        """Returns the rows of the matrices `name`, its ending included, of the first layer that has some; 0 if none.
+
+        Args:
+            columns: returns these.
+        """
         for i in self.layers_with(name)[:1]:
-            shape = self.shapes[f"blk.{i}.{name}"]
-            return shape[-2] if len(shape) > 1 else 1
+            shape = (1, *self.shapes[f"blk.{i}.{name}"])
+            return shape[-1] if columns else shape[-2]
         return 0
 
     def missing(self, tensor: str) -> FormatError:

@@ -18,6 +18,14 @@ def rope_scaling(meta: Meta) -> dict[str, Any] | None:
     Raises:
         FormatError: it is of a kind that is not supported, or a number of it is wrong.
     """
+    if meta.rope_factors is not None:  # in the words of the scaling that has such a list
+        return {
+            "rope_type": "longrope",
+            "factor": 1.0,
+            "attention_factor": 1.0,
+            "short_factor": meta.rope_factors,
+            "long_factor": meta.rope_factors,
+        }
     kind = meta.get(_P + "type") or "linear"  # llama.cpp's default, too
     factor = _factor(meta)
     if kind == "none" or (kind == "linear" and factor is None):
