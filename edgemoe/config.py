@@ -85,6 +85,15 @@ class ModelConfig:
     """Per layer, the width of the FFN that every token takes; 0 for none; empty for all 0."""
     shared_sigmoid: bool = False
     """In MoE layers the shared FFN's output is scaled by sigmoid(w · x)."""
+    branch_norms: bool = False
+    """Routed experts and the FFN beside them each have a norm before and after, and routers one before: the FFN's is
+    `ffn_norm`, the others the tensors `router_norm`, `experts_norm`, `experts_out_norm` and `shared.out_norm`."""
+    out_norms: bool = False
+    """What a mixer or an FFN gives is normed before it is added, by the tensors `attn_out_norm` and `ffn_out_norm`."""
+    layer_scale: bool = False
+    """At its end a layer multiplies the residual by the number `layer_scale`; what is added last has it already."""
+    soft_cap: float | None = None
+    """Logits are at last this times the hyperbolic tangent of themselves by this."""
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logits_divisor: float = 1.0
@@ -101,6 +110,13 @@ class ModelConfig:
             "gate_scale",
         )  # fmt: skip
         need(self.num_layers < MOST_LAYERS, f"{self.num_layers} layers are too many")
+        need(self.out_norms or not self.layer_scale, "layer_scale is of layers with out_norms")
+        if self.soft_cap is not None:
+            need_numbers(self, "soft_cap")
+        need(
+            not self.branch_norms or all(self.shared_width(i) for i in self.moe_layers),
+            "branch_norms are of layers that have an FFN beside their experts",
+        )
         self._check_mixers()
         self._check_router()
         need(
@@ -205,6 +221,7 @@ class ModelConfig:
             router_bias=is_routed and self.router_bias,
             bias_width=self.expert_hidden if is_routed and self.expert_bias else 0,
             activation=self.activation,
+            has_branch_norms=is_routed and self.branch_norms,
         )
 
     @property
@@ -251,6 +268,8 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
         layers.I.o [D, heads * head_dim]   .q_bias .k_bias .v_bias .o_bias   .q_norm .k_norm
         layers.I.ffn_norm [D]    layers.I.router [E, D]   .router_bias .choice_bias [E]
         layers.I.expert_bias.gate .up [E, H]  .down [E, D]
+        layers.I.router_norm .experts_norm .experts_out_norm .shared.out_norm [D]
+        layers.I.attn_out_norm .ffn_out_norm [D]   .layer_scale [1]
         layers.I.shared.gate .up [S, D]  layers.I.shared.down [D, S]  layers.I.shared.sigmoid [D]
 
     A layer that is not in `moe_layers` is a dense layer: its FFN is `shared`, without sigmoid.
@@ -269,5 +288,9 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
         layer = {
             "attn_norm": f32(d), **mixer.tensors(d), "ffn_norm": f32(d), **ffn.tensors(d),
         }  # fmt: skip
+        if config.out_norms:
+            layer |= {"attn_out_norm": f32(d), "ffn_out_norm": f32(d)}
+        if config.layer_scale:
+            layer["layer_scale"] = f32(1)
         out |= {f"layers.{i}.{name}": spec for name, spec in layer.items()}
     return out

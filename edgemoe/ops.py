@@ -166,7 +166,7 @@ class Ops(Protocol):
         """out [T, D] = scale * table[ids]."""
 
     def norm(self, x: Array, weight: Array, eps: float, out: Array) -> None:
-        """out [T, D] = RMS norm of x."""
+        """out [T, D] = RMS norm of x; out may be x."""
 
     def linear(self, x: Array, weights: Sequence[Matrix], outs: Sequence[Array]) -> None:
         """outs[i] [T, rows] = x [T, cols] times weights[i] transposed."""

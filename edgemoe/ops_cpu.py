@@ -75,6 +75,7 @@ class CpuOps:
             k=cast(Matrix, tensors["k"]) if parts else None,
             input_norm=array("attn_norm") if parts else None,
             rope_dim=spec.rope_dim, norm_after_rope=spec.norm_after_rope,
+            sinks=array("sinks"), v_norm=spec.v_norm,
         )  # fmt: skip
 
     def rope_table(self, frequencies: Array, scale: float) -> RopeTable:

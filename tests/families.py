@@ -116,6 +116,15 @@ _QWEN3_NEXT = {
     "linear_value_head_dim": 16,
 }
 _QWEN3_5 = {**_QWEN3_NEXT, "model_type": "qwen3_5_moe_text"}
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "num_hidden_layers": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 32,
+    "head_dim": 24,
+    "sliding_window": 8,
+}
 _LARGE_EPS = {"rms_norm_eps": 0.3}
 """As large as the mean squares that it is added to, so that a norm with another one is seen."""
 
@@ -287,6 +296,15 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     },
     "qwen3_5_moe": {**_QWEN3_5, **_rope("default", partial_rotary_factor=0.5)},
     "qwen3_5_moe-eps": {**_QWEN3_5, **_LARGE_EPS},
+    "gpt_oss": {
+        **_GPT_OSS,
+        **_rope("yarn", factor=4.0, original_max_position_embeddings=16, truncate=False),
+    },
+    "gpt_oss-truncate": {
+        **_GPT_OSS,
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        **_rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    },
     "olmoe-eps": {**_OLMOE, **_LARGE_EPS},
     "qwen3_moe-eps": {**_QWEN3, **_LARGE_EPS},
 }
@@ -323,6 +341,8 @@ def _vector(key: str, weight: Any, noise: Any) -> Any:
         return 0.3 * noise
     if key.endswith("A_log"):
         return noise.abs()
+    if key.endswith("sinks"):
+        return noise
     return weight.mean() + 0.2 * noise
 
 

@@ -53,23 +53,39 @@ def logits(
             {name: tensor(name) for name in tensors if name.startswith("rope")},
             h,
         )
+        if config.out_norms:
+            h = rms_norm(h, layer["attn_out_norm"], config.norm_eps)
         x = x + h * dtype(config.residual_multiplier)
         h = rms_norm(x, layer["ffn_norm"], config.norm_eps)
-        out = np.zeros_like(x)
+        out, routed, to_router = np.zeros_like(x), np.zeros_like(x), h
         if config.shared_width(i):
-            out = ffn(h, layer["shared.gate"], layer["shared.up"], layer["shared.down"])
+            matrices = (layer.get(f"shared.{name}") for name in ("gate", "up", "down"))
+            out = ffn(h, *matrices, config.activation)
             if "shared.sigmoid" in layer:
                 out = out / (1 + np.exp(-(h @ layer["shared.sigmoid"])))[:, None]
         if i in config.moe_layers:
-            chosen[i], gates = route(config, h @ layer["router"].T, layer.get("choice_bias", 0))
+            if config.branch_norms:
+                out = rms_norm(out, layer["shared.out_norm"], config.norm_eps)
+                to_router = rms_norm(x, layer["router_norm"], config.norm_eps)
+                h = rms_norm(x, layer["experts_norm"], config.norm_eps)
+            z = to_router @ layer["router"].T + layer.get("router_bias", 0)
+            chosen[i], gates = route(config, z, layer.get("choice_bias", 0))
             for index in np.unique(chosen[i]):
                 token, place = np.nonzero(chosen[i] == index)
-                gate, up, down = (w.astype(dtype) for w in experts(i, int(index)))
-                out[token] += gates[token, place, None] * ffn(h[token], gate, up, down)
-        x = x + out * dtype(config.residual_multiplier)
+                matrices = (w.astype(dtype) for w in experts(i, int(index)))
+                biases = [layer.get(f"expert_bias.{n}", {index: 0}) for n in ("gate", "up", "down")]
+                y = ffn(h[token], *matrices, config.activation, *(b[index] for b in biases))
+                routed[token] += gates[token, place, None] * y
+            if config.branch_norms:
+                routed = rms_norm(routed, layer["experts_out_norm"], config.norm_eps)
+        out = out + routed
+        if config.out_norms:
+            out = rms_norm(out, layer["ffn_out_norm"], config.norm_eps)
+        x = x * layer.get("layer_scale", 1) + out * dtype(config.residual_multiplier)
     x = rms_norm(x, tensor("norm"), config.norm_eps)
     head = tensor("embed" if config.tied else "head")
-    return x @ head.T / dtype(config.logits_divisor), chosen
+    z = x @ head.T / dtype(config.logits_divisor)
+    return z if config.soft_cap is None else config.soft_cap * np.tanh(z / config.soft_cap), chosen
 
 
 def route(
@@ -113,7 +129,10 @@ def attention(
 ) -> Array:
     """Causal grouped-query attention."""
     heads, kv_heads, width = spec.num_heads, spec.num_kv_heads, spec.head_dim
-    q, k, v = (x @ layer[name].T + layer.get(f"{name}_bias", 0) for name in "qkv")
+    q, k, v = (
+        x @ layer[name].T + layer.get(f"{name}_bias", 0)
+        for name in ("q", "k", "k" if spec.shared_kv else "v")
+    )
     if spec.qk_norm == "full":
         q = rms_norm(q, layer["q_norm"], spec.norm_eps)
         k = rms_norm(k, layer["k_norm"], spec.norm_eps)
@@ -121,6 +140,8 @@ def attention(
         q, k, v = (np.clip(a, -spec.clip, spec.clip) for a in (q, k, v))
     q = q.reshape(-1, heads, width)
     k, v = k.reshape(-1, kv_heads, width), v.reshape(-1, kv_heads, width)
+    if spec.v_norm:
+        v = rms_norm(v, 1, spec.norm_eps)
     if spec.qk_norm == "head" and not spec.norm_after_rope:
         q = rms_norm(q, layer["q_norm"], spec.norm_eps)
         k = rms_norm(k, layer["k_norm"], spec.norm_eps)
@@ -135,7 +156,12 @@ def attention(
         group = head * kv_heads // heads
         for t in range(len(x)):
             first = max(0, t + 1 - spec.window) if spec.window else 0
-            weights = softmax(q[t, head] @ k[first : t + 1, group].T * spec.scale)
+            scores = q[t, head] @ k[first : t + 1, group].T * spec.scale
+            weights = (
+                softmax(np.append(scores, layer["sinks"][head]))[:-1]
+                if spec.sinks
+                else softmax(scores)
+            )
             out[t, head] = weights @ v[first : t + 1, group]
     out = out.reshape(len(x), -1)
     if spec.gate != "none":
@@ -170,10 +196,31 @@ def rotate(x: Array, frequencies: Array, scale: float) -> Array:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
 
 
-def ffn(x: Array, gate: Array, up: Array, down: Array) -> Array:
-    """SwiGLU: down (silu(gate x) * up x)."""
-    h = x @ gate.T
-    return (h / (1 + np.exp(-h)) * (x @ up.T)) @ down.T
+def ffn(
+    x: Array,
+    gate: Array | None,
+    up: Array,
+    down: Array,
+    kind: str,
+    b_gate: Any = 0,
+    b_up: Any = 0,
+    b_down: Any = 0,
+) -> Array:
+    """down (activation(gate x, up x)), with biases."""
+    u = x @ up.T + b_up
+    if kind == "relu2":
+        return np.maximum(u, 0) ** 2 @ down.T + b_down
+    assert gate is not None
+    g = x @ gate.T + b_gate
+    if kind == "geglu":
+        inner = np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)
+        h = 0.5 * g * (1 + np.tanh(inner)) * u
+    elif kind == "clamped_swiglu":
+        g, u = np.minimum(g, 7), np.clip(u, -7, 7)
+        h = 0.5 * g * (1 + np.tanh(0.851 * g)) * (u + 1)
+    else:
+        h = g / (1 + np.exp(-g)) * u
+    return h @ down.T + b_down
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:

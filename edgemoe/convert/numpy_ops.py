@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["attention", "rms_norm", "rotated", "silu"]
+__all__ = ["activated", "attention", "rms_norm", "rotated", "silu"]
 
 Array = NDArray[np.float32]
 
@@ -16,18 +18,36 @@ def silu(x: Array) -> Array:
         return np.asarray(x / (1 + np.exp(-x)))
 
 
+def activated(kind: str, gate: Array, up: Array) -> Array:
+    """Returns what an FFN makes of gate and up; see `edgemoe.specs.Activation`."""
+    if kind == "relu2":
+        return np.asarray(np.square(np.maximum(up, 0)))
+    if kind == "geglu":  # (1 + tanh(z / 2)) / 2 is the sigmoid of z
+        z = np.float32(2 * math.sqrt(2 / math.pi)) * (gate + np.float32(0.044715) * gate**3)
+    elif kind == "clamped_swiglu":
+        gate, up = np.minimum(gate, 7), np.clip(up, -7, 7) + 1
+        z = np.float32(1.702) * gate
+    else:
+        z = gate
+    with np.errstate(over="ignore"):  # exp(-z) = inf gives the right limit, 0
+        return np.asarray(gate / (1 + np.exp(-z)) * up)
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """Scales the last axis to unit root mean square, times `weight`."""
     scale = 1 / np.sqrt(np.mean(np.square(x), axis=-1, keepdims=True) + np.float32(eps))
     return np.asarray(x * scale * weight)
 
 
-def attention(q: Array, k: Array, v: Array, *, scale: float, window: int = 0) -> Array:
+def attention(
+    q: Array, k: Array, v: Array, *, scale: float, window: int = 0, sinks: Array | None = None
+) -> Array:
     """Causal attention of q [N, H, S, d] over k, v [N, H_kv, S, d]; returns [N * S, H * d].
 
     Args:
         scale: multiplies q · k.
         window: how many last positions each sees; 0 for all.
+        sinks: [H], a further logit of each head whose value is zero.
     """
     count, heads, length, dim = q.shape
     group = heads // k.shape[1]
@@ -40,9 +60,13 @@ def attention(q: Array, k: Array, v: Array, *, scale: float, window: int = 0) ->
             scores = q[n, h] @ k[n, h // group].T
             scores *= np.float32(scale)
             scores += unseen
-            scores -= scores.max(axis=-1, keepdims=True)
+            top = scores.max(axis=-1, keepdims=True)
+            if sinks is not None:
+                top = np.maximum(top, sinks[h])
+            scores -= top
             np.exp(scores, out=scores)
-            scores /= scores.sum(axis=-1, keepdims=True)
+            rest = 0 if sinks is None else np.exp(sinks[h] - top)
+            scores /= scores.sum(axis=-1, keepdims=True) + rest
             out[n, :, h] = scores @ v[n, h // group]
     return out.reshape(count * length, heads * dim)
 

@@ -74,7 +74,9 @@ class AttentionLayer:
         self._weights = shared.ops.attention_weights(index, shared.spec, weights, shared.types.keys)
         if shared.rope is not None and self._weights.num_constants:
             shared.rope.keep(shared.context)
-        self._qkv: tuple[Matrix, ...] = matrices["q"], matrices["k"], matrices["v"]
+        self._qkv: tuple[Matrix, ...] = (
+            matrices["q"], matrices["k"], matrices["k" if shared.spec.shared_kv else "v"],
+        )  # fmt: skip
         self._o = (matrices["o"],)
         self._o_bias = cast("Array | None", weights.get("o_bias"))
         self._gate, self._gate_kind = weights.get("q_gate"), shared.spec.gate

@@ -13,9 +13,9 @@ from typing import cast
 from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
-from edgemoe.model.ffn import DenseFfn, Ffn, RoutedFfn
+from edgemoe.model.ffn import BranchedFfn, ClosedFfn, DenseFfn, Ffn, RoutedFfn
 from edgemoe.model.kv import KvTypes
-from edgemoe.model.mixer import Mixer, MixerLayer, mixer_class
+from edgemoe.model.mixer import ClosedMixer, Mixer, MixerLayer, mixer_class
 from edgemoe.model.rope import Rope
 from edgemoe.model.router import Routers
 from edgemoe.model.scratch import Rows, Scratch
@@ -82,18 +82,26 @@ class Decoder:
         def ffn(i: int) -> Ffn:
             index = config.moe_index(i)
             if index < 0:
-                return DenseFfn(ops, tensors[i], config.activation)
-            return RoutedFfn(index, ops, routers, experts, tensors[i], config.activation, shared)
+                inner: Ffn = DenseFfn(ops, tensors[i], config.activation)
+            else:
+                routed = BranchedFfn if config.branch_norms else RoutedFfn
+                inner = routed(index, ops, routers, experts, tensors[i], config, shared)
+            return ClosedFfn(inner, ops, tensors[i], config.norm_eps) if config.out_norms else inner
+
+        def mixer(i: int) -> MixerLayer:
+            inner = self._mixers[config.mixer(i)].layer(i, tensors[i])
+            if not config.out_norms:
+                return inner
+            return ClosedMixer(
+                inner, ops, cast(Array, tensors[i]["attn_out_norm"]), config.norm_eps
+            )
 
         norms = [cast(Array, t["attn_norm"]) for t in tensors] + [cast(Array, weights["norm"])]
         self._first_norm = norms[0]
         self._layers = [
-            _Layer(
-                self._mixers[spec].layer(i, tensors[i]), cast(Array, tensors[i]["ffn_norm"]), ffn(i),
-                norms[i + 1],
-            )
-            for i, spec in enumerate(config.mixer_by_layer)
-        ]  # fmt: skip
+            _Layer(mixer(i), cast(Array, tensors[i]["ffn_norm"]), ffn(i), norms[i + 1])
+            for i in range(config.num_layers)
+        ]
 
     def make_state(self) -> SequenceState:
         """Returns the state of a new sequence."""
@@ -131,6 +139,8 @@ class Decoder:
         self._ops.linear(hidden, (self._head,), (out,))
         if self.config.logits_divisor != 1.0:
             self._ops.scale(1.0 / self.config.logits_divisor, out)
+        if self.config.soft_cap is not None:
+            self._ops.soft_cap(self.config.soft_cap, out)
 
 
 def scratch_bytes(config: ModelConfig, max_tokens: int, max_sequences: int = 1) -> int:

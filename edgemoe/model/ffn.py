@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol, cast
 
-from edgemoe.config import MATRICES
+from edgemoe.config import MATRICES, ModelConfig
 from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
 from edgemoe.model.router import Routers
@@ -14,14 +14,14 @@ from edgemoe.ops import Array, ExpertLayer, Matrix, Ops
 from edgemoe.specs import Activation
 from edgemoe.store import Weight
 
-__all__ = ["DenseFfn", "Ffn", "RoutedFfn"]
+__all__ = ["BranchedFfn", "ClosedFfn", "DenseFfn", "Ffn", "RoutedFfn"]
 
 
 class Ffn(Protocol):
     """Is the FFN of one layer."""
 
     def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
-        """out [T, D] = what the layer adds to the residual x [T, D] for normed [T, D]."""
+        """out [T, D] = what the layer adds to the residual x [T, D], which it may scale, for normed [T, D]."""
 
 
 class DenseFfn:
@@ -48,7 +48,7 @@ class RoutedFfn:
         routers: Routers,
         experts: Experts,
         weights: Mapping[str, Weight],
-        activation: Activation,
+        config: ModelConfig,
         scratch: Rows,
     ) -> None:
         """Args:
@@ -57,7 +57,7 @@ class RoutedFfn:
         scratch: [max tokens, D].
         """
         self._index, self._ops, self._routers, self._experts = index, ops, routers, experts
-        self._layer = ExpertLayer(activation=activation, biases=_biases(weights))
+        self._layer = ExpertLayer(activation=config.activation, biases=_biases(weights))
         self._shared = _shared(weights) if "shared.up" in weights else None
         self._sigmoid = cast("Array | None", weights.get("shared.sigmoid"))
         self._scratch = scratch
@@ -74,6 +74,66 @@ class RoutedFfn:
         ops.add(
             shared, 1.0, out, gate_weight=sigmoid, gate_input=None if sigmoid is None else normed
         )
+
+
+class BranchedFfn:
+    """Is experts and an FFN beside them, each between norms of its own; the FFN's first one is the layer's."""
+
+    def __init__(
+        self,
+        index: int,
+        ops: Ops,
+        routers: Routers,
+        experts: Experts,
+        weights: Mapping[str, Weight],
+        config: ModelConfig,
+        scratch: Rows,
+    ) -> None:
+        """Args:
+        index: the layer's, among those with experts.
+        weights: the layer's tensors, by their names within it.
+        scratch: [max tokens, D].
+        """
+        self._index, self._ops, self._routers, self._experts = index, ops, routers, experts
+        self._layer = ExpertLayer(activation=config.activation, biases=_biases(weights))
+        self._shared, self._scratch, self._eps = _shared(weights), scratch, config.norm_eps
+        self._norms = [
+            cast(Array, weights[name])
+            for name in ("router_norm", "experts_norm", "experts_out_norm", "shared.out_norm")
+        ]
+
+    def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.forward`."""
+        ops, eps = self._ops, self._eps
+        before_router, before, after, after_shared = self._norms
+        (inner,) = self._scratch.first(len(x))
+        ops.norm(x, before_router, eps, inner)
+        routing = self._routers.route(self._index, x, inner, batch)
+        ops.norm(x, before, eps, inner)
+        self._experts(routing, self._layer, inner, out)
+        ops.norm(out, after, eps, out)
+        ops.ffn(normed, *self._shared, inner, activation=self._layer.activation)
+        ops.norm(inner, after_shared, eps, inner)
+        ops.add(inner, 1.0, out)
+
+
+class ClosedFfn:
+    """Is an FFN whose output is normed, and after which the residual may be scaled."""
+
+    def __init__(self, ffn: Ffn, ops: Ops, weights: Mapping[str, Weight], eps: float) -> None:
+        """Args:
+        weights: the layer's tensors, by their names within it.
+        """
+        self._ffn, self._ops, self._eps = ffn, ops, eps
+        self._norm = cast(Array, weights["ffn_out_norm"])
+        self._scale = cast("Array | None", weights.get("layer_scale"))
+
+    def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.forward`; x is scaled, and the norm's weight has the layer's scale in it."""
+        self._ffn.forward(x, normed, batch, out)
+        self._ops.norm(out, self._norm, self._eps, out)
+        if self._scale is not None:
+            self._ops.multiply(self._scale, x)
 
 
 def _shared(weights: Mapping[str, Weight]) -> tuple[Matrix | None, Matrix, Matrix]:

@@ -14,11 +14,11 @@ from edgemoe.model.delta import Delta
 from edgemoe.model.kv import KvTypes
 from edgemoe.model.setup import Setup
 from edgemoe.model.state import State
-from edgemoe.ops import Array
+from edgemoe.ops import Array, Ops
 from edgemoe.specs import AttentionSpec, DeltaSpec, MixerSpec
 from edgemoe.store import Weight
 
-__all__ = ["Mixer", "MixerLayer", "mixer_class"]
+__all__ = ["ClosedMixer", "Mixer", "MixerLayer", "mixer_class"]
 
 
 class MixerLayer(Protocol):
@@ -26,6 +26,18 @@ class MixerLayer(Protocol):
 
     def forward(self, normed: Array, batch: Batch, out: Array) -> None:
         """out [T, D] = what the layer adds to the residual for normed [T, D]."""
+
+
+class ClosedMixer:
+    """Is the mixer of one layer whose output is normed."""
+
+    def __init__(self, mixer: MixerLayer, ops: Ops, norm: Array, eps: float) -> None:
+        self._mixer, self._ops, self._norm, self._eps = mixer, ops, norm, eps
+
+    def forward(self, normed: Array, batch: Batch, out: Array) -> None:
+        """See `MixerLayer.forward`."""
+        self._mixer.forward(normed, batch, out)
+        self._ops.norm(out, self._norm, self._eps, out)
 
 
 class Mixer(Protocol):

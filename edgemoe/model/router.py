@@ -111,6 +111,6 @@ def _weights(layer: Mapping[str, Weight]) -> RouterWeights:
     """Returns the router of a layer, from its tensors."""
     optional = cast(Mapping[str, Array], layer).get
     return RouterWeights(
-        norm=cast(Array, layer["ffn_norm"]), weight=cast(Array, layer["router"]),
+        norm=cast(Array, layer.get("router_norm", layer["ffn_norm"])), weight=cast(Array, layer["router"]),
         bias=optional("router_bias"), choice_bias=optional("choice_bias"),
     )  # fmt: skip

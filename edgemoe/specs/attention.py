@@ -75,6 +75,12 @@ class AttentionSpec(MixerSpec):
     """q, k and v are clamped to ±this after the norm and before RoPE."""
     gate: Literal["none", "sigmoid", "sigmoid_head", "softplus_head"] = "none"
     """What comes out of the heads is multiplied by this of a projection: by element, or one for each head."""
+    sinks: bool = False
+    """Each head's softmax has a further term, a logit of its own whose value is zero."""
+    shared_kv: bool = False
+    """Values are the projection of the keys, as it is before their norm and rotation."""
+    v_norm: bool = False
+    """Values are normed per head, without a weight."""
 
     def __post_init__(self) -> None:
         need_sizes(self, "num_heads", "num_kv_heads", "head_dim")
@@ -100,6 +106,10 @@ class AttentionSpec(MixerSpec):
         need(
             self.clip is None or (math.isfinite(self.clip) and self.clip > 0),
             f"clip must be positive, got {quoted(self.clip)}",
+        )
+        need(
+            not (self.shared_kv and self.qkv_bias),
+            "values that are the projection of the keys have no biases",
         )
         need(
             self.gate in ("none", "sigmoid", "sigmoid_head", "softplus_head"),
@@ -159,6 +169,10 @@ class AttentionSpec(MixerSpec):
         f32, nested = TensorSpec.f32, TensorSpec.nested
         d, q, kv = hidden_size, self.q_width, self.kv_width
         out = {"q": nested(q, d), "k": nested(kv, d), "v": nested(kv, d), "o": nested(d, q)}
+        if self.shared_kv:
+            del out["v"]
+        if self.sinks:
+            out["sinks"] = f32(self.num_heads)
         if self.gate == "sigmoid":
             out["q_gate"] = nested(q, d)
         elif self.gate != "none":

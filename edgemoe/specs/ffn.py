@@ -46,6 +46,8 @@ class FfnSpec:
     bias_width: int
     """H of experts whose products have biases, 0 for none."""
     activation: Activation
+    has_branch_norms: bool
+    """Router, experts and the FFN beside them have norms of their own."""
 
     def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
         """Returns its tensors outside the routed experts by their names within a layer, in file order."""
@@ -66,4 +68,7 @@ class FfnSpec:
             out |= {"shared.up": nested(s, d), "shared.down": nested(d, s)}
         if s and self.shared_sigmoid:
             out["shared.sigmoid"] = f32(d)
+        if self.has_branch_norms:
+            out |= {"router_norm": f32(d), "experts_norm": f32(d), "experts_out_norm": f32(d)}
+            out["shared.out_norm"] = f32(d)
         return out

@@ -46,6 +46,11 @@ PUBLISHED = {
         {"model_type": "qwen3_next", "rope_parameters": _QWEN_ROPE},
         79.7, 1.7, 40.5, 36 * (2 * MIB + 96 * 1024), 24 * 1024,
     ),
+    "gpt-oss-20b": Published(
+        {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32},
+        20.9, 13.4, 10.0, 0, 48 * 1024,
+    ),
+    "gpt-oss-120b": Published({"model_type": "gpt_oss"}, 116.8, 13.4, 60.1, 0, 72 * 1024),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from edgemoe.convert.families import (
     ernie4_5_moe,
     glm4_moe,
+    gpt_oss,
     granitemoe,
     hunyuan_v1_moe,
     minimax_m2,
@@ -24,6 +25,7 @@ __all__ = ["FAMILIES"]
 FAMILIES: Mapping[str, Family] = {
     "ernie4_5_moe": ernie4_5_moe.FAMILY,
     "glm4_moe": glm4_moe.FAMILY,
+    "gpt_oss": gpt_oss.FAMILY,
     "granitemoe": granitemoe.FAMILY,
     "granitemoeshared": granitemoe.FAMILY,
     "hunyuan_v1_moe": hunyuan_v1_moe.FAMILY,

@@ -29,6 +29,7 @@ __all__ = [
     "choosing",
     "decoder_config",
     "further_layers",
+    "layer_types",
     "num_layers",
     "sparse_layers",
     "window",
@@ -189,11 +190,12 @@ def decoder_config(
     Raises:
         FormatError: a key is missing, wrong, or asks for what the runtime cannot do.
     """
-    activation = settings.text("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise settings.error(
-            "hidden_act", f"{quoted(activation)} is not supported; supported: silu"
-        )
+    if "activation" not in switches:
+        activation = settings.text("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise settings.error(
+                "hidden_act", f"{quoted(activation)} is not supported; supported: silu"
+            )
     hidden_size = settings.integer("hidden_size")
     count = num_layers(settings)
     layers = [mixers] * count if isinstance(mixers, MixerSpec) else list(mixers)
@@ -279,6 +281,25 @@ def sparse_layers(settings: Settings) -> tuple[int, ...]:
     step = settings.integer("decoder_sparse_step", 1)
     dense = settings.integers("mlp_only_layers")
     return tuple(i for i in range(num_layers(settings)) if i not in dense and (i + 1) % step == 0)
+
+
+def layer_types(settings: Settings, *names: str) -> tuple[str, ...] | None:
+    """Returns the name of every layer's kind, each of which is one of `names`; None where config.json has none.
+
+    Raises:
+        FormatError: there are more or fewer, or another one.
+    """
+    types, layers = settings.get("layer_types"), num_layers(settings)
+    if types is None:
+        return None
+    if not isinstance(types, list) or len(types) != layers:
+        raise settings.error(
+            "layer_types", f"expected a list of {layers} names, got {quoted(types)}"
+        )
+    unknown = [t for t in types if t not in names]
+    if unknown:
+        raise settings.error("layer_types", f"{quoted(unknown[0])} is not supported")
+    return tuple(types)
 
 
 def window(settings: Settings) -> int:

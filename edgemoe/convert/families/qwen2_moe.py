@@ -9,12 +9,12 @@ from edgemoe.convert.families.family import (
     attention_spec,
     by_layer,
     decoder_config,
+    layer_types,
     num_layers,
     sparse_layers,
     window,
 )
 from edgemoe.convert.settings import Settings
-from edgemoe.errors import quoted
 
 __all__ = ["FAMILY"]
 
@@ -39,19 +39,12 @@ def _config(settings: Settings) -> ModelConfig:
 def _windows(settings: Settings, layers: int) -> tuple[int, ...]:
     """Returns the window of every layer, from `layer_types` or from the rule that preceded it."""
     uses_window = settings.flag("use_sliding_window", False)
-    types = settings.get("layer_types")
+    types = layer_types(settings, "full_attention", "sliding_attention")
     if types is None:
         last = settings.integer("max_window_layers", 28, at_least=0)
         sliding = [uses_window and i % 2 == 0 and i < last for i in range(layers)]
-    elif isinstance(types, list) and len(types) == layers:
-        unknown = [t for t in types if t not in ("full_attention", "sliding_attention")]
-        if unknown:
-            raise settings.error("layer_types", f"{quoted(unknown[0])} is not supported")
-        sliding = [t == "sliding_attention" for t in types]
     else:
-        raise settings.error(
-            "layer_types", f"expected a list of {layers} names, got {quoted(types)}"
-        )
+        sliding = [t == "sliding_attention" for t in types]
     width = window(settings)
     if any(sliding) and not (uses_window and width):
         raise settings.error("sliding_window", "is missing, yet some layers have one")

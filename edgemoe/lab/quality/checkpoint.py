@@ -14,13 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, dense_tensors
-from edgemoe.convert.numpy_ops import attention, rms_norm, rotated, silu
+from edgemoe.convert.numpy_ops import activated, attention, rms_norm, rotated
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.lab.quality.quality import Sample
 from edgemoe.lab.quality.recurrent import delta, sigmoid, softplus
-from edgemoe.specs import AttentionSpec, DeltaSpec, MixerSpec, RopeSpec, RouterSpec
+from edgemoe.specs import Activation, AttentionSpec, DeltaSpec, MixerSpec, RopeSpec, RouterSpec
 from edgemoe.text.logprobs import log_softmax
 
 __all__ = ["final_states", "record_predictions", "recorded_checkpoint"]
@@ -89,6 +89,8 @@ def record_predictions(
             for at in range(0, len(scored), rows):
                 logits = scored[at : at + rows] @ head
                 logits *= np.float32(1.0 / config.logits_divisor)
+                if config.soft_cap is not None:
+                    logits = np.tanh(logits / np.float32(config.soft_cap)) * config.soft_cap
                 record.add(log_softmax(logits))
         step()
 
@@ -113,13 +115,17 @@ def final_states(
         }  # fmt: skip
         for window in x:
             normed = rms_norm(window, layer["attn_norm"], config.norm_eps)
-            window += residual * _mix(config.mixer(i), layer, normed, turns)
+            mixed = _mix(config.mixer(i), layer, normed, turns)
+            if config.out_norms:
+                mixed = rms_norm(mixed, layer["attn_out_norm"], config.norm_eps)
+            window += residual * mixed
         tokens = x.reshape(-1, config.hidden_size)
-        normed = rms_norm(tokens, layer["ffn_norm"], config.norm_eps)
-        if config.shared_width(i):
-            _add_shared(tokens, normed, layer, residual)
-        if i in config.moe_layers:
-            _add_routed(tokens, normed, model, i, layer, residual)
+        added = _ffns(tokens, model, i, layer)
+        if config.out_norms:
+            added = rms_norm(added, layer["ffn_out_norm"], config.norm_eps)
+        if config.layer_scale:
+            tokens *= layer["layer_scale"]
+        tokens += residual * added
         layer_done()
     weight = model.tensor("norm")
     for window in x:
@@ -127,28 +133,57 @@ def final_states(
     return x
 
 
-def _add_shared(tokens: Array, normed: Array, layer: Layer, residual: np.float32) -> None:
-    matrices = [layer[f"shared.{name}"] for name in MATRICES]
-    for rows in _blocks(len(tokens), matrices[0]):
-        out = _ffn(normed[rows], *matrices)
+def _ffns(x: Array, model: SourceModel, i: int, layer: Layer) -> Array:
+    """Returns what the FFNs of a layer give for x [T, D], the residual before it."""
+    config = model.config
+    normed = rms_norm(x, layer["ffn_norm"], config.norm_eps)
+    out = np.zeros_like(x)
+    if config.shared_width(i):
+        _shared(normed, layer, config.activation, out)
+    if i not in config.moe_layers:
+        return out
+    if not config.branch_norms:
+        _routed(normed, normed, model, i, layer, out)
+        return out
+
+    def norm(values: Array, name: str) -> Array:
+        return rms_norm(values, layer[name], config.norm_eps)
+
+    routed = np.zeros_like(x)
+    _routed(norm(x, "router_norm"), norm(x, "experts_norm"), model, i, layer, routed)
+    out = norm(out, "shared.out_norm")
+    out += norm(routed, "experts_out_norm")
+    return out
+
+
+def _shared(x: Array, layer: Layer, activation: Activation, out: Array) -> None:
+    """out = the FFN that every token takes."""
+    gate, up, down = (layer.get(f"shared.{name}") for name in MATRICES)
+    assert up is not None
+    assert down is not None
+    for rows in _blocks(len(x), up):
+        out[rows] = _ffn(x[rows], activation, gate, up, down)
         if "shared.sigmoid" in layer:
-            out *= sigmoid(normed[rows] @ layer["shared.sigmoid"])[:, None]
-        tokens[rows] += residual * out
+            out[rows] *= sigmoid(x[rows] @ layer["shared.sigmoid"])[:, None]
 
 
-def _add_routed(
-    tokens: Array, normed: Array, model: SourceModel, i: int, layer: Layer, residual: np.float32
+def _routed(
+    to_router: Array, x: Array, model: SourceModel, i: int, layer: Layer, out: Array
 ) -> None:
+    """out += the experts that a layer's router chooses."""
+    nothing = np.float32(0)
     chosen, gates = _route(
-        model.config.router, normed @ layer["router"].T, layer.get("choice_bias", np.float32(0))
-    )
+        model.config.router, to_router @ layer["router"].T + layer.get("router_bias", nothing),
+        layer.get("choice_bias", nothing),
+    )  # fmt: skip
     for index in np.unique(chosen):
         users, places = np.nonzero(chosen == index)
         matrices = model.expert(i, int(index))
-        for rows in _blocks(len(users), matrices[0]):
+        biases = [layer[f"expert_bias.{n}"][index] for n in MATRICES if "expert_bias.up" in layer]
+        for rows in _blocks(len(users), matrices[1]):
             user = users[rows]
-            out = _ffn(normed[user], *matrices)
-            tokens[user] += residual * gates[user, places[rows], None] * out
+            given = _ffn(x[user], model.config.activation, *matrices, *biases)
+            out[user] += gates[user, places[rows], None] * given
 
 
 def _route(
@@ -184,7 +219,10 @@ def _mix(spec: MixerSpec, layer: Layer, x: Array, turns: Turns) -> Array:
 def _attention(spec: AttentionSpec, layer: Layer, x: Array, turns: Turns) -> Array:
     """Causal grouped-query attention."""
     heads, kv_heads, width, T = spec.num_heads, spec.num_kv_heads, spec.head_dim, len(x)
-    q, k, v = (x @ layer[name].T + layer.get(f"{name}_bias", np.float32(0)) for name in "qkv")
+    q, k, v = (
+        x @ layer[name].T + layer.get(f"{name}_bias", np.float32(0))
+        for name in ("q", "k", "k" if spec.shared_kv else "v")
+    )
     if spec.qk_norm == "full":
         q, k = (rms_norm(a, layer[f"{n}_norm"], spec.norm_eps) for a, n in ((q, "q"), (k, "k")))
     if spec.clip is not None:
@@ -194,6 +232,9 @@ def _attention(spec: AttentionSpec, layer: Layer, x: Array, turns: Turns) -> Arr
         k.reshape(T, kv_heads, width),
         v.reshape(T, kv_heads, width),
     )
+
+    if spec.v_norm:
+        v = rms_norm(v, np.ones(width, np.float32), spec.norm_eps)
 
     def normed(*both: Array) -> list[Array]:
         weights = (layer["q_norm"], layer["k_norm"])
@@ -206,7 +247,7 @@ def _attention(spec: AttentionSpec, layer: Layer, x: Array, turns: Turns) -> Arr
         q, k = (rotated(a, *turns[spec.rope]) for a in (q, k))
     if spec.norm_after_rope:
         q, k = normed(q, k)
-    out = attention(q, k, v, scale=spec.scale, window=spec.window)
+    out = attention(q, k, v, scale=spec.scale, window=spec.window, sinks=layer.get("sinks"))
     if spec.gate != "none":
         gate = x @ layer["q_gate"].T
         gate = softplus(gate) if spec.gate == "softplus_head" else sigmoid(gate)
@@ -223,11 +264,19 @@ def _turns(model: SourceModel, spec: RopeSpec, count: int) -> tuple[Array, Array
     return cos.astype(np.float32), sin.astype(np.float32)
 
 
-def _ffn(x: Array, gate: Array, up: Array, down: Array) -> Array:
-    h = silu(x @ gate.T)
-    h *= x @ up.T
-    out: Array = h @ down.T
-    return out
+def _ffn(
+    x: Array,
+    activation: Activation,
+    gate: Array | None,
+    up: Array,
+    down: Array,
+    gate_bias: Array | float = 0,
+    up_bias: Array | float = 0,
+    down_bias: Array | float = 0,
+) -> Array:
+    ups = x @ up.T + up_bias
+    gates = ups if activation == "relu2" or gate is None else x @ gate.T + gate_bias
+    return np.asarray(activated(activation, gates, ups) @ down.T + down_bias, np.float32)
 
 
 def _softmax(x: Array) -> Array:

@@ -1,0 +1,157 @@
+"""What others got wrong for months, a test for each: gpt-oss."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+import reference
+import torch
+from safetensors.torch import load_file, save_file
+from test_families import assert_same_function, open_model
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import edgemoe
+from edgemoe.config import dense_tensors
+from edgemoe.convert.convert import convert
+from edgemoe.convert.hf import HFCheckpoint
+from edgemoe.errors import FormatError
+from edgemoe.runtime.budget import Budget
+
+
+def changed(path: Path, change) -> Path:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def logits(path: Path, **switches):
+    """Of the reference, with switches of attention changed."""
+    model = open_model(path)
+    tensors = {name: model.tensor(name) for name in dense_tensors(model.config)}
+    mixers = tuple(dataclasses.replace(m, **switches) for m in model.config.mixers)
+    config = dataclasses.replace(model.config, mixers=mixers)
+    return reference.logits(config, tensors, model.expert, families.random_ids(24))[0]
+
+
+def test_sinks_are_in_sliding_and_full_layers_alike(tmp_path: Path) -> None:
+    path = families.make("gpt_oss", tmp_path)
+    windows = [m.window for m in open_model(path).config.mixer_by_layer]
+    assert windows == [8, 0, 8, 0]
+    for layers in ((0, 2), (1, 3)):
+
+        def only(tensors, layers=layers):
+            for name, t in tensors.items():
+                if name.endswith("sinks"):
+                    t[:] = 2.0 if int(name.split(".")[2]) in layers else -1e4
+
+        assert_same_function(changed(path, only))
+        assert np.abs(logits(path) - logits(path, sinks=False)).max() > 0.1
+
+
+def test_a_window_holds_the_token_itself(tmp_path: Path) -> None:
+    path = families.make("gpt_oss", tmp_path)
+    assert_same_function(path)  # 24 tokens, windows of 8
+    mixers = open_model(path).config.mixers
+    assert {m.window for m in mixers} == {0, 8}
+    for window in (7, 9):
+        wrong = [dataclasses.replace(m, window=m.window and window) for m in mixers]
+        model = open_model(path)
+        tensors = {name: model.tensor(name) for name in dense_tensors(model.config)}
+        config = dataclasses.replace(model.config, mixers=tuple(wrong))
+        got, _ = reference.logits(config, tensors, model.expert, families.random_ids(24))
+        assert np.abs(got - logits(path)).max() > 0.1
+
+
+def test_gates_and_ups_are_clamped_before_they_are_multiplied(tmp_path: Path) -> None:
+    def larger(tensors):
+        for name, t in tensors.items():
+            if name.endswith("gate_up_proj"):
+                t *= 8
+
+    assert_same_function(changed(families.make("gpt_oss", tmp_path), larger))
+
+
+def test_the_bias_of_down_is_weighed_as_its_expert_is(tmp_path: Path) -> None:
+    def larger(tensors):
+        for name, t in tensors.items():
+            if name.endswith("down_proj_bias"):
+                t *= 10
+
+    assert_same_function(changed(families.make("gpt_oss", tmp_path), larger))
+
+
+def test_the_range_of_yarn_is_rounded_only_if_config_json_says_so(tmp_path: Path) -> None:
+    exact, rounded = (
+        open_model(families.make(name, tmp_path / name)).tensor("rope")
+        for name in ("gpt_oss", "gpt_oss-truncate")
+    )
+    assert np.abs(exact - rounded).max() > 1e-3
+
+
+def test_gpt_oss_as_released_in_mxfp4_is_its_decoded_weights(tmp_path: Path) -> None:
+    path = families.make("gpt_oss", tmp_path / "a", dtype=torch.bfloat16)
+    packed, plain = {}, {}
+    rng = np.random.default_rng(0)
+    for name, t in load_file(path / "model.safetensors").items():
+        if not name.endswith(("gate_up_proj", "down_proj")):
+            packed[name] = plain[name] = t
+            continue
+        experts, inputs, outputs = t.shape
+        codes = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), dtype=np.uint8)
+        scales = rng.integers(118, 122, (experts, outputs, inputs // 32), dtype=np.uint8)
+        packed[f"{name}_blocks"] = blocks = torch.from_numpy(codes)
+        packed[f"{name}_scales"] = powers = torch.from_numpy(scales)
+        plain[name] = convert_moe_packed_tensors(blocks, powers, dtype=torch.bfloat16)
+        assert plain[name].shape == t.shape
+    shutil.copytree(path, tmp_path / "b")
+    save_file(plain, path / "model.safetensors", {"format": "pt"})
+    assert_same_function(path)
+    save_file(packed, tmp_path / "b" / "model.safetensors", {"format": "pt"})
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
+    expected, got = open_model(path), open_model(tmp_path / "b")
+    for name in dense_tensors(expected.config):
+        np.testing.assert_array_equal(got.tensor(name), expected.tensor(name), err_msg=name)
+    for ours, theirs in zip(got.expert(2, 5), expected.expert(2, 5), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("swiglu_limit", 5.0, "swiglu_limit: expected 7 for this family, got 5"),
+        ("swiglu_alpha", 1.0, "swiglu_alpha: expected 1.702 for this family, got 1"),
+        ("hidden_act", "gelu", "hidden_act: 'gelu' is not supported; supported: silu"),
+        ("layer_types", ["full_attention"] * 3, "layer_types: expected a list of 4 names"),
+    ],
+)
+def test_values_that_gpt_oss_does_not_have_are_named(key, value, message, tmp_path: Path) -> None:
+    path = families.make("gpt_oss", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(FormatError, match=message):
+        open_model(path)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss"])
+def test_chunks_and_threads_do_not_change_a_bit(name, tmp_path: Path, monkeypatch) -> None:
+    convert(HFCheckpoint(families.make(name, tmp_path / "source")), tmp_path / "x.moe")
+    ids, real, seen = families.random_ids(24), Budget.divide.__func__, []
+    for chunk, threads in ((16, 2), (5, 1), (1, 3)):
+
+        def divide(cls, moe, _chunk=chunk, **kwargs):
+            return dataclasses.replace(real(cls, moe, **kwargs), chunk=_chunk)
+
+        monkeypatch.setattr(Budget, "divide", classmethod(divide))
+        with edgemoe.load(tmp_path / "x.moe", ram="1GiB", threads=threads) as engine:
+            seen.append(engine.logits(ids))
+    assert np.array_equal(seen[0], seen[1])
+    assert np.array_equal(seen[0], seen[2])
