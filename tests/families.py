@@ -125,6 +125,25 @@ _GPT_OSS = {
     "head_dim": 24,
     "sliding_window": 8,
 }
+_GEMMA4 = {
+    "model_type": "gemma4_text",
+    "num_hidden_layers": 6,
+    "num_experts": 8,
+    "top_k_experts": 3,
+    "enable_moe_block": True,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "head_dim": 16,
+    "global_head_dim": 32,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "vocab_size_per_layer_input": 160,
+    "sliding_window": 8,
+    "final_logit_softcapping": 30.0,
+    "tie_word_embeddings": True,
+    "pad_token_id": 0,
+}
 _LARGE_EPS = {"rms_norm_eps": 0.3}
 """As large as the mean squares that it is added to, so that a norm with another one is seen."""
 
@@ -305,6 +324,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "layer_types": ["full_attention", "sliding_attention"] * 2,
         **_rope("yarn", factor=4.0, original_max_position_embeddings=16),
     },
+    "gemma4_text": _GEMMA4,
     "olmoe-eps": {**_OLMOE, **_LARGE_EPS},
     "qwen3_moe-eps": {**_QWEN3, **_LARGE_EPS},
 }
@@ -322,6 +342,8 @@ def _gain(name: str, config: Any) -> float:
         gain = 5.0 if config.tie_word_embeddings else 8.0
         return gain / getattr(config, "embedding_multiplier", 1.0)
     if "router" in name or name.endswith((".gate.weight", ".wg.weight")):
+        if config.model_type == "gemma4_text":
+            return 6.0 * math.sqrt(config.hidden_size)  # what it reads is divided by that
         # Sigmoids of larger logits are all 0 or 1, and their order is chance.
         return 1.5 if config.model_type in ("glm4_moe", "minimax_m2") else 6.0
     if "q_proj" in name or "k_proj" in name:
@@ -335,7 +357,7 @@ def _gain(name: str, config: Any) -> float:
     return 1.0
 
 
-def _vector(key: str, weight: Any, noise: Any) -> Any:
+def _vector(key: str, weight: Any, noise: Any, config: Any) -> Any:
     """Returns values of a bias or a norm; those of norms lie around what they are at first, 0 or 1."""
     if key.endswith("bias"):
         return 0.3 * noise
@@ -343,6 +365,8 @@ def _vector(key: str, weight: Any, noise: Any) -> Any:
         return noise.abs()
     if key.endswith("sinks"):
         return noise
+    if config.model_type == "gemma4_text" and ("post_" in key or "q_norm" in key):
+        return 0.4 * (1 + 0.2 * noise)  # what is added last, and what attention is decided by
     return weight.mean() + 0.2 * noise
 
 
@@ -370,11 +394,11 @@ def make(
     with torch.no_grad():
         tensors = [*model.named_parameters(), *model.named_buffers()]
         for key, weight in tensors:
-            if key.endswith("inv_freq"):
+            if key.endswith(("inv_freq", "embed_scale")):
                 continue
             noise = torch.randn(weight.shape, generator=generator)
             if weight.ndim == 1 or key.endswith("bias"):
-                weight.copy_(_vector(key, weight, noise))
+                weight.copy_(_vector(key, weight, noise, config))
             else:
                 weight.copy_(noise * _gain(key, config) / math.sqrt(weight.shape[-1]))
     model.to(dtype).save_pretrained(out, **save)
@@ -400,7 +424,7 @@ def oracle(path: Path, ids: list[int]) -> tuple[NDArray[np.float32], dict[int, N
 
     for i, layer in enumerate(model.model.layers):
         for name, module in layer.named_modules():
-            if name.endswith(".experts"):
+            if f".{name}".endswith(".experts"):
                 module.register_forward_pre_hook(watch(i))
     with torch.no_grad():
         out = model(torch.tensor([ids]), use_cache=False)

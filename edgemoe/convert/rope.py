@@ -181,6 +181,14 @@ def _dynamic(request: _Request) -> tuple[Array, float]:
     return replace(request, theta=request.theta * alpha ** (dim / (dim - 2))).plain(), 1.0
 
 
+def _proportional(request: _Request) -> tuple[Array, float]:
+    """Turns the first pairs of all columns, and the others not at all."""
+    turned = int(request.parameters.positive("partial_rotary_factor", 1.0) * request.dim // 2)
+    frequencies = request.plain()
+    frequencies[turned:] = 0
+    return frequencies / request.parameters.positive("factor", 1.0), 1.0
+
+
 def _linear(request: _Request) -> tuple[Array, float]:
     return request.plain() / request.parameters.positive("factor"), 1.0
 
@@ -254,6 +262,7 @@ _SCALINGS: dict[str, Callable[[_Request], tuple[Array, float]]] = {
     "linear": _linear,
     "dynamic": _dynamic,
     "mrope": _default,
+    "proportional": _proportional,
     "yarn": _yarn,
     "llama3": _llama3,
 }

@@ -88,6 +88,10 @@ class Settings:
             raise self.error(key, f"expected an object, got {quoted(value)}")
         return Settings(value, where=f"{self._where}: {key}") if value else None
 
+    def replaced(self, **values: Any) -> Settings:
+        """Returns settings with other values of some keys."""
+        return Settings({**self._values, **values}, where=self._where)
+
     def error(self, key: str, what: str) -> FormatError:
         """Returns the error that blames one key."""
         return FormatError(f"{self._where}: {key}: {what}")

@@ -105,6 +105,9 @@ class SourceModel:
             values = _in_halves(values, self.config.mixer(int(name.split(".")[1])))
         if source.fold is not None:
             values = source.fold(values, _mixer_of(name, self.config))
+        if source.times:
+            factors = self._checkpoint.tensor(source.times)
+            values = values * factors[int(name.split(".")[2]) if name.startswith("experts.") else 0]
         return np.ascontiguousarray(values, np.float32)
 
     def _checked_sources(self, family: Family) -> tuple[dict[str, Source], list[str]]:
@@ -135,7 +138,11 @@ class SourceModel:
                 )
         if missing:
             raise FormatError(f"missing {listed(missing)}")
-        used = {source.name for source in sources.values()}
+        for name, source in sources.items():
+            count = config.num_experts if name.startswith("experts.") else 1
+            if source.times and stored.get(source.times) != (count,):
+                raise FormatError(f"{source.times}: expected a tensor of shape [{count}]")
+        used = {name for source in sources.values() for name in (source.name, source.times)}
         embed = sources["embed"].name
         without = {name: what for name in stored if (what := family.left_out(config, name))}
         refuse_unused(

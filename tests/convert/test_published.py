@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,6 +51,16 @@ PUBLISHED = {
         {"model_type": "gpt_oss", "num_hidden_layers": 24, "num_local_experts": 32},
         20.9, 13.4, 10.0, 0, 48 * 1024,
     ),
+    "Gemma-4-26B-A4B": Published(
+        {
+            "model_type": "gemma4_text", "hidden_size": 2816, "intermediate_size": 2112,
+            "num_attention_heads": 16, "num_key_value_heads": 8, "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True, "enable_moe_block": True, "num_experts": 128,
+            "top_k_experts": 8, "moe_intermediate_size": 704, "hidden_size_per_layer_input": 0,
+            "sliding_window": 1024, "final_logit_softcapping": 30.0,
+        },
+        25.2, 3.2, 12.0, 0, 5 * 4096 + 25 * 8192,
+    ),
     "gpt-oss-120b": Published({"model_type": "gpt_oss"}, 116.8, 13.4, 60.1, 0, 72 * 1024),
 }  # fmt: skip
 
@@ -62,7 +73,7 @@ class Shapes:
     def __init__(self, config: Any) -> None:
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config)
-        self.config, self.files = config.to_dict(), {}
+        self.config, self.files = json.loads(json.dumps(config.to_dict())), {}  # as it is on disk
         self.shapes = {}
         for name, weight in model.state_dict().items():
             shape = tuple(weight.shape)

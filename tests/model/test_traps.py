@@ -1,4 +1,4 @@
-"""What others got wrong for months, a test for each: gpt-oss."""
+"""What others got wrong for months, a test for each: gpt-oss, Gemma 4."""
 
 from __future__ import annotations
 
@@ -141,7 +141,93 @@ def test_values_that_gpt_oss_does_not_have_are_named(key, value, message, tmp_pa
         open_model(path)
 
 
-@pytest.mark.parametrize("name", ["gpt_oss"])
+def test_the_full_layers_of_gemma_have_sizes_of_their_own_and_no_values(tmp_path: Path) -> None:
+    path = families.make("gemma4_text", tmp_path)
+    config = open_model(path).config
+    sliding, full = (config.mixer(i) for i in (0, 5))
+    assert config.layer_mixers == (0, 0, 0, 0, 0, 1)
+    assert (sliding.head_dim, sliding.num_kv_heads, sliding.window) == (16, 2, 8)
+    assert (full.head_dim, full.num_kv_heads, full.window) == (32, 1, 0)
+    assert "layers.5.v" not in dense_tensors(config)
+    assert sliding.scale == full.scale == 1.0
+    # As released, the sizes are keys of their own.
+    said = json.loads((path / "config.json").read_text())
+    del said["per_layer_config"]
+    released = {**said, "global_head_dim": 32, "num_global_key_value_heads": 1}
+    (path / "config.json").write_text(json.dumps(released))
+    assert open_model(path).config == config
+    assert np.abs(logits(path) - logits(path, v_norm=False)).max() > 0.1
+
+
+def test_a_quarter_of_the_pairs_of_all_columns_turns(tmp_path: Path) -> None:
+    model = open_model(families.make("gemma4_text", tmp_path))
+    expected = 1e6 ** -(np.arange(0, 32, 2) / 32) * (np.arange(16) < 4)
+    np.testing.assert_allclose(model.tensor("rope_full"), expected, rtol=1e-6)
+    np.testing.assert_allclose(model.tensor("rope"), 1e4 ** -(np.arange(0, 16, 2) / 16), rtol=1e-6)
+
+
+def test_scales_of_layers_experts_and_routers_are_folded(tmp_path: Path) -> None:
+    def wide(tensors):
+        generator = torch.Generator().manual_seed(3)
+        for name, t in tensors.items():
+            if name.endswith(("layer_scalar", "per_expert_scale", "router.scale")):
+                t[:] = 0.2 + 2 * torch.rand(t.shape, generator=generator)
+
+    path = changed(families.make("gemma4_text", tmp_path), wide)
+    assert_same_function(path)
+    stored, model = load_file(path / "model.safetensors"), open_model(path)
+    layer = "model.layers.3."
+    scale = stored[layer + "router.per_expert_scale"][5] * stored[layer + "experts.down_proj"][5]
+    np.testing.assert_array_equal(model.expert(3, 5)[2], scale.numpy())
+
+
+def test_the_soft_cap_bounds_the_logits(tmp_path: Path) -> None:
+    def larger(tensors):
+        tensors["model.norm.weight"] *= 20
+
+    path = changed(families.make("gemma4_text", tmp_path / "source"), larger)
+    assert_same_function(path)
+    convert(HFCheckpoint(path), tmp_path / "x.moe")
+    with edgemoe.load(tmp_path / "x.moe", ram="1GiB") as engine:
+        got = np.abs(engine.logits(families.random_ids(8)))
+    assert 29 < got.max() <= 30
+
+
+def test_what_sees_and_hears_is_left_out_in_words(tmp_path: Path) -> None:
+    path = families.make("gemma4_text", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    tensors = {
+        name.replace("model.", "model.language_model."): t
+        for name, t in load_file(path / "model.safetensors").items()
+    }
+    tensors |= {"model.vision_tower.x": torch.ones(2), "model.audio_tower.y": torch.ones(3)}
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    whole = {"model_type": "gemma4", "text_config": config, "tie_word_embeddings": True}
+    (path / "config.json").write_text(json.dumps(whole))
+    model = open_model(path)
+    towers = ("sees", "hears")
+    assert set(model.notes) == {f"left out: the tower that {t} (1 tensors)" for t in towers}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("enable_moe_block", False, "enable_moe_block: false is not supported"),
+        ("attention_k_eq_v", False, "attention_k_eq_v: false is not supported"),
+        ("hidden_size_per_layer_input", 256, "hidden_size_per_layer_input: only 0 is supported"),
+        ("num_kv_shared_layers", 2, "num_kv_shared_layers: only 0 is supported, got 2"),
+        ("hidden_activation", "silu", "hidden_activation: 'silu' is not supported"),
+    ],
+)
+def test_values_that_gemma_does_not_have_are_named(key, value, message, tmp_path: Path) -> None:
+    path = families.make("gemma4_text", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(FormatError, match=message):
+        open_model(path)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma4_text"])
 def test_chunks_and_threads_do_not_change_a_bit(name, tmp_path: Path, monkeypatch) -> None:
     convert(HFCheckpoint(families.make(name, tmp_path / "source")), tmp_path / "x.moe")
     ids, real, seen = families.random_ids(24), Budget.divide.__func__, []

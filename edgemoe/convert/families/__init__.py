@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from edgemoe.convert.families import (
     ernie4_5_moe,
+    gemma4,
     glm4_moe,
     gpt_oss,
     granitemoe,
@@ -24,6 +25,8 @@ __all__ = ["FAMILIES"]
 
 FAMILIES: Mapping[str, Family] = {
     "ernie4_5_moe": ernie4_5_moe.FAMILY,
+    "gemma4": gemma4.FAMILY,
+    "gemma4_text": gemma4.FAMILY,
     "glm4_moe": glm4_moe.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
     "granitemoe": granitemoe.FAMILY,

@@ -54,6 +54,8 @@ class Source:
     """RoPE turns neighbouring rows of each head; ours are half of what is rotated apart."""
     fold: Fold | None = None
     """Makes ours of the stored tensor."""
+    times: str = ""
+    """A stored tensor that ours is multiplied by: of one number, or of one for each expert; "" for none."""
 
 
 NAMED_EXPERTS: Mapping[str, Source] = {
@@ -169,7 +171,8 @@ class Family:
 
 
 def _within(place: str, source: Source, expert: int | None = None) -> Source:
-    return replace(source, name=place + source.name.format(expert=expert))
+    times = source.times and place + source.times
+    return replace(source, name=place + source.name.format(expert=expert), times=times)
 
 
 def decoder_config(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.config import MATRICES, dense_tensors
+from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.numpy_ops import activated, attention, rms_norm, rotated
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
@@ -23,7 +23,7 @@ from edgemoe.lab.quality.recurrent import delta, sigmoid, softplus
 from edgemoe.specs import Activation, AttentionSpec, DeltaSpec, MixerSpec, RopeSpec, RouterSpec
 from edgemoe.text.logprobs import log_softmax
 
-__all__ = ["final_states", "record_predictions", "recorded_checkpoint"]
+__all__ = ["final_states", "head_logits", "record_predictions", "recorded_checkpoint"]
 
 Array = NDArray[np.float32]
 Layer = dict[str, Array]
@@ -87,12 +87,18 @@ def record_predictions(
         for window in states:
             scored = window[chunk // 2 : chunk - 1]
             for at in range(0, len(scored), rows):
-                logits = scored[at : at + rows] @ head
-                logits *= np.float32(1.0 / config.logits_divisor)
-                if config.soft_cap is not None:
-                    logits = np.tanh(logits / np.float32(config.soft_cap)) * config.soft_cap
-                record.add(log_softmax(logits))
+                record.add(log_softmax(head_logits(config, scored[at : at + rows], head)))
         step()
+
+
+def head_logits(config: ModelConfig, states: Array, head: Array) -> Array:
+    """Returns the logits [T, V] of states [T, D], for a head [D, V]."""
+    logits: Array = states @ head
+    logits *= np.float32(1.0 / config.logits_divisor)
+    if config.soft_cap is not None:
+        cap = np.float32(config.soft_cap)
+        logits = np.tanh(logits / cap) * cap
+    return logits
 
 
 def final_states(
