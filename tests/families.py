@@ -144,6 +144,21 @@ _GEMMA4 = {
     "tie_word_embeddings": True,
     "pad_token_id": 0,
 }
+_LAGUNA = {
+    "model_type": "laguna",
+    "num_hidden_layers": 4,
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "head_dim": 24,
+    "sliding_window": 8,
+    "layer_types": ["full_attention", *["sliding_attention"] * 3],
+    "num_attention_heads_per_layer": [4, 8, 8, 8],
+    "gating": "per-head",
+    "moe_routed_scaling_factor": 2.5,
+}
 _LARGE_EPS = {"rms_norm_eps": 0.3}
 """As large as the mean squares that it is added to, so that a norm with another one is seen."""
 
@@ -325,6 +340,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         **_rope("yarn", factor=4.0, original_max_position_embeddings=16),
     },
     "gemma4_text": _GEMMA4,
+    "laguna": _LAGUNA,
     "olmoe-eps": {**_OLMOE, **_LARGE_EPS},
     "qwen3_moe-eps": {**_QWEN3, **_LARGE_EPS},
 }
@@ -345,7 +361,7 @@ def _gain(name: str, config: Any) -> float:
         if config.model_type == "gemma4_text":
             return 6.0 * math.sqrt(config.hidden_size)  # what it reads is divided by that
         # Sigmoids of larger logits are all 0 or 1, and their order is chance.
-        return 1.5 if config.model_type in ("glm4_moe", "minimax_m2") else 6.0
+        return 1.5 if config.model_type in ("glm4_moe", "minimax_m2", "laguna") else 6.0
     if "q_proj" in name or "k_proj" in name:
         return 0.7
     if "conv1d" in name:

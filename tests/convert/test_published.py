@@ -61,6 +61,14 @@ PUBLISHED = {
         },
         25.2, 3.2, 12.0, 0, 5 * 4096 + 25 * 8192,
     ),
+    "Laguna-XS": Published(
+        {
+            "model_type": "laguna", "moe_routed_scaling_factor": 2.5,
+            "layer_types": (["full_attention"] + ["sliding_attention"] * 3) * 10,
+            "num_attention_heads_per_layer": [48, 64, 64, 64] * 10,
+        },
+        33.4, 1.7, 16.5, 0, 40 * 4096,
+    ),
     "gpt-oss-120b": Published({"model_type": "gpt_oss"}, 116.8, 13.4, 60.1, 0, 72 * 1024),
 }  # fmt: skip
 
@@ -82,6 +90,8 @@ class Shapes:
             else:
                 is_conv = len(shape) == 3 and shape[1] == 1
                 self.shapes[name] = (shape[0], shape[2]) if is_conv else shape
+        if config.tie_word_embeddings:
+            del self.shapes["lm_head.weight"]
 
     def tensor(self, name: str) -> Any:
         raise AssertionError(f"{name} is read")

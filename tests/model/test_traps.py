@@ -1,4 +1,4 @@
-"""What others got wrong for months, a test for each: gpt-oss, Gemma 4."""
+"""What others got wrong for months, a test for each: gpt-oss, Gemma 4, Laguna."""
 
 from __future__ import annotations
 
@@ -227,7 +227,34 @@ def test_values_that_gemma_does_not_have_are_named(key, value, message, tmp_path
         open_model(path)
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "gemma4_text"])
+def test_layers_of_laguna_have_heads_and_tables_of_their_own(tmp_path: Path) -> None:
+    model = open_model(families.make("laguna", tmp_path))
+    full, sliding = (model.config.mixer(i) for i in (0, 1))
+    assert (full.num_heads, full.rope_dim, full.window) == (4, 12, 0)
+    assert (sliding.num_heads, sliding.rope_dim, sliding.window) == (8, 24, 8)
+    assert model.tensor("rope_full")[1] == pytest.approx(5e5 ** (-2 / 12))
+    assert model.tensor("rope")[1] == pytest.approx(1e4 ** (-2 / 24))
+    assert full.gate == sliding.gate == "softplus_head"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("gating", "per-element", "gating: 'per-element' is not supported"),
+        ("moe_router_logit_softcapping", 30.0, "a cap of logits is not supported"),
+        ("num_attention_heads_per_layer", [4, 8], "num_attention_heads_per_layer: expected 4"),
+        ("mlp_layer_types", ["dense"], "mlp_layer_types: expected 4 of dense and sparse"),
+    ],
+)
+def test_values_that_laguna_does_not_have_are_named(key, value, message, tmp_path: Path) -> None:
+    path = families.make("laguna", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(FormatError, match=message):
+        open_model(path)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "gemma4_text", "laguna"])
 def test_chunks_and_threads_do_not_change_a_bit(name, tmp_path: Path, monkeypatch) -> None:
     convert(HFCheckpoint(families.make(name, tmp_path / "source")), tmp_path / "x.moe")
     ids, real, seen = families.random_ids(24), Budget.divide.__func__, []

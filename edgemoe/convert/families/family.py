@@ -32,6 +32,7 @@ __all__ = [
     "layer_types",
     "num_layers",
     "sparse_layers",
+    "table_of",
     "window",
 ]
 
@@ -303,6 +304,17 @@ def layer_types(settings: Settings, *names: str) -> tuple[str, ...] | None:
     if unknown:
         raise settings.error("layer_types", f"{quoted(unknown[0])} is not supported")
     return tuple(types)
+
+
+def table_of(settings: Settings, kind: str, default: Mapping[str, Any]) -> Settings:
+    """Returns config.json with the `rope_parameters` of one kind of layers, a section of them; see `Family.rope`.
+
+    Args:
+        default: what they are where config.json has none.
+    """
+    tables = settings.section("rope_parameters")
+    own = default if tables is None else tables.get(kind)
+    return settings.replaced(rope_parameters=own, rope_scaling=None)
 
 
 def window(settings: Settings) -> int:

@@ -20,6 +20,7 @@ from edgemoe.convert.families.family import (
     decoder_config,
     layer_types,
     num_layers,
+    table_of,
 )
 from edgemoe.convert.settings import Settings
 from edgemoe.errors import quoted
@@ -83,7 +84,8 @@ def _attention(settings: Settings, layer: int, kind: str) -> AttentionSpec:
     or, as transformers 5 writes it, in the layer's own section."""
     own = Settings({})
     if (sections := settings.section("per_layer_config")) is not None:
-        own = sections.section(str(layer)) or own
+        digits = len(str(num_layers(settings) - 1))
+        own = sections.section(f"{layer:0{digits}}") or sections.section(str(layer)) or own
     elif kind == _FULL:
         own = Settings({
             "head_dim": settings.integer("global_head_dim", 512),
@@ -111,9 +113,7 @@ def _rope(settings: Settings, spec: RopeSpec) -> Settings:
         default = {
             "rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0,
         }  # fmt: skip
-    tables = settings.section("rope_parameters")
-    own = tables.get(kind) if tables is not None else default
-    return settings.replaced(rope_parameters=own, rope_scaling=None)
+    return table_of(settings, kind, default)
 
 
 def _scale(stored: NDArray[Any], _: object) -> NDArray[Any]:
