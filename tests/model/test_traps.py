@@ -1,4 +1,4 @@
-"""What others got wrong for months, a test for each: gpt-oss, Gemma 4, Laguna."""
+"""What others got wrong for months, a test for each: gpt-oss, Gemma 4, Laguna, Qwen3-VL."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from test_families import assert_same_function, open_model
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -268,3 +269,47 @@ def test_chunks_and_threads_do_not_change_a_bit(name, tmp_path: Path, monkeypatc
             seen.append(engine.logits(ids))
     assert np.array_equal(seen[0], seen[1])
     assert np.array_equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize("is_released", [True, False])
+def test_the_experts_of_qwen3_vl_are_released_with_inputs_first(is_released, tmp_path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 5000.0, "mrope_section": [4, 4, 4]}
+    text = {
+        **families._BASE, **families._QWEN3, "decoder_sparse_step": 1, "rope_parameters": rope,
+    }  # fmt: skip
+    sight = {
+        "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16,
+        "out_hidden_size": 64, "deepstack_visual_indexes": [0],
+    }  # fmt: skip
+    whole = transformers.AutoConfig.for_model(
+        "qwen3_vl_moe", text_config=text, vision_config=sight, image_token_id=150,
+        video_token_id=151, vision_start_token_id=152, vision_end_token_id=153,
+    )  # fmt: skip
+    whole._attn_implementation = "eager"
+    model = transformers.Qwen3VLMoeForConditionalGeneration(whole).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if weight.ndim == 1:
+                weight.copy_(1 + 0.2 * noise)
+            else:
+                weight.copy_(noise * families._gain(name, whole) / weight.shape[-1] ** 0.5)
+        ids = families.random_ids(24)
+        expected = model(torch.tensor([[i % 150 for i in ids]]), use_cache=False).logits[0].numpy()
+    whole.save_pretrained(tmp_path)
+    weights = {name: t.contiguous() for name, t in model.state_dict().items()}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    if is_released:
+
+        def transposed(tensors):
+            for name in tensors:
+                if ".experts." in name:
+                    tensors[name] = tensors[name].transpose(1, 2).contiguous()
+
+        changed(tmp_path, transposed)
+    ours = open_model(tmp_path)
+    assert ours.notes[0].startswith("left out: the tower that sees")
+    tensors = {name: ours.tensor(name) for name in dense_tensors(ours.config)}
+    got, _ = reference.logits(ours.config, tensors, ours.expert, [i % 150 for i in ids])
+    assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()

@@ -19,6 +19,7 @@ from edgemoe.convert.families import (
     qwen3_5_moe,
     qwen3_moe,
     qwen3_next,
+    qwen3_vl_moe,
 )
 from edgemoe.convert.families.family import Family
 
@@ -42,4 +43,6 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_5_moe_text": qwen3_5_moe.FAMILY,
     "qwen3_moe": qwen3_moe.FAMILY,
     "qwen3_next": qwen3_next.FAMILY,
+    "qwen3_vl_moe": qwen3_vl_moe.FAMILY,
+    "qwen3_vl_moe_text": qwen3_vl_moe.FAMILY,
 }

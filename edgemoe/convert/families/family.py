@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
@@ -163,12 +164,22 @@ class Family:
         own = {**self.layer, **self.mixers.get(config.mixer(layer).kind, {})}
         if layer not in config.moe_layers:
             return {**_LAYER, **_DENSE_FFN, **own}
-        for experts in self.experts:
-            if _within(place, experts["up"], 0).name in stored:
-                break
-        else:
-            experts = self.experts[0]  # So that what is missing is reported by its usual name.
+        there = [e for e in self.experts if _within(place, e["up"], 0).name in stored]
+        fitting = (
+            e
+            for e in there
+            if _fits(e["up"], stored[_within(place, e["up"], 0).name], config.expert_shapes[1])
+        )
+        # So that what is missing is reported by its usual name.
+        experts = next(fitting, (there or self.experts)[0])
         return {**_LAYER, **own, **self.shared, **experts}
+
+
+def _fits(source: Source, stored: tuple[int, ...], shape: tuple[int, int]) -> bool:
+    """Returns whether a matrix of a stored shape, which may hold another one too, becomes one of `shape`."""
+    if source.fold is not None:
+        return source.fold(np.broadcast_to(np.False_, stored), None).shape == shape
+    return stored == (shape if source.half is None else (2 * shape[0], shape[1]))
 
 
 def _within(place: str, source: Source, expert: int | None = None) -> Source:

@@ -1,0 +1,55 @@
+"""Qwen3-VL-MoE's text: Qwen3-MoE with its experts in stacks, inputs first; a tower that sees, left out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.config import ModelConfig
+from edgemoe.convert.families import qwen3_moe
+from edgemoe.convert.families.family import FUSED_EXPERTS, NAMED_EXPERTS, Family, Source
+from edgemoe.convert.settings import Settings
+
+__all__ = ["FAMILY"]
+
+
+def _config(settings: Settings) -> ModelConfig:
+    """The gates are renormalised whatever `norm_topk_prob` says."""
+    config = qwen3_moe.FAMILY.config(settings)
+    return dataclasses.replace(config, family="qwen3_vl_moe", renormalise=True)
+
+
+def _transposed(stored: NDArray[np.float32], _: object) -> NDArray[np.float32]:
+    return np.asarray(stored.T)
+
+
+def _gate(stored: NDArray[np.float32], _: object) -> NDArray[np.float32]:
+    return np.asarray(stored[:, : stored.shape[1] // 2].T)
+
+
+def _up(stored: NDArray[np.float32], _: object) -> NDArray[np.float32]:
+    return np.asarray(stored[:, stored.shape[1] // 2 :].T)
+
+
+def _left_out(config: ModelConfig, name: str) -> str:
+    return "the tower that sees" if name.startswith(("model.visual.", "visual.")) else ""
+
+
+FAMILY = Family(
+    config=_config,
+    default_theta=5_000_000.0,
+    roots=("model.language_model.", "model."),
+    experts=(  # as released; as transformers 5 writes them; as quantised releases have them
+        {
+            **FUSED_EXPERTS,
+            "gate": Source("mlp.experts.gate_up_proj.{expert}", fold=_gate),
+            "up": Source("mlp.experts.gate_up_proj.{expert}", fold=_up),
+            "down": Source("mlp.experts.down_proj.{expert}", fold=_transposed),
+        },
+        FUSED_EXPERTS,
+        NAMED_EXPERTS,
+    ),
+    left_out=_left_out,
+)
