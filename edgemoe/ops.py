@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.config import ModelConfig
 from edgemoe.plan import Plan
-from edgemoe.specs import Activation, AttentionSpec, RouterSpec
+from edgemoe.specs import Activation, AttentionSpec, MlaSpec, RouterSpec
 from edgemoe.store import Request
 
 __all__ = [
-    "Array", "AttentionWeights", "DeltaRule", "ExpertLayer", "Ids", "KvLayer", "MambaRule", "Matrix", "Ops",
-    "OpsShape", "RopeTable", "RouteRule", "RouterWeights", "kv_bytes", "rope_bytes",
+    "Array", "AttentionWeights", "DeltaRule", "ExpertLayer", "Ids", "KvLayer", "LatentWeights", "MambaRule",
+    "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule", "RouterWeights", "kv_bytes", "rope_bytes",
 ]  # fmt: skip
 
 Array = NDArray[np.float32]
@@ -37,6 +37,8 @@ RouteRule = _core.RouteRule
 """How a router's logits become a choice."""
 AttentionWeights = _core.AttentionLayer
 """Biases and norms of one layer's attention, and how it computes."""
+LatentWeights = _core.LatentLayer
+"""The norm of one layer's latents, and how it computes."""
 RopeTable = _core.Rope
 """Frequencies that turn queries and keys by their positions."""
 KvLayer = _core.KvLayer
@@ -145,6 +147,9 @@ class Ops(Protocol):
     def kv_layer(self, spec: AttentionSpec, keys: str, values: str, capacity: int) -> KvLayer:
         """Returns room for `capacity` positions, stored as the kinds `keys` and `values`."""
 
+    def latents(self, spec: MlaSpec, kind: str, capacity: int) -> KvLayer:
+        """Returns room for the latents of `capacity` positions, stored as `kind`."""
+
     def attention_weights(
         self, layer: int, spec: AttentionSpec, tensors: Mapping[str, Array | Matrix], keys: str
     ) -> AttentionWeights:
@@ -156,6 +161,11 @@ class Ops(Protocol):
             tensors: all that the file has of it.
             keys: the kind that caches store keys as. Those in 8 bits leave large biases out, and scores have them.
         """
+
+    def latent_weights(
+        self, layer: int, spec: MlaSpec, tensors: Mapping[str, Array | Matrix]
+    ) -> LatentWeights:
+        """Returns what `latent_attention` needs of a layer beside its matrices; see `attention_weights`."""
 
     def rope_table(self, frequencies: Array, scale: float) -> RopeTable:
         """Returns what turns positions; `scale` multiplies cosines and sines."""
@@ -173,6 +183,12 @@ class Ops(Protocol):
 
     def linear_f32(self, x: Array, weights: Sequence[Array], outs: Sequence[Array]) -> None:
         """The same of float32 matrices, few rows that decide much; x is not rounded."""
+
+    def linear_heads(self, x: Array, weight: Matrix, heads: int, out: Array) -> None:
+        """out [T, heads * n], of each head the first columns = its rows of `weight` times its first columns of x.
+
+        weight [heads * rows, cols], rows a multiple of 16; x [T, heads * m]. What is beside them stays.
+        """
 
     def ffn(
         self,
@@ -307,6 +323,28 @@ class Ops(Protocol):
 
         kind: norm(x) * silu(gate) ("silu"), norm(x) * sigmoid(gate) ("sigmoid"), norm(x * silu(gate)) ("silu_first").
         weight [C], or [C / groups] for all parts.
+        """
+
+    def latent_attention(
+        self,
+        weights: LatentWeights,
+        q: Array,
+        absorbed: Array,
+        keys: Array,
+        pos: int,
+        cos: Array | None,
+        sin: Array | None,
+        kv: KvLayer,
+        out: Array,
+    ) -> None:
+        """Attends causally to latents, which are one key for all heads, and whose leading columns are the values.
+
+        Norms and rotates keys [T, latent + rope] in place and stores them at `pos` in kv. absorbed [T, heads *
+        (latent + rope)] has what `linear_heads` made of q [T, heads * (nope + rope)], and gets q's rotated columns;
+        cos and sin are what `rope` gave, or None where positions turn nothing. out [T, heads * latent].
+
+        Raises:
+            RangeError: as `attention`.
         """
 
     # ------------------------------------------------------------ experts

@@ -17,6 +17,7 @@ from edgemoe.ops import (
     ExpertLayer,
     Ids,
     KvLayer,
+    LatentWeights,
     MambaRule,
     Matrix,
     OpsShape,
@@ -25,7 +26,7 @@ from edgemoe.ops import (
     RouterWeights,
 )
 from edgemoe.plan import Plan
-from edgemoe.specs import Activation, AttentionSpec, RouterSpec
+from edgemoe.specs import Activation, AttentionSpec, MlaSpec, RouterSpec
 from edgemoe.store import Request
 
 __all__ = ["CpuOps"]
@@ -57,6 +58,12 @@ class CpuOps:
             head_dim=spec.head_dim,
         )  # fmt: skip
 
+    def latents(self, spec: MlaSpec, kind: str, capacity: int) -> KvLayer:
+        """See `Ops.latents`."""
+        return _core.KvLayer.latents(
+            type=kind, capacity=capacity, head_dim=spec.key_dim, value_dim=spec.latent_dim
+        )
+
     def attention_weights(
         self, layer: int, spec: AttentionSpec, tensors: Mapping[str, Array | Matrix], keys: str
     ) -> AttentionWeights:
@@ -76,6 +83,17 @@ class CpuOps:
             input_norm=array("attn_norm") if parts else None,
             rope_dim=spec.rope_dim, norm_after_rope=spec.norm_after_rope,
             sinks=array("sinks"), v_norm=spec.v_norm,
+        )  # fmt: skip
+
+    def latent_weights(
+        self, layer: int, spec: MlaSpec, tensors: Mapping[str, Array | Matrix]
+    ) -> LatentWeights:
+        """See `Ops.latent_weights`."""
+        return _core.LatentLayer(
+            index=layer, num_heads=spec.num_heads, nope_dim=spec.nope_dim, rope_dim=spec.rope_dim,
+            latent_dim=spec.latent_dim, scale=spec.scale, rotates=spec.rope is not None,
+            grow_every=spec.grow_every, growth=spec.growth,
+            norm=cast(Array, tensors["kv_a_norm"]), norm_eps=spec.norm_eps,
         )  # fmt: skip
 
     def rope_table(self, frequencies: Array, scale: float) -> RopeTable:
@@ -98,6 +116,10 @@ class CpuOps:
         """See `Ops.linear_f32`."""
         for weight, out in zip(weights, outs, strict=True):
             _core.linear_f32(self._ws, x, weight, out)
+
+    def linear_heads(self, x: Array, weight: Matrix, heads: int, out: Array) -> None:
+        """See `Ops.linear_heads`."""
+        _core.linear_heads(self._ws, x, weight, heads, out)
 
     def ffn(
         self,
@@ -224,6 +246,21 @@ class CpuOps:
     ) -> None:
         """See `Ops.gated_norm`."""
         _core.gated_norm(self._ws, x, gate, weight, eps, groups, kind)
+
+    def latent_attention(
+        self,
+        weights: LatentWeights,
+        q: Array,
+        absorbed: Array,
+        keys: Array,
+        pos: int,
+        cos: Array | None,
+        sin: Array | None,
+        kv: KvLayer,
+        out: Array,
+    ) -> None:
+        """See `Ops.latent_attention`."""
+        _core.latent_attention(self._ws, weights, q, absorbed, keys, pos, cos, sin, kv, out)
 
     def route_rule(self, spec: RouterSpec) -> RouteRule:
         """See `Ops.route_rule`."""

@@ -65,6 +65,12 @@ class TapOps(CpuOps):
         super().linear(x, weights, outs)
         self._tap.dense(self._names[id(weights[0])], x)
 
+    def linear_heads(self, x: Array, weight: Matrix, heads: int, out: Array) -> None:
+        """See `CpuOps.linear_heads`; the tap sees a row for each head."""
+        super().linear_heads(x, weight, heads, out)
+        rows = x.reshape(len(x) * heads, -1)[:, : weight.cols]
+        self._tap.dense(self._names[id(weight)], rows)
+
     def ffn(
         self,
         x: Array,

@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import reference_latent
 import reference_recurrent
 from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig
-from edgemoe.specs import AttentionSpec, DeltaSpec, MixerSpec
+from edgemoe.specs import AttentionSpec, DeltaSpec, MixerSpec, MlaSpec
 
 Array = NDArray[Any]
 Experts = Callable[[int, int], tuple[Array, Array, Array]]
@@ -121,6 +122,8 @@ def mix(spec: MixerSpec, layer: Mapping[str, Array], turns: Mapping[str, Array],
         return attention(spec, layer, turns, x)
     if isinstance(spec, DeltaSpec):
         return delta(spec, layer, x)
+    if isinstance(spec, MlaSpec):
+        return latent_attention(spec, layer, turns, x)
     raise AssertionError(spec)
 
 
@@ -185,6 +188,31 @@ def delta(spec: DeltaSpec, layer: Mapping[str, Array], x: Array) -> Array:
         heads, x @ layer["z"].T, layer["head_norm"], spec.norm_eps, spec.value_heads, spec.gate
     )
     return mixed @ layer["o"].T
+
+
+def latent_attention(
+    spec: MlaSpec, layer: Mapping[str, Array], turns: Mapping[str, Array], x: Array
+) -> Array:
+    """Multi-head latent attention in the paper's form: every head has keys and values of its own."""
+    heads = spec.num_heads
+    if spec.q_rank:
+        q = rms_norm(x @ layer["q_a"].T, layer["q_a_norm"], spec.norm_eps) @ layer["q_b"].T
+    else:
+        q = x @ layer["q_direct"].T
+    q = q.reshape(len(x), heads, -1)
+    latents, turned = np.split(x @ layer["kv_a"].T, [spec.latent_dim], axis=1)
+    latents = rms_norm(latents, layer["kv_a_norm"], spec.norm_eps)
+    if spec.rope is not None:
+        frequencies = turns[spec.rope.frequencies(len(x))]
+        rest, last = np.split(q, [spec.nope_dim], axis=-1)
+        q = np.concatenate([rest, rotate(last, frequencies, spec.rope.scale)], axis=-1)
+        turned = rotate(turned[:, None], frequencies, spec.rope.scale)[:, 0]
+    if spec.growth:
+        times = np.arange(len(x)) // spec.grow_every
+        q = q * (1 + spec.growth * np.log(1 + times))[:, None, None]
+    k_b, v_b = (layer[name].reshape(heads, -1, layer[name].shape[1]) for name in ("k_b", "v_b"))
+    out = reference_latent.naive(q, latents, turned, k_b, v_b, spec.scale)
+    return out.reshape(len(x), -1) @ layer["o"].T
 
 
 def rotate(x: Array, frequencies: Array, scale: float) -> Array:

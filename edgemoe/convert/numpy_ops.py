@@ -42,14 +42,14 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 def attention(
     q: Array, k: Array, v: Array, *, scale: float, window: int = 0, sinks: Array | None = None
 ) -> Array:
-    """Causal attention of q [N, H, S, d] over k, v [N, H_kv, S, d]; returns [N * S, H * d].
+    """Causal attention of q [N, H, S, d] over k [N, H_kv, S, d] and v [N, H_kv, S, dv]; returns [N * S, H * dv].
 
     Args:
         scale: multiplies q · k.
         window: how many last positions each sees; 0 for all.
         sinks: [H], a further logit of each head whose value is zero.
     """
-    count, heads, length, dim = q.shape
+    (count, heads, length, _), dim = q.shape, v.shape[3]
     group = heads // k.shape[1]
     unseen = np.triu(np.full((length, length), -np.inf, np.float32), 1)
     if window:

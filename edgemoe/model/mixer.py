@@ -12,10 +12,11 @@ from edgemoe.model.attention import Attention
 from edgemoe.model.batch import Batch
 from edgemoe.model.delta import Delta
 from edgemoe.model.kv import KvTypes
+from edgemoe.model.mla import Mla
 from edgemoe.model.setup import Setup
 from edgemoe.model.state import State
 from edgemoe.ops import Array, Ops
-from edgemoe.specs import AttentionSpec, DeltaSpec, MixerSpec
+from edgemoe.specs import AttentionSpec, DeltaSpec, MixerSpec, MlaSpec
 from edgemoe.store import Weight
 
 __all__ = ["ClosedMixer", "Mixer", "MixerLayer", "mixer_class"]
@@ -77,6 +78,7 @@ class Mixer(Protocol):
 _CLASSES: Mapping[type[MixerSpec], type[Mixer]] = {
     AttentionSpec: Attention,
     DeltaSpec: Delta,
+    MlaSpec: Mla,
 }
 
 

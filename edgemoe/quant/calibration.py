@@ -66,7 +66,15 @@ _FORMS = {
     "experts.error": ("float64", 1), "experts.error2": ("float64", 1),
 }  # fmt: skip
 _LONGEST_LAYER = 4  # digits
-SAME_INPUT = {"k": "q", "v": "q", "q_gate": "q", "z": "qkv", "up": "gate"}
+SAME_INPUT = {
+    "k": "q",
+    "v": "q",
+    "q_gate": "q",
+    "z": "qkv",
+    "up": "gate",
+    "q_a": "kv_a",
+    "q_direct": "kv_a",
+}
 """Matrices that are applied to what another one is, by the last part of their names."""
 
 

@@ -272,7 +272,11 @@ def _notes(
             f"lossy: {moe.config.experts_per_token} experts per token; "
             f"the model's own number is {given.experts_per_token}"
         )
-    rounded = [n for n in ("keys", "values") if getattr(options.kv_types, n) == "q8_0"]
+    types, mixers = options.kv_types, moe.config.mixers
+    names = ("keys",) if all(m.values_are_keys for m in mixers) else ("keys", "values")
+    rounded = [n for n in names if getattr(types, n) == "q8_0"]
+    if any(m.values_are_keys for m in mixers) and types.keys != types.values:
+        notes.append(f"cache_type_v: latents are keys and values at once, and held as {types.keys}")
     if rounded:
         notes.append(f"lossy: {' and '.join(rounded)} of the KV cache at 8 of 16 bits")
     return tuple(notes)

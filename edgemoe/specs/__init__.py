@@ -13,12 +13,13 @@ from edgemoe.specs.attention import AttentionSpec, RopeSpec
 from edgemoe.specs.delta import DeltaSpec
 from edgemoe.specs.ffn import ACTIVATIONS, Activation, FfnSpec, RouterSpec
 from edgemoe.specs.mixer import MixerSpec
+from edgemoe.specs.mla import MlaSpec
 from edgemoe.specs.tensor import TensorSpec
 
 __all__ = [
-    "ACTIVATIONS", "MIXERS", "Activation", "AttentionSpec", "DeltaSpec", "FfnSpec", "MixerSpec", "RopeSpec",
-    "RouterSpec", "TensorSpec",
+    "ACTIVATIONS", "MIXERS", "Activation", "AttentionSpec", "DeltaSpec", "FfnSpec", "MixerSpec", "MlaSpec",
+    "RopeSpec", "RouterSpec", "TensorSpec",
 ]  # fmt: skip
 
-MIXERS: Mapping[str, type[MixerSpec]] = {s.kind: s for s in (AttentionSpec, DeltaSpec)}
+MIXERS: Mapping[str, type[MixerSpec]] = {s.kind: s for s in (AttentionSpec, DeltaSpec, MlaSpec)}
 """The kinds of mixers, by their names in a file."""

@@ -50,6 +50,11 @@ class MixerSpec(ABC):
         """Whether a bias adds the same to every key, but for its turn by the position."""
         return False
 
+    @property
+    def values_are_keys(self) -> bool:
+        """Whether a cache holds the values as a part of the keys, so that they have no type of their own."""
+        return False
+
     @abstractmethod
     def __str__(self) -> str:
         """Is what a person is told of it, such as "attention: 16 heads of 128 (4 for keys and values)"."""

@@ -17,10 +17,19 @@ from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.numpy_ops import activated, attention, rms_norm, rotated
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
+from edgemoe.lab.quality.latent import latent_attention
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.lab.quality.quality import Sample
 from edgemoe.lab.quality.recurrent import delta, sigmoid, softplus
-from edgemoe.specs import Activation, AttentionSpec, DeltaSpec, MixerSpec, RopeSpec, RouterSpec
+from edgemoe.specs import (
+    Activation,
+    AttentionSpec,
+    DeltaSpec,
+    MixerSpec,
+    MlaSpec,
+    RopeSpec,
+    RouterSpec,
+)
 from edgemoe.text.logprobs import log_softmax
 
 __all__ = ["final_states", "head_logits", "record_predictions", "recorded_checkpoint"]
@@ -219,6 +228,8 @@ def _mix(spec: MixerSpec, layer: Layer, x: Array, turns: Turns) -> Array:
         return _attention(spec, layer, x, turns)
     if isinstance(spec, DeltaSpec):
         return delta(spec, layer, x)
+    if isinstance(spec, MlaSpec):
+        return latent_attention(spec, layer, x, turns)
     raise FormatError(f"a forward pass in floats knows no mixers of kind {spec.kind} yet")
 
 

@@ -1,0 +1,118 @@
+"""Multi-head latent attention, absorbed: what the layers of one spec share, and one layer's weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from edgemoe.model.batch import Batch
+from edgemoe.model.kv import KvTypes
+from edgemoe.model.setup import Setup
+from edgemoe.ops import Array, KvLayer, Matrix, Ops, kv_bytes
+from edgemoe.specs import MlaSpec
+from edgemoe.store import Weight
+
+__all__ = ["Latents", "Mla", "MlaLayer"]
+
+_UNTURNED: tuple[Any, Any] = (None, None)
+
+
+class Latents:
+    """Is the state of a layer: latents and turned columns, stored as keys are. Any prefix of it is a state."""
+
+    can_rewind_anywhere = True
+
+    def __init__(self, ops: Ops, spec: MlaSpec, capacity: int, kind: str) -> None:
+        self.layer: KvLayer = ops.latents(spec, kind, capacity)
+
+    @staticmethod
+    def bytes(spec: MlaSpec, capacity: int, types: KvTypes) -> int:
+        """Returns the memory that `capacity` positions take; it grows by 32 of them."""
+        return kv_bytes(types.keys, 1, capacity, spec.key_dim)
+
+    def rewind(self, length: int) -> int:
+        """See `State.rewind`: what lies behind `length` is written over."""
+        return length
+
+    def snapshot(self, length: int) -> None:
+        """See `State.snapshot`."""
+
+
+class Mla:
+    """Is what the layers of one spec share. See `Mixer`."""
+
+    def __init__(self, spec: MlaSpec, setup: Setup) -> None:
+        self.spec, self.ops = spec, setup.ops
+        self.rope = None if spec.rope is None else setup.ropes[spec.rope]
+        self.context, self.types = setup.context, setup.types
+        self._rows = setup.scratch.rows(*self.scratch_widths(spec))
+
+    @staticmethod
+    def scratch_widths(spec: MlaSpec) -> tuple[int, ...]:
+        """See `Mixer.scratch_widths`: queries, before and after, keys, what heads attend to, what comes out of them."""
+        h = spec.num_heads
+        return (
+            spec.q_rank, spec.q_width, h * spec.key_dim, spec.key_dim, h * spec.latent_dim,
+            h * spec.value_dim,
+        )  # fmt: skip
+
+    @staticmethod
+    def state_bytes(spec: MlaSpec, context: int, types: KvTypes) -> int:
+        """See `Mixer.state_bytes`."""
+        return Latents.bytes(spec, context, types)
+
+    @staticmethod
+    def read_bytes(spec: MlaSpec, length: int, types: KvTypes) -> int:
+        """See `Mixer.read_bytes`: all heads read the same."""
+        return Latents.bytes(spec, 32, types) * length // 32
+
+    def make_state(self) -> Latents:
+        """See `Mixer.make_state`."""
+        return Latents(self.ops, self.spec, self.context, self.types.keys)
+
+    def start(self, batch: Batch) -> None:
+        """See `Mixer.start`: cuts the rows of each sequence, once for all layers."""
+        parts: list[tuple[list[Any], int, Any, Any, Any, Any, Any, Any]] = []
+        for part in batch.slices:
+            _, q, absorbed, keys, out, _ = self._rows.between(part.start, part.stop)
+            turn = _UNTURNED
+            if self.rope is not None:
+                turn = self.rope.rows.between(part.start, part.stop)
+            state = part.state
+            parts.append((state.layers, state.held, q, absorbed, keys, *turn, out))
+        batch.shared[self] = (self._rows.first(len(batch.ids)), parts)
+
+    def layer(self, index: int, weights: Mapping[str, Weight]) -> MlaLayer:
+        """See `Mixer.layer`."""
+        return MlaLayer(self, index, weights)
+
+
+class MlaLayer:
+    """Is latent attention of one layer. See `MixerLayer`."""
+
+    def __init__(self, shared: Mla, index: int, weights: Mapping[str, Weight]) -> None:
+        matrices = cast(Mapping[str, Matrix], weights)
+        self._shared, self._ops, self._index = shared, shared.ops, index
+        self._weights = shared.ops.latent_weights(index, shared.spec, weights)
+        self._kv_a, self._q_b = matrices["kv_a"], matrices.get("q_b")
+        self._q_a = matrices["q_direct" if self._q_b is None else "q_a"]
+        self._q_norm = cast("Array | None", weights.get("q_a_norm"))
+        self._k_b, self._v_b, self._o = matrices["k_b"], matrices["v_b"], (matrices["o"],)
+
+    def forward(self, normed: Array, batch: Batch, out: Array) -> None:
+        """See `MixerLayer.forward`."""
+        ops, index, spec = self._ops, self._index, self._shared.spec
+        (q_a, q, absorbed, keys, latents, values), parts = batch.shared[self._shared]
+        if self._q_b is None or self._q_norm is None:
+            ops.linear(normed, (self._kv_a, self._q_a), (keys, q))
+        else:
+            ops.linear(normed, (self._kv_a, self._q_a), (keys, q_a))
+            ops.norm(q_a, self._q_norm, spec.norm_eps, q_a)
+            ops.linear(q_a, (self._q_b,), (q,))
+        ops.linear_heads(q, self._k_b, spec.num_heads, absorbed)
+        for states, pos, queries, brought, new, cos, sin, to in parts:
+            ops.latent_attention(
+                self._weights, queries, brought, new, pos, cos, sin, states[index].layer, to
+            )
+        ops.linear_heads(latents, self._v_b, spec.num_heads, values)
+        ops.linear(values, self._o, (out,))
