@@ -159,6 +159,29 @@ _LAGUNA = {
     "gating": "per-head",
     "moe_routed_scaling_factor": 2.5,
 }
+_MLA = {
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 3,
+    "num_experts_per_tok": 3,
+    "n_routed_experts": 8,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 40,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+}
+_GLM4_LITE = {**_MLA, "model_type": "glm4_moe_lite", "routed_scaling_factor": 1.8}
+_DEEPSEEK2 = {
+    **_MLA,
+    "model_type": "deepseek_v2",
+    "q_lora_rank": None,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+}
+_DEEPSEEK3 = {**_MLA, "model_type": "deepseek_v3", "first_k_dense_replace": 1}
+_MISTRAL4 = {**_MLA, "model_type": "mistral4", "num_hidden_layers": 2}
 _LARGE_EPS = {"rms_norm_eps": 0.3}
 """As large as the mean squares that it is added to, so that a norm with another one is seen."""
 
@@ -201,6 +224,9 @@ def _dense_granite_config(settings: Settings) -> ModelConfig:
 
 transformers.AutoConfig.register("granitemoe_dense", _DenseGraniteConfig)
 transformers.AutoModelForCausalLM.register(_DenseGraniteConfig, _DenseGranite)
+transformers.AutoModelForCausalLM.register(  # transformers loads it as a part of Mistral 3 only
+    transformers.Mistral4Config, transformers.Mistral4ForCausalLM, exist_ok=True
+)
 assert isinstance(FAMILIES, dict)
 FAMILIES["granitemoe_dense"] = replace(FAMILIES["granitemoe"], config=_dense_granite_config)
 
@@ -341,6 +367,64 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     },
     "gemma4_text": _GEMMA4,
     "laguna": _LAGUNA,
+    "glm4_moe_lite": {**_GLM4_LITE, "n_shared_experts": 2},
+    "glm4_moe_lite-eps-dense": {
+        **_GLM4_LITE,
+        "mlp_layer_types": ["sparse", "dense", "sparse"],
+        "norm_topk_prob": False,
+        "tie_word_embeddings": True,
+        **_LARGE_EPS,
+    },
+    "deepseek_v2": {
+        **_DEEPSEEK2,
+        **_rope(
+            "yarn",
+            factor=4.0,
+            original_max_position_embeddings=16,
+            mscale=0.707,
+            mscale_all_dim=0.707,
+        ),
+    },
+    "deepseek_v2-groups": {
+        **_DEEPSEEK2,
+        "q_lora_rank": 40,
+        "v_head_dim": 16,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+        **_rope(
+            "yarn", factor=8.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=0.5
+        ),
+    },
+    "deepseek_v3": {
+        **_DEEPSEEK3,
+        "n_group": 4,
+        "topk_group": 2,
+        **_rope(
+            "yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0
+        ),
+    },
+    "deepseek_v3-one-group": {**_DEEPSEEK3, "n_group": 1, "topk_group": 1, "kv_lora_rank": 48},
+    "mistral4": {
+        **_MISTRAL4,
+        **_rope(
+            "yarn",
+            factor=16.0,
+            original_max_position_embeddings=8,
+            mscale=1.0,
+            mscale_all_dim=1.0,
+            llama_4_scaling_beta=0.3,
+        ),
+    },
+    "mistral4-groups-dense": {
+        **_MISTRAL4,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "kv_lora_rank": 16,
+    },
     "olmoe-eps": {**_OLMOE, **_LARGE_EPS},
     "qwen3_moe-eps": {**_QWEN3, **_LARGE_EPS},
 }
@@ -361,8 +445,9 @@ def _gain(name: str, config: Any) -> float:
         if config.model_type == "gemma4_text":
             return 6.0 * math.sqrt(config.hidden_size)  # what it reads is divided by that
         # Sigmoids of larger logits are all 0 or 1, and their order is chance.
-        return 1.5 if config.model_type in ("glm4_moe", "minimax_m2", "laguna") else 6.0
-    if "q_proj" in name or "k_proj" in name:
+        sigmoids = ("glm4_moe", "glm4_moe_lite", "deepseek_v3", "minimax_m2", "laguna")
+        return 1.5 if config.model_type in sigmoids else 6.0
+    if "q_proj" in name or "k_proj" in name or "q_b_proj" in name:
         return 0.7
     if "conv1d" in name:
         return 1.5

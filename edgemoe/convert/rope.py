@@ -17,7 +17,7 @@ from edgemoe.config import LIMIT
 from edgemoe.convert.settings import Settings
 from edgemoe.errors import quoted
 
-__all__ = ["Rope", "check_rotated", "rope", "rotated_columns"]
+__all__ = ["Rope", "check_rotated", "query_growth", "rope", "rotated_columns", "score_gain"]
 
 Array = NDArray[np.float64]
 
@@ -162,6 +162,35 @@ def check_rotated(settings: Settings, head_dim: int, dim: int) -> None:
             )
 
 
+def score_gain(settings: Settings) -> float:
+    """Returns by how much scaled RoPE multiplies scores, where config.json has `mscale_all_dim` (DeepSeek-V2).
+
+    This is beside `Rope.scale`, which then is a quotient of two of these, mostly 1.
+    """
+    parameters = _parameters(settings)
+    mscale = parameters.number("mscale_all_dim", 0.0)
+    kind = parameters.text("rope_type", parameters.text("type", "default"))
+    if kind == "default" or not mscale:
+        return 1.0
+    return _magnitude(parameters.positive("factor"), mscale) ** 2
+
+
+def query_growth(settings: Settings) -> tuple[float, int]:
+    """Returns how queries grow with the position, and after how many (Llama 4, Mistral 4); zeros for never."""
+    parameters = _parameters(settings)
+    growth = parameters.number("llama_4_scaling_beta", 0.0)
+    if growth < 0:
+        raise parameters.error("llama_4_scaling_beta", f"must not be negative, got {growth}")
+    if not growth:
+        return 0.0, 0
+    return growth, parameters.integer("original_max_position_embeddings")
+
+
+def _magnitude(factor: float, mscale: float) -> float:
+    """YaRN's rule for longer contexts, whose scores would otherwise be flatter."""
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
 def _parameters(settings: Settings) -> Settings:
     # In transformers too, the older key wins where a file has both.
     return settings.section("rope_scaling") or settings.section("rope_parameters") or Settings({})
@@ -197,13 +226,10 @@ def _yarn(request: _Request) -> tuple[Array, float]:
     """Interpolates slow frequencies and keeps fast ones, with a ramp between (Peng et al. 2023)."""
     parameters, dim, factor = request.parameters, request.dim, request.stretch()
 
-    def scale_for(mscale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
-    scale = scale_for(1)
+    scale = _magnitude(factor, 1)
     if parameters.get("mscale") and parameters.get("mscale_all_dim"):
-        scale = scale_for(parameters.positive("mscale"))
-        scale /= scale_for(parameters.positive("mscale_all_dim"))
+        scale = _magnitude(factor, parameters.positive("mscale"))
+        scale /= _magnitude(factor, parameters.positive("mscale_all_dim"))
 
     def dimension(key: str, default: float) -> float:
         turns = request.original_length / (parameters.positive(key, default) * 2 * math.pi)

@@ -151,12 +151,12 @@ def test_eos_comes_from_generation_config_first(edited, checkpoints: dict[str, P
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("mixtral", {"model_type": "deepseek_v3"}, "model_type 'deepseek_v3' is not supported"),
+        ("mixtral", {"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
         ("mixtral", {"model_type": ...}, "model_type None is not supported"),
         (
             "mixtral",
             {"model_type": ["mixtral"]},
-            "is not supported; supported: ernie4_5_moe, gemma4",
+            "is not supported; supported: deepseek_v2, deepseek_v3, ernie4_5_moe",
         ),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
         ("mixtral", {"hidden_size": ...}, "hidden_size: is missing"),

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgemoe.convert.families import (
+    deepseek_v2,
+    deepseek_v3,
     ernie4_5_moe,
     gemma4,
     glm4_moe,
+    glm4_moe_lite,
     gpt_oss,
     granitemoe,
     hunyuan_v1_moe,
     laguna,
     minimax_m2,
+    mistral4,
     mixtral,
     olmoe,
     qwen2_moe,
@@ -26,16 +30,21 @@ from edgemoe.convert.families.family import Family
 __all__ = ["FAMILIES"]
 
 FAMILIES: Mapping[str, Family] = {
+    "deepseek_v2": deepseek_v2.FAMILY,
+    "deepseek_v3": deepseek_v3.FAMILY,
     "ernie4_5_moe": ernie4_5_moe.FAMILY,
     "gemma4": gemma4.FAMILY,
     "gemma4_text": gemma4.FAMILY,
     "glm4_moe": glm4_moe.FAMILY,
+    "glm4_moe_lite": glm4_moe_lite.FAMILY,
     "gpt_oss": gpt_oss.FAMILY,
     "granitemoe": granitemoe.FAMILY,
     "granitemoeshared": granitemoe.FAMILY,
     "hunyuan_v1_moe": hunyuan_v1_moe.FAMILY,
+    "kimi_k2": deepseek_v3.FAMILY,
     "laguna": laguna.FAMILY,
     "minimax_m2": minimax_m2.FAMILY,
+    "mistral4": mistral4.FAMILY,
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,
     "qwen2_moe": qwen2_moe.FAMILY,
