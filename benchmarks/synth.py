@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.file.writer import Writer
-from edgemoe.specs import AttentionSpec, RopeSpec
+from edgemoe.specs import AttentionSpec, MlaSpec, RopeSpec
 
 COMMON = {"tied": False, "norm_eps": 1e-5}
 
@@ -45,6 +45,19 @@ SHAPES = {
         moe_layers=tuple(range(24)), scoring="softmax_topk",
         embedding_multiplier=12.0, residual_multiplier=0.22, logits_divisor=6.0,
         **{**COMMON, "tied": True},
+    ),
+    # zai-org/GLM-4.7-Flash, its first two layers of 47 and a fifth of its vocabulary
+    "glm-flash": ModelConfig(
+        family="glm4_moe_lite", vocab_size=32768, hidden_size=2048, context_length=202752, num_layers=2,
+        mixers=(
+            MlaSpec(
+                num_heads=20, q_rank=768, latent_dim=512, nope_dim=192, rope_dim=64, value_dim=256,
+                scale=256**-0.5, rope=RopeSpec(dim=64),
+            ),
+        ),
+        layer_mixers=(0, 0), num_experts=64, experts_per_token=4, expert_hidden=1536, moe_layers=(1,),
+        shared_hidden=(10240, 1536), scoring="sigmoid", choice_bias=True, renormalise=True, gate_scale=1.8,
+        **COMMON,
     ),
     "tiny": ModelConfig(
         family="olmoe", vocab_size=1024, hidden_size=256, context_length=2048,
