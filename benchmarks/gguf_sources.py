@@ -34,6 +34,8 @@ from edgemoe.errors import FormatError  # noqa: E402
 # What released files say and transformers 5 leaves out or calls by another name when it saves.
 _AS_RELEASED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"scoring_func": "sigmoid"},
+    "deepseek_v3": {"scoring_func": "sigmoid"},
+    "glm4_moe_lite": {"scoring_func": "sigmoid"},
 }
 
 
@@ -47,6 +49,8 @@ def as_released(path: Path) -> None:
         config["rotary_dim"] = int(
             config["head_dim"] * config["rope_parameters"].get("partial_rotary_factor", 1.0)
         )
+    if kind == "glm4_moe_lite":
+        config["first_k_dense_replace"] = config["mlp_layer_types"].index("sparse")
     if kind == "hunyuan_v1_moe":
         layers = config["num_hidden_layers"]
         for key in ("moe_intermediate_size", "num_shared_expert", "moe_topk"):

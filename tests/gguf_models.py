@@ -28,6 +28,10 @@ _ARCHITECTURES = {
     "ernie4_5_moe": "ernie4_5-moe",
     "minimax_m2": "minimax-m2",
     "hunyuan_v1_moe": "hunyuan-moe",
+    "glm4_moe_lite": "deepseek2",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "mistral4": "mistral4",
 }
 
 
@@ -38,6 +42,7 @@ def save(
     quant: str = "F32",
     changes: Mapping[str, Any] | None = None,
     tensors: Mapping[str, Array] | None = None,
+    without: str = "$^",
 ) -> Path:
     """Writes a checkpoint directory as a GGUF file without a tokenizer.
 
@@ -47,6 +52,7 @@ def save(
         quant: type of the matrices.
         changes: metadata to add or replace, without the architecture's name; None leaves a key out.
         tensors: to add or replace, by their names in the file.
+        without: what the names of those match that are left out.
     """
     config = json.loads((path / "config.json").read_text())
     arch = _ARCHITECTURES[config["model_type"]]
@@ -65,6 +71,8 @@ def save(
             writer.add_array(name, value)
     kind = gguf.GGMLQuantizationType[quant]
     for name, array in {**named(path, config, arch), **(tensors or {})}.items():
+        if re.search(without, name):
+            continue
         if array.ndim == 1 or array.dtype != np.float32 or quant == "F32":
             writer.add_tensor(name, array)
         else:
@@ -114,6 +122,13 @@ def _laid_out(
         return [(f"{start}gate_proj.weight", gate), (f"{start}up_proj.weight", up)]
     if name.endswith("e_score_correction_bias"):
         return [(name.replace("_bias", ".bias"), values.reshape(-1))]
+    if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return [(f"{name}.weight", values)]
+    if name.endswith("kv_b_proj.weight"):
+        heads = values.reshape(config["num_attention_heads"], -1, config["kv_lora_rank"])
+        k_b, v_b = np.split(heads, [config["qk_nope_head_dim"]], axis=1)
+        start = name.replace("kv_b_proj.weight", "")
+        return [(f"{start}k_b_proj.weight", k_b.swapaxes(1, 2)), (f"{start}v_b_proj.weight", v_b)]
     return [(name, values)]
 
 
@@ -167,6 +182,8 @@ def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             "expert_group_count": config["n_group"],
             "expert_group_used_count": config["topk_group"],
         }
+    if "kv_lora_rank" in config:
+        out |= _latents(config)
     if kind == "ernie4_5_moe":
         out |= {"interleave_moe_layer_step": config["moe_layer_interval"]}
     if kind.startswith("granite"):
@@ -176,4 +193,34 @@ def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             "residual_scale": config["residual_multiplier"],
             "logit_scale": config["logits_scaling"],
         }
+    return out
+
+
+def _latents(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the metadata of latent attention, and of the routers of families that have it."""
+    latent, turned = config["kv_lora_rank"], config["qk_rope_head_dim"]
+    dense = config.get("mlp_layer_types", []).count("dense")
+    out = {
+        "attention.head_count_kv": 1,
+        "attention.q_lora_rank": config["q_lora_rank"],
+        "attention.kv_lora_rank": latent,
+        "attention.key_length": latent + turned,
+        "attention.value_length": latent,
+        "attention.key_length_mla": config["qk_nope_head_dim"] + turned,
+        "attention.value_length_mla": config["v_head_dim"],
+        "rope.dimension_count": turned,
+        "leading_dense_block_count": config.get("first_k_dense_replace", dense),
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_weights_scale": config["routed_scaling_factor"],
+        "expert_weights_norm": config["norm_topk_prob"],
+        "expert_group_count": config["n_group"],
+        "expert_group_used_count": config["topk_group"],
+    }
+    if config["model_type"] != "deepseek_v2":
+        out["expert_gating_func"] = 1 if config["model_type"] == "mistral4" else 2
+    rope = config["rope_parameters"]
+    if rope.get("mscale_all_dim"):
+        out["rope.scaling.yarn_log_multiplier"] = 0.1 * rope["mscale_all_dim"]
+    if rope.get("llama_4_scaling_beta"):
+        out["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
     return out

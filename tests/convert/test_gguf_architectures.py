@@ -43,6 +43,11 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("ernie4_5_moe-step", {}),
     ("minimax_m2", {}),
     ("hunyuan_v1_moe-tied-bias", {}),
+    ("deepseek_v2", {}),
+    ("deepseek_v3", {}),
+    ("deepseek_v3-one-group", {"norm_topk_prob": False}),
+    ("mistral4", {}),
+    ("mistral4-groups-dense", {}),
 ]
 
 
@@ -65,6 +70,39 @@ def assert_same(ours: SourceModel, theirs: SourceModel) -> None:
 def test_is_the_same_model(name: str, changes: dict[str, Any], tmp_path: Path) -> None:
     path = families.make(name, tmp_path / "hf", changes=changes)
     assert_same(opened(path), opened(gguf_models.save(path, tmp_path / "x.gguf")))
+
+
+def test_a_file_without_a_gating_key_is_glm_4_7_flash_by_its_size(tmp_path: Path) -> None:
+    """The first files said nothing of the router, or softmax: its gating function is sigmoid all the same."""
+    size = {
+        "vocab_size": 154880,
+        "hidden_size": 16,
+        "num_hidden_layers": 47,
+        "moe_intermediate_size": 16,
+    }
+    small = {"intermediate_size": 16, "kv_lora_rank": 16, "q_lora_rank": 16, "n_routed_experts": 4}
+    path = families.make("glm4_moe_lite", tmp_path / "hf", changes={**size, **small})
+    for said in (None, 1, 2):
+        file = gguf_models.save(
+            path, tmp_path / f"{said}.gguf", changes={"expert_gating_func": said}
+        )
+        ours, theirs = opened(path).config, opened(file).config
+        assert dataclasses.replace(theirs, eos_ids=ours.eos_ids) == ours
+        assert theirs.scoring == "sigmoid"
+    path = families.make("deepseek_v3", tmp_path / "other")
+    file = gguf_models.save(path, tmp_path / "x.gguf", changes={"expert_gating_func": 1})
+    with pytest.raises(FormatError, match="norm_topk_prob: true is not supported"):
+        opened(file)
+
+
+def test_keys_and_values_of_older_files_are_one_matrix(tmp_path: Path) -> None:
+    path = families.make("deepseek_v2", tmp_path / "hf")
+    checkpoint, tensors = HFCheckpoint(path), {}
+    for i in range(3):
+        stored = checkpoint.tensor(f"model.layers.{i}.self_attn.kv_b_proj.weight")
+        tensors |= {f"blk.{i}.attn_kv_b.weight": stored}
+    file = gguf_models.save(path, tmp_path / "x.gguf", tensors=tensors, without="attn_[kv]_b")
+    assert_same(opened(path), opened(file))
 
 
 def test_converts_to_the_same_logits(tmp_path: Path) -> None:

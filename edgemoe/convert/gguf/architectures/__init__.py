@@ -42,6 +42,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": llama.ARCHITECTURE,
     "llama4": llama4.ARCHITECTURE,
     "minimax-m2": minimax_m2.ARCHITECTURE,
+    "mistral4": deepseek2.MISTRAL4,
     "nemotron_h_moe": nemotron_h_moe.ARCHITECTURE,
     "olmoe": olmoe.ARCHITECTURE,
     "qwen2moe": qwen2moe.ARCHITECTURE,

@@ -1,4 +1,4 @@
-"""`deepseek2`: DeepSeek-V2 and V3, Kimi-K2 and GLM-4.7-Flash, told apart by the router."""
+"""`deepseek2`: DeepSeek-V2 and V3, Kimi-K2 and GLM-4.7-Flash, told apart by the router; `mistral4`: Mistral-Small-4."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from edgemoe.convert.gguf.architecture import (
     Architecture,
     Array,
     Made,
+    joined,
 )
 from edgemoe.convert.gguf.architectures.glm4moe import SHARED_EXPERTS
 from edgemoe.convert.gguf.meta import Meta
 from edgemoe.convert.gguf.rope import rope_scaling
 
-__all__ = ["ARCHITECTURE"]
+__all__ = ["ARCHITECTURE", "MISTRAL4"]
 
 _SOFTMAX, _SIGMOID = 1, 2
-_GLM_VOCABULARY = 154880  # whose first files do not name the router's function, which is a sigmoid
+_GLM_VOCABULARY = (
+    154880  # whose first files name no function of the router, or a wrong one: it is a sigmoid
+)
 
 
 def _config(meta: Meta) -> dict[str, Any]:
     is_glm = meta.shapes["token_embd.weight"][0] == _GLM_VOCABULARY
-    function = meta.whole("expert_gating_func", _SIGMOID if is_glm else _SOFTMAX)
+    function = _SIGMOID if is_glm else meta.whole("expert_gating_func", _SOFTMAX)
     if function not in (_SOFTMAX, _SIGMOID):
         raise meta.error(
             "expert_gating_func", f"must be 1 (softmax) or 2 (sigmoid), got {function}"
@@ -64,6 +67,14 @@ def _config(meta: Meta) -> dict[str, Any]:
     }
 
 
+def _mistral(meta: Meta) -> dict[str, Any]:
+    config, growth = _config(meta), "attention.temperature_scale"
+    if meta.get(growth) and config["rope_scaling"]:
+        config["rope_scaling"]["llama_4_scaling_beta"] = meta.positive(growth)
+    width = meta.rows("ffn_gate_exps.weight") or meta.rows("ffn_gate_up_exps.weight") // 2
+    return {**config, "model_type": "mistral4", "moe_intermediate_size": width}
+
+
 def _scaling(meta: Meta) -> dict[str, Any] | None:
     """Adds what the scores gain: a tenth of `mscale_all_dim` is stored, and `mscale` is the same in all models."""
     scaling, gain = rope_scaling(meta), "rope.scaling.yarn_log_multiplier"
@@ -80,31 +91,47 @@ def _kv_b(config: Mapping[str, Any], values: Sequence[Array]) -> Array:
     return rows.reshape(-1, rows.shape[2])
 
 
+_LAYER = {
+    **ATTENTION,
+    **DENSE_FFN,
+    **NAMED_EXPERTS,
+    **SHARED_EXPERTS,
+    "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
+    "attn_q_a": "self_attn.q_a_proj",
+    "attn_q_a_norm": "self_attn.q_a_layernorm",
+    "attn_q_b": "self_attn.q_b_proj",
+    "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
+    "attn_kv_a_norm": "self_attn.kv_a_layernorm",
+    "attn_kv_b": "self_attn.kv_b_proj",
+}
+_MADE = {
+    "self_attn.kv_b_proj.weight": Made(
+        ("attn_k_b.weight", "attn_v_b.weight"),
+        _kv_b,
+        lambda config, shapes: (
+            shapes[0][0] * (shapes[0][2] + shapes[1][1]),
+            shapes[0][1],
+        ),
+    )
+}
+
 ARCHITECTURE = Architecture(
     model_type="deepseek_v2",
     others=("deepseek_v3", "glm4_moe_lite"),
     config=_config,
+    layer=_LAYER,
+    made=_MADE,
+)
+MISTRAL4 = Architecture(  # experts have gate and up in one, which others may have split
+    model_type="mistral4",
+    config=_mistral,
     layer={
-        **ATTENTION,
-        **DENSE_FFN,
-        **NAMED_EXPERTS,
-        **SHARED_EXPERTS,
-        "exp_probs_b.bias": "mlp.gate.e_score_correction_bias",
-        "attn_q_a": "self_attn.q_a_proj",
-        "attn_q_a_norm": "self_attn.q_a_layernorm",
-        "attn_q_b": "self_attn.q_b_proj",
-        "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
-        "attn_kv_a_norm": "self_attn.kv_a_layernorm",
-        "attn_kv_b": "self_attn.kv_b_proj",
+        **_LAYER,
+        "ffn_gate_up_exps.weight": "mlp.experts.gate_up_proj.{expert}",
+        "ffn_down_exps.weight": "mlp.experts.down_proj.{expert}",
     },
     made={
-        "self_attn.kv_b_proj.weight": Made(
-            ("attn_k_b.weight", "attn_v_b.weight"),
-            _kv_b,
-            lambda config, shapes: (
-                shapes[0][0] * (shapes[0][2] + shapes[1][1]),
-                shapes[0][1],
-            ),
-        )
+        **_MADE,
+        "mlp.experts.gate_up_proj.{expert}": joined("ffn_gate_exps.weight", "ffn_up_exps.weight"),
     },
 )
