@@ -252,6 +252,41 @@ def test_kimi_k2_is_deepseek_v3(sources, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("prefix", "head"),
+    [
+        ("model.language_model.", "lm_head."),
+        ("language_model.model.", "language_model.lm_head."),
+    ],
+)
+def test_the_text_of_mistral_3_is_mistral_4_and_its_tower_is_left_out(
+    prefix, head, sources, tmp_path
+):
+    tensors = {
+        name.replace("model.", prefix, 1).replace("lm_head.", head): t
+        for name, t in load_file(sources["mistral4"] / "model.safetensors").items()
+    }
+    tensors["vision_tower.patch_conv.weight"] = tensors["multi_modal_projector.norm.weight"] = (
+        tensors[f"{prefix}norm.weight"].clone()
+    )
+    save_file({n: t.clone() for n, t in tensors.items()}, tmp_path / "model.safetensors")
+    plain = SourceModel(HFCheckpoint(sources["mistral4"]))
+    config = {
+        "model_type": "mistral3",
+        "text_config": json.loads((sources["mistral4"] / "config.json").read_text()),
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = SourceModel(HFCheckpoint(tmp_path))
+    assert model.config == plain.config
+    assert model.notes == ("left out: the tower that sees (2 tensors)",)
+    for name in dense_tensors(model.config):
+        np.testing.assert_array_equal(model.tensor(name), plain.tensor(name))
+    config["text_config"]["model_type"] = "mistral"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="model_type: 'mistral' is not supported; supported: mis"):
+        SourceModel(HFCheckpoint(tmp_path))
+
+
+@pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
         ("deepseek_v2", {"scoring_func": "sigmoid"}, "'sigmoid' is not supported; supported: softmax"),

@@ -44,6 +44,7 @@ FAMILIES: Mapping[str, Family] = {
     "kimi_k2": deepseek_v3.FAMILY,
     "laguna": laguna.FAMILY,
     "minimax_m2": minimax_m2.FAMILY,
+    "mistral3": mistral4.FAMILY,
     "mistral4": mistral4.FAMILY,
     "mixtral": mixtral.FAMILY,
     "olmoe": olmoe.FAMILY,

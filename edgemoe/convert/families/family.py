@@ -140,7 +140,10 @@ class Family:
         root = next(embeds, self.roots[0])
         for name in dense_tensors(config):
             if name == "head":
-                yield name, _HEAD
+                own = (
+                    root.removesuffix("model.") + _HEAD.name
+                )  # beside the root, in a model of more than text
+                yield name, Source(own) if own in stored else _HEAD
             elif name in model:
                 yield name, _within(root, model[name])
             elif name not in tables:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from edgemoe.config import ModelConfig
 from edgemoe.convert.families.family import Family
-from edgemoe.convert.families.latent import LATENT, SHARED, first_dense, latent_config
+from edgemoe.convert.families.latent import LATENT, SHARED, expect, first_dense, latent_config
 from edgemoe.convert.settings import Settings
 
 __all__ = ["FAMILY"]
 
+_OTHERS = ("vision_tower.", "multi_modal_projector.")
+
 
 def _config(settings: Settings) -> ModelConfig:
+    expect(settings, "model_type", "mistral4")  # Mistral 3 is around it, and around others
     return latent_config(
         settings,
         family="mistral4",
@@ -22,4 +25,14 @@ def _config(settings: Settings) -> ModelConfig:
     )
 
 
-FAMILY = Family(config=_config, mixers=LATENT, shared=SHARED)
+def _left_out(config: ModelConfig, name: str) -> str:
+    return "the tower that sees" if name.removeprefix("model.").startswith(_OTHERS) else ""
+
+
+FAMILY = Family(
+    config=_config,
+    mixers=LATENT,
+    shared=SHARED,
+    roots=("model.", "model.language_model.", "language_model.model."),
+    left_out=_left_out,
+)
