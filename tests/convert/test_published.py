@@ -21,6 +21,10 @@ GIB, MIB = 1 << 30, 1 << 20
 _QWEN_ROPE = {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25}
 
 
+def _rope(theta: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Published:
     """What config.json says beyond the class's defaults, and what is known of the model."""
@@ -70,6 +74,23 @@ PUBLISHED = {
         33.4, 1.7, 16.5, 0, 40 * 4096,
     ),
     "gpt-oss-120b": Published({"model_type": "gpt_oss"}, 116.8, 13.4, 60.1, 0, 72 * 1024),
+    # Latents: 512 + 64 columns a position and layer, in float16.
+    "GLM-4.7-Flash": Published(
+        {"model_type": "glm4_moe_lite", **_rope(1e6)}, 29.9, 5.1, 14.6, 0, 47 * 2 * 576
+    ),
+    "DeepSeek-V2-Lite": Published(
+        {
+            "model_type": "deepseek_v2", "hidden_size": 2048, "intermediate_size": 10944, "vocab_size": 102400,
+            "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16,
+            "num_key_value_heads": 16, "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+            "first_k_dense_replace": 1, "q_lora_rank": None, **_rope(1e4),
+        },
+        15.7, 4.6, 7.5, 0, 27 * 2 * 576,
+    ),
+    "DeepSeek-V3": Published(
+        {"model_type": "deepseek_v3", **_rope(1e4)}, 671.0, 23.6, 342.6, 0, 61 * 2 * 576
+    ),
+    "Mistral-Small-4-119B": Published({"model_type": "mistral4"}, 119.0, 13.5, 60.8, 0, 36 * 2 * 320),
 }  # fmt: skip
 
 
