@@ -475,13 +475,14 @@ def test_the_text_models_section_is_found(tmp_path: Path) -> None:
     np.testing.assert_array_equal(checkpoint.tensor("a.weight"), fp8(4, 4).float().numpy())
 
 
-def test_a_quantised_model_is_the_model_of_its_decoded_weights(tmp_path: Path) -> None:
-    path, other = families.make("qwen3_moe", tmp_path / "a"), tmp_path / "b"
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_a_quantised_model_is_the_model_of_its_decoded_weights(family: str, tmp_path: Path) -> None:
+    path, other = families.make(family, tmp_path / "a"), tmp_path / "b"
     plain = load_file(path / "model.safetensors")
     tensors, decoded = {}, {}
     for name, t in plain.items():
         tensors[name] = decoded[name] = t
-        if name.endswith("_proj.weight"):
+        if name.endswith(("_proj.weight", "_proj_with_mqa.weight")):
             scale = t.abs().max() / 448
             tensors[name] = (t / scale).to(torch.float8_e4m3fn)
             tensors[f"{name}_scale_inv"] = scale.reshape(1, 1)
