@@ -106,7 +106,7 @@ struct OnePageCache {
     for (int e = 0; e < kExperts; ++e) table.offsets.push_back(uint64_t(e) * kPage);
     ExpertShape shape{Scheme::kNested, 1, kExperts, 64, 16, {{2, 2, 2}}, table.ends};
     cache = std::make_unique<Cache>(make_host_backing(file, table, false, 1), shape, std::vector<uint8_t>(kExperts, 1),
-                                    1, size_t(slots) * system_page(), Policy("lfu", kExperts));
+                                    1, size_t(slots) * system_page(), Policy("lfu", 1, kExperts));
   }
 
   void begin(const std::vector<int32_t>& now, const std::vector<int32_t>& ahead) {
