@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 from sse_starlette.sse import EventSourceResponse
@@ -19,7 +19,9 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edgemoe.serve import about, openai
+from edgemoe.serve import about, messages, openai, responses
+from edgemoe.serve.answers import Answer
+from edgemoe.serve.completions import ChatAnswer, TextAnswer
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.service import Service
 
@@ -29,23 +31,6 @@ logger = logging.getLogger(__name__)
 
 _LARGEST_BODY = 16 << 20
 _FREE = ("/health", "/v1/health")
-
-
-class _Answer(Protocol):
-    """Is what every dialect makes of a request."""
-
-    async def whole(self) -> dict[str, Any]: ...
-
-    def events(self) -> AsyncIterator[bytes]: ...
-
-    def failure(self, problem: Problem) -> bytes: ...
-
-    def ping(self) -> bytes: ...
-
-    def cancel(self) -> None: ...
-
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 def make_app(service: Service) -> Starlette:
@@ -69,6 +54,8 @@ def make_app(service: Service) -> Starlette:
         get("/slots", about.slots), get("/metrics", about.metrics),
         post("/v1/chat/completions", _chat), post("/chat/completions", _chat),
         post("/v1/completions", _completion), post("/completions", _completion),
+        post("/v1/messages", _messages), post("/v1/messages/count_tokens", _count),
+        post("/v1/responses", _responses), post("/responses", _responses),
         post("/v1/embeddings", _no_embeddings), post("/embeddings", _no_embeddings),
         post("/tokenize", _tokenize), post("/detokenize", _detokenize),
         post("/apply-template", _apply_template), post("/slots/{slot:int}", _no_actions),
@@ -203,7 +190,7 @@ async def body_of(request: Request) -> bytes:
 
 
 async def answered(
-    service: Service, request: Request, answer: _Answer, *, streams: bool
+    service: Service, request: Request, answer: Answer, *, streams: bool
 ) -> Response:
     """Returns an answer as a response; who leaves is not computed for."""
     limit = asyncio.get_running_loop().call_later(service.settings.timeout, answer.cancel)
@@ -229,13 +216,13 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _streamed(service: Service, answer: _Answer, limit: asyncio.TimerHandle) -> Response:
+def _streamed(service: Service, answer: Answer, limit: asyncio.TimerHandle) -> Response:
     settings = service.settings
 
     async def body() -> AsyncIterator[bytes]:
         events = answer.events()
         try:
-            yield answer.ping()
+            yield answer.comment()
             async for event in events:
                 yield event
         except Problem as problem:
@@ -254,7 +241,7 @@ async def _chat(service: Service, request: Request) -> Response:
     body = await body_of(request)
     said, ask = await asyncio.to_thread(openai.read_chat, service, body)
     _note(service, ask.ignored)
-    answer = openai.ChatAnswer(service, said, [ask])
+    answer = ChatAnswer(service, said, [ask])
     return await answered(service, request, answer, streams=bool(said.stream))
 
 
@@ -262,7 +249,27 @@ async def _completion(service: Service, request: Request) -> Response:
     body = await body_of(request)
     said, asks = await asyncio.to_thread(openai.read_completion, service, body)
     _note(service, asks[0].ignored)
-    answer = openai.TextAnswer(service, said, asks)
+    answer = TextAnswer(service, said, asks)
+    return await answered(service, request, answer, streams=bool(said.stream))
+
+
+async def _messages(service: Service, request: Request) -> Response:
+    body = await body_of(request)
+    said, ask = await asyncio.to_thread(messages.read_messages, service, body)
+    _note(service, ask.ignored)
+    answer = messages.MessagesAnswer(service, said, ask)
+    return await answered(service, request, answer, streams=bool(said.stream))
+
+
+async def _count(service: Service, request: Request) -> Response:
+    return _json(await asyncio.to_thread(messages.count, service, await body_of(request)))
+
+
+async def _responses(service: Service, request: Request) -> Response:
+    body = await body_of(request)
+    said, ask = await asyncio.to_thread(responses.read_responses, service, body)
+    _note(service, ask.ignored)
+    answer = responses.ResponsesAnswer(service, said, ask)
     return await answered(service, request, answer, streams=bool(said.stream))
 
 

@@ -1,0 +1,309 @@
+"""Answers to chats and completions, as OpenAI has them: whole and streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import msgspec
+
+from edgemoe.serve.answers import Answer
+from edgemoe.serve.problems import Problem
+from edgemoe.serve.reply import Ask, Ended, Part, Reply, call_id, timings, usage_extras
+from edgemoe.serve.service import Service
+from edgemoe.text.calls import ToolCall
+from edgemoe.text.logprobs import TokenLogprob
+
+__all__ = ["ChatAnswer", "TextAnswer"]
+
+
+class _Completion(Answer):
+    """Is one request's answer, in OpenAI's form."""
+
+    object = chunk_object = prefix = ""
+
+    def __init__(self, service: Service, request: Any, asks: list[Ask]) -> None:
+        super().__init__(service, asks)
+        self.request = request
+        self.id = f"{self.prefix}-{uuid.uuid4().hex}"
+        self.created = int(time.time())
+        self.ended: list[Ended] = []
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id, "object": kind, "created": self.created, "model": self.service.names[0],
+            "system_fingerprint": self.service.fingerprint,
+        }  # fmt: skip
+
+    def usage(self, ended: list[Ended]) -> dict[str, Any]:
+        """Returns what it took."""
+        per = self.asks[0].choices
+        prompt = sum(e.figures.prompt_tokens for e in ended[::per])
+        cached = sum(e.figures.cached_tokens for e in ended[::per])
+        made = sum(e.figures.new_tokens for e in ended)
+        thought = sum(e.reasoning_tokens for e in ended)
+        return {
+            "prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+            "prompt_tokens_details": {"cached_tokens": cached},
+            "completion_tokens_details": {"reasoning_tokens": thought},
+        }  # fmt: skip
+
+    def _extras(self, ended: Ended) -> dict[str, Any]:
+        notes = self.service.model.notes
+        return {
+            "timings": timings(ended.figures),
+            "edgemoe": usage_extras(ended.figures, self.asks[0].ignored, notes),
+        }
+
+    async def whole(self) -> dict[str, Any]:
+        """Returns the answer once it is complete."""
+        choices = [await self._choice(i, self.reply(i)) for i in range(self.count)]
+        return {
+            **self._head(self.object), "choices": choices, "usage": self.usage(self.ended),
+            **self._extras(self.ended[-1]),
+        }  # fmt: skip
+
+    async def _choice(self, index: int, reply: Reply) -> dict[str, Any]:
+        raise NotImplementedError
+
+    async def stream(self) -> AsyncIterator[dict[str, Any]]:
+        """Yields the answer's chunks.
+
+        Raises:
+            Problem: a reply failed.
+        """
+        options = self.request.stream_options
+        has_usage = options is not None and bool(options.include_usage)
+        running = options is not None and bool(options.continuous_usage_stats)
+        head = self._head(self.chunk_object)
+        for index in range(self.count):
+            async for choice, made in self._pieces(index, self.reply(index)):
+                chunk = {**head, "choices": [choice]}
+                if running and made is not None:
+                    tokens = len(self.asks[0].ids)
+                    chunk["usage"] = {
+                        "prompt_tokens": tokens, "completion_tokens": made, "total_tokens": tokens + made,
+                    }  # fmt: skip
+                elif has_usage:
+                    chunk["usage"] = None
+                if choice.get("finish_reason"):
+                    chunk |= self._extras(self.ended[-1])
+                yield chunk
+        if has_usage:
+            yield {**head, "choices": [], "usage": self.usage(self.ended)}
+
+    def _pieces(self, index: int, reply: Reply) -> AsyncIterator[tuple[dict[str, Any], int | None]]:
+        raise NotImplementedError
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yields the answer as a stream of events."""
+        async for chunk in self.stream():
+            yield b"data: " + msgspec.json.encode(chunk) + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+    def failure(self, problem: Problem) -> bytes:
+        """Returns the last event of a stream that failed."""
+        return b"data: " + msgspec.json.encode(problem.body(is_messages=False)) + b"\n\n"
+
+
+class ChatAnswer(_Completion):
+    """Is the answer to a chat."""
+
+    object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    async def _choice(self, index: int, reply: Reply) -> dict[str, Any]:
+        texts = {"content": "", "reasoning": ""}
+        calls: list[dict[str, Any]] = []
+        said: list[TokenLogprob] = []
+        finish = "stop"
+        async for part in reply.parts():
+            if isinstance(part, Ended):
+                self.ended.append(part)
+                finish = part.finish
+                break
+            said += part.logprobs
+            for event in part.events:
+                if isinstance(event, ToolCall):
+                    function = {"name": event.name, "arguments": event.arguments}
+                    name = call_id("call_", self.id, 16 * index + len(calls))
+                    calls.append({"id": name, "type": "function", "function": function})
+                else:
+                    texts[event.kind] += event.text
+        message: dict[str, Any] = {"role": "assistant", "content": texts["content"]}
+        if texts["reasoning"]:
+            message["reasoning_content"] = texts["reasoning"]
+        if calls:
+            message["content"] = texts["content"] or None
+            message["tool_calls"] = calls
+        return {
+            "index": index, "message": message, "finish_reason": finish,
+            "logprobs": self._logprobs(said),
+        }  # fmt: skip
+
+    async def _pieces(
+        self, index: int, reply: Reply
+    ) -> AsyncIterator[tuple[dict[str, Any], int | None]]:
+        def chunk(
+            delta: dict[str, Any], said: list[TokenLogprob], finish: str | None = None
+        ) -> dict[str, Any]:
+            return {
+                "index": index, "delta": delta, "finish_reason": finish, "logprobs": self._logprobs(said),
+            }  # fmt: skip
+
+        yield chunk({"role": "assistant", "content": ""}, []), 0
+        calls = made = 0
+        async for part in reply.parts():
+            if isinstance(part, Ended):
+                self.ended.append(part)
+                yield chunk({}, [], part.finish), part.figures.new_tokens
+                return
+            made, said = part.tokens, part.logprobs
+            for event in part.events:
+                if isinstance(event, ToolCall):
+                    name = call_id("call_", self.id, 16 * index + calls)
+                    head = {
+                        "index": calls, "id": name, "type": "function",
+                        "function": {"name": event.name, "arguments": ""},
+                    }  # fmt: skip
+                    yield chunk({"tool_calls": [head]}, said), made
+                    rest = {"index": calls, "function": {"arguments": event.arguments}}
+                    yield chunk({"tool_calls": [rest]}, []), made
+                    calls += 1
+                else:
+                    key = "reasoning_content" if event.kind == "reasoning" else "content"
+                    yield chunk({key: event.text}, said), made
+                said = []
+            if said:
+                yield chunk({}, said), made
+
+    def _logprobs(self, said: list[TokenLogprob]) -> dict[str, Any] | None:
+        if self.asks[0].top is None:
+            return None
+        return {"content": [self._said(one) for one in said], "refusal": None}
+
+    def _said(self, one: TokenLogprob) -> dict[str, Any]:
+        def token(i: int, logprob: float) -> dict[str, Any]:
+            text = self.service.tokenizer.token_text(i)
+            return {
+                "token": text,
+                "id": i,
+                "logprob": _finite(logprob),
+                "bytes": list(text.encode()),
+            }
+
+        return {**token(one.token, one.logprob), "top_logprobs": [token(i, p) for i, p in one.top]}
+
+
+class TextAnswer(_Completion):
+    """Is the answer to a completion."""
+
+    object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
+
+    async def whole(self) -> dict[str, Any]:
+        """Returns the answer once it is complete. Prompts of one request run beside each other."""
+        room = asyncio.Semaphore(max(1, len(self.service.batcher.views)))
+        per = self.asks[0].choices
+        ends: dict[int, Ended] = {}
+
+        async def one(ask: int) -> list[dict[str, Any]]:
+            out = []
+            for i in range(ask * per, ask * per + per):
+                async with room:
+                    choice, ended = await self._text(i, self.reply(i))
+                ends[i] = ended
+                out.append(choice)
+            return out
+
+        tasks = [asyncio.ensure_future(one(i)) for i in range(len(self.asks))]
+        try:
+            found = await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+        ended = [ends[i] for i in sorted(ends)]
+        return {
+            **self._head(self.object), "choices": [c for part in found for c in part],
+            "usage": self.usage(ended), **self._extras(ended[-1]),
+        }  # fmt: skip
+
+    async def _text(self, index: int, reply: Reply) -> tuple[dict[str, Any], Ended]:
+        text, said = "", []
+        async for part in reply.parts():
+            if isinstance(part, Ended):
+                break
+            said += part.logprobs
+            text += _content(part)
+        assert isinstance(part, Ended)
+        return self._made(index, reply, text, said, part.finish), part
+
+    def _made(
+        self, index: int, reply: Reply, text: str, said: list[TokenLogprob], finish: str | None
+    ) -> dict[str, Any]:
+        ask = self.asks[index // self.asks[0].choices]
+        logprobs = None
+        if ask.top is not None:
+            logprobs = self._lists(ask, reply.prompt_logprobs, said)
+        if ask.echo:
+            text = self.service.tokenizer.decode(ask.ids, skip_special=False) + text
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _lists(
+        self, ask: Ask, before: list[TokenLogprob], said: list[TokenLogprob], at: int = 0
+    ) -> dict[str, Any]:
+        """Returns log-probabilities in the form of completions: lists, the first of an echo without one."""
+        text: Callable[[int], str] = self.service.tokenizer.token_text
+        tokens, values, tops = [], [], []
+        if ask.echo:
+            tokens, values, tops = [text(ask.ids[0])], [None], [None]
+        for one in [*before, *said]:
+            tokens.append(text(one.token))
+            values.append(_finite(one.logprob))  # type: ignore[arg-type]
+            tops.append({text(i): _finite(p) for i, p in one.top})  # type: ignore[arg-type]
+        offsets = []
+        for token in tokens:
+            offsets.append(at)
+            at += len(token)
+        return {
+            "tokens": tokens, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets,
+        }  # fmt: skip
+
+    async def _pieces(
+        self, index: int, reply: Reply
+    ) -> AsyncIterator[tuple[dict[str, Any], int | None]]:
+        ask = self.asks[index // self.asks[0].choices]
+        has_echoed, at = not ask.echo, 0
+        async for part in reply.parts():
+            if isinstance(part, Ended):
+                self.ended.append(part)
+            if not has_echoed:
+                has_echoed = True
+                text = self.service.tokenizer.decode(ask.ids, skip_special=False)
+                logprobs = None if ask.top is None else self._lists(ask, reply.prompt_logprobs, [])
+                yield {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}, 0
+                at = len(text)
+            if isinstance(part, Ended):
+                yield {
+                    "index": index, "text": "", "logprobs": None, "finish_reason": part.finish,
+                }, part.figures.new_tokens  # fmt: skip
+                return
+            text, logprobs = _content(part), None
+            if ask.top is not None:
+                bare = Ask(ids=ask.ids, params=ask.params)
+                logprobs = self._lists(bare, [], part.logprobs, at)
+            at += len(text)
+            yield (
+                {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None},
+                part.tokens,
+            )
+
+
+def _content(part: Part) -> str:
+    return "".join(e.text for e in part.events if not isinstance(e, ToolCall))
+
+
+def _finite(value: float) -> float:
+    """Returns a number that JSON can write: no token is less likely."""
+    return max(value, -9999.0)

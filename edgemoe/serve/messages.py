@@ -1,0 +1,288 @@
+"""Anthropic's dialect: messages, whole and streamed, and the count of their tokens."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import msgspec
+
+from edgemoe.serve import fields
+from edgemoe.serve.answers import Answer
+from edgemoe.serve.problems import Problem, wrong
+from edgemoe.serve.prompts import Conversation
+from edgemoe.serve.reply import Ask, Ended, call_id, usage_extras
+from edgemoe.serve.service import Service, Wanted
+from edgemoe.text.calls import ToolCall
+
+__all__ = ["MessagesAnswer", "count", "read_messages"]
+
+_SIGNATURE = "edgemoe"  # of thinking: clients send it back, and nothing is made of it
+
+
+def read_messages(service: Service, body: bytes) -> tuple[fields.MessagesRequest, Ask]:
+    """Reads a request; takes a while for long ones.
+
+    Raises:
+        Problem: names what is wrong.
+    """
+    request, ignored = fields.read(
+        body, fields.MessagesRequest, is_strict=service.settings.is_strict
+    )
+    wanted = Wanted(
+        sampling={
+            "max_tokens": request.max_tokens, "temperature": request.temperature, "top_p": request.top_p,
+            "top_k": request.top_k, "stop": tuple(request.stop_sequences) if request.stop_sequences else None,
+        },
+        ignored=ignored,
+    )  # fmt: skip
+    return request, service.converse(_talk(request, wanted), wanted)
+
+
+def count(service: Service, body: bytes) -> dict[str, Any]:
+    """Returns how many tokens a request's prompt has."""
+    request, ignored = fields.read(body, fields.CountRequest, is_strict=False)
+    wanted = Wanted(ignored=ignored)
+    return {"input_tokens": len(service.converse(_talk(request, wanted), wanted).ids)}
+
+
+def _talk(request: Any, wanted: Wanted) -> Conversation:
+    """Returns the conversation, and puts into `wanted` what is said of tools and thinking."""
+    choice = request.tool_choice or {"type": "auto"}
+    kind = choice.get("type")
+    if kind not in ("auto", "any", "tool", "none"):
+        raise wrong("tool_choice.type", f"expected auto, any, tool or none, got {kind!r}")
+    wanted.tool_choice = {"any": "required", "tool": f"={choice.get('name')}"}.get(kind, kind)
+    wanted.several_calls = choice.get("disable_parallel_tool_use") is not True
+    thinking = request.thinking or {}
+    if thinking:
+        wanted.thinks = thinking.get("type") != "disabled"
+        budget = thinking.get("budget_tokens")
+        if budget is not None:
+            if type(budget) is not int or budget < 0:
+                raise wrong("thinking.budget_tokens", f"expected a whole number, got {budget!r}")
+            wanted.most_reasoning = budget
+    tools = []
+    for i, tool in enumerate(request.tools or ()):
+        name, schema = tool.get("name"), tool.get("input_schema")
+        if tool.get("type", "custom") != "custom":  # one that Anthropic's servers run
+            wanted.ignored.append(f"tools[{i}]: {tool['type']}")
+        elif not isinstance(name, str) or not isinstance(schema, dict):
+            raise wrong(f"tools[{i}]", "expected a name and an input_schema")
+        else:
+            tools.append(
+                {
+                    "name": name,
+                    "description": str(tool.get("description") or ""),
+                    "parameters": schema,
+                }
+            )
+    messages = [{"role": "system", "content": text} for text in _system(request.system)]
+    for i, message in enumerate(request.messages):
+        messages += _messages(message, f"messages[{i}]")
+    return Conversation(messages, tools)
+
+
+def _system(system: str | list[dict[str, Any]] | None) -> list[str]:
+    if isinstance(system, str):
+        return [system] if system else []
+    texts = []
+    for i, part in enumerate(system or ()):
+        if part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise wrong(f"system[{i}]", "expected a part of text")
+        texts.append(part["text"])
+    return texts
+
+
+def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
+    """Returns one of Anthropic's messages as OpenAI has it: results of tools are messages of their own."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ("user", "assistant", "system"):
+        raise wrong(f"{where}.role", f"expected user or assistant, got {role!r}")
+    if isinstance(content, str):
+        return [{"role": role, "content": content}]
+    if not isinstance(content, list):
+        raise wrong(f"{where}.content", "expected text or parts")
+    out: list[dict[str, Any]] = []
+    texts: list[str] = []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for i, part in enumerate(content):
+        at = f"{where}.content[{i}]"
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "text" and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind == "thinking":
+            thoughts.append(str(part.get("thinking") or ""))
+        elif kind == "redacted_thinking":
+            pass
+        elif kind == "tool_use":
+            function = {"name": part.get("name"), "arguments": part.get("input") or {}}
+            calls.append({"id": part.get("id"), "type": "function", "function": function})
+        elif kind == "tool_result":
+            inner = part.get("content")
+            result = inner if isinstance(inner, str) or inner is None else _result(inner, at)
+            out.append(
+                {
+                    "role": "tool",
+                    "tool_call_id": str(part.get("tool_use_id")),
+                    "content": result or "",
+                }
+            )
+        else:
+            raise wrong(f"{at}.type", f"this model reads text alone; got {kind!r}")
+    if texts or calls or thoughts or not out:
+        rest: dict[str, Any] = {"role": role, "content": "\n".join(texts)}
+        if calls:
+            rest["tool_calls"] = calls
+        if thoughts:
+            rest["reasoning_content"] = "\n".join(thoughts)
+        out.append(rest)
+    return out
+
+
+def _result(parts: Any, where: str) -> str:
+    if not isinstance(parts, list) or not all(
+        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str)
+        for p in parts
+    ):
+        raise wrong(f"{where}.content", "expected text, as this model reads text alone")
+    return "\n".join(p["text"] for p in parts)
+
+
+class MessagesAnswer(Answer):
+    """Is the answer to messages."""
+
+    def __init__(self, service: Service, request: fields.MessagesRequest, ask: Ask) -> None:
+        super().__init__(service, [ask])
+        self.id = f"msg_{uuid.uuid4().hex}"
+
+    def ping(self) -> bytes:
+        """Returns what keeps a stream alive."""
+        return b'event: ping\ndata: {"type": "ping"}\n\n'
+
+    def failure(self, problem: Problem) -> bytes:
+        """Returns the last event of a stream that failed."""
+        return _event("error", problem.body(is_messages=True))
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yields the answer as a stream of events."""
+        async for event in self._events():
+            yield _event(event["type"], event)
+
+    async def whole(self) -> dict[str, Any]:
+        """Returns the answer once it is complete: what its events come to."""
+        message: dict[str, Any] = {}
+        async for event in self._events():
+            kind = event["type"]
+            if kind == "message_start":
+                message = event["message"]
+            elif kind == "content_block_start":
+                block = event["content_block"]
+                message["content"].append(block)
+                text = ""
+            elif kind == "content_block_delta":
+                delta = event["delta"]
+                if delta["type"] == "text_delta":
+                    block["text"] += delta["text"]
+                elif delta["type"] == "thinking_delta":
+                    block["thinking"] += delta["thinking"]
+                elif delta["type"] == "signature_delta":
+                    block["signature"] = delta["signature"]
+                else:
+                    text += delta["partial_json"]
+                    block["input"] = json.loads(text)
+            elif kind == "message_delta":
+                message |= event["delta"]
+                message["usage"] = event["usage"]
+                message["edgemoe"] = event["edgemoe"]
+        return message
+
+    async def _events(self) -> AsyncIterator[dict[str, Any]]:
+        ask, reply = self.asks[0], self.first
+        usage: dict[str, Any] = {
+            "input_tokens": len(ask.ids), "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0,
+            "output_tokens": 0,
+        }  # fmt: skip
+        yield {"type": "message_start", "message": {
+            "id": self.id, "type": "message", "role": "assistant", "model": self.service.names[0],
+            "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage,
+        }}  # fmt: skip
+        blocks = _Blocks(self.id)
+        async for part in reply.parts():
+            if isinstance(part, Ended):
+                break
+            for event in part.events:
+                if isinstance(event, ToolCall):
+                    made = blocks.call(event)
+                else:
+                    made = blocks.text(
+                        "thinking" if event.kind == "reasoning" else "text", event.text
+                    )
+                for one in made:
+                    yield one
+        assert isinstance(part, Ended)
+        for one in blocks.close():
+            yield one
+        figures = part.figures
+        reasons = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+        reason = "stop_sequence" if part.stop and part.finish == "stop" else reasons[part.finish]
+        usage = {
+            "input_tokens": figures.prompt_tokens - figures.cached_tokens, "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": figures.cached_tokens, "output_tokens": figures.new_tokens,
+        }  # fmt: skip
+        yield {
+            "type": "message_delta", "delta": {"stop_reason": reason, "stop_sequence": part.stop},
+            "usage": usage, "edgemoe": usage_extras(figures, ask.ignored, self.service.model.notes),
+        }  # fmt: skip
+        yield {"type": "message_stop"}
+
+
+class _Blocks:
+    """Writes content as blocks, one after the other."""
+
+    def __init__(self, message: str) -> None:
+        self._message, self._kind, self._index, self._calls = message, "", -1, 0
+
+    def text(self, kind: str, text: str) -> list[dict[str, Any]]:
+        """Returns the events of more text or thinking."""
+        out = [] if kind == self._kind else self._open(
+            kind, {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
+        )  # fmt: skip
+        return [*out, self._delta({"type": f"{kind}_delta", kind: text})]
+
+    def call(self, call: ToolCall) -> list[dict[str, Any]]:
+        """Returns the events of a call."""
+        name = call_id("toolu_", self._message.replace("msg_", "-"), self._calls)
+        self._calls += 1
+        out = self._open("call", {"type": "tool_use", "id": name, "name": call.name, "input": {}})
+        return [
+            *out,
+            self._delta({"type": "input_json_delta", "partial_json": call.arguments}),
+            *self.close(),
+        ]
+
+    def close(self) -> list[dict[str, Any]]:
+        """Returns the events that end what is open."""
+        if not self._kind:
+            return []
+        out = [{"type": "content_block_stop", "index": self._index}]
+        if self._kind == "thinking":
+            out.insert(0, self._delta({"type": "signature_delta", "signature": _SIGNATURE}))
+        self._kind = ""
+        return out
+
+    def _open(self, kind: str, block: dict[str, Any]) -> list[dict[str, Any]]:
+        out = self.close()
+        self._kind = kind
+        self._index += 1
+        return [*out, {"type": "content_block_start", "index": self._index, "content_block": block}]
+
+    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": self._index, "delta": delta}
+
+
+def _event(kind: str, data: object) -> bytes:
+    return f"event: {kind}\ndata: ".encode() + msgspec.json.encode(data) + b"\n\n"
