@@ -20,6 +20,7 @@ __all__ = ["Grammars", "Guide", "grammar_bytes"]
 
 _LARGEST = 256 << 10  # characters of a schema or grammar
 _KEPT = 64
+_SPACE = r"[\x20\x0A]{0,12}"
 
 
 def grammar_bytes(vocab_size: int) -> int:
@@ -41,7 +42,7 @@ class Grammars:
         Raises:
             Problem: it cannot be kept to; llguidance's words.
         """
-        text = _text(param, schema)
+        text = _text(param, _spaced(schema))
         from llguidance import LLMatcher
 
         try:
@@ -100,7 +101,7 @@ class Grammars:
             before = form.before.replace("{name}", str(tool["name"])).removeprefix(after)
             rules.append(
                 f"call{i}: {self._literal(before)} args{i} {self._literal(form.after)}\n"
-                f"args{i}: %json {json.dumps(schema)}"
+                f"args{i}: %json {json.dumps(_spaced(schema))}"
             )
             names.append(f"call{i}")
         one = " | ".join(names)
@@ -156,6 +157,13 @@ class Grammars:
         from llguidance import LLTokenizer
 
         return LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos)
+
+
+def _spaced(schema: object) -> object:
+    """Returns a schema that allows no endless space between values, in which a weak model loses itself."""
+    if isinstance(schema, dict) and "x-guidance" not in schema:
+        return {**schema, "x-guidance": {"whitespace_pattern": _SPACE}}
+    return schema
 
 
 def _text(param: str, value: object) -> str:

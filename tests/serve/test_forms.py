@@ -1,0 +1,218 @@
+"""Replies that have to be of a form, calls of tools, and reasoning: from a model that knows none of it."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import anthropic
+import jsonschema
+import openai
+import pytest
+from conftest import running
+from tiny import tiny_checkpoint
+
+from edgemoe.convert.convert import convert
+
+ASK = [{"role": "user", "content": "Go."}]
+SCHEMAS = [
+    {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False},
+    {"type": "array", "items": {"enum": ["x", "yy", 3, None]}, "minItems": 1, "maxItems": 3},
+    {"type": "string", "pattern": "^[ab]{2,4}$"},
+    {"type": "string", "format": "date"},
+    {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+    {"type": "integer", "minimum": 5, "maximum": 8},
+    {"const": {"k": [1, 2]}},
+    {
+        "$defs": {"n": {"type": "object", "properties": {"v": {"type": "boolean"}, "w": {"enum": ["p", "q"]}},
+                        "required": ["v", "w"], "additionalProperties": False}},
+        "type": "object", "properties": {"l": {"$ref": "#/$defs/n"}, "r": {"$ref": "#/$defs/n"}},
+        "required": ["l", "r"], "additionalProperties": False,
+    },
+]  # fmt: skip
+TOOLS = [
+    {"name": "look", "description": "Looks.", "parameters": {
+        "type": "object", "properties": {"at": {"enum": ["sky", "sea"]}}, "required": ["at"],
+        "additionalProperties": False}},
+    {"name": "wait", "parameters": {
+        "type": "object", "properties": {"s": {"type": "integer", "minimum": 1, "maximum": 9}}, "required": ["s"],
+        "additionalProperties": False}},
+]  # fmt: skip
+CHAT_TOOLS = [{"type": "function", "function": tool} for tool in TOOLS]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One whose context holds tools that are written letter by letter."""
+    checkpoint = tiny_checkpoint()
+    checkpoint.config["max_position_embeddings"] = 4096
+    path = tmp_path_factory.mktemp("roomy") / "roomy.moe"
+    convert(checkpoint, path)
+    with running(path) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=range(len(SCHEMAS)))
+def test_every_reply_is_of_the_schema(client, schema):
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    for seed in range(3):
+        done = client.chat.completions.create(
+            model="m", messages=ASK, response_format=form, temperature=2, seed=seed, max_tokens=200
+        )
+        assert done.choices[0].finish_reason == "stop"
+        jsonschema.validate(json.loads(done.choices[0].message.content), schema)
+
+
+def test_any_object_will_do(client):
+    done = client.chat.completions.create(
+        model="m", messages=ASK, response_format={"type": "json_object"}, seed=3, max_tokens=400
+    )
+    text = done.choices[0].message.content
+    assert text.startswith("{")
+    if done.choices[0].finish_reason == "stop":
+        assert isinstance(json.loads(text), dict)
+
+
+@pytest.mark.parametrize(
+    ("more", "pattern"),
+    [
+        ({"grammar": 'root ::= "yes" | "no" [!?]'}, r"yes|no[!?]"),
+        ({"guided_regex": "[a-c]{3}"}, r"[a-c]{3}"), ({"guided_choice": ["up", 'do"wn']}, r"up|do\"wn"),
+        ({"structured_outputs": {"choice": ["1"]}}, "1"), ({"json_schema": {"const": 5}}, "5"),
+        ({"guided_json": {"type": "boolean"}}, "true|false"),
+    ],
+)  # fmt: skip
+def test_other_spellings_are_honoured(client, more, pattern):
+    for seed in range(2):
+        chat = client.chat.completions.create(
+            model="m", messages=ASK, temperature=2, seed=seed, max_tokens=50, extra_body=more
+        )
+        assert re.fullmatch(pattern, chat.choices[0].message.content)
+        text = client.completions.create(
+            model="m", prompt="x", temperature=2, seed=seed, max_tokens=50, extra_body=more
+        )
+        assert re.fullmatch(pattern, text.choices[0].text)
+
+
+def test_a_response_is_of_its_schema(client):
+    form = {"format": {"type": "json_schema", "name": "x", "schema": SCHEMAS[0]}}
+    with client.responses.stream(
+        model="m", input="Go.", text=form, temperature=2, max_output_tokens=200
+    ) as stream:
+        stream.until_done()
+        done = stream.get_final_response()
+    jsonschema.validate(json.loads(done.output_text), SCHEMAS[0])
+    assert done.status == "completed"
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}},
+         "response_format.json_schema.schema"),
+        ({"grammar": "root = what"}, "grammar"), ({"guided_regex": "["}, "guided_regex"),
+        ({"grammar": 'root ::= "x"', "json_schema": {"const": 1}}, "grammar"),
+        ({"structured_outputs": {"tags": 1}}, "structured_outputs.tags"),
+        ({"json_schema": {"description": "x" * 300_000}}, "json_schema"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}],
+          "tool_choice": "required"}, "tools[0].function.parameters"),
+        ({"tools": CHAT_TOOLS, "tool_choice": {"type": "function", "function": {"name": "no"}}}, "tool_choice"),
+        ({"tools": CHAT_TOOLS, "response_format": {"type": "json_object"}}, "response_format"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_kept_to_is_refused(server, more, param):
+    done = server.post("/v1/chat/completions", {"messages": ASK, **more})
+    assert done.status_code == 400, done.text
+    assert done.json()["error"]["param"] == param
+
+
+def test_without_grammars_they_are_refused(tiny_moe):
+    with running(tiny_moe, has_grammar=False) as server:
+        done = server.post("/v1/chat/completions", {"messages": ASK, "json_schema": {"const": 1}})
+        assert done.status_code == 400
+        assert "--grammar" in done.json()["error"]["message"]
+
+
+def checked(name, arguments):
+    tool = next(t for t in TOOLS if t["name"] == name)
+    jsonschema.validate(json.loads(arguments), tool["parameters"])
+
+
+def test_a_tool_that_must_be_called_is_called(client):
+    for seed in range(4):
+        done = client.chat.completions.create(
+            model="m", messages=ASK, tools=CHAT_TOOLS, tool_choice="required", temperature=2, seed=seed,
+            parallel_tool_calls=False,
+        )  # fmt: skip
+        choice = done.choices[0]
+        assert choice.finish_reason == "tool_calls"
+        assert choice.message.content is None
+        (call,) = choice.message.tool_calls
+        checked(call.function.name, call.function.arguments)
+        assert call.id
+    one = client.chat.completions.create(
+        model="m", messages=ASK, tools=CHAT_TOOLS, parallel_tool_calls=False,
+        tool_choice={"type": "function", "function": {"name": "wait"}},
+    )  # fmt: skip
+    assert one.choices[0].message.tool_calls[0].function.name == "wait"
+
+
+def test_a_call_streams_as_clients_put_it_together(client):
+    with client.chat.completions.create(
+        model="m", messages=ASK, tools=CHAT_TOOLS, tool_choice="required", stream=True, seed=1
+    ) as stream:
+        chunks = list(stream)
+    deltas = [c.choices[0].delta.tool_calls[0] for c in chunks if c.choices[0].delta.tool_calls]
+    assert [bool(d.id) for d in deltas] == [True, False] * (len(deltas) // 2)
+    assert deltas[0].function.arguments == ""
+    checked(deltas[0].function.name, deltas[1].function.arguments)
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_calls_in_the_other_dialects(client, server):
+    tools = [{"name": t["name"], "input_schema": t["parameters"]} for t in TOOLS]
+    with anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0) as other:
+        choice = {"type": "any", "disable_parallel_tool_use": True}
+        ask = {
+            "model": "m",
+            "messages": ASK,
+            "tools": tools,
+            "tool_choice": choice,
+            "max_tokens": 200,
+        }
+        done = other.messages.create(**ask)
+        with other.messages.stream(**ask) as stream:
+            streamed = stream.get_final_message()
+    for message in (done, streamed):
+        assert message.stop_reason == "tool_use"
+        (block,) = message.content
+        checked(block.name, json.dumps(block.input))
+    tools = [{"type": "function", "strict": True, **t} for t in TOOLS]
+    with client.responses.stream(
+        model="m", input="Go.", tools=tools, tool_choice="required", parallel_tool_calls=False
+    ) as stream:
+        final = stream.get_final_response()
+    (item,) = final.output
+    checked(item.name, item.arguments)
+
+
+def test_a_conversation_with_calls_goes_on(server):
+    messages = [
+        *ASK,
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{\"at\": \"sky\"}"}}]},
+        {"role": "tool", "tool_call_id": "1", "content": "blue"},
+    ]  # fmt: skip
+    done = server.post("/apply-template", {"messages": messages, "tools": CHAT_TOOLS})
+    prompt = done.json()["prompt"]
+    assert '<tool_call>\n{"name": "look", "arguments": {"at": "sky"}}\n</tool_call>' in prompt
+    assert "<tool_response>\nblue\n</tool_response>" in prompt
+    assert prompt.startswith("<|im_start|>system\nYou may call tools.")
+    assert '"name": "wait"' in prompt
