@@ -123,8 +123,9 @@ class Grammars:
         return " ".join(parts) or '""'
 
     def _special(self, text: str) -> int | None:
+        """Returns the token that llguidance takes for no text, though it may be shown as some."""
         token = self._tokenizer.token_id(text)
-        return token if token is not None and self._tokenizer.special_text(token) else None
+        return token if token is not None and self._backend.is_special_token(token) else None
 
     def matcher(self, grammar: str) -> Any:
         """Returns a new matcher at the start of a checked grammar."""

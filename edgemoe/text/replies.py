@@ -158,10 +158,12 @@ class ReplyParser:
         """
         self._form, self._schemas, self._text = form, schemas, _Text()
         self._state: Literal["content", "reasoning", "call"] = "content"
-        if is_reasoning:
+        if is_reasoning and form.reasoning is not None:
             self._state = "reasoning"
         self._call = self._spaces = ""
-        self._is_fresh = is_reasoning  # spaces that follow a marker are not of the text
+        self._is_fresh = (
+            self._state == "reasoning"
+        )  # spaces that follow a marker are not of the text
         self.calls = 0
 
     @property
