@@ -169,16 +169,8 @@ class Service:
         lazy: dict[int, str] = {}
         grammar = self.grammar(wanted.form)
         must = wanted.tool_choice == "required" or wanted.tool_choice.startswith("=")
-        if grammar is not None and tools:
-            if not must:
-                raise wrong(
-                    wanted.form[1] if wanted.form else "",
-                    "not together with tools that may or may not be called",
-                )
-            raise wrong(
-                wanted.form[1] if wanted.form else "",
-                "not together with a tool that must be called",
-            )
+        if wanted.form is not None and tools:
+            raise wrong(wanted.form[1], "not together with tools; tool_choice none leaves them out")
         if tools and must:
             if grammars is None:
                 raise wrong(

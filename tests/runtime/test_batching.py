@@ -313,7 +313,7 @@ def test_many_threads_ask_and_nothing_is_left_behind(tiny_moe, alone):
         batcher.step()
     for i, one in asked:
         assert one.tokens == alone[i][0]
-    assert len(model._states) == 4
+    assert len(model.room.states) == 4
 
 
 def test_a_batcher_that_is_dropped_gives_its_sequences_back(tiny_moe):
@@ -321,4 +321,4 @@ def test_a_batcher_that_is_dropped_gives_its_sequences_back(tiny_moe):
     run(batcher, Asked(PROMPTS[0], PARAMS[0]))
     del batcher
     gc.collect()
-    assert len(model._states) == 0
+    assert len(model.room.states) == 0
