@@ -77,8 +77,8 @@ def props(service: Service) -> Response:
             "isa": hardware.isa(), "threads": model.threads, "tool_format": service.form.name,
             "system_fingerprint": service.fingerprint,
             "budget": {
-                "ram": budget.ram, "process": budget.process, "dense": budget.dense, "kv": budget.kv,
-                "scratch": budget.scratch, "slots": budget.slots, "experts": budget.experts,
+                **dataclasses.asdict(budget), "fixed": budget.fixed, "slots": budget.slots,
+                "most_slots": budget.most_slots, "slots_now": model.room.size,
             },
         },
     })  # fmt: skip
