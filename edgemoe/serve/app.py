@@ -219,6 +219,9 @@ async def _left(request: Request) -> None:
 def _streamed(service: Service, answer: Answer, limit: asyncio.TimerHandle) -> Response:
     settings = service.settings
 
+    async def gone(_: object) -> None:
+        answer.cancel()  # also where the stream has not begun
+
     async def body() -> AsyncIterator[bytes]:
         events = answer.events()
         try:
@@ -234,6 +237,7 @@ def _streamed(service: Service, answer: Answer, limit: asyncio.TimerHandle) -> R
     return EventSourceResponse(
         body(), ping=settings.ping, ping_message_factory=lambda: answer.ping(), sep="\n",  # type: ignore[arg-type,return-value]
         headers={"Cache-Control": "no-cache"}, send_timeout=60, shutdown_grace_period=settings.grace,
+        client_close_handler_callable=gone,
     )  # fmt: skip
 
 

@@ -249,6 +249,9 @@ class Guide:
                 self._matcher = self._grammars.matcher(self._lazy[token])
             return False
         if not self._matcher.consume_token(token):
+            if self._grammar is None:  # a call that goes on freely is better than none
+                self._matcher = None
+                return False
             raise Problem(500, f"grammar: {self._matcher.get_error()}")
         if not self._matcher.is_stopped() and not (self._lazy and self._matcher.is_accepting()):
             return False

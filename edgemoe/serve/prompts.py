@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 Message = dict[str, Any]
 
 _ROLES = ("system", "user", "assistant", "tool")
+_NAME = re.compile(r"[\w.:/-]{1,128}")
 _BILLING = "x-anthropic-billing-header:"
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
@@ -46,6 +48,12 @@ class Conversation:
         self.messages: list[Message] = leading + read[first:]
         if not self.messages:
             raise wrong("messages", "expected more than an attribution")
+        for i, tool in enumerate(tools):
+            if not _NAME.fullmatch(tool["name"]):
+                raise wrong(
+                    f"tools[{i}]",
+                    f"expected a name of letters, digits and _ . : / -, got {tool['name']!r:.80}",
+                )
         self.tools = [dict(tool) for tool in tools]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +27,8 @@ from edgemoe.text.replies import reply_format
 from edgemoe.text.sampler import SamplingParams
 
 __all__ = ["Service", "Wanted"]
+
+logger = logging.getLogger(__name__)
 
 _SURELY_LONG = 8  # characters per token; text has about four
 
@@ -180,7 +183,10 @@ class Service:
         elif tools and grammars is not None and not form.is_channelled:
             token = self.tokenizer.token_id(form.opener)
             if token is not None:
-                lazy[token] = grammars.calls(form, tools, several=False, after=form.opener)
+                try:
+                    lazy[token] = grammars.calls(form, tools, several=False, after=form.opener)
+                except Problem as problem:  # nobody has asked for it: calls are free then
+                    logger.debug("calls are not kept to their schemas: %s", problem)
         marks: tuple[int | None, int | None] = (None, None)
         if form.reasoning is not None and not form.is_channelled and self.can_reason:
             first, last = (self.tokenizer.token_id(w) for w in form.reasoning)

@@ -141,3 +141,17 @@ def test_a_call_that_the_model_begins_by_itself_is_whole(client):
         (call,) = choice.message.tool_calls
         assert call.function.name == "look"
         assert json.loads(call.function.arguments)["at"] in ("sky", "sea")
+
+
+def test_a_schema_that_cannot_be_kept_to_harms_no_free_call(server):
+    tools = [{"type": "function", "function": {"name": "odd", "parameters": {"type": "nothing"}}}]
+    done = server.post("/v1/chat/completions", {"messages": ASK, "tools": tools, "max_tokens": 2})
+    assert done.status_code == 200
+    done = server.post(
+        "/v1/chat/completions",
+        {"messages": ASK, "tools": tools, "max_tokens": 2, "tool_choice": "required"},
+    )
+    assert done.status_code == 400
+    tools[0]["function"]["name"] = 'a "name"'
+    done = server.post("/v1/chat/completions", {"messages": ASK, "tools": tools, "max_tokens": 2})
+    assert done.json()["error"]["param"] == "tools[0]"
