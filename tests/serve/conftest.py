@@ -1,78 +1,9 @@
-"""A real server on a loopback port, and clients of it."""
+"""A server of the tiny model, for all tests."""
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import time
-
-import httpx2 as httpx
 import pytest
-
-from edgemoe.runtime.opening import open_model
-from edgemoe.runtime.options import EngineOptions
-from edgemoe.serve.server import listen, serve
-from edgemoe.serve.settings import Settings
-
-
-class Running:
-    """Is a server that runs on a thread of this process."""
-
-    def __init__(self, path, *, options=None, sampling=None, **settings):
-        self.settings = Settings(
-            port=0, **{"ping": 0.2, "grace": 1.0, "has_metrics": True, **settings}
-        )
-        self.opened = open_model(path, EngineOptions(sequences=4, **(options or {})))
-        self.door = listen(self.settings)
-        self.is_ready = threading.Event()
-        self.code = None
-        self.sampling = sampling or self.opened.text.sampling
-        self.thread = threading.Thread(target=self._run)
-        self.thread.start()
-        assert self.is_ready.wait(20)
-
-    def _run(self):
-        self.code = serve(
-            self.opened,
-            self.settings,
-            self.door,
-            name="tiny",
-            sampling=self.sampling,
-            ready=self._ready,
-        )
-
-    def _ready(self, service, port, stop):
-        self.service, self.stop = service, stop
-        self.url = f"http://127.0.0.1:{port}"
-        self.is_ready.set()
-
-    def close(self):
-        self.stop()
-        self.thread.join(20)
-        assert not self.thread.is_alive()
-        self.door.close()
-
-    def post(self, path, body, **more):
-        return httpx.post(self.url + path, json=body, timeout=60, **more)
-
-    def get(self, path, **more):
-        return httpx.get(self.url + path, timeout=60, **more)
-
-    def settle(self):
-        """Waits until nothing runs any more."""
-        end = time.monotonic() + 20
-        while self.service.batcher.running() or self.service.batcher.waiting:
-            assert time.monotonic() < end
-            time.sleep(0.005)
-
-
-@contextlib.contextmanager
-def running(path, **how):
-    server = Running(path, **how)
-    try:
-        yield server
-    finally:
-        server.close()
+from served import running
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import json
 
 import httpx2 as httpx
 import pytest
-from conftest import running
+from served import running
 from tiny import tiny_checkpoint
 
 from edgemoe.convert.convert import convert

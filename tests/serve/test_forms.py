@@ -9,7 +9,7 @@ import anthropic
 import jsonschema
 import openai
 import pytest
-from conftest import running
+from served import running
 from tiny import tiny_checkpoint
 
 from edgemoe.convert.convert import convert

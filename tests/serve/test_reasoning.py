@@ -7,7 +7,7 @@ import json
 import anthropic
 import openai
 import pytest
-from conftest import running
+from served import running
 from tiny import CHATML, tiny_checkpoint
 from tokenizers import AddedToken, Tokenizer
 

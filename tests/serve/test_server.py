@@ -17,7 +17,7 @@ from dataclasses import replace
 
 import httpx2 as httpx
 import pytest
-from conftest import running
+from served import running
 
 import edgemoe
 from edgemoe.errors import FormatError
