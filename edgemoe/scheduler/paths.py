@@ -27,7 +27,7 @@ from edgemoe.errors import FormatError
 from edgemoe.file.tensors import is_finite, view
 from edgemoe.plan import Routing
 from edgemoe.scheduler.base import Setting
-from edgemoe.scheduler.predict import Logistic, NextUse
+from edgemoe.scheduler.predict import Logistic, NextUse, features_first
 
 __all__ = ["SECTION", "PathPredictor", "PathUse", "hashed"]
 
@@ -198,13 +198,8 @@ class PathUse(NextUse):
         """See `NextUse.learn`."""
         super().learn()
         if self._can_learn and self._weigh_after.is_due:
-            used = self._now[:, 1].reshape(-1)
-            self._weigh_after.learn(_features_first(self._asked), used)
+            layers = self._next_layers()
+            used = self._now[layers, 1].reshape(-1)
+            self._weigh_after.learn(features_first(self._asked[layers]), used)
             if self._was_asked:
-                self._weigh_at.learn(_features_first(self._at), used)
-
-
-def _features_first(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns features [L, n, E] as [n, L * E]."""
-    flat: NDArray[np.float64] = x.transpose(1, 0, 2).reshape(x.shape[1], -1)
-    return flat
+                self._weigh_at.learn(features_first(self._at[layers]), used)

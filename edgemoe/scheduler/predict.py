@@ -16,6 +16,8 @@ Array = NDArray[np.float64]
 
 
 _TINY = 1e-9  # a probability that is nothing
+_LESSON = 4096
+"""Experts to learn five numbers from at once; more of one token would cost more and say hardly more."""
 
 
 def _decayed(row: Array, experts: NDArray[np.int32], keep: float) -> None:
@@ -118,6 +120,7 @@ class NextUse:
         """Of the features."""
         self._against = self.habit.against
         self._is_first = True
+        self._turn = 0  # layer that is learned from next
 
     def begin(self) -> None:
         """A new sequence starts."""
@@ -168,8 +171,16 @@ class NextUse:
         if self._is_first:
             self._is_first = False
         elif self.habit.is_due:
-            x = self._before.transpose(1, 0, 2).reshape(5, -1)
-            self.habit.learn(x, self._now[:, 1].reshape(-1))
+            layers = self._next_layers()
+            self.habit.learn(features_first(self._before[layers]), self._now[layers, 1].reshape(-1))
+
+    def _next_layers(self) -> slice:
+        """Returns the layers whose turn it is to be learned from: all of small models."""
+        L, _, E = self._now.shape
+        start = self._turn
+        stop = min(start + max(_LESSON // E, 1), L)
+        self._turn = stop % L
+        return slice(start, stop)
 
     @property
     def frequency(self) -> Array:
@@ -195,6 +206,12 @@ class NextUse:
             self.habit.curvature = state["next_use.curvature"].copy()
         self.frequency[:] = state["next_use.frequency"]
         self._now[:, 2] = np.log(np.maximum(self.frequency, _TINY))
+
+
+def features_first(x: Array) -> Array:
+    """Returns features [L, n, E] as [n, L * E]."""
+    flat: Array = x.transpose(1, 0, 2).reshape(x.shape[1], -1)
+    return flat
 
 
 class Transitions:

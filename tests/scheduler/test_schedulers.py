@@ -924,3 +924,11 @@ def test_lossy_schedulers_run_and_say_what_they_did(tiny_moe, name, options, roo
     assert 2 <= stats.average_bits <= 8
     if "top_p" in options:
         assert 0 < stats.skipped_share < 1
+
+
+def test_large_models_learn_from_their_layers_in_turn():
+    small = NextUse(3, 64, 2)
+    assert [small._next_layers() for _ in range(2)] == [slice(0, 3)] * 2
+    large = NextUse(5, 2048, 2)
+    turns = [large._next_layers() for _ in range(4)]
+    assert turns == [slice(0, 2), slice(2, 4), slice(4, 5), slice(0, 2)]
