@@ -170,6 +170,23 @@ class RouteRule:
         group_by_two: bool = False,
     ) -> None: ...
 
+class UseRows:
+    def __init__(
+        self, *, raw: NDArray[np.float64], now: NDArray[np.float64], before: NDArray[np.float64]
+    ) -> None: ...
+    def keep(self, layer: int) -> None: ...
+    def token(self, layer: int, chosen: _I32, scores: _F32, left: float) -> None: ...
+    def weigh(
+        self,
+        layer: int,
+        chosen: _I32,
+        against: _I32,
+        share: float,
+        weights: NDArray[np.float64],
+        most: float,
+        odds: NDArray[np.float64],
+    ) -> None: ...
+
 class Cache:
     def __init__(
         self,

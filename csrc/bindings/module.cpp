@@ -75,6 +75,7 @@ PYBIND11_MODULE(_core, m) {
       "Bytes per second of reads of `length` at `offsets`, several at a time; both multiples of 4096.");
 
   bind_cache(m);
+  bind_use_rows(m);
   bind_ops(m);
   bind_attention(m);
   bind_latent(m);

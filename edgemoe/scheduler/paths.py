@@ -27,7 +27,7 @@ from edgemoe.errors import FormatError
 from edgemoe.file.tensors import is_finite, view
 from edgemoe.plan import Routing
 from edgemoe.scheduler.base import Setting
-from edgemoe.scheduler.predict import Logistic, NextUse, features_first
+from edgemoe.scheduler.predict import Logistic, NextUse, Turns, features_first
 
 __all__ = ["SECTION", "PathPredictor", "PathUse", "hashed"]
 
@@ -150,6 +150,7 @@ class PathUse(NextUse):
         self._after, self._at = np.zeros((2, L, 3, E))
         self._after[:, 0] = self._at[:, 0] = 1.0
         self._rows = list(self._after)
+        self._turns = Turns(L, E)
         self._asked = np.empty_like(self._after)
         self._weigh_after = Logistic([0.0, -0.5, 0.5])
         self._weigh_at = Logistic([0.0, -0.3, 0.7])
@@ -191,14 +192,14 @@ class PathUse(NextUse):
         features = self._rows[routing.layer]
         features[1] = self.log_odds(routing)
         odds: NDArray[np.float64] = np.dot(self._against_after, features)
-        np.minimum(odds, self._most, out=odds)
+        np.minimum(odds, 20.0, out=odds)
         return np.exp(odds, out=odds)
 
     def learn(self) -> None:
         """See `NextUse.learn`."""
         super().learn()
         if self._can_learn and self._weigh_after.is_due:
-            layers = self._next_layers()
+            layers = self._turns.take()
             used = self._now[layers, 1].reshape(-1)
             self._weigh_after.learn(features_first(self._asked[layers]), used)
             if self._was_asked:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe import _core
 from edgemoe.plan import Routing
 
-__all__ = ["Frequency", "Logistic", "NextUse", "Transitions"]
+__all__ = ["Frequency", "Logistic", "NextUse", "Transitions", "Turns", "features_first"]
 
 Array = NDArray[np.float64]
 
@@ -72,8 +74,14 @@ class Logistic:
     @property
     def is_due(self) -> bool:
         """Counts a token, and says whether to learn from it."""
+        due = self.is_next_due
         self._tokens += 1
-        return self._tokens <= self._CALM or self._tokens % self._EVERY == 0
+        return due
+
+    @property
+    def is_next_due(self) -> bool:
+        """Says whether to learn from the next token."""
+        return self._tokens < self._CALM or (self._tokens + 1) % self._EVERY == 0
 
     def learn(self, x: Array, used: Array) -> None:
         """Learns from features [n, m] and what happened [m], 1.0 for a use."""
@@ -84,6 +92,22 @@ class Logistic:
         self.curvature += (x * (p * (1.0 - p))) @ x.T
         self.weights += np.linalg.solve(self.curvature, x @ (used - p))
         np.negative(self.weights, out=self.against)
+
+
+class Turns:
+    """Which layers are learned from: as many at once as have `_LESSON` experts, in turn; of small models all."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self._num_layers, self._count = num_layers, max(_LESSON // num_experts, 1)
+        self.now = range(min(self._count, num_layers))
+        """Those whose turn it is."""
+
+    def take(self) -> slice:
+        """Returns them, and it is the next ones' turn."""
+        taken = slice(self.now.start, self.now.stop)
+        start = taken.stop % self._num_layers
+        self.now = range(start, min(start + self._count, self._num_layers))
+        return taken
 
 
 class NextUse:
@@ -110,17 +134,14 @@ class NextUse:
         self._now, self._before = np.zeros((2, L, 5, E))
         self._now[:, 0] = 1.0
         self._now[:, 2] = np.log(experts_per_token / E)
-        self._views = [
-            (now, before, now[1], now[2:4], now[3], now[4], raw, raw[0], raw[1])
-            for now, before, raw in zip(self._now, self._before, self._raw, strict=True)
-        ]
-        self._change = np.empty(E)
-        self._most = np.full(E, 20.0)  # a whole row, as a number is converted at every use
+        self._features = _core.UseRows(raw=self._raw, now=self._now, before=self._before)
+        self._logs = list(zip(self._raw, self._now[:, 2:4], strict=True))
+        self._odds = np.empty(E)
         self.habit = Logistic([0.0, 0.0, 1.0, 0.0, 0.0])
         """Of the features."""
         self._against = self.habit.against
-        self._is_first = True
-        self._turn = 0  # layer that is learned from next
+        self._is_first = self._is_lesson = True
+        self._lesson = Turns(L, E)
 
     def begin(self) -> None:
         """A new sequence starts."""
@@ -133,54 +154,49 @@ class NextUse:
         return None
 
     def update(self, routing: Routing) -> Array:
-        """Takes one layer's routing and returns the odds against each expert's next use, [E], the caller's own."""
-        odds = self.log_odds(routing)
-        np.minimum(odds, self._most, out=odds)
+        """Takes one layer's routing and returns the odds against each expert's next use, [E], scratch of the caller's."""
+        odds = self.log_odds(routing, most=20.0)
         return np.exp(odds, out=odds)
 
-    def log_odds(self, routing: Routing) -> Array:
-        """As `update`, and returns the logarithms of these odds."""
-        now, before, used, logs, margin, average, raw, f, s = self._views[routing.layer]
-        before[...] = now
-        several = routing.sequences > 1 and routing.is_decoding
-        # Other indices are converted at every use.
-        chosen = (np.unique(routing.experts) if several else routing.experts[-1]).astype(np.intp)
-        if len(routing.experts) == 1:
-            f *= self._keep
-            f[chosen] += 1.0 - self._keep
+    def log_odds(self, routing: Routing, most: float = math.inf) -> Array:
+        """As `update`, and returns the logarithms of these odds, `most` at most; scratch, valid until the next call."""
+        layer, features = routing.layer, self._features
+        if self._is_lesson and layer in self._lesson.now:
+            features.keep(layer)
+        chosen = routing.experts[-1]
+        against = chosen[-1:]
+        if len(routing.experts) == 1 and routing.scores is not None:
+            features.token(layer, chosen, routing.scores[0], self._keep)
         else:
-            _decayed(f, routing.experts, self._keep)
-        used.fill(0.0)
-        used[chosen] = 1.0
+            chosen, against = self._several(routing)
+        raw, logs = self._logs[layer]
+        np.log(raw, out=logs)
+        odds = self._odds
+        features.weigh(layer, chosen, against, 1.0 - self._decay, self._against, most, odds)
+        return odds
+
+    def _several(self, routing: Routing) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        """Takes the routing of any number of tokens; returns which experts ran, and those that margins are against."""
+        f, s = self._raw[routing.layer]
+        several = routing.sequences > 1 and routing.is_decoding
+        chosen = np.unique(routing.experts) if several else routing.experts[-1]
+        _decayed(f, routing.experts, self._keep)
         if routing.scores is None:  # gates alone say nothing about the experts that were not chosen
             s.fill(routing.gates[-1, -1])
             s[routing.experts[-1]] = routing.gates[-1]
         else:
             s[...] = routing.scores.max(0) if several else routing.scores[-1]
         s += _TINY
-        np.log(raw, out=logs)
-        margin -= margin[chosen].min() if several else margin[chosen[-1]]
-        change = np.subtract(margin, average, out=self._change)
-        change *= 1.0 - self._decay
-        average += change
-        odds: Array = np.dot(self._against, now)
-        return odds
+        return chosen, chosen if several else chosen[-1:]
 
     def learn(self) -> None:
         """All layers have run: learns from what was said about them one token before."""
         if self._is_first:
             self._is_first = False
         elif self.habit.is_due:
-            layers = self._next_layers()
+            layers = self._lesson.take()
             self.habit.learn(features_first(self._before[layers]), self._now[layers, 1].reshape(-1))
-
-    def _next_layers(self) -> slice:
-        """Returns the layers whose turn it is to be learned from: all of small models."""
-        L, _, E = self._now.shape
-        start = self._turn
-        stop = min(start + max(_LESSON // E, 1), L)
-        self._turn = stop % L
-        return slice(start, stop)
+        self._is_lesson = self.habit.is_next_due
 
     @property
     def frequency(self) -> Array:

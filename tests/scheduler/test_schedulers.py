@@ -25,7 +25,7 @@ from edgemoe.scheduler.levers import small_gates
 from edgemoe.scheduler.mc import Mc
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.plans import keep_slots, plan_slots, slot_bits
-from edgemoe.scheduler.predict import NextUse, Transitions
+from edgemoe.scheduler.predict import NextUse, Transitions, Turns
 from edgemoe.scheduler.trial import Trial
 from edgemoe.store import ExpertStore
 
@@ -927,8 +927,14 @@ def test_lossy_schedulers_run_and_say_what_they_did(tiny_moe, name, options, roo
 
 
 def test_large_models_learn_from_their_layers_in_turn():
-    small = NextUse(3, 64, 2)
-    assert [small._next_layers() for _ in range(2)] == [slice(0, 3)] * 2
-    large = NextUse(5, 2048, 2)
-    turns = [large._next_layers() for _ in range(4)]
+    small = Turns(3, 64)
+    assert [small.take() for _ in range(2)] == [slice(0, 3)] * 2
+    large = Turns(5, 2048)
+    assert list(large.now) == [0, 1]
+    turns = [large.take() for _ in range(4)]
     assert turns == [slice(0, 2), slice(2, 4), slice(4, 5), slice(0, 2)]
+    assert [huge.take() for huge in [Turns(2, 10000)] * 3] == [
+        slice(0, 1),
+        slice(1, 2),
+        slice(0, 1),
+    ]

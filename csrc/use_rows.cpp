@@ -1,0 +1,44 @@
+#include "use_rows.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace edgemoe {
+namespace {
+
+constexpr double kTiny = 1e-9;  // a probability that is nothing
+enum { kOne, kUsed, kFrequency, kMargin, kAverage, kRows };
+
+}  // namespace
+
+void UseRows::keep() const { std::memcpy(before, now, sizeof(double) * kRows * size_t(num_experts)); }
+
+void UseRows::use(const int32_t* chosen, int n, double left) const {
+  for (int e = 0; e < num_experts; ++e) raw[e] *= left;
+  for (int i = 0; i < n; ++i) raw[chosen[i]] += 1.0 - left;
+}
+
+void UseRows::score(const float* scores) const {
+  double* to = raw + num_experts;
+  for (int e = 0; e < num_experts; ++e) to[e] = double(scores[e]) + kTiny;
+}
+
+void UseRows::weigh(const int32_t* chosen, int n, const int32_t* against, int m, double share, const double* weights,
+                    double most, double* odds) const {
+  const size_t size = size_t(num_experts);
+  double *used = now + kUsed * size, *margin = now + kMargin * size, *average = now + kAverage * size;
+  const double* frequency = now + kFrequency * size;
+  std::fill_n(used, size, 0.0);
+  for (int i = 0; i < n; ++i) used[chosen[i]] = 1.0;
+  double base = margin[against[0]];
+  for (int i = 1; i < m; ++i) base = std::min(base, margin[against[i]]);
+  for (size_t e = 0; e < size; ++e) {
+    margin[e] -= base;
+    average[e] += (margin[e] - average[e]) * share;
+    const double sum = weights[kOne] + weights[kUsed] * used[e] + weights[kFrequency] * frequency[e] +
+                       weights[kMargin] * margin[e] + weights[kAverage] * average[e];
+    odds[e] = sum < most ? sum : most;
+  }
+}
+
+}  // namespace edgemoe
