@@ -154,12 +154,12 @@ class NextUse:
         return None
 
     def update(self, routing: Routing) -> Array:
-        """Takes one layer's routing and returns the odds against each expert's next use, [E], scratch of the caller's."""
+        """Takes one layer's routing and returns the odds against each expert's next use, [E]; scratch of one call."""
         odds = self.log_odds(routing, most=20.0)
         return np.exp(odds, out=odds)
 
     def log_odds(self, routing: Routing, most: float = math.inf) -> Array:
-        """As `update`, and returns the logarithms of these odds, `most` at most; scratch, valid until the next call."""
+        """As `update`, and returns the logarithms of these odds, `most` at most."""
         layer, features = routing.layer, self._features
         if self._is_lesson and layer in self._lesson.now:
             features.keep(layer)
