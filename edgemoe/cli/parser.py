@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any, NoReturn
 
-from edgemoe.cli.console import shown
+from edgemoe.cli.console import note, run_command, say
 
 __all__ = ["Parser"]
 
@@ -21,5 +22,15 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        line = f"{self.prog}: {message}; {self.prog} --help lists the flags"
-        self.exit(_USAGE_ERROR, shown(line) + "\n")
+        self.exit(_USAGE_ERROR, f"{self.prog}: {message}; {self.prog} --help lists the flags")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        if message:
+            note(message)
+        sys.exit(status)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Writes help or the version; a stdout that is closed or full is an error, as with any other result."""
+        code = run_command(self.prog, lambda: say(*message.rstrip("\n").split("\n")))
+        if code:
+            self.exit(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 
@@ -49,3 +50,15 @@ def test_python_m_is_the_program():
 def test_no_such_command(capsys):
     assert main(["fly"]) == 2
     assert "no command 'fly'; commands: allocate, bench" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["closed", "full"])
+def test_help_that_cannot_be_written_is_an_error(where, monkeypatch, capsys):
+    with contextlib.ExitStack() as files:
+        full = files.enter_context(open("/dev/full", "w")) if where == "full" else None
+        monkeypatch.setattr("sys.stdout", full)
+        with pytest.raises(SystemExit) as end:
+            main(["inspect", "--help"])
+        assert end.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("edgemoe inspect: stdout")
