@@ -118,7 +118,7 @@ MUTATIONS = (
     Mutation("attention", "a window is one position too long", "csrc/mixers/attention.cpp",
              "position + 1 - p_.shape.window", "position - p_.shape.window", ATTENTION),
     Mutation("attention", "biases of values are not added", "csrc/mixers/attention.cpp",
-             "prepare(vt, kv_heads_, v_bias_, nullptr, t, false)", "prepare(vt, kv_heads_, nullptr, nullptr, t, false)",
+             "  for (int i = 0; v_bias_ && i < width; ++i) v[i] += v_bias_[i];\n", "",
              (*ATTENTION, "tests/model/test_key_biases.py")),
     Mutation("attention", "clipping has no lower end", "csrc/mixers/attention.cpp",
              "std::min(std::max(x[i], -p_.clip), p_.clip)", "std::min(x[i], p_.clip)", ATTENTION),
