@@ -96,3 +96,19 @@ def test_what_cannot_be_added_is_refused(path: Path, monkeypatch, tmp_path: Path
     with pytest.raises(FileNotFoundError):
         add_sections(tmp_path / "absent.moe", {"a": b"x"})
     assert not os.path.exists(tmp_path / "absent.moe")
+
+
+def test_what_was_added_to_a_file_that_was_replaced_is_said_to_be_lost(
+    path: Path, tmp_path: Path, monkeypatch
+) -> None:
+    real, other = append._append, Path(shutil.copy(path, tmp_path / "other.moe"))
+
+    def appending(*arguments) -> None:
+        real(*arguments)
+        os.replace(other, path)  # as another conversion does
+
+    monkeypatch.setattr(append, "_append", appending)
+    content = path.read_bytes()
+    with pytest.raises(OSError, match="another process has replaced it; nothing was added"):
+        add_sections(path, {"a": b"x"})
+    assert path.read_bytes() == content

@@ -1,11 +1,16 @@
-"""Sizes of memory as they are written."""
+"""Sizes of memory as they are written, and how a budget is divided."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from edgemoe.runtime.budget import parse_size
+from edgemoe.errors import OutOfBudget
+from edgemoe.file.format import open_moe
+from edgemoe.model import KvTypes, state_bytes
+from edgemoe.ops import OpsShape
+from edgemoe.runtime.budget import Budget, parse_size
+from edgemoe.store import all_expert_bytes, dense_bytes, expert_bytes
 
 
 @pytest.mark.parametrize(
@@ -27,3 +32,56 @@ def test_a_size_is_read(text, size) -> None:
 def test_what_is_no_size_is_refused_in_words(text) -> None:
     with pytest.raises(ValueError, match=r"^size: expected [^\n]*got "):
         parse_size(text)
+
+
+def divided(moe, ram, **changes):
+    """The budget of a process that took 50 MiB before."""
+    arguments = {
+        "process": 50 << 20, "level": 5, "dense_level": 5, "context": 64, "kv_types": KvTypes(),
+        "ops": OpsShape.of(moe.config, 2), **changes,
+    }  # fmt: skip
+    return Budget.divide(moe, ram=ram, **arguments)
+
+
+def smallest(moe, **changes):
+    """The fewest bytes that work."""
+    few, enough = 1, 1 << 30
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        try:
+            divided(moe, middle, **changes)
+        except OutOfBudget:
+            few = middle
+        else:
+            enough = middle
+    return enough
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_everything_is_counted_once(tiny_moe, sequences) -> None:
+    moe = open_moe(tiny_moe)
+    ram = smallest(moe, sequences=sequences)
+    b = divided(moe, ram, sequences=sequences)
+    assert b.process == 50 << 20
+    assert b.dense == dense_bytes(moe, 5)
+    assert b.kv == sequences * state_bytes(moe.config, 64, KvTypes())
+    assert b.tables >= ram / 512  # eight bytes for every page
+    assert b.scratch > 0
+    assert b.growth >= 8 << 20
+    assert b.experts == all_expert_bytes(moe, 5)
+    # One expert fits, and there is no room for more: slots are all that is left.
+    assert b.slots == b.expert == expert_bytes(moe, 5)
+    assert ram == b.slots + b.process + b.growth + b.tables + b.dense + b.kv + b.scratch
+    assert divided(moe, ram + 1000, sequences=sequences).slots in range(
+        b.slots + 990, b.slots + 1001
+    )
+
+
+def test_a_budget_that_is_too_small_says_which_is_not(tiny_moe) -> None:
+    moe = open_moe(tiny_moe)
+    ram = smallest(moe)
+    with pytest.raises(OutOfBudget, match="is too small; the smallest that works is") as error:
+        divided(moe, ram - 1)
+    said = int(str(error.value).split("works is ")[1].split(" MiB")[0]) << 20
+    assert ram <= said <= ram + (3 << 20)
+    divided(moe, said)

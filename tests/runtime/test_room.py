@@ -227,7 +227,32 @@ def test_slots_that_change_do_not_change_an_answer(tiny_moe, monkeypatch):
     np.testing.assert_array_equal(got, expected_logits)
 
 
-def test_a_trace_holds_the_slots(tiny_moe, tmp_path):
+def test_a_trace_holds_the_slots(tiny_moe, tmp_path, monkeypatch):
+    real = Budget.divide.__func__
+
+    def divide(cls, moe, **arguments):
+        b = real(cls, moe, **arguments)
+        return dataclasses.replace(b, ram=b.fixed + 2 * b.expert)
+
+    monkeypatch.setattr(Budget, "divide", classmethod(divide))
+    with edgemoe.load(tiny_moe, context=256) as engine:
+        engine.logits([1, 2, 3])
+        assert engine.model.room.size > engine.budget.slots
     with edgemoe.load(tiny_moe, context=256, trace=tmp_path / "x.trace") as engine:
         engine.logits([1, 2, 3])
         assert engine.model.room.size == engine.budget.slots == engine.model.setting.slots_bytes
+
+
+def test_some_slack_stays_free_however_exactly_it_is_measured():
+    taken = hardware.exact_process_bytes()
+    sizes = []
+    for slack in (MIB, 33 * MIB):
+        b = budget(
+            ram=taken + 128 * MIB, process=taken, dense=0, experts=4000 * EXPERT, slack=slack
+        )
+        r, _ = room(b, is_measured=True)
+        state = sequence(r)
+        for _ in range(5):
+            run(r, state, 1)
+        sizes.append(r.size)
+    assert sizes[0] - sizes[1] == pytest.approx(32 * MIB, abs=2 * MIB)
