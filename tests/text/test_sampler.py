@@ -336,3 +336,33 @@ def test_a_mask_of_all_changes_nothing() -> None:
 def test_wrong_biases_are_refused(bias: object) -> None:
     with pytest.raises(ValueError, match="sampling: logit_bias"):
         SamplingParams(logit_bias=bias)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("params", "logits", "history"),
+    [
+        ({"repeat_penalty": 2.0}, [-1.0, -1.5], [0]),  # a negative logit is multiplied
+        ({"repeat_penalty": 2.0}, [2.0, 1.5], [0]),  # a positive one is divided
+        ({"frequency_penalty": 0.4}, [1.0, 0.0], [0, 0, 0]),  # for each time
+        ({"presence_penalty": 1.5}, [1.0, 0.0], [0]),
+    ],
+)
+def test_penalties_move_what_came_before_down(params, logits, history):
+    def best(history):
+        sampler = Sampler(SamplingParams(temperature=0, **params))
+        return sampler.sample(np.array(logits, np.float32), history)
+
+    assert best([]) == 0
+    assert best(history) == 1
+
+
+def test_penalties_are_of_the_size_that_is_said():
+    cases = (
+        ({"frequency_penalty": 0.4}, [1.0, 0.0], [0, 0], 0),
+        ({"presence_penalty": 0.7}, [1.0, 0.0], [0, 0, 0], 0),  # once
+        ({"repeat_penalty": 1.4}, [-1.0, -1.5], [0], 0),
+        ({"repeat_penalty": 1.2}, [2.0, 1.5], [0, 0, 0], 0),  # once
+    )
+    for params, logits, history, expected in cases:
+        sampler = Sampler(SamplingParams(temperature=0, **params))
+        assert sampler.sample(np.array(logits, np.float32), history) == expected, params
