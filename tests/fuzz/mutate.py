@@ -93,9 +93,24 @@ def change_value(rng: Random, value: Any) -> Any:
     return value
 
 
+def is_larger(value: Any, most: int) -> bool:
+    """Says whether a value has more than `most` parts and characters: one in several places counts for each."""
+    todo, count = [value], 0
+    while todo and count <= most:
+        one = todo.pop()
+        count += len(one) + 1 if isinstance(one, (str, list, dict)) else 1
+        if isinstance(one, dict):
+            todo.extend(one.values())
+        elif isinstance(one, list):
+            todo.extend(one)
+    return count > most
+
+
 def json_bytes(rng: Random, value: Any) -> bytes:
     """Returns a value as JSON, mostly as everybody writes it; one that JSON cannot write as brackets."""
     try:
+        if is_larger(value, 4_000_000):
+            raise ValueError("of a size that no target reads")
         text = json.dumps(value, ensure_ascii=rng.random() < 0.9)
         return text.encode("utf-8", "surrogatepass" if rng.random() < 0.5 else "replace")
     except (ValueError, RecursionError, TypeError):
