@@ -1,5 +1,6 @@
 """Builds the native core with CMake; everything else about the package is in pyproject.toml."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,11 @@ class CMakeBuild(build_ext):
         # A stale cache would remember the tools of a build environment that is gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
         cmake = [sys.executable, "-m", "cmake"] if _has_module("cmake") else ["cmake"]
+        # The plug-in for NVIDIA devices takes nvcc, and minutes.
+        cuda = os.environ.get("EDGEMOE_CUDA", "0")
+        archs = os.environ.get("EDGEMOE_CUDA_ARCHS", "")
+        if cuda == "0":
+            print("edgemoe: built without the plug-in for NVIDIA devices; EDGEMOE_CUDA=1 builds it")
         subprocess.check_call(
             [
                 *cmake,
@@ -30,6 +36,8 @@ class CMakeBuild(build_ext):
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DEDGEMOE_OUTPUT_DIR={out}",
+                f"-DEDGEMOE_CUDA={cuda}",
+                f"-DEDGEMOE_CUDA_ARCHS={archs}",
             ]
         )  # fmt: skip
         subprocess.check_call([*cmake, "--build", str(build)])

@@ -48,7 +48,7 @@ void keep_groups(const RouteRule& rule, float* values) {
 }
 
 /// Takes the best of one token's logits, which become scores of all experts. Ties go to the lower expert.
-void choose(const RouteRule& rule, const Router& router, float* row, int32_t* chosen, float* gates) {
+void choose_of(const RouteRule& rule, const Router& router, float* row, int32_t* chosen, float* gates) {
   const Kernels& k = kernels();
   const float* choice_bias = router.choice_bias;
   const int top_k = rule.top_k, E = rule.num_experts;
@@ -209,10 +209,15 @@ void route(Workspace& ws, const float* x, const Router& router, int T, int cols,
            int32_t* experts, float* gates) {
   const int E = rule.num_experts;
   linear_f32(ws, x, T, router.weight, E, cols, scores);
+  choose(ws, router, T, rule, scores, experts, gates);
+}
+
+void choose(Workspace& ws, const Router& router, int T, const RouteRule& rule, float* scores, int32_t* experts,
+            float* gates) {
   ws.pool.run(T, 16, [&](int begin, int end) {
     for (int t = begin; t < end; ++t) {
       const size_t at = size_t(t) * rule.top_k;
-      choose(rule, router, scores + size_t(t) * E, experts + at, gates + at);
+      choose_of(rule, router, scores + size_t(t) * rule.num_experts, experts + at, gates + at);
     }
   });
 }
@@ -247,7 +252,7 @@ void look_ahead(Workspace& ws, const float* x, const std::vector<NextRouter>& ro
   });
   for (int i = 0; i < p * T; ++i) {
     const size_t at = size_t(i) * rule.top_k;
-    choose(rule, routers[size_t(i / T)].router, scores + size_t(i) * E, experts + at, gates + at);
+    choose_of(rule, routers[size_t(i / T)].router, scores + size_t(i) * E, experts + at, gates + at);
   }
 }
 
@@ -287,9 +292,10 @@ void add_rows(Workspace& ws, const float* x, float scale, const float* gate_weig
       const size_t at = size_t(t) * cols;
       float s = scale;
       if (gate_weight) {
-        float logit;
-        k.matmul_f32(gate_weight, gate_input + at, 1, 1, cols, 0, 1, &logit);
-        s *= float(1.0 / (1.0 + std::exp(-double(logit))));
+        float gate;
+        k.matmul_f32(gate_weight, gate_input + at, 1, 1, cols, 0, 1, &gate);
+        k.sigmoid(&gate, 1);
+        s *= gate;
       }
       k.add_scaled(x + at, s, cols, out + at);
     }

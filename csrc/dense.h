@@ -107,6 +107,10 @@ struct Router {
 void route(Workspace& ws, const float* x, const Router& router, int T, int cols, const RouteRule& rule, float* scores,
            int32_t* experts, float* gates);
 
+/// The second half of `route`: scores are the products with the router's weight, which is not looked at.
+void choose(Workspace& ws, const Router& router, int T, const RouteRule& rule, float* scores, int32_t* experts,
+            float* gates);
+
 /// A linear layer of each expert: weight [num_experts, outputs, cols], bias and gate_weight [num_experts, outputs].
 struct SlotLayers {
   const float* weight;

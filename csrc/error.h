@@ -27,6 +27,11 @@ struct RangeError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+/// A device failed, or cannot be had. The message names the call.
+struct DeviceError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 /// Throws std::invalid_argument unless low <= value <= high.
 inline void expect_within(const char* name, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value <= high) return;

@@ -13,7 +13,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgemoe.errors import EdgemoeError, FormatError, OutOfBudget, RangeError, ReadError
+    from edgemoe.errors import (
+        DeviceError,
+        EdgemoeError,
+        FormatError,
+        OutOfBudget,
+        RangeError,
+        ReadError,
+    )
     from edgemoe.runtime.chat import Chat
     from edgemoe.runtime.engine import Engine, load
     from edgemoe.runtime.meter import Stats
@@ -21,8 +28,8 @@ if TYPE_CHECKING:
     from edgemoe.text.sampler import SamplingParams
 
 __all__ = [
-    "Chat", "EdgemoeError", "Engine", "EngineOptions", "FormatError", "OutOfBudget", "RangeError", "ReadError",
-    "SamplingParams", "Stats", "load",
+    "Chat", "DeviceError", "EdgemoeError", "Engine", "EngineOptions", "FormatError", "OutOfBudget", "RangeError",
+    "ReadError", "SamplingParams", "Stats", "load",
 ]  # fmt: skip
 
 __version__ = "0.1.0"
@@ -31,7 +38,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Chat": "runtime.chat", "EdgemoeError": "errors", "Engine": "runtime.engine",
     "EngineOptions": "runtime.options",
-    "FormatError": "errors", "OutOfBudget": "errors", "RangeError": "errors", "ReadError": "errors",
+    "DeviceError": "errors", "FormatError": "errors", "OutOfBudget": "errors", "RangeError": "errors",
+    "ReadError": "errors",
     "SamplingParams": "text.sampler", "Stats": "runtime.meter", "load": "runtime.engine",
 }  # fmt: skip
 

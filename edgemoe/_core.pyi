@@ -283,6 +283,14 @@ def route(
     experts: _I32,
     gates: _F32,
 ) -> None: ...
+def choose(
+    ws: Workspace,
+    choice_bias: _F32 | None,
+    rule: RouteRule,
+    scores: _F32,
+    experts: _I32,
+    gates: _F32,
+) -> None: ...
 def slot_scores(
     ws: Workspace,
     x: _F32,
@@ -381,3 +389,153 @@ def gated_norm(
     ws: Workspace, x: _F32, gate: _F32, weight: _F32, eps: float, groups: int, kind: str
 ) -> None: ...
 def gate_attention(ws: Workspace, x: _F32, gate: _F32, kind: str) -> None: ...
+
+# A device's memory, and what it computes there.
+
+def probe_device(path: str) -> dict[str, Any]: ...
+
+class Device:
+    def __init__(self, path: str, ordinal: int, budget_bytes: int) -> None: ...
+    @staticmethod
+    def taken(bytes: int) -> int: ...
+    @property
+    def info(self) -> dict[str, Any]: ...
+    @property
+    def stats(self) -> dict[str, int]: ...
+
+class DeviceArray:
+    def __init__(self, device: Device, shape: Sequence[int]) -> None: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, rows: slice) -> DeviceArray: ...
+    def item(self, index: int) -> DeviceArray: ...
+    def upload(self, array: _F32) -> None: ...
+    def numpy(self) -> _F32: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class DeviceMatrix:
+    def __init__(self, device: Device, matrix: Nested) -> None: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def bits(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+
+class DeviceKvLayer:
+    def __init__(
+        self,
+        *,
+        device: Device,
+        key_type: str,
+        value_type: str,
+        num_heads: int,
+        capacity: int,
+        head_dim: int,
+    ) -> None: ...
+    @property
+    def content(self) -> _U8: ...
+
+class DeviceAttention:
+    def __init__(
+        self,
+        *,
+        index: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int,
+        scale: float,
+        q_bias: DeviceArray | None,
+        k_bias: DeviceArray | None,
+        v_bias: DeviceArray | None,
+        q_norm: DeviceArray | None,
+        k_norm: DeviceArray | None,
+        norm_per_head: bool,
+        norm_eps: float,
+        clip: float,
+        rope_dim: int,
+        norm_after_rope: bool,
+    ) -> None: ...
+    @property
+    def num_constants(self) -> int: ...
+
+class DeviceWorkspace:
+    def __init__(
+        self,
+        device: Device,
+        max_rows: int,
+        max_cols: int,
+        max_hidden: int,
+        max_context: int,
+        head_dim: int,
+        num_heads: int,
+        max_routed: int,
+    ) -> None: ...
+    @staticmethod
+    def bytes(
+        max_rows: int,
+        max_cols: int,
+        max_hidden: int,
+        max_context: int,
+        head_dim: int,
+        num_heads: int,
+        max_routed: int,
+    ) -> int: ...
+
+def device_attention(
+    ws: DeviceWorkspace,
+    layer: DeviceAttention,
+    q: DeviceArray,
+    k: DeviceArray,
+    v: DeviceArray,
+    pos: int,
+    cos: DeviceArray,
+    sin: DeviceArray,
+    kv: DeviceKvLayer,
+    out: DeviceArray,
+) -> None: ...
+def device_linear(
+    ws: DeviceWorkspace,
+    x: DeviceArray,
+    matrices: Sequence[DeviceMatrix],
+    outs: Sequence[DeviceArray],
+) -> None: ...
+def device_ffn(
+    ws: DeviceWorkspace,
+    x: DeviceArray,
+    gate: DeviceMatrix,
+    up: DeviceMatrix,
+    down: DeviceMatrix,
+    out: DeviceArray,
+) -> None: ...
+def device_add_norm(
+    ws: DeviceWorkspace,
+    added: DeviceArray | None,
+    scale: float,
+    x: DeviceArray,
+    weight: DeviceArray,
+    eps: float,
+    out: DeviceArray,
+) -> None: ...
+def device_add_rows(
+    ws: DeviceWorkspace,
+    x: DeviceArray,
+    scale: float,
+    gate_weight: DeviceArray | None,
+    gate_input: DeviceArray | None,
+    out: DeviceArray,
+) -> None: ...
+def device_add_bias(ws: DeviceWorkspace, bias: DeviceArray, out: DeviceArray) -> None: ...
+def device_scale(ws: DeviceWorkspace, factor: float, out: DeviceArray) -> None: ...
+def device_matmul(ws: DeviceWorkspace, x: DeviceArray, w: DeviceArray, y: DeviceArray) -> None: ...
+def device_combine(
+    ws: DeviceWorkspace, parts: DeviceArray, rows: _I32, gates: _F32, out: DeviceArray
+) -> None: ...
+def device_download(
+    ws: DeviceWorkspace, arrays: Sequence[DeviceArray], outs: Sequence[_F32]
+) -> None: ...

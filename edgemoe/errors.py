@@ -5,6 +5,7 @@
     ├── FormatError(ValueError)      a file is not what it claims to be, or a checkpoint is not supported
     ├── OutOfBudget(MemoryError)     the memory budget is too small; says the smallest that works
     ├── ReadError(OSError)           the disk failed while weights were read; says path and offset
+    ├── DeviceError(RuntimeError)    a device failed or cannot be had; says which call, or why
     └── RangeError(ArithmeticError)  a number of the model does not fit where it is kept; says where, and what does
 
 Wrong arguments are plain `ValueError`. What a file may hold is quoted by `quoted`, at most so much of it.
@@ -17,6 +18,7 @@ from typing import Any
 
 __all__ = [
     "Cancelled",
+    "DeviceError",
     "EdgemoeError",
     "FormatError",
     "OutOfBudget",
@@ -51,6 +53,10 @@ class FormatError(EdgemoeError, ValueError):
 
 class OutOfBudget(EdgemoeError, MemoryError):
     """Says that the memory budget is too small, and the smallest that works."""
+
+
+class DeviceError(EdgemoeError, RuntimeError):
+    """Says that a device failed, or why there is none."""
 
 
 class RangeError(EdgemoeError, ArithmeticError):

@@ -293,6 +293,12 @@ class CpuOps:
             gates,
         )
 
+    def choose(
+        self, choice_bias: Array | None, rule: RouteRule, scores: Array, experts: Ids, gates: Array
+    ) -> None:
+        """Is the second half of `Ops.route`: scores [T, E] are logits as they come."""
+        _core.choose(self._ws, choice_bias, rule, scores, experts, gates)
+
     def slot_scores(
         self,
         x: Array,

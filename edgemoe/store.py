@@ -16,7 +16,7 @@ from edgemoe.quant import plane_widths
 
 __all__ = [
     "ExpertStore", "Request", "all_expert_bytes", "dense_bytes", "disk_rate", "expert_bytes",
-    "level_bytes", "load_dense",
+    "level_bytes", "load_dense", "read_dense",
 ]  # fmt: skip
 
 _REQUEST = 256  # experts that `load` asks for at once: the cache looks through all of a request's at every arrival
@@ -69,20 +69,28 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
         FormatError: a checksum does not match.
         ReadError: the disk failed.
     """
-    widths = plane_widths(moe.dense_ladder)
     nested = [t for t in moe.tensors.values() if t.spec.kind == "nested"]
     arena = _core.Arena(_pages(nested, level))
-    out: dict[str, Weight] = {}
+    return {name: _read(moe, name, level, verify, arena) for name in moe.tensors}
+
+
+def read_dense(moe: MoeFile, level: int, *, verify: bool) -> Iterator[tuple[str, Weight]]:
+    """Yields what `load_dense` returns, each tensor by itself: for who takes it elsewhere before the next is read."""
     for name, t in moe.tensors.items():
-        if t.spec.kind == "nested":
-            rows, cols = t.spec.shape
-            out[name] = _core.Nested.from_file(
-                arena, moe.file, t.offset, t.lengths[:level], t.crcs[:level], rows, cols,
-                widths[:level], verify, name, moe.scheme,
-            )  # fmt: skip
-        else:
-            out[name] = _core.read_f32(moe.file, t.offset, t.spec.shape, t.crcs[0], verify, name)
-    return out
+        arena = _core.Arena(_pages([t], level)) if t.spec.kind == "nested" else None
+        yield name, _read(moe, name, level, verify, arena)
+
+
+def _read(moe: MoeFile, name: str, level: int, verify: bool, arena: _core.Arena | None) -> Weight:
+    """Reads a tensor; a matrix into an arena."""
+    t, widths = moe.tensors[name], plane_widths(moe.dense_ladder)
+    if arena is None or t.spec.kind == "f32":
+        return _core.read_f32(moe.file, t.offset, t.spec.shape, t.crcs[0], verify, name)
+    rows, cols = t.spec.shape
+    return _core.Nested.from_file(
+        arena, moe.file, t.offset, t.lengths[:level], t.crcs[:level], rows, cols,
+        widths[:level], verify, name, moe.scheme,
+    )  # fmt: skip
 
 
 def disk_rate(moe: MoeFile, level: int, *, seconds: float, room: int) -> float:

@@ -34,6 +34,8 @@ PYBIND11_MODULE(_core, m) {
       raise("ReadError", e.what());
     } catch (const RangeError& e) {
       raise("RangeError", e.what());
+    } catch (const DeviceError& e) {
+      raise("DeviceError", e.what());
     }
   });
 
@@ -80,4 +82,6 @@ PYBIND11_MODULE(_core, m) {
   bind_attention(m);
   bind_latent(m);
   bind_mixers(m);
+  bind_device(m);
+  bind_device_ops(m);
 }

@@ -217,6 +217,25 @@ void bind_ops(py::module_& m) {
       py::arg("rule"), py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());
 
   m.def(
+      "choose",
+      [](Workspace& ws, const py::object& choice_bias, const RouteRule& rule, Array<float> scores,
+         Array<int32_t> experts, Array<float> gates) {
+        const py::ssize_t E = rule.num_experts, K = rule.top_k;
+        expect(scores, "scores", {-1, E});
+        expect(experts, "experts", {scores.shape(0), K});
+        expect(gates, "gates", {scores.shape(0), K});
+        const float* bias = choice_bias.is_none() ? nullptr : floats(choice_bias, "choice_bias", {E});
+        int32_t* e = experts.mutable_data();
+        float *g = gates.mutable_data(), *s = scores.mutable_data();
+        const int T = int(scores.shape(0));
+        py::gil_scoped_release release;
+        choose(ws, {nullptr, nullptr, bias}, T, rule, s, e, g);
+      },
+      py::arg("ws"), py::arg("choice_bias"), py::arg("rule"), py::arg("scores").noconvert(),
+      py::arg("experts").noconvert(), py::arg("gates").noconvert(),
+      "The second half of `route`: scores [T, E] are logits as they come.");
+
+  m.def(
       "slot_scores",
       [](Workspace& ws, const Array<float>& x, const Array<float>& weight, const Array<float>& gate_weight,
          const Array<float>& bias, const Array<int32_t>& experts, const Array<float>& gates, Array<float> scores) {

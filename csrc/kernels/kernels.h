@@ -35,8 +35,9 @@ constexpr int kActivations = 32;  ///< columns of activations that share a scale
 constexpr int kMaxRungs = 8;
 constexpr int kMwqGroup = 128;  ///< columns that share each rung's scale in MWQ
 
-// Static: a shared copy compiled with wide instructions could replace the baseline's.
-static inline int blocks(int n, int size) { return (n + size - 1) / size; }
+// Functions of the layout are static, as a shared copy compiled with wide instructions could replace the baseline's,
+// and constexpr, as a device's kernels call them too.
+static constexpr int blocks(int n, int size) { return (n + size - 1) / size; }
 
 /// What the planes mean: prefixes of one code, or D2MoE's base and planes of signs (arXiv 2504.15299).
 enum class Scheme : uint8_t { kNested, kMwq };
@@ -51,26 +52,28 @@ struct NestedMatrix {
   const uint8_t* rungs[kMaxRungs] = {};
 };
 
-static inline int bits_of(const NestedMatrix& w) {
+static constexpr int bits_of(const NestedMatrix& w) {
   int b = 0;
   for (int i = 0; i < w.num_rungs; ++i) b += w.widths[i];
   return b;
 }
 
 /// Bytes of one tile in a rung.
-static inline size_t tile_bytes(int width, bool is_base) { return size_t(128) * width + (is_base ? kScaleBytes : 0); }
+static constexpr size_t tile_bytes(int width, bool is_base) {
+  return size_t(128) * width + (is_base ? kScaleBytes : 0);
+}
 
 /// Bytes of the row scales before the tiles of rung 0; a multiple of 64, so that tiles are aligned.
-static inline size_t row_scale_bytes(int rows) { return size_t(blocks(rows, 2 * kTileRows)) * 64; }
+static constexpr size_t row_scale_bytes(int rows) { return size_t(blocks(rows, 2 * kTileRows)) * 64; }
 
 /// Bytes of a row block in a rung of MWQ.
-static inline size_t mwq_block_bytes(int cols, int width, bool is_base) {
+static constexpr size_t mwq_block_bytes(int cols, int width, bool is_base) {
   return size_t(blocks(cols, is_base ? kMwqGroup : 2 * kMwqGroup)) * kScaleBytes +
          size_t(blocks(cols, kTileCols)) * tile_bytes(width, false);
 }
 
 /// Bytes of a rung of `width` bits of a matrix [rows, cols].
-static inline size_t rung_bytes(Scheme scheme, int rows, int cols, int width, bool is_base) {
+static constexpr size_t rung_bytes(Scheme scheme, int rows, int cols, int width, bool is_base) {
   if (scheme == Scheme::kMwq) {
     return size_t(blocks(rows, kTileRows)) * mwq_block_bytes(cols, width, is_base);
   }
@@ -90,7 +93,7 @@ struct QuantizedRows {
 };
 
 /// The rows from `row` on.
-static inline QuantizedRows rows_from(const QuantizedRows& q, int row) {
+static constexpr QuantizedRows rows_from(const QuantizedRows& q, int row) {
   const size_t at = size_t(row) * q.tiles;
   return {q.codes + at * kTileCols, q.scales + at * kScales, q.sums + at * kSums, q.tiles};
 }
@@ -118,14 +121,14 @@ constexpr int kPartPadding = 16;  ///< floats after a part's values: the highest
 /// 8-bit dot product covers 16 positions: byte 64 * step + 4 * position + j is the code of column 4 * step + j, plus
 /// 128. Values are [16, head_stride] signed codes.
 /// Latents have one head and keys only.
-static inline int kv_tile_rows(KvType type) { return type == KvType::kQ8 ? 16 : 32; }
+static constexpr int kv_tile_rows(KvType type) { return type == KvType::kQ8 ? 16 : 32; }
 
-static inline size_t kv_tile_bytes(KvType type, int head_stride) {
+static constexpr size_t kv_tile_bytes(KvType type, int head_stride) {
   return type == KvType::kQ8 ? size_t(16) * (head_stride + 2 * blocks(head_stride, kKvGroup))
                              : size_t(32) * (type == KvType::kF16 ? 2 : 4) * head_stride;
 }
 
-static inline size_t kv_head_bytes(KvType type, int capacity, int head_stride) {
+static constexpr size_t kv_head_bytes(KvType type, int capacity, int head_stride) {
   return blocks(capacity, kv_tile_rows(type)) * kv_tile_bytes(type, head_stride);
 }
 

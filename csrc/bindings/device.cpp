@@ -1,0 +1,165 @@
+// A device's memory: what Python makes and keeps there.
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "bindings/device_arrays.h"
+#include "device/backend.h"
+
+namespace edgemoe {
+namespace {
+
+py::dict probed(const std::string& path) {
+  const BackendProbe p = probe_backend(path);
+  py::dict out;
+  out["num_devices"] = p.num_devices;
+  out["driver"] = p.driver;
+  out["runtime"] = p.runtime;
+  out["why_not"] = std::string(p.why_not);
+  return out;
+}
+
+py::dict info_of(DeviceSpace& space) {
+  const DeviceInfo info = space.device().info();
+  py::dict out;
+  out["name"] = std::string(info.name);
+  out["capability"] = py::make_tuple(info.major, info.minor);
+  out["num_processors"] = info.num_processors;
+  out["total_bytes"] = info.total_bytes;
+  out["free_bytes"] = info.free_bytes;
+  out["is_unified"] = info.is_unified;
+  return out;
+}
+
+py::dict stats_of(const DeviceSpace& space) {
+  const SpaceStats s = space.stats();
+  py::dict out;
+  out["used_bytes"] = size_t(s.used_bytes);
+  out["peak_bytes"] = size_t(s.peak_bytes);
+  out["budget_bytes"] = size_t(s.budget_bytes);
+  out["bytes_in"] = uint64_t(s.bytes_in);
+  out["bytes_out"] = uint64_t(s.bytes_out);
+  return out;
+}
+
+DeviceArray make_array(std::shared_ptr<DeviceSpace> space, const std::vector<py::ssize_t>& shape) {
+  if (shape.empty()) throw std::invalid_argument("DeviceArray: expected a shape");
+  DeviceArray out{nullptr, nullptr, shape};
+  for (py::ssize_t n : shape) expect_within("DeviceArray", n, 0, INT32_MAX);
+  auto memory = std::make_shared<DeviceMemory>(std::move(space), out.size() * sizeof(float));
+  out.data = memory->as<float>();
+  out.memory = std::move(memory);
+  return out;
+}
+
+/// Leading rows, as numpy has them.
+DeviceArray rows_of(const DeviceArray& a, const py::slice& rows) {
+  py::ssize_t start, stop, step, count;
+  if (!rows.compute(a.shape[0], &start, &stop, &step, &count)) throw py::error_already_set();
+  if (step != 1) throw std::invalid_argument("DeviceArray: expected rows that follow each other");
+  DeviceArray out = a;
+  out.data += size_t(start) * (a.shape[0] ? a.size() / size_t(a.shape[0]) : 0);
+  out.shape[0] = count;
+  return out;
+}
+
+/// What lies at an index of the first axis.
+DeviceArray item_of(const DeviceArray& a, py::ssize_t index) {
+  if (a.shape.size() < 2 || index < 0 || index >= a.shape[0]) throw py::index_error("DeviceArray: no such item");
+  DeviceArray out{a.memory, a.data, {a.shape.begin() + 1, a.shape.end()}};
+  out.data += size_t(index) * out.size();
+  return out;
+}
+
+py::array_t<float> copied(const DeviceArray& a) {
+  py::array_t<float> out(a.shape);
+  float* to = out.mutable_data();
+  py::gil_scoped_release release;
+  a.memory->space().download({{to, a.data, a.size() * sizeof(float)}});
+  return out;
+}
+
+/// Copies the rungs of a host's matrix.
+Held<DeviceMatrix> matrix_of(const std::shared_ptr<DeviceSpace>& space, const Nested& n) {
+  py::gil_scoped_release release;
+  Held<DeviceMatrix> out(new DeviceMatrix{n.matrix, {}});
+  NestedMatrix& m = out->matrix;
+  const auto bytes = [&m](int r) { return rung_bytes(m.scheme, m.rows, m.cols, m.widths[r], r == 0); };
+  size_t total = 0;
+  for (int r = 0; r < m.num_rungs; ++r) total += bytes(r);
+  out->memory = DeviceMemory(space, total);
+  uint8_t* to = out->memory.as();
+  for (int r = 0; r < m.num_rungs; to += bytes(r), ++r) {
+    space->upload(to, m.rungs[r], bytes(r));
+    m.rungs[r] = to;
+  }
+  return out;
+}
+
+Held<DeviceKv> kv_of(const std::shared_ptr<DeviceSpace>& space, const std::string& keys, const std::string& values,
+                     int num_heads, int capacity, int head_dim) {
+  const KvType key_type = kv_type(keys), value_type = kv_type(values);
+  const size_t of_keys = kv_bytes(key_type, num_heads, capacity, head_dim);
+  const size_t total = of_keys + kv_bytes(value_type, num_heads, capacity, head_dim);
+  Held<DeviceKv> out(new DeviceKv{{}, num_heads, head_dim, DeviceMemory(space, total)});
+  uint8_t* p = out->memory.as();
+  space->device().fill(p, 0, total);  // padding is multiplied with zeros
+  out->layer = {p, p + of_keys, key_type, value_type, capacity, blocks(head_dim, 16) * 16};
+  return out;
+}
+
+}  // namespace
+
+void bind_device(py::module_& m) {
+  m.def("probe_device", &probed, py::arg("path"), "What a plug-in for devices says of itself and of the machine.");
+
+  py::class_<DeviceSpace, std::shared_ptr<DeviceSpace>>(m, "Device", "An open device, and what may be taken of it.")
+      .def(py::init([](const std::string& path, int ordinal, size_t budget_bytes) {
+             py::gil_scoped_release release;
+             return std::shared_ptr<DeviceSpace>(new DeviceSpace(open_device(path, ordinal), budget_bytes),
+                                                 InItsProcess<DeviceSpace>());
+           }),
+           py::arg("path"), py::arg("ordinal"), py::arg("budget_bytes"))
+      .def_property_readonly("info", &info_of)
+      .def_property_readonly("stats", &stats_of)
+      .def_static("taken", &DeviceSpace::taken, py::arg("bytes"), "What an allocation of so many bytes takes.");
+
+  py::class_<DeviceArray>(m, "DeviceArray", "float32 in a device's memory.")
+      .def(py::init(&make_array), py::arg("device").none(false), py::arg("shape"))
+      .def_property_readonly("shape", [](const DeviceArray& a) { return py::tuple(py::cast(a.shape)); })
+      .def_property_readonly("nbytes", [](const DeviceArray& a) { return a.size() * sizeof(float); })
+      .def("__len__", [](const DeviceArray& a) { return a.shape[0]; })
+      .def("__getitem__", &rows_of, py::arg("rows"))
+      .def("item", &item_of, py::arg("index"), "What lies at an index of the first axis.")
+      .def(
+          "upload",
+          [](const DeviceArray& a, const Array<float>& from) {
+            if (std::vector<py::ssize_t>(from.shape(), from.shape() + from.ndim()) != a.shape) {
+              throw std::invalid_argument("DeviceArray: expected an array of its shape, got " + shape_text(from));
+            }
+            const float* p = from.data();
+            py::gil_scoped_release release;
+            a.memory->space().upload(a.data, p, a.size() * sizeof(float));
+          },
+          py::arg("array").noconvert())
+      .def("numpy", &copied, "A copy; waits for what was queued before.");
+
+  py::class_<DeviceMatrix, Held<DeviceMatrix>>(m, "DeviceMatrix", "A matrix [rows, cols] in a device's memory.")
+      .def(py::init(&matrix_of), py::arg("device").none(false), py::arg("matrix"))
+      .def_property_readonly("rows", [](const DeviceMatrix& d) { return d.matrix.rows; })
+      .def_property_readonly("cols", [](const DeviceMatrix& d) { return d.matrix.cols; })
+      .def_property_readonly("bits", [](const DeviceMatrix& d) { return bits_of(d.matrix); })
+      .def_property_readonly("bytes", [](const DeviceMatrix& d) { return d.memory.size(); });
+
+  py::class_<DeviceKv, Held<DeviceKv>>(m, "DeviceKvLayer", "Keys and values of one layer in a device's memory.")
+      .def(py::init(&kv_of), py::kw_only(), py::arg("device").none(false), py::arg("key_type"), py::arg("value_type"),
+           py::arg("num_heads"), py::arg("capacity"), py::arg("head_dim"))
+      .def_property_readonly("content", [](const DeviceKv& kv) {
+        py::array_t<uint8_t> out(py::ssize_t(kv.memory.size()));
+        kv.memory.space().download({{out.mutable_data(), kv.memory.as(), kv.memory.size()}});
+        return out;
+      });
+}
+
+}  // namespace edgemoe

@@ -1,0 +1,181 @@
+// CUDA's Device, and the two functions by which the core finds it.
+#include "device/device.h"
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "error.h"
+#include "launch.h"
+
+namespace edgemoe {
+namespace cuda {
+namespace {
+
+void check(cudaError_t e, const char* call) {
+  if (e == cudaSuccess) return;
+  cudaGetLastError();  // or the next call would find it again, where it can go on
+  throw DeviceError(std::string(call) + ": " + cudaGetErrorString(e));
+}
+
+class CudaDevice final : public Device {
+ public:
+  explicit CudaDevice(int ordinal) {
+    check(cudaSetDevice(ordinal), "cudaSetDevice");
+    check(cudaGetDeviceProperties(&properties_, ordinal), "cudaGetDeviceProperties");
+    for (cudaStream_t& s : queues_) check(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking), "cudaStreamCreate");
+  }
+  ~CudaDevice() override {
+    cudaDeviceSynchronize();
+    for (cudaEvent_t e : events_) cudaEventDestroy(e);
+    for (cudaStream_t s : queues_) cudaStreamDestroy(s);
+  }
+
+  DeviceInfo info() const override {
+    DeviceInfo out{};
+    std::snprintf(out.name, sizeof out.name, "%s", properties_.name);
+    out.major = properties_.major;
+    out.minor = properties_.minor;
+    out.num_processors = properties_.multiProcessorCount;
+    out.is_unified = properties_.integrated != 0;
+    check(cudaMemGetInfo(&out.free_bytes, &out.total_bytes), "cudaMemGetInfo");
+    return out;
+  }
+
+  void* alloc(size_t bytes, Room room) override {
+    void* p = nullptr;
+    const cudaError_t e = room == Room::kPinned ? cudaHostAlloc(&p, bytes, cudaHostAllocMapped) : cudaMalloc(&p, bytes);
+    if (e == cudaErrorMemoryAllocation) {
+      cudaGetLastError();
+      throw OutOfBudget(std::string("the device has no room for ") + std::to_string(bytes) +
+                        (room == Room::kPinned ? " bytes of pinned memory" : " bytes"));
+    }
+    check(e, room == Room::kPinned ? "cudaHostAlloc" : "cudaMalloc");
+    return p;
+  }
+  void free(void* p, Room room) noexcept override { room == Room::kPinned ? cudaFreeHost(p) : cudaFree(p); }
+  void fill(void* to, int byte, size_t n) override {
+    check(cudaMemsetAsync(to, byte, n, queues_[kCompute]), "cudaMemsetAsync");
+  }
+  void copy_in(int queue, void* to, const void* pinned, size_t n) override {
+    check(cudaMemcpyAsync(to, pinned, n, cudaMemcpyHostToDevice, queues_[queue]), "copy to the device");
+  }
+  void copy_out(int queue, void* pinned, const void* from, size_t n) override {
+    check(cudaMemcpyAsync(pinned, from, n, cudaMemcpyDeviceToHost, queues_[queue]), "copy from the device");
+  }
+
+  Fence make_fence() override {
+    cudaEvent_t e;
+    check(cudaEventCreateWithFlags(&e, cudaEventDisableTiming), "cudaEventCreate");
+    events_.push_back(e);
+    return Fence(events_.size() - 1);
+  }
+  void record(Fence f, int queue) override { check(cudaEventRecord(events_[f], queues_[queue]), "cudaEventRecord"); }
+  void wait(int queue, Fence f) override {
+    check(cudaStreamWaitEvent(queues_[queue], events_[f], 0), "cudaStreamWaitEvent");
+  }
+  bool is_done(Fence f) override {
+    const cudaError_t e = cudaEventQuery(events_[f]);
+    if (e == cudaErrorNotReady) return false;
+    check(e, "work on the device");
+    return true;
+  }
+  void sync(Fence f) override { check(cudaEventSynchronize(events_[f]), "work on the device"); }
+
+  void quantize_rows(const float* x, const float* up, const int32_t* rows, int n, int cols,
+                     const QuantizedBuffer& out) override {
+    launched(quantize_rows_async(x, up, rows, n, cols, out, main()), "quantize_rows");
+  }
+  void products(const Product* list, int count) override { launched(products_async(list, count, main()), "products"); }
+  void matmul_f32(const float* w, const float* x, int n, int rows, int cols, float* y) override {
+    launched(matmul_f32_async(w, x, n, rows, cols, y, main()), "matmul_f32");
+  }
+  void norm_rows(float* x, const float* added, float scale, const float* weight, float eps, int n, int cols,
+                 float* out) override {
+    launched(norm_rows_async(x, added, scale, weight, eps, n, cols, out, main()), "norm_rows");
+  }
+  void prepare_heads(const HeadsCall& call, int T) override {
+    launched(prepare_heads_async(call, T, main()), "prepare_heads");
+  }
+  void attend(const AttendCall& call, int T, int num_blocks) override {
+    launched(attend_async(call, T, num_blocks, main()), "attend");
+  }
+  void combine(const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols,
+               float* out) override {
+    launched(combine_async(parts, rows, gates, T, K, cols, out, main()), "combine");
+  }
+  void add_rows(const float* x, float scale, const float* gate_weight, const float* gate_input, int T, int cols,
+                float* out) override {
+    launched(add_rows_async(x, scale, gate_weight, gate_input, T, cols, out, main()), "add_rows");
+  }
+  void add_bias(const float* bias, int T, int cols, float* out) override {
+    launched(add_bias_async(bias, T, cols, out, main()), "add_bias");
+  }
+  void scale(float factor, size_t n, float* out) override { launched(scale_async(factor, n, out, main()), "scale"); }
+
+ private:
+  cudaStream_t main() const { return queues_[kCompute]; }
+  static void launched(cudaError_t e, const char* kernel) { check(e, kernel); }
+
+  cudaDeviceProp properties_;
+  cudaStream_t queues_[kNumQueues] = {};
+  std::vector<cudaEvent_t> events_;
+};
+
+constexpr int kLeastMajor = 7, kLeastMinor = 5;  ///< the first with 8-bit dot products for tensor cores
+
+}  // namespace
+}  // namespace cuda
+}  // namespace edgemoe
+
+using edgemoe::BackendProbe;
+
+extern "C" {
+
+[[gnu::visibility("default")]] void edgemoe_backend_probe(BackendProbe* out) {
+  *out = {};
+  out->abi = edgemoe::kBackendAbi;
+  cudaDriverGetVersion(&out->driver);
+  cudaRuntimeGetVersion(&out->runtime);
+  const cudaError_t e = cudaGetDeviceCount(&out->num_devices);
+  if (e == cudaSuccess && out->num_devices > 0) return;
+  cudaGetLastError();
+  out->num_devices = 0;
+  const auto why = [out](const std::string& text) {
+    std::snprintf(out->why_not, sizeof out->why_not, "%s", text.c_str());
+  };
+  const auto version = [](int v) { return std::to_string(v / 1000) + "." + std::to_string(v % 1000 / 10); };
+  if (out->driver == 0) {
+    why("no NVIDIA driver");
+  } else if (e == cudaErrorInsufficientDriver || out->driver / 1000 < out->runtime / 1000) {
+    why("the driver is too old: it is for CUDA " + version(out->driver) + ", this plug-in for " +
+        version(out->runtime));
+  } else {
+    why(e == cudaSuccess ? "no device" : std::string("cudaGetDeviceCount: ") + cudaGetErrorString(e));
+  }
+}
+
+[[gnu::visibility("default")]] edgemoe::Device* edgemoe_backend_open(int ordinal, char* error, size_t size) {
+  using namespace edgemoe::cuda;
+  try {
+    auto device = std::make_unique<CudaDevice>(ordinal);
+    const edgemoe::DeviceInfo info = device->info();
+    if (std::make_pair(info.major, info.minor) < std::make_pair(kLeastMajor, kLeastMinor)) {
+      std::snprintf(error, size, "%s has compute capability %d.%d, and %d.%d is needed", info.name, info.major,
+                    info.minor, kLeastMajor, kLeastMinor);
+      return nullptr;
+    }
+    return device.release();
+  } catch (const std::exception& e) {
+    std::snprintf(error, size, "%s", e.what());
+    return nullptr;
+  }
+}
+
+}  // extern "C"

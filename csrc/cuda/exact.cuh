@@ -1,0 +1,105 @@
+// Float arithmetic in the CPU's order: 16 lanes and a tree of 8, 4, 2, 1 (kernels/kernels-inl.h).
+#pragma once
+
+#include "kernels/kernels.h"
+#include "portability.h"
+
+namespace edgemoe {
+namespace cuda {
+
+// fmaxf and fminf differ for what is not a number.
+__device__ __forceinline__ float max_of(float a, float b) { return a > b ? a : b; }
+__device__ __forceinline__ float min_of(float a, float b) { return a < b ? a : b; }
+
+/// e^x.
+__device__ __forceinline__ float exact_exp(float x) {
+  x = min_of(max_of(x, -87.0f), 88.0f);
+  const float n = rintf(x * 1.44269504088896341f);
+  float r = fmaf(n, -0.693359375f, x);
+  r = fmaf(n, 2.12194440e-4f, r);
+  float p = 1.9875691500e-4f;
+  p = fmaf(p, r, 1.3981999507e-3f);
+  p = fmaf(p, r, 8.3334519073e-3f);
+  p = fmaf(p, r, 4.1665795894e-2f);
+  p = fmaf(p, r, 1.6666665459e-1f);
+  p = fmaf(p, r, 5.0000001201e-1f);
+  p = fmaf(p * r, r, r + 1.0f);
+  return p * __int_as_float((int(n) + 127) << 23);
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exact_exp(0.0f - x)); }
+
+__device__ __forceinline__ float silu_mul(float gate, float up) { return gate / (1.0f + exact_exp(0.0f - gate)) * up; }
+
+/// Sum of the 16 lanes of a half warp, in its first lane.
+__device__ __forceinline__ float reduce16(float v) {
+  EDGEMOE_UNROLL
+  for (int d = 8; d > 0; d >>= 1) v = v + __shfl_down_sync(kAllLanes, v, d, 16);
+  return v;
+}
+
+/// Sum over columns of a[c] * b[c]; a half warp's, in its first lane.
+__device__ __forceinline__ float dot16(const float* a, const float* b, int cols) {
+  const int lane = threadIdx.x & 15;
+  float acc = 0;
+  EDGEMOE_UNROLL_8
+  for (int c = lane; c < cols; c += 16) acc = fmaf(a[c], b[c], acc);
+  if (cols % 16 && lane >= cols % 16) acc = fmaf(0.0f, 0.0f, acc);  // the CPU's padding, which makes +0 of -0
+  return reduce16(acc);
+}
+
+/// Highest of a warp's lanes; not for what is no number.
+__device__ __forceinline__ float warp_max(float v) {
+  EDGEMOE_UNROLL
+  for (int d = 16; d > 0; d >>= 1) v = max_of(v, __shfl_xor_sync(kAllLanes, v, d));
+  return v;
+}
+
+/// Whether a lane's value is infinite or no number.
+__device__ __forceinline__ bool any_poisoned(float v) { return __any_sync(kAllLanes, !(v * 0.0f == 0.0f)); }
+
+/// x [n] becomes its softmax, by one warp, of which 16 lanes sum; gives the highest and the sum of all.
+__device__ __forceinline__ void softmax(float* x, int n, float* top, float* sum) {
+  const int lane = threadIdx.x & 31;
+  // As the CPU has it also where a score is no number: each lane in turn, then the lanes in turn.
+  float most = x[0];
+  if (lane < 16) {
+    if (lane < n) most = x[lane];
+    for (int i = lane + 16; i < (n + 15) / 16 * 16; i += 16) most = max_of(most, i < n ? x[i] : x[0]);
+  }
+  float highest = __shfl_sync(kAllLanes, most, 0);
+  for (int i = 1; i < 16; ++i) {
+    const float other = __shfl_sync(kAllLanes, most, i);
+    highest = other > highest ? other : highest;
+  }
+  float acc = 0;
+  if (lane < 16) {
+    for (int i = lane; i < n; i += 16) {
+      const float e = exact_exp(x[i] - highest);
+      acc = acc + e;
+      x[i] = e;
+    }
+  }
+  const float total = __shfl_sync(kAllLanes, reduce16(acc), 0), inverse = 1.0f / total;
+  __syncwarp();
+  for (int i = lane; i < n; i += 32) x[i] = x[i] * inverse;
+  __syncwarp();
+  *top = highest;
+  *sum = total;
+}
+
+__device__ __forceinline__ float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+__device__ __forceinline__ uint16_t float_to_half(float x) { return __half_as_ushort(__float2half_rn(x)); }
+
+/// acc + the product of four codes below 256 and four signed activations.
+__device__ __forceinline__ int dot4(uint32_t codes, int x, int acc) {
+#ifdef __CUDA_ARCH__
+  asm("dp4a.u32.s32 %0, %1, %2, %0;" : "+r"(acc) : "r"(codes), "r"(x));
+#else
+  for (int j = 0; j < 4; ++j) acc += int(codes >> (8 * j) & 255) * int(int8_t(uint32_t(x) >> (8 * j)));
+#endif
+  return acc;
+}
+
+}  // namespace cuda
+}  // namespace edgemoe

@@ -1,0 +1,110 @@
+// Queries, keys and values of one head: bias, norm, clip and rotation, and keys and values into their cache.
+#pragma once
+
+#include "device/device.h"
+#include "exact.cuh"
+
+namespace edgemoe {
+namespace cuda {
+
+/// A head's 32 values from column 32 * g on in 8 bits: lane's code, and the group's scale and sum. `quantize_head`.
+struct HeadPart {
+  int code, sum;
+  float scale;
+
+  __device__ __forceinline__ explicit HeadPart(float v) {
+    const float highest = warp_max(fabsf(v));
+    const bool poisoned = any_poisoned(v);
+    const float rounded = half_to_float(float_to_half(highest / 127.0f));
+    const bool is_zero = !(rounded > 0) || poisoned;
+    const float inverse = is_zero ? 0.0f : 1.0f / rounded;
+    // A scale that was rounded down would give 128.
+    code = is_zero ? 0 : int(rintf(min_of(max_of(v * inverse, -127.0f), 127.0f)));
+    sum = code;
+    EDGEMOE_UNROLL
+    for (int d = 16; d > 0; d >>= 1) sum += __shfl_xor_sync(kAllLanes, sum, d);
+    scale = poisoned ? __int_as_float(0x7fc00000) : is_zero ? 0.0f : rounded;
+  }
+};
+
+__device__ __forceinline__ bool is_finite_half(uint16_t h) { return (h & 0x7c00) != 0x7c00; }
+
+/// x [n] = its RMS norm, by one warp.
+__device__ __forceinline__ void norm_head(float* x, const float* weight, float eps, int n) {
+  const float sum = __shfl_sync(kAllLanes, dot16(x, x, n), 0), inverse = 1.0f / sqrtf(sum / float(n) + eps);
+  __syncwarp();
+  for (int i = threadIdx.x; i < n; i += 32) x[i] = x[i] * inverse * weight[i];
+  __syncwarp();
+}
+
+/// Stores a head [n] at a position of its cache. Returns whether this lane's values fit.
+__device__ __forceinline__ bool store_head(const KvLayer& kv, bool is_key, int head, int pos, const float* x, int n) {
+  const KvType type = is_key ? kv.key_type : kv.value_type;
+  const int rows = kv_tile_rows(type), at = pos % rows, hs = kv.head_stride, lane = threadIdx.x;
+  uint8_t* tile = (is_key ? kv.keys : kv.values) + head * kv_head_bytes(type, kv.capacity, hs) +
+                  pos / rows * kv_tile_bytes(type, hs);
+  bool fits = true;
+  if (type != KvType::kQ8) {
+    for (int c = lane; c < n; c += 32) {
+      const int cell = is_key ? c * rows + at : at * hs + c;
+      if (type == KvType::kF16) {
+        const uint16_t half = float_to_half(x[c]);
+        reinterpret_cast<uint16_t*>(tile)[cell] = half;
+        fits = fits && is_finite_half(half);
+      } else {
+        reinterpret_cast<float*>(tile)[cell] = x[c];
+        fits = fits && x[c] * 0.0f == 0.0f;
+      }
+    }
+    return fits;
+  }
+  for (int g = 0; g < blocks(hs, kKvGroup); ++g) {
+    const int c = g * kKvGroup + lane;
+    const HeadPart part(c < n ? x[c] : 0.0f);
+    if (c < hs && is_key) tile[16 * (c / 4 * 4) + 4 * at + c % 4] = uint8_t(part.code ^ 0x80);
+    if (c < hs && !is_key) tile[at * hs + c] = uint8_t(part.code);
+    const uint16_t half = float_to_half(part.scale);
+    if (lane == 0) reinterpret_cast<uint16_t*>(tile + rows * hs)[g * rows + at] = half;
+    fits = fits && is_finite_half(half);
+  }
+  return fits;
+}
+
+/// Grid: (heads of q, of k, of v, tokens); a warp for each.
+__global__ void __launch_bounds__(32) prepare_heads(HeadsCall call) {
+  EDGEMOE_SHARED(float, x, kMostHeadDim);
+  const int t = int(blockIdx.y), lane = threadIdx.x, hd = call.head_dim, half = call.rope_dim / 2;
+  const int first_k = call.q.num_heads, first_v = first_k + call.k.num_heads, place = int(blockIdx.x);
+  const HeadChange& change = place < first_k ? call.q : place < first_v ? call.k : call.v;
+  const int head = place - (place < first_k ? 0 : place < first_v ? first_k : first_v);
+  float* mine = change.x + (size_t(t) * change.num_heads + head) * hd;
+  for (int i = lane; i < hd; i += 32) x[i] = change.bias ? mine[i] + change.bias[head * hd + i] : mine[i];
+  __syncwarp();
+  if (change.norm && !call.norm_after_rope) norm_head(x, change.norm, call.norm_eps, hd);
+  for (int i = lane; call.clip > 0 && i < hd; i += 32) {
+    const float low = x[i] < -call.clip ? -call.clip : x[i];
+    x[i] = call.clip < low ? call.clip : low;
+  }
+  __syncwarp();
+  for (int i = lane; change.rotate && i < half; i += 32) {
+    const float a = x[i], b = x[half + i], c = call.cos[size_t(t) * half + i], s = call.sin[size_t(t) * half + i];
+    x[i] = a * c - b * s;
+    x[half + i] = b * c + a * s;
+  }
+  __syncwarp();
+  if (change.norm && call.norm_after_rope) norm_head(x, change.norm, call.norm_eps, hd);
+  for (int i = lane; i < hd; i += 32) mine[i] = x[i];
+  if (place < first_k) return;
+  const bool is_value = place >= first_v;
+  if (!__any_sync(kAllLanes, !store_head(call.kv, !is_value, head, call.pos + t, x, hd))) return;
+  uint32_t magnitude = 0;
+  for (int i = lane; i < hd; i += 32) {
+    const uint32_t bits = uint32_t(__float_as_int(x[i])) & 0x7fffffffu;
+    magnitude = bits > magnitude ? bits : magnitude;
+  }
+  atomicMin(reinterpret_cast<unsigned long long*>(call.misfit),
+            static_cast<unsigned long long>(Misfit{call.layer, t, is_value, magnitude}.code()));
+}
+
+}  // namespace cuda
+}  // namespace edgemoe

@@ -1,0 +1,212 @@
+// Products of matrices with tokens: shares of 32 columns in parallel, their sum in order.
+//
+// The CPU adds a row's shares of 32 columns one after the other. Here every thread of a block computes shares, leaves
+// them in shared memory, and one thread for each row and token adds them in that order: K / 32 dependent fused
+// multiply-adds, some hundred cycles that other blocks' loads hide. So a product has the CPU's bits, whatever the grid.
+#pragma once
+
+#include "codes.cuh"
+#include "device/device.h"
+
+namespace edgemoe {
+namespace cuda {
+
+constexpr int kWarps = 4;     ///< of a block; each takes every fourth tile
+constexpr int kSegment = 64;  ///< tiles whose shares are in shared memory at once
+constexpr int kFewTokens = 4;
+constexpr int kMostProducts = 16;  ///< of a launch: they are its argument, which may have 4 KiB
+static_assert(kSegment % kWarps == 0, "walks go on over the end of a segment");
+
+struct ProductList {
+  Product of[kMostProducts];
+};
+
+/// Where a thread is in its block's tile.
+struct Seat {
+  int warp, half, row;
+
+  __device__ __forceinline__ Seat() : warp(threadIdx.x >> 5), half((threadIdx.x >> 4) & 1), row(threadIdx.x & 15) {}
+};
+
+constexpr __host__ __device__ int shares_of(int tokens) { return tokens * kSegment * kScales * kTileRows; }
+
+/// What thread (row, token) of a block sums.
+template <int T>
+struct Sum {
+  float acc = 0;
+
+  /// Adds the shares of tiles [first, first + count) in order. Everyone must come.
+  __device__ __forceinline__ void add(const QuantizedRows& x, int n, const float* shared, int first, int count) {
+    __syncthreads();
+    const int t = threadIdx.x / kTileRows;
+    if (t < T && t < n) {
+      const float* shares = shared + shares_of(t) + threadIdx.x % kTileRows;
+      const float* scales = rows_from(x, t).scales + kScales * first;
+      EDGEMOE_UNROLL_8
+      for (int i = 0; i < kScales * count; ++i) acc = fmaf(__ldg(scales + i), shares[i * kTileRows], acc);
+    }
+    __syncthreads();
+  }
+};
+
+/// A row's share of 32 columns without the activations' scale: `add_groups` of kernels-inl.h. All but its last
+/// addition are exact.
+__device__ __forceinline__ float nested_share(const int* dots, uint8_t byte0, uint8_t byte1, float2 sums, float step,
+                                              float first) {
+  // (4 + a % 4) * 2^(a / 4) is a float's bits but for a constant.
+  const float scale0 = __int_as_float(int(0x40800000u + ((byte0 & 15u) << 21)));
+  const float scale1 = __int_as_float(int(0x40800000u + ((byte1 & 15u) << 21)));
+  const float part0 = fmaf(fmaf(float(byte0 >> 4), step, first), sums.x, float(dots[0]));
+  const float part1 = fmaf(fmaf(float(byte1 >> 4), step, first), sums.y, float(dots[1]));
+  return fmaf(scale1, part1, scale0 * part0);
+}
+
+/// Rows [16 * block, 16 * block + 16) of a nested product with n <= T tokens.
+template <class Tiles, int T>
+__device__ __forceinline__ void nested_block(const NestedMatrix& w, const QuantizedRows& x, int n, int block, float* y,
+                                             size_t stride, float* shared) {
+  const Seat seat;
+  Tiles at(w, block, x.tiles, seat.warp, kWarps, seat.half, seat.row);
+  const float step = float(kMiddleStep) / float(1 << (8 - at.bits()));
+  const float lowest = 0.5f - float(1 << (at.bits() - 1)) - 8 * step;
+  Sum<T> sum;
+  for (int first = 0; first < x.tiles; first += kSegment) {
+    const int count = min(kSegment, x.tiles - first);
+    for (int g = seat.warp; g < count; g += kWarps, at.next()) {
+      uint32_t codes[kSteps];
+      at.codes(codes);
+      const uint8_t byte0 = __ldg(at.scales), byte1 = __ldg(at.scales + 16);
+      EDGEMOE_UNROLL
+      for (int t = 0; t < T; ++t) {
+        if (t >= n) break;
+        const size_t tile = size_t(t) * x.tiles + first + g;
+        const Half half(x.codes + tile * kTileCols + seat.half * kActivations, x.sums + tile * kSums + 2 * seat.half);
+        int dots[2] = {0, 0};
+        EDGEMOE_UNROLL
+        for (int s = 0; s < kSteps; ++s) dots[s / 4] = dot4(codes[s], half.x[s], dots[s / 4]);
+        shared[shares_of(t) + (g * kScales + seat.half) * kTileRows + seat.row] =
+            nested_share(dots, byte0, byte1, half.sums, step, lowest);
+      }
+    }
+    sum.add(x, n, shared, first, count);
+  }
+  const int t = threadIdx.x / kTileRows, row = block * kTileRows + threadIdx.x % kTileRows;
+  if (t < T && t < n && row < w.rows) {
+    y[t * stride + row] = load_f16(w.rungs[0], row) * (float(1 << (8 - at.bits())) / float(kScaleUnit)) * sum.acc;
+  }
+}
+
+/// A rung of MWQ at a tile: scales come before each two tiles of the base, and before each four of a rung of signs.
+template <int Width>
+struct MwqRung {
+  static constexpr int kTiles = Width == 1 ? 4 : 2;
+  const uint8_t* scales;
+  const uint8_t* codes;
+
+  __device__ __forceinline__ MwqRung(const uint8_t* rung, int cols, int block, int tile) {
+    scales = rung + size_t(block) * mwq_block_bytes(cols, Width, Width != 1) + tile / kTiles * kScaleBytes +
+             size_t(tile / kTiles * kTiles) * tile_bytes(Width, false);
+    codes = scales + kScaleBytes + tile % kTiles * tile_bytes(Width, false);
+  }
+  /// Of a rung of signs.
+  __device__ __forceinline__ float sign(int tile, int row) const {
+    return load_f16(scales, tile / 2 % 2 * kTileRows + row);
+  }
+  /// part = part + scale * (the rung's codes times x), for each of n tokens.
+  template <int T>
+  __device__ __forceinline__ void add(const QuantizedRows& x, int n, int tile, const Seat& seat, float scale,
+                                      float* parts) const {
+    uint32_t fields[kSteps] = {};
+    append_rung(codes, Width, seat.half, seat.row, fields);
+    EDGEMOE_UNROLL
+    for (int t = 0; t < T; ++t) {
+      if (t >= n) break;
+      const size_t at = size_t(t) * x.tiles + tile;
+      const Half half(x.codes + at * kTileCols + seat.half * kActivations, x.sums + at * kSums + 2 * seat.half);
+      int dot = 0;
+      EDGEMOE_UNROLL
+      for (int s = 0; s < kSteps; ++s) dot = dot4(fields[s], half.x[s], dot);
+      parts[t] = fmaf(scale, float(dot), parts[t]);
+    }
+  }
+};
+
+/// The same for MWQ with a base of Base bits.
+template <int Base, int T>
+__device__ __forceinline__ void mwq_block(const NestedMatrix& w, const QuantizedRows& x, int n, int block, float* y,
+                                          size_t stride, float* shared) {
+  const Seat seat;
+  Sum<T> sum;
+  for (int first = 0; first < x.tiles; first += kSegment) {
+    const int count = min(kSegment, x.tiles - first);
+    for (int g = seat.warp; g < count; g += kWarps) {
+      const int tile = first + g;
+      const MwqRung<Base> base(w.rungs[0], w.cols, block, tile);
+      float lowest = load_f16(base.scales, kTileRows + seat.row);
+      for (int r = 1; r < w.num_rungs; ++r) {
+        lowest = lowest - MwqRung<1>(w.rungs[r], w.cols, block, tile).sign(tile, seat.row);
+      }
+      float parts[T];
+      EDGEMOE_UNROLL
+      for (int t = 0; t < T; ++t) {
+        if (t >= n) break;
+        const float* sums = x.sums + (size_t(t) * x.tiles + tile) * kSums + 2 * seat.half;
+        parts[t] = lowest * (__ldg(sums) + __ldg(sums + 1));
+      }
+      base.template add<T>(x, n, tile, seat, load_f16(base.scales, seat.row), parts);
+      for (int r = 1; r < w.num_rungs; ++r) {
+        const MwqRung<1> rung(w.rungs[r], w.cols, block, tile);
+        const float sign = rung.sign(tile, seat.row);
+        rung.template add<T>(x, n, tile, seat, sign + sign, parts);
+      }
+      EDGEMOE_UNROLL
+      for (int t = 0; t < T; ++t) {
+        if (t < n) shared[shares_of(t) + (g * kScales + seat.half) * kTileRows + seat.row] = parts[t];
+      }
+    }
+    sum.add(x, n, shared, first, count);
+  }
+  const int t = threadIdx.x / kTileRows, row = block * kTileRows + threadIdx.x % kTileRows;
+  if (t < T && t < n && row < w.rows) y[t * stride + row] = sum.acc;
+}
+
+/// Whether the rungs are the first ones of the default ladder.
+__device__ __forceinline__ bool is_default(const NestedMatrix& w) {
+  constexpr uint32_t ladder = 0x22112;  // a digit for each rung, from the right
+  bool yes = w.num_rungs <= 5;
+  for (int r = 0; r < 5; ++r) yes = yes && (r >= w.num_rungs || w.widths[r] == (ladder >> (4 * r) & 15));
+  return yes;
+}
+
+/// Grid: (row blocks of the largest product, products, tokens / T). Each may have rungs of its own.
+template <int T>
+__global__ void __launch_bounds__(kWarps * 32) products(ProductList list) {
+  EDGEMOE_SHARED(float, shared, shares_of(T));
+  const Product& p = list.of[blockIdx.y];
+  const NestedMatrix& w = p.w;
+  const int block = int(blockIdx.x), token = int(blockIdx.z) * T, n = min(p.n - token, T);
+  if (block * kTileRows >= w.rows || n <= 0) return;  // the whole block
+  const QuantizedRows x = rows_from(p.x, token);
+  float* y = p.y + size_t(token) * p.stride;
+  const size_t stride = size_t(p.stride);
+  if (w.scheme == Scheme::kMwq) {
+    if (w.widths[0] == 2) return mwq_block<2, T>(w, x, n, block, y, stride, shared);
+    return mwq_block<5, T>(w, x, n, block, y, stride, shared);
+  }
+  if (!is_default(w)) return nested_block<AnyTiles, T>(w, x, n, block, y, stride, shared);
+  switch (w.num_rungs) {
+    case 1:
+      return nested_block<LadderTiles<Rungs<2>>, T>(w, x, n, block, y, stride, shared);
+    case 2:
+      return nested_block<LadderTiles<Rungs<2, 1>>, T>(w, x, n, block, y, stride, shared);
+    case 3:
+      return nested_block<LadderTiles<Rungs<2, 1, 1>>, T>(w, x, n, block, y, stride, shared);
+    case 4:
+      return nested_block<LadderTiles<Rungs<2, 1, 1, 2>>, T>(w, x, n, block, y, stride, shared);
+    case 5:
+      return nested_block<LadderTiles<Rungs<2, 1, 1, 2, 2>>, T>(w, x, n, block, y, stride, shared);
+  }
+}
+
+}  // namespace cuda
+}  // namespace edgemoe

@@ -1,0 +1,100 @@
+// What one engine takes of a device: its memory, inside a budget, and the traffic with it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "device/device.h"
+#include "relaxed.h"
+
+namespace edgemoe {
+
+/// Each is right by itself, also while another thread uses the device.
+struct SpaceStats {
+  Relaxed<size_t> used_bytes, peak_bytes, budget_bytes;
+  Relaxed<uint64_t> bytes_in, bytes_out;  ///< copied to the device and from it
+};
+
+/// Owns an open device. One thread at a time.
+class DeviceSpace {
+ public:
+  DeviceSpace(std::unique_ptr<Device> device, size_t budget_bytes);
+  DeviceSpace(const DeviceSpace&) = delete;
+  DeviceSpace& operator=(const DeviceSpace&) = delete;
+  ~DeviceSpace();
+
+  Device& device() { return *device_; }
+
+  /// Device memory. Throws OutOfBudget above the budget, and when the device has no room.
+  void* alloc(size_t bytes);
+  void free(void* p, size_t bytes) noexcept;
+  /// What `bytes` take: whole units of the device's addresses.
+  static constexpr size_t taken(size_t bytes) { return (bytes > 0 ? (bytes + kUnit - 1) / kUnit : 1) * kUnit; }
+
+  /// Queues copies, on `queue`; `from` may change as soon as this returns.
+  void upload(void* to, const void* from, size_t n, int queue = kCompute);
+
+  struct Fetch {
+    void* to;
+    const void* from;  ///< of the device
+    size_t n;
+  };
+  /// Waits for all kernels before, and copies what they have made.
+  void download(const std::vector<Fetch>& what);
+
+  SpaceStats stats() const { return stats_; }
+
+ private:
+  static constexpr size_t kUnit = 512;
+  static constexpr int kPieces = 4;
+  static constexpr size_t kPieceBytes = size_t(1) << 20;
+
+  /// A pinned buffer, and when its copy is done.
+  struct Piece {
+    uint8_t* bytes;
+    Fence done;
+  };
+  Piece& next_piece();
+
+  std::unique_ptr<Device> device_;
+  std::vector<Piece> pieces_;
+  size_t turn_ = 0;
+  SpaceStats stats_;
+};
+
+/// Device memory that somebody owns. Move-only.
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  DeviceMemory(std::shared_ptr<DeviceSpace> space, size_t bytes)
+      : space_(std::move(space)), bytes_(bytes), p_(space_->alloc(bytes)) {}
+  DeviceMemory(DeviceMemory&& other) noexcept { swap(other); }
+  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+    swap(other);
+    return *this;
+  }
+  ~DeviceMemory() {
+    if (p_) space_->free(p_, bytes_);
+  }
+
+  template <class T = uint8_t>
+  T* as() const {
+    return static_cast<T*>(p_);
+  }
+  size_t size() const { return bytes_; }
+  DeviceSpace& space() const { return *space_; }
+
+ private:
+  void swap(DeviceMemory& other) noexcept {
+    std::swap(space_, other.space_);
+    std::swap(bytes_, other.bytes_);
+    std::swap(p_, other.p_);
+  }
+
+  std::shared_ptr<DeviceSpace> space_;
+  size_t bytes_ = 0;
+  void* p_ = nullptr;
+};
+
+}  // namespace edgemoe

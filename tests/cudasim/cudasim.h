@@ -1,0 +1,49 @@
+// The simulator's own interface: what tests set and read, and what its files share.
+//
+// * Every thread of a block is a fiber that switches only where threads synchronise; the order in which fibers and
+//   blocks go on is drawn from a seed.
+// * Streams are queues that nothing drains until a call waits; then the heads that may run do so in an order drawn from
+//   the seed, or one stream is starved: a wait that is missing shows as a wrong result.
+// * Device memory cannot be touched by the host outside device work, is poisoned with bytes of ones, which are floats
+//   that are not numbers, and ends in canaries.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "cuda_runtime.h"
+
+namespace cudasim {
+
+struct Config {
+  uint64_t seed = 0;  ///< 0 for the order of submission
+  int starved = -1;   ///< the stream, as counted from the first, that runs only when no other can
+  size_t total_bytes = size_t(1) << 30;
+  int num_devices = 1;
+  int driver = 13000;  ///< version
+  int integrated = 0;
+  bool may_copy = true;  ///< else copies fail
+};
+struct Stats {
+  uint64_t kernels, blocks, threads;
+  uint64_t copies, copied_bytes, pageable_copies;
+  uint64_t device_bytes, pinned_bytes, peak_device_bytes;
+};
+Config& config();
+Stats& stats();
+
+/// What the last error was about.
+std::string& report();
+uint32_t draw();
+
+/// Runs a grid; false when a thread broke a rule, which `report` names.
+bool run_grid(dim3 grid, dim3 block, const std::function<void()>& body);
+
+/// While there is one, device memory can be reached.
+class DeviceWork {
+ public:
+  DeviceWork();
+  ~DeviceWork();
+};
+
+}  // namespace cudasim

@@ -1,0 +1,50 @@
+"""A device that is simulated: the kernels' sources compiled by the machine's own compiler. See tests/cudasim."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@functools.cache
+def plug_in() -> str:
+    """Returns the path of the plug-in, built once if need be; $EDGEMOE_CUDASIM names one that is there."""
+    if given := os.environ.get("EDGEMOE_CUDASIM"):
+        return given
+    build = ROOT / "build" / "cudasim"
+    cmake = [sys.executable, "-m", "cmake"]
+    if importlib.util.find_spec("cmake") is None:
+        cmake = [shutil.which("cmake") or "cmake"]
+    options = ["-DEDGEMOE_PYTHON=OFF", "-DEDGEMOE_CUDASIM=ON", "-DCMAKE_BUILD_TYPE=Release"]
+    if shutil.which("ninja"):
+        options += ["-G", "Ninja"]
+    for step in (
+        ["-S", str(ROOT), "-B", str(build), *options],
+        ["--build", str(build), "--target", "edgemoe_cudasim"],
+    ):
+        done = subprocess.run([*cmake, *step], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return str(build / "libedgemoe_cudasim.so")
+
+
+@contextlib.contextmanager
+def configured(**values: int):
+    """Sets what a simulated device does: see cudasim_configure in tests/cudasim/runtime.cpp."""
+    library = ctypes.CDLL(plug_in())
+    before = {
+        name: library.cudasim_configure(name.encode(), value) for name, value in values.items()
+    }
+    try:
+        yield library
+    finally:
+        for name, value in before.items():
+            library.cudasim_configure(name.encode(), value)
