@@ -10,7 +10,7 @@ import edgemoe
 ROOT = Path(__file__).parent.parent / "edgemoe"
 ROWS = [
     {"arguments", "errors", "plan", "config", "space", "specs"},
-    {"ops", "ops_cpu", "tap", "store", "file", "hardware", "quant"},
+    {"ops", "ops_cpu", "ops_cuda", "tap", "store", "file", "hardware", "quant"},
     {"scheduler", "model", "text"},
     {"experts"},
     {"runtime"},

@@ -39,7 +39,7 @@ class CudaDevice final : public Device {
 
   DeviceInfo info() const override {
     DeviceInfo out{};
-    std::snprintf(out.name, sizeof out.name, "%s", properties_.name);
+    std::snprintf(out.name, sizeof out.name, "%.127s", properties_.name);
     out.major = properties_.major;
     out.minor = properties_.minor;
     out.num_processors = properties_.multiProcessorCount;
