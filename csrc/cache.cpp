@@ -524,6 +524,11 @@ ExpertView Cache::view(int e, int level) const {
   return v;
 }
 
+const uint8_t* Cache::record(int e, int rungs) const {
+  require(e >= 0 && e < num_experts(), "record of no expert");
+  return levels_[e] > 0 && rungs_at(e, levels_[e]) >= rungs ? backing_->view(slot_of_[e]) : nullptr;
+}
+
 std::vector<std::pair<const uint8_t*, size_t>> Cache::resident() const {
   std::vector<std::pair<const uint8_t*, size_t>> out;
   for (int i = 0; backing_->keeps_bytes() && i < int(slots_.size()); ++i) {

@@ -106,6 +106,11 @@ class Cache {
   void set_uses(const std::vector<double>& uses) { policy_.set_uses(uses); }
 
   const ExpertShape& shape() const { return shape_; }
+  const std::vector<uint8_t>& rungs() const { return rungs_; }
+  int max_level() const { return max_level_; }
+
+  /// The bytes of an expert's first `rungs` rungs, null unless all are resident; until the next call of anything here.
+  const uint8_t* record(int expert, int rungs) const;
 
   /// Lowers an expert that is not pinned to `level`. Returns false when it is pinned.
   bool shrink(int expert, int level);

@@ -210,6 +210,8 @@ class Cache:
         most_bytes: int = 0,
         gated: bool = True,
     ) -> None: ...
+    @staticmethod
+    def on_device(device: Device, host: Cache, budget_bytes: int) -> Cache: ...
     def begin(
         self,
         experts: _I32,
@@ -285,6 +287,7 @@ def route(
 ) -> None: ...
 def choose(
     ws: Workspace,
+    bias: _F32 | None,
     choice_bias: _F32 | None,
     rule: RouteRule,
     scores: _F32,
@@ -396,6 +399,7 @@ def probe_device(path: str) -> dict[str, Any]: ...
 
 class Device:
     def __init__(self, path: str, ordinal: int, budget_bytes: int) -> None: ...
+    def limit(self, budget_bytes: int) -> None: ...
     @staticmethod
     def taken(bytes: int) -> int: ...
     @property
@@ -533,6 +537,17 @@ def device_add_rows(
 def device_add_bias(ws: DeviceWorkspace, bias: DeviceArray, out: DeviceArray) -> None: ...
 def device_scale(ws: DeviceWorkspace, factor: float, out: DeviceArray) -> None: ...
 def device_matmul(ws: DeviceWorkspace, x: DeviceArray, w: DeviceArray, y: DeviceArray) -> None: ...
+def device_expert_ffn(
+    ws: DeviceWorkspace,
+    x: DeviceArray,
+    cache: Cache,
+    experts: _I32,
+    levels: NDArray[np.int8],
+    offsets: _I32,
+    tokens: _I32,
+    group: Sequence[int],
+    parts: DeviceArray,
+) -> None: ...
 def device_combine(
     ws: DeviceWorkspace, parts: DeviceArray, rows: _I32, gates: _F32, out: DeviceArray
 ) -> None: ...

@@ -294,10 +294,11 @@ class CpuOps:
         )
 
     def choose(
-        self, choice_bias: Array | None, rule: RouteRule, scores: Array, experts: Ids, gates: Array
+        self, router: RouterWeights, rule: RouteRule, scores: Array, experts: Ids, gates: Array
     ) -> None:
-        """Is the second half of `Ops.route`: scores [T, E] are logits as they come."""
-        _core.choose(self._ws, choice_bias, rule, scores, experts, gates)
+        """Is the second half of `Ops.route`: scores [T, E] are the products with the router's weight."""
+        bias, choice_bias = router.bias, router.choice_bias
+        _core.choose(self._ws, bias, choice_bias, rule, scores, experts, gates)
 
     def slot_scores(
         self,

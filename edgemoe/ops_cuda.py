@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.config import ModelConfig
 from edgemoe.file.format import MoeFile
-from edgemoe.ops import Ids, OpsShape
+from edgemoe.ops import ExpertLayer, Ids, OpsShape, RouterWeights
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.plan import Plan
-from edgemoe.specs import AttentionSpec, RouterSpec
+from edgemoe.specs import Activation, AttentionSpec, RouterSpec
 from edgemoe.store import Request, read_dense
+from edgemoe.tiers import Tiers
 
-__all__ = ["CudaOps", "unsupported"]
+__all__ = ["CudaOps", "Tied", "load_on", "unsupported"]
 
 Array = _core.DeviceArray
 HostArray = NDArray[np.float32]
@@ -38,16 +39,21 @@ _ATTENTION = frozenset(
      "rope", "norm_after_rope")
 )  # fmt: skip
 _ROPE = frozenset(("name", "dim", "scale", "short_length"))
-_FFN = frozenset(("num_experts", "shared_width", "shared_sigmoid", "choice_bias"))
+_CONFIG = frozenset(
+    ("family", "vocab_size", "hidden_size", "num_layers", "context_length", "norm_eps", "tied", "mixers",
+     "layer_mixers", "num_experts", "experts_per_token", "expert_hidden", "moe_layers", "scoring", "renormalise",
+     "choice_bias", "gate_scale", "groups", "used_groups", "group_score", "shared_hidden", "shared_sigmoid",
+     "embedding_multiplier", "residual_multiplier", "logits_divisor", "eos_ids", "router_bias")
+)  # fmt: skip
 _TENSORS = frozenset(
     ("attn_norm", "ffn_norm", "router", "choice_bias", "shared.gate", "shared.up", "shared.down", "shared.sigmoid",
-     "q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
+     "router_bias", "q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class _Both:
-    """Is a matrix of which the host decodes rows, and which the device multiplies with: a tied embedding."""
+class Tied:
+    """Is an embedding that is the head too: the host decodes its rows, the device multiplies with it."""
 
     host: _core.Nested
     device: _core.DeviceMatrix
@@ -60,9 +66,11 @@ def unsupported(moe: MoeFile, keys: str = "f16") -> str | None:
         keys: the kind that caches store keys as.
     """
     config = moe.config
-    for spec in dict.fromkeys(config.mixers):
+    if name := _unknown(config, _CONFIG):
+        return f"{name} {getattr(config, name)}"
+    for spec in config.mixers:
         if type(spec) is not AttentionSpec:
-            return f"a mixer of kind {type(spec).__name__}"
+            return f"a mixer of the kind {spec.kind}"
         for part, known in ((spec, _ATTENTION), (spec.rope, _ROPE)):
             if part is not None and (name := _unknown(part, known)):
                 return f"attention with {name}"
@@ -70,9 +78,6 @@ def unsupported(moe: MoeFile, keys: str = "f16") -> str | None:
             return f"heads of {spec.head_dim} columns, more than {_MOST_HEAD_DIM}"
         if keys == "q8_0" and spec.has_constant_keys:
             return "keys in 8 bits of a model with key biases (-ctk f16 has)"
-    for i in range(config.num_layers):
-        if name := _unknown(config.ffn(i), _FFN):
-            return f"an FFN with {name}"
     for full in moe.tensors:
         if full.startswith("layers.") and full.split(".", 2)[2] not in _TENSORS:
             return f"the tensor {full}"
@@ -86,6 +91,30 @@ def _unknown(spec: Any, known: frozenset[str]) -> str | None:
         if field.name not in known and says_something:
             return field.name
     return None
+
+
+def load_on(device: _core.Device, moe: MoeFile, level: int, *, verify: bool) -> dict[str, Any]:
+    """Reads every tensor outside the routed experts to where it is used, one at a time; see `load_dense`."""
+    ropes = {name for spec in moe.config.ropes for name in spec.tensors()}
+    out: dict[str, Any] = {}
+    for name, weight in read_dense(moe, level, verify=verify):
+        if isinstance(weight, _core.Nested):
+            if name == "embed" and not moe.config.tied:
+                out[name] = weight
+            else:
+                there = _core.DeviceMatrix(device, weight)
+                out[name] = Tied(weight, there) if name == "embed" else there
+        elif name in ropes or name.split(".")[-1] in ("choice_bias", "router_bias"):
+            out[name] = weight
+        else:
+            out[name] = _uploaded(device, weight)
+    return out
+
+
+def _uploaded(device: _core.Device, array: HostArray) -> Array:
+    out = _core.DeviceArray(device, array.shape)
+    out.upload(array)
+    return out
 
 
 class CudaOps:
@@ -115,30 +144,6 @@ class CudaOps:
         """Returns the host's memory of the operations' scratch."""
         rows = shape.max_tokens * (1 + config.experts_per_token)
         return CpuOps.scratch_bytes(replace(shape, max_context=1)) + 4 * rows * config.hidden_size
-
-    def load(self, moe: MoeFile, level: int, *, verify: bool) -> dict[str, Any]:
-        """Reads every tensor outside the routed experts to where it is used; see `load_dense`."""
-        ropes = {name for spec in moe.config.ropes for name in spec.tensors()}
-        out: dict[str, Any] = {}
-        for name, weight in read_dense(moe, level, verify=verify):
-            if name == "embed":
-                out[name] = weight
-                if moe.config.tied:
-                    host = cast(_core.Nested, weight)
-                    out[name] = _Both(host, _core.DeviceMatrix(self._device, host))
-            elif name in ropes or name.endswith(".choice_bias"):
-                out[name] = weight
-            elif isinstance(weight, _core.Nested):
-                out[name] = _core.DeviceMatrix(self._device, weight)
-            else:
-                out[name] = self.upload(weight)
-        return out
-
-    def upload(self, array: HostArray) -> Array:
-        """Returns a copy of a host's array."""
-        out = self.empty(*array.shape)
-        out.upload(array)
-        return out
 
     def empty(self, *shape: int) -> Array:
         """See `Ops.empty`."""
@@ -175,11 +180,11 @@ class CudaOps:
 
     # ------------------------------------------------------------ rows
 
-    def embed(self, table: _core.Nested | _Both, ids: Ids, scale: float, out: Array) -> None:
+    def embed(self, table: _core.Nested | Tied, ids: Ids, scale: float, out: Array) -> None:
         """See `Ops.embed`."""
         self._x_of = None
         rows = self._x[: len(ids)]
-        self._cpu.embed(table.host if isinstance(table, _Both) else table, ids, scale, rows)
+        self._cpu.embed(table.host if isinstance(table, Tied) else table, ids, scale, rows)
         out.upload(rows)
 
     def norm(self, x: Array, weight: Array, eps: float, out: Array) -> None:
@@ -190,11 +195,11 @@ class CudaOps:
     def linear(
         self,
         x: Array,
-        weights: Sequence[_core.DeviceMatrix | _Both],
+        weights: Sequence[_core.DeviceMatrix | Tied],
         outs: Sequence[Array | HostArray],
     ) -> None:
         """See `Ops.linear`; an `out` of numpy, alone, is the host's, and waited for."""
-        matrices = [w.device if isinstance(w, _Both) else w for w in weights]
+        matrices = [w.device if isinstance(w, Tied) else w for w in weights]
         if not isinstance(outs[0], np.ndarray):
             _core.device_linear(self._ws, x, matrices, cast("list[Array]", outs))
             return
@@ -204,8 +209,18 @@ class CudaOps:
             _core.device_linear(self._ws, x[first : first + len(part)], matrices, [part])
             _core.device_download(self._ws, [part], [out[first : first + len(part)]])
 
-    def ffn(self, x: Array, gate: Any, up: Any, down: Any, out: Array) -> None:
+    def ffn(
+        self,
+        x: Array,
+        gate: _core.DeviceMatrix,
+        up: _core.DeviceMatrix,
+        down: _core.DeviceMatrix,
+        out: Array,
+        *,
+        activation: Activation,
+    ) -> None:
         """See `Ops.ffn`."""
+        assert activation == "swiglu"
         _core.device_ffn(self._ws, x, gate, up, down, out)
 
     def add(
@@ -254,13 +269,15 @@ class CudaOps:
         k: Array,
         v: Array,
         pos: int,
-        cos: Array,
-        sin: Array,
-        table: _core.Rope,
+        cos: Array | None,
+        sin: Array | None,
+        table: _core.Rope | None,
         kv: _core.DeviceKvLayer,
         out: Array,
     ) -> None:
         """See `Ops.attention`; what it raises is raised by the next verb that waits."""
+        if cos is None or sin is None:
+            cos = sin = self.empty(len(q), 0)
         _core.device_attention(self._ws, weights, q, k, v, pos, cos, sin, kv, out)
 
     # ------------------------------------------------------------ experts
@@ -272,8 +289,7 @@ class CudaOps:
     def route(
         self,
         x: Array,
-        router: Array,
-        choice_bias: HostArray | None,
+        router: RouterWeights,
         rule: _core.RouteRule,
         *,
         scores: HostArray,
@@ -282,14 +298,14 @@ class CudaOps:
     ) -> None:
         """See `Ops.route`: logits are the device's, the choice is the host's, which plans by it."""
         logits = self._scores[: len(x)]
-        _core.device_matmul(self._ws, x, router, logits)
+        _core.device_matmul(self._ws, x, cast(Any, router.weight), logits)
         self._x_of = None
         if len(x) <= _FEW_TOKENS:
             _core.device_download(self._ws, [logits, x], [scores, self._x[: len(x)]])
             self._x_of = x
         else:
             _core.device_download(self._ws, [logits], [scores])
-        self._cpu.choose(choice_bias, rule, scores, experts, gates)
+        self._cpu.choose(router, rule, scores, experts, gates)
 
     def slot_scores(
         self,
@@ -305,9 +321,7 @@ class CudaOps:
     def look_ahead(
         self,
         x: Array,
-        norms: Sequence[Array],
-        routers: Sequence[Array],
-        choice_biases: Sequence[HostArray | None],
+        routers: Sequence[RouterWeights],
         rule: _core.RouteRule,
         eps: float,
         *,
@@ -317,20 +331,36 @@ class CudaOps:
         gates: HostArray,
     ) -> None:
         """See `Ops.look_ahead`."""
-        for i, (norm, router) in enumerate(zip(norms, routers, strict=True)):
+        for i, router in enumerate(routers):
+            norm, weight = cast(Any, router.norm), cast(Any, router.weight)
             _core.device_add_norm(self._ws, None, 0.0, x, norm, eps, normed.item(i))
-            _core.device_matmul(self._ws, normed.item(i), router, scores.item(i))
+            _core.device_matmul(self._ws, normed.item(i), weight, scores.item(i))
         logits = np.empty(scores.shape, np.float32)
         _core.device_download(self._ws, [scores], [logits])
-        for i, bias in enumerate(choice_biases):
-            self._cpu.choose(bias, rule, logits[i], experts[i], gates[i])
+        for i, router in enumerate(routers):
+            self._cpu.choose(router, rule, logits[i], experts[i], gates[i])
 
     def expert_ffn(
-        self, x: Array, request: Request, plan: Plan, group: Sequence[int], parts: Array
+        self,
+        x: Array,
+        layer: ExpertLayer,
+        request: Request,
+        plan: Plan,
+        group: Sequence[int],
+        parts: Array,
     ) -> None:
-        """See `Ops.expert_ffn`."""
+        """See `Ops.expert_ffn`: a group is all the device's, or all the host's."""
+        slots: Any = request.slots
+        if isinstance(slots, Tiers):
+            if slots.is_there:
+                _core.device_expert_ffn(
+                    self._ws, x, slots.device, request.experts, request.levels, plan.offsets,
+                    plan.tokens, group, parts,
+                )  # fmt: skip
+                return
+            request = replace(request, slots=slots.host)
         rows = self._parts[: len(plan.tokens)]
-        self._cpu.expert_ffn(self._copy(x), request, plan, group, rows)
+        self._cpu.expert_ffn(self._copy(x), layer, request, plan, group, rows)
         for i in group:
             first, end = int(plan.offsets[i]), int(plan.offsets[i + 1])
             parts[first:end].upload(rows[first:end])

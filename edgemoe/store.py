@@ -137,6 +137,8 @@ class ExpertStore:
         self.cache = cache
         self._num_experts = num_experts
         self._rungs = rungs
+        self.level_bits = tuple(level_bits)
+        """Of each level, ascending."""
         self._level_bytes = np.array([cache.slot_bytes(i) for i in range(len(level_bits) + 1)])
         self._levels = np.zeros(9, np.int8)
         self._levels[list(level_bits)] = np.arange(1, len(level_bits) + 1)

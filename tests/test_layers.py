@@ -10,7 +10,7 @@ import edgemoe
 ROOT = Path(__file__).parent.parent / "edgemoe"
 ROWS = [
     {"arguments", "errors", "plan", "config", "space", "specs"},
-    {"ops", "ops_cpu", "ops_cuda", "tap", "store", "file", "hardware", "quant"},
+    {"devices", "ops", "ops_cpu", "ops_cuda", "tap", "store", "tiers", "file", "hardware", "quant"},
     {"scheduler", "model", "text"},
     {"experts"},
     {"runtime"},

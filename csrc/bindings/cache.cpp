@@ -10,6 +10,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "device/slots.h"
 #include "matrix.h"
 #include "roof.h"
 
@@ -85,6 +86,17 @@ void bind_cache(py::module_& m) {
            py::arg("rungs").noconvert(), py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"),
            py::arg("verify"), py::arg("num_readers"), py::arg("policy"), py::arg("scheme") = "nested",
            py::arg("most_bytes") = 0, py::arg("gated") = true)
+      .def_static(
+          "on_device",
+          [](const std::shared_ptr<DeviceSpace>& device, const Cache& host, size_t budget_bytes) {
+            const ExpertShape& shape = host.shape();
+            const size_t window = round_up(shape.ends[size_t(host.max_level()) - 1], kPage);
+            return Held<Cache>(new Cache(make_device_backing(device, host, window), shape, host.rungs(),
+                                         host.max_level(), budget_bytes,
+                                         Policy("lfu", shape.num_layers, shape.num_experts)));
+          },
+          py::arg("device").none(false), py::arg("host"), py::arg("budget_bytes"), py::keep_alive<0, 2>(),
+          "A cache of the same experts in a device's memory, which takes what it fetches from `host`.")
       .def(
           "begin",
           [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels, const Array<int32_t>& offsets,

@@ -105,7 +105,8 @@ Held<DeviceKv> kv_of(const std::shared_ptr<DeviceSpace>& space, const std::strin
   Held<DeviceKv> out(new DeviceKv{{}, num_heads, head_dim, DeviceMemory(space, total)});
   uint8_t* p = out->memory.as();
   space->device().fill(p, 0, total);  // padding is multiplied with zeros
-  out->layer = {p, p + of_keys, key_type, value_type, capacity, blocks(head_dim, 16) * 16};
+  const int stride = blocks(head_dim, 16) * 16;
+  out->layer = {p, p + of_keys, key_type, value_type, capacity, stride, stride};
   return out;
 }
 
@@ -123,6 +124,7 @@ void bind_device(py::module_& m) {
            py::arg("path"), py::arg("ordinal"), py::arg("budget_bytes"))
       .def_property_readonly("info", &info_of)
       .def_property_readonly("stats", &stats_of)
+      .def("limit", &DeviceSpace::limit, py::arg("budget_bytes"), "Changes what may be taken from now on.")
       .def_static("taken", &DeviceSpace::taken, py::arg("bytes"), "What an allocation of so many bytes takes.");
 
   py::class_<DeviceArray>(m, "DeviceArray", "float32 in a device's memory.")

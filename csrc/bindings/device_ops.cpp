@@ -130,6 +130,32 @@ void matmul_on(DeviceWorkspace& ws, const DeviceArray& x, const DeviceArray& w, 
   ws.device().matmul_f32(b, a, int(x.at(0)), int(w.at(0)), int(x.at(1)), o);
 }
 
+/// Runs the experts at positions `group` of a plan, all of which are pinned in a cache on the device.
+void expert_ffn_on(DeviceWorkspace& ws, const DeviceArray& x, const Cache& cache, const Array<int32_t>& experts,
+                   const Array<int8_t>& levels, const Array<int32_t>& offsets, const Array<int32_t>& tokens,
+                   const std::vector<int>& group, const DeviceArray& parts) {
+  const py::ssize_t d = cache.shape().hidden, n = experts.size();
+  expect_device(x, "expert_ffn x", {-1, d});
+  expect_device(parts, "parts", {-1, d});
+  expect(experts, "experts", {-1});
+  expect(levels, "levels", {n});
+  expect(offsets, "offsets", {n + 1});
+  const int32_t *o = offsets.data(), *t = tokens.data();
+  std::vector<FfnUse> uses;
+  for (int i : group) {
+    if (i < 0 || i >= n || o[i] < 0 || o[i + 1] <= o[i] || o[i + 1] > tokens.size() || o[i + 1] > parts.at(0)) {
+      throw std::invalid_argument("expert_ffn: offsets do not fit tokens and parts");
+    }
+    for (int32_t j = o[i]; j < o[i + 1]; ++j) {
+      if (t[j] < 0 || t[j] >= x.at(0)) throw std::invalid_argument("expert_ffn: a token is outside x");
+    }
+    uses.push_back({cache.view(experts.data()[i], levels.data()[i]), t + o[i], o[i + 1] - o[i],
+                    parts.data + size_t(o[i]) * size_t(d)});
+  }
+  py::gil_scoped_release release;
+  ws.ffns(x.data, int(x.at(0)), uses);
+}
+
 void combine_on(DeviceWorkspace& ws, const DeviceArray& parts, const Array<int32_t>& rows, const Array<float>& gates,
                 const DeviceArray& out) {
   expect_device(parts, "parts", {-1, -1});
@@ -210,6 +236,9 @@ void bind_device_ops(py::module_& m) {
       },
       py::arg("ws"), py::arg("factor"), py::arg("out"));
   m.def("device_matmul", &matmul_on, py::arg("ws"), py::arg("x"), py::arg("w"), py::arg("y"));
+  m.def("device_expert_ffn", &expert_ffn_on, py::arg("ws"), py::arg("x"), py::arg("cache"),
+        py::arg("experts").noconvert(), py::arg("levels").noconvert(), py::arg("offsets").noconvert(),
+        py::arg("tokens").noconvert(), py::arg("group"), py::arg("parts"));
   m.def("device_combine", &combine_on, py::arg("ws"), py::arg("parts"), py::arg("rows").noconvert(),
         py::arg("gates").noconvert(), py::arg("out"));
   m.def("device_download", &download, py::arg("ws"), py::arg("arrays"), py::arg("outs").noconvert(),

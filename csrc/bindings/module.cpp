@@ -76,12 +76,12 @@ PYBIND11_MODULE(_core, m) {
       py::arg("file").none(false), py::arg("offsets"), py::arg("length"), py::arg("num_readers"),
       "Bytes per second of reads of `length` at `offsets`, several at a time; both multiples of 4096.");
 
+  bind_device(m);  // whose classes the cache's signatures name
   bind_cache(m);
   bind_use_rows(m);
   bind_ops(m);
   bind_attention(m);
   bind_latent(m);
   bind_mixers(m);
-  bind_device(m);
   bind_device_ops(m);
 }

@@ -218,22 +218,25 @@ void bind_ops(py::module_& m) {
 
   m.def(
       "choose",
-      [](Workspace& ws, const py::object& choice_bias, const RouteRule& rule, Array<float> scores,
+      [](Workspace& ws, const py::object& bias, const py::object& choice_bias, const RouteRule& rule, Array<float> scores,
          Array<int32_t> experts, Array<float> gates) {
         const py::ssize_t E = rule.num_experts, K = rule.top_k;
         expect(scores, "scores", {-1, E});
         expect(experts, "experts", {scores.shape(0), K});
         expect(gates, "gates", {scores.shape(0), K});
-        const float* bias = choice_bias.is_none() ? nullptr : floats(choice_bias, "choice_bias", {E});
+        const auto of = [E](const py::object& a, const char* name) {
+          return a.is_none() ? nullptr : floats(a, name, {E});
+        };
+        const Router router{nullptr, of(bias, "router_bias"), of(choice_bias, "choice_bias")};
         int32_t* e = experts.mutable_data();
         float *g = gates.mutable_data(), *s = scores.mutable_data();
         const int T = int(scores.shape(0));
         py::gil_scoped_release release;
-        choose(ws, {nullptr, nullptr, bias}, T, rule, s, e, g);
+        choose(ws, router, T, rule, s, e, g);
       },
-      py::arg("ws"), py::arg("choice_bias"), py::arg("rule"), py::arg("scores").noconvert(),
+      py::arg("ws"), py::arg("bias"), py::arg("choice_bias"), py::arg("rule"), py::arg("scores").noconvert(),
       py::arg("experts").noconvert(), py::arg("gates").noconvert(),
-      "The second half of `route`: scores [T, E] are logits as they come.");
+      "The second half of `route`: scores [T, E] are the products with its weight.");
 
   m.def(
       "slot_scores",

@@ -157,7 +157,8 @@ extern "C" {
     why("the driver is too old: it is for CUDA " + version(out->driver) + ", this plug-in for " +
         version(out->runtime));
   } else {
-    why(e == cudaSuccess ? "no device" : std::string("cudaGetDeviceCount: ") + cudaGetErrorString(e));
+    why(e == cudaSuccess || e == cudaErrorNoDevice ? "no device"
+                                                   : std::string("cudaGetDeviceCount: ") + cudaGetErrorString(e));
   }
 }
 

@@ -20,9 +20,10 @@ DeviceSpace::~DeviceSpace() {
 
 void* DeviceSpace::alloc(size_t bytes) {
   const size_t whole = taken(bytes);
-  if (whole > stats_.budget_bytes - stats_.used_bytes) {
-    throw OutOfBudget("the device's budget has " + std::to_string(stats_.budget_bytes - stats_.used_bytes) +
-                      " bytes left, and " + std::to_string(whole) + " are needed");
+  const size_t left = stats_.budget_bytes - std::min(size_t(stats_.used_bytes), size_t(stats_.budget_bytes));
+  if (whole > left) {
+    throw OutOfBudget("the device's budget has " + std::to_string(left) + " bytes left, and " + std::to_string(whole) +
+                      " are needed");
   }
   void* p = device_->alloc(whole, Room::kDevice);
   stats_.used_bytes += whole;

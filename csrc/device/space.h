@@ -26,6 +26,9 @@ class DeviceSpace {
 
   Device& device() { return *device_; }
 
+  /// Changes what may be taken from now on.
+  void limit(size_t budget_bytes) { stats_.budget_bytes = budget_bytes; }
+
   /// Device memory. Throws OutOfBudget above the budget, and when the device has no room.
   void* alloc(size_t bytes);
   void free(void* p, size_t bytes) noexcept;

@@ -135,6 +135,9 @@ void DeviceWorkspace::ffns(const float* x, int T, const std::vector<FfnUse>& use
     filled = 0;
   };
   for (const FfnUse& use : uses) {
+    if (use.w.gate.rows == 0 || use.biases.gate || use.biases.up || use.biases.down || use.hidden) {
+      throw std::invalid_argument("device ffn: what has no gate, or biases, is the CPU's");
+    }
     for (int first = 0; first < use.count;) {
       const int n = std::min(use.count - first, Workspace::kFfnRows - filled);
       pieces.push_back({&use, first, n, filled});
@@ -158,8 +161,8 @@ void DeviceWorkspace::attention(float* q, float* k, float* v, int T, int pos, co
     throw std::invalid_argument("device attention: expected at most " + std::to_string(shape_.num_heads) +
                                 " heads of " + std::to_string(shape_.head_dim));
   }
-  if (p.constants && !p.constants->pairs.empty()) {
-    throw std::invalid_argument("device attention: keys that leave their biases out are the CPU's");
+  if (!kv.values || p.sinks || p.v_norm || (p.constants && !p.constants->pairs.empty())) {
+    throw std::invalid_argument("device attention: latents, sinks, norms of values and lacking biases are the CPU's");
   }
   Device& d = device();
   const int q_cols = s.num_heads * s.head_dim, kv_cols = s.num_kv_heads * s.head_dim;

@@ -30,7 +30,7 @@ class DeviceWorkspace {
   /// outs[i] [T, rows_i] = x [T, cols] times each matrix.
   void linear(const float* x, int T, const std::vector<const NestedMatrix*>& matrices, const std::vector<float*>& outs);
 
-  /// See run_ffns; the uses' tokens are the host's.
+  /// See run_ffns, with silu(gate) * up and no biases; the uses' tokens are the host's.
   void ffns(const float* x, int T, const std::vector<FfnUse>& uses);
 
   /// See attention.h. What a key or value that does not fit throws is thrown by `download`.

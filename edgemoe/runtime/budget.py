@@ -18,6 +18,8 @@ from edgemoe.model import (
 )
 from edgemoe.ops import OpsShape
 from edgemoe.ops_cpu import CpuOps
+from edgemoe.ops_cuda import CudaOps
+from edgemoe.runtime.vram import Vram
 from edgemoe.store import all_expert_bytes, dense_bytes, expert_bytes
 
 __all__ = ["KV_STEP", "Budget", "default_ram", "parse_size"]
@@ -129,6 +131,7 @@ class Budget:
         slots: int | None = None,
         opening: int = 0,
         outside: int = 0,
+        vram: Vram | None = None,
     ) -> Budget:
         """Fits context and chunk into `ram`.
 
@@ -143,6 +146,7 @@ class Budget:
             slots: what experts get, whatever is left; None for what is left.
             opening: what the process has taken for a moment already.
             outside: what of `process` the caller's budget does not count; errors leave it out.
+            vram: how a device's memory is divided, which has the context and all but the embedding then.
 
         Raises:
             OutOfBudget: says the smallest budget that works, and what takes the room.
@@ -150,29 +154,36 @@ class Budget:
         config = moe.config
         expert = expert_bytes(moe, level)
         dense = dense_bytes(moe, dense_level)
+        held = dense if vram is None else sum(moe.tensors["embed"].lengths[:dense_level])
+        context = context if vram is None else vram.context
         embedding = 0 if config.tied else sum(moe.tensors["embed"].lengths[:dense_level])
         sampler = _SAMPLER_BYTES * config.vocab_size
         row = scratch_bytes(config, 1) - scratch_bytes(config, 0)
-        first, second = (layer_state_bytes(config, n * KV_STEP, kv_types) for n in (1, 2))
+
+        def layer_bytes(context: int) -> list[int]:
+            return layer_state_bytes(config, context, kv_types) if vram is None else []
+
+        first, second = (layer_bytes(n * KV_STEP) for n in (1, 2))
         steps = [b - a for a, b in zip(first, second, strict=True)]
         same = [a - n for a, n in zip(first, steps, strict=True)]  # at every length
 
         def sized(context: int, chunk: int) -> Budget:
             shape = replace(ops, max_tokens=chunk, max_context=context)
-            layers = layer_state_bytes(config, context, kv_types)
+            layers = layer_bytes(context)
+            own = CpuOps.scratch_bytes(shape) if vram is None else CudaOps.host_bytes(shape, config)
             small = [n < _HUGE_STATE_BYTES for n in layers]
             rope = kept_rope_bytes(config, context, kv_types)
             return cls(
                 ram=ram, process=process, growth=_GROWTH_BYTES + sampler,
                 tables=ram // 480,  # eight bytes for every 4 KiB, and a little for the levels above
-                dense=dense, active_dense=dense - embedding, sequences=sequences,
+                dense=held, active_dense=dense - embedding, sequences=sequences,
                 kv=sequences * sum(layers),
                 kv_at_once=sum(
                     n if late else every for n, every, late in zip(same, layers, small, strict=True)
                 ),
                 kv_step=sum(n for n, late in zip(steps, small, strict=True) if late),
                 kv_edges=state_pieces(config) * ALIGNMENT if any(small) else 0,
-                scratch=CpuOps.scratch_bytes(shape) + scratch_bytes(config, chunk, sequences) + rope,
+                scratch=own + scratch_bytes(config, chunk, sequences) + rope,
                 row=row,
                 expert=expert, experts=all_expert_bytes(moe, level),
                 context=context, chunk=chunk, slack=_JITTER_BYTES + sampler + rope, fixed_slots=slots,
@@ -194,7 +205,8 @@ class Budget:
             # A multiple of what the cache grows by, so that rounding takes no more than its share.
             more = spare // 8 // max(sequences * sum(steps), 1) * KV_STEP
             context = max(least.context, min(most, least.context + more))
-        fits = (sized(context, chunk) for chunk in _CHUNKS)
+        most_chunk = _CHUNKS[0] if vram is None else vram.chunk
+        fits = (sized(context, chunk) for chunk in _CHUNKS if chunk <= most_chunk)
         limit = sized(context, _CHUNKS[-1]).scratch + spare // 8
         return next(b for b in fits if b.scratch <= limit)
 

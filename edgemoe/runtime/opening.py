@@ -7,28 +7,33 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core, hardware
 from edgemoe.config import ModelConfig
+from edgemoe.devices import DeviceName, open_device
 from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile, open_moe
 from edgemoe.model import Decoder
-from edgemoe.ops import OpsShape
+from edgemoe.ops import Ops, OpsShape
 from edgemoe.ops_cpu import CpuOps
+from edgemoe.ops_cuda import CudaOps, Tied, load_on, unsupported
 from edgemoe.quant import Allocation
 from edgemoe.runtime.budget import Budget, default_ram, parse_size
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.profile import ProfileFile
 from edgemoe.runtime.room import Room
+from edgemoe.runtime.vram import Vram, default_vram
 from edgemoe.scheduler import SCHEDULERS, SECTIONS, Setting
 from edgemoe.store import ExpertStore, level_bytes, load_dense
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.settings import FILE, model_sampling
 from edgemoe.text.tokenizer import Tokenizer
+from edgemoe.tiers import Tiers
 
 __all__ = ["Opened", "Text", "model_setting", "open_model", "room_for_experts"]
 
@@ -135,7 +140,7 @@ def _assembled(
     before: int,
     opening: int,
 ) -> Model:
-    """Returns a model inside its budget.
+    """Returns a model inside its budget, and inside that of a device, if it has one.
 
     Args:
         before: what the process took before.
@@ -150,36 +155,46 @@ def _assembled(
     if (bits.each != bits.noted).any():  # the scheduler has a note of its own
         chosen["bits"] = bits.each
 
+    device, vram = _device(moe, options, dense_level, shape)
+
     def divide(process: int) -> Budget:
         return Budget.divide(
             moe, ram=total + before if is_added else total, process=process, level=level,
             dense_level=dense_level, context=options.context, kv_types=options.kv_types, ops=shape,
             sequences=options.sequences, slots=options.slots, opening=opening,
-            outside=before if is_added else 0,
+            outside=before if is_added else 0, vram=vram,
         )  # fmt: skip
 
     # Both refuse what is wrong before anything large is read.
     estimate = divide(hardware.process_bytes())
     make = SCHEDULERS[options.scheduler]
     make(model_setting(moe, bits.most, estimate.slots, sections), **chosen)
-    weights = load_dense(moe, dense_level, verify=options.verify)
+    weights: Mapping[str, Any]
+    if device is None:
+        weights = load_dense(moe, dense_level, verify=options.verify)
+    else:
+        weights = load_on(device, moe, dense_level, verify=options.verify)
     hardware.trim()
     # Slots are sized last, from what the process really has by now.
-    dense = sum(w.bytes if isinstance(w, _core.Nested) else w.nbytes for w in weights.values())
+    dense = sum(map(_host_bytes, weights.values()))
     budget = divide(max(hardware.process_bytes() - dense, 0))
     setting = model_setting(moe, bits.most, budget.slots, sections)
     scheduler = make(setting, **chosen)
-    ops = CpuOps(replace(shape, max_tokens=budget.chunk, max_context=budget.context))
+    shape = replace(shape, max_tokens=budget.chunk, max_context=budget.context)
+    ops = CpuOps(shape) if device is None else cast(Ops, CudaOps(shape, device, config))
     store = ExpertStore.open(
         moe, bits=bits.most, budget_bytes=budget.slots, most_bytes=budget.most_slots,
         verify=options.verify, policy=scheduler.policy,
     )  # fmt: skip
+    slots = store.cache
+    if device is not None and vram is not None:
+        store = _with_device(store, device, vram, moe)
     parts = ops.empty(budget.chunk * config.experts_per_token, config.hidden_size)
     experts = Experts(scheduler, store, ops, parts=parts, observer=options.observer)
     return Model(
         moe=moe, options=options, bits=bits.most, top_bits=bits.each.reshape(-1), threads=threads,
         budget=budget, room=Room(
-            budget, store.cache, is_measured=options.whole_process,
+            budget, slots, is_measured=options.whole_process,
             is_steady=options.steady or budget.fixed_slots is not None,
         ), setting=replace(setting, sections={}), store=store, experts=experts,
         ops=ops, decoder=Decoder(
@@ -187,6 +202,51 @@ def _assembled(
             types=options.kv_types,
         ),
     )  # fmt: skip
+
+
+def _device(
+    moe: MoeFile, options: EngineOptions, dense_level: int, shape: OpsShape
+) -> tuple[_core.Device, Vram] | tuple[None, None]:
+    """Opens the device that the options name, and divides its memory; None for the processor."""
+    name = DeviceName.parse(options.device)
+    if name.ordinal is None:
+        return None, None
+    if what := unsupported(moe, options.cache_type_k):
+        raise ValueError(f"device {name}: {what} has no kernels there yet; --device cpu runs it")
+    device = open_device(name, None, options.plug_in)
+    total = default_vram(device.info["free_bytes"])
+    if options.vram is not None:
+        total = parse_size(options.vram)
+    vram = Vram.divide(
+        moe, vram=total, dense_level=dense_level, context=options.context,
+        kv_types=options.kv_types, ops=shape, sequences=options.sequences,
+    )  # fmt: skip
+    device.limit(total)
+    logger.info("%s: %s; %d bytes of it for experts", name, device.info["name"], vram.room)
+    return device, vram
+
+
+def _with_device(store: ExpertStore, device: _core.Device, vram: Vram, moe: MoeFile) -> ExpertStore:
+    """Returns a store of the same experts that has some of them on a device, if there is room for one."""
+    host = store.cache
+    if vram.room < host.slot_bytes(len(store.level_bits)):
+        return store
+    there = _core.Cache.on_device(device, host, vram.room - _core.Device.taken(1))
+    tiers = Tiers(host, there)
+    tiers.spread(len(moe.config.moe_layers))
+    return ExpertStore(
+        cast(_core.Cache, tiers), num_experts=moe.config.num_experts,
+        level_bits=store.level_bits, rungs=moe.experts.rungs,
+    )  # fmt: skip
+
+
+def _host_bytes(weight: object) -> int:
+    """Returns what of a tensor lies in this process's memory."""
+    if isinstance(weight, Tied):
+        weight = weight.host
+    if isinstance(weight, _core.Nested):
+        return weight.bytes
+    return weight.nbytes if isinstance(weight, np.ndarray) else 0
 
 
 def room_for_experts(moe: MoeFile, options: EngineOptions) -> int:

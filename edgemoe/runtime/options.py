@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgemoe.arguments import switch, whole
+from edgemoe.devices import DeviceName
 from edgemoe.errors import quoted
 from edgemoe.experts import Observer
 from edgemoe.model import KvTypes
@@ -54,6 +55,12 @@ class EngineOptions:
     """How the KV cache holds keys, "f16" or "q8_0": 8 bits, half the memory, not exact."""
     cache_type_v: str = "f16"
     """The same for values."""
+    device: str = "cpu"
+    """Where the model runs: "cpu", or "cuda" or "cuda:N" for an NVIDIA device. The answer is the same, bit for bit."""
+    vram: int | str | None = None
+    """What the engine may take of the device's memory; None for what is free, less a margin."""
+    plug_in: str | os.PathLike[str] | None = None
+    """The library that knows devices; None for the one of this install."""
     sequences: int = 1
     """How many have a context each, inside the budget; an `Engine` needs one, see `Model.make_state` for others."""
     threads: int | None = None
@@ -78,6 +85,11 @@ class EngineOptions:
 
         if self.ram is not None:
             put("ram", parse_size(self.ram))
+        if self.vram is not None:
+            put("vram", parse_size(self.vram))
+        put("device", str(DeviceName.parse(self.device)))
+        if self.device == "cpu" and self.vram is not None:
+            raise ValueError("vram: expected a device, as the processor has none of its own")
         if self.bits not in (None, "auto"):
             put("bits", whole("bits", self.bits))
         for name in ("dense_bits", "experts", "context"):  # their ranges are the model's

@@ -163,9 +163,9 @@ def test_router_logits_are_those_that_the_cpu_chooses_by(both):
             logits = _core.DeviceArray(both.device, (T, E))
             _core.device_matmul(both.ws, both.put(x), both.put(router), logits)
             _core.device_download(both.ws, [logits], [scores])
-            _core.choose(both.cpu, bias, rule, scores, experts, gates)
+            _core.choose(both.cpu, None, bias, rule, scores, experts, gates)
         else:
-            _core.route(both.cpu, x, router, bias, rule, scores, experts, gates)
+            _core.route(both.cpu, x, router, None, bias, rule, scores, experts, gates)
         results.append((scores, experts, gates))
     for theirs, mine in zip(*results, strict=True):
         assert np.array_equal(mine, theirs)
