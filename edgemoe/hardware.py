@@ -1,4 +1,4 @@
-"""What this machine has: memory inside its limits, threads, and whether there is a GPU."""
+"""What this machine has: memory inside its limits, and threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ __all__ = [
     "forget_peak",
     "isa",
     "memory_rate",
-    "num_cuda_devices",
     "num_threads",
     "peak_bytes",
     "process_bytes",
@@ -166,15 +165,3 @@ def trim() -> None:
         libc.malloc_trim(0)
     except (OSError, AttributeError):  # not glibc
         return
-
-
-def num_cuda_devices() -> int:
-    """Returns the number of CUDA devices, 0 without a driver."""
-    try:
-        cuda: Any = _ffi.dlopen("libcuda.so.1")
-        count = _ffi.new("int *")
-        if cuda.cuInit(0) != 0 or cuda.cuDeviceGetCount(count) != 0:
-            return 0
-        return int(count[0])
-    except (OSError, AttributeError):
-        return 0

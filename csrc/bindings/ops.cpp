@@ -218,8 +218,8 @@ void bind_ops(py::module_& m) {
 
   m.def(
       "choose",
-      [](Workspace& ws, const py::object& bias, const py::object& choice_bias, const RouteRule& rule, Array<float> scores,
-         Array<int32_t> experts, Array<float> gates) {
+      [](Workspace& ws, const py::object& bias, const py::object& choice_bias, const RouteRule& rule,
+         Array<float> scores, Array<int32_t> experts, Array<float> gates) {
         const py::ssize_t E = rule.num_experts, K = rule.top_k;
         expect(scores, "scores", {-1, E});
         expect(experts, "experts", {scores.shape(0), K});

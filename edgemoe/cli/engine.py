@@ -9,7 +9,7 @@ __all__ = ["engine_flags", "sampling_flags"]
 
 _SAME = (
     "ram", "bits", "allocation", "dense_bits", "experts", "cache_type_k", "cache_type_v", "threads",
-    "scheduler",
+    "scheduler", "device", "vram",
 )  # fmt: skip
 """Flags that have an option's name and its meaning."""
 

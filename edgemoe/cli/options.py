@@ -148,6 +148,11 @@ def _add_model_flags(model: argparse._ActionsContainer) -> None:
     _add(model, "-ctv", "--cache-type-v", default="f16", metavar="TYPE",
          help="the same for values (default: %(default)s)")
     _add(model, "-t", "--threads", type=int, metavar="N", help="(default: the cores there are)")
+    _add(model, "--device", default="cpu", metavar="NAME",
+         help="cpu, or cuda:0 for the first NVIDIA device; the answer is the same (default: %(default)s)")
+    _add(model, "--vram", type=ram_size, metavar="SIZE",
+         help="of the device's memory, what may be taken (default: what is free, less a margin)")
+    model.add_argument("--list-devices", action=_Devices, help="say which devices there are, or why none, and leave")
     _add(model, "--scheduler", default="on-demand", metavar="NAME",
          help="decides what is loaded when (default: %(default)s); `edgemoe schedulers` lists them")
     _add(model, "--set", action=_Collect, default=[], metavar="KEY=VALUE", help=SET_HELP)
@@ -246,6 +251,19 @@ class _Version(argparse.Action):
 
     def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> NoReturn:
         say(version_line(parser.prog))
+        parser.exit()
+
+
+class _Devices(argparse.Action):
+    """Lists the devices."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> NoReturn:
+        from edgemoe.devices import found
+
+        say(*found())
         parser.exit()
 
 

@@ -225,13 +225,13 @@ def _note_threads(threads: int | None) -> None:
 
 
 def _describe_machine() -> None:
-    from edgemoe import hardware
+    from edgemoe import devices, hardware
 
-    gpus = hardware.num_cuda_devices()
     note(
-        f"# machine: {hardware.num_threads()} cores, {hardware.available_bytes() / 2**30:.1f} GiB of memory free, "
-        f"{f'{gpus} CUDA devices, which this version does not use' if gpus else 'no CUDA device'}"
+        f"# machine: {hardware.num_threads()} cores, {hardware.available_bytes() / 2**30:.1f} GiB of memory free"
     )
+    for line in devices.found():
+        note(f"# {line}")
 
 
 def _sampling(args: Namespace, base: SamplingParams) -> SamplingParams:

@@ -209,3 +209,17 @@ def test_every_verb_is_there_or_refused():
         "combine",
     } <= verbs - missing
     assert missing <= known | {n for n in missing if "latent" in n or "heads" in n}, missing
+
+
+def test_the_command_line_says_what_there_is(tiny_moe, capsys, monkeypatch):
+    from edgemoe.cli.run import main
+
+    monkeypatch.setattr("edgemoe.devices.plug_ins", list)
+    with pytest.raises(SystemExit) as end:
+        main(["--list-devices"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("no CUDA device: no plug-in in this install")
+    assert main([str(tiny_moe), "--device", "cuda", "-p", "Hi"]) == 1
+    assert "cuda:0: no plug-in in this install" in capsys.readouterr().err
+    assert main([str(tiny_moe), "--vram", "1GiB", "-p", "Hi"]) == 1
+    assert "vram: expected a device" in capsys.readouterr().err

@@ -73,7 +73,7 @@ def test_every_flag_of_the_command_line_has_an_option():
     assert set(said) <= fields
     # What is left: what edgemoe-run adds itself, and what only a program can give.
     assert fields - set(said) == {
-        "context", "trace", "profile", "observer", "sequences", "slots", "steady",
+        "context", "trace", "profile", "observer", "plug_in", "sequences", "slots", "steady",
     }  # fmt: skip
     assert EngineOptions(**said) == EngineOptions(whole_process=True)
     assert engine_flags(argparse.Namespace(bits=4), ram=1 << 30) == {
