@@ -162,8 +162,9 @@ def test_a_device_that_is_not_there_says_why(tiny_moe, setting, message):
 
 
 def test_devices_are_listed_and_named():
-    assert found(plug_in()) == ["cuda:0  simulated device (8.7), 1.0 of 1.0 GiB free"]
+    assert found(plug_in())[0].startswith("cuda:0  ")
     with configured(integrated=1):
+        assert found(plug_in())[0].startswith("cuda:0  simulated device (8.7), 1.0 of 1.0 GiB free")
         assert found(plug_in())[0].endswith("memory shared with the processor")
     assert "no plug-in in this install" in found()[0] or found()[0].startswith(
         ("cuda:", "no CUDA device")
