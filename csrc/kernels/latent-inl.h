@@ -87,7 +87,7 @@ inline void add_columns(const float* const* weights, const uint8_t* head, int hs
 template <class V, class Latents, int N>
 void add_latents(const AttendQuery* queries, const KvLayer& kv, int base, int stop) {
   alignas(64) float scratch[N][kKeyBlock];
-  const float* weights[N];
+  const float* weights[N] = {};
   typename V::F sums[N][16];
   for (int c = 0; c < kv.value_stride; c += 16) {
     for (int i = 0; c % kKvGroup == 0 && i < N; ++i) {
