@@ -305,3 +305,16 @@ def test_a_broken_imatrix_ends_soon(tmp_path: Path) -> None:
     (tmp_path / "im").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + array)
     with pytest.raises(FormatError, match="not a readable GGUF file"):
         read_imatrix(tmp_path / "im")
+
+
+def test_a_tensor_without_dimensions_is_refused(tmp_path: Path) -> None:
+    def text(value: bytes) -> bytes:
+        return struct.pack("<Q", len(value)) + value
+
+    head = b"GGUF" + struct.pack("<IQQ", 3, 1, 1)
+    head += text(b"general.architecture") + struct.pack("<I", 8) + text(b"olmoe")
+    head += text(b"token_embd.weight") + struct.pack("<IIQ", 0, 0, 0)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(head.ljust(-(-len(head) // 32) * 32 + 32, b"\0"))
+    with pytest.raises(FormatError, match=r"x.gguf: 'token_embd.weight' has no dimensions"):
+        GGUFCheckpoint(path)

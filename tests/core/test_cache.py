@@ -377,3 +377,21 @@ def test_a_dry_cache_has_no_weights_to_give():
             cache.decode(0, 1)
         cache.check_integrity()
     assert run(cache, [0, 1], [1, 2]) == [0, 1]
+
+
+def test_an_expert_is_used_as_often_as_it_has_tokens():
+    cache = ExpertStore.dry(
+        num_layers=1, num_experts=4, level_bits=(8,), level_bytes=(4096,), budget_bytes=2 * 4096
+    ).cache
+    levels = np.ones(2, np.int8)
+
+    def run(experts, offsets):
+        experts, offsets = np.array(experts, np.int32), np.array(offsets, np.int32)
+        cache.begin(experts, levels[: len(experts)], offsets, int(offsets[-1]))
+        while cache.next():
+            pass
+
+    run([0, 1], [0, 3, 4])
+    np.testing.assert_allclose(cache.uses[:2], [3 * 2 ** (-4 / 64), 2 ** (-4 / 64)])
+    run([2], [0, 1])
+    assert np.flatnonzero(cache.residency).tolist() == [0, 2]

@@ -66,6 +66,8 @@ class GGUFFile:
         for tensor in reader.tensors:
             if tensor.name in self.tensors:
                 raise FormatError(f"{self.name}: holds {quoted(tensor.name)} twice")
+            if not len(tensor.shape):
+                raise FormatError(f"{self.name}: {quoted(tensor.name)} has no dimensions")
             self.tensors[tensor.name] = tensor
 
     def _other_parts(self, path: Path, count: Any) -> list[Path]:
