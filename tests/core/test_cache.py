@@ -395,3 +395,18 @@ def test_an_expert_is_used_as_often_as_it_has_tokens():
     np.testing.assert_allclose(cache.uses[:2], [3 * 2 ** (-4 / 64), 2 ** (-4 / 64)])
     run([2], [0, 1])
     assert np.flatnonzero(cache.residency).tolist() == [0, 2]
+
+
+def test_an_upgrade_reads_only_what_is_missing():
+    cache = ExpertStore.dry(
+        num_layers=1,
+        num_experts=2,
+        level_bits=(4, 8),
+        level_bytes=(4096, 12288),
+        budget_bytes=24576,
+    ).cache
+    for level, total in ((1, 4096), (2, 12288), (2, 12288), (1, 12288)):
+        begin(cache, [0], [level])
+        while cache.next():
+            pass
+        assert cache.stats["bytes_read"] == total
