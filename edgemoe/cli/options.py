@@ -164,7 +164,7 @@ def _add_model_flags(model: argparse._ActionsContainer) -> None:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="?", metavar="MODEL", help="a .moe file")
+    parser.add_argument("path", nargs="?", metavar="MODEL", help="a .moe file, or a folder or .gguf file to convert")
     daily = parser.add_argument_group("every day")
     _add_daily_flags(daily)
     _add(daily, "-p", "--prompt", metavar="TEXT", help="answer this and leave")

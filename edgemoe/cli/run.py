@@ -18,6 +18,7 @@ from edgemoe.cli.console import (
     traceback_lines,
     write_reply,
 )
+from edgemoe.cli.converted import converted, is_source
 from edgemoe.cli.engine import engine_flags, sampling_flags
 from edgemoe.cli.foreign import without_foreign
 from edgemoe.cli.measured import check, cost, pick
@@ -105,6 +106,8 @@ def _run(args: Namespace) -> int:
     prompt = _prompt(args)  # before the model is loaded, so that a mistake costs no time
     if args.model is None:
         args.model = demo_model()
+    elif is_source(Path(args.model)):
+        args.model = converted(Path(args.model))
     _note_threads(args.threads)
     if args.verbose:
         _describe_machine()

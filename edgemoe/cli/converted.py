@@ -1,0 +1,77 @@
+"""Makes a `.moe` file of a checkpoint that is to be run, once, and keeps it in the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+import sys
+from pathlib import Path
+
+from edgemoe.cli.console import note
+
+__all__ = ["converted", "is_source"]
+
+_BYTES_PER_WEIGHT = 8.5 / 8  # at the most bits
+_WEIGHTS_PER_SECOND = 4_000_000  # and core
+_PROGRAM = "import sys; from edgemoe.cli.main import main; sys.exit(main(sys.argv[1:]))"
+
+
+def is_source(path: Path) -> bool:
+    """Says whether it is what a model is converted from: a checkpoint's directory or a GGUF file."""
+    from edgemoe.convert.open import is_gguf
+
+    return (path / "config.json").is_file() or (path.exists() and is_gguf(path))
+
+
+def converted(path: Path) -> Path:
+    """Returns the `.moe` file of a checkpoint, which is made at the first time.
+
+    Making it takes memory that `--ram` does not allow for, so that another process does it. What was interrupted goes
+    on at the next start.
+
+    Raises:
+        FormatError: the checkpoint is not sound, or of a kind that is not supported.
+        OSError: a file cannot be read, or there is no place for the cache.
+        SystemExit: it could not be made, and has said why.
+    """
+    from edgemoe.convert.demo import default_cache_dir
+
+    folder = default_cache_dir() / "converted"
+    out = folder / _name(path)
+    if not out.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        note(f"# {path.name} is converted once, to {out}: {_effort(path)}")
+        import subprocess
+
+        code = subprocess.call(
+            [sys.executable, "-c", _PROGRAM, "convert", str(path.resolve()), str(out)],
+            stdin=subprocess.DEVNULL,
+            cwd=Path(__file__).parents[2],
+        )
+        if code:
+            raise SystemExit(code)
+    return out
+
+
+def _name(path: Path) -> str:
+    """Returns a name that is another one when the checkpoint's files are others."""
+    from edgemoe.convert.checkpoint import file_identity
+
+    files = (
+        [path] if path.is_file() else sorted({*path.glob("*.safetensors"), path / "config.json"})
+    )
+    digest = hashlib.sha256(f"{path.resolve()} {file_identity(files)}".encode()).hexdigest()
+    stem = re.sub(r"-\d{5}-of-\d{5}$", "", path.resolve().name.removesuffix(".gguf"))
+    return f"{stem[:80]}-{digest[:12]}.moe"
+
+
+def _effort(path: Path) -> str:
+    """Returns in words what a conversion takes."""
+    from edgemoe import hardware
+    from edgemoe.convert.open import open_checkpoint
+
+    weights = sum(math.prod(shape) for shape in open_checkpoint(path).shapes.values())
+    minutes = weights / (_WEIGHTS_PER_SECOND * hardware.num_threads()) / 60
+    time = f"about {minutes:.0f} minutes" if minutes >= 2 else "a few minutes at most"
+    return f"about {weights * _BYTES_PER_WEIGHT / 2**30:.2g} GiB, {time}"
