@@ -457,6 +457,12 @@ def test_scales_that_are_no_numbers_are_refused(value: float, tmp_path: Path) ->
         checkpoint.tensor("a.weight")
 
 
+def test_scales_that_lead_beyond_floats_are_left_to_who_reads_them(tmp_path: Path) -> None:
+    """Without a warning: `SourceModel` says in a line that a tensor holds infinity."""
+    tensors = {"a.weight": fp8(4, 4), "a.weight_scale_inv": torch.tensor([[3e38]])}
+    assert np.isinf(opened(tmp_path, tensors, **FP8_CONFIG).tensor("a.weight")).any()
+
+
 def test_the_power_of_two_that_is_no_number_is_refused(tmp_path: Path) -> None:
     scales = torch.full((1, 1, 2), 255, dtype=torch.uint8)
     tensors = {"a_blocks": NIBBLES[None, None], "a_scales": scales}

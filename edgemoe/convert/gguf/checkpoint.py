@@ -100,10 +100,11 @@ class GGUFCheckpoint:
         if entry is None:
             raise FormatError(f"{self.name}: no tensor {name}")
         parts = [self._dequantised(tensor, entry.expert) for tensor in entry.of]
-        values = parts[0] if entry.made is None else entry.made.make(self.config, parts)
-        if entry.scales is not None:
-            scales = self._dequantised(entry.scales, None).reshape(-1)
-            values = values * scales[entry.expert if entry.expert and len(scales) > 1 else 0]
+        with np.errstate(all="ignore"):  # what is not finite is found where it is used
+            values = parts[0] if entry.made is None else entry.made.make(self.config, parts)
+            if entry.scales is not None:
+                scales = self._dequantised(entry.scales, None).reshape(-1)
+                values = values * scales[entry.expert if entry.expert and len(scales) > 1 else 0]
         if entry.heads is not None:
             values = _unpermuted(values, self.config[entry.heads])
         # Never a view of the mapped file.

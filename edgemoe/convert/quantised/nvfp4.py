@@ -67,6 +67,5 @@ def _multiplied(values: Values) -> Array:
 
 def _divided(values: Values) -> Array:
     whole = values["whole"].reshape(())
-    with np.errstate(divide="ignore", invalid="ignore"):  # not finite: whoever reads it says so
-        scale = np.divide(values["scale"], whole, dtype=np.float32)
+    scale = np.divide(values["scale"], whole, dtype=np.float32)
     return scaled(fours(values["codes"]), scale, 1, _GROUP)

@@ -82,7 +82,8 @@ class Decoded:
         """
         values = {role: self._values(role) for role in self.pieces}
         try:
-            out = self.decode(values)
+            with np.errstate(all="ignore"):  # what is not finite is found where it is used
+                out = self.decode(values)
         except ValueError as error:
             raise FormatError(f"{self.path}: {shortened(self.name)}: {error}") from None
         assert out.shape == self.shape
