@@ -119,7 +119,8 @@ def test_activations_that_are_no_numbers_or_tiny(both):
     for t, value in enumerate(WEIRD):
         x[t, 40] = value
     x[5, :64] = 1e-31
-    x[5, 64:] = np.round(x[5, 64:] * 8) / 8 * 127  # values halfway between two codes
+    x[4] = np.arange(130) % 64 - 31.5  # halfway between two codes where the largest value is 127
+    x[4, ::32] = 127
     both.linear(
         x, [nested(normal(20, 130), (2, 3, 4, 6, 8), 3), mwq_of(normal(20, 130), (2, 3, 4), 2)]
     )
@@ -260,6 +261,19 @@ def run_attention(
 @pytest.mark.parametrize("types", TYPES, ids="-".join)
 def test_attention_of_every_type(both, types):
     run_attention(both, types, (20, 1, 240, 1, 1), rope_dim=16)
+
+
+def test_values_below_what_a_half_can_scale_are_clamped(both):
+    run_attention(both, ("q8_0", "q8_0"), (40, 1), gain=4e-6)
+
+
+def test_what_rounds_to_a_negative_zero_is_padded_to_a_positive_one(both):
+    x, w = np.full((2, 18), -1e-30, np.float32), np.full((3, 18), 1e-30, np.float32)
+    out = np.empty((2, 3), np.float32)
+    _core.linear_f32(both.cpu, x, w, out)
+    there = both.put(out)
+    _core.device_matmul(both.ws, both.put(x), both.put(w), there)
+    same(there.numpy(), out)
 
 
 @pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "q8_0")], ids="-".join)
