@@ -32,6 +32,7 @@ def on_files(files, config):
         content = (ROOT / picture).read_bytes()
         files.append(File.generated(config, f"images/{Path(picture).name}", content=content))
     files.append(File.generated(config, "reference/flags.md", content=flags()))
+    files.append(File.generated(config, "reference/families.md", content=families()))
     return files
 
 
@@ -49,16 +50,27 @@ def flags() -> str:
     return "\n".join(parts)
 
 
+def families() -> str:
+    """Returns a page with what converts."""
+    text = output_of(["edgemoe", "families"])
+    return f"# Families\n\nThis page is made by `edgemoe families`.\n\n```text\n{text}\n```\n"
+
+
 def help_of(command: list[str]) -> str:
-    """Runs a command with --help."""
+    """Returns what a command says of itself."""
+    return output_of([*command, "--help"])
+
+
+def output_of(command: list[str]) -> str:
+    """Runs one of the programs."""
     entry = "edgemoe_run" if command[0] == "edgemoe-run" else "edgemoe"
-    code = f"import sys; sys.argv = {[*command, '--help']!r}; from edgemoe.cli.entry import {entry} as e; sys.exit(e())"
+    code = f"import sys; sys.argv = {command!r}; from edgemoe.cli.entry import {entry} as e; sys.exit(e())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, "COLUMNS": "100", "HOME": "/home/user"},
     )  # fmt: skip
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)} --help failed: {done.stderr}")
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr}")
     return done.stdout.rstrip()
 
 
