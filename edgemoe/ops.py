@@ -225,7 +225,7 @@ class Ops(Protocol):
         """out *= factor."""
 
     def multiply(self, factors: Array, out: Array) -> None:
-        """out [T, D] *= factors, [D] or [1]."""
+        """out [T, D] *= factors, [T, D], [D] or [1]."""
 
     def soft_cap(self, cap: float, out: Array) -> None:
         """out = cap * tanh(out / cap)."""

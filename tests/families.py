@@ -182,6 +182,28 @@ _DEEPSEEK2 = {
 }
 _DEEPSEEK3 = {**_MLA, "model_type": "deepseek_v3", "first_k_dense_replace": 1}
 _MISTRAL4 = {**_MLA, "model_type": "mistral4", "num_hidden_layers": 2}
+_LFM2 = {
+    "model_type": "lfm2_moe",
+    "num_hidden_layers": 4,
+    "layer_types": ["conv", "conv", "full_attention", "conv"],
+    "num_dense_layers": 1,
+    "num_experts": 8,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+}
+_GRANITE_H = {
+    **_GRANITE,
+    "model_type": "granitemoehybrid",
+    "num_hidden_layers": 3,
+    "layer_types": ["mamba", "attention", "mamba"],
+    "position_embedding_type": "nope",
+    "shared_intermediate_size": 56,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 24,
+    "mamba_chunk_size": 8,
+    "tie_word_embeddings": True,
+}
 _LARGE_EPS = {"rms_norm_eps": 0.3}
 """As large as the mean squares that it is added to, so that a norm with another one is seen."""
 
@@ -425,6 +447,24 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "topk_group": 2,
         "kv_lora_rank": 16,
     },
+    "lfm2_moe": _LFM2,
+    "lfm2_moe-eps-untied": {
+        **_LFM2,
+        "norm_eps": 0.3,
+        "tie_word_embeddings": False,
+        "routed_scaling_factor": 1.5,
+        "norm_topk_prob": False,
+        "conv_L_cache": 4,
+    },
+    "granitemoehybrid": _GRANITE_H,
+    "granitemoehybrid-rope-groups-eps": {
+        **_GRANITE_H,
+        "position_embedding_type": "rope",
+        "mamba_n_groups": 2,
+        "mamba_conv_bias": False,
+        "tie_word_embeddings": False,
+        **_LARGE_EPS,
+    },
     "olmoe-eps": {**_OLMOE, **_LARGE_EPS},
     "qwen3_moe-eps": {**_QWEN3, **_LARGE_EPS},
 }
@@ -445,14 +485,16 @@ def _gain(name: str, config: Any) -> float:
         if config.model_type == "gemma4_text":
             return 6.0 * math.sqrt(config.hidden_size)  # what it reads is divided by that
         # Sigmoids of larger logits are all 0 or 1, and their order is chance.
-        sigmoids = ("glm4_moe", "glm4_moe_lite", "deepseek_v3", "minimax_m2", "laguna")
+        sigmoids = ("glm4_moe", "glm4_moe_lite", "deepseek_v3", "minimax_m2", "laguna", "lfm2_moe")
         return 1.5 if config.model_type in sigmoids else 6.0
     if "q_proj" in name or "k_proj" in name or "q_b_proj" in name:
         return 0.7
-    if "conv1d" in name:
+    if "conv1d" in name or "conv.conv" in name:
         return 1.5
-    if "linear_attn.out_proj" in name:
-        return 0.2  # what a head of a recurrent layer reads may be little but noise, and is normed
+    if name.endswith(
+        ("linear_attn.out_proj.weight", "conv.out_proj.weight", "mamba.out_proj.weight")
+    ):
+        return 0.15  # what comes out of a recurrent layer is normed noise at times, or a product of three
     if "o_proj" in name or "out_proj" in name or "down_proj" in name or "output_linear" in name:
         return 0.5
     return 1.0

@@ -15,7 +15,7 @@ import reference_recurrent
 from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig
-from edgemoe.specs import AttentionSpec, DeltaSpec, MixerSpec, MlaSpec
+from edgemoe.specs import AttentionSpec, ConvSpec, DeltaSpec, MambaSpec, MixerSpec, MlaSpec
 
 Array = NDArray[Any]
 Experts = Callable[[int, int], tuple[Array, Array, Array]]
@@ -124,6 +124,13 @@ def mix(spec: MixerSpec, layer: Mapping[str, Array], turns: Mapping[str, Array],
         return delta(spec, layer, x)
     if isinstance(spec, MlaSpec):
         return latent_attention(spec, layer, turns, x)
+    if isinstance(spec, MambaSpec):
+        return mamba(spec, layer, x)
+    if isinstance(spec, ConvSpec):
+        u, b, c = (x @ layer[name].T for name in "ubc")
+        past = np.zeros((spec.taps - 1, spec.width))
+        y, _ = reference_recurrent.short_conv(b * u, layer["conv"], 0, past, with_silu=False)
+        return (c * y) @ layer["o"].T
     raise AssertionError(spec)
 
 
@@ -172,6 +179,22 @@ def attention(
         gate = np.logaddexp(0, gate) if spec.gate == "softplus_head" else 1 / (1 + np.exp(-gate))
         out = out * np.repeat(gate, out.shape[1] // gate.shape[1], axis=1)
     return out @ layer["o"].T + layer.get("o_bias", 0)
+
+
+def mamba(spec: MambaSpec, layer: Mapping[str, Array], x: Array) -> Array:
+    """Mamba-2."""
+    zero = [np.zeros(shape) for shape in spec.state_shapes]
+    xbc, _ = reference_recurrent.short_conv(
+        x @ layer["xbc"].T, layer["conv"], layer.get("conv_bias", 0), zero[0], with_silu=True
+    )
+    heads, _ = reference_recurrent.mamba2(
+        xbc, x @ layer["step"].T, layer["decay_rate"], layer["step_bias"], layer["skip"], spec.groups,
+        zero[1],
+    )  # fmt: skip
+    mixed = reference_recurrent.gated_norm(
+        heads, x @ layer["x_gate"].T, layer["head_norm"], spec.norm_eps, spec.groups, "silu_first"
+    )
+    return mixed @ layer["o"].T
 
 
 def delta(spec: DeltaSpec, layer: Mapping[str, Array], x: Array) -> Array:

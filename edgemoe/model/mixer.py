@@ -10,13 +10,15 @@ from typing import Any, Protocol
 
 from edgemoe.model.attention import Attention
 from edgemoe.model.batch import Batch
+from edgemoe.model.conv import Conv
 from edgemoe.model.delta import Delta
 from edgemoe.model.kv import KvTypes
+from edgemoe.model.mamba import Mamba
 from edgemoe.model.mla import Mla
 from edgemoe.model.setup import Setup
 from edgemoe.model.state import State
 from edgemoe.ops import Array, Ops
-from edgemoe.specs import AttentionSpec, DeltaSpec, MixerSpec, MlaSpec
+from edgemoe.specs import AttentionSpec, ConvSpec, DeltaSpec, MambaSpec, MixerSpec, MlaSpec
 from edgemoe.store import Weight
 
 __all__ = ["ClosedMixer", "Mixer", "MixerLayer", "mixer_class"]
@@ -77,8 +79,10 @@ class Mixer(Protocol):
 
 _CLASSES: Mapping[type[MixerSpec], type[Mixer]] = {
     AttentionSpec: Attention,
+    ConvSpec: Conv,
     DeltaSpec: Delta,
     MlaSpec: Mla,
+    MambaSpec: Mamba,
 }
 
 

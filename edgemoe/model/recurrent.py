@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any, Protocol
 
+from edgemoe.model.batch import Batch
+from edgemoe.model.kv import KvTypes
+from edgemoe.model.setup import Setup
 from edgemoe.ops import Array, Ops
 
-__all__ = ["RecurrentState"]
+__all__ = ["Recurrent", "RecurrentState"]
 
 _SNAPSHOTS = 2
 """Of a layer and sequence: where the last turn of a conversation begins, and where its reply does."""
@@ -61,3 +65,50 @@ class RecurrentState:
         """Forgets lengths, and what was kept of them."""
         self._kept = [n for n in self._kept if n not in lengths]
         self._free += [self._at.pop(n) for n in lengths]
+
+
+class RecurrentSpec(Protocol):
+    """Is the spec of a mixer with such a state."""
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the arrays that stand for what was."""
+
+    @property
+    def scratch_widths(self) -> tuple[int, ...]:
+        """Floats of each array of scratch for a token."""
+
+
+class Recurrent:
+    """Is what the layers of one spec share, but for the class of a layer. See `Mixer`."""
+
+    def __init__(self, spec: Any, setup: Setup) -> None:
+        self.spec, self.ops = spec, setup.ops
+        self._rows = setup.scratch.rows(*spec.scratch_widths)
+
+    @staticmethod
+    def scratch_widths(spec: RecurrentSpec) -> tuple[int, ...]:
+        """See `Mixer.scratch_widths`."""
+        return spec.scratch_widths
+
+    @staticmethod
+    def state_bytes(spec: RecurrentSpec, context: int, types: KvTypes) -> int:
+        """See `Mixer.state_bytes`: the same for every context."""
+        return RecurrentState.bytes(*spec.state_shapes)
+
+    @staticmethod
+    def read_bytes(spec: RecurrentSpec, length: int, types: KvTypes) -> int:
+        """See `Mixer.read_bytes`."""
+        return RecurrentState.read_bytes(*spec.state_shapes)
+
+    def make_state(self) -> RecurrentState:
+        """See `Mixer.make_state`."""
+        return RecurrentState(self.ops, *self.spec.state_shapes)
+
+    def start(self, batch: Batch) -> None:
+        """See `Mixer.start`: all rows of scratch, and for each sequence its states, position, count and rows."""
+        parts = [
+            (s.state.layers, s.state.held, s.count, self._rows.between(s.start, s.stop))
+            for s in batch.slices
+        ]
+        batch.shared[self] = (self._rows.first(len(batch.ids)), parts)

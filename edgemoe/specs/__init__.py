@@ -10,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgemoe.specs.attention import AttentionSpec, RopeSpec
+from edgemoe.specs.conv import ConvSpec
 from edgemoe.specs.delta import DeltaSpec
 from edgemoe.specs.ffn import ACTIVATIONS, Activation, FfnSpec, RouterSpec
+from edgemoe.specs.mamba import MambaSpec
 from edgemoe.specs.mixer import MixerSpec
 from edgemoe.specs.mla import MlaSpec
 from edgemoe.specs.tensor import TensorSpec
 
 __all__ = [
-    "ACTIVATIONS", "MIXERS", "Activation", "AttentionSpec", "DeltaSpec", "FfnSpec", "MixerSpec", "MlaSpec",
-    "RopeSpec", "RouterSpec", "TensorSpec",
+    "ACTIVATIONS", "MIXERS", "Activation", "AttentionSpec", "ConvSpec", "DeltaSpec", "FfnSpec", "MambaSpec",
+    "MixerSpec", "MlaSpec", "RopeSpec", "RouterSpec", "TensorSpec",
 ]  # fmt: skip
 
-MIXERS: Mapping[str, type[MixerSpec]] = {s.kind: s for s in (AttentionSpec, DeltaSpec, MlaSpec)}
+MIXERS: Mapping[str, type[MixerSpec]] = {
+    s.kind: s for s in (AttentionSpec, ConvSpec, DeltaSpec, MambaSpec, MlaSpec)
+}
 """The kinds of mixers, by their names in a file."""

@@ -6,13 +6,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from edgemoe.errors import quoted
-from edgemoe.specs.mixer import MixerSpec, need, need_numbers, need_sizes
+from edgemoe.specs.mixer import MOST_TAPS, MixerSpec, need, need_numbers, need_sizes
 from edgemoe.specs.tensor import TensorSpec
 
 __all__ = ["DeltaSpec"]
-
-_MOST_TAPS = 8
-"""Of a short convolution."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +31,7 @@ class DeltaSpec(MixerSpec):
     def __post_init__(self) -> None:
         need_sizes(self, "key_heads", "value_heads", "key_dim", "value_dim", "taps")
         need_numbers(self, "norm_eps")
-        need(self.taps <= _MOST_TAPS, f"a convolution of {self.taps} taps is not supported")
+        need(self.taps <= MOST_TAPS, f"a convolution of {self.taps} taps is not supported")
         need(
             self.value_heads % self.key_heads == 0,
             f"value_heads {self.value_heads} is not a multiple of key_heads {self.key_heads}",
@@ -78,6 +75,11 @@ class DeltaSpec(MixerSpec):
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The last inputs of the convolution, and the heads' matrices."""
         return (self.taps - 1, self.channels), (self.value_heads, self.key_dim, self.value_dim)
+
+    @property
+    def scratch_widths(self) -> tuple[int, ...]:
+        """Queries, keys and values; decays; betas; the gate; what comes out of the heads."""
+        return self.channels, self.decays, self.value_heads, self.value_width, self.value_width
 
     def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
         """See `MixerSpec.tensors`."""

@@ -12,10 +12,13 @@ from edgemoe.specs.tensor import TensorSpec
 if TYPE_CHECKING:
     from edgemoe.specs.attention import RopeSpec
 
-__all__ = ["LIMIT", "MixerSpec", "need", "need_numbers", "need_sizes"]
+__all__ = ["LIMIT", "MOST_TAPS", "MixerSpec", "need", "need_numbers", "need_sizes"]
 
 LIMIT = 1 << 24
 """No dimension of a real model comes near; keeps every product inside 64 bits."""
+
+MOST_TAPS = 8
+"""Of a convolution over time."""
 
 
 class MixerSpec(ABC):

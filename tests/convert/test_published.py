@@ -91,6 +91,14 @@ PUBLISHED = {
         {"model_type": "deepseek_v3", **_rope(1e4)}, 671.0, 23.6, 342.6, 0, 61 * 2 * 576
     ),
     "Mistral-Small-4-119B": Published({"model_type": "mistral4"}, 119.0, 13.5, 60.8, 0, 36 * 2 * 320),
+    "LFM2-8B-A1B": Published(
+        {
+            "model_type": "lfm2_moe",
+            "num_hidden_layers": 24,
+            "layer_types": ["full_attention" if i in (2, 6, 10, 14, 18, 21) else "conv" for i in range(24)],
+        },
+        8.34, 5.9, 4.1, 18 * 16 * 1024, 12 * 1024,
+    ),
 }  # fmt: skip
 
 

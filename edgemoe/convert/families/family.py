@@ -27,6 +27,7 @@ __all__ = [
     "Source",
     "attention_spec",
     "by_layer",
+    "by_type",
     "choosing",
     "decoder_config",
     "further_layers",
@@ -226,13 +227,14 @@ def decoder_config(
         "mixers": tuple(distinct),
         "layer_mixers": tuple(map(distinct.index, layers)),
         "context_length": settings.integer("max_position_embeddings"),
-        "norm_eps": settings.number("rms_norm_eps"),
         "tied": settings.flag("tie_word_embeddings", False),
     }
     if "num_experts" not in switches:
         # Qwen3-MoE says num_local_experts on disk since transformers 5, and num_experts before.
         local = "num_experts" if settings.get("num_local_experts") is None else "num_local_experts"
         fields["num_experts"] = settings.integer(local)
+    if "norm_eps" not in switches:
+        fields["norm_eps"] = settings.number("rms_norm_eps")
     if "experts_per_token" not in switches:
         fields["experts_per_token"] = settings.integer("num_experts_per_tok")
     return ModelConfig(**{**fields, **switches})
@@ -263,14 +265,28 @@ def attention_spec(
         "head_dim": head_dim,
         "scale": head_dim**-0.5,
         "rope": RopeSpec(name=rope, dim=dim),
-        "norm_eps": settings.number("rms_norm_eps"),
     }
+    if "norm_eps" not in switches:
+        fields["norm_eps"] = settings.number("rms_norm_eps")
     return AttentionSpec(**{**fields, **switches})
 
 
 def by_layer(windows: Sequence[int], spec: AttentionSpec) -> list[AttentionSpec]:
     """Returns attention of every layer, which differs by its window alone."""
     return [replace(spec, window=width) for width in windows]
+
+
+def by_type(settings: Settings, kinds: Mapping[str, MixerSpec]) -> list[MixerSpec]:
+    """Returns the mixer of every layer, by the names in `layer_types`."""
+    count, types = num_layers(settings), settings.get("layer_types")
+    if not isinstance(types, list) or len(types) != count:
+        raise settings.error(
+            "layer_types", f"expected a list of {count} names, got {quoted(types)}"
+        )
+    for name in types:
+        if not isinstance(name, str) or name not in kinds:
+            raise settings.error("layer_types", f"{quoted(name)} is not supported")
+    return [kinds[name] for name in types]
 
 
 def choosing(experts: Mapping[str, Source], bias: str) -> Mapping[str, Source]:

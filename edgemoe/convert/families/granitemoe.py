@@ -12,7 +12,7 @@ from edgemoe.convert.families.family import (
 )
 from edgemoe.convert.settings import Settings
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "scalars"]
 
 
 def _config(settings: Settings) -> ModelConfig:
@@ -32,10 +32,17 @@ def _config(settings: Settings) -> ModelConfig:
         moe_layers=tuple(range(layers)),
         scoring="softmax_topk",
         shared_hidden=(shared,) * layers,
-        embedding_multiplier=settings.number("embedding_multiplier", 1.0),
-        residual_multiplier=settings.number("residual_multiplier", 1.0),
-        logits_divisor=settings.number("logits_scaling", 1.0),
+        **scalars(settings),
     )
+
+
+def scalars(settings: Settings) -> dict[str, float]:
+    """Returns the multipliers of Granite models."""
+    return {
+        "embedding_multiplier": settings.number("embedding_multiplier", 1.0),
+        "residual_multiplier": settings.number("residual_multiplier", 1.0),
+        "logits_divisor": settings.number("logits_scaling", 1.0),
+    }
 
 
 FAMILY = Family(

@@ -18,6 +18,7 @@ from edgemoe.convert.families.family import (
     Fold,
     Source,
     attention_spec,
+    by_type,
     decoder_config,
     num_layers,
     sparse_layers,
@@ -66,19 +67,10 @@ def mixers(settings: Settings) -> list[MixerSpec]:
         taps=settings.integer("linear_conv_kernel_dim"),
         norm_eps=settings.number("rms_norm_eps"),
     )
-    kinds: Mapping[str, MixerSpec] = {"linear_attention": delta, "full_attention": attention}
-    count, types = num_layers(settings), settings.get("layer_types")
-    if types is None:
+    if settings.get("layer_types") is None:
         every = settings.integer("full_attention_interval", 4)
-        return [delta if (i + 1) % every else attention for i in range(count)]
-    if not isinstance(types, list) or len(types) != count:
-        raise settings.error(
-            "layer_types", f"expected a list of {count} names, got {quoted(types)}"
-        )
-    unknown = [t for t in types if t not in kinds]
-    if unknown:
-        raise settings.error("layer_types", f"{quoted(unknown[0])} is not supported")
-    return [kinds[t] for t in types]
+        return [delta if (i + 1) % every else attention for i in range(num_layers(settings))]
+    return by_type(settings, {"linear_attention": delta, "full_attention": attention})
 
 
 def plus_one(x: Array, spec: Any) -> Array:

@@ -20,11 +20,13 @@ from edgemoe.errors import FormatError
 from edgemoe.lab.quality.latent import latent_attention
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.lab.quality.quality import Sample
-from edgemoe.lab.quality.recurrent import delta, sigmoid, softplus
+from edgemoe.lab.quality.recurrent import conv, delta, mamba, sigmoid, softplus
 from edgemoe.specs import (
     Activation,
     AttentionSpec,
+    ConvSpec,
     DeltaSpec,
+    MambaSpec,
     MixerSpec,
     MlaSpec,
     RopeSpec,
@@ -230,6 +232,10 @@ def _mix(spec: MixerSpec, layer: Layer, x: Array, turns: Turns) -> Array:
         return delta(spec, layer, x)
     if isinstance(spec, MlaSpec):
         return latent_attention(spec, layer, x, turns)
+    if isinstance(spec, MambaSpec):
+        return mamba(spec, layer, x)
+    if isinstance(spec, ConvSpec):
+        return conv(spec, layer, x)
     raise FormatError(f"a forward pass in floats knows no mixers of kind {spec.kind} yet")
 
 

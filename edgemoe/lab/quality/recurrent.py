@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.convert.numpy_ops import rms_norm, silu
-from edgemoe.specs import DeltaSpec
+from edgemoe.specs import ConvSpec, DeltaSpec, MambaSpec
 
-__all__ = ["delta", "sigmoid", "softplus"]
+__all__ = ["conv", "delta", "mamba", "sigmoid", "softplus"]
 
 Array = NDArray[np.float32]
 _LENGTH_EPS = np.float32(1e-6)
@@ -38,6 +38,37 @@ def delta(spec: DeltaSpec, layer: Mapping[str, Array], x: Array) -> Array:
     mixed = rms_norm(out, layer["head_norm"], spec.norm_eps)
     mixed *= silu(gate) if spec.gate == "silu" else sigmoid(gate)
     added: Array = mixed.reshape(T, -1) @ layer["o"].T
+    return added
+
+
+def mamba(spec: MambaSpec, layer: Mapping[str, Array], x: Array) -> Array:
+    """Returns what Mamba-2 makes of x [T, D]."""
+    T, heads, groups = len(x), spec.num_heads, spec.groups
+    bias = layer.get("conv_bias", np.float32(0))
+    xbc = silu(_short_conv(x @ layer["xbc"].T, layer["conv"]) + bias)
+    at = spec.groups * spec.state_dim
+    u, b, c = np.split(xbc, [spec.width, spec.width + at], axis=1)
+    u = u.reshape(T, heads, -1)
+    b, c = (a.reshape(T, groups, -1).repeat(heads // groups, axis=1) for a in (b, c))
+    steps = softplus(x @ layer["step"].T + layer["step_bias"])
+    decay = np.exp(-layer["decay_rate"] * steps)
+    state = np.zeros((heads, spec.state_dim, spec.head_dim), np.float32)
+    out = np.empty_like(u)
+    for t in range(T):
+        state *= decay[t][:, None, None]
+        state += b[t][:, :, None] * (steps[t][:, None] * u[t])[:, None, :]
+        out[t] = np.einsum("hnp,hn->hp", state, c[t]) + layer["skip"][:, None] * u[t]
+    mixed = out.reshape(T, -1) * silu(x @ layer["x_gate"].T)
+    parts = mixed.reshape(T, groups, -1)
+    parts = rms_norm(parts, layer["head_norm"].reshape(groups, -1), spec.norm_eps)
+    added: Array = parts.reshape(T, -1) @ layer["o"].T
+    return added
+
+
+def conv(spec: ConvSpec, layer: Mapping[str, Array], x: Array) -> Array:
+    """Returns what the gated short convolution makes of x [T, D]."""
+    u, b, c = (x @ layer[name].T for name in "ubc")
+    added: Array = (c * _short_conv(b * u, layer["conv"])) @ layer["o"].T
     return added
 
 

@@ -1,0 +1,80 @@
+"""Mamba-2: a matrix for each head, to which each token adds and which fades."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from edgemoe.specs.mixer import MOST_TAPS, MixerSpec, need, need_numbers, need_sizes
+from edgemoe.specs.tensor import TensorSpec
+
+__all__ = ["MambaSpec"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MambaSpec(MixerSpec):
+    """Mamba-2 (arXiv 2405.21060): a short convolution, the state space layer, a gate, and a norm behind it."""
+
+    kind: ClassVar[str] = "mamba"
+
+    num_heads: int
+    head_dim: int
+    groups: int
+    """Of heads, one after the other, which share what they write by and read by; and of the norm."""
+    state_dim: int
+    taps: int
+    """Of the convolution over time."""
+    norm_eps: float
+    conv_bias: bool = True
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "num_heads", "head_dim", "groups", "state_dim", "taps")
+        need_numbers(self, "norm_eps")
+        need(1 < self.taps <= MOST_TAPS, f"a convolution of {self.taps} taps is not supported")
+        need(
+            self.num_heads % self.groups == 0,
+            f"num_heads {self.num_heads} is not a multiple of groups {self.groups}",
+        )
+        need(self.head_dim % 16 == 0, f"head_dim must be a multiple of 16, got {self.head_dim}")
+        need_sizes(self, "channels")
+        need(self.num_heads * self.state_dim * self.head_dim < 1 << 30, "a state is too large")
+
+    def __str__(self) -> str:
+        """Is what a person is told of it."""
+        return f"Mamba-2: {self.num_heads} heads of {self.head_dim} x {self.state_dim} in {self.groups} groups"
+
+    @property
+    def width(self) -> int:
+        """Columns of what comes out of the heads."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Columns of what is convolved: the heads' inputs, and what groups write by and read by."""
+        return self.width + 2 * self.groups * self.state_dim
+
+    @property
+    def state_pieces(self) -> int:
+        """See `MixerSpec.state_pieces`: its state does not grow."""
+        return 0
+
+    @property
+    def state_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The last inputs of the convolution, and the heads' matrices."""
+        return (self.taps - 1, self.channels), (self.num_heads, self.state_dim, self.head_dim)
+
+    @property
+    def scratch_widths(self) -> tuple[int, ...]:
+        """What is convolved; steps; decays; the gate; what comes out of the heads."""
+        return self.channels, self.num_heads, self.num_heads, self.width, self.width
+
+    def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
+        """See `MixerSpec.tensors`."""
+        f32, nested = TensorSpec.f32, TensorSpec.nested
+        d, w, h = hidden_size, self.width, self.num_heads
+        out = {
+            "xbc": nested(self.channels, d), "x_gate": nested(w, d), "o": nested(d, w),
+            "step": f32(h, d), "conv": f32(self.taps, self.channels), "decay_rate": f32(h),
+            "step_bias": f32(h), "skip": f32(h), "head_norm": f32(w),
+        }  # fmt: skip
+        return out | ({"conv_bias": f32(self.channels)} if self.conv_bias else {})
