@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from edgemoe.errors import FormatError, quoted
+from edgemoe.errors import quoted
 from edgemoe.specs import (
     ACTIVATIONS,
     MIXERS,
@@ -272,7 +272,8 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
         layers.I.attn_out_norm .ffn_out_norm [D]   .layer_scale [1]
         layers.I.shared.gate .up [S, D]  layers.I.shared.down [D, S]  layers.I.shared.sigmoid [D]
 
-    A layer that is not in `moe_layers` is a dense layer: its FFN is `shared`, without sigmoid.
+    A layer that is not in `moe_layers` is a dense layer: its FFN is `shared`, without sigmoid. One with no width for
+    that either is a mixer alone, without `ffn_norm`.
     """
     d = config.hidden_size
     f32, nested = TensorSpec.f32, TensorSpec.nested
@@ -283,11 +284,9 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
         out["head"] = nested(config.vocab_size, d)
     for i in range(config.num_layers):
         mixer, ffn = config.mixer(i), config.ffn(i)
-        if not ffn.num_experts and not ffn.shared_width:
-            raise FormatError(f"model config: layer {i} has neither routed experts nor an FFN")
-        layer = {
-            "attn_norm": f32(d), **mixer.tensors(d), "ffn_norm": f32(d), **ffn.tensors(d),
-        }  # fmt: skip
+        layer = {"attn_norm": f32(d), **mixer.tensors(d)}
+        if ffn.exists:
+            layer |= {"ffn_norm": f32(d), **ffn.tensors(d)}
         if config.out_norms:
             layer |= {"attn_out_norm": f32(d), "ffn_out_norm": f32(d)}
         if config.layer_scale:

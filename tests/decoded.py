@@ -48,19 +48,22 @@ class Decoded:
         """Returns gate [H, D], up [H, D] and down [D, H], of the first rungs or of all."""
         moe, config = self._moe, self.config
         row = config.moe_layers.index(layer) * config.num_experts + index
-        hidden, width = config.hidden_size, config.expert_hidden
-        shapes = ((width, hidden), (width, hidden), (hidden, width))
+        shapes = config.expert_shapes
         ladders = [np.diff([0, *bits]) for bits in zip(*moe.ladder, strict=True)]
         rungs: list[list[Array]] = [[], [], []]
         at = int(moe.experts.offsets[row])
         have = min(int(moe.experts.rungs[row]), level or 8)
         for rung in range(have):
             for part, (rows, cols) in enumerate(shapes):
+                if not rows:
+                    continue
                 size = self._scheme.rung_bytes(rows, cols, int(ladders[part][rung]), rung)
                 rungs[part].append(self._bytes[at : at + size])
                 at += size
         gate, up, down = (
             self._scheme.decode_rungs(rungs[part], ladders[part][:have], *shapes[part])
+            if shapes[part][0]
+            else np.empty(shapes[part])
             for part in range(3)
         )
         return gate, up, down

@@ -204,6 +204,22 @@ _GRANITE_H = {
     "mamba_chunk_size": 8,
     "tie_word_embeddings": True,
 }
+_NEMOTRON = {
+    "model_type": "nemotron_h",
+    "layers_block_type": ["linear_attention", "moe", "linear_attention", "full_attention", "moe"],
+    "n_routed_experts": 8,
+    "intermediate_size": 72,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 48,
+    "routed_scaling_factor": 1.5,
+    "head_dim": 24,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 24,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "time_step_min": 1e-9,  # transformers cuts steps in prompts, and not in single tokens
+}
 _LARGE_EPS = {"rms_norm_eps": 0.3}
 """As large as the mean squares that it is added to, so that a norm with another one is seen."""
 
@@ -465,6 +481,14 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "tie_word_embeddings": False,
         **_LARGE_EPS,
     },
+    "nemotron_h": _NEMOTRON,
+    "nemotron_h-mlp-eps": {
+        **_NEMOTRON,
+        "layers_block_type": ["linear_attention", "mlp", "full_attention", "moe"],
+        "layer_norm_epsilon": 0.3,
+        "n_group": 4,
+        "topk_group": 2,
+    },
     "olmoe-eps": {**_OLMOE, **_LARGE_EPS},
     "qwen3_moe-eps": {**_QWEN3, **_LARGE_EPS},
 }
@@ -485,16 +509,32 @@ def _gain(name: str, config: Any) -> float:
         if config.model_type == "gemma4_text":
             return 6.0 * math.sqrt(config.hidden_size)  # what it reads is divided by that
         # Sigmoids of larger logits are all 0 or 1, and their order is chance.
-        sigmoids = ("glm4_moe", "glm4_moe_lite", "deepseek_v3", "minimax_m2", "laguna", "lfm2_moe")
+        sigmoids = (
+            "glm4_moe",
+            "glm4_moe_lite",
+            "deepseek_v3",
+            "minimax_m2",
+            "laguna",
+            "lfm2_moe",
+            "nemotron_h",
+        )
         return 1.5 if config.model_type in sigmoids else 6.0
     if "q_proj" in name or "k_proj" in name or "q_b_proj" in name:
         return 0.7
     if "conv1d" in name or "conv.conv" in name:
         return 1.5
+    if "mixer.out_proj" in name:
+        return 0.04  # of a norm over whole groups, in which rounding is loud
     if name.endswith(
-        ("linear_attn.out_proj.weight", "conv.out_proj.weight", "mamba.out_proj.weight")
+        (
+            "linear_attn.out_proj.weight",
+            "conv.out_proj.weight",
+            "mamba.out_proj.weight",
+        )
     ):
         return 0.15  # what comes out of a recurrent layer is normed noise at times, or a product of three
+    if config.model_type == "nemotron_h" and "down_proj" in name:
+        return 0.12  # what it is applied to is a square
     if "o_proj" in name or "out_proj" in name or "down_proj" in name or "output_linear" in name:
         return 0.5
     return 1.0

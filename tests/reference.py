@@ -57,6 +57,8 @@ def logits(
         if config.out_norms:
             h = rms_norm(h, layer["attn_out_norm"], config.norm_eps)
         x = x + h * dtype(config.residual_multiplier)
+        if "ffn_norm" not in layer:
+            continue
         h = rms_norm(x, layer["ffn_norm"], config.norm_eps)
         out, routed, to_router = np.zeros_like(x), np.zeros_like(x), h
         if config.shared_width(i):

@@ -36,8 +36,9 @@ class _Layer:
     """One block."""
 
     mixer: MixerLayer
-    ffn_norm: Array
-    ffn: Ffn
+    ffn_norm: Array | None
+    ffn: Ffn | None
+    """None: the layer is a mixer alone."""
     next_norm: Array
     """Of the next layer's mixer, or of the head."""
 
@@ -79,8 +80,10 @@ class Decoder:
             config, ops, experts, [tensors[i] for i in config.moe_layers], max_tokens=max_tokens
         )
 
-        def ffn(i: int) -> Ffn:
+        def ffn(i: int) -> Ffn | None:
             index = config.moe_index(i)
+            if not config.ffn(i).exists:
+                return None
             if index < 0:
                 inner: Ffn = DenseFfn(ops, tensors[i], config.activation)
             else:
@@ -99,7 +102,7 @@ class Decoder:
         norms = [cast(Array, t["attn_norm"]) for t in tensors] + [cast(Array, weights["norm"])]
         self._first_norm = norms[0]
         self._layers = [
-            _Layer(mixer(i), cast(Array, tensors[i]["ffn_norm"]), ffn(i), norms[i + 1])
+            _Layer(mixer(i), cast("Array | None", tensors[i].get("ffn_norm")), ffn(i), norms[i + 1])
             for i in range(config.num_layers)
         ]
 
@@ -129,8 +132,9 @@ class Decoder:
         for layer in self._layers:
             batch.check()
             layer.mixer.forward(normed, batch, added)
-            ops.add_norm(added, residual, x, layer.ffn_norm, eps, normed)
-            layer.ffn.forward(x, normed, batch, added)
+            if layer.ffn is not None and layer.ffn_norm is not None:
+                ops.add_norm(added, residual, x, layer.ffn_norm, eps, normed)
+                layer.ffn.forward(x, normed, batch, added)
             ops.add_norm(added, residual, x, layer.next_norm, eps, normed)
         return cast(Array, normed)
 

@@ -49,6 +49,11 @@ class FfnSpec:
     has_branch_norms: bool
     """Router, experts and the FFN beside them have norms of their own."""
 
+    @property
+    def exists(self) -> bool:
+        """Whether anything follows the mixer."""
+        return bool(self.num_experts or self.shared_width)
+
     def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
         """Returns its tensors outside the routed experts by their names within a layer, in file order."""
         f32, nested = TensorSpec.f32, TensorSpec.nested

@@ -99,6 +99,26 @@ PUBLISHED = {
         },
         8.34, 5.9, 4.1, 18 * 16 * 1024, 12 * 1024,
     ),
+    "Granite-4.0-H-Tiny": Published(
+        {
+            "model_type": "granitemoehybrid", "hidden_size": 1536, "intermediate_size": 512,
+            "shared_intermediate_size": 1024, "num_hidden_layers": 40, "num_attention_heads": 12,
+            "num_key_value_heads": 4, "num_local_experts": 64, "num_experts_per_tok": 6,
+            "mamba_n_heads": 48, "mamba_d_head": 64, "mamba_d_state": 128, "tie_word_embeddings": True,
+            "vocab_size": 100352, "position_embedding_type": "nope",
+            "layer_types": ["attention" if i in (5, 15, 25, 35) else "mamba" for i in range(40)],
+        },
+        6.94, 1.27, 3.2, 36 * (48 * 64 * 128 * 4 + 3 * (48 * 64 + 256) * 4), 8 * 1024,
+    ),
+    "Nemotron-3-Nano-30B-A3B": Published(
+        {
+            "model_type": "nemotron_h", "hidden_size": 2688, "num_key_value_heads": 2,
+            "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+            "mamba_num_heads": 64, "n_routed_experts": 128, "moe_intermediate_size": 1856,
+            "moe_shared_expert_intermediate_size": 3712, "num_experts_per_tok": 6,
+        },
+        31.6, 5.3, 15.4, 23 * (2 * 1024 * 1024 + 3 * 6144 * 4), 6 * 1024,
+    ),
 }  # fmt: skip
 
 

@@ -34,9 +34,9 @@ def assert_same_function(path: Path) -> None:
     tensors = {name: model.tensor(name) for name in dense_tensors(model.config)}
     got, chosen = reference.logits(model.config, tensors, model.expert, ids)
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
-    assert chosen.keys() == expected_chosen.keys()
-    for layer in chosen:
-        np.testing.assert_array_equal(np.sort(chosen[layer]), expected_chosen[layer])
+    # In order: where mixer and FFN are layers of their own, ours have other numbers.
+    for mine, theirs in zip(chosen.values(), expected_chosen.values(), strict=True):
+        np.testing.assert_array_equal(np.sort(mine), theirs)
 
 
 @pytest.mark.parametrize("name", families.SETTINGS)

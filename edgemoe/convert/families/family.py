@@ -116,6 +116,8 @@ class Family:
     """The same of layers whose mixer is of a kind."""
     model: Mapping[str, Source] = field(default_factory=dict)
     """Where embedding and last norm are in the root, if not under their usual names."""
+    apart: bool = False
+    """A layer's mixer and its FFN are stored as two layers, one after the other, each with a norm of its own."""
     roots: tuple[str, ...] = ("model.",)
     """How names of all but the head may begin; the first where it finds an embedding."""
     rope: Callable[[Settings, RopeSpec], Settings] = lambda settings, spec: settings
@@ -139,6 +141,7 @@ class Family:
         model = {**_MODEL, **self.model}
         embeds = (root for root in self.roots if root + model["embed"].name in stored)
         root = next(embeds, self.roots[0])
+        places = self._places(config, root)
         for name in dense_tensors(config):
             if name == "head":
                 own = (
@@ -150,17 +153,28 @@ class Family:
             elif name not in tables:
                 _, number, part = name.split(".", 2)
                 layer = int(number)
-                place = f"{root}layers.{layer}."
-                names = self._layer_names(config, layer, place, stored)
+                place = places[layer][is_of_ffn(config, layer, part)]
+                names = self._layer_names(config, layer, places[layer][1], stored)
                 yield name, _within(place, names[part])
         for layer in config.moe_layers:
-            place = f"{root}layers.{layer}."
+            place = places[layer][1]
             names = self._layer_names(config, layer, place, stored)
             for index in range(config.num_experts):
                 for part, (rows, _) in zip(MATRICES, config.expert_shapes, strict=True):
                     if not rows:  # a gate that experts do without
                         continue
                     yield f"experts.{layer}.{index}.{part}", _within(place, names[part], index)
+
+    def _places(self, config: ModelConfig, root: str) -> list[tuple[str, str]]:
+        """Returns how names of each layer begin: those of its mixer, and those of what follows it."""
+        if not self.apart:
+            return [(f"{root}layers.{i}.",) * 2 for i in range(config.num_layers)]
+        out, at = [], 0
+        for i in range(config.num_layers):
+            has_ffn = config.ffn(i).exists
+            out.append((f"{root}layers.{at}.", f"{root}layers.{at + has_ffn}."))
+            at += 1 + has_ffn
+        return out
 
     def _layer_names(
         self, config: ModelConfig, layer: int, place: str, stored: Mapping[str, tuple[int, ...]]
@@ -184,6 +198,11 @@ def _fits(source: Source, stored: tuple[int, ...], shape: tuple[int, int]) -> bo
     if source.fold is not None:
         return source.fold(np.broadcast_to(np.False_, stored), None).shape == shape
     return stored == (shape if source.half is None else (2 * shape[0], shape[1]))
+
+
+def is_of_ffn(config: ModelConfig, layer: int, part: str) -> bool:
+    """Returns whether a tensor of a layer is not its mixer's."""
+    return part == "ffn_norm" or part in config.ffn(layer).tensors(config.hidden_size)
 
 
 def _within(place: str, source: Source, expert: int | None = None) -> Source:
@@ -216,7 +235,7 @@ def decoder_config(
                 "hidden_act", f"{quoted(activation)} is not supported; supported: silu"
             )
     hidden_size = settings.integer("hidden_size")
-    count = num_layers(settings)
+    count = switches.get("num_layers") or num_layers(settings)
     layers = [mixers] * count if isinstance(mixers, MixerSpec) else list(mixers)
     distinct = list(dict.fromkeys(layers))
     fields: dict[str, Any] = {

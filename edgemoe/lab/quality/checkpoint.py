@@ -137,6 +137,9 @@ def final_states(
                 mixed = rms_norm(mixed, layer["attn_out_norm"], config.norm_eps)
             window += residual * mixed
         tokens = x.reshape(-1, config.hidden_size)
+        if not config.ffn(i).exists:
+            layer_done()
+            continue
         added = _ffns(tokens, model, i, layer)
         if config.out_norms:
             added = rms_norm(added, layer["ffn_out_norm"], config.norm_eps)
