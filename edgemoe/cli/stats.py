@@ -32,6 +32,7 @@ def stats_line(stats: Stats) -> str:
         f"{stats.new_tokens} token{'' if stats.new_tokens == 1 else 's'}",
         f"first after {stats.first_token_s:.1f} s" if stats.first_token_s >= 1 else "",
         f"{100 * stats.hit_rate:.0f}% of experts in memory" if stats.misses else "",
+        f"{stats.average_bits:.3g} bits" if stats.average_bits else "",
         *_changed(stats),
         f"#{stats.logits_hash}" if stats.logits_hash else "",
     ]

@@ -356,7 +356,7 @@ def test_how_much_is_said_after_a_reply(env: dict[str, str], tiny_moe: Path) -> 
     flags = (tiny_moe, "-p", "Hi", "-n", 4, "--ignore-eos")
     short = run(env, *flags, "--stats", "short").stderr.decode()
     assert re.fullmatch(
-        r"# [\d.]+ tok/s, 4 tokens(, \d+% of experts in memory)?, #[0-9a-f]{8}\n", short
+        r"# [\d.]+ tok/s, 4 tokens(, \d+% of experts in memory)?, 8 bits, #[0-9a-f]{8}\n", short
     )
     assert run(env, *flags, EDGEMOE_STATS="off").stderr == b""
     wrong = run(env, *flags, "--stats", "many")
@@ -773,7 +773,10 @@ FIGURES = Stats(
 
 
 def test_the_line_of_figures() -> None:
-    assert stats_line(FIGURES) == "# 11.2 tok/s, 128 tokens, 87% of experts in memory, #a31f09c2"
+    assert (
+        stats_line(FIGURES)
+        == "# 11.2 tok/s, 128 tokens, 87% of experts in memory, 3.1 bits, #a31f09c2"
+    )
     assert full_line(FIGURES) == (
         "# 12 prompt + 128 tokens: 85.1 prompt tok/s, 11.2 tok/s, first 0.42 s; hit 87.3%; dropped 3; "
         "read 1.94 GB at 2.1 GB/s; 3.1 bits; peak 812 MiB; #a31f09c2"

@@ -498,7 +498,7 @@ def test_commands(small, alloc, tmp_path, capsys):
     ("flags", "line", "used"),
     [
         ((), "# the file's experts: 3.31 bits on average, 2 to 6\n", None),
-        (("--bits", "2"), "# lossy: experts at 2 of the file's 3.31 bits\n", "; 2.0 bits;"),
+        (("--bits", "2"), "# lossy: experts at 2 of the file's 3.31 bits\n", ", 2 bits,"),
     ],
 )
 def test_a_run_says_how_many_bits_there_are(small, capsys, monkeypatch, flags, line, used):

@@ -189,7 +189,7 @@ def test_original_length_beside_the_parameters_wins() -> None:
 @pytest.mark.parametrize(
     ("parameters", "message"),
     [
-        ({"rope_type": "proportional"}, "rope_type: 'proportional' is not supported; supported:"),
+        ({"rope_type": "spiral"}, "rope_type: 'spiral' is not supported; supported:"),
         ({"type": "su"}, "'su' is not supported"),
         (
             {"rope_type": "linear", "factor": 4096.0},
