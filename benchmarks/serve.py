@@ -200,9 +200,8 @@ def soak(args: argparse.Namespace) -> None:
         raise SystemExit(why)
     rng, kinds = random.Random(0), 16
     asks = [body(i, 8 + 3 * i) for i in range(kinds)]
-    with serving(
-        args.model, "-np", "4", "--ram", str(ram), limit=ram if args.limit else 0
-    ) as server:
+    command = serving(args.model, "-np", "4", "--ram", str(ram))
+    with Server(command, limit=ram if args.limit else 0) as server:
         texts = [server.ask(ask)["choices"][0]["message"]["content"] for ask in asks]
         before = psutil.Process(server.pid)
         threads, memory = before.num_threads(), before.memory_info().rss
