@@ -5,16 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import sys
 from pathlib import Path
 
+from edgemoe.cli.apart import run_apart
 from edgemoe.cli.console import note
 
 __all__ = ["converted", "is_source"]
 
 _BYTES_PER_WEIGHT = 8.5 / 8  # at the most bits
 _WEIGHTS_PER_SECOND = 4_000_000  # and core
-_PROGRAM = "import sys; from edgemoe.cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 def is_source(path: Path) -> bool:
@@ -42,13 +41,7 @@ def converted(path: Path) -> Path:
     if not out.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         note(f"# {path.name} is converted once, to {out}: {_effort(path)}")
-        import subprocess
-
-        code = subprocess.call(
-            [sys.executable, "-c", _PROGRAM, "convert", str(path.resolve()), str(out)],
-            stdin=subprocess.DEVNULL,
-            cwd=Path(__file__).parents[2],
-        )
+        code = run_apart("convert", str(path.resolve()), str(out))
         if code:
             raise SystemExit(code)
     return out

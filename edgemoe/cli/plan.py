@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,6 +61,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _of_checkpoint(args: argparse.Namespace) -> int:
     """Makes a file with holes for weights, and plans that in a process which has read no checkpoint."""
+    from edgemoe.cli.apart import run_apart
     from edgemoe.convert.open import open_checkpoint
     from edgemoe.convert.source import SourceModel
     from edgemoe.file.hollow import write_hollow
@@ -80,9 +79,7 @@ def _of_checkpoint(args: argparse.Namespace) -> int:
             if getattr(args, name) is not None:
                 flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         flags += ["--json"] if args.json else []
-        # From where this package lies, or a folder of its name in the current one would be taken for it.
-        command = [sys.executable, "-m", "edgemoe.cli.plan", *flags]
-        return subprocess.run(command, cwd=Path(__file__).parents[2], check=False).returncode
+        return run_apart("plan", *flags)
 
 
 def _tell(args: argparse.Namespace) -> int:
@@ -186,7 +183,3 @@ def _parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print JSON, in bytes")
     add("-v", "--verbose", action="store_true", help="tracebacks of errors")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -206,14 +206,9 @@ def demo_model() -> Path:
 
     path = demo_path()
     if not path.is_file():
-        import subprocess
+        from edgemoe.cli.apart import run_apart
 
-        # From where this package lies, or a folder of its name in the current one would be taken for it.
-        code = subprocess.call(
-            [sys.executable, "-m", "edgemoe.cli.demo"],
-            stdin=subprocess.DEVNULL,
-            cwd=Path(__file__).parents[2],
-        )
+        code = run_apart("demo")
         if code:
             raise SystemExit(code)
     return path

@@ -1,0 +1,20 @@
+"""Runs a command of edgemoe in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+__all__ = ["run_apart"]
+
+
+def run_apart(*arguments: str) -> int:
+    """Runs `edgemoe ARGUMENTS` in another process, so that its memory is not this one's, and returns its exit code.
+
+    It reads nothing from stdin. It starts where this package lies, or a folder of its name in the current one would be
+    taken for it: paths among the arguments have to be absolute.
+    """
+    command = [sys.executable, "-m", "edgemoe", *arguments]
+    folder = Path(__file__).parents[2]
+    return subprocess.call(command, stdin=subprocess.DEVNULL, cwd=folder)
