@@ -47,6 +47,23 @@ void keep_groups(const RouteRule& rule, float* values) {
   }
 }
 
+/// The gates of SparseMixer: of each chosen expert its share among those that are at most 2% below it, and that were
+/// not chosen before it.
+void mix_sparsely(const Kernels& k, const float* row, int E, int top_k, const int32_t* chosen, float* gates) {
+  constexpr float kNear = 0.02f;
+  thread_local std::vector<float> near;
+  for (int i = 0; i < top_k; ++i) {
+    const float best = row[chosen[i]];
+    near.assign(1, best);
+    for (int e = 0; e < E; ++e) {
+      const bool is_far = (best - row[e]) / std::max(std::fabs(row[e]), best) > kNear;
+      if (!is_far && std::find(chosen, chosen + i + 1, e) == chosen + i + 1) near.push_back(row[e]);
+    }
+    k.softmax(near.data(), int(near.size()));
+    gates[i] = near[0];
+  }
+}
+
 /// Takes the best of one token's logits, which become scores of all experts. Ties go to the lower expert.
 void choose_of(const RouteRule& rule, const Router& router, float* row, int32_t* chosen, float* gates) {
   const Kernels& k = kernels();
@@ -63,6 +80,9 @@ void choose_of(const RouteRule& rule, const Router& router, float* row, int32_t*
       for (int i = 0; i < top_k; ++i) gates[i] = row[chosen[i]];
       k.softmax(gates, top_k);
       score();
+    } else if (rule.scoring == Scoring::kSparseMixer) {
+      mix_sparsely(k, row, E, top_k, chosen, gates);
+      score();
     } else {
       score();
       for (int i = 0; i < top_k; ++i) gates[i] = row[chosen[i]];
@@ -76,7 +96,7 @@ void choose_of(const RouteRule& rule, const Router& router, float* row, int32_t*
     highest(values.data(), E, top_k, chosen);
     for (int i = 0; i < top_k; ++i) gates[i] = row[chosen[i]];
   }
-  if (rule.renormalise && rule.scoring != Scoring::kSoftmaxTopK) {
+  if (rule.renormalise && rule.scoring != Scoring::kSoftmaxTopK && rule.scoring != Scoring::kSparseMixer) {
     float sum = 0;
     for (int i = 0; i < top_k; ++i) sum += gates[i];
     for (int i = 0; sum > 0 && i < top_k; ++i) gates[i] /= sum;

@@ -79,6 +79,7 @@ enum class Scoring : uint8_t {
   kSoftmax,      ///< over all experts
   kSoftmaxTopK,  ///< over the chosen
   kSigmoid,
+  kSparseMixer,  ///< over those near the highest, then without it over those near the next (arXiv 2409.12136)
 };
 
 /// How a router's logits become a choice: the experts with the highest scores, to which `Router::choice_bias` may be
@@ -102,8 +103,8 @@ struct Router {
 };
 
 /// Router logits and choice.
-/// scores: [T, num_experts], become the scores of all experts (for kSoftmaxTopK too over all); experts int32 [T, K] in
-/// descending order of what they are chosen by, gates float32 [T, K].
+/// scores: [T, num_experts], become the scores of all experts (for kSoftmaxTopK and kSparseMixer too over all); experts
+/// int32 [T, K] in descending order of what they are chosen by, gates float32 [T, K].
 void route(Workspace& ws, const float* x, const Router& router, int T, int cols, const RouteRule& rule, float* scores,
            int32_t* experts, float* gates);
 

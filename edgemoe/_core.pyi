@@ -152,6 +152,9 @@ class AttentionLayer:
         input_norm: _F32 | None = None,
         sinks: _F32 | None = None,
         v_norm: bool = False,
+        chunk: int = 0,
+        growth: float = 0.0,
+        grow_every: int = 0,
     ) -> None: ...
     @property
     def num_constants(self) -> int: ...

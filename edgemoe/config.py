@@ -15,11 +15,13 @@ from edgemoe.errors import quoted
 from edgemoe.specs import (
     ACTIVATIONS,
     MIXERS,
+    SCORINGS,
     Activation,
     FfnSpec,
     MixerSpec,
     RopeSpec,
     RouterSpec,
+    Scoring,
     TensorSpec,
 )
 from edgemoe.specs.flat import with_mixers
@@ -62,14 +64,16 @@ class ModelConfig:
     expert_hidden: int
     moe_layers: tuple[int, ...]
     """Layers with routed experts, ascending."""
-    scoring: Literal["softmax", "softmax_topk", "sigmoid"] = "softmax"
-    """softmax: over all experts, then the top k. softmax_topk: over the logits of the top k. sigmoid: of each logit."""
+    scoring: Scoring = "softmax"
+    """See `edgemoe.specs.Scoring`."""
     renormalise: bool = False
-    """Divide the gates of the chosen experts by their sum (not for scoring "softmax_topk", whose sum is 1)."""
+    """Divide the gates of the chosen experts by their sum (not for scoring "softmax_topk" and "sparsemixer")."""
     choice_bias: bool = False
     """Experts are chosen by their score plus a bias, the tensor `choice_bias`; gates are the scores without it."""
     gate_scale: float = 1.0
     """Multiplies the gates at last."""
+    gate_input: bool = False
+    """The gate multiplies what an expert gets, and not what it gives (for one expert per token)."""
     groups: int = 1
     """Of as many experts each, one after the other; experts are chosen from the best `used_groups` of them."""
     used_groups: int = 1
@@ -92,6 +96,8 @@ class ModelConfig:
     """What a mixer or an FFN gives is normed before it is added, by the tensors `attn_out_norm` and `ffn_out_norm`."""
     layer_scale: bool = False
     """At its end a layer multiplies the residual by the number `layer_scale`; what is added last has it already."""
+    head_bias: bool = False
+    """Logits have one, the tensor `head_bias`."""
     soft_cap: float | None = None
     """Logits are at last this times the hyperbolic tangent of themselves by this."""
     embedding_multiplier: float = 1.0
@@ -155,12 +161,17 @@ class ModelConfig:
 
     def _check_router(self) -> None:
         need(
-            self.scoring in ("softmax", "softmax_topk", "sigmoid"),
+            self.scoring in SCORINGS,
             f"unknown scoring {quoted(self.scoring)}",
         )
         need(
-            self.scoring != "softmax_topk" or (not self.choice_bias and self.groups == 1),
-            "scoring softmax_topk has neither a choice bias nor groups",
+            self.scoring not in ("softmax_topk", "sparsemixer")
+            or (not self.choice_bias and self.groups == 1),
+            f"scoring {self.scoring} has neither a choice bias nor groups",
+        )
+        need(
+            not self.gate_input or self.experts_per_token == 1,
+            f"gates of inputs are not supported for {self.experts_per_token} experts per token",
         )
         need(self.activation in ACTIVATIONS, f"unknown activation {quoted(self.activation)}")
         need(
@@ -261,7 +272,7 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
 
     All matrices are [out, in], as in `y = W x`; RoPE is in the half-split layout of transformers.
 
-        embed [V, D]  head [V, D] (absent when tied)  norm [D]
+        embed [V, D]  head [V, D] (absent when tied)  norm [D]  head_bias [V]
         of each kind of RoPE: NAME [dim / 2]  NAME_short (with LongRoPE)
         layers.I.attn_norm [D]   what the mixer's spec names; of attention:
         layers.I.q [heads * head_dim, D]  .k .v [kv_heads * head_dim, D]
@@ -282,6 +293,8 @@ def dense_tensors(config: ModelConfig) -> dict[str, TensorSpec]:
         out |= rope.tensors()
     if not config.tied:
         out["head"] = nested(config.vocab_size, d)
+    if config.head_bias:
+        out["head_bias"] = f32(config.vocab_size)
     for i in range(config.num_layers):
         mixer, ffn = config.mixer(i), config.ffn(i)
         layer = {"attn_norm": f32(d), **mixer.tensors(d)}

@@ -227,6 +227,9 @@ class Ops(Protocol):
     def multiply(self, factors: Array, out: Array) -> None:
         """out [T, D] *= factors, [T, D], [D] or [1]."""
 
+    def weigh(self, x: Array, gates: Array, out: Array) -> None:
+        """out [T, D] = x * gates [T, 1], which are the host's."""
+
     def soft_cap(self, cap: float, out: Array) -> None:
         """out = cap * tanh(out / cap)."""
 

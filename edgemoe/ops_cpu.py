@@ -73,16 +73,18 @@ class CpuOps:
             return cast("Array | None", tensors.get(name))
 
         parts = spec.has_constant_keys and keys == "q8_0"
+        ones = np.ones(spec.head_dim, np.float32) if spec.qk_norm == "unit" else None
         return _core.AttentionLayer(
             index=layer, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
-            window=spec.window, scale=spec.scale, norm_per_head=spec.qk_norm == "head",
+            window=spec.window, scale=spec.scale, norm_per_head=spec.qk_norm in ("head", "unit"),
             norm_eps=spec.norm_eps, clip=spec.clip or 0.0,
             q_bias=array("q_bias"), k_bias=array("k_bias"), v_bias=array("v_bias"),
-            q_norm=array("q_norm"), k_norm=array("k_norm"),
+            q_norm=array("q_norm") if ones is None else ones, k_norm=array("k_norm") if ones is None else ones,
             k=cast(Matrix, tensors["k"]) if parts else None,
             input_norm=array("attn_norm") if parts else None,
             rope_dim=spec.rope_dim, norm_after_rope=spec.norm_after_rope,
-            sinks=array("sinks"), v_norm=spec.v_norm,
+            sinks=array("sinks"), v_norm=spec.v_norm, chunk=spec.chunk, growth=spec.growth,
+            grow_every=spec.grow_every,
         )  # fmt: skip
 
     def latent_weights(
@@ -164,6 +166,10 @@ class CpuOps:
     def multiply(self, factors: Array, out: Array) -> None:
         """See `Ops.multiply`."""
         out *= factors
+
+    def weigh(self, x: Array, gates: Array, out: Array) -> None:
+        """See `Ops.weigh`."""
+        np.multiply(x, gates, out=out)
 
     def soft_cap(self, cap: float, out: Array) -> None:
         """See `Ops.soft_cap`."""

@@ -220,6 +220,27 @@ _NEMOTRON = {
     "chunk_size": 8,
     "time_step_min": 1e-9,  # transformers cuts steps in prompts, and not in single tokens
 }
+_LLAMA4 = {
+    "model_type": "llama4_text",
+    "num_hidden_layers": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 1,
+    "intermediate_size": 32,
+    "intermediate_size_mlp": 96,
+    "interleave_moe_layer_step": 2,
+    "head_dim": 24,
+    "attention_chunk_size": 8,
+    "floor_scale": 4,
+    "attn_scale": 0.5,
+}
+_PHI = {
+    "model_type": "phimoe",
+    "num_local_experts": 8,
+    "intermediate_size": 48,
+    "head_dim": 16,
+    "attention_bias": True,
+    "lm_head_bias": True,
+}
 _LARGE_EPS = {"rms_norm_eps": 0.3}
 """As large as the mean squares that it is added to, so that a norm with another one is seen."""
 
@@ -489,6 +510,40 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "n_group": 4,
         "topk_group": 2,
     },
+    "llama4_text": _LLAMA4,
+    "llama4_text-scout-eps": {
+        **_LLAMA4,
+        "interleave_moe_layer_step": 1,
+        "no_rope_layers": [0, 1, 1, 0],
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        **_LARGE_EPS,
+        **_rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    },
+    "phimoe": {
+        **_PHI,
+        **_rope(
+            "longrope",
+            short_factor=[1.0, 1.1, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2],
+            long_factor=[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
+            original_max_position_embeddings=32,
+            short_mscale=1.2,
+            long_mscale=1.2,
+        ),
+    },
+    "phimoe-no-bias-window-eps": {
+        **_PHI,
+        "attention_bias": False,
+        "lm_head_bias": False,
+        "sliding_window": 7,
+        **_LARGE_EPS,
+    },
     "olmoe-eps": {**_OLMOE, **_LARGE_EPS},
     "qwen3_moe-eps": {**_QWEN3, **_LARGE_EPS},
 }
@@ -516,6 +571,7 @@ def _gain(name: str, config: Any) -> float:
             "minimax_m2",
             "laguna",
             "lfm2_moe",
+            "llama4_text",
             "nemotron_h",
         )
         return 1.5 if config.model_type in sigmoids else 6.0
@@ -588,8 +644,13 @@ def make(
     return out
 
 
-def oracle(path: Path, ids: list[int]) -> tuple[NDArray[np.float32], dict[int, NDArray[np.int64]]]:
+def oracle(
+    path: Path, ids: list[int], gates: dict[int, NDArray[Any]] | None = None
+) -> tuple[NDArray[np.float32], dict[int, NDArray[np.int64]]]:
     """Runs a checkpoint with transformers in float32.
+
+    Args:
+        gates: gets those of each layer's experts, in ascending order of these, [T, K].
 
     Returns:
         The logits [T, V], and per layer with experts those chosen, [T, K], ascending.
@@ -601,6 +662,12 @@ def oracle(path: Path, ids: list[int]) -> tuple[NDArray[np.float32], dict[int, N
 
     def watch(layer: int) -> Any:
         def hook(module: Any, args: tuple[Any, ...]) -> None:
+            if len(args) == 1:  # Llama 4: all experts run, those that were not chosen on zeros
+                weighed = args[0].view(module.num_experts, len(ids), -1).abs().sum(-1)
+                chosen[layer] = weighed.argmax(0)[:, None].numpy()
+                return
+            if gates is not None:
+                gates[layer] = args[2].gather(1, args[1].argsort(1)).numpy()
             chosen[layer] = np.sort(args[1].numpy())  # of the module that runs the chosen experts
 
         return hook

@@ -29,8 +29,12 @@ def logits(
     ids: list[int],
     *,
     dtype: type[np.floating[Any]] = np.float64,
+    gates: dict[int, Array] | None = None,
 ) -> tuple[Array, dict[int, NDArray[np.int64]]]:
     """Runs the model on one sequence.
+
+    Args:
+        gates: gets those of each layer's experts, in ascending order of these, [T, K].
 
     Returns:
         The logits [T, V], and per layer with experts those chosen, [T, K], best first.
@@ -72,13 +76,19 @@ def logits(
                 to_router = rms_norm(x, layer["router_norm"], config.norm_eps)
                 h = rms_norm(x, layer["experts_norm"], config.norm_eps)
             z = to_router @ layer["router"].T + layer.get("router_bias", 0)
-            chosen[i], gates = route(config, z, layer.get("choice_bias", 0))
+            chosen[i], shares = route(config, z, layer.get("choice_bias", 0))
+            if gates is not None:
+                gates[i] = np.take_along_axis(shares, chosen[i].argsort(1), 1)
             for index in np.unique(chosen[i]):
                 token, place = np.nonzero(chosen[i] == index)
                 matrices = (w.astype(dtype) for w in experts(i, int(index)))
                 biases = [layer.get(f"expert_bias.{n}", {index: 0}) for n in ("gate", "up", "down")]
-                y = ffn(h[token], *matrices, config.activation, *(b[index] for b in biases))
-                routed[token] += gates[token, place, None] * y
+                gate, before = shares[token, place, None], 1
+                if config.gate_input:
+                    gate, before = 1, gate
+                brought = h[token] * before
+                y = ffn(brought, *matrices, config.activation, *(b[index] for b in biases))
+                routed[token] += gate * y
             if config.branch_norms:
                 routed = rms_norm(routed, layer["experts_out_norm"], config.norm_eps)
         out = out + routed
@@ -87,7 +97,8 @@ def logits(
         x = x * layer.get("layer_scale", 1) + out * dtype(config.residual_multiplier)
     x = rms_norm(x, tensor("norm"), config.norm_eps)
     head = tensor("embed" if config.tied else "head")
-    z = x @ head.T / dtype(config.logits_divisor)
+    z = x @ head.T + (tensor("head_bias") if config.head_bias else 0)
+    z = z / dtype(config.logits_divisor)
     return z if config.soft_cap is None else config.soft_cap * np.tanh(z / config.soft_cap), chosen
 
 
@@ -100,6 +111,13 @@ def route(
         if config.scoring == "softmax_topk":
             order = np.argsort(-z, kind="stable")[:K]
             weights = softmax(z[order])
+        elif config.scoring == "sparsemixer":
+            order = np.argsort(-z, kind="stable")[:K]
+            weights, rest = np.empty(K), z.copy()
+            for i, e in enumerate(order):
+                near = (rest[e] - z) / np.maximum(abs(z), rest[e]) <= 0.02
+                weights[i] = 1 / np.exp(rest[near] - rest[e]).sum()
+                rest[e] = -np.inf
         else:
             scores = 1 / (1 + np.exp(-z)) if config.scoring == "sigmoid" else softmax(z)
             choice = scores + bias
@@ -154,20 +172,24 @@ def attention(
     k, v = k.reshape(-1, kv_heads, width), v.reshape(-1, kv_heads, width)
     if spec.v_norm:
         v = rms_norm(v, 1, spec.norm_eps)
-    if spec.qk_norm == "head" and not spec.norm_after_rope:
-        q = rms_norm(q, layer["q_norm"], spec.norm_eps)
-        k = rms_norm(k, layer["k_norm"], spec.norm_eps)
+    if spec.qk_norm in ("head", "unit") and not spec.norm_after_rope:
+        q = rms_norm(q, layer.get("q_norm", 1), spec.norm_eps)
+        k = rms_norm(k, layer.get("k_norm", 1), spec.norm_eps)
     if spec.rope is not None:
         frequencies = turns[spec.rope.frequencies(len(x))]
         q, k = (rotate(a, frequencies, spec.rope.scale) for a in (q, k))
     if spec.norm_after_rope:
-        q = rms_norm(q, layer["q_norm"], spec.norm_eps)
-        k = rms_norm(k, layer["k_norm"], spec.norm_eps)
+        q = rms_norm(q, layer.get("q_norm", 1), spec.norm_eps)
+        k = rms_norm(k, layer.get("k_norm", 1), spec.norm_eps)
+    if spec.growth:
+        times = 1 + np.arange(len(x))
+        q = q * (1 + spec.growth * np.log(1 + times // spec.grow_every))[:, None, None]
     out = np.empty_like(q)
     for head in range(heads):
         group = head * kv_heads // heads
         for t in range(len(x)):
             first = max(0, t + 1 - spec.window) if spec.window else 0
+            first = max(first, t - t % spec.chunk) if spec.chunk else first
             scores = q[t, head] @ k[first : t + 1, group].T * spec.scale
             weights = (
                 softmax(np.append(scores, layer["sinks"][head]))[:-1]

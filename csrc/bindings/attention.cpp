@@ -62,7 +62,8 @@ void bind_attention(py::module_& m) {
                        const py::object& q_bias, const py::object& k_bias, const py::object& v_bias,
                        const py::object& q_norm, const py::object& k_norm, bool norm_per_head, float norm_eps,
                        float clip, std::optional<int> rope_dim, bool norm_after_rope, const Nested* k,
-                       const py::object& input_norm, const py::object& sinks, bool v_norm) {
+                       const py::object& input_norm, const py::object& sinks, bool v_norm, int chunk, float growth,
+                       int grow_every) {
              expect_within("AttentionLayer num_heads", num_heads, 1, kMaxHeads);
              expect_within("AttentionLayer head_dim", head_dim, 1, kMaxHeadDim);
              if (num_kv_heads < 1 || num_heads % num_kv_heads) {
@@ -76,10 +77,13 @@ void bind_attention(py::module_& m) {
              if (norm_after_rope && !norm_per_head) {
                throw std::invalid_argument("AttentionLayer: a norm after RoPE is one of each head");
              }
+             if (chunk < 0 || (growth > 0 && grow_every < 1)) {
+               throw std::invalid_argument("AttentionLayer: chunk and grow_every count positions");
+             }
              auto a = std::make_unique<AttentionLayer>();
              a->parts.layer = index;
              const py::ssize_t q = num_heads * head_dim, kv = num_kv_heads * head_dim;
-             a->parts.shape = {num_heads, num_kv_heads, head_dim, window, scale, rotated};
+             a->parts.shape = {num_heads, num_kv_heads, head_dim, window, scale, rotated, chunk};
              a->parts.q_bias = a->keep(q_bias, "q_bias", q);
              a->parts.k_bias = a->keep(k_bias, "k_bias", kv);
              a->parts.v_bias = a->keep(v_bias, "v_bias", kv);
@@ -94,6 +98,8 @@ void bind_attention(py::module_& m) {
              a->parts.norm_after_rope = norm_after_rope;
              a->parts.norm_eps = norm_eps;
              a->parts.clip = clip;
+             a->parts.growth = growth;
+             a->parts.grow_every = grow_every;
              if (k && a->parts.k_bias && !a->parts.k_norm && clip == 0) {  // else the bias is no constant of the keys
                if (k->matrix.rows != kv) throw std::invalid_argument("AttentionLayer: k has another number of rows");
                const float* norm = floats(input_norm, "input_norm", {k->matrix.cols});
@@ -107,7 +113,8 @@ void bind_attention(py::module_& m) {
            py::arg("window"), py::arg("scale"), py::arg("q_bias"), py::arg("k_bias"), py::arg("v_bias"),
            py::arg("q_norm"), py::arg("k_norm"), py::arg("norm_per_head"), py::arg("norm_eps"), py::arg("clip"),
            py::arg("rope_dim") = py::none(), py::arg("norm_after_rope") = false, py::arg("k") = nullptr,
-           py::arg("input_norm") = py::none(), py::arg("sinks") = py::none(), py::arg("v_norm") = false)
+           py::arg("input_norm") = py::none(), py::arg("sinks") = py::none(), py::arg("v_norm") = false,
+           py::arg("chunk") = 0, py::arg("growth") = 0.0f, py::arg("grow_every") = 0)
       .def_property_readonly(
           "num_constants", [](const AttentionLayer& a) { return a.constants.pairs.size(); },
           "Pairs of columns of which keys in 8 bits leave the bias out; only with k and input_norm.");

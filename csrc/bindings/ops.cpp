@@ -76,11 +76,14 @@ RouteRule route_rule(int num_experts, int top_k, const std::string& scoring, boo
     how = Scoring::kSoftmaxTopK;
   } else if (scoring == "sigmoid") {
     how = Scoring::kSigmoid;
+  } else if (scoring == "sparsemixer") {
+    how = Scoring::kSparseMixer;
   } else {
-    throw std::invalid_argument("RouteRule scoring: expected softmax, softmax_topk or sigmoid, got " + scoring);
+    throw std::invalid_argument("RouteRule scoring: expected softmax, softmax_topk, sigmoid or sparsemixer, got " +
+                                scoring);
   }
-  if (how == Scoring::kSoftmaxTopK && groups > 1) {
-    throw std::invalid_argument("RouteRule: softmax_topk is not for groups");
+  if ((how == Scoring::kSoftmaxTopK || how == Scoring::kSparseMixer) && groups > 1) {
+    throw std::invalid_argument("RouteRule: " + scoring + " is not for groups");
   }
   return {num_experts, top_k, how, renormalise, gate_scale, groups, used_groups, group_by_two};
 }

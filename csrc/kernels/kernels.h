@@ -167,7 +167,8 @@ struct AttentionShape {
   int head_dim;
   int window;  ///< last positions seen; 0 for all
   float scale;
-  int rope_dim;  ///< leading columns of a head that are rotated; 0 for none
+  int rope_dim;   ///< leading columns of a head that are rotated; 0 for none
+  int chunk = 0;  ///< only positions of a query's own chunk of so many are seen; 0 for all
 };
 
 /// One head of a gated delta rule over some tokens; strides are floats from one token to the next.

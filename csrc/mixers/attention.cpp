@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -49,6 +50,7 @@ class Pass {
  private:
   void prepare(float* x, int num_heads, const float* bias, const float* norm, int t) const;
   void prepare_values(float* v) const;
+  void grow(float* q, int t) const;
   void attend_group(int kv_head, int start, const float* q, float* out);
   void forget() const;
   void fill(float* scratch, const float* q, int kv_head) const;
@@ -56,7 +58,11 @@ class Pass {
   AttendQuery query(float* scratch, int kv_head, float* scores, float* part) const;
   void give(float* part, int head, float* out) const;
   float* mine() const { return ws_.attention() + ThreadPool::worker() * at_.thread; }
-  int first_seen(int position) const { return p_.shape.window > 0 ? std::max(0, position + 1 - p_.shape.window) : 0; }
+  int first_seen(int position) const {
+    const AttentionShape& s = p_.shape;
+    const int begin = s.chunk > 0 ? position / s.chunk * s.chunk : 0;
+    return s.window > 0 ? std::max(begin, position + 1 - s.window) : begin;
+  }
 
   Workspace& ws_;
   const Kernels& kn_;
@@ -128,6 +134,12 @@ void Pass::prepare_values(float* v) const {
   for (int i = 0; p_.clip > 0 && i < width; ++i) v[i] = std::min(std::max(v[i], -p_.clip), p_.clip);
 }
 
+/// So that scores of long contexts do not get flat (arXiv 2501.19399).
+void Pass::grow(float* q, int t) const {
+  const double times = 1 + double(p_.growth) * std::log1p((pos_ + t + 1) / p_.grow_every);
+  for (int i = 0; times != 1 && i < heads_ * hd_; ++i) q[i] *= float(times);
+}
+
 void Pass::store(float* q, float* k, float* v) {
   const size_t width = size_t(kv_heads_) * hd_;
   std::atomic<int> misfits{T_};  // the first row that cannot be stored
@@ -135,6 +147,7 @@ void Pass::store(float* q, float* k, float* v) {
     const QuantizedHead scratch(mine(), kv_.head_stride);
     for (int t = begin; t < end; ++t) {
       prepare(q + size_t(t) * heads_ * hd_, heads_, p_.q_bias, p_.q_norm, t);
+      if (p_.growth > 0) grow(q + size_t(t) * heads_ * hd_, t);
       float *kt = k + t * width, *vt = v ? v + t * width : nullptr;
       prepare(kt, kv_heads_, k_bias_, p_.k_norm, t);
       if (vt) prepare_values(vt);

@@ -22,7 +22,9 @@ struct AttentionParts {
   bool norm_per_head;
   bool norm_after_rope;  ///< and not before; only per head
   float norm_eps;
-  float clip;        ///< clamps q, k and v to ±clip after the norm; 0 for none
+  float clip;    ///< clamps q, k and v to ±clip after the norm; 0 for none
+  float growth;  ///< queries at position p are at last times 1 + growth * log(1 + (p + 1) / grow_every)
+  int grow_every;
   const float* cos;  ///< [T, rope_dim / 2]
   const float* sin;
   const KeyConstants* constants;  ///< what keys in kQ8 lack; null for nothing

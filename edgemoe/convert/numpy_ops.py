@@ -40,13 +40,21 @@ def rms_norm(x: Array, weight: Array, eps: float) -> Array:
 
 
 def attention(
-    q: Array, k: Array, v: Array, *, scale: float, window: int = 0, sinks: Array | None = None
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    scale: float,
+    window: int = 0,
+    chunk: int = 0,
+    sinks: Array | None = None,
 ) -> Array:
     """Causal attention of q [N, H, S, d] over k [N, H_kv, S, d] and v [N, H_kv, S, dv]; returns [N * S, H * dv].
 
     Args:
         scale: multiplies q · k.
         window: how many last positions each sees; 0 for all.
+        chunk: of so many positions each sees only its own; 0 for all.
         sinks: [H], a further logit of each head whose value is zero.
     """
     (count, heads, length, _), dim = q.shape, v.shape[3]
@@ -54,6 +62,9 @@ def attention(
     unseen = np.triu(np.full((length, length), -np.inf, np.float32), 1)
     if window:
         unseen += np.tril(np.full((length, length), -np.inf, np.float32), -window)
+    if chunk:
+        begins = np.arange(length) // chunk * chunk
+        unseen[np.arange(length) < begins[:, None]] = -np.inf
     out = np.empty((count, length, heads, dim), np.float32)
     for n in range(count):
         for h in range(heads):  # one [S, S] block at a time keeps it in cache

@@ -65,6 +65,7 @@ class SourceModel:
                 ),
                 eos_ids=eos_ids(checkpoint, config.vocab_size),
             )
+            self._checkpoint = family.view(checkpoint, config)
             self._sources, left_out = self._checked_sources(family)
             notes = dict.fromkeys(t.note for t in turns.values())
             self.notes = tuple(note for note in (*notes, *left_out) if note)
@@ -189,6 +190,8 @@ def _with_turns(mixer: MixerSpec, turns: Mapping[RopeSpec, Rope]) -> MixerSpec:
 
 def _in_halves(values: Array, mixer: MixerSpec) -> Array:
     """Orders the rows of q or k [heads * head_dim, D] as `dense_tensors` says: scores stay the same."""
+    if not mixer.ropes:
+        return values
     _, width = mixer.heads
     n = mixer.ropes[0].dim
     heads = values.reshape(-1, width, *values.shape[1:])

@@ -40,8 +40,9 @@ class Attention:
 
     @staticmethod
     def read_bytes(spec: AttentionSpec, length: int, types: KvTypes) -> int:
-        """See `Mixer.read_bytes`: a window sees the last positions only."""
-        return KvState.bytes(spec, 32, types) * min(length, spec.window or length) // 32
+        """See `Mixer.read_bytes`: a window sees the last positions only, and so does a chunk at its end."""
+        seen = min(length, spec.window or length, spec.chunk or length)
+        return KvState.bytes(spec, 32, types) * seen // 32
 
     def make_state(self) -> KvState:
         """See `Mixer.make_state`."""

@@ -67,6 +67,7 @@ class Decoder:
         self.config, self.max_tokens, self.context, self._ops = config, max_tokens, context, ops
         self._embed = cast(Matrix, weights["embed"])
         self._head = self._embed if config.tied else cast(Matrix, weights["head"])
+        self._head_bias = cast("Array | None", weights.get("head_bias"))
         d = config.hidden_size
         self._rows = Rows(*(ops.empty(max_tokens, d) for _ in range(3)))  # x, normed, added
         shared = Rows(ops.empty(max_tokens, d))
@@ -141,6 +142,8 @@ class Decoder:
     def logits(self, hidden: Array, out: Array) -> None:
         """out [T, V] = the head on hidden [T, D]."""
         self._ops.linear(hidden, (self._head,), (out,))
+        if self._head_bias is not None:
+            self._ops.add_bias(self._head_bias, out)
         if self.config.logits_divisor != 1.0:
             self._ops.scale(1.0 / self.config.logits_divisor, out)
         if self.config.soft_cap is not None:

@@ -60,12 +60,16 @@ class RoutedFfn:
         self._layer = ExpertLayer(activation=config.activation, biases=_biases(weights))
         self._shared = _shared(weights) if "shared.up" in weights else None
         self._sigmoid = cast("Array | None", weights.get("shared.sigmoid"))
-        self._scratch = scratch
+        self._scratch, self._gates_input = scratch, config.gate_input
 
     def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
         """See `Ffn.forward`."""
-        routing = self._routers.route(self._index, x, normed, batch)
-        self._experts(routing, self._layer, normed, out)
+        routing, inner = self._routers.route(self._index, x, normed, batch), normed
+        if self._gates_input:
+            (inner,) = self._scratch.first(len(x))
+            self._ops.weigh(normed, routing.gates, inner)
+            routing.gates[...] = 1
+        self._experts(routing, self._layer, inner, out)
         if self._shared is None:
             return
         (shared,) = self._scratch.first(len(x))

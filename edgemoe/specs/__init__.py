@@ -12,15 +12,15 @@ from collections.abc import Mapping
 from edgemoe.specs.attention import AttentionSpec, RopeSpec
 from edgemoe.specs.conv import ConvSpec
 from edgemoe.specs.delta import DeltaSpec
-from edgemoe.specs.ffn import ACTIVATIONS, Activation, FfnSpec, RouterSpec
+from edgemoe.specs.ffn import ACTIVATIONS, SCORINGS, Activation, FfnSpec, RouterSpec, Scoring
 from edgemoe.specs.mamba import MambaSpec
 from edgemoe.specs.mixer import MixerSpec
 from edgemoe.specs.mla import MlaSpec
 from edgemoe.specs.tensor import TensorSpec
 
 __all__ = [
-    "ACTIVATIONS", "MIXERS", "Activation", "AttentionSpec", "ConvSpec", "DeltaSpec", "FfnSpec", "MambaSpec",
-    "MixerSpec", "MlaSpec", "RopeSpec", "RouterSpec", "TensorSpec",
+    "ACTIVATIONS", "MIXERS", "SCORINGS", "Activation", "AttentionSpec", "ConvSpec", "DeltaSpec", "FfnSpec", "MambaSpec",
+    "MixerSpec", "MlaSpec", "RopeSpec", "RouterSpec", "Scoring", "TensorSpec",
 ]  # fmt: skip
 
 MIXERS: Mapping[str, type[MixerSpec]] = {

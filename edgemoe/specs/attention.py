@@ -65,12 +65,12 @@ class AttentionSpec(MixerSpec):
     """How many last positions it sees, 0 for all."""
     qkv_bias: bool = False
     o_bias: bool = False
-    qk_norm: Literal["none", "head", "full"] = "none"
-    """RMS norm of q and k: per head (weight [head_dim]) or over the whole projection."""
+    qk_norm: Literal["none", "head", "unit", "full"] = "none"
+    """RMS norm of q and k: per head (weight [head_dim], or none for "unit") or over the whole projection."""
     norm_eps: float = 1e-6
     """Of that norm."""
     norm_after_rope: bool = False
-    """The norm of q and k comes after their rotation, and not before (for qk_norm "head")."""
+    """The norm of q and k comes after their rotation, and not before (for qk_norm "head" and "unit")."""
     clip: float | None = None
     """q, k and v are clamped to ±this after the norm and before RoPE."""
     gate: Literal["none", "sigmoid", "sigmoid_head", "softplus_head"] = "none"
@@ -82,9 +82,18 @@ class AttentionSpec(MixerSpec):
     v_norm: bool = False
     """Values are normed per head, without a weight."""
 
+    chunk: int = 0
+    """It sees only positions of its own chunk of so many, the first of which begins at 0; 0 for all."""
+    growth: float = 0.0
+    """Queries at position p are at last multiplied by 1 + growth * log(1 + floor((p + 1) / grow_every))."""
+    grow_every: int = 0
+
     def __post_init__(self) -> None:
         need_sizes(self, "num_heads", "num_kv_heads", "head_dim")
-        need_sizes(self, "window", least=0)
+        need_sizes(self, "window", "chunk", "grow_every", least=0)
+        if self.growth:
+            need_numbers(self, "growth")
+            need_sizes(self, "grow_every")
         need_numbers(self, "scale", "norm_eps")
         need(
             self.num_heads % self.num_kv_heads == 0,
@@ -99,9 +108,13 @@ class AttentionSpec(MixerSpec):
             self.rope is None or self.rope.dim <= self.head_dim,
             f"heads of {self.head_dim} columns have none to rotate beyond these",
         )
-        need(self.qk_norm in ("none", "head", "full"), f"unknown qk_norm {quoted(self.qk_norm)}")
         need(
-            self.qk_norm == "head" or not self.norm_after_rope, "norm_after_rope needs qk_norm head"
+            self.qk_norm in ("none", "head", "unit", "full"),
+            f"unknown qk_norm {quoted(self.qk_norm)}",
+        )
+        need(
+            self.qk_norm in ("head", "unit") or not self.norm_after_rope,
+            "norm_after_rope needs qk_norm head or unit",
         )
         need(
             self.clip is None or (math.isfinite(self.clip) and self.clip > 0),
@@ -162,7 +175,11 @@ class AttentionSpec(MixerSpec):
     def __str__(self) -> str:
         """Is what a person is told of it."""
         window = f", of the last {self.window} positions" if self.window else ""
-        return f"attention: {self.num_heads} heads of {self.head_dim} ({self.num_kv_heads} for keys and values){window}"
+        chunk = f", in chunks of {self.chunk} positions" if self.chunk else ""
+        heads = (
+            f"{self.num_heads} heads of {self.head_dim} ({self.num_kv_heads} for keys and values)"
+        )
+        return f"attention: {heads}{window}{chunk}"
 
     def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
         """See `MixerSpec.tensors`."""

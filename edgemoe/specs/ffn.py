@@ -7,12 +7,18 @@ from typing import Literal, get_args
 
 from edgemoe.specs.tensor import TensorSpec
 
-__all__ = ["ACTIVATIONS", "Activation", "FfnSpec", "RouterSpec"]
+__all__ = ["ACTIVATIONS", "SCORINGS", "Activation", "FfnSpec", "RouterSpec", "Scoring"]
 
 Activation = Literal["swiglu", "geglu", "clamped_swiglu", "relu2"]
 """What an FFN makes of its gate and up: silu(gate) * up; gelu(gate) * up, with tanh; gate * sigmoid(1.702 gate) *
 (up + 1), with gate at most 7 and up clamped to ±7; max(up, 0)^2, of FFNs without a gate."""
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
+
+Scoring = Literal["softmax", "softmax_topk", "sigmoid", "sparsemixer"]
+"""What makes gates of a router's logits. softmax: over all experts, of which the top k are taken. softmax_topk: over
+those of the top k. sigmoid: of each logit. sparsemixer (arXiv 2409.12136): of each of the top k, over those that are at
+most 2% below it, without those chosen before it."""
+SCORINGS: tuple[str, ...] = get_args(Scoring)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +27,7 @@ class RouterSpec:
 
     num_experts: int
     top_k: int
-    scoring: Literal["softmax", "softmax_topk", "sigmoid"]
+    scoring: Scoring
     renormalise: bool
     gate_scale: float
     groups: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import families  # noqa: F401 (keeps transformers off the net)
@@ -91,6 +91,20 @@ PUBLISHED = {
         {"model_type": "deepseek_v3", **_rope(1e4)}, 671.0, 23.6, 342.6, 0, 61 * 2 * 576
     ),
     "Mistral-Small-4-119B": Published({"model_type": "mistral4"}, 119.0, 13.5, 60.8, 0, 36 * 2 * 320),
+    "Llama-4-Scout": Published(
+        {"model_type": "llama4_text"}, 107.8, 67.5, 50.6, 0, 48 * 4096
+    ),
+    "Phi-3.5-MoE": Published(
+        {
+            "model_type": "phimoe", "attention_bias": True, "lm_head_bias": True,
+            "sliding_window": 131072, "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 4096,
+                "short_factor": [1.0] * 64, "long_factor": [2.0] * 64,
+                "short_mscale": 1.243163121016122, "long_mscale": 1.243163121016122,
+            },
+        },
+        41.9, 42.2, 21.1, 0, 32 * 4096,
+    ),
     "LFM2-8B-A1B": Published(
         {
             "model_type": "lfm2_moe",
@@ -139,11 +153,26 @@ class Shapes:
             else:
                 is_conv = len(shape) == 3 and shape[1] == 1
                 self.shapes[name] = (shape[0], shape[2]) if is_conv else shape
+        if config.model_type == "phimoe":
+            self.shapes = dict(_as_phi_is_stored(self.shapes))
         if config.tie_word_embeddings:
             del self.shapes["lm_head.weight"]
 
     def tensor(self, name: str) -> Any:
         raise AssertionError(f"{name} is read")
+
+
+def _as_phi_is_stored(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Any]]:
+    for name, shape in shapes.items():
+        moved = name.replace(".mlp.", ".block_sparse_moe.").replace(".router.", ".gate.")
+        place, _, expert = moved.rpartition(".")
+        place = f"{place.rpartition('.')[0]}.{expert}"
+        if ".gate_up_proj." in name:
+            yield from ((f"{place}.{w}.weight", (shape[0] // 2, shape[1])) for w in ("w1", "w3"))
+        elif ".experts.down_proj." in name:
+            yield f"{place}.w2.weight", shape
+        else:
+            yield moved, shape
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

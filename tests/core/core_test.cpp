@@ -529,7 +529,7 @@ void test_instruction_sets_agree(const ExpertFile& file) {
     rms_norm(ws, x.data(), norm.data(), 1e-5f, T, kHidden, out.data());
     got.push_back(out);
     std::vector<int32_t> experts(3 * T);
-    for (const Scoring scoring : {Scoring::kSoftmax, Scoring::kSoftmaxTopK, Scoring::kSigmoid}) {
+    for (const Scoring scoring : {Scoring::kSoftmax, Scoring::kSoftmaxTopK, Scoring::kSigmoid, Scoring::kSparseMixer}) {
       const RouteRule rule{21, 3, scoring, true, 1.5f, scoring == Scoring::kSigmoid ? 7 : 1, 1, true};
       route(ws, x.data(), {router.data(), nullptr, nullptr}, T, kHidden, rule, scores.data(), experts.data(),
             gates.data());

@@ -98,7 +98,7 @@ def test_arrays_are_lent_as_they_are(matrix):
         ({"groups": 3}, "groups of as many experts each"),
         ({"groups": 4, "used_groups": 1}, "enough of them"),
         ({"groups": 0, "used_groups": 0}, "groups of as many experts each"),
-        ({"scoring": "tanh"}, "expected softmax, softmax_topk or sigmoid, got tanh"),
+        ({"scoring": "tanh"}, "expected softmax, softmax_topk, sigmoid or sparsemixer, got tanh"),
         ({"scoring": "softmax_topk", "groups": 2, "used_groups": 2}, "not for groups"),
     ],
 )

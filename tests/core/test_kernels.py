@@ -113,7 +113,7 @@ def every_op(seed=3):
     bias = rng.standard_normal(21).astype(np.float32)
     for scoring, renormalise, of, groups in [
         ("softmax", False, None, 1), ("softmax", True, bias, 1), ("softmax_topk", False, None, 1),
-        ("sigmoid", True, None, 7), ("sigmoid", False, bias, 3),
+        ("sparsemixer", False, None, 1), ("sigmoid", True, None, 7), ("sigmoid", False, bias, 3),
     ]:  # fmt: skip
         rule = _core.RouteRule(
             num_experts=21, top_k=3, scoring=scoring, renormalise=renormalise, gate_scale=1.7,

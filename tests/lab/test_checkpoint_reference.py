@@ -27,9 +27,10 @@ def test_computes_what_transformers_computes(name: str, tmp_path: Path) -> None:
     model = SourceModel(HFCheckpoint(path))
     states = checkpoint.final_states(model, np.array(ids, np.int32))
     head = model.tensor("embed" if model.config.tied else "head")
+    bias = model.tensor("head_bias") if model.config.head_bias else None
     for got, sequence in zip(states, ids, strict=True):
         expected, _ = families.oracle(path, sequence)
-        logits = checkpoint.head_logits(model.config, got, head.T)
+        logits = checkpoint.head_logits(model.config, got, head.T, bias)
         assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
 
 

@@ -36,6 +36,8 @@ class Case:
     kv_heads: int = 2
     head_dim: int = 18
     window: int = 0
+    chunk: int = 0
+    growth: float = 0.0
     T: int = 300
     sinks: bool = False
     v_bias: bool = False
@@ -65,7 +67,8 @@ class Case:
             window=self.window, scale=self.scale, q_bias=None, k_bias=None,
             v_bias=self.bias.ravel() if self.v_bias else None,
             q_norm=None, k_norm=None, norm_per_head=False, norm_eps=1e-6, clip=0.0,
-            sinks=self.sink if self.sinks else None, v_norm=self.v_norm,
+            sinks=self.sink if self.sinks else None, v_norm=self.v_norm, chunk=self.chunk,
+            growth=self.growth, grow_every=50,
         )  # fmt: skip
         kv = _core.KvLayer(
             key_type=types[0], value_type=types[1], num_heads=self.kv_heads, capacity=capacity,
@@ -95,11 +98,14 @@ class Case:
         if self.v_norm:
             v = v / np.sqrt(np.square(v).mean(2, keepdims=True) + np.float32(1e-6))
         k, v = reference.as_stored(self.k, types[0]), reference.as_stored(v, types[1]) + bias
-        q = reference.as_stored(self.q, "q8_0" if types[0] == "q8_0" else "f32")
+        grown = 1 + self.growth * np.log1p((np.arange(self.T) + 1) // 50)
+        q = (self.q * grown[:, None, None]).astype(np.float32)
+        q = reference.as_stored(q, "q8_0" if types[0] == "q8_0" else "f32")
         out = np.empty(self.q.shape)
         for t, h in np.ndindex(self.T, self.heads):
             group = h * self.kv_heads // self.heads
             first = max(0, t + 1 - self.window) if self.window else 0
+            first = max(first, t - t % self.chunk) if self.chunk else first
             scores = k[first : t + 1, group] @ q[t, h] * self.scale
             top = max(scores.max(), self.sink[h]) if self.sinks else scores.max()
             weights = np.exp(scores - top)
@@ -114,6 +120,8 @@ SHAPES = [
     Case(heads=5, kv_heads=1, head_dim=80, T=60),
     Case(heads=4, kv_heads=4, head_dim=96, window=7, T=60),
     Case(window=100, T=420),
+    Case(chunk=100, growth=0.4, T=420),
+    Case(heads=7, kv_heads=1, head_dim=32, chunk=300, T=650),
     Case(heads=7, kv_heads=1, head_dim=32, window=300, T=560),
     Case(T=270, sinks=True, v_bias=True),
     Case(heads=4, kv_heads=2, head_dim=32, window=8, T=40, sinks=True),

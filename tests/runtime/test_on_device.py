@@ -198,6 +198,7 @@ def test_every_verb_is_there_or_refused():
         "gated_norm",
         "multiply",
         "soft_cap",
+        "weigh",
     }
     assert {
         "embed",

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
+from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.rope import check_rotated
 from edgemoe.convert.settings import Settings
 from edgemoe.errors import quoted
@@ -82,7 +83,10 @@ A checkpoint presents a stack of matrices as one matrix per index.
 
 _MAX_LAYERS = 4096
 
-_HEAD = Source("lm_head.weight")
+_HEAD: Mapping[str, Source] = {
+    "head": Source("lm_head.weight"),
+    "head_bias": Source("lm_head.bias"),
+}
 _MODEL: Mapping[str, Source] = {
     "embed": Source("embed_tokens.weight"),
     "norm": Source("norm.weight"),
@@ -122,6 +126,8 @@ class Family:
     """How names of all but the head may begin; the first where it finds an embedding."""
     rope: Callable[[Settings, RopeSpec], Settings] = lambda settings, spec: settings
     """Returns config.json with the `rope_parameters` of one table, where a family has several."""
+    view: Callable[[Checkpoint, ModelConfig], Checkpoint] = lambda checkpoint, config: checkpoint
+    """Returns the checkpoint as it is read, where tensors are made of several."""
     left_out: Callable[[ModelConfig, str], str] = lambda config, name: ""
     """Says what a tensor that is not used belongs to, such as "layers that predict several tokens"; "" for nothing."""
 
@@ -143,11 +149,9 @@ class Family:
         root = next(embeds, self.roots[0])
         places = self._places(config, root)
         for name in dense_tensors(config):
-            if name == "head":
-                own = (
-                    root.removesuffix("model.") + _HEAD.name
-                )  # beside the root, in a model of more than text
-                yield name, Source(own) if own in stored else _HEAD
+            if name in _HEAD:  # beside the root, in a model of more than text
+                own = _within(root.removesuffix("model."), _HEAD[name])
+                yield name, own if own.name in stored else _HEAD[name]
             elif name in model:
                 yield name, _within(root, model[name])
             elif name not in tables:

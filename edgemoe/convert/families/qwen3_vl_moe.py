@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from edgemoe.convert.families import qwen3_moe
 from edgemoe.convert.families.family import FUSED_EXPERTS, NAMED_EXPERTS, Family, Source
 from edgemoe.convert.settings import Settings
 
-__all__ = ["FAMILY"]
+__all__ = ["FAMILY", "transposed", "transposed_gate", "transposed_up"]
 
 
 def _config(settings: Settings) -> ModelConfig:
@@ -21,15 +22,18 @@ def _config(settings: Settings) -> ModelConfig:
     return dataclasses.replace(config, family="qwen3_vl_moe", renormalise=True)
 
 
-def _transposed(stored: NDArray[np.float32], _: object) -> NDArray[np.float32]:
+def transposed(stored: NDArray[Any], _: object) -> NDArray[Any]:
+    """Returns a matrix that is stored with its inputs first."""
     return np.asarray(stored.T)
 
 
-def _gate(stored: NDArray[np.float32], _: object) -> NDArray[np.float32]:
+def transposed_gate(stored: NDArray[Any], _: object) -> NDArray[Any]:
+    """Returns the first of two such."""
     return np.asarray(stored[:, : stored.shape[1] // 2].T)
 
 
-def _up(stored: NDArray[np.float32], _: object) -> NDArray[np.float32]:
+def transposed_up(stored: NDArray[Any], _: object) -> NDArray[Any]:
+    """Returns the second of two such."""
     return np.asarray(stored[:, stored.shape[1] // 2 :].T)
 
 
@@ -44,9 +48,9 @@ FAMILY = Family(
     experts=(  # as released; as transformers 5 writes them; as quantised releases have them
         {
             **FUSED_EXPERTS,
-            "gate": Source("mlp.experts.gate_up_proj.{expert}", fold=_gate),
-            "up": Source("mlp.experts.gate_up_proj.{expert}", fold=_up),
-            "down": Source("mlp.experts.down_proj.{expert}", fold=_transposed),
+            "gate": Source("mlp.experts.gate_up_proj.{expert}", fold=transposed_gate),
+            "up": Source("mlp.experts.gate_up_proj.{expert}", fold=transposed_up),
+            "down": Source("mlp.experts.down_proj.{expert}", fold=transposed),
         },
         FUSED_EXPERTS,
         NAMED_EXPERTS,

@@ -96,14 +96,16 @@ class Routed:
         )  # fmt: skip
         if (
             c.router != simple
-            or c.scoring == "sigmoid"
+            or c.scoring in ("sigmoid", "sparsemixer")
             or c.choice_bias
+            or c.gate_input
             or c.router_bias
             or c.activation != "swiglu"
             or c.expert_bias
             or c.out_norms
             or c.branch_norms
             or c.soft_cap is not None
+            or c.head_bias
             or not all(map(_is_known, c.mixers))
         ):
             raise FormatError(f"bit routers cannot be trained for models of family {c.family} yet")
@@ -317,7 +319,8 @@ def _is_known(mixer: MixerSpec) -> bool:
         isinstance(mixer, AttentionSpec)
         and mixer.rope_dim == mixer.head_dim
         and not mixer.norm_after_rope
-        and not (mixer.sinks or mixer.shared_kv or mixer.v_norm)
+        and not (mixer.sinks or mixer.shared_kv or mixer.v_norm or mixer.chunk or mixer.growth)
+        and mixer.qk_norm != "unit"
     )
 
 

@@ -95,16 +95,21 @@ def record_predictions(
     for first in range(0, count, group):
         states = final_states(model, windows[first : first + group], layer_done=step)
         head = model.tensor("embed" if config.tied else "head").T
+        bias = model.tensor("head_bias") if config.head_bias else None
         for window in states:
             scored = window[chunk // 2 : chunk - 1]
             for at in range(0, len(scored), rows):
-                record.add(log_softmax(head_logits(config, scored[at : at + rows], head)))
+                record.add(log_softmax(head_logits(config, scored[at : at + rows], head, bias)))
         step()
 
 
-def head_logits(config: ModelConfig, states: Array, head: Array) -> Array:
-    """Returns the logits [T, V] of states [T, D], for a head [D, V]."""
+def head_logits(
+    config: ModelConfig, states: Array, head: Array, bias: Array | None = None
+) -> Array:
+    """Returns the logits [T, V] of states [T, D], for a head [D, V] and its bias [V]."""
     logits: Array = states @ head
+    if bias is not None:
+        logits += bias
     logits *= np.float32(1.0 / config.logits_divisor)
     if config.soft_cap is not None:
         cap = np.float32(config.soft_cap)
@@ -202,8 +207,10 @@ def _routed(
         biases = [layer[f"expert_bias.{n}"][index] for n in MATRICES if "expert_bias.up" in layer]
         for rows in _blocks(len(users), matrices[1]):
             user = users[rows]
-            given = _ffn(x[user], model.config.activation, *matrices, *biases)
-            out[user] += gates[user, places[rows], None] * given
+            gate, brought = gates[user, places[rows], None], x[user]
+            if model.config.gate_input:
+                gate, brought = np.ones_like(gate), gate * brought
+            out[user] += gate * _ffn(brought, model.config.activation, *matrices, *biases)
 
 
 def _route(
@@ -220,11 +227,27 @@ def _route(
     chosen = np.argsort(-choice, axis=1, kind="stable")[:, : spec.top_k]
     if spec.scoring == "softmax_topk":
         gates = _softmax(np.take_along_axis(logits, chosen, 1))
+    elif spec.scoring == "sparsemixer":
+        gates = _mixed_sparsely(logits, chosen)
     else:
         gates = np.take_along_axis(scores, chosen, 1)
         if spec.renormalise:
             gates = gates / gates.sum(axis=1, keepdims=True)
     return chosen, gates * np.float32(spec.gate_scale)
+
+
+def _mixed_sparsely(logits: Array, chosen: NDArray[np.intp]) -> Array:
+    """Returns the gates of scoring "sparsemixer"."""
+    gates, rest = np.empty(chosen.shape, np.float32), logits.copy()
+    for i, best in enumerate(chosen.T):
+        at = best[:, None]
+        top = np.take_along_axis(logits, at, 1)
+        with np.errstate(invalid="ignore"):  # 0 / 0 is near
+            is_far = (top - logits) / np.maximum(np.abs(logits), top) > np.float32(0.02)
+        shares = np.exp(np.where(is_far, -np.inf, rest - top))
+        gates[:, i] = 1 / shares.sum(axis=1)
+        np.put_along_axis(rest, at, -np.inf, 1)
+    return gates
 
 
 def _mix(spec: MixerSpec, layer: Layer, x: Array, turns: Turns) -> Array:
@@ -263,17 +286,23 @@ def _attention(spec: AttentionSpec, layer: Layer, x: Array, turns: Turns) -> Arr
         v = rms_norm(v, np.ones(width, np.float32), spec.norm_eps)
 
     def normed(*both: Array) -> list[Array]:
-        weights = (layer["q_norm"], layer["k_norm"])
+        ones = np.ones(width, np.float32)
+        weights = (layer.get("q_norm", ones), layer.get("k_norm", ones))
         return [rms_norm(a, w, spec.norm_eps) for a, w in zip(both, weights, strict=True)]
 
-    if spec.qk_norm == "head" and not spec.norm_after_rope:
+    if spec.qk_norm in ("head", "unit") and not spec.norm_after_rope:
         q, k = normed(q, k)
     q, k, v = (a.transpose(1, 0, 2)[None] for a in (q, k, v))
     if spec.rope is not None:
         q, k = (rotated(a, *turns[spec.rope]) for a in (q, k))
     if spec.norm_after_rope:
         q, k = normed(q, k)
-    out = attention(q, k, v, scale=spec.scale, window=spec.window, sinks=layer.get("sinks"))
+    if spec.growth:
+        times = np.log1p(np.arange(1, T + 1) // spec.grow_every)
+        q = q * (1 + spec.growth * times).astype(np.float32)[:, None]
+    out = attention(
+        q, k, v, scale=spec.scale, window=spec.window, chunk=spec.chunk, sinks=layer.get("sinks")
+    )
     if spec.gate != "none":
         gate = x @ layer["q_gate"].T
         gate = softplus(gate) if spec.gate == "softplus_head" else sigmoid(gate)
