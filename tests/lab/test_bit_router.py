@@ -24,7 +24,8 @@ from edgemoe.experts import Observer
 from edgemoe.file.append import add_sections
 from edgemoe.file.floats import dense_floats, expert_floats
 from edgemoe.file.format import open_moe
-from edgemoe.lab.bits.bit_router import Routed, keep_within
+from edgemoe.lab.bits.bit_router import Routed
+from edgemoe.lab.bits.choosing import keep_within
 from edgemoe.lab.bits.train_bit_router import RouterSettings, train_bit_router
 from edgemoe.ops import OpsShape
 from edgemoe.ops_cpu import CpuOps

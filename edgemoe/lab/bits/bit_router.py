@@ -21,9 +21,10 @@ from torch.nn import functional
 from edgemoe.errors import FormatError
 from edgemoe.file.floats import dense_floats, expert_floats
 from edgemoe.file.format import MoeFile
+from edgemoe.lab.bits.choosing import Choosing, ffn
 from edgemoe.specs import AttentionSpec, MixerSpec, RouterSpec
 
-__all__ = ["Routed", "Step", "keep_within", "model_bytes", "use_threads"]
+__all__ = ["Routed", "Step", "model_bytes", "use_threads"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,26 +51,6 @@ def model_bytes(moe: MoeFile, levels: Sequence[int]) -> int:
 def use_threads(count: int) -> None:
     """Lets torch compute on `count` threads."""
     torch.set_num_threads(count)
-
-
-def keep_within(choice: Tensor, capacities: Sequence[float], generator: torch.Generator) -> Tensor:
-    """Drops at random what exceeds the capacity of a precision at one expert.
-
-    Args:
-        choice: int64 [n], the precision of each of the expert's tokens.
-        capacities: share of the n tokens that may use each; rounded up to whole tokens.
-
-    Returns:
-        Which tokens are kept, bool [n].
-    """
-    n = len(choice)
-    order = torch.randperm(n, generator=generator)
-    mixed = functional.one_hot(choice[order], len(capacities))
-    before = (mixed.cumsum(0) * mixed).sum(1) - 1  # of the same precision, earlier in the order
-    most = torch.tensor([int(np.ceil(round(c * n, 6))) for c in capacities])
-    kept = torch.empty(n, dtype=torch.bool)
-    kept[order] = before < most[choice[order]]
-    return kept
 
 
 _SHARPNESS = (
@@ -186,7 +167,7 @@ class Routed:
         tokens = torch.from_numpy(ids).long()
         with torch.no_grad():
             teacher = functional.log_softmax(self._forward(tokens, None), -1)
-        choosing = _Choosing(self, capacities, torch.Generator().manual_seed(seed))
+        choosing = Choosing(self, capacities, torch.Generator().manual_seed(seed))
         student = functional.log_softmax(self._forward(tokens, choosing), -1)
         # The cross-entropy less the teacher's own entropy, which no router changes.
         divergence = (
@@ -229,7 +210,7 @@ class Routed:
                 for key in ("step", "exp_avg", "exp_avg_sq")
             }
 
-    def _forward(self, ids: Tensor, choosing: _Choosing | None) -> Tensor:
+    def _forward(self, ids: Tensor, choosing: Choosing | None) -> Tensor:
         c, w = self.config, self._dense
         x = w["embed"][ids] * c.embedding_multiplier
         for i in range(c.num_layers):
@@ -241,7 +222,7 @@ class Routed:
             out = torch.zeros_like(x)
             if c.shared_width(i):
                 gate, up, down = (w[f"{p}shared.{m}"] for m in ("gate", "up", "down"))
-                out = _ffn(h, gate, up, down)
+                out = ffn(h, gate, up, down)
                 if p + "shared.sigmoid" in w:
                     out = out * torch.sigmoid(h @ w[p + "shared.sigmoid"])[..., None]
             if i in c.moe_layers:
@@ -251,7 +232,7 @@ class Routed:
         x = _norm(x, w["norm"], c.norm_eps)
         return x @ w["embed" if c.tied else "head"].T / c.logits_divisor
 
-    def _moe(self, layer: int, x: Tensor, choosing: _Choosing | None) -> Tensor:
+    def _moe(self, layer: int, x: Tensor, choosing: Choosing | None) -> Tensor:
         """The gated sum [T, D] of a layer's experts on x [T, D]."""
         c = self.config
         scores = x @ self._dense[f"layers.{c.moe_layers[layer]}.router"].T
@@ -271,7 +252,7 @@ class Routed:
                 continue
             row, of = layer * c.num_experts + e, x[token]
             if choosing is None:
-                part = _ffn(of, *self._experts[self._full][row])
+                part = ffn(of, *self._experts[self._full][row])
             else:
                 part = choosing(
                     layer,
@@ -324,72 +305,8 @@ def _is_known(mixer: MixerSpec) -> bool:
     )
 
 
-class _Choosing:
-    """Chooses the bits of every slot in one forward pass and counts.
-
-    The forward pass is that of one precision, drawn by its probability; gradients are those of the mixture of all,
-    each with its own output (straight-through). So a router is told how another precision would change the loss,
-    which the chosen one's output alone does not tell, and what is trained is what will run.
-    """
-
-    def __init__(
-        self, model: Routed, capacities: Sequence[float] | None, generator: torch.Generator
-    ) -> None:
-        self._model = model
-        self._capacities = capacities
-        self._generator = generator
-        self._sums: list[Tensor] = []
-        self._count = 0
-        self.expected: list[Tensor] = []
-        """Per layer, the mean over its slots of the bits that are to be expected."""
-        self.bits = 0.0
-        self.slots = self.dropped = 0
-
-    def __call__(
-        self,
-        layer: int,
-        expert: int,
-        x: Tensor,
-        gates: Tensor,
-        levels: Sequence[tuple[Tensor, ...]],
-    ) -> Tensor:
-        """An expert's output [n, D] on x [n, D] with gates [n]; `levels` are its matrices at each precision."""
-        m = self._model
-        # The input is taken as it is: what routers would like it to be is not for earlier layers to learn.
-        scores = x.detach() @ m.weight[layer, expert].T + m.bias[layer, expert]
-        p = (scores + gates[:, None] * m.gate_weight[layer, expert]).softmax(-1)
-        choice = p.detach().multinomial(1, generator=self._generator)[:, 0]
-        self._sums.append((p @ m.bits).sum())
-        self._count += len(x)
-        self.bits += float(m.bits[choice].sum())
-        self.slots += len(x)
-        out = torch.zeros_like(x)
-        for k, matrices in enumerate(levels):
-            mine = choice == k
-            here, others = mine.nonzero()[:, 0], (~mine).nonzero()[:, 0]
-            ran = _ffn(x[here], *matrices)
-            with torch.no_grad():
-                each = torch.empty_like(x)
-                each[here], each[others] = ran, _ffn(x[others], *matrices)
-            out = out.index_add(0, here, ran) + (p[:, k] - p[:, k].detach())[:, None] * each
-        if self._capacities is not None:
-            kept = keep_within(choice, self._capacities, self._generator)
-            self.dropped += int((~kept).sum())
-            out = out * kept[:, None]
-        return out
-
-    def end_layer(self) -> None:
-        """All experts of a layer have run."""
-        self.expected.append(torch.stack(self._sums).sum() / self._count)
-        self._sums, self._count = [], 0
-
-
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
-
-
-def _ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    return (functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,101 @@
+"""How trainable routers choose each slot's bits in one forward pass of `bit_router.Routed`, differentiably."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+if TYPE_CHECKING:
+    from edgemoe.lab.bits.bit_router import Routed
+
+__all__ = ["Choosing", "ffn", "keep_within"]
+
+
+class Choosing:
+    """Chooses the bits of every slot in one forward pass and counts.
+
+    The forward pass is that of one precision, drawn by its probability; gradients are those of the mixture of all,
+    each with its own output (straight-through). So a router is told how another precision would change the loss,
+    which the chosen one's output alone does not tell, and what is trained is what will run.
+    """
+
+    def __init__(
+        self, model: Routed, capacities: Sequence[float] | None, generator: torch.Generator
+    ) -> None:
+        self._model = model
+        self._capacities = capacities
+        self._generator = generator
+        self._sums: list[Tensor] = []
+        self._count = 0
+        self.expected: list[Tensor] = []
+        """Per layer, the mean over its slots of the bits that are to be expected."""
+        self.bits = 0.0
+        self.slots = self.dropped = 0
+
+    def __call__(
+        self,
+        layer: int,
+        expert: int,
+        x: Tensor,
+        gates: Tensor,
+        levels: Sequence[tuple[Tensor, ...]],
+    ) -> Tensor:
+        """An expert's output [n, D] on x [n, D] with gates [n]; `levels` are its matrices at each precision."""
+        m = self._model
+        # The input is taken as it is: what routers would like it to be is not for earlier layers to learn.
+        scores = x.detach() @ m.weight[layer, expert].T + m.bias[layer, expert]
+        p = (scores + gates[:, None] * m.gate_weight[layer, expert]).softmax(-1)
+        choice = p.detach().multinomial(1, generator=self._generator)[:, 0]
+        self._sums.append((p @ m.bits).sum())
+        self._count += len(x)
+        self.bits += float(m.bits[choice].sum())
+        self.slots += len(x)
+        out = torch.zeros_like(x)
+        for k, matrices in enumerate(levels):
+            mine = choice == k
+            here, others = mine.nonzero()[:, 0], (~mine).nonzero()[:, 0]
+            ran = ffn(x[here], *matrices)
+            with torch.no_grad():
+                each = torch.empty_like(x)
+                each[here], each[others] = ran, ffn(x[others], *matrices)
+            out = out.index_add(0, here, ran) + (p[:, k] - p[:, k].detach())[:, None] * each
+        if self._capacities is not None:
+            kept = keep_within(choice, self._capacities, self._generator)
+            self.dropped += int((~kept).sum())
+            out = out * kept[:, None]
+        return out
+
+    def end_layer(self) -> None:
+        """All experts of a layer have run."""
+        self.expected.append(torch.stack(self._sums).sum() / self._count)
+        self._sums, self._count = [], 0
+
+
+def keep_within(choice: Tensor, capacities: Sequence[float], generator: torch.Generator) -> Tensor:
+    """Drops at random what exceeds the capacity of a precision at one expert.
+
+    Args:
+        choice: int64 [n], the precision of each of the expert's tokens.
+        capacities: share of the n tokens that may use each; rounded up to whole tokens.
+
+    Returns:
+        Which tokens are kept, bool [n].
+    """
+    n = len(choice)
+    order = torch.randperm(n, generator=generator)
+    mixed = functional.one_hot(choice[order], len(capacities))
+    before = (mixed.cumsum(0) * mixed).sum(1) - 1  # of the same precision, earlier in the order
+    most = torch.tensor([int(np.ceil(round(c * n, 6))) for c in capacities])
+    kept = torch.empty(n, dtype=torch.bool)
+    kept[order] = before < most[choice[order]]
+    return kept
+
+
+def ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """A SwiGLU expert on x [n, D]."""
+    return (functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
