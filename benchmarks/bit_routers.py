@@ -5,7 +5,9 @@
 
 Token by token, as in a reply, so that the averages are those of slots. The others are levels that are the same for
 all, d2moe's rule with its shares moved to the trained average, d2moe's default shares, an allocation (if the model
-holds one) and precisions drawn at random.
+holds one) and precisions drawn at random. Where the routers may leave experts out (level 0), d2moe's rule cannot, and
+the levers `top_p` and `skip_below` are there instead, told to leave out as many. Bits are those of every expert that
+the model's routers chose: one that does not run has 0.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,22 @@ def drawn(like: BitRouters) -> BitRouters:
         levels=like.levels, weight=rng.standard_normal(like.weight.shape).astype(np.float32),
         gate_weight=np.zeros_like(like.bias), bias=np.zeros_like(like.bias),
     )  # fmt: skip
+
+
+def as_many(
+    like: Quality, plain: Trial, of: Callable[[Trial], Quality]
+) -> Iterator[tuple[str, Quality]]:
+    """Each lever that leaves experts out, at the setting that leaves out about as many as `like`."""
+    for name, bounds in (("top_p", (1.0, 0.0)), ("skip_below", (0.0, 1.0))):
+        none, all_ = bounds
+        for _ in range(6):  # bisection
+            middle = (none + all_) / 2
+            found = of(replace(plain, options={name: middle}))
+            if found.skipped_share < like.skipped_share:
+                none = middle
+            else:
+                all_ = middle
+        yield f"{plain.bits} bits, {name}={middle:.3f}", found
 
 
 def main() -> None:
@@ -70,6 +89,9 @@ def main() -> None:
                 add_sections(model, {"bit-routers": trained.to_bytes()})
                 found = of(trial(high, "d2moe"))
                 yield f"trained, {path.name}", found
+                if low == 0:
+                    yield from as_many(found, trial(high), of)
+                    continue
                 more = (found.average_bits - (low + high) / 2) / (high - low) / 2
                 shares = {"low": min(max(0.3 - more, 0), 1), "high": min(max(0.3 + more, 0), 1)}
                 n = len(trained.levels)
@@ -77,21 +99,25 @@ def main() -> None:
                     f"rule, {shares['low']:.2f} and {shares['high']:.2f}",
                     of(trial(high, "d2moe", router="rule", levels=n, **shares)),
                 )
-            for level in trained.levels:
+            for level in filter(None, trained.levels):
                 yield f"{level} bits for all", of(trial(level))
             if "allocation" in moe.sections:
                 yield "allocation", of(trial("auto"))
             add_sections(model, {"bit-routers": drawn(trained).to_bytes()})
             yield "drawn at random", of(trial(high, "d2moe"))
 
-        print("| who chooses | average bits | KL | ± | perplexity |\n|---|---|---|---|---|")
+        print(
+            "| who chooses | bits per choice | left out | KL | ± | perplexity |\n|---|---|---|---|---|---|"
+        )
         with recorded(model, trial(moe.ladder[-1][0]), sample) as (exact, reference):
             print(
-                f"| {moe.ladder[-1][0]} bits for all | | 0 | | {exact.perplexity:.3f} |", flush=True
+                f"| {moe.ladder[-1][0]} bits for all | | | 0 | | {exact.perplexity:.3f} |",
+                flush=True,
             )
             for name, q in results(reference):
+                bits, left_out = q.average_bits * (1 - q.skipped_share), 100 * q.skipped_share
                 print(
-                    f"| {name} | {q.average_bits:.3f} | {q.kl:.6f} | {q.kl_error:.6f} "
+                    f"| {name} | {bits:.3f} | {left_out:.1f}% | {q.kl:.6f} | {q.kl_error:.6f} "
                     f"| {q.perplexity:.3f} |", flush=True,
                 )  # fmt: skip
 

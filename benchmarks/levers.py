@@ -44,7 +44,7 @@ RUNS = [
     EXACT, ["on-demand"], ["on-demand", "bits=6", "eviction=next-use"],
     ["on-demand", "bits=4", "eviction=next-use"], ["on-demand", "bits=3", "eviction=next-use"],
     ["on-demand", "bits=2", "eviction=next-use"],
-    ["hobbit"], ["hobbit", "look_ahead=0"], ["d2moe", "frees=off", "eviction=next-use"],
+    ["hobbit"], ["hobbit", "look_ahead=0"], ["d2moe", "eviction=next-use"],
     ["mc", "eviction=next-use"], ["mc", "beta=0.3", "layers=99", "eviction=next-use"],
     ["on-demand", "miss_bits=4", "eviction=next-use"], ["on-demand", "miss_bits=6", "eviction=next-use"],
     ["on-demand", "cache_prior=0.1", "eviction=next-use"], ["on-demand", "cache_prior=0.3", "eviction=next-use"],

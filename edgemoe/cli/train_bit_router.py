@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from edgemoe.cli.console import check_output, decode_text, note, run_command, say
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
-from edgemoe.cli.values import levels, ram_size
+from edgemoe.cli.values import ram_size, wholes
 
 if TYPE_CHECKING:
     from edgemoe.lab.bits.train_bit_router import Row
@@ -112,6 +112,10 @@ def _out(args: argparse.Namespace) -> Path:
     return out
 
 
+def _levels(text: str) -> tuple[int, ...]:
+    return tuple(wholes(0)(text))
+
+
 def _shares(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(c) for c in text.split(","))
@@ -131,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path, metavar="MODEL.moe", help="a converted file")
     parser.add_argument("--text", type=Path, metavar="FILE",
                         help="what to train on (default: the package's calibration text)")
-    parser.add_argument("--levels", type=levels, default=(2, 3, 4), metavar="N,…",
-                        help="bits to choose from (default: 2,3,4)")
+    parser.add_argument("--levels", type=_levels, default=(2, 3, 4), metavar="N,…",
+                        help="bits to choose from (default: 2,3,4); with 0 in front, an expert may be left out")
     parser.add_argument("--avg-bits", type=float, metavar="N",
                         help="what the average is steered to, by alpha (default: the middle of the levels)")
     parser.add_argument("--alpha", type=float, metavar="A",

@@ -36,7 +36,7 @@ class BitRouters:
     """Says at which of some precisions an expert should run for a token: the one of the largest logit."""
 
     levels: tuple[int, ...]
-    """Bits, ascending."""
+    """Bits, ascending. 0 leaves the expert out, which the best expert of a token does not take."""
     weight: NDArray[np.float32]
     """[L, E, B, D]"""
     gate_weight: NDArray[np.float32]
@@ -85,6 +85,7 @@ class BitRouters:
                 all(a.dtype == np.float32 and is_finite(a) for a in own)
                 and weight.ndim == 4 and all(a.shape == weight.shape[:3] for a in rest)
                 and 0 < len(levels) == weight.shape[2] and list(levels) == sorted(set(levels))
+                and levels[0] >= 0 < levels[-1]
             )  # fmt: skip
             if not is_sound:
                 raise ValueError

@@ -38,9 +38,11 @@ class D2moeOptions:
     hottest_first: bool = option(
         True, "read the planes that most tokens use first; off reads in the order of the file"
     )
-    frees: bool = option(
-        True, "make room by the high planes of the layer before, then by its low ones"
-    )
+    frees: str = option(
+        "prompts", "when room is made by the high planes of the layer before, then by its low ones; always is the "
+        "paper's, and costs single tokens most of their hits",
+        choices=("prompts", "always", "off"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check("levels", self.levels, 1, 8)
@@ -92,11 +94,14 @@ class D2moe(Scheduler):
         self._layer_bytes = [
             0
         ] * setting.num_layers  # resident, when the layer or the next one ran last
+        self._is_counted = False  # whether the line above is so
         self._slots_bytes = setting.slots_bytes
         if n > 1:
-            listed = ", ".join(map(str, sorted(set(bits.tolist()))))
+            used = sorted(set(bits.tolist()))
+            listed = ", ".join(map(str, filter(None, used)))
+            unless = " or not at all" if used[0] == 0 else ""
             who = "by their gates" if self.bit_routers is None else "as trained routers say"
-            self.notes = (f"lossy: each token runs its experts at {listed} bits, {who}",)
+            self.notes = (f"lossy: each token runs its experts at {listed} bits{unless}, {who}",)
         if trained is not None and self.bit_routers is None:
             self.notes += ("a trace has no inputs for the trained routers: d2moe's rule decides",)
 
@@ -110,12 +115,18 @@ class D2moe(Scheduler):
             plan = plan_slots(
                 routing, bits, hottest_first=self.options.hottest_first, resident_bits=resident
             )
-        return self._with_drop(plan, residency) if self.options.frees else plan
+        if self.options.frees == "always" or (self.options.frees == "prompts" and len(bits) > 1):
+            return self._with_drop(plan, residency)
+        self._is_counted = False
+        return plan
 
     def slot_precisions(self, routing: Routing) -> NDArray[np.int8]:
         """Returns the bits of each slot, [T, K]: as trained, or by the cuts, which move towards their quantiles."""
         if routing.bit_logits is not None:
-            trained: NDArray[np.int8] = self._choice.take(routing.bit_logits.argmax(axis=2))
+            index = routing.bit_logits.argmax(axis=2)
+            if self._choice[0] == 0:  # not for a token's best expert
+                index[:, 0] = 1 + routing.bit_logits[:, 0, 1:].argmax(axis=1)
+            trained: NDArray[np.int8] = self._choice.take(index)
             return trained
         if len(self._targets) == 0:
             return np.full(routing.experts.shape, self._choice[0], np.int8)
@@ -163,6 +174,10 @@ class D2moe(Scheduler):
         for w, h in zip(wanted, has, strict=True):
             if w > h:
                 need += sizes[w] - sizes[h]
+        if not self._is_counted:  # passes went by that freed nothing
+            for i in range(len(residency)):
+                self._count(i, residency)
+            self._is_counted = True
         counts = self._count(before, residency)
         self._count(layer, residency)
         # What the cache itself has dropped elsewhere is noted when that layer runs; there is never more than fits.
@@ -220,7 +235,7 @@ def _trained(setting: Setting, router: str) -> BitRouters | None:
             f"{where}: is for {L} layers of {E} experts; "
             f"the model has {setting.num_layers} of {setting.num_experts}"
         )
-    unknown = [b for b in found.levels if b < setting.bits and b not in setting.level_bits]
+    unknown = [b for b in found.levels if 0 < b < setting.bits and b not in setting.level_bits]
     if unknown:
         raise FormatError(f"{where}: {unknown[0]} bits are not one of the file's levels")
     return found

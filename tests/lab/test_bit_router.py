@@ -25,7 +25,7 @@ from edgemoe.file.append import add_sections
 from edgemoe.file.floats import dense_floats, expert_floats
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.bit_router import Routed
-from edgemoe.lab.bits.choosing import keep_within
+from edgemoe.lab.bits.choosing import Choosing, ffn, keep_within
 from edgemoe.lab.bits.train_bit_router import RouterSettings, train_bit_router
 from edgemoe.ops import OpsShape
 from edgemoe.ops_cpu import CpuOps
@@ -33,6 +33,7 @@ from edgemoe.plan import Routing
 from edgemoe.quant import SCHEMES, BitRouters
 from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.scheduler.d2moe import D2moe
+from edgemoe.scheduler.plans import slot_bits
 
 TEXT = "The sea is never still, and the whale knows why it is so. " * 12
 L, E, K, D = 2, 8, 2, 96  # of the tiny model
@@ -132,6 +133,29 @@ def test_the_routed_models_loss_is_that_of_the_chosen_bits(tiny_moe):
     kl = (np.exp(log[8]) * (log[8] - log[4])).sum(1).mean()
     assert step.divergence == pytest.approx(kl, rel=1e-3)
     assert (step.bits, step.dropped) == (4.0, 0.0)
+
+
+def test_a_level_of_0_leaves_out_all_but_the_best_expert(tiny_moe):
+    """Routers that are sure of 0 bits leave each token its best expert, which runs at the next level."""
+    moe = open_moe(tiny_moe)
+    model = Routed(moe, (0, 8), rate=0.01)
+    model.bias.data[:, :, 0] = 100.0
+    loss, step = model.loss(
+        np.array([families.random_ids(40)], np.int32), alpha=1.0, capacities=None, seed=0
+    )
+    loss.backward()
+    assert (step.bits, step.dropped) == (4.0, 0.0)  # 8 and 0, of two experts
+    assert step.divergence > 0
+    assert np.isfinite(model.bias.grad.numpy()).all()
+
+    matrices = tuple(map(torch.from_numpy, expert_floats(moe, 3, moe.level(8))))
+    x = torch.randn(5, D, generator=torch.Generator().manual_seed(0))
+    is_best = torch.tensor([True, False, False, True, False])
+    choosing = Choosing(model, None, torch.Generator().manual_seed(0))
+    out = choosing(0, 3, x, torch.full((5,), 0.5), is_best, [None, matrices])
+    expected = ffn(x, *matrices) * is_best[:, None]
+    torch.testing.assert_close(out, expected)
+    assert (choosing.bits, choosing.slots) == (16.0, 5)
 
 
 def test_gradients_tell_how_a_precision_would_change_the_loss(tiny_moe):
@@ -306,7 +330,7 @@ def test_the_command_says_what_is_wrong(copy, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--levels", "expected a whole number from 1, got 'x'"),
+        ("--levels", "expected a whole number from 0, got 'x'"),
         ("--capacities", "expected shares like"),
     ],
 )
@@ -338,6 +362,7 @@ def bad_sections():
     yield "no metadata", save(tensors)
     yield "version", save(tensors, meta | {"edgemoe_bit_routers": "2"})
     yield "levels", save(tensors, meta | {"levels": "2 3"})
+    yield "negative", save(tensors, meta | {"levels": "-1 2 3"})
     yield "order", save(tensors, meta | {"levels": "4 3 2"})
     yield "words", save(tensors, meta | {"levels": "a b c"})
     yield "settings", save(tensors, meta | {"settings": "{"})
@@ -469,13 +494,14 @@ class Bits(Observer):
         self.logits: dict[int, list[np.ndarray]] = {}
 
     def planned(self, routing, plan, residency) -> None:
-        bits = np.repeat(plan.bits, np.diff(plan.offsets))[plan.rows]
+        bits = slot_bits(plan)
         self.seen.setdefault(routing.layer, []).extend(bits)
         self.logits.setdefault(routing.layer, []).extend(routing.bit_logits.copy())
 
 
-def test_a_prompt_and_its_tokens_one_by_one_take_the_same_bits(copy):
-    add_sections(copy, {"bit-routers": routers(scale=0.3).to_bytes()})
+@pytest.mark.parametrize("levels", [(2, 3, 4), (0, 2, 4)], ids=str)
+def test_a_prompt_and_its_tokens_one_by_one_take_the_same_bits(copy, levels):
+    add_sections(copy, {"bit-routers": routers(scale=0.3, levels=levels).to_bytes()})
     ids = families.random_ids(24)
     found, logits = [], []
     for step in (24, 1):
@@ -489,8 +515,10 @@ def test_a_prompt_and_its_tokens_one_by_one_take_the_same_bits(copy):
     for layer in range(L):
         many, single = (np.array(seen.seen[layer]) for seen in found)
         np.testing.assert_array_equal(many, single)
-        chosen = np.array(found[0].logits[layer]).argmax(-1)
-        np.testing.assert_array_equal(many, np.array([2, 3, 4])[chosen])
+        said = np.array(found[0].logits[layer])
+        if levels[0] == 0:
+            said[:, 0, 0] = -np.inf  # not for a token's best expert
+        np.testing.assert_array_equal(many, np.array(levels)[said.argmax(-1)])
         assert len(set(many.ravel().tolist())) == 3
     assert logits[0] == logits[1]
 

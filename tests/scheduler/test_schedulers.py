@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 import edgemoe
 from edgemoe.plan import Plan, Priorities, Routing
+from edgemoe.quant import BitRouters
 from edgemoe.scheduler import KINDS, SCHEDULERS, Setting
 from edgemoe.scheduler.auto import Auto
 from edgemoe.scheduler.combined import Combined
@@ -133,7 +135,7 @@ CASES = [
     ("on-demand", {"miss_bits": 3}),
     ("hobbit", {"t1": 0.3, "t2": 0.6, "strict": False, "renormalise": True, "look_ahead": 3}),
     ("hobbit", {"cache_prior": 0.5, "skip_below": 0.2, "miss_bits": 2}),
-    ("d2moe", {"hottest_first": False, "frees": False, "levels": 2}),
+    ("d2moe", {"hottest_first": False, "frees": "always", "levels": 2}),
     ("auto", {"lossy": True, "window": 4, "rounds": 1}),
 ]
 
@@ -562,12 +564,12 @@ def test_d2moe_bits_keep_the_papers_shares():
 
 def test_d2moe_drops_the_layer_befores_high_planes_first_and_bases_last():
     s = setting(layers=2, experts=4, top_k=2, bits=8, slots=2)  # room for 16 units of 4096 bytes
-    d = D2moe(s, levels=1)
+    d = D2moe(s, levels=1, frees="always")
     full = residency(2, e0_0=5, e0_1=5)  # 16 units
     plan = d.plan(routing([0, 1], [0.5, 0.5], 1), full)  # needs 16 more: all must go
     assert plan.drop.tolist() == [0, 1]
     assert plan.drop_bits.tolist() == [0, 0]
-    d = D2moe(setting(layers=2, experts=4, top_k=1, bits=8, slots=2), levels=1)
+    d = D2moe(setting(layers=2, experts=4, top_k=1, bits=8, slots=2), levels=1, frees="always")
     plan = d.plan(routing([0], [1.0], 1), full)  # 8 more: 8 to 4 bits each gives 8
     assert plan.drop.tolist() == [0, 1]
     assert plan.drop_bits.tolist() == [4, 4]
@@ -575,6 +577,49 @@ def test_d2moe_drops_the_layer_befores_high_planes_first_and_bases_last():
     assert plan.drop is None
     plan = d.plan(routing([0], [1.0], 1), residency(2, e0_0=5, e0_1=5, e1_0=5))
     assert plan.drop is None  # nothing to read
+
+
+def test_d2moe_frees_for_prompts_alone_unless_it_is_told_otherwise():
+    L, E, K = 2, 4, 2
+    full = residency(L, e0_0=5, e0_1=5)
+    token = routing([2, 3], [0.5, 0.5], 1)
+    prompt = random_routing(np.random.default_rng(0), 1, 6, E, K, 0)
+    for frees, expected in (("prompts", (0, 2)), ("always", (2, 2)), ("off", (0, 0))):
+        d = D2moe(setting(layers=L, experts=E, top_k=K, bits=8, slots=2), levels=1, frees=frees)
+        drops = [d.plan(r, full).drop for r in (token, prompt)]
+        assert tuple(0 if drop is None else len(drop) for drop in drops) == expected
+        # A prompt after tokens counts what they left, not what there was before them.
+        d.plan(token, full)
+        empty = d.plan(prompt, residency(L)).drop
+        assert empty is None
+
+
+def test_d2moe_takes_trained_levels_of_0_but_for_the_best_expert():
+    L, E, K = 1, 4, 2
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((L, E, 3, 8)).astype(np.float32)
+    section = BitRouters(
+        levels=(0, 2, 4),
+        weight=weight,
+        gate_weight=weight[..., 0].copy(),
+        bias=weight[..., 1].copy(),
+    )
+    s = replace(
+        setting(layers=L, experts=E, top_k=K, bits=8), sections={"bit-routers": section.to_bytes()}
+    )
+    d = D2moe(s)
+    assert d.notes == (
+        "lossy: each token runs its experts at 2, 4 bits or not at all, as trained routers say",
+    )
+    logits = np.array([[[9, 1, 2], [9, 1, 2]], [[9, 2, 1], [0, 1, 2]]], np.float32)
+    gates = np.full((2, K), 0.5, np.float32)
+    experts = np.array([[0, 1], [0, 2]], np.int32)
+    plan = d.plan(Routing(0, experts, gates, bit_logits=logits), np.zeros((L, E), np.int8))
+    assert slot_bits(plan).tolist() == [[4, 0], [2, 4]]
+    plan = d.plan(
+        Routing(0, experts[:1], gates[:1], bit_logits=logits[:1]), np.zeros((L, E), np.int8)
+    )
+    assert (plan.experts.tolist(), plan.rows.tolist()) == ([0], [[0, -1]])
 
 
 # --- prediction and ExpertFlow
@@ -623,7 +668,7 @@ def test_next_use_evicts_what_is_expected_last():
 def test_d2moe_knows_what_is_resident_without_counting_all_of_it():
     L, E, K = 6, 16, 4
     s = setting(layers=L, experts=E, top_k=K, slots=L * E // 3)
-    d = SCHEDULERS["d2moe"](s)
+    d = SCHEDULERS["d2moe"](s, frees="always")
     store = ExpertStore.dry(
         num_layers=L, num_experts=E, level_bits=s.level_bits, level_bytes=s.level_bytes, budget_bytes=s.slots_bytes,
     )  # fmt: skip

@@ -36,7 +36,7 @@ class Step:
     bits: float
     """Average of what the chosen precisions are, dropped slots included."""
     dropped: float
-    """Share of slots."""
+    """Share of slots that exceeded a capacity."""
 
 
 def model_bytes(moe: MoeFile, levels: Sequence[int]) -> int:
@@ -44,7 +44,7 @@ def model_bytes(moe: MoeFile, levels: Sequence[int]) -> int:
     c = moe.config
     dense = sum(int(np.prod(t.spec.shape)) for t in moe.tensors.values())
     expert = 3 * c.hidden_size * c.expert_hidden
-    copies = len({*levels, moe.ladder[-1][0]})
+    copies = len({*levels, moe.ladder[-1][0]} - {0})
     return 4 * (dense + copies * expert * len(moe.experts.offsets))
 
 
@@ -64,7 +64,7 @@ class Routed:
 
     def __init__(self, moe: MoeFile, levels: Sequence[int], *, rate: float) -> None:
         """Args:
-        levels: precisions to choose from, ascending, of the file's.
+        levels: precisions to choose from, ascending, of the file's; the first may be 0, which does not run.
         rate: of Adam.
 
         Raises:
@@ -99,7 +99,7 @@ class Routed:
                 tuple(map(torch.from_numpy, expert_floats(moe, row, moe.level(bits))))
                 for row in range(len(moe.experts.offsets))
             ]
-            for bits in sorted({*levels, self._full})
+            for bits in sorted({*levels, self._full} - {0})
         }
         L, E, n = len(c.moe_layers), c.num_experts, len(levels)
         self.weight = torch.zeros(L, E, n, c.hidden_size, requires_grad=True)
@@ -254,13 +254,9 @@ class Routed:
             if choosing is None:
                 part = ffn(of, *self._experts[self._full][row])
             else:
-                part = choosing(
-                    layer,
-                    e,
-                    of,
-                    gates[token, place].detach(),
-                    [self._experts[b][row] for b in self._levels],
-                )
+                matrices = [self._experts[b][row] if b else None for b in self._levels]
+                weights = gates[token, place].detach()
+                part = choosing(layer, e, of, weights, place == 0, matrices)
             out = out.index_add(0, token, gates[token, place, None] * part)
         if choosing is not None:
             choosing.end_layer()

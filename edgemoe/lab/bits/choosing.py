@@ -22,6 +22,9 @@ class Choosing:
     The forward pass is that of one precision, drawn by its probability; gradients are those of the mixture of all,
     each with its own output (straight-through). So a router is told how another precision would change the loss,
     which the chosen one's output alone does not tell, and what is trained is what will run.
+
+    A level of 0 bits does not run the expert at all: with it the routers also prune online, as OTP does (MC#,
+    arXiv 2510.10962). A token's best expert never takes it.
     """
 
     def __init__(
@@ -43,13 +46,24 @@ class Choosing:
         expert: int,
         x: Tensor,
         gates: Tensor,
-        levels: Sequence[tuple[Tensor, ...]],
+        is_best: Tensor,
+        levels: Sequence[tuple[Tensor, ...] | None],
     ) -> Tensor:
-        """An expert's output [n, D] on x [n, D] with gates [n]; `levels` are its matrices at each precision."""
+        """An expert's output [n, D] on x [n, D].
+
+        Args:
+            gates: [n].
+            is_best: bool [n], where it is the token's first choice.
+            levels: its matrices at each precision; None for 0 bits.
+        """
         m = self._model
         # The input is taken as it is: what routers would like it to be is not for earlier layers to learn.
         scores = x.detach() @ m.weight[layer, expert].T + m.bias[layer, expert]
-        p = (scores + gates[:, None] * m.gate_weight[layer, expert]).softmax(-1)
+        scores = scores + gates[:, None] * m.gate_weight[layer, expert]
+        if levels[0] is None:
+            never = is_best[:, None] & (m.bits == 0)
+            scores = scores.masked_fill(never, -torch.inf)
+        p = scores.softmax(-1)
         choice = p.detach().multinomial(1, generator=self._generator)[:, 0]
         self._sums.append((p @ m.bits).sum())
         self._count += len(x)
@@ -57,6 +71,8 @@ class Choosing:
         self.slots += len(x)
         out = torch.zeros_like(x)
         for k, matrices in enumerate(levels):
+            if matrices is None:
+                continue  # adds nothing, and has no output to weigh
             mine = choice == k
             here, others = mine.nonzero()[:, 0], (~mine).nonzero()[:, 0]
             ran = ffn(x[here], *matrices)

@@ -37,7 +37,7 @@ class RouterSettings:
     """Says how routers are trained."""
 
     levels: tuple[int, ...] = (2, 3, 4)
-    """Precisions to choose from, ascending; the paper's V1."""
+    """Precisions to choose from, ascending; the paper's V1. A first one of 0 leaves the expert out."""
     average_bits: float | None = None
     """What alpha is steered to; None for the middle of the levels, or a fixed alpha."""
     alpha: float | None = None
@@ -74,7 +74,8 @@ class RouterSettings:
         if n < 2 or list(self.levels) != sorted(set(self.levels)):
             raise ValueError(f"levels: expected two or more, ascending, got {self.levels}")
         for bits in self.levels:
-            moe.level(bits)
+            if bits != 0:
+                moe.level(bits)
         if self.alpha is not None and self.average_bits is not None:
             raise ValueError("expected alpha or average bits, not both")
         if self.alpha is not None and not (math.isfinite(self.alpha) and self.alpha >= 0):

@@ -104,6 +104,8 @@ class Quality:
     """Its standard error over positions, as pairs: far smaller than that of either perplexity."""
     average_bits: float
     """Of the experts that ran."""
+    skipped_share: float
+    """Of the experts that the model's routers chose, those that did not run."""
     read_per_token: float | None = field(default=None, compare=False)
     """Bytes of experts, of what was scored token by token; None where it was not."""
     slots_bytes: int = field(default=0, compare=False)
@@ -197,7 +199,7 @@ def score(
             raise ValueError("reference: expected the same tokens in the same chunks")
     step = step or max(_LOGITS // vocab_size, 1)
     losses, changes, divergences, tops = [], [], [], []
-    bits = uses = read = 0.0
+    bits = uses = read = skipped = 0.0
     for i, window in enumerate(windows):
         at = 0
         for logits in _second_half(engine, window, sample.first_token, step):
@@ -205,6 +207,7 @@ def score(
             count = stats.hits + stats.misses
             bits, uses = bits + count * stats.average_bits, uses + count
             read += stats.bytes_read
+            skipped += stats.skipped_share * len(logits)
             for part in _blocks(logits):
                 mine = log_softmax(part)
                 next_at = len(window) // 2 + 1 + at
@@ -225,6 +228,7 @@ def score(
         positions=sample.positions,
         perplexity=float(np.exp(np.concatenate(losses).mean())),
         average_bits=average,
+        skipped_share=skipped / sample.positions,
         read_per_token=read / sample.positions if step == 1 else None,
         slots_bytes=engine.budget.slots,
     )
