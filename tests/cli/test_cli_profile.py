@@ -242,3 +242,23 @@ def test_auto_of_a_file_without_an_allocation_is_all_that_it_has(traced):
     )
     assert not refused
     assert found[0]["rate"] == found[1]["rate"]
+
+
+def test_fit_prints_settings_that_the_same_trace_accepts(traced, capsys):
+    assert run("fit", traced, "--budget", "40%") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [x.split(" | ")[0].strip("| ") for x in lines[4:9]] == [
+        "lru", "lfu", "next-use", "hobbit, equal weights", "hobbit, fitted",
+    ]  # fmt: skip
+    given = re.findall(r"--set (\w+)=(\S+)", lines[-1])
+    assert [name for name, _ in given] == [
+        "eviction",
+        "w_recency",
+        "w_frequency",
+        "w_high",
+        "w_distance",
+    ]
+    settings = [x for name, value in given for x in ("--set", f"on-demand.{name}={value}")]
+    assert run("replay", traced, "--budgets", "40%", *settings) == 0
+    assert run("fit", traced, "--scheduler", "expertflow") == 1
+    assert "eviction: this scheduler decides itself what is dropped" in capsys.readouterr().err

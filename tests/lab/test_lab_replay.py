@@ -16,6 +16,7 @@ from edgemoe.lab.routing.record import follow
 from edgemoe.lab.routing.replay import Tape, make_scheduler, replay, setting
 from edgemoe.lab.routing.study import lines, study
 from edgemoe.lab.routing.timing import Pipeline, Timing, fit
+from edgemoe.lab.routing.weights import NAMES, fit_weights
 from edgemoe.runtime.trace import Trace, TraceHeader, read, record
 from edgemoe.scheduler import OnDemand
 from edgemoe.store import ExpertStore, expert_bytes
@@ -337,3 +338,40 @@ def test_a_study_always_has_its_lines_and_orders_them():
         study(trace, lines(["nosuch"], ["lfu"], {}), [budget], timing=None)
     with pytest.raises(edgemoe.OutOfBudget):
         study(trace, ways, [100], timing=None)
+
+
+# --- HOBBIT's four weights
+
+
+def test_fitted_weights_are_the_best_of_all_that_were_tried():
+    """Experts in use change every ten tokens: who goes by recency reads less than who counts uses."""
+    rng = np.random.default_rng(0)
+    T, L, E, K = 120, 2, 12, 2
+    experts = np.array(
+        [[(t // 10 * 5 + rng.permutation(4)[:K]) % E for _ in range(L)] for t in range(T)]
+    )
+    tape = Tape(made(experts, E, chunk=4))
+    budget = 2 * SIZE * L * 5
+    first, second = tape.halves()
+    assert (first.num_tokens, second.num_tokens) == (58, 58)
+    assert [len(p[0].experts) for p in first.passes] == [4] + [1] * 58
+    assert second.begins[:2] == [True, False]
+
+    def read(half, weights):
+        options = {"eviction": "hobbit", **dict(zip(NAMES, weights, strict=True))}
+        made_ = make_scheduler(half, "on-demand", budget_bytes=budget, options=options)
+        return replay(half, made_, budget_bytes=budget).bytes_read
+
+    seen = []
+    found = fit_weights(tape, budget_bytes=budget, progress=seen.append)
+    assert sum(found.weights) == 1
+    assert seen == list(range(1, found.replays + 1))
+    rows = {name: (a.bytes_read, b.bytes_read) for name, a, b in found.rows}
+    assert list(rows) == ["lru", "lfu", "next-use", "hobbit, equal weights", "hobbit, fitted"]
+    assert rows["hobbit, fitted"] == (read(first, found.weights), read(second, found.weights))
+    corners = [tuple(float(i == j) for j in range(4)) for i in range(4)]
+    assert rows["hobbit, fitted"][0] <= min(read(first, w) for w in corners)
+    assert rows["hobbit, fitted"][0] < rows["lfu"][0]
+    assert found.weights[0] > 0
+    with pytest.raises(ValueError, match="2 or more single tokens, got 1"):
+        fit_weights(Tape(made(experts[:5], E, chunk=4)), budget_bytes=budget)

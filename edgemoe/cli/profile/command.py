@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from edgemoe.cli.console import run_command
 from edgemoe.cli.parser import Parser
-from edgemoe.cli.profile import plot, replay, report, trace, train
+from edgemoe.cli.profile import fit, plot, replay, report, trace, train
 
 __all__ = ["main"]
 
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         "budgets without the model; plot it.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for subcommand in (trace, train, report, replay, plot):
+    for subcommand in (trace, train, report, replay, fit, plot):
         subcommand.add(commands)
     return parser
 

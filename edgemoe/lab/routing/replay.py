@@ -6,6 +6,7 @@ for schedulers that read nothing ahead, on single tokens and on chunks whose exp
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -118,6 +119,26 @@ class Tape:
             ids = rows["id"][f : f + T]
             self.ids.append(None if (ids == NO_TOKEN).any() else ids.astype(np.int32))
             self.computing_us.append(times)
+
+    def halves(self) -> tuple[Tape, Tape]:
+        """Returns two tapes, each with half of the single tokens; a half that begins within a sequence begins one.
+
+        Raises:
+            ValueError: there are fewer than two single tokens.
+        """
+        if self.num_tokens < 2:
+            raise ValueError(f"expected a trace of 2 or more single tokens, got {self.num_tokens}")
+        is_single = [len(layers[0].experts) == 1 for layers in self.passes]
+        at = int(np.searchsorted(np.cumsum(is_single), self.num_tokens // 2)) + 1
+        return self._part(slice(at)), self._part(slice(at, None))
+
+    def _part(self, passes: slice) -> Tape:
+        part = copy.copy(self)
+        part.passes, part.ids = self.passes[passes], self.ids[passes]
+        part.begins = [True, *self.begins[passes][1:]]
+        part.computing_us = self.computing_us[passes]
+        part.num_tokens = sum(len(layers[0].experts) == 1 for layers in part.passes)
+        return part
 
     @property
     def requests(self) -> list[NDArray[np.int32]]:
