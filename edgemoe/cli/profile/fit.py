@@ -32,11 +32,13 @@ def _fit(args: argparse.Namespace) -> None:
     from edgemoe.lab.routing.weights import NAMES, fit_weights
     from edgemoe.runtime.trace import read
 
-    trace = read(args.trace)
+    trace, options = read(args.trace), read_settings(args.set)
+    if args.scheduler == "on-demand":  # what it reads ahead, by trials, would blur what is compared
+        options = {"look_ahead": False, **options}
     with Progress("fitting", unit="replay") as progress:
         found = fit_weights(
             Tape(trace), budget_bytes=budget_of(args.budget, trace), scheduler=args.scheduler,
-            options=read_settings(args.set), progress=lambda done: progress(done, 0),
+            options=options, progress=lambda done: progress(done, 0),
         )  # fmt: skip
     say(title(trace), "", "| eviction | MB read per token, first half | second half | hit rate, second half |",
         "|---|---|---|---|")  # fmt: skip
