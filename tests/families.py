@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # Before transformers is imported, which reads it once.
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from edgemoe.config import ModelConfig
@@ -240,6 +242,35 @@ _PHI = {
     "head_dim": 16,
     "attention_bias": True,
     "lm_head_bias": True,
+}
+_KDA_LATENT = {
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 4,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "routed_scaling_factor": 1.5,
+}
+_KIMI = {
+    **_KDA_LATENT,
+    "model_type": "kimi_linear",
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+}
+_LING3 = {
+    **_KDA_LATENT,
+    "model_type": "bailing_hybrid",
+    "head_dim": 16,
+    "layer_group_size": 2,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
 }
 _LARGE_EPS = {"rms_norm_eps": 0.3}
 """As large as the mean squares that it is added to, so that a norm with another one is seen."""
@@ -544,6 +575,25 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "sliding_window": 7,
         **_LARGE_EPS,
     },
+    "kimi_linear": _KIMI,
+    "kimi_linear-eps-rank-dense": {
+        **_KIMI,
+        "q_lora_rank": 40,
+        "linear_num_heads": 2,
+        "linear_conv_kernel_dim": 3,
+        "mlp_layer_types": ["sparse", "dense", "sparse", "dense"],
+        "norm_topk_prob": False,
+        **_LARGE_EPS,
+    },
+    "bailing_hybrid": _LING3,
+    "bailing_hybrid-softplus-rank": {
+        **_LING3,
+        "kda_safe_gate": False,
+        "q_lora_rank": 40,
+        "n_group": 1,
+        "topk_group": 1,
+        **_rope("yarn", factor=4.0, original_max_position_embeddings=16),
+    },
     "olmoe-eps": {**_OLMOE, **_LARGE_EPS},
     "qwen3_moe-eps": {**_QWEN3, **_LARGE_EPS},
 }
@@ -573,12 +623,16 @@ def _gain(name: str, config: Any) -> float:
             "lfm2_moe",
             "llama4_text",
             "nemotron_h",
+            "kimi_linear",
+            "bailing_hybrid",
         )
         return 1.5 if config.model_type in sigmoids else 6.0
     if "q_proj" in name or "k_proj" in name or "q_b_proj" in name:
         return 0.7
     if "conv1d" in name or "conv.conv" in name:
         return 1.5
+    if config.model_type in ("kimi_linear", "bailing_hybrid") and "self_attn.o_proj" in name:
+        return 0.15  # as of other recurrent layers
     if "mixer.out_proj" in name:
         return 0.04  # of a norm over whole groups, in which rounding is loud
     if name.endswith(
@@ -641,7 +695,16 @@ def make(
             else:
                 weight.copy_(noise * _gain(key, config) / math.sqrt(weight.shape[-1]))
     model.to(dtype).save_pretrained(out, **save)
+    if config.model_type == "kimi_linear":
+        _as_released(out / "model.safetensors")
     return out
+
+
+def _as_released(path: Path) -> None:
+    """Renames Kimi's dense FFNs, which transformers saves as parts of the experts' module."""
+    dense = re.compile(r"block_sparse_moe\.(?=(gate|up|down)_proj)")
+    tensors = {dense.sub("mlp.", name): t for name, t in load_file(path).items()}
+    save_file(tensors, path, {"format": "pt"})
 
 
 def oracle(

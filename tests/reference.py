@@ -228,11 +228,12 @@ def delta(spec: DeltaSpec, layer: Mapping[str, Array], x: Array) -> Array:
         x @ layer["qkv"].T, layer["conv"], 0, zero[0], with_silu=True
     )
     heads, _ = reference_recurrent.delta_rule(
-        qkv, x @ layer["decay"].T, x @ layer["beta"].T, layer["decay_rate"], layer["decay_bias"],
-        spec.key_heads, zero[1], bounded=False,
+        qkv, x @ layer.get("decay_in", np.eye(x.shape[1])).T @ layer["decay"].T, x @ layer["beta"].T,
+        layer["decay_rate"], layer["decay_bias"], spec.key_heads, zero[1], bounded=spec.bounded,
     )  # fmt: skip
+    gate = x @ layer["z_in"].T @ layer["z_out"].T if spec.gate_rank else x @ layer["z"].T
     mixed = reference_recurrent.gated_norm(
-        heads, x @ layer["z"].T, layer["head_norm"], spec.norm_eps, spec.value_heads, spec.gate
+        heads, gate, layer["head_norm"], spec.norm_eps, spec.value_heads, spec.gate
     )
     return mixed @ layer["o"].T
 
@@ -259,6 +260,8 @@ def latent_attention(
         q = q * (1 + spec.growth * np.log(1 + times))[:, None, None]
     k_b, v_b = (layer[name].reshape(heads, -1, layer[name].shape[1]) for name in ("k_b", "v_b"))
     out = reference_latent.naive(q, latents, turned, k_b, v_b, spec.scale)
+    if spec.gate != "none":
+        out = out / (1 + np.exp(-(x @ layer["q_gate"].T)))[:, :, None]
     return out.reshape(len(x), -1) @ layer["o"].T
 
 

@@ -8,10 +8,8 @@ from typing import Any
 __all__ = ["missing"]
 
 _MAMBA, _INDEXER, _HYPER = "Mamba layers", "a sparse indexer of keys", "hyper-connections"
-_CHANNELS = "delta rules with a decay for each channel"
 _BY_NAME: Mapping[str, str] = {
     "afmoe": "norms on both sides of a layer's parts",
-    "bailing_hybrid": _CHANNELS,
     "cohere2_moe": "attention and FFN side by side, and LayerNorm",
     "dbrx": "LayerNorm, and q, k and v in one matrix",
     "deepseek_v32": _INDEXER,
@@ -19,7 +17,6 @@ _BY_NAME: Mapping[str, str] = {
     "glm5_next": _INDEXER,
     "glm_moe_dsa": _INDEXER,
     "jamba": _MAMBA,
-    "kimi_linear": _CHANNELS,
     "qwen4_exp": f"{_HYPER}, a sparse indexer and n-gram embeddings",
     "smallthinker": "a router that reads a layer's input",
 }

@@ -96,20 +96,24 @@ class SourceModel:
 
     def _read(self, name: str) -> Array:
         source = self._sources[name]
-        values = self._checkpoint.tensor(source.name)
-        if not np.isfinite(values).all():
-            raise FormatError(f"{self._checkpoint.name}: {source.name}: holds NaN or infinity")
+        values, *more = [self._finite(part) for part in (source.name, *source.more)]
         if source.half is not None:
             rows = len(values) // 2
             values = values[source.half * rows : (source.half + 1) * rows]
         if source.interleaved:
             values = _in_halves(values, self.config.mixer(int(name.split(".")[1])))
         if source.fold is not None:
-            values = source.fold(values, _mixer_of(name, self.config))
+            values = source.fold([values, *more] if more else values, _mixer_of(name, self.config))
         if source.times:
             factors = self._checkpoint.tensor(source.times)
             values = values * factors[int(name.split(".")[2]) if name.startswith("experts.") else 0]
         return np.ascontiguousarray(values, np.float32)
+
+    def _finite(self, name: str) -> Array:
+        values = self._checkpoint.tensor(name)
+        if not np.isfinite(values).all():
+            raise FormatError(f"{self._checkpoint.name}: {name}: holds NaN or infinity")
+        return values
 
     def _checked_sources(self, family: Family) -> tuple[dict[str, Source], list[str]]:
         config, stored = self.config, self._checkpoint.shapes
@@ -126,10 +130,11 @@ class SourceModel:
             shape = shapes.get(name) or expert[name.rsplit(".", 1)[1]]
             if source.half is not None:
                 shape = (2 * shape[0], *shape[1:])
-            if source.name not in stored:
-                missing.append(source.name)
+            gone = [part for part in (source.name, *source.more) if part not in stored]
+            if gone:
+                missing += gone
             elif source.fold is not None:
-                _check_fold(name, source, stored[source.name], shape, config)
+                _check_fold(name, source, stored, shape, config)
             elif stored[source.name] != shape and stored[source.name] != (
                 1,
                 *shape,
@@ -143,7 +148,7 @@ class SourceModel:
             count = config.num_experts if name.startswith("experts.") else 1
             if source.times and stored.get(source.times) != (count,):
                 raise FormatError(f"{source.times}: expected a tensor of shape [{count}]")
-        used = {name for source in sources.values() for name in (source.name, source.times)}
+        used = {n for s in sources.values() for n in (s.name, *s.more, s.times)}
         embed = sources["embed"].name
         without = {name: what for name in stored if (what := family.left_out(config, name))}
         refuse_unused(
@@ -164,17 +169,23 @@ def _mixer_of(name: str, config: ModelConfig) -> MixerSpec | None:
 
 
 def _check_fold(
-    name: str, source: Source, stored: tuple[int, ...], shape: tuple[int, ...], config: ModelConfig
+    name: str,
+    source: Source,
+    stored: Mapping[str, tuple[int, ...]],
+    shape: tuple[int, ...],
+    config: ModelConfig,
 ) -> None:
     """Checks that what is stored becomes a tensor of `shape`, without reading it."""
     assert source.fold is not None
+    first, *more = [np.broadcast_to(np.False_, stored[n]) for n in (source.name, *source.more)]
     try:
-        got = source.fold(np.broadcast_to(np.False_, stored), _mixer_of(name, config)).shape
+        got = source.fold([first, *more] if more else first, _mixer_of(name, config)).shape
     except (ValueError, IndexError):
         got = ()
     if got != shape:
         raise FormatError(
-            f"{source.name}: a tensor of shape {list(stored)} does not make the {list(shape)} that config.json asks for"
+            f"{source.name}: a tensor of shape {list(stored[source.name])} does not make the {list(shape)} "
+            "that config.json asks for"
         )
 
 

@@ -49,11 +49,11 @@ class Mla:
 
     @staticmethod
     def scratch_widths(spec: MlaSpec) -> tuple[int, ...]:
-        """See `Mixer.scratch_widths`: queries, before and after, keys, what heads attend to, what comes out of them."""
+        """See `Mixer.scratch_widths`: queries, before and after, keys, what heads see and give, and their gate."""
         h = spec.num_heads
         return (
             spec.q_rank, spec.q_width, h * spec.key_dim, spec.key_dim, h * spec.latent_dim,
-            h * spec.value_dim,
+            h * spec.value_dim, h if spec.gate != "none" else 0,
         )  # fmt: skip
 
     @staticmethod
@@ -74,7 +74,7 @@ class Mla:
         """See `Mixer.start`: cuts the rows of each sequence, once for all layers."""
         parts: list[tuple[list[Any], int, Any, Any, Any, Any, Any, Any]] = []
         for part in batch.slices:
-            _, q, absorbed, keys, out, _ = self._rows.between(part.start, part.stop)
+            _, q, absorbed, keys, out, *_ = self._rows.between(part.start, part.stop)
             turn = _UNTURNED
             if self.rope is not None:
                 turn = self.rope.rows.between(part.start, part.stop)
@@ -98,11 +98,12 @@ class MlaLayer:
         self._q_a = matrices["q_direct" if self._q_b is None else "q_a"]
         self._q_norm = cast("Array | None", weights.get("q_a_norm"))
         self._k_b, self._v_b, self._o = matrices["k_b"], matrices["v_b"], (matrices["o"],)
+        self._gate = cast("Array | None", weights.get("q_gate"))
 
     def forward(self, normed: Array, batch: Batch, out: Array) -> None:
         """See `MixerLayer.forward`."""
         ops, index, spec = self._ops, self._index, self._shared.spec
-        (q_a, q, absorbed, keys, latents, values), parts = batch.shared[self._shared]
+        (q_a, q, absorbed, keys, latents, values, gate), parts = batch.shared[self._shared]
         if self._q_b is None or self._q_norm is None:
             ops.linear(normed, (self._kv_a, self._q_a), (keys, q))
         else:
@@ -115,4 +116,7 @@ class MlaLayer:
                 self._weights, queries, brought, new, pos, cos, sin, states[index].layer, to
             )
         ops.linear_heads(latents, self._v_b, spec.num_heads, values)
+        if self._gate is not None:
+            ops.linear_f32(normed, (self._gate,), (gate,))
+            ops.gate_heads(values, gate, spec.gate)
         ops.linear(values, self._o, (out,))

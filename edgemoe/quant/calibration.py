@@ -71,6 +71,8 @@ SAME_INPUT = {
     "v": "q",
     "q_gate": "q",
     "z": "qkv",
+    "z_in": "qkv",
+    "decay": "qkv",
     "up": "gate",
     "q_a": "kv_a",
     "q_direct": "kv_a",

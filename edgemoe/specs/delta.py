@@ -14,7 +14,10 @@ __all__ = ["DeltaSpec"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeltaSpec(MixerSpec):
-    """Gated DeltaNet (arXiv 2412.06464): a short convolution, the delta rule, and a norm beside a gate."""
+    """Gated DeltaNet (arXiv 2412.06464): a short convolution, the delta rule, and a norm beside a gate.
+
+    With a decay for each channel of the keys it is Kimi Delta Attention (arXiv 2510.26692).
+    """
 
     kind: ClassVar[str] = "delta"
 
@@ -27,9 +30,19 @@ class DeltaSpec(MixerSpec):
     """Of the convolution over time."""
     norm_eps: float
     gate: Literal["silu", "sigmoid"] = "silu"
+    channel_decay: bool = False
+    """Each channel of a head's keys has a decay of its own, and not each head."""
+    bounded: bool = False
+    """A decay is exp(-5 * sigmoid(rate * (x + bias))), and not exp(-rate * softplus(x + bias))."""
+    decay_rank: int = 0
+    """Columns through which decays of channels come; 0: straight from the input."""
+    gate_rank: int = 0
+    """The same of the gate."""
 
     def __post_init__(self) -> None:
         need_sizes(self, "key_heads", "value_heads", "key_dim", "value_dim", "taps")
+        need_sizes(self, "decay_rank", "gate_rank", least=0)
+        need(self.channel_decay or not self.decay_rank, "decay_rank is of decays of channels")
         need_numbers(self, "norm_eps")
         need(self.taps <= MOST_TAPS, f"a convolution of {self.taps} taps is not supported")
         need(
@@ -44,7 +57,8 @@ class DeltaSpec(MixerSpec):
     def __str__(self) -> str:
         """Is what a person is told of it."""
         heads = f"{self.value_heads} heads of {self.key_dim} x {self.value_dim}"
-        return f"gated delta rule: {heads} ({self.key_heads} for queries and keys)"
+        decay = ", a decay for each channel" if self.channel_decay else ""
+        return f"gated delta rule: {heads} ({self.key_heads} for queries and keys){decay}"
 
     @property
     def state_pieces(self) -> int:
@@ -69,7 +83,7 @@ class DeltaSpec(MixerSpec):
     @property
     def decays(self) -> int:
         """How many a token has."""
-        return self.value_heads
+        return self.value_heads * (self.key_dim if self.channel_decay else 1)
 
     @property
     def state_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -78,15 +92,26 @@ class DeltaSpec(MixerSpec):
 
     @property
     def scratch_widths(self) -> tuple[int, ...]:
-        """Queries, keys and values; decays; betas; the gate; what comes out of the heads."""
-        return self.channels, self.decays, self.value_heads, self.value_width, self.value_width
+        """Queries, keys and values; decays; betas; the gate; what comes out of the heads; what decays and the gate
+        come through."""
+        widths = self.channels, self.decays, self.value_heads, self.value_width, self.value_width
+        return (*widths, self.decay_rank, self.gate_rank)
 
     def tensors(self, hidden_size: int) -> dict[str, TensorSpec]:
         """See `MixerSpec.tensors`."""
         f32, nested = TensorSpec.f32, TensorSpec.nested
         d, v, h = hidden_size, self.value_width, self.value_heads
-        return {
-            "qkv": nested(self.channels, d), "z": nested(v, d), "o": nested(d, v),
-            "decay": f32(self.decays, d), "beta": f32(h, d), "conv": f32(self.taps, self.channels),
-            "decay_rate": f32(h), "decay_bias": f32(self.decays), "head_norm": f32(self.value_dim),
+        out = {"qkv": nested(self.channels, d)}
+        if self.gate_rank:
+            out |= {"z_in": nested(self.gate_rank, d), "z_out": nested(v, self.gate_rank)}
+        else:
+            out["z"] = nested(v, d)
+        out["o"] = nested(d, v)
+        if self.decay_rank:
+            out |= {"decay_in": f32(self.decay_rank, d), "decay": f32(self.decays, self.decay_rank)}
+        else:  # of channels it is as large as the others
+            out["decay"] = (nested if self.channel_decay else f32)(self.decays, d)
+        return out | {
+            "beta": f32(h, d), "conv": f32(self.taps, self.channels), "decay_rate": f32(h),
+            "decay_bias": f32(self.decays), "head_norm": f32(self.value_dim),
         }  # fmt: skip

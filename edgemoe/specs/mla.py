@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from edgemoe.errors import quoted
 from edgemoe.specs.attention import RopeSpec
 from edgemoe.specs.mixer import LIMIT, MixerSpec, need, need_numbers, need_sizes
 from edgemoe.specs.tensor import TensorSpec
@@ -41,6 +42,8 @@ class MlaSpec(MixerSpec):
     growth: float = 0.0
     """Queries at position p are multiplied by 1 + growth * log(1 + floor(p / grow_every))."""
     grow_every: int = 0
+    gate: Literal["none", "sigmoid_head"] = "none"
+    """What comes out of the heads is multiplied by this of a projection, one for each head."""
 
     def __post_init__(self) -> None:
         need_sizes(self, "num_heads", "latent_dim", "nope_dim", "rope_dim", "value_dim")
@@ -58,6 +61,7 @@ class MlaSpec(MixerSpec):
             self.rope is None or self.rope.dim == self.rope_dim,
             f"expected RoPE of {self.rope_dim} columns, got {self.rope and self.rope.dim}",
         )
+        need(self.gate in ("none", "sigmoid_head"), f"unknown gate {quoted(self.gate)}")
         if self.growth:
             need_numbers(self, "growth")
             need_sizes(self, "grow_every")
@@ -114,6 +118,8 @@ class MlaSpec(MixerSpec):
             "k_b": nested(h * self.latent_dim, self.nope_dim),
             "v_b": nested(h * self.value_dim, self.latent_dim),
         }
+        if self.gate != "none":
+            out["q_gate"] = f32(h, d)
         out["o"] = nested(d, h * self.value_dim)
         return out
 

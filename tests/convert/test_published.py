@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import families  # noqa: F401 (keeps transformers off the net)
 import pytest
 import torch
 import transformers
+from transformers.core_model_loading import revert_weight_conversion
 
 from edgemoe.convert.source import SourceModel
 from edgemoe.file.layout import Layout, expert_ladder
@@ -105,6 +107,18 @@ PUBLISHED = {
         },
         41.9, 42.2, 21.1, 0, 32 * 4096,
     ),
+    "Kimi-Linear-48B-A3B": Published(
+        {
+            "model_type": "kimi_linear", "linear_attn_config": {
+                "full_attn_layers": [*range(4, 25, 4), 27], "head_dim": 128, "num_heads": 32,
+                "kda_layers": [i for i in range(1, 27) if i % 4], "short_conv_kernel_size": 4,
+            },
+        },
+        49.1, 3.8, 24.7, 20 * (2 * MIB + 3 * 3 * 4096 * 4), 7 * 2 * 576,
+    ),
+    "Ling-3.0-flash": Published(
+        {"model_type": "bailing_hybrid"}, 124.4, 3.2, 63.3, 35 * (2 * MIB + 3 * 3 * 4096 * 4), 7 * 2 * 576,
+    ),
     "LFM2-8B-A1B": Published(
         {
             "model_type": "lfm2_moe",
@@ -136,6 +150,10 @@ PUBLISHED = {
 }  # fmt: skip
 
 
+_RENAMED = ("bailing_hybrid", "kimi_linear", "phimoe")
+"""Those that are stored under other names than transformers has in memory."""
+
+
 class Shapes:
     """A checkpoint of which there are names and shapes alone."""
 
@@ -146,33 +164,25 @@ class Shapes:
             model = transformers.AutoModelForCausalLM.from_config(config)
         self.config, self.files = json.loads(json.dumps(config.to_dict())), {}  # as it is on disk
         self.shapes = {}
-        for name, weight in model.state_dict().items():
+        weights = model.state_dict()
+        if config.model_type in _RENAMED:
+            weights = revert_weight_conversion(model, weights)
+        for name, weight in weights.items():
+            if (
+                config.model_type == "kimi_linear"
+            ):  # which saves them as parts of the experts' module
+                name = re.sub(r"block_sparse_moe\.(?=(gate|up|down)_proj)", "mlp.", name)
             shape = tuple(weight.shape)
             if ".experts." in name and len(shape) == 3:  # as a directory presents a stack
                 self.shapes |= {f"{name}.{i}": shape[1:] for i in range(shape[0])}
             else:
                 is_conv = len(shape) == 3 and shape[1] == 1
                 self.shapes[name] = (shape[0], shape[2]) if is_conv else shape
-        if config.model_type == "phimoe":
-            self.shapes = dict(_as_phi_is_stored(self.shapes))
         if config.tie_word_embeddings:
             del self.shapes["lm_head.weight"]
 
     def tensor(self, name: str) -> Any:
         raise AssertionError(f"{name} is read")
-
-
-def _as_phi_is_stored(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, Any]]:
-    for name, shape in shapes.items():
-        moved = name.replace(".mlp.", ".block_sparse_moe.").replace(".router.", ".gate.")
-        place, _, expert = moved.rpartition(".")
-        place = f"{place.rpartition('.')[0]}.{expert}"
-        if ".gate_up_proj." in name:
-            yield from ((f"{place}.{w}.weight", (shape[0] // 2, shape[1])) for w in ("w1", "w3"))
-        elif ".experts.down_proj." in name:
-            yield f"{place}.w2.weight", shape
-        else:
-            yield moved, shape
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

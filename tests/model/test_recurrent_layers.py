@@ -17,7 +17,7 @@ from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
 from edgemoe.file.writer import Writer
 from edgemoe.model import Batch, KvTypes, state_bytes
-from edgemoe.specs import AttentionSpec, ConvSpec, DeltaSpec, MambaSpec, RopeSpec
+from edgemoe.specs import AttentionSpec, ConvSpec, DeltaSpec, MambaSpec, MlaSpec, RopeSpec
 
 GATED = AttentionSpec(
     num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25, rope=RopeSpec(dim=8), qk_norm="head",
@@ -35,6 +35,17 @@ MIXERS["conv"] = (CONV, BY_HEAD)
 NOWHERE = AttentionSpec(num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25, rope=None)
 MIXERS["mamba"] = (MambaSpec(
     num_heads=6, head_dim=16, groups=2, state_dim=20, taps=4, norm_eps=1e-2
+), NOWHERE)  # fmt: skip
+MIXERS["kda"] = (DeltaSpec(
+    key_heads=2, value_heads=2, key_dim=20, value_dim=16, taps=4, norm_eps=1e-2, gate="sigmoid",
+    channel_decay=True, decay_rank=8, gate_rank=24,
+), MlaSpec(
+    num_heads=4, q_rank=0, latent_dim=32, nope_dim=24, rope_dim=16, value_dim=16, scale=0.2, rope=None,
+    gate="sigmoid_head",
+))  # fmt: skip
+MIXERS["kda, bounded"] = (DeltaSpec(
+    key_heads=3, value_heads=3, key_dim=16, value_dim=16, taps=3, norm_eps=1e-2, gate="sigmoid",
+    channel_decay=True, bounded=True,
 ), NOWHERE)  # fmt: skip
 LAYERS = 4
 IDS = np.random.default_rng(3).integers(0, 80, 120).tolist()
@@ -208,14 +219,19 @@ def test_the_budget_counts_every_byte_of_the_state(model):
         recurrent = [s for s in state.layers if not s.can_rewind_anywhere]
         assert len(recurrent) == 3
         arrays = [a for s in recurrent for group in s._free for a in group]
-        attention = sum(
-            _core.KvLayer.bytes("f16", 2, 100, 16) for _ in range(2 * (LAYERS - len(recurrent)))
-        )
+        is_latent = any(isinstance(m, MlaSpec) for m in engine.config.mixers)
+
+        def grown(positions):
+            if is_latent:
+                return _core.KvLayer.bytes("f16", 1, positions, 32 + 16)
+            return 2 * _core.KvLayer.bytes("f16", 2, positions, 16)
+
+        attention = grown(100)
         assert sum(a.nbytes for a in arrays) + attention == engine.budget.kv // 2
         assert state_bytes(engine.config, 100, KvTypes()) == engine.budget.kv // 2
         read = sum(a.nbytes for s in recurrent for a in s._free[0])
         assert engine.kv_bytes(0) == read
-        assert engine.kv_bytes(32) == read + 2 * _core.KvLayer.bytes("f16", 2, 32, 16)
+        assert engine.kv_bytes(32) == read + grown(32)
 
 
 @pytest.mark.parametrize(

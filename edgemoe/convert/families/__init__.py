@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from edgemoe.convert.families import (
+    bailing_hybrid,
     deepseek_v2,
     deepseek_v3,
     ernie4_5_moe,
@@ -15,6 +16,7 @@ from edgemoe.convert.families import (
     granitemoe,
     granitemoehybrid,
     hunyuan_v1_moe,
+    kimi_linear,
     laguna,
     lfm2_moe,
     llama4,
@@ -35,6 +37,7 @@ from edgemoe.convert.families.family import Family
 __all__ = ["FAMILIES"]
 
 FAMILIES: Mapping[str, Family] = {
+    "bailing_hybrid": bailing_hybrid.FAMILY,
     "deepseek_v2": deepseek_v2.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
     "ernie4_5_moe": ernie4_5_moe.FAMILY,
@@ -48,6 +51,7 @@ FAMILIES: Mapping[str, Family] = {
     "granitemoeshared": granitemoe.FAMILY,
     "hunyuan_v1_moe": hunyuan_v1_moe.FAMILY,
     "kimi_k2": deepseek_v3.FAMILY,
+    "kimi_linear": kimi_linear.FAMILY,
     "laguna": laguna.FAMILY,
     "lfm2_moe": lfm2_moe.FAMILY,
     "llama4": llama4.FAMILY,

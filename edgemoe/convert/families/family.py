@@ -40,8 +40,9 @@ __all__ = [
 ]
 
 
-Fold = Callable[[NDArray[Any], Any], NDArray[Any]]
-"""Makes a tensor of a stored one and the spec of its layer's mixer: picks rows, transposes, adds 1. May give views."""
+Fold = Callable[[Any, Any], NDArray[Any]]
+"""Makes a tensor of a stored one, or of a list of them, and the spec of its layer's mixer: picks rows, transposes, adds
+1. May give views."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,10 @@ class Source:
     """RoPE turns neighbouring rows of each head; ours are half of what is rotated apart."""
     fold: Fold | None = None
     """Makes ours of the stored tensor."""
+    more: tuple[str, ...] = ()
+    """Further stored tensors, of which, with the first, `fold` gets a list."""
+    other: str = ""
+    """Another name that the first one may have; "" for none."""
     times: str = ""
     """A stored tensor that ours is multiplied by: of one number, or of one for each expert; "" for none."""
 
@@ -143,6 +148,14 @@ class Family:
         Yields:
             The names of `dense_tensors`, and `experts.I.J.gate .up .down` of layer I, expert J.
         """
+        for name, source in self._sources(config, stored):
+            is_other = source.other in stored and source.name not in stored
+            yield name, replace(source, name=source.other) if is_other else source
+
+    def _sources(
+        self, config: ModelConfig, stored: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, Source]]:
+        """See `sources`."""
         tables = {name for rope in config.ropes for name in rope.tensors()}
         model = {**_MODEL, **self.model}
         embeds = (root for root in self.roots if root + model["embed"].name in stored)
@@ -210,8 +223,13 @@ def is_of_ffn(config: ModelConfig, layer: int, part: str) -> bool:
 
 
 def _within(place: str, source: Source, expert: int | None = None) -> Source:
-    times = source.times and place + source.times
-    return replace(source, name=place + source.name.format(expert=expert), times=times)
+    return replace(
+        source,
+        name=place + source.name.format(expert=expert),
+        more=tuple(place + name for name in source.more),
+        other=source.other and place + source.other,
+        times=source.times and place + source.times,
+    )
 
 
 def decoder_config(

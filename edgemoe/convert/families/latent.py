@@ -15,7 +15,7 @@ from edgemoe.convert.settings import Settings
 from edgemoe.errors import quoted
 from edgemoe.specs import MlaSpec, RopeSpec
 
-__all__ = ["LATENT", "SHARED", "expect", "first_dense", "latent_config", "refuse"]
+__all__ = ["LATENT", "SHARED", "expect", "first_dense", "latent_config", "latent_spec", "refuse"]
 
 Array = NDArray[Any]
 
@@ -121,7 +121,7 @@ def latent_config(
     return decoder_config(
         settings,
         family=family,
-        mixers=_spec(settings),
+        mixers=latent_spec(settings),
         num_experts=settings.integer("n_routed_experts"),
         expert_hidden=width,
         moe_layers=moe_layers,
@@ -131,7 +131,12 @@ def latent_config(
     )
 
 
-def _spec(settings: Settings) -> MlaSpec:
+def latent_spec(settings: Settings) -> MlaSpec:
+    """Returns the mixer of latent attention.
+
+    Raises:
+        FormatError: a key is missing, wrong, or asks for what the runtime cannot do.
+    """
     refuse(settings, attention_bias=True, rope_interleave=False)
     heads = settings.integer("num_attention_heads")
     if settings.integer("num_key_value_heads", heads) != heads:

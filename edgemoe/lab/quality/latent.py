@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.convert.numpy_ops import attention, rms_norm, rotated
+from edgemoe.lab.quality.recurrent import sigmoid
 from edgemoe.specs import MlaSpec, RopeSpec
 
 __all__ = ["latent_attention"]
@@ -43,5 +44,7 @@ def latent_attention(
     keys = np.concatenate([latents @ k_b, turned], axis=2)
     values = latents @ v_b.transpose(0, 2, 1)
     out = attention(queries[None], keys[None], values[None], scale=spec.scale)
+    if spec.gate != "none":
+        out *= sigmoid(x @ layer["q_gate"].T).repeat(spec.value_dim, axis=1)
     added: Array = out @ layer["o"].T
     return added

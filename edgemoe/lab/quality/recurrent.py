@@ -25,8 +25,10 @@ def delta(spec: DeltaSpec, layer: Mapping[str, Array], x: Array) -> Array:
     q *= np.float32(spec.key_dim**-0.5)
     v = v.reshape(T, values, -1)
     rate = layer["decay_rate"][:, None]
-    steps = softplus(x @ layer["decay"].T + layer["decay_bias"]).reshape(T, values, -1)
-    decay, beta = np.exp(-rate * steps), sigmoid(x @ layer["beta"].T)
+    through = x @ layer["decay_in"].T if spec.decay_rank else x
+    steps = (through @ layer["decay"].T + layer["decay_bias"]).reshape(T, values, -1)
+    decay = np.exp(-5 * sigmoid(rate * steps) if spec.bounded else -rate * softplus(steps))
+    beta = sigmoid(x @ layer["beta"].T)
     state = np.zeros((values, spec.key_dim, spec.value_dim), np.float32)
     out = np.empty_like(v)
     for t in range(T):
@@ -34,7 +36,8 @@ def delta(spec: DeltaSpec, layer: Mapping[str, Array], x: Array) -> Array:
         change = beta[t][:, None] * (v[t] - np.einsum("hkv,hk->hv", state, k[t]))
         state += k[t][:, :, None] * change[:, None, :]
         out[t] = np.einsum("hkv,hk->hv", state, q[t])
-    gate = (x @ layer["z"].T).reshape(out.shape)
+    gate = x @ layer["z_in"].T @ layer["z_out"].T if spec.gate_rank else x @ layer["z"].T
+    gate = gate.reshape(out.shape)
     mixed = rms_norm(out, layer["head_norm"], spec.norm_eps)
     mixed *= silu(gate) if spec.gate == "silu" else sigmoid(gate)
     added: Array = mixed.reshape(T, -1) @ layer["o"].T
