@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "guesses.h"
+
 namespace edgemoe {
 namespace {
 
@@ -13,10 +15,7 @@ enum { kOne, kUsed, kFrequency, kMargin, kAverage, kRows };
 
 void UseRows::keep() const { std::memcpy(before, now, sizeof(double) * kRows * size_t(num_experts)); }
 
-void UseRows::use(const int32_t* chosen, int n, double left) const {
-  for (int e = 0; e < num_experts; ++e) raw[e] *= left;
-  for (int i = 0; i < n; ++i) raw[chosen[i]] += 1.0 - left;
-}
+void UseRows::use(const int32_t* chosen, int n, double left) const { decay_uses(raw, num_experts, chosen, n, left); }
 
 void UseRows::score(const float* scores) const {
   double* to = raw + num_experts;
@@ -26,8 +25,13 @@ void UseRows::score(const float* scores) const {
 void UseRows::weigh(const int32_t* chosen, int n, const int32_t* against, int m, double share, const double* weights,
                     double most, double* odds) const {
   const size_t size = size_t(num_experts);
-  double *used = now + kUsed * size, *margin = now + kMargin * size, *average = now + kAverage * size;
+  double* used = now + kUsed * size;
+  double* __restrict margin = now + kMargin * size;
+  double* __restrict average = now + kAverage * size;
+  double* __restrict out = odds;
   const double* frequency = now + kFrequency * size;
+  const double one = weights[kOne], of_used = weights[kUsed], of_frequency = weights[kFrequency],
+               of_margin = weights[kMargin], of_average = weights[kAverage];
   std::fill_n(used, size, 0.0);
   for (int i = 0; i < n; ++i) used[chosen[i]] = 1.0;
   double base = margin[against[0]];
@@ -35,9 +39,9 @@ void UseRows::weigh(const int32_t* chosen, int n, const int32_t* against, int m,
   for (size_t e = 0; e < size; ++e) {
     margin[e] -= base;
     average[e] += (margin[e] - average[e]) * share;
-    const double sum = weights[kOne] + weights[kUsed] * used[e] + weights[kFrequency] * frequency[e] +
-                       weights[kMargin] * margin[e] + weights[kAverage] * average[e];
-    odds[e] = sum < most ? sum : most;
+    const double sum =
+        one + of_used * used[e] + of_frequency * frequency[e] + of_margin * margin[e] + of_average * average[e];
+    out[e] = sum < most ? sum : most;
   }
 }
 

@@ -190,6 +190,36 @@ class UseRows:
         odds: NDArray[np.float64],
     ) -> None: ...
 
+def decay_uses(uses: NDArray[np.float64], chosen: _I32, left: float) -> None: ...
+def renew_records(
+    records: NDArray[np.float64],
+    last: NDArray[np.float64],
+    chosen: _I32,
+    bits: NDArray[np.int8],
+    worth: NDArray[np.float64],
+    now: float,
+) -> None: ...
+def follow_path(
+    scores: NDArray[np.float64],
+    late: NDArray[np.float64],
+    chosen: _I32,
+    odds: NDArray[np.float64],
+    path: _I32,
+    now: float,
+    round: float,
+    penalty: float,
+) -> int: ...
+def foresee_paths(
+    scores: NDArray[np.float64],
+    late: NDArray[np.float64],
+    odds: NDArray[np.float64],
+    paths: _I32,
+    now: float,
+    penalty: float,
+) -> None: ...
+def weigh_rows(rows: _F32, which: _I32, weights: _F32, out: _F32) -> bool: ...
+def likeliest(scores: _F32, has: NDArray[np.int8], wanted: NDArray[np.int8], most: int) -> _I32: ...
+
 class Cache:
     def __init__(
         self,

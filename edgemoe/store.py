@@ -146,6 +146,9 @@ class ExpertStore:
             -1
         )  # experts of the request; after the last one reads ahead may go on, if there are any
         self._residency: NDArray[np.int8] = cache.residency.reshape(-1, num_experts)
+        self._first = np.arange(
+            0, self._residency.size, num_experts, dtype=np.int32
+        )  # of each layer
 
     @classmethod
     def open(
@@ -263,13 +266,13 @@ class ExpertStore:
         if plan.drop is not None and plan.drop_bits is not None:
             for expert, bits in zip(plan.drop.tolist(), plan.drop_bits.tolist(), strict=True):
                 self.cache.shrink(expert, self._levels[bits])
-        experts = plan.experts + np.int32(plan.layer * self._num_experts)
-        levels = self._levels[plan.bits]
+        experts = plan.experts + self._first[plan.layer]
+        levels = self._levels.take(plan.bits)
         if plan.ahead is None or plan.ahead_bits is None:
             self._count = len(experts)
             self.cache.begin(experts, levels, plan.offsets, len(plan.gates))
         else:
-            later = self._levels[plan.ahead_bits]
+            later = self._levels.take(plan.ahead_bits)
             self._count = -1
             self.cache.begin(
                 experts, levels, plan.offsets, len(plan.gates), ahead=plan.ahead, ahead_levels=later

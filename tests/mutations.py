@@ -224,8 +224,8 @@ MUTATIONS = (
              "        best = int(logits.argmax())", "        best = len(logits) - 1 - int(logits[::-1].argmax())",
              SAMPLER),
     # ------------------------------------------------------------ schedulers
-    Mutation("next-use", "frequencies do not decay", "csrc/use_rows.cpp",
-             "raw[e] *= left;", "raw[e] *= 1.0;", NEXT_USE),
+    Mutation("next-use", "frequencies do not decay", "csrc/guesses.cpp",
+             "uses[e] *= left;", "uses[e] *= 1.0;", NEXT_USE),
     Mutation("next-use", "margins are not averaged", "csrc/use_rows.cpp",
              "average[e] += (margin[e] - average[e]) * share;", "average[e] = margin[e];", NEXT_USE),
     Mutation("next-use", "rows of a lesson are not kept", "edgemoe/scheduler/predict.py",

@@ -79,6 +79,7 @@ PYBIND11_MODULE(_core, m) {
   bind_device(m);  // whose classes the cache's signatures name
   bind_cache(m);
   bind_use_rows(m);
+  bind_guesses(m);
   bind_ops(m);
   bind_attention(m);
   bind_latent(m);

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe import _core
 from edgemoe.plan import Plan, Priorities, Routing
 from edgemoe.scheduler.base import Setting
 from edgemoe.scheduler.options import check
@@ -190,6 +191,7 @@ class _HobbitMix(Eviction):
             self.priorities.scores
         )  # the first three terms times T; the fourth is their shift
         self._last = np.zeros((L, self.num_experts))
+        self._records_rows, self._last_rows = list(self._records), list(self._last)
         near = 1.0 - ((np.arange(L)[None, :] - np.arange(L)[:, None]) % L) / L
         self._near = weights.distance * near  # by the layer that runs
         self.begin()
@@ -208,17 +210,18 @@ class _HobbitMix(Eviction):
         self._start_token(0)
 
     def planned(self, routing: Routing, plan: Plan) -> None:
-        layer, experts = routing.layer, plan.experts.astype(np.intp)
+        layer, experts = routing.layer, plan.experts
         if layer == 0:
             self._start_token(len(routing.experts))
-        records, last = self._records[layer], self._last[layer]
+        records, last = self._records_rows[layer], self._last_rows[layer]
+        now = self._recency * self._tokens
         if len(routing.experts) == 1:
             # Recency was what `last` says and is T.
-            records[experts] += self._worth_now.take(plan.bits) - last.take(experts)
+            _core.renew_records(records, last, experts, plan.bits, self._worth_now, now)
         else:
             worth = self._worth.take(plan.bits) * np.diff(plan.offsets)
             records += np.bincount(experts, worth, self.num_experts)
-            records[experts] += self._recency * self._tokens - last[experts]
-        last[experts] = self._recency * self._tokens
+            records[experts] += now - last[experts]
+            last[experts] = now
         self.priorities.version[layer] += 1
         self.priorities.shift[:] = self._near_now[layer]

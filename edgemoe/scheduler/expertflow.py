@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe import _core
 from edgemoe.plan import Plan, Priorities, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.on_demand import OnDemand
@@ -19,9 +20,8 @@ from edgemoe.scheduler.predict import NextUse
 
 __all__ = ["ExpertFlow"]
 
-_UNUSED = (
-    4  # rounds of all layers: what was predicted and not used goes before what was not predicted
-)
+_UNUSED = 4.0
+"""Rounds of all layers: what was predicted and not used goes before what was not predicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,42 +71,27 @@ class ExpertFlow(Scheduler):
         self._paths = np.zeros((L, K), np.int32)  # predicted
         self._known = 0  # layers that have a prediction
         self._first = np.arange(0, L * E, E, dtype=np.int32)[:, None]
-        self._all_unused = np.zeros((L, E))
-        self._unused = list(self._all_unused)  # rounds later for what is predicted, until it runs
+        self._late = np.zeros((L, E))  # rounds later for what is predicted, until it runs
+        self._late_rows, self._path_rows = list(self._late), list(self._paths)
         self._step = 0.0
         self.policy = self.priorities = Priorities.zeros(L, E)
         self._rows = list(self.priorities.scores)
-        self._when = -np.arange(1.0, L + 1)[:, None]
         self.predicted = self.right = 0
         """Experts that were predicted, and those of them that ran."""
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""
-        layer, L, K = routing.layer, float(self._num_layers), self._K
+        layer, K = routing.layer, self._K
         self._step += 1.0
-        chosen, unused, row = (
-            routing.experts[-1].astype(np.intp),
-            self._unused[layer],
-            self._rows[layer],
-        )
         if self._known > layer:
             self.predicted += K
-            self.right += int(np.count_nonzero(unused.take(chosen)))
         else:
             self._known = layer + 1
-        against = self._predictor.update(routing)
-        path = against.argpartition(K - 1)[:K]
-        # In steps until use: predicted experts when the layer runs next, the others when they are expected, but a
-        # round later at the earliest, and what was predicted and not used later still.
-        unused[chosen] = 0.0
-        against += unused
-        against *= -L
-        np.subtract(against, self._step + 2 * L, out=row)
-        row[path] = -L - self._step
+        self.right += _core.follow_path(
+            self._rows[layer], self._late_rows[layer], routing.experts[-1],
+            self._predictor.update(routing), self._path_rows[layer], self._step, self._num_layers, _UNUSED,
+        )  # fmt: skip
         self.priorities.version[layer] += 1
-        unused.fill(0.0)
-        unused[path] = _UNUSED
-        self._paths[layer] = path
         if len(routing.experts) > 1:
             return self._exact.plan(routing, residency)
         ahead, stop = None, min(layer + 1 + self._prefetch, self._known)
@@ -131,15 +116,9 @@ class ExpertFlow(Scheduler):
         against = self._predictor.path()
         if against is None:
             return
-        paths = against.argpartition(self._K - 1, axis=1)[:, : self._K]
-        # What was predicted and no longer is goes a round later; see `plan`.
         scores = self.priorities.scores
-        scores -= (self._all_unused > 0.0) * (2.0 * self._num_layers)
-        np.put_along_axis(scores, paths, self._when - self._step, axis=1)
+        _core.foresee_paths(scores, self._late, against, self._paths, self._step, _UNUSED)
         self.priorities.version[:] += 1
-        self._all_unused.fill(0.0)
-        np.put_along_axis(self._all_unused, paths, _UNUSED, axis=1)
-        self._paths[:] = paths
         self._known = self._num_layers
 
     def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:

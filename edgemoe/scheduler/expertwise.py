@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe import _core
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.allocation import allocated_bits
 from edgemoe.scheduler.base import Scheduler, Setting
@@ -72,18 +73,12 @@ class Expertwise(Scheduler):
         bits = self._bits[layer].take(routing.experts[0])
         if transitions is None or layer + 1 == self._num_layers:
             return plan_token(routing, bits)
-        # Only what is missing and has followed before; the next round's argmax is the next likeliest.
-        scores = transitions.predict(layer + 1) * (residency[layer + 1] < self._levels[layer + 1])
-        likely = []
-        for _ in range(min(self._preload, len(bits))):
-            best = int(scores.argmax())
-            if scores[best] <= 0:
-                break
-            likely.append(best)
-            scores[best] = 0
-        if not likely:
+        # Only what is missing and has followed before.
+        most = min(self._preload, len(bits))
+        scores, has = transitions.predict(layer + 1), residency[layer + 1]
+        ahead = _core.likeliest(scores, has, self._levels[layer + 1], most)
+        if len(ahead) == 0:
             return plan_token(routing, bits)
-        ahead = np.array(likely, np.int32)
         ahead_bits = self._bits[layer + 1].take(ahead)
         ahead += np.int32((layer + 1) * self._num_experts)
         return plan_token(routing, bits, None, ahead, ahead_bits)

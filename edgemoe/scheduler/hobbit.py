@@ -96,7 +96,8 @@ class Hobbit(Scheduler):
         self._bits_of_level = (0, *setting.level_bits)
         self._bits_of = np.array(self._bits_of_level, np.int8)
         self._strict, self._mixed_ahead = o.strict, o.mixed_ahead
-        self._num_experts = setting.num_experts
+        self._num_experts = E = setting.num_experts
+        self._first = np.arange(0, setting.num_layers * E, E, dtype=np.int32)
         self._fits_itself = o.t1 < 0 and setting.experts_per_token > 2
         self._gates_seen: list[NDArray[np.float32]] = []
         self._tokens, self._next_fit = 0, _FIRST_FIT
@@ -162,30 +163,34 @@ class Hobbit(Scheduler):
         """
         if routing.ahead_experts is None or routing.ahead_gates is None:
             return None, None
-        E, all_ids, all_bits = self._num_experts, [], []
+        all_ids, all_bits, bits_of = [], [], self._bits_of_level
         for i, tokens in enumerate(routing.ahead_experts):
             layer = routing.layer + 1 + i
-            first, is_missing = layer * E, False
+            is_missing = False
             for t, experts in enumerate(tokens):
                 levels = residency[layer].take(experts).tolist()
+                wanted = [self._high] * len(levels)
                 if self._mixed_ahead:
-                    bits = self._token_bits(routing.ahead_gates[i, t].tolist(), levels)
-                else:
-                    bits = [self._high] * len(levels)
-                for expert, want, level in zip(experts.tolist(), bits, levels, strict=True):
-                    if want > 0:
-                        all_ids.append(first + expert)
-                        all_bits.append(want)
-                        if want > self._bits_of_level[level]:
-                            is_missing = True
+                    wanted = self._token_bits(routing.ahead_gates[i, t].tolist(), levels)
+                ids, bits = experts + self._first[layer], np.array(wanted, np.int8)
+                if 0 in wanted:
+                    kept = bits.nonzero()[0]
+                    ids, bits = ids.take(kept), bits.take(kept)
+                all_ids.append(ids)
+                all_bits.append(bits)
+                pairs = zip(wanted, levels, strict=True)
+                is_missing = is_missing or any(want > bits_of[level] for want, level in pairs)
             if is_missing:
                 break
-        if routing.sequences > 1:  # one read serves all
-            most: dict[int, int] = {}
-            for id, want in zip(all_ids, all_bits, strict=True):
-                most[id] = max(want, most.get(id, 0))
-            all_ids, all_bits = list(most), list(most.values())
-        return np.array(all_ids, np.int32), np.array(all_bits, np.int8)
+        if len(all_ids) == 1:  # nearly always
+            return all_ids[0], all_bits[0]
+        ids, bits = np.concatenate(all_ids), np.concatenate(all_bits)
+        if routing.sequences == 1:
+            return ids, bits
+        most: dict[int, int] = {}  # one read serves all
+        for id, want in zip(ids.tolist(), bits.tolist(), strict=True):
+            most[id] = max(want, most.get(id, 0))
+        return np.array(list(most), np.int32), np.array(list(most.values()), np.int8)
 
     def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
         """Fits the thresholds to the scores so far, ever more seldom, and then leaves them."""

@@ -60,10 +60,8 @@ class PathPredictor:
         self._seen = np.zeros(2 * d, np.float32)  # the state, then the embedding
         self._state = self._seen[:d]
         shape = (num_layers, num_experts)
-        self.now: Array = self._heads[0][1].reshape(shape).copy()
-        """[L, E]: logits of the last token's path."""
-        self.next: Array = self._heads[1][1].reshape(shape).copy()
-        """[L, E]: of the token after it."""
+        self._paths: list[Array] = [np.empty(shape, np.float32) for _ in self._heads]
+        self._is_known = [False, False]
 
     @classmethod
     def from_section(cls, content: bytes, num_layers: int, num_experts: int) -> PathPredictor:
@@ -98,10 +96,11 @@ class PathPredictor:
 
     def begin(self) -> None:
         """A new text starts."""
-        self._state.fill(0.0)
+        self._seen.fill(0.0)
+        self._is_known = [False, False]
 
     def follow(self, ids: NDArray[np.integer[Any]]) -> None:
-        """Takes the next tokens [T] of the text, of many only the last, and sets `now` and `next`."""
+        """Takes the next tokens [T] of the text, of many only the last."""
         d = len(self._state)
         rows = hashed(ids[-_MOST:], self._rows)
         inputs = self._embedding[rows].astype(np.float32)
@@ -116,12 +115,26 @@ class PathPredictor:
             new = np.tanh(x[2 * d :] + gates[:d] * h[2 * d :])
             state += (1.0 - update) * (new - state)
         self._seen[d:] = inputs[-1]
-        for out, seen, (weights, bias) in zip(
-            (self.now, self.next), (self._seen, state), self._heads, strict=True
-        ):
-            flat = out.reshape(-1)
+        self._is_known = [False, False]
+
+    @property
+    def now(self) -> Array:
+        """[L, E]: logits of the last token's path; its own array. Computed when first asked for: it takes longest."""
+        return self._path(0, self._seen)
+
+    @property
+    def next(self) -> Array:
+        """[L, E]: of the token after it; likewise."""
+        return self._path(1, self._state)
+
+    def _path(self, i: int, seen: Array) -> Array:
+        if not self._is_known[i]:
+            weights, bias = self._heads[i]
+            flat = self._paths[i].reshape(-1)
             np.dot(weights, seen, out=flat)
             flat += bias
+            self._is_known[i] = True
+        return self._paths[i]
 
 
 class PathUse(NextUse):

@@ -48,8 +48,7 @@ class Frequency:
         """One layer has routed its tokens."""
         row = self._rows[routing.layer]
         if len(routing.experts) == 1:
-            row *= self._keep
-            row[routing.experts[0].astype(np.intp)] += 1.0 - self._keep
+            _core.decay_uses(row, routing.experts[0], self._keep)
         else:
             _decayed(row, routing.experts, self._keep)
 
@@ -255,6 +254,7 @@ class Transitions:
         self._totals = np.zeros((L, E), np.float32)
         self._uses = np.ones((L, E), np.float32)  # at least 1, to divide by
         self._path: list[NDArray[np.int32]] = []
+        self._total = np.empty(E, np.float32)
 
     def update(self, routing: Routing) -> None:
         """One layer has routed its tokens, of which the last one's path counts."""
@@ -293,7 +293,10 @@ class Transitions:
         yield layer, last
 
     def predict(self, layer: int) -> NDArray[np.float32]:
-        """Returns a score per expert of a layer that follows the one just routed, [E]; larger is likelier."""
+        """Returns a score per expert of a layer that follows the one just routed, [E]; larger is likelier.
+
+        It is valid until the next call, and live.
+        """
         marginal: NDArray[np.float32] = self._totals[layer]
         if not 0 < layer == len(self._path):
             return marginal
@@ -302,10 +305,9 @@ class Transitions:
                 counts = self._tuples.get(key)
                 if counts is not None:
                     return counts
-        last = self._path[layer - 1]
+        last, total = self._path[layer - 1], self._total
         weights = np.reciprocal(self._uses[layer - 1].take(last))
-        total: NDArray[np.float32] = weights @ self._pairs[layer].take(last, axis=0)
-        return total if total.any() else marginal
+        return total if _core.weigh_rows(self._pairs[layer], last, weights, total) else marginal
 
     def state(self) -> dict[str, NDArray[Any]]:
         """See `Scheduler.state`; the table of tuples is left out, it is larger than all else."""

@@ -1,0 +1,115 @@
+"""What schedulers have the core work out of all experts of a layer, against the same in numpy and plain Python."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from edgemoe import _core
+
+E, K = 70, 5
+ROUND, PENALTY = 6.0, 4.0
+
+
+def experts(rng, count=K):
+    return rng.permutation(E)[:count].astype(np.int32)
+
+
+def likely(odds, count):
+    return sorted(range(E), key=lambda e: (odds[e], e))[:count]
+
+
+def test_a_path_is_followed_and_foreseen():
+    rng = np.random.default_rng(0)
+    scores, late, path = np.zeros(E), np.zeros(E), np.zeros(K, np.int32)
+    expected, wait = np.zeros(E), np.zeros(E)
+    for step in range(1, 30):
+        chosen, odds = experts(rng), rng.integers(1, 30, E).astype(float)  # with equals
+        right = _core.follow_path(scores, late, chosen, odds, path, step, ROUND, PENALTY)
+        assert right == np.count_nonzero(wait[chosen])
+        wait[chosen] = 0
+        expected = -(odds + wait) * ROUND - step - 2 * ROUND
+        best = likely(odds, K)
+        expected[best] = -ROUND - step
+        wait = np.where(np.isin(np.arange(E), best), PENALTY, 0)
+        assert path.tolist() == best
+        np.testing.assert_array_equal(scores, expected)
+        np.testing.assert_array_equal(late, wait)
+        if step % 3 == 0:
+            odds = rng.normal(size=(1, E))
+            _core.foresee_paths(scores[None], late[None], odds, path[None], step, PENALTY)
+            expected -= np.where(wait > 0, 2.0, 0)  # a round of one layer
+            best = likely(odds[0], K)
+            expected[best] = -1.0 - step
+            wait = np.where(np.isin(np.arange(E), best), PENALTY, 0)
+            assert path.tolist() == best
+            np.testing.assert_array_equal(scores, expected)
+            np.testing.assert_array_equal(late, wait)
+
+
+def test_layers_run_one_after_the_other():
+    scores, late = np.zeros((3, 2)), np.zeros((3, 2))
+    odds = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    paths = np.zeros((3, 1), np.int32)
+    _core.foresee_paths(scores, late, odds, paths, 10.0, PENALTY)
+    assert scores.tolist() == [[0, -11], [-12, 0], [0, -13]]
+    assert paths[:, 0].tolist() == [1, 0, 1]
+
+
+def test_rows_are_added_by_their_weights():
+    rng = np.random.default_rng(0)
+    rows = rng.random((E, 33)).astype(np.float32)
+    out = np.full(33, 9, np.float32)
+    which, weights = experts(rng), rng.random(K).astype(np.float32)
+    assert _core.weigh_rows(rows, which, weights, out)
+    np.testing.assert_allclose(out, weights @ rows[which], rtol=1e-6)
+    assert not _core.weigh_rows(0 * rows, which, weights, out)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("most", [0, 1, 3, E])
+def test_the_likeliest_lack_something(most):
+    rng = np.random.default_rng(0)
+    scores = rng.integers(-3, 9, E).astype(np.float32)
+    has, wanted = (rng.integers(0, 5, E).astype(np.int8) for _ in range(2))
+    among = [e for e in range(E) if scores[e] > 0 and has[e] < wanted[e]]
+    expected = sorted(among, key=lambda e: (-scores[e], e))[:most]
+    assert _core.likeliest(scores, has, wanted, most).tolist() == expected
+
+
+def test_records_and_uses():
+    rng = np.random.default_rng(0)
+    records, last = rng.random(E), rng.random(E)
+    worth = rng.random(9)
+    chosen, bits = experts(rng), rng.integers(0, 9, K).astype(np.int8)
+    expected = records.copy()
+    expected[chosen] += worth[bits] - last[chosen]
+    _core.renew_records(records, last, chosen, bits, worth, 7.0)
+    np.testing.assert_array_equal(records, expected)
+    assert (last[chosen] == 7).all()
+    assert (last == 7).sum() == K
+
+    uses = rng.random(E)
+    expected = uses * 0.75
+    expected[chosen] += 0.25
+    _core.decay_uses(uses, chosen, 0.75)
+    np.testing.assert_array_equal(uses, expected)
+
+
+@pytest.mark.parametrize("bad", [[-1], [E]])
+def test_there_is_no_such_expert(bad):
+    bad = np.array(bad, np.int32)
+    row, path, one = np.zeros(E), np.zeros(K, np.int32), np.zeros(1, np.int8)
+    singles = np.zeros(E, np.float32)
+    with pytest.raises(ValueError, match="chosen"):
+        _core.decay_uses(row, bad, 0.5)
+    with pytest.raises(ValueError, match="chosen"):
+        _core.renew_records(row, row.copy(), bad, one, np.zeros(9), 0.0)
+    with pytest.raises(ValueError, match="chosen"):
+        _core.follow_path(row, row.copy(), bad, row, path, 0.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="which"):
+        _core.weigh_rows(singles[None].repeat(E, 0), bad, np.ones(1, np.float32), singles)
+    with pytest.raises(ValueError, match="path"):
+        _core.follow_path(row, row.copy(), bad[:0], row, np.zeros(E + 1, np.int32), 0.0, 1.0, 1.0)
+    with pytest.raises(ValueError, match="bits"):
+        _core.renew_records(row, row.copy(), bad[:1] * 0, np.array([9], np.int8), np.zeros(9), 0.0)
