@@ -129,7 +129,7 @@ MUTATIONS = (
              "    return all_finite(halves, head_dim);", "    return true;", ATTENTION),
     # ------------------------------------------------------------ the store, experts, engine
     Mutation("store", "all experts are of layer 0", "edgemoe/store.py",
-             "plan.experts + np.int32(plan.layer * self._num_experts)", "plan.experts + np.int32(0)", STORE),
+             "plan.experts + self._first[plan.layer]", "plan.experts + self._first[0]", STORE),
     Mutation("store", "the last group is not given", "edgemoe/store.py",
              "while left and (group := self.cache.next()):", "while left > 1 and (group := self.cache.next()):", STORE),
     Mutation("experts", "skipped slots are not counted", "edgemoe/experts.py",

@@ -87,7 +87,7 @@ void bind_guesses(py::module_& m) {
         expect(rows, "rows", {-1, out.size()});
         expect(weights, "weights", {which.size()});
         return weigh_rows(rows.data(), int(out.size()), within(which, "which", rows.shape(0)), weights.data(),
-                        int(which.size()), out.mutable_data());
+                          int(which.size()), out.mutable_data());
       },
       py::arg("rows").noconvert(), py::arg("which").noconvert(), py::arg("weights").noconvert(),
       py::arg("out").noconvert(), "Sets `out` to the weighted sum of rows; says whether anything in it is not 0.");
