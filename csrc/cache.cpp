@@ -85,6 +85,8 @@ Cache::Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<ui
   const size_t num_slots = std::min<size_t>(n, size_t(most_pages_) * kPage / slot_bytes(1));
   slots_.resize(num_slots);
   levels_.assign(n, 0);
+  reads_.assign(n, 0);
+  runs_.assign(n, 0);
   backing_->reserve(int(n), int(num_slots), window_bytes_);
   backing_->expect_all(all_fit());
   free_.resize(num_slots);
@@ -370,6 +372,7 @@ void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const
     (is_here ? ready_ : waiting_).push_back(i);
     want(e, 1);
     policy_.use(e, offsets[i + 1] - offsets[i]);
+    runs_[e] += uint32_t(offsets[i + 1] - offsets[i]);
     stats_.bits += level_bits_[size_t(rungs_at(e, level))];
     if (!is_here) {
       stats_.misses += 1;
@@ -398,6 +401,7 @@ void Cache::finish(int slot, bool ok, const std::exception_ptr& why, std::except
     if (levels_[e] == 0) stats_.resident_experts += 1;
     stats_.resident_bytes += bytes_at(e, level) - bytes_at(e, levels_[e]);
     levels_[e] = int8_t(level);
+    reads_[e] += 1;
   }
   for (int i = last_use_[e]; i >= 0; i = uses_[i].next) {
     Use& use = uses_[i];

@@ -27,6 +27,7 @@ class Relaxed {
   std::atomic<T> value_;
 };
 
-static_assert(sizeof(Relaxed<signed char>) == 1, "a row of them is lent as an array");
+static_assert(sizeof(Relaxed<signed char>) == 1 && sizeof(Relaxed<unsigned>) == sizeof(unsigned),
+              "a row of them is lent as an array");
 
 }  // namespace edgemoe

@@ -256,6 +256,17 @@ class ExpertStore:
         """
         return self._residency
 
+    @property
+    def reads(self) -> NDArray[np.uint32]:
+        """How often each expert was read since the start [layers, E], in whole or in part; wraps around. Any thread may
+        look."""
+        return self.cache.reads.reshape(-1, self._num_experts)
+
+    @property
+    def runs(self) -> NDArray[np.uint32]:
+        """How many tokens each expert ran since the start [layers, E]; wraps around. Any thread may look."""
+        return self.cache.runs.reshape(-1, self._num_experts)
+
     def sizes(self, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> NDArray[np.int64]:
         """Returns the memory of experts at some bits, [n] each; experts as layer * num_experts + expert."""
         return self._level_bytes[np.minimum(self._levels[bits], self._rungs[experts])]

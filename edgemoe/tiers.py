@@ -146,6 +146,16 @@ class Tiers:
         self.device.check_integrity()
 
     @property
+    def reads(self) -> NDArray[np.uint32]:
+        """See `_core.Cache.reads`: the host's, which reads."""
+        return self.host.reads
+
+    @property
+    def runs(self) -> NDArray[np.uint32]:
+        """See `_core.Cache.runs`: of both together."""
+        return self.host.runs + self.device.runs
+
+    @property
     def uses(self) -> NDArray[np.float64]:
         """See `_core.Cache.uses`: of both together."""
         return self.host.uses + self.device.uses

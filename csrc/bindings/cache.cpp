@@ -47,6 +47,11 @@ Policy policy_from(const py::object& policy, int num_layers, int num_experts) {
                 num_layers, num_experts);
 }
 
+/// A view of live counters.
+py::object counts(const std::vector<Relaxed<uint32_t>>& of, const py::object& owner) {
+  return lend(reinterpret_cast<const uint32_t*>(of.data()), of.size(), owner);
+}
+
 }  // namespace
 
 void bind_cache(py::module_& m) {
@@ -156,6 +161,12 @@ void bind_cache(py::module_& m) {
                                const auto& r = self.cast<Cache&>().residency();
                                return lend(reinterpret_cast<const int8_t*>(r.data()), r.size(), self);
                              })
+      .def_property_readonly(
+          "reads", [](const py::object& self) { return counts(self.cast<Cache&>().reads(), self); },
+          "uint32 [n], a live view: how often each expert was read since the start.")
+      .def_property_readonly(
+          "runs", [](const py::object& self) { return counts(self.cast<Cache&>().runs(), self); },
+          "uint32 [n], a live view: how many tokens each expert ran since the start.")
       .def_property(
           "uses",
           [](const Cache& c) {
