@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -72,3 +75,15 @@ def running(path, **how):
         yield server
     finally:
         server.close()
+
+
+def started(*flags):
+    """Runs the program; returns it and the port, once it answers."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from edgemoe.cli.entry import edgemoe as e; raise SystemExit(e())", "serve", *flags],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, "EDGEMOE_THREADS": "1"},
+    )  # fmt: skip
+    for line in process.stderr:
+        if " at http://" in line:
+            return process, int(line.rpartition("/v1")[0].rpartition(":")[2])
+    raise AssertionError(process.wait())

@@ -228,6 +228,7 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
          help="most tokens of reasoning, where the model marks its end with one token (default: -1, no limit)")
     _add_switch(requests, "--strict", help="refuse fields that have no effect, instead of reporting them")
     _add_switch(requests, "--metrics", help="tell figures at /metrics, as Prometheus reads them")
+    _add_switch(requests, "--no-page", help="show no page at /")
 
     sampling = parser.add_argument_group("sampling, where a request says nothing")
     _add_sampling_flags(sampling)

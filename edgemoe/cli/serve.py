@@ -86,13 +86,14 @@ def _settings(args: Namespace) -> Settings:
         no_auth=args.no_auth, aliases=tuple(args.alias), queue=whole("--queue", args.queue, 0, 100_000),
         timeout=number("--timeout", args.timeout, 1, 1e9), ping=number("--sse-ping", args.sse_ping, 0.1, 3600),
         origins=tuple(args.cors_origins), hosts=tuple(h.lower() for h in args.allowed_hosts),
-        is_strict=args.strict, has_metrics=args.metrics, has_grammar=not args.no_grammar,
+        is_strict=args.strict, has_metrics=args.metrics, has_page=not args.no_page, has_grammar=not args.no_grammar,
         reasoning_budget=whole("--reasoning-budget", args.reasoning_budget, -1),
     )  # fmt: skip
 
 
 def _run(args: Namespace, settings: Settings) -> int:
     set_up_logging(verbose=args.verbose)
+    from edgemoe.file.format import open_moe
     from edgemoe.runtime.opening import open_model
     from edgemoe.serve.server import listen, serve
     from edgemoe.text.sampler import SamplingParams
@@ -105,7 +106,9 @@ def _run(args: Namespace, settings: Settings) -> int:
         if args.max_quality_loss is not None:
             note(f"# {pick(args, context=args.ctx_size or None)}")
         known = None if args.max_quality_loss is not None else cost(args)
-        opened = open_model(args.model, _options(args))
+        moe = open_moe(args.model)
+        settings = dataclasses.replace(settings, reserved=_reserved(args, moe))
+        opened = open_model(args.model, _options(args, moe, settings.reserved))
         model = opened.model
         for line in (*model.notes, *opened.text.notes):
             note(f"# {line}")
@@ -123,20 +126,23 @@ def _run(args: Namespace, settings: Settings) -> int:
         )
 
 
-def _options(args: Namespace) -> EngineOptions:
-    """Returns how the engine is opened: with room for what the server itself takes."""
-    from edgemoe.file.format import open_moe
-    from edgemoe.runtime.budget import default_ram
-    from edgemoe.runtime.options import EngineOptions
+def _reserved(args: Namespace, moe: MoeFile) -> int:
+    """Returns what of the budget the server itself takes."""
     from edgemoe.serve.grammar import grammar_bytes
 
-    moe = open_moe(args.model)
+    masks = 0 if args.no_grammar else grammar_bytes(moe.config.vocab_size)
+    parallel: int = args.parallel
+    return _PER_SEQUENCE * parallel + masks
+
+
+def _options(args: Namespace, moe: MoeFile, reserved: int) -> EngineOptions:
+    """Returns how the engine is opened: with room for what the server itself takes."""
+    from edgemoe.runtime.budget import default_ram
+    from edgemoe.runtime.options import EngineOptions
+
     ram = default_ram() if args.ram is None else args.ram
-    ram -= _PER_SEQUENCE * args.parallel
-    if not args.no_grammar:
-        ram -= grammar_bytes(moe.config.vocab_size)
     given: dict[str, Any] = {
-        "sequences": args.parallel, "ram": max(ram, 1), "trace": args.trace, "profile": args.profile,
+        "sequences": args.parallel, "ram": max(ram - reserved, 1), "trace": args.trace, "profile": args.profile,
         "context": args.ctx_size or None,
     }  # fmt: skip
     options = EngineOptions(**engine_flags(args, **given))

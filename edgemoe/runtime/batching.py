@@ -104,6 +104,8 @@ class Batcher:
         self._changed = threading.Condition()
         self._clock = 0
         self._ending: Exception | None = None
+        self.computed = self.made = 0
+        """Tokens of prompts that were computed so far, and tokens of replies; any thread may look."""
         self.views: tuple[SlotView, ...] = ()
         """What each sequence does: replaced as a whole after each pass."""
         self._look()
@@ -245,6 +247,7 @@ class Batcher:
             return
         for slot, _ in parts:
             slot.beside = max(slot.beside, len(parts) - 1)
+        self.computed += sum(len(ids) for slot, ids in parts if slot.made == 0)
         rows = []
         for (slot, _), span in zip(parts, batch.slices, strict=True):
             assert slot.request is not None
@@ -299,6 +302,7 @@ class Batcher:
             self._finish(slot, "error", error)
             return
         slot.tokens.append(token)
+        self.made += 1
         if is_complete or not goes_on:
             self._finish(slot, "stop", row=row)
         elif slot.made >= slot.limit:

@@ -6,11 +6,13 @@ import dataclasses
 from typing import Any
 
 import msgspec
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 import edgemoe
 from edgemoe import hardware
 from edgemoe.serve import fields
+from edgemoe.serve.files import page_file
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.prompts import Conversation, render
 from edgemoe.serve.service import Service
@@ -24,9 +26,11 @@ def _json(value: object, status: int = 200) -> Response:
     return Response(msgspec.json.encode(value), status, media_type="application/json")
 
 
-def root(service: Service) -> Response:
-    """Says who is here; some clients ask for it first."""
-    return PlainTextResponse(f"edgemoe {edgemoe.__version__}: {service.names[0]}\n")
+def root(service: Service, request: Request) -> Response:
+    """Shows a browser the page, and says who is here to others; some clients ask for it first."""
+    if service.settings.has_page and "text/html" in request.headers.get("accept", ""):
+        return page_file(request, "index.html")
+    return PlainTextResponse(f"edgemoe {edgemoe.__version__}\n")
 
 
 def health(service: Service) -> Response:

@@ -22,15 +22,18 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from edgemoe.serve import about, messages, openai, responses
 from edgemoe.serve.answers import Answer
 from edgemoe.serve.completions import ChatAnswer, TextAnswer
+from edgemoe.serve.files import page_file
+from edgemoe.serve.log import route_of
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.service import Service
+from edgemoe.serve.watch import Watch
 
 __all__ = ["make_app"]
 
 logger = logging.getLogger(__name__)
 
 _LARGEST_BODY = 16 << 20
-_FREE = ("/health", "/v1/health")
+_FREE = ("/health", "/v1/health", "/")
 
 
 def make_app(service: Service) -> Starlette:
@@ -48,8 +51,19 @@ def make_app(service: Service) -> Starlette:
 
         return Route(path, handler, methods=["GET"])
 
+    watch = Watch(service)
+
+    async def root(request: Request) -> Response:
+        return about.root(service, request)
+
+    async def page(request: Request) -> Response:
+        return page_file(request, request.path_params["name"])
+
+    async def events(request: Request) -> Response:
+        return watch.response()
+
     routes = [
-        get("/", about.root), get("/health", about.health), get("/v1/health", about.health),
+        Route("/", root, methods=["GET"]), get("/health", about.health), get("/v1/health", about.health),
         get("/v1/models", about.models), get("/models", about.models), get("/props", about.props),
         get("/slots", about.slots), get("/metrics", about.metrics),
         post("/v1/chat/completions", _chat), post("/chat/completions", _chat),
@@ -60,6 +74,10 @@ def make_app(service: Service) -> Starlette:
         post("/tokenize", _tokenize), post("/detokenize", _detokenize),
         post("/apply-template", _apply_template), post("/slots/{slot:int}", _no_actions),
     ]  # fmt: skip
+    if service.settings.has_page:
+        routes += [
+            Route("/page/{name:path}", page, methods=["GET"]), Route("/events", events, methods=["GET"]),
+        ]  # fmt: skip
     middleware = [Middleware(_Door, service=service)]
     if origins := list(service.settings.origins):
         methods, headers = ["GET", "POST"], ["*"]
@@ -96,6 +114,8 @@ class _Door:
             if message["type"] == "http.response.start":
                 found = getattr(scope.get("route"), "path", "other")
                 self._service.figures.request(str(found), message["status"])
+                if message["status"] >= 400:
+                    self._service.log.refused(str(found), message["status"])
                 message["headers"] = [*message["headers"], *_HEADERS]
             await send(message)
 
@@ -105,12 +125,16 @@ class _Door:
             )
             await _said(problem, route)(scope, receive, counted)
             return
+        route_of.set(route)
         await self._app(scope, receive, counted)
 
 
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer"),
-    (b"content-security-policy", b"default-src 'self'"),
+    (
+        b"content-security-policy",
+        b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'",
+    ),
 )  # fmt: skip
 
 
@@ -121,7 +145,7 @@ class _Key:
         self._app, self._keys = app, [k.encode() for k in service.settings.keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._keys and scope["path"] not in _FREE:
+        if scope["type"] == "http" and self._keys and not _is_free(scope["path"]):
             headers = dict(scope["headers"])
             given = headers.get(b"x-api-key", b"")
             bearer = headers.get(b"authorization", b"")
@@ -137,6 +161,11 @@ class _Key:
                 await _said(problem, scope["path"])(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def _is_free(path: str) -> bool:
+    """Returns whether no key is needed: what is there tells nothing of the model or of anyone."""
+    return path in _FREE or path.startswith("/page/")
 
 
 def _json(value: object, status: int = 200) -> Response:

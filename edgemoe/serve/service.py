@@ -14,9 +14,10 @@ import edgemoe
 from edgemoe.errors import FormatError
 from edgemoe.runtime.batching import Batcher, QueueFull
 from edgemoe.runtime.opening import Opened
-from edgemoe.runtime.requests import Constraint
+from edgemoe.runtime.requests import Constraint, Outcome
 from edgemoe.serve.figures import ServerFigures
 from edgemoe.serve.grammar import Grammars, Guide
+from edgemoe.serve.log import RequestLog, route_of
 from edgemoe.serve.problems import Problem, too_long, wrong
 from edgemoe.serve.prompts import Conversation, render
 from edgemoe.serve.reply import Ask, Reply
@@ -83,7 +84,7 @@ class Service:
         self.context = self.model.budget.context
         self.form, self.speaks_of_tools = reply_format(tokenizer.chat_template)
         self.started = int(time.time())
-        self.figures = ServerFigures()
+        self.figures, self.log = ServerFigures(), RequestLog()
         eos = opened.text.eos_ids
         self.grammars = (
             Grammars(tokenizer, self.model.config.vocab_size, sorted(eos))
@@ -255,7 +256,13 @@ class Service:
             raise Problem(500, "the engine has failed; the server ends")
         if len(ask.ids) > self.context - (ask.params.max_tokens != 0):
             raise too_long("prompt" if ask.is_raw else "messages", len(ask.ids), self.context)
-        reply = Reply(ask, choice, self.tokenizer, self.form, self.figures.reply)
+        route = route_of.get()
+
+        def ended(outcome: Outcome) -> None:
+            self.figures.reply(outcome)
+            self.log.reply(route, outcome, ask.ignored)
+
+        reply = Reply(ask, choice, self.tokenizer, self.form, ended)
         try:
             self.batcher.submit(reply.request)
         except QueueFull as error:

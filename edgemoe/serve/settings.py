@@ -40,6 +40,10 @@ class Settings:
     is_strict: bool = False
     """Refuse fields that have no effect."""
     has_metrics: bool = False
+    has_page: bool = True
+    """Show the page at /."""
+    reserved: int = 0
+    """Bytes of the budget that the server itself keeps, for masks and connections."""
     has_grammar: bool = True
     """Reserve the memory that masks take."""
     reasoning_budget: int = -1

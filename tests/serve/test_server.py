@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
 import signal
 import socket
@@ -17,7 +16,7 @@ from dataclasses import replace
 
 import httpx2 as httpx
 import pytest
-from served import running
+from served import running, started
 
 import edgemoe
 from edgemoe.errors import FormatError
@@ -262,18 +261,6 @@ def test_a_model_without_tokenizer_is_refused(tmp_path):
     opened = open_model(tmp_path / "bare.moe", EngineOptions())
     with pytest.raises(FormatError, match="no tokenizer"):
         Service(opened, Settings(), name="x", sampling=opened.text.sampling)
-
-
-def started(*flags):
-    """Runs the program; returns it and the port, once it answers."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", "from edgemoe.cli.entry import edgemoe as e; raise SystemExit(e())", "serve", *flags],
-        stderr=subprocess.PIPE, text=True, env={**os.environ, "EDGEMOE_THREADS": "1"},
-    )  # fmt: skip
-    for line in process.stderr:
-        if " at http://" in line:
-            return process, int(line.rpartition("/v1")[0].rpartition(":")[2])
-    raise AssertionError(process.wait())
 
 
 def test_the_program_serves_and_ends_when_told(tiny_moe):

@@ -1,0 +1,43 @@
+"""The files of the page, from the package: nothing comes from elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from edgemoe.serve.problems import Problem
+
+__all__ = ["page_file"]
+
+_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+
+
+_ROOT = Path(__file__).parent / "page"
+_FILES = {
+    path.relative_to(_ROOT).as_posix(): path
+    for path in _ROOT.rglob("*.*")
+    if path.suffix[1:] in _TYPES
+}
+"""By what follows /page/ in their addresses: nothing else is ever read."""
+
+
+def page_file(request: Request, name: str) -> Response:
+    """Returns a file; a browser that has it already is told so.
+
+    Raises:
+        Problem: there is no such file.
+    """
+    path = _FILES.get(name)
+    if path is None:
+        raise Problem(404, f"there is no {request.url.path}")
+    content = path.read_bytes()
+    headers = {
+        "ETag": f'"{hashlib.sha256(content).hexdigest()[:24]}"',
+        "Cache-Control": "no-cache",  # asked for again each time, so that it fits the server
+    }
+    if request.headers.get("if-none-match") == headers["ETag"]:
+        return Response(status_code=304, headers=headers)
+    return Response(content, headers=headers, media_type=_TYPES[name.rpartition(".")[2]])

@@ -1,0 +1,54 @@
+"""The last requests, for who runs the server: what was asked and how it went, and nothing of what was said."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from contextvars import ContextVar
+from typing import Any
+
+from edgemoe.runtime.requests import Outcome
+
+__all__ = ["RequestLog", "route_of"]
+
+_MOST = 200
+
+route_of: ContextVar[str] = ContextVar("route_of", default="")
+"""The route of the request that is being answered."""
+
+
+class RequestLog:
+    """Keeps the last requests. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: deque[tuple[int, dict[str, Any]]] = deque(maxlen=_MOST)
+        self.count = 0
+        """How many there were."""
+
+    def refused(self, route: str, status: int) -> None:
+        """A request was answered with an error."""
+        self._add({"at": time.time(), "route": route, "status": status})
+
+    def reply(self, route: str, outcome: Outcome, ignored: list[str]) -> None:
+        """A reply has ended."""
+        f = outcome.figures
+        entry = {
+            "at": time.time(), "route": route, "status": 500 if outcome.reason == "error" else 200,
+            "end": outcome.reason, "prompt": f.prompt_tokens, "cached": f.cached_tokens, "made": f.new_tokens,
+            "queue_s": f.queue_s, "prompt_s": f.prompt_s, "decode_s": f.decode_s, "hits": f.hits,
+            "misses": f.misses, "read": f.bytes_read, "bits": round(f.average_bits, 2), "hash": f.logits_hash,
+            "ignored": ignored,
+        }  # fmt: skip
+        self._add(entry)
+
+    def _add(self, entry: dict[str, Any]) -> None:
+        with self._lock:
+            self._entries.append((self.count, entry))
+            self.count += 1
+
+    def since(self, count: int) -> list[dict[str, Any]]:
+        """Returns those after the first `count`, the oldest first."""
+        with self._lock:
+            return [entry for number, entry in self._entries if number >= count]

@@ -1,0 +1,171 @@
+"""What the page shows while somebody looks: memory, which experts are in it, what is read, who waits.
+
+A stream of events: first all that there is, then several times a second what has changed since. What a viewer costs is
+bounded, and nobody who looks costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+from collections.abc import AsyncIterator
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+from sse_starlette.sse import EventSourceResponse
+from starlette.responses import Response
+
+import edgemoe
+from edgemoe import hardware
+from edgemoe.serve.problems import Problem
+from edgemoe.serve.service import Service
+
+__all__ = ["Watch"]
+
+_PAUSE = 0.25  # seconds
+_MOST_VIEWERS = 8
+_READ, _RAN = 16, 32  # beside an expert's bits, which take the rest
+
+
+class Watch:
+    """Tells viewers. On the event loop."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._viewers = 0
+
+    def response(self) -> Response:
+        """Returns a stream for one more viewer.
+
+        Raises:
+            Problem: there are too many.
+        """
+        if self._viewers >= _MOST_VIEWERS:
+            raise Problem(429, f"{_MOST_VIEWERS} pages look already", retry_after=10)
+        return EventSourceResponse(
+            self._events(), sep="\n", headers={"Cache-Control": "no-cache"}, send_timeout=30
+        )
+
+    async def _events(self) -> AsyncIterator[bytes]:
+        service = self._service
+        self._viewers += 1
+        try:
+            view = _Experts(service)
+            log = service.log.count
+            yield _event(
+                "all", {**everything(service), "map": view.whole(), "log": service.log.since(0)}
+            )
+            before = None
+            while not service.is_stopping and service.worker.error is None:
+                await asyncio.sleep(_PAUSE)
+                now = _figures(service)
+                what = {**now, **view.changed()}
+                if service.log.count != log:
+                    what["log"], log = service.log.since(log), service.log.count
+                if what == before:  # nothing happens, so that nothing need be said
+                    continue
+                before = now
+                yield _event("now", what)
+        finally:
+            self._viewers -= 1
+
+
+class _Experts:
+    """Is which experts are in memory, in how many bits, as one viewer has seen it."""
+
+    def __init__(self, service: Service) -> None:
+        store, moe = service.model.store, service.model.moe
+        self._store = store
+        self._bits = np.array([0, *store.level_bits], np.uint8)
+        self._have = moe.expert_bits.reshape(-1).astype(np.uint8)
+        self._seen = self._resident()
+        self._reads, self._runs = store.reads.flatten(), store.runs.flatten()
+
+    def _resident(self) -> NDArray[np.uint8]:
+        """Returns the bits of each expert that are in memory now, [layers * E]."""
+        return np.minimum(self._bits[self._store.residency.reshape(-1)], self._have)
+
+    def whole(self) -> str:
+        """Returns all of it: a byte for each expert."""
+        return _text(self._seen)
+
+    def changed(self) -> dict[str, str]:
+        """Returns what is new: bits, what was read, what ran. A byte for each expert, or four for each that changed."""
+        bits, reads, runs = (
+            self._resident(),
+            self._store.reads.flatten(),
+            self._store.runs.flatten(),
+        )
+        state = bits.copy()
+        state[reads != self._reads] |= _READ
+        state[runs != self._runs] |= _RAN
+        changed = np.flatnonzero(state != self._seen)
+        self._seen, self._reads, self._runs = bits, reads, runs
+        if len(changed) == 0:
+            return {}
+        if 4 * len(changed) > len(state):
+            return {"map": _text(state)}
+        return {"cells": _text((changed.astype("<u4") << 8) | state[changed])}
+
+
+def _text(array: NDArray[Any]) -> str:
+    return base64.b64encode(array.tobytes()).decode()
+
+
+def _event(name: str, what: dict[str, Any]) -> bytes:
+    return f"event: {name}\ndata: ".encode() + msgspec.json.encode(what) + b"\n\n"
+
+
+def everything(service: Service) -> dict[str, Any]:
+    """Returns what seldom or never changes."""
+    model, config = service.model, service.model.config
+    return {
+        "version": edgemoe.__version__, "name": service.names[0], "family": config.family,
+        "layers": len(config.moe_layers), "experts": config.num_experts,
+        "context": service.context, "isa": hardware.isa(), "threads": model.threads,
+        "level_bits": model.store.level_bits, "file_bytes": model.moe.file_bytes,
+        "dense_bits": model.options.dense_bits or model.moe.dense_ladder[-1],
+        "kv_types": [model.options.cache_type_k, model.options.cache_type_v],
+        "tools": service.form.name, "can_reason": service.can_reason,
+        "can_form": service.grammars is not None,
+        "sampling": dataclasses.asdict(service.sampling), "budget": _budget(service), **_set(service),
+    }  # fmt: skip
+
+
+def _set(service: Service) -> dict[str, Any]:
+    """Returns what can be set while the model runs, and what hangs on it."""
+    model = service.model
+    now = {
+        "bits": model.bits, "experts": model.config.experts_per_token, "scheduler": model.options.scheduler,
+    }  # fmt: skip
+    return {"set": now, "notes": model.notes, "fingerprint": service.fingerprint}
+
+
+def _budget(service: Service) -> dict[str, int]:
+    """Returns how the memory was divided, in bytes."""
+    b = service.model.budget
+    return {
+        "ram": b.ram + service.settings.reserved, "server": service.settings.reserved,
+        "process": b.process, "growth": b.growth, "tables": b.tables, "dense": b.dense, "kv": b.kv,
+        "scratch": b.scratch, "experts": b.experts,
+    }  # fmt: skip
+
+
+def _figures(service: Service) -> dict[str, Any]:
+    """Returns the figures of now; those that count do so since the start."""
+    model, batcher = service.model, service.batcher
+    s, views = model.store.stats, batcher.views
+    budget = model.budget
+    return {
+        "count": {
+            "made": batcher.made, "computed": batcher.computed, "hits": s["hits"], "misses": s["misses"],
+            "read": s["bytes_read"], "wait_s": round(float(s["wait_s"]), 3), "bits": s["bits"],
+        },
+        "rss": hardware.process_bytes(), "slots": model.room.size, "resident": s["resident_bytes"],
+        "residents": s["resident_experts"], "waiting": batcher.waiting,
+        "kv": sum(budget.kv_at_once + budget.kv_bytes(v.length) for v in views),
+        "busy": [[v.length, int(v.is_busy), v.prompt, v.made] for v in views],
+    }  # fmt: skip

@@ -1,0 +1,195 @@
+"""The page without a browser: its files, who may have them, and what viewers are told."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import time
+from pathlib import Path
+
+import httpx2 as httpx
+import numpy as np
+import pytest
+from served import running
+
+import edgemoe.serve
+
+PAGE = Path(edgemoe.serve.__file__).parent / "page"
+HTML = {"Accept": "text/html,*/*"}
+
+
+def chat(**more):
+    return {"messages": [{"role": "user", "content": "Say it."}], **more}
+
+
+def told(server, count, **how):
+    """The first events of a viewer, after something was asked in between."""
+    found = []
+    with httpx.stream("GET", server.url + "/events", timeout=20, **how) as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        name = ""
+        for line in stream.iter_lines():
+            if line.startswith("event: "):
+                name = line[7:]
+            elif line.startswith("data: "):
+                found.append((name, json.loads(line[6:])))
+                if len(found) == 1:
+                    server.post("/v1/chat/completions", chat(max_tokens=5, seed=1))
+                if len(found) == count:
+                    return found
+    raise AssertionError("the stream has ended")
+
+
+def test_browsers_get_the_page_and_programs_a_line(server):
+    page = server.get("/", headers=HTML)
+    assert page.headers["content-type"] == "text/html; charset=utf-8"
+    assert page.text == (PAGE / "index.html").read_text()
+    assert server.get("/").text.startswith("edgemoe ")
+
+
+def test_every_file_is_served_and_nothing_else(server):
+    files = [p for p in PAGE.rglob("*.*") if p.suffix in (".js", ".css", ".svg", ".html")]
+    assert len(files) > 15
+    client = httpx.Client(base_url=server.url, timeout=60)
+    for path in files:
+        done = client.get(f"/page/{path.relative_to(PAGE).as_posix()}")
+        assert done.content == path.read_bytes()
+        if path.suffix == ".js":
+            assert done.headers["content-type"].startswith("text/javascript")
+        again = client.get(done.url.path, headers={"If-None-Match": done.headers["etag"]})
+        assert again.status_code == 304
+    for name in (
+        "../app.py",
+        "%2e%2e/app.py",
+        "..%2fapp.py",
+        "/etc/passwd",
+        "vendor",
+        "vendor/",
+        "x.js",
+        "",
+    ):
+        assert client.get(f"/page/{name}").status_code == 404
+    client.close()
+
+
+def test_scripts_come_from_here_alone(server):
+    policy = server.get("/", headers=HTML).headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "unsafe" not in policy
+    assert "frame-ancestors 'none'" in policy
+    page = (PAGE / "index.html").read_text()
+    assert "http" not in page
+    assert "style=" not in page
+    assert " on" not in page.replace(" one", "").replace(" once", "").replace(" only", "").replace(
+        " on</", ""
+    )
+    for path in PAGE.glob("*.js"):
+        assert "innerHTML" not in path.read_text(), path
+
+
+def test_what_is_vendored_is_what_was_released():
+    listed = dict(
+        reversed(line.split()) for line in (PAGE / "vendor" / "SHA256SUMS").read_text().splitlines()
+    )
+    files = {p.name: p for p in (PAGE / "vendor").glob("*.js")}
+    assert listed.keys() == files.keys()
+    for name, path in files.items():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == listed[name]
+        assert (PAGE / "vendor" / f"{path.stem}.LICENSE").exists()
+
+
+def test_files_need_no_key_and_figures_do(tiny_moe):
+    with running(tiny_moe, keys=("sesame",)) as server:
+        assert server.get("/", headers=HTML).status_code == 200
+        assert server.get("/page/main.js").status_code == 200
+        assert "tiny" not in server.get("/").text
+        for path in ("/events", "/page", "/v1/models"):
+            assert server.get(path).status_code == 401
+        assert server.get("/events", headers={"Host": "evil.com"}).status_code == 403
+        (name, all_), *_ = told_with_key(server)
+        assert name == "all"
+        assert all_["name"] == "tiny"
+
+
+def told_with_key(server):
+    key = {"Authorization": "Bearer sesame"}
+    with httpx.stream("GET", server.url + "/events", headers=key, timeout=20) as stream:
+        lines = stream.iter_lines()
+        return [(next(lines)[7:], json.loads(next(lines)[6:]))]
+
+
+def test_a_server_without_page(tiny_moe):
+    with running(tiny_moe, has_page=False) as server:
+        assert server.get("/", headers=HTML).headers["content-type"].startswith("text/plain")
+        assert server.get("/page/main.js").status_code == 404
+        assert server.get("/events").status_code == 404
+
+
+def test_a_viewer_is_told_what_is_in_memory(server):
+    (_, first), (name, now) = told(server, 2)
+    store = server.service.model.store
+    before = np.frombuffer(base64.b64decode(first["map"]), np.uint8)
+    assert before.shape == (first["layers"] * first["experts"],)
+    assert name == "now"
+    assert now["count"]["made"] == server.service.batcher.made
+    assert now["count"]["hits"] + now["count"]["misses"] > 0
+    if "map" in now:
+        state = np.frombuffer(base64.b64decode(now["map"]), np.uint8)
+    else:
+        words = np.frombuffer(base64.b64decode(now["cells"]), np.uint32)
+        state = before.copy()
+        state[words >> 8] = words & 255
+    level_bits = np.array([0, *store.level_bits])
+    np.testing.assert_array_equal(state & 15, level_bits[store.residency.reshape(-1)])
+    ran = (state & 32) > 0
+    assert ran.any()
+    assert (state[ran] & 15 > 0).all()  # what ran is there, as all fits
+
+
+def test_reads_and_runs_are_counted(tiny_moe):
+    with running(tiny_moe) as server:
+        store = server.service.model.store
+        assert not store.runs.any()
+        server.post("/v1/chat/completions", chat(max_tokens=3, seed=1))
+        c = server.service.model.config
+        tokens = server.service.batcher.computed + server.service.batcher.made - 1
+        assert store.runs.sum() == tokens * len(c.moe_layers) * c.experts_per_token
+        assert store.reads.sum() == server.service.model.store.stats["reads"] > 0
+        assert ((store.reads > 0) == (store.residency > 0)).all()
+
+
+def test_the_log_has_no_text(server):
+    server.post("/v1/chat/completions", chat(max_tokens=2, user="someone"))
+    server.post("/v1/chat/completions", {"messages": "wrong"})
+    first = told(server, 1)[0][1]
+    good, bad = [e for e in first["log"] if e["route"] == "/v1/chat/completions"][-2:]
+    assert good["status"] == 200
+    assert good["made"] == 2
+    assert good["end"] == "length"
+    assert good["ignored"] == ["user"]
+    assert bad["status"] == 400
+    assert "Say it" not in json.dumps(first["log"])
+
+
+def test_viewers_are_limited_and_leave_nothing(server):
+    with contextlib.ExitStack() as stack:
+        open_streams = []
+        for _ in range(8):
+            stream = stack.enter_context(httpx.stream("GET", server.url + "/events", timeout=20))
+            open_streams.append(stream.iter_lines())
+            next(open_streams[-1])
+        assert server.get("/events").status_code == 429
+    end = time.monotonic() + 10
+    while True:
+        with httpx.stream("GET", server.url + "/events", timeout=20) as stream:
+            if stream.status_code == 200:
+                break
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("path", sorted(p.name for p in PAGE.glob("*.js")))
+def test_files_are_small(path):
+    assert len((PAGE / path).read_text().splitlines()) <= 350
