@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -38,10 +39,20 @@ _AS_RELEASED: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {"scoring_func": "sigmoid"},
 }
 
+_KIMI = {
+    "max_position_embeddings": "model_max_length",
+    "norm_topk_prob": "moe_renormalize",
+    "n_group": "num_expert_group",
+    "num_local_experts": "num_experts",
+    "num_experts_per_tok": "num_experts_per_token",
+    "n_shared_experts": "num_shared_experts",
+}
 
-def as_released(path: Path) -> None:
-    """Edits a checkpoint's config.json to what the converter expects."""
-    file = path / "config.json"
+
+def as_released(path: Path, out: Path) -> Path:
+    """Copies a checkpoint with a config.json as the converter expects it; returns `out`."""
+    shutil.copytree(path, out)
+    file = out / "config.json"
     config = json.loads(file.read_text())
     kind = config["model_type"]
     config |= _AS_RELEASED.get(kind, {})
@@ -58,7 +69,37 @@ def as_released(path: Path) -> None:
                 key, 1
             )
             config[key] = value if isinstance(value, list) else [value] * layers
+    if kind == "granitemoehybrid":
+        config["layer_types"] = [
+            {"linear_attention": "mamba", "full_attention": "attention"}.get(t, t)
+            for t in config["layer_types"]
+        ]
+    if kind == "kimi_linear":
+        full = [i + 1 for i, t in enumerate(config["layer_types"]) if t == "full_attention"]
+        config["linear_attn_config"] = {
+            "full_attn_layers": full,
+            "kda_layers": [i + 1 for i, t in enumerate(config["layer_types"]) if i + 1 not in full],
+            "head_dim": config["linear_head_dim"],
+            "num_heads": config["linear_num_heads"],
+            "short_conv_kernel_size": config["linear_conv_kernel_dim"],
+        }
+        config["first_k_dense_replace"] = config["mlp_layer_types"].index("sparse")
+        for ours, theirs in _KIMI.items():
+            config[theirs] = config.get(ours, config.get(theirs))
+    if kind == "bailing_hybrid":
+        config["head_dim"] = config.get("linear_head_dim") or config["head_dim"]
+        config |= {
+            "architectures": ["BailingMoeV3ForCausalLM"],
+            "model_type": "bailing_moe_v3",  # which transformers would rename keys of
+            "no_kda_lora": True,
+            "gated_attention_proj_granularity_type": "head_wise",
+            "moe_shared_expert_intermediate_size": config["moe_intermediate_size"],
+        }
+        for ours, theirs in _KIMI.items():
+            config[ours] = config.get(ours, config.get(theirs))
+            config[theirs] = config[ours]
     file.write_text(json.dumps(config))
+    return out
 
 
 def converted(path: Path, out: Path) -> Path:
@@ -126,8 +167,7 @@ def main() -> None:
 
 def _row(name: str, path: Path) -> str:
     families.make(name, path)
-    as_released(path)
-    file = converted(path, path / "f32.gguf")
+    file = converted(as_released(path, path / "released"), path / "f32.gguf")
     try:
         theirs = SourceModel(GGUFCheckpoint(file))
     except FormatError as error:

@@ -105,6 +105,12 @@ def laid_out(arch: str, config: Config, name: str, values: Array) -> Iterator[tu
         yield from _delta(arch, config, name, values, block)
     elif arch == "gpt-oss":
         yield from _gpt_oss(name, values, block)
+    elif arch == "kimi-linear" and "_conv1d" in name:
+        yield name, values.reshape(1, -1, 1, values.shape[-1])
+    elif arch == "kimi-linear" and name.endswith("A_log"):
+        yield name, -np.exp(values)
+    elif arch == "kimi-linear" and name.endswith("dt_bias"):
+        yield name.replace("dt_bias", "dt_proj.bias"), values
     elif "kv_b_proj" in name:
         heads, nope = config["num_attention_heads"], config["qk_nope_head_dim"]
         both = values.reshape(heads, nope + config["v_head_dim"], -1)
@@ -251,6 +257,18 @@ def metadata(arch: str, config: Config) -> Config:
             "expert_gating_func": 2,
             "expert_group_count": config["n_group"],
             "expert_group_used_count": config["topk_group"],
+        }
+    if arch == "kimi-linear":
+        out |= {
+            "attention.head_count_kv": [int("full" in kind) for kind in types],
+            "attention.key_length": config["kv_lora_rank"] + config["qk_rope_head_dim"],
+            "attention.key_length_mla": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
+            "attention.value_length_mla": config["v_head_dim"],
+            "attention.kv_lora_rank": config["kv_lora_rank"],
+            "rope.dimension_count": config["qk_rope_head_dim"],
+            "leading_dense_block_count": 0,
+            "kda.head_dim": config["linear_head_dim"],
+            "ssm.conv_kernel": config["linear_conv_kernel_dim"],
         }
     if arch == "gemma4":
         slides = [kind == "sliding_attention" for kind in types]

@@ -127,6 +127,19 @@ SETTINGS: dict[str, tuple[str, Config]] = {
             "sliding_window": 8,
         },
     ),
+    "kimi-linear": (
+        "kimi_linear",
+        {
+            **{k: v for k, v in _MLA.items() if k != "n_routed_experts"},
+            "num_hidden_layers": 3,
+            "first_k_dense_replace": 0,
+            "num_local_experts": 4,
+            "linear_head_dim": 8,
+            "linear_num_heads": 4,
+            "linear_conv_kernel_dim": 4,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+    ),
     "llama4": (
         "llama4_text",
         {

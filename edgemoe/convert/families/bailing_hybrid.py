@@ -39,7 +39,7 @@ def _config(settings: Settings) -> ModelConfig:
         raise settings.error("kda_lower_bound", f"expected {_BOUND:g}, got {bound:g}")
     if not settings.flag("no_kda_lora", True):
         raise settings.error("no_kda_lora", "false is not supported")
-    for key in ("expert_swiglu_limit_list", "shared_expert_swiglu_limit_list"):
+    for key in ("expert_swiglu_limit_list", "share_expert_swiglu_limit_list"):
         limits = settings.get(key)
         if limits is not None and (not isinstance(limits, list) or any(limits)):
             raise settings.error(key, f"limits of SwiGLU are not supported, got {quoted(limits)}")

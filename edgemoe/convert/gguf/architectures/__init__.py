@@ -14,6 +14,7 @@ from edgemoe.convert.gguf.architectures import (
     granitehybrid,
     granitemoe,
     hunyuan_moe,
+    kimi_linear,
     laguna,
     lfm2moe,
     llama,
@@ -29,6 +30,7 @@ from edgemoe.convert.gguf.architectures import (
 __all__ = ["ARCHITECTURES"]
 
 ARCHITECTURES: Mapping[str, Architecture] = {
+    "bailingmoe3": kimi_linear.BAILINGMOE3,
     "deepseek2": deepseek2.ARCHITECTURE,
     "ernie4_5-moe": ernie4_5_moe.ARCHITECTURE,
     "gemma4": gemma4.ARCHITECTURE,
@@ -37,6 +39,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "granitehybrid": granitehybrid.ARCHITECTURE,
     "granitemoe": granitemoe.ARCHITECTURE,
     "hunyuan-moe": hunyuan_moe.ARCHITECTURE,
+    "kimi-linear": kimi_linear.KIMI_LINEAR,
     "laguna": laguna.ARCHITECTURE,
     "lfm2moe": lfm2moe.ARCHITECTURE,
     "llama": llama.ARCHITECTURE,

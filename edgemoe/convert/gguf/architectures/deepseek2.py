@@ -20,7 +20,7 @@ from edgemoe.convert.gguf.architectures.glm4moe import SHARED_EXPERTS
 from edgemoe.convert.gguf.meta import Meta
 from edgemoe.convert.gguf.rope import rope_scaling
 
-__all__ = ["ARCHITECTURE", "MISTRAL4"]
+__all__ = ["ARCHITECTURE", "KV_B", "MISTRAL4"]
 
 _SOFTMAX, _SIGMOID = 1, 2
 _GLM_VOCABULARY = (
@@ -104,16 +104,16 @@ _LAYER = {
     "attn_kv_a_norm": "self_attn.kv_a_layernorm",
     "attn_kv_b": "self_attn.kv_b_proj",
 }
-_MADE = {
-    "self_attn.kv_b_proj.weight": Made(
-        ("attn_k_b.weight", "attn_v_b.weight"),
-        _kv_b,
-        lambda config, shapes: (
-            shapes[0][0] * (shapes[0][2] + shapes[1][1]),
-            shapes[0][1],
-        ),
-    )
-}
+KV_B = Made(
+    ("attn_k_b.weight", "attn_v_b.weight"),
+    _kv_b,
+    lambda config, shapes: (
+        shapes[0][0] * (shapes[0][2] + shapes[1][1]),
+        shapes[0][1],
+    ),
+)
+"""The matrix of all heads' keys and values, of which files have two."""
+_MADE = {"self_attn.kv_b_proj.weight": KV_B}
 
 ARCHITECTURE = Architecture(
     model_type="deepseek_v2",

@@ -1,0 +1,200 @@
+"""Compares every family, from each kind of source, with the program that the source is made for.
+
+    pip download --no-deps --no-binary llama-cpp-python llama-cpp-python==0.3.36 && tar xf llama_cpp_python-*.tar.gz
+    cd llama_cpp_python-0.3.36/vendor/llama.cpp && cmake -B build -DBUILD_SHARED_LIBS=OFF -DLLAMA_CURL=OFF \\
+        && cmake --build build -j2 --target llama llama-quantize && cd -
+    python benchmarks/matrix.py llama_cpp_python-0.3.36/vendor/llama.cpp
+
+Tiny random checkpoints in bfloat16, 256 columns wide, are converted at 8 bits: from the Hugging Face directory, with
+transformers on the same weights in float32 as the oracle, and from GGUF files that llama.cpp's own converter and
+llama-quantize make of it, with llama.cpp on the same file. A row has the worst cosine of a position's logits, the share
+of positions and layers where the same experts were chosen, and the largest difference in standard deviations of the
+logits, over positions up to the first where a router chose otherwise; and of how many positions that is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+_ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(_ROOT / "tests"), str(_ROOT / "benchmarks")]
+
+import families  # noqa: E402
+from gguf_sources import as_released, converted  # noqa: E402
+
+import edgemoe  # noqa: E402
+from edgemoe.convert.convert import convert  # noqa: E402
+from edgemoe.convert.gguf import GGUFCheckpoint  # noqa: E402
+from edgemoe.convert.hf import HFCheckpoint  # noqa: E402
+from edgemoe.errors import FormatError  # noqa: E402
+from edgemoe.experts import Observer  # noqa: E402
+
+_TOKENS, _TEXTS = 24, 4
+Run = tuple[np.ndarray, list[np.ndarray]]
+"""Logits [T, V] of a text, and each layer's experts [T, K]."""
+_WIDTHS = (
+    "hidden_size", "intermediate_size", "moe_intermediate_size", "intermediate_size_mlp",
+    "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size",
+)  # fmt: skip
+"""256 of each, as Q4_K needs."""
+
+# What llama.cpp takes for granted, and what its formats do not hold.
+_CHANGES: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"norm_topk_prob": False},
+    "qwen3_moe": {"norm_topk_prob": True},
+    "gpt_oss": {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,
+            "original_max_position_embeddings": 16, "truncate": True,
+        }
+    },
+    "deepseek_v2": {"num_hidden_layers": 27},
+    "llama4_text": {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1},
+    "ernie4_5_moe": {"moe_num_shared_experts": 1},
+    "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 11158840.0}},
+}  # fmt: skip
+
+_KINDS = {"F16": "F16", "Q8_0": "Q8_0", "Q4_K": "Q4_K_S", "MXFP4": "MXFP4_MOE"}
+"""What llama-quantize calls them."""
+
+
+class Chosen(Observer):
+    """Remembers the experts of each layer, in ascending order."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, list[np.ndarray]] = {}
+
+    def planned(self, routing: Any, plan: Any, residency: Any) -> None:
+        """See `Observer.planned`."""
+        self.layers.setdefault(routing.layer, []).append(np.sort(routing.experts))
+
+
+def ours(source: Any, texts: list[list[int]], out: Path) -> list[Run]:
+    """Converts a source and runs the engine on texts."""
+    seen, runs = Chosen(), []
+    convert(source, out)
+    with edgemoe.load(out, ram="2GiB", observer=seen) as engine:
+        for ids in texts:
+            seen.layers.clear()
+            logits = engine.logits(ids)
+            runs.append((logits, [np.concatenate(seen.layers[i]) for i in sorted(seen.layers)]))
+    out.unlink()
+    return runs
+
+
+def transformers_on(path: Path, ids: list[int]) -> Run:
+    """Runs transformers in float32."""
+    logits, chosen = families.oracle(path, ids)
+    return logits, [chosen[i] for i in sorted(chosen)]
+
+
+def llama_cpp_on(program: Path, file: Path, ids: list[int]) -> Run:
+    """Runs llama.cpp."""
+    out = [file.with_suffix(s) for s in (".logits", ".experts")]
+    subprocess.run([program, file, *out, *map(str, ids)], check=True, capture_output=True)
+    logits = np.fromfile(out[0], np.float32).reshape(len(ids), -1)
+    rest, chosen = np.fromfile(out[1], np.int32), {}
+    while len(rest):
+        layer, k, tokens = rest[:3]
+        chosen[int(layer)] = np.sort(rest[3 : 3 + k * tokens].reshape(tokens, k))
+        rest = rest[3 + k * tokens :]
+    return logits, [chosen[i] for i in sorted(chosen)]
+
+
+def compared(mine: list[Run], others: list[Run]) -> str:
+    """Returns the figures of a row."""
+    same, got, true = [], [], []
+    for (a, chosen), (b, expected) in zip(mine, others, strict=True):
+        same.append(np.array([(x == y).all(-1) for x, y in zip(chosen, expected, strict=True)]))
+        clean = np.logical_and.accumulate(same[-1].all(0))
+        got.append(a[clean].astype(np.float64))
+        true.append(b[clean].astype(np.float64))
+    a, b, share = np.concatenate(got), np.concatenate(true), np.concatenate(same, 1).mean()
+    cosine = (a * b).sum(1) / np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return f"{cosine.min():.5f} | {share:.1%} | {np.abs(a - b).max() / b.std():.3f} | {len(a)}"
+
+
+def rows(name: str, folder: Path, llama_cpp: Path, program: Path) -> Iterator[str]:
+    """Yields the rows of one family."""
+    setting = {**families.SETTINGS[name], "hidden_size": 256}
+    changes = {key: 256 for key in _WIDTHS if key in setting} | _CHANGES.get(name, {})
+    import torch
+
+    path, texts = folder / "hf", [families.random_ids(_TOKENS, seed=i) for i in range(_TEXTS)]
+    families.make(name, path, dtype=torch.bfloat16, changes=changes)
+    expected = [transformers_on(path, ids) for ids in texts]
+    got = compared(ours(HFCheckpoint(path), texts, folder / "x.moe"), expected)
+    yield f"| {name} | HF bf16 | transformers | {got} |"
+    try:
+        whole = converted(as_released(path, folder / "released"), folder / "f32.gguf")
+    except Exception as error:
+        yield f"| {name} | GGUF | llama.cpp | {str(error).splitlines()[0][:80]} ||||"
+        return
+    for kind, asked in _KINDS.items():
+        file = folder / f"{kind}.gguf"
+        pure = ["--pure"] if kind == "Q4_K" else []
+        command = [llama_cpp / "build/bin/llama-quantize", *pure, whole, file, asked, "1"]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            mine = ours(GGUFCheckpoint(file), texts, folder / "x.moe")
+            result = compared(mine, [llama_cpp_on(program, file, ids) for ids in texts])
+        except FormatError as error:
+            result = f"refused: {str(error)[:80]} |||"
+        except subprocess.CalledProcessError as error:
+            result = f"{Path(str(error.cmd[0])).name} ends with {error.returncode} |||"
+        yield f"| {name} | GGUF {kind} | llama.cpp | {result} |"
+
+
+def built(llama_cpp: Path, out: Path) -> Path:
+    """Returns the program that prints llama.cpp's logits."""
+    build, program = llama_cpp / "build", out / "llama_logits"
+    libraries = [
+        "src/libllama.a", "ggml/src/libggml.a", "ggml/src/libggml-cpu.a", "ggml/src/libggml-base.a"
+    ]  # fmt: skip
+    command = [
+        os.environ.get("CXX", "g++"), "-O1", "-std=c++17", f"-I{llama_cpp}/include",
+        f"-I{llama_cpp}/ggml/include", _ROOT / "benchmarks/llama_logits.cpp",
+        *(build / name for name in libraries), "-lpthread", "-ldl", "-fopenmp", "-o", program,
+    ]  # fmt: skip
+    subprocess.run(command, check=True)
+    return program
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("llama_cpp", type=Path, help="a source tree of llama.cpp, built in build/")
+    parser.add_argument("--only", default="", help="families whose name contains this")
+    args = parser.parse_args()
+    sys.path[:0] = [str(args.llama_cpp), str(args.llama_cpp / "gguf-py")]
+    logging.disable(logging.WARNING)
+    with tempfile.TemporaryDirectory() as scratch:
+        program = built(args.llama_cpp, Path(scratch))
+        print(
+            "| family | source | oracle | worst cosine | same experts | largest difference | positions |"
+        )
+        print("|---|---|---|---|---|---|---|")
+        for name in families.SETTINGS:
+            if "-" in name or args.only not in name:
+                continue
+            folder = Path(scratch) / name
+            folder.mkdir()
+            with contextlib.redirect_stderr(io.StringIO()):
+                for row in rows(name, folder, args.llama_cpp, program):
+                    print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
