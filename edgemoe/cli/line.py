@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.cli.console import ask, is_terminal, note
-from edgemoe.convert.demo import default_cache_dir
+from edgemoe.library import cache_dir
 
 __all__ = ["LineReader"]
 
@@ -134,7 +134,7 @@ def _session(commands: Sequence[str]) -> Any:
 def _history_path() -> Path | None:
     """Returns the file of earlier messages, which only the user may read; None if it cannot be."""
     try:
-        path = default_cache_dir() / "history"
+        path = cache_dir() / "history"
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     except OSError:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgemoe.errors import FormatError, shortened
 
-__all__ = ["Checkpoint", "file_identity", "listed", "refuse_unused"]
+__all__ = ["HEAD", "Bytes", "Checkpoint", "StoredCheckpoint", "file_identity", "listed", "refuse_unused", "require_tied"]
 
 
 class Checkpoint(Protocol):
@@ -42,6 +43,22 @@ class Checkpoint(Protocol):
         """Reads one tensor as float32, C-contiguous. Raises FormatError when it is missing or broken."""
 
 
+@dataclass(frozen=True, slots=True)
+class Bytes:
+    """Some bytes of a file."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+class StoredCheckpoint(Checkpoint, Protocol):
+    """A checkpoint that knows where in its files a tensor lies, so that the others need not be there yet."""
+
+    def places(self, name: str) -> Iterator[Bytes]:
+        """Yields all bytes that `tensor(name)` reads. Raises FormatError when there is no such tensor."""
+
+
 def file_identity(paths: Sequence[Path]) -> str:
     """Returns names, sizes and times of files as one text."""
     stats = [(p.name, p.stat()) for p in paths]
@@ -60,6 +77,19 @@ def listed(names: Iterable[str]) -> str:
     return f"tensor{'s' * (count > 1)} {', '.join(map(shortened, shown))}{more}"
 
 
+HEAD = "lm_head.weight"
+
+
+def require_tied(checkpoint: Checkpoint, embed: str) -> None:
+    """Checks that a head which is stored beside a tied embedding is a copy of that.
+
+    Raises:
+        FormatError: it is another one.
+    """
+    if not np.array_equal(checkpoint.tensor(HEAD), checkpoint.tensor(embed)):
+        raise FormatError(f"{HEAD}: differs from {embed}, though tie_word_embeddings is true")
+
+
 def refuse_unused(
     checkpoint: Checkpoint,
     used: Collection[str],
@@ -67,6 +97,7 @@ def refuse_unused(
     family: str,
     tied: bool,
     embed: str = "model.embed_tokens.weight",
+    are_there: bool = True,
 ) -> None:
     """Checks that a model uses all that is stored, so that nothing of it is silently left out.
 
@@ -75,16 +106,16 @@ def refuse_unused(
         family: of the model, for the message.
         tied: the head is the embedding; a copy of it may be stored.
         embed: the name of the embedding.
+        are_there: the weights can be read; else whoever waits for them calls `require_tied`.
 
     Raises:
         FormatError: names the tensors that are left over.
     """
     known = set(used)
-    head = "lm_head.weight"
-    if tied and head in checkpoint.shapes and head not in known:
-        if not np.array_equal(checkpoint.tensor(head), checkpoint.tensor(embed)):
-            raise FormatError(f"{head}: differs from {embed}, though tie_word_embeddings is true")
-        known.add(head)
+    if tied and HEAD in checkpoint.shapes and HEAD not in known:
+        if are_there:
+            require_tied(checkpoint, embed)
+        known.add(HEAD)
     # Old checkpoints store the RoPE frequencies, which config.json determines.
     unused = listed(
         n for n in checkpoint.shapes if n not in known and not n.endswith("rotary_emb.inv_freq")

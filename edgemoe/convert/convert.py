@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,14 @@ from edgemoe.convert.text import check_text
 from edgemoe.file.writer import Writer
 from edgemoe.quant import SCHEMES, Allocation, Calibration, Scheme
 
-__all__ = ["Progress", "convert"]
+__all__ = ["Arrivals", "Progress", "convert"]
 
 Progress = Callable[[int, int], None]
 """Is told the bytes written and the bytes in total."""
+
+Arrivals = Callable[[SourceModel, Writer, Sequence[str]], Iterator[str]]
+"""Is given the records that are not written yet, and yields each when its weights can be read; they are written when
+it is asked for the next."""
 
 _LONGEST = 1000  # characters
 _PROVENANCE = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
@@ -36,6 +40,8 @@ def convert(
     down_bits: Sequence[int] | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
+    arrivals: Arrivals | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes `source` to `out`, which appears under its name only when it is whole.
 
@@ -54,6 +60,9 @@ def convert(
         down_bits: bits of experts' w_down at each level; None for those of the other two matrices.
         progress: called after every tensor and expert.
         say: is told, a line each, what of the checkpoint is not used.
+        arrivals: waits for weights that are not there yet; None: all are.
+        origin: where the checkpoint comes from and which it is, sums of its files among that: is kept in the file,
+            and takes the place of a look at names, times and some weights. None: there is no more to be said.
 
     Raises:
         FormatError: the checkpoint is broken or not supported, or the calibration or allocation is of another
@@ -61,7 +70,7 @@ def convert(
         ValueError: `bits` or `favour` is not a level, or `down_bits` do not climb.
         OSError: the disk is too small, or reading or writing failed.
     """
-    model = SourceModel(source)
+    model = SourceModel(source, are_there=arrivals is None)
     config = model.config
     if say is not None:
         for line in model.notes:
@@ -71,8 +80,10 @@ def convert(
         "name": source.name,
         "family": config.family,
         "config": {key: source.config[key] for key in _PROVENANCE if _is_short(source.config, key)},
-        "fingerprint": _fingerprint(model, source.identity),
+        "fingerprint": _fingerprint(model, source.identity) if origin is None else _sum(origin),
     }
+    if origin is not None:
+        provenance["origin"] = dict(origin)
     if calibration is not None:
         calibration.check(config)
         calibration.verify()
@@ -93,23 +104,33 @@ def convert(
                 progress(writer.written_bytes, writer.total_bytes)
 
         report()
-        for name in dense_tensors(config):
-            if not writer.is_done(name):
+        missing = [name for name in _records(model) if not writer.is_done(name)]
+        for name in missing if arrivals is None else arrivals(model, writer, missing):
+            if name.startswith("experts."):
+                layer, index = map(int, name.split(".")[1:])
+                writer.add_expert(layer, index, *model.expert(layer, index))
+            else:
                 writer.add(name, model.tensor(name))
-                report()
-        for layer in config.moe_layers:
-            for index in range(config.num_experts):
-                if not writer.is_done(f"experts.{layer}.{index}"):
-                    writer.add_expert(layer, index, *model.expert(layer, index))
-                    report()
+            report()
         writer.finish()
         if progress is not None:
             progress(writer.total_bytes, writer.total_bytes)
 
 
+def _records(model: SourceModel) -> Iterator[str]:
+    config = model.config
+    yield from dense_tensors(config)
+    for layer in config.moe_layers:
+        yield from (f"experts.{layer}.{index}" for index in range(config.num_experts))
+
+
 def _is_short(config: Mapping[str, Any], key: str) -> bool:
     """Says whether there is a key, of no more than such a key's real values."""
     return key in config and len(json.dumps(config[key])) <= _LONGEST
+
+
+def _sum(origin: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(dict(origin), sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(model: SourceModel, identity: str) -> str:

@@ -21,10 +21,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgemoe import library
 from edgemoe.errors import FormatError
 from edgemoe.file.whole import locked, rename, whole_file, write_whole
 
-__all__ = ["Progress", "Say", "default_cache_dir", "demo_model", "demo_path"]
+__all__ = ["Progress", "Say", "demo_model", "demo_path"]
 
 Say = Callable[[str], None]
 """Is told, in one line, what is being done."""
@@ -32,7 +33,6 @@ Say = Callable[[str], None]
 Progress = Callable[[str, int, int], None]
 """Is told the task ("download" or "convert"), the bytes done and the bytes in total."""
 
-_RECIPE = "smollm2-moe-v3"  # a new number whenever what is built changes
 _DATA = Path(__file__).parent / "data"
 
 
@@ -71,7 +71,7 @@ def demo_model(
     An interrupted build goes on where it stopped; when two processes build, the second one waits.
 
     Args:
-        cache_dir: where the file is kept; default `default_cache_dir()`.
+        cache_dir: where the file is kept; default `library.cache_dir()`.
         say: is told what is downloaded and built.
         progress: is told how far it is.
 
@@ -92,7 +92,7 @@ def demo_model(
         )
     cache_dir.mkdir(parents=True, exist_ok=True)
     with locked(
-        cache_dir / f"{_RECIPE}.lock", create=True, ours=True, busy="",
+        model.with_suffix(".lock"), create=True, ours=True, busy="",
         wait=lambda: say("another process is building the demo model; waiting for it"),
     ):  # fmt: skip
         if not model.is_file():  # else another process has built it meanwhile
@@ -102,23 +102,7 @@ def demo_model(
 
 def demo_path(cache_dir: Path | None = None) -> Path:
     """Returns where `demo_model` keeps its file, whether it is there or not."""
-    return (cache_dir or default_cache_dir()) / f"{_RECIPE}.moe"
-
-
-def default_cache_dir() -> Path:
-    """Returns the user's cache directory for edgemoe.
-
-    Raises:
-        FileNotFoundError: the user has no home.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        # The XDG specification wants relative paths ignored.
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "edgemoe"
-    except RuntimeError:
-        raise FileNotFoundError(
-            "no cache folder: expected HOME or XDG_CACHE_HOME to be set"
-        ) from None
+    return (cache_dir or library.cache_dir()) / library.DEMO_FILE
 
 
 def _build(model: Path, say: Say, progress: Progress) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.convert.checkpoint import file_identity
+from edgemoe.convert.checkpoint import Bytes, file_identity
 from edgemoe.convert.folder import exists, missing, read_file
 from edgemoe.convert.quantised import Tensor, as_floats, without_quantisation
 from edgemoe.convert.safetensors_file import StoredTensor, read_header, require_floats
@@ -36,7 +36,7 @@ _LONGEST_NUMBER = 8  # digits of an index into a stack
 
 
 class HFCheckpoint:
-    """Reads a checkpoint directory; implements `Checkpoint`.
+    """Reads a checkpoint directory; implements `StoredCheckpoint`.
 
     A stack of matrices `name` [N, R, C], in which some families store their experts, is presented
     as N matrices `name.0`, `name.1`, …, so that one expert can be read without the others. The weights of a convolution
@@ -71,8 +71,15 @@ class HFCheckpoint:
         Raises:
             FormatError: there is no such tensor, or its file is truncated.
         """
+        return self._tensor(name).read()
+
+    def places(self, name: str) -> Iterator[Bytes]:
+        """Yields where the bytes are that `tensor` reads. Raises FormatError when there is no such tensor."""
+        return self._tensor(name).places()
+
+    def _tensor(self, name: str) -> Tensor:
         try:
-            return self._tensors[name].read()
+            return self._tensors[name]
         except KeyError:
             raise FormatError(f"{self.name}: no tensor {name}") from None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgemoe.convert.checkpoint import Checkpoint
+from edgemoe.convert.checkpoint import StoredCheckpoint
 from edgemoe.convert.hf import HFCheckpoint
 
 __all__ = ["is_gguf", "open_checkpoint"]
@@ -22,7 +22,7 @@ def is_gguf(path: Path) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> StoredCheckpoint:
     """Opens a Hugging Face directory, or a GGUF file or the first part of one.
 
     Raises:

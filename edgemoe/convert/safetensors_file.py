@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from edgemoe.convert.checkpoint import Bytes
 from edgemoe.convert.folder import require_file
 from edgemoe.errors import FormatError, shortened
 from edgemoe.file.parse import parse_object
@@ -45,6 +47,11 @@ class StoredTensor:
         _, *shape = self.shape
         at = self.offset + index * math.prod(shape) * np.dtype(_DTYPES[self.dtype]).itemsize
         return StoredTensor(self.path, f"{self.name}.{index}", self.dtype, tuple(shape), at)
+
+    def places(self) -> Iterator[Bytes]:
+        """Yields where its bytes are."""
+        size = math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
+        yield Bytes(self.path, self.offset, self.offset + size)
 
     def read(self) -> NDArray[np.float32]:
         """Reads a tensor of floats as float32, C-contiguous and owned by the caller.

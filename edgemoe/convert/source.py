@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
-from edgemoe.convert.checkpoint import Checkpoint, listed, refuse_unused
+from edgemoe.convert.checkpoint import HEAD, Checkpoint, listed, refuse_unused
 from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.families.family import Family, Source
 from edgemoe.convert.missing import missing
@@ -34,14 +34,18 @@ class SourceModel:
     notes: tuple[str, ...]
     """What of config.json is not used, in lines for the user."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, are_there: bool = True) -> None:
         """Maps a checkpoint.
+
+        Args:
+            are_there: the weights can be read; else whoever waits for them checks `tied`.
 
         Raises:
             FormatError: the family is unsupported, config.json asks for what the runtime cannot
                 do, or a tensor is missing, unknown or of another shape.
         """
         self._checkpoint = checkpoint
+        self._are_there = are_there
         try:
             family = _family(checkpoint)
             settings = text_settings(checkpoint.config)
@@ -93,6 +97,26 @@ class SourceModel:
             for name, shape in zip(MATRICES, self.config.expert_shapes, strict=True)
         )  # fmt: skip
         return gate, up, down
+
+    def needs(self, name: str) -> Iterator[str]:
+        """Yields the names of the checkpoint's tensors that a record is made of, see `Writer.is_done`."""
+        if name in self._frequencies:
+            return
+        names = [name]
+        if name.startswith("experts."):
+            shapes = zip(MATRICES, self.config.expert_shapes, strict=True)
+            names = [f"{name}.{matrix}" for matrix, shape in shapes if shape[0]]
+        for source in map(self._sources.__getitem__, names):
+            yield source.name
+            if source.times:
+                yield source.times
+
+    @property
+    def tied(self) -> tuple[str, str] | None:
+        """The names of a head that is stored and must be a copy of the embedding, and of that; None for none."""
+        embed = self._sources["embed"].name
+        has_copy = self.config.tied and HEAD in self._checkpoint.shapes
+        return (HEAD, embed) if has_copy and HEAD != embed else None
 
     def _read(self, name: str) -> Array:
         source = self._sources[name]
@@ -153,7 +177,7 @@ class SourceModel:
         without = {name: what for name in stored if (what := family.left_out(config, name))}
         refuse_unused(
             self._checkpoint, used | without.keys(), family=config.family, tied=config.tied,
-            embed=embed,
+            embed=embed, are_there=self._are_there,
         )  # fmt: skip
         notes = [
             f"left out: {what} ({list(without.values()).count(what)} tensors)"

@@ -126,6 +126,10 @@ class Writer:
         ]
         return f"{_core.crc32c(json.dumps(plan, sort_keys=True).encode()):08x}"
 
+    def sync(self) -> None:
+        """Brings what was added to the disk, so that no interruption can lose it."""
+        self._part.sync()
+
     def is_done(self, name: str) -> bool:
         """Says whether a tensor, or "experts.LAYER.INDEX", is in the file already."""
         return name in self._part.sums

@@ -20,6 +20,7 @@ import pytest
 from safetensors.numpy import save_file
 from tiny_llama import save_gguf, tiny_llama
 
+from edgemoe import library
 from edgemoe.convert import demo
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
@@ -301,7 +302,7 @@ def test_follows_the_xdg_specification(monkeypatch: pytest.MonkeyPatch) -> None:
         "": "/home/me/.cache/edgemoe",
     }.items():
         monkeypatch.setenv("XDG_CACHE_HOME", value)
-        assert demo.default_cache_dir() == Path(expected)
+        assert library.cache_dir() == Path(expected)
 
 
 def test_what_ships_fits_the_recipe() -> None:

@@ -1,6 +1,6 @@
 """GGUF files read as if they were Hugging Face checkpoints, one small module an architecture."""
 
 from edgemoe.convert.gguf.checkpoint import GGUFCheckpoint
-from edgemoe.convert.gguf.reader import BROKEN, open_gguf
+from edgemoe.convert.gguf.reader import BROKEN, header_end, open_gguf
 
-__all__ = ["BROKEN", "GGUFCheckpoint", "open_gguf"]
+__all__ = ["BROKEN", "GGUFCheckpoint", "header_end", "open_gguf"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.convert.checkpoint import file_identity
+from edgemoe.convert.checkpoint import Bytes, file_identity
 from edgemoe.convert.folder import read_file
 from edgemoe.convert.gguf.architecture import Architecture, Array, Made, settings
 from edgemoe.convert.gguf.architectures import ARCHITECTURES
 from edgemoe.convert.gguf.meta import Meta
-from edgemoe.convert.gguf.reader import BROKEN, GGUFFile
+from edgemoe.convert.gguf.reader import BROKEN, READ_AT_ONCE, GGUFFile
 from edgemoe.convert.gguf.tokenizer import end_tokens, tokenizer_files
 from edgemoe.errors import FormatError, quoted
 
@@ -31,7 +31,6 @@ _WHOLE = {
     "output.weight": "lm_head.weight",
 }
 _BLOCK = re.compile(r"blk\.(\d{1,8})\.(.+)")
-_ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +52,7 @@ class GGUFCheckpoint:
     """A GGUF file, or the parts of one, as a Hugging Face checkpoint.
 
     Tensors are dequantised one at a time, of a stack of experts one matrix; the file stays mapped while the object
-    lives. A file named LICENSE beside it is taken along. Implements `Checkpoint`. Immutable.
+    lives. A file named LICENSE beside it is taken along. Implements `StoredCheckpoint`. Immutable.
 
     Raises:
         FormatError: not a GGUF file, truncated, or of an architecture, value or tokenizer that is not supported.
@@ -65,8 +64,9 @@ class GGUFCheckpoint:
         self.name = path.name
         file = GGUFFile(path)
         self.identity = file_identity(file.paths)
+        self._paths = file.path_of
         shapes = {name: _shape(tensor) for name, tensor in file.tensors.items()}
-        factors = file.tensors.get(_ROPE_FACTORS)
+        factors = file.tensors.get(READ_AT_ONCE)
         meta = Meta(
             file.meta, shapes, self.name,
             None if factors is None else self._dequantised(factors, None).reshape(-1).tolist(),
@@ -96,9 +96,7 @@ class GGUFCheckpoint:
         Raises:
             FormatError: there is no such tensor, or its type or shape is not what it should be.
         """
-        entry = self._entries.get(name)
-        if entry is None:
-            raise FormatError(f"{self.name}: no tensor {name}")
+        entry = self._entry(name)
         parts = [self._dequantised(tensor, entry.expert) for tensor in entry.of]
         with np.errstate(all="ignore"):  # what is not finite is found where it is used
             values = parts[0] if entry.made is None else entry.made.make(self.config, parts)
@@ -109,6 +107,25 @@ class GGUFCheckpoint:
             values = _unpermuted(values, self.config[entry.heads])
         # Never a view of the mapped file.
         return np.array(values.reshape(entry.shape), np.float32, order="C")
+
+    def places(self, name: str) -> Iterator[Bytes]:
+        """Yields where the bytes are that `tensor` reads. Raises FormatError when there is no such tensor."""
+        entry = self._entry(name)
+        for tensor in entry.of:
+            size, start = int(tensor.n_bytes), int(tensor.data_offset)
+            if entry.expert is not None:
+                size //= _shape(tensor)[0]
+                start += entry.expert * size
+            yield Bytes(self._paths[tensor.name], start, start + size)
+        if entry.scales is not None:
+            start = int(entry.scales.data_offset)
+            yield Bytes(self._paths[entry.scales.name], start, start + int(entry.scales.n_bytes))
+
+    def _entry(self, name: str) -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise FormatError(f"{self.name}: no tensor {name}")
+        return entry
 
     def _dequantised(self, tensor: ReaderTensor, expert: int | None) -> Array:
         from gguf import dequantize
@@ -156,7 +173,7 @@ class _Entries:
             elif name in whole:
                 if whole[name]:
                     out[whole[name]] = _Entry((tensor,), _shape(tensor))
-            elif name != _ROPE_FACTORS:
+            elif name != READ_AT_ONCE:
                 raise self._unknown(name)
         for layer, block in blocks.items():
             prefix = f"{self._arch.prefix}{layer}."

@@ -14,7 +14,7 @@ from edgemoe.errors import FormatError, quoted
 if TYPE_CHECKING:
     from gguf import GGUFReader, ReaderTensor
 
-__all__ = ["BROKEN", "GGUFFile", "open_gguf"]
+__all__ = ["BROKEN", "READ_AT_ONCE", "GGUFFile", "header_end", "open_gguf"]
 
 BROKEN = (
     ValueError,
@@ -26,6 +26,9 @@ BROKEN = (
     RecursionError,
 )
 """What the gguf package raises on malformed input; every one of them is the file's fault."""
+
+READ_AT_ONCE = "rope_freqs.weight"
+"""The tensor whose values are needed to open a file."""
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _MOST_PARTS = 1000
@@ -50,25 +53,28 @@ class GGUFFile:
             raise FormatError(f"{self.name}: broken GGUF metadata: {error}") from error
         self.tensors: dict[str, ReaderTensor] = {}
         self.paths = [path]
-        self._add(reader)
+        self.path_of: dict[str, Path] = {}
+        """The file of each tensor."""
+        self._add(reader, path)
         count = self.meta.get("split.count", 0)
         if count not in (0, 1):
             for part in self._other_parts(path, count):
                 self.paths.append(part)
-                self._add(open_gguf(part))
+                self._add(open_gguf(part), part)
             total = self.meta.get("split.tensors.count", len(self.tensors))
             if total != len(self.tensors):
                 raise FormatError(
                     f"{self.name}: its parts hold {len(self.tensors)} tensors, expected {quoted(total)}"
                 )
 
-    def _add(self, reader: GGUFReader) -> None:
+    def _add(self, reader: GGUFReader, path: Path) -> None:
         for tensor in reader.tensors:
             if tensor.name in self.tensors:
                 raise FormatError(f"{self.name}: holds {quoted(tensor.name)} twice")
             if not len(tensor.shape):
                 raise FormatError(f"{self.name}: {quoted(tensor.name)} has no dimensions")
             self.tensors[tensor.name] = tensor
+            self.path_of[tensor.name] = path
 
     def _other_parts(self, path: Path, count: Any) -> list[Path]:
         number, match = self.meta.get("split.no"), _PART.fullmatch(path.name)
@@ -91,8 +97,34 @@ class GGUFFile:
         ]
 
 
-def open_gguf(path: Path) -> GGUFReader:
+class _NotThere(Exception):  # noqa: N818 (no fault of the file)
+    """Says up to which byte a header needs a file of which only the beginning is there."""
+
+
+def header_end(path: Path, there: int) -> tuple[int, list[tuple[int, int]]]:
+    """Returns where a file's header ends, and where in what follows are the values that opening it reads.
+
+    Args:
+        there: bytes of the file that are there; where the header goes on behind, what it needs at least is returned.
+
+    Raises:
+        FormatError: it is not a readable GGUF file.
+        ImportError: the package gguf is not installed.
+    """
+    try:
+        reader = open_gguf(path, there=there)
+    except _NotThere as error:
+        return int(error.args[0]), []
+    places = [(int(t.data_offset), int(t.data_offset + t.n_bytes)) for t in reader.tensors
+              if t.name == READ_AT_ONCE]  # fmt: skip
+    return int(reader.data_offset), places
+
+
+def open_gguf(path: Path, *, there: int | None = None) -> GGUFReader:
     """Opens any GGUF file.
+
+    Args:
+        there: see `header_end`; None: all of it.
 
     Raises:
         FormatError: no such file, or not a readable one.
@@ -111,6 +143,8 @@ def open_gguf(path: Path) -> GGUFReader:
 
         def _get(self, offset: int, dtype: Any, count: Any = 1, *rest: Any, **kw: Any) -> Any:
             end = int(offset) + np.dtype(dtype).itemsize * int(count)
+            if there is not None and end > there and not hasattr(self, "data_offset"):
+                raise _NotThere(end)
             if end > len(self.data):
                 raise ValueError(f"ends at byte {len(self.data)}, expected at least {end}")
             return super()._get(offset, dtype, count, *rest, **kw)

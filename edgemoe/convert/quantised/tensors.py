@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.convert.checkpoint import Bytes
 from edgemoe.convert.quantised.numbers import E4M3, E8M0
 from edgemoe.convert.safetensors_file import StoredTensor
 from edgemoe.convert.settings import Settings
@@ -33,6 +34,9 @@ class Tensor(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     def part(self, index: int) -> Tensor:
         """Returns what an index along the first axis selects, named `name.index`."""
+
+    def places(self) -> Iterator[Bytes]:
+        """Yields where the bytes are that `read` reads."""
 
     def read(self) -> NDArray[np.float32]:
         """Reads the values as float32, C-contiguous. Raises FormatError when they are broken."""
@@ -73,6 +77,11 @@ class Decoded:
         return replace(
             self, name=f"{self.name}.{index}", shape=self.shape[1:], pieces=pieces
         )  # fmt: skip
+
+    def places(self) -> Iterator[Bytes]:
+        """Yields where the bytes of all pieces are."""
+        for piece in self.pieces.values():
+            yield from piece.places()
 
     def read(self) -> NDArray[np.float32]:
         """Reads the pieces and decodes them.

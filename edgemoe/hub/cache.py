@@ -1,0 +1,76 @@
+"""A repository as Hugging Face's cache has it: where no hub may be asked."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from edgemoe.hub.remote import HubError, RemoteFile, is_sound
+
+__all__ = ["CachedRepository"]
+
+_SHA256, _SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
+
+
+class CachedRepository:
+    """Reads what an earlier download has left in the cache; implements `Source`."""
+
+    def __init__(self, repo: str, revision: str | None = None) -> None:
+        """Finds the revision.
+
+        Raises:
+            HubError: it is not in the cache.
+        """
+        from huggingface_hub import snapshot_download
+
+        self.repo = repo
+        try:
+            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        except (OSError, ValueError):
+            raise HubError(
+                f"{repo}: HF_HUB_OFFLINE is set, and it is not in Hugging Face's cache"
+            ) from None
+        self._folder = folder
+        self.commit = folder.name
+        self.files = {
+            path.relative_to(folder).as_posix(): self._file(path)
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Returns the bytes of a file from `start` to before `stop`."""
+        with open(self._folder / name, "rb") as file:
+            file.seek(start)
+            return file.read(-1 if stop is None else max(stop - start, 0))
+
+    def read_whole(self, name: str) -> bytes:
+        """Returns a file."""
+        return self.read(name)
+
+    def cached(self, name: str) -> Path:
+        """Returns where a file is.
+
+        Raises:
+            HubError: it is not what was downloaded.
+        """
+        path = Path(os.path.realpath(self._folder / name))
+        if not is_sound(path, self.files[name]):
+            raise HubError(f"{self.repo}: {path}: is not what was downloaded; its sum is wrong")
+        return path
+
+    def download(self, name: str, path: Path, progress: Callable[[int], None]) -> None:
+        """Is never needed: all files are there."""
+        raise AssertionError(name)
+
+    def _file(self, path: Path) -> RemoteFile:
+        blob = os.path.basename(os.path.realpath(path))  # its name is its sum
+        name = path.relative_to(self._folder).as_posix()
+        return RemoteFile(
+            name,
+            path.stat().st_size,
+            blob if _SHA256.fullmatch(blob) else None,
+            blob if _SHA1.fullmatch(blob) else None,
+        )

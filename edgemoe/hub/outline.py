@@ -1,0 +1,231 @@
+"""A checkpoint on a hub as a folder here: all of its small files, and of the large ones the headers, with holes behind.
+
+What has holes has its right size, so that whatever opens a checkpoint opens it; only its weights must not be read yet.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from edgemoe.convert.checkpoint import Bytes
+from edgemoe.errors import FormatError
+from edgemoe.file.whole import whole_file, write_whole
+from edgemoe.hub.name import HubName
+from edgemoe.hub.remote import RemoteFile
+
+__all__ = ["Chosen", "Source", "choose", "outline", "write_hollow"]
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_SMALL = (
+    "config.json", "hf_quant_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "LICENSE",
+)  # fmt: skip
+_MOST_SMALL = 64 << 20
+_FIRST = 256 << 10  # of a file with a header, what is asked for at once
+_FIRST_GGUF = 8 << 20  # it has the vocabulary too
+_MOST_HEADER = 100_000_000
+_AT_ONCE = 8
+_QUANT = re.compile(r"[-._/]((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|BF16|F16|F32|MXFP4\w*))(?:[-._/]|$)", re.I)
+_PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
+
+
+class Source(Protocol):
+    """Has the files of a model's repository."""
+
+    repo: str
+    commit: str
+    files: Mapping[str, RemoteFile]
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Returns the bytes of a file from `start` to before `stop`. Raises HubError when they cannot be had."""
+
+    def read_whole(self, name: str) -> bytes:
+        """Returns a small file, its sum checked. The errors are those of `read`."""
+
+    def cached(self, name: str) -> Path | None:
+        """Returns a file that need not be fetched, its sum checked; None where there is none."""
+
+    def download(self, name: str, path: Path, progress: Callable[[int], None]) -> None:
+        """Brings a file to `path`, which appears when it is whole. The errors are those of `read`, and OSError."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Is which files of a repository make the model."""
+
+    name: HubName
+    small: tuple[RemoteFile, ...]
+    weights: tuple[RemoteFile, ...]
+    """In the order in which they are fetched; of a GGUF file the first part is the first."""
+    note: str = ""
+    """What was chosen though nobody said so; "" for nothing."""
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.weights[0].name.endswith(".gguf")
+
+    @property
+    def size(self) -> int:
+        """Bytes of the weights."""
+        return sum(file.size for file in self.weights)
+
+
+def choose(repository: Source, name: HubName) -> Chosen:
+    """Chooses the safetensors of a repository, or of one that has none, or where a quant was asked for, its GGUF files.
+
+    Raises:
+        FormatError: it has neither, or the quant must be chosen.
+        HubError: the hub does not give the index.
+    """
+    files = repository.files
+    small = tuple(files[n] for n in _SMALL if n in files and files[n].size <= _MOST_SMALL)
+    if not name.quant:
+        if _SINGLE in files:
+            return Chosen(name, small, (files[_SINGLE],))
+        if _INDEX in files:
+            return Chosen(name, (*small, files[_INDEX]), _indexed(repository))
+    return _gguf(repository, name, tuple(f for f in small if f.name == "LICENSE"))
+
+
+def outline(repository: Source, chosen: Chosen, folder: Path) -> Path:
+    """Makes the folder, or what of it is missing, and returns what is to be opened: the folder, or a GGUF file in it.
+
+    Raises:
+        HubError: the hub does not give something, or gave something else.
+        FormatError: a header is not sound.
+        OSError: it cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def small(file: RemoteFile) -> None:
+        path = folder / file.name
+        if not path.is_file():
+            write_whole(path, repository.read_whole(file.name))
+
+    def weights(file: RemoteFile) -> None:
+        path = folder / Path(file.name).name
+        if path.exists() and path.stat().st_size == file.size:
+            return
+        head = _gguf_head if chosen.is_gguf else _head
+        head(repository, file, path)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        jobs = [pool.submit(small, f) for f in chosen.small]
+        jobs += [pool.submit(weights, f) for f in chosen.weights]
+        try:
+            for job in jobs:
+                job.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return folder / Path(chosen.weights[0].name).name if chosen.is_gguf else folder
+
+
+def write_hollow(
+    path: Path, size: int, parts: Iterable[tuple[int, bytes]], kept: Iterable[Bytes] = ()
+) -> None:
+    """Writes a file of `size` bytes that has these parts, and those bytes of files at their own offsets, and holes.
+
+    Args:
+        path: may be a link, which is replaced, and one of the files whose bytes are kept.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    new = path.with_name(f".{path.name}.hollow")
+    with whole_file(new) as file:
+        for at, content in parts:
+            file.seek(at)
+            file.write(content)
+        for place in kept:
+            with open(place.path, "rb") as source:
+                source.seek(place.start)
+                file.seek(place.start)
+                file.write(source.read(place.stop - place.start))
+        file.flush()
+        os.ftruncate(file.fileno(), size)
+    os.replace(new, path)
+
+
+def _head(repository: Source, file: RemoteFile, path: Path) -> None:
+    start = repository.read(file.name, 0, _FIRST)
+    if len(start) < 8:
+        raise FormatError(f"{repository.repo}: {file.name}: truncated; got {len(start)} bytes")
+    (size,) = struct.unpack("<Q", start[:8])
+    if size > min(_MOST_HEADER, file.size):
+        raise FormatError(f"{repository.repo}: {file.name}: not a safetensors file")
+    start += repository.read(file.name, len(start), 8 + size)
+    write_hollow(path, file.size, [(0, start[: 8 + size])])
+
+
+def _gguf_head(repository: Source, file: RemoteFile, path: Path) -> None:
+    from edgemoe.convert.gguf import header_end
+
+    start, wanted = b"", _FIRST_GGUF
+    while True:
+        start += repository.read(file.name, len(start), wanted)
+        temporary = path.with_name(f".{path.name}")
+        write_hollow(temporary, file.size, [(0, start)])
+        try:
+            end, read_at_once = header_end(temporary, len(start))
+        finally:
+            temporary.unlink()
+        if end <= len(start):
+            break
+        wanted = min(file.size, max(2 * len(start), end))
+    parts = [(0, start[:end])]
+    parts += [(at, repository.read(file.name, at, stop)) for at, stop in read_at_once]
+    write_hollow(path, file.size, parts)
+
+
+def _indexed(repository: Source) -> tuple[RemoteFile, ...]:
+    content = repository.read_whole(_INDEX)
+    try:
+        names = sorted({str(name) for name in json.loads(content)["weight_map"].values()})
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise FormatError(f"{repository.repo}: {_INDEX}: has no weight_map") from None
+    absent = [name for name in names if name not in repository.files]
+    if absent:
+        raise FormatError(f"{repository.repo}: has no {absent[0]}, which {_INDEX} names")
+    return tuple(repository.files[name] for name in names)
+
+
+def _gguf(repository: Source, name: HubName, small: tuple[RemoteFile, ...]) -> Chosen:
+    quants: dict[str, list[RemoteFile]] = {}
+    for file in sorted(repository.files.values(), key=lambda f: f.name):
+        if file.name.endswith(".gguf") and not Path(file.name).name.startswith("mmproj"):
+            match = _QUANT.search(file.name.removesuffix(".gguf"))
+            quants.setdefault(match[1].upper() if match else "", []).append(file)
+    if not quants:
+        raise FormatError(
+            f"{repository.repo}: has neither {_SINGLE} nor {_INDEX} nor a .gguf file; nothing else is read"
+        )
+    wanted, note = name.quant.upper(), ""
+    if not wanted:
+        wanted = "Q4_K_M" if "Q4_K_M" in quants else next(iter(quants))
+        if len(quants) > 1:
+            note = f"{wanted} of {', '.join(filter(None, quants))}; {name.repo}:QUANT takes another"
+    if wanted not in quants:
+        raise FormatError(
+            f"{repository.repo}: has no GGUF files of {name.quant}; there are {', '.join(filter(None, quants))}"
+        )
+    files = quants[wanted]
+    if sum(not _is_later_part(f.name) for f in files) > 1:
+        listed = ", ".join(f.name for f in files if not _is_later_part(f.name))
+        raise FormatError(f"{repository.repo}: has several models of {wanted}: {listed}")
+    return Chosen(name, small, tuple(files), note)
+
+
+def _is_later_part(name: str) -> bool:
+    match = _PART.search(name)
+    return match is not None and int(match[1]) > 1
+
+

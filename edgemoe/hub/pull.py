@@ -1,0 +1,180 @@
+"""Makes a model of what a hub has, while it arrives."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import library
+from edgemoe.convert.checkpoint import Bytes, StoredCheckpoint
+from edgemoe.convert.convert import convert
+from edgemoe.convert.open import open_checkpoint
+from edgemoe.errors import FormatError
+from edgemoe.file.whole import locked, write_whole
+from edgemoe.hub.cache import CachedRepository
+from edgemoe.hub.landing import Landing
+from edgemoe.hub.name import HubName
+from edgemoe.hub.outline import Chosen, Source, choose, outline
+from edgemoe.hub.remote import Repository
+
+__all__ = ["kept_path", "open_repository", "pull"]
+
+_ORIGIN = "origin"
+
+
+def kept_path(name: HubName) -> Path:
+    """Returns where a model is or will be kept. Raises FileNotFoundError: the user has no home."""
+    return library.folders()[0] / f"{name.kept}.moe"
+
+
+def open_repository(name: HubName, *, retries: int = 5) -> Source:
+    """Opens a repository, where HF_HUB_OFFLINE is set in Hugging Face's cache.
+
+    Raises:
+        HubError: it is not there, or not for everyone.
+    """
+    from huggingface_hub.constants import is_offline_mode
+
+    if is_offline_mode():
+        return CachedRepository(name.repo, name.revision)
+    return Repository(name.repo, name.revision, retries=retries)
+
+
+def pull(
+    name: HubName,
+    *,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None],
+    retries: int = 5,
+) -> Path:
+    """Fetches a model's files one by one, converts each as it lands and returns the `.moe` file.
+
+    At any moment the disk holds the `.moe` file and one file of its source, and of the others what two of them share.
+    What was interrupted, however, goes on at the next call. The file appears under its name when it is whole; the sum
+    of every fetched file was right by then. Files that Hugging Face's cache has are taken from there, and stay.
+
+    Args:
+        say: is told what happens, in lines.
+        progress: is told the bytes that were fetched and written, and how many there are of both.
+        retries: how often a hub that is busy is asked again.
+
+    Raises:
+        HubError: the hub does not give something, or gave something else.
+        FormatError: the model is not sound, or not supported.
+        ValueError: the bits are no level.
+        OSError: there is no room, or it cannot be written.
+    """
+    out = kept_path(name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "cannot be written", str(out.parent))
+    lock = out.with_name(f".{out.name}.lock")
+    with locked(
+        lock, create=True, ours=True, busy="",
+        wait=lambda: say(f"another process pulls {name}; waiting for it"),
+    ):  # fmt: skip
+        try:
+            _pull(open_repository(name, retries=retries), name, out, say, progress)
+        finally:
+            lock.unlink(missing_ok=True)
+    return out
+
+
+def _pull(
+    repository: Source,
+    name: HubName,
+    out: Path,
+    say: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    chosen = choose(repository, name)
+    if chosen.note:
+        say(f"{name}: {chosen.note}")
+    origin = _origin(repository, chosen)
+    if out.is_file() and _files(out) == origin["files"]:
+        say(f"{name}: is here, and the hub has no other")
+        return
+    folder = out.with_name(f"{out.name}.pull")
+    _keep_or_clear(folder, origin["files"])
+    checkpoint = _Current(outline(repository, chosen, folder), name.repo)
+    fetched, written = (0, chosen.size), (0, 0)
+
+    def report() -> None:
+        progress(fetched[0] + written[0], fetched[1] + written[1])
+
+    def has_fetched(done: int, total: int) -> None:
+        nonlocal fetched
+        fetched = (done, total)
+        report()
+
+    def has_written(done: int, total: int) -> None:
+        nonlocal written
+        written = (done, total)
+        report()
+
+    landing = Landing(
+        repository, chosen.weights, folder, checkpoint, progress=has_fetched, reopen=checkpoint.reopen
+    )  # fmt: skip
+    if out.is_file():
+        say(f"{name}: the hub has another version of it, which replaces the one here")
+    convert(
+        checkpoint, out, bits=name.bits, progress=has_written, origin=origin, arrivals=landing,
+        say=lambda text: say(f"{name}: {text}"),
+    )  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _origin(repository: Source, chosen: Chosen) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    for file in sorted((*chosen.small, *chosen.weights), key=lambda f: f.name):
+        digest.update(f"{file.name} {file.size} {file.sum}\n".encode())
+    return {"hub": repository.repo, "commit": repository.commit, "files": digest.hexdigest()}
+
+
+def _files(path: Path) -> object:
+    """Returns the sum of the files that a model was made of; None where it does not say."""
+    from edgemoe.file.format import open_moe
+
+    try:
+        origin = open_moe(path).source.get("origin")
+    except (FormatError, OSError):
+        return None
+    return origin.get("files") if isinstance(origin, Mapping) else None
+
+
+def _keep_or_clear(folder: Path, files: str) -> None:
+    """Clears what an interrupted pull of other files has left."""
+    mark = folder / _ORIGIN
+    if folder.is_dir() and (not mark.is_file() or mark.read_text() != files):
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    write_whole(mark, files.encode())
+
+
+class _Current:
+    """Is the checkpoint in a folder whose files come and go: GGUF files are mapped and have to be opened again."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self._path = path
+        self._now: StoredCheckpoint = open_checkpoint(path)
+        self.name = name
+        self.identity = ""
+        self.config, self.files, self.shapes = self._now.config, self._now.files, self._now.shapes
+
+    def reopen(self) -> None:
+        if self._path.is_file():
+            self._now = open_checkpoint(self._path)
+
+    def tensor(self, name: str) -> NDArray[np.float32]:
+        return self._now.tensor(name)
+
+    def places(self, name: str) -> Iterator[Bytes]:
+        return self._now.places(name)

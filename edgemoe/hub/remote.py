@@ -1,0 +1,286 @@
+"""A repository on a hub: which files it has, their sums, and their bytes, whole or in part."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from edgemoe.errors import EdgemoeError, shortened
+
+__all__ = ["HubError", "RemoteFile", "Repository", "is_sound"]
+
+_CHUNK = 1 << 20
+_PATIENCE = 4  # times that nothing more came before a download is given up
+_PROXIES = {"Accept-Encoding": "identity"}  # or ranges are of what is compressed
+
+
+class HubError(EdgemoeError, OSError):
+    """Says what a hub did not give, and what can be done."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteFile:
+    """Is a file of a repository."""
+
+    name: str
+    size: int
+    sha256: str | None
+    """Of the content; None for small files, which have a git sum alone."""
+    git_sum: str | None
+
+    @property
+    def sum(self) -> str:
+        """What differs when the content does."""
+        return self.sha256 or self.git_sum or ""
+
+
+class Repository:
+    """Reads a revision of a repository; which one that is, is settled when it is opened."""
+
+    def __init__(self, repo: str, revision: str | None = None, *, retries: int = 5) -> None:
+        """Asks the hub of HF_ENDPOINT what there is, with HF_TOKEN's rights.
+
+        Args:
+            retries: how often a hub that is busy is asked again.
+
+        Raises:
+            HubError: it says no, cannot be reached, or HF_HUB_OFFLINE forbids to ask.
+        """
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our one line says it
+        self.repo = repo
+        self._retries = retries
+        with self._said(""):
+            from huggingface_hub import HfApi
+
+            info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
+        self.commit = str(info.sha)
+        self.files = {
+            s.rfilename: RemoteFile(
+                s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id
+            )
+            for s in info.siblings or []
+        }
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> bytes:
+        """Returns the bytes of a file from `start` to before `stop`.
+
+        Raises:
+            HubError: the hub does not give them.
+        """
+        file = self.files[name]
+        stop = file.size if stop is None else min(stop, file.size)
+        if start >= stop:
+            return b""
+        out = bytearray()
+        with self._stream(name, start, stop) as (at, pieces):
+            skip = start - at
+            for piece in pieces:
+                out += piece[skip:]
+                skip = max(0, skip - len(piece))
+                if len(out) >= stop - start:
+                    break
+        if len(out) < stop - start:
+            raise HubError(
+                f"{self.repo}: {name}: expected bytes {start} to {stop}, got {len(out)} of them"
+            )
+        return bytes(out[: stop - start])
+
+    def read_whole(self, name: str) -> bytes:
+        """Returns a small file, its sum checked. The errors are those of `read`."""
+        content = self.read(name)
+        digest = _Sum(self.files[name])
+        digest.update(content)
+        self._require(self.files[name], digest)
+        return content
+
+    def download(self, name: str, path: Path, progress: Callable[[int], None]) -> None:
+        """Brings a file to `path`, which appears when it is whole and its sum right; goes on where an earlier one stopped.
+
+        Args:
+            progress: is told the bytes that are there.
+
+        Raises:
+            HubError: the hub does not give it, or gave something else.
+            OSError: it cannot be written.
+        """
+        file = self.files[name]
+        part = path.with_name(f"{path.name}.{file.sum[:16]}.part")
+        with open(part, "a+b") as out:
+            digest = _Sum(file)
+            out.seek(0)
+            while block := out.read(_CHUNK):
+                digest.update(block)
+            at, left = out.tell(), _PATIENCE
+            while at < file.size:
+                before = at
+                at, digest = self._continue(file, out, digest, progress)
+                left = _PATIENCE if at > before else left - 1
+                if not left:
+                    raise HubError(
+                        f"{self.repo}: {name}: ended after {at} of {file.size} bytes, several times; try again later"
+                    )
+            out.flush()
+            os.fsync(out.fileno())
+        progress(file.size)
+        try:
+            self._require(file, digest)
+        except HubError:
+            part.unlink(missing_ok=True)
+            raise
+        os.replace(part, path)
+
+    def cached(self, name: str) -> Path | None:
+        """Returns a file of this revision in Hugging Face's cache, if it is there and sound; None otherwise."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.repo, name, revision=self.commit)
+        file = self.files[name]
+        if not isinstance(found, str) or not is_sound(Path(found), file):
+            return None
+        return Path(os.path.realpath(found))
+
+    def _continue(
+        self, file: RemoteFile, out: BinaryIO, digest: _Sum, progress: Callable[[int], None]
+    ) -> tuple[int, _Sum]:
+        """Appends what comes of a file; a connection that breaks ends it without an error."""
+        have = out.seek(0, os.SEEK_END)
+        with self._stream(file.name, have, file.size) as (at, pieces):
+            if at != have:  # the hub gives files as a whole only
+                out.truncate(0)
+                digest, have = _Sum(file), 0
+            for piece in _until_it_breaks(pieces):
+                out.write(piece)
+                digest.update(piece)
+                have += len(piece)
+                progress(have)
+                if have > file.size:
+                    break
+        return have, digest
+
+    @contextlib.contextmanager
+    def _stream(self, name: str, start: int, stop: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+        """Gives the offset at which the bytes begin that the hub sends, and these bytes."""
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_stream_backoff
+
+        headers = {**build_hf_headers(), **_PROXIES, "Range": f"bytes={start}-{stop - 1}"}
+        url = hf_hub_url(self.repo, name, revision=self.commit)
+        with (
+            self._said(f"{name}: "),
+            http_stream_backoff(
+                "GET", url, headers=headers, timeout=30, max_retries=self._retries
+            ) as response,
+        ):
+            hf_raise_for_status(response)
+            yield (
+                start if response.status_code == 206 else 0,
+                response.iter_bytes(chunk_size=_CHUNK),
+            )
+
+    def _require(self, file: RemoteFile, digest: _Sum) -> None:
+        if not digest.is_right:
+            raise HubError(
+                f"{self.repo}: {file.name}: its sum must be {file.sum}, got {digest.text} of {digest.size} bytes; "
+                "removed, the next pull fetches it again"
+            )
+
+    @contextlib.contextmanager
+    def _said(self, where: str) -> Iterator[None]:
+        """Says in one line what the hub's errors mean."""
+        from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+        where = f"{self.repo}: {where}"
+        try:
+            yield
+        except HubError:
+            raise
+        except OfflineModeIsEnabled:
+            raise HubError(f"{where}HF_HUB_OFFLINE is set: nothing is fetched") from None
+        except HTTPError as error:
+            response = getattr(error, "response", None)
+            if response is None:
+                raise HubError(
+                    f"{where}{_endpoint()} cannot be reached: {_first_line(error)}"
+                ) from None
+            raise HubError(f"{where}{_meaning(response, error)}") from None
+
+
+def is_sound(path: Path, file: RemoteFile) -> bool:
+    """Says whether a file here is what a hub has. Raises OSError when it cannot be read."""
+    if path.stat().st_size != file.size:
+        return False
+    digest = _Sum(file)
+    with open(path, "rb") as content:
+        while block := content.read(_CHUNK):
+            digest.update(block)
+    return digest.is_right
+
+
+class _Sum:
+    """Sums a file's content the way that its hub did."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        self._file = file
+        self.size = 0
+        self._digest: Any = hashlib.sha256()
+        if file.sha256 is None:  # git's: SHA-1 of a header and the content
+            self._digest = hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
+
+    def update(self, data: bytes) -> None:
+        self._digest.update(data)
+        self.size += len(data)
+
+    @property
+    def text(self) -> str:
+        return str(self._digest.hexdigest())
+
+    @property
+    def is_right(self) -> bool:
+        return self.size == self._file.size and self._file.sum in ("", self.text)
+
+
+def _until_it_breaks(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Yields what comes before a connection breaks, however it does."""
+    from huggingface_hub.errors import HTTPError
+
+    with contextlib.suppress(HTTPError):
+        yield from pieces
+
+
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return str(constants.ENDPOINT)
+
+
+def _meaning(response: Any, error: BaseException) -> str:
+    code, kind = response.status_code, response.headers.get("X-Error-Code", "")
+    if kind == "RevisionNotFound":
+        return "there is no such revision"
+    if kind == "GatedRepo" or code == 403:
+        return (
+            "its makers want you to accept their terms first: do so on its page, then set HF_TOKEN"
+        )
+    if kind == "EntryNotFound":
+        return "there is no such file"
+    if code == 401 or kind == "RepoNotFound":
+        return (
+            "there is no such model, or it is not for everyone: HF_TOKEN or `hf auth login` says who you are"
+        )
+    if code == 404:
+        return "there is no such model"
+    if code == 429:
+        wait = response.headers.get("Retry-After", "")
+        return f"the hub has had too many requests from here; try again {f'in {wait} s' if wait else 'later'}"
+    return f"the hub answered {code}: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return shortened(lines[0] if lines else type(error).__name__)

@@ -1,0 +1,169 @@
+"""A hub on a loopback port: serves folders as the Hugging Face hub does, with range requests, and fails when told to."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+_API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?")
+_RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+_LFS = (".safetensors", ".gguf")
+
+
+class Hub:
+    """Serves `root`/user/repo. What a test changes here acts on the next request."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.answer: Callable[[str], tuple[int, dict[str, str]] | None] = lambda path: None
+        """Given a path, returns a status and headers to refuse it with, or None."""
+        self.cut: dict[str, int] = {}
+        """By file name: bytes after which the connection is closed, each time."""
+        self.swap: dict[str, bytes] = {}
+        """By file name: bytes that are sent in place of the file's first ones."""
+        self.rate: float | None = None
+        """Bytes per second; None for no limit."""
+        self.token = ""
+        """What must be sent; "" for anything."""
+        self.requests: list[tuple[str, str, str]] = []
+        """Method, path and range of every request."""
+        self.sent: dict[str, int] = {}
+        """Bytes of every file."""
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def commit(self, repo: str) -> str:
+        """A sum of names, sizes and times."""
+        files = sorted(p for p in (self.root / repo).rglob("*") if p.is_file())
+        text = " ".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
+        return hashlib.sha1(text.encode()).hexdigest()
+
+    def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.respond(is_head=True)
+
+            def do_GET(self) -> None:
+                self.respond(is_head=False)
+
+            def respond(self, *, is_head: bool) -> None:
+                path = unquote(urlsplit(self.path).path)
+                hub.requests.append((self.command, path, self.headers.get("Range", "")))
+                refused = hub.answer(path)
+                if refused is not None:
+                    return self.finish_with(*refused)
+                if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+                    return self.finish_with(401, {"X-Error-Code": "GatedRepo"})
+                if found := _API.fullmatch(path):
+                    return self.info(found[1], found[2])
+                if found := _RESOLVE.fullmatch(path):
+                    return self.file(found[1], found[2], found[3], is_head)
+                return self.finish_with(404, {})
+
+            def finish_with(self, code: int, headers: dict[str, str], body: bytes = b"") -> None:
+                self.send_response(code)
+                for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            def info(self, repo: str, revision: str | None) -> None:
+                folder = hub.root / repo
+                if not folder.is_dir():
+                    return self.finish_with(401, {"X-Error-Code": "RepoNotFound"})
+                if revision not in (None, "main", hub.commit(repo)):
+                    return self.finish_with(404, {"X-Error-Code": "RevisionNotFound"})
+                files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+                body = {
+                    "id": repo,
+                    "modelId": repo,
+                    "sha": hub.commit(repo),
+                    "siblings": [_sibling(folder, p) for p in files],
+                }
+                return self.finish_with(
+                    200, {"Content-Type": "application/json"}, json.dumps(body).encode()
+                )
+
+            def file(self, repo: str, revision: str, name: str, is_head: bool) -> None:
+                path = hub.root / repo / name
+                if revision != hub.commit(repo) or not path.is_file():
+                    return self.finish_with(404, {"X-Error-Code": "EntryNotFound"})
+                content = path.read_bytes()
+                swapped = hub.swap.get(path.name, b"")
+                content = swapped + content[len(swapped) :]
+                start, stop = 0, len(content)
+                if asked := re.fullmatch(r"bytes=(\d+)-(\d+)?", self.headers.get("Range", "")):
+                    start, stop = int(asked[1]), min(int(asked[2] or stop) + 1, stop)
+                self.send_response(206 if asked else 200)
+                self.send_header("Content-Length", str(stop - start))
+                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+                self.send_header("X-Repo-Commit", revision)
+                self.end_headers()
+                if is_head:
+                    return None
+                return self.send(path.name, content[start:stop])
+
+            def send(self, name: str, content: bytes) -> None:
+                cut = hub.cut.get(name)
+                content = content if cut is None else content[:cut]
+                step = 1 << 16 if hub.rate is None else max(1, int(hub.rate / 100))
+                for at in range(0, len(content), step):
+                    try:
+                        self.wfile.write(content[at : at + step])
+                    except OSError:  # nobody reads any more
+                        self.close_connection = True
+                        return
+                    hub.sent[name] = hub.sent.get(name, 0) + len(content[at : at + step])
+                    if hub.rate is not None:
+                        time.sleep(0.01)
+                if cut is not None:
+                    self.close_connection = True
+
+        return Handler
+
+
+def _sibling(folder: Path, path: Path) -> dict[str, object]:
+    content = path.read_bytes()
+    values: dict[str, object] = {
+        "rfilename": path.relative_to(folder).as_posix(),
+        "size": len(content),
+        "blobId": hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest(),
+    }
+    if path.suffix in _LFS:
+        values["lfs"] = {
+            "size": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+            "pointerSize": 135,
+        }
+    return values
+
+
+@contextlib.contextmanager
+def serving(root: Path) -> Iterator[Hub]:
+    hub = Hub(root)
+    try:
+        yield hub
+    finally:
+        hub.close()
