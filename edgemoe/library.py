@@ -21,6 +21,7 @@ __all__ = [
     "Unfinished",
     "cache_dir",
     "demo_path",
+    "disk_bytes",
     "find",
     "folders",
     "models",
@@ -97,7 +98,7 @@ def models() -> list[Kept]:
 
 
 def find(text: str) -> Path | None:
-    """Returns the model that a name means: all of it, or its last part where only one has that; None if there is none."""
+    """Returns the model of a name, or of its last part where only one has that; None if there is none."""
     text = text.removesuffix(_ENDING)
     kept = models()
     for model in kept:
@@ -128,7 +129,7 @@ def unfinished() -> list[Unfinished]:
                 if path.name.endswith(ending):
                     name = _name(folder, path.with_name(path.name.removesuffix(ending) + _ENDING))
                     left.setdefault(name, []).append(path)
-    return [Unfinished(n, tuple(p), sum(map(_size, p))) for n, p in sorted(left.items())]
+    return [Unfinished(n, tuple(p), sum(map(disk_bytes, p))) for n, p in sorted(left.items())]
 
 
 def note_use(path: Path) -> None:
@@ -155,7 +156,7 @@ def _name(folder: Path, path: Path) -> str:
     return path.relative_to(folder).as_posix().removesuffix(_ENDING)
 
 
-def _size(path: Path) -> int:
+def disk_bytes(path: Path) -> int:
     """Returns the bytes that a file, or all of a folder, takes on the disk."""
     paths = [path, *path.rglob("*")] if path.is_dir() else [path]
     total = 0

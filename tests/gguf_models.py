@@ -84,6 +84,31 @@ def save(
     return out
 
 
+def split(path: Path, out: Path, count: int) -> list[Path]:
+    """Writes a GGUF file of a checkpoint in parts: metadata in the first, tensors in turn."""
+    config = json.loads((path / "config.json").read_text())
+    tensors = list(named(path, config, "llama").items())
+    parts = []
+    for number in range(count):
+        part = out / f"m-{number + 1:05}-of-{count:05}.gguf"
+        writer = gguf.GGUFWriter(part, "llama")
+        for key, value in metadata(config).items() if number == 0 else ():
+            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(
+                f"llama.{key}", value
+            )
+        writer.add_uint16("split.no", number)
+        writer.add_uint16("split.count", count)
+        writer.add_int32("split.tensors.count", len(tensors))
+        for name, values in tensors[number::count]:
+            writer.add_tensor(name, values)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        parts.append(part)
+    return parts
+
+
 def named(path: Path, config: Mapping[str, Any], arch: str) -> dict[str, Array]:
     """Returns a checkpoint's tensors as they are in a GGUF file."""
     number = next(n for n, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)

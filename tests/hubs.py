@@ -1,4 +1,4 @@
-"""A hub on a loopback port: serves folders as the Hugging Face hub does, with range requests, and fails when told to."""
+"""A hub on a loopback port: serves folders as Hugging Face's does, with range requests, and fails when told to."""
 
 from __future__ import annotations
 

@@ -10,7 +10,19 @@ import edgemoe
 ROOT = Path(__file__).parent.parent / "edgemoe"
 ROWS = [
     {"arguments", "errors", "plan", "config", "space", "specs"},
-    {"devices", "library", "ops", "ops_cpu", "ops_cuda", "tap", "store", "tiers", "file", "hardware", "quant"},
+    {
+        "devices",
+        "library",
+        "ops",
+        "ops_cpu",
+        "ops_cuda",
+        "tap",
+        "store",
+        "tiers",
+        "file",
+        "hardware",
+        "quant",
+    },
     {"scheduler", "model", "text"},
     {"experts"},
     {"runtime"},

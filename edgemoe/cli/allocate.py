@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import check_output, decode_text, note, run_command, say
+from edgemoe.cli.names import model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import levels
@@ -71,6 +72,7 @@ def _allocate(args: argparse.Namespace) -> None:
     for name, method in _ONLY_FOR.items():
         if getattr(args, name) is not None and args.method != method:
             raise ValueError(f"--{name.replace('_', '-')}: for --method {method} only")
+    args.model = model_path(str(args.model))
     out: Path = args.out or args.model.with_suffix(".allocation.json")
     if args.store:  # before hours are spent
         if args.model.exists() and not os.access(args.model, os.W_OK):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from edgemoe.cli.console import note, run_command, say, say_json
 from edgemoe.cli.engine import engine_flags
 from edgemoe.cli.measured import MAX_LOSS_HELP, check, cost, pick
+from edgemoe.cli.names import add_model, model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.values import bits_or_auto, ram_size, whole, wholes
@@ -53,6 +54,7 @@ def _run(args: argparse.Namespace) -> None:
     if longest < 1:
         raise ValueError("expected at least one test of at least one token")
     context = max(args.n_depth) + longest + 2
+    args.model = model_path(args.model, converts=True)
     if args.max_quality_loss is not None:
         check(args)
         note(f"# {pick(args, context=context)}")
@@ -106,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         "one unmeasured repetition, the median of the others ± their deviation. The roof of memory is what reading the "
         "experts in memory gives just before a test and just after, its share is of the higher one.",
     )
-    parser.add_argument("model", metavar="MODEL", help="a .moe file")
+    add_model(parser)
     parser.add_argument("-p", "--n-prompt", type=wholes(0), default=[512], metavar="N,…",
                         help="prompt lengths, 0 for none (default: 512)")  # fmt: skip
     parser.add_argument("-n", "--n-gen", type=wholes(0), default=[128], metavar="N,…",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgemoe.cli.console import check_output, decode_text, note, run_command
+from edgemoe.cli.names import model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import ram_size
@@ -51,6 +52,7 @@ def _interrupted(args: argparse.Namespace) -> str:
 
 
 def _calibrate(args: argparse.Namespace) -> None:
+    args.model = model_path(str(args.model))
     out = _out(args)
     if out.exists() and not args.overwrite:
         raise FileExistsError(f"{out}: exists; --overwrite replaces it")

@@ -1,4 +1,4 @@
-"""Makes a `.moe` file of a checkpoint that is to be run, once, and keeps it in the cache."""
+"""Makes a `.moe` file of a checkpoint that is to be run, once, and keeps it with the other models."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 
+from edgemoe import library
 from edgemoe.cli.apart import run_apart
 from edgemoe.cli.console import note
 
@@ -34,9 +35,7 @@ def converted(path: Path) -> Path:
         OSError: a file cannot be read, or there is no place for the cache.
         SystemExit: it could not be made, and has said why.
     """
-    from edgemoe.convert.demo import default_cache_dir
-
-    folder = default_cache_dir() / "converted"
+    folder = library.folders()[0]
     out = folder / _name(path)
     if not out.is_file():
         folder.mkdir(parents=True, exist_ok=True)

@@ -16,10 +16,10 @@ _ALREADY_SO = {
 }
 """Flags that ask for what is done anyway: they are left out with a note."""
 
-_FETCH = "models are not fetched yet: download the checkpoint, then edgemoe convert FOLDER OUT.moe"
+_QUANT = "-hf user/repo:QUANT says which of a repository's GGUF files; leave it out"
 _BUDGET = "there is one budget for all memory, --ram"
 _REFUSED = {
-    "-hf": _FETCH, "-hfr": _FETCH, "--hf-repo": _FETCH, "-hff": _FETCH, "--hf-file": _FETCH,
+    "-hff": _QUANT, "--hf-file": _QUANT,
     "-ngl": _BUDGET, "--n-gpu-layers": _BUDGET, "--gpu-layers": _BUDGET,
     "-ncmoe": _BUDGET, "--n-cpu-moe": _BUDGET, "-cmoe": _BUDGET, "--cpu-moe": _BUDGET,
     "-ot": _BUDGET, "--override-tensor": _BUDGET, "--no-mmap": _BUDGET, "--mlock": _BUDGET,

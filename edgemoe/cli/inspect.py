@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.console import note, run_command, say, say_json
+from edgemoe.cli.names import add_model, model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_PROG = "edgemoe inspect"
 _LONGEST_LINE = 1000  # characters; names in a file may be longer
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, *, prog: str = "edgemoe inspect") -> int:
     """Runs the command.
 
     Args:
         argv: the arguments; None for those of the process.
+        prog: what the command was called.
 
     Returns:
         The exit code: 0; 1 for an error or a file with a wrong sum, which is one line each on stderr; 130 after Ctrl-C.
@@ -35,15 +35,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 at wrong usage.
     """
-    args = _parser().parse_args(argv)
-    return run_command(_PROG, lambda: _run(args), verbose=args.verbose)
+    args = _parser(prog).parse_args(argv)
+    return run_command(prog, lambda: _run(args, prog), verbose=args.verbose)
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, prog: str) -> int:
     from edgemoe.file.format import open_moe
     from edgemoe.lab.report.summary import summary
 
-    moe = open_moe(args.model)
+    moe = open_moe(model_path(args.model))
     about = summary(moe)
     broken: list[str] = []
     if args.verify:
@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.verify and not broken:
             say("", "verified: every sum matches")
     for what in broken:
-        note(f"{_PROG}: {moe.path}: {what}: the sum does not match")
+        note(f"{prog}: {moe.path}: {what}: the sum does not match")
     return 1 if broken else 0
 
 
@@ -141,9 +141,9 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=_PROG, description="Say what a .moe file holds, and check it.")
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a .moe file")
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = Parser(prog=prog, description="Say what a .moe file holds, and check it.")
+    add_model(parser)
     parser.add_argument(
         "--verify", action="store_true", help="read all weights and check their sums"
     )

@@ -19,9 +19,12 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "demo": ("edgemoe.cli.demo", "build the demo model"),
     "families": ("edgemoe.cli.families", "list the checkpoints that can be converted"),
     "inspect": ("edgemoe.cli.inspect", "say what a .moe file holds, and check it"),
+    "list": ("edgemoe.cli.list", "list the models that are here"),
     "plan": ("edgemoe.cli.plan", "say how a model would fit, before it is converted"),
     "profile": ("edgemoe.cli.profile.command", "record, judge and replay how a model routes"),
+    "pull": ("edgemoe.cli.pull", "fetch a model from the Hugging Face hub and convert it"),
     "quality": ("edgemoe.cli.quality", "measure what levels and schedulers cost in quality"),
+    "rm": ("edgemoe.cli.rm", "remove models that are here"),
     "run": ("edgemoe.cli.run", "chat with a model; also installed as edgemoe-run"),
     "schedulers": ("edgemoe.cli.scheduling", "tell what may decide, and its options"),
     "serve": ("edgemoe.cli.serve", "answer programs: OpenAI's, Anthropic's and llama.cpp's routes"),
@@ -33,12 +36,12 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 """What each command is: the module whose `main(argv)` runs it, and a line about it."""
 
 _GROUPS = {
-    "use": ("run", "serve", "plan", "convert", "inspect", "demo"),
+    "use": ("run", "serve", "plan", "pull", "list", "rm", "convert", "inspect", "demo"),
     "measure": ("bench", "quality", "profile", "schedulers"),
 }
 """What comes first in the help; all others follow."""
 
-_ALIASES = {"chat": "run"}
+_ALIASES = {"chat": "run", "show": "inspect"}
 
 _USAGE_ERROR, _INTERRUPTED = 2, 130
 
@@ -72,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Imported on use: one command's dependencies must not slow down or break another.
         module = importlib.import_module(COMMANDS[name][0])
-        named = {"prog": f"edgemoe {arguments[0]}"} if name == "run" else {}
+        named = {"prog": f"edgemoe {arguments[0]}"} if name in _ALIASES.values() else {}
         code: int = module.main(arguments[1:], **named)
     except KeyboardInterrupt:  # before the command began
         return _INTERRUPTED
@@ -91,8 +94,8 @@ def _help() -> list[str]:
         "Runs Mixture-of-Experts language models that do not fit in fast memory.",
         "",
         "  edgemoe run                            chat with a small demo model",
-        "  edgemoe convert FOLDER model.moe       make a model from a checkpoint",
-        "  edgemoe run model.moe --ram 8GiB       chat with it inside 8 GiB",
+        "  edgemoe pull allenai/OLMoE-1B-7B-0924  get a model",
+        "  edgemoe run OLMoE-1B-7B-0924 --ram 4GiB   chat with it inside 4 GiB",
         "",
         *lines,
         "edgemoe COMMAND --help tells more.",

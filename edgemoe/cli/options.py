@@ -122,8 +122,16 @@ def _add_sampling_flags(sampling: argparse._ActionsContainer) -> None:
          help="the same, for each time they occurred (default: the model's, else 0)")
 
 
+def _add_path(parser: argparse.ArgumentParser) -> None:
+    """Adds what says which model is opened."""
+    parser.add_argument("path", nargs="?", metavar="MODEL",
+                        help="a .moe file, a name of edgemoe list, or a folder or .gguf file to convert")
+
+
 def _add_daily_flags(daily: argparse._ActionsContainer) -> None:
     """Adds what decides most about memory and speed, for whoever opens a model."""
+    _add(daily, "-hf", "-hfr", "--hf-repo", metavar="REPO",
+         help="a model of the Hugging Face hub, user/repo[:BITS|:QUANT]: fetched once, as edgemoe pull does")
     _add(daily, "--ram", type=ram_size, metavar="SIZE",
          help="memory for the whole process: 4GiB, 512MB, 50%% of what is free "
          "(default: that, less a margin)")
@@ -164,7 +172,7 @@ def _add_model_flags(model: argparse._ActionsContainer) -> None:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="?", metavar="MODEL", help="a .moe file, or a folder or .gguf file to convert")
+    _add_path(parser)
     daily = parser.add_argument_group("every day")
     _add_daily_flags(daily)
     _add(daily, "-p", "--prompt", metavar="TEXT", help="answer this and leave")
@@ -193,7 +201,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", nargs="?", metavar="MODEL", help="a .moe file")
+    _add_path(parser)
     model = parser.add_argument_group("model and memory")
     _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
     _add(model, "-np", "--parallel", type=int, default=4, metavar="N",
@@ -325,8 +333,8 @@ def unknown_variables() -> list[str]:
 
 
 _PREFIX = "EDGEMOE_"
-_known: set[str] = set()
-"""The variables that flags have been given."""
+_known: set[str] = {"EDGEMOE_MODELS"}
+"""The variables that flags have been given, and those that are read elsewhere."""
 
 
 def _variable(names: tuple[str, ...]) -> str:

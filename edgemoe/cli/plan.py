@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.console import note, run_command, say, say_json
+from edgemoe.cli.names import add_model, kept_model, model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.values import ram_size, whole
 
 if TYPE_CHECKING:
+    from edgemoe.hub.name import HubName
     from edgemoe.runtime.forecast import Forecast, Row
 
 __all__ = ["main"]
@@ -20,9 +22,9 @@ __all__ = ["main"]
 _PROG = "edgemoe plan"
 
 _EPILOG = """\
-MODEL is a .moe file, a checkpoint's directory or a GGUF file. Of a checkpoint, only
-headers and the tokenizer are read: its weights need not be there yet, as long as the
-first bytes of each file are.
+MODEL is a .moe file, a name of edgemoe list, a checkpoint's directory, a GGUF file, or
+user/repo[:QUANT] on the Hugging Face hub. Of a checkpoint, only headers and the
+tokenizer are read: of the hub's that is all that is fetched.
 
 The table has what the engine itself would do with a budget: how many tokens of context
 fit, and which share of the experts is in memory. The last column is what a token of the
@@ -50,16 +52,52 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from edgemoe.file.format import MAGIC
 
-    if not args.model.exists():
-        raise FileNotFoundError(f"{args.model}: no such file or directory")
+    remote = _remote(args.model)
+    if remote is not None:
+        return _of_hub(args, remote)
+    args.model = model_path(args.model)
     if args.model.is_file():
         with open(args.model, "rb") as file:
             if file.read(len(MAGIC)) == MAGIC:
                 return _tell(args)
-    return _of_checkpoint(args)
+    return _of_checkpoint(args, args.model)
 
 
-def _of_checkpoint(args: argparse.Namespace) -> int:
+def _remote(text: str | None) -> HubName | None:
+    """Returns what of a hub is meant, None for what is here."""
+    if text is None or Path(text).exists() or kept_model(text) is not None:
+        return None
+    from edgemoe.hub.name import HubName
+
+    try:
+        return HubName.parse(text)
+    except ValueError:
+        return None
+
+
+def _of_hub(args: argparse.Namespace, name: HubName) -> int:
+    """Fetches the headers of a checkpoint and plans that."""
+    from edgemoe.hub.outline import choose, outline
+    from edgemoe.hub.pull import open_repository
+
+    repository = open_repository(name)
+    chosen = choose(repository, name)
+    if chosen.note:
+        note(f"# {name}: {chosen.note}")
+    largest = max(file.size for file in chosen.weights)
+    note(
+        f"# {name}: {_size(chosen.size)} in {len(chosen.weights)} files to fetch; while edgemoe pull converts them, "
+        f"the disk holds the .moe file and one of them, {_size(largest)} at most"
+    )
+    with tempfile.TemporaryDirectory(prefix="edgemoe-plan-") as folder:
+        path = outline(repository, chosen, Path(folder) / name.repo.replace("/", "-"))
+        if args.bits is None:
+            args.bits = name.bits
+        args.name = str(name)
+        return _of_checkpoint(args, path)
+
+
+def _of_checkpoint(args: argparse.Namespace, source: Path) -> int:
     """Makes a file with holes for weights, and plans that in a process which has read no checkpoint."""
     from edgemoe.cli.apart import run_apart
     from edgemoe.convert.open import open_checkpoint
@@ -67,14 +105,15 @@ def _of_checkpoint(args: argparse.Namespace) -> int:
     from edgemoe.file.hollow import write_hollow
     from edgemoe.quant import SCHEMES
 
-    checkpoint = open_checkpoint(args.model)
-    model = SourceModel(checkpoint)
+    checkpoint = open_checkpoint(source)
+    model = SourceModel(checkpoint, are_there=False)
+    name = args.name or checkpoint.name
     for line in model.notes:
-        note(f"# {checkpoint.name}: {line}")
+        note(f"# {name}: {line}")
     with tempfile.TemporaryDirectory(prefix="edgemoe-plan-") as folder:
         path = Path(folder) / "plan.moe"
         write_hollow(path, model.config, scheme=SCHEMES["nested"], sections=checkpoint.files)
-        flags = [str(path), "--name", checkpoint.name, "-ctk", args.ctk, "-ctv", args.ctv]
+        flags = [str(path), "--name", name, "-ctk", args.ctk, "-ctv", args.ctv]
         for name in ("ram", "ctx_size", "bits"):
             if getattr(args, name) is not None:
                 flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
@@ -170,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="a .moe file, a checkpoint or a GGUF file")
+    add_model(parser, help="a .moe file, a name, a checkpoint, a GGUF file or a hub's user/repo")
     free = "memory for the whole process (default: what is free, a half and a quarter of it)"
     add("--ram", type=ram_size, metavar="SIZE", help=free)
     fits = "tokens that must fit (default: what fits)"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgemoe.cli.console import check_output, note, run_command, say
 from edgemoe.cli.engine import engine_flags
+from edgemoe.cli.names import model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.reference import CHUNK, EXACT, reference
@@ -78,6 +79,7 @@ def _run(args: argparse.Namespace) -> int:
         about = "\n\n".join(options_text(name) for name in args.scheduler or [EXACT])
         say(*about.split("\n"))
         return 0
+    args.model = model_path(str(args.model))
     _check(args)  # before hours are spent
     moe = open_moe(args.model)
     sizes = levels(moe)

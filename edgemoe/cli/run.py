@@ -18,14 +18,13 @@ from edgemoe.cli.console import (
     traceback_lines,
     write_reply,
 )
-from edgemoe.cli.converted import converted, is_source
 from edgemoe.cli.engine import engine_flags, sampling_flags
 from edgemoe.cli.foreign import without_foreign
 from edgemoe.cli.measured import check, cost, pick
+from edgemoe.cli.names import demo_model, fetched, model_path
 from edgemoe.cli.options import run_parser, unknown_variables
 from edgemoe.cli.prompt import read_text
 from edgemoe.cli.scheduling import options_text, read_settings
-from edgemoe.errors import quoted
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from edgemoe.runtime.engine import Engine
     from edgemoe.text.sampler import SamplingParams
 
-__all__ = ["demo_model", "main", "set_up_logging"]
+__all__ = ["main", "set_up_logging"]
 
 
 def main(argv: Sequence[str] | None = None, *, prog: str = "edgemoe-run") -> int:
@@ -101,13 +100,12 @@ def _run(args: Namespace) -> int:
         for text, name in ((args.prompt, "-p"), (args.system_prompt, "-sys"))
     )
     args.stop = [argument_text(text, "-r") for text in args.stop]
-    if args.model is not None:
-        _check_model(args.model)
+    args.model = fetched(args)
+    if args.model is not None:  # before the prompt is read, which may take a person's time
+        args.model = model_path(args.model, converts=True)
     prompt = _prompt(args)  # before the model is loaded, so that a mistake costs no time
     if args.model is None:
         args.model = demo_model()
-    elif is_source(Path(args.model)):
-        args.model = converted(Path(args.model))
     _note_threads(args.threads)
     if args.verbose:
         _describe_machine()
@@ -158,23 +156,6 @@ def _warm(engine: Engine, profile: str) -> None:
         note(f"# nothing to warm from yet: {profile} is written at the end")
 
 
-def _check_model(name: str) -> None:
-    """Raises an error for a name that is no file, before the prompt is read, which may take a person's time."""
-    path = Path(name)
-    if path.exists() or name.endswith(".moe"):
-        return  # what is wrong with it is said where it is opened
-    if " " in name or "\n" in name:
-        raise ValueError(f"{quoted(name)}: no such model; a prompt is what -p takes")
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        raise ValueError(
-            f"{name}: no such file; models are not fetched by name yet: download the checkpoint "
-            f"(hf download {name} --local-dir FOLDER), then edgemoe convert FOLDER model.moe"
-        )
-    raise FileNotFoundError(
-        f"{name}: no such file; expected a .moe file, which edgemoe convert makes"
-    )
-
-
 def _answer(engine: Engine, chat: Chat, prompt: str, *, stats: str) -> int:
     from edgemoe.cli.stats import more_context, say_stats
     from edgemoe.cli.waiting import watched
@@ -192,26 +173,6 @@ def _answer(engine: Engine, chat: Chat, prompt: str, *, stats: str) -> int:
             f"# the model's settings end replies after {chat.params.max_tokens} tokens: -n changes it"
         )
     return 0
-
-
-def demo_model() -> Path:
-    """Returns the demo model, which is built at the first time.
-
-    Building takes memory that `--ram` does not allow for, so that another process does it.
-
-    Raises:
-        SystemExit: it could not be built, and has said why.
-    """
-    from edgemoe.convert.demo import demo_path
-
-    path = demo_path()
-    if not path.is_file():
-        from edgemoe.cli.apart import run_apart
-
-        code = run_apart("demo")
-        if code:
-            raise SystemExit(code)
-    return path
 
 
 def _note_threads(threads: int | None) -> None:

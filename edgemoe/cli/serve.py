@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.cli.console import note, run_command, say
 from edgemoe.cli.engine import engine_flags, sampling_flags
 from edgemoe.cli.measured import check, cost, pick
+from edgemoe.cli.names import fetched, model_path
 from edgemoe.cli.options import serve_parser
-from edgemoe.cli.run import demo_model, set_up_logging
+from edgemoe.cli.run import set_up_logging
 from edgemoe.cli.scheduling import options_text, read_settings
 
 if TYPE_CHECKING:
@@ -101,8 +102,7 @@ def _run(args: Namespace, settings: Settings) -> int:
     dataclasses.replace(SamplingParams(), **sampling_flags(args))  # before the model is loaded
     door = listen(settings)
     with door:
-        if args.model is None:
-            args.model = demo_model()
+        args.model = model_path(fetched(args), converts=True)
         if args.max_quality_loss is not None:
             note(f"# {pick(args, context=args.ctx_size or None)}")
         known = None if args.max_quality_loss is not None else cost(args)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import check_output, decode_text, note, run_command, say
+from edgemoe.cli.names import model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import ram_size, wholes
@@ -62,6 +63,7 @@ def _interrupted(args: argparse.Namespace) -> str:
 
 
 def _train(args: argparse.Namespace) -> None:
+    args.model = model_path(str(args.model))
     out = _out(args)
     check_output(out, args.model, args.text)
     if args.store and args.model.exists() and not os.access(args.model, os.W_OK):

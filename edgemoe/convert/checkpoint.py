@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from edgemoe.errors import FormatError, shortened
 
-__all__ = ["HEAD", "Bytes", "Checkpoint", "StoredCheckpoint", "file_identity", "listed", "refuse_unused", "require_tied"]
+__all__ = [
+    "HEAD",
+    "Bytes",
+    "Checkpoint",
+    "StoredCheckpoint",
+    "file_identity",
+    "listed",
+    "refuse_unused",
+    "require_tied",
+]
 
 
 class Checkpoint(Protocol):

@@ -116,7 +116,7 @@ class SourceModel:
         """The names of a head that is stored and must be a copy of the embedding, and of that; None for none."""
         embed = self._sources["embed"].name
         has_copy = self.config.tied and HEAD in self._checkpoint.shapes
-        return (HEAD, embed) if has_copy and HEAD != embed else None
+        return (HEAD, embed) if has_copy and embed != HEAD else None
 
     def _read(self, name: str) -> Array:
         source = self._sources[name]

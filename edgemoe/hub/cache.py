@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edgemoe.hub.remote import HubError, RemoteFile, is_sound
@@ -34,7 +34,7 @@ class CachedRepository:
             ) from None
         self._folder = folder
         self.commit = folder.name
-        self.files = {
+        self.files: Mapping[str, RemoteFile] = {
             path.relative_to(folder).as_posix(): self._file(path)
             for path in sorted(folder.rglob("*"))
             if path.is_file()

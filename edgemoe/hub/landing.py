@@ -23,7 +23,7 @@ _MARGIN = 16 << 20  # of the disk, for folders and logs
 class Landing:
     """Says when a record's weights can be read; is what `convert` takes as `arrivals`.
 
-    In the folder of `outline`, a file that has landed is a link to where it is: in `landed`, or in Hugging Face's cache.
+    In the folder of `outline`, a file that has landed is a link to where it is: `landed`, or Hugging Face's cache.
     Every other is as good as its header: of a file that has left, only what other files' records wait for is kept.
     """
 
@@ -54,9 +54,7 @@ class Landing:
         self._total = sum(file.size for file in files)
         self._places: dict[str, list[Bytes]] = {}
 
-    def __call__(
-        self, model: SourceModel, writer: Writer, missing: Sequence[str]
-    ) -> Iterator[str]:
+    def __call__(self, model: SourceModel, writer: Writer, missing: Sequence[str]) -> Iterator[str]:
         """Yields the records, those of one file after those of another.
 
         Raises:
@@ -148,7 +146,7 @@ class Landing:
         if free < wanted:
             raise OSError(
                 errno.ENOSPC,
-                f"the disk has {free / 1e6:.0f} MB free; the model and one file of its source take {wanted / 1e6:.0f} MB",
+                f"the disk has {free / 1e6:.0f} MB free; the model and one file of its source take {wanted / 1e6:.0f}",
                 str(self._folder),
             )
 

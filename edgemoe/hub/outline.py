@@ -29,7 +29,7 @@ _SMALL = (
     "special_tokens_map.json", "chat_template.jinja", "generation_config.json", "LICENSE",
 )  # fmt: skip
 _MOST_SMALL = 64 << 20
-_FIRST = 256 << 10  # of a file with a header, what is asked for at once
+_FIRST = 16 << 10  # of a file with a header, what is asked for at once
 _FIRST_GGUF = 8 << 20  # it has the vocabulary too
 _MOST_HEADER = 100_000_000
 _AT_ONCE = 8
@@ -202,7 +202,7 @@ def _gguf(repository: Source, name: HubName, small: tuple[RemoteFile, ...]) -> C
     quants: dict[str, list[RemoteFile]] = {}
     for file in sorted(repository.files.values(), key=lambda f: f.name):
         if file.name.endswith(".gguf") and not Path(file.name).name.startswith("mmproj"):
-            match = _QUANT.search(file.name.removesuffix(".gguf"))
+            match = _QUANT.search("/" + file.name.removesuffix(".gguf"))
             quants.setdefault(match[1].upper() if match else "", []).append(file)
     if not quants:
         raise FormatError(
@@ -227,5 +227,3 @@ def _gguf(repository: Source, name: HubName, small: tuple[RemoteFile, ...]) -> C
 def _is_later_part(name: str) -> bool:
     match = _PART.search(name)
     return match is not None and int(match[1]) > 1
-
-

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,7 +15,7 @@ from edgemoe.errors import EdgemoeError, shortened
 
 __all__ = ["HubError", "RemoteFile", "Repository", "is_sound"]
 
-_CHUNK = 1 << 20
+_BLOCK = 1 << 20
 _PATIENCE = 4  # times that nothing more came before a download is given up
 _PROXIES = {"Accept-Encoding": "identity"}  # or ranges are of what is compressed
 
@@ -60,7 +60,7 @@ class Repository:
 
             info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
         self.commit = str(info.sha)
-        self.files = {
+        self.files: Mapping[str, RemoteFile] = {
             s.rfilename: RemoteFile(
                 s.rfilename, s.size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id
             )
@@ -100,7 +100,7 @@ class Repository:
         return content
 
     def download(self, name: str, path: Path, progress: Callable[[int], None]) -> None:
-        """Brings a file to `path`, which appears when it is whole and its sum right; goes on where an earlier one stopped.
+        """Brings a file to `path`, which appears when it is whole; goes on where an earlier call stopped.
 
         Args:
             progress: is told the bytes that are there.
@@ -114,7 +114,7 @@ class Repository:
         with open(part, "a+b") as out:
             digest = _Sum(file)
             out.seek(0)
-            while block := out.read(_CHUNK):
+            while block := out.read(_BLOCK):
                 digest.update(block)
             at, left = out.tell(), _PATIENCE
             while at < file.size:
@@ -180,7 +180,7 @@ class Repository:
             hf_raise_for_status(response)
             yield (
                 start if response.status_code == 206 else 0,
-                response.iter_bytes(chunk_size=_CHUNK),
+                response.iter_bytes(),
             )
 
     def _require(self, file: RemoteFile, digest: _Sum) -> None:
@@ -217,7 +217,7 @@ def is_sound(path: Path, file: RemoteFile) -> bool:
         return False
     digest = _Sum(file)
     with open(path, "rb") as content:
-        while block := content.read(_CHUNK):
+        while block := content.read(_BLOCK):
             digest.update(block)
     return digest.is_right
 
@@ -270,9 +270,7 @@ def _meaning(response: Any, error: BaseException) -> str:
     if kind == "EntryNotFound":
         return "there is no such file"
     if code == 401 or kind == "RepoNotFound":
-        return (
-            "there is no such model, or it is not for everyone: HF_TOKEN or `hf auth login` says who you are"
-        )
+        return "there is no such model, or it is not for everyone: HF_TOKEN or `hf auth login` says who you are"
     if code == 404:
         return "there is no such model"
     if code == 429:

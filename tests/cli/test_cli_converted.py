@@ -16,7 +16,7 @@ from edgemoe.cli.converted import converted, is_source
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "edgemoe" / "converted"
+    return tmp_path / "cache" / "edgemoe" / "models"
 
 
 def test_a_gguf_file_is_converted_once(cache: Path, tmp_path: Path, capfd) -> None:

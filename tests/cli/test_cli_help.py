@@ -26,7 +26,7 @@ def test_alone_it_says_how_to_begin(capsys):
     for words in ([], ["help"], ["--help"]):
         assert main(words) == 0
         text = capsys.readouterr().out
-        assert "edgemoe convert FOLDER model.moe" in text
+        assert "edgemoe pull allenai/OLMoE-1B-7B-0924" in text
         assert all(f"  {name} " in text for name in COMMANDS)
 
 
@@ -36,7 +36,7 @@ def test_what_peers_call_it(capsys):
             main(words)
         assert end.value.code == 0
     assert main(["chat", "absent.moe", "-p", "Hi"]) == 1
-    assert capsys.readouterr().err == "edgemoe chat: absent.moe: No such file or directory\n"
+    assert capsys.readouterr().err == "edgemoe chat: absent.moe: no such file\n"
     assert main(["inspct"]) == 2
     assert "no command 'inspct' (did you mean inspect?)" in capsys.readouterr().err
 

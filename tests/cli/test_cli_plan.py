@@ -75,7 +75,7 @@ def test_the_table(tiny_moe: Path, capfd) -> None:
 def test_bad_input_is_one_line(tiny_moe: Path, tmp_path: Path, capfd) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "riddle"}')
     for arguments, code, message in (
-        ([tmp_path / "absent"], 1, "absent: no such file or directory"),
+        ([tmp_path / "absent"], 1, "absent: no such file"),
         ([tmp_path], 1, ""),
         ([tiny_moe, "--bits", 5], 1, "5"),
         ([tiny_moe, "-c", 999], 1, "context: expected 1 to 512"),

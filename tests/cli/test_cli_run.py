@@ -199,7 +199,7 @@ def test_names_that_are_no_utf8_are_names(
     assert profile.is_file()
     assert rb"m.moe\xfe" in result.stderr
     assert run(env, folder / "absent\udcfd", "-p", "Hi").stderr.endswith(
-        rb"absent\xfd: no such file; expected a .moe file, which edgemoe convert makes" + b"\n"
+        rb"absent\xfd: no such file" + b"\n"
     )
     for command in (["inspect", model, "--json"], ["profile", "report", trace, "--json"]):
         result = subprocess.run([*ENTRY, *map(str, command)], env=env, capture_output=True)
@@ -367,14 +367,14 @@ def test_how_much_is_said_after_a_reply(env: dict[str, str], tiny_moe: Path) -> 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("-hf", "Qwen/Qwen3-30B-A3B"), "-hf: models are not fetched yet"),
+        (("-hf", "Qwen"), "expected user/repo, user/repo:BITS or user/repo:QUANT, got 'Qwen'"),
         (("MODEL", "-ngl", "99"), "-ngl: there is one budget for all memory, --ram"),
         (("MODEL", "--n-gpu-layers=99"), "--n-gpu-layers: there is one budget"),
         (
             ("Qwen/Qwen3-30B-A3B",),
-            "Qwen/Qwen3-30B-A3B: no such file; models are not fetched by name",
+            "Qwen/Qwen3-30B-A3B: no such file or model; edgemoe pull Qwen/Qwen3-30B-A3B gets it",
         ),
-        (("smollm2-moe",), "smollm2-moe: no such file; expected a .moe file"),
+        (("smollm2-moe",), "smollm2-moe: no such file or model; edgemoe list shows"),
         (("Say hi",), "'Say hi': no such model; a prompt is what -p takes"),
     ],
 )

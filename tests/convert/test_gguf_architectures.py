@@ -188,34 +188,9 @@ def test_factors_of_frequencies_divide_them(tmp_path: Path) -> None:
     )
 
 
-def split(path: Path, out: Path, count: int) -> list[Path]:
-    """Writes a GGUF file of a checkpoint in parts: metadata in the first, tensors in turn."""
-    config = HFCheckpoint(path).config
-    tensors = list(gguf_models.named(path, config, "llama").items())
-    parts = []
-    for number in range(count):
-        part = out / f"m-{number + 1:05}-of-{count:05}.gguf"
-        writer = gguf.GGUFWriter(part, "llama")
-        for key, value in gguf_models.metadata(config).items() if number == 0 else ():
-            (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(
-                f"llama.{key}", value
-            )
-        writer.add_uint16("split.no", number)
-        writer.add_uint16("split.count", count)
-        writer.add_int32("split.tensors.count", len(tensors))
-        for name, values in tensors[number::count]:
-            writer.add_tensor(name, values)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        parts.append(part)
-    return parts
-
-
 def test_the_parts_of_a_split_file_are_found_by_the_first(tmp_path: Path) -> None:
     path = families.make("mixtral", tmp_path / "hf")
-    first, second, third = split(path, tmp_path, 3)
+    first, second, third = gguf_models.split(path, tmp_path, 3)
     assert_same(opened(path), opened(first))
     with pytest.raises(FormatError, match=r"is part 1 of a split GGUF file, counted from 0; expec"):
         GGUFCheckpoint(second)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.console import check_output, note
+from edgemoe.cli.names import model_path
 from edgemoe.cli.profile.common import add_command, title
 from edgemoe.cli.profile.replays import add_flags, studied
 from edgemoe.errors import shortened
@@ -81,6 +82,6 @@ def _qualities(
 
     if args.model is None or timing is None:
         return [], []
-    moe = open_moe(args.model)
+    moe = open_moe(model_path(args.model))
     rows = stored_rows(moe, dense_bits=moe.dense_ladder[-1])
     return measured(trace, rows, timing=timing, sections=moe.sections)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.console import note
+from edgemoe.cli.names import model_path
 from edgemoe.cli.profile.common import or_note
 from edgemoe.cli.scheduling import read_settings
 
@@ -55,7 +56,7 @@ def studied(args: argparse.Namespace, trace: Trace) -> tuple[Timing | None, list
     budgets = list(dict.fromkeys(budget_of(text, trace) for text in args.budgets))
     timed = trace if args.timing is None else read(args.timing)
     timing = or_note(lambda: fit(timed), what="no prediction of times")
-    sections = {} if args.model is None else open_moe(args.model).sections
+    sections = {} if args.model is None else open_moe(model_path(args.model)).sections
     with Progress("replaying", unit="run") as progress:
         rows = study(trace, ways, budgets, timing=timing, sections=sections, progress=progress)
     for line in remarks(trace, rows):

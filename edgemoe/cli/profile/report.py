@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from edgemoe.cli.console import say
+from edgemoe.cli.names import model_path
 from edgemoe.cli.profile.common import add_command, or_note, print_json, print_table, title
 
 __all__ = ["add"]
@@ -32,7 +33,7 @@ def _report(args: argparse.Namespace) -> None:
     trace = read(args.trace)
     timing = or_note(lambda: fit(trace), what="no prediction of times")
     used, local = report.usage(trace), report.locality(trace)
-    sections = {} if args.model is None else open_moe(args.model).sections
+    sections = {} if args.model is None else open_moe(model_path(args.model)).sections
     guesses = or_note(lambda: predictions(trace, timing, sections), what="left out")
     waits = or_note(lambda: report.waits(trace), what="left out")
     if args.json:

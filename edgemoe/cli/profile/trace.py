@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.console import decode_text, note, say
 from edgemoe.cli.engine import engine_flags
+from edgemoe.cli.names import model_path
 from edgemoe.cli.profile.common import add_command
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.values import ram_size
@@ -68,6 +69,7 @@ def _trace(args: argparse.Namespace) -> None:
         raise ValueError(f"--tokens: expected at least 2, got {args.tokens}")
     if args.pieces is not None and args.pieces < 1:
         raise ValueError(f"--pieces: expected at least 1 token, got {args.pieces}")
+    args.model = model_path(args.model)
     ids = _ids(args.model, text, args.tokens, cut=args.pieces is None)
     given = engine_flags(
         args,

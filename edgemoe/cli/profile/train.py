@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from edgemoe.cli.console import note
+from edgemoe.cli.names import model_path
 from edgemoe.cli.profile.common import add_command
 
 __all__ = ["add"]
@@ -35,6 +36,7 @@ def _train(args: argparse.Namespace) -> None:
     from edgemoe.runtime.trace import read
     from edgemoe.scheduler.paths import SECTION
 
+    args.model = model_path(args.model)
     config = open_moe(args.model).config
     if not os.access(args.model, os.W_OK):  # before it takes minutes
         raise PermissionError(f"{args.model} cannot be written")

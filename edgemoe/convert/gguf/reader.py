@@ -97,7 +97,7 @@ class GGUFFile:
         ]
 
 
-class _NotThere(Exception):  # noqa: N818 (no fault of the file)
+class _NotThere(Exception):
     """Says up to which byte a header needs a file of which only the beginning is there."""
 
 

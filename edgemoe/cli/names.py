@@ -1,0 +1,117 @@
+"""What stands for MODEL on a command line: a path, the name of a model that is kept, or nothing for the demo."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from edgemoe import library
+from edgemoe.cli.apart import run_apart
+from edgemoe.cli.converted import converted, is_source
+from edgemoe.errors import quoted
+
+__all__ = ["add_model", "demo_model", "fetched", "kept_model", "model_path"]
+
+
+def add_model(
+    parser: ArgumentParser, *, help: str = "a .moe file or a name of edgemoe list"
+) -> None:
+    """Adds the positional MODEL; without it the demo model is meant."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{help} (default: the demo)")
+
+
+def model_path(text: str | None, *, converts: bool = False) -> Path:
+    """Returns the file that is meant; the demo model is built at the first time.
+
+    Args:
+        converts: a checkpoint's directory or a GGUF file is taken too, and converted at the first time.
+
+    Raises:
+        FileNotFoundError: there is no such file, and no model of that name; says which names are near.
+        ValueError: it looks like something else.
+        SystemExit: something could not be made, and has said why.
+    """
+    if text is None:
+        return demo_model()
+    path = Path(text)
+    if path.exists() or path.is_symlink():
+        if converts and is_source(path):
+            return converted(path)
+        return path
+    found = kept_model(text)
+    if found is not None:
+        library.note_use(found)
+        return found
+    if text == library.DEMO:
+        return demo_model()
+    raise _unknown(text)
+
+
+def kept_model(text: str) -> Path | None:
+    """Returns the model that is kept under a name, which may be one of a hub, as user/repo:4; None if there is none."""
+    found = library.find(text)
+    if found is None and "/" in text:
+        from edgemoe.hub.name import HubName
+
+        try:
+            found = library.find(HubName.parse(text).kept)
+        except ValueError:
+            return None
+    return found
+
+
+def fetched(args: Namespace) -> str | None:
+    """Returns what is to be run, with what -hf names fetched at the first time; None for the demo.
+
+    Raises:
+        ValueError: -hf and MODEL are both there, or -hf has no name of a hub.
+        SystemExit: it could not be fetched, and that has been said.
+    """
+    if args.hf_repo is None:
+        return None if args.model is None else str(args.model)
+    if args.model is not None:
+        raise ValueError(f"expected MODEL or -hf, got both: {args.model} and {args.hf_repo}")
+    from edgemoe.hub.name import HubName
+
+    name = HubName.parse(args.hf_repo)
+    path = kept_model(name.kept)
+    if path is None:
+        code = run_apart("pull", args.hf_repo)
+        if code:
+            raise SystemExit(code)
+        path = library.find(name.kept)
+        assert path is not None
+    return str(path)
+
+
+def demo_model() -> Path:
+    """Returns the demo model, which is built at the first time.
+
+    Building takes memory that `--ram` does not allow for, so that another process does it.
+
+    Raises:
+        SystemExit: it could not be built, and has said why.
+    """
+    path = library.demo_path()
+    if not path.is_file():
+        code = run_apart("demo")
+        if code:
+            raise SystemExit(code)
+    return path
+
+
+def _unknown(text: str) -> Exception:
+    if " " in text or "\n" in text:
+        return ValueError(f"{quoted(text)}: no such model; a prompt is what -p takes")
+    meant = library.near(text)
+    if meant:
+        return FileNotFoundError(
+            f"{text}: no such file or model; did you mean {' or '.join(meant)}?"
+        )
+    if text.endswith((".moe", ".gguf")) or text.startswith((".", "/", "~")):
+        return FileNotFoundError(f"{text}: no such file")
+    if text.count("/") == 1:
+        return FileNotFoundError(f"{text}: no such file or model; edgemoe pull {text} gets it")
+    return FileNotFoundError(
+        f"{text}: no such file or model; edgemoe list shows what is here, edgemoe pull user/repo gets more"
+    )
