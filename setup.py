@@ -1,12 +1,16 @@
-"""Builds the native core with CMake; everything else about the package is in pyproject.toml."""
+"""Builds the native core with CMake, and the manual pages; everything else about the package is in pyproject.toml."""
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
@@ -15,10 +19,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        root = Path(__file__).parent.resolve()
         out = Path(self.get_ext_fullpath(ext.name)).parent.resolve()
         # One build folder per interpreter, so that building twice from one tree works.
-        build = root / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
         build.mkdir(parents=True, exist_ok=True)
         # A stale cache would remember the tools of a build environment that is gone.
         (build / "CMakeCache.txt").unlink(missing_ok=True)
@@ -31,16 +34,34 @@ class CMakeBuild(build_ext):
         subprocess.check_call(
             [
                 *cmake,
-                "-S", str(root), "-B", str(build), "-G", "Ninja",
+                "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
                 "-DCMAKE_BUILD_TYPE=Release",
                 f"-DPython_EXECUTABLE={sys.executable}",
                 f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
                 f"-DEDGEMOE_OUTPUT_DIR={out}",
                 f"-DEDGEMOE_CUDA={cuda}",
                 f"-DEDGEMOE_CUDA_ARCHS={archs}",
+                *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ]
         )  # fmt: skip
         subprocess.check_call([*cmake, "--build", str(build)])
+
+
+class WithPages(build_py):
+    """Makes the manual pages too, which are installed beside the programs."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return
+        if not _has_module("argparse_manpage"):
+            print("edgemoe: built without manual pages, which argparse-manpage makes")
+            return
+        pages = Path("build") / "man"
+        subprocess.check_call([sys.executable, "scripts/man-pages", str(pages)], cwd=ROOT)
+        self.distribution.data_files = [
+            ("share/man/man1", sorted(str(page) for page in pages.glob("*.1")))
+        ]
 
 
 def _has_module(name: str) -> bool:
@@ -51,5 +72,5 @@ def _has_module(name: str) -> bool:
 
 setup(
     ext_modules=[Extension("edgemoe._core", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": WithPages},
 )

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 
 from edgemoe.cli.console import note, replace_unwritable, run_command, say
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["ALIASES", "COMMANDS", "main"]
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "allocate": ("edgemoe.cli.allocate", "decide how many bits each expert runs at"),
     "bench": ("edgemoe.cli.bench", "measure how fast a model runs here"),
     "calibrate": ("edgemoe.cli.calibrate", "sum what flows into a model's matrices"),
+    "completion": ("edgemoe.cli.shells", "complete commands and flags in bash, zsh or fish"),
     "convert": ("edgemoe.cli.convert", "make a .moe file from a checkpoint"),
     "demo": ("edgemoe.cli.demo", "build the demo model"),
     "families": ("edgemoe.cli.families", "list the checkpoints that can be converted"),
@@ -41,7 +42,8 @@ _GROUPS = {
 }
 """What comes first in the help; all others follow."""
 
-_ALIASES = {"chat": "run", "show": "inspect"}
+ALIASES: Mapping[str, str] = {"chat": "run", "show": "inspect"}
+"""Other words for commands."""
 
 _USAGE_ERROR, _INTERRUPTED = 2, 130
 
@@ -66,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from edgemoe.cli.options import version_line
 
         return run_command("edgemoe", lambda: say(version_line("edgemoe")))
-    name = _ALIASES.get(name, name)
+    name = ALIASES.get(name, name)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         meant = f" (did you mean {near[0]}?)" if near else ""
@@ -75,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         # Imported on use: one command's dependencies must not slow down or break another.
         module = importlib.import_module(COMMANDS[name][0])
-        named = {"prog": f"edgemoe {arguments[0]}"} if name in _ALIASES.values() else {}
+        named = {"prog": f"edgemoe {arguments[0]}"} if name in ALIASES.values() else {}
         code: int = module.main(arguments[1:], **named)
     except KeyboardInterrupt:  # before the command began
         return _INTERRUPTED

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NoReturn
 
 from edgemoe.cli.console import note, run_command, say
 
-__all__ = ["Parser"]
+__all__ = ["Parser", "parser_of"]
 
 _USAGE_ERROR = 2
 
@@ -16,10 +17,18 @@ _USAGE_ERROR = 2
 class Parser(argparse.ArgumentParser):
     """Ends with one line about wrong usage instead of a screen of flags; takes no abbreviations."""
 
+    is_wanted: ClassVar[bool] = False
+    """Whether the parser itself is wanted, by `parser_of`, and no arguments are to be read."""
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
             formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs
         )
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if Parser.is_wanted:
+            raise _Taken(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(_USAGE_ERROR, f"{self.prog}: {message}; {self.prog} --help lists the flags")
@@ -34,3 +43,26 @@ class Parser(argparse.ArgumentParser):
         code = run_command(self.prog, lambda: say(*message.rstrip("\n").split("\n")))
         if code:
             self.exit(code)
+
+
+class _Taken(BaseException):  # commands turn every Exception into a line
+    def __init__(self, parser: Parser) -> None:
+        self.parser = parser
+
+
+def parser_of(main: Callable[[Sequence[str]], int]) -> Parser:
+    """Returns the parser that a command's `main` would read its arguments with: a new one, which may be changed.
+
+    So no command has to be written for it, and what completes and the manual cannot differ from what is taken.
+
+    Raises:
+        SystemExit: a variable of the environment has no value that its flag could have.
+    """
+    Parser.is_wanted = True
+    try:
+        main([])
+    except _Taken as taken:
+        return taken.parser
+    finally:
+        Parser.is_wanted = False
+    raise AssertionError(f"{main.__module__} parses no arguments")
