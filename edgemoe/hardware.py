@@ -16,6 +16,7 @@ from edgemoe import _core
 
 __all__ = [
     "available_bytes",
+    "core",
     "exact_process_bytes",
     "forget_peak",
     "isa",
@@ -147,6 +148,11 @@ def forget_peak() -> None:
 def isa() -> str:
     """Returns the instruction set of the kernels in use."""
     return _core.isa()
+
+
+def core() -> str:
+    """Returns what the core is built by and uses here, of which instruction sets that this processor has."""
+    return f"{_core.compiler()}, {_core.isa()} of {', '.join(_core.usable_isas().split())}"
 
 
 def memory_rate(threads: int, *, room: int) -> float:

@@ -15,6 +15,18 @@
 
 using namespace edgemoe;
 
+namespace {
+
+std::string compiler() {
+#ifdef __clang__
+  return "clang " + std::to_string(__clang_major__) + "." + std::to_string(__clang_minor__);
+#else
+  return "gcc " + std::to_string(__GNUC__) + "." + std::to_string(__GNUC_MINOR__);
+#endif
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The native core of edgemoe: kernels, reads and the expert cache.";
 
@@ -53,6 +65,7 @@ PYBIND11_MODULE(_core, m) {
         return crc32c(static_cast<const uint8_t*>(info.ptr), size_t(info.size * info.itemsize), crc);
       },
       py::arg("data"), py::arg("crc") = 0, "CRC-32C of a contiguous buffer, continuing from `crc`.");
+  m.def("compiler", &compiler, "What built this module.");
   m.def("isa", [] { return std::string(kernels().name); }, "The instruction set in use.");
   m.def("system_page", &system_page, "Unit in which the system gives memory, at least 4096.");
   m.def("usable_isas", [] { return std::string(usable_isas()); }, "What this CPU can run, best first, by spaces.");

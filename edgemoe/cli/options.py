@@ -84,7 +84,7 @@ def version_line(prog: str) -> str:
     from edgemoe import hardware
 
     return (
-        f"{prog} {edgemoe.__version__} ({hardware.isa()}; Python {platform.python_version()}; "
+        f"{prog} {edgemoe.__version__} ({hardware.core()}; Python {platform.python_version()}; "
         f"{platform.system()} {platform.release()} {platform.machine()})"
     )
 

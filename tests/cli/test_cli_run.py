@@ -95,7 +95,8 @@ def test_help_is_instant(env: dict[str, str]) -> None:
 def test_version(env: dict[str, str]) -> None:
     result = run(env, "--version")
     assert re.fullmatch(
-        rb"edgemoe-run \d+\.\d+\.\d+\S* \(\w+; Python [^;]+; Linux [^;]+\)\n", result.stdout
+        rb"edgemoe-run \d+\.\d+\.\d+\S* \((gcc|clang) [\d.]+, \w+ of [\w, ]+; Python [^;]+; Linux [^;]+\)\n",
+        result.stdout,
     )
 
 
