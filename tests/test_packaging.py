@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from importlib.metadata import version
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 import edgemoe
+from edgemoe.cli.options import unknown_variables
+from edgemoe.cli.values import ram_size
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,3 +47,33 @@ def test_the_version_is_said_in_one_place_and_has_its_notes() -> None:
     assert "### Added" in done.stdout
     wrong = subprocess.run([ROOT / "scripts" / "release-notes", "99.0"], capture_output=True)
     assert wrong.returncode != 0
+
+
+UNIT = ROOT / "packaging" / "edgemoe.service"
+
+
+def test_a_service_has_its_budget_from_the_kernel_too() -> None:
+    unit = UNIT.read_text()
+    (ram,) = re.findall(r"^Environment=EDGEMOE_RAM=(\S+)$", unit, re.M)
+    (most,) = re.findall(r"^MemoryMax=(\d+)G$", unit, re.M)
+    assert ram_size(ram) == int(most) << 30
+
+
+@pytest.mark.parametrize("path", [UNIT, ROOT / "packaging" / "Dockerfile"], ids=lambda p: p.name)
+def test_what_packages_set_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set(re.findall(r"\b(EDGEMOE_[A-Z_]+)=", path.read_text()))
+    assert len(names) > 2
+    for name in os.environ.keys() & names:
+        monkeypatch.delenv(name)
+    for name in names:
+        monkeypatch.setenv(name, "8080" if name == "EDGEMOE_PORT" else "1GiB")
+    assert unknown_variables() == []
+
+
+def test_a_container_is_built_from_what_the_build_reads() -> None:
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    copied = {line[1:] for line in lines if line.startswith("!")}
+    setup = (ROOT / "setup.py").read_text() + (ROOT / "pyproject.toml").read_text()
+    assert copied >= {"pyproject.toml", "setup.py", "CMakeLists.txt", "csrc", "edgemoe"}
+    assert copied >= set(re.findall(r"\b(README\.md|scripts/[\w-]+)", setup))
+    assert all((ROOT / name).exists() for name in copied)
