@@ -12,77 +12,25 @@ from __future__ import annotations
 import threading
 import time
 from collections import abc, deque
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.errors import Cancelled, EdgemoeError
-from edgemoe.model import Batch, SequenceState
-from edgemoe.runtime.model import Counters, Model
+from edgemoe.model import Batch
+from edgemoe.runtime.model import Model
 from edgemoe.runtime.requests import Outcome, Request, figures
-from edgemoe.runtime.sequence import shared_length, token_ids
+from edgemoe.runtime.sequence import token_ids
+from edgemoe.runtime.slots import Slot, SlotView, best_slot
 from edgemoe.text.logprobs import token_logprobs
-from edgemoe.text.sampler import Sampler
 
 __all__ = ["Batcher", "QueueFull", "SlotView"]
-
-_WORTH_KEEPING = (
-    0.1  # of a sequence: who shares less with it takes the one that was used longest ago
-)
 
 
 class QueueFull(EdgemoeError):
     """Says that too many requests wait already."""
-
-
-class SlotView(NamedTuple):
-    """Is what a sequence does, as of the last pass."""
-
-    length: int
-    """Tokens that it holds."""
-    is_busy: bool
-    prompt: int
-    """Tokens of the prompt."""
-    made: int
-    """Tokens of the reply so far."""
-
-
-class _Slot:
-    """Is one sequence's place, and the request that has it."""
-
-    def __init__(self, state: SequenceState) -> None:
-        self.state = state
-        self.request: Request | None = None
-        self.tokens: list[int] = []
-        """Prompt and reply so far; what the state does not hold of them is to be computed."""
-        self.last_used = 0
-
-    def start(
-        self, request: Request, tokens: NDArray[np.int32], cached: int, now: Counters
-    ) -> None:
-        """Takes a request, of whose tokens `cached` are there."""
-        self.request, self.tokens, self.sampler = request, tokens.tolist(), Sampler(request.params)
-        self.prompt, self.cached, self.before, self.beside = len(tokens), cached, now, 0
-        self.started = self.first = self.last = time.perf_counter()
-        self.limit = self.state.capacity - self.prompt
-        if request.params.max_tokens >= 0:
-            self.limit = min(self.limit, request.params.max_tokens)
-        self.state.goal = self.prompt
-        request.has_begun, request.computed = True, cached
-        self.state.begin_turn(self.prompt)
-
-    @property
-    def made(self) -> int:
-        """Tokens of the reply so far."""
-        return len(self.tokens) - self.prompt
-
-    @property
-    def is_filling(self) -> bool:
-        """Whether the prompt is not yet computed, or more than the last token was lost."""
-        held = self.state.length
-        return held < self.prompt or held + 1 < len(self.tokens)
 
 
 class Batcher:
@@ -98,7 +46,7 @@ class Batcher:
         """
         self._model, self._eos, self._most_waiting = model, frozenset(eos_ids), most_waiting
         count = model.options.sequences
-        self._slots = [_Slot(model.make_state()) for _ in range(count)]
+        self._slots = [Slot(model.make_state()) for _ in range(count)]
         self._rows = np.empty((count, model.config.vocab_size), np.float32)
         self._waiting: deque[tuple[Request, NDArray[np.int32]]] = deque()
         self._changed = threading.Condition()
@@ -195,19 +143,10 @@ class Batcher:
                     return
                 request, tokens = self._waiting.popleft()
             most = 0 if request.prompt_logprobs is not None else len(tokens) - 1
-            slot, shared = self._best(idle, tokens, most)
+            slot, shared = best_slot(self._model.config, idle, tokens, most)
             slot.start(request, tokens, slot.state.rewind(shared), self._model.counters)
 
-    def _best(self, idle: list[_Slot], tokens: NDArray[np.int32], most: int) -> tuple[_Slot, int]:
-        """Returns the sequence that shares most with a prompt, and how much; a short question spoils no long text."""
-        config = self._model.config
-        shared = [shared_length(config, slot.state, tokens, most) for slot in idle]
-        at = max(range(len(idle)), key=lambda i: (shared[i], -idle[i].last_used))
-        if shared[at] < _WORTH_KEEPING * idle[at].state.length:
-            at = min(range(len(idle)), key=lambda i: (idle[i].state.length > 0, idle[i].last_used))
-        return idle[at], shared[at]
-
-    def _parts(self) -> list[tuple[_Slot, NDArray[np.int32]]]:
+    def _parts(self) -> list[tuple[Slot, NDArray[np.int32]]]:
         """Returns who gets how many tokens into the next pass: prompts first, so that wanted rows are neighbours."""
         busy = [slot for slot in self._slots if slot.request is not None]
         for slot in busy:
@@ -227,7 +166,7 @@ class Batcher:
                 parts.append((slot, np.array(slot.tokens[slot.state.length :], np.int32)))
         return parts
 
-    def _advance(self, parts: list[tuple[_Slot, NDArray[np.int32]]]) -> None:
+    def _advance(self, parts: list[tuple[Slot, NDArray[np.int32]]]) -> None:
         """Runs a pass. Where it fails each goes on alone, so that only those fail who need what cannot be read."""
         batch = Batch.of(*((slot.state, ids) for slot, ids in parts))
         wanted = [slot.request for slot, _ in parts if slot.is_filling] or [
@@ -262,7 +201,7 @@ class Batcher:
             for row, (_, slot) in zip(out, run, strict=True):
                 self._reply(slot, row)
 
-    def _score(self, slot: _Slot, hidden: NDArray[np.float32]) -> None:
+    def _score(self, slot: Slot, hidden: NDArray[np.float32]) -> None:
         """Tells the log-probabilities of the prompt's tokens that follow rows of a pass, a few rows at a time."""
         request = slot.request
         assert request is not None
@@ -275,7 +214,7 @@ class Batcher:
             self._model.decoder.logits(hidden[at : at + len(tokens)], out)
             request.prompt_logprobs(token_logprobs(out, tokens, request.top or 0))
 
-    def _reply(self, slot: _Slot, row: NDArray[np.float32]) -> None:
+    def _reply(self, slot: Slot, row: NDArray[np.float32]) -> None:
         """Chooses the next token of a reply by its logits."""
         request, state = slot.request, slot.state
         assert request is not None
@@ -310,7 +249,7 @@ class Batcher:
 
     def _finish(
         self,
-        slot: _Slot,
+        slot: Slot,
         reason: Literal["stop", "length", "cancelled", "error"],
         error: Exception | None = None,
         row: NDArray[np.float32] | None = None,
@@ -344,19 +283,12 @@ class Batcher:
         request.end(Outcome(reason, took, error))
 
     def _look(self) -> None:
-        self.views = tuple(
-            SlotView(
-                slot.state.length, slot.request is not None,
-                slot.prompt if slot.request is not None else 0,
-                slot.made if slot.request is not None else 0,
-            )
-            for slot in self._slots
-        )  # fmt: skip
+        self.views = tuple(slot.view() for slot in self._slots)
 
 
-def _runs(rows: list[tuple[int, _Slot]]) -> list[list[tuple[int, _Slot]]]:
+def _runs(rows: list[tuple[int, Slot]]) -> list[list[tuple[int, Slot]]]:
     """Returns rows in runs of neighbours, whose logits are computed together."""
-    runs: list[list[tuple[int, _Slot]]] = []
+    runs: list[list[tuple[int, Slot]]] = []
     for row in rows:
         if runs and row[0] == runs[-1][-1][0] + 1:
             runs[-1].append(row)
