@@ -18,7 +18,8 @@ from edgemoe.serve.prompts import Conversation, render
 from edgemoe.serve.service import Service
 
 __all__ = [
-    "apply_template", "detokenize", "health", "metrics", "models", "props", "root", "slots", "tokenize",
+    "Detokenize", "Template", "Tokenize", "apply_template", "detokenize", "health", "metrics", "models",
+    "props", "root", "slots", "tokenize",
 ]  # fmt: skip
 
 
@@ -108,17 +109,23 @@ def metrics(service: Service) -> Response:
     )
 
 
-class _Tokenize(msgspec.Struct):
+class Tokenize(msgspec.Struct):
+    """Is the body of /tokenize."""
+
     content: str
     add_special: bool = False
     with_pieces: bool = False
 
 
-class _Detokenize(msgspec.Struct):
+class Detokenize(msgspec.Struct):
+    """Is the body of /detokenize."""
+
     tokens: list[int]
 
 
-class _Template(msgspec.Struct):
+class Template(msgspec.Struct):
+    """Is the body of /apply-template."""
+
     messages: list[dict[str, Any]]
     tools: list[fields.Tool] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -126,7 +133,7 @@ class _Template(msgspec.Struct):
 
 def tokenize(service: Service, body: bytes) -> dict[str, Any]:
     """Returns the tokens of a text."""
-    said, _ = fields.read(body, _Tokenize, is_strict=False)
+    said, _ = fields.read(body, Tokenize, is_strict=False)
     try:
         ids = service.tokenizer.encode(said.content, add_special=said.add_special)
     except ValueError as error:
@@ -138,7 +145,7 @@ def tokenize(service: Service, body: bytes) -> dict[str, Any]:
 
 def detokenize(service: Service, body: bytes) -> dict[str, Any]:
     """Returns the text of tokens."""
-    said, _ = fields.read(body, _Detokenize, is_strict=False)
+    said, _ = fields.read(body, Detokenize, is_strict=False)
     size = service.model.config.vocab_size
     if not all(0 <= i < size for i in said.tokens):
         raise Problem(400, f"tokens: expected 0 to {size - 1}", param="tokens")
@@ -147,7 +154,7 @@ def detokenize(service: Service, body: bytes) -> dict[str, Any]:
 
 def apply_template(service: Service, body: bytes) -> dict[str, Any]:
     """Returns the prompt of a conversation."""
-    said, _ = fields.read(body, _Template, is_strict=False)
+    said, _ = fields.read(body, Template, is_strict=False)
     tools = [t.function.plain() for t in said.tools or () if t.function is not None]
     text = render(
         service.tokenizer, Conversation(said.messages, tools), service.form,

@@ -24,6 +24,7 @@ from edgemoe.serve.answers import Answer
 from edgemoe.serve.completions import ChatAnswer, TextAnswer
 from edgemoe.serve.files import page_file
 from edgemoe.serve.log import route_of
+from edgemoe.serve.openapi import description
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.service import Service
 from edgemoe.serve.watch import Watch
@@ -66,6 +67,7 @@ def make_app(service: Service) -> Starlette:
         Route("/", root, methods=["GET"]), get("/health", about.health), get("/v1/health", about.health),
         get("/v1/models", about.models), get("/models", about.models), get("/props", about.props),
         get("/slots", about.slots), get("/metrics", about.metrics),
+        get("/openapi.json", _description),
         post("/v1/chat/completions", _chat), post("/chat/completions", _chat),
         post("/v1/completions", _completion), post("/completions", _completion),
         post("/v1/messages", _messages), post("/v1/messages/count_tokens", _count),
@@ -317,6 +319,10 @@ async def _no_embeddings(service: Service, request: Request) -> Response:
 
 async def _no_actions(service: Service, request: Request) -> Response:
     raise Problem(501, "sequences cannot be saved, restored or erased in this version")
+
+
+def _description(service: Service) -> Response:
+    return Response(description(), media_type="application/json")
 
 
 async def _tokenize(service: Service, request: Request) -> Response:

@@ -20,6 +20,9 @@ __all__ = ["Grammars", "Guide", "grammar_bytes"]
 
 _LARGEST = 256 << 10  # characters of a schema or grammar
 _KEPT = 64
+_MOST_CALLS = 16  # of a reply that must call: a weak model does not find an end
+_JOINED = ("allOf", "anyOf", "oneOf", "not", "if", "$ref", "unevaluatedProperties")
+"""Words beside which a schema's own properties are not all."""
 _SPACE = r"[\x20\x0A]{0,12}"
 
 
@@ -96,7 +99,7 @@ class Grammars:
         """
         rules, names = [], []
         for i, tool in enumerate(tools):
-            schema = tool.get("parameters") or {"type": "object"}
+            schema = _closed(tool.get("parameters") or {"type": "object"})
             self.json_schema(f"tools[{i}].function.parameters", schema)
             before = form.before.replace("{name}", str(tool["name"])).removeprefix(after)
             rules.append(
@@ -106,7 +109,11 @@ class Grammars:
             names.append(f"call{i}")
         one = " | ".join(names)
         many = several and not after and bool(form.closer)
-        start = f'start: calls ("\\n" calls)*\ncalls: {one}' if many else f"start: {one}"
+        start = (
+            f'start: calls ("\\n" calls){{0,{_MOST_CALLS - 1}}}\ncalls: {one}'
+            if many
+            else f"start: {one}"
+        )
         return self.lark("tools", "\n".join([start, *rules]))
 
     def _literal(self, text: str) -> str:
@@ -165,6 +172,25 @@ def _spaced(schema: object) -> object:
     if isinstance(schema, dict) and "x-guidance" not in schema:
         return {**schema, "x-guidance": {"whitespace_pattern": _SPACE}}
     return schema
+
+
+def _closed(schema: Any) -> Any:
+    """Returns a schema whose objects have the properties that it names alone, where it does not say otherwise.
+
+    What a tool does not know is of no use to it, and a weak model does not find an end.
+    """
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    out = {
+        key: value if key in ("enum", "const", "default", "examples") else _closed(value)
+        for key, value in schema.items()
+    }
+    is_open = not ({"additionalProperties", "patternProperties", *_JOINED} & schema.keys())
+    if isinstance(schema.get("properties"), dict) and "type" in schema and is_open:
+        out["additionalProperties"] = False
+    return out
 
 
 def _text(param: str, value: object) -> str:

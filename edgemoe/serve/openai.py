@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from edgemoe.serve import fields
@@ -16,6 +17,11 @@ _SAMPLING = (
     "temperature", "top_p", "top_k", "min_p", "typical_p", "repeat_penalty", "repeat_last_n",
     "presence_penalty", "frequency_penalty", "seed", "ignore_eos",
 )  # fmt: skip
+
+_STRUCTURED: Mapping[str, tuple[type, ...]] = {
+    "json": (dict, str), "regex": (str,), "choice": (list,), "grammar": (str,),
+}  # fmt: skip
+"""What vLLM's structured_outputs has, and of which kind each is."""
 
 
 def _wanted(request: Any, ignored: list[str]) -> Wanted:
@@ -64,8 +70,12 @@ def _form(request: Any) -> tuple[str, str, Any] | None:
         if value:
             found.append((kind, name, value))
     for name, value in (request.structured_outputs or {}).items():
-        if name not in ("json", "regex", "choice", "grammar"):
+        takes = _STRUCTURED.get(name)
+        if takes is None:
             raise wrong(f"structured_outputs.{name}", "not supported")
+        texts = value if isinstance(value, list) else ()
+        if not isinstance(value, takes) or not all(isinstance(text, str) for text in texts):
+            raise wrong(f"structured_outputs.{name}", f"not of its kind: {value!r:.80}")
         kind = "gbnf" if name == "grammar" else name
         found.append((kind, f"structured_outputs.{name}", value))
     if len(found) > 1:
@@ -90,10 +100,11 @@ def tool_choice(choice: object) -> str:
     if choice in ("auto", "none", "required"):
         return str(choice)
     if isinstance(choice, dict) and choice.get("type") == "function":
-        name = (choice.get("function") or choice).get("name")
+        function = choice.get("function") or choice
+        name = function.get("name") if isinstance(function, dict) else None
         if isinstance(name, str):
             return f"={name}"
-    raise wrong("tool_choice", f"expected auto, none, required or a function, got {choice!r}")
+    raise wrong("tool_choice", f"expected auto, none, required or a function, got {choice!r:.200}")
 
 
 def read_chat(service: Service, body: bytes) -> tuple[fields.ChatRequest, Ask]:

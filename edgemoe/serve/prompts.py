@@ -21,6 +21,8 @@ Message = dict[str, Any]
 _ROLES = ("system", "user", "assistant", "tool")
 _NAME = re.compile(r"[\w.:/-]{1,128}")
 _BILLING = "x-anthropic-billing-header:"
+_TAKEN = {"messages", "tools", "most_characters", "self"}
+"""Variables of templates that are no client's to set."""
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
@@ -132,6 +134,10 @@ def render(
     """
     messages, tools = talk.messages, talk.tools
     given: dict[str, Any] = dict(variables)
+    for name in _TAKEN & given.keys():
+        raise wrong(
+            f"chat_template_kwargs.{name}", "has a field of its own, or is the server's to say"
+        )
     if tools and tokenizer.knows_tools:
         given["tools"] = [{"type": "function", "function": tool} for tool in tools]
     elif tools:

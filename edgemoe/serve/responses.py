@@ -90,14 +90,19 @@ def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
             out.append(message)
         elif kind == "reasoning":
             parts = item.get("content") or ()
+            if not isinstance(parts, (list, tuple)):
+                raise wrong(f"{at}.content", "expected parts")
             thought = "\n".join(str(p.get("text", "")) for p in parts if isinstance(p, dict))
-        elif kind == "function_call":
-            function = {"name": item.get("name"), "arguments": item.get("arguments") or "{}"}
+        elif kind in ("function_call", "custom_tool_call"):
+            arguments = item.get("arguments") or "{}"
+            if kind == "custom_tool_call":  # its argument is bare text
+                arguments = {"input": item.get("input")}
+            function = {"name": item.get("name"), "arguments": arguments}
             call = {"id": item.get("call_id"), "type": "function", "function": function}
             if not out or out[-1]["role"] != "assistant":
                 out.append({"role": "assistant", "content": ""})
             out[-1].setdefault("tool_calls", []).append(call)
-        elif kind == "function_call_output":
+        elif kind in ("function_call_output", "custom_tool_call_output"):
             out.append({
                 "role": "tool", "tool_call_id": str(item.get("call_id")), "content": item.get("output"),
             })  # fmt: skip

@@ -1,4 +1,4 @@
-"""Bodies of the shape that programs without a client here send: everything in them is honoured or reported."""
+"""What programs without a client here send, replayed whole: everything in it is honoured or reported."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import json
 
 import httpx2 as httpx
 import pytest
+from bodies import CLAUDE, CODEX, GUIDELLM, LM_EVAL, OPENCODE, TITLE
 from served import running
 from tiny import tiny_checkpoint
 
 from edgemoe.convert.convert import convert
-
-TOOL = {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]}
 
 
 @pytest.fixture(scope="module")
@@ -22,65 +21,6 @@ def server(tmp_path_factory):
     convert(checkpoint, path)
     with running(path) as found:
         yield found
-
-
-def function(name):
-    return {
-        "type": "function",
-        "function": {"name": name, "description": f"Does {name}.", "parameters": TOOL},
-    }
-
-
-OPENCODE = {
-    "model": "x", "max_tokens": 32000, "stream": True, "stream_options": {"include_usage": True},
-    "messages": [
-        {"role": "system", "content": "You are a coding agent."}, {"role": "system", "content": "Environment: Linux."},
-        {"role": "user", "content": "Fix it."},
-    ],
-    "tools": [function(n) for n in ("read", "write", "bash", "grep")], "tool_choice": "auto", "temperature": 0,
-}  # fmt: skip
-CODEX = {
-    "model": "x", "stream": True, "store": False, "include": ["reasoning.encrypted_content"], "tool_choice": "auto",
-    "prompt_cache_key": "0199", "client_metadata": {"a": "b"}, "parallel_tool_calls": False, "max_output_tokens": 16,
-    "reasoning": {"effort": "medium", "summary": "auto"}, "instructions": "You are a coding agent.",
-    "input": [
-        {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "<permissions>"}]},
-        {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "<environment>"}]},
-        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Fix it."}]},
-        {"type": "function_call", "name": "shell", "call_id": "c1", "arguments": "{\"path\": \".\"}"},
-        {"type": "function_call_output", "call_id": "c1", "output": "a.py"},
-    ],
-    "tools": [
-        {"type": "function", "name": "shell", "description": "", "strict": False, "parameters": TOOL},
-        {"type": "namespace", "name": "agents", "tools": []}, {"type": "web_search"},
-    ],
-}  # fmt: skip
-CLAUDE = {
-    "model": "claude-x", "max_tokens": 32000, "stream": True, "thinking": {"type": "adaptive"},
-    "context_management": {"edits": []}, "output_config": {"effort": "high"}, "metadata": {"user_id": "u"},
-    "temperature": 1,
-    "system": [
-        {"type": "text", "text": "x-anthropic-billing-header: cc_version=1; cch=abc"},
-        {"type": "text", "text": "You are a coding agent.", "cache_control": {"type": "ephemeral"}},
-    ],
-    "messages": [
-        {"role": "user", "content": [{"type": "text", "text": "<reminder>"}, {"type": "text", "text": "Fix it."}]},
-        {"role": "assistant", "content": [{"type": "tool_use", "id": "t", "name": "Read", "input": {"path": "a"}}]},
-        {"role": "system", "content": "The user opened a file."},
-        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t", "content": "x = 1", "is_error": False,
-                                      "cache_control": {"type": "ephemeral"}}]},
-    ],
-    "tools": [{"name": n, "description": "", "input_schema": TOOL} for n in ("Read", "Write", "Bash")],
-}  # fmt: skip
-LM_EVAL = {
-    "model": "x", "prompt": [[10, 20, 30], [40, 50]], "echo": True, "logprobs": 1, "max_tokens": 1,
-    "temperature": 0, "seed": 1234,
-}  # fmt: skip
-GUIDELLM = {
-    "model": "x", "messages": [{"role": "user", "content": [{"type": "text", "text": "Go."}]}], "stream": True,
-    "ignore_eos": True, "max_completion_tokens": 4, "max_tokens": 4, "stop": None,
-    "stream_options": {"include_usage": True, "continuous_usage_stats": True},
-}  # fmt: skip
 
 
 def sent(server, path, body, **headers):
@@ -96,12 +36,10 @@ def sent(server, path, body, **headers):
 
 
 def test_an_agent_of_chats(server):
-    title = {**OPENCODE, "tools": None, "tool_choice": None, "max_tokens": 8,
-             "messages": [{"role": "system", "content": "A title, please."}, OPENCODE["messages"][-1]]}  # fmt: skip
     body = {**OPENCODE, "max_tokens": 12}
-    sent(server, "/v1/chat/completions", title)
+    sent(server, "/v1/chat/completions", TITLE)
     first = sent(server, "/v1/chat/completions", body)
-    sent(server, "/v1/chat/completions", title)
+    sent(server, "/v1/chat/completions", TITLE)
     again = sent(server, "/v1/chat/completions", body)
     usage = again[-1]["usage"]
     # The title's prompt between the two does not cost the conversation its place.
@@ -114,7 +52,7 @@ def test_an_agent_of_chats(server):
 
 
 def test_an_agent_of_responses(server):
-    events = sent(server, "/v1/responses", CODEX)
+    events = sent(server, "/v1/responses", {**CODEX, "max_output_tokens": 16})
     assert events[-1]["type"] in ("response.completed", "response.incomplete")
     ignored = events[-1]["response"]["edgemoe"]["ignored"]
     assert {

@@ -143,6 +143,7 @@ def test_without_grammars_they_are_refused(tiny_moe):
 def checked(name, arguments):
     tool = next(t for t in TOOLS if t["name"] == name)
     jsonschema.validate(json.loads(arguments), tool["parameters"])
+    assert json.loads(arguments).keys() <= tool["parameters"]["properties"].keys()
 
 
 def test_a_tool_that_must_be_called_is_called(client):
