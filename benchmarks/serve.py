@@ -4,7 +4,8 @@
     python benchmarks/serve.py clients MODEL.moe [--shares 1 0.5 0.25] [-n 64]
     python benchmarks/serve.py soak MODEL.moe --ram 2GiB [--seconds 600] [--requests 1000] [--limit]
 
-`cost`: the same model and length, the tokens per second of one reply after another. `clients`: tokens per second and
+`cost`: the time of a token of the model alone, of the batcher, and of a client's reply,
+whole and streamed. `clients`: tokens per second and
 bytes read per token of all together, with so much of the experts in memory. `soak`: eight clients at a time, of whom
 four in ten leave at random; every reply that ends must be the one of that seed alone, and nothing may be left over.
 With --limit the server runs in a control group of exactly --ram, without swap: that needs root.
@@ -16,6 +17,7 @@ import argparse
 import contextlib
 import json
 import os
+import queue
 import random
 import signal
 import socket
@@ -113,29 +115,94 @@ class Server:
 
 
 def cost(args: argparse.Namespace) -> None:
-    """One client beside the engine alone, in turns."""
-    alone, served = [], []
-    for _ in range(args.pairs):
-        done = subprocess.run(
-            [sys.executable, "-c", "from edgemoe.cli.entry import edgemoe as e; raise SystemExit(e())", "bench",
-             str(args.model), "-p", "0", "-n", str(args.n), "-r", "3", "--json"],
-            capture_output=True, text=True, check=True,
+    """One client beside the engine alone, in turns in one process; greedy, as `edgemoe bench` samples nothing."""
+    from edgemoe.runtime.opening import open_model
+    from edgemoe.runtime.options import EngineOptions
+    from edgemoe.serve.server import listen, serve
+    from edgemoe.serve.settings import Settings
+
+    opened = open_model(args.model, EngineOptions(sequences=1, context=1024))
+    settings = Settings(port=free_port(), has_grammar=False)
+    url = f"http://127.0.0.1:{settings.port}/v1/chat/completions"
+    ready: queue.Queue[tuple[Any, Any]] = queue.Queue()
+    with listen(settings) as door:
+        server = threading.Thread(
+            target=lambda: serve(
+                opened, settings, door, name="model", sampling=opened.text.sampling,
+                ready=lambda service, _, stop: ready.put((service, stop)),
+            )
         )  # fmt: skip
-        alone.append(_rate(json.loads(done.stdout)))
-        with Server(serving(args.model, "-np", "1")) as server:
-            server.ask(body(0, 8))
-            rates = [
-                server.ask(body(i, args.n))["timings"]["predicted_per_second"] for i in range(3)
-            ]
-        served.append(statistics.median(rates))
-    a, s = statistics.median(alone), statistics.median(served)
-    print(f"alone {a:.2f} tok/s, served {s:.2f} tok/s: {100 * (a / s - 1):+.1f}% a token")
+        server.start()
+        service, stop = ready.get()
+        ask = {**body(0, args.n), "temperature": 0}
+        ids = service.tokenizer.encode_chat(body(0, 1)["messages"])
+        state = opened.model.decoder.make_state()
+        kinds = {
+            "alone": lambda: _alone(opened.model, state, ids, args.n),
+            "batched": lambda: _batched(service, ids, args.n),
+            "whole": lambda: _asked(url, ask),
+            "streamed": lambda: _asked(url, {**ask, "stream": True}),
+        }
+        times: dict[str, list[float]] = {kind: [] for kind in kinds}
+        for i in range(args.pairs + 1):
+            for kind, run in kinds.items():
+                seconds = run()
+                if i:  # the first ones warm
+                    times[kind].append(seconds)
+        stop()
+        server.join()
+    for kind, seconds in times.items():
+        pairs = [100 * (s / a - 1) for a, s in zip(times["alone"], seconds, strict=True)]
+        quarters = statistics.quantiles(pairs, n=4)
+        print(
+            f"{kind}: {1000 * statistics.median(seconds):.3f} ms a token, {statistics.median(pairs):+.1f}% "
+            f"({quarters[0]:+.1f} to {quarters[2]:+.1f}), best {1000 * min(seconds):.3f} ms"
+        )
 
 
-def _rate(found: dict[str, Any]) -> float:
-    """Returns the tokens per second of a bench's one test."""
-    (test,) = found["results"]
-    return statistics.median(test["rates"])
+def _alone(model: Any, state: Any, ids: list[int], count: int) -> float:
+    """Returns the seconds of a token of the model alone, greedy, while nobody asks."""
+    import numpy as np
+
+    from edgemoe.model import Batch
+
+    row = np.empty((1, model.config.vocab_size), np.float32)
+    state.rewind(0)
+    token = np.array(ids, np.int32)
+    for i in range(count + 1):
+        if i == 1:
+            start = time.perf_counter()
+        model.logits(model.forward(Batch.of((state, token)))[-1:], row)
+        token = np.array([row[0].argmax()], np.int32)
+    return (time.perf_counter() - start) / count
+
+
+def _batched(service: Any, ids: list[int], count: int) -> float:
+    """Returns the seconds of a token of a request that comes from no client."""
+    from edgemoe.runtime.requests import Outcome, Request
+    from edgemoe.text.sampler import SamplingParams
+
+    ended: queue.Queue[Outcome] = queue.Queue()
+    params = SamplingParams(temperature=0, max_tokens=count + 1, ignore_eos=True)
+    service.batcher.submit(Request(ids=ids, params=params, take=lambda *_: True, end=ended.put))
+    return ended.get().figures.decode_s / count
+
+
+_CLIENT = """
+import sys, urllib.request
+with urllib.request.urlopen(urllib.request.Request(sys.argv[1], sys.argv[2].encode())) as done:
+    for line in done:
+        if b'"timings"' in line:
+            print(line.decode().removeprefix("data: "))
+"""
+
+
+def _asked(url: str, ask: dict[str, Any]) -> float:
+    """Returns the seconds of a token of a client in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _CLIENT, url, json.dumps(ask)], capture_output=True, text=True, check=True
+    )  # fmt: skip
+    return 1 / float(json.loads(done.stdout)["timings"]["predicted_per_second"])
 
 
 def clients(args: argparse.Namespace) -> None:
@@ -253,7 +320,7 @@ def main() -> None:
         command.add_argument("model", type=Path)
         command.add_argument("-n", type=int, default=64, metavar="N", help="tokens of a reply")
         if function is cost:
-            command.add_argument("--pairs", type=int, default=3, metavar="N")
+            command.add_argument("--pairs", type=int, default=20, metavar="N")
         elif function is clients:
             command.add_argument(
                 "--shares", type=float, nargs="+", default=[1.0, 0.5, 0.25], metavar="X"

@@ -15,9 +15,9 @@ __all__ = ["Answer"]
 class Answer:
     """Is one request's answer. Submitted when it is made, so that what is wrong is said before a stream begins."""
 
-    def __init__(self, service: Service, asks: list[Ask]) -> None:
+    def __init__(self, service: Service, asks: list[Ask], *, streams: bool) -> None:
         """Hands the first choice to the engine; raises what `Service.begin` does."""
-        self.service, self.asks = service, asks
+        self.service, self.asks, self._streams = service, asks, streams
         self.replies: list[Reply] = []
         self.first = self._begin(0)
 
@@ -32,7 +32,7 @@ class Answer:
 
     def _begin(self, index: int) -> Reply:
         ask, choice = divmod(index, self.asks[0].choices)
-        reply = self.service.begin(self.asks[ask], choice)
+        reply = self.service.begin(self.asks[ask], choice, streams=self._streams)
         self.replies.append(reply)
         return reply
 

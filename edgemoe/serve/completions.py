@@ -26,7 +26,7 @@ class _Completion(Answer):
     object = chunk_object = prefix = ""
 
     def __init__(self, service: Service, request: Any, asks: list[Ask]) -> None:
-        super().__init__(service, asks)
+        super().__init__(service, asks, streams=bool(request.stream))
         self.request = request
         self.id = f"{self.prefix}-{uuid.uuid4().hex}"
         self.created = int(time.time())

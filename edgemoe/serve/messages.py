@@ -156,7 +156,7 @@ class MessagesAnswer(Answer):
     """Is the answer to messages."""
 
     def __init__(self, service: Service, request: fields.MessagesRequest, ask: Ask) -> None:
-        super().__init__(service, [ask])
+        super().__init__(service, [ask], streams=bool(request.stream))
         self.id = f"msg_{uuid.uuid4().hex}"
 
     def ping(self) -> bytes:

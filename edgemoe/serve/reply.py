@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,12 +13,15 @@ from edgemoe.runtime.requests import Constraint, Figures, Outcome, Request
 from edgemoe.serve.problems import Problem
 from edgemoe.text.calls import ToolCall
 from edgemoe.text.logprobs import TokenLogprob
-from edgemoe.text.replies import Event, Piece, ReplyFormat, Schemas, parser
+from edgemoe.text.replies import Event, Piece, ReplyFormat, Schemas, joined, parser
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.stops import ReplyText
 from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Ask", "Ended", "Part", "Reply", "call_id", "timings", "usage_extras"]
+
+_TOGETHER = 0.02
+"""Seconds within which tokens go out together: passing one on takes time that the engine's threads could use."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -76,10 +80,19 @@ class Reply:
         tokenizer: Tokenizer,
         form: ReplyFormat,
         on_end: Callable[[Outcome], None],
+        *,
+        streams: bool,
     ) -> None:
-        """Makes ready for a choice; `request` is to be submitted."""
+        """Makes ready for a choice; `request` is to be submitted.
+
+        Args:
+            streams: each token's part is passed on at once; False for one part at the end, so that the loop's
+                thread takes no time from the engine's until then.
+        """
         self._loop, self._on_end = asyncio.get_running_loop(), on_end
         self._parts: asyncio.Queue[Part | Ended | Exception] = asyncio.Queue()
+        self._fresh: deque[Part | Ended | Exception] = deque()
+        self._is_due, self._passed_on = False, -1.0
         params, shown = ask.params, frozenset[int]()
         self._parser = None
         if not ask.is_raw:
@@ -90,6 +103,7 @@ class Reply:
         self._several, self._calls, self._stops = ask.several_calls, 0, params.stop
         self._count = self._reasoning = 0
         self._said: list[TokenLogprob] = []
+        self._streams, self._made = streams, list[Event]()
         self.prompt_logprobs: list[TokenLogprob] = []
         seed = params.seed + choice if params.seed >= 0 else params.seed
         self.request = Request(
@@ -107,8 +121,9 @@ class Reply:
             self._reasoning += 1
         text = self._text.push(token)
         events = self._events(text)
-        if events:
-            self._send(events)
+        self._made += events
+        if self._made and self._streams:
+            self._send()
         if self._text.is_stopped:
             return False
         return self._several or not self._calls
@@ -137,24 +152,60 @@ class Reply:
         if outcome.reason == "cancelled":
             self._put(Problem(503, "the request was given up", code="cancelled"))
             return
-        events = self._events(self._text.flush(), is_last=True)
-        if events or self._said:
-            self._send(events)
+        self._made += self._events(self._text.flush(), is_last=True)
+        if self._made or self._said:
+            self._send()
         finish = "length" if outcome.reason == "length" and not self._text.is_stopped else "stop"
         if self._calls and finish == "stop":
             finish = "tool_calls"
         stop = self._text.stopped_by
         self._put(Ended(finish, outcome.figures, self._reasoning, stop))
 
-    def _send(self, events: list[Event]) -> None:
-        self._put(Part(events, self._said, self._count))
-        self._said = []
+    def _send(self) -> None:
+        self._put(Part(joined(self._made), self._said, self._count))
+        self._made, self._said = [], []
 
     def _put(self, item: Part | Ended | Exception) -> None:
+        """Hands something to the loop, on the engine's thread."""
+        self._fresh.append(item)
+        call = self._wait if isinstance(item, Part) else self._pass_on
+        if call == self._wait and self._is_due:
+            return
+        self._is_due = True
         try:
-            self._loop.call_soon_threadsafe(self._parts.put_nowait, item)
+            self._loop.call_soon_threadsafe(call)
         except RuntimeError:  # the loop has ended, and with it who waits
             self.request.is_cancelled = True
+
+    def _wait(self) -> None:
+        """Passes on what has come: at once, or as soon as the last time is long enough ago."""
+        left = self._passed_on + _TOGETHER - self._loop.time()
+        if left > 0:
+            self._loop.call_later(left, self._pass_on)
+        else:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        self._is_due, self._passed_on = (
+            False,
+            self._loop.time(),
+        )  # first: what comes from now on calls again
+        parts: list[Part] = []
+        while self._fresh:
+            item = self._fresh.popleft()
+            if isinstance(item, Part):
+                parts.append(item)
+                continue
+            self._pass_parts(parts)
+            self._parts.put_nowait(item)
+            parts = []
+        self._pass_parts(parts)
+
+    def _pass_parts(self, parts: list[Part]) -> None:
+        if parts:
+            events = joined([event for part in parts for event in part.events])
+            said = [one for part in parts for one in part.logprobs]
+            self._parts.put_nowait(Part(events, said, parts[-1].tokens))
 
     def progress(self, waiting: int) -> str:
         """Returns how far it is."""

@@ -115,7 +115,7 @@ class ResponsesAnswer(Answer):
     """Is the answer to a response's request."""
 
     def __init__(self, service: Service, request: fields.ResponsesRequest, ask: Ask) -> None:
-        super().__init__(service, [ask])
+        super().__init__(service, [ask], streams=bool(request.stream))
         self._request = request
         self.id = f"resp_{uuid.uuid4().hex}"
         self._created = int(time.time())

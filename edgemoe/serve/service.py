@@ -244,7 +244,7 @@ class Service:
             raise wrong(param, "expected some text, got none")
         return ids
 
-    def begin(self, ask: Ask, choice: int = 0) -> Reply:
+    def begin(self, ask: Ask, choice: int = 0, *, streams: bool = True) -> Reply:
         """Hands a choice to the engine.
 
         Raises:
@@ -262,7 +262,7 @@ class Service:
             self.figures.reply(outcome)
             self.log.reply(route, outcome, ask.ignored)
 
-        reply = Reply(ask, choice, self.tokenizer, self.form, ended)
+        reply = Reply(ask, choice, self.tokenizer, self.form, ended, streams=streams)
         try:
             self.batcher.submit(reply.request)
         except QueueFull as error:

@@ -13,7 +13,9 @@ from typing import Any, Literal
 from edgemoe.text import calls
 from edgemoe.text.calls import ToolCall
 
-__all__ = ["FORMATS", "Piece", "ReplyFormat", "ReplyParser", "parser", "reply_format"]
+__all__ = [
+    "FORMATS", "Piece", "ReplyFormat", "ReplyParser", "joined", "parser", "reply_format",
+]  # fmt: skip
 
 Schemas = Mapping[str, Any]
 """The parameters of each tool, by its name: a JSON schema."""
@@ -177,7 +179,7 @@ class ReplyParser:
         out: list[Event] = []
         while self._step(out):
             pass
-        return _joined(out)
+        return joined(out)
 
     def flush(self) -> list[Event]:
         """Ends the reply."""
@@ -193,7 +195,7 @@ class ReplyParser:
                 self._spaces = ""
         elif rest:
             self._say(out, rest)
-        return _joined(out)
+        return joined(out)
 
     def _step(self, out: list[Event]) -> bool:
         """Takes what is held up to the next marker; returns whether there was one."""
@@ -276,7 +278,7 @@ class _Channels:
             text, word = self._text.until(calls.CHANNEL_MARKS)
             self._take(out, text)
             if not word:
-                return _joined(out)
+                return joined(out)
             self._mark(out, word)
 
     def flush(self) -> list[Event]:
@@ -284,7 +286,7 @@ class _Channels:
         out: list[Event] = []
         self._take(out, self._text.rest())
         self._mark(out, "<|end|>")
-        return _joined(out)
+        return joined(out)
 
     def _take(self, out: list[Event], text: str) -> None:
         if not text:
@@ -323,7 +325,7 @@ def parser(
     return ReplyParser(form, schemas, is_reasoning=is_reasoning)
 
 
-def _joined(events: Sequence[Event]) -> list[Event]:
+def joined(events: Sequence[Event]) -> list[Event]:
     """Returns events with neighbouring pieces of one kind as one."""
     out: list[Event] = []
     for event in events:
