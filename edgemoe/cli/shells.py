@@ -90,9 +90,13 @@ def completion(name: str, shell: str) -> str:
     _say_values(parser)
     text = str(shtab.complete(parser, shell)).rstrip("\n")
     # For fish -s is one letter, and -o what has one dash and several.
-    return (
-        re.sub(r"(?m)^(complete .*?) -s (\w{2,}) ", r"\1 -o \2 ", text) if shell == "fish" else text
-    )
+    if shell == "fish":
+        text = re.sub(r"(?m)^complete .*?(?= -d |$)", _dashed_once, text)
+    return text
+
+
+def _dashed_once(flags: re.Match[str]) -> str:
+    return re.sub(r" -s (?=\w{2,} )", " -o ", flags[0])
 
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
