@@ -35,7 +35,10 @@ EXCEPTIONS = {("model", "experts")}
 
 # They import torch when they are asked to train, with the extra `train`.
 TRAIN = {"lab/routing/paths.py"}
-TORCH = {"lab/bits/bit_router.py"}  # as a whole; imported by a call that trains
+TORCH = {
+    "lab/bits/bit_router.py",
+    "lab/bits/choosing.py",
+}  # as a whole; imported by a call that trains
 
 
 def modules():

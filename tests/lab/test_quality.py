@@ -285,7 +285,7 @@ def test_command_compares_with_other_references(tiny_moe: Path, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("absent.moe",), "absent.moe: No such file or directory"),
+        (("absent.moe",), "absent.moe: no such file"),
         (("MODEL", "--bits", 5), "bits: expected one of 2, 3, 4, 6, 8"),
         (("MODEL", "--dense-bits", 5), "dense_bits: expected one of 2, 3, 4, 6, 8"),
         (("MODEL", "--reference", 5), "bits: expected one of 2, 3, 4, 6, 8"),
