@@ -18,6 +18,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "completion": ("edgemoe.cli.shells", "complete commands and flags in bash, zsh or fish"),
     "convert": ("edgemoe.cli.convert", "make a .moe file from a checkpoint"),
     "demo": ("edgemoe.cli.demo", "build the demo model"),
+    "export": ("edgemoe.cli.export", "write a .moe file as other programs read models"),
     "families": ("edgemoe.cli.families", "list the checkpoints that can be converted"),
     "inspect": ("edgemoe.cli.inspect", "say what a .moe file holds, and check it"),
     "list": ("edgemoe.cli.list", "list the models that are here"),

@@ -100,6 +100,7 @@ def _of_hub(args: argparse.Namespace, name: HubName) -> int:
 def _of_checkpoint(args: argparse.Namespace, source: Path) -> int:
     """Makes a file with holes for weights, and plans that in a process which has read no checkpoint."""
     from edgemoe.cli.apart import run_apart
+    from edgemoe.convert.checkpoint import sections
     from edgemoe.convert.open import open_checkpoint
     from edgemoe.convert.source import SourceModel
     from edgemoe.file.hollow import write_hollow
@@ -112,7 +113,7 @@ def _of_checkpoint(args: argparse.Namespace, source: Path) -> int:
         note(f"# {name}: {line}")
     with tempfile.TemporaryDirectory(prefix="edgemoe-plan-") as folder:
         path = Path(folder) / "plan.moe"
-        write_hollow(path, model.config, scheme=SCHEMES["nested"], sections=checkpoint.files)
+        write_hollow(path, model.config, scheme=SCHEMES["nested"], sections=sections(checkpoint))
         flags = [str(path), "--name", name, "-ctk", args.ctk, "-ctv", args.ctv]
         for name in ("ram", "ctx_size", "bits"):
             if getattr(args, name) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ __all__ = [
     "listed",
     "refuse_unused",
     "require_tied",
+    "sections",
 ]
 
 
@@ -66,6 +68,12 @@ class StoredCheckpoint(Checkpoint, Protocol):
 
     def places(self, name: str) -> Iterator[Bytes]:
         """Yields all bytes that `tensor(name)` reads. Raises FormatError when there is no such tensor."""
+
+
+def sections(checkpoint: Checkpoint) -> dict[str, bytes]:
+    """Returns what a `.moe` file keeps of a checkpoint besides its weights: config.json, and its files."""
+    config = json.dumps(dict(checkpoint.config), ensure_ascii=False, separators=(",", ":"))
+    return {"config.json": config.encode(), **checkpoint.files}
 
 
 def file_identity(paths: Sequence[Path]) -> str:

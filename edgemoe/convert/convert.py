@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgemoe.config import dense_tensors
-from edgemoe.convert.checkpoint import Checkpoint
+from edgemoe.convert.checkpoint import Checkpoint, sections
 from edgemoe.convert.source import SourceModel
 from edgemoe.convert.text import check_text
 from edgemoe.file.writer import Writer
@@ -95,7 +95,7 @@ def convert(
     if favour is not None:
         provenance["favour"] = favour
     with Writer(
-        out, config, bits=bits, scheme=scheme, sections=source.files, source=provenance,
+        out, config, bits=bits, scheme=scheme, sections=sections(source), source=provenance,
         calibration=calibration, allocation=allocation, favour=favour, down_bits=down_bits,
     ) as writer:  # fmt: skip
 

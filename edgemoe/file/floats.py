@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -12,9 +13,9 @@ from edgemoe import _core
 from edgemoe.errors import FormatError
 from edgemoe.file.format import MoeFile
 from edgemoe.quant import SCHEMES, plane_widths
-from edgemoe.store import load_dense
+from edgemoe.store import load_dense, read_dense
 
-__all__ = ["dense_floats", "expert_floats"]
+__all__ = ["dense_floats", "dense_weights", "expert_floats"]
 
 Array = NDArray[np.float32]
 
@@ -28,6 +29,17 @@ def dense_floats(moe: MoeFile) -> dict[str, Array]:
     """
     weights = load_dense(moe, len(moe.dense_ladder), verify=True)
     return {name: _decode(w) if isinstance(w, _core.Nested) else w for name, w in weights.items()}
+
+
+def dense_weights(moe: MoeFile, level: int) -> Iterator[tuple[str, Array]]:
+    """Yields the same of a level, each tensor by itself.
+
+    Raises:
+        FormatError: a checksum does not match.
+        ReadError: the disk failed.
+    """
+    for name, weight in read_dense(moe, level, verify=True):
+        yield name, _decode(weight) if isinstance(weight, _core.Nested) else weight
 
 
 def expert_floats(moe: MoeFile, row: int, level: int) -> tuple[Array, Array, Array]:

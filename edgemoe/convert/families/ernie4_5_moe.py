@@ -53,7 +53,7 @@ def _left_out(config: ModelConfig, name: str) -> str:
 FAMILY = Family(
     config=_config,
     default_theta=500_000.0,
-    experts=(choosing(NAMED_EXPERTS, _BIAS), choosing(FUSED_EXPERTS, _BIAS)),
+    experts=tuple(choosing(e, _BIAS, row=True) for e in (NAMED_EXPERTS, FUSED_EXPERTS)),
     shared={f"shared.{x}": Source(f"mlp.shared_experts.{x}_proj.weight") for x in MATRICES},
     layer={x: Source(f"self_attn.{x}_proj.weight", interleaved=True) for x in "qk"},
     left_out=_left_out,

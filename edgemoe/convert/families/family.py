@@ -61,6 +61,8 @@ class Source:
     """Makes ours of the stored tensor."""
     more: tuple[str, ...] = ()
     """Further stored tensors, of which, with the first, `fold` gets a list."""
+    row: bool = False
+    """A vector is stored as a matrix of one row."""
     other: str = ""
     """Another name that the first one may have; "" for none."""
     times: str = ""
@@ -330,9 +332,11 @@ def by_type(settings: Settings, kinds: Mapping[str, MixerSpec]) -> list[MixerSpe
     return [kinds[name] for name in types]
 
 
-def choosing(experts: Mapping[str, Source], bias: str) -> Mapping[str, Source]:
+def choosing(
+    experts: Mapping[str, Source], bias: str, *, row: bool = False
+) -> Mapping[str, Source]:
     """Returns names of experts with that of the bias by which they are chosen."""
-    return {**experts, "choice_bias": Source(bias)}
+    return {**experts, "choice_bias": Source(bias, row=row)}
 
 
 def further_layers(config: ModelConfig, name: str) -> str:

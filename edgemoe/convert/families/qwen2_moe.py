@@ -55,6 +55,6 @@ FAMILY = Family(
     config=_config,
     shared={
         **{f"shared.{x}": Source(f"mlp.shared_expert.{x}_proj.weight") for x in MATRICES},
-        "shared.sigmoid": Source("mlp.shared_expert_gate.weight"),
+        "shared.sigmoid": Source("mlp.shared_expert_gate.weight", row=True),
     },
 )

@@ -126,7 +126,7 @@ DELTA: Mapping[str, Source] = {
 
 SHARED: Mapping[str, Source] = {
     **{f"shared.{x}": Source(f"mlp.shared_expert.{x}_proj.weight") for x in MATRICES},
-    "shared.sigmoid": Source("mlp.shared_expert_gate.weight"),
+    "shared.sigmoid": Source("mlp.shared_expert_gate.weight", row=True),
 }
 
 

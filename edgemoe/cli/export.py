@@ -1,0 +1,70 @@
+"""`edgemoe export`: writes a .moe file as other programs read models."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgemoe.cli.console import note, run_command
+from edgemoe.cli.parser import Parser
+from edgemoe.cli.progress import Progress
+
+__all__ = ["main"]
+
+_PROG = "edgemoe export"
+
+_EPILOG = """\
+For the day a model outgrows one machine: OUT becomes a Hugging Face directory in
+bfloat16, with config.json and the tokenizer, that transformers, vLLM and SGLang load.
+The weights are those of the level that is asked for, exactly as they are computed
+with here but for the rounding to bfloat16: what a quantisation lost stays lost.
+
+Families whose tensors the conversion changed for good are refused by name.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments; None for those of the process.
+
+    Returns:
+        The exit code: 0; 1 for an error, which is one line on stderr; 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: with code 2 at wrong usage.
+    """
+    args = _parser().parse_args(argv)
+    return run_command(_PROG, lambda: _run(args), verbose=args.verbose)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from edgemoe.convert.export.hf import export_hf
+    from edgemoe.file.format import open_moe
+
+    moe = open_moe(args.model)
+    with Progress(f"exporting {moe.path.name}", unit="B") as progress:
+        export_hf(moe, args.out, bits=args.bits, dense_bits=args.dense_bits, progress=progress)
+    note(
+        f"{_PROG}: wrote {args.out}: {sum(f.stat().st_size for f in args.out.iterdir()) / 2**20:.1f} MiB"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=_PROG,
+        description="Write a .moe file as a checkpoint that other programs load.",
+        epilog=_EPILOG,
+    )
+    parser.add_argument("model", type=Path, metavar="FILE.moe", help="a converted file")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the directory to make")
+    parser.add_argument("--bits", type=int, metavar="N",
+                        help="precision of the experts, a level of the file (default: the highest)")  # fmt: skip
+    parser.add_argument(
+        "--dense-bits", type=int, metavar="N", help="of everything else (default: the highest)"
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    return parser

@@ -1,0 +1,1 @@
+"""Writes `.moe` files as other programs read models."""

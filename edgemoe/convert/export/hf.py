@@ -1,0 +1,210 @@
+"""A `.moe` file as a Hugging Face directory: bfloat16 safetensors, config.json and the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.config import MATRICES, ModelConfig, dense_tensors
+from edgemoe.convert.families import FAMILIES
+from edgemoe.convert.families.family import Family, Source
+from edgemoe.errors import FormatError, quoted
+from edgemoe.file.floats import dense_weights, expert_floats
+from edgemoe.file.format import MoeFile
+from edgemoe.file.parse import parse_object
+
+__all__ = ["CONFIG", "Piece", "checkpoint_config", "export_hf", "pieces"]
+
+Array = NDArray[np.float32]
+CONFIG = "config.json"
+"""The section that has the checkpoint's."""
+_PLAIN = Family(config=lambda settings: None)  # type: ignore[arg-type, return-value]
+_WIDE = {"BF16": 2, "F32": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Where a canonical tensor lies in a checkpoint."""
+
+    name: str
+    """Of the stored tensor."""
+    shape: tuple[int, ...]
+    """Of the stored tensor."""
+    first: int
+    """Values of it that come before."""
+    pairs: int
+    """Of so many leading rows of each head, those that RoPE turns together are neighbours; 0 for none."""
+    kind: str
+    """How it is stored, as safetensors calls it."""
+
+
+def checkpoint_config(moe: MoeFile) -> dict[str, Any]:
+    """Returns the config.json of the checkpoint that a file was made of.
+
+    Raises:
+        FormatError: the file has none, or its family's tensors cannot be made back.
+    """
+    if CONFIG not in moe.sections:
+        raise FormatError(
+            f"{moe.path}: holds no config.json: it was converted by an earlier edgemoe, or without a checkpoint; "
+            "convert it again to export it"
+        )
+    values = parse_object(moe.sections[CONFIG], CONFIG)
+    if values.get("model_type") not in FAMILIES:
+        raise FormatError(f"{moe.path}: model_type {quoted(values.get('model_type'))} is not known")
+    return values
+
+
+def pieces(moe: MoeFile, model_type: str) -> dict[str, Piece]:
+    """Returns where each canonical tensor goes; those of RoPE follow from config.json.
+
+    Raises:
+        FormatError: the family stores tensors that cannot be made back.
+    """
+    family, config = FAMILIES[model_type], moe.config
+
+    def refused(what: str) -> FormatError:
+        return FormatError(
+            f"{moe.path}: models of {model_type} cannot be exported: {what} is stored in a form that is not made back"
+        )
+
+    if family.view is not _PLAIN.view:
+        raise refused("what LayerNorms became")
+    shapes = {name: spec.shape for name, spec in dense_tensors(config).items()}
+    experts = dict(zip(MATRICES, config.expert_shapes, strict=True))
+    out = {}
+    for name, source in family.sources(config, {}):
+        if source.fold is not None or source.times or source.more:
+            raise refused(source.name)
+        shape = shapes.get(name) or experts[name.rpartition(".")[2]]
+        out[name] = _piece(name, source, shape, config)
+    return out
+
+
+def _piece(name: str, source: Source, shape: tuple[int, ...], config: ModelConfig) -> Piece:
+    count = int(np.prod(shape))
+    stored, first, whole = source.name, 0, shape
+    if source.half is not None:
+        first, whole = source.half * count, (2 * shape[0], *shape[1:])
+    stack, _, number = stored.rpartition(".")
+    if number.isdecimal():  # a matrix of a stack
+        first += int(number) * int(np.prod(whole))
+        stored, whole = stack, (config.num_experts, *whole)
+    if source.row:
+        whole = (1, *whole)
+    pairs = 0
+    if source.interleaved:
+        pairs = config.mixer(int(name.split(".")[1])).ropes[0].dim
+    return Piece(stored, whole, first, pairs, "F32" if name.endswith("choice_bias") else "BF16")
+
+
+def export_hf(
+    moe: MoeFile,
+    out: Path,
+    *,
+    bits: int | None = None,
+    dense_bits: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes a directory, which appears under its name only when it is whole.
+
+    Args:
+        bits: level of the experts; None for the highest.
+        dense_bits: of everything else.
+        progress: is told the bytes written and the bytes in total.
+
+    Raises:
+        FormatError: the file or its family cannot be exported, or it is broken.
+        FileExistsError: there is something under that name.
+        OSError: the disk is full, or failed.
+    """
+    config = checkpoint_config(moe)
+    places = pieces(moe, config["model_type"])
+    level, dense_level = moe.level(bits), moe.dense_level(dense_bits)
+    if out.exists():
+        raise FileExistsError(f"{out}: exists; name a directory that does not")
+    part = out.with_name(f"{out.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name, content in moe.sections.items():
+        if (
+            name != CONFIG
+            and Path(name).name == name
+            and name.endswith((".json", ".jinja", "LICENSE"))
+        ):
+            (part / name).write_bytes(content)
+    config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    (part / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False))
+    with open(part / "model.safetensors", "wb") as file:
+        starts, total = _write_header(file, places)
+        done = 0
+        for name, values in _weights(moe, level, dense_level):
+            place = places.get(name)
+            if place is None:  # of RoPE
+                continue
+            data = _stored(values, place, moe.config, name)
+            file.seek(starts[place.name] + place.first * _WIDE[place.kind])
+            file.write(data)
+            done += len(data)
+            if progress is not None:
+                progress(done, total)
+        file.flush()
+        os.fsync(file.fileno())
+    part.rename(out)
+
+
+def _write_header(file: Any, places: Mapping[str, Piece]) -> tuple[dict[str, int], int]:
+    """Writes what a safetensors file begins with; returns where each tensor starts, and the bytes of all."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    starts, at = {}, 0
+    for place in {p.name: p for p in places.values()}.values():
+        length = int(np.prod(place.shape)) * _WIDE[place.kind]
+        header[place.name] = {
+            "dtype": place.kind, "shape": list(place.shape), "data_offsets": [at, at + length],
+        }  # fmt: skip
+        starts[place.name] = at
+        at += length
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    return {name: 8 + len(text) + start for name, start in starts.items()}, at
+
+
+def _weights(moe: MoeFile, level: int, dense_level: int) -> Iterator[tuple[str, Array]]:
+    """Yields every tensor, one at a time."""
+    yield from dense_weights(moe, dense_level)
+    config = moe.config
+    for row in range(len(moe.experts.offsets)):
+        layer, index = divmod(row, config.num_experts)
+        name = f"experts.{config.moe_layers[layer]}.{index}"
+        for part, values in zip(MATRICES, expert_floats(moe, row, level), strict=True):
+            if len(values):
+                yield f"{name}.{part}", values
+
+
+def _stored(values: Array, place: Piece, config: ModelConfig, name: str) -> bytes:
+    """Returns a tensor as the file has it."""
+    if place.pairs:
+        _, width = config.mixer(int(name.split(".")[1])).heads
+        values = _in_pairs(values, width, place.pairs)
+    if place.kind == "F32":
+        return values.astype("<f4").tobytes()
+    codes = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = codes + np.uint32(0x7FFF) + ((codes >> np.uint32(16)) & np.uint32(1))
+    return (rounded >> np.uint32(16)).astype("<u2").tobytes()
+
+
+def _in_pairs(values: Array, width: int, turned: int) -> Array:
+    """Orders the rows of q or k as RoPE of neighbouring pairs wants them."""
+    heads = values.reshape(-1, width, *values.shape[1:]).copy()
+    halves = heads[:, :turned].copy()
+    heads[:, 0:turned:2], heads[:, 1:turned:2] = np.split(halves, 2, axis=1)
+    return np.asarray(heads.reshape(values.shape))

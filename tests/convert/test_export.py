@@ -1,0 +1,116 @@
+"""What is exported loads in transformers, and has the weights of the file, rounded to bfloat16."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+import torch
+from decoded import Decoded
+
+from edgemoe.cli.main import main
+from edgemoe.convert.convert import convert
+from edgemoe.convert.export.hf import export_hf
+from edgemoe.convert.hf import HFCheckpoint
+from edgemoe.convert.source import SourceModel
+from edgemoe.errors import FormatError
+from edgemoe.file.format import open_moe
+
+sys.path.append(str(Path(__file__).parents[1] / "model"))
+
+from test_families import assert_same_function
+
+EXPORTED = (
+    "mixtral", "qwen2_moe", "qwen3_moe-norm-tied", "olmoe", "granitemoe-tied-llama3", "glm4_moe",
+    "ernie4_5_moe", "minimax_m2", "hunyuan_v1_moe", "laguna",
+)  # fmt: skip
+
+
+def made(name: str, folder: Path) -> Path:
+    convert(HFCheckpoint(families.make(name, folder / "hf")), folder / "x.moe")
+    return folder / "x.moe"
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(values.astype(np.float32)).to(torch.bfloat16).float().numpy()
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_transformers_loads_it_and_computes_the_same(name: str, tmp_path: Path) -> None:
+    path, out = made(name, tmp_path), tmp_path / "out"
+    export_hf(open_moe(path), out)
+    assert_same_function(out)
+    decoded, model = Decoded(path), SourceModel(HFCheckpoint(out))
+    assert model.config == decoded.config
+    for tensor, values in decoded.tensors.items():
+        exact = tensor.startswith("rope") or tensor.endswith("choice_bias")
+        expected = values if exact else rounded(values)
+        np.testing.assert_array_equal(model.tensor(tensor), expected.astype(np.float32), tensor)
+    layer = decoded.config.moe_layers[-1]
+    for got, values in zip(model.expert(layer, 5), decoded.expert(layer, 5), strict=True):
+        np.testing.assert_array_equal(got, rounded(values))
+
+
+def test_the_level_that_is_asked_for(tmp_path: Path) -> None:
+    path, out = made("qwen3_moe", tmp_path), tmp_path / "out"
+    assert main(["export", str(path), str(out), "--bits", "3"]) == 0
+    moe, model = open_moe(path), SourceModel(HFCheckpoint(out))
+    expected = Decoded(path).expert(1, 2, level=moe.level(3))
+    for got, values in zip(model.expert(1, 2), expected, strict=True):
+        np.testing.assert_array_equal(got, rounded(values))
+    np.testing.assert_array_equal(
+        model.tensor("layers.0.q"), rounded(Decoded(path).tensors["layers.0.q"])
+    )
+
+
+def test_files_of_the_tokenizer_come_along(tmp_path: Path) -> None:
+    families.make("olmoe", tmp_path / "hf")
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    convert(HFCheckpoint(tmp_path / "hf"), tmp_path / "x.moe")
+    export_hf(open_moe(tmp_path / "x.moe"), tmp_path / "out")
+    found = {p.name for p in (tmp_path / "out").iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "chat_template.jinja",
+        "generation_config.json",
+    } <= found
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("gpt_oss", "self_attn.sinks"),
+        ("qwen3_next", "model.norm.weight"),
+        ("phimoe", "what LayerNorms became"),
+    ],
+)
+def test_what_cannot_be_made_back_is_refused_by_name(
+    name: str, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = made(name, tmp_path)
+    if name != "gpt_oss":
+        with pytest.raises(FormatError) as error:
+            export_hf(open_moe(path), tmp_path / "out")
+        assert f"models of {name} cannot be exported: {what} is stored" in str(error.value)
+    assert main(["export", str(path), str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_nothing_is_written_over_and_a_file_without_its_config_is_refused(tmp_path: Path) -> None:
+    path = made("olmoe", tmp_path)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(FileExistsError, match="out: exists"):
+        export_hf(open_moe(path), tmp_path / "out")
+    moe = open_moe(path)
+    del moe.sections["config.json"]  # type: ignore[attr-defined]
+    with pytest.raises(FormatError, match=r"holds no config\.json"):
+        export_hf(moe, tmp_path / "other")
+    with pytest.raises(ValueError, match="7"):
+        export_hf(open_moe(path), tmp_path / "other", bits=7)
