@@ -15,8 +15,16 @@ from edgemoe.plan import Plan, Priorities
 from edgemoe.quant import plane_widths
 
 __all__ = [
-    "ExpertStore", "Request", "all_expert_bytes", "dense_bytes", "disk_rate", "expert_bytes",
-    "level_bytes", "load_dense", "read_dense",
+    "ExpertStore",
+    "Request",
+    "all_expert_bytes",
+    "dense_bytes",
+    "disk_rate",
+    "expert_bytes",
+    "level_bytes",
+    "load_dense",
+    "read_dense",
+    "read_rate",
 ]  # fmt: skip
 
 _REQUEST = 256  # experts that `load` asks for at once: the cache looks through all of a request's at every arrival
@@ -108,6 +116,13 @@ def disk_rate(moe: MoeFile, level: int, *, seconds: float, room: int) -> float:
         if length * count / rate >= seconds or count >= len(starts):
             return rate
         count *= 2
+
+
+def read_rate(moe: MoeFile, size: int, *, total: int) -> float:
+    """Returns the bytes per second of reads of `size` bytes at scattered places of a file, `total` bytes of them."""
+    rng = np.random.default_rng(0)
+    places = rng.permutation((moe.file_bytes - size) // ALIGNMENT)[: max(1, total // size)]
+    return _core.disk_rate(moe.file, (places * ALIGNMENT).tolist(), size, _NUM_READERS)
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ ROWS = [
     {"scheduler", "model", "text"},
     {"experts"},
     {"runtime"},
-    {"convert", "hub", "lab", "serve"},
+    {"convert", "doctor", "hub", "lab", "serve"},
     {"cli"},
     {"__main__"},
 ]

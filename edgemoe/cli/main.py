@@ -18,6 +18,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "completion": ("edgemoe.cli.shells", "complete commands and flags in bash, zsh or fish"),
     "convert": ("edgemoe.cli.convert", "make a .moe file from a checkpoint"),
     "demo": ("edgemoe.cli.demo", "build the demo model"),
+    "doctor": ("edgemoe.cli.doctor", "say what of this machine and install to repair"),
     "export": ("edgemoe.cli.export", "write a .moe file as other programs read models"),
     "families": ("edgemoe.cli.families", "list the checkpoints that can be converted"),
     "inspect": ("edgemoe.cli.inspect", "say what a .moe file holds, and check it"),
@@ -38,7 +39,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 """What each command is: the module whose `main(argv)` runs it, and a line about it."""
 
 _GROUPS = {
-    "use": ("run", "serve", "plan", "pull", "list", "rm", "convert", "inspect", "demo"),
+    "use": ("run", "serve", "plan", "pull", "list", "rm", "convert", "inspect", "doctor", "demo"),
     "measure": ("bench", "quality", "profile", "schedulers"),
 }
 """What comes first in the help; all others follow."""

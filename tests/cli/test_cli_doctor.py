@@ -1,0 +1,107 @@
+"""`edgemoe doctor`: what is wrong is found, with its cure; what is written for others has nothing private."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from edgemoe import doctor, hardware
+from edgemoe.cli.main import main
+from edgemoe.file.format import open_moe
+
+
+@pytest.fixture
+def models(tmp_path: Path, tiny_moe: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with one sound model."""
+    folder = tmp_path / "secret-folder"
+    folder.mkdir()
+    monkeypatch.setenv("EDGEMOE_MODELS", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(doctor, "_RATE_BYTES", 1 << 20)
+    shutil.copy(tiny_moe, folder / "my-plan.moe")
+    return folder
+
+
+def report(capfd: pytest.CaptureFixture[str], *flags: str, code: int = 0) -> list[dict[str, str]]:
+    assert main(["doctor", *flags, "--json"]) == code
+    return json.loads(capfd.readouterr().out)
+
+
+def of(found: list[dict[str, str]], subject: str) -> list[dict[str, str]]:
+    return [f for f in found if f["subject"] == subject]
+
+
+def test_a_sound_machine_has_no_problem(models: Path, capfd) -> None:
+    found = report(capfd)
+    assert {f["kind"] for f in found} <= {"ok", "note"}
+    assert of(found, "processor")[0]["text"] == f"{hardware.num_threads()} cores, {hardware.isa()}"
+    (model,) = of(found, "model")
+    assert model["text"].startswith("my-plan: 660 KiB, qwen2_moe, sound as far as looked at")
+    assert model["cure"] == "edgemoe quality my-plan --store"
+    assert "GB/s at 64 KiB" in of(found, "disk")[0]["text"]
+    assert "every sum matches" in of(report(capfd, "--verify"), "model")[0]["text"]
+    assert main(["doctor"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert len(lines) < 40
+    assert lines[-1] == "no problems"
+
+
+def test_a_broken_model_is_a_problem_with_its_cure(models: Path, capfd) -> None:
+    path = models / "my-plan.moe"
+    offset = int(open_moe(path).experts.offsets[0])
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff\xff\xff\xff")
+    shutil.copy(path, models / "half.moe")
+    with open(models / "half.moe", "r+b") as file:
+        file.truncate(10_000)
+    half, changed = of(report(capfd, code=1), "model")
+    assert half["kind"] == changed["kind"] == "problem"
+    assert half["text"].startswith("half: ")
+    assert half["cure"] == "edgemoe rm half, and pull it again"
+    assert (
+        changed["text"]
+        == "my-plan: expert 0 of layer 0, rung 0, bytes 0 to 1: the sum does not match"
+    )
+
+
+def test_variables_that_mean_nothing_are_problems(models: Path, capfd, monkeypatch) -> None:
+    monkeypatch.setenv("EDGEMOE_RAMM", "1GiB")
+    monkeypatch.setenv("EDGEMOE_BITS", "4")
+    monkeypatch.setenv("EDGEMOE_API_KEY", "hush")
+    texts = {f["text"]: f["kind"] for f in of(report(capfd, code=1), "environment")}
+    assert texts["EDGEMOE_BITS=4"] == "ok"
+    assert texts["EDGEMOE_API_KEY=(set)"] == "ok"
+    wrong = "EDGEMOE_RAMM in the environment means nothing; did you mean EDGEMOE_RAM?"
+    assert texts[wrong] == "problem"
+
+
+def test_what_limits_is_a_note(models: Path, capfd, monkeypatch) -> None:
+    monkeypatch.setattr(hardware, "available_bytes", lambda: 64 << 20)
+    monkeypatch.setattr(doctor, "_file_system", lambda path: "nfs4")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = report(capfd)
+    assert any("a control group allows 64 MiB" in f["text"] for f in of(found, "memory"))
+    assert "comes over it" in of(found, "models")[0]["text"]
+    assert of(found, "hub")[0]["cure"] == "unset HF_HUB_OFFLINE"
+
+
+def test_a_bundle_has_nothing_private(models: Path, tmp_path: Path, capfd, monkeypatch) -> None:
+    monkeypatch.setenv("EDGEMOE_SYSTEM_PROMPT", "I am unwell")
+    monkeypatch.setenv("EDGEMOE_API_KEY", "hush")
+    monkeypatch.setenv("EDGEMOE_RAM", "4GiB")
+    monkeypatch.setenv("HF_TOKEN", "hf_hush")
+    monkeypatch.setenv("HF_ENDPOINT", "http://mirror.corp:80/x")
+    out = tmp_path / "out.txt"
+    assert main(["doctor", "--bundle", str(out)]) == 0
+    assert capfd.readouterr().out == ""
+    text = out.read_text()
+    for word in ("hush", "unwell", "secret-folder", "my-plan", "mirror", str(tmp_path), "pytest"):
+        assert word not in text
+    for word in ("model 1: 660 KiB", "EDGEMOE_RAM=4GiB", "EDGEMOE_SYSTEM_PROMPT=(set)", "a token"):
+        assert word in text
+    assert main(["doctor", "--bundle", str(tmp_path / "no/x.txt")]) == 1
+    assert "no such directory" in capfd.readouterr().err
