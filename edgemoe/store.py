@@ -15,16 +15,8 @@ from edgemoe.plan import Plan, Priorities
 from edgemoe.quant import plane_widths
 
 __all__ = [
-    "ExpertStore",
-    "Request",
-    "all_expert_bytes",
-    "dense_bytes",
-    "disk_rate",
-    "expert_bytes",
-    "level_bytes",
-    "load_dense",
-    "read_dense",
-    "read_rate",
+    "ExpertStore", "Request", "all_expert_bytes", "dense_bytes", "disk_rate", "expert_bytes",
+    "level_bytes", "load_dense", "read_dense", "read_rate",
 ]  # fmt: skip
 
 _REQUEST = 256  # experts that `load` asks for at once: the cache looks through all of a request's at every arrival

@@ -62,10 +62,8 @@ def test_a_broken_model_is_a_problem_with_its_cure(models: Path, capfd) -> None:
     assert half["kind"] == changed["kind"] == "problem"
     assert half["text"].startswith("half: ")
     assert half["cure"] == "edgemoe rm half, and pull it again"
-    assert (
-        changed["text"]
-        == "my-plan: expert 0 of layer 0, rung 0, bytes 0 to 1: the sum does not match"
-    )
+    assert changed["text"].startswith("my-plan: expert 0 of layer 0, rung 0, bytes ")
+    assert changed["text"].endswith(": the sum does not match")
 
 
 def test_variables_that_mean_nothing_are_problems(models: Path, capfd, monkeypatch) -> None:
