@@ -21,18 +21,19 @@ _LONGEST_LINE = 4095  # bytes that the kernel gives of one line (N_TTY_BUF_SIZE)
 class LineReader:
     """Asks for one message at a time, which may have several lines."""
 
-    def __init__(self, commands: Sequence[str] = ()) -> None:
+    def __init__(self, commands: Sequence[str] = (), *, keeps_history: bool = True) -> None:
         """Sets up prompt_toolkit, or plain input where that is missing or the terminal is dumb.
 
         Args:
             commands: that Tab completes.
+            keeps_history: keep what is typed for later chats.
         """
         self.was_empty = True
         """Whether nothing had been typed when Ctrl-C interrupted the last `read`."""
         self._session: Any = None
         if is_terminal(sys.stderr) and os.environ.get("TERM") not in (None, "", "dumb"):
             try:
-                self._session = _session(commands)
+                self._session = _session(commands, keeps_history)
             except ImportError:
                 note("# prompt_toolkit is not installed: no history, little editing")
         if self._session is None and sys.stdin is not None:
@@ -84,7 +85,7 @@ def _plain_read(prompt: str) -> str:
         lines[-1] = lines[-1][:-1]
 
 
-def _session(commands: Sequence[str]) -> Any:
+def _session(commands: Sequence[str], keeps_history: bool = True) -> Any:
     """Returns a prompt_toolkit session; prompts go to stderr, so that stdout has replies only."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -115,7 +116,7 @@ def _session(commands: Sequence[str]) -> Any:
             with contextlib.suppress(OSError):  # a full disk must not end the chat
                 super().store_string(string)
 
-    path = _history_path()
+    path = _history_path() if keeps_history else None
     history: History = _Kept(str(path)) if path else InMemoryHistory()
     output = create_output(stdout=sys.stderr)
     if hasattr(output, "enable_cpr"):

@@ -182,6 +182,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
          help="most tokens of a reply, -1 until it ends (default: the model's, else -1)")
     _add(daily, "--stats", type=stats_kind, default="short", metavar="KIND",
          help="the line after a reply: short, full or off (default: %(default)s)")
+    _add(daily, "--session", metavar="NAME", help="go on with the conversation of that name, and keep it")
     _add_version(daily)
 
     model = parser.add_argument_group("experts and memory")
@@ -189,6 +190,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     _add_model_flags(model)
 
     text = parser.add_argument_group("text")
+    _add_switch(text, "--no-history", help="do not keep what is typed in a chat for the next one")
     _add_switch(text, "--raw", help="no chat template: the model continues the text")
     _add_switch(text, "--ignore-eos", help="go on where the model would end its reply")
     _add(text, "-r", "--stop", "--reverse-prompt", action=_Collect, default=[], metavar="TEXT",

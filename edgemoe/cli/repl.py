@@ -32,10 +32,28 @@ _HELP = '''\
 /set [NAME VALUE]  change how replies are sampled; alone, show how
 /save FILE         write the conversation to a file
 /load FILE         go on with a saved one
-/help              this
+/sessions          the conversations that --session NAME has kept
+/help [stats]      this, or what the words of --stats full mean
 /quit, /exit, /bye  leave, as Ctrl-D does
 Ctrl-C stops a reply. Alt-Enter, or a backslash at the end, goes on in a new line; """ alone
-begins and ends several. What begins with / and is no command needs a space before it.'''
+begins and ends several. What begins with / and is no command needs a space before it. What you type
+is kept for the arrow keys of later chats, in a file that only you can read; --no-history keeps nothing.'''
+
+_WORDS_OF_STATS = """\
+36 prompt + 100 tokens   tokens that were read and written
+first 0.11 s             from the question to the first token
+hit 87.3%                share of experts that were in memory when they were wanted
+dropped 6659             experts that had to leave memory for others
+read 0.86 GB             from the model's file
+8.0 bits                 of an expert's weight, on average
+skipped, substituted     experts that the router chose and that did not run, of lossy schedulers
+look-ahead 79% right     share of reads ahead whose expert was then wanted
+T1 0.60, T2 0.90         thresholds of the scheduler hobbit: edgemoe schedulers
+peak 196 MiB             most memory of the whole process since its start
+#b32109b8                checksum of the last logits: the same for the same model, bits and prompt"""
+
+_AT_START = ("bits", "dense_bits", "ram", "ctx_size", "context", "experts", "scheduler", "threads")
+"""What is set by a flag, when the model is opened."""
 
 _QUOTES = '"""'
 """A line of these alone begins a text of several lines, and another ends it."""
@@ -52,7 +70,15 @@ _SHORT = {"temp": "temperature", "n": "max_tokens", "predict": "max_tokens", "s"
 """What /set also understands: the names of the flags, where they differ from the fields'."""
 
 
-def interact(engine: Engine, chat: Chat, *, name: str, stats: str = "short") -> int:
+def interact(
+    engine: Engine,
+    chat: Chat,
+    *,
+    name: str,
+    stats: str = "short",
+    keep: Callable[[], None] | None = None,
+    keeps_history: bool = True,
+) -> int:
     """Chats until the user leaves.
 
     Args:
@@ -60,6 +86,8 @@ def interact(engine: Engine, chat: Chat, *, name: str, stats: str = "short") -> 
         chat: the conversation to go on with.
         name: what the model is called in the greeting.
         stats: what is said after a reply: "short", "full" or "off".
+        keep: is called when the conversation may be another.
+        keeps_history: keep what is typed for later chats.
 
     Returns:
         The exit code, 0.
@@ -69,7 +97,7 @@ def interact(engine: Engine, chat: Chat, *, name: str, stats: str = "short") -> 
     """
     note(f"# {_greeting(engine, name)}")
     session = _Session(engine, chat, stats)
-    reader = LineReader(sorted(session.commands))
+    reader = LineReader(sorted(session.commands), keeps_history=keeps_history)
     interrupts = 0
     while not session.is_over:
         try:
@@ -95,7 +123,16 @@ def interact(engine: Engine, chat: Chat, *, name: str, stats: str = "short") -> 
             raise
         except (ValueError, OSError, MemoryError) as error:  # the chat goes on
             note(f"# {error_line(error)}")
+        _kept(keep)
     return 0
+
+
+def _kept(keep: Callable[[], None] | None) -> None:
+    try:
+        if keep is not None:
+            keep()
+    except OSError as error:
+        note(f"# {error_line(error)}")
 
 
 def _greeting(engine: Engine, name: str) -> str:
@@ -129,8 +166,9 @@ class _Session:
             "/undo": self._undo,
             "/system": self._system,
             "/read": self._read,
-            "/?": lambda _: note(*_HELP.split("\n")),
-            "/help": lambda _: note(*_HELP.split("\n")),
+            "/sessions": self._sessions,
+            "/?": self._help,
+            "/help": self._help,
             "/quit": self._quit,
             "/exit": self._quit,
             "/bye": self._quit,
@@ -172,6 +210,14 @@ class _Session:
         if self._chat.finish == "context":
             note("# the context is full: /reset starts anew, -c makes it larger")
 
+    def _help(self, rest: str) -> None:
+        note(*(_WORDS_OF_STATS if rest == "stats" else _HELP).split("\n"))
+
+    def _sessions(self, _: str) -> None:
+        from edgemoe.cli.sessions import listed
+
+        note(*(f"# {name}" for name in listed()), "# edgemoe-run --session NAME goes on with one")
+
     def _reset(self, _: str) -> None:
         self._chat.reset()
         note("# the conversation is empty")
@@ -203,6 +249,11 @@ class _Session:
             )
             return
         if name not in {f.name for f in dataclasses.fields(params)}:
+            if name in _AT_START:
+                flag = "-c" if name in ("ctx_size", "context") else f"--{name.replace('_', '-')}"
+                raise ValueError(f"/set: {name} is set when the model is opened: {flag} VALUE")
+            if name == "system":
+                raise ValueError("/set: /system TEXT says what the model is told first")
             raise ValueError(f"/set: no setting is called {name!r}; /set alone lists them")
         # The default's type: a model's own settings may say 1 where 1.0 is meant.
         value = _parsed(name, text.strip(), type(getattr(type(params)(), name)))

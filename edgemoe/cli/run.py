@@ -106,6 +106,11 @@ def _run(args: Namespace) -> int:
     prompt = _prompt(args)  # before the model is loaded, so that a mistake costs no time
     if args.model is None:
         args.model = demo_model()
+    session = None
+    if args.session is not None:
+        from edgemoe.cli.sessions import session_path
+
+        session = session_path(args.session)
     _note_threads(args.threads)
     if args.verbose:
         _describe_machine()
@@ -138,11 +143,24 @@ def _run(args: Namespace) -> int:
         chat = Chat(engine, system=args.system_prompt, params=params, raw=args.raw)
         if chat.is_raw and not args.raw:
             note("# the model has no chat template: it continues your text instead of answering it")
+        if session is not None:
+            from edgemoe.cli.sessions import keep, resume
+
+            note(f"# {resume(chat, session)}")
+            if args.system_prompt:
+                chat.instruct(args.system_prompt)
         if prompt is None:
             from edgemoe.cli.repl import interact
 
-            return interact(engine, chat, name=Path(args.model).stem, stats=args.stats)
-        return _answer(engine, chat, prompt, stats=args.stats)
+            return interact(
+                engine, chat, name=Path(args.model).stem, stats=args.stats,
+                keep=None if session is None else lambda: keep(chat, session),
+                keeps_history=not args.no_history,
+            )  # fmt: skip
+        code = _answer(engine, chat, prompt, stats=args.stats)
+        if session is not None:
+            keep(chat, session)
+        return code
 
 
 def _warm(engine: Engine, profile: str) -> None:

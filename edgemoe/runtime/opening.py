@@ -119,14 +119,14 @@ def open_model(path: str | os.PathLike[str], options: EngineOptions) -> Opened:
     if options.trace is not None:
         model.record(options.trace)
     logger.info(
-        "%s: %s, %d tokens of context, chunks of %d, %d of %d bytes of experts, %s, %d threads",
-        moe.path, moe.config.family, model.budget.context, model.budget.chunk, model.budget.slots,
-        model.budget.experts, _core.isa(), model.threads,
+        "%s: %s, %d tokens of context, chunks of %d, %.0f of %.0f MiB of experts, %s, %d threads",
+        moe.path, moe.config.family, model.budget.context, model.budget.chunk, model.budget.slots / 2**20,
+        model.budget.experts / 2**20, _core.isa(), model.threads,
     )  # fmt: skip
     budget = model.budget
     logger.info(
-        "%d bytes of memory: %s; %d for experts for certain, %d as long as nothing else takes it",
-        budget.ram, budget.parts(), budget.slots, budget.most_slots,
+        "%.0f MiB of memory: %s; %.0f MiB for experts for certain, %.0f MiB as long as nothing else takes it",
+        budget.ram / 2**20, budget.parts(), budget.slots / 2**20, budget.most_slots / 2**20,
     )  # fmt: skip
     return Opened(model, text, profile)
 

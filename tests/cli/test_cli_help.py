@@ -37,6 +37,8 @@ def test_what_peers_call_it(capsys):
         assert end.value.code == 0
     assert main(["chat", "absent.moe", "-p", "Hi"]) == 1
     assert capsys.readouterr().err == "edgemoe chat: absent.moe: no such file\n"
+    assert main(["profile"]) == 0
+    assert "replay" in capsys.readouterr().out
     assert main(["inspct"]) == 2
     assert "no command 'inspct' (did you mean inspect?)" in capsys.readouterr().err
 

@@ -365,6 +365,31 @@ def test_how_much_is_said_after_a_reply(env: dict[str, str], tiny_moe: Path) -> 
     assert b"expected short, full or off, got 'many'" in wrong.stderr
 
 
+def test_a_session_goes_on_where_it_was(
+    env: dict[str, str], tiny_moe: Path, tmp_path: Path
+) -> None:
+    env["XDG_STATE_HOME"] = str(tmp_path / "state")
+    flags = (tiny_moe, "-n", 3, "--temp", 0, "--ignore-eos", "--stats", "off")
+    path = tmp_path / "state/edgemoe/sessions/work.json"
+    first = run(env, *flags, "--session", "work", "-sys", "Be brief.", "-p", "Hi")
+    assert first.stderr.decode() == f"# session work: new, kept in {path}\n"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert path.parent.stat().st_mode & 0o777 == 0o700
+    second = run(env, *flags, "--session", "work", "-p", "And you?")
+    assert second.stderr.decode() == f"# session work: 3 messages so far, kept in {path}\n"
+    kept = json.loads(path.read_text())["messages"]
+    assert [m["role"] for m in kept] == ["system", "user", "assistant", "user", "assistant"]
+    assert kept[0]["content"] == "Be brief."
+    with edgemoe.load(tiny_moe) as engine:  # as one conversation
+        chat = engine.chat(
+            system="Be brief.", params=SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+        )
+        both = ["".join(chat.say(text)) for text in ("Hi", "And you?")]
+    assert [first.stdout.decode(), second.stdout.decode()] == [replied(text) for text in both]
+    wrong = run(env, *flags, "--session", "../x", "-p", "Hi")
+    assert b"--session: expected a name of letters" in wrong.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -620,6 +645,10 @@ def test_commands(brief: Terminal, tmp_path: Path) -> None:
     ask("/stats", "hash of the last logits")
     ask("/set", "ignore_eos")
     ask("/set temp 0.5", "temperature is 0.5")
+    ask("/set bits 4", "bits is set when the model is opened: --bits VALUE")
+    ask("/set system Be brief", "/system TEXT says what the model is told first")
+    ask("/help stats", "share of experts that were in memory when they were wanted")
+    ask("/sessions", "edgemoe-run --session NAME goes on with one")
     ask("/set temp hot", "temperature must be a number, got 'hot'")
     ask("/set top_p 3", "top_p: expected 0 to 1, got 3.0")
     ask("/set wrong 3", "no setting is called 'wrong'")

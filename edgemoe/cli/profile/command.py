@@ -25,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with code 2 at wrong usage.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.command is None:  # which there are, as edgemoe alone says
+        parser.print_help()
+        return 0
     return run_command(
         f"edgemoe profile {args.command}", lambda: args.run(args), verbose=args.verbose
     )
@@ -37,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Record how a model routes a text; report on it; replay it through schedulers, policies and "
         "budgets without the model; plot it.",
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for subcommand in (trace, train, report, replay, fit, plot):
         subcommand.add(commands)
     return parser

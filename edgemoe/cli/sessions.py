@@ -1,0 +1,62 @@
+"""Conversations that are kept by name from one start to the next."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from edgemoe.runtime.chat import Chat
+
+__all__ = ["keep", "listed", "resume", "session_path"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def session_path(name: str) -> Path:
+    """Returns where a conversation is kept, in a folder that only the user may read.
+
+    Raises:
+        ValueError: it is no name.
+        OSError: there is no place for the folder.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"--session: expected a name of letters, digits, ., _ and -, got {name!r}")
+    folder = _folder()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder / f"{name}.json"
+
+
+def resume(chat: Chat, path: Path) -> str:
+    """Goes on with a kept conversation, where there is one, and returns a line about it.
+
+    Raises:
+        FormatError: the file is no conversation.
+        OSError: it cannot be read.
+    """
+    if not path.exists():
+        return f"session {path.stem}: new, kept in {path}"
+    chat.load(path)
+    return f"session {path.stem}: {len(chat.messages)} messages so far, kept in {path}"
+
+
+def keep(chat: Chat, path: Path) -> None:
+    """Writes the conversation. Raises OSError: it cannot be written."""
+    if not path.exists():
+        if not chat.messages:
+            return
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # `save` keeps the mode
+    chat.save(path)
+
+
+def listed() -> Iterator[str]:
+    """Yields the names of kept conversations, the last used first."""
+    found = sorted(_folder().glob("*.json"), key=lambda p: p.stat().st_mtime, reverse=True)
+    yield from (path.stem for path in found)
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_STATE_HOME", "")
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".local/state"
+    return root / "edgemoe" / "sessions"
