@@ -25,7 +25,7 @@ from edgemoe.store import Request
 
 __all__ = [
     "Array", "AttentionWeights", "DeltaRule", "ExpertLayer", "Ids", "KvLayer", "LatentWeights", "MambaRule",
-    "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule", "RouterWeights", "kv_bytes", "rope_bytes",
+    "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule", "RouterWeights", "kv_bytes", "kv_parts", "rope_bytes",
 ]  # fmt: skip
 
 Array = NDArray[np.float32]
@@ -126,6 +126,23 @@ class OpsShape:
 def kv_bytes(kind: str, num_heads: int, capacity: int, head_dim: int) -> int:
     """Returns the memory of one layer's keys or values, stored as `kind`; the same on every device."""
     return _core.KvLayer.bytes(kind, num_heads, capacity, head_dim)
+
+
+def kv_parts(
+    layer: KvLayer, kinds: tuple[str, ...], heads: int, head_dim: int, capacity: int, length: int
+) -> tuple[Any, ...]:
+    """Returns where the first positions lie in a layer, a view [heads, bytes] for each of its kinds."""
+
+    def of_head(kind: str, positions: int) -> int:
+        return kv_bytes(kind, 64, positions, head_dim) // 64  # what is rounded is all of them
+
+    views, at, blocks = [], 0, -(-length // 32) * 32
+    for kind in kinds:
+        whole = of_head(kind, capacity)
+        found = layer.content[at : at + heads * whole].reshape(heads, whole)
+        views.append(found[:, : min(of_head(kind, blocks), whole)])
+        at += kv_bytes(kind, heads, capacity, head_dim)
+    return tuple(views)
 
 
 def rope_bytes(rope_dim: int, kept: int) -> int:

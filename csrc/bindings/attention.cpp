@@ -140,10 +140,10 @@ void bind_attention(py::module_& m) {
       .def_property_readonly(
           "content",
           [](const py::object& self) {
-            const auto& kv = self.cast<const Kv&>();
-            return lend(kv.memory.bytes(), kv.bytes, self);
+            auto& kv = self.cast<Kv&>();
+            return py::array_t<uint8_t>(py::ssize_t(kv.bytes), kv.memory.bytes(), self);
           },
-          "uint8 view of the keys and then the values, as kernels.h says.");
+          "uint8 view of the keys and then the values, as kernels.h says; what is written there is what they are.");
 
   m.def(
       "attention",

@@ -208,6 +208,10 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
     _add(model, "-np", "--parallel", type=int, default=4, metavar="N",
          help="conversations that are kept and run at once, each with its own context (default: %(default)s)")
+    _add(model, "--slot-save-path", metavar="DIR",
+         help="save what conversations hold there, and restore it when their prompts come back")
+    _add(model, "--slot-save-size", type=ram_size, default=8 << 30, metavar="SIZE",
+         help="the most that is kept there (default: 8GiB)")
     _add_daily_flags(model)
     _add_model_flags(model)
     _add_switch(model, "--no-grammar", help="keep no memory for JSON schemas and grammars, and refuse them")

@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.set = read_settings(args.set)
         if args.max_quality_loss is not None:
             check(args)
+        if args.slot_save_path is not None and args.device != "cpu":
+            raise ValueError("--slot-save-path: prefixes are not saved where a device holds them")
         if args.warm and args.profile is None:
             raise ValueError("--warm: expected --profile FILE, which says what to load")
         settings = _settings(args)
@@ -89,6 +91,7 @@ def _settings(args: Namespace) -> Settings:
         origins=tuple(args.cors_origins), hosts=tuple(h.lower() for h in args.allowed_hosts),
         is_strict=args.strict, has_metrics=args.metrics, has_page=not args.no_page, has_grammar=not args.no_grammar,
         reasoning_budget=whole("--reasoning-budget", args.reasoning_budget, -1),
+        prefixes=args.slot_save_path, prefix_bytes=args.slot_save_size,
     )  # fmt: skip
 
 

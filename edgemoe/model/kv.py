@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from edgemoe.ops import KvLayer, Ops, kv_bytes
+from edgemoe.ops import KvLayer, Ops, kv_bytes, kv_parts
 from edgemoe.specs import AttentionSpec
 
 __all__ = ["KV_TYPES", "KvState", "KvTypes"]
@@ -41,6 +42,7 @@ class KvState:
 
     def __init__(self, ops: Ops, spec: AttentionSpec, capacity: int, types: KvTypes) -> None:
         self.layer: KvLayer = ops.kv_layer(spec, types.keys, types.values, capacity)
+        self._spec, self._types, self._capacity = spec, types, capacity
 
     @staticmethod
     def bytes(spec: AttentionSpec, capacity: int, types: KvTypes) -> int:
@@ -56,3 +58,21 @@ class KvState:
 
     def snapshot(self, length: int) -> None:
         """See `State.snapshot`."""
+
+    def parts(self, length: int) -> tuple[Any, ...] | None:
+        """See `State.parts`: keys and values, uint8 [heads, bytes], in whole blocks of positions."""
+        types, spec = self._types, self._spec
+        return kv_parts(
+            self.layer,
+            (types.keys, types.values),
+            spec.num_kv_heads,
+            spec.head_dim,
+            self._capacity,
+            length,
+        )
+
+    def make_parts(self, length: int) -> tuple[Any, ...]:
+        """See `State.make_parts`."""
+        parts = self.parts(length)
+        assert parts is not None
+        return parts

@@ -8,7 +8,7 @@ from typing import Any, cast
 from edgemoe.model.batch import Batch
 from edgemoe.model.kv import KvTypes
 from edgemoe.model.setup import Setup
-from edgemoe.ops import Array, KvLayer, Matrix, Ops, kv_bytes
+from edgemoe.ops import Array, KvLayer, Matrix, Ops, kv_bytes, kv_parts
 from edgemoe.specs import MlaSpec
 from edgemoe.store import Weight
 
@@ -24,6 +24,7 @@ class Latents:
 
     def __init__(self, ops: Ops, spec: MlaSpec, capacity: int, kind: str) -> None:
         self.layer: KvLayer = ops.latents(spec, kind, capacity)
+        self._spec, self._kind, self._capacity = spec, kind, capacity
 
     @staticmethod
     def bytes(spec: MlaSpec, capacity: int, types: KvTypes) -> int:
@@ -36,6 +37,16 @@ class Latents:
 
     def snapshot(self, length: int) -> None:
         """See `State.snapshot`."""
+
+    def parts(self, length: int) -> tuple[Any, ...] | None:
+        """See `State.parts`."""
+        return kv_parts(self.layer, (self._kind,), 1, self._spec.key_dim, self._capacity, length)
+
+    def make_parts(self, length: int) -> tuple[Any, ...]:
+        """See `State.make_parts`."""
+        parts = self.parts(length)
+        assert parts is not None
+        return parts
 
 
 class Mla:

@@ -61,6 +61,16 @@ class RecurrentState:
         if length and length not in self._kept:
             self._kept = [*self._kept, length][-_SNAPSHOTS:]
 
+    def parts(self, length: int) -> tuple[Any, ...] | None:
+        """See `State.parts`."""
+        return self._at.get(length)
+
+    def make_parts(self, length: int) -> tuple[Any, ...]:
+        """See `State.make_parts`."""
+        self._drop(set(self._at))
+        made = self._at[length] = self._free.pop()
+        return made
+
     def _drop(self, lengths: set[int]) -> None:
         """Forgets lengths, and what was kept of them."""
         self._kept = [n for n in self._kept if n not in lengths]

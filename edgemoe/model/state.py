@@ -8,7 +8,7 @@ written by then for tokens that do not count is theirs to ignore, and it never t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 __all__ = ["SequenceState", "State"]
 
@@ -35,6 +35,12 @@ class State(Protocol):
 
     def snapshot(self, length: int) -> None:
         """Keeps what it takes for `rewind` to come back to `length`, the present one. Nothing for keys and values."""
+
+    def parts(self, length: int) -> tuple[Any, ...] | None:
+        """Returns what stands for `length` tokens, the present length, to be saved; None where that cannot be."""
+
+    def make_parts(self, length: int) -> tuple[Any, ...]:
+        """Returns what `parts` does of a layer at the start, to be filled: `length` tokens are there then."""
 
 
 class SequenceState:

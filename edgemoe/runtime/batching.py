@@ -21,6 +21,7 @@ from edgemoe import _core
 from edgemoe.errors import Cancelled, EdgemoeError
 from edgemoe.model import Batch
 from edgemoe.runtime.model import Model
+from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.requests import Outcome, Request, figures
 from edgemoe.runtime.sequence import token_ids
 from edgemoe.runtime.slots import Slot, SlotView, best_slot
@@ -36,15 +37,24 @@ class QueueFull(EdgemoeError):
 class Batcher:
     """Owns all sequences of a model, and gives them to requests."""
 
-    def __init__(self, model: Model, eos_ids: abc.Set[int], *, most_waiting: int = 64) -> None:
+    def __init__(
+        self,
+        model: Model,
+        eos_ids: abc.Set[int],
+        *,
+        most_waiting: int = 64,
+        prefixes: PrefixStore | None = None,
+    ) -> None:
         """Takes all states that the model has room for.
 
         Args:
             model: opened for as many sequences as shall run at once.
             eos_ids: tokens that end a reply.
             most_waiting: requests beyond these are refused.
+            prefixes: where what sequences lose is saved; None for nowhere.
         """
         self._model, self._eos, self._most_waiting = model, frozenset(eos_ids), most_waiting
+        self._prefixes = prefixes
         count = model.options.sequences
         self._slots = [Slot(model.make_state()) for _ in range(count)]
         self._rows = np.empty((count, model.config.vocab_size), np.float32)
@@ -123,6 +133,12 @@ class Batcher:
             self._refuse(request, tokens, "error", error)
         self._look()
 
+    def save(self) -> None:
+        """Saves what all sequences hold, where there is a place for it. Not beside `step`."""
+        if self._prefixes is not None:
+            for slot in self._slots:
+                self._prefixes.save(slot.state)
+
     def _drop_cancelled(self) -> None:
         for slot in self._slots:
             if slot.request is not None and slot.request.is_cancelled:
@@ -144,6 +160,8 @@ class Batcher:
                 request, tokens = self._waiting.popleft()
             most = 0 if request.prompt_logprobs is not None else len(tokens) - 1
             slot, shared = best_slot(self._model.config, idle, tokens, most)
+            if self._prefixes is not None:
+                shared = self._prefixes.exchange(slot.state, tokens, shared, most)
             slot.start(request, tokens, slot.state.rewind(shared), self._model.counters)
 
     def _parts(self) -> list[tuple[Slot, NDArray[np.int32]]]:

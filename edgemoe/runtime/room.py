@@ -80,10 +80,19 @@ class Room:
         if is_due:
             self._base = self._measured() - self._counted()
         for part in grown:
-            reach = -(-(part.state.length + part.count) // KV_STEP) * KV_STEP
-            part.state.reach = min(reach, part.state.capacity)
+            self._reach(part.state, part.state.length + part.count)
         self._tokens = max(tokens, self._tokens)
         self._resize(self._left())
+
+    def reach(self, state: SequenceState, length: int) -> None:
+        """Makes room for a sequence that will hold `length` tokens at once, as one that is restored does."""
+        if not self._is_steady and length > state.reach:
+            self._reach(state, length)
+            self._resize(self._left())
+
+    @staticmethod
+    def _reach(state: SequenceState, length: int) -> None:
+        state.reach = min(-(-length // KV_STEP) * KV_STEP, state.capacity)
 
     def lend(self, size: int) -> None:
         """Takes `size` bytes from the slots until the next pass; before a reply was made the reserve is for that."""

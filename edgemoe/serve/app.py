@@ -318,7 +318,7 @@ async def _no_embeddings(service: Service, request: Request) -> Response:
 
 
 async def _no_actions(service: Service, request: Request) -> Response:
-    raise Problem(501, "sequences cannot be saved, restored or erased in this version")
+    raise Problem(501, "sequences are saved and restored by themselves, with --slot-save-path")
 
 
 def _description(service: Service) -> Response:

@@ -14,6 +14,7 @@ import edgemoe
 from edgemoe.errors import FormatError
 from edgemoe.runtime.batching import Batcher, QueueFull
 from edgemoe.runtime.opening import Opened
+from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.requests import Constraint, Outcome
 from edgemoe.serve.figures import ServerFigures
 from edgemoe.serve.grammar import Grammars, Guide
@@ -73,6 +74,7 @@ class Service:
 
         Raises:
             FormatError: the model has no tokenizer, or its chat template is broken.
+            OSError: the folder of prefixes cannot be made or read.
         """
         tokenizer = opened.text.tokenizer
         if tokenizer is None:
@@ -93,7 +95,11 @@ class Service:
         )
         self.fingerprint = _fingerprint(opened)
         self.is_stopping = False
-        self.worker = Worker(Batcher(self.model, eos, most_waiting=settings.queue), on_death)
+        prefixes = None
+        if settings.prefixes is not None:
+            prefixes = PrefixStore(settings.prefixes, self.model, most_bytes=settings.prefix_bytes)
+        batcher = Batcher(self.model, eos, most_waiting=settings.queue, prefixes=prefixes)
+        self.worker = Worker(batcher, on_death)
 
     @property
     def batcher(self) -> Batcher:
@@ -283,6 +289,8 @@ class Service:
         self.is_stopping = True
         self.worker.stop()
         profile, model = self.opened.profile, self.model
+        if self.worker.error is None:
+            self.batcher.save()
         if model.experts.observer is not None:
             model.experts.observer.close()
         if profile is not None and self.worker.error is None:

@@ -49,6 +49,11 @@ class Settings:
     reasoning_budget: int = -1
     """The most tokens of reasoning; -1 for no limit."""
 
+    prefixes: str | None = None
+    """The folder where prefixes are saved."""
+    prefix_bytes: int = 8 << 30
+    """The most that they take there."""
+
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and not self.keys and not self.no_auth:
             raise ValueError(

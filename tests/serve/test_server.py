@@ -330,3 +330,15 @@ def test_wrong_flags_are_one_line(tiny_moe, flags, words, capsys):
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_conversations_outlive_the_server(tiny_moe, tmp_path):
+    body, said = chat("y" * 100, max_tokens=6, seed=1), []
+    for cached in (False, True):
+        with running(tiny_moe, prefixes=str(tmp_path / "kept")) as server:
+            said.append(server.post("/v1/chat/completions", body).json())
+        usage = said[-1]["usage"]
+        kept = usage["prompt_tokens"] - 1 if cached else 0
+        assert usage["prompt_tokens_details"]["cached_tokens"] == kept
+    assert said[0]["choices"] == said[1]["choices"]
+    assert said[0]["edgemoe"]["logits_hash"] == said[1]["edgemoe"]["logits_hash"]

@@ -1,0 +1,143 @@
+"""Prefixes on disk: what comes back is what was computed, or it is computed again, and that is said."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+
+import families
+import numpy as np
+import pytest
+from test_batching import Asked, run
+
+from edgemoe.convert.convert import convert
+from edgemoe.convert.open import open_checkpoint
+from edgemoe.runtime.batching import Batcher
+from edgemoe.runtime.opening import open_model
+from edgemoe.runtime.options import EngineOptions
+from edgemoe.runtime.prefixes import PrefixStore
+from edgemoe.text.sampler import SamplingParams
+
+RNG = np.random.default_rng(5)
+LONG, OTHER = RNG.integers(3, 150, 150).tolist(), RNG.integers(3, 150, 90).tolist()
+PARAMS = SamplingParams(temperature=1, seed=3, max_tokens=6, ignore_eos=True)
+
+
+def batcher(path, folder, *, sequences=1, most=1 << 30, **options):
+    """Returns a batcher that saves into a folder, as after another start."""
+    found = open_model(path, EngineOptions(sequences=sequences, **options))
+    store = PrefixStore(folder, found.model, most_bytes=most)
+    return Batcher(found.model, found.text.eos_ids, prefixes=store), store
+
+
+def asked(to, ids):
+    one = Asked(ids, PARAMS)
+    run(to, one)
+    assert one.outcome.error is None
+    return one.tokens, one.outcome.figures
+
+
+@pytest.fixture(scope="module", params=["qwen3_moe", "deepseek_v2", "qwen3_next", "gpt_oss"])
+def model(request, tmp_path_factory):
+    """Keys and values, latents, recurrent layers, and windows."""
+    folder = tmp_path_factory.mktemp(request.param)
+    families.make(request.param, folder / "source", changes={"max_position_embeddings": 256})
+    convert(open_checkpoint(folder / "source"), folder / "model.moe")
+    return folder / "model.moe"
+
+
+@pytest.mark.parametrize("kinds", [{}, {"cache_type_k": "q8_0", "cache_type_v": "f32"}])
+def test_what_another_start_finds_is_what_it_would_compute(model, tmp_path, kinds):
+    first, _ = batcher(model, tmp_path, **kinds)
+    tokens, _ = asked(first, LONG)
+    asked(first, OTHER)  # takes the only sequence: what it holds is saved
+    first.save()
+    again, store = batcher(model, tmp_path, **kinds)
+    assert len(store) == 2
+    go_on = [*LONG, *tokens]
+    alone, _ = batcher(model, tmp_path / "none", **kinds)
+    expected, right = asked(alone, go_on)
+    got, came = asked(again, go_on)
+    assert (got, came.logits_hash) == (expected, right.logits_hash)
+    assert came.cached_tokens == len(go_on) - 1
+    assert not list((tmp_path / "none").glob("*.prefix"))
+
+
+def test_only_the_same_model_computed_alike_is_taken(tiny_moe, tmp_path):
+    one, store = batcher(tiny_moe, tmp_path)
+    asked(one, LONG)
+    one.save()
+    assert len(store) == 1
+    assert os.stat(next(tmp_path.iterdir())).st_mode & 0o077 == 0
+    for other in ({"bits": 4}, {"cache_type_k": "f32"}, {"dense_bits": 4}):
+        found, _ = batcher(tiny_moe, tmp_path, **other)
+        assert asked(found, LONG)[1].cached_tokens == 0
+    found, _ = batcher(tiny_moe, tmp_path)
+    assert asked(found, LONG)[1].cached_tokens == len(LONG) - 1
+    found, _ = batcher(tiny_moe, tmp_path)  # a part of it is a prefix too
+    assert asked(found, [*LONG[:100], *OTHER])[1].cached_tokens == 100
+
+
+@pytest.mark.parametrize("at", [100, -5000, -3])
+def test_a_damaged_prefix_is_computed_again_and_said(tiny_moe, tmp_path, caplog, at):
+    one, _ = batcher(tiny_moe, tmp_path)
+    expected, _ = asked(one, LONG)
+    one.save()
+    again, _ = batcher(tiny_moe, tmp_path)
+    (path,) = tmp_path.iterdir()
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+    with caplog.at_level(logging.WARNING):
+        tokens, figures = asked(again, LONG)
+    assert tokens == expected
+    assert figures.cached_tokens == 0
+    assert "computed again" in caplog.text
+    assert not path.exists()
+    path.write_bytes(data[:50])
+    with caplog.at_level(logging.WARNING):
+        _, store = batcher(tiny_moe, tmp_path)
+    assert "is removed" in caplog.text
+    assert len(store) == 0
+
+
+def test_a_full_disk_costs_the_prefix_alone(tiny_moe, tmp_path, caplog, monkeypatch):
+    import edgemoe.runtime.prefixes as prefixes
+
+    def full(path, *_):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    one, store = batcher(tiny_moe, tmp_path)
+    expected, _ = asked(one, LONG)
+    monkeypatch.setattr(prefixes, "write_summed", full)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            asked(one, OTHER)
+            assert asked(one, LONG)[0] == expected
+    assert caplog.text.count("No space left on device") == 1  # once
+    assert len(store) == 0
+
+
+def test_old_ones_make_room(tiny_moe, tmp_path):
+    one, _ = batcher(tiny_moe, tmp_path)
+    asked(one, LONG)
+    one.save()
+    size = sum(p.stat().st_size for p in tmp_path.iterdir())
+    two, store = batcher(tiny_moe, tmp_path, most=size + 1000)
+    asked(two, OTHER)
+    two.save()
+    assert len(store) == len(list(tmp_path.iterdir())) == 1
+    three, _ = batcher(tiny_moe, tmp_path)
+    assert asked(three, OTHER)[1].cached_tokens == len(OTHER) - 1
+
+
+def test_a_turn_that_goes_on_is_saved_once(tiny_moe, tmp_path):
+    one, store = batcher(tiny_moe, tmp_path)
+    tokens, _ = asked(one, LONG)
+    one.save()
+    one.save()
+    assert len(store) == 1
+    asked(one, [*LONG, *tokens, *OTHER])
+    one.save()
+    assert len(store) == len(list(tmp_path.iterdir())) == 1  # the longer one stands for both
