@@ -7,11 +7,14 @@
 namespace edgemoe {
 namespace {
 
-void take(Kv* kv) {
+void take(Kv* kv, bool resident) {
   kv->memory = Memory(kv->bytes);
-  if (kv->bytes < kHugeKvBytes) return;
-  kv->memory.prefer_huge_pages();
-  kv->memory.touch();
+  if (kv->bytes >= kHugeKvBytes) kv->memory.prefer_huge_pages();
+  if (kv->bytes >= kHugeKvBytes || resident) kv->memory.touch();
+}
+
+std::string range_text(int begin, int64_t end) {
+  return "[" + std::to_string(begin) + ", " + std::to_string(end) + ")";
 }
 
 }  // namespace
@@ -30,13 +33,43 @@ size_t kv_bytes(KvType type, int num_heads, int capacity, int head_dim) {
   return round_up(num_heads * kv_head_bytes(type, capacity, blocks(head_dim, 16) * 16), 64);
 }
 
-std::unique_ptr<Kv> make_kv(KvType key_type, KvType value_type, int num_heads, int capacity, int head_dim) {
+int ring_capacity(int window, int tokens) {
+  expect_within("KV cache window", window, 1, kMaxContext);
+  expect_within("KV cache tokens", tokens, 1, kMaxContext);
+  return int(round_up(size_t(window) + size_t(tokens) - 1, kKeyBlock));
+}
+
+void check_positions(const KvLayer& kv, int window, int pos, int T, int max_context) {
+  const int64_t end = int64_t(pos) + T;
+  const bool is_ring = window > 0 && kv.capacity % kKeyBlock == 0;
+  const bool fits = end <= kv.capacity || (is_ring && int64_t(window) + T - 1 <= kv.capacity);
+  if (pos >= 0 && T >= 1 && fits && end <= max_context && kv.capacity <= max_context) return;
+  throw std::invalid_argument("attention: positions " + range_text(pos, end) + " are outside the context of " +
+                              std::to_string(kv.capacity));
+}
+
+void check_copy(const KvLayer& from, const KvLayer& to, int begin, int end) {
+  const auto fits = [&](const KvLayer& kv) {
+    return end <= kv.capacity || (kv.capacity % 32 == 0 && blocks(end, 32) - begin / 32 <= kv.capacity / 32);
+  };
+  if (!from.values || !to.values || from.key_type != to.key_type || from.value_type != to.value_type ||
+      from.head_stride != to.head_stride) {
+    throw std::invalid_argument("KV cache: expected keys and values of the same types and heads");
+  }
+  if (begin < 0 || end < begin || end > kMaxContext || !fits(from) || !fits(to)) {
+    throw std::invalid_argument("KV cache: positions " + range_text(begin, end) + " do not fit both of " +
+                                std::to_string(from.capacity) + " and " + std::to_string(to.capacity));
+  }
+}
+
+std::unique_ptr<Kv> make_kv(KvType key_type, KvType value_type, int num_heads, int capacity, int head_dim,
+                            bool resident) {
   auto kv = std::make_unique<Kv>();
   const size_t keys = kv_bytes(key_type, num_heads, capacity, head_dim);
   kv->num_heads = num_heads;
   kv->head_dim = head_dim;
   kv->bytes = keys + kv_bytes(value_type, num_heads, capacity, head_dim);
-  take(kv.get());
+  take(kv.get(), resident);
   const int stride = blocks(head_dim, 16) * 16;
   kv->layer = {kv->memory.bytes(), kv->memory.bytes() + keys, key_type, value_type, capacity, stride, stride};
   return kv;
@@ -51,7 +84,7 @@ std::unique_ptr<Kv> make_latents(KvType type, int capacity, int head_dim, int va
   kv->num_heads = 1;
   kv->head_dim = head_dim;
   kv->bytes = kv_bytes(type, 1, capacity, head_dim);
-  take(kv.get());
+  take(kv.get(), false);
   kv->layer = {kv->memory.bytes(), nullptr, type, type, capacity, blocks(head_dim, 16) * 16, value_dim};
   return kv;
 }

@@ -1,6 +1,7 @@
 // Keys and values of one layer of one sequence, as a core type.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <memory>
 #include <string>
@@ -13,6 +14,39 @@ namespace edgemoe {
 constexpr int kMaxHeads = 1 << 12, kMaxHeadDim = 1 << 12;  ///< together they stay below 2^24, as all that is a row
 constexpr int kMaxContext = 1 << 30;
 constexpr size_t kHugeKvBytes = size_t(4) << 20;  ///< a layer of this size has huge pages, all resident from the start
+
+/// A position lies in a layer where its remainder by the capacity says. So a layer whose window is smaller than the
+/// context may have a capacity of whole blocks, a ring: what the window has left behind is written over.
+///
+/// The capacity of a ring for a window and passes of at most `tokens`.
+int ring_capacity(int window, int tokens);
+
+/// Throws std::invalid_argument unless T positions from `pos` fit a layer: its capacity, or, where it is a ring, what
+/// the first of them sees and all of them at once.
+void check_positions(const KvLayer& kv, int window, int pos, int T, int max_context);
+
+/// Throws std::invalid_argument unless positions [begin, end) can be copied between two layers of as many heads.
+void check_copy(const KvLayer& from, const KvLayer& to, int begin, int end);
+
+/// Copies positions [begin, end), by whole tiles, with `copy(to, from, bytes)`.
+template <class Copy>
+void copy_positions(const KvLayer& from, const KvLayer& to, int num_heads, int begin, int end, Copy copy) {
+  for (const bool is_key : {true, false}) {
+    const KvType type = is_key ? from.key_type : from.value_type;
+    const int rows = kv_tile_rows(type), stride = from.head_stride, last = blocks(end, rows);
+    const size_t tile = kv_tile_bytes(type, stride);
+    const int from_tiles = blocks(from.capacity, rows), to_tiles = blocks(to.capacity, rows);
+    for (int h = 0; h < num_heads; ++h) {
+      const uint8_t* source = (is_key ? from.keys : from.values) + h * kv_head_bytes(type, from.capacity, stride);
+      uint8_t* target = (is_key ? to.keys : to.values) + h * kv_head_bytes(type, to.capacity, stride);
+      for (int t = begin / rows, n; t < last; t += n) {
+        const int at = t % from_tiles, there = t % to_tiles;
+        n = std::min({last - t, from_tiles - at, to_tiles - there});
+        copy(target + there * tile, source + at * tile, n * tile);
+      }
+    }
+  }
+}
 
 /// Keys and values of one layer, and the memory that holds them.
 struct Kv {
@@ -29,8 +63,10 @@ KvType kv_type(const std::string& name);
 /// every size is one that a model may have.
 size_t kv_bytes(KvType type, int num_heads, int capacity, int head_dim);
 
-/// Throws std::invalid_argument like `kv_bytes`, and OutOfBudget.
-std::unique_ptr<Kv> make_kv(KvType key_type, KvType value_type, int num_heads, int capacity, int head_dim);
+/// `resident`: all of it from the start, also where it is small. Throws std::invalid_argument like `kv_bytes`, and
+/// OutOfBudget.
+std::unique_ptr<Kv> make_kv(KvType key_type, KvType value_type, int num_heads, int capacity, int head_dim,
+                            bool resident);
 
 /// Keys of one head, whose leading `value_dim` columns are the values too. Throws likewise, and unless these are a
 /// multiple of 16.

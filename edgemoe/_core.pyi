@@ -103,10 +103,20 @@ class Rope:
 
 class KvLayer:
     def __init__(
-        self, *, key_type: str, value_type: str, num_heads: int, capacity: int, head_dim: int
+        self,
+        *,
+        key_type: str,
+        value_type: str,
+        num_heads: int,
+        capacity: int,
+        head_dim: int,
+        resident: bool = False,
     ) -> None: ...
+    def take(self, source: KvLayer, begin: int, end: int) -> None: ...
     @staticmethod
     def bytes(type: str, num_heads: int, capacity: int, head_dim: int) -> int: ...
+    @staticmethod
+    def ring(window: int, tokens: int) -> int: ...
     @staticmethod
     def latents(*, type: str, capacity: int, head_dim: int, value_dim: int) -> KvLayer: ...
     @property
@@ -479,6 +489,7 @@ class DeviceKvLayer:
         capacity: int,
         head_dim: int,
     ) -> None: ...
+    def take(self, source: DeviceKvLayer, begin: int, end: int) -> None: ...
     @property
     def content(self) -> _U8: ...
 

@@ -25,7 +25,8 @@ from edgemoe.store import Request
 
 __all__ = [
     "Array", "AttentionWeights", "DeltaRule", "ExpertLayer", "Ids", "KvLayer", "LatentWeights", "MambaRule",
-    "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule", "RouterWeights", "kv_bytes", "kv_parts", "rope_bytes",
+    "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule", "RouterWeights", "kv_bytes", "kv_parts", "kv_ring",
+    "rope_bytes",
 ]  # fmt: skip
 
 Array = NDArray[np.float32]
@@ -128,6 +129,11 @@ def kv_bytes(kind: str, num_heads: int, capacity: int, head_dim: int) -> int:
     return _core.KvLayer.bytes(kind, num_heads, capacity, head_dim)
 
 
+def kv_ring(window: int, tokens: int) -> int:
+    """Returns the capacity of a layer that keeps a window only, for passes of at most `tokens`; likewise."""
+    return _core.KvLayer.ring(window, tokens)
+
+
 def kv_parts(
     layer: KvLayer, kinds: tuple[str, ...], heads: int, head_dim: int, capacity: int, length: int
 ) -> tuple[Any, ...]:
@@ -161,8 +167,17 @@ class Ops(Protocol):
     def host(self, *shape: int, dtype: str) -> NDArray[Any]:
         """Returns a new array that Python reads after a verb has written it: what routers choose, for schedulers."""
 
-    def kv_layer(self, spec: AttentionSpec, keys: str, values: str, capacity: int) -> KvLayer:
-        """Returns room for `capacity` positions, stored as the kinds `keys` and `values`."""
+    def kv_layer(
+        self, spec: AttentionSpec, keys: str, values: str, capacity: int, *, resident: bool = False
+    ) -> KvLayer:
+        """Returns room for `capacity` positions, stored as the kinds `keys` and `values`.
+
+        A position lies where its remainder by the capacity says; see `kv_ring`. Where it is not `resident`, a small
+        one's memory is taken as it is written to.
+        """
+
+    def copy_kv(self, source: KvLayer, target: KvLayer, begin: int, end: int) -> None:
+        """Copies positions [begin, end) from one layer to another."""
 
     def latents(self, spec: MlaSpec, kind: str, capacity: int) -> KvLayer:
         """Returns room for the latents of `capacity` positions, stored as `kind`."""

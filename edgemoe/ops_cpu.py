@@ -51,12 +51,18 @@ class CpuOps:
         """See `Ops.host`."""
         return np.empty(shape, dtype)
 
-    def kv_layer(self, spec: AttentionSpec, keys: str, values: str, capacity: int) -> KvLayer:
+    def kv_layer(
+        self, spec: AttentionSpec, keys: str, values: str, capacity: int, *, resident: bool = False
+    ) -> KvLayer:
         """See `Ops.kv_layer`."""
         return _core.KvLayer(
             key_type=keys, value_type=values, num_heads=spec.num_kv_heads, capacity=capacity,
-            head_dim=spec.head_dim,
+            head_dim=spec.head_dim, resident=resident,
         )  # fmt: skip
+
+    def copy_kv(self, source: KvLayer, target: KvLayer, begin: int, end: int) -> None:
+        """See `Ops.copy_kv`."""
+        target.take(source, begin, end)
 
     def latents(self, spec: MlaSpec, kind: str, capacity: int) -> KvLayer:
         """See `Ops.latents`."""

@@ -154,13 +154,19 @@ class CudaOps:
         return self._cpu.host(*shape, dtype=dtype)
 
     def kv_layer(
-        self, spec: AttentionSpec, keys: str, values: str, capacity: int
+        self, spec: AttentionSpec, keys: str, values: str, capacity: int, *, resident: bool = True
     ) -> _core.DeviceKvLayer:
-        """See `Ops.kv_layer`."""
+        """See `Ops.kv_layer`; memory of a device is taken at once."""
         return _core.DeviceKvLayer(
             device=self._device, key_type=keys, value_type=values, num_heads=spec.num_kv_heads,
             capacity=capacity, head_dim=spec.head_dim,
         )  # fmt: skip
+
+    def copy_kv(
+        self, source: _core.DeviceKvLayer, target: _core.DeviceKvLayer, begin: int, end: int
+    ) -> None:
+        """See `Ops.copy_kv`."""
+        target.take(source, begin, end)
 
     def attention_weights(
         self, layer: int, spec: AttentionSpec, tensors: Mapping[str, Any], keys: str

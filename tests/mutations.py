@@ -30,6 +30,10 @@ CACHE = ("tests/core/test_cache.py", "tests/core/test_resident.py", "core_test")
 READS = ("reads_test",)
 KERNELS = ("tests/core/test_kernels.py",)
 ATTENTION = ("tests/model/test_attention.py",)
+RINGS = (
+    "tests/model/test_attention.py", "tests/model/test_key_biases.py", "tests/runtime/test_rings.py",
+    "tests/runtime/test_budget.py",
+)  # fmt: skip
 PARTIAL = ("tests/file/test_partial.py",)
 WHOLE = ("tests/file/test_whole.py",)
 SECTIONS = ("tests/file/test_add_sections.py", "tests/file/test_partial.py")
@@ -116,6 +120,23 @@ MUTATIONS = (
     Mutation("experts", "the last part of a token is left out", "csrc/expert.cpp",
              "      for (int i = 0; i < K; ++i) {", "      for (int i = 0; i + 1 < K; ++i) {", ORACLE),
     # ------------------------------------------------------------ attention
+    Mutation("rings", "a ring is one position short", "csrc/kv.cpp",
+             "size_t(window) + size_t(tokens) - 1, kKeyBlock", "size_t(window) + size_t(tokens) - 2, kKeyBlock", RINGS),
+    Mutation("rings", "what would be written over is not refused", "csrc/kv.cpp",
+             "int64_t(window) + T - 1 <= kv.capacity", "int64_t(window) - 1 <= kv.capacity", RINGS),
+    Mutation("rings", "positions that keys lack are those of the first round", "csrc/mixers/attention.cpp",
+             "queries[i].turns += size_t(before) * 2 * queries[i].half;", "queries[i].turns += 0;", RINGS),
+    Mutation("rings", "snapshots are not saved before they are written over", "edgemoe/model/kv.py",
+             "and self._seen(length) < first:", "and self._seen(length) < first - 1:", RINGS),
+    Mutation("rings", "one position that was written over is gone back to", "edgemoe/model/kv.py",
+             "if self._first <= self._seen(length):", "if self._first <= self._seen(length) + 1:", RINGS),
+    Mutation("rings", "what a snapshot brought back is thought to reach further", "edgemoe/model/kv.py",
+             "            self._first = self._seen(reached)\n", "            self._first = 0\n", RINGS),
+    Mutation("rings", "small rings grow", "csrc/kv.cpp",
+             "kv->bytes >= kHugeKvBytes || resident", "kv->bytes >= kHugeKvBytes",
+             ("tests/core/test_resident.py",)),
+    Mutation("rings", "a chunk may take what its rings need", "edgemoe/runtime/budget.py",
+             "b.scratch + b.kv <= limit", "b.scratch + small.kv <= limit", RINGS),
     Mutation("attention", "a window is one position too long", "csrc/mixers/attention.cpp",
              "position + 1 - p_.shape.window", "position - p_.shape.window", ATTENTION),
     Mutation("attention", "biases of values are not added", "csrc/mixers/attention.cpp",

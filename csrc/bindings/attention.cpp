@@ -1,5 +1,6 @@
 #include "mixers/attention.h"
 
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -30,8 +31,9 @@ struct AttentionLayer {
 };
 
 /// Keys and values by the names of their types.
-Held<Kv> kv_of(const std::string& key_type, const std::string& value_type, int num_heads, int capacity, int head_dim) {
-  return Held<Kv>(make_kv(kv_type(key_type), kv_type(value_type), num_heads, capacity, head_dim).release());
+Held<Kv> kv_of(const std::string& key_type, const std::string& value_type, int num_heads, int capacity, int head_dim,
+               bool resident) {
+  return Held<Kv>(make_kv(kv_type(key_type), kv_type(value_type), num_heads, capacity, head_dim, resident).release());
 }
 
 }  // namespace
@@ -122,7 +124,17 @@ void bind_attention(py::module_& m) {
   py::class_<Kv, Held<Kv>>(m, "KvLayer",
                            "Keys and values of one layer, of type f16, f32 or q8_0; memory is taken as it is touched.")
       .def(py::init(&kv_of), py::kw_only(), py::arg("key_type"), py::arg("value_type"), py::arg("num_heads"),
-           py::arg("capacity"), py::arg("head_dim"))
+           py::arg("capacity"), py::arg("head_dim"), py::arg("resident") = false)
+      .def(
+          "take",
+          [](Kv& kv, const Kv& from, int begin, int end) {
+            check_copy(from.layer, kv.layer, begin, end);
+            if (from.num_heads != kv.num_heads) throw std::invalid_argument("take: expected as many heads");
+            py::gil_scoped_release release;
+            copy_positions(from.layer, kv.layer, kv.num_heads, begin, end,
+                           [](void* to, const void* p, size_t n) { std::memcpy(to, p, n); });
+          },
+          py::arg("source"), py::arg("begin"), py::arg("end"), "Copies positions of another layer to the same ones.")
       .def_static(
           "bytes",
           [](const std::string& type, int num_heads, int capacity, int head_dim) {
@@ -130,6 +142,8 @@ void bind_attention(py::module_& m) {
           },
           py::arg("type"), py::arg("num_heads"), py::arg("capacity"), py::arg("head_dim"),
           "Bytes of the keys or the values of one layer.")
+      .def_static("ring", &ring_capacity, py::arg("window"), py::arg("tokens"),
+                  "The capacity of a layer that keeps a window only, for passes of at most so many tokens.")
       .def_static(
           "latents",
           [](const std::string& type, int capacity, int head_dim, int value_dim) {

@@ -157,6 +157,16 @@ void bind_device(py::module_& m) {
   py::class_<DeviceKv, Held<DeviceKv>>(m, "DeviceKvLayer", "Keys and values of one layer in a device's memory.")
       .def(py::init(&kv_of), py::kw_only(), py::arg("device").none(false), py::arg("key_type"), py::arg("value_type"),
            py::arg("num_heads"), py::arg("capacity"), py::arg("head_dim"))
+      .def(
+          "take",
+          [](DeviceKv& kv, const DeviceKv& from, int begin, int end) {
+            check_copy(from.layer, kv.layer, begin, end);
+            if (from.num_heads != kv.num_heads) throw std::invalid_argument("take: expected as many heads");
+            Device& device = kv.memory.space().device();
+            copy_positions(from.layer, kv.layer, kv.num_heads, begin, end,
+                           [&](void* to, const void* p, size_t n) { device.copy(to, p, n); });
+          },
+          py::arg("source"), py::arg("begin"), py::arg("end"), "Copies positions of another layer to the same ones.")
       .def_property_readonly("content", [](const DeviceKv& kv) {
         py::array_t<uint8_t> out(py::ssize_t(kv.memory.size()));
         kv.memory.space().download({{out.mutable_data(), kv.memory.as(), kv.memory.size()}});

@@ -101,7 +101,8 @@ __global__ void __launch_bounds__(kKeyBlock) attend(AttendCall call) {
   const int per_kv = shape.num_heads / shape.num_kv_heads;
   const int base = (first_seen(shape.window, call.pos) / kKeyBlock + int(blockIdx.x)) * kKeyBlock;
   const int from = max(first_seen(shape.window, position), base), to = min(position + 1, base + kKeyBlock);
-  if (from >= to) return;  // the whole block
+  if (from >= to) return;                                         // the whole block
+  const int before = base / call.kv.capacity * call.kv.capacity;  // where a ring has the block: in earlier rounds
   const uint8_t* keys = call.kv.keys + kv_head * kv_head_bytes(kKeys, call.kv.capacity, hs);
   const uint8_t* values = call.kv.values + kv_head * kv_head_bytes(kValues, call.kv.capacity, hs);
   for (int h0 = 0; h0 < per_kv; h0 += kHeadQueries) {
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(kKeyBlock) attend(AttendCall call) {
     }
     if (base + thread >= from && base + thread < to) {
       float out[kHeadQueries];
-      score<kKeys>(with, keys, hs, base + thread, out);
+      score<kKeys>(with, keys, hs, base + thread - before, out);
       EDGEMOE_UNROLL
       for (int i = 0; i < kHeadQueries; ++i) {
         if (i < n) scores[i * kKeyBlock + base + thread - from] = out[i] * shape.scale;
@@ -139,7 +140,7 @@ __global__ void __launch_bounds__(kKeyBlock) attend(AttendCall call) {
     for (int i = thread; i < n * hs; i += kKeyBlock) {
       const int q = i / hs, c = i % hs;
       float* part = call.parts + ((size_t(t) * gridDim.x + blockIdx.x) * shape.num_heads + first_head + q) * (hs + 2);
-      part[c] = add_values<kValues>(scores + q * kKeyBlock, values, hs, c, from, to);
+      part[c] = add_values<kValues>(scores + q * kKeyBlock, values, hs, c, from - before, to - before);
       if (c == 0) part[hs] = whole[2 * q], part[hs + 1] = whole[2 * q + 1];
     }
     __syncthreads();

@@ -69,6 +69,9 @@ class CudaDevice final : public Device {
   void copy_out(int queue, void* pinned, const void* from, size_t n) override {
     check(cudaMemcpyAsync(pinned, from, n, cudaMemcpyDeviceToHost, queues_[queue]), "copy from the device");
   }
+  void copy(void* to, const void* from, size_t n) override {
+    check(cudaMemcpyAsync(to, from, n, cudaMemcpyDeviceToDevice, queues_[kCompute]), "copy on the device");
+  }
 
   Fence make_fence() override {
     cudaEvent_t e;

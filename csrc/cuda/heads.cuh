@@ -40,9 +40,10 @@ __device__ __forceinline__ void norm_head(float* x, const float* weight, float e
 /// Stores a head [n] at a position of its cache. Returns whether this lane's values fit.
 __device__ __forceinline__ bool store_head(const KvLayer& kv, bool is_key, int head, int pos, const float* x, int n) {
   const KvType type = is_key ? kv.key_type : kv.value_type;
-  const int rows = kv_tile_rows(type), at = pos % rows, hs = kv.head_stride, lane = threadIdx.x;
+  const int rows = kv_tile_rows(type), place = pos % kv.capacity, at = place % rows;
+  const int hs = kv.head_stride, lane = threadIdx.x;
   uint8_t* tile = (is_key ? kv.keys : kv.values) + head * kv_head_bytes(type, kv.capacity, hs) +
-                  pos / rows * kv_tile_bytes(type, hs);
+                  place / rows * kv_tile_bytes(type, hs);
   bool fits = true;
   if (type != KvType::kQ8) {
     for (int c = lane; c < n; c += 32) {

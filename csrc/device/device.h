@@ -9,7 +9,7 @@
 namespace edgemoe {
 
 /// Grows with every change of this file or of kernels.h that a plug-in can see.
-constexpr int kBackendAbi = 1;
+constexpr int kBackendAbi = 2;
 
 enum class Room : uint8_t { kDevice, kPinned };  ///< pinned memory is the host's, and copies from it need no waiting
 
@@ -109,6 +109,8 @@ class Device {
   virtual void fill(void* to, int byte, size_t n) = 0;
   virtual void copy_in(int queue, void* to, const void* pinned, size_t n) = 0;
   virtual void copy_out(int queue, void* pinned, const void* from, size_t n) = 0;
+  /// On the queue kCompute.
+  virtual void copy(void* to, const void* from, size_t n) = 0;
 
   virtual Fence make_fence() = 0;
   virtual void record(Fence fence, int queue) = 0;

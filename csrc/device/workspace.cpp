@@ -152,11 +152,7 @@ void DeviceWorkspace::ffns(const float* x, int T, const std::vector<FfnUse>& use
 void DeviceWorkspace::attention(float* q, float* k, float* v, int T, int pos, const AttentionParts& p,
                                 const KvLayer& kv, float* out) {
   const AttentionShape& s = p.shape;
-  if (pos < 0 || T < 1 || pos > kv.capacity - T || kv.capacity > shape_.max_context) {
-    throw std::invalid_argument("device attention: positions [" + std::to_string(pos) + ", " +
-                                std::to_string(int64_t(pos) + T) + ") are outside the context of " +
-                                std::to_string(kv.capacity));
-  }
+  check_positions(kv, s.window, pos, T, shape_.max_context);
   if (s.num_heads > shape_.num_heads || s.head_dim > shape_.head_dim) {
     throw std::invalid_argument("device attention: expected at most " + std::to_string(shape_.num_heads) +
                                 " heads of " + std::to_string(shape_.head_dim));

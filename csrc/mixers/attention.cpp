@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "error.h"
+#include "kv.h"
 #include "mixers/kv_store.h"
 
 namespace edgemoe {
@@ -54,7 +55,7 @@ class Pass {
   void attend_group(int kv_head, int start, const float* q, float* out);
   void forget() const;
   void fill(float* scratch, const float* q, int kv_head) const;
-  void attend_block(int n, const AttendQuery* queries, int kv_head, int base) const;
+  void attend_block(int n, AttendQuery* queries, int kv_head, int base) const;
   AttendQuery query(float* scratch, int kv_head, float* scores, float* part) const;
   void give(float* part, int head, float* out) const;
   float* mine() const { return ws_.attention() + ThreadPool::worker() * at_.thread; }
@@ -91,11 +92,7 @@ Pass::Pass(Workspace& ws, int T, int pos, const AttentionParts& p, const KvLayer
       per_kv_(heads_ / kv_heads_),
       k_bias_(p.k_bias),
       v_bias_(p.v_bias) {
-  if (pos < 0 || T < 1 || pos > kv.capacity - T || kv.capacity > ws.shape().max_context) {
-    throw std::invalid_argument("attention: positions [" + std::to_string(pos) + ", " +
-                                std::to_string(int64_t(pos) + T) + ") are outside the context of " +
-                                std::to_string(kv.capacity));
-  }
+  check_positions(kv, p.shape.window, pos, T, ws.shape().max_context);
   if (heads_ > ws.shape().num_heads || hd_ > ws.shape().head_dim) {
     throw std::invalid_argument("attention: expected at most " + std::to_string(ws.shape().num_heads) + " heads of " +
                                 std::to_string(ws.shape().head_dim) + ", got " + std::to_string(heads_) + " of " +
@@ -174,10 +171,16 @@ void Pass::forget() const {
   for (int t = 0; t < T_; ++t) store_head(kn_, kv_, true, 0, pos_ + t, nothing.data(), hd_, scratch);
 }
 
-/// Attends with some queries of a kv head to the block from `base`.
-void Pass::attend_block(int n, const AttendQuery* queries, int kv_head, int base) const {
-  kv_.values ? kn_.attend(n, queries, kv_, p_.shape.scale, kv_head, base)
-             : kn_.attend_latent(n, queries, kv_, p_.shape.scale, base);
+/// Attends with some queries of a kv head to the block from `base`, where a ring has it.
+void Pass::attend_block(int n, AttendQuery* queries, int kv_head, int base) const {
+  const int before = base / kv_.capacity * kv_.capacity;  // in earlier rounds
+  for (int i = 0; before > 0 && i < n; ++i) {
+    queries[i].begin -= before;
+    queries[i].end -= before;
+    if (queries[i].turns) queries[i].turns += size_t(before) * 2 * queries[i].half;
+  }
+  kv_.values ? kn_.attend(n, queries, kv_, p_.shape.scale, kv_head, base - before)
+             : kn_.attend_latent(n, queries, kv_, p_.shape.scale, base - before);
 }
 
 /// Prepares a head's query: padded, in 8 bits where keys are, and what these lack.

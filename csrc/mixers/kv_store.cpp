@@ -43,9 +43,9 @@ void QuantizedHead::pad(const float* x, int head_dim, int head_stride) const {
 bool store_head(const Kernels& kn, const KvLayer& kv, bool is_key, int kv_head, int pos, const float* x, int head_dim,
                 const QuantizedHead& scratch) {
   const KvType type = is_key ? kv.key_type : kv.value_type;
-  const int rows = kv_tile_rows(type), lane = pos % rows, stride = kv.head_stride;
+  const int rows = kv_tile_rows(type), place = pos % kv.capacity, lane = place % rows, stride = kv.head_stride;
   uint8_t* tile = (is_key ? kv.keys : kv.values) + kv_head * kv_head_bytes(type, kv.capacity, stride) +
-                  pos / rows * kv_tile_bytes(type, stride);
+                  place / rows * kv_tile_bytes(type, stride);
   if (type == KvType::kF16) {
     auto* values = reinterpret_cast<uint16_t*>(tile);
     auto* halves = is_key ? reinterpret_cast<uint16_t*>(scratch.padded) : values + lane * stride;

@@ -158,6 +158,7 @@ def _context(moe: MoeFile, options: EngineOptions) -> int | None:
     """Returns as long a context as a quarter of the room holds, as agents open with long prompts."""
     from edgemoe.errors import OutOfBudget
     from edgemoe.model import state_bytes
+    from edgemoe.runtime.context import longest_context
     from edgemoe.runtime.opening import room_for_experts
 
     most = moe.config.context_length
@@ -166,8 +167,10 @@ def _context(moe: MoeFile, options: EngineOptions) -> int | None:
         room = room_for_experts(moe, dataclasses.replace(options, context=least))
     except OutOfBudget:
         return None  # the engine says what is missing
-    step = options.sequences * state_bytes(moe.config, 32, options.kv_types)
-    return max(least, min(most, room // 4 // max(step, 1) * 32))
+    each = room // 4 // options.sequences
+    return longest_context(
+        least, most, each, lambda n: state_bytes(moe.config, n, options.kv_types)
+    )
 
 
 def _welcome(args: Namespace, settings: Settings, service: Service, port: int) -> None:

@@ -24,7 +24,7 @@ class Attention:
     def __init__(self, spec: AttentionSpec, setup: Setup) -> None:
         self.spec, self.ops, self.hidden_size = spec, setup.ops, setup.config.hidden_size
         self.rope = None if spec.rope is None else setup.ropes[spec.rope]
-        self.context, self.types = setup.context, setup.types
+        self.context, self.types, self._chunk = setup.context, setup.types, setup.chunk
         self._rows = setup.scratch.rows(*self.scratch_widths(spec))
 
     @staticmethod
@@ -34,31 +34,31 @@ class Attention:
         return spec.q_width, spec.kv_width, spec.kv_width, spec.q_width, *gate
 
     @staticmethod
-    def state_bytes(spec: AttentionSpec, context: int, types: KvTypes) -> int:
+    def state_bytes(spec: AttentionSpec, context: int, types: KvTypes, chunk: int) -> int:
         """See `Mixer.state_bytes`."""
-        return KvState.bytes(spec, context, types)
+        return KvState.bytes(spec, context, types, chunk)
 
     @staticmethod
     def read_bytes(spec: AttentionSpec, length: int, types: KvTypes) -> int:
         """See `Mixer.read_bytes`: a window sees the last positions only, and so does a chunk at its end."""
         seen = min(length, spec.window or length, spec.chunk or length)
-        return KvState.bytes(spec, 32, types) * seen // 32
+        return KvState.bytes(spec, 32, types, 32) * seen // 32
 
     def make_state(self) -> KvState:
         """See `Mixer.make_state`."""
-        return KvState(self.ops, self.spec, self.context, self.types)
+        return KvState(self.ops, self.spec, self.context, self.types, self._chunk)
 
     def start(self, batch: Batch) -> None:
         """See `Mixer.start`: cuts the rows of each sequence, once for all layers."""
         q, k, v, heads, *gate = self._rows.first(len(batch.ids))
-        parts: list[tuple[list[Any], int, Any, Any, Any, Any, Any, Any, Any]] = []
+        parts: list[tuple[Any, ...]] = []
         for part in batch.slices:
             rows = self._rows.between(part.start, part.stop)
             state, turn = part.state, _NOTHING
             if self.rope is not None:
                 cos, sin = self.rope.rows.between(part.start, part.stop)
                 turn = cos, sin, self.rope.table(state)
-            parts.append((state.layers, state.held, *rows[:3], *turn, rows[3]))
+            parts.append((state.layers, state.held, part.count, *rows[:3], *turn, rows[3]))
         batch.shared[self] = ((q, k, v), heads, gate, parts)
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> AttentionLayer:
@@ -93,8 +93,9 @@ class AttentionLayer:
         elif gate:
             ops.linear_f32(normed, (cast(Array, self._gate),), gate)
         ops.linear(normed, self._qkv, qkv)
-        for states, pos, q, k, v, cos, sin, table, heads in parts:
-            ops.attention(self._weights, q, k, v, pos, cos, sin, table, states[index].layer, heads)
+        for states, pos, count, q, k, v, cos, sin, table, heads in parts:
+            kv = states[index].step(pos, count)
+            ops.attention(self._weights, q, k, v, pos, cos, sin, table, kv, heads)
         if gate:
             ops.gate_heads(attended, gate[0], self._gate_kind)
         ops.linear(attended, self._o, (out,))

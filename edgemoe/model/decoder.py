@@ -72,7 +72,9 @@ class Decoder:
         self._rows = Rows(*(ops.empty(max_tokens, d) for _ in range(3)))  # x, normed, added
         shared = Rows(ops.empty(max_tokens, d))
         self._ropes = {spec: Rope(spec, ops, weights, max_tokens) for spec in config.ropes}
-        setup = Setup(config, ops, self._ropes, Scratch(ops, max_tokens), context, types)
+        setup = Setup(
+            config, ops, self._ropes, Scratch(ops, max_tokens), context, max_tokens, types
+        )
         self._mixers: dict[MixerSpec, Mixer] = {
             spec: mixer_class(spec)(spec, setup) for spec in config.mixers
         }
@@ -160,14 +162,20 @@ def scratch_bytes(config: ModelConfig, max_tokens: int, max_sequences: int = 1) 
     return 4 * (per_token * max_tokens + config.vocab_size * max_sequences) + routers
 
 
-def state_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
-    """Returns the memory of a sequence's state once it holds `context` tokens; see `Mixer.state_bytes`."""
-    return sum(layer_state_bytes(config, context, types))
+def state_bytes(config: ModelConfig, context: int, types: KvTypes, chunk: int = 512) -> int:
+    """Returns the memory of a sequence's state for `context` tokens; see `Mixer.state_bytes`.
+
+    Args:
+        chunk: tokens of the longest pass.
+    """
+    return sum(layer_state_bytes(config, context, types, chunk))
 
 
-def layer_state_bytes(config: ModelConfig, context: int, types: KvTypes) -> list[int]:
+def layer_state_bytes(config: ModelConfig, context: int, types: KvTypes, chunk: int) -> list[int]:
     """Returns the same for each layer."""
-    return [mixer_class(spec).state_bytes(spec, context, types) for spec in config.mixer_by_layer]
+    return [
+        mixer_class(spec).state_bytes(spec, context, types, chunk) for spec in config.mixer_by_layer
+    ]
 
 
 def state_pieces(config: ModelConfig) -> int:

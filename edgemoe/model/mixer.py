@@ -57,10 +57,11 @@ class Mixer(Protocol):
         """Returns the floats of each array of its scratch for a token; mixers with the same ones share them."""
 
     @staticmethod
-    def state_bytes(spec: Any, context: int, types: KvTypes) -> int:
-        """Returns the memory of one layer's state once it holds `context` tokens.
+    def state_bytes(spec: Any, context: int, types: KvTypes, chunk: int) -> int:
+        """Returns the memory of one layer's state for sequences of `context` tokens and passes of `chunk`.
 
-        One of 4 MiB or more is resident as soon as it is made, so that the budget need not count what it grows by.
+        One of 4 MiB or more is resident as soon as it is made, so that the budget need not count what it grows by; so
+        is one that a shorter `chunk` makes smaller.
         """
 
     @staticmethod

@@ -20,7 +20,7 @@ _UNTURNED: tuple[Any, Any] = (None, None)
 class Latents:
     """Is the state of a layer: latents and turned columns, stored as keys are. Any prefix of it is a state."""
 
-    can_rewind_anywhere = True
+    can_rewind_anywhere = can_look_back = True
 
     def __init__(self, ops: Ops, spec: MlaSpec, capacity: int, kind: str) -> None:
         self.layer: KvLayer = ops.latents(spec, kind, capacity)
@@ -68,7 +68,7 @@ class Mla:
         )  # fmt: skip
 
     @staticmethod
-    def state_bytes(spec: MlaSpec, context: int, types: KvTypes) -> int:
+    def state_bytes(spec: MlaSpec, context: int, types: KvTypes, chunk: int) -> int:
         """See `Mixer.state_bytes`."""
         return Latents.bytes(spec, context, types)
 

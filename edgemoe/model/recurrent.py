@@ -8,12 +8,10 @@ from typing import Any, Protocol
 from edgemoe.model.batch import Batch
 from edgemoe.model.kv import KvTypes
 from edgemoe.model.setup import Setup
+from edgemoe.model.state import SNAPSHOTS
 from edgemoe.ops import Array, Ops
 
 __all__ = ["Recurrent", "RecurrentState"]
-
-_SNAPSHOTS = 2
-"""Of a layer and sequence: where the last turn of a conversation begins, and where its reply does."""
 
 
 class RecurrentState:
@@ -22,11 +20,11 @@ class RecurrentState:
     A pass reads those of the length that counts and writes others, so that nothing has to be undone. See `State`.
     """
 
-    can_rewind_anywhere = False
+    can_rewind_anywhere = can_look_back = False
 
     def __init__(self, ops: Ops, *shapes: tuple[int, ...]) -> None:
         # Of the length that counts, of that after the pass, and of the snapshots. Memory is taken as it is written to.
-        self._free = [tuple(ops.empty(*s) for s in shapes) for _ in range(2 + _SNAPSHOTS)]
+        self._free = [tuple(ops.empty(*s) for s in shapes) for _ in range(2 + SNAPSHOTS)]
         self._at: dict[int, tuple[Array, ...]] = {}
         self._kept: list[int] = []
         self._start = (None,) * len(shapes)
@@ -34,7 +32,7 @@ class RecurrentState:
     @staticmethod
     def bytes(*shapes: tuple[int, ...]) -> int:
         """Returns the memory of a state with its snapshots, once all were written."""
-        return (2 + _SNAPSHOTS) * RecurrentState.read_bytes(*shapes)
+        return (2 + SNAPSHOTS) * RecurrentState.read_bytes(*shapes)
 
     @staticmethod
     def read_bytes(*shapes: tuple[int, ...]) -> int:
@@ -59,7 +57,7 @@ class RecurrentState:
     def snapshot(self, length: int) -> None:
         """See `State.snapshot`: the last few are kept."""
         if length and length not in self._kept:
-            self._kept = [*self._kept, length][-_SNAPSHOTS:]
+            self._kept = [*self._kept, length][-SNAPSHOTS:]
 
     def parts(self, length: int) -> tuple[Any, ...] | None:
         """See `State.parts`."""
@@ -102,7 +100,7 @@ class Recurrent:
         return spec.scratch_widths
 
     @staticmethod
-    def state_bytes(spec: RecurrentSpec, context: int, types: KvTypes) -> int:
+    def state_bytes(spec: RecurrentSpec, context: int, types: KvTypes, chunk: int) -> int:
         """See `Mixer.state_bytes`: the same for every context."""
         return RecurrentState.bytes(*spec.state_shapes)
 

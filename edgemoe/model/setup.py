@@ -25,4 +25,6 @@ class Setup:
     scratch: Scratch
     context: int
     """The most tokens of a sequence."""
+    chunk: int
+    """The most of a pass."""
     types: KvTypes

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-__all__ = ["SequenceState", "State"]
+__all__ = ["SNAPSHOTS", "SequenceState", "State"]
+
+SNAPSHOTS = 2
+"""Of a layer and sequence: where the last turn of a conversation begins, and where its reply does."""
 
 _REPLY_START = 16
 """Tokens at the end of a prompt that may differ when a conversation goes on: how its template begins a reply."""
@@ -26,6 +29,8 @@ class State(Protocol):
 
     can_rewind_anywhere: bool
     """It can go back to every length, so that snapshots are of no use to it."""
+    can_look_back: bool
+    """A snapshot may be of any length that the last pass went over; else of that where it ended."""
 
     def rewind(self, length: int) -> int:
         """Goes back to `length` tokens, or as near as it can, and returns how many it holds then: 0 for the start.
@@ -34,7 +39,7 @@ class State(Protocol):
         """
 
     def snapshot(self, length: int) -> None:
-        """Keeps what it takes for `rewind` to come back to `length`, the present one. Nothing for keys and values."""
+        """Keeps what it takes for `rewind` to come back to `length`, the present one or see `can_look_back`."""
 
     def parts(self, length: int) -> tuple[Any, ...] | None:
         """Returns what stands for `length` tokens, the present length, to be saved; None where that cannot be."""
@@ -61,7 +66,7 @@ class SequenceState:
         self.reach = 0
         """Tokens for which memory is counted: the most that were ever there, and a few."""
         self.mark = 0
-        """The length at which the next snapshot is taken, 0 for none; passes end there, see `span`."""
+        """The length of the next snapshot, 0 for none; passes may have to end there, see `span`."""
         self.is_dirty = False
         """A pass is under way, or was broken off."""
 
@@ -93,11 +98,12 @@ class SequenceState:
 
     def commit(self, ids: Sequence[int]) -> None:
         """The pass has succeeded: its tokens count from now on."""
+        is_passed = self.length < self.mark <= self.length + len(ids)
         self.ids.extend(ids)  # one step, so that Ctrl-C comes before it or after it
         self.held = len(self.ids)
         self.is_dirty = False
-        if self.length == self.mark:
-            self.snapshot()
+        if is_passed:
+            self._snapshot(self.mark)
 
     def begin_turn(self, prompt: int) -> None:
         """The first `prompt` tokens will be there, and a reply follows.
@@ -111,7 +117,10 @@ class SequenceState:
 
     def span(self, count: int) -> int:
         """Returns how many of the next `count` tokens a pass may take."""
-        return min(count, self.mark - self.length) if self.mark > self.length else count
+        left = self.mark - self.length
+        if 0 < left < count and not all(state.can_look_back for state in self.layers):
+            return left
+        return count
 
     def rewind(self, length: int) -> int:
         """Goes back to the first `length` tokens, or as many as all layers can go on from; returns how many."""
@@ -126,5 +135,8 @@ class SequenceState:
 
     def snapshot(self) -> None:
         """Keeps what it takes to come back here with `rewind`, until the sequence has gone back further."""
+        self._snapshot(self.length)
+
+    def _snapshot(self, length: int) -> None:
         for state in self.layers:
-            state.snapshot(self.length)
+            state.snapshot(length)

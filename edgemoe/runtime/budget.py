@@ -19,14 +19,17 @@ from edgemoe.model import (
 from edgemoe.ops import OpsShape
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.ops_cuda import CudaOps
+from edgemoe.runtime.context import (
+    CHUNKS,
+    DEFAULT_CONTEXT,
+    KV_STEP,
+    SMALLEST_CONTEXT,
+    longest_context,
+)
 from edgemoe.runtime.vram import Vram
 from edgemoe.store import all_expert_bytes, dense_bytes, expert_bytes
 
-__all__ = ["KV_STEP", "Budget", "default_ram", "parse_size"]
-
-_DEFAULT_CONTEXT = 4096
-_SMALLEST_CONTEXT = 256
-_CHUNKS = (512, 256, 128, 64, 32, 16)
+__all__ = ["Budget", "default_ram", "parse_size"]
 
 # What a process grows by from its opening to the end of its first reply: code that is mapped when it is first run,
 # stacks, the interpreter; and what a chat template may take for a moment (`Meter.most_bytes`).
@@ -40,8 +43,6 @@ _JITTER_BYTES = 1 << 20
 
 # A layer's state from this size on is resident as soon as it is made; see `Mixer.state_bytes`.
 _HUGE_STATE_BYTES = 4 << 20
-KV_STEP = 32
-"""Positions that a layer of keys and values grows by."""
 
 _SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+) *([KMGT]?)(?:iB|B)?", re.IGNORECASE | re.ASCII)
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
@@ -160,18 +161,23 @@ class Budget:
         sampler = _SAMPLER_BYTES * config.vocab_size
         row = scratch_bytes(config, 1) - scratch_bytes(config, 0)
 
-        def layer_bytes(context: int) -> list[int]:
-            return layer_state_bytes(config, context, kv_types) if vram is None else []
+        def layer_bytes(context: int, chunk: int) -> list[int]:
+            return layer_state_bytes(config, context, kv_types, chunk) if vram is None else []
 
-        first, second = (layer_bytes(n * KV_STEP) for n in (1, 2))
+        first, second = (layer_bytes(n * KV_STEP, n * KV_STEP) for n in (1, 2))
         steps = [b - a for a, b in zip(first, second, strict=True)]
         same = [a - n for a, n in zip(first, steps, strict=True)]  # at every length
 
         def sized(context: int, chunk: int) -> Budget:
             shape = replace(ops, max_tokens=chunk, max_context=context)
-            layers = layer_bytes(context)
+            layers = layer_bytes(context, chunk)
             own = CpuOps.scratch_bytes(shape) if vram is None else CudaOps.host_bytes(shape, config)
-            small = [n < _HUGE_STATE_BYTES for n in layers]
+            growing = layer_bytes(
+                context, context
+            )  # what a shorter chunk makes smaller is there at once
+            small = [
+                n < _HUGE_STATE_BYTES and n == most for n, most in zip(layers, growing, strict=True)
+            ]
             rope = kept_rope_bytes(config, context, kv_types)
             return cls(
                 ram=ram, process=process, growth=_GROWTH_BYTES + sampler,
@@ -189,7 +195,7 @@ class Budget:
                 context=context, chunk=chunk, slack=_JITTER_BYTES + sampler + rope, fixed_slots=slots,
             )  # fmt: skip
 
-        least = sized(context or min(_SMALLEST_CONTEXT, config.context_length), _CHUNKS[-1])
+        least = sized(context or min(SMALLEST_CONTEXT, config.context_length), CHUNKS[-1])
         if least.room < expert or ram < opening:
             smallest = least.fixed + expert + _JITTER_BYTES
             read = f"; reading the tokenizer takes {_mib(opening)}" if opening > smallest else ""
@@ -201,14 +207,16 @@ class Budget:
         # Context and chunk may take an eighth each of what would else hold experts.
         spare = least.room - expert
         if context is None:
-            most = min(_DEFAULT_CONTEXT, config.context_length)
-            # A multiple of what the cache grows by, so that rounding takes no more than its share.
-            more = spare // 8 // max(sequences * sum(steps), 1) * KV_STEP
-            context = max(least.context, min(most, least.context + more))
-        most_chunk = _CHUNKS[0] if vram is None else vram.chunk
-        fits = (sized(context, chunk) for chunk in _CHUNKS if chunk <= most_chunk)
-        limit = sized(context, _CHUNKS[-1]).scratch + spare // 8
-        return next(b for b in fits if b.scratch <= limit)
+            most = min(DEFAULT_CONTEXT, config.context_length)
+            held = (least.kv + spare // 8) // sequences
+            context = longest_context(
+                least.context, most, held, lambda n: sum(layer_bytes(n, CHUNKS[0]))
+            )
+        most_chunk = CHUNKS[0] if vram is None else vram.chunk
+        fits = (sized(context, chunk) for chunk in CHUNKS if chunk <= most_chunk)
+        small = sized(context, CHUNKS[-1])
+        limit = small.scratch + small.kv + spare // 8
+        return next(b for b in fits if b.scratch + b.kv <= limit)
 
     @property
     def fixed(self) -> int:

@@ -8,7 +8,8 @@ from weakref import WeakSet
 
 from edgemoe import _core, hardware
 from edgemoe.model import Batch, SequenceState
-from edgemoe.runtime.budget import KV_STEP, Budget
+from edgemoe.runtime.budget import Budget
+from edgemoe.runtime.context import KV_STEP
 
 __all__ = ["Room"]
 

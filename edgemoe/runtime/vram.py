@@ -10,11 +10,10 @@ from edgemoe.file.format import MoeFile
 from edgemoe.model import KvTypes, layer_state_bytes, scratch_bytes
 from edgemoe.ops import OpsShape
 from edgemoe.ops_cuda import CudaOps
+from edgemoe.runtime.context import CHUNKS, DEFAULT_CONTEXT, SMALLEST_CONTEXT, longest_context
 
 __all__ = ["Vram", "default_vram"]
 
-_DEFAULT_CONTEXT, _SMALLEST_CONTEXT, _STEP = 4096, 256, 32
-_CHUNKS = (512, 256, 128, 64, 32, 16)
 _ROUNDING_BYTES = 1 << 16  # arrays of a few bytes take whole units
 
 
@@ -57,29 +56,30 @@ class Vram:
         names = [n for n in moe.tensors if n != "embed" or config.tied]
         dense = sum(_core.Device.taken(sum(moe.tensors[n].lengths[:dense_level])) for n in names)
 
+        def kv_bytes(context: int, chunk: int) -> int:
+            return sum(map(_core.Device.taken, layer_state_bytes(config, context, kv_types, chunk)))
+
         def sized(context: int, chunk: int) -> Vram:
             shape = replace(ops, max_tokens=chunk, max_context=context)
-            kv = sum(map(_core.Device.taken, layer_state_bytes(config, context, kv_types)))
+            kv = kv_bytes(context, chunk)
             scratch = scratch_bytes(config, chunk, sequences) + _ROUNDING_BYTES
             scratch += CudaOps.scratch_bytes(shape, config)
             return cls(vram, dense, sequences * kv, scratch, context, chunk)
 
-        least = sized(context or min(_SMALLEST_CONTEXT, config.context_length), _CHUNKS[-1])
+        least = sized(context or min(SMALLEST_CONTEXT, config.context_length), CHUNKS[-1])
         if least.room < 0:
             raise OutOfBudget(
                 f"{_mib(vram)} of the device are too little; the smallest that works is "
                 f"{_mib(vram - least.room)}: {least.parts()}; --device cpu needs none"
             )
         if context is None:  # it may take a quarter of what is left
-            step = sequences * sum(layer_state_bytes(config, _STEP, kv_types))
-            more = least.room // 4 // max(step, 1) * _STEP
-            context = max(
-                least.context, min(_DEFAULT_CONTEXT, config.context_length, least.context + more)
-            )
-        fits = (sized(context, chunk) for chunk in _CHUNKS)
+            most = min(DEFAULT_CONTEXT, config.context_length)
+            held = (least.kv + least.room // 4) // sequences
+            context = longest_context(least.context, most, held, lambda n: kv_bytes(n, CHUNKS[0]))
+        fits = (sized(context, chunk) for chunk in CHUNKS)
         limit = least.scratch + (vram - least.dense - least.kv - least.scratch) // 4
         return next(
-            (v for v in fits if v.room >= 0 and v.scratch <= limit), sized(context, _CHUNKS[-1])
+            (v for v in fits if v.room >= 0 and v.scratch <= limit), sized(context, CHUNKS[-1])
         )
 
     @property

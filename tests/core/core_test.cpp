@@ -266,7 +266,7 @@ void test_shapes_that_do_not_fit_are_refused(const ExpertFile& file) {
       [](ExpertShape* s) { s->ends[4] += 4096; }, [](ExpertShape* s) { s->ends[0] -= 64; },
       [](ExpertShape* s) { s->hidden = 1 << 20; }, [](ExpertShape* s) { std::swap(s->hidden, s->expert_hidden); }};
   for (const auto change : with_bytes) CHECK(throws<std::invalid_argument>([&] { open(change, false); }));
-  CHECK(throws<std::invalid_argument>([] { make_kv(KvType::kF16, KvType::kQ8, 1, 0, 16); }));
+  CHECK(throws<std::invalid_argument>([] { make_kv(KvType::kF16, KvType::kQ8, 1, 0, 16, false); }));
   CHECK(throws<std::invalid_argument>([] { kv_bytes(KvType::kF16, 1 << 30, 1 << 30, 1 << 30); }));
   CHECK(throws<std::invalid_argument>([] { Workspace(1, {-1, 64, 64, 1, 16, 1}); }));
   CHECK(throws<std::invalid_argument>([] { Workspace::bytes(-1, {1, 64, 64, 1, 16, 1}); }));

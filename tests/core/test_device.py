@@ -210,7 +210,7 @@ def run_attention(
     """Attention to sum(pieces) positions, piece by piece, on both."""
     rng = np.random.default_rng(seed)
     T, q, kv = sum(pieces), heads * head_dim, kv_heads * head_dim
-    rope_dim = more.pop("rope_dim", 0)
+    rope_dim, is_ring = more.pop("rope_dim", 0), more.pop("is_ring", False)
     extra = dict.fromkeys(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"))
     per_head = more.setdefault("norm_per_head", False)
     if more.pop("biases", False):
@@ -232,7 +232,7 @@ def run_attention(
         "key_type": types[0],
         "value_type": types[1],
         "num_heads": kv_heads,
-        "capacity": T,
+        "capacity": _core.KvLayer.ring(window, max(pieces)) if is_ring else T,
         "head_dim": head_dim,
     }
     host_kv, device_kv = _core.KvLayer(**sizes), _core.DeviceKvLayer(device=both.device, **sizes)
@@ -256,6 +256,7 @@ def run_attention(
             same(a.numpy(), b)
         pos += n
     assert np.array_equal(device_kv.content, host_kv.content)
+    return host_kv, device_kv
 
 
 @pytest.mark.parametrize("types", TYPES, ids="-".join)
@@ -280,6 +281,26 @@ def test_what_rounds_to_a_negative_zero_is_padded_to_a_positive_one(both):
 def test_attention_sees_a_window(both, types):
     run_attention(both, types, (300, 1, 9), window=37)
     run_attention(both, types, (257, 1), window=256)
+
+
+@pytest.mark.parametrize("types", [("f16", "f32"), ("q8_0", "q8_0")], ids="-".join)
+def test_rings_are_written_over_and_copied_from(both, types):
+    sizes = {"heads": 2, "kv_heads": 2, "head_dim": 18}
+    layers = run_attention(both, types, (200, 60, 1, 217, 1), window=40, is_ring=True, **sizes)
+    kinds = {"key_type": types[0], "value_type": types[1], "num_heads": 2, "head_dim": 18}
+    away = [
+        _core.KvLayer(capacity=64, **kinds),
+        _core.DeviceKvLayer(device=both.device, capacity=64, **kinds),
+    ]
+    for source, target in zip(layers, away, strict=True):
+        target.take(source, 500, 530)  # about where the second lap ends
+    assert away[1].content.any()
+    assert np.array_equal(away[1].content, away[0].content)
+    for source, target in zip(away, layers, strict=True):
+        target.take(source, 500, 530)
+    assert np.array_equal(layers[1].content, layers[0].content)
+    with pytest.raises(ValueError, match="do not fit"):
+        layers[1].take(away[1], 500, 600)
 
 
 def test_attention_of_wide_heads_and_many_queries(device):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from engines import begin
 
+from edgemoe import _core
 from edgemoe.errors import OutOfBudget
 from edgemoe.file.format import open_moe
 from edgemoe.store import ExpertStore, expert_bytes
@@ -18,11 +19,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mincore.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p)
 
 
-def resident_bytes(cache) -> int:
-    """What of the slots is in memory, as the kernel says."""
-    slots = cache.content
-    pages = ctypes.create_string_buffer(-(-slots.size // mmap.PAGESIZE))
-    assert _libc.mincore(slots.ctypes.data, slots.size, pages) == 0, ctypes.get_errno()
+def resident_bytes(owner) -> int:
+    """What of the slots of a cache, or of a layer's keys and values, is in memory, as the kernel says."""
+    content = owner.content
+    pages = ctypes.create_string_buffer(-(-content.size // mmap.PAGESIZE))
+    assert _libc.mincore(content.ctypes.data, content.size, pages) == 0, ctypes.get_errno()
     return mmap.PAGESIZE * sum(page & 1 for page in pages.raw)
 
 
@@ -121,3 +122,14 @@ def test_a_smaller_budget_waits_for_reads_ahead(moe, top):
         cache.set_budget(top)
         cache.check_integrity()
         assert resident_bytes(cache) <= cache.stats["committed_bytes"] <= top
+
+
+@pytest.mark.parametrize(
+    ("capacity", "resident", "share"), [(512, False, 0), (512, True, 1), (40_000, False, 1)]
+)
+def test_keys_and_values_that_do_not_grow_are_there_from_the_start(capacity, resident, share):
+    kv = _core.KvLayer(
+        key_type="f16", value_type="q8_0", num_heads=2, capacity=capacity, head_dim=32, resident=resident
+    )  # fmt: skip
+    pages = -(-kv.content.size // mmap.PAGESIZE) * mmap.PAGESIZE
+    assert resident_bytes(kv) == share * pages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import itertools
 
@@ -58,7 +59,7 @@ class Case:
         self.bias = rng.standard_normal((self.kv_heads, self.head_dim)).astype(np.float32)
         self.scale = float(np.float32(self.head_dim**-0.5))
 
-    def run(self, types, chunks, *, threads=2, capacity=None):
+    def run(self, types, chunks, *, threads=2, capacity=None, ring=None):
         """Returns the outputs [T, heads, head_dim] and the cache."""
         capacity = capacity or self.T
         ws = _core.Workspace(threads, self.T, 64, 64, capacity, self.head_dim, self.heads)
@@ -71,7 +72,7 @@ class Case:
             growth=self.growth, grow_every=50,
         )  # fmt: skip
         kv = _core.KvLayer(
-            key_type=types[0], value_type=types[1], num_heads=self.kv_heads, capacity=capacity,
+            key_type=types[0], value_type=types[1], num_heads=self.kv_heads, capacity=ring or capacity,
             head_dim=self.head_dim,
         )  # fmt: skip
         out = np.empty((self.T, self.heads * self.head_dim), np.float32)
@@ -152,6 +153,90 @@ def test_chunks_threads_and_capacity_do_not_change_a_bit(case, types):
         assert np.array_equal(
             case.run(types, chunks, threads=threads, capacity=capacity)[0], expected
         )
+
+
+RINGS = [
+    Case(heads=4, kv_heads=2, head_dim=20, window=60, T=700, sinks=True),
+    Case(heads=2, kv_heads=1, head_dim=16, window=257, T=1200),
+    Case(heads=2, kv_heads=2, head_dim=16, window=1, T=600),
+]
+
+
+@pytest.mark.parametrize("types", TYPES, ids="-".join)
+@pytest.mark.parametrize("case", RINGS, ids=str)
+def test_a_ring_that_is_written_over_does_not_change_a_bit(case, types):
+    expected, _ = case.run(types, [case.T])
+    mixed = itertools.islice(itertools.cycle((1, 17, 200, 1, 1, 255)), 50)
+    for chunk in (1, 197, None):
+        chunks = []
+        while sum(chunks) < case.T:
+            chunks.append(min(chunk or next(mixed), case.T - sum(chunks)))
+        got, kv = case.run(types, chunks, ring=_core.KvLayer.ring(case.window, max(chunks)))
+        assert len(kv.content) < len(case.run(types, [case.T])[1].content)
+        assert np.array_equal(got, expected)
+
+
+def test_a_pass_that_would_write_over_what_it_sees_is_refused():
+    case = Case(heads=2, kv_heads=1, head_dim=16, window=100, T=500)
+    assert _core.KvLayer.ring(100, 157) == 256 < _core.KvLayer.ring(100, 158) == 512
+    with pytest.raises(ValueError, match=r"positions \[314, 472\) are outside the context of 256"):
+        case.run(("f16", "f16"), [157, 157, 158, 28], ring=256)
+    case.window = 0
+    with pytest.raises(ValueError, match=r"positions \[157, 314\) are outside"):
+        case.run(("f16", "f16"), [157, 157, 186], ring=256)
+
+
+@pytest.mark.parametrize("types", TYPES, ids="-".join)
+@pytest.mark.parametrize(
+    ("begin", "end"), [(0, 30), (250, 280), (505, 530), (512, 543), (700, 700)]
+)
+def test_positions_are_copied_between_rings(types, begin, end):
+    """Of two laps, what is seen from `end` on is copied away, written over, and copied back."""
+    sizes = {"key_type": types[0], "value_type": types[1], "num_heads": 2, "head_dim": 18}
+    ring, away = (_core.KvLayer(capacity=n, **sizes) for n in (256, 64))
+    content = np.random.default_rng(0).integers(0, 256, len(ring.content), np.uint8)
+    writable(ring)[:] = content
+    away.take(ring, begin, end)
+    writable(ring)[:] = 0
+    ring.take(away, begin, end)
+    rows = [at % 256 for at in range(begin // 32 * 32, -(-end // 32) * 32)]
+    for is_key, kind, start in (
+        (True, types[0], 0),
+        (False, types[1], _core.KvLayer.bytes(types[0], 2, 256, 18)),
+    ):
+        size = _core.KvLayer.bytes(kind, 2, 256, 18)
+        before, after = (x[start : start + size].reshape(2, 8, -1) for x in (content, ring.content))
+        tiles = sorted({row // 32 for row in rows})
+        assert np.array_equal(after[:, tiles], before[:, tiles]) or kind == "q8_0"
+        # Tiles of 8 bits are half as long: only those of [begin, end) need be there.
+        halves_before, halves_after = (x.reshape(2, 16, -1) for x in (before, after))
+        halves = sorted({at % 256 // 16 for at in range(begin, end)})
+        assert np.array_equal(halves_after[:, halves], halves_before[:, halves]), is_key
+
+
+def writable(kv):
+    """The bytes of a layer, for writing."""
+    view = kv.content
+    return np.ctypeslib.as_array((ctypes.c_uint8 * len(view)).from_address(view.ctypes.data))
+
+
+def test_what_cannot_be_copied_is_refused():
+    def layer(**changes):
+        return _core.KvLayer(
+            **{"key_type": "f16", "value_type": "f16", "num_heads": 2, "capacity": 64, "head_dim": 16, **changes}
+        )  # fmt: skip
+
+    for other in (
+        layer(key_type="q8_0"), layer(value_type="f32"), layer(num_heads=1), layer(head_dim=32),
+        _core.KvLayer.latents(type="f16", capacity=64, head_dim=16, value_dim=16),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="expected"):
+            layer().take(other, 0, 3)
+    for begin, end in ((-1, 3), (3, 2), (0, 65), (31, 97), (1 << 30, (1 << 30) + 1)):
+        with pytest.raises(ValueError, match="do not fit"):
+            layer().take(layer(), begin, end)
+    with pytest.raises(ValueError, match="do not fit"):
+        layer(capacity=70).take(layer(), 70, 71)
 
 
 @pytest.mark.parametrize("types", TYPES, ids="-".join)

@@ -91,12 +91,12 @@ class Case:
         }  # fmt: skip
         return _core.AttentionLayer(**{**parts, **changes})
 
-    def run(self, types, chunks, *, threads=2, capacity=None, **changes):
+    def run(self, types, chunks, *, threads=2, capacity=None, ring=None, **changes):
         """Returns the outputs [T, heads, head_dim] and the cache."""
         capacity = capacity or self.T
         ws = _core.Workspace(threads, self.T, 64, 64, capacity, self.head_dim, self.heads)
         kv = _core.KvLayer(
-            key_type=types[0], value_type=types[1], num_heads=self.kv_heads, capacity=capacity,
+            key_type=types[0], value_type=types[1], num_heads=self.kv_heads, capacity=ring or capacity,
             head_dim=self.head_dim,
         )  # fmt: skip
         rope = _core.Rope(self.frequencies, 1.5)
@@ -166,6 +166,13 @@ def test_chunks_threads_and_instruction_sets_do_not_change_a_bit(case, isa):
     again, same = case.run(Q8, [case.T])
     assert np.array_equal(again, expected)
     assert np.array_equal(same.content, kv.content)
+
+
+def test_a_ring_that_is_written_over_does_not_change_a_bit(isa):
+    case = Case(heads=2, kv_heads=1, head_dim=18, window=40, T=700, large=(1, 8))
+    expected, _ = case.run(Q8, [case.T])
+    chunks = [100, 1, 150, *[1] * 49, 200, 200]
+    assert np.array_equal(case.run(Q8, chunks, ring=256)[0], expected)
 
 
 def test_only_large_biases_of_plain_keys_are_left_out():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from edgemoe.file.format import open_moe
 from edgemoe.model import KvTypes, state_bytes
 from edgemoe.ops import OpsShape
 from edgemoe.runtime.budget import Budget, parse_size
+from edgemoe.runtime.context import longest_context
 from edgemoe.store import all_expert_bytes, dense_bytes, expert_bytes
 
 
@@ -75,6 +78,34 @@ def test_everything_is_counted_once(tiny_moe, sequences) -> None:
     assert divided(moe, ram + 1000, sequences=sequences).slots in range(
         b.slots + 990, b.slots + 1001
     )
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
+def test_a_longer_chunk_needs_longer_rings(tiny_moe, sequences) -> None:
+    moe = open_moe(tiny_moe)
+    mixer = replace(moe.config.mixers[0], window=700)
+    moe = replace(moe, config=replace(moe.config, mixers=(mixer,)))
+    changes = {"context": 8000, "sequences": sequences}
+    ram = smallest(moe, **changes)
+    chunks = set()
+    for more in range(0, 24 << 20, 1 << 18):
+        b = divided(moe, ram + more, **changes)
+        assert b.slots >= b.expert
+        assert b.kv == sequences * state_bytes(moe.config, 8000, KvTypes(), b.chunk)
+        chunks.add(b.chunk)
+    assert {16, 512} <= chunks
+
+
+def test_a_context_is_as_long_as_there_is_room() -> None:
+    def taken(n):
+        return 100 + 3 * min(n, 500)  # a ring
+
+    assert longest_context(256, 4096, 5000, taken) == 4096
+    assert longest_context(256, 4096, 1599, taken) == 480
+    assert longest_context(256, 4096, 1000, taken) == 288
+    assert longest_context(256, 4096, 0, taken) == 256
+    assert longest_context(256, 200, 0, taken) == 256
+    assert longest_context(256, 257, 871, taken) == 257
 
 
 def test_a_budget_that_is_too_small_says_which_is_not(tiny_moe) -> None:

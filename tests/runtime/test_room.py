@@ -11,7 +11,8 @@ import pytest
 import edgemoe
 from edgemoe import hardware
 from edgemoe.model import Batch, SequenceState
-from edgemoe.runtime.budget import KV_STEP, Budget
+from edgemoe.runtime.budget import Budget
+from edgemoe.runtime.context import KV_STEP
 from edgemoe.runtime.room import Room
 from edgemoe.store import ExpertStore
 
