@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgemoe.errors import (
+        Cancelled,
         DeviceError,
         EdgemoeError,
         FormatError,
@@ -28,15 +29,15 @@ if TYPE_CHECKING:
     from edgemoe.text.sampler import SamplingParams
 
 __all__ = [
-    "Chat", "DeviceError", "EdgemoeError", "Engine", "EngineOptions", "FormatError", "OutOfBudget", "RangeError",
-    "ReadError", "SamplingParams", "Stats", "load",
+    "Cancelled", "Chat", "DeviceError", "EdgemoeError", "Engine", "EngineOptions", "FormatError", "OutOfBudget",
+    "RangeError", "ReadError", "SamplingParams", "Stats", "load",
 ]  # fmt: skip
 
 __version__ = "0.1.0"
 """The only place that says it; `pyproject.toml` and the programs read it here."""
 
 _HOMES = {
-    "Chat": "runtime.chat", "EdgemoeError": "errors", "Engine": "runtime.engine",
+    "Cancelled": "errors", "Chat": "runtime.chat", "EdgemoeError": "errors", "Engine": "runtime.engine",
     "EngineOptions": "runtime.options",
     "DeviceError": "errors", "FormatError": "errors", "OutOfBudget": "errors", "RangeError": "errors",
     "ReadError": "errors",

@@ -190,8 +190,9 @@ class Engine:
             self.model.room.lend(size)
 
     def generate(
-        self, ids: abc.Sequence[int], params: SamplingParams | None = None
-    ) -> Iterator[int]:
+        self, ids: abc.Sequence[int], params: SamplingParams | None = None, *,
+        is_cancelled: abc.Callable[[], bool] | None = None,
+    ) -> Iterator[int]:  # fmt: skip
         """Yields tokens as they are made, until an end token, a stop text, `max_tokens` or the end of the context.
 
         The token that completes a stop text is the last.
@@ -201,10 +202,12 @@ class Engine:
         Args:
             ids: [T] the prompt, T from 1 to `context` - 1.
             params: how to sample; None for `sampling`.
+            is_cancelled: asked before each layer, of the prompt too; True ends the call with Cancelled.
 
         Raises:
             ValueError: too many tokens, none, or one outside the vocabulary; stop texts without a tokenizer.
             ReadError: the disk failed; the engine stays usable.
+            Cancelled: likewise, and what was computed is not computed again.
         """
         params = params or self.sampling
         if params.stop and self.tokenizer is None:
@@ -218,6 +221,7 @@ class Engine:
         with self._alone() as sequence:
             # The last token is always computed, for its logits.
             cached = sequence.begin(tokens, kept=len(tokens) - 1)
+            sequence.is_cancelled = is_cancelled
         return self._generate(tokens[cached:], params, sequence.call)
 
     def _generate(

@@ -30,6 +30,8 @@ class Sequence:
         self.meter = Meter(model, model.budget.kv // model.options.sequences)
         self.call = 0
         """Counts calls: what an earlier one began has ended."""
+        self.is_cancelled: abc.Callable[[], bool] | None = None
+        """Of the call; see `Batch.is_cancelled`."""
         self._model = model
         self._sampler = Sampler(SamplingParams())
         self._start = 0.0
@@ -40,14 +42,17 @@ class Sequence:
         Returns:
             How many were kept: the position of the first token that is to be computed.
         """
-        self.call += 1
+        self._start_call()
         shared = shared_length(self._model.config, self.state, tokens, kept)
-        self.meter.start()
         return self.state.rewind(shared)
 
     def go_on(self) -> None:
         """Starts a call that adds tokens to what is there."""
+        self._start_call()
+
+    def _start_call(self) -> None:
         self.call += 1
+        self.is_cancelled = None
         self.meter.start()
 
     def evaluate(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
@@ -59,7 +64,9 @@ class Sequence:
             done = 0
             while done < len(tokens):
                 first, done = done, done + state.span(min(chunk, len(tokens) - done))
-                hidden = model.forward(Batch.of((state, tokens[first:done])))
+                batch = Batch.of((state, tokens[first:done]))
+                batch.is_cancelled = self.is_cancelled
+                hidden = model.forward(batch)
                 self.meter.prompt_progress = (done, len(tokens))
                 with self.meter.row_lock:
                     if len(out) == len(tokens):

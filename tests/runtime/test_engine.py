@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from engines import GREEDY, with_slots
@@ -356,3 +358,40 @@ def test_tokens_may_come_from_any_list(tiny_moe):
             [np.int64(1), 2, np.int8(3)],
         ):
             assert (engine.logits(ids) == expected).all()
+
+
+def test_a_prompt_is_cancelled_between_its_layers(tiny_moe, monkeypatch):
+    ids = np.random.default_rng(1).integers(0, 256, 70).tolist()
+    with_slots(monkeypatch, 1 << 20, chunk=16)
+    with edgemoe.load(tiny_moe) as engine:
+        expected = list(engine.generate(ids, GREEDY)), engine.stats.logits_hash
+        layers = engine.config.num_layers
+        for wanted in (1, 3 * layers + 2, 5 * layers):  # of 5 chunks
+            asked = []
+            engine.logits([7])
+            reply = engine.generate(
+                ids, GREEDY, is_cancelled=lambda n=wanted, a=asked: a.append(0) or len(a) == n
+            )
+            with pytest.raises(edgemoe.Cancelled):
+                next(reply)
+            assert len(asked) == wanted
+            assert engine._sequence.state.length == (wanted - 1) // layers * 16
+            # What was computed is kept, and nobody asks the next call.
+            assert (list(engine.generate(ids, GREEDY)), engine.stats.logits_hash) == expected
+            assert engine.stats.cached_tokens == (wanted - 1) // layers * 16
+            assert len(asked) == wanted
+
+
+def test_a_reply_is_cancelled_from_another_thread(tiny_moe):
+    with edgemoe.load(tiny_moe) as engine:
+        expected = list(engine.generate([1, 2, 3], GREEDY))
+        event, made = threading.Event(), []
+        with pytest.raises(edgemoe.Cancelled):
+            for token in engine.generate([1, 2, 3], GREEDY, is_cancelled=event.is_set):
+                made.append(token)
+                if len(made) == 5:
+                    thread = threading.Thread(target=event.set)
+                    thread.start()
+                    thread.join()
+        assert made == expected[:5]
+        assert list(engine.generate([1, 2, 3], GREEDY)) == expected
