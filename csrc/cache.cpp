@@ -40,7 +40,7 @@ void check_shape(const ExpertShape& s, bool is_dry) {
     uint64_t expected = end;
     for (size_t m = 0; m < 3; ++m) {
       const auto [rows, cols] = matrix_shape(s, m);
-      expected += rung_bytes(s.scheme, rows, cols, s.rung_widths[r][m], r == 0);
+      expected += rung_bytes(s.scheme, rows, cols, {s.rung_widths[r][m], r == 0, (s.row_scales >> r & 1) != 0});
     }
     const bool ok = is_dry ? s.ends[r] > 0 && s.ends[r] >= end : s.ends[r] == expected;
     if (!ok) {
@@ -512,6 +512,7 @@ ExpertView Cache::view(int e, int level) const {
   NestedMatrix* matrices[3] = {&v.gate, &v.up, &v.down};
   for (size_t m = 0; m < 3; ++m) {
     matrices[m]->scheme = shape_.scheme;
+    matrices[m]->row_scales = shape_.row_scales;
     std::tie(matrices[m]->rows, matrices[m]->cols) = matrix_shape(shape_, m);
     matrices[m]->num_rungs = level;
   }
@@ -519,10 +520,9 @@ ExpertView Cache::view(int e, int level) const {
   for (int r = 0; r < level; ++r) {
     const uint8_t* p = base + (r == 0 ? 0 : shape_.ends[r - 1]);
     for (int m = 0; m < 3; ++m) {
-      const int width = shape_.rung_widths[r][m];
-      matrices[m]->widths[r] = uint8_t(width);
+      matrices[m]->widths[r] = shape_.rung_widths[r][m];
       matrices[m]->rungs[r] = p;
-      p += rung_bytes(shape_.scheme, matrices[m]->rows, matrices[m]->cols, width, r == 0);
+      p += rung_bytes(shape_.scheme, matrices[m]->rows, matrices[m]->cols, form_of(*matrices[m], r));
     }
   }
   return v;

@@ -32,6 +32,7 @@ struct ExpertShape {
   std::vector<std::array<uint8_t, 3>> rung_widths;  ///< per rung, the bits it adds to gate, up and down
   std::vector<uint32_t> ends;                       ///< rung r is [ends[r - 1], ends[r]) of a record
   bool gated = true;                                ///< else gate is a matrix of no rows
+  uint8_t row_scales = 1;                           ///< see NestedMatrix
 };
 
 /// The matrices of a resident expert.

@@ -10,17 +10,27 @@
 namespace edgemoe {
 namespace {
 
+/// A matrix of rungs that are nowhere yet. Throws std::invalid_argument unless there can be such a one.
+NestedMatrix hollow(int rows, int cols, const std::vector<uint8_t>& widths, const Coding& coding) {
+  check_widths(coding.scheme, widths);
+  check_shape(rows, cols);
+  NestedMatrix m;
+  m.scheme = coding.scheme;
+  m.rows = rows;
+  m.cols = cols;
+  m.num_rungs = int(widths.size());
+  m.row_scales = check_row_scales(coding.scheme, coding.row_scales);
+  std::copy(widths.begin(), widths.end(), m.widths);
+  return m;
+}
+
+size_t rung_bytes(const NestedMatrix& m, int rung) { return rung_bytes(m.scheme, m.rows, m.cols, form_of(m, rung)); }
+
 /// Points the matrix at rungs that follow each other in memory.
-void point_at_rungs(NestedMatrix* m, Scheme scheme, int rows, int cols, const std::vector<uint8_t>& widths,
-                    const uint8_t* p) {
-  m->scheme = scheme;
-  m->rows = rows;
-  m->cols = cols;
-  m->num_rungs = int(widths.size());
-  for (size_t r = 0; r < widths.size(); ++r) {
-    m->widths[r] = widths[r];
+void point_at_rungs(NestedMatrix* m, const uint8_t* p) {
+  for (int r = 0; r < m->num_rungs; ++r) {
     m->rungs[r] = p;
-    p += rung_bytes(scheme, rows, cols, widths[r], r == 0);
+    p += rung_bytes(*m, r);
   }
 }
 
@@ -65,61 +75,68 @@ void check_widths(Scheme scheme, const std::vector<uint8_t>& widths) {
   }
 }
 
+uint8_t check_row_scales(Scheme scheme, const std::vector<uint8_t>& row_scales) {
+  bool ok = !row_scales.empty() && row_scales.size() <= kMaxRungs && row_scales[0] == 1;
+  uint8_t out = 0;
+  for (size_t r = 0; r < row_scales.size(); ++r) {
+    ok = ok && row_scales[r] <= (scheme == Scheme::kNested || r == 0 ? 1 : 0);
+    out = uint8_t(out | (row_scales[r] << r));
+  }
+  if (!ok) throw std::invalid_argument("row_scales: expected 1, and then 1 or 0 for each rung of nested codes");
+  return out;
+}
+
 void check_shape(int rows, int cols) {
   expect_within("nested rows", rows, 1, kMaxSize);
   expect_within("nested cols", cols, 1, kMaxSize);
 }
 
 std::unique_ptr<Nested> nested_from_rungs(const std::vector<RungBytes>& rungs, int rows, int cols,
-                                          const std::vector<uint8_t>& widths, Scheme scheme) {
-  check_widths(scheme, widths);
-  check_shape(rows, cols);
+                                          const std::vector<uint8_t>& widths, const Coding& coding) {
+  NestedMatrix m = hollow(rows, cols, widths, coding);
   if (rungs.size() != widths.size()) throw std::invalid_argument("nested: expected one array per rung");
   size_t total = 0;
-  for (size_t r = 0; r < widths.size(); ++r) {
-    const size_t bytes = rung_bytes(scheme, rows, cols, widths[r], r == 0);
-    if (rungs[r].second != bytes) {
+  for (int r = 0; r < m.num_rungs; ++r) {
+    const size_t bytes = rung_bytes(m, r), got = rungs[size_t(r)].second;
+    if (got != bytes) {
       throw std::invalid_argument("nested rung: expected shape [" + std::to_string(bytes) + "], got [" +
-                                  std::to_string(rungs[r].second) + "]");
+                                  std::to_string(got) + "]");
     }
     total += bytes;
   }
   const auto arena = std::make_shared<Arena>(total);
-  auto n = std::make_unique<Nested>(Nested{{}, round_up(total, system_page()), arena});
   uint8_t* const start = arena->take(total);
   uint8_t* p = start;
   for (const RungBytes& r : rungs) p = std::copy_n(r.first, r.second, p);
-  point_at_rungs(&n->matrix, scheme, rows, cols, widths, start);
-  return n;
+  point_at_rungs(&m, start);
+  return std::make_unique<Nested>(Nested{m, round_up(total, system_page()), arena});
 }
 
 std::unique_ptr<Nested> nested_from_file(const std::shared_ptr<Arena>& arena, const File& file,
                                          const StoredRungs& stored, int rows, int cols,
                                          const std::vector<uint8_t>& widths, bool verify, const std::string& name,
-                                         Scheme scheme) {
-  check_widths(scheme, widths);
-  check_shape(rows, cols);
+                                         const Coding& coding) {
+  NestedMatrix m = hollow(rows, cols, widths, coding);
   if (stored.lengths.size() != widths.size() || stored.crcs.size() != widths.size()) {
     throw std::invalid_argument("nested: expected one length and one checksum per rung");
   }
   size_t total = 0;
-  for (size_t r = 0; r < widths.size(); ++r) {
-    if (stored.lengths[r] != rung_bytes(scheme, rows, cols, widths[r], r == 0))
-      throw std::invalid_argument("nested: wrong length");
-    total += stored.lengths[r];
+  for (int r = 0; r < m.num_rungs; ++r) {
+    if (stored.lengths[size_t(r)] != rung_bytes(m, r)) throw std::invalid_argument("nested: wrong length");
+    total += stored.lengths[size_t(r)];
   }
-  auto n = std::make_unique<Nested>(Nested{{}, round_up(total, system_page()), arena});
+  const size_t bytes = round_up(total, system_page());
   uint8_t* const to = arena->take(total);
-  read_range(file, stored.offset, n->bytes, to);
-  point_at_rungs(&n->matrix, scheme, rows, cols, widths, to);
+  read_range(file, stored.offset, bytes, to);
+  point_at_rungs(&m, to);
   for (size_t r = 0; verify && r < widths.size(); ++r) {
-    const uint32_t crc = crc32c(n->matrix.rungs[r], stored.lengths[r]);
+    const uint32_t crc = crc32c(m.rungs[r], stored.lengths[r]);
     if (crc == stored.crcs[r]) continue;
     char text[96];
     std::snprintf(text, sizeof text, ", rung %d, is %08x; expected %08x", int(r), crc, stored.crcs[r]);
     throw FormatError(file.path() + ": checksum of tensor " + name + text);
   }
-  return n;
+  return std::make_unique<Nested>(Nested{m, bytes, arena});
 }
 
 void read_f32(const File& file, uint64_t offset, size_t length, uint32_t crc, bool verify, const std::string& name,

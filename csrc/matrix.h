@@ -40,6 +40,17 @@ Scheme scheme_named(const std::string& name);
 /// Throws std::invalid_argument unless `widths`, the bits that each rung adds, are a ladder of the scheme.
 void check_widths(Scheme scheme, const std::vector<uint8_t>& widths);
 
+/// What `NestedMatrix::row_scales` is for a flag per rung; rungs beyond them have no scales. Throws
+/// std::invalid_argument unless there is one for a nested matrix's first rung, and no other for MWQ, whose scales lie
+/// elsewhere.
+uint8_t check_row_scales(Scheme scheme, const std::vector<uint8_t>& row_scales);
+
+/// What planes mean, and which rungs begin with scales of rows.
+struct Coding {
+  Scheme scheme;
+  std::vector<uint8_t> row_scales;
+};
+
 /// Bytes of one rung, and where they are.
 using RungBytes = std::pair<const uint8_t*, size_t>;
 
@@ -48,7 +59,7 @@ void check_shape(int rows, int cols);
 
 /// Copies the rungs of a matrix [rows, cols]. Throws std::invalid_argument unless each has the bytes that it must have.
 std::unique_ptr<Nested> nested_from_rungs(const std::vector<RungBytes>& rungs, int rows, int cols,
-                                          const std::vector<uint8_t>& widths, Scheme scheme);
+                                          const std::vector<uint8_t>& widths, const Coding& coding);
 
 /// Where the rungs of a matrix lie in a file: one after the other from `offset` on, with a checksum each.
 struct StoredRungs {
@@ -62,7 +73,7 @@ struct StoredRungs {
 std::unique_ptr<Nested> nested_from_file(const std::shared_ptr<Arena>& arena, const File& file,
                                          const StoredRungs& stored, int rows, int cols,
                                          const std::vector<uint8_t>& widths, bool verify, const std::string& name,
-                                         Scheme scheme);
+                                         const Coding& coding);
 
 /// Reads `length` bytes of float32 to `to`. Throws like `nested_from_file`.
 void read_f32(const File& file, uint64_t offset, size_t length, uint32_t crc, bool verify, const std::string& name,

@@ -21,10 +21,12 @@ struct Objective {
   int sweeps;
 };
 
-/// Quantises w [rows, cols] and writes each rung of `widths` bits to outs[i], of rung_bytes.
-/// Throws std::invalid_argument, with outs unspecified, when a weight is not finite or beyond float16, and when the
-/// objective is not what it says.
+/// Quantises w [rows, cols] and writes each rung of `widths` bits to outs[i], of rung_bytes. `row_scales` says which
+/// rungs begin with scales of rows, as `check_row_scales` takes it; one that follows the last of `widths` tells that
+/// what is above, and counts though it is not stored, has scales of its own. Throws std::invalid_argument, with outs
+/// unspecified, when a weight is not finite or beyond float16, and when the objective is not what it says.
 void quantize_nested(ThreadPool& pool, const float* w, int rows, int cols, const std::vector<uint8_t>& widths,
-                     const Objective& objective, const std::vector<uint8_t*>& outs);
+                     const std::vector<uint8_t>& row_scales, const Objective& objective,
+                     const std::vector<uint8_t*>& outs);
 
 }  // namespace edgemoe

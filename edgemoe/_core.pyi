@@ -20,6 +20,7 @@ def use_isa(name: str) -> None: ...
 def quantize(
     w: _F32,
     widths: Sequence[int],
+    row_scales: Sequence[int],
     level_weights: _F32,
     squares: _F32,
     moments: _F32 | None,
@@ -46,7 +47,12 @@ class Arena:
 class Nested:
     @staticmethod
     def from_rungs(
-        rungs: Sequence[_U8], rows: int, cols: int, widths: Sequence[int], scheme: str = "nested"
+        rungs: Sequence[_U8],
+        rows: int,
+        cols: int,
+        widths: Sequence[int],
+        scheme: str = "nested",
+        row_scales: Sequence[int] = [1],
     ) -> Nested: ...
     @staticmethod
     def from_file(
@@ -61,6 +67,7 @@ class Nested:
         verify: bool,
         name: str,
         scheme: str = "nested",
+        row_scales: Sequence[int] = [1],
     ) -> Nested: ...
     @property
     def rows(self) -> int: ...
@@ -253,6 +260,7 @@ class Cache:
         scheme: str = "nested",
         most_bytes: int = 0,
         gated: bool = True,
+        row_scales: Sequence[int] = [1],
     ) -> None: ...
     @staticmethod
     def on_device(device: Device, host: Cache, budget_bytes: int) -> Cache: ...

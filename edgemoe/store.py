@@ -89,7 +89,7 @@ def _read(moe: MoeFile, name: str, level: int, verify: bool, arena: _core.Arena 
     rows, cols = t.spec.shape
     return _core.Nested.from_file(
         arena, moe.file, t.offset, t.lengths[:level], t.crcs[:level], rows, cols,
-        widths[:level], verify, name, moe.scheme,
+        widths[:level], verify, name, moe.scheme.name, moe.scheme.row_scales,
     )  # fmt: skip
 
 
@@ -201,7 +201,8 @@ class ExpertStore:
             verify=verify,
             num_readers=_NUM_READERS,
             policy=policy,
-            scheme=moe.scheme,
+            scheme=moe.scheme.name,
+            row_scales=moe.scheme.row_scales,
             most_bytes=most_bytes,
             gated=config.expert_shapes[0][0] > 0,
         )

@@ -27,7 +27,7 @@ class Decoded:
 
     def __init__(self, path: Path) -> None:
         self._moe = moe = open_moe(path)
-        self._scheme = reference_mwq if moe.scheme == "mwq" else reference_nested
+        self._scheme = reference_mwq if moe.scheme.name == "mwq" else reference_nested
         self._bytes = np.fromfile(path, np.uint8)
         self.config = moe.config
         self.tensors = {}
@@ -40,7 +40,9 @@ class Decoded:
                 starts = tensor.offset + np.cumsum([0, *tensor.lengths])
                 rungs = [self._bytes[a:b] for a, b in pairwise(starts)]
                 widths = np.diff([0, *moe.dense_ladder])
-                self.tensors[name] = self._scheme.decode_rungs(rungs, widths, *shape)
+                self.tensors[name] = self._scheme.decode_rungs(
+                    rungs, widths, *shape, moe.scheme.row_scales
+                )
 
     def expert(
         self, layer: int, index: int, level: int | None = None
@@ -57,11 +59,15 @@ class Decoded:
             for part, (rows, cols) in enumerate(shapes):
                 if not rows:
                     continue
-                size = self._scheme.rung_bytes(rows, cols, int(ladders[part][rung]), rung)
+                size = self._scheme.rung_bytes(
+                    rows, cols, int(ladders[part][rung]), rung, moe.scheme.row_scales
+                )
                 rungs[part].append(self._bytes[at : at + size])
                 at += size
         gate, up, down = (
-            self._scheme.decode_rungs(rungs[part], ladders[part][:have], *shapes[part])
+            self._scheme.decode_rungs(
+                rungs[part], ladders[part][:have], *shapes[part], moe.scheme.row_scales
+            )
             if shapes[part][0]
             else np.empty(shapes[part])
             for part in range(3)

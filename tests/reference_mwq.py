@@ -13,11 +13,11 @@ def strip(rung):
     return GROUP if rung == 0 else 2 * GROUP
 
 
-def rung_bytes(rows, cols, width, rung):
+def rung_bytes(rows, cols, width, rung, row_scales=(1,)):
     return -(-rows // ROWS) * (-(-cols // strip(rung)) * 64 + -(-cols // COLS) * 128 * width)
 
 
-def decode_rungs(rungs, widths, rows, cols):
+def decode_rungs(rungs, widths, rows, cols, row_scales=(1,)):
     """Decodes a prefix of rungs to float64 [rows, cols], weight by weight."""
     out = np.zeros((rows, cols))
     for i, (rung, width) in enumerate(zip(rungs, widths, strict=True)):

@@ -7,12 +7,17 @@ import numpy as np
 ROWS, COLS, GROUP = 16, 64, 16
 
 
-def rung_bytes(rows, cols, width, rung):
+def has_row_scales(row_scales, rung):
+    return rung < len(row_scales) and row_scales[rung] == 1
+
+
+def rung_bytes(rows, cols, width, rung, row_scales=(1,)):
     tiles = -(-rows // ROWS) * -(-cols // COLS)
-    return tiles * 128 * width + (0 if rung else tiles * 64 + -(-rows // 32) * 64)
+    header = -(-rows // 32) * 64 if has_row_scales(row_scales, rung) else 0
+    return header + tiles * 128 * width + (0 if rung else tiles * 64)
 
 
-def unpack(rungs, widths, rows, cols):
+def unpack(rungs, widths, rows, cols, row_scales=(1,)):
     """Returns codes [rows, cols] of sum(widths) bits, and steps and middles [rows, groups] of 16 columns, float64.
 
     At 8 bits, w = step * (code + 0.5 + middle).
@@ -21,14 +26,16 @@ def unpack(rungs, widths, rows, cols):
     codes = np.zeros((rb, cb, 16, 64), np.uint8)  # [row block, column block, step, row * 4 + j]
     for r, (rung, width) in enumerate(zip(rungs, widths, strict=True)):
         rung = np.asarray(rung, np.uint8)
-        if r == 0:
+        if has_row_scales(row_scales, r):
             header = -(-rows // 32) * 64
-            row_scales = rung[:header].view(np.float16)[:rows].astype(np.float64)
-            tiles = rung[header:].reshape(rb, cb, -1)
+            of_rows = rung[:header].view(np.float16)[:rows].astype(np.float64)
+            rung = rung[header:]
+        if r == 0:
+            tiles = rung.reshape(rb, cb, -1)
             both = tiles[:, :, :64].reshape(rb, cb, 4, ROWS).transpose(0, 3, 1, 2)
             both = both.reshape(rb * ROWS, cb * 4)[:rows, : -(-cols // GROUP)].astype(int)
             low, high = both % 16, both // 16
-            steps = row_scales[:, None] / 4096 * (4 + low % 4) * 2.0 ** (low // 4)
+            relative = (4 + low % 4) * 2.0 ** (low // 4)
             middles = 12.0 * (high - 8) - 128
             tiles = tiles[:, :, 64:]
         else:
@@ -45,7 +52,11 @@ def unpack(rungs, widths, rows, cols):
                     np.uint8
                 ) | field
     codes = codes.reshape(rb, cb, 16, ROWS, 4).transpose(0, 3, 1, 2, 4)
-    return codes.reshape(rb * ROWS, cb * COLS)[:rows, :cols], steps, middles
+    return (
+        codes.reshape(rb * ROWS, cb * COLS)[:rows, :cols],
+        of_rows[:, None] / 4096 * relative,
+        middles,
+    )
 
 
 def decode(codes, steps, middles, bits):
@@ -57,9 +68,9 @@ def decode(codes, steps, middles, bits):
     ]
 
 
-def decode_rungs(rungs, widths, rows, cols):
+def decode_rungs(rungs, widths, rows, cols, row_scales=(1,)):
     """Decodes a prefix of rungs to float64 [rows, cols]."""
-    return decode(*unpack(rungs, widths, rows, cols), sum(widths))
+    return decode(*unpack(rungs, widths, rows, cols, row_scales), sum(widths))
 
 
 def quantize_rows(x):

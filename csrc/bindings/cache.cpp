@@ -60,7 +60,8 @@ void bind_cache(py::module_& m) {
                        const std::vector<std::array<uint8_t, 3>>& rung_widths, const std::vector<uint32_t>& ends,
                        const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const Array<uint8_t>& rungs,
                        const std::vector<int>& layers, int max_level, size_t budget_bytes, bool verify, int num_readers,
-                       const py::object& policy, const std::string& scheme_name, size_t most_bytes, bool gated) {
+                       const py::object& policy, const std::string& scheme_name, size_t most_bytes, bool gated,
+                       const std::vector<uint8_t>& row_scales) {
              expect(offsets, "offsets", {-1});
              expect(crcs, "crcs", {offsets.size(), py::ssize_t(ends.size())});
              expect(rungs, "rungs", {offsets.size()});
@@ -74,14 +75,16 @@ void bind_cache(py::module_& m) {
              } else {
                backing = make_dry_backing();
              }
-             ExpertShape shape{scheme_named(scheme_name),
+             const Scheme scheme = scheme_named(scheme_name);
+             ExpertShape shape{scheme,
                                int(layers.size()),
                                num_experts,
                                hidden,
                                expert_hidden,
                                rung_widths,
                                ends,
-                               gated};
+                               gated,
+                               check_row_scales(scheme, row_scales)};
              return Held<Cache>(new Cache(std::move(backing), std::move(shape),
                                           {rungs.data(), rungs.data() + rungs.size()}, max_level, budget_bytes,
                                           policy_from(policy, int(layers.size()), num_experts), most_bytes));
@@ -90,7 +93,7 @@ void bind_cache(py::module_& m) {
            py::arg("rung_widths"), py::arg("ends"), py::arg("offsets").noconvert(), py::arg("crcs").noconvert(),
            py::arg("rungs").noconvert(), py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"),
            py::arg("verify"), py::arg("num_readers"), py::arg("policy"), py::arg("scheme") = "nested",
-           py::arg("most_bytes") = 0, py::arg("gated") = true)
+           py::arg("most_bytes") = 0, py::arg("gated") = true, py::arg("row_scales") = std::vector<uint8_t>{1})
       .def_static(
           "on_device",
           [](const std::shared_ptr<DeviceSpace>& device, const Cache& host, size_t budget_bytes) {

@@ -85,7 +85,7 @@ Held<DeviceMatrix> matrix_of(const std::shared_ptr<DeviceSpace>& space, const Ne
   py::gil_scoped_release release;
   Held<DeviceMatrix> out(new DeviceMatrix{n.matrix, {}});
   NestedMatrix& m = out->matrix;
-  const auto bytes = [&m](int r) { return rung_bytes(m.scheme, m.rows, m.cols, m.widths[r], r == 0); };
+  const auto bytes = [&m](int r) { return rung_bytes(m.scheme, m.rows, m.cols, form_of(m, r)); };
   size_t total = 0;
   for (int r = 0; r < m.num_rungs; ++r) total += bytes(r);
   out->memory = DeviceMemory(space, total);

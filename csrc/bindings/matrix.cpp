@@ -12,23 +12,24 @@ namespace edgemoe {
 namespace {
 
 Held<Nested> from_rungs(const std::vector<Array<uint8_t>>& rungs, int rows, int cols,
-                        const std::vector<uint8_t>& widths, const std::string& scheme) {
+                        const std::vector<uint8_t>& widths, const std::string& scheme,
+                        const std::vector<uint8_t>& row_scales) {
   std::vector<RungBytes> bytes;
   for (const auto& r : rungs) {
     expect(r, "nested rung", {-1});
     bytes.push_back({r.data(), size_t(r.size())});
   }
-  return Held<Nested>(nested_from_rungs(bytes, rows, cols, widths, scheme_named(scheme)).release());
+  return Held<Nested>(nested_from_rungs(bytes, rows, cols, widths, {scheme_named(scheme), row_scales}).release());
 }
 
 Held<Nested> from_file(const std::shared_ptr<Arena>& arena, const std::shared_ptr<File>& file, uint64_t offset,
                        const std::vector<uint64_t>& lengths, const std::vector<uint32_t>& crcs, int rows, int cols,
                        const std::vector<uint8_t>& widths, bool verify, const std::string& name,
-                       const std::string& scheme) {
+                       const std::string& scheme, const std::vector<uint8_t>& row_scales) {
   py::gil_scoped_release release;
-  return Held<Nested>(
-      nested_from_file(arena, *file, {offset, lengths, crcs}, rows, cols, widths, verify, name, scheme_named(scheme))
-          .release());
+  return Held<Nested>(nested_from_file(arena, *file, {offset, lengths, crcs}, rows, cols, widths, verify, name,
+                                       {scheme_named(scheme), row_scales})
+                          .release());
 }
 
 py::array_t<float> read_floats(const std::shared_ptr<File>& file, uint64_t offset,
@@ -57,11 +58,12 @@ void bind_matrix(py::module_& m) {
 
   py::class_<Nested, Held<Nested>>(m, "Nested", "A resident nested matrix [rows, cols].")
       .def_static("from_rungs", &from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"),
-                  py::arg("widths"), py::arg("scheme") = "nested", "Copies rungs as `quantize` returns them.")
+                  py::arg("widths"), py::arg("scheme") = "nested", py::arg("row_scales") = std::vector<uint8_t>{1},
+                  "Copies rungs as `quantize` returns them.")
       .def_static("from_file", &from_file, py::arg("arena").none(false), py::arg("file").none(false), py::arg("offset"),
                   py::arg("lengths"), py::arg("crcs"), py::arg("rows"), py::arg("cols"), py::arg("widths"),
                   py::arg("verify"), py::arg("name"), py::arg("scheme") = "nested",
-                  "Reads the rungs of a tensor into an arena.")
+                  py::arg("row_scales") = std::vector<uint8_t>{1}, "Reads the rungs of a tensor into an arena.")
       .def_property_readonly("rows", [](const Nested& n) { return n.matrix.rows; })
       .def_property_readonly("cols", [](const Nested& n) { return n.matrix.cols; })
       .def_property_readonly("bits", [](const Nested& n) { return bits_of(n.matrix); })

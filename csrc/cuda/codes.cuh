@@ -117,10 +117,9 @@ struct LadderTiles {
     EDGEMOE_UNROLL
     for (int r = 0; r < N; ++r) {
       const int bytes = int(tile_bytes(w.widths[r], r == 0));
-      at[r] = w.rungs[r] + (size_t(block) * tiles + first) * bytes;
+      at[r] = tiles_of(w, r) + (size_t(block) * tiles + first) * bytes;
       strides[r] = bytes * stride;
     }
-    at[0] += row_scale_bytes(w.rows);
     scales = at[0] + 32 * half + row;
     at[0] += kScaleBytes;
     R::place(at, half, row);
@@ -157,7 +156,7 @@ struct AnyTiles {
     for (int s = 0; s < kSteps; ++s) out[s] = 0;
     append_rung(tile_of_base() + kScaleBytes, w.widths[0], half, row, out);
     for (int r = 1; r < w.num_rungs; ++r) {
-      append_rung(w.rungs[r] + tile * tile_bytes(w.widths[r], false), w.widths[r], half, row, out);
+      append_rung(tiles_of(w, r) + tile * tile_bytes(w.widths[r], false), w.widths[r], half, row, out);
     }
   }
   __device__ __forceinline__ void next() {
@@ -167,7 +166,7 @@ struct AnyTiles {
 
  private:
   __device__ __forceinline__ const uint8_t* tile_of_base() const {
-    return w.rungs[0] + row_scale_bytes(w.rows) + tile * tile_bytes(w.widths[0], true);
+    return tiles_of(w, 0) + tile * tile_bytes(w.widths[0], true);
   }
   __device__ __forceinline__ void find_scales() { scales = tile_of_base() + 32 * half + row; }
 };

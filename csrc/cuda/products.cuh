@@ -92,7 +92,7 @@ __device__ __forceinline__ void nested_block(const NestedMatrix& w, const Quanti
   }
   const int t = threadIdx.x / kTileRows, row = block * kTileRows + threadIdx.x % kTileRows;
   if (t < T && t < n && row < w.rows) {
-    y[t * stride + row] = load_f16(w.rungs[0], row) * (float(1 << (8 - at.bits())) / float(kScaleUnit)) * sum.acc;
+    y[t * stride + row] = load_f16(row_scales_of(w), row) * (float(1 << (8 - at.bits())) / float(kScaleUnit)) * sum.acc;
   }
 }
 

@@ -26,10 +26,9 @@ struct TileCursor {
   TileCursor(const NestedMatrix& w, int row_block, int groups) : num_rungs(w.num_rungs) {
     for (int r = 0; r < num_rungs; ++r) {
       strides[r] = tile_bytes(w.widths[r], r == 0);
-      rungs[r] = w.rungs[r] + size_t(row_block) * groups * strides[r];
+      rungs[r] = tiles_of(w, r) + size_t(row_block) * groups * strides[r];
     }
-    rungs[0] += row_scale_bytes(w.rows);
-    row_scales = reinterpret_cast<const uint16_t*>(w.rungs[0]) + row_block * kTileRows;
+    row_scales = reinterpret_cast<const uint16_t*>(row_scales_of(w)) + row_block * kTileRows;
     scales = rungs[0];
     rungs[0] += kScaleBytes;
   }

@@ -2,11 +2,12 @@
 //
 // Layout of a nested matrix (the format's specification is edgemoe/format.py). Rows come in blocks of 16 and
 // columns in blocks of 64, both padded with zeros; a tile is 16 x 64 weights. A rung holds its tiles row block by
-// row block. Rung 0 starts with one float16 scale per row; a tile of it starts with one byte per row and group of 16
-// columns: byte 16 * group + row has a relative scale in its lower half and a middle in its upper one.
-// A step of a tile is 64 bytes: byte 4 * row + j belongs to column 4 * step + j, so that one 8-bit dot-product
-// instruction covers 16 rows. A plane of w bits (1, 2, 4 or 8) packs 8 / w consecutive steps into the same 64
-// bytes, the first step in the lowest bits; other widths are stored as two or three such planes, widest first.
+// row block. Rung 0 starts with one float16 scale per row, and so may later rungs, from which on theirs count. A tile
+// of rung 0 starts with one byte per row and group of 16 columns: byte 16 * group + row has a relative scale in its
+// lower half and a middle in its upper one. A step of a tile is 64 bytes: byte 4 * row + j belongs to column 4 * step +
+// j, so that one 8-bit dot-product instruction covers 16 rows. A plane of w bits (1, 2, 4 or 8) packs 8 / w consecutive
+// steps into the same 64 bytes, the first step in the lowest bits; other widths are stored as two or three such planes,
+// widest first.
 //
 // At b bits a code c (the top b bits of the 8-bit code) means
 //   row scale / 4096 * (4 + a % 4) * 2^(a / 4) * ((c + 0.5) * 2^(8-b) - 128 + 12 * (m - 8)),  a, m the byte's halves.
@@ -48,6 +49,7 @@ struct NestedMatrix {
   int rows = 0;
   int cols = 0;
   int num_rungs = 0;
+  uint8_t row_scales = 1;          ///< bit r: rung r starts with scales of rows
   uint8_t widths[kMaxRungs] = {};  ///< bits that each rung adds
   const uint8_t* rungs[kMaxRungs] = {};
 };
@@ -72,13 +74,36 @@ static constexpr size_t mwq_block_bytes(int cols, int width, bool is_base) {
          size_t(blocks(cols, kTileCols)) * tile_bytes(width, false);
 }
 
-/// Bytes of a rung of `width` bits of a matrix [rows, cols].
-static constexpr size_t rung_bytes(Scheme scheme, int rows, int cols, int width, bool is_base) {
+/// What a rung holds.
+struct RungForm {
+  int width;  ///< bits that it adds
+  bool is_base;
+  bool has_row_scales;
+};
+
+static constexpr RungForm form_of(const NestedMatrix& w, int rung) {
+  return {w.widths[rung], rung == 0, (w.row_scales >> rung & 1) != 0};
+}
+
+/// Bytes of a rung of a matrix [rows, cols].
+static constexpr size_t rung_bytes(Scheme scheme, int rows, int cols, RungForm form) {
   if (scheme == Scheme::kMwq) {
-    return size_t(blocks(rows, kTileRows)) * mwq_block_bytes(cols, width, is_base);
+    return size_t(blocks(rows, kTileRows)) * mwq_block_bytes(cols, form.width, form.is_base);
   }
-  return size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(width, is_base) +
-         (is_base ? row_scale_bytes(rows) : 0);
+  return size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(form.width, form.is_base) +
+         (form.has_row_scales ? row_scale_bytes(rows) : 0);
+}
+
+/// Where a rung's tiles start.
+static constexpr const uint8_t* tiles_of(const NestedMatrix& w, int rung) {
+  return w.rungs[rung] + (form_of(w, rung).has_row_scales ? row_scale_bytes(w.rows) : 0);
+}
+
+/// The scales of the rows, float16: those of the last rung that has any.
+static constexpr const uint8_t* row_scales_of(const NestedMatrix& w) {
+  int rung = w.num_rungs - 1;
+  while (rung > 0 && !form_of(w, rung).has_row_scales) --rung;
+  return w.rungs[rung];
 }
 
 constexpr int kScales = kTileCols / kActivations;  ///< scales of activations per row and tile

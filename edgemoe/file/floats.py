@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.errors import FormatError
 from edgemoe.file.format import MoeFile
-from edgemoe.quant import SCHEMES, plane_widths
+from edgemoe.quant import plane_widths
 from edgemoe.store import load_dense, read_dense
 
 __all__ = ["dense_floats", "dense_weights", "expert_floats"]
@@ -57,7 +57,7 @@ def expert_floats(moe: MoeFile, row: int, level: int) -> tuple[Array, Array, Arr
     config, ladder = moe.config, moe.ladder[:level]
     shapes = config.expert_shapes
     ladders = list(zip(*ladder, strict=True))
-    scheme = SCHEMES[moe.scheme]
+    scheme = moe.scheme
     sizes = [scheme.rung_bytes(*shape, bits) for shape, bits in zip(shapes, ladders, strict=True)]
     rungs: tuple[list[NDArray[np.uint8]], ...] = ([], [], [])
     offset = int(moe.experts.offsets[row])
@@ -70,7 +70,11 @@ def expert_floats(moe: MoeFile, row: int, level: int) -> tuple[Array, Array, Arr
         for part, (a, b) in zip(rungs, pairwise(ends), strict=True):
             part.append(whole[a:b])
     gate, up, down = (
-        _decode(_core.Nested.from_rungs(part, *shape, plane_widths(bits), moe.scheme))
+        _decode(
+            _core.Nested.from_rungs(
+                part, *shape, plane_widths(bits), scheme.name, scheme.row_scales
+            )
+        )
         if shape[0] else np.empty(shape, np.float32)
         for part, shape, bits in zip(rungs, shapes, ladders, strict=True)
     )  # fmt: skip

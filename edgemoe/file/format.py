@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +96,8 @@ class MoeFile:
     file: _core.File
     """The descriptor that the weights are read from; what was validated is what is read."""
     config: ModelConfig
-    scheme: str
-    """What the planes mean, a name of `edgemoe.quant.SCHEMES`."""
+    scheme: Scheme
+    """What the planes mean: one of `edgemoe.quant.SCHEMES`, with this file's row scales."""
     ladder: tuple[tuple[int, int, int], ...]
     dense_ladder: tuple[int, ...]
     tensors: Mapping[str, Tensor]
@@ -201,7 +201,7 @@ class _Reader:
         index = parse_json(data, f"{self.path}: the index", most=_MAX_INDEX)
         keys = {"config", "ladder", "dense_ladder", "group", "tensors", "sections", "source"}
         self.need(
-            isinstance(index, dict) and set(index) - {"scheme"} == keys,
+            isinstance(index, dict) and set(index) - {"scheme", "row_scales"} == keys,
             "the index has other fields",
         )
         try:
@@ -211,7 +211,7 @@ class _Reader:
             raise self.fail(str(e)) from None
         name = index.get("scheme", "nested")
         self.need(isinstance(name, str) and name in SCHEMES, f"scheme {quoted(name)} is not known")
-        scheme = SCHEMES[name]
+        scheme = replace(SCHEMES[name], row_scales=self.row_scales(index, name))
         self.need(
             index["group"] == scheme.group,
             f"groups of {quoted(index['group'])}; expected {scheme.group}",
@@ -239,9 +239,20 @@ class _Reader:
         for (_, end, first), (start, _, second) in zip(self.used, self.used[1:], strict=False):
             self.need(end <= start, f"{first} and {second} overlap")
         return MoeFile(
-            self.path, self.file, config, scheme.name, ladder, dense_ladder,
+            self.path, self.file, config, scheme, ladder, dense_ladder,
             tensors, sections, experts, index["source"], self.file_bytes,
         )  # fmt: skip
+
+    def row_scales(self, index: dict[str, Any], scheme: str) -> tuple[int, ...]:
+        """Returns which rungs begin with scales of rows; without the field the first one alone does."""
+        value = index.get("row_scales", [1])
+        most = max(len(_list(index["ladder"])), len(_list(index["dense_ladder"])))
+        self.need(
+            isinstance(value, list) and all(type(v) is int and v in (0, 1) for v in value)
+            and value[:1] == [1] and len(value) <= most and (scheme == "nested" or value == [1]),
+            f"row_scales {quoted(value)}; expected 1, and then 1 or 0 for each rung of nested codes",
+        )  # fmt: skip
+        return tuple(value)
 
     def ladder(self, value: Any, scheme: Scheme) -> tuple[tuple[int, int, int], ...]:
         rungs = _list(value)

@@ -82,6 +82,10 @@ class Layout:
         return [f"experts.{layer}.{i}" for layer in self.config.moe_layers for i in range(count)]
 
     @property
+    def _row_scales(self) -> list[int]:
+        return list(self.scheme.row_scales[: max(len(self.ladder), len(self.expert_ladder))])
+
+    @property
     def _table_bytes(self) -> int:
         return len(self.rungs) * (8 + 8 * len(self.expert_ladder))
 
@@ -111,8 +115,9 @@ class Layout:
                 "tensors": self._tensors(sums),
                 "sections": entries,
                 "source": source,
-                # As before there were two.
+                # What is absent is as it was before the field existed.
                 **({} if self.scheme.name == "nested" else {"scheme": self.scheme.name}),
+                **({"row_scales": scales} if any((scales := self._row_scales)[1:]) else {}),
             }
         ).encode()
         end = at + len(index)

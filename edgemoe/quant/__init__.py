@@ -8,6 +8,7 @@ from edgemoe.quant.nested import (
     GROUP,
     LEVEL_WEIGHTS,
     ROUNDING_WEIGHTS,
+    ROW_SCALES,
     plane_widths,
     quantize,
     rung_bytes,
@@ -15,7 +16,8 @@ from edgemoe.quant.nested import (
 from edgemoe.quant.scheme import SCHEMES, Scheme
 
 __all__ = [
-    "DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "ROUNDING_WEIGHTS", "SCHEMES",
+    "DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "ROUNDING_WEIGHTS", "ROW_SCALES",
+    "SCHEMES",
     "Allocation", "BitRouters", "Calibration", "Scheme", "plane_widths", "quantize", "rung_bytes",
     "write_calibration",
 ]  # fmt: skip

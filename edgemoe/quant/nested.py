@@ -16,6 +16,7 @@ __all__ = [
     "GROUP",
     "LEVEL_WEIGHTS",
     "ROUNDING_WEIGHTS",
+    "ROW_SCALES",
     "plane_widths",
     "quantize",
     "rung_bytes",
@@ -23,6 +24,9 @@ __all__ = [
 
 DEFAULT_LADDER = (2, 3, 4, 6, 8)
 """Bits in use after each rung."""
+
+ROW_SCALES = (1, 1, 0, 0, 0)
+"""Which rungs begin with scales of rows: 2 bits have their own, the rest share theirs."""
 
 GROUP = 16
 """Columns that share a scale and a middle."""
@@ -46,11 +50,19 @@ def plane_widths(ladder: Sequence[int]) -> list[int]:
     return [b - a for a, b in zip([0, *ladder[:-1]], ladder, strict=True)]
 
 
-def rung_bytes(rows: int, cols: int, ladder: Sequence[int]) -> list[int]:
-    """Returns the bytes of each rung of a matrix [rows, cols], padding and scales included."""
+def rung_bytes(
+    rows: int, cols: int, ladder: Sequence[int], row_scales: Sequence[int] = (1,)
+) -> list[int]:
+    """Returns the bytes of each rung of a matrix [rows, cols], padding and scales included.
+
+    Args:
+        row_scales: which rungs begin with scales of rows; those beyond its end do not.
+    """
     tiles = -(-rows // _ROWS) * -(-cols // _COLS)
     sizes = [tiles * 128 * width for width in plane_widths(ladder)]
-    sizes[0] += tiles * _SCALE_BYTES + -(-rows // (2 * _ROWS)) * 64
+    sizes[0] += tiles * _SCALE_BYTES
+    for rung, has in zip(range(len(sizes)), row_scales, strict=False):
+        sizes[rung] += has * -(-rows // (2 * _ROWS)) * 64
     return sizes
 
 
@@ -79,6 +91,7 @@ def quantize(
     *,
     second_moments: NDArray[np.float32] | None = None,
     favour: int | None = None,
+    row_scales: Sequence[int] = (1,),
     threads: int = 2,
 ) -> list[NDArray[np.uint8]]:
     """Quantises a matrix and returns its rungs as the file stores them.
@@ -88,13 +101,16 @@ def quantize(
 
     With the full matrix of second moments the codes are then refined: coordinate descent on the squared error of the
     output, again summed over the levels. It is GPTQ's objective (arXiv 2210.17323) for all levels of one code; an
-    error of one level is compensated where that costs the others least.
+    error of one level is compensated where that costs the others least. Where levels have scales of rows of their
+    own, these are fitted by least squares, and the codes refined again.
 
     Args:
         w: [rows, cols], contiguous.
         second_moments: of the matrix's inputs, [cols] mean squares or [cols, cols] mean products; any scale.
             None counts every input alike.
         favour: the level, 1 for the first rung, whose error matters much more than that of the others; None for none.
+        row_scales: which rungs begin with scales of rows, for themselves and those after them. It may be longer than
+            the ladder, whose codes then are those of a longer one.
 
     Raises:
         ValueError: a weight is not finite or beyond float16, or the moments are not finite or of another shape.
@@ -118,5 +134,5 @@ def quantize(
                 np.fill_diagonal(moments, squares)
     level_weights = _level_weights(ladder, favour, is_compensated=moments is not None)
     return _core.quantize(
-        w, plane_widths(ladder), level_weights, squares, moments, _SWEEPS, threads
+        w, plane_widths(ladder), row_scales, level_weights, squares, moments, _SWEEPS, threads
     )

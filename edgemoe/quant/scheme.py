@@ -41,11 +41,17 @@ class Scheme:
     """Bits in use after each rung, as `edgemoe convert` writes them; the first is the default."""
     is_ladder: Callable[[Sequence[int]], bool]
     """Says whether a file may have such levels."""
-    rung_bytes: Callable[[int, int, Sequence[int]], list[int]]
-    """(rows, cols, ladder) → bytes of each rung."""
+    measure: Callable[[int, int, Sequence[int], Sequence[int]], list[int]]
+    """See `rung_bytes`; takes `row_scales` too."""
     quantize: Quantize
     can_favour: bool
     """Says whether `quantize` can make one level better at the cost of the others."""
+    row_scales: tuple[int, ...] = (1,)
+    """Which rungs begin with scales of rows, 1 or 0; those beyond its end do not. A file may have others."""
+
+    def rung_bytes(self, rows: int, cols: int, ladder: Sequence[int]) -> list[int]:
+        """Returns the bytes of each rung of a matrix [rows, cols]."""
+        return self.measure(rows, cols, ladder, self.row_scales)
 
     def ladder(self, bits: int | None, name: str = "bits") -> tuple[int, ...]:
         """Returns the levels up to `bits`; the whole default ladder for None.
@@ -73,6 +79,20 @@ def _quantize_mwq(
     return mwq.quantize(w, ladder, second_moments=second_moments)
 
 
+def _quantize_nested(
+    w: NDArray[np.float32],
+    ladder: Sequence[int],
+    *,
+    second_moments: NDArray[np.float32] | None,
+    favour: int | None = None,
+    threads: int,
+) -> list[NDArray[np.uint8]]:
+    return nested.quantize(
+        w, ladder, second_moments=second_moments, favour=favour,
+        row_scales=nested.ROW_SCALES, threads=threads,
+    )  # fmt: skip
+
+
 SCHEMES = {
     s.name: s
     for s in (
@@ -83,8 +103,9 @@ SCHEMES = {
             (nested.DEFAULT_LADDER,),
             lambda ladder: True,
             nested.rung_bytes,
-            nested.quantize,
+            _quantize_nested,
             True,
+            nested.ROW_SCALES,
         ),
         Scheme(
             "mwq",
@@ -93,7 +114,7 @@ SCHEMES = {
             mwq.GROUP,
             mwq.LADDERS,
             mwq.is_ladder,
-            mwq.rung_bytes,
+            lambda rows, cols, ladder, row_scales: mwq.rung_bytes(rows, cols, ladder),
             _quantize_mwq,
             False,
         ),

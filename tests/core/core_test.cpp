@@ -81,12 +81,12 @@ struct ExpertFile {
         std::vector<uint8_t*> outs;
         for (size_t r = 0; r < kWidths.size(); ++r) {
           const size_t old = rungs[r].size();
-          rungs[r].resize(old + rung_bytes(Scheme::kNested, shape.first, shape.second, kWidths[r], r == 0));
+          rungs[r].resize(old + rung_bytes(Scheme::kNested, shape.first, shape.second, {kWidths[r], r == 0, r == 0}));
           outs.push_back(rungs[r].data() + old);
         }
         const std::vector<float> squares(size_t(shape.second), 1.0f);
         const Objective objective{weights, nullptr, squares.data(), 0};
-        quantize_nested(pool, w.data(), shape.first, shape.second, kWidths, objective, outs);
+        quantize_nested(pool, w.data(), shape.first, shape.second, kWidths, {1}, objective, outs);
       }
       uint32_t end = 0;
       table.ends.clear();
@@ -154,7 +154,7 @@ void test_random_requests_on(const ExpertFile& file, double experts) {
         CHECK(given.insert(i).second);
         const ExpertView v = cache->view(ids[size_t(i)], levels[size_t(i)]);
         float sum = 0;  // touches every byte of the first rung
-        for (size_t b = 0; b < rung_bytes(Scheme::kNested, v.gate.rows, v.gate.cols, 2, true); ++b)
+        for (size_t b = 0; b < rung_bytes(Scheme::kNested, v.gate.rows, v.gate.cols, {2, true, true}); ++b)
           sum += v.gate.rungs[0][b];
         CHECK(sum > 0);
       }
@@ -275,7 +275,7 @@ void test_shapes_that_do_not_fit_are_refused(const ExpertFile& file) {
 /// A matrix of a file is that of its rungs; what is damaged, short or of another size is an error.
 void test_resident_matrices(const ExpertFile& file) {
   const int rows = kExpertHidden, cols = kHidden;
-  const size_t first = rung_bytes(Scheme::kNested, rows, cols, kWidths[0], true);
+  const size_t first = rung_bytes(Scheme::kNested, rows, cols, {kWidths[0], true, true});
   const File f(file.path);
   const uint64_t at = file.table.offsets[1];
   const Memory bytes(round_up(first, kPage));
@@ -283,11 +283,12 @@ void test_resident_matrices(const ExpertFile& file) {
   const auto arena = std::make_shared<Arena>(64 * record_bytes(file));
   // The gate's first rung starts the record.
   const auto read = [&](uint64_t offset, uint64_t length, uint32_t crc, int r, int c, bool verify) {
-    return nested_from_file(arena, f, {offset, {length}, {crc}}, r, c, {kWidths[0]}, verify, "gate", Scheme::kNested);
+    return nested_from_file(arena, f, {offset, {length}, {crc}}, r, c, {kWidths[0]}, verify, "gate",
+                            {Scheme::kNested, {1}});
   };
   const uint32_t crc = crc32c(bytes.bytes(), first);
   const auto stored = read(at, first, crc, rows, cols, true);
-  const auto made = nested_from_rungs({{bytes.bytes(), first}}, rows, cols, {kWidths[0]}, Scheme::kNested);
+  const auto made = nested_from_rungs({{bytes.bytes(), first}}, rows, cols, {kWidths[0]}, {Scheme::kNested, {1}});
   std::vector<float> a(size_t(cols), 0.0f), b(a);
   for (int r = 0; r < rows; ++r) {
     decode_row(kernels(), stored->matrix, r, a.data());
@@ -306,7 +307,7 @@ void test_resident_matrices(const ExpertFile& file) {
     CHECK(throws<std::invalid_argument>([&] { read(at, first, crc, s.first, s.second, true); }));
   }
   CHECK(throws<std::invalid_argument>(
-      [&] { nested_from_rungs({{bytes.bytes(), first - 1}}, rows, cols, {kWidths[0]}, Scheme::kNested); }));
+      [&] { nested_from_rungs({{bytes.bytes(), first - 1}}, rows, cols, {kWidths[0]}, {Scheme::kNested, {1}}); }));
 }
 
 /// Numbers that cannot be computed with are errors, and nothing is cast that does not fit.
@@ -322,11 +323,11 @@ void test_objectives_that_are_none_are_refused() {
   std::vector<std::vector<uint8_t>> rungs;
   std::vector<uint8_t*> outs;
   for (size_t r = 0; r < widths.size(); ++r) {
-    rungs.emplace_back(rung_bytes(Scheme::kNested, rows, cols, widths[r], r == 0));
+    rungs.emplace_back(rung_bytes(Scheme::kNested, rows, cols, {widths[r], r == 0, true}));
     outs.push_back(rungs.back().data());
   }
   const auto run = [&](std::vector<float> weights, std::vector<float> m, std::vector<float> s) {
-    quantize_nested(pool, w.data(), rows, cols, widths, {weights.data(), m.data(), s.data(), 2}, outs);
+    quantize_nested(pool, w.data(), rows, cols, widths, {1, 1}, {weights.data(), m.data(), s.data(), 2}, outs);
   };
   const std::vector<float> weights = {0, 1, 0, 16, 0, 0, 0, 0};
   run(weights, moments, squares);
@@ -601,7 +602,7 @@ void test_mwq_agrees() {
       NestedMatrix w{Scheme::kMwq, shape.first, shape.second, int(widths.size()), {}, {}};
       std::vector<std::vector<uint8_t>> rungs;
       for (size_t r = 0; r < widths.size(); ++r) {
-        rungs.emplace_back(rung_bytes(Scheme::kMwq, w.rows, w.cols, widths[r], r == 0));
+        rungs.emplace_back(rung_bytes(Scheme::kMwq, w.rows, w.cols, {widths[r], r == 0, false}));
         std::vector<float> values(rungs[r].size() / 2);  // scales must be finite, and codes may be anything
         for (float& v : values) v = normal(rng);
         kernels().to_f16(values.data(), int(values.size()), reinterpret_cast<uint16_t*>(rungs[r].data()));

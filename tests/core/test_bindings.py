@@ -19,17 +19,38 @@ def f32(*shape):
 
 
 def quantize(
-    *, weights=(0, 1, 4, 16, 0, 64, 0, 256), squares=None, moments=None, w=None, threads=1
+    *,
+    weights=(0, 1, 4, 16, 0, 64, 0, 256),
+    squares=None,
+    moments=None,
+    w=None,
+    threads=1,
+    row_scales=(1,),
 ):
     w = np.eye(16, 32, dtype=np.float32) if w is None else w
     cols = w.shape[1]
     squares = np.ones(cols, np.float32) if squares is None else squares
-    return _core.quantize(w, WIDTHS, np.array(weights, np.float32), squares, moments, 2, threads)
+    return _core.quantize(
+        w, WIDTHS, row_scales, np.array(weights, np.float32), squares, moments, 2, threads
+    )
 
 
 @pytest.fixture(scope="module")
 def matrix():
     return _core.Nested.from_rungs(quantize(), 16, 32, WIDTHS)
+
+
+@pytest.mark.parametrize("row_scales", [(), (0,), (0, 1), (1, 2), (1,) * 9])
+def test_row_scales_that_are_none_are_refused(row_scales):
+    with pytest.raises(ValueError, match="row_scales: expected 1, and then 1 or 0 for each rung"):
+        quantize(row_scales=row_scales)
+    with pytest.raises(ValueError, match="row_scales: expected 1, and then 1 or 0 for each rung"):
+        _core.Nested.from_rungs(quantize(), 16, 32, WIDTHS, row_scales=row_scales)
+
+
+def test_later_row_scales_are_of_nested_codes_alone():
+    with pytest.raises(ValueError, match="for each rung of nested codes"):
+        _core.Nested.from_rungs([np.zeros(0, np.uint8)], 16, 32, [2], "mwq", [1, 1])
 
 
 @pytest.mark.parametrize("weights", [[0] * 8, *([1, x, 1, 1, 1, 1, 1, 1] for x in BAD)])
@@ -178,7 +199,7 @@ def cache(moe, **changes):
         "expert_hidden": moe.config.expert_hidden, "rung_widths": widths, "ends": list(moe.experts.ends),
         "offsets": moe.experts.offsets, "crcs": moe.experts.crcs, "rungs": moe.experts.rungs,
         "layers": list(moe.config.moe_layers), "max_level": 5, "budget_bytes": 1 << 24, "verify": True,
-        "num_readers": 1, "policy": "lru",
+        "num_readers": 1, "policy": "lru", "row_scales": moe.scheme.row_scales,
     }  # fmt: skip
     return _core.Cache(**{**parts, **changes})
 

@@ -76,8 +76,10 @@ def normal(*shape, seed=0):
 
 
 def nested(w, ladder, level):
-    rungs, widths = quantize(w, ladder), plane_widths(ladder)
-    return _core.Nested.from_rungs(rungs[:level], *w.shape, widths[:level])
+    """Whose rungs have row scales, or not, in each of the ways that kernels tell apart."""
+    row_scales = [(1,), (1, 1), (1, 0, 1)][w.shape[1] % 3]
+    rungs, widths = quantize(w, ladder, row_scales=row_scales), plane_widths(ladder)
+    return _core.Nested.from_rungs(rungs[:level], *w.shape, widths[:level], row_scales=row_scales)
 
 
 def mwq_of(w, ladder, level):

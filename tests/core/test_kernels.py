@@ -12,6 +12,10 @@ from edgemoe.quant import plane_widths, quantize, rung_bytes
 LADDERS = [(2, 3, 4, 6, 8), (1, 2, 3, 4, 5, 6, 7, 8), (3, 8), (4, 8), (8,), (5, 7), (6,)]
 
 
+ROW_SCALES = [(1,), (1, 1, 0, 0, 0), (1, 0, 1, 1)]
+"""Which rungs begin with scales of rows."""
+
+
 @pytest.fixture(params=_core.usable_isas().split())
 def isa(request):
     before = _core.isa()
@@ -28,15 +32,21 @@ def matrix(rows, cols, seed=0):
 @pytest.mark.parametrize("ladder", LADDERS, ids=str)
 @pytest.mark.parametrize(("rows", "cols"), [(16, 64), (5, 7), (33, 130), (48, 320)])
 def test_matmul_agrees_with_numpy(isa, ladder, rows, cols):
+    row_scales = ROW_SCALES[cols % len(ROW_SCALES)]
     w, x = matrix(rows, cols), matrix(70, cols, seed=1)
-    rungs = quantize(w, ladder)
-    assert [len(r) for r in rungs] == rung_bytes(rows, cols, ladder)
+    rungs = quantize(w, ladder, row_scales=row_scales)
+    assert [len(r) for r in rungs] == rung_bytes(rows, cols, ladder, row_scales)
     widths = plane_widths(ladder)
     ws = _core.Workspace(2, 70, cols, 64, 1, 16)
     for level in range(1, len(ladder) + 1):
-        nested = _core.Nested.from_rungs(rungs[:level], rows, cols, widths[:level])
+        form = rungs[:level], rows, cols, widths[:level], "nested", row_scales
+        nested = _core.Nested.from_rungs(*form)
         assert nested.bits == ladder[level - 1]
-        expected = quantize_rows(x) @ decode_rungs(rungs[:level], widths[:level], rows, cols).T
+        decoded = decode_rungs(rungs[:level], widths[:level], rows, cols, row_scales)
+        expected = quantize_rows(x) @ decoded.T
+        back = np.empty((rows, cols), np.float32)
+        nested.decode_rows(np.arange(rows, dtype=np.int32), back)
+        np.testing.assert_allclose(back, decoded, rtol=1e-6)
         out = np.empty((70, rows), np.float32)
         _core.linear(ws, x, [nested], [out])
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
@@ -99,9 +109,11 @@ def every_op(seed=3):
     nested = {}
     for name, shape in {"gate": (H, D), "up": (H, D), "down": (D, H)}.items():
         w = rng.standard_normal(shape).astype(np.float32)
-        rungs = quantize(w)
+        rungs = quantize(w, row_scales=ROW_SCALES[1])
         out += rungs
-        nested[name] = _core.Nested.from_rungs(rungs[:3], *shape, [2, 1, 1])
+        nested[name] = _core.Nested.from_rungs(
+            rungs[:3], *shape, [2, 1, 1], row_scales=ROW_SCALES[1]
+        )
     y = np.empty((T, D), np.float32)
     _core.ffn(ws, x, nested["gate"], nested["up"], nested["down"], y)
     out.append(y.copy())

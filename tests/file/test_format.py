@@ -53,7 +53,8 @@ def test_what_is_written_comes_back(tiny_moe):
     moe = open_moe(tiny_moe)
     source = SourceModel(tiny_checkpoint())
     assert moe.config == source.config
-    assert moe.scheme == "nested"  # what a file without the field holds
+    assert moe.scheme.name == "nested"  # what a file without the field holds
+    assert moe.scheme.row_scales == (1, 1, 0, 0, 0)
     assert moe.sections["tokenizer.json"] == tiny_checkpoint().files["tokenizer.json"]
     assert moe.source["name"] == "tiny"
     raw = tiny_moe.read_bytes()
@@ -67,7 +68,7 @@ def test_what_is_written_comes_back(tiny_moe):
         if spec.kind == "f32":
             assert rungs[0].tobytes() == true.tobytes()
         else:
-            got = decode_rungs(rungs, widths, *spec.shape)
+            got = decode_rungs(rungs, widths, *spec.shape, moe.scheme.row_scales)
             assert np.square(got - true).sum() < 1e-4 * np.square(true).sum()
     with edgemoe.load(tiny_moe) as engine:
         for row, (layer, index) in enumerate((i, e) for i in range(2) for e in range(8)):
@@ -114,6 +115,14 @@ def test_every_bit_of_the_preamble_matters(data, broken, at):
         (setter("ladder", []), "1 to 8 rungs"),
         (setter("ladder", "x"), "1 to 8 rungs"),
         (setter("dense_ladder", [2, "3"]), "does not climb"),
+        (setter("row_scales", [0, 1]), "row_scales .0, 1.; expected 1, and then"),
+        (setter("row_scales", [1, 2]), "row_scales .1, 2.; expected 1, and then"),
+        (setter("row_scales", [1, True]), "row_scales .1, True.; expected 1, and then"),
+        (setter("row_scales", [1, 0, 0, 0, 0, 1]), "row_scales .* each rung"),
+        (setter("row_scales", []), "row_scales .* each rung"),
+        (setter("row_scales", 1), "row_scales 1; expected 1, and then"),
+        (setter("row_scales", [1, 0, 1]), "has rungs .* expected"),
+        (lambda i: i.pop("row_scales") and None, "has rungs .* expected"),
         (setter("ladder", [[2, 2, 2], [3, 3, 3]]), "experts does not hold"),
         (setter("config", "vocab_size", 1 << 40), "vocab_size must be"),
         (setter("config", "vocab_size", True), "vocab_size must be"),

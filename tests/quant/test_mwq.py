@@ -240,7 +240,7 @@ def files(path):
 
 def test_a_file_holds_what_was_quantised(files):
     moe, read = files
-    assert moe.scheme == "mwq"
+    assert moe.scheme.name == "mwq"
     assert moe.ladder == tuple((b, b, b) for b in moe.dense_ladder)
     assert verify(moe) == []
     source = tiny_checkpoint(width=40).tensor("model.layers.1.mlp.experts.3.down_proj.weight")

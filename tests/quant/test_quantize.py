@@ -16,6 +16,7 @@ from edgemoe.file.format import open_moe
 from edgemoe.quant import (
     LEVEL_WEIGHTS,
     ROUNDING_WEIGHTS,
+    ROW_SCALES,
     Calibration,
     plane_widths,
     quantize,
@@ -110,7 +111,7 @@ def test_refining_is_coordinate_descent():
     moments = (x.T @ x / len(x)).astype(np.float32)
     moments /= np.diagonal(moments).mean()
     squares = np.diagonal(moments).copy()
-    rungs = _core.quantize(w, WIDTHS, ROUNDING_WEIGHTS, squares, moments, 100, 1)
+    rungs = _core.quantize(w, WIDTHS, [1], ROUNDING_WEIGHTS, squares, moments, 100, 1)
     codes, steps, middles = unpack(rungs, WIDTHS, *w.shape)
 
     def total(codes):
@@ -129,18 +130,54 @@ def test_refining_is_coordinate_descent():
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_a_shorter_ladder_stores_a_prefix_of_the_same_code(calibrated):
+@pytest.mark.parametrize("row_scales", [(1,), ROW_SCALES], ids=str)
+def test_a_shorter_ladder_stores_a_prefix_of_the_same_code(calibrated, row_scales):
     """So levels that a file does not hold count like those that it holds."""
     w = weights(48, 128)
     x = inputs(512, 128)
     moments = (x.T @ x / len(x)).astype(np.float32) if calibrated else None
-    whole = quantize(w, second_moments=moments)
+    whole = quantize(w, second_moments=moments, row_scales=row_scales)
     for n in (1, 2, 3, 4):
-        rungs = quantize(w, LADDER[:n], second_moments=moments)
+        rungs = quantize(w, LADDER[:n], second_moments=moments, row_scales=row_scales)
         assert [r.tobytes() for r in rungs] == [r.tobytes() for r in whole[:n]]
     # One that is made for itself is another code: nothing above counts.
     alone = quantize(w, LADDER[:3], second_moments=moments, favour=3)
     assert alone[0].tobytes() != whole[0].tobytes()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_row_scales_of_their_own_are_the_best_of_all(calibrated):
+    """Of 2 bits: the row's error is least there, and less than with one scale for all levels."""
+    w, x = weights(32, 128), inputs(2048, 128)
+    moments = (x.T @ x / len(x)).astype(np.float32) if calibrated else np.eye(128, dtype=np.float32)
+    given = moments if calibrated else None
+    rungs = quantize(w, second_moments=given, row_scales=ROW_SCALES)
+    low = decode_rungs(rungs[:1], WIDTHS[:1], *w.shape, ROW_SCALES)
+
+    def errors(decoded):
+        return np.einsum("rc,cd,rd->r", decoded - w, moments, decoded - w)
+
+    here = errors(low)
+    for gain in (0.98, 1.02):
+        assert (errors(gain * low) > here).mean() > 0.9  # codes were refined once more after it
+        assert errors(gain * low).sum() > here.sum()
+    one = decode_rungs(quantize(w, LADDER[:1], second_moments=given), WIDTHS[:1], *w.shape)
+    assert here.sum() < errors(one).sum()
+    fine = decode_rungs(rungs, WIDTHS, *w.shape, ROW_SCALES)
+    assert np.square(fine - w).sum() < 1e-3 * np.square(w).sum()
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_fitted_scales_stay_within_float16(calibrated):
+    """Also where a row is nothing, all one value, or nearly too large for its scale."""
+    w = np.stack([np.zeros(64), np.full(64, 3.0), np.full(64, 6.5e4), np.eye(64)[3] * 6.5e4])
+    w, x = w.astype(np.float32), inputs(256, 64)
+    rungs = quantize(w, second_moments=x.T @ x if calibrated else None, row_scales=ROW_SCALES)
+    for level in range(1, 6):
+        out = decode_rungs(rungs[:level], WIDTHS[:level], *w.shape, ROW_SCALES)
+        assert np.isfinite(out).all()
+        assert not out[0].any()
+    assert np.abs(out - w).max() < 0.01 * 6.5e4
 
 
 def test_threads_do_not_change_the_codes():
@@ -156,7 +193,7 @@ def test_instruction_sets_choose_the_same_codes():
     first, before = None, _core.isa()
     for isa in _core.usable_isas().split():
         _core.use_isa(isa)
-        rungs = quantize(w, second_moments=x.T @ x)
+        rungs = quantize(w, second_moments=x.T @ x, row_scales=ROW_SCALES)
         first = first or rungs
         assert all(np.array_equal(a, b) for a, b in zip(first, rungs, strict=True))
     _core.use_isa(before)

@@ -12,7 +12,6 @@ from edgemoe.errors import FormatError
 from edgemoe.file.format import MoeFile
 from edgemoe.file.parse import parse_json
 from edgemoe.lab.report.levels import levels
-from edgemoe.quant import SCHEMES
 
 __all__ = ["groups", "summary"]
 
@@ -33,7 +32,7 @@ def summary(moe: MoeFile) -> dict[str, Any]:
         "bytes": moe.file_bytes,
         "config": moe.config.to_json(),
         "source": dict(moe.source),
-        "scheme": SCHEMES[moe.scheme].about,
+        "scheme": moe.scheme.about,
         "levels": [
             {
                 **dataclasses.asdict(level),

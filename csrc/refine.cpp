@@ -1,0 +1,203 @@
+#include "refine.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace edgemoe {
+namespace {
+
+constexpr int kFits = 2;  ///< of row scales and codes in turns
+
+/// Where the top `bits` bits of a code lie, in steps of the code.
+inline float position(int code, int bits) {
+  const int shift = 8 - bits;
+  return (float(code >> shift) + 0.5f) * float(1 << shift);
+}
+
+/// The code below a position; also of what is no number, as when a gradient overflows.
+inline int code_at(float position) { return int(std::min(std::max(0.0f, position), 255.0f)); }
+
+/// What a row's levels count in steps of a code: their weights times the squares of their row scales over the first.
+void weights_of_row(const RowBlock& b, const std::vector<Level>& levels, int row, float* weights) {
+  for (size_t i = 0; i < levels.size(); ++i) {
+    const float gain = b.units[0][row] > 0 ? b.units[levels[i].scale][row] / b.units[0][row] : 1;
+    weights[i] = levels[i].weight * (gain * gain);
+  }
+}
+
+/// The code with the least sum of weight * (target - position)^2 over the levels, each with its own target.
+///
+/// Such a code lies between the lowest and the highest target. The last level's best code is known for each code of
+/// the level before, so that only these are tried.
+int best_code(const std::vector<Level>& levels, const float* weights, const float* targets) {
+  const int n = int(levels.size()), last = 8 - levels[n - 1].bits;
+  const int shift = n > 1 ? 8 - levels[n - 2].bits : 8;  // without an earlier level: all codes at once
+  float low = targets[0], high = targets[0];
+  for (int i = 1; i < n; ++i) {
+    low = std::min(low, targets[i]);
+    high = std::max(high, targets[i]);
+  }
+  const int first = code_at(low - 1) >> shift, end = code_at(high + 1) >> shift;
+  const int nearest = code_at(targets[n - 1]) >> last;  // of the last level, in its own units
+  int best = 0;
+  float least = 0;
+  for (int parent = first; parent <= end; ++parent) {
+    const int from = parent << (shift - last), to = ((parent + 1) << (shift - last)) - 1;
+    const int code = std::min(std::max(nearest, from), to) << last;
+    float error = 0;
+    for (int i = 0; i < n; ++i) {
+      const float d = targets[i] - position(code, levels[i].bits);
+      error += weights[i] * (d * d);
+    }
+    if (parent == first || error < least) {
+      least = error;
+      best = code;
+    }
+  }
+  return best;
+}
+
+/// What a code means at a level.
+inline float decoded(const RowBlock& b, const Level& level, int row, int column) {
+  const size_t group = size_t(row) * b.groups() + column / kGroup;
+  const uint8_t code = b.codes[size_t(row) * b.cols + column];
+  return b.units[level.scale][row] * b.steps[group] * (position(code, level.bits) + b.middles[group]);
+}
+
+/// Gives each scale of a row its least-squares value, the levels that share it weighted as ever, and tells by what
+/// factor it changed. `seen` [levels, 16, cols] is what the levels' weights are multiplied with: Wb moments.
+void fit_row_scales(RowBlock* b, const std::vector<Level>& levels, const std::vector<float>& seen,
+                    float (*gains)[kTileRows]) {
+  const Kernels& k = kernels();
+  for (int r = 0; r < kTileRows; ++r) {
+    double wanted[kMaxRungs] = {}, have[kMaxRungs] = {};
+    for (size_t i = 0; i < levels.size(); ++i) {
+      double with_w = 0, with_itself = 0;
+      for (int c = 0; c < b->cols; ++c) {
+        const double product = seen[(i * kTileRows + r) * b->cols + c];
+        with_w += product * b->w[size_t(r) * b->cols + c];
+        with_itself += product * decoded(*b, levels[i], r, c);
+      }
+      wanted[levels[i].scale] += levels[i].weight * with_w;
+      have[levels[i].scale] += levels[i].weight * with_itself;
+    }
+    for (int s = 0; s < b->num_scales; ++s) {
+      gains[s][r] = 1;
+      const double gain = wanted[s] / have[s];
+      if (!(gain > 0.5 && gain < 2)) continue;  // also where nothing uses it, or nothing is there
+      const float scale = float(gain) * b->units[s][r] * float(kScaleUnit);
+      if (!(scale < 65504.0f)) continue;
+      float rounded;
+      k.to_f16(&scale, 1, &b->halves[s][r]);
+      k.from_f16(&b->halves[s][r], 1, &rounded);
+      rounded /= float(kScaleUnit);
+      gains[s][r] = rounded / b->units[s][r];
+      b->units[s][r] = rounded;
+    }
+  }
+}
+
+/// Moves one code after the other to where the error of the output is least, given all others: coordinate descent on
+/// the sum over levels of weight * E moments E^T, with E = Wb - W. `gradients` [levels, 16, cols] are E moments.
+void descend(RowBlock* b, const std::vector<Level>& levels, const Objective& o, std::vector<float>* gradients) {
+  const Kernels& k = kernels();
+  const int cols = b->cols, groups = b->groups(), n = int(levels.size());
+  const size_t level_size = size_t(kTileRows) * cols;
+  float weights[kTileRows][8];
+  for (int r = 0; r < kTileRows; ++r) weights_of_row(*b, levels, r, weights[r]);
+  for (int sweep = 0; sweep < o.sweeps; ++sweep) {
+    bool is_done = true;
+    for (int c = 0; c < cols; ++c) {
+      const float* products = o.moments + size_t(c) * cols;
+      const float inverse = 1 / products[c];
+      for (int r = 0; r < kTileRows; ++r) {
+        const float step = b->steps[size_t(r) * groups + c / kGroup];
+        if (!(b->units[0][r] * step > 0)) continue;
+        uint8_t& code = b->codes[size_t(r) * cols + c];
+        float* gradient = gradients->data() + size_t(r) * cols;
+        float targets[8];
+        for (int i = 0; i < n; ++i) {
+          const float slope = gradient[i * level_size + c], scale = b->units[levels[i].scale][r] * step;
+          targets[i] = position(code, levels[i].bits) - slope * inverse / scale;
+        }
+        const int best = best_code(levels, weights[r], targets);
+        if (best == code) continue;
+        is_done = false;
+        for (int i = 0; i < n; ++i) {
+          const float move = position(best, levels[i].bits) - position(code, levels[i].bits);
+          const float scale = b->units[levels[i].scale][r] * step;
+          if (move != 0) k.add_scaled(products, move * scale, cols, gradient + i * level_size);
+        }
+        code = uint8_t(best);
+      }
+    }
+    if (is_done) break;
+  }
+}
+
+}  // namespace
+
+void round_rows(RowBlock* b, const std::vector<Level>& levels) {
+  for (int r = 0; r < kTileRows; ++r) {
+    float weights[8];
+    weights_of_row(*b, levels, r, weights);
+    for (int c = 0; c < b->cols; ++c) {
+      const size_t at = size_t(r) * b->cols + c, group = size_t(r) * b->groups() + c / kGroup;
+      float targets[8];
+      for (size_t i = 0; i < levels.size(); ++i) {
+        const float scale = b->units[levels[i].scale][r] * b->steps[group];
+        targets[i] = (scale > 0 ? b->w[at] / scale : 0) - b->middles[group];
+      }
+      b->codes[at] = uint8_t(best_code(levels, weights, targets));
+    }
+  }
+}
+
+void refine_rows(RowBlock* b, const std::vector<Level>& levels, const Objective& o) {
+  const Kernels& k = kernels();
+  const int cols = b->cols, n = int(levels.size());
+  const size_t level_size = size_t(kTileRows) * cols;
+  std::vector<float> errors(size_t(n) * level_size), gradients(errors.size()), whole(level_size);
+  for (int i = 0; i < n; ++i) {
+    for (int r = 0; r < kTileRows; ++r) {
+      for (int c = 0; c < cols; ++c) {
+        const size_t at = size_t(r) * cols + c;
+        errors[i * level_size + at] = decoded(*b, levels[i], r, c) - b->w[at];
+      }
+    }
+  }
+  k.matmul_f32(o.moments, errors.data(), n * kTileRows, cols, cols, 0, cols, gradients.data());
+  descend(b, levels, o, &gradients);
+  if (b->num_scales < 2) return;
+  k.matmul_f32(o.moments, b->w, kTileRows, cols, cols, 0, cols, whole.data());
+  for (int round = 0; round < kFits; ++round) {
+    float gains[kMaxRungs][kTileRows];
+    std::vector<float>& seen = errors;
+    for (size_t at = 0; at < seen.size(); ++at) seen[at] = gradients[at] + whole[at % level_size];
+    fit_row_scales(b, levels, seen, gains);
+    for (size_t at = 0; at < seen.size(); ++at) {
+      const float gain = gains[levels[at / level_size].scale][at % level_size / size_t(cols)];
+      gradients[at] = gain * seen[at] - whole[at % level_size];
+    }
+    descend(b, levels, o, &gradients);
+  }
+}
+
+void refit_rows(RowBlock* b, const std::vector<Level>& levels, const Objective& o) {
+  const int cols = b->cols;
+  std::vector<float> seen(levels.size() * kTileRows * size_t(cols));
+  for (int round = 0; b->num_scales > 1 && round < kFits; ++round) {
+    for (size_t i = 0; i < levels.size(); ++i) {
+      for (int r = 0; r < kTileRows; ++r) {
+        for (int c = 0; c < cols; ++c) {
+          seen[(i * kTileRows + r) * cols + c] = o.squares[c] * decoded(*b, levels[i], r, c);
+        }
+      }
+    }
+    float gains[kMaxRungs][kTileRows];
+    fit_row_scales(b, levels, seen, gains);
+    round_rows(b, levels);
+  }
+}
+
+}  // namespace edgemoe
