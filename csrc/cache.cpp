@@ -25,6 +25,13 @@ std::pair<int, int> matrix_shape(const ExpertShape& s, size_t m) {
   return {m == 0 && !s.gated ? 0 : s.expert_hidden, s.hidden};
 }
 
+/// Sets what the ranks of corrections are for matrix `m`, gate, up or down.
+void set_ranks(const ExpertShape& s, size_t m, NestedMatrix* w) {
+  const auto& ranks = s.ranks[m];
+  std::copy(ranks.begin(), ranks.end(), w->ranks);
+  if (m == 2) w->basis_rank = uint8_t(highest_rank(ranks));
+}
+
 /// Throws std::invalid_argument unless widths are ladders and rungs end where those of such experts do: `view` computes
 /// pointers by them. A dry cache has no bytes; there they need only grow.
 void check_shape(const ExpertShape& s, bool is_dry) {
@@ -34,13 +41,21 @@ void check_shape(const ExpertShape& s, bool is_dry) {
     std::vector<uint8_t> widths;
     for (const auto& rung : s.rung_widths) widths.push_back(rung[m]);
     check_widths(s.scheme, widths);
+    check_ranks(s.scheme, s.ranks[m]);
+    if (!s.ranks[m].empty() && (s.ranks[m].size() != widths.size() || (m == 0 && !s.gated))) {
+      throw std::invalid_argument("Cache: expected a rank for each rung of matrices that there are");
+    }
   }
   uint64_t end = 0;
   for (size_t r = 0; r < s.ends.size(); ++r) {
     uint64_t expected = end;
     for (size_t m = 0; m < 3; ++m) {
       const auto [rows, cols] = matrix_shape(s, m);
-      expected += rung_bytes(s.scheme, rows, cols, {s.rung_widths[r][m], r == 0, (s.row_scales >> r & 1) != 0});
+      NestedMatrix w;
+      set_ranks(s, m, &w);
+      w.row_scales = s.row_scales;
+      w.widths[r] = s.rung_widths[r][m];
+      expected += rung_bytes(s.scheme, rows, cols, form_of(w, int(r)));
     }
     const bool ok = is_dry ? s.ends[r] > 0 && s.ends[r] >= end : s.ends[r] == expected;
     if (!ok) {
@@ -513,6 +528,7 @@ ExpertView Cache::view(int e, int level) const {
   for (size_t m = 0; m < 3; ++m) {
     matrices[m]->scheme = shape_.scheme;
     matrices[m]->row_scales = shape_.row_scales;
+    set_ranks(shape_, m, matrices[m]);
     std::tie(matrices[m]->rows, matrices[m]->cols) = matrix_shape(shape_, m);
     matrices[m]->num_rungs = level;
   }
@@ -525,6 +541,7 @@ ExpertView Cache::view(int e, int level) const {
       p += rung_bytes(shape_.scheme, matrices[m]->rows, matrices[m]->cols, form_of(*matrices[m], r));
     }
   }
+  if (v.down.basis_rank) v.down.basis = own_basis_of(v.down);
   return v;
 }
 

@@ -33,6 +33,8 @@ struct ExpertShape {
   std::vector<uint32_t> ends;                       ///< rung r is [ends[r - 1], ends[r]) of a record
   bool gated = true;                                ///< else gate is a matrix of no rows
   uint8_t row_scales = 1;                           ///< see NestedMatrix
+  /// Of gate, up and down, the ranks of each rung's correction; empty for none. V is in rung 0 only for down.
+  std::array<std::vector<uint8_t>, 3> ranks{};
 };
 
 /// The matrices of a resident expert.

@@ -166,6 +166,36 @@ QuantizedRows Workspace::quantize(const float* x, const int32_t* rows, int n, in
   return q;
 }
 
+RankRow* Workspace::ranks(size_t which, int n) {
+  if (ranks_.size() <= which) ranks_.resize(which + 1);
+  auto& of = ranks_[which];
+  if (of.size() < size_t(n)) of.resize(size_t(n));
+  return of.data();
+}
+
+std::vector<const RankRow*> Workspace::project(const std::vector<const NestedMatrix*>& matrices, const float* x,
+                                               const int32_t* rows, int n, int stride) {
+  std::vector<const RankRow*> out(matrices.size());
+  std::vector<RankRow*> to(matrices.size());
+  int count = 0;
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    if (!rank_of(*matrices[i])) continue;
+    out[i] = to[i] = ranks(i, n);
+    ++count;
+  }
+  if (!count) return out;
+  const int m = int(matrices.size());
+  pool.run(n * m, 1, [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) {
+      const NestedMatrix& w = *matrices[size_t(i % m)];
+      if (!rank_of(w)) continue;
+      const size_t row = size_t(rows ? rows[i / m] : i / m);
+      project_row(w, x + row * size_t(stride ? stride : w.cols), nullptr, to[size_t(i % m)] + i / m);
+    }
+  });
+  return out;
+}
+
 QuantizedRows Workspace::hidden_rows(int n, int hidden) const {
   int8_t* codes;
   float *scales, *sums;
@@ -184,21 +214,36 @@ void Workspace::quantize_hidden(int begin, int end, int n, int hidden) {
   }
 }
 
+void project_row(const NestedMatrix& w, const float* x, const float* z, RankRow* out) {
+  const Kernels& k = kernels();
+  float own[kMaxRank];
+  if (!z) k.project(w.basis, rank_of(w), x, w.cols, own);
+  k.quantize_ranks(reinterpret_cast<const uint16_t*>(correction_of(w)), z ? z : own, out);
+}
+
 void linear(Workspace& ws, const float* x, int T, const std::vector<const NestedMatrix*>& matrices,
             const std::vector<float*>& outs) {
   const QuantizedRows q = ws.quantize(x, nullptr, T, matrices[0]->cols);
   const Kernels& k = kernels();
   int total = 0;
   for (const NestedMatrix* m : matrices) total += blocks(m->rows, kTileRows);
+  const std::vector<const RankRow*> z = ws.project(matrices, x, nullptr, T);
   ws.pool.run(total, grain_for(total, ws.pool.size()), [&](int begin, int end) {
     int first = 0;
     for (size_t i = 0; i < matrices.size(); ++i) {
       const NestedMatrix& m = *matrices[i];
       const int count = blocks(m.rows, kTileRows);
       const int a = std::max(begin - first, 0), b = std::min(end - first, count);
-      if (a < b) matmul(k, m, q, T, a, b, outs[i], size_t(m.rows));
+      if (a < b) matmul(k, m, q, z[i], T, a, b, outs[i], size_t(m.rows));
       first += count;
     }
+  });
+}
+
+void project(Workspace& ws, const float* x, int T, const int8_t* basis, int rank, int cols, float* out) {
+  const Kernels& k = kernels();
+  ws.pool.run(T, 8, [&](int begin, int end) {
+    for (int t = begin; t < end; ++t) k.project(basis, rank, x + size_t(t) * cols, cols, out + size_t(t) * kMaxRank);
   });
 }
 
@@ -216,11 +261,13 @@ void linear_heads(Workspace& ws, const HeadRows& x, const NestedMatrix& w, int T
     for (int t = 0; t < T; ++t) rows[size_t(h) * T + t] = t * heads + h;
   }
   const QuantizedRows q = ws.quantize(x.x, rows.data(), T * heads, w.cols, x.stride);
+  const RankRow* z = ws.project({&w}, x.x, rows.data(), T * heads, x.stride)[0];
   const int per_head = w.rows / heads, count = per_head / kTileRows, total = heads * count;
   ws.pool.run(total, grain_for(total, ws.pool.size()), [&](int begin, int end) {
     for (int h = begin / count; h * count < end; ++h) {
       const int a = std::max(begin, h * count), b = std::min(end, (h + 1) * count);
-      matmul(k, w, rows_from(q, h * T), T, a, b, out + size_t(h) * (out_stride - per_head), size_t(heads) * out_stride);
+      matmul(k, w, rows_from(q, h * T), z ? z + h * T : nullptr, T, a, b, out + size_t(h) * (out_stride - per_head),
+             size_t(heads) * out_stride);
     }
   });
 }

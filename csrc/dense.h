@@ -33,6 +33,11 @@ class Workspace {
   /// Quantises rows of x in parallel. `rows` (may be null) picks rows of x, which are `stride` floats apart; 0 for
   /// cols.
   QuantizedRows quantize(const float* x, const int32_t* rows, int n, int cols, int stride = 0);
+  /// What the corrections of matrices need of the same rows, null for a matrix without one. Until the next product.
+  std::vector<const RankRow*> project(const std::vector<const NestedMatrix*>& matrices, const float* x,
+                                      const int32_t* rows, int n, int stride = 0);
+  /// Room for that of n rows, for a product's matrix `which`.
+  RankRow* ranks(size_t which, int n);
   /// Where `quantize_hidden` puts n rows, at most kFfnRows.
   QuantizedRows hidden_rows(int n, int hidden) const;
   /// Quantises rows [begin, end) of the n in gate(); by one thread.
@@ -51,10 +56,18 @@ class Workspace {
 
   WorkspaceShape shape_;
   Memory activations_, hidden_, gate_, up_, attention_;
+  /// 40 bytes a row and matrix, of files with corrections: left to the budget's margin.
+  std::vector<std::vector<RankRow>> ranks_;
 
  public:
   ThreadPool pool;  // last: its threads end before the scratch goes
 };
+
+/// What a matrix's correction needs of one row x, whose V x is `z` if that is not null.
+void project_row(const NestedMatrix& w, const float* x, const float* z, RankRow* out);
+
+/// out [T, kMaxRank] = x [T, cols] times V [rank, cols] transposed, the rest zeros; for `FfnUse::z`.
+void project(Workspace& ws, const float* x, int T, const int8_t* basis, int rank, int cols, float* out);
 
 /// outs[i][T, rows_i] = x [T, cols] times each matrix; all have the same number of columns.
 void linear(Workspace& ws, const float* x, int T, const std::vector<const NestedMatrix*>& matrices,

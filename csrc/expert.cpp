@@ -19,12 +19,13 @@ struct Piece {
 
 constexpr int kFewRows = 16;  ///< whose hidden values take less time than a loop over threads for them
 
-/// Calls body(piece, begin, end) for every piece's `per_piece(piece)` items, split over the threads.
+/// Calls body(piece, begin, end) for every piece's `per_piece(piece)` items, split over the threads: at least `least`
+/// of them at a time.
 template <class Count, class Body>
-void over_pieces(Workspace& ws, const std::vector<Piece>& pieces, Count per_piece, Body body) {
+void over_pieces(Workspace& ws, const std::vector<Piece>& pieces, Count per_piece, int least, Body body) {
   int total = 0;
   for (const Piece& p : pieces) total += per_piece(p);
-  ws.pool.run(total, std::max(1, total / (ws.pool.size() * 8)), [&](int begin, int end) {
+  ws.pool.run(total, std::max(least, total / (ws.pool.size() * 8)), [&](int begin, int end) {
     int first = 0;
     for (const Piece& p : pieces) {
       const int count = per_piece(p);
@@ -34,6 +35,45 @@ void over_pieces(Workspace& ws, const std::vector<Piece>& pieces, Count per_piec
     }
   });
 }
+
+/// What the corrections of a batch's matrices need of its rows.
+class Corrections {
+ public:
+  Corrections(Workspace& ws, const float* x, const std::vector<int32_t>& rows, const std::vector<Piece>& pieces) {
+    const auto room = [&](size_t which, NestedMatrix ExpertView::* part) -> RankRow* {
+      const auto has = [part](const Piece& p) { return rank_of(p.use->w.*part) > 0; };
+      return std::any_of(pieces.begin(), pieces.end(), has) ? ws.ranks(which, int(rows.size())) : nullptr;
+    };
+    gate_ = room(0, &ExpertView::gate);
+    up_ = room(1, &ExpertView::up);
+    down_ = room(2, &ExpertView::down);
+    if (!gate_ && !up_) return;
+    // Where V x is given, what is left of few rows takes less time than a loop over threads.
+    const bool given = std::all_of(pieces.begin(), pieces.end(), [](const Piece& p) { return p.use->z; });
+    const auto both = [](const Piece& p) { return 2 * p.count; };  // gate and up of each row
+    over_pieces(ws, pieces, both, given ? 64 : 1, [&](const Piece& p, int begin, int end) {
+      for (int i = begin; i < end; ++i) {
+        const NestedMatrix& w = i % 2 ? p.use->w.up : p.use->w.gate;
+        const int at = p.row + i / 2;
+        const size_t row = size_t(rows[size_t(at)]);
+        const float* z = p.use->z ? p.use->z + row * kMaxRank : nullptr;
+        if (rank_of(w)) project_row(w, x + row * size_t(w.cols), z, (i % 2 ? up_ : gate_) + at);
+      }
+    });
+  }
+
+  const RankRow* gate(const Piece& p) const { return gate_ ? gate_ + p.row : nullptr; }
+  const RankRow* up(const Piece& p) const { return up_ ? up_ + p.row : nullptr; }
+  const RankRow* down(const Piece& p) const { return down_ ? down_ + p.row : nullptr; }
+
+  /// Takes a row of hidden values; may be called by several threads for different rows.
+  void take_hidden(const Piece& p, int row, const float* hidden) const {
+    if (rank_of(p.use->w.down)) project_row(p.use->w.down, hidden, nullptr, down_ + row);
+  }
+
+ private:
+  RankRow *gate_, *up_, *down_;
+};
 
 void run_batch(Workspace& ws, const float* x, int T, Activation activation, const std::vector<Piece>& pieces) {
   const Kernels& k = kernels();
@@ -53,6 +93,7 @@ void run_batch(Workspace& ws, const float* x, int T, Activation activation, cons
     for (int i = 0; i < p.count; ++i) rows.push_back(p.use->tokens ? p.use->tokens[p.first + i] : p.first + i);
   }
   const QuantizedRows q = ws.quantize(x, rows.data(), shared ? 1 : total, cols);
+  const Corrections corrections(ws, x, rows, pieces);
   // Of few rows the thread that computes the last of an expert's gates and ups goes on with the hidden values, while
   // others read the next expert.
   const bool few = total <= kFewRows;
@@ -65,37 +106,39 @@ void run_batch(Workspace& ws, const float* x, int T, Activation activation, cons
       if (b.gate) k.add_scaled(b.gate, 1.0f, hidden, gate);
       if (b.up) k.add_scaled(b.up, 1.0f, hidden, up);
       k.activate(activation, gate, up, hidden, gate);
+      corrections.take_hidden(p, i, gate);
     }
     ws.quantize_hidden(p.row + begin, p.row + end, total, hidden);
   };
   over_pieces(
-      ws, pieces, [&](const Piece&) { return gate_blocks + up_blocks; },
+      ws, pieces, [&](const Piece&) { return gate_blocks + up_blocks; }, 1,
       [&](const Piece& p, int begin, int end) {
         const QuantizedRows mine = rows_from(q, shared ? 0 : p.row);
         const size_t at = size_t(p.row) * hidden;
         if (begin < gate_blocks) {
-          matmul(k, p.use->w.gate, mine, p.count, begin, std::min(end, gate_blocks), ws.gate() + at, size_t(hidden));
+          matmul(k, p.use->w.gate, mine, corrections.gate(p), p.count, begin, std::min(end, gate_blocks),
+                 ws.gate() + at, size_t(hidden));
         }
         if (end > gate_blocks) {
-          matmul(k, p.use->w.up, mine, p.count, std::max(begin - gate_blocks, 0), end - gate_blocks, ws.up() + at,
-                 size_t(hidden));
+          matmul(k, p.use->w.up, mine, corrections.up(p), p.count, std::max(begin - gate_blocks, 0), end - gate_blocks,
+                 ws.up() + at, size_t(hidden));
         }
         if (few && left[size_t(&p - pieces.data())].fetch_sub(end - begin, std::memory_order_acq_rel) == end - begin) {
           finish(p, 0, p.count);
         }
       });
-  if (!few) over_pieces(ws, pieces, [&](const Piece& p) { return p.count; }, finish);
+  if (!few) over_pieces(ws, pieces, [&](const Piece& p) { return p.count; }, 1, finish);
   const QuantizedRows h = ws.hidden_rows(total, hidden);
   for (const Piece& p : pieces) {
     if (!p.use->hidden) continue;
     std::copy_n(ws.gate() + size_t(p.row) * hidden, size_t(p.count) * hidden, p.use->hidden + size_t(p.first) * hidden);
   }
   over_pieces(
-      ws, pieces, [&](const Piece& p) { return blocks(p.use->w.down.rows, kTileRows); },
+      ws, pieces, [&](const Piece& p) { return blocks(p.use->w.down.rows, kTileRows); }, 1,
       [&](const Piece& p, int begin, int end) {
         const int d = p.use->w.down.rows;
         float* out = p.use->out + size_t(p.first) * d;
-        matmul(k, p.use->w.down, rows_from(h, p.row), p.count, begin, end, out, size_t(d));
+        matmul(k, p.use->w.down, rows_from(h, p.row), corrections.down(p), p.count, begin, end, out, size_t(d));
         if (!p.use->biases.down) return;
         const int first = begin * kTileRows, n = std::min(end * kTileRows, d) - first;
         for (int i = 0; i < p.count; ++i)

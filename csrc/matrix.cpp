@@ -21,6 +21,11 @@ NestedMatrix hollow(int rows, int cols, const std::vector<uint8_t>& widths, cons
   m.num_rungs = int(widths.size());
   m.row_scales = check_row_scales(coding.scheme, coding.row_scales);
   std::copy(widths.begin(), widths.end(), m.widths);
+  check_ranks(coding.scheme, coding.ranks);
+  if (!coding.ranks.empty()) {
+    std::copy_n(coding.ranks.begin(), std::min(widths.size(), coding.ranks.size()), m.ranks);
+    if (!coding.basis) m.basis_rank = uint8_t(highest_rank(coding.ranks));
+  }
   return m;
 }
 
@@ -32,6 +37,7 @@ void point_at_rungs(NestedMatrix* m, const uint8_t* p) {
     m->rungs[r] = p;
     p += rung_bytes(*m, r);
   }
+  if (m->basis_rank) m->basis = own_basis_of(*m);
 }
 
 /// Reads pages of a file, in pieces of 8 MiB.
@@ -86,6 +92,16 @@ uint8_t check_row_scales(Scheme scheme, const std::vector<uint8_t>& row_scales) 
   return out;
 }
 
+void check_ranks(Scheme scheme, const std::vector<uint8_t>& ranks) {
+  bool ok = ranks.size() <= kMaxRungs;
+  for (const uint8_t r : ranks) ok = ok && r % kRankStep == 0 && r <= (scheme == Scheme::kNested ? kMaxRank : 0);
+  if (!ok) throw std::invalid_argument("ranks: expected 0, 8, 16, 24 or 32 for each rung of nested codes");
+}
+
+int highest_rank(const std::vector<uint8_t>& ranks) {
+  return ranks.empty() ? 0 : *std::max_element(ranks.begin(), ranks.end());
+}
+
 void check_shape(int rows, int cols) {
   expect_within("nested rows", rows, 1, kMaxSize);
   expect_within("nested cols", cols, 1, kMaxSize);
@@ -104,11 +120,17 @@ std::unique_ptr<Nested> nested_from_rungs(const std::vector<RungBytes>& rungs, i
     }
     total += bytes;
   }
+  const size_t shared = coding.basis ? highest_rank(coding.ranks) * basis_stride(cols) : 0;
+  total += shared;
   const auto arena = std::make_shared<Arena>(total);
   uint8_t* const start = arena->take(total);
   uint8_t* p = start;
   for (const RungBytes& r : rungs) p = std::copy_n(r.first, r.second, p);
   point_at_rungs(&m, start);
+  if (coding.basis) {
+    std::copy_n(reinterpret_cast<const uint8_t*>(coding.basis), shared, p);
+    m.basis = reinterpret_cast<const int8_t*>(p);
+  }
   return std::make_unique<Nested>(Nested{m, round_up(total, system_page()), arena});
 }
 

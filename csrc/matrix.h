@@ -45,10 +45,19 @@ void check_widths(Scheme scheme, const std::vector<uint8_t>& widths);
 /// elsewhere.
 uint8_t check_row_scales(Scheme scheme, const std::vector<uint8_t>& row_scales);
 
-/// What planes mean, and which rungs begin with scales of rows.
+/// Throws std::invalid_argument unless `ranks`, of each rung's correction, are ones that a matrix of the scheme may
+/// have.
+void check_ranks(Scheme scheme, const std::vector<uint8_t>& ranks);
+
+/// That of the basis.
+int highest_rank(const std::vector<uint8_t>& ranks);
+
+/// What planes mean, which rungs begin with scales of rows, and which end with a correction.
 struct Coding {
   Scheme scheme;
   std::vector<uint8_t> row_scales;
+  std::vector<uint8_t> ranks{};   ///< of each rung of the whole ladder; none for no corrections
+  const int8_t* basis = nullptr;  ///< V [highest rank, padded columns], copied; null where it is in rung 0
 };
 
 /// Bytes of one rung, and where they are.

@@ -9,10 +9,12 @@
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "error.h"
+#include "kernels/kernels.h"
 
 namespace edgemoe {
 
@@ -55,6 +57,18 @@ inline const float* floats(const py::object& array, const char* name, std::initi
   const auto a = py::reinterpret_borrow<Array<float>>(array);
   expect(a, name, shape);
   return a.data();
+}
+
+/// V of matrices of `cols` columns that share it, [at least rank, padded columns]; null where none has a correction.
+inline const int8_t* shared_basis(const std::optional<Array<int8_t>>& basis, int rank, int cols) {
+  if (!rank) return nullptr;
+  if (!basis) throw std::invalid_argument("basis: expected one for matrices with corrections, got None");
+  expect(*basis, "basis", {-1, py::ssize_t(basis_stride(cols))});
+  if (basis->shape(0) < rank) {
+    throw std::invalid_argument("basis: expected " + std::to_string(rank) + " rows, got " +
+                                std::to_string(basis->shape(0)));
+  }
+  return basis->data();
 }
 
 /// The same for an array that is written.

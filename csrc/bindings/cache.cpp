@@ -61,7 +61,7 @@ void bind_cache(py::module_& m) {
                        const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const Array<uint8_t>& rungs,
                        const std::vector<int>& layers, int max_level, size_t budget_bytes, bool verify, int num_readers,
                        const py::object& policy, const std::string& scheme_name, size_t most_bytes, bool gated,
-                       const std::vector<uint8_t>& row_scales) {
+                       const std::vector<uint8_t>& row_scales, const std::array<std::vector<uint8_t>, 3>& ranks) {
              expect(offsets, "offsets", {-1});
              expect(crcs, "crcs", {offsets.size(), py::ssize_t(ends.size())});
              expect(rungs, "rungs", {offsets.size()});
@@ -84,7 +84,8 @@ void bind_cache(py::module_& m) {
                                rung_widths,
                                ends,
                                gated,
-                               check_row_scales(scheme, row_scales)};
+                               check_row_scales(scheme, row_scales),
+                               ranks};
              return Held<Cache>(new Cache(std::move(backing), std::move(shape),
                                           {rungs.data(), rungs.data() + rungs.size()}, max_level, budget_bytes,
                                           policy_from(policy, int(layers.size()), num_experts), most_bytes));
@@ -93,7 +94,8 @@ void bind_cache(py::module_& m) {
            py::arg("rung_widths"), py::arg("ends"), py::arg("offsets").noconvert(), py::arg("crcs").noconvert(),
            py::arg("rungs").noconvert(), py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"),
            py::arg("verify"), py::arg("num_readers"), py::arg("policy"), py::arg("scheme") = "nested",
-           py::arg("most_bytes") = 0, py::arg("gated") = true, py::arg("row_scales") = std::vector<uint8_t>{1})
+           py::arg("most_bytes") = 0, py::arg("gated") = true,
+           py::arg("row_scales") = std::vector<uint8_t>{1}, py::arg("ranks") = std::array<std::vector<uint8_t>, 3>{})
       .def_static(
           "on_device",
           [](const std::shared_ptr<DeviceSpace>& device, const Cache& host, size_t budget_bytes) {
@@ -209,7 +211,7 @@ void bind_cache(py::module_& m) {
                              })
       .def(
           "decode",
-          [](Cache& c, int expert, int level) {
+          [](Cache& c, int expert, int level, const std::optional<Array<int8_t>>& basis) {
             const int32_t e = expert;
             if (level < 1 || level > kMaxRungs) throw std::invalid_argument("decode: no such level");
             const int8_t l = int8_t(level);
@@ -219,7 +221,8 @@ void bind_cache(py::module_& m) {
             const auto close = [](Cache* open) { open->close(); };
             const std::unique_ptr<Cache, decltype(close)> request(&c, close);
             c.next(&group);
-            const ExpertView v = c.view(expert, level);
+            ExpertView v = c.view(expert, level);
+            v.gate.basis = v.up.basis = shared_basis(basis, std::max(rank_of(v.gate), rank_of(v.up)), v.up.cols);
             std::vector<py::array_t<float>> out;
             for (const NestedMatrix* w : {&v.gate, &v.up, &v.down}) {
               py::array_t<float> a({py::ssize_t(w->rows), py::ssize_t(w->cols)});
@@ -228,7 +231,8 @@ void bind_cache(py::module_& m) {
             }
             return out;
           },
-          py::arg("expert"), py::arg("level"), "Loads an expert and returns gate, up and down as floats.");
+          py::arg("expert"), py::arg("level"), py::arg("basis").noconvert() = py::none(),
+          "Loads an expert and returns gate, up and down as floats. basis: V of gate and up where they have corrections.");
 }
 
 }  // namespace edgemoe

@@ -82,6 +82,7 @@ py::array_t<float> copied(const DeviceArray& a) {
 
 /// Copies the rungs of a host's matrix.
 Held<DeviceMatrix> matrix_of(const std::shared_ptr<DeviceSpace>& space, const Nested& n) {
+  if (rank_of(n.matrix)) throw std::invalid_argument("device: matrices with corrections are not supported");
   py::gil_scoped_release release;
   Held<DeviceMatrix> out(new DeviceMatrix{n.matrix, {}});
   NestedMatrix& m = out->matrix;

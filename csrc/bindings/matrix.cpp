@@ -1,6 +1,7 @@
 #include "matrix.h"
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,22 +14,27 @@ namespace {
 
 Held<Nested> from_rungs(const std::vector<Array<uint8_t>>& rungs, int rows, int cols,
                         const std::vector<uint8_t>& widths, const std::string& scheme,
-                        const std::vector<uint8_t>& row_scales) {
+                        const std::vector<uint8_t>& row_scales, const std::vector<uint8_t>& ranks,
+                        const std::optional<Array<int8_t>>& basis) {
+  check_shape(rows, cols);
+  const int8_t* v = basis ? shared_basis(basis, highest_rank(ranks), cols) : nullptr;
+  const Coding coding{scheme_named(scheme), row_scales, ranks, v};
   std::vector<RungBytes> bytes;
   for (const auto& r : rungs) {
     expect(r, "nested rung", {-1});
     bytes.push_back({r.data(), size_t(r.size())});
   }
-  return Held<Nested>(nested_from_rungs(bytes, rows, cols, widths, {scheme_named(scheme), row_scales}).release());
+  return Held<Nested>(nested_from_rungs(bytes, rows, cols, widths, coding).release());
 }
 
 Held<Nested> from_file(const std::shared_ptr<Arena>& arena, const std::shared_ptr<File>& file, uint64_t offset,
                        const std::vector<uint64_t>& lengths, const std::vector<uint32_t>& crcs, int rows, int cols,
                        const std::vector<uint8_t>& widths, bool verify, const std::string& name,
-                       const std::string& scheme, const std::vector<uint8_t>& row_scales) {
+                       const std::string& scheme, const std::vector<uint8_t>& row_scales,
+                       const std::vector<uint8_t>& ranks) {
   py::gil_scoped_release release;
   return Held<Nested>(nested_from_file(arena, *file, {offset, lengths, crcs}, rows, cols, widths, verify, name,
-                                       {scheme_named(scheme), row_scales})
+                                       {scheme_named(scheme), row_scales, ranks})
                           .release());
 }
 
@@ -57,16 +63,22 @@ void bind_matrix(py::module_& m) {
            py::arg("bytes"));
 
   py::class_<Nested, Held<Nested>>(m, "Nested", "A resident nested matrix [rows, cols].")
-      .def_static("from_rungs", &from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"),
-                  py::arg("widths"), py::arg("scheme") = "nested", py::arg("row_scales") = std::vector<uint8_t>{1},
-                  "Copies rungs as `quantize` returns them.")
+      .def_static(
+          "from_rungs", &from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"), py::arg("widths"),
+          py::arg("scheme") = "nested", py::arg("row_scales") = std::vector<uint8_t>{1},
+          py::arg("ranks") = std::vector<uint8_t>{}, py::arg("basis").noconvert() = py::none(),
+          "Copies rungs as `quantize` returns them. ranks: of their corrections; basis: V [rank, cols padded to "
+          "64] int8, where it is not at the end of the first rung.")
       .def_static("from_file", &from_file, py::arg("arena").none(false), py::arg("file").none(false), py::arg("offset"),
                   py::arg("lengths"), py::arg("crcs"), py::arg("rows"), py::arg("cols"), py::arg("widths"),
                   py::arg("verify"), py::arg("name"), py::arg("scheme") = "nested",
-                  py::arg("row_scales") = std::vector<uint8_t>{1}, "Reads the rungs of a tensor into an arena.")
+                  py::arg("row_scales") = std::vector<uint8_t>{1}, py::arg("ranks") = std::vector<uint8_t>{},
+                  "Reads the rungs of a tensor into an arena.")
       .def_property_readonly("rows", [](const Nested& n) { return n.matrix.rows; })
       .def_property_readonly("cols", [](const Nested& n) { return n.matrix.cols; })
       .def_property_readonly("bits", [](const Nested& n) { return bits_of(n.matrix); })
+      .def_property_readonly(
+          "rank", [](const Nested& n) { return rank_of(n.matrix); }, "Of its correction, 0 for none.")
       .def_readonly("bytes", &Nested::bytes)
       .def(
           "decode_rows",

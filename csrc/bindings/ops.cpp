@@ -134,6 +134,23 @@ void bind_ops(py::module_& m) {
       "outs[i] [T, rows_i] = x [T, cols] times matrices[i] transposed.");
 
   m.def(
+      "project",
+      [](Workspace& ws, const Array<float>& x, const Array<int8_t>& basis, Array<float> out) {
+        expect(x, "project x", {-1, -1});
+        expect(basis, "basis", {-1, py::ssize_t(basis_stride(int(x.shape(1))))});
+        expect(out, "project out", {x.shape(0), kMaxRank});
+        const int T = int(x.shape(0)), cols = int(x.shape(1)), rank = int(basis.shape(0));
+        if (rank % kRankStep || rank > kMaxRank) throw std::invalid_argument("basis: expected 8, 16, 24 or 32 rows");
+        const float* a = x.data();
+        const int8_t* v = basis.data();
+        float* o = out.mutable_data();
+        py::gil_scoped_release release;
+        project(ws, a, T, v, rank, cols, o);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("basis").noconvert(), py::arg("out").noconvert(),
+      "out [T, 32] = x [T, cols] times V [rank, cols padded to 64] transposed, and zeros.");
+
+  m.def(
       "linear_f32",
       [](Workspace& ws, const Array<float>& x, const Array<float>& matrix, Array<float> out) {
         expect(x, "linear_f32 x", {-1, -1});
@@ -398,7 +415,7 @@ void bind_ops(py::module_& m) {
       [](Workspace& ws, const Array<float>& x, const Cache& cache, const Array<int32_t>& experts,
          const Array<int8_t>& levels, const Array<int32_t>& offsets, const Array<int32_t>& tokens,
          const std::vector<int>& group, Array<float> parts, const py::object& hidden, const std::string& activation,
-         const py::object& biases) {
+         const py::object& biases, const py::object& projected) {
         const int d = cache.shape().hidden, h = cache.shape().expert_hidden;
         const Activation kind = activation_of(activation);
         const ExpertBiases all(biases, d, h);
@@ -409,6 +426,7 @@ void bind_ops(py::module_& m) {
         expect(parts, "parts", {-1, d});
         const int32_t *o = offsets.data(), *t = tokens.data();
         const py::ssize_t T = x.shape(0), n = experts.size();
+        const float* z = projected.is_none() ? nullptr : floats(projected, "projected", {T, kMaxRank});
         float* inner = hidden.is_none() ? nullptr : writable(hidden, "hidden", {parts.shape(0), h});
         std::vector<FfnUse> uses;
         for (int i : group) {
@@ -422,8 +440,11 @@ void bind_ops(py::module_& m) {
           const int32_t e = experts.data()[i];
           uses.push_back({cache.view(e, levels.data()[i]), t + o[i], o[i + 1] - o[i],
                           parts.mutable_data() + size_t(o[i]) * d, inner ? inner + size_t(o[i]) * h : nullptr,
-                          all.of(e % cache.shape().num_experts)});
+                          all.of(e % cache.shape().num_experts), z});
           check_ffn(uses.back().w, kind);
+          if (!z && (rank_of(uses.back().w.gate) || rank_of(uses.back().w.up))) {
+            throw std::invalid_argument("expert_ffn: expected projected rows, as the experts have corrections");
+          }
         }
         const float* a = x.data();
         py::gil_scoped_release release;
@@ -432,11 +453,11 @@ void bind_ops(py::module_& m) {
       py::arg("ws"), py::arg("x").noconvert(), py::arg("cache"), py::arg("experts").noconvert(),
       py::arg("levels").noconvert(), py::arg("offsets").noconvert(), py::arg("tokens").noconvert(), py::arg("group"),
       py::arg("parts").noconvert(), py::arg("hidden") = py::none(), py::arg("activation") = "swiglu",
-      py::arg("biases") = py::none(),
+      py::arg("biases") = py::none(), py::arg("projected") = py::none(),
       "Runs the experts at positions `group` of a plan on their tokens; part rows are those of `offsets`, as are those "
       "of hidden [m, H], which gets what each w_down is applied to. biases: of all experts of the layer, gates' [E, "
       "H], "
-      "ups' [E, H] and downs' [E, D].");
+      "ups' [E, H] and downs' [E, D]. projected: of x, as `project` gave it, where gates and ups have corrections.");
 }
 
 }  // namespace edgemoe

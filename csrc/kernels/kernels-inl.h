@@ -563,6 +563,7 @@ uint8_t read_all(const uint8_t* bytes, size_t n) {
 }  // namespace edgemoe
 
 #include "attention-inl.h"
+#include "correction-inl.h"
 #include "latent-inl.h"
 #include "mwq-inl.h"
 #include "recurrent-inl.h"
@@ -572,11 +573,38 @@ namespace {
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,          choose_scale<V>,  quantize_row<V>, matmul_nested<V>, decode_nested<V>, matmul_mwq<V>,
-                 decode_mwq<V>, matmul_f32<V>,    rms_norm<V>,     activate<V>,      soft_cap<V>,      softmax<V>,
-                 add_scaled<V>, rope<V>,          to_f16<V>,       from_f16<V>,      read_all<V>,      quantize_head<V>,
-                 attend<V>,     attend_latent<V>, merge_parts<V>,  delta_rule<V>,    mamba2<V>,        short_conv<V>,
-                 sigmoid<V>,    sigmoid_mul<V>,   softplus<V>,     decays<V>};
+  return Kernels{name,
+                 choose_scale<V>,
+                 quantize_row<V>,
+                 matmul_nested<V>,
+                 decode_nested<V>,
+                 project<V>,
+                 quantize_ranks<V>,
+                 add_correction<V>,
+                 decode_correction<V>,
+                 matmul_mwq<V>,
+                 decode_mwq<V>,
+                 matmul_f32<V>,
+                 rms_norm<V>,
+                 activate<V>,
+                 soft_cap<V>,
+                 softmax<V>,
+                 add_scaled<V>,
+                 rope<V>,
+                 to_f16<V>,
+                 from_f16<V>,
+                 read_all<V>,
+                 quantize_head<V>,
+                 attend<V>,
+                 attend_latent<V>,
+                 merge_parts<V>,
+                 delta_rule<V>,
+                 mamba2<V>,
+                 short_conv<V>,
+                 sigmoid<V>,
+                 sigmoid_mul<V>,
+                 softplus<V>,
+                 decays<V>};
 }
 
 }  // namespace

@@ -12,6 +12,11 @@
 // At b bits a code c (the top b bits of the 8-bit code) means
 //   row scale / 4096 * (4 + a % 4) * 2^(a / 4) * ((c + 0.5) * 2^(8-b) - 128 + 12 * (m - 8)),  a, m the byte's halves.
 //
+// After its tiles a rung may have a correction: 32 float16 u and then, per 16 rows and 8 columns, 64 bytes like a plane
+// of 4 bits. A matrix that ends with this rung is W + A V, with A[row, j] = row scale / 4096 * 2^(8-b) * u[j] * (code
+// - 7.5). V [rank, cols], in signed bytes whose rows are padded to whole tiles, lies at the end of rung 0 or belongs to
+// several.
+//
 // The scheme MWQ has the same tiles of codes, and other scales: float16, one per row, 128 columns and rung. In rung 0
 // each group of 128 columns starts with its 16 scales and the 16 weights that code 0 stands for; in later rungs, whose
 // planes are signs, each two groups start with 16 scales each. w = scale * code + lowest, plus or minus the scale of
@@ -35,6 +40,8 @@ constexpr int kScaleUnit = 4096;  ///< a row scale is this many times the step o
 constexpr int kActivations = 32;  ///< columns of activations that share a scale
 constexpr int kMaxRungs = 8;
 constexpr int kMwqGroup = 128;  ///< columns that share each rung's scale in MWQ
+constexpr int kRankStep = 8;    ///< ranks of corrections are multiples of it
+constexpr int kMaxRank = 32;
 
 // Functions of the layout are static, as a shared copy compiled with wide instructions could replace the baseline's,
 // and constexpr, as a device's kernels call them too.
@@ -51,8 +58,13 @@ struct NestedMatrix {
   int num_rungs = 0;
   uint8_t row_scales = 1;          ///< bit r: rung r starts with scales of rows
   uint8_t widths[kMaxRungs] = {};  ///< bits that each rung adds
+  uint8_t ranks[kMaxRungs] = {};   ///< of each rung's correction, 0 for none; only the last rung's counts
+  uint8_t basis_rank = 0;          ///< rows of V at the end of rung 0, 0 for none
+  const int8_t* basis = nullptr;   ///< V, wherever it lies
   const uint8_t* rungs[kMaxRungs] = {};
 };
+
+static constexpr int rank_of(const NestedMatrix& w) { return w.num_rungs ? w.ranks[w.num_rungs - 1] : 0; }
 
 static constexpr int bits_of(const NestedMatrix& w) {
   int b = 0;
@@ -79,11 +91,21 @@ struct RungForm {
   int width;  ///< bits that it adds
   bool is_base;
   bool has_row_scales;
+  int rank = 0;
+  int basis_rank = 0;
 };
 
 static constexpr RungForm form_of(const NestedMatrix& w, int rung) {
-  return {w.widths[rung], rung == 0, (w.row_scales >> rung & 1) != 0};
+  return {w.widths[rung], rung == 0, (w.row_scales >> rung & 1) != 0, w.ranks[rung], rung == 0 ? w.basis_rank : 0};
 }
+
+/// Bytes of one rung's correction of a matrix of `rows`.
+static constexpr size_t correction_bytes(int rows, int rank) {
+  return rank ? kMaxRank * 2 + size_t(blocks(rows, kTileRows)) * kTileRows * rank / 2 : 0;
+}
+
+/// Bytes of a row of V.
+static constexpr size_t basis_stride(int cols) { return size_t(blocks(cols, kTileCols)) * kTileCols; }
 
 /// Bytes of a rung of a matrix [rows, cols].
 static constexpr size_t rung_bytes(Scheme scheme, int rows, int cols, RungForm form) {
@@ -91,7 +113,22 @@ static constexpr size_t rung_bytes(Scheme scheme, int rows, int cols, RungForm f
     return size_t(blocks(rows, kTileRows)) * mwq_block_bytes(cols, form.width, form.is_base);
   }
   return size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(form.width, form.is_base) +
-         (form.has_row_scales ? row_scale_bytes(rows) : 0);
+         (form.has_row_scales ? row_scale_bytes(rows) : 0) + correction_bytes(rows, form.rank) +
+         form.basis_rank * basis_stride(cols);
+}
+
+/// Where the correction of the last rung starts.
+static constexpr const uint8_t* correction_of(const NestedMatrix& w) {
+  RungForm form = form_of(w, w.num_rungs - 1);
+  form.rank = form.basis_rank = 0;
+  return w.rungs[w.num_rungs - 1] + rung_bytes(w.scheme, w.rows, w.cols, form);
+}
+
+/// Where V starts, of a matrix that has one of its own.
+static inline const int8_t* own_basis_of(const NestedMatrix& w) {
+  const RungForm form = form_of(w, 0);
+  return reinterpret_cast<const int8_t*>(w.rungs[0] + rung_bytes(w.scheme, w.rows, w.cols, form) -
+                                         form.basis_rank * basis_stride(w.cols));
 }
 
 /// Where a rung's tiles start.
@@ -122,6 +159,13 @@ static constexpr QuantizedRows rows_from(const QuantizedRows& q, int row) {
   const size_t at = size_t(row) * q.tiles;
   return {q.codes + at * kTileCols, q.scales + at * kScales, q.sums + at * kSums, q.tiles};
 }
+
+/// u times V x of one row in 8 bits: what a matrix's correction is multiplied with.
+struct RankRow {
+  int8_t codes[kMaxRank];
+  float scale;
+  float sum;  ///< of codes
+};
 
 /// What makes an FFN's hidden values of its gates and ups.
 enum class Activation : uint8_t {
@@ -266,7 +310,19 @@ struct Kernels {
   /// Writes row `row` of w as floats.
   void (*decode_nested)(const NestedMatrix& w, int row, float* out);
 
-  /// The same two for a matrix of the other scheme, whose base has 2 or 5 bits; see `matmul` and `decode_row` below.
+  /// z[j] = sum_c basis[j, c] * x[c] for j < rank, a multiple of kRankStep; the rest of z [kMaxRank] becomes 0.
+  void (*project)(const int8_t* basis, int rank, const float* x, int cols, float* z);
+
+  /// Quantises z [kMaxRank], each value times float16 u, to 8 bits with one scale, as `quantize_row`.
+  void (*quantize_ranks)(const uint16_t* u, const float* z, RankRow* out);
+
+  /// y[i, r] += sum_j A[r, j] * z[i, j] / u[j] for i < n and the rows of blocks [begin, end), of a matrix with a rank.
+  void (*add_correction)(const NestedMatrix& w, const RankRow* z, int n, int begin, int end, float* y, size_t stride);
+
+  /// out [cols] += row `row` of A V.
+  void (*decode_correction)(const NestedMatrix& w, int row, float* out);
+
+  /// `matmul_nested` and `decode_nested` for a matrix of the other scheme, whose base has 2 or 5 bits.
   void (*matmul_mwq)(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y, size_t stride);
   void (*decode_mwq)(const NestedMatrix& w, int row, float* out);
 
@@ -341,15 +397,17 @@ struct Kernels {
   void (*decays)(const float* step, const float* rate, bool rate_each, int n, float* out);
 };
 
-/// `matmul_nested` or `matmul_mwq`, as w is.
-static inline void matmul(const Kernels& k, const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end,
-                          float* y, size_t stride) {
+/// y = w x, as `matmul_nested` says, with w's correction if it has one: then z [n] has what `quantize_ranks` gave.
+static inline void matmul(const Kernels& k, const NestedMatrix& w, const QuantizedRows& x, const RankRow* z, int n,
+                          int begin, int end, float* y, size_t stride) {
   (w.scheme == Scheme::kMwq ? k.matmul_mwq : k.matmul_nested)(w, x, n, begin, end, y, stride);
+  if (rank_of(w)) k.add_correction(w, z, n, begin, end, y, stride);
 }
 
-/// Writes row `row` of w as floats.
+/// Writes row `row` of w as floats; with its correction, for which w has its basis.
 static inline void decode_row(const Kernels& k, const NestedMatrix& w, int row, float* out) {
   (w.scheme == Scheme::kMwq ? k.decode_mwq : k.decode_nested)(w, row, out);
+  if (rank_of(w)) k.decode_correction(w, row, out);
 }
 
 /// Returns the active table; the best usable one unless `use_isa` chose another. Thread-safe.

@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 #include "cache.h"
@@ -632,6 +633,65 @@ void test_mwq_agrees() {
   }
 }
 
+/// The same for corrections of every rank, of matrices whose V is their own.
+void test_corrections_agree() {
+  std::mt19937 rng(12);
+  std::normal_distribution<float> normal;
+  const int T = 70;
+  const std::string names = usable_isas();
+  const auto put_scales = [&](uint8_t* to, size_t bytes) {
+    std::vector<float> values(bytes / 2);
+    for (float& v : values) v = normal(rng);
+    kernels().to_f16(values.data(), int(values.size()), reinterpret_cast<uint16_t*>(to));
+  };
+  for (uint8_t rank = 8; rank <= kMaxRank; rank += kRankStep) {
+    for (const auto& shape : {std::pair<int, int>{33, 130}, {48, 64}, {5, 37}}) {
+      const std::vector<uint8_t> widths = {2, 1}, ranks = {uint8_t(40 - rank), rank};
+      NestedMatrix w;
+      std::tie(w.rows, w.cols) = shape;
+      w.num_rungs = 2;
+      w.basis_rank = uint8_t(highest_rank(ranks));
+      std::vector<std::vector<uint8_t>> rungs;
+      for (size_t r = 0; r < 2; ++r) {
+        w.widths[r] = widths[r];
+        w.ranks[r] = ranks[r];
+        rungs.emplace_back(rung_bytes(w.scheme, w.rows, w.cols, form_of(w, int(r))));
+        for (uint8_t& b : rungs[r]) b = uint8_t(rng());
+        w.rungs[r] = rungs[r].data();
+        w.num_rungs = int(r) + 1;
+        const size_t at = size_t(correction_of(w) - w.rungs[r]);
+        CHECK(at % 64 == 0 && rungs[r].size() % 64 == 0);
+        put_scales(rungs[r].data() + at, 2 * kMaxRank);
+      }
+      put_scales(rungs[0].data(), row_scale_bytes(w.rows));
+      std::vector<RungBytes> bytes;
+      for (const auto& r : rungs) bytes.push_back({r.data(), r.size()});
+      const auto made = nested_from_rungs(bytes, w.rows, w.cols, widths, {Scheme::kNested, {1}, ranks});
+      CHECK(std::memcmp(own_basis_of(w), made->matrix.basis, w.basis_rank * basis_stride(w.cols)) == 0);
+      w = made->matrix;
+      std::vector<float> x(size_t(T) * w.cols);
+      for (float& v : x) v = normal(rng);
+      std::vector<float> expected;
+      for (const std::string& name : {std::string("scalar"), names.substr(0, names.find(' '))}) {
+        use_isa(name.c_str());
+        Workspace ws(num_threads, {T, w.cols, 16, 1, 16, 1});
+        std::vector<float> all(size_t(T) * w.rows), one(size_t(w.rows)), row(size_t(w.cols));
+        linear(ws, x.data(), T, {&w}, {all.data()});
+        for (int t = 0; t < T; t += 23) {
+          linear(ws, x.data() + size_t(t) * w.cols, 1, {&w}, {one.data()});
+          CHECK(std::memcmp(one.data(), all.data() + size_t(t) * w.rows, one.size() * sizeof(float)) == 0);
+        }
+        for (int r = 0; r < w.rows; r += 4) {
+          decode_row(kernels(), w, r, row.data());
+          all.insert(all.end(), row.begin(), row.end());
+        }
+        if (expected.empty()) expected = all;
+        CHECK(std::memcmp(all.data(), expected.data(), all.size() * sizeof(float)) == 0);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -655,6 +715,7 @@ int main(int argc, char** argv) {
   }
   test_instruction_sets_agree(file);
   test_mwq_agrees();
+  test_corrections_agree();
   std::printf("core_test (%s; CRC-32C by %s): %s\n", usable_isas(), crc32c_has_instruction() ? "instruction" : "table",
               failures ? "FAILED" : "ok");
   return failures ? 1 : 0;
