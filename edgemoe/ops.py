@@ -24,13 +24,15 @@ from edgemoe.specs import Activation, AttentionSpec, MlaSpec, RouterSpec
 from edgemoe.store import Request
 
 __all__ = [
-    "Array", "AttentionWeights", "DeltaRule", "ExpertLayer", "Ids", "KvLayer", "LatentWeights", "MambaRule",
+    "Array", "AttentionWeights", "Basis", "DeltaRule", "ExpertLayer", "Ids", "KvLayer", "LatentWeights", "MambaRule",
     "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule", "RouterWeights", "kv_bytes", "kv_parts", "kv_ring",
     "rope_bytes",
 ]  # fmt: skip
 
 Array = NDArray[np.float32]
 """Activations and small weights."""
+Basis = NDArray[np.int8]
+"""V of corrections, rows in 8 bits."""
 Ids = NDArray[np.int32]
 Matrix = _core.Nested
 """A resident matrix [rows, cols] as the file has it."""
@@ -92,6 +94,8 @@ class ExpertLayer:
     activation: Activation
     biases: tuple[Array, Array, Array] | None = None
     """Of all experts' gates [E, H], ups [E, H] and downs [E, D]."""
+    basis: Basis | None = None
+    """[rank, D padded to 64]: V of all experts' gates and ups, where these have corrections."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,6 +26,7 @@ from edgemoe.ops import (
     RouterWeights,
 )
 from edgemoe.plan import Plan
+from edgemoe.quant.correction import MOST_RANK
 from edgemoe.specs import Activation, AttentionSpec, MlaSpec, RouterSpec
 from edgemoe.store import Request
 
@@ -354,9 +355,12 @@ class CpuOps:
         hidden: Array | None = None,
     ) -> None:
         """See `Ops.expert_ffn`; rows of hidden [m, H], if given, get what each w_down is applied to."""
+        if layer.basis is not None and request.projected is None:  # once for all groups
+            request.projected = np.empty((len(x), MOST_RANK), np.float32)
+            _core.project(self._ws, x, layer.basis, request.projected)
         _core.expert_ffn(
             self._ws, x, request.slots, request.experts, request.levels, plan.offsets, plan.tokens,
-            group, parts, hidden, layer.activation, layer.biases,
+            group, parts, hidden, layer.activation, layer.biases, request.projected,
         )  # fmt: skip
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:

@@ -78,6 +78,8 @@ def unsupported(moe: MoeFile, keys: str = "f16") -> str | None:
             return f"heads of {spec.head_dim} columns, more than {_MOST_HEAD_DIM}"
         if keys == "q8_0" and spec.has_constant_keys:
             return "keys in 8 bits of a model with key biases (-ctk f16 has)"
+    if moe.scheme.correction:
+        return "a correction of low rank"
     for full in moe.tensors:
         if full.startswith("layers.") and full.split(".", 2)[2] not in _TENSORS:
             return f"the tensor {full}"

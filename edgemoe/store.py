@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
+from edgemoe.config import MATRICES
 from edgemoe.file.format import ALIGNMENT, MoeFile, Tensor
 from edgemoe.plan import Plan, Priorities
 from edgemoe.quant import plane_widths
@@ -28,7 +29,7 @@ Weight = _core.Nested | NDArray[np.float32]
 
 def dense_bytes(moe: MoeFile, level: int) -> int:
     """Returns the memory that `load_dense` takes."""
-    return _pages(moe.tensors.values(), level)
+    return _pages(moe.tensors.values(), level) + (0 if moe.bases is None else moe.bases.nbytes)
 
 
 def _pages(tensors: Iterable[Tensor], level: int) -> int:
@@ -62,6 +63,8 @@ def level_bytes(moe: MoeFile, level: int) -> tuple[int, ...]:
 def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
     """Reads every tensor outside the routed experts into memory of its own.
 
+    With them come the bases of experts' corrections as "layers.I.experts.basis", which the file has read already.
+
     Args:
         level: rungs of the matrices.
 
@@ -71,7 +74,13 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
     """
     nested = [t for t in moe.tensors.values() if t.spec.kind == "nested"]
     arena = _core.Arena(_pages(nested, level))
-    return {name: _read(moe, name, level, verify, arena) for name in moe.tensors}
+    weights = {name: _read(moe, name, level, verify, arena) for name in moe.tensors}
+    if moe.bases is not None:
+        for layer, basis in zip(moe.config.moe_layers, moe.bases, strict=True):
+            weights[f"layers.{layer}.experts.basis"] = cast(
+                Weight, basis
+            )  # int8, for experts alone
+    return weights
 
 
 def read_dense(moe: MoeFile, level: int, *, verify: bool) -> Iterator[tuple[str, Weight]]:
@@ -89,7 +98,7 @@ def _read(moe: MoeFile, name: str, level: int, verify: bool, arena: _core.Arena 
     rows, cols = t.spec.shape
     return _core.Nested.from_file(
         arena, moe.file, t.offset, t.lengths[:level], t.crcs[:level], rows, cols,
-        widths[:level], verify, name, moe.scheme.name, moe.scheme.row_scales,
+        widths[:level], verify, name, moe.scheme.name, moe.scheme.row_scales, moe.scheme.ranks(name),
     )  # fmt: skip
 
 
@@ -127,6 +136,8 @@ class Request:
     """[n], as the file numbers them, in the plan's order."""
     levels: NDArray[np.int8]
     """[n]"""
+    projected: Any = None
+    """What operations made of the tokens for the corrections of all groups; theirs alone."""
 
 
 class ExpertStore:
@@ -203,6 +214,7 @@ class ExpertStore:
             policy=policy,
             scheme=moe.scheme.name,
             row_scales=moe.scheme.row_scales,
+            ranks=[moe.scheme.ranks(f"experts.{part}") for part in MATRICES],
             most_bytes=most_bytes,
             gated=config.expert_shapes[0][0] > 0,
         )

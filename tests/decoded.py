@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import reference_correction
 import reference_mwq
 import reference_nested
 from numpy.typing import NDArray
 
-from edgemoe.config import ModelConfig
+from edgemoe.config import MATRICES, ModelConfig
 from edgemoe.file.format import open_moe
+from edgemoe.quant.correction import SHARED, kind_of
 
 Array = NDArray[Any]
 
@@ -25,11 +27,16 @@ class Decoded:
     tensors: Mapping[str, Array]
     """By the names of `edgemoe.config.dense_tensors`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, without: str = "") -> None:
+        """Args:
+        without: the kind of matrix whose corrections are left out.
+        """
+        self._without = without
         self._moe = moe = open_moe(path)
         self._scheme = reference_mwq if moe.scheme.name == "mwq" else reference_nested
         self._bytes = np.fromfile(path, np.uint8)
         self.config = moe.config
+        self._experts: dict[tuple[int, int, int | None], tuple[Array, Array, Array]] = {}
         self.tensors = {}
         for name, tensor in moe.tensors.items():
             shape = tensor.spec.shape
@@ -39,37 +46,59 @@ class Decoded:
             else:
                 starts = tensor.offset + np.cumsum([0, *tensor.lengths])
                 rungs = [self._bytes[a:b] for a, b in pairwise(starts)]
-                widths = np.diff([0, *moe.dense_ladder])
-                self.tensors[name] = self._scheme.decode_rungs(
-                    rungs, widths, *shape, moe.scheme.row_scales
-                )
+                self.tensors[name] = self._decode(name, rungs, moe.dense_ladder, shape, None)
 
     def expert(
         self, layer: int, index: int, level: int | None = None
     ) -> tuple[Array, Array, Array]:
         """Returns gate [H, D], up [H, D] and down [D, H], of the first rungs or of all."""
+        key = layer, index, level
+        if key not in self._experts:
+            self._experts[key] = self._read_expert(layer, index, level)
+        return self._experts[key]
+
+    def _read_expert(self, layer: int, index: int, level: int | None) -> tuple[Array, Array, Array]:
         moe, config = self._moe, self.config
         row = config.moe_layers.index(layer) * config.num_experts + index
         shapes = config.expert_shapes
-        ladders = [np.diff([0, *bits]) for bits in zip(*moe.ladder, strict=True)]
+        ladders = list(zip(*moe.ladder, strict=True))
         rungs: list[list[Array]] = [[], [], []]
         at = int(moe.experts.offsets[row])
         have = min(int(moe.experts.rungs[row]), level or 8)
+        sizes = [
+            moe.scheme.rung_bytes(*shape, bits, f"experts.{part}") if shape[0] else [0] * len(bits)
+            for part, shape, bits in zip(MATRICES, shapes, ladders, strict=True)
+        ]
         for rung in range(have):
-            for part, (rows, cols) in enumerate(shapes):
-                if not rows:
-                    continue
-                size = self._scheme.rung_bytes(
-                    rows, cols, int(ladders[part][rung]), rung, moe.scheme.row_scales
-                )
-                rungs[part].append(self._bytes[at : at + size])
-                at += size
+            for part in range(3):
+                rungs[part].append(self._bytes[at : at + sizes[part][rung]])
+                at += sizes[part][rung]
+        basis = None if moe.bases is None else moe.bases[config.moe_layers.index(layer)]
         gate, up, down = (
-            self._scheme.decode_rungs(
-                rungs[part], ladders[part][:have], *shapes[part], moe.scheme.row_scales
-            )
-            if shapes[part][0]
-            else np.empty(shapes[part])
-            for part in range(3)
+            self._decode(f"experts.{part}", rungs[i], ladders[i][:have], shapes[i], basis)
+            if shapes[i][0]
+            else np.empty(shapes[i])
+            for i, part in enumerate(MATRICES)
         )
         return gate, up, down
+
+    def _decode(
+        self,
+        name: str,
+        rungs: list[Array],
+        ladder: Sequence[int],
+        shape: tuple[int, ...],
+        basis: Array | None,
+    ) -> Array:
+        widths, scheme = np.diff([0, *ladder]), self._moe.scheme
+        if not (ranks := scheme.ranks(name)):
+            return self._scheme.decode_rungs(rungs, widths, *shape, scheme.row_scales)
+        shared = (
+            basis.reshape(-1).view(np.uint8)
+            if kind_of(name) in SHARED and basis is not None
+            else None
+        )
+        return reference_correction.decode_rungs(
+            rungs, widths, *shape, ranks, scheme.row_scales, shared,
+            is_whole=kind_of(name) != self._without,
+        )  # fmt: skip

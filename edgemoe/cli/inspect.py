@@ -81,6 +81,9 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
     )
     yield f"  made from {about['source'].get('name', 'an unnamed checkpoint')}"
     yield f"  {about['scheme']}"
+    if about["correction"]:
+        ranks = (f"{kind} {_ranks(of)}" for kind, of in about["correction"].items())
+        yield f"  corrections of low rank, by level: {', '.join(ranks)}"
     held = about["experts"]["with_bits"]
     if len(held) > 1:
         counts = ", ".join(f"{count} of {bits}" for bits, count in held.items())
@@ -132,6 +135,10 @@ def _quality(moe: MoeFile, stored: dict[str, Any]) -> Iterator[str]:
     yield from lines
     if stale:
         yield f"measured with other sections than the file has now: {', '.join(dict.fromkeys(stale))}"
+
+
+def _ranks(of: Sequence[int]) -> str:
+    return "/".join(map(str, of))
 
 
 def _size(count: int) -> str:

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
+from edgemoe.config import MATRICES
 from edgemoe.errors import FormatError
 from edgemoe.file.format import MoeFile
 from edgemoe.quant import plane_widths
+from edgemoe.quant.correction import SHARED
 from edgemoe.store import load_dense, read_dense
 
 __all__ = ["dense_floats", "dense_weights", "expert_floats"]
@@ -28,7 +30,8 @@ def dense_floats(moe: MoeFile) -> dict[str, Array]:
         ReadError: the disk failed.
     """
     weights = load_dense(moe, len(moe.dense_ladder), verify=True)
-    return {name: _decode(w) if isinstance(w, _core.Nested) else w for name, w in weights.items()}
+    tensors = {name: weights[name] for name in moe.tensors}
+    return {name: _decode(w) if isinstance(w, _core.Nested) else w for name, w in tensors.items()}
 
 
 def dense_weights(moe: MoeFile, level: int) -> Iterator[tuple[str, Array]]:
@@ -58,7 +61,12 @@ def expert_floats(moe: MoeFile, row: int, level: int) -> tuple[Array, Array, Arr
     shapes = config.expert_shapes
     ladders = list(zip(*ladder, strict=True))
     scheme = moe.scheme
-    sizes = [scheme.rung_bytes(*shape, bits) for shape, bits in zip(shapes, ladders, strict=True)]
+    # As long as the file's: the first rung holds the basis of the highest rank of all.
+    names = [f"experts.{part}" for part in MATRICES]
+    sizes = [
+        scheme.rung_bytes(*shape, bits, part)
+        for part, shape, bits in zip(names, shapes, ladders, strict=True)
+    ]
     rungs: tuple[list[NDArray[np.uint8]], ...] = ([], [], [])
     offset = int(moe.experts.offsets[row])
     for rung, (start, end) in enumerate(pairwise((0, *moe.experts.ends[:level]))):
@@ -69,14 +77,16 @@ def expert_floats(moe: MoeFile, row: int, level: int) -> tuple[Array, Array, Arr
         ends = accumulate((of[rung] for of in sizes), initial=0)
         for part, (a, b) in zip(rungs, pairwise(ends), strict=True):
             part.append(whole[a:b])
+    basis = None if moe.bases is None else moe.bases[row // config.num_experts]
     gate, up, down = (
         _decode(
             _core.Nested.from_rungs(
-                part, *shape, plane_widths(bits), scheme.name, scheme.row_scales
+                part, *shape, plane_widths(bits), scheme.name, scheme.row_scales,
+                scheme.ranks(name), basis if name in SHARED else None,
             )
         )
         if shape[0] else np.empty(shape, np.float32)
-        for part, shape, bits in zip(rungs, shapes, ladders, strict=True)
+        for name, part, shape, bits in zip(names, rungs, shapes, ladders, strict=True)
     )  # fmt: skip
     return gate, up, down
 

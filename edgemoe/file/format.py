@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
-from edgemoe.config import ModelConfig, dense_tensors
+from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.errors import FormatError, ReadError, quoted
 from edgemoe.file.parse import parse_json
 from edgemoe.quant import SCHEMES, Scheme
+from edgemoe.quant.correction import is_rank, kind_of, unpack_basis
 from edgemoe.specs import TensorSpec
 
 __all__ = [
@@ -52,8 +53,8 @@ def expert_rung_bytes(
     """Returns the bytes of each rung of an expert's record."""
     columns = list(zip(*ladder, strict=True))
     sizes = [
-        scheme.rung_bytes(rows, cols, bits)
-        for (rows, cols), bits in zip(config.expert_shapes, columns, strict=True)
+        scheme.rung_bytes(rows, cols, bits, f"experts.{part}")
+        for part, (rows, cols), bits in zip(MATRICES, config.expert_shapes, columns, strict=True)
     ]
     return [sum(rung) for rung in zip(*sizes, strict=True)]
 
@@ -105,6 +106,8 @@ class MoeFile:
     experts: ExpertTable
     source: Mapping[str, Any]
     file_bytes: int
+    bases: NDArray[np.int8] | None = None
+    """[layers with experts, rank, D padded to 64]: V of their gates and ups, where these have corrections."""
 
     @property
     def expert_bits(self) -> NDArray[np.int8]:
@@ -201,7 +204,7 @@ class _Reader:
         index = parse_json(data, f"{self.path}: the index", most=_MAX_INDEX)
         keys = {"config", "ladder", "dense_ladder", "group", "tensors", "sections", "source"}
         self.need(
-            isinstance(index, dict) and set(index) - {"scheme", "row_scales"} == keys,
+            isinstance(index, dict) and set(index) - {"scheme", "row_scales", "correction"} == keys,
             "the index has other fields",
         )
         try:
@@ -220,6 +223,12 @@ class _Reader:
         dense_ladder = tuple(
             r[0] for r in self.ladder([[b] * 3 for b in _list(index["dense_ladder"])], scheme)
         )
+        scheme = replace(
+            scheme,
+            correction=self.correction(
+                index.get("correction", {}), name, config, specs, len(ladder), len(dense_ladder)
+            ),
+        )
         tensors = self.tensors(index["tensors"], specs, scheme, dense_ladder)
         self.need(isinstance(index["sections"], dict), "sections must be an object")
         sections, room = {}, MAX_SECTIONS
@@ -232,6 +241,7 @@ class _Reader:
             room -= entry[1]
             self.need(room >= 0, f"sections of more than {MAX_SECTIONS} bytes")
             sections[name] = self.bytes_at(f"section {quoted(name)}", *entry)
+        bases = self.bases(sections.get("basis"), config, scheme)
         self.need("experts" in sections, "the section experts is missing")
         experts = self.experts(sections.pop("experts"), config, scheme, ladder)
         self.need(isinstance(index["source"], dict), "source must be an object")
@@ -240,7 +250,7 @@ class _Reader:
             self.need(end <= start, f"{first} and {second} overlap")
         return MoeFile(
             self.path, self.file, config, scheme, ladder, dense_ladder,
-            tensors, sections, experts, index["source"], self.file_bytes,
+            tensors, sections, experts, index["source"], self.file_bytes, bases,
         )  # fmt: skip
 
     def row_scales(self, index: dict[str, Any], scheme: str) -> tuple[int, ...]:
@@ -253,6 +263,60 @@ class _Reader:
             f"row_scales {quoted(value)}; expected 1, and then 1 or 0 for each rung of nested codes",
         )  # fmt: skip
         return tuple(value)
+
+    def correction(
+        self,
+        value: Any,
+        scheme: str,
+        config: ModelConfig,
+        specs: Mapping[str, TensorSpec],
+        rungs: int,
+        dense_rungs: int,
+    ) -> dict[str, tuple[int, ...]]:
+        """Returns the ranks of corrections by kinds of matrices."""
+        self.need(isinstance(value, dict), "correction must be an object")
+        self.need(
+            not value or scheme == "nested", f"correction: matrices of scheme {scheme} have none"
+        )
+        narrowest: dict[str, int] = {}
+        for name, spec in specs.items():
+            if spec.kind == "nested":
+                kind = kind_of(name)
+                narrowest[kind] = min(narrowest.get(kind, spec.shape[1]), *spec.shape)
+        for part, shape in zip(MATRICES, config.expert_shapes, strict=True):
+            if shape[0]:
+                narrowest[f"experts.{part}"] = min(shape)
+        for kind, ranks in value.items():
+            self.need(
+                kind in narrowest, f"correction: {quoted(kind)} is no kind of matrix of the model"
+            )
+            count = rungs if kind.startswith("experts.") else dense_rungs
+            self.need(
+                isinstance(ranks, list) and len(ranks) == count and all(map(is_rank, ranks))
+                and any(ranks),
+                f"correction of {kind}: ranks {quoted(ranks)}; expected one for each of {count} rungs, "
+                "0, 8, 16, 24 or 32 and not all 0",
+            )  # fmt: skip
+            self.need(
+                max(ranks) <= narrowest[kind],
+                f"correction of {kind}: rank {max(ranks)} of a matrix with {narrowest[kind]} rows or columns",
+            )
+        return {kind: tuple(ranks) for kind, ranks in value.items()}
+
+    def bases(
+        self, data: bytes | None, config: ModelConfig, scheme: Scheme
+    ) -> NDArray[np.int8] | None:
+        """Returns what gates and ups of a layer's experts share."""
+        rank = scheme.shared_rank
+        if not rank:
+            self.need(data is None, "section basis: the index has no correction that it is for")
+            return None
+        if data is None:
+            raise self.fail("the section basis is missing; experts have corrections")
+        try:
+            return unpack_basis(data, len(config.moe_layers), rank, config.hidden_size)
+        except ValueError as e:
+            raise self.fail(f"section basis is of another model: {e}") from None
 
     def ladder(self, value: Any, scheme: Scheme) -> tuple[tuple[int, int, int], ...]:
         rungs = _list(value)
@@ -289,7 +353,7 @@ class _Reader:
                 kind == spec.kind and shape == list(spec.shape),
                 f"tensor {name} is {kind} {shape}; expected {spec.kind} {list(spec.shape)}",
             )
-            expected = tensor_bytes(spec, scheme, ladder)
+            expected = tensor_bytes(spec, scheme, ladder, name)
             self.need(
                 isinstance(rungs, list)
                 and all(isinstance(r, list) and len(r) == 2 and type(r[0]) is int
@@ -350,10 +414,10 @@ def _list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def tensor_bytes(spec: TensorSpec, scheme: Scheme, ladder: Sequence[int]) -> list[int]:
+def tensor_bytes(spec: TensorSpec, scheme: Scheme, ladder: Sequence[int], name: str) -> list[int]:
     if spec.kind == "f32":
         return [4 * int(np.prod(spec.shape))]
-    return scheme.rung_bytes(spec.shape[0], spec.shape[1], ladder)
+    return scheme.rung_bytes(spec.shape[0], spec.shape[1], ladder, name)
 
 
 def open_moe(path: str | os.PathLike[str]) -> MoeFile:

@@ -62,9 +62,11 @@ class Layout:
     """Where sections start."""
 
     def __post_init__(self) -> None:
+        cut = self.scheme.cut(len(self.ladder), len(self.expert_ladder))
+        object.__setattr__(self, "scheme", cut)
         places, at = {}, ALIGNMENT
         sizes = {
-            name: tensor_bytes(spec, self.scheme, self.ladder)
+            name: tensor_bytes(spec, self.scheme, self.ladder, name)
             for name, spec in dense_tensors(self.config).items()
         }
         whole = expert_rung_bytes(self.config, self.scheme, self.expert_ladder)
@@ -118,6 +120,7 @@ class Layout:
                 # What is absent is as it was before the field existed.
                 **({} if self.scheme.name == "nested" else {"scheme": self.scheme.name}),
                 **({"row_scales": scales} if any((scales := self._row_scales)[1:]) else {}),
+                **({"correction": self.scheme.correction} if self.scheme.correction else {}),
             }
         ).encode()
         end = at + len(index)

@@ -10,7 +10,7 @@ from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
 from edgemoe.model.router import Routers
 from edgemoe.model.scratch import Rows
-from edgemoe.ops import Array, ExpertLayer, Matrix, Ops
+from edgemoe.ops import Array, Basis, ExpertLayer, Matrix, Ops
 from edgemoe.specs import Activation
 from edgemoe.store import Weight
 
@@ -57,7 +57,7 @@ class RoutedFfn:
         scratch: [max tokens, D].
         """
         self._index, self._ops, self._routers, self._experts = index, ops, routers, experts
-        self._layer = ExpertLayer(activation=config.activation, biases=_biases(weights))
+        self._layer = _expert_layer(config, weights)
         self._shared = _shared(weights) if "shared.up" in weights else None
         self._sigmoid = cast("Array | None", weights.get("shared.sigmoid"))
         self._scratch, self._gates_input = scratch, config.gate_input
@@ -99,7 +99,7 @@ class BranchedFfn:
         scratch: [max tokens, D].
         """
         self._index, self._ops, self._routers, self._experts = index, ops, routers, experts
-        self._layer = ExpertLayer(activation=config.activation, biases=_biases(weights))
+        self._layer = _expert_layer(config, weights)
         self._shared, self._scratch, self._eps = _shared(weights), scratch, config.norm_eps
         self._norms = [
             cast(Array, weights[name])
@@ -144,6 +144,14 @@ def _shared(weights: Mapping[str, Weight]) -> tuple[Matrix | None, Matrix, Matri
     """Returns the matrices of the FFN that every token takes."""
     gate, up, down = (cast("Matrix | None", weights.get(f"shared.{name}")) for name in MATRICES)
     return gate, cast(Matrix, up), cast(Matrix, down)
+
+
+def _expert_layer(config: ModelConfig, weights: Mapping[str, Weight]) -> ExpertLayer:
+    """Returns what a layer's experts have beside their matrices."""
+    return ExpertLayer(
+        activation=config.activation, biases=_biases(weights),
+        basis=cast("Basis | None", weights.get("experts.basis")),
+    )  # fmt: skip
 
 
 def _biases(weights: Mapping[str, Weight]) -> tuple[Array, Array, Array] | None:

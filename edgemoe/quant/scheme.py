@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.quant import mwq, nested
+from edgemoe.quant.correction import (
+    SHARED,
+    Correction,
+    basis_bytes,
+    correction_bytes,
+    kind_of,
+)
 
 __all__ = ["SCHEMES", "Scheme"]
 
@@ -48,10 +55,41 @@ class Scheme:
     """Says whether `quantize` can make one level better at the cost of the others."""
     row_scales: tuple[int, ...] = (1,)
     """Which rungs begin with scales of rows, 1 or 0; those beyond its end do not. A file may have others."""
+    correction: Correction = field(default_factory=dict)
+    """Ranks of the corrections that a file has."""
 
-    def rung_bytes(self, rows: int, cols: int, ladder: Sequence[int]) -> list[int]:
-        """Returns the bytes of each rung of a matrix [rows, cols]."""
-        return self.measure(rows, cols, ladder, self.row_scales)
+    def rung_bytes(self, rows: int, cols: int, ladder: Sequence[int], name: str = "") -> list[int]:
+        """Returns the bytes of each rung of a matrix [rows, cols].
+
+        Args:
+            name: the matrix's, which says what corrections it has; without it none.
+        """
+        sizes, ranks = self.measure(rows, cols, ladder, self.row_scales), self.ranks(name)
+        if any(ranks) and rows:
+            sizes = [
+                size + correction_bytes(rows, rank)
+                for size, rank in zip(sizes, ranks, strict=False)
+            ]
+            if kind_of(name) not in SHARED:
+                sizes[0] += basis_bytes(cols, max(ranks))
+        return sizes
+
+    def ranks(self, name: str) -> tuple[int, ...]:
+        """Returns the rank of each rung's correction of a matrix; none where it has no corrections."""
+        return self.correction.get(kind_of(name), ())
+
+    @property
+    def shared_rank(self) -> int:
+        """How many rows the bases of the section `basis` have; 0 for no such section."""
+        return max((max(self.ranks(name), default=0) for name in SHARED), default=0)
+
+    def cut(self, dense: int, experts: int) -> Scheme:
+        """Returns the scheme with corrections of the first rungs alone: so many of dense matrices and of experts."""
+        ranks = {
+            name: of[: experts if name.startswith("experts.") else dense]
+            for name, of in self.correction.items()
+        }
+        return replace(self, correction={name: of for name, of in ranks.items() if any(of)})
 
     def ladder(self, bits: int | None, name: str = "bits") -> tuple[int, ...]:
         """Returns the levels up to `bits`; the whole default ladder for None.

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import reference_correction
 import reference_mwq
 import reference_nested
 
@@ -17,10 +18,14 @@ VECTORS = Path(__file__).parent / "vectors"
 REFERENCES = {"nested": reference_nested, "mwq": reference_mwq}
 
 
-@pytest.mark.parametrize("name", ["nested", "nested-row-scales", "mwq"])
+@pytest.mark.parametrize(
+    "name", ["nested", "nested-row-scales", "correction", "correction-shared", "mwq"]
+)
 def test_bytes_mean_the_same_as_on_the_day_the_format_was_written(name):
     vector = json.loads((VECTORS / f"{name}.json").read_text())
     scheme, row_scales = vector["scheme"], vector.get("row_scales", [1])
+    ranks = vector.get("ranks", [])
+    basis = np.frombuffer(bytes.fromhex(vector["basis"]), np.uint8) if "basis" in vector else None
     rows, cols, columns = vector["rows"], vector["cols"], vector["columns"]
     rungs = [np.frombuffer(bytes.fromhex(r["hex"]), np.uint8) for r in vector["rungs"]]
     for rung, entry in zip(rungs, vector["rungs"], strict=True):
@@ -30,12 +35,15 @@ def test_bytes_mean_the_same_as_on_the_day_the_format_was_written(name):
         expected = np.array(
             [[float.fromhex(x) for x in row] for row in vector["weights"][str(bits)]]
         )
-        slow = REFERENCES[scheme].decode_rungs(
-            rungs[:level], widths[:level], rows, cols, row_scales
-        )
+        parts = rungs[:level], widths[:level], rows, cols
+        if ranks:
+            slow = reference_correction.decode_rungs(*parts, ranks, row_scales, basis)
+        else:
+            slow = REFERENCES[scheme].decode_rungs(*parts, row_scales)
         np.testing.assert_array_equal(slow[:, columns].astype(np.float32), expected)
+        shared = None if basis is None else basis.view(np.int8).reshape(max(ranks), -1)
         matrix = _core.Nested.from_rungs(
-            rungs[:level], rows, cols, widths[:level], scheme, row_scales
+            rungs[:level], rows, cols, widths[:level], scheme, row_scales, ranks, shared
         )
         out = np.empty((rows, cols), np.float32)
         matrix.decode_rows(np.arange(rows, dtype=np.int32), out)

@@ -22,9 +22,10 @@ _MEASURED = ("quality", "allocation")
 def summary(moe: MoeFile) -> dict[str, Any]:
     """Returns everything about a file but its weights and texts.
 
-    Keys: file, bytes, config, source, scheme, levels (bytes and bits per weight of each), tensors (kind, shape, offset,
-    and bytes and checksum of each rung), experts (count, bytes of all, end of each rung, mean bits, how many have
-    which bits), sections (bytes), and the content of those that measurements have added.
+    Keys: file, bytes, config, source, scheme, correction (ranks of each kind of matrix), levels (bytes and bits per
+    weight of each), tensors (kind, shape, offset, and bytes and checksum of each rung), experts (count, bytes of all,
+    end of each rung, mean bits, how many have which bits), sections (bytes), and the content of those that
+    measurements have added.
     """
     added = {name: _json(moe.sections[name]) for name in _MEASURED if name in moe.sections}
     return {
@@ -33,6 +34,7 @@ def summary(moe: MoeFile) -> dict[str, Any]:
         "config": moe.config.to_json(),
         "source": dict(moe.source),
         "scheme": moe.scheme.about,
+        "correction": {kind: list(ranks) for kind, ranks in moe.scheme.correction.items()},
         "levels": [
             {
                 **dataclasses.asdict(level),
