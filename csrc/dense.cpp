@@ -184,16 +184,32 @@ std::vector<const RankRow*> Workspace::project(const std::vector<const NestedMat
     ++count;
   }
   if (!count) return out;
-  const int m = int(matrices.size());
-  pool.run(n * m, 1, [&](int begin, int end) {
+  // Of few rows this takes less time than a loop over threads.
+  pool.run(n, 8, [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
-      const NestedMatrix& w = *matrices[size_t(i % m)];
-      if (!rank_of(w)) continue;
-      const size_t row = size_t(rows ? rows[i / m] : i / m);
-      project_row(w, x + row * size_t(stride ? stride : w.cols), nullptr, to[size_t(i % m)] + i / m);
+      Projection z;
+      for (size_t j = 0; j < matrices.size(); ++j) {
+        const NestedMatrix& w = *matrices[j];
+        if (!rank_of(w)) continue;
+        const float* row = x + size_t(rows ? rows[i] : i) * size_t(stride ? stride : w.cols);
+        quantize_ranks(w, z.of(w, row), to[j] + i);
+      }
     }
   });
   return out;
+}
+
+const float* Projection::of(const NestedMatrix& w, const float* x) {
+  const int rank = rank_of(w);
+  if (w.basis == basis_ && rank <= rank_) return z_;
+  kernels().project(w.basis, rank, x, w.cols, z_);
+  basis_ = w.basis;
+  rank_ = rank;
+  return z_;
+}
+
+void quantize_ranks(const NestedMatrix& w, const float* z, RankRow* out) {
+  kernels().quantize_ranks(reinterpret_cast<const uint16_t*>(correction_of(w)), z, out);
 }
 
 QuantizedRows Workspace::hidden_rows(int n, int hidden) const {
@@ -212,13 +228,6 @@ void Workspace::quantize_hidden(int begin, int end, int n, int hidden) {
     const size_t at = size_t(i) * tiles, h = size_t(i) * hidden;
     k.quantize_row(gate() + h, hidden, codes + at * kTileCols, scales + at * kScales, sums + at * kSums);
   }
-}
-
-void project_row(const NestedMatrix& w, const float* x, const float* z, RankRow* out) {
-  const Kernels& k = kernels();
-  float own[kMaxRank];
-  if (!z) k.project(w.basis, rank_of(w), x, w.cols, own);
-  k.quantize_ranks(reinterpret_cast<const uint16_t*>(correction_of(w)), z ? z : own, out);
 }
 
 void linear(Workspace& ws, const float* x, int T, const std::vector<const NestedMatrix*>& matrices,

@@ -63,8 +63,20 @@ class Workspace {
   ThreadPool pool;  // last: its threads end before the scratch goes
 };
 
-/// What a matrix's correction needs of one row x, whose V x is `z` if that is not null.
-void project_row(const NestedMatrix& w, const float* x, const float* z, RankRow* out);
+/// V x of one row, computed once for matrices with the same V.
+class Projection {
+ public:
+  /// [kMaxRank], of x for a matrix with a correction; until the next call.
+  const float* of(const NestedMatrix& w, const float* x);
+
+ private:
+  float z_[kMaxRank];
+  const int8_t* basis_ = nullptr;
+  int rank_ = 0;
+};
+
+/// What a matrix's correction needs of a row whose V x is z.
+void quantize_ranks(const NestedMatrix& w, const float* z, RankRow* out);
 
 /// out [T, kMaxRank] = x [T, cols] times V [rank, cols] transposed, the rest zeros; for `FfnUse::z`.
 void project(Workspace& ws, const float* x, int T, const int8_t* basis, int rank, int cols, float* out);

@@ -48,18 +48,25 @@ class Corrections {
     up_ = room(1, &ExpertView::up);
     down_ = room(2, &ExpertView::down);
     if (!gate_ && !up_) return;
-    // Where V x is given, what is left of few rows takes less time than a loop over threads.
-    const bool given = std::all_of(pieces.begin(), pieces.end(), [](const Piece& p) { return p.use->z; });
-    const auto both = [](const Piece& p) { return 2 * p.count; };  // gate and up of each row
-    over_pieces(ws, pieces, both, given ? 64 : 1, [&](const Piece& p, int begin, int end) {
-      for (int i = begin; i < end; ++i) {
-        const NestedMatrix& w = i % 2 ? p.use->w.up : p.use->w.gate;
-        const int at = p.row + i / 2;
-        const size_t row = size_t(rows[size_t(at)]);
-        const float* z = p.use->z ? p.use->z + row * kMaxRank : nullptr;
-        if (rank_of(w)) project_row(w, x + row * size_t(w.cols), z, (i % 2 ? up_ : gate_) + at);
+    for (const Piece& p : pieces) {  // they lie wherever their experts do
+      for (const NestedMatrix* w : {&p.use->w.gate, &p.use->w.up, &p.use->w.down}) {
+        if (rank_of(*w)) __builtin_prefetch(correction_of(*w));
       }
-    });
+    }
+    // Of few rows this takes less time than a loop over threads.
+    over_pieces(
+        ws, pieces, [](const Piece& p) { return p.count; }, 16,
+        [&](const Piece& p, int begin, int end) {
+          const NestedMatrix &gate = p.use->w.gate, &up = p.use->w.up;
+          for (int i = p.row + begin; i < p.row + end; ++i) {
+            const size_t row = size_t(rows[size_t(i)]);
+            const float* given = p.use->z ? p.use->z + row * kMaxRank : nullptr;
+            Projection z;
+            const float* at = x + row * size_t(up.cols);
+            if (rank_of(gate)) quantize_ranks(gate, given ? given : z.of(gate, at), gate_ + i);
+            if (rank_of(up)) quantize_ranks(up, given ? given : z.of(up, at), up_ + i);
+          }
+        });
   }
 
   const RankRow* gate(const Piece& p) const { return gate_ ? gate_ + p.row : nullptr; }
@@ -68,7 +75,8 @@ class Corrections {
 
   /// Takes a row of hidden values; may be called by several threads for different rows.
   void take_hidden(const Piece& p, int row, const float* hidden) const {
-    if (rank_of(p.use->w.down)) project_row(p.use->w.down, hidden, nullptr, down_ + row);
+    const NestedMatrix& down = p.use->w.down;
+    if (rank_of(down)) quantize_ranks(down, Projection().of(down, hidden), down_ + row);
   }
 
  private:

@@ -24,7 +24,7 @@ struct FfnUse {
   float* out;               ///< [count, D]
   float* hidden = nullptr;  ///< [count, H]: if given, gets what w_down is applied to
   FfnBiases biases{};
-  const float* z = nullptr;  ///< [T, kMaxRank] where gate and up have a correction and no V of their own: V x
+  const float* z = nullptr;  ///< [T, kMaxRank]: V x, where gate and up have corrections and no V of their own
 };
 
 /// out = down(activation(gate x, up x)) for each use, with its biases; x is [T, D]. A row's result does not depend on

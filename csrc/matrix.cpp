@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstring>
 #include <stdexcept>
 
 #include "crc32c.h"
@@ -159,6 +160,13 @@ std::unique_ptr<Nested> nested_from_file(const std::shared_ptr<Arena>& arena, co
     throw FormatError(file.path() + ": checksum of tensor " + name + text);
   }
   return std::make_unique<Nested>(Nested{m, bytes, arena});
+}
+
+void share_basis(Nested& matrix, const Nested& other) {
+  NestedMatrix& m = matrix.matrix;
+  const NestedMatrix& o = other.matrix;
+  if (matrix.arena != other.arena || m.cols != o.cols || !m.basis_rank || m.basis_rank > o.basis_rank) return;
+  if (std::memcmp(m.basis, o.basis, m.basis_rank * basis_stride(m.cols)) == 0) m.basis = o.basis;
 }
 
 void read_f32(const File& file, uint64_t offset, size_t length, uint32_t crc, bool verify, const std::string& name,

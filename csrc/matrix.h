@@ -84,6 +84,10 @@ std::unique_ptr<Nested> nested_from_file(const std::shared_ptr<Arena>& arena, co
                                          const std::vector<uint8_t>& widths, bool verify, const std::string& name,
                                          const Coding& coding);
 
+/// Lets a matrix use the V of another of the same arena, if they are equal: products of both with a row then compute V
+/// x once, and read V once.
+void share_basis(Nested& matrix, const Nested& other);
+
 /// Reads `length` bytes of float32 to `to`. Throws like `nested_from_file`.
 void read_f32(const File& file, uint64_t offset, size_t length, uint32_t crc, bool verify, const std::string& name,
               float* to);

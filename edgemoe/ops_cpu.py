@@ -32,6 +32,8 @@ from edgemoe.store import Request
 
 __all__ = ["CpuOps"]
 
+_FEW_TOKENS = 4
+
 
 class CpuOps:
     """Runs operations on some threads with scratch of its own. One caller at a time. See `Ops` for the verbs."""
@@ -355,12 +357,13 @@ class CpuOps:
         hidden: Array | None = None,
     ) -> None:
         """See `Ops.expert_ffn`; rows of hidden [m, H], if given, get what each w_down is applied to."""
-        if layer.basis is not None and request.projected is None:  # once for all groups
+        # Of many tokens once for all groups; of few, each group does it on its way.
+        if layer.basis is not None and request.projected is None and len(x) > _FEW_TOKENS:
             request.projected = np.empty((len(x), MOST_RANK), np.float32)
             _core.project(self._ws, x, layer.basis, request.projected)
         _core.expert_ffn(
             self._ws, x, request.slots, request.experts, request.levels, plan.offsets, plan.tokens,
-            group, parts, hidden, layer.activation, layer.biases, request.projected,
+            group, parts, hidden, layer.activation, layer.biases, layer.basis, request.projected,
         )  # fmt: skip
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import numpy as np
@@ -75,6 +76,9 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
     nested = [t for t in moe.tensors.values() if t.spec.kind == "nested"]
     arena = _core.Arena(_pages(nested, level))
     weights = {name: _read(moe, name, level, verify, arena) for name in moe.tensors}
+    matrices = [w for w in weights.values() if isinstance(w, _core.Nested)]
+    for before, after in pairwise(matrices):  # as those of q, k and v
+        after.share_basis(before)
     if moe.bases is not None:
         for layer, basis in zip(moe.config.moe_layers, moe.bases, strict=True):
             weights[f"layers.{layer}.experts.basis"] = cast(

@@ -26,11 +26,11 @@ RANKS = {
 
 
 def directions(name, cols, rank):
-    """Returns V as it is stored, of which nothing is known: the same for all of a layer's experts."""
-    shared = kind_of(name) in SHARED
-    seed = [cols, rank, int(name.split(".")[1])] if shared else [cols, rank, *name.encode()]
-    rows = np.random.default_rng(seed).standard_normal((cols, rank))
-    return basis_codes(np.linalg.qr(rows)[0].T)
+    """Returns V as it is stored, of which nothing is known: the same for all of a layer's experts, and for q and k."""
+    kind = kind_of(name)
+    name = name.split(".")[1] if kind in SHARED else "qk" if kind in ("q", "k") else name
+    rows = np.random.default_rng([cols, *name.encode()]).standard_normal((cols, 32))
+    return basis_codes(np.linalg.qr(rows)[0].T[:rank])
 
 
 def with_corrections(w, rungs, ladder, ranks, row_scales, v, *, is_shared):

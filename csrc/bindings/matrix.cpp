@@ -80,6 +80,8 @@ void bind_matrix(py::module_& m) {
       .def_property_readonly(
           "rank", [](const Nested& n) { return rank_of(n.matrix); }, "Of its correction, 0 for none.")
       .def_readonly("bytes", &Nested::bytes)
+      .def("share_basis", &share_basis, py::arg("other"),
+           "Uses the other's V from now on if it is the same and lies in the same arena.")
       .def(
           "decode_rows",
           [](const Nested& n, const Array<int32_t>& ids, Array<float> out, float scale) {

@@ -1,3 +1,5 @@
+#include <algorithm>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -415,7 +417,7 @@ void bind_ops(py::module_& m) {
       [](Workspace& ws, const Array<float>& x, const Cache& cache, const Array<int32_t>& experts,
          const Array<int8_t>& levels, const Array<int32_t>& offsets, const Array<int32_t>& tokens,
          const std::vector<int>& group, Array<float> parts, const py::object& hidden, const std::string& activation,
-         const py::object& biases, const py::object& projected) {
+         const py::object& biases, const std::optional<Array<int8_t>>& basis, const py::object& projected) {
         const int d = cache.shape().hidden, h = cache.shape().expert_hidden;
         const Activation kind = activation_of(activation);
         const ExpertBiases all(biases, d, h);
@@ -426,6 +428,7 @@ void bind_ops(py::module_& m) {
         expect(parts, "parts", {-1, d});
         const int32_t *o = offsets.data(), *t = tokens.data();
         const py::ssize_t T = x.shape(0), n = experts.size();
+        int rank = 0;  // of what `basis` must have
         const float* z = projected.is_none() ? nullptr : floats(projected, "projected", {T, kMaxRank});
         float* inner = hidden.is_none() ? nullptr : writable(hidden, "hidden", {parts.shape(0), h});
         std::vector<FfnUse> uses;
@@ -440,24 +443,27 @@ void bind_ops(py::module_& m) {
           const int32_t e = experts.data()[i];
           uses.push_back({cache.view(e, levels.data()[i]), t + o[i], o[i + 1] - o[i],
                           parts.mutable_data() + size_t(o[i]) * d, inner ? inner + size_t(o[i]) * h : nullptr,
-                          all.of(e % cache.shape().num_experts), z});
+                          all.of(e % cache.shape().num_experts)});
           check_ffn(uses.back().w, kind);
-          if (!z && (rank_of(uses.back().w.gate) || rank_of(uses.back().w.up))) {
-            throw std::invalid_argument("expert_ffn: expected projected rows, as the experts have corrections");
-          }
+          rank = std::max({rank, rank_of(uses.back().w.gate), rank_of(uses.back().w.up)});
         }
         const float* a = x.data();
+        const int8_t* v = z ? nullptr : shared_basis(basis, rank, d);
         py::gil_scoped_release release;
+        std::vector<float> own(v ? size_t(T) * kMaxRank : 0);
+        if (v) project(ws, a, int(T), v, rank, d, own.data());
+        for (FfnUse& use : uses) use.z = v ? own.data() : z;
         run_ffns(ws, a, int(T), kind, uses);
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("cache"), py::arg("experts").noconvert(),
       py::arg("levels").noconvert(), py::arg("offsets").noconvert(), py::arg("tokens").noconvert(), py::arg("group"),
       py::arg("parts").noconvert(), py::arg("hidden") = py::none(), py::arg("activation") = "swiglu",
-      py::arg("biases") = py::none(), py::arg("projected") = py::none(),
+      py::arg("biases") = py::none(), py::arg("basis").noconvert() = py::none(), py::arg("projected") = py::none(),
       "Runs the experts at positions `group` of a plan on their tokens; part rows are those of `offsets`, as are those "
       "of hidden [m, H], which gets what each w_down is applied to. biases: of all experts of the layer, gates' [E, "
       "H], "
-      "ups' [E, H] and downs' [E, D]. projected: of x, as `project` gave it, where gates and ups have corrections.");
+      "ups' [E, H] and downs' [E, D]. basis: V [rank, padded columns] of gates and ups where they have corrections; "
+      "projected: what `project` makes of x with it, if that was done before.");
 }
 
 }  // namespace edgemoe

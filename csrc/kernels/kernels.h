@@ -400,8 +400,14 @@ struct Kernels {
 /// y = w x, as `matmul_nested` says, with w's correction if it has one: then z [n] has what `quantize_ranks` gave.
 static inline void matmul(const Kernels& k, const NestedMatrix& w, const QuantizedRows& x, const RankRow* z, int n,
                           int begin, int end, float* y, size_t stride) {
+  const int rank = rank_of(w);
+  if (rank) {  // A comes after all tiles, where no processor looks by itself
+    const int step = kTileRows * rank / 2;
+    const uint8_t* const factor = correction_of(w) + 2 * kMaxRank;
+    for (int at = begin * step; at < end * step; at += 64) __builtin_prefetch(factor + at);
+  }
   (w.scheme == Scheme::kMwq ? k.matmul_mwq : k.matmul_nested)(w, x, n, begin, end, y, stride);
-  if (rank_of(w)) k.add_correction(w, z, n, begin, end, y, stride);
+  if (rank) k.add_correction(w, z, n, begin, end, y, stride);
 }
 
 /// Writes row `row` of w as floats; with its correction, for which w has its basis.

@@ -116,6 +116,38 @@ def test_a_product_is_exact_where_nothing_is_rounded(isa, rank):
     np.testing.assert_allclose(y - base, expected, rtol=1e-4, atol=0.01)
 
 
+def test_each_head_of_a_stacked_matrix_has_its_own_rows_corrected(isa):
+    heads, rows, cols = 3, 32, 40
+    ranks = (8, 16, 0, 0, 0)
+    _, rungs, _ = corrected(heads * rows, cols, ranks)
+    x = np.random.default_rng(4).standard_normal((5, heads * 48)).astype(np.float32)
+    ws = _core.Workspace(2, 5 * heads, 64, 64, 1, 16)
+    for level in (1, 2):
+        whole = nested(rungs[:level], heads * rows, cols, ranks)
+        got, y = np.zeros((5, heads * rows), np.float32), np.empty((5, heads * rows), np.float32)
+        _core.linear_heads(ws, x, whole, heads, got)
+        for h in range(heads):
+            mine = np.ascontiguousarray(x[:, 48 * h : 48 * h + cols])
+            _core.linear(ws, mine, [whole], [y])
+            part = slice(rows * h, rows * (h + 1))
+            assert np.array_equal(got[:, part], y[:, part])
+
+
+def test_matrices_of_one_call_are_as_those_of_several(isa):
+    rows, cols, x = 20, 70, np.random.default_rng(5).standard_normal((9, 70)).astype(np.float32)
+    matrices = [
+        nested(corrected(rows, cols, ranks, seed)[1][:2], rows, cols, ranks)
+        for seed, ranks in enumerate([(8, 0, 0, 0, 0), (8, 8, 8, 0, 0), (0, 16, 0, 0, 0)])
+    ]
+    ws = _core.Workspace(2, 9, cols, 64, 1, 16)
+    outs = [np.empty((9, rows), np.float32) for _ in matrices]
+    _core.linear(ws, x, matrices, outs)
+    alone = np.empty((9, rows), np.float32)
+    for matrix, out in zip(matrices, outs, strict=True):
+        _core.linear(ws, x, [matrix], [alone])
+        assert np.array_equal(alone, out)
+
+
 def test_instruction_sets_are_bit_identical(isa):
     def everything():
         _, rungs, v = corrected(35, 100, (32, 16, 8, 0, 0))
