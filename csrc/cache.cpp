@@ -146,6 +146,15 @@ void Cache::set_budget(size_t bytes) {
   make_room(0, -1, true);
 }
 
+void Cache::set_policy(Policy policy) {
+  require(!is_open_, "a request is open");
+  if (policy.size() != policy_.size()) throw std::invalid_argument("Cache: expected a score of each expert");
+  policy.set_uses(policy_.uses());
+  policy_ = std::move(policy);
+  victims_ = Victims(std::max(shape_.num_layers, 1), std::max(shape_.num_experts, 1));
+  for (int e = 0; e < num_experts(); ++e) note(e);
+}
+
 /// What `may_go` says of an expert may have changed.
 void Cache::note(int e) {
   if (may_go(e)) {

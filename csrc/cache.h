@@ -123,6 +123,10 @@ class Cache {
   /// Lowers an expert that is not pinned to `level`. Returns false when it is pinned.
   bool shrink(int expert, int level);
 
+  /// Another policy decides from now on; it starts from the uses so far. Throws std::logic_error when a request is
+  /// open.
+  void set_policy(Policy policy);
+
   /// Changes what the slots may take from now on, at most what they were made for. What no longer fits is dropped and
   /// its pages are given back before this returns. Throws std::logic_error when a request is open, OutOfBudget when not
   /// even one expert fits; the budget is as before then.

@@ -329,6 +329,13 @@ class ExpertStore:
         finally:
             self.cache.close()
 
+    def lower(self, bits: NDArray[np.int8]) -> None:
+        """Gives back what experts have in memory beyond `bits` [layers * E]; but for what is being read."""
+        self.cache.close()
+        levels = np.minimum(self._levels[bits], self._rungs)
+        for expert in np.flatnonzero(self._residency.reshape(-1) > levels).tolist():
+            self.cache.shrink(expert, int(levels[expert]))
+
     def load(self, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> None:
         """Brings experts into memory that nothing asked for yet, in their order; does not count as use.
 

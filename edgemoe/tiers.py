@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
+from edgemoe.plan import Priorities
 
 __all__ = ["Tiers"]
 
@@ -131,6 +132,10 @@ class Tiers:
     def set_budget(self, bytes: int) -> None:
         """See `_core.Cache.set_budget`: the host's."""
         self.host.set_budget(bytes)
+
+    def set_policy(self, policy: str | Priorities) -> None:
+        """See `_core.Cache.set_policy`: the host's."""
+        self.host.set_policy(policy)
 
     def slot_bytes(self, level: int) -> int:
         """See `_core.Cache.slot_bytes`: the host's."""

@@ -144,6 +144,12 @@ void bind_cache(py::module_& m) {
       .def("close", &Cache::close, py::call_guard<py::gil_scoped_release>())
       .def("shrink", &Cache::shrink, py::arg("expert"), py::arg("level"))
       .def("set_budget", &Cache::set_budget, py::arg("bytes"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "set_policy",
+          [](Cache& c, const py::object& policy) {
+            c.set_policy(policy_from(policy, c.shape().num_layers, c.shape().num_experts));
+          },
+          py::arg("policy"))
       .def("check_integrity", &Cache::check_integrity)
       .def("slot_bytes", &Cache::slot_bytes, py::arg("level"))
       .def_property_readonly(

@@ -79,7 +79,7 @@ class Decoder:
             spec: mixer_class(spec)(spec, setup) for spec in config.mixers
         }
         tensors = _by_layer(weights, config.num_layers)
-        routers = Routers(
+        routers = self._routers = Routers(
             config, ops, experts, [tensors[i] for i in config.moe_layers], max_tokens=max_tokens
         )
 
@@ -108,6 +108,11 @@ class Decoder:
             _Layer(mixer(i), cast("Array | None", tensors[i].get("ffn_norm")), ffn(i), norms[i + 1])
             for i in range(config.num_layers)
         ]
+
+    def change(self, config: ModelConfig) -> None:
+        """Takes another number of experts per token, and another scheduler; see `Routers.change`."""
+        self._routers.change(config)
+        self.config = config
 
     def make_state(self) -> SequenceState:
         """Returns the state of a new sequence."""

@@ -34,9 +34,19 @@ class Routers:
         """Args:
         layers: the tensors of the layers with experts, by their names within the layer.
         """
-        E, K = config.num_experts, config.experts_per_token
-        self._config, self._ops, self._experts = config, ops, experts
+        self._ops, self._experts, self._max_tokens = ops, experts, max_tokens
         self._routers = [_weights(layer) for layer in layers]
+        self.change(config)
+
+    def change(self, config: ModelConfig) -> None:
+        """Takes another number of experts per token, and what the scheduler of now wants to be told.
+
+        Raises:
+            FormatError: the scheduler's routers of bits are of another model.
+        """
+        ops, experts, max_tokens = self._ops, self._experts, self._max_tokens
+        E, K = config.num_experts, config.experts_per_token
+        self._config = config
         self._rule = ops.route_rule(config.router)
         self._chosen = Rows(
             ops.host(max_tokens, E, dtype="float32"),

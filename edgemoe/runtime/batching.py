@@ -12,7 +12,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import abc, deque
-from typing import Literal
+from concurrent.futures import Future
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.errors import Cancelled, EdgemoeError
 from edgemoe.model import Batch
+from edgemoe.runtime.change import change
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.requests import Outcome, Request, figures
@@ -62,6 +64,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._clock = 0
         self._ending: Exception | None = None
+        self._changes: deque[tuple[Future[None], dict[str, Any]]] = deque()
         self.computed = self.made = 0
         """Tokens of prompts that were computed so far, and tokens of replies; any thread may look."""
         self.views: tuple[SlotView, ...] = ()
@@ -100,10 +103,47 @@ class Batcher:
             self._waiting.append((request, tokens))
             self._changed.notify()
 
+    def change(self, **wanted: Any) -> Future[None]:
+        """Changes the model before the next pass; see `edgemoe.runtime.change`. Any thread may ask.
+
+        Replies that run go on: what was computed for them is computed again, so that each further token is the one that
+        the changed model gives for the text before it.
+
+        Returns:
+            Is done when it is so; raises ValueError for what cannot be, and RuntimeError when the batcher has ended.
+        """
+        done: Future[None] = Future()
+        with self._changed:
+            if self._ending is not None:
+                raise RuntimeError("the batcher has ended") from self._ending
+            self._changes.append((done, wanted))
+            self._changed.notify()
+        return done
+
+    def _change(self) -> None:
+        """Does what was asked of `change`, but while a prompt is scored, whose parts have to be of one model."""
+        busy = [slot for slot in self._slots if slot.request is not None]
+        if any(s.request.prompt_logprobs is not None and s.is_filling for s in busy if s.request):
+            return
+        while self._changes:
+            done, wanted = self._changes.popleft()
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                is_other = change(self._model, **wanted)
+            except (EdgemoeError, ValueError) as error:
+                done.set_exception(error)
+                continue
+            with self._changed:
+                waiting = [request for request, _ in self._waiting]
+            for request in [*self.running(), *waiting]:
+                request.changed += is_other
+            done.set_result(None)
+
     def wait(self, seconds: float | None = None) -> None:
         """Waits until there may be something to do."""
         with self._changed:
-            if not self._waiting:
+            if not self._waiting and not self._changes:
                 self._changed.wait(seconds)
 
     def wake(self) -> None:
@@ -113,6 +153,7 @@ class Batcher:
 
     def step(self) -> bool:
         """Runs one pass for whoever is there; returns whether there was something to do."""
+        self._change()
         self._drop_cancelled()
         self._admit()
         parts = self._parts()
@@ -126,6 +167,10 @@ class Batcher:
         with self._changed:
             self._ending = error
             waiting, self._waiting = list(self._waiting), deque()
+            changes, self._changes = list(self._changes), deque()
+        for done, _ in changes:
+            if done.set_running_or_notify_cancel():
+                done.set_exception(RuntimeError("the batcher has ended"))
         for slot in self._slots:
             if slot.request is not None:
                 self._finish(slot, "error", error)
@@ -204,7 +249,7 @@ class Batcher:
             return
         for slot, _ in parts:
             slot.beside = max(slot.beside, len(parts) - 1)
-        self.computed += sum(len(ids) for slot, ids in parts if slot.made == 0)
+        self.computed += sum(len(ids) for slot, ids in parts if slot.made == 0 or len(ids) > 1)
         rows = []
         for (slot, _), span in zip(parts, batch.slices, strict=True):
             assert slot.request is not None
@@ -225,7 +270,8 @@ class Batcher:
         assert request is not None
         assert request.prompt_logprobs is not None
         first = slot.state.length - len(hidden) + 1
-        following, block = slot.tokens[first : slot.prompt], len(self._rows)
+        last, block = min(first + len(hidden), slot.prompt), len(self._rows)
+        following = slot.tokens[first:last]
         for at in range(0, len(following), block):
             tokens = following[at : at + block]
             out = self._rows[: len(tokens)]
@@ -279,7 +325,8 @@ class Batcher:
         took = figures(
             slot.before, self._model.counters, prompt_tokens=slot.prompt, cached_tokens=slot.cached,
             new_tokens=slot.made, queue_s=slot.started - request.came, prompt_s=slot.first - slot.started,
-            decode_s=slot.last - slot.first, beside=slot.beside, logits_hash=logits_hash,
+            decode_s=slot.last - slot.first, beside=slot.beside, changed=request.changed,
+            logits_hash=logits_hash,
         )  # fmt: skip
         self._clock += 1
         slot.request, slot.last_used, slot.state.goal = None, self._clock, 0
@@ -296,7 +343,8 @@ class Batcher:
         now = time.perf_counter()
         took = figures(
             self._model.counters, self._model.counters, prompt_tokens=len(tokens), cached_tokens=0,
-            new_tokens=0, queue_s=now - request.came, prompt_s=0.0, decode_s=0.0, beside=0, logits_hash="",
+            new_tokens=0, queue_s=now - request.came, prompt_s=0.0, decode_s=0.0, beside=0,
+            changed=request.changed, logits_hash="",
         )  # fmt: skip
         request.end(Outcome(reason, took, error))
 

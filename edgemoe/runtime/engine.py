@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
+from edgemoe.runtime.change import change
 from edgemoe.runtime.meter import Stats
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
@@ -56,9 +57,8 @@ class Engine:
         model, text = opened.model, opened.text
         self._model: Model | None = model
         self._profile = opened.profile
-        self.options = options
-        self.config, self.budget, self.threads = model.config, model.budget, model.threads
-        self.bits, self.notes, self._top_bits = model.bits, model.notes, model.top_bits
+        self.budget, self.threads = model.budget, model.threads
+        self._describe(model)
         self.tokenizer, self.sampling, self._eos = text.tokenizer, text.sampling, text.eos_ids
         self.sampling_notes = text.notes
         self._sequence: Sequence | None = Sequence(model)
@@ -73,6 +73,10 @@ class Engine:
     """What of the model's own settings is not honoured, one line each."""
     notes: tuple[str, ...]
     """What the user chose that changes the answer, one line each; empty when exact."""
+
+    def _describe(self, model: Model) -> None:
+        self.options, self.config = model.options, model.config
+        self.bits, self.notes, self._top_bits = model.bits, model.notes, model.top_bits
 
     @property
     def model(self) -> Model:
@@ -276,6 +280,20 @@ class Engine:
     def _tokens(self, ids: abc.Sequence[int] | NDArray[Any], known: int = 0) -> NDArray[np.int32]:
         """Returns tokens as an array, which come after `known` others."""
         return token_ids(ids, self.config.vocab_size, self.context, known)
+
+    def change(self, **wanted: Any) -> None:
+        """Changes `bits`, `experts`, `scheduler` or its `options`: from now on it is the engine that `load` opens so.
+
+        What is in memory stays as far as it is of use. A reply under way ends: its generator raises RuntimeError.
+
+        Raises:
+            ValueError: something cannot be changed, or not to this, such as more bits than the engine was opened with.
+            RuntimeError: the engine is in use by another thread.
+        """
+        with self._alone() as sequence:
+            change(self.model, **wanted)
+            sequence.call += 1
+            self._describe(self.model)
 
     def record(self, path: str | os.PathLike[str], *, look_ahead: int = 0) -> None:
         """Records from now on what is routed, resident and waited for; see `edgemoe.runtime.trace`.

@@ -64,6 +64,14 @@ class Model:
     store: ExpertStore
     experts: Experts
     decoder: Decoder
+    given: ModelConfig
+    """As the file has it, whatever number of experts per token the options say."""
+    most_bits: int
+    """For which the memory was divided: `bits` can be changed up to it."""
+    most_experts: int
+    """The same of experts per token."""
+    sections_bytes: int
+    """What reading the file's sections takes for a moment; 0 where schedulers find nothing in them."""
     notes: tuple[str, ...] = ()
     """What the user chose that changes the answer, one line each; empty when exact."""
     counters: Counters = field(init=False)

@@ -35,7 +35,10 @@ from edgemoe.text.settings import FILE, model_sampling
 from edgemoe.text.tokenizer import Tokenizer
 from edgemoe.tiers import Tiers
 
-__all__ = ["Opened", "Text", "model_setting", "open_model", "room_for_experts"]
+__all__ = [
+    "Bits", "Opened", "Text", "bits_of", "model_setting", "notes_of", "open_model", "room_for_experts",
+    "with_experts",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,7 @@ class Opened:
 
 
 @dataclass(frozen=True, slots=True)
-class _Bits:
+class Bits:
     """Says at which bits experts may run."""
 
     most: int
@@ -83,6 +86,13 @@ class _Bits:
     """[L, E]"""
     noted: NDArray[np.int8]
     """[L, E]: the same as far as no scheduler has a note of its own."""
+
+    def told(self, options: EngineOptions) -> dict[str, Any]:
+        """Returns what the scheduler is told beside its setting."""
+        chosen = dict(options.options)
+        if (self.each != self.noted).any():  # the scheduler has a note of its own
+            chosen["bits"] = self.each
+        return chosen
 
 
 def open_model(path: str | os.PathLike[str], options: EngineOptions) -> Opened:
@@ -97,8 +107,8 @@ def open_model(path: str | os.PathLike[str], options: EngineOptions) -> Opened:
     before, peak_before = hardware.process_bytes(), hardware.peak_bytes()
     moe = open_moe(path)
     given = moe.config
-    moe = _with_experts(moe, options.experts)
-    bits = _bits(moe, options)
+    moe = with_experts(moe, options.experts)
+    bits = bits_of(moe, options)
     profile = None if options.profile is None else ProfileFile.open(Path(options.profile), moe)
     dense_level = moe.dense_level(options.dense_bits)
     if options.context is not None and not 1 <= options.context <= moe.config.context_length:
@@ -108,12 +118,14 @@ def open_model(path: str | os.PathLike[str], options: EngineOptions) -> Opened:
     text = Text.of(moe)
     # What needs them keeps what it needs; the files' text must not count against the experts.
     sections = {name: moe.sections[name] for name in SECTIONS if name in moe.sections}
+    sections_bytes = sum(map(len, moe.sections.values())) if sections else 0
     moe = replace(moe, sections={})
     hardware.trim()
     peak = hardware.peak_bytes()
     opening = peak if peak > peak_before and options.whole_process else 0
-    model = _assembled(moe, options, bits, dense_level, sections, before, opening)
-    model.notes = _notes(moe, given, bits.noted, options) + model.scheduler.notes
+    model = _assembled(moe, given, options, bits, dense_level, sections, before, opening)
+    model.sections_bytes = sections_bytes
+    model.notes = notes_of(moe, given, bits.noted, options) + model.scheduler.notes
     if profile is not None:
         profile.restore(model.store, model.scheduler)
     if options.trace is not None:
@@ -133,8 +145,9 @@ def open_model(path: str | os.PathLike[str], options: EngineOptions) -> Opened:
 
 def _assembled(
     moe: MoeFile,
+    given: ModelConfig,
     options: EngineOptions,
-    bits: _Bits,
+    bits: Bits,
     dense_level: int,
     sections: Mapping[str, bytes],
     before: int,
@@ -143,6 +156,7 @@ def _assembled(
     """Returns a model inside its budget, and inside that of a device, if it has one.
 
     Args:
+        given: the file's config.
         before: what the process took before.
         opening: what it took at most since then, if that counts.
     """
@@ -151,10 +165,7 @@ def _assembled(
     shape = OpsShape.of(config, threads)
     total = default_ram() if options.ram is None else parse_size(options.ram)
     is_added = options.ram is not None and not options.whole_process
-    chosen = dict(options.options)
-    if (bits.each != bits.noted).any():  # the scheduler has a note of its own
-        chosen["bits"] = bits.each
-
+    chosen = bits.told(options)
     device, vram = _device(moe, options, dense_level, shape)
 
     def divide(process: int) -> Budget:
@@ -201,6 +212,8 @@ def _assembled(
             config, weights, ops, experts, max_tokens=budget.chunk, context=budget.context,
             types=options.kv_types,
         ),
+        given=given, most_bits=bits.most, most_experts=config.experts_per_token,
+        sections_bytes=0,
     )  # fmt: skip
 
 
@@ -282,7 +295,8 @@ def model_setting(
     )
 
 
-def _with_experts(moe: MoeFile, experts: int | None) -> MoeFile:
+def with_experts(moe: MoeFile, experts: int | None) -> MoeFile:
+    """Returns a file with another number of experts per token, None for its own."""
     if experts is None:
         return moe
     if not 1 <= experts <= moe.config.num_experts:
@@ -290,15 +304,16 @@ def _with_experts(moe: MoeFile, experts: int | None) -> MoeFile:
     return replace(moe, config=replace(moe.config, experts_per_token=experts))
 
 
-def _bits(moe: MoeFile, options: EngineOptions) -> _Bits:
+def bits_of(moe: MoeFile, options: EngineOptions) -> Bits:
+    """Returns at which bits a file's experts run."""
     have = moe.expert_bits
     if options.bits == "auto":
         each = _allocation(moe, options.allocation)
-        return _Bits(int(each.max()), each, have)
+        return Bits(int(each.max()), each, have)
     bits = moe.ladder[-1][0] if options.bits is None else options.bits
     moe.level(bits)  # or it says which there are
     each = np.minimum(have, np.int8(bits))
-    return _Bits(bits, each, each)
+    return Bits(bits, each, each)
 
 
 def _allocation(moe: MoeFile, path: str | os.PathLike[str] | None) -> NDArray[np.int8]:
@@ -318,7 +333,7 @@ def _allocation(moe: MoeFile, path: str | os.PathLike[str] | None) -> NDArray[np
     return found.bits
 
 
-def _notes(
+def notes_of(
     moe: MoeFile, given: ModelConfig, bits: NDArray[np.int8], options: EngineOptions
 ) -> tuple[str, ...]:
     """Returns what the options change of the answer, one line each."""

@@ -52,6 +52,8 @@ class Figures:
     average_bits: float
     skipped_share: float
     substituted_share: float
+    changed: int
+    """How often the model's answers were changed while it waited or ran; the hash is of the last."""
     logits_hash: str
     """CRC-32C of the last logits: the same alone and in company, on every budget and thread count."""
 
@@ -84,6 +86,8 @@ class Request:
     has_begun: bool = False
     computed: int = 0
     """Tokens of the prompt that are there so far."""
+    changed: int = 0
+    """See `Figures.changed`."""
     came: float = field(default_factory=time.perf_counter)
 
 

@@ -27,6 +27,7 @@ from edgemoe.serve.log import route_of
 from edgemoe.serve.openapi import description
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.service import Service
+from edgemoe.serve.steering import change_settings
 from edgemoe.serve.watch import Watch
 
 __all__ = ["make_app"]
@@ -60,6 +61,9 @@ def make_app(service: Service) -> Starlette:
     async def page(request: Request) -> Response:
         return page_file(request, request.path_params["name"])
 
+    async def settings(request: Request) -> Response:
+        return _json(await change_settings(service, request, await body_of(request)))
+
     async def events(request: Request) -> Response:
         return watch.response()
 
@@ -79,6 +83,7 @@ def make_app(service: Service) -> Starlette:
     if service.settings.has_page:
         routes += [
             Route("/page/{name:path}", page, methods=["GET"]), Route("/events", events, methods=["GET"]),
+            Route("/settings", settings, methods=["POST"]),
         ]  # fmt: skip
     middleware = [Middleware(_Door, service=service)]
     if origins := list(service.settings.origins):

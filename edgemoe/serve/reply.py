@@ -259,6 +259,8 @@ def usage_extras(figures: Figures, ignored: list[str], notes: tuple[str, ...]) -
         "substituted": figures.substituted_share, "beside": figures.beside,
         "logits_hash": figures.logits_hash, "ignored": ignored,
     }  # fmt: skip
+    if figures.changed:
+        out["changed"] = figures.changed
     if notes:
         out["notes"] = list(notes)
     return out

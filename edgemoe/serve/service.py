@@ -93,13 +93,17 @@ class Service:
             if settings.has_grammar
             else None
         )
-        self.fingerprint = _fingerprint(opened)
         self.is_stopping = False
         prefixes = None
         if settings.prefixes is not None:
             prefixes = PrefixStore(settings.prefixes, self.model, most_bytes=settings.prefix_bytes)
         batcher = Batcher(self.model, eos, most_waiting=settings.queue, prefixes=prefixes)
         self.worker = Worker(batcher, on_death)
+
+    @property
+    def fingerprint(self) -> str:
+        """A name of all that decides which text a seed gives now."""
+        return _fingerprint(self.opened)
 
     @property
     def batcher(self) -> Batcher:

@@ -20,10 +20,11 @@ from starlette.responses import Response
 
 import edgemoe
 from edgemoe import hardware
+from edgemoe.scheduler import SCHEDULERS
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.service import Service
 
-__all__ = ["Watch"]
+__all__ = ["Watch", "set_now"]
 
 _PAUSE = 0.25  # seconds
 _MOST_VIEWERS = 8
@@ -58,11 +59,14 @@ class Watch:
             yield _event(
                 "all", {**everything(service), "map": view.whole(), "log": service.log.since(0)}
             )
-            before = None
+            before, options = None, service.model.options
             while not service.is_stopping and service.worker.error is None:
                 await asyncio.sleep(_PAUSE)
                 now = _figures(service)
                 what = {**now, **view.changed()}
+                if service.model.options is not options:
+                    options = service.model.options
+                    yield _event("set", set_now(service))
                 if service.log.count != log:
                     what["log"], log = service.log.since(log), service.log.count
                 if what == before:  # nothing happens, so that nothing need be said
@@ -131,26 +135,32 @@ def everything(service: Service) -> dict[str, Any]:
         "kv_types": [model.options.cache_type_k, model.options.cache_type_v],
         "tools": service.form.name, "can_reason": service.can_reason,
         "can_form": service.grammars is not None,
-        "sampling": dataclasses.asdict(service.sampling), "budget": _budget(service), **_set(service),
+        "sampling": dataclasses.asdict(service.sampling),
+        "most": {"bits": model.most_bits, "experts": model.most_experts}, "schedulers": list(SCHEDULERS),
+        **set_now(service),
     }  # fmt: skip
 
 
-def _set(service: Service) -> dict[str, Any]:
+def set_now(service: Service) -> dict[str, Any]:
     """Returns what can be set while the model runs, and what hangs on it."""
     model = service.model
     now = {
         "bits": model.bits, "experts": model.config.experts_per_token, "scheduler": model.options.scheduler,
+        "options": {name: str(value) for name, value in model.options.options.items()},
     }  # fmt: skip
-    return {"set": now, "notes": model.notes, "fingerprint": service.fingerprint}
+    return {
+        "set": now, "notes": model.notes, "fingerprint": service.fingerprint, "budget": _budget(service),
+    }  # fmt: skip
 
 
 def _budget(service: Service) -> dict[str, int]:
     """Returns how the memory was divided, in bytes."""
-    b = service.model.budget
+    model = service.model
+    b, every = model.budget, np.arange(len(model.top_bits), dtype=np.int32)
     return {
         "ram": b.ram + service.settings.reserved, "server": service.settings.reserved,
         "process": b.process, "growth": b.growth, "tables": b.tables, "dense": b.dense, "kv": b.kv,
-        "scratch": b.scratch, "experts": b.experts,
+        "scratch": b.scratch, "experts": int(model.store.sizes(every, model.top_bits).sum()),
     }  # fmt: skip
 
 

@@ -281,6 +281,31 @@ def test_the_map_shows_what_is_in_memory(page, slow):
     assert (f"{held[0]} bits" if held[0] else "not in memory") in said
 
 
+def test_the_slider_changes_the_bits(page, slow):
+    page.click("#tab-settings")
+    slider = page.get_by_label("Bits of experts")
+    until(page, "document.querySelector('output').value === '8 of 8'")
+    slider.focus()
+    page.keyboard.press("Home")
+    until(page, "document.querySelector('#model').textContent.includes('2 bits · lossy')")
+    assert slow.service.model.options.bits == 2
+    ask(page)
+    done(page, 1)
+    assert " 2 bits " in page.locator(".figures").inner_text()
+    page.get_by_label("Experts for each token").fill("1")
+    page.keyboard.press("Enter")
+    until(page, "document.querySelector('#settings').textContent.includes('1 experts per token')")
+    page.get_by_label("Its options").fill("nope=1")
+    page.keyboard.press("Enter")
+    page.get_by_text("options: option nope: there is no such").wait_for()
+    page.get_by_label("Experts for each token").fill("2")
+    page.keyboard.press("Enter")
+    slider.focus()
+    page.keyboard.press("End")
+    until(page, "document.querySelector('#model').textContent.includes('8 bits · exact')")
+    assert slow.service.model.notes == ()
+
+
 def test_the_bar_adds_up(page, slow):
     until(page, "document.querySelector('#budget .hint').textContent.includes('kernel')")
     shares = page.evaluate(

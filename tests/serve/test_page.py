@@ -193,3 +193,51 @@ def test_viewers_are_limited_and_leave_nothing(server):
 @pytest.mark.parametrize("path", sorted(p.name for p in PAGE.glob("*.js")))
 def test_files_are_small(path):
     assert len((PAGE / path).read_text().splitlines()) <= 350
+
+
+def test_settings_are_changed_for_the_next_pass(tiny_moe):
+    with running(tiny_moe) as server:
+        before = server.post("/v1/chat/completions", chat(max_tokens=5, seed=1)).json()
+        done = server.post("/settings", {"bits": 2, "experts": 1})
+        assert done.status_code == 200
+        assert done.json()["set"]["bits"] == 2
+        assert done.json()["set"]["experts"] == 1
+        assert [note.split(":")[0] for note in done.json()["notes"]] == ["lossy", "lossy"]
+        after = server.post("/v1/chat/completions", chat(max_tokens=5, seed=1)).json()
+        assert (
+            after["system_fingerprint"]
+            == done.json()["fingerprint"]
+            != before["system_fingerprint"]
+        )
+        assert after["edgemoe"]["average_bits"] == 2
+        assert after["edgemoe"]["notes"] == done.json()["notes"]
+        assert after["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        assert server.post("/settings", {"bits": None, "experts": None}).json()["notes"] == []
+        again = server.post("/v1/chat/completions", chat(max_tokens=5, seed=1)).json()
+        assert again["choices"] == before["choices"]
+        assert again["edgemoe"]["logits_hash"] == before["edgemoe"]["logits_hash"]
+        assert again["system_fingerprint"] == before["system_fingerprint"]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"bits": 5}, "bits"), ({"bits": "x"}, "bits"), ({"experts": 0}, "experts"), ({"experts": 99}, "experts"),
+        ({"scheduler": "x"}, "scheduler"), ({"options": {"x": 1}}, "options"),
+        ({"ram": 1}, "ram"), ({"scheduler": None}, "scheduler"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_named(server, body, param):
+    done = server.post("/settings", body)
+    assert done.status_code == 400
+    assert done.json()["error"]["param"] == param
+    assert server.service.model.notes == ()
+
+
+def test_pages_from_elsewhere_change_nothing(server):
+    for origin in ("http://evil.test", "null", server.url.replace("http://", "http://x.")):
+        done = server.post("/settings", {"bits": 2}, headers={"Origin": origin})
+        assert done.status_code == 403
+    assert server.service.model.notes == ()
+    done = server.post("/settings", {}, headers={"Origin": server.url})
+    assert done.status_code == 200

@@ -1,6 +1,7 @@
 // Settings that act at once: how replies are sampled, and what they keep to.
 import { h } from "./dom.js";
 import { load, save } from "./kept.js";
+import { Live } from "./live.js";
 
 const NUMBERS = [
   ["temperature", "Temperature", 0, 5, 0.05], ["top_k", "Top k", 0, 1000, 1], ["top_p", "Top p", 0, 1, 0.01],
@@ -20,9 +21,10 @@ export class Settings {
     this.schema = this.json("schema", "response_format");
     this.tools = this.json("tools", "tools");
     this.thinking = field("Reasoning", this.thinks);
-    this.live = h("div");
+    const live = h("div");
+    this.live = new Live(live);
     place.append(
-      this.live,
+      live,
       h("h3", {}, "This conversation"), field("System text", this.system),
       h("h3", {}, "Sampling, from the next reply on"), h("div", { className: "grid" }, NUMBERS.map(([name, label, min, max, step]) => {
         const input = (this.inputs[name] = h("input", { type: "number", min, max, step, oninput: () => this.put(name, input.value) }));
@@ -71,6 +73,7 @@ export class Settings {
   }
 
   begin(all) {
+    this.live.begin(all);
     for (const [name] of NUMBERS) this.inputs[name].placeholder = String(all.sampling[name]);
     this.thinking.hidden = !all.can_reason;
     this.schema.area.disabled = !all.can_form;

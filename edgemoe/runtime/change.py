@@ -1,0 +1,106 @@
+"""Changes how an open model runs: bits, experts per token, scheduler. Between two passes; what is there stays.
+
+Fewer bits give memory back at once; more are read when they are wanted, only what is missing. Sequences stay. Where
+answers change, what layers hold of them is computed again, so that each token is the one that a model opened like this
+would give for the text before it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from edgemoe.config import ModelConfig
+from edgemoe.errors import FormatError
+from edgemoe.file.format import open_moe
+from edgemoe.runtime.model import Model
+from edgemoe.runtime.opening import bits_of, model_setting, notes_of, with_experts
+from edgemoe.runtime.options import EngineOptions
+from edgemoe.scheduler import SCHEDULERS, SECTIONS, Scheduler
+
+__all__ = ["CHANGEABLE", "change"]
+
+CHANGEABLE = ("bits", "experts", "scheduler", "options")
+"""Fields of `EngineOptions` that can be changed."""
+
+
+def change(model: Model, **wanted: Any) -> bool:
+    """Changes a model, on its thread and not in a pass; what is not named stays.
+
+    Args:
+        wanted: fields of `EngineOptions`, of CHANGEABLE.
+
+    Returns:
+        Whether answers may be others than before. What sequences hold is computed again then.
+
+    Raises:
+        ValueError: something cannot be changed, or not to this; the model is as it was.
+        FormatError: a section of the file does not fit the scheduler; likewise.
+    """
+    for name in wanted:
+        if name not in CHANGEABLE:
+            raise ValueError(
+                f"{name}: cannot be changed while the model runs; expected one of {', '.join(CHANGEABLE)}"
+            )
+    if model.experts.observer is not None:
+        raise ValueError("change: a trace is recorded, or somebody else observes")
+    if wanted.get("scheduler", model.options.scheduler) != model.options.scheduler:
+        wanted.setdefault("options", {})  # those of the other one mean nothing to it
+    options: EngineOptions = replace(model.options, **wanted)
+    sections = _sections(model)
+    file = replace(model.moe, config=model.given, sections=sections)
+    bits = bits_of(file, options)
+    if bits.most > model.most_bits:
+        raise _too_much("bits", bits.most, model.most_bits)
+    moe = with_experts(replace(file, sections={}), options.experts)
+    if moe.config.experts_per_token > model.most_experts:
+        raise _too_much("experts", moe.config.experts_per_token, model.most_experts)
+    setting = model_setting(moe, bits.most, model.budget.slots, sections)
+    scheduler = SCHEDULERS[options.scheduler](setting, **bits.told(options))
+    before = model.experts.scheduler
+    scheduler.restore(before.state())
+    _exchange(model, scheduler, moe.config)
+
+    top_bits, notes = bits.each.reshape(-1), notes_of(moe, model.given, bits.noted, options)
+    is_same = (
+        moe.config.experts_per_token == model.config.experts_per_token
+        and bool((top_bits == model.top_bits).all())
+        and not before.notes
+        and not scheduler.notes
+    )
+    model.moe, model.options, model.bits, model.top_bits = moe, options, bits.most, top_bits
+    model.setting, model.notes = replace(setting, sections={}), notes + scheduler.notes
+    model.store.lower(top_bits)
+    if not is_same:
+        for state in model.room.states:
+            state.rewind(0)
+    model.count()
+    return not is_same
+
+
+def _sections(model: Model) -> dict[str, bytes]:
+    """Returns what of the file schedulers decide by; experts make room for reading it."""
+    if not model.sections_bytes:
+        return {}
+    model.room.lend(2 * model.sections_bytes)
+    found = open_moe(model.moe.path).sections
+    return {name: found[name] for name in SECTIONS if name in found}
+
+
+def _too_much(name: str, got: int, most: int) -> ValueError:
+    return ValueError(f"{name}: the model was opened for at most {most}, got {got}")
+
+
+def _exchange(model: Model, scheduler: Scheduler, config: ModelConfig) -> None:
+    """Lets another scheduler decide, or raises and changes nothing."""
+    before, cache = model.experts.scheduler, model.store.cache
+    model.experts.scheduler = scheduler
+    try:
+        model.decoder.change(config)
+    except FormatError:
+        model.experts.scheduler = before
+        model.decoder.change(model.config)
+        raise
+    cache.close()  # what Ctrl-C may have left open
+    if not (isinstance(scheduler.policy, str) and scheduler.policy == before.policy):
+        cache.set_policy(scheduler.policy)
