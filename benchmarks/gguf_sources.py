@@ -37,6 +37,8 @@ _AS_RELEASED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"scoring_func": "sigmoid"},
     "deepseek_v3": {"scoring_func": "sigmoid"},
     "glm4_moe_lite": {"scoring_func": "sigmoid"},
+    "kimi_linear": {"scoring_func": "sigmoid"},
+    "bailing_hybrid": {"scoring_func": "sigmoid"},
 }
 
 _KIMI = {

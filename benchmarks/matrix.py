@@ -7,7 +7,8 @@
 
 Tiny random checkpoints in bfloat16, 256 columns wide, are converted at 8 bits: from the Hugging Face directory, with
 transformers on the same weights in float32 as the oracle, and from GGUF files that llama.cpp's own converter and
-llama-quantize make of it, with llama.cpp on the same file. A row has the worst cosine of a position's logits, the share
+llama-quantize make of it, with llama.cpp on the same file. For "exported GGUF", `edgemoe export` made the file of the
+converted checkpoint, and llama.cpp runs it. A row has the worst cosine of a position's logits, the share
 of positions and layers where the same experts were chosen, and the largest difference in standard deviations of the
 logits, over positions up to the first where a router chose otherwise; and of how many positions that is.
 """
@@ -36,10 +37,12 @@ from gguf_sources import as_released, converted  # noqa: E402
 
 import edgemoe  # noqa: E402
 from edgemoe.convert.convert import convert  # noqa: E402
+from edgemoe.convert.export.gguf_file import TYPES, export_gguf  # noqa: E402
 from edgemoe.convert.gguf import GGUFCheckpoint  # noqa: E402
 from edgemoe.convert.hf import HFCheckpoint  # noqa: E402
 from edgemoe.errors import FormatError  # noqa: E402
 from edgemoe.experts import Observer  # noqa: E402
+from edgemoe.file.format import open_moe  # noqa: E402
 
 _TOKENS, _TEXTS = 24, 4
 Run = tuple[np.ndarray, list[np.ndarray]]
@@ -137,6 +140,14 @@ def rows(name: str, folder: Path, llama_cpp: Path, program: Path) -> Iterator[st
     expected = [transformers_on(path, ids) for ids in texts]
     got = compared(ours(HFCheckpoint(path), texts, folder / "x.moe"), expected)
     yield f"| {name} | HF bf16 | transformers | {got} |"
+    if name in ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe"):
+        convert(HFCheckpoint(path), folder / "y.moe")
+        for kind in TYPES:
+            file = folder / f"exported-{kind}.gguf"
+            export_gguf(open_moe(folder / "y.moe"), file, kind=kind)
+            mine = ours(HFCheckpoint(path), texts, folder / "x.moe")
+            got = compared(mine, [llama_cpp_on(program, file, ids) for ids in texts])
+            yield f"| {name} | exported GGUF {kind} | llama.cpp | {got} |"
     try:
         whole = converted(as_released(path, folder / "released"), folder / "f32.gguf")
     except Exception as error:
@@ -153,7 +164,8 @@ def rows(name: str, folder: Path, llama_cpp: Path, program: Path) -> Iterator[st
         except FormatError as error:
             result = f"refused: {str(error)[:80]} |||"
         except subprocess.CalledProcessError as error:
-            result = f"{Path(str(error.cmd[0])).name} ends with {error.returncode} |||"
+            said = error.stderr.decode(errors="replace").strip().splitlines()[-1:] or [""]
+            result = f"{Path(str(error.cmd[0])).name}: {said[0][:80]} |||"
         yield f"| {name} | GGUF {kind} | llama.cpp | {result} |"
 
 

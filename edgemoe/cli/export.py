@@ -17,6 +17,7 @@ _PROG = "edgemoe export"
 _EPILOG = """\
 For the day a model outgrows one machine: OUT becomes a Hugging Face directory in
 bfloat16, with config.json and the tokenizer, that transformers, vLLM and SGLang load.
+An OUT that ends with .gguf becomes a file for llama.cpp, of Q8_0 or F16.
 The weights are those of the level that is asked for, exactly as they are computed
 with here but for the rounding to bfloat16: what a quantisation lost stays lost.
 
@@ -41,15 +42,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from edgemoe.convert.export.hf import export_hf
     from edgemoe.file.format import open_moe
 
-    moe = open_moe(args.model)
+    moe, levels = open_moe(args.model), {"bits": args.bits, "dense_bits": args.dense_bits}
+    is_gguf = args.out.suffix == ".gguf"
+    if args.type is not None and not is_gguf:
+        raise ValueError("--type: is of GGUF files, whose names end with .gguf")
     with Progress(f"exporting {moe.path.name}", unit="B") as progress:
-        export_hf(moe, args.out, bits=args.bits, dense_bits=args.dense_bits, progress=progress)
-    note(
-        f"{_PROG}: wrote {args.out}: {sum(f.stat().st_size for f in args.out.iterdir()) / 2**20:.1f} MiB"
-    )
+        if is_gguf:
+            from edgemoe.convert.export.gguf_file import export_gguf
+
+            export_gguf(moe, args.out, kind=args.type or "Q8_0", progress=progress, **levels)
+        else:
+            from edgemoe.convert.export.hf import export_hf
+
+            export_hf(moe, args.out, progress=progress, **levels)
+    files = [args.out] if is_gguf else args.out.iterdir()
+    size = sum(file.stat().st_size for file in files)
+    note(f"{_PROG}: wrote {args.out}: {size / 2**20:.1f} MiB")
     return 0
 
 
@@ -60,11 +70,14 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
     )
     parser.add_argument("model", type=Path, metavar="FILE.moe", help="a converted file")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the directory to make")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the directory or GGUF file to make")
     parser.add_argument("--bits", type=int, metavar="N",
                         help="precision of the experts, a level of the file (default: the highest)")  # fmt: skip
     parser.add_argument(
         "--dense-bits", type=int, metavar="N", help="of everything else (default: the highest)"
+    )
+    parser.add_argument(
+        "--type", choices=("Q8_0", "F16"), help="of a GGUF file's matrices (default: Q8_0)"
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
     return parser

@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 import torch
 from decoded import Decoded
+from test_gguf_tokenizer import meta
+from tokenizers import Tokenizer
 
 from edgemoe.cli.main import main
 from edgemoe.convert.convert import convert
+from edgemoe.convert.export.gguf_file import TYPES, export_gguf
 from edgemoe.convert.export.hf import export_hf
+from edgemoe.convert.gguf import GGUFCheckpoint
+from edgemoe.convert.gguf.tokenizer import tokenizer_files
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
@@ -114,3 +119,70 @@ def test_nothing_is_written_over_and_a_file_without_its_config_is_refused(tmp_pa
         export_hf(moe, tmp_path / "other")
     with pytest.raises(ValueError, match="7"):
         export_hf(open_moe(path), tmp_path / "other", bits=7)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("mixtral", {}),
+        ("olmoe", {"norm_topk_prob": False}),
+        ("qwen2_moe", {}),
+        ("qwen3_moe", {"norm_topk_prob": True}),
+    ],
+)
+def test_a_gguf_file_is_read_as_the_same_model(
+    name: str, changes: dict[str, object], kind: str, tmp_path: Path
+) -> None:
+    path = families.make(name, tmp_path / "hf", changes=changes)
+    convert(HFCheckpoint(path), tmp_path / "x.moe")
+    export_gguf(open_moe(tmp_path / "x.moe"), tmp_path / "x.gguf", kind=kind)
+    decoded, model = Decoded(tmp_path / "x.moe"), SourceModel(GGUFCheckpoint(tmp_path / "x.gguf"))
+    nested = open_moe(tmp_path / "x.moe").tensors
+
+    def near(got: np.ndarray, values: np.ndarray, is_matrix: bool) -> None:
+        if not is_matrix:
+            np.testing.assert_allclose(got, values, rtol=1e-6)
+        elif kind == "F16" or values.shape[-1] % 32:
+            np.testing.assert_array_equal(got, values.astype(np.float32).astype(np.float16))
+        else:
+            most = np.abs(values.reshape(-1, 32)).max(1).repeat(32).reshape(values.shape)
+            assert (np.abs(got - values) <= most * (0.51 / 127 + 2**-11)).all()
+
+    for tensor, values in decoded.tensors.items():
+        near(model.tensor(tensor), values, nested[tensor].spec.kind == "nested")
+    for got, values in zip(model.expert(1, 5), decoded.expert(1, 5), strict=True):
+        near(got, values, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("glm4_moe", "models of family glm4_moe cannot be exported to GGUF"),
+        ("qwen3_moe", "cannot hold this model: renormalise is another one there"),
+        ("mixtral-window", "cannot hold this model: mixers is another one there"),
+        ("qwen3_moe-yarn", "RoPE that is scaled cannot be exported"),
+    ],
+)
+def test_what_the_format_does_not_hold_is_refused(name: str, what: str, tmp_path: Path) -> None:
+    path = made(name, tmp_path)
+    with pytest.raises(FormatError, match=what):
+        export_gguf(open_moe(path), tmp_path / "x.gguf")
+    assert not list(tmp_path.glob("x.gguf*"))
+
+
+@pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "gpt-2", "gpt-4o", "laguna"])
+def test_the_tokenizer_cuts_texts_alike(pre: str, tmp_path: Path) -> None:
+    files = tokenizer_files(meta(pre), context_length=64, where="x")
+    changes = {"vocab_size": 512, "norm_topk_prob": True}
+    families.make("qwen3_moe", tmp_path / "hf", changes=changes)
+    for name, content in files.items():
+        (tmp_path / "hf" / name).write_bytes(content)
+    (tmp_path / "hf" / "chat_template.jinja").write_text("{{ messages }}")
+    convert(HFCheckpoint(tmp_path / "hf"), tmp_path / "x.moe")
+    export_gguf(open_moe(tmp_path / "x.moe"), tmp_path / "x.gguf")
+    again = GGUFCheckpoint(tmp_path / "x.gguf").files
+    text = "I'VE fooBar\n\n   12345 na\u00efve [INST] again and again<s>"
+    ours, theirs = (Tokenizer.from_str(f["tokenizer.json"].decode()) for f in (again, files))
+    assert ours.encode(text).ids == theirs.encode(text).ids
+    assert json.loads(again["tokenizer_config.json"])["chat_template"] == "{{ messages }}"

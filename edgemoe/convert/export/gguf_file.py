@@ -1,0 +1,257 @@
+"""A `.moe` file as a GGUF file, for llama.cpp: Q8_0, or F16."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.config import MATRICES, ModelConfig
+from edgemoe.convert.export.tokenizer import tokenizer_metadata
+from edgemoe.convert.gguf import GGUFCheckpoint
+from edgemoe.convert.source import SourceModel
+from edgemoe.errors import FormatError
+from edgemoe.file.floats import dense_weights, expert_floats
+from edgemoe.file.format import MoeFile
+from edgemoe.specs import AttentionSpec
+
+__all__ = ["TYPES", "export_gguf"]
+
+Array = NDArray[np.float32]
+TYPES = ("Q8_0", "F16")
+_ARCHITECTURES = {
+    "mixtral": "llama",
+    "olmoe": "olmoe",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+}
+_WHOLE = {"embed": "token_embd.weight", "norm": "output_norm.weight", "head": "output.weight"}
+_LAYER = {
+    "attn_norm": "attn_norm.weight",
+    **{x: f"attn_{x}.weight" for x in "qkv"},
+    **{f"{x}_bias": f"attn_{x}.bias" for x in "qkv"},
+    "o": "attn_output.weight",
+    "o_bias": "attn_output.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+    "ffn_norm": "ffn_norm.weight",
+    "router": "ffn_gate_inp.weight",
+    **{f"shared.{x}": f"ffn_{x}_shexp.weight" for x in MATRICES},
+    "shared.sigmoid": "ffn_gate_inp_shexp.weight",
+}
+_UNCOMPARED = ("family", "context_length", "eos_ids")
+_ALIGNMENT = 32
+
+
+def export_gguf(
+    moe: MoeFile,
+    out: Path,
+    *,
+    bits: int | None = None,
+    dense_bits: int | None = None,
+    kind: str = "Q8_0",
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Writes a file, which appears under its name only when it is whole.
+
+    Before any weight is written, what stands in the file is read back and compared: a model that the format cannot hold
+    is refused.
+
+    Args:
+        bits: level of the experts; None for the highest.
+        dense_bits: of everything else.
+        kind: of matrices, one of `TYPES`; vectors and routers are F32.
+        progress: is told the bytes written and the bytes in total.
+
+    Raises:
+        FormatError: the file's model cannot be held by a GGUF file, or it is broken.
+        FileExistsError: there is something under that name.
+        ImportError: the package gguf is not installed.
+        OSError: the disk is full, or failed.
+    """
+    config = moe.config
+    if config.family not in _ARCHITECTURES:
+        raise FormatError(
+            f"{moe.path}: models of family {config.family} cannot be exported to GGUF; those of "
+            f"{', '.join(_ARCHITECTURES)} can"
+        )
+    level, dense_level = moe.level(bits), moe.dense_level(dense_bits)
+    if out.exists():
+        raise FileExistsError(f"{out}: exists; name a file that does not")
+    base = _rope_base(moe)
+    part = out.with_name(f"{out.name}.part")
+    try:
+        starts, kinds, end = _write_head(part, moe, base, kind)
+        os.truncate(part, end)
+        _compare(moe, part)
+        done = 0
+        with open(part, "r+b") as file:
+            for name, index, values in _weights(moe, level, dense_level):
+                data = _encoded(_turned(values, name, config), kinds[name])
+                file.seek(starts[name] + index * len(data))
+                file.write(data)
+                done += len(data)
+                if progress is not None:
+                    progress(done, end)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(out)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _rope_base(moe: MoeFile) -> float:
+    """Returns the base of the frequencies, which must be plain."""
+    (spec,) = moe.config.ropes
+    table = next(values for name, values in dense_weights(moe, 1) if name == spec.name)
+    exponents = np.arange(0, spec.dim, 2) / spec.dim
+    base = float(table[-1].astype(np.float64) ** (-1 / exponents[-1])) if len(table) > 1 else 1e4
+    for guess in (float(round(base)), base):
+        if (
+            spec.scale == 1
+            and not spec.short_length
+            and np.allclose(table, guess**-exponents, rtol=1e-6)
+        ):
+            return guess
+    raise FormatError(
+        f"{moe.path}: RoPE that is scaled cannot be exported to GGUF; a directory can hold it"
+    )
+
+
+def _names(config: ModelConfig, name: str) -> str:
+    """Returns what a tensor is called."""
+    if name in _WHOLE:
+        return _WHOLE[name]
+    kind, layer, part = name.split(".", 2)
+    return (
+        f"blk.{layer}.ffn_{part}_exps.weight"
+        if kind == "experts"
+        else f"blk.{layer}.{_LAYER[part]}"
+    )
+
+
+def _write_head(
+    path: Path, moe: MoeFile, base: float, kind: str
+) -> tuple[dict[str, int], dict[str, str], int]:
+    """Writes all but the weights; returns where each tensor starts and its type, and the file's length."""
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            f"{path.name}: writing GGUF needs the package gguf: pip install 'edgemoe[demo]'",
+            name="gguf",
+        ) from error
+    config, kinds, starts, at = moe.config, {}, {}, 0
+    writer = gguf.GGUFWriter(path, _ARCHITECTURES[config.family])
+    for key, value in _metadata(moe, base).items():
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        else:
+            writer.add_uint32(key, value)
+    shapes: dict[str, tuple[int, ...]] = {
+        n: t.spec.shape for n, t in moe.tensors.items() if not n.startswith("rope")
+    }
+    matrices = {n for n, t in moe.tensors.items() if t.spec.kind == "nested"}
+    for layer in config.moe_layers:
+        for part, matrix in zip(MATRICES, config.expert_shapes, strict=True):
+            shapes[f"experts.{layer}.{part}"] = (config.num_experts, *matrix)
+            matrices.add(f"experts.{layer}.{part}")
+    for name, shape in shapes.items():
+        kinds[name] = "F32" if name not in matrices else "F16" if shape[-1] % 32 else kind
+        size = int(np.prod(shape)) * {"F32": 128, "F16": 64, "Q8_0": 34}[kinds[name]] // 32
+        writer.add_tensor_info(
+            _names(config, name), shape, np.dtype(np.float32), size, gguf.GGMLQuantizationType[kinds[name]]
+        )  # fmt: skip
+        starts[name] = at
+        at += -(-size // _ALIGNMENT) * _ALIGNMENT
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    begin = -(-path.stat().st_size // _ALIGNMENT) * _ALIGNMENT
+    return {name: begin + start for name, start in starts.items()}, kinds, begin + at
+
+
+def _metadata(moe: MoeFile, base: float) -> dict[str, Any]:
+    """Returns the file's metadata by key."""
+    config = moe.config
+    (mixer, *_) = config.mixers
+    assert isinstance(mixer, AttentionSpec)
+    shared = max(config.shared_hidden, default=0)
+    out: dict[str, Any] = {
+        "context_length": config.context_length,
+        "embedding_length": config.hidden_size,
+        "block_count": config.num_layers,
+        "feed_forward_length": config.expert_hidden,
+        "attention.head_count": mixer.num_heads,
+        "attention.head_count_kv": mixer.num_kv_heads,
+        "attention.key_length": mixer.head_dim,
+        "attention.value_length": mixer.head_dim,
+        "attention.layer_norm_rms_epsilon": config.norm_eps,
+        "rope.freq_base": base,
+        "rope.dimension_count": mixer.rope_dim,
+        "expert_count": config.num_experts,
+        "expert_used_count": config.experts_per_token,
+        "expert_feed_forward_length": config.expert_hidden,
+        "vocab_size": config.vocab_size,
+        **({"expert_shared_feed_forward_length": shared} if shared else {}),
+        **({} if mixer.clip is None else {"attention.clamp_kqv": mixer.clip}),
+    }
+    arch = _ARCHITECTURES[config.family]
+    return {
+        "general.name": moe.path.stem,
+        **{f"{arch}.{key}": value for key, value in out.items()},
+        **tokenizer_metadata(moe),
+    }
+
+
+def _compare(moe: MoeFile, path: Path) -> None:
+    """Checks that the model that llama.cpp makes of the file is the one that was asked for."""
+    found = SourceModel(GGUFCheckpoint(path)).config
+    for field in dataclasses.fields(found):
+        ours, theirs = getattr(moe.config, field.name), getattr(found, field.name)
+        if field.name not in _UNCOMPARED and ours != theirs:
+            raise FormatError(
+                f"{moe.path}: a GGUF file of {moe.config.family} cannot hold this model: {field.name} "
+                "is another one there; a directory can"
+            )
+
+
+def _weights(moe: MoeFile, level: int, dense_level: int) -> Iterator[tuple[str, int, Array]]:
+    """Yields every tensor, and its place in a stack."""
+    for name, values in dense_weights(moe, dense_level):
+        if not name.startswith("rope"):
+            yield name, 0, values
+    config = moe.config
+    for row in range(len(moe.experts.offsets)):
+        layer, index = divmod(row, config.num_experts)
+        for part, values in zip(MATRICES, expert_floats(moe, row, level), strict=True):
+            yield f"experts.{config.moe_layers[layer]}.{part}", index, values
+
+
+def _turned(values: Array, name: str, config: ModelConfig) -> Array:
+    """Orders the rows of q and k of Mixtral's as the architecture llama wants them: in neighbouring pairs."""
+    part = name.rpartition(".")[2].removesuffix("_bias")
+    if config.family != "mixtral" or not name.startswith("layers.") or part not in ("q", "k"):
+        return values
+    _, width = config.mixer(int(name.split(".")[1])).heads
+    halves = values.reshape(-1, 2, width // 2, *values.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
+
+
+def _encoded(values: Array, kind: str) -> bytes:
+    import gguf
+
+    encoded = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+    return np.ascontiguousarray(encoded).tobytes()

@@ -1,0 +1,100 @@
+"""What a GGUF file says of the tokenizer inside a `.moe` file: byte-level BPE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgemoe.convert.gguf.tokenizer import tokenizer_files
+from edgemoe.convert.gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
+from edgemoe.errors import FormatError
+from edgemoe.file.format import MoeFile
+from edgemoe.file.parse import parse_object
+
+__all__ = ["tokenizer_metadata"]
+
+_FILE, _CONFIG, _TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+_MOST = 64 << 20
+_TEXT = (
+    "I'll say: it's 1234567 years, 3.14 EUROS or so!?  Don't\tyou\n\n think so?  \n don'T\u3000\u4f60\u597d\uff0c"
+    "\u4e16\u754c \u3053\u3093\u306b\u3061\u306f \ud55c\uad6d\uc5b4 \u0430\u0431\u0432 \u00e9\u00e8 na\u00efve "
+    "caf\u00e9s __init__(self): return [x for x in y]  # ok\r\n HelloWorld camelCase ABCdef \U0001f600\U0001f680 "
+    "1/2 a_b.c 0x1F4A9 e\u0301   end "
+)
+"""By which ways to cut a text are told apart."""
+_USUAL = ("qwen2", "llama-bpe", "gpt-2", "gpt-4o", "deepseek-v3")
+"""Those that are tried first, as others cut alike."""
+
+
+def tokenizer_metadata(moe: MoeFile) -> dict[str, Any]:
+    """Returns the metadata by key.
+
+    Raises:
+        FormatError: the tokenizer is of a kind that is not exported.
+    """
+    if _FILE not in moe.sections:
+        return {"tokenizer.ggml.model": "none"}
+    import tokenizers
+
+    content = parse_object(moe.sections[_FILE], _FILE, most=_MOST)
+    model = content.get("model") or {}
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise FormatError(
+            f"{moe.path}: a tokenizer that is no byte-level BPE cannot be exported to GGUF; a directory can hold it"
+        )
+    out = {"tokenizer.ggml.model": "gpt2", **_tokens(moe, content), **_special(moe)}
+    theirs = tokenizers.Tokenizer.from_str(moe.sections[_FILE].decode())
+    for name in (*_USUAL, *PRE_TOKENIZERS):
+        if PRE_TOKENIZERS[name].ignore_merges != bool(model.get("ignore_merges")):
+            continue
+        files = tokenizer_files(
+            {**out, "tokenizer.ggml.pre": name}, context_length=1, where=str(moe.path)
+        )
+        if _cut(tokenizers.Tokenizer.from_str(files[_FILE].decode())) == _cut(theirs):
+            return {**out, "tokenizer.ggml.pre": name}
+    raise FormatError(
+        f"{moe.path}: no pre-tokenizer that llama.cpp knows cuts texts as this model's tokenizer does"
+    )
+
+
+def _cut(tokenizer: Any) -> tuple[list[tuple[int, int]], list[int]]:
+    """Returns where words of a text begin and end, and its tokens."""
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(_TEXT) if tokenizer.pre_tokenizer else []
+    return [place for _, place in words], tokenizer.encode(_TEXT, add_special_tokens=False).ids
+
+
+def _tokens(moe: MoeFile, content: dict[str, Any]) -> dict[str, Any]:
+    """Returns tokens, their types and merges."""
+    size = moe.config.vocab_size
+    tokens, kinds = [f"[PAD{i}]" for i in range(size)], [_UNUSED] * size
+    for token, i in content["model"]["vocab"].items():
+        tokens[i], kinds[i] = token, _NORMAL
+    for added in content.get("added_tokens") or []:
+        i = added["id"]
+        tokens[i], kinds[i] = added["content"], _CONTROL if added["special"] else _USER_DEFINED
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
+    return {
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.merges": merges,
+    }
+
+
+def _special(moe: MoeFile) -> dict[str, Any]:
+    """Returns tokens with a meaning, and the chat template."""
+    from edgemoe.text.tokenizer import Tokenizer
+
+    out: dict[str, Any] = {}
+    for key, index in zip(("eos", "eot", "eom"), moe.config.eos_ids, strict=False):
+        out[f"tokenizer.ggml.{key}_token_id"] = index
+    settings = parse_object(moe.sections.get(_CONFIG, b"{}"), _CONFIG)
+    first = Tokenizer.from_files(moe.sections).encode("")
+    out["tokenizer.ggml.add_bos_token"] = bool(first)
+    if first:
+        out["tokenizer.ggml.bos_token_id"] = int(first[0])
+    template = settings.get("chat_template")
+    if _TEMPLATE in moe.sections:
+        template = moe.sections[_TEMPLATE].decode()
+    if isinstance(template, str):
+        out["tokenizer.chat_template"] = template
+    return out
