@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,34 +134,45 @@ def export_hf(
     part = out.with_name(f"{out.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    for name, content in moe.sections.items():
-        if (
-            name != CONFIG
-            and Path(name).name == name
-            and name.endswith((".json", ".jinja", "LICENSE"))
-        ):
-            (part / name).write_bytes(content)
-    config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
-    (part / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False))
-    with open(part / "model.safetensors", "wb") as file:
-        starts, total = _write_header(file, places)
-        done = 0
-        for name, values in _weights(moe, level, dense_level):
-            place = places.get(name)
-            if place is None:  # of RoPE
-                continue
-            data = _stored(values, place, moe.config, name)
-            file.seek(starts[place.name] + place.first * _WIDE[place.kind])
-            file.write(data)
-            done += len(data)
-            if progress is not None:
-                progress(done, total)
-        file.flush()
-        os.fsync(file.fileno())
-    part.rename(out)
+    try:
+        for name, content in moe.sections.items():
+            is_text = name.endswith((".json", ".jinja", "LICENSE"))
+            if is_text and name != CONFIG and Path(name).name == name:
+                (part / name).write_bytes(content)
+        config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
+        (part / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False))
+        with open(part / "model.safetensors", "wb") as file:
+            _write(file, moe, places, _weights(moe, level, dense_level), progress)
+        part.rename(out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def _write_header(file: Any, places: Mapping[str, Piece]) -> tuple[dict[str, int], int]:
+def _write(
+    file: BinaryIO,
+    moe: MoeFile,
+    places: Mapping[str, Piece],
+    weights: Iterator[tuple[str, Array]],
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Writes a safetensors file, each tensor to its place."""
+    starts, total = _write_header(file, places)
+    done = 0
+    for name, values in weights:
+        place = places.get(name)
+        if place is None:  # of RoPE
+            continue
+        data = _stored(values, place, moe.config, name)
+        file.seek(starts[place.name] + place.first * _WIDE[place.kind])
+        file.write(data)
+        done += len(data)
+        if progress is not None:
+            progress(done, total)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _write_header(file: BinaryIO, places: Mapping[str, Piece]) -> tuple[dict[str, int], int]:
     """Writes what a safetensors file begins with; returns where each tensor starts, and the bytes of all."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, at = {}, 0
