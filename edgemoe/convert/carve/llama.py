@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.convert.checkpoint import Checkpoint, refuse_unused
-from edgemoe.convert.families.family import num_layers
+from edgemoe.convert.families.reading import num_layers
 from edgemoe.convert.numpy_ops import attention, rms_norm, rotated, silu
 from edgemoe.convert.rope import Rope, check_rotated, rope
 from edgemoe.convert.settings import Settings

@@ -10,13 +10,12 @@ from edgemoe.convert.families.family import (
     NAMED_EXPERTS,
     Family,
     Source,
-    by_type,
     choosing,
     further_layers,
-    num_layers,
 )
 from edgemoe.convert.families.kimi_linear import delta_sources, hybrid_config, with_usual_names
 from edgemoe.convert.families.latent import LATENT, SHARED, expect, latent_spec
+from edgemoe.convert.families.reading import by_type, num_layers
 from edgemoe.convert.settings import Settings
 from edgemoe.errors import quoted
 from edgemoe.specs import DeltaSpec, MlaSpec

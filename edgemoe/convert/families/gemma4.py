@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig
-from edgemoe.convert.families.family import (
-    Family,
-    Source,
+from edgemoe.convert.families.family import Family, Source
+from edgemoe.convert.families.reading import (
     attention_spec,
     decoder_config,
     layer_types,

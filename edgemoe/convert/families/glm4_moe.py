@@ -8,12 +8,10 @@ from edgemoe.convert.families.family import (
     NAMED_EXPERTS,
     Family,
     Source,
-    attention_spec,
     choosing,
-    decoder_config,
     further_layers,
-    num_layers,
 )
+from edgemoe.convert.families.reading import attention_spec, decoder_config, num_layers
 from edgemoe.convert.rope import rotated_columns
 from edgemoe.convert.settings import Settings
 

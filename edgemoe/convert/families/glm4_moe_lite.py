@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from edgemoe.config import ModelConfig
 from edgemoe.convert.families.deepseek_v3 import SIGMOID_EXPERTS, sigmoid_router
-from edgemoe.convert.families.family import Family, further_layers, num_layers
+from edgemoe.convert.families.family import Family, further_layers
 from edgemoe.convert.families.latent import LATENT, SHARED, first_dense, latent_config
+from edgemoe.convert.families.reading import num_layers
 from edgemoe.convert.settings import Settings
 
 __all__ = ["FAMILY"]

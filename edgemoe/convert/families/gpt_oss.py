@@ -12,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig
-from edgemoe.convert.families.family import (
-    Family,
-    Source,
+from edgemoe.convert.families.family import Family, Source
+from edgemoe.convert.families.reading import (
     attention_spec,
     by_layer,
     decoder_config,

@@ -10,14 +10,8 @@ from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig
 from edgemoe.convert.families import granitemoe
-from edgemoe.convert.families.family import (
-    Fold,
-    Source,
-    attention_spec,
-    by_type,
-    decoder_config,
-    num_layers,
-)
+from edgemoe.convert.families.family import Fold, Source
+from edgemoe.convert.families.reading import attention_spec, by_type, decoder_config, num_layers
 from edgemoe.convert.settings import Settings
 from edgemoe.errors import quoted
 from edgemoe.specs import MambaSpec

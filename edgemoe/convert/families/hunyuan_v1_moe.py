@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 from edgemoe.config import MATRICES, ModelConfig
-from edgemoe.convert.families.family import (
-    FUSED_EXPERTS,
-    NAMED_EXPERTS,
-    Family,
-    Source,
-    attention_spec,
-    decoder_config,
-    num_layers,
-)
+from edgemoe.convert.families.family import FUSED_EXPERTS, NAMED_EXPERTS, Family, Source
+from edgemoe.convert.families.reading import attention_spec, decoder_config, num_layers
 from edgemoe.convert.settings import Settings
 
 __all__ = ["FAMILY"]

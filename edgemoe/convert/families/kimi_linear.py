@@ -11,15 +11,9 @@ from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, ModelConfig
 from edgemoe.convert.families.deepseek_v3 import sigmoid_router
-from edgemoe.convert.families.family import (
-    Family,
-    Source,
-    by_type,
-    choosing,
-    decoder_config,
-    num_layers,
-)
+from edgemoe.convert.families.family import Family, Source, choosing
 from edgemoe.convert.families.latent import LATENT, expect, latent_spec
+from edgemoe.convert.families.reading import by_type, decoder_config, num_layers
 from edgemoe.convert.settings import Settings
 from edgemoe.specs import DeltaSpec, MixerSpec
 

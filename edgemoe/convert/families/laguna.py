@@ -9,13 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgemoe.config import MATRICES, ModelConfig
-from edgemoe.convert.families.family import (
-    FUSED_EXPERTS,
-    NAMED_EXPERTS,
-    Family,
-    Source,
+from edgemoe.convert.families.family import FUSED_EXPERTS, NAMED_EXPERTS, Family, Source, choosing
+from edgemoe.convert.families.reading import (
     attention_spec,
-    choosing,
     decoder_config,
     layer_types,
     num_layers,

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, ModelConfig
-from edgemoe.convert.families.family import Source, decoder_config, num_layers
+from edgemoe.convert.families.family import Source
+from edgemoe.convert.families.reading import decoder_config, num_layers
 from edgemoe.convert.rope import query_growth, score_gain
 from edgemoe.convert.settings import Settings
 from edgemoe.errors import quoted

@@ -9,15 +9,9 @@ from __future__ import annotations
 import dataclasses
 
 from edgemoe.config import MATRICES, ModelConfig
-from edgemoe.convert.families.family import (
-    Family,
-    Source,
-    attention_spec,
-    decoder_config,
-    layer_types,
-    num_layers,
-)
+from edgemoe.convert.families.family import Family, Source
 from edgemoe.convert.families.qwen3_vl_moe import transposed, transposed_gate, transposed_up
+from edgemoe.convert.families.reading import attention_spec, decoder_config, layer_types, num_layers
 from edgemoe.convert.settings import Settings
 from edgemoe.errors import quoted
 from edgemoe.specs import AttentionSpec

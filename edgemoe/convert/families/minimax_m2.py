@@ -3,16 +3,8 @@
 from __future__ import annotations
 
 from edgemoe.config import ModelConfig
-from edgemoe.convert.families.family import (
-    FUSED_EXPERTS,
-    Family,
-    Source,
-    attention_spec,
-    choosing,
-    decoder_config,
-    further_layers,
-    num_layers,
-)
+from edgemoe.convert.families.family import FUSED_EXPERTS, Family, Source, choosing, further_layers
+from edgemoe.convert.families.reading import attention_spec, decoder_config, num_layers
 from edgemoe.convert.rope import rotated_columns
 from edgemoe.convert.settings import Settings
 

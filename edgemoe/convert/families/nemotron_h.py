@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from edgemoe.config import ModelConfig
-from edgemoe.convert.families.family import Family, Source, attention_spec, decoder_config
+from edgemoe.convert.families.family import Family, Source
 from edgemoe.convert.families.granitemoehybrid import mamba_sources
+from edgemoe.convert.families.reading import attention_spec, decoder_config
 from edgemoe.convert.settings import Settings
 from edgemoe.errors import quoted
 from edgemoe.specs import MambaSpec, MixerSpec

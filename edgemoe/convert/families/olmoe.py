@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from edgemoe.config import ModelConfig
-from edgemoe.convert.families.family import (
-    Family,
-    attention_spec,
-    decoder_config,
-    num_layers,
-    window,
-)
+from edgemoe.convert.families.family import Family
+from edgemoe.convert.families.reading import attention_spec, decoder_config, num_layers, window
 from edgemoe.convert.settings import Settings
 
 __all__ = ["FAMILY"]

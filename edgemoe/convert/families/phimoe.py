@@ -9,14 +9,8 @@ from __future__ import annotations
 from edgemoe.config import ModelConfig
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.families.centred import Biases, Centred
-from edgemoe.convert.families.family import (
-    Family,
-    Source,
-    attention_spec,
-    decoder_config,
-    num_layers,
-    window,
-)
+from edgemoe.convert.families.family import Family, Source
+from edgemoe.convert.families.reading import attention_spec, decoder_config, num_layers, window
 from edgemoe.convert.settings import Settings
 from edgemoe.specs import RopeSpec
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from edgemoe.config import MATRICES, ModelConfig
-from edgemoe.convert.families.family import (
-    Family,
-    Source,
+from edgemoe.convert.families.family import Family, Source
+from edgemoe.convert.families.reading import (
     attention_spec,
     by_layer,
     decoder_config,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from edgemoe.config import ModelConfig
 from edgemoe.convert.families import qwen3_next
-from edgemoe.convert.families.family import Family, Source, decoder_config, num_layers
+from edgemoe.convert.families.family import Family, Source
+from edgemoe.convert.families.reading import decoder_config, num_layers
 from edgemoe.convert.settings import Settings
 
 __all__ = ["FAMILY"]

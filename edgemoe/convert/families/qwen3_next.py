@@ -13,10 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, ModelConfig
-from edgemoe.convert.families.family import (
-    Family,
-    Fold,
-    Source,
+from edgemoe.convert.families.family import Family, Fold, Source
+from edgemoe.convert.families.reading import (
     attention_spec,
     by_type,
     decoder_config,
