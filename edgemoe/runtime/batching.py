@@ -134,6 +134,8 @@ class Batcher:
             except (EdgemoeError, ValueError) as error:
                 done.set_exception(error)
                 continue
+            if is_other and self._prefixes is not None:
+                self._prefixes.look()
             with self._changed:
                 waiting = [request for request, _ in self._waiting]
             for request in [*self.running(), *waiting]:

@@ -79,13 +79,14 @@ class PrefixStore:
         """
         self._folder, self._model, self._most = Path(folder), model, most_bytes
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._identity = identity(model)
         self._is_full = False
-        self._entries: list[_Entry] = []
-        for path in sorted(self._folder.glob("*.prefix")):
-            entry = self._read(path)
-            if entry is not None:
-                self._entries.append(entry)
+        self.look()
+
+    def look(self) -> None:
+        """Looks through the folder for what is of the model as it is now: after a change others' prefixes are wrong."""
+        self._identity = identity(self._model)
+        found = map(self._read, sorted(self._folder.glob("*.prefix")))
+        self._entries = [entry for entry in found if entry is not None]
         self._trim()
 
     def __len__(self) -> int:

@@ -79,6 +79,24 @@ def test_only_the_same_model_computed_alike_is_taken(tiny_moe, tmp_path):
     assert asked(found, [*LONG[:100], *OTHER])[1].cached_tokens == 100
 
 
+def test_a_changed_model_takes_and_saves_its_own_alone(tiny_moe, tmp_path):
+    plain, _ = batcher(tiny_moe, tmp_path / "none", bits=4)
+    expected, right = asked(plain, LONG)
+    one, _ = batcher(tiny_moe, tmp_path / "x")
+    first, _ = asked(one, LONG)
+    one.save()
+    one.change(bits=4)
+    tokens, figures = asked(one, LONG)
+    assert (tokens, figures.logits_hash) == (expected, right.logits_hash)
+    assert figures.cached_tokens == 0
+    one.save()
+    for bits, answer in ((8, first), (4, expected)):
+        one.change(bits=bits)
+        tokens, figures = asked(one, LONG)
+        assert tokens == answer
+        assert figures.cached_tokens == len(LONG) - 1
+
+
 @pytest.mark.parametrize("at", [100, -5000, -3])
 def test_a_damaged_prefix_is_computed_again_and_said(tiny_moe, tmp_path, caplog, at):
     one, _ = batcher(tiny_moe, tmp_path)
