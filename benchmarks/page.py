@@ -24,7 +24,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from browsers import browser, seen
 from served import started
 
-READER = "import sys, urllib.request as u; [print(i, flush=True) for i, _ in enumerate(u.urlopen(sys.argv[1])) if i == 1]"
+READER = (
+    "import sys, urllib.request as u\n"
+    "for i, _ in enumerate(u.urlopen(sys.argv[1])):\n    if i == 1: print(i, flush=True)"
+)
 
 
 def rate(url: str, tokens: int) -> float:
