@@ -175,7 +175,11 @@ def error_line(error: BaseException) -> str:
         name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
         return name + error.strerror
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) and text in ("", "std::bad_alloc"):
+    if (
+        isinstance(error, MemoryError)
+        and not isinstance(error, EdgemoeError)
+        and "ulimit" not in text
+    ):
         return "out of memory; is `ulimit -v` too small?"
     if isinstance(error, (EdgemoeError, ValueError, OSError, MemoryError, ImportError)) and text:
         return text

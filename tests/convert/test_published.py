@@ -200,7 +200,7 @@ def test_the_plan_of_a_published_configuration(name: str) -> None:
     assert sum(p.padded_bytes for p in experts) / GIB == pytest.approx(known.experts, rel=0.01)
     fixed = 2 * state_bytes(config, 32, KvTypes()) - state_bytes(config, 64, KvTypes())
     assert fixed == 4 * known.state  # that after a pass, and two snapshots
-    assert state_bytes(config, 4096, KvTypes()) - fixed == 4096 * known.position
+    assert state_bytes(config, 4096, KvTypes(), 4096) - fixed == 4096 * known.position
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -240,7 +240,7 @@ def test_any_template_renders_as_in_jinja(body: str) -> None:
     expected = outcome(lambda: theirs.render(messages=chat, tools=None, documents=None,
                                              add_generation_prompt=True, **values))  # fmt: skip
     got = outcome(lambda: ChatTemplate({"default": source}, {}).render(chat, **values))
-    if expected[0] == "text" and (" at 0x" in expected[1] or "<Namespace" in expected[1]):
+    if expected[0] == "text" and (" at 0x" in expected[1] or "<namespace" in expected[1].lower()):
         return  # Python's own words for an object
     assert got[0] == expected[0], (got, expected)
     if got[0] == "text":
