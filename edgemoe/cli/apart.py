@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+from edgemoe import library
 
 __all__ = ["run_apart"]
 
@@ -17,4 +20,11 @@ def run_apart(*arguments: str) -> int:
     """
     command = [sys.executable, "-m", "edgemoe", *arguments]
     folder = Path(__file__).parents[2]
-    return subprocess.call(command, stdin=subprocess.DEVNULL, cwd=folder)
+    kept = {
+        name: ":".join(map(str, library.folders()))
+        for name in os.environ
+        if name == "EDGEMOE_MODELS"
+    }
+    return subprocess.call(
+        command, stdin=subprocess.DEVNULL, cwd=folder, env={**os.environ, **kept}
+    )

@@ -83,8 +83,7 @@ class Landing:
                 waiting.pop(name)
             wanted = list(self._of(file, [*ready, *waiting]))
             if wanted:
-                self._require_room(writer, i)
-                self._land(file, done)
+                self._land(file, writer, done)
                 for name in ready:
                     if name == _TIED:
                         assert tied is not None
@@ -105,7 +104,7 @@ class Landing:
     def _path(self, file: RemoteFile) -> Path:
         return self._folder / Path(file.name).name
 
-    def _land(self, file: RemoteFile, before: int) -> None:
+    def _land(self, file: RemoteFile, writer: Writer, before: int) -> None:
         path = self._path(file)
         if path.is_symlink() and path.exists():
             return
@@ -113,6 +112,7 @@ class Landing:
         target = cached or self._landed / path.name
         if cached is None and not target.is_file():
             self._landed.mkdir(exist_ok=True)
+            self._require_room(file, writer)
             self._repository.download(
                 file.name, target, lambda have: self._progress(before + have, self._total)
             )
@@ -136,10 +136,7 @@ class Landing:
                 self._kept.add(path.name)
             self._reopen()
 
-    def _require_room(self, writer: Writer, index: int) -> None:
-        file = self._files[index]
-        if self._path(file).is_symlink():
-            return
+    def _require_room(self, file: RemoteFile, writer: Writer) -> None:
         have = sum(p.lstat().st_blocks * 512 for p in self._landed.glob(f"{Path(file.name).name}*"))
         wanted = max(file.size - have, 0) + writer.total_bytes - writer.written_bytes + _MARGIN
         free = shutil.disk_usage(self._folder).free

@@ -33,6 +33,7 @@ _FIRST = 16 << 10  # of a file with a header, what is asked for at once
 _FIRST_GGUF = 8 << 20  # it has the vocabulary too
 _MOST_HEADER = 100_000_000
 _AT_ONCE = 8
+_BLOCK = 16 << 20
 _QUANT = re.compile(r"[-._/]((?:UD-)?(?:I?Q\d\w*|TQ\d\w*|BF16|F16|F32|MXFP4\w*))(?:[-._/]|$)", re.I)
 _PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -149,7 +150,8 @@ def write_hollow(
             with open(place.path, "rb") as source:
                 source.seek(place.start)
                 file.seek(place.start)
-                file.write(source.read(place.stop - place.start))
+                for at in range(place.start, place.stop, _BLOCK):
+                    file.write(source.read(min(_BLOCK, place.stop - at)))
         file.flush()
         os.ftruncate(file.fileno(), size)
     os.replace(new, path)

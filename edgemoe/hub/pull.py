@@ -98,6 +98,9 @@ def _pull(
     chosen = choose(repository, name)
     if chosen.note:
         say(f"{name}: {chosen.note}")
+    unsummed = [f.name for f in (*chosen.small, *chosen.weights) if not f.sum]
+    if unsummed:
+        say(f"{name}: there are no sums of {len(unsummed)} files: only their sizes are checked")
     origin = _origin(repository, chosen)
     if out.is_file() and _files(out) == origin["files"]:
         say(f"{name}: is here, and the hub has no other")

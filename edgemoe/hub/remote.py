@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from edgemoe.errors import EdgemoeError, shortened
+from edgemoe.file.whole import named
 
 __all__ = ["HubError", "RemoteFile", "Repository", "is_sound"]
 
@@ -58,7 +60,10 @@ class Repository:
         with self._said(""):
             from huggingface_hub import HfApi
 
-            info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
+            try:
+                info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=30)
+            except (AttributeError, KeyError, TypeError, json.JSONDecodeError):
+                raise HubError(f"{repo}: {_endpoint()} does not answer as a hub does") from None
         self.commit = str(info.sha)
         self.files: Mapping[str, RemoteFile] = {
             s.rfilename: RemoteFile(
@@ -111,7 +116,7 @@ class Repository:
         """
         file = self.files[name]
         part = path.with_name(f"{path.name}.{file.sum[:16]}.part")
-        with open(part, "a+b") as out:
+        with named(part), open(part, "a+b") as out:
             digest = _Sum(file)
             out.seek(0)
             while block := out.read(_BLOCK):

@@ -268,6 +268,32 @@ def test_what_hugging_face_s_cache_has_is_used_and_stays(hub, tmp_path, monkeypa
         fetch()
 
 
+def test_a_folder_that_cannot_be_written_is_one_line(hub, tmp_path, monkeypatch) -> None:
+    save(hub)
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("EDGEMOE_MODELS", str(tmp_path / "file/models"))
+    with pytest.raises(OSError, match="file/models"):
+        fetch()
+    monkeypatch.setenv("EDGEMOE_MODELS", str(tmp_path / "models"))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(PermissionError, match=r"cannot be written: '.*models/user'"):
+        fetch()
+    assert hub.requests == []
+
+
+def test_a_hub_without_sums_is_said(hub, tmp_path, monkeypatch) -> None:
+    source = save(hub)
+    sibling = hubs._sibling
+
+    def without(*a):
+        return {k: v for k, v in sibling(*a).items() if k in ("rfilename", "size")}
+
+    monkeypatch.setattr(hubs, "_sibling", without)
+    path, lines = fetch()
+    assert lines == ["user/tiny: there are no sums of 14 files: only their sizes are checked"]
+    assert_as_converted(path, source, tmp_path)
+
+
 ENTRY = [sys.executable, "-m", "edgemoe"]
 
 
