@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgemoe.cli.console import note, run_command
+from edgemoe.cli.names import model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 
@@ -44,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from edgemoe.file.format import open_moe
 
-    moe, levels = open_moe(args.model), {"bits": args.bits, "dense_bits": args.dense_bits}
+    moe, levels = (
+        open_moe(model_path(str(args.model))),
+        {"bits": args.bits, "dense_bits": args.dense_bits},
+    )
     is_gguf = args.out.suffix == ".gguf"
     if args.type is not None and not is_gguf:
         raise ValueError("--type: is of GGUF files, whose names end with .gguf")

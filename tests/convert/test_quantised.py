@@ -438,6 +438,11 @@ NIBBLES = torch.zeros(2, 16, dtype=torch.uint8)
         ),
         (
             compressed("pack-quantized", **INT4),
+            packed_int4() | {"a.weight_shape": torch.tensor([0, 0])},
+            "a.weight_shape: is 0, as where the weights have not been fetched",
+        ),
+        (
+            compressed("pack-quantized", **INT4),
             packed_int4() | {"a.weight": torch.ones(1)},
             "a.weight: is stored twice",
         ),

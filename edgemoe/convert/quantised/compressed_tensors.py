@@ -118,6 +118,11 @@ def _add_packed(
     expect_dtype(size, "I64", "I32")
     expect(size, (2,))
     rows, columns = (int(n) for n in size.raw())
+    if not rows:
+        raise FormatError(
+            f"{size.path}: {shortened(size.name)}: is 0, as where the weights have not been fetched; shapes of packed "
+            "weights lie among these: hf download fetches all, and edgemoe convert takes the folder"
+        )
     bits = next((b for b in widths if codes.shape == (rows, -(-columns * b // 32))), 0)
     if bits == 0:
         raise FormatError(
