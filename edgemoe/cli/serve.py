@@ -99,12 +99,13 @@ def _run(args: Namespace, settings: Settings) -> int:
     set_up_logging(verbose=args.verbose)
     from edgemoe.file.format import open_moe
     from edgemoe.runtime.opening import open_model
+    from edgemoe.serve.loading import Loading
     from edgemoe.serve.server import listen, serve
     from edgemoe.text.sampler import SamplingParams
 
     dataclasses.replace(SamplingParams(), **sampling_flags(args))  # before the model is loaded
     door = listen(settings)
-    with door:
+    with door, Loading(door, settings) as loading:
         args.model = model_path(fetched(args), converts=True)
         if args.max_quality_loss is not None:
             note(f"# {pick(args, context=args.ctx_size or None)}")
@@ -124,6 +125,7 @@ def _run(args: Namespace, settings: Settings) -> int:
         def ready(service: Service, port: int, _: object) -> None:
             _welcome(args, settings, service, port)
 
+        loading.close()
         return serve(
             opened, settings, door, name=Path(args.model).stem, sampling=sampling, ready=ready
         )

@@ -20,6 +20,8 @@ from served import running, started
 
 import edgemoe
 from edgemoe.errors import FormatError
+from edgemoe.serve.loading import Loading
+from edgemoe.serve.server import listen
 from edgemoe.serve.settings import Settings
 
 ASK = [{"role": "user", "content": "Say it."}]
@@ -342,3 +344,23 @@ def test_conversations_outlive_the_server(tiny_moe, tmp_path):
         assert usage["prompt_tokens_details"]["cached_tokens"] == kept
     assert said[0]["choices"] == said[1]["choices"]
     assert said[0]["edgemoe"]["logits_hash"] == said[1]["edgemoe"]["logits_hash"]
+
+
+def test_who_comes_while_the_model_loads_is_told(tiny_moe):
+    settings = Settings(port=0)
+    with listen(settings) as door, Loading(door, settings) as loading:
+        url = f"http://127.0.0.1:{door.getsockname()[1]}"
+        health = httpx.get(f"{url}/health")
+        assert (health.status_code, health.json()) == (503, {"status": "loading model"})
+        assert int(health.headers["retry-after"]) >= 1
+        done = httpx.post(f"{url}/v1/messages", json=chat("x" * 100_000))
+        assert done.status_code == 503
+        assert done.json()["error"]["type"] == "overloaded_error"
+        assert httpx.post(f"{url}/v1/chat/completions", json=chat()).json()["error"]["message"]
+        assert httpx.get(f"{url}/health", headers={"Host": "evil.com"}).status_code == 403
+        loading.close()
+        with socket.create_connection(
+            door.getsockname()
+        ):  # who comes now is not refused, but waits
+            taken, _ = door.accept()
+            taken.close()

@@ -1,0 +1,90 @@
+"""Answers who comes before the model is loaded: that it loads, and when to come again."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import TracebackType
+from typing import Any
+
+import msgspec
+
+from edgemoe.serve.problems import Problem
+from edgemoe.serve.settings import Settings
+
+__all__ = ["Loading"]
+
+_AGAIN = 2  # seconds
+_MOST_READ = 1 << 20  # bytes of a body, so that a client has sent it before it is answered
+
+
+class Loading:
+    """Answers 503 at an open port until it is closed. Also a context manager."""
+
+    def __init__(self, door: socket.socket, settings: Settings) -> None:
+        """Starts; `door` is of `listen`, and stays open."""
+        handler = type("Handler", (_Handler,), {"settings": settings})
+        address = door.getsockname()[:2]
+        self._server = ThreadingHTTPServer(address, handler, bind_and_activate=False)
+        self._server.daemon_threads = True
+        self._server.socket.close()  # its own, which was not bound
+        self._server.socket = door
+        door.listen()
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), name="edgemoe-loading", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends; who comes from now on waits for who takes the port next."""
+        if self._thread is not None:
+            self._server.shutdown()
+            self._thread.join()
+            self._thread = None
+
+    def __enter__(self) -> Loading:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:  # fmt: skip
+        self.close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 5
+    settings: Settings
+
+    def _answer(self) -> None:
+        if not self.settings.takes_host(self.headers.get("Host", "")):
+            self._say(Problem(403, "Host: this server is not for that name"))
+        elif self.path in ("/health", "/v1/health"):
+            self._say(Problem(503, ""), {"status": "loading model"})
+        else:
+            self._say(Problem(503, "the model is loading"))
+
+    do_GET = do_HEAD = do_POST = do_OPTIONS = _answer  # noqa: N815 (names of the library)
+
+    def _say(self, problem: Problem, body: dict[str, Any] | None = None) -> None:
+        if body is None:
+            body = problem.body(is_messages=self.path.startswith("/v1/messages"))
+        text = msgspec.json.encode(body)
+        length = self.headers.get("Content-Length", "0")
+        with contextlib.suppress(OSError):
+            if length.isdecimal():
+                self.rfile.read(min(int(length), _MOST_READ))
+            self.send_response_only(problem.status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.send_header("Retry-After", str(_AGAIN))
+            self.send_header("Connection", "close")
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(text)
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
