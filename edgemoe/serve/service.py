@@ -158,7 +158,7 @@ class Service:
         ids = self.encoded(text, "messages", add_special=not self.tokenizer.has_chat_template)
         opener = (self.form.reasoning or ("",))[0]
         is_reasoning = (
-            bool(opener) and not self.form.is_channelled and text.rstrip().endswith(opener)
+            bool(opener) and not self.form.is_channelled and text.rstrip().endswith(opener.rstrip())
         )
         ask = Ask(
             ids=ids, params=params, choices=wanted.choices, top=wanted.top, ignored=wanted.ignored,

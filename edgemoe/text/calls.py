@@ -9,13 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 __all__ = [
-    "CHANNEL_MARKS", "ToolCall", "channel", "deepseek", "in_channel", "json_calls", "kimi", "markers",
-    "mistral", "recipient", "tagged",
+    "CHANNEL_MARKS", "GEMMA_QUOTE", "ToolCall", "channel", "deepseek", "gemma", "in_channel", "json_calls", "kimi",
+    "markers", "mistral", "recipient", "tagged",
 ]  # fmt: skip
 
 CHANNEL_MARKS = (
     "<|channel|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|constrain|>",
 )  # fmt: skip
+
+GEMMA_QUOTE = '<|"|>'
 
 Schemas = Mapping[str, Any]
 
@@ -130,6 +132,20 @@ def deepseek(text: str, schemas: Schemas) -> list[ToolCall] | None:
             return None
         calls.append(ToolCall(name, checked))
     return calls or None
+
+
+def gemma(text: str, schemas: Schemas) -> list[ToolCall] | None:
+    """Reads Gemma's call, call:name{key:value}: keys are bare, and texts stand between marks of their own."""
+    match = re.fullmatch(r"\s*call:([\w.-]+)\s*(\{.*\})\s*", text, re.S)
+    if match is None:
+        return None
+    arguments = _object(match[2])
+    if arguments is None:
+        parts = match[2].split(GEMMA_QUOTE)
+        parts[1::2] = [json.dumps(part, ensure_ascii=False) for part in parts[1::2]]
+        parts[::2] = [re.sub(r"([{,]\s*)([\w.-]+)(\s*:)", r'\1"\2"\3', p) for p in parts[::2]]
+        arguments = _object("".join(parts))
+    return None if arguments is None else [ToolCall(match[1], arguments)]
 
 
 def kimi(text: str, schemas: Schemas) -> list[ToolCall] | None:

@@ -52,18 +52,22 @@ class ReplyFormat:
     """The words around reasoning."""
     is_channelled: bool = False
     """Everything stands in channels, as gpt-oss writes; `read` gets a channel's head and text."""
+    inner: tuple[str, ...] = ()
+    """Further words inside of calls."""
 
     def markers(self, *, tools: bool) -> tuple[str, ...]:
         """Returns the words that a parser has to see, also where they are tokens that are not shown."""
         if self.is_channelled:
             return calls.CHANNEL_MARKS
         words = [*(self.reasoning or ())]
+        words += [mark for word in words for mark in calls.markers(word)]
         if tools:
             words += [
                 *calls.markers(self.before),
                 *calls.markers(self.after),
                 self.opener,
                 self.closer,
+                *self.inner,
             ]
         return tuple(dict.fromkeys(w for w in words if w))
 
@@ -87,6 +91,11 @@ FORMATS = (
         closer="<｜tool▁calls▁end｜>", read=calls.deepseek, reasoning=_THINK,
         before="<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{name}<｜tool▁sep｜>",
         after="<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+    ),
+    ReplyFormat(
+        name="gemma4", signs=("<|tool_call>",), opener="<|tool_call>", closer="<tool_call|>",
+        read=calls.gemma, reasoning=("<|channel>thought\n", "<channel|>"), inner=(calls.GEMMA_QUOTE,),
+        before="<|tool_call>call:{name}", after="<tool_call|>",
     ),
     ReplyFormat(
         name="granite3", signs=("<|tool_call|>",), opener="<|tool_call|>", closer="",

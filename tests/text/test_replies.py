@@ -49,6 +49,9 @@ REPLIES = [
      'commentary json<|message|>{"city": "Paris", "days": 3}<|call|>', "Think.", "", [PARIS]),
     ("harmony", "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
      "Hm", "Yes.", []),
+    ("gemma4", '<|channel>thought\nHm.\n<channel|>I look.<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:3}'
+     "<tool_call|>", "Hm.", "I look.", [PARIS]),
+    ("gemma4", f"<|tool_call>call:get_weather{json.dumps(PARIS)}<tool_call|>", "", "", [PARIS]),
     *[(name, "Plain  text, {with} <marks> [and] all. \n", "", "Plain  text, {with} <marks> [and] all. \n", [])
       for name in BY_NAME],
 ]  # fmt: skip
@@ -146,3 +149,45 @@ def test_no_text_is_too_much(form, parts, is_reasoning, size):
         )
         == whole
     )
+
+
+ODD = {"city": 'A "b": {c: 1}, <d>', "days": -2}
+THEIRS = [
+    ("qwen3_moe", "tagged", [
+        REPLIES[0][1], REPLIES[1][1], "No call.", f"<think>\na\n</think>\n\n<tool_call>\n{CALL}\n</tool_call>\n",
+        f"<tool_call>{json.dumps({'name': 'get_weather', 'arguments': ODD})}</tool_call>",
+    ]),
+    ("qwen3_5_moe", "tagged", [
+        REPLIES[2][1], f"<think>\nb\n</think>\n\nSo.\n\n{REPLIES[2][1]}\n{REPLIES[2][1]}",
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nNew\nYork\n</parameter>\n</function>\n</tool_call>",
+    ]),
+    ("gemma4", "gemma4", [
+        '<|channel>thought\nHm.\n<channel|>I look.<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:3}'
+        "<tool_call|>",
+        '<|tool_call>call:noop{a:{b:[1,<|"|>x, y: "z"<|"|>],c:null},d:true}<tool_call|>',
+        "<|tool_call>call:noop{}<tool_call|><|tool_call>call:get_weather{days:1}<tool_call|>", "No call.",
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "text"), [(kind, name, text) for kind, name, texts in THEIRS for text in texts]
+)
+def test_a_reply_is_what_transformers_reads(kind, name, text):
+    from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS as TEMPLATES_OF
+    from transformers.utils.chat_parsing import parse_response
+
+    template = next(t for kinds, t in TEMPLATES_OF.items() if kind in kinds)
+    start = template["start_anchor"]
+    tools = [
+        {"type": "function", "function": {"name": n, "parameters": p}} for n, p in SCHEMAS.items()
+    ]
+    theirs = parse_response(
+        text, template, prefix=start if isinstance(start, str) else start[0], tools=tools
+    )
+    reasoning, content, calls = taken(BY_NAME[name], [text])
+    assert reasoning == theirs.get("reasoning_content", "").strip()
+    assert content == theirs.get("content", "").strip()
+    expected = [call["function"] for call in theirs.get("tool_calls", [])]
+    assert [c.name for c in calls] == [f["name"] for f in expected]
+    assert [json.loads(c.arguments) for c in calls] == [f["arguments"] for f in expected]
