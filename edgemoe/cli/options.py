@@ -191,6 +191,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
     text = parser.add_argument_group("text")
     _add_switch(text, "--no-history", help="do not keep what is typed in a chat for the next one")
+    _add(text, "--json-schema", metavar="FILE|TEXT", help="the reply is JSON of this schema, whatever the model")
     _add_switch(text, "--raw", help="no chat template: the model continues the text")
     _add_switch(text, "--ignore-eos", help="go on where the model would end its reply")
     _add(text, "-r", "--stop", "--reverse-prompt", action=_Collect, default=[], metavar="TEXT",

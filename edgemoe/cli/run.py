@@ -20,6 +20,7 @@ from edgemoe.cli.console import (
 )
 from edgemoe.cli.engine import engine_flags, sampling_flags
 from edgemoe.cli.foreign import without_foreign
+from edgemoe.cli.form import keep_to, schema_of, schema_room
 from edgemoe.cli.measured import check, cost, pick
 from edgemoe.cli.names import demo_model, fetched, model_path
 from edgemoe.cli.options import run_parser, unknown_variables
@@ -74,9 +75,10 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "edgemoe-run") -> int
                 check(args)
             if args.warm and args.profile is None:
                 raise ValueError("--warm: expected --profile FILE, which says what to load")
+            schema = None if args.json_schema is None else schema_of(args.json_schema)
         except ValueError as error:
             parser.error(str(error))
-        code = _run(args)
+        code = _run(args, schema)
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -91,7 +93,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "edgemoe-run") -> int
         drop_stdout()
 
 
-def _run(args: Namespace) -> int:
+def _run(args: Namespace, schema: object) -> int:
     if sys.stdout is None:
         raise ValueError("stdout is closed; expected somewhere to write the reply")
     set_up_logging(verbose=args.verbose)
@@ -121,6 +123,8 @@ def _run(args: Namespace) -> int:
     from edgemoe.runtime.engine import Engine
     from edgemoe.runtime.options import EngineOptions
 
+    if schema is not None:
+        args.ram = schema_room(args.ram, args.model)
     given = {"context": args.ctx_size or None, "trace": args.trace, "profile": args.profile}
     with Engine(args.model, EngineOptions(**engine_flags(args, **given))) as engine:
         for line in engine.notes:
@@ -141,6 +145,8 @@ def _run(args: Namespace) -> int:
             note(f"# {line}")
         params = _sampling(args, engine.sampling)
         chat = Chat(engine, system=args.system_prompt, params=params, raw=args.raw)
+        if schema is not None:
+            keep_to(engine, chat, schema)
         if chat.is_raw and not args.raw:
             note("# the model has no chat template: it continues your text instead of answering it")
         if session is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 from edgemoe.errors import FormatError, quoted
 from edgemoe.file.parse import parse_json
 from edgemoe.file.whole import write_whole
+from edgemoe.runtime.requests import Constraint
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.stops import ReplyText
 from edgemoe.text.tokenizer import Tokenizer
@@ -50,7 +51,9 @@ class TextEngine(Protocol):
     def lend(self, size: int) -> None:
         """Makes room for `size` bytes that are needed until the next `generate`."""
 
-    def generate(self, ids: Sequence[int], params: SamplingParams) -> Iterator[int]:
+    def generate(
+        self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None = None
+    ) -> Iterator[int]:
         """Yields the tokens that follow `ids`, without the one that ends the reply."""
 
 
@@ -93,6 +96,8 @@ class Chat:
         self._messages = list(self._system)
         self._finish: Literal["stop", "length", "context"] | None = None
         self._reply: Generator[str, None, None] | None = None
+        self.constraint: Callable[[list[int]], Constraint] | None = None
+        """Makes what each reply keeps to, from its prompt's tokens."""
 
     @property
     def messages(self) -> list[Message]:
@@ -201,7 +206,8 @@ class Chat:
         # A file may name only the base model's end token, while turns end with another.
         ends = () if params.ignore_eos or self._is_raw else self._tokenizer.eos_ids
         # Stop texts are looked for here, in the text as it is shown.
-        generator = self._engine.generate(ids, replace(params, stop=()))
+        more = () if self.constraint is None else (self.constraint(ids),)
+        generator = self._engine.generate(ids, replace(params, stop=()), *more)
         with contextlib.closing(generator):  # type: ignore[type-var]
             for token in generator:
                 if token in ends:

@@ -18,6 +18,7 @@ from edgemoe.runtime.meter import Stats
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
+from edgemoe.runtime.requests import Constraint
 from edgemoe.runtime.sequence import Sequence, token_ids
 from edgemoe.scheduler import Scheduler
 from edgemoe.text.sampler import SamplingParams
@@ -195,7 +196,7 @@ class Engine:
 
     def generate(
         self, ids: abc.Sequence[int], params: SamplingParams | None = None, *,
-        is_cancelled: abc.Callable[[], bool] | None = None,
+        constraint: Constraint | None = None, is_cancelled: abc.Callable[[], bool] | None = None,
     ) -> Iterator[int]:  # fmt: skip
         """Yields tokens as they are made, until an end token, a stop text, `max_tokens` or the end of the context.
 
@@ -206,6 +207,7 @@ class Engine:
         Args:
             ids: [T] the prompt, T from 1 to `context` - 1.
             params: how to sample; None for `sampling`.
+            constraint: says which tokens may come next; None for all.
             is_cancelled: asked before each layer, of the prompt too; True ends the call with Cancelled.
 
         Raises:
@@ -226,18 +228,18 @@ class Engine:
             # The last token is always computed, for its logits.
             cached = sequence.begin(tokens, kept=len(tokens) - 1)
             sequence.is_cancelled = is_cancelled
-        return self._generate(tokens[cached:], params, sequence.call)
+        return self._generate(tokens[cached:], params, constraint, sequence.call)
 
     def _generate(
-        self, tokens: NDArray[np.int32], params: SamplingParams, call: int
-    ) -> Iterator[int]:
+        self, tokens: NDArray[np.int32], params: SamplingParams, constraint: Constraint | None, call: int
+    ) -> Iterator[int]:  # fmt: skip
         """Yields the reply after a prompt, of which `tokens` are to be computed."""
         eos = frozenset() if params.ignore_eos else self._eos
         text = None
         if params.stop and self.tokenizer is not None:
             text = ReplyText(self.tokenizer, params.stop, continues=True)
         with self._alone(call) as sequence:
-            sequence.reply(params)
+            sequence.reply(params, constraint)
             sequence.state.begin_turn(sequence.state.length + len(tokens))
             sequence.prompt(tokens, sequence.row)
             limit = self.context - sequence.state.length
@@ -247,7 +249,10 @@ class Engine:
         for made in range(1, limit + 1):
             if token in eos:
                 return
+            is_complete = constraint is not None and constraint.take(token)
             yield token
+            if is_complete:
+                return
             if text is not None:
                 text.push(token)
                 if text.is_stopped:

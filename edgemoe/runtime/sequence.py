@@ -14,6 +14,7 @@ from edgemoe.errors import quoted
 from edgemoe.model import Batch, SequenceState
 from edgemoe.runtime.meter import Meter
 from edgemoe.runtime.model import Model
+from edgemoe.runtime.requests import Constraint
 from edgemoe.text.sampler import Sampler, SamplingParams
 
 __all__ = ["Sequence", "shared_length", "token_ids"]
@@ -34,6 +35,7 @@ class Sequence:
         """Of the call; see `Batch.is_cancelled`."""
         self._model = model
         self._sampler = Sampler(SamplingParams())
+        self._constraint: Constraint | None = None
         self._start = 0.0
 
     def begin(self, tokens: NDArray[np.int32], *, kept: int) -> int:
@@ -82,15 +84,17 @@ class Sequence:
         self.evaluate(tokens, out)
         self.meter.prompt(len(tokens), known, time.perf_counter() - start)
 
-    def reply(self, params: SamplingParams) -> None:
-        """A reply begins, which is sampled so."""
+    def reply(self, params: SamplingParams, constraint: Constraint | None = None) -> None:
+        """A reply begins, which is sampled so, of the tokens that a constraint allows."""
+        self._constraint = constraint
         self._sampler = Sampler(params)
         self._start = time.perf_counter()
 
     def sample(self) -> int:
         """Returns the next token of the reply, from the last logits."""
         self.meter.hash(self.row[0])
-        token = self._sampler.sample(self.row[0], self.state.ids)
+        mask = None if self._constraint is None else self._constraint.allowed()
+        token = self._sampler.sample(self.row[0], self.state.ids, allowed=mask)
         self.meter.token(time.perf_counter() - self._start)
         return token
 

@@ -1,0 +1,81 @@
+"""`--json-schema`: a reply that keeps to a form."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgemoe.runtime.chat import Chat
+    from edgemoe.runtime.engine import Engine
+    from edgemoe.runtime.requests import Constraint
+
+__all__ = ["keep_to", "schema_of", "schema_room"]
+
+_LARGEST = 1 << 20  # bytes of a file
+
+
+def schema_of(given: str) -> object:
+    """Returns a JSON schema that stands on the command line, or in a file.
+
+    Raises:
+        ValueError: what came is no JSON object, or what it takes is not installed.
+        OSError: the file cannot be read.
+    """
+    text = given
+    if not given.lstrip().startswith("{"):
+        with open(given, encoding="utf-8") as file:
+            text = file.read(_LARGEST)
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"--json-schema: expected JSON, or a file of it; {error}") from None
+    if not isinstance(schema, dict):
+        raise ValueError("--json-schema: expected an object")
+    for name in ("llguidance", "msgspec"):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError('--json-schema: expected the extra: pip install "edgemoe[serve]"')
+    return schema
+
+
+def schema_room(ram: int | None, model: str) -> int:
+    """Returns what is left of the budget beside the masks of a model's vocabulary."""
+    from edgemoe.file.format import open_moe
+    from edgemoe.runtime.budget import default_ram
+    from edgemoe.serve.grammar import grammar_bytes
+
+    masks = grammar_bytes(open_moe(model).config.vocab_size)
+    return max((default_ram() if ram is None else ram) - masks, 1)
+
+
+def keep_to(engine: Engine, chat: Chat, schema: object) -> None:
+    """Makes replies of a chat keep to a schema; they do from where their reasoning ends.
+
+    Raises:
+        ValueError: it is none that can be kept to.
+    """
+    from edgemoe.serve.grammar import Grammars, Guide
+    from edgemoe.serve.problems import Problem
+    from edgemoe.text.replies import reply_format
+
+    tokenizer = engine.tokenizer
+    if tokenizer is None:
+        raise ValueError("--json-schema: the model has no tokenizer")
+    grammars = Grammars(
+        tokenizer, engine.config.vocab_size, sorted({*engine.config.eos_ids, *tokenizer.eos_ids})
+    )
+    try:
+        grammar = grammars.json_schema("--json-schema", schema)
+    except Problem as problem:
+        raise ValueError(problem.message) from None
+    form, _ = reply_format(tokenizer.chat_template)
+    words = form.reasoning if form.reasoning and not form.is_channelled else ("", "")
+    first, last = (tokenizer.token_id(word) if word else None for word in words)
+
+    def constraint(ids: list[int]) -> Constraint:
+        end = ids[-4:]  # how a template opens the reply
+        is_reasoning = first in end and last not in end and last is not None
+        return Guide(grammars, grammar, is_reasoning=is_reasoning, reasoning=(first, last))
+
+    chat.constraint = constraint
