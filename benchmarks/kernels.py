@@ -56,7 +56,12 @@ def main() -> None:
                 for scheme, ladder, rungs in levels:
                     matrices = [
                         _core.Nested.from_rungs(
-                            rungs, rows, cols, plane_widths(ladder), scheme.name
+                            rungs,
+                            rows,
+                            cols,
+                            plane_widths(ladder),
+                            scheme.name,
+                            scheme.row_scales,
                         )
                         for _ in range(count)
                     ]
