@@ -52,7 +52,7 @@ class TextEngine(Protocol):
         """Makes room for `size` bytes that are needed until the next `generate`."""
 
     def generate(
-        self, ids: Sequence[int], params: SamplingParams, constraint: Constraint | None = None
+        self, ids: Sequence[int], params: SamplingParams, *, constraint: Constraint | None = None
     ) -> Iterator[int]:
         """Yields the tokens that follow `ids`, without the one that ends the reply."""
 
@@ -206,8 +206,8 @@ class Chat:
         # A file may name only the base model's end token, while turns end with another.
         ends = () if params.ignore_eos or self._is_raw else self._tokenizer.eos_ids
         # Stop texts are looked for here, in the text as it is shown.
-        more = () if self.constraint is None else (self.constraint(ids),)
-        generator = self._engine.generate(ids, replace(params, stop=()), *more)
+        more = {} if self.constraint is None else {"constraint": self.constraint(ids)}
+        generator = self._engine.generate(ids, replace(params, stop=()), **more)
         with contextlib.closing(generator):  # type: ignore[type-var]
             for token in generator:
                 if token in ends:
