@@ -75,6 +75,8 @@ class Writer:
             OSError: the disk is too small (ENOSPC) or not writable, or another process is writing the file.
         """
         self._config = config
+        if calibration is not None and calibration.is_full:
+            scheme = scheme.fitted()
         self._scheme = scheme
         ladder = scheme.ladder(bits)
         if favour is not None and not scheme.can_favour:

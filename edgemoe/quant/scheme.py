@@ -83,6 +83,16 @@ class Scheme:
         """How many rows the bases of the section `basis` have; 0 for no such section."""
         return max((max(self.ranks(name), default=0) for name in SHARED), default=0)
 
+    def fitted(self) -> Scheme:
+        """Returns the scheme for weights that are fitted to products of their inputs.
+
+        Nested codes of 2 bits have row scales of their own then. Without products these gain nothing: on the trained MoE
+        KL at 2 bits 0.0671 without and 0.0691 with them (`edgemoe quality`, 16 windows of 256 tokens).
+        """
+        if self.quantize is not _quantize_nested:
+            return self
+        return replace(self, row_scales=nested.ROW_SCALES, quantize=_quantize_fitted)
+
     def cut(self, dense: int, experts: int) -> Scheme:
         """Returns the scheme with corrections of the first rungs alone: so many of dense matrices and of experts."""
         ranks = {
@@ -125,9 +135,19 @@ def _quantize_nested(
     favour: int | None = None,
     threads: int,
 ) -> list[NDArray[np.uint8]]:
+    return nested.quantize(w, ladder, second_moments=second_moments, favour=favour, threads=threads)
+
+
+def _quantize_fitted(
+    w: NDArray[np.float32],
+    ladder: Sequence[int],
+    *,
+    second_moments: NDArray[np.float32] | None,
+    favour: int | None = None,
+    threads: int,
+) -> list[NDArray[np.uint8]]:
     return nested.quantize(
-        w, ladder, second_moments=second_moments, favour=favour,
-        row_scales=nested.ROW_SCALES, threads=threads,
+        w, ladder, second_moments=second_moments, favour=favour, row_scales=nested.ROW_SCALES, threads=threads,
     )  # fmt: skip
 
 
@@ -143,7 +163,6 @@ SCHEMES = {
             nested.rung_bytes,
             _quantize_nested,
             True,
-            nested.ROW_SCALES,
         ),
         Scheme(
             "mwq",

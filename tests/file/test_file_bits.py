@@ -29,7 +29,7 @@ from edgemoe.lab.bits.allocate import Settings, allocate
 from edgemoe.lab.bits.calibrate import calibrate
 from edgemoe.lab.report.levels import levels
 from edgemoe.lab.routing.replay import Tape, replay, setting
-from edgemoe.quant import ROW_SCALES, SCHEMES, Allocation, Calibration, quantize
+from edgemoe.quant import SCHEMES, Allocation, Calibration, quantize
 from edgemoe.runtime.trace import read
 from edgemoe.scheduler import OnDemand
 from edgemoe.store import ExpertStore, all_expert_bytes, expert_bytes
@@ -41,7 +41,7 @@ SCHEDULERS = ("on-demand", "auto", "expertwise", "expertflow")
 
 
 def quantize_whole(w, ladder, *, favour, **more):
-    return quantize(w, row_scales=ROW_SCALES, **more)[: len(ladder)]
+    return quantize(w, **more)[: len(ladder)]
 
 
 WHOLE = dataclasses.replace(SCHEMES["nested"], quantize=quantize_whole)

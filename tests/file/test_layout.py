@@ -46,7 +46,7 @@ def test_records_follow_each_other_at_multiples_of_the_alignment(config):
 
 
 def test_the_sizes_are_those_of_the_specification(config):
-    places = layout(config).places
+    places = layout(config, scheme=SCHEMES["nested"].fitted()).places
     assert places["norm"] == Place(places["norm"].offset, (4 * 96,))
     # [264, 96]: 17 blocks of rows, 2 of columns; a plane of one bit takes 128 bytes a tile, scales 64, and each row 2
     # for 2 bits and 2 for the rest.
@@ -54,6 +54,7 @@ def test_the_sizes_are_those_of_the_specification(config):
     assert places["embed"].sizes == (
         tiles * (256 + 64) + 9 * 64, tiles * 128 + 9 * 64, tiles * 128, tiles * 256, tiles * 256,
     )  # fmt: skip
+    assert layout(config).places["embed"].sizes[1] == tiles * 128
     assert layout(config, ladder=(2, 3, 4), scheme=MWQ).places["norm"].sizes == (4 * 96,)
 
 
