@@ -11,6 +11,7 @@ is not used; what is damaged is removed, and computed again. A disk that is full
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -138,10 +139,14 @@ class PrefixStore:
         path = self._folder / f"{secrets.token_hex(8)}.prefix"
         meta = {"edgemoe_prefix": _VERSION, "identity": self._identity, "turned": str(state.turned)}
         try:
+            os.close(
+                os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            )  # what replaces it keeps its mode
             write_summed(path, tensors, meta)
-            path.chmod(0o600)
             found = path.stat()
         except OSError as error:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             if not self._is_full:  # once: it costs nothing but time
                 logger.warning("a prefix of %d tokens is not saved: %s", len(ids), error)
             self._is_full = True

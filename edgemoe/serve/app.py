@@ -96,7 +96,7 @@ def make_app(service: Service) -> Starlette:
     middleware.append(Middleware(_Key, service=service))
     handlers: dict[Any, Any] = {
         Problem: _problem, HTTPException: _http_problem, Exception: _server_problem,
-        ClientDisconnect: _gone,
+        ClientDisconnect: _gone, RecursionError: _too_deep,
     }  # fmt: skip
     app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)
     app.state.service = service
@@ -204,6 +204,10 @@ def _http_problem(request: Request, error: HTTPException) -> Response:
 def _server_problem(request: Request, error: Exception) -> Response:
     logger.error("%s: %s: %s", request.url.path, type(error).__name__, error, exc_info=error)
     return _said(Problem(500, "the server failed at this request"), request.url.path)
+
+
+def _too_deep(request: Request, error: RecursionError) -> Response:
+    return _said(Problem(400, "body: nested too deeply"), request.url.path)
 
 
 def _gone(request: Request, error: ClientDisconnect) -> Response:

@@ -21,6 +21,7 @@ __all__ = ["Grammars", "Guide", "grammar_bytes"]
 _LARGEST = 256 << 10  # characters of a schema or grammar
 _KEPT = 64
 _MOST_CALLS = 16  # of a reply that must call: a weak model does not find an end
+_NAMED, _VALUES = ("properties", "$defs", "definitions"), ("enum", "const", "default", "examples")
 _JOINED = ("allOf", "anyOf", "oneOf", "not", "if", "$ref", "unevaluatedProperties")
 """Words beside which a schema's own properties are not all."""
 _SPACE = r"[\x20\x0A]{0,12}"
@@ -183,10 +184,12 @@ def _closed(schema: Any) -> Any:
         return [_closed(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    out = {
-        key: value if key in ("enum", "const", "default", "examples") else _closed(value)
-        for key, value in schema.items()
-    }
+    out: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _NAMED and isinstance(value, dict):  # its keys are names, not words of a schema
+            out[key] = {name: _closed(inner) for name, inner in value.items()}
+        else:
+            out[key] = value if key in _VALUES else _closed(value)
     is_open = not ({"additionalProperties", "patternProperties", *_JOINED} & schema.keys())
     if isinstance(schema.get("properties"), dict) and "type" in schema and is_open:
         out["additionalProperties"] = False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import httpx2 as httpx
 import pytest
 from bodies import CHAT, CLAUDE, CODEX, COMPLETION, FORMS, OPENCODE
 
@@ -58,3 +59,16 @@ def test_whatever_is_wrong_is_refused_by_name(server, read, body):
                 assert problem.param or not at, (at, value, problem)
                 assert len(problem.message) < 1000
     assert refused
+
+
+@pytest.mark.parametrize("depth", [100, 400, 900, 5000])
+def test_what_is_nested_deeply_is_no_failure(server, depth):
+    schema = '{"type":"object","properties":{"a":' * depth + '{"type":"string"}' + "}}" * depth
+    ask = '{"max_tokens":1,"messages":[{"role":"user","content":"a"}],'
+    tool = f'{{"type":"function","function":{{"name":"f","parameters":{schema}}}}}'
+    for more in (
+        f'"tools":[{tool}],"tool_choice":"required"', f'"json_schema":{schema}', f'"chat_template_kwargs":{schema}',
+        f'"logit_bias":{schema}', f'"unknown":{schema}',
+    ):  # fmt: skip
+        done = httpx.post(f"{server.url}/v1/chat/completions", content=f"{ask}{more}}}", timeout=60)
+        assert done.status_code in (200, 400), done.text[:200]
