@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import statistics
 import subprocess
 import sys
@@ -23,10 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from browsers import browser, seen
 from served import started
 
-READER = (
-    "import sys, urllib.request as u\n"
-    "for i, _ in enumerate(u.urlopen(sys.argv[1])):\n    if i == 1: print(i, flush=True)"
-)
+READER = """
+import sys, urllib.request
+for i, _ in enumerate(urllib.request.urlopen(sys.argv[1])):
+    if i == 1:
+        print("there", flush=True)
+"""
 
 
 def rate(url: str, tokens: int) -> float:
@@ -70,8 +73,9 @@ def main() -> None:
     parser.add_argument("--browser", action="store_true")
     args = parser.parse_args()
     process, port = started(
-        str(args.model), "--port", "0", "--ram", args.ram, "-np", "2", "-c", "1024"
-    )
+        str(args.model), "--port", "0", "--ram", args.ram, "-np", "2", "-c", "1024",
+        "-t", str(os.cpu_count()),
+    )  # fmt: skip
     url = f"http://127.0.0.1:{port}"
     with contextlib.ExitStack() as stack:
         stack.callback(process.wait)

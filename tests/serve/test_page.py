@@ -74,6 +74,12 @@ def test_every_file_is_served_and_nothing_else(server):
     client.close()
 
 
+def test_every_file_is_in_the_package():
+    listed = (PAGE.parents[2] / "pyproject.toml").read_text()
+    assert '"edgemoe.serve" = ["page/*", "page/vendor/*"]' in listed
+    assert {p.parent for p in PAGE.rglob("*") if p.is_file()} == {PAGE, PAGE / "vendor"}
+
+
 def test_scripts_come_from_here_alone(server):
     policy = server.get("/", headers=HTML).headers["content-security-policy"]
     assert "default-src 'self'" in policy

@@ -78,6 +78,7 @@ export class Conversations {
   }
 
   async read(file) {
+    if (!file) return;
     try {
       const found = JSON.parse(await file.text()).messages;
       const isSound = found.every((m) => ["system", "user", "assistant"].includes(m.role) && typeof m.content === "string");

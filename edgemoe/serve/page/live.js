@@ -6,7 +6,7 @@ export class Live {
   constructor(place) {
     const field = (label, ...inputs) => h("label", { className: "field" }, h("span", {}, label), inputs);
     this.bits = h("input", { type: "range", min: 0, step: 1, oninput: () => this.tell(), onchange: () => this.put({ bits: this.chosen() }) });
-    this.shown = h("output", { htmlFor: "bits" });
+    this.shown = h("output");
     this.experts = h("input", { type: "number", min: 1, step: 1, onchange: () => this.put({ experts: Number(this.experts.value) }) });
     this.scheduler = h("select", { onchange: () => this.put({ scheduler: this.scheduler.value }) });
     this.options = h("input", { spellcheck: false, placeholder: "name=value, name=value", onchange: () => this.putOptions() });
