@@ -14,6 +14,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,6 +41,11 @@ def rate(url: str, tokens: int) -> float:
     }  # fmt: skip
     done = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=600)
     return float(done.json()["timings"]["predicted_per_second"])
+
+
+def cpu_s(pid: int) -> float:
+    """Returns how long the thread that answers has run; the engine's is another."""
+    return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 @contextlib.contextmanager
@@ -83,10 +89,14 @@ def main() -> None:
         chrome = stack.enter_context(browser()) if args.browser else None
         rate(url, args.n)  # warms
         alone, watched = [], []
+        loop: dict[bool, list[float]] = {True: [], False: []}
         for i in range(args.r):
             for with_viewer in (i % 2 == 0, i % 2 == 1):
                 with viewer(url, chrome) if with_viewer else contextlib.nullcontext():
+                    start, before = time.perf_counter(), cpu_s(process.pid)
                     (watched if with_viewer else alone).append(rate(url, args.n))
+                    spent = cpu_s(process.pid) - before
+                    loop[with_viewer].append(spent / (time.perf_counter() - start))
     ratios = [w / a for w, a in zip(watched, alone, strict=True)]
     print(
         f"alone {statistics.median(alone):.2f} tokens/s, watched {statistics.median(watched):.2f}"
