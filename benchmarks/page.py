@@ -97,6 +97,8 @@ def main() -> None:
                     (watched if with_viewer else alone).append(rate(url, args.n))
                     spent = cpu_s(process.pid) - before
                     loop[with_viewer].append(spent / (time.perf_counter() - start))
+    cpu = {who: 1000 * statistics.median(times) for who, times in loop.items()}
+    print(f"the thread that answers: {cpu[False]:.1f} ms a second alone, {cpu[True]:.1f} watched")
     ratios = [w / a for w, a in zip(watched, alone, strict=True)]
     print(
         f"alone {statistics.median(alone):.2f} tokens/s, watched {statistics.median(watched):.2f}"
