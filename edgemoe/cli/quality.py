@@ -21,6 +21,7 @@ from edgemoe.cli.progress import Progress
 from edgemoe.cli.reference import CHUNK, EXACT, reference
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
+from edgemoe.cli.tasks import add_flags, check_tasks, run_tasks
 from edgemoe.cli.values import bits_or_auto, ram_size
 from edgemoe.file.whole import write_whole
 
@@ -42,6 +43,11 @@ reference's, ± the standard error over pairs of the same tokens.
 What depends on what is resident is measured token by token with the memory that
 it is meant for, the exact run beside it:
   --ram 2GiB --decode --run on-demand --run hobbit --run on-demand miss_bits=4 --store
+
+With --tasks, a line of FILE.jsonl is {"prompt": TEXT, "answer": TEXT}, which is right
+if greedy decoding would write that text, or {"prompt": TEXT, "choices": [TEXT, …],
+"answer": N}, which is right if choice N (0 is the first) is the likeliest. "task"
+names what it is counted under. The reference is then BITS or FILE.moe.
 
 --reference is one of
   BITS        a level of the same file (default: the highest)
@@ -84,6 +90,8 @@ def _run(args: argparse.Namespace) -> int:
     moe = open_moe(args.model)
     sizes = levels(moe)
     trials = _trials(args, moe)
+    if args.tasks is not None:
+        return run_tasks(args, moe, trials)
     rows: list[dict[str, Any]] = []
     code = 0
     with ExitStack() as stack:
@@ -157,6 +165,8 @@ def _check(args: argparse.Namespace) -> None:
     from edgemoe.model import KvTypes
 
     KvTypes(args.cache_type_k, args.cache_type_v)
+    if args.tasks is not None:
+        check_tasks(args)
     for path in (args.json, args.plot):
         check_output(path, args.model, args.text, args.reference and Path(args.reference))
     if args.store and args.model.exists() and not os.access(args.model, os.W_OK):
@@ -287,6 +297,7 @@ def _parser() -> argparse.ArgumentParser:
                             help=f"how {what} are kept: f16, f32 or q8_0 (default: f16)")  # fmt: skip
     parser.add_argument("--chunk", type=int, metavar="N", help=f"tokens of each (default: {CHUNK})")
     parser.add_argument("--chunks", type=int, metavar="N", help="how many (default: all)")
+    add_flags(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png",
                         help="draw KL over bits per weight (needs the extra `lab`)")  # fmt: skip
