@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
-from cffi import FFI
 
 from edgemoe import _core
 
@@ -28,13 +27,6 @@ __all__ = [
 ]
 
 _MEMBERSHIP, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-
-_ffi = FFI()
-_ffi.cdef("""
-    int malloc_trim(size_t pad);
-    int cuInit(unsigned int flags);
-    int cuDeviceGetCount(int *count);
-""")
 
 
 def process_bytes() -> int:
@@ -167,7 +159,6 @@ def memory_rate(threads: int, *, room: int) -> float:
 def trim() -> None:
     """Gives freed heap memory back to the system, where the C library can."""
     try:
-        libc: Any = _ffi.dlopen(None)
-        libc.malloc_trim(0)
+        ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # not glibc
         return
