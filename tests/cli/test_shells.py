@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def test_bash_completes(line, expected, scripts):
 def test_fish_completes(line, expected, scripts):
     code = f'source {line.split(" ")[0]}.fish; complete -C "{line}"'
     done = subprocess.run(["fish", "-N", "-c", code], capture_output=True, text=True, check=True,
-                          cwd=scripts, env={"HOME": str(scripts), "PATH": "/usr/bin:/bin"})  # fmt: skip
+                          cwd=scripts, env={"HOME": str(scripts), "PATH": os.environ["PATH"]})  # fmt: skip
     assert {found.split("\t")[0] for found in done.stdout.splitlines()} == expected
 
 
