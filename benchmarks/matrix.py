@@ -53,10 +53,19 @@ _WIDTHS = (
 )  # fmt: skip
 """256 of each, as Q4_K needs."""
 
+_DELTA: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"],
+    "full_attention_interval": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
 # What llama.cpp takes for granted, and what its formats do not hold.
 _CHANGES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"norm_topk_prob": False},
     "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_next": _DELTA,
+    "qwen3_5_moe": _DELTA,
     "gpt_oss": {
         "rope_parameters": {
             "rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0,
@@ -65,7 +74,7 @@ _CHANGES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": {"num_hidden_layers": 27},
     "llama4_text": {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1},
-    "ernie4_5_moe": {"moe_num_shared_experts": 1},
+    "ernie4_5_moe": {"moe_num_shared_experts": 1, "intermediate_size": 512},
     "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 11158840.0}},
 }  # fmt: skip
 
@@ -88,7 +97,7 @@ def ours(source: Any, texts: list[list[int]], out: Path) -> list[Run]:
     """Converts a source and runs the engine on texts."""
     seen, runs = Chosen(), []
     convert(source, out)
-    with edgemoe.load(out, ram="2GiB", observer=seen) as engine:
+    with edgemoe.load(out, ram="2GiB", threads=1, observer=seen) as engine:
         for ids in texts:
             seen.layers.clear()
             logits = engine.logits(ids)
