@@ -111,20 +111,22 @@ class Hub:
                 path = hub.root / repo / name
                 if revision != hub.commit(repo) or not path.is_file():
                     return self.finish_with(404, {"X-Error-Code": "EntryNotFound"})
-                content = path.read_bytes()
-                swapped = hub.swap.get(path.name, b"")
-                content = swapped + content[len(swapped) :]
-                start, stop = 0, len(content)
+                size = path.stat().st_size
+                start, stop = 0, size
                 if asked := re.fullmatch(r"bytes=(\d+)-(\d+)?", self.headers.get("Range", "")):
                     start, stop = int(asked[1]), min(int(asked[2] or stop) + 1, stop)
                 self.send_response(206 if asked else 200)
                 self.send_header("Content-Length", str(stop - start))
-                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
+                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
                 self.send_header("X-Repo-Commit", revision)
                 self.end_headers()
                 if is_head:
                     return None
-                return self.send(path.name, content[start:stop])
+                with open(path, "rb") as file:
+                    file.seek(start)
+                    content = file.read(stop - start)
+                swapped = hub.swap.get(path.name, b"")[start:stop]
+                return self.send(path.name, swapped + content[len(swapped) :])
 
             def send(self, name: str, content: bytes) -> None:
                 cut = hub.cut.get(name)
