@@ -163,11 +163,8 @@ void quantize_nested(ThreadPool& pool, const float* w, int rows, int cols, const
       if (!finite.load(std::memory_order_relaxed)) return;
       choose_scales(&b, objective);
       round_rows(&b, levels);
-      if (!objective.moments) {
-        refit_rows(&b, levels, objective);
-      } else if (objective.sweeps > 0) {
-        refine_rows(&b, levels, objective);
-      }
+      // Without products row scales stay alike: fitted to the weights alone they shorten rows, which costs quality.
+      if (objective.moments && objective.sweeps > 0) refine_rows(&b, levels, objective);
       int shift = 8, scale = 0;
       for (size_t r = 0; r < widths.size(); ++r) {
         uint8_t* out = outs[r];

@@ -64,9 +64,9 @@ inline float decoded(const RowBlock& b, const Level& level, int row, int column)
   return b.units[level.scale][row] * b.steps[group] * (position(code, level.bits) + b.middles[group]);
 }
 
-/// Gives the first scales of a row their least-squares values, the levels that share one weighted as ever, and tells by
-/// what factors they changed. `seen` [levels, 16, cols] is what the levels' weights are multiplied with: Wb moments.
-void fit_row_scales(RowBlock* b, const std::vector<Level>& levels, const std::vector<float>& seen, int count,
+/// Gives each scale of a row its least-squares value, the levels that share it weighted as ever, and tells by what
+/// factor it changed. `seen` [levels, 16, cols] is what the levels' weights are multiplied with: Wb moments.
+void fit_row_scales(RowBlock* b, const std::vector<Level>& levels, const std::vector<float>& seen,
                     float (*gains)[kTileRows]) {
   const Kernels& k = kernels();
   for (int r = 0; r < kTileRows; ++r) {
@@ -81,7 +81,7 @@ void fit_row_scales(RowBlock* b, const std::vector<Level>& levels, const std::ve
       wanted[levels[i].scale] += levels[i].weight * with_w;
       have[levels[i].scale] += levels[i].weight * with_itself;
     }
-    for (int s = 0; s < count; ++s) {
+    for (int s = 0; s < b->num_scales; ++s) {
       gains[s][r] = 1;
       const double gain = wanted[s] / have[s];
       if (!(gain > 0.5 && gain < 2)) continue;  // also where nothing uses it, or nothing is there
@@ -174,30 +174,12 @@ void refine_rows(RowBlock* b, const std::vector<Level>& levels, const Objective&
     float gains[kMaxRungs][kTileRows];
     std::vector<float>& seen = errors;
     for (size_t at = 0; at < seen.size(); ++at) seen[at] = gradients[at] + whole[at % level_size];
-    fit_row_scales(b, levels, seen, b->num_scales, gains);
+    fit_row_scales(b, levels, seen, gains);
     for (size_t at = 0; at < seen.size(); ++at) {
       const float gain = gains[levels[at / level_size].scale][at % level_size / size_t(cols)];
       gradients[at] = gain * seen[at] - whole[at % level_size];
     }
     descend(b, levels, o, &gradients);
-  }
-}
-
-void refit_rows(RowBlock* b, const std::vector<Level>& levels, const Objective& o) {
-  const int cols = b->cols;
-  std::vector<float> seen(levels.size() * kTileRows * size_t(cols));
-  for (int round = 0; b->num_scales > 1 && round < kFits; ++round) {
-    for (size_t i = 0; i < levels.size(); ++i) {
-      for (int r = 0; r < kTileRows; ++r) {
-        for (int c = 0; c < cols; ++c) {
-          seen[(i * kTileRows + r) * cols + c] = o.squares[c] * decoded(*b, levels[i], r, c);
-        }
-      }
-    }
-    float gains[kMaxRungs][kTileRows];
-    // The last one was chosen together with the groups' scales, and codes of 8 bits are best with it.
-    fit_row_scales(b, levels, seen, b->num_scales - 1, gains);
-    round_rows(b, levels);
   }
 }
 

@@ -37,7 +37,4 @@ void round_rows(RowBlock* b, const std::vector<Level>& levels);
 /// Refines codes for the error of the output, and row scales and codes in turns where a row has several.
 void refine_rows(RowBlock* b, const std::vector<Level>& levels, const Objective& o);
 
-/// The same without products of the inputs, where an error is not compensated by another.
-void refit_rows(RowBlock* b, const std::vector<Level>& levels, const Objective& o);
-
 }  // namespace edgemoe

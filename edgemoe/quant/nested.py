@@ -102,7 +102,7 @@ def quantize(
     With the full matrix of second moments the codes are then refined: coordinate descent on the squared error of the
     output, again summed over the levels. It is GPTQ's objective (arXiv 2210.17323) for all levels of one code; an
     error of one level is compensated where that costs the others least. Where levels have scales of rows of their
-    own, these are fitted by least squares, and the codes refined again.
+    own, these are fitted by least squares, and the codes refined again. Without products they stay alike.
 
     Args:
         w: [rows, cols], contiguous.

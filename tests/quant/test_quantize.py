@@ -145,13 +145,11 @@ def test_a_shorter_ladder_stores_a_prefix_of_the_same_code(calibrated, row_scale
     assert alone[0].tobytes() != whole[0].tobytes()
 
 
-@pytest.mark.parametrize("calibrated", [False, True])
-def test_row_scales_of_their_own_are_the_best_of_all(calibrated):
+def test_row_scales_of_their_own_are_the_best_of_all():
     """Of 2 bits: the row's error is least there, and less than with one scale for all levels."""
     w, x = weights(32, 128), inputs(2048, 128)
-    moments = (x.T @ x / len(x)).astype(np.float32) if calibrated else np.eye(128, dtype=np.float32)
-    given = moments if calibrated else None
-    rungs = quantize(w, second_moments=given, row_scales=ROW_SCALES)
+    moments = (x.T @ x / len(x)).astype(np.float32)
+    rungs = quantize(w, second_moments=moments, row_scales=ROW_SCALES)
     low = decode_rungs(rungs[:1], WIDTHS[:1], *w.shape, ROW_SCALES)
 
     def errors(decoded):
@@ -161,10 +159,23 @@ def test_row_scales_of_their_own_are_the_best_of_all(calibrated):
     for gain in (0.98, 1.02):
         assert (errors(gain * low) > here).mean() > 0.9  # codes were refined once more after it
         assert errors(gain * low).sum() > here.sum()
-    one = decode_rungs(quantize(w, LADDER[:1], second_moments=given), WIDTHS[:1], *w.shape)
+    one = decode_rungs(quantize(w, LADDER[:1], second_moments=moments), WIDTHS[:1], *w.shape)
     assert here.sum() < errors(one).sum()
     fine = decode_rungs(rungs, WIDTHS, *w.shape, ROW_SCALES)
     assert np.square(fine - w).sum() < 1e-3 * np.square(w).sum()
+
+
+@pytest.mark.parametrize("squares", [None, np.linspace(0.5, 2, 128, dtype=np.float32)])
+def test_without_products_row_scales_are_alike(squares):
+    """And the codes those of one scale: fitted to weights, rows get shorter, and models worse."""
+    w = weights(40, 128)
+    one = quantize(w, second_moments=squares)
+    two = quantize(w, second_moments=squares, row_scales=ROW_SCALES)
+    header = 2 * 64
+    assert np.array_equal(one[0], two[0])
+    assert np.array_equal(two[1][:header], one[0][:header])
+    assert np.array_equal(two[1][header:], one[1])
+    assert all(np.array_equal(a, b) for a, b in zip(one[2:], two[2:], strict=True))
 
 
 @pytest.mark.parametrize("calibrated", [False, True])
