@@ -551,6 +551,8 @@ void test_instruction_sets_agree(const ExpertFile& file) {
                          false,
                          1e-5f,
                          2.0f,
+                         0,
+                         0,
                          angles.data(),
                          angles.data() + T * head_dim / 2,
                          nullptr,
