@@ -124,7 +124,7 @@ class Writer:
             {k: _core.crc32c(v) for k, v in self._sections.items()},
             LEVEL_WEIGHTS.tolist(),
             ROUNDING_WEIGHTS.tolist(),
-            [self._scheme.name, self._scheme.row_scales],
+            [self._scheme.name, self._scheme.row_scales, layout.scheme.correction],
         ]
         return f"{_core.crc32c(json.dumps(plan, sort_keys=True).encode()):08x}"
 
