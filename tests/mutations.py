@@ -138,7 +138,7 @@ MUTATIONS = (
     Mutation("rings", "a chunk may take what its rings need", "edgemoe/runtime/budget.py",
              "b.scratch + b.kv <= limit", "b.scratch + small.kv <= limit", RINGS),
     Mutation("attention", "a window is one position too long", "csrc/mixers/attention.cpp",
-             "position + 1 - p_.shape.window", "position - p_.shape.window", ATTENTION),
+             "std::max(begin, position + 1 - s.window)", "std::max(begin, position - s.window)", ATTENTION),
     Mutation("attention", "biases of values are not added", "csrc/mixers/attention.cpp",
              "  for (int i = 0; v_bias_ && i < width; ++i) v[i] += v_bias_[i];\n", "",
              (*ATTENTION, "tests/model/test_key_biases.py")),

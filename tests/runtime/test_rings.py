@@ -230,3 +230,24 @@ def test_a_chat_takes_turns_back(model, rings, plain):
             said += ["".join(chat.say("And they?"))]
             talks.append((said, chat.messages, e.stats.logits_hash))
     assert talks[0] == talks[1]
+
+
+def test_a_ring_is_saved_whole_and_brought_back(model, rings, plain):
+    expected = plain.logits(IDS[:420])
+    with edgemoe.load(model, context=CONTEXT, sequences=2) as engine:
+        state, other = engine._sequence.state, engine.model.make_state()
+        engine.logits(IDS[:400])
+        saved = [[part.copy() for part in layer.parts(400)] for layer in state.layers]
+        state.rewind(0)
+        other.begin(400)
+        for layer, parts in zip(other.layers, saved, strict=True):
+            for target, part in zip(layer.make_parts(400), parts, strict=True):
+                target[...] = part
+        other.commit(IDS[:400])
+        engine._sequence.state = other
+        assert np.array_equal(engine.extend(IDS[400:420], last_only=False), expected[400:])
+        assert other.rewind(401) == 401
+        assert (
+            other.rewind(399) == 0
+        )  # nobody knows how much of the ring was there when it was saved
+        assert np.array_equal(engine.extend(IDS[:30], last_only=False), expected[:30])
