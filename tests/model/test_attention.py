@@ -43,6 +43,7 @@ class Case:
     sinks: bool = False
     v_bias: bool = False
     v_norm: bool = False
+    clip: float = 0.0
 
     def __post_init__(self):
         rng = np.random.default_rng(self.T + self.head_dim)
@@ -67,7 +68,7 @@ class Case:
             index=5, num_heads=self.heads, num_kv_heads=self.kv_heads, head_dim=self.head_dim,
             window=self.window, scale=self.scale, q_bias=None, k_bias=None,
             v_bias=self.bias.ravel() if self.v_bias else None,
-            q_norm=None, k_norm=None, norm_per_head=False, norm_eps=1e-6, clip=0.0,
+            q_norm=None, k_norm=None, norm_per_head=False, norm_eps=1e-6, clip=self.clip,
             sinks=self.sink if self.sinks else None, v_norm=self.v_norm, chunk=self.chunk,
             growth=self.growth, grow_every=50,
         )  # fmt: skip
@@ -153,6 +154,19 @@ def test_chunks_threads_and_capacity_do_not_change_a_bit(case, types):
         assert np.array_equal(
             case.run(types, chunks, threads=threads, capacity=capacity)[0], expected
         )
+
+
+def test_what_is_projected_is_clipped_at_both_ends():
+    case, clamped = Case(T=40, clip=0.7), Case(T=40)
+    for name in "qkv":
+        x = getattr(clamped, name)
+        assert x.min() < -0.7
+        assert x.max() > 0.7
+        setattr(clamped, name, x.clip(-0.7, 0.7))
+    got, kv = case.run(("f32", "f32"), [case.T])
+    expected, same = clamped.run(("f32", "f32"), [case.T])
+    assert np.array_equal(got, expected)
+    assert np.array_equal(kv.content, same.content)
 
 
 RINGS = [
