@@ -20,7 +20,7 @@ from edgemoe import _core
 from edgemoe.errors import FormatError
 from edgemoe.file.floats import dense_floats, expert_floats
 from edgemoe.file.format import open_moe
-from edgemoe.quant import Allocation
+from edgemoe.quant import SCHEMES, Allocation
 from edgemoe.runtime.trace import read
 from edgemoe.store import ExpertStore, dense_bytes, expert_bytes
 
@@ -29,7 +29,8 @@ BITS = np.array([[2, 3, 4, 8, 6, 2, 3, 4], [3, 2, 2, 8, 4, 4, 6, 2]], np.int8)
 
 
 def make(path, *, writer=CorrectingWriter, **options):
-    """Converts the tiny model with corrections."""
+    """Converts the tiny model with corrections, and with row scales for each rung that may have them."""
+    options.setdefault("scheme", SCHEMES["nested"].fitted())
     before, conversion.Writer = conversion.Writer, writer
     try:
         conversion.convert(tiny_checkpoint(), path, **options)
