@@ -15,6 +15,7 @@ from edgemoe.cli.names import fetched, model_path
 from edgemoe.cli.options import serve_parser
 from edgemoe.cli.run import set_up_logging
 from edgemoe.cli.scheduling import options_text, read_settings
+from edgemoe.errors import OutOfBudget
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -112,7 +113,13 @@ def _run(args: Namespace, settings: Settings) -> int:
         known = None if args.max_quality_loss is not None else cost(args)
         moe = open_moe(args.model)
         settings = dataclasses.replace(settings, reserved=_reserved(args, moe))
-        opened = open_model(args.model, _options(args, moe, settings.reserved))
+        try:
+            opened = open_model(args.model, _options(args, moe, settings.reserved))
+        except OutOfBudget as error:
+            mine = settings.reserved / 2**20
+            raise OutOfBudget(
+                f"{error}; the server itself takes {mine:.0f} MiB of --ram more"
+            ) from None
         model = opened.model
         for line in (*model.notes, *opened.text.notes):
             note(f"# {line}")
