@@ -150,6 +150,8 @@ class Cache {
   size_t slot_bytes(int level) const;
 
  private:
+  static uint32_t pages_in(size_t bytes);
+  static void require(bool ok, const char* what);
   enum class Step : uint8_t { kWaiting, kLoading, kReady, kGiven, kDone };
   struct Use {
     int expert;

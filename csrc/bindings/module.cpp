@@ -94,6 +94,8 @@ PYBIND11_MODULE(_core, m) {
   bind_use_rows(m);
   bind_guesses(m);
   bind_ops(m);
+  bind_routing(m);
+  bind_ffn(m);
   bind_attention(m);
   bind_latent(m);
   bind_mixers(m);

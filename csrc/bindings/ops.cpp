@@ -1,12 +1,9 @@
-#include <algorithm>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
-#include "cache.h"
 #include "dense.h"
 #include "expert.h"
 #include "kv.h"
@@ -15,100 +12,7 @@
 namespace edgemoe {
 namespace {
 
-/// Data of an array [n], or null for None.
-const float* optional(const py::object& array, const char* name, py::ssize_t n) {
-  return array.is_none() ? nullptr : floats(array, name, {n});
-}
-
-Activation activation_of(const std::string& name) {
-  if (name == "swiglu") return Activation::kSwiglu;
-  if (name == "geglu") return Activation::kGeglu;
-  if (name == "clamped_swiglu") return Activation::kClampedSwiglu;
-  if (name == "relu2") return Activation::kRelu2;
-  throw std::invalid_argument("activation: expected swiglu, geglu, clamped_swiglu or relu2, got " + name);
-}
-
-/// What an FFN's matrices must be for each other, and without a gate only for an activation that needs none.
-void check_ffn(const ExpertView& w, Activation activation) {
-  const bool gated = activation != Activation::kRelu2;
-  if (w.gate.rows != (gated ? w.up.rows : 0) || (gated && w.gate.cols != w.up.cols) || w.down.cols != w.up.rows) {
-    throw std::invalid_argument("ffn: the matrices do not fit each other or the activation");
-  }
-}
-
-/// Biases of an expert among those of all, arrays [E, H], [E, H] and [E, D], or None for no gate's.
-class ExpertBiases {
- public:
-  ExpertBiases(const py::object& arrays, int d, int h) : d_(d), h_(h) {
-    if (arrays.is_none()) return;
-    const auto parts = arrays.cast<std::vector<py::object>>();
-    if (parts.size() != 3) throw std::invalid_argument("biases: expected those of gate, up and down");
-    for (int i = 0; i < 3; ++i) {
-      if (!parts[size_t(i)].is_none()) all_[i] = floats(parts[size_t(i)], "biases", {-1, i < 2 ? h : d});
-      if (all_[i]) count_ = std::min(count_, py::reinterpret_borrow<Array<float>>(parts[size_t(i)]).shape(0));
-    }
-  }
-
-  FfnBiases of(py::ssize_t expert) const {
-    if (expert >= count_) throw std::invalid_argument("biases: there is no such expert");
-    const size_t e = size_t(expert);
-    return {all_[0] ? all_[0] + e * size_t(h_) : nullptr, all_[1] ? all_[1] + e * size_t(h_) : nullptr,
-            all_[2] ? all_[2] + e * size_t(d_) : nullptr};
-  }
-
- private:
-  int d_, h_;
-  py::ssize_t count_ = PY_SSIZE_T_MAX;
-  const float* all_[3] = {};
-};
-
-RouteRule route_rule(int num_experts, int top_k, const std::string& scoring, bool renormalise, float gate_scale,
-                     int groups, int used_groups, bool group_by_two) {
-  if (top_k < 1 || top_k > num_experts) {
-    throw std::invalid_argument("RouteRule: expected 1 to " + std::to_string(num_experts) + " experts");
-  }
-  if (groups < 1 || num_experts % groups || used_groups < 1 || used_groups > groups ||
-      int64_t(used_groups) * (num_experts / groups) < top_k) {
-    throw std::invalid_argument("RouteRule: expected groups of as many experts each, and enough of them in those used");
-  }
-  Scoring how{};
-  if (scoring == "softmax") {
-    how = Scoring::kSoftmax;
-  } else if (scoring == "softmax_topk") {
-    how = Scoring::kSoftmaxTopK;
-  } else if (scoring == "sigmoid") {
-    how = Scoring::kSigmoid;
-  } else if (scoring == "sparsemixer") {
-    how = Scoring::kSparseMixer;
-  } else {
-    throw std::invalid_argument("RouteRule scoring: expected softmax, softmax_topk, sigmoid or sparsemixer, got " +
-                                scoring);
-  }
-  if ((how == Scoring::kSoftmaxTopK || how == Scoring::kSparseMixer) && groups > 1) {
-    throw std::invalid_argument("RouteRule: " + scoring + " is not for groups");
-  }
-  return {num_experts, top_k, how, renormalise, gate_scale, groups, used_groups, group_by_two};
-}
-
-}  // namespace
-
-void bind_ops(py::module_& m) {
-  py::class_<Workspace, Held<Workspace>>(m, "Workspace", "Compute threads and scratch of one engine.")
-      .def(py::init([](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim,
-                       int num_heads) {
-             return Held<Workspace>(new Workspace(
-                 threads, WorkspaceShape{max_rows, max_cols, max_hidden, max_context, head_dim, num_heads}));
-           }),
-           py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
-           py::arg("head_dim"), py::arg("num_heads") = 1)
-      .def_static(
-          "bytes",
-          [](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim, int num_heads) {
-            return Workspace::bytes(threads, {max_rows, max_cols, max_hidden, max_context, head_dim, num_heads});
-          },
-          py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
-          py::arg("head_dim"), py::arg("num_heads") = 1, "What such a workspace takes once all of it was used.");
-
+void bind_products(py::module_& m) {
   m.def(
       "linear",
       [](Workspace& ws, const Array<float>& x, const std::vector<const Nested*>& matrices,
@@ -195,7 +99,9 @@ void bind_ops(py::module_& m) {
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("w"), py::arg("heads"), py::arg("out").noconvert(),
       "A matrix for each head: out [T, heads * n][t, h, :rows / heads] = w[rows of h] x [T, heads * m][t, h, :cols].");
+}
 
+void bind_rows(py::module_& m) {
   m.def(
       "rms_norm",
       [](Workspace& ws, const Array<float>& x, const Array<float>& weight, float eps, Array<float> out) {
@@ -210,137 +116,6 @@ void bind_ops(py::module_& m) {
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("eps"),
       py::arg("out").noconvert());
-
-  py::class_<RouteRule>(m, "RouteRule", "How a router's logits become a choice; see dense.h.")
-      .def(py::init(&route_rule), py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("scoring"),
-           py::arg("renormalise"), py::arg("gate_scale") = 1.0f, py::arg("groups") = 1, py::arg("used_groups") = 1,
-           py::arg("group_by_two") = false);
-
-  m.def(
-      "route",
-      [](Workspace& ws, const Array<float>& x, const Array<float>& router, const py::object& bias,
-         const py::object& choice_bias, const RouteRule& rule, Array<float> scores, Array<int32_t> experts,
-         Array<float> gates) {
-        const py::ssize_t E = rule.num_experts, K = rule.top_k;
-        expect(x, "route x", {-1, -1});
-        expect(router, "router", {E, x.shape(1)});
-        expect(experts, "experts", {x.shape(0), K});
-        expect(gates, "gates", {x.shape(0), K});
-        expect(scores, "scores", {x.shape(0), E});
-        const Router r{router.data(), optional(bias, "router bias", E), optional(choice_bias, "choice_bias", E)};
-        const int T = int(x.shape(0)), cols = int(x.shape(1));
-        const float* a = x.data();
-        int32_t* e = experts.mutable_data();
-        float *g = gates.mutable_data(), *s = scores.mutable_data();
-        py::gil_scoped_release release;
-        route(ws, a, r, T, cols, rule, s, e, g);
-      },
-      py::arg("ws"), py::arg("x").noconvert(), py::arg("router").noconvert(), py::arg("bias"), py::arg("choice_bias"),
-      py::arg("rule"), py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());
-
-  m.def(
-      "choose",
-      [](Workspace& ws, const py::object& bias, const py::object& choice_bias, const RouteRule& rule,
-         Array<float> scores, Array<int32_t> experts, Array<float> gates) {
-        const py::ssize_t E = rule.num_experts, K = rule.top_k;
-        expect(scores, "scores", {-1, E});
-        expect(experts, "experts", {scores.shape(0), K});
-        expect(gates, "gates", {scores.shape(0), K});
-        const auto of = [E](const py::object& a, const char* name) {
-          return a.is_none() ? nullptr : floats(a, name, {E});
-        };
-        const Router router{nullptr, of(bias, "router_bias"), of(choice_bias, "choice_bias")};
-        int32_t* e = experts.mutable_data();
-        float *g = gates.mutable_data(), *s = scores.mutable_data();
-        const int T = int(scores.shape(0));
-        py::gil_scoped_release release;
-        choose(ws, router, T, rule, s, e, g);
-      },
-      py::arg("ws"), py::arg("bias"), py::arg("choice_bias"), py::arg("rule"), py::arg("scores").noconvert(),
-      py::arg("experts").noconvert(), py::arg("gates").noconvert(),
-      "The second half of `route`: scores [T, E] are the products with its weight.");
-
-  m.def(
-      "slot_scores",
-      [](Workspace& ws, const Array<float>& x, const Array<float>& weight, const Array<float>& gate_weight,
-         const Array<float>& bias, const Array<int32_t>& experts, const Array<float>& gates, Array<float> scores) {
-        expect(x, "slot_scores x", {-1, -1});
-        expect(weight, "weight", {-1, -1, x.shape(1)});
-        expect(gate_weight, "gate_weight", {weight.shape(0), weight.shape(1)});
-        expect(bias, "bias", {weight.shape(0), weight.shape(1)});
-        expect(experts, "experts", {x.shape(0), -1});
-        expect(gates, "gates", {x.shape(0), experts.shape(1)});
-        expect(scores, "scores", {x.shape(0), experts.shape(1), weight.shape(1)});
-        expect_within("slot_scores experts", experts.size(), 0, INT32_MAX);
-        const int32_t* e = experts.data();
-        for (py::ssize_t i = 0; i < experts.size(); ++i) {
-          if (e[i] < 0 || e[i] >= weight.shape(0)) throw std::invalid_argument("slot_scores: there is no such expert");
-        }
-        const SlotLayers layers{weight.data(), gate_weight.data(), bias.data(), int(weight.shape(1)), int(x.shape(1))};
-        const float *a = x.data(), *g = gates.data();
-        float* s = scores.mutable_data();
-        const int T = int(x.shape(0)), K = int(experts.shape(1));
-        py::gil_scoped_release release;
-        slot_scores(ws, a, layers, e, g, T, K, s);
-      },
-      py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("gate_weight").noconvert(),
-      py::arg("bias").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert(),
-      py::arg("scores").noconvert());
-
-  m.def(
-      "look_ahead",
-      [](Workspace& ws, const Array<float>& x, const std::vector<Array<float>>& norms,
-         const std::vector<Array<float>>& routers, const std::vector<py::object>& biases,
-         const std::vector<py::object>& choice_biases, float eps, const RouteRule& rule, Array<float> normed,
-         Array<float> scores, Array<int32_t> experts, Array<float> gates) {
-        const py::ssize_t p = py::ssize_t(routers.size()), E = rule.num_experts, K = rule.top_k;
-        expect(x, "look_ahead x", {-1, -1});
-        const py::ssize_t T = x.shape(0), cols = x.shape(1);
-        expect(scores, "scores", {p, T, E});
-        expect(experts, "experts", {p, T, K});
-        expect(gates, "gates", {p, T, K});
-        expect(normed, "normed", {p, T, cols});
-        expect_within("look_ahead scores", scores.size(), 0, INT32_MAX);
-        if (norms.size() != routers.size() || biases.size() != routers.size() ||
-            choice_biases.size() != routers.size()) {
-          throw std::invalid_argument("look_ahead: expected a norm, and biases or None, per router");
-        }
-        std::vector<NextRouter> next;
-        for (size_t i = 0; i < routers.size(); ++i) {
-          expect(norms[i], "norm", {cols});
-          expect(routers[i], "router", {E, cols});
-          next.push_back({norms[i].data(),
-                          {routers[i].data(), optional(biases[i], "router bias", E),
-                           optional(choice_biases[i], "choice_bias", E)}});
-        }
-        const float* a = x.data();
-        int32_t* e = experts.mutable_data();
-        float *g = gates.mutable_data(), *s = scores.mutable_data(), *n = normed.mutable_data();
-        py::gil_scoped_release release;
-        look_ahead(ws, a, next, int(T), int(cols), eps, rule, n, s, e, g);
-      },
-      py::arg("ws"), py::arg("x").noconvert(), py::arg("norms").noconvert(), py::arg("routers").noconvert(),
-      py::arg("biases"), py::arg("choice_biases"), py::arg("eps"), py::arg("rule"), py::arg("normed").noconvert(),
-      py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());
-
-  m.def(
-      "ffn",
-      [](Workspace& ws, const Array<float>& x, const Nested* gate, const Nested& up, const Nested& down,
-         Array<float> out, const py::object& hidden, const std::string& activation) {
-        const Activation kind = activation_of(activation);
-        FfnUse use{{gate ? gate->matrix : NestedMatrix{}, up.matrix, down.matrix}, nullptr, int(x.shape(0)), nullptr};
-        check_ffn(use.w, kind);
-        expect(x, "ffn x", {-1, up.matrix.cols});
-        expect(out, "ffn out", {x.shape(0), down.matrix.rows});
-        use.out = out.mutable_data();
-        if (!hidden.is_none()) use.hidden = writable(hidden, "ffn hidden", {x.shape(0), up.matrix.rows});
-        const float* a = x.data();
-        py::gil_scoped_release release;
-        run_ffns(ws, a, use.count, kind, {use});
-      },
-      py::arg("ws"), py::arg("x").noconvert(), py::arg("gate"), py::arg("up"), py::arg("down"),
-      py::arg("out").noconvert(), py::arg("hidden") = py::none(), py::arg("activation") = "swiglu",
-      "out [T, D] = down(activation(gate x, up x)); hidden [T, H], if given, gets what down is applied to.");
 
   m.def(
       "soft_cap",
@@ -411,59 +186,29 @@ void bind_ops(py::module_& m) {
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("scale"), py::arg("gate_weight"), py::arg("gate_input"),
       py::arg("out").noconvert(), "out += scale * sigmoid(gate_weight · gate_input) * x; no sigmoid when None.");
+}
 
-  m.def(
-      "expert_ffn",
-      [](Workspace& ws, const Array<float>& x, const Cache& cache, const Array<int32_t>& experts,
-         const Array<int8_t>& levels, const Array<int32_t>& offsets, const Array<int32_t>& tokens,
-         const std::vector<int>& group, Array<float> parts, const py::object& hidden, const std::string& activation,
-         const py::object& biases, const std::optional<Array<int8_t>>& basis, const py::object& projected) {
-        const int d = cache.shape().hidden, h = cache.shape().expert_hidden;
-        const Activation kind = activation_of(activation);
-        const ExpertBiases all(biases, d, h);
-        expect(x, "expert_ffn x", {-1, d});
-        expect(experts, "experts", {-1});
-        expect(levels, "levels", {experts.size()});
-        expect(offsets, "offsets", {experts.size() + 1});
-        expect(parts, "parts", {-1, d});
-        const int32_t *o = offsets.data(), *t = tokens.data();
-        const py::ssize_t T = x.shape(0), n = experts.size();
-        int rank = 0;  // of what `basis` must have
-        const float* z = projected.is_none() ? nullptr : floats(projected, "projected", {T, kMaxRank});
-        float* inner = hidden.is_none() ? nullptr : writable(hidden, "hidden", {parts.shape(0), h});
-        std::vector<FfnUse> uses;
-        for (int i : group) {
-          if (i < 0 || i >= n || o[i] < 0 || o[i + 1] <= o[i] || o[i + 1] > tokens.size() ||
-              o[i + 1] > parts.shape(0)) {
-            throw std::invalid_argument("expert_ffn: offsets do not fit tokens and parts");
-          }
-          for (int32_t j = o[i]; j < o[i + 1]; ++j) {
-            if (t[j] < 0 || t[j] >= T) throw std::invalid_argument("expert_ffn: a token is outside x");
-          }
-          const int32_t e = experts.data()[i];
-          uses.push_back({cache.view(e, levels.data()[i]), t + o[i], o[i + 1] - o[i],
-                          parts.mutable_data() + size_t(o[i]) * d, inner ? inner + size_t(o[i]) * h : nullptr,
-                          all.of(e % cache.shape().num_experts)});
-          check_ffn(uses.back().w, kind);
-          rank = std::max({rank, rank_of(uses.back().w.gate), rank_of(uses.back().w.up)});
-        }
-        const float* a = x.data();
-        const int8_t* v = z ? nullptr : shared_basis(basis, rank, d);
-        py::gil_scoped_release release;
-        std::vector<float> own(v ? size_t(T) * kMaxRank : 0);
-        if (v) project(ws, a, int(T), v, rank, d, own.data());
-        for (FfnUse& use : uses) use.z = v ? own.data() : z;
-        run_ffns(ws, a, int(T), kind, uses);
-      },
-      py::arg("ws"), py::arg("x").noconvert(), py::arg("cache"), py::arg("experts").noconvert(),
-      py::arg("levels").noconvert(), py::arg("offsets").noconvert(), py::arg("tokens").noconvert(), py::arg("group"),
-      py::arg("parts").noconvert(), py::arg("hidden") = py::none(), py::arg("activation") = "swiglu",
-      py::arg("biases") = py::none(), py::arg("basis").noconvert() = py::none(), py::arg("projected") = py::none(),
-      "Runs the experts at positions `group` of a plan on their tokens; part rows are those of `offsets`, as are those "
-      "of hidden [m, H], which gets what each w_down is applied to. biases: of all experts of the layer, gates' [E, "
-      "H], "
-      "ups' [E, H] and downs' [E, D]. basis: V [rank, padded columns] of gates and ups where they have corrections; "
-      "projected: what `project` makes of x with it, if that was done before.");
+}  // namespace
+
+void bind_ops(py::module_& m) {
+  py::class_<Workspace, Held<Workspace>>(m, "Workspace", "Compute threads and scratch of one engine.")
+      .def(py::init([](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim,
+                       int num_heads) {
+             return Held<Workspace>(new Workspace(
+                 threads, WorkspaceShape{max_rows, max_cols, max_hidden, max_context, head_dim, num_heads}));
+           }),
+           py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
+           py::arg("head_dim"), py::arg("num_heads") = 1)
+      .def_static(
+          "bytes",
+          [](int threads, int max_rows, int max_cols, int max_hidden, int max_context, int head_dim, int num_heads) {
+            return Workspace::bytes(threads, {max_rows, max_cols, max_hidden, max_context, head_dim, num_heads});
+          },
+          py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
+          py::arg("head_dim"), py::arg("num_heads") = 1, "What such a workspace takes once all of it was used.");
+
+  bind_products(m);
+  bind_rows(m);
 }
 
 }  // namespace edgemoe
