@@ -30,6 +30,10 @@ def test_a_source_distribution_holds_what_cmake_reads() -> None:
     assert not missing
 
 
+def test_users_get_the_types() -> None:
+    assert (ROOT / "edgemoe" / "py.typed").is_file()
+
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 LINKS = [(p.name, x) for p in PAGES for x in re.findall(r"\]\(([\w/.-]+)\)", p.read_text())]
 
