@@ -3,6 +3,8 @@
 #include <array>
 #include <cstring>
 
+#include "processor.h"
+
 #if defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
@@ -62,7 +64,7 @@ const uint32_t* zeros() {
 /// Compiled for the lowest CPU, as kernels/dispatch.cpp is.
 bool has_instruction() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("sse4.2");
+  return Processor().sse42;
 #elif defined(__aarch64__)
   constexpr unsigned long kCrc32 = 1ul << 7;  // HWCAP_CRC32
   return (getauxval(AT_HWCAP) & kCrc32) != 0;

@@ -6,10 +6,9 @@
 #include <string>
 
 #include "kernels.h"
+#include "processor.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#elif defined(__aarch64__)
+#if defined(__aarch64__)
 #include <sys/auxv.h>
 #endif
 
@@ -21,22 +20,10 @@ struct Candidate {
   bool usable;
 };
 
-#if defined(__x86_64__)
-/// Clang's __builtin_cpu_supports did not know this one before version 15.
-bool has_f16c() {
-  unsigned a, b, c = 0, d;
-  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
-}
-#endif
-
 const Candidate* candidates(int* count) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  static const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
-  static const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                             __builtin_cpu_supports("avx512vnni");
-  static const Candidate all[] = {{&kAvx512, avx512}, {&kAvx2, avx2}, {&kScalar, true}};
+  static const Processor has;
+  static const Candidate all[] = {{&kAvx512, has.avx512}, {&kAvx2, has.avx2}, {&kScalar, true}};
 #elif defined(__aarch64__)
   constexpr unsigned long kDotProduct = 1ul << 20;  // HWCAP_ASIMDDP
   static const Candidate all[] = {{&kNeon, (getauxval(AT_HWCAP) & kDotProduct) != 0}, {&kScalar, true}};

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
+
 import numpy as np
 import pytest
 from reference_nested import decode_rungs, quantize_rows, unpack
@@ -215,3 +218,19 @@ def test_crc32c_is_the_published_one():
     for at in range(0, len(long), 1000):
         piecewise = _core.crc32c(long[at : at + 1000], piecewise)
     assert _core.crc32c(long) == piecewise
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of x86-64")
+def test_what_the_processor_can_do_is_used():
+    """The system lists what it lets programs use: kernels must not be lost where compilers' libraries know less."""
+    (flags, *_) = [
+        set(line.split(":")[1].split())
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("flags")
+    ]
+    expected = ["scalar"]
+    if flags >= {"avx2", "fma", "f16c"}:
+        expected.insert(0, "avx2")
+        if flags >= {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}:
+            expected.insert(0, "avx512")
+    assert _core.usable_isas().split() == expected
