@@ -45,10 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from edgemoe.file.format import open_moe
 
-    moe, levels = (
-        open_moe(model_path(str(args.model))),
-        {"bits": args.bits, "dense_bits": args.dense_bits},
-    )
+    moe = open_moe(model_path(str(args.model)))
+    levels = {"bits": args.bits, "dense_bits": args.dense_bits}
     is_gguf = args.out.suffix == ".gguf"
     if args.type is not None and not is_gguf:
         raise ValueError("--type: is of GGUF files, whose names end with .gguf")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -89,9 +90,13 @@ class Scheme:
         Nested codes of 2 bits have row scales of their own then. Without products these would only take room: fitted to
         the weights alone they make the model worse.
         """
-        if self.quantize is not _quantize_nested:
+        if self.quantize is not nested.quantize:
             return self
-        return replace(self, row_scales=nested.ROW_SCALES, quantize=_quantize_fitted)
+        return replace(
+            self,
+            row_scales=nested.ROW_SCALES,
+            quantize=partial(nested.quantize, row_scales=nested.ROW_SCALES),
+        )
 
     def cut(self, dense: int, experts: int) -> Scheme:
         """Returns the scheme with corrections of the first rungs alone: so many of dense matrices and of experts."""
@@ -127,30 +132,6 @@ def _quantize_mwq(
     return mwq.quantize(w, ladder, second_moments=second_moments)
 
 
-def _quantize_nested(
-    w: NDArray[np.float32],
-    ladder: Sequence[int],
-    *,
-    second_moments: NDArray[np.float32] | None,
-    favour: int | None = None,
-    threads: int,
-) -> list[NDArray[np.uint8]]:
-    return nested.quantize(w, ladder, second_moments=second_moments, favour=favour, threads=threads)
-
-
-def _quantize_fitted(
-    w: NDArray[np.float32],
-    ladder: Sequence[int],
-    *,
-    second_moments: NDArray[np.float32] | None,
-    favour: int | None = None,
-    threads: int,
-) -> list[NDArray[np.uint8]]:
-    return nested.quantize(
-        w, ladder, second_moments=second_moments, favour=favour, row_scales=nested.ROW_SCALES, threads=threads,
-    )  # fmt: skip
-
-
 SCHEMES = {
     s.name: s
     for s in (
@@ -161,7 +142,7 @@ SCHEMES = {
             (nested.DEFAULT_LADDER,),
             lambda ladder: True,
             nested.rung_bytes,
-            _quantize_nested,
+            nested.quantize,
             True,
         ),
         Scheme(
