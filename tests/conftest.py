@@ -13,6 +13,17 @@ sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 import pytest
 
+from edgemoe import _core
+
+
+@pytest.fixture(params=_core.usable_isas().split())
+def isa(request):
+    """Each instruction set of this processor in turn; its name."""
+    before = _core.isa()
+    _core.use_isa(request.param)
+    yield request.param
+    _core.use_isa(before)
+
 
 @pytest.fixture(scope="session")
 def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:

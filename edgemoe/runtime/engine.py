@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
-import threading
 from collections import abc
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
+from edgemoe.runtime.alone import Alone
 from edgemoe.runtime.change import change
 from edgemoe.runtime.meter import Stats
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
+from edgemoe.runtime.replying import reply
 from edgemoe.runtime.requests import Constraint
 from edgemoe.runtime.sequence import Sequence, token_ids
 from edgemoe.scheduler import Scheduler
@@ -64,9 +66,7 @@ class Engine:
         self.sampling_notes = text.notes
         self._sequence: Sequence | None = Sequence(model)
         self._meter = self._sequence.meter
-        self._pid = os.getpid()
-        self._lock = threading.Lock()
-        self._owner = 0  # the thread that holds it
+        self._turn = Alone()
 
     sampling: SamplingParams
     """How replies are sampled unless said otherwise: the model's own settings, or the defaults."""
@@ -228,59 +228,25 @@ class Engine:
             # The last token is always computed, for its logits.
             cached = sequence.begin(tokens, kept=len(tokens) - 1)
             sequence.is_cancelled = is_cancelled
-        return self._generate(tokens[cached:], params, constraint, sequence.call)
-
-    def _generate(
-        self, tokens: NDArray[np.int32], params: SamplingParams, constraint: Constraint | None, call: int
-    ) -> Iterator[int]:  # fmt: skip
-        """Yields the reply after a prompt, of which `tokens` are to be computed."""
-        eos = frozenset() if params.ignore_eos else self._eos
         text = None
         if params.stop and self.tokenizer is not None:
             text = ReplyText(self.tokenizer, params.stop, continues=True)
-        with self._alone(call) as sequence:
-            sequence.reply(params, constraint)
-            sequence.state.begin_turn(sequence.state.length + len(tokens))
-            sequence.prompt(tokens, sequence.row)
-            limit = self.context - sequence.state.length
-            if params.max_tokens >= 0:
-                limit = min(limit, params.max_tokens)
-            token = sequence.sample() if limit > 0 else -1
-        for made in range(1, limit + 1):
-            if token in eos:
-                return
-            is_complete = constraint is not None and constraint.take(token)
-            yield token
-            if is_complete:
-                return
-            if text is not None:
-                text.push(token)
-                if text.is_stopped:
-                    return
-            if made < limit:
-                with self._alone(call) as sequence:
-                    sequence.evaluate(np.array([token], np.int32), sequence.row)
-                    token = sequence.sample()
+        return reply(
+            functools.partial(self._alone, sequence.call), tokens[cached:], params, context=self.context,
+            eos=frozenset() if params.ignore_eos else self._eos, constraint=constraint, text=text,
+        )  # fmt: skip
 
     @contextlib.contextmanager
     def _alone(self, call: int | None = None) -> Iterator[Sequence]:
         """Keeps other threads out, and a generator of an earlier call; gives the engine's sequence."""
         _ = self.model  # or it says that it is closed
-        if os.getpid() != self._pid:
-            raise RuntimeError("the engine belongs to the process that opened it")
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("the engine is in use by another thread")
-        self._owner = threading.get_ident()
-        try:
+        with self._turn.hold():
             sequence = self._sequence
             if sequence is None:
                 raise ValueError("the engine is closed")
             if call not in (None, sequence.call):
                 raise RuntimeError("generate: the engine was used for something else meanwhile")
             yield sequence
-        finally:
-            self._owner = 0
-            self._lock.release()
 
     def _tokens(self, ids: abc.Sequence[int] | NDArray[Any], known: int = 0) -> NDArray[np.int32]:
         """Returns tokens as an array, which come after `known` others."""
@@ -351,12 +317,10 @@ class Engine:
             OSError: the profile or the trace cannot be written; what was there stays, and the engine is closed.
             RuntimeError: called by what the engine calls, such as an observer.
         """
-        if os.getpid() != self._pid:  # a child drops what it cannot use
+        if self._turn.is_foreign:  # a child drops what it cannot use
             self._model = self._sequence = None
             return
-        if self._owner == threading.get_ident():
-            raise RuntimeError("the engine cannot be closed by what it calls")
-        with self._lock:
+        with self._turn.last():
             model, profile, self._sequence = self._model, self._profile, None
             if model is None:
                 return

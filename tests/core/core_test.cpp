@@ -594,12 +594,36 @@ void test_instruction_sets_agree(const ExpertFile& file) {
   }
 }
 
+/// Products and decoded rows of a matrix have the same bits for one token and many, by plain and by the best kernels.
+void check_agreement(const NestedMatrix& w, std::mt19937& rng) {
+  std::normal_distribution<float> normal;
+  const int T = 70;
+  const std::string names = usable_isas();
+  std::vector<float> x(size_t(T) * w.cols);
+  for (float& v : x) v = normal(rng);
+  std::vector<float> expected;
+  for (const std::string& name : {std::string("scalar"), names.substr(0, names.find(' '))}) {
+    use_isa(name.c_str());
+    Workspace ws(num_threads, {T, w.cols, 16, 1, 16, 1});
+    std::vector<float> all(size_t(T) * w.rows), one(size_t(w.rows)), row(size_t(w.cols));
+    linear(ws, x.data(), T, {&w}, {all.data()});
+    for (int t = 0; t < T; t += 23) {
+      linear(ws, x.data() + size_t(t) * w.cols, 1, {&w}, {one.data()});
+      CHECK(std::memcmp(one.data(), all.data() + size_t(t) * w.rows, one.size() * sizeof(float)) == 0);
+    }
+    for (int r = 0; r < w.rows; r += 4) {
+      decode_row(kernels(), w, r, row.data());
+      all.insert(all.end(), row.begin(), row.end());
+    }
+    if (expected.empty()) expected = all;
+    CHECK(std::memcmp(all.data(), expected.data(), all.size() * sizeof(float)) == 0);
+  }
+}
+
 /// MWQ on random planes: every instruction set gives the scalar one's bits, and a row those it gets alone.
 void test_mwq_agrees() {
   std::mt19937 rng(11);
   std::normal_distribution<float> normal;
-  const int T = 70;
-  std::string names = usable_isas();
   for (const std::vector<uint8_t>& widths : {std::vector<uint8_t>{2, 1, 1}, {5, 1, 1, 1}}) {
     for (const auto& shape : {std::pair<int, int>{33, 130}, {48, 64}, {5, 320}}) {
       NestedMatrix w{Scheme::kMwq, shape.first, shape.second, int(widths.size()), {}, {}};
@@ -612,25 +636,7 @@ void test_mwq_agrees() {
         w.widths[r] = widths[r];
         w.rungs[r] = rungs[r].data();
       }
-      std::vector<float> x(size_t(T) * w.cols);
-      for (float& v : x) v = normal(rng);
-      std::vector<float> expected;
-      for (const std::string& name : {std::string("scalar"), names.substr(0, names.find(' '))}) {
-        use_isa(name.c_str());
-        Workspace ws(num_threads, {T, w.cols, 16, 1, 16, 1});
-        std::vector<float> all(size_t(T) * w.rows), one(size_t(w.rows)), row(size_t(w.cols));
-        linear(ws, x.data(), T, {&w}, {all.data()});
-        for (int t = 0; t < T; t += 23) {
-          linear(ws, x.data() + size_t(t) * w.cols, 1, {&w}, {one.data()});
-          CHECK(std::memcmp(one.data(), all.data() + size_t(t) * w.rows, one.size() * sizeof(float)) == 0);
-        }
-        for (int r = 0; r < w.rows; r += 4) {
-          decode_row(kernels(), w, r, row.data());
-          all.insert(all.end(), row.begin(), row.end());
-        }
-        if (expected.empty()) expected = all;
-        CHECK(std::memcmp(all.data(), expected.data(), all.size() * sizeof(float)) == 0);
-      }
+      check_agreement(w, rng);
     }
   }
 }
@@ -639,8 +645,6 @@ void test_mwq_agrees() {
 void test_corrections_agree() {
   std::mt19937 rng(12);
   std::normal_distribution<float> normal;
-  const int T = 70;
-  const std::string names = usable_isas();
   const auto put_scales = [&](uint8_t* to, size_t bytes) {
     std::vector<float> values(bytes / 2);
     for (float& v : values) v = normal(rng);
@@ -671,25 +675,7 @@ void test_corrections_agree() {
       const auto made = nested_from_rungs(bytes, w.rows, w.cols, widths, {Scheme::kNested, {1}, ranks});
       CHECK(std::memcmp(own_basis_of(w), made->matrix.basis, w.basis_rank * basis_stride(w.cols)) == 0);
       w = made->matrix;
-      std::vector<float> x(size_t(T) * w.cols);
-      for (float& v : x) v = normal(rng);
-      std::vector<float> expected;
-      for (const std::string& name : {std::string("scalar"), names.substr(0, names.find(' '))}) {
-        use_isa(name.c_str());
-        Workspace ws(num_threads, {T, w.cols, 16, 1, 16, 1});
-        std::vector<float> all(size_t(T) * w.rows), one(size_t(w.rows)), row(size_t(w.cols));
-        linear(ws, x.data(), T, {&w}, {all.data()});
-        for (int t = 0; t < T; t += 23) {
-          linear(ws, x.data() + size_t(t) * w.cols, 1, {&w}, {one.data()});
-          CHECK(std::memcmp(one.data(), all.data() + size_t(t) * w.rows, one.size() * sizeof(float)) == 0);
-        }
-        for (int r = 0; r < w.rows; r += 4) {
-          decode_row(kernels(), w, r, row.data());
-          all.insert(all.end(), row.begin(), row.end());
-        }
-        if (expected.empty()) expected = all;
-        CHECK(std::memcmp(all.data(), expected.data(), all.size() * sizeof(float)) == 0);
-      }
+      check_agreement(w, rng);
     }
   }
 }

@@ -14,14 +14,6 @@ ACTIVATIONS = ("swiglu", "geglu", "clamped_swiglu", "relu2")
 WIDTHS = plane_widths((2, 3, 4, 6, 8))
 
 
-@pytest.fixture(params=_core.usable_isas().split())
-def isa(request):
-    before = _core.isa()
-    _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(before)
-
-
 def sigmoid(x):
     return 0.5 * (1 + np.tanh(x / 2))
 

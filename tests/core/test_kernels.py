@@ -19,14 +19,6 @@ ROW_SCALES = [(1,), (1, 1, 0, 0, 0), (1, 0, 1, 1)]
 """Which rungs begin with scales of rows."""
 
 
-@pytest.fixture(params=_core.usable_isas().split())
-def isa(request):
-    before = _core.isa()
-    _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(before)
-
-
 def matrix(rows, cols, seed=0):
     rng = np.random.default_rng(seed)
     return (rng.standard_normal((rows, cols)) * rng.uniform(0.01, 2, (rows, 1))).astype(np.float32)

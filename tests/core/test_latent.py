@@ -16,14 +16,6 @@ from edgemoe.quant import plane_widths, quantize
 TYPES = ("f16", "f32", "q8_0")
 
 
-@pytest.fixture(params=_core.usable_isas().split())
-def isa(request):
-    before = _core.isa()
-    _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(before)
-
-
 @dataclasses.dataclass
 class Case:
     """Queries and keys of T positions, for some shape."""

@@ -21,14 +21,6 @@ from edgemoe.runtime.budget import Budget
 TYPES = list(itertools.product(("f16", "f32", "q8_0"), repeat=2))
 
 
-@pytest.fixture(params=_core.usable_isas().split())
-def isa(request):
-    before = _core.isa()
-    _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(before)
-
-
 @dataclasses.dataclass
 class Case:
     """Projections of T positions, for some shape."""

@@ -21,14 +21,6 @@ from edgemoe.quant import plane_widths, quantize
 Q8 = ("q8_0", "q8_0")
 
 
-@pytest.fixture(params=_core.usable_isas().split())
-def isa(request):
-    before = _core.isa()
-    _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(before)
-
-
 def nested(rows, cols, gain=1.0):
     """A matrix whose rows have about the length `gain`."""
     w = np.random.default_rng(1).standard_normal((rows, cols)) * gain / np.sqrt(cols)

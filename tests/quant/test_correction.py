@@ -15,14 +15,6 @@ WIDTHS = plane_widths(LADDER)
 ROW_SCALES = (1, 1, 0, 0, 0)
 
 
-@pytest.fixture(params=_core.usable_isas().split())
-def isa(request):
-    before = _core.isa()
-    _core.use_isa(request.param)
-    yield request.param
-    _core.use_isa(before)
-
-
 def corrected(rows, cols, ranks, seed=0, *, has_basis=True):
     """Returns a matrix's rungs, the same with corrections by least squares, and the basis."""
     rng = np.random.default_rng(seed)
