@@ -208,9 +208,9 @@ class Budget:
         spare = least.room - expert
         if context is None:
             most = min(DEFAULT_CONTEXT, config.context_length)
-            held = (least.kv + spare // 8) // sequences
+            room = (least.kv + spare // 8) // sequences
             context = longest_context(
-                least.context, most, held, lambda n: sum(layer_bytes(n, CHUNKS[0]))
+                least.context, most, room, lambda n: sum(layer_bytes(n, CHUNKS[0]))
             )
         most_chunk = CHUNKS[0] if vram is None else vram.chunk
         fits = (sized(context, chunk) for chunk in CHUNKS if chunk <= most_chunk)

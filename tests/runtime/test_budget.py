@@ -81,6 +81,18 @@ def test_everything_is_counted_once(tiny_moe, sequences) -> None:
 
 
 @pytest.mark.parametrize("sequences", [1, 3])
+def test_a_context_that_nobody_asked_for_takes_nothing_from_the_weights(
+    tiny_moe, sequences
+) -> None:
+    moe = open_moe(tiny_moe)
+    ram = smallest(moe, sequences=sequences) + (4 << 20)
+    chosen = divided(moe, ram, sequences=sequences, context=None)
+    asked = divided(moe, ram, sequences=sequences, context=chosen.context)
+    assert chosen == asked
+    assert chosen.dense == dense_bytes(moe, 5)
+
+
+@pytest.mark.parametrize("sequences", [1, 3])
 def test_a_longer_chunk_needs_longer_rings(tiny_moe, sequences) -> None:
     moe = open_moe(tiny_moe)
     mixer = replace(moe.config.mixers[0], window=700)
