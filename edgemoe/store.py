@@ -126,7 +126,7 @@ def disk_rate(moe: MoeFile, level: int, *, seconds: float, room: int) -> float:
 def read_rate(moe: MoeFile, size: int, *, total: int) -> float:
     """Returns the bytes per second of reads of `size` bytes at scattered places of a file, `total` bytes of them."""
     rng = np.random.default_rng(0)
-    places = rng.permutation((moe.file_bytes - size) // ALIGNMENT)[: max(1, total // size)]
+    places = rng.integers((moe.file_bytes - size) // ALIGNMENT + 1, size=max(1, total // size))
     return _core.disk_rate(moe.file, (places * ALIGNMENT).tolist(), size, _NUM_READERS)
 
 

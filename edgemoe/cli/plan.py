@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.console import note, run_command, say, say_json
 from edgemoe.cli.names import add_model, kept_model, model_path
 from edgemoe.cli.parser import Parser
+from edgemoe.cli.speeds import Speeds, measured, rate_text, size_text, speeds
 from edgemoe.cli.values import ram_size, whole
 
 if TYPE_CHECKING:
     from edgemoe.hub.name import HubName
-    from edgemoe.runtime.forecast import Forecast, Row
+    from edgemoe.runtime.forecast import Band, Forecast, Row
 
 __all__ = ["main"]
 
@@ -27,9 +29,19 @@ user/repo[:QUANT] on the Hugging Face hub. Of a checkpoint, only headers and the
 tokenizer are read: of the hub's that is all that is fetched.
 
 The table has what the engine itself would do with a budget: how many tokens of context
-fit, and which share of the experts is in memory. The last column is what a token of the
+fit, and which share of the experts is in memory. "read per token" is what a token of the
 reply reads from the disk if every expert is as likely as any other; real text repeats
-itself and reads less. Divided by what the disk reads in a second, it bounds the speed.
+itself and reads less. "tok/s" is between which speeds one reply is written, from what
+this machine was measured to do: its memory, its kernels, and its disk with reads of the
+size of an expert. "bound by" says what takes most of the time:
+
+    disk       experts that are not in memory: more --ram, or fewer bits
+    memory     weights come no faster: fewer bits
+    computing  of weights: more cores; or fewer bits
+    layers     what each layer costs beside its weights: the model is small
+
+How often a wanted expert is absent depends on the text. A trace of your own text
+(edgemoe-run --trace FILE) tells it; without one it is assumed.
 """
 
 
@@ -86,8 +98,8 @@ def _of_hub(args: argparse.Namespace, name: HubName) -> int:
         note(f"# {name}: {chosen.note}")
     largest = max(file.size for file in chosen.weights)
     note(
-        f"# {name}: {_size(chosen.size)} in {len(chosen.weights)} files to fetch; while edgemoe pull converts them, "
-        f"the disk holds the .moe file and one of them, {_size(largest)} at most"
+        f"# {name}: {size_text(chosen.size)} in {len(chosen.weights)} files to fetch; while edgemoe pull converts "
+        f"them, the disk holds the .moe file and one of them, {size_text(largest)} at most"
     )
     with tempfile.TemporaryDirectory(prefix="edgemoe-plan-") as folder:
         path = outline(repository, chosen, Path(folder) / name.repo.replace("/", "-"))
@@ -111,14 +123,17 @@ def _of_checkpoint(args: argparse.Namespace, source: Path) -> int:
     name = args.name or checkpoint.name
     for line in model.notes:
         note(f"# {name}: {line}")
+    if args.trace is not None:
+        args.trace = args.trace.absolute()
     with tempfile.TemporaryDirectory(prefix="edgemoe-plan-") as folder:
         path = Path(folder) / "plan.moe"
         write_hollow(path, model.config, scheme=SCHEMES["nested"], sections=sections(checkpoint))
         flags = [str(path), "--name", name, "-ctk", args.ctk, "-ctv", args.ctv]
-        for name in ("ram", "ctx_size", "bits"):
+        for name in ("ram", "ctx_size", "bits", "trace"):
             if getattr(args, name) is not None:
                 flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         flags += ["--json"] if args.json else []
+        flags += ["--no-probe"] if args.no_probe else []
         return run_apart("plan", *flags)
 
 
@@ -148,40 +163,44 @@ def _tell(args: argparse.Namespace) -> int:
                     break  # fewer bits fit all the more
     smallest = forecast.smallest(levels[-1])
     name = args.name or args.model.name
+    speed = speeds(args, forecast, rows)
     if args.json:
-        say_json(_values(forecast, name, levels, rows, smallest))
+        say_json(_values(forecast, name, levels, rows, smallest, speed))
     else:
-        say(*_lines(forecast, name, levels, rows, smallest))
+        say(*_lines(forecast, name, levels, rows, smallest, speed))
     return 0 if rows else 3
 
 
 def _lines(
-    forecast: Forecast, name: str, levels: Sequence[int], rows: Sequence[Row], smallest: Row
-) -> Iterator[str]:
+    forecast: Forecast, name: str, levels: Sequence[int], rows: Sequence[Row], smallest: Row, speed: Speeds
+) -> Iterator[str]:  # fmt: skip
     c = forecast.moe.config
     yield (
         f"{name}: {c.family}, {c.num_layers} layers, {len(c.moe_layers)} with {c.num_experts} experts, "
         f"{c.experts_per_token} per token"
     )
-    files = ", ".join(f"{bits} bits {_size(forecast.file_bytes(bits))}" for bits in levels)
+    files = ", ".join(f"{bits} bits {size_text(forecast.file_bytes(bits))}" for bits in levels)
     yield f"  size of the .moe file: {files}"
     if rows:
         yield ""
-        yield "      --ram  --bits  context  experts in memory  read per token"
-    for row in rows:
+        yield "      --ram  --bits  context  experts in memory  read per token           tok/s  bound by"
+    for row, band in zip(rows, speed.bands, strict=True):
         b = row.budget
+        reads = size_text(row.token_bytes) if row.token_bytes else "nothing"
+        tokens = f"{rate_text(band.low)} … {rate_text(band.high)}" if band else "?"
         yield (
-            f"{_size(b.ram):>11}  {row.bits:>6}  {b.context:>7}  {100 * row.resident:>16.0f}%  "
-            f"{_size(row.token_bytes) if row.token_bytes else 'nothing':>14}"
+            f"{size_text(b.ram):>11}  {row.bits:>6}  {b.context:>7}  {100 * row.resident:>16.0f}%  "
+            f"{reads:>14}  {tokens:>14}  {band.bound if band else 'disk'}"
         )
-    b = smallest.budget
     yield ""
+    yield from measured(speed)
+    b = smallest.budget
     yield f"  smallest that works: --ram {b.ram >> 20}MiB --bits {smallest.bits}, {b.context} tokens of context"
 
 
 def _values(
-    forecast: Forecast, name: str, levels: Sequence[int], rows: Sequence[Row], smallest: Row
-) -> dict[str, Any]:
+    forecast: Forecast, name: str, levels: Sequence[int], rows: Sequence[Row], smallest: Row, speed: Speeds
+) -> dict[str, Any]:  # fmt: skip
     def values(row: Row) -> dict[str, Any]:
         b = row.budget
         return {
@@ -190,17 +209,23 @@ def _values(
             "scratch": b.scratch, "slots": b.slots, "experts": b.experts, "expert": b.expert,
         }  # fmt: skip
 
+    def said(band: Band | None) -> dict[str, Any]:
+        return {
+            "tokens_per_s": None if band is None else [band.low, band.high],
+            "bound": None if band is None else band.bound,
+        }
+
     return {
         "name": name,
         "family": forecast.moe.config.family,
         "files": {str(bits): forecast.file_bytes(bits) for bits in levels},
-        "rows": [values(row) for row in rows],
+        "rows": [
+            {**values(row), **said(band)} for row, band in zip(rows, speed.bands, strict=True)
+        ],
         "smallest": values(smallest),
+        "machine": None if speed.pace is None else asdict(speed.pace),
+        "disk": {str(size): rate for size, rate in speed.disks.items()},
     }
-
-
-def _size(n: int) -> str:
-    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.0f} MiB"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -219,6 +244,13 @@ def _parser() -> argparse.ArgumentParser:
     types = "of the KV cache: f16, f32 or q8_0 (default: %(default)s)"
     add("-ctk", default="f16", metavar="TYPE", help=f"keys {types}")
     add("-ctv", default="f16", metavar="TYPE", help=f"values {types}")
+    add(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help="of edgemoe-run --trace: how often experts are absent",
+    )
+    add("--no-probe", action="store_true", help="do not read from the disk to measure it")
     add("--name", help=argparse.SUPPRESS)
     add("--json", action="store_true", help="print JSON, in bytes")
     add("-v", "--verbose", action="store_true", help="tracebacks of errors")

@@ -12,11 +12,14 @@ from edgemoe.model import KvTypes
 from edgemoe.ops import OpsShape
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.opening import Text
-from edgemoe.store import level_bytes
+from edgemoe.runtime.pace import Pace
+from edgemoe.store import expert_bytes, level_bytes
 
-__all__ = ["Forecast", "Row"]
+__all__ = ["Band", "Forecast", "Row"]
 
 _STEP = 1 << 20  # of the search for the smallest budget
+_HALF = 2**0.5  # the ends of a band are this much below and above its middle
+_NEAR = 0.75  # kernels that reach this share of what memory gives are bounded by it
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +31,25 @@ class Row:
     token_bytes: int
     """What a token of the reply reads from the file if every expert is as likely as any other."""
 
+    used_bytes: int
+    """What computing a token reads of memory, for its experts."""
+    read_size: int
+    """What one expert is read in."""
+
     @property
     def resident(self) -> float:
         """Share of the experts that is in memory."""
         return min(1.0, self.budget.slots / self.budget.experts)
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Is between which speeds one reply is written, in tokens per second, at a short context."""
+
+    low: float
+    high: float
+    bound: str
+    """What takes most of the time: "disk", "memory", "computing" of weights, or "layers", what they cost beside it."""
 
 
 class Forecast:
@@ -82,8 +100,48 @@ class Forecast:
         config = self.moe.config
         each = level_bytes(self.moe, self.moe.level(bits))[-1]
         missing = 1 - min(1.0, budget.slots / budget.experts)
-        uses = len(config.moe_layers) * config.experts_per_token
-        return Row(bits, budget, int(missing * uses * each))
+        used = len(config.moe_layers) * config.experts_per_token * each
+        return Row(
+            bits, budget, int(missing * used), used, expert_bytes(self.moe, self.moe.level(bits))
+        )
+
+    def band(
+        self, row: Row, pace: Pace, disk: float | None, misses: float | None = None
+    ) -> Band | None:
+        """Returns how fast one reply is written, or None where that hangs on a disk that nobody measured.
+
+        What a token computes takes its bytes divided by what the kernels do, and what each layer costs beside them.
+        Reads are hidden behind about half of that. How often an expert is absent that is wanted lies between two
+        bounds: as often as experts are absent, m, where all are as likely; and m squared, where text repeats itself
+        as much as real text does (docs/benchmarks.md). In the middle between them a token takes its likeliest time,
+        and the band is as far from that as the bounds are where half of the experts are absent.
+
+        Args:
+            disk: bytes per second of reads of an expert.
+            misses: share of the wanted experts that are absent, where a trace tells it.
+        """
+        config = self.moe.config
+        dense_bits = self.moe.dense_ladder[-1]
+        layers = config.num_layers * pace.layer_s
+        weights = row.used_bytes / pace.kernel(row.bits) + row.budget.active_dense / pace.kernel(
+            dense_bits
+        )
+        computing = weights + layers
+        absent = 1 - row.resident
+        if misses is None:
+            misses = absent**1.5
+        reading = 0.0
+        if absent > 0:
+            if disk is None:
+                return None
+            reading = misses * row.used_bytes / disk
+        middle = max(computing, reading) + min(computing, reading) / 2
+        bound = "layers" if layers > weights else "computing"
+        if reading > computing:
+            bound = "disk"
+        elif bound == "computing" and pace.kernel(row.bits) > _NEAR * pace.memory:
+            bound = "memory"
+        return Band(1 / (middle * _HALF), _HALF / middle, bound)
 
     def smallest(self, bits: int) -> Row:
         """Returns the smallest budget that works at a level, in whole MiB."""

@@ -9,12 +9,40 @@ import families
 import pytest
 
 import edgemoe
+from edgemoe import hardware
 from edgemoe.cli.main import main
+from edgemoe.cli.speeds import rate_text
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
+from edgemoe.quant import SCHEMES
+from edgemoe.runtime import pace as paces
 from edgemoe.runtime.forecast import Forecast
+from edgemoe.runtime.pace import Pace, disk_pace, pace
 
 MIB = 1 << 20
+
+
+PACE = Pace(memory=40e9, kernels={2: 10e9, 4: 20e9, 8: 35e9}, layer_s=50e-6)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(autouse=True)
+def _measured_once(cache: Path, monkeypatch) -> None:
+    """What is measured of this machine is kept away from the user's own, for all tests."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+
+
+@pytest.fixture
+def half(tiny_moe: Path, monkeypatch) -> tuple[str, ...]:
+    """The arguments for a plan in which about half of the experts are in memory."""
+    monkeypatch.setattr(hardware, "process_bytes", lambda: 50 << 20)
+    least = Forecast(tiny_moe, context=64).smallest(8).budget
+    ram = least.ram - least.room + least.experts // 2
+    return (str(tiny_moe), "--ram", str(ram), "--bits", "8", "-c", "64")
 
 
 def planned(capfd: pytest.CaptureFixture[str], *arguments: object) -> dict:
@@ -63,13 +91,113 @@ def test_fewer_experts_in_memory_are_more_bytes_a_token(tiny_moe: Path) -> None:
     assert small.token_bytes == int((1 - small.resident) * uses * each)
 
 
+def test_a_band_s_middle_is_computing_and_reading(tiny_moe: Path) -> None:
+    forecast = Forecast(tiny_moe, context=64)
+    whole = forecast.row(1 << 30, 8)
+    assert whole.resident == 1
+    weights = (whole.used_bytes + whole.budget.active_dense) / 35e9
+    layers = forecast.moe.config.num_layers * 50e-6
+    band = forecast.band(whole, PACE, None)  # no disk is needed
+    assert band is not None
+    assert band.high == pytest.approx(2 * band.low)
+    assert (band.low * band.high) ** -0.5 == pytest.approx(weights + layers)
+    assert band.bound == "layers"
+
+    least = forecast.smallest(8).budget
+    half = forecast.row(least.ram - least.room + least.experts // 2, 8)
+    assert forecast.band(half, PACE, None) is None
+    reading = (1 - half.resident) ** 1.5 * half.used_bytes / 1e6
+    read = forecast.band(half, PACE, 1e6)
+    assert read is not None
+    assert read.bound == "disk"
+    assert (read.low * read.high) ** -0.5 == pytest.approx(
+        reading + (weights + layers) / 2, rel=0.01
+    )
+    # What a trace tells takes the place of what is assumed.
+    known = forecast.band(half, PACE, 1e6, 0.0)
+    assert known is not None
+    assert known.low == pytest.approx(band.low, rel=0.01)
+
+
+def test_what_bounds_a_token(tiny_moe: Path) -> None:
+    forecast = Forecast(tiny_moe, context=64)
+    row = forecast.row(1 << 30, 8)
+    for kernel, memory, bound in ((35e3, 40e3, "memory"), (20e3, 40e3, "computing")):
+        band = forecast.band(row, Pace(memory=memory, kernels={8: kernel}, layer_s=1e-6), None)
+        assert band is not None
+        assert band.bound == bound
+
+
+def test_the_machine_is_measured_once(cache: Path) -> None:
+    scheme = SCHEMES["nested"]
+    first = pace(scheme)
+    assert set(first.kernels) == {2, 3, 4, 6, 8}
+    assert min(first.memory, first.layer_s, *first.kernels.values()) > 0
+    assert first.layer_s < 0.1
+    assert pace(scheme) == first
+    kept = cache / "edgemoe/machine.json"
+    for broken in (b"[", b'{"paces": 7, "disks": 3}'):
+        kept.write_bytes(broken)
+        assert pace(scheme).measured > first.measured
+        assert pace(scheme).measured == pace(scheme).measured
+
+
+def test_a_disk_is_known_by_reads_of_about_its_size(tiny_moe: Path) -> None:
+    moe, folder = edgemoe.file.format.open_moe(tiny_moe), tiny_moe.parent
+    assert disk_pace(None, folder, 1 << 40) is None
+    rate = disk_pace(moe, folder, 8192)
+    assert rate is not None
+    assert rate > 0
+    assert disk_pace(None, folder, 16384) == rate
+    assert disk_pace(None, folder, 8192 << 8) is None
+
+
+def test_a_cache_that_cannot_be_written_costs_the_measuring_alone(monkeypatch, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert pace(SCHEMES["nested"]).memory > 0
+
+
 def test_the_table(tiny_moe: Path, capfd) -> None:
     assert main(["plan", str(tiny_moe), "--ram", "1GiB"]) == 0
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("tiny.moe: qwen2_moe, 2 layers, 2 with 8 experts, 2 per token")
-    assert lines[4].split()[:4] == ["1.0", "GiB", "8", "512"]
-    assert lines[4].split()[-1] == "nothing"
+    row = lines[4].split()
+    assert row[:4] == ["1.0", "GiB", "8", "512"]
+    assert row[5] == "nothing"
+    assert (row[7], row[-1]) == ("…", "layers")
+    assert float(row[6]) < float(row[8])
+    assert lines[6].startswith("  this machine: memory ")
     assert lines[-1].startswith("  smallest that works: --ram ")
+
+
+def test_without_a_probe_only_what_reads_is_unknown(half, capfd, monkeypatch) -> None:
+    monkeypatch.setattr(paces, "_read", dict)  # nothing was measured before
+    row = planned(capfd, *half, "--no-probe")["rows"][0]
+    assert 0 < row["resident"] < 1
+    assert row["tokens_per_s"] is None
+    assert main(["plan", *half, "--no-probe"]) == 0
+    assert "disk: not measured" in capfd.readouterr().out
+    row = planned(capfd, *half)["rows"][0]
+    low, high = row["tokens_per_s"]
+    assert high == pytest.approx(2 * low)
+
+
+def test_a_trace_tells_what_is_absent(half, tiny_moe: Path, tmp_path: Path, capfd) -> None:
+    trace = tmp_path / "text.trace"
+    with edgemoe.load(tiny_moe, context=64, trace=trace) as engine:
+        engine.logits([1, 2, 3])
+        for token in (5, 5, 5, 6):
+            engine.extend([token])
+    assumed = planned(capfd, *half)["rows"][0]["tokens_per_s"]
+    assert planned(capfd, *half, "--trace", trace)["rows"][0]["tokens_per_s"] != assumed
+    families.make("qwen2_moe", tmp_path / "hf", changes={"num_experts": 4})
+    assert main(["plan", str(tmp_path / "hf"), "--trace", str(trace)]) == 1
+    assert "a trace of another model: expected layers, experts" in capfd.readouterr().err
+
+
+def test_a_rate_has_the_digits_that_say_something() -> None:
+    assert [rate_text(r) for r in (0.123, 1.23, 12.3, 123.4)] == ["0.12", "1.2", "12", "123"]
 
 
 def test_bad_input_is_one_line(tiny_moe: Path, tmp_path: Path, capfd) -> None:

@@ -1,0 +1,146 @@
+"""How fast each way to run a model is, and what that comes from: what `edgemoe plan` measures of this machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgemoe.file.format import MoeFile
+    from edgemoe.runtime.forecast import Band, Forecast, Row
+    from edgemoe.runtime.pace import Pace
+
+__all__ = ["Speeds", "measured", "rate_text", "size_text", "speeds"]
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Is how fast each row is, and what that comes from."""
+
+    bands: list[Band | None]
+    pace: Pace | None
+    disks: dict[int, float | None]
+    """Bytes per second by size of reads."""
+    disk_of: str
+    """What was read."""
+
+
+def speeds(args: argparse.Namespace, forecast: Forecast, rows: Sequence[Row]) -> Speeds:
+    """Measures what is not known yet of this machine."""
+    from edgemoe import library
+    from edgemoe.runtime.pace import disk_pace, pace
+
+    if not rows:
+        return Speeds([], None, {}, "")
+    speed = pace(forecast.moe.scheme)
+    probed = None if args.no_probe else _probed(forecast.moe, is_hollow=args.name is not None)
+    folder = _standing(library.folders()[0]) if args.name is not None else args.model.parent
+    misses = [None] * len(rows) if args.trace is None else _misses(args.trace, forecast, rows)
+    disks: dict[int, float | None] = {}
+    bands = []
+    for row, share in zip(rows, misses, strict=True):
+        if row.resident < 1 and row.read_size not in disks:
+            disks[row.read_size] = disk_pace(probed, folder, row.read_size)
+        bands.append(forecast.band(row, speed, disks.get(row.read_size), share))
+    return Speeds(bands, speed, disks, "" if probed is None else probed.path.name)
+
+
+def _probed(moe: MoeFile, *, is_hollow: bool) -> MoeFile | None:
+    """Returns the file whose reads tell what the disk does: the model, or the largest that is kept for one of holes."""
+    from edgemoe import library
+    from edgemoe.errors import EdgemoeError
+    from edgemoe.file.format import open_moe
+
+    if not is_hollow:
+        return moe
+    kept = [model.path for model in library.models()]
+    for path in sorted(kept, key=lambda path: path.stat().st_size, reverse=True):
+        with contextlib.suppress(EdgemoeError, OSError):
+            return open_moe(path)
+    return None
+
+
+def _misses(path: Path, forecast: Forecast, rows: Sequence[Row]) -> list[float | None]:
+    """Returns which share of the wanted experts was absent when a trace is replayed in each row's memory."""
+    from edgemoe.lab.routing.replay import Tape, make_scheduler, replay
+    from edgemoe.runtime.trace import read
+
+    trace, c = read(path), forecast.moe.config
+    header = trace.header
+    shape = (header.num_layers, header.num_experts, header.experts_per_token)
+    expected = (len(c.moe_layers), c.num_experts, c.experts_per_token)
+    if shape != expected:
+        raise ValueError(
+            f"{path}: a trace of another model: expected layers, experts and experts per token {expected}, got {shape}"
+        )
+    tape = Tape(trace)
+    if not tape.num_tokens:
+        raise ValueError(f"{path}: expected a trace with tokens of a reply, got none")
+    all_bytes = header.mean_bytes[-1] * header.num_layers * header.num_experts
+    found: dict[float, float] = {1.0: 0.0}
+    for row in rows:
+        if row.resident not in found:
+            budget = max(int(row.resident * all_bytes), max(header.level_bytes))
+            scheduler = make_scheduler(tape, "on-demand", budget_bytes=budget)
+            found[row.resident] = 1 - replay(tape, scheduler, budget_bytes=budget).hit_rate
+    return [found[row.resident] for row in rows]
+
+
+def measured(speed: Speeds) -> Iterator[str]:
+    """Yields what the speeds come from."""
+    if speed.pace is None:
+        return
+    days = int((time.time() - speed.pace.measured) / 86400)
+    when = (
+        f"measured {days} days ago"
+        if days > 1
+        else "measured yesterday"
+        if days
+        else "measured today"
+    )
+    yield (
+        f"  this machine: memory {speed.pace.memory / 1e9:.0f} GB/s, weights are computed with at "
+        f"{_span(speed.pace.kernels.values(), 0)} GB/s, {when}"
+    )  # fmt: skip
+    rates = [rate for rate in speed.disks.values() if rate is not None]
+    if rates:
+        sizes = size_text(min(speed.disks)), size_text(max(speed.disks))
+        size = sizes[0] if sizes[0] == sizes[1] else " to ".join(sizes)
+        of = f"measured now, of {speed.disk_of}" if speed.disk_of else "measured earlier"
+        yield f"  disk: {_span(rates, 2)} GB/s at reads of {size}, {of}"
+    elif speed.disks:
+        why = (
+            "without --no-probe it is"
+            if speed.disk_of
+            else "edgemoe plan of a model that is here measures it"
+        )
+        yield f"  disk: not measured, so where experts are read no speed is known; {why}"
+
+
+def _span(rates: Iterable[float], digits: int) -> str:
+    """Returns bytes per second in GB/s: the least and the most, or one figure where they are the same."""
+    given = list(rates)
+    low, high = (f"{rate / 1e9:.{digits}f}" for rate in (min(given), max(given)))
+    return low if low == high else f"{low} to {high}"
+
+
+def rate_text(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2f}"
+
+
+def size_text(n: int) -> str:
+    if n >= 2**30:
+        return f"{n / 2**30:.1f} GiB"
+    return f"{n / 2**20:.0f} MiB" if n >= 2**20 else f"{-(-n // 1024)} KiB"
+
+
+def _standing(folder: Path) -> Path:
+    """Returns a folder, or what of its parents is there."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder

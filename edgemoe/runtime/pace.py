@@ -1,0 +1,196 @@
+"""What this machine does in a second, measured once and kept: memory, kernels, what a layer costs beside weights."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import edgemoe
+from edgemoe import _core, hardware, library
+from edgemoe.config import ModelConfig
+from edgemoe.file.format import ALIGNMENT, MoeFile
+from edgemoe.file.hollow import write_hollow
+from edgemoe.file.whole import write_whole
+from edgemoe.quant import SCHEMES, Scheme, plane_widths
+from edgemoe.runtime.engine import Engine
+from edgemoe.runtime.options import EngineOptions
+from edgemoe.specs import AttentionSpec, RopeSpec
+from edgemoe.store import read_rate
+
+__all__ = ["Pace", "disk_pace", "pace"]
+
+_KEPT_S = 7 * 86400  # a machine changes: kernels, neighbours, firmware
+_FILE = "machine.json"
+_ROWS, _COLS, _COUNT = 2048, 2048, 12  # 48 MiB at 8 bits, more than most caches
+_MEMORY_BYTES = 96 << 20
+_PASSES = 7
+_SMALL = ModelConfig(
+    family="a plan", vocab_size=256, hidden_size=64, context_length=256, num_layers=8,
+    mixers=(AttentionSpec(num_heads=2, num_kv_heads=2, head_dim=32, scale=1.0, rope=RopeSpec(dim=32)),),
+    layer_mixers=(0,) * 8, num_experts=8, experts_per_token=8, expert_hidden=32,
+    moe_layers=tuple(range(8)), tied=True, norm_eps=1e-5,
+)  # fmt: skip
+"""A model of which next to nothing is weights, so that what a layer costs beside them is seen."""
+_TOKENS = 48
+_PROBE_BYTES, _PROBE_LEAST = 96 << 20, 16  # of reads of one size: bytes, and how many at least
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Says what this machine does."""
+
+    memory: float
+    """Bytes per second that all threads read together."""
+    kernels: Mapping[int, float]
+    """Bytes per second of weights that are multiplied by one token, at each level of a scheme."""
+    layer_s: float
+    """Seconds that a layer takes beside its weights."""
+    measured: float = field(default_factory=time.time)
+    """When, in seconds since 1970."""
+
+    def kernel(self, bits: float) -> float:
+        """Returns the rate at a level, or of the nearest one that was measured."""
+        return self.kernels[min(self.kernels, key=lambda level: abs(level - bits))]
+
+
+def pace(scheme: Scheme, *, anew: bool = False) -> Pace:
+    """Returns what this machine does with a scheme's matrices; it is measured if it was not within a week.
+
+    Measuring takes about a second and 100 MiB.
+
+    Args:
+        anew: measure in any case.
+    """
+    key, kept = _machine(scheme), _read()
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        found = kept["paces"][key]  # type: ignore[index]
+        known = Pace(
+            memory=float(found["memory"]), layer_s=float(found["layer_s"]), measured=float(found["measured"]),
+            kernels={int(bits): float(rate) for bits, rate in found["kernels"].items()},
+        )  # fmt: skip
+        values = (known.memory, known.layer_s, *known.kernels.values())
+        if (
+            not anew
+            and known.kernels
+            and min(values) > 0
+            and 0 <= time.time() - known.measured < _KEPT_S
+        ):
+            return known
+    threads = hardware.num_threads()
+    measured = Pace(
+        memory=_core.memory_rate(_MEMORY_BYTES, threads), kernels=_kernels(scheme, threads),
+        layer_s=_layer_s(),
+    )  # fmt: skip
+    hardware.trim()
+    _keep("paces", key, asdict(measured))
+    return measured
+
+
+def disk_pace(moe: MoeFile | None, folder: Path, size: int) -> float | None:
+    """Returns the bytes per second of direct reads of `size` bytes at scattered places.
+
+    Args:
+        moe: is read from, for a tenth of a second or so; None to take what was measured earlier.
+        folder: whose disk is meant.
+
+    Returns:
+        None where nothing was measured with reads about as large.
+    """
+    device = f"{os.stat(folder).st_dev:x}"
+    if moe is not None:
+        size = min(size, moe.file_bytes // 2 // ALIGNMENT * ALIGNMENT)
+        if not size:
+            return None
+        rate = read_rate(moe, size, total=max(_PROBE_BYTES, _PROBE_LEAST * size))
+        _keep("disks", f"{device}:{size}", [rate, time.time()])
+        return rate
+    near: dict[float, float] = {}
+    with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
+        for key, (rate, when) in _read()["disks"].items():  # type: ignore[attr-defined]
+            of, _, length = key.partition(":")
+            if of == device and 0 <= time.time() - when < _KEPT_S:
+                near[max(int(length) / size, size / int(length))] = float(rate)
+    return near[min(near)] if near and min(near) <= 2 else None
+
+
+def _kernels(scheme: Scheme, threads: int) -> dict[int, float]:
+    """Measures the product of one token with matrices at every level of a scheme."""
+    scheme = SCHEMES[scheme.name]  # corrections and row scales cost a few per cent
+    ladder = scheme.ladders[0]
+    sizes = scheme.rung_bytes(_ROWS, _COLS, ladder)
+    planes = [
+        np.full(size, 0x11, np.uint8) for size in sizes
+    ]  # as floats, small and none of them special
+    workspace = _core.Workspace(threads, 1, _COLS, 64, 1, 16)
+    x, out = np.ones((1, _COLS), np.float32), np.zeros((1, _ROWS), np.float32)
+    rates = {}
+    for level, bits in enumerate(ladder, 1):
+        matrices = [
+            _core.Nested.from_rungs(
+                planes[:level], _ROWS, _COLS, plane_widths(ladder)[:level], scheme.name, scheme.row_scales
+            )
+            for _ in range(_COUNT)
+        ]  # fmt: skip
+        times = []
+        for _ in range(_PASSES):
+            start = time.perf_counter()
+            for matrix in matrices:
+                _core.linear(workspace, x, [matrix], [out])
+            times.append(time.perf_counter() - start)
+        rates[bits] = _COUNT * sum(sizes[:level]) / min(times)  # others use the machine too
+    return rates
+
+
+def _layer_s() -> float:
+    """Measures what a layer costs beside its weights, with the engine itself."""
+    with tempfile.TemporaryDirectory(prefix="edgemoe-pace-") as folder:
+        path = Path(folder) / "pace.moe"
+        write_hollow(path, _SMALL, scheme=SCHEMES["nested"], sections={})
+        with Engine(path, EngineOptions(context=_TOKENS + 16, verify=False)) as engine:
+            engine.logits([1], last_only=True)
+            times = []
+            for token in range(_TOKENS):
+                start = time.perf_counter()
+                engine.extend([token])
+                times.append(time.perf_counter() - start)
+    return sorted(times)[_TOKENS // 4] / _SMALL.num_layers  # others use the machine too
+
+
+def _machine(scheme: Scheme) -> str:
+    """Returns what the figures are of: another processor, core or number of threads has its own."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    model = next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
+    )
+    return (
+        f"{model or platform.machine()}, {hardware.num_threads()} threads, {hardware.isa()}, {scheme.name}, "
+        f"edgemoe {edgemoe.__version__}, {_core.compiler()}"
+    )
+
+
+def _read() -> dict[str, object]:
+    try:
+        content = json.loads((library.cache_dir() / _FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _keep(kind: str, key: str, value: object) -> None:
+    """Keeps a figure; where the cache folder cannot be written it is measured again the next time."""
+    kept = _read()
+    of_kind = kept.get(kind)
+    kept[kind] = {**(of_kind if isinstance(of_kind, dict) else {}), key: value}
+    with contextlib.suppress(OSError):
+        path = library.cache_dir() / _FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(kept, indent=1).encode())
