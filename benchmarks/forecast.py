@@ -1,63 +1,94 @@
-"""What `edgemoe plan` forecasts beside what is measured: budgets for all, a half and a quarter of the experts.
+"""What `edgemoe plan` forecasts beside what is measured, at budgets for all, a half and a quarter of the experts.
 
     python benchmarks/forecast.py MODEL.moe[:BITS] ... [-n 64] [-r 3] [--json FILE]
 
-The disk is probed before each row, as `plan` does, and single random tokens are measured just after, as `edgemoe bench`
-does. A row is good where the median lies inside the band.
+Each row is a run of `edgemoe plan`, which measures the machine and probes the disk, and then one of `edgemoe bench`
+with the same budget: single random tokens. It is good where the median of these lies inside the band.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
-
-from edgemoe.runtime.bench import measure
-from edgemoe.runtime.engine import Engine
-from edgemoe.runtime.forecast import Forecast
-from edgemoe.runtime.options import EngineOptions
-from edgemoe.runtime.pace import disk_pace, pace
+from typing import Any
 
 SHARES = (1.0, 0.5, 0.25)
-_SPARE = 8 << 20  # so that "all" does not hang on a page
+_SPARE = 32 << 20  # so that "all" does not hang on what is kept for later
 
 
-def rows(path: Path, bits: int | None, args: argparse.Namespace) -> list[dict[str, object]]:
-    forecast = Forecast(path, context=args.context)
-    bits = bits or forecast.levels[-1]
-    least = forecast.smallest(bits).budget
-    found: list[dict[str, object]] = []
+def run(*arguments: object) -> dict[str, Any]:
+    """Returns what a command says. A cache folder of its own makes each measure the machine anew."""
+    command = [sys.executable, "-m", "edgemoe", *map(str, arguments), "--json"]
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "XDG_CACHE_HOME": cache}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}: {done.stderr.strip()}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def budget(path: Path, bits: str, context: int, share: float) -> int:
+    """Returns what a share of the experts takes, and everything else; at least what works."""
+    plan = run("plan", path, "--bits", bits, "-c", context, "--ram", "1TiB", "--no-probe")
+    ram = smallest = plan["smallest"]["ram"]
+    for _ in range(3):
+        (row,) = run("plan", path, "--bits", bits, "-c", context, "--ram", ram, "--no-probe")[
+            "rows"
+        ]
+        ram = max(smallest, ram + int((share - row["lent"]) * row["experts"]))
+    return int(ram)
+
+
+def rows(path: Path, bits: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    flags = ["--bits", bits] if bits else []
+    plan = run("plan", path, *flags, "-c", args.context, "--ram", "1TiB")
+    bits = bits or str(plan["rows"][0]["bits"])
+    found = []
     for share in SHARES:
-        ram = least.ram + int(share * least.experts) + (_SPARE if share == 1 else 0)
-        row = forecast.row(ram, bits)
-        speed = pace(forecast.moe.scheme, anew=True)
-        disk = disk_pace(forecast.moe, path.parent, row.read_size) if row.resident < 1 else None
-        band = forecast.band(row, speed, disk)
-        assert band is not None
-        with Engine(path, EngineOptions(ram=ram, bits=bits, context=args.context)) as engine:
-            (result,) = measure(
-                engine, prompts=[], generations=[args.n], repetitions=args.repetitions
-            )
+        ram = budget(path, bits, args.context, share) + (_SPARE if share == 1 else 0)
+        plan = run("plan", path, "--bits", bits, "-c", args.context, "--ram", ram)
+        bench = run(
+            "bench",
+            path,
+            "--bits",
+            bits,
+            "--ram",
+            ram,
+            "-p",
+            0,
+            "-n",
+            args.n,
+            "-r",
+            args.repetitions,
+        )
+        (row,), (result,) = plan["rows"], bench["results"]
+        (disk,) = plan["disk"].values() or (None,)
+        low, high = row["tokens_per_s"]
         found.append({
-            "model": path.stem, "bits": bits, "ram": ram, "resident": row.resident, "low": band.low,
-            "high": band.high, "bound": band.bound, "measured": result.rate, "rates": result.rates,
-            "hit": result.hit_rate, "read": result.read_per_token, "wait": result.wait_share, "disk": disk,
-            "memory": speed.memory, "kernel": speed.kernel(bits), "layer_s": speed.layer_s,
+            "model": path.stem, "bits": bits, "ram": ram, "lent": row["lent"], "low": low, "high": high,
+            "bound": row["bound"], "measured": result["rate"], "rates": result["rates"],
+            "inside": low <= result["rate"] <= high, "hit": result["hit_rate"], "read": result["read_per_token"],
+            "wait": result["wait_share"], "disk": disk, "machine": plan["machine"],
         })  # fmt: skip
         print(_line(found[-1]), flush=True)
     return found
 
 
-def _line(r: dict[str, object]) -> str:
-    inside = r["low"] <= r["measured"] <= r["high"]  # type: ignore[operator]
-    disk = f"{r['disk'] / 1e9:.2f}" if r["disk"] else ""  # type: ignore[operator]
+def _line(r: dict[str, Any]) -> str:
+    disk = f"{r['disk'] / 1e9:.2f}" if r["disk"] else ""
     return (
-        f"| {r['model']} | {r['bits']} | {r['ram'] >> 20} MiB | {100 * r['resident']:.0f}% "  # type: ignore[operator]
-        f"| {r['low']:.1f} … {r['high']:.1f} | {r['bound']} | {r['measured']:.1f} | {'yes' if inside else 'NO'} "
-        f"| {100 * r['hit']:.0f}% | {r['read'] / 1e6:.1f} MB | {disk} | {r['kernel'] / 1e9:.1f} "  # type: ignore[operator]
-        f"| {1e6 * r['layer_s']:.0f} µs | {100 * r['wait']:.0f}% |"  # type: ignore[operator]
+        f"| {r['model']} | {r['bits']} | {r['ram'] >> 20} MiB | {100 * r['lent']:.0f}% "
+        f"| {r['low']:.1f} … {r['high']:.1f} | {r['bound']} | {r['measured']:.1f} | {'yes' if r['inside'] else 'NO'} "
+        f"| {100 * r['hit']:.0f}% | {r['read'] / 1e6:.1f} MB | {disk} "
+        f"| {r['machine']['kernels'][r['bits']] / 1e9:.1f} | {1e6 * r['machine']['layer_s']:.0f} µs "
+        f"| {100 * r['wait']:.0f}% |"
     )
 
 
@@ -73,12 +104,11 @@ def main() -> None:
     args = parser.parse_args()
     print("| model | bits | --ram | resident | forecast | bound by | measured | inside | hit | read/token | disk GB/s "
           "| kernels GB/s | layer | waiting |\n" + "|---" * 14 + "|")  # fmt: skip
-    found: list[dict[str, object]] = []
+    found = []
     for given in args.models:
         name, _, bits = given.partition(":")
-        found += rows(Path(name), int(bits) if bits else None, args)
-    inside = sum(r["low"] <= r["measured"] <= r["high"] for r in found)  # type: ignore[operator]
-    print(f"\ninside: {inside} of {len(found)}")
+        found += rows(Path(name).absolute(), bits, args)
+    print(f"\ninside: {sum(r['inside'] for r in found)} of {len(found)}")
     if args.json:
         head = {"command": sys.argv, "machine": platform.platform(), "cpu": platform.processor()}
         args.json.write_text(json.dumps({**head, "rows": found}, indent=1) + "\n")

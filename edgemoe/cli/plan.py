@@ -204,7 +204,7 @@ def _values(
     def values(row: Row) -> dict[str, Any]:
         b = row.budget
         return {
-            "ram": b.ram, "bits": row.bits, "context": b.context, "resident": row.resident,
+            "ram": b.ram, "bits": row.bits, "context": b.context, "resident": row.resident, "lent": forecast.lent(row),
             "token_bytes": row.token_bytes, "process": b.process, "dense": b.dense, "kv": b.kv,
             "scratch": b.scratch, "slots": b.slots, "experts": b.experts, "expert": b.expert,
         }  # fmt: skip

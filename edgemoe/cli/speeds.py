@@ -44,7 +44,7 @@ def speeds(args: argparse.Namespace, forecast: Forecast, rows: Sequence[Row]) ->
     disks: dict[int, float | None] = {}
     bands = []
     for row, share in zip(rows, misses, strict=True):
-        if row.resident < 1 and row.read_size not in disks:
+        if forecast.lent(row) < 1 and row.read_size not in disks:
             disks[row.read_size] = disk_pace(probed, folder, row.read_size)
         bands.append(forecast.band(row, speed, disks.get(row.read_size), share))
     return Speeds(bands, speed, disks, "" if probed is None else probed.path.name)
@@ -83,12 +83,12 @@ def _misses(path: Path, forecast: Forecast, rows: Sequence[Row]) -> list[float |
         raise ValueError(f"{path}: expected a trace with tokens of a reply, got none")
     all_bytes = header.mean_bytes[-1] * header.num_layers * header.num_experts
     found: dict[float, float] = {1.0: 0.0}
-    for row in rows:
-        if row.resident not in found:
-            budget = max(int(row.resident * all_bytes), max(header.level_bytes))
+    for share in map(forecast.lent, rows):
+        if share not in found:
+            budget = max(int(share * all_bytes), max(header.level_bytes))
             scheduler = make_scheduler(tape, "on-demand", budget_bytes=budget)
-            found[row.resident] = 1 - replay(tape, scheduler, budget_bytes=budget).hit_rate
-    return [found[row.resident] for row in rows]
+            found[share] = 1 - replay(tape, scheduler, budget_bytes=budget).hit_rate
+    return [found[forecast.lent(row)] for row in rows]
 
 
 def measured(speed: Speeds) -> Iterator[str]:

@@ -18,7 +18,15 @@ from edgemoe.store import expert_bytes, level_bytes
 __all__ = ["Band", "Forecast", "Row"]
 
 _STEP = 1 << 20  # of the search for the smallest budget
-_HALF = 2**0.5  # the ends of a band are this much below and above its middle
+_LOW, _HIGH = (
+    0.6,
+    1.2,
+)  # of what is likely if nothing is in the way, which is more often too much than too little
+_REPEATS = (
+    1.75  # a wanted expert is absent as often as experts are, to this power: 1 if all are as likely
+)
+_GROWN = 6 << 20  # what a process has grown by when it has replied, of all that is kept for it
+_REPLY = 256  # tokens of a conversation that a band is for
 _NEAR = 0.75  # kernels that reach this share of what memory gives are bounded by it
 
 
@@ -111,10 +119,9 @@ class Forecast:
         """Returns how fast one reply is written, or None where that hangs on a disk that nobody measured.
 
         What a token computes takes its bytes divided by what the kernels do, and what each layer costs beside them.
-        Reads are hidden behind about half of that. How often an expert is absent that is wanted lies between two
-        bounds: as often as experts are absent, m, where all are as likely; and m squared, where text repeats itself
-        as much as real text does (docs/benchmarks.md). In the middle between them a token takes its likeliest time,
-        and the band is as far from that as the bounds are where half of the experts are absent.
+        Reads are hidden behind about half of that. Experts have what is kept for a longer context and is not used
+        yet. Text repeats itself: where a share m of the experts is absent, m ** 1.75 of the wanted ones were, in
+        measurements m ** 1.5 to m ** 2 (docs/benchmarks.md).
 
         Args:
             disk: bytes per second of reads of an expert.
@@ -127,9 +134,9 @@ class Forecast:
             dense_bits
         )
         computing = weights + layers
-        absent = 1 - row.resident
+        absent = 1 - self.lent(row)
         if misses is None:
-            misses = absent**1.5
+            misses = absent**_REPEATS
         reading = 0.0
         if absent > 0:
             if disk is None:
@@ -141,7 +148,14 @@ class Forecast:
             bound = "disk"
         elif bound == "computing" and pace.kernel(row.bits) > _NEAR * pace.memory:
             bound = "memory"
-        return Band(1 / (middle * _HALF), _HALF / middle, bound)
+        return Band(_LOW / middle, _HIGH / middle, bound)
+
+    def lent(self, row: Row) -> float:
+        """Returns the share of the experts that is in memory as long as a conversation is short."""
+        b = row.budget
+        kv = b.sequences * (b.kv_at_once + b.kv_bytes(min(_REPLY, b.context)))
+        spare = b.ram - b.process - b.tables - b.dense - kv - b.scratch - _GROWN
+        return min(1.0, max(spare, b.slots) / b.experts)
 
     def smallest(self, bits: int) -> Row:
         """Returns the smallest budget that works at a level, in whole MiB."""

@@ -41,7 +41,7 @@ _SMALL = ModelConfig(
 )  # fmt: skip
 """A model of which next to nothing is weights, so that what a layer costs beside them is seen."""
 _TOKENS = 48
-_PROBE_BYTES, _PROBE_LEAST = 96 << 20, 16  # of reads of one size: bytes, and how many at least
+_PROBE_BYTES, _PROBE_LEAST = 192 << 20, 16  # of reads of one size: bytes, and how many at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ def disk_pace(moe: MoeFile | None, folder: Path, size: int) -> float | None:
     """Returns the bytes per second of direct reads of `size` bytes at scattered places.
 
     Args:
-        moe: is read from, for a tenth of a second or so; None to take what was measured earlier.
+        moe: is read from, for some tenths of a second; None to take what was measured earlier.
         folder: whose disk is meant.
 
     Returns:
