@@ -58,7 +58,8 @@ def families() -> str:
 
 def help_of(command: list[str]) -> str:
     """Returns what a command says of itself."""
-    return output_of([*command, "--help"])
+    text = output_of([*command, "--help"])
+    return output_of([*command, "--help-all"]) if "--help-all" in text else text
 
 
 def output_of(command: list[str]) -> str:

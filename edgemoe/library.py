@@ -100,6 +100,8 @@ def models() -> list[Kept]:
 def find(text: str) -> Path | None:
     """Returns the model of a name, or of its last part where only one has that; None if there is none."""
     text = text.removesuffix(_ENDING)
+    if text == DEMO_FILE.removesuffix(_ENDING):  # as the chat itself calls it
+        text = DEMO
     kept = models()
     for model in kept:
         if model.name == text:

@@ -112,10 +112,23 @@ def _checkpoint(path: Path) -> Checkpoint:
     """Opens a checkpoint of a Mixture of Experts."""
     from edgemoe.convert.open import open_checkpoint
 
+    _expect_here(path)
     checkpoint = open_checkpoint(path)
     if checkpoint.config.get("model_type") == "llama":
         raise ValueError(f"{path}: is a dense model; --carve cuts it into experts")
     return checkpoint
+
+
+def _expect_here(path: Path) -> None:
+    """Raises FileNotFoundError for what is not here; it may be meant as a name of the hub."""
+    if path.exists() or path.is_symlink():
+        return
+    meant = path.parts if str(path) == path.as_posix().strip("/.") else ()
+    if len(meant) == 2 and not path.suffix == ".gguf":
+        raise FileNotFoundError(
+            f"{path}: no such folder or file; edgemoe pull {path} fetches and converts that model of the hub"
+        )
+    raise FileNotFoundError(f"{path}: no such folder or file; expected a checkpoint or a GGUF file")
 
 
 def _carved(path: Path) -> Checkpoint:
@@ -123,6 +136,7 @@ def _carved(path: Path) -> Checkpoint:
     from edgemoe.convert.carve.carve import carve
     from edgemoe.convert.open import open_checkpoint
 
+    _expect_here(path)
     dense = open_checkpoint(path)
     with Progress("calibrating", unit="layer") as progress:
         return carve(dense, progress=progress)

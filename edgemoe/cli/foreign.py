@@ -33,6 +33,9 @@ _REFUSED = {
     "--interactive": "chatting is what happens without -p and -f; leave it out",
     "--chat-template": "the model's own template is used, or none with --raw",
     "--prompt-cache": "/save and /load keep a conversation",
+    "-q": "--stats off leaves out the line after a reply",
+    "--quiet": "--stats off leaves out the line after a reply",
+    "--verbose-prompt": "--stats full counts the prompt's tokens",
     "-e": "write $'a\\nb' in the shell, or use -f FILE",
     "--escape": "write $'a\\nb' in the shell, or use -f FILE",
 }  # fmt: skip

@@ -63,6 +63,14 @@ def _run(args: argparse.Namespace, prog: str) -> int:
     return 1 if broken else 0
 
 
+def _level_name(level: dict[str, Any]) -> str:
+    """Returns a level's bits, and which matrices have others."""
+    (gate, up, down), dense, bits = level["ladder"], level["dense_bits"], level["bits"]
+    others = [] if gate == up == down else [f"gate {gate}, up {up}, down {down}"]
+    others += [] if dense == bits else [f"everything else {dense}"]
+    return f"{bits} bits" + (f" ({'; '.join(others)})" if others else "")
+
+
 def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
     from edgemoe.lab.report.summary import groups
 
@@ -89,12 +97,12 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
         counts = ", ".join(f"{count} of {bits}" for bits, count in held.items())
         yield f"  experts of {about['experts']['average_bits']:.3f} bits on average: {counts}"
     yield ""
-    yield "| level | gate, up, down | experts | dense bits | all else | bits/weight |"
-    yield "|---|---|---|---|---|---|"
+    yield "| level | experts | everything else | bits/weight |"
+    yield "|---|---|---|---|"
     for level in about["levels"]:
         yield (
-            f"| {level['bits']} bits | {', '.join(map(str, level['ladder']))} | {_size(level['expert_bytes'])} "
-            f"| {level['dense_bits']} | {_size(level['dense_bytes'])} | {level['bits_per_weight']:.3f} |"
+            f"| {_level_name(level)} | {_size(level['expert_bytes'])} | {_size(level['dense_bytes'])} "
+            f"| {level['bits_per_weight']:.3f} |"
         )
     yield ""
     yield "| tensors | shape | kind | bytes |"

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from edgemoe.cli.console import note, replace_unwritable, run_command, say
+from edgemoe.errors import shortened
 
 __all__ = ["ALIASES", "COMMANDS", "main"]
 
@@ -47,6 +48,13 @@ _GROUPS = {
 ALIASES: Mapping[str, str] = {"chat": "run", "show": "inspect"}
 """Other words for commands."""
 
+_PEERS = {
+    "cli": "run", "generate": "run", "start": "run", "server": "serve", "download": "pull", "get": "pull",
+    "install": "pull", "ls": "list", "models": "list", "delete": "rm", "remove": "rm", "info": "inspect",
+    "quantize": "convert", "benchmark": "bench", "perplexity": "quality", "check": "doctor",
+}  # fmt: skip
+"""What other programs call it."""
+
 _USAGE_ERROR, _INTERRUPTED = 2, 130
 
 
@@ -72,9 +80,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_command("edgemoe", lambda: say(version_line("edgemoe")))
     name = ALIASES.get(name, name)
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        meant = f" (did you mean {near[0]}?)" if near else ""
-        note(f"edgemoe: no command {name!r}{meant}; commands: {', '.join(COMMANDS)}")
+        near = difflib.get_close_matches(name, (*COMMANDS, *ALIASES), n=1)
+        meant = _PEERS.get(name) or (near[0] if near else None)
+        asked = f"; did you mean edgemoe {meant}?" if meant else ""
+        note(f"edgemoe: no command {shortened(name, 40)!r}{asked}; edgemoe help lists the commands")
         return _USAGE_ERROR
     try:
         # Imported on use: one command's dependencies must not slow down or break another.

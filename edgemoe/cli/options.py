@@ -18,6 +18,7 @@ from edgemoe.cli.values import bits_or_auto, ram_size, stats_kind
 
 __all__ = ["run_parser", "serve_parser", "unknown_variables", "version_line"]
 
+_DAILY, _DOOR = "every day", "who may ask"  # groups that --help shows
 _YES, _NO = ("1", "true", "yes", "on"), ("", "0", "false", "no", "off")
 
 _EPILOG = """\
@@ -52,8 +53,8 @@ Every flag takes its default from the environment, as EDGEMOE_PORT=8081.
 _EXAMPLES = """\
 Chat with a Mixture-of-Experts model, inside a memory budget.
 
-    %(prog)s model.moe                           chat
-    %(prog)s model.moe --ram 8GiB --bits 4       inside 8 GiB, experts of 4 bits
+    %(prog)s model.moe                            chat
+    %(prog)s model.moe --ram 8GiB --bits 4        inside 8 GiB, experts of 4 bits
     %(prog)s model.moe -p "Why is the sky blue?"  answer and leave
 """
 
@@ -61,8 +62,9 @@ Chat with a Mixture-of-Experts model, inside a memory budget.
 def run_parser(prog: str = "edgemoe-run") -> argparse.ArgumentParser:
     """Returns the parser. It ends the program at wrong usage, with one line and exit code 2."""
     parser = Parser(
-        prog=prog, usage="%(prog)s [MODEL] [flags]", description=_EXAMPLES, epilog=_EPILOG
-    )
+        prog=prog, usage="%(prog)s [MODEL] [flags]", description=_EXAMPLES, epilog=_EPILOG,
+        first=[_DAILY],
+    )  # fmt: skip
     return _filled(parser, _add_flags)
 
 
@@ -73,6 +75,7 @@ def serve_parser() -> argparse.ArgumentParser:
         usage="%(prog)s [MODEL] [flags]",
         description="Answer OpenAI's, Anthropic's and llama.cpp's requests, inside a memory budget.",
         epilog=_SERVE_EPILOG,
+        first=[_DAILY, _DOOR],
     )
     return _filled(parser, _add_serve_flags)
 
@@ -100,10 +103,14 @@ def _filled(
 
 
 # fmt: off
+def _add_temp(group: argparse._ActionsContainer) -> None:
+    """Adds the one flag of sampling that is used every day."""
+    _add(group, "--temp", type=float, metavar="N",
+         help="0 always takes the likeliest token, 1 follows the model (default: the model's, else 0.8)")
+
+
 def _add_sampling_flags(sampling: argparse._ActionsContainer) -> None:
-    """Adds the flags that say how replies are sampled."""
-    _add(sampling, "--temp", type=float, metavar="N",
-         help="0 always takes the likeliest token (default: the model's, else 0.8)")
+    """Adds the other flags that say how replies are sampled."""
     _add(sampling, "--top-k", type=int, metavar="N",
          help="keep the N likeliest, 0 for all (default: the model's, else 40)")
     _add(sampling, "--top-p", type=float, metavar="N",
@@ -130,8 +137,6 @@ def _add_path(parser: argparse.ArgumentParser) -> None:
 
 def _add_daily_flags(daily: argparse._ActionsContainer) -> None:
     """Adds what decides most about memory and speed, for whoever opens a model."""
-    _add(daily, "-hf", "-hfr", "--hf-repo", metavar="REPO",
-         help="a model of the Hugging Face hub, user/repo[:BITS|:QUANT]: fetched once, as edgemoe pull does")
     _add(daily, "--ram", type=ram_size, metavar="SIZE",
          help="memory for the whole process: 4GiB, 512MB, 50%% of what is free "
          "(default: that, less a margin)")
@@ -140,6 +145,8 @@ def _add_daily_flags(daily: argparse._ActionsContainer) -> None:
          "them; auto: each expert its own, as allocated (default: the file's)")
     _add(daily, "-c", "--ctx-size", type=int, default=0, metavar="N",
          help="most tokens of prompt and reply (default: 0, what fits)")
+    _add(daily, "-hf", "-hfr", "--hf-repo", metavar="REPO",
+         help="a model of the Hugging Face hub, user/repo[:BITS|:QUANT]: fetched once, as edgemoe pull does")
 
 
 def _add_model_flags(model: argparse._ActionsContainer) -> None:
@@ -173,13 +180,14 @@ def _add_model_flags(model: argparse._ActionsContainer) -> None:
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     _add_path(parser)
-    daily = parser.add_argument_group("every day")
-    _add_daily_flags(daily)
+    daily = parser.add_argument_group(_DAILY)
     _add(daily, "-p", "--prompt", metavar="TEXT", help="answer this and leave")
     _add(daily, "-f", "--file", metavar="FILE", help="answer this file's text and leave; - for standard input")
     _add(daily, "-sys", "--system-prompt", metavar="TEXT", help="what the model is told first")
     _add(daily, "-n", "--predict", type=int, metavar="N",
          help="most tokens of a reply, -1 until it ends (default: the model's, else -1)")
+    _add_temp(daily)
+    _add_daily_flags(daily)
     _add(daily, "--stats", type=stats_kind, default="short", metavar="KIND",
          help="the line after a reply: short, full or off (default: %(default)s)")
     _add(daily, "--session", metavar="NAME", help="go on with the conversation of that name, and keep it")
@@ -205,19 +213,22 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _add_path(parser)
-    model = parser.add_argument_group("model and memory")
-    _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
-    _add(model, "-np", "--parallel", type=int, default=4, metavar="N",
+    daily = parser.add_argument_group(_DAILY)
+    _add_daily_flags(daily)
+    _add(daily, "-np", "--parallel", type=int, default=4, metavar="N",
          help="conversations that are kept and run at once, each with its own context (default: %(default)s)")
+    _add_version(daily)
+
+    model = parser.add_argument_group("experts and memory")
+    _add(model, "-m", "--model", metavar="FILE", help="the same as MODEL")
     _add(model, "--slot-save-path", metavar="DIR",
          help="save what conversations hold there, and restore it when their prompts come back")
     _add(model, "--slot-save-size", type=ram_size, default=8 << 30, metavar="SIZE",
          help="the most that is kept there (default: 8GiB)")
-    _add_daily_flags(model)
     _add_model_flags(model)
     _add_switch(model, "--no-grammar", help="keep no memory for JSON schemas and grammars, and refuse them")
 
-    door = parser.add_argument_group("who may ask")
+    door = parser.add_argument_group(_DOOR)
     _add(door, "--host", default="127.0.0.1", metavar="ADDRESS",
          help="where to listen (default: %(default)s, this machine alone)")
     _add(door, "--port", type=int, default=8080, metavar="N", help="0 for a free one (default: %(default)s)")
@@ -246,10 +257,10 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     _add_switch(requests, "--no-page", help="show no page at /")
 
     sampling = parser.add_argument_group("sampling, where a request says nothing")
+    _add_temp(sampling)
     _add_sampling_flags(sampling)
     _add(sampling, "-n", "--predict", type=int, metavar="N",
          help="most tokens of a reply, -1 until it ends (default: the model's, else -1)")
-    _add_version(parser)
 # fmt: on
 
 

@@ -20,10 +20,36 @@ class Parser(argparse.ArgumentParser):
     is_wanted: ClassVar[bool] = False
     """Whether the parser itself is wanted, by `parser_of`, and no arguments are to be read."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, *, first: Sequence[str] = (), **kwargs: Any) -> None:
+        """Takes what `ArgumentParser` takes.
+
+        Args:
+            first: the titles of the groups that --help shows; --help-all shows the others too. None for all.
+        """
         super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs
-        )
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+            add_help=not first, **kwargs,
+        )  # fmt: skip
+        self._first = tuple(first)
+        if first:
+            self.add_argument(
+                "-h", "--help", action=_FirstHelp, help="show the flags of every day and leave"
+            )
+            self.add_argument("--help-all", action="help", help="show all flags and leave")
+
+    def format_first_help(self) -> str:
+        """Returns the help with the first groups alone, and what the others are."""
+        groups = self._action_groups
+        shown = [
+            g for g in groups if g.title in self._first or g in (self._positionals, self._optionals)
+        ]
+        others = [str(g.title) for g in groups if g not in shown]
+        try:
+            self._action_groups = shown
+            text = self.format_help()
+        finally:
+            self._action_groups = groups
+        return f"{text}\n{self.prog} --help-all lists the other flags: {'; '.join(others)}.\n"
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if Parser.is_wanted:
@@ -43,6 +69,18 @@ class Parser(argparse.ArgumentParser):
         code = run_command(self.prog, lambda: say(*message.rstrip("\n").split("\n")))
         if code:
             self.exit(code)
+
+
+class _FirstHelp(argparse.Action):
+    """Prints the help of every day."""
+
+    def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
+
+    def __call__(self, parser: argparse.ArgumentParser, *unused: object) -> NoReturn:
+        assert isinstance(parser, Parser)
+        parser._print_message(parser.format_first_help())
+        parser.exit()
 
 
 class _Taken(BaseException):  # commands turn every Exception into a line

@@ -30,6 +30,7 @@ _HELP = '''\
 /system [TEXT]     what the model is told before the conversation; alone, nothing
 /read FILE         say a file's text
 /set [NAME VALUE]  change how replies are sampled; alone, show how
+/bits N            from now on experts run at N bits: fewer are faster and worse; alone, which there are
 /save FILE         write the conversation to a file
 /load FILE         go on with a saved one
 /sessions          the conversations that --session NAME has kept
@@ -52,8 +53,11 @@ T1 0.60, T2 0.90         thresholds of the scheduler hobbit: edgemoe schedulers
 peak 196 MiB             most memory of the whole process since its start
 #b32109b8                checksum of the last logits: the same for the same model, bits and prompt"""
 
-_AT_START = ("bits", "dense_bits", "ram", "ctx_size", "context", "experts", "scheduler", "threads")
+_AT_START = ("dense_bits", "ram", "ctx_size", "context", "threads")
 """What is set by a flag, when the model is opened."""
+
+_LIVE = ("bits", "experts", "scheduler")
+"""What the engine changes while it is open."""
 
 _QUOTES = '"""'
 """A line of these alone begins a text of several lines, and another ends it."""
@@ -141,8 +145,10 @@ def _greeting(engine: Engine, name: str) -> str:
     precision = f"{bits.max()}" if bits.min() == bits.max() else f"{bits.mean():.1f}"
     share = budget.slots / budget.experts
     fit = "all experts fit" if share >= 1 else f"{100 * share:.0f}% of the experts fit"
+    ram = budget.ram / 2**20
+    size = f"{ram / 1024:.1f} GiB" if ram >= 2048 else f"{ram:.0f} MiB"
     return (
-        f"{name}: {'lossy' if engine.notes else 'exact'}, {precision} bits, {budget.ram / 2**20:.0f} MiB, {fit}, "
+        f"{name}: {'lossy' if engine.notes else 'exact'}, {precision} bits, {fit} in {size} of memory, "
         f"{engine.context} tokens of context; /help lists the commands, Ctrl-D leaves"
     )
 
@@ -160,6 +166,7 @@ class _Session:
             "/clear": self._reset,
             "/stats": lambda _: note(*stats_table(self._engine.stats).split("\n")),
             "/set": self._set,
+            "/bits": self._bits,
             "/save": self._save,
             "/load": self._load,
             "/regenerate": lambda _: self.say(self._chat.undo()),
@@ -243,10 +250,13 @@ class _Session:
             plain, own = dataclasses.asdict(type(params)()), self._engine.sampling
             note(
                 *(
-                    f"{n:<18}{_shown(v)}{'  (the model asks for it)' * (v == getattr(own, n) != plain[n])}"
+                    f"{n:<24}{_shown(v)}{'  (the model asks for it)' * (v == getattr(own, n) != plain[n])}"
                     for n, v in dataclasses.asdict(params).items()
                 )
             )
+            return
+        if name in _LIVE:
+            self._change(name, text.strip())
             return
         if name not in {f.name for f in dataclasses.fields(params)}:
             if name in _AT_START:
@@ -261,6 +271,26 @@ class _Session:
         note(f"# {name} is {_shown(value)}")
         if name == "temperature" and value > _WILD:
             note(f"# above {_WILD} most tokens are as likely as any other")
+
+    def _bits(self, rest: str) -> None:
+        if rest:
+            self._change("bits", rest)
+            return
+        engine = self._engine
+        levels = ", ".join(
+            str(bits) for bits, _, _ in engine.model.moe.ladder if bits <= engine.model.most_bits
+        )
+        note(f"# experts run at {engine.bits} bits; there are {levels}")
+
+    def _change(self, name: str, text: str) -> None:
+        value: int | str = text
+        if name != "scheduler":
+            try:
+                value = int(text)
+            except ValueError:
+                raise ValueError(f"/{name}: expected a whole number, got {text!r}") from None
+        self._engine.change(**{name: value})
+        note(f"# {name}: {value}", *(f"# {line}" for line in self._engine.notes))
 
     def _save(self, rest: str) -> None:
         path = _path("/save", rest)

@@ -86,10 +86,9 @@ def pace(scheme: Scheme, *, anew: bool = False) -> Pace:
         ):
             return known
     threads = hardware.num_threads()
-    measured = Pace(
-        memory=_core.memory_rate(_MEMORY_BYTES, threads), kernels=_kernels(scheme, threads),
-        layer_s=_layer_s(),
-    )  # fmt: skip
+    kernels = _kernels(scheme, threads)
+    memory = max(_core.memory_rate(_MEMORY_BYTES, threads), *kernels.values())
+    measured = Pace(memory=memory, kernels=kernels, layer_s=_layer_s())
     hardware.trim()
     _keep("paces", key, asdict(measured))
     return measured
@@ -113,13 +112,17 @@ def disk_pace(moe: MoeFile | None, folder: Path, size: int) -> float | None:
         rate = read_rate(moe, size, total=max(_PROBE_BYTES, _PROBE_LEAST * size))
         _keep("disks", f"{device}:{size}", [rate, time.time()])
         return rate
-    near: dict[float, float] = {}
+    near: dict[float, float] = {}  # a larger read is as fast or faster
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
         for key, (rate, when) in _read()["disks"].items():  # type: ignore[attr-defined]
             of, _, length = key.partition(":")
-            if of == device and 0 <= time.time() - when < _KEPT_S:
+            if (
+                of == device
+                and 0 <= time.time() - when < _KEPT_S
+                and size / 8 <= int(length) <= 2 * size
+            ):
                 near[max(int(length) / size, size / int(length))] = float(rate)
-    return near[min(near)] if near and min(near) <= 2 else None
+    return near[min(near)] if near else None
 
 
 def _kernels(scheme: Scheme, threads: int) -> dict[int, float]:

@@ -47,8 +47,17 @@ def test_command_says_what_of_a_scaling_is_not_used(tmp_path, capsys) -> None:
 @pytest.mark.parametrize(
     ("argv", "code", "message"),
     [
-        (("fly",), 2, "edgemoe: no command 'fly'; commands: allocate, bench, "),
-        (("convert", "absent", "x.moe"), 1, "edgemoe convert: absent: no such directory"),
+        (("fly",), 2, "edgemoe: no command 'fly'; edgemoe help lists the commands"),
+        (
+            ("convert", "absent", "x.moe"),
+            1,
+            "edgemoe convert: absent: no such folder or file; expected a checkpoint",
+        ),
+        (
+            ("convert", "Qwen/Qwen3", "x.moe"),
+            1,
+            "edgemoe pull Qwen/Qwen3 fetches and converts that model",
+        ),
         (("convert", "absent", "no/x.moe"), 1, "edgemoe convert: no: no such directory"),
         (("convert", "absent", "x.moe", "--bits", "5"), 2, "--bits: expected one of 2, 3, 4, 6"),
         (
@@ -66,7 +75,7 @@ def test_command_says_what_of_a_scaling_is_not_used(tmp_path, capsys) -> None:
             2,
             "--favour: expected one of 2, 3, 4, got 6",
         ),
-        (("convert", "absent", "x.moe", "--carve"), 1, "absent: no such directory"),
+        (("convert", "absent", "x.moe", "--carve"), 1, "absent: no such folder or file"),
         (("convert", "x.gguf", "x.moe"), 1, "x.gguf: no such file"),
     ],
 )

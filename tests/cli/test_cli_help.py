@@ -39,8 +39,37 @@ def test_what_peers_call_it(capsys):
     assert capsys.readouterr().err == "edgemoe chat: absent.moe: no such file\n"
     assert main(["profile"]) == 0
     assert "replay" in capsys.readouterr().out
-    assert main(["inspct"]) == 2
-    assert "no command 'inspct' (did you mean inspect?)" in capsys.readouterr().err
+    for typed, meant in (
+        ("inspct", "inspect"),
+        ("chta", "chat"),
+        ("ls", "list"),
+        ("download", "pull"),
+    ):
+        assert main([typed]) == 2
+        assert capsys.readouterr().err == (
+            f"edgemoe: no command '{typed}'; did you mean edgemoe {meant}?; edgemoe help lists the commands\n"
+        )
+
+
+@pytest.mark.parametrize("name", ["run", "serve"])
+def test_the_first_screen_has_the_flags_of_every_day(name, capsys):
+    def shown(flag):
+        with pytest.raises(SystemExit) as end:
+            main([name, flag])
+        assert end.value.code == 0
+        return capsys.readouterr().out
+
+    first, every = shown("--help"), shown("--help-all")
+    for flag in ("--ram", "--bits", "-c N", "-hf"):
+        assert f"\n  {flag}" in first
+    assert "--scheduler" not in first
+    assert "--scheduler" in every
+    assert first.count("\n") < 60 < every.count("\n")
+    assert f"edgemoe {name} --help-all lists the other flags: experts and memory; " in first
+    # All that the first has, the other has too.
+    assert set(first.split("\n\n")[:-1]) <= set(every.split("\n\n")) | {
+        every.split("\n\n")[-1].rstrip()
+    }
 
 
 def test_python_m_is_the_program():
@@ -51,7 +80,7 @@ def test_python_m_is_the_program():
 
 def test_no_such_command(capsys):
     assert main(["fly"]) == 2
-    assert "no command 'fly'; commands: allocate, bench" in capsys.readouterr().err
+    assert capsys.readouterr().err == "edgemoe: no command 'fly'; edgemoe help lists the commands\n"
 
 
 @pytest.mark.parametrize("where", ["closed", "full"])

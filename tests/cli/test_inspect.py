@@ -38,7 +38,9 @@ def test_a_sound_file_is_described(path: Path, capsys) -> None:
     out = capsys.readouterr().out
     assert "x.moe: qwen2_moe" in out
     assert "8 experts of width 48 in 2 layers, 2 per token, and a shared one of 80" in out
-    assert "| 4 bits | 4, 4, 4 |" in out
+    assert "| level | experts | everything else | bits/weight |" in out
+    assert "\n| 4 bits | " in out
+    assert not {"rung", "code ", "all else"} & set(out.split())
     assert "| 2 × layers.N.router | [8, 96] | f32 | 6.00 KiB |" in out
     assert "tokenizer.json" in out
     assert "verified: every sum matches" in out
