@@ -19,7 +19,7 @@ import psutil
 
 import edgemoe
 from edgemoe import devices, hardware, library
-from edgemoe.errors import EdgemoeError
+from edgemoe.errors import EdgemoeError, size_text
 from edgemoe.file.format import MoeFile, open_moe
 from edgemoe.store import read_rate
 
@@ -95,7 +95,7 @@ def findings(
             opened.append(moe)
     for unfinished in library.unfinished():
         yield Finding(
-            "note", "model", f"{unfinished.name} is unfinished, {_size(unfinished.size)} on the disk",
+            "note", "model", f"{unfinished.name} is unfinished, {size_text(unfinished.size)} on the disk",
             f"the command that made it goes on; edgemoe rm {unfinished.name} removes it",
         )  # fmt: skip
     measured = [m for m in opened if m.path == model] or opened
@@ -170,15 +170,16 @@ def _processor() -> Iterator[Finding]:
 def _memory() -> Iterator[Finding]:
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     free = hardware.available_bytes()
-    yield Finding("ok", "memory", f"{_size(free)} of {_size(memory.total)} can be had")
+    yield Finding("ok", "memory", f"{size_text(free)} of {size_text(memory.total)} can be had")
     if free < 0.8 * memory.available:
         yield Finding(
-            "note", "memory", f"a control group allows {_size(free)}, less than the {_size(memory.available)} free",
+            "note", "memory", f"a control group allows {size_text(free)}, less than the {size_text(memory.available)} "
+            "free",
             "docker -m, or MemoryMax= of a systemd unit, raises it; --ram stays below it by itself",
         )  # fmt: skip
     if swap.used > 256 << 20:
         yield Finding(
-            "note", "memory", f"{_size(swap.used)} are swapped out: this machine has promised too much",
+            "note", "memory", f"{size_text(swap.used)} are swapped out: this machine has promised too much",
             "a smaller --ram, or fewer other programs",
         )  # fmt: skip
     if _first_line("/proc/sys/vm/overcommit_memory") == "2":
@@ -189,7 +190,7 @@ def _memory() -> Iterator[Finding]:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY:
         yield Finding(
-            "note", "memory", f"ulimit -v allows {_size(limit)} of addresses, which is not memory",
+            "note", "memory", f"ulimit -v allows {size_text(limit)} of addresses, which is not memory",
             "ulimit -v unlimited; --ram bounds what is taken",
         )  # fmt: skip
 
@@ -257,7 +258,7 @@ def _folders() -> Iterator[Finding]:
         while not there.exists():
             there = there.parent
         free, kind = shutil.disk_usage(there).free, _file_system(there)
-        text = f"{folder}: {kind}, {_size(free)} free"
+        text = f"{folder}: {kind}, {size_text(free)} free"
         if not os.access(there, os.W_OK):
             yield Finding("problem", "models", f"{text}; cannot be written",
                           "EDGEMOE_MODELS=FOLDER names another")  # fmt: skip
@@ -295,7 +296,7 @@ def _model(
             None,
         )  # fmt: skip
     text = (
-        f"{name}: {_size(moe.file_bytes)}, {moe.config.family}, "
+        f"{name}: {size_text(moe.file_bytes)}, {moe.config.family}, "
         f"{'every sum matches' if verify else 'sound as far as looked at'}"
     )
     if "quality" not in moe.sections:
@@ -309,7 +310,7 @@ def _disk(moe: MoeFile) -> Iterator[Finding]:
              if 2 * size <= moe.file_bytes]  # fmt: skip
     if not rates:
         return
-    text = ", ".join(f"{rate / 1e9:.2f} GB/s at {_size(size)}" for size, rate in rates)
+    text = ", ".join(f"{rate / 1e9:.2f} GB/s at {size_text(size)}" for size, rate in rates)
     if not moe.file.is_direct:
         yield Finding(
             "note", "disk", f"{text}; direct reads do not work on {_file_system(moe.path)}: pages are kept twice",
@@ -357,10 +358,3 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text().splitlines()
     except OSError:
         return []
-
-
-def _size(count: float) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:.0f} B"

@@ -26,6 +26,7 @@ __all__ = [
     "ReadError",
     "quoted",
     "shortened",
+    "size_text",
 ]
 
 _LONGEST_VALUE, _LONGEST_MESSAGE = 120, 2000  # characters
@@ -73,6 +74,18 @@ def shortened(text: str, most: int = _LONGEST_VALUE) -> str:
         return text
     tail = most // 4
     return f"{text[: most - tail - 3]}...{text[len(text) - tail :]}"
+
+
+def size_text(count: float) -> str:
+    """Returns a number of bytes in three digits and the unit that suits it."""
+    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= scale:
+            return (
+                f"{count / scale:.0f} {unit}"
+                if count >= 100 * scale
+                else f"{count / scale:.3g} {unit}"
+            )
+    return f"{count:.0f} B"
 
 
 def quoted(value: object) -> str:

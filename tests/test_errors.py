@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgemoe.errors import FormatError, quoted, shortened
+from edgemoe.errors import FormatError, quoted, shortened, size_text
 
 
 @pytest.mark.parametrize("value", ["cat", 7, 2.5, None, True, [1, 2], {"a": [1]}, (), b"x"])
@@ -36,3 +36,9 @@ def test_a_format_error_is_bounded() -> None:
     assert len(text) == 2000
     assert text.startswith("model.moe")
     assert text.endswith("does not climb")
+
+
+def test_a_size_has_three_digits_and_its_unit() -> None:
+    sizes = {0: "0 B", 1023: "1023 B", 1024: "1 KiB", 1500: "1.46 KiB", 200 << 20: "200 MiB", 1015 << 20: "1015 MiB"}
+    for size, text in {**sizes, 3 << 29: "1.5 GiB", 57 << 30: "57 GiB", 5000 << 30: "5000 GiB"}.items():
+        assert size_text(size) == text

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
+from edgemoe.errors import size_text
 
 if TYPE_CHECKING:
     from edgemoe.convert.checkpoint import Checkpoint
@@ -77,7 +78,7 @@ def _convert(args: argparse.Namespace) -> None:
             allocation=allocation, favour=args.favour, progress=progress,
             say=lambda text: note(f"{_PROG}: {source.name}: {text}"),
         )  # fmt: skip
-    note(f"{_PROG}: wrote {out}: {_gib(out.stat().st_size)}")
+    note(f"{_PROG}: wrote {out}: {size_text(out.stat().st_size)}")
 
 
 def _without_tokenizer(path: Path) -> str:
@@ -188,7 +189,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.moe if it exists")
     parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
     return parser
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

@@ -12,7 +12,7 @@ from edgemoe.cli.names import add_model, model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
-from edgemoe.errors import shortened
+from edgemoe.errors import shortened, size_text
 
 if TYPE_CHECKING:
     from edgemoe.file.format import MoeFile
@@ -75,7 +75,7 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
     from edgemoe.lab.report.summary import groups
 
     c = moe.config
-    yield f"{about['file']}: {c.family}, {_size(moe.file_bytes)}"
+    yield f"{about['file']}: {c.family}, {size_text(moe.file_bytes)}"
     yield (
         f"  {c.num_layers} layers, width {c.hidden_size}, vocabulary {c.vocab_size}, "
         f"context {c.context_length}"
@@ -101,7 +101,7 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for level in about["levels"]:
         yield (
-            f"| {_level_name(level)} | {_size(level['expert_bytes'])} | {_size(level['dense_bytes'])} "
+            f"| {_level_name(level)} | {size_text(level['expert_bytes'])} | {size_text(level['dense_bytes'])} "
             f"| {level['bits_per_weight']:.3f} |"
         )
     yield ""
@@ -110,13 +110,13 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
     experts = about["experts"]
     yield (
         f"| {experts['count']} × expert | 3 × [{c.expert_hidden}, {c.hidden_size}] | nested "
-        f"| {_size(experts['bytes'])} |"
+        f"| {size_text(experts['bytes'])} |"
     )
     for name, kind, shape, count, size in groups(moe):
         times = f"{count} × " if count > 1 else ""
-        yield f"| {times}{name} | {list(shape)} | {kind} | {_size(size)} |"
+        yield f"| {times}{name} | {list(shape)} | {kind} | {size_text(size)} |"
     yield ""
-    sections = (f"{name} {_size(size)}" for name, size in about["sections"].items())
+    sections = (f"{name} {size_text(size)}" for name, size in about["sections"].items())
     yield f"sections: {', '.join(sections) or 'none'}"
     if "allocation" in moe.sections:
         from edgemoe.quant.allocation import Allocation
@@ -147,13 +147,6 @@ def _quality(moe: MoeFile, stored: dict[str, Any]) -> Iterator[str]:
 
 def _ranks(of: Sequence[int]) -> str:
     return "/".join(map(str, of))
-
-
-def _size(count: int) -> str:
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{count / scale:.2f} {unit}"
-    return f"{count} B"
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:

@@ -10,6 +10,7 @@ from typing import Any
 from edgemoe import library
 from edgemoe.cli.console import note, run_command, say, say_json
 from edgemoe.cli.parser import Parser
+from edgemoe.errors import size_text
 
 __all__ = ["main"]
 
@@ -48,7 +49,7 @@ def _run(args: argparse.Namespace) -> None:
             note(f"# {model['name']}: {model['broken']}")
     for unfinished in left:
         note(
-            f"# {unfinished.name}: unfinished, {_size(unfinished.size)} on the disk; "
+            f"# {unfinished.name}: unfinished, {size_text(unfinished.size)} on the disk; "
             f"the command that made it goes on, edgemoe rm {unfinished.name} removes it"
         )
     if not found:
@@ -85,7 +86,7 @@ def _table(models: Sequence[dict[str, Any]]) -> list[str]:
     rows += [
         (
             m["name"],
-            _size(m["bytes"]),
+            size_text(m["bytes"]),
             "broken"
             if "broken" in m
             else f"{min(m['bits'])}–{max(m['bits'])}"
@@ -112,10 +113,6 @@ def _ago(when: int) -> str:
             count = seconds // size
             return f"{count} {unit}{'s' * (count > 1)} ago"
     return "just now"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.cli.console import note, run_command, say, say_json
 from edgemoe.cli.names import add_model, kept_model, model_path
 from edgemoe.cli.parser import Parser
-from edgemoe.cli.speeds import Speeds, measured, rate_text, size_text, speeds
+from edgemoe.cli.speeds import Speeds, measured, rate_text, speeds
 from edgemoe.cli.values import ram_size, whole
+from edgemoe.errors import size_text
 
 if TYPE_CHECKING:
     from edgemoe.hub.name import HubName

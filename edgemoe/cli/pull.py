@@ -9,6 +9,7 @@ from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import whole
+from edgemoe.errors import size_text
 
 __all__ = ["main"]
 
@@ -64,7 +65,7 @@ def _run(args: argparse.Namespace) -> None:
 
     with Progress(f"pulling {name}", unit="B") as progress:
         path = pull(name, say=lambda line: note(f"# {line}"), progress=progress)
-    note(f"# {name.kept}: {path.stat().st_size / 2**30:.2f} GiB in {path}")
+    note(f"# {name.kept}: {size_text(path.stat().st_size)} in {path}")
 
 
 def _parser() -> argparse.ArgumentParser:

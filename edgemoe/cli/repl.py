@@ -14,6 +14,7 @@ from edgemoe.cli.line import LineReader
 from edgemoe.cli.prompt import read_text
 from edgemoe.cli.stats import more_context, say_stats, stats_table
 from edgemoe.cli.waiting import watched
+from edgemoe.errors import size_text
 from edgemoe.runtime.chat import TooLong
 
 if TYPE_CHECKING:
@@ -145,10 +146,8 @@ def _greeting(engine: Engine, name: str) -> str:
     precision = f"{bits.max()}" if bits.min() == bits.max() else f"{bits.mean():.1f}"
     share = budget.slots / budget.experts
     fit = "all experts fit" if share >= 1 else f"{100 * share:.0f}% of the experts fit"
-    ram = budget.ram / 2**20
-    size = f"{ram / 1024:.1f} GiB" if ram >= 2048 else f"{ram:.0f} MiB"
     return (
-        f"{name}: {'lossy' if engine.notes else 'exact'}, {precision} bits, {fit} in {size} of memory, "
+        f"{name}: {'lossy' if engine.notes else 'exact'}, {precision} bits, {fit} in {size_text(budget.ram)}, "
         f"{engine.context} tokens of context; /help lists the commands, Ctrl-D leaves"
     )
 

@@ -12,6 +12,7 @@ from edgemoe import library
 from edgemoe.cli.console import ask, is_terminal, note, run_command
 from edgemoe.cli.names import kept_model
 from edgemoe.cli.parser import Parser
+from edgemoe.errors import size_text
 
 __all__ = ["main"]
 
@@ -37,13 +38,11 @@ def _run(args: argparse.Namespace) -> int:
     for name, paths in found:
         taken = sum(map(library.disk_bytes, paths))
         size += taken
-        note(f"# {name}: {taken / 2**30:.2f} GiB, {', '.join(map(str, paths))}")
+        note(f"# {name}: {size_text(taken)}, {', '.join(map(str, paths))}")
     if not args.yes:
         if not is_terminal(sys.stdin):
             raise ValueError("expected --yes where nobody can be asked")
-        ask(
-            f"remove {'this' if len(found) == 1 else 'these'} and free {size / 2**30:.2f} GiB? [y/N] "
-        )
+        ask(f"remove {'this' if len(found) == 1 else 'these'} and free {size_text(size)}? [y/N] ")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             note("# nothing was removed")
             return 1
@@ -53,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
                 shutil.rmtree(path)
             else:
                 path.unlink()
-    note(f"# freed {size / 2**30:.2f} GiB")
+    note(f"# freed {size_text(size)}")
     return 0
 
 

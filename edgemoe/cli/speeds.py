@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgemoe.errors import size_text
+
 if TYPE_CHECKING:
     from edgemoe.file.format import MoeFile
     from edgemoe.runtime.forecast import Band, Forecast, Row
     from edgemoe.runtime.pace import Pace
 
-__all__ = ["Speeds", "measured", "rate_text", "size_text", "speeds"]
+__all__ = ["Speeds", "measured", "rate_text", "speeds"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +133,6 @@ def _span(rates: Iterable[float], digits: int) -> str:
 
 def rate_text(rate: float) -> str:
     return f"{rate:.0f}" if rate >= 10 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2f}"
-
-
-def size_text(n: int) -> str:
-    if n >= 2**30:
-        return f"{n / 2**30:.1f} GiB"
-    return f"{n / 2**20:.0f} MiB" if n >= 2**20 else f"{-(-n // 1024)} KiB"
 
 
 def _standing(folder: Path) -> Path:

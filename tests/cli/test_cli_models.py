@@ -86,7 +86,7 @@ def test_list_shows_what_is_there(kept: Path, capfd) -> None:
     ]  # fmt: skip
     assert out.splitlines()[1].split()[3:6] == ["2–8", "512", "qwen2_moe"]
     assert "# broken: " in err
-    assert "# B/begun: unfinished, 1.0 MiB on the disk" in err
+    assert "# B/begun: unfinished, 1 MiB on the disk" in err
     assert main(["list", "--json"]) == 0
     found = json.loads(capfd.readouterr().out)
     assert [m["name"] for m in found["models"]] == ["A/one", "B/one-4bit", "broken", "two"]

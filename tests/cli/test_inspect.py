@@ -41,7 +41,7 @@ def test_a_sound_file_is_described(path: Path, capsys) -> None:
     assert "| level | experts | everything else | bits/weight |" in out
     assert "\n| 4 bits | " in out
     assert not {"rung", "code ", "all else"} & set(out.split())
-    assert "| 2 × layers.N.router | [8, 96] | f32 | 6.00 KiB |" in out
+    assert "| 2 × layers.N.router | [8, 96] | f32 | 6 KiB |" in out
     assert "tokenizer.json" in out
     assert "verified: every sum matches" in out
 
