@@ -124,12 +124,13 @@ def _expect_here(path: Path) -> None:
     """Raises FileNotFoundError for what is not here; it may be meant as a name of the hub."""
     if path.exists() or path.is_symlink():
         return
-    meant = path.parts if str(path) == path.as_posix().strip("/.") else ()
-    if len(meant) == 2 and not path.suffix == ".gguf":
+    is_file = path.suffix == ".gguf" or path.is_absolute() or path.parts[:1] == ("..",)
+    if len(path.parts) == 2 and not is_file:
         raise FileNotFoundError(
             f"{path}: no such folder or file; edgemoe pull {path} fetches and converts that model of the hub"
         )
-    raise FileNotFoundError(f"{path}: no such folder or file; expected a checkpoint or a GGUF file")
+    what = "file" if is_file else "folder or file; expected a checkpoint or a GGUF file"
+    raise FileNotFoundError(f"{path}: no such {what}")
 
 
 def _carved(path: Path) -> Checkpoint:

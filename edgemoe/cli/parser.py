@@ -26,10 +26,11 @@ class Parser(argparse.ArgumentParser):
         Args:
             first: the titles of the groups that --help shows; --help-all shows the others too. None for all.
         """
+        if first:
+            kwargs["add_help"] = False
         super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
-            add_help=not first, **kwargs,
-        )  # fmt: skip
+            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs
+        )
         self._first = tuple(first)
         if first:
             self.add_argument(

@@ -647,7 +647,7 @@ def test_commands(brief: Terminal, tmp_path: Path) -> None:
     ask("/set temp 0.5", "temperature is 0.5")
     ask("/set dense_bits 4", "dense_bits is set when the model is opened: --dense-bits VALUE")
     ask("/bits", "experts run at 8 bits; there are 2, 3, 4, 6, 8")
-    ask("/bits 4", "lossy: experts at 4 of 8 bits")
+    ask("/bits 4", "lossy: experts at 4 of the file's 8 bits")
     ask("/bits 5", "expected")
     ask("/set bits 8", "bits: 8")
     ask("/bits few", "/bits: expected a whole number, got 'few'")
