@@ -39,6 +39,18 @@ def test_a_format_error_is_bounded() -> None:
 
 
 def test_a_size_has_three_digits_and_its_unit() -> None:
-    sizes = {0: "0 B", 1023: "1023 B", 1024: "1 KiB", 1500: "1.46 KiB", 200 << 20: "200 MiB", 1015 << 20: "1015 MiB"}
-    for size, text in {**sizes, 3 << 29: "1.5 GiB", 57 << 30: "57 GiB", 5000 << 30: "5000 GiB"}.items():
+    sizes = {
+        0: "0 B",
+        1023: "1023 B",
+        1024: "1 KiB",
+        1500: "1.46 KiB",
+        200 << 20: "200 MiB",
+        1015 << 20: "1015 MiB",
+    }
+    for size, text in {
+        **sizes,
+        3 << 29: "1.5 GiB",
+        57 << 30: "57 GiB",
+        5000 << 30: "5000 GiB",
+    }.items():
         assert size_text(size) == text

@@ -165,7 +165,7 @@ def test_the_table(tiny_moe: Path, capfd) -> None:
     lines = capfd.readouterr().out.splitlines()
     assert lines[0].startswith("tiny.moe: qwen2_moe, 2 layers, 2 with 8 experts, 2 per token")
     row = lines[4].split()
-    assert row[:4] == ["1.0", "GiB", "8", "512"]
+    assert row[:4] == ["1", "GiB", "8", "512"]
     assert row[5] == "nothing"
     assert (row[7], row[-1]) == ("…", "layers")
     assert float(row[6]) < float(row[8])
