@@ -101,12 +101,18 @@ def _span(rates: Sequence[float], digits: int) -> str:
     return low if low == high else f"{low}–{high}"
 
 
+_ABOUT = """\
+Measure how fast prompts (pp) and single tokens (tg) are, as llama-bench does: random
+tokens, one unmeasured repetition, the median of the others ± their deviation. The roof
+of memory is what reading the experts in memory gives just before a test and just after;
+the share is of the higher one.
+"""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="edgemoe bench",
-        description="Measure prompts (pp) and single tokens (tg), as llama-bench does: random tokens, "
-        "one unmeasured repetition, the median of the others ± their deviation. The roof of memory is what reading the "
-        "experts in memory gives just before a test and just after, its share is of the higher one.",
+        description=_ABOUT,
     )
     add_model(parser)
     parser.add_argument("-p", "--n-prompt", type=wholes(0), default=[512], metavar="N,…",
@@ -119,21 +125,34 @@ def _parser() -> argparse.ArgumentParser:
                         help="keys of the KV cache: f16, f32 or q8_0 (default: f16)")  # fmt: skip
     parser.add_argument("-ctv", "--cache-type-v", default="f16", metavar="TYPE",
                         help="the same for values (default: f16)")  # fmt: skip
-    parser.add_argument("-r", "--repetitions", type=whole(1), default=5, metavar="N")
-    parser.add_argument("-t", "--threads", type=whole(1), metavar="N")
+    parser.add_argument("-r", "--repetitions", type=whole(1), default=5, metavar="N",
+                        help="how often each test is measured (default: 5)")  # fmt: skip
+    parser.add_argument(
+        "-t", "--threads", type=whole(1), metavar="N", help="(default: the cores there are)"
+    )
     parser.add_argument("--ram", type=ram_size, metavar="SIZE",
                         help="memory for the whole process: 4GiB, 50%% of what is free")  # fmt: skip
-    parser.add_argument("--bits", type=bits_or_auto, metavar="N", help="auto: each expert its own")
+    parser.add_argument(
+        "--bits",
+        type=bits_or_auto,
+        metavar="N",
+        help="of the experts; auto: each its own (default: the file's)",
+    )
     parser.add_argument("--allocation", type=Path, metavar="FILE",
                         help="for --bits auto (default: the model file's own)")  # fmt: skip
-    parser.add_argument("--dense-bits", type=int, metavar="N")
+    parser.add_argument("--dense-bits", type=int, metavar="N",
+                        help="bits of everything else (default: the file's)")  # fmt: skip
     parser.add_argument("--max-quality-loss", metavar="X", help=MAX_LOSS_HELP)
-    parser.add_argument("--experts", type=int, metavar="K")
+    parser.add_argument("--experts", type=int, metavar="K",
+                        help="experts per token (default: the file's)")  # fmt: skip
     parser.add_argument("--scheduler", default="on-demand", metavar="NAME",
                         help="decides what is loaded when (default: %(default)s)")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)
-    parser.add_argument("--seed", type=whole(0), default=1, metavar="N")
-    parser.add_argument("--no-verify", action="store_true")
+    parser.add_argument(
+        "--seed", type=whole(0), default=1, metavar="N", help="of the tokens (default: 1)"
+    )
+    parser.add_argument("--no-verify", action="store_true",
+                        help="do not check the sums of weights as they are read")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
     return parser

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from edgemoe.cli.console import check_output, note, run_command, say
 from edgemoe.cli.engine import engine_flags
-from edgemoe.cli.names import model_path
+from edgemoe.cli.names import add_model, model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.reference import CHUNK, EXACT, reference
@@ -85,7 +85,7 @@ def _run(args: argparse.Namespace) -> int:
         about = "\n\n".join(options_text(name) for name in args.scheduler or [EXACT])
         say(*about.split("\n"))
         return 0
-    args.model = model_path(str(args.model))
+    args.model = model_path(args.model)
     _check(args)  # before hours are spent
     moe = open_moe(args.model)
     sizes = levels(moe)
@@ -275,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure perplexity, and divergence from a reference, per level and scheduler.",
         epilog=_EPILOG,
     )
-    parser.add_argument("model", type=Path, metavar="MODEL", help="a .moe file")
+    add_model(parser)
     parser.add_argument("-f", "--text", type=Path, metavar="FILE",
                         help="text to predict (default: 64 KB of Moby-Dick and speeches)")  # fmt: skip
     parser.add_argument("--reference", metavar="SOURCE", help="what to compare with; see below")
