@@ -1,6 +1,6 @@
-"""Measures what a KV cache in 8 bits costs: divergence from the float16 cache on held-out text.
+"""Measures what a KV cache in fewer bits costs: divergence from the float16 cache on held-out text.
 
-    python benchmarks/kv_quality.py MODEL.moe [--window 1024] [--windows 8] [--bits N] [--experts K]
+    python benchmarks/kv_quality.py MODEL.moe [--window 1024] [--windows 8] [--bits N] [--experts K] [--types q8_0,q4_0]
 
 Mean and 99th percentile of the KL divergence per token, share of equal top tokens, and perplexity. Only the second
 half of each window counts, where there is something to attend to.
@@ -9,7 +9,6 @@ half of each window counts, where there is something to attend to.
 from __future__ import annotations
 
 import argparse
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -38,14 +37,19 @@ def main() -> None:
     parser.add_argument("--bits", type=int, help="bits of routed experts")
     parser.add_argument("--experts", type=int, help="experts per token; all of them for no routing")
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--types", default="q8_0,q4_0", help="of keys, values and both, commas between"
+    )
     args = parser.parse_args()
+    kinds = args.types.split(",")
+    pairs = [(kind, other) for kind in kinds for other in ("f16", kind)]
     engines = {
         types: edgemoe.load(
             args.model, ram="1GiB", context=args.window, bits=args.bits, experts=args.experts,
             threads=args.threads,
             cache_type_k=types[0], cache_type_v=types[1],
         )
-        for types in itertools.product(("f16", "q8_0"), repeat=2)
+        for types in [("f16", "f16"), *pairs, *(("f16", kind) for kind in kinds)]
     }  # fmt: skip
     tokenizer = next(iter(engines.values())).tokenizer
     if tokenizer is None:

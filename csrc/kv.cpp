@@ -1,11 +1,14 @@
 #include "kv.h"
 
+#include <iterator>
 #include <stdexcept>
 
 #include "error.h"
 
 namespace edgemoe {
 namespace {
+
+constexpr const char* kNames[] = {"f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0"};  // as KvType counts
 
 void take(Kv* kv, bool resident) {
   kv->memory = Memory(kv->bytes);
@@ -20,11 +23,13 @@ std::string range_text(int begin, int64_t end) {
 }  // namespace
 
 KvType kv_type(const std::string& name) {
-  if (name == "f16") return KvType::kF16;
-  if (name == "f32") return KvType::kF32;
-  if (name == "q8_0") return KvType::kQ8;
-  throw std::invalid_argument("KV cache: expected f16, f32 or q8_0, got " + name);
+  for (int i = 0; i < int(std::size(kNames)); ++i) {
+    if (name == kNames[i]) return KvType(i);
+  }
+  throw std::invalid_argument("KV cache: expected f16, f32, q8_0, q4_0, q3_0 or q2_0, got " + name);
 }
+
+const char* kv_name(KvType type) { return kNames[int(type)]; }
 
 size_t kv_bytes(KvType type, int num_heads, int capacity, int head_dim) {
   expect_within("KV cache num_heads", num_heads, 1, kMaxHeads);

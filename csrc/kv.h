@@ -56,8 +56,9 @@ struct Kv {
   Memory memory;
 };
 
-/// "f16", "f32" or "q8_0". Throws std::invalid_argument for another name.
+/// "f16", "f32", "q8_0", "q4_0", "q3_0" or "q2_0". Throws std::invalid_argument for another name.
 KvType kv_type(const std::string& name);
+const char* kv_name(KvType type);
 
 /// Bytes of one layer's keys or values, rounded so that both start on a cache line. Throws std::invalid_argument unless
 /// every size is one that a model may have.

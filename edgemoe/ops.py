@@ -195,7 +195,7 @@ class Ops(Protocol):
             layer: its number, for errors.
             spec: how it computes.
             tensors: all that the file has of it.
-            keys: the kind that caches store keys as. Those in 8 bits leave large biases out, and scores have them.
+            keys: the kind that caches store keys as. Those in codes leave large biases out, and scores have them.
         """
 
     def latent_weights(

@@ -81,7 +81,7 @@ class CpuOps:
         def array(name: str) -> Array | None:
             return cast("Array | None", tensors.get(name))
 
-        parts = spec.has_constant_keys and keys == "q8_0"
+        parts = spec.has_constant_keys and not keys.startswith("f")
         ones = np.ones(spec.head_dim, np.float32) if spec.qk_norm == "unit" else None
         return _core.AttentionLayer(
             index=layer, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,

@@ -32,6 +32,7 @@ HostArray = NDArray[np.float32]
 _FEW_TOKENS = 4  # whose activations are copied to the host with their routing, as it probably computes experts
 _LOGIT_ROWS = 16  # of which logits are made at once
 _MOST_HEAD_DIM = 256
+_CACHES = ("f16", "f32", "q8_0")
 
 # What the device knows, by name. A model with anything further runs on the CPU until that is known here too.
 _ATTENTION = frozenset(
@@ -59,13 +60,17 @@ class Tied:
     device: _core.DeviceMatrix
 
 
-def unsupported(moe: MoeFile, keys: str = "f16") -> str | None:
+def unsupported(moe: MoeFile, keys: str = "f16", values: str = "f16") -> str | None:
     """Returns what of a model has no kernels for a device yet, None when all has.
 
     Args:
         keys: the kind that caches store keys as.
+        values: the same of values.
     """
     config = moe.config
+    for kind in (keys, values):
+        if kind not in _CACHES:
+            return f"a KV cache in {kind} ({', '.join(_CACHES)} have)"
     if name := _unknown(config, _CONFIG):
         return f"{name} {getattr(config, name)}"
     for spec in config.mixers:

@@ -314,9 +314,13 @@ def softmax(x: Array) -> Array:
 
 def as_stored(x: Array, kind: str) -> Array:
     """Rounds keys or values [T, heads, head_dim] to a type of the KV cache."""
-    if kind != "q8_0":
+    if kind.startswith("f"):
         return x.astype(np.float16 if kind == "f16" else np.float32).astype(np.float64)
     out = np.empty(x.shape)
+    if kind != "q8_0":
+        for i in range(0, x.shape[2], 32):
+            out[:, :, i : i + 32] = _as_packed(x[:, :, i : i + 32].astype(np.float32), int(kind[1]))
+        return out
     for i in range(0, x.shape[2], 32):
         part = x[:, :, i : i + 32]
         scale = (np.abs(part).max(2, keepdims=True) / np.float32(127)).astype(np.float16)
@@ -324,3 +328,21 @@ def as_stored(x: Array, kind: str) -> Array:
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
         out[:, :, i : i + 32] = np.clip(np.round(part * inverse), -127, 127) * scale.astype(float)
     return out
+
+
+def _as_packed(part: Array, bits: int) -> Array:
+    """Rounds groups [..., 32] to codes of a few bits: of 8 scales each takes the one with the least squared error."""
+    step, lowest, shares = {
+        2: (2, 3, [1, 0.9, 0.8, 0.7, 0.85, 0.75, 0.65, 0.95]),
+        3: (1, 4, [1, 0.9, 0.84, 1.08, 0.94, 1.22, 0.78, 1.04]),
+        4: (1, 8, [1, 0.94, 1.1, 0.98, 1.02, 0.92, 1.14, 0.96]),
+    }[bits]
+    high, low = part.max(-1, keepdims=True), -part.min(-1, keepdims=True)
+    unit = np.where(high >= low, -high, low) / np.float32(lowest)
+    scales = (unit * np.array(shares, np.float32)).astype(np.float16).astype(np.float32)[..., None]
+    inverse = np.divide(1, step * scales, out=np.zeros_like(scales), where=scales != 0)
+    x = part[..., None, :].astype(float)
+    codes = np.round((x * inverse + lowest / step).astype(np.float32)).clip(0, 2**bits - 1)
+    rounded = (step * codes - lowest) * scales.astype(float)
+    best = np.square(x - rounded).sum(-1).argmin(-1)
+    return np.take_along_axis(rounded, best[..., None, None], -2)[..., 0, :]

@@ -121,8 +121,8 @@ void bind_attention(py::module_& m) {
           "num_constants", [](const AttentionLayer& a) { return a.constants.pairs.size(); },
           "Pairs of columns of which keys in 8 bits leave the bias out; only with k and input_norm.");
 
-  py::class_<Kv, Held<Kv>>(m, "KvLayer",
-                           "Keys and values of one layer, of type f16, f32 or q8_0; memory is taken as it is touched.")
+  py::class_<Kv, Held<Kv>>(
+      m, "KvLayer", "Keys and values of one layer, each of a type of the KV cache; memory is taken as it is touched.")
       .def(py::init(&kv_of), py::kw_only(), py::arg("key_type"), py::arg("value_type"), py::arg("num_heads"),
            py::arg("capacity"), py::arg("head_dim"), py::arg("resident") = false)
       .def(

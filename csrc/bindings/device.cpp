@@ -101,6 +101,10 @@ Held<DeviceMatrix> matrix_of(const std::shared_ptr<DeviceSpace>& space, const Ne
 Held<DeviceKv> kv_of(const std::shared_ptr<DeviceSpace>& space, const std::string& keys, const std::string& values,
                      int num_heads, int capacity, int head_dim) {
   const KvType key_type = kv_type(keys), value_type = kv_type(values);
+  for (const KvType type : {key_type, value_type}) {
+    if (kv_packed_bits(type))
+      throw std::invalid_argument("device KV cache: " + std::string(kv_name(type)) + " is the CPU's");
+  }
   const size_t of_keys = kv_bytes(key_type, num_heads, capacity, head_dim);
   const size_t total = of_keys + kv_bytes(value_type, num_heads, capacity, head_dim);
   Held<DeviceKv> out(new DeviceKv{{}, num_heads, head_dim, DeviceMemory(space, total)});

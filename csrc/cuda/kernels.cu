@@ -22,6 +22,8 @@ cudaError_t attend_with(const AttendCall& call, dim3 grid, cudaStream_t s) {
       return EDGEMOE_LAUNCH(grid, dim3(kKeyBlock), s, (attend<kKeys, KvType::kF32>), call);
     case KvType::kQ8:
       return EDGEMOE_LAUNCH(grid, dim3(kKeyBlock), s, (attend<kKeys, KvType::kQ8>), call);
+    default:  // packed ones are the CPU's
+      break;
   }
   return cudaErrorInvalidValue;
 }
@@ -82,6 +84,8 @@ cudaError_t attend_async(const AttendCall& call, int T, int num_blocks, cudaStre
       break;
     case KvType::kQ8:
       e = attend_with<KvType::kQ8>(call, size, s);
+      break;
+    default:  // packed ones are the CPU's
       break;
   }
   if (e != cudaSuccess) return e;

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "packed-inl.h"
 
 namespace edgemoe {
 namespace {
@@ -88,8 +89,31 @@ struct PlainKeys {
   }
 };
 
-struct Q8Keys {
-  static constexpr KvType type = KvType::kQ8;
+/// Keys in codes: products of whole numbers with a query in 8 bits.
+template <KvType kType>
+struct CodedKeys {
+  static constexpr KvType type = kType;
+  static constexpr int kBits = kv_packed_bits(type);  ///< 0 for 8 bits
+
+  /// Of N queries, q times the codes of the group of 32 columns from c on, as what the codes mean.
+  template <class V, int N>
+  static void dots(const AttendQuery* queries, const uint8_t* tile, int hs, int c, typename V::I* acc) {
+    const int g = c / kKvGroup;
+    if constexpr (kBits == 0) {
+      for (int i = 0; i < N; ++i) acc[i] = V::set_ints(-128 * queries[i].sums[g]);
+      for (int d = c; d < c + kKvGroup && d < hs; d += 4) {
+        const auto codes = V::load_bytes(tile + 16 * d);
+        for (int i = 0; i < N; ++i) acc[i] = V::template dot<true>(acc[i], codes, queries[i].codes + d);
+      }
+    } else {
+      for (int i = 0; i < N; ++i) acc[i] = V::zero_ints();
+      dot_group<V, kBits, N>(queries, c, tile + kKvPlane<kBits> * g, acc);
+      for (int i = 0; i < N; ++i) {
+        if (Grid<kBits>::kStep == 2) acc[i] = V::add_ints(acc[i], acc[i]);
+        acc[i] = V::add_ints(acc[i], V::set_ints(-Grid<kBits>::kLowest * queries[i].sums[g]));
+      }
+    }
+  }
 
   /// As above.
   template <class V, int N>
@@ -98,17 +122,13 @@ struct Q8Keys {
     if (begin >= end) return;
     for (int s = begin / 16 * 16; s < end; s += 16) {
       const uint8_t* tile = head + s / 16 * kv_tile_bytes(type, hs);
-      const auto* scales = reinterpret_cast<const uint16_t*>(tile + 16 * hs);
+      const auto* scales = reinterpret_cast<const uint16_t*>(tile + kv_codes_bytes(type, hs));
       if (queries[0].is_cold) prefetch_tile(tile, kv_tile_bytes(type, hs));
       typename V::F total[N];
       for (int i = 0; i < N; ++i) total[i] = V::zero();
       for (int c = 0, g = 0; c < hs; c += kKvGroup, ++g) {
         typename V::I acc[N];
-        for (int i = 0; i < N; ++i) acc[i] = V::set_ints(-128 * queries[i].sums[g]);
-        for (int d = c; d < c + kKvGroup && d < hs; d += 4) {
-          const auto codes = V::load_bytes(tile + 16 * d);
-          for (int i = 0; i < N; ++i) acc[i] = V::template dot<true>(acc[i], codes, queries[i].codes + d);
-        }
+        dots<V, N>(queries, tile, hs, c, acc);
         const auto k_scale = V::load_f16(scales + 16 * g);
         for (int i = 0; i < N; ++i) {
           total[i] = V::fma(k_scale, V::mul(V::set(queries[i].scales[g]), V::to_float(acc[i])), total[i]);
@@ -155,8 +175,31 @@ struct PlainValues {
   }
 };
 
-struct Q8Values {
-  static constexpr KvType type = KvType::kQ8;
+template <KvType kType>
+struct CodedValues {
+  static constexpr KvType type = kType;
+  static constexpr int kBits = kv_packed_bits(type);  ///< 0 for 8 bits
+
+  /// The codes of columns [c, c + 16 * M) of a tile, as what they mean: vector j of a position is `step` bytes after
+  /// that of the position before and `next` after vector j - 1. Packed ones are unpacked into `room`.
+  template <class V, int M>
+  static const int8_t* rows(const uint8_t* tile, int hs, int c, int8_t* room, int* step, int* next) {
+    if constexpr (kBits == 0) {
+      *step = hs;
+      *next = 16;
+      return reinterpret_cast<const int8_t*>(tile) + c;
+    } else {
+      *step = 16;
+      *next = 256;
+      const uint8_t* group = tile + kKvPlane<kBits> * (c / kKvGroup);
+      for (int j = 0; j < M; j += 2, group += kKvPlane<kBits>) {
+        if (M > 1 || c % kKvGroup == 0) unpack_values<V, kBits, 0>(group, room + 256 * j);
+        if (M > 1) unpack_values<V, kBits, 1>(group, room + 256 * (j + 1));
+        if (M == 1 && c % kKvGroup != 0) unpack_values<V, kBits, 1>(group, room);
+      }
+      return room;
+    }
+  }
 
   /// As above; a score is multiplied by the scale of its position's group, and the product by the code. c is a
   /// multiple of 32 where M is more than 1.
@@ -170,8 +213,11 @@ struct Q8Values {
     for (int s = begin; s < end;) {
       const int first = s / 16 * 16, stop = first + 16 < end ? first + 16 : end;
       const uint8_t* tile = head + s / 16 * kv_tile_bytes(type, hs);
-      const auto* scales = reinterpret_cast<const uint16_t*>(tile + 16 * hs) + c / kKvGroup * 16;
+      const auto* scales = reinterpret_cast<const uint16_t*>(tile + kv_codes_bytes(type, hs)) + c / kKvGroup * 16;
       if (queries[0].is_cold) prefetch_tile(tile, kv_tile_bytes(type, hs));
+      int step, next;
+      alignas(64) int8_t room[kBits ? 256 * M : 1];
+      const int8_t* codes = rows<V, M>(tile, hs, c, room, &step, &next);
       alignas(64) float weights[N][G][16];
       for (int g = 0; g < G; ++g) {
         const auto scale = V::load_f16(scales + 16 * g);
@@ -180,9 +226,9 @@ struct Q8Values {
         }
       }
       for (; s < stop; ++s) {
-        const auto* row = reinterpret_cast<const int8_t*>(tile) + (s - first) * hs + c;
+        const int8_t* row = codes + (s - first) * step;
         typename V::F v[M];
-        for (int j = 0; j < M; ++j) v[j] = V::load_i8(row + 16 * j);
+        for (int j = 0; j < M; ++j) v[j] = V::load_i8(row + next * j);
         for (int i = 0; i < N; ++i) {
           for (int j = 0; j < M; ++j) {
             acc[i * M + j] = V::fma(V::set(weights[i][j / 2][s - first]), v[j], acc[i * M + j]);
@@ -196,6 +242,30 @@ struct Q8Values {
   }
 };
 
+/// Kernels for N queries of the types that a layer has.
+using ScoreKeys = void (*)(const AttendQuery* queries, const uint8_t* head, int hs, float scale, int base, int begin,
+                           int end);
+using AddValues = void (*)(const AttendQuery* queries, const uint8_t* head, int hs, int base, int begin, int end);
+
+template <class V, int N>
+ScoreKeys score_keys(KvType type) {
+  switch (type) {
+    case KvType::kF16:
+      return PlainKeys<KvType::kF16, uint16_t>::score<V, N>;
+    case KvType::kF32:
+      return PlainKeys<KvType::kF32, float>::score<V, N>;
+    case KvType::kQ8:
+      return CodedKeys<KvType::kQ8>::score<V, N>;
+    case KvType::kQ4:
+      return CodedKeys<KvType::kQ4>::score<V, N>;
+    case KvType::kQ3:
+      return CodedKeys<KvType::kQ3>::score<V, N>;
+    case KvType::kQ2:
+      break;
+  }
+  return CodedKeys<KvType::kQ2>::score<V, N>;
+}
+
 template <class V, class Values, int N>
 void add_values(const AttendQuery* queries, const uint8_t* head, int hs, int base, int begin, int end) {
   constexpr int M = V::kHeadVectors;
@@ -205,11 +275,32 @@ void add_values(const AttendQuery* queries, const uint8_t* head, int hs, int bas
   for (; c < hs; c += 16) Values::template add<V, N, 1>(queries, head, hs, c, base, begin, end);
 }
 
-template <class V, class Keys, class Values, int N>
+template <class V, int N>
+AddValues add_values_of(KvType type) {
+  switch (type) {
+    case KvType::kF16:
+      return add_values<V, PlainValues<KvType::kF16, uint16_t>, N>;
+    case KvType::kF32:
+      return add_values<V, PlainValues<KvType::kF32, float>, N>;
+    case KvType::kQ8:
+      return add_values<V, CodedValues<KvType::kQ8>, N>;
+    case KvType::kQ4:
+      return add_values<V, CodedValues<KvType::kQ4>, N>;
+    case KvType::kQ3:
+      return add_values<V, CodedValues<KvType::kQ3>, N>;
+    case KvType::kQ2:
+      break;
+  }
+  return add_values<V, CodedValues<KvType::kQ2>, N>;
+}
+
+template <class V, int N>
 void attend_block(const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int base) {
   const int hs = kv.head_stride;
-  const uint8_t* keys = kv.keys + kv_head * kv_head_bytes(Keys::type, kv.capacity, hs);
-  const uint8_t* values = kv.values + kv_head * kv_head_bytes(Values::type, kv.capacity, hs);
+  const uint8_t* keys = kv.keys + kv_head * kv_head_bytes(kv.key_type, kv.capacity, hs);
+  const uint8_t* values = kv.values + kv_head * kv_head_bytes(kv.value_type, kv.capacity, hs);
+  const ScoreKeys score = score_keys<V, N>(kv.key_type), score_one = score_keys<V, 1>(kv.key_type);
+  const AddValues add = add_values_of<V, N>(kv.value_type), add_one = add_values_of<V, 1>(kv.value_type);
   // What all see is done for all at once, so that each key and value is loaded once; what is before and after, one
   // by one.
   int begin = queries[0].begin, end = queries[0].end;
@@ -220,57 +311,31 @@ void attend_block(const AttendQuery* queries, const KvLayer& kv, float scale, in
   if (end < begin) end = begin;
   const auto before = [&](int i) { return begin < queries[i].end ? begin : queries[i].end; };
   const auto after = [&](int i) { return end > queries[i].begin ? end : queries[i].begin; };
-  Keys::template score<V, N>(queries, keys, hs, scale, base, begin, end);
+  score(queries, keys, hs, scale, base, begin, end);
   for (int i = 0; i < N; ++i) {
     const AttendQuery& q = queries[i];
-    Keys::template score<V, 1>(&q, keys, hs, scale, base, q.begin, before(i));
-    Keys::template score<V, 1>(&q, keys, hs, scale, base, after(i), q.end);
+    score_one(&q, keys, hs, scale, base, q.begin, before(i));
+    score_one(&q, keys, hs, scale, base, after(i), q.end);
     softmax<V>(q.scores + q.begin - base, q.end - q.begin, q.part + hs, q.part + hs + 1);
     for (int c = 0; c < hs; c += 16) V::store(q.part + c, V::zero());
-    add_values<V, Values, 1>(&q, values, hs, base, q.begin, before(i));
+    add_one(&q, values, hs, base, q.begin, before(i));
   }
-  add_values<V, Values, N>(queries, values, hs, base, begin, end);
-  for (int i = 0; i < N; ++i) {
-    add_values<V, Values, 1>(queries + i, values, hs, base, after(i), queries[i].end);
-  }
-}
-
-template <class V, class Keys, class Values>
-void attend_as(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int base) {
-  static_assert(kQueries == 4, "a case for each number of queries");
-  switch (n) {
-    case 1:
-      return attend_block<V, Keys, Values, 1>(queries, kv, scale, kv_head, base);
-    case 2:
-      return attend_block<V, Keys, Values, 2>(queries, kv, scale, kv_head, base);
-    case 3:
-      return attend_block<V, Keys, Values, 3>(queries, kv, scale, kv_head, base);
-    case 4:
-      return attend_block<V, Keys, Values, 4>(queries, kv, scale, kv_head, base);
-  }
-}
-
-template <class V, class Keys>
-void attend_keys(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int base) {
-  switch (kv.value_type) {
-    case KvType::kF16:
-      return attend_as<V, Keys, PlainValues<KvType::kF16, uint16_t>>(n, queries, kv, scale, kv_head, base);
-    case KvType::kF32:
-      return attend_as<V, Keys, PlainValues<KvType::kF32, float>>(n, queries, kv, scale, kv_head, base);
-    case KvType::kQ8:
-      return attend_as<V, Keys, Q8Values>(n, queries, kv, scale, kv_head, base);
-  }
+  add(queries, values, hs, base, begin, end);
+  for (int i = 0; i < N; ++i) add_one(queries + i, values, hs, base, after(i), queries[i].end);
 }
 
 template <class V>
 void attend(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int kv_head, int base) {
-  switch (kv.key_type) {
-    case KvType::kF16:
-      return attend_keys<V, PlainKeys<KvType::kF16, uint16_t>>(n, queries, kv, scale, kv_head, base);
-    case KvType::kF32:
-      return attend_keys<V, PlainKeys<KvType::kF32, float>>(n, queries, kv, scale, kv_head, base);
-    case KvType::kQ8:
-      return attend_keys<V, Q8Keys>(n, queries, kv, scale, kv_head, base);
+  static_assert(kQueries == 4, "a case for each number of queries");
+  switch (n) {
+    case 1:
+      return attend_block<V, 1>(queries, kv, scale, kv_head, base);
+    case 2:
+      return attend_block<V, 2>(queries, kv, scale, kv_head, base);
+    case 3:
+      return attend_block<V, 3>(queries, kv, scale, kv_head, base);
+    case 4:
+      return attend_block<V, 4>(queries, kv, scale, kv_head, base);
   }
 }
 

@@ -566,6 +566,7 @@ uint8_t read_all(const uint8_t* bytes, size_t n) {
 #include "correction-inl.h"
 #include "latent-inl.h"
 #include "mwq-inl.h"
+#include "packed-inl.h"
 #include "recurrent-inl.h"
 
 namespace edgemoe {
@@ -595,6 +596,7 @@ constexpr Kernels make_kernels(const char* name) {
                  from_f16<V>,
                  read_all<V>,
                  quantize_head<V>,
+                 pack_head<V>,
                  attend<V>,
                  attend_latent<V>,
                  merge_parts<V>,

@@ -175,10 +175,11 @@ enum class Activation : uint8_t {
   kRelu2,          ///< max(up, 0)^2: there are no gates
 };
 
-/// How keys or values are stored. `kQ8` is 8 bits with a float16 scale per 32 values of a head, llama.cpp's q8_0.
-enum class KvType : uint8_t { kF16, kF32, kQ8 };
+/// How keys or values are stored. `kQ8` is 8 bits with a float16 scale per 32 values of a head, llama.cpp's q8_0; the
+/// packed ones after it are as wide, with 4, 3 and 2 bits (packed-inl.h).
+enum class KvType : uint8_t { kF16, kF32, kQ8, kQ4, kQ3, kQ2 };
 
-constexpr int kKvGroup = 32;      ///< values of a head that share a scale in kQ8
+constexpr int kKvGroup = 32;      ///< values of a head that share a scale in kQ8 and the packed types
 constexpr int kKeyBlock = 256;    ///< positions that share a softmax; blocks are merged in their order
 constexpr int kQueries = 4;       ///< queries that share each load of a key or value
 constexpr int kPartPadding = 16;  ///< floats after a part's values: the highest score, the sum, padding
@@ -189,12 +190,31 @@ constexpr int kPartPadding = 16;  ///< floats after a part's values: the highest
 /// kQ8: tiles of 16, the codes and then float16 scales [groups, 16]. Keys have the layout of a weight tile, so that one
 /// 8-bit dot product covers 16 positions: byte 64 * step + 4 * position + j is the code of column 4 * step + j, plus
 /// 128. Values are [16, head_stride] signed codes.
-/// Latents have one head and keys only.
-static constexpr int kv_tile_rows(KvType type) { return type == KvType::kQ8 ? 16 : 32; }
+/// Packed: tiles of 16, a group of 32 columns after the other, then the scales likewise. A group is eight steps of 64
+/// codes: of keys, step columns 4 * step + j at 4 * position + j; of values, the positions 4 * (step % 4) + i of
+/// columns 16 * (step / 4) + j at 16 * i + j. A plane of w bits has 8 / w consecutive steps in each 64 bytes, the first
+/// in the lowest bits; the plane of 2 bits of kQ3 comes before that of 1. Latents have one head and keys only.
+static constexpr bool kv_is_coded(KvType type) { return type >= KvType::kQ8; }
+
+/// Of a packed type, 0 for others.
+static constexpr int kv_packed_bits(KvType type) {
+  return type == KvType::kQ4 ? 4 : type == KvType::kQ3 ? 3 : type == KvType::kQ2 ? 2 : 0;
+}
+
+template <int Width>
+constexpr int kKvPlane = 64 * Width;  ///< bytes of a plane of a group
+
+static constexpr int kv_tile_rows(KvType type) { return kv_is_coded(type) ? 16 : 32; }
+
+/// Bytes of a tile's codes, or floats.
+static constexpr size_t kv_codes_bytes(KvType type, int head_stride) {
+  if (const int bits = kv_packed_bits(type)) return size_t(64) * bits * blocks(head_stride, kKvGroup);
+  return type == KvType::kQ8 ? size_t(16) * head_stride : size_t(32) * (type == KvType::kF16 ? 2 : 4) * head_stride;
+}
 
 static constexpr size_t kv_tile_bytes(KvType type, int head_stride) {
-  return type == KvType::kQ8 ? size_t(16) * (head_stride + 2 * blocks(head_stride, kKvGroup))
-                             : size_t(32) * (type == KvType::kF16 ? 2 : 4) * head_stride;
+  const size_t scales = kv_is_coded(type) ? size_t(16) * 2 * blocks(head_stride, kKvGroup) : 0;
+  return kv_codes_bytes(type, head_stride) + scales;
 }
 
 static constexpr size_t kv_head_bytes(KvType type, int capacity, int head_stride) {
@@ -214,12 +234,13 @@ struct KvLayer {
 
 /// One query and the positions [begin, end) that it sees of a block.
 struct AttendQuery {
-  const float* q;        ///< [head_stride], zero padded
-  const int8_t* codes;   ///< the same in 8 bits, [groups, 32]; these three only for keys in kQ8
-  const float* scales;   ///< [groups]
-  const int32_t* sums;   ///< [groups], of codes
-  const float* lacking;  ///< [num_pairs, 2]: what the scores with keys in kQ8 lack, times a position's cosine and sine
-  const int* pairs;      ///< [num_pairs]: of which frequency; the same for all queries of a call, as the next two are
+  const float* q;       ///< [head_stride], zero padded
+  const int8_t* codes;  ///< the same in 8 bits, [groups, 32]; these three only for keys in codes
+  const float* scales;  ///< [groups]
+  const int32_t* sums;  ///< [groups], of codes
+  const float*
+      lacking;       ///< [num_pairs, 2]: what the scores with keys in codes lack, times a position's cosine and sine
+  const int* pairs;  ///< [num_pairs]: of which frequency; the same for all queries of a call, as the next two are
   int num_pairs;
   const float* turns;  ///< tiles of 16 positions [half][cosines, sines][16], see mixers/rope.h
   int half;
@@ -359,6 +380,9 @@ struct Kernels {
   /// Quantises n values of a head to 8 bits with a scale, which float16 holds exactly, per 32. `codes` is
   /// [groups, 32], zero padded. What is not finite gets a scale that is not a number.
   void (*quantize_head)(const float* x, int n, int8_t* codes, float* scales, int32_t* sums);
+
+  /// Rounds n values of a head to `bits` bits, 2 to 4, likewise: the codes of packed keys and values, a byte each.
+  void (*pack_head)(const float* x, int n, int bits, int8_t* codes, float* scales);
 
   /// Attention of n <= kQueries queries of heads that share a kv head to positions of the block from `base`, a
   /// multiple of kKeyBlock. A query's result does not depend on the others.

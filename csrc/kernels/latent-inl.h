@@ -38,8 +38,10 @@ struct PlainLatents {
   }
 };
 
-struct Q8Latents {
-  static constexpr KvType type = KvType::kQ8;
+template <KvType kType>
+struct CodedLatents {
+  static constexpr KvType type = kType;
+  static constexpr int kBits = kv_packed_bits(type);  ///< 0 for 8 bits
 
   /// Its score times the scale of the 32 columns from c on; [kKeyBlock].
   template <class V>
@@ -47,15 +49,26 @@ struct Q8Latents {
                               float* out) {
     for (int s = base; s < stop; s += 16) {
       const uint8_t* tile = head + s / 16 * kv_tile_bytes(type, hs);
-      const auto* scales = reinterpret_cast<const uint16_t*>(tile + 16 * hs) + c / kKvGroup * 16;
+      const auto* scales = reinterpret_cast<const uint16_t*>(tile + kv_codes_bytes(type, hs)) + c / kKvGroup * 16;
       V::store(out + s - base, V::mul(V::load(query.scores + s - base), V::load_f16(scales)));
     }
     return out;
   }
 
+  /// What the codes of columns [c, c + 4) of a tile mean, plus 128.
+  template <class V>
+  static typename V::B bytes(const uint8_t* tile, int c) {
+    if constexpr (kBits == 0) {
+      return V::load_bytes(tile + 16 * c);
+    } else {
+      const uint8_t* group = tile + kKvPlane<kBits> * (c / kKvGroup);
+      return V::lookup(Levels<kBits, 128>::kBytes, packed_step_at<V, kBits>(group, c % kKvGroup / 4));
+    }
+  }
+
   template <class V, int J, int C>
   static void load(const uint8_t* head, int hs, int c, int s, typename V::F* k) {
-    const auto codes = V::load_bytes(head + s / 16 * kv_tile_bytes(type, hs) + 16 * c);
+    const auto codes = bytes<V>(head + s / 16 * kv_tile_bytes(type, hs), c);
     k[0] = V::template byte_of<J>(codes);
     if constexpr (C > 1) {
       k[1] = V::template byte_of<1>(codes);
@@ -143,6 +156,11 @@ void attend_latents_of(int n, const AttendQuery* queries, const KvLayer& kv, flo
   }
 }
 
+template <class V, KvType kType>
+void attend_coded(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int base) {
+  attend_latents_of<V, CodedKeys<kType>, CodedLatents<kType>>(n, queries, kv, scale, base);
+}
+
 template <class V>
 void attend_latent(int n, const AttendQuery* queries, const KvLayer& kv, float scale, int base) {
   switch (kv.key_type) {
@@ -153,7 +171,13 @@ void attend_latent(int n, const AttendQuery* queries, const KvLayer& kv, float s
       return attend_latents_of<V, PlainKeys<KvType::kF32, float>, PlainLatents<KvType::kF32, float>>(n, queries, kv,
                                                                                                      scale, base);
     case KvType::kQ8:
-      return attend_latents_of<V, Q8Keys, Q8Latents>(n, queries, kv, scale, base);
+      return attend_coded<V, KvType::kQ8>(n, queries, kv, scale, base);
+    case KvType::kQ4:
+      return attend_coded<V, KvType::kQ4>(n, queries, kv, scale, base);
+    case KvType::kQ3:
+      return attend_coded<V, KvType::kQ3>(n, queries, kv, scale, base);
+    case KvType::kQ2:
+      return attend_coded<V, KvType::kQ2>(n, queries, kv, scale, base);
   }
 }
 

@@ -98,12 +98,12 @@ Pass::Pass(Workspace& ws, int T, int pos, const AttentionParts& p, const KvLayer
                                 std::to_string(ws.shape().head_dim) + ", got " + std::to_string(heads_) + " of " +
                                 std::to_string(hd_));
   }
-  if (kv.key_type == KvType::kQ8 && p.constants && !p.constants->pairs.empty()) {
+  if (kv_is_coded(kv.key_type) && p.constants && !p.constants->pairs.empty()) {
     constants_ = p.constants;
     k_bias_ = constants_->rest.data();
     if (!p.turns) throw std::invalid_argument("attention: keys without their biases need a Rope that keeps positions");
   }
-  if (kv.value_type == KvType::kQ8 && !(p.clip > 0) && !p.v_norm) std::swap(v_bias_, out_bias_);
+  if (kv_is_coded(kv.value_type) && !(p.clip > 0) && !p.v_norm) std::swap(v_bias_, out_bias_);
 }
 
 void Pass::prepare(float* x, int num_heads, const float* bias, const float* norm, int t) const {
@@ -140,9 +140,11 @@ void Pass::grow(float* q, int t) const {
 void Pass::store(float* q, float* k, float* v) {
   const size_t width = size_t(kv_heads_) * hd_;
   std::atomic<int> misfits{T_};  // the first row that cannot be stored
-  ws_.pool.run(T_, 4, [&](int begin, int end) {
+  const bool is_packed = kv_packed_bits(kv_.key_type) || kv_packed_bits(kv_.value_type);
+  const int together = is_packed ? kStoredTogether : 4, ahead = pos_ % together;
+  ws_.pool.run(blocks(ahead + T_, together), 1, [&](int begin, int end) {
     const QuantizedHead scratch(mine(), kv_.head_stride);
-    for (int t = begin; t < end; ++t) {
+    for (int t = std::max(begin * together - ahead, 0); t < std::min(end * together - ahead, T_); ++t) {
       prepare(q + size_t(t) * heads_ * hd_, heads_, p_.q_bias, p_.q_norm, t);
       if (p_.growth > 0) grow(q + size_t(t) * heads_ * hd_, t);
       float *kt = k + t * width, *vt = v ? v + t * width : nullptr;
@@ -187,7 +189,7 @@ void Pass::attend_block(int n, AttendQuery* queries, int kv_head, int base) cons
 void Pass::fill(float* scratch, const float* q, int kv_head) const {
   const QuantizedHead head(scratch, kv_.head_stride);
   head.pad(q, hd_, kv_.head_stride);
-  if (kv_.key_type == KvType::kQ8) head.quantize(kn_, kv_.head_stride);
+  if (kv_is_coded(kv_.key_type)) head.quantize(kn_, kv_.head_stride);
   if (constants_) lacking_of(*constants_, kv_head, q, p_.shape.rope_dim, scratch + at_.query - at_.stride);
 }
 

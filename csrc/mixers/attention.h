@@ -27,7 +27,7 @@ struct AttentionParts {
   int grow_every;
   const float* cos;  ///< [T, rope_dim / 2]
   const float* sin;
-  const KeyConstants* constants;  ///< what keys in kQ8 lack; null for nothing
+  const KeyConstants* constants;  ///< what keys in codes lack; null for nothing
   const float* turns;             ///< for these: the tiles of a Rope, of all positions until now
 };
 

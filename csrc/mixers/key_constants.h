@@ -1,4 +1,4 @@
-// What keys in 8 bits leave out: large biases, which would take all precision of their neighbours.
+// What keys in 8 bits or fewer leave out: large biases, which would take all precision of their neighbours.
 //
 // A key is turn(position, W x + b). Where b is large it is split, b = c + rest: the cache holds the 8 bits of
 // turn(position, W x + rest), and q · turn(position, c) is added to the score as it is. With q turned already, a pair

@@ -5,6 +5,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "kv.h"
+
 namespace edgemoe {
 namespace {
 
@@ -23,6 +25,36 @@ bool all_finite(const float* x, int n) {
     seen |= (bits & 0x7f800000u) + 0x00800000u;
   }
   return !(seen & 0x80000000u);
+}
+
+/// Puts four codes, a byte each, into the planes of a group, at a byte of a step.
+void put_codes(uint8_t* group, int bits, int step, int byte, uint32_t four) {
+  if (bits == 3) {
+    put_codes(group, 2, step, byte, four >> 1 & 0x03030303u);
+    return put_codes(group + kKvPlane<2>, 1, step, byte, four & 0x01010101u);
+  }
+  const int per_vector = 8 / bits, shift = step % per_vector * bits;
+  const uint32_t mask = (0x01010101u * ((1u << bits) - 1)) << shift;
+  uint8_t* at = group + 64 * (step / per_vector) + byte;
+  uint32_t before;
+  std::memcpy(&before, at, 4);
+  before = (before & ~mask) | four << shift;
+  std::memcpy(at, &before, 4);
+}
+
+/// The codes [groups, 32] of a position, the `lane`th of its tile.
+void put_packed(uint8_t* tile, bool is_key, int bits, int lane, int groups, const int8_t* codes) {
+  for (int g = 0; g < groups; ++g, tile += 64 * bits) {
+    for (int c = 0; c < kKvGroup; c += 4, codes += 4) {
+      uint32_t four;
+      std::memcpy(&four, codes, 4);
+      if (is_key) {
+        put_codes(tile, bits, c / 4, 4 * lane, four);
+      } else {
+        put_codes(tile, bits, c / 16 * 4 + lane / 4, 16 * (lane % 4) + c % 16, four);
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -58,18 +90,24 @@ bool store_head(const Kernels& kn, const KvLayer& kv, bool is_key, int kv_head, 
     for (int c = 0; c < head_dim; ++c) values[is_key ? c * rows + lane : lane * stride + c] = x[c];
     return all_finite(x, head_dim);
   }
+  const int groups = blocks(stride, kKvGroup), bits = kv_packed_bits(type);
   scratch.pad(x, head_dim, stride);
-  scratch.quantize(kn, stride);
-  for (int c = 0; is_key && c < stride; c += 4) {
+  if (bits) {
+    scratch.pack(kn, head_dim, bits);
+    put_packed(tile, is_key, bits, lane, groups, scratch.codes);
+  } else {
+    scratch.quantize(kn, stride);
+  }
+  for (int c = 0; !bits && is_key && c < stride; c += 4) {
     uint32_t four;
     std::memcpy(&four, scratch.codes + c, 4);
     four ^= 0x80808080u;
     std::memcpy(tile + 16 * c + 4 * lane, &four, 4);
   }
-  if (!is_key) std::memcpy(tile + lane * stride, scratch.codes, size_t(stride));
-  auto* halves = reinterpret_cast<uint16_t*>(tile + rows * stride);
+  if (!bits && !is_key) std::memcpy(tile + lane * stride, scratch.codes, size_t(stride));
+  auto* halves = reinterpret_cast<uint16_t*>(tile + kv_codes_bytes(type, stride));
   bool fits = true;
-  for (int g = 0; g < blocks(stride, kKvGroup); ++g) {
+  for (int g = 0; g < groups; ++g) {
     kn.to_f16(scratch.scales + g, 1, halves + g * rows + lane);
     fits = fits && all_finite(halves + g * rows + lane, 1);
   }
@@ -78,7 +116,8 @@ bool store_head(const Kernels& kn, const KvLayer& kv, bool is_key, int kv_head, 
 
 std::string misfit(const float* x, int n, KvType type, bool is_key) {
   const char *name = is_key ? "key" : "value", *flag = is_key ? "-ctk" : "-ctv";
-  const float most = type == KvType::kF16 ? 65504.0f : 127 * 65504.0f;
+  const int bits = kv_packed_bits(type);
+  const float most = 65504.0f * float(type == KvType::kF16 ? 1 : bits == 2 ? 3 : bits ? 1 << (bits - 1) : 127);
   float top = 0;
   for (int i = 0; i < n; ++i) {
     if (!std::isfinite(x[i])) return std::string("a ") + name + " is not a finite number: the computation broke down";
@@ -88,7 +127,7 @@ std::string misfit(const float* x, int n, KvType type, bool is_key) {
   char text[200];
   std::snprintf(text, sizeof text,
                 "a %s of %g does not fit the KV cache in %s, which ends at %g; f32 holds it (%s f32)", name,
-                double(top), type == KvType::kF16 ? "f16" : "q8_0", double(most), flag);
+                double(top), kv_name(type), double(most), flag);
   return text;
 }
 

@@ -29,7 +29,13 @@ struct QuantizedHead {
   void quantize(const Kernels& kn, int head_stride) const {
     kn.quantize_head(padded, head_stride, codes, scales, sums);
   }
+
+  /// To 2, 3 or 4 bits.
+  void pack(const Kernels& kn, int head_dim, int bits) const { kn.pack_head(padded, head_dim, bits, codes, scales); }
 };
+
+/// Positions, from a multiple on, that one thread alone may store: packed ones share bytes with their neighbours.
+constexpr int kStoredTogether = 16;
 
 /// Stores one head's key or value at a position. Returns whether the cache's type can hold it.
 bool store_head(const Kernels& kn, const KvLayer& kv, bool is_key, int kv_head, int pos, const float* x, int head_dim,

@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-d", "--n-depth", type=wholes(0), default=[0], metavar="N,…",
                         help="tokens that are in the context before (default: 0)")  # fmt: skip
     parser.add_argument("-ctk", "--cache-type-k", default="f16", metavar="TYPE",
-                        help="keys of the KV cache: f16, f32 or q8_0 (default: f16)")  # fmt: skip
+                        help="keys of the KV cache: f16, f32, q8_0, q4_0, q3_0 or q2_0 (default: f16)")  # fmt: skip
     parser.add_argument("-ctv", "--cache-type-v", default="f16", metavar="TYPE",
                         help="the same for values (default: f16)")  # fmt: skip
     parser.add_argument("-r", "--repetitions", type=whole(1), default=5, metavar="N",

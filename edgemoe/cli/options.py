@@ -159,7 +159,8 @@ def _add_model_flags(model: argparse._ActionsContainer) -> None:
     _add(model, "--experts", type=int, metavar="K",
          help="experts per token (default: the file's); fewer is faster and worse")
     _add(model, "-ctk", "--cache-type-k", default="f16", metavar="TYPE",
-         help="keys of the KV cache: f16, f32: twice the memory, or q8_0: half of it, not exact (default: %(default)s)")
+         help="keys of the KV cache: f16, f32: twice the memory, or, not exact, q8_0: half of it, q4_0: less than a "
+         "third, q3_0, q2_0 (default: %(default)s)")
     _add(model, "-ctv", "--cache-type-v", default="f16", metavar="TYPE",
          help="the same for values (default: %(default)s)")
     _add(model, "-t", "--threads", type=int, metavar="N", help="(default: the cores there are)")

@@ -242,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     fits = "tokens that must fit (default: what fits)"
     add("-c", "--ctx-size", type=whole(1), metavar="N", help=fits)
     add("--bits", type=whole(1), metavar="N", help="of the experts (default: all levels)")
-    types = "of the KV cache: f16, f32 or q8_0 (default: %(default)s)"
+    types = "of the KV cache: f16, f32, q8_0, q4_0, q3_0 or q2_0 (default: %(default)s)"
     add("-ctk", default="f16", metavar="TYPE", help=f"keys {types}")
     add("-ctv", default="f16", metavar="TYPE", help=f"values {types}")
     add(

@@ -294,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
                         "also what was read, which with --ram is what a setting saves")  # fmt: skip
     for letter, what in (("k", "keys"), ("v", "values")):
         parser.add_argument(f"-ct{letter}", f"--cache-type-{letter}", default="f16", metavar="TYPE",
-                            help=f"how {what} are kept: f16, f32 or q8_0 (default: f16)")  # fmt: skip
+                            help=f"how {what} are kept: f16, f32, q8_0, q4_0, q3_0 or q2_0 (default: f16)")  # fmt: skip
     parser.add_argument("--chunk", type=int, metavar="N", help=f"tokens of each (default: {CHUNK})")
     parser.add_argument("--chunks", type=int, metavar="N", help="how many (default: all)")
     add_flags(parser)

@@ -29,9 +29,10 @@ To have it in every new shell, for edgemoe and, with its name behind, for edgemo
 Or for this one: eval "$(edgemoe completion bash)"; in fish: edgemoe completion fish | source
 """
 
+_CACHES = ("f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0")
+
 _CHOICES = {
-    "--cache-type-k": ("f16", "f32", "q8_0"), "--cache-type-v": ("f16", "f32", "q8_0"),
-    "-ctk": ("f16", "f32", "q8_0"), "-ctv": ("f16", "f32", "q8_0"),
+    **dict.fromkeys(("--cache-type-k", "--cache-type-v", "-ctk", "-ctv"), _CACHES),
     "--device": ("cpu", "cuda:0"), "--scheme": ("nested", "mwq"), "--stats": ("short", "full", "off"),
 }  # fmt: skip
 """What flags take that check their values later than the parser does."""

@@ -30,7 +30,7 @@ def quality_line(row: Mapping[str, Any]) -> str:
 
 
 def run_name(row: Mapping[str, Any]) -> str:
-    """Returns a row's scheduler, its options, and what of the KV cache is in 8 bits."""
+    """Returns a row's scheduler, its options, and what of the KV cache is not float16."""
     options = [f"{name}={value}" for name, value in row["options"].items()]
     caches = [
         f"-ct{letter} {kind}"

@@ -190,7 +190,7 @@ def state_pieces(config: ModelConfig) -> int:
 
 def kept_rope_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
     """Returns the memory of what turned the positions of a context, where keys may leave out their biases."""
-    if types.keys != "q8_0":
+    if types.keys.startswith("f"):
         return 0
     ropes = {rope for mixer in config.mixers if mixer.has_constant_keys for rope in mixer.ropes}
     return sum(rope_bytes(rope.dim, context) for rope in ropes for _ in rope.tensors())

@@ -1,4 +1,4 @@
-"""Keys and values of one layer and sequence, in float16, float32 or 8 bits."""
+"""Keys and values of one layer and sequence: floats, or codes of 8 bits or fewer."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from edgemoe.model.state import SNAPSHOTS
 from edgemoe.ops import KvLayer, Ops, kv_bytes, kv_parts, kv_ring
 from edgemoe.specs import AttentionSpec
 
-__all__ = ["KV_TYPES", "KvState", "KvTypes"]
+__all__ = ["KV_BITS", "KV_TYPES", "KvState", "KvTypes"]
 
-KV_TYPES = ("f16", "f32", "q8_0")
-"""What keys and values may be: float16, float32, or 8 bits with a float16 scale per 32 values of a head.
+KV_BITS = {"f16": 16, "f32": 32, "q8_0": 8, "q4_0": 4, "q3_0": 3, "q2_0": 2}
+"""Bits of a key's or value's number: float16, float32, or codes with a float16 scale per 32 values of a head.
 
-The names are llama.cpp's."""
+The names are llama.cpp's, or what they would be. Codes of 4 bits mean what its own do, and have better scales."""
+
+KV_TYPES = tuple(KV_BITS)
+"""What keys and values may be."""
 
 _WORTH = 0.75
 """Of the memory of all positions, what a ring may take at most."""

@@ -17,7 +17,7 @@ from edgemoe.config import ModelConfig
 from edgemoe.devices import DeviceName, open_device
 from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile, open_moe
-from edgemoe.model import Decoder
+from edgemoe.model import KV_BITS, Decoder
 from edgemoe.ops import Ops, OpsShape
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.ops_cuda import CudaOps, Tied, load_on, unsupported
@@ -224,7 +224,7 @@ def _device(
     name = DeviceName.parse(options.device)
     if name.ordinal is None:
         return None, None
-    if what := unsupported(moe, options.cache_type_k):
+    if what := unsupported(moe, options.cache_type_k, options.cache_type_v):
         raise ValueError(f"device {name}: {what} has no kernels there yet; --device cpu runs it")
     device = open_device(name, None, options.plug_in)
     total = default_vram(device.info["free_bytes"])
@@ -349,11 +349,16 @@ def notes_of(
         )
     types, mixers = options.kv_types, moe.config.mixers
     names = ("keys",) if all(m.values_are_keys for m in mixers) else ("keys", "values")
-    rounded = [n for n in names if getattr(types, n) == "q8_0"]
+    rounded: dict[int, list[str]] = {}
+    for name in names:
+        rounded.setdefault(KV_BITS[getattr(types, name)], []).append(name)
     if any(m.values_are_keys for m in mixers) and types.keys != types.values:
         notes.append(f"cache_type_v: latents are keys and values at once, and held as {types.keys}")
-    if rounded:
-        notes.append(f"lossy: {' and '.join(rounded)} of the KV cache at 8 of 16 bits")
+    notes += [
+        f"lossy: {' and '.join(which)} of the KV cache at {bits} of 16 bits"
+        for bits, which in rounded.items()
+        if bits < 16
+    ]
     return tuple(notes)
 
 

@@ -52,7 +52,8 @@ class EngineOptions:
     context: int | None = None
     """Tokens of prompt and reply together; None for what fits well."""
     cache_type_k: str = "f16"
-    """How the KV cache holds keys, "f16" or "q8_0": 8 bits, half the memory, not exact."""
+    """How the KV cache holds keys: "f16" or "f32", or, not exact, "q8_0" in half the memory, "q4_0" in less than a
+    third of it, "q3_0" or "q2_0"."""
     cache_type_v: str = "f16"
     """The same for values."""
     device: str = "cpu"

@@ -835,9 +835,12 @@ def test_the_kv_cache_in_eight_bits_is_said_and_comes_from_the_environment(env, 
         assert b"# lossy: keys and values of the KV cache at 8 of 16 bits\n" in result.stderr
     assert by_flag.stderr.split(b"#")[-1] == by_name.stderr.split(b"#")[-1]  # the logits' hash
     assert b"lossy" not in run(env, *flags).stderr
-    wrong = run(env, *flags, "-ctk", "q4_0")
+    wrong = run(env, *flags, "-ctk", "q4")
     assert wrong.returncode == 1
-    assert wrong.stderr == b"edgemoe-run: cache_type_k: expected f16, f32 or q8_0, got q4_0\n"
+    assert (
+        wrong.stderr
+        == b"edgemoe-run: cache_type_k: expected f16, f32, q8_0, q4_0, q3_0 or q2_0, got q4\n"
+    )
 
 
 def test_what_the_model_gave_as_a_whole_number_may_be_set_to_a_fraction(tiny_moe: Path) -> None:

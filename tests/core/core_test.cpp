@@ -557,8 +557,9 @@ void test_instruction_sets_agree(const ExpertFile& file) {
                          angles.data() + T * head_dim / 2,
                          nullptr,
                          nullptr};
-    for (const KvType key_type : {KvType::kF16, KvType::kF32, KvType::kQ8}) {
-      for (const KvType value_type : {KvType::kF16, KvType::kF32, KvType::kQ8}) {
+    const KvType types[] = {KvType::kF16, KvType::kF32, KvType::kQ8, KvType::kQ4, KvType::kQ3, KvType::kQ2};
+    for (const KvType key_type : types) {
+      for (const KvType value_type : types) {
         const size_t keys = kv_heads * kv_head_bytes(key_type, capacity, stride);
         std::vector<uint8_t> kv(keys + kv_heads * kv_head_bytes(value_type, capacity, stride));
         const KvLayer layer{kv.data(), kv.data() + keys, key_type, value_type, capacity, stride, stride};

@@ -152,7 +152,7 @@ def test_nothing_is_no_file_and_no_matrix(tiny_moe):
         (lambda: kv(num_heads=0), "num_heads: expected 1 to 4096, got 0"),
         (lambda: kv(capacity=-5), "capacity"),
         (lambda: kv(head_dim=1 << 20), "head_dim"),
-        (lambda: kv(key_type="q4"), "expected f16, f32 or q8_0, got q4"),
+        (lambda: kv(key_type="q4"), "expected f16, f32, q8_0, q4_0, q3_0 or q2_0, got q4"),
         (lambda: _core.KvLayer.bytes("f16", 1, 0, 16), "capacity"),
         (lambda: attention_layer(num_heads=-4), "num_heads"),
         (lambda: attention_layer(num_kv_heads=0), "multiple of the kv heads"),

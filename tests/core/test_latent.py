@@ -13,7 +13,7 @@ import edgemoe
 from edgemoe import _core
 from edgemoe.quant import plane_widths, quantize
 
-TYPES = ("f16", "f32", "q8_0")
+TYPES = ("f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0")
 
 
 @dataclasses.dataclass
@@ -111,7 +111,7 @@ def test_latent_attention_is_what_numpy_says(case, kind):
     np.testing.assert_allclose(absorbed.reshape(expected[0].shape), expected[0], atol=1e-5)
     np.testing.assert_allclose(keys, expected[1], atol=2e-5)
     q = reference.as_stored(
-        absorbed.reshape(expected[0].shape), "q8_0" if kind == "q8_0" else "f32"
+        absorbed.reshape(expected[0].shape), "f32" if kind.startswith("f") else "q8_0"
     )
     stored = reference.as_stored(keys[:, None], kind)[:, 0]
     out = reference_latent.attend(q, stored, stored[:, : case.latent], case.scale)
@@ -150,7 +150,7 @@ def test_instruction_sets_are_bit_identical(case, kind, isa):
 def test_what_does_not_fit_is_refused_and_leaves_nothing(kind, chunks, isa):
     """What is not seen is multiplied with 0: an infinity that a refused key left behind would be seen by all."""
     case = Case(T=20)
-    bad = {"f16": 65520.0, "q8_0": 8.4e6, "f32": np.inf}[kind]
+    bad = {"f16": 65520.0, "q8_0": 8.4e6, "f32": np.inf}.get(kind, 9.9e5)
     refused = []
 
     def fail_first(ws, layer, q, absorbed, keys, pos, cos, sin, kv, out):

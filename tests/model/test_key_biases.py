@@ -108,13 +108,13 @@ class Case:
 
     def expected(self, types, constants):
         """The same in float64 on what is stored and what is left out of it, one query at a time."""
-        left = constants if types[0] == "q8_0" else np.zeros_like(constants)
-        late = self.bias["v"] if types[1] == "q8_0" else np.zeros_like(self.bias["v"])
+        left = constants if types[0].startswith("q") else np.zeros_like(constants)
+        late = self.bias["v"] if types[1].startswith("q") else np.zeros_like(self.bias["v"])
         k = self.turned(self.x["k"] + (self.bias["k"] - left.astype(np.float32)))
         k = reference.as_stored(k, types[0])
         v = reference.as_stored(self.x["v"] + (self.bias["v"] - late), types[1]) + late
         q = self.turned(self.x["q"] + self.bias["q"])
-        rounded = reference.as_stored(q, "q8_0" if types[0] == "q8_0" else "f32")
+        rounded = reference.as_stored(q, "f32" if types[0].startswith("f") else "q8_0")
         extra = self.turned(np.broadcast_to(left, self.x["k"].shape))
         out = np.empty(q.shape)
         for t, h in np.ndindex(self.T, self.heads):
@@ -136,14 +136,20 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(
-    "types", [Q8, ("q8_0", "f16"), ("f16", "q8_0"), ("f32", "f32")], ids="-".join
+    "types", [Q8, ("q8_0", "f16"), ("f16", "q8_0"), ("f32", "f32"), ("q4_0", "q4_0")], ids="-".join
 )
 @pytest.mark.parametrize("case", SHAPES, ids=str)
 def test_attention_is_what_numpy_says(case, types, isa):
     constants = case.constants()
     assert 2 * case.layer().num_constants == np.count_nonzero(constants)
     got, _ = case.run(types, [case.T])
-    np.testing.assert_allclose(got, case.expected(types, constants), atol=2e-4)
+    expected = case.expected(types, constants)
+    if (
+        types[0] == "q4_0"
+    ):  # what is turned before it is stored may be rounded the other way, by a wide step
+        assert np.sqrt(np.square(got - expected).mean()) < 0.01 * expected.std()
+    else:
+        np.testing.assert_allclose(got, expected, atol=2e-4)
 
 
 @pytest.mark.parametrize("case", SHAPES, ids=str)

@@ -50,13 +50,13 @@ def model(request, sources, tmp_path_factory):
 def whole(model):
     """The logits of all positions, computed at once, by the type of the cache."""
     out = {}
-    for kind in ("f16", "q8_0"):
+    for kind in ("f16", "q8_0", "q4_0"):
         with edgemoe.load(model, cache_type_k=kind, cache_type_v=kind) as engine:
             out[kind] = engine.logits(IDS)
     return out
 
 
-@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("isa", _core.usable_isas().split())
 def test_chunks_threads_and_instruction_sets_do_not_matter(model, whole, kind, isa):
     before = _core.isa()

@@ -52,7 +52,7 @@ def test_the_command_takes_llama_benchs_flags(tiny_moe, no_roof, capsys):
     assert report["cache_types"] == {"keys": "q8_0", "values": "f16"}
     assert main([*command, "-ctv", "q5_1"]) == 1
     assert capsys.readouterr().err == (
-        "edgemoe bench: cache_type_v: expected f16, f32 or q8_0, got q5_1\n"
+        "edgemoe bench: cache_type_v: expected f16, f32, q8_0, q4_0, q3_0 or q2_0, got q5_1\n"
     )
 
 

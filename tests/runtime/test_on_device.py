@@ -133,6 +133,7 @@ def test_what_a_device_does_not_know_is_said(tiny_moe, monkeypatch):
     wide = dataclasses.replace(moe, config=dataclasses.replace(moe.config, mixers=(odd,)))
     assert unsupported(wide) == "heads of 512 columns, more than 256"
     assert "key biases" in unsupported(moe, keys="q8_0")
+    assert unsupported(moe, values="q4_0") == "a KV cache in q4_0 (f16, f32, q8_0 have)"
     with pytest.raises(
         ValueError, match="device cuda:0: keys in 8 bits of a model with key biases"
     ):

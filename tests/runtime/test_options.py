@@ -43,7 +43,10 @@ def test_what_is_no_whole_number_is_refused_alike(name, value):
         ({"threads": 1025}, "threads: expected 1 to 1024, got 1025"),
         ({"ram": -1}, "size"),
         ({"verify": 1}, "verify: expected True or False, got 1"),
-        ({"cache_type_v": "q4"}, "cache_type_v: expected f16, f32 or q8_0, got q4"),
+        (
+            {"cache_type_v": "q4"},
+            "cache_type_v: expected f16, f32, q8_0, q4_0, q3_0 or q2_0, got q4",
+        ),
         ({"scheduler": "magic"}, "scheduler: expected one of on-demand"),
         ({"bits": "auto", "scheduler": "mc"}, "bits: auto is for the scheduler on-demand"),
         ({"bits": 4, "allocation": "a.json"}, "allocation: expected bits to be auto"),

@@ -47,7 +47,14 @@ def model(request, tmp_path_factory):
     return folder / "model.moe"
 
 
-@pytest.mark.parametrize("kinds", [{}, {"cache_type_k": "q8_0", "cache_type_v": "f32"}])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {},
+        {"cache_type_k": "q8_0", "cache_type_v": "f32"},
+        {"cache_type_k": "q3_0", "cache_type_v": "q4_0"},
+    ],
+)
 def test_what_another_start_finds_is_what_it_would_compute(model, tmp_path, kinds):
     first, _ = batcher(model, tmp_path, **kinds)
     tokens, _ = asked(first, LONG)

@@ -65,7 +65,9 @@ def fresh(plain, ids, params=SHORT):
     return reply(plain, ids, params)[:2]
 
 
-@pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "q8_0"), ("f32", "q8_0")], ids="-".join)
+@pytest.mark.parametrize(
+    "types", [("f16", "f16"), ("q8_0", "q8_0"), ("f32", "q8_0"), ("q4_0", "q3_0")], ids="-".join
+)
 def test_bits_are_those_of_layers_that_keep_all(model, rings, types):
     options = {"cache_type_k": types[0], "cache_type_v": types[1]}
     with edgemoe.load(model, context=300, **options) as engine:  # not worth a ring
