@@ -55,7 +55,8 @@ def keep_to(engine: Engine, chat: Chat, schema: object) -> None:
     Raises:
         ValueError: it is none that can be kept to.
     """
-    from edgemoe.serve.grammar import Grammars, Guide
+    from edgemoe.serve.grammar import Grammars
+    from edgemoe.serve.guide import Guide
     from edgemoe.serve.problems import Problem
     from edgemoe.text.replies import reply_format
 

@@ -1,4 +1,4 @@
-"""Replies that have to be of a form: JSON, a schema, a grammar, a call of a tool. Masks are llguidance's."""
+"""Grammars of what a reply has to be: JSON, a schema, a call of a tool. Masks are llguidance's."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.serve.problems import Problem, wrong
+from edgemoe.serve.problems import wrong
 from edgemoe.text.calls import markers
 from edgemoe.text.replies import ReplyFormat
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["Grammars", "Guide", "grammar_bytes"]
+__all__ = ["Grammars", "grammar_bytes"]
 
 _LARGEST = 256 << 10  # characters of a schema or grammar
 _KEPT = 64
@@ -201,90 +201,3 @@ def _text(param: str, value: object) -> str:
     if len(text) > _LARGEST:
         raise wrong(param, f"expected at most {_LARGEST} characters, got {len(text)}")
     return text
-
-
-class Guide:
-    """Keeps one reply to a grammar: after its reasoning, or from where a call begins. One thread at a time."""
-
-    def __init__(
-        self,
-        grammars: Grammars | None,
-        grammar: str | None,
-        *,
-        is_reasoning: bool = False,
-        reasoning: tuple[int | None, int | None] = (None, None),
-        most_reasoning: int = -1,
-        lazy: Mapping[int, str] | None = None,
-        several: bool = True,
-    ) -> None:
-        """Starts a reply.
-
-        Args:
-            grammars: makes the matchers.
-            grammar: that the answer keeps to; None for what `lazy` says.
-            is_reasoning: the prompt has opened the reasoning.
-            reasoning: the tokens that open and close it, where they are single ones.
-            most_reasoning: tokens of it, after which it is closed; -1 for no limit.
-            lazy: grammars that begin after a token.
-            several: whether more may follow after a lazy one's end.
-        """
-        self._grammars, self._grammar, self._lazy, self._several = (
-            grammars,
-            grammar,
-            lazy or {},
-            several,
-        )
-        self._open, self._close = reasoning
-        self._is_reasoning, self._most, self._thought = is_reasoning, most_reasoning, 0
-        self._is_first = True
-        self._matcher: Any = None
-        if grammar is not None and grammars is not None and not is_reasoning:
-            self._matcher = grammars.matcher(grammar)
-
-    def allowed(self) -> NDArray[np.int32] | None:
-        """Returns a mask; None for all tokens."""
-        if self._is_reasoning:
-            if self._close is None or not 0 <= self._most <= self._thought:
-                return None
-            return self._only(self._close)
-        if self._matcher is None or self._grammars is None:
-            return None
-        mask = self._grammars.mask(self._matcher)
-        if self._is_first and self._open is not None and self._most != 0:
-            mask[self._open // 32] |= np.uint32(1 << (self._open % 32)).view(np.int32)
-        return mask
-
-    def _only(self, token: int) -> NDArray[np.int32]:
-        assert self._grammars is not None
-        mask = np.zeros(-(-self._grammars._vocab_size // 32), np.uint32)
-        mask[token // 32] = 1 << (token % 32)
-        return mask.view(np.int32)
-
-    def take(self, token: int) -> bool:
-        """Is told of the token that came; returns whether the reply is complete."""
-        was_first, self._is_first = self._is_first, False
-        if self._is_reasoning:
-            self._thought += 1
-            if token == self._close:
-                self._is_reasoning = False
-                if self._grammar is not None and self._grammars is not None:
-                    self._matcher = self._grammars.matcher(self._grammar)
-            return False
-        if token == self._open and was_first:
-            self._is_reasoning, self._matcher = True, None
-            return False
-        if self._matcher is None:
-            if token in self._lazy and self._grammars is not None:
-                self._matcher = self._grammars.matcher(self._lazy[token])
-            return False
-        if not self._matcher.consume_token(token):
-            if self._grammar is None:  # a call that goes on freely is better than none
-                self._matcher = None
-                return False
-            raise Problem(500, f"grammar: {self._matcher.get_error()}")
-        if not self._matcher.is_stopped() and not (self._lazy and self._matcher.is_accepting()):
-            return False
-        if self._grammar is None:  # a call is whole; text may follow
-            self._matcher = None
-            return not self._several
-        return True

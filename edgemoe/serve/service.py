@@ -17,7 +17,8 @@ from edgemoe.runtime.opening import Opened
 from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.requests import Constraint, Outcome
 from edgemoe.serve.figures import ServerFigures
-from edgemoe.serve.grammar import Grammars, Guide
+from edgemoe.serve.grammar import Grammars
+from edgemoe.serve.guide import Guide
 from edgemoe.serve.log import RequestLog, route_of
 from edgemoe.serve.problems import Problem, too_long, wrong
 from edgemoe.serve.prompts import Conversation, render
