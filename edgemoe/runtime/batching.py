@@ -12,17 +12,20 @@ from __future__ import annotations
 import threading
 import time
 from collections import abc, deque
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.errors import Cancelled, EdgemoeError
-from edgemoe.model import Batch
+from edgemoe.model import Batch, SequenceState
 from edgemoe.runtime.change import change
+from edgemoe.runtime.errands import Errands
 from edgemoe.runtime.model import Model
+from edgemoe.runtime.pool import PrefixPool
 from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.requests import Outcome, Request, figures
 from edgemoe.runtime.sequence import token_ids
@@ -30,6 +33,8 @@ from edgemoe.runtime.slots import Slot, SlotView, best_slot
 from edgemoe.text.logprobs import token_logprobs
 
 __all__ = ["Batcher", "QueueFull", "SlotView"]
+
+_T = TypeVar("_T")
 
 
 class QueueFull(EdgemoeError):
@@ -45,7 +50,7 @@ class Batcher:
         eos_ids: abc.Set[int],
         *,
         most_waiting: int = 64,
-        prefixes: PrefixStore | None = None,
+        prefixes: PrefixStore | PrefixPool | None = None,
     ) -> None:
         """Takes all states that the model has room for.
 
@@ -53,7 +58,7 @@ class Batcher:
             model: opened for as many sequences as shall run at once.
             eos_ids: tokens that end a reply.
             most_waiting: requests beyond these are refused.
-            prefixes: where what sequences lose is saved; None for nowhere.
+            prefixes: where what sequences lose is kept; None for nowhere.
         """
         self._model, self._eos, self._most_waiting = model, frozenset(eos_ids), most_waiting
         self._prefixes = prefixes
@@ -64,7 +69,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._clock = 0
         self._ending: Exception | None = None
-        self._changes: deque[tuple[Future[None], dict[str, Any]]] = deque()
+        self._errands = Errands(self._changed)
         self.computed = self.made = 0
         """Tokens of prompts that were computed so far, and tokens of replies; any thread may look."""
         self.views: tuple[SlotView, ...] = ()
@@ -107,45 +112,40 @@ class Batcher:
         """Changes the model before the next pass; see `edgemoe.runtime.change`. Any thread may ask.
 
         Replies that run go on: what was computed for them is computed again, so that each further token is the one that
-        the changed model gives for the text before it.
+        the changed model gives for the text before it. A prompt that is scored is finished before.
 
         Returns:
             Is done when it is so; raises ValueError for what cannot be, and RuntimeError when the batcher has ended.
         """
-        done: Future[None] = Future()
-        with self._changed:
-            if self._ending is not None:
-                raise RuntimeError("the batcher has ended") from self._ending
-            self._changes.append((done, wanted))
-            self._changed.notify()
-        return done
+        return self._errands.add(lambda: self._change(wanted), when=self._can_change)
 
-    def _change(self) -> None:
-        """Does what was asked of `change`, but while a prompt is scored, whose parts have to be of one model."""
-        busy = [slot for slot in self._slots if slot.request is not None]
-        if any(s.request.prompt_logprobs is not None and s.is_filling for s in busy if s.request):
-            return
-        while self._changes:
-            done, wanted = self._changes.popleft()
-            if not done.set_running_or_notify_cancel():
-                continue
-            try:
-                is_other = change(self._model, **wanted)
-            except (EdgemoeError, ValueError) as error:
-                done.set_exception(error)
-                continue
-            if is_other and self._prefixes is not None:
-                self._prefixes.look()
-            with self._changed:
-                waiting = [request for request, _ in self._waiting]
-            for request in [*self.running(), *waiting]:
-                request.changed += is_other
-            done.set_result(None)
+    def with_slot(self, number: int, use: Callable[[SequenceState], _T]) -> Future[_T]:
+        """Does something with what a sequence holds, once no request has it. Any thread may ask.
+
+        Returns:
+            What `use` does, errors too; raises RuntimeError when the batcher has ended.
+        """
+        slot = self._slots[number]
+        return self._errands.add(lambda: use(slot.state), when=lambda: slot.request is None)
+
+    def _can_change(self) -> bool:
+        """Returns whether no prompt is scored, whose parts have to be of one model."""
+        busy = [(slot, slot.request) for slot in self._slots if slot.request is not None]
+        return not any(r.prompt_logprobs is not None and slot.is_filling for slot, r in busy)
+
+    def _change(self, wanted: dict[str, Any]) -> None:
+        is_other = change(self._model, **wanted)
+        if is_other and self._prefixes is not None:
+            self._prefixes.look()
+        with self._changed:
+            waiting = [request for request, _ in self._waiting]
+        for request in [*self.running(), *waiting]:
+            request.changed += is_other
 
     def wait(self, seconds: float | None = None) -> None:
         """Waits until there may be something to do."""
         with self._changed:
-            if not self._waiting and not self._changes:
+            if not self._waiting and not self._errands:
                 self._changed.wait(seconds)
 
     def wake(self) -> None:
@@ -155,7 +155,7 @@ class Batcher:
 
     def step(self) -> bool:
         """Runs one pass for whoever is there; returns whether there was something to do."""
-        self._change()
+        self._errands.run()
         self._drop_cancelled()
         self._admit()
         parts = self._parts()
@@ -169,16 +169,17 @@ class Batcher:
         with self._changed:
             self._ending = error
             waiting, self._waiting = list(self._waiting), deque()
-            changes, self._changes = list(self._changes), deque()
-        for done, _ in changes:
-            if done.set_running_or_notify_cancel():
-                done.set_exception(RuntimeError("the batcher has ended"))
+        self._errands.end(error)
         for slot in self._slots:
             if slot.request is not None:
                 self._finish(slot, "error", error)
         for request, tokens in waiting:
             self._refuse(request, tokens, "error", error)
         self._look()
+
+    def rest(self) -> None:
+        """Gives back what experts take, until there is something to do. Not beside `step`."""
+        self._model.room.rest()
 
     def save(self) -> None:
         """Saves what all sequences hold, where there is a place for it. Not beside `step`."""
@@ -198,14 +199,22 @@ class Batcher:
             self._refuse(request, tokens, "cancelled")
 
     def _admit(self) -> None:
-        """Gives idle sequences to those who wait, in the order in which they came."""
-        while True:
+        """Gives idle sequences to those who wait, in the order in which they came; some want a certain one."""
+        with self._changed:
+            waiting = list(self._waiting)
+        for item in waiting:
+            request, tokens = item
             idle = [slot for slot in self._slots if slot.request is None]
-            with self._changed:
-                if not idle or not self._waiting:
+            if request.slot is not None:
+                idle = [slot for slot in idle if slot is self._slots[request.slot]]
+            if not idle:
+                if request.slot is None:
                     return
-                request, tokens = self._waiting.popleft()
-            most = 0 if request.prompt_logprobs is not None else len(tokens) - 1
+                continue
+            with self._changed:
+                self._waiting.remove(item)
+            is_new = request.prompt_logprobs is not None or not request.reuses
+            most = 0 if is_new else len(tokens) - 1
             slot, shared = best_slot(self._model.config, idle, tokens, most)
             if self._prefixes is not None:
                 shared = self._prefixes.exchange(slot.state, tokens, shared, most)

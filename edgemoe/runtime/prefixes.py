@@ -1,4 +1,4 @@
-"""Prefixes on disk: what sequences hold, saved so that a prompt that comes back is not computed again.
+"""Prefixes: what sequences held, kept so that a prompt that comes back is not computed again. In memory, then on disk.
 
 A file is one of `edgemoe.file.summed`: checksums for every row, and it appears whole or not at all.
 
@@ -7,6 +7,8 @@ A file is one of `edgemoe.file.summed`: checksums for every row, and it appears 
 
 The metadata says of which model, at which bits, and by which scheduler it was computed: `identity`. What is another's
 is not used; what is damaged is removed, and computed again. A disk that is full costs nothing but the prefix.
+
+Files that somebody named are read by their name alone, and stay until somebody removes them.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import secrets
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,14 +34,94 @@ from edgemoe.file.summed import SummedFile, write_summed
 from edgemoe.model import SequenceState
 from edgemoe.runtime.model import Model
 
-__all__ = ["PrefixStore", "identity"]
+__all__ = ["LEAST", "Prefix", "PrefixStore", "covers", "fill", "identity", "shared_tokens"]
 
 logger = logging.getLogger(__name__)
 
 _VERSION = "1"
-_LEAST = 64
+LEAST = 64
 """Tokens that are worth a file."""
 _WORDS = np.dtype("<u4")
+
+
+_NAME = re.compile(r"[A-Za-z0-9_-][\w.-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefix:
+    """Is what a sequence holds."""
+
+    ids: NDArray[np.int64]
+    """[n]"""
+    turned: int
+    parts: dict[str, NDArray[np.uint32]]
+    """LAYER.PART of all layers."""
+
+    @classmethod
+    def of(cls, state: SequenceState) -> Prefix | None:
+        """Returns what a sequence holds, as it lies there; None where it cannot be taken."""
+        ids = np.array(state.ids, np.int64)
+        parts: dict[str, NDArray[np.uint32]] = {}
+        if state.held < len(ids):
+            return None
+        for i, layer in enumerate(state.layers):
+            found = layer.parts(len(ids))
+            if found is None:
+                return None
+            parts |= {f"{i}.{j}": part.view(_WORDS) for j, part in enumerate(found)}
+        return cls(ids, state.turned, parts)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.ids.nbytes + sum(part.nbytes for part in self.parts.values())
+
+    def copy(self) -> Prefix:
+        """Returns one of its own memory."""
+        parts = {name: np.array(part) for name, part in self.parts.items()}
+        return Prefix(self.ids, self.turned, parts)
+
+
+def covers(ids: NDArray[np.int64], others: NDArray[np.int64]) -> bool:
+    """Returns whether the first tokens of `ids` are `others`."""
+    return len(ids) >= len(others) and bool(np.array_equal(ids[: len(others)], others))
+
+
+def shared_tokens(
+    model: Model, state: SequenceState, ids: NDArray[np.int64], turned: int, tokens: NDArray[np.int32], length: int
+) -> int:  # fmt: skip
+    """Returns with how many of a prefix's tokens a prompt of `length` begins, of those that can be gone back to."""
+    if not model.config.turns_alike(turned, length):
+        return 0
+    count = min(len(ids), len(tokens))
+    differ = np.flatnonzero(ids[:count] != tokens[:count])
+    count = int(differ[0]) if len(differ) else count
+    return count if count == len(ids) or not state.needs_snapshots else 0
+
+
+def fill(
+    model: Model, state: SequenceState, ids: NDArray[np.int64], turned: int,
+    part: Callable[[str], NDArray[np.uint32]], beside: int,
+) -> None:  # fmt: skip
+    """Puts a prefix into a sequence, part after part, each of which takes at most `beside` bytes.
+
+    Raises:
+        FormatError, KeyError: a part is none of this sequence's; it is in disorder until it is rewound to the start.
+    """
+    length = len(ids)
+    state.rewind(0)
+    model.room.reach(state, length)
+    model.room.lend(beside)
+    state.begin(length)
+    for i, layer in enumerate(state.layers):
+        for j, target in enumerate(layer.make_parts(length)):
+            target, found = target.view(_WORDS), part(f"{i}.{j}")
+            if found.shape != target.shape:
+                raise FormatError(f"{i}.{j} is of another shape")
+            target[...] = found
+    state.turned = turned
+    state.commit(ids.tolist())
+    state.snapshot()
 
 
 @dataclass(slots=True)
@@ -93,6 +177,11 @@ class PrefixStore:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(entry.size for entry in self._entries)
+
     def exchange(
         self, state: SequenceState, tokens: NDArray[np.int32], shared: int, most: int
     ) -> int:
@@ -106,96 +195,140 @@ class PrefixStore:
         Returns:
             With how many it begins now.
         """
-        if state.length - shared >= _LEAST:
+        if state.length - shared >= LEAST:
             self.save(state)
-        found, best = None, shared + _LEAST - 1
+        found, best = self.find(state, tokens, shared + LEAST - 1, most)
+        return shared if found is None else min(best, self.restore(found, state))
+
+    def find(
+        self, state: SequenceState, tokens: NDArray[np.int32], least: int, most: int
+    ) -> tuple[_Entry | None, int]:
+        """Returns what shares most with a prompt's first `most` tokens, more than `least`, and how much."""
+        found, best = None, least
         for entry in self._entries:
-            count = self._shared(state, entry, tokens[:most], len(tokens))
+            count = shared_tokens(
+                self._model, state, entry.ids, entry.turned, tokens[:most], len(tokens)
+            )
             if count > best:
                 found, best = entry, count
-        if found is None:
-            return shared
-        return min(best, self._restore(found, state))
+        return found, best
 
     def save(self, state: SequenceState) -> bool:
         """Saves what a sequence holds, if it is long enough and not there yet; returns whether it is there then."""
-        ids = np.array(state.ids, np.int64)
-        if len(ids) < _LEAST or state.held < len(ids):
+        prefix = Prefix.of(state) if state.length >= LEAST else None
+        return prefix is not None and self.put(prefix)
+
+    def put(self, prefix: Prefix) -> bool:
+        """Saves a prefix, if it is not there yet; returns whether it is there then."""
+        ids = prefix.ids
+        if any(covers(entry.ids, ids) for entry in self._entries):
+            return True
+        if prefix.size > self._most:
             return False
-        for entry in self._entries:
-            if len(entry.ids) >= len(ids) and np.array_equal(entry.ids[: len(ids)], ids):
-                return True
-        tensors: dict[str, NDArray[Any]] = {"ids": ids}
-        for i, layer in enumerate(state.layers):
-            parts = layer.parts(len(ids))
-            if parts is None:
-                return False
-            tensors |= {f"{i}.{j}": part.view(_WORDS) for j, part in enumerate(parts)}
-        largest = max(part.nbytes for part in tensors.values())
-        size = sum(part.nbytes for part in tensors.values())
-        if size > self._most:
-            return False
-        self._model.room.lend(largest)
         path = self._folder / f"{secrets.token_hex(8)}.prefix"
-        meta = {"edgemoe_prefix": _VERSION, "identity": self._identity, "turned": str(state.turned)}
         try:
-            os.close(
-                os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            )  # what replaces it keeps its mode
-            write_summed(path, tensors, meta)
+            self._write(path, prefix)
             found = path.stat()
         except OSError as error:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
             if not self._is_full:  # once: it costs nothing but time
                 logger.warning("a prefix of %d tokens is not saved: %s", len(ids), error)
             self._is_full = True
             return False
         self._is_full = False
         for entry in list(self._entries):  # what it begins with is not needed any more
-            if len(entry.ids) and np.array_equal(entry.ids, ids[: len(entry.ids)]):
+            if len(entry.ids) and covers(ids, entry.ids):
                 self._remove(entry)
-        self._entries.append(_Entry(path, ids, state.turned, found.st_size, found.st_mtime))
+        self._entries.append(_Entry(path, ids, prefix.turned, found.st_size, found.st_mtime))
         self._trim()
         return True
 
-    def _shared(
-        self, state: SequenceState, entry: _Entry, tokens: NDArray[np.int32], length: int
-    ) -> int:
-        """Returns with how many of a file's tokens a prompt begins, of those that can be gone back to."""
-        if not self._model.config.turns_alike(entry.turned, length):
-            return 0
-        count = min(len(entry.ids), len(tokens))
-        differ = np.flatnonzero(entry.ids[:count] != tokens[:count])
-        count = int(differ[0]) if len(differ) else count
-        return count if count == len(entry.ids) or not state.needs_snapshots else 0
+    def save_as(self, state: SequenceState, name: str) -> int:
+        """Saves what a sequence holds under a name, in place of what had it; returns the file's bytes.
 
-    def _restore(self, entry: _Entry, state: SequenceState) -> int:
+        Raises:
+            ValueError: it is no name, or the sequence holds nothing that can be saved.
+            OSError: it cannot be written; nothing is changed then.
+        """
+        path, prefix = self._named(name), Prefix.of(state)
+        if prefix is None or not len(prefix.ids):
+            raise ValueError("the sequence holds nothing that could be saved")
+        self._write(path, prefix)
+        return path.stat().st_size
+
+    def restore_from(self, state: SequenceState, name: str) -> int:
+        """Puts what was saved under a name into a sequence; returns the file's bytes.
+
+        Raises:
+            ValueError: it is no name.
+            FormatError: there is none, it is damaged, or of another model or settings; the sequence is empty then.
+            OSError: it cannot be read; likewise.
+        """
+        path = self._named(name)
+        state.rewind(0)
+        try:
+            file = SummedFile(path, "a saved sequence")
+            if (
+                file.meta.get("edgemoe_prefix") != _VERSION
+                or file.meta.get("identity") != self._identity
+            ):
+                raise FormatError(f"{name}: of another model, other settings or another version")
+            ids = file.tensor("ids")
+            if len(ids) > state.capacity:
+                raise FormatError(
+                    f"{name}: {len(ids)} tokens do not fit a context of {state.capacity}"
+                )
+            size = path.stat().st_size
+            beside = size // max(len(state.layers), 1)
+            fill(self._model, state, ids, int(file.meta["turned"]), file.tensor, beside)
+        except (KeyError, ValueError) as error:
+            state.rewind(0)
+            text = str(error) if isinstance(error, FormatError) else "it makes no sense"
+            raise FormatError(text.replace(f"{self._folder}/", "")) from None
+        except OSError:
+            state.rewind(0)
+            raise
+        return size
+
+    def _named(self, name: str) -> Path:
+        if not _NAME.fullmatch(name) or name.endswith((".prefix", ".part")):
+            raise ValueError(f"expected a name of letters, digits, . _ and -, got {name!r:.80}")
+        return self._folder / name
+
+    def _write(self, path: Path, prefix: Prefix) -> None:
+        tensors: dict[str, NDArray[Any]] = {"ids": prefix.ids, **prefix.parts}
+        self._model.room.lend(max(part.nbytes for part in tensors.values()))
+        meta = {
+            "edgemoe_prefix": _VERSION,
+            "identity": self._identity,
+            "turned": str(prefix.turned),
+        }
+        is_new = not path.exists()
+        try:
+            if is_new:  # what replaces it keeps its mode
+                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            write_summed(path, tensors, meta)
+        except OSError:
+            if is_new:
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+            raise
+
+    def restore(self, entry: _Entry, state: SequenceState) -> int:
         """Puts a file's content into a sequence; returns how many tokens it holds then: 0 where it is damaged."""
         length = len(entry.ids)
-        state.rewind(0)
-        self._model.room.reach(state, length)
-        self._model.room.lend(entry.size // max(len(state.layers), 1))
-        state.begin(length)
         try:
             file = SummedFile(entry.path, "a saved prefix")
             if not np.array_equal(file.tensor("ids"), entry.ids):
                 raise FormatError(f"{entry.path}: another prefix than it was")
-            for i, layer in enumerate(state.layers):
-                for j, part in enumerate(layer.make_parts(length)):
-                    target, found = part.view(_WORDS), file.tensor(f"{i}.{j}")
-                    if found.shape != target.shape:
-                        raise FormatError(f"{entry.path}: {i}.{j} is of another shape")
-                    target[...] = found
+            beside = entry.size // max(len(state.layers), 1)
+            fill(self._model, state, entry.ids, entry.turned, file.tensor, beside)
             os.utime(entry.path)
         except (FormatError, OSError, KeyError, ValueError) as error:
             logger.warning("a saved prefix of %d tokens is computed again: %s", length, error)
             state.rewind(0)
             self._remove(entry)
             return 0
-        state.turned, entry.used = entry.turned, entry.path.stat().st_mtime
-        state.commit(entry.ids.tolist())
-        state.snapshot()
+        entry.used = entry.path.stat().st_mtime
         return length
 
     def _read(self, path: Path) -> _Entry | None:

@@ -81,9 +81,16 @@ class Request:
     prompt_logprobs: Callable[[list[TokenLogprob]], None] | None = None
     """Gets those of the prompt's tokens but the first, in parts; then nothing of the prompt is taken from before."""
     constraint: Constraint | None = None
+    slot: int | None = None
+    """The sequence that it waits for; None for the best one."""
+    reuses: bool = True
+    """Begins with what was computed before of the same tokens."""
     is_cancelled: bool = False
     """May be set on any thread: the reply ends at the next layer of a prompt, the next token of a reply."""
     has_begun: bool = False
+    began: float = 0.0
+    cached: int = 0
+    """Tokens of the prompt that were there when it began."""
     computed: int = 0
     """Tokens of the prompt that are there so far."""
     changed: int = 0

@@ -45,6 +45,9 @@ class Room:
         self._tokens = 0  # of the largest pass
         self._singles = 0
         self._is_lent = False
+        self._beside = 0
+        self.is_resting = False
+        """The slots were given back, until the next pass."""
         self._base = budget.fixed - budget.kv - budget.chunk * budget.row
         self._base += budget.sequences * budget.kv_at_once
         self._size = budget.slots
@@ -65,6 +68,9 @@ class Room:
         """Makes room for a pass: called before each."""
         if self._is_steady:
             return
+        if self.is_resting:
+            self.is_resting = False
+            self._resize(self._left())
         tokens = len(batch)
         self._singles += batch.is_decoding
         is_due = (
@@ -101,6 +107,23 @@ class Room:
             self._is_lent = True
             self._resize(self._left(size))
 
+    def rest(self) -> None:
+        """Gives the slots' memory back to the system, but for one expert; the next pass takes it again."""
+        if not self._is_steady:
+            self.is_resting = True
+            self._resize(self._budget.expert)
+
+    def keep(self, size: int) -> None:
+        """Takes `size` bytes from the slots for what is kept beside them, in place of what `keep` took before.
+
+        Raises:
+            ValueError: the slots keep their size.
+        """
+        if self._is_steady:
+            raise ValueError("room: the slots keep their size")
+        self._beside = size
+        self._resize(self._left())
+
     def _left(self, beside: int = 0) -> int:
         """Returns what is left for slots beside all that is counted and so many bytes."""
         budget = self._budget
@@ -110,7 +133,7 @@ class Room:
     def _counted(self) -> int:
         """Returns what sequences and passes so far take, beside what was there at once."""
         states = sum(self._budget.kv_bytes(state.reach) for state in self.states)
-        return states + self._tokens * self._budget.row
+        return states + self._tokens * self._budget.row + self._beside
 
     def _measured(self) -> int:
         """Returns what all but the slots takes, or may take before it is measured again."""

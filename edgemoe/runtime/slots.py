@@ -56,7 +56,8 @@ class Slot:
         if request.params.max_tokens >= 0:
             self.limit = min(self.limit, request.params.max_tokens)
         self.state.goal = self.prompt
-        request.has_begun, request.computed = True, cached
+        request.began, request.cached, request.computed = self.started, cached, cached
+        request.has_begun = True
         self.state.begin_turn(self.prompt)
 
     @property

@@ -16,6 +16,7 @@ from edgemoe.convert.open import open_checkpoint
 from edgemoe.runtime.batching import Batcher
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
+from edgemoe.runtime.pool import PrefixPool
 from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.text.sampler import SamplingParams
 
@@ -166,3 +167,107 @@ def test_a_turn_that_goes_on_is_saved_once(tiny_moe, tmp_path):
     asked(one, [*LONG, *tokens, *OTHER])
     one.save()
     assert len(store) == len(list(tmp_path.iterdir())) == 1  # the longer one stands for both
+
+
+def pooled(path, *, folder=None, most=1 << 20, sequences=1):
+    """Returns a batcher that keeps prefixes in memory."""
+    found = open_model(path, EngineOptions(sequences=sequences))
+    store = None if folder is None else PrefixStore(folder, found.model, most_bytes=1 << 30)
+    pool = PrefixPool(found.model, most_bytes=most, below=store)
+    return Batcher(found.model, found.text.eos_ids, prefixes=pool), pool, found.model.room
+
+
+def test_what_a_sequence_loses_is_kept_in_memory(model, tmp_path):
+    one, pool, room = pooled(model)
+    alone, _ = batcher(model, tmp_path)
+    size = room.size
+    tokens, _ = asked(one, LONG)
+    others, _ = asked(one, OTHER)
+    assert len(pool) == 1
+    assert pool.size > 0
+    assert room.size <= size
+    go_on = [*LONG, *tokens]
+    expected, right = asked(alone, go_on)
+    got, came = asked(one, go_on)
+    assert (got, came.logits_hash) == (expected, right.logits_hash)
+    assert came.cached_tokens == len(go_on) - 1
+    assert len(pool) == 1  # the other one, in its place
+    assert asked(one, [*OTHER, *others])[1].cached_tokens == len(OTHER) + 5
+
+
+def test_memory_for_prefixes_is_bounded_and_experts_give_it(tiny_moe, tmp_path):
+    third = RNG.integers(3, 150, 120).tolist()
+    one, pool, room = pooled(tiny_moe, folder=tmp_path)
+    asked(one, LONG)
+    asked(one, OTHER)
+    each = pool.size
+    assert room._beside == each
+    few, pool, room = pooled(tiny_moe, folder=tmp_path / "few", most=each)
+    asked(few, LONG)
+    asked(few, third)
+    asked(few, OTHER)  # the place is taken by the second, and the first goes to disk
+    assert pool.size <= each
+    assert len(list((tmp_path / "few").glob("*.prefix"))) == 1
+    assert asked(few, LONG)[1].cached_tokens == len(LONG) - 1
+    few.change(bits=4)
+    assert asked(few, third)[1].cached_tokens == 0
+    assert room._beside == pool.size
+
+
+def test_at_the_end_all_that_is_kept_goes_to_disk(tiny_moe, tmp_path):
+    one, _, _ = pooled(tiny_moe, folder=tmp_path)
+    asked(one, LONG)
+    asked(one, OTHER)
+    assert not list(tmp_path.iterdir())
+    one.save()
+    again, store = batcher(tiny_moe, tmp_path)
+    assert len(store) == 2
+    assert asked(again, LONG)[1].cached_tokens == len(LONG) - 1
+
+
+def test_experts_that_keep_their_size_give_no_memory(tiny_moe):
+    found = open_model(tiny_moe, EngineOptions(steady=True))
+    with pytest.raises(ValueError, match="keep their size"):
+        PrefixPool(found.model, most_bytes=1, below=None)
+
+
+@pytest.mark.parametrize("change", [{}, {"reuses": False}])
+def test_a_request_takes_the_sequence_that_it_names(tiny_moe, change):
+    found = open_model(tiny_moe, EngineOptions(sequences=3))
+    one = Batcher(found.model, found.text.eos_ids)
+    first = Asked(LONG, PARAMS, slot=2)
+    second = Asked(LONG, PARAMS, slot=2, **change)
+    other = Asked(OTHER, PARAMS)
+    run(one, first, second, other)
+    assert [view.length > 0 for view in one.views].count(True) == 2
+    assert one.views[2].length >= len(LONG)
+    assert second.tokens == first.tokens
+    assert second.outcome.figures.cached_tokens == (0 if change else len(LONG) - 1)
+    assert second.outcome.figures.queue_s > first.outcome.figures.queue_s
+
+
+def test_a_sequence_is_looked_into_when_no_request_has_it(tiny_moe):
+    found = open_model(tiny_moe, EngineOptions(sequences=2))
+    one = Batcher(found.model, found.text.eos_ids)
+    first = Asked(LONG, PARAMS, slot=1)
+    one.submit(first.request)
+    one.step()
+    lengths = [one.with_slot(i, lambda state: state.length) for i in (0, 1)]
+    one.step()
+    assert lengths[0].result(0) == 0
+    assert not lengths[1].done()
+    run(one)
+    assert first.outcome is not None
+    assert lengths[1].result(0) == len(LONG) + len(first.tokens) - 1
+
+    def fails(_):
+        raise ValueError("no")
+
+    failed = one.with_slot(0, fails)
+    run(one)
+    assert isinstance(failed.exception(0), ValueError)
+    left = one.with_slot(0, fails)
+    one.end(RuntimeError("over"))
+    assert isinstance(left.exception(0), RuntimeError)
+    with pytest.raises(RuntimeError, match="has ended"):
+        one.with_slot(0, fails)

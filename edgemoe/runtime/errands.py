@@ -1,0 +1,70 @@
+"""What is asked of the thread that owns a model, and done between two passes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from edgemoe.errors import EdgemoeError
+
+__all__ = ["Errands"]
+
+_T = TypeVar("_T")
+
+
+class Errands:
+    """Is a queue of them. Any thread may add; one runs them."""
+
+    def __init__(self, changed: threading.Condition) -> None:
+        """Args:
+        changed: is notified of what is added, and protects the queue.
+        """
+        self._changed = changed
+        self._queue: list[tuple[Future[Any], Callable[[], Any], Callable[[], bool]]] = []
+        self._ending: Exception | None = None
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def add(self, run: Callable[[], _T], *, when: Callable[[], bool]) -> Future[_T]:
+        """Takes one that is to be run as soon as `when` says so.
+
+        Returns:
+            What `run` does; raises its EdgemoeError, ValueError and OSError, and RuntimeError if the thread ended.
+
+        Raises:
+            RuntimeError: the thread has ended.
+        """
+        done: Future[_T] = Future()
+        with self._changed:
+            if self._ending is not None:
+                raise RuntimeError("the batcher has ended") from self._ending
+            self._queue.append((done, run, when))
+            self._changed.notify()
+        return done
+
+    def run(self) -> None:
+        """Runs those that can be run now, in the order in which they came."""
+        with self._changed:
+            ready = [item for item in self._queue if item[2]()]
+            self._queue = [item for item in self._queue if item not in ready]
+        for done, run, _ in ready:
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                result = run()
+            except (EdgemoeError, ValueError, OSError) as error:
+                done.set_exception(error)
+            else:
+                done.set_result(result)
+
+    def end(self, error: Exception) -> None:
+        """Ends those that wait; takes no others from now on."""
+        with self._changed:
+            self._ending = error
+            left, self._queue = self._queue, []
+        for done, _, _ in left:
+            if done.set_running_or_notify_cancel():
+                done.set_exception(RuntimeError("the batcher has ended"))
