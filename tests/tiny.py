@@ -13,6 +13,12 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+THINKING = (
+    CHATML.replace("assistant\n{% endif", "assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+                   "<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif")
+    + "{# <tool_call> #}{% if tools %}{% endif %}"
+)  # fmt: skip
+"""Opens the reasoning, and can be told not to."""
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -99,6 +105,20 @@ def tiny_checkpoint(
                 q + "down_proj.weight": w(D, H, gain=0.5),
             }  # fmt: skip
     return MemoryCheckpoint(config, tensors, tokenizer_files())
+
+
+def thinking_checkpoint() -> MemoryCheckpoint:
+    """One with a template that opens the reasoning, and tokens 259 to 262 for it and for calls of tools."""
+    checkpoint = tiny_checkpoint()
+    checkpoint.config["max_position_embeddings"] = 2048
+    tokenizer = Tokenizer.from_str(checkpoint.files["tokenizer.json"].decode())
+    marks = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+    tokenizer.add_tokens([AddedToken(mark) for mark in marks])
+    config = json.loads(checkpoint.files["tokenizer_config.json"]) | {"chat_template": THINKING}
+    checkpoint.files = {
+        "tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()
+    }  # fmt: skip
+    return checkpoint
 
 
 def tiny_paths(layers: int = 2, experts: int = 8, *, width: int = 8, rows: int = 16) -> bytes:

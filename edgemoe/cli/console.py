@@ -18,6 +18,7 @@ __all__ = [
     "argument_text",
     "ask",
     "check_output",
+    "dim",
     "drop_stdout",
     "error_line",
     "is_terminal",
@@ -29,6 +30,7 @@ __all__ = [
     "say_json",
     "shown",
     "traceback_lines",
+    "write_aside",
     "write_reply",
 ]
 
@@ -72,14 +74,15 @@ def note(*lines: str) -> None:
     """Writes lines to stderr, dim on a terminal; a closed stderr swallows them."""
     if sys.stderr is None:  # print would take stdout instead
         return
-    is_dim = (
-        is_terminal(sys.stderr)
-        and not os.environ.get("NO_COLOR")
-        and os.environ.get("TERM") not in (None, "dumb")
-    )
     text = "\n".join(shown(shortened(line, _LONGEST_NOTE)) for line in lines)
     with contextlib.suppress(OSError):
-        print(f"\x1b[2m{text}\x1b[0m" if is_dim else text, file=sys.stderr, flush=True)
+        print(dim(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def dim(text: str, stream: object) -> str:
+    """Returns a text that a terminal shows dimmed; as it is for anything else, and for who wants no colours."""
+    is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in (None, "dumb")
+    return text if is_plain or not text or not is_terminal(stream) else f"\x1b[2m{text}\x1b[0m"
 
 
 def passing(line: str) -> None:
@@ -157,6 +160,11 @@ def write_reply(pieces: Iterable[str]) -> None:
     finally:
         if last and not last.endswith("\n"):
             _put("\n")
+
+
+def write_aside(text: str) -> None:
+    """Writes what is beside a reply, such as its reasoning, dimmed, to a stdout that is a terminal."""
+    _put(dim(text.translate(_NOT_IN_REPLIES), sys.stdout))
 
 
 def _put(text: str) -> None:

@@ -14,7 +14,7 @@ from edgemoe.cli.console import say
 from edgemoe.cli.measured import MAX_LOSS_HELP
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP
-from edgemoe.cli.values import bits_or_auto, ram_size, stats_kind
+from edgemoe.cli.values import bits_or_auto, ram_size, reasoning_kind, stats_kind
 
 __all__ = ["run_parser", "serve_parser", "unknown_variables", "version_line"]
 
@@ -201,6 +201,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     text = parser.add_argument_group("text")
     _add_switch(text, "--no-history", help="do not keep what is typed in a chat for the next one")
     _add(text, "--json-schema", metavar="FILE|TEXT", help="the reply is JSON of this schema, whatever the model")
+    _add(text, "--reasoning", type=reasoning_kind, default="dim", metavar="KIND",
+         help="before an answer: dim, fold: one line in its place, or off: none (default: %(default)s)")
     _add_switch(text, "--raw", help="no chat template: the model continues the text")
     _add_switch(text, "--ignore-eos", help="go on where the model would end its reply")
     _add(text, "-r", "--stop", "--reverse-prompt", action=_Collect, default=[], metavar="TEXT",
@@ -226,6 +228,9 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
          help="save what conversations hold there, and restore it when their prompts come back")
     _add(model, "--slot-save-size", type=ram_size, default=8 << 30, metavar="SIZE",
          help="the most that is kept there (default: 8GiB)")
+    _add(model, "--cache-ram", type=ram_size, default=0, metavar="SIZE",
+         help="the most of --ram that may keep what conversations lose, before it goes to disk or is forgotten "
+         "(default: 0, experts are worth more)")
     _add_model_flags(model)
     _add_switch(model, "--no-grammar", help="keep no memory for JSON schemas and grammars, and refuse them")
 
@@ -249,6 +254,9 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
          help="requests that may wait; more are refused (default: %(default)s)")
     _add(requests, "--timeout", type=float, default=3600.0, metavar="SECONDS",
          help="after which a request is given up (default: %(default)g)")
+    _add(requests, "--keep-alive", default="-1", metavar="TIME",
+         help="after so long without a request (5m, 30s) experts leave memory; what conversations hold stays "
+         "(default: -1, never)")
     _add(requests, "--sse-ping", type=float, default=5.0, metavar="SECONDS",
          help="between signs of life in a stream (default: %(default)g)")
     _add(requests, "--reasoning-budget", type=int, default=-1, metavar="N",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgemoe.cli.console import argument_text, error_line, note, write_reply
 from edgemoe.cli.line import LineReader
 from edgemoe.cli.prompt import read_text
+from edgemoe.cli.reasoning import KINDS, apart, set_reasoning
 from edgemoe.cli.stats import more_context, say_stats, stats_table
 from edgemoe.cli.waiting import watched
 from edgemoe.errors import size_text
@@ -30,6 +31,7 @@ _HELP = '''\
 /undo              take back the last question and its reply
 /system [TEXT]     what the model is told before the conversation; alone, nothing
 /read FILE         say a file's text
+/reasoning [KIND]  what the model reasoned last; dim, fold: how it is shown; off: none
 /set [NAME VALUE]  change how replies are sampled; alone, show how
 /bits N            from now on experts run at N bits: fewer are faster and worse; alone, which there are
 /save FILE         write the conversation to a file
@@ -81,6 +83,7 @@ def interact(
     *,
     name: str,
     stats: str = "short",
+    reasoning: str = "dim",
     keep: Callable[[], None] | None = None,
     keeps_history: bool = True,
 ) -> int:
@@ -91,6 +94,7 @@ def interact(
         chat: the conversation to go on with.
         name: what the model is called in the greeting.
         stats: what is said after a reply: "short", "full" or "off".
+        reasoning: how it is shown: "dim", "fold" or "off".
         keep: is called when the conversation may be another.
         keeps_history: keep what is typed for later chats.
 
@@ -101,7 +105,7 @@ def interact(
         BrokenPipeError: nobody reads the replies any more.
     """
     note(f"# {_greeting(engine, name)}")
-    session = _Session(engine, chat, stats)
+    session = _Session(engine, chat, stats, reasoning)
     reader = LineReader(sorted(session.commands), keeps_history=keeps_history)
     interrupts = 0
     while not session.is_over:
@@ -155,8 +159,11 @@ def _greeting(engine: Engine, name: str) -> str:
 class _Session:
     """Does what one line asks for."""
 
-    def __init__(self, engine: Engine, chat: Chat, stats: str = "short") -> None:
+    def __init__(
+        self, engine: Engine, chat: Chat, stats: str = "short", reasoning: str = "dim"
+    ) -> None:
         self.is_over = False
+        self._reasoning = reasoning
         self._stats = stats
         self._engine = engine
         self._chat = chat
@@ -172,6 +179,7 @@ class _Session:
             "/undo": self._undo,
             "/system": self._system,
             "/read": self._read,
+            "/reasoning": self._show_reasoning,
             "/sessions": self._sessions,
             "/?": self._help,
             "/help": self._help,
@@ -205,9 +213,9 @@ class _Session:
         if not text.strip():
             return
         text = argument_text(text, "the text")
-        with contextlib.closing(self._chat.say(text)) as reply:
+        with contextlib.closing(self._chat.pieces(text)) as reply:
             try:
-                write_reply(watched(self._engine, reply))
+                write_reply(apart(watched(self._engine, reply), self._reasoning))
             except KeyboardInterrupt:
                 note("# stopped")
             except TooLong as error:
@@ -235,6 +243,18 @@ class _Session:
     def _system(self, rest: str) -> None:
         self._chat.instruct(argument_text(rest, "/system"))
         note("# the model is told this first" if rest else "# the model is told nothing first")
+
+    def _show_reasoning(self, rest: str) -> None:
+        if rest:
+            if rest not in KINDS:
+                raise ValueError(f"/reasoning: expected one of {', '.join(KINDS)}, got {rest!r}")
+            set_reasoning(self._chat, rest)
+            self._reasoning = rest
+            note(f"# reasoning: {rest}")
+            return
+        replies = [m for m in self._chat.messages if m["role"] == "assistant"]
+        text = replies[-1].get("reasoning_content", "") if replies else ""
+        note(*text.split("\n")) if text else note("# the last reply has none")
 
     def _read(self, rest: str) -> None:
         path = _path("/read", rest)

@@ -25,6 +25,7 @@ from edgemoe.cli.measured import check, cost, pick
 from edgemoe.cli.names import demo_model, fetched, model_path
 from edgemoe.cli.options import run_parser, unknown_variables
 from edgemoe.cli.prompt import read_text
+from edgemoe.cli.reasoning import apart, set_reasoning
 from edgemoe.cli.scheduling import options_text, read_settings
 
 if TYPE_CHECKING:
@@ -155,15 +156,16 @@ def _run(args: Namespace, schema: object) -> int:
             note(f"# {resume(chat, session)}")
             if args.system_prompt:
                 chat.instruct(args.system_prompt)
+        set_reasoning(chat, args.reasoning)
         if prompt is None:
             from edgemoe.cli.repl import interact
 
             return interact(
-                engine, chat, name=Path(args.model).stem, stats=args.stats,
+                engine, chat, name=Path(args.model).stem, stats=args.stats, reasoning=args.reasoning,
                 keep=None if session is None else lambda: keep(chat, session),
                 keeps_history=not args.no_history,
             )  # fmt: skip
-        code = _answer(engine, chat, prompt, stats=args.stats)
+        code = _answer(engine, chat, prompt, stats=args.stats, reasoning=args.reasoning)
         if session is not None:
             keep(chat, session)
         return code
@@ -180,13 +182,13 @@ def _warm(engine: Engine, profile: str) -> None:
         note(f"# nothing to warm from yet: {profile} is written at the end")
 
 
-def _answer(engine: Engine, chat: Chat, prompt: str, *, stats: str) -> int:
+def _answer(engine: Engine, chat: Chat, prompt: str, *, stats: str, reasoning: str) -> int:
     from edgemoe.cli.stats import more_context, say_stats
     from edgemoe.cli.waiting import watched
     from edgemoe.runtime.chat import TooLong
 
     try:
-        write_reply(watched(engine, chat.say(prompt)))
+        write_reply(apart(watched(engine, chat.pieces(prompt)), reasoning))
     except TooLong as error:
         raise ValueError(f"{error}{more_context(engine)}") from None
     say_stats(engine, stats)

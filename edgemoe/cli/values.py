@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 
-__all__ = ["bits_or_auto", "levels", "ram_size", "stats_kind", "whole", "wholes"]
+__all__ = ["bits_or_auto", "levels", "ram_size", "reasoning_kind", "stats_kind", "whole", "wholes"]
 
 
 def ram_size(text: str) -> int:
@@ -38,6 +38,13 @@ def stats_kind(text: str) -> str:
     """Returns how much is said after a reply."""
     if text not in ("short", "full", "off"):
         raise ArgumentTypeError(f"expected short, full or off, got {text!r}")
+    return text
+
+
+def reasoning_kind(text: str) -> str:
+    """Returns how reasoning is shown."""
+    if text not in ("dim", "fold", "off"):
+        raise ArgumentTypeError(f"expected dim, fold or off, got {text!r}")
     return text
 
 

@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from edgemoe.cli.console import is_terminal, passing
 
@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 __all__ = ["watched"]
 
 _PATIENCE_S, _EVERY_S = 1.0, 0.5
+_T = TypeVar("_T")
 
 
-def watched(engine: Engine, reply: Iterator[str]) -> Iterator[str]:
+def watched(engine: Engine, reply: Iterator[_T]) -> Iterator[_T]:
     """Yields a reply's pieces; on a terminal, a line shows the prompt's progress until the first one comes."""
     is_over = threading.Event()
     thread = threading.Thread(target=_watch, args=(engine, is_over), daemon=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from edgemoe.errors import FormatError, quoted
 from edgemoe.file.parse import parse_json
 from edgemoe.file.whole import write_whole
 from edgemoe.runtime.requests import Constraint
+from edgemoe.text.reading import Reading
+from edgemoe.text.replies import Piece, joined
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.stops import ReplyText
 from edgemoe.text.tokenizer import Tokenizer
@@ -21,12 +23,13 @@ from edgemoe.text.tokenizer import Tokenizer
 __all__ = ["Chat", "Message", "TextEngine", "TooLong"]
 
 Message = dict[str, str]
-"""{"role": "system" | "user" | "assistant", "content": text}."""
+"""{"role": "system" | "user" | "assistant", "content": text}, and "reasoning_content" where an assistant reasoned."""
 
 _SURELY_LONG = 8  # characters per token; text has about four
 _LARGEST_CHAT = 64 << 20  # bytes of a saved conversation
 
 _ROLES = ("system", "user", "assistant")
+_KEPT = ("role", "content", "reasoning_content")
 
 
 class TooLong(ValueError):
@@ -55,6 +58,41 @@ class TextEngine(Protocol):
         self, ids: Sequence[int], params: SamplingParams, *, constraint: Constraint | None = None
     ) -> Iterator[int]:
         """Yields the tokens that follow `ids`, without the one that ends the reply."""
+
+
+class _Reply:
+    """Takes one reply apart while it is made."""
+
+    def __init__(self, chat: Chat, params: SamplingParams, prompt: str) -> None:
+        shown = chat._reading.shown(tools=False) if chat._reasons else ()
+        tokenizer = chat._tokenizer
+        self.made = ReplyText(tokenizer, params.stop, continues=chat._is_raw, shown=shown)
+        self._parser = chat._reading.reader(None, prompt) if chat._reasons else None
+        self._texts = {"content": "", "reasoning": ""}
+
+    def push(self, token: int) -> list[Piece]:
+        """Takes a token, and returns what is certain by now."""
+        text = self.made.push(token)
+        if self._parser is None:
+            return [Piece("content", text)] if text else []
+        return [e for e in self._parser.push(text) if isinstance(e, Piece)] if text else []
+
+    def flush(self) -> list[Piece]:
+        """Ends the reply."""
+        text = self.made.flush()
+        if self._parser is None:
+            return [Piece("content", text)] if text else []
+        events = [*self._parser.push(text), *self._parser.flush()]
+        return [e for e in joined(events) if isinstance(e, Piece)]
+
+    def message(self, *pieces: Piece) -> Message:
+        """Returns the reply so far, with some more."""
+        for piece in pieces:
+            self._texts[piece.kind] += piece.text
+        message = {"role": "assistant", "content": self._texts["content"]}
+        if self._texts["reasoning"]:
+            message["reasoning_content"] = self._texts["reasoning"]
+        return message
 
 
 class Chat:
@@ -95,7 +133,11 @@ class Chat:
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._system)
         self._finish: Literal["stop", "length", "context"] | None = None
-        self._reply: Generator[str, None, None] | None = None
+        self._reply: Generator[Piece, None, None] | None = None
+        self._reading = Reading(engine.tokenizer)
+        self._reasons = not self._is_raw and self._reading.reasons
+        self.variables: Mapping[str, Any] = {}
+        """Of the template, such as {"enable_thinking": False}."""
         self.constraint: Callable[[list[int]], Constraint] | None = None
         """Makes what each reply keeps to, from its prompt's tokens."""
 
@@ -110,6 +152,11 @@ class Chat:
         return self._is_raw
 
     @property
+    def must_reason(self) -> bool:
+        """Whether the model reasons and its template reads no variable, enable_thinking, that ends it."""
+        return self._reasons and "enable_thinking" not in self._tokenizer.chat_template
+
+    @property
     def finish(self) -> Literal["stop", "length", "context"] | None:
         """Why the last reply ended, None while it runs or when it was interrupted.
 
@@ -118,7 +165,7 @@ class Chat:
         return self._finish
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """Yields the reply to `text` in pieces, as they are made.
+        """Yields the reply to `text` in pieces, as they are made; without its reasoning.
 
         What has been yielded is in `messages`, however the reply ends: closed half-way, an error,
         Ctrl-C. A reply that ends before its first piece leaves the conversation as it was. A new
@@ -128,6 +175,17 @@ class Chat:
             ValueError: `text` is no text, the conversation does not fit the context, or the template refuses it.
                 Like every error of the engine, at the first step and not at the call.
         """
+        return self._answer(self.pieces(text))
+
+    @staticmethod
+    def _answer(pieces: Generator[Piece, None, None]) -> Generator[str, None, None]:
+        with contextlib.closing(pieces):
+            for piece in pieces:
+                if piece.kind == "content":
+                    yield piece.text
+
+    def pieces(self, text: str) -> Generator[Piece, None, None]:
+        """Yields what `say` does, and the reasoning before it, where the model marks it as such."""
         if not isinstance(text, str):
             raise ValueError(f"say: expected a text, got {quoted(text)}")
         self._close_reply()
@@ -185,7 +243,9 @@ class Chat:
             messages = parse_json(source.read_bytes(), "chat", most=_LARGEST_CHAT)["messages"]
             if not all(m["role"] in _ROLES and isinstance(m["content"], str) for m in messages):
                 raise ValueError
-            messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+            messages = [
+                {k: v for k, v in m.items() if k in _KEPT and isinstance(v, str)} for m in messages
+            ]
         except (ValueError, TypeError, KeyError):
             raise FormatError(
                 f'{path}: not a saved chat; expected {{"messages": [{{"role", "content"}}, ...]}}'
@@ -194,14 +254,12 @@ class Chat:
         self._messages = messages
         self._system = [m for m in messages[:1] if m["role"] == "system"]
 
-    def _say(self, text: str) -> Generator[str, None, None]:
+    def _say(self, text: str) -> Generator[Piece, None, None]:
         self._finish = None
         params = self.params
-        base = self._messages
-        turn = [*base, {"role": "user", "content": text}]
-        ids = self._prompt(turn)
-        made = ReplyText(self._tokenizer, params.stop, continues=self._is_raw)
-        reply = ""
+        turn = [*self._messages, {"role": "user", "content": text}]
+        ids, prompt = self._prompt(turn)
+        said = _Reply(self, params, prompt)
         count = 0
         # A file may name only the base model's end token, while turns end with another.
         ends = () if params.ignore_eos or self._is_raw else self._tokenizer.eos_ids
@@ -213,16 +271,14 @@ class Chat:
                 if token in ends:
                     break
                 count += 1
-                piece = made.push(token)
-                if piece:
-                    reply += piece
-                    self._messages = [*turn, {"role": "assistant", "content": reply}]
+                for piece in said.push(token):
+                    self._messages = [*turn, said.message(piece)]
                     yield piece
-                if made.is_stopped:
+                if said.made.is_stopped:
                     break
-        piece = made.flush()
-        self._messages = [*turn, {"role": "assistant", "content": reply + piece}]
-        if made.is_stopped:
+        rest = said.flush()
+        self._messages = [*turn, said.message(*rest)]
+        if said.made.is_stopped:
             self._finish = "stop"
         elif count == params.max_tokens:
             self._finish = "length"
@@ -230,20 +286,22 @@ class Chat:
             self._finish = "context"
         else:
             self._finish = "stop"
-        if piece:
-            yield piece
+        yield from rest
 
-    def _prompt(self, messages: Sequence[Message]) -> list[int]:
+    def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], str]:
+        """Returns a conversation's tokens and text."""
         self._check_length(messages)
         if self._is_raw:
-            ids = self._tokenizer.encode("".join(m["content"] for m in messages))
+            text = "".join(m["content"] for m in messages)
+            ids = self._tokenizer.encode(text)
         else:
             from edgemoe.text.jinja.meter import Meter  # with Jinja, which raw chats need not load
 
             given = sum(len(m["content"]) for m in messages)
             most = _SURELY_LONG * self._engine.context + 2 * given
             self._engine.lend(Meter.most_bytes(given))
-            ids = self._tokenizer.encode_chat(messages, most_characters=most)
+            text = self._tokenizer.render_chat(messages, most_characters=most, **self.variables)
+            ids = self._tokenizer.encode(text, add_special=False)
         if not ids:
             raise ValueError("say: expected some text, got none")
         if len(ids) >= self._engine.context:
@@ -251,7 +309,7 @@ class Chat:
                 f"say: the conversation is too long for the context; expected less than "
                 f"{self._engine.context} tokens, got {len(ids)}"
             )
-        return ids
+        return ids, text
 
     def _check_length(self, messages: Sequence[Message]) -> None:
         """Refuses what is far too long before all of it is tokenized, which takes many times its memory."""

@@ -14,7 +14,7 @@ from edgemoe.text import calls
 from edgemoe.text.calls import ToolCall
 
 __all__ = [
-    "FORMATS", "Piece", "ReplyFormat", "ReplyParser", "joined", "parser", "reply_format",
+    "FORMATS", "Event", "Piece", "ReplyFormat", "ReplyParser", "joined", "parser", "reply_format",
 ]  # fmt: skip
 
 Schemas = Mapping[str, Any]
@@ -258,6 +258,9 @@ class ReplyParser:
         self._call, self._state, self._is_fresh = "", "content", True
 
 
+_TO = " to="
+
+
 class _Channels:
     """Takes apart what stands in channels, as gpt-oss writes it. One thread at a time."""
 
@@ -265,6 +268,8 @@ class _Channels:
         self._form, self._schemas, self._text = form, schemas, _Text()
         self._head: str | None = None
         """Of what is being written; None for text outside of all channels, as before the first mark."""
+        self._lead: str | None = ""
+        """What the reply begins with, as long as it may be whom its first message is for; None when that is over."""
         self._body = ""
         self._is_headed = False
         self.calls = 0
@@ -300,6 +305,11 @@ class _Channels:
     def _take(self, out: list[Event], text: str) -> None:
         if not text:
             return
+        if self._lead is not None:
+            self._lead += text
+            if _TO.startswith(self._lead[: len(_TO)]):
+                return
+            text, self._lead = self._lead, None
         if self._head is not None and not self._is_headed:
             self._head += text
         elif self.state == "call":
@@ -308,6 +318,11 @@ class _Channels:
             out.append(Piece("reasoning" if self.state == "reasoning" else "content", text))
 
     def _mark(self, out: list[Event], word: str) -> None:
+        lead, self._lead = self._lead, None
+        if lead and word == "<|channel|>":
+            self._head = lead
+        elif lead:
+            out.append(Piece("content", lead))
         if word == "<|constrain|>":
             self._head = (self._head or "") + " "
         elif word == "<|message|>":

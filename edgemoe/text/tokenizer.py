@@ -37,6 +37,7 @@ class Tokenizer:
         special_tokens: Mapping[str, str],
         templates: Mapping[str, str],
         eos_ids: Sequence[int],
+        response_template: object = None,
     ) -> None:
         """Wraps a loaded tokenizer; `from_files` is the usual way.
 
@@ -45,8 +46,10 @@ class Tokenizer:
             special_tokens: text by name, such as {"bos_token": "<s>"}; templates see them.
             templates: Jinja chat templates by name; empty for none.
             eos_ids: tokens that end a reply.
+            response_template: see `edgemoe.text.response_template`; None for none.
         """
         self._backend = backend
+        self.response_template = response_template
         self._special_tokens = dict(special_tokens)
         self._sources = dict(templates)
         self._eos_ids = tuple(sorted(set(eos_ids)))
@@ -76,7 +79,10 @@ class Tokenizer:
         ends += [t for t in _END_OF_TURN if t in templates.get("default", "")]
         eos_ids = [i for t in ends if (i := backend.token_to_id(t)) is not None]
         eos_ids += _generation_eos(_json(files, "generation_config.json"))
-        return cls(backend, special_tokens=special_tokens, templates=templates, eos_ids=eos_ids)
+        return cls(
+            backend, special_tokens=special_tokens, templates=templates, eos_ids=eos_ids,
+            response_template=config.get("response_template"),
+        )  # fmt: skip
 
     @property
     def vocab_size(self) -> int:
@@ -92,6 +98,11 @@ class Tokenizer:
     def special_tokens(self) -> Mapping[str, str]:
         """The named special tokens, such as {"eos_token": "</s>"}."""
         return self._special_tokens
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text."""
+        return self._special_ids
 
     @property
     def has_chat_template(self) -> bool:

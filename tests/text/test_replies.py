@@ -47,6 +47,9 @@ REPLIES = [
      'to=functions.get_weather <|constrain|>json<|message|>{"city": "Paris", "days": 3}', "Think.", "", [PARIS]),
     ("harmony", "<|channel|>analysis<|message|>Think.<|end|><|start|>assistant to=functions.get_weather<|channel|>"
      'commentary json<|message|>{"city": "Paris", "days": 3}<|call|>', "Think.", "", [PARIS]),
+    ("harmony", ' to=functions.get_weather<|channel|>commentary json<|message|>{"city": "Paris", "days": 3}<|call|>',
+     "", "", [PARIS]),
+    ("harmony", " to whom?", "", " to whom?", []), ("harmony", " to=", "", " to=", []),
     ("harmony", "<|channel|>analysis<|message|>Hm<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
      "Hm", "Yes.", []),
     ("gemma4", '<|channel>thought\nHm.\n<channel|>I look.<|tool_call>call:get_weather{city:<|"|>Paris<|"|>,days:3}'
@@ -59,7 +62,11 @@ REPLIES = [
 
 def taken(form, pieces, schemas=SCHEMAS, *, is_reasoning=False):
     """Returns reasoning, content and calls."""
-    machine = parser(form, schemas, is_reasoning=is_reasoning)
+    return taken_by(parser(form, schemas, is_reasoning=is_reasoning), pieces)
+
+
+def taken_by(machine, pieces):
+    """Returns what a parser makes of pieces of a reply."""
     events = [event for piece in pieces for event in machine.push(piece)] + machine.flush()
     texts = {
         kind: "".join(e.text for e in events if isinstance(e, Piece) and e.kind == kind)
