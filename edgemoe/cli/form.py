@@ -71,6 +71,8 @@ def keep_to(engine: Engine, chat: Chat, schema: object) -> None:
     except Problem as problem:
         raise ValueError(problem.message) from None
     form, _ = reply_format(tokenizer.chat_template)
+    if form.is_channelled:
+        grammar = grammars.channels([], grammar, must=False)
     words = form.reasoning if form.reasoning and not form.is_channelled else ("", "")
     first, last = (tokenizer.token_id(word) if word else None for word in words)
 

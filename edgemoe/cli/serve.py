@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             check(args)
         if args.slot_save_path is not None and args.device != "cpu":
             raise ValueError("--slot-save-path: prefixes are not saved where a device holds them")
+        if args.cache_ram and args.device != "cpu":
+            raise ValueError("--cache-ram: prefixes are not kept where a device holds them")
         if args.warm and args.profile is None:
             raise ValueError("--warm: expected --profile FILE, which says what to load")
         settings = _settings(args)
@@ -75,8 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _settings(args: Namespace) -> Settings:
     from edgemoe.arguments import number, whole
-    from edgemoe.serve.settings import Settings
+    from edgemoe.serve.settings import Settings, seconds
 
+    try:
+        keep_alive = seconds(args.keep_alive)
+    except ValueError as error:
+        raise ValueError(f"--keep-alive: {error}") from None
     keys = list(args.api_key)
     if args.api_key_file is not None:
         with open(args.api_key_file, encoding="utf-8") as file:
@@ -92,7 +98,8 @@ def _settings(args: Namespace) -> Settings:
         origins=tuple(args.cors_origins), hosts=tuple(h.lower() for h in args.allowed_hosts),
         is_strict=args.strict, has_metrics=args.metrics, has_page=not args.no_page, has_grammar=not args.no_grammar,
         reasoning_budget=whole("--reasoning-budget", args.reasoning_budget, -1),
-        prefixes=args.slot_save_path, prefix_bytes=args.slot_save_size,
+        prefixes=args.slot_save_path, prefix_bytes=args.slot_save_size, pool_bytes=args.cache_ram,
+        keep_alive=keep_alive,
     )  # fmt: skip
 
 

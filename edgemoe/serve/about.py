@@ -75,18 +75,35 @@ def props(service: Service) -> Response:
             "supports_tools": service.speaks_of_tools, "supports_tool_calls": service.speaks_of_tools,
             "supports_parallel_tool_calls": service.speaks_of_tools,
         },
-        "build_info": f"edgemoe {edgemoe.__version__}", "is_sleeping": False,
+        "build_info": f"edgemoe {edgemoe.__version__}", "is_sleeping": model.room.is_resting,
         "modalities": {"vision": False, "audio": False},
         "edgemoe": {
             "bits": model.bits, "scheduler": model.options.scheduler, "notes": model.notes,
-            "isa": hardware.isa(), "threads": model.threads, "tool_format": service.form.name,
+            "isa": hardware.isa(), "threads": model.threads, "tool_format": service.reading.name,
             "system_fingerprint": service.fingerprint,
             "budget": {
                 **dataclasses.asdict(budget), "fixed": budget.fixed, "slots": budget.slots,
                 "most_slots": budget.most_slots, "slots_now": model.room.size,
             },
+            "prefixes": {
+                place: {"count": count, "bytes": size, "most": most}
+                for place, (count, size, most) in _kept(service).items()
+            },
         },
     })  # fmt: skip
+
+
+def _kept(service: Service) -> dict[str, tuple[int, int, int]]:
+    """Returns how many prefixes are kept beside the sequences, their bytes, and the most of these, by place."""
+    settings = service.settings
+    places = {
+        "memory": (service.pool, settings.pool_bytes),
+        "disk": (service.store, settings.prefix_bytes),
+    }
+    return {
+        place: (len(where), where.size, most) if where is not None else (0, 0, 0)
+        for place, (where, most) in places.items()
+    }
 
 
 def slots(service: Service) -> Response:
@@ -105,7 +122,8 @@ def metrics(service: Service) -> Response:
     if not service.settings.has_metrics:
         raise Problem(404, "there is no /metrics without --metrics")
     return PlainTextResponse(
-        service.figures.text(service.model, service.batcher), media_type="text/plain; version=0.0.4"
+        service.figures.text(service.model, service.batcher, _kept(service)),
+        media_type="text/plain; version=0.0.4",
     )
 
 

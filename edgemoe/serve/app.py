@@ -19,7 +19,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edgemoe.serve import about, messages, openai, responses
+from edgemoe.serve import about, connections, messages, openai, responses
+from edgemoe.serve.actions import act
 from edgemoe.serve.answers import Answer
 from edgemoe.serve.completions import ChatAnswer, TextAnswer
 from edgemoe.serve.files import page_file
@@ -78,7 +79,7 @@ def make_app(service: Service) -> Starlette:
         post("/v1/responses", _responses), post("/responses", _responses),
         post("/v1/embeddings", _no_embeddings), post("/embeddings", _no_embeddings),
         post("/tokenize", _tokenize), post("/detokenize", _detokenize),
-        post("/apply-template", _apply_template), post("/slots/{slot:int}", _no_actions),
+        post("/apply-template", _apply_template), post("/slots/{slot:int}", _act),
     ]  # fmt: skip
     if service.settings.has_page:
         routes += [
@@ -218,15 +219,22 @@ async def body_of(request: Request) -> bytes:
     """Returns a request's body.
 
     Raises:
-        Problem: it is too large.
+        Problem: it is too large, or does not come.
     """
-    parts, size = [], 0
-    async for part in request.stream():
+    parts: list[bytes] = []
+    size = 0
+    stream = request.stream()
+    while True:
+        try:
+            part = await asyncio.wait_for(anext(stream), connections.PATIENCE)
+        except StopAsyncIteration:
+            return b"".join(parts)
+        except asyncio.TimeoutError:
+            raise Problem(408, f"body: nothing came for {connections.PATIENCE:g} s") from None
         size += len(part)
         if size > _LARGEST_BODY:
             raise Problem(413, f"body: expected at most {_LARGEST_BODY >> 20} MiB")
         parts.append(part)
-    return b"".join(parts)
 
 
 async def answered(
@@ -300,6 +308,8 @@ async def _completion(service: Service, request: Request) -> Response:
 async def _messages(service: Service, request: Request) -> Response:
     body = await body_of(request)
     said, ask = await asyncio.to_thread(messages.read_messages, service, body)
+    if "anthropic-beta" in request.headers:
+        ask.ignored.append("anthropic-beta")
     _note(service, ask.ignored)
     answer = messages.MessagesAnswer(service, said, ask)
     return await answered(service, request, answer, streams=bool(said.stream))
@@ -326,8 +336,9 @@ async def _no_embeddings(service: Service, request: Request) -> Response:
     raise Problem(501, "this model makes no embeddings")
 
 
-async def _no_actions(service: Service, request: Request) -> Response:
-    raise Problem(501, "sequences are saved and restored by themselves, with --slot-save-path")
+async def _act(service: Service, request: Request) -> Response:
+    slot, action = request.path_params["slot"], request.query_params.get("action", "")
+    return _json(await act(service, slot, action, await body_of(request)))
 
 
 def _description(service: Service) -> Response:

@@ -12,7 +12,7 @@ import msgspec
 
 from edgemoe.serve.answers import Answer
 from edgemoe.serve.problems import Problem
-from edgemoe.serve.reply import Ask, Ended, Part, Reply, call_id, timings, usage_extras
+from edgemoe.serve.reply import Ask, Ended, Part, Progress, Reply, call_id, timings, usage_extras
 from edgemoe.serve.service import Service
 from edgemoe.text.calls import ToolCall
 from edgemoe.text.logprobs import TokenLogprob
@@ -80,8 +80,14 @@ class _Completion(Answer):
         running = options is not None and bool(options.continuous_usage_stats)
         head = self._head(self.chunk_object)
         for index in range(self.count):
-            async for choice, made in self._pieces(index, self.reply(index)):
+            reply = self.reply(index)
+            async for choice, made in self._pieces(index, reply):
+                progress = choice.pop("prompt_progress", None)
                 chunk = {**head, "choices": [choice]}
+                if progress is not None:
+                    chunk["prompt_progress"] = progress
+                elif made and self.request.timings_per_token:
+                    chunk["timings"] = reply.timings()
                 if running and made is not None:
                     tokens = len(self.asks[0].ids)
                     chunk["usage"] = {
@@ -97,6 +103,10 @@ class _Completion(Answer):
 
     def _pieces(self, index: int, reply: Reply) -> AsyncIterator[tuple[dict[str, Any], int | None]]:
         raise NotImplementedError
+
+    def _parts(self, reply: Reply) -> AsyncIterator[Part | Ended | Progress]:
+        """Returns a reply's parts, and how far its prompt is where the client wants to know."""
+        return reply.watched() if self.request.return_progress else reply.parts()
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yields the answer as a stream of events."""
@@ -155,7 +165,10 @@ class ChatAnswer(_Completion):
 
         yield chunk({"role": "assistant", "content": ""}, []), 0
         calls = made = 0
-        async for part in reply.parts():
+        async for part in self._parts(reply):
+            if isinstance(part, Progress):
+                yield {**chunk({}, []), "prompt_progress": _progress(part)}, None
+                continue
             if isinstance(part, Ended):
                 self.ended.append(part)
                 yield chunk({}, [], part.finish), part.figures.new_tokens
@@ -275,7 +288,11 @@ class TextAnswer(_Completion):
     ) -> AsyncIterator[tuple[dict[str, Any], int | None]]:
         ask = self.asks[index // self.asks[0].choices]
         has_echoed, at = not ask.echo, 0
-        async for part in reply.parts():
+        async for part in self._parts(reply):
+            if isinstance(part, Progress):
+                empty = {"index": index, "text": "", "logprobs": None, "finish_reason": None}
+                yield {**empty, "prompt_progress": _progress(part)}, None
+                continue
             if isinstance(part, Ended):
                 self.ended.append(part)
             if not has_echoed:
@@ -298,6 +315,13 @@ class TextAnswer(_Completion):
                 {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None},
                 part.tokens,
             )
+
+
+def _progress(part: Progress) -> dict[str, Any]:
+    """Returns how far a prompt is, as llama.cpp says it."""
+    return {
+        "total": part.total, "cache": part.cached, "processed": part.computed, "time_ms": 1000 * part.seconds
+    }  # fmt: skip
 
 
 def _content(part: Part) -> str:

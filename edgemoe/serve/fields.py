@@ -68,6 +68,9 @@ class _Completion(_Base, kw_only=True):
     stop: str | list[str] | None = None
     n: int | None = None
     stream_options: StreamOptions | None = None
+    cache_prompt: bool | None = None
+    id_slot: int | None = None
+    return_progress: bool | None = None
     logit_bias: dict[str, float] | None = None
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
@@ -172,6 +175,10 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Values of fields that ask for nothing."""
 
 
+_LISTS = ("messages", "system", "tools", "input")
+"""Fields whose items, and the parts of these, may be marked for a cache that others have."""
+
+
 def read(body: bytes, kind: type[_T], *, is_strict: bool) -> tuple[_T, list[str]]:
     """Reads a request's body.
 
@@ -200,8 +207,35 @@ def read(body: bytes, kind: type[_T], *, is_strict: bool) -> tuple[_T, list[str]
         if is_strict:
             raise wrong(name, "has no effect here, and --strict refuses such fields")
         ignored.append(name)
+    ignored += _nested(raw)
     _check_numbers(found)
     return found, ignored
+
+
+def _nested(raw: Mapping[str, Any]) -> list[str]:
+    """Returns what has no effect within fields that are honoured."""
+    found = []
+    options = raw.get("stream_options")
+    if isinstance(options, dict):
+        known = StreamOptions.__struct_fields__
+        found += [
+            f"stream_options.{name}"
+            for name, value in options.items()
+            if value is not None and name not in known
+        ]
+    items = [item for name in _LISTS if isinstance(raw.get(name), list) for item in raw[name]]
+    inner = [part for item in items if isinstance(item, dict) for part in _parts(item)]
+    if any(
+        isinstance(part, dict) and part.get("cache_control") is not None
+        for part in (*items, *inner)
+    ):
+        found.append("cache_control")
+    return found
+
+
+def _parts(item: Mapping[str, Any]) -> list[Any]:
+    content = item.get("content")
+    return content if isinstance(content, list) else []
 
 
 def _located(text: str) -> Problem:

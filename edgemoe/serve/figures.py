@@ -74,8 +74,8 @@ class ServerFigures:
                 self._between.add(f.decode_s / (f.new_tokens - 1))
             self.pace += 0.2 * (f.prompt_s + f.decode_s - self.pace)
 
-    def text(self, model: Model, batcher: Batcher) -> str:
-        """Returns all figures, a line each."""
+    def text(self, model: Model, batcher: Batcher, kept: Mapping[str, tuple[int, int, int]]) -> str:
+        """Returns all figures, a line each; `kept` are prefixes by place: how many, their bytes, the most of these."""
         store, budget = model.counters.store, model.budget
         with self._lock:
             lines = [
@@ -104,7 +104,7 @@ class ServerFigures:
         uses = store["hits"] + store["misses"]
         parts = {
             "dense": budget.dense, "kv": budget.kv, "scratch": budget.scratch, "slots": budget.slots,
-            "process": hardware.process_bytes(),
+            "process": hardware.process_bytes(), "prefixes": kept["memory"][1],
         }  # fmt: skip
         gauges = {
             "requests_running": {"": sum(view.is_busy for view in batcher.views)},
@@ -113,6 +113,8 @@ class ServerFigures:
             "ram_bytes": {f'part="{name}"': size for name, size in parts.items()},
             "ram_limit_bytes": {"": budget.ram},
             "resident_bytes": {"": store["resident_bytes"]},
+            "prefixes": {f'place="{place}"': found[0] for place, found in kept.items()},
+            "prefix_bytes": {f'place="{place}"': found[1] for place, found in kept.items()},
         }  # fmt: skip
         for name, values in gauges.items():
             lines += _counter(name, values, kind="gauge")

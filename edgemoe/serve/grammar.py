@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,16 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.serve.problems import wrong
+from edgemoe.serve.problems import Problem, wrong
 from edgemoe.text.calls import markers
 from edgemoe.text.replies import ReplyFormat
 from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Grammars", "grammar_bytes"]
 
+logger = logging.getLogger(__name__)
+
 _LARGEST = 256 << 10  # characters of a schema or grammar
 _KEPT = 64
 _MOST_CALLS = 16  # of a reply that must call: a weak model does not find an end
+_MOST_BEFORE = 8  # messages before an answer in channels; likewise
 _NAMED, _VALUES = ("properties", "$defs", "definitions"), ("enum", "const", "default", "examples")
 _JOINED = ("allOf", "anyOf", "oneOf", "not", "if", "$ref", "unevaluatedProperties")
 """Words beside which a schema's own properties are not all."""
@@ -85,6 +89,41 @@ class Grammars:
             raise wrong(param, f"not GBNF: {' '.join(str(error).split())}") from None
         return self.lark(param, lark)
 
+    def reply(
+        self, form: ReplyFormat, tools: Sequence[Mapping[str, Any]], answer: str | None, *,
+        must: bool, several: bool, most_reasoning: int,
+    ) -> tuple[str | None, dict[int, str]]:  # fmt: skip
+        """Returns what keeps a reply to its form: a grammar of it all, and those that begin after a token.
+
+        A tool whose schema cannot be kept to is called freely, where it need not be called.
+
+        Args:
+            tools: that may be called; none for none.
+            answer: the grammar of the answer; None for free text.
+            must: one of the tools has to be called.
+            several: more than one may be.
+            most_reasoning: tokens of it, where a grammar bounds it; -1 for no limit.
+
+        Raises:
+            Problem: it cannot be kept to what it must be.
+        """
+        try:
+            if form.is_channelled:
+                if not tools and answer is None and most_reasoning < 0:
+                    return None, {}
+                return self.channels(tools, answer, must=must, most_reasoning=most_reasoning), {}
+            if must:
+                return self.calls(form, tools, several=several), {}
+            token = self._tokenizer.token_id(form.opener)
+            if token is None:
+                return self.free_calls(form, tools), {}
+            return None, {token: self.calls(form, tools, several=False, after=form.opener)}
+        except Problem as problem:
+            if must or not tools:
+                raise
+            logger.debug("calls are not kept to their schemas: %s", problem)
+            return answer, {}
+
     def calls(
         self,
         form: ReplyFormat,
@@ -98,17 +137,14 @@ class Grammars:
         Args:
             after: what has been written of the first one already.
         """
-        rules, names = [], []
+        rules = []
         for i, tool in enumerate(tools):
-            schema = _closed(tool.get("parameters") or {"type": "object"})
-            self.json_schema(f"tools[{i}].function.parameters", schema)
             before = form.before.replace("{name}", str(tool["name"])).removeprefix(after)
-            rules.append(
-                f"call{i}: {self._literal(before)} args{i} {self._literal(form.after)}\n"
-                f"args{i}: %json {json.dumps(_spaced(schema))}"
-            )
-            names.append(f"call{i}")
-        one = " | ".join(names)
+            rules += [
+                f"call{i}: {self._literal(before)} args{i} {self._literal(form.after)}",
+                self._arguments(i, tool),
+            ]
+        one = " | ".join(f"call{i}" for i in range(len(tools)))
         many = several and not after and bool(form.closer)
         start = (
             f'start: calls ("\\n" calls){{0,{_MOST_CALLS - 1}}}\ncalls: {one}'
@@ -116,6 +152,79 @@ class Grammars:
             else f"start: {one}"
         )
         return self.lark("tools", "\n".join([start, *rules]))
+
+    def free_calls(self, form: ReplyFormat, tools: Sequence[Mapping[str, Any]]) -> str:
+        """Returns the grammar of free text in which calls keep to their schemas once they have begun."""
+        rules = ["start: (begun call)* TEXT", f"begun[lazy]: TEXT {json.dumps(form.opener)}"]
+        rules += ["TEXT: /(.|\\n)*/", f"call: {' | '.join(f'call{i}' for i in range(len(tools)))}"]
+        for i, tool in enumerate(tools):
+            before = form.before.replace("{name}", str(tool["name"])).removeprefix(form.opener)
+            rules += [
+                f"call{i}: {self._literal(before)} args{i} {self._literal(form.after)}",
+                self._arguments(i, tool),
+            ]
+        return self.lark("tools", "\n".join(rules))
+
+    def channels(
+        self,
+        tools: Sequence[Mapping[str, Any]],
+        answer: str | None,
+        *,
+        must: bool,
+        most_reasoning: int = -1,
+    ) -> str:
+        """Returns the grammar of a whole reply that stands in channels, as gpt-oss writes it.
+
+        What is reasoned stays free, also before a call that must come.
+
+        Args:
+            answer: the grammar of the final channel; None for free text.
+            must: a tool has to be called.
+            most_reasoning: tokens of it; -1 for no limit.
+        """
+        end, on = self._literal("<|end|><|start|>"), self._literal("<|channel|>")
+        body, form = self._literal("<|message|>"), self._literal("<|constrain|>")
+        form = f'(" json" | " "? {form} "json")?'
+        rules = ["TEXT: /(.|\\n)*/"]
+        kinds = [] if most_reasoning == 0 else ['"analysis"']
+        kinds += ['"commentary"'] * bool(tools)
+        before = (
+            "" if not kinds else "before?" if most_reasoning > 0 else f"before{{0,{_MOST_BEFORE}}}"
+        )
+        if kinds:
+            limit = f"[max_tokens={most_reasoning}]" if most_reasoning > 0 else ""
+            rules += [
+                f'before: {on} ({" | ".join(kinds)}) {body} thought {end} "assistant"',
+                f"thought{limit}: TEXT",
+            ]
+        ends = [f"call{i}" for i in range(len(tools))]
+        if not must:
+            ends.append("final")
+            text = "TEXT" if answer is None else "@answer"
+            rules.append(f'final: {on} "final" {form} {body} {text}')
+        for i, tool in enumerate(tools):
+            name = json.dumps(f" to=functions.{tool['name']}")
+            rules += [
+                f'call{i}: (head{i} | {name} {on} "commentary") {form} {body} args{i} {self._literal("<|call|>")}',
+                f'head{i}: {on} "commentary" {name}',
+                self._arguments(i, tool),
+            ]
+        lark = "\n".join([f"start: {before} ({' | '.join(ends)})", *rules])
+        if answer is None:
+            return self.lark("tools", lark)
+        inner = (
+            json.loads(answer)["grammars"][0]
+            if answer.startswith("{")
+            else {"lark_grammar": answer}
+        )
+        whole = [{"name": "reply", "lark_grammar": lark}, {**inner, "name": "answer"}]
+        return self._checked("response_format", json.dumps({"grammars": whole}))
+
+    def _arguments(self, i: int, tool: Mapping[str, Any]) -> str:
+        """Returns the rule of a tool's arguments; raises as `json_schema` does."""
+        schema = _closed(tool.get("parameters") or {"type": "object"})
+        self.json_schema(f"tools[{i}].function.parameters", schema)
+        return f"args{i}: %json {json.dumps(_spaced(schema))}"
 
     def _literal(self, text: str) -> str:
         """Returns text as Lark has it, with tokens that are no text by their numbers."""

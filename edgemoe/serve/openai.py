@@ -10,6 +10,7 @@ from edgemoe.serve.problems import wrong
 from edgemoe.serve.prompts import Conversation
 from edgemoe.serve.reply import Ask
 from edgemoe.serve.service import Service, Wanted
+from edgemoe.serve.settings import seconds
 
 __all__ = ["read_chat", "read_completion", "thinking", "tool_choice"]
 
@@ -24,7 +25,7 @@ _STRUCTURED: Mapping[str, tuple[type, ...]] = {
 """What vLLM's structured_outputs has, and of which kind each is."""
 
 
-def _wanted(request: Any, ignored: list[str]) -> Wanted:
+def _wanted(service: Service, request: Any, ignored: list[str]) -> Wanted:
     """Returns what both kinds of completions say."""
     sampling = {name: getattr(request, name) for name in _SAMPLING}
     sampling["max_tokens"] = request.max_tokens
@@ -39,9 +40,20 @@ def _wanted(request: Any, ignored: list[str]) -> Wanted:
             raise wrong("logit_bias", "expected numbers of tokens") from None
     if sampling["seed"] is not None and sampling["seed"] < 0:
         sampling["seed"] = -1
+    keep_alive = None
     if request.keep_alive is not None:
-        ignored.append("keep_alive")
-    return Wanted(sampling=sampling, choices=request.n or 1, ignored=ignored, form=_form(request))
+        try:
+            keep_alive = seconds(str(request.keep_alive))
+        except ValueError as error:
+            raise wrong("keep_alive", str(error)) from None
+    slot, count = request.id_slot, len(service.batcher.views)
+    if slot is not None and not -1 <= slot < count:
+        raise wrong("id_slot", f"expected 0 to {count - 1}, or -1 for any, got {slot}")
+    return Wanted(
+        sampling=sampling, choices=request.n or 1, ignored=ignored, form=_form(request),
+        slot=None if slot == -1 else slot, reuses=request.cache_prompt is not False,
+        keep_alive=keep_alive,
+    )  # fmt: skip
 
 
 def _form(request: Any) -> tuple[str, str, Any] | None:
@@ -114,7 +126,7 @@ def read_chat(service: Service, body: bytes) -> tuple[fields.ChatRequest, Ask]:
         Problem: names what is wrong.
     """
     request, ignored = fields.read(body, fields.ChatRequest, is_strict=service.settings.is_strict)
-    wanted = _wanted(request, ignored)
+    wanted = _wanted(service, request, ignored)
     if request.max_completion_tokens is not None:
         wanted.sampling["max_tokens"] = request.max_completion_tokens
     if request.top_logprobs and not request.logprobs:
@@ -147,7 +159,7 @@ def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionReq
     request, ignored = fields.read(
         body, fields.CompletionRequest, is_strict=service.settings.is_strict
     )
-    wanted = _wanted(request, ignored)
+    wanted = _wanted(service, request, ignored)
     if request.logprobs is not None and not 0 <= request.logprobs <= fields.MOST_TOP:
         raise wrong("logprobs", f"expected 0 to {fields.MOST_TOP}, got {request.logprobs}")
     wanted.top = request.logprobs

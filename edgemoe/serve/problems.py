@@ -12,6 +12,7 @@ _TYPES = {
     403: ("permission_error", "permission_error"),
     404: ("not_found", "not_found_error"),
     405: ("invalid_request_error", "invalid_request_error"),
+    408: ("invalid_request_error", "invalid_request_error"),
     413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit", "rate_limit_error"),
     500: ("server_error", "api_error"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import math
+import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,13 +16,16 @@ from edgemoe.runtime.requests import Constraint, Figures, Outcome, Request
 from edgemoe.serve.problems import Problem
 from edgemoe.text.calls import ToolCall
 from edgemoe.text.logprobs import TokenLogprob
-from edgemoe.text.replies import Event, Piece, ReplyFormat, Schemas, joined, parser
+from edgemoe.text.reading import Reader, Reading
+from edgemoe.text.replies import Event, Piece, Schemas, joined
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.stops import ReplyText
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["Ask", "Ended", "Part", "Reply", "call_id", "timings", "usage_extras"]
+__all__ = ["Ask", "Ended", "Part", "Progress", "Reply", "call_id", "timings", "usage_extras"]
 
+_LOOKS = 0.05
+"""Seconds between two looks at how far a prompt is, for who wants to know."""
 _TOGETHER = 0.02
 """Seconds within which tokens go out together: passing one on takes time that the engine's threads could use."""
 
@@ -39,12 +45,18 @@ class Ask:
     """The model continues a text: no reasoning, no calls."""
     schemas: Schemas | None = None
     """Of the tools that may be called."""
-    is_reasoning: bool = False
-    """The prompt has opened the reasoning."""
-    hides_reasoning: bool = False
+    prompt: str = ""
+    """The end of a chat's, in text."""
+    must_call: bool = False
+    """A grammar makes it a call."""
     constraint: Callable[[], Constraint | None] = lambda: None
     """Makes a choice's own."""
     several_calls: bool = True
+    slot: int | None = None
+    reuses: bool = True
+    """See `Request`."""
+    keep_alive: float | None = None
+    """See `Wanted`."""
     ignored: list[str] = field(default_factory=list)
 
 
@@ -56,6 +68,18 @@ class Part:
     logprobs: list[TokenLogprob]
     tokens: int
     """Of the reply, so far."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Says how far a prompt is."""
+
+    total: int
+    cached: int
+    computed: int
+    """The cached ones among them."""
+    seconds: float
+    """Since it began."""
 
 
 @dataclass(slots=True)
@@ -78,7 +102,7 @@ class Reply:
         ask: Ask,
         choice: int,
         tokenizer: Tokenizer,
-        form: ReplyFormat,
+        reading: Reading,
         on_end: Callable[[Outcome], None],
         *,
         streams: bool,
@@ -94,27 +118,29 @@ class Reply:
         self._fresh: deque[Part | Ended | Exception] = deque()
         self._is_due, self._passed_on = False, -1.0
         params, shown = ask.params, frozenset[int]()
-        self._parser = None
+        self._parser: Reader | None = None
         if not ask.is_raw:
-            words = form.markers(tools=ask.schemas is not None)
-            shown = frozenset(i for w in words if (i := tokenizer.token_id(w)) is not None)
-            self._parser = parser(form, ask.schemas, is_reasoning=ask.is_reasoning)
+            shown = reading.shown(tools=ask.schemas is not None)
+            self._parser = reading.reader(ask.schemas, ask.prompt, must_call=ask.must_call)
         self._text = ReplyText(tokenizer, params.stop, continues=ask.is_raw, shown=shown)
         self._several, self._calls, self._stops = ask.several_calls, 0, params.stop
         self._count = self._reasoning = 0
+        self._first = self._last = 0.0
         self._said: list[TokenLogprob] = []
         self._streams, self._made = streams, list[Event]()
         self.prompt_logprobs: list[TokenLogprob] = []
         seed = params.seed + choice if params.seed >= 0 else params.seed
         self.request = Request(
             ids=ask.ids, params=replace(params, stop=(), seed=seed), take=self.take, end=self.end,
-            top=ask.top, constraint=ask.constraint(),
+            top=ask.top, constraint=ask.constraint(), slot=ask.slot, reuses=ask.reuses,
             prompt_logprobs=self.prompt_logprobs.extend if ask.echo and ask.top is not None else None,
         )  # fmt: skip
 
     def take(self, token: int, said: TokenLogprob | None) -> bool:
         """Takes a token; returns whether the reply goes on."""
         self._count += 1
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
         if said is not None:
             self._said.append(said)
         if self._parser is not None and self._parser.state == "reasoning":
@@ -216,17 +242,52 @@ class Reply:
             return f"waiting, {max(waiting - 1, 0)} others too"
         return f"prompt {request.computed}/{total}"
 
+    def timings(self) -> dict[str, Any]:
+        """Returns llama.cpp's figures of the reply so far."""
+        r = self.request
+        return _timings(
+            r.cached,
+            len(r.ids) - r.cached,
+            self._first - r.began,
+            self._count,
+            self._last - self._first,
+        )
+
     async def parts(self) -> AsyncIterator[Part | Ended]:
         """Yields the reply as it is made; one that is closed early is cancelled.
 
         Raises:
             Problem: it failed.
         """
+        async with contextlib.aclosing(self.watched(math.inf)) as items:
+            async for item in items:
+                if not isinstance(item, Progress):
+                    yield item
+
+    async def watched(self, every: float = _LOOKS) -> AsyncGenerator[Part | Ended | Progress, None]:
+        """Yields what `parts` does, and how far the prompt is whenever it has come further."""
+        request, told, total = self.request, -1, len(self.request.ids)
+        tells = every < math.inf
+
+        def progress(computed: int) -> Progress:
+            passed = time.perf_counter() - request.began
+            return Progress(total, request.cached, computed, passed)
+
         try:
             while True:
-                item = await self._parts.get()
+                wait = every if tells and told < total else None
+                try:
+                    item = await asyncio.wait_for(self._parts.get(), wait)
+                except asyncio.TimeoutError:
+                    if request.has_begun and request.computed != told:
+                        told = request.computed
+                        yield progress(told)
+                    continue
                 if isinstance(item, Exception):
                     raise _problem(item)
+                if tells and told < total:
+                    told = total
+                    yield progress(told)
                 yield item
                 if isinstance(item, Ended):
                     return
@@ -268,13 +329,20 @@ def usage_extras(figures: Figures, ignored: list[str], notes: tuple[str, ...]) -
 
 def timings(figures: Figures) -> dict[str, Any]:
     """Returns llama.cpp's figures of a reply."""
-    computed = figures.prompt_tokens - figures.cached_tokens
-    prompt_ms, made_ms = 1000 * figures.prompt_s, 1000 * figures.decode_s
-    made = max(figures.new_tokens - 1, 0)
+    f = figures
+    computed = f.prompt_tokens - f.cached_tokens
+    return _timings(f.cached_tokens, computed, f.prompt_s, f.new_tokens, f.decode_s) | {
+        "queue_ms": 1000 * f.queue_s
+    }
+
+
+def _timings(
+    cached: int, computed: int, prompt_s: float, made: int, decode_s: float
+) -> dict[str, Any]:
+    later = max(made - 1, 0)
     return {
-        "cache_n": figures.cached_tokens, "prompt_n": computed, "prompt_ms": prompt_ms,
-        "prompt_per_second": 1000 * computed / prompt_ms if prompt_ms else 0.0,
-        "predicted_n": figures.new_tokens, "predicted_ms": made_ms,
-        "predicted_per_second": 1000 * made / made_ms if made_ms else 0.0,
-        "queue_ms": 1000 * figures.queue_s,
+        "cache_n": cached, "prompt_n": computed, "prompt_ms": 1000 * prompt_s,
+        "prompt_per_second": computed / prompt_s if prompt_s else 0.0,
+        "predicted_n": made, "predicted_ms": 1000 * decode_s,
+        "predicted_per_second": later / decode_s if decode_s else 0.0,
     }  # fmt: skip

@@ -15,6 +15,7 @@ import uvicorn
 
 from edgemoe.runtime.opening import Opened
 from edgemoe.serve.app import make_app
+from edgemoe.serve.connections import connections
 from edgemoe.serve.service import Service
 from edgemoe.serve.settings import Settings, is_loopback
 from edgemoe.text.sampler import SamplingParams
@@ -118,7 +119,8 @@ def serve(
         config = uvicorn.Config(
             make_app(service), log_config=None, access_log=False, lifespan="off", server_header=False,
             timeout_keep_alive=75, h11_max_incomplete_event_size=64 << 10,
-            timeout_graceful_shutdown=int(settings.grace) + 2, http="h11", ws="none",
+            timeout_graceful_shutdown=int(settings.grace) + 2, ws="none",
+            http=connections(0 if is_loopback(settings.host) else _PER_ADDRESS),
             limit_concurrency=None if is_loopback(settings.host) else 16 * _PER_ADDRESS,
         )  # fmt: skip
         server = _Server(config)

@@ -14,6 +14,7 @@ import edgemoe
 from edgemoe.errors import FormatError
 from edgemoe.runtime.batching import Batcher, QueueFull
 from edgemoe.runtime.opening import Opened
+from edgemoe.runtime.pool import PrefixPool
 from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.requests import Constraint, Outcome
 from edgemoe.serve.figures import ServerFigures
@@ -26,13 +27,14 @@ from edgemoe.serve.reply import Ask, Reply
 from edgemoe.serve.settings import Settings
 from edgemoe.serve.worker import Worker
 from edgemoe.text.calls import markers
-from edgemoe.text.replies import reply_format
+from edgemoe.text.reading import Reading
 from edgemoe.text.sampler import SamplingParams
 
 __all__ = ["Service", "Wanted"]
 
 logger = logging.getLogger(__name__)
 
+_LOOKED_AT = 4096  # characters at the end of a prompt, in which a reply may have begun
 _SURELY_LONG = 8  # characters per token; text has about four
 
 
@@ -55,7 +57,18 @@ class Wanted:
     """Of the template."""
     form: tuple[str, str, Any] | None = None
     """What the answer keeps to: json, regex, choice, gbnf or lark; the field that says it; and its value."""
+    slot: int | None = None
+    """The sequence that it waits for; None for the best one."""
+    reuses: bool = True
+    """Begins with what was computed before of the same tokens."""
+    keep_alive: float | None = None
+    """Seconds after which experts leave memory, from now on."""
     ignored: list[str] = field(default_factory=list)
+
+    @property
+    def must_call(self) -> bool:
+        """Whether a tool has to be called."""
+        return self.tool_choice == "required" or self.tool_choice.startswith("=")
 
 
 class Service:
@@ -76,6 +89,7 @@ class Service:
         Raises:
             FormatError: the model has no tokenizer, or its chat template is broken.
             OSError: the folder of prefixes cannot be made or read.
+            ValueError: prefixes cannot be kept in memory here.
         """
         tokenizer = opened.text.tokenizer
         if tokenizer is None:
@@ -85,7 +99,10 @@ class Service:
         self.model, self.tokenizer = opened.model, tokenizer
         self.names = (*settings.aliases, name) if settings.aliases else (name,)
         self.context = self.model.budget.context
-        self.form, self.speaks_of_tools = reply_format(tokenizer.chat_template)
+        self.reading = Reading(tokenizer)
+        self.form, self.speaks_of_tools = self.reading.form, self.reading.speaks_of_tools
+        if self.reading.note:
+            logger.warning("%s", self.reading.note)
         self.started = int(time.time())
         self.figures, self.log = ServerFigures(), RequestLog()
         eos = opened.text.eos_ids
@@ -95,11 +112,19 @@ class Service:
             else None
         )
         self.is_stopping = False
-        prefixes = None
+        self.store = self.pool = None
         if settings.prefixes is not None:
-            prefixes = PrefixStore(settings.prefixes, self.model, most_bytes=settings.prefix_bytes)
-        batcher = Batcher(self.model, eos, most_waiting=settings.queue, prefixes=prefixes)
+            self.store = PrefixStore(
+                settings.prefixes, self.model, most_bytes=settings.prefix_bytes
+            )
+        if settings.pool_bytes:
+            self.pool = PrefixPool(self.model, most_bytes=settings.pool_bytes, below=self.store)
+        batcher = Batcher(
+            self.model, eos, most_waiting=settings.queue,
+            prefixes=self.store if self.pool is None else self.pool,
+        )  # fmt: skip
         self.worker = Worker(batcher, on_death)
+        self.worker.keep_alive = settings.keep_alive
 
     @property
     def fingerprint(self) -> str:
@@ -114,8 +139,7 @@ class Service:
     @property
     def can_reason(self) -> bool:
         """Whether the model's template speaks of reasoning."""
-        source = self.tokenizer.chat_template
-        return "enable_thinking" in source or any(w in source for w in self.form.reasoning or ())
+        return self.reading.reasons
 
     def check_name(self, name: str | None) -> None:
         """Takes any name: one model is served, and the reply says which."""
@@ -157,14 +181,12 @@ class Service:
             most_characters=_SURELY_LONG * self.context + 2 * given + 4096,
         )  # fmt: skip
         ids = self.encoded(text, "messages", add_special=not self.tokenizer.has_chat_template)
-        opener = (self.form.reasoning or ("",))[0]
-        is_reasoning = (
-            bool(opener) and not self.form.is_channelled and text.rstrip().endswith(opener.rstrip())
-        )
+        is_reasoning = self.reading.is_opened(text)
         ask = Ask(
             ids=ids, params=params, choices=wanted.choices, top=wanted.top, ignored=wanted.ignored,
             schemas={t["name"]: t.get("parameters") or {} for t in tools} if tools else None,
-            is_reasoning=is_reasoning, several_calls=wanted.several_calls,
+            prompt=text[-_LOOKED_AT:], must_call=wanted.must_call, several_calls=wanted.several_calls, slot=wanted.slot,
+            reuses=wanted.reuses, keep_alive=wanted.keep_alive,
         )  # fmt: skip
         most = (
             self.settings.reasoning_budget
@@ -183,22 +205,17 @@ class Service:
         form, grammars = self.form, self.grammars
         lazy: dict[int, str] = {}
         grammar = self.grammar(wanted.form)
-        must = wanted.tool_choice == "required" or wanted.tool_choice.startswith("=")
+        must = wanted.must_call
         if wanted.form is not None and tools:
             raise wrong(wanted.form[1], "not together with tools; tool_choice none leaves them out")
-        if tools and must:
-            if grammars is None:
-                raise wrong(
-                    "tool_choice", "needs --grammar, with which this server was not started"
-                )
-            grammar = grammars.calls(form, tools, several=wanted.several_calls)
-        elif tools and grammars is not None and not form.is_channelled:
-            token = self.tokenizer.token_id(form.opener)
-            if token is not None:
-                try:
-                    lazy[token] = grammars.calls(form, tools, several=False, after=form.opener)
-                except Problem as problem:  # nobody has asked for it: calls are free then
-                    logger.debug("calls are not kept to their schemas: %s", problem)
+        if must and grammars is None:
+            raise wrong("tool_choice", "needs --grammar, with which this server was not started")
+        # Where only the model's own template knows its calls, free ones are read by it and kept to nothing.
+        knows = self.speaks_of_tools or self.reading.template is None or must
+        if grammars is not None and (tools or form.is_channelled) and knows:
+            grammar, lazy = grammars.reply(
+                form, tools, grammar, must=must, several=wanted.several_calls, most_reasoning=most
+            )
         marks: tuple[int | None, int | None] = (None, None)
         if form.reasoning is not None and not form.is_channelled and self.can_reason:
             first, last = (self.tokenizer.token_id(w) for w in form.reasoning)
@@ -232,7 +249,7 @@ class Service:
         grammars = self.grammars
         ask = Ask(
             ids=ids, params=params, choices=wanted.choices, top=wanted.top, echo=echo, is_raw=True,
-            ignored=wanted.ignored,
+            ignored=wanted.ignored, slot=wanted.slot, reuses=wanted.reuses, keep_alive=wanted.keep_alive,
         )  # fmt: skip
         if grammar is not None:
             ask.constraint = lambda: Guide(grammars, grammar)
@@ -267,13 +284,15 @@ class Service:
             raise Problem(500, "the engine has failed; the server ends")
         if len(ask.ids) > self.context - (ask.params.max_tokens != 0):
             raise too_long("prompt" if ask.is_raw else "messages", len(ask.ids), self.context)
+        if ask.keep_alive is not None:
+            self.worker.keep_alive = ask.keep_alive
         route = route_of.get()
 
         def ended(outcome: Outcome) -> None:
             self.figures.reply(outcome)
             self.log.reply(route, outcome, ask.ignored)
 
-        reply = Reply(ask, choice, self.tokenizer, self.form, ended, streams=streams)
+        reply = Reply(ask, choice, self.tokenizer, self.reading, ended, streams=streams)
         try:
             self.batcher.submit(reply.request)
         except QueueFull as error:
@@ -306,8 +325,8 @@ class Service:
     def tool_words(self) -> str:
         """Returns how calls are written, for a note."""
         return (
-            self.form.name
-            if self.speaks_of_tools
+            self.reading.name
+            if self.speaks_of_tools or self.reading.template is not None
             else f"generic ({' '.join(markers(self.form.opener))})"
         )
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import math
+import re
 from dataclasses import dataclass
 
-__all__ = ["Settings", "is_loopback"]
+__all__ = ["Settings", "is_loopback", "seconds"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,8 @@ class Settings:
     """Seconds after which a request is given up."""
     ping: float = 5.0
     """Seconds between comments in a stream."""
+    keep_alive: float = math.inf
+    """Seconds without a request after which experts leave memory."""
     grace: float = 10.0
     """Seconds that replies get to end in when the server stops."""
     origins: tuple[str, ...] = ()
@@ -48,11 +52,12 @@ class Settings:
     """Reserve the memory that masks take."""
     reasoning_budget: int = -1
     """The most tokens of reasoning; -1 for no limit."""
-
     prefixes: str | None = None
     """The folder where prefixes are saved."""
     prefix_bytes: int = 8 << 30
     """The most that they take there."""
+    pool_bytes: int = 0
+    """The most that prefixes take in memory, beside the sequences; 0 for none."""
 
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and not self.keys and not self.no_auth:
@@ -83,6 +88,24 @@ class Settings:
         except ValueError:
             return False
         return True
+
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
+_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def seconds(text: str) -> float:
+    """Returns a duration such as 5m, 30s or 300; below 0 is for ever.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = _DURATION.fullmatch(text.strip().removeprefix("-"))
+    if match is None:
+        raise ValueError(f"expected a time like 5m, 30s or -1, got {text!r:.40}")
+    if text.strip().startswith("-"):
+        return math.inf
+    return float(match[1]) * _UNITS[match[2] or "s"]
 
 
 def is_loopback(host: str) -> bool:

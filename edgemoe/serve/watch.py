@@ -133,7 +133,7 @@ def everything(service: Service) -> dict[str, Any]:
         "level_bits": model.store.level_bits, "file_bytes": model.moe.file_bytes,
         "dense_bits": model.options.dense_bits or model.moe.dense_ladder[-1],
         "kv_types": [model.options.cache_type_k, model.options.cache_type_v],
-        "tools": service.form.name, "can_reason": service.can_reason,
+        "tools": service.reading.name, "can_reason": service.can_reason,
         "can_form": service.grammars is not None,
         "sampling": dataclasses.asdict(service.sampling),
         "most": {"bits": model.most_bits, "experts": model.most_experts}, "schedulers": list(SCHEDULERS),

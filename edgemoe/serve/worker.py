@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections.abc import Callable
 
 from edgemoe.runtime.batching import Batcher
@@ -25,6 +27,8 @@ class Worker:
         self.batcher, self._on_death = batcher, on_death
         self.error: BaseException | None = None
         """Why the thread has ended, if it was not told to."""
+        self.keep_alive = math.inf
+        """Seconds without a request after which experts leave memory; any thread may set it."""
         self._is_stopping = False
         self._thread = threading.Thread(target=self._run, name="edgemoe-engine", daemon=True)
         self._thread.start()
@@ -37,9 +41,16 @@ class Worker:
 
     def _run(self) -> None:
         try:
+            idle = math.inf  # since when, for as long as experts are in memory
             while not self._is_stopping:
-                if not self.batcher.step():
-                    self.batcher.wait(1.0)
+                if self.batcher.step():
+                    idle = time.monotonic()
+                    continue
+                left = idle + self.keep_alive - time.monotonic()
+                if left <= 0:
+                    idle = math.inf
+                    self.batcher.rest()
+                self.batcher.wait(min(max(left, 0.01), 1.0))
             self.batcher.end(RuntimeError("the server is stopping"))
         except BaseException as error:
             self.error = error

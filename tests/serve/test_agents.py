@@ -1,29 +1,45 @@
-"""What programs without a client here send, replayed whole: everything in it is honoured or reported."""
+"""What agents have really sent, replayed whole: everything in it is honoured or reported.
+
+The bodies in `requests` are of codex 0.171.0, claude 2.1.197 and opencode 1.18.33, which were asked what is in a file,
+called a tool that reads it, and ended (`scripts/agents`). Texts are cut, four tools are left, names are replaced.
+"""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import httpx2 as httpx
 import pytest
-from bodies import CLAUDE, CODEX, GUIDELLM, LM_EVAL, OPENCODE, TITLE
+from bodies import GUIDELLM, LM_EVAL
 from served import running
 from tiny import tiny_checkpoint
 
 from edgemoe.convert.convert import convert
 
+RECORDED = Path(__file__).parent / "requests"
+REPORTED = {
+    "codex": {
+        "store", "include", "prompt_cache_key", "client_metadata", "reasoning.summary", "tools[2]: namespace",
+        "tools[3]: web_search",
+    },
+    "claude": {"metadata", "context_management", "output_config", "cache_control", "anthropic-beta"},
+    "opencode": set(),
+}  # fmt: skip
+"""What has no effect here."""
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     checkpoint = tiny_checkpoint()
-    checkpoint.config["max_position_embeddings"] = 4096
+    checkpoint.config["max_position_embeddings"] = 16384
     path = tmp_path_factory.mktemp("roomy") / "roomy.moe"
     convert(checkpoint, path)
-    with running(path) as found:
+    with running(path, options={"context": 16384}) as found:
         yield found
 
 
-def sent(server, path, body, **headers):
+def sent(server, path, body, headers=None):
     """Returns the events of a stream, or the whole answer."""
     url = f"{server.url}{path}"
     with httpx.stream("POST", url, json=body, timeout=60, headers=headers) as done:
@@ -35,60 +51,59 @@ def sent(server, path, body, **headers):
     return [json.loads(line) for line in lines]
 
 
-def test_an_agent_of_chats(server):
-    body = {**OPENCODE, "max_tokens": 12}
-    sent(server, "/v1/chat/completions", TITLE)
-    first = sent(server, "/v1/chat/completions", body)
-    sent(server, "/v1/chat/completions", TITLE)
-    again = sent(server, "/v1/chat/completions", body)
-    usage = again[-1]["usage"]
-    # The title's prompt between the two does not cost the conversation its place.
-    assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
-    texts = [
-        "".join(c["choices"][0]["delta"].get("content") or "" for c in x if c["choices"])
-        for x in (first, again)
-    ]
-    assert texts[0] == texts[1]
+def recorded(server, name):
+    """Sends what an agent has sent, for short replies, and yields the events of each."""
+    for request in json.loads((RECORDED / f"{name}.json").read_text()):
+        body = dict(request["body"])
+        body["max_output_tokens" if name == "codex" else "max_tokens"] = 16
+        yield sent(server, request["path"], body, request["headers"])
 
 
-def test_an_agent_of_responses(server):
-    events = sent(server, "/v1/responses", {**CODEX, "max_output_tokens": 16})
-    assert events[-1]["type"] in ("response.completed", "response.incomplete")
-    ignored = events[-1]["response"]["edgemoe"]["ignored"]
-    assert {
-        "include",
-        "prompt_cache_key",
-        "client_metadata",
-        "store",
-        "tools[1]: namespace",
-    } <= set(ignored)
+def test_codex(server):
+    first, second = ([*events][-1] for events in recorded(server, "codex"))
+    for last in (first, second):
+        assert last["type"] in ("response.completed", "response.incomplete")
+        assert set(last["response"]["edgemoe"]["ignored"]) == REPORTED["codex"]
+    before, after = (e["response"]["usage"] for e in (first, second))
+    # What the first prompt had is there for the second, up to how a template begins a reply.
+    assert after["input_tokens_details"]["cached_tokens"] >= before["input_tokens"] - 32
 
 
-def test_an_agent_of_messages(server):
-    body = {**CLAUDE, "max_tokens": 12}
-    events = sent(
-        server,
-        "/v1/messages?beta=true",
-        body,
-        **{"anthropic-beta": "x", "anthropic-version": "2023-06-01"},
-    )
-    assert events[0]["type"] == "message_start"
-    assert events[-1]["type"] == "message_stop"
-    assert {"context_management", "output_config", "metadata"} <= set(
-        events[-2]["edgemoe"]["ignored"]
-    )
+def test_claude(server):
+    usages = []
+    for events in recorded(server, "claude"):
+        assert events[0]["type"] == "message_start"
+        assert events[-1]["type"] == "message_stop"
+        assert set(events[-2]["edgemoe"]["ignored"]) == REPORTED["claude"]
+        usages.append(events[-2]["usage"])
+    first, second = usages
+    whole = first["input_tokens"] + first["cache_read_input_tokens"]
+    assert second["cache_read_input_tokens"] >= whole - 32
     # What changes with each request in front of the prompt is left out, or nothing would be kept.
-    body["system"] = [
-        {"type": "text", "text": "x-anthropic-billing-header: cch=def"},
-        body["system"][1],
-    ]
-    usage = sent(server, "/v1/messages?beta=true", body)[-2]["usage"]
-    assert usage["input_tokens"] == 1
-    assert usage["cache_read_input_tokens"] > 100
+    request = json.loads((RECORDED / "claude.json").read_text())[1]
+    body = {**request["body"], "max_tokens": 2}
+    assert body["system"][0]["text"].startswith("x-anthropic-billing-header:")
+    body["system"][0] = {"type": "text", "text": "x-anthropic-billing-header: cch=other"}
+    last = sent(server, request["path"], body)[-2]
+    assert last["usage"]["input_tokens"] == 1
+
+
+def test_opencode(server):
+    title, first, second = recorded(server, "opencode")
+    for events in (title, first, second):
+        assert events[-2]["choices"][0]["finish_reason"] in ("stop", "length")
+        assert events[-2]["edgemoe"]["ignored"] == []
+    before, after = (events[-1]["usage"] for events in (first, second))
+    assert after["prompt_tokens_details"]["cached_tokens"] >= before["prompt_tokens"] - 32
+    # The title's prompt in between does not cost the conversation its place.
+    requests = json.loads((RECORDED / "opencode.json").read_text())
+    for request in (requests[0], requests[2]):
+        usage = sent(server, request["path"], {**request["body"], "max_tokens": 2})[-1]["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] == usage["prompt_tokens"] - 1
 
 
 def test_a_harness_with_an_empty_key(server):
-    done = sent(server, "/v1/completions", LM_EVAL, Authorization="Bearer")
+    done = sent(server, "/v1/completions", LM_EVAL, {"Authorization": "Bearer"})
     assert [len(c["logprobs"]["tokens"]) for c in done["choices"]] == [4, 3]
 
 

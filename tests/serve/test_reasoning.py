@@ -8,8 +8,7 @@ import anthropic
 import openai
 import pytest
 from served import running
-from tiny import CHATML, tiny_checkpoint
-from tokenizers import AddedToken, Tokenizer
+from tiny import thinking_checkpoint
 
 from edgemoe.convert.convert import convert
 
@@ -17,27 +16,13 @@ ASK = [{"role": "user", "content": "Go."}]
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {
     "type": "object", "properties": {"at": {"enum": ["sky", "sea"]}}, "required": ["at"],
     "additionalProperties": False}}}]  # fmt: skip
-THINKING = (
-    CHATML.replace("assistant\n{% endif", "assistant\n{% if enable_thinking is defined and not enable_thinking %}"
-                   "<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif")
-    + "{# <tool_call> #}{% if tools %}{% endif %}"
-)  # fmt: skip
 OPEN, CLOSE, CALL, CALLED = 259, 260, 261, 262
 NEVER = {str(OPEN): -1000, str(CLOSE): -1000, str(CALL): -1000}  # by chance
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    checkpoint = tiny_checkpoint()
-    checkpoint.config["max_position_embeddings"] = 2048
-    tokenizer = Tokenizer.from_str(checkpoint.files["tokenizer.json"].decode())
-    tokenizer.add_tokens(
-        [AddedToken(t) for t in ("<think>", "</think>", "<tool_call>", "</tool_call>")]
-    )
-    config = json.loads(checkpoint.files["tokenizer_config.json"]) | {"chat_template": THINKING}
-    checkpoint.files = {
-        "tokenizer.json": tokenizer.to_str().encode(), "tokenizer_config.json": json.dumps(config).encode()
-    }  # fmt: skip
+    checkpoint = thinking_checkpoint()
     path = tmp_path_factory.mktemp("thinking") / "thinking.moe"
     convert(checkpoint, path)
     with running(path, reasoning_budget=20) as found:

@@ -1,0 +1,65 @@
+"""Connections: how many an address may have, and how long one may take to say what it wants."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+__all__ = ["PATIENCE", "connections"]
+
+PATIENCE = 30.0
+"""Seconds in which a request's head has to be whole, and between two parts of its body."""
+
+
+def connections(most: int) -> type[H11Protocol]:
+    """Returns the protocol of a server's connections, of which one address may have `most`; 0 for no limit."""
+    return type("Connection", (_Connection,), {"most": most, "counts": Counter()})
+
+
+class _Connection(H11Protocol):
+    most: int
+    counts: Counter[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self._address = self.client[0] if self.client else ""
+        self.counts[self._address] += 1
+        if 0 < self.most < self.counts[self._address]:
+            transport.close()
+            return
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.counts[self._address] -= 1
+        if not self.counts[self._address]:
+            del self.counts[self._address]
+        self._calm()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch()
+
+    def _watch(self) -> None:
+        """Waits for a head, where none is whole."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._calm()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(PATIENCE, self._late)
+
+    def _calm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _late(self) -> None:
+        self._timer = None
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()

@@ -1,0 +1,169 @@
+"""Clients that dawdle, come in crowds or never end, and a disk that is full: nobody else notices."""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import socket
+import time
+from contextlib import ExitStack
+
+import httpx2 as httpx
+from served import running, started
+
+from edgemoe.serve import connections
+
+ASK = {"messages": [{"role": "user", "content": "Go."}], "max_tokens": 4, "temperature": 0}
+
+
+def port_of(server):
+    return int(server.url.rpartition(":")[2])
+
+
+def connected(server, stack):
+    raw = socket.create_connection(("127.0.0.1", port_of(server)), timeout=10)
+    return stack.enter_context(raw)
+
+
+def head(length, path="/v1/chat/completions"):
+    return f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n".encode()
+
+
+def answer(raw):
+    """Returns an answer's head and body; nothing where the connection ends."""
+    text = b""
+    while b"\r\n\r\n" not in text:
+        try:
+            more = raw.recv(65536)
+        except ConnectionError:
+            more = b""
+        if not more:
+            return "", b""
+        text += more
+    head, _, body = text.partition(b"\r\n\r\n")
+    length = next(
+        int(h[16:]) for h in head.lower().splitlines() if h.startswith(b"content-length: ")
+    )
+    while len(body) < length:
+        body += raw.recv(65536)
+    return head.decode(), body
+
+
+def is_fine(server):
+    return server.post("/v1/chat/completions", ASK).status_code == 200
+
+
+def test_a_head_that_does_not_end_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(connections, "PATIENCE", 0.2)
+    with ExitStack() as stack:
+        late = connected(server, stack)
+        late.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc")
+        quiet = connected(server, stack)
+        assert is_fine(server)
+        assert late.recv(100) == quiet.recv(100) == b""
+        again = connected(server, stack)  # the second head on one connection
+        again.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert answer(again)[1] == b'{"status":"ok"}'
+        again.sendall(b"GET /heal")
+        assert again.recv(100) == b""
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(server, monkeypatch):
+    monkeypatch.setattr(connections, "PATIENCE", 0.2)
+    with ExitStack() as stack:
+        for path, kind in (("/v1/chat/completions", "error"), ("/v1/messages", "type")):
+            raw = connected(server, stack)
+            raw.sendall(head(500, path) + b'{"messages"')
+            status, body = answer(raw)
+            assert " 408 " in status
+            assert kind in json.loads(body)
+
+
+def test_who_does_not_read_holds_up_nobody(server):
+    """The reply is longer than the socket's buffers hold, and is whole when it is read at last."""
+    body = json.dumps({
+        **ASK, "max_tokens": 400, "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20,
+        "n": 2, "seed": 1,
+    }).encode()  # fmt: skip
+    with ExitStack() as stack:
+        raw = socket.socket()
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stack.enter_context(raw).connect(("127.0.0.1", port_of(server)))
+        raw.settimeout(20)
+        raw.sendall(head(len(body)) + body)
+        raw.recv(1)
+        assert is_fine(server)
+        text = b""
+        while b"[DONE]" not in text[-200:]:
+            text += raw.recv(1 << 20)
+    assert text.count(b'"finish_reason":"length"') == 2
+    server.settle()
+
+
+def test_two_hundred_connections_are_answered(server):
+    with ExitStack() as stack:
+        body = json.dumps({**ASK, "max_tokens": 1}).encode()
+        many = [connected(server, stack) for _ in range(200)]
+        for raw in many[::4]:
+            raw.sendall(head(len(body)) + body)
+        assert server.get("/health").status_code == 200
+        heads = [answer(raw)[0] for raw in many[::4]]
+    assert {head.split()[1] for head in heads} == {"200"}
+    server.settle()
+    assert is_fine(server)
+
+
+def test_other_machines_have_so_many_connections_each(tiny_moe):
+    with running(tiny_moe, host="0.0.0.0", no_auth=True) as server, ExitStack() as stack:
+        many = [connected(server, stack) for _ in range(70)]
+        for raw in many:
+            raw.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        bodies = [answer(raw)[1] for raw in many]
+        assert bodies == [b'{"status":"ok"}'] * 64 + [b""] * 6
+        for raw in many:
+            raw.close()
+        end = time.monotonic() + 10
+        while True:  # until the server has seen that they are gone
+            try:
+                assert is_fine(server)
+                break
+            except httpx.HTTPError:
+                assert time.monotonic() < end
+
+
+def test_a_disk_that_is_full_costs_prefixes_alone(tiny_moe, tmp_path):
+    """A limit of the process stands for it: the kernel refuses what is beyond."""
+    flags = (
+        "--port",
+        "0",
+        "--ram",
+        "600MiB",
+        "-np",
+        "1",
+        "--slot-save-path",
+        str(tmp_path / "kept"),
+    )
+    process, port = started(str(tiny_moe), *flags)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (4096, 4096))
+        hashes = []
+        for text in ("a" * 300, "b" * 300, "a" * 300):
+            ask = {**ASK, "messages": [{"role": "user", "content": text}]}
+            done = httpx.post(f"{url}/v1/chat/completions", json=ask, timeout=30).json()
+            hashes.append(done["edgemoe"]["logits_hash"])
+            assert done["usage"]["prompt_tokens_details"]["cached_tokens"] < 64
+        assert hashes[0] == hashes[2]
+        done = httpx.post(f"{url}/slots/0?action=save", json={"filename": "x"}, timeout=30)
+        assert done.status_code == 500
+        assert "File too large" in done.json()["error"]["message"]
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+        assert process.wait(15) == 0
+        assert said.count("is not saved") == 1
+        assert not list((tmp_path / "kept").iterdir())
+    finally:
+        process.kill()
+        process.stderr.close()
+        process.wait()
