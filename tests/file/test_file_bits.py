@@ -22,7 +22,7 @@ from edgemoe import scheduler as schedulers
 from edgemoe.cli.main import main
 from edgemoe.convert.convert import convert
 from edgemoe.convert.source import SourceModel
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, size_text
 from edgemoe.file.format import ALIGNMENT, PREAMBLE, open_moe, pack_preamble
 from edgemoe.file.verify import verify
 from edgemoe.lab.bits.allocate import Settings, allocate
@@ -470,8 +470,8 @@ def test_commands(small, alloc, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "experts of 3.312 bits on average: 7 of 2, 3 of 3, 3 of 4, 3 of 6" in out
     assert "verified: every sum matches" in out
-    size = open_moe(small).experts.sizes(4).sum() / 1024
-    assert f"nested | {size:.2f} KiB |" in out
+    size = int(open_moe(small).experts.sizes(4).sum())
+    assert f"nested | {size_text(size)} |" in out
 
     assert main(["quality", str(small), "--chunk", "32", "--chunks", "2", "--bits", "auto", "6", "2"]) == 0  # fmt: skip
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| on-demand")]
