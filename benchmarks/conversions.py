@@ -30,7 +30,7 @@ from edgemoe.file.format import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs
 from edgemoe.lab.quality.quality import Sample, Trial, first_token, measure
 from edgemoe.lab.report.levels import levels
-from edgemoe.quant import DEFAULT_LADDER, Calibration
+from edgemoe.quant import DEFAULT_LADDER, SCHEMES, Calibration
 from edgemoe.text.tokenizer import Tokenizer
 
 ALONE = np.inf
@@ -70,7 +70,9 @@ def main() -> None:
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("reference", type=Path, help="log-probabilities of the float model")
-    parser.add_argument("--calibration", type=Path)
+    parser.add_argument(
+        "--calibration", type=Path, help="without one there is a row for the full search too"
+    )
     parser.add_argument("--favour", type=int, nargs="*", default=list(DEFAULT_LADDER))
     parser.add_argument("--alone", type=int, nargs="*", default=list(DEFAULT_LADDER))
     parser.add_argument("--factor", type=float, default=nested.FAVOUR, help="of a favoured level")
@@ -83,6 +85,8 @@ def main() -> None:
     print("|---|" + "---|" * len(DEFAULT_LADDER), flush=True)
     with tempfile.TemporaryDirectory() as args.work:
         rows = [row(args, "all levels", 1)]
+        if args.calibration is None:
+            rows.append(row(args, "--thorough", 1, scheme=SCHEMES["nested"].thorough()))
         nested_kl = {f["bits"]: f["kl"] for f in rows[0]["levels"]}
         rows += [row(args, f"{b} favoured", args.factor, favour=b) for b in args.favour]
         alone = [row(args, f"{b} alone", ALONE, favour=b) for b in args.alone]

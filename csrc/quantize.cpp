@@ -14,39 +14,37 @@
 namespace edgemoe {
 namespace {
 
-/// Writes the planes of one rung of a tile; `shift` is the code's bit below the rung's lowest.
-void pack_rung(const uint8_t* tile, int width, int shift, uint8_t* out) {
-  for (int w = 8; w >= 1; w /= 2) {
-    if (!(width & w)) continue;
-    width -= w;
-    const int per_vector = 8 / w, down = shift + width, mask = (1 << w) - 1;
-    for (int v = 0; v < 16 / per_vector; ++v, out += 64) {
-      std::memset(out, 0, 64);
-      for (int i = 0; i < per_vector; ++i) {
-        const uint8_t* step = tile + 64 * (v * per_vector + i);
-        for (int b = 0; b < 64; ++b) out[b] = uint8_t(out[b] | (((step[b] >> down) & mask) << (w * i)));
-      }
+constexpr int kTileCodes = kTileRows * kTileCols;
+
+/// Sixteen rows as codes, in the order of tiles; what is beyond the last column is zero.
+struct Coded {
+  uint16_t halves[kMaxRungs][kTileRows];  ///< row scales as they are stored
+  std::vector<uint8_t> scales;            ///< [tiles, 64]
+  std::vector<uint8_t> codes;             ///< [tiles, 16, 64]
+
+  explicit Coded(int tiles) : halves{}, scales(size_t(tiles) * kScaleBytes), codes(size_t(tiles) * kTileCodes) {}
+};
+
+/// Brings rows into the order of tiles.
+void tile_rows(const RowBlock& b, Coded* out) {
+  const int groups = b.groups();
+  std::memcpy(out->halves, b.halves, sizeof b.halves);
+  for (int r = 0; r < kTileRows; ++r) {
+    for (int g = 0; g < groups; ++g) out->scales[size_t(g) * kTileRows + r] = b.bytes[size_t(r) * groups + g];
+    for (int c = 0; c < b.cols; ++c) {
+      out->codes[size_t(c / 4) * 64 + r * 4 + c % 4] = b.codes[size_t(r) * b.cols + c];
     }
   }
 }
 
 /// Writes the tiles of one rung of a row block.
-void pack_rows(const RowBlock& b, int width, bool is_base, int shift, uint8_t* out) {
-  const int groups = b.groups();
-  alignas(64) uint8_t tile[kTileRows * kTileCols];
-  for (int t = 0; t < blocks(b.cols, kTileCols); ++t, out += tile_bytes(width, is_base)) {
-    uint8_t scales[kScaleBytes] = {};
-    std::memset(tile, 0, sizeof tile);
-    for (int r = 0; r < kTileRows; ++r) {
-      for (int g = 4 * t; g < std::min(groups, 4 * t + 4); ++g) {
-        scales[(g - 4 * t) * kTileRows + r] = b.bytes[size_t(r) * groups + g];
-      }
-      for (int c = 0; c < std::min(kTileCols, b.cols - t * kTileCols); ++c) {
-        tile[c / 4 * 64 + r * 4 + c % 4] = b.codes[size_t(r) * b.cols + t * kTileCols + c];
-      }
-    }
-    if (is_base) std::copy_n(scales, kScaleBytes, out);
-    pack_rung(tile, width, shift, out + (is_base ? kScaleBytes : 0));
+void pack_rows(const Coded& b, int width, bool is_base, int shift, uint8_t* out) {
+  const Kernels& k = kernels();
+  const uint8_t* codes = b.codes.data();
+  for (size_t at = 0; at < b.scales.size(); at += kScaleBytes, codes += kTileCodes) {
+    if (is_base) std::copy_n(b.scales.data() + at, kScaleBytes, out);
+    k.pack_rung(codes, width, shift, out + (is_base ? kScaleBytes : 0));
+    out += tile_bytes(width, is_base);
   }
 }
 
@@ -105,6 +103,140 @@ void choose_scales(RowBlock* b, const Objective& o) {
   }
 }
 
+/// The full search: each scale and middle near the fitting one, for each of five scales of a row; then codes, and with
+/// products their refinement.
+class ThoroughRows {
+ public:
+  ThoroughRows(int cols, int num_scales, const std::vector<Level>& levels, const Objective& objective)
+      : levels_(levels), objective_(objective), b_{nullptr, cols, num_scales, {}, {}, {}, {}, {}, {}} {
+    b_.steps.resize(size_t(kTileRows) * b_.groups());
+    b_.middles.resize(b_.steps.size());
+    b_.bytes.resize(b_.steps.size());
+    b_.codes.resize(size_t(kTileRows) * cols);
+  }
+
+  void code(const float* w, Coded* out) {
+    b_.w = w;
+    choose_scales(&b_, objective_);
+    round_rows(&b_, levels_);
+    // Without products row scales stay alike: fitted to the weights alone they shorten rows, which costs quality.
+    if (objective_.moments && objective_.sweeps > 0) refine_rows(&b_, levels_, objective_);
+    tile_rows(b_, out);
+  }
+
+ private:
+  const std::vector<Level>& levels_;
+  const Objective& objective_;
+  RowBlock b_;
+};
+
+/// The quick search: the few scales and middles that mostly win, for three scales of a row, all rows at once.
+class QuickRows {
+ public:
+  QuickRows(int cols, int num_scales, const std::vector<Level>& levels, const Objective& objective)
+      : cols_(cols), groups_(blocks(cols, kGroup)), num_scales_(num_scales) {
+    columns_.resize(size_t(groups_) * kGroup * kTileRows);
+    bytes_.resize(size_t(groups_) * kTileRows);
+    importance_.resize(size_t(groups_) * kGroup);  // none of padding
+    std::copy_n(objective.squares, cols, importance_.begin());
+    for (const Level& level : levels) levels_.push_back({float(1 << (8 - level.bits)), level.weight});
+  }
+
+  void code(const float* w, Coded* out) {
+    // A little more than what reaches, as the middles are not met exactly, and two steps towards a fourth more, where
+    // other relative scales lie.
+    constexpr float kTries[] = {1.0f, 1.04f, 1.1f};
+    const Kernels& k = kernels();
+    for (int g = 0; g < groups_; ++g) turn(w, g);
+    float wanted[kTileRows], units[kTileRows] = {}, least[kTileRows] = {};
+    for (int r = 0; r < kTileRows; ++r) wanted[r] = row_scale(w + size_t(r) * cols_, cols_);
+    for (const float factor : kTries) {
+      float tried[kTileRows], errors[kTileRows];
+      uint16_t halves[kTileRows];
+      for (int r = 0; r < kTileRows; ++r) tried[r] = factor * wanted[r];
+      k.to_f16(tried, kTileRows, halves);
+      k.from_f16(halves, kTileRows, tried);
+      for (float& unit : tried) unit /= float(kScaleUnit);
+      k.fit_scales(columns_.data(), groups_, importance_.data(), levels_.data(), int(levels_.size()), tried,
+                   bytes_.data(), errors);
+      for (int r = 0; r < kTileRows; ++r) {
+        if (factor != kTries[0] && !(errors[r] < least[r])) continue;
+        least[r] = errors[r];
+        units[r] = tried[r];
+        for (int s = 0; s < num_scales_; ++s) out->halves[s][r] = halves[r];
+        for (size_t at = size_t(r); at < bytes_.size(); at += kTileRows) out->scales[at] = bytes_[at];
+      }
+    }
+    k.round_codes(columns_.data(), groups_, units, out->scales.data(), out->codes.data());
+    for (int c = cols_; c < groups_ * kGroup; ++c) {
+      for (int r = 0; r < kTileRows; ++r) out->codes[size_t(c / 4) * 64 + r * 4 + c % 4] = 0;
+    }
+  }
+
+ private:
+  /// Brings a group's columns together; padding is as the first, within the range.
+  void turn(const float* w, int g) {
+    float* const group = columns_.data() + size_t(g) * kGroup * kTileRows;
+    const int count = std::min(kGroup, cols_ - g * kGroup);
+    for (int r = 0; r < kTileRows; ++r) {
+      const float* const row = w + size_t(r) * cols_ + g * kGroup;
+      for (int c = 0; c < kGroup; ++c) group[c * kTileRows + r] = row[c < count ? c : 0];
+    }
+  }
+
+  int cols_, groups_, num_scales_;
+  std::vector<float> columns_;     ///< [groups * 16, 16]
+  std::vector<float> importance_;  ///< [groups * 16]
+  std::vector<uint8_t> bytes_;     ///< [groups, 16] of one try
+  std::vector<FitLevel> levels_;
+};
+
+/// Where the rungs of a matrix go.
+struct Rungs {
+  const std::vector<uint8_t>& widths;
+  uint8_t row_scales;  ///< bit r: rung r begins with scales of rows
+  const std::vector<uint8_t*>& outs;
+};
+
+/// Writes a row block to its places.
+void store(const Coded& coded, int block, int rows, const Rungs& rungs) {
+  int shift = 8, scale = 0;
+  const size_t tiles = coded.scales.size() / kScaleBytes;
+  for (size_t r = 0; r < rungs.widths.size(); ++r) {
+    uint8_t* out = rungs.outs[r];
+    if (rungs.row_scales >> r & 1) {
+      std::memcpy(out + size_t(block) * sizeof coded.halves[0], coded.halves[scale++], sizeof coded.halves[0]);
+      out += row_scale_bytes(rows);
+    }
+    shift -= rungs.widths[r];
+    pack_rows(coded, rungs.widths[r], r == 0, shift, out + block * tiles * tile_bytes(rungs.widths[r], r == 0));
+  }
+}
+
+/// Codes all row blocks; says whether every weight was one that float16 scales can hold.
+template <class Rows>
+bool code_blocks(ThreadPool& pool, const float* w, int rows, int cols, const Rows& prototype, const Rungs& rungs) {
+  std::atomic<bool> is_sound{true};
+  const int count = blocks(rows, kTileRows);
+  pool.run(count, grain_for(count, pool.size()), [&](int begin, int end) {
+    Rows of_piece = prototype;
+    Coded coded(blocks(cols, kTileCols));
+    std::vector<float> block(size_t(kTileRows) * cols);
+    for (int i = begin; i < end; ++i) {
+      const int present = std::min(kTileRows, rows - i * kTileRows);
+      std::copy_n(w + size_t(i) * kTileRows * cols, size_t(present) * cols, block.begin());
+      std::fill(block.begin() + size_t(present) * cols, block.end(), 0.0f);
+      int unsound = 0;
+      for (const float x : block) unsound += !(std::fabs(x) < 65504.0f);
+      if (unsound) is_sound.store(false, std::memory_order_relaxed);
+      if (!is_sound.load(std::memory_order_relaxed)) return;
+      of_piece.code(block.data(), &coded);
+      store(coded, i, rows, rungs);
+    }
+  });
+  return is_sound;
+}
+
 /// Throws std::invalid_argument unless every number can be computed with.
 void check(const Objective& o, int cols) {
   const auto is_weight = [](float x) { return x >= 0 && std::isfinite(x); };
@@ -140,44 +272,14 @@ void quantize_nested(ThreadPool& pool, const float* w, int rows, int cols, const
     }
     if (objective.level_weights[b - 1] > 0) levels.push_back({b, objective.level_weights[b - 1], num_scales - 1});
   }
-  const int tiles = blocks(cols, kTileCols);
   for (size_t r = 0; r < widths.size(); ++r) {
     if (scaled >> r & 1) std::memset(outs[r], 0, row_scale_bytes(rows));
   }
-  std::atomic<bool> finite{true};
-  pool.run(blocks(rows, kTileRows), 1, [&](int begin, int end) {
-    std::vector<float> block(size_t(kTileRows) * cols);
-    RowBlock b{block.data(), cols, num_scales, {}, {}, {}, {}, {}, {}};
-    b.steps.resize(size_t(kTileRows) * blocks(cols, kGroup));
-    b.middles.resize(b.steps.size());
-    b.bytes.resize(b.steps.size());
-    b.codes.resize(block.size());
-    for (int i = begin; i < end; ++i) {
-      const int count = std::min(kTileRows, rows - i * kTileRows);
-      std::copy_n(w + size_t(i) * kTileRows * cols, size_t(count) * cols, block.begin());
-      std::fill(block.begin() + size_t(count) * cols, block.end(), 0.0f);
-      // float16 scales: a row wider than their range could not be stored.
-      for (const float x : block) {
-        if (!(std::fabs(x) < 65504.0f)) finite.store(false, std::memory_order_relaxed);
-      }
-      if (!finite.load(std::memory_order_relaxed)) return;
-      choose_scales(&b, objective);
-      round_rows(&b, levels);
-      // Without products row scales stay alike: fitted to the weights alone they shorten rows, which costs quality.
-      if (objective.moments && objective.sweeps > 0) refine_rows(&b, levels, objective);
-      int shift = 8, scale = 0;
-      for (size_t r = 0; r < widths.size(); ++r) {
-        uint8_t* out = outs[r];
-        if (scaled >> r & 1) {
-          std::memcpy(out + size_t(i) * sizeof b.halves[0], b.halves[scale++], sizeof b.halves[0]);
-          out += row_scale_bytes(rows);
-        }
-        shift -= widths[r];
-        pack_rows(b, widths[r], r == 0, shift, out + size_t(i) * tiles * tile_bytes(widths[r], r == 0));
-      }
-    }
-  });
-  if (!finite) throw std::invalid_argument("quantize: a weight is not finite, or too large for float16 scales");
+  const Rungs rungs{widths, scaled, outs};
+  const bool is_sound = objective.is_thorough || objective.moments
+                            ? code_blocks(pool, w, rows, cols, ThoroughRows(cols, num_scales, levels, objective), rungs)
+                            : code_blocks(pool, w, rows, cols, QuickRows(cols, num_scales, levels, objective), rungs);
+  if (!is_sound) throw std::invalid_argument("quantize: a weight is not finite, or too large for float16 scales");
 }
 
 }  // namespace edgemoe

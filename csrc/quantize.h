@@ -19,6 +19,8 @@ struct Objective {
   const float* squares;
   /// Passes over the columns at most.
   int sweeps;
+  /// Searches scales and middles of groups in full, as is done with `moments` anyway: several times the time.
+  bool is_thorough;
 };
 
 /// Quantises w [rows, cols] and writes each rung of `widths` bits to outs[i], of rung_bytes. `row_scales` says which

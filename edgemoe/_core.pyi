@@ -25,6 +25,7 @@ def quantize(
     squares: _F32,
     moments: _F32 | None,
     sweeps: int,
+    thorough: bool,
     threads: int,
 ) -> list[_U8]: ...
 def read_f32(

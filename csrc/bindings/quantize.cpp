@@ -15,7 +15,7 @@ void bind_quantize(py::module_& m) {
       "quantize",
       [](const Array<float>& w, const std::vector<uint8_t>& widths, const std::vector<uint8_t>& row_scales,
          const Array<float>& level_weights, const Array<float>& squares, const std::optional<Array<float>>& moments,
-         int sweeps, int threads) {
+         int sweeps, bool is_thorough, int threads) {
         expect(w, "quantize", {-1, -1});
         expect(level_weights, "level_weights", {8});
         const int rows = int(w.shape(0)), cols = int(w.shape(1));
@@ -32,7 +32,8 @@ void bind_quantize(py::module_& m) {
           outs.push_back(rungs.back().mutable_data());
         }
         const float* data = w.data();
-        const Objective objective{level_weights.data(), moments ? moments->data() : nullptr, squares.data(), sweeps};
+        const Objective objective{level_weights.data(), moments ? moments->data() : nullptr, squares.data(), sweeps,
+                                  is_thorough};
         {
           py::gil_scoped_release release;
           ThreadPool pool(threads);
@@ -41,7 +42,8 @@ void bind_quantize(py::module_& m) {
         return rungs;
       },
       py::arg("w").noconvert(), py::arg("widths"), py::arg("row_scales"), py::arg("level_weights").noconvert(),
-      py::arg("squares").noconvert(), py::arg("moments").noconvert(), py::arg("sweeps"), py::arg("threads"),
+      py::arg("squares").noconvert(), py::arg("moments").noconvert(), py::arg("sweeps"), py::arg("thorough"),
+      py::arg("threads"),
       "Quantises w [rows, cols] float32 and returns its rungs, one uint8 array each; see quantize.h.");
 }
 

@@ -567,6 +567,7 @@ uint8_t read_all(const uint8_t* bytes, size_t n) {
 #include "latent-inl.h"
 #include "mwq-inl.h"
 #include "packed-inl.h"
+#include "quantize-inl.h"
 #include "recurrent-inl.h"
 
 namespace edgemoe {
@@ -576,6 +577,9 @@ template <class V>
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,
                  choose_scale<V>,
+                 fit_scales<V>,
+                 round_codes<V>,
+                 pack_rung<V>,
                  quantize_row<V>,
                  matmul_nested<V>,
                  decode_nested<V>,

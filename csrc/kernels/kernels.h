@@ -310,6 +310,12 @@ struct ConvShape {
   size_t out_stride;
 };
 
+/// A level for which codes are made.
+struct FitLevel {
+  float step;    ///< of its code, in steps of the 8-bit one
+  float weight;  ///< how much its squared error counts
+};
+
 struct Kernels {
   const char* name;
 
@@ -318,6 +324,17 @@ struct Kernels {
   /// code with relative scale 1. Returns that sum.
   float (*choose_scale)(const float* w, const float* importance, float unit, const float* level_weights,
                         uint8_t* chosen);
+
+  /// The same of 16 rows at once, with fewer tries: `columns` [groups * 16, 16] has a column's rows together, and
+  /// `importance` is [groups * 16], `units` [16]. Writes `bytes` [groups, 16] and `errors` [16], sums over the groups.
+  void (*fit_scales)(const float* columns, int groups, const float* importance, const FitLevel* levels, int num_levels,
+                     const float* units, uint8_t* bytes, float* errors);
+
+  /// The nearest codes with these scales, as tiles have them: `codes` [groups * 4, 64].
+  void (*round_codes)(const float* columns, int groups, const float* units, const uint8_t* bytes, uint8_t* codes);
+
+  /// Writes the planes of one rung of a tile of codes [16, 64]: the `width` bits from `shift` on.
+  void (*pack_rung)(const uint8_t* codes, int width, int shift, uint8_t* out);
 
   /// Quantises a row of activations to 8 bits. A group with a value that is not finite gets a scale that is not a
   /// number, so that it is seen in the logits.

@@ -94,6 +94,8 @@ def convert(
         provenance["allocation"] = {"method": allocation.method, **allocation.settings}
     if favour is not None:
         provenance["favour"] = favour
+    if scheme.is_thorough:
+        provenance["thorough"] = True
     with Writer(
         out, config, bits=bits, scheme=scheme, sections=sections(source), source=provenance,
         calibration=calibration, allocation=allocation, favour=favour, down_bits=down_bits,

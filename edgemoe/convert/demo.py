@@ -109,6 +109,7 @@ def _build(model: Path, say: Say, progress: Progress) -> None:
     from edgemoe.convert.carve.carve import carve
     from edgemoe.convert.convert import convert
     from edgemoe.convert.gguf import GGUFCheckpoint
+    from edgemoe.quant import SCHEMES
 
     # Stays when the build is interrupted, for the next one to go on with.
     work = model.with_suffix(".build")
@@ -126,7 +127,10 @@ def _build(model: Path, say: Say, progress: Progress) -> None:
     advice = json.dumps({"temperature": 0.2, "top_p": 0.9}).encode()
     carved.files = {**carved.files, "generation_config.json": advice}
     finished = work / model.name
-    convert(carved, finished, bits=8, progress=lambda done, total: progress("convert", done, total))
+    convert(
+        carved, finished, bits=8, scheme=SCHEMES["nested"].thorough(),
+        progress=lambda done, total: progress("convert", done, total),
+    )  # fmt: skip
     rename(finished, model)
     shutil.rmtree(work, ignore_errors=True)
 

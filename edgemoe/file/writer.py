@@ -125,6 +125,7 @@ class Writer:
             LEVEL_WEIGHTS.tolist(),
             ROUNDING_WEIGHTS.tolist(),
             [self._scheme.name, self._scheme.row_scales, layout.scheme.correction],
+            "thorough" if self._scheme.is_thorough else "quick",
         ]
         return f"{_core.crc32c(json.dumps(plan, sort_keys=True).encode()):08x}"
 

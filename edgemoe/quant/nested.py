@@ -92,12 +92,14 @@ def quantize(
     second_moments: NDArray[np.float32] | None = None,
     favour: int | None = None,
     row_scales: Sequence[int] = (1,),
+    thorough: bool = False,
     threads: int = 2,
 ) -> list[NDArray[np.uint8]]:
     """Quantises a matrix and returns its rungs as the file stores them.
 
-    Scale and middle of each group of 16 columns are the best of some 25, and codes the best of those near, judged at
-    all levels at once. Fewer bits in the ladder store a prefix of the same code, unless a level is favoured.
+    Scale and middle of each group of 16 columns are the best of eight that mostly win, for the best of three scales
+    of the row, judged at all levels at once. Fewer bits in the ladder store a prefix of the same code, unless a level
+    is favoured.
 
     With the full matrix of second moments the codes are then refined: coordinate descent on the squared error of the
     output, again summed over the levels. It is GPTQ's objective (arXiv 2210.17323) for all levels of one code; an
@@ -111,6 +113,8 @@ def quantize(
         favour: the level, 1 for the first rung, whose error matters much more than that of the others; None for none.
         row_scales: which rungs begin with scales of rows, for themselves and those after them. It may be longer than
             the ladder, whose codes then are those of a longer one.
+        thorough: tries all of some 25 scales and middles, for five scales of each row. It takes twelve times the time
+            and leaves 0.4% less error (benchmarks/LOG.md). With a full matrix of second moments that is done anyway.
 
     Raises:
         ValueError: a weight is not finite or beyond float16, or the moments are not finite or of another shape.
@@ -134,5 +138,13 @@ def quantize(
                 np.fill_diagonal(moments, squares)
     level_weights = _level_weights(ladder, favour, is_compensated=moments is not None)
     return _core.quantize(
-        w, plane_widths(ladder), row_scales, level_weights, squares, moments, _SWEEPS, threads
+        w,
+        plane_widths(ladder),
+        row_scales,
+        level_weights,
+        squares,
+        moments,
+        _SWEEPS,
+        thorough,
+        threads,
     )

@@ -58,6 +58,8 @@ class Scheme:
     """Which rungs begin with scales of rows, 1 or 0; those beyond its end do not. A file may have others."""
     correction: Correction = field(default_factory=dict)
     """Ranks of the corrections that a file has."""
+    is_thorough: bool = False
+    """Says whether `quantize` tries all that it could; see `thorough`."""
 
     def rung_bytes(self, rows: int, cols: int, ladder: Sequence[int], name: str = "") -> list[int]:
         """Returns the bytes of each rung of a matrix [rows, cols].
@@ -90,13 +92,23 @@ class Scheme:
         Nested codes of 2 bits have row scales of their own then. Without products these would only take room: fitted to
         the weights alone they make the model worse.
         """
-        if self.quantize is not nested.quantize:
+        if self.quantize not in (nested.quantize, _THOROUGH):
             return self
         return replace(
             self,
             row_scales=nested.ROW_SCALES,
             quantize=partial(nested.quantize, row_scales=nested.ROW_SCALES),
         )
+
+    def thorough(self, name: str = "thorough") -> Scheme:
+        """Returns the scheme with the full search for scales, which takes several times as long.
+
+        Raises:
+            ValueError: the scheme has but one search; the message begins with `name`.
+        """
+        if self.quantize is not nested.quantize:
+            raise ValueError(f"{name}: not for the scheme {self.name}")
+        return replace(self, is_thorough=True, quantize=_THOROUGH)
 
     def cut(self, dense: int, experts: int) -> Scheme:
         """Returns the scheme with corrections of the first rungs alone: so many of dense matrices and of experts."""
@@ -117,6 +129,9 @@ class Scheme:
                 return ladder if bits is None else ladder[: ladder.index(bits) + 1]
         levels = ", ".join(str(b) for ladder in self.ladders for b in ladder)
         raise ValueError(f"{name}: expected one of {levels}, got {bits}")
+
+
+_THOROUGH = partial(nested.quantize, thorough=True)
 
 
 def _quantize_mwq(

@@ -37,6 +37,15 @@ def test_command_reports_in_lines_where_there_is_no_terminal(checkpoint, tmp_pat
     assert open_moe(out).ladder[-1] == (3, 3, 3)
 
 
+def test_the_full_search_is_asked_for_and_kept_in_the_file(checkpoint, tmp_path, capsys) -> None:
+    quick, thorough = tmp_path / "quick.moe", tmp_path / "thorough.moe"
+    assert run("convert", checkpoint, quick) == 0
+    assert run("convert", checkpoint, thorough, "--thorough") == 0
+    assert "thorough" not in open_moe(quick).source
+    assert open_moe(thorough).source["thorough"] is True
+    assert open_moe(quick).tensors != open_moe(thorough).tensors  # their checksums
+
+
 def test_command_says_what_of_a_scaling_is_not_used(tmp_path, capsys) -> None:
     source = families.make("olmoe-bias-dynamic", tmp_path / "dynamic")
     assert run("convert", source, tmp_path / "x.moe") == 0
@@ -74,6 +83,11 @@ def test_command_says_what_of_a_scaling_is_not_used(tmp_path, capsys) -> None:
             ("convert", "absent", "x.moe", "--bits", "4", "--favour", "6"),
             2,
             "--favour: expected one of 2, 3, 4, got 6",
+        ),
+        (
+            ("convert", "absent", "x.moe", "--scheme", "mwq", "--thorough"),
+            2,
+            "--thorough: not for the scheme mwq",
         ),
         (("convert", "absent", "x.moe", "--carve"), 1, "absent: no such folder or file"),
         (("convert", "x.gguf", "x.moe"), 1, "x.gguf: no such file"),

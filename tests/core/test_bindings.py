@@ -31,7 +31,7 @@ def quantize(
     cols = w.shape[1]
     squares = np.ones(cols, np.float32) if squares is None else squares
     return _core.quantize(
-        w, WIDTHS, row_scales, np.array(weights, np.float32), squares, moments, 2, threads
+        w, WIDTHS, row_scales, np.array(weights, np.float32), squares, moments, 2, False, threads
     )
 
 

@@ -50,6 +50,13 @@ def level_errors(w, rungs, moments):
     return np.array(errors)
 
 
+def exact_weights(rows, cols):
+    """The same on every machine, to the last bit."""
+    x = (np.arange(rows * cols, dtype=np.uint32) * np.uint32(2654435761)) >> np.uint32(8)
+    u = x.astype(np.float32) / np.float32(2**24) - np.float32(0.5)
+    return (u * np.abs(u)).reshape(rows, cols)
+
+
 def objective(w, codes, steps, middles, importance):
     """Weighted squared error over levels, per weight."""
     return importance * sum(
@@ -58,9 +65,10 @@ def objective(w, codes, steps, middles, importance):
     )
 
 
-def test_codes_are_the_best_of_all_256():
+@pytest.mark.parametrize("thorough", [False, True])
+def test_codes_are_the_best_of_all_256(thorough):
     w = weights(16, 96)
-    codes, steps, middles = unpack(quantize(w), WIDTHS, *w.shape)
+    codes, steps, middles = unpack(quantize(w, thorough=thorough), WIDTHS, *w.shape)
     chosen = objective(w, codes, steps, middles, 1)
     every = np.min(
         [objective(w, np.full_like(codes, c), steps, middles, 1) for c in range(256)], axis=0
@@ -68,10 +76,11 @@ def test_codes_are_the_best_of_all_256():
     np.testing.assert_allclose(chosen, every, rtol=1e-3, atol=1e-3 * every.mean())
 
 
-def test_scales_and_middles_are_near_the_best_of_all_256():
+@pytest.mark.parametrize("thorough", [False, True])
+def test_scales_and_middles_are_near_the_best_of_all_256(thorough):
     w = weights(4, 64)
     importance = np.linspace(0.5, 2, 64)
-    rungs = quantize(w, second_moments=importance.astype(np.float32))
+    rungs = quantize(w, second_moments=importance.astype(np.float32), thorough=thorough)
     codes, steps, middles = unpack(rungs, WIDTHS, 4, 64)
     # The step of a row's code at relative scale 1.
     units = rungs[0][:8].view(np.float16).astype(np.float64)[:, None] / 4096
@@ -87,6 +96,59 @@ def test_scales_and_middles_are_near_the_best_of_all_256():
             best = np.minimum(best, groups(objective(w, q, s, m, importance)))
     assert (chosen <= best * 1.001).mean() > 0.9
     assert (chosen <= best * 1.2).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "2d06a158 82185244 e220fea8 861831f9 e2184654"),
+        ({"ladder": (2, 3, 4)}, "2d06a158 82185244 e220fea8"),
+        (
+            {"second_moments": np.linspace(0.5, 2, 200).astype(np.float32), "favour": 2},
+            "ae4f572f 2a23c9c3 56a8d3eb 13b630e5 7ab9a714",
+        ),
+    ],
+    ids=["plain", "short", "favoured"],
+)
+def test_the_full_search_makes_the_bytes_that_it_always_made(options, expected):
+    rungs = quantize(exact_weights(40, 200), thorough=True, **options)
+    assert " ".join(f"{_core.crc32c(rung):08x}" for rung in rungs) == expected
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (32, 512), (40, 200)], ids=str)
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_the_quick_search_loses_little_at_any_level(shape, calibrated):
+    w, squares = weights(*shape), np.linspace(0.2, 1.8, shape[1]).astype(np.float32)
+    moments, importance = (squares, squares) if calibrated else (None, 1)
+
+    def errors(rungs):
+        decoded = [decode_rungs(rungs[:n], WIDTHS[:n], *shape) for n in range(1, len(LADDER) + 1)]
+        return np.array([(importance * np.square(d - w)).sum() for d in decoded])
+
+    quick, full = (errors(quantize(w, second_moments=moments, thorough=t)) for t in (False, True))
+    assert (quick < 1.03 * full).all()
+    weight = ROUNDING_WEIGHTS[np.array(LADDER) - 1]
+    assert quick @ weight < 1.012 * (full @ weight)
+
+
+@pytest.mark.parametrize("thorough", [False, True])
+def test_padding_is_zero(thorough):
+    w = weights(17, 70)
+    codes, _, _ = unpack(quantize(w, thorough=thorough), WIDTHS, 32, 128)
+    assert not codes[:, 70:].any()
+
+
+@pytest.mark.parametrize("thorough", [False, True])
+@pytest.mark.parametrize("scale", [1e-30, 1e-7, 1.0, 65503.0])
+def test_rows_of_any_size_and_of_nothing_are_met(scale, thorough):
+    w = np.linspace(-1, 1, 16 * 48, dtype=np.float32).reshape(16, 48) * np.float32(scale)
+    w[3] = 0
+    w[5, 16:] = 0
+    w[7] = np.float32(scale)
+    decoded = decode_rungs(quantize(w, thorough=thorough), WIDTHS, *w.shape)
+    assert (decoded[3] == 0).all()
+    # Scales in float16 have steps of 2^-24 near zero.
+    np.testing.assert_allclose(decoded, w, rtol=0, atol=scale / 64 + 2**-23)
 
 
 @pytest.mark.parametrize("shape", [(64, 128), (40, 200)], ids=str)
@@ -111,7 +173,7 @@ def test_refining_is_coordinate_descent():
     moments = (x.T @ x / len(x)).astype(np.float32)
     moments /= np.diagonal(moments).mean()
     squares = np.diagonal(moments).copy()
-    rungs = _core.quantize(w, WIDTHS, [1], ROUNDING_WEIGHTS, squares, moments, 100, 1)
+    rungs = _core.quantize(w, WIDTHS, [1], ROUNDING_WEIGHTS, squares, moments, 100, False, 1)
     codes, steps, middles = unpack(rungs, WIDTHS, *w.shape)
 
     def total(codes):
@@ -191,22 +253,36 @@ def test_fitted_scales_stay_within_float16(calibrated):
     assert np.abs(out - w).max() < 0.01 * 6.5e4
 
 
-def test_threads_do_not_change_the_codes():
-    w, x = weights(70, 130), inputs(300, 130)
+def searches(rows, cols):
+    """Every way to the codes of a matrix, as options of `quantize`."""
+    x = inputs(300, cols)
     moments = x.T @ x
-    one = quantize(w, second_moments=moments, threads=1)
-    for a, b in zip(one, quantize(w, second_moments=moments, threads=3), strict=True):
-        assert np.array_equal(a, b)
+    yield {}
+    yield {"second_moments": np.diagonal(moments).copy()}
+    yield {"thorough": True}
+    yield {"second_moments": moments, "row_scales": ROW_SCALES}
+
+
+def test_threads_do_not_change_the_codes():
+    w = weights(150, 130)
+    for options in searches(*w.shape):
+        one = quantize(w, threads=1, **options)
+        for a, b in zip(one, quantize(w, threads=3, **options), strict=True):
+            assert np.array_equal(a, b)
 
 
 def test_instruction_sets_choose_the_same_codes():
-    w, x = weights(33, 70), inputs(200, 70)
-    first, before = None, _core.isa()
-    for isa in _core.usable_isas().split():
-        _core.use_isa(isa)
-        rungs = quantize(w, second_moments=x.T @ x, row_scales=ROW_SCALES)
-        first = first or rungs
-        assert all(np.array_equal(a, b) for a, b in zip(first, rungs, strict=True))
+    w = weights(33, 70)
+    w[1] = 0
+    w[2] *= 1e-6
+    before = _core.isa()
+    for options in searches(*w.shape):
+        first = None
+        for isa in _core.usable_isas().split():
+            _core.use_isa(isa)
+            rungs = quantize(w, **options)
+            first = first or rungs
+            assert all(np.array_equal(a, b) for a, b in zip(first, rungs, strict=True))
     _core.use_isa(before)
 
 
