@@ -5,8 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint, sections
@@ -107,12 +113,17 @@ def convert(
 
         report()
         missing = [name for name in _records(model) if not writer.is_done(name)]
-        for name in missing if arrivals is None else arrivals(model, writer, missing):
-            if name.startswith("experts."):
+        ready = (
+            _read_ahead(model, missing)
+            if arrivals is None
+            else ((name, partial(_read, model, name)) for name in arrivals(model, writer, missing))
+        )
+        for name, read in ready:
+            if _is_expert(name):
                 layer, index = map(int, name.split(".")[1:])
-                writer.add_expert(layer, index, *model.expert(layer, index))
+                writer.add_expert(layer, index, *read())
             else:
-                writer.add(name, model.tensor(name))
+                writer.add(name, *read())
             report()
         writer.finish()
         if progress is not None:
@@ -124,6 +135,36 @@ def _records(model: SourceModel) -> Iterator[str]:
     yield from dense_tensors(config)
     for layer in config.moe_layers:
         yield from (f"experts.{layer}.{index}" for index in range(config.num_experts))
+
+
+def _is_expert(name: str) -> bool:
+    return name.startswith("experts.")
+
+
+def _read(model: SourceModel, name: str) -> tuple[NDArray[np.float32], ...]:
+    """Returns the matrices of an expert, or the one tensor of another record."""
+    if not _is_expert(name):
+        return (model.tensor(name),)
+    layer, index = map(int, name.split(".")[1:])
+    return model.expert(layer, index)
+
+
+def _read_ahead(
+    model: SourceModel, names: Sequence[str]
+) -> Iterator[tuple[str, Callable[[], tuple[NDArray[np.float32], ...]]]]:
+    """Yields records and what returns their values; each expert is read while the one before is quantised.
+
+    Other records are not: two embeddings in float32 may not fit.
+    """
+    with ThreadPoolExecutor(1, "read") as reader:
+        coming = None
+        for name, after in pairwise([*names, ""]):
+            if not _is_expert(name):
+                yield name, partial(_read, model, name)
+                continue
+            this = coming or reader.submit(_read, model, name)
+            coming = reader.submit(_read, model, after) if _is_expert(after) else None
+            yield name, this.result
 
 
 def _is_short(config: Mapping[str, Any], key: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,8 +36,10 @@ class Writer:
     """Streams a model into `path`.part and renames it when it is complete.
 
     The layout is known before the first byte: tensors may come in any order, and a second writer with the same
-    arguments goes on where an interrupted one stopped (`path`.part.log says how far it came). One tensor is held
-    in memory at a time. Use as a context manager; leaving without `finish` keeps the partial file.
+    arguments goes on where an interrupted one stopped (`path`.part.log says how far it came). Each record is written
+    while the next one is quantised, so that two are held in memory, and an error of writing is raised when the next
+    record is added, or by `sync` and `finish`. Use as a context manager; leaving without `finish` keeps the partial
+    file.
     """
 
     def __init__(
@@ -105,11 +108,10 @@ class Writer:
         self._part = PartialFile(
             Path(path), self._fingerprint(), self._layout.places, self.total_bytes
         )
-
-    @property
-    def written_bytes(self) -> int:
-        """How much of `total_bytes` is there."""
-        return self._part.written_bytes
+        self.written_bytes = self._part.written_bytes
+        """How much of `total_bytes` is there, or was added."""
+        self._behind = ThreadPoolExecutor(1, "write")
+        self._last: Future[None] | None = None
 
     def _fingerprint(self) -> str:
         """Returns a sum of all that the records depend on."""
@@ -131,6 +133,7 @@ class Writer:
 
     def sync(self) -> None:
         """Brings what was added to the disk, so that no interruption can lose it."""
+        self._wait()
         self._part.sync()
 
     def is_done(self, name: str) -> bool:
@@ -151,12 +154,12 @@ class Writer:
         if array.shape != spec.shape:
             raise FormatError(f"{name}: expected shape {spec.shape}, got {array.shape}")
         if spec.kind == "nested":
-            self._part.write(name, self._quantize(name, array, self._layout.ladder, self._favoured))
+            self._write(name, self._quantize(name, array, self._layout.ladder, self._favoured))
         else:
             if not np.isfinite(array).all():
                 raise FormatError(f"{name}: a value is not finite")
             flat = np.ascontiguousarray(array, np.float32).reshape(-1)
-            self._part.write(name, [flat.view(np.uint8)])
+            self._write(name, [flat.view(np.uint8)])
 
     def add_expert(
         self,
@@ -187,7 +190,18 @@ class Writer:
             rungs.append(
                 self._quantize(f"{name}.{part}", w, ladder[:levels], favour) if len(w) else nothing
             )
-        self._part.write(name, [np.concatenate(parts) for parts in zip(*rungs, strict=True)])
+        self._write(name, [np.concatenate(parts) for parts in zip(*rungs, strict=True)])
+
+    def _write(self, name: str, rungs: Sequence[NDArray[np.uint8]]) -> None:
+        self._wait()
+        self._last = self._behind.submit(self._part.write, name, rungs)
+        self.written_bytes += self._layout.places[name].padded_bytes
+
+    def _wait(self) -> None:
+        """Waits for the record that is being written."""
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
     def _quantize(
         self, name: str, w: NDArray[np.float32], ladder: Sequence[int], favour: int | None
@@ -225,6 +239,7 @@ class Writer:
             FileExistsError: another process has written a file of that name meanwhile.
             OSError: the disk is full.
         """
+        self._wait()
         missing = sorted(set(self._layout.places) - set(self._part.sums))
         if missing:
             raise FormatError(f"{missing[0]}: not written ({len(missing)} in all)")
@@ -240,4 +255,5 @@ class Writer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._behind.shutdown()
         self._part.close()
