@@ -75,7 +75,7 @@ struct GroupFit {
   }
 };
 
-/// Tries the least scale of a group that reaches all its weights, and the next one. Of the best of 25, 99% are among
+/// Tries the least scale of a group that reaches all its weights, and the next one. Of the best of 25, 98% are among
 /// these eight, and what the others gain is 0.2% of the error: benchmarks/LOG.md.
 template <class V>
 void fit_scales(const float* columns, int groups, const float* importance, const FitLevel* levels, int num_levels,
