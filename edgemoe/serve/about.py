@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import msgspec
@@ -50,7 +51,8 @@ def models(service: Service) -> Response:
     capabilities += ["grammar"] * (service.grammars is not None)
     meta = {
         "n_ctx": service.context, "n_ctx_train": config.context_length, "n_vocab": config.vocab_size,
-        "family": config.family, "bits": model.bits, "size": model.moe.file_bytes,
+        "n_params": _parameters(service), "family": config.family, "bits": model.bits,
+        "size": model.moe.file_bytes,
         "capabilities": capabilities,
     }  # fmt: skip
     data = [
@@ -61,6 +63,14 @@ def models(service: Service) -> Response:
         for name in service.names
     ]  # fmt: skip
     return _json({"object": "list", "data": data})
+
+
+def _parameters(service: Service) -> int:
+    """Returns how many weights the model has."""
+    moe = service.model.moe
+    each = sum(rows * columns for rows, columns in moe.config.expert_shapes)
+    dense = [t.spec.shape for name, t in moe.tensors.items() if not name.startswith("rope")]
+    return len(moe.experts.rungs) * each + sum(map(math.prod, dense))
 
 
 def props(service: Service) -> Response:

@@ -6,6 +6,8 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from edgemoe import hardware
 from edgemoe.runtime.batching import Batcher
 from edgemoe.runtime.model import Model
@@ -103,7 +105,7 @@ class ServerFigures:
             lines += _counter(name, {"": value})
         uses = store["hits"] + store["misses"]
         parts = {
-            "dense": budget.dense, "kv": budget.kv, "scratch": budget.scratch, "slots": budget.slots,
+            "dense": budget.dense, "kv": budget.kv, "scratch": budget.scratch, "slots": model.room.size,
             "process": hardware.process_bytes(), "prefixes": kept["memory"][1],
         }  # fmt: skip
         gauges = {
@@ -113,12 +115,22 @@ class ServerFigures:
             "ram_bytes": {f'part="{name}"': size for name, size in parts.items()},
             "ram_limit_bytes": {"": budget.ram},
             "resident_bytes": {"": store["resident_bytes"]},
+            "resident_experts": _resident(model),
             "prefixes": {f'place="{place}"': found[0] for place, found in kept.items()},
             "prefix_bytes": {f'place="{place}"': found[1] for place, found in kept.items()},
         }  # fmt: skip
         for name, values in gauges.items():
             lines += _counter(name, values, kind="gauge")
         return "\n".join(lines) + "\n"
+
+
+def _resident(model: Model) -> dict[str, float]:
+    """Returns how many experts are in memory, by their bits there."""
+    levels = np.bincount(
+        model.store.residency.reshape(-1), minlength=len(model.store.level_bits) + 1
+    )
+    counts = zip(model.store.level_bits, levels[1:].tolist(), strict=False)
+    return {f'bits="{bits}"': count for bits, count in counts}
 
 
 def _counter(name: str, values: Mapping[str, float], kind: str = "counter") -> list[str]:

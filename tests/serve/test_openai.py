@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import httpx2 as httpx
 import openai
 import pytest
+from tiny import tiny_checkpoint
 
 import edgemoe
 
@@ -136,6 +138,9 @@ def test_fields_without_effect_are_reported(client, server):
     text = server.get("/metrics").text
     assert 'edgemoe_ignored_fields_total{field="frobnicate"} 1' in text
     assert 'edgemoe_requests_total{route="/v1/chat/completions",code="200"}' in text
+    held = [line for line in text.splitlines() if line.startswith("edgemoe_resident_experts{")]
+    stats = server.opened.model.store.stats
+    assert sum(float(line.split()[1]) for line in held) == stats["resident_experts"] > 0
 
 
 WRONG = [
@@ -201,6 +206,9 @@ def test_models_and_the_rest_are_told(client, server):
     (model,) = client.models.list().data
     assert model.id == "tiny"
     assert model.meta["n_ctx"] == 512
+    checkpoint = tiny_checkpoint()
+    assert model.meta["n_params"] == sum(t.size for t in checkpoint._tensors.values())
+    assert httpx.head(server.url).status_code == 200  # which some ask first
     assert server.get("/health").json() == {"status": "ok"}
     assert server.get("/props").json()["total_slots"] == 4
     assert len(server.get("/slots").json()) == 4
