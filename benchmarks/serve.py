@@ -6,7 +6,7 @@
 
 `cost`: the time of a token of the model alone, of the batcher, and of a client's reply,
 whole and streamed. `clients`: tokens per second and
-bytes read per token of all together, with so much of the experts in memory. `soak`: eight clients at a time, of whom
+bytes read per token of all together, with so much of the experts in memory. `soak`: some clients at a time, of whom
 four in ten leave at random; every reply that ends must be the one of that seed alone, and nothing may be left over.
 With --limit the server runs in a control group of exactly --ram, without swap: that needs root.
 """
@@ -259,7 +259,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def soak(args: argparse.Namespace) -> None:
-    """Eight clients at a time, some of whom leave."""
+    """Several clients at a time, some of whom leave."""
     from edgemoe.runtime.budget import parse_size
 
     ram = parse_size(args.ram)
@@ -294,7 +294,7 @@ def soak(args: argparse.Namespace) -> None:
             with lock:
                 counts["right"] += 1
 
-        with ThreadPoolExecutor(8) as pool:
+        with ThreadPoolExecutor(args.clients) as pool:
             list(pool.map(one, range(args.requests)))
         while any(slot["is_processing"] for slot in json.loads(server.get("/slots"))):
             time.sleep(0.1)
@@ -332,6 +332,7 @@ def main() -> None:
             command.add_argument("--ram", required=True, metavar="SIZE")
             command.add_argument("--seconds", type=float, default=600, metavar="N")
             command.add_argument("--requests", type=int, default=1000, metavar="N")
+            command.add_argument("--clients", type=int, default=8, metavar="N")
             command.add_argument("--limit", action="store_true")
     args = parser.parse_args()
     args.run(args)
