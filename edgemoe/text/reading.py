@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 from edgemoe.errors import FormatError
@@ -66,10 +67,15 @@ class Reading:
         """Returns the tokens that a reader has to see, though they are not shown."""
         words = self.form.markers(tools=tools)
         found = {i for w in words if (i := self._tokenizer.token_id(w)) is not None}
-        if self.template is not None:
-            special = self._tokenizer.special_ids
-            found |= {i for i in special if self.template.speaks_of(self._tokenizer.token_text(i))}
-        return frozenset(found)
+        return self._named | found
+
+    @functools.cached_property
+    def _named(self) -> frozenset[int]:
+        """The special tokens that the model's own template speaks of."""
+        template, text = self.template, self._tokenizer.token_text
+        if template is None:
+            return frozenset()
+        return frozenset(i for i in self._tokenizer.special_ids if template.speaks_of(text(i)))
 
     def reader(self, schemas: Schemas | None, prompt: str, *, must_call: bool = False) -> Reader:
         """Returns what takes a reply apart.
