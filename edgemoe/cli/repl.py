@@ -13,7 +13,7 @@ from edgemoe.cli.console import argument_text, error_line, note, write_reply
 from edgemoe.cli.line import LineReader
 from edgemoe.cli.prompt import read_text
 from edgemoe.cli.reasoning import KINDS, apart, set_reasoning
-from edgemoe.cli.stats import more_context, say_stats, stats_table
+from edgemoe.cli.stats import say_stats, stats_table, too_long
 from edgemoe.cli.waiting import watched
 from edgemoe.errors import size_text
 from edgemoe.runtime.chat import TooLong
@@ -219,7 +219,7 @@ class _Session:
             except KeyboardInterrupt:
                 note("# stopped")
             except TooLong as error:
-                raise ValueError(f"{error}{more_context(self._engine)}") from None
+                raise too_long(self._engine, error) from None
         say_stats(self._engine, self._stats)
         if self._chat.finish == "context":
             note("# the context is full: /reset starts anew, -c makes it larger")

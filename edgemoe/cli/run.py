@@ -183,14 +183,14 @@ def _warm(engine: Engine, profile: str) -> None:
 
 
 def _answer(engine: Engine, chat: Chat, prompt: str, *, stats: str, reasoning: str) -> int:
-    from edgemoe.cli.stats import more_context, say_stats
+    from edgemoe.cli.stats import say_stats, too_long
     from edgemoe.cli.waiting import watched
     from edgemoe.runtime.chat import TooLong
 
     try:
         write_reply(apart(watched(engine, chat.pieces(prompt)), reasoning))
     except TooLong as error:
-        raise ValueError(f"{error}{more_context(engine)}") from None
+        raise too_long(engine, error) from None
     say_stats(engine, stats)
     if chat.finish == "context":
         note("# the context is full: -c makes it larger")

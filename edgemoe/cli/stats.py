@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 from edgemoe.cli.console import note
 
 if TYPE_CHECKING:
+    from edgemoe.runtime.chat import TooLong
     from edgemoe.runtime.engine import Engine
     from edgemoe.runtime.meter import Stats
 
-__all__ = ["full_line", "more_context", "say_stats", "stats_line", "stats_table"]
+__all__ = ["full_line", "say_stats", "stats_line", "stats_table", "too_long"]
 
 
 def say_stats(engine: Engine, kind: str) -> None:
@@ -19,10 +20,11 @@ def say_stats(engine: Engine, kind: str) -> None:
         note((full_line if kind == "full" else stats_line)(engine.stats))
 
 
-def more_context(engine: Engine) -> str:
-    """Returns what to add to an error about a context that is full: how to have more, if there is more."""
+def too_long(engine: Engine, error: TooLong) -> ValueError:
+    """Returns an error about a context that is full, with how to have more, if there is more."""
     most = engine.config.context_length
-    return f"; -c N makes it longer, the model's most is {most}" if engine.context < most else ""
+    more = f"; -c N makes it longer, the model's most is {most}" if engine.context < most else ""
+    return ValueError(f"{error}{more}".removeprefix("say: "))
 
 
 def stats_line(stats: Stats) -> str:

@@ -284,7 +284,7 @@ def test_the_environment_gives_defaults(env: dict[str, str], tiny_moe: Path) -> 
             ("MODEL", "-c", "16", "-p", "word " * 99),
             b"",
             1,
-            r".*too long for the context.*; -c N makes it longer, the model's most is 512",
+            r"the conversation is too long for the context; .*; -c N makes it longer, the model's most is 512",
         ),
     ],
 )
