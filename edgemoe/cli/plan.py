@@ -191,7 +191,7 @@ def _lines(
         tokens = f"{rate_text(band.low)} … {rate_text(band.high)}" if band else "?"
         yield (
             f"{size_text(b.ram):>11}  {row.bits:>6}  {b.context:>7}  {100 * row.resident:>16.0f}%  "
-            f"{reads:>14}  {tokens:>14}  {band.bound if band else 'disk'}"
+            f"{reads:>14}  {tokens:>14}  {band.bound if band else '?'}"
         )
     yield ""
     yield from measured(speed)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.errors import size_text
+from edgemoe.cli.console import error_line, note
+from edgemoe.errors import EdgemoeError, size_text
 
 if TYPE_CHECKING:
     from edgemoe.file.format import MoeFile
@@ -29,7 +30,9 @@ class Speeds:
     disks: dict[int, float | None]
     """Bytes per second by size of reads."""
     disk_of: str
-    """What was read."""
+    """What was read; "" for nothing."""
+    is_probed: bool
+    """Whether the disk was to be measured."""
 
 
 def speeds(args: argparse.Namespace, forecast: Forecast, rows: Sequence[Row]) -> Speeds:
@@ -38,8 +41,14 @@ def speeds(args: argparse.Namespace, forecast: Forecast, rows: Sequence[Row]) ->
     from edgemoe.runtime.pace import disk_pace, pace
 
     if not rows:
-        return Speeds([], None, {}, "")
-    speed = pace(forecast.moe.scheme)
+        return Speeds([], None, {}, "", is_probed=False)
+    try:
+        speed = pace(forecast.moe.scheme)
+    except (EdgemoeError, OSError, MemoryError) as error:
+        note(
+            f"# this machine cannot be measured now, so that no speed is known: {error_line(error)}"
+        )
+        return Speeds([None] * len(rows), None, {}, "", is_probed=False)
     probed = None if args.no_probe else _probed(forecast.moe, is_hollow=args.name is not None)
     folder = _standing(library.folders()[0]) if args.name is not None else args.model.parent
     misses = [None] * len(rows) if args.trace is None else _misses(args.trace, forecast, rows)
@@ -49,13 +58,13 @@ def speeds(args: argparse.Namespace, forecast: Forecast, rows: Sequence[Row]) ->
         if forecast.lent(row) < 1 and row.read_size not in disks:
             disks[row.read_size] = disk_pace(probed, folder, row.read_size)
         bands.append(forecast.band(row, speed, disks.get(row.read_size), share))
-    return Speeds(bands, speed, disks, "" if probed is None else probed.path.name)
+    of = "" if probed is None else probed.path.name
+    return Speeds(bands, speed, disks, of, is_probed=not args.no_probe)
 
 
 def _probed(moe: MoeFile, *, is_hollow: bool) -> MoeFile | None:
     """Returns the file whose reads tell what the disk does: the model, or the largest that is kept for one of holes."""
     from edgemoe import library
-    from edgemoe.errors import EdgemoeError
     from edgemoe.file.format import open_moe
 
     if not is_hollow:
@@ -98,16 +107,10 @@ def measured(speed: Speeds) -> Iterator[str]:
     if speed.pace is None:
         return
     days = int((time.time() - speed.pace.measured) / 86400)
-    when = (
-        f"measured {days} days ago"
-        if days > 1
-        else "measured yesterday"
-        if days
-        else "measured today"
-    )
+    when = {0: "today", 1: "yesterday"}.get(days, f"{days} days ago")
     yield (
         f"  this machine: memory {speed.pace.memory / 1e9:.0f} GB/s, weights are computed with at "
-        f"{_span(speed.pace.kernels.values(), 0)} GB/s, {when}"
+        f"{_span(speed.pace.kernels.values(), 0)} GB/s, measured {when}"
     )  # fmt: skip
     rates = [rate for rate in speed.disks.values() if rate is not None]
     if rates:
@@ -116,12 +119,12 @@ def measured(speed: Speeds) -> Iterator[str]:
         of = f"measured now, of {speed.disk_of}" if speed.disk_of else "measured earlier"
         yield f"  disk: {_span(rates, 2)} GB/s at reads of {size}, {of}"
     elif speed.disks:
-        why = (
-            "without --no-probe it is"
-            if speed.disk_of
-            else "edgemoe plan of a model that is here measures it"
+        cure = (
+            "it is measured with a model that is here"
+            if speed.is_probed
+            else "it is without --no-probe"
         )
-        yield f"  disk: not measured, so where experts are read no speed is known; {why}"
+        yield f"  disk: not measured, so that no speed is known where experts are read; {cure}"
 
 
 def _span(rates: Iterable[float], digits: int) -> str:

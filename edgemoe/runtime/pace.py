@@ -98,13 +98,13 @@ def disk_pace(moe: MoeFile | None, folder: Path, size: int) -> float | None:
     """Returns the bytes per second of direct reads of `size` bytes at scattered places.
 
     Args:
-        moe: is read from, for some tenths of a second; None to take what was measured earlier.
-        folder: whose disk is meant.
+        moe: is read from, for some tenths of a second, and its disk is meant; None to take what was measured earlier.
+        folder: whose disk is meant else.
 
     Returns:
         None where nothing was measured with reads about as large.
     """
-    device = f"{os.stat(folder).st_dev:x}"
+    device = f"{os.stat(folder if moe is None else moe.path).st_dev:x}"
     if moe is not None:
         size = min(size, moe.file_bytes // 2 // ALIGNMENT * ALIGNMENT)
         if not size:
@@ -130,9 +130,8 @@ def _kernels(scheme: Scheme, threads: int) -> dict[int, float]:
     scheme = SCHEMES[scheme.name]  # corrections and row scales cost a few per cent
     ladder = scheme.ladders[0]
     sizes = scheme.rung_bytes(_ROWS, _COLS, ladder)
-    planes = [
-        np.full(size, 0x11, np.uint8) for size in sizes
-    ]  # as floats, small and none of them special
+    # As scales, that byte makes small floats, and none of them special.
+    planes = [np.full(size, 0x11, np.uint8) for size in sizes]
     workspace = _core.Workspace(threads, 1, _COLS, 64, 1, 16)
     x, out = np.ones((1, _COLS), np.float32), np.zeros((1, _ROWS), np.float32)
     rates = {}

@@ -179,10 +179,27 @@ def test_without_a_probe_only_what_reads_is_unknown(half, capfd, monkeypatch) ->
     assert 0 < row["resident"] < 1
     assert row["tokens_per_s"] is None
     assert main(["plan", *half, "--no-probe"]) == 0
-    assert "disk: not measured" in capfd.readouterr().out
+    assert (
+        "no speed is known where experts are read; it is without --no-probe"
+        in capfd.readouterr().out
+    )
     row = planned(capfd, *half)["rows"][0]
     low, high = row["tokens_per_s"]
     assert high == pytest.approx(2 * low)
+
+
+def test_a_machine_that_cannot_be_measured_has_a_plan(tiny_moe: Path, capfd, monkeypatch) -> None:
+    def full(*_):
+        raise OSError(28, "No space left on device", "/tmp/x")
+
+    monkeypatch.setattr(paces, "pace", full)
+    assert main(["plan", str(tiny_moe), "--ram", "1GiB"]) == 0
+    out, err = capfd.readouterr()
+    assert (
+        err
+        == "# this machine cannot be measured now, so that no speed is known: /tmp/x: No space left on device\n"
+    )
+    assert out.splitlines()[4].split()[-2:] == ["?", "?"]
 
 
 def test_a_trace_tells_what_is_absent(half, tiny_moe: Path, tmp_path: Path, capfd) -> None:
