@@ -1,4 +1,4 @@
-"""`edgemoe allocate`: decides offline how many bits each routed expert runs at."""
+"""`edgemoe allocate`: decides offline how many bits each routed expert, or each layer's keys and values, run at."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from edgemoe.cli.values import levels
 from edgemoe.file.whole import write_whole
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgemoe.lab.bits.kv_types import Found
     from edgemoe.quant import Allocation
 
 __all__ = ["main"]
@@ -39,6 +43,11 @@ METHOD is one of:
   frequency    QuantMoE-Bench: often chosen experts get more
   first-blocks, outlier   its other rules
   random       the control
+
+With --kv the types of keys and values of each layer are chosen instead: each is
+measured alone, and those that cost least are taken, as in KVTuner. Used by
+`edgemoe-run MODEL.moe -ctk auto -ctv auto --kv-table OUT.json`, or without
+--kv-table if it was stored in the model file.
 
 The result is used by `edgemoe-run MODEL.moe --bits auto --allocation OUT.json`,
 or without --allocation if it was stored in the model file; and by
@@ -69,19 +78,16 @@ def _allocate(args: argparse.Namespace) -> None:
         raise ValueError("expected either --avg-bits or --max-loss")
     if args.store and args.out is not None:
         raise ValueError("expected either --store or -o")
+    if args.kv:
+        _allocate_kv(args)
+        return
     for name, method in _ONLY_FOR.items():
         if getattr(args, name) is not None and args.method != method:
             raise ValueError(f"--{name.replace('_', '-')}: for --method {method} only")
     args.model = model_path(str(args.model))
     out: Path = args.out or args.model.with_suffix(".allocation.json")
-    if args.store:  # before hours are spent
-        if args.model.exists() and not os.access(args.model, os.W_OK):
-            raise PermissionError(f"--store: {args.model} cannot be written")
-    else:
-        check_output(out, args.model, args.calibration, args.text)
-    from edgemoe.file.format import open_moe
+    _check_target(args, out)
     from edgemoe.lab.bits.allocate import Settings, allocate
-    from edgemoe.lab.bits.calibrate import default_text, windows_of
     from edgemoe.quant import Calibration
 
     settings = Settings(
@@ -92,30 +98,78 @@ def _allocate(args: argparse.Namespace) -> None:
     calibration = None if args.calibration is None else Calibration(args.calibration)
     if calibration is not None and calibration.note:
         note(f"{_PROG}: {calibration.note}")
-    windows = None
-    if args.method == "expertwise":
-        text = (
-            default_text() if args.text is None else decode_text(args.text.read_bytes(), args.text)
-        )
-        windows = windows_of(
-            open_moe(args.model),
-            text,
-            window=256 if args.window is None else args.window,
-            count=8 if args.chunks is None else args.chunks,
-        )
+    windows = _windows(args) if args.method == "expertwise" else None
     with Progress("measuring", unit="expert") as progress:
         found = allocate(
             args.model, args.method, settings,
             calibration=calibration, windows=windows, progress=progress,
         )  # fmt: skip
+    _keep(args, out, "allocation", found.to_json())
+    _show(found)
+    note(f"{_PROG}: {f'stored in {args.model}' if args.store else f'wrote {out}'}")
+
+
+def _allocate_kv(args: argparse.Namespace) -> None:
+    for name in ("calibration", "levels", "exponents", "seed"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name}: is for experts, not for --kv")
+    args.model = model_path(str(args.model))
+    out: Path = args.out or args.model.with_suffix(".kv.json")
+    _check_target(args, out)
+    from edgemoe.lab.bits.kv_types import choose_kv_types
+
+    windows = _windows(args)
+    with Progress("measuring", unit="choice") as progress:
+        found = choose_kv_types(
+            args.model, windows,
+            average_bits=args.avg_bits, max_loss=args.max_loss, progress=progress,
+        )  # fmt: skip
+    _keep(args, out, "kv_types", found.table.to_json())
+    _show_kv(found)
+    note(f"{_PROG}: {f'stored in {args.model}' if args.store else f'wrote {out}'}")
+
+
+def _check_target(args: argparse.Namespace, out: Path) -> None:
+    """Checks that the result can be written, before hours are spent."""
+    if not args.store:
+        check_output(out, args.model, args.calibration, args.text)
+    elif args.model.exists() and not os.access(args.model, os.W_OK):
+        raise PermissionError(f"--store: {args.model} cannot be written")
+
+
+def _windows(args: argparse.Namespace) -> NDArray[np.int32]:
+    """Returns the tokens that losses are measured on."""
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.bits.calibrate import default_text, windows_of
+
+    text = default_text() if args.text is None else decode_text(args.text.read_bytes(), args.text)
+    return windows_of(
+        open_moe(args.model), text,
+        window=256 if args.window is None else args.window,
+        count=8 if args.chunks is None else args.chunks,
+    )  # fmt: skip
+
+
+def _keep(args: argparse.Namespace, out: Path, name: str, content: bytes) -> None:
+    """Writes a result into the model file, as a section, or to a file of its own."""
     if args.store:
         from edgemoe.file.append import add_sections
 
-        add_sections(args.model, {"allocation": found.to_json()})
+        add_sections(args.model, {name: content})
     else:
-        write_whole(out, found.to_json())
-    _show(found)
-    note(f"{_PROG}: {f'stored in {args.model}' if args.store else f'wrote {out}'}")
+        write_whole(out, content)
+
+
+def _show_kv(found: Found) -> None:
+    """Prints each layer's types, and what they cost."""
+    say("| layer | keys | values |", "|---|---|---|")
+    for layer, row in enumerate(found.table.layers):
+        say(f"| {layer} | {' | '.join(row or ('–', '–'))} |")
+    say(
+        "",
+        f"{found.average_bits:.2f} bits per number with scales; KL from float16 {found.loss:.5f} "
+        f"(the sum of each alone: {found.expected:.5f})",
+    )
 
 
 def _show(found: Allocation) -> None:
@@ -148,12 +202,15 @@ def _exponents(text: str) -> tuple[float, float, float]:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog=_PROG,
-        description="Decide how many bits each routed expert of a model runs at.",
+        description="Decide how many bits each routed expert of a model, or its keys and values, run at.",
         epilog=_EPILOG,
     )
     # fmt: off
     parser.add_argument("model", type=Path, metavar="MODEL.moe")
-    parser.add_argument("--avg-bits", type=float, metavar="N", help="the mean over all experts, at most")
+    parser.add_argument("--avg-bits", type=float, metavar="N",
+                        help="the mean over all experts, at most; --kv: of a number, with its share of the scales")
+    parser.add_argument("--kv", action="store_true",
+                        help="of keys and values: a type for each layer's keys and for its values")
     parser.add_argument("--method", default="error", metavar="METHOD", help="(default: %(default)s)")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="of edgemoe calibrate")
     parser.add_argument("-o", "--out", type=Path, metavar="OUT.json",
@@ -172,13 +229,13 @@ def _parser() -> argparse.ArgumentParser:
                         help="do not give Super Experts the highest of the levels")
     parser.add_argument("--seed", type=int, metavar="N", help="of random (default: 0)")
     parser.add_argument("--max-loss", type=float, metavar="X",
-                        help="expertwise, instead of --avg-bits: most mean KL divergence to the highest level")
+                        help="expertwise or --kv, instead of --avg-bits: most mean KL divergence to the highest level")
     parser.add_argument("--text", type=Path, metavar="FILE",
-                        help="expertwise: what loss is measured on (default: the package's calibration text)")
+                        help="expertwise, --kv: what loss is measured on (default: the package's calibration text)")
     parser.add_argument("--window", type=int, metavar="N",
-                        help="expertwise: tokens of each piece of it (default: 256)")
+                        help="expertwise, --kv: tokens of each piece of it (default: 256)")
     parser.add_argument("--chunks", type=int, metavar="N",
-                        help="expertwise: number of pieces (default: 8)")
+                        help="expertwise, --kv: number of pieces (default: 8)")
     parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
     # fmt: on
     return parser

@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["engine_flags", "sampling_flags"]
 
 _SAME = (
-    "ram", "bits", "allocation", "dense_bits", "experts", "cache_type_k", "cache_type_v", "threads",
+    "ram", "bits", "allocation", "dense_bits", "experts", "cache_type_k", "cache_type_v", "kv_table", "threads",
     "scheduler", "device", "vram",
 )  # fmt: skip
 """Flags that have an option's name and its meaning."""

@@ -89,6 +89,7 @@ def pick(args: Namespace, *, context: int | None) -> str:
             options = EngineOptions(
                 ram=args.ram, dense_bits=dense_bits, context=context, threads=args.threads,
                 cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v,
+                kv_table=getattr(args, "kv_table", None),
             )  # fmt: skip
             return room_for_experts(moe, options)
         except OutOfBudget:

@@ -160,9 +160,11 @@ def _add_model_flags(model: argparse._ActionsContainer) -> None:
          help="experts per token (default: the file's); fewer is faster and worse")
     _add(model, "-ctk", "--cache-type-k", default="f16", metavar="TYPE",
          help="keys of the KV cache: f16, f32: twice the memory, or, not exact, q8_0: half of it, q4_0: less than a "
-         "third, q3_0, q2_0 (default: %(default)s)")
+         "third, q3_0, q2_0, auto: each layer's own (default: %(default)s)")
     _add(model, "-ctv", "--cache-type-v", default="f16", metavar="TYPE",
          help="the same for values (default: %(default)s)")
+    _add(model, "--kv-table", metavar="FILE",
+         help="for -ctk and -ctv auto: of edgemoe allocate --kv (default: the model file's own)")
     _add(model, "-t", "--threads", type=int, metavar="N", help="(default: the cores there are)")
     _add(model, "--device", default="cpu", metavar="NAME",
          help="cpu, or cuda:0 for the first NVIDIA device; the answer is the same (default: %(default)s)")

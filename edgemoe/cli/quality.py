@@ -162,9 +162,9 @@ def _warn_of_replaced(moe: MoeFile, report: Mapping[str, Any]) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from edgemoe.model import KvTypes
+    from edgemoe.runtime.options import EngineOptions
 
-    KvTypes(args.cache_type_k, args.cache_type_v)
+    EngineOptions(cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v)
     if args.tasks is not None:
         check_tasks(args)
     for path in (args.json, args.plot):
@@ -256,14 +256,16 @@ def _average_bits(moe: MoeFile, sizes: list[Level], trial: Trial, quality: Quali
 def _row(trial: Trial, size: float, quality: Quality, moe: MoeFile) -> dict[str, Any]:
     from edgemoe.lab.quality.choice import sections_sum
 
-    options = dict(trial.options)
+    options, caches = dict(trial.options), [trial.cache_type_k, trial.cache_type_v]
     return {
         "scheduler": trial.scheduler,
         "options": options,
-        "sections": sections_sum(moe, bits=trial.bits, scheduler=trial.scheduler, options=options),
+        "sections": sections_sum(
+            moe, bits=trial.bits, scheduler=trial.scheduler, options=options, cache_types=caches
+        ),
         "bits": trial.bits,
         "dense_bits": trial.dense_bits,
-        "cache_types": [trial.cache_type_k, trial.cache_type_v],
+        "cache_types": caches,
         "bits_per_weight": size,
         **dataclasses.asdict(quality),
     }

@@ -175,9 +175,9 @@ def _context(moe: MoeFile, options: EngineOptions) -> int | None:
     from edgemoe.errors import OutOfBudget
     from edgemoe.model import state_bytes
     from edgemoe.runtime.context import longest_context
-    from edgemoe.runtime.opening import room_for_experts
+    from edgemoe.runtime.opening import room_for_experts, with_kv_table
 
-    most = moe.config.context_length
+    options, most = with_kv_table(moe, options), moe.config.context_length
     least = min(_SMALLEST_CONTEXT, most)
     try:
         room = room_for_experts(moe, dataclasses.replace(options, context=least))

@@ -29,7 +29,7 @@ To have it in every new shell, for edgemoe and, with its name behind, for edgemo
 Or for this one: eval "$(edgemoe completion bash)"; in fish: edgemoe completion fish | source
 """
 
-_CACHES = ("f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0")
+_CACHES = ("f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0", "auto")
 
 _CHOICES = {
     **dict.fromkeys(("--cache-type-k", "--cache-type-v", "-ctk", "-ctv"), _CACHES),

@@ -7,14 +7,14 @@ other sequences give the same bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
 from edgemoe.model.ffn import BranchedFfn, ClosedFfn, DenseFfn, Ffn, RoutedFfn
-from edgemoe.model.kv import KvTypes
+from edgemoe.model.kv import KV_BITS, KvTypes
 from edgemoe.model.mixer import ClosedMixer, Mixer, MixerLayer, mixer_class
 from edgemoe.model.rope import Rope
 from edgemoe.model.router import Routers
@@ -75,8 +75,10 @@ class Decoder:
         setup = Setup(
             config, ops, self._ropes, Scratch(ops, max_tokens), context, max_tokens, types
         )
-        self._mixers: dict[MixerSpec, Mixer] = {
-            spec: mixer_class(spec)(spec, setup) for spec in config.mixers
+        self._kinds = _kinds(config, types)
+        self._mixers: dict[tuple[MixerSpec, KvTypes], Mixer] = {
+            (spec, kinds): mixer_class(spec)(spec, replace(setup, types=kinds))
+            for spec, kinds in dict.fromkeys(self._kinds)
         }
         tensors = _by_layer(weights, config.num_layers)
         routers = self._routers = Routers(
@@ -95,7 +97,7 @@ class Decoder:
             return ClosedFfn(inner, ops, tensors[i], config.norm_eps) if config.out_norms else inner
 
         def mixer(i: int) -> MixerLayer:
-            inner = self._mixers[config.mixer(i)].layer(i, tensors[i])
+            inner = self._mixers[self._kinds[i]].layer(i, tensors[i])
             if not config.out_norms:
                 return inner
             return ClosedMixer(
@@ -116,7 +118,7 @@ class Decoder:
 
     def make_state(self) -> SequenceState:
         """Returns the state of a new sequence."""
-        layers = [self._mixers[spec].make_state() for spec in self.config.mixer_by_layer]
+        layers = [self._mixers[kind].make_state() for kind in self._kinds]
         return SequenceState(layers, self.context)
 
     def forward(self, batch: Batch) -> Array:
@@ -179,7 +181,8 @@ def state_bytes(config: ModelConfig, context: int, types: KvTypes, chunk: int = 
 def layer_state_bytes(config: ModelConfig, context: int, types: KvTypes, chunk: int) -> list[int]:
     """Returns the same for each layer."""
     return [
-        mixer_class(spec).state_bytes(spec, context, types, chunk) for spec in config.mixer_by_layer
+        mixer_class(spec).state_bytes(spec, context, kinds, chunk)
+        for spec, kinds in _kinds(config, types)
     ]
 
 
@@ -190,16 +193,27 @@ def state_pieces(config: ModelConfig) -> int:
 
 def kept_rope_bytes(config: ModelConfig, context: int, types: KvTypes) -> int:
     """Returns the memory of what turned the positions of a context, where keys may leave out their biases."""
-    if types.keys.startswith("f"):
-        return 0
-    ropes = {rope for mixer in config.mixers if mixer.has_constant_keys for rope in mixer.ropes}
+    ropes = {
+        rope
+        for mixer, kinds in _kinds(config, types)
+        if mixer.has_constant_keys and KV_BITS[kinds.keys] < 16
+        for rope in mixer.ropes
+    }
     return sum(rope_bytes(rope.dim, context) for rope in ropes for _ in rope.tensors())
 
 
 def read_bytes(config: ModelConfig, length: int, types: KvTypes) -> int:
     """Returns the bytes of its state that computing a token after `length` others reads."""
-    layers = config.mixer_by_layer
-    return sum(mixer_class(spec).read_bytes(spec, length, types) for spec in layers)
+    layers = _kinds(config, types)
+    return sum(mixer_class(spec).read_bytes(spec, length, kinds) for spec, kinds in layers)
+
+
+def _kinds(config: ModelConfig, types: KvTypes) -> list[tuple[MixerSpec, KvTypes]]:
+    """Returns each layer's mixer, and how it holds keys and values; layers alike in both share scratch."""
+    return [
+        (spec, types.of(i) if spec.cached_heads[0] else KvTypes())
+        for i, spec in enumerate(config.mixer_by_layer)
+    ]
 
 
 def _by_layer(weights: Mapping[str, Weight], num_layers: int) -> list[dict[str, Weight]]:

@@ -25,7 +25,7 @@ _WORTH = 0.75
 
 @dataclass(frozen=True, slots=True)
 class KvTypes:
-    """Says how keys and values are stored, each one of `KV_TYPES`.
+    """Says how keys and values are stored, each one of `KV_TYPES`, or "auto": as `layers` has it.
 
     Raises:
         ValueError: another type.
@@ -33,13 +33,25 @@ class KvTypes:
 
     keys: str = "f16"
     values: str = "f16"
+    layers: tuple[tuple[str, str] | None, ...] = ()
+    """Each layer's own keys and values, None for a layer that has neither; empty for the same in all."""
 
     def __post_init__(self) -> None:
         for name, given in (("cache_type_k", self.keys), ("cache_type_v", self.values)):
-            if given not in KV_TYPES:
+            if given not in KV_TYPES and not (given == "auto" and self.layers):
                 raise ValueError(
                     f"{name}: expected {', '.join(KV_TYPES[:-1])} or {KV_TYPES[-1]}, got {given}"
                 )
+
+    def of(self, layer: int) -> KvTypes:
+        """Returns those of a layer."""
+        if "auto" not in (self.keys, self.values):
+            return KvTypes(self.keys, self.values) if self.layers else self
+        keys, values = self.layers[layer] or ("f16", "f16")
+        return KvTypes(
+            keys if self.keys == "auto" else self.keys,
+            values if self.values == "auto" else self.values,
+        )
 
 
 class KvState:

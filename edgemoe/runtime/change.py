@@ -14,7 +14,8 @@ from edgemoe.config import ModelConfig
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
 from edgemoe.runtime.model import Model
-from edgemoe.runtime.opening import bits_of, model_setting, notes_of, with_experts
+from edgemoe.runtime.notes import notes_of
+from edgemoe.runtime.opening import bits_of, model_setting, with_experts
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.scheduler import SCHEDULERS, SECTIONS, Scheduler
 

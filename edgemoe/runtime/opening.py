@@ -17,13 +17,14 @@ from edgemoe.config import ModelConfig
 from edgemoe.devices import DeviceName, open_device
 from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile, open_moe
-from edgemoe.model import KV_BITS, Decoder
+from edgemoe.model import Decoder, KvTable
 from edgemoe.ops import Ops, OpsShape
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.ops_cuda import CudaOps, Tied, load_on, unsupported
 from edgemoe.quant import Allocation
 from edgemoe.runtime.budget import Budget, default_ram, parse_size
 from edgemoe.runtime.model import Model
+from edgemoe.runtime.notes import notes_of
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.profile import ProfileFile
 from edgemoe.runtime.room import Room
@@ -36,8 +37,8 @@ from edgemoe.text.tokenizer import Tokenizer
 from edgemoe.tiers import Tiers
 
 __all__ = [
-    "Bits", "Opened", "Text", "bits_of", "model_setting", "notes_of", "open_model", "room_for_experts",
-    "with_experts",
+    "Bits", "Opened", "Text", "bits_of", "model_setting", "open_model", "room_for_experts",
+    "with_experts", "with_kv_table",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -108,6 +109,7 @@ def open_model(path: str | os.PathLike[str], options: EngineOptions) -> Opened:
     moe = open_moe(path)
     given = moe.config
     moe = with_experts(moe, options.experts)
+    options = with_kv_table(moe, options)
     bits = bits_of(moe, options)
     profile = None if options.profile is None else ProfileFile.open(Path(options.profile), moe)
     dense_level = moe.dense_level(options.dense_bits)
@@ -270,6 +272,7 @@ def room_for_experts(moe: MoeFile, options: EngineOptions) -> int:
         OutOfBudget: not one expert at its fewest bits fits.
     """
     threads = hardware.num_threads() if options.threads is None else options.threads
+    options = with_kv_table(moe, options)
     return Budget.divide(
         moe, ram=default_ram() if options.ram is None else parse_size(options.ram),
         process=hardware.process_bytes(), level=1, dense_level=moe.dense_level(options.dense_bits),
@@ -304,6 +307,33 @@ def with_experts(moe: MoeFile, experts: int | None) -> MoeFile:
     return replace(moe, config=replace(moe.config, experts_per_token=experts))
 
 
+def with_kv_table(moe: MoeFile, options: EngineOptions) -> EngineOptions:
+    """Returns options that hold the types of keys and values of each layer, if they are to be a table's.
+
+    Raises:
+        ValueError: there is no table.
+        FormatError: it is none, or another model's.
+        OSError: its file cannot be read.
+    """
+    given = options.kv_table
+    if "auto" not in (options.cache_type_k, options.cache_type_v):
+        return options
+    if isinstance(given, KvTable):
+        table, where = given, "kv_table"
+    elif given is not None:
+        table, where = KvTable.from_json(Path(given).read_bytes(), str(given)), str(given)
+    elif "kv_types" in moe.sections:
+        where = f"{moe.path}: section kv_types"
+        table = KvTable.from_json(moe.sections["kv_types"], where)
+    else:
+        raise ValueError(
+            f"cache_type_k and cache_type_v: auto takes a table of KV types, and {moe.path} has none; "
+            "edgemoe allocate --kv makes it"
+        )
+    table.check(moe, where)
+    return replace(options, kv_table=table)
+
+
 def bits_of(moe: MoeFile, options: EngineOptions) -> Bits:
     """Returns at which bits a file's experts run."""
     have = moe.expert_bits
@@ -331,37 +361,3 @@ def _allocation(moe: MoeFile, path: str | os.PathLike[str] | None) -> NDArray[np
     found = Allocation.from_json(content, where)
     found.check(moe.config, tuple(rung[0] for rung in moe.ladder), where, most=moe.expert_bits)
     return found.bits
-
-
-def notes_of(
-    moe: MoeFile, given: ModelConfig, bits: NDArray[np.int8], options: EngineOptions
-) -> tuple[str, ...]:
-    """Returns what the options change of the answer, one line each."""
-    notes, have, dense = [], moe.expert_bits, moe.dense_ladder[-1]
-    if (bits < have).any():
-        notes.append(f"lossy: experts at {_mean_bits(bits)} of the file's {_mean_bits(have)} bits")
-    if options.dense_bits is not None and options.dense_bits < dense:
-        notes.append(f"lossy: dense weights at {options.dense_bits} of the file's {dense} bits")
-    if moe.config.experts_per_token != given.experts_per_token:
-        notes.append(
-            f"lossy: {moe.config.experts_per_token} experts per token; "
-            f"the model's own number is {given.experts_per_token}"
-        )
-    types, mixers = options.kv_types, moe.config.mixers
-    names = ("keys",) if all(m.values_are_keys for m in mixers) else ("keys", "values")
-    rounded: dict[int, list[str]] = {}
-    for name in names:
-        rounded.setdefault(KV_BITS[getattr(types, name)], []).append(name)
-    if any(m.values_are_keys for m in mixers) and types.keys != types.values:
-        notes.append(f"cache_type_v: latents are keys and values at once, and held as {types.keys}")
-    notes += [
-        f"lossy: {' and '.join(which)} of the KV cache at {bits} of 16 bits"
-        for bits, which in rounded.items()
-        if bits < 16
-    ]
-    return tuple(notes)
-
-
-def _mean_bits(bits: NDArray[np.int8]) -> str:
-    """Returns how many bits experts have, the mean where they differ."""
-    return f"{bits.flat[0]}" if (bits == bits.flat[0]).all() else f"{bits.mean():.2f}"

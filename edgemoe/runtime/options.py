@@ -11,7 +11,7 @@ from edgemoe.arguments import switch, whole
 from edgemoe.devices import DeviceName
 from edgemoe.errors import quoted
 from edgemoe.experts import Observer
-from edgemoe.model import KvTypes
+from edgemoe.model import KvTable, KvTypes
 from edgemoe.runtime.budget import parse_size
 from edgemoe.scheduler import SCHEDULERS
 
@@ -53,9 +53,11 @@ class EngineOptions:
     """Tokens of prompt and reply together; None for what fits well."""
     cache_type_k: str = "f16"
     """How the KV cache holds keys: "f16" or "f32", or, not exact, "q8_0" in half the memory, "q4_0" in less than a
-    third of it, "q3_0" or "q2_0"."""
+    third of it, "q3_0" or "q2_0"; "auto" for each layer's own, which `edgemoe allocate --kv` chose."""
     cache_type_v: str = "f16"
     """The same for values."""
+    kv_table: str | os.PathLike[str] | KvTable | None = None
+    """With a cache type "auto", what says each layer's (`edgemoe allocate --kv`); None for the model file's own."""
     device: str = "cpu"
     """Where the model runs: "cpu", or "cuda" or "cuda:N" for an NVIDIA device. The answer is the same, bit for bit."""
     vram: int | str | None = None
@@ -106,7 +108,11 @@ class EngineOptions:
         if not isinstance(self.options or {}, Mapping):
             raise ValueError(f"options: expected names and values, got {quoted(self.options)}")
         put("options", dict(self.options or {}))
-        _ = self.kv_types
+        kinds = (self.cache_type_k, self.cache_type_v)
+        keys, values = ("f16" if kind == "auto" else kind for kind in kinds)
+        KvTypes(keys, values)
+        if self.kv_table is not None and "auto" not in kinds:
+            raise ValueError("kv_table: expected a cache type to be auto")
         if self.scheduler not in SCHEDULERS:
             known = ", ".join(SCHEDULERS)
             raise ValueError(f"scheduler: expected one of {known}, got {self.scheduler}")
@@ -120,4 +126,5 @@ class EngineOptions:
     @property
     def kv_types(self) -> KvTypes:
         """How the KV cache holds keys and values."""
-        return KvTypes(self.cache_type_k, self.cache_type_v)
+        layers = self.kv_table.layers if isinstance(self.kv_table, KvTable) else ()
+        return KvTypes(self.cache_type_k, self.cache_type_v, layers)

@@ -145,7 +145,7 @@ def identity(model: Model) -> str:
     said = json.dumps([
         edgemoe.__version__, weights.hexdigest(), repr(model.config), options.dense_bits,
         hashlib.sha256(model.top_bits.tobytes()).hexdigest(), options.scheduler,
-        str(sorted(options.options.items())), options.cache_type_k, options.cache_type_v,
+        str(sorted(options.options.items())), repr(options.kv_types),
     ])  # fmt: skip
     return hashlib.sha256(said.encode()).hexdigest()[:32]
 

@@ -337,6 +337,6 @@ def _fingerprint(opened: Opened) -> str:
     said = json.dumps([
         edgemoe.__version__, str(model.moe.source), model.config.family, model.config.experts_per_token,
         hashlib.sha256(model.top_bits.tobytes()).hexdigest(), o.dense_bits, o.scheduler,
-        str(sorted(o.options.items())), o.cache_type_k, o.cache_type_v,
+        str(sorted(o.options.items())), repr(o.kv_types),
     ])  # fmt: skip
     return "em_" + hashlib.sha256(said.encode()).hexdigest()[:12]

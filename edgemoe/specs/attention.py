@@ -140,6 +140,11 @@ class AttentionSpec(MixerSpec):
         return self.num_heads, self.head_dim
 
     @property
+    def cached_heads(self) -> tuple[int, int]:
+        """See `MixerSpec.cached_heads`."""
+        return self.num_kv_heads, self.head_dim
+
+    @property
     def state_pieces(self) -> int:
         """See `MixerSpec.state_pieces`: keys and values of each head."""
         return 2 * self.num_kv_heads

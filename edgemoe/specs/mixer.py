@@ -44,6 +44,11 @@ class MixerSpec(ABC):
         return 0, 0
 
     @property
+    def cached_heads(self) -> tuple[int, int]:
+        """Heads that a cache of keys and values holds for each position, and the columns of each; zeros without one."""
+        return 0, 0
+
+    @property
     def state_pieces(self) -> int:
         """In how many places of memory its state grows with the sequence."""
         return 1

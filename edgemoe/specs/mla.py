@@ -77,6 +77,11 @@ class MlaSpec(MixerSpec):
         return self.num_heads, self.key_dim
 
     @property
+    def cached_heads(self) -> tuple[int, int]:
+        """See `MixerSpec.cached_heads`."""
+        return 1, self.key_dim
+
+    @property
     def values_are_keys(self) -> bool:
         """See `MixerSpec.values_are_keys`."""
         return True

@@ -21,7 +21,7 @@ _INFINITY = math.inf
 
 
 def cheapest(
-    cost: Floats, bits: Sequence[int], total_bits: int, *, at_least_one: Sequence[int] = ()
+    cost: Floats, bits: Sequence[int] | Choice, total_bits: int, *, at_least_one: Sequence[int] = ()
 ) -> Choice:
     """Chooses one level per expert so that their cost is least and their bits are at most `total_bits`.
 
@@ -29,7 +29,7 @@ def cheapest(
 
     Args:
         cost: [n, B]; infinite where a level is not allowed.
-        bits: [B], ascending.
+        bits: [B], ascending, or each expert's own [n, B].
         at_least_one: levels (indices) that some expert must have, as PMQ asks.
 
     Returns:
@@ -38,15 +38,17 @@ def cheapest(
     Raises:
         ValueError: not even the lowest levels fit, or a level of `at_least_one` does not.
     """
-    extra = [b - bits[0] for b in bits]
-    unit = math.gcd(*extra) or 1
-    steps = [x // unit for x in extra]
-    room = (total_bits - len(cost) * bits[0]) // unit
+    sizes = np.broadcast_to(np.asarray(bits, np.int64), cost.shape)
+    lowest = int(sizes[:, 0].sum())
+    extra = sizes - sizes[:, :1]
+    unit = math.gcd(*extra.reshape(-1).tolist()) or 1
+    steps = (extra // unit).tolist()
+    room = (total_bits - lowest) // unit
     if room < 0:
         raise ValueError(
-            f"{total_bits / len(cost):g} bits per expert; the lowest level takes {bits[0]}"
+            f"{total_bits / len(cost):g} bits per expert; the lowest level takes {lowest / len(cost):g}"
         )
-    room = min(room, len(cost) * steps[-1])
+    room = min(room, sum(own[-1] for own in steps))
     flags = {level: 1 << i for i, level in enumerate(at_least_one)}
     every = (1 << len(flags)) - 1
     best = np.full((every + 1, room + 1), _INFINITY)
@@ -56,14 +58,14 @@ def cheapest(
     for i, row in enumerate(cost):
         new = np.full_like(best, _INFINITY)
         for flag in range(every + 1):
-            for level, step in enumerate(steps):
+            for level, step in enumerate(steps[i]):
                 if step > room or row[level] == _INFINITY:
                     continue
                 after = flag | flags.get(level, 0)
                 value = best[flag, : room + 1 - step] + row[level]
                 better = value < new[after, step:]
                 new[after, step:][better] = value[better]
-                came[i, after, step:][better] = flag * len(bits) + level
+                came[i, after, step:][better] = flag * cost.shape[1] + level
         best = new
     used = int(np.argmin(best[every]))
     if best[every, used] == _INFINITY:
@@ -71,9 +73,9 @@ def cheapest(
     out = np.empty(len(cost), np.int64)
     flag = every
     for i in range(len(cost) - 1, -1, -1):
-        flag_before, level = divmod(int(came[i, flag, used]), len(bits))
+        flag_before, level = divmod(int(came[i, flag, used]), cost.shape[1])
         out[i] = level
-        used -= steps[level]
+        used -= steps[i][level]
         flag = flag_before
     return out
 

@@ -100,7 +100,12 @@ def _key(row: Row) -> list[Any]:
 
 
 def sections_sum(
-    moe: MoeFile, *, bits: int | str, scheduler: str, options: Mapping[str, Any]
+    moe: MoeFile,
+    *,
+    bits: int | str,
+    scheduler: str,
+    options: Mapping[str, Any],
+    cache_types: Sequence[str] = (),
 ) -> str | None:
     """Returns a sum of what of a file decides beside settings: a row is of them only while that is the same.
 
@@ -111,13 +116,16 @@ def sections_sum(
         names = SECTIONS
     elif bits == "auto":
         names = ("allocation",)
+    if "auto" in cache_types:
+        names = (*names, "kv_types")
     sums = [(name, zlib.crc32(moe.sections[name])) for name in names if name in moe.sections]
     return f"{zlib.crc32(repr(sums).encode()):08x}" if sums else None
 
 
 def applies(moe: MoeFile, row: Row) -> bool:
     """Says whether a row was measured with what the file holds now."""
-    now = sections_sum(moe, bits=row["bits"], scheduler=row["scheduler"], options=row["options"])
+    names = ("bits", "scheduler", "options", "cache_types")
+    now = sections_sum(moe, **{name: row[name] for name in names})
     return bool(row["sections"] == now)
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgemoe.runtime.engine import load
 
-__all__ = ["Loss"]
+__all__ = ["Loss", "half_log_softmax"]
 
 
 class Loss:
@@ -29,7 +29,7 @@ class Loss:
         self._bits: NDArray[np.int8] | None = None
         with load(path, context=windows.shape[1], bits=reference) as engine:
             config = engine.config
-            self._reference = [_log_softmax(engine.logits(w)) for w in windows]
+            self._reference = [half_log_softmax(engine.logits(w)) for w in windows]
         self._bits = np.full((len(config.moe_layers), config.num_experts), reference, np.int8)
         # The scheduler reads the array again at every plan.
         self._engine = load(
@@ -42,7 +42,7 @@ class Loss:
         self._bits[:] = bits
         divergences = []
         for window, p in zip(self._windows, self._reference, strict=True):
-            q = _log_softmax(self._engine.logits(window))
+            q = half_log_softmax(self._engine.logits(window))
             divergences.append((np.exp(p) * (p - q)).sum(1))
         return float(np.mean(divergences))
 
@@ -53,7 +53,7 @@ class Loss:
         self._engine.close()
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+def half_log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Returns the log-probabilities of the second half of a window, [T - T // 2, V]."""
     half = logits[len(logits) // 2 :]
     half = half - half.max(1, keepdims=True)
