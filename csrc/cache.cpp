@@ -76,7 +76,8 @@ Cache::Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<ui
       budget_pages_(pages_in(budget_bytes)),
       most_pages_(pages_in(std::max(budget_bytes, most_bytes))),
       policy_(std::move(policy)),
-      victims_(std::max(shape_.num_layers, 1), std::max(shape_.num_experts, 1)) {
+      victims_(std::max(shape_.num_layers, 1), std::max(shape_.num_experts, 1)),
+      lowerable_(victims_) {
   const size_t n = rungs_.size(), num_rungs = shape_.rung_widths.size();
   if (n == 0 || n > INT32_MAX || n != size_t(shape_.num_layers) * size_t(shape_.num_experts) ||
       shape_.ends.size() != num_rungs || max_level < 1 || size_t(max_level) > num_rungs || policy_.size() != n) {
@@ -180,6 +181,7 @@ void Cache::check_integrity() const {
     require(is_open_ || wanted_[e] == 0, "wanted by nobody");
     require(slot >= 0 || levels_[e] == 0, "resident without a slot");
     require(victims_.has(e) == may_go(e), "a victim that may not go, or one that is missing");
+    require(lowerable_.has(e) == may_be_lowered(e), "an expert that cannot be lowered, or one that is missing");
     if (slot < 0) continue;
     require(slots_[slot].owner == e, "slot and expert disagree");
     require(slots_[slot].pages == pages_at(e, std::max(target, int(levels_[e]))), "slot and expert differ in size");
@@ -202,7 +204,7 @@ void Cache::check_integrity() const {
               count_of(Step::kReady) == std::ptrdiff_t(ready_.size()) &&
               count_of(Step::kGiven) == std::ptrdiff_t(given_.size()),
           "steps of the request do not add up");
-  require(victims_.is_sound(policy_), "a layer's lowest score is not its lowest");
+  require(victims_.is_sound(policy_) && lowerable_.is_sound(policy_), "a layer's lowest score is not its lowest");
 }
 
 }  // namespace edgemoe

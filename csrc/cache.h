@@ -123,6 +123,10 @@ class Cache {
   /// Lowers an expert that is not pinned to `level`. Returns false when it is pinned.
   bool shrink(int expert, int level);
 
+  /// What has to go is from now on lowered to `level` first, and goes as a whole only when all that may go has no more
+  /// than that; 0 for evicting at once. Throws std::logic_error when a request is open.
+  void keep(int level);
+
   /// Another policy decides from now on; it starts from the uses so far. Throws std::logic_error when a request is
   /// open.
   void set_policy(Policy policy);
@@ -177,6 +181,7 @@ class Cache {
   void set_ahead(const Wish& ahead);
   void cancel_ahead();
   int find_victim(bool spare_wanted);
+  bool lower_one();
   bool make_room(uint32_t pages, int keep_slot, bool spare_wanted);
   void evict(int expert);
   void free_slot(int slot);
@@ -185,6 +190,10 @@ class Cache {
   /// Whether nothing needs an expert: neither the request nor a read, and it is not wanted soon.
   bool may_go(int expert) const {
     return levels_[expert] > 0 && pins_[expert] == 0 && wanted_[expert] == 0 && ahead_[expert] == 0;
+  }
+  /// Whether it may go and has more than what is kept for longer.
+  bool may_be_lowered(int expert) const {
+    return kept_level_ > 0 && may_go(expert) && bytes_at(expert, levels_[expert]) > bytes_at(expert, kept_level_);
   }
   void note(int expert);
   void trim(int slot, uint32_t keep);
@@ -231,7 +240,9 @@ class Cache {
   int num_loading_ = 0;  ///< likewise
   bool is_open_ = false;
   Policy policy_;
-  Victims victims_;  ///< all that may go
+  Victims victims_;    ///< all that may go
+  Victims lowerable_;  ///< those of them that may be lowered
+  int kept_level_ = 0;
   CacheStats stats_;
   std::vector<Arrival> arrived_;  ///< scratch of `collect`
 };

@@ -37,12 +37,24 @@ void Cache::set_policy(Policy policy) {
   if (policy.size() != policy_.size()) throw std::invalid_argument("Cache: expected a score of each expert");
   policy.set_uses(policy_.uses());
   policy_ = std::move(policy);
-  victims_ = Victims(std::max(shape_.num_layers, 1), std::max(shape_.num_experts, 1));
+  victims_ = lowerable_ = Victims(std::max(shape_.num_layers, 1), std::max(shape_.num_experts, 1));
   for (int e = 0; e < num_experts(); ++e) note(e);
 }
 
-/// What `may_go` says of an expert may have changed.
+void Cache::keep(int level) {
+  require(!is_open_, "a request is open");
+  if (level < 0 || level > max_level_) throw std::invalid_argument("Cache: no such level");
+  kept_level_ = level;
+  for (int e = 0; e < num_experts(); ++e) note(e);
+}
+
+/// What `may_go` says of an expert may have changed, or its level.
 void Cache::note(int e) {
+  if (may_be_lowered(e)) {
+    lowerable_.add(e, slot_of_[e], policy_);
+  } else {
+    lowerable_.remove(e);
+  }
   if (may_go(e)) {
     victims_.add(e, slot_of_[e], policy_);
   } else {
@@ -102,7 +114,13 @@ void Cache::trim(int slot, uint32_t keep) {
   if (keep == 0 && free_committed_.has(slot)) free_committed_.remove(slot);
 }
 
-/// Frees committed pages of unused slots, then evicts, until `pages` more fit.
+/// Lowers the one with the lowest score of those that may be; says whether there was one.
+bool Cache::lower_one() {
+  const int victim = kept_level_ > 0 ? lowerable_.lowest(policy_) : -1;
+  return victim >= 0 && shrink(victim, kept_level_);
+}
+
+/// Frees committed pages of unused slots, then lowers and evicts, until `pages` more fit.
 bool Cache::make_room(uint32_t pages, int keep_slot, bool spare_wanted) {
   while (committed_pages_ + pages > budget_pages_) {
     int unused = free_committed_.first();
@@ -111,6 +129,7 @@ bool Cache::make_room(uint32_t pages, int keep_slot, bool spare_wanted) {
       trim(unused, 0);
       continue;
     }
+    if (lower_one()) continue;
     const int victim = find_victim(spare_wanted);
     if (victim < 0) return false;
     evict(victim);
@@ -127,7 +146,7 @@ bool Cache::find_room(int e, uint32_t need, bool spare_wanted, int* slot) {
     // A slot that has its pages is better than an empty one: nothing is faulted in again.
     const int last = free_.last();
     const bool usable = last >= 0 && (slots_[last].pages > 0 || committed_pages_ + need <= budget_pages_);
-    const int victim = usable ? -1 : find_victim(spare_wanted);
+    const int victim = usable || (last >= 0 && kept_level_ > 0) ? -1 : find_victim(spare_wanted);
     if (victim >= 0) evict(victim);
     candidate = free_.last();
   }
@@ -153,6 +172,7 @@ bool Cache::shrink(int e, int level) {
   stats_.resident_bytes -= bytes_at(e, levels_[e]) - bytes_at(e, level);
   trim(slot_of_[e], pages_at(e, level));
   levels_[e] = int8_t(level);
+  note(e);
   return true;
 }
 

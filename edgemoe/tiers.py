@@ -133,6 +133,10 @@ class Tiers:
         """See `_core.Cache.set_budget`: the host's."""
         self.host.set_budget(bytes)
 
+    def keep(self, level: int) -> None:
+        """See `_core.Cache.keep`: the host's."""
+        self.host.keep(level)
+
     def set_policy(self, policy: str | Priorities) -> None:
         """See `_core.Cache.set_policy`: the host's."""
         self.host.set_policy(policy)

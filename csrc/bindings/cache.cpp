@@ -143,6 +143,8 @@ void bind_cache(py::module_& m) {
            })
       .def("close", &Cache::close, py::call_guard<py::gil_scoped_release>())
       .def("shrink", &Cache::shrink, py::arg("expert"), py::arg("level"))
+      .def("keep", &Cache::keep, py::arg("level"),
+           "What has to go is lowered to this level first, and goes as a whole only when all has no more than that.")
       .def("set_budget", &Cache::set_budget, py::arg("bytes"), py::call_guard<py::gil_scoped_release>())
       .def(
           "set_policy",

@@ -105,3 +105,4 @@ def _exchange(model: Model, scheduler: Scheduler, config: ModelConfig) -> None:
     cache.close()  # what Ctrl-C may have left open
     if not (isinstance(scheduler.policy, str) and scheduler.policy == before.policy):
         cache.set_policy(scheduler.policy)
+    cache.keep(scheduler.keep_level)

@@ -199,6 +199,7 @@ def _assembled(
         moe, bits=bits.most, budget_bytes=budget.slots, most_bytes=budget.most_slots,
         verify=options.verify, policy=scheduler.policy,
     )  # fmt: skip
+    store.cache.keep(scheduler.keep_level)
     slots = store.cache
     if device is not None and vram is not None:
         store = _with_device(store, device, vram, moe)
@@ -294,6 +295,7 @@ def model_setting(
         level_bits=tuple(moe.ladder[level - 1][0] for level in levels),
         level_bytes=level_bytes(moe, len(levels)),
         slots_bytes=slots,
+        layers=config.moe_layers,
         sections=sections or {},
     )
 

@@ -10,12 +10,13 @@ A profile is a safetensors file. `L` is the layers with routed experts, `E` expe
     next_use.frequency   float64 [L, E]     uses per token, decayed
     frequency.values     float64 [L, E]     of `edgemoe.scheduler.predict.Frequency`, likewise
     hobbit.thresholds    float64 [5]        of HOBBIT: T1, T2, the shares that they were fitted to (low, skip), tokens
+    transitions.far_pairs  float32 [L, E, E]  the same of two layers before
     transitions.pairs    float32 [L, E, E]  of `edgemoe.scheduler.predict.Transitions`: what ran after what
     transitions.totals   float32 [L, E]     uses
 
 `uses` is always there, the others where a scheduler has learned them; a scheduler takes what it knows and leaves the
 others as they are. For 48 layers of 128 experts, 8 per token, the default scheduler's file takes 50 kB; each further
-[L, E] as much again, and transitions 3 MB. Earlier profiles may have `frequent.uses`, which was `uses` once more.
+[L, E] as much again, and transitions 6 MB. Earlier profiles may have `frequent.uses`, which was `uses` once more.
 
 The metadata (strings) are: edgemoe_profile "1", crc (CRC-32C of all tensors' bytes, by name, in hexadecimal) and
 what the profile is of: family, layers, experts, experts_per_token and fingerprint (of the weights' source).
@@ -51,6 +52,7 @@ _SHAPES = {
     "uses": "LE", "look_ahead.right": "K", "look_ahead.seen": "K", "next_use.weights": "5",
     "next_use.curvature": "55", "next_use.frequency": "LE", "frequency.values": "LE",
     "hobbit.thresholds": "5", "transitions.pairs": "LEE", "transitions.totals": "LE",
+    "transitions.far_pairs": "LEE",
 }  # fmt: skip
 
 

@@ -22,6 +22,7 @@ from edgemoe.scheduler.levers import Levers
 from edgemoe.scheduler.mc import Mc
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.options import read_options
+from edgemoe.scheduler.spared import spared_experts
 
 __all__ = [
     "KINDS", "SCHEDULERS", "SECTIONS", "SHARED", "OnDemand", "Scheduler", "Setting", "check_options",
@@ -89,9 +90,26 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
             raise ValueError(f"{name}: only with cache_prior")
     if dropping.eviction in CACHE_OWN:
         inner.policy = dropping.eviction
-    if dropping.eviction in ("own", *CACHE_OWN) and not levers.notes:  # at no cost
-        return inner
-    return Combined(inner, setting, dropping=dropping, levers=levers)
+    # Bits that were decided offline are no choice of the moment, and spare whom they protect by themselves.
+    is_lossy = bool(levers.notes or (inner.notes and kind in (Hobbit, D2moe, Mc, Auto)))
+    if "spare" in options and not is_lossy:
+        raise ValueError("spare: nothing here is lossy")
+    spared = spared_experts(setting, levers.spare) if is_lossy else None
+    if dropping.eviction in ("own", *CACHE_OWN) and not levers.notes and spared is None:
+        made_of: Scheduler = inner  # at no cost
+    else:
+        made_of = Combined(inner, setting, dropping=dropping, levers=levers, spared=spared)
+    made_of.keep_level = _level_below(setting, dropping.lower_to)
+    return made_of
+
+
+def _level_below(setting: Setting, bits: int) -> int:
+    """Returns the level of `bits`, which is not the highest; 0 for 0."""
+    below = setting.level_bits[:-1]
+    if bits and bits not in below:
+        listed = ", ".join(map(str, below)) or "none"
+        raise ValueError(f"lower_to: expected one of {listed}, got {bits}")
+    return below.index(bits) + 1 if bits else 0
 
 
 def _of(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -40,6 +40,8 @@ class Setting:
     """
     slots_bytes: int
     """Memory for experts."""
+    layers: tuple[int, ...] = ()
+    """The model's layers that these are, by which users name experts; empty for 0, 1, …."""
     sections: Mapping[str, bytes] = field(default_factory=dict)
     """Of the file, those of `SECTIONS` that it has."""
 
@@ -74,10 +76,15 @@ class Scheduler(ABC):
     """How many of the next layers' routers are applied to a layer's input; may change between tokens."""
     policy: str | Priorities = "lfu"
     """What the cache drops first: by a count of its own, "lfu" or "lru", or by priorities, always the same object."""
+    keep_level: int = 0
+    """What the cache lowers experts to before it evicts any; 0: it evicts at once."""
     bit_routers: BitRouters | None = None
     """Routers of precisions whose logits it wants to be told with every routing."""
     notes: tuple[str, ...] = ()
     """What makes the answer differ from the router's own at `bits`, one line each; empty when exact."""
+
+    fixed_bits: NDArray[np.int8] | None = None
+    """[num_layers, num_experts]: what experts run at where that was decided offline; None for the setting's bits."""
 
     substituted: int = 0
     """Experts that were chosen in place of the router's so far."""

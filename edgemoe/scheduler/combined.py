@@ -20,6 +20,7 @@ from edgemoe.scheduler.levers import (
 )
 from edgemoe.scheduler.options import option
 from edgemoe.scheduler.plans import add_ahead
+from edgemoe.scheduler.spared import spare
 
 __all__ = ["Combined", "Dropping"]
 
@@ -32,6 +33,10 @@ class Dropping:
         "default", "what the cache drops first; the default is what the scheduler was made with",
         choices=("default", *EVICTIONS),
     )  # fmt: skip
+    lower_to: int = option(
+        0,
+        "lower what has to go to so many bits, and evict only when all is lowered; 0 evicts at once",
+    )
     w_recency: float = option(0.25, "weight of a term of the eviction hobbit; the four sum to 1")
     w_frequency: float = option(0.25, "the same, of uses")
     w_high: float = option(0.25, "the same, of uses at high precision")
@@ -42,10 +47,17 @@ class Combined(Scheduler):
     """Plans as another scheduler does, with levers before and after, and tells the cache what to drop."""
 
     def __init__(
-        self, inner: Scheduler, setting: Setting, *, dropping: Dropping, levers: Levers
+        self,
+        inner: Scheduler,
+        setting: Setting,
+        *,
+        dropping: Dropping,
+        levers: Levers,
+        spared: NDArray[np.bool_] | None = None,
     ) -> None:
         """Args:
         dropping: whose `eviction` is none of "default".
+        spared: [num_layers, num_experts], see `spared_experts`.
         """
         d = dropping
         weights = HobbitWeights(d.w_recency, d.w_frequency, d.w_high, d.w_distance)
@@ -68,9 +80,15 @@ class Combined(Scheduler):
         self._top_level = len(setting.level_bits)
         self._all_at_top = np.full(setting.num_experts, self._top_level, np.int8)
         self._prior = (
-            CachePrior(setting, levers.cache_prior, levers.protect) if levers.cache_prior else None
+            CachePrior(setting, levers.cache_prior, levers.protect, spared)
+            if levers.cache_prior
+            else None
         )
-        self._has_levers = bool(levers.notes)
+        self._spared = spared
+        self._spares = [] if spared is None else [bool(row.any()) for row in spared]
+        fixed = inner.fixed_bits
+        self._own_bits = _all_at(setting) if fixed is None else fixed
+        self._has_levers = bool(levers.notes) or spared is not None
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""
@@ -95,6 +113,8 @@ class Combined(Scheduler):
             )  # fmt: skip
         if levers.miss_bits and is_decoding:
             plan = low_bits_first(plan, self._bits_of[resident], levers.miss_bits, first)
+        if self._spared is not None and self._spares[layer]:
+            plan = spare(plan, routing, self._spared[layer], self._own_bits[layer])
         if displaced is not None and levers.admit:
             bits = np.full(len(displaced), self._bits_of[self._top_level], np.int8)
             plan = add_ahead(plan, displaced + np.int32(first), bits)
@@ -135,3 +155,7 @@ class Combined(Scheduler):
     def report(self) -> str:
         """See `Scheduler.report`."""
         return self.inner.report()
+
+
+def _all_at(setting: Setting) -> NDArray[np.int8]:
+    return np.full((setting.num_layers, setting.num_experts), setting.bits, np.int8)

@@ -178,7 +178,8 @@ class _HobbitMix(Eviction):
     """HOBBIT 3.4: the lowest weighted sum of four terms goes first; records are of this sequence only.
 
     Recency R/T, frequency F/T, frequency at high precision H/T, and nearness of the layer,
-    1 - ((l_expert - l_now + L) mod L) / L, where T counts tokens. All are kept times T, which changes no order.
+    1 - ((l_expert - l_now + L) mod L) / L, where T counts tokens. All are kept times T, which changes no order. High
+    is all above the best of at most half the bits.
     """
 
     def __init__(self, setting: Setting, weights: HobbitWeights) -> None:
@@ -186,7 +187,8 @@ class _HobbitMix(Eviction):
         L = self.num_layers
         self._recency = weights.recency
         self._worth = np.full(9, weights.frequency)  # of a use, by its bits
-        self._worth[setting.bits] += weights.high
+        low = max((b for b in setting.level_bits if b <= setting.bits // 2), default=0)
+        self._worth[low + 1 :] += weights.high
         self._records = (
             self.priorities.scores
         )  # the first three terms times T; the fourth is their shift

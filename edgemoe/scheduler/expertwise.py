@@ -28,6 +28,7 @@ class ExpertwiseOptions:
         3,
         "experts of the next layer to read, likeliest first, until its router answers; 0 for none",
     )
+    layers: int = option(2, "guess from the experts of so many layers before, 1 or 2")
     allocation: bool = option(
         True,
         "run every expert at the bits that the file's section `allocation` gives it, if it has one",
@@ -35,6 +36,7 @@ class ExpertwiseOptions:
 
     def __post_init__(self) -> None:
         check("preload", self.preload, 0, 1 << 16)
+        check("layers", self.layers, 1, 2)
 
 
 class Expertwise(Scheduler):
@@ -57,11 +59,13 @@ class Expertwise(Scheduler):
             bits = np.full((L, E), setting.bits, np.int8)
         elif (bits < setting.bits).any():
             self.notes = (f"lossy: experts at {bits.mean():.2f} bits on average, by allocation",)
-        self._bits = bits
+        self._bits = self.fixed_bits = bits
         self._levels = (np.searchsorted(setting.level_bits, bits) + 1).astype(np.int8)
         self._preload = o.preload
         self._num_layers, self._num_experts = L, E
-        self._transitions = Transitions(L, E, setting.experts_per_token) if o.preload else None
+        self._transitions = (
+            Transitions(L, E, setting.experts_per_token, depth=o.layers) if o.preload else None
+        )
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
+from edgemoe.scheduler.look_ahead import LookAhead
 from edgemoe.scheduler.options import check, option, read_options
 from edgemoe.scheduler.plans import plan_slots, plan_token
 
@@ -39,6 +40,10 @@ class HobbitOptions:
     look_ahead: int = option(
         1, "how many layers ahead to predict by their routers; stops at the first one with a miss"
     )
+    trials: bool = option(
+        True, "read ahead what ranks predict that were right often enough, and nothing where tokens are faster "
+        "without; off reads all, as published"
+    )  # fmt: skip
     mixed_ahead: bool = option(
         True, "what is predicted is loaded at the precision that its score gives, not all at high"
     )
@@ -91,6 +96,7 @@ class Hobbit(Scheduler):
             listed = ", ".join(map(str, setting.level_bits))
             raise ValueError(f"low_bits: expected one of {listed}, got {low}")
         self.look_ahead = o.look_ahead
+        self._watch = LookAhead(setting) if o.look_ahead and o.trials and not setting.fits else None
         self.t1, self.t2 = (o.t1, o.t2) if o.t1 >= 0 else (0.6, 0.9)
         self._low, self._high = low, setting.bits
         self._bits_of_level = (0, *setting.level_bits)
@@ -161,17 +167,22 @@ class Hobbit(Scheduler):
 
         What is predicted and here already is listed too, at the bits that it has: that keeps it from being dropped.
         """
+        if self._watch is not None:
+            self._watch.wishes(routing, residency)
         if routing.ahead_experts is None or routing.ahead_gates is None:
             return None, None
         all_ids, all_bits, bits_of = [], [], self._bits_of_level
-        for i, tokens in enumerate(routing.ahead_experts):
+        ranks = routing.experts.shape[1] if self._watch is None else self._watch.ranks
+        for i, tokens in enumerate(routing.ahead_experts[:, :, :ranks]):
             layer = routing.layer + 1 + i
             is_missing = False
             for t, experts in enumerate(tokens):
                 levels = residency[layer].take(experts).tolist()
                 wanted = [self._high] * len(levels)
                 if self._mixed_ahead:
-                    wanted = self._token_bits(routing.ahead_gates[i, t].tolist(), levels)
+                    gates = routing.ahead_gates[i, t].tolist()
+                    wanted = self._token_bits(gates, [*levels, *[0] * (len(gates) - len(levels))])
+                    del wanted[len(levels) :]
                 ids, bits = experts + self._first[layer], np.array(wanted, np.int8)
                 if 0 in wanted:
                     kept = bits.nonzero()[0]
@@ -194,6 +205,9 @@ class Hobbit(Scheduler):
 
     def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
         """Fits the thresholds to the scores so far, ever more seldom, and then leaves them."""
+        if self._watch is not None:
+            self._watch.passed(tokens, seconds, sequences)
+            self.look_ahead = self.options.look_ahead if self._watch.is_on else 0
         self._tokens += tokens
         if self._fits_itself and self._tokens >= self._next_fit:
             gates = np.concatenate(self._gates_seen)
@@ -207,13 +221,18 @@ class Hobbit(Scheduler):
 
     def state(self) -> Mapping[str, NDArray[Any]]:
         """See `Scheduler.state`."""
-        o = self.options
+        o, watched = self.options, self._watch.state() if self._watch is not None else {}
         if not self._rest_on:
-            return {}
-        return {"hobbit.thresholds": np.array([self.t1, self.t2, o.low, o.skip, self._rest_on])}
+            return watched
+        return {
+            **watched,
+            "hobbit.thresholds": np.array([self.t1, self.t2, o.low, o.skip, self._rest_on]),
+        }
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """See `Scheduler.restore`. A fit to other shares is left; this run fits again once it has seen more."""
+        if self._watch is not None:
+            self._watch.restore(state)
         found = state.get("hobbit.thresholds")
         if found is None or not self._fits_itself:
             return
@@ -225,5 +244,6 @@ class Hobbit(Scheduler):
             self._fits_itself = self._rest_on < _LAST_FIT
 
     def report(self) -> str:
-        """Returns the thresholds."""
-        return f"T1 {self.t1:.2f}, T2 {self.t2:.2f}"
+        """Returns the thresholds, and how look-ahead does."""
+        watched = self._watch.report() if self._watch is not None else ""
+        return f"T1 {self.t1:.2f}, T2 {self.t2:.2f}" + (f", {watched}" if watched else "")

@@ -47,6 +47,11 @@ class Levers:
         "bits, and read the rest later; 0 is off"
     )  # fmt: skip
 
+    spare: str = option(
+        "file", "experts that nothing lossy touches: file for the Super Experts that its allocation protects, none, "
+        "or LAYER.EXPERT,…"
+    )  # fmt: skip
+
     def __post_init__(self) -> None:
         check("cache_prior", self.cache_prior, 0, 10)
         check("protect", self.protect, 0, 1024)
@@ -81,8 +86,17 @@ class CachePrior:
     router's first `protect` stay. Gates are the true probabilities of the chosen, scaled to the same sum as before.
     """
 
-    def __init__(self, setting: Setting, strength: float, protect: int) -> None:
-        self._strength, self._protect = strength, protect
+    def __init__(
+        self,
+        setting: Setting,
+        strength: float,
+        protect: int,
+        spared: NDArray[np.bool_] | None = None,
+    ) -> None:
+        """Args:
+        spared: [num_layers, num_experts], experts that stay whenever the router has chosen them.
+        """
+        self._strength, self._protect, self._spared = strength, protect, spared
         self._range = [0.0] * setting.num_layers
         self._logits = np.empty(setting.num_experts)
         self._tokens = [0] * setting.num_layers
@@ -131,6 +145,8 @@ class CachePrior:
             return routing, routing.experts[0, :0]
         logits[resident.nonzero()[0]] += self._strength * self._range[layer]
         logits[chosen[: self._protect]] = np.inf
+        if self._spared is not None:
+            logits[chosen[self._spared[layer].take(chosen)]] = np.inf
         E, K = len(logits), len(chosen)
         best = logits.argpartition(E - K)[E - K :] if E > K else chosen
         is_best = np.zeros(E, bool)

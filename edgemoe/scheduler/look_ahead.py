@@ -51,6 +51,11 @@ class LookAhead:
         self._trial: Trial | None = None
         self.is_on = True
 
+    @property
+    def ranks(self) -> int:
+        """How many of a token's guesses are worth reading, the best ones."""
+        return self._cut
+
     def _start(self, rows: int) -> None:
         """Guesses for so many tokens at once from now on, one of each sequence."""
         (L, K), self._rows = self._shape, rows

@@ -29,7 +29,10 @@ class McOptions:
     most: int = option(
         1, "leave out at most so many of a token's experts; the paper has two and keeps one"
     )
-    renormalise: bool = option(True, "the other gates take over the share of what is left out")
+    renormalise: bool = option(
+        False,
+        "the other gates take over the share of what is left out, as published; that costs more than it gains",
+    )
     layers: int = option(10, "prune in so many layers, the deepest: those hurt least")
     allocation: bool = option(
         True,
@@ -51,11 +54,12 @@ class McOptions:
 class Mc(Scheduler):
     """Runs each expert at bits fixed beforehand and prunes experts per token by the ratio of gates. Lossy.
 
-    Online dynamic pruning as its code does it: an expert is left out where its gate is below beta of the token's
-    largest, in some layers only, and the other gates take over its share. The paper has two experts per token and the
-    median over a calibration text; here only the last expert goes and beta is the running median, by a sign step.
-    Prompts are not pruned: the paper protects their important tokens by attention mass, which schedulers do not
-    see. Nor is each layer's loss by pruning known here, by which the paper ranks layers.
+    Online dynamic pruning after its code: an expert is left out where its gate is below beta of the token's largest, in
+    some layers only. There the other gates take over its share, which made answers worse where it was measured;
+    `renormalise` does so. The paper has two experts per token and the median over a calibration text; here only the
+    last expert goes and beta is the running median, by a sign step. Prompts are not pruned: the paper protects their
+    important tokens by attention mass, which schedulers do not see. Nor is each layer's loss by pruning known here, by
+    which the paper ranks layers.
     """
 
     Options = McOptions
@@ -80,6 +84,7 @@ class Mc(Scheduler):
         self.notes = tuple(notes)
         self.look_ahead = o.look_ahead
         self._bits, self._num_experts = bits, setting.num_experts
+        self.fixed_bits = bits
         self._first = L - o.layers
         self.betas = [0.5 if o.beta < 0 else o.beta] * L
         """Per layer."""

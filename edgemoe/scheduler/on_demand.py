@@ -57,7 +57,7 @@ class OnDemand(Scheduler):
             )
         self._num_experts = E
         self._last = L - 1
-        self._bits = bits
+        self._bits = self.fixed_bits = bits
         self._all_bits = bits.reshape(-1)
         self._ahead = LookAhead(setting, bits) if o.look_ahead and not setting.fits else None
         self.look_ahead = int(self._ahead is not None)

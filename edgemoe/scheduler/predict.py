@@ -234,14 +234,19 @@ class Transitions:
 
     The paper's table, for one or two experts per token: the key is the sorted experts of the two previous layers, the
     value counts of what ran next; where the key is new, that of one layer. Larger sets hardly ever repeat, so
-    for them, and where both keys are new, the answer is the mean over the previous layer's experts of what followed
-    each; at last it is the layer's own frequencies. The fall-backs are ours: the paper has one expert per token.
+    for them, and where both keys are new, the answer is the mean over the experts of the two previous layers of what
+    followed each; at last it is the layer's own frequencies. These are ours: the paper has one expert per token.
     """
 
     _MOST_PAIRS = 1 << 27  # half a gigabyte; 48 layers of 512 experts have a tenth
     _LARGEST = 1 << 12  # keys; then the tables of tuples no longer grow
 
-    def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
+    def __init__(
+        self, num_layers: int, num_experts: int, experts_per_token: int, *, depth: int = 2
+    ) -> None:
+        """Args:
+        depth: how many previous layers the mean is over, 1 or 2; there is a table for each.
+        """
         L, E = num_layers, num_experts
         if L * E * E > self._MOST_PAIRS:
             raise ValueError(
@@ -251,6 +256,8 @@ class Transitions:
         self._has_tuples = experts_per_token <= 2
         self._tuples: dict[tuple[int, bytes], NDArray[np.float32]] = {}
         self._pairs = np.zeros((L, E, E), np.float32)
+        self._far_pairs = np.zeros((L, E, E), np.float32) if depth > 1 else None  # two layers apart
+        self._far_total = np.empty(E, np.float32)
         self._totals = np.zeros((L, E), np.float32)
         self._uses = np.ones((L, E), np.float32)  # at least 1, to divide by
         self._path: list[NDArray[np.int32]] = []
@@ -272,6 +279,8 @@ class Transitions:
         self._totals[layers, path] += 1.0
         self._uses[layers, path] = self._totals[layers, path]
         self._pairs[layers[1:, :, None], path[:-1, :, None], path[1:, None, :]] += 1.0
+        if self._far_pairs is not None:
+            self._far_pairs[layers[2:, :, None], path[:-2, :, None], path[2:, None, :]] += 1.0
         if self._has_tuples:
             for layer in range(1, L):
                 self._count_tuples(layer, path[layer])
@@ -305,17 +314,27 @@ class Transitions:
                 counts = self._tuples.get(key)
                 if counts is not None:
                     return counts
-        last, total = self._path[layer - 1], self._total
+        last, total, far = self._path[layer - 1], self._total, self._far_total
         weights = np.reciprocal(self._uses[layer - 1].take(last))
-        return total if _core.weigh_rows(self._pairs[layer], last, weights, total) else marginal
+        is_known: bool = _core.weigh_rows(self._pairs[layer], last, weights, total)
+        if self._far_pairs is not None and layer > 1:
+            before = self._path[layer - 2]
+            weights = np.reciprocal(self._uses[layer - 2].take(before))
+            if _core.weigh_rows(self._far_pairs[layer], before, weights, far):
+                is_known = True
+                total += far
+        return total if is_known else marginal
 
     def state(self) -> dict[str, NDArray[Any]]:
         """See `Scheduler.state`; the table of tuples is left out, it is larger than all else."""
-        return {"transitions.pairs": self._pairs, "transitions.totals": self._totals}
+        far = {} if self._far_pairs is None else {"transitions.far_pairs": self._far_pairs}
+        return {"transitions.pairs": self._pairs, "transitions.totals": self._totals, **far}
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """See `Scheduler.restore`."""
-        if all(name in state for name in self.state()):
+        if all(name in state for name in ("transitions.pairs", "transitions.totals")):
             self._pairs[:] = state["transitions.pairs"]
+            if self._far_pairs is not None and "transitions.far_pairs" in state:
+                self._far_pairs[:] = state["transitions.far_pairs"]
             self._totals[:] = state["transitions.totals"]
             self._uses[:] = np.maximum(self._totals, 1.0)

@@ -20,7 +20,7 @@ class Watched(Scheduler):
     def __init__(self, scheduler: Scheduler, look_ahead: int) -> None:
         self._inner = scheduler
         self.look_ahead = max(look_ahead, scheduler.look_ahead)
-        self.policy = scheduler.policy
+        self.policy, self.keep_level = scheduler.policy, scheduler.keep_level
         self.bit_routers = scheduler.bit_routers
         self.notes = scheduler.notes
 

@@ -31,8 +31,8 @@ def pages(moe, level):
 class Model:
     """Experts at levels, in pages, and what a request of one expert must do."""
 
-    def __init__(self, sizes, budget, policy):
-        self.sizes, self.budget, self.policy = sizes, budget, policy
+    def __init__(self, sizes, budget, policy, kept=0):
+        self.sizes, self.budget, self.policy, self.kept = sizes, budget, policy, kept
         self.level = {}
         self.scores = [0.0] * N
         self.weight = 1.0
@@ -57,6 +57,11 @@ class Model:
         self.misses += 1
         self.level.pop(expert, 0)
         while self.used() + self.sizes[level] > self.budget:
+            sizes, kept = self.sizes, self.kept
+            larger = [e for e, own in self.level.items() if kept and sizes[own] > sizes[kept]]
+            if larger:
+                self.level[min(larger, key=self.scores.__getitem__)] = self.kept
+                continue
             del self.level[min(self.level, key=self.scores.__getitem__)]
             self.evictions += 1
         self.level[expert] = level
@@ -79,15 +84,16 @@ def one(cache, expert, level):
 
 @pytest.mark.parametrize("budget_experts", [1, 2.5, 4, 7.3, 16, 40])
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("policy", ["lru", "lfu"])
-def test_single_requests_equal_the_model(moe, budget_experts, mixed, policy):
+@pytest.mark.parametrize(("policy", "kept"), [("lru", 0), ("lfu", 0), ("lru", 2)])
+def test_single_requests_equal_the_model(moe, budget_experts, mixed, policy, kept):
     top = 5
     sizes = [0] + [pages(moe, level) for level in range(1, top + 1)]
     budget = int(budget_experts * sizes[top])
     store = ExpertStore.open(moe, bits=8, budget_bytes=budget * 4096, verify=True, policy=policy)
-    cache, model = store.cache, Model(sizes, budget, policy)
+    cache, model = store.cache, Model(sizes, budget, policy, kept)
+    cache.keep(kept)
     rng = np.random.default_rng(int(budget_experts * 10) + mixed)
-    for _ in range(1500):
+    for _ in range(1500 if not kept else 500):
         expert = int(min(rng.geometric(0.15) - 1, N - 1))
         level = int(rng.integers(1, top + 1)) if mixed else top
         if mixed and rng.random() < 0.1:
@@ -410,3 +416,31 @@ def test_an_upgrade_reads_only_what_is_missing():
         while cache.next():
             pass
         assert cache.stats["bytes_read"] == total
+
+
+def test_what_has_to_go_is_lowered_before_anything_is_evicted():
+    cache = ExpertStore.dry(
+        num_layers=1, num_experts=5, level_bits=(4, 8), level_bytes=(4096, 8192), budget_bytes=16384,
+        policy="lru",
+    ).cache  # fmt: skip
+    cache.keep(1)
+    for expert, levels in enumerate(
+        ([2, 0, 0, 0, 0], [2, 2, 0, 0, 0], [1, 1, 2, 0, 0], [0, 1, 1, 2, 0], [0, 0, 1, 1, 2])
+    ):
+        begin(cache, [expert], [2])
+        while cache.next():
+            pass
+        assert cache.residency.tolist() == levels
+        cache.check_integrity()
+    before = cache.stats["bytes_read"]
+    begin(cache, [2], [2])  # of what was lowered only the rest is read
+    while cache.next():
+        pass
+    assert cache.stats["bytes_read"] - before == 4096
+    assert cache.stats["evictions"] == 2
+    for wrong in (-1, 3):
+        with pytest.raises(ValueError, match="no such level"):
+            cache.keep(wrong)
+    begin(cache, [2], [2])
+    with pytest.raises(RuntimeError, match="a request is open"):
+        cache.keep(0)

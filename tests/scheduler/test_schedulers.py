@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import edgemoe
 from edgemoe.plan import Plan, Priorities, Routing
-from edgemoe.quant import BitRouters
+from edgemoe.quant import Allocation, BitRouters
 from edgemoe.scheduler import KINDS, SCHEDULERS, Setting
 from edgemoe.scheduler.auto import Auto
 from edgemoe.scheduler.combined import Combined
@@ -401,6 +401,25 @@ def test_transitions_prefer_the_path_and_fall_back():
     assert t.predict(1).tolist() == [0, 0, 1, 1]
 
 
+def test_transitions_of_many_experts_are_means_over_two_layers():
+    one, two = (Transitions(3, 6, 3, depth=depth) for depth in (1, 2))
+    for t in (one, two):
+        for first, last in (([0, 1, 2], [0, 1, 2]), ([3, 4, 5], [3, 4, 5])):
+            for layer, experts in enumerate((first, [0, 1, 2], last)):
+                t.update(routing(experts, [0.4, 0.3, 0.3], layer))
+            t.learn()
+        t.update(routing([0, 1, 4], [0.4, 0.3, 0.3], 0))
+        t.update(routing([0, 1, 3], [0.4, 0.3, 0.3], 1))
+    # Experts 0 and 1 of layer 1 came before both triples; of layer 0 two say the first one, one the other.
+    np.testing.assert_allclose(one.predict(2), [1] * 6)
+    np.testing.assert_allclose(two.predict(2), [3, 3, 3, 2, 2, 2])
+    fresh = Transitions(3, 6, 3)
+    fresh.restore(two.state())
+    fresh.update(routing([0, 1, 4], [0.4, 0.3, 0.3], 0))
+    fresh.update(routing([0, 1, 3], [0.4, 0.3, 0.3], 1))
+    np.testing.assert_allclose(fresh.predict(2), two.predict(2))
+
+
 def test_expertwise_preloads_the_likeliest_missing_experts():
     e = Expertwise(setting(layers=2, experts=4, top_k=2), preload=1)
     for _ in range(3):
@@ -446,8 +465,8 @@ def test_a_wrong_allocation_is_one_error(bits):
 # --- MC-MoE
 
 
-def test_mc_leaves_out_small_gates_and_gives_their_share_to_the_others():
-    mc = Mc(setting(top_k=3), beta=0.5, layers=1)
+def test_mc_leaves_out_small_gates_and_may_give_their_share_to_the_others():
+    mc = Mc(setting(top_k=3), beta=0.5, layers=1, renormalise=True)
     gates = [0.5, 0.3, 0.2]
     early = mc.plan(routing([0, 1, 2], gates, 1), residency())
     assert slot_bits(early).tolist() == [[8, 8, 8]]  # only the last layer prunes
@@ -458,7 +477,7 @@ def test_mc_leaves_out_small_gates_and_gives_their_share_to_the_others():
         [0, 1, 2], [0.6, 0.2, 0.2], 2
     )  # both others are below half of the first: one goes
     assert slot_bits(mc.plan(flat, residency())).tolist() == [[8, 8, 0]]
-    two = Mc(setting(top_k=3), beta=0.5, layers=1, most=2, renormalise=False)
+    two = Mc(setting(top_k=3), beta=0.5, layers=1, most=2)
     plan = two.plan(flat, residency())
     assert slot_bits(plan).tolist() == [[8, 0, 0]]
     assert plan.gates.tolist() == flat.gates.tolist()
@@ -742,7 +761,114 @@ def test_expertflow_priorities_are_rounds_until_use():
     )
 
 
+def test_expertflow_gives_slots_to_the_layer_that_runs_next_first():
+    """The paper's example: two layers need 3 and 2 experts, there are 4 slots: 3 and 1."""
+
+    class Given:
+        """Says what the test says."""
+
+        def update(self, routing):
+            return np.array(against[routing.layer])
+
+    against = [[0.1, 0.2, 0.3, 30.0], [30.0, 0.1, 0.2, 0.3], [0.2, 30.0, 0.1, 30.0]]
+    flow = SCHEDULERS["expertflow"](setting(layers=3, experts=4, top_k=3))
+    flow._predictor = Given()
+    for layer in range(3):
+        flow.plan(routing([0, 1, 2], [0.4, 0.3, 0.3], layer), residency(3))
+    flow.plan(routing([0, 1, 2], [0.4, 0.3, 0.3], 0), residency(3))
+    p = scored(flow.priorities)
+    needed = [(p[1, e], 1, e) for e in (1, 2, 3)] + [(p[2, e], 2, e) for e in (0, 2)]
+    assert {(layer, e) for _, layer, e in sorted(needed)[1:]} >= {(1, 1), (1, 2), (1, 3)}
+
+
 # --- levers
+
+
+def protecting(*pairs):
+    return Allocation(
+        method="error", layers=(0, 1, 2), bits=np.full((3, 4), 8, np.int8), protected=pairs
+    ).to_json()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("on-demand", {"skip_below": 0.5}),
+        ("on-demand", {"top_p": 0.1, "renormalise": True}),
+        ("on-demand", {"miss_bits": 2}),
+        ("hobbit", {"t1": 0.0, "t2": 0.1}),
+        ("mc", {"beta": 0.9, "layers": 3}),
+        ("d2moe", {"levels": 3}),
+    ],
+    ids=str,
+)
+def test_spared_experts_run_whole_whatever_else_is_left_out(name, options):
+    r = routing([0, 1, 2], [0.8, 0.15, 0.05], 1)
+    plans = {}
+    for spared in ({}, {"spare": "1.2"}, {"spare": "none"}):
+        s = setting(top_k=3, sections={} if spared else {"allocation": protecting((1, 2))})
+        plans[str(spared)] = SCHEDULERS[name](s, **options, **spared).plan(r, residency())
+    by_file, named, none = plans.values()
+    assert slot_bits(none)[0, 2] < 8
+    for plan in (by_file, named):
+        assert slot_bits(plan).tolist() == [[*slot_bits(none)[0, :2].tolist(), 8]]
+        check_lawful(plan, r, LEVELS, exact=False, layers=3)
+        if slot_bits(none)[0, 2] == 0:
+            assert plan.gates.tolist() == r.gates.tolist()
+    prompt = routing([[0, 1, 2], [3, 1, 0]], [[0.8, 0.15, 0.05]] * 2, 1)
+    plan = SCHEDULERS[name](setting(top_k=3), **options, spare="1.2").plan(prompt, residency())
+    assert slot_bits(plan)[0, 2] == 8
+    check_lawful(plan, prompt, LEVELS, exact=False, layers=3)
+
+
+def test_a_spared_expert_is_not_displaced_by_resident_ones():
+    scores = [0.4, 0.3, 0.2, 0.1]
+    r = routing([0, 1], [0.4, 0.3], scores=scores)
+    for spared, chosen in (("none", [0, 2]), ("0.1", [0, 1])):
+        s = SCHEDULERS["on-demand"](setting(), cache_prior=5.0, protect=1, spare=spared)
+        plan = s.plan(r, residency(e0_2=5, e0_3=5))
+        assert sorted(plan.experts.tolist()) == chosen
+
+
+def test_levels_between_count_as_high_in_hobbit_s_eviction():
+    """With bits 8 those above 4 do, so that a use at 6 is worth as much as one at 8, and more than one at 4."""
+    worth = {}
+    for bits in (2, 4, 6, 8):
+        e = make_eviction("hobbit", setting(experts=2, top_k=1), HobbitWeights())
+        r = routing([0], [1.0])
+        e.planned(r, plan_slots(r, np.array([[bits]], np.int8)))
+        worth[bits] = scored(e.priorities)[0, 0]
+    assert worth[2] == worth[4] < worth[6] == worth[8]
+
+
+def test_lowering_is_an_option_of_every_scheduler():
+    for name in KINDS:
+        assert SCHEDULERS[name](setting(), lower_to=3).keep_level == 2
+        assert SCHEDULERS[name](setting()).keep_level == 0
+    for wrong in (5, 8, -2):
+        with pytest.raises(ValueError, match=f"lower_to: expected one of 2, 3, 4, 6, got {wrong}"):
+            SCHEDULERS["on-demand"](setting(), lower_to=wrong)
+    with pytest.raises(ValueError, match="spare: nothing here is lossy"):
+        SCHEDULERS["on-demand"](setting(), spare="0.1")
+    with pytest.raises(ValueError, match=r"spare: the model has no routed expert 3\.0"):
+        SCHEDULERS["hobbit"](setting(), spare="3.0")
+    with pytest.raises(ValueError, match=r"spare: expected file, none or LAYER\.EXPERT,…, got 'x'"):
+        SCHEDULERS["hobbit"](setting(), spare="x")
+
+
+def test_hobbit_reads_ahead_what_ranks_are_worth():
+    """Of two ranks the second is always wrong: it is no longer read, unless all are as published."""
+    for trials, expected in ((True, 1), (False, 2)):
+        h = SCHEDULERS["hobbit"](
+            setting(layers=2, experts=8, top_k=2, slots=3), t1=0.9, t2=0.9, trials=trials
+        )
+        for _ in range(14):
+            guess = [[2, 3]], [[0.6, 0.4]]
+            plan = h.plan(routing([0, 1], [0.6, 0.4], 0, ahead=guess), residency(2, 8))
+            h.plan(routing([2, 5], [0.6, 0.4], 1), residency(2, 8))
+            h.passed(1, 0.1)
+        assert len(plan.ahead) == expected
+        assert plan.ahead[0] == 8 + 2
 
 
 def test_dynamic_top_p_keeps_the_crossing_expert():

@@ -214,6 +214,7 @@ def replay(
         rungs=np.array(header.rungs, np.uint8) if header.rungs else None,
         policy=policy if scheduler.policy == "lfu" else scheduler.policy,
     )  # fmt: skip
+    store.cache.keep(scheduler.keep_level)
     pipeline = None if timing is None else _Player(timing, header, progressive)
     residency = store.residency
     sums = np.zeros((2, 6), np.int64)
