@@ -9,24 +9,30 @@ from typing import Any
 __all__ = ["QUALITY_HEAD", "change", "quality_line", "run_name"]
 
 QUALITY_HEAD = """\
-| scheduler | bits | dense bits | bits/weight | perplexity | change | KL | KL 99% | same top | read/token |
-|---|---|---|---|---|---|---|---|---|---|"""
+| scheduler | bits | dense bits | bits/weight | perplexity | bits/byte | change | KL | KL 99% | same top \
+| same experts | read/token |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def quality_line(row: Mapping[str, Any]) -> str:
     """Returns a line for one of the rows that the report of `edgemoe quality` holds."""
-    divergence = "reference | – | – | –"
+    divergence = "reference | – | – | – | –"
     if row["kl"] is not None:
         divergence = (
             f"{change(row)} | {round(row['kl'], 6) + 0.0:.6f} ± {row['kl_error']:.6f} | {row['kl_99']:.5f} "
-            f"| {100 * row['same_top']:.2f}%"
+            f"| {100 * row['same_top']:.2f}% | {_percent(row.get('same_experts'))}"
         )
-    read = row["read_per_token"]
+    read, per_byte = row["read_per_token"], row.get("bits_per_byte")  # which earlier rows lack
     return (
         f"| {run_name(row)} | {row['average_bits']:.3g} | {row['dense_bits']} "
-        f"| {row['bits_per_weight']:.3f} | {row['perplexity']:.6g} | {divergence} "
+        f"| {row['bits_per_weight']:.3f} | {row['perplexity']:.6g} "
+        f"| {'–' if per_byte is None else f'{per_byte:.4f}'} | {divergence} "
         f"| {'–' if read is None else f'{read / 1e6:.2f} MB'} |"
     )
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.2f}%"
 
 
 def run_name(row: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import math
@@ -18,9 +19,10 @@ from edgemoe.cli import main as edgemoe_cli
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
-from edgemoe.lab.quality.quality import Quality, Sample, Trial, measure, recorded, score
+from edgemoe.lab.quality.quality import Quality, Sample, Trial, agreement, measure, recorded, score
 from edgemoe.lab.quality.text import default_text
 from edgemoe.lab.report.levels import bits_per_weight, levels
+from edgemoe.store import expert_bytes
 from edgemoe.text.logprobs import log_softmax
 from edgemoe.text.tokenizer import Tokenizer
 
@@ -162,13 +164,41 @@ def test_scores_agree_with_torch(tiny_moe: Path, sample: Sample, low: Quality) -
     )
 
 
+def test_bits_of_a_byte_are_those_of_a_token_where_each_is_a_byte(
+    sample: Sample, low: Quality
+) -> None:
+    assert low.bits_per_byte == pytest.approx(math.log2(low.perplexity), rel=1e-9)
+
+
+def test_agreement_is_the_share_of_choices_that_come_again() -> None:
+    a = [np.array([[0, 1], [2, 3]], np.int32), np.array([[0, 1], [0, 1]], np.int32)]
+    b = [np.array([[1, 0], [2, 0]], np.int32), np.array([[4, 5], [0, 1]], np.int32)]
+    assert agreement(a, a) == 1
+    assert agreement(a, b) == pytest.approx((3 / 4 + 2 / 4) / 2)
+    assert agreement(None, b) is None
+    assert agreement([], []) is None
+
+
+def test_capacity_weighs_what_is_understood_against_what_is_read(
+    tiny_moe: Path, sample: Sample
+) -> None:
+    small = dataclasses.replace(FULL, slots=3 * expert_bytes(open_moe(tiny_moe), 5), decode=True)
+    quality = measure(tiny_moe, small, sample)
+    assert quality.read_per_token is not None
+    expected = 8 - math.log2(quality.perplexity) - 24
+    assert quality.capacity == pytest.approx(expected / math.log2(quality.read_per_token))
+    assert measure(tiny_moe, FULL, sample).capacity is None
+
+
 def test_a_model_does_not_diverge_from_itself(tiny_moe: Path, sample: Sample, low: Quality) -> None:
     with recorded(tiny_moe, FULL, sample) as (alone, reference):
         itself = measure(tiny_moe, FULL, sample, reference=reference)
     assert alone.kl is None
     assert itself.perplexity == alone.perplexity
     assert abs(itself.kl) < 1e-5
-    assert itself.same_top == 1
+    assert itself.same_top == itself.same_experts == 1
+    assert low.same_experts is not None
+    assert 0.3 < low.same_experts < 1
     assert itself.loss_change == itself.loss_error == 0
     assert low.kl > 0.01
 
@@ -278,7 +308,8 @@ def test_command_compares_with_other_references(tiny_moe: Path, tmp_path: Path, 
     clipped = {
         name: pytest.approx(highest[0][name], abs=0.5) for name in ("loss_change", "loss_error")
     }
-    assert rows("--reference", saved) == [{**highest[0], **clipped}]
+    unknown = {"same_experts": None}  # what is saved does not say
+    assert rows("--reference", saved) == [{**highest[0], **clipped, **unknown}]
     assert rows("--reference", saved, "--chunks", 2)[0]["positions"] == 2 * (CHUNK // 2 - 1)
 
 

@@ -42,6 +42,8 @@ class LogProbs:
     vocab_size: int
     losses: NDArray[np.float64] | None = None
     """[N * positions of a chunk]: the exact -log p of the tokens that came, of who wrote them; the file clips it."""
+    routes: list[NDArray[np.int32]] | None = None
+    """For each layer with routed experts [N * positions of a chunk, K]: what the writer's routers chose, if known."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Opens a file and checks that it is complete.
@@ -135,6 +137,8 @@ class LogProbsWriter:
         self._vocab_size = vocab_size
         self._came = windows[:, chunk // 2 + 1 :].reshape(-1)
         self._losses: list[float] = []
+        self.routes: list[NDArray[np.int32]] | None = None
+        """What routers chose meanwhile, see `LogProbs.routes`; whoever measures sets it."""
         file.write(MAGIC + _HEAD.pack(chunk, vocab_size, count))
         file.write(np.ascontiguousarray(windows, "<i4").tobytes())
 

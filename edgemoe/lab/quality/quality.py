@@ -8,6 +8,7 @@ same file, text and settings give the same figures, on every instruction set.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -17,20 +18,33 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.experts import Observer
 from edgemoe.file.format import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
+from edgemoe.plan import Plan, Routing
 from edgemoe.runtime.engine import Engine
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.text.logprobs import log_softmax
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["Quality", "Sample", "Trial", "first_token", "measure", "recorded", "score"]
+__all__ = [
+    "Quality",
+    "Routes",
+    "Sample",
+    "Trial",
+    "agreement",
+    "first_token",
+    "measure",
+    "recorded",
+    "score",
+]
 
 Progress = Callable[[int, int], None]
 """Is told of each chunk that is done: how many are, and how many there are."""
 
 _LOGITS = 1 << 24  # at once, 64 MiB; a chunk of a large vocabulary would have 300
 _BLOCK = 1 << 20  # the same in float64, where several arrays of a size are needed
+_CAPACITY_OFFSET = 24.0  # bits; the published one for mixed text
 _SMALLEST = -16.0  # nats; llama.cpp leaves out what the reference finds less likely
 
 
@@ -102,6 +116,14 @@ class Quality:
     """Mean loss of the tokens that came less the reference's: ln of the ratio of the two perplexities."""
     loss_error: float | None = None
     """Its standard error over positions, as pairs: far smaller than that of either perplexity."""
+    bits_per_byte: float | None = None
+    """Of the scored text, which does not depend on the tokenizer; None without one."""
+    same_experts: float | None = None
+    """Of the experts that the reference's routers chose, the share that this one's chose too; None where the reference
+    is no run of edgemoe's, or no layer has routed experts."""
+    capacity: float | None = None
+    """Information capacity (arXiv 2511.08066) by bytes read in place of operations: the bits of a token's text that are
+    not paid in loss, less 24, by the binary logarithm of `read_per_token`. None where nothing was read."""
     average_bits: float
     """Of the experts that ran."""
     skipped_share: float
@@ -110,6 +132,23 @@ class Quality:
     """Bytes of experts, of what was scored token by token; None where it was not."""
     slots_bytes: int = field(default=0, compare=False)
     """What experts could take meanwhile."""
+
+
+class Routes(Observer):
+    """Keeps what routers choose, while it is on."""
+
+    def __init__(self) -> None:
+        self.is_on = False
+        self._layers: dict[int, list[NDArray[np.int32]]] = {}
+
+    def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
+        """See `Observer.planned`."""
+        if self.is_on:
+            self._layers.setdefault(routing.layer, []).append(routing.experts.copy())
+
+    def taken(self) -> list[NDArray[np.int32]]:
+        """Returns the choices [n, K] of each layer."""
+        return [np.concatenate(rows) for _, rows in sorted(self._layers.items())]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,11 +180,12 @@ def measure(
         OutOfBudget: says the smallest budget that works.
         ReadError: the disk failed.
     """
-    with Engine(path, replace(trial, context=sample.windows.shape[1])) as engine:
+    routes = Routes()
+    with Engine(path, replace(trial, context=sample.windows.shape[1], observer=routes)) as engine:
         step = 1 if trial.decode else None
         return score(
-            engine, sample, reference=reference, record=record, step=step, progress=progress
-        )
+            engine, sample, reference=reference, record=record, step=step, routes=routes, progress=progress
+        )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -165,7 +205,7 @@ def recorded(
         record = LogProbsWriter(file.file, sample.windows, vocab_size)
         quality = measure(path, trial, sample, record=record, progress=progress)
         with LogProbs(file.name) as reference:
-            reference.losses = record.losses
+            reference.losses, reference.routes = record.losses, record.routes
             yield quality, reference
 
 
@@ -176,6 +216,7 @@ def score(
     reference: LogProbs | None = None,
     record: LogProbsWriter | None = None,
     step: int | None = None,
+    routes: Routes | None = None,
     progress: Progress | None = None,
 ) -> Quality:
     """Scores a sample.
@@ -184,6 +225,7 @@ def score(
         reference: what to compare with; its first chunks are those of the sample.
         record: takes this model's log-probabilities, to be a reference later.
         step: tokens to evaluate at once in the scored half; None for what memory suggests.
+        routes: the engine's observer; None for not looking at what routers choose.
 
     Raises:
         ValueError: the reference has another vocabulary or other tokens.
@@ -202,7 +244,7 @@ def score(
     bits = uses = read = skipped = 0.0
     for i, window in enumerate(windows):
         at = 0
-        for logits in _second_half(engine, window, sample.first_token, step):
+        for logits in _second_half(engine, window, sample.first_token, step, routes):
             stats = engine.stats
             count = stats.hits + stats.misses
             bits, uses = bits + count * stats.average_bits, uses + count
@@ -224,14 +266,21 @@ def score(
         if progress is not None:
             progress(i + 1, len(windows))
     average = bits / uses if uses else 0.0
+    loss, read_each = float(np.concatenate(losses).mean()), read / sample.positions
+    text_bits = _text_bits(engine.tokenizer, windows)
     alone = Quality(
         positions=sample.positions,
-        perplexity=float(np.exp(np.concatenate(losses).mean())),
+        perplexity=float(np.exp(loss)),
+        bits_per_byte=loss / math.log(2) / text_bits * 8 if text_bits else None,
+        capacity=_capacity(text_bits, loss, read_each) if step == 1 else None,
         average_bits=average,
         skipped_share=skipped / sample.positions,
-        read_per_token=read / sample.positions if step == 1 else None,
+        read_per_token=read_each if step == 1 else None,
         slots_bytes=engine.budget.slots,
     )
+    chosen = None if routes is None else routes.taken()
+    if record is not None:
+        record.routes = chosen
     if reference is None:
         return alone
     kl, change = np.concatenate(divergences), np.concatenate(changes)
@@ -241,20 +290,61 @@ def score(
         kl_error=float(kl.std() / np.sqrt(len(kl))),
         kl_99=float(np.percentile(kl, 99)),
         same_top=float(np.concatenate(tops).mean()),
+        same_experts=agreement(reference.routes, chosen),
         loss_change=float(change.mean()),
         loss_error=float(change.std() / np.sqrt(len(change))),
     )
 
 
+def agreement(
+    reference: list[NDArray[np.int32]] | None, chosen: list[NDArray[np.int32]] | None
+) -> float | None:
+    """Returns of the reference's choices [n, K] of each layer the share that was chosen again; None without choices."""
+    if not reference or not chosen:
+        return None
+    pairs = zip(reference, chosen, strict=True)
+    same = [(a[:, :, None] == b[: len(a), None, :]).any(2).mean() for a, b in pairs]
+    return float(np.mean(same))
+
+
+def _text_bits(tokenizer: Tokenizer | None, windows: NDArray[np.int32]) -> float | None:
+    """Returns the mean bits of a scored token's text in UTF-8; None without a tokenizer."""
+    if tokenizer is None:
+        return None
+    half, total = windows.shape[1] // 2, 0
+    for window in windows:
+        # A space before the first of them may be left out, where it is first.
+        whole, before = (
+            tokenizer.decode(ids.tolist(), skip_special=False)
+            for ids in (window[half:], window[half : half + 1])
+        )
+        total += len(whole.encode()) - len(before.encode())
+    return 8 * total / (len(windows) * (windows.shape[1] - half - 1))
+
+
+def _capacity(text_bits: float | None, loss: float, read: float) -> float | None:
+    if text_bits is None or read < 2:
+        return None
+    return float((text_bits - loss / math.log(2) - _CAPACITY_OFFSET) / math.log2(read))
+
+
 def _second_half(
-    engine: Engine, window: NDArray[np.int32], first_token: int | None, step: int
+    engine: Engine,
+    window: NDArray[np.int32],
+    first_token: int | None,
+    step: int,
+    routes: Routes | None,
 ) -> Iterator[NDArray[np.float32]]:
     """Yields the logits [≤ step, V] of positions C // 2 to C - 2, which predict the tokens after them."""
     tokens = window.copy()
     if first_token is not None:
         tokens[0] = first_token
     half = len(tokens) // 2
+    if routes is not None:
+        routes.is_on = False
     engine.logits(tokens[:half], last_only=True)
+    if routes is not None:
+        routes.is_on = True
     for at in range(half, len(tokens) - 1, step):
         yield engine.extend(tokens[at : min(at + step, len(tokens) - 1)], last_only=False)
 
