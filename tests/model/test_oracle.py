@@ -18,6 +18,7 @@ import edgemoe
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.experts import Observer
+from edgemoe.quant import SCHEMES
 
 Array = NDArray[np.floating]
 
@@ -100,7 +101,7 @@ def compared(request, tmp_path_factory):
     """Per setting: the logits beside transformers' and beside those of the decoded weights; what was chosen alike."""
     tmp = tmp_path_factory.mktemp("oracle")
     path = families.make(request.param, tmp / "source")
-    convert(HFCheckpoint(path), tmp / "x.moe")
+    convert(HFCheckpoint(path), tmp / "x.moe", scheme=SCHEMES["nested"].thorough())
     decoded = Decoded(tmp / "x.moe")
     theirs, own, same, tops = [], [], [], []
     shares = decoded.config.scoring == "sparsemixer"  # which makes fewer positions clean

@@ -49,7 +49,7 @@ def test_the_command_takes_llama_benchs_flags(tiny_moe, no_roof, capsys):
         len(r["memory_roofs"]) == 2 and min(r["memory_roofs"]) > 0 for r in report["results"]
     )
     assert report["roofs"] == [{"memory": 1e9, "disk": 1e9}] * 2
-    assert report["cache_types"] == {"keys": "q8_0", "values": "f16"}
+    assert report["cache_types"] == {"keys": "q8_0", "values": "f16", "layers": []}
     assert main([*command, "-ctv", "q5_1"]) == 1
     assert capsys.readouterr().err == (
         "edgemoe bench: cache_type_v: expected f16, f32, q8_0, q4_0, q3_0 or q2_0, got q5_1\n"

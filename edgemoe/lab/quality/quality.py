@@ -319,7 +319,7 @@ def _text_bits(tokenizer: Tokenizer | None, windows: NDArray[np.int32]) -> float
             for ids in (window[half:], window[half : half + 1])
         )
         total += len(whole.encode()) - len(before.encode())
-    return 8 * total / (len(windows) * (windows.shape[1] - half - 1))
+    return float(8 * total / (len(windows) * (windows.shape[1] - half - 1)))
 
 
 def _capacity(text_bits: float | None, loss: float, read: float) -> float | None:
