@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.config import ModelConfig
 from edgemoe.plan import Plan
-from edgemoe.specs import Activation, AttentionSpec, MlaSpec, RouterSpec
+from edgemoe.specs import Activation, AttentionSpec, MixerSpec, MlaSpec, RouterSpec
 from edgemoe.store import Request
 
 __all__ = [
@@ -167,6 +167,15 @@ class Ops(Protocol):
 
     def empty(self, *shape: int) -> Array:
         """Returns a new array of the device."""
+
+    def beside(self, spec: MixerSpec) -> Ops | None:
+        """Returns what runs a mixer that these operations know too little of, on the host; None where they run it."""
+
+    def download(self, x: Array, out: Array) -> None:
+        """Copies to the host's out; waits."""
+
+    def upload(self, x: Array, out: Array) -> None:
+        """Copies from the host's x."""
 
     def host(self, *shape: int, dtype: str) -> NDArray[Any]:
         """Returns a new array that Python reads after a verb has written it: what routers choose, for schedulers."""

@@ -27,7 +27,7 @@ from edgemoe.ops import (
 )
 from edgemoe.plan import Plan
 from edgemoe.quant.correction import MOST_RANK
-from edgemoe.specs import Activation, AttentionSpec, MlaSpec, RouterSpec
+from edgemoe.specs import Activation, AttentionSpec, MixerSpec, MlaSpec, RouterSpec
 from edgemoe.store import Request
 
 __all__ = ["CpuOps"]
@@ -49,6 +49,17 @@ class CpuOps:
     def empty(self, *shape: int) -> Array:
         """See `Ops.empty`."""
         return np.empty(shape, np.float32)
+
+    def beside(self, spec: MixerSpec) -> None:
+        """See `Ops.beside`."""
+
+    def download(self, x: Array, out: Array) -> None:
+        """See `Ops.download`."""
+        out[...] = x
+
+    def upload(self, x: Array, out: Array) -> None:
+        """See `Ops.upload`."""
+        out[...] = x
 
     def host(self, *shape: int, dtype: str) -> NDArray[Any]:
         """See `Ops.host`."""

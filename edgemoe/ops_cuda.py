@@ -8,7 +8,7 @@ them itself. See `Ops` for the verbs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import astuple, replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,145 +16,77 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.config import ModelConfig
-from edgemoe.file.format import MoeFile
 from edgemoe.ops import ExpertLayer, Ids, OpsShape, RouterWeights
 from edgemoe.ops_cpu import CpuOps
+from edgemoe.ops_cuda_mixers import Array, CudaMixers
+from edgemoe.placement import Both
 from edgemoe.plan import Plan
-from edgemoe.specs import Activation, AttentionSpec, RouterSpec
-from edgemoe.store import Request, read_dense
+from edgemoe.specs import Activation, AttentionSpec, MixerSpec, RouterSpec
+from edgemoe.store import Request
 from edgemoe.tiers import Tiers
 
-__all__ = ["CudaOps", "Tied", "load_on", "unsupported"]
+__all__ = ["CudaOps"]
 
-Array = _core.DeviceArray
 HostArray = NDArray[np.float32]
 
 _FEW_TOKENS = 4  # whose activations are copied to the host with their routing, as it probably computes experts
 _LOGIT_ROWS = 16  # of which logits are made at once
-_MOST_HEAD_DIM = 256
-_CACHES = ("f16", "f32", "q8_0")
-
-# What the device knows, by name. A model with anything further runs on the CPU until that is known here too.
-_ATTENTION = frozenset(
-    ("num_heads", "num_kv_heads", "head_dim", "scale", "window", "qkv_bias", "o_bias", "qk_norm", "norm_eps", "clip",
-     "rope", "norm_after_rope")
-)  # fmt: skip
-_ROPE = frozenset(("name", "dim", "scale", "short_length"))
-_CONFIG = frozenset(
-    ("family", "vocab_size", "hidden_size", "num_layers", "context_length", "norm_eps", "tied", "mixers",
-     "layer_mixers", "num_experts", "experts_per_token", "expert_hidden", "moe_layers", "scoring", "renormalise",
-     "choice_bias", "gate_scale", "groups", "used_groups", "group_score", "shared_hidden", "shared_sigmoid",
-     "embedding_multiplier", "residual_multiplier", "logits_divisor", "eos_ids", "router_bias")
-)  # fmt: skip
-_TENSORS = frozenset(
-    ("attn_norm", "ffn_norm", "router", "choice_bias", "shared.gate", "shared.up", "shared.down", "shared.sigmoid",
-     "router_bias", "q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm")
-)  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Tied:
-    """Is an embedding that is the head too: the host decodes its rows, the device multiplies with it."""
-
-    host: _core.Nested
-    device: _core.DeviceMatrix
-
-
-def unsupported(moe: MoeFile, keys: str = "f16", values: str = "f16") -> str | None:
-    """Returns what of a model has no kernels for a device yet, None when all has.
-
-    Args:
-        keys: the kind that caches store keys as.
-        values: the same of values.
-    """
-    config = moe.config
-    for kind in (keys, values):
-        if kind not in _CACHES:
-            return f"a KV cache in {kind} ({', '.join(_CACHES)} have)"
-    if name := _unknown(config, _CONFIG):
-        return f"{name} {getattr(config, name)}"
-    for spec in config.mixers:
-        if type(spec) is not AttentionSpec:
-            return f"a mixer of the kind {spec.kind}"
-        for part, known in ((spec, _ATTENTION), (spec.rope, _ROPE)):
-            if part is not None and (name := _unknown(part, known)):
-                return f"attention with {name}"
-        if spec.head_dim > _MOST_HEAD_DIM:
-            return f"heads of {spec.head_dim} columns, more than {_MOST_HEAD_DIM}"
-        if keys == "q8_0" and spec.has_constant_keys:
-            return "keys in 8 bits of a model with key biases (-ctk f16 has)"
-    if moe.scheme.correction:
-        return "a correction of low rank"
-    for full in moe.tensors:
-        if full.startswith("layers.") and full.split(".", 2)[2] not in _TENSORS:
-            return f"the tensor {full}"
-    return None
-
-
-def _unknown(spec: Any, known: frozenset[str]) -> str | None:
-    """Returns a field that is not among the known ones, and not at a default that says nothing."""
-    for field in fields(spec):
-        says_something = field.default is MISSING or getattr(spec, field.name) != field.default
-        if field.name not in known and says_something:
-            return field.name
-    return None
-
-
-def load_on(device: _core.Device, moe: MoeFile, level: int, *, verify: bool) -> dict[str, Any]:
-    """Reads every tensor outside the routed experts to where it is used, one at a time; see `load_dense`."""
-    ropes = {name for spec in moe.config.ropes for name in spec.tensors()}
-    out: dict[str, Any] = {}
-    for name, weight in read_dense(moe, level, verify=verify):
-        if isinstance(weight, _core.Nested):
-            if name == "embed" and not moe.config.tied:
-                out[name] = weight
-            else:
-                there = _core.DeviceMatrix(device, weight)
-                out[name] = Tied(weight, there) if name == "embed" else there
-        elif name in ropes or name.split(".")[-1] in ("choice_bias", "router_bias"):
-            out[name] = weight
-        else:
-            out[name] = _uploaded(device, weight)
-    return out
-
-
-def _uploaded(device: _core.Device, array: HostArray) -> Array:
-    out = _core.DeviceArray(device, array.shape)
-    out.upload(array)
-    return out
-
-
-class CudaOps:
+class CudaOps(CudaMixers):
     """Runs operations on a device, and experts that are not there on the host. One caller at a time."""
 
-    def __init__(self, shape: OpsShape, device: _core.Device, config: ModelConfig) -> None:
-        self._device, self._cpu = device, CpuOps(shape)
-        self._ws = _core.DeviceWorkspace(device, *_workspace(shape), _routed(shape, config))
+    def __init__(
+        self,
+        shape: OpsShape,
+        device: _core.Device,
+        config: ModelConfig,
+        hosted: Mapping[MixerSpec, str],
+        *,
+        corrected: bool,
+    ) -> None:
+        """Args:
+        hosted: mixers that the host runs.
+        corrected: matrices may have corrections.
+        """
+        super().__init__(
+            device, _core.DeviceWorkspace(device, *_workspace(shape, config, corrected))
+        )
+        self._cpu, self._hosted = CpuOps(_host_shape(shape, hosted)), hosted
         d, e, k = config.hidden_size, config.num_experts, config.experts_per_token
         self._logits = self.empty(min(shape.max_tokens, _LOGIT_ROWS), config.vocab_size)
         self._scores = self.empty(shape.max_tokens, max(e, 1))
         self._x = np.empty((shape.max_tokens, d), np.float32)
-        self._x_of: Array | None = None
-        """What `_x` is a copy of."""
         self._parts = np.empty((shape.max_tokens * max(k, 1), d), np.float32)
+        self._layers: dict[int, tuple[ExpertLayer, list[Any], Any]] = {}
+        """By its identity, what the experts of a layer have: on the host; biases and basis on the device."""
 
     @staticmethod
-    def scratch_bytes(shape: OpsShape, config: ModelConfig) -> int:
+    def scratch_bytes(shape: OpsShape, config: ModelConfig, *, corrected: bool) -> int:
         """Returns what the operations' own scratch takes of a device."""
         rows = min(shape.max_tokens, _LOGIT_ROWS)
         floats = (rows * config.vocab_size, shape.max_tokens * max(config.num_experts, 1))
         own = sum(_core.Device.taken(4 * n) for n in floats)
-        return own + _core.DeviceWorkspace.bytes(*_workspace(shape), _routed(shape, config))
+        return own + _core.DeviceWorkspace.bytes(*_workspace(shape, config, corrected))
 
     @staticmethod
-    def host_bytes(shape: OpsShape, config: ModelConfig) -> int:
+    def host_bytes(shape: OpsShape, config: ModelConfig, hosted: Mapping[MixerSpec, str]) -> int:
         """Returns the host's memory of the operations' scratch."""
         rows = shape.max_tokens * (1 + config.experts_per_token)
-        return CpuOps.scratch_bytes(replace(shape, max_context=1)) + 4 * rows * config.hidden_size
+        return CpuOps.scratch_bytes(_host_shape(shape, hosted)) + 4 * rows * config.hidden_size
 
-    def empty(self, *shape: int) -> Array:
-        """See `Ops.empty`."""
-        return _core.DeviceArray(self._device, shape)
+    def beside(self, spec: MixerSpec) -> CpuOps | None:
+        """See `Ops.beside`."""
+        return self._cpu if spec in self._hosted else None
+
+    def download(self, x: Array, out: HostArray) -> None:
+        """See `Ops.download`."""
+        _core.device_download(self._ws, [x], [out])
+
+    def upload(self, x: HostArray, out: Array) -> None:
+        """See `Ops.upload`."""
+        self._x_of = None
+        out.upload(x)
 
     def host(self, *shape: int, dtype: str) -> NDArray[Any]:
         """See `Ops.host`."""
@@ -179,12 +111,18 @@ class CudaOps:
         self, layer: int, spec: AttentionSpec, tensors: Mapping[str, Any], keys: str
     ) -> _core.DeviceAttention:
         """See `Ops.attention_weights`."""
+        ones = self.empty(spec.head_dim)
+        ones.upload(np.ones(spec.head_dim, np.float32))
+        q_norm, k_norm = tensors.get("q_norm"), tensors.get("k_norm")
+        if spec.qk_norm == "unit":
+            q_norm = k_norm = ones
         return _core.DeviceAttention(
             index=layer, num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim,
             window=spec.window, scale=spec.scale, q_bias=tensors.get("q_bias"), k_bias=tensors.get("k_bias"),
-            v_bias=tensors.get("v_bias"), q_norm=tensors.get("q_norm"), k_norm=tensors.get("k_norm"),
-            norm_per_head=spec.qk_norm == "head", norm_eps=spec.norm_eps, clip=spec.clip or 0.0,
-            rope_dim=spec.rope_dim, norm_after_rope=spec.norm_after_rope,
+            v_bias=tensors.get("v_bias"), q_norm=q_norm, k_norm=k_norm, v_norm=ones if spec.v_norm else None,
+            sinks=tensors.get("sinks"), norm_per_head=spec.qk_norm in ("head", "unit"), norm_eps=spec.norm_eps,
+            clip=spec.clip or 0.0, rope_dim=spec.rope_dim, norm_after_rope=spec.norm_after_rope,
+            chunk=spec.chunk, growth=spec.growth, grow_every=spec.grow_every,
         )  # fmt: skip
 
     def rope_table(self, frequencies: HostArray, scale: float) -> _core.Rope:
@@ -193,11 +131,11 @@ class CudaOps:
 
     # ------------------------------------------------------------ rows
 
-    def embed(self, table: _core.Nested | Tied, ids: Ids, scale: float, out: Array) -> None:
+    def embed(self, table: _core.Nested | Both, ids: Ids, scale: float, out: Array) -> None:
         """See `Ops.embed`."""
         self._x_of = None
         rows = self._x[: len(ids)]
-        self._cpu.embed(table.host if isinstance(table, Tied) else table, ids, scale, rows)
+        self._cpu.embed(table.host if isinstance(table, Both) else table, ids, scale, rows)
         out.upload(rows)
 
     def norm(self, x: Array, weight: Array, eps: float, out: Array) -> None:
@@ -208,11 +146,11 @@ class CudaOps:
     def linear(
         self,
         x: Array,
-        weights: Sequence[_core.DeviceMatrix | Tied],
+        weights: Sequence[_core.DeviceMatrix | Both],
         outs: Sequence[Array | HostArray],
     ) -> None:
         """See `Ops.linear`; an `out` of numpy, alone, is the host's, and waited for."""
-        matrices = [w.device if isinstance(w, Tied) else w for w in weights]
+        matrices = [w.device if isinstance(w, Both) else w for w in weights]
         if not isinstance(outs[0], np.ndarray):
             _core.device_linear(self._ws, x, matrices, cast("list[Array]", outs))
             return
@@ -225,7 +163,7 @@ class CudaOps:
     def ffn(
         self,
         x: Array,
-        gate: _core.DeviceMatrix,
+        gate: _core.DeviceMatrix | None,
         up: _core.DeviceMatrix,
         down: _core.DeviceMatrix,
         out: Array,
@@ -233,8 +171,7 @@ class CudaOps:
         activation: Activation,
     ) -> None:
         """See `Ops.ffn`."""
-        assert activation == "swiglu"
-        _core.device_ffn(self._ws, x, gate, up, down, out)
+        _core.device_ffn(self._ws, x, gate, up, down, out, activation)
 
     def add(
         self,
@@ -255,9 +192,12 @@ class CudaOps:
         self._x_of = None
         _core.device_add_norm(self._ws, added, scale, x, weight, eps, out)
 
-    def add_bias(self, bias: Array, out: Array) -> None:
+    def add_bias(self, bias: Array | HostArray, out: Array | HostArray) -> None:
         """See `Ops.add_bias`."""
-        _core.device_add_bias(self._ws, bias, out)
+        if isinstance(out, np.ndarray):
+            self._cpu.add_bias(cast(HostArray, bias), out)
+        else:
+            _core.device_add_bias(self._ws, cast(Array, bias), out)
 
     def scale(self, factor: float, out: Array | HostArray) -> None:
         """See `Ops.scale`."""
@@ -265,6 +205,15 @@ class CudaOps:
             self._cpu.scale(factor, out)
         else:
             _core.device_scale(self._ws, factor, out)
+
+    def weigh(self, x: Array, gates: HostArray, out: Array) -> None:
+        """See `Ops.weigh`."""
+        self._x_of = None
+        _core.device_weigh(self._ws, x, gates, out)
+
+    def soft_cap(self, cap: float, out: HostArray) -> None:
+        """See `Ops.soft_cap`: of logits, which are the host's."""
+        self._cpu.soft_cap(cap, out)
 
     # ------------------------------------------------------------ attention
 
@@ -364,11 +313,12 @@ class CudaOps:
     ) -> None:
         """See `Ops.expert_ffn`: a group is all the device's, or all the host's."""
         slots: Any = request.slots
+        layer, biases, basis = self._layer(layer)
         if isinstance(slots, Tiers):
             if slots.is_there:
                 _core.device_expert_ffn(
                     self._ws, x, slots.device, request.experts, request.levels, plan.offsets,
-                    plan.tokens, group, parts,
+                    plan.tokens, group, parts, layer.activation, biases, basis,
                 )  # fmt: skip
                 return
             request = replace(request, slots=slots.host)
@@ -382,6 +332,18 @@ class CudaOps:
         """See `Ops.combine`."""
         _core.device_combine(self._ws, parts, plan.rows, plan.gates, out)
 
+    def _layer(self, layer: ExpertLayer) -> tuple[ExpertLayer, list[Any], Any]:
+        """Returns what a layer's experts have beside matrices: on the host, and biases and basis on the device."""
+        if id(layer) not in self._layers:
+            biases, basis = cast(Any, layer.biases), cast(Any, layer.basis)
+            host = replace(
+                layer, biases=None if biases is None else tuple(b.host for b in biases),
+                basis=None if basis is None else basis.host,
+            )  # fmt: skip
+            there = [] if biases is None else [b.device for b in biases]
+            self._layers[id(layer)] = host, there, None if basis is None else basis.device
+        return self._layers[id(layer)]
+
     def _copy(self, x: Array) -> HostArray:
         """Returns the host's copy of what was routed last."""
         out = self._x[: len(x)]
@@ -391,11 +353,13 @@ class CudaOps:
         return out
 
 
-def _workspace(s: OpsShape) -> tuple[int, int, int, int, int, int]:
-    """Returns the first arguments of a `DeviceWorkspace`."""
-    return s.max_tokens, s.max_cols, s.max_hidden, s.max_context, s.head_dim, s.num_heads
+def _workspace(s: OpsShape, config: ModelConfig, corrected: bool) -> tuple[int, ...]:
+    """Returns the last arguments of a `DeviceWorkspace`."""
+    _, *shape = astuple(s)
+    routed = s.max_tokens * max(config.experts_per_token, 1)
+    return (*shape, routed, corrected)
 
 
-def _routed(shape: OpsShape, config: ModelConfig) -> int:
-    """Returns the most pairs of a token and an expert."""
-    return shape.max_tokens * max(config.experts_per_token, 1)
+def _host_shape(shape: OpsShape, hosted: Mapping[MixerSpec, str]) -> OpsShape:
+    """Returns the same for the host, which only attends where it runs such mixers."""
+    return shape if hosted else replace(shape, max_context=1)

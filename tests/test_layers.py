@@ -16,6 +16,8 @@ ROWS = [
         "ops",
         "ops_cpu",
         "ops_cuda",
+        "ops_cuda_mixers",
+        "placement",
         "tap",
         "store",
         "tiers",

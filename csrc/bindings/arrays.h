@@ -15,6 +15,7 @@
 
 #include "error.h"
 #include "kernels/kernels.h"
+#include "mixers/shapes.h"
 
 namespace edgemoe {
 
@@ -75,6 +76,23 @@ inline const int8_t* shared_basis(const std::optional<Array<int8_t>>& basis, int
 inline float* writable(const py::object& array, const char* name, std::initializer_list<py::ssize_t> shape) {
   floats(array, name, shape);
   return py::reinterpret_borrow<Array<float>>(array).mutable_data();
+}
+
+/// Throws std::invalid_argument for another name.
+inline Activation activation_of(const std::string& name) {
+  if (name == "swiglu") return Activation::kSwiglu;
+  if (name == "geglu") return Activation::kGeglu;
+  if (name == "clamped_swiglu") return Activation::kClampedSwiglu;
+  if (name == "relu2") return Activation::kRelu2;
+  throw std::invalid_argument("activation: expected swiglu, geglu, clamped_swiglu or relu2, got " + name);
+}
+
+/// Likewise.
+inline Gate gate_named(const std::string& name) {
+  if (name == "silu") return Gate::kSilu;
+  if (name == "sigmoid") return Gate::kSigmoid;
+  if (name == "silu_first") return Gate::kSiluFirst;
+  throw std::invalid_argument("gated_norm: expected silu, sigmoid or silu_first, got " + name);
 }
 
 /// Deletes an object, but not in a forked child: its threads and its memory did not come along.

@@ -18,7 +18,8 @@ void bind_latent(pybind11::module_& m);     ///< LatentLayer, latent_attention
 
 void bind_mixers(pybind11::module_& m);  ///< recurrent mixers, gates
 
-void bind_device(pybind11::module_& m);      ///< Device, DeviceArray, DeviceMatrix, DeviceKvLayer
-void bind_device_ops(pybind11::module_& m);  ///< DeviceWorkspace, and all that a device computes
+void bind_device(pybind11::module_& m);         ///< Device, DeviceArray, DeviceMatrix, DeviceKvLayer
+void bind_device_ops(pybind11::module_& m);     ///< DeviceWorkspace, and all that a device computes
+void bind_device_mixers(pybind11::module_& m);  ///< DeviceWorkspace, and all that a device computes
 
 }  // namespace edgemoe

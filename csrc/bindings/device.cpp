@@ -82,19 +82,40 @@ py::array_t<float> copied(const DeviceArray& a) {
 
 /// Copies the rungs of a host's matrix.
 Held<DeviceMatrix> matrix_of(const std::shared_ptr<DeviceSpace>& space, const Nested& n) {
-  if (rank_of(n.matrix)) throw std::invalid_argument("device: matrices with corrections are not supported");
   py::gil_scoped_release release;
   Held<DeviceMatrix> out(new DeviceMatrix{n.matrix, {}});
   NestedMatrix& m = out->matrix;
   const auto bytes = [&m](int r) { return rung_bytes(m.scheme, m.rows, m.cols, form_of(m, r)); };
   size_t total = 0;
   for (int r = 0; r < m.num_rungs; ++r) total += bytes(r);
-  out->memory = DeviceMemory(space, total);
+  const bool is_apart = m.basis && !m.basis_rank;  // V is not in rung 0
+  const size_t basis_bytes =
+      is_apart ? size_t(*std::max_element(m.ranks, m.ranks + m.num_rungs)) * basis_stride(m.cols) : 0;
+  out->memory = DeviceMemory(space, total + basis_bytes);
   uint8_t* to = out->memory.as();
   for (int r = 0; r < m.num_rungs; to += bytes(r), ++r) {
     space->upload(to, m.rungs[r], bytes(r));
     m.rungs[r] = to;
   }
+  if (is_apart) {
+    space->upload(to, m.basis, basis_bytes);
+    m.basis = reinterpret_cast<const int8_t*>(to);
+  } else if (m.basis) {
+    m.basis = own_basis_of(m);
+  }
+  return out;
+}
+
+/// `values` are as many leading columns of the keys where there are none by themselves.
+Held<DeviceKv> latents_of(const std::shared_ptr<DeviceSpace>& space, const std::string& type, int capacity,
+                          int head_dim, int value_dim) {
+  expect_within("KV cache value_dim", value_dim, 1, head_dim);
+  const KvType kind = kv_type(type);
+  const size_t total = kv_bytes(kind, 1, capacity, head_dim);
+  Held<DeviceKv> out(new DeviceKv{{}, 1, head_dim, DeviceMemory(space, total)});
+  uint8_t* p = out->memory.as();
+  space->device().fill(p, 0, total);
+  out->layer = {p, nullptr, kind, kind, capacity, blocks(head_dim, 16) * 16, value_dim};
   return out;
 }
 
@@ -162,6 +183,8 @@ void bind_device(py::module_& m) {
   py::class_<DeviceKv, Held<DeviceKv>>(m, "DeviceKvLayer", "Keys and values of one layer in a device's memory.")
       .def(py::init(&kv_of), py::kw_only(), py::arg("device").none(false), py::arg("key_type"), py::arg("value_type"),
            py::arg("num_heads"), py::arg("capacity"), py::arg("head_dim"))
+      .def_static("latents", &latents_of, py::kw_only(), py::arg("device").none(false), py::arg("type"),
+                  py::arg("capacity"), py::arg("head_dim"), py::arg("value_dim"), "See KvLayer.latents.")
       .def(
           "take",
           [](DeviceKv& kv, const DeviceKv& from, int begin, int end) {

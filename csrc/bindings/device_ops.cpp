@@ -25,11 +25,14 @@ struct DeviceAttention {
 std::unique_ptr<DeviceAttention> attention_of(int index, int num_heads, int num_kv_heads, int head_dim, int window,
                                               float scale, const DeviceArray* q_bias, const DeviceArray* k_bias,
                                               const DeviceArray* v_bias, const DeviceArray* q_norm,
-                                              const DeviceArray* k_norm, bool norm_per_head, float norm_eps, float clip,
-                                              int rope_dim, bool norm_after_rope) {
+                                              const DeviceArray* k_norm, const DeviceArray* v_norm,
+                                              const DeviceArray* sinks, bool norm_per_head, float norm_eps, float clip,
+                                              int rope_dim, bool norm_after_rope, int chunk, float growth,
+                                              int grow_every) {
   expect_within("DeviceAttention num_heads", num_heads, 1, kMaxHeads);
   expect_within("DeviceAttention head_dim", head_dim, 1, kMostHeadDim);
   expect_within("DeviceAttention rope_dim", rope_dim, 0, head_dim);
+  expect_within("DeviceAttention grow_every", grow_every, growth > 0 ? 1 : 0, kMaxContext);
   if (num_kv_heads < 1 || num_heads % num_kv_heads || rope_dim % 2) {
     throw std::invalid_argument("DeviceAttention: expected heads that are a multiple of the kv heads, and even RoPE");
   }
@@ -37,12 +40,16 @@ std::unique_ptr<DeviceAttention> attention_of(int index, int num_heads, int num_
   AttentionParts& p = a->parts;
   const py::ssize_t q = num_heads * head_dim, kv = num_kv_heads * head_dim;
   p.layer = index;
-  p.shape = {num_heads, num_kv_heads, head_dim, window, scale, rope_dim};
+  p.shape = {num_heads, num_kv_heads, head_dim, window, scale, rope_dim, chunk};
   p.q_bias = a->keep(q_bias, "q_bias", q);
   p.k_bias = a->keep(k_bias, "k_bias", kv);
   p.v_bias = a->keep(v_bias, "v_bias", kv);
   p.q_norm = a->keep(q_norm, "q_norm", norm_per_head ? head_dim : q);
   p.k_norm = a->keep(k_norm, "k_norm", norm_per_head ? head_dim : kv);
+  p.v_norm = a->keep(v_norm, "v_norm", head_dim);
+  p.sinks = a->keep(sinks, "sinks", num_heads);
+  p.growth = growth;
+  p.grow_every = grow_every;
   p.norm_per_head = norm_per_head;
   p.norm_after_rope = norm_after_rope;
   p.norm_eps = norm_eps;
@@ -86,16 +93,32 @@ void linear_on(DeviceWorkspace& ws, const DeviceArray& x, const std::vector<cons
   ws.linear(x.data, int(x.at(0)), ms, ys);
 }
 
-void ffn_on(DeviceWorkspace& ws, const DeviceArray& x, const DeviceMatrix& gate, const DeviceMatrix& up,
-            const DeviceMatrix& down, const DeviceArray& out) {
-  const NestedMatrix &g = gate.matrix, &u = up.matrix, &d = down.matrix;
-  expect_device(x, "ffn x", {-1, g.cols});
+void ffn_on(DeviceWorkspace& ws, const DeviceArray& x, const DeviceMatrix* gate, const DeviceMatrix& up,
+            const DeviceMatrix& down, const DeviceArray& out, const std::string& activation) {
+  const NestedMatrix g = gate ? gate->matrix : NestedMatrix{}, &u = up.matrix, &d = down.matrix;
+  const Activation kind = activation_of(activation);
+  expect_device(x, "ffn x", {-1, u.cols});
   expect_device(out, "ffn out", {x.at(0), d.rows});
-  if (u.rows != g.rows || u.cols != g.cols || d.cols != g.rows) {
-    throw std::invalid_argument("ffn: the three matrices do not fit each other");
+  if (gate ? u.rows != g.rows || u.cols != g.cols : kind != Activation::kRelu2) {
+    throw std::invalid_argument("ffn: the matrices do not fit each other or the activation");
+  }
+  if (d.cols != u.rows) throw std::invalid_argument("ffn: the matrices do not fit each other");
+  py::gil_scoped_release release;
+  ws.ffns(x.data, int(x.at(0)), kind, {{{g, u, d}, nullptr, int(x.at(0)), out.data}});
+}
+
+void linear_heads_on(DeviceWorkspace& ws, const DeviceArray& x, const DeviceMatrix& w, int heads,
+                     const DeviceArray& out) {
+  const NestedMatrix& m = w.matrix;
+  expect_device(x, "linear_heads x", {-1, -1});
+  expect_device(out, "linear_heads out", {x.at(0), -1});
+  const py::ssize_t in = heads > 0 ? x.at(1) / heads : 0, to = heads > 0 ? out.at(1) / heads : 0;
+  if (heads < 1 || m.rows % (heads * kTileRows) || in * heads != x.at(1) || to * heads != out.at(1) || in < m.cols ||
+      to < m.rows / heads) {
+    throw std::invalid_argument("linear_heads: expected whole heads, and of the matrix 16 rows or a multiple for each");
   }
   py::gil_scoped_release release;
-  ws.ffns(x.data, int(x.at(0)), {{{g, u, d}, nullptr, int(x.at(0)), out.data}});
+  ws.linear_heads({x.data, int(in)}, m, int(x.at(0)), heads, out.data, int(to));
 }
 
 void add_norm_on(DeviceWorkspace& ws, const DeviceArray* added, float scale, const DeviceArray& x,
@@ -133,8 +156,19 @@ void matmul_on(DeviceWorkspace& ws, const DeviceArray& x, const DeviceArray& w, 
 /// Runs the experts at positions `group` of a plan, all of which are pinned in a cache on the device.
 void expert_ffn_on(DeviceWorkspace& ws, const DeviceArray& x, const Cache& cache, const Array<int32_t>& experts,
                    const Array<int8_t>& levels, const Array<int32_t>& offsets, const Array<int32_t>& tokens,
-                   const std::vector<int>& group, const DeviceArray& parts) {
-  const py::ssize_t d = cache.shape().hidden, n = experts.size();
+                   const std::vector<int>& group, const DeviceArray& parts, const std::string& activation,
+                   const std::vector<const DeviceArray*>& biases, const DeviceArray* basis) {
+  const py::ssize_t d = cache.shape().hidden, n = experts.size(), h = cache.shape().expert_hidden;
+  const Activation kind = activation_of(activation);
+  if (!biases.empty() && biases.size() != 3) throw std::invalid_argument("biases: expected those of gate, up and down");
+  const py::ssize_t E = cache.shape().num_experts;
+  const float* of_all[3] = {};
+  for (size_t i = 0; i < biases.size(); ++i) of_all[i] = maybe_device(biases[i], "biases", {E, i < 2 ? h : d});
+  const auto bias = [&](size_t which, py::ssize_t e, py::ssize_t width) {
+    return of_all[which] ? of_all[which] + size_t(e * width) : nullptr;
+  };
+  const py::ssize_t floats = py::ssize_t(basis_stride(int(d)) / sizeof(float));
+  const auto* v = reinterpret_cast<const int8_t*>(maybe_device(basis, "basis", {-1, floats}));
   expect_device(x, "expert_ffn x", {-1, d});
   expect_device(parts, "parts", {-1, d});
   expect(experts, "experts", {-1});
@@ -149,11 +183,18 @@ void expert_ffn_on(DeviceWorkspace& ws, const DeviceArray& x, const Cache& cache
     for (int32_t j = o[i]; j < o[i + 1]; ++j) {
       if (t[j] < 0 || t[j] >= x.at(0)) throw std::invalid_argument("expert_ffn: a token is outside x");
     }
-    uses.push_back({cache.view(experts.data()[i], levels.data()[i]), t + o[i], o[i + 1] - o[i],
-                    parts.data + size_t(o[i]) * size_t(d)});
+    const py::ssize_t e = experts.data()[i] % E;
+    uses.push_back({cache.view(experts.data()[i], levels.data()[i]),
+                    t + o[i],
+                    o[i + 1] - o[i],
+                    parts.data + size_t(o[i]) * size_t(d),
+                    nullptr,
+                    {bias(0, e, h), bias(1, e, h), bias(2, e, d)}});
+    const int rank = std::max(rank_of(uses.back().w.gate), rank_of(uses.back().w.up));
+    if (rank && (!v || basis->at(0) < rank)) throw std::invalid_argument("basis: expected one for corrections");
   }
   py::gil_scoped_release release;
-  ws.ffns(x.data, int(x.at(0)), uses);
+  ws.ffns(x.data, int(x.at(0)), kind, uses, v);
 }
 
 void combine_on(DeviceWorkspace& ws, const DeviceArray& parts, const Array<int32_t>& rows, const Array<float>& gates,
@@ -170,6 +211,66 @@ void combine_on(DeviceWorkspace& ws, const DeviceArray& parts, const Array<int32
   const int T = int(rows.shape(0)), K = int(rows.shape(1)), cols = int(parts.at(1));
   py::gil_scoped_release release;
   ws.combine(parts.data, r, g, T, K, cols, out.data);
+}
+
+/// Shape and norm of one layer's latent attention.
+struct DeviceLatents {
+  LatentParts parts{};
+  DeviceArray norm;
+};
+
+std::unique_ptr<DeviceLatents> latents_of(int index, int num_heads, int nope_dim, int rope_dim, int latent_dim,
+                                          float scale, bool rotates, int grow_every, float growth,
+                                          const DeviceArray& norm, float norm_eps) {
+  expect_within("DeviceLatents num_heads", num_heads, 1, kMaxHeads);
+  expect_within("DeviceLatents nope_dim", nope_dim, 1, kMaxHeadDim);
+  expect_within("DeviceLatents rope_dim", rope_dim, 0, kMostHeadDim);
+  expect_within("DeviceLatents latent_dim", latent_dim, 16, kMostHeadDim - rope_dim);
+  expect_within("DeviceLatents grow_every", grow_every, growth > 0 ? 1 : 0, kMaxContext);
+  if (rope_dim % 2 || latent_dim % 16) {
+    throw std::invalid_argument("DeviceLatents: expected an even rope_dim, and a latent_dim of 16 or a multiple");
+  }
+  const LatentShape shape{num_heads, nope_dim, rope_dim, latent_dim, scale, rotates, grow_every, growth};
+  auto out = std::make_unique<DeviceLatents>();
+  out->parts = {index, shape, expect_device(norm, "norm", {latent_dim}), norm_eps, nullptr, nullptr};
+  out->norm = norm;
+  return out;
+}
+
+void latent_attention_on(DeviceWorkspace& ws, const DeviceLatents& layer, const DeviceArray& q,
+                         const DeviceArray& absorbed, const DeviceArray& keys, int pos, const DeviceArray* cos,
+                         const DeviceArray* sin, DeviceKv& kv, const DeviceArray& out) {
+  LatentParts parts = layer.parts;
+  const LatentShape& s = parts.shape;
+  const py::ssize_t T = keys.at(0), half = s.rope_dim / 2, width = s.latent_dim + s.rope_dim;
+  const float* const a = expect_device(q, "q", {T, s.num_heads * (s.nope_dim + s.rope_dim)});
+  float* const b = expect_device(absorbed, "absorbed", {T, s.num_heads * width});
+  float* const k = expect_device(keys, "keys", {T, width});
+  float* const o = expect_device(out, "out", {T, s.num_heads * s.latent_dim});
+  if (s.rotates && (!cos || !sin)) throw std::invalid_argument("latent_attention: expected cos and sin");
+  if (s.rotates) parts.cos = expect_device(*cos, "cos", {T, half}), parts.sin = expect_device(*sin, "sin", {T, half});
+  if (kv.layer.values || kv.head_dim != width || kv.layer.value_stride != s.latent_dim) {
+    throw std::invalid_argument("latent_attention: the KV cache is of another shape");
+  }
+  py::gil_scoped_release release;
+  ws.latent_attention(a, b, k, int(T), pos, parts, kv.layer, o);
+}
+
+void multiply_on(DeviceWorkspace& ws, const DeviceArray& factors, const DeviceArray& out) {
+  const bool by_row = factors.shape.size() == 1 && (factors.at(0) == out.at(1) || factors.at(0) == 1);
+  if (out.shape.size() != 2 || !(by_row || factors.shape == out.shape)) {
+    throw std::invalid_argument("multiply: expected factors for all, for a row, or one");
+  }
+  ws.device().multiply(factors.data, factors.size(), out.size(), out.data);
+}
+
+void weigh_on(DeviceWorkspace& ws, const DeviceArray& x, const Array<float>& gates, const DeviceArray& out) {
+  expect_device(x, "weigh x", {-1, -1});
+  expect_device(out, "weigh out", {x.at(0), x.at(1)});
+  expect(gates, "gates", {x.at(0), 1});
+  const float* g = gates.data();
+  py::gil_scoped_release release;
+  ws.weigh(x.data, g, int(x.at(0)), int(x.at(1)), out.data);
 }
 
 /// Copies arrays to numpy's after all that is queued; throws what attention has found since the last time.
@@ -191,33 +292,40 @@ void bind_device_ops(py::module_& m) {
   using Shape = WorkspaceShape;
   py::class_<DeviceWorkspace, Held<DeviceWorkspace>>(m, "DeviceWorkspace", "Scratch of one engine on a device.")
       .def(py::init([](const std::shared_ptr<DeviceSpace>& device, int max_rows, int max_cols, int max_hidden,
-                       int max_context, int head_dim, int num_heads, int max_routed) {
+                       int max_context, int head_dim, int num_heads, int max_routed, bool corrected) {
              const Shape shape{max_rows, max_cols, max_hidden, max_context, head_dim, num_heads};
-             return Held<DeviceWorkspace>(new DeviceWorkspace(device, shape, max_routed));
+             return Held<DeviceWorkspace>(new DeviceWorkspace(device, shape, max_routed, corrected));
            }),
            py::arg("device").none(false), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"),
-           py::arg("max_context"), py::arg("head_dim"), py::arg("num_heads"), py::arg("max_routed"))
+           py::arg("max_context"), py::arg("head_dim"), py::arg("num_heads"), py::arg("max_routed"),
+           py::arg("corrected") = false)
       .def_static(
           "bytes",
-          [](int max_rows, int max_cols, int max_hidden, int max_context, int head_dim, int num_heads, int max_routed) {
+          [](int max_rows, int max_cols, int max_hidden, int max_context, int head_dim, int num_heads, int max_routed,
+             bool corrected) {
             return DeviceWorkspace::bytes({max_rows, max_cols, max_hidden, max_context, head_dim, num_heads},
-                                          max_routed);
+                                          max_routed, corrected);
           },
           py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"), py::arg("head_dim"),
-          py::arg("num_heads"), py::arg("max_routed"), "What such a workspace takes of a device.");
+          py::arg("num_heads"), py::arg("max_routed"), py::arg("corrected") = false,
+          "What such a workspace takes of a device.");
 
   py::class_<DeviceAttention>(m, "DeviceAttention", "Shape, biases and norms of one layer's attention on a device.")
       .def(py::init(&attention_of), py::kw_only(), py::arg("index"), py::arg("num_heads"), py::arg("num_kv_heads"),
            py::arg("head_dim"), py::arg("window"), py::arg("scale"), py::arg("q_bias"), py::arg("k_bias"),
-           py::arg("v_bias"), py::arg("q_norm"), py::arg("k_norm"), py::arg("norm_per_head"), py::arg("norm_eps"),
-           py::arg("clip"), py::arg("rope_dim"), py::arg("norm_after_rope"))
+           py::arg("v_bias"), py::arg("q_norm"), py::arg("k_norm"), py::arg("v_norm") = py::none(),
+           py::arg("sinks") = py::none(), py::arg("norm_per_head"), py::arg("norm_eps"), py::arg("clip"),
+           py::arg("rope_dim"), py::arg("norm_after_rope"), py::arg("chunk") = 0, py::arg("growth") = 0,
+           py::arg("grow_every") = 0)
       .def_property_readonly("num_constants", [](const DeviceAttention&) { return 0; }, "None: see AttentionLayer.");
 
   m.def("device_attention", &attention_on, py::arg("ws"), py::arg("layer"), py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("pos"), py::arg("cos"), py::arg("sin"), py::arg("kv"), py::arg("out"));
   m.def("device_linear", &linear_on, py::arg("ws"), py::arg("x"), py::arg("matrices"), py::arg("outs"));
-  m.def("device_ffn", &ffn_on, py::arg("ws"), py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("down"),
+  m.def("device_linear_heads", &linear_heads_on, py::arg("ws"), py::arg("x"), py::arg("weight"), py::arg("heads"),
         py::arg("out"));
+  m.def("device_ffn", &ffn_on, py::arg("ws"), py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("down"),
+        py::arg("out"), py::arg("activation") = "swiglu");
   m.def("device_add_norm", &add_norm_on, py::arg("ws"), py::arg("added"), py::arg("scale"), py::arg("x"),
         py::arg("weight"), py::arg("eps"), py::arg("out"));
   m.def("device_add_rows", &add_rows_on, py::arg("ws"), py::arg("x"), py::arg("scale"), py::arg("gate_weight"),
@@ -238,9 +346,21 @@ void bind_device_ops(py::module_& m) {
   m.def("device_matmul", &matmul_on, py::arg("ws"), py::arg("x"), py::arg("w"), py::arg("y"));
   m.def("device_expert_ffn", &expert_ffn_on, py::arg("ws"), py::arg("x"), py::arg("cache"),
         py::arg("experts").noconvert(), py::arg("levels").noconvert(), py::arg("offsets").noconvert(),
-        py::arg("tokens").noconvert(), py::arg("group"), py::arg("parts"));
+        py::arg("tokens").noconvert(), py::arg("group"), py::arg("parts"), py::arg("activation") = "swiglu",
+        py::arg("biases") = std::vector<const DeviceArray*>(), py::arg("basis") = py::none());
   m.def("device_combine", &combine_on, py::arg("ws"), py::arg("parts"), py::arg("rows").noconvert(),
         py::arg("gates").noconvert(), py::arg("out"));
+  m.def("device_multiply", &multiply_on, py::arg("ws"), py::arg("factors"), py::arg("out"));
+  m.def("device_weigh", &weigh_on, py::arg("ws"), py::arg("x"), py::arg("gates").noconvert(), py::arg("out"));
+
+  py::class_<DeviceLatents>(m, "DeviceLatents", "Shape and norm of one layer's latent attention on a device.")
+      .def(py::init(&latents_of), py::kw_only(), py::arg("index"), py::arg("num_heads"), py::arg("nope_dim"),
+           py::arg("rope_dim"), py::arg("latent_dim"), py::arg("scale"), py::arg("rotates"), py::arg("grow_every"),
+           py::arg("growth"), py::arg("norm"), py::arg("norm_eps"));
+  m.def("device_latent_attention", &latent_attention_on, py::arg("ws"), py::arg("layer"), py::arg("q"),
+        py::arg("absorbed"), py::arg("keys"), py::arg("pos"), py::arg("cos"), py::arg("sin"), py::arg("kv"),
+        py::arg("out"));
+
   m.def("device_download", &download, py::arg("ws"), py::arg("arrays"), py::arg("outs").noconvert(),
         "Waits for all that was queued; throws RangeError for what attention could not store.");
 }

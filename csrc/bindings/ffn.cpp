@@ -13,14 +13,6 @@
 namespace edgemoe {
 namespace {
 
-Activation activation_of(const std::string& name) {
-  if (name == "swiglu") return Activation::kSwiglu;
-  if (name == "geglu") return Activation::kGeglu;
-  if (name == "clamped_swiglu") return Activation::kClampedSwiglu;
-  if (name == "relu2") return Activation::kRelu2;
-  throw std::invalid_argument("activation: expected swiglu, geglu, clamped_swiglu or relu2, got " + name);
-}
-
 /// What an FFN's matrices must be for each other, and without a gate only for an activation that needs none.
 void check_ffn(const ExpertView& w, Activation activation) {
   const bool gated = activation != Activation::kRelu2;

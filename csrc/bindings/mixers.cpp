@@ -20,13 +20,6 @@ void check_columns(const char* name, ssize_t width) {
   }
 }
 
-Gate gate_named(const std::string& name) {
-  if (name == "silu") return Gate::kSilu;
-  if (name == "sigmoid") return Gate::kSigmoid;
-  if (name == "silu_first") return Gate::kSiluFirst;
-  throw std::invalid_argument("gated_norm: expected silu, sigmoid or silu_first, got " + name);
-}
-
 }  // namespace
 
 void bind_mixers(py::module_& m) {

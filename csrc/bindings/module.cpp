@@ -100,4 +100,5 @@ PYBIND11_MODULE(_core, m) {
   bind_latent(m);
   bind_mixers(m);
   bind_device_ops(m);
+  bind_device_mixers(m);
 }

@@ -6,7 +6,8 @@
 namespace edgemoe {
 namespace cuda {
 
-constexpr int kHeadQueries = 8;  ///< that share each load of a key or value
+constexpr int kHeadQueries = 8;     ///< that share each load of a key or value, at most
+constexpr int kQueryFloats = 2048;  ///< of a block's queries; fewer of wide heads are shared
 
 /// What a block of threads shares: some queries of one kv head, and their scores.
 struct Shared {
@@ -82,31 +83,53 @@ __device__ __forceinline__ float add_values(const float* weights, const uint8_t*
   return acc;
 }
 
-__device__ __forceinline__ int first_seen(int window, int position) {
-  return window > 0 ? max(0, position + 1 - window) : 0;
+/// Of latents, whose leading columns are the values: column c of positions s, s + 16, ... below `to`, from the first
+/// that is at least `from`. A half warp has a column, and a lane every 16th position.
+template <KvType kType>
+__device__ __forceinline__ float add_latents(const float* weights, const uint8_t* head, int hs, int c, int from,
+                                             int to) {
+  const int lane = threadIdx.x & 15;
+  float acc = 0;
+  for (int s = from / 16 * 16 + lane; s < to; s += 16) {
+    if (s < from) continue;
+    if constexpr (kType != KvType::kQ8) {
+      const uint8_t* tile = head + s / 32 * kv_tile_bytes(kType, hs);
+      acc = fmaf(weights[s - from], load_cell<kType>(tile, 32 * c + s % 32), acc);
+    } else {
+      const uint8_t* tile = head + s / 16 * kv_tile_bytes(kType, hs);
+      const auto* scales = reinterpret_cast<const uint16_t*>(tile + 16 * hs) + c / kKvGroup * 16;
+      const float code = float(int(__ldg(tile + 16 * (c / 4 * 4) + 4 * (s % 16) + c % 4)) - 128);
+      acc = fmaf(weights[s - from] * half_to_float(__ldg(scales + s % 16)), code, acc);
+    }
+  }
+  return reduce16(acc) + 0.0f;  // as the CPU adds what is not seen
 }
 
-/// Grid: (blocks of positions, kv heads, tokens). A thread is a position for the scores and a column for the values.
-template <KvType kKeys, KvType kValues>
+/// Grid: (blocks of positions, kv heads, tokens); of latents, whose one head all share, (blocks, groups of queries,
+/// tokens). A thread is a position for the scores and a column for the values.
+template <KvType kKeys, KvType kValues, bool kLatent>
 __global__ void __launch_bounds__(kKeyBlock) attend(AttendCall call) {
-  EDGEMOE_SHARED(float, query, kHeadQueries* kMostHeadDim);
+  EDGEMOE_SHARED(float, query, kQueryFloats);
   EDGEMOE_SHARED(float, scores, kHeadQueries* kKeyBlock);
   EDGEMOE_SHARED(float, whole, kHeadQueries * 2);  // the highest score, and the sum
-  EDGEMOE_SHARED(int8_t, codes, kHeadQueries* kMostHeadDim);
-  EDGEMOE_SHARED(float, scales, kHeadQueries* kMostHeadDim / kKvGroup);
-  EDGEMOE_SHARED(int, sums, kHeadQueries* kMostHeadDim / kKvGroup);
+  EDGEMOE_SHARED(int8_t, codes, kQueryFloats);
+  EDGEMOE_SHARED(float, scales, kQueryFloats / kKvGroup);
+  EDGEMOE_SHARED(int, sums, kQueryFloats / kKvGroup);
   const AttentionShape& shape = call.shape;
-  const int t = int(blockIdx.z), kv_head = int(blockIdx.y), thread = threadIdx.x, warp = thread / 32;
-  const int position = call.pos + t, hs = call.kv.head_stride, hd = shape.head_dim, groups = blocks(hs, kKvGroup);
-  const int per_kv = shape.num_heads / shape.num_kv_heads;
-  const int base = (first_seen(shape.window, call.pos) / kKeyBlock + int(blockIdx.x)) * kKeyBlock;
-  const int from = max(first_seen(shape.window, position), base), to = min(position + 1, base + kKeyBlock);
+  const int t = int(blockIdx.z), thread = threadIdx.x, warp = thread / 32, position = call.pos + t;
+  const int hs = call.kv.head_stride, hd = shape.head_dim, groups = blocks(hs, kKvGroup);
+  const int per_kv = shape.num_heads / shape.num_kv_heads, most = min(kHeadQueries, kQueryFloats / (groups * kKvGroup));
+  const int kv_head = kLatent ? 0 : int(blockIdx.y);
+  const int base = (first_seen(shape, call.pos) / kKeyBlock + int(blockIdx.x)) * kKeyBlock;
+  const int from = max(first_seen(shape, position), base), to = min(position + 1, base + kKeyBlock);
   if (from >= to) return;                                         // the whole block
   const int before = base / call.kv.capacity * call.kv.capacity;  // where a ring has the block: in earlier rounds
   const uint8_t* keys = call.kv.keys + kv_head * kv_head_bytes(kKeys, call.kv.capacity, hs);
-  const uint8_t* values = call.kv.values + kv_head * kv_head_bytes(kValues, call.kv.capacity, hs);
-  for (int h0 = 0; h0 < per_kv; h0 += kHeadQueries) {
-    const int n = min(kHeadQueries, per_kv - h0), first_head = kv_head * per_kv + h0;
+  const uint8_t* values = kLatent ? keys : call.kv.values + kv_head * kv_head_bytes(kValues, call.kv.capacity, hs);
+  const int vs = call.kv.value_stride, first = kLatent ? int(blockIdx.y) * most : 0;
+  const int last = kLatent ? min(first + most, per_kv) : per_kv;
+  for (int h0 = first; h0 < last; h0 += most) {
+    const int n = min(most, last - h0), first_head = kv_head * per_kv + h0;
     const Shared with{query, scores, codes, scales, sums, n};
     for (int i = thread; i < n * hs; i += kKeyBlock) {
       const int c = i % hs;
@@ -137,36 +160,59 @@ __global__ void __launch_bounds__(kKeyBlock) attend(AttendCall call) {
       if (thread % 32 == 0) whole[2 * warp] = top, whole[2 * warp + 1] = sum;
     }
     __syncthreads();
-    for (int i = thread; i < n * hs; i += kKeyBlock) {
-      const int q = i / hs, c = i % hs;
-      float* part = call.parts + ((size_t(t) * gridDim.x + blockIdx.x) * shape.num_heads + first_head + q) * (hs + 2);
-      part[c] = add_values<kValues>(scores + q * kKeyBlock, values, hs, c, from - before, to - before);
-      if (c == 0) part[hs] = whole[2 * q], part[hs + 1] = whole[2 * q + 1];
+    float* parts = call.parts + ((size_t(t) * gridDim.x + blockIdx.x) * shape.num_heads + first_head) * (vs + 2);
+    if constexpr (kLatent) {
+      for (int i = thread / 16; i < n * vs; i += kKeyBlock / 16) {  // vs is a multiple of 16: whole warps
+        const int q = i / vs, c = i % vs;
+        const float value = add_latents<kKeys>(scores + q * kKeyBlock, values, hs, c, from - before, to - before);
+        if (thread % 16 == 0) parts[size_t(q) * (vs + 2) + c] = value;
+      }
+    } else {
+      for (int i = thread; i < n * vs; i += kKeyBlock) {
+        const int q = i / vs, c = i % vs;
+        parts[size_t(q) * (vs + 2) + c] =
+            add_values<kValues>(scores + q * kKeyBlock, values, hs, c, from - before, to - before);
+      }
     }
+    if (thread < 2 * n) parts[size_t(thread / 2) * (vs + 2) + vs + thread % 2] = whole[thread];
     __syncthreads();
   }
 }
 
-/// Grid: (heads, tokens); a thread is a column.
-__global__ void __launch_bounds__(kMostHeadDim) merge_blocks(AttendCall call, int num_blocks) {
-  const AttentionShape& shape = call.shape;
-  const int head = int(blockIdx.x), t = int(blockIdx.y), c = threadIdx.x, hs = call.kv.head_stride;
-  if (c >= shape.head_dim) return;
-  const int position = call.pos + t, origin = first_seen(shape.window, call.pos) / kKeyBlock;
-  const int first = first_seen(shape.window, position) / kKeyBlock - origin, last = position / kKeyBlock - origin;
-  const size_t step = size_t(shape.num_heads) * (hs + 2);
-  const float* part = call.parts + (size_t(t) * num_blocks + first) * step + size_t(head) * (hs + 2);
-  float value = part[c], top = part[hs], sum = part[hs + 1];
-  for (int b = first + 1; b <= last; ++b) {
-    part += step;
-    const float next = part[hs], highest = top > next ? top : next;
-    const float mine = sum * exact_exp(top - highest), theirs = part[hs + 1] * exact_exp(next - highest);
+/// A query's result of some blocks, at a column.
+struct Merged {
+  float value, top, sum;
+
+  __device__ __forceinline__ void add(float next_value, float next_top, float next_sum) {
+    const float highest = top > next_top ? top : next_top;
+    const float mine = sum * exact_exp(top - highest), theirs = next_sum * exact_exp(next_top - highest);
     sum = mine + theirs;
-    value = fmaf(part[c], theirs / sum, value * (mine / sum));
+    value = fmaf(next_value, theirs / sum, value * (mine / sum));
     top = highest;
   }
-  if (call.out_bias) value = value + call.out_bias[head / (shape.num_heads / shape.num_kv_heads) * shape.head_dim + c];
-  call.out[(size_t(t) * shape.num_heads + head) * shape.head_dim + c] = value;
+};
+
+/// Grid: (heads, tokens). A sink is a position whose value is zero, merged last.
+__global__ void __launch_bounds__(kKeyBlock) merge_blocks(AttendCall call, int num_blocks) {
+  const AttentionShape& shape = call.shape;
+  const int head = int(blockIdx.x), t = int(blockIdx.y), vs = call.kv.value_stride;
+  const int cols = call.kv.values ? shape.head_dim : vs;
+  const int position = call.pos + t, origin = first_seen(shape, call.pos) / kKeyBlock;
+  const int first = first_seen(shape, position) / kKeyBlock - origin, last = position / kKeyBlock - origin;
+  const size_t step = size_t(shape.num_heads) * (vs + 2);
+  const float* parts = call.parts + (size_t(t) * num_blocks + first) * step + size_t(head) * (vs + 2);
+  const int kv_head = head / (shape.num_heads / shape.num_kv_heads);
+  for (int c = threadIdx.x; c < cols; c += kKeyBlock) {
+    const float* part = parts;
+    Merged all{part[c], part[vs], part[vs + 1]};
+    for (int b = first + 1; b <= last; ++b) {
+      part += step;
+      all.add(part[c], part[vs], part[vs + 1]);
+    }
+    if (call.out_bias) all.value = all.value + call.out_bias[kv_head * shape.head_dim + c];
+    if (call.sinks) all.add(0.0f, call.sinks[head], 1.0f);
+    call.out[(size_t(t) * shape.num_heads + head) * cols + c] = all.value;
+  }
 }
 
 }  // namespace cuda

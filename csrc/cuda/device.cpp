@@ -91,10 +91,14 @@ class CudaDevice final : public Device {
   }
   void sync(Fence f) override { check(cudaEventSynchronize(events_[f]), "work on the device"); }
 
-  void quantize_rows(const float* x, const float* up, const int32_t* rows, int n, int cols,
-                     const QuantizedBuffer& out) override {
-    launched(quantize_rows_async(x, up, rows, n, cols, out, main()), "quantize_rows");
+  void quantize_rows(const RowsCall& x, const QuantizedBuffer& out) override {
+    launched(quantize_rows_async(x, out, main()), "quantize_rows");
   }
+  void quantize_hidden(Activation kind, const float* gate, const float* up, int n, int cols, const QuantizedBuffer& out,
+                       float* hidden) override {
+    launched(quantize_hidden_async(kind, gate, up, n, cols, out, hidden, main()), "quantize_hidden");
+  }
+  void ranks(const RanksCall* list, int count) override { launched(ranks_async(list, count, main()), "ranks"); }
   void products(const Product* list, int count) override { launched(products_async(list, count, main()), "products"); }
   void matmul_f32(const float* w, const float* x, int n, int rows, int cols, float* y) override {
     launched(matmul_f32_async(w, x, n, rows, cols, y, main()), "matmul_f32");
@@ -121,6 +125,28 @@ class CudaDevice final : public Device {
     launched(add_bias_async(bias, T, cols, out, main()), "add_bias");
   }
   void scale(float factor, size_t n, float* out) override { launched(scale_async(factor, n, out, main()), "scale"); }
+  void multiply(const float* factors, size_t size, size_t n, float* out) override {
+    launched(multiply_async(factors, size, n, out, main()), "multiply");
+  }
+  void weigh(const float* x, const float* gates, int T, int cols, float* out) override {
+    launched(weigh_async(x, gates, T, cols, out, main()), "weigh");
+  }
+  void gate_heads(float* x, const float* gate, HeadGate kind, int T, int heads, int width) override {
+    launched(gate_heads_async(x, gate, kind, T, heads, width, main()), "gate_heads");
+  }
+  void gated_norm(float* x, const float* gate, const float* weight, bool weight_per_group, float eps, Gate kind, int T,
+                  int groups, int width) override {
+    launched(gated_norm_async(x, gate, weight, weight_per_group, eps, kind, T, groups, width, main()), "gated_norm");
+  }
+  void short_conv(const ConvShape& shape, const float* x, const float* weight, const float* bias, const float* before,
+                  float* tail, int T, float* out) override {
+    launched(short_conv_async(shape, x, weight, bias, before, tail, T, out, main()), "short_conv");
+  }
+  void delta_rule(const DeltaCall& call, int T) override { launched(delta_rule_async(call, T, main()), "delta_rule"); }
+  void mamba2(const MambaCall& call, int T) override { launched(mamba2_async(call, T, main()), "mamba2"); }
+  void prepare_latents(const LatentsCall& call, int T) override {
+    launched(prepare_latents_async(call, T, main()), "prepare_latents");
+  }
 
  private:
   cudaStream_t main() const { return queues_[kCompute]; }

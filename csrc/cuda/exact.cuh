@@ -29,7 +29,41 @@ __device__ __forceinline__ float exact_exp(float x) {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exact_exp(0.0f - x)); }
 
-__device__ __forceinline__ float silu_mul(float gate, float up) { return gate / (1.0f + exact_exp(0.0f - gate)) * up; }
+/// x * sigmoid(z)
+__device__ __forceinline__ float gated(float x, float z) { return x / (1.0f + exact_exp(0.0f - z)); }
+
+__device__ __forceinline__ float silu_mul(float gate, float up) { return gated(gate, gate) * up; }
+
+/// log(1 + e^x)
+__device__ __forceinline__ float softplus(float x) {
+  const float y = exact_exp(0.0f - fabsf(x)), s = y / (2.0f + y), z = s * s;
+  float p = 2.0f / 17;
+  p = fmaf(p, z, 2.0f / 15);
+  p = fmaf(p, z, 2.0f / 13);
+  p = fmaf(p, z, 2.0f / 11);
+  p = fmaf(p, z, 2.0f / 9);
+  p = fmaf(p, z, 2.0f / 7);
+  p = fmaf(p, z, 2.0f / 5);
+  p = fmaf(p, z, 2.0f / 3);
+  p = fmaf(p, z, 2.0f);
+  return fmaf(s, p, max_of(x, 0.0f));
+}
+
+/// What `Kernels::activate` makes of a gate and an up.
+template <Activation kKind>
+__device__ __forceinline__ float activated(float gate, float up) {
+  if constexpr (kKind == Activation::kSwiglu) return silu_mul(gate, up);
+  if constexpr (kKind == Activation::kGeglu) {
+    constexpr float k = 1.5957691216057308f;  // 2 sqrt(2 / pi)
+    return gated(gate, fmaf(gate * gate, k * 0.044715f, k) * gate) * up;
+  }
+  if constexpr (kKind == Activation::kClampedSwiglu) {
+    const float g = min_of(7.0f, gate), u = min_of(7.0f, max_of(-7.0f, up));
+    return gated(g, g * 1.702f) * (u + 1.0f);
+  }
+  const float positive = max_of(0.0f, up);
+  return positive * positive;
+}
 
 /// Sum of the 16 lanes of a half warp, in its first lane.
 __device__ __forceinline__ float reduce16(float v) {

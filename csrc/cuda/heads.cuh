@@ -71,6 +71,16 @@ __device__ __forceinline__ bool store_head(const KvLayer& kv, bool is_key, int h
   return fits;
 }
 
+/// Where a lane's values of x [n] did not fit, lowers `lowest` to the code of what is noted.
+__device__ __forceinline__ void note_misfit(bool fits, Misfit of, const float* x, int n, uint64_t* lowest) {
+  if (!__any_sync(kAllLanes, !fits)) return;
+  for (int i = threadIdx.x; i < n; i += 32) {
+    const uint32_t bits = uint32_t(__float_as_int(x[i])) & 0x7fffffffu;
+    of.magnitude = bits > of.magnitude ? bits : of.magnitude;
+  }
+  atomicMin(reinterpret_cast<unsigned long long*>(lowest), static_cast<unsigned long long>(of.code()));
+}
+
 /// Grid: (heads of q, of k, of v, tokens); a warp for each.
 __global__ void __launch_bounds__(32) prepare_heads(HeadsCall call) {
   EDGEMOE_SHARED(float, x, kMostHeadDim);
@@ -81,7 +91,7 @@ __global__ void __launch_bounds__(32) prepare_heads(HeadsCall call) {
   float* mine = change.x + (size_t(t) * change.num_heads + head) * hd;
   for (int i = lane; i < hd; i += 32) x[i] = change.bias ? mine[i] + change.bias[head * hd + i] : mine[i];
   __syncwarp();
-  if (change.norm && !call.norm_after_rope) norm_head(x, change.norm, call.norm_eps, hd);
+  if (change.norm && !change.norm_last) norm_head(x, change.norm, call.norm_eps, hd);
   for (int i = lane; call.clip > 0 && i < hd; i += 32) {
     const float low = x[i] < -call.clip ? -call.clip : x[i];
     x[i] = call.clip < low ? call.clip : low;
@@ -93,18 +103,43 @@ __global__ void __launch_bounds__(32) prepare_heads(HeadsCall call) {
     x[half + i] = b * c + a * s;
   }
   __syncwarp();
-  if (change.norm && call.norm_after_rope) norm_head(x, change.norm, call.norm_eps, hd);
-  for (int i = lane; i < hd; i += 32) mine[i] = x[i];
+  if (change.norm && change.norm_last) norm_head(x, change.norm, call.norm_eps, hd);
+  const float grown = call.grown && place < first_k ? call.grown[t] : 1.0f;
+  for (int i = lane; i < hd; i += 32) mine[i] = x[i] * grown;
   if (place < first_k) return;
   const bool is_value = place >= first_v;
-  if (!__any_sync(kAllLanes, !store_head(call.kv, !is_value, head, call.pos + t, x, hd))) return;
-  uint32_t magnitude = 0;
-  for (int i = lane; i < hd; i += 32) {
-    const uint32_t bits = uint32_t(__float_as_int(x[i])) & 0x7fffffffu;
-    magnitude = bits > magnitude ? bits : magnitude;
+  const bool fits = store_head(call.kv, !is_value, head, call.pos + t, x, hd);
+  note_misfit(fits, {call.layer, t, is_value, 0}, x, hd, call.misfit);
+}
+
+/// Grid: (heads and the key, tokens); a warp for each.
+__global__ void __launch_bounds__(32) prepare_latents(LatentsCall call) {
+  const LatentShape& s = call.shape;
+  const int t = int(blockIdx.y), head = int(blockIdx.x), lane = threadIdx.x, half = s.rope_dim / 2;
+  const int width = s.latent_dim + s.rope_dim;
+  const bool is_key = head == s.num_heads;
+  float* mine = is_key ? call.keys + size_t(t) * width : call.absorbed + (size_t(t) * s.num_heads + head) * width;
+  float* turned = mine + s.latent_dim;
+  if (is_key) {
+    norm_head(mine, call.norm, call.norm_eps, s.latent_dim);
+  } else {
+    const float* q = call.q + (size_t(t) * s.num_heads + head) * (s.nope_dim + s.rope_dim) + s.nope_dim;
+    for (int i = lane; i < s.rope_dim; i += 32) turned[i] = q[i];
+    __syncwarp();
   }
-  atomicMin(reinterpret_cast<unsigned long long*>(call.misfit),
-            static_cast<unsigned long long>(Misfit{call.layer, t, is_value, magnitude}.code()));
+  for (int i = lane; s.rotates && i < half; i += 32) {
+    const float a = turned[i], b = turned[half + i];
+    const float c = call.cos[size_t(t) * half + i], sine = call.sin[size_t(t) * half + i];
+    turned[i] = a * c - b * sine;
+    turned[half + i] = b * c + a * sine;
+  }
+  __syncwarp();
+  if (!is_key) {
+    for (int i = lane; call.grown && i < width; i += 32) mine[i] = mine[i] * call.grown[t];
+    return;
+  }
+  const bool fits = store_head(call.kv, true, 0, call.pos + t, mine, width);
+  note_misfit(fits, {call.layer, t, false, 0}, mine, width, call.misfit);
 }
 
 }  // namespace cuda

@@ -2,7 +2,9 @@
 #include "attend.cuh"
 #include "heads.cuh"
 #include "launch.h"
+#include "mixers.cuh"
 #include "products.cuh"
+#include "ranks.cuh"
 #include "rows.cuh"
 
 namespace edgemoe {
@@ -15,26 +17,58 @@ dim3 grid(int x, int y = 1, int z = 1) { return dim3(unsigned(x), unsigned(y), u
 
 template <KvType kKeys>
 cudaError_t attend_with(const AttendCall& call, dim3 grid, cudaStream_t s) {
+  if (!call.kv.values) return EDGEMOE_LAUNCH(grid, dim3(kKeyBlock), s, (attend<kKeys, kKeys, true>), call);
   switch (call.kv.value_type) {
     case KvType::kF16:
-      return EDGEMOE_LAUNCH(grid, dim3(kKeyBlock), s, (attend<kKeys, KvType::kF16>), call);
+      return EDGEMOE_LAUNCH(grid, dim3(kKeyBlock), s, (attend<kKeys, KvType::kF16, false>), call);
     case KvType::kF32:
-      return EDGEMOE_LAUNCH(grid, dim3(kKeyBlock), s, (attend<kKeys, KvType::kF32>), call);
+      return EDGEMOE_LAUNCH(grid, dim3(kKeyBlock), s, (attend<kKeys, KvType::kF32, false>), call);
     case KvType::kQ8:
-      return EDGEMOE_LAUNCH(grid, dim3(kKeyBlock), s, (attend<kKeys, KvType::kQ8>), call);
+      return EDGEMOE_LAUNCH(grid, dim3(kKeyBlock), s, (attend<kKeys, KvType::kQ8, false>), call);
     default:  // packed ones are the CPU's
-      break;
+      return cudaErrorInvalidValue;
   }
-  return cudaErrorInvalidValue;
 }
+
+dim3 groups_of(size_t n) { return dim3(unsigned((n + kRowThreads - 1) / kRowThreads)); }
 
 }  // namespace
 
-cudaError_t quantize_rows_async(const float* x, const float* up, const int32_t* rows, int n, int cols,
-                                const QuantizedBuffer& out, cudaStream_t s) {
-  const dim3 size = grid(blocks(out.tiles * kScales, kRowThreads / 32), n);
-  return EDGEMOE_LAUNCH(size, dim3(kRowThreads), s, quantize_rows, x, up, rows, cols, out.tiles, out.codes, out.scales,
-                        out.sums);
+cudaError_t quantize_rows_async(const RowsCall& x, const QuantizedBuffer& out, cudaStream_t s) {
+  const dim3 size = grid(blocks(out.tiles * kScales, kRowThreads / 32), x.n);
+  return EDGEMOE_LAUNCH(size, dim3(kRowThreads), s, quantize_rows, x, out);
+}
+
+cudaError_t quantize_hidden_async(Activation kind, const float* gate, const float* up, int n, int cols,
+                                  const QuantizedBuffer& out, float* hidden, cudaStream_t s) {
+  const dim3 size = grid(blocks(out.tiles * kScales, kRowThreads / 32), n), block(kRowThreads);
+  switch (kind) {
+    case Activation::kSwiglu:
+      return EDGEMOE_LAUNCH(size, block, s, quantize_hidden<Activation::kSwiglu>, gate, up, cols, out, hidden);
+    case Activation::kGeglu:
+      return EDGEMOE_LAUNCH(size, block, s, quantize_hidden<Activation::kGeglu>, gate, up, cols, out, hidden);
+    case Activation::kClampedSwiglu:
+      return EDGEMOE_LAUNCH(size, block, s, quantize_hidden<Activation::kClampedSwiglu>, gate, up, cols, out, hidden);
+    case Activation::kRelu2:
+      return EDGEMOE_LAUNCH(size, block, s, quantize_hidden<Activation::kRelu2>, gate, up, cols, out, hidden);
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t ranks_async(const RanksCall* list, int count, cudaStream_t s) {
+  for (int first = 0; first < count; first += kMostRanks) {
+    RanksList part{};
+    int most = 0;
+    const int n = min(kMostRanks, count - first);
+    for (int i = 0; i < n; ++i) {
+      part.of[i] = list[first + i];
+      most = max(most, part.of[i].x.n);
+    }
+    const cudaError_t e = EDGEMOE_LAUNCH(grid(most, n), dim3(kRowThreads), s, ranks, part);
+    if (e != cudaSuccess) return e;
+  }
+  return cudaSuccess;
 }
 
 cudaError_t products_async(const Product* list, int count, cudaStream_t s) {
@@ -71,8 +105,11 @@ cudaError_t prepare_heads_async(const HeadsCall& call, int T, cudaStream_t s) {
 }
 
 cudaError_t attend_async(const AttendCall& call, int T, int num_blocks, cudaStream_t s) {
-  static_assert(kMostHeadDim <= 1024, "a block's threads");
-  const dim3 size = grid(num_blocks, call.shape.num_kv_heads, T);
+  static_assert(kMostHeadDim <= kQueryFloats, "a block has room for a query");
+  // Of latents, whose one head all queries share, blocks take as many of them as they have room for.
+  const int most = kQueryFloats / (blocks(call.kv.head_stride, kKvGroup) * kKvGroup);
+  const int quads = blocks(call.shape.num_heads, min(kHeadQueries, most));
+  const dim3 size = grid(num_blocks, call.kv.values ? call.shape.num_kv_heads : quads, T);
   if (size.y > kMostInGrid || size.z > kMostInGrid) return cudaErrorInvalidValue;
   cudaError_t e = cudaErrorInvalidValue;
   switch (call.kv.key_type) {
@@ -89,7 +126,7 @@ cudaError_t attend_async(const AttendCall& call, int T, int num_blocks, cudaStre
       break;
   }
   if (e != cudaSuccess) return e;
-  return EDGEMOE_LAUNCH(grid(call.shape.num_heads, T), dim3(kMostHeadDim), s, merge_blocks, call, num_blocks);
+  return EDGEMOE_LAUNCH(grid(call.shape.num_heads, T), dim3(kKeyBlock), s, merge_blocks, call, num_blocks);
 }
 
 cudaError_t combine_async(const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols,
@@ -108,8 +145,71 @@ cudaError_t add_bias_async(const float* bias, int T, int cols, float* out, cudaS
 }
 
 cudaError_t scale_async(float factor, size_t n, float* out, cudaStream_t s) {
-  return EDGEMOE_LAUNCH(dim3(unsigned((n + kRowThreads - 1) / kRowThreads)), dim3(kRowThreads), s, scale_all, factor, n,
-                        out);
+  return EDGEMOE_LAUNCH(groups_of(n), dim3(kRowThreads), s, scale_all, factor, n, out);
+}
+
+cudaError_t multiply_async(const float* factors, size_t size, size_t n, float* out, cudaStream_t s) {
+  return EDGEMOE_LAUNCH(groups_of(n), dim3(kRowThreads), s, multiply, factors, size, n, out);
+}
+
+cudaError_t weigh_async(const float* x, const float* gates, int T, int cols, float* out, cudaStream_t s) {
+  return EDGEMOE_LAUNCH(grid(T), dim3(kRowThreads), s, weigh, x, gates, cols, out);
+}
+
+cudaError_t gate_heads_async(float* x, const float* gate, HeadGate kind, int T, int heads, int width, cudaStream_t s) {
+  const size_t n = size_t(T) * heads * width;
+  const dim3 size = groups_of(n), block(kRowThreads);
+  switch (kind) {
+    case HeadGate::kSigmoid:
+      return EDGEMOE_LAUNCH(size, block, s, gate_heads<HeadGate::kSigmoid>, x, gate, width, n);
+    case HeadGate::kSigmoidHead:
+      return EDGEMOE_LAUNCH(size, block, s, gate_heads<HeadGate::kSigmoidHead>, x, gate, width, n);
+    case HeadGate::kSoftplusHead:
+      return EDGEMOE_LAUNCH(size, block, s, gate_heads<HeadGate::kSoftplusHead>, x, gate, width, n);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t gated_norm_async(float* x, const float* gate, const float* weight, bool weight_per_group, float eps,
+                             Gate kind, int T, int groups, int width, cudaStream_t s) {
+  const dim3 size = grid(T * groups), block(kRowThreads);
+  switch (kind) {
+    case Gate::kSilu:
+      return EDGEMOE_LAUNCH(size, block, s, gated_norm<Gate::kSilu>, x, gate, weight, weight_per_group, eps, groups,
+                            width);
+    case Gate::kSigmoid:
+      return EDGEMOE_LAUNCH(size, block, s, gated_norm<Gate::kSigmoid>, x, gate, weight, weight_per_group, eps, groups,
+                            width);
+    case Gate::kSiluFirst:
+      return EDGEMOE_LAUNCH(size, block, s, gated_norm<Gate::kSiluFirst>, x, gate, weight, weight_per_group, eps,
+                            groups, width);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t short_conv_async(const ConvShape& shape, const float* x, const float* weight, const float* bias,
+                             const float* before, float* tail, int T, float* out, cudaStream_t s) {
+  return EDGEMOE_LAUNCH(groups_of(size_t(shape.channels)), dim3(kRowThreads), s, short_conv, shape, x, weight, bias,
+                        before, tail, T, out);
+}
+
+cudaError_t delta_rule_async(const DeltaCall& call, int T, cudaStream_t s) {
+  const DeltaShape& shape = call.shape;
+  const cudaError_t e = EDGEMOE_LAUNCH(grid(2 * shape.key_heads + 1, T), dim3(kStateThreads), s, prepare_delta, call);
+  if (e != cudaSuccess) return e;
+  return EDGEMOE_LAUNCH(grid(shape.value_heads, blocks(shape.value_dim, kStateThreads)), dim3(kStateThreads), s,
+                        delta_rule, call, T);
+}
+
+cudaError_t mamba2_async(const MambaCall& call, int T, cudaStream_t s) {
+  const cudaError_t e = EDGEMOE_LAUNCH(grid(T), dim3(kStateThreads), s, prepare_mamba, call);
+  if (e != cudaSuccess) return e;
+  return EDGEMOE_LAUNCH(grid(call.shape.num_heads, blocks(call.shape.head_dim, kStateThreads)), dim3(kStateThreads), s,
+                        mamba2, call, T);
+}
+
+cudaError_t prepare_latents_async(const LatentsCall& call, int T, cudaStream_t s) {
+  return EDGEMOE_LAUNCH(grid(call.shape.num_heads + 1, T), dim3(32), s, prepare_latents, call);
 }
 
 }  // namespace cuda

@@ -61,10 +61,29 @@ __device__ __forceinline__ float nested_share(const int* dots, uint8_t byte0, ui
   return fmaf(scale1, part1, scale0 * part0);
 }
 
+/// What becomes of a row's sum: the matrix's correction and the bias are added.
+__device__ __forceinline__ float finish_row(const Product& p, const RankRow* z, int row, float row_scale, float value) {
+  const int steps = rank_of(p.w) / kRankStep;
+  if (steps) {
+    const uint8_t* factor =
+        correction_of(p.w) + 2 * kMaxRank + size_t(row / kTileRows) * 64 * steps + 4 * (row % kTileRows);
+    const int* codes = reinterpret_cast<const int*>(z->codes);
+    int dot = 0;
+    for (int s = 0; s < steps; ++s) {
+      const uint32_t both = load_word(factor + 64 * s);
+      dot = dot4(both & 0x0f0f0f0fu, codes[2 * s], dot);
+      dot = dot4(both >> 4 & 0x0f0f0f0fu, codes[2 * s + 1], dot);
+    }
+    value = fmaf(row_scale, z->scale * (float(dot) - 7.5f * z->sum), value);
+  }
+  return p.bias ? value + p.bias[row] : value;
+}
+
 /// Rows [16 * block, 16 * block + 16) of a nested product with n <= T tokens.
 template <class Tiles, int T>
-__device__ __forceinline__ void nested_block(const NestedMatrix& w, const QuantizedRows& x, int n, int block, float* y,
-                                             size_t stride, float* shared) {
+__device__ __forceinline__ void nested_block(const Product& p, const QuantizedRows& x, const RankRow* ranks, int n,
+                                             int block, float* y, float* shared) {
+  const NestedMatrix& w = p.w;
   const Seat seat;
   Tiles at(w, block, x.tiles, seat.warp, kWarps, seat.half, seat.row);
   const float step = float(kMiddleStep) / float(1 << (8 - at.bits()));
@@ -92,7 +111,8 @@ __device__ __forceinline__ void nested_block(const NestedMatrix& w, const Quanti
   }
   const int t = threadIdx.x / kTileRows, row = block * kTileRows + threadIdx.x % kTileRows;
   if (t < T && t < n && row < w.rows) {
-    y[t * stride + row] = load_f16(row_scales_of(w), row) * (float(1 << (8 - at.bits())) / float(kScaleUnit)) * sum.acc;
+    const float scale = load_f16(row_scales_of(w), row) * (float(1 << (8 - at.bits())) / float(kScaleUnit));
+    y[size_t(t) * p.stride + row] = finish_row(p, ranks + t, row, scale, scale * sum.acc);
   }
 }
 
@@ -133,8 +153,9 @@ struct MwqRung {
 
 /// The same for MWQ with a base of Base bits.
 template <int Base, int T>
-__device__ __forceinline__ void mwq_block(const NestedMatrix& w, const QuantizedRows& x, int n, int block, float* y,
-                                          size_t stride, float* shared) {
+__device__ __forceinline__ void mwq_block(const Product& p, const QuantizedRows& x, int n, int block, float* y,
+                                          float* shared) {
+  const NestedMatrix& w = p.w;
   const Seat seat;
   Sum<T> sum;
   for (int first = 0; first < x.tiles; first += kSegment) {
@@ -167,7 +188,9 @@ __device__ __forceinline__ void mwq_block(const NestedMatrix& w, const Quantized
     sum.add(x, n, shared, first, count);
   }
   const int t = threadIdx.x / kTileRows, row = block * kTileRows + threadIdx.x % kTileRows;
-  if (t < T && t < n && row < w.rows) y[t * stride + row] = sum.acc;
+  if (t < T && t < n && row < w.rows) {
+    y[size_t(t) * p.stride + row] = p.bias ? sum.acc + p.bias[row] : sum.acc;
+  }
 }
 
 /// Whether the rungs are the first ones of the default ladder.
@@ -186,25 +209,26 @@ __global__ void __launch_bounds__(kWarps * 32) products(ProductList list) {
   const NestedMatrix& w = p.w;
   const int block = int(blockIdx.x), token = int(blockIdx.z) * T, n = min(p.n - token, T);
   if (block * kTileRows >= w.rows || n <= 0) return;  // the whole block
-  const QuantizedRows x = rows_from(p.x, token);
-  float* y = p.y + size_t(token) * p.stride;
-  const size_t stride = size_t(p.stride);
+  const int head = p.heads > 1 ? block / (w.rows / kTileRows / p.heads) : 0, from = head * p.n + token;
+  const QuantizedRows x = rows_from(p.x, from);
+  const RankRow* ranks = p.ranks + from;
+  float* y = p.y + size_t(token) * p.stride + head * (p.head_stride - w.rows / p.heads);
   if (w.scheme == Scheme::kMwq) {
-    if (w.widths[0] == 2) return mwq_block<2, T>(w, x, n, block, y, stride, shared);
-    return mwq_block<5, T>(w, x, n, block, y, stride, shared);
+    if (w.widths[0] == 2) return mwq_block<2, T>(p, x, n, block, y, shared);
+    return mwq_block<5, T>(p, x, n, block, y, shared);
   }
-  if (!is_default(w)) return nested_block<AnyTiles, T>(w, x, n, block, y, stride, shared);
+  if (!is_default(w)) return nested_block<AnyTiles, T>(p, x, ranks, n, block, y, shared);
   switch (w.num_rungs) {
     case 1:
-      return nested_block<LadderTiles<Rungs<2>>, T>(w, x, n, block, y, stride, shared);
+      return nested_block<LadderTiles<Rungs<2>>, T>(p, x, ranks, n, block, y, shared);
     case 2:
-      return nested_block<LadderTiles<Rungs<2, 1>>, T>(w, x, n, block, y, stride, shared);
+      return nested_block<LadderTiles<Rungs<2, 1>>, T>(p, x, ranks, n, block, y, shared);
     case 3:
-      return nested_block<LadderTiles<Rungs<2, 1, 1>>, T>(w, x, n, block, y, stride, shared);
+      return nested_block<LadderTiles<Rungs<2, 1, 1>>, T>(p, x, ranks, n, block, y, shared);
     case 4:
-      return nested_block<LadderTiles<Rungs<2, 1, 1, 2>>, T>(w, x, n, block, y, stride, shared);
+      return nested_block<LadderTiles<Rungs<2, 1, 1, 2>>, T>(p, x, ranks, n, block, y, shared);
     case 5:
-      return nested_block<LadderTiles<Rungs<2, 1, 1, 2, 2>>, T>(w, x, n, block, y, stride, shared);
+      return nested_block<LadderTiles<Rungs<2, 1, 1, 2, 2>>, T>(p, x, ranks, n, block, y, shared);
   }
 }
 

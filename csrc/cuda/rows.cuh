@@ -25,17 +25,41 @@ __device__ __forceinline__ void quantize_part(float v, int part, int8_t* codes, 
   if (lane == 0) scales[part] = poisoned ? __int_as_float(0x7fc00000) : is_zero ? 0.0f : highest / 127.0f;
 }
 
+/// Where a thread quantises: one value of a part of a row.
+struct QuantizeSeat {
+  int part, column;
+  size_t row;
+
+  __device__ __forceinline__ QuantizeSeat()
+      : part(int(blockIdx.x) * (kRowThreads / 32) + int(threadIdx.x) / 32),
+        column(part * 32 + int(threadIdx.x & 31)),
+        row(blockIdx.y) {}
+  __device__ __forceinline__ void put(float v, const QuantizedBuffer& out) const {
+    const size_t at = row * out.tiles;
+    quantize_part(v, part, out.codes + at * kTileCols, out.scales + at * kScales, out.sums + at * kSums);
+  }
+};
+
 /// Grid: (groups of 8 parts, rows).
+__global__ void __launch_bounds__(kRowThreads) quantize_rows(RowsCall x, QuantizedBuffer out) {
+  const QuantizeSeat seat;
+  if (seat.part >= out.tiles * kScales) return;
+  seat.put(seat.column < x.cols ? x.x[x.at(int(seat.row)) + seat.column] : 0.0f, out);
+}
+
+/// The same of what an activation makes of gate and up.
+template <Activation kKind>
 __global__ void __launch_bounds__(kRowThreads)
-    quantize_rows(const float* x, const float* up, const int32_t* rows, int cols, int tiles, int8_t* codes,
-                  float* scales, float* sums) {
-  const int part = int(blockIdx.x) * (kRowThreads / 32) + threadIdx.x / 32, column = part * 32 + (threadIdx.x & 31);
-  if (part >= tiles * kScales) return;
-  const size_t to = blockIdx.y, from = size_t(rows ? rows[to] : int(to)) * cols;
-  float v = column < cols ? x[from + column] : 0.0f;
-  if (up && column < cols) v = silu_mul(v, up[from + column]);
-  const size_t at = to * tiles;
-  quantize_part(v, part, codes + at * kTileCols, scales + at * kScales, sums + at * kSums);
+    quantize_hidden(const float* gate, const float* up, int cols, QuantizedBuffer out, float* hidden) {
+  const QuantizeSeat seat;
+  if (seat.part >= out.tiles * kScales) return;
+  float v = 0;
+  if (seat.column < cols) {
+    const size_t at = seat.row * cols + seat.column;
+    v = activated<kKind>(kKind == Activation::kRelu2 ? 0.0f : gate[at], up[at]);
+    if (hidden) hidden[at] = v;
+  }
+  seat.put(v, out);
 }
 
 /// Grid: rows. x = x + scale * added first, if given.
@@ -106,6 +130,19 @@ __global__ void __launch_bounds__(kRowThreads) add_bias(const float* bias, int c
 __global__ void __launch_bounds__(kRowThreads) scale_all(float factor, size_t n, float* out) {
   const size_t i = size_t(blockIdx.x) * kRowThreads + threadIdx.x;
   if (i < n) out[i] = out[i] * factor;
+}
+
+/// Grid: groups of 256 values.
+__global__ void __launch_bounds__(kRowThreads) multiply(const float* factors, size_t size, size_t n, float* out) {
+  const size_t i = size_t(blockIdx.x) * kRowThreads + threadIdx.x;
+  if (i < n) out[i] = out[i] * factors[i % size];
+}
+
+/// Grid: rows.
+__global__ void __launch_bounds__(kRowThreads) weigh(const float* x, const float* gates, int cols, float* out) {
+  const size_t at = size_t(blockIdx.x) * cols;
+  const float gate = gates[blockIdx.x];
+  for (int c = threadIdx.x; c < cols; c += kRowThreads) out[at + c] = x[at + c] * gate;
 }
 
 }  // namespace cuda

@@ -5,16 +5,17 @@
 #include <cstdint>
 
 #include "kernels/kernels.h"
+#include "mixers/shapes.h"
 
 namespace edgemoe {
 
 /// Grows with every change of this file or of kernels.h that a plug-in can see.
-constexpr int kBackendAbi = 2;
+constexpr int kBackendAbi = 3;
 
 enum class Room : uint8_t { kDevice, kPinned };  ///< pinned memory is the host's, and copies from it need no waiting
 
 constexpr int kCompute = 0, kCopy = 1, kNumQueues = 2;  ///< queues: kernels run on the first
-constexpr int kMostHeadDim = 256;                       ///< that a device's attention knows
+constexpr int kMostHeadDim = 640;                       ///< that a device's attention knows, latents too
 
 /// A point in a queue that others can wait for.
 using Fence = uint32_t;
@@ -37,6 +38,21 @@ struct QuantizedBuffer {
   QuantizedRows rows() const { return {codes, scales, sums, tiles}; }
 };
 
+/// Rows [n, cols] of activations. Row i is row rows[i] of x, where `rows` is given; x is [tokens, heads] rows and n all
+/// of them, head after head, where there are several; else it is row i.
+struct RowsCall {
+  const float* x;
+  int n, cols;
+  size_t stride;  ///< floats from one row of x to the next
+  const int32_t* rows = nullptr;
+  int heads = 1;
+
+  constexpr size_t at(int i) const {
+    const int tokens = n / heads;
+    return size_t(rows ? rows[i] : heads > 1 ? i % tokens * heads + i / tokens : i) * stride;
+  }
+};
+
 /// y [n, stride] = x [n] times a matrix.
 struct Product {
   NestedMatrix w;
@@ -44,6 +60,20 @@ struct Product {
   float* y;
   int n;
   int stride;
+  const float* bias = nullptr;     ///< [rows], added at last
+  const RankRow* ranks = nullptr;  ///< [n], where the matrix has a correction
+  /// Matrices that are stacked: that of head h is for rows h * n on of x, and makes y[token, h * head_stride] on.
+  int heads = 1;
+  int head_stride = 0;
+};
+
+/// out [n] = what `quantize_ranks` makes of u and V x.
+struct RanksCall {
+  const int8_t* basis;
+  int rank;
+  const uint8_t* u;  ///< float16
+  RowsCall x;
+  RankRow* out;
 };
 
 /// What becomes of the queries, keys or values of one head; null pointers where there is nothing to do.
@@ -53,14 +83,15 @@ struct HeadChange {
   const float* norm;  ///< [head_dim]
   int num_heads;
   bool rotate;
+  bool norm_last;  ///< after the rotation, and not before the clip
 };
 
 /// Of a layer's attention, all that is done before scores are computed.
 struct HeadsCall {
   HeadChange q, k, v;
   const float *cos, *sin;  ///< [T, rope_dim / 2]
+  const float* grown;      ///< [T]: what queries are multiplied with at last, or null
   int head_dim, rope_dim;
-  bool norm_after_rope;
   float norm_eps, clip;  ///< 0 for no clip
   KvLayer kv;            ///< keys and values are stored at positions [pos, pos + T)
   int pos;
@@ -74,9 +105,61 @@ struct AttendCall {
   AttentionShape shape;
   int pos;
   const float* out_bias;  ///< [kv_heads * head_dim] or null: what values lack
-  float* parts;           ///< scratch [T, blocks, heads, head_stride + 2]
-  float* out;             ///< [T, heads * head_dim]
+  const float* sinks;     ///< [heads] or null
+  float* parts;           ///< scratch [T, blocks, heads, value_stride + 2]
+  float* out;             ///< [T, heads * head_dim], of latents [T, heads * value_stride]
 };
+
+/// The first position that a query at `position` sees.
+static constexpr int first_seen(const AttentionShape& s, int position) {
+  const int begin = s.chunk > 0 ? position / s.chunk * s.chunk : 0, window = s.window > 0 ? position + 1 - s.window : 0;
+  return begin > window ? begin : window;
+}
+
+/// Of latent attention, the same as `HeadsCall`.
+struct LatentsCall {
+  LatentShape shape;
+  const float* q;   ///< [T, heads * (nope + rope)]
+  float* absorbed;  ///< [T, heads * (latent + rope)], gets the last columns
+  float* keys;      ///< [T, latent + rope], changed in place
+  const float* norm;
+  float norm_eps;
+  const float *cos, *sin;
+  const float* grown;
+  KvLayer kv;
+  int pos;
+  int layer;
+  uint64_t* misfit;
+};
+
+/// The gated delta rule; see mixers/delta.h.
+struct DeltaCall {
+  DeltaShape shape;
+  const float *rate, *bias;
+  float *q, *k;
+  const float* v;
+  size_t stride;
+  float *decay, *beta;
+  float q_weight, k_weight, norm_eps;  ///< of their norm
+  const float* before;                 ///< or null
+  float* state;
+  float* out;
+};
+
+/// Mamba-2; see mixers/mamba.h.
+struct MambaCall {
+  MambaShape shape;
+  const float *rate, *step_bias, *skip;
+  const float *x, *b, *c;
+  size_t stride;
+  float *step, *decay;
+  const float* before;  ///< or null
+  float* state;
+  float* out;
+};
+
+/// What multiplies the heads of attention: sigmoid by element; sigmoid or softplus by head.
+enum class HeadGate : uint8_t { kSigmoid, kSigmoidHead, kSoftplusHead };
 
 /// A key or value that did not fit, as one number: the first layer, row, key before value, largest magnitude is lowest.
 struct Misfit {
@@ -122,9 +205,12 @@ class Device {
 
   // ---------------------------------------------------------------- kernels, on the queue kCompute
 
-  /// Of rows of x, or of silu(x) * up where `up` is given. `rows` (may be null) picks rows of both.
-  virtual void quantize_rows(const float* x, const float* up, const int32_t* rows, int n, int cols,
-                             const QuantizedBuffer& out) = 0;
+  virtual void quantize_rows(const RowsCall& x, const QuantizedBuffer& out) = 0;
+  /// Of what `kind` makes of gate and up [n, cols], which `hidden` gets too if it is given; it may be up.
+  virtual void quantize_hidden(Activation kind, const float* gate, const float* up, int n, int cols,
+                               const QuantizedBuffer& out, float* hidden) = 0;
+  /// `list` is the host's.
+  virtual void ranks(const RanksCall* list, int count) = 0;
   /// `list` is the host's.
   virtual void products(const Product* list, int count) = 0;
   /// y [n, rows] = x [n, cols] times w [rows, cols], float32.
@@ -142,6 +228,21 @@ class Device {
                         float* out) = 0;
   virtual void add_bias(const float* bias, int T, int cols, float* out) = 0;
   virtual void scale(float factor, size_t n, float* out) = 0;
+  /// out [n] *= factors [size], over and over.
+  virtual void multiply(const float* factors, size_t size, size_t n, float* out) = 0;
+  /// out [T, cols] = x times gates [T].
+  virtual void weigh(const float* x, const float* gates, int T, int cols, float* out) = 0;
+  /// x [T, heads * width]; gate [T, heads], or as x.
+  virtual void gate_heads(float* x, const float* gate, HeadGate kind, int T, int heads, int width) = 0;
+  /// See mixers/gated_norm.h.
+  virtual void gated_norm(float* x, const float* gate, const float* weight, bool weight_per_group, float eps, Gate kind,
+                          int T, int groups, int width) = 0;
+  /// See `Kernels::short_conv`.
+  virtual void short_conv(const ConvShape& shape, const float* x, const float* weight, const float* bias,
+                          const float* before, float* tail, int T, float* out) = 0;
+  virtual void delta_rule(const DeltaCall& call, int T) = 0;
+  virtual void mamba2(const MambaCall& call, int T) = 0;
+  virtual void prepare_latents(const LatentsCall& call, int T) = 0;
 };
 
 /// What a plug-in says of itself and of the machine.

@@ -1,6 +1,7 @@
 #include "device/workspace.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -25,8 +26,14 @@ size_t parts_floats(const WorkspaceShape& s) {
   return part * size_t(blocks(s.max_context, kKeyBlock) + 1) + kPartsFloats;
 }
 
+/// Rows that matrices with corrections have at once: of a few with the same input, or of each head by itself.
+int most_ranks(const WorkspaceShape& s) {
+  constexpr int kTogether = 5;
+  return std::max(kTogether * most_rows(s), s.max_rows * s.num_heads);
+}
+
 /// What each of the scratch arrays takes.
-std::vector<size_t> sizes(const WorkspaceShape& s, int max_routed) {
+std::vector<size_t> sizes(const WorkspaceShape& s, int max_routed, bool corrected) {
   const size_t ffn = size_t(Workspace::kFfnRows) * s.max_hidden * sizeof(float);
   return {quantized_bytes(most_rows(s), s.max_cols),
           quantized_bytes(Workspace::kFfnRows, s.max_hidden),
@@ -34,27 +41,45 @@ std::vector<size_t> sizes(const WorkspaceShape& s, int max_routed) {
           ffn,
           parts_floats(s) * sizeof(float),
           size_t(std::max(max_routed, Workspace::kFfnRows)) * sizeof(int32_t),
-          size_t(max_routed) * sizeof(float),
-          sizeof(uint64_t)};
+          size_t(std::max(max_routed, s.max_rows)) * sizeof(float),
+          sizeof(uint64_t),
+          corrected ? size_t(most_ranks(s)) * sizeof(RankRow) : 0};
+}
+
+/// Throws std::invalid_argument for a matrix of which its kernels know nothing.
+void check_known(const NestedMatrix& w) {
+  if (w.scheme != Scheme::kNested && w.scheme != Scheme::kMwq) {
+    throw std::invalid_argument("device: matrices of this scheme are the CPU's");
+  }
+}
+
+RowsCall plain(const float* x, int n, int cols) { return {x, n, cols, size_t(cols)}; }
+
+RanksCall ranks_of(const NestedMatrix& w, const int8_t* basis, const RowsCall& x, RankRow* out) {
+  return {w.basis ? w.basis : basis, rank_of(w), correction_of(w), x, out};
 }
 
 }  // namespace
 
-DeviceWorkspace::DeviceWorkspace(std::shared_ptr<DeviceSpace> space, const WorkspaceShape& shape, int max_routed)
-    : space_(std::move(space)), shape_(shape), parts_floats_(parts_floats(shape)) {
+DeviceWorkspace::DeviceWorkspace(std::shared_ptr<DeviceSpace> space, const WorkspaceShape& shape, int max_routed,
+                                 bool corrected)
+    : space_(std::move(space)),
+      shape_(shape),
+      parts_floats_(parts_floats(shape)),
+      max_ranks_(corrected ? most_ranks(shape) : 0) {
   if (shape.head_dim > kMostHeadDim) {
     throw std::invalid_argument("device attention: expected heads of at most " + std::to_string(kMostHeadDim) +
                                 " columns, got " + std::to_string(shape.head_dim));
   }
-  const std::vector<size_t> all = sizes(shape, max_routed);
-  DeviceMemory* const to[] = {&activations_, &hidden_, &gate_, &up_, &parts_, &rows_, &gates_, &misfit_};
+  const std::vector<size_t> all = sizes(shape, max_routed, corrected);
+  DeviceMemory* const to[] = {&activations_, &hidden_, &gate_, &up_, &parts_, &rows_, &gates_, &misfit_, &ranks_};
   for (size_t i = 0; i < all.size(); ++i) *to[i] = DeviceMemory(space_, all[i]);
   device().fill(misfit_.as(), 0xff, sizeof(uint64_t));
 }
 
-size_t DeviceWorkspace::bytes(const WorkspaceShape& shape, int max_routed) {
+size_t DeviceWorkspace::bytes(const WorkspaceShape& shape, int max_routed, bool corrected) {
   size_t total = 0;
-  for (size_t n : sizes(shape, max_routed)) total += DeviceSpace::taken(n);
+  for (size_t n : sizes(shape, max_routed, corrected)) total += DeviceSpace::taken(n);
   return total;
 }
 
@@ -74,6 +99,16 @@ QuantizedBuffer DeviceWorkspace::buffer(const DeviceMemory& memory, int n, int c
   return {memory.as<int8_t>(), scales, scales + size_t(n) * tiles * kScales, tiles};
 }
 
+RankRow* DeviceWorkspace::take_ranks(int n) {
+  if (ranks_taken_ + n > max_ranks_) {
+    throw std::invalid_argument("device: expected at most " + std::to_string(max_ranks_) +
+                                " rows for corrections, got " + std::to_string(ranks_taken_ + n));
+  }
+  RankRow* const out = ranks_.as<RankRow>() + ranks_taken_;
+  ranks_taken_ += n;
+  return out;
+}
+
 void DeviceWorkspace::linear(const float* x, int T, const std::vector<const NestedMatrix*>& matrices,
                              const std::vector<float*>& outs) {
   const int cols = matrices[0]->cols;
@@ -83,14 +118,51 @@ void DeviceWorkspace::linear(const float* x, int T, const std::vector<const Nest
                                 std::to_string(cols) + "]");
   }
   const QuantizedBuffer q = buffer(activations_, T, cols);
-  device().quantize_rows(x, nullptr, nullptr, T, cols, q);
+  device().quantize_rows(plain(x, T, cols), q);
   std::vector<Product> list;
-  for (size_t i = 0; i < matrices.size(); ++i) list.push_back({*matrices[i], q.rows(), outs[i], T, matrices[i]->rows});
+  std::vector<RanksCall> ranks;
+  ranks_taken_ = 0;
+  for (size_t i = 0; i < matrices.size(); ++i) {
+    const NestedMatrix& w = *matrices[i];
+    check_known(w);
+    Product p{w, q.rows(), outs[i], T, w.rows};
+    if (rank_of(w)) {
+      RankRow* const z = take_ranks(T);
+      ranks.push_back(ranks_of(w, nullptr, plain(x, T, cols), z));
+      p.ranks = z;
+    }
+    list.push_back(p);
+  }
+  if (!ranks.empty()) device().ranks(ranks.data(), int(ranks.size()));
   device().products(list.data(), int(list.size()));
 }
 
-void DeviceWorkspace::ffn_batch(const float* x, int T, const std::vector<Piece>& pieces) {
-  const NestedMatrix& any = pieces[0].use->w.gate;
+void DeviceWorkspace::linear_heads(const HeadRows& x, const NestedMatrix& w, int T, int heads, float* out,
+                                   int out_stride) {
+  check_known(w);
+  if (quantized_bytes(T * heads, w.cols) > activations_.size()) {
+    throw std::invalid_argument("device linear_heads: expected fewer than " + std::to_string(T * heads) + " rows of " +
+                                std::to_string(w.cols));
+  }
+  const QuantizedBuffer q = buffer(activations_, T * heads, w.cols);
+  const RowsCall rows{x.x, T * heads, w.cols, size_t(x.stride), nullptr, heads};
+  device().quantize_rows(rows, q);
+  Product p{w, q.rows(), out, T, heads * out_stride};
+  p.heads = heads;
+  p.head_stride = out_stride;
+  ranks_taken_ = 0;
+  if (rank_of(w)) {
+    RankRow* const z = take_ranks(rows.n);
+    const RanksCall call = ranks_of(w, nullptr, rows, z);
+    device().ranks(&call, 1);
+    p.ranks = z;
+  }
+  device().products(&p, 1);
+}
+
+void DeviceWorkspace::ffn_batch(const float* x, int T, Activation activation, const std::vector<Piece>& pieces,
+                                const int8_t* basis) {
+  const NestedMatrix& any = pieces[0].use->w.up;
   const int hidden = any.rows, cols = any.cols, total = pieces.back().row + pieces.back().count;
   if (hidden > shape_.max_hidden || cols > shape_.max_cols) {
     throw std::invalid_argument("device ffn: expected at most " + std::to_string(shape_.max_hidden) +
@@ -98,45 +170,73 @@ void DeviceWorkspace::ffn_batch(const float* x, int T, const std::vector<Piece>&
   }
   // A single token is quantised once for all its experts; rows that follow each other need no list.
   const bool shared = T == 1, straight = pieces.size() == 1 && !pieces[0].use->tokens;
-  const int32_t* rows = nullptr;
+  RowsCall rows = plain(straight ? x + size_t(pieces[0].first) * cols : x, shared ? 1 : total, cols);
   if (!shared && !straight) {
     std::vector<int32_t> list;
     for (const Piece& p : pieces) {
       for (int i = 0; i < p.count; ++i) list.push_back(p.use->tokens ? p.use->tokens[p.first + i] : p.first + i);
     }
-    rows = lend(rows_, list.data(), list.size());
+    rows.rows = lend(rows_, list.data(), list.size());
   }
-  const QuantizedBuffer q = buffer(activations_, shared ? 1 : total, cols);
-  device().quantize_rows(straight ? x + size_t(pieces[0].first) * cols : x, nullptr, rows, shared ? 1 : total, cols, q);
+  const QuantizedBuffer q = buffer(activations_, rows.n, cols);
+  device().quantize_rows(rows, q);
   std::vector<Product> list;
+  std::vector<RanksCall> ranks;
+  ranks_taken_ = 0;
+  const auto add = [&](Product p, const RowsCall& inputs, const int8_t* v) {
+    if (rank_of(p.w)) {
+      RankRow* const z = take_ranks(inputs.n);
+      ranks.push_back(ranks_of(p.w, v, inputs, z));
+      p.ranks = z;
+    }
+    list.push_back(p);
+  };
+  const auto run = [&] {
+    if (!ranks.empty()) device().ranks(ranks.data(), int(ranks.size()));
+    device().products(list.data(), int(list.size()));
+    ranks.clear();
+    list.clear();
+  };
   for (const Piece& p : pieces) {
+    const FfnUse& use = *p.use;
     const QuantizedRows mine = rows_from(q.rows(), shared ? 0 : p.row);
     const size_t at = size_t(p.row) * hidden;
-    list.push_back({p.use->w.gate, mine, gate_.as<float>() + at, p.count, hidden});
-    list.push_back({p.use->w.up, mine, up_.as<float>() + at, p.count, hidden});
+    RowsCall inputs = rows;
+    inputs.n = p.count;
+    if (inputs.rows) inputs.rows += p.row;
+    if (activation != Activation::kRelu2) {
+      add({use.w.gate, mine, gate_.as<float>() + at, p.count, hidden, use.biases.gate}, inputs, basis);
+    }
+    add({use.w.up, mine, up_.as<float>() + at, p.count, hidden, use.biases.up}, inputs, basis);
   }
-  device().products(list.data(), int(list.size()));
+  run();
+  const bool corrected =
+      std::any_of(pieces.begin(), pieces.end(), [](const Piece& p) { return rank_of(p.use->w.down) > 0; });
   const QuantizedBuffer h = buffer(hidden_, total, hidden);
-  device().quantize_rows(gate_.as<float>(), up_.as<float>(), nullptr, total, hidden, h);
-  list.clear();
+  auto* const values = up_.as<float>();
+  device().quantize_hidden(activation, gate_.as<float>(), values, total, hidden, h, corrected ? values : nullptr);
   for (const Piece& p : pieces) {
-    const int d = p.use->w.down.rows;
-    list.push_back({p.use->w.down, rows_from(h.rows(), p.row), p.use->out + size_t(p.first) * d, p.count, d});
+    const FfnUse& use = *p.use;
+    const int d = use.w.down.rows;
+    add({use.w.down, rows_from(h.rows(), p.row), use.out + size_t(p.first) * d, p.count, d, use.biases.down},
+        plain(values + size_t(p.row) * hidden, p.count, hidden), nullptr);
   }
-  device().products(list.data(), int(list.size()));
+  run();
 }
 
-void DeviceWorkspace::ffns(const float* x, int T, const std::vector<FfnUse>& uses) {
+void DeviceWorkspace::ffns(const float* x, int T, Activation activation, const std::vector<FfnUse>& uses,
+                           const int8_t* basis) {
   std::vector<Piece> pieces;
   int filled = 0;
   const auto run = [&] {
-    if (!pieces.empty()) ffn_batch(x, T, pieces);
+    if (!pieces.empty()) ffn_batch(x, T, activation, pieces, basis);
     pieces.clear();
     filled = 0;
   };
   for (const FfnUse& use : uses) {
-    if (use.w.gate.rows == 0 || use.biases.gate || use.biases.up || use.biases.down || use.hidden) {
-      throw std::invalid_argument("device ffn: what has no gate, or biases, is the CPU's");
+    for (const NestedMatrix* w : {&use.w.gate, &use.w.up, &use.w.down}) check_known(*w);
+    if ((use.w.gate.rows == 0) != (activation == Activation::kRelu2) || use.hidden) {
+      throw std::invalid_argument("device ffn: the matrices do not fit the activation");
     }
     for (int first = 0; first < use.count;) {
       const int n = std::min(use.count - first, Workspace::kFfnRows - filled);
@@ -149,6 +249,13 @@ void DeviceWorkspace::ffns(const float* x, int T, const std::vector<FfnUse>& use
   run();
 }
 
+const float* DeviceWorkspace::grown(int T, int pos, int late, float growth, int every) {
+  if (!(growth > 0)) return nullptr;
+  std::vector<float> times;
+  for (int t = 0; t < T; ++t) times.push_back(float(1 + double(growth) * std::log1p((pos + t + late) / every)));
+  return lend(gates_, times.data(), times.size());
+}
+
 void DeviceWorkspace::attention(float* q, float* k, float* v, int T, int pos, const AttentionParts& p,
                                 const KvLayer& kv, float* out) {
   const AttentionShape& s = p.shape;
@@ -157,19 +264,19 @@ void DeviceWorkspace::attention(float* q, float* k, float* v, int T, int pos, co
     throw std::invalid_argument("device attention: expected at most " + std::to_string(shape_.num_heads) +
                                 " heads of " + std::to_string(shape_.head_dim));
   }
-  if (!kv.values || p.sinks || p.v_norm || (p.constants && !p.constants->pairs.empty())) {
-    throw std::invalid_argument("device attention: latents, sinks, norms of values and lacking biases are the CPU's");
+  if (!kv.values || (p.constants && !p.constants->pairs.empty())) {
+    throw std::invalid_argument("device attention: keys that lack their biases are the CPU's");
   }
   Device& d = device();
   const int q_cols = s.num_heads * s.head_dim, kv_cols = s.num_kv_heads * s.head_dim;
-  HeadsCall heads{{q, p.q_bias, p.q_norm, s.num_heads, true},
-                  {k, p.k_bias, p.k_norm, s.num_kv_heads, true},
-                  {v, p.v_bias, nullptr, s.num_kv_heads, false},
+  HeadsCall heads{{q, p.q_bias, p.q_norm, s.num_heads, true, p.norm_after_rope},
+                  {k, p.k_bias, p.k_norm, s.num_kv_heads, true, p.norm_after_rope},
+                  {v, p.v_bias, p.v_norm, s.num_kv_heads, false, false},
                   p.cos,
                   p.sin,
+                  grown(T, pos, 1, p.growth, p.grow_every),
                   s.head_dim,
                   s.rope_dim,
-                  p.norm_after_rope,
                   p.norm_eps,
                   p.clip,
                   kv,
@@ -184,22 +291,67 @@ void DeviceWorkspace::attention(float* q, float* k, float* v, int T, int pos, co
     change->bias = change->norm = nullptr;
   }
   const float* out_bias = nullptr;  // what values in 8 bits lack; their weights sum to 1
-  if (kv.value_type == KvType::kQ8 && !(p.clip > 0)) std::swap(heads.v.bias, out_bias);
+  if (kv.value_type == KvType::kQ8 && !(p.clip > 0) && !p.v_norm) std::swap(heads.v.bias, out_bias);
   key_type_ = kv.key_type;
   value_type_ = kv.value_type;
   d.prepare_heads(heads, T);
-  const size_t part = size_t(s.num_heads) * (kv.head_stride + 2);
+  attend({q, kv, s, pos, out_bias, p.sinks, parts_.as<float>(), out}, T);
+}
+
+void DeviceWorkspace::attend(AttendCall call, int T) {
+  const AttentionShape& s = call.shape;
+  const int pos = call.pos, q_cols = s.num_heads * s.head_dim;
+  const int out_cols = call.kv.values ? q_cols : s.num_heads * call.kv.value_stride;
+  const size_t part = size_t(s.num_heads) * (call.kv.value_stride + 2);
   const auto num_blocks = [&](int first, int n) {
-    const int begin = s.window > 0 ? std::max(0, first + 1 - s.window) : 0;
-    return (first + n - 1) / kKeyBlock - begin / kKeyBlock + 1;
+    return (first + n - 1) / kKeyBlock - first_seen(s, first) / kKeyBlock + 1;
   };
-  for (int t = 0; t < T;) {  // as many tokens at once as scratch has room for
+  const float* const q = call.q;
+  float* const out = call.out;
+  for (int t = 0; t < T;) {
     int n = T - t;
     while (n > 1 && part * size_t(n) * size_t(num_blocks(pos + t, n)) > parts_floats_) n /= 2;
-    const size_t at = size_t(t) * q_cols;
-    d.attend({q + at, kv, s, pos + t, out_bias, parts_.as<float>(), out + at}, n, num_blocks(pos + t, n));
+    call.q = q + size_t(t) * q_cols;
+    call.out = out + size_t(t) * out_cols;
+    call.pos = pos + t;
+    device().attend(call, n, num_blocks(pos + t, n));
     t += n;
   }
+}
+
+void DeviceWorkspace::latent_attention(const float* q, float* absorbed, float* keys, int T, int pos,
+                                       const LatentParts& p, const KvLayer& kv, float* out) {
+  const LatentShape& s = p.shape;
+  const int width = s.latent_dim + s.rope_dim;
+  check_positions(kv, 0, pos, T, shape_.max_context);
+  if (s.num_heads > shape_.num_heads || width > shape_.head_dim) {
+    throw std::invalid_argument("device attention: expected at most " + std::to_string(shape_.num_heads) +
+                                " heads of " + std::to_string(shape_.head_dim));
+  }
+  key_type_ = value_type_ = kv.key_type;
+  device().prepare_latents({s, q, absorbed, keys, p.norm, p.norm_eps, p.cos, p.sin,
+                            grown(T, pos, 0, s.growth, s.grow_every), kv, pos, p.layer, misfit_.as<uint64_t>()},
+                           T);
+  const AttentionShape shape{s.num_heads, 1, width, 0, s.scale, 0};
+  attend({absorbed, kv, shape, pos, nullptr, nullptr, parts_.as<float>(), out}, T);
+}
+
+void DeviceWorkspace::delta_rule(const DeltaParts& parts, float* q, float* k, const float* v, size_t qkv_stride,
+                                 float* decay, float* beta, int T, const float* before, float* state, float* out) {
+  const float root = std::sqrt(float(parts.shape.key_dim));
+  device().delta_rule({parts.shape, parts.rate, parts.bias, q, k, v, qkv_stride, decay, beta, 1 / root / root, 1 / root,
+                       kLengthEps / float(parts.shape.key_dim), before, state, out},
+                      T);
+}
+
+void DeviceWorkspace::mamba2(const MambaParts& parts, const float* x, const float* b, const float* c, size_t stride,
+                             float* step, float* decay, int T, const float* before, float* state, float* out) {
+  device().mamba2(
+      {parts.shape, parts.rate, parts.step_bias, parts.skip, x, b, c, stride, step, decay, before, state, out}, T);
+}
+
+void DeviceWorkspace::weigh(const float* x, const float* gates, int T, int cols, float* out) {
+  device().weigh(x, lend(gates_, gates, size_t(T)), T, cols, out);
 }
 
 void DeviceWorkspace::download(std::vector<DeviceSpace::Fetch> what) {

@@ -7,7 +7,6 @@
 namespace edgemoe {
 namespace {
 
-constexpr float kLengthEps = 1e-6f;
 constexpr int kColumns = 64;  ///< of a head's values that are one piece of work
 
 /// x[i] becomes the decay of n steps; `rate` is one or, if `each`, one for each.
@@ -18,7 +17,7 @@ void decay_of(const Kernels& kn, Decay kind, const float* rate, bool each, const
   }
   for (int i = 0; i < n; ++i) x[i] = rate[each ? i : 0] * (x[i] + bias[i]);
   kn.sigmoid(x, n);
-  const float bound = 5;
+  const float bound = kDecayBound;
   kn.decays(x, &bound, false, n, x);
 }
 

@@ -3,23 +3,9 @@
 #pragma once
 
 #include "dense.h"
+#include "mixers/shapes.h"
 
 namespace edgemoe {
-
-/// How the decay a of a step comes from what a layer says of it, x, and its parameters.
-enum class Decay : uint8_t {
-  kSoftplus,  ///< a = exp(-rate * softplus(x + bias))
-  kBounded,   ///< a = exp(-5 * sigmoid(rate * (x + bias))), "safe gate" of Ling 3
-};
-
-struct DeltaShape {
-  int key_heads;  ///< value head j uses key head j / (value_heads / key_heads)
-  int value_heads;
-  int key_dim;
-  int value_dim;  ///< a multiple of 16
-  bool decay_per_channel;
-  Decay decay;
-};
 
 /// What a layer keeps besides its matrices.
 struct DeltaParts {

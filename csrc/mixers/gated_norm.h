@@ -2,14 +2,9 @@
 #pragma once
 
 #include "dense.h"
+#include "mixers/shapes.h"
 
 namespace edgemoe {
-
-enum class Gate : uint8_t {
-  kSilu,      ///< norm(x) * silu(gate): Gated DeltaNet
-  kSigmoid,   ///< norm(x) * sigmoid(gate): Kimi Delta Attention
-  kSiluFirst  ///< norm(x * silu(gate)): Mamba-2
-};
 
 /// x [T, groups * width] in place; the norm is over each group's width. weight [width], or [groups * width] if
 /// `weight_per_group`. gate [T, groups * width] lies in rows of `gate_stride` floats.

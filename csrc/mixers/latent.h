@@ -8,19 +8,9 @@
 
 #include "dense.h"
 #include "kernels/kernels.h"
+#include "mixers/shapes.h"
 
 namespace edgemoe {
-
-struct LatentShape {
-  int num_heads;
-  int nope_dim;    ///< columns of a head's query that no position turns
-  int rope_dim;    ///< those behind, of a position's key too
-  int latent_dim;  ///< a multiple of 16
-  float scale;     ///< multiplies q · k
-  bool rotates;    ///< the parts for it are turned; else they are what they are
-  int grow_every;  ///< from every so many positions on, scores are scaled by 1 + growth * log(1 + how many times)
-  float growth;    ///< 0 for never
-};
 
 /// What it needs besides the projections.
 struct LatentParts {

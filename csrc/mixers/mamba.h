@@ -2,15 +2,9 @@
 #pragma once
 
 #include "dense.h"
+#include "mixers/shapes.h"
 
 namespace edgemoe {
-
-struct MambaShape {
-  int num_heads;
-  int head_dim;  ///< a multiple of 16
-  int groups;    ///< head h uses group h / (num_heads / groups)
-  int state_dim;
-};
 
 /// What a layer keeps besides its matrices and its convolution; all [num_heads].
 struct MambaParts {

@@ -7,15 +7,16 @@ other sequences give the same bits.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
 from edgemoe.model.ffn import BranchedFfn, ClosedFfn, DenseFfn, Ffn, RoutedFfn
+from edgemoe.model.hosted import make_mixers
 from edgemoe.model.kv import KV_BITS, KvTypes
-from edgemoe.model.mixer import ClosedMixer, Mixer, MixerLayer, mixer_class
+from edgemoe.model.mixer import ClosedMixer, MixerLayer, mixer_class
 from edgemoe.model.rope import Rope
 from edgemoe.model.router import Routers
 from edgemoe.model.scratch import Rows, Scratch
@@ -76,10 +77,7 @@ class Decoder:
             config, ops, self._ropes, Scratch(ops, max_tokens), context, max_tokens, types
         )
         self._kinds = _kinds(config, types)
-        self._mixers: dict[tuple[MixerSpec, KvTypes], Mixer] = {
-            (spec, kinds): mixer_class(spec)(spec, replace(setup, types=kinds))
-            for spec, kinds in dict.fromkeys(self._kinds)
-        }
+        self._mixers = make_mixers(setup, weights, dict.fromkeys(self._kinds))
         tensors = _by_layer(weights, config.num_layers)
         routers = self._routers = Routers(
             config, ops, experts, [tensors[i] for i in config.moe_layers], max_tokens=max_tokens

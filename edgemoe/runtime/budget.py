@@ -147,7 +147,7 @@ class Budget:
             slots: what experts get, whatever is left; None for what is left.
             opening: what the process has taken for a moment already.
             outside: what of `process` the caller's budget does not count; errors leave it out.
-            vram: how a device's memory is divided, which has the context and all but the embedding then.
+            vram: how a device's memory is divided, which has the context and most weights then.
 
         Raises:
             OutOfBudget: says the smallest budget that works, and what takes the room.
@@ -155,14 +155,18 @@ class Budget:
         config = moe.config
         expert = expert_bytes(moe, level)
         dense = dense_bytes(moe, dense_level)
-        held = dense if vram is None else sum(moe.tensors["embed"].lengths[:dense_level])
+        held = dense if vram is None else vram.held
         context = context if vram is None else vram.context
         embedding = 0 if config.tied else sum(moe.tensors["embed"].lengths[:dense_level])
         sampler = _SAMPLER_BYTES * config.vocab_size
         row = scratch_bytes(config, 1) - scratch_bytes(config, 0)
 
         def layer_bytes(context: int, chunk: int) -> list[int]:
-            return layer_state_bytes(config, context, kv_types, chunk) if vram is None else []
+            layers = layer_state_bytes(config, context, kv_types, chunk)
+            if vram is None:
+                return layers
+            specs = config.mixer_by_layer
+            return [n for n, spec in zip(layers, specs, strict=True) if spec in vram.hosted]
 
         first, second = (layer_bytes(n * KV_STEP, n * KV_STEP) for n in (1, 2))
         steps = [b - a for a, b in zip(first, second, strict=True)]
@@ -171,7 +175,9 @@ class Budget:
         def sized(context: int, chunk: int) -> Budget:
             shape = replace(ops, max_tokens=chunk, max_context=context)
             layers = layer_bytes(context, chunk)
-            own = CpuOps.scratch_bytes(shape) if vram is None else CudaOps.host_bytes(shape, config)
+            own = CpuOps.scratch_bytes(shape)
+            if vram is not None:
+                own = CudaOps.host_bytes(shape, config, vram.hosted)
             growing = layer_bytes(
                 context, context
             )  # what a shorter chunk makes smaller is there at once

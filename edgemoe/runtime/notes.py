@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from edgemoe.config import ModelConfig
 from edgemoe.file.format import MoeFile
 from edgemoe.model import KV_BITS, KvTypes
+from edgemoe.runtime.on_device import device_notes
 from edgemoe.runtime.options import EngineOptions
 
 __all__ = ["notes_of"]
@@ -29,7 +30,7 @@ def notes_of(
             f"lossy: {moe.config.experts_per_token} experts per token; "
             f"the model's own number is {given.experts_per_token}"
         )
-    return (*notes, *_cache_notes(moe.config, options.kv_types))
+    return (*notes, *_cache_notes(moe.config, options.kv_types), *device_notes(moe, options))
 
 
 def _cache_notes(config: ModelConfig, types: KvTypes) -> Iterator[str]:

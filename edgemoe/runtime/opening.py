@@ -7,34 +7,32 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core, hardware
 from edgemoe.config import ModelConfig
-from edgemoe.devices import DeviceName, open_device
 from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile, open_moe
 from edgemoe.model import Decoder, KvTable
-from edgemoe.ops import Ops, OpsShape
+from edgemoe.ops import OpsShape
 from edgemoe.ops_cpu import CpuOps
-from edgemoe.ops_cuda import CudaOps, Tied, load_on, unsupported
+from edgemoe.placement import Both
 from edgemoe.quant import Allocation
 from edgemoe.runtime.budget import Budget, default_ram, parse_size
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.notes import notes_of
+from edgemoe.runtime.on_device import OnDevice
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.profile import ProfileFile
 from edgemoe.runtime.room import Room
-from edgemoe.runtime.vram import Vram, default_vram
 from edgemoe.scheduler import SCHEDULERS, SECTIONS, Setting
 from edgemoe.store import ExpertStore, level_bytes, load_dense
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.settings import FILE, model_sampling
 from edgemoe.text.tokenizer import Tokenizer
-from edgemoe.tiers import Tiers
 
 __all__ = [
     "Bits", "Opened", "Text", "bits_of", "model_setting", "open_model", "room_for_experts",
@@ -168,7 +166,8 @@ def _assembled(
     total = default_ram() if options.ram is None else parse_size(options.ram)
     is_added = options.ram is not None and not options.whole_process
     chosen = bits.told(options)
-    device, vram = _device(moe, options, dense_level, shape)
+    there = OnDevice.open(moe, options, dense_level, shape)
+    vram = None if there is None else there.vram
 
     def divide(process: int) -> Budget:
         return Budget.divide(
@@ -183,10 +182,10 @@ def _assembled(
     make = SCHEDULERS[options.scheduler]
     make(model_setting(moe, bits.most, estimate.slots, sections), **chosen)
     weights: Mapping[str, Any]
-    if device is None:
+    if there is None:
         weights = load_dense(moe, dense_level, verify=options.verify)
     else:
-        weights = load_on(device, moe, dense_level, verify=options.verify)
+        weights = there.load(dense_level, verify=options.verify)
     hardware.trim()
     # Slots are sized last, from what the process really has by now.
     dense = sum(map(_host_bytes, weights.values()))
@@ -194,15 +193,15 @@ def _assembled(
     setting = model_setting(moe, bits.most, budget.slots, sections)
     scheduler = make(setting, **chosen)
     shape = replace(shape, max_tokens=budget.chunk, max_context=budget.context)
-    ops = CpuOps(shape) if device is None else cast(Ops, CudaOps(shape, device, config))
+    ops = CpuOps(shape) if there is None else there.ops(shape)
     store = ExpertStore.open(
         moe, bits=bits.most, budget_bytes=budget.slots, most_bytes=budget.most_slots,
         verify=options.verify, policy=scheduler.policy,
     )  # fmt: skip
     store.cache.keep(scheduler.keep_level)
     slots = store.cache
-    if device is not None and vram is not None:
-        store = _with_device(store, device, vram, moe)
+    if there is not None:
+        store = there.over(store)
     parts = ops.empty(budget.chunk * config.experts_per_token, config.hidden_size)
     experts = Experts(scheduler, store, ops, parts=parts, observer=options.observer)
     return Model(
@@ -220,45 +219,9 @@ def _assembled(
     )  # fmt: skip
 
 
-def _device(
-    moe: MoeFile, options: EngineOptions, dense_level: int, shape: OpsShape
-) -> tuple[_core.Device, Vram] | tuple[None, None]:
-    """Opens the device that the options name, and divides its memory; None for the processor."""
-    name = DeviceName.parse(options.device)
-    if name.ordinal is None:
-        return None, None
-    if what := unsupported(moe, options.cache_type_k, options.cache_type_v):
-        raise ValueError(f"device {name}: {what} has no kernels there yet; --device cpu runs it")
-    device = open_device(name, None, options.plug_in)
-    total = default_vram(device.info["free_bytes"])
-    if options.vram is not None:
-        total = parse_size(options.vram)
-    vram = Vram.divide(
-        moe, vram=total, dense_level=dense_level, context=options.context,
-        kv_types=options.kv_types, ops=shape, sequences=options.sequences,
-    )  # fmt: skip
-    device.limit(total)
-    logger.info("%s: %s; %d bytes of it for experts", name, device.info["name"], vram.room)
-    return device, vram
-
-
-def _with_device(store: ExpertStore, device: _core.Device, vram: Vram, moe: MoeFile) -> ExpertStore:
-    """Returns a store of the same experts that has some of them on a device, if there is room for one."""
-    host = store.cache
-    if vram.room < host.slot_bytes(len(store.level_bits)):
-        return store
-    there = _core.Cache.on_device(device, host, vram.room - _core.Device.taken(1))
-    tiers = Tiers(host, there)
-    tiers.spread(len(moe.config.moe_layers))
-    return ExpertStore(
-        cast(_core.Cache, tiers), num_experts=moe.config.num_experts,
-        level_bits=store.level_bits, rungs=moe.experts.rungs,
-    )  # fmt: skip
-
-
 def _host_bytes(weight: object) -> int:
     """Returns what of a tensor lies in this process's memory."""
-    if isinstance(weight, Tied):
+    if isinstance(weight, Both):
         weight = weight.host
     if isinstance(weight, _core.Nested):
         return weight.bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from edgemoe import _core
@@ -10,11 +11,14 @@ from edgemoe.file.format import MoeFile
 from edgemoe.model import KvTypes, layer_state_bytes, scratch_bytes
 from edgemoe.ops import OpsShape
 from edgemoe.ops_cuda import CudaOps
+from edgemoe.placement import host_bytes, places
 from edgemoe.runtime.context import CHUNKS, DEFAULT_CONTEXT, SMALLEST_CONTEXT, longest_context
+from edgemoe.specs import MixerSpec
 
 __all__ = ["Vram", "default_vram"]
 
 _ROUNDING_BYTES = 1 << 16  # arrays of a few bytes take whole units
+_STATE_ROUNDING = 1 << 13  # likewise of a layer's state, which may be of several arrays
 
 
 def default_vram(device_free: int) -> int:
@@ -34,6 +38,10 @@ class Vram:
     """Positions."""
     chunk: int
     """Tokens of a prompt that are computed at once."""
+    hosted: Mapping[MixerSpec, str]
+    """The mixers that the host runs, and why."""
+    held: int
+    """What of the weights outside the experts is the host's."""
 
     @classmethod
     def divide(
@@ -46,25 +54,39 @@ class Vram:
         kv_types: KvTypes,
         ops: OpsShape,
         sequences: int,
+        hosted: Mapping[MixerSpec, str],
     ) -> Vram:
         """Fits context and chunk into `vram`; arguments as those of `Budget.divide`.
+
+        Args:
+            hosted: the mixers that the host runs.
 
         Raises:
             OutOfBudget: says the smallest that works, and what takes the room.
         """
         config = moe.config
-        names = [n for n in moe.tensors if n != "embed" or config.tied]
+        names = [name for name, place in places(moe, hosted) if place != "host"]
         dense = sum(_core.Device.taken(sum(moe.tensors[n].lengths[:dense_level])) for n in names)
+        if moe.bases is not None:
+            dense += len(moe.bases) * _core.Device.taken(moe.bases[0].nbytes)
+        mine = [spec not in hosted for spec in config.mixer_by_layer]
+        corrected = bool(moe.scheme.correction)
 
         def kv_bytes(context: int, chunk: int) -> int:
-            return sum(map(_core.Device.taken, layer_state_bytes(config, context, kv_types, chunk)))
+            layers = layer_state_bytes(config, context, kv_types, chunk)
+            return sum(
+                _core.Device.taken(n) + _STATE_ROUNDING
+                for n, is_mine in zip(layers, mine, strict=True) if is_mine
+            )  # fmt: skip
+
+        held = host_bytes(moe, dense_level, hosted)
 
         def sized(context: int, chunk: int) -> Vram:
             shape = replace(ops, max_tokens=chunk, max_context=context)
             kv = kv_bytes(context, chunk)
             scratch = scratch_bytes(config, chunk, sequences) + _ROUNDING_BYTES
-            scratch += CudaOps.scratch_bytes(shape, config)
-            return cls(vram, dense, sequences * kv, scratch, context, chunk)
+            scratch += CudaOps.scratch_bytes(shape, config, corrected=corrected)
+            return cls(vram, dense, sequences * kv, scratch, context, chunk, hosted, held)
 
         least = sized(context or min(SMALLEST_CONTEXT, config.context_length), CHUNKS[-1])
         if least.room < 0:

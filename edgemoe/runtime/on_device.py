@@ -1,0 +1,98 @@
+"""An engine's part on a device: opened by name, its memory divided, and what is put there."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any, cast
+
+from edgemoe import _core
+from edgemoe.devices import DeviceName, open_device
+from edgemoe.file.format import MoeFile
+from edgemoe.ops import Ops, OpsShape
+from edgemoe.ops_cuda import CudaOps
+from edgemoe.placement import hosted, load_on, unsupported
+from edgemoe.runtime.budget import parse_size
+from edgemoe.runtime.options import EngineOptions
+from edgemoe.runtime.vram import Vram, default_vram
+from edgemoe.store import ExpertStore
+from edgemoe.tiers import Tiers
+
+__all__ = ["OnDevice", "device_notes"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """Is a device that is open for a model."""
+
+    device: _core.Device
+    vram: Vram
+    moe: MoeFile
+
+    @classmethod
+    def open(
+        cls, moe: MoeFile, options: EngineOptions, dense_level: int, shape: OpsShape
+    ) -> OnDevice | None:
+        """Opens the device that the options name, and divides its memory; None for the processor.
+
+        Raises:
+            ValueError: the model has something that no device knows.
+            DeviceError: there is no such device.
+            OutOfBudget: says the smallest memory that works.
+        """
+        name = DeviceName.parse(options.device)
+        if name.ordinal is None:
+            return None
+        if what := unsupported(moe):
+            raise ValueError(
+                f"device {name}: {what} has no kernels there yet; --device cpu runs it"
+            )
+        device = open_device(name, None, options.plug_in)
+        total = default_vram(device.info["free_bytes"])
+        if options.vram is not None:
+            total = parse_size(options.vram)
+        vram = Vram.divide(
+            moe, vram=total, dense_level=dense_level, context=options.context,
+            kv_types=options.kv_types, ops=shape, sequences=options.sequences,
+            hosted=hosted(moe.config, options.cache_type_k, options.cache_type_v),
+        )  # fmt: skip
+        device.limit(total)
+        logger.info("%s: %s; %d bytes of it for experts", name, device.info["name"], vram.room)
+        return cls(device, vram, moe)
+
+    def load(self, dense_level: int, *, verify: bool) -> dict[str, Any]:
+        """See `load_on`."""
+        return load_on(self.device, self.moe, dense_level, self.vram.hosted, verify=verify)
+
+    def ops(self, shape: OpsShape) -> Ops:
+        """Returns the device's operations."""
+        corrected = bool(self.moe.scheme.correction)
+        config, mixers = self.moe.config, self.vram.hosted
+        return cast(Ops, CudaOps(shape, self.device, config, mixers, corrected=corrected))
+
+    def over(self, store: ExpertStore) -> ExpertStore:
+        """Returns a store of the same experts that has some of them on the device, if there is room for one."""
+        host, config = store.cache, self.moe.config
+        if self.vram.room < host.slot_bytes(len(store.level_bits)):
+            return store
+        there = _core.Cache.on_device(self.device, host, self.vram.room - _core.Device.taken(1))
+        tiers = Tiers(host, there)
+        tiers.spread(len(config.moe_layers))
+        return ExpertStore(
+            cast(_core.Cache, tiers), num_experts=config.num_experts, level_bits=store.level_bits,
+            rungs=self.moe.experts.rungs,
+        )  # fmt: skip
+
+
+def device_notes(moe: MoeFile, options: EngineOptions) -> list[str]:
+    """Returns what of a model runs on the processor beside the device that the options name, a line each."""
+    if DeviceName.parse(options.device).ordinal is None:
+        return []
+    layers = moe.config.mixer_by_layer
+    return [
+        f"{options.device}: {why} has no kernels there yet; "
+        f"the processor runs {layers.count(spec)} of {len(layers)} mixers"
+        for spec, why in hosted(moe.config, options.cache_type_k, options.cache_type_v).items()
+    ]
