@@ -512,6 +512,10 @@ class DeviceKvLayer:
         capacity: int,
         head_dim: int,
     ) -> None: ...
+    @staticmethod
+    def latents(
+        *, device: Device, type: str, capacity: int, head_dim: int, value_dim: int
+    ) -> DeviceKvLayer: ...
     def take(self, source: DeviceKvLayer, begin: int, end: int) -> None: ...
     @property
     def content(self) -> _U8: ...
@@ -531,14 +535,36 @@ class DeviceAttention:
         v_bias: DeviceArray | None,
         q_norm: DeviceArray | None,
         k_norm: DeviceArray | None,
+        v_norm: DeviceArray | None = None,
+        sinks: DeviceArray | None = None,
         norm_per_head: bool,
         norm_eps: float,
         clip: float,
         rope_dim: int,
         norm_after_rope: bool,
+        chunk: int = 0,
+        growth: float = 0,
+        grow_every: int = 0,
     ) -> None: ...
     @property
     def num_constants(self) -> int: ...
+
+class DeviceLatents:
+    def __init__(
+        self,
+        *,
+        index: int,
+        num_heads: int,
+        nope_dim: int,
+        rope_dim: int,
+        latent_dim: int,
+        scale: float,
+        rotates: bool,
+        grow_every: int,
+        growth: float,
+        norm: DeviceArray,
+        norm_eps: float,
+    ) -> None: ...
 
 class DeviceWorkspace:
     def __init__(
@@ -551,6 +577,7 @@ class DeviceWorkspace:
         head_dim: int,
         num_heads: int,
         max_routed: int,
+        corrected: bool = False,
     ) -> None: ...
     @staticmethod
     def bytes(
@@ -561,6 +588,7 @@ class DeviceWorkspace:
         head_dim: int,
         num_heads: int,
         max_routed: int,
+        corrected: bool = False,
     ) -> int: ...
 
 def device_attention(
@@ -581,13 +609,17 @@ def device_linear(
     matrices: Sequence[DeviceMatrix],
     outs: Sequence[DeviceArray],
 ) -> None: ...
+def device_linear_heads(
+    ws: DeviceWorkspace, x: DeviceArray, weight: DeviceMatrix, heads: int, out: DeviceArray
+) -> None: ...
 def device_ffn(
     ws: DeviceWorkspace,
     x: DeviceArray,
-    gate: DeviceMatrix,
+    gate: DeviceMatrix | None,
     up: DeviceMatrix,
     down: DeviceMatrix,
     out: DeviceArray,
+    activation: str = "swiglu",
 ) -> None: ...
 def device_add_norm(
     ws: DeviceWorkspace,
@@ -619,9 +651,74 @@ def device_expert_ffn(
     tokens: _I32,
     group: Sequence[int],
     parts: DeviceArray,
+    activation: str = "swiglu",
+    biases: Sequence[DeviceArray] = [],
+    basis: DeviceArray | None = None,
 ) -> None: ...
 def device_combine(
     ws: DeviceWorkspace, parts: DeviceArray, rows: _I32, gates: _F32, out: DeviceArray
+) -> None: ...
+def device_multiply(ws: DeviceWorkspace, factors: DeviceArray, out: DeviceArray) -> None: ...
+def device_weigh(ws: DeviceWorkspace, x: DeviceArray, gates: _F32, out: DeviceArray) -> None: ...
+def device_latent_attention(
+    ws: DeviceWorkspace,
+    layer: DeviceLatents,
+    q: DeviceArray,
+    absorbed: DeviceArray,
+    keys: DeviceArray,
+    pos: int,
+    cos: DeviceArray | None,
+    sin: DeviceArray | None,
+    kv: DeviceKvLayer,
+    out: DeviceArray,
+) -> None: ...
+def device_short_conv(
+    ws: DeviceWorkspace,
+    x: DeviceArray,
+    weight: DeviceArray,
+    bias: DeviceArray | None,
+    before: DeviceArray | None,
+    tail: DeviceArray,
+    silu: bool,
+    out: DeviceArray,
+) -> None: ...
+def device_delta_rule(
+    ws: DeviceWorkspace,
+    qkv: DeviceArray,
+    decay: DeviceArray,
+    beta: DeviceArray,
+    rate: DeviceArray,
+    bias: DeviceArray,
+    key_heads: int,
+    bounded: bool,
+    before: DeviceArray | None,
+    state: DeviceArray,
+    out: DeviceArray,
+) -> None: ...
+def device_mamba2(
+    ws: DeviceWorkspace,
+    xbc: DeviceArray,
+    step: DeviceArray,
+    decay: DeviceArray,
+    rate: DeviceArray,
+    step_bias: DeviceArray,
+    skip: DeviceArray,
+    groups: int,
+    before: DeviceArray | None,
+    state: DeviceArray,
+    out: DeviceArray,
+) -> None: ...
+def device_gated_norm(
+    ws: DeviceWorkspace,
+    x: DeviceArray,
+    gate: DeviceArray,
+    weight: DeviceArray,
+    eps: float,
+    groups: int,
+    kind: str,
+) -> None: ...
+def device_gate_attention(
+    ws: DeviceWorkspace, x: DeviceArray, gate: DeviceArray, kind: str
 ) -> None: ...
 def device_download(
     ws: DeviceWorkspace, arrays: Sequence[DeviceArray], outs: Sequence[_F32]

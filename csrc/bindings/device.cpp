@@ -106,11 +106,18 @@ Held<DeviceMatrix> matrix_of(const std::shared_ptr<DeviceSpace>& space, const Ne
   return out;
 }
 
+/// Throws std::invalid_argument for what a device does not store.
+KvType known_type(const std::string& name) {
+  const KvType type = kv_type(name);
+  if (kv_packed_bits(type)) throw std::invalid_argument("device KV cache: " + name + " is the CPU's");
+  return type;
+}
+
 /// `values` are as many leading columns of the keys where there are none by themselves.
 Held<DeviceKv> latents_of(const std::shared_ptr<DeviceSpace>& space, const std::string& type, int capacity,
                           int head_dim, int value_dim) {
   expect_within("KV cache value_dim", value_dim, 1, head_dim);
-  const KvType kind = kv_type(type);
+  const KvType kind = known_type(type);
   const size_t total = kv_bytes(kind, 1, capacity, head_dim);
   Held<DeviceKv> out(new DeviceKv{{}, 1, head_dim, DeviceMemory(space, total)});
   uint8_t* p = out->memory.as();
@@ -121,11 +128,7 @@ Held<DeviceKv> latents_of(const std::shared_ptr<DeviceSpace>& space, const std::
 
 Held<DeviceKv> kv_of(const std::shared_ptr<DeviceSpace>& space, const std::string& keys, const std::string& values,
                      int num_heads, int capacity, int head_dim) {
-  const KvType key_type = kv_type(keys), value_type = kv_type(values);
-  for (const KvType type : {key_type, value_type}) {
-    if (kv_packed_bits(type))
-      throw std::invalid_argument("device KV cache: " + std::string(kv_name(type)) + " is the CPU's");
-  }
+  const KvType key_type = known_type(keys), value_type = known_type(values);
   const size_t of_keys = kv_bytes(key_type, num_heads, capacity, head_dim);
   const size_t total = of_keys + kv_bytes(value_type, num_heads, capacity, head_dim);
   Held<DeviceKv> out(new DeviceKv{{}, num_heads, head_dim, DeviceMemory(space, total)});

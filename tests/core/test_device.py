@@ -213,7 +213,9 @@ def run_attention(
     rng = np.random.default_rng(seed)
     T, q, kv = sum(pieces), heads * head_dim, kv_heads * head_dim
     rope_dim, is_ring = more.pop("rope_dim", 0), more.pop("is_ring", False)
-    extra = dict.fromkeys(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm"))
+    extra = dict.fromkeys(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "sinks"))
+    if more.pop("sinks", False):
+        extra["sinks"] = normal(heads, seed=7)
     per_head = more.setdefault("norm_per_head", False)
     if more.pop("biases", False):
         extra |= {n: normal(s, seed=s) for n, s in (("q_bias", q), ("k_bias", kv), ("v_bias", kv))}
@@ -226,7 +228,9 @@ def run_attention(
         "index": 3, "num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim, "window": window,
         "scale": 0.3, "norm_eps": 1e-6, "clip": 0.0, "rope_dim": rope_dim, "norm_after_rope": False,
     } | more  # fmt: skip
+    v_norm = more.get("v_norm", False)
     layer = _core.AttentionLayer(**given, **extra)
+    given["v_norm"] = both.put(np.ones(head_dim, np.float32)) if v_norm else None
     there = _core.DeviceAttention(
         **given, **{n: a if a is None else both.put(a) for n, a in extra.items()}
     )
@@ -329,6 +333,26 @@ def test_attention_of_wide_heads_and_many_queries(device):
 )
 def test_what_comes_before_attention(both, more):
     run_attention(both, ("f16", "q8_0"), (30, 1, 1), **more)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sinks": True}, {"sinks": True, "window": 7, "biases": True}, {"chunk": 6}, {"chunk": 300, "window": 40},
+        {"growth": 0.2, "grow_every": 4, "rope_dim": 8}, {"v_norm": True, "biases": True},
+        {"v_norm": True, "clip": 0.5, "norms": True, "norm_per_head": True, "norm_after_rope": True},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("types", [("f16", "f32"), ("f32", "q8_0")], ids="-".join)
+def test_sinks_chunks_growth_and_norms_of_values(both, types, more):
+    run_attention(both, types, (280, 1, 9, 30), **more)
+
+
+@pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "q8_0")], ids="-".join)
+def test_attention_of_the_widest_heads(device, types):
+    wide = Both(device, head_dim=512, heads=10)
+    run_attention(wide, types, (5, 1), head_dim=512, heads=10, kv_heads=1, rope_dim=128)
 
 
 def test_attention_in_parts_that_scratch_has_room_for(device):

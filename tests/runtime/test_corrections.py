@@ -12,6 +12,7 @@ from corrected import RANKS, CorrectingWriter
 from decoded import Decoded
 from edited import edit, setter
 from engines import GREEDY, with_slots
+from simulated import plug_in
 from tiny import tiny_checkpoint
 
 import edgemoe
@@ -157,12 +158,13 @@ def test_a_trace_is_replayed_with_the_sizes_of_such_experts(model, tmp_path):
     assert header.level_bytes[:2] == sizes == tuple(-(-end // page) * page for end in ends[:2])
 
 
-def test_a_device_refuses_such_a_file_in_one_line(model):
-    with pytest.raises(
-        ValueError,
-        match="device cuda:0: a correction of low rank has no kernels there yet; --device cpu",
-    ):
-        edgemoe.load(model, device="cuda")
+def test_a_device_has_them_too(model):
+    for bits in (2, 4, None):
+        hashes = []
+        for more in ({}, {"device": "cuda", "plug_in": plug_in()}):
+            with edgemoe.load(model, context=64, bits=bits, **more) as engine:
+                hashes.append(engine.logits(IDS).tobytes())
+        assert hashes[0] == hashes[1]
 
 
 def broken(model, tmp_path, change):

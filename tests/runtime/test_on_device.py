@@ -12,13 +12,15 @@ from engines import with_slots
 from simulated import configured, plug_in
 
 import edgemoe
+from edgemoe import placement
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.devices import DeviceName, found
 from edgemoe.errors import DeviceError, OutOfBudget
 from edgemoe.file.format import open_moe
 from edgemoe.ops import Ops
-from edgemoe.ops_cuda import CudaOps, unsupported
+from edgemoe.ops_cuda import CudaOps
+from edgemoe.placement import hosted, unsupported
 from edgemoe.runtime.vram import Vram
 from edgemoe.store import expert_bytes
 
@@ -109,38 +111,89 @@ def test_a_budget_of_the_device_holds(tiny_moe):
         edgemoe.load(tiny_moe, context=512, vram="1MiB", **on_device())
 
 
-def test_every_family_that_a_device_knows(tmp_path):
-    names = ("mixtral", "qwen2_moe-window", "olmoe", "granitemoe", "qwen3_moe", "glm4_moe")
-    for name in names:
-        path = tmp_path / f"{name}.moe"
-        convert(HFCheckpoint(families.make(name, tmp_path / name)), path)
-        assert unsupported(open_moe(path)) is None
-        ids = families.random_ids(20)
-        hashes = []
-        for options in ({}, on_device()):
-            with edgemoe.load(path, context=64, **options) as engine:
-                first = engine.logits(ids)
-                hashes.append(
-                    (first.tobytes(), list(engine.generate(ids, GREEDY)), engine.stats.logits_hash)
-                )
-        assert hashes[0] == hashes[1], name
+FAMILIES = (
+    "mixtral", "qwen2_moe-window", "olmoe-clip-norm", "granitemoe", "qwen3_moe", "glm4_moe-groups-norm", "ernie4_5_moe",
+    "minimax_m2", "hunyuan_v1_moe", "qwen3_next", "qwen3_5_moe", "gpt_oss", "gemma4_text", "laguna", "glm4_moe_lite",
+    "deepseek_v2-groups", "deepseek_v3", "mistral4", "lfm2_moe", "granitemoehybrid", "nemotron_h", "llama4_text",
+    "phimoe", "kimi_linear", "bailing_hybrid",
+)  # fmt: skip
+
+
+def small_moe(name, folder):
+    path = folder / f"{name}.moe"
+    convert(HFCheckpoint(families.make(name, folder / name)), path)
+    return path
+
+
+def answers(path, **options):
+    """The logits of a prompt in pieces, a reply, and its last logits."""
+    ids = families.random_ids(20)
+    with edgemoe.load(path, context=64, **options) as engine:
+        notes = [note for note in engine.notes if "kernels" in note]
+        logits = engine.logits(ids).tobytes()
+        return (logits, list(engine.generate(ids, GREEDY)), engine.stats.logits_hash), notes
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_runs_on_a_device(tmp_path, monkeypatch, name):
+    path = small_moe(name, tmp_path)
+    with_vram(monkeypatch, FAMILIES.index(name) % 4, path)  # from none to some
+    assert unsupported(open_moe(path)) is None
+    assert answers(path, **on_device()) == answers(path)
+    less = {"bits": 4, "cache_type_k": "q8_0", "cache_type_v": "f32"}
+    there, notes = answers(path, **less, **on_device())
+    assert there == answers(path, **less)[0]
+    key_biases = any(m.has_constant_keys for m in open_moe(path).config.mixers)
+    assert bool(notes) == key_biases  # the processor has to help
+
+
+def test_all_families_are_tried():
+    from edgemoe.convert.supported import supported
+
+    tried = {families.SETTINGS[name]["model_type"] for name in FAMILIES}
+    aliases = {
+        "gemma4": "gemma4_text", "llama4": "llama4_text", "qwen3_5_moe": "qwen3_5_moe_text",
+        "granitemoeshared": "granitemoe", "kimi_k2": "deepseek_v3", "mistral3": "mistral4",
+        "qwen3_vl_moe": "qwen3_moe", "qwen3_vl_moe_text": "qwen3_moe",
+    }  # fmt: skip
+    names = {name for family in supported()["families"] for name in family["model_types"]}
+    assert {aliases.get(name, name) for name in names} - {"llama"} <= tried
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "kimi_linear", "granitemoehybrid"])
+def test_mixers_that_a_device_does_not_know_run_beside_it(tmp_path, monkeypatch, name):
+    path = small_moe(name, tmp_path)
+    expected, _ = answers(path)
+    monkeypatch.setattr(placement, "_MIXERS", {})
+    config = open_moe(path).config
+    there, notes = answers(path, **on_device())
+    assert there == expected
+    first = config.mixers[0].kind
+    assert notes[0] == (
+        f"cuda:0: a mixer of the kind {first} has no kernels there yet; the processor runs "
+        f"{config.mixer_by_layer.count(config.mixers[0])} of {config.num_layers} mixers"
+    )
+    assert len(notes) == len(config.mixers)
 
 
 def test_what_a_device_does_not_know_is_said(tiny_moe, monkeypatch):
     moe = open_moe(tiny_moe)
+    spec = moe.config.mixers[0]
     assert unsupported(moe) is None
-    odd = dataclasses.replace(moe.config.mixers[0], head_dim=512, num_heads=2, num_kv_heads=2)
-    wide = dataclasses.replace(moe, config=dataclasses.replace(moe.config, mixers=(odd,)))
-    assert unsupported(wide) == "heads of 512 columns, more than 256"
-    assert "key biases" in unsupported(moe, keys="q8_0")
-    assert unsupported(moe, values="q4_0") == "a KV cache in q4_0 (f16, f32, q8_0 have)"
-    with pytest.raises(
-        ValueError, match="device cuda:0: keys in 8 bits of a model with key biases"
-    ):
-        edgemoe.load(tiny_moe, cache_type_k="q8_0", **on_device())
-    renamed = dict(moe.tensors)
-    renamed["layers.0.sinks"] = renamed.pop("layers.0.q_bias")
-    assert unsupported(dataclasses.replace(moe, tensors=renamed)) == "the tensor layers.0.sinks"
+    assert hosted(moe.config, "f16", "f16") == {}
+    assert "key biases" in hosted(moe.config, "q8_0", "f16")[spec]
+    assert hosted(moe.config, "f16", "q4_0") == {spec: "a KV cache in q4_0"}
+    odd = dataclasses.replace(spec, head_dim=1024, num_heads=2, num_kv_heads=2)
+    wide = dataclasses.replace(moe.config, mixers=(odd,))
+    assert hosted(wide, "f16", "f16") == {odd: "heads of 1024 columns, more than 640"}
+    other = dataclasses.replace(moe, scheme=dataclasses.replace(moe.scheme, name="floats"))
+    assert unsupported(other) == "the scheme floats"
+    monkeypatch.setattr(placement, "_CONFIG", placement._CONFIG - {"scoring"})
+    odd = dataclasses.replace(moe.config, scoring="sigmoid")
+    assert unsupported(dataclasses.replace(moe, config=odd)) == "scoring sigmoid"
+    monkeypatch.setattr(placement, "_SCHEMES", frozenset())
+    with pytest.raises(ValueError, match="device cuda:0: the scheme nested has no kernels there"):
+        edgemoe.load(tiny_moe, **on_device())
 
 
 @pytest.mark.parametrize(
@@ -186,32 +239,8 @@ def test_a_copy_that_fails_is_one_line(tiny_moe):
         assert engine.logits(IDS[:5]).tobytes() == expected
 
 
-def test_every_verb_is_there_or_refused():
-    """What a device lacks, `unsupported` refuses models for."""
-    verbs = {n for n in vars(Ops) if not n.startswith("_")}
-    missing = verbs - set(dir(CudaOps))
-    known = {
-        "linear_f32",
-        "gate_heads",
-        "short_conv",
-        "delta_rule",
-        "mamba2",
-        "gated_norm",
-        "multiply",
-        "soft_cap",
-        "weigh",
-    }
-    assert {
-        "embed",
-        "norm",
-        "linear",
-        "ffn",
-        "attention",
-        "route",
-        "expert_ffn",
-        "combine",
-    } <= verbs - missing
-    assert missing <= known | {n for n in missing if "latent" in n or "heads" in n}, missing
+def test_every_verb_is_there():
+    assert {n for n in vars(Ops) if not n.startswith("_")} <= set(dir(CudaOps))
 
 
 def test_the_command_line_says_what_there_is(tiny_moe, capsys, monkeypatch):
