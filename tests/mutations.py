@@ -6,24 +6,10 @@ nobody can notice it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from mutation import Mutation
+from mutations_device import DEVICE
 
 __all__ = ["MUTATIONS", "Mutation"]
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """Is one mistake: in `file`, `old`, which is there exactly once, becomes `new`."""
-
-    area: str
-    name: str
-    file: str
-    old: str
-    new: str
-    tests: tuple[str, ...]
-    """Files or tests of pytest, or one of the core's own programs."""
-    survives: str = ""
-    """Why no test can notice it; empty where one must."""
 
 
 CACHE = ("tests/core/test_cache.py", "tests/core/test_resident.py", "core_test")
@@ -264,4 +250,5 @@ MUTATIONS = (
     Mutation("levers", "cache-prior never reads what it displaced", "edgemoe/scheduler/combined.py",
              "        if displaced is not None and levers.admit:", "        if displaced is None and levers.admit:",
              SCHEDULERS),
+    *DEVICE,
 )  # fmt: skip

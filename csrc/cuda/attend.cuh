@@ -108,7 +108,7 @@ __device__ __forceinline__ float add_latents(const float* weights, const uint8_t
 /// Grid: (blocks of positions, kv heads, tokens); of latents, whose one head all share, (blocks, groups of queries,
 /// tokens). A thread is a position for the scores and a column for the values.
 template <KvType kKeys, KvType kValues, bool kLatent>
-__global__ void __launch_bounds__(kKeyBlock) attend(AttendCall call) {
+__global__ void __launch_bounds__(kKeyBlock, 2) attend(AttendCall call) {
   EDGEMOE_SHARED(float, query, kQueryFloats);
   EDGEMOE_SHARED(float, scores, kHeadQueries* kKeyBlock);
   EDGEMOE_SHARED(float, whole, kHeadQueries * 2);  // the highest score, and the sum

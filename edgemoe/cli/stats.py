@@ -53,6 +53,7 @@ def full_line(stats: Stats) -> str:
     parts = [
         f"{tokens}: {first}" if first else tokens,
         _hit_rate(stats),
+        _copied(stats),
         f"dropped {stats.evictions}" if stats.evictions else "",
         _reads(stats),
         f"{stats.average_bits:.1f} bits" if stats.average_bits else "",
@@ -75,6 +76,7 @@ def stats_table(stats: Stats) -> str:
             f"{stats.decode_s:.2f} s after the first token, at {stats.first_token_s:.2f} s",
         ),
         ("experts found in memory", f"{stats.hits} of {stats.hits + stats.misses}"),
+        *_device_rows(stats),
         ("experts dropped", f"{stats.evictions}"),
         ("read from disk", f"{stats.bytes_read / 1e9:.2f} GB in {stats.read_s:.2f} s"),
         ("waited for reads", f"{stats.wait_s:.2f} s"),
@@ -101,7 +103,29 @@ def _rate(count: int, seconds: float, unit: str) -> str:
 
 
 def _hit_rate(stats: Stats) -> str:
-    return f"hit {100 * stats.hit_rate:.1f}%" if stats.hits + stats.misses else ""
+    uses = stats.hits + stats.misses
+    there = f" ({100 * stats.device_hits / uses:.1f}% on the device)" if _has_device(stats) else ""
+    return f"hit {100 * stats.hit_rate:.1f}%{there}" if uses else ""
+
+
+def _has_device(stats: Stats) -> bool:
+    return bool(stats.device_bytes or stats.device_bytes_in or stats.device_hits)
+
+
+def _copied(stats: Stats) -> str:
+    copied = stats.device_bytes_in
+    return f"copied {copied / 1e9:.2f} GB to the device" if _has_device(stats) else ""
+
+
+def _device_rows(stats: Stats) -> list[tuple[str, str]]:
+    """Returns what the table says of a device; nothing without one."""
+    if not _has_device(stats):
+        return []
+    return [
+        ("experts run on the device", f"{stats.device_hits} of {stats.hits + stats.misses}"),
+        ("copied to the device", f"{stats.device_bytes_in / 1e9:.2f} GB"),
+        ("experts on the device now", _mib(stats.device_bytes)),
+    ]
 
 
 def _reads(stats: Stats) -> str:

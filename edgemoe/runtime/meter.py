@@ -14,6 +14,7 @@ from edgemoe.runtime.model import Model
 __all__ = ["Meter", "Stats"]
 
 _CHANGES = ("hits", "misses", "evictions", "bytes_read", "read_s", "wait_s")
+_DEVICE_CHANGES = ("device_hits", "device_bytes_in")  # of stores that have experts there
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,12 @@ class Stats:
     hits: int = 0
     """Experts that were wanted and resident."""
     misses: int = 0
+    device_hits: int = 0
+    """Of `hits`, those in a device's memory, which ran there; all others ran on the processor."""
+    device_bytes_in: int = 0
+    """Of experts, copied to a device's memory."""
+    device_bytes: int = 0
+    """Of experts in a device's memory, now."""
     evictions: int = 0
     bytes_read: int = 0
     read_s: float = 0.0
@@ -112,6 +119,8 @@ class Meter:
             row = self._row
             logits_hash = "" if row is None else f"{_core.crc32c(row):08x}"
         change = {name: now.store[name] - base.store[name] for name in _CHANGES}
+        for name in _DEVICE_CHANGES:
+            change[name] = now.store.get(name, 0) - base.store.get(name, 0)
         uses = change["hits"] + change["misses"]
         routed = max(now.routed - base.routed, 1)
         return Stats(
@@ -126,6 +135,7 @@ class Meter:
             average_bits=(now.store["bits"] - base.store["bits"]) / uses if uses else 0.0,
             peak_bytes=hardware.peak_bytes(),
             resident_bytes=now.store["resident_bytes"],
+            device_bytes=now.store.get("device_bytes", 0),
             kv_bytes=self._kv_bytes,
             scheduler=model.scheduler.report(),
             logits_hash=logits_hash,
