@@ -111,7 +111,7 @@ def _lacks(spec: MixerSpec, keys: str, values: str) -> str | None:
         if kind not in _KV_TYPES:
             return f"a KV cache in {kind}"
     if keys == "q8_0" and spec.has_constant_keys:
-        return "keys in 8 bits beside key biases (-ctk f16 has kernels)"
+        return "keys in 8 bits beside key biases (-ctk f16 has some)"
     return None
 
 

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
-import numpy as np
-
 from edgemoe.model.batch import Batch
 from edgemoe.model.kv import KvTypes
 from edgemoe.model.mixer import Mixer, MixerLayer, mixer_class
@@ -26,14 +24,15 @@ class _Hosted:
     """Is the mixer of one spec. See `Mixer`."""
 
     def __init__(
-        self, inner: Mixer, ropes: list[Rope], ops: Ops, rows: tuple[Array, Array]
+        self, inner: Mixer, ropes: list[Rope], ops: Ops, host: Ops, rows: tuple[Array, Array]
     ) -> None:
         """Args:
         ropes: the host's, which its layers use.
         ops: the device's.
         rows: [max tokens, D], the host's: what goes in, what comes out.
         """
-        self._inner, self._ropes, self.ops, self.rows = inner, ropes, ops, rows
+        self._inner, self._ropes, self._host = inner, ropes, host
+        self.ops, self.rows = ops, rows
 
     def make_state(self) -> State:
         """See `Mixer.make_state`."""
@@ -48,7 +47,7 @@ class _Hosted:
     def layer(self, index: int, weights: Mapping[str, Weight]) -> _HostedLayer:
         """See `Mixer.layer`; its norm, which is the device's, may be wanted too."""
         norm: Any = weights["attn_norm"]
-        here = np.empty(norm.shape, np.float32)
+        here = self._host.empty(*norm.shape)
         self.ops.download(norm, here)
         return _HostedLayer(self, self._inner.layer(index, {**weights, "attn_norm": here}))
 
@@ -91,6 +90,7 @@ def make_mixers(
             beside = replace(setup, ops=host, ropes={}, scratch=Scratch(host, n))
         ropes = {rope: Rope(rope, host, weights, setup.chunk) for rope in spec.ropes}
         inner = mixer_class(spec)(spec, replace(beside, types=types, ropes=ropes))
-        hosted = _Hosted(inner, list(ropes.values()), setup.ops, cast("tuple[Array, Array]", rows))
+        turned = list(ropes.values())
+        hosted = _Hosted(inner, turned, setup.ops, host, cast("tuple[Array, Array]", rows))
         out[spec, types] = cast(Mixer, hosted)
     return out

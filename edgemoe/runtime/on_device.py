@@ -92,7 +92,7 @@ def device_notes(moe: MoeFile, options: EngineOptions) -> list[str]:
         return []
     layers = moe.config.mixer_by_layer
     return [
-        f"{options.device}: {why} has no kernels there yet; "
-        f"the processor runs {layers.count(spec)} of {len(layers)} mixers"
+        f"{options.device}: the processor runs {layers.count(spec)} of {len(layers)} mixers, "
+        f"as there are no kernels there yet for {why}"
         for spec, why in hosted(moe.config, options.cache_type_k, options.cache_type_v).items()
     ]

@@ -170,8 +170,8 @@ def test_mixers_that_a_device_does_not_know_run_beside_it(tmp_path, monkeypatch,
     assert there == expected
     first = config.mixers[0].kind
     assert notes[0] == (
-        f"cuda:0: a mixer of the kind {first} has no kernels there yet; the processor runs "
-        f"{config.mixer_by_layer.count(config.mixers[0])} of {config.num_layers} mixers"
+        f"cuda:0: the processor runs {config.mixer_by_layer.count(config.mixers[0])} of {config.num_layers} "
+        f"mixers, as there are no kernels there yet for a mixer of the kind {first}"
     )
     assert len(notes) == len(config.mixers)
 
