@@ -1,65 +1,124 @@
-"""The host's own work for each layer and token beside a device, with one that does nothing.
+"""What a token costs on a device, without one: the host's own work, and what the device would be asked for.
 
-    python benchmarks/device_host.py MODEL.moe [--tokens 200]
+    python benchmarks/device_host.py olmoe qwen3-30b [--tokens 100]
 
-Kernels and copies take no time there, so that what a token takes is the host's: Python, the queueing of kernels, the
-choice of experts and the plan. All experts are on the device. The model's shape matters little, its layers much:
-`synth.py tiny` writes one that does.
+Runs a model of true shape, whose weights are holes in a file, with a device that does nothing but count. So a token's
+time is the host's: Python, the queueing of kernels, the choice of experts and the plan. Kernels and bytes are counted;
+the speed of a card is then bytes over its bandwidth and kernels by the time from one to the next. No card was measured.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+from synth import SHAPES, attention
+
 import edgemoe
-from edgemoe.file.format import open_moe
+from edgemoe.config import ModelConfig
+from edgemoe.file.hollow import write_hollow
+from edgemoe.quant import SCHEMES
 
 ROOT = Path(__file__).resolve().parents[1]
+SHAPES_TOO = {
+    # Qwen/Qwen3-30B-A3B
+    "qwen3-30b": ModelConfig(
+        family="qwen3_moe", vocab_size=151936, hidden_size=2048, context_length=8192,
+        **attention(48, 32, 4, 128, qk_norm="head"), num_experts=128, experts_per_token=8, expert_hidden=768,
+        moe_layers=tuple(range(48)), renormalise=True, tied=False, norm_eps=1e-6,
+    ),
+}  # fmt: skip
+CARDS = {
+    "272 GB/s (4060)": 272e9,
+    "360 GB/s (3060)": 360e9,
+    "1008 GB/s (4090)": 1008e9,
+    "102 GB/s (Orin Nano)": 102e9,
+}
+REACHED = 0.75  # of a card's bandwidth, as is hoped
+BETWEEN_US = 2.5  # from one kernel's end to the next one's start, in a queue that is full
+POSITION = 1024  # of the token that is predicted
+
+
+class Counts(ctypes.Structure):
+    """See tests/cudasim/idle.cpp."""
+
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in ("launches", "weights", "states", "copies_in", "copies_out")
+    ]
 
 
 def plug_in(folder: Path) -> str:
     """Returns the path of the plug-in whose device does nothing, built there."""
     out = folder / "libedgemoe_idle.so"
-    subprocess.run(
-        ["c++", "-std=c++17", "-O2", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", str(ROOT / "tests/cudasim/idle.cpp"),
-         "-o", str(out)], check=True,
-    )  # fmt: skip
+    command = ["c++", "-std=c++17", "-O2", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([*command, str(ROOT / "tests/cudasim/idle.cpp"), "-o", str(out)], check=True)
     return str(out)
 
 
-def main() -> None:
-    """Prints microseconds per layer and token: the median, and the quickest of ten parts."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model")
-    parser.add_argument("--tokens", type=int, default=200)
-    args = parser.parse_args()
-    layers = open_moe(args.model).config.num_layers
-    params = edgemoe.SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        edgemoe.load(
-            args.model, device="cuda", plug_in=plug_in(Path(folder)), vram="6GiB", context=512
-        ) as engine,
-    ):
-        parts = []
-        for _ in range(10):
+def one(name: str, config: ModelConfig, library: str, folder: Path, tokens: int) -> None:
+    """Prints what a token costs."""
+    path = folder / f"{name}.moe"
+    write_hollow(path, config, bits=6, scheme=SCHEMES["nested"], sections={})
+    params = edgemoe.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    count = ctypes.CDLL(library).edgemoe_idle_counts
+    before, after, times = Counts(), Counts(), []
+    with edgemoe.load(
+        path,
+        device="cuda",
+        plug_in=library,
+        vram="6GiB",
+        context=POSITION + tokens,
+        bits=4,
+        verify=False,
+    ) as engine:
+        for _ in range(5):
             at, stamps = time.perf_counter(), []
             for _ in engine.generate([1, 2, 3], params):
                 stamps.append(time.perf_counter() - at)
                 at = time.perf_counter()
-            parts.append(statistics.median(stamps[1:]) * 1e6 / layers)
+                count(ctypes.byref(before if len(stamps) == tokens // 2 else after))
+            times.append(statistics.median(stamps[1:]))
         stats = engine.stats
+    n, layers = tokens - tokens // 2, config.num_layers
+    each = {key: (getattr(after, key) - getattr(before, key)) / n for key, _ in Counts._fields_}
+    host = statistics.median(times)
+    print(f"{name}: {stats.device_hits} of {stats.hits + stats.misses} experts on the device")
     print(
-        f"{args.model}: {layers} layers, {statistics.median(parts):.1f} us per layer and token, "
-        f"{min(parts):.1f} at least; {stats.device_hits} of {stats.hits + stats.misses} experts on the device",
-        file=sys.stdout,
+        f"  host {host * 1e6 / layers:.0f} us per layer and token ({min(times) * 1e6 / layers:.0f} at least)"
     )
+    print(
+        f"  a token: {each['launches']:.0f} kernels, {each['weights'] / 1e9:.3f} GB of weights, "
+        f"{each['copies_in']:.0f} copies in, {each['copies_out']:.0f} out"
+    )
+    states = each["states"] * POSITION / (tokens * 3 / 4 + 3)  # grow with the position
+    for card, bandwidth in CARDS.items():
+        read = (each["weights"] + states) / (REACHED * bandwidth)
+        gaps = each["launches"] * BETWEEN_US * 1e-6
+        print(
+            f"  {card}: {1 / (read + gaps):.0f} tok/s where the host is ahead, "
+            f"{1 / (read + gaps + host):.0f} where each layer waits for it"
+        )
+
+
+def main() -> None:
+    """Prints it for each shape."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    shapes = {**SHAPES, **SHAPES_TOO}
+    parser.add_argument("shapes", nargs="+", choices=shapes)
+    parser.add_argument("--tokens", type=int, default=100)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        library = plug_in(Path(folder))
+        for name in args.shapes:
+            one(name, shapes[name], library, Path(folder), args.tokens)
 
 
 if __name__ == "__main__":

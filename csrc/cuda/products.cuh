@@ -61,12 +61,13 @@ __device__ __forceinline__ float nested_share(const int* dots, uint8_t byte0, ui
   return fmaf(scale1, part1, scale0 * part0);
 }
 
-/// What becomes of a row's sum: the matrix's correction and the bias are added.
-__device__ __forceinline__ float finish_row(const Product& p, const RankRow* z, int row, float row_scale, float value) {
+/// What becomes of a row's sum for row `at` of the activations: the matrix's correction and the bias are added.
+__device__ __forceinline__ float finish_row(const Product& p, int at, int row, float row_scale, float value) {
   const int steps = rank_of(p.w) / kRankStep;
   if (steps) {
     const uint8_t* factor =
         correction_of(p.w) + 2 * kMaxRank + size_t(row / kTileRows) * 64 * steps + 4 * (row % kTileRows);
+    const RankRow* z = p.ranks + at;
     const int* codes = reinterpret_cast<const int*>(z->codes);
     int dot = 0;
     for (int s = 0; s < steps; ++s) {
@@ -79,10 +80,10 @@ __device__ __forceinline__ float finish_row(const Product& p, const RankRow* z, 
   return p.bias ? value + p.bias[row] : value;
 }
 
-/// Rows [16 * block, 16 * block + 16) of a nested product with n <= T tokens.
+/// Rows [16 * block, 16 * block + 16) of a nested product with n <= T tokens, of which x has those from `from` on.
 template <class Tiles, int T>
-__device__ __forceinline__ void nested_block(const Product& p, const QuantizedRows& x, const RankRow* ranks, int n,
-                                             int block, float* y, float* shared) {
+__device__ __forceinline__ void nested_block(const Product& p, const QuantizedRows& x, int from, int n, int block,
+                                             float* y, float* shared) {
   const NestedMatrix& w = p.w;
   const Seat seat;
   Tiles at(w, block, x.tiles, seat.warp, kWarps, seat.half, seat.row);
@@ -112,7 +113,7 @@ __device__ __forceinline__ void nested_block(const Product& p, const QuantizedRo
   const int t = threadIdx.x / kTileRows, row = block * kTileRows + threadIdx.x % kTileRows;
   if (t < T && t < n && row < w.rows) {
     const float scale = load_f16(row_scales_of(w), row) * (float(1 << (8 - at.bits())) / float(kScaleUnit));
-    y[size_t(t) * p.stride + row] = finish_row(p, ranks + t, row, scale, scale * sum.acc);
+    y[size_t(t) * p.stride + row] = finish_row(p, from + t, row, scale, scale * sum.acc);
   }
 }
 
@@ -211,24 +212,23 @@ __global__ void __launch_bounds__(kWarps * 32) products(ProductList list) {
   if (block * kTileRows >= w.rows || n <= 0) return;  // the whole block
   const int head = p.heads > 1 ? block / (w.rows / kTileRows / p.heads) : 0, from = head * p.n + token;
   const QuantizedRows x = rows_from(p.x, from);
-  const RankRow* ranks = p.ranks + from;
   float* y = p.y + size_t(token) * p.stride + head * (p.head_stride - w.rows / p.heads);
   if (w.scheme == Scheme::kMwq) {
     if (w.widths[0] == 2) return mwq_block<2, T>(p, x, n, block, y, shared);
     return mwq_block<5, T>(p, x, n, block, y, shared);
   }
-  if (!is_default(w)) return nested_block<AnyTiles, T>(p, x, ranks, n, block, y, shared);
+  if (!is_default(w)) return nested_block<AnyTiles, T>(p, x, from, n, block, y, shared);
   switch (w.num_rungs) {
     case 1:
-      return nested_block<LadderTiles<Rungs<2>>, T>(p, x, ranks, n, block, y, shared);
+      return nested_block<LadderTiles<Rungs<2>>, T>(p, x, from, n, block, y, shared);
     case 2:
-      return nested_block<LadderTiles<Rungs<2, 1>>, T>(p, x, ranks, n, block, y, shared);
+      return nested_block<LadderTiles<Rungs<2, 1>>, T>(p, x, from, n, block, y, shared);
     case 3:
-      return nested_block<LadderTiles<Rungs<2, 1, 1>>, T>(p, x, ranks, n, block, y, shared);
+      return nested_block<LadderTiles<Rungs<2, 1, 1>>, T>(p, x, from, n, block, y, shared);
     case 4:
-      return nested_block<LadderTiles<Rungs<2, 1, 1, 2>>, T>(p, x, ranks, n, block, y, shared);
+      return nested_block<LadderTiles<Rungs<2, 1, 1, 2>>, T>(p, x, from, n, block, y, shared);
     case 5:
-      return nested_block<LadderTiles<Rungs<2, 1, 1, 2, 2>>, T>(p, x, ranks, n, block, y, shared);
+      return nested_block<LadderTiles<Rungs<2, 1, 1, 2, 2>>, T>(p, x, from, n, block, y, shared);
   }
 }
 
