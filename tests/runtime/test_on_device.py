@@ -140,11 +140,17 @@ def test_every_family_runs_on_a_device(tmp_path, monkeypatch, name):
     with_vram(monkeypatch, FAMILIES.index(name) % 4, path)  # from none to some
     assert unsupported(open_moe(path)) is None
     assert answers(path, **on_device()) == answers(path)
-    less = {"bits": 4, "cache_type_k": "q8_0", "cache_type_v": "f32"}
-    there, notes = answers(path, **less, **on_device())
-    assert there == answers(path, **less)[0]
-    key_biases = any(m.has_constant_keys for m in open_moe(path).config.mixers)
-    assert bool(notes) == key_biases  # the processor has to help
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss", "gemma4_text", "deepseek_v3"])
+def test_families_with_less_on_a_device(tmp_path, monkeypatch, name):
+    path = small_moe(name, tmp_path)
+    with_vram(monkeypatch, 3, path)
+    for less in ({"bits": 4, "cache_type_k": "q8_0"}, {"bits": 2, "cache_type_v": "f32"}):
+        there, notes = answers(path, **less, **on_device())
+        assert there == answers(path, **less)[0]
+        key_biases = any(m.has_constant_keys for m in open_moe(path).config.mixers)
+        assert bool(notes) == (key_biases and "cache_type_k" in less)  # the processor has to help
 
 
 def test_all_families_are_tried():
