@@ -81,7 +81,9 @@ def test_with_schedulers_that_read_ahead(tiny_moe, monkeypatch, scheduler):
 
 
 @pytest.mark.parametrize(
-    "more", [{"bits": 2}, {"bits": 6, "dense_bits": 4}, {"cache_type_v": "q8_0"}], ids=str
+    "more",
+    [{"bits": 2}, {"bits": 6, "dense_bits": 4}, {"cache_type_v": "q8_0"}, {"cache_type_v": "q4_0"}],
+    ids=str,
 )
 def test_at_every_level(tiny_moe, monkeypatch, more):
     with_slots(monkeypatch, 4 * expert_bytes(open_moe(tiny_moe), 5), chunk=7)
