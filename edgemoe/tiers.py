@@ -31,8 +31,12 @@ class Tiers:
         """The higher level of both: a live view for others."""
         self.is_there = False
         """The group that `next` gave last is the device's."""
-        self._there = self._here = np.empty(0, np.int64)
+        self._there: NDArray[np.int64] | None = np.empty(0, np.int64)
+        """Positions that are the device's; None for all."""
+        self._here = np.empty(0, np.int64)
+        self._count = 0
         self._given = True
+        self._is_open = False
         self._promoted = np.empty(0, np.int32)
         self._levels = np.empty(0, np.int8)
         self._ran = np.empty(0, np.int32)
@@ -52,15 +56,21 @@ class Tiers:
         ahead_levels: NDArray[np.int8] | None = None,
     ) -> None:
         """See `_core.Cache.begin`; what the device has is not wanted of the host."""
-        counts = np.diff(offsets)
+        counts = offsets[1:] - offsets[:-1]
         there = self.device.residency[experts] >= levels
+        self._count, self._is_open = len(experts), True
+        self._note(experts, counts, num_tokens)
+        self._ran, self._ran_levels = self._ran[:0], self._ran_levels[:0]
+        if len(self._promoted):
+            self._promote(self.device.residency[self._promoted] < self._levels)  # the rest is there
+        if ahead is None and not len(self._promoted) and there.all():  # the host has nothing to do
+            self._there, self._given = None, not len(experts)
+            self.device.begin(experts, levels, offsets, num_tokens)
+            return
         self._there, self._here = np.flatnonzero(there), np.flatnonzero(~there)
         self._given = len(self._there) == 0
-        self._note(experts, counts, num_tokens)
-        late = self._promoted[self.host.residency[self._promoted] < self._levels]
-        if len(late):  # left the host's memory again
-            keep = ~np.isin(self._promoted, late)
-            self._promoted, self._levels = self._promoted[keep], self._levels[keep]
+        # Others left the host's memory again.
+        self._promote(self.host.residency[self._promoted] >= self._levels)
         # First, as it copies from the host's memory what is there now.
         self.device.begin(
             *_some(experts, levels, counts, self._there), num_tokens,
@@ -71,9 +81,8 @@ class Tiers:
             ahead, ahead_levels = ahead[wanted], ahead_levels[wanted]
         here = _some(experts, levels, counts, self._here)
         self.host.begin(*here, num_tokens, ahead=ahead, ahead_levels=ahead_levels)
-        self._ran, self._ran_levels = (
-            (here[0], here[1]) if num_tokens else (here[0][:0], here[1][:0])
-        )
+        if num_tokens:
+            self._ran, self._ran_levels = here[0], here[1]
         np.maximum(self.host.residency, self.device.residency, out=self.residency)
 
     def next(self) -> list[int]:
@@ -81,24 +90,37 @@ class Tiers:
         if not self._given:
             self._given = self.is_there = True
             group = self.device.next()
-            if len(group) != len(self._there):
+            wanted = self._count if self._there is None else len(self._there)
+            if len(group) != wanted:
                 raise RuntimeError("an expert left the device before it was used")
-            return [int(i) for i in self._there]  # all are pinned until `close`
+            # All are pinned until `close`.
+            return group if self._there is None else [int(i) for i in self._there]
         self.is_there = False
+        if self._there is None:
+            return []
         return [int(self._here[i]) for i in self.host.next()]
 
     def close(self) -> None:
         """See `_core.Cache.close`; chooses what of the host's experts the device gets."""
-        self.host.close()
+        if not self._is_open:
+            return
+        self._is_open = False
         self.device.close()
+        if self._there is None:
+            return
+        self.host.close()
         self._choose()
         np.maximum(self.host.residency, self.device.residency, out=self.residency)
+
+    def _promote(self, keep: NDArray[np.bool_]) -> None:
+        """Leaves those of what is promoted."""
+        self._promoted, self._levels = self._promoted[keep], self._levels[keep]
 
     def _note(self, experts: NDArray[np.int32], counts: NDArray[np.int32], tokens: int) -> None:
         """Counts uses; a use of an earlier layer counts as much as one of this."""
         if not tokens or len(experts) == 0:
             return
-        np.add.at(self._uses, experts, counts * self._unit)
+        self._uses[experts] += counts * self._unit
         # Each layer comes once for a token, so that a layer's share of the time is its share of the experts.
         self._unit *= 2.0 ** (tokens / _HALF_LIFE * self._layer_share)
         if self._unit > _LARGEST:
