@@ -90,6 +90,11 @@ DEVICE = (
         ("a gate's scale is multiplied after the sum", "scale = scale * gate[0];", "scale = gate[0];"),
     ),
     *_of(
+        "rows.cuh", PLAIN,
+        ("a mailbox says that all is there before it is", "  __threadfence_system();\n  __syncthreads();\n  if", "  __threadfence_system();\n  if"),
+        ("a mailbox sends its first array only", "    to += call.sizes[i];\n  }\n  __threadfence", "    to += call.sizes[0];\n  }\n  __threadfence"),
+    ),
+    *_of(
         "heads.cuh", PLAIN,
         ("codes of keys are not clamped", "rintf(min_of(max_of(v * inverse, -127.0f), 127.0f))", "rintf(v * inverse)"),
         ("values have no bias", "change.bias ? mine[i] + change.bias[head * hd + i] : mine[i]", "change.bias && change.rotate ? mine[i] + change.bias[head * hd + i] : mine[i]"),

@@ -153,6 +153,8 @@ void bind_device(py::module_& m) {
            py::arg("path"), py::arg("ordinal"), py::arg("budget_bytes"))
       .def_property_readonly("info", &info_of)
       .def_property_readonly("stats", &stats_of)
+      .def("use_mailbox", &DeviceSpace::use_mailbox, py::arg("yes"),
+           "Whether what is small comes through memory that both see; what comes is the same.")
       .def("limit", &DeviceSpace::limit, py::arg("budget_bytes"), "Changes what may be taken from now on.")
       .def_static("taken", &DeviceSpace::taken, py::arg("bytes"), "What an allocation of so many bytes takes.");
 

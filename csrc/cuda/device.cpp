@@ -90,6 +90,12 @@ class CudaDevice final : public Device {
     return true;
   }
   void sync(Fence f) override { check(cudaEventSynchronize(events_[f]), "work on the device"); }
+  bool progress() override {
+    const cudaError_t e = cudaStreamQuery(main());
+    if (e == cudaErrorNotReady) return true;
+    check(e, "work on the device");
+    return false;
+  }
 
   void quantize_rows(const RowsCall& x, const QuantizedBuffer& out) override {
     launched(quantize_rows_async(x, out, main()), "quantize_rows");
@@ -144,6 +150,7 @@ class CudaDevice final : public Device {
   }
   void delta_rule(const DeltaCall& call, int T) override { launched(delta_rule_async(call, T, main()), "delta_rule"); }
   void mamba2(const MambaCall& call, int T) override { launched(mamba2_async(call, T, main()), "mamba2"); }
+  void post(const PostCall& call) override { launched(post_async(call, main()), "post"); }
   void prepare_latents(const LatentsCall& call, int T) override {
     launched(prepare_latents_async(call, T, main()), "prepare_latents");
   }

@@ -212,5 +212,9 @@ cudaError_t prepare_latents_async(const LatentsCall& call, int T, cudaStream_t s
   return EDGEMOE_LAUNCH(grid(call.shape.num_heads + 1, T), dim3(32), s, prepare_latents, call);
 }
 
+cudaError_t post_async(const PostCall& call, cudaStream_t s) {
+  return EDGEMOE_LAUNCH(grid(1), dim3(kRowThreads), s, post, call);
+}
+
 }  // namespace cuda
 }  // namespace edgemoe

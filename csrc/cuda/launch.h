@@ -34,6 +34,7 @@ cudaError_t short_conv_async(const ConvShape& shape, const float* x, const float
 cudaError_t delta_rule_async(const DeltaCall& call, int T, cudaStream_t s);
 cudaError_t mamba2_async(const MambaCall& call, int T, cudaStream_t s);
 cudaError_t prepare_latents_async(const LatentsCall& call, int T, cudaStream_t s);
+cudaError_t post_async(const PostCall& call, cudaStream_t s);
 
 }  // namespace cuda
 }  // namespace edgemoe

@@ -132,6 +132,19 @@ __global__ void __launch_bounds__(kRowThreads) scale_all(float factor, size_t n,
   if (i < n) out[i] = out[i] * factor;
 }
 
+/// Grid: 1. What it sends is in the host's memory before the number that says so.
+__global__ void __launch_bounds__(kRowThreads) post(PostCall call) {
+  uint32_t* to = call.to;
+  EDGEMOE_UNROLL
+  for (int i = 0; i < kMostPosted; ++i) {
+    for (int c = threadIdx.x; c < call.sizes[i]; c += kRowThreads) to[c] = call.from[i][c];
+    to += call.sizes[i];
+  }
+  __threadfence_system();
+  __syncthreads();
+  if (threadIdx.x == 0) *static_cast<volatile uint32_t*>(call.turn) = call.number;
+}
+
 /// Grid: groups of 256 values.
 __global__ void __launch_bounds__(kRowThreads) multiply(const float* factors, size_t size, size_t n, float* out) {
   const size_t i = size_t(blockIdx.x) * kRowThreads + threadIdx.x;

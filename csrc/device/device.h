@@ -158,6 +158,18 @@ struct MambaCall {
   float* out;
 };
 
+constexpr int kMostPosted = 4;
+
+/// What a kernel sends to the host's pinned memory: words of some arrays, one after the other, and at last a number
+/// that says that they are there.
+struct PostCall {
+  const uint32_t* from[kMostPosted];
+  int sizes[kMostPosted];  ///< 0 for none
+  uint32_t* to;
+  uint32_t* turn;
+  uint32_t number;
+};
+
 /// What multiplies the heads of attention: sigmoid by element; sigmoid or softplus by head.
 enum class HeadGate : uint8_t { kSigmoid, kSigmoidHead, kSoftplusHead };
 
@@ -202,6 +214,9 @@ class Device {
   virtual bool is_done(Fence fence) = 0;
   /// Waits.
   virtual void sync(Fence fence) = 0;
+  /// Between looks at pinned memory that a kernel writes: finds a fault, and lets a simulated device go on. Returns
+  /// whether the queue kCompute has work left. A host must never look without it.
+  virtual bool progress() = 0;
 
   // ---------------------------------------------------------------- kernels, on the queue kCompute
 
@@ -243,6 +258,7 @@ class Device {
   virtual void delta_rule(const DeltaCall& call, int T) = 0;
   virtual void mamba2(const MambaCall& call, int T) = 0;
   virtual void prepare_latents(const LatentsCall& call, int T) = 0;
+  virtual void post(const PostCall& call) = 0;
 };
 
 /// What a plug-in says of itself and of the machine.

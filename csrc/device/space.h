@@ -43,8 +43,11 @@ class DeviceSpace {
     const void* from;  ///< of the device
     size_t n;
   };
-  /// Waits for all kernels before, and copies what they have made.
+  /// Waits for all kernels before, and copies what they have made. What is small comes through a mailbox: a kernel
+  /// writes it to the host's memory, where the host looks for it.
   void download(const std::vector<Fetch>& what);
+  /// Switches the mailbox on or off; what comes is the same.
+  void use_mailbox(bool yes) { uses_mailbox_ = yes; }
 
   SpaceStats stats() const { return stats_; }
 
@@ -59,10 +62,16 @@ class DeviceSpace {
     Fence done;
   };
   Piece& next_piece();
+  static bool fits_mailbox(const std::vector<Fetch>& what);
+  void receive(const std::vector<Fetch>& what);
 
   std::unique_ptr<Device> device_;
   std::vector<Piece> pieces_;
   size_t turn_ = 0;
+  static constexpr size_t kMailBytes = size_t(1) << 16;
+  uint32_t* mail_ = nullptr;  ///< kMailBytes, and the number of what is there
+  uint32_t posted_ = 0;
+  bool uses_mailbox_ = true;
   SpaceStats stats_;
 };
 

@@ -40,8 +40,8 @@ std::vector<size_t> sizes(const WorkspaceShape& s, int max_routed, bool correcte
           ffn,
           ffn,
           parts_floats(s) * sizeof(float),
-          size_t(std::max(max_routed, Workspace::kFfnRows)) * sizeof(int32_t),
-          size_t(std::max(max_routed, s.max_rows)) * sizeof(float),
+          size_t(std::max(2 * max_routed, Workspace::kFfnRows)) * sizeof(int32_t),
+          size_t(s.max_rows) * sizeof(float),
           sizeof(uint64_t),
           corrected ? size_t(most_ranks(s)) * sizeof(RankRow) : 0};
 }
@@ -369,9 +369,12 @@ void DeviceWorkspace::download(std::vector<DeviceSpace::Fetch> what) {
 
 void DeviceWorkspace::combine(const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols,
                               float* out) {
-  const auto* r = lend(rows_, rows, size_t(T) * K);
-  const auto* g = lend(gates_, gates, size_t(T) * K);
-  device().combine(parts, r, g, T, K, cols, out);
+  const size_t n = size_t(T) * K;
+  std::vector<int32_t> both(2 * n);  // in one copy
+  std::memcpy(both.data(), rows, n * sizeof(int32_t));
+  std::memcpy(both.data() + n, gates, n * sizeof(float));
+  const int32_t* r = lend(rows_, both.data(), both.size());
+  device().combine(parts, r, reinterpret_cast<const float*>(r + n), T, K, cols, out);
 }
 
 }  // namespace edgemoe

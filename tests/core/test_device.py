@@ -411,6 +411,24 @@ def run_device_only(both, types, gain):
     _core.device_download(both.ws, [out], [np.empty((3, 16), np.float32)])
 
 
+def test_small_arrays_come_through_a_mailbox():
+    device = _core.Device(plug_in(), 0, ROOM)
+    small, large = normal(3, 50), normal(3, 20000, seed=1)
+    arrays = [_core.DeviceArray(device, a.shape) for a in (small, large)]
+    for there, array in zip(arrays, (small, large), strict=True):
+        there.upload(array)
+    shape = (4, 64, 64, 32, 16, 2)
+    ws = _core.DeviceWorkspace(device, *shape, 8)
+    for yes in (True, False, True):
+        device.use_mailbox(yes)
+        for count in (1, 2):
+            outs = [np.zeros_like(a) for a in (small, large)][:count]
+            _core.device_download(ws, arrays[:count], outs)
+            for out, array in zip(outs, (small, large), strict=False):
+                assert np.array_equal(out, array)
+    assert device.stats["bytes_out"] == 3 * (2 * small.nbytes + large.nbytes + 2 * 8)
+
+
 def test_no_more_is_taken_than_the_budget():
     small = _core.Device(plug_in(), 0, 4096)
     kept = _core.DeviceArray(small, (512,))

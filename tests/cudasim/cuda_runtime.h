@@ -73,6 +73,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stre
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* to, unsigned flags);
 cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
+cudaError_t cudaStreamQuery(cudaStream_t stream);
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* to, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
@@ -148,6 +149,8 @@ T shuffle(unsigned mask, T value, int from, const char* what) {
 #define gridDim (::cudasim::g_here->grid_size)
 #define __syncthreads() ::cudasim::sync_threads(__FILE__, __LINE__)
 
+/// A kernel is one step for the host here, so that nothing is seen out of order.
+inline void __threadfence_system() {}
 inline void __syncwarp(unsigned mask = 0xffffffffu) { cudasim::exchange(mask, 0, "__syncwarp"); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from) {

@@ -416,6 +416,15 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   push(stream, [=] { e->reached = std::max(e->reached, count); });
   return cudaSuccess;
 }
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  CUDASIM_ENTER;
+  const Stream* s = stream_of(stream);
+  if (!s->queue.empty()) {
+    DeviceWork work;
+    step();
+  }
+  return s->queue.empty() ? g_sticky : cudaErrorNotReady;
+}
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   CUDASIM_ENTER;
   const Event* e = event_of(event);

@@ -12,6 +12,7 @@ from engines import with_slots
 from simulated import configured, plug_in
 
 import edgemoe
+import edgemoe.runtime.on_device
 from edgemoe import placement
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
@@ -100,6 +101,20 @@ def test_whatever_order_the_queues_take(tiny_moe, monkeypatch, setting):
         before = simulator.cudasim_configure(b"pageable", 0)
         assert play(tiny_moe, **on_device())[:4] == expected[:4]
         assert simulator.cudasim_configure(b"pageable", 0) == before
+
+
+def test_without_a_mailbox(tiny_moe, monkeypatch):
+    with_slots(monkeypatch, 4 * expert_bytes(open_moe(tiny_moe), 5), chunk=16)
+    with_vram(monkeypatch, 2, tiny_moe)
+    expected = play(tiny_moe, **on_device())
+    real = edgemoe.runtime.on_device.OnDevice.ops
+
+    def ops(self, shape):
+        self.device.use_mailbox(False)
+        return real(self, shape)
+
+    monkeypatch.setattr(edgemoe.runtime.on_device.OnDevice, "ops", ops)
+    assert play(tiny_moe, **on_device())[:4] == expected[:4]
 
 
 def test_a_budget_of_the_device_holds(tiny_moe):
