@@ -19,7 +19,7 @@ from edgemoe.config import ModelConfig
 from edgemoe.ops import ExpertLayer, Ids, OpsShape, RouterWeights
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.ops_cuda_mixers import Array, CudaMixers
-from edgemoe.placement import Both
+from edgemoe.placement import MOST_HEAD_DIM, Both
 from edgemoe.plan import Plan
 from edgemoe.specs import Activation, AttentionSpec, MixerSpec, RouterSpec
 from edgemoe.store import Request
@@ -355,7 +355,8 @@ class CudaOps(CudaMixers):
 
 def _workspace(s: OpsShape, config: ModelConfig, corrected: bool) -> tuple[int, ...]:
     """Returns the last arguments of a `DeviceWorkspace`."""
-    _, *shape = astuple(s)
+    # Wider heads are the host's.
+    _, *shape = astuple(replace(s, head_dim=min(s.head_dim, MOST_HEAD_DIM)))
     routed = s.max_tokens * max(config.experts_per_token, 1)
     return (*shape, routed, corrected)
 

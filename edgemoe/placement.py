@@ -26,11 +26,13 @@ from edgemoe.specs import (
 )
 from edgemoe.store import read_dense
 
-__all__ = ["Both", "host_bytes", "hosted", "load_on", "places", "unsupported"]
+__all__ = ["MOST_HEAD_DIM", "Both", "host_bytes", "hosted", "load_on", "places", "unsupported"]
 
 Place = Literal["device", "host", "both"]
 
-_MOST_HEAD_DIM = 640
+MOST_HEAD_DIM = 640
+"""Columns of a head, or of a latent's key, that a device attends with."""
+
 _KV_TYPES = frozenset(("f16", "f32", "q8_0"))
 _SCHEMES = frozenset(("nested", "mwq"))
 _ACTIVATIONS = frozenset(("swiglu", "geglu", "clamped_swiglu", "relu2"))
@@ -105,8 +107,8 @@ def _lacks(spec: MixerSpec, keys: str, values: str) -> str | None:
             return f"a mixer of the kind {spec.kind} with {name}"
     if not spec.state_pieces:  # it stores neither keys nor values
         return None
-    if spec.heads[1] > _MOST_HEAD_DIM:
-        return f"heads of {spec.heads[1]} columns, more than {_MOST_HEAD_DIM}"
+    if spec.heads[1] > MOST_HEAD_DIM:
+        return f"heads of {spec.heads[1]} columns, more than {MOST_HEAD_DIM}"
     for kind in (keys, *(() if spec.values_are_keys else (values,))):
         if kind not in _KV_TYPES:
             return f"a KV cache in {kind}"

@@ -12,6 +12,7 @@ from engines import with_slots
 from simulated import configured, plug_in
 
 import edgemoe
+import edgemoe.ops_cuda
 import edgemoe.runtime.on_device
 from edgemoe import placement
 from edgemoe.convert.convert import convert
@@ -181,6 +182,13 @@ def test_all_families_are_tried():
     }  # fmt: skip
     names = {name for family in supported()["families"] for name in family["model_types"]}
     assert {aliases.get(name, name) for name in names} - {"llama"} <= tried
+
+
+def test_heads_that_are_too_wide_run_beside_a_device(tiny_moe, monkeypatch):
+    expected = play(tiny_moe)
+    for module in (placement, edgemoe.ops_cuda):
+        monkeypatch.setattr(module, "MOST_HEAD_DIM", 16)
+    assert play(tiny_moe, **on_device())[:4] == expected[:4]
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "kimi_linear", "granitemoehybrid"])
