@@ -353,7 +353,7 @@ class CudaOps(CudaMixers):
         return out
 
 
-def _workspace(s: OpsShape, config: ModelConfig, corrected: bool) -> tuple[int, ...]:
+def _workspace(s: OpsShape, config: ModelConfig, corrected: bool) -> tuple[Any, ...]:
     """Returns the last arguments of a `DeviceWorkspace`."""
     # Wider heads are the host's.
     _, *shape = astuple(replace(s, head_dim=min(s.head_dim, MOST_HEAD_DIM)))

@@ -17,7 +17,7 @@ from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile, open_moe
 from edgemoe.model import Decoder, KvTable
-from edgemoe.ops import OpsShape
+from edgemoe.ops import Ops, OpsShape
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.placement import Both
 from edgemoe.quant import Allocation
@@ -193,7 +193,7 @@ def _assembled(
     setting = model_setting(moe, bits.most, budget.slots, sections)
     scheduler = make(setting, **chosen)
     shape = replace(shape, max_tokens=budget.chunk, max_context=budget.context)
-    ops = CpuOps(shape) if there is None else there.ops(shape)
+    ops: Ops = CpuOps(shape) if there is None else there.ops(shape)
     store = ExpertStore.open(
         moe, bits=bits.most, budget_bytes=budget.slots, most_bytes=budget.most_slots,
         verify=options.verify, policy=scheduler.policy,
