@@ -178,10 +178,12 @@ def state_bytes(config: ModelConfig, context: int, types: KvTypes, chunk: int = 
 
 def layer_state_bytes(config: ModelConfig, context: int, types: KvTypes, chunk: int) -> list[int]:
     """Returns the same for each layer."""
-    return [
-        mixer_class(spec).state_bytes(spec, context, kinds, chunk)
-        for spec, kinds in _kinds(config, types)
-    ]
+    kinds = _kinds(config, types)
+    sizes = {
+        (spec, kind): mixer_class(spec).state_bytes(spec, context, kind, chunk)
+        for spec, kind in dict.fromkeys(kinds)
+    }
+    return [sizes[kind] for kind in kinds]
 
 
 def state_pieces(config: ModelConfig) -> int:

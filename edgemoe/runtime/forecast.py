@@ -18,13 +18,9 @@ from edgemoe.store import expert_bytes, level_bytes
 __all__ = ["Band", "Forecast", "Row"]
 
 _STEP = 1 << 20  # of the search for the smallest budget
-_LOW, _HIGH = (
-    0.6,
-    1.2,
-)  # of what is likely if nothing is in the way, which is more often too much than too little
-_REPEATS = (
-    1.75  # a wanted expert is absent as often as experts are, to this power: 1 if all are as likely
-)
+_WIDTH = 2  # of a band: alone, and at its best, a machine does what was measured; in use often half of that
+_READS = 1.3  # of the probe's rate, which reads between computing reach (benchmarks/forecast.py)
+_REPEATS = 1.75  # a wanted expert is absent as often as experts are, to this power; 1: all alike
 _GROWN = 6 << 20  # what a process has grown by when it has replied, of all that is kept for it
 _REPLY = 256  # tokens of a conversation that a band is for
 _NEAR = 0.75  # kernels that reach this share of what memory gives are bounded by it
@@ -118,10 +114,10 @@ class Forecast:
     ) -> Band | None:
         """Returns how fast one reply is written, or None where that hangs on a disk that nobody measured.
 
-        What a token computes takes its bytes divided by what the kernels do, and what each layer costs beside them.
-        Reads are hidden behind about half of that. Experts have what is kept for a longer context and is not used
-        yet. Text repeats itself: where a share m of the experts is absent, m ** 1.75 of the wanted ones were, in
-        measurements m ** 1.5 to m ** 2 (docs/benchmarks.md).
+        At the upper end, what a token computes takes its bytes divided by what the kernels do, and what each layer
+        costs beside them; and reads are hidden behind half of that. Experts have what is kept for a longer context and
+        is not used yet. Text repeats itself: where a share m of the experts is absent, m ** 1.75 of the wanted ones
+        were, in measurements m ** 1.5 to m ** 2 (docs/benchmarks.md).
 
         Args:
             disk: bytes per second of reads of an expert.
@@ -141,14 +137,14 @@ class Forecast:
         if absent > 0:
             if disk is None:
                 return None
-            reading = misses * row.used_bytes / disk
-        middle = max(computing, reading) + min(computing, reading) / 2
+            reading = misses * row.used_bytes / (_READS * disk)
+        least = max(computing, reading) + min(computing, reading) / 2
         bound = "layers" if layers > weights else "computing"
         if reading > computing:
             bound = "disk"
         elif bound == "computing" and pace.kernel(row.bits) > _NEAR * pace.memory:
             bound = "memory"
-        return Band(_LOW / middle, _HIGH / middle, bound)
+        return Band(1 / (_WIDTH * least), 1 / least, bound)
 
     def lent(self, row: Row) -> float:
         """Returns the share of the experts that is in memory as long as a conversation is short."""

@@ -101,7 +101,7 @@ def test_a_band_is_computing_and_reading(tiny_moe: Path, monkeypatch) -> None:
     band = forecast.band(whole, PACE, None)  # no disk is needed
     assert band is not None
     assert band.high == pytest.approx(2 * band.low)
-    assert 1.2 / band.high == pytest.approx(weights + layers)
+    assert 1 / band.high == pytest.approx(weights + layers)
     assert band.bound == "layers"
 
     least = forecast.smallest(8).budget
@@ -110,11 +110,11 @@ def test_a_band_is_computing_and_reading(tiny_moe: Path, monkeypatch) -> None:
     assert forecast.lent(half) == 1
     monkeypatch.setattr(Forecast, "lent", lambda self, row: row.resident)
     assert forecast.band(half, PACE, None) is None
-    reading = (1 - half.resident) ** 1.75 * half.used_bytes / 1e6
+    reading = (1 - half.resident) ** 1.75 * half.used_bytes / 1.3e6
     read = forecast.band(half, PACE, 1e6)
     assert read is not None
     assert read.bound == "disk"
-    assert 1.2 / read.high == pytest.approx(reading + (weights + layers) / 2, rel=0.01)
+    assert 1 / read.high == pytest.approx(reading + (weights + layers) / 2, rel=0.01)
     # What a trace tells takes the place of what is assumed.
     known = forecast.band(half, PACE, 1e6, 0.0)
     assert known is not None
