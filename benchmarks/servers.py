@@ -62,16 +62,22 @@ def ask(server: Server, ids: list[int], tokens: int) -> None:
     assert made == tokens, made
 
 
-def measure(args: argparse.Namespace, side: str, cap: float) -> dict[int, tuple[float, float]]:
-    """Returns tokens per second and bytes read per token by the number of clients."""
+def counters(server: Server, side: str) -> tuple[float, float]:
+    """Returns the bytes read and the experts computed so far; of llama.cpp nothing is known."""
+    if side != "edgemoe":
+        return 0.0, 0.0
+    uses = (server.metric(f"edgemoe_expert_{kind}_total") for kind in ("hits", "misses"))
+    return server.metric("edgemoe_read_bytes_total"), sum(uses)
+
+
+def measure(args: argparse.Namespace, side: str, cap: float) -> dict[int, tuple[float, ...]]:
+    """Returns tokens per second, bytes read and experts computed per token, by the number of clients."""
     gguf = args.pair[0]
     limit = int(cap * Path(gguf).stat().st_size) if cap < 1 else 0
     command = (edgemoe if side == "edgemoe" else llama)(args, limit)
     rng = np.random.default_rng(1)
-    rates: dict[int, list[float]] = {count: [] for count in COUNTS}
-    reads: dict[int, list[float]] = {count: [] for count in COUNTS}
-    is_ours = side == "edgemoe"
-    with _read_ahead(gguf, None if is_ours else args.read_ahead):
+    found: dict[int, list[tuple[float, ...]]] = {count: [] for count in COUNTS}
+    with _read_ahead(gguf, None if side == "edgemoe" else args.read_ahead):
         if limit:
             limits.drop_caches()
         with Server(command, limit=limit) as server, ThreadPoolExecutor(max(COUNTS)) as pool:
@@ -83,14 +89,12 @@ def measure(args: argparse.Namespace, side: str, cap: float) -> dict[int, tuple[
             all_of(4, args.n)  # warms
             for _ in range(args.repetitions):
                 for count in COUNTS:
-                    before = server.metric("edgemoe_read_bytes_total") if is_ours else 0.0
-                    start = time.perf_counter()
+                    before, start = counters(server, side), time.perf_counter()
                     all_of(count, args.n)
-                    seconds = time.perf_counter() - start
-                    after = server.metric("edgemoe_read_bytes_total") if is_ours else 0.0
-                    rates[count].append(count * args.n / seconds)
-                    reads[count].append((after - before) / (count * args.n))
-    return {c: (statistics.median(rates[c]), statistics.median(reads[c])) for c in COUNTS}
+                    seconds, made = time.perf_counter() - start, count * args.n
+                    change = zip(before, counters(server, side), strict=True)
+                    found[count].append((made / seconds, *((b - a) / made for a, b in change)))
+    return {c: tuple(map(statistics.median, zip(*rows, strict=True))) for c, rows in found.items()}
 
 
 def main() -> None:
@@ -108,15 +112,19 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--read-ahead", type=int, default=128, metavar="KIB")
     args = parser.parse_args()
-    print("| cap | server | 1 client, t/s | 4 clients, t/s | ratio | read per token, 1 and 4 |")
-    print("|---|---|---|---|---|---|")
+    print(
+        "| cap | server | 1 client, t/s | 4 clients, t/s | ratio | read per token, 1 and 4 | "
+        "experts per token, 4 : 1 |\n|---|---|---|---|---|---|---|"
+    )
     for cap in args.caps:
         for side in args.sides:
             found = measure(args, side, cap)
-            (one, read), (four, read4) = found[1], found[4]
-            reading = f"{read / 1e6:.0f}, {read4 / 1e6:.0f} MB" if side == "edgemoe" else "–"
+            (one, read, uses), (four, read4, uses4) = found[1], found[4]
+            own = (
+                f"{read / 1e6:.0f}, {read4 / 1e6:.0f} MB | {uses4 / uses:.2f}" if uses else "– | –"
+            )
             print(
-                f"| {cap:.0%} | {side} | {one:.2f} | {four:.2f} | {four / one:.2f}× | {reading} |",
+                f"| {cap:.0%} | {side} | {one:.2f} | {four:.2f} | {four / one:.2f}× | {own} |",
                 flush=True,
             )
 
