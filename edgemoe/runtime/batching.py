@@ -243,10 +243,9 @@ class Batcher:
     def _advance(self, parts: list[tuple[Slot, NDArray[np.int32]]]) -> None:
         """Runs a pass. Where it fails each goes on alone, so that only those fail who need what cannot be read."""
         batch = Batch.of(*((slot.state, ids) for slot, ids in parts))
-        wanted = [slot.request for slot, _ in parts if slot.is_filling] or [
-            slot.request for slot, _ in parts
-        ]
-        batch.is_cancelled = lambda: all(r is None or r.is_cancelled for r in wanted)
+        batch.is_cancelled = _given_up(
+            [s for s, _ in parts if s.is_filling] or [s for s, _ in parts]
+        )
         try:
             hidden = self._model.forward(batch)
         except Cancelled:
@@ -361,6 +360,17 @@ class Batcher:
 
     def _look(self) -> None:
         self.views = tuple(slot.view() for slot in self._slots)
+
+
+def _given_up(slots: list[Slot]) -> Callable[[], bool]:
+    """Returns what says whether nobody waits for these any more; it is asked before each layer."""
+    wanted = [slot.request for slot in slots if slot.request is not None]
+
+    def ask() -> bool:
+        given_up = [request.is_cancelled for request in wanted]
+        return all(given_up)
+
+    return ask
 
 
 def _runs(rows: list[tuple[int, Slot]]) -> list[list[tuple[int, Slot]]]:

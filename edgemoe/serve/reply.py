@@ -28,6 +28,8 @@ _LOOKS = 0.05
 """Seconds between two looks at how far a prompt is, for who wants to know."""
 _TOGETHER = 0.02
 """Seconds within which tokens go out together: passing one on takes time that the engine's threads could use."""
+_SELDOM = 0.5
+"""The same for a reply that goes out as a whole."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -58,6 +60,9 @@ class Ask:
     keep_alive: float | None = None
     """See `Wanted`."""
     ignored: list[str] = field(default_factory=list)
+
+
+_Token = tuple[int, TokenLogprob | None]
 
 
 @dataclass(slots=True)
@@ -95,7 +100,11 @@ class Ended:
 
 
 class Reply:
-    """Is one choice of one request. Made and read on the event loop; `take` and `end` run on the engine's thread."""
+    """Is one choice of one request. Made and read on the event loop; `take` and `end` run on the engine's thread.
+
+    Tokens become text on the loop's thread, while the engine computes the next ones; on the engine's thread only where
+    the text decides whether the reply goes on.
+    """
 
     def __init__(
         self,
@@ -110,21 +119,22 @@ class Reply:
         """Makes ready for a choice; `request` is to be submitted.
 
         Args:
-            streams: each token's part is passed on at once; False for one part at the end, so that the loop's
-                thread takes no time from the engine's until then.
+            streams: parts are passed on as they come; False for one part at the end.
         """
         self._loop, self._on_end = asyncio.get_running_loop(), on_end
         self._parts: asyncio.Queue[Part | Ended | Exception] = asyncio.Queue()
-        self._fresh: deque[Part | Ended | Exception] = deque()
+        self._fresh: deque[_Token | Part | Outcome] = deque()
         self._is_due, self._passed_on = False, -1.0
+        self._every = _TOGETHER if streams else _SELDOM
         params, shown = ask.params, frozenset[int]()
         self._parser: Reader | None = None
         if not ask.is_raw:
             shown = reading.shown(tools=ask.schemas is not None)
             self._parser = reading.reader(ask.schemas, ask.prompt, must_call=ask.must_call)
         self._text = ReplyText(tokenizer, params.stop, continues=ask.is_raw, shown=shown)
-        self._several, self._calls, self._stops = ask.several_calls, 0, params.stop
-        self._count = self._reasoning = 0
+        self._several, self._calls = ask.several_calls, 0
+        self._decides = bool(params.stop) or not ask.several_calls
+        self._count = self._read_so_far = self._reasoning = 0
         self._first = self._last = 0.0
         self._said: list[TokenLogprob] = []
         self._streams, self._made = streams, list[Event]()
@@ -141,18 +151,18 @@ class Reply:
         self._count += 1
         self._last = time.perf_counter()
         self._first = self._first or self._last
-        if said is not None:
-            self._said.append(said)
+        self._put(self._read(token, said) if self._decides else (token, said))
+        return not self._decides or not (
+            self._text.is_stopped or (self._calls and not self._several)
+        )
+
+    def _read(self, token: int, said: TokenLogprob | None) -> Part:
+        """Turns a token into text, and that into events."""
+        self._read_so_far += 1
         if self._parser is not None and self._parser.state == "reasoning":
             self._reasoning += 1
-        text = self._text.push(token)
-        events = self._events(text)
-        self._made += events
-        if self._made and self._streams:
-            self._send()
-        if self._text.is_stopped:
-            return False
-        return self._several or not self._calls
+        events = self._events(self._text.push(token))
+        return Part(events, [] if said is None else [said], self._read_so_far)
 
     def _events(self, text: str, *, is_last: bool = False) -> list[Event]:
         if self._parser is None:
@@ -172,11 +182,58 @@ class Reply:
     def end(self, outcome: Outcome) -> None:
         """The engine is done with it."""
         self._on_end(outcome)
+        self._put(outcome)
+
+    def _put(self, item: _Token | Part | Outcome) -> None:
+        """Hands something to the loop, on the engine's thread."""
+        self._fresh.append(item)
+        is_last = isinstance(item, Outcome)
+        if self._is_due and not is_last:
+            return
+        self._is_due = True
+        try:
+            self._loop.call_soon_threadsafe(self._pass_on if is_last else self._wait)
+        except RuntimeError:  # the loop has ended, and with it who waits
+            self.request.is_cancelled = True
+
+    def _wait(self) -> None:
+        """Passes on what has come: at once, or as soon as the last time is long enough ago."""
+        left = self._passed_on + self._every - self._loop.time()
+        if left > 0:
+            self._loop.call_later(left, self._pass_on)
+        else:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        # First: what comes from now on calls again.
+        self._is_due, self._passed_on = False, self._loop.time()
+        try:
+            self._take_fresh()
+        except Exception as error:  # of one reply, whatever it is
+            self.request.is_cancelled = True
+            self._parts.put_nowait(error)
+
+    def _take_fresh(self) -> None:
+        outcome = None
+        while self._fresh:
+            item = self._fresh.popleft()
+            if isinstance(item, Outcome):
+                outcome = item
+                break
+            part = item if isinstance(item, Part) else self._read(*item)
+            self._made += part.events
+            self._said += part.logprobs
+        if outcome is not None:
+            self._end(outcome)
+        elif self._made and self._streams:
+            self._send()
+
+    def _end(self, outcome: Outcome) -> None:
         if outcome.error is not None:
-            self._put(outcome.error)
+            self._parts.put_nowait(outcome.error)
             return
         if outcome.reason == "cancelled":
-            self._put(Problem(503, "the request was given up", code="cancelled"))
+            self._parts.put_nowait(Problem(503, "the request was given up", code="cancelled"))
             return
         self._made += self._events(self._text.flush(), is_last=True)
         if self._made or self._said:
@@ -185,53 +242,11 @@ class Reply:
         if self._calls and finish == "stop":
             finish = "tool_calls"
         stop = self._text.stopped_by
-        self._put(Ended(finish, outcome.figures, self._reasoning, stop))
+        self._parts.put_nowait(Ended(finish, outcome.figures, self._reasoning, stop))
 
     def _send(self) -> None:
-        self._put(Part(joined(self._made), self._said, self._count))
+        self._parts.put_nowait(Part(joined(self._made), self._said, self._read_so_far))
         self._made, self._said = [], []
-
-    def _put(self, item: Part | Ended | Exception) -> None:
-        """Hands something to the loop, on the engine's thread."""
-        self._fresh.append(item)
-        call = self._wait if isinstance(item, Part) else self._pass_on
-        if call == self._wait and self._is_due:
-            return
-        self._is_due = True
-        try:
-            self._loop.call_soon_threadsafe(call)
-        except RuntimeError:  # the loop has ended, and with it who waits
-            self.request.is_cancelled = True
-
-    def _wait(self) -> None:
-        """Passes on what has come: at once, or as soon as the last time is long enough ago."""
-        left = self._passed_on + _TOGETHER - self._loop.time()
-        if left > 0:
-            self._loop.call_later(left, self._pass_on)
-        else:
-            self._pass_on()
-
-    def _pass_on(self) -> None:
-        self._is_due, self._passed_on = (
-            False,
-            self._loop.time(),
-        )  # first: what comes from now on calls again
-        parts: list[Part] = []
-        while self._fresh:
-            item = self._fresh.popleft()
-            if isinstance(item, Part):
-                parts.append(item)
-                continue
-            self._pass_parts(parts)
-            self._parts.put_nowait(item)
-            parts = []
-        self._pass_parts(parts)
-
-    def _pass_parts(self, parts: list[Part]) -> None:
-        if parts:
-            events = joined([event for part in parts for event in part.events])
-            said = [one for part in parts for one in part.logprobs]
-            self._parts.put_nowait(Part(events, said, parts[-1].tokens))
 
     def progress(self, waiting: int) -> str:
         """Returns how far it is."""
