@@ -2,9 +2,9 @@
 
     python benchmarks/sequences.py MODEL.moe [--shares 0.5 0.25] [--counts 1 4] [-n 48] [--rounds 4]
 
-Rows are `on-demand` and D2MoE with and without its order of reading (HEBF: the planes that most tokens use first). They
-run in turns, from the same prompts with the same random numbers; figures are medians over rounds. Room for so much of
-the experts is kept, whatever else takes memory.
+Rows are `on-demand` with three evictions, and D2MoE with and without its order of reading (HEBF: the planes that most
+tokens use first). They run in turns, from the same prompts with the same random numbers; figures are medians over
+rounds. Room for so much of the experts is kept, whatever else takes memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,10 @@ from edgemoe.runtime.options import EngineOptions
 
 KINDS: dict[str, dict[str, Any]] = {
     "on-demand": {"scheduler": "on-demand"},
+    **{
+        f"on-demand, {name}": {"scheduler": "on-demand", "options": {"eviction": name}}
+        for name in ("frequency-distance", "next-use")
+    },
     "d2moe, in the order of the file": {"scheduler": "d2moe", "options": {"hottest_first": False}},
     "d2moe, hottest first (HEBF)": {"scheduler": "d2moe", "options": {"hottest_first": True}},
 }
@@ -71,6 +75,7 @@ def main() -> None:
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4])
     parser.add_argument("-n", type=int, default=48, help="tokens of each conversation and round")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--only", default="", metavar="TEXT", help="rows whose name begins so")
     args = parser.parse_args()
     with edgemoe.load(args.model, context=256) as engine:
         experts = engine.budget.experts
@@ -80,6 +85,7 @@ def main() -> None:
         runs = {
             (name, count): Sequences(args.model, count, int(share * experts), kind)
             for name, kind in KINDS.items()
+            if name.startswith(args.only)
             for count in args.counts
         }
         found: dict[tuple[str, int], list[tuple[float, float]]] = {key: [] for key in runs}
