@@ -31,8 +31,7 @@ def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import tiny_checkpoint
 
     from edgemoe.convert.convert import convert
-    from edgemoe.quant import SCHEMES
 
     path = tmp_path_factory.mktemp("tiny") / "tiny.moe"
-    convert(tiny_checkpoint(), path, scheme=SCHEMES["nested"].thorough())
+    convert(tiny_checkpoint(), path)
     return path
