@@ -41,7 +41,7 @@ std::vector<size_t> sizes(const WorkspaceShape& s, int max_routed, bool correcte
           ffn,
           parts_floats(s) * sizeof(float),
           size_t(std::max(2 * max_routed, Workspace::kFfnRows)) * sizeof(int32_t),
-          size_t(s.max_rows) * sizeof(float),
+          size_t(std::max(max_routed, s.max_rows)) * sizeof(float),
           sizeof(uint64_t),
           corrected ? size_t(most_ranks(s)) * sizeof(RankRow) : 0};
 }
