@@ -66,7 +66,9 @@ uint8_t* Arena::take(size_t bytes) {
 Scheme scheme_named(const std::string& name) {
   if (name == "nested") return Scheme::kNested;
   if (name == "mwq") return Scheme::kMwq;
-  throw std::invalid_argument("scheme: expected nested or mwq, got " + name);
+  if (name == "mxfp4") return Scheme::kMxfp4;
+  if (name == "nvfp4") return Scheme::kNvfp4;
+  throw std::invalid_argument("scheme: expected nested, mwq, mxfp4 or nvfp4, got " + name);
 }
 
 void check_widths(Scheme scheme, const std::vector<uint8_t>& widths) {
@@ -79,6 +81,9 @@ void check_widths(Scheme scheme, const std::vector<uint8_t>& widths) {
     bool ok = widths[0] == 2 || widths[0] == 5;
     for (size_t r = 1; r < widths.size(); ++r) ok = ok && widths[r] == 1;
     if (!ok) throw std::invalid_argument("nested: a ladder of mwq has a base of 2 or 5 bits and rungs of 1 bit");
+  }
+  if (is_float4(scheme) && (widths.size() != 1 || widths[0] != 4)) {
+    throw std::invalid_argument("nested: a ladder of mxfp4 or nvfp4 has one rung of 4 bits");
   }
 }
 

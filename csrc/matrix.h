@@ -34,14 +34,14 @@ struct Nested {
   std::shared_ptr<const Arena> arena;
 };
 
-/// "nested" or "mwq". Throws std::invalid_argument for another name.
+/// "nested", "mwq", "mxfp4" or "nvfp4". Throws std::invalid_argument for another name.
 Scheme scheme_named(const std::string& name);
 
 /// Throws std::invalid_argument unless `widths`, the bits that each rung adds, are a ladder of the scheme.
 void check_widths(Scheme scheme, const std::vector<uint8_t>& widths);
 
 /// What `NestedMatrix::row_scales` is for a flag per rung; rungs beyond them have no scales. Throws
-/// std::invalid_argument unless there is one for a nested matrix's first rung, and no other for MWQ, whose scales lie
+/// std::invalid_argument unless there is one for a nested matrix's first rung, and no other for the schemes whose scales lie
 /// elsewhere.
 uint8_t check_row_scales(Scheme scheme, const std::vector<uint8_t>& row_scales);
 

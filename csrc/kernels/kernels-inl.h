@@ -564,6 +564,7 @@ uint8_t read_all(const uint8_t* bytes, size_t n) {
 
 #include "attention-inl.h"
 #include "correction-inl.h"
+#include "float4-inl.h"
 #include "latent-inl.h"
 #include "mwq-inl.h"
 #include "packed-inl.h"
@@ -589,6 +590,8 @@ constexpr Kernels make_kernels(const char* name) {
                  decode_correction<V>,
                  matmul_mwq<V>,
                  decode_mwq<V>,
+                 matmul_float4<V>,
+                 decode_float4<V>,
                  matmul_f32<V>,
                  rms_norm<V>,
                  activate<V>,

@@ -22,6 +22,11 @@
 // planes are signs, each two groups start with 16 scales each. w = scale * code + lowest, plus or minus the scale of
 // each later rung. A rung is read straight through.
 //
+// The schemes MXFP4 and NVFP4 have the same tiles of codes of 4 bits, which are floats E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6
+// and, from code 8 on, the same below zero. In a row block, 64 bytes of scales come before the tiles of each 128
+// columns in MXFP4, 4 * 16 rows of E8M0, and before each tile in NVFP4, 4 * 16 rows of E4M3. NVFP4's row block starts
+// with 16 float32 with which all scales of a row are multiplied.
+//
 // Numerics: every float operation is done in the same order on 16 lanes by every instruction set, so that results
 // are bit-identical between them, and a row's result does not depend on the rows computed with it.
 #pragma once
@@ -47,8 +52,11 @@ constexpr int kMaxRank = 32;
 // and constexpr, as a device's kernels call them too.
 static constexpr int blocks(int n, int size) { return (n + size - 1) / size; }
 
-/// What the planes mean: prefixes of one code, or D2MoE's base and planes of signs (arXiv 2504.15299).
-enum class Scheme : uint8_t { kNested, kMwq };
+/// What the planes mean: prefixes of one code, D2MoE's base and planes of signs (arXiv 2504.15299), or floats of 4
+/// bits.
+enum class Scheme : uint8_t { kNested, kMwq, kMxfp4, kNvfp4 };
+
+static constexpr bool is_float4(Scheme scheme) { return scheme == Scheme::kMxfp4 || scheme == Scheme::kNvfp4; }
 
 /// A view of a resident matrix [rows, cols] in the first `num_rungs` rungs. Owns nothing. Immutable.
 struct NestedMatrix {
@@ -86,6 +94,14 @@ static constexpr size_t mwq_block_bytes(int cols, int width, bool is_base) {
          size_t(blocks(cols, kTileCols)) * tile_bytes(width, false);
 }
 
+/// Bytes of a row block of floats of 4 bits.
+static constexpr size_t float4_block_bytes(Scheme scheme, int cols) {
+  const bool has_row_scales = scheme == Scheme::kNvfp4;
+  return (has_row_scales ? kTileRows * sizeof(float) : 0) +
+         size_t(blocks(cols, has_row_scales ? kTileCols : 2 * kTileCols)) * kScaleBytes +
+         size_t(blocks(cols, kTileCols)) * tile_bytes(4, false);
+}
+
 /// What a rung holds.
 struct RungForm {
   int width;  ///< bits that it adds
@@ -112,6 +128,7 @@ static constexpr size_t rung_bytes(Scheme scheme, int rows, int cols, RungForm f
   if (scheme == Scheme::kMwq) {
     return size_t(blocks(rows, kTileRows)) * mwq_block_bytes(cols, form.width, form.is_base);
   }
+  if (is_float4(scheme)) return size_t(blocks(rows, kTileRows)) * float4_block_bytes(scheme, cols);
   return size_t(blocks(rows, kTileRows)) * blocks(cols, kTileCols) * tile_bytes(form.width, form.is_base) +
          (form.has_row_scales ? row_scale_bytes(rows) : 0) + correction_bytes(rows, form.rank) +
          form.basis_rank * basis_stride(cols);
@@ -364,6 +381,11 @@ struct Kernels {
   void (*matmul_mwq)(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y, size_t stride);
   void (*decode_mwq)(const NestedMatrix& w, int row, float* out);
 
+  /// The same for floats of 4 bits.
+  void (*matmul_float4)(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y,
+                        size_t stride);
+  void (*decode_float4)(const NestedMatrix& w, int row, float* out);
+
   /// y[i, r] = sum_c w[r, c] * x[i, c], float32, rows r in [begin, end).
   void (*matmul_f32)(const float* w, const float* x, int n, int rows, int cols, int begin, int end, float* y);
 
@@ -447,13 +469,17 @@ static inline void matmul(const Kernels& k, const NestedMatrix& w, const Quantiz
     const uint8_t* const factor = correction_of(w) + 2 * kMaxRank;
     for (int at = begin * step; at < end * step; at += 64) __builtin_prefetch(factor + at);
   }
-  (w.scheme == Scheme::kMwq ? k.matmul_mwq : k.matmul_nested)(w, x, n, begin, end, y, stride);
+  const auto product = w.scheme == Scheme::kMwq ? k.matmul_mwq
+                       : is_float4(w.scheme)    ? k.matmul_float4
+                                                : k.matmul_nested;
+  product(w, x, n, begin, end, y, stride);
   if (rank) k.add_correction(w, z, n, begin, end, y, stride);
 }
 
 /// Writes row `row` of w as floats; with its correction, for which w has its basis.
 static inline void decode_row(const Kernels& k, const NestedMatrix& w, int row, float* out) {
-  (w.scheme == Scheme::kMwq ? k.decode_mwq : k.decode_nested)(w, row, out);
+  const auto decode = w.scheme == Scheme::kMwq ? k.decode_mwq : is_float4(w.scheme) ? k.decode_float4 : k.decode_nested;
+  decode(w, row, out);
   if (rank_of(w)) k.decode_correction(w, row, out);
 }
 
