@@ -1,6 +1,6 @@
 """Speed of the nested matrix kernels at every level, beside the memory roof.
 
-    python benchmarks/kernels.py [--threads 1 2] [--isa avx512 avx2] [--tokens 1 64] [--scheme nested mwq]
+    python benchmarks/kernels.py [--threads 1 2] [--isa avx512 avx2] [--tokens 1 64] [--scheme nested mwq mxfp4]
 
 Weights of 1 GiB at 8 bits are read in turn, so that nothing comes from a cache; with `--small`, one matrix that fits
 in the second-level cache, which shows what the instructions alone cost. GB/s are of planes and scales.
@@ -13,6 +13,7 @@ import statistics
 import time
 
 import numpy as np
+from float4 import rounded
 
 from edgemoe import _core
 from edgemoe.quant import SCHEMES, plane_widths
@@ -33,8 +34,15 @@ def main() -> None:
     count = 1 if args.small else max(1, (1 << 30) // (rows * cols))
     rng = np.random.default_rng(0)
     w = rng.standard_normal((rows, cols), np.float32)
+    near = rounded(w)  # which schemes of floats of 4 bits can hold
     stored = [
-        (scheme, ladder, scheme.quantize(w, ladder, second_moments=None, threads=2))
+        (
+            scheme,
+            ladder,
+            scheme.quantize(
+                w if scheme.dense is None else near, ladder, second_moments=None, threads=2
+            ),
+        )
         for scheme in map(SCHEMES.__getitem__, args.scheme)
         for ladder in scheme.ladders
     ]

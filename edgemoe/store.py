@@ -100,9 +100,10 @@ def _read(moe: MoeFile, name: str, level: int, verify: bool, arena: _core.Arena 
     if arena is None or t.spec.kind == "f32":
         return _core.read_f32(moe.file, t.offset, t.spec.shape, t.crcs[0], verify, name)
     rows, cols = t.spec.shape
+    scheme = moe.scheme.of(name)
     return _core.Nested.from_file(
         arena, moe.file, t.offset, t.lengths[:level], t.crcs[:level], rows, cols,
-        widths[:level], verify, name, moe.scheme.name, moe.scheme.row_scales, moe.scheme.ranks(name),
+        widths[:level], verify, name, scheme.name, scheme.row_scales, scheme.ranks(name),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import reference_correction
+import reference_float4
 import reference_mwq
 import reference_nested
 from numpy.typing import NDArray
@@ -18,6 +19,14 @@ from edgemoe.file.format import open_moe
 from edgemoe.quant.correction import SHARED, kind_of
 
 Array = NDArray[Any]
+
+REFERENCES: Mapping[str, Any] = {
+    "nested": reference_nested,
+    "mwq": reference_mwq,
+    "mxfp4": reference_float4.MXFP4,
+    "nvfp4": reference_float4.NVFP4,
+}
+"""What decodes the rungs of a matrix, by its scheme."""
 
 
 class Decoded:
@@ -33,7 +42,6 @@ class Decoded:
         """
         self._without = without
         self._moe = moe = open_moe(path)
-        self._scheme = reference_mwq if moe.scheme.name == "mwq" else reference_nested
         self._bytes = np.fromfile(path, np.uint8)
         self.config = moe.config
         self._experts: dict[tuple[int, int, int | None], tuple[Array, Array, Array]] = {}
@@ -90,9 +98,9 @@ class Decoded:
         shape: tuple[int, ...],
         basis: Array | None,
     ) -> Array:
-        widths, scheme = np.diff([0, *ladder]), self._moe.scheme
+        widths, scheme = np.diff([0, *ladder]), self._moe.scheme.of(name)
         if not (ranks := scheme.ranks(name)):
-            return self._scheme.decode_rungs(rungs, widths, *shape, scheme.row_scales)
+            return REFERENCES[scheme.name].decode_rungs(rungs, widths, *shape, scheme.row_scales)
         shared = (
             basis.reshape(-1).view(np.uint8)
             if kind_of(name) in SHARED and basis is not None

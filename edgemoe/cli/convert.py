@@ -169,7 +169,8 @@ def _parser() -> argparse.ArgumentParser:
         "--scheme",
         default="nested",
         metavar="NAME",
-        help="nested: every level is a prefix of one code; mwq: D2MoE's base and planes of signs, to compare with "
+        help="nested: every level is a prefix of one code; mwq: D2MoE's base and planes of signs, to compare with; "
+        "mxfp4 or nvfp4: experts that were released in these 4-bit floats as they are, at one level, all else nested "
         "(default: %(default)s)",
     )
     parser.add_argument(

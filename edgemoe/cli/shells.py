@@ -33,7 +33,8 @@ _CACHES = ("f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0", "auto")
 
 _CHOICES = {
     **dict.fromkeys(("--cache-type-k", "--cache-type-v", "-ctk", "-ctv"), _CACHES),
-    "--device": ("cpu", "cuda:0"), "--scheme": ("nested", "mwq"), "--stats": ("short", "full", "off"),
+    "--device": ("cpu", "cuda:0"), "--scheme": ("nested", "mwq", "mxfp4", "nvfp4"),
+    "--stats": ("short", "full", "off"),
 }  # fmt: skip
 """What flags take that check their values later than the parser does."""
 

@@ -221,7 +221,8 @@ class _Reader:
         )
         ladder = self.ladder(index["ladder"], scheme)
         dense_ladder = tuple(
-            r[0] for r in self.ladder([[b] * 3 for b in _list(index["dense_ladder"])], scheme)
+            r[0]
+            for r in self.ladder([[b] * 3 for b in _list(index["dense_ladder"])], scheme.of(""))
         )
         scheme = replace(
             scheme,

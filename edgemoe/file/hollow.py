@@ -31,9 +31,10 @@ def write_hollow(
         OSError: the file cannot be written.
     """
     ladder = scheme.ladder(bits, "bits")
+    experts = expert_ladder(scheme, scheme.levels_of_experts(ladder), None)
     layout = Layout(
-        config, scheme, tuple(ladder), tuple(expert_ladder(scheme, ladder, None)),
-        (len(ladder),) * (len(config.moe_layers) * config.num_experts),
+        config, scheme, ladder, tuple(experts),
+        (len(experts),) * (len(config.moe_layers) * config.num_experts),
     )  # fmt: skip
     no_sums = {name: (0,) * len(place.sizes) for name, place in layout.places.items()}
     ending = layout.ending(no_sums, sections, {"name": "a plan"})

@@ -86,11 +86,12 @@ class Writer:
             raise ValueError(f"favour: not for the scheme {scheme.name}")
         if favour not in (None, *ladder):
             raise ValueError(f"favour: expected one of {', '.join(map(str, ladder))}, got {favour}")
-        experts = expert_ladder(scheme, ladder, down_bits)
-        rungs = np.full(len(config.moe_layers) * config.num_experts, len(ladder))
+        levels = scheme.levels_of_experts(ladder)
+        experts = expert_ladder(scheme, levels, down_bits)
+        rungs = np.full(len(config.moe_layers) * config.num_experts, len(levels))
         if allocation is not None:
-            allocation.check(config, ladder, "allocation")
-            rungs = np.searchsorted(ladder, allocation.bits.reshape(-1)) + 1
+            allocation.check(config, levels, "allocation")
+            rungs = np.searchsorted(levels, allocation.bits.reshape(-1)) + 1
         self._layout = Layout(
             config, scheme, ladder, tuple(experts[: int(rungs.max())]), tuple(rungs.tolist())
         )
@@ -207,7 +208,7 @@ class Writer:
         self, name: str, w: NDArray[np.float32], ladder: Sequence[int], favour: int | None
     ) -> list[NDArray[np.uint8]]:
         try:
-            return self._scheme.quantize(
+            return self._scheme.of(name).quantize(
                 np.ascontiguousarray(w, np.float32),
                 ladder,
                 second_moments=self._second_moments(name),

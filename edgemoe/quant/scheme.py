@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.quant import mwq, nested
+from edgemoe.quant import float4, mwq, nested
 from edgemoe.quant.correction import (
     SHARED,
     Correction,
@@ -20,6 +20,9 @@ from edgemoe.quant.correction import (
 )
 
 __all__ = ["SCHEMES", "Scheme"]
+
+Array = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
 
 
 class Quantize(Protocol):
@@ -58,6 +61,8 @@ class Scheme:
     """Which rungs begin with scales of rows, 1 or 0; those beyond its end do not. A file may have others."""
     correction: Correction = field(default_factory=dict)
     """Ranks of the corrections that a file has."""
+    dense: Scheme | None = None
+    """That of all matrices but the experts'; None for the same."""
     is_thorough: bool = False
     """Says whether `quantize` tries all that it could; see `thorough`."""
 
@@ -67,6 +72,8 @@ class Scheme:
         Args:
             name: the matrix's, which says what corrections it has; without it none.
         """
+        if name and self.of(name) is not self:
+            return self.of(name).rung_bytes(rows, cols, ladder, name)
         sizes, ranks = self.measure(rows, cols, ladder, self.row_scales), self.ranks(name)
         if any(ranks) and rows:
             sizes = [
@@ -76,6 +83,10 @@ class Scheme:
             if kind_of(name) not in SHARED:
                 sizes[0] += basis_bytes(cols, max(ranks))
         return sizes
+
+    def of(self, name: str) -> Scheme:
+        """Returns the scheme of a matrix, "experts.…" or the name of a tensor."""
+        return self if self.dense is None or name.startswith("experts.") else self.dense
 
     def ranks(self, name: str) -> tuple[int, ...]:
         """Returns the rank of each rung's correction of a matrix; none where it has no corrections."""
@@ -106,6 +117,8 @@ class Scheme:
         Raises:
             ValueError: the scheme has but one search; the message begins with `name`.
         """
+        if self.dense is not None:
+            return replace(self, is_thorough=True, dense=self.dense.thorough(name))
         if self.quantize is not nested.quantize:
             raise ValueError(f"{name}: not for the scheme {self.name}")
         return replace(self, is_thorough=True, quantize=_THOROUGH)
@@ -119,16 +132,23 @@ class Scheme:
         return replace(self, correction={name: of for name, of in ranks.items() if any(of)})
 
     def ladder(self, bits: int | None, name: str = "bits") -> tuple[int, ...]:
-        """Returns the levels up to `bits`; the whole default ladder for None.
+        """Returns the levels up to `bits`; the whole default ladder for None. Where experts have a scheme of their own,
+        it is that of the other matrices.
 
         Raises:
             ValueError: no ladder has such a level; the message begins with `name`.
         """
+        if self.dense is not None:
+            return self.dense.ladder(bits, name)
         for ladder in self.ladders:
             if bits is None or bits in ladder:
                 return ladder if bits is None else ladder[: ladder.index(bits) + 1]
         levels = ", ".join(str(b) for ladder in self.ladders for b in ladder)
         raise ValueError(f"{name}: expected one of {levels}, got {bits}")
+
+    def levels_of_experts(self, ladder: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the levels that experts have beside other matrices of `ladder`."""
+        return ladder if self.dense is None else self.ladders[0]
 
 
 _THOROUGH = partial(nested.quantize, thorough=True)
@@ -147,19 +167,50 @@ def _quantize_mwq(
     return mwq.quantize(w, ladder, second_moments=second_moments)
 
 
+_NESTED = Scheme(
+    "nested",
+    f"nested codes; a float16 scale and middle for each {nested.GROUP} columns of a row",
+    nested.GROUP,
+    (nested.DEFAULT_LADDER,),
+    lambda ladder: True,
+    nested.rung_bytes,
+    nested.quantize,
+    True,
+)
+
+
+def _float4(name: str, about: str, group: int, encode: Callable[[Array], Bytes]) -> Scheme:
+    """Returns a scheme of floats of 4 bits, which experts alone are of."""
+
+    def quantize(
+        w: Array,
+        ladder: Sequence[int],
+        *,
+        second_moments: Array | None,
+        favour: int | None = None,
+        threads: int,
+    ) -> list[Bytes]:
+        del ladder, second_moments, threads  # there is nothing to choose
+        assert favour is None  # as `can_favour` says
+        return [encode(w)]
+
+    return Scheme(
+        name,
+        f"experts as they were released, {about}; all else nested codes",
+        group,
+        (float4.LADDER,),
+        lambda ladder: tuple(ladder) == float4.LADDER,
+        lambda rows, cols, ladder, row_scales: [float4.rung_bytes(rows, cols, group)],
+        quantize,
+        False,
+        dense=_NESTED,
+    )
+
+
 SCHEMES = {
     s.name: s
     for s in (
-        Scheme(
-            "nested",
-            f"nested codes; a float16 scale and middle for each {nested.GROUP} columns of a row",
-            nested.GROUP,
-            (nested.DEFAULT_LADDER,),
-            lambda ladder: True,
-            nested.rung_bytes,
-            nested.quantize,
-            True,
-        ),
+        _NESTED,
         Scheme(
             "mwq",
             "D2MoE's MWQ; a base and planes of signs, each with a float16 scale for each "
@@ -171,6 +222,8 @@ SCHEMES = {
             _quantize_mwq,
             False,
         ),
+        _float4("mxfp4", "4-bit floats with a power of two for each 32 columns", 32, float4.mxfp4),
+        _float4("nvfp4", "4-bit floats with an 8-bit one for each 16 columns", 16, float4.nvfp4),
     )
 }
 """By name."""

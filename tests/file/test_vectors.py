@@ -9,17 +9,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import reference_correction
-import reference_mwq
-import reference_nested
+from decoded import REFERENCES
 
 from edgemoe import _core
 
 VECTORS = Path(__file__).parent / "vectors"
-REFERENCES = {"nested": reference_nested, "mwq": reference_mwq}
 
 
 @pytest.mark.parametrize(
-    "name", ["nested", "nested-row-scales", "correction", "correction-shared", "mwq"]
+    "name",
+    ["nested", "nested-row-scales", "correction", "correction-shared", "mwq", "mxfp4", "nvfp4"],
 )
 def test_bytes_mean_the_same_as_on_the_day_the_format_was_written(name):
     vector = json.loads((VECTORS / f"{name}.json").read_text())

@@ -219,7 +219,7 @@ def test_ladders_are_those_of_the_paper():
     assert SCHEMES["mwq"].ladder(6) == (5, 6)
     with pytest.raises(ValueError, match="base of 2 or 5 bits"):
         _core.Nested.from_rungs([np.zeros(64 + 384, np.uint8)], 16, 64, [3], "mwq")
-    with pytest.raises(ValueError, match="scheme: expected nested or mwq, got other"):
+    with pytest.raises(ValueError, match="scheme: expected nested, mwq, mxfp4 or nvfp4, got other"):
         _core.Nested.from_rungs([np.zeros(64 + 384, np.uint8)], 16, 64, [3], "other")
 
 
@@ -326,7 +326,7 @@ def test_the_writer_names_a_weight_that_no_scale_can_hold(tmp_path, files):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--scheme", "other"), "--scheme: expected one of nested, mwq, got other"),
+        (("--scheme", "other"), "--scheme: expected one of nested, mwq, mxfp4, nvfp4, got other"),
         (("--scheme", "mwq", "--bits", "9"), "--bits: expected one of 2, 3, 4, 5, 6, 7, 8, got 9"),
         (("--bits", "5"), "--bits: expected one of 2, 3, 4, 6, 8, got 5"),
         (("--scheme", "mwq", "--favour", "3"), "--favour: not for the scheme mwq"),
