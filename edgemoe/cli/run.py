@@ -146,6 +146,8 @@ def _run(args: Namespace, schema: object) -> int:
             note(f"# {line}")
         params = _sampling(args, engine.sampling)
         chat = Chat(engine, system=args.system_prompt, params=params, raw=args.raw)
+        if chat.note:
+            note(f"# {chat.note}")
         if schema is not None:
             keep_to(engine, chat, schema)
         if chat.is_raw and not args.raw:

@@ -157,6 +157,11 @@ class Chat:
         return self._reasons and "enable_thinking" not in self._tokenizer.chat_template
 
     @property
+    def note(self) -> str:
+        """Why the model's own way to read its replies is not followed, "" where it is or there is none."""
+        return "" if self._is_raw else self._reading.note
+
+    @property
     def finish(self) -> Literal["stop", "length", "context"] | None:
         """Why the last reply ended, None while it runs or when it was interrupted.
 

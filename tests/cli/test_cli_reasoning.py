@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
@@ -116,3 +117,14 @@ def test_a_command_shows_the_last_and_says_how(engine, capsys, monkeypatch):
     assert thought.split("\n")[0][:10].strip() in said
     assert "expected one of dim, fold, off, got 'never'" in said
     assert "reasoning_content" not in chat.messages[3]
+
+
+def test_a_template_that_cannot_be_followed_is_said(tmp_path, capsys):
+    checkpoint = thinking_checkpoint()
+    config = json.loads(checkpoint.files["tokenizer_config.json"]) | {"response_template": {"a": 1}}
+    checkpoint.files = {
+        **checkpoint.files, "tokenizer_config.json": json.dumps(config).encode()
+    }  # fmt: skip
+    convert(checkpoint, tmp_path / "x.moe")
+    assert main([str(tmp_path / "x.moe"), "-p", "Go.", "-n", "1"]) == 0
+    assert "# replies are read as tagged: response_template: unknown 'a'" in capsys.readouterr().err
