@@ -168,8 +168,11 @@ class Ops(Protocol):
     def empty(self, *shape: int) -> Array:
         """Returns a new array of the device."""
 
-    def beside(self, spec: MixerSpec) -> Ops | None:
-        """Returns what runs a mixer that these operations know too little of, on the host; None where they run it."""
+    def beside(self, spec: MixerSpec, keys: str, values: str) -> Ops | None:
+        """Returns what runs a mixer that these operations know too little of, on the host; None where they run it.
+
+        keys and values: the kinds that its cache stores them as.
+        """
 
     def download(self, x: Array, out: Array) -> None:
         """Copies to the host's out; waits."""

@@ -50,7 +50,7 @@ class CpuOps:
         """See `Ops.empty`."""
         return np.empty(shape, np.float32)
 
-    def beside(self, spec: MixerSpec) -> None:
+    def beside(self, spec: MixerSpec, keys: str, values: str) -> None:
         """See `Ops.beside`."""
 
     def download(self, x: Array, out: Array) -> None:

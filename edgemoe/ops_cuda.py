@@ -19,7 +19,7 @@ from edgemoe.config import ModelConfig
 from edgemoe.ops import ExpertLayer, Ids, OpsShape, RouterWeights
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.ops_cuda_mixers import Array, CudaMixers
-from edgemoe.placement import MOST_HEAD_DIM, Both
+from edgemoe.placement import MOST_HEAD_DIM, Both, lacks
 from edgemoe.plan import Plan
 from edgemoe.specs import Activation, AttentionSpec, MixerSpec, RouterSpec
 from edgemoe.store import Request
@@ -41,18 +41,18 @@ class CudaOps(CudaMixers):
         shape: OpsShape,
         device: _core.Device,
         config: ModelConfig,
-        hosted: Mapping[MixerSpec, str],
         *,
+        hosts: bool,
         corrected: bool,
     ) -> None:
         """Args:
-        hosted: mixers that the host runs.
+        hosts: the host runs some mixers.
         corrected: matrices may have corrections.
         """
         super().__init__(
             device, _core.DeviceWorkspace(device, *_workspace(shape, config, corrected))
         )
-        self._cpu, self._hosted = CpuOps(_host_shape(shape, hosted)), hosted
+        self._cpu = CpuOps(_host_shape(shape, hosts))
         d, e, k = config.hidden_size, config.num_experts, config.experts_per_token
         self._logits = self.empty(min(shape.max_tokens, _LOGIT_ROWS), config.vocab_size)
         self._scores = self.empty(shape.max_tokens, max(e, 1))
@@ -70,14 +70,14 @@ class CudaOps(CudaMixers):
         return own + _core.DeviceWorkspace.bytes(*_workspace(shape, config, corrected))
 
     @staticmethod
-    def host_bytes(shape: OpsShape, config: ModelConfig, hosted: Mapping[MixerSpec, str]) -> int:
+    def host_bytes(shape: OpsShape, config: ModelConfig, *, hosts: bool) -> int:
         """Returns the host's memory of the operations' scratch."""
         rows = shape.max_tokens * (1 + config.experts_per_token)
-        return CpuOps.scratch_bytes(_host_shape(shape, hosted)) + 4 * rows * config.hidden_size
+        return CpuOps.scratch_bytes(_host_shape(shape, hosts)) + 4 * rows * config.hidden_size
 
-    def beside(self, spec: MixerSpec) -> CpuOps | None:
+    def beside(self, spec: MixerSpec, keys: str, values: str) -> CpuOps | None:
         """See `Ops.beside`."""
-        return self._cpu if spec in self._hosted else None
+        return self._cpu if lacks(spec, keys, values) else None
 
     def download(self, x: Array, out: HostArray) -> None:
         """See `Ops.download`."""
@@ -361,6 +361,6 @@ def _workspace(s: OpsShape, config: ModelConfig, corrected: bool) -> tuple[Any, 
     return (*shape, routed, corrected)
 
 
-def _host_shape(shape: OpsShape, hosted: Mapping[MixerSpec, str]) -> OpsShape:
-    """Returns the same for the host, which only attends where it runs such mixers."""
-    return shape if hosted else replace(shape, max_context=1)
+def _host_shape(shape: OpsShape, hosts: bool) -> OpsShape:
+    """Returns the same for the host, which only attends where it runs mixers."""
+    return shape if hosts else replace(shape, max_context=1)

@@ -6,7 +6,7 @@ device; anything else that is unknown is refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
@@ -26,7 +26,16 @@ from edgemoe.specs import (
 )
 from edgemoe.store import read_dense
 
-__all__ = ["MOST_HEAD_DIM", "Both", "host_bytes", "hosted", "load_on", "places", "unsupported"]
+__all__ = [
+    "MOST_HEAD_DIM",
+    "Both",
+    "host_bytes",
+    "hosted",
+    "lacks",
+    "load_on",
+    "places",
+    "unsupported",
+]
 
 Place = Literal["device", "host", "both"]
 
@@ -86,26 +95,31 @@ def unsupported(moe: MoeFile) -> str | None:
     return None
 
 
-def hosted(config: ModelConfig, keys: str, values: str) -> dict[MixerSpec, str]:
-    """Returns the mixers that the host runs beside a device, and why.
+def hosted(config: ModelConfig, kinds: Sequence[tuple[str, str]]) -> dict[int, str]:
+    """Returns the layers whose mixers the host runs beside a device, and why.
 
     Args:
-        keys: the kind that caches store keys as.
+        kinds: what each layer's cache stores keys and values as.
+    """
+    layers = zip(config.mixer_by_layer, kinds, strict=True)
+    reasons = [lacks(spec, keys, values) for spec, (keys, values) in layers]
+    return {i: why for i, why in enumerate(reasons) if why}
+
+
+def lacks(spec: MixerSpec, keys: str, values: str) -> str | None:
+    """Returns what of a mixer has no kernels for a device, None when all has.
+
+    Args:
+        keys: the kind that its cache stores keys as.
         values: the same of values.
     """
-    reasons = {spec: _lacks(spec, keys, values) for spec in config.mixers}
-    return {spec: why for spec, why in reasons.items() if why}
-
-
-def _lacks(spec: MixerSpec, keys: str, values: str) -> str | None:
-    """Returns what of a mixer has no kernels for a device."""
     known = _MIXERS.get(type(spec))
     if known is None:
         return f"a mixer of the kind {spec.kind}"
     for part, names in ((spec, known), *((rope, _ROPE) for rope in spec.ropes)):
         if name := _unknown(part, names):
             return f"a mixer of the kind {spec.kind} with {name}"
-    if not spec.state_pieces:  # it stores neither keys nor values
+    if not spec.cached_heads[0]:  # it stores neither keys nor values
         return None
     if spec.heads[1] > MOST_HEAD_DIM:
         return f"heads of {spec.heads[1]} columns, more than {MOST_HEAD_DIM}"
@@ -126,16 +140,16 @@ def _unknown(spec: Any, known: frozenset[str]) -> str | None:
     return None
 
 
-def places(moe: MoeFile, mixers: Mapping[MixerSpec, str]) -> Iterator[tuple[str, Place]]:
+def places(moe: MoeFile, mixers: Container[int]) -> Iterator[tuple[str, Place]]:
     """Yields where each tensor outside the routed experts lies.
 
     Args:
-        mixers: those that the host runs.
+        mixers: the layers whose mixers the host runs.
     """
     config = moe.config
     kept = {name for spec in config.ropes for name in spec.tensors()} | {"head_bias"}
     for i, spec in enumerate(config.mixer_by_layer):
-        if spec in mixers:
+        if i in mixers:
             kept |= {f"layers.{i}.{name}" for name in spec.tensors(config.hidden_size)}
     for name in moe.tensors:
         last = name.rsplit(".", 1)[-1]
@@ -147,7 +161,7 @@ def places(moe: MoeFile, mixers: Mapping[MixerSpec, str]) -> Iterator[tuple[str,
             yield name, "both" if ".expert_bias." in name else "device"
 
 
-def host_bytes(moe: MoeFile, level: int, mixers: Mapping[MixerSpec, str]) -> int:
+def host_bytes(moe: MoeFile, level: int, mixers: Container[int]) -> int:
     """Returns the host's memory of the tensors that `load_on` reads to there."""
     bases = 0 if moe.bases is None else moe.bases.nbytes
     here = (name for name, place in places(moe, mixers) if place != "device")
@@ -158,14 +172,14 @@ def load_on(
     device: _core.Device,
     moe: MoeFile,
     level: int,
-    mixers: Mapping[MixerSpec, str],
+    mixers: Container[int],
     *,
     verify: bool,
 ) -> dict[str, Any]:
     """Reads every tensor outside the routed experts to where it is used, one at a time; see `load_dense`.
 
     Args:
-        mixers: those that the host runs.
+        mixers: the layers whose mixers the host runs.
     """
     where = dict(places(moe, mixers))
     out: dict[str, Any] = {}

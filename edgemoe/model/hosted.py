@@ -81,7 +81,7 @@ def make_mixers(
     beside: Setup | None = None
     rows = None
     for spec, types in kinds:
-        if (host := setup.ops.beside(spec)) is None:
+        if (host := setup.ops.beside(spec, types.keys, types.values)) is None:
             out[spec, types] = mixer_class(spec)(spec, replace(setup, types=types))
             continue
         if beside is None:

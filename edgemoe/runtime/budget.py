@@ -165,8 +165,7 @@ class Budget:
             layers = layer_state_bytes(config, context, kv_types, chunk)
             if vram is None:
                 return layers
-            specs = config.mixer_by_layer
-            return [n for n, spec in zip(layers, specs, strict=True) if spec in vram.hosted]
+            return [layers[i] for i in vram.hosted]
 
         first, second = (layer_bytes(n * KV_STEP, n * KV_STEP) for n in (1, 2))
         steps = [b - a for a, b in zip(first, second, strict=True)]
@@ -177,7 +176,7 @@ class Budget:
             layers = layer_bytes(context, chunk)
             own = CpuOps.scratch_bytes(shape)
             if vram is not None:
-                own = CudaOps.host_bytes(shape, config, vram.hosted)
+                own = CudaOps.host_bytes(shape, config, hosts=bool(vram.hosted))
             growing = layer_bytes(
                 context, context
             )  # what a shorter chunk makes smaller is there at once

@@ -30,7 +30,9 @@ def notes_of(
             f"lossy: {moe.config.experts_per_token} experts per token; "
             f"the model's own number is {given.experts_per_token}"
         )
-    return (*notes, *_cache_notes(moe.config, options.kv_types), *device_notes(moe, options))
+    return (
+        *notes, *_cache_notes(moe.config, options.kv_types), *device_notes(moe.config, options)
+    )  # fmt: skip
 
 
 def _cache_notes(config: ModelConfig, types: KvTypes) -> Iterator[str]:

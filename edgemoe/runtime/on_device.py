@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast
 
 from edgemoe import _core
+from edgemoe.config import ModelConfig
 from edgemoe.devices import DeviceName, open_device
 from edgemoe.file.format import MoeFile
 from edgemoe.ops import Ops, OpsShape
@@ -56,7 +58,7 @@ class OnDevice:
         vram = Vram.divide(
             moe, vram=total, dense_level=dense_level, context=options.context,
             kv_types=options.kv_types, ops=shape, sequences=options.sequences,
-            hosted=hosted(moe.config, options.cache_type_k, options.cache_type_v),
+            hosted=hosted(moe.config, _kinds(moe.config, options)),
         )  # fmt: skip
         device.limit(total)
         logger.info("%s: %s; %d bytes of it for experts", name, device.info["name"], vram.room)
@@ -69,8 +71,10 @@ class OnDevice:
     def ops(self, shape: OpsShape) -> Ops:
         """Returns the device's operations."""
         corrected = bool(self.moe.scheme.correction)
-        config, mixers = self.moe.config, self.vram.hosted
-        return cast(Ops, CudaOps(shape, self.device, config, mixers, corrected=corrected))
+        hosts = bool(self.vram.hosted)
+        return cast(
+            Ops, CudaOps(shape, self.device, self.moe.config, hosts=hosts, corrected=corrected)
+        )
 
     def over(self, store: ExpertStore) -> ExpertStore:
         """Returns a store of the same experts that has some of them on the device, if there is room for one."""
@@ -86,13 +90,19 @@ class OnDevice:
         )  # fmt: skip
 
 
-def device_notes(moe: MoeFile, options: EngineOptions) -> list[str]:
+def device_notes(config: ModelConfig, options: EngineOptions) -> list[str]:
     """Returns what of a model runs on the processor beside the device that the options name, a line each."""
     if DeviceName.parse(options.device).ordinal is None:
         return []
-    layers = moe.config.mixer_by_layer
+    reasons = Counter(hosted(config, _kinds(config, options)).values())
     return [
-        f"{options.device}: the processor runs {layers.count(spec)} of {len(layers)} mixers, "
+        f"{options.device}: the processor runs {count} of {config.num_layers} mixers, "
         f"as there are no kernels there yet for {why}"
-        for spec, why in hosted(moe.config, options.cache_type_k, options.cache_type_v).items()
+        for why, count in reasons.items()
     ]
+
+
+def _kinds(config: ModelConfig, options: EngineOptions) -> list[tuple[str, str]]:
+    """Returns how each layer holds keys and values."""
+    types = [options.kv_types.of(i) for i in range(config.num_layers)]
+    return [(t.keys, t.values) for t in types]

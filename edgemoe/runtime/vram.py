@@ -13,7 +13,6 @@ from edgemoe.ops import OpsShape
 from edgemoe.ops_cuda import CudaOps
 from edgemoe.placement import host_bytes, places
 from edgemoe.runtime.context import CHUNKS, DEFAULT_CONTEXT, SMALLEST_CONTEXT, longest_context
-from edgemoe.specs import MixerSpec
 
 __all__ = ["Vram", "default_vram"]
 
@@ -38,8 +37,8 @@ class Vram:
     """Positions."""
     chunk: int
     """Tokens of a prompt that are computed at once."""
-    hosted: Mapping[MixerSpec, str]
-    """The mixers that the host runs, and why."""
+    hosted: Mapping[int, str]
+    """The layers whose mixers the host runs, and why."""
     held: int
     """What of the weights outside the experts is the host's."""
 
@@ -54,12 +53,12 @@ class Vram:
         kv_types: KvTypes,
         ops: OpsShape,
         sequences: int,
-        hosted: Mapping[MixerSpec, str],
+        hosted: Mapping[int, str],
     ) -> Vram:
         """Fits context and chunk into `vram`; arguments as those of `Budget.divide`.
 
         Args:
-            hosted: the mixers that the host runs.
+            hosted: the layers whose mixers the host runs.
 
         Raises:
             OutOfBudget: says the smallest that works, and what takes the room.
@@ -69,14 +68,13 @@ class Vram:
         dense = sum(_core.Device.taken(sum(moe.tensors[n].lengths[:dense_level])) for n in names)
         if moe.bases is not None:
             dense += len(moe.bases) * _core.Device.taken(moe.bases[0].nbytes)
-        mine = [spec not in hosted for spec in config.mixer_by_layer]
         corrected = bool(moe.scheme.correction)
 
         def kv_bytes(context: int, chunk: int) -> int:
             layers = layer_state_bytes(config, context, kv_types, chunk)
             return sum(
                 _core.Device.taken(n) + _STATE_ROUNDING
-                for n, is_mine in zip(layers, mine, strict=True) if is_mine
+                for i, n in enumerate(layers) if i not in hosted
             )  # fmt: skip
 
         held = host_bytes(moe, dense_level, hosted)

@@ -20,9 +20,10 @@ from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.devices import DeviceName, found
 from edgemoe.errors import DeviceError, OutOfBudget
 from edgemoe.file.format import open_moe
+from edgemoe.model import KvTable
 from edgemoe.ops import Ops
 from edgemoe.ops_cuda import CudaOps
-from edgemoe.placement import hosted, unsupported
+from edgemoe.placement import hosted, lacks, unsupported
 from edgemoe.runtime.vram import Vram
 from edgemoe.store import expert_bytes
 
@@ -91,6 +92,18 @@ def test_at_every_level(tiny_moe, monkeypatch, more):
     with_slots(monkeypatch, 4 * expert_bytes(open_moe(tiny_moe), 5), chunk=7)
     with_vram(monkeypatch, 3, tiny_moe)
     assert play(tiny_moe, **more, **on_device())[:4] == play(tiny_moe, **more)[:4]
+
+
+def test_layers_whose_cache_a_device_does_not_store_run_beside_it(tiny_moe):
+    layers = (("f16", "q4_0"), ("f32", "f16"))
+    table = KvTable(of=KvTable.identity(open_moe(tiny_moe)), layers=layers)
+    kinds = {"cache_type_k": "auto", "cache_type_v": "auto", "kv_table": table}
+    expected = play(tiny_moe, **kinds)
+    assert play(tiny_moe, **kinds, **on_device())[:4] == expected[:4]
+    with edgemoe.load(tiny_moe, context=64, **kinds, **on_device()) as engine:
+        assert [n for n in engine.notes if "kernels" in n] == [
+            "cuda:0: the processor runs 1 of 2 mixers, as there are no kernels there yet for a KV cache in q4_0"
+        ]
 
 
 @pytest.mark.parametrize("setting", [{"seed": 3}, {"starved": 0}, {"starved": 1}], ids=str)
@@ -182,7 +195,7 @@ def test_all_families_are_tried():
     }  # fmt: skip
     names = {name for family in supported()["families"] for name in family["model_types"]}
     names.discard("granitemoe_dense")  # that of the tests' own
-    assert {aliases.get(name, name) for name in names} - {"llama"} <= tried
+    assert {aliases.get(name, name) for name in names} <= tried
 
 
 def test_heads_that_are_too_wide_run_beside_a_device(tiny_moe, monkeypatch):
@@ -200,24 +213,23 @@ def test_mixers_that_a_device_does_not_know_run_beside_it(tmp_path, monkeypatch,
     config = open_moe(path).config
     there, notes = answers(path, **on_device())
     assert there == expected
-    first = config.mixers[0].kind
-    assert notes[0] == (
-        f"cuda:0: the processor runs {config.mixer_by_layer.count(config.mixers[0])} of {config.num_layers} "
-        f"mixers, as there are no kernels there yet for a mixer of the kind {first}"
-    )
-    assert len(notes) == len(config.mixers)
+    kinds = [mixer.kind for mixer in config.mixer_by_layer]
+    assert notes == [
+        f"cuda:0: the processor runs {kinds.count(kind)} of {config.num_layers} mixers, "
+        f"as there are no kernels there yet for a mixer of the kind {kind}"
+        for kind in dict.fromkeys(kinds)
+    ]
 
 
 def test_what_a_device_does_not_know_is_said(tiny_moe, monkeypatch):
     moe = open_moe(tiny_moe)
     spec = moe.config.mixers[0]
     assert unsupported(moe) is None
-    assert hosted(moe.config, "f16", "f16") == {}
-    assert "key biases" in hosted(moe.config, "q8_0", "f16")[spec]
-    assert hosted(moe.config, "f16", "q4_0") == {spec: "a KV cache in q4_0"}
+    assert hosted(moe.config, [("f16", "f16")] * 2) == {}
+    assert "key biases" in hosted(moe.config, [("f16", "f16"), ("q8_0", "f16")])[1]
+    assert hosted(moe.config, [("f16", "q4_0"), ("f16", "f16")]) == {0: "a KV cache in q4_0"}
     odd = dataclasses.replace(spec, head_dim=1024, num_heads=2, num_kv_heads=2)
-    wide = dataclasses.replace(moe.config, mixers=(odd,))
-    assert hosted(wide, "f16", "f16") == {odd: "heads of 1024 columns, more than 640"}
+    assert lacks(odd, "f16", "f16") == "heads of 1024 columns, more than 640"
     other = dataclasses.replace(moe, scheme=dataclasses.replace(moe.scheme, name="floats"))
     assert unsupported(other) == "the scheme floats"
     monkeypatch.setattr(placement, "_CONFIG", placement._CONFIG - {"scoring"})
