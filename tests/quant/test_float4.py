@@ -26,7 +26,7 @@ from edgemoe.errors import FormatError
 from edgemoe.file.floats import expert_floats
 from edgemoe.file.format import PREAMBLE, open_moe, pack_preamble
 from edgemoe.file.verify import verify
-from edgemoe.ops_cuda import unsupported
+from edgemoe.placement import unsupported
 from edgemoe.quant import SCHEMES
 from edgemoe.quant.float4 import mxfp4, nvfp4, rung_bytes
 from edgemoe.store import expert_bytes
