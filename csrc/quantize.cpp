@@ -247,9 +247,12 @@ void check(const Objective& o, int cols) {
     throw std::invalid_argument("level_weights: expected numbers that are finite, not negative and not all 0");
   }
   bool ok = std::all_of(o.squares, o.squares + cols, is_square);
-  for (int c = 0; ok && o.moments && c < cols; ++c) {
-    const float* row = o.moments + size_t(c) * cols;
-    ok = is_square(row[c]) && std::all_of(row, row + cols, [](float x) { return std::isfinite(x); });
+  ok = ok && !(o.rest && !o.moments);
+  for (const float* moments : {o.moments, o.rest}) {
+    for (int c = 0; ok && moments && c < cols; ++c) {
+      const float* row = moments + size_t(c) * cols;
+      ok = is_square(row[c]) && std::all_of(row, row + cols, [](float x) { return std::isfinite(x); });
+    }
   }
   if (!ok) throw std::invalid_argument("second moments: expected finite numbers, and mean squares above 0");
 }
@@ -270,7 +273,10 @@ void quantize_nested(ThreadPool& pool, const float* w, int rows, int cols, const
       bits += widths[rung++];
       num_scales += scaled >> rung & 1;
     }
-    if (objective.level_weights[b - 1] > 0) levels.push_back({b, objective.level_weights[b - 1], num_scales - 1});
+    if (objective.level_weights[b - 1] > 0) {
+      const bool rests = objective.rest && (objective.corrected >> (b - 1) & 1);
+      levels.push_back({b, objective.level_weights[b - 1], num_scales - 1, rests ? objective.rest : objective.moments});
+    }
   }
   for (size_t r = 0; r < widths.size(); ++r) {
     if (scaled >> r & 1) std::memset(outs[r], 0, row_scale_bytes(rows));

@@ -15,6 +15,10 @@ struct Objective {
   /// [cols, cols] symmetric: the mean product of each two inputs, or null. With it, codes are refined for the error
   /// of the output: the sum over levels of weight * (W - Wb) moments (W - Wb)^T.
   const float* moments;
+  /// The same without the part that a correction of the level makes up for, or null; where bit b - 1 of `corrected` is
+  /// set, this judges the error at b bits.
+  const float* rest;
+  uint8_t corrected;
   /// [cols] the mean square of each input, positive; the diagonal of `moments` where it is given.
   const float* squares;
   /// Passes over the columns at most.

@@ -98,34 +98,41 @@ void fit_row_scales(RowBlock* b, const std::vector<Level>& levels, const std::ve
 }
 
 /// Moves one code after the other to where the error of the output is least, given all others: coordinate descent on
-/// the sum over levels of weight * E moments E^T, with E = Wb - W. `gradients` [levels, 16, cols] are E moments.
+/// the sum over levels of weight * E moments E^T, with E = Wb - W and the level's moments. `gradients` [levels, 16,
+/// cols] are E moments.
 void descend(RowBlock* b, const std::vector<Level>& levels, const Objective& o, std::vector<float>* gradients) {
   const Kernels& k = kernels();
   const int cols = b->cols, groups = b->groups(), n = int(levels.size());
   const size_t level_size = size_t(kTileRows) * cols;
-  float weights[kTileRows][8];
-  for (int r = 0; r < kTileRows; ++r) weights_of_row(*b, levels, r, weights[r]);
+  float of_rows[kTileRows][8];
+  for (int r = 0; r < kTileRows; ++r) weights_of_row(*b, levels, r, of_rows[r]);
   for (int sweep = 0; sweep < o.sweeps; ++sweep) {
     bool is_done = true;
     for (int c = 0; c < cols; ++c) {
-      const float* products = o.moments + size_t(c) * cols;
-      const float inverse = 1 / products[c];
+      const size_t diagonal = size_t(c) * cols + c;
+      float inverses[8], shares[8];  // of the first level's mean square, which weights are in units of
+      for (int i = 0; i < n; ++i) {
+        inverses[i] = 1 / levels[i].moments[diagonal];
+        shares[i] = levels[i].moments == levels[0].moments ? 1 : levels[i].moments[diagonal] * inverses[0];
+      }
       for (int r = 0; r < kTileRows; ++r) {
         const float step = b->steps[size_t(r) * groups + c / kGroup];
         if (!(b->units[0][r] * step > 0)) continue;
         uint8_t& code = b->codes[size_t(r) * cols + c];
         float* gradient = gradients->data() + size_t(r) * cols;
-        float targets[8];
+        float targets[8], weights[8];
         for (int i = 0; i < n; ++i) {
           const float slope = gradient[i * level_size + c], scale = b->units[levels[i].scale][r] * step;
-          targets[i] = position(code, levels[i].bits) - slope * inverse / scale;
+          targets[i] = position(code, levels[i].bits) - slope * inverses[i] / scale;
+          weights[i] = of_rows[r][i] * shares[i];
         }
-        const int best = best_code(levels, weights[r], targets);
+        const int best = best_code(levels, weights, targets);
         if (best == code) continue;
         is_done = false;
         for (int i = 0; i < n; ++i) {
           const float move = position(best, levels[i].bits) - position(code, levels[i].bits);
           const float scale = b->units[levels[i].scale][r] * step;
+          const float* products = levels[i].moments + size_t(c) * cols;
           if (move != 0) k.add_scaled(products, move * scale, cols, gradient + i * level_size);
         }
         code = uint8_t(best);
@@ -157,7 +164,7 @@ void refine_rows(RowBlock* b, const std::vector<Level>& levels, const Objective&
   const Kernels& k = kernels();
   const int cols = b->cols, n = int(levels.size());
   const size_t level_size = size_t(kTileRows) * cols;
-  std::vector<float> errors(size_t(n) * level_size), gradients(errors.size()), whole(level_size);
+  std::vector<float> errors(size_t(n) * level_size), gradients(errors.size()), whole;
   for (int i = 0; i < n; ++i) {
     for (int r = 0; r < kTileRows; ++r) {
       for (int c = 0; c < cols; ++c) {
@@ -166,18 +173,28 @@ void refine_rows(RowBlock* b, const std::vector<Level>& levels, const Objective&
       }
     }
   }
-  k.matmul_f32(o.moments, errors.data(), n * kTileRows, cols, cols, 0, cols, gradients.data());
+  const auto times_moments = [&](const Level& level, const float* rows, float* out) {
+    k.matmul_f32(level.moments, rows, kTileRows, cols, cols, 0, cols, out);
+  };
+  for (int i = 0; i < n; ++i) times_moments(levels[i], &errors[i * level_size], &gradients[i * level_size]);
   descend(b, levels, o, &gradients);
   if (b->num_scales < 2) return;
-  k.matmul_f32(o.moments, b->w, kTileRows, cols, cols, 0, cols, whole.data());
+  whole.resize(errors.size());  // W moments
+  for (int i = 0; i < n; ++i) {
+    if (i > 0 && levels[i].moments == levels[i - 1].moments) {
+      std::copy_n(&whole[(i - 1) * level_size], level_size, &whole[i * level_size]);
+    } else {
+      times_moments(levels[i], b->w, &whole[i * level_size]);
+    }
+  }
   for (int round = 0; round < kFits; ++round) {
     float gains[kMaxRungs][kTileRows];
     std::vector<float>& seen = errors;
-    for (size_t at = 0; at < seen.size(); ++at) seen[at] = gradients[at] + whole[at % level_size];
+    for (size_t at = 0; at < seen.size(); ++at) seen[at] = gradients[at] + whole[at];
     fit_row_scales(b, levels, seen, gains);
     for (size_t at = 0; at < seen.size(); ++at) {
       const float gain = gains[levels[at / level_size].scale][at % level_size / size_t(cols)];
-      gradients[at] = gain * seen[at] - whole[at % level_size];
+      gradients[at] = gain * seen[at] - whole[at];
     }
     descend(b, levels, o, &gradients);
   }

@@ -13,7 +13,8 @@ namespace edgemoe {
 struct Level {
   int bits;
   float weight;
-  int scale;  ///< which of a row's scales it uses
+  int scale;             ///< which of a row's scales it uses
+  const float* moments;  ///< what its error is judged by: one of the objective's, or null
 };
 
 /// Sixteen rows on their way to codes: what all steps below share.

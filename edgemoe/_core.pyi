@@ -27,6 +27,8 @@ def quantize(
     sweeps: int,
     thorough: bool,
     threads: int,
+    rest: _F32 | None = None,
+    corrected: int = 0,
 ) -> list[_U8]: ...
 def read_f32(
     file: File, offset: int, shape: Sequence[int], crc: int, verify: bool, name: str

@@ -86,7 +86,7 @@ struct ExpertFile {
           outs.push_back(rungs[r].data() + old);
         }
         const std::vector<float> squares(size_t(shape.second), 1.0f);
-        const Objective objective{weights, nullptr, squares.data(), 0};
+        const Objective objective{weights, nullptr, nullptr, 0, squares.data(), 0, false};
         quantize_nested(pool, w.data(), shape.first, shape.second, kWidths, {1}, objective, outs);
       }
       uint32_t end = 0;
@@ -328,7 +328,8 @@ void test_objectives_that_are_none_are_refused() {
     outs.push_back(rungs.back().data());
   }
   const auto run = [&](std::vector<float> weights, std::vector<float> m, std::vector<float> s) {
-    quantize_nested(pool, w.data(), rows, cols, widths, {1, 1}, {weights.data(), m.data(), s.data(), 2}, outs);
+    quantize_nested(pool, w.data(), rows, cols, widths, {1, 1},
+                    {weights.data(), m.data(), nullptr, 0, s.data(), 2, false}, outs);
   };
   const std::vector<float> weights = {0, 1, 0, 16, 0, 0, 0, 0};
   run(weights, moments, squares);
