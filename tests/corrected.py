@@ -1,4 +1,4 @@
-"""`.moe` files with corrections of low rank, made by a slow and obvious encoder: random directions, least squares."""
+"""`.moe` files with corrections of low rank, and calibrations that know products of all inputs."""
 
 from __future__ import annotations
 
@@ -6,17 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from edgemoe import _core
-from edgemoe.file.writer import Writer
-from edgemoe.quant import SCHEMES, plane_widths
-from edgemoe.quant.correction import (
-    SHARED,
-    basis_codes,
-    factor_codes,
-    kind_of,
-    pack_basis,
-    with_correction,
-)
+from edgemoe.config import dense_tensors
+from edgemoe.convert.convert import convert
+from edgemoe.convert.source import SourceModel
+from edgemoe.quant import SCHEMES, Calibration, write_calibration
+from edgemoe.quant.calibration import SAME_INPUT
 
 RANKS = {
     "experts.gate": (8, 8, 0, 0, 0), "experts.up": (16, 8, 8, 0, 0), "experts.down": (8, 16, 8, 0, 0),
@@ -25,52 +19,44 @@ RANKS = {
 }  # fmt: skip
 
 
-def directions(name, cols, rank):
-    """Returns V as it is stored, of which nothing is known: the same for all of a layer's experts, and for q and k."""
-    kind = kind_of(name)
-    name = name.split(".")[1] if kind in SHARED else "qk" if kind in ("q", "k") else name
-    rows = np.random.default_rng([cols, *name.encode()]).standard_normal((cols, 32))
-    return basis_codes(np.linalg.qr(rows)[0].T[:rank])
+def products(rng, cols, count=(), *, few=False):
+    """Sums of x xᵀ over 400 inputs of which some directions hold most, or a few all but nothing."""
+    strength = np.exp(-np.arange(cols) / (1 if few else 6)) + (0.01 if few else 0.1)
+    mixing = np.linalg.qr(rng.standard_normal((cols, cols)))[0] * strength[:, None]
+    x = rng.standard_normal((*count, 400, cols)) @ mixing
+    return (x.swapaxes(-1, -2) @ x).astype(np.float32)
 
 
-def with_corrections(w, rungs, ladder, ranks, row_scales, v, *, is_shared):
-    """Returns rungs whose corrections are what the levels lack in the directions v."""
-    factors = {}
-    widths = plane_widths(ladder)
-    for level, rank in enumerate(ranks[: len(ladder)], 1):
-        if not rank:
-            continue
-        matrix = _core.Nested.from_rungs(
-            rungs[:level], *w.shape, widths[:level], row_scales=row_scales
-        )
-        coded = np.empty(w.shape, np.float32)
-        matrix.decode_rows(np.arange(len(w), dtype=np.int32), coded)
-        last = max(r for r, has in enumerate(row_scales[:level]) if has)
-        scales = rungs[last][: 2 * len(w)].view("<f2").astype(float)
-        units = scales / 4096 * 2.0 ** (8 - ladder[level - 1])
-        a = np.linalg.lstsq(v[:rank].T.astype(float), (w - coded).T, rcond=None)[0].T
-        factors[level - 1] = factor_codes(a, units)
-    return with_correction(rungs, factors, None if is_shared else v)
+def calibrated(path, config, *, leaving=(), few=False):
+    """Writes a calibration of random inputs and returns it.
+
+    Args:
+        leaving: names of tensors that it shall not have.
+        few: as for `products`.
+    """
+    rng = np.random.default_rng(3)
+    tensors = {}
+    for name, spec in dense_tensors(config).items():
+        head, dot, last = name.rpartition(".")
+        key = f"dense.{head}{dot}{SAME_INPUT.get(last, last)}"
+        if spec.kind == "nested" and f"{key}.count" not in tensors:
+            tensors[f"{key}.count"] = np.array([400])
+            tensors[f"{key}.products"] = products(rng, spec.shape[1], few=few)
+    for layer in config.moe_layers:
+        counts = np.full(config.num_experts, 400)
+        tensors[f"experts.{layer}.count"] = counts
+        for port, cols in (("in", config.hidden_size), ("hidden", config.expert_hidden)):
+            sums = products(rng, cols, (len(counts),), few=few)
+            tensors[f"experts.{layer}.{port}.products"] = sums
+    meta = {"source": "test", "model": "tiny", "tokens": "400", "window": "400", "bits": ""}
+    write_calibration(path, {k: v for k, v in tensors.items() if k not in leaving}, meta)
+    return Calibration(path)
 
 
-class CorrectingWriter(Writer):
-    """Writes what the scheme says of corrections too; to be put in place of `Writer`."""
-
-    def __init__(self, path, config, *, scheme=SCHEMES["nested"], sections, ranks=None, **rest):
-        names = RANKS if ranks is None else ranks
-        scheme = replace(scheme, correction=names)
-        if scheme.shared_rank:
-            d, rank = config.hidden_size, scheme.shared_rank
-            bases = [directions(f"experts.{i}.0.up", d, rank) for i in config.moe_layers]
-            sections = {**sections, "basis": pack_basis(bases)}
-        super().__init__(path, config, scheme=scheme, sections=sections, **rest)
-
-    def _quantize(self, name, w, ladder, favour):
-        rungs = super()._quantize(name, w, ladder, favour)
-        scheme, is_shared = self._layout.scheme, kind_of(name) in SHARED
-        ranks = scheme.ranks(name)
-        if not ranks:
-            return rungs
-        rank = scheme.shared_rank if is_shared else max(ranks)
-        v = directions(name, w.shape[1], rank)
-        return with_corrections(w, rungs, ladder, ranks, scheme.row_scales, v, is_shared=is_shared)
+def convert_corrected(source, path, *, ranks=None, **options):
+    """Converts with the corrections `RANKS`, or others, by a calibration beside the file; returns the path."""
+    config = SourceModel(source).config
+    calibration = calibrated(path.with_suffix(".calib"), config)
+    scheme = replace(SCHEMES["nested"], correction=RANKS if ranks is None else ranks)
+    convert(source, path, scheme=scheme, calibration=calibration, **options)
+    return path

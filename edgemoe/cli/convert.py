@@ -54,6 +54,7 @@ def _convert(args: argparse.Namespace) -> None:
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: no such directory")
     from edgemoe.convert.convert import convert
+    from edgemoe.convert.ranks import check_rank
     from edgemoe.quant import SCHEMES, Allocation, Calibration
 
     scheme = SCHEMES.get(args.scheme)
@@ -65,6 +66,7 @@ def _convert(args: argparse.Namespace) -> None:
     if args.favour is not None and args.favour not in levels:
         listed = ", ".join(map(str, levels))
         raise ValueError(f"--favour: expected one of {listed}, got {args.favour}")
+    correction = _rank(args.correction)
     calibration = None if args.calibration is None else Calibration(args.calibration)
     if args.thorough:
         scheme = scheme.thorough("--thorough")
@@ -75,16 +77,27 @@ def _convert(args: argparse.Namespace) -> None:
     allocation = None
     if args.allocation is not None:
         allocation = Allocation.from_json(args.allocation.read_bytes(), str(args.allocation))
+    if correction is not None:
+        check_rank(correction, scheme, calibration)
     source = _carved(args.source) if args.carve else _checkpoint(args.source)
     if "tokenizer.json" not in source.files:
         note(f"{_PROG}: {source.name}: {_without_tokenizer(args.source)}")
     with Progress(f"writing {out.name}", unit="B") as progress:
         convert(
             source, out, bits=args.bits, scheme=scheme, calibration=calibration,
-            allocation=allocation, favour=args.favour, progress=progress,
+            allocation=allocation, favour=args.favour, correction=correction, progress=progress,
             say=lambda text: note(f"{_PROG}: {source.name}: {text}"),
         )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {size_text(out.stat().st_size)}")
+
+
+def _rank(text: str) -> int | None:
+    """Returns what `--correction` asks for, as `convert` takes it."""
+    if text in ("auto", "none"):
+        return {"auto": None, "none": 0}[text]
+    if not (text.isascii() and text.isdecimal()):
+        raise ValueError(f"--correction: expected auto, none or a rank, got {text}")
+    return int(text)
 
 
 def _without_tokenizer(path: Path) -> str:
@@ -198,6 +211,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="search for scales in full, which takes several times as long and leaves 0.4%% less error; with "
         "the full matrices of a calibration that is done anyway",
+    )
+    parser.add_argument(
+        "--correction",
+        default="auto",
+        metavar="RANK",
+        help="what 2, 3 and 4 bits add to their codes in so many directions of the input: 8, 16, 24 or 32, none, "
+        "or auto: what is worth its bytes; only with the matrices of --full (default: %(default)s)",
     )
     parser.add_argument("--carve", action="store_true", help="cut a dense model into experts")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.moe if it exists")

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint, sections
+from edgemoe.convert.ranks import check_rank, choose_ranks, same_ranks
 from edgemoe.convert.source import SourceModel
 from edgemoe.convert.text import check_text
 from edgemoe.file.writer import Writer
@@ -44,6 +46,7 @@ def convert(
     allocation: Allocation | None = None,
     favour: int | None = None,
     down_bits: Sequence[int] | None = None,
+    correction: int | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     arrivals: Arrivals | None = None,
@@ -64,6 +67,8 @@ def convert(
         favour: bits of the level whose error matters most; None for all levels alike, but with an allocation for what
             is stored of each expert.
         down_bits: bits of experts' w_down at each level; None for those of the other two matrices.
+        correction: rank of the corrections of 2, 3 and 4 bits, 0 for none; None for those that are worth their bytes.
+            Only a calibration with products can have some.
         progress: called after every tensor and expert.
         say: is told, a line each, what of the checkpoint is not used.
         arrivals: waits for weights that are not there yet; None: all are.
@@ -73,9 +78,11 @@ def convert(
     Raises:
         FormatError: the checkpoint is broken or not supported, or the calibration or allocation is of another
             model or asks for more than `bits`.
-        ValueError: `bits` or `favour` is not a level, or `down_bits` do not climb.
+        ValueError: `bits` or `favour` is not a level, `down_bits` do not climb, or there can be no such `correction`.
         OSError: the disk is too small, or reading or writing failed.
     """
+    if correction is not None:
+        check_rank(correction, scheme, calibration)
     model = SourceModel(source, are_there=arrivals is None)
     config = model.config
     if say is not None:
@@ -95,6 +102,13 @@ def convert(
         calibration.verify()
         if say is not None and calibration.note:
             say(calibration.note)
+        if scheme.name == "nested" and calibration.is_full and not scheme.correction:
+            found = (
+                choose_ranks(model, calibration, bits=bits, allocation=allocation, favour=favour)
+                if correction is None
+                else same_ranks(config, calibration, correction)
+            )
+            scheme = replace(scheme, correction=found)
         provenance["calibration"] = {**calibration.meta, "checksum": calibration.digest()}
     if allocation is not None:
         provenance["allocation"] = {"method": allocation.method, **allocation.settings}

@@ -26,6 +26,8 @@ from edgemoe.quant import (
     Calibration,
     Scheme,
 )
+from edgemoe.quant.correction import SHARED, kind_of, pack_basis
+from edgemoe.quant.lowrank import Directions, directions
 
 __all__ = ["Writer"]
 
@@ -102,6 +104,11 @@ class Writer:
         self._specs = dense_tensors(config)
         self._source = dict(source)
         self._sections = {k: v for k, v in sections.items() if v}
+        self._bases = self._find_bases()
+        if self._layout.scheme.shared_rank:
+            stored = self._layout.scheme.shared_rank
+            basis = pack_basis([v[:stored] for v in self._bases.values()])
+            self._sections = {**self._sections, "basis": basis}
         taken = self._layout.section_bytes(self._sections)
         if taken > MAX_SECTIONS:  # which no reader takes
             raise FormatError(f"sections of {taken} bytes; expected at most {MAX_SECTIONS}")
@@ -207,16 +214,42 @@ class Writer:
     def _quantize(
         self, name: str, w: NDArray[np.float32], ladder: Sequence[int], favour: int | None
     ) -> list[NDArray[np.uint8]]:
+        moments = self._second_moments(name)
         try:
             return self._scheme.of(name).quantize(
                 np.ascontiguousarray(w, np.float32),
                 ladder,
-                second_moments=self._second_moments(name),
+                second_moments=moments,
                 favour=favour,
+                directions=self._directions(name, moments),
                 threads=self._threads,
             )
         except ValueError as e:
             raise FormatError(f"{name}: {e}") from None
+
+    def _find_bases(self) -> dict[int, NDArray[np.int8]]:
+        """Returns V of each layer's gates and ups, where they have corrections."""
+        rank = self._scheme.shared_rank
+        if not rank:
+            return {}
+        if self._calibration is None:
+            raise FormatError("corrections are fitted to a calibration, and there is none")
+        return {
+            layer: directions(self._calibration.layer_matrix(layer), rank)
+            for layer in self._config.moe_layers
+        }
+
+    def _directions(self, name: str, moments: NDArray[np.float32] | None) -> Directions | None:
+        """Returns V of a matrix's corrections; None where it has none."""
+        ranks = self._scheme.ranks(name)
+        if not any(ranks):
+            return None
+        if moments is None or moments.ndim < 2:
+            raise FormatError(f"{name}: has a correction, but no products of its inputs are known")
+        if kind_of(name) in SHARED:
+            return Directions(self._bases[int(name.split(".")[1])], ranks, stored=0)
+        stored = max(self._layout.scheme.ranks(name), default=0)
+        return Directions(directions(moments, max(ranks)), ranks, stored)
 
     def _second_moments(self, name: str) -> NDArray[np.float32] | None:
         if self._calibration is None:

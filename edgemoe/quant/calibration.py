@@ -179,6 +179,23 @@ class Calibration:
         """Returns the mean of x xᵀ over a matrix's inputs, float32 [cols, cols]; None where the file has none."""
         return self._mean(name, "products")
 
+    def layer_matrix(self, layer: int) -> Array:
+        """Returns the mean of x xᵀ over all that was routed to a layer's experts, [D, D]; for what `knows` knows."""
+        key = f"experts.{layer}.in.products"
+        total = np.zeros(self._file.shapes[key][1:], np.float32)
+        for rows in self._file.rows(key):  # an expert at a time: they are large
+            total += self._checked(key, rows).reshape(-1, *total.shape).sum(axis=0)
+        return np.asarray(total / np.float32(self.layer(layer, "count").sum()), np.float32)
+
+    def knows(self, name: str) -> bool:
+        """Says whether `matrix` has something of a matrix."""
+        if name.startswith("experts."):
+            _, layer, _, part = name.split(".")
+            port = "hidden" if part == "down" else "in"
+            has = f"experts.{layer}.{port}.products" in self._file.shapes
+            return has and bool(self.layer(int(layer), "count").any())
+        return f"dense.{_input(name)}.products" in self._file.shapes and self.count(name) > 0
+
     def count(self, name: str) -> int:
         """Returns the tokens that a matrix was seen with; 0 if nothing is known."""
         if name.startswith("experts."):

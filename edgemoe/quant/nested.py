@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.file.tensors import is_finite
+from edgemoe.quant.lowrank import Directions
 
 __all__ = [
     "DEFAULT_LADDER",
@@ -92,6 +93,7 @@ def quantize(
     second_moments: NDArray[np.float32] | None = None,
     favour: int | None = None,
     row_scales: Sequence[int] = (1,),
+    directions: Directions | None = None,
     thorough: bool = False,
     threads: int = 2,
 ) -> list[NDArray[np.uint8]]:
@@ -113,6 +115,7 @@ def quantize(
         favour: the level, 1 for the first rung, whose error matters much more than that of the others; None for none.
         row_scales: which rungs begin with scales of rows, for themselves and those after them. It may be longer than
             the ladder, whose codes then are those of a longer one.
+        directions: V of the levels' corrections, which follow their rungs then; None for none. Only with products.
         thorough: tries all of some 25 scales and middles, for five scales of each row. It takes twelve times the time
             and leaves 0.4% less error (benchmarks/LOG.md). With a full matrix of second moments that is done anyway.
 
@@ -131,20 +134,28 @@ def quantize(
         mean = float(diagonal.mean())
         if not (is_finite(second_moments) and np.isfinite(mean) and diagonal.min() >= 0):
             raise ValueError("second_moments: expected mean squares, finite and not negative")
+        if directions is not None:
+            mean = mean or 1.0  # of inputs that were all zeros
         if mean > 0:
             squares = np.asarray(diagonal / mean + _DAMPING, np.float32)
             if is_full:
                 moments = np.asarray(second_moments / mean, np.float32)
                 np.fill_diagonal(moments, squares)
     level_weights = _level_weights(ladder, favour, is_compensated=moments is not None)
-    return _core.quantize(
-        w,
-        plane_widths(ladder),
-        row_scales,
-        level_weights,
-        squares,
-        moments,
-        _SWEEPS,
-        thorough,
-        threads,
-    )
+    rest, corrected = None, 0
+    if directions is not None:
+        if moments is None:
+            raise ValueError("directions: expected second moments [cols, cols] with them")
+        whole = (*ladder, *DEFAULT_LADDER[len(ladder) :])
+        is_longer = whole == DEFAULT_LADDER and favour is None
+        rest, corrected = (
+            directions.rest(moments),
+            directions.corrected(whole if is_longer else ladder),
+        )
+    rungs = _core.quantize(
+        w, plane_widths(ladder), row_scales, level_weights, squares, moments, _SWEEPS, thorough,
+        threads, rest, corrected,
+    )  # fmt: skip
+    if directions is None or moments is None:
+        return rungs
+    return directions.correct(w, rungs, ladder, row_scales, moments)

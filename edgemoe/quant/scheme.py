@@ -18,6 +18,7 @@ from edgemoe.quant.correction import (
     correction_bytes,
     kind_of,
 )
+from edgemoe.quant.lowrank import Directions
 
 __all__ = ["SCHEMES", "Scheme"]
 
@@ -35,6 +36,7 @@ class Quantize(Protocol):
         *,
         second_moments: NDArray[np.float32] | None,
         favour: int | None = None,
+        directions: Directions | None = None,
         threads: int,
     ) -> list[NDArray[np.uint8]]: ...
 
@@ -160,9 +162,10 @@ def _quantize_mwq(
     *,
     second_moments: NDArray[np.float32] | None,
     favour: int | None = None,
+    directions: Directions | None = None,
     threads: int,
 ) -> list[NDArray[np.uint8]]:
-    assert favour is None  # as `can_favour` says
+    assert favour is directions is None  # as `can_favour` and the format say
     del threads  # numpy's products have their own; more beside these made it slower
     return mwq.quantize(w, ladder, second_moments=second_moments)
 

@@ -80,6 +80,16 @@ def test_command_says_what_of_a_scaling_is_not_used(tmp_path, capsys) -> None:
             "not an allocation of edgemoe",
         ),
         (
+            ("convert", "absent", "x.moe", "--correction", "many"),
+            2,
+            "--correction: expected auto, none or a rank, got many",
+        ),
+        (
+            ("convert", "absent", "x.moe", "--correction", "8"),
+            2,
+            "correction: expected a calibration that was made with --full",
+        ),
+        (
             ("convert", "absent", "x.moe", "--bits", "4", "--favour", "6"),
             2,
             "--favour: expected one of 2, 3, 4, got 6",

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import reference
-from corrected import RANKS, CorrectingWriter
+from corrected import RANKS, convert_corrected
 from decoded import Decoded
 from edited import edit, setter
 from engines import GREEDY, with_slots
@@ -16,12 +16,11 @@ from simulated import plug_in
 from tiny import tiny_checkpoint
 
 import edgemoe
-import edgemoe.convert.convert as conversion
 from edgemoe import _core
 from edgemoe.errors import FormatError
 from edgemoe.file.floats import dense_floats, expert_floats
 from edgemoe.file.format import open_moe
-from edgemoe.quant import SCHEMES, Allocation
+from edgemoe.quant import Allocation
 from edgemoe.runtime.trace import read
 from edgemoe.store import ExpertStore, dense_bytes, expert_bytes
 
@@ -29,15 +28,8 @@ IDS = np.random.default_rng(1).integers(0, 256, 60)
 BITS = np.array([[2, 3, 4, 8, 6, 2, 3, 4], [3, 2, 2, 8, 4, 4, 6, 2]], np.int8)
 
 
-def make(path, *, writer=CorrectingWriter, **options):
-    """Converts the tiny model with corrections, and with row scales for each rung that may have them."""
-    options.setdefault("scheme", SCHEMES["nested"].fitted())
-    before, conversion.Writer = conversion.Writer, writer
-    try:
-        conversion.convert(tiny_checkpoint(), path, **options)
-    finally:
-        conversion.Writer = before
-    return path
+def make(path, **options):
+    return convert_corrected(tiny_checkpoint(), path, **options)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,113 @@
+"""Fits corrections of low rank: the principal directions of a matrix's inputs, and what each level lacks in them.
+
+With V x known, an error E of the codes costs E M' E^T, where M' are the products of what V x does not tell of the
+inputs; the best factor makes up for the rest. So the codes of corrected levels are refined on M', and A is fitted to
+what they then lack: A = (W - Wb) M V^T (V M V^T)^-1, V as stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+from edgemoe.quant.correction import basis_codes, factor_codes, with_correction
+
+__all__ = ["Directions", "directions"]
+
+Array = NDArray[np.float32]
+
+_MORE = 8  # vectors beside those that are wanted, which makes the last of these good
+_ROUNDS = 4
+_BLOCK = 256  # rows that are decoded at a time
+_DAMPING = 1e-4  # of the mean square: what V tells of is not for nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """Is the V of a matrix's corrections, and which rungs have one."""
+
+    basis: NDArray[np.int8]
+    """[R, cols], as stored."""
+    ranks: tuple[int, ...]
+    """The rank at each rung, at most R; it may be longer than the ladder, as row scales may."""
+    stored: int
+    """How many rows of V follow the first rung; 0 where it lies elsewhere."""
+
+    def corrected(self, ladder: Sequence[int]) -> int:
+        """Returns a mask of 1 to 8 bits, bit b - 1 for b: the levels that have a correction of their own."""
+        mask = 0
+        for (low, high), rank in zip(pairwise((0, *ladder)), self.ranks, strict=False):
+            mask |= sum(1 << b for b in range(low, high)) if rank else 0
+        return mask
+
+    def rest(self, moments: Array) -> Array:
+        """Returns the products of what V x does not tell of the inputs, for mean products of mean 1.
+
+        V has as many rows here as each of the corrections has.
+        """
+        v = self.basis[: min(rank for rank in self.ranks if rank)].astype(np.float64)
+        seen = _dot(v, moments)
+        values, turn = np.linalg.eigh(_dot(seen, v))
+        held = values > 1e-9 * max(values[-1], 1e-30)
+        told = np.einsum("jr,jc->rc", turn[:, held] / np.sqrt(values[held]), seen)
+        out = np.asarray(moments - np.einsum("ra,rb->ab", told, told), np.float32)
+        np.fill_diagonal(out, np.maximum(out.diagonal(), 0) + np.float32(_DAMPING))
+        return out
+
+    def correct(
+        self,
+        w: Array,
+        rungs: Sequence[NDArray[np.uint8]],
+        ladder: Sequence[int],
+        row_scales: Sequence[int],
+        moments: Array,
+    ) -> list[NDArray[np.uint8]]:
+        """Returns the rungs with what each level lacks behind them."""
+        v = self.basis.astype(np.float64)
+        seen = _dot(v, moments)
+        inner = _dot(seen, v)
+        widths = np.diff([0, *ladder]).tolist()
+        factors: dict[int, tuple[NDArray[np.float16], NDArray[np.uint8]]] = {}
+        units = np.zeros(0)
+        for level, (bits, rank) in enumerate(zip(ladder, self.ranks, strict=False), 1):
+            if level <= len(row_scales) and row_scales[level - 1]:
+                units = rungs[level - 1][: 2 * len(w)].view("<f2").astype(np.float64) / 4096
+            if not rank:
+                continue
+            matrix = _core.Nested.from_rungs(
+                rungs[:level], *w.shape, widths[:level], row_scales=row_scales
+            )
+            a = np.zeros((len(w), rank))
+            for first in range(0, len(w), _BLOCK):  # an embedding is large
+                rows = np.arange(first, min(first + _BLOCK, len(w)), dtype=np.int32)
+                coded = np.zeros((len(rows), w.shape[1]), np.float32)
+                matrix.decode_rows(rows, coded)
+                a[rows] = _dot(w[rows] - coded, seen[:rank])
+            a = a @ np.linalg.pinv(inner[:rank, :rank], hermitian=True)
+            factors[level - 1] = factor_codes(a, units * 2.0 ** (8 - bits))
+        return with_correction(rungs, factors, self.basis[: self.stored] if self.stored else None)
+
+
+def directions(moments: Array, rank: int) -> NDArray[np.int8]:
+    """Returns V [rank, n] of mean products [n, n], as it is stored.
+
+    It is about their first eigenvectors, by subspace iteration from a fixed start.
+    """
+    n = len(moments)
+    vectors = np.random.default_rng(0).standard_normal((min(rank + _MORE, n), n), np.float32)
+    for _ in range(_ROUNDS):
+        vectors = np.ascontiguousarray(np.linalg.qr(_dot(moments, vectors))[0].T)
+    values, turn = np.linalg.eigh(_dot(vectors, _dot(vectors, moments)))
+    first = np.argsort(-values)[:rank]
+    return basis_codes(np.einsum("jr,jc->rc", turn[:, first], vectors))
+
+
+def _dot(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Returns a b^T. Not by BLAS: threads of its own would wait for each other longer than so few rows take."""
+    out: NDArray[np.floating] = np.einsum("ik,jk->ij", a, b)
+    return out
