@@ -27,11 +27,12 @@ def products(rng, cols, count=(), *, few=False):
     return (x.swapaxes(-1, -2) @ x).astype(np.float32)
 
 
-def calibrated(path, config, *, leaving=(), few=False):
+def calibrated(path, config, *, leaving=(), more=(), few=False):
     """Writes a calibration of random inputs and returns it.
 
     Args:
         leaving: names of tensors that it shall not have.
+        more: other inputs that it shall have, and their widths.
         few: as for `products`.
     """
     rng = np.random.default_rng(3)
@@ -42,6 +43,9 @@ def calibrated(path, config, *, leaving=(), few=False):
         if spec.kind == "nested" and f"{key}.count" not in tensors:
             tensors[f"{key}.count"] = np.array([400])
             tensors[f"{key}.products"] = products(rng, spec.shape[1], few=few)
+    for name, cols in dict(more).items():
+        tensors[f"dense.{name}.count"] = np.array([400])
+        tensors[f"dense.{name}.products"] = products(rng, cols, few=few)
     for layer in config.moe_layers:
         counts = np.full(config.num_experts, 400)
         tensors[f"experts.{layer}.count"] = counts

@@ -57,8 +57,10 @@ def _calibrate(args: argparse.Namespace) -> None:
     if out.exists() and not args.overwrite:
         raise FileExistsError(f"{out}: exists; --overwrite replaces it")
     check_output(out, args.model, args.text, args.imatrix)
+    if args.full and args.layers:
+        raise ValueError("--layers: not together with --full, which has more")
     if args.imatrix is not None:
-        for name in ("text", "full", "window", "chunks", "ram", "threads"):
+        for name in ("text", "full", "layers", "window", "chunks", "ram", "threads"):
             if getattr(args, name) not in (None, False):
                 raise ValueError(f"--{name}: not together with --imatrix, which is read as it is")
         from edgemoe.convert.imatrix import convert_imatrix
@@ -76,7 +78,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         )
         with Progress("calibrating", unit="window") as progress:
             calibrate(
-                args.model, text, out, full=args.full,
+                args.model, text, out, full=args.full, layers=args.layers,
                 window=WINDOW if args.window is None else args.window, count=args.chunks,
                 ram=args.ram, threads=args.threads, progress=progress,
             )  # fmt: skip
@@ -103,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--full", action="store_true",
                         help="also sum the products of all pairs of inputs, for compensation; takes "
                         "4 bytes for each, and a pass over the text for as many as fit in memory")  # fmt: skip
+    parser.add_argument("--layers", action="store_true",
+                        help="the same with one matrix for all experts of a layer, and none for w_down: much less "
+                        "to sum, and most of what --full gains")  # fmt: skip
     parser.add_argument("--window", type=int, metavar="N",
                         help="tokens of each piece of the text (default: 512)")  # fmt: skip
     parser.add_argument("--chunks", type=int, metavar="N", help="most pieces (default: all)")

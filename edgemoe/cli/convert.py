@@ -217,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
         default="auto",
         metavar="RANK",
         help="what 2, 3 and 4 bits add to their codes in so many directions of the input: 8, 16, 24 or 32, none, "
-        "or auto: what is worth its bytes; only with the matrices of --full (default: %(default)s)",
+        "or auto: what is worth its bytes; only with matrices of inputs, as --full sums them (default: %(default)s)",
     )
     parser.add_argument("--carve", action="store_true", help="cut a dense model into experts")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.moe if it exists")

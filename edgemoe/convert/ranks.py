@@ -30,7 +30,7 @@ def check_rank(rank: int, scheme: Scheme, calibration: Calibration | None) -> No
     if rank and scheme.name != "nested":
         raise ValueError(f"correction: not for the scheme {scheme.name}")
     if rank and (calibration is None or not calibration.is_full):
-        raise ValueError("correction: expected a calibration that was made with --full")
+        raise ValueError("correction: expected a calibration that was made with --full or --layers")
 
 
 def same_ranks(config: ModelConfig, calibration: Calibration, rank: int) -> Correction:

@@ -6,7 +6,7 @@ an expert: the tokens routed to it).
 
     dense.X.count       int64   [1]        tokens
     dense.X.squares     float32 [cols]     sum of x², per input column
-    dense.X.products    float32 [cols, cols]  sum of x xᵀ (files made with --full only)
+    dense.X.products    float32 [cols, cols]  sum of x xᵀ (files made with --full or --layers only)
     experts.L.count     int64   [E]        tokens that were routed to each expert
     experts.L.gates     float64 [E]        sum of their gate weights
     experts.L.gates2    float64 [E]        sum of their squared gate weights
@@ -22,7 +22,8 @@ an expert: the tokens routed to it).
 
 Experts that no token reached have zeros. The inputs `X` of dense matrices are named by the first matrix that takes
 them, as `edgemoe.config.dense_tensors` names it: layers.L.q (also k, v), layers.L.o, layers.L.shared.gate (also up),
-layers.L.shared.down, and head (embed where it is tied). An imatrix of llama.cpp gives counts and squares alone.
+layers.L.shared.down, head (embed where it is tied), and with --layers also layers.L.experts, without
+squares: what w_gate and w_up of all routed experts take. An imatrix of llama.cpp gives counts and squares alone.
 
 The metadata (strings) are: edgemoe_calibration "2", source "edgemoe" or "imatrix", model, tokens, window (tokens
 of each piece of text, every one a sequence of its own) and bits (of `error`, separated by spaces; may be empty).
@@ -176,12 +177,22 @@ class Calibration:
         return self._mean(name, "squares")
 
     def matrix(self, name: str) -> Array | None:
-        """Returns the mean of x xᵀ over a matrix's inputs, float32 [cols, cols]; None where the file has none."""
-        return self._mean(name, "products")
+        """Returns the mean of x xᵀ over a matrix's inputs, float32 [cols, cols]; None where the file has none.
+
+        Gates and ups of which it knows no products of their own have those of their layer, if it knows these.
+        """
+        own = self._mean(name, "products")
+        if own is None and name.startswith("experts.") and not name.endswith(".down"):
+            return self._mean(_experts_input(int(name.split(".")[1])), "products")
+        return own
 
     def layer_matrix(self, layer: int) -> Array:
         """Returns the mean of x xᵀ over all that was routed to a layer's experts, [D, D]; for what `knows` knows."""
         key = f"experts.{layer}.in.products"
+        if key not in self._file.shapes:
+            known = self._mean(_experts_input(layer), "products")
+            assert known is not None
+            return known
         total = np.zeros(self._file.shapes[key][1:], np.float32)
         for rows in self._file.rows(key):  # an expert at a time: they are large
             total += self._checked(key, rows).reshape(-1, *total.shape).sum(axis=0)
@@ -192,8 +203,11 @@ class Calibration:
         if name.startswith("experts."):
             _, layer, _, part = name.split(".")
             port = "hidden" if part == "down" else "in"
-            has = f"experts.{layer}.{port}.products" in self._file.shapes
-            return has and bool(self.layer(int(layer), "count").any())
+            if f"experts.{layer}.{port}.products" in self._file.shapes:
+                return bool(self.layer(int(layer), "count").any())
+            if part == "down":
+                return False
+            name = _experts_input(int(layer))
         return f"dense.{_input(name)}.products" in self._file.shapes and self.count(name) > 0
 
     def count(self, name: str) -> int:
@@ -232,6 +246,7 @@ class Calibration:
                 f"layers {list(config.moe_layers)} with {config.num_experts}"
             )
         dense = {name: spec.shape[-1] for name, spec in dense_tensors(config).items()}
+        dense |= {_experts_input(i): config.hidden_size for i in config.moe_layers}
         widths = {"in": config.hidden_size, "hidden": config.expert_hidden}
         for name, (place, form) in self._keys.items():
             port = form.split(".")[1]
@@ -278,6 +293,11 @@ class Calibration:
         return np.asarray(
             (own + np.float32(needed - n) * layer_mean) / np.float32(needed), np.float32
         )
+
+
+def _experts_input(layer: int) -> str:
+    """Returns the name of what all routed experts of a layer take."""
+    return f"layers.{layer}.experts"
 
 
 def _input(name: str) -> str:

@@ -87,7 +87,7 @@ def test_command_says_what_of_a_scaling_is_not_used(tmp_path, capsys) -> None:
         (
             ("convert", "absent", "x.moe", "--correction", "8"),
             2,
-            "correction: expected a calibration that was made with --full",
+            "correction: expected a calibration that was made with --full or --layers",
         ),
         (
             ("convert", "absent", "x.moe", "--bits", "4", "--favour", "6"),

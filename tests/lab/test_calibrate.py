@@ -138,6 +138,31 @@ def test_products_and_squares_agree(made):
         np.testing.assert_allclose(matrix, matrix.T, atol=1e-5 * np.abs(matrix).max())
 
 
+def test_one_matrix_for_all_experts_of_a_layer(tiny_moe, made, tmp_path):
+    calibrate(tiny_moe, TEXT, tmp_path / "x.calib", layers=True, window=WINDOW, threads=1)
+    mine, whole = Calibration(tmp_path / "x.calib"), Calibration(made)
+    config = open_moe(tiny_moe).config
+    mine.check(config)
+    mine.verify()
+    for layer in config.moe_layers:
+        # The shared expert takes the same, and all that was routed is each token as often.
+        shared = mine.matrix(f"layers.{layer}.shared.gate")
+        assert np.array_equal(shared, whole.matrix(f"layers.{layer}.shared.gate"))
+        for name in (f"experts.{layer}.0.gate", f"experts.{layer}.7.up"):
+            assert mine.knows(name)
+            np.testing.assert_allclose(mine.matrix(name), shared, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            mine.layer_matrix(layer), whole.layer_matrix(layer), rtol=1e-4, atol=1e-5
+        )
+        down = f"experts.{layer}.0.down"
+        assert whole.knows(down)
+        assert not mine.knows(down)
+        assert mine.matrix(down) is None
+        np.testing.assert_array_equal(mine.diagonal(down), whole.diagonal(down))
+    with pytest.raises(ValueError, match="layers: not together with full"):
+        calibrate(tiny_moe, TEXT, tmp_path / "y.calib", layers=True, full=True)
+
+
 def test_errors_are_the_change_of_the_layers_output(tiny_moe, made):
     moe, c = open_moe(tiny_moe), Calibration(made)
     assert c.bits == (2, 3, 4, 6, 8)

@@ -1,8 +1,8 @@
 """Collects a calibration: runs a text through a model and sums what flows into every matrix.
 
-Squares and everything small are collected in one pass over the text. Products (`full`) take a pass for every run of
-layers whose matrices fit in memory. Every pass saves where it is from time to time, and an interrupted calibration
-goes on there.
+Squares and everything small are collected in one pass over the text. Products (`full`, `layers`) take a pass for
+every run of layers whose matrices fit in memory. Every pass saves where it is from time to time, and an interrupted
+calibration goes on there.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def calibrate(
     out: Path,
     *,
     full: bool = False,
+    layers: bool = False,
     window: int = WINDOW,
     count: int | None = None,
     ram: int | str | None = None,
@@ -104,6 +105,7 @@ def calibrate(
     Args:
         path: a `.moe` file.
         full: also collect x xᵀ.
+        layers: the same, but for experts only what a layer's all take together: one matrix in place of two for each.
         window: tokens of each piece of text.
         count: most pieces; None for the whole text.
         ram: memory for the whole process; None for what is free, less a margin.
@@ -115,6 +117,8 @@ def calibrate(
         OutOfBudget: says the smallest budget that works.
         OSError: reading or writing failed.
     """
+    if full and layers:
+        raise ValueError("layers: not together with full, which has more")
     moe = open_moe(path)
     pieces = windows_of(moe, text, window=window, count=count)
     total_ram = default_ram() if ram is None else parse_size(ram)
@@ -122,8 +126,8 @@ def calibrate(
         hardware.process_bytes()
     )  # before there are sums, which take their memory as they fill
     passes: list[tuple[str, ...]] = [()]
-    if full:
-        shapes = product_shapes(moe.config)
+    if full or layers:
+        shapes = product_shapes(moe.config, layers=layers)
         _check_disk(out, shapes)
         room = (total_ram - process) // 2
         saved = _saved_passes(out.with_name(f"{out.name}.part0"), moe, pieces, shapes, room)
@@ -205,7 +209,7 @@ def _saved_passes(
         return None
     if meta.get("identity") != _identity(moe, pieces, passes):
         return None
-    if sorted(name for names in passes for name in names) != sorted(shapes):  # not of --full
+    if sorted(name for names in passes for name in names) != sorted(shapes):  # not of these
         return None
     largest = max(sum(4 * math.prod(shapes[name]) for name in names) for names in passes)
     single = max(4 * math.prod(shape) for shape in shapes.values())

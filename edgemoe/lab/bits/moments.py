@@ -15,6 +15,7 @@ from edgemoe.quant.calibration import SAME_INPUT
 __all__ = ["Moments", "Products", "product_shapes"]
 
 Array = NDArray[np.float32]
+_OF_LAYER = ".experts.products"
 
 
 class Moments:
@@ -95,9 +96,15 @@ class Products:
         names: of `product_shapes`, those that are wanted now.
         """
         self._layers = config.moe_layers
-        shapes = product_shapes(config)
-        self.sums = {name: np.zeros(shapes[name], np.float32) for name in names}
+        shapes = {**product_shapes(config), **product_shapes(config, layers=True)}
+        self.sums: dict[str, NDArray[Any]] = {}
         """What to save, by name."""
+        for name in names:
+            self.sums[name] = np.zeros(shapes[name], np.float32)
+            if name.endswith(
+                _OF_LAYER
+            ):  # an input that no dense matrix takes, so that nobody else counts it
+                self.sums[name.removesuffix("products") + "count"] = np.zeros(1, np.int64)
 
     def dense(self, name: str, x: Array) -> None:
         """See `Tap.dense`."""
@@ -114,6 +121,10 @@ class Products:
     ) -> None:
         """See `Tap.experts`."""
         p = f"experts.{self._layers[plan.layer]}."
+        of_layer = f"dense.layers.{self._layers[plan.layer]}{_OF_LAYER}"
+        if of_layer in self.sums and 0 in group:  # once for each plan
+            _add_product(self.sums[of_layer], x)
+            self.sums[of_layer.removesuffix("products") + "count"] += len(x)
         inputs, hiddens = self.sums.get(p + "in.products"), self.sums.get(p + "hidden.products")
         for i in group:
             e, rows = plan.experts[i], slice(plan.offsets[i], plan.offsets[i + 1])
@@ -126,8 +137,12 @@ class Products:
         """Ends a piece of text."""
 
 
-def product_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
-    """Returns the names and shapes of all products of a model, layer by layer."""
+def product_shapes(config: ModelConfig, *, layers: bool = False) -> Mapping[str, tuple[int, ...]]:
+    """Returns the names and shapes of all products of a model, layer by layer.
+
+    Args:
+        layers: experts have one matrix for each layer, of what they all take, in place of their own.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     E, d, h = config.num_experts, config.hidden_size, config.expert_hidden
     dense = _dense_inputs(config)
@@ -135,7 +150,9 @@ def product_shapes(config: ModelConfig) -> Mapping[str, tuple[int, ...]]:
         for name, cols in dense.items():
             if name.startswith(f"layers.{i}."):
                 shapes[f"dense.{name}.products"] = (cols, cols)
-        if i in config.moe_layers:
+        if i in config.moe_layers and layers:
+            shapes[f"dense.layers.{i}{_OF_LAYER}"] = (d, d)
+        elif i in config.moe_layers:
             shapes[f"experts.{i}.in.products"] = (E, d, d)
             shapes[f"experts.{i}.hidden.products"] = (E, h, h)
     head = "embed" if config.tied else "head"
