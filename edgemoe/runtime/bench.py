@@ -136,8 +136,7 @@ def _run(
     )  # some experts are there
     roof_before = engine.model.store.read_rate(engine.threads)
     rates: list[float] = []
-    hits = uses = read = 0
-    read_s = wait_s = total_s = 0.0
+    total_s, did = 0.0, dict.fromkeys(("hits", "misses", "bytes_read", "read_s", "wait_s"), 0.0)
     for repetition in range(repetitions + 1):
         ids = rng.integers(0, engine.config.vocab_size, depth + count + 1)
         start_ids = ids[: max(depth, 1)] if not is_prompt or depth else None
@@ -148,32 +147,31 @@ def _run(
             if is_prompt
             else [ids[max(depth, 1) + i :][:1] for i in range(count)]
         )
-        start = time.perf_counter()
+        before, start = engine.model.counters.store, time.perf_counter()
         for tokens in steps:
             if start_ids is None:
                 engine.logits(tokens, last_only=True)
             else:
                 engine.extend(tokens)
-            if repetition:
-                s = engine.stats
-                hits, uses = hits + s.hits, uses + s.hits + s.misses
-                read, read_s, wait_s = read + s.bytes_read, read_s + s.read_s, wait_s + s.wait_s
         seconds = time.perf_counter() - start
+        after = engine.model.counters.store
         if repetition:  # the first one warms caches
             rates.append(count / seconds)
             total_s += seconds
-    stats = engine.stats
+            for name in did:
+                did[name] += after[name] - before[name]
+    stats, uses = engine.stats, did["hits"] + did["misses"]
     return Result(
         test=name,
         rates=tuple(rates),
-        hit_rate=hits / uses if uses else 1.0,
-        read_per_token=read / (count * repetitions),
-        read_rate=read / read_s if read_s else 0.0,
+        hit_rate=did["hits"] / uses if uses else 1.0,
+        read_per_token=did["bytes_read"] / (count * repetitions),
+        read_rate=did["bytes_read"] / did["read_s"] if did["read_s"] else 0.0,
         memory_roofs=(roof_before, engine.model.store.read_rate(engine.threads)),
         used_per_token=0.0
         if is_prompt
         else float(engine.bytes_per_token + engine.kv_bytes(depth + count // 2)),
-        wait_share=wait_s / total_s,
+        wait_share=did["wait_s"] / total_s,
         average_bits=stats.average_bits,
         peak_bytes=stats.peak_bytes,
         logits_hash=stats.logits_hash,
