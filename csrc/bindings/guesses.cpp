@@ -4,6 +4,8 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "matrix.h"
+#include "rounded.h"
 
 namespace edgemoe {
 namespace {
@@ -18,6 +20,36 @@ const int32_t* within(const Array<int32_t>& experts, const char* name, py::ssize
 }  // namespace
 
 void bind_guesses(py::module_& m) {
+  py::class_<RoundedRows, Held<RoundedRows>>(m, "RoundedRows", "A matrix in 8 bits with a scale per row, and a bias.")
+      .def(py::init([](const Array<float>& matrix, const Array<float>& bias) {
+             expect(matrix, "matrix", {-1, -1});
+             expect(bias, "bias", {matrix.shape(0)});
+             check_shape(int(matrix.shape(0)), int(matrix.shape(1)));
+             return Held<RoundedRows>(
+                 new RoundedRows(matrix.data(), bias.data(), int(matrix.shape(0)), int(matrix.shape(1))));
+           }),
+           py::arg("matrix").noconvert(), py::arg("bias").noconvert())
+      .def(
+          "dot",
+          [](const RoundedRows& w, const Array<float>& x, Array<float>& out) {
+            expect(x, "x", {w.cols()});
+            expect(out, "out", {w.rows()});
+            w.dot(x.data(), out.mutable_data());
+          },
+          py::arg("x").noconvert(), py::arg("out").noconvert(),
+          "out [rows] = the matrix times x [cols], plus the bias.");
+
+  m.def(
+      "times",
+      [](const Array<float>& matrix, const Array<float>& x, Array<float>& out) {
+        expect(matrix, "matrix", {-1, -1});
+        expect(x, "x", {matrix.shape(1)});
+        expect(out, "out", {matrix.shape(0)});
+        const int rows = int(matrix.shape(0)), cols = int(matrix.shape(1));
+        kernels().matmul_f32(matrix.data(), x.data(), 1, rows, cols, 0, rows, out.mutable_data());
+      },
+      py::arg("matrix").noconvert(), py::arg("x").noconvert(), py::arg("out").noconvert(),
+      "out [rows] = a small matrix times x [cols], by the thread that calls and in the same order everywhere.");
   m.def(
       "decay_uses",
       [](Array<double>& uses, const Array<int32_t>& chosen, double left) {

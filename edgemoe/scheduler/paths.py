@@ -1,4 +1,4 @@
-"""A trained predictor of routing paths: from the tokens so far to the experts of all layers. Numpy only.
+"""A trained predictor of routing paths: from the tokens so far to the experts of all layers.
 
 After ExpertFlow's routing-path predictor (arXiv 2410.17954), with a recurrent state in place of its encoder and
 decoder, because here it must answer in a fraction of a layer's time. `edgemoe profile train` makes one and keeps it in
@@ -13,6 +13,8 @@ the model's file as the section "paths", a safetensors file. V rows of embedding
     now_bias   float32 [L*E]
     next       float32 [L*E, d]    from the state alone to those of the token after it, not yet known
     next_bias  float32 [L*E]
+
+`now` and `next` are nearly all of it, and a token reads them whole: they are kept in 8 bits with a scale per row.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe import _core
 from edgemoe.errors import FormatError
 from edgemoe.file.tensors import is_finite, view
 from edgemoe.plan import Routing
@@ -50,22 +53,26 @@ class PathPredictor:
         self, tensors: Mapping[str, NDArray[Any]], num_layers: int, num_experts: int
     ) -> None:
         """Args:
-        tensors: as in a section; their shapes fit each other.
+        tensors: as in a section; their shapes fit each other. None of them is kept.
         """
-        self._embedding = tensors["embedding"]
+        self._embedding = tensors["embedding"].copy()
         self._rows, d = self._embedding.shape
-        self._w_input, self._w_state = tensors["w_input"], tensors["w_state"]
-        self._b_input, self._b_state = tensors["b_input"], tensors["b_state"]
-        self._heads = [(tensors[name], tensors[f"{name}_bias"]) for name in ("now", "next")]
+        self._w_input, self._w_state, self._b_input, self._b_state = (
+            tensors[name].copy() for name in ("w_input", "w_state", "b_input", "b_state")
+        )
+        self._heads = [
+            _core.RoundedRows(tensors[name], tensors[f"{name}_bias"]) for name in ("now", "next")
+        ]
         self._seen = np.zeros(2 * d, np.float32)  # the state, then the embedding
         self._state = self._seen[:d]
+        self._from_input, self._from_state = np.empty((2, 3 * d), np.float32)
         shape = (num_layers, num_experts)
         self._paths: list[Array] = [np.empty(shape, np.float32) for _ in self._heads]
         self._is_known = [False, False]
 
     @classmethod
     def from_section(cls, content: bytes, num_layers: int, num_experts: int) -> PathPredictor:
-        """Reads one, which keeps `content`.
+        """Reads one, which keeps nothing of `content`.
 
         Raises:
             FormatError: damaged, or of another model.
@@ -104,11 +111,11 @@ class PathPredictor:
         d = len(self._state)
         rows = hashed(ids[-_MOST:], self._rows)
         inputs = self._embedding[rows].astype(np.float32)
-        from_input = inputs @ self._w_input.T
-        from_input += self._b_input
-        state = self._state
-        for x in from_input:
-            h = self._w_state @ state
+        state, x, h = self._state, self._from_input, self._from_state
+        for token in inputs:
+            _core.times(self._w_input, token, x)
+            x += self._b_input
+            _core.times(self._w_state, state, h)
             h += self._b_state
             gates = 1.0 / (1.0 + np.exp(-x[: 2 * d] - h[: 2 * d]))
             update = gates[d:]
@@ -129,10 +136,7 @@ class PathPredictor:
 
     def _path(self, i: int, seen: Array) -> Array:
         if not self._is_known[i]:
-            weights, bias = self._heads[i]
-            flat = self._paths[i].reshape(-1)
-            np.dot(weights, seen, out=flat)
-            flat += bias
+            self._heads[i].dot(seen, self._paths[i].reshape(-1))
             self._is_known[i] = True
         return self._paths[i]
 
@@ -181,7 +185,9 @@ class PathUse(NextUse):
             self.begin()
             self._can_learn = self._was_asked = False
             return
-        self._asked[...] = self._after
+        if self._weigh_after.is_next_due:
+            layers = slice(self._turns.now.start, self._turns.now.stop)
+            self._asked[layers] = self._after[layers]
         self._path.follow(ids)
         self._after[:, 2] = self._path.next
         self._can_learn, self._was_asked = self._has_run and len(ids) == 1, False
@@ -197,13 +203,16 @@ class PathUse(NextUse):
         self._was_asked = True
         self._at[:, 1] = self._after[:, 1]
         self._at[:, 2] = self._path.now
-        odds: NDArray[np.float64] = self._weigh_at.against @ self._at
+        one, of_habit, of_text = self._weigh_at.against
+        odds: NDArray[np.float64] = self._at[:, 1] * of_habit
+        odds += self._at[:, 2] * of_text
+        odds += one
         return odds
 
     def update(self, routing: Routing) -> NDArray[np.float64]:
         """See `NextUse.update`."""
         features = self._rows[routing.layer]
-        features[1] = self.log_odds(routing)
+        self.log_odds(routing, out=features[1])
         odds: NDArray[np.float64] = np.dot(self._against_after, features)
         np.minimum(odds, 20.0, out=odds)
         return np.exp(odds, out=odds)

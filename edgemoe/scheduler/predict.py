@@ -157,8 +157,8 @@ class NextUse:
         odds = self.log_odds(routing, most=20.0)
         return np.exp(odds, out=odds)
 
-    def log_odds(self, routing: Routing, most: float = math.inf) -> Array:
-        """As `update`, and returns the logarithms of these odds, `most` at most."""
+    def log_odds(self, routing: Routing, most: float = math.inf, out: Array | None = None) -> Array:
+        """As `update`, and returns the logarithms of these odds, `most` at most; in `out` [E], if given."""
         layer, features = routing.layer, self._features
         if self._is_lesson and layer in self._lesson.now:
             features.keep(layer)
@@ -170,7 +170,7 @@ class NextUse:
             chosen, against = self._several(routing)
         raw, logs = self._logs[layer]
         np.log(raw, out=logs)
-        odds = self._odds
+        odds = self._odds if out is None else out
         features.weigh(layer, chosen, against, 1.0 - self._decay, self._against, most, odds)
         return odds
 

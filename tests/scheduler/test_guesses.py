@@ -113,3 +113,42 @@ def test_there_is_no_such_expert(bad):
         _core.follow_path(row, row.copy(), bad[:0], row, np.zeros(E + 1, np.int32), 0.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="bits"):
         _core.renew_records(row, row.copy(), bad[:1] * 0, np.array([9], np.int8), np.zeros(9), 0.0)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(70, 48), (32, 64), (1, 1), (33, 129)])
+def test_rounded_rows_are_their_matrix_in_8_bits(rows, cols):
+    rng = np.random.default_rng(rows)
+    matrix = rng.normal(size=(rows, cols)).astype(np.float32)
+    matrix *= np.float32(10.0) ** rng.integers(-6, 6, (rows, 1))  # each row has a scale of its own
+    matrix[rows // 2] = 0
+    bias, x = rng.normal(size=(2, max(rows, cols))).astype(np.float32)
+    bias, x = bias[:rows].copy(), x[:cols].copy()
+    out = np.full(rows, np.nan, np.float32)
+    _core.RoundedRows(matrix, bias).dot(x, out)
+    scale = np.abs(matrix).max(axis=1, keepdims=True).astype(float) / 127
+    codes = np.rint(np.divide(matrix, scale, out=np.zeros((rows, cols)), where=scale > 0))
+    np.testing.assert_allclose(out, codes * scale @ x + bias, rtol=1e-5, atol=1e-5 * scale.max())
+    exact = matrix.astype(float) @ x + bias
+    assert (np.abs(out - exact) <= 0.51 * scale[:, 0] * np.abs(x).sum() + 1e-6).all()
+    assert out[rows // 2] == bias[rows // 2]
+
+
+def test_a_small_matrix_times_a_vector():
+    rng = np.random.default_rng(1)
+    matrix, x = rng.normal(size=(37, 29)).astype(np.float32), rng.normal(size=29).astype(np.float32)
+    out = np.empty(37, np.float32)
+    _core.times(matrix, x, out)
+    np.testing.assert_allclose(out, matrix.astype(float) @ x, rtol=1e-4, atol=1e-5)
+
+
+def test_products_that_do_not_fit_are_refused():
+    matrix, bias, out = np.ones((3, 4), np.float32), np.ones(3, np.float32), np.ones(3, np.float32)
+    rounded = _core.RoundedRows(matrix, bias)
+    with pytest.raises(ValueError, match=r"x: expected shape \[4\]"):
+        rounded.dot(np.ones(5, np.float32), out)
+    with pytest.raises(ValueError, match=r"out: expected shape \[3\]"):
+        rounded.dot(np.ones(4, np.float32), np.ones(4, np.float32))
+    with pytest.raises(ValueError, match=r"bias: expected shape \[3\]"):
+        _core.RoundedRows(matrix, np.ones(4, np.float32))
+    with pytest.raises(ValueError, match=r"x: expected shape \[4\]"):
+        _core.times(matrix, np.ones(3, np.float32), out)

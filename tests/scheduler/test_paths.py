@@ -50,7 +50,10 @@ def best(logits):
 def test_the_arithmetic_is_that_of_torch():
     torch = pytest.importorskip("torch")
     section = tiny_paths(width=8, rows=16)
-    t = {name: torch.from_numpy(array) for name, array in load(section).items()}
+    t = {name: torch.from_numpy(array.copy()) for name, array in load(section).items()}
+    for name in ("now", "next"):  # which are kept in 8 bits
+        scale = t[name].abs().amax(dim=1, keepdim=True) / 127
+        t[name] = (t[name] / scale).round() * scale
     unit = torch.nn.GRU(8, 8, batch_first=True)
     for mine, theirs in [("w_input", "weight_ih_l0"), ("w_state", "weight_hh_l0"),
                          ("b_input", "bias_ih_l0"), ("b_state", "bias_hh_l0")]:  # fmt: skip
