@@ -126,7 +126,7 @@ MUTATIONS = (
     Mutation("attention", "a window is one position too long", "csrc/mixers/attention.cpp",
              "std::max(begin, position + 1 - s.window)", "std::max(begin, position - s.window)", ATTENTION),
     Mutation("attention", "biases of values are not added", "csrc/mixers/attention.cpp",
-             "  for (int i = 0; v_bias_ && i < width; ++i) v[i] += v_bias_[i];\n", "",
+             "  for (int i = 0; bias && i < width; ++i) v[i] += bias[i];\n", "",
              (*ATTENTION, "tests/model/test_key_biases.py")),
     Mutation("attention", "clipping has no lower end", "csrc/mixers/attention.cpp",
              "std::min(std::max(x[i], -p_.clip), p_.clip)", "std::min(x[i], p_.clip)", ATTENTION),

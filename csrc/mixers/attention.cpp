@@ -43,21 +43,28 @@ class Pass {
 
   /// Prepares q, k and v in place and stores k and v. Throws RangeError.
   void store(float* q, float* k, float* v);
-  /// Of a single token: all threads share the blocks of all heads.
-  void attend_one(const float* q, float* out);
+  /// Both of a single token: all threads share the heads, and the blocks of all heads.
+  void attend_one(float* q, float* k, float* v, float* out);
   /// Of a prompt: the queries of one kv head, by position and then by head.
   void attend_many(const float* q, float* out);
 
  private:
   void prepare(float* x, int num_heads, const float* bias, const float* norm, int t) const;
-  void prepare_values(float* v) const;
-  void grow(float* q, int t) const;
+  void prepare_values(float* v, int first_head, int num_heads) const;
+  void grow(float* q, int num_heads, int t) const;
+  bool store_heads(const float* k, const float* v, int first_head, int num_heads, int t) const;
+  bool store_alone(float* q, float* k, float* v, int kv_head) const;
+  [[noreturn]] void refuse(int t, const float* k, const float* v) const;
+  void attend_piece(int i, int first_block, int num_blocks) const;
+  void merge(int head, int num_blocks, float* out) const;
   void attend_group(int kv_head, int start, const float* q, float* out);
   void forget() const;
   void fill(float* scratch, const float* q, int kv_head) const;
   void attend_block(int n, AttendQuery* queries, int kv_head, int base) const;
   AttendQuery query(float* scratch, int kv_head, float* scores, float* part) const;
   void give(float* part, int head, float* out) const;
+  float* queries() const { return ws_.attention() + ws_.pool.size() * at_.thread; }  ///< of a single token, by head
+  float* parts() const { return queries() + heads_ * at_.query; }                    ///< [block][head]
   float* mine() const { return ws_.attention() + ThreadPool::worker() * at_.thread; }
   int first_seen(int position) const {
     const AttentionShape& s = p_.shape;
@@ -124,17 +131,18 @@ void Pass::prepare(float* x, int num_heads, const float* bias, const float* norm
   if (norm && p_.norm_after_rope) norm_heads();
 }
 
-void Pass::prepare_values(float* v) const {
-  const int width = kv_heads_ * hd_;
-  for (int i = 0; v_bias_ && i < width; ++i) v[i] += v_bias_[i];
-  for (int h = 0; p_.v_norm && h < kv_heads_; ++h) kn_.rms_norm(v + h * hd_, p_.v_norm, p_.norm_eps, hd_, v + h * hd_);
+void Pass::prepare_values(float* v, int first_head, int num_heads) const {
+  const int width = num_heads * hd_;
+  const float* bias = v_bias_ ? v_bias_ + first_head * hd_ : nullptr;
+  for (int i = 0; bias && i < width; ++i) v[i] += bias[i];
+  for (int h = 0; p_.v_norm && h < num_heads; ++h) kn_.rms_norm(v + h * hd_, p_.v_norm, p_.norm_eps, hd_, v + h * hd_);
   for (int i = 0; p_.clip > 0 && i < width; ++i) v[i] = std::min(std::max(v[i], -p_.clip), p_.clip);
 }
 
 /// So that scores of long contexts do not get flat (arXiv 2501.19399).
-void Pass::grow(float* q, int t) const {
+void Pass::grow(float* q, int num_heads, int t) const {
   const double times = 1 + double(p_.growth) * std::log1p((pos_ + t + 1) / p_.grow_every);
-  for (int i = 0; times != 1 && i < heads_ * hd_; ++i) q[i] *= float(times);
+  for (int i = 0; times != 1 && i < num_heads * hd_; ++i) q[i] *= float(times);
 }
 
 void Pass::store(float* q, float* k, float* v) {
@@ -143,27 +151,47 @@ void Pass::store(float* q, float* k, float* v) {
   const bool is_packed = kv_packed_bits(kv_.key_type) || kv_packed_bits(kv_.value_type);
   const int together = is_packed ? kStoredTogether : 4, ahead = pos_ % together;
   ws_.pool.run(blocks(ahead + T_, together), 1, [&](int begin, int end) {
-    const QuantizedHead scratch(mine(), kv_.head_stride);
     for (int t = std::max(begin * together - ahead, 0); t < std::min(end * together - ahead, T_); ++t) {
       prepare(q + size_t(t) * heads_ * hd_, heads_, p_.q_bias, p_.q_norm, t);
-      if (p_.growth > 0) grow(q + size_t(t) * heads_ * hd_, t);
+      if (p_.growth > 0) grow(q + size_t(t) * heads_ * hd_, heads_, t);
       float *kt = k + t * width, *vt = v ? v + t * width : nullptr;
       prepare(kt, kv_heads_, k_bias_, p_.k_norm, t);
-      if (vt) prepare_values(vt);
-      bool fits = true;
-      for (int h = 0; h < kv_heads_; ++h) {
-        fits &= store_head(kn_, kv_, true, h, pos_ + t, kt + h * hd_, hd_, scratch);
-        if (vt) fits &= store_head(kn_, kv_, false, h, pos_ + t, vt + h * hd_, hd_, scratch);
-      }
+      if (vt) prepare_values(vt, 0, kv_heads_);
+      const bool fits = store_heads(kt, vt, 0, kv_heads_, t);
       for (int first = misfits; !fits && t < first && !misfits.compare_exchange_weak(first, t);) continue;
     }
   });
-  if (const int t = misfits; t < T_) {
-    std::string what = misfit(k + t * width, int(width), kv_.key_type, true);
-    if (!v) forget();
-    if (what.empty()) what = misfit(v + t * width, int(width), kv_.value_type, false);
-    throw RangeError("layer " + std::to_string(p_.layer) + ": " + what);
+  if (misfits < T_) refuse(misfits, k, v);
+}
+
+/// Stores those heads of a position. k and v: of the first of them; v null for latents. Returns whether all fit.
+bool Pass::store_heads(const float* k, const float* v, int first_head, int num_heads, int t) const {
+  const QuantizedHead scratch(mine(), kv_.head_stride);
+  bool fits = true;
+  for (int h = 0; h < num_heads; ++h) {
+    fits &= store_head(kn_, kv_, true, first_head + h, pos_ + t, k + h * hd_, hd_, scratch);
+    if (v) fits &= store_head(kn_, kv_, false, first_head + h, pos_ + t, v + h * hd_, hd_, scratch);
   }
+  return fits;
+}
+
+/// Prepares a single token's heads of a kv head and stores them, of all heads q, k and v. Returns whether they fit.
+bool Pass::store_alone(float* q, float* k, float* v, int kv_head) const {
+  const size_t at = size_t(kv_head) * hd_, q_at = at * per_kv_;
+  prepare(q + q_at, per_kv_, p_.q_bias ? p_.q_bias + q_at : nullptr, p_.q_norm, 0);
+  if (p_.growth > 0) grow(q + q_at, per_kv_, 0);
+  prepare(k + at, 1, k_bias_ ? k_bias_ + at : nullptr, p_.k_norm, 0);
+  prepare_values(v + at, kv_head, 1);
+  return store_heads(k + at, v + at, kv_head, 1, 0);
+}
+
+/// Throws what is wrong with row t of what was to be stored.
+void Pass::refuse(int t, const float* k, const float* v) const {
+  const size_t width = size_t(kv_heads_) * hd_;
+  std::string what = misfit(k + t * width, int(width), kv_.key_type, true);
+  if (!v) forget();
+  if (what.empty()) what = misfit(v + t * width, int(width), kv_.value_type, false);
+  throw RangeError("layer " + std::to_string(p_.layer) + ": " + what);
 }
 
 /// Latents that are not seen are multiplied with 0, which has to give 0.
@@ -227,36 +255,57 @@ void Pass::give(float* part, int head, float* out) const {
   std::copy_n(part, vd_, out);
 }
 
-void Pass::attend_one(const float* q, float* out) {
-  const int first = first_seen(pos_), first_block = first / kKeyBlock, num_blocks = pos_ / kKeyBlock + 1 - first_block;
-  const int quads = blocks(per_kv_, kQueries), count = kv_heads_ * num_blocks * quads;
-  float* queries = ws_.attention() + ws_.pool.size() * at_.thread;
-  float* parts = queries + heads_ * at_.query;  // [block][head]
-  for (int h = 0; h < heads_; ++h) fill(queries + h * at_.query, q + h * hd_, h / per_kv_);
-  ws_.pool.run(count, grain_for(count, ws_.pool.size()), [&](int begin, int end) {
-    float* scores = mine();
-    for (int i = begin; i < end; ++i) {
-      const int quad = i % quads, kv_head = i / quads / num_blocks, block = i / quads % num_blocks;
-      const int base = (first_block + block) * kKeyBlock, h = kv_head * per_kv_ + quad * kQueries;
-      AttendQuery together[kQueries];
-      const int n = std::min(kQueries, (kv_head + 1) * per_kv_ - h);
-      for (int j = 0; j < n; ++j) {
-        together[j] = query(queries + (h + j) * at_.query, kv_head, scores + j * kKeyBlock,
-                            parts + (block * heads_ + h + j) * at_.part);
-        together[j].begin = std::max(first, base);
-        together[j].end = std::min(pos_ + 1, base + kKeyBlock);
-        together[j].is_cold = quad == 0;
-      }
-      attend_block(n, together, kv_head, base);
+/// Attends with up to kQueries queries of a kv head to one block; piece i of quads, blocks, kv heads.
+void Pass::attend_piece(int i, int first_block, int num_blocks) const {
+  const int quads = blocks(per_kv_, kQueries), first = first_seen(pos_);
+  const int quad = i % quads, kv_head = i / quads / num_blocks, block = i / quads % num_blocks;
+  const int base = (first_block + block) * kKeyBlock, h = kv_head * per_kv_ + quad * kQueries;
+  float* const scores = mine();
+  AttendQuery together[kQueries];
+  const int n = std::min(kQueries, (kv_head + 1) * per_kv_ - h);
+  for (int j = 0; j < n; ++j) {
+    together[j] = query(queries() + (h + j) * at_.query, kv_head, scores + j * kKeyBlock,
+                        parts() + (block * heads_ + h + j) * at_.part);
+    together[j].begin = std::max(first, base);
+    together[j].end = std::min(pos_ + 1, base + kKeyBlock);
+    together[j].is_cold = quad == 0;
+  }
+  attend_block(n, together, kv_head, base);
+}
+
+/// A head's result of what all blocks gave.
+void Pass::merge(int head, int num_blocks, float* out) const {
+  float* whole = parts() + head * at_.part;
+  for (int b = 1; b < num_blocks; ++b) {
+    kn_.merge_parts(whole, parts() + (b * heads_ + head) * at_.part, kv_.value_stride);
+  }
+  give(whole, head, out + head * vd_);
+}
+
+void Pass::attend_one(float* q, float* k, float* v, float* out) {
+  const int first_block = first_seen(pos_) / kKeyBlock, num_blocks = pos_ / kKeyBlock + 1 - first_block;
+  const int quads = blocks(per_kv_, kQueries), count = kv_heads_ * num_blocks * quads, threads = ws_.pool.size();
+  // Where a head is prepared without the others a thread may do so, and go on with it while there is one block.
+  const bool by_head = kv_.values && kv_heads_ >= threads && (p_.norm_per_head || (!p_.q_norm && !p_.k_norm));
+  const bool goes_on = by_head && num_blocks == 1;
+  if (!by_head) store(q, k, v);
+  std::atomic<bool> fits{true};
+  ws_.pool.run(kv_heads_, by_head ? 1 : kv_heads_, [&](int begin, int end) {
+    for (int kv_head = begin; kv_head < end; ++kv_head) {
+      if (by_head && !store_alone(q, k, v, kv_head)) fits.store(false, std::memory_order_relaxed);
+      const int head = kv_head * per_kv_, last = head + per_kv_;
+      for (int h = head; h < last; ++h) fill(queries() + h * at_.query, q + size_t(h) * hd_, kv_head);
+      for (int i = kv_head * quads; goes_on && i < (kv_head + 1) * quads; ++i) attend_piece(i, first_block, 1);
+      for (int h = head; goes_on && h < last; ++h) merge(h, 1, out);
     }
   });
-  ws_.pool.run(heads_, num_blocks > 1 ? grain_for(heads_, ws_.pool.size()) : heads_, [&](int begin, int end) {
-    for (int h = begin; h < end; ++h) {
-      float* whole = parts + h * at_.part;
-      for (int b = 1; b < num_blocks; ++b)
-        kn_.merge_parts(whole, parts + (b * heads_ + h) * at_.part, kv_.value_stride);
-      give(whole, h, out + h * vd_);
-    }
+  if (!fits) refuse(0, k, v);
+  if (goes_on) return;
+  ws_.pool.run(count, grain_for(count, threads), [&](int begin, int end) {
+    for (int i = begin; i < end; ++i) attend_piece(i, first_block, num_blocks);
+  });
+  ws_.pool.run(heads_, num_blocks > 1 ? grain_for(heads_, threads) : heads_, [&](int begin, int end) {
+    for (int h = begin; h < end; ++h) merge(h, num_blocks, out);
   });
 }
 
@@ -321,8 +370,9 @@ size_t attention_floats(int num_threads, const WorkspaceShape& shape) {
 void attention(Workspace& ws, float* q, float* k, float* v, int T, int pos, const AttentionParts& parts,
                const KvLayer& kv, float* out) {
   Pass pass(ws, T, pos, parts, kv);
+  if (T == 1) return pass.attend_one(q, k, v, out);
   pass.store(q, k, v);
-  T == 1 ? pass.attend_one(q, out) : pass.attend_many(q, out);
+  pass.attend_many(q, out);
 }
 
 }  // namespace edgemoe
