@@ -126,7 +126,17 @@ ExpertView Cache::view(int e, int level) const {
   require(backing_->keeps_bytes(), "view of an expert that was never read: the cache is dry");
   require(e >= 0 && e < num_experts() && level >= 1 && levels_[e] >= level && pins_[e] > 0,
           "view of an expert that is not pinned at that level");
-  level = rungs_at(e, level);
+  return laid_out(e, rungs_at(e, level));
+}
+
+std::optional<ExpertView> Cache::glance(int e) const {
+  require(e >= 0 && e < num_experts(), "glance at no expert");
+  if (!backing_->keeps_bytes() || levels_[e] < max_level_) return std::nullopt;
+  return laid_out(e, rungs_at(e, max_level_));
+}
+
+/// Where the first `level` rungs of an expert that has a slot lie in it.
+ExpertView Cache::laid_out(int e, int level) const {
   ExpertView v;
   NestedMatrix* matrices[3] = {&v.gate, &v.up, &v.down};
   for (size_t m = 0; m < 3; ++m) {

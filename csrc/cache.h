@@ -10,6 +10,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "backing.h"
@@ -99,6 +100,8 @@ class Cache {
 
   /// A resident expert's matrices at `level`, or at its last. Valid while pinned.
   ExpertView view(int expert, int level) const;
+  /// The same at `max_level` where it is resident so, pinned or not: for hints, as what lies there may change.
+  std::optional<ExpertView> glance(int expert) const;
 
   /// Level of each expert, 0 = absent; `max_level` once all that it has is there. Any thread may look.
   const std::vector<Relaxed<int8_t>>& residency() const { return levels_; }
@@ -156,6 +159,7 @@ class Cache {
  private:
   static uint32_t pages_in(size_t bytes);
   static void require(bool ok, const char* what);
+  ExpertView laid_out(int expert, int level) const;
   enum class Step : uint8_t { kWaiting, kLoading, kReady, kGiven, kDone };
   struct Use {
     int expert;

@@ -237,7 +237,10 @@ void linear(Workspace& ws, const float* x, int T, const std::vector<const Nested
   int total = 0;
   for (const NestedMatrix* m : matrices) total += blocks(m->rows, kTileRows);
   const std::vector<const RankRow*> z = ws.project(matrices, x, nullptr, T);
-  ws.pool.run(total, grain_for(total, ws.pool.size()), [&](int begin, int end) {
+  const int grain = grain_for(total, ws.pool.size());
+  ws.order.begin(matrices[0]->rungs[0], T,
+                 [&](int thread) { return ahead_of(matrices, ws.pool.first(total, grain, thread)); });
+  ws.pool.run(total, grain, [&](int begin, int end) {
     int first = 0;
     for (size_t i = 0; i < matrices.size(); ++i) {
       const NestedMatrix& m = *matrices[i];
@@ -258,8 +261,10 @@ void project(Workspace& ws, const float* x, int T, const int8_t* basis, int rank
 
 void linear_f32(Workspace& ws, const float* x, int T, const float* matrix, int rows, int cols, float* out) {
   const Kernels& k = kernels();
-  ws.pool.run(rows, std::max(4, grain_for(rows, ws.pool.size())),
-              [&](int begin, int end) { k.matmul_f32(matrix, x, T, rows, cols, begin, end, out); });
+  const int grain = std::max(4, grain_for(rows, ws.pool.size()));
+  ws.order.begin(matrix, T,
+                 [&](int thread) { return ahead_of(matrix, rows, cols, ws.pool.first(rows, grain, thread)); });
+  ws.pool.run(rows, grain, [&](int begin, int end) { k.matmul_f32(matrix, x, T, rows, cols, begin, end, out); });
 }
 
 void linear_heads(Workspace& ws, const HeadRows& x, const NestedMatrix& w, int T, int heads, float* out,

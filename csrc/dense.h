@@ -6,6 +6,7 @@
 
 #include "kernels/kernels.h"
 #include "memory.h"
+#include "order.h"
 #include "threads.h"
 
 namespace edgemoe {
@@ -60,7 +61,8 @@ class Workspace {
   std::vector<std::vector<RankRow>> ranks_;
 
  public:
-  ThreadPool pool;  // last: its threads end before the scratch goes
+  ThreadPool pool;  // after the scratch: its threads end before that goes
+  ProductOrder order{pool};
 };
 
 /// V x of one row, computed once for matrices with the same V.

@@ -19,13 +19,15 @@ struct Piece {
 
 constexpr int kFewRows = 16;  ///< whose hidden values take less time than a loop over threads for them
 
-/// Calls body(piece, begin, end) for every piece's `per_piece(piece)` items, split over the threads: at least `least`
-/// of them at a time.
+/// Items of a loop over so many that a thread takes at a time: at least `least` of them.
+int grain_of(const Workspace& ws, int total, int least) { return std::max(least, total / (ws.pool.size() * 32)); }
+
+/// Calls body(piece, begin, end) for every piece's `per_piece(piece)` items, split over the threads.
 template <class Count, class Body>
 void over_pieces(Workspace& ws, const std::vector<Piece>& pieces, Count per_piece, int least, Body body) {
   int total = 0;
   for (const Piece& p : pieces) total += per_piece(p);
-  ws.pool.run(total, std::max(least, total / (ws.pool.size() * 8)), [&](int begin, int end) {
+  ws.pool.run(total, grain_of(ws, total, least), [&](int begin, int end) {
     int first = 0;
     for (const Piece& p : pieces) {
       const int count = per_piece(p);
@@ -83,6 +85,18 @@ class Corrections {
   RankRow *gate_, *up_, *down_;
 };
 
+/// Lets threads that wait for the last gates and ups read what comes then.
+void expect_downs(Workspace& ws, const std::vector<Piece>& pieces) {
+  static thread_local std::vector<const NestedMatrix*> downs;
+  downs.clear();
+  int total = 0;
+  for (const Piece& p : pieces) {
+    downs.push_back(&p.use->w.down);
+    total += blocks(p.use->w.down.rows, kTileRows);
+  }
+  ws.order.tell(downs, grain_of(ws, total, 1));
+}
+
 void run_batch(Workspace& ws, const float* x, int T, Activation activation, const std::vector<Piece>& pieces) {
   const Kernels& k = kernels();
   const NestedMatrix& any = pieces[0].use->w.up;
@@ -118,6 +132,7 @@ void run_batch(Workspace& ws, const float* x, int T, Activation activation, cons
     }
     ws.quantize_hidden(p.row + begin, p.row + end, total, hidden);
   };
+  if (few) expect_downs(ws, pieces);
   over_pieces(
       ws, pieces, [&](const Piece&) { return gate_blocks + up_blocks; }, 1,
       [&](const Piece& p, int begin, int end) {
@@ -141,6 +156,7 @@ void run_batch(Workspace& ws, const float* x, int T, Activation activation, cons
     if (!p.use->hidden) continue;
     std::copy_n(ws.gate() + size_t(p.row) * hidden, size_t(p.count) * hidden, p.use->hidden + size_t(p.first) * hidden);
   }
+  if (few) ws.order.tell_next();
   over_pieces(
       ws, pieces, [&](const Piece& p) { return blocks(p.use->w.down.rows, kTileRows); }, 1,
       [&](const Piece& p, int begin, int end) {
@@ -157,6 +173,7 @@ void run_batch(Workspace& ws, const float* x, int T, Activation activation, cons
 }  // namespace
 
 void run_ffns(Workspace& ws, const float* x, int T, Activation activation, const std::vector<FfnUse>& uses) {
+  ws.order.choose();
   std::vector<Piece> pieces;
   int filled = 0;
   for (const FfnUse& use : uses) {
@@ -173,6 +190,17 @@ void run_ffns(Workspace& ws, const float* x, int T, Activation activation, const
     }
   }
   if (!pieces.empty()) run_batch(ws, x, T, activation, pieces);
+}
+
+void expect_experts(Workspace& ws, const Cache& cache, int first, const int32_t* experts, int n) {
+  const int up_blocks = blocks(cache.shape().expert_hidden, kTileRows);
+  const int each = cache.shape().gated ? 2 * up_blocks : up_blocks, total = n * each;
+  for (int i = 0; i < ws.pool.size(); ++i) {
+    const int begin = ws.pool.first(total, grain_of(ws, total, 1), i);
+    if (begin >= total) return;
+    const auto w = cache.glance(first + experts[begin / each]);
+    if (w) ws.pool.expect(i, ahead_of({&w->gate, &w->up}, begin % each));
+  }
 }
 
 void combine(Workspace& ws, const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols,

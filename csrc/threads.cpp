@@ -40,7 +40,9 @@ int ThreadPool::worker() { return worker_number; }
 
 // With more threads than cores a spinning one would keep the core from one with work.
 ThreadPool::ThreadPool(int num_threads)
-    : spins_(num_threads <= num_cores() ? kSpins : 0), shares_(size_t(std::clamp(num_threads, 1, 1024))) {
+    : spins_(num_threads <= num_cores() ? kSpins : 0),
+      shares_(size_t(std::clamp(num_threads, 1, 1024))),
+      expected_(shares_.size()) {
   if (num_threads < 1 || num_threads > 1024) {
     throw std::invalid_argument("ThreadPool: expected 1 to 1024 threads, got " + std::to_string(num_threads));
   }
@@ -64,6 +66,40 @@ void ThreadPool::stop() {
   wake_.notify_all();
   for (auto& w : workers_) w.join();
   workers_.clear();
+}
+
+int ThreadPool::first(int count, int grain, int thread) const {
+  const int pieces = (count - 1) / grain + 1;
+  return std::min(int(int64_t(pieces) * thread / size()) * grain, count);
+}
+
+void ThreadPool::expect(int thread, const Ahead& ahead) {
+  Expected& e = expected_[size_t(thread)];
+  for (int r = 0; r < Ahead::kRuns; ++r) {
+    e.from[r] = ahead.from[r];
+    e.step[r] = ahead.step[r];
+    if (ahead.step[r] == 0) break;
+  }
+  e.steps = ahead.steps;
+  e.version += 1;
+}
+
+/// Fetches a step of what is expected, or pauses when there is nothing left.
+void ThreadPool::idle(int number) {
+  Expected& e = expected_[size_t(number)];
+  if (const uint32_t version = e.version; version != e.seen) {
+    e.seen = version;
+    e.done = 0;
+  }
+  if (e.done >= e.steps) return pause();
+  for (int r = 0; r < Ahead::kRuns; ++r) {
+    const uint32_t step = e.step[r];
+    if (step == 0) break;
+    // A number, as nothing need lie there.
+    const uintptr_t at = reinterpret_cast<uintptr_t>(static_cast<const uint8_t*>(e.from[r])) + size_t(e.done) * step;
+    for (uint32_t byte = 0; byte < step; byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(at + byte), 0, 2);
+  }
+  ++e.done;
 }
 
 /// Takes the first or the last piece of a thread's share; -1 when none is left.
@@ -118,7 +154,7 @@ void ThreadPool::start(int count, int grain, Call call, const void* body) {
   for (int spins = 0; (state_.load(std::memory_order_acquire) & kWorkers) != 0; ++spins) {
     // A worker that lost its core needs ours to finish.
     if (spins < spins_) {
-      pause();
+      idle(0);
     } else {
       std::this_thread::yield();
     }
@@ -130,7 +166,7 @@ void ThreadPool::work(int number) {
   uint64_t seen = 0;
   const auto is_new = [&](uint64_t state) { return state / kRound != seen; };
   for (;;) {
-    for (int spins = 0; spins < spins_ && !is_new(state_.load(std::memory_order_acquire)); ++spins) pause();
+    for (int spins = 0; spins < spins_ && !is_new(state_.load(std::memory_order_acquire)); ++spins) idle(number);
     if (!is_new(state_.load(std::memory_order_acquire))) {
       std::unique_lock<std::mutex> lock(mutex_);
       parked_.fetch_add(1, std::memory_order_seq_cst);

@@ -3,15 +3,27 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <functional>
 #include <mutex>
 #include <thread>
 #include <vector>
 
+#include "relaxed.h"
+
 namespace edgemoe {
 
-/// Pieces for a loop over `count` items: enough for balance, few enough that starting one costs nothing.
-inline int grain_for(int count, int threads) { return count / (threads * 8) > 1 ? count / (threads * 8) : 1; }
+/// Pieces for a loop over `count` items: enough that threads end together, few enough that starting one costs nothing.
+inline int grain_for(int count, int threads) { return count / (threads * 16) > 1 ? count / (threads * 16) : 1; }
+
+/// Memory that a thread will probably read next: runs side by side, of each as many steps.
+struct Ahead {
+  static constexpr int kRuns = 8;
+
+  const uint8_t* from[kRuns] = {};
+  uint32_t step[kRuns] = {};  ///< bytes; 0 from the last run on
+  int steps = 0;
+};
 
 /// Runs loops on `num_threads` threads, the caller included. One caller at a time.
 class ThreadPool {
@@ -25,6 +37,13 @@ class ThreadPool {
 
   /// Inside a body: the number of the thread that runs it, 0 for the caller.
   static int worker();
+
+  /// Where the share of a thread begins in a loop over `count` items in pieces of `grain`; that of the thread after the
+  /// last is the end.
+  int first(int count, int grain, int thread) const;
+
+  /// What a thread reads into its cache while it waits for others or for the next loop, once: a hint, no more.
+  void expect(int thread, const Ahead& ahead);
 
   /// Calls body(begin, end) over [0, count) in pieces of about `grain`, and returns when all are done. Each thread
   /// begins with a share of its own, from the front, so that it reads memory in one run; who has none left takes
@@ -46,7 +65,18 @@ class ThreadPool {
     std::atomic<uint64_t> left{0};
   };
 
+  /// What a thread was told to expect. Another may write a newer one while it looks: then it fetches what nobody needs.
+  struct alignas(64) Expected {
+    Relaxed<const uint8_t*> from[Ahead::kRuns];
+    Relaxed<uint32_t> step[Ahead::kRuns];
+    Relaxed<int> steps;
+    Relaxed<uint32_t> version;
+    uint32_t seen = 0;  ///< the thread's own, as the next
+    int done = 0;
+  };
+
   void start(int count, int grain, Call call, const void* body);
+  void idle(int number);
   void work(int number);
   void pieces(int number);
   int take(int owner, bool first);
@@ -63,7 +93,8 @@ class ThreadPool {
   int num_pieces_ = 0;
   uint32_t round_ = 0;
   int spins_;
-  std::vector<Share> shares_;  ///< one per thread
+  std::vector<Share> shares_;       ///< one per thread
+  std::vector<Expected> expected_;  ///< likewise
   alignas(64) std::atomic<uint64_t> state_{kOver};
   std::atomic<int> parked_{0};
   std::atomic<bool> stop_{false};

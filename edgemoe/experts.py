@@ -71,6 +71,8 @@ class Experts:
         """
         store, ops = self.store, self._ops
         residency = store.residency
+        if len(routing.experts) == 1:
+            ops.expect(store.cache, routing.layer * residency.shape[1], routing.experts[0])
         plan = self.scheduler.plan(routing, residency)
         if self.observer is not None:
             self.observer.planned(routing, plan, residency)

@@ -448,6 +448,12 @@ class Ops(Protocol):
         normed [p, T, D] and scores [p, T, E] are scratch; experts and gates are the host's.
         """
 
+    def expect(self, slots: Any, first: int, experts: NDArray[np.int32]) -> None:
+        """Says that experts `first` + experts [K], as the file numbers them, will probably run next: a hint, no more.
+
+        slots: where they lie, as in `Request`.
+        """
+
     def expert_ffn(
         self,
         x: Array,

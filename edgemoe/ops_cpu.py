@@ -356,6 +356,10 @@ class CpuOps:
             experts, gates,
         )  # fmt: skip
 
+    def expect(self, slots: _core.Cache, first: int, experts: NDArray[np.int32]) -> None:
+        """See `Ops.expect`: threads read the first of them while others decide."""
+        _core.expect_experts(self._ws, slots, first, experts)
+
     def expert_ffn(
         self,
         x: Array,

@@ -70,6 +70,20 @@ void bind_ffn(py::module_& m) {
       "out [T, D] = down(activation(gate x, up x)); hidden [T, H], if given, gets what down is applied to.");
 
   m.def(
+      "expect_experts",
+      [](Workspace& ws, const Cache& cache, int first, const Array<int32_t>& experts) {
+        expect(experts, "experts", {-1});
+        expect_within("first", first, 0, cache.num_experts() - 1);
+        for (py::ssize_t i = 0; i < experts.size(); ++i) {
+          expect_within("experts", experts.data()[i], 0, cache.num_experts() - 1 - first);
+        }
+        expect_experts(ws, cache, first, experts.data(), int(experts.size()));
+      },
+      py::arg("ws"), py::arg("cache"), py::arg("first"), py::arg("experts").noconvert(),
+      "Experts first + experts[i] will probably be run next: threads that wait read the first of them. A hint, no "
+      "more.");
+
+  m.def(
       "expert_ffn",
       [](Workspace& ws, const Array<float>& x, const Cache& cache, const Array<int32_t>& experts,
          const Array<int8_t>& levels, const Array<int32_t>& offsets, const Array<int32_t>& tokens,

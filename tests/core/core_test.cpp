@@ -470,6 +470,24 @@ void test_thread_pool() {
       for (int i = begin; i < end; ++i) seen[size_t(i)] += 1;
     });
     for (int n : seen) CHECK(n == 1);
+    // Shares follow one another from the first item to the last.
+    for (const int count : {1, 7, 97, 200000}) {
+      CHECK(pool.first(count, 3, 0) == 0 && pool.first(count, 3, threads) == count);
+      for (int i = 0; i < threads; ++i) CHECK(pool.first(count, 3, i) <= pool.first(count, 3, i + 1));
+    }
+    // What is expected is a hint: loops run whatever it is, and nowhere need anything lie.
+    for (int round = 0; round < 2000; ++round) {
+      Ahead ahead;
+      ahead.from[0] = reinterpret_cast<const uint8_t*>(seen.data());
+      ahead.from[1] = reinterpret_cast<const uint8_t*>(uintptr_t(64) * size_t(round));
+      ahead.step[0] = 512;
+      ahead.step[1] = uint32_t(round % 3) * 64;
+      ahead.steps = round % 5 * 100;
+      for (int i = 0; i < threads; ++i) pool.expect(i, ahead);
+      std::atomic<int> sum{0};
+      pool.run(8, 1, [&](int begin, int end) { sum += end - begin; });
+      CHECK(sum == 8);
+    }
   }
 }
 
