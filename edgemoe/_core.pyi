@@ -338,6 +338,23 @@ def attention(
     kv: KvLayer,
     out: _F32,
 ) -> None: ...
+def attend(
+    ws: Workspace,
+    layer: AttentionLayer,
+    x: _F32,
+    qkv: Sequence[Nested],
+    o: Nested,
+    q: _F32,
+    k: _F32,
+    v: _F32,
+    pos: int,
+    cos: _F32,
+    sin: _F32,
+    rope: Rope | None,
+    kv: KvLayer,
+    heads: _F32,
+    out: _F32,
+) -> None: ...
 def latent_attention(
     ws: Workspace,
     layer: LatentLayer,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -158,6 +158,13 @@ def kv_parts(
 def rope_bytes(rope_dim: int, kept: int) -> int:
     """Returns the memory of a `RopeTable` that keeps so many positions once all were seen; the same on every device."""
     return _core.Rope.bytes(rope_dim // 2, kept)
+
+
+class AttentionMatrices(NamedTuple):
+    """Are a layer's projections."""
+
+    qkv: tuple[Matrix, Matrix, Matrix]
+    out: Matrix
 
 
 class Ops(Protocol):
@@ -306,6 +313,29 @@ class Ops(Protocol):
 
         Raises:
             RangeError: a key or value does not fit the type of kv; names the layer, the number and what holds it.
+        """
+
+    def attend(
+        self,
+        weights: AttentionWeights,
+        x: Array,
+        matrices: AttentionMatrices,
+        rows: tuple[Array, Array, Array],
+        pos: int,
+        cos: Array | None,
+        sin: Array | None,
+        table: RopeTable | None,
+        kv: KvLayer,
+        heads: Array,
+        out: Array,
+    ) -> None:
+        """`linear` of x [T, D] to q, k and v, `attention` to heads, and `linear` of these to out [T, D].
+
+        All of it at once: between calls of a single token's layer processors would wait.
+
+        Args:
+            matrices: of q, k, v, and of the output.
+            rows: scratch for q, k and v.
         """
 
     def gate_heads(self, x: Array, gate: Array, kind: str) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.ops import (
     Array,
+    AttentionMatrices,
     AttentionWeights,
     DeltaRule,
     ExpertLayer,
@@ -216,6 +217,26 @@ class CpuOps:
         if cos is None or sin is None:
             cos = sin = np.empty((len(q), 0), np.float32)
         _core.attention(self._ws, weights, q, k, v, pos, cos, sin, table, kv, out)
+
+    def attend(
+        self,
+        weights: AttentionWeights,
+        x: Array,
+        matrices: AttentionMatrices,
+        rows: tuple[Array, Array, Array],
+        pos: int,
+        cos: Array | None,
+        sin: Array | None,
+        table: RopeTable | None,
+        kv: KvLayer,
+        heads: Array,
+        out: Array,
+    ) -> None:
+        """See `Ops.attend`."""
+        if cos is None or sin is None:
+            cos = sin = np.empty((len(x), 0), np.float32)
+        qkv, o = matrices
+        _core.attend(self._ws, weights, x, qkv, o, *rows, pos, cos, sin, table, kv, heads, out)
 
     def gate_heads(self, x: Array, gate: Array, kind: str) -> None:
         """See `Ops.gate_heads`."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.config import ModelConfig
-from edgemoe.ops import ExpertLayer, Ids, OpsShape, RouterWeights
+from edgemoe.ops import AttentionMatrices, ExpertLayer, Ids, OpsShape, RouterWeights
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.ops_cuda_mixers import Array, CudaMixers
 from edgemoe.placement import MOST_HEAD_DIM, Both, lacks
@@ -241,6 +241,25 @@ class CudaOps(CudaMixers):
         if cos is None or sin is None:
             cos = sin = self.empty(len(q), 0)
         _core.device_attention(self._ws, weights, q, k, v, pos, cos, sin, kv, out)
+
+    def attend(
+        self,
+        weights: _core.DeviceAttention,
+        x: Array,
+        matrices: AttentionMatrices,
+        rows: tuple[Array, Array, Array],
+        pos: int,
+        cos: Array | None,
+        sin: Array | None,
+        table: _core.Rope | None,
+        kv: _core.DeviceKvLayer,
+        heads: Array,
+        out: Array,
+    ) -> None:
+        """See `Ops.attend`; a queue waits for nobody."""
+        self.linear(x, cast(Any, matrices.qkv), rows)
+        self.attention(weights, *rows, pos, cos, sin, table, kv, heads)
+        self.linear(heads, (cast(Any, matrices.out),), (out,))
 
     # ------------------------------------------------------------ experts
 

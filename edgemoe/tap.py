@@ -8,7 +8,16 @@ from typing import Protocol
 
 import numpy as np
 
-from edgemoe.ops import Array, ExpertLayer, Matrix, OpsShape
+from edgemoe.ops import (
+    Array,
+    AttentionMatrices,
+    AttentionWeights,
+    ExpertLayer,
+    KvLayer,
+    Matrix,
+    OpsShape,
+    RopeTable,
+)
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.plan import Plan
 from edgemoe.specs import Activation
@@ -64,6 +73,25 @@ class TapOps(CpuOps):
         """See `CpuOps.linear`."""
         super().linear(x, weights, outs)
         self._tap.dense(self._names[id(weights[0])], x)
+
+    def attend(
+        self,
+        weights: AttentionWeights,
+        x: Array,
+        matrices: AttentionMatrices,
+        rows: tuple[Array, Array, Array],
+        pos: int,
+        cos: Array | None,
+        sin: Array | None,
+        table: RopeTable | None,
+        kv: KvLayer,
+        heads: Array,
+        out: Array,
+    ) -> None:
+        """See `CpuOps.attend`; in steps, which the tap sees."""
+        self.linear(x, matrices.qkv, rows)
+        self.attention(weights, *rows, pos, cos, sin, table, kv, heads)
+        self.linear(heads, (matrices.out,), (out,))
 
     def linear_heads(self, x: Array, weight: Matrix, heads: int, out: Array) -> None:
         """See `CpuOps.linear_heads`; the tap sees a row for each head."""

@@ -1,5 +1,6 @@
 #include "mixers/attention.h"
 
+#include <array>
 #include <cstring>
 #include <memory>
 #include <optional>
@@ -34,6 +35,29 @@ struct AttentionLayer {
 Held<Kv> kv_of(const std::string& key_type, const std::string& value_type, int num_heads, int capacity, int head_dim,
                bool resident) {
   return Held<Kv>(make_kv(kv_type(key_type), kv_type(value_type), num_heads, capacity, head_dim, resident).release());
+}
+
+/// What a call of `attention` has beside its arrays, which must fit.
+AttentionParts parts_of(const AttentionLayer& layer, const Array<float>& q, const Array<float>& k,
+                        const Array<float>& v, int pos, const Array<float>& cos, const Array<float>& sin,
+                        const Rope* rope, const Kv& kv, const Array<float>& out) {
+  AttentionParts parts = layer.parts;
+  const AttentionShape& s = parts.shape;
+  const py::ssize_t T = q.shape(0), half = s.rope_dim / 2;
+  expect(q, "q", {T, s.num_heads * s.head_dim});
+  expect(k, "k", {T, s.num_kv_heads * s.head_dim});
+  expect(v, "v", {T, s.num_kv_heads * s.head_dim});
+  expect(out, "out", {T, s.num_heads * s.head_dim});
+  expect(cos, "cos", {T, half});
+  expect(sin, "sin", {T, half});
+  if (!kv.layer.values || kv.num_heads != s.num_kv_heads || kv.head_dim != s.head_dim) {
+    throw std::invalid_argument("attention: the KV cache is of another shape");
+  }
+  parts.cos = cos.data();
+  parts.sin = sin.data();
+  if (rope && rope->half() != half) throw std::invalid_argument("attention: the Rope is of another head");
+  parts.turns = rope ? rope->tiles(pos + int(T)) : nullptr;
+  return parts;
 }
 
 }  // namespace
@@ -163,29 +187,46 @@ void bind_attention(py::module_& m) {
       "attention",
       [](Workspace& ws, const AttentionLayer& layer, Array<float> q, Array<float> k, Array<float> v, int pos,
          const Array<float>& cos, const Array<float>& sin, const Rope* rope, Kv& kv, Array<float> out) {
-        AttentionParts parts = layer.parts;
-        const AttentionShape& s = parts.shape;
-        const py::ssize_t T = q.shape(0), half = s.rope_dim / 2;
-        expect(q, "q", {T, s.num_heads * s.head_dim});
-        expect(k, "k", {T, s.num_kv_heads * s.head_dim});
-        expect(v, "v", {T, s.num_kv_heads * s.head_dim});
-        expect(out, "out", {T, s.num_heads * s.head_dim});
-        expect(cos, "cos", {T, half});
-        expect(sin, "sin", {T, half});
-        if (!kv.layer.values || kv.num_heads != s.num_kv_heads || kv.head_dim != s.head_dim) {
-          throw std::invalid_argument("attention: the KV cache is of another shape");
-        }
-        parts.cos = cos.data();
-        parts.sin = sin.data();
-        if (rope && rope->half() != half) throw std::invalid_argument("attention: the Rope is of another head");
-        parts.turns = rope ? rope->tiles(pos + int(T)) : nullptr;
+        const AttentionParts parts = parts_of(layer, q, k, v, pos, cos, sin, rope, kv, out);
+        const int T = int(q.shape(0));
         float *qp = q.mutable_data(), *kp = k.mutable_data(), *vp = v.mutable_data(), *o = out.mutable_data();
         py::gil_scoped_release release;
-        attention(ws, qp, kp, vp, int(T), pos, parts, kv.layer, o);
+        attention(ws, qp, kp, vp, T, pos, parts, kv.layer, o);
       },
       py::arg("ws"), py::arg("layer"), py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
       py::arg("pos"), py::arg("cos").noconvert(), py::arg("sin").noconvert(), py::arg("rope"), py::arg("kv"),
       py::arg("out").noconvert(), "Stores k and v at pos, attends causally; q, k and v are changed.");
+
+  m.def(
+      "attend",
+      [](Workspace& ws, const AttentionLayer& layer, const Array<float>& x, const std::array<const Nested*, 3>& qkv,
+         const Nested& o, Array<float> q, Array<float> k, Array<float> v, int pos, const Array<float>& cos,
+         const Array<float>& sin, const Rope* rope, Kv& kv, Array<float> heads, Array<float> out) {
+        const AttentionParts parts = parts_of(layer, q, k, v, pos, cos, sin, rope, kv, heads);
+        expect(x, "attend x", {q.shape(0), -1});
+        expect(out, "attend out", {q.shape(0), o.matrix.rows});
+        const py::ssize_t rows[] = {q.shape(1), k.shape(1), v.shape(1)};
+        std::vector<const NestedMatrix*> matrices;
+        bool fit = o.matrix.cols == heads.shape(1);
+        for (size_t i = 0; i < 3; ++i) {
+          if (!qkv[i]) throw py::type_error("attend: expected matrices, got None");
+          matrices.push_back(&qkv[i]->matrix);
+          fit = fit && matrices[i]->cols == x.shape(1) && matrices[i]->rows == rows[i];
+        }
+        if (!fit) throw std::invalid_argument("attend: the matrices do not fit x, q, k, v and the heads");
+        const float* a = x.data();
+        float *qp = q.mutable_data(), *kp = k.mutable_data(), *vp = v.mutable_data();
+        float *h = heads.mutable_data(), *to = out.mutable_data();
+        const int T = int(x.shape(0));
+        py::gil_scoped_release release;
+        linear(ws, a, T, matrices, {qp, kp, vp});
+        attention(ws, qp, kp, vp, T, pos, parts, kv.layer, h);
+        linear(ws, h, T, {&o.matrix}, {to});
+      },
+      py::arg("ws"), py::arg("layer"), py::arg("x").noconvert(), py::arg("qkv"), py::arg("o"), py::arg("q").noconvert(),
+      py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("pos"), py::arg("cos").noconvert(),
+      py::arg("sin").noconvert(), py::arg("rope"), py::arg("kv"), py::arg("heads").noconvert(),
+      py::arg("out").noconvert(), "`linear` to q, k and v, `attention` to heads, and `linear` with o, in one call.");
 }
 
 }  // namespace edgemoe

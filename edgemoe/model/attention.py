@@ -8,7 +8,7 @@ from typing import Any, cast
 from edgemoe.model.batch import Batch
 from edgemoe.model.kv import KvState, KvTypes
 from edgemoe.model.setup import Setup
-from edgemoe.ops import Array, Matrix
+from edgemoe.ops import Array, AttentionMatrices, Matrix
 from edgemoe.specs import AttentionSpec
 from edgemoe.store import Weight
 
@@ -58,7 +58,7 @@ class Attention:
             if self.rope is not None:
                 cos, sin = self.rope.rows.between(part.start, part.stop)
                 turn = cos, sin, self.rope.table(state)
-            parts.append((state.layers, state.held, part.count, *rows[:3], *turn, rows[3]))
+            parts.append((state.layers, state.held, part.count, rows[:3], *turn, rows[3]))
         batch.shared[self] = ((q, k, v), heads, gate, parts)
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> AttentionLayer:
@@ -75,29 +75,46 @@ class AttentionLayer:
         self._weights = shared.ops.attention_weights(index, shared.spec, weights, shared.types.keys)
         if shared.rope is not None and self._weights.num_constants:
             shared.rope.keep(shared.context)
-        self._qkv: tuple[Matrix, ...] = (
-            matrices["q"], matrices["k"], matrices["k" if shared.spec.shared_kv else "v"],
-        )  # fmt: skip
-        self._o = (matrices["o"],)
+        values = matrices["k" if shared.spec.shared_kv else "v"]
+        self._matrices = AttentionMatrices((matrices["q"], matrices["k"], values), matrices["o"])
         self._o_bias = cast("Array | None", weights.get("o_bias"))
         self._gate, self._gate_kind = weights.get("q_gate"), shared.spec.gate
-        if self._gate_kind == "sigmoid":  # a matrix like the others
-            self._qkv = (*self._qkv, matrices["q_gate"])
 
     def forward(self, normed: Array, batch: Batch, out: Array) -> None:
         """See `MixerLayer.forward`."""
         ops, index = self._ops, self._index
         qkv, attended, gate, parts = batch.shared[self._shared]
-        if self._gate_kind == "sigmoid":
-            qkv = (*qkv, *gate)
-        elif gate:
-            ops.linear_f32(normed, (cast(Array, self._gate),), gate)
-        ops.linear(normed, self._qkv, qkv)
-        for states, pos, count, q, k, v, cos, sin, table, heads in parts:
+        if len(parts) == 1 and not gate:
+            states, pos, count, rows, cos, sin, table, heads = parts[0]
             kv = states[index].step(pos, count)
-            ops.attention(self._weights, q, k, v, pos, cos, sin, table, kv, heads)
-        if gate:
-            ops.gate_heads(attended, gate[0], self._gate_kind)
-        ops.linear(attended, self._o, (out,))
+            ops.attend(
+                self._weights, normed, self._matrices, rows, pos, cos, sin, table, kv, heads, out,
+            )  # fmt: skip
+        else:
+            self._attend_apart(normed, qkv, attended, gate, parts, out)
         if self._o_bias is not None:
             ops.add_bias(self._o_bias, out)
+
+    def _attend_apart(
+        self,
+        normed: Array,
+        qkv: tuple[Array, ...],
+        attended: Array,
+        gate: list[Array],
+        parts: list[tuple[Any, ...]],
+        out: Array,
+    ) -> None:
+        """Does the same in steps, for several sequences, each of which has a state of its own, and with a gate."""
+        ops, (matrices, o) = self._ops, self._matrices
+        if self._gate_kind == "sigmoid":  # a matrix like the others
+            ops.linear(normed, (*matrices, cast(Matrix, self._gate)), (*qkv, *gate))
+        else:
+            if gate:
+                ops.linear_f32(normed, (cast(Array, self._gate),), gate)
+            ops.linear(normed, matrices, qkv)
+        for states, pos, count, rows, cos, sin, table, heads in parts:
+            kv = states[self._index].step(pos, count)
+            ops.attention(self._weights, *rows, pos, cos, sin, table, kv, heads)
+        if gate:
+            ops.gate_heads(attended, gate[0], self._gate_kind)
+        ops.linear(attended, (o,), (out,))

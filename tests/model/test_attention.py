@@ -16,6 +16,7 @@ import edgemoe
 from edgemoe import _core
 from edgemoe.cli.main import main
 from edgemoe.convert.convert import convert
+from edgemoe.quant.nested import quantize
 from edgemoe.runtime.budget import Budget
 
 TYPES = [
@@ -173,6 +174,52 @@ RINGS = [
     Case(heads=2, kv_heads=1, head_dim=16, window=257, T=1200),
     Case(heads=2, kv_heads=2, head_dim=16, window=1, T=600),
 ]
+
+
+@pytest.mark.parametrize("chunks", [[300], [299, 1], [1] * 20], ids=["prompt", "last", "tokens"])
+def test_one_call_has_the_bits_of_its_steps(chunks):
+    D, heads, kv_heads, dim, T = 48, 6, 2, 18, sum(chunks)
+    rng = np.random.default_rng(T)
+    x = rng.standard_normal((T, D)).astype(np.float32)
+    widths = heads * dim, kv_heads * dim, kv_heads * dim
+
+    def matrix(rows, cols):
+        w = rng.standard_normal((rows, cols)).astype(np.float32) / 8
+        rungs = quantize(w, (2, 3, 4), second_moments=None, threads=1)
+        return _core.Nested.from_rungs(rungs, rows, cols, [2, 1, 1])
+
+    qkv, o = tuple(matrix(n, D) for n in widths), matrix(D, heads * dim)
+    layer = _core.AttentionLayer(
+        index=0, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim, window=0, scale=0.2,
+        q_bias=rng.standard_normal(heads * dim).astype(np.float32),
+        k_bias=rng.standard_normal(kv_heads * dim).astype(np.float32), v_bias=None,
+        q_norm=np.ones(dim, np.float32), k_norm=np.ones(dim, np.float32), norm_per_head=True, norm_eps=1e-6,
+        clip=0.0,
+    )  # fmt: skip
+    results = []
+    for at_once, threads in [(True, 2), (False, 1), (False, 3)]:
+        ws = _core.Workspace(threads, T, heads * dim, 64, T, dim, heads)
+        kv = _core.KvLayer(
+            key_type="f16", value_type="f16", num_heads=kv_heads, capacity=T, head_dim=dim
+        )
+        out, pos = np.full((T, D), np.nan, np.float32), 0
+        for n in chunks:
+            rows = tuple(np.empty((n, width), np.float32) for width in widths)
+            into, part = np.empty((n, heads * dim), np.float32), slice(pos, pos + n)
+            cos = np.ones((n, dim // 2), np.float32)
+            turn = pos, cos, 0 * cos, None, kv
+            if at_once:
+                _core.attend(ws, layer, x[part], qkv, o, *rows, *turn, into, out[part])
+            else:
+                _core.linear(ws, x[part], qkv, rows)
+                _core.attention(ws, layer, *rows, *turn, into)
+                _core.linear(ws, into, [o], [out[part]])
+            pos += n
+        results.append(out.tobytes())
+    assert results[0] == results[1] == results[2]
+    assert np.isfinite(out).all()
+    with pytest.raises(ValueError, match="attend: the matrices do not fit"):
+        _core.attend(ws, layer, x[part], (o, o, o), o, *rows, *turn, into, out[part])
 
 
 @pytest.mark.parametrize("types", TYPES, ids="-".join)
