@@ -85,6 +85,17 @@ bool weigh_rows(const float* rows, int n, const int32_t* which, const float* wei
   return std::any_of(out, out + n, [](float x) { return x != 0; });
 }
 
+void count_path(float* pairs, float* totals, float* uses, const int32_t* path, int layers, int experts, int k) {
+  for (int layer = 0; layer < layers; ++layer, path += k) {
+    const int64_t first = int64_t(layer) * experts;
+    for (int i = 0; i < k; ++i) uses[first + path[i]] = totals[first + path[i]] += 1;
+    for (int before = layer ? -k : 0; before < 0; ++before) {
+      float* row = pairs + (first + path[before]) * experts;
+      for (int i = 0; i < k; ++i) row[path[i]] += 1;
+    }
+  }
+}
+
 int likeliest(const float* scores, const int8_t* has, const int8_t* wanted, int n, int32_t* out, int most) {
   Best best(scores, out, most, [](float a, float b) { return a > b; });
   for (int e = 0; e < n; ++e) {

@@ -35,6 +35,11 @@ struct PathRow {
 /// anything is not 0.
 bool weigh_rows(const float* rows, int n, const int32_t* which, const float* weights, int k, float* out);
 
+/// EdgeMoE's table of what follows what, of all layers: pairs [L, E, E], totals and uses [L, E], of which the latter
+/// are 1 at least. A token has run the experts `path` [L, K], of a layer each once: what it ran counts one more, and so
+/// does each pair of an expert and one of the layer before.
+void count_path(float* pairs, float* totals, float* uses, const int32_t* path, int layers, int experts, int k);
+
 /// Writes to `out` the experts [n] of the highest scores above 0, highest first, of equals the first, at most `most`
 /// of them and only those that have less than they are wanted at. Returns how many.
 int likeliest(const float* scores, const int8_t* has, const int8_t* wanted, int n, int32_t* out, int most);

@@ -124,6 +124,21 @@ void bind_guesses(py::module_& m) {
       py::arg("rows").noconvert(), py::arg("which").noconvert(), py::arg("weights").noconvert(),
       py::arg("out").noconvert(), "Sets `out` to the weighted sum of rows; says whether anything in it is not 0.");
   m.def(
+      "count_path",
+      [](Array<float>& pairs, Array<float>& totals, Array<float>& uses, const Array<int32_t>& path) {
+        expect(path, "path", {-1, -1});
+        const py::ssize_t L = path.shape(0), K = path.shape(1);
+        expect(totals, "totals", {L, -1});
+        const py::ssize_t E = totals.shape(1);
+        expect(uses, "uses", {L, E});
+        expect(pairs, "pairs", {L, E, E});
+        for (py::ssize_t i = 0; i < path.size(); ++i) expect_within("path", path.data()[i], 0, E - 1);
+        count_path(pairs.mutable_data(), totals.mutable_data(), uses.mutable_data(), path.data(), int(L), int(E),
+                   int(K));
+      },
+      py::arg("pairs").noconvert(), py::arg("totals").noconvert(), py::arg("uses").noconvert(),
+      py::arg("path").noconvert(), "Counts a token's path [L, K] in the table of what follows what.");
+  m.def(
       "likeliest",
       [](const Array<float>& scores, const Array<int8_t>& has, const Array<int8_t>& wanted, int most) {
         expect(scores, "scores", {-1});

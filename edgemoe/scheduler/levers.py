@@ -227,7 +227,7 @@ def low_bits_first(plan: Plan, resident_bits: NDArray[np.int8], least: int, firs
     lacks = has < plan.bits
     if not lacks.any():
         return plan
-    bits = np.where(lacks, np.minimum(np.maximum(has, np.int8(least)), plan.bits), plan.bits)
+    bits = np.minimum(np.maximum(has, np.int8(least)), plan.bits)
     later = plan.experts[lacks] + np.int32(first)
     lowered = Plan(
         plan.layer, plan.experts, bits, plan.offsets, plan.tokens, plan.rows, plan.gates,

@@ -270,17 +270,15 @@ class Transitions:
         self._path.append(routing.experts[-1].copy())
 
     def learn(self) -> None:
-        """All layers have run: counts the path. All at once, as it takes a dozen calls."""
+        """All layers have run: counts the path."""
         path = np.array(self._path)
         L = len(path)
         if len(self._totals) != L:
             return  # it did not begin with the first layer
-        layers = np.arange(L)[:, None]
-        self._totals[layers, path] += 1.0
-        self._uses[layers, path] = self._totals[layers, path]
-        self._pairs[layers[1:, :, None], path[:-1, :, None], path[1:, None, :]] += 1.0
+        _core.count_path(self._pairs, self._totals, self._uses, path)
         if self._far_pairs is not None:
-            self._far_pairs[layers[2:, :, None], path[:-2, :, None], path[2:, None, :]] += 1.0
+            layers = np.arange(2, L)[:, None, None]
+            self._far_pairs[layers, path[:-2, :, None], path[2:, None, :]] += 1.0
         if self._has_tuples:
             for layer in range(1, L):
                 self._count_tuples(layer, path[layer])

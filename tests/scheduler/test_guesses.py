@@ -115,6 +115,26 @@ def test_there_is_no_such_expert(bad):
         _core.renew_records(row, row.copy(), bad[:1] * 0, np.array([9], np.int8), np.zeros(9), 0.0)
 
 
+def test_a_path_is_counted():
+    rng = np.random.default_rng(0)
+    layers = np.arange(3)[:, None]
+    pairs, totals, uses = (np.zeros(shape, np.float32) for shape in ((3, E, E), (3, E), (3, E)))
+    uses += 1
+    expected = pairs.copy()
+    runs = np.zeros((3, E))
+    for _ in range(20):
+        path = np.array([experts(rng) for _ in range(3)])
+        _core.count_path(pairs, totals, uses, path)
+        expected[layers[1:, :, None], path[:-1, :, None], path[1:, None, :]] += 1
+        runs[layers, path] += 1
+        np.testing.assert_array_equal(pairs, expected)
+        np.testing.assert_array_equal(totals, runs)
+        np.testing.assert_array_equal(uses, np.maximum(runs, 1))
+    path[1, 2] = E
+    with pytest.raises(ValueError, match="path"):
+        _core.count_path(pairs, totals, uses, path)
+
+
 @pytest.mark.parametrize(("rows", "cols"), [(70, 48), (32, 64), (1, 1), (33, 129)])
 def test_rounded_rows_are_their_matrix_in_8_bits(rows, cols):
     rng = np.random.default_rng(rows)
