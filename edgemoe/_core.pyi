@@ -423,6 +423,23 @@ def ffn(
     activation: str = "swiglu",
 ) -> None: ...
 def soft_cap(ws: Workspace, cap: float, x: _F32) -> None: ...
+def run_experts(
+    ws: Workspace,
+    x: _F32,
+    cache: Cache,
+    experts: _I32,
+    levels: NDArray[np.int8],
+    offsets: _I32,
+    tokens: _I32,
+    rows: _I32,
+    gates: _F32,
+    parts: _F32,
+    out: _F32,
+    activation: str,
+    biases: Sequence[_F32 | None] | None,
+    basis: NDArray[np.int8] | None,
+    projected: _F32 | None,
+) -> None: ...
 def expect_experts(ws: Workspace, cache: Cache, first: int, experts: _I32) -> None: ...
 def expert_ffn(
     ws: Workspace,

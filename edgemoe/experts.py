@@ -79,8 +79,6 @@ class Experts:
         self.routed += plan.rows.size
         self.skipped += plan.rows.size - len(plan.tokens)
         request = store.request(plan)
-        for group in store.ready_groups():  # computing one group hides the reads of the next
-            ops.expert_ffn(x, layer, request, plan, group, self._parts)
-        ops.combine(self._parts, plan, out)
+        ops.run_experts(x, layer, request, store.ready_groups(), plan, self._parts, out)
         if self.observer is not None:
             self.observer.done(*store.progress)

@@ -10,7 +10,7 @@ Shape letters: T tokens of a batch, D hidden, K experts per token, E experts, V 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -494,6 +494,25 @@ class Ops(Protocol):
         parts: Array,
     ) -> None:
         """Runs the experts at positions `group` of a plan that was requested; writes their rows of `parts` [m, D]."""
+
+    def run_experts(
+        self,
+        x: Array,
+        layer: ExpertLayer,
+        request: Request,
+        groups: Iterator[list[int]],
+        plan: Plan,
+        parts: Array,
+        out: Array,
+    ) -> None:
+        """`expert_ffn` for each group of a request as it arrives, and `combine` to out [T, D].
+
+        Computing one group hides the reads of the next. The request is over then, also where it fails.
+
+        Args:
+            groups: what the store gives of it, for who does not ask the slots themselves.
+            parts: scratch [m, D].
+        """
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:
         """out [T, D]: each token's parts times their gates, added in the order of plan.rows."""

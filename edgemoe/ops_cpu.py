@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, cast
 
@@ -393,13 +393,33 @@ class CpuOps:
         hidden: Array | None = None,
     ) -> None:
         """See `Ops.expert_ffn`; rows of hidden [m, H], if given, get what each w_down is applied to."""
-        # Of many tokens once for all groups; of few, each group does it on its way.
-        if layer.basis is not None and request.projected is None and len(x) > _FEW_TOKENS:
-            request.projected = np.empty((len(x), MOST_RANK), np.float32)
-            _core.project(self._ws, x, layer.basis, request.projected)
+        self._project(x, layer, request)
         _core.expert_ffn(
             self._ws, x, request.slots, request.experts, request.levels, plan.offsets, plan.tokens,
             group, parts, hidden, layer.activation, layer.biases, layer.basis, request.projected,
+        )  # fmt: skip
+
+    def _project(self, x: Array, layer: ExpertLayer, request: Request) -> None:
+        """Does what the corrections of all groups need: of many tokens at once; of few, each group on its way."""
+        if layer.basis is not None and request.projected is None and len(x) > _FEW_TOKENS:
+            request.projected = np.empty((len(x), MOST_RANK), np.float32)
+            _core.project(self._ws, x, layer.basis, request.projected)
+
+    def run_experts(
+        self,
+        x: Array,
+        layer: ExpertLayer,
+        request: Request,
+        groups: Iterator[list[int]],
+        plan: Plan,
+        parts: Array,
+        out: Array,
+    ) -> None:
+        """See `Ops.run_experts`: asks the slots itself."""
+        self._project(x, layer, request)
+        _core.run_experts(
+            self._ws, x, request.slots, request.experts, request.levels, plan.offsets, plan.tokens,
+            plan.rows, plan.gates, parts, out, layer.activation, layer.biases, layer.basis, request.projected,
         )  # fmt: skip
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:

@@ -7,7 +7,7 @@ them itself. See `Ops` for the verbs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import Any, cast
 
@@ -349,6 +349,21 @@ class CudaOps(CudaMixers):
         for i in group:
             first, end = int(plan.offsets[i]), int(plan.offsets[i + 1])
             parts[first:end].upload(rows[first:end])
+
+    def run_experts(
+        self,
+        x: Array,
+        layer: ExpertLayer,
+        request: Request,
+        groups: Iterator[list[int]],
+        plan: Plan,
+        parts: Array,
+        out: Array,
+    ) -> None:
+        """See `Ops.run_experts`."""
+        for group in groups:
+            self.expert_ffn(x, layer, request, plan, group, parts)
+        self.combine(parts, plan, out)
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:
         """See `Ops.combine`."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -116,6 +116,21 @@ class TapOps(CpuOps):
         super().ffn(x, gate, up, down, out, activation=activation, hidden=hidden)
         self._tap.dense(self._names[id(up if gate is None else gate)], x)
         self._tap.dense(self._names[id(down)], hidden)
+
+    def run_experts(
+        self,
+        x: Array,
+        layer: ExpertLayer,
+        request: Request,
+        groups: Iterator[list[int]],
+        plan: Plan,
+        parts: Array,
+        out: Array,
+    ) -> None:
+        """See `CpuOps.run_experts`; in steps, which the tap sees."""
+        for group in groups:
+            self.expert_ffn(x, layer, request, plan, group, parts)
+        self.combine(parts, plan, out)
 
     def expert_ffn(
         self,

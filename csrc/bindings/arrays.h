@@ -50,6 +50,18 @@ void expect(const Array<T>& a, const char* name, std::initializer_list<py::ssize
   if (!ok) throw std::invalid_argument(std::string(name) + ": expected shape " + wanted + "], got " + shape_text(a));
 }
 
+/// Throws unless `combine` can make out [T, cols] of parts [any, cols] by rows and gates [T, K].
+inline void check_combine(const Array<float>& parts, const Array<int32_t>& rows, const Array<float>& gates,
+                          const Array<float>& out) {
+  expect(parts, "parts", {-1, -1});
+  expect(rows, "rows", {-1, -1});
+  expect(gates, "gates", {rows.shape(0), rows.shape(1)});
+  expect(out, "combine out", {rows.shape(0), parts.shape(1)});
+  for (py::ssize_t i = 0; i < rows.size(); ++i) {
+    if (rows.data()[i] >= parts.shape(0)) throw std::invalid_argument("combine: a row is outside parts");
+  }
+}
+
 /// Data of an array that may not be converted; valid while the object lives.
 inline const float* floats(const py::object& array, const char* name, std::initializer_list<py::ssize_t> shape) {
   if (!py::isinstance<Array<float>>(array)) {

@@ -47,6 +47,76 @@ class ExpertBiases {
   const float* all_[3] = {};
 };
 
+/// The FFNs of a plan, checked, so that groups of them can run without Python.
+class PlannedFfns {
+ public:
+  PlannedFfns(const Cache& cache, const Array<float>& x, const Array<int32_t>& experts, const Array<int8_t>& levels,
+              const Array<int32_t>& offsets, const Array<int32_t>& tokens, Array<float>& parts,
+              const py::object& hidden, const std::string& activation, const py::object& biases,
+              const std::optional<Array<int8_t>>& basis, const py::object& projected)
+      : cache_(cache),
+        d_(cache.shape().hidden),
+        h_(cache.shape().expert_hidden),
+        kind_(activation_of(activation)),
+        biases_(biases, d_, h_),
+        basis_(basis) {
+    expect(x, "expert_ffn x", {-1, d_});
+    expect(experts, "experts", {-1});
+    expect(levels, "levels", {experts.size()});
+    expect(offsets, "offsets", {experts.size() + 1});
+    expect(parts, "parts", {-1, d_});
+    x_ = x.data();
+    T_ = x.shape(0);
+    count_ = experts.size();
+    most_ = std::min(tokens.size(), parts.shape(0));
+    experts_ = experts.data();
+    levels_ = levels.data();
+    offsets_ = offsets.data();
+    tokens_ = tokens.data();
+    parts_ = parts.mutable_data();
+    if (!projected.is_none()) z_ = floats(projected, "projected", {T_, kMaxRank});
+    if (!hidden.is_none()) hidden_ = writable(hidden, "hidden", {parts.shape(0), h_});
+  }
+
+  /// Runs those at positions `group`, which are pinned.
+  void run(Workspace& ws, const std::vector<int>& group) {
+    int rank = 0;  // of what the basis must have
+    uses_.clear();
+    for (int i : group) {
+      if (i < 0 || i >= count_ || offsets_[i] < 0 || offsets_[i + 1] <= offsets_[i] || offsets_[i + 1] > most_) {
+        throw std::invalid_argument("expert_ffn: offsets do not fit tokens and parts");
+      }
+      const size_t first = size_t(offsets_[i]);
+      for (int32_t j = offsets_[i]; j < offsets_[i + 1]; ++j) {
+        if (tokens_[j] < 0 || tokens_[j] >= T_) throw std::invalid_argument("expert_ffn: a token is outside x");
+      }
+      uses_.push_back({cache_.view(experts_[i], levels_[i]), tokens_ + first, offsets_[i + 1] - offsets_[i],
+                       parts_ + first * d_, hidden_ ? hidden_ + first * h_ : nullptr,
+                       biases_.of(experts_[i] % cache_.shape().num_experts)});
+      check_ffn(uses_.back().w, kind_);
+      rank = std::max({rank, rank_of(uses_.back().w.gate), rank_of(uses_.back().w.up)});
+    }
+    const int8_t* v = z_ ? nullptr : shared_basis(basis_, rank, d_);
+    std::vector<float> own(v ? size_t(T_) * kMaxRank : 0);
+    if (v) project(ws, x_, int(T_), v, rank, d_, own.data());
+    for (FfnUse& use : uses_) use.z = v ? own.data() : z_;
+    run_ffns(ws, x_, int(T_), kind_, uses_);
+  }
+
+ private:
+  const Cache& cache_;
+  const int d_, h_;
+  const Activation kind_;
+  const ExpertBiases biases_;
+  const std::optional<Array<int8_t>>& basis_;
+  const float *x_, *z_ = nullptr;
+  float *parts_, *hidden_ = nullptr;
+  const int32_t *experts_, *offsets_, *tokens_;
+  const int8_t* levels_;
+  py::ssize_t T_, count_, most_;
+  std::vector<FfnUse> uses_;
+};
+
 }  // namespace
 
 void bind_ffn(py::module_& m) {
@@ -89,42 +159,10 @@ void bind_ffn(py::module_& m) {
          const Array<int8_t>& levels, const Array<int32_t>& offsets, const Array<int32_t>& tokens,
          const std::vector<int>& group, Array<float> parts, const py::object& hidden, const std::string& activation,
          const py::object& biases, const std::optional<Array<int8_t>>& basis, const py::object& projected) {
-        const int d = cache.shape().hidden, h = cache.shape().expert_hidden;
-        const Activation kind = activation_of(activation);
-        const ExpertBiases all(biases, d, h);
-        expect(x, "expert_ffn x", {-1, d});
-        expect(experts, "experts", {-1});
-        expect(levels, "levels", {experts.size()});
-        expect(offsets, "offsets", {experts.size() + 1});
-        expect(parts, "parts", {-1, d});
-        const int32_t *o = offsets.data(), *t = tokens.data();
-        const py::ssize_t T = x.shape(0), n = experts.size();
-        int rank = 0;  // of what `basis` must have
-        const float* z = projected.is_none() ? nullptr : floats(projected, "projected", {T, kMaxRank});
-        float* inner = hidden.is_none() ? nullptr : writable(hidden, "hidden", {parts.shape(0), h});
-        std::vector<FfnUse> uses;
-        for (int i : group) {
-          if (i < 0 || i >= n || o[i] < 0 || o[i + 1] <= o[i] || o[i + 1] > tokens.size() ||
-              o[i + 1] > parts.shape(0)) {
-            throw std::invalid_argument("expert_ffn: offsets do not fit tokens and parts");
-          }
-          for (int32_t j = o[i]; j < o[i + 1]; ++j) {
-            if (t[j] < 0 || t[j] >= T) throw std::invalid_argument("expert_ffn: a token is outside x");
-          }
-          const int32_t e = experts.data()[i];
-          uses.push_back({cache.view(e, levels.data()[i]), t + o[i], o[i + 1] - o[i],
-                          parts.mutable_data() + size_t(o[i]) * d, inner ? inner + size_t(o[i]) * h : nullptr,
-                          all.of(e % cache.shape().num_experts)});
-          check_ffn(uses.back().w, kind);
-          rank = std::max({rank, rank_of(uses.back().w.gate), rank_of(uses.back().w.up)});
-        }
-        const float* a = x.data();
-        const int8_t* v = z ? nullptr : shared_basis(basis, rank, d);
+        PlannedFfns ffns(cache, x, experts, levels, offsets, tokens, parts, hidden, activation, biases, basis,
+                         projected);
         py::gil_scoped_release release;
-        std::vector<float> own(v ? size_t(T) * kMaxRank : 0);
-        if (v) project(ws, a, int(T), v, rank, d, own.data());
-        for (FfnUse& use : uses) use.z = v ? own.data() : z;
-        run_ffns(ws, a, int(T), kind, uses);
+        ffns.run(ws, group);
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("cache"), py::arg("experts").noconvert(),
       py::arg("levels").noconvert(), py::arg("offsets").noconvert(), py::arg("tokens").noconvert(), py::arg("group"),
@@ -135,6 +173,40 @@ void bind_ffn(py::module_& m) {
       "H], "
       "ups' [E, H] and downs' [E, D]. basis: V [rank, padded columns] of gates and ups where they have corrections; "
       "projected: what `project` makes of x with it, if that was done before.");
+
+  m.def(
+      "run_experts",
+      [](Workspace& ws, const Array<float>& x, Cache& cache, const Array<int32_t>& experts, const Array<int8_t>& levels,
+         const Array<int32_t>& offsets, const Array<int32_t>& tokens, const Array<int32_t>& rows,
+         const Array<float>& gates, Array<float> parts, Array<float> out, const std::string& activation,
+         const py::object& biases, const std::optional<Array<int8_t>>& basis, const py::object& projected) {
+        PlannedFfns ffns(cache, x, experts, levels, offsets, tokens, parts, py::none(), activation, biases, basis,
+                         projected);
+        check_combine(parts, rows, gates, out);
+        const float *p = parts.data(), *g = gates.data();
+        const int32_t* r = rows.data();
+        float* o = out.mutable_data();
+        const int T = int(rows.shape(0)), K = int(rows.shape(1)), cols = int(parts.shape(1));
+        py::gil_scoped_release release;
+        const auto close = [](Cache* open) { open->close(); };
+        const std::unique_ptr<Cache, decltype(close)> request(&cache, close);
+        std::vector<int> group;
+        for (py::ssize_t left = experts.size(); left > 0; left -= py::ssize_t(group.size())) {
+          cache.next(&group);
+          if (group.empty()) break;
+          ffns.run(ws, group);
+          if (left == py::ssize_t(group.size())) break;
+          py::gil_scoped_acquire python;  // others are being read: a signal need not wait for them all
+          if (PyErr_CheckSignals()) throw py::error_already_set();
+        }
+        combine(ws, p, r, g, T, K, cols, o);
+      },
+      py::arg("ws"), py::arg("x").noconvert(), py::arg("cache"), py::arg("experts").noconvert(),
+      py::arg("levels").noconvert(), py::arg("offsets").noconvert(), py::arg("tokens").noconvert(),
+      py::arg("rows").noconvert(), py::arg("gates").noconvert(), py::arg("parts").noconvert(),
+      py::arg("out").noconvert(), py::arg("activation"), py::arg("biases"), py::arg("basis").noconvert(),
+      py::arg("projected"),
+      "`expert_ffn` for each group of the open request as it arrives, and `combine`; the request is closed.");
 }
 
 }  // namespace edgemoe

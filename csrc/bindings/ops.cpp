@@ -132,14 +132,8 @@ void bind_rows(py::module_& m) {
       "combine",
       [](Workspace& ws, const Array<float>& parts, const Array<int32_t>& rows, const Array<float>& gates,
          Array<float> out) {
-        expect(parts, "parts", {-1, -1});
-        expect(rows, "rows", {-1, -1});
-        expect(gates, "gates", {rows.shape(0), rows.shape(1)});
-        expect(out, "combine out", {rows.shape(0), parts.shape(1)});
+        check_combine(parts, rows, gates, out);
         const int32_t* r = rows.data();
-        for (py::ssize_t i = 0; i < rows.size(); ++i) {
-          if (r[i] >= parts.shape(0)) throw std::invalid_argument("combine: a row is outside parts");
-        }
         const float *p = parts.data(), *g = gates.data();
         float* o = out.mutable_data();
         const int T = int(rows.shape(0)), K = int(rows.shape(1)), cols = int(parts.shape(1));
