@@ -15,8 +15,11 @@
 namespace edgemoe {
 namespace {
 
-// Some tens of microseconds: longer than Python needs between two calls of one layer, shorter than a read.
+// Some tens of microseconds: how long the caller waits for others before it lets somebody else have its core.
 constexpr int kSpins = 2000;
+// A worker waits so many times as long for the next loop: longer than Python needs between two calls of one token, of
+// which the head's comes latest, and shorter than a read. Waking it would cost as much.
+constexpr int kPatience = 3;
 
 /// Cores that this process may use.
 int num_cores() {
@@ -166,7 +169,8 @@ void ThreadPool::work(int number) {
   uint64_t seen = 0;
   const auto is_new = [&](uint64_t state) { return state / kRound != seen; };
   for (;;) {
-    for (int spins = 0; spins < spins_ && !is_new(state_.load(std::memory_order_acquire)); ++spins) idle(number);
+    for (int spins = 0; spins < kPatience * spins_ && !is_new(state_.load(std::memory_order_acquire)); ++spins)
+      idle(number);
     if (!is_new(state_.load(std::memory_order_acquire))) {
       std::unique_lock<std::mutex> lock(mutex_);
       parked_.fetch_add(1, std::memory_order_seq_cst);
