@@ -158,8 +158,8 @@ def _run(
         if repetition:  # the first one warms caches
             rates.append(count / seconds)
             total_s += seconds
-            for name in did:
-                did[name] += after[name] - before[name]
+            for figure in did:
+                did[figure] += after[figure] - before[figure]
     stats, uses = engine.stats, did["hits"] + did["misses"]
     return Result(
         test=name,
