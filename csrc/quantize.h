@@ -24,7 +24,7 @@ struct Objective {
   /// Passes over the columns at most.
   int sweeps;
   /// Searches scales and middles of groups in full, as is done with `moments` anyway: several times the time.
-  bool is_thorough;
+  bool is_thorough = false;
 };
 
 /// Quantises w [rows, cols] and writes each rung of `widths` bits to outs[i], of rung_bytes. `row_scales` says which
