@@ -112,9 +112,9 @@ class AttentionLayer:
             if gate:
                 ops.linear_f32(normed, (cast(Array, self._gate),), gate)
             ops.linear(normed, matrices, qkv)
-        for states, pos, count, rows, cos, sin, table, heads in parts:
+        for states, pos, count, (q, k, v), cos, sin, table, heads in parts:
             kv = states[self._index].step(pos, count)
-            ops.attention(self._weights, *rows, pos, cos, sin, table, kv, heads)
+            ops.attention(self._weights, q, k, v, pos, cos, sin, table, kv, heads)
         if gate:
             ops.gate_heads(attended, gate[0], self._gate_kind)
         ops.linear(attended, (o,), (out,))

@@ -80,7 +80,7 @@ class Directions:
             if not rank:
                 continue
             matrix = _core.Nested.from_rungs(
-                rungs[:level], *w.shape, widths[:level], row_scales=row_scales
+                rungs[:level], len(w), w.shape[1], widths[:level], row_scales=row_scales
             )
             a = np.zeros((len(w), rank))
             for first in range(0, len(w), _BLOCK):  # an embedding is large

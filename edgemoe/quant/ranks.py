@@ -96,7 +96,13 @@ def _errors(
     out, decoded = np.zeros(_LEVELS), np.zeros_like(w)
     for level in range(1, _LEVELS + 1):
         matrix = _core.Nested.from_rungs(
-            rungs[:level], *w.shape, widths[:level], "nested", ROW_SCALES, v.ranks if v else []
+            rungs[:level],
+            len(w),
+            w.shape[1],
+            widths[:level],
+            "nested",
+            ROW_SCALES,
+            v.ranks if v else [],
         )
         matrix.decode_rows(rows, decoded)
         error = decoded - w

@@ -165,7 +165,8 @@ def _quantize_mwq(
     directions: Directions | None = None,
     threads: int,
 ) -> list[NDArray[np.uint8]]:
-    assert favour is directions is None  # as `can_favour` and the format say
+    assert favour is None
+    assert directions is None
     del threads  # numpy's products have their own; more beside these made it slower
     return mwq.quantize(w, ladder, second_moments=second_moments)
 
@@ -191,10 +192,12 @@ def _float4(name: str, about: str, group: int, encode: Callable[[Array], Bytes])
         *,
         second_moments: Array | None,
         favour: int | None = None,
+        directions: Directions | None = None,
         threads: int,
     ) -> list[Bytes]:
         del ladder, second_moments, threads  # there is nothing to choose
-        assert favour is None  # as `can_favour` says
+        assert favour is None
+        assert directions is None
         return [encode(w)]
 
     return Scheme(
