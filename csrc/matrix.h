@@ -41,8 +41,8 @@ Scheme scheme_named(const std::string& name);
 void check_widths(Scheme scheme, const std::vector<uint8_t>& widths);
 
 /// What `NestedMatrix::row_scales` is for a flag per rung; rungs beyond them have no scales. Throws
-/// std::invalid_argument unless there is one for a nested matrix's first rung, and no other for the schemes whose scales lie
-/// elsewhere.
+/// std::invalid_argument unless there is one for a nested matrix's first rung, and no other for the schemes whose
+/// scales lie elsewhere.
 uint8_t check_row_scales(Scheme scheme, const std::vector<uint8_t>& row_scales);
 
 /// Throws std::invalid_argument unless `ranks`, of each rung's correction, are ones that a matrix of the scheme may
