@@ -100,6 +100,9 @@ def as_released(path: Path, out: Path) -> Path:
         for ours, theirs in _KIMI.items():
             config[ours] = config.get(ours, config.get(theirs))
             config[theirs] = config[ours]
+    if kind == "gemma4_text":  # it counts the tokens
+        vocabulary = {"vocab": {str(i): i for i in range(config["vocab_size"])}}
+        (out / "tokenizer.json").write_text(json.dumps({"model": vocabulary, "added_tokens": []}))
     file.write_text(json.dumps(config))
     return out
 
@@ -111,7 +114,10 @@ def converted(path: Path, out: Path) -> Path:
     from conversion.base import ModelBase
 
     arch = ModelBase.load_hparams(path, False)["architectures"][0]
-    base = conversion.get_model_class(arch)
+    if arch == "Mistral4ForCausalLM":  # which it knows as a part of Mistral 3 only
+        base = conversion.get_model_class("Mistral3ForConditionalGeneration").Mistral4Model
+    else:
+        base = conversion.get_model_class(arch)
 
     class Converter(base):  # type: ignore[misc, valid-type]
         model_arch = base.model_arch

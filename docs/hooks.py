@@ -53,7 +53,12 @@ def flags() -> str:
 def families() -> str:
     """Returns a page with what converts."""
     text = output_of(["edgemoe", "families"])
-    return f"# Families\n\nThis page is made by `edgemoe families`.\n\n```text\n{text}\n```\n"
+    compared = re.findall(r'<a id="(\w+)">', (ROOT / "docs/matrix.md").read_text(encoding="utf-8"))
+    links = ", ".join(f"[{name}](../matrix.md#{name})" for name in sorted(compared))
+    return (
+        f"# Families\n\nThis page is made by `edgemoe families`.\n\n```text\n{text}\n```\n\n"
+        f"Compared with transformers and llama.cpp: {links}.\n"
+    )
 
 
 def help_of(command: list[str]) -> str:

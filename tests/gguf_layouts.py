@@ -24,6 +24,8 @@ def save(arch: str, config: Config, tensors: dict[str, Array], path: Path) -> Pa
             writer.add_array(f"{arch}.{key}", value)
         elif isinstance(value, float):
             writer.add_float32(f"{arch}.{key}", value)
+        elif isinstance(value, str):
+            writer.add_string(f"{arch}.{key}", value)
         elif value is not None:
             writer.add_uint32(f"{arch}.{key}", value)
     stacks: dict[str, dict[int, Array]] = {}
@@ -238,6 +240,14 @@ def metadata(arch: str, config: Config) -> Config:
         }
     if arch in ("gpt-oss", "laguna"):
         out |= {"attention.sliding_window": config["sliding_window"]}
+    if arch == "gpt-oss":
+        rope = config["rope_parameters"]
+        out |= {
+            "rope.freq_base": rope["rope_theta"],
+            "rope.scaling.type": rope["rope_type"],
+            "rope.scaling.factor": rope["factor"],
+            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+        }
     if arch == "laguna":
         out |= {
             "attention.head_count": config["num_attention_heads_per_layer"],

@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from edgemoe.convert.gguf import GGUFCheckpoint
+from edgemoe.convert.hf import HFCheckpoint
+from edgemoe.convert.source import SourceModel
 
 Array = NDArray[Any]
 Config = dict[str, Any]
@@ -206,3 +208,15 @@ def test_config_has_what_the_tensors_need(
     assert got["model_type"] == SETTINGS[arch][0]
     for key in SETTINGS[arch][1].keys() & got.keys():
         assert got[key] == config[key], key
+
+
+@pytest.mark.parametrize("made", ["gpt-oss"], indirect=True)
+def test_gpt_oss_turns_as_its_config_json_says(
+    made: tuple[str, Config, dict[str, Array], Path],
+) -> None:
+    """Its range of YaRN is not rounded, which a file does not say and llama.cpp does."""
+    *_, path = made
+    released = SourceModel(HFCheckpoint(path.parent))
+    np.testing.assert_array_equal(
+        SourceModel(GGUFCheckpoint(path)).tensor("rope"), released.tensor("rope")
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gguf
@@ -43,6 +44,16 @@ def test_every_family_says_in_words_what_its_models_are() -> None:
         assert family["models"], family
         assert family["models"] not in family["model_types"]
         assert len(family["models"]) < 60
+
+
+def test_every_family_has_its_row_among_the_compared_ones() -> None:
+    page = (Path(__file__).parents[2] / "docs/matrix.md").read_text(encoding="utf-8")
+    for family in supported()["families"]:
+        names = family["model_types"]
+        if names == ["granitemoe_dense"]:  # of the tests
+            continue
+        has_row = any(f'<a id="{name}">' in page for name in names)
+        assert has_row or f"`{names[0]}` has no row" in page, names
 
 
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
