@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig
+from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.gguf import BROKEN, open_gguf
+from edgemoe.convert.gguf.architectures.qwen3next import grouped
 from edgemoe.errors import FormatError, shortened
 from edgemoe.file.format import open_moe
 from edgemoe.quant import write_calibration
+from edgemoe.quant.calibration import SAME_INPUT
+from edgemoe.specs import DeltaSpec, TensorSpec
 
 __all__ = ["convert_imatrix", "read_imatrix"]
 
 Entry = tuple[NDArray[np.float32], NDArray[np.int64]]
 """Sums of squares [matrices, cols] and the tokens of each matrix."""
 
-_DENSE = {
+_MIXER = {
     "q": ("attn_q", "attn_k", "attn_v"),
-    "o": ("attn_output",),
+    "qkv": ("attn_qkv", "attn_q"),
+    "xbc": ("ssm_in",),
+    "x_gate": ("ssm_in",),
+    "u": ("shortconv.in_proj",),
+    "b": ("shortconv.in_proj",),
+    "c": ("shortconv.in_proj",),
+    "kv_a": ("attn_kv_a_mqa", "attn_q_a", "attn_q"),
+    "q_b": ("attn_q_b",),
+    "z_out": ("ssm_g_b",),
+    "o": ("attn_output", "ssm_out", "shortconv.out_proj"),
+}
+_FFN = {
     "shared.gate": ("ffn_gate_shexp", "ffn_up_shexp", "ffn_gate", "ffn_up"),
     "shared.down": ("ffn_down_shexp", "ffn_down"),
 }
@@ -111,17 +126,20 @@ def _tensors(
             tensors[f"dense.{ours}.squares"] = entry[0][0]
 
     d, E = config.hidden_size, config.num_experts
-    for i in range(config.num_layers):
-        tensors_here = {**config.mixer(i).tensors(d), **config.ffn(i).tensors(d)}
-        for role, spec in tensors_here.items():
-            if role in _DENSE:
-                names = tuple(f"blk.{i}.{n}.weight" for n in _DENSE[role])
-                dense(f"layers.{i}.{role}", names, spec.shape[1])
+    for i, (mixer, ffn) in enumerate(_blocks(config)):
+        for specs, known, block in (
+            (config.mixer(i).tensors(d), _MIXER, mixer),
+            (config.ffn(i).tensors(d), _FFN, ffn),
+        ):
+            for role, cols in _inputs(specs).items():
+                names = tuple(f"blk.{block}.{n}.weight" for n in known.get(role, ()))
+                dense(f"layers.{i}.{role}", names, cols)
+        _regroup(config, i, tensors)
         if i not in config.moe_layers:
             continue
         for port, width in (("in", d), ("hidden", config.expert_hidden)):
             ours = f"experts.{i}.{port}"
-            entry = take(tuple(f"blk.{i}.{n}.weight" for n in _EXPERTS[port]), ours, (E, width))
+            entry = take(tuple(f"blk.{ffn}.{n}.weight" for n in _EXPERTS[port]), ours, (E, width))
             if entry is not None:
                 counts = tensors.setdefault(f"experts.{i}.count", entry[1])
                 if not np.array_equal(counts, entry[1]):
@@ -129,6 +147,32 @@ def _tensors(
                 tensors[f"{ours}.squares"] = entry[0]
     dense("embed" if config.tied else "head", ("output.weight",), d)
     return tensors, missing
+
+
+def _blocks(config: ModelConfig) -> Iterator[tuple[int, int]]:
+    """Yields, for each layer, which block of a GGUF file has its mixer and which its FFN."""
+    family, block = FAMILIES.get(config.family), 0
+    for i in range(config.num_layers):
+        last = block + int(family is not None and family.apart and config.ffn(i).exists)
+        yield block, last
+        block = last + 1
+
+
+def _inputs(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Returns the columns of each input that quantised matrices of a layer's part have, by the role of one of these."""
+    inputs = {}
+    for name, spec in specs.items():
+        head, dot, last = name.rpartition(".")
+        if spec.kind == "nested":
+            inputs[head + dot + SAME_INPUT.get(last, last)] = spec.shape[1]
+    return inputs
+
+
+def _regroup(config: ModelConfig, layer: int, tensors: dict[str, NDArray[Any]]) -> None:
+    """Orders what comes out of Qwen3.5's value heads as checkpoints do."""
+    spec, name = config.mixer(layer), f"dense.layers.{layer}.o.squares"
+    if config.family == "qwen3_5_moe" and isinstance(spec, DeltaSpec) and name in tensors:
+        tensors[name] = grouped(tensors[name], spec.key_heads, spec.value_dim)
 
 
 def _read_gguf(path: Path) -> dict[str, Entry]:

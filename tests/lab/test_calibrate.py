@@ -5,12 +5,15 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import families
 import numpy as np
 import pytest
 import reference
 from decoded import Decoded
 
 from edgemoe.cli.main import main
+from edgemoe.convert.convert import convert
+from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.imatrix import convert_imatrix
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
@@ -347,6 +350,49 @@ def test_imatrix(tiny_moe, tmp_path, write):
         assert c.count("layers.1.o") == values["blk.1.attn_output.weight"][1][0]
     assert c.matrix("layers.0.q") is None
     assert not c.is_full
+
+
+def planted(path, names):
+    """Writes an imatrix of one token, whose sums for the n-th name begin at n; returns these by name."""
+    values = {
+        f"blk.{name}.weight": (1 + n + np.arange(cols, dtype=np.float32)[None], np.ones(1, int))
+        for n, (name, cols) in enumerate(names.items())
+    }
+    write_gguf(path, values)
+    return {name: values[f"blk.{name}.weight"][0][0] for name in names}
+
+
+def test_an_imatrix_of_recurrent_layers(tmp_path):
+    """Of Qwen3.5 value heads lie in another order in a GGUF file: in turns for the key heads, 2 for each of 2 here."""
+    convert(HFCheckpoint(families.make("qwen3_5_moe", tmp_path / "hf")), tmp_path / "x.moe")
+    names = {"0.attn_qkv": 64, "0.ssm_out": 64, "1.attn_q": 64, "1.attn_output": 96}
+    sums = planted(tmp_path / "im", names)
+    missing = convert_imatrix(tmp_path / "x.moe", tmp_path / "im", tmp_path / "x.calib")
+    c = Calibration(tmp_path / "x.calib")
+    for name in ("qkv", "z"):
+        np.testing.assert_array_equal(c.diagonal(f"layers.0.{name}"), sums["0.attn_qkv"])
+    tiled = sums["0.ssm_out"].reshape(4, 16)
+    np.testing.assert_array_equal(c.diagonal("layers.0.o").reshape(4, 16), tiled[[0, 2, 1, 3]])
+    np.testing.assert_array_equal(c.diagonal("layers.1.o"), sums["1.attn_output"])
+    assert {"layers.2.qkv", "layers.2.o", "layers.2.shared.gate"} <= set(missing)
+
+
+def test_an_imatrix_of_layers_that_are_stored_apart(tmp_path):
+    """Nemotron's mixers and FFNs are blocks of their own: mamba, moe, mamba, attention, moe."""
+    convert(HFCheckpoint(families.make("nemotron_h", tmp_path / "hf")), tmp_path / "x.moe")
+    names = {
+        "0.ssm_in": 64, "0.ssm_out": 128, "1.ffn_up_shexp": 64, "1.ffn_down_shexp": 48, "2.ssm_in": 64,
+        "3.attn_q": 64, "3.attn_output": 96, "4.ffn_up_shexp": 64,
+    }  # fmt: skip
+    sums = planted(tmp_path / "im", names)
+    convert_imatrix(tmp_path / "x.moe", tmp_path / "im", tmp_path / "x.calib")
+    c = Calibration(tmp_path / "x.calib")
+    for ours, theirs in {
+        "0.xbc": "0.ssm_in", "0.x_gate": "0.ssm_in", "0.o": "0.ssm_out", "0.shared.up": "1.ffn_up_shexp",
+        "0.shared.down": "1.ffn_down_shexp", "1.xbc": "2.ssm_in", "2.v": "3.attn_q", "2.o": "3.attn_output",
+        "2.shared.up": "4.ffn_up_shexp",
+    }.items():  # fmt: skip
+        np.testing.assert_array_equal(c.diagonal(f"layers.{ours}"), sums[theirs], err_msg=ours)
 
 
 def test_a_wrong_imatrix_is_refused(tiny_moe, tmp_path):

@@ -19,7 +19,7 @@ from edgemoe.convert.gguf.architecture import (
 from edgemoe.convert.gguf.architectures.qwen2moe import SHARED_EXPERT
 from edgemoe.convert.gguf.meta import Meta
 
-__all__ = ["QWEN3NEXT", "QWEN35"]
+__all__ = ["QWEN3NEXT", "QWEN35", "grouped"]
 
 Config = Mapping[str, Any]
 
@@ -100,11 +100,14 @@ QWEN3NEXT = Architecture(
 )
 
 
-def _grouped(config: Config, x: Array, dim: int) -> Array:
+def grouped(x: Array, keys: int, dim: int) -> Array:
     """Puts value heads, of `dim` rows each, that take turns with key heads beside those of their key head."""
-    keys = config["linear_num_key_heads"]
     heads = x.reshape(-1, keys, dim, *x.shape[1:])
     return np.asarray(heads.swapaxes(0, 1).reshape(x.shape))
+
+
+def _grouped(config: Config, x: Array, dim: int) -> Array:
+    return grouped(x, config["linear_num_key_heads"], dim)
 
 
 def _grouped_last(config: Config, x: Array) -> Array:
