@@ -7,7 +7,7 @@ vocabulary than in the release, and all else has its size. A row says what a lay
 token, and of the mixer what is neither a product with a matrix nor attention: the recurrence itself, its convolution,
 gates and norms. The share is of what all layers of the release would take at these times, without the head, which makes
 it larger than it is. "Same bits" compares the logits of a prompt and of every decoded token with those of an engine
-whose budget has room for a quarter of the experts, which evicts and reads all the time.
+that has room for a quarter of the experts, and evicts and reads all the time.
 """
 
 from __future__ import annotations
@@ -160,8 +160,8 @@ def measured(name: str, out: Path, threads: int) -> dict[str, Any]:
     with edgemoe.load(out, ram="4GiB", **options) as engine:
         whole, parts = hashed(engine), milliseconds(engine)
         kinds = [type(engine.config.mixer(i)).kind for i in range(2)]
-        fixed, experts = engine.budget.fixed, engine.budget.experts
-    with edgemoe.load(out, ram=fixed + experts // 4, **options) as engine:
+        quarter = engine.budget.experts // 4
+    with edgemoe.load(out, ram="4GiB", slots=quarter, **options) as engine:
         capped, share = hashed(engine), engine.budget.slots / engine.budget.experts
         evictions = engine.stats.evictions
     return {
