@@ -72,7 +72,7 @@ class Gates(Observer):
 # --- weights as floats, and the model in torch
 
 
-@pytest.mark.parametrize("scheme", ("nested", "mwq"))
+@pytest.mark.parametrize("scheme", ["nested", "mwq"])
 def test_weights_are_what_the_file_means(scheme, tmp_path):
     path = tmp_path / "x.moe"
     convert(tiny_checkpoint(), path, scheme=SCHEMES[scheme])
