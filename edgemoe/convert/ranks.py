@@ -64,7 +64,8 @@ def choose_ranks(
     """
     levels = [level for level in DEFAULT_LADDER if level <= (bits or 8)]
     uses = [float(favour in (None, level)) for level in levels]
-    favoured = None if favour is None else DEFAULT_LADDER.index(favour) + 1
+    # What is no level is refused by the writer.
+    favoured = DEFAULT_LADDER.index(favour) + 1 if favour in DEFAULT_LADDER else None
     of_experts = uses
     if allocation is not None and favour is None:
         of_experts = [float((allocation.bits == level).mean()) for level in levels]

@@ -134,6 +134,7 @@ def error(path, source, calibration, bits, parts=("gate", "up", "down")):
         ({"correction": 40}, "correction: expected 0, 8, 16, 24 or 32, got 40"),
         ({"correction": 8, "calibration": None}, "correction: expected a calibration that was made with --full or"),
         ({"correction": 8, "scheme": SCHEMES["mwq"]}, "correction: not for the scheme mwq"),
+        ({"favour": 5}, "favour: expected one of 2, 3, 4, 6, 8, got 5"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(tmp_path, source, calibration, options, match):
