@@ -49,6 +49,19 @@ class ThreadedDevice final : public IdleDevice {
     for (std::thread& t : threads_) t.join();
   }
 
+  /// Waits for all work, as the interface has it.
+  void free(void* p, Room room) noexcept override {
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      changed_.wait(lock, [&] {
+        for (int q = 0; q < kNumQueues; ++q) {
+          if (busy_[q] || !queues_[q].empty()) return false;
+        }
+        return true;
+      });
+    }
+    IdleDevice::free(p, room);
+  }
   void fill(void* to, int byte, size_t n) override {
     push(kCompute, [=] { std::memset(to, byte, n); });
   }
@@ -137,6 +150,7 @@ class ThreadedDevice final : public IdleDevice {
       work();
       lock.lock();
       busy_[queue] = false;
+      changed_.notify_all();
     }
   }
 
