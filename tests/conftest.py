@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,9 +12,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 # What is measured there under a limit is tested here; last, as some are named like modules of Python.
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
+import hypothesis
 import pytest
 
 from edgemoe import _core
+
+hypothesis.settings.register_profile("same", derandomize=True)  # the same cases every time
+hypothesis.settings.load_profile("same")
+# What is started in the background ignores Ctrl-C, and so would the programs that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(params=_core.usable_isas().split())
