@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 
 import families
@@ -13,9 +12,9 @@ import pytest
 import reference
 import torch
 import transformers
+from gpt_oss import release
 from safetensors.torch import load_file, save_file
 from test_families import assert_same_function, open_model
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import edgemoe
 from edgemoe.config import dense_tensors
@@ -98,26 +97,9 @@ def test_the_range_of_yarn_is_rounded_only_if_config_json_says_so(tmp_path: Path
 
 def test_gpt_oss_as_released_in_mxfp4_is_its_decoded_weights(tmp_path: Path) -> None:
     path = families.make("gpt_oss", tmp_path / "a", dtype=torch.bfloat16)
-    packed, plain = {}, {}
-    rng = np.random.default_rng(0)
-    for name, t in load_file(path / "model.safetensors").items():
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            packed[name] = plain[name] = t
-            continue
-        experts, inputs, outputs = t.shape
-        codes = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), dtype=np.uint8)
-        scales = rng.integers(118, 122, (experts, outputs, inputs // 32), dtype=np.uint8)
-        packed[f"{name}_blocks"] = blocks = torch.from_numpy(codes)
-        packed[f"{name}_scales"] = powers = torch.from_numpy(scales)
-        plain[name] = convert_moe_packed_tensors(blocks, powers, dtype=torch.bfloat16)
-        assert plain[name].shape == t.shape
-    shutil.copytree(path, tmp_path / "b")
-    save_file(plain, path / "model.safetensors", {"format": "pt"})
+    decoded = release(tmp_path / "b")
+    changed(path, lambda tensors: tensors.update(decoded))
     assert_same_function(path)
-    save_file(packed, tmp_path / "b" / "model.safetensors", {"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (tmp_path / "b" / "config.json").write_text(json.dumps(config))
     expected, got = open_model(path), open_model(tmp_path / "b")
     for name in dense_tensors(expected.config):
         np.testing.assert_array_equal(got.tensor(name), expected.tensor(name), err_msg=name)

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
-
 import families
 import numpy as np
 import pytest
 import reference
 import reference_float4
-import torch
 from decoded import Decoded
+from edited import edit, setter
 from engines import with_slots
+from gpt_oss import release
 from reference_float4 import HALVES, e4m3
 from reference_nested import quantize_rows
-from safetensors.torch import load_file, save_file
-from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import edgemoe
 from edgemoe import _core
@@ -24,7 +21,7 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
 from edgemoe.errors import FormatError
 from edgemoe.file.floats import expert_floats
-from edgemoe.file.format import PREAMBLE, open_moe, pack_preamble
+from edgemoe.file.format import open_moe
 from edgemoe.file.verify import verify
 from edgemoe.placement import unsupported
 from edgemoe.quant import SCHEMES
@@ -156,24 +153,8 @@ def test_other_ladders_are_refused():
 def checkpoint(tmp_path_factory):
     """gpt-oss as it is released, and its experts as transformers decodes them."""
     folder = tmp_path_factory.mktemp("oss")
-    path = families.make("gpt_oss", folder / "oss", dtype=torch.bfloat16)
-    packed, plain = {}, {}
-    rng = np.random.default_rng(0)
-    for name, t in load_file(path / "model.safetensors").items():
-        if not name.endswith(("gate_up_proj", "down_proj")):
-            packed[name] = t
-            continue
-        experts, inputs, outputs = t.shape
-        codes = rng.integers(0, 256, (experts, outputs, inputs // 32, 16), dtype=np.uint8)
-        scales = rng.integers(118, 122, (experts, outputs, inputs // 32), dtype=np.uint8)
-        packed[f"{name}_blocks"] = blocks = torch.from_numpy(codes)
-        packed[f"{name}_scales"] = powers = torch.from_numpy(scales)
-        plain[name] = convert_moe_packed_tensors(blocks, powers, dtype=torch.bfloat16)
-    save_file(packed, path / "model.safetensors", {"format": "pt"})
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
-    (path / "config.json").write_text(json.dumps(config))
-    return path, plain
+    path = folder / "oss"
+    return path, release(path)
 
 
 @pytest.fixture(scope="module")
@@ -237,12 +218,7 @@ def test_logits_do_not_depend_on_the_budget(path, monkeypatch):
     ],
 )
 def test_a_wrong_index_is_refused(path, tmp_path, key, value, match):
-    data = path.read_bytes()
-    *_, offset, length, _ = PREAMBLE.unpack(data[:64])
-    index = json.loads(data[offset : offset + length]) | {key: value}
-    text = json.dumps(index).encode()
-    out = bytearray(data[:offset]) + text
-    out[:64] = pack_preamble(len(out), offset, text)
+    out = edit(path.read_bytes(), setter(key, value))
     (tmp_path / "x.moe").write_bytes(out)
     with pytest.raises(FormatError, match=match) as error:
         open_moe(tmp_path / "x.moe")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +9,7 @@ import pytest
 import reference
 import reference_mwq
 from decoded import Decoded
+from edited import edit, setter
 from engines import with_slots
 from reference_nested import quantize_rows
 from tiny import tiny_checkpoint
@@ -19,7 +19,7 @@ from edgemoe import _core
 from edgemoe.cli import main as edgemoe_cli
 from edgemoe.convert.convert import convert
 from edgemoe.errors import FormatError
-from edgemoe.file.format import PREAMBLE, open_moe, pack_preamble
+from edgemoe.file.format import open_moe
 from edgemoe.file.verify import verify
 from edgemoe.file.writer import Writer
 from edgemoe.quant import SCHEMES
@@ -300,12 +300,7 @@ def test_an_upgrade_reads_the_rungs_that_are_missing(path, files):
     ],
 )
 def test_a_wrong_index_is_refused(path, tmp_path, key, value, match):
-    data = path.read_bytes()
-    *_, offset, length, _ = PREAMBLE.unpack(data[:64])
-    index = json.loads(data[offset : offset + length]) | {key: value}
-    text = json.dumps(index).encode()
-    out = bytearray(data[:offset]) + text
-    out[:64] = pack_preamble(len(out), offset, text)
+    out = edit(path.read_bytes(), setter(key, value))
     (tmp_path / "x.moe").write_bytes(out)
     with pytest.raises(FormatError, match=match) as error:
         open_moe(tmp_path / "x.moe")
