@@ -24,9 +24,9 @@ from edgemoe.specs import Activation, AttentionSpec, MixerSpec, MlaSpec, RouterS
 from edgemoe.store import Request
 
 __all__ = [
-    "Array", "AttentionWeights", "Basis", "DeltaRule", "ExpertLayer", "Ids", "KvLayer", "LatentWeights", "MambaRule",
-    "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule", "RouterWeights", "kv_bytes", "kv_parts", "kv_ring",
-    "rope_bytes",
+    "Array", "AttentionMatrices", "AttentionWeights", "Basis", "DeltaRule", "ExpertLayer", "Ids", "KvLayer",
+    "LatentWeights", "MambaRule", "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule", "RouterWeights",
+    "attend_in_steps", "kv_bytes", "kv_parts", "kv_ring", "rope_bytes", "run_experts_in_steps",
 ]  # fmt: skip
 
 Array = NDArray[np.float32]
@@ -516,3 +516,23 @@ class Ops(Protocol):
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:
         """out [T, D]: each token's parts times their gates, added in the order of plan.rows."""
+
+
+def attend_in_steps(
+    ops: Any, weights: Any, x: Any, matrices: AttentionMatrices, rows: tuple[Any, Any, Any], pos: int,
+    cos: Any, sin: Any, table: Any, kv: Any, heads: Any, out: Any,
+) -> None:  # fmt: skip
+    """Is `Ops.attend` made of other verbs: the method of operations that gain nothing by one call."""
+    ops.linear(x, matrices.qkv, rows)
+    ops.attention(weights, *rows, pos, cos, sin, table, kv, heads)
+    ops.linear(heads, (matrices.out,), (out,))
+
+
+def run_experts_in_steps(
+    ops: Any, x: Any, layer: ExpertLayer, request: Request, groups: Iterator[list[int]], plan: Plan,
+    parts: Any, out: Any,
+) -> None:  # fmt: skip
+    """Is `Ops.run_experts` made of other verbs; likewise."""
+    for group in groups:
+        ops.expert_ffn(x, layer, request, plan, group, parts)
+    ops.combine(parts, plan, out)

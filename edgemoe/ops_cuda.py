@@ -7,7 +7,7 @@ them itself. See `Ops` for the verbs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import Any, cast
 
@@ -16,7 +16,14 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.config import ModelConfig
-from edgemoe.ops import AttentionMatrices, ExpertLayer, Ids, OpsShape, RouterWeights
+from edgemoe.ops import (
+    ExpertLayer,
+    Ids,
+    OpsShape,
+    RouterWeights,
+    attend_in_steps,
+    run_experts_in_steps,
+)  # fmt: skip
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.ops_cuda_mixers import Array, CudaMixers
 from edgemoe.placement import MOST_HEAD_DIM, Both, lacks
@@ -111,9 +118,10 @@ class CudaOps(CudaMixers):
         self, layer: int, spec: AttentionSpec, tensors: Mapping[str, Any], keys: str
     ) -> _core.DeviceAttention:
         """See `Ops.attention_weights`."""
-        ones = self.empty(spec.head_dim)
-        ones.upload(np.ones(spec.head_dim, np.float32))
-        q_norm, k_norm = tensors.get("q_norm"), tensors.get("k_norm")
+        q_norm, k_norm, ones = tensors.get("q_norm"), tensors.get("k_norm"), None
+        if spec.qk_norm == "unit" or spec.v_norm:
+            ones = self.empty(spec.head_dim)
+            ones.upload(np.ones(spec.head_dim, np.float32))
         if spec.qk_norm == "unit":
             q_norm = k_norm = ones
         return _core.DeviceAttention(
@@ -242,24 +250,7 @@ class CudaOps(CudaMixers):
             cos = sin = self.empty(len(q), 0)
         _core.device_attention(self._ws, weights, q, k, v, pos, cos, sin, kv, out)
 
-    def attend(
-        self,
-        weights: _core.DeviceAttention,
-        x: Array,
-        matrices: AttentionMatrices,
-        rows: tuple[Array, Array, Array],
-        pos: int,
-        cos: Array | None,
-        sin: Array | None,
-        table: _core.Rope | None,
-        kv: _core.DeviceKvLayer,
-        heads: Array,
-        out: Array,
-    ) -> None:
-        """See `Ops.attend`; a queue waits for nobody."""
-        self.linear(x, cast(Any, matrices.qkv), rows)
-        self.attention(weights, *rows, pos, cos, sin, table, kv, heads)
-        self.linear(heads, (cast(Any, matrices.out),), (out,))
+    attend = attend_in_steps  # a queue waits for nobody
 
     # ------------------------------------------------------------ experts
 
@@ -350,20 +341,7 @@ class CudaOps(CudaMixers):
             first, end = int(plan.offsets[i]), int(plan.offsets[i + 1])
             parts[first:end].upload(rows[first:end])
 
-    def run_experts(
-        self,
-        x: Array,
-        layer: ExpertLayer,
-        request: Request,
-        groups: Iterator[list[int]],
-        plan: Plan,
-        parts: Array,
-        out: Array,
-    ) -> None:
-        """See `Ops.run_experts`."""
-        for group in groups:
-            self.expert_ffn(x, layer, request, plan, group, parts)
-        self.combine(parts, plan, out)
+    run_experts = run_experts_in_steps
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:
         """See `Ops.combine`."""

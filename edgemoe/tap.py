@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -10,14 +10,12 @@ import numpy as np
 
 from edgemoe.ops import (
     Array,
-    AttentionMatrices,
-    AttentionWeights,
     ExpertLayer,
-    KvLayer,
     Matrix,
     OpsShape,
-    RopeTable,
-)
+    attend_in_steps,
+    run_experts_in_steps,
+)  # fmt: skip
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.plan import Plan
 from edgemoe.specs import Activation
@@ -74,24 +72,7 @@ class TapOps(CpuOps):
         super().linear(x, weights, outs)
         self._tap.dense(self._names[id(weights[0])], x)
 
-    def attend(
-        self,
-        weights: AttentionWeights,
-        x: Array,
-        matrices: AttentionMatrices,
-        rows: tuple[Array, Array, Array],
-        pos: int,
-        cos: Array | None,
-        sin: Array | None,
-        table: RopeTable | None,
-        kv: KvLayer,
-        heads: Array,
-        out: Array,
-    ) -> None:
-        """See `CpuOps.attend`; in steps, which the tap sees."""
-        self.linear(x, matrices.qkv, rows)
-        self.attention(weights, *rows, pos, cos, sin, table, kv, heads)
-        self.linear(heads, (matrices.out,), (out,))
+    attend = attend_in_steps  # which the tap sees
 
     def linear_heads(self, x: Array, weight: Matrix, heads: int, out: Array) -> None:
         """See `CpuOps.linear_heads`; the tap sees a row for each head."""
@@ -117,20 +98,7 @@ class TapOps(CpuOps):
         self._tap.dense(self._names[id(up if gate is None else gate)], x)
         self._tap.dense(self._names[id(down)], hidden)
 
-    def run_experts(
-        self,
-        x: Array,
-        layer: ExpertLayer,
-        request: Request,
-        groups: Iterator[list[int]],
-        plan: Plan,
-        parts: Array,
-        out: Array,
-    ) -> None:
-        """See `CpuOps.run_experts`; in steps, which the tap sees."""
-        for group in groups:
-            self.expert_ffn(x, layer, request, plan, group, parts)
-        self.combine(parts, plan, out)
+    run_experts = run_experts_in_steps
 
     def expert_ffn(
         self,

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cache.h"
+#include "check.h"
 #include "crc32c.h"
 #include "error.h"
 #include "expert.h"
@@ -29,16 +30,7 @@ using namespace edgemoe;
 
 namespace {
 
-int failures = 0;
 int num_threads = 2;  ///< of computing; the first argument
-
-#define CHECK(ok)                                                   \
-  do {                                                              \
-    if (!(ok)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #ok); \
-      ++failures;                                                   \
-    }                                                               \
-  } while (0)
 
 /// Whether `body` throws an E.
 template <class E, class Body>

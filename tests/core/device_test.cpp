@@ -17,22 +17,13 @@
 
 #include "../cudasim/idle.h"
 #include "cache.h"
+#include "check.h"
 #include "device/slots.h"
 #include "device/space.h"
 
 using namespace edgemoe;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(ok)                                                   \
-  do {                                                              \
-    if (!(ok)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #ok); \
-      ++failures;                                                   \
-    }                                                               \
-  } while (0)
 
 /// A thread for each queue, which runs what is queued in its order.
 class ThreadedDevice final : public IdleDevice {

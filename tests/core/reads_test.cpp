@@ -13,22 +13,13 @@
 #include <vector>
 
 #include "cache.h"
+#include "check.h"
 #include "loader.h"
 #include "memory.h"
 
 using namespace edgemoe;
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(ok)                                                   \
-  do {                                                              \
-    if (!(ok)) {                                                    \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #ok); \
-      ++failures;                                                   \
-    }                                                               \
-  } while (0)
 
 /// A file of pages, deleted at the end.
 struct TempFile {
