@@ -15,7 +15,7 @@ from edgemoe.cli.measured import MAX_LOSS_HELP, check, cost, pick
 from edgemoe.cli.names import add_model, model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
-from edgemoe.cli.values import bits_or_auto, ram_size, whole, wholes
+from edgemoe.cli.values import CACHE_TYPES_TEXT, bits_or_auto, ram_size, whole, wholes
 
 if TYPE_CHECKING:
     from edgemoe.runtime.bench import Result, Roof
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-d", "--n-depth", type=wholes(0), default=[0], metavar="N,…",
                         help="tokens that are in the context before (default: 0)")  # fmt: skip
     parser.add_argument("-ctk", "--cache-type-k", default="f16", metavar="TYPE",
-                        help="keys of the KV cache: f16, f32, q8_0, q4_0, q3_0 or q2_0 (default: f16)")  # fmt: skip
+                        help=f"keys of the KV cache: {CACHE_TYPES_TEXT} (default: f16)")  # fmt: skip
     parser.add_argument("-ctv", "--cache-type-v", default="f16", metavar="TYPE",
                         help="the same for values (default: f16)")  # fmt: skip
     parser.add_argument("-r", "--repetitions", type=whole(1), default=5, metavar="N",

@@ -13,7 +13,7 @@ from edgemoe.cli.console import note, run_command, say, say_json
 from edgemoe.cli.names import add_model, kept_model, model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.speeds import Speeds, measured, rate_text, speeds
-from edgemoe.cli.values import ram_size, whole
+from edgemoe.cli.values import CACHE_TYPES_TEXT, ram_size, whole
 from edgemoe.errors import size_text
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     fits = "tokens that must fit (default: what fits)"
     add("-c", "--ctx-size", type=whole(1), metavar="N", help=fits)
     add("--bits", type=whole(1), metavar="N", help="of the experts (default: all levels)")
-    types = "of the KV cache: f16, f32, q8_0, q4_0, q3_0 or q2_0 (default: %(default)s)"
+    types = f"of the KV cache: {CACHE_TYPES_TEXT} (default: %(default)s)"
     add("-ctk", default="f16", metavar="TYPE", help=f"keys {types}")
     add("-ctv", default="f16", metavar="TYPE", help=f"values {types}")
     add(

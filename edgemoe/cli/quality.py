@@ -22,7 +22,7 @@ from edgemoe.cli.reference import CHUNK, EXACT, reference
 from edgemoe.cli.scheduling import SET_HELP, options_text, read_settings
 from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
 from edgemoe.cli.tasks import add_flags, check_tasks, run_tasks
-from edgemoe.cli.values import bits_or_auto, ram_size
+from edgemoe.cli.values import CACHE_TYPES_TEXT, bits_or_auto, ram_size
 from edgemoe.file.whole import write_whole
 
 if TYPE_CHECKING:
@@ -296,7 +296,7 @@ def _parser() -> argparse.ArgumentParser:
                         "also what was read, which with --ram is what a setting saves")  # fmt: skip
     for letter, what in (("k", "keys"), ("v", "values")):
         parser.add_argument(f"-ct{letter}", f"--cache-type-{letter}", default="f16", metavar="TYPE",
-                            help=f"how {what} are kept: f16, f32, q8_0, q4_0, q3_0 or q2_0 (default: f16)")  # fmt: skip
+                            help=f"how {what} are kept: {CACHE_TYPES_TEXT} (default: f16)")  # fmt: skip
     parser.add_argument("--chunk", type=int, metavar="N", help=f"tokens of each (default: {CHUNK})")
     parser.add_argument("--chunks", type=int, metavar="N", help="how many (default: all)")
     add_flags(parser)

@@ -12,6 +12,7 @@ from pathlib import Path
 from edgemoe.cli.console import run_command, say
 from edgemoe.cli.main import ALIASES, COMMANDS
 from edgemoe.cli.parser import Parser, parser_of
+from edgemoe.cli.values import CACHE_TYPES
 
 __all__ = ["PROGRAMS", "SHELLS", "actions", "completion", "main", "program"]
 
@@ -29,10 +30,8 @@ To have it in every new shell, for edgemoe and, with its name behind, for edgemo
 Or for this one: eval "$(edgemoe completion bash)"; in fish: edgemoe completion fish | source
 """
 
-_CACHES = ("f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0", "auto")
-
 _CHOICES = {
-    **dict.fromkeys(("--cache-type-k", "--cache-type-v", "-ctk", "-ctv"), _CACHES),
+    **dict.fromkeys(("--cache-type-k", "--cache-type-v", "-ctk", "-ctv"), (*CACHE_TYPES, "auto")),
     "--device": ("cpu", "cuda:0"), "--scheme": ("nested", "mwq", "mxfp4", "nvfp4"),
     "--stats": ("short", "full", "off"),
 }  # fmt: skip

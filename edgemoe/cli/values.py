@@ -5,7 +5,14 @@ from __future__ import annotations
 from argparse import ArgumentTypeError
 from collections.abc import Callable
 
-__all__ = ["bits_or_auto", "levels", "ram_size", "reasoning_kind", "stats_kind", "whole", "wholes"]
+__all__ = [
+    "CACHE_TYPES", "CACHE_TYPES_TEXT", "bits_or_auto", "levels", "ram_size", "reasoning_kind", "stats_kind", "whole",
+    "wholes",
+]  # fmt: skip
+
+CACHE_TYPES = ("f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0")
+"""`edgemoe.model.KV_TYPES`, which takes long to import."""
+CACHE_TYPES_TEXT = f"{', '.join(CACHE_TYPES[:-1])} or {CACHE_TYPES[-1]}"
 
 
 def ram_size(text: str) -> int:

@@ -133,9 +133,8 @@ def convert(
             else ((name, partial(_read, model, name)) for name in arrivals(model, writer, missing))
         )
         for name, read in ready:
-            if _is_expert(name):
-                layer, index = map(int, name.split(".")[1:])
-                writer.add_expert(layer, index, *read())
+            if (expert := _expert(name)) is not None:
+                writer.add_expert(*expert, *read())
             else:
                 writer.add(name, *read())
             report()
@@ -151,16 +150,16 @@ def _records(model: SourceModel) -> Iterator[str]:
         yield from (f"experts.{layer}.{index}" for index in range(config.num_experts))
 
 
-def _is_expert(name: str) -> bool:
-    return name.startswith("experts.")
+def _expert(name: str) -> tuple[int, int] | None:
+    """Returns layer and index of an expert's record; None for another's."""
+    kind, *place = name.split(".")
+    return (int(place[0]), int(place[1])) if kind == "experts" else None
 
 
 def _read(model: SourceModel, name: str) -> tuple[NDArray[np.float32], ...]:
     """Returns the matrices of an expert, or the one tensor of another record."""
-    if not _is_expert(name):
-        return (model.tensor(name),)
-    layer, index = map(int, name.split(".")[1:])
-    return model.expert(layer, index)
+    expert = _expert(name)
+    return (model.tensor(name),) if expert is None else model.expert(*expert)
 
 
 def _read_ahead(
@@ -173,11 +172,11 @@ def _read_ahead(
     with ThreadPoolExecutor(1, "read") as reader:
         coming = None
         for name, after in pairwise([*names, ""]):
-            if not _is_expert(name):
+            if _expert(name) is None:
                 yield name, partial(_read, model, name)
                 continue
             this = coming or reader.submit(_read, model, name)
-            coming = reader.submit(_read, model, after) if _is_expert(after) else None
+            coming = None if _expert(after) is None else reader.submit(_read, model, after)
             yield name, this.result
 
 

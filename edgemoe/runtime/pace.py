@@ -62,13 +62,10 @@ class Pace:
         return self.kernels[min(self.kernels, key=lambda level: abs(level - bits))]
 
 
-def pace(scheme: Scheme, *, anew: bool = False) -> Pace:
+def pace(scheme: Scheme) -> Pace:
     """Returns what this machine does with a scheme's matrices; it is measured if it was not within a week.
 
     Measuring takes about a second and 100 MiB.
-
-    Args:
-        anew: measure in any case.
     """
     key, kept = _machine(scheme), _read()
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
@@ -78,12 +75,8 @@ def pace(scheme: Scheme, *, anew: bool = False) -> Pace:
             kernels={int(bits): float(rate) for bits, rate in found["kernels"].items()},
         )  # fmt: skip
         values = (known.memory, known.layer_s, *known.kernels.values())
-        if (
-            not anew
-            and known.kernels
-            and min(values) > 0
-            and 0 <= time.time() - known.measured < _KEPT_S
-        ):
+        is_fresh = 0 <= time.time() - known.measured < _KEPT_S
+        if known.kernels and min(values) > 0 and is_fresh:
             return known
     threads = hardware.num_threads()
     kernels = _kernels(scheme, threads)

@@ -6,7 +6,7 @@ import functools
 import json
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -137,13 +137,6 @@ class Grammars:
         Args:
             after: what has been written of the first one already.
         """
-        rules = []
-        for i, tool in enumerate(tools):
-            before = form.before.replace("{name}", str(tool["name"])).removeprefix(after)
-            rules += [
-                f"call{i}: {self._literal(before)} args{i} {self._literal(form.after)}",
-                self._arguments(i, tool),
-            ]
         one = " | ".join(f"call{i}" for i in range(len(tools)))
         many = several and not after and bool(form.closer)
         start = (
@@ -151,19 +144,22 @@ class Grammars:
             if many
             else f"start: {one}"
         )
-        return self.lark("tools", "\n".join([start, *rules]))
+        return self.lark("tools", "\n".join([start, *self._each(form, tools, after)]))
 
     def free_calls(self, form: ReplyFormat, tools: Sequence[Mapping[str, Any]]) -> str:
         """Returns the grammar of free text in which calls keep to their schemas once they have begun."""
         rules = ["start: (begun call)* TEXT", f"begun[lazy]: TEXT {json.dumps(form.opener)}"]
         rules += ["TEXT: /(.|\\n)*/", f"call: {' | '.join(f'call{i}' for i in range(len(tools)))}"]
+        return self.lark("tools", "\n".join([*rules, *self._each(form, tools, form.opener)]))
+
+    def _each(
+        self, form: ReplyFormat, tools: Sequence[Mapping[str, Any]], after: str
+    ) -> Iterator[str]:
+        """Yields the rules of each tool's call, callN, of which `after` has been written already."""
         for i, tool in enumerate(tools):
-            before = form.before.replace("{name}", str(tool["name"])).removeprefix(form.opener)
-            rules += [
-                f"call{i}: {self._literal(before)} args{i} {self._literal(form.after)}",
-                self._arguments(i, tool),
-            ]
-        return self.lark("tools", "\n".join(rules))
+            before = form.before.replace("{name}", str(tool["name"])).removeprefix(after)
+            yield f"call{i}: {self._literal(before)} args{i} {self._literal(form.after)}"
+            yield self._arguments(i, tool)
 
     def channels(
         self,

@@ -14,6 +14,8 @@ import pytest
 from edgemoe.cli.main import COMMANDS, main
 from edgemoe.cli.parser import parser_of
 from edgemoe.cli.shells import PROGRAMS, SHELLS, actions, completion, program
+from edgemoe.cli.values import CACHE_TYPES
+from edgemoe.model import KV_TYPES
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,3 +114,7 @@ def test_every_command_has_a_page_with_every_flag(tmp_path):
         flags = {flag for action in actions(parser) for flag in action.option_strings}
         assert not [flag for flag in flags - {"-h", "--help"} if f"fB{flag}fR" not in page]
         assert f"    {command} " in contents
+
+
+def test_the_types_of_the_cache_that_complete_are_those_that_load() -> None:
+    assert CACHE_TYPES == KV_TYPES
