@@ -39,6 +39,7 @@ _AS_RELEASED: dict[str, dict[str, Any]] = {
     "glm4_moe_lite": {"scoring_func": "sigmoid"},
     "kimi_linear": {"scoring_func": "sigmoid"},
     "bailing_hybrid": {"scoring_func": "sigmoid"},
+    "bailing_moe": {"architectures": ["BailingMoeV2ForCausalLM"]},
 }
 
 _KIMI = {

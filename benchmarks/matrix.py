@@ -82,6 +82,8 @@ _CHANGES: dict[str, dict[str, Any]] = {
         }
     },
     "granitemoehybrid": {"mamba_d_head": 64},
+    # All heads are as wide as what they read, and one expert is shared, as in Ling-mini and -flash.
+    "bailing_moe": {"head_dim": 64, "num_shared_experts": 1},
     "llama4_text": {"attention_chunk_size": 8192, "floor_scale": 8192, "attn_scale": 0.1},
     "ernie4_5_moe": {"moe_num_shared_experts": 1, "intermediate_size": 512},
     "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 11158840.0}},

@@ -272,6 +272,23 @@ _LING3 = {
     "topk_group": 2,
     "first_k_dense_replace": 1,
 }
+_LING2 = {
+    "model_type": "bailing_moe",
+    "num_experts": 8,
+    "num_shared_experts": 2,
+    "num_hidden_layers": 3,
+    "num_experts_per_tok": 3,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "head_dim": 24,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 2.5,
+    "first_k_dense_replace": 1,
+    "score_function": "sigmoid",
+    "use_qk_norm": True,
+    "num_nextn_predict_layers": 0,
+}
 _LARGE_EPS = {"rms_norm_eps": 0.3}
 """As large as the mean squares that it is added to, so that a norm with another one is seen."""
 
@@ -312,6 +329,23 @@ def _dense_granite_config(settings: Settings) -> ModelConfig:
     )
 
 
+class _Ling2Config(transformers.Glm4MoeConfig):
+    model_type = "bailing_moe"
+
+
+class _Ling2(transformers.Glm4MoeForCausalLM):
+    """Ling-2.0, which transformers lacks: GLM-4.5's layers, stored under other names, see `as_ling2`."""
+
+    config_class = _Ling2Config
+
+    def __init__(self, config: Any) -> None:
+        config.n_routed_experts = config.num_experts
+        config.n_shared_experts = config.num_shared_experts
+        super().__init__(config)
+
+
+transformers.AutoConfig.register("bailing_moe", _Ling2Config)
+transformers.AutoModelForCausalLM.register(_Ling2Config, _Ling2)
 transformers.AutoConfig.register("granitemoe_dense", _DenseGraniteConfig)
 transformers.AutoModelForCausalLM.register(_DenseGraniteConfig, _DenseGranite)
 transformers.AutoModelForCausalLM.register(  # transformers loads it as a part of Mistral 3 only
@@ -585,6 +619,14 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "norm_topk_prob": False,
         **_LARGE_EPS,
     },
+    "bailing_moe": {**_LING2, **_rope("default", partial_rotary_factor=0.5)},
+    "bailing_moe-one-group-eps": {
+        **_LING2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_shared_experts": 1,
+        **_LARGE_EPS,
+    },
     "bailing_hybrid": _LING3,
     "bailing_hybrid-softplus-rank": {
         **_LING3,
@@ -615,6 +657,7 @@ def _gain(name: str, config: Any) -> float:
             return 6.0 * math.sqrt(config.hidden_size)  # what it reads is divided by that
         # Sigmoids of larger logits are all 0 or 1, and their order is chance.
         sigmoids = (
+            "bailing_moe",
             "glm4_moe",
             "glm4_moe_lite",
             "deepseek_v3",
@@ -697,6 +740,9 @@ def make(
     model.to(dtype).save_pretrained(out, **save)
     if config.model_type == "kimi_linear":
         _as_released(out / "model.safetensors")
+    if config.model_type == "bailing_moe":
+        tensors = load_file(out / "model.safetensors")
+        save_file(as_ling2(tensors), out / "model.safetensors", {"format": "pt"})
     return out
 
 
@@ -705,6 +751,64 @@ def _as_released(path: Path) -> None:
     dense = re.compile(r"block_sparse_moe\.(?=(gate|up|down)_proj)")
     tensors = {dense.sub("mlp.", name): t for name, t in load_file(path).items()}
     save_file(tensors, path, {"format": "pt"})
+
+
+_LING2_NAMES = {
+    "self_attn.q_norm": "attention.query_layernorm",
+    "self_attn.k_norm": "attention.key_layernorm",
+    "self_attn.o_proj": "attention.dense",
+    "mlp.gate.e_score_correction_bias": "mlp.gate.expert_bias",
+    "model.embed_tokens": "model.word_embeddings",
+}
+
+
+def as_ling2(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns GLM-4.5's tensors as those of Ling-2.0: queries, keys and values in one, every expert by itself."""
+    out = {}
+    for name, tensor in tensors.items():
+        for theirs, ours in _LING2_NAMES.items():
+            name = name.replace(theirs, ours)
+        if name.endswith("experts.down_proj"):
+            out |= {f"{name[:-10]}.{i}.down_proj.weight": x.clone() for i, x in enumerate(tensor)}
+        elif name.endswith("experts.gate_up_proj"):
+            for i, both in enumerate(tensor):
+                for half, x in zip(("gate", "up"), both.chunk(2), strict=True):
+                    out[f"{name[:-13]}.{i}.{half}_proj.weight"] = x.clone()
+        elif match := re.fullmatch(r"(.*)self_attn\.([qkv])_proj\.weight", name):
+            if match[2] == "q":
+                parts = [tensors[f"{match[1]}self_attn.{x}_proj.weight"] for x in "qkv"]
+                out[f"{match[1]}attention.query_key_value.weight"] = torch.cat(parts)
+        else:
+            out[name] = tensor
+    return out
+
+
+def _of_ling2(path: Path, config: Any) -> dict[str, Any]:
+    """Undoes `as_ling2`."""
+    stored, out = load_file(path / "model.safetensors"), {}
+    rows = [
+        n * config.head_dim for n in (config.num_attention_heads, *[config.num_key_value_heads] * 2)
+    ]
+    for name, tensor in stored.items():
+        for theirs, ours in _LING2_NAMES.items():
+            name = name.replace(ours, theirs)
+        if match := re.fullmatch(r"(.*)attention\.query_key_value\.weight", name):
+            for x, part in zip("qkv", tensor.split(rows), strict=True):
+                out[f"{match[1]}self_attn.{x}_proj.weight"] = part
+        elif match := re.fullmatch(r"(.*experts)\.0\.(gate|down)_proj\.weight", name):
+
+            def stack(x: str, of: str = match[1]) -> Any:
+                return torch.stack(
+                    [stored[f"{of}.{i}.{x}_proj.weight"] for i in range(config.num_experts)]
+                )
+
+            if match[2] == "down":
+                out[f"{match[1]}.down_proj"] = stack("down")
+            else:
+                out[f"{match[1]}.gate_up_proj"] = torch.cat([stack("gate"), stack("up")], 1)
+        elif ".experts." not in name:
+            out[name] = tensor
+    return out
 
 
 def oracle(
@@ -718,9 +822,14 @@ def oracle(
     Returns:
         The logits [T, V], and per layer with experts those chosen, [T, K], ascending.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path, attn_implementation="eager", dtype=torch.float32
-    ).eval()
+    config, place, given = transformers.AutoConfig.from_pretrained(path), path, {}
+    if config.model_type == "bailing_moe":
+        place, given = None, {"config": config, "state_dict": _of_ling2(path, config)}
+    model = (
+        type(transformers.AutoModelForCausalLM.from_config(config))
+        .from_pretrained(place, attn_implementation="eager", dtype=torch.float32, **given)
+        .eval()
+    )
     chosen: dict[int, NDArray[np.int64]] = {}
 
     def watch(layer: int) -> Any:

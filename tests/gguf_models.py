@@ -32,6 +32,7 @@ _ARCHITECTURES = {
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "mistral4": "mistral4",
+    "bailing_moe": "bailingmoe2",
 }
 
 
@@ -145,6 +146,8 @@ def _laid_out(
             return [(f"{start}gate_proj.weight", gate), (f"{start}up_proj.weight", up)]
         start = start.replace("block_sparse_moe", "mlp.experts")
         return [(f"{start}gate_proj.weight", gate), (f"{start}up_proj.weight", up)]
+    if name.endswith("gate.expert_bias"):
+        return [(f"{name}.bias", values)]
     if name.endswith("e_score_correction_bias"):
         return [(name.replace("_bias", ".bias"), values.reshape(-1))]
     if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
@@ -195,10 +198,10 @@ def metadata(config: Mapping[str, Any]) -> dict[str, Any]:
             "rope.scaling.factor": rope["factor"],
             "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
         }
-    if kind in ("glm4_moe", "minimax_m2"):
+    if kind in ("glm4_moe", "minimax_m2", "bailing_moe"):
         factor = rope.get("partial_rotary_factor", 1.0)
         out |= {"rope.dimension_count": int(head_dim * factor), "expert_gating_func": 2}
-    if kind == "glm4_moe":
+    if kind in ("glm4_moe", "bailing_moe"):
         out |= {
             "expert_shared_count": config["n_shared_experts"],
             "leading_dense_block_count": config["first_k_dense_replace"],

@@ -48,6 +48,8 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3-one-group", {"norm_topk_prob": False}),
     ("mistral4", {}),
     ("mistral4-groups-dense", {}),
+    ("bailing_moe", {}),
+    ("bailing_moe-one-group-eps", {}),
 ]
 
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import families  # noqa: F401 (keeps transformers off the net)
+import families
 import pytest
 import torch
 import transformers
@@ -119,6 +119,17 @@ PUBLISHED = {
     "Ling-3.0-flash": Published(
         {"model_type": "bailing_hybrid"}, 124.4, 3.2, 63.3, 35 * (2 * MIB + 3 * 3 * 4096 * 4), 7 * 2 * 576,
     ),
+    "Ling-mini-2.0": Published(
+        {
+            "model_type": "bailing_moe", "vocab_size": 157184, "hidden_size": 2048, "intermediate_size": 5120,
+            "num_hidden_layers": 20, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
+            "num_experts": 256, "num_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4,
+            "moe_intermediate_size": 512, "first_k_dense_replace": 1, "score_function": "sigmoid", "use_qk_norm": True,
+            "partial_rotary_factor": 0.5, "routed_scaling_factor": 2.5, "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6, **_rope(6e5),
+        },
+        16.3, 1.7, 8.1, 0, 20 * 2048,
+    ),
     "LFM2-8B-A1B": Published(
         {
             "model_type": "lfm2_moe",
@@ -167,6 +178,8 @@ class Shapes:
         weights = model.state_dict()
         if config.model_type in _RENAMED:
             weights = revert_weight_conversion(model, weights)
+        if config.model_type == "bailing_moe":
+            weights = families.as_ling2(weights)
         for name, weight in weights.items():
             if (
                 config.model_type == "kimi_linear"

@@ -156,7 +156,7 @@ def test_eos_comes_from_generation_config_first(edited, checkpoints: dict[str, P
         (
             "mixtral",
             {"model_type": ["mixtral"]},
-            "is not supported; supported: bailing_hybrid, deepseek_v2, deepseek_v3, ernie4_5_moe",
+            "is not supported; supported: bailing_hybrid, bailing_moe, bailing_moe_v2, deepseek_v2",
         ),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act: 'gelu' is not supported"),
         ("mixtral", {"hidden_size": ...}, "hidden_size: is missing"),

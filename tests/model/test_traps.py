@@ -1,4 +1,4 @@
-"""What others got wrong for months, a test for each: gpt-oss, Gemma 4, Laguna, Qwen3-VL."""
+"""What others got wrong for months, a test for each: gpt-oss, Gemma 4, Laguna, Qwen3-VL, Ling."""
 
 from __future__ import annotations
 
@@ -295,3 +295,31 @@ def test_the_experts_of_qwen3_vl_are_released_with_inputs_first(is_released, tmp
     tensors = {name: ours.tensor(name) for name in dense_tensors(ours.config)}
     got, _ = reference.logits(ours.config, tensors, ours.expert, [i % 150 for i in ids])
     assert np.abs(got - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_ling_says_what_turns_as_a_share_or_in_columns(tmp_path: Path) -> None:
+    """Ling-2.0 mini and flash have `partial_rotary_factor`, 1T has `rotary_dim` in its place."""
+    share, columns = (families.make("bailing_moe", tmp_path / name) for name in ("mini", "1t"))
+    config = json.loads((columns / "config.json").read_text())
+    del config["rope_parameters"]["partial_rotary_factor"]
+    (columns / "config.json").write_text(json.dumps(config | {"rotary_dim": 12}))
+    assert open_model(columns).config == open_model(share).config
+    assert_same_function(share)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("architectures", ["BailingMoeForCausalLM"], r"architectures: Ling-1 \(Bailing"),
+        ("score_function", "softmax", "score_function: 'softmax' is not supported"),
+        ("norm_topk_prob", False, "norm_topk_prob: false is not supported"),
+        ("moe_router_enable_expert_bias", False, "moe_router_enable_expert_bias: false is not"),
+        ("rotary_dim", 16, "partial_rotary_factor: expected 0.666667 for this family, got 0.5"),
+    ],
+)
+def test_values_that_ling_does_not_have_are_named(key, value, message, tmp_path: Path) -> None:
+    path = families.make("bailing_moe", tmp_path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(FormatError, match=message):
+        open_model(path)

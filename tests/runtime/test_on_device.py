@@ -146,7 +146,7 @@ FAMILIES = (
     "mixtral", "qwen2_moe-window", "olmoe-clip-norm", "granitemoe", "qwen3_moe", "glm4_moe-groups-norm", "ernie4_5_moe",
     "minimax_m2", "hunyuan_v1_moe", "qwen3_next", "qwen3_5_moe", "gpt_oss", "gemma4_text", "laguna", "glm4_moe_lite",
     "deepseek_v2-groups", "deepseek_v3", "mistral4", "lfm2_moe", "granitemoehybrid", "nemotron_h", "llama4_text",
-    "phimoe", "kimi_linear", "bailing_hybrid",
+    "phimoe", "kimi_linear", "bailing_hybrid", "bailing_moe",
 )  # fmt: skip
 
 

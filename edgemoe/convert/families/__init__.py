@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from edgemoe.convert.families import (
     bailing_hybrid,
+    bailing_moe,
     deepseek_v2,
     deepseek_v3,
     ernie4_5_moe,
@@ -38,6 +39,8 @@ __all__ = ["FAMILIES"]
 
 FAMILIES: Mapping[str, Family] = {
     "bailing_hybrid": bailing_hybrid.FAMILY,
+    "bailing_moe": bailing_moe.FAMILY,
+    "bailing_moe_v2": bailing_moe.FAMILY,
     "deepseek_v2": deepseek_v2.FAMILY,
     "deepseek_v3": deepseek_v3.FAMILY,
     "ernie4_5_moe": ernie4_5_moe.FAMILY,

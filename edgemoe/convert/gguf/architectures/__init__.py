@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from edgemoe.convert.gguf.architecture import Architecture
 from edgemoe.convert.gguf.architectures import (
+    bailingmoe2,
     deepseek2,
     ernie4_5_moe,
     gemma4,
@@ -30,6 +31,7 @@ from edgemoe.convert.gguf.architectures import (
 __all__ = ["ARCHITECTURES"]
 
 ARCHITECTURES: Mapping[str, Architecture] = {
+    "bailingmoe2": bailingmoe2.ARCHITECTURE,
     "bailingmoe3": kimi_linear.BAILINGMOE3,
     "deepseek2": deepseek2.ARCHITECTURE,
     "ernie4_5-moe": ernie4_5_moe.ARCHITECTURE,
