@@ -102,6 +102,7 @@ Cache::Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<ui
   levels_.assign(n, 0);
   reads_.assign(n, 0);
   runs_.assign(n, 0);
+  lacks_.assign(n, 0);
   backing_->reserve(int(n), int(num_slots), window_bytes_);
   backing_->expect_all(all_fit());
   free_.resize(num_slots);

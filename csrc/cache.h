@@ -107,10 +107,11 @@ class Cache {
   const std::vector<Relaxed<int8_t>>& residency() const { return levels_; }
   int num_experts() const { return int(levels_.size()); }
 
-  /// How often each expert was read since the start, in whole or in part, and how many tokens it ran; both wrap around.
-  /// Any thread may look.
+  /// How often each expert was read since the start, in whole or in part; how many tokens it ran; how often it was
+  /// wanted while it was not there, or not at these bits. They wrap around. Any thread may look.
   const std::vector<Relaxed<uint32_t>>& reads() const { return reads_; }
   const std::vector<Relaxed<uint32_t>>& runs() const { return runs_; }
+  const std::vector<Relaxed<uint32_t>>& lacks() const { return lacks_; }
 
   /// How much each expert was used; see Policy.
   std::vector<double> uses() const { return policy_.uses(); }
@@ -227,7 +228,7 @@ class Cache {
   Relaxed<uint32_t> peak_pages_;
 
   std::vector<Relaxed<int8_t>> levels_;
-  std::vector<Relaxed<uint32_t>> reads_, runs_;
+  std::vector<Relaxed<uint32_t>> reads_, runs_, lacks_;
   std::vector<int> slot_of_;
   std::vector<int> pins_;
   std::vector<uint8_t> wanted_;  ///< uses of the open request that have not been given

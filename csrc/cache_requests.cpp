@@ -154,6 +154,7 @@ void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const
     stats_.bits += level_bits_[size_t(rungs_at(e, level))];
     if (!is_here) {
       stats_.misses += 1;
+      lacks_[e] += 1;
       continue;
     }
     pin(e, 1);

@@ -292,6 +292,12 @@ class ExpertStore:
         """How many tokens each expert ran since the start [layers, E]; wraps around. Any thread may look."""
         return self.cache.runs.reshape(-1, self._num_experts)
 
+    @property
+    def lacks(self) -> NDArray[np.uint32]:
+        """How often each expert was wanted while it was not in memory, or not at these bits, since the start [layers,
+        E]; wraps around. Any thread may look."""
+        return self.cache.lacks.reshape(-1, self._num_experts)
+
     def sizes(self, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> NDArray[np.int64]:
         """Returns the memory of experts at some bits, [n] each; experts as layer * num_experts + expert."""
         return self._level_bytes[np.minimum(self._levels[bits], self._rungs[experts])]

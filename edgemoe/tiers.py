@@ -187,6 +187,11 @@ class Tiers:
         return self.host.runs + self.device.runs
 
     @property
+    def lacks(self) -> NDArray[np.uint32]:
+        """See `_core.Cache.lacks`: the host's, which reads."""
+        return self.host.lacks
+
+    @property
     def uses(self) -> NDArray[np.float64]:
         """See `_core.Cache.uses`: of both together."""
         return self.host.uses + self.device.uses

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import time
 
 import httpx2 as httpx
+import numpy as np
 
+from edgemoe.file.append import add_sections
+from edgemoe.quant import Allocation
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.serve.server import listen, serve
@@ -87,3 +92,27 @@ def started(*flags):
         if " at http://" in line:
             return process, int(line.rpartition("/v1")[0].rpartition(":")[2])
     raise AssertionError(process.wait())
+
+
+def measured_file(model, path):
+    """Copies a model of 2 layers of 8 experts, and stores in it what its levels cost, and an allocation."""
+    shutil.copy(model, path)
+    bits = np.full((2, 8), 2, np.int8)
+    bits[:, ::2] = 4
+    rows = [
+        _row(8, None), _row(4, 0.01), _row(2, 0.5), _row(4, 0.3, dense_bits=4), _row(4, 0.2, options={"x": 1}),
+        _row(6, 0.1, cache_types=["q8_0", "f16"]),
+    ]  # fmt: skip
+    report = {"measured_on": "text: a novel", "tokens": "0", "reference": [8, 8], "rows": rows}
+    allocation = Allocation(method="test", layers=(0, 1), bits=bits).to_json()
+    add_sections(path, {"quality": json.dumps(report).encode(), "allocation": allocation})
+    return path
+
+
+def _row(bits, change, **more):
+    """What `edgemoe quality --store` keeps of a level."""
+    return {
+        "bits": bits, "dense_bits": 8, "scheduler": "on-demand", "options": {}, "cache_types": ["f16", "f16"],
+        "kl": None if change is None else 0.1, "loss_change": change, "loss_error": 0.001, "same_top": 0.9,
+        "slots_bytes": 0, "read_per_token": None, "sections": None, **more,
+    }  # fmt: skip

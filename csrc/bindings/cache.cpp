@@ -180,6 +180,9 @@ void bind_cache(py::module_& m) {
       .def_property_readonly(
           "runs", [](const py::object& self) { return counts(self.cast<Cache&>().runs(), self); },
           "uint32 [n], a live view: how many tokens each expert ran since the start.")
+      .def_property_readonly(
+          "lacks", [](const py::object& self) { return counts(self.cast<Cache&>().lacks(), self); },
+          "uint32 [n], a live view: how often each expert was wanted while it was not there, since the start.")
       .def_property(
           "uses",
           [](const Cache& c) {

@@ -28,6 +28,7 @@ from edgemoe.serve.log import route_of
 from edgemoe.serve.openapi import description
 from edgemoe.serve.problems import Problem
 from edgemoe.serve.service import Service
+from edgemoe.serve.shelf import Shelf
 from edgemoe.serve.steering import change_settings
 from edgemoe.serve.watch import Watch
 
@@ -54,7 +55,7 @@ def make_app(service: Service) -> Starlette:
 
         return Route(path, handler, methods=["GET"])
 
-    watch = Watch(service)
+    watch, shelf = Watch(service), Shelf(service.model)
 
     async def root(request: Request) -> Response:
         return about.root(service, request)
@@ -67,6 +68,9 @@ def make_app(service: Service) -> Starlette:
 
     async def events(request: Request) -> Response:
         return watch.response()
+
+    async def shelved(request: Request) -> Response:
+        return _json(await shelf.told())
 
     routes = [
         Route("/", root, methods=["GET"]), get("/health", about.health), get("/v1/health", about.health),
@@ -84,7 +88,7 @@ def make_app(service: Service) -> Starlette:
     if service.settings.has_page:
         routes += [
             Route("/page/{name:path}", page, methods=["GET"]), Route("/events", events, methods=["GET"]),
-            Route("/settings", settings, methods=["POST"]),
+            Route("/settings", settings, methods=["POST"]), Route("/shelf", shelved, methods=["GET"]),
         ]  # fmt: skip
     middleware = [Middleware(_Door, service=service)]
     if origins := list(service.settings.origins):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from starlette.requests import Request
@@ -18,7 +18,7 @@ __all__ = ["change_settings"]
 
 
 class _Change(msgspec.Struct):
-    bits: int | msgspec.UnsetType | None = msgspec.UNSET
+    bits: int | Literal["auto"] | msgspec.UnsetType | None = msgspec.UNSET
     experts: int | msgspec.UnsetType | None = msgspec.UNSET
     scheduler: str | msgspec.UnsetType = msgspec.UNSET
     options: dict[str, Any] | msgspec.UnsetType = msgspec.UNSET

@@ -28,7 +28,7 @@ __all__ = ["Watch", "set_now"]
 
 _PAUSE = 0.25  # seconds
 _MOST_VIEWERS = 8
-_READ, _RAN = 16, 32  # beside an expert's bits, which take the rest
+_READ, _RAN, _LACKED = 16, 32, 64  # beside an expert's bits, which take the rest
 
 
 class Watch:
@@ -86,7 +86,12 @@ class _Experts:
         self._bits = np.array([0, *store.level_bits], np.uint8)
         self._have = moe.expert_bits.reshape(-1).astype(np.uint8)
         self._seen = self._resident()
-        self._reads, self._runs = store.reads.flatten(), store.runs.flatten()
+        self._counts = self._counted()
+
+    def _counted(self) -> tuple[NDArray[np.uint32], ...]:
+        """Returns how often each expert was read, ran, and was wanted in vain, [layers * E] each."""
+        store = self._store
+        return store.reads.flatten(), store.runs.flatten(), store.lacks.flatten()
 
     def _resident(self) -> NDArray[np.uint8]:
         """Returns the bits of each expert that are in memory now, [layers * E]."""
@@ -97,17 +102,16 @@ class _Experts:
         return _text(self._seen)
 
     def changed(self) -> dict[str, str]:
-        """Returns what is new: bits, what was read, what ran. A byte for each expert, or four for each that changed."""
-        bits, reads, runs = (
-            self._resident(),
-            self._store.reads.flatten(),
-            self._store.runs.flatten(),
-        )
+        """Returns what is new: bits, and who was read, ran, or was wanted in vain.
+
+        A byte for each expert, or four for each that changed.
+        """
+        bits, counts = self._resident(), self._counted()
         state = bits.copy()
-        state[reads != self._reads] |= _READ
-        state[runs != self._runs] |= _RAN
+        for flag, now, before in zip((_READ, _RAN, _LACKED), counts, self._counts, strict=True):
+            state[now != before] |= flag
         changed = np.flatnonzero(state != self._seen)
-        self._seen, self._reads, self._runs = bits, reads, runs
+        self._seen, self._counts = bits, counts
         if len(changed) == 0:
             return {}
         if 4 * len(changed) > len(state):
@@ -145,7 +149,8 @@ def set_now(service: Service) -> dict[str, Any]:
     """Returns what can be set while the model runs, and what hangs on it."""
     model = service.model
     now = {
-        "bits": model.bits, "experts": model.config.experts_per_token, "scheduler": model.options.scheduler,
+        "bits": model.bits, "is_auto": model.options.bits == "auto",
+        "experts": model.config.experts_per_token, "scheduler": model.options.scheduler,
         "options": {name: str(value) for name, value in model.options.options.items()},
     }  # fmt: skip
     return {

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from browsers import browser, chromium, seen
-from served import running, started
+from served import measured_file, running, started
 
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
@@ -304,6 +304,44 @@ def test_the_slider_changes_the_bits(page, slow):
     page.keyboard.press("End")
     until(page, "document.querySelector('#model').textContent.includes('8 bits · exact')")
     assert slow.service.model.notes == ()
+
+
+def test_who_was_waited_for_is_red(page, slow):
+    ask(page)
+    # Half of the experts fit, so that some are wanted that are not there: the page sees them while it answers.
+    page.wait_for_function(
+        """() => {
+            const canvas = document.querySelector("#map canvas"), pen = canvas.getContext("2d");
+            const { data } = pen.getImageData(0, 0, canvas.width, canvas.height);
+            return data.some((red, i) => i % 4 === 0 && red > 180 && data[i + 1] < 90 && data[i + 2] < 130);
+        }"""
+    )
+    done(page, 1)
+    assert "wanted just now, and was not there" in page.locator("#map .legend").inner_text()
+
+
+def test_what_levels_cost_stands_beside_the_slider(chrome, tiny_moe, tmp_path, monkeypatch):
+    path = measured_file(tiny_moe, tmp_path / "measured.moe")
+    monkeypatch.setenv("EDGEMOE_MODELS", str(tmp_path))
+    (tmp_path / "other.moe").symlink_to(tiny_moe)
+    with running(path) as server, seen(chrome, server.url) as page:
+        page.click("#tab-settings")
+        until(page, "document.querySelectorAll('#settings tbody tr').length === 3")
+        assert "4 bits" in page.locator("#settings tbody").inner_text()
+        assert "+1.01 ± 0.10%" in page.locator("#settings tbody").inner_text()
+        assert "8 bits" in page.locator("#settings tr.chosen").inner_text()
+        slider = page.get_by_label("Bits of experts")
+        slider.focus()
+        page.keyboard.press("End")  # behind the levels, each expert its own
+        until(page, "document.querySelector('#model').textContent.includes('auto, at most 4 bits')")
+        assert server.service.model.options.bits == "auto"
+        page.keyboard.press("Home")
+        until(page, "document.querySelector('#settings tr.chosen')?.textContent.includes('2 bits')")
+        page.click("#tab-model")
+        said = page.locator("#shelf tbody").inner_text()
+        assert "other" in said
+        assert "8 bits: 100%" in said
+        assert "edgemoe serve other --ram" in said
 
 
 def test_the_bar_adds_up(page, slow):

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import dataclasses
 import hashlib
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2 as httpx
 import numpy as np
 import pytest
-from served import running
+from served import measured_file, running
 
 import edgemoe.serve
+from edgemoe.file.format import open_moe
+from edgemoe.serve.shelf import Shelf
 
 PAGE = Path(edgemoe.serve.__file__).parent / "page"
 HTML = {"Accept": "text/html,*/*"}
@@ -167,6 +171,63 @@ def test_reads_and_runs_are_counted(tiny_moe):
         assert store.runs.sum() == tokens * len(c.moe_layers) * c.experts_per_token
         assert store.reads.sum() == server.service.model.store.stats["reads"] > 0
         assert ((store.reads > 0) == (store.residency > 0)).all()
+        assert store.lacks.sum() == store.stats["misses"] > 0
+        assert not store.lacks[store.reads == 0].any()
+
+
+@pytest.fixture
+def measured(tiny_moe, tmp_path):
+    return measured_file(tiny_moe, tmp_path / "measured.moe")
+
+
+def test_the_shelf_has_what_was_measured_and_the_other_models(
+    measured, tiny_moe, tmp_path, monkeypatch
+):
+    folder = tmp_path / "models"
+    folder.mkdir()
+    monkeypatch.setenv("EDGEMOE_MODELS", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (folder / "self.moe").symlink_to(measured)
+    (folder / "other.moe").symlink_to(tiny_moe)
+    (folder / "rubbish.moe").write_text("x")
+    with running(measured, options={"bits": "auto"}) as server:
+        told = server.get("/shelf").json()
+        assert told["has_allocation"]
+        assert told["measured_on"] == "text: a novel"
+        assert set(told["quality"]) == {"2", "4", "8"}  # those with the settings of now
+        assert told["quality"]["8"] == {"is_reference": True}
+        assert told["quality"]["4"]["change"] == pytest.approx(0.01005, abs=1e-5)
+        other, rubbish = told["models"]
+        assert (other["name"], other["plan"][0]["bits"], other["plan"][0]["resident"]) == (
+            "other",
+            8,
+            1.0,
+        )
+        assert rubbish["name"] == "rubbish"
+        assert "truncated" in rubbish["broken"] or "magic" in rubbish["broken"]
+        # Each expert its own bits, and back.
+        assert server.service.model.options.bits == "auto"
+        now = server.post("/settings", {"bits": 2}).json()
+        assert (now["set"]["bits"], now["set"]["is_auto"]) == (2, False)
+        now = server.post("/settings", {"bits": "auto"}).json()
+        assert (now["set"]["bits"], now["set"]["is_auto"]) == (4, True)
+        assert "3" in now["notes"][0]
+        assert server.post("/settings", {"bits": "most"}).status_code == 400
+
+
+def test_a_plan_of_the_shelf_is_the_engine_s(tiny_moe):
+    moe = open_moe(tiny_moe)
+    with running(tiny_moe, options={"ram": 24 << 20}) as server:
+        model = server.service.model
+        rows = list(Shelf(model)._plan(moe))
+        assert rows[0]["resident"] == pytest.approx(
+            min(1, model.budget.slots / model.budget.experts), abs=0.05
+        )
+        small = dataclasses.replace(model.budget, ram=1 << 20)
+        monkey = SimpleNamespace(budget=small, options=model.options, threads=1)
+        rows = list(Shelf(monkey)._plan(moe))
+        assert [row["bits"] for row in rows] == [8, 6, 4, 3, 2]
+        assert all("too small" in row["why_not"] for row in rows)
 
 
 def test_the_log_has_no_text(server):

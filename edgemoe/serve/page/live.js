@@ -1,12 +1,17 @@
 // What can be changed while the model runs: for all who use the server, from the next token on.
 import { call } from "./api.js";
-import { h } from "./dom.js";
+import { h, percent } from "./dom.js";
+
+/** Says what a level was measured to cost. */
+const said = (cost) => (cost.is_reference ? "the reference" : `${cost.change >= 0 ? "+" : ""}${(100 * cost.change).toFixed(2)} ± ${(100 * cost.error).toFixed(2)}%`);
 
 export class Live {
   constructor(place) {
     const field = (label, ...inputs) => h("label", { className: "field" }, h("span", {}, label), inputs);
     this.bits = h("input", { type: "range", min: 0, step: 1, oninput: () => this.tell(), onchange: () => this.put({ bits: this.chosen() }) });
     this.shown = h("output");
+    this.told = { quality: {}, measured_on: "", has_allocation: false };
+    this.costs = h("div");
     this.experts = h("input", { type: "number", min: 1, step: 1, onchange: () => this.put({ experts: Number(this.experts.value) }) });
     this.scheduler = h("select", { onchange: () => this.put({ scheduler: this.scheduler.value }) });
     this.options = h("input", { spellcheck: false, placeholder: "name=value, name=value", onchange: () => this.putOptions() });
@@ -16,6 +21,7 @@ export class Live {
     place.append(
       h("h3", {}, "The model, for all who use it, from the next token on"),
       h("div", { className: "bits" }, field("Bits of experts", this.bits), this.shown),
+      this.costs,
       h("div", { className: "grid" }, field("Experts for each token", this.experts), field("Scheduler", this.scheduler),
         field("Its options", this.options)),
       this.wrong, this.said, this.restart,
@@ -25,7 +31,8 @@ export class Live {
   begin(all) {
     this.all = all;
     this.levels = all.level_bits.filter((bits) => bits <= all.most.bits);
-    const at = this.levels.findIndex((bits) => bits >= all.set.bits);
+    if (this.told.has_allocation) this.levels.push("auto");
+    const at = this.levels.findIndex((bits) => (all.set.is_auto ? bits === "auto" : bits >= all.set.bits));
     this.bits.max = this.levels.length - 1;
     this.bits.value = at < 0 ? this.levels.length - 1 : at;
     this.experts.max = all.most.experts;
@@ -40,9 +47,30 @@ export class Live {
 
   chosen() { return this.levels[Number(this.bits.value)]; }
 
+  /** Takes what is known of the file beside what runs. */
+  know(told) {
+    this.told = told;
+    if (this.all) this.begin(this.all);
+  }
+
   tell() {
-    this.shown.value = `${this.chosen()} of ${this.all.level_bits.at(-1)}`;
-    this.bits.setAttribute("aria-valuetext", `${this.chosen()} bits`);
+    const chosen = this.chosen(), cost = this.told.quality[chosen];
+    this.shown.value = chosen === "auto" ? "each expert its own" : `${chosen} of ${this.all.level_bits.at(-1)}`;
+    this.bits.setAttribute("aria-valuetext", `${chosen} bits${cost ? `: ${said(cost)}` : ""}`);
+    const rows = this.levels.filter((bits) => this.told.quality[bits]);
+    if (!rows.length) {
+      this.costs.replaceChildren(h("p", { className: "hint" }, `What fewer bits cost was not measured: edgemoe quality ${this.all.name} --store`));
+      return;
+    }
+    const marked = (bits) => (bits === chosen ? { className: "chosen", "aria-current": "true" } : {});
+    const line = (bits) => {
+      const row = this.told.quality[bits];
+      return h("tr", marked(bits), h("th", { scope: "row" }, bits === "auto" ? "auto" : `${bits} bits`), h("td", {}, said(row)),
+        h("td", {}, row.same_top === undefined || row.same_top === null ? "" : percent(row.same_top)));
+    };
+    this.costs.replaceChildren(h("table", {}, h("caption", { className: "hint" }, `Measured on ${this.told.measured_on}`),
+      h("thead", {}, h("tr", {}, ["Level", "Perplexity", "Same first choice"].map((text) => h("th", { scope: "col" }, text)))),
+      h("tbody", {}, rows.map(line))));
   }
 
   putOptions() {

@@ -6,6 +6,7 @@ import { $ } from "./dom.js";
 import { Log } from "./log.js";
 import { ResidencyMap } from "./map.js";
 import { Settings } from "./settings.js";
+import { Shelf } from "./shelf.js";
 import { tabs } from "./tabs.js";
 import { theme } from "./theme.js";
 import { Timeline } from "./timeline.js";
@@ -20,11 +21,11 @@ settings.follow(chat);
 
 const parts = [
   new Budget($("budget")), new ResidencyMap($("map")), new Timeline($("timeline")), settings,
-  new About($("about")), new Log($("log")),
+  new About($("about")), new Shelf($("shelf"), (told) => settings.live.know(told)), new Log($("log")),
 ];
 
 function header(all, now) {
-  $("model").textContent = `${all.name} · ${all.set.bits} bits · ${all.notes.length ? "lossy" : "exact"}`;
+  $("model").textContent = `${all.name} · ${all.set.is_auto ? "auto, at most " : ""}${all.set.bits} bits · ${all.notes.length ? "lossy" : "exact"}`;
   $("model").title = all.notes.join("\n");
   if (!now) return;
   const running = now.busy.filter(([, isBusy]) => isBusy).length;

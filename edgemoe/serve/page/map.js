@@ -3,7 +3,7 @@
 import { h } from "./dom.js";
 import { colour } from "./theme.js";
 
-const READ = 16, RAN = 32, BITS = 15;
+const READ = 16, RAN = 32, LACKED = 64, BITS = 15;
 const FADE = 4; // pictures that a flash lasts
 const PAUSE = 400; // milliseconds after which the next is drawn even if the server has nothing to say
 const VIEWS = [["bits", "In memory"], ["reads", "Reads since the page opened"], ["runs", "Uses since the page opened"]];
@@ -42,6 +42,7 @@ export class ResidencyMap {
     delete all.map;
     const n = this.bits.length;
     this.flash = new Uint8Array(n);
+    this.lacked = new Uint8Array(n);
     this.ran = new Uint8Array(n);
     this.reads = new Uint32Array(n);
     this.runs = new Uint32Array(n);
@@ -61,9 +62,9 @@ export class ResidencyMap {
 
   /** Lets flashes grow weaker; returns whether there were some. */
   fade() {
-    const isNew = this.flash.some((f) => f > 0) || this.ran.includes(1);
+    const isNew = this.flash.some((f) => f > 0) || this.lacked.some((f) => f > 0) || this.ran.includes(1);
     if (!isNew) return false;
-    this.flash.forEach((f, i) => { if (f) this.flash[i] = f - 1; });
+    for (const fading of [this.flash, this.lacked]) fading.forEach((f, i) => { if (f) fading[i] = f - 1; });
     this.ran.fill(0);
     return true;
   }
@@ -77,6 +78,7 @@ export class ResidencyMap {
   put(i, state) {
     this.bits[i] = state & BITS;
     if (state & READ) { this.flash[i] = FADE; this.reads[i] += 1; }
+    if (state & LACKED) this.lacked[i] = FADE;
     if (state & RAN) { this.ran[i] = 1; this.runs[i] += 1; }
   }
 
@@ -100,12 +102,12 @@ export class ResidencyMap {
     const levels = [...this.all.level_bits].sort((a, b) => a - b);
     const of = { 0: colour("--absent") };
     levels.forEach((bits) => (of[bits] = colour(`--bits-${bits}`) || colour("--bits-8")));
-    return { of, levels, flash: colour("--flash"), ran: colour("--ran") };
+    return { of, levels, flash: colour("--flash"), lacked: colour("--lacked"), ran: colour("--ran") };
   }
 
   draw() {
     if (!this.bits || !this.size()) return;
-    const { of, levels, flash, ran } = this.colours();
+    const { of, levels, flash, lacked, ran } = this.colours();
     const pen = this.canvas.getContext("2d"), cell = this.cell, gap = cell > 3 ? 1 : 0;
     pen.setTransform(devicePixelRatio || 1, 0, 0, devicePixelRatio || 1, 0, 0);
     pen.clearRect(0, 0, cell * this.columns, cell * this.rows);
@@ -123,9 +125,10 @@ export class ResidencyMap {
       }
       pen.fillStyle = of[this.bits[i]];
       pen.fillRect(x, y, cell - gap, cell - gap);
-      if (this.flash[i]) {
-        pen.globalAlpha = this.flash[i] / FADE;
-        pen.fillStyle = flash;
+      const fading = this.lacked[i] || this.flash[i]; // who was waited for was read too
+      if (fading) {
+        pen.globalAlpha = fading / FADE;
+        pen.fillStyle = this.lacked[i] ? lacked : flash;
         const edge = cell > 7 ? Math.floor(cell / 4) : 0; // so that the bits are still seen around it
         pen.fillRect(x + edge, y + edge, cell - gap - 2 * edge, cell - gap - 2 * edge);
         pen.globalAlpha = 1;
@@ -159,7 +162,7 @@ export class ResidencyMap {
     };
     this.legend.replaceChildren(
       ...[0, ...levels].map((bits) => key(bits ? `${bits} bits: ${held[bits] ?? 0}` : `not in memory: ${held[0] ?? 0}`, "", of[bits])),
-      key("read from disk just now", "of-flash"), key("ran just now", "of-ran"));
+      key("read ahead just now", "of-flash"), key("wanted just now, and was not there", "of-lacked"), key("ran just now", "of-ran"));
     if (this.cursor >= 0) this.describe();
   }
 

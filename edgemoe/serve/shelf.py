@@ -1,0 +1,100 @@
+"""What lies beside the model that is served: what was measured of it, and the other models that are here.
+
+It is read when a page asks for it. Nothing is opened but the files' own indexes, one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from edgemoe import library
+from edgemoe.errors import EdgemoeError, OutOfBudget
+from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.lab.quality.choice import is_plain, stored, stored_rows
+from edgemoe.ops import OpsShape
+from edgemoe.runtime.budget import Budget
+from edgemoe.runtime.model import Model
+
+__all__ = ["Shelf"]
+
+_MOST = 50  # models that are looked into
+
+
+class Shelf:
+    """Tells pages. On the event loop, which goes on meanwhile."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._turn = asyncio.Lock()
+
+    async def told(self) -> dict[str, Any]:
+        """Returns what was measured of the model, whether it has an allocation, and the other models."""
+        async with self._turn:  # one file at a time is open
+            return await asyncio.to_thread(self._told)
+
+    def _told(self) -> dict[str, Any]:
+        model = self._model
+        own = open_moe(model.moe.path)
+        return {
+            "has_allocation": "allocation" in own.sections or len(set(own.expert_bits.flat)) > 1,
+            "measured_on": (stored(own) or {}).get("measured_on", ""),
+            "quality": _quality(own, model),
+            "models": list(self._others()),
+        }
+
+    def _others(self) -> Iterator[dict[str, Any]]:
+        for kept in library.models()[:_MOST]:
+            try:
+                if kept.path.samefile(self._model.moe.path):
+                    continue
+                moe = open_moe(kept.path)
+            except (EdgemoeError, OSError) as error:
+                yield {"name": kept.name, "broken": str(error)}
+                continue
+            c = moe.config
+            yield {
+                "name": kept.name, "bytes": moe.file_bytes, "family": c.family, "context": c.context_length,
+                "layers": len(c.moe_layers), "experts": c.num_experts, "plan": list(self._plan(moe)),
+            }  # fmt: skip
+
+    def _plan(self, moe: MoeFile) -> Iterator[dict[str, Any]]:
+        """Yields for each level, the most bits first, which share of the experts this server's memory would hold."""
+        budget, options = self._model.budget, self._model.options
+        shape = OpsShape.of(moe.config, self._model.threads)
+        for bits in sorted({bits for bits, _, _ in moe.ladder}, reverse=True):
+            try:
+                found = Budget.divide(
+                    moe, ram=budget.ram, process=budget.process, level=moe.level(bits),
+                    dense_level=len(moe.dense_ladder), context=None, kv_types=options.kv_types, ops=shape,
+                    sequences=budget.sequences,
+                )  # fmt: skip
+            except OutOfBudget as error:
+                yield {"bits": bits, "why_not": str(error).partition(":")[0]}
+            else:
+                share = min(1.0, found.slots / found.experts)
+                yield {"bits": bits, "resident": share, "context": found.context}
+                if share == 1:
+                    return  # fewer bits fit all the more
+
+
+def _quality(moe: MoeFile, model: Model) -> dict[str, dict[str, Any]]:
+    """Returns what each level was measured to cost, by its bits, with the other settings of now."""
+    options = model.options
+    types = [options.cache_type_k, options.cache_type_v]
+    found = {}
+    for row in stored_rows(moe, dense_bits=options.dense_bits or moe.dense_ladder[-1]):
+        if is_plain(row) and list(row["cache_types"]) == types:
+            found[str(row["bits"])] = _cost(row)
+    return found
+
+
+def _cost(row: Mapping[str, Any]) -> dict[str, Any]:
+    if row["kl"] is None:  # what the others are measured against
+        return {"is_reference": True}
+    return {
+        "change": math.expm1(row["loss_change"]), "error": row["loss_error"], "kl": row["kl"],
+        "same_top": row.get("same_top"),
+    }  # fmt: skip
