@@ -32,7 +32,8 @@ _KEPT_S = 7 * 86400  # a machine changes: kernels, neighbours, firmware
 _FILE = "machine.json"
 _ROWS, _COLS, _COUNT = 2048, 2048, 12  # 48 MiB at 8 bits, more than most caches
 _MEMORY_BYTES = 96 << 20
-_PASSES = 7
+_ROUNDS, _PASSES = 4, 4
+_PARKED_S = 0.001  # until threads that wait have parked, and what they computed is counted
 _SMALL = ModelConfig(
     family="a plan", vocab_size=256, hidden_size=64, context_length=256, num_layers=8,
     mixers=(AttentionSpec(num_heads=2, num_kv_heads=2, head_dim=32, scale=1.0, rope=RopeSpec(dim=32)),),
@@ -119,7 +120,11 @@ def disk_pace(moe: MoeFile | None, folder: Path, size: int) -> float | None:
 
 
 def _kernels(scheme: Scheme, threads: int) -> dict[int, float]:
-    """Measures the product of one token with matrices at every level of a scheme."""
+    """Measures the product of one token with matrices at every level of a scheme.
+
+    In time of the processor, which threads have together: others use the machine too, and while they do, time by the
+    clock is half or a quarter of a core's.
+    """
     scheme = SCHEMES[scheme.name]  # corrections and row scales cost a few per cent
     ladder = scheme.ladders[0]
     sizes = scheme.rung_bytes(_ROWS, _COLS, ladder)
@@ -136,12 +141,14 @@ def _kernels(scheme: Scheme, threads: int) -> dict[int, float]:
             for _ in range(_COUNT)
         ]  # fmt: skip
         times = []
-        for _ in range(_PASSES):
-            start = time.perf_counter()
-            for matrix in matrices:
+        for _ in range(_ROUNDS):
+            time.sleep(_PARKED_S)
+            start = time.process_time()
+            for matrix in matrices * _PASSES:
                 _core.linear(workspace, x, [matrix], [out])
-            times.append(time.perf_counter() - start)
-        rates[bits] = _COUNT * sum(sizes[:level]) / min(times)  # others use the machine too
+            time.sleep(_PARKED_S)
+            times.append(time.process_time() - start)
+        rates[bits] = _PASSES * _COUNT * sum(sizes[:level]) * threads / min(times)
     return rates
 
 
