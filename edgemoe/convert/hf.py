@@ -184,7 +184,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
         )
     shards: dict[str, dict[str, StoredTensor]] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or (shard not in shards and Path(shard).name != shard):
             raise FormatError(
                 f"{path / _INDEX}: {shortened(name)}: expected a file name, got {quoted(shard)}"
             )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
-
-import numpy as np
 
 from edgemoe import _core
 from edgemoe.config import ModelConfig, dense_tensors
@@ -135,12 +134,13 @@ class Layout:
         return out
 
     def _expert_table(self, sums: Sums) -> bytes:
+        entry = struct.Struct(f"<Q{2 * len(self.expert_ladder)}I")
         out = bytearray()
         for name in self.expert_names():
             place = self.places[name]
-            pairs = list(zip(np.cumsum(place.sizes).tolist(), sums[name], strict=True))
+            pairs = list(zip(accumulate(place.sizes), sums[name], strict=True))
             pairs += [(sum(place.sizes), 0)] * (len(self.expert_ladder) - len(pairs))
-            out += place.offset.to_bytes(8, "little") + np.array(pairs, "<u4").tobytes()
+            out += entry.pack(place.offset, *chain.from_iterable(pairs))
         return bytes(out)
 
 
