@@ -68,10 +68,9 @@ SHAPES = {
 _FEWER = {"num_hidden_layers": 2, "vocab_size": 4096, "pad_token_id": None}
 _PROMPT, _TOKENS = 96, 64
 _VERBS = (
-    "short_conv", "delta_rule", "mamba2", "gated_norm", "gate_heads", "multiply", "linear_f32", "attention",
-    "latent_attention",
+    "short_conv", "delta_rule", "mamba2", "gated_norm", "gate_heads", "multiply", "attention", "latent_attention",
 )  # fmt: skip
-"""Of a mixer, beside its products with quantised matrices."""
+"""Of a mixer, beside its products with matrices."""
 
 
 class RandomCheckpoint(Shapes):
@@ -176,9 +175,11 @@ def row(found: dict[str, Any]) -> Iterator[str]:
     token = sum(n * (ms[f"mixer {i}"] + ms[f"ffn {i}"]) for i, n in enumerate(counts))
     for i, (kind, count) in enumerate(zip(found["kinds"], counts, strict=True)):
         own = sum(t for n, t in ms.items() if n.startswith(f"mixer {i} "))
+        # Plain attention of one token is one call with its products.
+        parts = (f"{own:.2f}", f"{count * own / token:.1%}") if own else ("-", "-")
         yield (
-            f"| {found['name']} | {kind}, {count} layers | {ms[f'mixer {i}']:.2f} | {own:.2f} | {ms[f'ffn {i}']:.2f} | "
-            f"{count * own / token:.1%} | {count * ms[f'mixer {i}'] / token:.1%} | "
+            f"| {found['name']} | {kind}, {count} layers | {ms[f'mixer {i}']:.2f} | {parts[0]} | "
+            f"{ms[f'ffn {i}']:.2f} | {parts[1]} | {count * ms[f'mixer {i}'] / token:.1%} | "
             f"{'yes' if found['same'] else 'NO'}, {found['resident']:.0%} |"
         )
 

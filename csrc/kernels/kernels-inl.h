@@ -246,9 +246,10 @@ void decode_nested(const NestedMatrix& w, int row, float* out) {
 
 // ---------------------------------------------------------------- floats
 
-/// The first n < 16 values, the rest `fill`.
+/// The first n values of 16, the rest `fill`.
 template <class V>
 inline typename V::F load_part(const float* x, int n, float fill) {
+  if (n >= 16) return V::load(x);
   alignas(64) float all[16];
   for (int i = 0; i < 16; ++i) all[i] = i < n ? x[i] : fill;
   return V::load(all);
@@ -256,6 +257,7 @@ inline typename V::F load_part(const float* x, int n, float fill) {
 
 template <class V>
 inline void store_part(float* out, typename V::F value, int n) {
+  if (n >= 16) return V::store(out, value);
   alignas(64) float all[16];
   V::store(all, value);
   for (int i = 0; i < n; ++i) out[i] = all[i];

@@ -77,6 +77,9 @@ template <class V>
 void delta_rule(const DeltaHead& h, int T, int begin, int end) {
   constexpr int M = V::kHeadVectors;
   int c = begin;
+  if constexpr (M > 1) {  // whole rows of 128, so that memory is read in one run
+    for (; c + 32 * M <= end; c += 32 * M) delta_columns<V, 2 * M>(h, T, c);
+  }
   for (; c + 16 * M <= end; c += 16 * M) delta_columns<V, M>(h, T, c);
   for (; c < end; c += 16) delta_columns<V, 1>(h, T, c);
 }

@@ -7,7 +7,7 @@
 namespace edgemoe {
 namespace {
 
-constexpr int kColumns = 64;  ///< of a head's values that are one piece of work
+constexpr int kColumns = 128;  ///< of a head's values that are one piece of work
 
 /// x[i] becomes the decay of n steps; `rate` is one or, if `each`, one for each.
 void decay_of(const Kernels& kn, Decay kind, const float* rate, bool each, const float* bias, int n, float* x) {
@@ -36,19 +36,21 @@ void delta_rule(Workspace& ws, const DeltaParts& parts, float* q, float* k, cons
   // An RMS norm with a constant weight: x / sqrt(sum + eps) = x / sqrt(mean + eps / n) * n^-0.5.
   const float root = std::sqrt(float(s.key_dim));
   const std::vector<float> k_weight(size_t(s.key_dim), 1 / root), q_weight(size_t(s.key_dim), 1 / root / root);
-  ws.pool.run(T * s.key_heads, grain_for(T * s.key_heads, ws.pool.size()), [&](int begin, int end) {
-    for (int i = begin; i < end; ++i) {
-      const size_t at = size_t(i / s.key_heads) * qkv_stride + size_t(i % s.key_heads) * size_t(s.key_dim);
-      kn.rms_norm(q + at, q_weight.data(), kLengthEps / float(s.key_dim), s.key_dim, q + at);
-      kn.rms_norm(k + at, k_weight.data(), kLengthEps / float(s.key_dim), s.key_dim, k + at);
-    }
-  });
   const int pieces = s.decay_per_channel ? s.value_heads : 1, n = decays / pieces;
-  ws.pool.run(T * pieces, grain_for(T * pieces, ws.pool.size()), [&](int begin, int end) {
+  // Lengths of keys, then decays: one loop, as each is short.
+  const int items = s.key_heads + pieces;
+  ws.pool.run(T * items, grain_for(T * items, ws.pool.size()), [&](int begin, int end) {
     for (int i = begin; i < end; ++i) {
-      const int p = i % pieces;
-      decay_of(kn, s.decay, parts.rate + p, !s.decay_per_channel, parts.bias + p * n, n, decay + size_t(i) * n);
-      if (p == 0) kn.sigmoid(beta + size_t(i / pieces) * s.value_heads, s.value_heads);
+      const int t = i / items, h = i % items, p = h - s.key_heads;
+      if (p < 0) {
+        const size_t at = size_t(t) * qkv_stride + size_t(h) * size_t(s.key_dim);
+        kn.rms_norm(q + at, q_weight.data(), kLengthEps / float(s.key_dim), s.key_dim, q + at);
+        kn.rms_norm(k + at, k_weight.data(), kLengthEps / float(s.key_dim), s.key_dim, k + at);
+        continue;
+      }
+      float* x = decay + size_t(t) * size_t(decays) + size_t(p) * size_t(n);
+      decay_of(kn, s.decay, parts.rate + p, !s.decay_per_channel, parts.bias + p * n, n, x);
+      if (p == 0) kn.sigmoid(beta + size_t(t) * s.value_heads, s.value_heads);
     }
   });
   const int columns = blocks(s.value_dim, kColumns), repeat = s.value_heads / s.key_heads;
