@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, TypeVar
 
 from edgemoe.errors import quoted
 
-__all__ = ["number", "switch", "texts", "whole", "wholes"]
+__all__ = ["kind", "number", "path_of", "switch", "texts", "whole", "wholes"]
+
+T = TypeVar("T")
 
 
 def whole(name: str, value: object, least: int | None = None, most: int | None = None) -> int:
@@ -69,11 +73,37 @@ def texts(name: str, value: object) -> tuple[str, ...]:
     return tuple(items)
 
 
+def path_of(name: str, value: object) -> Path:
+    """Returns a path, given as a text or as what stands for one.
+
+    Raises:
+        ValueError: it is neither, or an empty text; names the argument.
+    """
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise ValueError(f"{name}: expected a path, got {quoted(value)}")
+    if not os.fspath(value):
+        raise ValueError(f"{name}: expected a path, got an empty text")
+    return Path(value)
+
+
+def kind(name: str, value: object, expected: type[T]) -> T:
+    """Returns a value of a class.
+
+    Raises:
+        ValueError: it is of another; names the argument.
+    """
+    if not isinstance(value, expected):
+        what = "a text" if expected is str else expected.__name__
+        raise ValueError(f"{name}: expected {what}, got {quoted(value)}")
+    return value
+
+
 def _items(name: str, value: object, what: str) -> list[Any]:
     if (
         isinstance(value, (str, bytes))
         or not hasattr(value, "__len__")
         or not hasattr(value, "__iter__")
+        or getattr(value, "shape", None) == ()  # numpy's of no dimension: one number
     ):
         raise ValueError(f"{name}: expected a list of {what}, got {quoted(value)}")
     return list(value)

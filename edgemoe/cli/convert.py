@@ -60,12 +60,8 @@ def _convert(args: argparse.Namespace) -> None:
     scheme = SCHEMES.get(args.scheme)
     if scheme is None:
         raise ValueError(f"--scheme: expected one of {', '.join(SCHEMES)}, got {args.scheme}")
-    levels = scheme.ladder(args.bits, "--bits")  # Carving takes minutes before the writer says so.
-    if args.favour is not None and not scheme.can_favour:
-        raise ValueError(f"--favour: not for the scheme {scheme.name}")
-    if args.favour is not None and args.favour not in levels:
-        listed = ", ".join(map(str, levels))
-        raise ValueError(f"--favour: expected one of {listed}, got {args.favour}")
+    # Carving takes minutes before the writer says so.
+    scheme.favoured(args.bits, args.favour, ("--bits", "--favour"))
     correction = _rank(args.correction)
     calibration = None if args.calibration is None else Calibration(args.calibration)
     if args.thorough:

@@ -25,7 +25,7 @@ def engine_flags(args: Namespace, **given: Any) -> dict[str, Any]:
     said: dict[str, Any] = {"whole_process": True}
     said |= {name: flags[name] for name in _SAME if name in flags}
     if "set" in flags:
-        said["options"] = flags["set"]
+        said["options"] = flags["set"] or {}  # what is given is read by the command
     if "no_verify" in flags:
         said["verify"] = not flags["no_verify"]
     return {**said, **given}

@@ -89,14 +89,6 @@ def convert(
         for line in model.notes:
             say(line)
     check_text(source, config.vocab_size)
-    provenance: dict[str, Any] = {
-        "name": source.name,
-        "family": config.family,
-        "config": {key: source.config[key] for key in _PROVENANCE if _is_short(source.config, key)},
-        "fingerprint": _fingerprint(model, source.identity) if origin is None else _sum(origin),
-    }
-    if origin is not None:
-        provenance["origin"] = dict(origin)
     if calibration is not None:
         calibration.check(config)
         calibration.verify()
@@ -109,38 +101,64 @@ def convert(
                 else same_ranks(config, calibration, correction)
             )
             scheme = replace(scheme, correction=found)
-        provenance["calibration"] = {**calibration.meta, "checksum": calibration.digest()}
-    if allocation is not None:
-        provenance["allocation"] = {"method": allocation.method, **allocation.settings}
-    if favour is not None:
-        provenance["favour"] = favour
+    provenance = _provenance(
+        model, source, origin, calibration=calibration, allocation=allocation, favour=favour
+    )
     if scheme.is_thorough:
         provenance["thorough"] = True
     with Writer(
         out, config, bits=bits, scheme=scheme, sections=sections(source), source=provenance,
         calibration=calibration, allocation=allocation, favour=favour, down_bits=down_bits,
     ) as writer:  # fmt: skip
+        _write(writer, model, arrivals, progress or (lambda done, total: None))
 
-        def report() -> None:
-            if progress is not None:
-                progress(writer.written_bytes, writer.total_bytes)
 
-        report()
-        missing = [name for name in _records(model) if not writer.is_done(name)]
-        ready = (
-            _read_ahead(model, missing)
-            if arrivals is None
-            else ((name, partial(_read, model, name)) for name in arrivals(model, writer, missing))
-        )
-        for name, read in ready:
-            if (expert := _expert(name)) is not None:
-                writer.add_expert(*expert, *read())
-            else:
-                writer.add(name, *read())
-            report()
-        writer.finish()
-        if progress is not None:
-            progress(writer.total_bytes, writer.total_bytes)
+def _provenance(
+    model: SourceModel,
+    source: Checkpoint,
+    origin: Mapping[str, Any] | None,
+    *,
+    calibration: Calibration | None,
+    allocation: Allocation | None,
+    favour: int | None,
+) -> dict[str, Any]:
+    """Returns what the file says of where its weights come from, and what its codes were chosen by."""
+    out: dict[str, Any] = {
+        "name": source.name,
+        "family": model.config.family,
+        "config": {key: source.config[key] for key in _PROVENANCE if _is_short(source.config, key)},
+        "fingerprint": _fingerprint(model, source.identity) if origin is None else _sum(origin),
+    }
+    if origin is not None:
+        out["origin"] = dict(origin)
+    if calibration is not None:
+        out["calibration"] = {**calibration.meta, "checksum": calibration.digest()}
+    if allocation is not None:
+        out["allocation"] = {"method": allocation.method, **allocation.settings}
+    if favour is not None:
+        out["favour"] = favour
+    return out
+
+
+def _write(
+    writer: Writer, model: SourceModel, arrivals: Arrivals | None, progress: Progress
+) -> None:
+    """Writes what is not there yet, and gives the file its name."""
+    progress(writer.written_bytes, writer.total_bytes)
+    missing = [name for name in _records(model) if not writer.is_done(name)]
+    ready = (
+        _read_ahead(model, missing)
+        if arrivals is None
+        else ((name, partial(_read, model, name)) for name in arrivals(model, writer, missing))
+    )
+    for name, read in ready:
+        if (expert := _expert(name)) is not None:
+            writer.add_expert(*expert, *read())
+        else:
+            writer.add(name, *read())
+        progress(writer.written_bytes, writer.total_bytes)
+    writer.finish()
+    progress(writer.total_bytes, writer.total_bytes)
 
 
 def _records(model: SourceModel) -> Iterator[str]:

@@ -84,10 +84,7 @@ class Writer:
             scheme = scheme.fitted()
         self._scheme = scheme
         ladder = scheme.ladder(bits)
-        if favour is not None and not scheme.can_favour:
-            raise ValueError(f"favour: not for the scheme {scheme.name}")
-        if favour not in (None, *ladder):
-            raise ValueError(f"favour: expected one of {', '.join(map(str, ladder))}, got {favour}")
+        self._favoured = scheme.favoured(bits, favour)
         levels = scheme.levels_of_experts(ladder)
         experts = expert_ladder(scheme, levels, down_bits)
         rungs = np.full(len(config.moe_layers) * config.num_experts, len(levels))
@@ -97,7 +94,6 @@ class Writer:
         self._layout = Layout(
             config, scheme, ladder, tuple(experts[: int(rungs.max())]), tuple(rungs.tolist())
         )
-        self._favoured = None if favour is None else ladder.index(favour) + 1
         self._favours_own = allocation is not None and favour is None and scheme.can_favour
         self._calibration = calibration
         self._threads = threads or hardware.num_threads()

@@ -148,6 +148,25 @@ class Scheme:
         levels = ", ".join(str(b) for ladder in self.ladders for b in ladder)
         raise ValueError(f"{name}: expected one of {levels}, got {bits}")
 
+    def favoured(
+        self, bits: int | None, favour: int | None, names: tuple[str, str] = ("bits", "favour")
+    ) -> int | None:
+        """Returns how many planes the level has whose error matters most; None for none of the levels up to `bits`.
+
+        Raises:
+            ValueError: it is not one of these levels, or the scheme favours none; or `ladder` raises it. The message
+                begins with one of `names`.
+        """
+        ladder = self.ladder(bits, names[0])
+        if favour is None:
+            return None
+        if not self.can_favour:
+            raise ValueError(f"{names[1]}: not for the scheme {self.name}")
+        if favour not in ladder:
+            levels = ", ".join(map(str, ladder))
+            raise ValueError(f"{names[1]}: expected one of {levels}, got {favour}")
+        return ladder.index(favour) + 1
+
     def levels_of_experts(self, ladder: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the levels that experts have beside other matrices of `ladder`."""
         return ladder if self.dense is None else self.ladders[0]

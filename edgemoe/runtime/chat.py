@@ -7,10 +7,10 @@ import json
 import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from edgemoe.errors import FormatError, quoted
+from edgemoe.arguments import kind, path_of
+from edgemoe.errors import FormatError
 from edgemoe.file.parse import parse_json
 from edgemoe.file.whole import write_whole
 from edgemoe.runtime.requests import Constraint
@@ -121,10 +121,11 @@ class Chat:
         """
         if engine.tokenizer is None:
             raise FormatError("chat: the model has no tokenizer, so that it takes ids only")
-        for name, value, kind in (("system", system, str), ("params", params, SamplingParams)):
-            if value is not None and not isinstance(value, kind):
-                raise ValueError(f"chat: {name}: expected {kind.__name__}, got {quoted(value)}")
-        self.params = params if params is not None else engine.sampling
+        if system is not None:
+            kind("chat: system", system, str)
+        self.params = (
+            engine.sampling if params is None else kind("chat: params", params, SamplingParams)
+        )
         self._engine = engine
         self._tokenizer: Tokenizer = engine.tokenizer
         self._is_raw = raw or not engine.tokenizer.has_chat_template
@@ -191,8 +192,7 @@ class Chat:
 
     def pieces(self, text: str) -> Generator[Piece, None, None]:
         """Yields what `say` does, and the reasoning before it, where the model marks it as such."""
-        if not isinstance(text, str):
-            raise ValueError(f"say: expected a text, got {quoted(text)}")
+        kind("say", text, str)
         self._close_reply()
         self._reply = self._say(text)
         return self._reply
@@ -217,7 +217,12 @@ class Chat:
         return question
 
     def instruct(self, system: str) -> None:
-        """Replaces what the model is told before the conversation; empty for nothing."""
+        """Replaces what the model is told before the conversation; empty for nothing.
+
+        Raises:
+            ValueError: it is no text.
+        """
+        kind("system", system, str)
         self._close_reply()
         rest = self._messages[len(self._system) :]
         self._system = [{"role": "system", "content": system}] if system else []
@@ -231,8 +236,9 @@ class Chat:
         Raises:
             OSError: the file cannot be written; its name is in the error.
         """
+        target = path_of("path", path)
         text = json.dumps({"messages": self._messages}, ensure_ascii=False, indent=1) + "\n"
-        write_whole(path, text.encode(errors="surrogatepass"))
+        write_whole(target, text.encode(errors="surrogatepass"))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replaces the conversation, system message included, with a saved one.
@@ -241,7 +247,7 @@ class Chat:
             OSError: the file cannot be read.
             FormatError: it is no saved conversation; this one stays as it was.
         """
-        source = Path(path)
+        source = path_of("path", path)
         if source.exists() and not (source.is_file() and source.stat().st_size <= _LARGEST_CHAT):
             raise FormatError(f"{path}: not a saved chat; expected a file of at most 64 MiB")
         try:

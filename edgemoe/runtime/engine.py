@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
+from edgemoe.arguments import kind, path_of, whole
+from edgemoe.errors import quoted
 from edgemoe.runtime.alone import Alone
 from edgemoe.runtime.change import change
 from edgemoe.runtime.meter import Stats
@@ -56,7 +58,7 @@ class Engine:
 
     def __init__(self, path: str | os.PathLike[str], options: EngineOptions) -> None:
         """See `load`."""
-        opened = open_model(path, options)
+        opened = open_model(path_of("path", path), kind("options", options, EngineOptions))
         model, text = opened.model, opened.text
         self._model: Model | None = model
         self._profile = opened.profile
@@ -117,7 +119,7 @@ class Engine:
 
     def kv_bytes(self, length: int) -> int:
         """Returns the bytes of keys and values that attention reads for a token after `length` others."""
-        return self.model.kv_bytes(length)
+        return self.model.kv_bytes(whole("length", length, 0))
 
     @property
     def stats(self) -> Stats:
@@ -191,6 +193,7 @@ class Engine:
 
     def lend(self, size: int) -> None:
         """Makes room for `size` bytes that the caller needs until the next call; experts have it back then."""
+        size = whole("size", size, 0)
         with self._alone():
             self.model.room.lend(size)
 
@@ -215,7 +218,9 @@ class Engine:
             ReadError: the disk failed; the engine stays usable.
             Cancelled: likewise, and what was computed is not computed again.
         """
-        params = params or self.sampling
+        params = self.sampling if params is None else kind("params", params, SamplingParams)
+        if not (is_cancelled is None or callable(is_cancelled)):
+            raise ValueError(f"is_cancelled: expected a function, got {quoted(is_cancelled)}")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: expected no texts, as the model has no tokenizer")
         _ = self.model  # or it says that it is closed
@@ -306,7 +311,7 @@ class Engine:
         """
         from edgemoe.runtime.chat import Chat
 
-        return Chat(self, system=system, params=params or self.sampling)
+        return Chat(self, system=system, params=params)
 
     def close(self) -> None:
         """Saves the profile and gives all memory back; the engine cannot be used afterwards.

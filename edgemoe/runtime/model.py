@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.arguments import whole
+from edgemoe.arguments import path_of, whole
 from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile
@@ -208,9 +208,9 @@ class Model:
         if self.experts.observer is not None:
             raise ValueError("record: the engine is observed already")
         look_ahead = whole("look_ahead", look_ahead, 0, MOST_AHEAD)
-        reads_ahead = self.scheduler.look_ahead > 0
-        if look_ahead > self.scheduler.look_ahead:
-            self.experts.scheduler = Watched(self.scheduler, look_ahead)
+        scheduler = self.scheduler
+        if look_ahead > scheduler.look_ahead:
+            scheduler = Watched(scheduler, look_ahead)
         setting, slot_bytes = self.setting, self.store.cache.slot_bytes
         rungs = np.minimum(self.moe.experts.rungs, len(setting.level_bits))
         header = TraceHeader(
@@ -224,9 +224,10 @@ class Model:
             rungs=() if (rungs == rungs.max()).all() else tuple(rungs.tolist()),
             slots_bytes=setting.slots_bytes,
             scheduler=self.options.scheduler,
-            look_ahead=self.scheduler.look_ahead,
-            reads_ahead=reads_ahead,
+            look_ahead=scheduler.look_ahead,
+            reads_ahead=self.scheduler.look_ahead > 0,
             threads=self.threads,
         )
+        writer = TraceWriter(path_of("path", path), header)
         self.room.hold()  # whoever replays it counts on the header's slots
-        self.experts.observer = TraceWriter(path, header)
+        self.experts.scheduler, self.experts.observer = scheduler, writer

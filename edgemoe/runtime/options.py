@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from edgemoe.arguments import switch, whole
+from edgemoe.arguments import kind, path_of, switch, whole
 from edgemoe.devices import DeviceName
 from edgemoe.errors import quoted
 from edgemoe.experts import Observer
@@ -105,14 +105,19 @@ class EngineOptions:
             put("slots", whole("slots", self.slots, 1))
         for name in ("whole_process", "steady", "verify"):
             put(name, switch(name, getattr(self, name)))
-        if not isinstance(self.options or {}, Mapping):
+        if self.options is not None and not isinstance(self.options, Mapping):
             raise ValueError(f"options: expected names and values, got {quoted(self.options)}")
         put("options", dict(self.options or {}))
+        for name in ("allocation", "kv_table", "plug_in", "trace", "profile"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, KvTable):
+                put(name, path_of(name, value))
         kinds = (self.cache_type_k, self.cache_type_v)
-        keys, values = ("f16" if kind == "auto" else kind for kind in kinds)
+        keys, values = ("f16" if of == "auto" else of for of in kinds)
         KvTypes(keys, values)
         if self.kv_table is not None and "auto" not in kinds:
             raise ValueError("kv_table: expected a cache type to be auto")
+        put("scheduler", kind("scheduler", self.scheduler, str))
         if self.scheduler not in SCHEDULERS:
             known = ", ".join(SCHEDULERS)
             raise ValueError(f"scheduler: expected one of {known}, got {self.scheduler}")
