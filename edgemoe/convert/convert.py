@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.arguments import path_of, whole, wholes
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint, sections
 from edgemoe.convert.ranks import check_rank, choose_ranks, same_ranks
@@ -38,7 +39,7 @@ _PROVENANCE = ("model_type", "architectures", "torch_dtype", "dtype", "transform
 
 def convert(
     source: Checkpoint,
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     bits: int | None = None,
     scheme: Scheme = SCHEMES["nested"],
@@ -78,9 +79,17 @@ def convert(
     Raises:
         FormatError: the checkpoint is broken or not supported, or the calibration or allocation is of another
             model or asks for more than `bits`.
-        ValueError: `bits` or `favour` is not a level, `down_bits` do not climb, or there can be no such `correction`.
+        ValueError: `bits` or `favour` is not a level, `down_bits` do not climb, there can be no such `correction`, or
+            one of them is no whole number.
         OSError: the disk is too small, or reading or writing failed.
     """
+    out = path_of("out", out)
+    bits, favour, correction = (
+        None if value is None else whole(name, value)
+        for name, value in (("bits", bits), ("favour", favour), ("correction", correction))
+    )
+    down_bits = None if down_bits is None else wholes("down_bits", down_bits, 1)
+    scheme.favoured(bits, favour)  # or it says so before what takes long
     if correction is not None:
         check_rank(correction, scheme, calibration)
     model = SourceModel(source, are_there=arrivals is None)

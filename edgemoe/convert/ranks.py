@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.source import SourceModel
-from edgemoe.quant import DEFAULT_LADDER, Allocation, Calibration, Scheme
+from edgemoe.quant import DEFAULT_LADDER, SCHEMES, Allocation, Calibration, Scheme
 from edgemoe.quant.correction import MOST_RANK, RANK_STEP, SHARED, Correction, is_rank, kind_of
 from edgemoe.quant.ranks import best_ranks, gains, same_rank
 
@@ -64,8 +64,7 @@ def choose_ranks(
     """
     levels = [level for level in DEFAULT_LADDER if level <= (bits or 8)]
     uses = [float(favour in (None, level)) for level in levels]
-    # What is no level is refused by the writer.
-    favoured = DEFAULT_LADDER.index(favour) + 1 if favour in DEFAULT_LADDER else None
+    favoured = SCHEMES["nested"].favoured(bits, favour)
     of_experts = uses
     if allocation is not None and favour is None:
         of_experts = [float((allocation.bits == level).mean()) for level in levels]

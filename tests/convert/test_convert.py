@@ -11,6 +11,7 @@ import reference
 import torch
 from decoded import Decoded
 from safetensors.torch import save_file
+from tiny import tiny_checkpoint
 from tokenizers import Tokenizer, models
 
 from edgemoe.convert.convert import convert
@@ -116,3 +117,27 @@ def test_a_broken_checkpoint_leaves_nothing(checkpoint: Path, tmp_path: Path) ->
     with pytest.raises(FormatError):
         convert(source, tmp_path / "x.moe")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_numpy_make_the_same_file(tiny_moe: Path, tmp_path: Path) -> None:
+    plain = {"bits": 4, "favour": 3, "down_bits": [2, 3, 4], "correction": 0}
+    of_numpy = {
+        "bits": np.int64(4), "favour": np.uint8(3), "down_bits": np.array([2, 3, 4]), "correction": np.int8(0),
+    }  # fmt: skip
+    files = []
+    for name, arguments in (("a.moe", plain), ("b.moe", of_numpy)):
+        convert(tiny_checkpoint(), str(tmp_path / name), **arguments)
+        files.append((tmp_path / name).read_bytes())
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("value", [2.0, b"2", True, [2.0], np.float32(2), object()])
+@pytest.mark.parametrize("name", ["bits", "favour", "correction", "down_bits", "out"])
+def test_what_is_no_number_is_refused_before_anything_is_read(
+    name: str, value: object, tmp_path: Path
+) -> None:
+    arguments = {"out": tmp_path / "x.moe", name: value}
+    expected = f"^{name}: expected (a whole number|a list of whole numbers|a path), got"
+    with pytest.raises(ValueError, match=expected):
+        convert(None, **arguments)
+    assert not list(tmp_path.iterdir())

@@ -47,6 +47,9 @@ def test_what_is_no_whole_number_is_refused_alike(name, value):
             {"cache_type_v": "q4"},
             "cache_type_v: expected f16, f32, q8_0, q4_0, q3_0 or q2_0, got q4",
         ),
+        ({"scheduler": ["mc"]}, r"scheduler: expected a text, got \['mc'\]"),
+        ({"options": ""}, "options: expected names and values, got ''"),
+        ({"options": 0}, "options: expected names and values, got 0"),
         ({"scheduler": "magic"}, "scheduler: expected one of on-demand"),
         ({"bits": "auto", "scheduler": "mc"}, "bits: auto is for the scheduler on-demand"),
         ({"bits": 4, "allocation": "a.json"}, "allocation: expected bits to be auto"),
@@ -56,6 +59,14 @@ def test_what_is_no_whole_number_is_refused_alike(name, value):
 def test_what_needs_no_model_is_checked_without_one(arguments, match):
     with pytest.raises(ValueError, match=match):
         EngineOptions(**arguments)
+
+
+@pytest.mark.parametrize("value", [2, np.int64(2), 1.5, b"a", "", ["a"], {}, object()])
+@pytest.mark.parametrize("name", ["allocation", "kv_table", "plug_in", "trace", "profile"])
+def test_what_is_no_path_is_refused_alike(name, value):
+    beside = {"allocation": {"bits": "auto"}, "kv_table": {"cache_type_k": "auto"}}
+    with pytest.raises(ValueError, match=f"^{name}: expected a path, got"):
+        EngineOptions(**{name: value}, **beside.get(name, {}))
 
 
 def test_load_takes_what_options_take(tiny_moe):
@@ -82,3 +93,50 @@ def test_every_flag_of_the_command_line_has_an_option():
     assert engine_flags(argparse.Namespace(bits=4), ram=1 << 30) == {
         "whole_process": True, "bits": 4, "ram": 1 << 30,
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_moe):
+    with edgemoe.load(tiny_moe, context=32) as engine:
+        yield engine
+
+
+@pytest.mark.parametrize("value", [True, 1.5, "1", [1], None, object(), -1])
+def test_sizes_and_lengths_of_calls_are_whole_numbers(engine, value, tmp_path):
+    with pytest.raises(ValueError, match="^size: expected"):
+        engine.lend(value)
+    with pytest.raises(ValueError, match="^length: expected"):
+        engine.kv_bytes(value)
+    with pytest.raises(ValueError, match="^look_ahead: expected"):
+        engine.record(tmp_path / "x.trace", look_ahead=value)
+
+
+@pytest.mark.parametrize("value", [0, "", {}, [1], False, object()])
+def test_settings_and_texts_of_calls_are_of_their_kind(engine, value):
+    with pytest.raises(ValueError, match="^params: expected SamplingParams, got"):
+        engine.generate([1], value)
+    with pytest.raises(ValueError, match="^chat: params: expected SamplingParams, got"):
+        engine.chat(params=value)
+    with pytest.raises(ValueError, match="^is_cancelled: expected a function, got"):
+        engine.generate([1], is_cancelled=value)
+    chat = engine.chat(system="a")
+    if not isinstance(value, str):
+        with pytest.raises(ValueError, match="^system: expected a text, got"):
+            chat.instruct(value)
+    assert chat.messages == [{"role": "system", "content": "a"}]
+
+
+@pytest.mark.parametrize("value", [0, 1 << 70, None, b"a", "", [1], np.int64(2)])
+def test_paths_of_calls_are_paths(engine, value):
+    chat = engine.chat()
+    for call in (edgemoe.load, engine.record, chat.save, chat.load):
+        with pytest.raises(ValueError, match="^path: expected a path, got"):
+            call(value)
+
+
+def test_a_trace_that_cannot_be_written_changes_nothing(engine, tmp_path):
+    before = engine.scheduler, engine.model.room.size
+    with pytest.raises(FileNotFoundError):
+        engine.record(tmp_path / "absent" / "x.trace", look_ahead=2)
+    assert (engine.scheduler, engine.model.room.size) == before
+    assert engine.model.experts.observer is None
