@@ -61,8 +61,9 @@ __device__ __forceinline__ float nested_share(const int* dots, uint8_t byte0, ui
   return fmaf(scale1, part1, scale0 * part0);
 }
 
-/// What becomes of a row's sum for row `at` of the activations: the matrix's correction and the bias are added.
-__device__ __forceinline__ float finish_row(const Product& p, int at, int row, float row_scale, float value) {
+/// What becomes of a row's sum for row `at` of the activations: the matrix's correction is added, `add_ranks` of
+/// kernels-inl.h, then the bias.
+__device__ __forceinline__ float finish_row(const Product& p, int at, int row, float row_scale, float sum) {
   const int steps = rank_of(p.w) / kRankStep;
   if (steps) {
     const uint8_t* factor =
@@ -75,8 +76,9 @@ __device__ __forceinline__ float finish_row(const Product& p, int at, int row, f
       dot = dot4(both & 0x0f0f0f0fu, codes[2 * s], dot);
       dot = dot4(both >> 4 & 0x0f0f0f0fu, codes[2 * s + 1], dot);
     }
-    value = fmaf(row_scale, z->scale * (float(dot) - 7.5f * z->sum), value);
+    sum = fmaf(z->scale, float(dot) - 7.5f * z->sum, sum);
   }
+  const float value = row_scale * sum;
   return p.bias ? value + p.bias[row] : value;
 }
 
@@ -113,7 +115,7 @@ __device__ __forceinline__ void nested_block(const Product& p, const QuantizedRo
   const int t = threadIdx.x / kTileRows, row = block * kTileRows + threadIdx.x % kTileRows;
   if (t < T && t < n && row < w.rows) {
     const float scale = load_f16(row_scales_of(w), row) * (float(1 << (8 - at.bits())) / float(kScaleUnit));
-    y[size_t(t) * p.stride + row] = finish_row(p, from + t, row, scale, scale * sum.acc);
+    y[size_t(t) * p.stride + row] = finish_row(p, from + t, row, scale, sum.acc);
   }
 }
 

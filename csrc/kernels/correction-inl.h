@@ -1,7 +1,7 @@
 // Corrections of low rank: y = W x + A (V x). Part of kernels-inl.h.
 //
 // V x is one small product per input, kept in floats; u, the scales of A's columns, are multiplied into it, and the
-// rest is a tile of r columns whose codes of 4 bits meet 8-bit activations as all codes do.
+// rest is a tile of r columns whose codes of 4 bits meet 8-bit activations as all codes do: `add_ranks`.
 #pragma once
 
 #include "kernels-inl.h"
@@ -51,46 +51,6 @@ void quantize_ranks(const uint16_t* u, const float* z, RankRow* out) {
   }
   out->scale = is_zero ? poisoned : highest / 127.0f;
   out->sum = float(sum);
-}
-
-/// The same for a rank of kRankStep * Steps.
-template <class V, int Steps>
-void add_correction_of(const NestedMatrix& w, const RankRow* z, int n, int begin, int end, float* y, size_t stride) {
-  const auto* scales = reinterpret_cast<const uint16_t*>(row_scales_of(w));
-  const auto unit = V::set(float(1 << (8 - bits_of(w))) / float(kScaleUnit));
-  const uint8_t* factor = correction_of(w) + 2 * kMaxRank + size_t(begin) * 64 * Steps;
-  for (int block = begin; block < end; ++block, factor += 64 * Steps) {
-    const auto row_scale = V::mul(V::load_f16(scales + block * kTileRows), unit);
-    typename V::B codes[2 * Steps];
-    for (int s = 0; s < Steps; ++s) {
-      const auto both = V::load_bytes(factor + 64 * s);
-      codes[2 * s] = field<V, 4, 0>(both);
-      codes[2 * s + 1] = field<V, 4, 4>(both);
-    }
-    const int rows = w.rows - block * kTileRows;
-    for (int i = 0; i < n; ++i) {
-      auto dots = V::zero_ints();
-      for (int s = 0; s < 2 * Steps; ++s) dots = V::template dot<false>(dots, codes[s], z[i].codes + 4 * s);
-      const auto sum = V::mul(V::set(z[i].scale), V::sub(V::to_float(dots), V::set(7.5f * z[i].sum)));
-      float* out = y + i * stride + block * kTileRows;
-      const auto before = rows >= kTileRows ? V::load(out) : load_part<V>(out, rows, 0.0f);
-      store_rows<V>(out, V::fma(row_scale, sum, before), rows);
-    }
-  }
-}
-
-template <class V>
-void add_correction(const NestedMatrix& w, const RankRow* z, int n, int begin, int end, float* y, size_t stride) {
-  switch (rank_of(w) / kRankStep) {
-    case 1:
-      return add_correction_of<V, 1>(w, z, n, begin, end, y, stride);
-    case 2:
-      return add_correction_of<V, 2>(w, z, n, begin, end, y, stride);
-    case 3:
-      return add_correction_of<V, 3>(w, z, n, begin, end, y, stride);
-    case 4:
-      return add_correction_of<V, 4>(w, z, n, begin, end, y, stride);
-  }
 }
 
 template <class V>

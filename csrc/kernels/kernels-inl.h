@@ -61,6 +61,33 @@ inline typename V::F add_groups(typename V::F acc, const typename V::I* dots, co
   return V::fma(V::set(x_scale), V::fma(scales[1], b, V::mul(scales[0], a)), acc);
 }
 
+/// A of a matrix's correction; no steps where it has none.
+struct Factor {
+  const uint8_t* codes;
+  int steps;  ///< of kRankStep columns, each 64 bytes for 16 rows
+
+  explicit Factor(const NestedMatrix& w) : codes(nullptr), steps(rank_of(w) / kRankStep) {
+    if (steps) codes = correction_of(w) + 2 * kMaxRank;
+  }
+
+  /// Asks for a row block's codes: they lie behind all tiles, where no processor looks by itself.
+  [[gnu::always_inline]] void fetch(int block) const {
+    for (int s = 0; s < steps; ++s) __builtin_prefetch(codes + 64 * (size_t(block) * steps + s), 0, 3);
+  }
+};
+
+/// acc + A z of a row block, in steps of its rows' scales.
+template <class V>
+inline typename V::F add_ranks(typename V::F acc, const Factor& factor, int block, const RankRow& z) {
+  auto dots = V::zero_ints();
+  for (int s = 0; s < factor.steps; ++s) {
+    const auto both = V::load_bytes(factor.codes + 64 * (size_t(block) * factor.steps + s));
+    dots = V::template dot<false>(dots, field<V, 4, 0>(both), z.codes + kRankStep * s);
+    dots = V::template dot<false>(dots, field<V, 4, 4>(both), z.codes + kRankStep * s + kRankStep / 2);
+  }
+  return V::fma(V::set(z.scale), V::sub(V::to_float(dots), V::set(7.5f * z.sum)), acc);
+}
+
 template <class V>
 inline void store_rows(float* y, typename V::F value, int rows) {
   if (rows >= kTileRows) return V::store(y, value);
@@ -82,10 +109,12 @@ template <int Bits, int R = 0, int Before = 0>
   }
 }
 
-/// One token: codes go from the planes straight into the dot product.
+/// One token: codes go from the planes straight into the dot product. z is of a matrix with a correction.
 template <class V, int Bits>
-void matvec(const NestedMatrix& w, const QuantizedRows& x, int begin, int end, float* y) {
+void matvec(const NestedMatrix& w, const QuantizedRows& x, const RankRow* z, int begin, int end, float* y) {
+  const Factor factor(w);
   for (int block = begin; block < end; ++block) {
+    factor.fetch(block);
     TileCursor tile(w, block, x.tiles);
     const auto row_scale = row_scales<V>(tile, Bits);
     auto acc = V::zero();
@@ -100,6 +129,7 @@ void matvec(const NestedMatrix& w, const QuantizedRows& x, int begin, int end, f
                             x.sums + kSums * g + 2 * i);
       }
     }
+    if (factor.steps) acc = add_ranks<V>(acc, factor, block, *z);
     store_rows<V>(y + block * kTileRows, V::mul(row_scale, acc), w.rows - block * kTileRows);
   }
 }
@@ -158,14 +188,16 @@ inline void over_tokens(const QuantizedRows& x, int first, int count, int g, flo
 
 /// Many tokens: each tile is unpacked once for up to kTokens of them. Same sums as `matvec`, bit for bit.
 template <class V, bool kWide, class Unpack>
-void matmul_blocked(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y, size_t stride,
-                    Unpack unpack) {
+void matmul_blocked(const NestedMatrix& w, const QuantizedRows& x, const RankRow* z, int n, int begin, int end,
+                    float* y, size_t stride, Unpack unpack) {
   constexpr int kTokens = 64;  // their sums, 4 KiB, stay in the first-level cache
   constexpr int N = V::kTokensAtOnce;
   const int bits = bits_of(w);
+  const Factor factor(w);
   alignas(64) uint8_t codes[kTileRows * kTileCols];
   alignas(64) float acc[kTokens * kTileRows];
   for (int block = begin; block < end; ++block) {
+    factor.fetch(block);
     for (int first = 0; first < n; first += kTokens) {
       const int count = n - first < kTokens ? n - first : kTokens;
       for (int i = 0; i < count; ++i) V::store(acc + i * kTileRows, V::zero());
@@ -182,44 +214,47 @@ void matmul_blocked(const NestedMatrix& w, const QuantizedRows& x, int n, int be
                        });
       }
       for (int i = 0; i < count; ++i) {
-        store_rows<V>(y + (first + i) * stride + block * kTileRows, V::mul(row_scale, V::load(acc + i * kTileRows)),
-                      w.rows - block * kTileRows);
+        auto sum = V::load(acc + i * kTileRows);
+        if (factor.steps) sum = add_ranks<V>(sum, factor, block, z[first + i]);
+        store_rows<V>(y + (first + i) * stride + block * kTileRows, V::mul(row_scale, sum), w.rows - block * kTileRows);
       }
     }
   }
 }
 
 template <class V, int Bits>
-void matmul_known(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y, size_t stride) {
-  if (n == 1) return matvec<V, Bits>(w, x, begin, end, y);
-  matmul_blocked<V, (Bits > 7)>(w, x, n, begin, end, y, stride, [](const uint8_t* const* rungs, uint8_t* tile) {
+void matmul_known(const NestedMatrix& w, const QuantizedRows& x, const RankRow* z, int n, int begin, int end, float* y,
+                  size_t stride) {
+  if (n == 1) return matvec<V, Bits>(w, x, z, begin, end, y);
+  matmul_blocked<V, (Bits > 7)>(w, x, z, n, begin, end, y, stride, [](const uint8_t* const* rungs, uint8_t* tile) {
     unpack<V, Ladder<Bits>>(rungs, tile);
   });
 }
 
 /// The default ladder's prefixes have their own code; any other ladder works, slower.
 template <class V>
-void matmul_nested(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y, size_t stride) {
+void matmul_nested(const NestedMatrix& w, const QuantizedRows& x, const RankRow* z, int n, int begin, int end, float* y,
+                   size_t stride) {
   constexpr uint8_t ladder[] = {2, 1, 1, 2, 2};
   bool known = w.num_rungs <= 5;
   for (int i = 0; known && i < w.num_rungs; ++i) known = w.widths[i] == ladder[i];
   if (known) {
     switch (w.num_rungs) {
       case 1:
-        return matmul_known<V, 2>(w, x, n, begin, end, y, stride);
+        return matmul_known<V, 2>(w, x, z, n, begin, end, y, stride);
       case 2:
-        return matmul_known<V, 3>(w, x, n, begin, end, y, stride);
+        return matmul_known<V, 3>(w, x, z, n, begin, end, y, stride);
       case 3:
-        return matmul_known<V, 4>(w, x, n, begin, end, y, stride);
+        return matmul_known<V, 4>(w, x, z, n, begin, end, y, stride);
       case 4:
-        return matmul_known<V, 6>(w, x, n, begin, end, y, stride);
+        return matmul_known<V, 6>(w, x, z, n, begin, end, y, stride);
       case 5:
-        return matmul_known<V, 8>(w, x, n, begin, end, y, stride);
+        return matmul_known<V, 8>(w, x, z, n, begin, end, y, stride);
     }
   }
   const auto unpack = [&w](const uint8_t* const* rungs, uint8_t* tile) { unpack_any<V>(w, rungs, tile); };
-  if (bits_of(w) > 7) return matmul_blocked<V, true>(w, x, n, begin, end, y, stride, unpack);
-  matmul_blocked<V, false>(w, x, n, begin, end, y, stride, unpack);
+  if (bits_of(w) > 7) return matmul_blocked<V, true>(w, x, z, n, begin, end, y, stride, unpack);
+  matmul_blocked<V, false>(w, x, z, n, begin, end, y, stride, unpack);
 }
 
 template <class V>
@@ -578,16 +613,43 @@ namespace {
 
 template <class V>
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,          choose_scale<V>,   fit_scales<V>,     round_codes<V>,
-                 pack_rung<V>,  quantize_row<V>,   matmul_nested<V>,  decode_nested<V>,
-                 project<V>,    quantize_ranks<V>, add_correction<V>, decode_correction<V>,
-                 matmul_mwq<V>, decode_mwq<V>,     matmul_float4<V>,  decode_float4<V>,
-                 matmul_f32<V>, rms_norm<V>,       activate<V>,       soft_cap<V>,
-                 softmax<V>,    add_scaled<V>,     rope<V>,           to_f16<V>,
-                 from_f16<V>,   read_all<V>,       quantize_head<V>,  pack_head<V>,
-                 attend<V>,     attend_latent<V>,  merge_parts<V>,    delta_rule<V>,
-                 mamba2<V>,     short_conv<V>,     sigmoid<V>,        sigmoid_mul<V>,
-                 softplus<V>,   decays<V>};
+  return Kernels{name,
+                 choose_scale<V>,
+                 fit_scales<V>,
+                 round_codes<V>,
+                 pack_rung<V>,
+                 quantize_row<V>,
+                 matmul_nested<V>,
+                 decode_nested<V>,
+                 project<V>,
+                 quantize_ranks<V>,
+                 decode_correction<V>,
+                 matmul_mwq<V>,
+                 decode_mwq<V>,
+                 matmul_float4<V>,
+                 decode_float4<V>,
+                 matmul_f32<V>,
+                 rms_norm<V>,
+                 activate<V>,
+                 soft_cap<V>,
+                 softmax<V>,
+                 add_scaled<V>,
+                 rope<V>,
+                 to_f16<V>,
+                 from_f16<V>,
+                 read_all<V>,
+                 quantize_head<V>,
+                 pack_head<V>,
+                 attend<V>,
+                 attend_latent<V>,
+                 merge_parts<V>,
+                 delta_rule<V>,
+                 mamba2<V>,
+                 short_conv<V>,
+                 sigmoid<V>,
+                 sigmoid_mul<V>,
+                 softplus<V>,
+                 decays<V>};
 }
 
 }  // namespace

@@ -358,9 +358,9 @@ struct Kernels {
   void (*quantize_row)(const float* x, int cols, int8_t* codes, float* scales, float* sums);
 
   /// y[i, r] = sum_c w[r, c] * x[i, c] for i < n and the rows r of blocks [begin, end). Rows of y are `stride` floats
-  /// apart.
-  void (*matmul_nested)(const NestedMatrix& w, const QuantizedRows& x, int n, int begin, int end, float* y,
-                        size_t stride);
+  /// apart. If w has a correction, sum_j A[r, j] * z[i, j] / u[j] is added, with z [n] of `quantize_ranks`.
+  void (*matmul_nested)(const NestedMatrix& w, const QuantizedRows& x, const RankRow* z, int n, int begin, int end,
+                        float* y, size_t stride);
 
   /// Writes row `row` of w as floats.
   void (*decode_nested)(const NestedMatrix& w, int row, float* out);
@@ -370,9 +370,6 @@ struct Kernels {
 
   /// Quantises z [kMaxRank], each value times float16 u, to 8 bits with one scale, as `quantize_row`.
   void (*quantize_ranks)(const uint16_t* u, const float* z, RankRow* out);
-
-  /// y[i, r] += sum_j A[r, j] * z[i, j] / u[j] for i < n and the rows of blocks [begin, end), of a matrix with a rank.
-  void (*add_correction)(const NestedMatrix& w, const RankRow* z, int n, int begin, int end, float* y, size_t stride);
 
   /// out [cols] += row `row` of A V.
   void (*decode_correction)(const NestedMatrix& w, int row, float* out);
@@ -463,17 +460,8 @@ struct Kernels {
 /// y = w x, as `matmul_nested` says, with w's correction if it has one: then z [n] has what `quantize_ranks` gave.
 static inline void matmul(const Kernels& k, const NestedMatrix& w, const QuantizedRows& x, const RankRow* z, int n,
                           int begin, int end, float* y, size_t stride) {
-  const int rank = rank_of(w);
-  if (rank) {  // A comes after all tiles, where no processor looks by itself
-    const int step = kTileRows * rank / 2;
-    const uint8_t* const factor = correction_of(w) + 2 * kMaxRank;
-    for (int at = begin * step; at < end * step; at += 64) __builtin_prefetch(factor + at);
-  }
-  const auto product = w.scheme == Scheme::kMwq ? k.matmul_mwq
-                       : is_float4(w.scheme)    ? k.matmul_float4
-                                                : k.matmul_nested;
-  product(w, x, n, begin, end, y, stride);
-  if (rank) k.add_correction(w, z, n, begin, end, y, stride);
+  if (w.scheme == Scheme::kNested) return k.matmul_nested(w, x, z, n, begin, end, y, stride);
+  (is_float4(w.scheme) ? k.matmul_float4 : k.matmul_mwq)(w, x, n, begin, end, y, stride);
 }
 
 /// Writes row `row` of w as floats; with its correction, for which w has its basis.
