@@ -25,10 +25,12 @@ void weights_of_row(const RowBlock& b, const std::vector<Level>& levels, int row
   }
 }
 
-/// The code with the least sum of weight * (target - position)^2 over the levels, each with its own target.
+/// The code with the least sum of weight * (target - position)^2 over the levels, each with its own target; the lowest
+/// of several.
 ///
 /// Such a code lies between the lowest and the highest target. The last level's best code is known for each code of
-/// the level before, so that only these are tried.
+/// the level before, so that only these are tried, from the last level's target to either side, until its error alone
+/// is too much.
 int best_code(const std::vector<Level>& levels, const float* weights, const float* targets) {
   const int n = int(levels.size()), last = 8 - levels[n - 1].bits;
   const int shift = n > 1 ? 8 - levels[n - 2].bits : 8;  // without an earlier level: all codes at once
@@ -39,20 +41,31 @@ int best_code(const std::vector<Level>& levels, const float* weights, const floa
   }
   const int first = code_at(low - 1) >> shift, end = code_at(high + 1) >> shift;
   const int nearest = code_at(targets[n - 1]) >> last;  // of the last level, in its own units
+  const int middle = std::min(std::max(nearest >> (shift - last), first), end);
   int best = 0;
   float least = 0;
-  for (int parent = first; parent <= end; ++parent) {
+  const auto is_worth_it = [&](int parent, bool is_below) {
     const int from = parent << (shift - last), to = ((parent + 1) << (shift - last)) - 1;
     const int code = std::min(std::max(nearest, from), to) << last;
+    float d = targets[n - 1] - position(code, levels[n - 1].bits);
+    const float of_last = weights[n - 1] * (d * d);
+    if (parent != middle && of_last > least) return false;
     float error = 0;
-    for (int i = 0; i < n; ++i) {
-      const float d = targets[i] - position(code, levels[i].bits);
+    for (int i = 0; i < n - 1; ++i) {
+      d = targets[i] - position(code, levels[i].bits);
       error += weights[i] * (d * d);
     }
-    if (parent == first || error < least) {
+    error += of_last;
+    if (parent == middle || error < least || (is_below && error == least)) {
       least = error;
       best = code;
     }
+    return true;
+  };
+  is_worth_it(middle, false);
+  for (int parent = middle - 1; parent >= first && is_worth_it(parent, true); --parent) {
+  }
+  for (int parent = middle + 1; parent <= end && is_worth_it(parent, false); ++parent) {
   }
   return best;
 }
@@ -106,8 +119,9 @@ void descend(RowBlock* b, const std::vector<Level>& levels, const Objective& o, 
   const size_t level_size = size_t(kTileRows) * cols;
   float of_rows[kTileRows][8];
   for (int r = 0; r < kTileRows; ++r) weights_of_row(*b, levels, r, of_rows[r]);
+  bool is_done[kTileRows] = {};  // where a sweep moved nothing, the next one would not either
   for (int sweep = 0; sweep < o.sweeps; ++sweep) {
-    bool is_done = true;
+    bool moved[kTileRows] = {};
     for (int c = 0; c < cols; ++c) {
       const size_t diagonal = size_t(c) * cols + c;
       float inverses[8], shares[8];  // of the first level's mean square, which weights are in units of
@@ -117,7 +131,7 @@ void descend(RowBlock* b, const std::vector<Level>& levels, const Objective& o, 
       }
       for (int r = 0; r < kTileRows; ++r) {
         const float step = b->steps[size_t(r) * groups + c / kGroup];
-        if (!(b->units[0][r] * step > 0)) continue;
+        if (is_done[r] || !(b->units[0][r] * step > 0)) continue;
         uint8_t& code = b->codes[size_t(r) * cols + c];
         float* gradient = gradients->data() + size_t(r) * cols;
         float targets[8], weights[8];
@@ -128,7 +142,7 @@ void descend(RowBlock* b, const std::vector<Level>& levels, const Objective& o, 
         }
         const int best = best_code(levels, weights, targets);
         if (best == code) continue;
-        is_done = false;
+        moved[r] = true;
         for (int i = 0; i < n; ++i) {
           const float move = position(best, levels[i].bits) - position(code, levels[i].bits);
           const float scale = b->units[levels[i].scale][r] * step;
@@ -138,7 +152,7 @@ void descend(RowBlock* b, const std::vector<Level>& levels, const Objective& o, 
         code = uint8_t(best);
       }
     }
-    if (is_done) break;
+    for (int r = 0; r < kTileRows; ++r) is_done[r] = !moved[r];
   }
 }
 
@@ -173,10 +187,13 @@ void refine_rows(RowBlock* b, const std::vector<Level>& levels, const Objective&
       }
     }
   }
-  const auto times_moments = [&](const Level& level, const float* rows, float* out) {
-    k.matmul_f32(level.moments, rows, kTileRows, cols, cols, 0, cols, out);
+  // A few rows of the moments at a time, which stay in the cache for all rows and levels.
+  const auto times_moments = [&](const Level& level, const float* rows, int begin, float* out) {
+    k.matmul_f32(level.moments, rows, kTileRows, cols, cols, begin, std::min(begin + kTileRows, cols), out);
   };
-  for (int i = 0; i < n; ++i) times_moments(levels[i], &errors[i * level_size], &gradients[i * level_size]);
+  for (int c = 0; c < cols; c += kTileRows) {
+    for (int i = 0; i < n; ++i) times_moments(levels[i], &errors[i * level_size], c, &gradients[i * level_size]);
+  }
   descend(b, levels, o, &gradients);
   if (b->num_scales < 2) return;
   whole.resize(errors.size());  // W moments
@@ -184,7 +201,7 @@ void refine_rows(RowBlock* b, const std::vector<Level>& levels, const Objective&
     if (i > 0 && levels[i].moments == levels[i - 1].moments) {
       std::copy_n(&whole[(i - 1) * level_size], level_size, &whole[i * level_size]);
     } else {
-      times_moments(levels[i], b->w, &whole[i * level_size]);
+      for (int c = 0; c < cols; c += kTileRows) times_moments(levels[i], b->w, c, &whole[i * level_size]);
     }
   }
   for (int round = 0; round < kFits; ++round) {
