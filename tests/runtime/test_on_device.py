@@ -190,8 +190,8 @@ def test_all_families_are_tried():
     tried = {families.SETTINGS[name]["model_type"] for name in FAMILIES}
     aliases = {
         "gemma4": "gemma4_text", "llama4": "llama4_text", "qwen3_5_moe": "qwen3_5_moe_text",
-        "granitemoeshared": "granitemoe", "kimi_k2": "deepseek_v3", "mistral3": "mistral4", "bailing_moe_v2": "bailing_moe",
-        "qwen3_vl_moe": "qwen3_moe", "qwen3_vl_moe_text": "qwen3_moe",
+        "granitemoeshared": "granitemoe", "kimi_k2": "deepseek_v3", "mistral3": "mistral4",
+        "bailing_moe_v2": "bailing_moe", "qwen3_vl_moe": "qwen3_moe", "qwen3_vl_moe_text": "qwen3_moe",
     }  # fmt: skip
     names = {name for family in supported()["families"] for name in family["model_types"]}
     names.discard("granitemoe_dense")  # that of the tests' own
