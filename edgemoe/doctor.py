@@ -220,7 +220,10 @@ def _hub() -> Iterator[Finding]:
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     repos = len(list(folder.glob("models--*"))) if folder.is_dir() else 0
     text = f"{endpoint}, {'a' if token else 'no'} token, {repos} models in Hugging Face's cache"
-    if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+    if not endpoint.startswith(("http://", "https://")):
+        yield Finding("problem", "hub", "HF_ENDPOINT is no address like https://huggingface.co",
+                      "unset HF_ENDPOINT")  # fmt: skip
+    elif os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
         yield Finding("note", "hub", f"{text}; HF_HUB_OFFLINE is set: pull fetches nothing",
                       "unset HF_HUB_OFFLINE")  # fmt: skip
     else:

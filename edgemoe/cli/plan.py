@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from edgemoe.cli.console import note, run_command, say, say_json
 from edgemoe.cli.names import add_model, kept_model, model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.speeds import Speeds, measured, rate_text, speeds
+from edgemoe.cli.table import change
 from edgemoe.cli.values import CACHE_TYPES_TEXT, ram_size, whole
 from edgemoe.errors import size_text
 
@@ -40,6 +41,9 @@ size of an expert. "bound by" says what takes most of the time:
     memory     weights come no faster: fewer bits
     computing  of weights: more cores; or fewer bits
     layers     what each layer costs beside its weights: the model is small
+
+"perplexity" stands there if the file holds what its levels were measured to cost
+(edgemoe quality MODEL --store).
 
 How often a wanted expert is absent depends on the text. A trace of your own text
 (edgemoe-run --trace FILE) tells it; without one it is assumed.
@@ -119,6 +123,10 @@ def _of_checkpoint(args: argparse.Namespace, source: Path) -> int:
     from edgemoe.file.hollow import write_hollow
     from edgemoe.quant import SCHEMES
 
+    if "auto" in (args.cache_type_k, args.cache_type_v):
+        raise ValueError(
+            "-ctk and -ctv: auto is for a .moe file, whose table of types it takes; a checkpoint has none"
+        )
     checkpoint = open_checkpoint(source)
     model = SourceModel(checkpoint, are_there=False)
     name = args.name or checkpoint.name
@@ -129,7 +137,7 @@ def _of_checkpoint(args: argparse.Namespace, source: Path) -> int:
     with tempfile.TemporaryDirectory(prefix="edgemoe-plan-") as folder:
         path = Path(folder) / "plan.moe"
         write_hollow(path, model.config, scheme=SCHEMES["nested"], sections=sections(checkpoint))
-        flags = [str(path), "--name", name, "-ctk", args.ctk, "-ctv", args.ctv]
+        flags = [str(path), "--name", name, "-ctk", args.cache_type_k, "-ctv", args.cache_type_v]
         for name in ("ram", "ctx_size", "bits", "trace"):
             if getattr(args, name) is not None:
                 flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
@@ -141,11 +149,14 @@ def _of_checkpoint(args: argparse.Namespace, source: Path) -> int:
 def _tell(args: argparse.Namespace) -> int:
     import edgemoe.runtime.engine  # noqa: F401 (what runs the model has it in memory too)
     from edgemoe.errors import OutOfBudget
-    from edgemoe.model import KvTypes
     from edgemoe.runtime.budget import default_ram
     from edgemoe.runtime.forecast import Forecast
+    from edgemoe.runtime.options import EngineOptions
 
-    forecast = Forecast(args.model, context=args.ctx_size, types=KvTypes(args.ctk, args.ctv))
+    options = EngineOptions(
+        cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v, kv_table=args.kv_table
+    )  # fmt: skip
+    forecast = Forecast(args.model, context=args.ctx_size, options=options)
     levels = forecast.levels[::-1] if args.bits is None else (args.bits,)
     for bits in levels:
         forecast.moe.level(bits)  # or it says which there are
@@ -165,15 +176,27 @@ def _tell(args: argparse.Namespace) -> int:
     smallest = forecast.smallest(levels[-1])
     name = args.name or args.model.name
     speed = speeds(args, forecast, rows)
+    costs = _costs(args)
     if args.json:
-        say_json(_values(forecast, name, levels, rows, smallest, speed))
+        say_json(_values(forecast, name, levels, rows, smallest, speed, costs))
     else:
-        say(*_lines(forecast, name, levels, rows, smallest, speed))
+        say(*_lines(forecast, name, levels, rows, smallest, speed, costs))
     return 0 if rows else 3
 
 
+def _costs(args: argparse.Namespace) -> Mapping[int | str, Mapping[str, Any]]:
+    """Returns what each level was measured to cost, where the file holds that."""
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.quality.choice import plain_rows
+
+    moe = open_moe(args.model)
+    types = (args.cache_type_k, args.cache_type_v)
+    return plain_rows(moe, dense_bits=moe.dense_ladder[-1], cache_types=types)
+
+
 def _lines(
-    forecast: Forecast, name: str, levels: Sequence[int], rows: Sequence[Row], smallest: Row, speed: Speeds
+    forecast: Forecast, name: str, levels: Sequence[int], rows: Sequence[Row], smallest: Row, speed: Speeds,
+    costs: Mapping[int | str, Mapping[str, Any]],
 ) -> Iterator[str]:  # fmt: skip
     c = forecast.moe.config
     yield (
@@ -184,14 +207,19 @@ def _lines(
     yield f"  size of the .moe file: {files}"
     if rows:
         yield ""
-        yield "      --ram  --bits  context  experts in memory  read per token           tok/s  bound by"
+        yield (
+            "      --ram  --bits  context  experts in memory  read per token           tok/s  bound by"
+            + ("   perplexity" if costs else "")
+        )
     for row, band in zip(rows, speed.bands, strict=True):
         b = row.budget
+        bound = band.bound if band else "?"
+        cost = f"  {_change(costs.get(row.bits))}" if costs else ""
         reads = size_text(row.token_bytes) if row.token_bytes else "nothing"
         tokens = f"{rate_text(band.low)} … {rate_text(band.high)}" if band else "?"
         yield (
             f"{size_text(b.ram):>11}  {row.bits:>6}  {b.context:>7}  {100 * row.resident:>16.0f}%  "
-            f"{reads:>14}  {tokens:>14}  {band.bound if band else '?'}"
+            f"{reads:>14}  {tokens:>14}  {bound:<9}{cost}".rstrip()
         )
     yield ""
     yield from measured(speed)
@@ -199,8 +227,16 @@ def _lines(
     yield f"  smallest that works: --ram {b.ram >> 20}MiB --bits {smallest.bits}, {b.context} tokens of context"
 
 
+def _change(row: Mapping[str, Any] | None) -> str:
+    """Says how much worse a level was measured to be."""
+    if row is None:
+        return "?"
+    return "reference" if row["kl"] is None else change(row)
+
+
 def _values(
-    forecast: Forecast, name: str, levels: Sequence[int], rows: Sequence[Row], smallest: Row, speed: Speeds
+    forecast: Forecast, name: str, levels: Sequence[int], rows: Sequence[Row], smallest: Row, speed: Speeds,
+    costs: Mapping[int | str, Mapping[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
     def values(row: Row) -> dict[str, Any]:
         b = row.budget
@@ -225,6 +261,10 @@ def _values(
         ],
         "smallest": values(smallest),
         "machine": None if speed.pace is None else asdict(speed.pace),
+        "loss_change": {
+            str(bits): 0.0 if row["kl"] is None else row["loss_change"]
+            for bits, row in costs.items()
+        },
         "disk": {str(size): rate for size, rate in speed.disks.items()},
     }
 
@@ -242,9 +282,11 @@ def _parser() -> argparse.ArgumentParser:
     fits = "tokens that must fit (default: what fits)"
     add("-c", "--ctx-size", type=whole(1), metavar="N", help=fits)
     add("--bits", type=whole(1), metavar="N", help="of the experts (default: all levels)")
-    types = f"of the KV cache: {CACHE_TYPES_TEXT} (default: %(default)s)"
-    add("-ctk", default="f16", metavar="TYPE", help=f"keys {types}")
-    add("-ctv", default="f16", metavar="TYPE", help=f"values {types}")
+    types = f"of the KV cache: {CACHE_TYPES_TEXT}; auto: each layer's own (default: %(default)s)"
+    add("-ctk", "--cache-type-k", default="f16", metavar="TYPE", help=f"keys {types}")
+    add("-ctv", "--cache-type-v", default="f16", metavar="TYPE", help=f"values {types}")
+    table = "of edgemoe allocate --kv, for auto (default: the model file's)"
+    add("--kv-table", type=Path, metavar="FILE", help=table)
     add(
         "--trace",
         type=Path,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from edgemoe.errors import EdgemoeError, shortened
+from edgemoe.errors import EdgemoeError, quoted, shortened
 from edgemoe.file.whole import named
 
 __all__ = ["HubError", "RemoteFile", "Repository", "is_sound"]
@@ -57,6 +57,7 @@ class Repository:
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our one line says it
         self.repo = repo
         self._retries = retries
+        _require_endpoint()
         with self._said(""):
             from huggingface_hub import HfApi
 
@@ -262,6 +263,15 @@ def _endpoint() -> str:
     from huggingface_hub import constants
 
     return str(constants.ENDPOINT)
+
+
+def _require_endpoint() -> None:
+    """Checks that the hub's address is one; where HF_ENDPOINT is set but empty, it is taken as it is."""
+    if not _endpoint().startswith(("http://", "https://")):
+        raise HubError(
+            f"HF_ENDPOINT: expected an address like https://huggingface.co, got {quoted(_endpoint())}; "
+            "unset it for that one"
+        )
 
 
 def _meaning(response: Any, error: BaseException) -> str:

@@ -8,10 +8,10 @@ from pathlib import Path
 from edgemoe import hardware
 from edgemoe.errors import OutOfBudget
 from edgemoe.file.format import MoeFile, open_moe
-from edgemoe.model import KvTypes
 from edgemoe.ops import OpsShape
 from edgemoe.runtime.budget import Budget
-from edgemoe.runtime.opening import Text
+from edgemoe.runtime.opening import Text, with_kv_table
+from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.pace import Pace
 from edgemoe.store import expert_bytes, level_bytes
 
@@ -60,25 +60,27 @@ class Forecast:
     """Divides budgets for a file, whose weights are not looked at and may be holes."""
 
     def __init__(
-        self, path: Path, *, context: int | None = None, types: KvTypes | None = None
+        self, path: Path, *, context: int | None = None, options: EngineOptions | None = None
     ) -> None:
         """Opens a file, and its tokenizer, which takes memory too.
 
         Args:
             context: tokens that must fit; None for what fits well.
-            types: of keys and values.
+            options: how keys and values are held.
 
         Raises:
-            FormatError: it is no sound `.moe` file.
-            ValueError: the model has no such context.
+            FormatError: it is no sound `.moe` file, or its table of KV types is none.
+            ValueError: the model has no such context, or no such table.
+            OSError: the table cannot be read.
         """
         moe = open_moe(path)
+        types = with_kv_table(moe, options or EngineOptions()).kv_types
         most = moe.config.context_length
         if context is not None and not 1 <= context <= most:
             raise ValueError(f"context: expected 1 to {most} (the model's), got {context}")
         self._text = Text.of(moe)
         self.moe: MoeFile = replace(moe, sections={})
-        self._context, self._types = context, types or KvTypes()
+        self._context, self._types = context, types
         self._shape = OpsShape.of(moe.config, hardware.num_threads())
         hardware.trim()
         self._process = hardware.process_bytes()

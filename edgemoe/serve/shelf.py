@@ -13,7 +13,7 @@ from typing import Any
 from edgemoe import library
 from edgemoe.errors import EdgemoeError, OutOfBudget
 from edgemoe.file.format import MoeFile, open_moe
-from edgemoe.lab.quality.choice import is_plain, stored, stored_rows
+from edgemoe.lab.quality.choice import plain_rows, stored
 from edgemoe.ops import OpsShape
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.model import Model
@@ -83,12 +83,11 @@ class Shelf:
 def _quality(moe: MoeFile, model: Model) -> dict[str, dict[str, Any]]:
     """Returns what each level was measured to cost, by its bits, with the other settings of now."""
     options = model.options
-    types = [options.cache_type_k, options.cache_type_v]
-    found = {}
-    for row in stored_rows(moe, dense_bits=options.dense_bits or moe.dense_ladder[-1]):
-        if is_plain(row) and list(row["cache_types"]) == types:
-            found[str(row["bits"])] = _cost(row)
-    return found
+    rows = plain_rows(
+        moe, dense_bits=options.dense_bits or moe.dense_ladder[-1],
+        cache_types=(options.cache_type_k, options.cache_type_v),
+    )  # fmt: skip
+    return {str(bits): _cost(row) for bits, row in rows.items()}
 
 
 def _cost(row: Mapping[str, Any]) -> dict[str, Any]:

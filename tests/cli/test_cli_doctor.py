@@ -91,6 +91,8 @@ def test_what_limits_is_a_note(models: Path, capfd, monkeypatch) -> None:
     assert any("a control group allows 64 MiB" in f["text"] for f in of(found, "memory"))
     assert "comes over it" in of(found, "models")[0]["text"]
     assert of(found, "hub")[0]["cure"] == "unset HF_HUB_OFFLINE"
+    monkeypatch.setenv("HF_ENDPOINT", "")
+    assert of(report(capfd, code=1), "hub")[0]["cure"] == "unset HF_ENDPOINT"
 
 
 def test_a_bundle_has_nothing_private(models: Path, tmp_path: Path, capfd, monkeypatch) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import families
 import pytest
+from served import measured_file
 
 import edgemoe
 from edgemoe import hardware
@@ -14,6 +16,9 @@ from edgemoe.cli.main import main
 from edgemoe.cli.speeds import rate_text
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
+from edgemoe.file.append import add_sections
+from edgemoe.file.format import open_moe
+from edgemoe.model import KvTable
 from edgemoe.quant import SCHEMES
 from edgemoe.runtime import pace as paces
 from edgemoe.runtime.forecast import Forecast
@@ -215,18 +220,56 @@ def test_a_trace_tells_what_is_absent(half, tiny_moe: Path, tmp_path: Path, capf
     assert "a trace of another model: expected layers, experts" in capfd.readouterr().err
 
 
+def test_each_layer_s_own_types_are_the_file_s(tiny_moe: Path, tmp_path: Path, capfd) -> None:
+    moe = open_moe(tiny_moe)
+    table = KvTable(of=KvTable.identity(moe), layers=(("q8_0", "q4_0"), ("f16", "f16"))).to_json()
+    path = tmp_path / "own.moe"
+    shutil.copy(tiny_moe, path)
+    add_sections(path, {"kv_types": table})
+    (tmp_path / "table.json").write_bytes(table)
+    ends = ("--ram", "1GiB", "-c", "512")
+    f16, own, given = (
+        planned(capfd, *arguments, *ends)["rows"][0]["kv"]
+        for arguments in (
+            (path,),
+            (path, "-ctk", "auto", "-ctv", "auto"),
+            (tiny_moe, "-ctk", "auto", "-ctv", "auto", "--kv-table", tmp_path / "table.json"),
+        )
+    )
+    assert own == given < f16
+    with edgemoe.load(path, context=512, cache_type_k="auto", cache_type_v="auto") as engine:
+        assert engine.budget.kv == own
+
+
+def test_what_levels_were_measured_to_cost_is_in_the_table(tiny_moe: Path, tmp_path, capfd) -> None:
+    path = measured_file(tiny_moe, tmp_path / "measured.moe")
+    assert planned(capfd, path, "--ram", "1GiB")["loss_change"]["4"] == 0.01
+    assert main(["plan", str(path), "--ram", "1GiB"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[3].endswith("perplexity")
+    assert lines[4].endswith("reference")
+    assert main(["plan", str(path), "--ram", "1GiB", "--bits", "4"]) == 0
+    assert capfd.readouterr().out.splitlines()[4].endswith("+1.01 ± 0.10%")
+    assert main(["plan", str(path), "--ram", "1GiB", "--bits", "6"]) == 0
+    assert capfd.readouterr().out.splitlines()[4].endswith("?")
+
+
 def test_a_rate_has_the_digits_that_say_something() -> None:
     assert [rate_text(r) for r in (0.123, 1.23, 12.3, 123.4)] == ["0.12", "1.2", "12", "123"]
 
 
 def test_bad_input_is_one_line(tiny_moe: Path, tmp_path: Path, capfd) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "riddle"}')
+    checkpoint = families.make("qwen2_moe", tmp_path / "hf")
     for arguments, code, message in (
         ([tmp_path / "absent"], 1, "absent: no such file"),
         ([tmp_path], 1, ""),
         ([tiny_moe, "--bits", 5], 1, "5"),
         ([tiny_moe, "-c", 999], 1, "context: expected 1 to 512"),
         ([tiny_moe, "--ram", "1MiB"], 3, "the smallest that works is"),
+        ([tiny_moe, "-ctk", "auto"], 1, "edgemoe allocate --kv makes it"),
+        ([tiny_moe, "-ctk", "q9_0"], 1, "cache_type_k: expected f16"),
+        ([checkpoint, "-ctk", "auto"], 1, "a checkpoint has none"),
     ):
         assert main(["plan", *map(str, arguments)]) == code
         error = capfd.readouterr().err

@@ -281,6 +281,13 @@ def test_a_folder_that_cannot_be_written_is_one_line(hub, tmp_path, monkeypatch)
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("address", ["", "hub.corp"])
+def test_an_address_that_is_none_is_one_line(hub, monkeypatch, address) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    with pytest.raises(HubError, match="HF_ENDPOINT: expected an address like https://"):
+        fetch()
+
+
 def test_a_hub_without_sums_is_said(hub, tmp_path, monkeypatch) -> None:
     source = save(hub)
     sibling = hubs._sibling

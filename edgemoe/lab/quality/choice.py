@@ -28,6 +28,7 @@ __all__ = [
     "find",
     "is_plain",
     "merged",
+    "plain_rows",
     "sections_sum",
     "stored",
     "stored_rows",
@@ -134,6 +135,18 @@ def stored_rows(moe: MoeFile, *, dense_bits: int) -> list[Row]:
     report = stored(moe)
     rows = () if report is None else report["rows"]
     return [row for row in rows if row["dense_bits"] == dense_bits and applies(moe, row)]
+
+
+def plain_rows(
+    moe: MoeFile, *, dense_bits: int, cache_types: tuple[str, str]
+) -> dict[int | str, Row]:
+    """Returns what was measured of each level alone, by its bits; "auto" where each expert has its own."""
+    rows = stored_rows(moe, dense_bits=dense_bits)
+    return {
+        row["bits"]: row
+        for row in rows
+        if is_plain(row) and row["cache_types"] == list(cache_types)
+    }
 
 
 def find(
