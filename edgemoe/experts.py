@@ -80,5 +80,10 @@ class Experts:
         self.skipped += plan.rows.size - len(plan.tokens)
         request = store.request(plan)
         ops.run_experts(x, layer, request, store.ready_groups(), plan, self._parts, out)
+        stand_ins = self.scheduler.stand_ins
+        if stand_ins is not None and len(plan.tokens) < plan.rows.size:
+            at = plan.layer
+            maps = stand_ins.up[at], stand_ins.bias[at], stand_ins.down[at]
+            ops.stand_in(x, maps, routing.experts, plan, out)
         if self.observer is not None:
             self.observer.done(*store.progress)

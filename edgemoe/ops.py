@@ -517,6 +517,16 @@ class Ops(Protocol):
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:
         """out [T, D]: each token's parts times their gates, added in the order of plan.rows."""
 
+    def stand_in(
+        self, x: Array, maps: tuple[Array, Array, Array], experts: Ids, plan: Plan, out: Array
+    ) -> None:
+        """Adds to out [T, D] what maps give of x [T, D] in place of the experts that a plan leaves out.
+
+        Args:
+            maps: of the layer, the host's; see `edgemoe.quant.StandIns`.
+            experts: [T, K], what the plan's slots are of. A token's are added in their order in the file.
+        """
+
 
 def attend_in_steps(
     ops: Any, weights: Any, x: Any, matrices: AttentionMatrices, rows: tuple[Any, Any, Any], pos: int,

@@ -425,3 +425,24 @@ class CpuOps:
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:
         """See `Ops.combine`."""
         _core.combine(self._ws, parts, plan.rows, plan.gates, out)
+
+    def stand_in(
+        self, x: Array, maps: tuple[Array, Array, Array], experts: Ids, plan: Plan, out: Array
+    ) -> None:
+        """See `Ops.stand_in`."""
+        up, bias, down = maps
+        tokens, slots = (plan.rows < 0).nonzero()
+        chosen, gates = experts[tokens, slots], plan.gates[tokens, slots]
+        for e in sorted(set(chosen.tolist())):
+            at = chosen == e
+            rows = tokens[at]
+            inner = np.empty((len(rows), len(bias[e])), np.float32)
+            _core.linear_f32(self._ws, x[rows], up[e], inner)
+            inner += bias[e]
+            inner *= gates[at, None]
+            added = inner[:, :1] * down[e, 0]
+            for i in range(
+                1, len(bias[e])
+            ):  # one after the other, so that the order is the same everywhere
+                added += inner[:, i : i + 1] * down[e, i]
+            out[rows] += added

@@ -347,6 +347,20 @@ class CudaOps(CudaMixers):
         """See `Ops.combine`."""
         _core.device_combine(self._ws, parts, plan.rows, plan.gates, out)
 
+    def stand_in(
+        self,
+        x: Array,
+        maps: tuple[HostArray, HostArray, HostArray],
+        experts: Ids,
+        plan: Plan,
+        out: Array,
+    ) -> None:
+        """See `Ops.stand_in`: on the host, where its small maps are."""
+        sums = np.empty((len(x), maps[0].shape[2]), np.float32)
+        _core.device_download(self._ws, [cast(Any, out)], [sums])
+        self._cpu.stand_in(self._copy(x), maps, experts, plan, sums)
+        out.upload(sums)
+
     def _layer(self, layer: ExpertLayer) -> tuple[ExpertLayer, list[Any], Any]:
         """Returns what a layer's experts have beside matrices: on the host, and biases and basis on the device."""
         if id(layer) not in self._layers:

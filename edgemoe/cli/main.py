@@ -32,6 +32,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "run": ("edgemoe.cli.run", "chat with a model; also installed as edgemoe-run"),
     "schedulers": ("edgemoe.cli.scheduling", "tell what may decide, and its options"),
     "serve": ("edgemoe.cli.serve", "answer programs: OpenAI's, Anthropic's and llama.cpp's routes"),
+    "stand-ins": ("edgemoe.cli.stand_ins", "fit what takes the place of experts that are left out"),
     "train-bit-router": (
         "edgemoe.cli.train_bit_router",
         "train who chooses each expert's bits, for the scheduler d2moe",

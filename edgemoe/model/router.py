@@ -42,7 +42,7 @@ class Routers:
         """Takes another number of experts per token, and what the scheduler of now wants to be told.
 
         Raises:
-            FormatError: the scheduler's routers of bits are of another model.
+            FormatError: the scheduler's routers of bits, or its stand-ins, are of another model.
         """
         ops, experts, max_tokens = self._ops, self._experts, self._max_tokens
         E, K = config.num_experts, config.experts_per_token
@@ -56,6 +56,8 @@ class Routers:
         self._ahead: tuple[Any, ...] = ()
         self._ahead_rows = 0
         self._bit_routers: list[tuple[Array, Array, Array]] | None = None
+        if (stand_ins := experts.scheduler.stand_ins) is not None:
+            stand_ins.check(len(self._routers), E, "section stand-ins", config.hidden_size)
         if (bits := experts.scheduler.bit_routers) is not None:
             if bits.weight.shape[3] != config.hidden_size:
                 raise FormatError(

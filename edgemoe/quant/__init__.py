@@ -14,10 +14,11 @@ from edgemoe.quant.nested import (
     rung_bytes,
 )
 from edgemoe.quant.scheme import SCHEMES, Scheme
+from edgemoe.quant.stand_ins import StandIns
 
 __all__ = [
     "DEFAULT_LADDER", "GROUP", "LEVEL_WEIGHTS", "MIN_TOKENS", "ROUNDING_WEIGHTS", "ROW_SCALES",
     "SCHEMES",
-    "Allocation", "BitRouters", "Calibration", "Scheme", "plane_widths", "quantize", "rung_bytes",
+    "Allocation", "BitRouters", "Calibration", "Scheme", "StandIns", "plane_widths", "quantize", "rung_bytes",
     "write_calibration",
 ]  # fmt: skip

@@ -149,7 +149,7 @@ def _assembled(
     options: EngineOptions,
     bits: Bits,
     dense_level: int,
-    sections: Mapping[str, bytes],
+    sections: dict[str, bytes],
     before: int,
     opening: int,
 ) -> Model:
@@ -157,6 +157,7 @@ def _assembled(
 
     Args:
         given: the file's config.
+        sections: those that schedulers decide by; what this one does not need is taken out.
         before: what the process took before.
         opening: what it took at most since then, if that counts.
     """
@@ -180,7 +181,10 @@ def _assembled(
     # Both refuse what is wrong before anything large is read.
     estimate = divide(hardware.process_bytes())
     make = SCHEDULERS[options.scheduler]
-    make(model_setting(moe, bits.most, estimate.slots, sections), **chosen)
+    first = make(model_setting(moe, bits.most, estimate.slots, sections), **chosen)
+    if first.stand_ins is None:  # megabytes, which slots shall have
+        sections.pop("stand-ins", None)
+    del first
     weights: Mapping[str, Any]
     if there is None:
         weights = load_dense(moe, dense_level, verify=options.verify)

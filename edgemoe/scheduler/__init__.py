@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from edgemoe.plan import Priorities
+from edgemoe.quant import StandIns
 from edgemoe.scheduler.auto import Auto
 from edgemoe.scheduler.base import SECTIONS, Scheduler, Setting
 from edgemoe.scheduler.combined import Combined, Dropping
@@ -99,8 +100,29 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
         made_of: Scheduler = inner  # at no cost
     else:
         made_of = Combined(inner, setting, dropping=dropping, levers=levers, spared=spared)
+    made_of.stand_ins = _stand_ins(setting, levers) if made_of.leaves_out else None
+    if made_of.stand_ins is not None:
+        rank = made_of.stand_ins.bias.shape[2]
+        made_of.notes += (f"maps of rank {rank} stand in for experts that are left out",)
+    elif levers.stand_in_below:
+        raise ValueError("stand_in_below: the file has no stand-ins; edgemoe stand-ins makes them")
     made_of.keep_level = _level_below(setting, dropping.lower_to)
     return made_of
+
+
+def _stand_ins(setting: Setting, levers: Levers) -> StandIns | None:
+    """Returns the file's if it has some and they are wanted.
+
+    Raises:
+        FormatError: the section is not sound, or of another model.
+    """
+    section = setting.sections.get("stand-ins")
+    if section is None or levers.stand_ins == "none" or levers.cache_prior:
+        return None
+    where = "section stand-ins"
+    found = StandIns.from_bytes(section, where)
+    found.check(setting.num_layers, setting.num_experts, where)
+    return found
 
 
 def _level_below(setting: Setting, bits: int) -> int:

@@ -83,6 +83,7 @@ class Auto(Scheduler):
             ("look_ahead", lambda c: replace(c, look_ahead=True)),
         ]
         if o.lossy:
+            self.leaves_out = o.skip_below > 0
             self._to_try += [
                 (f"miss_bits {o.miss_bits}", lambda c: replace(c, miss_bits=o.miss_bits)),
                 (f"skip_below {o.skip_below:g}", lambda c: replace(c, skip_below=o.skip_below)),

@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.plan import Plan, Priorities, Routing
-from edgemoe.quant import BitRouters
+from edgemoe.quant import BitRouters, StandIns
 
 __all__ = ["SECTIONS", "NoOptions", "Scheduler", "Setting"]
 
-SECTIONS = ("allocation", "bit-routers", "paths")
+SECTIONS = ("allocation", "bit-routers", "paths", "stand-ins")
 """Those of a file by which schedulers decide."""
 
 
@@ -80,6 +80,10 @@ class Scheduler(ABC):
     """What the cache lowers experts to before it evicts any; 0: it evicts at once."""
     bit_routers: BitRouters | None = None
     """Routers of precisions whose logits it wants to be told with every routing."""
+    leaves_out: bool = False
+    """Whether plans may leave experts out."""
+    stand_ins: StandIns | None = None
+    """What takes the place of those; None for nothing. Slots of its plans are then those of the routings."""
     notes: tuple[str, ...] = ()
     """What makes the answer differ from the router's own at `bits`, one line each; empty when exact."""
 

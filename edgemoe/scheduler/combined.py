@@ -17,6 +17,7 @@ from edgemoe.scheduler.levers import (
     Levers,
     low_bits_first,
     skip_small,
+    without_misses,
 )
 from edgemoe.scheduler.options import option
 from edgemoe.scheduler.plans import add_ahead
@@ -68,6 +69,7 @@ class Combined(Scheduler):
         self.notes = (*inner.notes, *levers.notes)
         self.look_ahead = inner.look_ahead
         self.bit_routers = inner.bit_routers
+        self.leaves_out = inner.leaves_out or levers.leaves_out
         if levers.miss_bits and levers.miss_bits not in setting.level_bits:
             listed = ", ".join(map(str, setting.level_bits))
             raise ValueError(f"miss_bits: expected one of {listed}, got {levers.miss_bits}")
@@ -111,6 +113,8 @@ class Combined(Scheduler):
                 plan, routing.gates, top_p=levers.top_p, skip_below=levers.skip_below,
                 renormalise=levers.renormalise,
             )  # fmt: skip
+        if levers.stand_in_below and is_decoding:
+            plan = without_misses(plan, routing, resident, levers.stand_in_below)
         if levers.miss_bits and is_decoding:
             plan = low_bits_first(plan, self._bits_of[resident], levers.miss_bits, first)
         if self._spared is not None and self._spares[layer]:

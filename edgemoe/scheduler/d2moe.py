@@ -96,6 +96,7 @@ class D2moe(Scheduler):
         ] * setting.num_layers  # resident, when the layer or the next one ran last
         self._is_counted = False  # whether the line above is so
         self._slots_bytes = setting.slots_bytes
+        self.leaves_out = 0 in bits.tolist()
         if n > 1:
             used = sorted(set(bits.tolist()))
             listed = ", ".join(map(str, filter(None, used)))

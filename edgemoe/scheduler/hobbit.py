@@ -102,6 +102,7 @@ class Hobbit(Scheduler):
         self._bits_of_level = (0, *setting.level_bits)
         self._bits_of = np.array(self._bits_of_level, np.int8)
         self._strict, self._mixed_ahead = o.strict, o.mixed_ahead
+        self.leaves_out = o.skip > 0 or o.t2 >= 0
         self._num_experts = E = setting.num_experts
         self._first = np.arange(0, setting.num_layers * E, E, dtype=np.int32)
         self._fits_itself = o.t1 < 0 and setting.experts_per_token > 2

@@ -16,7 +16,7 @@ from edgemoe.scheduler.base import Setting
 from edgemoe.scheduler.options import check, option
 from edgemoe.scheduler.plans import add_ahead, keep_first, keep_slots
 
-__all__ = ["CachePrior", "Levers", "low_bits_first", "skip_small", "small_gates"]
+__all__ = ["CachePrior", "Levers", "low_bits_first", "skip_small", "small_gates", "without_misses"]
 
 _TINY = 1e-30  # a probability whose logarithm is finite
 
@@ -47,6 +47,14 @@ class Levers:
         "bits, and read the rest later; 0 is off"
     )  # fmt: skip
 
+    stand_ins: str = option(
+        "file", "what takes the place of experts that are left out: file for the maps of edgemoe stand-ins if the file "
+        "has some, none; not with cache_prior", choices=("file", "none"),
+    )  # fmt: skip
+    stand_in_below: float = option(
+        0.0, "do not wait for an expert that is not resident if its share of the token's gates is below this: its "
+        "stand-in runs; while decoding only; 0 is off"
+    )  # fmt: skip
     spare: str = option(
         "file", "experts that nothing lossy touches: file for the Super Experts that its allocation protects, none, "
         "or LAYER.EXPERT,…"
@@ -57,6 +65,12 @@ class Levers:
         check("protect", self.protect, 0, 1024)
         check("top_p", self.top_p, 0, 1)
         check("skip_below", self.skip_below, 0, 1)
+        check("stand_in_below", self.stand_in_below, 0, 1)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Says whether they may leave experts out."""
+        return self.top_p < 1 or self.skip_below > 0 or self.stand_in_below > 0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -71,6 +85,10 @@ class Levers:
         if self.skip_below:
             lines.append(
                 f"lossy: experts below {self.skip_below:g} of the largest gate are skipped"
+            )
+        if self.stand_in_below:
+            lines.append(
+                f"lossy: experts that are not resident are not waited for below {self.stand_in_below:g} of the gates"
             )
         if self.miss_bits:
             lines.append(
@@ -212,6 +230,22 @@ def skip_small(
         kept = np.where(keep & (plan.rows >= 0), new, np.float32(0)).sum(axis=1, keepdims=True)
         new = (new * (new.sum(axis=1, keepdims=True) / np.maximum(kept, 1e-20))).astype(np.float32)
     return keep_first(plan, count, new) if T == 1 else keep_slots(plan, keep, new)
+
+
+def without_misses(plan: Plan, routing: Routing, residency: NDArray[np.int8], share: float) -> Plan:
+    """Returns the plan without experts of which nothing is resident and whose share of a token's gates is below one.
+
+    A token's first stays.
+
+    Args:
+        residency: [E], of the plan's layer.
+    """
+    gates = routing.gates
+    keep = gates >= share * gates.sum(axis=1, keepdims=True)
+    keep |= residency[routing.experts] > 0
+    keep[:, 0] = True
+    keep &= plan.rows >= 0
+    return plan if keep.sum() == len(plan.tokens) else keep_slots(plan, keep, plan.gates)
 
 
 def low_bits_first(plan: Plan, resident_bits: NDArray[np.int8], least: int, first: int) -> Plan:

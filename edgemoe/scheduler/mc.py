@@ -77,6 +77,7 @@ class Mc(Scheduler):
         elif (bits < setting.bits).any():
             notes.append(f"lossy: experts at {bits.mean():.2f} bits on average, by allocation")
         self._prunes = o.prune and o.layers > 0 and setting.experts_per_token > 1
+        self.leaves_out = self._prunes
         if self._prunes:
             notes.append(
                 f"lossy: experts with small gates are left out in {min(o.layers, L)} of {L} layers"

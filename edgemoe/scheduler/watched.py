@@ -22,6 +22,7 @@ class Watched(Scheduler):
         self.look_ahead = max(look_ahead, scheduler.look_ahead)
         self.policy, self.keep_level = scheduler.policy, scheduler.keep_level
         self.bit_routers = scheduler.bit_routers
+        self.leaves_out, self.stand_ins = scheduler.leaves_out, scheduler.stand_ins
         self.notes = scheduler.notes
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:

@@ -1,0 +1,92 @@
+"""`edgemoe stand-ins`: fits small maps that take the place of experts that lossy schedulers leave out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgemoe.cli.console import decode_text, note, run_command
+from edgemoe.cli.names import model_path
+from edgemoe.cli.parser import Parser
+from edgemoe.cli.progress import Progress
+from edgemoe.cli.values import ram_size
+
+__all__ = ["main"]
+
+_PROG = "edgemoe stand-ins"
+_RANK = 4
+_WINDOW = 256
+
+_EPILOG = """\
+Of every expert the affine map of rank N that is nearest to it on the text is
+kept in the model file, and stays in memory wherever experts may be left out:
+
+    edgemoe-run MODEL.moe --set top_p=0.9
+    edgemoe-run MODEL.moe --scheduler hobbit
+    edgemoe-run MODEL.moe --set stand_in_below=0.1    never wait for weak experts
+
+--set stand_ins=none leaves them out of a run. The same command again replaces
+them.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: the arguments after `edgemoe stand-ins`; None for those of the process.
+
+    Returns:
+        The exit code: 0, 1 for an error (one line on stderr), 2 for wrong usage, 130 for Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    return run_command(_PROG, lambda: _fit(args), verbose=args.verbose, blames_arguments=True)
+
+
+def _fit(args: argparse.Namespace) -> None:
+    model = model_path(str(args.model))
+    if model.exists() and not os.access(model, os.W_OK):
+        raise PermissionError(f"{model}: cannot be written")
+    from edgemoe.file.append import add_sections
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.bits.calibrate import default_text, windows_of
+    from edgemoe.lab.bits.stand_ins import fit_stand_ins
+
+    if args.text is None:
+        note("# no --text: the package's own, from Moby-Dick and State of the Union")
+    text = default_text() if args.text is None else decode_text(args.text.read_bytes(), args.text)
+    windows = windows_of(open_moe(model), text, window=args.window, count=args.chunks)
+    with Progress("fitting", unit="window") as progress:
+        found = fit_stand_ins(
+            model, windows, args.rank, ram=args.ram, threads=args.threads, progress=progress
+        )
+    content = found.to_bytes()
+    add_sections(model, {"stand-ins": content})
+    note(
+        f"{_PROG}: stored in {model}: {len(content) / 2**20:.1f} MiB, resident where experts may be left out"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog=_PROG,
+        description="Fit small maps that take the place of experts that lossy schedulers leave out.",
+        epilog=_EPILOG,
+    )
+    # fmt: off
+    parser.add_argument("model", type=Path, metavar="MODEL.moe", help="a converted file")
+    parser.add_argument("--rank", type=int, default=_RANK, metavar="N",
+                        help="of each map: it takes 8 bytes for each of the model's columns (default: %(default)s)")
+    parser.add_argument("--text", type=Path, metavar="FILE",
+                        help="what to fit to (default: the package's calibration text)")
+    parser.add_argument("--window", type=int, default=_WINDOW, metavar="N",
+                        help="tokens of each piece of it (default: %(default)s)")
+    parser.add_argument("--chunks", type=int, metavar="N", help="most pieces (default: all)")
+    parser.add_argument("--ram", type=ram_size, metavar="SIZE",
+                        help="memory for the whole process (default: what is free)")
+    parser.add_argument("-t", "--threads", type=int, metavar="N", help="(default: the cores there are)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    # fmt: on
+    return parser

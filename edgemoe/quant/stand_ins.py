@@ -1,0 +1,101 @@
+"""Stand-ins: small affine maps that take the place of experts that do not run; the value, and its form as bytes.
+
+    S_e(x) = (up_e x + bias_e) down_e,   up [r, D], bias [r], down [r, D]
+
+is the affine map of rank r whose outputs are nearest to those of expert e on a calibration text; `edgemoe stand-ins`
+fits them. The bytes are a safetensors file, the section "stand-ins" of a `.moe` file:
+
+    up        float32 [L, E, r, D]
+    bias      float32 [L, E, r]
+    down      float32 [L, E, r, D]
+    metadata  edgemoe_stand_ins 1; settings, JSON of how they were fitted
+
+They are resident and used as they are, like routers of precisions.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save
+
+from edgemoe.errors import FormatError, quoted
+from edgemoe.file.parse import parse_object
+from edgemoe.file.tensors import is_finite, view
+
+__all__ = ["StandIns"]
+
+_VERSION = "1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StandIns:
+    """Is an affine map of low rank for every routed expert."""
+
+    up: NDArray[np.float32]
+    """[L, E, r, D]"""
+    bias: NDArray[np.float32]
+    """[L, E, r]"""
+    down: NDArray[np.float32]
+    """[L, E, r, D]"""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """How they were fitted."""
+
+    def to_bytes(self) -> bytes:
+        """Returns the form as bytes."""
+        meta = {"edgemoe_stand_ins": _VERSION, "settings": json.dumps(dict(self.settings))}
+        return save({"up": self.up, "bias": self.bias, "down": self.down}, meta)
+
+    def check(self, num_layers: int, num_experts: int, where: str, hidden: int = 0) -> None:
+        """Checks that they are for a model.
+
+        Args:
+            num_layers: those with routed experts.
+            hidden: D; 0 where it is not known.
+
+        Raises:
+            FormatError: they are another model's.
+        """
+        L, E, _, D = self.up.shape
+        if (num_layers, num_experts) != (L, E):
+            raise FormatError(
+                f"{where}: is for {L} layers of {E} experts; the model has {num_layers} of {num_experts}"
+            )
+        if hidden and hidden != D:
+            raise FormatError(f"{where}: is for {D} inputs; the model has {hidden}")
+
+    @classmethod
+    def from_bytes(cls, content: bytes, where: str) -> StandIns:
+        """Reads the form as bytes, which it keeps.
+
+        Args:
+            where: what errors call it.
+
+        Raises:
+            FormatError: these are no stand-ins, or they do not agree with themselves.
+        """
+        try:
+            tensors, meta = view(content)
+            if meta["edgemoe_stand_ins"] != _VERSION:
+                raise FormatError(
+                    f"{where}: stand-ins of version {quoted(meta['edgemoe_stand_ins'])}; expected {_VERSION}"
+                )
+            up, bias, down = own = [tensors[name] for name in ("up", "bias", "down")]
+            is_sound = (
+                all(a.dtype == np.float32 and is_finite(a) for a in own)
+                and up.ndim == 4 and up.shape[2] > 0 and bias.shape == up.shape[:3]
+                and down.shape == up.shape
+            )  # fmt: skip
+            if not is_sound:
+                raise ValueError
+            settings = parse_object(meta["settings"], where)
+        except (ValueError, TypeError, KeyError, AttributeError) as e:
+            if isinstance(e, FormatError):
+                raise
+            raise FormatError(f"{where}: not stand-ins of edgemoe") from None
+        return cls(up=up, bias=bias, down=down, settings=settings)
