@@ -88,7 +88,7 @@ def convert(
         None if value is None else whole(name, value)
         for name, value in (("bits", bits), ("favour", favour), ("correction", correction))
     )
-    down_bits = None if down_bits is None else wholes("down_bits", down_bits)
+    down_bits = None if down_bits is None else wholes("down_bits", down_bits, 0)
     scheme.favoured(bits, favour)  # or it says so before what takes long
     if correction is not None:
         check_rank(correction, scheme, calibration)
