@@ -1,9 +1,10 @@
 """Writes a `.moe` file with the true shapes of a published model and random weights, for speed measurements.
 
-    python benchmarks/synth.py olmoe|granite|tiny OUT.moe [--embedding 500]
+    python benchmarks/synth.py olmoe|granite|qwen3.6|tiny OUT.moe [--embedding 500] [--alike]
 
 Random weights do not route uniformly: the residual stream is dominated by what attention adds, so that consecutive
 tokens choose the same experts. `--embedding` multiplies the embedding; at 500 the routing is close to uniform.
+With `--alike` large matrices of one shape have the same codes, which are made once: a file of 19 GB in a minute.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tqdm import tqdm
 
 from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.file.writer import Writer
-from edgemoe.specs import AttentionSpec, MlaSpec, RopeSpec
+from edgemoe.specs import AttentionSpec, DeltaSpec, MlaSpec, RopeSpec
 
 COMMON = {"tied": False, "norm_eps": 1e-5}
 
@@ -59,6 +60,21 @@ SHAPES = {
         shared_hidden=(10240, 1536), scoring="sigmoid", choice_bias=True, renormalise=True, gate_scale=1.8,
         **COMMON,
     ),
+    # Qwen/Qwen3.6-35B-A3B
+    "qwen3.6": ModelConfig(
+        family="qwen3_5_moe", vocab_size=248320, hidden_size=2048, context_length=262144, num_layers=40,
+        mixers=(
+            DeltaSpec(
+                key_heads=16, value_heads=32, key_dim=128, value_dim=128, taps=4, norm_eps=1e-6
+            ),
+            AttentionSpec(
+                num_heads=16, num_kv_heads=2, head_dim=256, scale=1 / 16, rope=RopeSpec(dim=64), qk_norm="head",
+                gate="sigmoid",
+            ),
+        ),
+        layer_mixers=(0, 0, 0, 1) * 10, num_experts=256, experts_per_token=8, expert_hidden=512,
+        moe_layers=tuple(range(40)), shared_hidden=(512,) * 40, shared_sigmoid=True, renormalise=True, **COMMON,
+    ),
     "tiny": ModelConfig(
         family="olmoe", vocab_size=1024, hidden_size=256, context_length=2048,
         **attention(4, 4, 4, 64, qk_norm="full"), num_experts=16, experts_per_token=4, expert_hidden=256,
@@ -67,15 +83,35 @@ SHAPES = {
 }  # fmt: skip
 
 
-def write(out: Path, config: ModelConfig, *, bits: int, embedding: float, name: str) -> None:
+class AlikeWriter(Writer):
+    """Makes the codes of matrices of one shape once."""
+
+    def _quantize(self, name: str, w: np.ndarray, *rest: Any) -> list[np.ndarray]:
+        made = self.__dict__.setdefault("made", {})
+        key = (w.shape, name == "embed")
+        if key not in made:
+            made[key] = super()._quantize(name, w, *rest)
+        return made[key]
+
+
+def write(
+    out: Path, config: ModelConfig, *, bits: int, embedding: float, name: str, alike: bool = False
+) -> None:
     """Writes a model of random weights; the embedding is multiplied by a factor."""
     rng = np.random.Generator(np.random.SFC64(20261122))
+    made: dict[tuple[int, int], np.ndarray] = {}
 
     def weights(rows: int, cols: int) -> np.ndarray:
-        return rng.standard_normal((rows, cols), np.float32) * np.float32(0.02)
+        if (rows, cols) in made:
+            return made[rows, cols]
+        w = rng.standard_normal((rows, cols), np.float32) * np.float32(0.02)
+        if alike and w.size >= 1 << 20:
+            made[rows, cols] = w
+        return w
 
     source = {"name": name, "embedding": embedding}
-    with Writer(out, config, bits=bits, sections={}, source=source) as writer:
+    kind = AlikeWriter if alike else Writer
+    with kind(out, config, bits=bits, sections={}, source=source) as writer:
         bar = tqdm(total=writer.total_bytes, unit="B", unit_scale=True)
         for tensor, spec in dense_tensors(config).items():
             if tensor.startswith("rope"):
@@ -103,6 +139,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--embedding", type=float, default=1.0, help="factor on the embedding")
     parser.add_argument("--bits", type=int, default=8)
+    parser.add_argument("--alike", action="store_true", help="matrices of a shape are the same")
     args = parser.parse_args()
     write(
         args.out,
@@ -110,6 +147,7 @@ def main() -> None:
         bits=args.bits,
         embedding=args.embedding,
         name=f"random {args.shape}",
+        alike=args.alike,
     )
 
 

@@ -1,6 +1,6 @@
 """Writes a GGUF file with the true shapes of a published model and random weights in Q4_0, to run it beside llama.cpp.
 
-    python benchmarks/synth_gguf.py qwen3.6|gpt-oss|glm-flash|qwen3 OUT.gguf [--layers 8] [--experts 128] [--embedding 50]
+    python benchmarks/synth_gguf.py qwen3.6|gpt-oss|glm-flash|qwen3 OUT.gguf [--layers 8] [--experts 128]
     edgemoe convert OUT.gguf OUT.moe --bits 4
     python benchmarks/llama_cpp.py --llama-bench PATH --pair OUT.gguf OUT.moe 4 --memory
 
