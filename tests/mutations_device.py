@@ -68,7 +68,7 @@ DEVICE = (
     ),
     *_of(
         "products.cuh", MIXERS,
-        ("corrections are added without their middle", "(float(dot) - 7.5f * z->sum)", "float(dot)"),
+        ("corrections are added without their middle", "float(dot) - 7.5f * z->sum", "float(dot)"),
         ("a correction's halves are swapped", "dot = dot4(both >> 4 & 0x0f0f0f0fu", "dot = dot4(both & 0x0f0f0f0fu"),
         ("all heads have the first one's inputs", "from = head * p.n + token;", "from = token;"),
     ),
