@@ -14,6 +14,7 @@ import fcntl
 import io
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,8 +24,10 @@ __all__ = [
     "is_at",
     "locked",
     "named",
+    "new_folder",
     "pwrite",
     "rename",
+    "require_new",
     "sync_directory",
     "whole_file",
     "write_whole",
@@ -73,6 +76,45 @@ def whole_file(path: Name) -> Iterator[BinaryIO]:
                 os.unlink(temporary)
             raise
         sync_directory(target)
+
+
+def require_new(path: Name) -> None:
+    """Raises FileExistsError where something has the name, be it a link to nothing."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, "exists; expected a name that nothing has", str(path))
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder to fill, `path`.part, which gets the name `path` when the block ends; an error removes it.
+
+    Raises:
+        FileExistsError: something has one of the names.
+        OSError: it cannot be made.
+    """
+    require_new(path)
+    part = path.with_name(f"{path.name}.part")
+    require_new(part)  # may be another process's, or the user's: it is not ours to remove
+    part.mkdir(parents=True)
+    try:
+        with named(path):
+            yield part
+            for file in part.iterdir():
+                _sync(file)
+            sync_directory(part / "any")
+            require_new(path)
+            rename(part, path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def rename(old: Path, new: Path) -> None:

@@ -156,7 +156,9 @@ def _files(path: Path) -> object:
 def _keep_or_clear(folder: Path, files: str) -> None:
     """Clears what an interrupted pull of other files has left."""
     mark = folder / _ORIGIN
-    if folder.is_dir() and (not mark.is_file() or mark.read_text() != files):
+    if folder.is_symlink():  # somebody else's; what is written there is not kept from them
+        raise FileExistsError(errno.EEXIST, "is a symbolic link; expected none", str(folder))
+    if folder.is_dir() and (not mark.is_file() or mark.read_bytes() != files.encode()):
         shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
     write_whole(mark, files.encode())

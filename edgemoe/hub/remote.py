@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from edgemoe.errors import EdgemoeError, quoted, shortened
-from edgemoe.file.whole import named
+from edgemoe.file.whole import locked, named, pwrite
 
 __all__ = ["HubError", "RemoteFile", "Repository", "is_sound"]
 
@@ -117,9 +118,9 @@ class Repository:
         """
         file = self.files[name]
         part = path.with_name(f"{path.name}.{file.sum[:16]}.part")
-        with named(part), open(part, "a+b") as out:
+        busy = "another process is fetching it"
+        with locked(part, create=True, ours=True, busy=busy) as out, named(part):
             digest = _Sum(file)
-            out.seek(0)
             while block := out.read(_BLOCK):
                 digest.update(block)
             at, left = out.tell(), _PATIENCE
@@ -131,15 +132,14 @@ class Repository:
                     raise HubError(
                         f"{self.repo}: {name}: ended after {at} of {file.size} bytes, several times; try again later"
                     )
-            out.flush()
             os.fsync(out.fileno())
-        progress(file.size)
-        try:
-            self._require(file, digest)
-        except HubError:
-            part.unlink(missing_ok=True)
-            raise
-        os.replace(part, path)
+            progress(file.size)
+            try:
+                self._require(file, digest)
+            except HubError:
+                part.unlink(missing_ok=True)
+                raise
+            os.replace(part, path)
 
     def cached(self, name: str) -> Path | None:
         """Returns a file of this revision in Hugging Face's cache, if it is there and sound; None otherwise."""
@@ -152,7 +152,7 @@ class Repository:
         return Path(os.path.realpath(found))
 
     def _continue(
-        self, file: RemoteFile, out: BinaryIO, digest: _Sum, progress: Callable[[int], None]
+        self, file: RemoteFile, out: io.FileIO, digest: _Sum, progress: Callable[[int], None]
     ) -> tuple[int, _Sum]:
         """Appends what comes of a file; a connection that breaks ends it without an error."""
         have = out.seek(0, os.SEEK_END)
@@ -161,7 +161,7 @@ class Repository:
                 out.truncate(0)
                 digest, have = _Sum(file), 0
             for piece in _until_it_breaks(pieces):
-                out.write(piece)
+                pwrite(out, piece, have)
                 digest.update(piece)
                 have += len(piece)
                 progress(have)

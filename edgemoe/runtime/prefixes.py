@@ -45,6 +45,7 @@ _WORDS = np.dtype("<u4")
 
 
 _NAME = re.compile(r"[A-Za-z0-9_-][\w.-]{0,127}")
+_OURS = re.compile(r"[0-9a-f]{16}\.prefix")  # a name that this module made
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -340,8 +341,10 @@ class PrefixStore:
                 ids = file.tensor("ids")
             turned = int(meta.get("turned", "0"))
         except (FormatError, OSError, KeyError, ValueError) as error:
-            logger.warning("a saved prefix is removed: %s", error)
-            path.unlink(missing_ok=True)
+            if _OURS.fullmatch(path.name):  # others' may be anything
+                logger.warning("a saved prefix is removed: %s", error)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
             return None
         return _Entry(path, ids, turned, found.st_size, found.st_mtime)
 

@@ -121,6 +121,40 @@ def test_nothing_is_written_over_and_a_file_without_its_config_is_refused(tmp_pa
         export_hf(open_moe(path), tmp_path / "other", bits=7)
 
 
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_what_others_have_under_a_name_stays(name: str, tmp_path: Path) -> None:
+    moe = open_moe(made("olmoe", tmp_path))
+    export = export_gguf if name.endswith("gguf") else export_hf
+    (tmp_path / "mine").write_text("mine")
+    for taken in (name, f"{name}.part"):
+        (tmp_path / taken).symlink_to(tmp_path / "mine")  # and to nothing
+        with pytest.raises(FileExistsError, match=f"{taken}"):
+            export(moe, tmp_path / name)
+        (tmp_path / taken).unlink()
+    (tmp_path / f"{name}.part").mkdir()
+    (tmp_path / f"{name}.part" / "thesis").write_text("mine")
+    with pytest.raises(FileExistsError, match=f"{name}.part"):
+        export(moe, tmp_path / name)
+    assert (tmp_path / f"{name}.part" / "thesis").read_text() == "mine"
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["out", "out.gguf"])
+def test_an_export_that_is_interrupted_leaves_nothing(name: str, tmp_path: Path) -> None:
+    moe = open_moe(made("olmoe", tmp_path))
+    before = sorted(tmp_path.iterdir())
+
+    def interrupt(done: int, total: int) -> None:
+        (tmp_path / f"{name}.part").stat()  # what is written has no name yet
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        (export_gguf if name.endswith("gguf") else export_hf)(
+            moe, tmp_path / name, progress=interrupt
+        )
+    assert sorted(tmp_path.iterdir()) == before
+
+
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize(
     ("name", "changes"),

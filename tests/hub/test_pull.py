@@ -24,7 +24,7 @@ from edgemoe.errors import EdgemoeError
 from edgemoe.file.format import open_moe
 from edgemoe.hub.name import HubName
 from edgemoe.hub.pull import pull
-from edgemoe.hub.remote import HubError
+from edgemoe.hub.remote import HubError, Repository
 
 
 @pytest.fixture
@@ -210,6 +210,25 @@ def test_wrong_bytes_and_half_a_file_are_never_converted(hub, tmp_path) -> None:
     assert_as_converted(path, source, tmp_path)
     asked = [r for _, p, r in hub.requests if p.endswith(name)]
     assert f"bytes=20000-{size - 1}" in asked
+
+
+def test_links_of_others_are_not_followed(hub, tmp_path) -> None:
+    save(hub)
+    victim, folder = tmp_path / "victim", tmp_path / "models/user/tiny.moe.pull"
+    victim.mkdir(parents=True)
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(victim)
+    with pytest.raises(FileExistsError, match="is a symbolic link"):
+        fetch()
+    assert not list(victim.iterdir())
+    repository = Repository("user/tiny", retries=0)
+    name = "model-00004-of-00011.safetensors"
+    part = tmp_path / f"{name}.{repository.files[name].sha256[:16]}.part"
+    (victim / "file").write_bytes(b"mine")
+    part.symlink_to(victim / "file")
+    with pytest.raises(FileExistsError, match="is a symbolic link"):
+        repository.download(name, tmp_path / name, lambda have: None)
+    assert (victim / "file").read_bytes() == b"mine"
 
 
 def test_a_disk_that_is_too_small_is_found_before_the_first_file(

@@ -128,6 +128,14 @@ def test_a_damaged_prefix_is_computed_again_and_said(tiny_moe, tmp_path, caplog,
     assert len(store) == 0
 
 
+def test_what_is_not_ours_stays(tiny_moe, tmp_path):
+    other = tmp_path / "thesis.prefix"
+    other.write_text("mine")
+    _, store = batcher(tiny_moe, tmp_path)
+    assert len(store) == 0
+    assert other.read_text() == "mine"
+
+
 def test_a_full_disk_costs_the_prefix_alone(tiny_moe, tmp_path, caplog, monkeypatch):
     import edgemoe.runtime.prefixes as prefixes
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 from edgemoe.file.floats import dense_weights, expert_floats
 from edgemoe.file.format import MoeFile
+from edgemoe.file.whole import locked, named, pwrite, rename, require_new
 from edgemoe.specs import AttentionSpec
 
 __all__ = ["TYPES", "export_gguf"]
@@ -81,28 +83,34 @@ def export_gguf(
             f"{', '.join(_ARCHITECTURES)} can"
         )
     level, dense_level = moe.level(bits), moe.dense_level(dense_bits)
-    if out.exists():
-        raise FileExistsError(f"{out}: exists; name a file that does not")
-    base = _rope_base(moe)
     part = out.with_name(f"{out.name}.part")
-    try:
-        starts, kinds, end = _write_head(part, moe, base, kind)
-        os.truncate(part, end)
-        _compare(moe, part)
-        done = 0
-        with open(part, "r+b") as file:
-            for name, index, values in _weights(moe, level, dense_level):
-                data = _encoded(_turned(values, name, config), kinds[name])
-                file.seek(starts[name] + index * len(data))
-                file.write(data)
-                done += len(data)
-                if progress is not None:
-                    progress(done, end)
-            file.flush()
-            os.fsync(file.fileno())
-        part.rename(out)
-    finally:
-        part.unlink(missing_ok=True)
+    require_new(out)
+    require_new(part)  # a browser may be loading something of that name
+    with tempfile.TemporaryDirectory(prefix="edgemoe-") as folder:
+        draft = Path(folder) / out.name
+        starts, kinds, end = _write_head(draft, moe, _rope_base(moe), kind)
+        head = draft.read_bytes()
+        os.truncate(draft, end)
+        _compare(moe, draft)
+    with locked(part, create=True, ours=True, busy="another process is writing it") as file:
+        try:
+            with named(out):
+                file.truncate(0)
+                pwrite(file, head, 0)
+                done = 0
+                for name, index, values in _weights(moe, level, dense_level):
+                    data = _encoded(_turned(values, name, config), kinds[name])
+                    pwrite(file, data, starts[name] + index * len(data))
+                    done += len(data)
+                    if progress is not None:
+                        progress(done, end)
+                file.truncate(end)
+                os.fsync(file.fileno())
+            require_new(out)
+            rename(part, out)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def _rope_base(moe: MoeFile) -> float:
@@ -210,7 +218,7 @@ def _metadata(moe: MoeFile, base: float) -> dict[str, Any]:
     }
     arch = _ARCHITECTURES[config.family]
     return {
-        "general.name": moe.path.stem,
+        "general.name": moe.path.stem.encode(errors="replace").decode(),
         **{f"{arch}.{key}": value for key, value in out.items()},
         **tokenizer_metadata(moe),
     }

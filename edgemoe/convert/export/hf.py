@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from edgemoe.errors import FormatError, quoted
 from edgemoe.file.floats import dense_weights, expert_floats
 from edgemoe.file.format import MoeFile
 from edgemoe.file.parse import parse_object
+from edgemoe.file.whole import new_folder
 
 __all__ = ["CONFIG", "Piece", "checkpoint_config", "export_hf", "pieces"]
 
@@ -129,12 +129,7 @@ def export_hf(
     config = checkpoint_config(moe)
     places = pieces(moe, config["model_type"])
     level, dense_level = moe.level(bits), moe.dense_level(dense_bits)
-    if out.exists():
-        raise FileExistsError(f"{out}: exists; name a directory that does not")
-    part = out.with_name(f"{out.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    try:
+    with new_folder(out) as part:
         for name, content in moe.sections.items():
             is_text = name.endswith((".json", ".jinja", "LICENSE"))
             if is_text and name != CONFIG and Path(name).name == name:
@@ -143,9 +138,6 @@ def export_hf(
         (part / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False))
         with open(part / "model.safetensors", "wb") as file:
             _write(file, moe, places, _weights(moe, level, dense_level), progress)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write(
