@@ -159,7 +159,7 @@ MUTATIONS = (
     Mutation("budget", "page tables take nothing", "edgemoe/runtime/budget.py",
              "tables=ram // 480,", "tables=0,", (*BUDGET, "tests/runtime/test_limit.py")),
     Mutation("budget", "a second sequence takes nothing", "edgemoe/runtime/budget.py",
-             "kv=sequences * sum(layers),", "kv=sum(layers),", (*BUDGET, *SEQUENCES)),
+             "kv=sequences * states.total(context, chunk),", "kv=states.total(context, chunk),", (*BUDGET, *SEQUENCES)),
     Mutation("budget", "one expert need not fit", "edgemoe/runtime/budget.py",
              "if least.room < expert or ram < opening:", "if least.room < 0 or ram < opening:", BUDGET),
     Mutation("budget", "the dense weights take nothing", "edgemoe/runtime/budget.py",

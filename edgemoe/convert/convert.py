@@ -79,8 +79,7 @@ def convert(
     Raises:
         FormatError: the checkpoint is broken or not supported, or the calibration or allocation is of another
             model or asks for more than `bits`.
-        ValueError: `bits` or `favour` is not a level, `down_bits` do not climb, there can be no such `correction`, or
-            one of them is no whole number.
+        ValueError: `bits` or `favour` is no level, `down_bits` do not climb, or there can be no such `correction`.
         OSError: the disk is too small, or reading or writing failed.
     """
     out = path_of("out", out)
@@ -93,15 +92,14 @@ def convert(
     if correction is not None:
         check_rank(correction, scheme, calibration)
     model = SourceModel(source, are_there=arrivals is None)
-    config = model.config
-    if say is not None:
-        for line in model.notes:
-            say(line)
+    config, say = model.config, say or (lambda text: None)
+    for line in model.notes:
+        say(line)
     check_text(source, config.vocab_size)
     if calibration is not None:
         calibration.check(config)
         calibration.verify()
-        if say is not None and calibration.note:
+        if calibration.note:
             say(calibration.note)
         if scheme.name == "nested" and calibration.is_full and not scheme.correction:
             found = (
@@ -111,10 +109,9 @@ def convert(
             )
             scheme = replace(scheme, correction=found)
     provenance = _provenance(
-        model, source, origin, calibration=calibration, allocation=allocation, favour=favour
-    )
-    if scheme.is_thorough:
-        provenance["thorough"] = True
+        model, source, origin, calibration=calibration, allocation=allocation, favour=favour,
+        is_thorough=scheme.is_thorough,
+    )  # fmt: skip
     with Writer(
         out, config, bits=bits, scheme=scheme, sections=sections(source), source=provenance,
         calibration=calibration, allocation=allocation, favour=favour, down_bits=down_bits,
@@ -130,6 +127,7 @@ def _provenance(
     calibration: Calibration | None,
     allocation: Allocation | None,
     favour: int | None,
+    is_thorough: bool,
 ) -> dict[str, Any]:
     """Returns what the file says of where its weights come from, and what its codes were chosen by."""
     out: dict[str, Any] = {
@@ -146,6 +144,8 @@ def _provenance(
         out["allocation"] = {"method": allocation.method, **allocation.settings}
     if favour is not None:
         out["favour"] = favour
+    if is_thorough:
+        out["thorough"] = True
     return out
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from edgemoe import hardware
+from edgemoe.config import ModelConfig
 from edgemoe.errors import OutOfBudget
 from edgemoe.file.format import ALIGNMENT, MoeFile
 from edgemoe.model import (
@@ -75,6 +77,41 @@ def default_ram() -> int:
     """Returns what this process may take in all when the user set nothing: what is free, less a margin."""
     free = hardware.available_bytes()
     return hardware.process_bytes() + free - max(free // 10, min(256 << 20, free // 4))
+
+
+class _States:
+    """Says what the layers of a sequence take of the host's memory."""
+
+    def __init__(
+        self, config: ModelConfig, kv_types: KvTypes, hosted: Iterable[int] | None
+    ) -> None:
+        self._config, self._kv_types = config, kv_types
+        self._hosted = None if hosted is None else tuple(hosted)
+        first, second = (self._layers(n * KV_STEP, n * KV_STEP) for n in (1, 2))
+        self._steps = [b - a for a, b in zip(first, second, strict=True)]
+        self._same = [a - n for a, n in zip(first, self._steps, strict=True)]  # at every length
+
+    def total(self, context: int, chunk: int) -> int:
+        """Returns the bytes of all of them."""
+        return sum(self._layers(context, chunk))
+
+    def growth(self, context: int, chunk: int) -> dict[str, int]:
+        """Returns what of it is there at once and what comes with positions, as fields of `Budget`."""
+        layers = self._layers(context, chunk)
+        growing = self._layers(context, context)  # what a shorter chunk makes smaller is at once
+        small = [
+            n < _HUGE_STATE_BYTES and n == most for n, most in zip(layers, growing, strict=True)
+        ]
+        at_once = zip(self._same, layers, small, strict=True)
+        return {
+            "kv_at_once": sum(same if late else every for same, every, late in at_once),
+            "kv_step": sum(n for n, late in zip(self._steps, small, strict=True) if late),
+            "kv_edges": state_pieces(self._config) * ALIGNMENT if any(small) else 0,
+        }
+
+    def _layers(self, context: int, chunk: int) -> list[int]:
+        layers = layer_state_bytes(self._config, context, self._kv_types, chunk)
+        return layers if self._hosted is None else [layers[i] for i in self._hosted]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,40 +197,19 @@ class Budget:
         embedding = 0 if config.tied else sum(moe.tensors["embed"].lengths[:dense_level])
         sampler = _SAMPLER_BYTES * config.vocab_size
         row = scratch_bytes(config, 1) - scratch_bytes(config, 0)
-
-        def layer_bytes(context: int, chunk: int) -> list[int]:
-            layers = layer_state_bytes(config, context, kv_types, chunk)
-            if vram is None:
-                return layers
-            return [layers[i] for i in vram.hosted]
-
-        first, second = (layer_bytes(n * KV_STEP, n * KV_STEP) for n in (1, 2))
-        steps = [b - a for a, b in zip(first, second, strict=True)]
-        same = [a - n for a, n in zip(first, steps, strict=True)]  # at every length
+        states = _States(config, kv_types, None if vram is None else vram.hosted)
 
         def sized(context: int, chunk: int) -> Budget:
             shape = replace(ops, max_tokens=chunk, max_context=context)
-            layers = layer_bytes(context, chunk)
             own = CpuOps.scratch_bytes(shape)
             if vram is not None:
                 own = CudaOps.host_bytes(shape, config, hosts=bool(vram.hosted))
-            growing = layer_bytes(
-                context, context
-            )  # what a shorter chunk makes smaller is there at once
-            small = [
-                n < _HUGE_STATE_BYTES and n == most for n, most in zip(layers, growing, strict=True)
-            ]
             rope = kept_rope_bytes(config, context, kv_types)
             return cls(
                 ram=ram, process=process, growth=_GROWTH_BYTES + sampler,
                 tables=ram // 480,  # eight bytes for every 4 KiB, and a little for the levels above
                 dense=held, active_dense=dense - embedding, sequences=sequences,
-                kv=sequences * sum(layers),
-                kv_at_once=sum(
-                    n if late else every for n, every, late in zip(same, layers, small, strict=True)
-                ),
-                kv_step=sum(n for n, late in zip(steps, small, strict=True) if late),
-                kv_edges=state_pieces(config) * ALIGNMENT if any(small) else 0,
+                kv=sequences * states.total(context, chunk), **states.growth(context, chunk),
                 scratch=own + scratch_bytes(config, chunk, sequences) + rope,
                 row=row,
                 expert=expert, experts=all_expert_bytes(moe, level),
@@ -202,26 +218,29 @@ class Budget:
 
         least = sized(context or min(SMALLEST_CONTEXT, config.context_length), CHUNKS[-1])
         if least.room < expert or ram < opening:
-            smallest = least.fixed + expert + _JITTER_BYTES
-            read = f"; reading the tokenizer takes {_mib(opening)}" if opening > smallest else ""
-            raise OutOfBudget(
-                f"a budget of {_mib(ram - outside)} is too small; the smallest that works is "
-                f"{_mib(max(smallest, opening + _JITTER_BYTES) - outside)}: {least.parts(outside)}, "
-                f"{_mib(expert)} for one expert{read}"
-            )
+            raise least._too_small(opening, outside)
         # Context and chunk may take an eighth each of what would else hold experts.
         spare = least.room - expert
         if context is None:
             most = min(DEFAULT_CONTEXT, config.context_length)
             room = (least.kv + spare // 8) // sequences
             context = longest_context(
-                least.context, most, room, lambda n: sum(layer_bytes(n, CHUNKS[0]))
+                least.context, most, room, lambda n: states.total(n, CHUNKS[0])
             )
         most_chunk = CHUNKS[0] if vram is None else vram.chunk
         fits = (sized(context, chunk) for chunk in CHUNKS if chunk <= most_chunk)
         small = sized(context, CHUNKS[-1])
         limit = small.scratch + small.kv + spare // 8
         return next(b for b in fits if b.scratch + b.kv <= limit)
+
+    def _too_small(self, opening: int, outside: int) -> OutOfBudget:
+        smallest = self.fixed + self.expert + _JITTER_BYTES
+        read = f"; reading the tokenizer takes {_mib(opening)}" if opening > smallest else ""
+        return OutOfBudget(
+            f"a budget of {_mib(self.ram - outside)} is too small; the smallest that works is "
+            f"{_mib(max(smallest, opening + _JITTER_BYTES) - outside)}: {self.parts(outside)}, "
+            f"{_mib(self.expert)} for one expert{read}"
+        )
 
     @property
     def fixed(self) -> int:

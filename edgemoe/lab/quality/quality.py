@@ -233,12 +233,7 @@ def score(
     """
     windows, vocab_size = sample.windows, engine.config.vocab_size
     if reference is not None:
-        if reference.vocab_size != vocab_size:
-            raise ValueError(
-                f"reference: expected a vocabulary of {vocab_size} tokens, got {reference.vocab_size}"
-            )
-        if not np.array_equal(reference.windows[: len(windows)], windows):
-            raise ValueError("reference: expected the same tokens in the same chunks")
+        _check(reference, windows, vocab_size)
     step = step or max(_LOGITS // vocab_size, 1)
     losses, changes, divergences, tops = [], [], [], []
     bits = uses = read = skipped = 0.0
@@ -294,6 +289,15 @@ def score(
         loss_change=float(change.mean()),
         loss_error=float(change.std() / np.sqrt(len(change))),
     )
+
+
+def _check(reference: LogProbs, windows: NDArray[np.int32], vocab_size: int) -> None:
+    if reference.vocab_size != vocab_size:
+        raise ValueError(
+            f"reference: expected a vocabulary of {vocab_size} tokens, got {reference.vocab_size}"
+        )
+    if not np.array_equal(reference.windows[: len(windows)], windows):
+        raise ValueError("reference: expected the same tokens in the same chunks")
 
 
 def agreement(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
+from edgemoe.arguments import whole
 from edgemoe.runtime.trace import NO_TOKEN, Trace
 from edgemoe.scheduler.paths import hashed
 
@@ -86,12 +87,9 @@ def train(
     Raises:
         ValueError: torch is not installed, or a size is out of range.
     """
-    if rows < 2 or rows & (rows - 1) or rows > 1 << 20:
+    width, epochs = whole("width", width, 8, 1024), whole("epochs", epochs, 1)
+    if whole("rows", rows) < 2 or rows & (rows - 1) or rows > 1 << 20:
         raise ValueError(f"rows: expected a power of two of at most 2^20, got {rows}")
-    if not 8 <= width <= 1024:
-        raise ValueError(f"width: expected 8 to 1024, got {width}")
-    if epochs < 1:
-        raise ValueError(f"epochs: expected at least 1, got {epochs}")
     try:
         import torch
         from torch import nn
