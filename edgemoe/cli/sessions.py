@@ -43,11 +43,8 @@ def resume(chat: Chat, path: Path) -> str:
 
 def keep(chat: Chat, path: Path) -> None:
     """Writes the conversation. Raises OSError: it cannot be written."""
-    if not path.exists():
-        if not chat.messages:
-            return
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))  # `save` keeps the mode
-    chat.save(path)
+    if chat.messages or path.exists():
+        chat.save(path, is_private=True)
 
 
 def listed() -> Iterator[str]:

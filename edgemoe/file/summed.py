@@ -181,13 +181,18 @@ class SummedFile:
 
 
 def write_summed(
-    path: str | os.PathLike[str], tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, str]
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, NDArray[Any]],
+    meta: Mapping[str, str],
+    *,
+    is_private: bool = False,
 ) -> None:
     """Writes a file, one tensor at a time, under its name only when it is whole.
 
     Args:
         tensors: float32, float64 or int64; read once for their shapes and once for their content, in order, so that
             a mapping may make them as they are asked for.
+        is_private: only its owner may read a new file.
 
     Raises:
         OSError: the file cannot be written.
@@ -210,7 +215,7 @@ def write_summed(
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
     sums = [_core.crc32c(head)]
-    with whole_file(path) as file:
+    with whole_file(path, is_private=is_private) as file:
         file.write(head)
         for array in tensors.values():
             array = np.ascontiguousarray(array)

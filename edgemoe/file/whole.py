@@ -37,18 +37,21 @@ Name = str | os.PathLike[str]
 Buffer = bytes | memoryview
 
 
-def write_whole(path: Name, content: bytes) -> None:
+def write_whole(path: Name, content: bytes, *, is_private: bool = False) -> None:
     """Writes a file at once; see `whole_file`."""
-    with whole_file(path) as file:
+    with whole_file(path, is_private=is_private) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def whole_file(path: Name) -> Iterator[BinaryIO]:
+def whole_file(path: Name, *, is_private: bool = False) -> Iterator[BinaryIO]:
     """Gives a file to write, which gets its name when the block ends; after an error all is as it was.
 
     An existing file is replaced and its mode kept. What is there and no regular file, such as a pipe, is written as
     it is.
+
+    Args:
+        is_private: only its owner may read a new one.
 
     Raises:
         OSError: the file cannot be written; names `path`.
@@ -62,7 +65,8 @@ def whole_file(path: Name) -> Iterator[BinaryIO]:
     # A name of its own: two processes may write the same file, and the last one wins.
     temporary = target.with_name(f".edgemoe-{secrets.token_hex(8)}.tmp")
     with named(path, temporary, target):
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        rights = 0o600 if is_private else 0o666
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, rights)
         try:
             with open(fd, "wb") as file:
                 if mode is not None:

@@ -228,17 +228,20 @@ class Chat:
         self._system = [{"role": "system", "content": system}] if system else []
         self._messages = [*self._system, *rest]
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, is_private: bool = False) -> None:
         """Writes the conversation to a JSON file, which is replaced as a whole or not at all, and keeps its mode.
 
         A link leads to the file to replace. What is no regular file, such as a device, is written as it is.
+
+        Args:
+            is_private: only its owner may read a new file.
 
         Raises:
             OSError: the file cannot be written; its name is in the error.
         """
         target = path_of("path", path)
         text = json.dumps({"messages": self._messages}, ensure_ascii=False, indent=1) + "\n"
-        write_whole(target, text.encode(errors="surrogatepass"))
+        write_whole(target, text.encode(errors="surrogatepass"), is_private=is_private)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replaces the conversation, system message included, with a saved one.

@@ -303,16 +303,7 @@ class PrefixStore:
             "identity": self._identity,
             "turned": str(prefix.turned),
         }
-        is_new = not path.exists()
-        try:
-            if is_new:  # what replaces it keeps its mode
-                os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-            write_summed(path, tensors, meta)
-        except OSError:
-            if is_new:
-                with contextlib.suppress(OSError):
-                    path.unlink(missing_ok=True)
-            raise
+        write_summed(path, tensors, meta, is_private=True)
 
     def restore(self, entry: _Entry, state: SequenceState) -> int:
         """Puts a file's content into a sequence; returns how many tokens it holds then: 0 where it is damaged."""

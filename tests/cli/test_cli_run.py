@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -388,6 +389,24 @@ def test_a_session_goes_on_where_it_was(
     assert [first.stdout.decode(), second.stdout.decode()] == [replied(text) for text in both]
     wrong = run(env, *flags, "--session", "../x", "-p", "Hi")
     assert b"--session: expected a name of letters" in wrong.stderr
+
+
+def test_a_session_that_cannot_be_kept_stays_new(
+    tiny_moe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgemoe.cli.sessions import keep
+    from edgemoe.file import whole
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(whole.os, "fsync", full)
+    with edgemoe.load(tiny_moe) as engine:
+        chat = engine.chat(params=SamplingParams(temperature=0, max_tokens=1))
+        "".join(chat.say("Hi"))
+        with pytest.raises(OSError, match="No space left"):
+            keep(chat, tmp_path / "work.json")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

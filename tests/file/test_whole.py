@@ -63,6 +63,17 @@ def test_the_mode_of_a_file_stays(tmp_path: Path) -> None:
     assert path.read_bytes() == b"2"
 
 
+def test_what_is_private_is_so_from_its_first_byte(tmp_path: Path) -> None:
+    with whole_file(tmp_path / "a", is_private=True) as file:
+        (temporary,) = tmp_path.iterdir()
+        assert temporary.stat().st_mode & 0o777 == 0o600
+        file.write(b"secret")
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o600
+    (tmp_path / "a").chmod(0o640)
+    write_whole(tmp_path / "a", b"again", is_private=True)
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+
+
 def test_a_link_of_the_users_leads_to_the_file(tmp_path: Path) -> None:
     (tmp_path / "far").mkdir()
     (tmp_path / "link").symlink_to("far/real")
