@@ -60,9 +60,7 @@ AttentionParts parts_of(const AttentionLayer& layer, const Array<float>& q, cons
   return parts;
 }
 
-}  // namespace
-
-void bind_attention(py::module_& m) {
+void bind_rope(py::module_& m) {
   py::class_<Rope, Held<Rope>>(m, "Rope", "Rotary frequencies, and the cosines and sines of positions.")
       .def(py::init([](const Array<float>& frequencies, float scale) {
              expect(frequencies, "frequencies", {-1});
@@ -82,7 +80,9 @@ void bind_attention(py::module_& m) {
           },
           py::arg("pos"), py::arg("cos").noconvert(), py::arg("sin").noconvert(),
           "cos and sin [T, half] for positions pos, pos + 1, …");
+}
 
+void bind_layer(py::module_& m) {
   py::class_<AttentionLayer>(m, "AttentionLayer", "Shape, biases and norms of one layer's attention.")
       .def(py::init([](int index, int num_heads, int num_kv_heads, int head_dim, int window, float scale,
                        const py::object& q_bias, const py::object& k_bias, const py::object& v_bias,
@@ -144,7 +144,9 @@ void bind_attention(py::module_& m) {
       .def_property_readonly(
           "num_constants", [](const AttentionLayer& a) { return a.constants.pairs.size(); },
           "Pairs of columns of which keys in 8 bits leave the bias out; only with k and input_norm.");
+}
 
+void bind_kv(py::module_& m) {
   py::class_<Kv, Held<Kv>>(
       m, "KvLayer", "Keys and values of one layer, each of a type of the KV cache; memory is taken as it is touched.")
       .def(py::init(&kv_of), py::kw_only(), py::arg("key_type"), py::arg("value_type"), py::arg("num_heads"),
@@ -182,7 +184,9 @@ void bind_attention(py::module_& m) {
             return py::array_t<uint8_t>(py::ssize_t(kv.bytes), kv.memory.bytes(), self);
           },
           "uint8 view of the keys and then the values, as kernels.h says; what is written there is what they are.");
+}
 
+void bind_attending(py::module_& m) {
   m.def(
       "attention",
       [](Workspace& ws, const AttentionLayer& layer, Array<float> q, Array<float> k, Array<float> v, int pos,
@@ -227,6 +231,15 @@ void bind_attention(py::module_& m) {
       py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("pos"), py::arg("cos").noconvert(),
       py::arg("sin").noconvert(), py::arg("rope"), py::arg("kv"), py::arg("heads").noconvert(),
       py::arg("out").noconvert(), "`linear` to q, k and v, `attention` to heads, and `linear` with o, in one call.");
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  bind_rope(m);
+  bind_layer(m);
+  bind_kv(m);
+  bind_attending(m);
 }
 
 }  // namespace edgemoe

@@ -52,10 +52,10 @@ py::object counts(const std::vector<Relaxed<uint32_t>>& of, const py::object& ow
   return lend(reinterpret_cast<const uint32_t*>(of.data()), of.size(), owner);
 }
 
-}  // namespace
+using Class = py::class_<Cache, Held<Cache>>;
 
-void bind_cache(py::module_& m) {
-  py::class_<Cache, Held<Cache>>(m, "Cache", "The expert cache; see csrc/cache.h.")
+void bind_making(Class& cache) {
+  cache
       .def(py::init([](const std::shared_ptr<File>& file, int num_experts, int hidden, int expert_hidden,
                        const std::vector<std::array<uint8_t, 3>>& rung_widths, const std::vector<uint32_t>& ends,
                        const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const Array<uint8_t>& rungs,
@@ -94,8 +94,8 @@ void bind_cache(py::module_& m) {
            py::arg("rung_widths"), py::arg("ends"), py::arg("offsets").noconvert(), py::arg("crcs").noconvert(),
            py::arg("rungs").noconvert(), py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"),
            py::arg("verify"), py::arg("num_readers"), py::arg("policy"), py::arg("scheme") = "nested",
-           py::arg("most_bytes") = 0, py::arg("gated") = true,
-           py::arg("row_scales") = std::vector<uint8_t>{1}, py::arg("ranks") = std::array<std::vector<uint8_t>, 3>{})
+           py::arg("most_bytes") = 0, py::arg("gated") = true, py::arg("row_scales") = std::vector<uint8_t>{1},
+           py::arg("ranks") = std::array<std::vector<uint8_t>, 3>{})
       .def_static(
           "on_device",
           [](const std::shared_ptr<DeviceSpace>& device, const Cache& host, size_t budget_bytes) {
@@ -106,7 +106,11 @@ void bind_cache(py::module_& m) {
                                          Policy("lfu", shape.num_layers, shape.num_experts)));
           },
           py::arg("device").none(false), py::arg("host"), py::arg("budget_bytes"), py::keep_alive<0, 2>(),
-          "A cache of the same experts in a device's memory, which takes what it fetches from `host`.")
+          "A cache of the same experts in a device's memory, which takes what it fetches from `host`.");
+}
+
+void bind_requests(Class& cache) {
+  cache
       .def(
           "begin",
           [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels, const Array<int32_t>& offsets,
@@ -151,8 +155,11 @@ void bind_cache(py::module_& m) {
           [](Cache& c, const py::object& policy) {
             c.set_policy(policy_from(policy, c.shape().num_layers, c.shape().num_experts));
           },
-          py::arg("policy"))
-      .def("check_integrity", &Cache::check_integrity)
+          py::arg("policy"));
+}
+
+void bind_figures(Class& cache) {
+  cache.def("check_integrity", &Cache::check_integrity)
       .def("slot_bytes", &Cache::slot_bytes, py::arg("level"))
       .def_property_readonly(
           "content",
@@ -197,53 +204,65 @@ void bind_cache(py::module_& m) {
       .def_property_readonly(
           "progress", [](const Cache& c) { return py::make_tuple(c.loader_stats().bytes, double(c.stats().wait_s)); },
           "Bytes read and seconds waited since the start: what a trace asks for after every layer.")
-      .def_property_readonly("stats",
-                             [](const Cache& c) {
-                               const CacheStats s = c.stats();
-                               const LoaderStats l = c.loader_stats();
-                               py::dict d;
-                               d["hits"] = uint64_t(s.hits);
-                               d["misses"] = uint64_t(s.misses);
-                               d["evictions"] = uint64_t(s.evictions);
-                               d["bits"] = uint64_t(s.bits);
-                               d["ahead_reads"] = uint64_t(s.ahead_reads);
-                               d["ahead_used"] = uint64_t(s.ahead_used);
-                               d["ahead_late"] = uint64_t(s.ahead_late);
-                               d["wait_s"] = double(s.wait_s);
-                               d["resident_bytes"] = size_t(s.resident_bytes);
-                               d["resident_experts"] = int(s.resident_experts);
-                               d["committed_bytes"] = size_t(s.committed_bytes);
-                               d["peak_bytes"] = size_t(s.peak_bytes);
-                               d["budget_bytes"] = size_t(s.budget_bytes);
-                               d["bytes_read"] = l.bytes;
-                               d["reads"] = l.reads;
-                               d["read_s"] = l.busy_s;
-                               return d;
-                             })
-      .def(
-          "decode",
-          [](Cache& c, int expert, int level, const std::optional<Array<int8_t>>& basis) {
-            const int32_t e = expert;
-            if (level < 1 || level > kMaxRungs) throw std::invalid_argument("decode: no such level");
-            const int8_t l = int8_t(level);
-            const int32_t offsets[] = {0, 1};
-            std::vector<int> group;
-            c.begin({&e, &l, 1}, offsets, 1, {nullptr, nullptr, 0});
-            const auto close = [](Cache* open) { open->close(); };
-            const std::unique_ptr<Cache, decltype(close)> request(&c, close);
-            c.next(&group);
-            ExpertView v = c.view(expert, level);
-            v.gate.basis = v.up.basis = shared_basis(basis, std::max(rank_of(v.gate), rank_of(v.up)), v.up.cols);
-            std::vector<py::array_t<float>> out;
-            for (const NestedMatrix* w : {&v.gate, &v.up, &v.down}) {
-              py::array_t<float> a({py::ssize_t(w->rows), py::ssize_t(w->cols)});
-              for (int r = 0; r < w->rows; ++r) decode_row(kernels(), *w, r, a.mutable_data() + size_t(r) * w->cols);
-              out.push_back(std::move(a));
-            }
-            return out;
-          },
-          py::arg("expert"), py::arg("level"), py::arg("basis").noconvert() = py::none(),
-          "Loads an expert and returns gate, up and down as floats. basis: V of gate and up where they have corrections.");
+      .def_property_readonly("stats", [](const Cache& c) {
+        const CacheStats s = c.stats();
+        const LoaderStats l = c.loader_stats();
+        py::dict d;
+        d["hits"] = uint64_t(s.hits);
+        d["misses"] = uint64_t(s.misses);
+        d["evictions"] = uint64_t(s.evictions);
+        d["bits"] = uint64_t(s.bits);
+        d["ahead_reads"] = uint64_t(s.ahead_reads);
+        d["ahead_used"] = uint64_t(s.ahead_used);
+        d["ahead_late"] = uint64_t(s.ahead_late);
+        d["wait_s"] = double(s.wait_s);
+        d["resident_bytes"] = size_t(s.resident_bytes);
+        d["resident_experts"] = int(s.resident_experts);
+        d["committed_bytes"] = size_t(s.committed_bytes);
+        d["peak_bytes"] = size_t(s.peak_bytes);
+        d["budget_bytes"] = size_t(s.budget_bytes);
+        d["bytes_read"] = l.bytes;
+        d["reads"] = l.reads;
+        d["read_s"] = l.busy_s;
+        return d;
+      });
+}
+
+void bind_decode(Class& cache) {
+  cache.def(
+      "decode",
+      [](Cache& c, int expert, int level, const std::optional<Array<int8_t>>& basis) {
+        const int32_t e = expert;
+        if (level < 1 || level > kMaxRungs) throw std::invalid_argument("decode: no such level");
+        const int8_t l = int8_t(level);
+        const int32_t offsets[] = {0, 1};
+        std::vector<int> group;
+        c.begin({&e, &l, 1}, offsets, 1, {nullptr, nullptr, 0});
+        const auto close = [](Cache* open) { open->close(); };
+        const std::unique_ptr<Cache, decltype(close)> request(&c, close);
+        c.next(&group);
+        ExpertView v = c.view(expert, level);
+        v.gate.basis = v.up.basis = shared_basis(basis, std::max(rank_of(v.gate), rank_of(v.up)), v.up.cols);
+        std::vector<py::array_t<float>> out;
+        for (const NestedMatrix* w : {&v.gate, &v.up, &v.down}) {
+          py::array_t<float> a({py::ssize_t(w->rows), py::ssize_t(w->cols)});
+          for (int r = 0; r < w->rows; ++r) decode_row(kernels(), *w, r, a.mutable_data() + size_t(r) * w->cols);
+          out.push_back(std::move(a));
+        }
+        return out;
+      },
+      py::arg("expert"), py::arg("level"), py::arg("basis").noconvert() = py::none(),
+      "Loads an expert and returns gate, up and down as floats. basis: V of gate and up where they have corrections.");
+}
+
+}  // namespace
+
+void bind_cache(py::module_& m) {
+  Class cache(m, "Cache", "The expert cache; see csrc/cache.h.");
+  bind_making(cache);
+  bind_requests(cache);
+  bind_figures(cache);
+  bind_decode(cache);
 }
 
 }  // namespace edgemoe

@@ -117,9 +117,7 @@ class PlannedFfns {
   std::vector<FfnUse> uses_;
 };
 
-}  // namespace
-
-void bind_ffn(py::module_& m) {
+void bind_dense_ffn(py::module_& m) {
   m.def(
       "ffn",
       [](Workspace& ws, const Array<float>& x, const Nested* gate, const Nested& up, const Nested& down,
@@ -138,7 +136,9 @@ void bind_ffn(py::module_& m) {
       py::arg("ws"), py::arg("x").noconvert(), py::arg("gate"), py::arg("up"), py::arg("down"),
       py::arg("out").noconvert(), py::arg("hidden") = py::none(), py::arg("activation") = "swiglu",
       "out [T, D] = down(activation(gate x, up x)); hidden [T, H], if given, gets what down is applied to.");
+}
 
+void bind_expert_ffn(py::module_& m) {
   m.def(
       "expect_experts",
       [](Workspace& ws, const Cache& cache, int first, const Array<int32_t>& experts) {
@@ -173,7 +173,9 @@ void bind_ffn(py::module_& m) {
       "H], "
       "ups' [E, H] and downs' [E, D]. basis: V [rank, padded columns] of gates and ups where they have corrections; "
       "projected: what `project` makes of x with it, if that was done before.");
+}
 
+void bind_run_experts(py::module_& m) {
   m.def(
       "run_experts",
       [](Workspace& ws, const Array<float>& x, Cache& cache, const Array<int32_t>& experts, const Array<int8_t>& levels,
@@ -207,6 +209,14 @@ void bind_ffn(py::module_& m) {
       py::arg("out").noconvert(), py::arg("activation"), py::arg("biases"), py::arg("basis").noconvert(),
       py::arg("projected"),
       "`expert_ffn` for each group of the open request as it arrives, and `combine`; the request is closed.");
+}
+
+}  // namespace
+
+void bind_ffn(py::module_& m) {
+  bind_dense_ffn(m);
+  bind_expert_ffn(m);
+  bind_run_experts(m);
 }
 
 }  // namespace edgemoe

@@ -20,9 +20,7 @@ void check_columns(const char* name, ssize_t width) {
   }
 }
 
-}  // namespace
-
-void bind_mixers(py::module_& m) {
+void bind_convolution(py::module_& m) {
   m.def(
       "short_conv",
       [](Workspace& ws, const Array<float>& x, const Array<float>& weight, const py::object& bias,
@@ -48,7 +46,9 @@ void bind_mixers(py::module_& m) {
       py::arg("tail").noconvert(), py::arg("silu"), py::arg("out").noconvert(),
       "out [T, C]: a causal convolution over time of each channel; before [taps - 1, C], None for zeros, is what came "
       "before, and tail becomes what comes before the next. They may be the same; out may be x.");
+}
 
+void bind_delta_rule(py::module_& m) {
   m.def(
       "delta_rule",
       [](Workspace& ws, Array<float> qkv, Array<float> decay, Array<float> beta, const Array<float>& rate,
@@ -87,7 +87,9 @@ void bind_mixers(py::module_& m) {
       "changed, as are decay [T, Hv] or [T, Hv * dk] and beta [T, Hv]. before [Hv, dk, dv], None for zeros, is the "
       "state "
       "before the tokens, and state becomes that after them; they may be the same.");
+}
 
+void bind_mamba2(py::module_& m) {
   m.def(
       "mamba2",
       [](Workspace& ws, const Array<float>& xbc, Array<float> step, Array<float> decay, const Array<float>& rate,
@@ -121,7 +123,9 @@ void bind_mixers(py::module_& m) {
       "out [T, H * P] of Mamba-2 on xbc [T, H * P + 2 * groups * N]; step [T, H] is changed, decay [T, H] is scratch. "
       "before [H, N, P], None for zeros, is the state before the tokens, and state becomes that after them; they may "
       "be the same.");
+}
 
+void bind_gates(py::module_& m) {
   m.def(
       "gated_norm",
       [](Workspace& ws, Array<float> x, const Array<float>& gate, const Array<float>& weight, float eps, int groups,
@@ -164,6 +168,15 @@ void bind_mixers(py::module_& m) {
       py::arg("ws"), py::arg("x").noconvert(), py::arg("gate").noconvert(), py::arg("kind"),
       "x [T, heads * head_dim] *= sigmoid of gate [T, heads * head_dim] (\"sigmoid\"), or sigmoid or softplus of gate "
       "[T, heads] (\"sigmoid_head\", \"softplus_head\").");
+}
+
+}  // namespace
+
+void bind_mixers(py::module_& m) {
+  bind_convolution(m);
+  bind_delta_rule(m);
+  bind_mamba2(m);
+  bind_gates(m);
 }
 
 }  // namespace edgemoe

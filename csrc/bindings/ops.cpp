@@ -12,7 +12,7 @@
 namespace edgemoe {
 namespace {
 
-void bind_products(py::module_& m) {
+void bind_matrices(py::module_& m) {
   m.def(
       "linear",
       [](Workspace& ws, const Array<float>& x, const std::vector<const Nested*>& matrices,
@@ -70,7 +70,9 @@ void bind_products(py::module_& m) {
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("matrix").noconvert(), py::arg("out").noconvert(),
       "out [T, rows] = x [T, cols] times a float32 matrix transposed.");
+}
 
+void bind_matrix_of_heads(py::module_& m) {
   m.def(
       "linear_heads",
       [](Workspace& ws, const Array<float>& x, const Nested& w, int heads, Array<float> out) {
@@ -99,6 +101,11 @@ void bind_products(py::module_& m) {
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("w"), py::arg("heads"), py::arg("out").noconvert(),
       "A matrix for each head: out [T, heads * n][t, h, :rows / heads] = w[rows of h] x [T, heads * m][t, h, :cols].");
+}
+
+void bind_products(py::module_& m) {
+  bind_matrices(m);
+  bind_matrix_of_heads(m);
 }
 
 void bind_rows(py::module_& m) {

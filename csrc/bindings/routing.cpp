@@ -41,9 +41,7 @@ RouteRule route_rule(int num_experts, int top_k, const std::string& scoring, boo
   return {num_experts, top_k, how, renormalise, gate_scale, groups, used_groups, group_by_two};
 }
 
-}  // namespace
-
-void bind_routing(py::module_& m) {
+void bind_choices(py::module_& m) {
   py::class_<RouteRule>(m, "RouteRule", "How a router's logits become a choice; see dense.h.")
       .def(py::init(&route_rule), py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("scoring"),
            py::arg("renormalise"), py::arg("gate_scale") = 1.0f, py::arg("groups") = 1, py::arg("used_groups") = 1,
@@ -92,7 +90,9 @@ void bind_routing(py::module_& m) {
       py::arg("ws"), py::arg("bias"), py::arg("choice_bias"), py::arg("rule"), py::arg("scores").noconvert(),
       py::arg("experts").noconvert(), py::arg("gates").noconvert(),
       "The second half of `route`: scores [T, E] are the products with its weight.");
+}
 
+void bind_slot_scores(py::module_& m) {
   m.def(
       "slot_scores",
       [](Workspace& ws, const Array<float>& x, const Array<float>& weight, const Array<float>& gate_weight,
@@ -119,7 +119,9 @@ void bind_routing(py::module_& m) {
       py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("gate_weight").noconvert(),
       py::arg("bias").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert(),
       py::arg("scores").noconvert());
+}
 
+void bind_look_ahead(py::module_& m) {
   m.def(
       "look_ahead",
       [](Workspace& ws, const Array<float>& x, const std::vector<Array<float>>& norms,
@@ -155,6 +157,14 @@ void bind_routing(py::module_& m) {
       py::arg("ws"), py::arg("x").noconvert(), py::arg("norms").noconvert(), py::arg("routers").noconvert(),
       py::arg("biases"), py::arg("choice_biases"), py::arg("eps"), py::arg("rule"), py::arg("normed").noconvert(),
       py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());
+}
+
+}  // namespace
+
+void bind_routing(py::module_& m) {
+  bind_choices(m);
+  bind_slot_scores(m);
+  bind_look_ahead(m);
 }
 
 }  // namespace edgemoe
