@@ -139,7 +139,7 @@ def test_what_is_not_ours_stays(tiny_moe, tmp_path):
 def test_a_full_disk_costs_the_prefix_alone(tiny_moe, tmp_path, caplog, monkeypatch):
     import edgemoe.runtime.prefixes as prefixes
 
-    def full(path, *_):
+    def full(path, *_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     one, store = batcher(tiny_moe, tmp_path)

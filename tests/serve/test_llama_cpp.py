@@ -88,7 +88,7 @@ def test_an_empty_sequence_is_not_saved_and_a_damaged_one_not_restored(saving):
 def test_a_full_disk_is_said(saving, monkeypatch):
     import edgemoe.runtime.prefixes as prefixes
 
-    def full(path, *_):
+    def full(path, *_, **__):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     cached(saving, id_slot=0)
