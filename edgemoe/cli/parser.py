@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from edgemoe.cli.console import note, run_command, say
+from edgemoe.errors import quoted
 
 __all__ = ["Parser", "parser_of"]
 
 _USAGE_ERROR = 2
+_NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +59,19 @@ class Parser(argparse.ArgumentParser):
         if Parser.is_wanted:
             raise _Taken(self)
         return super().parse_known_args(args, namespace)
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Reads one argument. A path that is empty would be the current folder, and often is a variable not set."""
+        is_name = action.type is Path or action.metavar == "FILE" or not action.option_strings
+        if is_name and not arg_string:
+            raise argparse.ArgumentError(action, "expected a value, got ''")
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            if action.type not in _NUMBERS:
+                raise
+            message = f"expected {_NUMBERS[action.type]}, got {quoted(arg_string)}"
+            raise argparse.ArgumentError(action, message) from None
 
     def error(self, message: str) -> NoReturn:
         self.exit(_USAGE_ERROR, f"{self.prog}: {message}; {self.prog} --help lists the flags")

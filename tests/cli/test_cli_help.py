@@ -51,6 +51,20 @@ def test_what_peers_call_it(capsys):
         )
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["run"], ["plan"], ["serve"], ["rm"], ["doctor"], ["quality"], ["convert"], ["run", "-f"], ["run", "--trace"]],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_is_empty_is_no_path(words, capsys):
+    with pytest.raises(SystemExit) as end:
+        main([*words, ""])
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert "expected a value, got ''; edgemoe" in error
+    assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["run", "serve"])
 def test_the_first_screen_has_the_flags_of_every_day(name, capsys):
     def shown(flag):

@@ -248,7 +248,7 @@ def test_the_environment_gives_defaults(env: dict[str, str], tiny_moe: Path) -> 
     ("args", "stdin", "code", "message"),
     [
         (("--nonsense",), b"", 2, r"unrecognized arguments: --nonsense;"),
-        (("MODEL", "--top-k", "x"), b"", 2, r"argument --top-k: invalid int value: 'x';"),
+        (("MODEL", "--top-k", "x"), b"", 2, r"argument --top-k: expected a whole number, got 'x';"),
         (
             ("MODEL", "--temp", "-1"),
             b"",
