@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -245,6 +245,42 @@ def test_any_template_renders_as_in_jinja(body: str) -> None:
     assert got[0] == expected[0], (got, expected)
     if got[0] == "text":
         assert got == expected
+
+
+def _scopes(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    name = st.sampled_from(["a", "b"])
+    put = name.map(lambda n: f"{{% set {n} = 'new' %}}")
+    part = st.one_of(inner, put, st.tuples(inner, put, inner).map("".join))
+    shapes = [
+        "{{% set {n} %}}{p}{{% endset %}}{p2}",
+        "{{% if a %}}{p}{{% elif b %}}{{% set b = 1 %}}{{% else %}}{p2}{{% endif %}}",
+        "{{% for i in [1, 2] %}}{p}{{% endfor %}}{p2}", "{{% for {n} in [] %}}{p}{{% else %}}{p2}{{% endfor %}}",
+        "{{% macro {n}(x={n}) %}}{p}{{% endmacro %}}{p2}{{{{ {n}() if {n} is callable }}}}",
+        "{{% with {n} = b %}}{p}{{% endwith %}}{p2}", "{{% filter upper %}}{p}{{% endfilter %}}{p2}",
+        "{{% generation %}}{p}{{% endgeneration %}}{p2}",
+        "{{% macro m() %}}{{{{ caller() }}}}{{% endmacro %}}{{% call m() %}}{p}{{% endcall %}}{p2}",
+    ]  # fmt: skip
+    return st.tuples(st.sampled_from(shapes), name, part, part).map(
+        lambda t: t[0].format(n=t[1], p=t[2], p2=t[3])
+    )
+
+
+SCOPES = st.recursive(st.sampled_from(["[{{ a }}]", "[{{ b }}]"]), _scopes, max_leaves=8)
+
+
+@settings(deadline=None, max_examples=200)
+@given(body=SCOPES)
+@example("{% set a %}{{ a + a }}{% endset %}{{ a }}")  # is the name's first word, so that it hides
+@example("{% macro m() %}{{ a }}{% endmacro %}{{ m() }}{% set a = 1 %}{{ m() }}")
+@example("{% for i in [1] %}{{ a }}{% endfor %}{% if b %}{% set a = 1 %}{% endif %}{{ a }}")
+def test_names_mean_what_they_do_in_jinja(body: str) -> None:
+    values = {"a": "A", "b": "B"}
+    theirs = _compile_jinja_template(body)
+    expected = outcome(lambda: theirs.render(messages=[user("x")], **values))
+    got = outcome(lambda: ChatTemplate({"default": body}, {}).render([user("x")], **values))
+    if " at 0x" not in expected[1]:
+        assert got[0] == expected[0], (got, expected)
+        assert got[0] != "text" or got == expected
 
 
 # --- limits

@@ -26,20 +26,23 @@ class Scope:
     A loop's pass, a macro, a `with` and a captured block have names of their own, an `if` has not.
     """
 
-    __slots__ = ("_around", "names")
+    __slots__ = ("_around", "_unset", "names")
 
-    def __init__(self, around: Scope | None) -> None:
+    def __init__(self, around: Scope | None, unset: frozenset[str]) -> None:
+        """Starts one; `unset` are names that are undefined until they are set here."""
         self.names: dict[str, Any] = {}
-        self._around = around
+        self._around, self._unset = around, unset
 
-    def find(self, name: str, default: Any) -> Any:
-        """Returns the value of a name, here or around here."""
+    def find(self, name: str, given: Mapping[str, Any], default: Any) -> Any:
+        """Returns the value of a name, here, around here, or in what the caller has given."""
         scope: Scope | None = self
         while scope is not None:
             if name in scope.names:
                 return scope.names[name]
+            if name in scope._unset:
+                return default
             scope = scope._around
-        return default
+        return given.get(name, default)
 
 
 class Expressions:
@@ -92,9 +95,7 @@ class Expressions:
         return str(self._meter.made("".join(pieces)))
 
     def _named(self, name: str, scope: Scope) -> Any:
-        value = scope.find(name, _MISSING)
-        if value is _MISSING:
-            value = self._context.parent.get(name, _MISSING)
+        value = scope.find(name, self._context.parent, _MISSING)
         return self.undefined(name=name) if value is _MISSING else value
 
     def _name(self, node: nodes.Name, scope: Scope) -> Any:

@@ -14,6 +14,7 @@ from jinja2 import nodes
 from jinja2.runtime import LoopContext, Undefined
 
 from edgemoe.text.jinja.expressions import EXPRESSIONS, PARTS, Expressions, Scope
+from edgemoe.text.jinja.frames import unset_names
 from edgemoe.text.jinja.meter import Meter
 from edgemoe.text.jinja.sandbox import Sandbox
 
@@ -32,7 +33,7 @@ class Program:
         Raises:
             TemplateSyntaxError: a statement is for several templates or for web pages; says which and where.
         """
-        self.statements = template.body
+        self.template, self.unset = template, unset_names(template)
         self.special: dict[int, frozenset[str]] = {}
         """What macros, by the id of their nodes, use of the names that only macros have."""
         known = {*_STATEMENTS, *EXPRESSIONS, *PARTS}
@@ -54,8 +55,8 @@ class Program:
             meter: ends the run at a limit.
         """
         run = _Run(self, sandbox, meter, variables)
-        scope = Scope(None)
-        for statement in self.statements:
+        scope = Scope(None, self.unset[id(self.template)])
+        for statement in self.template.body:
             out: list[str] = []
             run.body([statement], scope, out)
             yield from out
@@ -76,7 +77,7 @@ class _Macro:
 
     def __call__(self, *args: Any, **kwargs: Any) -> str:
         names, most = self.arguments, len(self.arguments)
-        scope = Scope(self._scope)
+        scope = self._run.scope(self._node, self._scope)
         given = dict(zip(names, args, strict=False))
         given |= {n: kwargs.pop(n) for n in names[len(args) :] if n in kwargs}
         if "caller" in self._special:
@@ -116,6 +117,10 @@ class _Run(Expressions):
     ) -> None:
         super().__init__(sandbox, meter, variables)
         self.program = program
+
+    def scope(self, part: object, around: Scope) -> Scope:
+        """Returns a new place for the names of a part of the template; see `unset_names`."""
+        return Scope(around, self.program.unset[id(part)])
 
     def body(self, statements: Sequence[nodes.Node], scope: Scope, out: list[str]) -> _Flow:
         """Runs statements; what they write is appended to `out`."""
@@ -173,15 +178,15 @@ class _Run(Expressions):
         is_first = True  # as long as no pass has reached its end: what `else` means in Jinja
         for item, _ in loop:
             self._meter.step()
-            inner = Scope(scope)
+            inner = self.scope(node, scope)
             inner.names["loop"] = loop
             self.assign(node.target, item, inner)
             flow = self.body(node.body, inner, out)
             if flow == "break":
                 break
             is_first = is_first and flow == "continue"
-        if is_first:
-            self.body(node.else_, Scope(scope), out)
+        if is_first and node.else_:
+            self.body(node.else_, self.scope(node.else_, scope), out)
 
     def _kept(self, node: nodes.For, scope: Scope, iterable: Any) -> Iterable[Any]:
         """Returns what a loop runs through: all, or what its `if` keeps."""
@@ -190,7 +195,7 @@ class _Run(Expressions):
     def _filtered(self, node: nodes.For, scope: Scope, iterable: Any) -> Iterator[Any]:
         assert node.test is not None
         for item in iterable:
-            inner = Scope(scope)
+            inner = self.scope(node.test, scope)
             self.assign(node.target, item, inner)
             if self.value(node.test, inner):
                 yield item
@@ -205,25 +210,25 @@ class _Run(Expressions):
         return None
 
     def _filter_block(self, node: nodes.FilterBlock, scope: Scope, out: list[str]) -> _Flow:
-        text = self.text(node.body, Scope(scope))
+        text = self.text(node.body, self.scope(node, scope))
         self._write(self._through(node.filter, scope, text), out)
         return None
 
     def _with(self, node: nodes.With, scope: Scope, out: list[str]) -> _Flow:
-        inner = Scope(scope)
+        inner = self.scope(node, scope)
         for target, value in zip(node.targets, node.values, strict=True):
             self.assign(target, self.value(value, scope), inner)
         return self.body(node.body, inner, out)
 
     def _scope(self, node: nodes.Scope, scope: Scope, out: list[str]) -> _Flow:
-        return self.body(node.body, Scope(scope), out)
+        return self.body(node.body, self.scope(node, scope), out)
 
     def _set(self, node: nodes.Assign, scope: Scope, out: list[str]) -> _Flow:
         self.assign(node.target, self.value(node.node, scope), scope)
         return None
 
     def _set_block(self, node: nodes.AssignBlock, scope: Scope, out: list[str]) -> _Flow:
-        value: Any = self.text(node.body, Scope(scope))
+        value: Any = self.text(node.body, self.scope(node, scope))
         if node.filter is not None:
             value = self._through(node.filter, scope, value)
         self.assign(node.target, value, scope)
