@@ -191,6 +191,8 @@ class Batcher:
         for slot in self._slots:
             if slot.request is not None and slot.request.is_cancelled:
                 self._finish(slot, "cancelled")
+        if not self._waiting:
+            return
         with self._changed:
             gone = [item for item in self._waiting if item[0].is_cancelled]
             for item in gone:
@@ -200,6 +202,8 @@ class Batcher:
 
     def _admit(self) -> None:
         """Gives idle sequences to those who wait, in the order in which they came; some want a certain one."""
+        if not self._waiting:
+            return
         with self._changed:
             waiting = list(self._waiting)
         for item in waiting:
@@ -367,8 +371,7 @@ def _given_up(slots: list[Slot]) -> Callable[[], bool]:
     wanted = [slot.request for slot in slots if slot.request is not None]
 
     def ask() -> bool:
-        given_up = [request.is_cancelled for request in wanted]
-        return all(given_up)
+        return all(request.is_cancelled for request in wanted)
 
     return ask
 

@@ -47,6 +47,8 @@ class Errands:
 
     def run(self) -> None:
         """Runs those that can be run now, in the order in which they came."""
+        if not self._queue:
+            return
         with self._changed:
             ready = [item for item in self._queue if item[2]()]
             self._queue = [item for item in self._queue if item not in ready]

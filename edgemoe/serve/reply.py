@@ -26,8 +26,8 @@ __all__ = ["Ask", "Ended", "Part", "Progress", "Reply", "call_id", "timings", "u
 
 _LOOKS = 0.05
 """Seconds between two looks at how far a prompt is, for who wants to know."""
-_TOGETHER = 0.02
-"""Seconds within which tokens go out together: passing one on takes time that the engine's threads could use."""
+_TOGETHER = 0.03
+"""Seconds within which tokens go out together: waking a client takes time that the engine's threads could use."""
 _SELDOM = 0.5
 """The same for a reply that goes out as a whole."""
 
@@ -124,7 +124,8 @@ class Reply:
         self._loop, self._on_end = asyncio.get_running_loop(), on_end
         self._parts: asyncio.Queue[Part | Ended | Exception] = asyncio.Queue()
         self._fresh: deque[_Token | Part | Outcome] = deque()
-        self._is_due, self._passed_on = False, -1.0
+        self._looks = False  # soon, without being woken
+        self._timer: asyncio.TimerHandle | None = None
         self._every = _TOGETHER if streams else _SELDOM
         params, shown = ask.params, frozenset[int]()
         self._parser: Reader | None = None
@@ -185,35 +186,36 @@ class Reply:
         self._put(outcome)
 
     def _put(self, item: _Token | Part | Outcome) -> None:
-        """Hands something to the loop, on the engine's thread."""
+        """Hands something to the loop, on the engine's thread; wakes it only where it will not look by itself soon."""
         self._fresh.append(item)
         is_last = isinstance(item, Outcome)
-        if self._is_due and not is_last:
+        if self._looks and not is_last:
             return
-        self._is_due = True
+        self._looks = True
         try:
-            self._loop.call_soon_threadsafe(self._pass_on if is_last else self._wait)
+            self._loop.call_soon_threadsafe(self._look)
         except RuntimeError:  # the loop has ended, and with it who waits
             self.request.is_cancelled = True
 
-    def _wait(self) -> None:
-        """Passes on what has come: at once, or as soon as the last time is long enough ago."""
-        left = self._passed_on + self._every - self._loop.time()
-        if left > 0:
-            self._loop.call_later(left, self._pass_on)
-        else:
-            self._pass_on()
-
-    def _pass_on(self) -> None:
-        # First: what comes from now on calls again.
-        self._is_due, self._passed_on = False, self._loop.time()
+    def _look(self) -> None:
+        """Passes on what has come, and looks again when more may go out; where nothing came it is woken."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._looks = False  # before it looks: what comes from now on wakes it
+        if not self._fresh:
+            return
+        self._looks = True
         try:
-            self._take_fresh()
+            is_last = self._take_fresh()
         except Exception as error:  # of one reply, whatever it is
             self.request.is_cancelled = True
             self._parts.put_nowait(error)
+            return
+        if not is_last:
+            self._timer = self._loop.call_later(self._every, self._look)
 
-    def _take_fresh(self) -> None:
+    def _take_fresh(self) -> bool:
+        """Makes parts of what has come; returns whether that was the last."""
         outcome = None
         while self._fresh:
             item = self._fresh.popleft()
@@ -227,6 +229,7 @@ class Reply:
             self._end(outcome)
         elif self._made and self._streams:
             self._send()
+        return outcome is not None
 
     def _end(self, outcome: Outcome) -> None:
         if outcome.error is not None:

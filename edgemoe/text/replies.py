@@ -152,6 +152,8 @@ class _Text:
 
 def overlap(text: str, word: str) -> int:
     """Returns how many characters at the end of `text` may be the start of `word`."""
+    if word[0] not in text:
+        return 0
     longest = min(len(text), len(word) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
 

@@ -88,6 +88,8 @@ class StopFilter:
         """
         if self.is_stopped or not text:
             return ""
+        if not self._stops:
+            return "" if is_hidden else text
         self._held += text
         self._is_shown += bytes([not is_hidden]) * len(text)
         found = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
