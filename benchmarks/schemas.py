@@ -67,7 +67,10 @@ def main() -> None:
             jsonschema.validate(json.loads(choice["message"]["content"]), schemas[i])
         return choice["finish_reason"], done["usage"]["completion_tokens"]
 
-    with Server(serving(args.model, "-np", "4")) as server, ThreadPoolExecutor(4) as pool:
+    with (
+        Server(serving(args.model, "-np", "4", "-c", "1024")) as server,
+        ThreadPoolExecutor(4) as pool,
+    ):
         ends = list(pool.map(ask, range(args.n)))
     whole = sum(end == "stop" for end, _ in ends)
     print(f"{args.n} schemas: {whole} replies ended by themselves, all of their schema")

@@ -3,12 +3,14 @@
     python benchmarks/serve.py cost MODEL.moe [-n 128]
     python benchmarks/serve.py clients MODEL.moe [--shares 1 0.5 0.25] [-n 64]
     python benchmarks/serve.py soak MODEL.moe --ram 2GiB [--seconds 600] [--requests 1000] [--limit]
+        [-c 1024] [--repeats 0]
 
 `cost`: the time of a token of the model alone, of the batcher, and of a client's reply,
 whole and streamed. `clients`: tokens per second and
 bytes read per token of all together, with so much of the experts in memory. `soak`: some clients at a time, of whom
 four in ten leave at random; every reply that ends must be the one of that seed alone, and nothing may be left over.
-With --limit the server runs in a control group of exactly --ram, without swap: that needs root.
+With --limit the server runs in a control group of exactly --ram, without swap: that needs root. Prompts that repeat
+themselves fill the contexts, and every fourth reply keeps to a schema: so that what is reserved is taken.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ def serving(model: Path, *flags: str) -> list[str]:
     """Returns the command of a server."""
     return [
         sys.executable, "-c", "from edgemoe.cli.entry import edgemoe as e; raise SystemExit(e())", "serve", str(model),
-        "--metrics", "-c", "1024", *flags,
+        "--metrics", *flags,
     ]  # fmt: skip
 
 
@@ -190,11 +192,13 @@ def _batched(service: Any, ids: list[int], count: int) -> float:
 
 _CLIENT = """
 import sys, urllib.request
+said = b""
 with urllib.request.urlopen(urllib.request.Request(sys.argv[1], sys.argv[2].encode())) as done:
-    for line in done:
-        if b'"timings"' in line:
-            print(line.decode().removeprefix("data: "))
+    while part := done.read1():
+        said += part
+print(next(line for line in said.decode().splitlines() if '"timings"' in line).removeprefix("data: "))
 """
+"""Takes what comes as it comes: what a client makes of it is not the server's cost, though it may run beside it."""
 
 
 def _asked(url: str, ask: dict[str, Any]) -> float:
@@ -267,7 +271,11 @@ def soak(args: argparse.Namespace) -> None:
         raise SystemExit(why)
     rng, kinds = random.Random(0), 16
     asks = [body(i, 8 + 3 * i) for i in range(kinds)]
-    command = serving(args.model, "-np", "4", "--ram", str(ram))
+    for i, ask in enumerate(asks):
+        ask["messages"][0]["content"] += f" {TOPICS[i % len(TOPICS)]}." * args.repeats
+        if i % 4 == 3:
+            ask["response_format"] = {"type": "json_object"}
+    command = serving(args.model, "-np", "4", "--ram", str(ram), "-c", str(args.context))
     with Server(command, limit=ram if args.limit else 0) as server:
         texts = [server.ask(ask)["choices"][0]["message"]["content"] for ask in asks]
         before = psutil.Process(server.pid)
@@ -300,7 +308,11 @@ def soak(args: argparse.Namespace) -> None:
             time.sleep(0.1)
         after = psutil.Process(server.pid)
         grown = after.memory_info().rss - memory
-        print(f"{counts['right']} replies, all right; {counts['left']} left")
+        known = {
+            name: server.metric(f"edgemoe_{name}_total")
+            for name in ("expert_hits", "expert_misses", "evictions")
+        }
+        print(f"{counts['right']} replies, all right; {counts['left']} left; {known}")
         print(f"threads {threads} to {after.num_threads()}, memory {grown / 2**20:+.1f} MiB")
         outcome = server.close()
     print(
@@ -334,6 +346,8 @@ def main() -> None:
             command.add_argument("--requests", type=int, default=1000, metavar="N")
             command.add_argument("--clients", type=int, default=8, metavar="N")
             command.add_argument("--limit", action="store_true")
+            command.add_argument("-c", "--context", type=int, default=1024, metavar="N")
+            command.add_argument("--repeats", type=int, default=0, metavar="N")
     args = parser.parse_args()
     args.run(args)
 
