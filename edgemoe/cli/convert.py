@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from edgemoe.cli.console import note, run_command
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
+from edgemoe.cli.values import share
 from edgemoe.errors import size_text
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _convert(args: argparse.Namespace) -> None:
     with Progress(f"writing {out.name}", unit="B") as progress:
         convert(
             source, out, bits=args.bits, scheme=scheme, calibration=calibration,
-            allocation=allocation, favour=args.favour, correction=correction, progress=progress,
+            allocation=allocation, favour=args.favour, correction=correction, prune=args.prune, progress=progress,
             say=lambda text: note(f"{_PROG}: {source.name}: {text}"),
         )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {size_text(out.stat().st_size)}")
@@ -214,6 +215,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RANK",
         help="what 2, 3 and 4 bits add to their codes in so many directions of the input: 8, 16, 24 or 32, none, "
         "or auto: what is worth its bytes; only with matrices of inputs, as --full sums them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--prune",
+        type=share,
+        metavar="X%",
+        help="leave out this share of every expert's neurons, those that matter least by the calibration",
     )
     parser.add_argument("--carve", action="store_true", help="cut a dense model into experts")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.moe if it exists")

@@ -33,6 +33,18 @@ def ram_size(text: str) -> int:
     return int(share * (hardware.process_bytes() + hardware.available_bytes()))
 
 
+def share(text: str) -> float:
+    """Reads a share like 10% or 0.1."""
+    wrong = ArgumentTypeError(f"expected a share like 10% or 0.1, got {text!r}")
+    try:
+        number = float(text.removesuffix("%"))
+    except ValueError:
+        raise wrong from None
+    if not 0 <= number < float("inf"):
+        raise wrong
+    return number / 100 if text.endswith("%") else number
+
+
 def bits_or_auto(text: str) -> int | str:
     """Returns a whole number, or "auto"."""
     try:

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.arguments import path_of, whole, wholes
+from edgemoe.arguments import number, path_of, whole, wholes
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint, sections
+from edgemoe.convert.prune import PrunedCalibration, PrunedModel
 from edgemoe.convert.ranks import check_rank, choose_ranks, same_ranks
 from edgemoe.convert.source import SourceModel
 from edgemoe.convert.text import check_text
@@ -48,6 +49,7 @@ def convert(
     favour: int | None = None,
     down_bits: Sequence[int] | None = None,
     correction: int | None = None,
+    prune: float | None = None,
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
     arrivals: Arrivals | None = None,
@@ -70,6 +72,7 @@ def convert(
         down_bits: bits of experts' w_down at each level; None for those of the other two matrices.
         correction: rank of the corrections of 2, 3 and 4 bits, 0 for none; None for those that are worth their bytes.
             Only a calibration with products can have some.
+        prune: share of each expert's neurons that are left out, see `edgemoe.convert.prune`; takes a calibration.
         progress: called after every tensor and expert.
         say: is told, a line each, what of the checkpoint is not used.
         arrivals: waits for weights that are not there yet; None: all are.
@@ -91,7 +94,16 @@ def convert(
     scheme.favoured(bits, favour)  # or it says so before what takes long
     if correction is not None:
         check_rank(correction, scheme, calibration)
-    model = SourceModel(source, are_there=arrivals is None)
+    if prune is not None and (calibration is None or allocation is not None):
+        raise ValueError(
+            "prune: takes a calibration, which says what matters, and no allocation, which is of whole experts"
+        )
+    if prune is None or calibration is None:
+        model = SourceModel(source, are_there=arrivals is None)
+    else:
+        share = number("prune", prune)
+        model = pruned = PrunedModel(source, share, calibration, are_there=arrivals is None)
+        calibration = PrunedCalibration(calibration, pruned)
     config, say = model.config, say or (lambda text: None)
     for line in model.notes:
         say(line)
@@ -110,7 +122,7 @@ def convert(
             scheme = replace(scheme, correction=found)
     provenance = _provenance(
         model, source, origin, calibration=calibration, allocation=allocation, favour=favour,
-        is_thorough=scheme.is_thorough,
+        prune=prune, is_thorough=scheme.is_thorough,
     )  # fmt: skip
     with Writer(
         out, config, bits=bits, scheme=scheme, sections=sections(source), source=provenance,
@@ -127,6 +139,7 @@ def _provenance(
     calibration: Calibration | None,
     allocation: Allocation | None,
     favour: int | None,
+    prune: float | None,
     is_thorough: bool,
 ) -> dict[str, Any]:
     """Returns what the file says of where its weights come from, and what its codes were chosen by."""
@@ -144,6 +157,8 @@ def _provenance(
         out["allocation"] = {"method": allocation.method, **allocation.settings}
     if favour is not None:
         out["favour"] = favour
+    if prune is not None:
+        out["pruned"] = prune
     if is_thorough:
         out["thorough"] = True
     return out

@@ -50,12 +50,16 @@ def checkpoint_config(moe: MoeFile) -> dict[str, Any]:
     """Returns the config.json of the checkpoint that a file was made of.
 
     Raises:
-        FormatError: the file has none, or its family's tensors cannot be made back.
+        FormatError: the file has none, or is of narrower experts, or its family's tensors cannot be made back.
     """
     if CONFIG not in moe.sections:
         raise FormatError(
             f"{moe.path}: holds no config.json: it was converted by an earlier edgemoe, or without a checkpoint; "
             "convert it again to export it"
+        )
+    if "pruned" in moe.source:
+        raise FormatError(
+            f"{moe.path}: its experts were pruned, so that its config.json does not fit; GGUF files can be made of it"
         )
     values = parse_object(moe.sections[CONFIG], CONFIG)
     if values.get("model_type") not in FAMILIES:

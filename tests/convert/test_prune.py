@@ -1,0 +1,151 @@
+"""Experts lose the neurons that matter least as they are converted, and what is left is theirs."""
+
+from __future__ import annotations
+
+import families
+import numpy as np
+import pytest
+from corrected import calibrated
+from decoded import Decoded
+from tiny import tiny_checkpoint
+
+import edgemoe
+from edgemoe.cli.main import main
+from edgemoe.convert.convert import convert
+from edgemoe.convert.hf import HFCheckpoint
+from edgemoe.convert.prune import PrunedCalibration, PrunedModel, kept_width
+from edgemoe.convert.source import SourceModel
+from edgemoe.errors import FormatError
+from edgemoe.file.format import open_moe
+
+H, KEPT = 48, 32
+DEAD = 16
+
+
+@pytest.fixture(scope="module")
+def source():
+    """A third of each expert's neurons add nothing, others in every expert."""
+    checkpoint = tiny_checkpoint()
+    rng = np.random.default_rng(0)
+    for name in [name for name in checkpoint.shapes if name.endswith("down_proj.weight")]:
+        if ".experts." in name:
+            checkpoint.tensor(name)[:, rng.permutation(H)[:DEAD]] = 0
+    return checkpoint
+
+
+@pytest.fixture(scope="module")
+def calibration(source, tmp_path_factory):
+    path = tmp_path_factory.mktemp("prune") / "x.calib"
+    return calibrated(path, SourceModel(source).config)
+
+
+@pytest.mark.parametrize(
+    ("width", "share", "expected"),
+    [(1024, 0.1, 896), (1024, 0.25, 768), (1408, 0.1, 1280), (768, 0.5, 384), (256, 0.1, 224), (48, 0.99, 16)],
+)  # fmt: skip
+def test_widths_are_whole_tiles(width, share, expected):
+    assert kept_width(width, share) == expected
+
+
+def test_those_of_least_energy_go(source, calibration):
+    model = PrunedModel(source, 1 / 3, calibration)
+    whole = SourceModel(source)
+    assert model.config.expert_hidden == KEPT
+    for layer in (0, 1):
+        for e in range(8):
+            gate, up, down = whole.expert(layer, e)
+            squares = calibration.matrix(f"experts.{layer}.{e}.down").diagonal()
+            energy = [squares[k] * sum(float(x) ** 2 for x in down[:, k]) for k in range(H)]
+            kept = sorted(sorted(range(H), key=lambda k: -energy[k])[:KEPT])
+            assert model.kept(layer, e).tolist() == kept
+            assert not set(np.flatnonzero(~down.any(0)).tolist()) & set(kept)
+            for got, expected in zip(
+                model.expert(layer, e), (gate[kept], up[kept], down[:, kept]), strict=True
+            ):
+                np.testing.assert_array_equal(got, expected)
+
+
+def test_the_calibration_is_of_what_is_left(source, calibration):
+    model = PrunedModel(source, 1 / 3, calibration)
+    pruned = PrunedCalibration(calibration, model)
+    kept = model.kept(1, 5)
+    name = "experts.1.5.down"
+    np.testing.assert_array_equal(pruned.matrix(name), calibration.matrix(name)[kept][:, kept])
+    for name in ("experts.1.5.up", "layers.1.q"):
+        np.testing.assert_array_equal(pruned.matrix(name), calibration.matrix(name))
+
+
+@pytest.mark.parametrize("correction", [0, 8])
+def test_without_neurons_that_add_nothing_answers_stay(source, calibration, correction, tmp_path):
+    whole, pruned = tmp_path / "whole.moe", tmp_path / "pruned.moe"
+    said = []
+    convert(source, whole, calibration=calibration, correction=correction)
+    convert(
+        source, pruned, calibration=calibration, correction=correction, prune=0.33, say=said.append
+    )
+    assert said == [f"{KEPT} of {H} neurons of every expert are kept"]
+    assert open_moe(pruned).source["pruned"] == 0.33
+    assert Decoded(pruned).expert(0, 0)[0].shape == (KEPT, 96)
+    assert pruned.stat().st_size < whole.stat().st_size
+    ids = families.random_ids(24)
+    rows = []
+    for path in (whole, pruned):
+        with edgemoe.load(path, ram="1GiB") as engine:
+            rows.append(engine.logits(ids))
+            first = engine.stats.logits_hash
+        with edgemoe.load(path, ram="1GiB", threads=1) as engine:  # in other chunks
+            for i in ids:
+                engine.extend([i])
+            assert engine.stats.logits_hash == first
+    np.testing.assert_allclose(*rows, atol=0.15)  # codes of other groups
+    assert np.abs(rows[0]).max() > 3
+
+
+def test_biases_go_with_their_neurons(tmp_path):
+    checkpoint = HFCheckpoint(families.make("gpt_oss", tmp_path / "source"))
+    whole = SourceModel(checkpoint)
+    model = PrunedModel(checkpoint, 0.5, calibrated(tmp_path / "x.calib", whole.config))
+    for part in ("gate", "up", "down"):
+        name = f"layers.1.expert_bias.{part}"
+        expected = whole.tensor(name)
+        if part != "down":
+            expected = np.stack([row[model.kept(1, e)] for e, row in enumerate(expected)])
+        np.testing.assert_array_equal(model.tensor(name), expected)
+
+
+def test_what_cannot_be_pruned_is_said_and_nothing_written(source, calibration, tmp_path):
+    out = tmp_path / "x.moe"
+    for share, words in (
+        (0, "more than 0%"),
+        (1, "less than 100%"),
+        (0.05, "5% of 48 neurons is less than 16"),
+    ):
+        with pytest.raises(ValueError, match=f"^prune: .*{words}"):
+            convert(source, out, calibration=calibration, prune=share)
+    with pytest.raises(ValueError, match="^prune: takes a calibration"):
+        convert(source, out, prune=0.5)
+    other = calibrated(tmp_path / "y.calib", SourceModel(tiny_checkpoint(experts=4)).config)
+    with pytest.raises(FormatError, match="is of layers"):
+        convert(source, out, calibration=other, prune=0.5)
+    assert {path.name for path in tmp_path.iterdir()} == {"y.calib"}
+
+
+def test_the_command_takes_shares(tmp_path, capsys):
+    path = families.make("mixtral", tmp_path / "source")
+    for text in ("ten", "-1%", "nan"):
+        with pytest.raises(SystemExit):
+            main(["convert", str(path), str(tmp_path / "x.moe"), f"--prune={text}"])
+        assert f"expected a share like 10% or 0.1, got {text!r}" in capsys.readouterr().err
+    assert main(["convert", str(path), str(tmp_path / "x.moe"), "--prune", "50%"]) == 2
+    assert "prune: takes a calibration" in capsys.readouterr().err
+    config = SourceModel(HFCheckpoint(path)).config
+    calibrated(tmp_path / "x.calib", config)
+    arguments = ["convert", str(path), str(tmp_path / "x.moe"), "--prune", "50%", "--calibration"]
+    assert main([*arguments, str(tmp_path / "x.calib")]) == 0
+    assert open_moe(tmp_path / "x.moe").config.expert_hidden == kept_width(
+        config.expert_hidden, 0.5
+    )
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "x.moe"), str(tmp_path / "hf")]) == 1
+    assert "its experts were pruned" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
