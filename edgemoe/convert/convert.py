@@ -94,16 +94,9 @@ def convert(
     scheme.favoured(bits, favour)  # or it says so before what takes long
     if correction is not None:
         check_rank(correction, scheme, calibration)
-    if prune is not None and (calibration is None or allocation is not None):
-        raise ValueError(
-            "prune: takes a calibration, which says what matters, and no allocation, which is of whole experts"
-        )
-    if prune is None or calibration is None:
-        model = SourceModel(source, are_there=arrivals is None)
-    else:
-        share = number("prune", prune)
-        model = pruned = PrunedModel(source, share, calibration, are_there=arrivals is None)
-        calibration = PrunedCalibration(calibration, pruned)
+    if prune is not None and allocation is not None:
+        raise ValueError("prune: takes no allocation, which is of whole experts")
+    model, calibration = _opened(source, prune, calibration, are_there=arrivals is None)
     config, say = model.config, say or (lambda text: None)
     for line in model.notes:
         say(line)
@@ -129,6 +122,19 @@ def convert(
         calibration=calibration, allocation=allocation, favour=favour, down_bits=down_bits,
     ) as writer:  # fmt: skip
         _write(writer, model, arrivals, progress or (lambda done, total: None))
+
+
+def _opened(
+    source: Checkpoint, prune: float | None, calibration: Calibration | None, *, are_there: bool
+) -> tuple[SourceModel, Calibration | None]:
+    """Returns the model of a checkpoint, and its calibration; of what is left of both where some is pruned."""
+    if prune is None:
+        return SourceModel(source, are_there=are_there), calibration
+    if calibration is None:
+        raise ValueError("prune: takes a calibration, which says what matters")
+    calibration.verify()
+    model = PrunedModel(source, number("prune", prune, 0, 1), calibration, are_there=are_there)
+    return model, PrunedCalibration(calibration, model)
 
 
 def _provenance(
