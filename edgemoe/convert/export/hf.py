@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.families import FAMILIES
-from edgemoe.convert.families.family import Family, Source
+from edgemoe.convert.families.family import Family, Fold, Source
 from edgemoe.errors import FormatError, quoted
 from edgemoe.file.floats import dense_weights, expert_floats
 from edgemoe.file.format import MoeFile
@@ -44,6 +45,8 @@ class Piece:
     """Of so many leading rows of each head, those that RoPE turns together are neighbours; 0 for none."""
     kind: str
     """How it is stored, as safetensors calls it."""
+    order: Callable[[], NDArray[np.int32]] | None = None
+    """Where each of its values lies behind the first, where they are not in one run."""
 
 
 def checkpoint_config(moe: MoeFile) -> dict[str, Any]:
@@ -86,7 +89,8 @@ def pieces(moe: MoeFile, model_type: str) -> dict[str, Piece]:
     experts = dict(zip(MATRICES, config.expert_shapes, strict=True))
     out = {}
     for name, source in family.sources(config, {}):
-        if source.fold is not None or source.times or source.more:
+        is_lost = source.fold is not None and source.moved is None
+        if is_lost or source.times or source.more:
             raise refused(source.name)
         shape = shapes.get(name) or experts[name.rpartition(".")[2]]
         out[name] = _piece(name, source, shape, config)
@@ -96,8 +100,13 @@ def pieces(moe: MoeFile, model_type: str) -> dict[str, Piece]:
 def _piece(name: str, source: Source, shape: tuple[int, ...], config: ModelConfig) -> Piece:
     count = int(np.prod(shape))
     stored, first, whole = source.name, 0, shape
+    order = None
     if source.half is not None:
         first, whole = source.half * count, (2 * shape[0], *shape[1:])
+    if source.fold is not None and source.moved is not None:
+        spec = config.mixer(int(name.split(".")[1]))
+        whole = source.moved(shape, spec)
+        order = partial(_order, source.fold, whole, spec)
     stack, _, number = stored.rpartition(".")
     if number.isdecimal():  # a matrix of a stack
         first += int(number) * int(np.prod(whole))
@@ -107,7 +116,15 @@ def _piece(name: str, source: Source, shape: tuple[int, ...], config: ModelConfi
     pairs = 0
     if source.interleaved:
         pairs = config.mixer(int(name.split(".")[1])).ropes[0].dim
-    return Piece(stored, whole, first, pairs, "F32" if name.endswith("choice_bias") else "BF16")
+    kind = "F32" if name.endswith("choice_bias") else "BF16"
+    return Piece(stored, whole, first, pairs, kind, order)
+
+
+@lru_cache(maxsize=4)
+def _order(fold: Fold, stored: tuple[int, ...], spec: Any) -> NDArray[np.int32]:
+    """Returns where the numbers of a tensor are that a fold makes of a stored one, by folding their places."""
+    places = np.arange(int(np.prod(stored)), dtype=np.int32).reshape(stored)
+    return np.ascontiguousarray(fold(places, spec), np.int32).reshape(-1)
 
 
 def export_hf(
@@ -131,6 +148,10 @@ def export_hf(
         OSError: the disk is full, or failed.
     """
     config = checkpoint_config(moe)
+    if "text_config" in config:
+        raise FormatError(
+            f"{moe.path}: models of {config['model_type']} cannot be exported: only their text is in the file"
+        )
     places = pieces(moe, config["model_type"])
     level, dense_level = moe.level(bits), moe.dense_level(dense_bits)
     with new_folder(out) as part:
@@ -140,7 +161,7 @@ def export_hf(
                 (part / name).write_bytes(content)
         config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
         (part / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False))
-        with open(part / "model.safetensors", "wb") as file:
+        with open(part / "model.safetensors", "w+b") as file:
             _write(file, moe, places, _weights(moe, level, dense_level), progress)
 
 
@@ -158,14 +179,30 @@ def _write(
         place = places.get(name)
         if place is None:  # of RoPE
             continue
-        data = _stored(values, place, moe.config, name)
-        file.seek(starts[place.name] + place.first * _WIDE[place.kind])
-        file.write(data)
+        data, wide = _stored(values, place, moe.config, name), _WIDE[place.kind]
+        start = starts[place.name] + place.first * wide
+        if place.order is None:
+            file.seek(start)
+            file.write(data)
+        else:
+            _scatter(file, start, np.frombuffer(data, f"<u{wide}"), place.order())
         done += len(data)
         if progress is not None:
             progress(done, total)
     file.flush()
     os.fsync(file.fileno())
+
+
+def _scatter(file: BinaryIO, start: int, values: NDArray[Any], order: NDArray[np.int32]) -> None:
+    """Writes values to their places behind `start`, and leaves what lies between as it is."""
+    file.seek(start)
+    count = int(order.max()) + 1
+    kept = np.frombuffer(file.read(count * values.itemsize), values.dtype)
+    out = np.zeros(count, values.dtype)
+    out[: len(kept)] = kept
+    out[order] = values
+    file.seek(start)
+    file.write(out.tobytes())
 
 
 def _write_header(file: BinaryIO, places: Mapping[str, Piece]) -> tuple[dict[str, int], int]:

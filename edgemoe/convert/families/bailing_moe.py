@@ -74,6 +74,10 @@ def _rows(index: int, values: NDArray[Any], spec: AttentionSpec) -> NDArray[Any]
     return values[start : start + counts[index] * spec.head_dim]
 
 
+def _all_rows(shape: tuple[int, ...], spec: AttentionSpec) -> tuple[int, ...]:
+    return (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim, *shape[1:]
+
+
 _P = "attention."
 
 FAMILY = Family(
@@ -81,7 +85,9 @@ FAMILY = Family(
     model={"embed": Source("word_embeddings.weight", other="embed_tokens.weight")},
     layer={
         **{
-            name + ours: Source(f"{_P}query_key_value.{theirs}", fold=partial(_rows, i))
+            name + ours: Source(
+                f"{_P}query_key_value.{theirs}", fold=partial(_rows, i), moved=_all_rows
+            )
             for i, name in enumerate("qkv")
             for ours, theirs in (("", "weight"), ("_bias", "bias"))
         },

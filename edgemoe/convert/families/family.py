@@ -23,7 +23,9 @@ __all__ = [
     "FUSED_EXPERTS",
     "NAMED_EXPERTS",
     "Family",
+    "Fold",
     "Source",
+    "as_ours",
     "choosing",
     "further_layers",
 ]
@@ -48,6 +50,9 @@ class Source:
     """RoPE turns neighbouring rows of each head; ours are half of what is rotated apart."""
     fold: Fold | None = None
     """Makes ours of the stored tensor."""
+    moved: Callable[[tuple[int, ...], Any], tuple[int, ...]] | None = None
+    """Where `fold` moves numbers and changes none: the shape of what is stored, from that of ours and the spec of its
+    layer's mixer. An export moves them back."""
     more: tuple[str, ...] = ()
     """Further stored tensors, of which, with the first, `fold` gets a list."""
     row: bool = False
@@ -220,6 +225,11 @@ def _within(place: str, source: Source, expert: int | None = None) -> Source:
         other=source.other and place + source.other,
         times=source.times and place + source.times,
     )
+
+
+def as_ours(shape: tuple[int, ...], spec: Any) -> tuple[int, ...]:
+    """Says that what is stored has the shape of ours; see `Source.moved`."""
+    return shape
 
 
 def choosing(

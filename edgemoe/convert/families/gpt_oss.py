@@ -71,6 +71,18 @@ def _odd_rows(stored: Array, _: object) -> Array:
     return np.asarray(stored[:, 1::2].T)
 
 
+def _both(shape: tuple[int, ...], _: object) -> tuple[int, ...]:
+    return shape[0], 2 * shape[1]
+
+
+def _both_rows(shape: tuple[int, ...], _: object) -> tuple[int, ...]:
+    return shape[1], 2 * shape[0]
+
+
+def _turned(shape: tuple[int, ...], _: object) -> tuple[int, ...]:
+    return shape[::-1]
+
+
 def _transposed(stored: Array, _: object) -> Array:
     return np.asarray(stored.T)
 
@@ -83,11 +95,11 @@ FAMILY = Family(
         {
             "router": Source("mlp.router.weight"),
             "router_bias": Source("mlp.router.bias"),
-            "gate": Source("mlp.experts.gate_up_proj.{expert}", fold=_even_rows),
-            "up": Source("mlp.experts.gate_up_proj.{expert}", fold=_odd_rows),
-            "down": Source("mlp.experts.down_proj.{expert}", fold=_transposed),
-            "expert_bias.gate": Source("mlp.experts.gate_up_proj_bias", fold=_even),
-            "expert_bias.up": Source("mlp.experts.gate_up_proj_bias", fold=_odd),
+            "gate": Source("mlp.experts.gate_up_proj.{expert}", fold=_even_rows, moved=_both_rows),
+            "up": Source("mlp.experts.gate_up_proj.{expert}", fold=_odd_rows, moved=_both_rows),
+            "down": Source("mlp.experts.down_proj.{expert}", fold=_transposed, moved=_turned),
+            "expert_bias.gate": Source("mlp.experts.gate_up_proj_bias", fold=_even, moved=_both),
+            "expert_bias.up": Source("mlp.experts.gate_up_proj_bias", fold=_odd, moved=_both),
             "expert_bias.down": Source("mlp.experts.down_proj_bias"),
         },
     ),

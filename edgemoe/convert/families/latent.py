@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.config import MATRICES, ModelConfig
-from edgemoe.convert.families.family import Source
+from edgemoe.convert.families.family import Source, as_ours
 from edgemoe.convert.families.reading import decoder_config, num_layers
 from edgemoe.convert.rope import query_growth, score_gain
 from edgemoe.convert.settings import Settings
@@ -50,17 +50,21 @@ def _v_b(values: Array, spec: MlaSpec) -> Array:
     return heads[:, spec.nope_dim :].reshape(-1, spec.latent_dim)
 
 
+def _kv_b(shape: tuple[int, ...], spec: MlaSpec) -> tuple[int, ...]:
+    return spec.num_heads * (spec.nope_dim + spec.value_dim), spec.latent_dim
+
+
 _P = "self_attn."
 LATENT: Mapping[str, Mapping[str, Source]] = {
     MlaSpec.kind: {
-        "q_direct": Source(_P + "q_proj.weight", fold=_queries),
+        "q_direct": Source(_P + "q_proj.weight", fold=_queries, moved=as_ours),
         "q_a": Source(_P + "q_a_proj.weight"),
         "q_a_norm": Source(_P + "q_a_layernorm.weight"),
-        "q_b": Source(_P + "q_b_proj.weight", fold=_queries),
-        "kv_a": Source(_P + "kv_a_proj_with_mqa.weight", fold=_keys),
+        "q_b": Source(_P + "q_b_proj.weight", fold=_queries, moved=as_ours),
+        "kv_a": Source(_P + "kv_a_proj_with_mqa.weight", fold=_keys, moved=as_ours),
         "kv_a_norm": Source(_P + "kv_a_layernorm.weight"),
-        "k_b": Source(_P + "kv_b_proj.weight", fold=_k_b),
-        "v_b": Source(_P + "kv_b_proj.weight", fold=_v_b),
+        "k_b": Source(_P + "kv_b_proj.weight", fold=_k_b, moved=_kv_b),
+        "v_b": Source(_P + "kv_b_proj.weight", fold=_v_b, moved=_kv_b),
     }
 }
 """Where the matrices are: those of `Family.mixers`."""

@@ -37,7 +37,11 @@ def _config(settings: Settings) -> ModelConfig:
 
 def _third(x: int) -> Source:
     """One of the three projections that are stored as one: b, c, u."""
-    return Source("conv.in_proj.weight", fold=lambda w, spec: w.reshape(3, -1, w.shape[1])[x])
+    return Source(
+        "conv.in_proj.weight",
+        fold=lambda w, spec: w.reshape(3, -1, w.shape[1])[x],
+        moved=lambda shape, spec: (3 * shape[0], shape[1]),
+    )
 
 
 _ROUTER = {
@@ -62,7 +66,10 @@ FAMILY = Family(
         "conv": {
             "b": _third(0), "c": _third(1), "u": _third(2),
             "o": Source("conv.out_proj.weight"),
-            "conv": Source("conv.conv.weight", fold=lambda w, spec: w.T),
+            "conv": Source(
+                "conv.conv.weight", fold=lambda w, spec: w.T,
+                moved=lambda shape, spec: (shape[1], 1, shape[0]),
+            ),
         }
     },
     experts=(
