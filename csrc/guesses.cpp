@@ -5,6 +5,8 @@
 namespace edgemoe {
 namespace {
 
+constexpr double kMostOdds = 20, kLeastOdds = -700;  // in logarithms
+
 /// Keeps the best `most` of what it is told in order: by value, where `better` is strict, and of equals the first.
 template <typename T, typename Better>
 class Best {
@@ -26,6 +28,24 @@ class Best {
   int most_, count_ = 0;
   Better better_;
 };
+
+/// out [n] += the sum over rows of `table` of what share of their uses it is; in the order of `which`.
+void add_shares(const float* table, const float* uses, int n, const int32_t* which, int k, float* out) {
+  constexpr int kPiece = 64;     // sums that stay in registers
+  for (int i = 0; i < k; ++i) {  // the rows lie apart, and no processor looks at so many ahead
+    for (int e = 0; e < n; e += 16) __builtin_prefetch(table + int64_t(which[i]) * n + e);
+  }
+  for (int first = 0; first < n; first += kPiece) {
+    const int here = std::min(kPiece, n - first);
+    float sums[kPiece] = {};
+    for (int i = 0; i < k; ++i) {
+      const float* row = table + int64_t(which[i]) * n + first;
+      const float weight = 1.0f / uses[which[i]];
+      for (int e = 0; e < here; ++e) sums[e] += weight * row[e];
+    }
+    for (int e = 0; e < here; ++e) out[first + e] += sums[e];
+  }
+}
 
 }  // namespace
 
@@ -76,30 +96,68 @@ void PathRow::foresee(const double* odds, int32_t* path, int count, double then,
   }
 }
 
-bool weigh_rows(const float* rows, int n, const int32_t* which, const float* weights, int k, float* out) {
-  std::fill_n(out, n, 0.0f);
-  for (int i = 0; i < k; ++i) {
-    const float* row = rows + int64_t(which[i]) * n;
-    for (int e = 0; e < n; ++e) out[e] += weights[i] * row[e];
-  }
-  return std::any_of(out, out + n, [](float x) { return x != 0; });
+void mix_odds(const double* habit, const float* text, int n, const double* weights, double* out) {
+  const double one = weights[0], of_habit = weights[1], of_text = weights[2];
+  for (int e = 0; e < n; ++e) out[e] = one + of_habit * habit[e] + of_text * double(text[e]);
 }
 
-void count_path(float* pairs, float* totals, float* uses, const int32_t* path, int layers, int experts, int k) {
-  for (int layer = 0; layer < layers; ++layer, path += k) {
-    const int64_t first = int64_t(layer) * experts;
-    for (int i = 0; i < k; ++i) uses[first + path[i]] = totals[first + path[i]] += 1;
-    for (int before = layer ? -k : 0; before < 0; ++before) {
-      float* row = pairs + (first + path[before]) * experts;
-      for (int i = 0; i < k; ++i) row[path[i]] += 1;
+void raise_odds(double* odds, int n) {
+  for (int e = 0; e < n; ++e) {
+    const double most = odds[e] < kMostOdds ? odds[e] : kMostOdds;
+    odds[e] = most > kLeastOdds ? most : kLeastOdds;
+  }
+  kernels().powers(odds, n);
+}
+
+void PathTable::count(const int32_t* path, int k) const {
+  const auto pair = [&](float* table, int layer, int distance) {
+    if (!table || layer < distance) return;
+    const int32_t *chosen = path + layer * k, *earlier = chosen - distance * k;
+    for (int j = 0; j < k; ++j) {
+      float* row = table + (int64_t(layer) * experts + earlier[j]) * experts;
+      for (int i = 0; i < k; ++i) row[chosen[i]] += 1;
     }
+  };
+  for (int layer = 0; layer < layers; ++layer) {
+    const int64_t first = int64_t(layer) * experts;
+    for (int i = 0; i < k; ++i) {
+      const int64_t e = first + path[layer * k + i];
+      uses[e] = totals[e] += 1;
+    }
+    pair(pairs, layer, 1);
+    pair(far, layer, 2);
+  }
+}
+
+bool PathTable::follow(int layer, const int32_t* last, int k, const int32_t* before, int m, float* out) const {
+  const int64_t at = int64_t(layer) * experts, square = at * experts;
+  std::fill_n(out, experts, 0.0f);
+  add_shares(pairs + square, uses + at - experts, experts, last, k, out);
+  if (m > 0) add_shares(far + square, uses + at - 2 * int64_t(experts), experts, before, m, out);
+  return std::any_of(out, out + experts, [](float x) { return x != 0; });
+}
+
+void PrecisionRule::choose(const float* gates, int k, const int32_t* experts, int n, const int8_t* has,
+                           int8_t* out) const {
+  double total = 0, before = 0;
+  for (int i = 0; i < k; ++i) total += double(gates[i]);
+  for (int i = 0; i < n; ++i) {
+    const int wanted = before <= t1 * total ? high : before <= t2 * total ? low : 0;
+    const int here = bits_of[size_t(has[experts[i]])];
+    const bool is_hit = here > 0 && here >= (strict || wanted < low ? wanted : low);
+    out[i] = int8_t(is_hit ? here : wanted);
+    before += double(gates[i]);
   }
 }
 
 int likeliest(const float* scores, const int8_t* has, const int8_t* wanted, int n, int32_t* out, int most) {
+  if (most == 0) return 0;
   Best best(scores, out, most, [](float a, float b) { return a > b; });
+  float above = 0;  // what a score must be: asked first, as few are
   for (int e = 0; e < n; ++e) {
-    if (scores[e] > 0 && has[e] < wanted[e]) best.take(e);
+    if (!(scores[e] > above) || has[e] >= wanted[e]) continue;
+    best.take(e);
+    if (best.count() == most) above = scores[out[most - 1]];
   }
   return best.count();
 }

@@ -1,7 +1,10 @@
 // What schedulers work out of all experts of a layer at once; see edgemoe/scheduler, where each is used.
 #pragma once
 
+#include <array>
 #include <cstdint>
+
+#include "kernels/kernels.h"
 
 namespace edgemoe {
 
@@ -31,17 +34,43 @@ struct PathRow {
   void foresee(const double* odds, int32_t* path, int count, double then, double round, double penalty) const;
 };
 
-/// Adds up `weights[i]` times row `which[i]` of `rows` [any, n] into `out` [n], in the order of i. Returns whether
-/// anything is not 0.
-bool weigh_rows(const float* rows, int n, const int32_t* which, const float* weights, int k, float* out);
+/// out [n] = weights [3] times one, the odds by habit and those by the text, all in logarithms; `text` is for use.
+void mix_odds(const double* habit, const float* text, int n, const double* weights, double* out);
 
-/// EdgeMoE's table of what follows what, of all layers: pairs [L, E, E], totals and uses [L, E], of which the latter
-/// are 1 at least. A token has run the experts `path` [L, K], of a layer each once: what it ran counts one more, and so
-/// does each pair of an expert and one of the layer before.
-void count_path(float* pairs, float* totals, float* uses, const int32_t* path, int layers, int experts, int k);
+/// Turns odds [n] in logarithms into odds; what is above e^20 is all the same.
+void raise_odds(double* odds, int n);
+
+/// Which experts of a layer followed those of the layers before it (EdgeMoE's table), of all layers: arrays of somebody
+/// else.
+struct PathTable {
+  float* pairs;   ///< [layers, experts, experts], of an expert and one of the layer before
+  float* far;     ///< the same of two layers before, or null
+  float* totals;  ///< [layers, experts]
+  float* uses;    ///< the same, but 1 at least
+  int layers, experts;
+
+  /// A token has run `path` [layers, k], of a layer each expert once: what it ran counts one more, and so does each
+  /// pair.
+  void count(const int32_t* path, int k) const;
+
+  /// Sets `out` [experts] to the sum over `last` [k], of the layer before `layer`, and over `before` [m], of the one
+  /// before that, of what share of their uses each expert followed. Returns whether anything is not 0.
+  bool follow(int layer, const int32_t* last, int k, const int32_t* before, int m, float* out) const;
+};
 
 /// Writes to `out` the experts [n] of the highest scores above 0, highest first, of equals the first, at most `most`
 /// of them and only those that have less than they are wanted at. Returns how many.
 int likeliest(const float* scores, const int8_t* has, const int8_t* wanted, int n, int32_t* out, int most);
+
+/// HOBBIT's choice of precisions: the score of an expert is the share of gates of the better ones of its token.
+struct PrecisionRule {
+  double t1, t2;  ///< up to the first score at `high` bits, up to the second at `low`, above it not at all
+  int low, high;
+  std::array<int8_t, kMaxRungs + 1> bits_of;  ///< of each level
+  bool strict;  ///< whether what is resident at `low` is a miss for one that is worth `high`
+
+  /// Writes the bits of `experts` [n], the first of a token's `gates` [k], best first; `has` are all experts' levels.
+  void choose(const float* gates, int k, const int32_t* experts, int n, const int8_t* has, int8_t* out) const;
+};
 
 }  // namespace edgemoe

@@ -55,28 +55,33 @@ void bind_use_rows(py::module_& m) {
           "keep", [](LiveRows& f, int layer) { f.layer(layer).keep(); }, py::arg("layer"))
       .def(
           "token",
-          [](LiveRows& f, int layer, const Array<int32_t>& chosen, const Array<float>& scores, double left) {
+          [](LiveRows& f, int layer, const Array<int32_t>& chosen, const Array<float>& scores, double left,
+             double share, const Array<double>& weights, Array<double>& odds) {
             const UseRows rows = f.layer(layer);
             f.chosen(chosen, "chosen");
             expect(scores, "scores", {f.num_experts()});
-            rows.use(chosen.data(), int(chosen.size()), left);
-            rows.score(scores.data());
+            expect(weights, "weights", {5});
+            expect(odds, "odds", {f.num_experts()});
+            rows.token(chosen.data(), int(chosen.size()), scores.data(), left, share, weights.data(),
+                       odds.mutable_data());
           },
-          py::arg("layer"), py::arg("chosen").noconvert(), py::arg("scores").noconvert(), py::arg("left"))
+          py::arg("layer"), py::arg("chosen").noconvert(), py::arg("scores").noconvert(), py::arg("left"),
+          py::arg("share"), py::arg("weights").noconvert(), py::arg("odds").noconvert(),
+          "One token has passed a layer: moves its rows on, and writes the odds against use in logarithms.")
       .def(
           "weigh",
           [](LiveRows& f, int layer, const Array<int32_t>& chosen, const Array<int32_t>& against, double share,
-             const Array<double>& weights, double most, Array<double>& odds) {
+             const Array<double>& weights, Array<double>& odds) {
             const UseRows rows = f.layer(layer);
             f.chosen(chosen, "chosen");
             f.chosen(against, "against");
             expect(weights, "weights", {5});
             expect(odds, "odds", {f.num_experts()});
             rows.weigh(chosen.data(), int(chosen.size()), against.data(), int(against.size()), share, weights.data(),
-                       most, odds.mutable_data());
+                       odds.mutable_data());
           },
           py::arg("layer"), py::arg("chosen").noconvert(), py::arg("against").noconvert(), py::arg("share"),
-          py::arg("weights").noconvert(), py::arg("most"), py::arg("odds").noconvert());
+          py::arg("weights").noconvert(), py::arg("odds").noconvert(), "The same after `raw` was written.");
 }
 
 }  // namespace edgemoe

@@ -602,6 +602,7 @@ uint8_t read_all(const uint8_t* bytes, size_t n) {
 #include "attention-inl.h"
 #include "correction-inl.h"
 #include "float4-inl.h"
+#include "guesses-inl.h"
 #include "latent-inl.h"
 #include "mwq-inl.h"
 #include "packed-inl.h"
@@ -649,7 +650,10 @@ constexpr Kernels make_kernels(const char* name) {
                  sigmoid<V>,
                  sigmoid_mul<V>,
                  softplus<V>,
-                 decays<V>};
+                 decays<V>,
+                 matmul_rounded<V>,
+                 logs<V>,
+                 powers<V>};
 }
 
 }  // namespace

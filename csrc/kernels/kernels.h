@@ -333,6 +333,15 @@ struct FitLevel {
   float weight;  ///< how much its squared error counts
 };
 
+/// A matrix in codes of 4 bits with a scale per row: w = scale * (code - 7.5). A block of kTileRows rows has 64 bytes
+/// for every 8 columns, of each row four; the lower halves are of the first four of them.
+struct RoundedTiles {
+  const uint8_t* codes;  ///< [blocks, steps, 64]
+  const float* scales;   ///< [blocks * kTileRows]
+  const float* bias;     ///< likewise, what is added to a row's product
+  int blocks, steps;
+};
+
 struct Kernels {
   const char* name;
 
@@ -455,6 +464,15 @@ struct Kernels {
 
   /// out[i] = exp(-rate step[i]) with rate[0], or with rate[i] if `rate_each`. Both are at least 0. out may be step.
   void (*decays)(const float* step, const float* rate, bool rate_each, int n, float* out);
+
+  /// out [blocks * kTileRows] = w x + bias, where x [steps * 8] has `x_scale` times its codes, whose sum is `x_sum`.
+  void (*matmul_rounded)(const RoundedTiles& w, const int8_t* x, float x_scale, float x_sum, float* out);
+
+  /// out[i] = log x[i], of normal numbers above 0. out may be x.
+  void (*logs)(const double* x, int n, double* out);
+
+  /// x[i] = e^x[i], in place, of numbers between -700 and 700.
+  void (*powers)(double* x, int n);
 };
 
 /// y = w x, as `matmul_nested` says, with w's correction if it has one: then z [n] has what `quantize_ranks` gave.

@@ -97,10 +97,8 @@ class SoonestUse(Eviction):
 
     def planned(self, routing: Routing, plan: Plan) -> None:
         self._step += 1.0
-        L, row = float(self.num_layers), self._rows[routing.layer]
         odds = self.predictor.update(routing)  # L / p = L + L * odds against
-        odds *= -L
-        np.subtract(odds, self._step + L, out=row)
+        _core.expect_uses(self._rows[routing.layer], odds, self._step, float(self.num_layers))
         self._version[routing.layer] += 1
 
     def begin(self) -> None:

@@ -70,7 +70,6 @@ class ExpertFlow(Scheduler):
         self._bits = np.full(L * E, setting.bits, np.int8)
         self._paths = np.zeros((L, K), np.int32)  # predicted
         self._known = 0  # layers that have a prediction
-        self._first = np.arange(0, L * E, E, dtype=np.int32)[:, None]
         self._late = np.zeros((L, E))  # rounds later for what is predicted, until it runs
         self._late_rows, self._path_rows = list(self._late), list(self._paths)
         self._step = 0.0
@@ -94,17 +93,15 @@ class ExpertFlow(Scheduler):
         self.priorities.version[layer] += 1
         if len(routing.experts) > 1:
             return self._exact.plan(routing, residency)
-        ahead, stop = None, min(layer + 1 + self._prefetch, self._known)
-        if layer + 1 < stop:
-            later = self._paths[layer + 1 : stop] + self._first[layer + 1 : stop]
-            ahead = later[residency.take(later) < self._top_level]
-        return plan_token(
-            routing,
-            self._bits[:K],
-            None,
-            ahead,
-            None if ahead is None else self._bits[: len(ahead)],
-        )
+        stop = min(layer + 1 + self._prefetch, self._known)
+        parts = [
+            _core.lacking(self._path_rows[i], residency[i], self._top_level, i * self._num_experts)
+            for i in range(layer + 1, stop)
+        ]
+        if not parts:
+            return plan_token(routing, self._bits[:K])
+        ahead = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return plan_token(routing, self._bits[:K], None, ahead, self._bits[: len(ahead)])
 
     def begin(self) -> None:
         """See `Scheduler.begin`."""

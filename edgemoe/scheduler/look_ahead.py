@@ -60,27 +60,35 @@ class LookAhead:
         """Guesses for so many tokens at once from now on, one of each sequence."""
         (L, K), self._rows = self._shape, rows
         self._guess = np.full((L, rows, K), -1, np.int32)  # of each layer, made in the layer before
-        self._absent = np.zeros((L, rows, K), bool)
+        self._had = np.ones((L, rows, K), np.int8)  # levels of the guesses then
         self._actual = np.zeros((L, rows, K), np.int32)
 
     def wishes(
         self, routing: Routing, residency: NDArray[np.int8]
     ) -> tuple[NDArray[np.int32] | None, NDArray[np.int8] | None]:
         """Returns `Plan.ahead` and `Plan.ahead_bits` of a layer: best guesses first, those of all tokens in turn."""
+        self.note(routing, residency)
+        layer = routing.layer
+        if routing.ahead_experts is None or layer == self._last:
+            return None, None
+        guess = routing.ahead_experts[0]
+        best = guess[0, : self._cut]
+        if len(guess) > 1:
+            best = np.array(list(dict.fromkeys(guess[:, : self._cut].T.ravel().tolist())), np.int32)
+        wishes = best + self._base[layer + 1]
+        return wishes, self._bits.take(wishes)
+
+    def note(self, routing: Routing, residency: NDArray[np.int8]) -> None:
+        """Notes what a layer runs, and what its input says of the next one, to learn from both."""
         layer, T = routing.layer, len(routing.experts)
         if self._rows != T:
             self._start(T)
         self._actual[layer] = routing.experts
         if routing.ahead_experts is None or layer == self._last:
-            return None, None
+            return
         guess = routing.ahead_experts[0]
         self._guess[layer + 1] = guess
-        self._absent[layer + 1] = residency[layer + 1][guess] == 0
-        best = guess[0, : self._cut]
-        if T > 1:
-            best = np.array(list(dict.fromkeys(guess[:, : self._cut].T.ravel().tolist())), np.int32)
-        wishes = best + self._base[layer + 1]
-        return wishes, self._bits[wishes]
+        self._had[layer + 1] = residency[layer + 1].take(guess)
 
     def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
         """See `Scheduler.passed`: learns from the guesses of this pass, and which is faster: with or without."""
@@ -101,10 +109,11 @@ class LookAhead:
 
     def _learn(self) -> None:
         hit = (self._guess[..., None] == self._actual[:, :, None]).any(3)
-        self._right = self._right * _KEEP + (hit & self._absent).sum((0, 1))
-        self._seen = self._seen * _KEEP + self._absent.sum((0, 1))
+        absent = self._had == 0
+        self._right = self._right * _KEEP + (hit & absent).sum((0, 1))
+        self._seen = self._seen * _KEEP + absent.sum((0, 1))
         self._guess[:] = -1
-        self._absent[:] = False
+        self._had[:] = 1
         self._cut = self._worth()
 
     def _worth(self) -> int:

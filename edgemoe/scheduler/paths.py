@@ -14,7 +14,7 @@ the model's file as the section "paths", a safetensors file. V rows of embedding
     next       float32 [L*E, d]    from the state alone to those of the token after it, not yet known
     next_bias  float32 [L*E]
 
-`now` and `next` are nearly all of it, and a token reads them whole: they are kept in 8 bits with a scale per row.
+`now` and `next` are nearly all of it, and a token reads them whole: they are kept in 4 bits with a scale per row.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from edgemoe.errors import FormatError
 from edgemoe.file.tensors import is_finite, view
 from edgemoe.plan import Routing
 from edgemoe.scheduler.base import Setting
-from edgemoe.scheduler.predict import Logistic, NextUse, Turns, features_first
+from edgemoe.scheduler.predict import Logistic, NextUse, Turns
 
 __all__ = ["SECTION", "PathPredictor", "PathUse", "hashed"]
 
@@ -67,7 +67,7 @@ class PathPredictor:
         self._state = self._seen[:d]
         self._from_input, self._from_state = np.empty((2, 3 * d), np.float32)
         shape = (num_layers, num_experts)
-        self._paths: list[Array] = [np.empty(shape, np.float32) for _ in self._heads]
+        self._paths: list[Array] = [np.zeros(shape, np.float32) for _ in self._heads]
         self._is_known = [False, False]
 
     @classmethod
@@ -163,15 +163,15 @@ class PathUse(NextUse):
             )
         super().__init__(L, E, setting.experts_per_token)
         self._path = PathPredictor.from_section(setting.sections[SECTION], L, E)
-        # Features: one, the odds against use by habit, the predictor's logit.
-        self._after, self._at = np.zeros((2, L, 3, E))
-        self._after[:, 0] = self._at[:, 0] = 1.0
-        self._rows = list(self._after)
+        # Odds against use by habit, for the token after the one that a layer ran last; and what was said of the layers
+        # that are learned from a token before.
+        self._habit = np.zeros((L, E))
+        self._habit_rows, self._text_rows = list(self._habit), list(self._path.next)
         self._turns = Turns(L, E)
-        self._asked = np.empty_like(self._after)
+        self._asked = self._asked_now = np.zeros((3, 0))
+        self._path_odds = np.empty((L, E))
         self._weigh_after = Logistic([0.0, -0.5, 0.5])
         self._weigh_at = Logistic([0.0, -0.3, 0.7])
-        self._against_after = self._weigh_after.against
         self._has_run = self._can_learn = self._was_asked = False
 
     def begin(self) -> None:
@@ -186,10 +186,9 @@ class PathUse(NextUse):
             self._can_learn = self._was_asked = False
             return
         if self._weigh_after.is_next_due:
-            layers = slice(self._turns.now.start, self._turns.now.stop)
-            self._asked[layers] = self._after[layers]
+            self._asked = self._lesson_of(self._path.next)
         self._path.follow(ids)
-        self._after[:, 2] = self._path.next
+        _ = self._path.next  # which the rows are of
         self._can_learn, self._was_asked = self._has_run and len(ids) == 1, False
         self._has_run = True
 
@@ -201,28 +200,31 @@ class PathUse(NextUse):
         if not self._can_learn:
             return None
         self._was_asked = True
-        self._at[:, 1] = self._after[:, 1]
-        self._at[:, 2] = self._path.now
-        one, of_habit, of_text = self._weigh_at.against
-        odds: NDArray[np.float64] = self._at[:, 1] * of_habit
-        odds += self._at[:, 2] * of_text
-        odds += one
+        now, odds = self._path.now, self._path_odds
+        if self._weigh_after.is_next_due:
+            self._asked_now = self._lesson_of(now)
+        _core.mix_odds(self._habit, now, self._weigh_at.against, odds)
         return odds
+
+    def _lesson_of(self, text: Array) -> NDArray[np.float64]:
+        """Returns those of the layers whose turn it is: one, what habit says, what the text says; [3, n]."""
+        layers = slice(self._turns.now.start, self._turns.now.stop)
+        habit = self._habit[layers].reshape(-1)
+        return np.stack([np.ones_like(habit), habit, text[layers].reshape(-1)])
 
     def update(self, routing: Routing) -> NDArray[np.float64]:
         """See `NextUse.update`."""
-        features = self._rows[routing.layer]
-        self.log_odds(routing, out=features[1])
-        odds: NDArray[np.float64] = np.dot(self._against_after, features)
-        np.minimum(odds, 20.0, out=odds)
-        return np.exp(odds, out=odds)
+        layer, odds = routing.layer, self._odds
+        habit = self.log_odds(routing, out=self._habit_rows[layer])
+        _core.mix_odds(habit, self._text_rows[layer], self._weigh_after.against, odds)
+        _core.raise_odds(odds)
+        return odds
 
     def learn(self) -> None:
         """See `NextUse.learn`."""
         super().learn()
         if self._can_learn and self._weigh_after.is_due:
-            layers = self._turns.take()
-            used = self._now[layers, 1].reshape(-1)
-            self._weigh_after.learn(features_first(self._asked[layers]), used)
+            used = self._now[self._turns.take(), 1].reshape(-1)
+            self._weigh_after.learn(self._asked, used)
             if self._was_asked:
-                self._weigh_at.learn(features_first(self._at[layers]), used)
+                self._weigh_at.learn(self._asked_now, used)

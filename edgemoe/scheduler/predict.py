@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -134,7 +133,7 @@ class NextUse:
         self._now[:, 0] = 1.0
         self._now[:, 2] = np.log(experts_per_token / E)
         self._features = _core.UseRows(raw=self._raw, now=self._now, before=self._before)
-        self._logs = list(zip(self._raw, self._now[:, 2:4], strict=True))
+        self._raw_rows = list(self._raw)
         self._odds = np.empty(E)
         self.habit = Logistic([0.0, 0.0, 1.0, 0.0, 0.0])
         """Of the features."""
@@ -154,29 +153,28 @@ class NextUse:
 
     def update(self, routing: Routing) -> Array:
         """Takes one layer's routing and returns the odds against each expert's next use, [E]; scratch of one call."""
-        odds = self.log_odds(routing, most=20.0)
-        return np.exp(odds, out=odds)
+        odds = self.log_odds(routing)
+        _core.raise_odds(odds)
+        return odds
 
-    def log_odds(self, routing: Routing, most: float = math.inf, out: Array | None = None) -> Array:
-        """As `update`, and returns the logarithms of these odds, `most` at most; in `out` [E], if given."""
+    def log_odds(self, routing: Routing, out: Array | None = None) -> Array:
+        """As `update`, and returns the logarithms of these odds; in `out` [E], if given."""
         layer, features = routing.layer, self._features
         if self._is_lesson and layer in self._lesson.now:
             features.keep(layer)
-        chosen = routing.experts[-1]
-        against = chosen[-1:]
+        odds = self._odds if out is None else out
+        chosen, share = routing.experts[-1], 1.0 - self._decay
         if len(routing.experts) == 1 and routing.scores is not None:
-            features.token(layer, chosen, routing.scores[0], self._keep)
+            scores = routing.scores[0]
+            features.token(layer, chosen, scores, self._keep, share, self._against, odds)
         else:
             chosen, against = self._several(routing)
-        raw, logs = self._logs[layer]
-        np.log(raw, out=logs)
-        odds = self._odds if out is None else out
-        features.weigh(layer, chosen, against, 1.0 - self._decay, self._against, most, odds)
+            features.weigh(layer, chosen, against, share, self._against, odds)
         return odds
 
     def _several(self, routing: Routing) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Takes the routing of any number of tokens; returns which experts ran, and those that margins are against."""
-        f, s = self._raw[routing.layer]
+        f, s = self._raw_rows[routing.layer]
         several = routing.sequences > 1 and routing.is_decoding
         chosen = np.unique(routing.experts) if several else routing.experts[-1]
         _decayed(f, routing.experts, self._keep)
@@ -257,9 +255,11 @@ class Transitions:
         self._tuples: dict[tuple[int, bytes], NDArray[np.float32]] = {}
         self._pairs = np.zeros((L, E, E), np.float32)
         self._far_pairs = np.zeros((L, E, E), np.float32) if depth > 1 else None  # two layers apart
-        self._far_total = np.empty(E, np.float32)
         self._totals = np.zeros((L, E), np.float32)
         self._uses = np.ones((L, E), np.float32)  # at least 1, to divide by
+        self._table = _core.PathTable(
+            pairs=self._pairs, far=self._far_pairs, totals=self._totals, uses=self._uses
+        )
         self._path: list[NDArray[np.int32]] = []
         self._total = np.empty(E, np.float32)
 
@@ -275,10 +275,7 @@ class Transitions:
         L = len(path)
         if len(self._totals) != L:
             return  # it did not begin with the first layer
-        _core.count_path(self._pairs, self._totals, self._uses, path)
-        if self._far_pairs is not None:
-            layers = np.arange(2, L)[:, None, None]
-            self._far_pairs[layers, path[:-2, :, None], path[2:, None, :]] += 1.0
+        self._table.count(path)
         if self._has_tuples:
             for layer in range(1, L):
                 self._count_tuples(layer, path[layer])
@@ -312,16 +309,9 @@ class Transitions:
                 counts = self._tuples.get(key)
                 if counts is not None:
                     return counts
-        last, total, far = self._path[layer - 1], self._total, self._far_total
-        weights = np.reciprocal(self._uses[layer - 1].take(last))
-        is_known: bool = _core.weigh_rows(self._pairs[layer], last, weights, total)
-        if self._far_pairs is not None and layer > 1:
-            before = self._path[layer - 2]
-            weights = np.reciprocal(self._uses[layer - 2].take(before))
-            if _core.weigh_rows(self._far_pairs[layer], before, weights, far):
-                is_known = True
-                total += far
-        return total if is_known else marginal
+        before = self._path[layer - 2] if self._far_pairs is not None and layer > 1 else None
+        is_known = self._table.follow(layer, self._path[layer - 1], before, self._total)
+        return self._total if is_known else marginal
 
     def state(self) -> dict[str, NDArray[Any]]:
         """See `Scheduler.state`; the table of tuples is left out, it is larger than all else."""

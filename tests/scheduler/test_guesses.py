@@ -56,15 +56,39 @@ def test_layers_run_one_after_the_other():
     assert paths[:, 0].tolist() == [1, 0, 1]
 
 
-def test_rows_are_added_by_their_weights():
+def tables(layers):
+    """Pairs, pairs two layers apart, totals, and uses, of which nothing has run."""
+    pairs, far = np.zeros((2, layers, E, E), np.float32)
+    totals, uses = np.zeros((2, layers, E), np.float32)
+    uses += 1
+    return {"pairs": pairs, "far": far, "totals": totals, "uses": uses}
+
+
+@pytest.mark.parametrize("is_deep", [True, False])
+def test_what_followed_is_added_by_its_shares(is_deep):
     rng = np.random.default_rng(0)
-    rows = rng.random((E, 33)).astype(np.float32)
-    out = np.full(33, 9, np.float32)
-    which, weights = experts(rng), rng.random(K).astype(np.float32)
-    assert _core.weigh_rows(rows, which, weights, out)
-    np.testing.assert_allclose(out, weights @ rows[which], rtol=1e-6)
-    assert not _core.weigh_rows(0 * rows, which, weights, out)
+    t = tables(3)
+    table = _core.PathTable(**{**t, "far": t["far"] if is_deep else None})
+    out = np.full(E, 9, np.float32)
+    last, before = experts(rng), experts(rng, 3)
+    assert not table.follow(1, last, None, out)
     assert not out.any()
+    t["pairs"][:], t["far"][:] = rng.integers(0, 9, (2, 3, E, E))
+    t["uses"][:] = rng.integers(1, 9, (3, E))
+    assert table.follow(2, last, before if is_deep else None, out)
+    expected = (t["pairs"][2][last] / t["uses"][1][last, None]).sum(0, dtype=float)
+    if is_deep:
+        expected += (t["far"][2][before] / t["uses"][0][before, None]).sum(0)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="layer"):
+        table.follow(1 if is_deep else 3, last, before if is_deep else None, out)
+    with pytest.raises(ValueError, match="last"):
+        table.follow(1, np.array([E], np.int32), None, out)
+    with pytest.raises(ValueError, match="out: expected shape"):
+        table.follow(1, last, None, out[:-1])
+    if not is_deep:
+        with pytest.raises(ValueError, match="two layers apart"):
+            table.follow(2, last, before, out)
 
 
 @pytest.mark.parametrize("most", [0, 1, 3, E])
@@ -100,15 +124,19 @@ def test_records_and_uses():
 def test_there_is_no_such_expert(bad):
     bad = np.array(bad, np.int32)
     row, path, one = np.zeros(E), np.zeros(K, np.int32), np.zeros(1, np.int8)
-    singles = np.zeros(E, np.float32)
     with pytest.raises(ValueError, match="chosen"):
         _core.decay_uses(row, bad, 0.5)
     with pytest.raises(ValueError, match="chosen"):
         _core.renew_records(row, row.copy(), bad, one, np.zeros(9), 0.0)
     with pytest.raises(ValueError, match="chosen"):
         _core.follow_path(row, row.copy(), bad, row, path, 0.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match="which"):
-        _core.weigh_rows(singles[None].repeat(E, 0), bad, np.ones(1, np.float32), singles)
+    with pytest.raises(ValueError, match="experts"):
+        _core.lacking(bad, one.repeat(E), 1, 0)
+    rule = _core.PrecisionRule(level_bits=[4, 8], low=4, high=8, strict=True)
+    with pytest.raises(ValueError, match="experts"):
+        rule.token(np.ones(1, np.float32), bad, one.repeat(E))
+    with pytest.raises(ValueError, match="experts"):
+        rule.ahead(None, bad, one.repeat(E), 0)
     with pytest.raises(ValueError, match="path"):
         _core.follow_path(row, row.copy(), bad[:0], row, np.zeros(E + 1, np.int32), 0.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="bits"):
@@ -118,25 +146,92 @@ def test_there_is_no_such_expert(bad):
 def test_a_path_is_counted():
     rng = np.random.default_rng(0)
     layers = np.arange(3)[:, None]
-    pairs, totals, uses = (np.zeros(shape, np.float32) for shape in ((3, E, E), (3, E), (3, E)))
-    uses += 1
-    expected = pairs.copy()
+    t = tables(3)
+    table = _core.PathTable(**t)
+    pairs, far = t["pairs"].copy(), t["far"].copy()
     runs = np.zeros((3, E))
     for _ in range(20):
         path = np.array([experts(rng) for _ in range(3)])
-        _core.count_path(pairs, totals, uses, path)
-        expected[layers[1:, :, None], path[:-1, :, None], path[1:, None, :]] += 1
+        table.count(path)
+        pairs[layers[1:, :, None], path[:-1, :, None], path[1:, None, :]] += 1
+        far[layers[2:, :, None], path[:-2, :, None], path[2:, None, :]] += 1
         runs[layers, path] += 1
-        np.testing.assert_array_equal(pairs, expected)
-        np.testing.assert_array_equal(totals, runs)
-        np.testing.assert_array_equal(uses, np.maximum(runs, 1))
+        np.testing.assert_array_equal(t["pairs"], pairs)
+        np.testing.assert_array_equal(t["far"], far)
+        np.testing.assert_array_equal(t["totals"], runs)
+        np.testing.assert_array_equal(t["uses"], np.maximum(runs, 1))
     path[1, 2] = E
     with pytest.raises(ValueError, match="path"):
-        _core.count_path(pairs, totals, uses, path)
+        table.count(path)
+    with pytest.raises(ValueError, match="far: expected shape"):
+        _core.PathTable(**{**t, "far": t["far"][:2].copy()})
+
+
+def test_odds_are_mixed_and_raised():
+    rng = np.random.default_rng(0)
+    habit, text = 10 * rng.normal(size=(2, 3, 41)), rng.normal(size=(3, 41)).astype(np.float32)
+    weights, out = rng.normal(size=3), np.empty((3, 41))
+    _core.mix_odds(habit[0], text, weights, out)
+    expected = weights[0] + weights[1] * habit[0] + weights[2] * text
+    np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="text: expected as many"):
+        _core.mix_odds(habit[0], text[:2].copy(), weights, out)
+    odds = np.concatenate([rng.normal(0, 30, 500), [-np.inf, np.inf, np.nan, 0.0, 20.0]])
+    with np.errstate(invalid="ignore"):
+        expected = np.exp(np.where(odds < 20, odds, 20))
+    _core.raise_odds(odds)
+    np.testing.assert_allclose(odds, expected, rtol=1e-13, atol=1e-300)
+    row, odds = np.zeros(E), rng.random(E)
+    _core.expect_uses(row, odds, 7.0, ROUND)
+    np.testing.assert_allclose(row, -7 - ROUND - ROUND * odds, rtol=1e-14)
+
+
+def test_what_lacks_a_level():
+    has = np.array([0, 2, 1, 2, 0], np.int8)
+    assert _core.lacking(np.array([3, 0, 2], np.int32), has, 2, 100).tolist() == [100, 102]
+    assert _core.lacking(np.array([1, 3], np.int32), has, 2, 100).tolist() == []
+
+
+def precision(gates, levels, *, strict, t1=0.4, t2=0.7, low=4, high=8, bits_of=(0, 2, 4, 8)):
+    """HOBBIT 3.2 in plain numbers."""
+    out, before = [], 0.0
+    for gate, level in zip(gates, levels, strict=False):
+        score = before / sum(gates)
+        wanted = high if score <= t1 else low if score <= t2 else 0
+        here = bits_of[level]
+        enough = wanted if strict or wanted < low else low
+        out.append(here if here and here >= enough else wanted)
+        before += gate
+    return out
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_precisions_follow_the_gates_before(strict):
+    rng = np.random.default_rng(0)
+    rule = _core.PrecisionRule(level_bits=[2, 4, 8], low=4, high=8, strict=strict)
+    rule.t1, rule.t2 = 0.4, 0.7
+    seen = set()
+    for _ in range(200):
+        gates = np.sort(rng.random(K).astype(np.float32))[::-1].copy()
+        has, some = rng.integers(0, 4, E).astype(np.int8), experts(rng)
+        expected = precision(gates.tolist(), has[some].tolist(), strict=strict)
+        assert rule.token(gates, some, has).tolist() == expected
+        n = int(rng.integers(0, K + 1))
+        ids, bits, lacks = rule.ahead(gates, some[:n], has, 1000)
+        kept = [i for i in range(n) if expected[i]]
+        assert ids.tolist() == (some[kept] + 1000).tolist()
+        assert bits.tolist() == [expected[i] for i in kept]
+        assert lacks == any(expected[i] > (0, 2, 4, 8)[has[some[i]]] for i in range(n))
+        ids, bits, lacks = rule.ahead(None, some, has, 0)
+        assert (ids == some).all()
+        assert (bits == 8).all()
+        assert lacks == (has[some] < 3).any()
+        seen |= set(expected)
+    assert seen == {0, 2, 4, 8} if not strict else {0, 4, 8} <= seen
 
 
 @pytest.mark.parametrize(("rows", "cols"), [(70, 48), (32, 64), (1, 1), (33, 129)])
-def test_rounded_rows_are_their_matrix_in_8_bits(rows, cols):
+def test_rounded_rows_are_their_matrix_in_4_bits(rows, cols):
     rng = np.random.default_rng(rows)
     matrix = rng.normal(size=(rows, cols)).astype(np.float32)
     matrix *= np.float32(10.0) ** rng.integers(-6, 6, (rows, 1))  # each row has a scale of its own
@@ -145,12 +240,18 @@ def test_rounded_rows_are_their_matrix_in_8_bits(rows, cols):
     bias, x = bias[:rows].copy(), x[:cols].copy()
     out = np.full(rows, np.nan, np.float32)
     _core.RoundedRows(matrix, bias).dot(x, out)
-    scale = np.abs(matrix).max(axis=1, keepdims=True).astype(float) / 127
-    codes = np.rint(np.divide(matrix, scale, out=np.zeros((rows, cols)), where=scale > 0))
-    np.testing.assert_allclose(out, codes * scale @ x + bias, rtol=1e-5, atol=1e-5 * scale.max())
-    exact = matrix.astype(float) @ x + bias
-    assert (np.abs(out - exact) <= 0.51 * scale[:, 0] * np.abs(x).sum() + 1e-6).all()
+    scale = np.abs(matrix).max(axis=1, keepdims=True).astype(float) / 7.5
+    codes = np.floor(np.divide(matrix, scale, out=np.zeros((rows, cols)), where=scale > 0))
+    unit = np.abs(x).max() / np.float32(127)
+    near = (np.clip(codes, -8, 7) + 0.5) * scale @ (np.rint(x / unit) * float(unit)) + bias
+    np.testing.assert_allclose(out, near, rtol=1e-4, atol=1e-4 * scale.max())
     assert out[rows // 2] == bias[rows // 2]
+    before = out.copy()
+    for isa in _core.usable_isas().split():
+        _core.use_isa(isa)
+        _core.RoundedRows(matrix, bias).dot(x, out)
+        np.testing.assert_array_equal(out, before)
+    _core.use_isa(_core.usable_isas().split()[0])
 
 
 def test_a_small_matrix_times_a_vector():

@@ -104,20 +104,20 @@ def test_rows_refuse_what_they_cannot_index():
         _core.UseRows(raw=raw, now=rows, before=rows[:, :4].copy())
     live = _core.UseRows(raw=raw, now=rows, before=rows.copy())
     some, scores = np.array([7], np.int32), np.ones(8, np.float32)
+    odds, weights = np.zeros(8), np.zeros(5)
     with pytest.raises(ValueError, match="layer"):
         live.keep(2)
     for bad in ([8], [-1], []):
         with pytest.raises(ValueError, match="chosen"):
-            live.token(0, np.array(bad, np.int32), scores, 0.5)
+            live.token(0, np.array(bad, np.int32), scores, 0.5, 0.5, weights, odds)
     with pytest.raises(ValueError, match="scores"):
-        live.token(0, some, scores[:7], 0.5)
-    odds, weights = np.zeros(8), np.zeros(5)
+        live.token(0, some, scores[:7], 0.5, 0.5, weights, odds)
     with pytest.raises(ValueError, match="against"):
-        live.weigh(0, some, np.array([9], np.int32), 0.5, weights, 1.0, odds)
+        live.weigh(0, some, np.array([9], np.int32), 0.5, weights, odds)
     with pytest.raises(ValueError, match="odds"):
-        live.weigh(0, some, some, 0.5, weights, 1.0, odds[:7])
+        live.weigh(0, some, some, 0.5, weights, odds[:7])
     with pytest.raises(TypeError):
-        live.weigh(0, some, some, 0.5, weights.astype(np.float32), 1.0, odds)
+        live.weigh(0, some, some, 0.5, weights.astype(np.float32), odds)
     odds.flags.writeable = False
     with pytest.raises(ValueError, match="writ"):
-        live.weigh(0, some, some, 0.5, weights, 1.0, odds)
+        live.weigh(0, some, some, 0.5, weights, odds)

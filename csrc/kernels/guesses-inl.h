@@ -1,0 +1,106 @@
+// What schedulers work out of all experts at once. Part of kernels-inl.h.
+#pragma once
+
+#include "kernels-inl.h"
+
+namespace edgemoe {
+namespace {
+
+// ---------------------------------------------------------------- logarithms and powers
+// Plain loops, which compilers make vectors of: every lane does the same operations in the same order.
+
+inline double of_bits(uint64_t bits) {
+  double x;
+  __builtin_memcpy(&x, &bits, 8);
+  return x;
+}
+
+inline uint64_t bits_of_double(double x) {
+  uint64_t bits;
+  __builtin_memcpy(&bits, &x, 8);
+  return bits;
+}
+
+constexpr double kLn2High = 6.93147180369123816490e-01, kLn2Low = 1.90821492927058770002e-10;  // its sum, as in fdlibm
+
+/// log x = k log 2 + log m with m between the roots of 1/2 and 2, and log m = 2 artanh((m - 1) / (m + 1)).
+template <class V>
+void logs(const double* x, int n, double* out) {
+  constexpr uint64_t kRootOfHalf = 0x3fe6a09e667f3bcd, kOne = 0x3ff0000000000000, kFraction = 0x000fffffffffffff;
+  for (int i = 0; i < n; ++i) {
+    const uint64_t up = bits_of_double(x[i]) + (kOne - kRootOfHalf);
+    const double k = of_bits((up >> 52) | 0x4330000000000000) - (4503599627370496.0 + 1023.0);
+    const double m = of_bits((up & kFraction) + kRootOfHalf);
+    const double s = (m - 1.0) / (m + 1.0), z = s * s;
+    double p = 2.0 / 21;
+    p = p * z + 2.0 / 19;
+    p = p * z + 2.0 / 17;
+    p = p * z + 2.0 / 15;
+    p = p * z + 2.0 / 13;
+    p = p * z + 2.0 / 11;
+    p = p * z + 2.0 / 9;
+    p = p * z + 2.0 / 7;
+    p = p * z + 2.0 / 5;
+    p = p * z + 2.0 / 3;
+    p = p * z;
+    out[i] = k * kLn2High + (s * p + k * kLn2Low + 2.0 * s);
+  }
+}
+
+/// e^x = 2^n e^r, and e^r by its series.
+template <class V>
+void powers(double* x, int n) {
+  constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52: what is added to it is rounded to a whole number
+  for (int i = 0; i < n; ++i) {
+    const double shifted = x[i] * 1.44269504088896338700e+00 + kShift, whole = shifted - kShift;
+    const double r = (x[i] - whole * kLn2High) - whole * kLn2Low;
+    double p = 1.0 / 6227020800.0;
+    p = p * r + 1.0 / 479001600.0;
+    p = p * r + 1.0 / 39916800.0;
+    p = p * r + 1.0 / 3628800.0;
+    p = p * r + 1.0 / 362880.0;
+    p = p * r + 1.0 / 40320.0;
+    p = p * r + 1.0 / 5040.0;
+    p = p * r + 1.0 / 720.0;
+    p = p * r + 1.0 / 120.0;
+    p = p * r + 1.0 / 24.0;
+    p = p * r + 1.0 / 6.0;
+    p = p * r + 0.5;
+    p = p * r + 1.0;
+    p = p * r + 1.0;
+    x[i] = p * of_bits((bits_of_double(shifted) << 52) + 0x3ff0000000000000);
+  }
+}
+
+// ---------------------------------------------------------------- rows in 4 bits
+
+/// N blocks of rows, whose codes lie one after the other.
+template <class V, int N>
+inline void rounded_blocks(const RoundedTiles& w, int block, const int8_t* x, float x_scale, float x_sum, float* out) {
+  const uint8_t* codes = w.codes + size_t(block) * size_t(w.steps) * 64;
+  typename V::I low[N], high[N];
+  for (int b = 0; b < N; ++b) low[b] = high[b] = V::zero_ints();
+  for (int s = 0; s < w.steps; ++s) {
+    for (int b = 0; b < N; ++b) {
+      const auto both = V::load_bytes(codes + (size_t(b) * size_t(w.steps) + size_t(s)) * 64);
+      low[b] = V::template dot<false>(low[b], field<V, 4, 0>(both), x + 8 * s);
+      high[b] = V::template dot<false>(high[b], field<V, 4, 4>(both), x + 8 * s + 4);
+    }
+  }
+  for (int b = 0; b < N; ++b) {
+    const int row = (block + b) * kTileRows;
+    const auto dots = V::to_float(V::add_ints(low[b], high[b]));
+    const auto sum = V::mul(V::set(x_scale), V::sub(dots, V::set(7.5f * x_sum)));
+    V::store(out + row, V::fma(V::load(w.scales + row), sum, V::load(w.bias + row)));
+  }
+}
+
+template <class V>
+void matmul_rounded(const RoundedTiles& w, const int8_t* x, float x_scale, float x_sum, float* out) {
+  int block = 0;
+  for (; block + 2 <= w.blocks; block += 2) rounded_blocks<V, 2>(w, block, x, x_scale, x_sum, out);
+  if (block < w.blocks) rounded_blocks<V, 1>(w, block, x, x_scale, x_sum, out);
+}
+
+}  // namespace
+}  // namespace edgemoe
