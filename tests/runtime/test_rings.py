@@ -119,6 +119,17 @@ def test_a_little_is_taken_back_without_a_snapshot(model, rings, plain):
         assert np.array_equal(engine.logits(IDS[:40]), plain.logits(IDS[:40]))
 
 
+def test_a_snapshot_is_saved_as_soon_as_one_position_of_it_goes(model, rings, plain):
+    with edgemoe.load(model, context=CONTEXT) as engine:
+        state = engine._sequence.state
+        engine.logits(IDS[:274])
+        state.snapshot()
+        engine.extend(IDS[274:500])  # of what it sees, 274 + 1 - 32 = 243 alone is written over
+        assert state.rewind(274) == 274
+        got = engine.extend([3, 5])
+        assert np.array_equal(got, plain.logits([*IDS[:274], 3, 5], last_only=True))
+
+
 def test_a_turn_that_is_edited_or_answered_again_goes_back_to_a_snapshot(model, rings, plain):
     first, second = IDS[:50], IDS[60:90]
     with edgemoe.load(model, context=CONTEXT) as engine:
