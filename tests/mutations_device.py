@@ -60,7 +60,7 @@ DEVICE = (
          "shares[i * kTileRows], acc);\n    }"),
         ("scales of activations are those of the first segment", "scales + kScales * first;", "scales;"),
         ("tokens beyond the last are computed", "        if (t >= n) break;\n        const size_t tile", "        const size_t tile"),
-        ("rows beyond the last are written", "if (t < T && t < n && row < w.rows) {\n    const float scale", "if (t < T && t < n) {\n    const float scale"),
+        ("rows beyond the last are written", "if (t >= T || t >= n || row >= w.rows) return;", "if (t >= T || t >= n) return;"),
         ("the first tokens' rows are every block's", "from = head * p.n + token;", "from = head * p.n;"),
         ("lowest of MWQ forgets its signs", "      for (int r = 1; r < w.num_rungs; ++r) {\n        lowest = lowest -", "      for (int r = 1; r < 1; ++r) {\n        lowest = lowest -"),
         ("a sign's scale is half", "rung.template add<T>(x, n, tile, seat, sign + sign, parts);", "rung.template add<T>(x, n, tile, seat, sign, parts);"),

@@ -16,12 +16,14 @@
 #define EDGEMOE_LAUNCH(grid, block, stream, kernel, ...) \
   ::cudasim::launch(grid, block, stream, EDGEMOE_TEXT(kernel), kernel, __VA_ARGS__)
 #define EDGEMOE_UNROLL
+#define EDGEMOE_ROLLED
 #define EDGEMOE_UNROLL_8
 #else
 #define EDGEMOE_SHARED(T, name, N) __shared__ __align__(16) T name[N]
 #define EDGEMOE_LAUNCH(grid, block, stream, kernel, ...) \
   (kernel<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__), cudaGetLastError())
 #define EDGEMOE_UNROLL _Pragma("unroll")
+#define EDGEMOE_ROLLED _Pragma("unroll 1")
 #define EDGEMOE_UNROLL_8 _Pragma("unroll 8")
 #endif
 

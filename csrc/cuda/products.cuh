@@ -71,6 +71,7 @@ __device__ __forceinline__ float finish_row(const Product& p, int at, int row, f
     const RankRow* z = p.ranks + at;
     const int* codes = reinterpret_cast<const int*>(z->codes);
     int dot = 0;
+    EDGEMOE_ROLLED
     for (int s = 0; s < steps; ++s) {
       const uint32_t both = load_word(factor + 64 * s);
       dot = dot4(both & 0x0f0f0f0fu, codes[2 * s], dot);
@@ -82,11 +83,15 @@ __device__ __forceinline__ float finish_row(const Product& p, int at, int row, f
   return p.bias ? value + p.bias[row] : value;
 }
 
-/// Rows [16 * block, 16 * block + 16) of a nested product with n <= T tokens, of which x has those from `from` on.
+/// What a row's sum becomes its value by: `unit` times the row's scale, and nothing where `unit` is 0.
+struct RowSum {
+  float acc, unit;
+};
+
+/// Rows [16 * block, 16 * block + 16) of a nested product with n <= T tokens: the sum of this thread's row and token.
 template <class Tiles, int T>
-__device__ __forceinline__ void nested_block(const Product& p, const QuantizedRows& x, int from, int n, int block,
-                                             float* y, float* shared) {
-  const NestedMatrix& w = p.w;
+__device__ __forceinline__ RowSum nested_block(const NestedMatrix& w, const QuantizedRows& x, int n, int block,
+                                               float* shared) {
   const Seat seat;
   Tiles at(w, block, x.tiles, seat.warp, kWarps, seat.half, seat.row);
   const float step = float(kMiddleStep) / float(1 << (8 - at.bits()));
@@ -112,11 +117,7 @@ __device__ __forceinline__ void nested_block(const Product& p, const QuantizedRo
     }
     sum.add(x, n, shared, first, count);
   }
-  const int t = threadIdx.x / kTileRows, row = block * kTileRows + threadIdx.x % kTileRows;
-  if (t < T && t < n && row < w.rows) {
-    const float scale = load_f16(row_scales_of(w), row) * (float(1 << (8 - at.bits())) / float(kScaleUnit));
-    y[size_t(t) * p.stride + row] = finish_row(p, from + t, row, scale, sum.acc);
-  }
+  return {sum.acc, float(1 << (8 - at.bits())) / float(kScaleUnit)};
 }
 
 /// A rung of MWQ at a tile: scales come before each two tiles of the base, and before each four of a rung of signs.
@@ -156,9 +157,8 @@ struct MwqRung {
 
 /// The same for MWQ with a base of Base bits.
 template <int Base, int T>
-__device__ __forceinline__ void mwq_block(const Product& p, const QuantizedRows& x, int n, int block, float* y,
-                                          float* shared) {
-  const NestedMatrix& w = p.w;
+__device__ __forceinline__ RowSum mwq_block(const NestedMatrix& w, const QuantizedRows& x, int n, int block,
+                                            float* shared) {
   const Seat seat;
   Sum<T> sum;
   for (int first = 0; first < x.tiles; first += kSegment) {
@@ -190,10 +190,7 @@ __device__ __forceinline__ void mwq_block(const Product& p, const QuantizedRows&
     }
     sum.add(x, n, shared, first, count);
   }
-  const int t = threadIdx.x / kTileRows, row = block * kTileRows + threadIdx.x % kTileRows;
-  if (t < T && t < n && row < w.rows) {
-    y[size_t(t) * p.stride + row] = p.bias ? sum.acc + p.bias[row] : sum.acc;
-  }
+  return {sum.acc, 0};
 }
 
 /// Whether the rungs are the first ones of the default ladder.
@@ -204,34 +201,46 @@ __device__ __forceinline__ bool is_default(const NestedMatrix& w) {
   return yes;
 }
 
-/// Grid: (row blocks of the largest product, products, tokens / T). Each may have rungs of its own.
+/// The sum of this thread's row and token, whatever rungs the matrix has.
 template <int T>
-__global__ void __launch_bounds__(kWarps * 32) products(ProductList list) {
+__device__ __forceinline__ RowSum sum_of(const NestedMatrix& w, const QuantizedRows& x, int n, int block,
+                                         float* shared) {
+  if (w.scheme == Scheme::kMwq) {
+    if (w.widths[0] == 2) return mwq_block<2, T>(w, x, n, block, shared);
+    return mwq_block<5, T>(w, x, n, block, shared);
+  }
+  switch (is_default(w) ? w.num_rungs : 0) {
+    case 1:
+      return nested_block<LadderTiles<Rungs<2>>, T>(w, x, n, block, shared);
+    case 2:
+      return nested_block<LadderTiles<Rungs<2, 1>>, T>(w, x, n, block, shared);
+    case 3:
+      return nested_block<LadderTiles<Rungs<2, 1, 1>>, T>(w, x, n, block, shared);
+    case 4:
+      return nested_block<LadderTiles<Rungs<2, 1, 1, 2>>, T>(w, x, n, block, shared);
+    case 5:
+      return nested_block<LadderTiles<Rungs<2, 1, 1, 2, 2>>, T>(w, x, n, block, shared);
+    default:
+      return nested_block<AnyTiles, T>(w, x, n, block, shared);
+  }
+}
+
+/// Grid: (row blocks of the largest product, products, tokens / T). Each may have rungs of its own. Left to itself nvcc
+/// keeps to so few registers for several tokens that some spill, and takes more than 64 for one where it has a bound.
+template <int T>
+__global__ void __launch_bounds__(kWarps * 32, T == 1 ? 0 : 4) products(ProductList list) {
   EDGEMOE_SHARED(float, shared, shares_of(T));
   const Product& p = list.of[blockIdx.y];
   const NestedMatrix& w = p.w;
   const int block = int(blockIdx.x), token = int(blockIdx.z) * T, n = min(p.n - token, T);
   if (block * kTileRows >= w.rows || n <= 0) return;  // the whole block
   const int head = p.heads > 1 ? block / (w.rows / kTileRows / p.heads) : 0, from = head * p.n + token;
-  const QuantizedRows x = rows_from(p.x, from);
+  const RowSum sum = sum_of<T>(w, rows_from(p.x, from), n, block, shared);
+  const int t = threadIdx.x / kTileRows, row = block * kTileRows + threadIdx.x % kTileRows;
+  if (t >= T || t >= n || row >= w.rows) return;
+  const float scale = sum.unit != 0 ? load_f16(row_scales_of(w), row) * sum.unit : 1;
   float* y = p.y + size_t(token) * p.stride + head * (p.head_stride - w.rows / p.heads);
-  if (w.scheme == Scheme::kMwq) {
-    if (w.widths[0] == 2) return mwq_block<2, T>(p, x, n, block, y, shared);
-    return mwq_block<5, T>(p, x, n, block, y, shared);
-  }
-  if (!is_default(w)) return nested_block<AnyTiles, T>(p, x, from, n, block, y, shared);
-  switch (w.num_rungs) {
-    case 1:
-      return nested_block<LadderTiles<Rungs<2>>, T>(p, x, from, n, block, y, shared);
-    case 2:
-      return nested_block<LadderTiles<Rungs<2, 1>>, T>(p, x, from, n, block, y, shared);
-    case 3:
-      return nested_block<LadderTiles<Rungs<2, 1, 1>>, T>(p, x, from, n, block, y, shared);
-    case 4:
-      return nested_block<LadderTiles<Rungs<2, 1, 1, 2>>, T>(p, x, from, n, block, y, shared);
-    case 5:
-      return nested_block<LadderTiles<Rungs<2, 1, 1, 2, 2>>, T>(p, x, from, n, block, y, shared);
-  }
+  y[size_t(t) * p.stride + row] = finish_row(p, from + t, row, scale, sum.acc);
 }
 
 }  // namespace cuda
