@@ -38,7 +38,7 @@ def command(args: argparse.Namespace, ram: int) -> list[str]:
 
 def slots(err: str) -> int:
     """Bytes for experts that a run had, from its own messages."""
-    match = re.search(r"(\d+) of \d+ bytes of experts", err)
+    match = re.search(r"room: (\d+) of \d+ bytes for experts", err)
     return int(match[1]) if match else 0
 
 
