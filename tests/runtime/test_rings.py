@@ -97,6 +97,21 @@ def test_the_budget_counts_every_byte(model, sequences):
         assert budget.kv_at_once == sum(taken)  # from the start; the other grows
 
 
+def test_a_chunk_takes_with_its_rings_an_eighth_of_what_is_spare(model, monkeypatch):
+    def divided(mib):
+        with edgemoe.load(model, context=2000, ram=mib << 20) as engine:
+            return engine.budget
+
+    budgets = [divided(mib) for mib in range(25, 45)]
+    assert {128, 256} <= {b.chunk for b in budgets}
+    monkeypatch.setattr("edgemoe.runtime.budget.CHUNKS", (16,))
+    small = divided(25)
+    assert max(b.kv for b in budgets) > small.kv  # rings of 256 and more tokens are longer
+    for b in budgets:
+        more = b.kv + b.scratch - small.kv - small.scratch
+        assert more <= (b.room + more - b.expert) // 8
+
+
 def test_a_conversation_goes_on_where_it_was(model, rings, plain):
     with edgemoe.load(model, context=CONTEXT) as engine:
         made, *_ = reply(engine, IDS[:50], LONG)
