@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from edgemoe.text import calls
 from edgemoe.text.calls import ToolCall
+from edgemoe.text.stops import overlap
 
 __all__ = [
     "FORMATS", "Event", "Piece", "ReplyFormat", "ReplyParser", "joined", "parser", "reply_format",
@@ -148,14 +149,6 @@ class _Text:
         """Takes all."""
         text, self.held = self.held, ""
         return text
-
-
-def overlap(text: str, word: str) -> int:
-    """Returns how many characters at the end of `text` may be the start of `word`."""
-    if word[0] not in text:
-        return 0
-    longest = min(len(text), len(word) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
 
 
 class ReplyParser:

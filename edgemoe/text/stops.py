@@ -7,7 +7,7 @@ from typing import Protocol
 
 from edgemoe.text.stream import TextStream
 
-__all__ = ["ReplyText", "StopFilter"]
+__all__ = ["ReplyText", "StopFilter", "overlap"]
 
 
 class _Decoder(Protocol):
@@ -102,7 +102,7 @@ class StopFilter:
             out = self._take(at)
             self._held, self._is_shown = "", b""
             return out
-        keep = max((_overlap(self._held, s) for s in self._stops), default=0)
+        keep = max((overlap(self._held, s) for s in self._stops), default=0)
         return self._take(len(self._held) - keep)
 
     def flush(self) -> str:
@@ -115,7 +115,9 @@ class StopFilter:
         return "".join(char for char, shown in zip(text, is_shown, strict=True) if shown)
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Returns how many characters at the end of `text` may be the start of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+def overlap(text: str, word: str) -> int:
+    """Returns how many characters at the end of `text` may be the start of `word`."""
+    if word[0] not in text:
+        return 0
+    longest = min(len(text), len(word) - 1)
+    return next((n for n in range(longest, 0, -1) if text.endswith(word[:n])), 0)
