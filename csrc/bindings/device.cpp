@@ -126,8 +126,8 @@ Held<DeviceKv> latents_of(const std::shared_ptr<DeviceSpace>& space, const std::
   return out;
 }
 
-Held<DeviceKv> kv_of(const std::shared_ptr<DeviceSpace>& space, const std::string& keys, const std::string& values,
-                     int num_heads, int capacity, int head_dim) {
+Held<DeviceKv> device_kv_of(const std::shared_ptr<DeviceSpace>& space, const std::string& keys,
+                            const std::string& values, int num_heads, int capacity, int head_dim) {
   const KvType key_type = known_type(keys), value_type = known_type(values);
   const size_t of_keys = kv_bytes(key_type, num_heads, capacity, head_dim);
   const size_t total = of_keys + kv_bytes(value_type, num_heads, capacity, head_dim);
@@ -186,8 +186,8 @@ void bind_device(py::module_& m) {
       .def_property_readonly("bytes", [](const DeviceMatrix& d) { return d.memory.size(); });
 
   py::class_<DeviceKv, Held<DeviceKv>>(m, "DeviceKvLayer", "Keys and values of one layer in a device's memory.")
-      .def(py::init(&kv_of), py::kw_only(), py::arg("device").none(false), py::arg("key_type"), py::arg("value_type"),
-           py::arg("num_heads"), py::arg("capacity"), py::arg("head_dim"))
+      .def(py::init(&device_kv_of), py::kw_only(), py::arg("device").none(false), py::arg("key_type"),
+           py::arg("value_type"), py::arg("num_heads"), py::arg("capacity"), py::arg("head_dim"))
       .def_static("latents", &latents_of, py::kw_only(), py::arg("device").none(false), py::arg("type"),
                   py::arg("capacity"), py::arg("head_dim"), py::arg("value_dim"), "See KvLayer.latents.")
       .def(

@@ -219,9 +219,9 @@ struct DeviceLatents {
   DeviceArray norm;
 };
 
-std::unique_ptr<DeviceLatents> latents_of(int index, int num_heads, int nope_dim, int rope_dim, int latent_dim,
-                                          float scale, bool rotates, int grow_every, float growth,
-                                          const DeviceArray& norm, float norm_eps) {
+std::unique_ptr<DeviceLatents> device_latents_of(int index, int num_heads, int nope_dim, int rope_dim, int latent_dim,
+                                                 float scale, bool rotates, int grow_every, float growth,
+                                                 const DeviceArray& norm, float norm_eps) {
   expect_within("DeviceLatents num_heads", num_heads, 1, kMaxHeads);
   expect_within("DeviceLatents nope_dim", nope_dim, 1, kMaxHeadDim);
   expect_within("DeviceLatents rope_dim", rope_dim, 0, kMostHeadDim);
@@ -354,7 +354,7 @@ void bind_device_ops(py::module_& m) {
   m.def("device_weigh", &weigh_on, py::arg("ws"), py::arg("x"), py::arg("gates").noconvert(), py::arg("out"));
 
   py::class_<DeviceLatents>(m, "DeviceLatents", "Shape and norm of one layer's latent attention on a device.")
-      .def(py::init(&latents_of), py::kw_only(), py::arg("index"), py::arg("num_heads"), py::arg("nope_dim"),
+      .def(py::init(&device_latents_of), py::kw_only(), py::arg("index"), py::arg("num_heads"), py::arg("nope_dim"),
            py::arg("rope_dim"), py::arg("latent_dim"), py::arg("scale"), py::arg("rotates"), py::arg("grow_every"),
            py::arg("growth"), py::arg("norm"), py::arg("norm_eps"));
   m.def("device_latent_attention", &latent_attention_on, py::arg("ws"), py::arg("layer"), py::arg("q"),
