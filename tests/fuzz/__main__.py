@@ -1,4 +1,4 @@
-"""scripts/fuzz [TARGET [SECONDS [SEED]]]: runs a fuzzer for some seconds, each in turn without a name.
+"""scripts/fuzz [TARGET [SECONDS [SEED]]]: runs a fuzzer for some seconds, or all of them, a few at a time.
 
 "400x" for seconds are 400 cases, the same on every machine: what CI tries. New cases are for the night and for hands.
 
@@ -9,10 +9,12 @@ A target runs in a process of its own, so that a crash is a finding too.
 from __future__ import annotations
 
 import faulthandler
+import os
 import resource
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from fuzz.harness import cases, keep_case, try_case
@@ -31,17 +33,22 @@ def main(arguments: list[str]) -> int:
         return 2
     if name != "all" and len(arguments) == 4:
         return _run(name, seconds, int(seed))
-    bad = 0
-    for one in TARGETS if name == "all" else [name]:
-        command = [sys.executable, "-m", "fuzz", one, seconds, seed, "here"]
-        (_OUT / one).mkdir(parents=True, exist_ok=True)
-        with open(_OUT / one / "stderr", "wb") as said:  # panics of Rust are many, and caught
-            code = subprocess.run(command, stderr=said, check=False).returncode
-        if code not in (0, _FOUND):
-            said_last = (_OUT / one / "stderr").read_text(errors="replace")[-2000:]
-            print(f"{one}: ended with {code} at {_OUT / one / 'case'}:\n{said_last}", flush=True)
-        bad |= code != 0
-    return int(bad)
+    with ThreadPoolExecutor(min(4, len(os.sched_getaffinity(0)))) as pool:
+        names = TARGETS if name == "all" else [name]
+        return int(any(list(pool.map(lambda one: _run_apart(one, seconds, seed), names))))
+
+
+def _run_apart(name: str, length: str, seed: str) -> int:
+    """The exit code of a process that runs one target."""
+    folder = _OUT / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "stderr", "wb") as said:  # panics of Rust are many, and caught
+        command = [sys.executable, "-m", "fuzz", name, length, seed, "here"]
+        code = subprocess.run(command, stderr=said, check=False).returncode
+    if code not in (0, _FOUND):
+        said_last = (folder / "stderr").read_text(errors="replace")[-2000:]
+        print(f"{name}: ended with {code} at {folder / 'case'}:\n{said_last}", flush=True)
+    return code
 
 
 def _run(name: str, length: str, seed: int) -> int:
