@@ -77,12 +77,15 @@ void powers(double* x, int n) {
 /// N blocks of rows, whose codes lie one after the other.
 template <class V, int N>
 inline void rounded_blocks(const RoundedTiles& w, int block, const int8_t* x, float x_scale, float x_sum, float* out) {
+  constexpr size_t kAhead = 4096;  // a token's weights have driven these rows out of every cache
   const uint8_t* codes = w.codes + size_t(block) * size_t(w.steps) * 64;
   typename V::I low[N], high[N];
   for (int b = 0; b < N; ++b) low[b] = high[b] = V::zero_ints();
   for (int s = 0; s < w.steps; ++s) {
     for (int b = 0; b < N; ++b) {
-      const auto both = V::load_bytes(codes + (size_t(b) * size_t(w.steps) + size_t(s)) * 64);
+      const uint8_t* line = codes + (size_t(b) * size_t(w.steps) + size_t(s)) * 64;
+      __builtin_prefetch(line + kAhead);
+      const auto both = V::load_bytes(line);
       low[b] = V::template dot<false>(low[b], field<V, 4, 0>(both), x + 8 * s);
       high[b] = V::template dot<false>(high[b], field<V, 4, 4>(both), x + 8 * s + 4);
     }
