@@ -120,13 +120,13 @@ def cost(args: Namespace) -> str | None:
     Raises:
         FormatError: the file is not a sound `.moe` file.
     """
-    from edgemoe.file.format import open_moe
-    from edgemoe.lab.quality.choice import find, is_plain, stored
-
     caches = (args.cache_type_k, args.cache_type_v)
     is_exact = (args.bits, args.dense_bits, args.scheduler) == (None, None, "on-demand")
     if is_exact and not args.set and caches == ("f16", "f16"):
         return None
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.quality.choice import find, is_plain, stored
+
     moe = open_moe(args.model)
     report = stored(moe)
     top = [moe.ladder[-1][0], moe.dense_ladder[-1]]

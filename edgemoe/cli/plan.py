@@ -147,7 +147,9 @@ def _of_checkpoint(args: argparse.Namespace, source: Path) -> int:
 
 
 def _tell(args: argparse.Namespace) -> int:
-    import edgemoe.runtime.engine  # noqa: F401 (what runs the model has it in memory too)
+    # What runs the model has these in memory too.
+    import edgemoe.cli.run
+    import edgemoe.runtime.chat  # noqa: F401
     from edgemoe.errors import OutOfBudget
     from edgemoe.runtime.budget import default_ram
     from edgemoe.runtime.forecast import Forecast

@@ -1,11 +1,15 @@
-"""Opens a checkpoint, whatever it is stored in."""
+"""Opens a checkpoint, whatever it is stored in.
+
+Readers are imported on use: what runs a `.moe` file asks `is_gguf` first.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from edgemoe.convert.checkpoint import StoredCheckpoint
-from edgemoe.convert.hf import HFCheckpoint
+if TYPE_CHECKING:
+    from edgemoe.convert.checkpoint import StoredCheckpoint
 
 __all__ = ["is_gguf", "open_checkpoint"]
 
@@ -33,4 +37,6 @@ def open_checkpoint(path: Path) -> StoredCheckpoint:
         from edgemoe.convert.gguf import GGUFCheckpoint
 
         return GGUFCheckpoint(path)
+    from edgemoe.convert.hf import HFCheckpoint
+
     return HFCheckpoint(path)

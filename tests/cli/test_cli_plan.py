@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import families
 import pytest
 from served import measured_file
+from tiny import tokenizer_files
 
 import edgemoe
 from edgemoe import hardware
@@ -75,6 +79,40 @@ def test_a_checkpoint_s_plan_is_what_happens(family, tmp_path, capfd) -> None:
     # The file has a page for each record and an index beside what is counted.
     size = planned(capfd, tmp_path / "x.moe", "--ram", "2GiB")["files"]["8"]
     assert 0 <= (tmp_path / "x.moe").stat().st_size - size < 1 * MIB
+
+
+# The program, which says what its process had taken when the model was opened.
+RUN = """
+import sys
+import edgemoe.cli.run as program
+answer = program._answer
+def said(engine, *args, **options):
+    sys.stderr.write(f"process {engine.budget.process}\\n")
+    return answer(engine, *args, **options)
+program._answer = said
+sys.exit(program.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "granitemoe"])
+def test_a_process_is_as_large_as_planned(family, tmp_path) -> None:
+    source = families.make(family, tmp_path / "hf", changes={"vocab_size": 264})
+    for name, content in tokenizer_files().items():
+        (source / name).write_bytes(content)
+    convert(HFCheckpoint(source), tmp_path / "x.moe")
+    flags = ["--ram", "200MiB", "-c", "64"]
+
+    def output(*arguments: object) -> tuple[str, str]:
+        ended = subprocess.run(
+            [sys.executable, *map(str, arguments), *flags], capture_output=True, check=True, text=True,
+            env=os.environ | {"XDG_CACHE_HOME": str(tmp_path)},
+        )  # fmt: skip
+        return ended.stdout, ended.stderr
+
+    plan, _ = output("-m", "edgemoe", "plan", source, "--json", "--no-probe")
+    _, said = output("-c", RUN, tmp_path / "x.moe", "-p", "a", "-n", 1, "--stats", "off")
+    planned = json.loads(plan)["rows"][0]["process"]
+    assert planned == pytest.approx(int(said.split()[-1]), rel=0.02)
 
 
 def test_the_smallest_budget_is_the_engine_s(tiny_moe: Path) -> None:
