@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edgemoe.text.python_calls import python_calls
+
 __all__ = [
     "CHANNEL_MARKS", "GEMMA_QUOTE", "ToolCall", "channel", "deepseek", "gemma", "in_channel", "json_calls", "kimi",
-    "markers", "mistral", "recipient", "tagged",
+    "markers", "mistral", "pythonic", "recipient", "tagged",
 ]  # fmt: skip
 
 CHANNEL_MARKS = (
@@ -83,6 +85,15 @@ def mistral(text: str, schemas: Schemas) -> list[ToolCall] | None:
             return None
         calls.append(ToolCall(match[1], arguments))
     return calls
+
+
+def pythonic(text: str, schemas: Schemas) -> list[ToolCall] | None:
+    """Reads LFM2's list of calls as Python writes them, or of objects where it was told so."""
+    try:
+        found = [_call(value) for value in python_calls(text)]
+    except (ValueError, RecursionError):
+        return json_calls(text, schemas)
+    return [call for call in found if call is not None] or None
 
 
 def tagged(text: str, schemas: Schemas) -> list[ToolCall] | None:

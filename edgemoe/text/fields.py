@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgemoe.text.calls import ToolCall
+from edgemoe.text.python_calls import python_calls
 
 __all__ = ["READERS", "call_of", "transformed"]
 
@@ -91,9 +92,9 @@ def _lines(text: str, args: Args) -> dict[str, Any]:
 
 READERS: Mapping[str, Callable[[str, Args], Any]] = {
     "text": _text, "int": lambda t, a: int(_text(t, a)), "float": lambda t, a: float(_text(t, a)), "bool": _bool,
-    "json": _json, "xml-inline": _tags, "kv-lines": _lines,
+    "json": _json, "xml-inline": _tags, "kv-lines": _lines, "python-call-list": lambda t, a: python_calls(t),
 }  # fmt: skip
-"""All but python-call-list, which no model here writes. They raise ValueError, KeyError, TypeError or TimeoutError."""
+"""They raise ValueError, KeyError, TypeError or TimeoutError."""
 
 
 def transformed(form: object, value: Any, captures: Mapping[str, str], *, each: bool) -> Any:

@@ -99,6 +99,11 @@ FORMATS = (
         before="<|tool_call>call:{name}", after="<tool_call|>",
     ),
     ReplyFormat(
+        name="lfm2", signs=("<|tool_call_start|>", "<|tool_list_start|>"), opener="<|tool_call_start|>",
+        closer="<|tool_call_end|>", read=calls.pythonic, reasoning=_THINK,
+        before='<|tool_call_start|>[{"name": "{name}", "arguments": ', after="}]<|tool_call_end|>",
+    ),
+    ReplyFormat(
         name="granite3", signs=("<|tool_call|>",), opener="<|tool_call|>", closer="",
         read=calls.json_calls, before='<|tool_call|>[{"name": "{name}", "arguments": ', after="}]",
     ),

@@ -34,6 +34,8 @@ REPLIES = [
     ("tagged", "Well.<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
      "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>", "", "Well.", [PARIS]),
     ("granite3", f"<|tool_call|>[{CALL}]", "", "", [PARIS]),
+    ("lfm2", '<|tool_call_start|>[get_weather(city="Paris", days=3)]<|tool_call_end|>I look.', "", "I look.", [PARIS]),
+    ("lfm2", f"<|tool_call_start|>[{CALL}, {CALL}]<|tool_call_end|>", "", "", [PARIS, PARIS]),
     ("mistral", f"[TOOL_CALLS][{CALL}, {CALL}]", "", "", [PARIS, PARIS]),
     ("mistral", '[THINK]Hm.[/THINK]So:[TOOL_CALLS]get_weather[ARGS]{"city": "Paris", "days": 3}'
      '[TOOL_CALLS]get_weather[CALL_ID]abc[ARGS]{"city": "Paris", "days": 3}', "Hm.", "So:", [PARIS, PARIS]),
@@ -88,6 +90,7 @@ def test_replies_are_taken_apart(name, text, reasoning, content, calls):
 BROKEN = [
     ("tagged", "<tool_call>\n{not json}\n</tool_call>"), ("tagged", '<tool_call>{"name": "x"'),
     ("tagged", '<tool_call>{"name": 5, "arguments": {}}</tool_call>'), ("granite3", "<|tool_call|>[5]"),
+    ("lfm2", "<|tool_call_start|>[get_weather('Paris')]<|tool_call_end|>"), ("lfm2", "<|tool_call_start|>[]"),
     ("mistral", "[TOOL_CALLS]what is this"), ("mistral", "[TOOL_CALLS]name{"),
     ("deepseek", "<｜tool▁calls▁begin｜>x<｜tool▁calls▁end｜>"), ("kimi", "<|tool_calls_section_begin|>x"),
 ]  # fmt: skip

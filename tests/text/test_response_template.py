@@ -11,8 +11,10 @@ from test_replies import PARIS, REPLIES, SCHEMAS, THEIRS, taken_by
 from tiny import thinking_checkpoint
 from transformers.cli.serving.utils import _RESPONSE_TEMPLATE_FALLBACKS
 from transformers.utils.chat_parsing import parse_response
+from transformers.utils.chat_parsing.content_parsers import parse_content
 
 from edgemoe.errors import FormatError
+from edgemoe.text.python_calls import python_calls
 from edgemoe.text.reading import Reading
 from edgemoe.text.response_template import ResponseTemplate, TemplateParser
 from edgemoe.text.tokenizer import Tokenizer
@@ -63,6 +65,75 @@ def test_a_reply_is_what_transformers_reads(kind, text, opened):
         assert [json.loads(c.arguments) for c in calls] == [f["arguments"] for f in expected]
 
 
+CALLS = [
+    """[get_weather(city='Paris', days=3)]""", "[]", " [ a . b ( ) ] ", "[a.b-c(), f(x=[1, {'y': None}], z={})]\n",
+    "[f(a=1,)]", "[f(1)]", "[f(a=1, a=2)]", "[f(a={'b': 1, 'b': 2})]", "[f()] g", "[f(),]", "[f() g()]", "f()", "",
+    "[f(a=-0, b=1.5e3, c=-2E-1)]", "[f(a=01)]", "[f(a=1.)]", "[f(a=1e999)]", "[f(a=+1)]", "[f(a=.5)]", "[f(a=1b=2)]",
+    f"[f(a={2**53 - 1}, b={1 - 2**53})]", f"[f(a={2**53})]", "[f(a=00000000000000000001)]", "[f(a=-)]",
+    "[f(a=true, b=False, c=null)]", "[f(a=nil)]", "[f(a=True.x)]", "[f(True=1)]", "[f(a b=1)]", "[2f()]", "[f({})]",
+    r"""[f(a='it\'s "so"', b="a\tb\u00e9\/\"")]""", r"[f(a='\ud83d\ude00')]", r"[f(a='\ud83d')]", r"[f(a='\x41')]",
+    "[f(a='a\tb')]", "[f(a='a\nb')]", "[f(a='\\\n')]", "[f(a='open)]", "[f(a='\ud800')]", "[f(a='é', é=1)]",
+    "[f(a=" + "[" * 100 + "]" * 100 + ")]", "[f(a=" + "[" * 101 + "]" * 101 + ")]", "[f(a={'k':" * 3,
+]  # fmt: skip
+
+
+def read_by(reader, text):
+    """Returns what a reader makes of a text, None where it is none for it."""
+    try:
+        return reader(text)
+    except ValueError:
+        return None
+
+
+def theirs(text):
+    return parse_content(text, "python-call-list", {})
+
+
+@pytest.mark.parametrize("text", CALLS)
+def test_calls_of_python_are_what_transformers_reads(text):
+    assert repr(read_by(python_calls, text)) == repr(read_by(theirs, text))
+
+
+signs = [
+    *"[](){},:='\"-. \n\\1u",
+    "f",
+    "a",
+    "True",
+    "[f(",
+    "a=",
+    "'x'",
+    '"y"',
+    ")]",
+    "12",
+    "1.5",
+    "\\n",
+    "null",
+]
+
+
+@given(st.lists(st.sampled_from(signs), max_size=14))
+def test_any_text_is_calls_where_transformers_reads_some(parts):
+    for text in ("".join(parts), f"[f(a={''.join(parts)})]", f"[f(a='{''.join(parts)}')]"):
+        assert repr(read_by(python_calls, text)) == repr(read_by(theirs, text))
+
+
+def test_a_template_with_calls_of_python():
+    call = {"function": {"name": "{name}", "arguments": "{arguments}"}}
+    field = {
+        "open": "<c>", "close": "</c>", "content": "python-call-list", "transform": call, "transform_each": True
+    }  # fmt: skip
+    template = {"start_anchor": "<bot>", "fields": {"tool_calls": field, "content": {}}}
+    text = "So.<c>[get_weather(city='Paris', days=3), noop()]</c>"
+    message = parse_response(text, template, prefix="<bot>")
+    for size in (0, 1, 5):
+        _, content, calls = read(template, text, "<bot>", size)
+        assert content == message["content"]
+        assert [{"name": c.name, "arguments": json.loads(c.arguments)} for c in calls] == [
+            c["function"] for c in message["tool_calls"]
+        ]
+    assert read(template, "<c>[noop(1)]</c>", "<bot>")[1:] == ("<c>[noop(1)]</c>", [])
+
+
 def test_a_template_of_ones_own():
     text = "<th>so</t> It is. <c>name: get_weather\ncity: Paris</c> <end>"
     for size in range(1, 9):
@@ -111,7 +182,7 @@ def test_it_does_not_matter_how_a_reply_is_cut(parts, size):
         ({**OWN, "fields": {"a": {}, "b": {}}}, "more than one"),
         ({**OWN, "fields": {"a": {"open_pattern": "("}}}, "open_pattern"),
         ({**OWN, "fields": {"a": {"open": "x", "open_pattern": "x"}}}, "open and open_pattern"),
-        ({**OWN, "fields": {"a": {"content": "python-call-list"}}}, "is unknown"),
+        ({**OWN, "fields": {"a": {"content": "python-list"}}}, "is unknown"),
         ({**OWN, "fields": {"a": {"open": ""}}}, "expected text"),
         ({**OWN, "fields": {"a": {"open": [{}]}}}, "expected text"),
         ({**OWN, "fields": {"a": 1}}, "a: expected an object"),
