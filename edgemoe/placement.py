@@ -24,7 +24,7 @@ from edgemoe.specs import (
     MixerSpec,
     MlaSpec,
 )
-from edgemoe.store import read_dense
+from edgemoe.store import Told, nobody, read_dense
 
 __all__ = [
     "MOST_HEAD_DIM",
@@ -175,6 +175,7 @@ def load_on(
     mixers: Container[int],
     *,
     verify: bool,
+    told: Told = nobody,
 ) -> dict[str, Any]:
     """Reads every tensor outside the routed experts to where it is used, one at a time; see `load_dense`.
 
@@ -183,7 +184,7 @@ def load_on(
     """
     where = dict(places(moe, mixers))
     out: dict[str, Any] = {}
-    for name, weight in read_dense(moe, level, verify=verify):
+    for name, weight in read_dense(moe, level, verify=verify, told=told):
         place = where[name]
         there = None if place == "host" else _uploaded(device, weight)
         out[name] = weight if place == "host" else Both(weight, there) if place == "both" else there

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -17,8 +17,8 @@ from edgemoe.plan import Plan, Priorities
 from edgemoe.quant import plane_widths
 
 __all__ = [
-    "ExpertStore", "Request", "all_expert_bytes", "dense_bytes", "disk_rate", "expert_bytes",
-    "level_bytes", "load_dense", "read_dense", "read_rate",
+    "ExpertStore", "Request", "Told", "all_expert_bytes", "dense_bytes", "disk_rate", "expert_bytes",
+    "level_bytes", "load_dense", "nobody", "read_dense", "read_rate",
 ]  # fmt: skip
 
 _REQUEST = 256  # experts that `load` asks for at once: the cache looks through all of a request's at every arrival
@@ -26,6 +26,12 @@ _NUM_READERS = 4  # reads in flight; more added latency and no throughput (bench
 
 Policy = str | Priorities
 Weight = _core.Nested | NDArray[np.float32]
+Told = Callable[[float], object]
+"""Is called with the share of the bytes that has been read."""
+
+
+def nobody(share: float) -> None:
+    """Is told, where nobody asked."""
 
 
 def dense_bytes(moe: MoeFile, level: int) -> int:
@@ -61,13 +67,14 @@ def level_bytes(moe: MoeFile, level: int) -> tuple[int, ...]:
     return tuple(all_expert_bytes(moe, i) // len(moe.experts.offsets) for i in range(1, level + 1))
 
 
-def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
+def load_dense(moe: MoeFile, level: int, *, verify: bool, told: Told = nobody) -> dict[str, Weight]:
     """Reads every tensor outside the routed experts into memory of its own.
 
     With them come the bases of experts' corrections as "layers.I.experts.basis", which the file has read already.
 
     Args:
         level: rungs of the matrices.
+        told: is called after each tensor.
 
     Raises:
         FormatError: a checksum does not match.
@@ -75,7 +82,7 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
     """
     nested = [t for t in moe.tensors.values() if t.spec.kind == "nested"]
     arena = _core.Arena(_pages(nested, level))
-    weights = {name: _read(moe, name, level, verify, arena) for name in moe.tensors}
+    weights = {name: _read(moe, name, level, verify, arena) for name in _told_of(moe, level, told)}
     matrices = [w for w in weights.values() if isinstance(w, _core.Nested)]
     for before, after in pairwise(matrices):  # as those of q, k and v
         after.share_basis(before)
@@ -87,11 +94,24 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool) -> dict[str, Weight]:
     return weights
 
 
-def read_dense(moe: MoeFile, level: int, *, verify: bool) -> Iterator[tuple[str, Weight]]:
+def read_dense(
+    moe: MoeFile, level: int, *, verify: bool, told: Told = nobody
+) -> Iterator[tuple[str, Weight]]:
     """Yields what `load_dense` returns, each tensor by itself: for who takes it elsewhere before the next is read."""
-    for name, t in moe.tensors.items():
+    for name in _told_of(moe, level, told):
+        t = moe.tensors[name]
         arena = _core.Arena(_pages([t], level)) if t.spec.kind == "nested" else None
         yield name, _read(moe, name, level, verify, arena)
+
+
+def _told_of(moe: MoeFile, level: int, told: Told) -> Iterator[str]:
+    """Yields each tensor's name, and tells after it which share has been read."""
+    sizes = {name: sum(t.lengths[:level]) for name, t in moe.tensors.items()}
+    total, done = sum(sizes.values()), 0
+    for name, size in sizes.items():
+        yield name
+        done += size
+        told(done / total)
 
 
 def _read(moe: MoeFile, name: str, level: int, verify: bool, arena: _core.Arena | None) -> Weight:

@@ -121,7 +121,9 @@ def _run(args: Namespace, settings: Settings) -> int:
         moe = open_moe(args.model)
         settings = dataclasses.replace(settings, reserved=_reserved(args, moe))
         try:
-            opened = open_model(args.model, _options(args, moe, settings.reserved))
+            loading.tell(0.0)
+            options = _options(args, moe, settings.reserved)
+            opened = open_model(args.model, options, told=loading.tell)
         except OutOfBudget as error:
             mine = settings.reserved / 2**20
             raise OutOfBudget(

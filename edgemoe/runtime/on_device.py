@@ -17,7 +17,7 @@ from edgemoe.placement import hosted, load_on, unsupported
 from edgemoe.runtime.budget import parse_size
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.vram import Vram, default_vram
-from edgemoe.store import ExpertStore
+from edgemoe.store import ExpertStore, Told
 from edgemoe.tiers import Tiers
 
 __all__ = ["OnDevice", "device_notes"]
@@ -64,9 +64,10 @@ class OnDevice:
         logger.info("%s: %s; %d bytes of it for experts", name, device.info["name"], vram.room)
         return cls(device, vram, moe)
 
-    def load(self, dense_level: int, *, verify: bool) -> dict[str, Any]:
+    def load(self, dense_level: int, *, verify: bool, told: Told) -> dict[str, Any]:
         """See `load_on`."""
-        return load_on(self.device, self.moe, dense_level, self.vram.hosted, verify=verify)
+        hosted = self.vram.hosted
+        return load_on(self.device, self.moe, dense_level, hosted, verify=verify, told=told)
 
     def ops(self, shape: OpsShape) -> Ops:
         """Returns the device's operations."""

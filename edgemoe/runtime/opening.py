@@ -29,7 +29,7 @@ from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.profile import ProfileFile
 from edgemoe.runtime.room import Room
 from edgemoe.scheduler import SCHEDULERS, SECTIONS, Setting
-from edgemoe.store import ExpertStore, level_bytes, load_dense
+from edgemoe.store import ExpertStore, Told, level_bytes, load_dense, nobody
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.settings import FILE, model_sampling
 from edgemoe.text.tokenizer import Tokenizer
@@ -94,8 +94,13 @@ class Bits:
         return chosen
 
 
-def open_model(path: str | os.PathLike[str], options: EngineOptions) -> Opened:
+def open_model(
+    path: str | os.PathLike[str], options: EngineOptions, *, told: Told = nobody
+) -> Opened:
     """Opens a `.moe` file. What is wrong is refused before anything large is read.
+
+    Args:
+        told: how far the reading has come.
 
     Raises:
         ValueError: an option does not fit the file.
@@ -123,7 +128,7 @@ def open_model(path: str | os.PathLike[str], options: EngineOptions) -> Opened:
     hardware.trim()
     peak = hardware.peak_bytes()
     opening = peak if peak > peak_before and options.whole_process else 0
-    model = _assembled(moe, given, options, bits, dense_level, sections, before, opening)
+    model = _assembled(moe, given, options, bits, dense_level, sections, before, opening, told)
     model.sections_bytes = sections_bytes
     model.notes = notes_of(moe, given, bits.noted, options) + model.scheduler.notes
     if profile is not None:
@@ -152,6 +157,7 @@ def _assembled(
     sections: dict[str, bytes],
     before: int,
     opening: int,
+    told: Told,
 ) -> Model:
     """Returns a model inside its budget, and inside that of a device, if it has one.
 
@@ -187,9 +193,9 @@ def _assembled(
     del first
     weights: Mapping[str, Any]
     if there is None:
-        weights = load_dense(moe, dense_level, verify=options.verify)
+        weights = load_dense(moe, dense_level, verify=options.verify, told=told)
     else:
-        weights = there.load(dense_level, verify=options.verify)
+        weights = there.load(dense_level, verify=options.verify, told=told)
     hardware.trim()
     # Slots are sized last, from what the process really has by now.
     dense = sum(map(_host_bytes, weights.values()))

@@ -25,7 +25,8 @@ class Loading:
 
     def __init__(self, door: socket.socket, settings: Settings) -> None:
         """Starts; `door` is of `listen`, and stays open."""
-        handler = type("Handler", (_Handler,), {"settings": settings})
+        handler: type[_Handler] = type("Handler", (_Handler,), {"settings": settings})
+        self._handler = handler
         address = door.getsockname()[:2]
         self._server = ThreadingHTTPServer(address, handler, bind_and_activate=False)
         self._server.daemon_threads = True
@@ -36,6 +37,10 @@ class Loading:
             target=self._server.serve_forever, args=(0.05,), name="edgemoe-loading", daemon=True
         )
         self._thread.start()
+
+    def tell(self, share: float) -> None:
+        """Says from now on which share of the weights has been read."""
+        self._handler.share = share
 
     def close(self) -> None:
         """Ends; who comes from now on waits for who takes the port next."""
@@ -57,16 +62,23 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 5
     settings: Settings
+    share: float | None = None  # as long as the model is fetched or converted
 
     def _answer(self) -> None:
         if not self.settings.takes_host(self.headers.get("Host", "")):
             self._say(Problem(403, "Host: this server is not for that name"))
         elif self.path in ("/health", "/v1/health"):
-            self._say(Problem(503, ""), {"status": "loading model"})
+            self._say(Problem(503, ""), self._health())
         else:
             self._say(Problem(503, "the model is loading"))
 
     do_GET = do_HEAD = do_POST = do_OPTIONS = _answer  # noqa: N815 (names of the library)
+
+    def _health(self) -> dict[str, Any]:
+        """Returns what llama.cpp's server says, its words of before too, and how far the reading is."""
+        error = {"code": 503, "message": "Loading model", "type": "unavailable_error"}
+        told = {} if self.share is None else {"progress": round(self.share, 3)}
+        return {"status": "loading model", **told, "error": error}
 
     def _say(self, problem: Problem, body: dict[str, Any] | None = None) -> None:
         if body is None:

@@ -20,6 +20,8 @@ from served import running, started
 
 import edgemoe
 from edgemoe.errors import FormatError
+from edgemoe.runtime.opening import open_model
+from edgemoe.runtime.options import EngineOptions
 from edgemoe.serve.loading import Loading
 from edgemoe.serve.server import listen
 from edgemoe.serve.settings import Settings
@@ -253,8 +255,6 @@ def test_a_model_without_tokenizer_is_refused(tmp_path):
     from tiny import tiny_checkpoint
 
     from edgemoe.convert.convert import convert
-    from edgemoe.runtime.opening import open_model
-    from edgemoe.runtime.options import EngineOptions
     from edgemoe.serve.service import Service
 
     checkpoint = tiny_checkpoint()
@@ -351,7 +351,16 @@ def test_who_comes_while_the_model_loads_is_told(tiny_moe):
     with listen(settings) as door, Loading(door, settings) as loading:
         url = f"http://127.0.0.1:{door.getsockname()[1]}"
         health = httpx.get(f"{url}/health")
-        assert (health.status_code, health.json()) == (503, {"status": "loading model"})
+        error = {"code": 503, "message": "Loading model", "type": "unavailable_error"}
+        said = {"status": "loading model", "error": error}  # llama.cpp's, of before and of today
+        assert (health.status_code, health.json()) == (503, said)
+        shares: list[float] = []
+        open_model(tiny_moe, EngineOptions(), told=shares.append)
+        assert shares == sorted(shares)
+        assert shares[-1] == 1
+        for share in (0.0, 0.25, 1.0):
+            loading.tell(share)
+            assert httpx.get(f"{url}/health").json() == {**said, "progress": share}
         assert int(health.headers["retry-after"]) >= 1
         done = httpx.post(f"{url}/v1/messages", json=chat("x" * 100_000))
         assert done.status_code == 503
