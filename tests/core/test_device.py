@@ -372,6 +372,26 @@ def test_what_no_cache_can_hold_is_said_as_the_cpu_says_it(both, types, gain):
     _core.device_download(both.ws, [one], [out])  # it is said once
 
 
+def test_scores_that_are_no_numbers_have_no_highest(both):
+    """Each is 0, +1 or -1 times an infinite query: the highest of all is what the first lane begins with."""
+    T = 12
+    q, k, v = np.zeros((1, 16), np.float32), np.zeros((T, 16), np.float32), normal(T, 16)
+    q[0, 5] = np.inf
+    k[:, 5] = np.resize([0, 1, 0, -1], T)
+    kinds = {"key_type": "f32", "value_type": "f32", "num_heads": 1, "capacity": T, "head_dim": 16}
+    host, there = _core.KvLayer(**kinds), _core.DeviceKvLayer(device=both.device, **kinds)
+    layer, moved_layer = _core.AttentionLayer(**GIVEN), _core.DeviceAttention(**GIVEN)
+    for t in range(T):  # one token sees all that came before
+        none, out = np.empty((1, 0), np.float32), np.empty((1, 16), np.float32)
+        arrays = q.copy(), k[t : t + 1].copy(), v[t : t + 1].copy()
+        moved, moved_out, nothing = [both.put(a) for a in arrays], both.put(out), both.put(none)
+        _core.device_attention(both.ws, moved_layer, *moved, t, nothing, nothing, there, moved_out)
+        _core.attention(both.cpu, layer, *arrays, t, none, none, None, host, out)
+        same(moved_out.numpy(), out)
+    assert np.isfinite(out).all()
+    assert np.abs(out - v.mean(axis=0)).max() < 1e-6  # all weigh alike
+
+
 def misfits(gain):
     rng = np.random.default_rng(1)
     arrays = [rng.standard_normal((3, w)).astype(np.float32) for w in (16, 16, 16)]

@@ -87,6 +87,17 @@ def test_every_activation(sides, kind, T):
     same(there, out)
 
 
+def test_small_gates_whose_rounding_shows(sides):
+    """Of 32 columns the largest is their scale: with many small gates it is one that a cube counts in."""
+    T, h, d = 64, 512, 32
+    host = nested(h, d, 1), nested(h, d, 2), nested(d, h, 3)
+    x, out = normal(T, d, seed=9, gain=0.2), np.empty((T, d), np.float32)
+    _core.ffn(sides.cpu, x, *host, out, None, "geglu")
+    there = sides.put(out)
+    _core.device_ffn(sides.ws, sides.put(x), *map(sides.matrix, host), there, "geglu")
+    same(there, out)
+
+
 @pytest.mark.parametrize("rank", [8, 24, 32])
 @pytest.mark.parametrize(("rows", "cols"), [(33, 70), (16, 448)])
 def test_corrections(sides, rank, rows, cols):
@@ -104,6 +115,28 @@ def test_corrections(sides, rank, rows, cols):
     without = np.empty((5, rows), np.float32)
     _core.linear(sides.cpu, x, [nested(rows, cols, 2)], [without])
     assert not np.array_equal(outs[0][0], without[0])
+
+
+def test_scales_beyond_a_rank_count_for_nothing(sides):
+    """A correction has room for 32 of them, whatever its rank."""
+    rows, cols, rank, rng = 33, 70, 8, np.random.default_rng(4)
+    v = basis_codes(rng.standard_normal((rank, cols)))
+    u, codes = factor_codes(rng.standard_normal((rows, rank)) * 0.1, np.full(rows, 0.01))
+    plain = quantize(normal(rows, cols), (2, 4))
+    x, outs = normal(3, cols, seed=3), []
+    for beyond in (0, 1000):
+        rungs = with_correction(plain, {1: (u, codes)}, v)
+        rungs[1][len(plain[1]) :][: 2 * 32].view("<f2")[rank:] = beyond
+        w = _core.Nested.from_rungs(
+            rungs, rows, cols, plane_widths((2, 4)), row_scales=(1,), ranks=(0, rank)
+        )
+        out = np.empty((3, rows), np.float32)
+        _core.linear(sides.cpu, x, [w], [out])
+        there = sides.put(out)
+        _core.device_linear(sides.ws, sides.put(x), [sides.matrix(w)], [there])
+        same(there, out)
+        outs.append(out)
+    assert np.array_equal(*outs)
 
 
 @pytest.mark.parametrize("kind", ["swiglu", "relu2"])
@@ -142,6 +175,16 @@ def test_gates_of_attention(sides, kind):
     there = sides.put(x)
     _core.device_gate_attention(sides.ws, there, sides.put(gate), kind)
     _core.gate_attention(sides.cpu, x, gate, kind)
+    same(there, x)
+
+
+def test_the_last_term_of_softplus_counts(sides):
+    """It changes one value near 0 in a hundred."""
+    gate = np.linspace(-0.5, 0.5, 64 * 60, dtype=np.float32).reshape(64, 60)
+    x = np.ones((64, 60), np.float32)
+    there = sides.put(x)
+    _core.device_gate_attention(sides.ws, there, sides.put(gate), "softplus_head")
+    _core.gate_attention(sides.cpu, x, gate, "softplus_head")
     same(there, x)
 
 
