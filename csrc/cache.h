@@ -120,6 +120,8 @@ class Cache {
   const ExpertShape& shape() const { return shape_; }
   const std::vector<uint8_t>& rungs() const { return rungs_; }
   int max_level() const { return max_level_; }
+  /// Slots that an expert has, or is being read to.
+  int taken_slots() const { return int(slots_.size()) - free_.count(); }
 
   /// The bytes of an expert's first `rungs` rungs, null unless all are resident; until the next call of anything here.
   const uint8_t* record(int expert, int rungs) const;

@@ -2,6 +2,7 @@
 
 An expert that the device has needs no room in the host's memory and no read. One that it lacks is run by the host, from
 its own memory, and may be copied to the device behind the computing: where an expert runs never changes what comes out.
+What both have is the first that the host drops.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from edgemoe.plan import Priorities
 __all__ = ["Tiers"]
 
 _PROMOTED = 2  # experts of a request that are copied to the device at most: more would delay those that it has
-_GAIN = 1.2  # by how much one must be used more than the least used one on a full device
+_GAIN = 1.2  # by how much one must be used more than the one whose place it takes on a full device
 _HALF_LIFE = 64  # tokens after which a use counts half
 _LARGEST = 1e100
 
@@ -25,7 +26,10 @@ _LARGEST = 1e100
 class Tiers:
     """Is a `_core.Cache` in the host's memory and one on a device, with the interface of one. One thread at a time."""
 
-    def __init__(self, host: _core.Cache, device: _core.Cache) -> None:
+    def __init__(self, host: _core.Cache, device: _core.Cache, num_layers: int) -> None:
+        """Args:
+        num_layers: of how many layers requests come in turn.
+        """
         self.host, self.device = host, device
         self.residency: NDArray[np.int8] = np.maximum(host.residency, device.residency)
         """The higher level of both: a live view for others."""
@@ -41,10 +45,16 @@ class Tiers:
         self._levels = np.empty(0, np.int8)
         self._ran = np.empty(0, np.int32)
         self._ran_levels = np.empty(0, np.int8)
+        self._sizes = np.array([host.slot_bytes(i) for i in range(host.max_level + 1)])
+        # A slot takes the same, whatever the level of what lies there.
         self._num_slots = device.stats["budget_bytes"] // device.slot_bytes(1)
+        self._layer_share = 1.0 / num_layers
         # Uses so far, a use of now weighing `_unit`, which doubles every half-life: as good as forgetting, and cheaper.
-        self._uses = np.zeros(len(self.residency))
+        # By them the device drops, which would know those of its own only.
+        self._order = Priorities.zeros(num_layers, len(self.residency) // num_layers)
+        self._uses = self._order.scores.reshape(-1)
         self._unit = 1.0
+        device.set_policy(self._order)
 
     def begin(
         self,
@@ -71,6 +81,7 @@ class Tiers:
         self._given = len(self._there) == 0
         # Others left the host's memory again.
         self._promote(self.host.residency[self._promoted] >= self._levels)
+        self._promote(self._admitted(self._promoted, experts[self._there]))
         # First, as it copies from the host's memory what is there now.
         self.device.begin(
             *_some(experts, levels, counts, self._there), num_tokens,
@@ -80,6 +91,7 @@ class Tiers:
             wanted = self.device.residency[ahead] < ahead_levels
             ahead, ahead_levels = ahead[wanted], ahead_levels[wanted]
         here = _some(experts, levels, counts, self._here)
+        self._make_room(here[0], here[1])
         self.host.begin(*here, num_tokens, ahead=ahead, ahead_levels=ahead_levels)
         if num_tokens:
             self._ran, self._ran_levels = here[0], here[1]
@@ -121,28 +133,67 @@ class Tiers:
         if not tokens or len(experts) == 0:
             return
         self._uses[experts] += counts * self._unit
+        self._order.version[experts[0] // self._order.scores.shape[1]] += 1
         # Each layer comes once for a token, so that a layer's share of the time is its share of the experts.
         self._unit *= 2.0 ** (tokens / _HALF_LIFE * self._layer_share)
         if self._unit > _LARGEST:
             self._uses /= self._unit
+            self._order.version += np.uint32(1)
             self._unit = 1.0
 
-    _layer_share = 1.0
-
-    def spread(self, num_layers: int) -> None:
-        """Says of how many layers requests come in turn."""
-        self._layer_share = 1.0 / num_layers
-
     def _choose(self) -> None:
+        """Chooses what is promoted: of what the host ran, what is used most."""
         ran, levels = self._ran, self._ran_levels
         self._ran, self._ran_levels = ran[:0], levels[:0]
         if not len(ran):
             return
         order = np.argsort(-self._uses[ran], kind="stable")[:_PROMOTED]
-        if self.device.stats["resident_experts"] + _PROMOTED > self._num_slots:
-            least = np.where(self.device.residency > 0, self._uses, np.inf).min()
-            order = order[self._uses[ran[order]] > _GAIN * least]
+        order = order[self._admitted(ran[order], ran[:0])]
         self._promoted, self._levels = ran[order], levels[order]
+
+    def _admitted(self, experts: NDArray[np.int32], wanted: NDArray[np.int32]) -> NDArray[np.bool_]:
+        """Returns which of some experts may be on the device: those that have a place there, or get one.
+
+        Args:
+            wanted: what must stay there.
+        """
+        out = self.device.residency[experts] > 0
+        free = self._num_slots - self.device.taken_slots
+        if free >= len(experts) - int(out.sum()):
+            return np.ones(len(experts), np.bool_)
+        uses = np.where(self.device.residency > 0, self._uses, np.inf)
+        uses[wanted] = uses[experts] = np.inf
+        least = iter(np.sort(np.partition(uses, min(_PROMOTED, len(uses)) - 1)[:_PROMOTED]))
+        victim = next(least)
+        for i in np.flatnonzero(~out):
+            if free > 0:
+                free -= 1
+            elif self._uses[experts[i]] > _GAIN * victim:
+                victim = next(least, np.inf)
+            else:
+                continue
+            out[i] = True
+        return out
+
+    def _make_room(self, experts: NDArray[np.int32], levels: NDArray[np.int8]) -> None:
+        """Drops what the device has too from the host's memory, as far as what is to be read there has no room."""
+        has = self.host.residency[experts]
+        lacks = has < levels
+        if not lacks.any():
+            return
+        sizes = self._sizes
+        need = int((sizes[levels[lacks]] - sizes[has[lacks]]).sum())
+        stats = self.host.stats
+        need -= stats["budget_bytes"] - stats["resident_bytes"]
+        if need <= 0:
+            return
+        twice = (self.host.residency > 0) & (self.device.residency >= self.host.residency)
+        twice[experts] = twice[self._promoted] = False
+        spare = np.flatnonzero(twice)
+        for expert in spare[np.argsort(self._uses[spare], kind="stable")].tolist():
+            size = int(sizes[self.host.residency[expert]])
+            if need > 0 and self.host.shrink(expert, 0):
+                need -= size
 
     # ------------------------------------------------------------ of one or of both
 
@@ -200,6 +251,9 @@ class Tiers:
     def uses(self, uses: NDArray[np.float64]) -> None:
         self.host.uses = uses
         self.device.uses = np.zeros_like(uses)
+        self._uses[:] = uses
+        self._unit = 1.0
+        self._order.version += np.uint32(1)
 
     @property
     def progress(self) -> tuple[int, float]:

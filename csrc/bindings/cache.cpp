@@ -161,6 +161,8 @@ void bind_requests(Class& cache) {
 void bind_figures(Class& cache) {
   cache.def("check_integrity", &Cache::check_integrity)
       .def("slot_bytes", &Cache::slot_bytes, py::arg("level"))
+      .def_property_readonly("max_level", &Cache::max_level)
+      .def_property_readonly("taken_slots", &Cache::taken_slots, "Slots that an expert has, or is being read to.")
       .def_property_readonly(
           "content",
           [](const py::object& self) {

@@ -32,13 +32,15 @@ class DeviceBacking : public Backing {
     std::exception_ptr failed;
     try {
       const uint8_t* from = host_.record(what.expert, what.to);
+      // Slots are taken whole, and so are the cache's bytes of any level: what is copied is that of the rungs.
+      const size_t begin = end_of(what.from), end = end_of(what.to);
       if (!from) throw DeviceError("expert " + std::to_string(what.expert) + " left the cache below too early");
       Device& device = space_->device();
       device.record(computed_, kCompute);
       device.wait(kCopy, computed_);
-      space_->upload(at(what.slot) + what.begin, from + what.begin, what.end - what.begin, kCopy);
+      space_->upload(at(what.slot) + begin, from + begin, end - begin, kCopy);
       device.record(arrived_[size_t(what.slot)], kCopy);
-      bytes_ += what.end - what.begin;
+      bytes_ += end - begin;
       copies_ += 1;
     } catch (...) {
       failed = std::current_exception();
@@ -73,6 +75,8 @@ class DeviceBacking : public Backing {
   LoaderStats stats() const override { return {bytes_, copies_, 0}; }
 
  private:
+  /// Where the first `rungs` rungs of a record end.
+  size_t end_of(int rungs) const { return rungs ? host_.shape().ends[size_t(rungs) - 1] : 0; }
   uint8_t* at(int slot) const { return memory_.as() + size_t(slot) * window_; }
 
   std::shared_ptr<DeviceSpace> space_;

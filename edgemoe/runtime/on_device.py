@@ -83,8 +83,7 @@ class OnDevice:
         if self.vram.room < host.slot_bytes(len(store.level_bits)):
             return store
         there = _core.Cache.on_device(self.device, host, self.vram.room - _core.Device.taken(1))
-        tiers = Tiers(host, there)
-        tiers.spread(len(config.moe_layers))
+        tiers = Tiers(host, there, len(config.moe_layers))
         return ExpertStore(
             cast(_core.Cache, tiers), num_experts=config.num_experts, level_bits=store.level_bits,
             rungs=self.moe.experts.rungs,

@@ -374,7 +374,7 @@ def test_what_no_cache_can_hold_is_said_as_the_cpu_says_it(both, types, gain):
 
 def test_scores_that_are_no_numbers_have_no_highest(both):
     """Each is 0, +1 or -1 times an infinite query: the highest of all is what the first lane begins with."""
-    T = 12
+    T = 16
     q, k, v = np.zeros((1, 16), np.float32), np.zeros((T, 16), np.float32), normal(T, 16)
     q[0, 5] = np.inf
     k[:, 5] = np.resize([0, 1, 0, -1], T)
