@@ -138,7 +138,7 @@ class Tiers:
         self._unit *= 2.0 ** (tokens / _HALF_LIFE * self._layer_share)
         if self._unit > _LARGEST:
             self._uses /= self._unit
-            self._order.version += np.uint32(1)
+            self._order.version[:] += np.uint32(1)
             self._unit = 1.0
 
     def _choose(self) -> None:
@@ -253,7 +253,7 @@ class Tiers:
         self.device.uses = np.zeros_like(uses)
         self._uses[:] = uses
         self._unit = 1.0
-        self._order.version += np.uint32(1)
+        self._order.version[:] += np.uint32(1)
 
     @property
     def progress(self) -> tuple[int, float]:

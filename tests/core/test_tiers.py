@@ -194,6 +194,7 @@ def settle(device):
 def test_random_requests_equal_the_model(moe, slots, in_ram, mixed):
     each = expert_bytes(moe, TOP)
     tiers, device = opened(moe, in_ram, slots)
+    tiers.uses = np.zeros(N)  # as a profile brings them
     pages = [0] + [expert_bytes(moe, level) for level in range(1, TOP + 1)]
     model = Model(pages, int(in_ram * each), slots)
     rng = np.random.default_rng(slots * 100 + int(in_ram * 10) + mixed)
