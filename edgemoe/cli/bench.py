@@ -103,9 +103,10 @@ def _span(rates: Sequence[float], digits: int) -> str:
 
 _ABOUT = """\
 Measure how fast prompts (pp) and single tokens (tg) are, as llama-bench does: random
-tokens, one unmeasured repetition, the median of the others ± their deviation. The roof
-of memory is what reading the experts in memory gives just before a test and just after;
-the share is of the higher one.
+tokens, one unmeasured repetition, the median of the others ± their deviation. Where all
+experts fit they are loaded before; else they come as tokens want them. The roof of
+memory is what reading the experts in memory gives just before a test and just after; the
+share is of the higher one.
 """
 
 

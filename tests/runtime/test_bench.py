@@ -39,6 +39,17 @@ def test_every_test_is_run_at_every_depth(tiny_moe):
             list(measure(engine, prompts=[9], generations=[], depths=[71]))
 
 
+@pytest.mark.parametrize("slots", [None, 9 * 20480])
+def test_what_fits_as_a_whole_is_there_before(tiny_moe, slots):
+    with edgemoe.load(tiny_moe, context=80, threads=1, slots=slots) as engine:
+        (result,) = measure(engine, prompts=[], generations=[16], repetitions=2)
+        if slots is None:
+            assert (result.hit_rate, result.read_per_token, result.wait_share) == (1.0, 0.0, 0.0)
+            assert engine.stats.misses == 0
+        else:
+            assert result.hit_rate < 1 and result.read_per_token > 0
+
+
 def test_the_command_takes_llama_benchs_flags(tiny_moe, no_roof, capsys):
     command = [str(tiny_moe), "-p", "0", "-n", "2", "-d", "0,20", "-r", "1", "-t", "1", "--json"]
     assert main([*command, "-ctk", "q8_0", "--cache-type-v", "f16"]) == 0
