@@ -144,6 +144,8 @@ class Cache {
 
   /// All slots, one after the other, for tests: what is touched of it is resident.
   const uint8_t* slots() const { return backing_->view(0); }
+  /// Whether `next` has something to give without waiting, of what was there when the request began.
+  bool has_ready() const { return !ready_.empty(); }
   size_t slots_bytes() const { return backing_->keeps_bytes() ? slots_.size() * window_bytes_ : 0; }
 
   /// The pages of whole experts, as {first byte, size}.

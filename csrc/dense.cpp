@@ -277,7 +277,9 @@ void linear_heads(Workspace& ws, const HeadRows& x, const NestedMatrix& w, int T
   const QuantizedRows q = ws.quantize(x.x, rows.data(), T * heads, w.cols, x.stride);
   const RankRow* z = ws.project({&w}, x.x, rows.data(), T * heads, x.stride)[0];
   const int per_head = w.rows / heads, count = per_head / kTileRows, total = heads * count;
-  ws.pool.run(total, grain_for(total, ws.pool.size()), [&](int begin, int end) {
+  const int grain = grain_for(total, ws.pool.size());
+  ws.order.begin(w.rungs[0], T, [&](int thread) { return ahead_of({&w}, ws.pool.first(total, grain, thread)); });
+  ws.pool.run(total, grain, [&](int begin, int end) {
     for (int h = begin / count; h * count < end; ++h) {
       const int a = std::max(begin, h * count), b = std::min(end, (h + 1) * count);
       matmul(k, w, rows_from(q, h * T), z ? z + h * T : nullptr, T, a, b, out + size_t(h) * (out_stride - per_head),

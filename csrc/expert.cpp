@@ -176,28 +176,31 @@ void run_ffns(Workspace& ws, const float* x, int T, Activation activation, const
   ws.order.choose();
   std::vector<Piece> pieces;
   int filled = 0;
+  const auto run = [&] {
+    if (!pieces.empty()) run_batch(ws, x, T, activation, pieces);
+    pieces.clear();
+    filled = 0;
+  };
   for (const FfnUse& use : uses) {
+    if (!pieces.empty() && pieces.back().use->w.up.rows != use.w.up.rows) run();
     for (int first = 0; first < use.count;) {
       const int n = std::min(use.count - first, Workspace::kFfnRows - filled);
       pieces.push_back({&use, first, n, filled});
       filled += n;
       first += n;
-      if (filled == Workspace::kFfnRows) {
-        run_batch(ws, x, T, activation, pieces);
-        pieces.clear();
-        filled = 0;
-      }
+      if (filled == Workspace::kFfnRows) run();
     }
   }
-  if (!pieces.empty()) run_batch(ws, x, T, activation, pieces);
+  run();
 }
 
-void expect_experts(Workspace& ws, const Cache& cache, int first, const int32_t* experts, int n) {
-  const int up_blocks = blocks(cache.shape().expert_hidden, kTileRows);
-  const int each = cache.shape().gated ? 2 * up_blocks : up_blocks, total = n * each;
+void expect_experts(Workspace& ws, const Cache& cache, int first, const int32_t* experts, int n, int beside) {
+  const int hidden = cache.shape().expert_hidden, up_blocks = blocks(hidden, kTileRows);
+  const int each = cache.shape().gated ? 2 * up_blocks : up_blocks;
+  const int total = (beside == hidden ? n + 1 : n) * each;
   for (int i = 0; i < ws.pool.size(); ++i) {
     const int begin = ws.pool.first(total, grain_of(ws, total, 1), i);
-    if (begin >= total) return;
+    if (begin >= n * each) return;
     const auto w = cache.glance(first + experts[begin / each]);
     if (w) ws.pool.expect(i, ahead_of({&w->gate, &w->up}, begin % each));
   }

@@ -28,12 +28,13 @@ struct FfnUse {
 };
 
 /// out = down(activation(gate x, up x)) for each use, with its biases; x is [T, D]. A row's result does not depend on
-/// the other rows.
+/// the other rows. Those of one width that follow each other run together.
 void run_ffns(Workspace& ws, const float* x, int T, Activation activation, const std::vector<FfnUse>& uses);
 
 /// A token's experts were chosen, numbers `first + experts[i]` of the cache, best first: lets threads that wait read
-/// the first of what they will compute with if all of them run. A hint, no more.
-void expect_experts(Workspace& ws, const Cache& cache, int first, const int32_t* experts, int n);
+/// the first of what they will compute with if all of them run, and after them an FFN of `beside` hidden values, 0 for
+/// none. A hint, no more.
+void expect_experts(Workspace& ws, const Cache& cache, int first, const int32_t* experts, int n, int beside);
 
 /// out[t] = sum over k of gates[t, k] * parts[rows[t, k]], in the order of k; rows below 0 are skipped.
 void combine(Workspace& ws, const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols,

@@ -402,6 +402,20 @@ def latent_attention(
     kv: KvLayer,
     out: _F32,
 ) -> None: ...
+def attend_latents(
+    ws: Workspace,
+    layer: LatentLayer,
+    x: _F32,
+    projections: tuple[Nested, Nested, Nested | None, Nested, Nested, Nested],
+    q_norm: _F32 | None,
+    eps: float,
+    rows: Sequence[_F32],
+    pos: int,
+    cos: _F32 | None,
+    sin: _F32 | None,
+    kv: KvLayer,
+    out: _F32,
+) -> None: ...
 def route(
     ws: Workspace,
     x: _F32,
@@ -473,8 +487,12 @@ def run_experts(
     biases: Sequence[_F32 | None] | None,
     basis: NDArray[np.int8] | None,
     projected: _F32 | None,
+    beside: tuple[Nested | None, Nested, Nested] | None = None,
+    beside_out: _F32 | None = None,
 ) -> None: ...
-def expect_experts(ws: Workspace, cache: Cache, first: int, experts: _I32) -> None: ...
+def expect_experts(
+    ws: Workspace, cache: Cache, first: int, experts: _I32, beside: int = 0
+) -> None: ...
 def expert_ffn(
     ws: Workspace,
     x: _F32,

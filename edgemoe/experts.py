@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edgemoe.ops import Array, ExpertLayer, Ops
+from edgemoe.ops import Array, Beside, ExpertLayer, Ops
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler import Scheduler
 from edgemoe.store import ExpertStore
@@ -64,22 +64,37 @@ class Experts:
         self._ops = ops
         self._parts = parts
 
-    def __call__(self, routing: Routing, layer: ExpertLayer, x: Array, out: Array) -> None:
+    def __call__(
+        self,
+        routing: Routing,
+        layer: ExpertLayer,
+        x: Array,
+        out: Array,
+        beside: Beside | None = None,
+    ) -> bool:
         """out [T, D] = the gated sum of the outputs of a layer's experts on x [T, D].
 
         Parts are added in plan order, so the order in which experts arrive does not matter.
+
+        Args:
+            beside: what may be run with them.
+
+        Returns:
+            Whether it was.
         """
         store, ops = self.store, self._ops
         residency = store.residency
         if len(routing.experts) == 1:
-            ops.expect(store.cache, routing.layer * residency.shape[1], routing.experts[0])
+            ops.expect(store.cache, routing.layer * residency.shape[1], routing.experts[0], beside)
         plan = self.scheduler.plan(routing, residency)
         if self.observer is not None:
             self.observer.planned(routing, plan, residency)
         self.routed += plan.rows.size
         self.skipped += plan.rows.size - len(plan.tokens)
         request = store.request(plan)
-        ops.run_experts(x, layer, request, store.ready_groups(), plan, self._parts, out)
+        is_beside_done = ops.run_experts(
+            x, layer, request, store.ready_groups(), plan, self._parts, out, beside
+        )
         stand_ins = self.scheduler.stand_ins
         if stand_ins is not None and len(plan.tokens) < plan.rows.size:
             at = plan.layer
@@ -87,3 +102,4 @@ class Experts:
             ops.stand_in(x, maps, routing.experts, plan, out)
         if self.observer is not None:
             self.observer.done(*store.progress)
+        return is_beside_done

@@ -24,9 +24,10 @@ from edgemoe.specs import Activation, AttentionSpec, MixerSpec, MlaSpec, RouterS
 from edgemoe.store import Request
 
 __all__ = [
-    "Array", "AttentionMatrices", "AttentionWeights", "Basis", "DeltaRule", "ExpertLayer", "Ids", "KvLayer",
-    "LatentWeights", "MambaRule", "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule", "RouterWeights",
-    "attend_in_steps", "kv_bytes", "kv_parts", "kv_ring", "rope_bytes", "run_experts_in_steps",
+    "Array", "AttentionMatrices", "AttentionWeights", "Basis", "Beside", "DeltaRule", "ExpertLayer", "Ids", "KvLayer",
+    "LatentMatrices", "LatentWeights", "MambaRule", "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule",
+    "RouterWeights", "absorb_queries", "attend_in_steps", "attend_latents_in_steps", "kv_bytes", "kv_parts",
+    "kv_ring", "rope_bytes", "run_experts_in_steps",
 ]  # fmt: skip
 
 Array = NDArray[np.float32]
@@ -165,6 +166,30 @@ class AttentionMatrices(NamedTuple):
 
     qkv: tuple[Matrix, Matrix, Matrix]
     out: Matrix
+
+
+class LatentMatrices(NamedTuple):
+    """Are a layer's projections with latent attention."""
+
+    heads: int
+    kv_a: Matrix
+    q_a: Matrix
+    """Gives queries, where there is no q_b."""
+    q_norm: Array | None
+    """[q_rank], of what q_a gives, where there is a q_b."""
+    q_b: Matrix | None
+    k_b: Matrix
+    v_b: Matrix
+    out: Matrix
+
+
+class Beside(NamedTuple):
+    """Is an FFN that every token takes, beside a layer's experts."""
+
+    matrices: tuple[Matrix | None, Matrix, Matrix]
+    """Gate, up and down."""
+    out: Array
+    """[T, D]"""
 
 
 class Ops(Protocol):
@@ -428,6 +453,26 @@ class Ops(Protocol):
             RangeError: as `attention`.
         """
 
+    def attend_latents(
+        self,
+        weights: LatentWeights,
+        x: Array,
+        matrices: LatentMatrices,
+        eps: float,
+        rows: Sequence[Array],
+        pos: int,
+        cos: Array | None,
+        sin: Array | None,
+        kv: KvLayer,
+        out: Array,
+    ) -> None:
+        """Is all of a layer of latent attention on x [T, D], with one state and without a gate, at once; as `attend`.
+
+        Args:
+            eps: of the norm after q_a.
+            rows: scratch for what q_a, q_b, k_b and kv_a give, what heads see, and what v_b makes of that.
+        """
+
     # ------------------------------------------------------------ experts
 
     def route_rule(self, spec: RouterSpec) -> RouteRule:
@@ -478,10 +523,12 @@ class Ops(Protocol):
         normed [p, T, D] and scores [p, T, E] are scratch; experts and gates are the host's.
         """
 
-    def expect(self, slots: Any, first: int, experts: NDArray[np.int32]) -> None:
+    def expect(
+        self, slots: Any, first: int, experts: NDArray[np.int32], beside: Beside | None
+    ) -> None:
         """Says that experts `first` + experts [K], as the file numbers them, will probably run next: a hint, no more.
 
-        slots: where they lie, as in `Request`.
+        slots: where they lie, as in `Request`; beside: what may run with them.
         """
 
     def expert_ffn(
@@ -504,7 +551,8 @@ class Ops(Protocol):
         plan: Plan,
         parts: Array,
         out: Array,
-    ) -> None:
+        beside: Beside | None,
+    ) -> bool:
         """`expert_ffn` for each group of a request as it arrives, and `combine` to out [T, D].
 
         Computing one group hides the reads of the next. The request is over then, also where it fails.
@@ -512,6 +560,10 @@ class Ops(Protocol):
         Args:
             groups: what the store gives of it, for who does not ask the slots themselves.
             parts: scratch [m, D].
+            beside: an FFN on the same x with the same activation.
+
+        Returns:
+            Whether that was run too; else it is left to `ffn`.
         """
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:
@@ -538,11 +590,38 @@ def attend_in_steps(
     ops.linear(heads, (matrices.out,), (out,))
 
 
+def attend_latents_in_steps(
+    ops: Any, weights: Any, x: Any, matrices: LatentMatrices, eps: float, rows: Sequence[Any], pos: int,
+    cos: Any, sin: Any, kv: Any, out: Any,
+) -> None:  # fmt: skip
+    """Is `Ops.attend_latents` made of other verbs; likewise."""
+    q_a, q, absorbed, keys, latents, values = rows
+    absorb_queries(ops, x, matrices, eps, (q_a, q, absorbed, keys))
+    ops.latent_attention(weights, q, absorbed, keys, pos, cos, sin, kv, latents)
+    ops.linear_heads(latents, matrices.v_b, matrices.heads, values)
+    ops.linear(values, (matrices.out,), (out,))
+
+
+def absorb_queries(
+    ops: Any, x: Any, matrices: LatentMatrices, eps: float, rows: Sequence[Any]
+) -> None:
+    """Is what comes before latent attention: the first four rows of `Ops.attend_latents`."""
+    q_a, q, absorbed, keys = rows
+    if matrices.q_b is None:
+        ops.linear(x, (matrices.kv_a, matrices.q_a), (keys, q))
+    else:
+        ops.linear(x, (matrices.kv_a, matrices.q_a), (keys, q_a))
+        ops.norm(q_a, matrices.q_norm, eps, q_a)
+        ops.linear(q_a, (matrices.q_b,), (q,))
+    ops.linear_heads(q, matrices.k_b, matrices.heads, absorbed)
+
+
 def run_experts_in_steps(
     ops: Any, x: Any, layer: ExpertLayer, request: Request, groups: Iterator[list[int]], plan: Plan,
-    parts: Any, out: Any,
-) -> None:  # fmt: skip
+    parts: Any, out: Any, beside: Beside | None,
+) -> bool:  # fmt: skip
     """Is `Ops.run_experts` made of other verbs; likewise."""
     for group in groups:
         ops.expert_ffn(x, layer, request, plan, group, parts)
     ops.combine(parts, plan, out)
+    return False

@@ -14,10 +14,12 @@ from edgemoe.ops import (
     Array,
     AttentionMatrices,
     AttentionWeights,
+    Beside,
     DeltaRule,
     ExpertLayer,
     Ids,
     KvLayer,
+    LatentMatrices,
     LatentWeights,
     MambaRule,
     Matrix,
@@ -309,6 +311,25 @@ class CpuOps:
         """See `Ops.latent_attention`."""
         _core.latent_attention(self._ws, weights, q, absorbed, keys, pos, cos, sin, kv, out)
 
+    def attend_latents(
+        self,
+        weights: LatentWeights,
+        x: Array,
+        matrices: LatentMatrices,
+        eps: float,
+        rows: Sequence[Array],
+        pos: int,
+        cos: Array | None,
+        sin: Array | None,
+        kv: KvLayer,
+        out: Array,
+    ) -> None:
+        """See `Ops.attend_latents`."""
+        _, kv_a, q_a, q_norm, *others = matrices
+        _core.attend_latents(
+            self._ws, weights, x, (kv_a, q_a, *others), q_norm, eps, rows, pos, cos, sin, kv, out
+        )
+
     def route_rule(self, spec: RouterSpec) -> RouteRule:
         """See `Ops.route_rule`."""
         return _core.RouteRule(
@@ -377,9 +398,12 @@ class CpuOps:
             experts, gates,
         )  # fmt: skip
 
-    def expect(self, slots: _core.Cache, first: int, experts: NDArray[np.int32]) -> None:
+    def expect(
+        self, slots: _core.Cache, first: int, experts: NDArray[np.int32], beside: Beside | None
+    ) -> None:
         """See `Ops.expect`: threads read the first of them while others decide."""
-        _core.expect_experts(self._ws, slots, first, experts)
+        width = 0 if beside is None else beside.matrices[1].rows
+        _core.expect_experts(self._ws, slots, first, experts, width)
 
     def expert_ffn(
         self,
@@ -414,13 +438,17 @@ class CpuOps:
         plan: Plan,
         parts: Array,
         out: Array,
-    ) -> None:
+        beside: Beside | None,
+    ) -> bool:
         """See `Ops.run_experts`: asks the slots itself."""
         self._project(x, layer, request)
+        matrices, to = (None, None) if beside is None else beside
         _core.run_experts(
             self._ws, x, request.slots, request.experts, request.levels, plan.offsets, plan.tokens,
             plan.rows, plan.gates, parts, out, layer.activation, layer.biases, layer.basis, request.projected,
+            matrices, to,
         )  # fmt: skip
+        return beside is not None
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:
         """See `Ops.combine`."""

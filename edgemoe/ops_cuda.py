@@ -312,7 +312,7 @@ class CudaOps(CudaMixers):
         for i, router in enumerate(routers):
             self._cpu.choose(router, rule, logits[i], experts[i], gates[i])
 
-    def expect(self, slots: Any, first: int, experts: NDArray[np.int32]) -> None:
+    def expect(self, slots: Any, first: int, experts: NDArray[np.int32], beside: Any) -> None:
         """See `Ops.expect`: of no use to a device."""
 
     def expert_ffn(

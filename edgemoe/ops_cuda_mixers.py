@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edgemoe import _core
-from edgemoe.ops import DeltaRule, MambaRule
+from edgemoe.ops import DeltaRule, MambaRule, attend_latents_in_steps
 from edgemoe.specs import MlaSpec
 
 __all__ = ["Array", "CudaMixers"]
@@ -115,6 +115,8 @@ class CudaMixers:
             grow_every=spec.grow_every, growth=spec.growth, norm=tensors["kv_a_norm"],
             norm_eps=spec.norm_eps,
         )  # fmt: skip
+
+    attend_latents = attend_latents_in_steps  # a queue waits for nobody
 
     def latent_attention(
         self,

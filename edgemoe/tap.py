@@ -14,6 +14,7 @@ from edgemoe.ops import (
     Matrix,
     OpsShape,
     attend_in_steps,
+    attend_latents_in_steps,
     run_experts_in_steps,
 )  # fmt: skip
 from edgemoe.ops_cpu import CpuOps
@@ -72,7 +73,7 @@ class TapOps(CpuOps):
         super().linear(x, weights, outs)
         self._tap.dense(self._names[id(weights[0])], x)
 
-    attend = attend_in_steps  # which the tap sees
+    attend, attend_latents = attend_in_steps, attend_latents_in_steps  # which the tap sees
 
     def linear_heads(self, x: Array, weight: Matrix, heads: int, out: Array) -> None:
         """See `CpuOps.linear_heads`; the tap sees a row for each head."""

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "bindings/arrays.h"
@@ -20,6 +21,9 @@ void check_ffn(const ExpertView& w, Activation activation) {
     throw std::invalid_argument("ffn: the matrices do not fit each other or the activation");
   }
 }
+
+/// Gate, up and down.
+using FfnMatrices = std::tuple<const Nested*, const Nested*, const Nested*>;
 
 /// Biases of an expert among those of all, arrays [E, H], [E, H] and [E, D], or None for no gate's.
 class ExpertBiases {
@@ -78,6 +82,17 @@ class PlannedFfns {
     if (!hidden.is_none()) hidden_ = writable(hidden, "hidden", {parts.shape(0), h_});
   }
 
+  /// An FFN that all tokens take, which the next `run` will run too: without a gate where there is none.
+  void add(const FfnMatrices& matrices, Array<float>& out) {
+    const auto& [gate, up, down] = matrices;
+    if (!up || !down) throw py::type_error("ffn: expected matrices, got None");
+    beside_ = FfnUse{{gate ? gate->matrix : NestedMatrix{}, up->matrix, down->matrix}, nullptr, int(T_), nullptr};
+    check_ffn(beside_->w, kind_);
+    if (up->matrix.cols != d_) throw std::invalid_argument("ffn: the matrices do not fit x");
+    expect(out, "ffn out", {T_, down->matrix.rows});
+    beside_->out = out.mutable_data();
+  }
+
   /// Runs those at positions `group`, which are pinned.
   void run(Workspace& ws, const std::vector<int>& group) {
     int rank = 0;  // of what the basis must have
@@ -100,6 +115,8 @@ class PlannedFfns {
     std::vector<float> own(v ? size_t(T_) * kMaxRank : 0);
     if (v) project(ws, x_, int(T_), v, rank, d_, own.data());
     for (FfnUse& use : uses_) use.z = v ? own.data() : z_;
+    if (beside_) uses_.push_back(*beside_);
+    beside_.reset();
     run_ffns(ws, x_, int(T_), kind_, uses_);
   }
 
@@ -115,6 +132,7 @@ class PlannedFfns {
   const int8_t* levels_;
   py::ssize_t T_, count_, most_;
   std::vector<FfnUse> uses_;
+  std::optional<FfnUse> beside_;
 };
 
 void bind_dense_ffn(py::module_& m) {
@@ -141,17 +159,17 @@ void bind_dense_ffn(py::module_& m) {
 void bind_expert_ffn(py::module_& m) {
   m.def(
       "expect_experts",
-      [](Workspace& ws, const Cache& cache, int first, const Array<int32_t>& experts) {
+      [](Workspace& ws, const Cache& cache, int first, const Array<int32_t>& experts, int beside) {
         expect(experts, "experts", {-1});
         expect_within("first", first, 0, cache.num_experts() - 1);
         for (py::ssize_t i = 0; i < experts.size(); ++i) {
           expect_within("experts", experts.data()[i], 0, cache.num_experts() - 1 - first);
         }
-        expect_experts(ws, cache, first, experts.data(), int(experts.size()));
+        expect_experts(ws, cache, first, experts.data(), int(experts.size()), beside);
       },
-      py::arg("ws"), py::arg("cache"), py::arg("first"), py::arg("experts").noconvert(),
-      "Experts first + experts[i] will probably be run next: threads that wait read the first of them. A hint, no "
-      "more.");
+      py::arg("ws"), py::arg("cache"), py::arg("first"), py::arg("experts").noconvert(), py::arg("beside") = 0,
+      "Experts first + experts[i] will probably be run next, and with them an FFN of `beside` hidden values: threads "
+      "that wait read the first of them. A hint, no more.");
 
   m.def(
       "expert_ffn",
@@ -181,9 +199,12 @@ void bind_run_experts(py::module_& m) {
       [](Workspace& ws, const Array<float>& x, Cache& cache, const Array<int32_t>& experts, const Array<int8_t>& levels,
          const Array<int32_t>& offsets, const Array<int32_t>& tokens, const Array<int32_t>& rows,
          const Array<float>& gates, Array<float> parts, Array<float> out, const std::string& activation,
-         const py::object& biases, const std::optional<Array<int8_t>>& basis, const py::object& projected) {
+         const py::object& biases, const std::optional<Array<int8_t>>& basis, const py::object& projected,
+         const std::optional<FfnMatrices>& beside, std::optional<Array<float>> beside_out) {
         PlannedFfns ffns(cache, x, experts, levels, offsets, tokens, parts, py::none(), activation, biases, basis,
                          projected);
+        if (beside.has_value() != beside_out.has_value()) throw py::type_error("run_experts: beside wants beside_out");
+        if (beside) ffns.add(*beside, *beside_out);
         check_combine(parts, rows, gates, out);
         const float *p = parts.data(), *g = gates.data();
         const int32_t* r = rows.data();
@@ -193,6 +214,7 @@ void bind_run_experts(py::module_& m) {
         const auto close = [](Cache* open) { open->close(); };
         const std::unique_ptr<Cache, decltype(close)> request(&cache, close);
         std::vector<int> group;
+        if (beside && !cache.has_ready()) ffns.run(ws, group);  // while the first ones are read
         for (py::ssize_t left = experts.size(); left > 0; left -= py::ssize_t(group.size())) {
           cache.next(&group);
           if (group.empty()) break;
@@ -207,8 +229,9 @@ void bind_run_experts(py::module_& m) {
       py::arg("levels").noconvert(), py::arg("offsets").noconvert(), py::arg("tokens").noconvert(),
       py::arg("rows").noconvert(), py::arg("gates").noconvert(), py::arg("parts").noconvert(),
       py::arg("out").noconvert(), py::arg("activation"), py::arg("biases"), py::arg("basis").noconvert(),
-      py::arg("projected"),
-      "`expert_ffn` for each group of the open request as it arrives, and `combine`; the request is closed.");
+      py::arg("projected"), py::arg("beside") = py::none(), py::arg("beside_out").noconvert() = py::none(),
+      "`expert_ffn` for each group of the open request as it arrives, and `combine`; the request is closed. beside: "
+      "the matrices of an FFN on all of x with the same activation, whose result beside_out [T, D] gets.");
 }
 
 }  // namespace

@@ -36,4 +36,18 @@ void latent_attention(Workspace& ws, const float* q, float* absorbed, float* key
   attention(ws, absorbed, keys, nullptr, T, pos, parts, kv, out);
 }
 
+void attend_latents(Workspace& ws, const float* x, int T, int pos, const LatentParts& p, const LatentMatrices& m,
+                    const LatentRows& r, const KvLayer& kv, float* out) {
+  const LatentShape& s = p.shape;
+  linear(ws, x, T, {m.kv_a, m.q_a}, {r.keys, m.q_b ? r.q_a : r.q});
+  if (m.q_b) {
+    rms_norm(ws, r.q_a, m.q_norm, m.eps, T, m.q_b->cols, r.q_a);
+    linear(ws, r.q_a, T, {m.q_b}, {r.q});
+  }
+  linear_heads(ws, {r.q, s.nope_dim + s.rope_dim}, *m.k_b, T, s.num_heads, r.absorbed, s.latent_dim + s.rope_dim);
+  latent_attention(ws, r.q, r.absorbed, r.keys, T, pos, p, kv, r.latents);
+  linear_heads(ws, {r.latents, s.latent_dim}, *m.v_b, T, s.num_heads, r.values, m.v_b->rows / s.num_heads);
+  linear(ws, r.values, T, {m.out}, {out});
+}
+
 }  // namespace edgemoe

@@ -28,4 +28,23 @@ struct LatentParts {
 void latent_attention(Workspace& ws, const float* q, float* absorbed, float* keys, int T, int pos,
                       const LatentParts& parts, const KvLayer& kv, float* out);
 
+/// A layer's projections.
+struct LatentMatrices {
+  const NestedMatrix* kv_a;
+  const NestedMatrix* q_a;  ///< to queries, where there is no q_b
+  const NestedMatrix* q_b;  ///< or null
+  const NestedMatrix *k_b, *v_b, *out;
+  const float* q_norm;  ///< of what q_a gives, where there is a q_b
+  float eps;            ///< its own
+};
+
+/// Scratch for what they give, T rows each.
+struct LatentRows {
+  float *q_a, *q, *absorbed, *keys, *latents, *values;
+};
+
+/// All of a layer on x [T, hidden] to out [T, hidden]: the projections, and `latent_attention` between them.
+void attend_latents(Workspace& ws, const float* x, int T, int pos, const LatentParts& parts,
+                    const LatentMatrices& matrices, const LatentRows& rows, const KvLayer& kv, float* out);
+
 }  // namespace edgemoe

@@ -10,7 +10,7 @@ from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
 from edgemoe.model.router import Routers
 from edgemoe.model.scratch import Rows
-from edgemoe.ops import Array, Basis, ExpertLayer, Matrix, Ops
+from edgemoe.ops import Array, Basis, Beside, ExpertLayer, Matrix, Ops
 from edgemoe.specs import Activation
 from edgemoe.store import Weight
 
@@ -69,12 +69,14 @@ class RoutedFfn:
             (inner,) = self._scratch.first(len(x))
             self._ops.weigh(normed, routing.gates, inner)
             routing.gates[...] = 1
-        self._experts(routing, self._layer, inner, out)
         if self._shared is None:
+            self._experts(routing, self._layer, inner, out)
             return
         (shared,) = self._scratch.first(len(x))
+        beside = Beside(self._shared, shared) if inner is normed else None
         ops, sigmoid = self._ops, self._sigmoid
-        ops.ffn(normed, *self._shared, shared, activation=self._layer.activation)
+        if not self._experts(routing, self._layer, inner, out, beside):
+            ops.ffn(normed, *self._shared, shared, activation=self._layer.activation)
         ops.add(
             shared, 1.0, out, gate_weight=sigmoid, gate_input=None if sigmoid is None else normed
         )

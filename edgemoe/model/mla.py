@@ -8,7 +8,16 @@ from typing import Any, cast
 from edgemoe.model.batch import Batch
 from edgemoe.model.kv import KvTypes
 from edgemoe.model.setup import Setup
-from edgemoe.ops import Array, KvLayer, Matrix, Ops, kv_bytes, kv_parts
+from edgemoe.ops import (
+    Array,
+    KvLayer,
+    LatentMatrices,
+    Matrix,
+    Ops,
+    absorb_queries,
+    kv_bytes,
+    kv_parts,
+)
 from edgemoe.specs import MlaSpec
 from edgemoe.store import Weight
 
@@ -105,29 +114,34 @@ class MlaLayer:
         matrices = cast(Mapping[str, Matrix], weights)
         self._shared, self._ops, self._index = shared, shared.ops, index
         self._weights = shared.ops.latent_weights(index, shared.spec, weights)
-        self._kv_a, self._q_b = matrices["kv_a"], matrices.get("q_b")
-        self._q_a = matrices["q_direct" if self._q_b is None else "q_a"]
-        self._q_norm = cast("Array | None", weights.get("q_a_norm"))
-        self._k_b, self._v_b, self._o = matrices["k_b"], matrices["v_b"], (matrices["o"],)
+        q_b = matrices.get("q_b")
+        self._matrices = LatentMatrices(
+            heads=shared.spec.num_heads, kv_a=matrices["kv_a"],
+            q_a=matrices["q_direct" if q_b is None else "q_a"],
+            q_norm=cast("Array | None", weights.get("q_a_norm")), q_b=q_b,
+            k_b=matrices["k_b"], v_b=matrices["v_b"], out=matrices["o"],
+        )  # fmt: skip
         self._gate = cast("Array | None", weights.get("q_gate"))
 
     def forward(self, normed: Array, batch: Batch, out: Array) -> None:
         """See `MixerLayer.forward`."""
-        ops, index, spec = self._ops, self._index, self._shared.spec
-        (q_a, q, absorbed, keys, latents, values, gate), parts = batch.shared[self._shared]
-        if self._q_b is None or self._q_norm is None:
-            ops.linear(normed, (self._kv_a, self._q_a), (keys, q))
-        else:
-            ops.linear(normed, (self._kv_a, self._q_a), (keys, q_a))
-            ops.norm(q_a, self._q_norm, spec.norm_eps, q_a)
-            ops.linear(q_a, (self._q_b,), (q,))
-        ops.linear_heads(q, self._k_b, spec.num_heads, absorbed)
+        ops, index, spec, matrices = self._ops, self._index, self._shared.spec, self._matrices
+        rows, parts = batch.shared[self._shared]
+        if len(parts) == 1 and self._gate is None:
+            states, pos, *_, cos, sin, _ = parts[0]
+            ops.attend_latents(
+                self._weights, normed, matrices, spec.norm_eps, rows[:6], pos, cos, sin,
+                states[index].layer, out,
+            )  # fmt: skip
+            return
+        latents, values, gate = rows[4:]
+        absorb_queries(ops, normed, matrices, spec.norm_eps, rows[:4])
         for states, pos, queries, brought, new, cos, sin, to in parts:
             ops.latent_attention(
                 self._weights, queries, brought, new, pos, cos, sin, states[index].layer, to
             )
-        ops.linear_heads(latents, self._v_b, spec.num_heads, values)
+        ops.linear_heads(latents, matrices.v_b, matrices.heads, values)
         if self._gate is not None:
             ops.linear_f32(normed, (self._gate,), (gate,))
             ops.gate_heads(values, gate, spec.gate)
-        ops.linear(values, self._o, (out,))
+        ops.linear(values, (matrices.out,), (out,))

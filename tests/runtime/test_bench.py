@@ -47,7 +47,8 @@ def test_what_fits_as_a_whole_is_there_before(tiny_moe, slots):
             assert (result.hit_rate, result.read_per_token, result.wait_share) == (1.0, 0.0, 0.0)
             assert engine.stats.misses == 0
         else:
-            assert result.hit_rate < 1 and result.read_per_token > 0
+            assert result.hit_rate < 1
+            assert result.read_per_token > 0
 
 
 def test_the_command_takes_llama_benchs_flags(tiny_moe, no_roof, capsys):
