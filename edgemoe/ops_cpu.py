@@ -325,10 +325,11 @@ class CpuOps:
         out: Array,
     ) -> None:
         """See `Ops.attend_latents`."""
-        _, kv_a, q_a, q_norm, *others = matrices
+        _, kv_a, q_a, q_norm, q_b, k_b, v_b, o = matrices
         _core.attend_latents(
-            self._ws, weights, x, (kv_a, q_a, *others), q_norm, eps, rows, pos, cos, sin, kv, out
-        )
+            self._ws, weights, x, (kv_a, q_a, q_b, k_b, v_b, o), q_norm, eps, rows, pos, cos, sin,
+            kv, out,
+        )  # fmt: skip
 
     def route_rule(self, spec: RouterSpec) -> RouteRule:
         """See `Ops.route_rule`."""
