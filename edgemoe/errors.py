@@ -55,6 +55,24 @@ class FormatError(EdgemoeError, ValueError):
 class OutOfBudget(EdgemoeError, MemoryError):
     """Says that the memory budget is too small, and the smallest that works."""
 
+    _smallest, _parts, _note = 0, "", ""
+
+    @classmethod
+    def of(cls, ram: int, smallest: int, parts: str, note: str = "") -> OutOfBudget:
+        """Returns the error of a division in bytes; `parts` is what takes them, `note` what else there is to say."""
+        error = cls(
+            f"a budget of {_mib(ram)} is too small; the smallest that works is {_mib(smallest)}: {parts}{note}"
+        )
+        error._smallest, error._parts, error._note = smallest, parts, note
+        return error
+
+    def beside(self, size: int, what: str, *, ram: int) -> OutOfBudget:
+        """Returns the same of a budget of `ram` bytes that is for something else too; others as they are."""
+        if not self._parts:
+            return self
+        parts = f"{self._parts}, {_mib(size)} for {what}"
+        return self.of(ram, self._smallest + size, parts, self._note)
+
 
 class DeviceError(EdgemoeError, RuntimeError):
     """Says that a device failed, or why there is none."""
@@ -101,3 +119,7 @@ class _Quote(reprlib.Repr):
 
 
 _QUOTE = _Quote()
+
+
+def _mib(n: int) -> str:
+    return f"{-(-n >> 20)} MiB"

@@ -112,7 +112,8 @@ def find(text: str) -> Path | None:
 
 def near(text: str) -> list[str]:
     """Returns up to three names of models that a mistyped one may have meant."""
-    names = {}
+    # The demo is built where it is not there yet, and has the name that the chat itself calls it by.
+    names = {DEMO: DEMO, DEMO_FILE.removesuffix(_ENDING): DEMO_FILE.removesuffix(_ENDING)}
     for model in models():
         names[model.name.casefold()] = model.name
         names.setdefault(model.name.rpartition("/")[2].casefold(), model.name)

@@ -7,11 +7,13 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from edgemoe.runtime.chat import Chat
     from edgemoe.runtime.engine import Engine
     from edgemoe.runtime.requests import Constraint
 
-__all__ = ["keep_to", "schema_of", "schema_room"]
+__all__ = ["keep_to", "opened_beside", "schema_of"]
 
 _LARGEST = 1 << 20  # bytes of a file
 
@@ -39,14 +41,21 @@ def schema_of(given: str) -> object:
     return schema
 
 
-def schema_room(ram: int | None, model: str) -> int:
-    """Returns what is left of the budget beside the masks of a model's vocabulary."""
+def opened_beside(options: dict[str, Any], model: str) -> Engine:
+    """Opens a model whose budget, of its `options`, the masks of its vocabulary are in too."""
+    from edgemoe.errors import OutOfBudget
     from edgemoe.file.format import open_moe
     from edgemoe.runtime.budget import default_ram
+    from edgemoe.runtime.engine import Engine
+    from edgemoe.runtime.options import EngineOptions
     from edgemoe.serve.grammar import grammar_bytes
 
     masks = grammar_bytes(open_moe(model).config.vocab_size)
-    return max((default_ram() if ram is None else ram) - masks, 1)
+    ram = default_ram() if options["ram"] is None else options["ram"]
+    try:
+        return Engine(model, EngineOptions(**options | {"ram": max(ram - masks, 1)}))
+    except OutOfBudget as error:
+        raise error.beside(masks, "--json-schema", ram=ram) from None
 
 
 def keep_to(engine: Engine, chat: Chat, schema: object) -> None:

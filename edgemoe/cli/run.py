@@ -20,7 +20,7 @@ from edgemoe.cli.console import (
 )
 from edgemoe.cli.engine import engine_flags, sampling_flags
 from edgemoe.cli.foreign import without_foreign
-from edgemoe.cli.form import keep_to, schema_of, schema_room
+from edgemoe.cli.form import keep_to, opened_beside, schema_of
 from edgemoe.cli.measured import check, cost, pick
 from edgemoe.cli.names import demo_model, fetched, model_path
 from edgemoe.cli.options import run_parser, unknown_variables
@@ -124,10 +124,13 @@ def _run(args: Namespace, schema: object) -> int:
     from edgemoe.runtime.engine import Engine
     from edgemoe.runtime.options import EngineOptions
 
-    if schema is not None:
-        args.ram = schema_room(args.ram, args.model)
     given = {"context": args.ctx_size or None, "trace": args.trace, "profile": args.profile}
-    with Engine(args.model, EngineOptions(**engine_flags(args, **given))) as engine:
+    flags = engine_flags(args, **given)
+    with (
+        Engine(args.model, EngineOptions(**flags))
+        if schema is None
+        else opened_beside(flags, args.model)
+    ) as engine:
         for line in engine.notes:
             note(f"# {line}")
         bits = engine.expert_bits
@@ -241,19 +244,24 @@ def _prompt(args: Namespace) -> str | None:
     """
     if args.prompt is None and args.file is None:
         return None if is_terminal(sys.stdin) else _piped()
-    parts = [] if args.prompt is None else [args.prompt]
+    parts = []
+    if args.prompt is not None:
+        parts.append(_not_empty(args.prompt, "-p"))
     if args.file == "-":
         parts.append(_piped())
     elif args.file is not None:
         with open(args.file, "rb") as file:
-            parts.append(read_text(file, args.file))
+            parts.append(_not_empty(read_text(file, args.file), args.file))
     return "\n".join(parts)
 
 
 def _piped() -> str:
-    text = "" if sys.stdin is None else read_text(sys.stdin.buffer, "stdin")
-    if not text:
-        raise ValueError("stdin: expected a prompt, got nothing")
+    return _not_empty("" if sys.stdin is None else read_text(sys.stdin.buffer, "stdin"), "stdin")
+
+
+def _not_empty(text: str, where: str) -> str:
+    if not text.strip():
+        raise ValueError(f"{where}: expected a prompt, got nothing")
     return text
 
 

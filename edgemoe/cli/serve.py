@@ -106,6 +106,7 @@ def _settings(args: Namespace) -> Settings:
 def _run(args: Namespace, settings: Settings) -> int:
     set_up_logging(verbose=args.verbose)
     from edgemoe.file.format import open_moe
+    from edgemoe.runtime.budget import default_ram
     from edgemoe.runtime.opening import open_model
     from edgemoe.serve.loading import Loading
     from edgemoe.serve.server import listen, serve
@@ -125,10 +126,8 @@ def _run(args: Namespace, settings: Settings) -> int:
             options = _options(args, moe, settings.reserved)
             opened = open_model(args.model, options, told=loading.tell)
         except OutOfBudget as error:
-            mine = settings.reserved / 2**20
-            raise OutOfBudget(
-                f"{error}; the server itself takes {mine:.0f} MiB of --ram more"
-            ) from None
+            ram = default_ram() if args.ram is None else args.ram
+            raise error.beside(settings.reserved, "the server itself", ram=ram) from None
         model = opened.model
         for line in (*model.notes, *opened.text.notes):
             note(f"# {line}")

@@ -14,6 +14,9 @@ CACHE_TYPES = ("f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0")
 """`edgemoe.model.KV_TYPES`, which takes long to import."""
 CACHE_TYPES_TEXT = f"{', '.join(CACHE_TYPES[:-1])} or {CACHE_TYPES[-1]}"
 
+_LEAST_BYTES = 1 << 20
+"""Of a size that may be meant as bytes."""
+
 
 def ram_size(text: str) -> int:
     """Returns the bytes of a size like 4GiB, or of a percentage of what this process could have now."""
@@ -22,7 +25,10 @@ def ram_size(text: str) -> int:
         if not text.endswith("%"):
             from edgemoe.runtime.budget import parse_size
 
-            return parse_size(text)
+            size = parse_size(text)
+            if text.strip().isdecimal() and size < _LEAST_BYTES:
+                raise ArgumentTypeError(f"{text} are bytes; expected a size like {text}GiB or 50%")
+            return size
         share = float(text[:-1]) / 100
     except ValueError:
         raise wrong from None

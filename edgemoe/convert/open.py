@@ -8,6 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgemoe.errors import FormatError
+from edgemoe.file.format import MAGIC
+
 if TYPE_CHECKING:
     from edgemoe.convert.checkpoint import StoredCheckpoint
 
@@ -20,10 +23,7 @@ def is_gguf(path: Path) -> bool:
     """Says whether a path means a GGUF file, by its name or its first bytes."""
     if path.suffix == ".gguf" and not path.is_dir():
         return True
-    if not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
+    return path.is_file() and _start(path) == _MAGIC
 
 
 def open_checkpoint(path: Path) -> StoredCheckpoint:
@@ -37,6 +37,18 @@ def open_checkpoint(path: Path) -> StoredCheckpoint:
         from edgemoe.convert.gguf import GGUFCheckpoint
 
         return GGUFCheckpoint(path)
+    if path.is_file():
+        what = (
+            "is a .moe file already"
+            if _start(path) == MAGIC[: len(_MAGIC)]
+            else "is not a directory"
+        )
+        raise FormatError(f"{path}: {what}; expected a checkpoint's directory or a GGUF file")
     from edgemoe.convert.hf import HFCheckpoint
 
     return HFCheckpoint(path)
+
+
+def _start(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(len(_MAGIC))

@@ -43,6 +43,9 @@ _SAMPLER_BYTES = 33
 # What the resident size of a process differs by from run to run, and from one time that it is measured to the next.
 _JITTER_BYTES = 1 << 20
 
+# Bytes for each of page tables: eight for every 4 KiB, and a little for the levels above.
+_PER_TABLE = 480
+
 # A layer's state from this size on is resident as soon as it is made; see `Mixer.state_bytes`.
 _HUGE_STATE_BYTES = 4 << 20
 
@@ -207,7 +210,7 @@ class Budget:
             rope = kept_rope_bytes(config, context, kv_types)
             return cls(
                 ram=ram, process=process, growth=_GROWTH_BYTES + sampler,
-                tables=ram // 480,  # eight bytes for every 4 KiB, and a little for the levels above
+                tables=ram // _PER_TABLE,
                 dense=held, active_dense=dense - embedding, sequences=sequences,
                 kv=sequences * states.total(context, chunk), **states.growth(context, chunk),
                 scratch=own + scratch_bytes(config, chunk, sequences) + rope,
@@ -234,13 +237,14 @@ class Budget:
         return next(b for b in fits if b.scratch + b.kv <= limit)
 
     def _too_small(self, opening: int, outside: int) -> OutOfBudget:
-        smallest = self.fixed + self.expert + _JITTER_BYTES
+        needed = self.fixed - self.tables + self.expert + _JITTER_BYTES
+        smallest = needed + needed // (_PER_TABLE - 1) + 1  # with the tables of as much
+        least = replace(self, tables=smallest // _PER_TABLE)
         read = f"; reading the tokenizer takes {_mib(opening)}" if opening > smallest else ""
-        return OutOfBudget(
-            f"a budget of {_mib(self.ram - outside)} is too small; the smallest that works is "
-            f"{_mib(max(smallest, opening + _JITTER_BYTES) - outside)}: {self.parts(outside)}, "
-            f"{_mib(self.expert)} for one expert{read}"
-        )
+        return OutOfBudget.of(
+            self.ram - outside, max(smallest, opening + _JITTER_BYTES) - outside,
+            f"{least.parts(outside)}, {_mib(self.expert)} for one expert", read,
+        )  # fmt: skip
 
     @property
     def fixed(self) -> int:

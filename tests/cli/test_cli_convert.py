@@ -37,6 +37,16 @@ def test_command_reports_in_lines_where_there_is_no_terminal(checkpoint, tmp_pat
     assert open_moe(out).ladder[-1] == (3, 3, 3)
 
 
+def test_what_is_no_checkpoint_is_named(tiny_moe, tmp_path, capsys) -> None:
+    assert run("convert", tiny_moe, tmp_path / "x.moe") == 1
+    assert capsys.readouterr().err.endswith(
+        "tiny.moe: is a .moe file already; expected a checkpoint's directory or a GGUF file\n"
+    )
+    assert run("convert", __file__, tmp_path / "x.moe") == 1
+    assert "is not a directory; expected a checkpoint's directory" in capsys.readouterr().err
+    assert not (tmp_path / "x.moe").exists()
+
+
 def test_the_full_search_is_asked_for_and_kept_in_the_file(checkpoint, tmp_path, capsys) -> None:
     quick, thorough = tmp_path / "quick.moe", tmp_path / "thorough.moe"
     assert run("convert", checkpoint, quick) == 0

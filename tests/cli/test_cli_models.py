@@ -62,6 +62,8 @@ def test_a_name_is_a_path_or_one_of_the_list(kept: Path, monkeypatch) -> None:
     for text, message in {
         "tow": "did you mean two?",
         "A/oen": "did you mean A/one?",
+        "smolm2-moe-v3": "did you mean smollm2-moe-v3?",
+        "demmo": "did you mean demo?",
         "nothing/like-it": "edgemoe pull nothing/like-it gets it",
         "unlike": "edgemoe list shows what is here",
         "Say hi": "a prompt is what -p takes",

@@ -46,6 +46,11 @@ def divided(moe, ram, **changes):
     return Budget.divide(moe, ram=ram, **arguments)
 
 
+def named(error):
+    """The bytes that an error names."""
+    return int(str(error).split("works is ")[1].split(" MiB")[0]) << 20
+
+
 def smallest(moe, **changes):
     """The fewest bytes that work."""
     few, enough = 1, 1 << 30
@@ -125,6 +130,23 @@ def test_a_budget_that_is_too_small_says_which_is_not(tiny_moe) -> None:
     ram = smallest(moe)
     with pytest.raises(OutOfBudget, match="is too small; the smallest that works is") as error:
         divided(moe, ram - 1)
-    said = int(str(error.value).split("works is ")[1].split(" MiB")[0]) << 20
+    said = named(error.value)
     assert ram <= said <= ram + (3 << 20)
     divided(moe, said)
+
+
+def test_the_smallest_budget_is_the_same_whatever_was_too_small(tiny_moe) -> None:
+    moe, large = open_moe(tiny_moe), {"process": 8 << 30}  # whose page tables are 17 MiB
+    said = []
+    for ram in (1, 4 << 30, 8 << 30):
+        with pytest.raises(OutOfBudget) as error:
+            divided(moe, ram, **large)
+        said.append(named(error.value))
+    assert len(set(said)) == 1
+    divided(moe, said[0], **large)
+    other = error.value.beside(5 << 20, "something else", ram=7 << 20)
+    assert str(other).startswith("a budget of 7 MiB is too small; ")
+    assert str(other).endswith(" for one expert, 5 MiB for something else")
+    assert named(other) == said[0] + (5 << 20)
+    assert other.beside(1, "x", ram=1) is not other
+    assert (bare := OutOfBudget("no more")).beside(1, "x", ram=1) is bare

@@ -320,7 +320,7 @@ def test_a_second_signal_does_not_wait(tiny_moe):
     [
         (["--host", "0.0.0.0"], "lets other machines in"), (["--port", "70000"], "--port"),
         (["--queue", "-1"], "--queue"), (["--temp", "-1"], "temperature"), (["--timeout", "0"], "--timeout"),
-        (["--warm"], "--profile"), (["--frob"], "--frob"), (["--ram", "90MiB"], "the server itself takes"),
+        (["--warm"], "--profile"), (["--frob"], "--frob"), (["--ram", "90MiB"], "MiB for the server itself"),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_one_line(tiny_moe, flags, words, capsys):
