@@ -1,5 +1,6 @@
 #include "backing.h"
 
+#include <algorithm>
 #include <stdexcept>
 #include <utility>
 
@@ -19,6 +20,11 @@ class HostBacking : public Backing {
     const size_t n = table_.offsets.size(), layers = table_.layers.size();
     if (layers == 0 || n == 0 || n % layers || table_.crcs.size() != n * num_rungs_) {
       throw std::invalid_argument("Cache: expected one offset per expert and one sum per rung");
+    }
+    const auto& of = table_.file_of;
+    if ((!of.empty() && of.size() != n) || (!table_.names.empty() && table_.names.size() != n) ||
+        std::any_of(of.begin(), of.end(), [this](uint8_t i) { return i > table_.others.size(); })) {
+      throw std::invalid_argument("Cache: expected one file and one name per expert");
     }
     num_experts_ = int(n / layers);
   }
@@ -41,12 +47,20 @@ class HostBacking : public Backing {
     const size_t e = size_t(what.expert);
     uint8_t* to = base(what.slot);
     ReadJob& job = jobs_[size_t(what.slot)];
-    job = {
-        table_.offsets[e] + what.begin, what.end - what.begin, to + what.begin, {}, what.slot, what.is_ahead, nullptr};
+    const uint8_t file = table_.file_of.empty() ? 0 : table_.file_of[e];
+    const int name = table_.names.empty() ? what.expert % num_experts_ : table_.names[e];
+    job = {table_.offsets[e] + what.begin,
+           what.end - what.begin,
+           to + what.begin,
+           {},
+           what.slot,
+           what.is_ahead,
+           nullptr,
+           file ? table_.others[size_t(file) - 1].get() : nullptr};
     for (int r = what.from; verify_ && r < what.to; ++r) {
       const uint32_t start = r == 0 ? 0 : table_.ends[size_t(r) - 1];
       job.checks.push_back({to + start, table_.ends[size_t(r)] - start, table_.crcs[e * num_rungs_ + size_t(r)],
-                            table_.layers[e / size_t(num_experts_)], what.expert % num_experts_, r});
+                            table_.layers[e / size_t(num_experts_)], name, r});
     }
     loader_.submit(&job);
     return false;

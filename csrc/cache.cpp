@@ -86,10 +86,11 @@ Cache::Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<ui
   check_shape(shape_, !backing_->keeps_bytes());
   int most = 0;
   for (const uint8_t have : rungs_) {
-    if (have < 1 || have > num_rungs)
-      throw std::invalid_argument("Cache: expected each expert to have some rungs of the ladder");
+    if (have > num_rungs) throw std::invalid_argument("Cache: expected no expert to have more rungs than the ladder");
     most = std::max(most, std::min(max_level, int(have)));
+    num_there_ += have > 0;
   }
+  if (num_there_ == 0) throw std::invalid_argument("Cache: expected some experts to have rungs of the ladder");
   for (size_t level = 0; level <= num_rungs; ++level) {
     level_pages_.push_back(uint32_t(slot_bytes(int(level)) / kPage));
     level_bits_.push_back(level == 0 ? 0 : level_bits_.back() + shape_.rung_widths[level - 1][0]);
@@ -97,7 +98,7 @@ Cache::Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<ui
   window_bytes_ = slot_bytes(most);
   check_budget(budget_bytes);
   // Address space for as many as could be resident at the lowest level.
-  const size_t num_slots = std::min<size_t>(n, size_t(most_pages_) * kPage / slot_bytes(1));
+  const size_t num_slots = std::min<size_t>(num_there_, size_t(most_pages_) * kPage / slot_bytes(1));
   slots_.resize(num_slots);
   levels_.assign(n, 0);
   reads_.assign(n, 0);

@@ -73,7 +73,7 @@ class Cache {
   /// it gives that one, and counts as resident at `max_level`. So whoever plans need not know who has how many.
   ///
   /// `rungs` [n] says how many of the ladder's each expert has: the first ones; e is layer_index * num_experts +
-  /// expert. Slots are made for `most_bytes`, to which `set_budget` may raise the budget. Throws OutOfBudget when not
+  /// expert. One that has none is a place without an expert, so that layers may have fewer than others. Slots are made for `most_bytes`, to which `set_budget` may raise the budget. Throws OutOfBudget when not
   /// even one expert fits at `max_level`.
   Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<uint8_t> rungs, int max_level,
         size_t budget_bytes, Policy policy, size_t most_bytes = 0);
@@ -210,7 +210,7 @@ class Cache {
   void check_budget(size_t bytes) const;
   /// Whether every expert can be resident at the highest level.
   bool all_fit() const {
-    return slots_.size() == levels_.size() && slots_.size() * window_bytes_ <= size_t(budget_pages_) * kPage;
+    return slots_.size() == num_there_ && slots_.size() * window_bytes_ <= size_t(budget_pages_) * kPage;
   }
   /// Of the rungs that `level` asks for, how many an expert has.
   int rungs_at(int expert, int level) const { return std::min(level, int(rungs_[size_t(expert)])); }
@@ -223,6 +223,7 @@ class Cache {
   ExpertShape shape_;
   std::vector<uint8_t> rungs_;
   int max_level_;
+  size_t num_there_ = 0;  ///< experts that have rungs
   size_t window_bytes_ = 0;
   std::vector<uint32_t> level_pages_;  ///< that an expert takes, by rungs
   std::vector<uint32_t> level_bits_;   ///< of w_gate, likewise

@@ -99,6 +99,7 @@ void Cache::set_ahead(const Wish& ahead) {
   for (int e : before) ahead_[e] = 0;
   for (int i = 0; i < ahead.count; ++i) {
     const int e = ahead.experts[i];
+    if (rungs_[size_t(e)] == 0) continue;  // a guess may be of a place without an expert
     if (ahead_[e] == 0) ahead_list_.push_back(e);
     ahead_[e] = std::max(ahead_[e], int8_t(level_of(e, ahead.levels[i])));
   }
@@ -128,9 +129,10 @@ void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const
   check(now);
   check(ahead);
   expect_within("Cache num_tokens", num_tokens, 0, INT32_MAX);
-  bool ascending = offsets[0] >= 0;
+  bool ascending = offsets[0] >= 0, are_there = true;
   for (int i = 0; i < now.count; ++i) {
     int8_t& asked = asked_[now.experts[i]];
+    are_there = are_there && rungs_[size_t(now.experts[i])] > 0;
     ascending = ascending && asked < now.levels[i] && offsets[i] <= offsets[i + 1];
     asked = now.levels[i];
   }
@@ -138,6 +140,7 @@ void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const
   if (!ascending)
     throw std::invalid_argument(
         "Cache: offsets do not ascend from 0, or an expert is asked for twice, and not at more bits");
+  if (!are_there) throw std::invalid_argument("Cache: an expert is asked for at a place that has none");
   std::exception_ptr ignored;  // of reads ahead; who wants the expert reads it again
   collect(false, &ignored);
   is_open_ = true;

@@ -125,7 +125,7 @@ void Loader::work() {
     lock.unlock();
     bool is_read = false;
     try {
-      if (job->length > 0) file_->read_pages(job->offset, job->length, job->to);
+      if (job->length > 0) file_of(*job).read_pages(job->offset, job->length, job->to);
       is_read = true;
     } catch (...) {
       job->error = std::current_exception();
@@ -138,7 +138,7 @@ void Loader::work() {
       stats_.reads += job->length > 0;
       lock.unlock();
       try {
-        verify(*file_, *job);
+        verify(file_of(*job), *job);
       } catch (...) {
         job->error = std::current_exception();
       }

@@ -31,6 +31,7 @@ struct ReadJob {
   int tag = 0;            ///< the asker's own
   bool is_ahead = false;  ///< begins only when no other read waits
   std::exception_ptr error;
+  const File* file = nullptr;  ///< null for the loader's; outlives the read
 };
 
 struct LoaderStats {
@@ -39,7 +40,7 @@ struct LoaderStats {
   double busy_s = 0;  ///< time with at least one read under way
 };
 
-/// Reads jobs of one file, several at a time: in the order of their submission, and those ahead after the others.
+/// Reads jobs of one file, or of those that jobs name, several at a time: in the order of their submission, and those ahead after the others.
 /// Thread-safe.
 class Loader {
  public:
@@ -70,6 +71,7 @@ class Loader {
   void work();
   void stop();
   ReadJob* take();
+  const File& file_of(const ReadJob& job) const { return job.file ? *job.file : *file_; }
 
   std::shared_ptr<const File> file_;
   mutable std::mutex mutex_;

@@ -305,6 +305,9 @@ class Cache:
         gated: bool = True,
         row_scales: Sequence[int] = [1],
         ranks: Sequence[Sequence[int]] = [[], [], []],
+        others: Sequence[File] = [],
+        file_of: NDArray[np.uint8] | None = None,
+        names: NDArray[np.int32] | None = None,
     ) -> None: ...
     @staticmethod
     def on_device(device: Device, host: Cache, budget_bytes: int) -> Cache: ...

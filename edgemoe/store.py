@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.config import MATRICES
+from edgemoe.file.adapter import AdapterFile
 from edgemoe.file.format import ALIGNMENT, MoeFile, Tensor
 from edgemoe.plan import Plan, Priorities
 from edgemoe.quant import plane_widths
 
 __all__ = [
-    "ExpertStore", "Request", "Told", "all_expert_bytes", "dense_bytes", "disk_rate", "expert_bytes",
-    "level_bytes", "load_dense", "nobody", "read_dense", "read_rate",
+    "ExpertStore", "Request", "Told", "all_expert_bytes", "dense_bytes", "dense_pages", "disk_rate", "expert_bytes",
+    "level_bytes", "load_dense", "load_tensors", "nobody", "num_there", "read_dense", "read_rate",
 ]  # fmt: skip
 
 _REQUEST = 256  # experts that `load` asks for at once: the cache looks through all of a request's at every arrival
@@ -36,10 +37,10 @@ def nobody(share: float) -> None:
 
 def dense_bytes(moe: MoeFile, level: int) -> int:
     """Returns the memory that `load_dense` takes."""
-    return _pages(moe.tensors.values(), level) + (0 if moe.bases is None else moe.bases.nbytes)
+    return dense_pages(moe.tensors.values(), level) + (0 if moe.bases is None else moe.bases.nbytes)
 
 
-def _pages(tensors: Iterable[Tensor], level: int) -> int:
+def dense_pages(tensors: Iterable[Tensor], level: int) -> int:
     """Returns the memory of tensors at a level, each in whole pages."""
     page = _core.system_page()
     return sum(-(-sum(t.lengths[:level]) // page) * page for t in tensors)
@@ -64,7 +65,12 @@ def all_expert_bytes(moe: MoeFile, level: int) -> int:
 
 def level_bytes(moe: MoeFile, level: int) -> tuple[int, ...]:
     """Returns the mean memory of an expert at each level up to `level`, rounded down."""
-    return tuple(all_expert_bytes(moe, i) // len(moe.experts.offsets) for i in range(1, level + 1))
+    return tuple(all_expert_bytes(moe, i) // num_there(moe) for i in range(1, level + 1))
+
+
+def num_there(moe: MoeFile) -> int:
+    """Returns how many experts there are: places may be without."""
+    return int(np.count_nonzero(moe.experts.rungs))
 
 
 def load_dense(moe: MoeFile, level: int, *, verify: bool, told: Told = nobody) -> dict[str, Weight]:
@@ -80,9 +86,7 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool, told: Told = nobody) -
         FormatError: a checksum does not match.
         ReadError: the disk failed.
     """
-    nested = [t for t in moe.tensors.values() if t.spec.kind == "nested"]
-    arena = _core.Arena(_pages(nested, level))
-    weights = {name: _read(moe, name, level, verify, arena) for name in _told_of(moe, level, told)}
+    weights = load_tensors(moe, list(moe.tensors), level, verify=verify, told=told)
     matrices = [w for w in weights.values() if isinstance(w, _core.Nested)]
     for before, after in pairwise(matrices):  # as those of q, k and v
         after.share_basis(before)
@@ -94,19 +98,34 @@ def load_dense(moe: MoeFile, level: int, *, verify: bool, told: Told = nobody) -
     return weights
 
 
+def load_tensors(
+    of: MoeFile | AdapterFile,
+    names: Sequence[str],
+    level: int,
+    *,
+    verify: bool,
+    told: Told = nobody,
+) -> dict[str, Weight]:
+    """Reads tensors of a file outside the routed experts; see `load_dense`."""
+    nested = [of.tensors[name] for name in names if of.tensors[name].spec.kind == "nested"]
+    arena = _core.Arena(dense_pages(nested, level)) if nested else None
+    every = _told_of({name: of.tensors[name] for name in names}, level, told)
+    return {name: _read(of, name, level, verify, arena) for name in every}
+
+
 def read_dense(
     moe: MoeFile, level: int, *, verify: bool, told: Told = nobody
 ) -> Iterator[tuple[str, Weight]]:
     """Yields what `load_dense` returns, each tensor by itself: for who takes it elsewhere before the next is read."""
-    for name in _told_of(moe, level, told):
+    for name in _told_of(moe.tensors, level, told):
         t = moe.tensors[name]
-        arena = _core.Arena(_pages([t], level)) if t.spec.kind == "nested" else None
+        arena = _core.Arena(dense_pages([t], level)) if t.spec.kind == "nested" else None
         yield name, _read(moe, name, level, verify, arena)
 
 
-def _told_of(moe: MoeFile, level: int, told: Told) -> Iterator[str]:
+def _told_of(tensors: Mapping[str, Tensor], level: int, told: Told) -> Iterator[str]:
     """Yields each tensor's name, and tells after it which share has been read."""
-    sizes = {name: sum(t.lengths[:level]) for name, t in moe.tensors.items()}
+    sizes = {name: sum(t.lengths[:level]) for name, t in tensors.items()}
     total, done = sum(sizes.values()), 0
     for name, size in sizes.items():
         yield name
@@ -114,7 +133,9 @@ def _told_of(moe: MoeFile, level: int, told: Told) -> Iterator[str]:
         told(done / total)
 
 
-def _read(moe: MoeFile, name: str, level: int, verify: bool, arena: _core.Arena | None) -> Weight:
+def _read(
+    moe: MoeFile | AdapterFile, name: str, level: int, verify: bool, arena: _core.Arena | None
+) -> Weight:
     """Reads a tensor; a matrix into an arena."""
     t, widths = moe.tensors[name], plane_widths(moe.dense_ladder)
     if arena is None or t.spec.kind == "f32":
@@ -220,7 +241,7 @@ class ExpertStore:
         last = [(0, 0, 0), *ladder[:-1]]
         cache = _core.Cache(
             file=moe.file,
-            num_experts=config.num_experts,
+            num_experts=moe.places,
             hidden=config.hidden_size,
             expert_hidden=config.expert_hidden,
             rung_widths=[
@@ -242,9 +263,12 @@ class ExpertStore:
             ranks=[moe.scheme.ranks(f"experts.{part}") for part in MATRICES],
             most_bytes=most_bytes,
             gated=config.expert_shapes[0][0] > 0,
+            others=moe.experts.others,
+            file_of=moe.experts.file_of,
+            names=moe.experts.names,
         )
         return cls(
-            cache, num_experts=config.num_experts, level_bits=[r[0] for r in ladder],
+            cache, num_experts=moe.places, level_bits=[r[0] for r in ladder],
             rungs=moe.experts.rungs,
         )  # fmt: skip
 

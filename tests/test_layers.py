@@ -9,7 +9,7 @@ import edgemoe
 
 ROOT = Path(__file__).parent.parent / "edgemoe"
 ROWS = [
-    {"arguments", "errors", "plan", "config", "space", "specs"},
+    {"arguments", "errors", "places", "plan", "config", "space", "specs"},
     {
         "devices",
         "library",

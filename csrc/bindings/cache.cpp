@@ -61,7 +61,9 @@ void bind_making(Class& cache) {
                        const Array<uint64_t>& offsets, const Array<uint32_t>& crcs, const Array<uint8_t>& rungs,
                        const std::vector<int>& layers, int max_level, size_t budget_bytes, bool verify, int num_readers,
                        const py::object& policy, const std::string& scheme_name, size_t most_bytes, bool gated,
-                       const std::vector<uint8_t>& row_scales, const std::array<std::vector<uint8_t>, 3>& ranks) {
+                       const std::vector<uint8_t>& row_scales, const std::array<std::vector<uint8_t>, 3>& ranks,
+                       const std::vector<std::shared_ptr<File>>& others, const std::optional<Array<uint8_t>>& file_of,
+                       const std::optional<Array<int32_t>>& names) {
              expect(offsets, "offsets", {-1});
              expect(crcs, "crcs", {offsets.size(), py::ssize_t(ends.size())});
              expect(rungs, "rungs", {offsets.size()});
@@ -70,7 +72,12 @@ void bind_making(Class& cache) {
                ExpertTable table{{offsets.data(), offsets.data() + offsets.size()},
                                  {crcs.data(), crcs.data() + crcs.size()},
                                  ends,
-                                 layers};
+                                 layers,
+                                 {others.begin(), others.end()},
+                                 {},
+                                 {}};
+               if (file_of) table.file_of.assign(file_of->data(), file_of->data() + file_of->size());
+               if (names) table.names.assign(names->data(), names->data() + names->size());
                backing = make_host_backing(file, std::move(table), verify, num_readers);
              } else {
                backing = make_dry_backing();
@@ -95,7 +102,9 @@ void bind_making(Class& cache) {
            py::arg("rungs").noconvert(), py::arg("layers"), py::arg("max_level"), py::arg("budget_bytes"),
            py::arg("verify"), py::arg("num_readers"), py::arg("policy"), py::arg("scheme") = "nested",
            py::arg("most_bytes") = 0, py::arg("gated") = true, py::arg("row_scales") = std::vector<uint8_t>{1},
-           py::arg("ranks") = std::array<std::vector<uint8_t>, 3>{})
+           py::arg("ranks") = std::array<std::vector<uint8_t>, 3>{},
+           py::arg("others") = std::vector<std::shared_ptr<File>>{}, py::arg("file_of").noconvert() = py::none(),
+           py::arg("names").noconvert() = py::none())
       .def_static(
           "on_device",
           [](const std::shared_ptr<DeviceSpace>& device, const Cache& host, size_t budget_bytes) {

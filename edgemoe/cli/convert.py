@@ -15,6 +15,7 @@ from edgemoe.errors import size_text
 
 if TYPE_CHECKING:
     from edgemoe.convert.checkpoint import Checkpoint
+    from edgemoe.quant import Calibration
 
 __all__ = ["main"]
 
@@ -76,6 +77,9 @@ def _convert(args: argparse.Namespace) -> None:
         allocation = Allocation.from_json(args.allocation.read_bytes(), str(args.allocation))
     if correction is not None:
         check_rank(correction, scheme, calibration)
+    if args.base is not None or args.checkpoint is not None:
+        _convert_adapter(args, calibration)
+        return
     source = _carved(args.source) if args.carve else _checkpoint(args.source)
     if "tokenizer.json" not in source.files:
         note(f"{_PROG}: {source.name}: {_without_tokenizer(args.source)}")
@@ -86,6 +90,49 @@ def _convert(args: argparse.Namespace) -> None:
             say=lambda text: note(f"{_PROG}: {source.name}: {text}"),
         )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {size_text(out.stat().st_size)}")
+
+
+_OF_BASE = ("bits", "allocation", "favour", "prune", "thorough", "carve")
+"""Flags that say what a base's file says of itself."""
+
+
+def _convert_adapter(args: argparse.Namespace, calibration: Calibration | None) -> None:
+    """Makes an adapter of a fine-tune."""
+    from edgemoe.convert.adapter import convert_adapter
+    from edgemoe.file.format import open_moe
+
+    if args.base is None:
+        raise ValueError("--checkpoint: is what --base was made of; expected --base too")
+    given = [f"--{name}" for name in _OF_BASE if getattr(args, name) not in (None, False)]
+    given += ["--scheme"] if args.scheme != "nested" else []
+    given += ["--correction"] if args.correction != "auto" else []
+    if given:
+        raise ValueError(f"{given[0]}: with --base all is made as the base was; expected neither")
+    base = open_moe(args.base)
+    original = None if args.checkpoint is None else _checkpoint(args.checkpoint)
+    source = _tuned(args.source, original)
+    with Progress(f"comparing {source.name}", unit="B") as progress:
+        found = convert_adapter(
+            source, args.out, base, original=original, calibration=calibration, progress=progress,
+            say=lambda text: note(f"{_PROG}: {source.name}: {text}"),
+        )  # fmt: skip
+    size = args.out.stat().st_size
+    note(
+        f"{_PROG}: wrote {args.out}: {size_text(size)}, {100 * size / base.file_bytes:.1f}% of the base; {found}"
+    )
+
+
+def _tuned(path: Path, original: Checkpoint | None) -> Checkpoint:
+    """Opens a fine-tune: a whole checkpoint, or what of `original` is otherwise."""
+    from edgemoe.convert.patched import is_partial, patched
+
+    if not is_partial(path):
+        return _checkpoint(path)
+    if original is None:
+        raise ValueError(
+            f"{path}: has only what was changed; --checkpoint takes what --base was made of"
+        )
+    return patched(path, original)
 
 
 def _rank(text: str) -> int | None:
@@ -221,6 +268,18 @@ def _parser() -> argparse.ArgumentParser:
         type=share,
         metavar="X%",
         help="leave out this share of every expert's neurons, those that matter least by the calibration",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        metavar="BASE.moe",
+        help="SOURCE is a fine-tune of this model: write what differs to OUT.moea, an adapter, which --adapter takes",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="with --base, the checkpoint that it was made of: what is the same there need not be converted",
     )
     parser.add_argument("--carve", action="store_true", help="cut a dense model into experts")
     parser.add_argument("--overwrite", action="store_true", help="replace OUT.moe if it exists")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 __all__ = ["engine_flags", "sampling_flags"]
@@ -24,11 +26,30 @@ def engine_flags(args: Namespace, **given: Any) -> dict[str, Any]:
     flags = vars(args)
     said: dict[str, Any] = {"whole_process": True}
     said |= {name: flags[name] for name in _SAME if name in flags}
+    if flags.get("adapter"):
+        said["adapters"] = _adapters(flags["adapter"])
     if "set" in flags:
         said["options"] = flags["set"] or {}  # what is given is read by the command
     if "no_verify" in flags:
         said["verify"] = not flags["no_verify"]
     return {**said, **given}
+
+
+def _adapters(given: Sequence[str]) -> Mapping[str, str]:
+    """Returns what `--adapter` names: NAME=FILE, or a file by its own name.
+
+    Raises:
+        ValueError: two have one name.
+    """
+    out: dict[str, str] = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or "/" in name:
+            name, path = Path(text).name.removesuffix(".moea"), text
+        if name in out:
+            raise ValueError(f"--adapter: two are called {name}; NAME=FILE gives one another name")
+        out[name] = path
+    return out
 
 
 def sampling_flags(args: Namespace) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from edgemoe.cli.table import QUALITY_HEAD, quality_line, run_name
 from edgemoe.errors import shortened, size_text
 
 if TYPE_CHECKING:
+    from edgemoe.file.adapter import AdapterFile
     from edgemoe.file.format import MoeFile
 
 __all__ = ["main"]
@@ -40,11 +41,11 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "edgemoe inspect") ->
 
 
 def _run(args: argparse.Namespace, prog: str) -> int:
-    from edgemoe.file.format import open_moe
-    from edgemoe.lab.report.summary import summary
+    from edgemoe.file.adapter import AdapterFile, open_either
+    from edgemoe.lab.report.summary import adapter_summary, summary
 
-    moe = open_moe(model_path(args.model))
-    about = summary(moe)
+    moe = open_either(model_path(args.model))
+    about = adapter_summary(moe) if isinstance(moe, AdapterFile) else summary(moe)
     broken: list[str] = []
     if args.verify:
         from edgemoe.file.verify import verify
@@ -55,7 +56,8 @@ def _run(args: argparse.Namespace, prog: str) -> int:
     if args.json:
         say_json(about)
     else:
-        say(*(shortened(line, _LONGEST_LINE) for line in _lines(moe, about)))
+        lines = _adapter_lines(moe) if isinstance(moe, AdapterFile) else _lines(moe, about)
+        say(*(shortened(line, _LONGEST_LINE) for line in lines))
         if args.verify and not broken:
             say("", "verified: every sum matches")
     for what in broken:
@@ -88,6 +90,7 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
         f"{c.experts_per_token} per token{f', and a shared one of {shared}' if shared else ''}"
     )
     yield f"  made from {about['source'].get('name', 'an unnamed checkpoint')}"
+    yield f"  weights {about['weights']}, by which adapters name it"
     yield f"  {about['scheme']}"
     if about["correction"]:
         ranks = (f"{kind} {_ranks(of)}" for kind, of in about["correction"].items())
@@ -126,6 +129,23 @@ def _lines(moe: MoeFile, about: dict[str, Any]) -> Iterator[str]:
     if about.get("quality"):
         yield ""
         yield from _quality(moe, about["quality"])
+
+
+def _adapter_lines(adapter: AdapterFile) -> Iterator[str]:
+    from edgemoe.lab.report.summary import groups
+
+    c, count = adapter.config, len(adapter.which)
+    layers = len(set(adapter.which[:, 0].tolist()))
+    yield f"{adapter.path.name}: an adapter, {c.family}, {size_text(adapter.file_bytes)}"
+    yield f"  for a model of weights {adapter.base}"
+    yield f"  made from {adapter.source.get('name', 'an unnamed checkpoint')}"
+    yield (
+        f"  {count} of {len(c.moe_layers) * c.num_experts} experts, in {layers} of {len(c.moe_layers)} layers, "
+        f"{size_text(int(adapter.experts.sizes(len(adapter.ladder)).sum()))}"
+    )
+    for name, kind, shape, number, size in groups(adapter):
+        times = f"{number} × " if number > 1 else ""
+        yield f"  {times}{name} {list(shape)} {kind}, {size_text(size)}"
 
 
 def _quality(moe: MoeFile, stored: dict[str, Any]) -> Iterator[str]:

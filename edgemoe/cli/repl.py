@@ -16,6 +16,7 @@ from edgemoe.cli.reasoning import KINDS, apart, set_reasoning
 from edgemoe.cli.stats import say_stats, stats_table, too_long
 from edgemoe.cli.waiting import watched
 from edgemoe.errors import size_text
+from edgemoe.runtime.adapters import NO_ADAPTER
 from edgemoe.runtime.chat import TooLong
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _HELP = '''\
 /reasoning [KIND]  what the model reasoned last; dim, fold: how it is shown; off: none
 /set [NAME VALUE]  change how replies are sampled; alone, show how
 /bits N            from now on experts run at N bits: fewer are faster and worse; alone, which there are
+/adapter [NAME]    from now on with this adapter, none for the model alone; alone, which there are
 /save FILE         write the conversation to a file
 /load FILE         go on with a saved one
 /sessions          the conversations that --session NAME has kept
@@ -173,6 +175,7 @@ class _Session:
             "/stats": lambda _: note(*stats_table(self._engine.stats).split("\n")),
             "/set": self._set,
             "/bits": self._bits,
+            "/adapter": self._adapter,
             "/save": self._save,
             "/load": self._load,
             "/regenerate": lambda _: self.say(self._chat.undo()),
@@ -300,6 +303,13 @@ class _Session:
             str(bits) for bits, _, _ in engine.model.moe.ladder if bits <= engine.model.most_bits
         )
         note(f"# experts run at {engine.bits} bits; there are {levels}")
+
+    def _adapter(self, rest: str) -> None:
+        engine = self._engine
+        if rest:
+            engine.adapter = rest
+        there = ", ".join((NO_ADAPTER, *engine.adapters))
+        note(f"# adapter: {engine.adapter or NO_ADAPTER}; there are {there}")
 
     def _change(self, name: str, text: str) -> None:
         value: int | str = text

@@ -25,7 +25,16 @@ from edgemoe.convert.text import check_text
 from edgemoe.file.writer import Writer
 from edgemoe.quant import SCHEMES, Allocation, Calibration, Scheme
 
-__all__ = ["Arrivals", "Progress", "convert"]
+__all__ = [
+    "Arrivals",
+    "Progress",
+    "convert",
+    "expert_of",
+    "opened_model",
+    "read_ahead",
+    "read_record",
+    "records",
+]
 
 Progress = Callable[[int, int], None]
 """Is told the bytes written and the bytes in total."""
@@ -96,7 +105,7 @@ def convert(
         check_rank(correction, scheme, calibration)
     if prune is not None and allocation is not None:
         raise ValueError("prune: takes no allocation, which is of whole experts")
-    model, calibration = _opened(source, prune, calibration, are_there=arrivals is None)
+    model, calibration = opened_model(source, prune, calibration, are_there=arrivals is None)
     config, say = model.config, say or (lambda text: None)
     for line in model.notes:
         say(line)
@@ -124,7 +133,7 @@ def convert(
         _write(writer, model, arrivals, progress or (lambda done, total: None))
 
 
-def _opened(
+def opened_model(
     source: Checkpoint, prune: float | None, calibration: Calibration | None, *, are_there: bool
 ) -> tuple[SourceModel, Calibration | None]:
     """Returns the model of a checkpoint, and its calibration; of what is left of both where some is pruned."""
@@ -175,14 +184,16 @@ def _write(
 ) -> None:
     """Writes what is not there yet, and gives the file its name."""
     progress(writer.written_bytes, writer.total_bytes)
-    missing = [name for name in _records(model) if not writer.is_done(name)]
+    missing = [name for name in records(model) if not writer.is_done(name)]
     ready = (
-        _read_ahead(model, missing)
+        read_ahead(model, missing)
         if arrivals is None
-        else ((name, partial(_read, model, name)) for name in arrivals(model, writer, missing))
+        else (
+            (name, partial(read_record, model, name)) for name in arrivals(model, writer, missing)
+        )
     )
     for name, read in ready:
-        if (expert := _expert(name)) is not None:
+        if (expert := expert_of(name)) is not None:
             writer.add_expert(*expert, *read())
         else:
             writer.add(name, *read())
@@ -191,26 +202,26 @@ def _write(
     progress(writer.total_bytes, writer.total_bytes)
 
 
-def _records(model: SourceModel) -> Iterator[str]:
+def records(model: SourceModel) -> Iterator[str]:
     config = model.config
     yield from dense_tensors(config)
     for layer in config.moe_layers:
         yield from (f"experts.{layer}.{index}" for index in range(config.num_experts))
 
 
-def _expert(name: str) -> tuple[int, int] | None:
+def expert_of(name: str) -> tuple[int, int] | None:
     """Returns layer and index of an expert's record; None for another's."""
     kind, *place = name.split(".")
     return (int(place[0]), int(place[1])) if kind == "experts" else None
 
 
-def _read(model: SourceModel, name: str) -> tuple[NDArray[np.float32], ...]:
+def read_record(model: SourceModel, name: str) -> tuple[NDArray[np.float32], ...]:
     """Returns the matrices of an expert, or the one tensor of another record."""
-    expert = _expert(name)
+    expert = expert_of(name)
     return (model.tensor(name),) if expert is None else model.expert(*expert)
 
 
-def _read_ahead(
+def read_ahead(
     model: SourceModel, names: Sequence[str]
 ) -> Iterator[tuple[str, Callable[[], tuple[NDArray[np.float32], ...]]]]:
     """Yields records and what returns their values; each expert is read while the one before is quantised.
@@ -220,11 +231,11 @@ def _read_ahead(
     with ThreadPoolExecutor(1, "read") as reader:
         coming = None
         for name, after in pairwise([*names, ""]):
-            if _expert(name) is None:
-                yield name, partial(_read, model, name)
+            if expert_of(name) is None:
+                yield name, partial(read_record, model, name)
                 continue
-            this = coming or reader.submit(_read, model, name)
-            coming = None if _expert(after) is None else reader.submit(_read, model, after)
+            this = coming or reader.submit(read_record, model, name)
+            coming = None if expert_of(after) is None else reader.submit(read_record, model, after)
             yield name, this.result
 
 

@@ -21,8 +21,8 @@ from edgemoe.quant.correction import is_rank, kind_of, unpack_basis
 from edgemoe.specs import TensorSpec
 
 __all__ = [
-    "ALIGNMENT", "MAGIC", "MAX_SECTIONS", "PREAMBLE", "VERSION", "ExpertTable", "MoeFile", "Tensor",
-    "align", "expert_rung_bytes", "open_moe", "pack_preamble",
+    "ALIGNMENT", "MAGIC", "MAX_SECTIONS", "PREAMBLE", "VERSION", "ExpertTable", "MoeFile", "Outline", "Reader",
+    "Tensor", "align", "expert_rung_bytes", "open_moe", "pack_preamble",
 ]  # fmt: skip
 
 MAGIC = b"\x89MOE\r\n\x1a\n"
@@ -72,7 +72,10 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ExpertTable:
-    """Is where every expert lies; row layer_index * num_experts + expert."""
+    """Is where every expert lies; row layer_index * places + place, where a layer has a place for each expert.
+
+    Beside adapters there are further places behind these, as many in every layer: those of their experts.
+    """
 
     offsets: NDArray[np.uint64]
     """[n]: start of the record."""
@@ -81,11 +84,17 @@ class ExpertTable:
     crcs: NDArray[np.uint32]
     """[n, rungs]"""
     rungs: NDArray[np.uint8]
-    """[n]: how many of the ladder's rungs each has."""
+    """[n]: how many of the ladder's rungs each has; 0 where there is none, see `edgemoe.file.adapter`."""
+    others: tuple[_core.File, ...] = ()
+    """Files beside the model's, which adapters' experts lie in."""
+    file_of: NDArray[np.uint8] | None = None
+    """[n]: in which of them each lies, counted from 1, 0 for the model's; None where there are no others."""
+    names: NDArray[np.int32] | None = None
+    """[n]: which expert of its layer each is; None where that is its place."""
 
     def sizes(self, level: int) -> NDArray[np.int64]:
         """Returns the bytes that each expert has up to a level, [n]."""
-        sizes: NDArray[np.int64] = np.array(self.ends)[np.minimum(self.rungs, level) - 1]
+        sizes: NDArray[np.int64] = np.array((0, *self.ends))[np.minimum(self.rungs, level)]
         return sizes
 
 
@@ -111,9 +120,20 @@ class MoeFile:
 
     @property
     def expert_bits(self) -> NDArray[np.int8]:
-        """Returns the most bits that each expert has, [layers with experts, E]."""
-        bits = np.array([rung[0] for rung in self.ladder], np.int8)[self.experts.rungs - 1]
-        return bits.reshape(-1, self.config.num_experts)
+        """Returns the most bits that each expert has, [layers with experts, E]; at places without one the file's."""
+        rungs = self.experts.rungs.astype(np.intp) - 1
+        bits = np.array([rung[0] for rung in self.ladder], np.int8)[rungs]
+        return bits.reshape(len(self.config.moe_layers), -1)
+
+    @property
+    def places(self) -> int:
+        """Returns how many places for experts a layer has: E, and those for adapters' experts."""
+        return len(self.experts.offsets) // len(self.config.moe_layers)
+
+    def expert_at(self, row: int) -> tuple[int, int]:
+        """Returns the layer and the number of an expert in the table."""
+        layer, expert = divmod(row, self.config.num_experts)
+        return self.config.moe_layers[layer], expert
 
     def level(self, bits: int | None) -> int:
         """Returns how many rungs of an expert `bits` are; the whole ladder for None.
@@ -138,7 +158,18 @@ def _level(ladder: Sequence[int], bits: int | None, name: str) -> int:
     return list(ladder).index(bits) + 1
 
 
-class _Reader:
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """Is what the beginning of an index says: what there can be, and what it means."""
+
+    config: ModelConfig
+    specs: Mapping[str, TensorSpec]
+    scheme: Scheme
+    ladder: tuple[tuple[int, int, int], ...]
+    dense_ladder: tuple[int, ...]
+
+
+class Reader:
     """Reads and validates; every message begins with the file's path."""
 
     def __init__(self, path: Path) -> None:
@@ -153,6 +184,15 @@ class _Reader:
             raise self.fail(what)
 
     def open(self) -> MoeFile:
+        index = self.index()
+        self.need(
+            not isinstance(index, dict) or "base" not in index,
+            "is an adapter; expected the model that it is for, beside which --adapter takes it",
+        )
+        return self.parse(index)
+
+    def index(self) -> Any:
+        """Returns the index, a JSON value whose sum is right."""
         if self.path.is_dir():
             raise self.fail("is a directory; edgemoe convert makes a .moe file of a checkpoint")
         try:
@@ -175,7 +215,8 @@ class _Reader:
             f"truncated: expected {self.file_bytes} bytes, got {self.file.size}",
         )
         self.need(length <= _MAX_INDEX, f"the index claims {length} bytes")
-        return self.parse(self.bytes_at("the index", offset, length, index_crc))
+        data = self.bytes_at("the index", offset, length, index_crc)
+        return parse_json(data, f"{self.path}: the index", most=_MAX_INDEX)
 
     def read(self, name: str, offset: int, length: int) -> bytes:
         try:
@@ -200,9 +241,9 @@ class _Reader:
         self.need(_core.crc32c(data) == crc, f"checksum of {name} does not match")
         return data
 
-    def parse(self, data: bytes) -> MoeFile:
-        index = parse_json(data, f"{self.path}: the index", most=_MAX_INDEX)
-        keys = {"config", "ladder", "dense_ladder", "group", "tensors", "sections", "source"}
+    def outline(self, index: Any, *more: str) -> Outline:
+        """Returns what an index begins with; it has the fields of a model's and `more`."""
+        keys = {"config", "ladder", "dense_ladder", "group", "tensors", "sections", "source", *more}
         self.need(
             isinstance(index, dict) and set(index) - {"scheme", "row_scales", "correction"} == keys,
             "the index has other fields",
@@ -230,10 +271,14 @@ class _Reader:
                 index.get("correction", {}), name, config, specs, len(ladder), len(dense_ladder)
             ),
         )
-        tensors = self.tensors(index["tensors"], specs, scheme, dense_ladder)
-        self.need(isinstance(index["sections"], dict), "sections must be an object")
+        self.need(isinstance(index["source"], dict), "source must be an object")
+        return Outline(config, specs, scheme, ladder, dense_ladder)
+
+    def sections(self, value: Any) -> dict[str, bytes]:
+        """Returns the content of all sections by name."""
+        self.need(isinstance(value, dict), "sections must be an object")
         sections, room = {}, MAX_SECTIONS
-        for name, entry in index["sections"].items():
+        for name, entry in value.items():
             self.need(
                 isinstance(entry, list) and len(entry) == 3 and all(type(v) is int for v in entry)
                 and 0 < entry[1] <= MAX_SECTIONS,
@@ -242,17 +287,28 @@ class _Reader:
             room -= entry[1]
             self.need(room >= 0, f"sections of more than {MAX_SECTIONS} bytes")
             sections[name] = self.bytes_at(f"section {quoted(name)}", *entry)
+        return sections
+
+    def parse(self, index: Any) -> MoeFile:
+        of = self.outline(index)
+        config, scheme = of.config, of.scheme
+        tensors = self.tensors(index["tensors"], of.specs, scheme, of.dense_ladder)
+        sections = self.sections(index["sections"])
         bases = self.bases(sections.get("basis"), config, scheme)
         self.need("experts" in sections, "the section experts is missing")
-        experts = self.experts(sections.pop("experts"), config, scheme, ladder)
-        self.need(isinstance(index["source"], dict), "source must be an object")
+        count = len(config.moe_layers) * config.num_experts
+        experts = self.experts(sections.pop("experts"), count, config, scheme, of.ladder)
+        self.check_overlaps()
+        return MoeFile(
+            self.path, self.file, config, scheme, of.ladder, of.dense_ladder,
+            tensors, sections, experts, index["source"], self.file_bytes, bases,
+        )  # fmt: skip
+
+    def check_overlaps(self) -> None:
+        """Checks that no two ranges of bytes that were claimed overlap."""
         self.used.sort()
         for (_, end, first), (start, _, second) in zip(self.used, self.used[1:], strict=False):
             self.need(end <= start, f"{first} and {second} overlap")
-        return MoeFile(
-            self.path, self.file, config, scheme, ladder, dense_ladder,
-            tensors, sections, experts, index["source"], self.file_bytes, bases,
-        )  # fmt: skip
 
     def row_scales(self, index: dict[str, Any], scheme: str) -> tuple[int, ...]:
         """Returns which rungs begin with scales of rows; without the field the first one alone does."""
@@ -367,9 +423,13 @@ class _Reader:
         return out
 
     def experts(
-        self, data: bytes, config: ModelConfig, scheme: Scheme, ladder: Sequence[Sequence[int]]
+        self,
+        data: bytes,
+        n: int,
+        config: ModelConfig,
+        scheme: Scheme,
+        ladder: Sequence[Sequence[int]],
     ) -> ExpertTable:
-        n = len(config.moe_layers) * config.num_experts
         row = np.dtype(
             [("offset", "<u8"), ("rungs", [("end", "<u4"), ("crc", "<u4")], len(ladder))]
         )
@@ -427,4 +487,4 @@ def open_moe(path: str | os.PathLike[str]) -> MoeFile:
     Raises:
         FormatError: the file is missing, truncated, of another version or inconsistent; one line says where.
     """
-    return _Reader(Path(path)).open()
+    return Reader(Path(path)).open()

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 
 from edgemoe import _core
+from edgemoe.file.adapter import AdapterFile
 from edgemoe.file.format import MoeFile
 
 __all__ = ["verify"]
@@ -15,7 +16,7 @@ _SAMPLED = 4 << 20  # bytes of a rung, at most
 
 
 def verify(
-    moe: MoeFile,
+    moe: MoeFile | AdapterFile,
     *,
     progress: Callable[[int, int], None] | None = None,
     sample: int | None = None,
@@ -49,16 +50,16 @@ def verify(
     return broken
 
 
-def _pieces(moe: MoeFile) -> Iterator[tuple[int, int, int, str]]:
+def _pieces(moe: MoeFile | AdapterFile) -> Iterator[tuple[int, int, int, str]]:
     """Yields offset, length, sum and name of every rung."""
     for tensor in moe.tensors.values():
         at = tensor.offset
         for rung, (length, crc) in enumerate(zip(tensor.lengths, tensor.crcs, strict=True)):
             yield at, length, crc, f"tensor {tensor.name}, rung {rung}"
             at += length
-    count, starts = moe.config.num_experts, (0, *moe.experts.ends)
+    starts = (0, *moe.experts.ends)
     for row, offset in enumerate(moe.experts.offsets.tolist()):
-        layer, expert = moe.config.moe_layers[row // count], row % count
+        layer, expert = moe.expert_at(row)
         for rung, end in enumerate(moe.experts.ends[: moe.experts.rungs[row]]):
             name = f"expert {expert} of layer {layer}, rung {rung}"
             yield offset + starts[rung], end - starts[rung], int(moe.experts.crcs[row, rung]), name

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe import _core, hardware
-from edgemoe.config import MATRICES, ModelConfig, dense_tensors
+from edgemoe import _core
+from edgemoe.config import ModelConfig
 from edgemoe.errors import FormatError
+from edgemoe.file.coder import Coder
 from edgemoe.file.format import MAX_SECTIONS
 from edgemoe.file.layout import Layout, expert_ladder
 from edgemoe.file.partial import PartialFile
@@ -26,12 +27,8 @@ from edgemoe.quant import (
     Calibration,
     Scheme,
 )
-from edgemoe.quant.correction import SHARED, kind_of, pack_basis
-from edgemoe.quant.lowrank import Directions, directions
 
 __all__ = ["Writer"]
-
-_LOOKED_UP = 0.3  # of a tied embedding's error; 0.1 to 0.6 made no difference that could be told
 
 
 class Writer:
@@ -95,15 +92,13 @@ class Writer:
             config, scheme, ladder, tuple(experts[: int(rungs.max())]), tuple(rungs.tolist())
         )
         self._favours_own = allocation is not None and favour is None and scheme.can_favour
-        self._calibration = calibration
-        self._threads = threads or hardware.num_threads()
-        self._specs = dense_tensors(config)
+        self._coder = Coder(
+            self._layout, scheme, favoured=self._favoured, favours_own=self._favours_own,
+            calibration=calibration, threads=threads,
+        )  # fmt: skip
         self._source = dict(source)
         self._sections = {k: v for k, v in sections.items() if v}
-        self._bases = self._find_bases()
-        if self._layout.scheme.shared_rank:
-            stored = self._layout.scheme.shared_rank
-            basis = pack_basis([v[:stored] for v in self._bases.values()])
+        if basis := self._coder.basis:
             self._sections = {**self._sections, "basis": basis}
         taken = self._layout.section_bytes(self._sections)
         if taken > MAX_SECTIONS:  # which no reader takes
@@ -152,18 +147,7 @@ class Writer:
         Raises:
             FormatError: the model has no such tensor, its shape differs, or a weight is not finite.
         """
-        spec = self._specs.get(name)
-        if spec is None:
-            raise FormatError(f"{name}: not a tensor of this model")
-        if array.shape != spec.shape:
-            raise FormatError(f"{name}: expected shape {spec.shape}, got {array.shape}")
-        if spec.kind == "nested":
-            self._write(name, self._quantize(name, array, self._layout.ladder, self._favoured))
-        else:
-            if not np.isfinite(array).all():
-                raise FormatError(f"{name}: a value is not finite")
-            flat = np.ascontiguousarray(array, np.float32).reshape(-1)
-            self._write(name, [flat.view(np.uint8)])
+        self._write(name, self._coder.tensor(name, array))
 
     def add_expert(
         self,
@@ -178,23 +162,8 @@ class Writer:
         Raises:
             FormatError: there is no such expert, a shape differs, or a weight is not finite.
         """
-        name = f"experts.{layer}.{index}"
-        if name not in self._layout.places:
-            raise FormatError(f"{name}: not an expert of this model")
-        rungs = []
-        levels = len(self._layout.places[name].sizes)
-        favour = levels if self._favours_own else self._favoured and min(self._favoured, levels)
-        for part, w, shape, ladder in zip(
-            MATRICES, (gate, up, down), self._config.expert_shapes,
-            zip(*self._layout.expert_ladder, strict=True), strict=True,
-        ):  # fmt: skip
-            if w.shape != shape:
-                raise FormatError(f"{name}.{part}: expected shape {shape}, got {w.shape}")
-            nothing = [np.empty(0, np.uint8)] * levels  # of a gate that experts do without
-            rungs.append(
-                self._quantize(f"{name}.{part}", w, ladder[:levels], favour) if len(w) else nothing
-            )
-        self._write(name, [np.concatenate(parts) for parts in zip(*rungs, strict=True)])
+        rungs = self._coder.expert(layer, index, gate, up, down)
+        self._write(f"experts.{layer}.{index}", rungs)
 
     def _write(self, name: str, rungs: Sequence[NDArray[np.uint8]]) -> None:
         self._wait()
@@ -206,60 +175,6 @@ class Writer:
         last, self._last = self._last, None
         if last is not None:
             last.result()
-
-    def _quantize(
-        self, name: str, w: NDArray[np.float32], ladder: Sequence[int], favour: int | None
-    ) -> list[NDArray[np.uint8]]:
-        moments = self._second_moments(name)
-        try:
-            return self._scheme.of(name).quantize(
-                np.ascontiguousarray(w, np.float32),
-                ladder,
-                second_moments=moments,
-                favour=favour,
-                directions=self._directions(name, moments),
-                threads=self._threads,
-            )
-        except ValueError as e:
-            raise FormatError(f"{name}: {e}") from None
-
-    def _find_bases(self) -> dict[int, NDArray[np.int8]]:
-        """Returns V of each layer's gates and ups, where they have corrections."""
-        rank = self._scheme.shared_rank
-        if not rank:
-            return {}
-        if self._calibration is None:
-            raise FormatError("corrections are fitted to a calibration, and there is none")
-        return {
-            layer: directions(self._calibration.layer_matrix(layer), rank)
-            for layer in self._config.moe_layers
-        }
-
-    def _directions(self, name: str, moments: NDArray[np.float32] | None) -> Directions | None:
-        """Returns V of a matrix's corrections; None where it has none."""
-        ranks = self._scheme.ranks(name)
-        if not any(ranks):
-            return None
-        if moments is None or moments.ndim < 2:
-            raise FormatError(f"{name}: has a correction, but no products of its inputs are known")
-        if kind_of(name) in SHARED:
-            return Directions(self._bases[int(name.split(".")[1])], ranks, stored=0)
-        stored = max(self._layout.scheme.ranks(name), default=0)
-        return Directions(directions(moments, max(ranks)), ranks, stored)
-
-    def _second_moments(self, name: str) -> NDArray[np.float32] | None:
-        if self._calibration is None:
-            return None
-        moments = self._calibration.matrix(name)
-        if moments is None:
-            moments = self._calibration.diagonal(name)
-        if moments is None or name != "embed":
-            return moments
-        # The tied embedding is the head, which was calibrated, and is looked up, where every column counts alike.
-        diagonal = np.diagonal(moments) if moments.ndim == 2 else moments
-        alike = _LOOKED_UP / (1 - _LOOKED_UP) * diagonal.mean()
-        spread = np.eye(len(moments)) if moments.ndim == 2 else np.ones(len(moments))
-        return np.asarray(moments + alike * spread, np.float32)
 
     def finish(self) -> None:
         """Writes index and preamble, and gives the file its name.

@@ -41,6 +41,8 @@ class Batch:
         """Whether every sequence has one token, as in replies: else there is a prompt among them."""
         self.shared: dict[Any, Any] = {}
         """What mixers keep for the length of the pass, by mixer."""
+        self.variant = 0
+        """With which weights, see `Decoder`."""
         self.is_cancelled: Callable[[], bool] | None = None
         """Whether nobody waits for it any more; asked before each layer. None for one that is always wanted."""
 

@@ -6,7 +6,7 @@ other sequences give the same bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,6 +23,7 @@ from edgemoe.model.scratch import Rows, Scratch
 from edgemoe.model.setup import Setup
 from edgemoe.model.state import SequenceState
 from edgemoe.ops import Array, Matrix, Ops, rope_bytes
+from edgemoe.places import Places
 from edgemoe.specs import MixerSpec
 from edgemoe.store import Weight
 
@@ -44,8 +45,22 @@ class _Layer:
     """Of the next layer's mixer, or of the head."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Stack:
+    """One set of weights."""
+
+    embed: Matrix
+    head: Matrix
+    head_bias: Array | None
+    first_norm: Array
+    layers: list[_Layer]
+
+
 class Decoder:
-    """Turns tokens into hidden states and logits. Owns the activations, not the weights."""
+    """Turns tokens into hidden states and logits. Owns the activations, not the weights.
+
+    It may have several sets of weights of one model, the first of which is the model's; a batch says which it is for.
+    """
 
     def __init__(
         self,
@@ -57,6 +72,8 @@ class Decoder:
         max_tokens: int,
         context: int,
         types: KvTypes,
+        others: Sequence[Mapping[str, Weight]] = (),
+        places: Places | None = None,
     ) -> None:
         """Takes the parts.
 
@@ -64,11 +81,10 @@ class Decoder:
             max_tokens: of a batch.
             context: the most of a sequence.
             types: how keys and values are stored.
+            others: further sets of weights.
+            places: see `Routers`.
         """
         self.config, self.max_tokens, self.context, self._ops = config, max_tokens, context, ops
-        self._embed = cast(Matrix, weights["embed"])
-        self._head = self._embed if config.tied else cast(Matrix, weights["head"])
-        self._head_bias = cast("Array | None", weights.get("head_bias"))
         d = config.hidden_size
         self._rows = Rows(*(ops.empty(max_tokens, d) for _ in range(3)))  # x, normed, added
         shared = Rows(ops.empty(max_tokens, d))
@@ -78,10 +94,25 @@ class Decoder:
         )
         self._kinds = _kinds(config, types)
         self._mixers = make_mixers(setup, weights, dict.fromkeys(self._kinds))
-        tensors = _by_layer(weights, config.num_layers)
-        routers = self._routers = Routers(
-            config, ops, experts, [tensors[i] for i in config.moe_layers], max_tokens=max_tokens
-        )
+        sets = [_by_layer(of, config.num_layers) for of in (weights, *others)]
+        self._routers = Routers(
+            config, ops, experts, [[of[i] for i in config.moe_layers] for of in sets],
+            max_tokens=max_tokens, places=places,
+        )  # fmt: skip
+        self._stacks = [
+            self._stack(of, tensors, experts, shared)
+            for of, tensors in zip((weights, *others), sets, strict=True)
+        ]
+
+    def _stack(
+        self,
+        weights: Mapping[str, Weight],
+        tensors: Sequence[Mapping[str, Weight]],
+        experts: Experts,
+        shared: Rows,
+    ) -> _Stack:
+        """Returns what computes with one set of weights, which are those of layers too, by their names within one."""
+        config, ops, routers = self.config, self._ops, self._routers
 
         def ffn(i: int) -> Ffn | None:
             index = config.moe_index(i)
@@ -103,11 +134,13 @@ class Decoder:
             )
 
         norms = [cast(Array, t["attn_norm"]) for t in tensors] + [cast(Array, weights["norm"])]
-        self._first_norm = norms[0]
-        self._layers = [
+        layers = [
             _Layer(mixer(i), cast("Array | None", tensors[i].get("ffn_norm")), ffn(i), norms[i + 1])
             for i in range(config.num_layers)
         ]
+        embed = cast(Matrix, weights["embed"])
+        head = embed if config.tied else cast(Matrix, weights["head"])
+        return _Stack(embed, head, cast("Array | None", weights.get("head_bias")), norms[0], layers)
 
     def change(self, config: ModelConfig) -> None:
         """Takes another number of experts per token, and another scheduler; see `Routers.change`."""
@@ -131,13 +164,14 @@ class Decoder:
         config, ops = self.config, self._ops
         eps, residual = config.norm_eps, config.residual_multiplier
         x, normed, added = self._rows.first(len(batch.ids))
-        ops.embed(self._embed, batch.ids, config.embedding_multiplier, x)
+        stack = self._stacks[batch.variant]
+        ops.embed(stack.embed, batch.ids, config.embedding_multiplier, x)
         for rope in self._ropes.values():
             rope.start(batch)
         for mixer in self._mixers.values():
             mixer.start(batch)
-        ops.norm(x, self._first_norm, eps, normed)
-        for layer in self._layers:
+        ops.norm(x, stack.first_norm, eps, normed)
+        for layer in stack.layers:
             batch.check()
             layer.mixer.forward(normed, batch, added)
             if layer.ffn is not None and layer.ffn_norm is not None:
@@ -146,11 +180,12 @@ class Decoder:
             ops.add_norm(added, residual, x, layer.next_norm, eps, normed)
         return cast(Array, normed)
 
-    def logits(self, hidden: Array, out: Array) -> None:
-        """out [T, V] = the head on hidden [T, D]."""
-        self._ops.linear(hidden, (self._head,), (out,))
-        if self._head_bias is not None:
-            self._ops.add_bias(self._head_bias, out)
+    def logits(self, hidden: Array, out: Array, variant: int = 0) -> None:
+        """out [T, V] = the head on hidden [T, D] of a batch of this variant."""
+        stack = self._stacks[variant]
+        self._ops.linear(hidden, (stack.head,), (out,))
+        if stack.head_bias is not None:
+            self._ops.add_bias(stack.head_bias, out)
         if self.config.logits_divisor != 1.0:
             self._ops.scale(1.0 / self.config.logits_divisor, out)
         if self.config.soft_cap is not None:

@@ -11,6 +11,7 @@ from edgemoe.experts import Experts
 from edgemoe.model.batch import Batch
 from edgemoe.model.scratch import Rows
 from edgemoe.ops import Array, Ops, RouterWeights
+from edgemoe.places import Places
 from edgemoe.plan import Routing
 from edgemoe.store import Weight
 
@@ -27,15 +28,18 @@ class Routers:
         config: ModelConfig,
         ops: Ops,
         experts: Experts,
-        layers: Sequence[Mapping[str, Weight]],
+        sets: Sequence[Sequence[Mapping[str, Weight]]],
         *,
         max_tokens: int,
+        places: Places | None = None,
     ) -> None:
         """Args:
-        layers: the tensors of the layers with experts, by their names within the layer.
+        sets: of each set of weights the tensors of the layers with experts, by their names within the layer.
+        places: of experts, by which all who come after the router call them; None where these are their numbers.
         """
         self._ops, self._experts, self._max_tokens = ops, experts, max_tokens
-        self._routers = [_weights(layer) for layer in layers]
+        self._sets = [[_weights(layer) for layer in layers] for layers in sets]
+        self._places = places
         self.change(config)
 
     def change(self, config: ModelConfig) -> None:
@@ -53,11 +57,13 @@ class Routers:
             ops.host(max_tokens, K, dtype="int32"),
             ops.host(max_tokens, K, dtype="float32"),
         )
+        if self._places is not None:
+            self._wide = ops.host(max_tokens, self._places.count, dtype="float32")
         self._ahead: tuple[Any, ...] = ()
         self._ahead_rows = 0
         self._bit_routers: list[tuple[Array, Array, Array]] | None = None
         if (stand_ins := experts.scheduler.stand_ins) is not None:
-            stand_ins.check(len(self._routers), E, "section stand-ins", config.hidden_size)
+            stand_ins.check(len(self._sets[0]), E, "section stand-ins", config.hidden_size)
         if (bits := experts.scheduler.bit_routers) is not None:
             if bits.weight.shape[3] != config.hidden_size:
                 raise FormatError(
@@ -71,7 +77,7 @@ class Routers:
 
     @staticmethod
     def scratch_bytes(config: ModelConfig, max_tokens: int, max_sequences: int) -> int:
-        """Returns the memory of what is routed and guessed."""
+        """Returns the memory of what is routed and guessed, without adapters."""
         E, K = config.num_experts, config.experts_per_token
         ahead = MOST_AHEAD * (config.hidden_size + E + 2 * K) * max_sequences
         return 4 * ((E + 2 * K) * max_tokens + ahead)
@@ -85,8 +91,9 @@ class Routers:
         """
         ops = self._ops
         scores, experts, gates = self._chosen.first(len(normed))
+        routers = self._sets[batch.variant]
         ops.route(
-            normed, self._routers[index], self._rule,
+            normed, routers[index], self._rule,
             scores=scores, experts=experts, gates=gates,
         )  # fmt: skip
         routing = Routing(index, experts, gates, None, None, scores, None, len(batch.slices))
@@ -94,13 +101,16 @@ class Routers:
             logits = routing.bit_logits = self._bit_logits[: len(normed)]
             ops.slot_scores(normed, self._bit_routers[index], experts, gates, logits)
         if batch.is_decoding and self._experts.scheduler.look_ahead:
-            self._look_ahead(routing, x)
+            self._look_ahead(routing, x, routers)
+        if self._places is not None:
+            rows = ((slice(s.start, s.stop), s.state.adapter) for s in batch.slices)
+            self._places.put(routing, rows, self._wide[: len(normed)])
         return routing
 
-    def _look_ahead(self, routing: Routing, x: Array) -> None:
+    def _look_ahead(self, routing: Routing, x: Array, routers: Sequence[RouterWeights]) -> None:
         """Adds what the scheduler wants to know of the layers after it for x [T, D]; see `Routing`."""
         first = routing.layer + 1
-        p = min(self._experts.scheduler.look_ahead, MOST_AHEAD, len(self._routers) - first)
+        p = min(self._experts.scheduler.look_ahead, MOST_AHEAD, len(routers) - first)
         if p <= 0:
             return
         config, ops, T = self._config, self._ops, len(x)
@@ -113,7 +123,7 @@ class Routers:
             self._ahead_rows = T
         normed, scores, experts, gates = (array[:p] for array in self._ahead)
         ops.look_ahead(
-            x, self._routers[first : first + p], self._rule,
+            x, routers[first : first + p], self._rule,
             config.norm_eps, normed=normed, scores=scores, experts=experts, gates=gates,
         )  # fmt: skip
         routing.ahead_experts, routing.ahead_gates = experts, gates

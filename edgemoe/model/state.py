@@ -69,6 +69,14 @@ class SequenceState:
         """The length of the next snapshot, 0 for none; passes may have to end there, see `span`."""
         self.is_dirty = False
         """A pass is under way, or was broken off."""
+        self.adapter = 0
+        """The number of the adapter that its tokens are computed with, 0 for none; see `use`."""
+
+    def use(self, adapter: int) -> None:
+        """Computes what comes with another adapter, and from the start: what is held is the other's."""
+        if adapter != self.adapter:
+            self.rewind(0)
+            self.adapter = adapter
 
     @property
     def needs_snapshots(self) -> bool:

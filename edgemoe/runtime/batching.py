@@ -272,9 +272,9 @@ class Batcher:
                 self._score(slot, hidden[span.start : span.stop])
             if slot.state.length == len(slot.tokens):
                 rows.append((span.stop - 1, slot))
-        for run in _runs(rows):
+        for run in _runs(rows, self._model):
             out = self._rows[: len(run)]
-            self._model.logits(hidden[run[0][0] : run[-1][0] + 1], out)
+            self._model.logits(hidden[run[0][0] : run[-1][0] + 1], out, run[0][1].state)
             for row, (_, slot) in zip(out, run, strict=True):
                 self._reply(slot, row)
 
@@ -285,11 +285,11 @@ class Batcher:
         assert request.prompt_logprobs is not None
         first = slot.state.length - len(hidden) + 1
         last, block = min(first + len(hidden), slot.prompt), len(self._rows)
-        following = slot.tokens[first:last]
+        following, variant = slot.tokens[first:last], self._model.variant(slot.state)
         for at in range(0, len(following), block):
             tokens = following[at : at + block]
             out = self._rows[: len(tokens)]
-            self._model.decoder.logits(hidden[at : at + len(tokens)], out)
+            self._model.decoder.logits(hidden[at : at + len(tokens)], out, variant)
             request.prompt_logprobs(token_logprobs(out, tokens, request.top or 0))
 
     def _reply(self, slot: Slot, row: NDArray[np.float32]) -> None:
@@ -376,11 +376,13 @@ def _given_up(slots: list[Slot]) -> Callable[[], bool]:
     return ask
 
 
-def _runs(rows: list[tuple[int, Slot]]) -> list[list[tuple[int, Slot]]]:
-    """Returns rows in runs of neighbours, whose logits are computed together."""
+def _runs(rows: list[tuple[int, Slot]], model: Model) -> list[list[tuple[int, Slot]]]:
+    """Returns rows in runs of neighbours, whose logits are computed together, with one set of weights."""
     runs: list[list[tuple[int, Slot]]] = []
+    variant = 0
     for row in rows:
-        if runs and row[0] == runs[-1][-1][0] + 1:
+        before, variant = variant, model.variant(row[1].state)
+        if runs and row[0] == runs[-1][-1][0] + 1 and variant == before:
             runs[-1].append(row)
         else:
             runs.append([row])

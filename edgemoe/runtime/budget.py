@@ -173,6 +173,7 @@ class Budget:
         opening: int = 0,
         outside: int = 0,
         vram: Vram | None = None,
+        beside: tuple[int, int] = (0, 0),
     ) -> Budget:
         """Fits context and chunk into `ram`.
 
@@ -188,6 +189,7 @@ class Budget:
             opening: what the process has taken for a moment already.
             outside: what of `process` the caller's budget does not count; errors leave it out.
             vram: how a device's memory is divided, which has the context and most weights then.
+            beside: what adapters take: of dense weights, and of scratch for each token of a chunk.
 
         Raises:
             OutOfBudget: says the smallest budget that works, and what takes the room.
@@ -195,11 +197,11 @@ class Budget:
         config = moe.config
         expert = expert_bytes(moe, level)
         dense = dense_bytes(moe, dense_level)
-        held = dense if vram is None else vram.held
+        held = dense + beside[0] if vram is None else vram.held
         context = context if vram is None else vram.context
         embedding = 0 if config.tied else sum(moe.tensors["embed"].lengths[:dense_level])
         sampler = _SAMPLER_BYTES * config.vocab_size
-        row = scratch_bytes(config, 1) - scratch_bytes(config, 0)
+        row = scratch_bytes(config, 1) - scratch_bytes(config, 0) + beside[1]
         states = _States(config, kv_types, None if vram is None else vram.hosted)
 
         def sized(context: int, chunk: int) -> Budget:
@@ -213,7 +215,7 @@ class Budget:
                 tables=ram // _PER_TABLE,
                 dense=held, active_dense=dense - embedding, sequences=sequences,
                 kv=sequences * states.total(context, chunk), **states.growth(context, chunk),
-                scratch=own + scratch_bytes(config, chunk, sequences) + rope,
+                scratch=own + scratch_bytes(config, chunk, sequences) + rope + beside[1] * chunk,
                 row=row,
                 expert=expert, experts=all_expert_bytes(moe, level),
                 context=context, chunk=chunk, slack=_JITTER_BYTES + sampler + rope, fixed_slots=slots,

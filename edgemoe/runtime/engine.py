@@ -67,6 +67,7 @@ class Engine:
         self.tokenizer, self.sampling, self._eos = text.tokenizer, text.sampling, text.eos_ids
         self.sampling_notes = text.notes
         self._sequence: Sequence | None = Sequence(model)
+        self._sequence.state.use(min(len(model.adapters.names), 1))
         self._meter = self._sequence.meter
         self._turn = Alone()
 
@@ -105,7 +106,7 @@ class Engine:
     @property
     def expert_bits(self) -> NDArray[np.int8]:
         """The most bits that each expert may run at, [layers with experts, E]."""
-        return self._top_bits.reshape(-1, self.config.num_experts)
+        return self._top_bits.reshape(len(self.config.moe_layers), -1)[:, : self.config.num_experts]
 
     @property
     def isa(self) -> str:
@@ -270,6 +271,31 @@ class Engine:
             change(self.model, **wanted)
             sequence.call += 1
             self._describe(self.model)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """The names of those that the engine was opened with."""
+        return self.model.adapters.names
+
+    @property
+    def adapter(self) -> str | None:
+        """With which of them the sequence is computed; None for none. To set another one ends a reply under way.
+
+        What is shared stays in memory; a text so far is computed again when it is wanted.
+
+        Raises:
+            ValueError: there is none of that name, or the engine is closed.
+            RuntimeError: the engine is in use by another thread.
+        """
+        sequence, names = self._sequence, self.model.adapters.names
+        number = 0 if sequence is None else sequence.state.adapter
+        return names[number - 1] if number else None
+
+    @adapter.setter
+    def adapter(self, name: str | None) -> None:
+        with self._alone() as sequence:
+            sequence.state.use(self.model.adapters.number(name))
+            sequence.call += 1
 
     def record(self, path: str | os.PathLike[str], *, look_ahead: int = 0) -> None:
         """Records from now on what is routed, resident and waited for; see `edgemoe.runtime.trace`.

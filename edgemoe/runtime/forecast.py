@@ -13,7 +13,7 @@ from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.opening import Text, with_kv_table
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.pace import Pace
-from edgemoe.store import expert_bytes, level_bytes
+from edgemoe.store import expert_bytes, level_bytes, num_there
 
 __all__ = ["Band", "Forecast", "Row"]
 
@@ -94,7 +94,7 @@ class Forecast:
         """Returns about how large a file is that ends at a level."""
         level, moe = self.moe.level(bits), self.moe
         dense = sum(sum(t.lengths[:level]) for t in moe.tensors.values())
-        return dense + len(moe.experts.offsets) * level_bytes(moe, level)[-1]
+        return dense + num_there(moe) * level_bytes(moe, level)[-1]
 
     def row(self, ram: int, bits: int) -> Row:
         """Returns how a budget for the whole process is divided at a level.

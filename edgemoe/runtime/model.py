@@ -16,6 +16,7 @@ from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile
 from edgemoe.model import MOST_AHEAD, Batch, Decoder, SequenceState, read_bytes
 from edgemoe.ops import Array, Ops
+from edgemoe.runtime.adapters import Adapters
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.room import Room
@@ -64,6 +65,7 @@ class Model:
     store: ExpertStore
     experts: Experts
     decoder: Decoder
+    adapters: Adapters
     given: ModelConfig
     """As the file has it, whatever number of experts per token the options say."""
     most_bits: int
@@ -140,7 +142,24 @@ class Model:
             state.held += len(ids)
 
     def _pass(self, batch: Batch) -> Array:
-        """Runs a batch through all layers."""
+        """Runs a batch through all layers: tokens with one set of weights after the other, experts are shared."""
+        variants = self.adapters.variants
+        sets = sorted({variants[part.state.adapter] for part in batch.slices})
+        if len(sets) == 1:
+            (batch.variant,) = sets
+            return self._pass_of_one(batch)
+        out = np.empty((len(batch), self.config.hidden_size), np.float32)
+        for variant in sets:
+            mine = [part for part in batch.slices if variants[part.state.adapter] == variant]
+            some = Batch.of(*((part.state, batch.ids[part.start : part.stop]) for part in mine))
+            some.is_cancelled, some.variant = batch.is_cancelled, variant
+            hidden = self._pass_of_one(some)
+            for part, to in zip(some.slices, mine, strict=True):
+                out[to.start : to.stop] = hidden[part.start : part.stop]
+        return out
+
+    def _pass_of_one(self, batch: Batch) -> Array:
+        """Runs a batch of one set of weights through all layers."""
         scheduler, observer = self.scheduler, self.experts.observer
         self.room.fit(batch)
         if observer is not None:
@@ -157,11 +176,15 @@ class Model:
             self.count()
         return hidden
 
-    def logits(self, hidden: Array, out: NDArray[np.float32]) -> None:
-        """out [T, V] = the logits of rows of `forward`'s result."""
-        self.decoder.logits(hidden, out)
+    def logits(self, hidden: Array, out: NDArray[np.float32], of: SequenceState) -> None:
+        """out [T, V] = the logits of rows of `forward`'s result: of a sequence, or of some with the same `variant`."""
+        self.decoder.logits(hidden, out, self.variant(of))
         if self.experts.observer is not None:
             self.experts.observer.end()
+
+    def variant(self, state: SequenceState) -> int:
+        """Returns with which set of weights a sequence is computed."""
+        return self.adapters.variants[state.adapter]
 
     def count(self) -> None:
         """Publishes the counters as they are now."""
@@ -182,7 +205,8 @@ class Model:
     def bytes_per_token(self) -> int:
         """Bytes of weights that computing one token reads from memory, at the bits in use."""
         c, every = self.config, np.arange(len(self.top_bits), dtype=np.int32)
-        expert = float(self.store.sizes(every, self.top_bits).mean())
+        sizes = self.store.sizes(every, self.top_bits)
+        expert = float(sizes[sizes > 0].mean())
         return self.budget.active_dense + int(len(c.moe_layers) * c.experts_per_token * expert)
 
     def kv_bytes(self, length: int) -> int:

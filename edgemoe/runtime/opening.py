@@ -21,6 +21,7 @@ from edgemoe.ops import Ops, OpsShape
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.placement import Both
 from edgemoe.quant import Allocation
+from edgemoe.runtime.adapters import Adapters
 from edgemoe.runtime.budget import Budget, default_ram, parse_size
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.notes import notes_of
@@ -29,7 +30,7 @@ from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.profile import ProfileFile
 from edgemoe.runtime.room import Room
 from edgemoe.scheduler import SCHEDULERS, SECTIONS, Setting
-from edgemoe.store import ExpertStore, Told, level_bytes, load_dense, nobody
+from edgemoe.store import ExpertStore, Told, level_bytes, load_dense, nobody, num_there
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.settings import FILE, model_sampling
 from edgemoe.text.tokenizer import Tokenizer
@@ -113,6 +114,7 @@ def open_model(
     given = moe.config
     moe = with_experts(moe, options.experts)
     options = with_kv_table(moe, options)
+    moe, adapters = Adapters.open(moe, options.adapters)
     bits = bits_of(moe, options)
     profile = None if options.profile is None else ProfileFile.open(Path(options.profile), moe)
     dense_level = moe.dense_level(options.dense_bits)
@@ -123,12 +125,16 @@ def open_model(
     text = Text.of(moe)
     # What needs them keeps what it needs; the files' text must not count against the experts.
     sections = {name: moe.sections[name] for name in SECTIONS if name in moe.sections}
+    if adapters.names:  # the scheduler is one that decides by none of them
+        sections = {}
     sections_bytes = sum(map(len, moe.sections.values())) if sections else 0
     moe = replace(moe, sections={})
     hardware.trim()
     peak = hardware.peak_bytes()
     opening = peak if peak > peak_before and options.whole_process else 0
-    model = _assembled(moe, given, options, bits, dense_level, sections, before, opening, told)
+    model = _assembled(
+        moe, given, options, bits, dense_level, sections, before, opening, told, adapters
+    )
     model.sections_bytes = sections_bytes
     model.notes = notes_of(moe, given, bits.noted, options) + model.scheduler.notes
     if profile is not None:
@@ -158,6 +164,7 @@ def _assembled(
     before: int,
     opening: int,
     told: Told,
+    adapters: Adapters,
 ) -> Model:
     """Returns a model inside its budget, and inside that of a device, if it has one.
 
@@ -182,6 +189,7 @@ def _assembled(
             dense_level=dense_level, context=options.context, kv_types=options.kv_types, ops=shape,
             sequences=options.sequences, slots=options.slots, opening=opening,
             outside=before if is_added else 0, vram=vram,
+            beside=adapters.beside(dense_level, config.hidden_size),
         )  # fmt: skip
 
     # Both refuse what is wrong before anything large is read.
@@ -193,12 +201,15 @@ def _assembled(
     del first
     weights: Mapping[str, Any]
     if there is None:
-        weights = load_dense(moe, dense_level, verify=options.verify, told=told)
+        weights = own = load_dense(moe, dense_level, verify=options.verify, told=told)
+        adapters.widen_biases(own, verify=options.verify)
     else:
         weights = there.load(dense_level, verify=options.verify, told=told)
+    others = adapters.load(weights, dense_level, verify=options.verify)
     hardware.trim()
     # Slots are sized last, from what the process really has by now.
-    dense = sum(map(_host_bytes, weights.values()))
+    every = {id(weight): weight for of in (weights, *others) for weight in of.values()}
+    dense = sum(map(_host_bytes, every.values()))
     budget = divide(max(hardware.process_bytes() - dense, 0))
     setting = model_setting(moe, bits.most, budget.slots, sections)
     scheduler = make(setting, **chosen)
@@ -222,9 +233,9 @@ def _assembled(
         ), setting=replace(setting, sections={}), store=store, experts=experts,
         ops=ops, decoder=Decoder(
             config, weights, ops, experts, max_tokens=budget.chunk, context=budget.context,
-            types=options.kv_types,
+            types=options.kv_types, others=others, places=adapters.places,
         ),
-        given=given, most_bits=bits.most, most_experts=config.experts_per_token,
+        adapters=adapters, given=given, most_bits=bits.most, most_experts=config.experts_per_token,
         sections_bytes=0,
     )  # fmt: skip
 
@@ -262,7 +273,8 @@ def model_setting(
     config, levels = moe.config, range(1, moe.level(bits) + 1)
     return Setting(
         num_layers=len(config.moe_layers),
-        num_experts=config.num_experts,
+        num_experts=moe.places,
+        num_there=num_there(moe),
         experts_per_token=config.experts_per_token,
         bits=bits,
         level_bits=tuple(moe.ladder[level - 1][0] for level in levels),
@@ -314,6 +326,11 @@ def bits_of(moe: MoeFile, options: EngineOptions) -> Bits:
     have = moe.expert_bits
     if options.bits == "auto":
         each = _allocation(moe, options.allocation)
+        if (
+            moe.experts.names is not None
+        ):  # an adapter's expert has the bits of the one in whose place it is
+            names = np.maximum(moe.experts.names, 0).reshape(len(each), -1)
+            each = np.take_along_axis(each, names, axis=1)
         return Bits(int(each.max()), each, have)
     bits = moe.ladder[-1][0] if options.bits is None else options.bits
     moe.level(bits)  # or it says which there are
@@ -323,16 +340,17 @@ def bits_of(moe: MoeFile, options: EngineOptions) -> Bits:
 
 def _allocation(moe: MoeFile, path: str | os.PathLike[str] | None) -> NDArray[np.int8]:
     """Returns each expert's bits [L, E]: a file's, the model's section, or what is there where experts differ."""
+    have = moe.expert_bits[:, : moe.config.num_experts]
     if path is not None:
         content, where = Path(path).read_bytes(), str(path)
     elif "allocation" in moe.sections:
         content, where = moe.sections["allocation"], f"{moe.path}: section allocation"
-    elif (moe.experts.rungs != len(moe.ladder)).any():
-        return moe.expert_bits
+    elif (have < moe.ladder[-1][0]).any():
+        return have
     else:
         raise ValueError(
             f"bits: auto takes an allocation, and {moe.path} has none; edgemoe allocate makes it"
         )
     found = Allocation.from_json(content, where)
-    found.check(moe.config, tuple(rung[0] for rung in moe.ladder), where, most=moe.expert_bits)
+    found.check(moe.config, tuple(rung[0] for rung in moe.ladder), where, most=have)
     return found.bits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from edgemoe.devices import DeviceName
 from edgemoe.errors import quoted
 from edgemoe.experts import Observer
 from edgemoe.model import KvTable, KvTypes
+from edgemoe.runtime.adapters import named_adapters
 from edgemoe.runtime.budget import parse_size
 from edgemoe.scheduler import SCHEDULERS
 
@@ -45,6 +46,12 @@ class EngineOptions:
     each expert's own."""
     allocation: str | os.PathLike[str] | None = None
     """With bits "auto", a file that says each expert's (`edgemoe allocate`); None for the model file's own."""
+    adapters: (
+        str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+        | Mapping[str, str | os.PathLike[str]] | None
+    ) = None  # fmt: skip
+    """Files of `edgemoe convert --base`, or such by the names that they shall have; without, a name is the file's. An
+    `Engine` begins with the first, see `Engine.adapter`."""
     dense_bits: int | None = None
     """Precision of all other matrices, one of the file's levels; None for all that the file has."""
     experts: int | None = None
@@ -108,6 +115,7 @@ class EngineOptions:
         if self.options is not None and not isinstance(self.options, Mapping):
             raise ValueError(f"options: expected names and values, got {quoted(self.options)}")
         put("options", dict(self.options or {}))
+        put("adapters", named_adapters(self.adapters))
         for name in ("allocation", "kv_table", "plug_in", "trace", "profile"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, KvTable):
@@ -125,8 +133,25 @@ class EngineOptions:
             raise ValueError(f"bits: auto is for the scheduler on-demand, not {self.scheduler}")
         if self.allocation is not None and self.bits != "auto":
             raise ValueError("allocation: expected bits to be auto")
+        self._check_adapters()
         if self.trace is not None and self.observer is not None:
             raise ValueError("trace and observer: expected one of them")
+
+    def _check_adapters(self) -> None:
+        if not self.adapters:
+            return
+        if self.device != "cpu":
+            raise ValueError(
+                f"adapters: run on the processor alone; expected device cpu, got {self.device}"
+            )
+        if self.scheduler != "on-demand" or self.options:
+            what = ", ".join([self.scheduler, *self.options])
+            raise ValueError(
+                f"adapters: expected the scheduler on-demand without options, got {what}"
+            )
+        for name in ("trace", "profile"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name}: is of a model alone; expected no adapters beside it")
 
     @property
     def kv_types(self) -> KvTypes:

@@ -72,9 +72,9 @@ class Sequence:
                 self.meter.prompt_progress = (done, len(tokens))
                 with self.meter.row_lock:
                     if len(out) == len(tokens):
-                        model.logits(hidden, out[first:done])
+                        model.logits(hidden, out[first:done], state)
                     elif done == len(tokens):
-                        model.logits(hidden[-1:], out)
+                        model.logits(hidden[-1:], out, state)
         finally:
             state.goal = 0
 

@@ -26,7 +26,7 @@ class Setting:
     num_layers: int
     """Layers with routed experts."""
     num_experts: int
-    """Per layer."""
+    """Per layer; with adapters places for experts, which may be without, see `num_there`."""
     experts_per_token: int
     bits: int
     """The precision that the user asked for, the highest that may be planned."""
@@ -45,13 +45,16 @@ class Setting:
     sections: Mapping[str, bytes] = field(default_factory=dict)
     """Of the file, those of `SECTIONS` that it has."""
 
+    num_there: int = 0
+    """Experts in all; 0 where every place of a layer has one."""
     has_inputs: bool = True
     """Whether routings come with what needs a layer's input, `Routing.bit_logits`; a trace's do not."""
 
     @property
     def fits(self) -> bool:
         """Says whether every expert fits at `bits`, so that nothing will ever be dropped."""
-        return self.slots_bytes >= self.num_layers * self.num_experts * self.level_bytes[-1]
+        count = self.num_there or self.num_layers * self.num_experts
+        return self.slots_bytes >= count * self.level_bytes[-1]
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,7 @@ def _parameters(service: Service) -> int:
     moe = service.model.moe
     each = sum(rows * columns for rows, columns in moe.config.expert_shapes)
     dense = [t.spec.shape for name, t in moe.tensors.items() if not name.startswith("rope")]
-    return len(moe.experts.rungs) * each + sum(map(math.prod, dense))
+    return len(moe.config.moe_layers) * moe.config.num_experts * each + sum(map(math.prod, dense))
 
 
 def props(service: Service) -> Response:

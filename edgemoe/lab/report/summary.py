@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from edgemoe.errors import FormatError
+from edgemoe.file.adapter import AdapterFile, weights_sum
 from edgemoe.file.format import MoeFile
 from edgemoe.file.parse import parse_json
 from edgemoe.lab.report.levels import levels
 
-__all__ = ["groups", "summary"]
+__all__ = ["adapter_summary", "groups", "summary"]
 
 _MEASURED = ("quality", "allocation")
 """Sections that hold JSON and were added after the conversion."""
@@ -22,10 +23,10 @@ _MEASURED = ("quality", "allocation")
 def summary(moe: MoeFile) -> dict[str, Any]:
     """Returns everything about a file but its weights and texts.
 
-    Keys: file, bytes, config, source, scheme, correction (ranks of each kind of matrix), levels (bytes and bits per
-    weight of each), tensors (kind, shape, offset, and bytes and checksum of each rung), experts (count, bytes of all,
-    end of each rung, mean bits, how many have which bits), sections (bytes), and the content of those that
-    measurements have added.
+    Keys: file, bytes, config, source, weights (by which adapters name it), scheme, correction (ranks of each kind of
+    matrix), levels (bytes and bits per weight of each), tensors (kind, shape, offset, and bytes and checksum of each
+    rung), experts (count, bytes of all, end of each rung, mean bits, how many have which bits), sections (bytes), and
+    the content of those that measurements have added.
     """
     added = {name: _json(moe.sections[name]) for name in _MEASURED if name in moe.sections}
     return {
@@ -33,6 +34,7 @@ def summary(moe: MoeFile) -> dict[str, Any]:
         "bytes": moe.file_bytes,
         "config": moe.config.to_json(),
         "source": dict(moe.source),
+        "weights": weights_sum(moe),
         "scheme": moe.scheme.about,
         "correction": {kind: list(ranks) for kind, ranks in moe.scheme.correction.items()},
         "levels": [
@@ -70,7 +72,20 @@ def summary(moe: MoeFile) -> dict[str, Any]:
     }
 
 
-def groups(moe: MoeFile) -> list[tuple[str, str, tuple[int, ...], int, int]]:
+def adapter_summary(adapter: AdapterFile) -> dict[str, Any]:
+    """Returns what an adapter's index says, as JSON values."""
+    return {
+        "file": adapter.path.name,
+        "bytes": adapter.file_bytes,
+        "base": adapter.base,
+        "config": adapter.config.to_json(),
+        "source": dict(adapter.source),
+        "experts": [list(adapter.expert_at(row)) for row in range(len(adapter.which))],
+        "tensors": {name: sum(tensor.lengths) for name, tensor in adapter.tensors.items()},
+    }
+
+
+def groups(moe: MoeFile | AdapterFile) -> list[tuple[str, str, tuple[int, ...], int, int]]:
     """Returns tensors that differ in the layer only as one: name, kind, shape, how many, bytes of all."""
     found: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
     for name, tensor in moe.tensors.items():

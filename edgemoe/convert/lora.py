@@ -1,0 +1,178 @@
+"""LoRA directories of peft: what they add to the matrices of a checkpoint, W + (alpha / r) B A.
+
+With `use_rslora` it is alpha / sqrt(r). What peft can also be told and what is not read here is refused by name.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.convert.checkpoint import Checkpoint
+from edgemoe.convert.folder import exists, missing, read_file
+from edgemoe.convert.safetensors_file import StoredTensor, read_header, require_floats
+from edgemoe.convert.settings import Settings
+from edgemoe.errors import FormatError, quoted, shortened
+from edgemoe.file.parse import parse_object
+
+__all__ = ["CONFIG", "lora_patches"]
+
+Array = NDArray[np.float32]
+
+CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_(embedding_)?([AB])(?:\.default)?(?:\.weight)?")
+_SAVED = re.compile(r"(.+?)(?:\.modules_to_save(?:\.default)?)?\.(weight|bias)")
+_PLAIN = re.compile(r"[\w.]+", re.ASCII)
+
+_OTHERS = (
+    "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
+    "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
+    "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
+)  # fmt: skip
+"""Settings that change what the factors mean, or that there are others; some only how they were begun with."""
+_ONLY_AT_START = ("corda_config", "eva_config", "lora_ga_config")
+
+
+@dataclass(frozen=True, slots=True)
+class _Config:
+    """Is what `adapter_config.json` says."""
+
+    where: str
+    rank: int
+    alpha: float
+    ranks: Mapping[str, Any]
+    alphas: Mapping[str, Any]
+    by_root: bool
+
+    @classmethod
+    def read(cls, path: Path) -> _Config:
+        content = read_file(path, CONFIG, is_copied=False)
+        if content is None:
+            raise missing(path / CONFIG)
+        where = str(path / CONFIG)
+        values = parse_object(content, where)
+        settings = Settings(values, where=where)
+        if values.get("peft_type") != "LORA":
+            raise FormatError(
+                f"{where}: peft_type {quoted(values.get('peft_type'))} is not supported; supported: LORA"
+            )
+        for name in _OTHERS:
+            if values.get(name) and name not in _ONLY_AT_START:
+                raise FormatError(
+                    f"{where}: {name} is not supported, only a LoRA of whole matrices"
+                )
+        if settings.flag("fan_in_fan_out", False):
+            raise FormatError(f"{where}: fan_in_fan_out is not supported")
+        if settings.text("bias", "none") != "none":
+            raise FormatError(f"{where}: bias {quoted(values['bias'])} is not supported, only none")
+        patterns = [values.get(name) or {} for name in ("rank_pattern", "alpha_pattern")]
+        for name, pattern in zip(("rank_pattern", "alpha_pattern"), patterns, strict=True):
+            if not isinstance(pattern, dict) or not all(map(_PLAIN.fullmatch, pattern)):
+                raise FormatError(
+                    f"{where}: {name}: expected names of modules, got {quoted(pattern)}"
+                )
+        ranks, alphas = patterns
+        return cls(
+            where, settings.integer("r"), settings.number("lora_alpha", 8.0), ranks, alphas,
+            settings.flag("use_rslora", False),
+        )  # fmt: skip
+
+    def scaling(self, module: str, rank: int) -> float:
+        """Returns what B A counts in a module.
+
+        Raises:
+            FormatError: its factors are of another rank than is said.
+        """
+        said = _of(self.ranks, module, self.rank)
+        if said != rank:
+            raise FormatError(
+                f"{self.where}: {module}: its rank is {quoted(said)}, its factors have {rank}"
+            )
+        alpha = _of(self.alphas, module, self.alpha)
+        if type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise FormatError(f"{self.where}: alpha_pattern: expected numbers, got {quoted(alpha)}")
+        return alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def _of(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
+    """Returns what is said of a module: the first name that it is, or that it ends with."""
+    return next((v for name, v in pattern.items() if f".{module}".endswith(f".{name}")), default)
+
+
+def lora_patches(path: Path, original: Checkpoint) -> dict[str, Callable[[Array], Array]]:
+    """Returns what a LoRA directory makes of the tensors of a checkpoint, by their names.
+
+    Raises:
+        FormatError: it is broken, has targets that the checkpoint lacks or that have another shape, or something that
+            is not supported.
+    """
+    config = _Config.read(path)
+    if not exists(path / _WEIGHTS):
+        raise FormatError(f"{path}: no {_WEIGHTS}; only safetensors are supported")
+    where = path / _WEIGHTS
+    factors: dict[tuple[str, bool], dict[str, StoredTensor]] = {}
+    out: dict[str, Callable[[Array], Array]] = {}
+    for name, tensor in read_header(where).items():
+        require_floats(tensor)
+        short = name.removeprefix(_PREFIX)
+        found = _FACTOR.fullmatch(short)
+        if found is not None:
+            factors.setdefault((found[1], bool(found[2])), {})[found[3]] = tensor
+            continue
+        saved = _SAVED.fullmatch(short)
+        target = short if saved is None else f"{saved[1]}.{saved[2]}"
+        _require(where, name, target, original, tensor.shape)
+        out[target] = lambda _, tensor=tensor: tensor.read()  # type: ignore[misc]
+    for (module, is_embedding), pair in factors.items():
+        if set(pair) != {"A", "B"}:
+            raise FormatError(
+                f"{where}: {shortened(module)}: expected lora_A and lora_B, got lora_{min(pair)} alone"
+            )
+        a, b = pair["A"], pair["B"]
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:
+            raise FormatError(
+                f"{where}: {shortened(module)}: factors of shapes {list(a.shape)} and {list(b.shape)} do not fit"
+            )
+        shape = (a.shape[1], b.shape[0]) if is_embedding else (b.shape[0], a.shape[1])
+        target = f"{module}.weight"
+        _require(where, module, target, original, shape)
+        if target in out:
+            raise FormatError(f"{where}: {shortened(module)}: has factors and is there as a whole")
+        out[target] = _adding(a, b, config.scaling(module, a.shape[0]), is_embedding)
+    if not out:
+        raise FormatError(f"{where}: has no tensors")
+    return out
+
+
+def _require(
+    where: Path, name: str, target: str, original: Checkpoint, shape: tuple[int, ...]
+) -> None:
+    """Checks that there is a tensor which something is meant for."""
+    if target not in original.shapes:
+        raise FormatError(
+            f"{where}: {shortened(name)}: {original.name} has no tensor {shortened(target)}"
+        )
+    if original.shapes[target] != shape:
+        raise FormatError(
+            f"{where}: {shortened(name)}: is for a tensor of shape {list(shape)}; "
+            f"{original.name} has {list(original.shapes[target])}"
+        )
+
+
+def _adding(
+    a: StoredTensor, b: StoredTensor, scaling: float, is_embedding: bool
+) -> Callable[[Array], Array]:
+    def add(values: Array) -> Array:
+        product = b.read() @ a.read()
+        return np.asarray(values + (product.T if is_embedding else product) * np.float32(scaling))
+
+    return add

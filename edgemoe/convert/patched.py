@@ -1,0 +1,88 @@
+"""A checkpoint of which some tensors are other ones: what a fine-tune leaves that stores only what it has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.convert.checkpoint import Checkpoint
+from edgemoe.convert.folder import exists
+from edgemoe.convert.lora import CONFIG, lora_patches
+from edgemoe.convert.safetensors_file import StoredTensor, read_header, require_floats
+from edgemoe.errors import FormatError, shortened
+
+__all__ = ["Patch", "PatchedCheckpoint", "is_partial", "patched"]
+
+Array = NDArray[np.float32]
+Patch = Callable[[Array], Array]
+"""Returns what a tensor becomes; the one that it is given is its own."""
+
+_WHOLE = "config.json"
+
+
+class PatchedCheckpoint:
+    """Implements `Checkpoint`: another one with some tensors changed. Immutable."""
+
+    def __init__(self, name: str, original: Checkpoint, patches: Mapping[str, Patch]) -> None:
+        """Args:
+        patches: by names of the original's tensors.
+        """
+        self.name, self.identity = name, original.identity
+        self.config: Mapping[str, Any] = original.config
+        self.files: Mapping[str, bytes] = original.files
+        self.shapes: Mapping[str, tuple[int, ...]] = original.shapes
+        self.patches = patches
+        self._original = original
+
+    def tensor(self, name: str) -> Array:
+        """See `Checkpoint.tensor`."""
+        values, patch = self._original.tensor(name), self.patches.get(name)
+        return values if patch is None else np.ascontiguousarray(patch(values), np.float32)
+
+
+def is_partial(path: Path) -> bool:
+    """Says whether a directory holds only what a fine-tune has changed: a LoRA of peft, or some tensors."""
+    if not path.is_dir() or exists(path / _WHOLE):
+        return False
+    return exists(path / CONFIG) or any(path.glob("*.safetensors"))
+
+
+def patched(path: Path, original: Checkpoint) -> PatchedCheckpoint:
+    """Returns a checkpoint with what a directory says that is otherwise, see `is_partial`.
+
+    Raises:
+        FormatError: it is broken, or of another model, or has something that is not supported.
+    """
+    name = path.resolve().name
+    patches = (
+        lora_patches(path, original) if exists(path / CONFIG) else _replacements(path, original)
+    )
+    return PatchedCheckpoint(name, original, patches)
+
+
+def _replacements(path: Path, original: Checkpoint) -> dict[str, Patch]:
+    """Returns what puts tensors in the place of those of the same names, as ESFT's checkpoints mean it."""
+    out: dict[str, Patch] = {}
+    for file in sorted(path.glob("*.safetensors")):
+        for name, tensor in read_header(file).items():
+            require_floats(tensor)
+            meant = f"model.{name}" if name.startswith("layers.") else name
+            if meant not in original.shapes:
+                raise FormatError(f"{file}: {shortened(name)}: {original.name} has no such tensor")
+            if tensor.shape != original.shapes[meant]:
+                raise FormatError(
+                    f"{file}: {shortened(name)}: has shape {list(tensor.shape)}; "
+                    f"{original.name} has {list(original.shapes[meant])}"
+                )
+            if meant in out:
+                raise FormatError(f"{file}: {shortened(name)}: is there twice")
+            out[meant] = _replacing(tensor)
+    return out
+
+
+def _replacing(tensor: StoredTensor) -> Patch:
+    return lambda _: tensor.read()

@@ -1,0 +1,159 @@
+"""Makes the bytes of records of float weights: which level is favoured, what flows into a matrix, its corrections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import hardware
+from edgemoe.config import MATRICES, dense_tensors
+from edgemoe.errors import FormatError
+from edgemoe.file.layout import Layout
+from edgemoe.quant import Calibration, Scheme
+from edgemoe.quant.correction import SHARED, kind_of, pack_basis
+from edgemoe.quant.lowrank import Directions, directions
+
+__all__ = ["Coder"]
+
+_LOOKED_UP = 0.3  # of a tied embedding's error; 0.1 to 0.6 made no difference that could be told
+
+
+class Coder:
+    """Quantises one model's records, each by itself: equal weights have equal bytes."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        scheme: Scheme,
+        *,
+        favoured: int | None,
+        favours_own: bool,
+        calibration: Calibration | None,
+        threads: int = 0,
+    ) -> None:
+        """Args:
+        layout: of the file; says how many rungs each expert has.
+        scheme: with the corrections of all levels of its ladders.
+        favoured: how many rungs the level has whose error matters most; None for all alike.
+        favours_own: it is the last of each expert's.
+        calibration: what flows into the matrices.
+
+        Raises:
+            FormatError: there are corrections and no calibration.
+        """
+        self._layout, self._scheme, self._calibration = layout, scheme, calibration
+        self._favoured, self._favours_own = favoured, favours_own
+        self._threads = threads or hardware.num_threads()
+        self._specs = dense_tensors(layout.config)
+        self._bases = self._find_bases()
+
+    @property
+    def basis(self) -> bytes:
+        """The section of that name; empty where there is none."""
+        stored = self._layout.scheme.shared_rank
+        return pack_basis([v[:stored] for v in self._bases.values()]) if stored else b""
+
+    def tensor(self, name: str, array: NDArray[np.float32]) -> list[NDArray[np.uint8]]:
+        """Returns the rungs of a dense tensor; matrices are quantised.
+
+        Raises:
+            FormatError: the model has no such tensor, its shape differs, or a weight is not finite.
+        """
+        spec = self._specs.get(name)
+        if spec is None:
+            raise FormatError(f"{name}: not a tensor of this model")
+        if array.shape != spec.shape:
+            raise FormatError(f"{name}: expected shape {spec.shape}, got {array.shape}")
+        if spec.kind == "nested":
+            return self._quantize(name, array, self._layout.ladder, self._favoured)
+        if not np.isfinite(array).all():
+            raise FormatError(f"{name}: a value is not finite")
+        flat = np.ascontiguousarray(array, np.float32).reshape(-1)
+        return [flat.view(np.uint8)]
+
+    def expert(
+        self,
+        layer: int,
+        index: int,
+        gate: NDArray[np.float32],
+        up: NDArray[np.float32],
+        down: NDArray[np.float32],
+    ) -> list[NDArray[np.uint8]]:
+        """Returns those of a routed expert: gate and up [H, D], down [D, H]; gate [0, D] where experts have none.
+
+        Raises:
+            FormatError: there is no such expert, a shape differs, or a weight is not finite.
+        """
+        name = f"experts.{layer}.{index}"
+        if name not in self._layout.places:
+            raise FormatError(f"{name}: not an expert of this model")
+        rungs = []
+        levels = len(self._layout.places[name].sizes)
+        favour = levels if self._favours_own else self._favoured and min(self._favoured, levels)
+        for part, w, shape, ladder in zip(
+            MATRICES, (gate, up, down), self._layout.config.expert_shapes,
+            zip(*self._layout.expert_ladder, strict=True), strict=True,
+        ):  # fmt: skip
+            if w.shape != shape:
+                raise FormatError(f"{name}.{part}: expected shape {shape}, got {w.shape}")
+            nothing = [np.empty(0, np.uint8)] * levels  # of a gate that experts do without
+            rungs.append(
+                self._quantize(f"{name}.{part}", w, ladder[:levels], favour) if len(w) else nothing
+            )
+        return [np.concatenate(parts) for parts in zip(*rungs, strict=True)]
+
+    def _quantize(
+        self, name: str, w: NDArray[np.float32], ladder: Sequence[int], favour: int | None
+    ) -> list[NDArray[np.uint8]]:
+        moments = self._second_moments(name)
+        try:
+            return self._scheme.of(name).quantize(
+                np.ascontiguousarray(w, np.float32),
+                ladder,
+                second_moments=moments,
+                favour=favour,
+                directions=self._directions(name, moments),
+                threads=self._threads,
+            )
+        except ValueError as e:
+            raise FormatError(f"{name}: {e}") from None
+
+    def _find_bases(self) -> dict[int, NDArray[np.int8]]:
+        """Returns V of each layer's gates and ups, where they have corrections."""
+        rank = self._scheme.shared_rank
+        if not rank:
+            return {}
+        if self._calibration is None:
+            raise FormatError("corrections are fitted to a calibration, and there is none")
+        return {
+            layer: directions(self._calibration.layer_matrix(layer), rank)
+            for layer in self._layout.config.moe_layers
+        }
+
+    def _directions(self, name: str, moments: NDArray[np.float32] | None) -> Directions | None:
+        """Returns V of a matrix's corrections; None where it has none."""
+        ranks = self._scheme.ranks(name)
+        if not any(ranks):
+            return None
+        if moments is None or moments.ndim < 2:
+            raise FormatError(f"{name}: has a correction, but no products of its inputs are known")
+        if kind_of(name) in SHARED:
+            return Directions(self._bases[int(name.split(".")[1])], ranks, stored=0)
+        stored = max(self._layout.scheme.ranks(name), default=0)
+        return Directions(directions(moments, max(ranks)), ranks, stored)
+
+    def _second_moments(self, name: str) -> NDArray[np.float32] | None:
+        if self._calibration is None:
+            return None
+        moments = self._calibration.matrix(name)
+        if moments is None:
+            moments = self._calibration.diagonal(name)
+        if moments is None or name != "embed":
+            return moments
+        # The tied embedding is the head, which was calibrated, and is looked up, where every column counts alike.
+        diagonal = np.diagonal(moments) if moments.ndim == 2 else moments
+        alike = _LOOKED_UP / (1 - _LOOKED_UP) * diagonal.mean()
+        spread = np.eye(len(moments)) if moments.ndim == 2 else np.ones(len(moments))
+        return np.asarray(moments + alike * spread, np.float32)

@@ -1,0 +1,57 @@
+"""Where the experts of a model and of its adapters are in one table: each layer has a place for each of them.
+
+A router knows only its E experts. What it has chosen for a token is called by its place for that token's adapter; from
+there on, schedulers, store and kernels know places alone, so that tokens of several adapters run in one pass, and what
+adapters share is one expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.plan import Routing
+
+__all__ = ["Places"]
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Says which expert is where."""
+
+    tables: NDArray[np.int32]
+    """[adapters + 1, layers, E]: the place in its layer of each expert; first those of the model alone."""
+    names: NDArray[np.int32]
+    """[layers, places]: which expert each place is of; -1 for none."""
+    owner: NDArray[np.int32]
+    """[layers, places - E]: whose the further ones are, adapters counted from 1; 0 for nobody's."""
+
+    @property
+    def count(self) -> int:
+        """Places of a layer."""
+        return self.names.shape[1]
+
+    def put(
+        self, routing: Routing, rows: Iterable[tuple[slice, int]], scores: NDArray[np.float32]
+    ) -> None:
+        """Calls the experts of a routing by their places, in place.
+
+        Args:
+            rows: of each sequence, and the number of its adapter; 0 for the model alone.
+            scores: scratch [T, places] for the routing's scores: 0 at places of others.
+        """
+        scores[...] = 0
+        for mine, adapter in rows:
+            tables = self.tables[adapter]
+            at = tables[routing.layer]
+            if routing.scores is not None:
+                scores[mine, at] = routing.scores[mine]
+            if adapter:
+                routing.experts[mine] = at[routing.experts[mine]]
+            if adapter and routing.ahead_experts is not None:
+                for layer, later in enumerate(routing.ahead_experts, start=routing.layer + 1):
+                    later[mine] = tables[layer][later[mine]]
+        routing.scores = None if routing.scores is None else scores

@@ -1,0 +1,187 @@
+"""The adapters of an open model: by name, where their experts are, and the weights that are theirs alone.
+
+An adapter's experts have places of their own in the one table of experts; which expert of its layer a token's adapter
+means by a number is looked up after its router has chosen. What adapters share with the model is there once. Dense
+tensors that an adapter has otherwise are resident beside the model's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+from edgemoe.arguments import path_of
+from edgemoe.config import MATRICES
+from edgemoe.errors import quoted
+from edgemoe.file.adapter import MOST_ADAPTERS, AdapterFile, open_adapter, with_adapters
+from edgemoe.file.format import MoeFile
+from edgemoe.places import Places
+from edgemoe.store import Weight, dense_pages, load_tensors
+
+__all__ = ["NO_ADAPTER", "Adapters", "named_adapters"]
+
+NO_ADAPTER = "none"
+"""The name that stands for the model alone."""
+_NAME = re.compile(r"[A-Za-z0-9_-][\w.-]{0,63}", re.ASCII)
+
+Weights = Mapping[str, Weight]
+
+
+def named_adapters(given: object) -> dict[str, str]:
+    """Returns files of adapters by name: a file's own is that of the file, without its ending.
+
+    Args:
+        given: a path, several, or a mapping of names to paths.
+
+    Raises:
+        ValueError: a name is none, or there twice, or there are too many.
+    """
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        pairs = [(name, path_of("adapters", path)) for name, path in given.items()]
+    else:
+        each = given if isinstance(given, list | tuple) else [given]
+        paths = [path_of("adapters", path) for path in each]
+        pairs = [(Path(path).name.removesuffix(".moea"), path) for path in paths]
+    out: dict[str, str] = {}
+    for name, path in pairs:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name == NO_ADAPTER:
+            raise ValueError(
+                f"adapters: expected a name of letters, digits, . _ and -, not {NO_ADAPTER}; got {quoted(name)}"
+            )
+        if name in out:
+            raise ValueError(f"adapters: two are called {name}; expected each under its own name")
+        out[name] = str(path)
+    if len(out) > MOST_ADAPTERS:
+        raise ValueError(f"adapters: expected at most {MOST_ADAPTERS}, got {len(out)}")
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """Is all of them; the model alone has number 0."""
+
+    names: tuple[str, ...] = ()
+    files: tuple[AdapterFile, ...] = ()
+    places: Places | None = None
+
+    @classmethod
+    def open(cls, moe: MoeFile, given: Mapping[str, str]) -> tuple[MoeFile, Adapters]:
+        """Opens adapters, and returns the model with their experts in its table.
+
+        Raises:
+            FormatError: one is not sound, or of another model.
+        """
+        if not given:
+            return moe, cls()
+        files = tuple(open_adapter(path) for path in given.values())
+        moe, places = with_adapters(moe, files, [_apart(moe, file) for file in files])
+        return moe, cls(tuple(given), files, places)
+
+    def number(self, name: str | None) -> int:
+        """Returns an adapter's number; 0 for None and `NO_ADAPTER`.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        if name is None or name == NO_ADAPTER:
+            return 0
+        if name not in self.names:
+            known = ", ".join((NO_ADAPTER, *self.names))
+            raise ValueError(f"adapter: expected one of {known}, got {quoted(name)}")
+        return self.names.index(name) + 1
+
+    @property
+    def variants(self) -> tuple[int, ...]:
+        """With which set of weights each computes, by number: 0 is the model's, then come those that `load` returns."""
+        sets = accumulate(bool(file.dense) for file in self.files)
+        return (0, *(n if f.dense else 0 for f, n in zip(self.files, sets, strict=True)))
+
+    def beside(self, level: int, hidden: int) -> tuple[int, int]:
+        """Returns what they take beside experts, as `Budget.divide` takes it; `hidden` is the model's width."""
+        if self.places is None:
+            return 0, 0
+        # Scores by places; and hidden states, which passes with other weights bring one after the other.
+        return self._dense_bytes(level), 4 * (
+            self.places.count + (hidden if any(self.variants) else 0)
+        )
+
+    def _dense_bytes(self, level: int) -> int:
+        """Returns the memory of what `load` and `widen_biases` add to a model's weights."""
+        own = sum(dense_pages(file.dense.values(), level) for file in self.files)
+        return own + self._bias_bytes
+
+    @property
+    def _bias_bytes(self) -> int:
+        if self.places is None or not self.files[0].config.expert_bias:
+            return 0
+        config, (layers, places) = self.files[0].config, self.places.names.shape
+        width = sum(shape[0] for shape in config.expert_shapes)
+        return 4 * width * layers * places
+
+    def load(self, weights: Weights, level: int, *, verify: bool) -> list[Weights]:
+        """Returns the weights of each number whose dense ones are not the model's, which shares with it what it can.
+
+        Args:
+            weights: of the model, with biases as `widen_biases` leaves them.
+            level: rungs of the matrices.
+
+        Raises:
+            FormatError: a checksum does not match.
+            ReadError: the disk failed.
+        """
+        out = []
+        for file in self.files:
+            if not file.dense:
+                continue
+            own = load_tensors(file, list(file.dense), level, verify=verify)
+            every = {name: own.get(name, weight) for name, weight in weights.items()}
+            matrices = [w for name, w in own.items() if isinstance(w, _core.Nested)]
+            for before, after in pairwise(matrices):
+                after.share_basis(before)
+            out.append(every)
+        return out
+
+    def widen_biases(self, weights: dict[str, Weight], *, verify: bool) -> None:
+        """Gives the biases of experts a row for each place, in place."""
+        places = self.places
+        if places is None or not self.files[0].config.expert_bias:
+            return
+        config = self.files[0].config
+        theirs = [
+            load_tensors(f, [n for n in f.tensors if n not in f.dense], 1, verify=verify)
+            for f in self.files
+        ]
+        for at, layer in enumerate(config.moe_layers):
+            names, owner = places.names[at], places.owner[at]
+            for part in MATRICES:
+                name = f"layers.{layer}.expert_bias.{part}"
+                mine = cast(NDArray[np.float32], weights[name])
+                wide = np.zeros((len(names), mine.shape[1]), np.float32)
+                wide[: len(mine)] = mine
+                for place, of in enumerate(owner.tolist(), start=len(mine)):
+                    if of:
+                        rows = cast(NDArray[np.float32], theirs[of - 1].get(name, mine))
+                        wide[place] = rows[names[place]]
+                weights[name] = wide
+
+
+def _apart(moe: MoeFile, adapter: AdapterFile) -> NDArray[np.bool_]:
+    """Returns which experts have other biases than the model's, [layers, E]."""
+    out = np.zeros((len(moe.config.moe_layers), moe.config.num_experts), np.bool_)
+    names = [name for name in adapter.tensors if name not in adapter.dense]
+    mine = load_tensors(moe, names, 1, verify=True)
+    theirs = load_tensors(adapter, names, 1, verify=True)
+    for name in names:
+        a, b = (cast(NDArray[np.float32], of[name]) for of in (mine, theirs))
+        out[moe.config.moe_layers.index(int(name.split(".")[1]))] |= (a != b).any(axis=1)
+    return out
