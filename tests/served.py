@@ -29,7 +29,7 @@ class Running:
         self.settings = Settings(
             port=0, **{"ping": 0.2, "grace": 1.0, "has_metrics": True, **settings}
         )
-        self.opened = open_model(path, EngineOptions(sequences=4, **(options or {})))
+        self.opened = open_model(path, EngineOptions(**{"sequences": 4, **(options or {})}))
         self.door = listen(self.settings)
         self.is_ready = threading.Event()
         self.code = None

@@ -219,9 +219,11 @@ class Batcher:
                 self._waiting.remove(item)
             is_new = request.prompt_logprobs is not None or not request.reuses
             most = 0 if is_new else len(tokens) - 1
-            slot, shared = best_slot(self._model.config, idle, tokens, most)
+            adapter = request.adapter
+            slot, shared = best_slot(self._model.config, idle, tokens, most, adapter)
             if self._prefixes is not None:
-                shared = self._prefixes.exchange(slot.state, tokens, shared, most)
+                shared = self._prefixes.exchange(slot.state, tokens, shared, most, adapter)
+            slot.state.use(adapter)
             slot.start(request, tokens, slot.state.rewind(shared), self._model.counters)
 
     def _parts(self) -> list[tuple[Slot, NDArray[np.int32]]]:

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from edgemoe.model import SequenceState
 from edgemoe.runtime.model import Model
-from edgemoe.runtime.prefixes import LEAST, Prefix, PrefixStore, covers, fill, shared_tokens
+from edgemoe.runtime.prefixes import LEAST, Prefix, PrefixStore, fill, shared_tokens
 
 __all__ = ["PrefixPool"]
 
@@ -48,11 +48,14 @@ class PrefixPool:
             self._below.look()
 
     def exchange(
-        self, state: SequenceState, tokens: NDArray[np.int32], shared: int, most: int
-    ) -> int:
+        self, state: SequenceState, tokens: NDArray[np.int32], shared: int, most: int,
+        adapter: int = 0,
+    ) -> int:  # fmt: skip
         """Does what `PrefixStore.exchange` does, in memory first."""
         found, best = None, shared + LEAST - 1
         for prefix in self._kept:
+            if prefix.adapter != adapter:
+                continue
             count = shared_tokens(
                 self._model, state, prefix.ids, prefix.turned, tokens[:most], len(tokens)
             )
@@ -62,6 +65,7 @@ class PrefixPool:
             self._kept.remove(found)  # first: it needs no place while the other one takes it
         if state.length - shared >= LEAST:
             self._keep(state, beside=0 if found is None else found.size)
+        state.use(adapter)
         below = self._below
         saved, longer = (None, 0) if below is None else below.find(state, tokens, best, most)
         if saved is not None and below is not None:
@@ -84,13 +88,13 @@ class PrefixPool:
     def _keep(self, state: SequenceState, *, beside: int) -> None:
         """Keeps what a sequence holds, while `beside` bytes more are in use."""
         prefix = Prefix.of(state)
-        if prefix is None or any(covers(kept.ids, prefix.ids) for kept in self._kept):
+        if prefix is None or any(kept.covers(prefix) for kept in self._kept):
             return
         if prefix.size > self._most:
             if self._below is not None:
                 self._below.put(prefix)
             return
-        self._kept = [kept for kept in self._kept if not covers(prefix.ids, kept.ids)]
+        self._kept = [kept for kept in self._kept if not prefix.covers(kept)]
         self._drop(self._most - prefix.size)
         self._model.room.keep(self.size + prefix.size + beside)
         self._kept.append(prefix.copy())

@@ -20,7 +20,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,8 @@ class Prefix:
     ids: NDArray[np.int64]
     """[n]"""
     turned: int
+    adapter: int
+    """The number of the one that it was computed with."""
     parts: dict[str, NDArray[np.uint32]]
     """LAYER.PART of all layers."""
 
@@ -70,17 +72,21 @@ class Prefix:
             if found is None:
                 return None
             parts |= {f"{i}.{j}": part.view(_WORDS) for j, part in enumerate(found)}
-        return cls(ids, state.turned, parts)
+        return cls(ids, state.turned, state.adapter, parts)
 
     @property
     def size(self) -> int:
         """Bytes."""
         return self.ids.nbytes + sum(part.nbytes for part in self.parts.values())
 
+    def covers(self, other: Prefix) -> bool:
+        """Returns whether its first tokens are all of another's, computed alike."""
+        return self.adapter == other.adapter and covers(self.ids, other.ids)
+
     def copy(self) -> Prefix:
         """Returns one of its own memory."""
         parts = {name: np.array(part) for name, part in self.parts.items()}
-        return Prefix(self.ids, self.turned, parts)
+        return Prefix(self.ids, self.turned, self.adapter, parts)
 
 
 def covers(ids: NDArray[np.int64], others: NDArray[np.int64]) -> bool:
@@ -133,19 +139,28 @@ class _Entry:
     ids: NDArray[np.int64]
     """[n]; none where it is of another model."""
     turned: int
+    adapter: int
     size: int
     used: float
 
 
-def identity(model: Model) -> str:
-    """Returns a name of all that decides what sequences of a model hold."""
+def identity(model: Model, adapter: int = 0) -> str:
+    """Returns a name of all that decides what sequences of a model hold that are computed with an adapter."""
     moe, options = model.moe, model.options
-    weights = hashlib.sha256(moe.experts.crcs.tobytes())
+    layers, count = len(model.config.moe_layers), model.config.num_experts
+    crcs = moe.experts.crcs.reshape(layers, moe.places, -1)[:, :count]
+    bits = model.top_bits.reshape(layers, -1)[:, :count]
+    weights = hashlib.sha256(np.ascontiguousarray(crcs).tobytes())
     for name, tensor in sorted(moe.tensors.items()):
         weights.update(f"{name}{tensor.crcs}".encode())
+    if adapter:
+        file = model.adapters.files[adapter - 1]
+        weights.update(file.which.tobytes() + file.experts.crcs.tobytes())
+        for name, tensor in sorted(file.tensors.items()):
+            weights.update(f"{name}{tensor.crcs}".encode())
     said = json.dumps([
         edgemoe.__version__, weights.hexdigest(), repr(model.config), options.dense_bits,
-        hashlib.sha256(model.top_bits.tobytes()).hexdigest(), options.scheduler,
+        hashlib.sha256(np.ascontiguousarray(bits).tobytes()).hexdigest(), options.scheduler,
         str(sorted(options.options.items())), repr(options.kv_types),
     ])  # fmt: skip
     return hashlib.sha256(said.encode()).hexdigest()[:32]
@@ -170,7 +185,8 @@ class PrefixStore:
 
     def look(self) -> None:
         """Looks through the folder for what is of the model as it is now: after a change others' prefixes are wrong."""
-        self._identity = identity(self._model)
+        every = range(len(self._model.adapters.names) + 1)
+        self._identities = [identity(self._model, adapter) for adapter in every]
         found = map(self._read, sorted(self._folder.glob("*.prefix")))
         self._entries = [entry for entry in found if entry is not None]
         self._trim()
@@ -184,20 +200,23 @@ class PrefixStore:
         return sum(entry.size for entry in self._entries)
 
     def exchange(
-        self, state: SequenceState, tokens: NDArray[np.int32], shared: int, most: int
-    ) -> int:
+        self, state: SequenceState, tokens: NDArray[np.int32], shared: int, most: int,
+        adapter: int = 0,
+    ) -> int:  # fmt: skip
         """Saves what a sequence loses to a prompt, and restores what is known of the prompt.
 
         Args:
             tokens: the prompt, [T].
             shared: with how many of the sequence's tokens it begins.
             most: how many of its tokens may be taken from before.
+            adapter: with which the prompt is computed.
 
         Returns:
             With how many it begins now.
         """
         if state.length - shared >= LEAST:
             self.save(state)
+        state.use(adapter)
         found, best = self.find(state, tokens, shared + LEAST - 1, most)
         return shared if found is None else min(best, self.restore(found, state))
 
@@ -207,6 +226,8 @@ class PrefixStore:
         """Returns what shares most with a prompt's first `most` tokens, more than `least`, and how much."""
         found, best = None, least
         for entry in self._entries:
+            if entry.adapter != state.adapter:
+                continue
             count = shared_tokens(
                 self._model, state, entry.ids, entry.turned, tokens[:most], len(tokens)
             )
@@ -221,8 +242,8 @@ class PrefixStore:
 
     def put(self, prefix: Prefix) -> bool:
         """Saves a prefix, if it is not there yet; returns whether it is there then."""
-        ids = prefix.ids
-        if any(covers(entry.ids, ids) for entry in self._entries):
+        ids, alike = prefix.ids, [e for e in self._entries if e.adapter == prefix.adapter]
+        if any(covers(entry.ids, ids) for entry in alike):
             return True
         if prefix.size > self._most:
             return False
@@ -236,10 +257,12 @@ class PrefixStore:
             self._is_full = True
             return False
         self._is_full = False
-        for entry in list(self._entries):  # what it begins with is not needed any more
+        for entry in alike:  # what it begins with is not needed any more
             if len(entry.ids) and covers(ids, entry.ids):
                 self._remove(entry)
-        self._entries.append(_Entry(path, ids, prefix.turned, found.st_size, found.st_mtime))
+        self._entries.append(
+            _Entry(path, ids, prefix.turned, prefix.adapter, found.st_size, found.st_mtime)
+        )
         self._trim()
         return True
 
@@ -268,11 +291,10 @@ class PrefixStore:
         state.rewind(0)
         try:
             file = SummedFile(path, "a saved sequence")
-            if (
-                file.meta.get("edgemoe_prefix") != _VERSION
-                or file.meta.get("identity") != self._identity
-            ):
+            adapter = self._adapter_of(file.meta)
+            if adapter is None:
                 raise FormatError(f"{name}: of another model, other settings or another version")
+            state.use(adapter)
             ids = file.tensor("ids")
             if len(ids) > state.capacity:
                 raise FormatError(
@@ -300,7 +322,7 @@ class PrefixStore:
         self._model.room.lend(max(part.nbytes for part in tensors.values()))
         meta = {
             "edgemoe_prefix": _VERSION,
-            "identity": self._identity,
+            "identity": self._identities[prefix.adapter],
             "turned": str(prefix.turned),
         }
         write_summed(path, tensors, meta, is_private=True)
@@ -328,7 +350,8 @@ class PrefixStore:
         try:
             file, found = SummedFile(path, "a saved prefix"), path.stat()
             meta, ids = file.meta, np.empty(0, np.int64)
-            if meta.get("edgemoe_prefix") == _VERSION and meta.get("identity") == self._identity:
+            adapter = self._adapter_of(meta)
+            if adapter is not None:
                 ids = file.tensor("ids")
             turned = int(meta.get("turned", "0"))
         except (FormatError, OSError, KeyError, ValueError) as error:
@@ -337,7 +360,13 @@ class PrefixStore:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
             return None
-        return _Entry(path, ids, turned, found.st_size, found.st_mtime)
+        return _Entry(path, ids, turned, adapter or 0, found.st_size, found.st_mtime)
+
+    def _adapter_of(self, meta: Mapping[str, str]) -> int | None:
+        """Returns with which adapter a file was computed; None where it is of another model, or none that is here."""
+        if meta.get("edgemoe_prefix") != _VERSION or meta.get("identity") not in self._identities:
+            return None
+        return self._identities.index(meta["identity"])
 
     def _trim(self) -> None:
         """Removes files until the rest fits."""

@@ -83,6 +83,8 @@ class Request:
     constraint: Constraint | None = None
     slot: int | None = None
     """The sequence that it waits for; None for the best one."""
+    adapter: int = 0
+    """The number of the one that it is computed with; 0 for the model alone."""
     reuses: bool = True
     """Begins with what was computed before of the same tokens."""
     is_cancelled: bool = False

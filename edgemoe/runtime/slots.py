@@ -79,10 +79,16 @@ class Slot:
 
 
 def best_slot(
-    config: ModelConfig, idle: Sequence[Slot], tokens: NDArray[np.int32], most: int
+    config: ModelConfig, idle: Sequence[Slot], tokens: NDArray[np.int32], most: int, adapter: int
 ) -> tuple[Slot, int]:
-    """Returns the sequence that shares most with a prompt, and how much; a short question spoils no long text."""
-    shared = [shared_length(config, slot.state, tokens, most) for slot in idle]
+    """Returns the sequence that shares most with a prompt, and how much; a short question spoils no long text.
+
+    What was computed with another adapter is another text's.
+    """
+    shared = [
+        shared_length(config, slot.state, tokens, most) if slot.state.adapter == adapter else 0
+        for slot in idle
+    ]
     at = max(range(len(idle)), key=lambda i: (shared[i], -idle[i].last_used))
     if shared[at] < _WORTH_KEEPING * idle[at].state.length:
         at = min(range(len(idle)), key=lambda i: (idle[i].state.length > 0, idle[i].last_used))

@@ -45,7 +45,7 @@ def health(service: Service) -> Response:
 
 
 def models(service: Service) -> Response:
-    """Lists the model, under all its names."""
+    """Lists the model, under all its names, and with each of its adapters."""
     model, config = service.model, service.model.config
     capabilities = ["completion", "chat", "tools"] + ["reasoning"] * service.can_reason
     capabilities += ["grammar"] * (service.grammars is not None)
@@ -62,6 +62,10 @@ def models(service: Service) -> Response:
         }
         for name in service.names
     ]  # fmt: skip
+    every = range(1, len(model.adapters.names) + 1)
+    data += [
+        {**data[0], "id": service.shown(adapter), "parent": service.names[0]} for adapter in every
+    ]
     return _json({"object": "list", "data": data})
 
 

@@ -34,7 +34,7 @@ class _Completion(Answer):
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {
-            "id": self.id, "object": kind, "created": self.created, "model": self.service.names[0],
+            "id": self.id, "object": kind, "created": self.created, "model": self.service.shown(self.asks[0].adapter),
             "system_fingerprint": self.service.fingerprint,
         }  # fmt: skip
 
@@ -308,7 +308,7 @@ class TextAnswer(_Completion):
                 return
             text, logprobs = _content(part), None
             if ask.top is not None:
-                bare = Ask(ids=ask.ids, params=ask.params)
+                bare = Ask(ids=ask.ids, params=ask.params, adapter=ask.adapter)
                 logprobs = self._lists(bare, [], part.logprobs, at)
             at += len(text)
             yield (

@@ -20,6 +20,7 @@ _MOST_MESSAGES, _MOST_TOOLS, MOST_STOPS, _MOST_CHOICES, MOST_TOP = 4096, 256, 16
 
 class _Base(msgspec.Struct, kw_only=True, forbid_unknown_fields=False):
     model: str | None = None
+    adapter: str | None = None
     stream: bool | None = None
     temperature: float | None = None
     top_p: float | None = None

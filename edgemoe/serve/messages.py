@@ -36,7 +36,7 @@ def read_messages(service: Service, body: bytes) -> tuple[fields.MessagesRequest
             "max_tokens": request.max_tokens, "temperature": request.temperature, "top_p": request.top_p,
             "top_k": request.top_k, "stop": tuple(request.stop_sequences) if request.stop_sequences else None,
         },
-        ignored=ignored,
+        ignored=ignored, adapter=service.adapter(request.model),
     )  # fmt: skip
     return request, service.converse(_talk(request, wanted), wanted)
 
@@ -207,7 +207,7 @@ class MessagesAnswer(Answer):
             "output_tokens": 0,
         }  # fmt: skip
         yield {"type": "message_start", "message": {
-            "id": self.id, "type": "message", "role": "assistant", "model": self.service.names[0],
+            "id": self.id, "type": "message", "role": "assistant", "model": self.service.shown(ask.adapter),
             "content": [], "stop_reason": None, "stop_sequence": None, "usage": usage,
         }}  # fmt: skip
         blocks = _Blocks(self.id)

@@ -52,7 +52,7 @@ def _wanted(service: Service, request: Any, ignored: list[str]) -> Wanted:
     return Wanted(
         sampling=sampling, choices=request.n or 1, ignored=ignored, form=_form(request),
         slot=None if slot == -1 else slot, reuses=request.cache_prompt is not False,
-        keep_alive=keep_alive,
+        keep_alive=keep_alive, adapter=service.adapter(request.model, request.adapter),
     )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ _POSTS: Mapping[str, tuple[str, type[msgspec.Struct]]] = {
 }  # fmt: skip
 _GETS: Mapping[str, str] = {
     "/health": "Says whether the server answers.",
-    "/v1/models": "Lists the model, under all its names.",
+    "/v1/models": "Lists the model, under all its names, and with each of its adapters.",
     "/props": "Says how the model runs.",
     "/slots": "Says what each sequence does.",
 }

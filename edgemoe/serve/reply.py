@@ -57,6 +57,8 @@ class Ask:
     slot: int | None = None
     reuses: bool = True
     """See `Request`."""
+    adapter: int = 0
+    """See `Request`."""
     keep_alive: float | None = None
     """See `Wanted`."""
     ignored: list[str] = field(default_factory=list)
@@ -143,7 +145,7 @@ class Reply:
         seed = params.seed + choice if params.seed >= 0 else params.seed
         self.request = Request(
             ids=ask.ids, params=replace(params, stop=(), seed=seed), take=self.take, end=self.end,
-            top=ask.top, constraint=ask.constraint(), slot=ask.slot, reuses=ask.reuses,
+            top=ask.top, constraint=ask.constraint(), slot=ask.slot, reuses=ask.reuses, adapter=ask.adapter,
             prompt_logprobs=self.prompt_logprobs.extend if ask.echo and ask.top is not None else None,
         )  # fmt: skip
 

@@ -40,6 +40,7 @@ def read_responses(service: Service, body: bytes) -> tuple[fields.ResponsesReque
         ignored=ignored, tool_choice=tool_choice(request.tool_choice),
         several_calls=request.parallel_tool_calls is not False, thinks=thinking(effort),
         effort=effort if isinstance(effort, str) else None, form=_form(request.text or {}),
+        adapter=service.adapter(request.model),
     )  # fmt: skip
     ignored += [f"reasoning.{name}" for name in reasoning if name != "effort" and reasoning[name]]
     if (request.text or {}).get("verbosity"):
@@ -144,7 +145,8 @@ class ResponsesAnswer(Answer):
         request, params = self._request, self.asks[0].params
         return {
             "id": self.id, "object": "response", "created_at": self._created, "status": status,
-            "model": self.service.names[0], "output": output, "error": None, "incomplete_details": None,
+            "model": self.service.shown(self.asks[0].adapter), "output": output, "error": None,
+            "incomplete_details": None,
             "instructions": request.instructions, "max_output_tokens": request.max_output_tokens,
             "parallel_tool_calls": self.asks[0].several_calls, "previous_response_id": None,
             "reasoning": {"effort": (request.reasoning or {}).get("effort"), "summary": None},

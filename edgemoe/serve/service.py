@@ -61,6 +61,8 @@ class Wanted:
     """The sequence that it waits for; None for the best one."""
     reuses: bool = True
     """Begins with what was computed before of the same tokens."""
+    adapter: int = 0
+    """See `Request`."""
     keep_alive: float | None = None
     """Seconds after which experts leave memory, from now on."""
     ignored: list[str] = field(default_factory=list)
@@ -141,8 +143,31 @@ class Service:
         """Whether the model's template speaks of reasoning."""
         return self.reading.reasons
 
-    def check_name(self, name: str | None) -> None:
-        """Takes any name: one model is served, and the reply says which."""
+    def adapter(self, model: str | None, name: str | None = None) -> int:
+        """Returns the number of the adapter that a request means, by a name of its own or by that of its model.
+
+        One model is served, and the reply says which: any other name is taken for it. "MODEL:ADAPTER" is an adapter of
+        it, and so is "ADAPTER" alone.
+
+        Raises:
+            Problem: there is no such adapter.
+        """
+        there, param = self.model.adapters, "adapter"
+        if name is None and model is not None and model not in self.names:
+            base, _, last = model.rpartition(":")
+            param = "model"
+            if last in there.names or (there.names and base in self.names):
+                name = last
+        try:
+            return there.number(name)
+        except ValueError as error:
+            said = str(error).removeprefix("adapter: ")
+            raise Problem(404, f"{param}: {said}", param=param, code="model_not_found") from None
+
+    def shown(self, adapter: int) -> str:
+        """Returns what replies call the model with an adapter."""
+        name = self.names[0]
+        return f"{name}:{self.model.adapters.names[adapter - 1]}" if adapter else name
 
     def sampled(self, said: Mapping[str, Any]) -> SamplingParams:
         """Returns how a reply is sampled: what a request says, else what the server was told, else the model's own.
@@ -186,7 +211,7 @@ class Service:
             ids=ids, params=params, choices=wanted.choices, top=wanted.top, ignored=wanted.ignored,
             schemas={t["name"]: t.get("parameters") or {} for t in tools} if tools else None,
             prompt=text[-_LOOKED_AT:], must_call=wanted.must_call, several_calls=wanted.several_calls, slot=wanted.slot,
-            reuses=wanted.reuses, keep_alive=wanted.keep_alive,
+            reuses=wanted.reuses, keep_alive=wanted.keep_alive, adapter=wanted.adapter,
         )  # fmt: skip
         most = (
             self.settings.reasoning_budget
@@ -250,6 +275,7 @@ class Service:
         ask = Ask(
             ids=ids, params=params, choices=wanted.choices, top=wanted.top, echo=echo, is_raw=True,
             ignored=wanted.ignored, slot=wanted.slot, reuses=wanted.reuses, keep_alive=wanted.keep_alive,
+            adapter=wanted.adapter,
         )  # fmt: skip
         if grammar is not None:
             ask.constraint = lambda: Guide(grammars, grammar)
@@ -338,5 +364,6 @@ def _fingerprint(opened: Opened) -> str:
         edgemoe.__version__, str(model.moe.source), model.config.family, model.config.experts_per_token,
         hashlib.sha256(model.top_bits.tobytes()).hexdigest(), o.dense_bits, o.scheduler,
         str(sorted(o.options.items())), repr(o.kv_types),
+        *(hashlib.sha256(file.experts.crcs.tobytes()).hexdigest() for file in model.adapters.files),
     ])  # fmt: skip
     return "em_" + hashlib.sha256(said.encode()).hexdigest()[:12]
