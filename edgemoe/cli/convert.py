@@ -27,6 +27,9 @@ quantised as released, or a .gguf file, of a split one the first part;
 `edgemoe families` lists what is read. With --carve it is of a dense
 Llama-architecture model, whose FFNs are cut into experts.
 
+With --base it is a fine-tune of that model: a checkpoint of the same kind, or,
+with --checkpoint, a LoRA of peft or a folder with some of the tensors.
+
 An interrupted conversion leaves OUT.moe.part; the same command goes on there.
 """
 

@@ -18,7 +18,9 @@ _ALREADY_SO = {
 
 _QUANT = "-hf user/repo:QUANT says which of a repository's GGUF files; leave it out"
 _BUDGET = "there is one budget for all memory, --ram"
+_LORA = "edgemoe convert LORA OUT.moea --base MODEL --checkpoint DIR makes an adapter of it, which --adapter takes"
 _REFUSED = {
+    "--lora": _LORA, "--lora-scaled": _LORA,
     "-hff": _QUANT, "--hf-file": _QUANT,
     "-ngl": _BUDGET, "--n-gpu-layers": _BUDGET, "--gpu-layers": _BUDGET,
     "-ncmoe": _BUDGET, "--n-cpu-moe": _BUDGET, "-cmoe": _BUDGET, "--cpu-moe": _BUDGET,

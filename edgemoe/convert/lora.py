@@ -5,10 +5,12 @@ With `use_rslora` it is alpha / sqrt(r). What peft can also be told and what is 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import count as count_from
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,12 @@ _PLAIN = re.compile(r"[\w.]+", re.ASCII)
 
 _OTHERS = (
     "alora_invocation_tokens", "arrow_config", "corda_config", "eva_config", "kasa_config", "layer_replication",
-    "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config", "target_parameters",
+    "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config",
     "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
 )  # fmt: skip
 """Settings that change what the factors mean, or that there are others; some only how they were begun with."""
+_NESTED = ".base_layer"
+_PARTS = ("gate_proj", "up_proj", "down_proj")
 _ONLY_AT_START = ("corda_config", "eva_config", "lora_ga_config")
 
 
@@ -52,6 +56,8 @@ class _Config:
     ranks: Mapping[str, Any]
     alphas: Mapping[str, Any]
     by_root: bool
+    turns: bool | None
+    """It was written by a peft that turned parameters of experts over; None where it does not say by which."""
 
     @classmethod
     def read(cls, path: Path) -> _Config:
@@ -84,6 +90,7 @@ class _Config:
         return cls(
             where, settings.integer("r"), settings.number("lora_alpha", 8.0), ranks, alphas,
             settings.flag("use_rslora", False),
+            _turns(values.get("peft_version")),
         )  # fmt: skip
 
     def scaling(self, module: str, rank: int) -> float:
@@ -101,6 +108,13 @@ class _Config:
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise FormatError(f"{self.where}: alpha_pattern: expected numbers, got {quoted(alpha)}")
         return alpha / (math.sqrt(rank) if self.by_root else rank)
+
+
+def _turns(version: object) -> bool | None:
+    found = (
+        re.match(r"(\d{1,4})\.(\d{1,4})", version, re.ASCII) if isinstance(version, str) else None
+    )
+    return None if found is None else (int(found[1]), int(found[2])) < (0, 19)
 
 
 def _of(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -143,6 +157,15 @@ def lora_patches(path: Path, original: Checkpoint) -> dict[str, Callable[[Array]
                 f"{where}: {shortened(module)}: factors of shapes {list(a.shape)} and {list(b.shape)} do not fit"
             )
         shape = (a.shape[1], b.shape[0]) if is_embedding else (b.shape[0], a.shape[1])
+        experts = module
+        while experts.endswith(_NESTED):  # peft wraps one parameter of a module around another
+            experts = experts.removesuffix(_NESTED)
+        if f"{experts}.0.{_PARTS[0]}.weight" in original.shapes and not is_embedding:
+            adding = _of_experts(where, module, experts, (a, b), config, original)
+            if not out.keys().isdisjoint(adding):
+                raise FormatError(f"{where}: {shortened(module)}: has factors twice")
+            out |= adding
+            continue
         target = f"{module}.weight"
         _require(where, module, target, original, shape)
         if target in out:
@@ -166,6 +189,64 @@ def _require(
             f"{where}: {shortened(name)}: is for a tensor of shape {list(shape)}; "
             f"{original.name} has {list(original.shapes[target])}"
         )
+
+
+def _of_experts(
+    where: Path,
+    module: str,
+    experts: str,
+    pair: tuple[StoredTensor, StoredTensor],
+    config: _Config,
+    original: Checkpoint,
+) -> dict[str, Callable[[Array], Array]]:
+    """Returns what factors of all experts of a layer add to each, where transformers has these as one parameter.
+
+    Of expert e are rows e * r to e * r + r - 1 of A, and columns e, E + e, 2 * E + e, … of B. Which of the two
+    parameters they are for their shapes tell, and whether for what it is, or, as before peft 0.19, for its transpose;
+    where both have that shape, it is the version that wrote them.
+    """
+    a, b = pair
+    count = next(
+        e for e in count_from(1) if f"{experts}.{e}.{_PARTS[0]}.weight" not in original.shapes
+    )
+    H, D = original.shapes[f"{experts}.0.{_PARTS[0]}.weight"]
+    meanings = {(D, 2 * H): (0, False), (H, D): (1, False)}
+    older = {(2 * H, D): (0, True), (D, H): (1, True)}
+    shape = a.shape[1], b.shape[0]
+    kinds = (meanings, older) if config.turns is None else (older,) if config.turns else (meanings,)
+    found = [of[shape] for of in kinds if shape in of]
+    if len(found) != 1 or a.shape[0] % count:
+        raise FormatError(
+            f"{where}: {shortened(module)}: factors of shapes {list(a.shape)} and {list(b.shape)} "
+            f"{'may be of several' if found else 'are of no'} parameters of {count} experts of [{H}, {D}]"
+        )
+    ((which, is_turned),) = found
+    rank = a.shape[0] // count
+    scaling = np.float32(config.scaling(module, rank))
+
+    def adding(e: int, rows: slice) -> Callable[[Array], Array]:
+        def add(values: Array) -> Array:
+            product = _read(b)[:, e::count] @ _read(a)[e * rank : (e + 1) * rank]
+            return np.asarray(values + (product.T if is_turned else product)[rows] * scaling)
+
+        return add
+
+    parts = (
+        ((_PARTS[0], slice(H)), (_PARTS[1], slice(H, None)))
+        if which == 0
+        else ((_PARTS[2], slice(None)),)
+    )
+    return {
+        f"{experts}.{e}.{part}.weight": adding(e, rows)
+        for e in range(count)
+        for part, rows in parts
+    }
+
+
+@functools.lru_cache(maxsize=4)
+def _read(tensor: StoredTensor) -> Array:
+    """Reads factors of all experts, which are wanted once for each."""
+    return tensor.read()
 
 
 def _adding(
