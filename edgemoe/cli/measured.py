@@ -48,6 +48,10 @@ def check(args: Namespace) -> None:
         ValueError: not a share, or other flags decide already.
     """
     share(args.max_quality_loss)
+    if getattr(args, "adapter", None):
+        raise ValueError(
+            "--max-quality-loss: is of what was measured of the model alone; expected no --adapter"
+        )
     for name in _PICKED:
         given = getattr(args, name, None)
         if given not in (None, {}, "on-demand") and (name, given) != ("scheduler", "auto"):

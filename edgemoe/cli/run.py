@@ -143,6 +143,8 @@ def _run(args: Namespace, schema: object) -> int:
             )
         if engine.notes and known:
             note(f"# {known}")
+        if engine.adapter:
+            note(f"# adapter: {engine.adapter}")
         if args.warm:
             _warm(engine, args.profile)
         for line in engine.sampling_notes:

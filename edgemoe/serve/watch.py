@@ -132,7 +132,7 @@ def everything(service: Service) -> dict[str, Any]:
     model, config = service.model, service.model.config
     return {
         "version": edgemoe.__version__, "name": service.names[0], "family": config.family,
-        "layers": len(config.moe_layers), "experts": config.num_experts,
+        "layers": len(config.moe_layers), "experts": model.moe.places,  # those of adapters too
         "context": service.context, "isa": hardware.isa(), "threads": model.threads,
         "level_bits": model.store.level_bits, "file_bytes": model.moe.file_bytes,
         "dense_bits": model.options.dense_bits or model.moe.dense_ladder[-1],

@@ -677,6 +677,8 @@ def test_commands(brief: Terminal, tmp_path: Path) -> None:
     ask("/bits 4", "lossy: experts at 4 of the file's 8 bits")
     ask("/bits 5", "expected")
     ask("/set bits 8", "bits: 8")
+    ask("/adapter", "adapter: none; there are none")
+    ask("/adapter law", "adapter: expected one of none, got 'law'")
     ask("/bits few", "/bits: expected a whole number, got 'few'")
     ask("/set system Be brief", "/system TEXT says what the model is told first")
     ask("/help stats", "share of experts that were in memory when they were wanted")

@@ -11,6 +11,7 @@ from tiny import tiny_checkpoint
 from tuned import DENSE, tune
 
 import edgemoe
+from edgemoe.cli.run import main
 from edgemoe.convert.adapter import convert_adapter
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
@@ -123,6 +124,17 @@ def test_several_in_one_pass_have_the_bits_that_they_have_alone(files, expected,
         model.store.cache.check_integrity()
 
 
+def test_bits_change_while_it_runs(files):
+    fewer = alone(files["law.moe"], bits=3)
+    with edgemoe.load(files["base.moe"], adapters=files["law.moea"], ram="64MiB") as engine:
+        engine.logits(IDS)
+        engine.change(bits=3)
+        assert same(engine.logits(IDS), fewer)
+        assert engine.expert_bits.shape == (2, 8)
+        with pytest.raises(ValueError, match="adapters: expected the scheduler on-demand"):
+            engine.change(scheduler="hobbit")
+
+
 def test_biases_of_experts(tmp_path):
     for name, seed in (("base", 1), ("tuned", 1)):
         families.make("gpt_oss", tmp_path / name, seed=seed)
@@ -167,6 +179,40 @@ def test_with_a_calibration_and_corrections(tmp_path):
         chosen = {"bits": bits, "dense_bits": bits}
         found = alone(tmp_path / "base.moe", adapters=tmp_path / "a.moea", **chosen)
         assert same(found, alone(tmp_path / "tuned.moe", **chosen))
+
+
+def test_the_command_line(files, capsys):
+    """The sum of the last logits is that of the fine-tune; the chat's command says which there are."""
+
+    def run(model, *flags):
+        assert (
+            main([str(files[model]), *map(str, flags), "-p", "Hello", "-n", "3", "--temp", "0"])
+            == 0
+        )
+        return capsys.readouterr()
+
+    for name, flags in (
+        ("law", ["--adapter", files["law.moea"]]),
+        ("care", ["--adapter", f"x={files['care.moea']}", "--adapter", files["law.moea"]]),
+    ):
+        told, wanted = run("base.moe", *flags), run(f"{name}.moe")
+        assert told.out == wanted.out
+        assert told.err.rpartition("#")[2] == wanted.err.rpartition("#")[2]
+        assert f"# adapter: {'x' if len(flags) > 2 else 'law'}" in told.err
+    for flags, message in (
+        (
+            ["--adapter", files["law.moea"], "--adapter", files["law.moea"]],
+            "--adapter: two are called law",
+        ),
+        (["--adapter", files["law.moe"]], "law.moe: is a whole model; expected an adapter"),
+        (["--adapter", "x=nowhere.moea"], "nowhere.moea"),
+        (["--adapter", files["law.moea"], "--scheduler", "mc"], "expected the scheduler on-demand"),
+    ):
+        assert main([str(files["base.moe"]), *map(str, flags), "-p", "Hello"]) == 1
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert message in line
+    assert main([str(files["law.moea"]), "-p", "Hello"]) == 1
+    assert "law.moea: is an adapter; expected the model that it is for" in capsys.readouterr().err
 
 
 def test_what_adapters_take_is_counted(files):
