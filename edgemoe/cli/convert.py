@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import note, run_command
+from edgemoe.cli.names import model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import share
@@ -31,6 +32,7 @@ With --base it is a fine-tune of that model: a checkpoint of the same kind, or,
 with --checkpoint, a LoRA of peft or a folder with some of the tensors.
 
 An interrupted conversion leaves OUT.moe.part; the same command goes on there.
+Of an adapter nothing is left, and it begins again.
 """
 
 
@@ -49,7 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: _convert(args),
         verbose=args.verbose,
         blames_arguments=True,
-        interrupted=lambda: "interrupted; the same command goes on where it stopped",
+        interrupted=lambda: (
+            "interrupted; the same command goes on where it stopped"
+            if args.base is None
+            else "interrupted; nothing was written"
+        ),
     )
 
 
@@ -111,7 +117,9 @@ def _convert_adapter(args: argparse.Namespace, calibration: Calibration | None) 
     given += ["--correction"] if args.correction != "auto" else []
     if given:
         raise ValueError(f"{given[0]}: with --base all is made as the base was; expected neither")
-    base = open_moe(args.base)
+    base = open_moe(model_path(args.base))
+    if args.out.exists() and args.out.samefile(base.path):
+        raise ValueError(f"{args.out}: is the base itself; expected another file for the adapter")
     original = None if args.checkpoint is None else _checkpoint(args.checkpoint)
     source = _tuned(args.source, original)
     with Progress(f"comparing {source.name}", unit="B") as progress:
@@ -274,7 +282,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--base",
-        type=Path,
         metavar="BASE.moe",
         help="SOURCE is a fine-tune of this model: write what differs to OUT.moea, an adapter, which --adapter takes",
     )

@@ -25,7 +25,7 @@ from edgemoe.convert.convert import (
 from edgemoe.convert.patched import PatchedCheckpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError, quoted, shortened
-from edgemoe.file.adapter import differing_field
+from edgemoe.file.adapter import differing_field, turning_tensors
 from edgemoe.file.adapter_writer import adapter_writer
 from edgemoe.file.coder import Coder
 from edgemoe.file.format import MoeFile
@@ -92,7 +92,7 @@ def convert_adapter(
     say, progress = say or (lambda text: None), progress or (lambda done, total: None)
     _check_calibration(base, calibration)
     model, fitted = opened_model(source, base.source.get("pruned"), calibration, are_there=True)
-    _check_config(model, base)
+    _check_config(source, model, base)
     for line in (*model.notes, *_text_notes(source, base)):
         say(line)
     if fitted is not None:
@@ -114,6 +114,10 @@ def convert_adapter(
         for name, read in read_ahead(model, names):
             rungs = _coded(coder, name, read())
             if [_core.crc32c(rung) for rung in rungs] != made.sums[name]:
+                if name in turning_tensors(config):
+                    raise FormatError(
+                        f"{source.name}: turns positions otherwise than {base.path}, which no adapter can"
+                    )
                 writer.add(name, rungs)
             done += made.sizes[name]
             progress(done, total)
@@ -238,10 +242,12 @@ def _check_calibration(base: MoeFile, calibration: Calibration | None) -> None:
         raise FormatError(f"{calibration.path}: {base.path} was made {what}")
 
 
-def _check_config(model: SourceModel, base: MoeFile) -> None:
+def _check_config(source: Checkpoint, model: SourceModel, base: MoeFile) -> None:
     found = differing_field(model.config, base.config)
     if found is not None:
-        raise FormatError(f"is not of the architecture of {base.path}: {_words(found)}")
+        raise FormatError(
+            f"{source.name}: is not of the architecture of {base.path}: {_words(found)}"
+        )
 
 
 def _words(found: tuple[str, Any, Any]) -> str:

@@ -31,6 +31,7 @@ __all__ = [
     "meaning",
     "open_adapter",
     "open_either",
+    "turning_tensors",
     "weights_sum",
     "with_adapters",
 ]
@@ -41,6 +42,11 @@ _SUM = 64  # hexadecimal digits
 _ENTRY = np.dtype([("layer", "<u4"), ("expert", "<u4")])
 _OF_TEXT = ("eos_ids", "context_length", "family")
 """Fields of a config that say nothing of what its weights compute."""
+
+
+def turning_tensors(config: ModelConfig) -> set[str]:
+    """Returns the tensors that say how positions turn queries and keys: of these there is one set for all sequences."""
+    return {name for rope in config.ropes for name in rope.tensors()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +278,8 @@ def _check(adapter: AdapterFile, moe: MoeFile, named: str) -> None:
         raise FormatError(
             f"{adapter.path}: {name} is {quoted(mine)}; {moe.path} has {quoted(theirs)}"
         )
+    if turning := turning_tensors(moe.config) & set(adapter.tensors):
+        raise FormatError(f"{adapter.path}: has a tensor {min(turning)}, which no adapter can have")
     if meaning(adapter) != meaning(moe):
         raise FormatError(f"{adapter.path}: its codes mean something else than those of {moe.path}")
     flat = adapter.which[:, 0] * moe.config.num_experts + adapter.which[:, 1]

@@ -116,12 +116,17 @@ def refused(capsys, *arguments):
 
 def test_what_cannot_be_an_adapter(there, tmp_path, capsys):
     out, base = tmp_path / "x.moea", ("--base", there.base)
+    turned = tune()
+    turned.config["rope_theta"] = 500.0
+    turned = write(turned, tmp_path / "turned")
     narrow = write(tiny_checkpoint(width=64), tmp_path / "narrow")
     other = write(tiny_checkpoint(seed=9), tmp_path / "other")
     calib = calibrated(tmp_path / "x.calib", SourceModel(tiny_checkpoint()).config, few=True)
     for arguments, message in (
         ((there.original, out, *base), "nothing differs from the model"),
-        ((narrow, out, *base), "not of the architecture of .*: expert_hidden is 64, the base's is 48"),
+        ((turned, out, *base), "tur.*: turns positions otherwise than .*base.moe, which no adapter can"),
+        ((there.tuned, there.base, *base, "--overwrite"), "is the base itself"),
+        ((narrow, out, *base), "narrow: is not of the architecture of .*: expert_hidden is 64, the base's is 48"),
         ((there.tuned, out, "--base", there.a), "is an adapter; expected the model that it is for"),
         ((there.tuned, out, "--base", tmp_path / "no.moe"), "no.moe"),
         ((there.tuned, out, *base, "--checkpoint", other), "is not what .* was made of"),
