@@ -32,7 +32,7 @@ class Places:
     @property
     def count(self) -> int:
         """Places of a layer."""
-        return self.names.shape[1]
+        return int(self.names.shape[1])
 
     def put(
         self, routing: Routing, rows: Iterable[tuple[slice, int]], scores: NDArray[np.float32]

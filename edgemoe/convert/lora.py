@@ -107,7 +107,7 @@ class _Config:
         alpha = _of(self.alphas, module, self.alpha)
         if type(alpha) not in (int, float) or not math.isfinite(alpha):
             raise FormatError(f"{self.where}: alpha_pattern: expected numbers, got {quoted(alpha)}")
-        return alpha / (math.sqrt(rank) if self.by_root else rank)
+        return float(alpha) / (math.sqrt(rank) if self.by_root else rank)
 
 
 def _turns(version: object) -> bool | None:

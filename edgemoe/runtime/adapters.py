@@ -126,7 +126,7 @@ class Adapters:
             return 0
         config, (layers, places) = self.files[0].config, self.places.names.shape
         width = sum(shape[0] for shape in config.expert_shapes)
-        return 4 * width * layers * places
+        return 4 * width * int(layers * places)
 
     def load(self, weights: Weights, level: int, *, verify: bool) -> list[Weights]:
         """Returns the weights of each number whose dense ones are not the model's, which shares with it what it can.
@@ -139,7 +139,7 @@ class Adapters:
             FormatError: a checksum does not match.
             ReadError: the disk failed.
         """
-        out = []
+        out: list[Weights] = []
         for file in self.files:
             if not file.dense:
                 continue

@@ -21,7 +21,7 @@ from edgemoe.ops import Ops, OpsShape
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.placement import Both
 from edgemoe.quant import Allocation
-from edgemoe.runtime.adapters import Adapters
+from edgemoe.runtime.adapters import Adapters, named_adapters
 from edgemoe.runtime.budget import Budget, default_ram, parse_size
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.notes import notes_of
@@ -114,7 +114,7 @@ def open_model(
     given = moe.config
     moe = with_experts(moe, options.experts)
     options = with_kv_table(moe, options)
-    moe, adapters = Adapters.open(moe, options.adapters)
+    moe, adapters = Adapters.open(moe, named_adapters(options.adapters))
     bits = bits_of(moe, options)
     profile = None if options.profile is None else ProfileFile.open(Path(options.profile), moe)
     dense_level = moe.dense_level(options.dense_bits)
