@@ -26,7 +26,7 @@ def engine_flags(args: Namespace, **given: Any) -> dict[str, Any]:
     flags = vars(args)
     said: dict[str, Any] = {"whole_process": True}
     said |= {name: flags[name] for name in _SAME if name in flags}
-    if flags.get("adapter"):
+    if "adapter" in flags:
         said["adapters"] = _adapters(flags["adapter"])
     if "set" in flags:
         said["options"] = flags["set"] or {}  # what is given is read by the command

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe import _core
 from edgemoe.arguments import path_of
 from edgemoe.convert.checkpoint import Checkpoint, sections
 from edgemoe.convert.convert import (
@@ -27,7 +26,7 @@ from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError, quoted, shortened
 from edgemoe.file.adapter import differing_field, turning_tensors
 from edgemoe.file.adapter_writer import adapter_writer
-from edgemoe.file.coder import Coder
+from edgemoe.file.coder import Coder, sums_of
 from edgemoe.file.format import MoeFile
 from edgemoe.file.layout import Layout
 from edgemoe.quant import SCHEMES, Calibration
@@ -113,7 +112,7 @@ def convert_adapter(
                 names.append(name)
         for name, read in read_ahead(model, names):
             rungs = _coded(coder, name, read())
-            if [_core.crc32c(rung) for rung in rungs] != made.sums[name]:
+            if sums_of(rungs) != made.sums[name]:
                 if name in turning_tensors(config):
                     raise FormatError(
                         f"{source.name}: turns positions otherwise than {base.path}, which no adapter can"
@@ -206,7 +205,7 @@ def _comparison(
         raise FormatError(f"{original.name}: is not what {base.path} was made of: {_words(found)}")
     for name in _samples(made):
         rungs = _coded(coder, name, read_record(before, name))
-        if [_core.crc32c(rung) for rung in rungs] != made.sums[name]:
+        if sums_of(rungs) != made.sums[name]:
             raise FormatError(
                 f"{original.name}: is not what {base.path} was made of, or not by this edgemoe: {name} differs"
             )

@@ -17,6 +17,7 @@ from edgemoe import _core
 from edgemoe.config import ModelConfig
 from edgemoe.errors import FormatError
 from edgemoe.file.adapter import meaning, weights_sum
+from edgemoe.file.coder import sums_of
 from edgemoe.file.format import ALIGNMENT, MoeFile, align, pack_preamble
 from edgemoe.file.whole import whole_file
 
@@ -64,7 +65,7 @@ class AdapterWriter:
 
     def add(self, name: str, rungs: Rungs) -> None:
         """Writes a dense tensor, or the expert "experts.LAYER.INDEX"."""
-        sizes, crcs = [len(rung) for rung in rungs], [_core.crc32c(rung) for rung in rungs]
+        sizes, crcs = [len(rung) for rung in rungs], sums_of(rungs)
         offset, of = self._append(rungs), self._base.tensors.get(name)
         if of is None:
             _, layer, index = name.split(".")

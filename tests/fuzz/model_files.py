@@ -36,7 +36,7 @@ def _with_index(data: bytes, index: bytes) -> bytes:
     return pack_preamble(len(data), at, index) + data[PREAMBLE.size :]
 
 
-def _change_model(rng: Random, case: Case) -> Case:
+def change_model(rng: Random, case: Case) -> Case:
     data = case["model.moe"]
     try:
         index, at = _parts(data)
@@ -186,7 +186,7 @@ def _use_allocation(folder: Path) -> None:
 
 TARGETS = [
     Target(
-        "moe", lambda: [{"model.moe": model_path().read_bytes()}], _change_model, _run_model,
+        "moe", lambda: [{"model.moe": model_path().read_bytes()}], change_model, _run_model,
         (FormatError, OutOfBudget, ReadError, RangeError),
     ),
     Target("trace", _traces, _change_trace, _study_trace, (FormatError, OutOfBudget)),
