@@ -66,10 +66,10 @@ class Backing {
 
 /// Where the experts lie in the file, or in files of others beside it; expert e is layer_index * num_experts + expert.
 struct ExpertTable {
-  std::vector<uint64_t> offsets;  ///< [n], of records
-  std::vector<uint32_t> crcs;     ///< [n, rungs]
-  std::vector<uint32_t> ends;     ///< [rungs], rung r is [ends[r - 1], ends[r]) of a record
-  std::vector<int> layers;        ///< the layer numbers, for errors
+  std::vector<uint64_t> offsets;                      ///< [n], of records
+  std::vector<uint32_t> crcs;                         ///< [n, rungs]
+  std::vector<uint32_t> ends;                         ///< [rungs], rung r is [ends[r - 1], ends[r]) of a record
+  std::vector<int> layers;                            ///< the layer numbers, for errors
   std::vector<std::shared_ptr<const File>> others{};  ///< files beside the first
   std::vector<uint8_t> file_of{};                     ///< [n], 0 for the first file; empty where there are no others
   std::vector<int32_t> names{};                       ///< [n], what errors call each in its layer; empty for its place

@@ -73,8 +73,9 @@ class Cache {
   /// it gives that one, and counts as resident at `max_level`. So whoever plans need not know who has how many.
   ///
   /// `rungs` [n] says how many of the ladder's each expert has: the first ones; e is layer_index * num_experts +
-  /// expert. One that has none is a place without an expert, so that layers may have fewer than others. Slots are made for `most_bytes`, to which `set_budget` may raise the budget. Throws OutOfBudget when not
-  /// even one expert fits at `max_level`.
+  /// expert. One that has none is a place without an expert, so that layers may have fewer than others. Slots are made
+  /// for `most_bytes`, to which `set_budget` may raise the budget. Throws OutOfBudget when not even one expert fits at
+  /// `max_level`.
   Cache(std::unique_ptr<Backing> backing, ExpertShape shape, std::vector<uint8_t> rungs, int max_level,
         size_t budget_bytes, Policy policy, size_t most_bytes = 0);
   Cache(const Cache&) = delete;

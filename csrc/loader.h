@@ -40,8 +40,8 @@ struct LoaderStats {
   double busy_s = 0;  ///< time with at least one read under way
 };
 
-/// Reads jobs of one file, or of those that jobs name, several at a time: in the order of their submission, and those ahead after the others.
-/// Thread-safe.
+/// Reads jobs of one file, or of those that jobs name, several at a time: in the order of their submission, and those
+/// ahead after the others. Thread-safe.
 class Loader {
  public:
   /// All threads but one may be busy with reads ahead.
