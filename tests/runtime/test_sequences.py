@@ -38,7 +38,7 @@ def run(model, parts):
     batch = Batch.of(*parts)
     hidden = model.forward(batch)
     out = np.empty((len(batch), model.config.vocab_size), np.float32)
-    model.logits(hidden, out)
+    model.logits(hidden, out, parts[0][0])
     return [out[s.start : s.stop] for s in batch.slices]
 
 
