@@ -148,6 +148,7 @@ class Model:
         if len(sets) == 1:
             (batch.variant,) = sets
             return self._pass_of_one(batch)
+        self.room.fit(batch)
         out = np.empty((len(batch), self.config.hidden_size), np.float32)
         for variant in sets:
             mine = [part for part in batch.slices if variants[part.state.adapter] == variant]
