@@ -128,6 +128,11 @@ def _convert_adapter(args: argparse.Namespace, calibration: Calibration | None) 
             say=lambda text: note(f"{_PROG}: {source.name}: {text}"),
         )  # fmt: skip
     size = args.out.stat().st_size
+    if found.experts == found.of_experts:
+        note(
+            f"{_PROG}: every expert differs: either all were trained, or {base.path.name} was made of another "
+            "checkpoint than the one that was tuned, such as a quantised one, or by another version of edgemoe"
+        )
     note(
         f"{_PROG}: wrote {args.out}: {size_text(size)}, {100 * size / base.file_bytes:.1f}% of the base; {found}"
     )

@@ -231,3 +231,14 @@ def test_inspect_says_what_it_is(there, capsys):
     assert "every sum matches" in text
     assert main(["inspect", str(there.base)]) == 0
     assert weights_sum(open_moe(there.base)) in capsys.readouterr().out
+
+
+def test_a_base_of_another_checkpoint_is_noticed(there, tmp_path, capsys):
+    other = write(tiny_checkpoint(seed=9), tmp_path / "other")
+    assert main(["convert", str(other), str(tmp_path / "b.moea"), "--base", str(there.base)]) == 0
+    said = capsys.readouterr().err
+    assert (
+        "every expert differs: either all were trained, or base.moe was made of another checkpoint"
+        in said
+    )
+    assert "16 of 16 experts and" in said
