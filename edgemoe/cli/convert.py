@@ -116,7 +116,7 @@ def _convert_adapter(args: argparse.Namespace, calibration: Calibration | None) 
     given += ["--scheme"] if args.scheme != "nested" else []
     given += ["--correction"] if args.correction != "auto" else []
     if given:
-        raise ValueError(f"{given[0]}: with --base all is made as the base was; expected neither")
+        raise ValueError(f"{given[0]}: with --base all is made as the base was; leave it out")
     base = open_moe(model_path(args.base))
     if args.out.exists() and args.out.samefile(base.path):
         raise ValueError(f"{args.out}: is the base itself; expected another file for the adapter")
