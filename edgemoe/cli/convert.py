@@ -92,11 +92,19 @@ def _convert(args: argparse.Namespace) -> None:
     source = _carved(args.source) if args.carve else _checkpoint(args.source)
     if "tokenizer.json" not in source.files:
         note(f"{_PROG}: {source.name}: {_without_tokenizer(args.source)}")
-    with Progress(f"writing {out.name}", unit="B") as progress:
+    with (
+        Progress(f"reading {args.calibration and args.calibration.name}", unit="‰") as reading,
+        Progress(f"writing {out.name}", unit="B") as progress,
+    ):
+
+        def writing(done: int, total: int) -> None:
+            reading.close()  # or its bar would move below the other
+            progress(done, total)
+
         convert(
             source, out, bits=args.bits, scheme=scheme, calibration=calibration,
-            allocation=allocation, favour=args.favour, correction=correction, prune=args.prune, progress=progress,
-            say=lambda text: note(f"{_PROG}: {source.name}: {text}"),
+            allocation=allocation, favour=args.favour, correction=correction, prune=args.prune, progress=writing,
+            reading=reading, say=lambda text: note(f"{_PROG}: {source.name}: {text}"),
         )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {size_text(out.stat().st_size)}")
 

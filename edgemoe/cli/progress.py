@@ -51,6 +51,11 @@ class Progress:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
 
+    def close(self) -> None:
+        """Leaves the bar as it is. What is told afterwards is not shown."""
+        if self._bar is not None:
+            self._bar.close()
+
     def __enter__(self) -> Progress:
         return self
 
@@ -60,5 +65,4 @@ class Progress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self.close()

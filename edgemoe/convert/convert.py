@@ -44,6 +44,7 @@ Arrivals = Callable[[SourceModel, Writer, Sequence[str]], Iterator[str]]
 it is asked for the next."""
 
 _LONGEST = 1000  # characters
+_WHOLE = 1000  # steps of reading a calibration
 _PROVENANCE = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
 
 
@@ -60,6 +61,7 @@ def convert(
     correction: int | None = None,
     prune: float | None = None,
     progress: Progress | None = None,
+    reading: Progress | None = None,
     say: Callable[[str], None] | None = None,
     arrivals: Arrivals | None = None,
     origin: Mapping[str, Any] | None = None,
@@ -83,6 +85,8 @@ def convert(
             Only a calibration with products can have some.
         prune: share of each expert's neurons that are left out, see `edgemoe.convert.prune`; takes a calibration.
         progress: called after every tensor and expert.
+        reading: is told how far the calibration is read, which is done before the first of these: first to check it,
+            then for the directions of gates' and ups' corrections.
         say: is told, a line each, what of the checkpoint is not used.
         arrivals: waits for weights that are not there yet; None: all are.
         origin: where the checkpoint comes from and which it is, sums of its files among that: is kept in the file,
@@ -112,7 +116,7 @@ def convert(
     check_text(source, config.vocab_size)
     if calibration is not None:
         calibration.check(config)
-        calibration.verify()
+        calibration.verify(_half(reading, 0))
         if calibration.note:
             say(calibration.note)
         if scheme.name == "nested" and calibration.is_full and not scheme.correction:
@@ -129,8 +133,18 @@ def convert(
     with Writer(
         out, config, bits=bits, scheme=scheme, sections=sections(source), source=provenance,
         calibration=calibration, allocation=allocation, favour=favour, down_bits=down_bits,
+        reading=_half(reading, 1),
     ) as writer:  # fmt: skip
+        if reading is not None and calibration is not None:
+            reading(_WHOLE, _WHOLE)
         _write(writer, model, arrivals, progress or (lambda done, total: None))
+
+
+def _half(reading: Progress | None, index: int) -> Progress | None:
+    """Returns what is told of one of the two times that a calibration is read."""
+    if reading is None:
+        return None
+    return lambda done, total: reading((index * total + done) * _WHOLE // (2 * total), _WHOLE)
 
 
 def opened_model(
@@ -141,7 +155,6 @@ def opened_model(
         return SourceModel(source, are_there=are_there), calibration
     if calibration is None:
         raise ValueError("prune: takes a calibration, which says what matters")
-    calibration.verify()
     model = PrunedModel(source, number("prune", prune, 0, 1), calibration, are_there=are_there)
     return model, PrunedCalibration(calibration, model)
 

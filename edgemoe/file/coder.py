@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ class Coder:
         favours_own: bool,
         calibration: Calibration | None,
         threads: int = 0,
+        reading: Callable[[int, int], None] | None = None,
     ) -> None:
         """Args:
         layout: of the file; says how many rungs each expert has.
@@ -44,6 +45,7 @@ class Coder:
         favoured: how many rungs the level has whose error matters most; None for all alike.
         favours_own: it is the last of each expert's.
         calibration: what flows into the matrices.
+        reading: is told the layers whose products have been read for corrections, and how many there are.
 
         Raises:
             FormatError: there are corrections and no calibration.
@@ -52,7 +54,7 @@ class Coder:
         self._favoured, self._favours_own = favoured, favours_own
         self._threads = threads or hardware.num_threads()
         self._specs = dense_tensors(layout.config)
-        self._bases = self._find_bases()
+        self._bases = self._find_bases(reading or (lambda done, total: None))
 
     @property
     def basis(self) -> bytes:
@@ -125,17 +127,19 @@ class Coder:
         except ValueError as e:
             raise FormatError(f"{name}: {e}") from None
 
-    def _find_bases(self) -> dict[int, NDArray[np.int8]]:
+    def _find_bases(self, reading: Callable[[int, int], None]) -> dict[int, NDArray[np.int8]]:
         """Returns V of each layer's gates and ups, where they have corrections."""
         rank = self._scheme.shared_rank
         if not rank:
             return {}
         if self._calibration is None:
             raise FormatError("corrections are fitted to a calibration, and there is none")
-        return {
-            layer: directions(self._calibration.layer_matrix(layer), rank)
-            for layer in self._layout.config.moe_layers
-        }
+        layers = self._layout.config.moe_layers
+        out: dict[int, NDArray[np.int8]] = {}
+        for layer in layers:
+            out[layer] = directions(self._calibration.layer_matrix(layer), rank)
+            reading(len(out), len(layers))
+        return out
 
     def _directions(self, name: str, moments: NDArray[np.float32] | None) -> Directions | None:
         """Returns V of a matrix's corrections; None where it has none."""

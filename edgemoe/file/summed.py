@@ -102,6 +102,11 @@ class SummedFile:
         self.shapes: Mapping[str, tuple[int, ...]] = {n: p.shape for n, p in self._places.items()}
         self.dtypes: Mapping[str, np.dtype[Any]] = {n: p.dtype for n, p in self._places.items()}
 
+    def num_bytes(self, name: str) -> int:
+        """Returns the bytes of a tensor."""
+        place = self._places[name]
+        return place.num_rows * place.row_bytes
+
     def tensor(self, name: str) -> NDArray[Any]:
         """Reads a tensor.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -55,6 +55,7 @@ class Writer:
         favour: int | None = None,
         down_bits: Sequence[int] | None = None,
         threads: int = 0,
+        reading: Callable[[int, int], None] | None = None,
     ) -> None:
         """Plans the file and opens or resumes `path`.part.
 
@@ -68,6 +69,7 @@ class Writer:
             favour: bits of the level whose error matters most. None: all levels alike, but with an allocation the last
                 of each expert, as it will mostly run at that.
             down_bits: bits of experts' w_down at each level; None for those of the other two.
+            reading: is told the layers whose products have been read for corrections, and how many there are.
 
         Raises:
             ValueError: bits are on no ladder of the scheme, `favour` is not one of the levels or the scheme cannot, or
@@ -94,7 +96,7 @@ class Writer:
         self._favours_own = allocation is not None and favour is None and scheme.can_favour
         self._coder = Coder(
             self._layout, scheme, favoured=self._favoured, favours_own=self._favours_own,
-            calibration=calibration, threads=threads,
+            calibration=calibration, threads=threads, reading=reading,
         )  # fmt: skip
         self._source = dict(source)
         self._sections = {k: v for k, v in sections.items() if v}

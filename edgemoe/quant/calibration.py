@@ -34,7 +34,7 @@ Version 1 had no checksums. It is read, with a notice to the user; version 2 wit
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -149,15 +149,22 @@ class Calibration:
             return ""
         return f"{self.path}: of an earlier version of edgemoe, without checksums to check"
 
-    def verify(self) -> None:
+    def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Reads all, which takes as long as the disk does, so that no hours are lost to a damaged file.
+
+        Args:
+            progress: is told the bytes that were read, and those of all.
 
         Raises:
             FormatError: a checksum does not match, or what is not one can be no sum: NaN, infinity, below 0.
         """
+        done, total = 0, sum(map(self._file.num_bytes, self._file.shapes))
         for name in self._file.shapes:
             for rows in self._file.rows(name):
                 self._checked(name, rows)
+                done += rows.nbytes
+                if progress is not None:
+                    progress(done, total)
 
     def digest(self) -> str:
         """Returns a sum of the content, in hexadecimal."""

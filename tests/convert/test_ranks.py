@@ -71,6 +71,22 @@ def test_a_rank_is_that_of_all_that_can_have_it(tmp_path, source, calibration):
     assert found == dict.fromkeys(KINDS, (8,))
 
 
+@pytest.mark.parametrize("rank", [0, 8])
+def test_tells_how_far_the_calibration_is_read(tmp_path, source, calibration, rank):
+    told = []
+    convert(
+        source, tmp_path / "x.moe", calibration=calibration, correction=rank,
+        reading=lambda *at: told.append(("read", *at)), progress=lambda *at: told.append(("written", *at)),
+    )  # fmt: skip
+    kinds, shares = [kind for kind, *_ in told], [done for kind, done, _ in told if kind == "read"]
+    assert kinds == sorted(kinds)  # all is read before anything is written
+    assert shares == sorted(shares)
+    assert {total for kind, _, total in told if kind == "read"} == {1000}
+    assert shares[-1] == 1000
+    assert (750 in shares) == bool(rank)  # one layer of two, the second time
+    assert 500 in shares
+
+
 def test_a_kind_of_which_one_matrix_is_unknown_has_none(tmp_path, source, config):
     missing = ["dense.layers.1.o.products", "experts.0.hidden.products", "dense.head.products"]
     partly = calibrated(tmp_path / "x.calib", config, leaving=missing)

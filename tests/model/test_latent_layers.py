@@ -90,7 +90,7 @@ def test_several_sequences_run_together(model, whole):
             batch = Batch.of(*parts)
             hidden = engine.model.forward(batch)
             out = np.empty((len(batch), engine.config.vocab_size), np.float32)
-            engine.model.logits(hidden, out)
+            engine.model.logits(hidden, out, states[0])
             for s in batch.slices:
                 got = out[s.start : s.stop]
                 assert np.array_equal(got, whole["f16"][s.state.length - s.count : s.state.length])

@@ -133,7 +133,7 @@ def test_several_sequences_run_together(model, whole):
             batch = Batch.of(*parts)
             hidden = engine.model.forward(batch)
             out = np.empty((len(batch), 80), np.float32)
-            engine.model.logits(hidden, out)
+            engine.model.logits(hidden, out, states[0])
             for s in batch.slices:
                 got = out[s.start : s.stop]
                 assert np.array_equal(got, whole[s.state.length - s.count : s.state.length])

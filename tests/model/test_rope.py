@@ -395,7 +395,7 @@ def test_sequences_of_different_lengths_go_together(longrope, fresh) -> None:
         parts = [(short, IDS[29:30]), (long, IDS[SHORT : SHORT + 1])]
         hidden = model.forward(Batch.of(*((s, np.array(ids, np.int32)) for s, ids in parts)))
         out = np.empty((2, 160), np.float32)
-        model.logits(hidden, out)
+        model.logits(hidden, out, short)
         assert np.array_equal(out[0], fresh[30])
         assert np.array_equal(out[1], fresh[SHORT + 1])
 
