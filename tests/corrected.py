@@ -19,21 +19,25 @@ RANKS = {
 }  # fmt: skip
 
 
-def products(rng, cols, count=(), *, few=False):
-    """Sums of x xᵀ over 400 inputs of which some directions hold most, or a few all but nothing."""
+def products(rng, cols, count=(), *, few=False, uneven=False):
+    """Sums of x xᵀ over 400 inputs of which some directions hold most, or a few all but nothing, or some columns."""
     strength = np.exp(-np.arange(cols) / (1 if few else 6)) + (0.01 if few else 0.1)
     mixing = np.linalg.qr(rng.standard_normal((cols, cols)))[0] * strength[:, None]
     x = rng.standard_normal((*count, 400, cols)) @ mixing
+    if uneven:  # the same for all of so many columns
+        x = rng.standard_normal(x.shape) * np.random.default_rng(cols).permutation(
+            np.geomspace(0.02, 4, cols)
+        )
     return (x.swapaxes(-1, -2) @ x).astype(np.float32)
 
 
-def calibrated(path, config, *, leaving=(), more=(), few=False):
+def calibrated(path, config, *, leaving=(), more=(), **kind):
     """Writes a calibration of random inputs and returns it.
 
     Args:
         leaving: names of tensors that it shall not have.
         more: other inputs that it shall have, and their widths.
-        few: as for `products`.
+        kind: as for `products`.
     """
     rng = np.random.default_rng(3)
     tensors = {}
@@ -42,15 +46,15 @@ def calibrated(path, config, *, leaving=(), more=(), few=False):
         key = f"dense.{head}{dot}{SAME_INPUT.get(last, last)}"
         if spec.kind == "nested" and f"{key}.count" not in tensors:
             tensors[f"{key}.count"] = np.array([400])
-            tensors[f"{key}.products"] = products(rng, spec.shape[1], few=few)
+            tensors[f"{key}.products"] = products(rng, spec.shape[1], **kind)
     for name, cols in dict(more).items():
         tensors[f"dense.{name}.count"] = np.array([400])
-        tensors[f"dense.{name}.products"] = products(rng, cols, few=few)
+        tensors[f"dense.{name}.products"] = products(rng, cols, **kind)
     for layer in config.moe_layers:
         counts = np.full(config.num_experts, 400)
         tensors[f"experts.{layer}.count"] = counts
         for port, cols in (("in", config.hidden_size), ("hidden", config.expert_hidden)):
-            sums = products(rng, cols, (len(counts),), few=few)
+            sums = products(rng, cols, (len(counts),), **kind)
             tensors[f"experts.{layer}.{port}.products"] = sums
     meta = {"source": "test", "model": "tiny", "tokens": "400", "window": "400", "bits": ""}
     write_calibration(path, {k: v for k, v in tensors.items() if k not in leaving}, meta)

@@ -103,8 +103,9 @@ def _convert(args: argparse.Namespace) -> None:
 
         convert(
             source, out, bits=args.bits, scheme=scheme, calibration=calibration,
-            allocation=allocation, favour=args.favour, correction=correction, prune=args.prune, progress=writing,
-            reading=reading, say=lambda text: note(f"{_PROG}: {source.name}: {text}"),
+            allocation=allocation, favour=args.favour, correction=correction,
+            scale_columns=not args.no_column_scales, prune=args.prune, progress=writing, reading=reading,
+            say=lambda text: note(f"{_PROG}: {source.name}: {text}"),
         )  # fmt: skip
     note(f"{_PROG}: wrote {out}: {size_text(out.stat().st_size)}")
 
@@ -286,6 +287,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RANK",
         help="what 2, 3 and 4 bits add to their codes in so many directions of the input: 8, 16, 24 or 32, none, "
         "or auto: what is worth its bytes; only with matrices of inputs, as --full sums them (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-column-scales",
+        action="store_true",
+        help="leave norms as they are; else, with matrices of inputs, what is strong in a norm's output is made weaker "
+        "and the columns that take it stronger, where that makes less error",
     )
     parser.add_argument(
         "--prune",

@@ -18,12 +18,14 @@ from numpy.typing import NDArray
 from edgemoe.arguments import number, path_of, whole, wholes
 from edgemoe.config import dense_tensors
 from edgemoe.convert.checkpoint import Checkpoint, sections
+from edgemoe.convert.columns import ScaledModel, choose_scales
 from edgemoe.convert.prune import PrunedCalibration, PrunedModel
 from edgemoe.convert.ranks import check_rank, choose_ranks, same_ranks
 from edgemoe.convert.source import SourceModel
 from edgemoe.convert.text import check_text
 from edgemoe.file.writer import Writer
 from edgemoe.quant import SCHEMES, Allocation, Calibration, Scheme
+from edgemoe.quant.columns import COLUMN_SCALES
 
 __all__ = [
     "Arrivals",
@@ -59,6 +61,7 @@ def convert(
     favour: int | None = None,
     down_bits: Sequence[int] | None = None,
     correction: int | None = None,
+    scale_columns: bool = True,
     prune: float | None = None,
     progress: Progress | None = None,
     reading: Progress | None = None,
@@ -83,6 +86,8 @@ def convert(
         down_bits: bits of experts' w_down at each level; None for those of the other two matrices.
         correction: rank of the corrections of 2, 3 and 4 bits, 0 for none; None for those that are worth their bytes.
             Only a calibration with products can have some.
+        scale_columns: strong columns of norms' outputs are made weaker, and the matrices that take them stronger, where
+            codes then err less; by a calibration with products.
         prune: share of each expert's neurons that are left out, see `edgemoe.convert.prune`; takes a calibration.
         progress: called after every tensor and expert.
         reading: is told how far the calibration is read, which is done before the first of these: first to check it,
@@ -119,19 +124,25 @@ def convert(
         calibration.verify(_half(reading, 0))
         if calibration.note:
             say(calibration.note)
-        if scheme.name == "nested" and calibration.is_full and not scheme.correction:
-            found = (
-                choose_ranks(model, calibration, bits=bits, allocation=allocation, favour=favour)
-                if correction is None
-                else same_ranks(config, calibration, correction)
-            )
-            scheme = replace(scheme, correction=found)
+    added = sections(source)
+    is_fitted = calibration is not None and calibration.is_full and scheme.name == "nested"
+    if calibration is not None and is_fitted and scale_columns:
+        scales = choose_scales(model, calibration, bits=bits, favour=scheme.favoured(bits, favour))
+        model, calibration = ScaledModel(model, scales), calibration.with_scales(scales)
+        added = {**added, COLUMN_SCALES: scales.section()}
+    if calibration is not None and is_fitted and not scheme.correction:
+        found = (
+            choose_ranks(model, calibration, bits=bits, allocation=allocation, favour=favour)
+            if correction is None
+            else same_ranks(config, calibration, correction)
+        )
+        scheme = replace(scheme, correction=found)
     provenance = _provenance(
         model, source, origin, calibration=calibration, allocation=allocation, favour=favour,
         prune=prune, is_thorough=scheme.is_thorough,
     )  # fmt: skip
     with Writer(
-        out, config, bits=bits, scheme=scheme, sections=sections(source), source=provenance,
+        out, config, bits=bits, scheme=scheme, sections=added, source=provenance,
         calibration=calibration, allocation=allocation, favour=favour, down_bits=down_bits,
         reading=_half(reading, 1),
     ) as writer:  # fmt: skip

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.config import MATRICES
 from edgemoe.errors import FormatError
+from edgemoe.file.columns import column_scales
 from edgemoe.file.format import MoeFile
 from edgemoe.quant import plane_widths
 from edgemoe.quant.correction import SHARED
 from edgemoe.store import load_dense, read_dense
 
-__all__ = ["dense_floats", "dense_weights", "expert_floats"]
+__all__ = ["checkpoint_weights", "dense_floats", "dense_weights", "expert_floats"]
 
 Array = NDArray[np.float32]
 
@@ -43,6 +44,29 @@ def dense_weights(moe: MoeFile, level: int) -> Iterator[tuple[str, Array]]:
     """
     for name, weight in read_dense(moe, level, verify=True):
         yield name, _decode(weight) if isinstance(weight, _core.Nested) else weight
+
+
+def checkpoint_weights(
+    moe: MoeFile, level: int, dense_level: int
+) -> Iterator[tuple[str, int, Array]]:
+    """Yields all weights, one tensor at a time, their columns scaled as the checkpoint has them.
+
+    Yields:
+        "experts.LAYER.INDEX.gate" and the like, or a dense tensor's name; INDEX, 0 for these; float32.
+
+    Raises:
+        FormatError: a checksum does not match, or the record is cut short.
+        OSError: the disk failed.
+    """
+    config, scales = moe.config, column_scales(moe)
+    for name, values in dense_weights(moe, dense_level):
+        yield name, 0, values if scales is None else scales.unfolded(name, values)
+    for row in range(len(moe.experts.offsets)):
+        layer, index = divmod(row, config.num_experts)
+        for part, values in zip(MATRICES, expert_floats(moe, row, level), strict=True):
+            name = f"experts.{config.moe_layers[layer]}.{index}.{part}"
+            if len(values):  # experts may do without gates
+                yield name, index, values if scales is None else scales.unfolded(name, values)
 
 
 def expert_floats(moe: MoeFile, row: int, level: int) -> tuple[Array, Array, Array]:

@@ -33,6 +33,7 @@ Version 1 had no checksums. It is read, with a notice to the user; version 2 wit
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,6 +45,7 @@ from numpy.typing import NDArray
 from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.errors import FormatError, quoted
 from edgemoe.file.summed import SummedFile, write_summed
+from edgemoe.quant.columns import ColumnScales
 
 __all__ = ["MIN_TOKENS", "SAME_INPUT", "Calibration", "write_calibration"]
 
@@ -110,6 +112,13 @@ class Calibration:
         self.layers = tuple(sorted(layers))
         """Model layers with routed experts."""
         self._min_tokens = max(min_tokens, 1)
+        self._scales: ColumnScales | None = None
+
+    def with_scales(self, scales: ColumnScales) -> Calibration:
+        """Returns the same as seen by a file whose columns have such scales; without any before."""
+        out = copy.copy(self)
+        out._scales = scales
+        return out
 
     def _key(self, name: str) -> tuple[str, str]:
         """Returns the input or layer that a tensor is of, and which of the `_FORMS` it has."""
@@ -203,7 +212,16 @@ class Calibration:
         total = np.zeros(self._file.shapes[key][1:], np.float32)
         for rows in self._file.rows(key):  # an expert at a time: they are large
             total += self._checked(key, rows).reshape(-1, *total.shape).sum(axis=0)
-        return np.asarray(total / np.float32(self.layer(layer, "count").sum()), np.float32)
+        mean = np.asarray(total / np.float32(self.layer(layer, "count").sum()), np.float32)
+        return self._scaled(_experts_input(layer), mean)
+
+    def layer_diagonal(self, layer: int) -> Array:
+        """Returns the mean square of each column of what was routed to a layer's experts, [D]; as `layer_matrix`."""
+        key = f"experts.{layer}.in.squares"
+        if key not in self._file.shapes:
+            return self.layer_matrix(layer).diagonal()
+        mean = self._tensor(key).sum(axis=0) / np.float32(self.layer(layer, "count").sum())
+        return self._scaled(_experts_input(layer), np.asarray(mean, np.float32))
 
     def knows(self, name: str) -> bool:
         """Says whether `matrix` has something of a matrix."""
@@ -271,7 +289,18 @@ class Calibration:
             raise FormatError(f"{self.path}: {name}: expected sums, none below 0")
         return rows
 
+    def _scaled(self, name: str, mean: Array) -> Array:
+        """Returns means of squares or products of inputs as they are divided by the scales of their columns."""
+        s = None if self._scales is None else self._scales.of(name)
+        if s is None:
+            return mean
+        return np.asarray(mean / (s * s if mean.ndim == 1 else np.outer(s, s)), np.float32)
+
     def _mean(self, name: str, what: str) -> Array | None:
+        found = self._mean_as_is(name, what)
+        return None if found is None else self._scaled(name, found)
+
+    def _mean_as_is(self, name: str, what: str) -> Array | None:
         if name.startswith("experts."):
             _, layer, index, part = name.split(".")
             return self._expert_mean(

@@ -13,7 +13,7 @@ from edgemoe.quant.correction import basis_bytes, correction_bytes
 from edgemoe.quant.lowrank import Directions, directions
 from edgemoe.quant.nested import DEFAULT_LADDER, ROW_SCALES, plane_widths, quantize
 
-__all__ = ["CORRECTED", "best_ranks", "gains", "same_rank"]
+__all__ = ["CORRECTED", "best_ranks", "gains", "output_errors", "same_rank"]
 
 Array = NDArray[np.float32]
 
@@ -57,13 +57,13 @@ def gains(
     sample = np.ascontiguousarray(w[:: max(len(w) // _ROWS, 1)][:_ROWS], np.float32)
     tried = candidates(favour)
     out = np.full((len(tried), _LEVELS), -np.inf)
-    plain = _errors(sample, moments, None, favour)
+    plain = output_errors(sample, moments, None, favour)
     bases = cache(lambda rank: directions(moments if shared is None else shared, rank))
     for i, ranks in enumerate(tried):
         if max(ranks) > min(w.shape):
             continue
         v = Directions(bases(max(ranks)), ranks, stored=max(ranks))
-        saved = np.log(plain / _errors(sample, moments, v, favour)) / np.log(4)
+        saved = np.log(plain / output_errors(sample, moments, v, favour)) / np.log(4)
         taken = np.cumsum([correction_bytes(len(w), r) for r in ranks]).astype(np.float64)
         if shared is None:
             taken += basis_bytes(w.shape[1], max(ranks))
@@ -87,7 +87,7 @@ def best_ranks(
     return max(worth, key=lambda ranks: worth[ranks])
 
 
-def _errors(
+def output_errors(
     w: Array, moments: Array, v: Directions | None, favour: int | None
 ) -> NDArray[np.float64]:
     """Returns the error of the output at each level of the default ladder, as it comes out of the file."""

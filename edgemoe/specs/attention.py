@@ -177,6 +177,11 @@ class AttentionSpec(MixerSpec):
         turns = self.rope is not None
         return self.qkv_bias and self.qk_norm == "none" and self.clip is None and turns
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """See `MixerSpec.inputs`."""
+        return ("q", "k", "v", "q_gate")
+
     def __str__(self) -> str:
         """Is what a person is told of it."""
         window = f", of the last {self.window} positions" if self.window else ""

@@ -25,6 +25,11 @@ class ConvSpec(MixerSpec):
         need_sizes(self, "width", "taps")
         need(1 < self.taps <= MOST_TAPS, f"a convolution of {self.taps} taps is not supported")
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """See `MixerSpec.inputs`."""
+        return ("u", "b", "c")
+
     def __str__(self) -> str:
         """Is what a person is told of it."""
         return f"short convolution: {self.taps} taps, {self.width} channels"

@@ -54,6 +54,11 @@ class DeltaSpec(MixerSpec):
         need_sizes(self, "channels", "decays")
         need(self.value_heads * self.key_dim * self.value_dim < 1 << 30, "a state is too large")
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """See `MixerSpec.inputs`."""
+        return ("qkv", "z", "z_in", "decay_in" if self.decay_rank else "decay", "beta")
+
     def __str__(self) -> str:
         """Is what a person is told of it."""
         heads = f"{self.value_heads} heads of {self.key_dim} x {self.value_dim}"

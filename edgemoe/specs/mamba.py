@@ -39,6 +39,11 @@ class MambaSpec(MixerSpec):
         need_sizes(self, "channels")
         need(self.num_heads * self.state_dim * self.head_dim < 1 << 30, "a state is too large")
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """See `MixerSpec.inputs`."""
+        return ("xbc", "x_gate", "step")
+
     def __str__(self) -> str:
         """Is what a person is told of it."""
         return f"Mamba-2: {self.num_heads} heads of {self.head_dim} x {self.state_dim} in {self.groups} groups"

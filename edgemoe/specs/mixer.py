@@ -63,6 +63,11 @@ class MixerSpec(ABC):
         """Whether a cache holds the values as a part of the keys, so that they have no type of their own."""
         return False
 
+    @property
+    @abstractmethod
+    def inputs(self) -> tuple[str, ...]:
+        """Names of tensors that are applied to the layer's input, within a layer; it may be without some of them."""
+
     @abstractmethod
     def __str__(self) -> str:
         """Is what a person is told of it, such as "attention: 16 heads of 128 (4 for keys and values)"."""

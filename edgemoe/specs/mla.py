@@ -101,6 +101,11 @@ class MlaSpec(MixerSpec):
         """Columns of all heads' queries as the projection gives them."""
         return self.num_heads * self.head_dim
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """See `MixerSpec.inputs`."""
+        return ("kv_a", "q_a", "q_direct", "q_gate")
+
     def __str__(self) -> str:
         """Is what a person is told of it."""
         return f"latent attention: {self.num_heads} heads on latents of {self.latent_dim} + {self.rope_dim} columns"

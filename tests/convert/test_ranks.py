@@ -17,6 +17,7 @@ from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
 from edgemoe.quant import SCHEMES, Allocation
+from edgemoe.quant.columns import COLUMN_SCALES, ColumnScales
 from edgemoe.quant.ranks import best_ranks, gains, same_rank
 
 EIGHT = (8, 8, 8, 0, 0)
@@ -136,8 +137,13 @@ def test_a_favoured_level_gains_most(tmp_path, source, calibration, favour):
 def error(path, source, calibration, bits, parts=("gate", "up", "down")):
     level = (2, 3, 4, 6, 8).index(bits) + 1
     mine, float_ = Decoded(path).expert(1, 3, level), SourceModel(source).expert(1, 3)
+    moe = open_moe(path)
+    section = moe.sections.get(COLUMN_SCALES)
+    scales = section and ColumnScales.from_section(moe.config, section)
     total = 0.0
     for part, a, b in zip(parts, mine, float_, strict=False):
+        if scales:
+            a = scales.unfolded(f"experts.1.3.{part}", a)
         moments = calibration.matrix(f"experts.1.3.{part}")
         total += np.einsum("rc,cd,rd->", a - b, moments, a - b)
     return total

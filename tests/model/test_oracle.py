@@ -5,6 +5,7 @@ Logits are compared absolutely: a cosine, the order of tokens and the experts ch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import families
@@ -19,6 +20,7 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.experts import Observer
 from edgemoe.quant import SCHEMES
+from edgemoe.quant.columns import ColumnScales
 
 Array = NDArray[np.floating]
 
@@ -126,7 +128,28 @@ def compared(request, tmp_path_factory):
     return {
         "theirs": _joined(theirs), "own": _joined(own),
         "same": np.concatenate(same, 1), "tops": np.concatenate(tops),
+        "folded": (*_folded(decoded, ids), mine),
     }  # fmt: skip
+
+
+def _folded(decoded: Decoded, ids: list[int]) -> tuple[Array, Array]:
+    """Returns logits of the same weights with column scales, and with these but for one norm that has none."""
+    rng = np.random.default_rng(0)
+    scales = ColumnScales(decoded.config)
+    for row, values in enumerate(scales.values):
+        if scales.can_scale(row):  # powers of two, by which nothing is rounded
+            values[:] = 2.0 ** rng.integers(-2, 3, len(values))
+    tensors = {name: scales.folded(name, w) for name, w in decoded.tensors.items()}
+
+    def expert(layer: int, index: int) -> tuple[Array, Array, Array]:
+        names = (f"experts.{layer}.{index}.{part}" for part in ("gate", "up", "down"))
+        return tuple(map(scales.folded, names, decoded.expert(layer, index)))
+
+    def logits(weights: Mapping[str, Array]) -> Array:
+        return reference.logits(decoded.config, weights, expert, ids)[0]
+
+    name = "layers.0.attn_norm"
+    return logits(tensors), logits({**tensors, name: decoded.tensors[name]})
 
 
 totals: dict[str, list[np.ndarray]] = {"same": [], "tops": []}
@@ -157,6 +180,12 @@ def test_the_arithmetic_is_that_of_the_decoded_weights(compared):
     assert own.errors.max() < 0.25
     assert abs(own.scale) < 0.0015
     assert own.divergence < 1.6e-4
+
+
+def test_all_that_takes_a_norms_output_has_the_scales_of_its_columns(compared):
+    folded, without, mine = compared["folded"]
+    assert np.allclose(folded, mine, rtol=0, atol=1e-5 * mine.std())
+    assert np.abs(without - mine).max() > 0.1 * mine.std()
 
 
 def test_routing_and_top_tokens_agree_over_all_settings():

@@ -17,7 +17,7 @@ from edgemoe.convert.export.tokenizer import tokenizer_metadata
 from edgemoe.convert.gguf import GGUFCheckpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.file.floats import dense_weights, expert_floats
+from edgemoe.file.floats import checkpoint_weights, dense_weights
 from edgemoe.file.format import MoeFile
 from edgemoe.file.whole import locked, named, pwrite, rename, require_new
 from edgemoe.specs import AttentionSpec
@@ -238,14 +238,12 @@ def _compare(moe: MoeFile, path: Path) -> None:
 
 def _weights(moe: MoeFile, level: int, dense_level: int) -> Iterator[tuple[str, int, Array]]:
     """Yields every tensor, and its place in a stack."""
-    for name, values in dense_weights(moe, dense_level):
-        if not name.startswith("rope"):
+    for name, index, values in checkpoint_weights(moe, level, dense_level):
+        kind, *place = name.split(".")
+        if kind == "experts":
+            yield f"experts.{place[0]}.{place[2]}", index, values
+        elif not name.startswith("rope"):
             yield name, 0, values
-    config = moe.config
-    for row in range(len(moe.experts.offsets)):
-        layer, index = divmod(row, config.num_experts)
-        for part, values in zip(MATRICES, expert_floats(moe, row, level), strict=True):
-            yield f"experts.{config.moe_layers[layer]}.{part}", index, values
 
 
 def _turned(values: Array, name: str, config: ModelConfig) -> Array:

@@ -17,7 +17,7 @@ from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.families.family import Family, Fold, Source
 from edgemoe.errors import FormatError, quoted
-from edgemoe.file.floats import dense_weights, expert_floats
+from edgemoe.file.floats import checkpoint_weights
 from edgemoe.file.format import MoeFile
 from edgemoe.file.parse import parse_object
 from edgemoe.file.whole import new_folder
@@ -162,20 +162,20 @@ def export_hf(
         config |= {"dtype": "bfloat16", "torch_dtype": "bfloat16"}
         (part / CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False))
         with open(part / "model.safetensors", "w+b") as file:
-            _write(file, moe, places, _weights(moe, level, dense_level), progress)
+            _write(file, moe, places, checkpoint_weights(moe, level, dense_level), progress)
 
 
 def _write(
     file: BinaryIO,
     moe: MoeFile,
     places: Mapping[str, Piece],
-    weights: Iterator[tuple[str, Array]],
+    weights: Iterator[tuple[str, int, Array]],
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Writes a safetensors file, each tensor to its place."""
     starts, total = _write_header(file, places)
     done = 0
-    for name, values in weights:
+    for name, _, values in weights:
         place = places.get(name)
         if place is None:  # of RoPE
             continue
@@ -220,18 +220,6 @@ def _write_header(file: BinaryIO, places: Mapping[str, Piece]) -> tuple[dict[str
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
     return {name: 8 + len(text) + start for name, start in starts.items()}, at
-
-
-def _weights(moe: MoeFile, level: int, dense_level: int) -> Iterator[tuple[str, Array]]:
-    """Yields every tensor, one at a time."""
-    yield from dense_weights(moe, dense_level)
-    config = moe.config
-    for row in range(len(moe.experts.offsets)):
-        layer, index = divmod(row, config.num_experts)
-        name = f"experts.{config.moe_layers[layer]}.{index}"
-        for part, values in zip(MATRICES, expert_floats(moe, row, level), strict=True):
-            if len(values):
-                yield f"{name}.{part}", values
 
 
 def _stored(values: Array, place: Piece, config: ModelConfig, name: str) -> bytes:

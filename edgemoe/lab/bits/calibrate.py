@@ -25,12 +25,14 @@ from numpy.typing import NDArray
 
 from edgemoe import hardware
 from edgemoe.errors import FormatError
+from edgemoe.file.columns import column_scales
 from edgemoe.file.format import MoeFile, open_moe
 from edgemoe.file.parse import parse_json
 from edgemoe.file.summed import SummedFile
 from edgemoe.lab.bits.moments import Moments, Products, product_shapes
 from edgemoe.lab.bits.tapped import TappedModel
 from edgemoe.quant import write_calibration
+from edgemoe.quant.columns import ColumnScales
 from edgemoe.runtime.budget import default_ram, parse_size
 from edgemoe.text.tokenizer import Tokenizer
 
@@ -120,6 +122,7 @@ def calibrate(
     if full and layers:
         raise ValueError("layers: not together with full, which has more")
     moe = open_moe(path)
+    scales = column_scales(moe)
     pieces = windows_of(moe, text, window=window, count=count)
     total_ram = default_ram() if ram is None else parse_size(ram)
     process = (
@@ -150,7 +153,7 @@ def calibrate(
                     progress(i * len(pieces) + n + 1, len(passes) * len(pieces))
             state.save()
     write_calibration(
-        out, _Joined(parts), {
+        out, _Joined(parts, scales), {
             "source": "edgemoe", "model": str(moe.source.get("name", moe.path.name)),
             "tokens": str(pieces.size), "window": str(window),
             "bits": " ".join(str(rung[0]) for rung in moe.ladder),
@@ -266,9 +269,10 @@ class _State:
 
 
 class _Joined(Mapping[str, NDArray[Any]]):
-    """Reads the tensors of several parts, one at a time, in the types of a calibration."""
+    """Reads the tensors of several parts, one at a time, as a calibration has them: over the checkpoint's inputs."""
 
-    def __init__(self, parts: list[Path]) -> None:
+    def __init__(self, parts: list[Path], scales: ColumnScales | None) -> None:
+        self._scales = scales
         self._files: dict[str, SummedFile] = {}
         for part in parts:
             file = SummedFile(part, _PART)
@@ -276,6 +280,8 @@ class _Joined(Mapping[str, NDArray[Any]]):
 
     def __getitem__(self, name: str) -> NDArray[Any]:
         array = self._files[name].tensor(name)
+        if self._scales is not None:
+            self._scales.restore(name, array)
         return array.astype(np.float32) if name.endswith(".squares") else array
 
     def __iter__(self) -> Iterator[str]:
