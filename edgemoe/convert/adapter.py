@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgemoe.arguments import path_of
 from edgemoe.convert.checkpoint import Checkpoint, sections
+from edgemoe.convert.columns import ScaledModel
 from edgemoe.convert.convert import (
     Progress,
     expert_of,
@@ -27,6 +28,7 @@ from edgemoe.errors import FormatError, quoted, shortened
 from edgemoe.file.adapter import differing_field, turning_tensors
 from edgemoe.file.adapter_writer import adapter_writer
 from edgemoe.file.coder import Coder, sums_of
+from edgemoe.file.columns import column_scales
 from edgemoe.file.format import MoeFile
 from edgemoe.file.layout import Layout
 from edgemoe.quant import SCHEMES, Calibration
@@ -90,7 +92,7 @@ def convert_adapter(
     out = path_of("out", out)
     say, progress = say or (lambda text: None), progress or (lambda done, total: None)
     _check_calibration(base, calibration)
-    model, fitted = opened_model(source, base.source.get("pruned"), calibration, are_there=True)
+    model, fitted = _opened(source, base, calibration)
     _check_config(source, model, base)
     for line in (*model.notes, *_text_notes(source, base)):
         say(line)
@@ -141,6 +143,17 @@ class _Made:
             name = "experts.{}.{}".format(*base.expert_at(row))
             sizes[name], sums[name] = size, table.crcs[row, : table.rungs[row]].tolist()
         return cls(sizes, sums)
+
+
+def _opened(
+    source: Checkpoint, base: MoeFile, calibration: Calibration | None
+) -> tuple[SourceModel, Calibration | None]:
+    """Returns the model of a checkpoint as one was written to a file: pruned, with that file's scales of columns."""
+    model, fitted = opened_model(source, base.source.get("pruned"), calibration, are_there=True)
+    scales = column_scales(base)
+    if scales is None:
+        return model, fitted
+    return ScaledModel(model, scales), None if fitted is None else fitted.with_scales(scales)
 
 
 def _coded(coder: Coder, name: str, values: Arrays) -> list[NDArray[np.uint8]]:
@@ -199,7 +212,7 @@ def _comparison(
     """
     if original is None:
         return lambda name: False
-    before, _ = opened_model(original, base.source.get("pruned"), calibration, are_there=True)
+    before, _ = _opened(original, base, calibration)
     found = differing_field(before.config, base.config)
     if found is not None:
         raise FormatError(f"{original.name}: is not what {base.path} was made of: {_words(found)}")

@@ -24,6 +24,7 @@ from edgemoe.file.adapter import open_adapter, weights_sum
 from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
 from edgemoe.file.verify import verify
+from edgemoe.quant.columns import COLUMN_SCALES
 
 
 def write(checkpoint, folder):
@@ -95,6 +96,23 @@ def test_the_original_checkpoint_saves_work_and_changes_nothing(there, tmp_path,
     assert main(["convert", str(there.tuned), str(tmp_path / "b.moea"), *arguments]) == 0
     assert (tmp_path / "b.moea").read_bytes() == there.a.read_bytes()
     assert len(coded) == len(EXPERTS) + 4  # and those that say whether the base was made of it
+
+
+def test_columns_are_scaled_as_the_base_s_are(tmp_path):
+    base, whole, out = (tmp_path / name for name in ("base.moe", "whole.moe", "a.moea"))
+    source, tuned = (
+        tiny_checkpoint(),
+        tune(EXPERTS[:1], dense=["model.layers.0.input_layernorm.weight"]),
+    )
+    calibration = calibrated(tmp_path / "x.calib", SourceModel(source).config, uneven=True)
+    convert(source, base, calibration=calibration)
+    convert(tuned, whole, calibration=calibration)
+    moe = open_moe(base)
+    assert moe.sections[COLUMN_SCALES] == open_moe(whole).sections[COLUMN_SCALES]
+    found = convert_adapter(tuned, out, moe, original=source, calibration=calibration)
+    assert (found.experts, found.tensors) == (1, 1)
+    with edgemoe.load(base, adapters=out) as beside, edgemoe.load(whole) as alone:
+        assert np.array_equal(beside.logits(range(40)), alone.logits(range(40)))
 
 
 def test_the_name_of_a_base_is_that_of_its_weights(there, tmp_path):
