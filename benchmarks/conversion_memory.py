@@ -110,7 +110,7 @@ def main() -> None:
     print(
         f"| {args.model} | {args.layers} of {layers} layers | {count / 1e9:.2f} G weights, {done.seconds:.0f} s | "
         f"{whole / 1e9:.1f} G: {done.seconds * whole / count / 60:.0f} min | limit {args.limit / 2**30:.2f} GiB, "
-        f"peak {done.group_peak / 2**30:.2f} GiB, swapped {done.swapped} |"
+        f"with page cache {done.group_peak / 2**30:.2f}, without {done.anon_peak / 2**30:.2f}, swapped {done.swapped} |"
     )
 
 
