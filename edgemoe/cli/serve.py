@@ -176,7 +176,8 @@ def _context(moe: MoeFile, options: EngineOptions) -> int | None:
     from edgemoe.errors import OutOfBudget
     from edgemoe.model import state_bytes
     from edgemoe.runtime.context import longest_context
-    from edgemoe.runtime.opening import room_for_experts, with_kv_table
+    from edgemoe.runtime.opening import room_for_experts
+    from edgemoe.runtime.precisions import with_kv_table
 
     options, most = with_kv_table(moe, options), moe.config.context_length
     least = min(_SMALLEST_CONTEXT, most)

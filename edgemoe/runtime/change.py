@@ -15,8 +15,9 @@ from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.notes import notes_of
-from edgemoe.runtime.opening import bits_of, model_setting, with_experts
+from edgemoe.runtime.opening import model_setting, with_experts
 from edgemoe.runtime.options import EngineOptions
+from edgemoe.runtime.precisions import bits_of
 from edgemoe.scheduler import SCHEDULERS, SECTIONS, Scheduler
 
 __all__ = ["CHANGEABLE", "change"]

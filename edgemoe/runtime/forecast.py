@@ -10,9 +10,10 @@ from edgemoe.errors import OutOfBudget
 from edgemoe.file.format import MoeFile, open_moe
 from edgemoe.ops import OpsShape
 from edgemoe.runtime.budget import Budget
-from edgemoe.runtime.opening import Text, with_kv_table
+from edgemoe.runtime.opening import Text
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.pace import Pace
+from edgemoe.runtime.precisions import with_kv_table
 from edgemoe.store import expert_bytes, level_bytes, num_there
 
 __all__ = ["Band", "Forecast", "Row"]
