@@ -167,6 +167,13 @@ std::unique_ptr<Nested> nested_from_file(const std::shared_ptr<Arena>& arena, co
   return std::make_unique<Nested>(Nested{m, bytes, arena});
 }
 
+std::unique_ptr<Nested> first_rungs(const Nested& matrix, int rungs) {
+  expect_within("rungs", rungs, 1, matrix.matrix.num_rungs);
+  auto out = std::make_unique<Nested>(matrix);
+  out->matrix.num_rungs = rungs;
+  return out;
+}
+
 void share_basis(Nested& matrix, const Nested& other) {
   NestedMatrix& m = matrix.matrix;
   const NestedMatrix& o = other.matrix;

@@ -84,6 +84,10 @@ std::unique_ptr<Nested> nested_from_file(const std::shared_ptr<Arena>& arena, co
                                          const std::vector<uint8_t>& widths, bool verify, const std::string& name,
                                          const Coding& coding);
 
+/// The first `rungs` rungs of a matrix, in the memory that holds all of it. Throws std::invalid_argument unless it has
+/// them.
+std::unique_ptr<Nested> first_rungs(const Nested& matrix, int rungs);
+
 /// Lets a matrix use the V of another of the same arena, if they are equal: products of both with a row then compute V
 /// x once, and read V once.
 void share_basis(Nested& matrix, const Nested& other);

@@ -141,10 +141,10 @@ def _read(
     if arena is None or t.spec.kind == "f32":
         return _core.read_f32(moe.file, t.offset, t.spec.shape, t.crcs[0], verify, name)
     rows, cols = t.spec.shape
-    scheme = moe.scheme.of(name)
+    scheme, count = moe.scheme.of(name), min(level, len(t.lengths))
     return _core.Nested.from_file(
-        arena, moe.file, t.offset, t.lengths[:level], t.crcs[:level], rows, cols,
-        widths[:level], verify, name, scheme.name, scheme.row_scales, scheme.ranks(name),
+        arena, moe.file, t.offset, t.lengths[:count], t.crcs[:count], rows, cols,
+        widths[:count], verify, name, scheme.name, scheme.row_scales, scheme.ranks(name),
     )  # fmt: skip
 
 

@@ -80,6 +80,9 @@ void bind_matrix(py::module_& m) {
       .def_property_readonly(
           "rank", [](const Nested& n) { return rank_of(n.matrix); }, "Of its correction, 0 for none.")
       .def_readonly("bytes", &Nested::bytes)
+      .def(
+          "first", [](const Nested& n, int rungs) { return Held<Nested>(first_rungs(n, rungs).release()); },
+          py::arg("rungs"), "Its first rungs as a matrix, in the same memory.")
       .def("share_basis", &share_basis, py::arg("other"),
            "Uses the other's V from now on if it is the same and lies in the same arena.")
       .def(

@@ -3,36 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.console import check_output, decode_text, note, run_command, say
+from edgemoe.cli.allocated import check_target, keep, show, windows
+from edgemoe.cli.console import note, run_command, say
 from edgemoe.cli.names import model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
-from edgemoe.cli.values import levels
-from edgemoe.file.whole import write_whole
+from edgemoe.cli.values import levels, ram_size, whole
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from edgemoe.lab.bits.kv_types import Found
-    from edgemoe.quant import Allocation
 
 __all__ = ["main"]
 
 _PROG = "edgemoe allocate"
 
 _ONLY_FOR = {
-    "max_loss": "expertwise",
-    "text": "expertwise",
-    "window": "expertwise",
-    "chunks": "expertwise",
-    "exponents": "pmq",
-    "seed": "random",
+    "max_loss": ("expertwise",),
+    "text": ("expertwise", "search"),
+    "window": ("expertwise", "search"),
+    "chunks": ("expertwise", "search"),
+    "exponents": ("pmq",),
+    "seed": ("random", "search"),
+    "bytes": ("search",),
+    "context": ("search",),
+    "generations": ("search",),
+    "held_out": ("search",),
 }
 
 _EPILOG = """\
@@ -43,6 +42,8 @@ METHOD is one of:
   frequency    QuantMoE-Bench: often chosen experts get more
   first-blocks, outlier   its other rules
   random       the control
+  search       EvoPress: experts, the other matrices, and keys and values
+               together, under --bytes; what matters is measured
 
 With --kv the types of keys and values of each layer are chosen instead: each is
 measured alone, and those that cost least are taken, as in KVTuner. Used by
@@ -51,7 +52,13 @@ measured alone, and those that cost least are taken, as in KVTuner. Used by
 
 The result is used by `edgemoe-run MODEL.moe --bits auto --allocation OUT.json`,
 or without --allocation if it was stored in the model file; and by
-`edgemoe convert SOURCE SMALL.moe --allocation OUT.json`, which stores no more.
+`edgemoe convert SOURCE SMALL.moe --allocation OUT.json`, which stores no more
+of the experts. What search finds is used by
+
+    edgemoe-run MODEL.moe --bits auto --dense-bits auto -ctk auto -ctv auto
+
+after --store, or with --allocation OUT.json --kv-table OUT.kv.json. After
+Ctrl-C the same command goes on where it was.
 """
 
 
@@ -70,26 +77,46 @@ def main(argv: Sequence[str] | None = None) -> int:
         lambda: _allocate(args),
         verbose=args.verbose,
         blames_arguments=True,
+        interrupted=lambda: _interrupted(args),
     )
 
 
+def _interrupted(args: argparse.Namespace) -> str:
+    from edgemoe.cli.allocate_search import kept
+
+    is_saved = args.method == "search" and kept(args).exists()
+    return f"interrupted; the same command goes on from {kept(args)}" if is_saved else "interrupted"
+
+
 def _allocate(args: argparse.Namespace) -> None:
-    if (args.avg_bits is None) == (args.max_loss is None):
-        raise ValueError("expected either --avg-bits or --max-loss")
     if args.store and args.out is not None:
         raise ValueError("expected either --store or -o")
+    if not args.kv:
+        for name, methods in _ONLY_FOR.items():
+            if getattr(args, name) is not None and args.method not in methods:
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag}: for --method {' or '.join(methods)} only")
+    if args.overwrite and args.method != "search":
+        raise ValueError("--overwrite: for --method search only")
+    if args.method == "search" and not args.kv:
+        from edgemoe.cli.allocate_search import search
+
+        search(args)
+        return
+    if (args.avg_bits is None) == (args.max_loss is None):
+        raise ValueError("expected either --avg-bits or --max-loss")
     if args.kv:
         _allocate_kv(args)
         return
-    for name, method in _ONLY_FOR.items():
-        if getattr(args, name) is not None and args.method != method:
-            raise ValueError(f"--{name.replace('_', '-')}: for --method {method} only")
     args.model = model_path(str(args.model))
     out: Path = args.out or args.model.with_suffix(".allocation.json")
-    _check_target(args, out)
-    from edgemoe.lab.bits.allocate import Settings, allocate
+    check_target(args, out)
+    from edgemoe.lab.bits.allocate import METHODS, Settings, allocate
     from edgemoe.quant import Calibration
 
+    if args.method not in METHODS:
+        known = ", ".join([*METHODS, "search"])
+        raise ValueError(f"--method: expected one of {known}, got {args.method}")
     settings = Settings(
         average_bits=args.avg_bits, max_loss=args.max_loss, levels=args.levels,
         exponents=args.exponents or (1, 1, 2), per_layer=args.per_layer, protect=not args.no_protect,
@@ -98,66 +125,44 @@ def _allocate(args: argparse.Namespace) -> None:
     calibration = None if args.calibration is None else Calibration(args.calibration)
     if calibration is not None and calibration.note:
         note(f"{_PROG}: {calibration.note}")
-    windows = _windows(args) if args.method == "expertwise" else None
+    measured = windows(args) if args.method == "expertwise" else None
     with Progress("measuring", unit="expert") as progress:
         found = allocate(
             args.model, args.method, settings,
-            calibration=calibration, windows=windows, progress=progress,
+            calibration=calibration, windows=measured, progress=progress,
         )  # fmt: skip
-    _keep(args, out, "allocation", found.to_json())
-    _show(found)
+    keep(args, out, "allocation", found.to_json())
+    show(found)
     note(f"{_PROG}: {f'stored in {args.model}' if args.store else f'wrote {out}'}")
 
 
 def _allocate_kv(args: argparse.Namespace) -> None:
-    for name in ("calibration", "levels", "exponents", "seed"):
+    for name in (
+        "calibration",
+        "levels",
+        "exponents",
+        "seed",
+        "bytes",
+        "context",
+        "generations",
+        "held_out",
+    ):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: is for experts, not for --kv")
     args.model = model_path(str(args.model))
     out: Path = args.out or args.model.with_suffix(".kv.json")
-    _check_target(args, out)
+    check_target(args, out)
     from edgemoe.lab.bits.kv_types import choose_kv_types
 
-    windows = _windows(args)
+    measured = windows(args)
     with Progress("measuring", unit="choice") as progress:
         found = choose_kv_types(
-            args.model, windows,
+            args.model, measured,
             average_bits=args.avg_bits, max_loss=args.max_loss, progress=progress,
         )  # fmt: skip
-    _keep(args, out, "kv_types", found.table.to_json())
+    keep(args, out, "kv_types", found.table.to_json())
     _show_kv(found)
     note(f"{_PROG}: {f'stored in {args.model}' if args.store else f'wrote {out}'}")
-
-
-def _check_target(args: argparse.Namespace, out: Path) -> None:
-    """Checks that the result can be written, before hours are spent."""
-    if not args.store:
-        check_output(out, args.model, args.calibration, args.text)
-    elif args.model.exists() and not os.access(args.model, os.W_OK):
-        raise PermissionError(f"--store: {args.model} cannot be written")
-
-
-def _windows(args: argparse.Namespace) -> NDArray[np.int32]:
-    """Returns the tokens that losses are measured on."""
-    from edgemoe.file.format import open_moe
-    from edgemoe.lab.bits.calibrate import default_text, windows_of
-
-    text = default_text() if args.text is None else decode_text(args.text.read_bytes(), args.text)
-    return windows_of(
-        open_moe(args.model), text,
-        window=256 if args.window is None else args.window,
-        count=8 if args.chunks is None else args.chunks,
-    )  # fmt: skip
-
-
-def _keep(args: argparse.Namespace, out: Path, name: str, content: bytes) -> None:
-    """Writes a result into the model file, as a section, or to a file of its own."""
-    if args.store:
-        from edgemoe.file.append import add_sections
-
-        add_sections(args.model, {name: content})
-    else:
-        write_whole(out, content)
 
 
 def _show_kv(found: Found) -> None:
@@ -170,23 +175,6 @@ def _show_kv(found: Found) -> None:
         f"{found.average_bits:.2f} bits per number with scales; KL from float16 {found.loss:.5f} "
         f"(the sum of each alone: {found.expected:.5f})",
     )
-
-
-def _show(found: Allocation) -> None:
-    """Prints how many experts of each layer got which bits."""
-    given = sorted(set(found.bits.reshape(-1).tolist()))
-    say(
-        "| layer | average |" + "".join(f" {b} bits |" for b in given),
-        "|---|---|" + "---|" * len(given),
-    )
-    for layer, row in zip(found.layers, found.bits, strict=True):
-        counts = "".join(f" {int((row == b).sum())} |" for b in given)
-        say(f"| {layer} | {row.mean():.2f} |{counts}")
-    counts = "".join(f" {int((found.bits == b).sum())} |" for b in given)
-    say(f"| all | {found.average:.2f} |{counts}")
-    if found.protected:
-        which = ", ".join(f"{layer}.{expert}" for layer, expert in found.protected)
-        say("", f"Super Experts (layer.expert), protected: {which}")
 
 
 def _exponents(text: str) -> tuple[float, float, float]:
@@ -227,15 +215,24 @@ def _parser() -> argparse.ArgumentParser:
                         help="the same average in every layer, as published for pmq")
     parser.add_argument("--no-protect", action="store_true",
                         help="do not give Super Experts the highest of the levels")
-    parser.add_argument("--seed", type=int, metavar="N", help="of random (default: 0)")
+    parser.add_argument("--seed", type=int, metavar="N", help="of random and search (default: 0)")
+    parser.add_argument("--bytes", type=ram_size, metavar="SIZE",
+                        help="search: of all experts, matrices, and keys and values together, at most")
+    parser.add_argument("--context", type=whole(1), metavar="N",
+                        help="search: tokens whose keys and values count (default: 4096, or the model's)")
+    parser.add_argument("--generations", type=whole(0), metavar="N",
+                        help="search: rounds of 16 offspring (default: 40)")
+    parser.add_argument("--held-out", type=Path, metavar="FILE",
+                        help="search: another text, to measure the result on (default: the package's)")
+    parser.add_argument("--overwrite", action="store_true", help="search: begin anew")
     parser.add_argument("--max-loss", type=float, metavar="X",
                         help="expertwise or --kv, instead of --avg-bits: most mean KL divergence to the highest level")
     parser.add_argument("--text", type=Path, metavar="FILE",
-                        help="expertwise, --kv: what loss is measured on (default: the package's calibration text)")
+                        help="expertwise, search, --kv: what loss is measured on (default: the package's)")
     parser.add_argument("--window", type=int, metavar="N",
-                        help="expertwise, --kv: tokens of each piece of it (default: 256)")
+                        help="expertwise, search, --kv: tokens of each piece of it (default: 256)")
     parser.add_argument("--chunks", type=int, metavar="N",
-                        help="expertwise, --kv: number of pieces (default: 8)")
+                        help="expertwise, search, --kv: number of pieces (default: 8; search: 16)")
     parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
     # fmt: on
     return parser

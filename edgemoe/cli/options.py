@@ -152,11 +152,11 @@ def _add_daily_flags(daily: argparse._ActionsContainer) -> None:
 def _add_model_flags(model: argparse._ActionsContainer) -> None:
     """Adds the further flags of whoever opens a model."""
     _add(model, "--allocation", metavar="FILE",
-         help="for --bits auto: of edgemoe allocate (default: the model file's own)")
+         help="for --bits or --dense-bits auto: of edgemoe allocate (default: the model file's own)")
     _add(model, "--adapter", action=_Collect, default=[], metavar="[NAME=]FILE",
          help="a fine-tune of the model, of edgemoe convert --base; may be given several times")
-    _add(model, "--dense-bits", type=int, metavar="N",
-         help="bits of all weights that are no expert's (default: the file's)")
+    _add(model, "--dense-bits", type=bits_or_auto, metavar="N",
+         help="bits of all weights that are no expert's; auto: each matrix its own, as allocated (default: the file's)")
     _add(model, "--max-quality-loss", metavar="X", help=MAX_LOSS_HELP)
     _add(model, "--experts", type=int, metavar="K",
          help="experts per token (default: the file's); fewer is faster and worse")

@@ -80,6 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     from edgemoe.file.format import open_moe
     from edgemoe.lab.quality.quality import measure
     from edgemoe.lab.report.levels import bits_per_weight, levels
+    from edgemoe.runtime.precisions import with_dense_bits
 
     if "help" in args.set:
         about = "\n\n".join(options_text(name) for name in args.scheduler or [EXACT])
@@ -90,6 +91,8 @@ def _run(args: argparse.Namespace) -> int:
     moe = open_moe(args.model)
     sizes = levels(moe)
     trials = _trials(args, moe)
+    if args.store and any(trial.dense_bits == "auto" for trial in trials):
+        raise ValueError("--store: keeps no figures of --dense-bits auto")
     if args.tasks is not None:
         return run_tasks(args, moe, trials)
     rows: list[dict[str, Any]] = []
@@ -122,7 +125,7 @@ def _run(args: argparse.Namespace) -> int:
                     code = 130
                     break
             average = _average_bits(moe, sizes, trial, quality)
-            size = bits_per_weight(moe, average, trial.dense_bits)
+            size = bits_per_weight(with_dense_bits(moe, trial), average, trial.dense_bits)
             rows.append(_row(trial, size, quality, moe))
             say(quality_line(rows[-1]))
     note(f"# {about}; {sample.positions} positions")
@@ -222,6 +225,7 @@ def _trial(
 ) -> Trial:
     from edgemoe.lab.quality.quality import Trial
     from edgemoe.lab.report.levels import dense_bits_at
+    from edgemoe.runtime.precisions import with_dense_bits
     from edgemoe.scheduler import SCHEDULERS, check_options
 
     if scheduler not in SCHEDULERS:
@@ -232,12 +236,16 @@ def _trial(
     differ = (moe.experts.rungs != len(moe.ladder)).any()
     if bits == "auto" and "allocation" not in moe.sections and not differ:
         raise ValueError(f"--bits auto: {moe.path} holds no allocation; edgemoe allocate makes one")
-    dense = dense_bits_at(moe, None if bits == "auto" else bits)
-    if given is not None:
+    dense: int | Literal["auto"] = dense_bits_at(moe, None if bits == "auto" else bits)
+    if given == "auto":
+        dense = "auto"
+    elif given is not None:
         dense = _whole("dense_bits", given)
         moe.dense_level(dense)
     said = engine_flags(args, bits=bits, dense_bits=dense, scheduler=scheduler, options=options)
-    return Trial(**said, decode=args.decode)
+    trial = Trial(**said, decode=args.decode)
+    with_dense_bits(moe, trial)  # or it says what is missing
+    return trial
 
 
 # ------------------------------------------------------------ results
@@ -283,8 +291,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--reference", metavar="SOURCE", help="what to compare with; see below")
     parser.add_argument("--bits", type=bits_or_auto, nargs="+", metavar="N",
                         help="levels to measure, or auto, the file's allocation (default: all levels)")  # fmt: skip
-    parser.add_argument("--dense-bits", type=int, metavar="N",
-                        help="of all that is no expert (default: as --bits)")  # fmt: skip
+    parser.add_argument("--dense-bits", type=bits_or_auto, metavar="N",
+                        help="of all that is no expert, or auto, as allocated (default: as --bits)")  # fmt: skip
     parser.add_argument("--scheduler", action="append", metavar="NAME",
                         help="may be repeated (default: on-demand)")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)

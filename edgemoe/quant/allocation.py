@@ -1,11 +1,12 @@
 """Bits per expert, decided offline: the value and its JSON form.
 
-    edgemoe_allocation  1
+    edgemoe_allocation  1, or 2 where there is "dense"
     method     how it was found, as `edgemoe allocate --method` names it
     settings   what else it was found with: strings, numbers and lists
     layers     [L] model layers with routed experts
     bits       [L][E] bits of each expert, levels of the file
     protected  [[layer, expert], …]: Super Experts, which were given the highest level in use
+    dense      {tensor: bits} of all other matrices, if these were decided too
 
 It is a file of its own, or the section "allocation" of a `.moe` file.
 """
@@ -13,7 +14,7 @@ It is a file of its own, or the section "allocation" of a `.moe` file.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from edgemoe.file.parse import parse_json
 
 __all__ = ["Allocation"]
 
-_VERSION = 1
+_VERSIONS = (1, 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +42,8 @@ class Allocation:
     """[L, E]"""
     protected: tuple[tuple[int, int], ...] = ()
     """(layer, expert)"""
+    dense: Mapping[str, int] = field(default_factory=dict)
+    """Bits of each matrix outside the routed experts; empty where nothing was decided of them."""
 
     @property
     def average(self) -> float:
@@ -49,11 +52,13 @@ class Allocation:
 
     def to_json(self) -> bytes:
         """Returns the JSON form."""
-        value = {
-            "edgemoe_allocation": _VERSION, "method": self.method, "settings": dict(self.settings),
+        value: dict[str, Any] = {
+            "edgemoe_allocation": 2 if self.dense else 1, "method": self.method, "settings": dict(self.settings),
             "layers": list(self.layers), "bits": self.bits.tolist(),
             "protected": [list(p) for p in self.protected],
         }  # fmt: skip
+        if self.dense:
+            value["dense"] = dict(self.dense)
         return json.dumps(value).encode() + b"\n"
 
     @classmethod
@@ -71,8 +76,8 @@ class Allocation:
             version = value["edgemoe_allocation"]
         except (FormatError, TypeError, KeyError):
             raise FormatError(f"{where}: not an allocation of edgemoe") from None
-        if version != _VERSION:
-            raise FormatError(f"{where}: allocation version {quoted(version)}; expected 1")
+        if type(version) is not int or version not in _VERSIONS:
+            raise FormatError(f"{where}: allocation version {quoted(version)}; expected 1 or 2")
         try:
             bits = np.array(value["bits"])
             layers = tuple(map(int, value["layers"]))
@@ -83,10 +88,14 @@ class Allocation:
                 or ((bits < 1) | (bits > 8)).any()
             ):
                 raise ValueError
+            if ("dense" in value) != (version == 2):
+                raise ValueError
+            dense = {str(name): int(b) for name, b in dict(value.get("dense", {})).items()}
             return cls(
                 method=str(value["method"]), settings=dict(value["settings"]), layers=layers,
                 bits=bits.astype(np.int8),
                 protected=tuple((int(layer), int(expert)) for layer, expert in value["protected"]),
+                dense=dense,
             )  # fmt: skip
         except (ValueError, TypeError, KeyError, OverflowError):
             raise FormatError(f"{where}: not an allocation of edgemoe") from None
@@ -125,3 +134,24 @@ class Allocation:
                 f"{where}: asks for {self.bits[row, expert]} bits of expert {expert} of layer {self.layers[row]}; "
                 f"the file has {most[row, expert]}"
             )
+
+    def check_dense(self, matrices: Collection[str], levels: tuple[int, ...], where: str) -> None:
+        """Checks that it says the bits of exactly these matrices, which a file has at some levels.
+
+        Raises:
+            FormatError: it does not; says which.
+        """
+        if not self.dense:
+            raise FormatError(
+                f"{where}: says nothing of matrices outside the experts; "
+                "edgemoe allocate --method search decides these too"
+            )
+        odd = sorted(set(self.dense).symmetric_difference(matrices))
+        if odd:
+            verb = "says nothing of" if odd[0] in matrices else "is for a model with"
+            raise FormatError(f"{where}: {verb} the matrix {quoted(odd[0])}")
+        for name, bits in self.dense.items():
+            if bits not in levels:
+                raise FormatError(
+                    f"{where}: asks for {bits} bits of {name}; the file has {', '.join(map(str, levels))}"
+                )

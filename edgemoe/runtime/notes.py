@@ -23,7 +23,11 @@ def notes_of(
     notes, have, dense = [], moe.expert_bits, moe.dense_ladder[-1]
     if (bits < have).any():
         notes.append(f"lossy: experts at {_mean_bits(bits)} of the file's {_mean_bits(have)} bits")
-    if options.dense_bits is not None and options.dense_bits < dense:
+    if options.dense_bits == "auto":
+        matrices = [t for t in moe.tensors.values() if t.spec.kind == "nested"]
+        own = [moe.dense_ladder[len(t.lengths) - 1] for t in matrices]
+        notes.append(f"lossy: dense weights at {min(own)} to {max(own)} of the file's {dense} bits")
+    elif options.dense_bits is not None and options.dense_bits < dense:
         notes.append(f"lossy: dense weights at {options.dense_bits} of the file's {dense} bits")
     if moe.config.experts_per_token != given.experts_per_token:
         notes.append(

@@ -25,7 +25,7 @@ from edgemoe.runtime.model import Model
 from edgemoe.runtime.notes import notes_of
 from edgemoe.runtime.on_device import OnDevice
 from edgemoe.runtime.options import EngineOptions
-from edgemoe.runtime.precisions import Bits, bits_of, with_kv_table
+from edgemoe.runtime.precisions import Bits, bits_of, dense_level, with_dense_bits, with_kv_table
 from edgemoe.runtime.profile import ProfileFile
 from edgemoe.runtime.room import Room
 from edgemoe.scheduler import SCHEDULERS, SECTIONS, Setting
@@ -94,10 +94,11 @@ def open_model(
     given = moe.config
     moe = with_experts(moe, options.experts)
     options = with_kv_table(moe, options)
+    moe = with_dense_bits(moe, options)
     moe, adapters = Adapters.open(moe, named_adapters(options.adapters))
     bits = bits_of(moe, options)
     profile = None if options.profile is None else ProfileFile.open(Path(options.profile), moe)
-    dense_level = moe.dense_level(options.dense_bits)
+    rungs = dense_level(moe, options)
     if options.context is not None and not 1 <= options.context <= moe.config.context_length:
         raise ValueError(
             f"context: expected 1 to {moe.config.context_length} (the model's), got {options.context}"
@@ -112,9 +113,7 @@ def open_model(
     hardware.trim()
     peak = hardware.peak_bytes()
     opening = peak if peak > peak_before and options.whole_process else 0
-    model = _assembled(
-        moe, given, options, bits, dense_level, sections, before, opening, told, adapters
-    )
+    model = _assembled(moe, given, options, bits, rungs, sections, before, opening, told, adapters)
     model.sections_bytes = sections_bytes
     model.notes = notes_of(moe, given, bits.noted, options) + model.scheduler.notes
     if profile is not None:
@@ -238,9 +237,10 @@ def room_for_experts(moe: MoeFile, options: EngineOptions) -> int:
     """
     threads = hardware.num_threads() if options.threads is None else options.threads
     options = with_kv_table(moe, options)
+    moe = with_dense_bits(moe, options)
     return Budget.divide(
         moe, ram=default_ram() if options.ram is None else parse_size(options.ram),
-        process=hardware.process_bytes(), level=1, dense_level=moe.dense_level(options.dense_bits),
+        process=hardware.process_bytes(), level=1, dense_level=dense_level(moe, options),
         context=options.context, kv_types=options.kv_types, ops=OpsShape.of(moe.config, threads),
         sequences=options.sequences,
     ).room  # fmt: skip

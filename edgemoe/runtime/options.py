@@ -45,15 +45,17 @@ class EngineOptions:
     """Most precision of routed experts, one of the file's levels; None for all that the file has of each, "auto" for
     each expert's own."""
     allocation: str | os.PathLike[str] | None = None
-    """With bits "auto", a file that says each expert's (`edgemoe allocate`); None for the model file's own."""
+    """With bits or dense bits "auto", a file that says each expert's, or each matrix's (`edgemoe allocate`); None for
+    the model file's own."""
     adapters: (
         str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
         | Mapping[str, str | os.PathLike[str]] | None
     ) = None  # fmt: skip
     """Files of `edgemoe convert --base`, or such by the names that they shall have; without, a name is the file's. An
     `Engine` begins with the first, see `Engine.adapter`."""
-    dense_bits: int | None = None
-    """Precision of all other matrices, one of the file's levels; None for all that the file has."""
+    dense_bits: int | Literal["auto"] | None = None
+    """Precision of all other matrices, one of the file's levels; None for all that the file has, "auto" for each
+    matrix's own, which `edgemoe allocate --method search` chose."""
     experts: int | None = None
     """Routed experts per token; None for the model's own number. Another number is another model."""
     context: int | None = None
@@ -100,9 +102,10 @@ class EngineOptions:
         put("device", str(DeviceName.parse(self.device)))
         if self.device == "cpu" and self.vram is not None:
             raise ValueError("vram: expected a device, as the processor has none of its own")
-        if self.bits not in (None, "auto"):
-            put("bits", whole("bits", self.bits))
-        for name in ("dense_bits", "experts", "context"):  # their ranges are the model's
+        for name in ("bits", "dense_bits"):
+            if getattr(self, name) not in (None, "auto"):
+                put(name, whole(name, getattr(self, name)))
+        for name in ("experts", "context"):  # their ranges are the model's
             if getattr(self, name) is not None:
                 put(name, whole(name, getattr(self, name)))
         if self.threads is not None:
@@ -131,8 +134,8 @@ class EngineOptions:
             raise ValueError(f"scheduler: expected one of {known}, got {self.scheduler}")
         if self.bits == "auto" and self.scheduler != "on-demand":
             raise ValueError(f"bits: auto is for the scheduler on-demand, not {self.scheduler}")
-        if self.allocation is not None and self.bits != "auto":
-            raise ValueError("allocation: expected bits to be auto")
+        if self.allocation is not None and "auto" not in (self.bits, self.dense_bits):
+            raise ValueError("allocation: expected bits or dense bits to be auto")
         self._check_adapters()
         if self.trace is not None and self.observer is not None:
             raise ValueError("trace and observer: expected one of them")
@@ -149,6 +152,8 @@ class EngineOptions:
             raise ValueError(
                 f"adapters: expected the scheduler on-demand without options, got {what}"
             )
+        if self.dense_bits == "auto":
+            raise ValueError("dense_bits: auto is of a model alone; expected no adapters beside it")
         for name in ("trace", "profile"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name}: is of a model alone; expected no adapters beside it")

@@ -15,7 +15,7 @@ from edgemoe.model import KvTable
 from edgemoe.quant import Allocation
 from edgemoe.runtime.options import EngineOptions
 
-__all__ = ["Bits", "bits_of", "with_kv_table"]
+__all__ = ["Bits", "bits_of", "dense_level", "with_dense_bits", "with_kv_table"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +34,36 @@ class Bits:
         if (self.each != self.noted).any():  # the scheduler has a note of its own
             chosen["bits"] = self.each
         return chosen
+
+
+def with_dense_bits(moe: MoeFile, options: EngineOptions) -> MoeFile:
+    """Returns a file whose matrices outside the experts have the bits that an allocation gives each, if they shall.
+
+    Raises:
+        ValueError: there is no allocation.
+        FormatError: it is none, another model's, or says nothing of these matrices.
+        OSError: its file cannot be read.
+    """
+    if options.dense_bits != "auto":
+        return moe
+    found, where = _allocation(moe, options.allocation)
+    if found is None:
+        raise ValueError(
+            f"dense_bits: auto takes an allocation, and {moe.path} has none; "
+            "edgemoe allocate --method search makes it"
+        )
+    tensors = dict(moe.tensors)
+    names = [name for name, t in tensors.items() if t.spec.kind == "nested"]
+    found.check_dense(names, moe.dense_ladder, where)
+    for name in names:
+        t, level = tensors[name], moe.dense_level(found.dense[name])
+        tensors[name] = replace(t, lengths=t.lengths[:level], crcs=t.crcs[:level])
+    return replace(moe, tensors=tensors)
+
+
+def dense_level(moe: MoeFile, options: EngineOptions) -> int:
+    """Returns how many rungs of a matrix outside the experts are used at most."""
+    return moe.dense_level(None if options.dense_bits == "auto" else options.dense_bits)
 
 
 def with_kv_table(moe: MoeFile, options: EngineOptions) -> EngineOptions:
@@ -67,7 +97,7 @@ def bits_of(moe: MoeFile, options: EngineOptions) -> Bits:
     """Returns at which bits a file's experts run."""
     have = moe.expert_bits
     if options.bits == "auto":
-        each = _allocation(moe, options.allocation)
+        each = _allocated_bits(moe, options.allocation)
         if moe.experts.names is not None:
             # An adapter's expert has the bits of the one in whose place it is.
             names = np.maximum(moe.experts.names, 0).reshape(len(each), -1)
@@ -79,19 +109,25 @@ def bits_of(moe: MoeFile, options: EngineOptions) -> Bits:
     return Bits(bits, each, each)
 
 
-def _allocation(moe: MoeFile, path: str | os.PathLike[str] | None) -> NDArray[np.int8]:
+def _allocated_bits(moe: MoeFile, path: str | os.PathLike[str] | None) -> NDArray[np.int8]:
     """Returns each expert's bits [L, E]: a file's, the model's section, or what is there where experts differ."""
     have = moe.expert_bits[:, : moe.config.num_experts]
-    if path is not None:
-        content, where = Path(path).read_bytes(), str(path)
-    elif "allocation" in moe.sections:
-        content, where = moe.sections["allocation"], f"{moe.path}: section allocation"
-    elif (have < moe.ladder[-1][0]).any():
+    found, where = _allocation(moe, path)
+    if found is not None:
+        found.check(moe.config, tuple(rung[0] for rung in moe.ladder), where, most=have)
+        return found.bits
+    if (have < moe.ladder[-1][0]).any():
         return have
-    else:
-        raise ValueError(
-            f"bits: auto takes an allocation, and {moe.path} has none; edgemoe allocate makes it"
-        )
-    found = Allocation.from_json(content, where)
-    found.check(moe.config, tuple(rung[0] for rung in moe.ladder), where, most=have)
-    return found.bits
+    raise ValueError(
+        f"bits: auto takes an allocation, and {moe.path} has none; edgemoe allocate makes it"
+    )
+
+
+def _allocation(moe: MoeFile, path: str | os.PathLike[str] | None) -> tuple[Allocation | None, str]:
+    """Returns a file's allocation, or the model's own, and what errors call it."""
+    if path is not None:
+        return Allocation.from_json(Path(path).read_bytes(), str(path)), str(path)
+    where = f"{moe.path}: section allocation"
+    if "allocation" not in moe.sections:
+        return None, where
+    return Allocation.from_json(moe.sections["allocation"], where), where

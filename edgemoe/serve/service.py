@@ -360,9 +360,12 @@ class Service:
 def _fingerprint(opened: Opened) -> str:
     """Returns a name of all that decides which text a seed gives."""
     model, o = opened.model, opened.model.options
+    dense: object = o.dense_bits
+    if dense == "auto":  # each matrix its own
+        dense = [len(tensor.lengths) for tensor in model.moe.tensors.values()]
     said = json.dumps([
         edgemoe.__version__, str(model.moe.source), model.config.family, model.config.experts_per_token,
-        hashlib.sha256(model.top_bits.tobytes()).hexdigest(), o.dense_bits, o.scheduler,
+        hashlib.sha256(model.top_bits.tobytes()).hexdigest(), dense, o.scheduler,
         str(sorted(o.options.items())), repr(o.kv_types),
         *(hashlib.sha256(file.experts.crcs.tobytes()).hexdigest() for file in model.adapters.files),
     ])  # fmt: skip

@@ -211,7 +211,7 @@ def test_wrong_use_is_one_line(tiny_moe, tmp_path):
     path.write_bytes(allocation().to_json())
     with pytest.raises(ValueError, match="has none; edgemoe allocate makes it"):
         edgemoe.load(tiny_moe, bits="auto")
-    with pytest.raises(ValueError, match="expected bits to be auto"):
+    with pytest.raises(ValueError, match="expected bits or dense bits to be auto"):
         edgemoe.load(tiny_moe, bits=3, allocation=path)
     with pytest.raises(ValueError, match=r"bits: expected \[2, 8\] of \(2, 3, 4, 6, 8\)"):
         edgemoe.load(tiny_moe, options={"bits": np.full((2, 8), 5, np.int8)})
@@ -340,7 +340,7 @@ def test_command(tiny_moe, calibrated, tmp_path, capsys):
     assert "expected either --avg-bits or --max-loss" in capsys.readouterr().err
     assert main([*run, "--max-loss", "0.1"]) == 2
     assert main([*run, "--avg-bits", "3", "--seed", "1"]) == 2
-    assert "--seed: for --method random only" in capsys.readouterr().err
+    assert "--seed: for --method random or search only" in capsys.readouterr().err
     for flags, what in [
         (["--avg-bits", "nan"], "average bits: expected at least 1, got nan"),
         (["--avg-bits", "3", "--method", "expertwise", "--window", "0"], "window: expected 1 to"),

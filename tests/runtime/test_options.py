@@ -52,7 +52,7 @@ def test_what_is_no_whole_number_is_refused_alike(name, value):
         ({"options": 0}, "options: expected names and values, got 0"),
         ({"scheduler": "magic"}, "scheduler: expected one of on-demand"),
         ({"bits": "auto", "scheduler": "mc"}, "bits: auto is for the scheduler on-demand"),
-        ({"bits": 4, "allocation": "a.json"}, "allocation: expected bits to be auto"),
+        ({"bits": 4, "allocation": "a.json"}, "allocation: expected bits or dense bits to be auto"),
         ({"trace": "t", "observer": object()}, "trace and observer: expected one of them"),
     ],
 )

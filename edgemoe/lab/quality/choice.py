@@ -130,7 +130,7 @@ def applies(moe: MoeFile, row: Row) -> bool:
     return bool(row["sections"] == now)
 
 
-def stored_rows(moe: MoeFile, *, dense_bits: int) -> list[Row]:
+def stored_rows(moe: MoeFile, *, dense_bits: int | str) -> list[Row]:
     """Returns the rows that the file holds at these dense bits and that were measured with what it holds now."""
     report = stored(moe)
     rows = () if report is None else report["rows"]
@@ -138,7 +138,7 @@ def stored_rows(moe: MoeFile, *, dense_bits: int) -> list[Row]:
 
 
 def plain_rows(
-    moe: MoeFile, *, dense_bits: int, cache_types: tuple[str, str]
+    moe: MoeFile, *, dense_bits: int | str, cache_types: tuple[str, str]
 ) -> dict[int | str, Row]:
     """Returns what was measured of each level alone, by its bits; "auto" where each expert has its own."""
     rows = stored_rows(moe, dense_bits=dense_bits)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from edgemoe.runtime.engine import load
 
-__all__ = ["Loss", "half_log_softmax"]
+__all__ = ["Loss", "half_log_softmax", "log_softmax_rows"]
 
 
 class Loss:
@@ -55,7 +55,11 @@ class Loss:
 
 def half_log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     """Returns the log-probabilities of the second half of a window, [T - T // 2, V]."""
-    half = logits[len(logits) // 2 :]
-    half = half - half.max(1, keepdims=True)
-    out: NDArray[np.float32] = half - np.log(np.exp(half).sum(1, keepdims=True))
+    return log_softmax_rows(logits[len(logits) // 2 :])
+
+
+def log_softmax_rows(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Returns the log-probabilities of logits [T, V], in float32."""
+    shifted = logits - logits.max(1, keepdims=True)
+    out: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     return out

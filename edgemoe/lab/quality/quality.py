@@ -156,7 +156,7 @@ class Trial(EngineOptions):
     """Is one way to run a model, whose precisions are always said; the context is that of the text."""
 
     bits: int | Literal["auto"]
-    dense_bits: int
+    dense_bits: int | Literal["auto"]
     whole_process: bool = True
     steady: bool = True
     decode: bool = False

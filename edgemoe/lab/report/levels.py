@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -70,11 +71,12 @@ def levels(moe: MoeFile) -> list[Level]:
     return out
 
 
-def bits_per_weight(moe: MoeFile, average_bits: float, dense_bits: int) -> float:
+def bits_per_weight(moe: MoeFile, average_bits: float, dense_bits: int | Literal["auto"]) -> float:
     """Returns bits per weight over all matrices where experts have `average_bits`, between levels by interpolation.
 
     Args:
-        dense_bits: one of the dense ladder, which may have more levels than the experts'.
+        dense_bits: one of the dense ladder, which may have more levels than the experts'; "auto" for what the file
+            has of each matrix.
     """
     all_levels = levels(moe)
     experts = np.interp(
@@ -83,7 +85,7 @@ def bits_per_weight(moe: MoeFile, average_bits: float, dense_bits: int) -> float
         [8 * level.expert_bytes / level.expert_weights for level in all_levels],
     )
     last = all_levels[-1]
-    dense = 8 * _dense_bytes(moe, moe.dense_level(dense_bits))
+    dense = 8 * _dense_bytes(moe, moe.dense_level(None if dense_bits == "auto" else dense_bits))
     return (float(experts) * last.expert_weights + dense) / (
         last.expert_weights + last.dense_weights
     )

@@ -11,7 +11,7 @@ export class About {
     const rows = [
       ["Name", all.name], ["Family", all.family], ["File", bytes(all.file_bytes)], ["Levels", `${all.level_bits.join(", ")} bits`],
       ["Experts", `${all.layers} layers × ${all.experts}, ${all.set.experts} for each token`],
-      ["Experts run at", `${all.set.is_auto ? "their own bits, at most " : ""}${all.set.bits} bits`], ["Other weights", `${all.dense_bits} bits`],
+      ["Experts run at", `${all.set.is_auto ? "their own bits, at most " : ""}${all.set.bits} bits`], ["Other weights", all.dense_bits === "auto" ? "their own bits" : `${all.dense_bits} bits`],
       ["Context", `${all.context} tokens`], ["Keys and values", all.kv_types.join(" and ")], ["Scheduler", all.set.scheduler],
       ["Answers", all.notes.length ? all.notes.join("; ") : "exact"], ["Calls of tools", all.tools],
       ["Server", `edgemoe ${all.version}, ${all.isa}, ${all.threads} threads`], ["Fingerprint", all.fingerprint],

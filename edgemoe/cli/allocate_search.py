@@ -1,0 +1,137 @@
+"""`edgemoe allocate --method search`: bits for everything under one number of bytes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgemoe.cli.allocated import check_target, keep, show
+from edgemoe.cli.console import decode_text, note, say
+from edgemoe.cli.names import model_path
+from edgemoe.cli.progress import Progress
+from edgemoe.file.whole import write_whole
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgemoe.lab.bits.everything import Found
+
+__all__ = ["kept", "search"]
+
+_PROG = "edgemoe allocate"
+_CONTEXT, _WINDOW, _WINDOWS, _GENERATIONS = 4096, 256, 16, 40
+
+
+def kept(args: argparse.Namespace) -> Path:
+    """Returns where a search lies while it is under way."""
+    path: Path = args.out or args.model
+    return path.with_suffix(".search")
+
+
+def search(args: argparse.Namespace) -> None:
+    """Searches, writes what it found, and prints it.
+
+    Raises:
+        ValueError: a flag is missing, or one is of no use here.
+    """
+    for name in ("avg_bits", "levels"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')}: search takes --bytes alone")
+    if args.per_layer:
+        raise ValueError("--per-layer: search takes --bytes alone")
+    if args.bytes is None:
+        raise ValueError("--method search: expected --bytes")
+    if args.calibration is None:
+        raise ValueError("--method search: expected --calibration; edgemoe calibrate makes it")
+    args.model = model_path(str(args.model))
+    out: Path = args.out or args.model.with_suffix(".allocation.json")
+    check_target(args, out)
+    if not args.store:
+        check_target(args, _table_path(out))
+    import numpy as np
+
+    from edgemoe.file.format import open_moe
+    from edgemoe.lab.bits.calibrate import default_text as calibration_text
+    from edgemoe.lab.bits.calibrate import windows_of
+    from edgemoe.lab.bits.everything import search_everything
+    from edgemoe.lab.bits.search import Rounds
+    from edgemoe.lab.quality.text import default_text
+    from edgemoe.quant import Calibration
+
+    moe, calibration = open_moe(args.model), Calibration(args.calibration)
+    if calibration.note:
+        note(f"{_PROG}: {calibration.note}")
+    most = moe.config.context_length
+    context = min(_CONTEXT, most) if args.context is None else args.context
+    if context > most:
+        raise ValueError(f"--context: expected at most {most} (the model's), got {context}")
+    count = _WINDOWS if args.chunks is None else args.chunks
+    if count < 1:
+        raise ValueError(f"chunks: expected at least 1, got {count}")
+
+    def cut(path: Path | None, default: str) -> NDArray[np.int32]:
+        """Returns pieces from all over a text."""
+        text = default if path is None else decode_text(path.read_bytes(), path)
+        every = windows_of(moe, text, window=args.window or _WINDOW, count=None)
+        which = np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int)
+        return every[np.random.default_rng(0).permutation(which)]
+
+    tokens, held_out = cut(args.text, calibration_text()), cut(args.held_out, default_text())
+    few = max(len(tokens) // 8, 1)
+    rounds = Rounds(
+        generations=_GENERATIONS if args.generations is None else args.generations, seed=args.seed or 0,
+        alone=-(-len(tokens) // 2), windows=(few, min(2 * few, len(tokens)), len(tokens)),
+    )  # fmt: skip
+    with Progress("searching", unit="choice") as progress:
+        found = search_everything(
+            args.model, calibration, tokens, args.bytes, kept(args), context=context, rounds=rounds,
+            held_out=held_out, protect=not args.no_protect, is_new=args.overwrite, progress=progress,
+        )  # fmt: skip
+    _write(args, found, out)
+    kept(args).unlink(missing_ok=True)
+    show(found.allocation)
+    _show_rest(found, context)
+
+
+def _table_path(out: Path) -> Path:
+    """Returns where the table of keys and values goes."""
+    stem = out.name.removesuffix(".json").removesuffix(".allocation")
+    return out.with_name(f"{stem}.kv.json")
+
+
+def _write(args: argparse.Namespace, found: Found, out: Path) -> None:
+    """Keeps the allocation, and the table of keys and values beside it."""
+    if args.store:
+        keep(args, out, "allocation", found.allocation.to_json())
+        if found.table is not None:
+            keep(args, out, "kv_types", found.table.to_json())
+        note(f"{_PROG}: stored in {args.model}")
+        return
+    write_whole(out, found.allocation.to_json())
+    if found.table is not None:
+        write_whole(_table_path(out), found.table.to_json())
+    both = f"{out} and {_table_path(out)}" if found.table is not None else f"{out}"
+    note(f"{_PROG}: wrote {both}")
+
+
+def _show_rest(found: Found, context: int) -> None:
+    """Prints the bits of all but experts, and what the choice costs."""
+    say("", "| matrices | bits |", "|---|---|")
+    for name, bits in found.allocation.dense.items():
+        say(f"| {name} | {bits} |")
+    if found.table is not None:
+        say("", "| layer | keys | values |", "|---|---|---|")
+        for layer, row in enumerate(found.table.layers):
+            say(f"| {layer} | {' | '.join(row or ('–', '–'))} |")
+    say(
+        "",
+        f"{found.bytes / 2**20:.2f} MiB with keys and values of {context} tokens; KL {found.loss:.5f}, "
+        f"{found.start_loss:.5f} where it began; {found.kept} generations were better than the one before",
+    )
+    if found.held_out is not None:
+        before, now, error = found.held_out
+        say(
+            f"on held-out text: KL {now:.5f}, {before:.5f} where it began ({now - before:+.5f} ± {error:.5f})"
+        )

@@ -1,0 +1,223 @@
+"""Searches bits for everything of a model under one number of bytes; see `edgemoe.lab.bits.search` for how."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.file.format import open_moe
+from edgemoe.lab.bits import rules
+from edgemoe.lab.bits.search import Field, Rounds, Standing, evolve
+from edgemoe.lab.bits.search_file import SearchFile
+from edgemoe.lab.bits.units import Choice, Units
+from edgemoe.lab.quality.mixed_loss import MixedLoss
+from edgemoe.model import KvTable
+from edgemoe.quant import Allocation, Calibration
+
+__all__ = ["Found", "search_everything"]
+
+Floats = NDArray[np.float64]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Is what a search chose, and what it costs."""
+
+    allocation: Allocation
+    """Of experts and all other matrices."""
+    table: KvTable | None
+    """Of keys and values; None where the model has none."""
+    bytes: int
+    start_loss: float
+    """Mean KL divergence from the highest level with float16 keys and values, where the search began, in nats."""
+    loss: float
+    """The same of what it found, on the text that it searched on."""
+    held_out: tuple[float, float, float] | None
+    """On another text: where it began, what it found, and the standard error of the difference, as pairs of tokens."""
+    kept: int
+    """How many generations were better than what was before."""
+
+
+def search_everything(
+    path: str | os.PathLike[str],
+    calibration: Calibration,
+    windows: NDArray[np.int32],
+    total: int,
+    keep: Path,
+    *,
+    context: int,
+    rounds: Rounds,
+    held_out: NDArray[np.int32] | None = None,
+    protect: bool = True,
+    is_new: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Found:
+    """Searches bits of all experts and matrices and types of keys and values, all of which take `total` bytes at most.
+
+    What was found so far lies in `keep`; the same call goes on from there, after Ctrl-C too.
+
+    Args:
+        path: a `.moe` file.
+        calibration: of this model, with the errors of its levels.
+        windows: int32 [N, T] tokens to measure on, at least as many as the last stage of `rounds` has.
+        context: tokens whose keys and values count.
+        held_out: other tokens, which only the result is measured on.
+        protect: Super Experts have the most bits that the file has of them.
+        is_new: begin anew, whatever lies in `keep`.
+        progress: called with what is measured and how much there is.
+        options: of `EngineOptions`: ram, threads.
+
+    Raises:
+        ValueError: the bytes do not suffice, there are too few windows, or the calibration lacks errors.
+        FormatError: the model, its calibration or `keep` is not sound, or they do not belong together.
+    """
+    moe = open_moe(path)
+    calibration.check(moe.config)
+    units, last = Units(moe, context=context), rounds.windows[-1]
+    errors, spared = _errors(calibration, units), _super_experts(calibration) if protect else []
+    lowest = np.zeros(len(units), np.int64)
+    for layer, expert in spared:
+        unit = layer * moe.config.num_experts + expert
+        lowest[unit] = units.top[unit]
+    if len(windows) < last:
+        raise ValueError(f"the text has {len(windows)} windows; expected {last}")
+    if (least := units.bytes(lowest)) > total:
+        raise ValueError(f"{total} bytes; the fewest that this model takes are {least}")
+    identity = {
+        **KvTable.identity(moe), "bytes": total, "context": context, "protected": len(spared),
+        "rounds": {**asdict(rounds), "generations": None},
+        "tokens": zlib.crc32(windows[:last].tobytes()), "errors": zlib.crc32(errors.tobytes()),
+    }  # fmt: skip
+    saved = SearchFile(keep, json.loads(json.dumps(identity)), is_new=is_new)
+    steps, done = _steps(units, lowest), 0
+    work = len(steps) + rounds.generations * rounds.offspring
+
+    def tick(count: int = 1) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(min(done, work), work)
+
+    loss = MixedLoss(path, windows[:last], **options)
+
+    def measure(choice: Choice, count: int) -> float:
+        return float(_tokens(loss, units, choice, range(count)).mean())
+
+    losses = {}
+    try:
+        for name, choice in steps.items():
+            losses[name] = saved.cost(name, partial(measure, choice, rounds.alone))
+            tick()
+    finally:
+        saved.keep()
+    cost = _costs(losses, units, errors)
+    field = Field(cost=cost, sizes=units.sizes, lowest=lowest, highest=units.top, total=total)
+    first = field.least_sum()
+    state = saved.standing(len(units))
+    if state is None:
+        state = Standing(0, first, measure(first, last))
+        saved.begin(state)
+    tick(state.generation * rounds.offspring)
+
+    def after(state: Standing) -> None:
+        saved.write(state)
+        tick(rounds.offspring)
+
+    evolve(state, measure, field, rounds, done=after)
+    judged = None
+    if held_out is not None:
+        del loss
+        judged = _judged(MixedLoss(path, held_out, **options), units, first, state.parent)
+    settings = {"bytes": total, "context": context, "seed": rounds.seed, "loss": state.loss}
+    layers, rows = moe.config.moe_layers, units.kv_rows(state.parent)
+    allocation = Allocation(
+        method="search", settings=settings, layers=layers, bits=units.expert_bits(state.parent),
+        protected=tuple((layers[i], e) for i, e in spared), dense=units.dense_bits(state.parent),
+    )  # fmt: skip
+    table = KvTable(of=KvTable.identity(moe), layers=rows, settings=settings)
+    return Found(
+        allocation=allocation, table=table if units.cells else None, bytes=units.bytes(state.parent),
+        start_loss=saved.start_loss, loss=state.loss, held_out=judged, kept=state.kept,
+    )  # fmt: skip
+
+
+def _tokens(loss: MixedLoss, units: Units, choice: Choice, which: range | None) -> Floats:
+    """Returns each token's divergence."""
+    return loss(units.expert_bits(choice), units.rungs(choice), units.kv_rows(choice), which)
+
+
+def _judged(
+    loss: MixedLoss, units: Units, first: Choice, found: Choice
+) -> tuple[float, float, float]:
+    """Returns what two choices cost, and the standard error of the difference."""
+    before, now = (_tokens(loss, units, choice, None) for choice in (first, found))
+    return float(before.mean()), float(now.mean()), float((now - before).std() / len(now) ** 0.5)
+
+
+def _known(calibration: Calibration, what: str) -> Floats:
+    """Returns a statistic of all layers, [L, E, …]."""
+    return np.stack([calibration.layer(i, what) for i in calibration.layers]).astype(np.float64)
+
+
+def _super_experts(calibration: Calibration) -> list[tuple[int, int]]:
+    if not calibration.has("output_max"):
+        return []
+    return rules.super_experts(_known(calibration, "output_max"))
+
+
+def _errors(calibration: Calibration, units: Units) -> Floats:
+    """Returns the squared error of each expert at each of the file's levels, [L, E, B]."""
+    ladder = [rung[0] for rung in units.moe.ladder]
+    missing = [bits for bits in ladder if bits not in calibration.bits]
+    if missing:
+        raise ValueError(f"calibration: has no errors at {missing[0]} bits")
+    return _known(calibration, "error2")[:, :, [calibration.bits.index(bits) for bits in ladder]]
+
+
+def _steps(units: Units, lowest: Choice) -> dict[str, Choice]:
+    """Returns what is measured before the search, by name.
+
+    That is each layer's experts, and each matrix, key and value, at each level but the last.
+    """
+    out, E = {}, units.moe.config.num_experts
+    for layer in range(units.num_experts // E):
+        of = slice(layer * E, (layer + 1) * E)
+        for level in range(len(units.moe.ladder) - 1):
+            choice = units.top
+            choice[of] = np.clip(level, lowest[of], choice[of])
+            out[f"layer {layer}, {level}"] = choice
+    for unit in range(units.num_experts, len(units)):
+        for level in range(units.counts[unit] - 1):
+            choice = units.top
+            choice[unit] = level
+            out[f"{unit}, {level}"] = choice
+    return out
+
+
+def _costs(losses: dict[str, float], units: Units, errors: Floats) -> Floats:
+    """Returns what each level of each unit costs if losses add, [U, B].
+
+    An expert's share of its layer's loss at a level is that of its squared error.
+    """
+    cost = np.zeros(units.sizes.shape)
+    L, E, B = errors.shape
+    for layer in range(L):
+        for level in range(B - 1):
+            total = errors[layer, :, level].sum()
+            scale = losses[f"layer {layer}, {level}"] / total if total > 0 else 0.0
+            cost[layer * E : (layer + 1) * E, level] = scale * errors[layer, :, level]
+    for unit in range(units.num_experts, len(units)):
+        for level in range(units.counts[unit] - 1):
+            cost[unit, level] = losses[f"{unit}, {level}"]
+    return cost

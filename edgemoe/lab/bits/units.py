@@ -1,0 +1,84 @@
+"""What of a model may have more or fewer bits: experts, the other matrices, and each layer's keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.file.format import MoeFile
+from edgemoe.lab.bits.kv_types import KINDS, cells_of
+from edgemoe.model.kv_table import Row
+from edgemoe.ops import kv_bytes
+from edgemoe.specs import AttentionSpec
+
+__all__ = ["Choice", "Units"]
+
+Choice = NDArray[np.int64]
+"""[U]: each unit's level, 0 for the fewest bits."""
+
+
+class Units:
+    """Numbers everything that a choice gives a level: all experts, layer by layer; matrices; keys and values."""
+
+    def __init__(self, moe: MoeFile, *, context: int) -> None:
+        """Args:
+        context: tokens whose keys and values count; a layer with a window has at most those of it.
+        """
+        config = moe.config
+        self.moe, self.context = moe, context
+        self.num_experts = len(moe.experts.offsets)
+        self.matrices = tuple(name for name, t in moe.tensors.items() if t.spec.kind == "nested")
+        self.cells = tuple(cells_of(moe))
+        each = [moe.experts.sizes(level + 1) for level in range(len(moe.ladder))]
+        sizes = [
+            [int(size[e]) for size in each[:rungs]] for e, rungs in enumerate(moe.experts.rungs)
+        ]
+        for name in self.matrices:
+            sizes.append(np.cumsum(moe.tensors[name].lengths).tolist())
+        for cell in self.cells:
+            spec = config.mixer(cell.layer)
+            window = spec.window if isinstance(spec, AttentionSpec) else 0
+            held = min(context, window or context)
+            sizes.append([kv_bytes(kind, cell.heads, held, cell.columns) for kind in KINDS])
+        self.counts = np.array([len(row) for row in sizes])
+        """[U]: how many levels each has."""
+        self.sizes = np.array([row + [row[-1]] * (max(self.counts) - len(row)) for row in sizes])
+        """[U, B] bytes, ascending; beyond its levels those of the last."""
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def top(self) -> Choice:
+        """All that there is of each."""
+        return self.counts - 1
+
+    def bytes(self, choice: Choice) -> int:
+        """Returns what a choice takes."""
+        return int(self.sizes[np.arange(len(self)), choice].sum())
+
+    def expert_bits(self, choice: Choice) -> NDArray[np.int8]:
+        """Returns the bits of every expert, [L, E]."""
+        bits = np.array([rung[0] for rung in self.moe.ladder], np.int8)
+        return bits[choice[: self.num_experts]].reshape(-1, self.moe.config.num_experts)
+
+    def rungs(self, choice: Choice) -> Mapping[str, int]:
+        """Returns how many rungs each matrix has that is no expert's."""
+        first = self.num_experts
+        return {name: int(choice[first + i]) + 1 for i, name in enumerate(self.matrices)}
+
+    def dense_bits(self, choice: Choice) -> Mapping[str, int]:
+        """Returns the bits of each matrix that is no expert's."""
+        ladder = self.moe.dense_ladder
+        return {name: ladder[rungs - 1] for name, rungs in self.rungs(choice).items()}
+
+    def kv_rows(self, choice: Choice) -> tuple[Row, ...]:
+        """Returns the types of each layer's keys and values."""
+        rows: list[Row] = [None] * self.moe.config.num_layers
+        first = self.num_experts + len(self.matrices)
+        for cell, level in zip(self.cells, choice[first:].tolist(), strict=True):
+            kind, keys = KINDS[level], rows[cell.layer]
+            rows[cell.layer] = (kind, kind) if keys is None else (keys[0], kind)
+        return tuple(rows)

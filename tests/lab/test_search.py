@@ -1,0 +1,341 @@
+"""One search over experts, matrices, keys and values: the choice, going on, what is measured, and running with it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_allocate import TEXT
+
+import edgemoe
+from edgemoe.cli.main import main
+from edgemoe.errors import FormatError
+from edgemoe.file.format import open_moe
+from edgemoe.lab.bits.calibrate import calibrate, windows_of
+from edgemoe.lab.bits.everything import search_everything
+from edgemoe.lab.bits.kv_types import KINDS
+from edgemoe.lab.bits.search import MOST_CHANGES, Field, Rounds, Standing, evolve
+from edgemoe.lab.bits.units import Units
+from edgemoe.lab.quality.loss import half_log_softmax
+from edgemoe.lab.quality.mixed_loss import MixedLoss
+from edgemoe.model import KvTable, KvTypes, state_bytes
+from edgemoe.quant import Allocation, Calibration
+from edgemoe.store import dense_bytes, expert_bytes
+
+ROUNDS = Rounds(generations=2, offspring=4, survivors=2, alone=1, windows=(1, 1, 2))
+
+
+# ---------------------------------------------------------------- the search, on arrays
+
+
+def field(units=6, levels=3, seed=0, share=0.5, **changes):
+    """Costs that fall by less with every level, so that the sum can be made least by a price of a byte."""
+    rng = np.random.default_rng(seed)
+    sizes = np.cumsum(rng.integers(1, 9, (units, levels)), 1)
+    cost = np.sort(rng.random((units, levels)), 1)[:, ::-1] ** 3
+    least, most = int(sizes[:, 0].sum()), int(sizes[:, -1].sum())
+    given = {
+        "cost": cost, "sizes": sizes, "lowest": np.zeros(units, np.int64),
+        "highest": np.full(units, levels - 1), "total": int(least + share * (most - least)),
+    }  # fmt: skip
+    return Field(**{**given, **changes})
+
+
+def test_the_start_is_inside_the_bytes_and_near_the_least():
+    for seed in range(30):
+        f = field(seed=seed, share=seed / 29)
+        found = f.least_sum()
+        assert f.takes(found) <= f.total
+        choices = map(np.array, itertools.product(range(3), repeat=6))
+        sums = [f.adds(c) for c in choices if f.takes(c) <= f.total]
+        assert f.adds(found) >= min(sums)
+        # What is left between two prices is less than one unit's gain by one level.
+        assert f.adds(found) <= min(sums) + (f.cost[:, :-1] - f.cost[:, 1:]).max()
+
+
+def test_what_has_one_size_and_falls_evenly_is_solved_exactly():
+    cost = np.array([[8.0, 2, 1], [6, 5, 4.5], [9, 5, 2], [3, 1, 0]])
+    f = field(units=4, cost=cost, sizes=np.tile([1, 2, 3], (4, 1)), total=8)
+    assert f.least_sum().tolist() == [1, 0, 2, 1]  # -6, -4, -3 and -2 are the largest steps
+
+
+def test_bounds_are_kept_and_too_few_bytes_said():
+    f = field(share=0.4)
+    low, high = np.array([0, 1, 0, 2, 0, 0]), np.array([2, 2, 0, 2, 1, 2])
+    f = replace(f, lowest=low, highest=high)
+    parent, rng = f.least_sum(), np.random.default_rng(1)
+    for _ in range(200):
+        child = f.changed(parent, rng)
+        if child is not None:
+            assert ((child >= low) & (child <= high)).all()
+            assert f.takes(child) <= f.total
+            assert (np.abs(child - parent) <= 1).all()
+            assert 1 <= (child != parent).sum() <= MOST_CHANGES
+            parent = child
+    with pytest.raises(ValueError, match=r"3 bytes; the lowest levels take \d+"):
+        replace(f, total=3).least_sum()
+
+
+def test_losses_that_do_not_add_are_found():
+    """Two units are worth something only together, which no sum of each alone can say."""
+    f = field(units=8, cost=np.zeros((8, 2)), sizes=np.tile([1, 2], (8, 1)), highest=np.ones(8, int),
+              total=10)  # fmt: skip
+
+    def measure(choice, count):
+        return 10.0 - 9 * (choice[3] and choice[6]) - 0.1 * choice[:3].sum() / count
+
+    begin = Standing(0, np.array([1, 1, 0, 0, 0, 0, 0, 0]), 9.8)
+    rounds = Rounds(generations=20, offspring=8, survivors=3, windows=(1, 2, 2))
+    seen = []
+    found = evolve(replace(begin), measure, f, rounds, done=lambda s: seen.append(replace(s)))
+    assert found.parent.tolist() == [0, 0, 0, 1, 0, 0, 1, 0]
+    assert found.loss == 1.0
+    assert [s.generation for s in seen] == list(range(1, 21))
+    assert [s.loss for s in seen] == sorted((s.loss for s in seen), reverse=True)
+    # From any generation on it is the same search.
+    again = evolve(replace(seen[3]), measure, f, rounds)
+    assert again.parent.tolist() == found.parent.tolist()
+    assert (again.loss, again.kept) == (found.loss, found.kept)
+
+
+# ---------------------------------------------------------------- a model
+
+
+@pytest.fixture(scope="module")
+def calibrated(tiny_moe, tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibration") / "tiny.calib"
+    calibrate(tiny_moe, TEXT, path, window=96, threads=1)
+    return path
+
+
+@pytest.fixture(scope="module")
+def windows(tiny_moe):
+    return windows_of(open_moe(tiny_moe), TEXT, window=48, count=2)
+
+
+def some(units, seed=0):
+    """Returns a choice by chance."""
+    return np.random.default_rng(seed).integers(0, units.counts)
+
+
+def written(units, choice, folder):
+    """Writes a choice as the two files that engines read; returns their options."""
+    moe = units.moe
+    allocation = Allocation(
+        method="search", layers=moe.config.moe_layers, bits=units.expert_bits(choice),
+        dense=units.dense_bits(choice),
+    )  # fmt: skip
+    (folder / "a.json").write_bytes(allocation.to_json())
+    table = KvTable(of=KvTable.identity(moe), layers=units.kv_rows(choice))
+    return {
+        "bits": "auto", "dense_bits": "auto", "allocation": folder / "a.json", "kv_table": table,
+        "cache_type_k": "auto", "cache_type_v": "auto",
+    }  # fmt: skip
+
+
+def test_bytes_are_those_of_the_file_and_the_cache(tiny_moe):
+    moe = open_moe(tiny_moe)
+    units = Units(moe, context=256)
+    floats = sum(sum(t.lengths) for t in moe.tensors.values() if t.spec.kind == "f32")
+    fewest = np.zeros(len(units), np.int64)
+    for level, choice, kind in ((5, units.top, "f16"), (1, fewest, "q2_0")):
+        dense = sum(sum(t.lengths[:level]) for t in moe.tensors.values()) - floats
+        held = state_bytes(moe.config, 256, KvTypes(kind, kind))
+        assert units.bytes(choice) == int(moe.experts.sizes(level).sum()) + dense + held
+
+
+def test_a_mixed_model_is_measured_as_it_runs(tiny_moe, windows, tmp_path):
+    """Against an engine that is opened with the choice as files; also after others were measured."""
+    units = Units(open_moe(tiny_moe), context=64)
+    loss = MixedLoss(tiny_moe, windows, threads=1)
+
+    def measured(choice, which=None):
+        return loss(units.expert_bits(choice), units.rungs(choice), units.kv_rows(choice), which)
+
+    with edgemoe.load(tiny_moe, threads=1) as engine:
+        reference = [half_log_softmax(engine.logits(w)) for w in windows]
+    assert not measured(units.top).any()
+    for seed in range(3):
+        choice = some(units, seed)
+        with edgemoe.load(tiny_moe, threads=1, **written(units, choice, tmp_path)) as engine:
+            own = [half_log_softmax(engine.logits(w)) for w in windows]
+        expected = [(np.exp(p) * (p - q)).sum(1) for p, q in zip(reference, own, strict=True)]
+        assert np.allclose(measured(choice), np.concatenate(expected), rtol=1e-4, atol=1e-7)
+        assert np.array_equal(measured(choice, range(1, 2)), measured(choice)[24:])
+    assert measured(some(units)).mean() > 1e-4
+
+
+def test_each_matrix_has_its_own_bits(tiny_moe, windows, tmp_path):
+    moe = open_moe(tiny_moe)
+    units = Units(moe, context=64)
+    four = np.full(len(units), 2)
+    for choice, plain in ((units.top, {}), (four, {"bits": 4, "dense_bits": 4})):
+        options = written(units, choice, tmp_path)
+        del options["kv_table"], options["cache_type_k"], options["cache_type_v"]
+        with edgemoe.load(tiny_moe, **options) as engine, edgemoe.load(tiny_moe, **plain) as other:
+            assert np.array_equal(engine.logits(windows[0]), other.logits(windows[0]))
+            assert engine.budget.dense == other.budget.dense
+    choice = some(units)
+    options = written(units, choice, tmp_path)
+    logits = []
+    for room in ({}, {"slots": 3 * expert_bytes(moe, len(moe.ladder))}):
+        with edgemoe.load(tiny_moe, **options, **room) as engine:
+            logits.append(engine.logits(windows[0]))
+            assert dense_bytes(moe, 1) < engine.budget.dense < dense_bytes(moe, len(moe.ladder))
+            assert engine.notes[0] == "lossy: dense weights at 2 to 8 of the file's 8 bits"
+            for n in range(24, 26):
+                engine.logits(windows[0][:n])
+                assert np.array_equal(engine.extend(windows[0][n : n + 1]), logits[0][n : n + 1])
+    assert np.array_equal(*logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dense": {}}, "says nothing of matrices outside the experts; edgemoe allocate"),
+        ({"dense": {"embed": 4}}, "says nothing of the matrix"),
+        ({"dense": {"embed": 5}}, "says nothing of the matrix"),
+        ({"dense": 3}, "not an allocation"),
+        ({"edgemoe_allocation": 3}, "allocation version 3; expected 1 or 2"),
+        ({"more": "x", "bits_of": 5}, "asks for 5 bits of embed; the file has 2, 3, 4, 6, 8"),
+        ({"more": "y", "bits_of": 4}, "is for a model with the matrix 'y'"),
+    ],
+)
+def test_what_says_nothing_of_the_matrices_is_refused(tiny_moe, tmp_path, change, said):
+    units = Units(open_moe(tiny_moe), context=64)
+    options = written(units, units.top, tmp_path)
+    value = json.loads(options["allocation"].read_text())
+    if "more" in change:
+        value["dense"]["y" if change["more"] == "y" else "embed"] = change["bits_of"]
+    options["allocation"].write_text(json.dumps(value | change))
+    with pytest.raises(FormatError, match=said):
+        edgemoe.load(tiny_moe, **options)
+
+
+def test_an_allocation_is_asked_for(tiny_moe, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"dense_bits: auto takes an allocation, .* --method search makes it"
+    ):
+        edgemoe.load(tiny_moe, dense_bits="auto")
+    # What knows nothing of matrices stays readable by what was there before.
+    old = Allocation(method="error", layers=(0,), bits=np.full((1, 2), 4, np.int8))
+    assert json.loads(old.to_json())["edgemoe_allocation"] == 1
+    new = replace(old, dense={"embed": 3})
+    assert json.loads(new.to_json())["edgemoe_allocation"] == 2
+    assert Allocation.from_json(new.to_json(), "x").dense == {"embed": 3}
+
+
+# ---------------------------------------------------------------- a search of a model
+
+
+def searched(moe, calibrated, windows, keep, **changes):
+    units = Units(open_moe(moe), context=64)
+    middle = (units.bytes(units.top) + units.bytes(units.top * 0)) // 2
+    given = {"context": 64, "rounds": ROUNDS, "threads": 1, **changes}
+    total = given.pop("total", middle)
+    return search_everything(moe, Calibration(calibrated), windows, total, keep, **given)
+
+
+def choice_of(units, found):
+    """Returns the choice that two results say."""
+    levels = [rung[0] for rung in units.moe.ladder]
+    experts = [levels.index(b) for b in found.allocation.bits.reshape(-1).tolist()]
+    dense = [units.moe.dense_ladder.index(found.allocation.dense[name]) for name in units.matrices]
+    kv = [KINDS.index(found.table.layers[cell.layer][cell.side]) for cell in units.cells]
+    return np.array([*experts, *dense, *kv])
+
+
+def test_a_search_goes_on_where_it_was(tiny_moe, calibrated, windows, tmp_path):
+    whole = searched(tiny_moe, calibrated, windows, tmp_path / "a")
+    assert whole.loss <= whole.start_loss
+    units = Units(open_moe(tiny_moe), context=64)
+    assert whole.bytes == units.bytes(choice_of(units, whole))
+    assert whole.bytes <= whole.allocation.settings["bytes"]
+    ((layer, expert),) = whole.allocation.protected
+    assert whole.allocation.bits[layer, expert] == 8
+    count = len(json.loads((tmp_path / "a").read_bytes())["costs"])
+    assert count == 2 * 4 + 4 * (len(units) - 16)
+    for stop in (5, count + 4):  # while units are measured alone, and after the first generation
+
+        def progress(done, total, stop=stop):
+            if done >= stop:
+                raise KeyboardInterrupt
+
+        keep = tmp_path / f"{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            searched(tiny_moe, calibrated, windows, keep, progress=progress)
+        again = searched(tiny_moe, calibrated, windows, keep)
+        assert np.array_equal(again.allocation.bits, whole.allocation.bits)
+        assert (again.allocation.dense, again.table) == (whole.allocation.dense, whole.table)
+        assert (again.start_loss, again.loss) == (whole.start_loss, whole.loss)
+    with pytest.raises(
+        FormatError, match="with other settings: context is 64, not 32; --overwrite"
+    ):
+        searched(tiny_moe, calibrated, windows, tmp_path / "a", context=32)
+    (tmp_path / "b").write_text("{}")
+    with pytest.raises(FormatError, match="no search of edgemoe; --overwrite begins anew"):
+        searched(tiny_moe, calibrated, windows, tmp_path / "b")
+    with pytest.raises(ValueError, match=r"1000 bytes; the fewest that this model takes are \d+"):
+        searched(tiny_moe, calibrated, windows, tmp_path / "c", total=1000)
+    assert not (tmp_path / "c").exists()
+
+
+def test_command(tiny_moe, calibrated, tmp_path, capsys):
+    model = shutil.copy(tiny_moe, tmp_path / "m.moe")
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = [
+        "allocate", str(model), "--method", "search", "--text", str(text), "--held-out", str(text),
+        "--chunks", "2", "--window", "32", "--generations", "1", "--context", "64",
+    ]  # fmt: skip
+    sized = [*command, "--calibration", str(calibrated), "--bytes", "300KiB"]
+    assert main([*sized, "-o", str(tmp_path / "x.json")]) == 0
+    said = capsys.readouterr()
+    assert "MiB with keys and values of 64 tokens; KL" in said.out
+    assert "on held-out text: KL" in said.out
+    assert "wrote" in said.err
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"m.moe", "text.txt", "x.json", "x.kv.json"}
+    options = {"bits": "auto", "dense_bits": "auto", "cache_type_k": "auto", "cache_type_v": "auto"}
+    files = {"allocation": tmp_path / "x.json", "kv_table": tmp_path / "x.kv.json"}
+    with edgemoe.load(model, **options, **files) as engine:
+        expected = engine.logits([1, 2, 3])
+    assert main([*sized, "--store"]) == 0
+    with edgemoe.load(model, **options) as engine:
+        assert np.array_equal(engine.logits([1, 2, 3]), expected)
+    quality = [
+        "quality",
+        str(model),
+        "--bits",
+        "auto",
+        "--dense-bits",
+        "auto",
+        "-ctk",
+        "auto",
+        "-ctv",
+        "auto",
+    ]
+    assert main([*quality, "--text", str(text), "--chunk", "32", "--chunks", "1"]) == 0
+    assert "| auto |" in capsys.readouterr().out
+    for more, what in (
+        ([*quality, "--store"], "--store: keeps no figures of --dense-bits auto"),
+        (command, "expected --bytes"),
+        ([*command, "--bytes", "1MiB"], "expected --calibration; edgemoe calibrate makes it"),
+        ([*sized, "--avg-bits", "3"], "--avg-bits: search takes --bytes alone"),
+        ([*sized, "--per-layer"], "--per-layer: search takes --bytes alone"),
+        ([*sized, "--context", "1000"], "--context: expected at most 512"),
+        (
+            ["allocate", str(model), "--avg-bits", "3", "--bytes", "1MiB"],
+            "--bytes: for --method search only",
+        ),
+        (
+            ["allocate", str(model), "--avg-bits", "3", "--overwrite"],
+            "--overwrite: for --method search only",
+        ),
+    ):
+        assert main(more) == (1 if more[0] == "quality" else 2)
+        assert what in capsys.readouterr().err
