@@ -16,6 +16,7 @@ from edgemoe.cli.values import ram_size
 __all__ = ["main"]
 
 _PROG = "edgemoe calibrate"
+_NAMED = 8  # of the experts that saw few tokens
 
 _EPILOG = """\
 OUT.calib is read by `edgemoe convert --calibration` and `edgemoe allocate`.
@@ -56,11 +57,11 @@ def _calibrate(args: argparse.Namespace) -> None:
     out = _out(args)
     if out.exists() and not args.overwrite:
         raise FileExistsError(f"{out}: exists; --overwrite replaces it")
-    check_output(out, args.model, args.text, args.imatrix)
+    check_output(out, args.model, args.text, args.more, args.imatrix)
     if args.full and args.layers:
         raise ValueError("--layers: not together with --full, which has more")
     if args.imatrix is not None:
-        for name in ("text", "full", "layers", "window", "chunks", "ram", "threads"):
+        for name in ("text", "more", "full", "layers", "window", "chunks", "ram", "threads"):
             if getattr(args, name) not in (None, False):
                 raise ValueError(f"--{name}: not together with --imatrix, which is read as it is")
         from edgemoe.convert.imatrix import convert_imatrix
@@ -69,19 +70,26 @@ def _calibrate(args: argparse.Namespace) -> None:
         if missing:
             note(f"{_PROG}: {args.imatrix} knows nothing of {', '.join(missing)}")
     else:
-        from edgemoe.lab.bits.calibrate import WINDOW, calibrate, default_text
+        from edgemoe.lab.bits.calibrate import ENOUGH, WINDOW, calibrate, default_text
 
         if args.text is None:
             note("# no --text: the package's own, from Moby-Dick and State of the Union")
         text = (
             default_text() if args.text is None else decode_text(args.text.read_bytes(), args.text)
         )
+        more = None if args.more is None else decode_text(args.more.read_bytes(), args.more)
         with Progress("calibrating", unit="window") as progress:
-            calibrate(
+            starved = calibrate(
                 args.model, text, out, full=args.full, layers=args.layers,
                 window=WINDOW if args.window is None else args.window, count=args.chunks,
-                ram=args.ram, threads=args.threads, progress=progress,
+                more=more, ram=args.ram, threads=args.threads, progress=progress,
             )  # fmt: skip
+        if starved:
+            some = ", ".join(f"{layer}.{expert}" for layer, expert in starved[:_NAMED])
+            also = f" and {len(starved) - _NAMED} others" if len(starved) > _NAMED else ""
+            note(
+                f"# fewer than {ENOUGH} tokens for expert {some}{also} (layer.expert); --more goes on with more text"
+            )
     note(f"{_PROG}: wrote {out}: {out.stat().st_size / 2**20:.1f} MiB")
 
 
@@ -111,6 +119,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--window", type=int, metavar="N",
                         help="tokens of each piece of the text (default: 512)")  # fmt: skip
     parser.add_argument("--chunks", type=int, metavar="N", help="most pieces (default: all)")
+    parser.add_argument("--more", type=Path, metavar="FILE",
+                        help="text to go on with until nearly all experts have seen 128 tokens")  # fmt: skip
     parser.add_argument("--imatrix", type=Path, metavar="FILE",
                         help="take the sums from a llama.cpp imatrix (.dat or .gguf) instead")  # fmt: skip
     parser.add_argument(

@@ -221,6 +221,48 @@ def test_a_run_that_was_interrupted_goes_on(tiny_moe, made, tmp_path, monkeypatc
         assert np.array_equal(a.diagonal(name), b.diagonal(name))
 
 
+def test_more_text_is_taken_until_experts_have_seen_enough(tiny_moe, tmp_path, monkeypatch):
+    """A text that repeats itself starves experts; what they gain comes from the other one, and no more than needed."""
+    skewed, more = "aaaa" * (WINDOW // 2), "".join(map(chr, range(33, 126))) * 16
+    monkeypatch.setattr(lab, "ENOUGH", 40)
+    monkeypatch.setattr(lab, "BALANCED", 1.0)
+
+    def made(name, **given):
+        path = tmp_path / name
+        starved = calibrate(tiny_moe, skewed, path, window=WINDOW, threads=1, **given)
+        return starved, Calibration(path)
+
+    starved, alone = made("a")
+    counts = {i: alone.layer(i, "count") for i in (0, 1)}
+    assert starved == [(i, e) for i in (0, 1) for e in range(8) if counts[i][e] < 40]
+    assert starved
+    none, balanced = made("b", more=more)
+    assert none == []
+    after = {i: balanced.layer(i, "count") for i in (0, 1)}
+    assert min(n.min() for n in after.values()) >= 40
+    tokens = int(balanced.meta["tokens"])
+    assert tokens < len(skewed) + len(more) // WINDOW * WINDOW
+    # One window less was not enough, and the first text is there whole.
+    whole = f"{skewed}{more}"[: tokens - WINDOW]
+    short = tmp_path / "c"
+    assert calibrate(tiny_moe, whole, short, window=WINDOW, threads=1)
+    assert (after[0] >= counts[0]).all()
+
+    # Products are of the same text, and what is stopped goes on.
+    def stop(done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lab, "_SAVE_SECONDS", 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        made("d", more=more, full=True, progress=stop)
+    _, full = made("d", more=more, full=True)
+    assert np.array_equal(full.layer(0, "count"), after[0])
+    assert np.trace(full.matrix("experts.0.1.gate")) == pytest.approx(
+        full.diagonal("experts.0.1.gate").sum(), rel=1e-3
+    )
+
+
 def test_a_damaged_part_is_made_again(tiny_moe, made, tmp_path):
     out = tmp_path / "x.calib"
     done = []
@@ -429,6 +471,9 @@ def test_command(tiny_moe, tmp_path, capsys):
     run = ["calibrate", str(tiny_moe), "--text", str(text), "-o", str(out), "--window", "96"]
     assert main([*run, "--chunks", "2", "-t", "1"]) == 0
     assert Calibration(out).meta["tokens"] == "192"
+    said = capsys.readouterr().err
+    assert "fewer than 128 tokens for expert 0." in said
+    assert "others (layer.expert); --more goes on with more text" in said
     assert main(run) == 1
     assert "exists; --overwrite replaces it" in capsys.readouterr().err
     assert main([*run, "--overwrite", "--window", "100000"]) == 2

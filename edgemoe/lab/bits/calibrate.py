@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -36,12 +37,17 @@ from edgemoe.quant.columns import ColumnScales
 from edgemoe.runtime.budget import default_ram, parse_size
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["WINDOW", "calibrate", "default_text", "windows_of"]
+__all__ = ["ENOUGH", "WINDOW", "calibrate", "default_text", "windows_of"]
 
 Progress = Callable[[int, int], None]
 
 WINDOW = 512
 """Tokens of each piece of text, as llama.cpp's imatrix takes them."""
+
+ENOUGH, BALANCED = 128, 0.99
+"""Tokens that say enough of an expert, and the share of all experts that must have seen as many."""
+
+_COUNT = re.compile(r"experts\.[0-9]+\.count$")
 
 _PART = "a part of a calibration"
 _SAVE_SHARE = 20  # saving may take a twentieth of the time
@@ -95,13 +101,14 @@ def calibrate(
     layers: bool = False,
     window: int = WINDOW,
     count: int | None = None,
+    more: str | None = None,
     ram: int | str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> list[tuple[int, int]]:
     """Writes a calibration of a model, at the highest precision of its file.
 
-    The result depends on the model, the text and the arguments up to `count` alone; `full` ones on the numpy's
+    The result depends on the model, the text and the arguments up to `more` alone; `full` ones on the numpy's
     matrix product too. An interrupted call leaves parts beside `out`, from which the same call goes on.
 
     Args:
@@ -110,8 +117,13 @@ def calibrate(
         layers: the same, but for experts only what a layer's all take together: one matrix in place of two for each.
         window: tokens of each piece of text.
         count: most pieces; None for the whole text.
+        more: what to go on with until most experts of each layer have seen enough tokens (`BALANCED` of them
+            `ENOUGH`), or it ends: EAQuant's expert balance (arXiv 2506.13329).
         ram: memory for the whole process; None for what is free, less a margin.
         progress: called with the pieces that are done and their number, over all passes.
+
+    Returns:
+        The experts that saw fewer tokens than `ENOUGH`, as (layer, expert).
 
     Raises:
         ValueError: the text or an argument does not do.
@@ -124,6 +136,9 @@ def calibrate(
     moe = open_moe(path)
     scales = column_scales(moe)
     pieces = windows_of(moe, text, window=window, count=count)
+    needed = len(pieces)
+    if more is not None:
+        pieces = np.concatenate([pieces, windows_of(moe, more, window=window, count=None)])
     total_ram = default_ram() if ram is None else parse_size(ram)
     process = (
         hardware.process_bytes()
@@ -140,18 +155,21 @@ def calibrate(
     for i, (names, part) in enumerate(zip(passes, parts, strict=True)):
         sums = Products(moe.config, names) if names else _moments(moe)
         state = _State(part, identity, json.dumps(passes), sums)
-        start = state.done
-        if start == len(pieces):
-            continue
-        with TappedModel(
-            moe, state.sums, ram=total_ram, process=process, window=window, threads=threads
-        ) as run:
-            for n in range(start, len(pieces)):
-                run(pieces[n])
-                state.end_window()
-                if progress is not None:
-                    progress(i * len(pieces) + n + 1, len(passes) * len(pieces))
-            state.save()
+        if state.done < len(pieces) and not (state.done >= needed and _is_balanced(state.sums)):
+            with TappedModel(
+                moe, state.sums, ram=total_ram, process=process, window=window, threads=threads
+            ) as run:
+                while state.done < len(pieces):
+                    if state.done >= needed and _is_balanced(state.sums):
+                        break
+                    run(pieces[state.done])
+                    state.end_window()
+                    if progress is not None:
+                        progress(i * len(pieces) + state.done, len(passes) * len(pieces))
+                state.save()
+        if i == 0:
+            starved = _starved(state.sums)
+            needed, pieces = state.done, pieces[: state.done]  # other passes are of the same text
     write_calibration(
         out, _Joined(parts, scales), {
             "source": "edgemoe", "model": str(moe.source.get("name", moe.path.name)),
@@ -161,6 +179,19 @@ def calibrate(
     )  # fmt: skip
     for part in parts:
         part.unlink()
+    return starved
+
+
+def _starved(sums: Moments | Products) -> list[tuple[int, int]]:
+    """Returns the experts that saw fewer tokens than `ENOUGH`; none of sums that do not count them."""
+    counts = {int(name.split(".")[1]): n for name, n in sums.sums.items() if _COUNT.match(name)}
+    return [(layer, e) for layer, n in counts.items() for e in np.flatnonzero(n < ENOUGH).tolist()]
+
+
+def _is_balanced(sums: Moments | Products) -> bool:
+    """Says whether enough experts have seen enough; of sums that do not count them it was seen to before."""
+    total = sum(len(n) for name, n in sums.sums.items() if _COUNT.match(name))
+    return len(_starved(sums)) <= (1 - BALANCED) * total
 
 
 def _check_disk(out: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
