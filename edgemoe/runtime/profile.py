@@ -13,6 +13,8 @@ A profile is a safetensors file. `L` is the layers with routed experts, `E` expe
     transitions.far_pairs  float32 [L, E, E]  the same of two layers before
     transitions.pairs    float32 [L, E, E]  of `edgemoe.scheduler.predict.Transitions`: what ran after what
     transitions.totals   float32 [L, E]     uses
+    transitions.keys     float32 [n, 1+2K]  where K is 1 or 2: layer and experts of the two layers before, -1 for none
+    transitions.followers  float32 [n, E]   what ran after each of these, in this layer
 
 `uses` is always there, the others where a scheduler has learned them; a scheduler takes what it knows and leaves the
 others as they are. For 48 layers of 128 experts, 8 per token, the default scheduler's file takes 50 kB; each further
@@ -52,7 +54,7 @@ _SHAPES = {
     "uses": "LE", "look_ahead.right": "K", "look_ahead.seen": "K", "next_use.weights": "5",
     "next_use.curvature": "55", "next_use.frequency": "LE", "frequency.values": "LE",
     "hobbit.thresholds": "5", "transitions.pairs": "LEE", "transitions.totals": "LE",
-    "transitions.far_pairs": "LEE",
+    "transitions.far_pairs": "LEE", "transitions.keys": "nP", "transitions.followers": "nE",
 }  # fmt: skip
 
 
@@ -107,11 +109,13 @@ def read_profile(path: Path, of: Mapping[str, str]) -> Profile | None:
     tensors.pop("frequent.uses", None)
     if "uses" not in tensors:
         raise FormatError(f"{path}: has no uses")
-    sizes = {"L": of["layers"], "E": of["experts"], "K": of["experts_per_token"], "5": "5"}
+    K, keys = int(of["experts_per_token"]), tensors.get("transitions.keys")
+    sizes = {"L": int(of["layers"]), "E": int(of["experts"]), "K": K, "P": 1 + 2 * K, "5": 5}
+    sizes["n"] = len(keys) if keys is not None and keys.ndim else 0
     for name, array in tensors.items():
         if name not in _SHAPES:
             raise FormatError(f"{path}: {name} is nothing that this edgemoe knows")
-        shape = tuple(int(sizes[letter]) for letter in _SHAPES[name])
+        shape = tuple(sizes[letter] for letter in _SHAPES[name])
         is_float = array.dtype in (np.float32, np.float64)
         if array.shape != shape or not is_float or not np.isfinite(array).all():
             raise FormatError(f"{path}: expected {name} to be {list(shape)} finite numbers")

@@ -15,7 +15,7 @@ from edgemoe.quant import BitRouters, StandIns
 
 __all__ = ["SECTIONS", "NoOptions", "Scheduler", "Setting"]
 
-SECTIONS = ("allocation", "bit-routers", "paths", "stand-ins")
+SECTIONS = ("allocation", "bit-routers", "paths", "stand-ins", "transitions")
 """Those of a file by which schedulers decide."""
 
 

@@ -43,7 +43,8 @@ class Expertwise(Scheduler):
     """Runs each expert at bits fixed beforehand and reads the next layer's likely experts ahead.
 
     While a layer computes, those experts of the next one that followed the experts of the last two layers most often
-    are read, likeliest first, until the router answers; then what was guessed wrong is no longer read. Exact at
+    are read, likeliest first, until the router answers; then what was guessed wrong is no longer read. What follows
+    what is learned on the way, on top of what `edgemoe profile train --table` counted beforehand, if it did. Exact at
     the bits of `--bits` where the file has no allocation. For single tokens: a prompt needs all experts anyway.
     """
 
@@ -66,6 +67,8 @@ class Expertwise(Scheduler):
         self._transitions = (
             Transitions(L, E, setting.experts_per_token, depth=o.layers) if o.preload else None
         )
+        if self._transitions is not None and "transitions" in setting.sections:
+            self._transitions.take(setting.sections["transitions"])
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""

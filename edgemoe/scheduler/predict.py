@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
+from edgemoe.errors import FormatError
+from edgemoe.file.tensors import is_finite, view
 from edgemoe.plan import Routing
 
 __all__ = ["Frequency", "Logistic", "NextUse", "Transitions", "Turns", "features_first"]
@@ -250,7 +252,7 @@ class Transitions:
             raise ValueError(
                 f"transitions: {L} layers of {E} experts are {L * E * E} pairs; expected at most {self._MOST_PAIRS}"
             )
-        self._num_experts = E
+        self._num_experts, self._experts_per_token = E, experts_per_token
         self._has_tuples = experts_per_token <= 2
         self._tuples: dict[tuple[int, bytes], NDArray[np.float32]] = {}
         self._pairs = np.zeros((L, E, E), np.float32)
@@ -271,13 +273,15 @@ class Transitions:
 
     def learn(self) -> None:
         """All layers have run: counts the path."""
-        path = np.array(self._path)
-        L = len(path)
-        if len(self._totals) != L:
-            return  # it did not begin with the first layer
+        if len(self._totals) == len(self._path):  # else it did not begin with the first layer
+            self.count(np.array(self._path))
+
+    def count(self, path: NDArray[np.int32]) -> None:
+        """Counts the path of a token, int32 [L, K]."""
+        self._path = list(path)
         self._table.count(path)
         if self._has_tuples:
-            for layer in range(1, L):
+            for layer in range(1, len(path)):
                 self._count_tuples(layer, path[layer])
 
     def _count_tuples(self, layer: int, chosen: NDArray[np.int32]) -> None:
@@ -314,9 +318,50 @@ class Transitions:
         return self._total if is_known else marginal
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """See `Scheduler.state`; the table of tuples is left out, it is larger than all else."""
-        far = {} if self._far_pairs is None else {"transitions.far_pairs": self._far_pairs}
-        return {"transitions.pairs": self._pairs, "transitions.totals": self._totals, **far}
+        """See `Scheduler.state`.
+
+        A key of the table of tuples is a row: its layer, the experts two layers before, -1 where the key has none, and
+        those of one layer before.
+        """
+        state = {"transitions.pairs": self._pairs, "transitions.totals": self._totals}
+        if self._far_pairs is not None:
+            state["transitions.far_pairs"] = self._far_pairs
+        if self._tuples:
+            K = self._experts_per_token
+            keys = np.full((len(self._tuples), 1 + 2 * K), -1, np.float32)
+            for row, (layer, experts) in zip(keys, self._tuples, strict=True):
+                ids = np.frombuffer(experts, np.int32)
+                row[0], row[len(row) - len(ids) :] = layer, ids
+            state["transitions.keys"] = keys
+            state["transitions.followers"] = np.array(list(self._tuples.values()))
+        return state
+
+    def take(self, section: bytes) -> None:
+        """Takes what `edgemoe profile train --table` has learned: the section "transitions" of a file, safetensors
+        of what `state` returns.
+
+        Raises:
+            FormatError: damaged, or of another model.
+        """
+        L, E, K = *self._totals.shape, self._experts_per_token
+        try:
+            state, _ = view(section)
+            n = len(state["transitions.keys"]) if "transitions.keys" in state else 0
+        except (ValueError, TypeError):
+            raise FormatError("section transitions: not a table of edgemoe") from None
+        shapes = {
+            "transitions.pairs": (L, E, E), "transitions.far_pairs": (L, E, E), "transitions.totals": (L, E),
+            "transitions.keys": (n, 1 + 2 * K), "transitions.followers": (n, E),
+        }  # fmt: skip
+        for name, shape in shapes.items():
+            if n == 0 and len(shape) == 2 and shape[0] == 0:
+                continue
+            if name not in state or state[name].shape != shape or not is_finite(state[name]):
+                raise FormatError(
+                    f"section transitions: expected {name} to be {list(shape)} finite numbers; train it again "
+                    "for this model"
+                )
+        self.restore(state)
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
         """See `Scheduler.restore`."""
@@ -326,3 +371,15 @@ class Transitions:
                 self._far_pairs[:] = state["transitions.far_pairs"]
             self._totals[:] = state["transitions.totals"]
             self._uses[:] = np.maximum(self._totals, 1.0)
+            self._restore_tuples(state)
+
+    def _restore_tuples(self, state: Mapping[str, NDArray[Any]]) -> None:
+        self._tuples.clear()
+        keys, counts = state.get("transitions.keys"), state.get("transitions.followers")
+        if not self._has_tuples or keys is None or counts is None:
+            return
+        # What is no key of this model is never asked for.
+        ids = np.clip(keys, -1, self._num_experts + len(self._totals)).astype(np.int32)
+        for row, followers in zip(ids[: self._LARGEST], counts, strict=False):
+            experts = row[1:][row[1:] >= 0]
+            self._tuples[int(row[0]), experts.tobytes()] = followers.astype(np.float32)

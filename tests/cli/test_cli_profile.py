@@ -10,8 +10,13 @@ import sys
 
 import numpy as np
 import pytest
+from tiny import tiny_checkpoint
 
+import edgemoe
 from edgemoe.cli.main import main
+from edgemoe.convert.convert import convert
+from edgemoe.file.format import open_moe
+from edgemoe.file.tensors import view
 from edgemoe.lab.routing.replay import Tape, make_scheduler, replay
 from edgemoe.lab.routing.study import measured
 from edgemoe.lab.routing.timing import Timing
@@ -78,6 +83,27 @@ def test_a_replay_prints_a_row_per_line_and_budget(traced, capsys):
     for budget in {r["budget_bytes"] for r in report["replays"]}:
         hits = {r["name"]: r["hits"] for r in report["replays"] if r["budget_bytes"] == budget}
         assert hits["Belady"] >= max(hits["lru"], hits["lfu"])
+
+
+def test_a_table_is_counted_and_used(traced, tiny_moe, tmp_path, capsys):
+    model = shutil.copy(tiny_moe, tmp_path / "x.moe")
+    assert run("train", model, traced, traced, "--table") == 0
+    said = capsys.readouterr().err
+    tokens = len(read(traced).by_token("experts"))
+    assert f"# {2 * tokens} tokens" in said
+    assert "--scheduler expertwise uses it" in said
+    totals = view(open_moe(model).sections["transitions"])[0]["transitions.totals"]
+    assert totals.sum() == 2 * tokens * 2 * 2  # both times; two layers, two experts per token
+    with edgemoe.load(model, scheduler="expertwise") as engine:
+        learned = engine.scheduler.state()
+    assert np.array_equal(learned["transitions.totals"], totals)
+    other = tmp_path / "other.moe"
+    convert(tiny_checkpoint(experts=4), other)
+    assert run("train", other, traced, "--table") == 1
+    assert (
+        "expected traces of 2 layers of 4 experts, 2 per token; got one of 2 of 8"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_page_needs_nothing_else(traced, tmp_path, capsys):

@@ -172,6 +172,7 @@ def _profiles() -> list[Case]:
         "uses": (L, E), "look_ahead.right": (K,), "look_ahead.seen": (K,), "next_use.weights": (5,),
         "next_use.curvature": (5, 5), "next_use.frequency": (L, E), "frequency.values": (L, E), "frequent.uses": (L, E),
         "hobbit.thresholds": (5,), "transitions.pairs": (L, E, E), "transitions.totals": (L, E),
+        "transitions.keys": (3, 1 + 2 * K), "transitions.followers": (3, E),
     }  # fmt: skip
     rng = np.random.default_rng(3)
     tensors: Tensors = {name: rng.random(shape) for name, shape in shapes.items()}

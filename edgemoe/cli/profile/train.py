@@ -1,4 +1,4 @@
-"""`edgemoe profile train`: trains a predictor of routing paths on traces, and keeps it in the model's file."""
+"""`edgemoe profile train`: trains what predicts routing paths on traces, and keeps it in the model's file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     """Adds the subcommand's parser."""
     # fmt: off
     train = add_command(commands, "train", _train,
-                     "train a predictor of routing paths on traces, and keep it in the model's file")
+                     "train what predicts routing paths on traces, and keep it in the model's file")
     train.add_argument("model", metavar="MODEL", help="the .moe file that was traced")
     train.add_argument("traces", nargs="+", metavar="TRACE", help="best 100,000 tokens or more of text like yours")
     train.add_argument("--width", type=int, default=192, metavar="N",
@@ -25,6 +25,8 @@ def add(commands: Any) -> None:
     train.add_argument("--rows", type=int, default=16384, metavar="N",
                        help="of its embedding, a power of two (default: %(default)s)")
     train.add_argument("--epochs", type=int, default=6, metavar="N", help="(default: %(default)s)")
+    train.add_argument("--table", action="store_true",
+                       help="instead: count which experts follow which, for the scheduler expertwise; takes no torch")
     # fmt: on
 
 
@@ -33,6 +35,7 @@ def _train(args: argparse.Namespace) -> None:
     from edgemoe.file.append import add_sections
     from edgemoe.file.format import open_moe
     from edgemoe.lab.routing.paths import pieces, train
+    from edgemoe.lab.routing.table import count_paths
     from edgemoe.runtime.trace import read
     from edgemoe.scheduler.paths import SECTION
 
@@ -40,6 +43,15 @@ def _train(args: argparse.Namespace) -> None:
     config = open_moe(args.model).config
     if not os.access(args.model, os.W_OK):  # before it takes minutes
         raise PermissionError(f"{args.model} cannot be written")
+    if args.table:
+        shape = (len(config.moe_layers), config.num_experts, config.experts_per_token)
+        section, tokens = count_paths(map(read, args.traces), shape)
+        add_sections(args.model, {"transitions": section})
+        note(f"# {tokens} tokens")
+        note(
+            f"# stored in {args.model}: {len(section) / 2**10:.0f} KiB; --scheduler expertwise uses it"
+        )
+        return
     ids, uses = pieces(read(path) for path in args.traces)
     expected = (len(config.moe_layers), config.num_experts)
     if uses.shape[2:] != expected or ids.max() >= config.vocab_size:
