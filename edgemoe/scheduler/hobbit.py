@@ -14,7 +14,7 @@ from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.look_ahead import LookAhead
 from edgemoe.scheduler.options import check, option, read_options
-from edgemoe.scheduler.plans import plan_slots, plan_token
+from edgemoe.scheduler.plans import plan_slots, plan_token, prompt_ahead
 
 __all__ = ["Hobbit", "fit_thresholds", "unimportance"]
 
@@ -45,6 +45,10 @@ class HobbitOptions:
         True, "read ahead what ranks predict that were right often enough, and nothing where tokens are faster "
         "without; off reads all, as published"
     )  # fmt: skip
+    prompt_ahead: bool = option(
+        False,
+        "in a prompt that wants every expert of a layer, read the next layer's first ones ahead",
+    )
     mixed_ahead: bool = option(
         True, "what is predicted is loaded at the precision that its score gives, not all at high"
     )
@@ -105,6 +109,8 @@ class Hobbit(Scheduler):
             level_bits=setting.level_bits, low=low, high=setting.bits, strict=o.strict
         )
         self._strict, self._mixed_ahead = o.strict, o.mixed_ahead
+        self._prompt_ahead = o.prompt_ahead and o.look_ahead > 0 and not setting.fits
+        self._last = setting.num_layers - 1
         self.leaves_out = o.skip > 0 or o.t2 >= 0
         self._num_experts = setting.num_experts
         self._fits_itself = o.t1 < 0 and setting.experts_per_token > 2
@@ -135,6 +141,9 @@ class Hobbit(Scheduler):
         slots = bits[routing.experts]
         plan = plan_slots(routing, slots, gates=self._gates(routing.gates, slots))
         if not routing.is_decoding:
+            if self._prompt_ahead and most.all() and routing.layer < self._last:
+                plan.ahead = prompt_ahead(routing.layer + 1, residency)
+                plan.ahead_bits = np.full(len(plan.ahead), self._high, np.int8)
             return plan
         plan.ahead, plan.ahead_bits = self._wishes(routing, residency)
         return plan

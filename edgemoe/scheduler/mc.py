@@ -33,7 +33,11 @@ class McOptions:
         False,
         "the other gates take over the share of what is left out, as published; that costs more than it gains",
     )
-    layers: int = option(10, "prune in so many layers, the deepest: those hurt least")
+    layers: int = option(10, "prune in so many layers, the deepest")
+    prune_in: str = option(
+        "", "instead: prune in these layers of the model, as 3,7,9: best those that lose least by it, which "
+        "`edgemoe quality --run mc prune_in=N` measures one by one"
+    )  # fmt: skip
     allocation: bool = option(
         True,
         "run every expert at the bits that the file's section `allocation` gives it, if it has one",
@@ -58,8 +62,8 @@ class Mc(Scheduler):
     some layers only. There the other gates take over its share, which made answers worse where it was measured;
     `renormalise` does so. The paper has two experts per token and the median over a calibration text; here only the
     last expert goes and beta is the running median, by a sign step. Prompts are not pruned: the paper protects their
-    important tokens by attention mass, which schedulers do not see. Nor is each layer's loss by pruning known here, by
-    which the paper ranks layers.
+    important tokens by attention mass, which schedulers do not see. The paper ranks layers by the loss that was
+    measured; here a user does, and names them.
     """
 
     Options = McOptions
@@ -76,17 +80,17 @@ class Mc(Scheduler):
             bits = np.full((L, setting.num_experts), setting.bits, np.int8)
         elif (bits < setting.bits).any():
             notes.append(f"lossy: experts at {bits.mean():.2f} bits on average, by allocation")
-        self._prunes = o.prune and o.layers > 0 and setting.experts_per_token > 1
+        self._where = _layers_of(o, setting) if o.prune and setting.experts_per_token > 1 else []
+        self._prunes = bool(self._where)
         self.leaves_out = self._prunes
         if self._prunes:
             notes.append(
-                f"lossy: experts with small gates are left out in {min(o.layers, L)} of {L} layers"
+                f"lossy: experts with small gates are left out in {len(self._where)} of {L} layers"
             )
         self.notes = tuple(notes)
         self.look_ahead = o.look_ahead
         self._bits, self._num_experts = bits, setting.num_experts
         self.fixed_bits = bits
-        self._first = L - o.layers
         self.betas = [0.5 if o.beta < 0 else o.beta] * L
         """Per layer."""
 
@@ -94,7 +98,7 @@ class Mc(Scheduler):
         """See `Scheduler.plan`."""
         layer, gates = routing.layer, routing.gates
         bits = self._bits[layer][routing.experts]
-        if self._prunes and routing.is_decoding and layer >= self._first:
+        if self._prunes and routing.is_decoding and layer in self._where:
             gates = self._pruned(layer, gates, bits)
         plan = plan_slots(routing, bits, gates=gates)
         if routing.ahead_experts is None:
@@ -124,4 +128,22 @@ class Mc(Scheduler):
         """Returns the middle threshold."""
         if not self._prunes:
             return ""
-        return f"beta {float(np.median(self.betas[max(self._first, 0) :])):.2f}"
+        return f"beta {float(np.median([self.betas[layer] for layer in self._where])):.2f}"
+
+
+def _layers_of(o: McOptions, setting: Setting) -> list[int]:
+    """Returns the layers that are pruned, by their position among those with routed experts.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if not o.prune_in:
+        return list(range(setting.num_layers))[max(setting.num_layers - o.layers, 0) :]
+    known, where = setting.layers or tuple(range(setting.num_layers)), []
+    for text in o.prune_in.split(","):
+        if not text.strip().isdecimal() or int(text) not in known:
+            raise ValueError(
+                f"prune_in: the model has no layer {text.strip()!r} with routed experts"
+            )
+        where.append(known.index(int(text)))
+    return sorted(set(where))

@@ -13,11 +13,9 @@ from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.look_ahead import LookAhead
 from edgemoe.scheduler.options import option, read_options
-from edgemoe.scheduler.plans import plan_token
+from edgemoe.scheduler.plans import plan_token, prompt_ahead
 
 __all__ = ["OnDemand"]
-
-_PROMPT_AHEAD = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +80,7 @@ class OnDemand(Scheduler):
         if ahead is not None and routing.is_decoding:
             soon, soon_bits = ahead.wishes(routing, residency)
         elif ahead is not None and len(used) == self._num_experts and routing.layer < self._last:
-            # A prompt that wants everything here will want nearly everything there.
-            soon = np.flatnonzero(residency[routing.layer + 1] == 0)[:_PROMPT_AHEAD].astype(
-                np.int32
-            )
-            soon += (routing.layer + 1) * self._num_experts
+            soon = prompt_ahead(routing.layer + 1, residency)
             soon_bits = self._all_bits[soon]
         return Plan(
             routing.layer, used, self._bits[routing.layer][used], offsets,

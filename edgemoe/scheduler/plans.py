@@ -16,6 +16,7 @@ __all__ = [
     "look_ahead",
     "plan_slots",
     "plan_token",
+    "prompt_ahead",
     "slot_bits",
     "with_ahead",
 ]
@@ -23,6 +24,7 @@ __all__ = [
 _ONE_TOKEN = np.zeros(1024, np.int32)
 _COUNT = np.arange(1025, dtype=np.int32)
 _SKIPPED = np.full(1024, -1, np.int32)
+_PROMPT_AHEAD = 4  # experts of the next layer
 _BITS_PER_CODE = 16  # more than any precision, so that expert * 16 + bits sorts by both
 
 
@@ -172,6 +174,16 @@ def with_ahead(plan: Plan, experts: NDArray[np.int32], bits: NDArray[np.int8]) -
         plan.layer, plan.experts, plan.bits, plan.offsets, plan.tokens, plan.rows, plan.gates,
         experts, bits, plan.drop, plan.drop_bits,
     )  # fmt: skip
+
+
+def prompt_ahead(layer: int, residency: NDArray[np.int8]) -> NDArray[np.int32]:
+    """Returns the first experts that a layer lacks, as layer * num_experts + expert, for a prompt on its way to it.
+
+    A prompt that wants everything in one layer will want nearly everything in the next.
+    """
+    soon = np.flatnonzero(residency[layer] == 0)[:_PROMPT_AHEAD].astype(np.int32)
+    soon += np.int32(layer * residency.shape[1])
+    return soon
 
 
 def look_ahead(routing: Routing, num_experts: int) -> NDArray[np.int32]:

@@ -12,8 +12,10 @@ import pytest
 from engines import with_slots
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save
 
 import edgemoe
+from edgemoe.errors import FormatError
 from edgemoe.plan import Plan, Priorities, Routing
 from edgemoe.quant import Allocation, BitRouters
 from edgemoe.scheduler import KINDS, SCHEDULERS, Setting
@@ -420,6 +422,83 @@ def test_transitions_of_many_experts_are_means_over_two_layers():
     np.testing.assert_allclose(fresh.predict(2), two.predict(2))
 
 
+@pytest.mark.parametrize(("E", "K"), [(4, 1), (4, 2), (6, 3)])
+def test_transitions_go_on_from_what_was_kept(E, K):
+    """What is predicted is the same, and so is what is learned on top; a key of one layer is none of two."""
+    rng = np.random.default_rng(E + K)
+
+    def path():
+        return np.array([rng.permutation(E)[:K] for _ in range(3)], np.int32)
+
+    whole = Transitions(3, E, K)
+    for _ in range(12):
+        whole.count(path())
+    again = Transitions(3, E, K)
+    again.restore({name: array.copy() for name, array in whole.state().items()})
+    section = Transitions(3, E, K)
+    section.take(save({name: array.copy() for name, array in whole.state().items()}))
+    assert ("transitions.keys" in whole.state()) == (K <= 2)
+    for _ in range(12):
+        walked = path()
+        for layer, experts in enumerate(walked):
+            for t in (whole, again, section):
+                t.update(routing(experts, [1 / K] * K, layer))
+            if layer < 2:
+                expected = whole.predict(layer + 1).copy()
+                assert np.array_equal(again.predict(layer + 1), expected)
+                assert np.array_equal(section.predict(layer + 1), expected)
+        for t in (whole, again, section):
+            t.learn()
+
+
+def test_a_table_of_another_model_is_refused():
+    t = Transitions(3, 4, 2)
+    t.count(np.array([[0, 1], [2, 3], [0, 2]], np.int32))
+    kept = {name: array.copy() for name, array in t.state().items()}
+    for sections, said in (
+        (b"x", "section transitions: not a table of edgemoe"),
+        (
+            save({n: a[:, :3] if n == "transitions.totals" else a for n, a in kept.items()}),
+            r"totals to be \[3, 4\]",
+        ),
+        (
+            save({n: a * np.float32(np.nan) for n, a in kept.items()}),
+            r"finite numbers; train it again",
+        ),
+        (
+            save({n: a[:, 1:] if n == "transitions.keys" else a for n, a in kept.items()}),
+            r"keys to be \[3, 5\]",
+        ),
+        (
+            save({n: a for n, a in kept.items() if n != "transitions.followers"}),
+            r"followers to be \[3, 4\]",
+        ),
+    ):
+        with pytest.raises(FormatError, match=said):
+            SCHEDULERS["expertwise"](setting(sections={"transitions": sections}))
+    SCHEDULERS["expertwise"](setting(sections={"transitions": save(kept)}))
+
+
+def test_hobbit_reads_ahead_in_prompts_that_want_everything():
+    gates = [[0.5, 0.5], [0.5, 0.5]]
+    there = residency(e1_1=5)
+    for options, experts, expected in (
+        ({}, [[0, 1], [2, 3]], [4 + 0, 4 + 2, 4 + 3]),
+        ({}, [[0, 1], [2, 1]], None),  # expert 3 is not wanted
+        ({"prompt_ahead": False}, [[0, 1], [2, 3]], None),
+        ({"look_ahead": 0}, [[0, 1], [2, 3]], None),
+    ):
+        options = {"prompt_ahead": True, **options}
+        plan = Hobbit(setting(), **options).plan(routing(experts, gates), there)
+        assert (None if plan.ahead is None else plan.ahead.tolist()) == expected
+    last = Hobbit(setting(), prompt_ahead=True).plan(routing([[0, 1], [2, 3]], gates, 2), there)
+    assert last.ahead is None
+    fits = Hobbit(setting(slots=12), prompt_ahead=True).plan(
+        routing([[0, 1], [2, 3]], gates), there
+    )
+    assert fits.ahead is None
+
+
 def test_expertwise_preloads_the_likeliest_missing_experts():
     e = Expertwise(setting(layers=2, experts=4, top_k=2), preload=1)
     for _ in range(3):
@@ -483,6 +562,21 @@ def test_mc_leaves_out_small_gates_and_may_give_their_share_to_the_others():
     assert plan.gates.tolist() == flat.gates.tolist()
     prompt = mc.plan(routing([[0, 1, 2]] * 2, [gates] * 2, 2), residency())
     assert (prompt.rows >= 0).all()
+
+
+def test_mc_prunes_in_the_layers_that_a_user_names():
+    s = replace(setting(top_k=3), layers=(1, 4, 7))  # of a model whose others are dense
+    mc = Mc(s, beta=0.5, prune_in="7, 1")
+    pruned = [
+        (slot_bits(mc.plan(routing([0, 1, 2], [0.5, 0.3, 0.2], i), residency())) == 0).any()
+        for i in range(3)
+    ]
+    assert pruned == [True, False, True]
+    assert mc.notes == ("lossy: experts with small gates are left out in 2 of 3 layers",)
+    assert mc.report() == "beta 0.50"
+    for wrong in ("2", "x", "1,,4", "-1"):
+        with pytest.raises(ValueError, match="prune_in: the model has no layer '"):
+            Mc(s, prune_in=wrong)
 
 
 def test_mc_finds_the_median_ratio():
