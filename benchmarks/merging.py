@@ -1,0 +1,131 @@
+"""Measures merging of experts (M-SMoE, arXiv 2310.01334) beside leaving experts out, without any training.
+
+    edgemoe convert path/to/mini-moe mini.moe
+    edgemoe calibrate mini.moe --text calibration.txt
+    python benchmarks/merging.py mini.moe mini.calib calibration.txt held_out.txt
+
+The most frequent experts of a layer stay; every other one joins the one whose router logits are most like its own.
+Neurons of a group are matched to those of its first by linear assignment, then matrices are averaged, weighed by
+frequency. All members keep their gates. Needs the extra `train`.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from edgemoe.file.format import open_moe
+from edgemoe.lab.bits.bit_router import Routed
+from edgemoe.lab.bits.calibrate import windows_of
+from edgemoe.quant import Calibration
+
+Matrices = tuple[Tensor, ...]
+
+
+class Listening(Routed):
+    """Keeps the routers' logits."""
+
+    def __init__(self, *args: object, **named: object) -> None:
+        super().__init__(*args, **named)  # type: ignore[arg-type]
+        self.scores: dict[int, list[Tensor]] = {}
+
+    def _moe(self, layer: int, x: Tensor, choosing: object) -> Tensor:
+        router = self._dense[f"layers.{self.config.moe_layers[layer]}.router"]
+        self.scores.setdefault(layer, []).append(x @ router.T)
+        return super()._moe(layer, x, choosing)  # type: ignore[arg-type]
+
+    @property
+    def experts(self) -> list[Matrices]:
+        """All of them in float, by layer and number; may be replaced."""
+        return self._experts[self._full]
+
+
+def groups_of(
+    scores: NDArray[np.float32], count: NDArray[np.int64], keep: int
+) -> NDArray[np.int64]:
+    """Returns for each expert [E] the one that its group is called by.
+
+    Args:
+        scores: [T, E] router logits.
+        count: [E] how often each was chosen.
+    """
+    unit = scores / np.linalg.norm(scores, axis=0)
+    alike = unit.T @ unit
+    first = np.argsort(-count, kind="stable")[:keep]
+    group = np.array([first[np.argmax(alike[e, first])] for e in range(len(count))])
+    group[first] = first
+    return group
+
+
+def merged(experts: list[Matrices], weights: NDArray[np.float64]) -> Matrices:
+    """Returns the average of experts (gate, up, down), neurons matched to those of the first."""
+    sums: list[Tensor] = [weights[0] * m for m in experts[0]]
+    g0, u0, d0 = experts[0]
+    for (g, u, d), weight in zip(experts[1:], weights[1:], strict=True):
+        alike = g0 @ g.T + u0 @ u.T + d0.T @ d
+        _, order = linear_sum_assignment(-alike.numpy())
+        matched = (g[order], u[order], d[:, order])
+        sums = [total + weight * m for total, m in zip(sums, matched, strict=True)]
+    return tuple(total / weights.sum() for total in sums)
+
+
+def main() -> None:
+    """Parses the command line, measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("calibration", type=Path)
+    parser.add_argument("text", type=Path, help="whose router logits say which experts are alike")
+    parser.add_argument("held_out", type=Path)
+    parser.add_argument("--window", type=int, default=256)
+    parser.add_argument("--windows", type=int, default=16)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    moe, calibration = open_moe(args.model), Calibration(args.calibration)
+    model = Listening(moe, (moe.ladder[-1][0],), rate=1.0)
+    L, E = len(moe.config.moe_layers), moe.config.num_experts
+    count = np.stack([calibration.layer(i, "count") for i in calibration.layers])
+    original = list(model.experts)
+
+    def cut(path: Path, n: int) -> NDArray[np.int32]:
+        return windows_of(moe, path.read_text(encoding="utf-8"), window=args.window, count=n)
+
+    def log_probs(windows: NDArray[np.int32]) -> NDArray[np.float64]:
+        half = windows.shape[1] // 2
+        z = np.stack([model.logits(w[None])[0, half - 1 : -1].astype(np.float64) for w in windows])
+        z -= z.max(-1, keepdims=True)
+        return z - np.log(np.exp(z).sum(-1, keepdims=True))
+
+    model.logits(cut(args.text, 8))
+    scores = [torch.cat(model.scores[i]).numpy() for i in range(L)]
+    windows = cut(args.held_out, args.windows)
+    reference = log_probs(windows)
+    print("| experts of their own | what becomes of the others | KL |\n|---|---|---|")
+    for keep in (7 * E // 8, 3 * E // 4, E // 2):
+        groups = [groups_of(scores[i], count[i], keep) for i in range(L)]
+        for what in ("nothing", "the first of their group runs", "merged"):
+            for i, group in enumerate(groups):
+                for e, of in enumerate(group.tolist()):
+                    row = original[i * E + of]
+                    members = [of, *(m for m in np.flatnonzero(group == of).tolist() if m != of)]
+                    if what == "merged" and len(members) > 1:
+                        weights = np.maximum(count[i, members], 1).astype(np.float64)
+                        row = merged([original[i * E + m] for m in members], weights)
+                    elif what == "nothing" and e != of:
+                        row = tuple(torch.zeros_like(m) for m in row)
+                    model.experts[i * E + e] = row
+            kl = (np.exp(reference) * (reference - log_probs(windows))).sum(-1).reshape(-1)
+            print(
+                f"| {keep} of {E} | {what} | {kl.mean():.4f} ± {kl.std() / np.sqrt(len(kl)):.4f} |",
+                flush=True,
+            )
+    model.experts[:] = original
+
+
+if __name__ == "__main__":
+    main()
