@@ -131,10 +131,10 @@ ExpertView Cache::view(int e, int level) const {
   return laid_out(e, rungs_at(e, level));
 }
 
-std::optional<ExpertView> Cache::glance(int e) const {
-  require(e >= 0 && e < num_experts(), "glance at no expert");
-  if (!backing_->keeps_bytes() || levels_[e] < max_level_) return std::nullopt;
-  return laid_out(e, rungs_at(e, max_level_));
+std::optional<ExpertView> Cache::glance(int e, int level) const {
+  require(e >= 0 && e < num_experts() && level >= 1, "glance at no expert");
+  if (!backing_->keeps_bytes() || levels_[e] < level) return std::nullopt;
+  return laid_out(e, rungs_at(e, level));
 }
 
 /// Where the first `level` rungs of an expert that has a slot lie in it.

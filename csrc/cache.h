@@ -99,10 +99,13 @@ class Cache {
   /// ahead go on.
   void close();
 
+  /// Counts uses that nothing was asked for: one token's of experts that were here, layer after layer.
+  void count(const Wish& used);
+
   /// A resident expert's matrices at `level`, or at its last. Valid while pinned.
   ExpertView view(int expert, int level) const;
-  /// The same at `max_level` where it is resident so, pinned or not: for hints, as what lies there may change.
-  std::optional<ExpertView> glance(int expert) const;
+  /// The same where it is resident so, pinned or not: what lies there may change.
+  std::optional<ExpertView> glance(int expert, int level) const;
 
   /// Level of each expert, 0 = absent; `max_level` once all that it has is there. Any thread may look.
   const std::vector<Relaxed<int8_t>>& residency() const { return levels_; }

@@ -172,6 +172,19 @@ void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const
   if (load_waiting()) load_ahead();
 }
 
+void Cache::count(const Wish& used) {
+  require(!is_open_, "a request is open");
+  check(used);
+  for (int i = 0, layer = -1; i < used.count; ++i) {
+    const int e = used.experts[i];
+    if (e / shape_.num_experts != layer) policy_.advance(layer = e / shape_.num_experts, 1);
+    policy_.use(e, 1);
+    runs_[e] += 1;
+    stats_.bits += level_bits_[size_t(rungs_at(e, level_of(e, used.levels[i])))];
+    stats_.hits += 1;
+  }
+}
+
 /// A fetch ended, failed for the reason `why`, or was taken back; the first reason that concerns the request goes to
 /// `error`.
 void Cache::finish(int slot, bool ok, const std::exception_ptr& why, std::exception_ptr* error) {

@@ -154,6 +154,15 @@ void bind_requests(Class& cache) {
              }
              return group;
            })
+      .def(
+          "count",
+          [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels) {
+            expect(experts, "experts", {-1});
+            expect(levels, "levels", {experts.size()});
+            c.count({experts.data(), levels.data(), int(experts.size())});
+          },
+          py::arg("experts").noconvert(), py::arg("levels").noconvert(),
+          "Counts uses that nothing was asked for: one token's of experts that were here, layer after layer.")
       .def("close", &Cache::close, py::call_guard<py::gil_scoped_release>())
       .def("shrink", &Cache::shrink, py::arg("expert"), py::arg("level"))
       .def("keep", &Cache::keep, py::arg("level"),

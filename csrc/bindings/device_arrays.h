@@ -40,6 +40,13 @@ struct DeviceKv {
   DeviceMemory memory;
 };
 
+/// Where the matrices of a layer's experts lie, all of which are on the device: [num_experts, 3].
+struct DeviceTable {
+  DeviceMemory memory;
+  std::vector<NestedMatrix> matrices;  ///< the host's copy
+  int hidden, cols;
+};
+
 /// Throws unless a device's array has the shape, where -1 matches anything.
 inline float* expect_device(const DeviceArray& a, const char* name, std::initializer_list<py::ssize_t> shape) {
   bool ok = a.shape.size() == shape.size();

@@ -116,11 +116,11 @@ __global__ void __launch_bounds__(kKeyBlock, 2) attend(AttendCall call) {
   EDGEMOE_SHARED(float, scales, kQueryFloats / kKvGroup);
   EDGEMOE_SHARED(int, sums, kQueryFloats / kKvGroup);
   const AttentionShape& shape = call.shape;
-  const int t = int(blockIdx.z), thread = threadIdx.x, warp = thread / 32, position = call.pos + t;
+  const int t = int(blockIdx.z), thread = threadIdx.x, warp = thread / 32, pos = position_of(call), position = pos + t;
   const int hs = call.kv.head_stride, hd = shape.head_dim, groups = blocks(hs, kKvGroup);
   const int per_kv = shape.num_heads / shape.num_kv_heads, most = min(kHeadQueries, kQueryFloats / (groups * kKvGroup));
   const int kv_head = kLatent ? 0 : int(blockIdx.y);
-  const int base = (first_seen(shape, call.pos) / kKeyBlock + int(blockIdx.x)) * kKeyBlock;
+  const int base = (first_seen(shape, pos) / kKeyBlock + int(blockIdx.x)) * kKeyBlock;
   const int from = max(first_seen(shape, position), base), to = min(position + 1, base + kKeyBlock);
   if (from >= to) return;                                         // the whole block
   const int before = base / call.kv.capacity * call.kv.capacity;  // where a ring has the block: in earlier rounds
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kKeyBlock) merge_blocks(AttendCall call, int n
   const AttentionShape& shape = call.shape;
   const int head = int(blockIdx.x), t = int(blockIdx.y), vs = call.kv.value_stride;
   const int cols = call.kv.values ? shape.head_dim : vs;
-  const int position = call.pos + t, origin = first_seen(shape, call.pos) / kKeyBlock;
+  const int pos = position_of(call), position = pos + t, origin = first_seen(shape, pos) / kKeyBlock;
   const int first = first_seen(shape, position) / kKeyBlock - origin, last = position / kKeyBlock - origin;
   const size_t step = size_t(shape.num_heads) * (vs + 2);
   const float* parts = call.parts + (size_t(t) * num_blocks + first) * step + size_t(head) * (vs + 2);

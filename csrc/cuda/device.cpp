@@ -33,6 +33,9 @@ class CudaDevice final : public Device {
   }
   ~CudaDevice() override {
     cudaDeviceSynchronize();
+    for (cudaGraphExec_t g : noted_) {
+      if (g) cudaGraphExecDestroy(g);
+    }
     for (cudaEvent_t e : events_) cudaEventDestroy(e);
     for (cudaStream_t s : queues_) cudaStreamDestroy(s);
   }
@@ -97,6 +100,26 @@ class CudaDevice final : public Device {
     return false;
   }
 
+  void begin_noting() override {
+    // What other threads ask of the device meanwhile is theirs.
+    check(cudaStreamBeginCapture(main(), cudaStreamCaptureModeThreadLocal), "cudaStreamBeginCapture");
+  }
+  int end_noting() override {
+    cudaGraph_t graph = nullptr;
+    check(cudaStreamEndCapture(main(), &graph), "cudaStreamEndCapture");
+    cudaGraphExec_t made = nullptr;
+    const cudaError_t e = cudaGraphInstantiate(&made, graph, 0);
+    cudaGraphDestroy(graph);
+    check(e, "cudaGraphInstantiate");
+    noted_.push_back(made);
+    return int(noted_.size()) - 1;
+  }
+  void repeat(int noted) override { check(cudaGraphLaunch(noted_[size_t(noted)], main()), "cudaGraphLaunch"); }
+  void forget(int noted) noexcept override {
+    cudaGraphExecDestroy(noted_[size_t(noted)]);
+    noted_[size_t(noted)] = nullptr;
+  }
+
   void quantize_rows(const RowsCall& x, const QuantizedBuffer& out) override {
     launched(quantize_rows_async(x, out, main()), "quantize_rows");
   }
@@ -118,6 +141,10 @@ class CudaDevice final : public Device {
   }
   void attend(const AttendCall& call, int T, int num_blocks) override {
     launched(attend_async(call, T, num_blocks, main()), "attend");
+  }
+  void choose(const ChooseCall& call, int T) override { launched(choose_async(call, T, main()), "choose"); }
+  void chosen_products(const ChosenCall& call) override {
+    launched(chosen_products_async(call, main()), "chosen_products");
   }
   void combine(const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols,
                float* out) override {
@@ -162,6 +189,7 @@ class CudaDevice final : public Device {
   cudaDeviceProp properties_;
   cudaStream_t queues_[kNumQueues] = {};
   std::vector<cudaEvent_t> events_;
+  std::vector<cudaGraphExec_t> noted_;  ///< by their numbers; null where forgotten
 };
 
 constexpr int kLeastMajor = 7, kLeastMinor = 5;  ///< the first with 8-bit dot products for tensor cores

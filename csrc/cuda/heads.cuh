@@ -81,6 +81,12 @@ __device__ __forceinline__ void note_misfit(bool fits, Misfit of, const float* x
   atomicMin(reinterpret_cast<unsigned long long*>(lowest), static_cast<unsigned long long>(of.code()));
 }
 
+/// The position of a call's first token.
+template <class Call>
+__device__ __forceinline__ int position_of(const Call& call) {
+  return call.pos + (call.now ? *call.now : 0);
+}
+
 /// Grid: (heads of q, of k, of v, tokens); a warp for each.
 __global__ void __launch_bounds__(32) prepare_heads(HeadsCall call) {
   EDGEMOE_SHARED(float, x, kMostHeadDim);
@@ -108,7 +114,7 @@ __global__ void __launch_bounds__(32) prepare_heads(HeadsCall call) {
   for (int i = lane; i < hd; i += 32) mine[i] = x[i] * grown;
   if (place < first_k) return;
   const bool is_value = place >= first_v;
-  const bool fits = store_head(call.kv, !is_value, head, call.pos + t, x, hd);
+  const bool fits = store_head(call.kv, !is_value, head, position_of(call) + t, x, hd);
   note_misfit(fits, {call.layer, t, is_value, 0}, x, hd, call.misfit);
 }
 
@@ -138,7 +144,7 @@ __global__ void __launch_bounds__(32) prepare_latents(LatentsCall call) {
     for (int i = lane; call.grown && i < width; i += 32) mine[i] = mine[i] * call.grown[t];
     return;
   }
-  const bool fits = store_head(call.kv, true, 0, call.pos + t, mine, width);
+  const bool fits = store_head(call.kv, true, 0, position_of(call) + t, mine, width);
   note_misfit(fits, {call.layer, t, false, 0}, mine, width, call.misfit);
 }
 

@@ -1,5 +1,6 @@
 // The one file of device code: every kernel's launch.
 #include "attend.cuh"
+#include "choose.cuh"
 #include "heads.cuh"
 #include "launch.h"
 #include "mixers.cuh"
@@ -88,6 +89,16 @@ cudaError_t products_async(const Product* list, int count, cudaStream_t s) {
     if (e != cudaSuccess) return e;
   }
   return cudaSuccess;
+}
+
+cudaError_t chosen_products_async(const ChosenCall& call, cudaStream_t s) {
+  return EDGEMOE_LAUNCH(grid(blocks(call.rows, kTileRows), call.count * call.parts), dim3(kWarps * 32), s,
+                        chosen_products, call);
+}
+
+cudaError_t choose_async(const ChooseCall& call, int T, cudaStream_t s) {
+  if (!is_known(call.rule)) return cudaErrorInvalidValue;
+  return EDGEMOE_LAUNCH(grid(T), dim3(32), s, choose, call);
 }
 
 cudaError_t matmul_f32_async(const float* w, const float* x, int n, int rows, int cols, float* y, cudaStream_t s) {

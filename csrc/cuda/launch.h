@@ -13,6 +13,8 @@ cudaError_t quantize_hidden_async(Activation kind, const float* gate, const floa
                                   const QuantizedBuffer& out, float* hidden, cudaStream_t s);
 cudaError_t ranks_async(const RanksCall* list, int count, cudaStream_t s);
 cudaError_t products_async(const Product* list, int count, cudaStream_t s);
+cudaError_t chosen_products_async(const ChosenCall& call, cudaStream_t s);
+cudaError_t choose_async(const ChooseCall& call, int T, cudaStream_t s);
 cudaError_t matmul_f32_async(const float* w, const float* x, int n, int rows, int cols, float* y, cudaStream_t s);
 cudaError_t norm_rows_async(float* x, const float* added, float scale, const float* weight, float eps, int n, int cols,
                             float* out, cudaStream_t s);

@@ -5,6 +5,8 @@
 // multiply-adds, some hundred cycles that other blocks' loads hide. So a product has the CPU's bits, whatever the grid.
 #pragma once
 
+#include <type_traits>
+
 #include "codes.cuh"
 #include "device/device.h"
 
@@ -225,14 +227,11 @@ __device__ __forceinline__ RowSum sum_of(const NestedMatrix& w, const QuantizedR
   }
 }
 
-/// Grid: (row blocks of the largest product, products, tokens / T). Each may have rungs of its own. Left to itself nvcc
-/// keeps to so few registers for several tokens that some spill, and takes more than 64 for one where it has a bound.
+/// Rows [16 * block, 16 * block + 16) of a product with tokens [token, token + T). `shared` is for `shares_of(T)`.
 template <int T>
-__global__ void __launch_bounds__(kWarps * 32, T == 1 ? 0 : 4) products(ProductList list) {
-  EDGEMOE_SHARED(float, shared, shares_of(T));
-  const Product& p = list.of[blockIdx.y];
+__device__ __forceinline__ void product_block(const Product& p, int block, int token, float* shared) {
   const NestedMatrix& w = p.w;
-  const int block = int(blockIdx.x), token = int(blockIdx.z) * T, n = min(p.n - token, T);
+  const int n = min(p.n - token, T);
   if (block * kTileRows >= w.rows || n <= 0) return;  // the whole block
   const int head = p.heads > 1 ? block / (w.rows / kTileRows / p.heads) : 0, from = head * p.n + token;
   const RowSum sum = sum_of<T>(w, rows_from(p.x, from), n, block, shared);
@@ -241,6 +240,37 @@ __global__ void __launch_bounds__(kWarps * 32, T == 1 ? 0 : 4) products(ProductL
   const float scale = sum.unit != 0 ? load_f16(row_scales_of(w), row) * sum.unit : 1;
   float* y = p.y + size_t(token) * p.stride + head * (p.head_stride - w.rows / p.heads);
   y[size_t(t) * p.stride + row] = finish_row(p, from + t, row, scale, sum.acc);
+}
+
+/// Grid: (row blocks of the largest product, products, tokens / T). Each may have rungs of its own. Left to itself nvcc
+/// keeps to so few registers for several tokens that some spill, and takes more than 64 for one where it has a bound.
+template <int T>
+__global__ void __launch_bounds__(kWarps * 32, T == 1 ? 0 : 4) products(ProductList list) {
+  EDGEMOE_SHARED(float, shared, shares_of(T));
+  product_block<T>(list.of[blockIdx.y], int(blockIdx.x), int(blockIdx.z) * T, shared);
+}
+
+/// Grid: (row blocks, experts and parts). Which matrices they are is only known here.
+__global__ void __launch_bounds__(kWarps * 32) chosen_products(ChosenCall call) {
+  EDGEMOE_SHARED(float, shared, shares_of(1));
+  EDGEMOE_SHARED(uint64_t, room, sizeof(Product) / sizeof(uint64_t));
+  static_assert(sizeof(Product) % sizeof(uint64_t) == 0 && std::is_trivially_copyable<Product>::value,
+                "it lies in words");
+  Product& p = *reinterpret_cast<Product*>(room);
+  if (threadIdx.x == 0) {
+    const int k = int(blockIdx.y) / call.parts, part = int(blockIdx.y) % call.parts, e = call.experts[k];
+    p.w = call.table[3 * e + call.first + part];
+    p.x = rows_from(call.x, call.is_shared ? 0 : k);
+    p.y = call.y[part] + size_t(k) * call.rows;
+    p.n = 1;
+    p.stride = call.rows;
+    p.bias = call.bias[part] ? call.bias[part] + size_t(e) * call.rows : nullptr;
+    p.ranks = nullptr;
+    p.heads = 1;
+    p.head_stride = 0;
+  }
+  __syncthreads();
+  product_block<1>(p, int(blockIdx.x), 0, shared);
 }
 
 }  // namespace cuda

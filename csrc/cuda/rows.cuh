@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kRowThreads)
   if (column >= cols) return;
   float acc = 0;
   for (int k = 0; k < K; ++k) {
-    const int row = rows[t * K + k];
+    const int row = rows ? rows[t * K + k] : int(t) * K + k;
     if (row >= 0) acc = fmaf(parts[size_t(row) * cols + column], gates[t * K + k], acc);
   }
   out[t * cols + column] = acc;
@@ -134,6 +134,7 @@ __global__ void __launch_bounds__(kRowThreads) scale_all(float factor, size_t n,
 
 /// Grid: 1. What it sends is in the host's memory before the number that says so.
 __global__ void __launch_bounds__(kRowThreads) post(PostCall call) {
+  const uint32_t number = threadIdx.x == 0 ? *static_cast<const volatile uint32_t*>(call.number) : 0;
   uint32_t* to = call.to;
   EDGEMOE_UNROLL
   for (int i = 0; i < kMostPosted; ++i) {
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kRowThreads) post(PostCall call) {
   }
   __threadfence_system();
   __syncthreads();
-  if (threadIdx.x == 0) *static_cast<volatile uint32_t*>(call.turn) = call.number;
+  if (threadIdx.x == 0) *static_cast<volatile uint32_t*>(call.turn) = number;
 }
 
 /// Grid: groups of 256 values.

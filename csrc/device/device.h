@@ -6,11 +6,12 @@
 
 #include "kernels/kernels.h"
 #include "mixers/shapes.h"
+#include "route_rule.h"
 
 namespace edgemoe {
 
 /// Grows with every change of this file or of kernels.h that a plug-in can see.
-constexpr int kBackendAbi = 3;
+constexpr int kBackendAbi = 4;
 
 enum class Room : uint8_t { kDevice, kPinned };  ///< pinned memory is the host's, and copies from it need no waiting
 
@@ -96,7 +97,8 @@ struct HeadsCall {
   KvLayer kv;            ///< keys and values are stored at positions [pos, pos + T)
   int pos;
   int layer;
-  uint64_t* misfit;  ///< lowered to `Misfit::code` of a key or value that the cache cannot hold
+  uint64_t* misfit;              ///< lowered to `Misfit::code` of a key or value that the cache cannot hold
+  const int32_t* now = nullptr;  ///< added to `pos`, if given: what work that is repeated is told anew
 };
 
 struct AttendCall {
@@ -104,10 +106,11 @@ struct AttendCall {
   KvLayer kv;
   AttentionShape shape;
   int pos;
-  const float* out_bias;  ///< [kv_heads * head_dim] or null: what values lack
-  const float* sinks;     ///< [heads] or null
-  float* parts;           ///< scratch [T, blocks, heads, value_stride + 2]
-  float* out;             ///< [T, heads * head_dim], of latents [T, heads * value_stride]
+  const float* out_bias;         ///< [kv_heads * head_dim] or null: what values lack
+  const float* sinks;            ///< [heads] or null
+  float* parts;                  ///< scratch [T, blocks, heads, value_stride + 2]
+  float* out;                    ///< [T, heads * head_dim], of latents [T, heads * value_stride]
+  const int32_t* now = nullptr;  ///< as in `HeadsCall`
 };
 
 /// The first position that a query at `position` sees.
@@ -130,6 +133,7 @@ struct LatentsCall {
   int pos;
   int layer;
   uint64_t* misfit;
+  const int32_t* now = nullptr;
 };
 
 /// The gated delta rule; see mixers/delta.h.
@@ -167,7 +171,37 @@ struct PostCall {
   int sizes[kMostPosted];  ///< 0 for none
   uint32_t* to;
   uint32_t* turn;
-  uint32_t number;
+  const uint32_t* number;  ///< the host's too, read when the kernel runs
+};
+
+constexpr int kMostRouted = 1024, kMostChosen = 32, kMostGroups = 32;  ///< that `choose` knows
+
+/// Whether `choose` knows a rule.
+constexpr bool is_known(const RouteRule& r) {
+  return r.num_experts <= kMostRouted && r.top_k <= kMostChosen && r.groups <= kMostGroups &&
+         r.scoring != Scoring::kSparseMixer;
+}
+
+/// See choose in dense.h; scores are what is left of logits.
+struct ChooseCall {
+  RouteRule rule;
+  const float* logits;  ///< [T, num_experts]
+  const float* bias;
+  const float* choice_bias;
+  int32_t* experts;  ///< [T, top_k]
+  float* gates;
+};
+
+/// Products of one token with matrices of the experts that were chosen for it.
+struct ChosenCall {
+  const NestedMatrix* table;  ///< [num_experts, 3]: gate, up and down, of which `parts` from the `first` on
+  const int32_t* experts;     ///< [count]
+  int count, first, parts;
+  QuantizedRows x;  ///< one row for all, or one for each
+  bool is_shared;
+  int rows;              ///< of each matrix
+  float* y[2];           ///< of each part [count, rows]
+  const float* bias[2];  ///< of each part [num_experts, rows], or null
 };
 
 /// What multiplies the heads of attention: sigmoid by element; sigmoid or softplus by head.
@@ -218,6 +252,14 @@ class Device {
   /// whether the queue kCompute has work left. A host must never look without it.
   virtual bool progress() = 0;
 
+  /// Between the two, kernels of kCompute are noted instead of run, and nothing else may be asked for. Returns a
+  /// number for `repeat`.
+  virtual void begin_noting() = 0;
+  virtual int end_noting() = 0;
+  /// Queues what was noted, as it was told then.
+  virtual void repeat(int noted) = 0;
+  virtual void forget(int noted) noexcept = 0;
+
   // ---------------------------------------------------------------- kernels, on the queue kCompute
 
   virtual void quantize_rows(const RowsCall& x, const QuantizedBuffer& out) = 0;
@@ -236,6 +278,9 @@ class Device {
   virtual void prepare_heads(const HeadsCall& call, int T) = 0;
   /// `call.parts` has room for `blocks` of the positions that any of the T queries sees.
   virtual void attend(const AttendCall& call, int T, int blocks) = 0;
+  virtual void choose(const ChooseCall& call, int T) = 0;
+  virtual void chosen_products(const ChosenCall& call) = 0;
+  /// Without `rows` a token's parts follow each other.
   virtual void combine(const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols,
                        float* out) = 0;
   /// out += scale * x; each row times sigmoid(gate_weight · gate_input), if given.

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "error.h"
 
@@ -12,8 +13,9 @@ DeviceSpace::DeviceSpace(std::unique_ptr<Device> device, size_t budget_bytes) : 
   for (int i = 0; i < kPieces; ++i) {
     pieces_.push_back({static_cast<uint8_t*>(device_->alloc(kPieceBytes, Room::kPinned)), device_->make_fence()});
   }
-  mail_ = static_cast<uint32_t*>(device_->alloc(kMailBytes + sizeof(uint32_t), Room::kPinned));
-  mail_[kMailBytes / sizeof *mail_] = 0;
+  mail_ = static_cast<uint32_t*>(device_->alloc(kMailBytes + 2 * sizeof(uint32_t), Room::kPinned));
+  turn_of_mail_ = mail_ + kMailBytes / sizeof *mail_;
+  turn_of_mail_[0] = turn_of_mail_[1] = 0;
 }
 
 DeviceSpace::~DeviceSpace() {
@@ -22,6 +24,7 @@ DeviceSpace::~DeviceSpace() {
 }
 
 void* DeviceSpace::alloc(size_t bytes) {
+  expect_running();
   const size_t whole = taken(bytes);
   const size_t left = stats_.budget_bytes - std::min(size_t(stats_.used_bytes), size_t(stats_.budget_bytes));
   if (whole > left) {
@@ -35,11 +38,17 @@ void* DeviceSpace::alloc(size_t bytes) {
 }
 
 void DeviceSpace::free(void* p, size_t bytes) noexcept {
+  if (is_noting_) return left_.push_back({p, bytes});  // Python's collector comes when it likes
   device_->free(p, Room::kDevice);
   stats_.used_bytes -= taken(bytes);
 }
 
+void DeviceSpace::expect_running() const {
+  if (is_noting_) throw std::logic_error("device: memory is asked for while work is noted");
+}
+
 DeviceSpace::Piece& DeviceSpace::next_piece() {
+  expect_running();
   Piece& p = pieces_[turn_++ % pieces_.size()];
   device_->sync(p.done);
   return p;
@@ -65,22 +74,40 @@ bool DeviceSpace::fits_mailbox(const std::vector<Fetch>& what) {
   return what.size() <= kMostPosted && total <= kMailBytes;
 }
 
-void DeviceSpace::receive(const std::vector<Fetch>& what) {
+bool DeviceSpace::post(const std::vector<Fetch>& what) {
+  if (!uses_mailbox_ || !fits_mailbox(what)) return false;
+  if (is_posted_ && !is_noting_) wait_for_post();  // the kernel that sent it looks for its number when it runs
   PostCall call{};
   for (size_t i = 0; i < what.size(); ++i) {
     call.from[i] = static_cast<const uint32_t*>(what[i].from);
     call.sizes[i] = int(what[i].n / sizeof(uint32_t));
   }
   call.to = mail_;
-  call.turn = mail_ + kMailBytes / sizeof *mail_;
-  call.number = ++posted_;
+  call.turn = turn_of_mail_;
+  call.number = turn_of_mail_ + 1;
+  if (!is_noting_) turn_of_mail_[1] += 1;
   device_->post(call);
-  const auto is_there = [&] { return __atomic_load_n(call.turn, __ATOMIC_ACQUIRE) == call.number; };
+  if (is_noting_) {
+    noted_posts_ += 1;
+  } else {
+    is_posted_ = true;
+  }
+  return true;
+}
+
+void DeviceSpace::wait_for_post() {
+  is_posted_ = false;  // also where it never comes
+  const auto is_there = [&] { return __atomic_load_n(turn_of_mail_, __ATOMIC_ACQUIRE) == turn_of_mail_[1]; };
   constexpr int kLooks = 64;  // a question to the driver takes as long as so many
   for (int looks = 1; !is_there(); ++looks) {
     if (looks % kLooks || device_->progress() || is_there()) continue;
     throw DeviceError("the device has nothing left to do, and what it was to send is not there");
   }
+}
+
+void DeviceSpace::collect(const std::vector<Fetch>& what) {
+  if (!is_posted_) throw std::logic_error("device: nothing was posted");
+  wait_for_post();
   const uint32_t* from = mail_;
   for (const Fetch& f : what) {
     std::memcpy(f.to, from, f.n);
@@ -89,8 +116,48 @@ void DeviceSpace::receive(const std::vector<Fetch>& what) {
   }
 }
 
+void DeviceSpace::begin_noting() {
+  expect_running();
+  device_->begin_noting();
+  is_noting_ = true;
+  noted_posts_ = 0;
+}
+
+int DeviceSpace::end_noting() {
+  is_noting_ = false;
+  const auto free_left = [&] {
+    for (const auto& [p, bytes] : left_) free(p, bytes);
+    left_.clear();
+  };
+  int noted;
+  try {
+    noted = device_->end_noting();
+  } catch (...) {
+    free_left();
+    throw;
+  }
+  free_left();
+  posts_.resize(std::max(posts_.size(), size_t(noted) + 1));
+  posts_[size_t(noted)] = noted_posts_;
+  if (noted_posts_ > 1) throw std::logic_error("device: what is noted sends more than once");
+  return noted;
+}
+
+bool DeviceSpace::repeat(int noted) {
+  const bool posts = posts_.at(size_t(noted)) > 0;
+  if (posts) {
+    if (is_posted_) wait_for_post();
+    turn_of_mail_[1] += 1;
+  }
+  device_->repeat(noted);
+  is_posted_ = is_posted_ || posts;
+  return posts;
+}
+
+void DeviceSpace::forget(int noted) noexcept { device_->forget(noted); }
+
 void DeviceSpace::download(const std::vector<Fetch>& what) {
-  if (uses_mailbox_ && fits_mailbox(what)) return receive(what);
+  if (post(what)) return collect(what);
   struct Part {
     uint8_t* to;
     const uint8_t* from;

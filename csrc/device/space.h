@@ -3,6 +3,7 @@
 
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "device/device.h"
@@ -46,8 +47,20 @@ class DeviceSpace {
   /// Waits for all kernels before, and copies what they have made. What is small comes through a mailbox: a kernel
   /// writes it to the host's memory, where the host looks for it.
   void download(const std::vector<Fetch>& what);
+  /// The first half of `download` through the mailbox: queues that what kernels have made by then is sent. False, and
+  /// nothing is queued, for what does not fit or without a mailbox.
+  bool post(const std::vector<Fetch>& what);
+  /// The second: waits for what was posted last, and copies it to `what`, of which only `to` and `n` count.
+  void collect(const std::vector<Fetch>& what);
   /// Switches the mailbox on or off; what comes is the same.
   void use_mailbox(bool yes) { uses_mailbox_ = yes; }
+
+  /// See Device. While work is noted memory may neither be taken nor copied, and what is given back is freed after.
+  void begin_noting();
+  int end_noting();
+  /// Returns whether it posts something.
+  bool repeat(int noted);
+  void forget(int noted) noexcept;
 
   SpaceStats stats() const { return stats_; }
 
@@ -63,14 +76,20 @@ class DeviceSpace {
   };
   Piece& next_piece();
   static bool fits_mailbox(const std::vector<Fetch>& what);
-  void receive(const std::vector<Fetch>& what);
+  void wait_for_post();
+  void expect_running() const;
 
   std::unique_ptr<Device> device_;
   std::vector<Piece> pieces_;
   size_t turn_ = 0;
   static constexpr size_t kMailBytes = size_t(1) << 16;
-  uint32_t* mail_ = nullptr;  ///< kMailBytes, and the number of what is there
-  uint32_t posted_ = 0;
+  uint32_t* mail_ = nullptr;  ///< kMailBytes, the number of what is there, and that of what is sent next
+  uint32_t* turn_of_mail_ = nullptr;
+  bool is_posted_ = false;  ///< and not collected
+  bool is_noting_ = false;
+  int noted_posts_ = 0;
+  std::vector<std::pair<void*, size_t>> left_;  ///< memory that was given back while work is noted
+  std::vector<int> posts_;                      ///< of what was noted, by its number
   bool uses_mailbox_ = true;
   SpaceStats stats_;
 };

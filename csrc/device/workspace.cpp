@@ -42,7 +42,7 @@ std::vector<size_t> sizes(const WorkspaceShape& s, int max_routed, bool correcte
           parts_floats(s) * sizeof(float),
           size_t(std::max(2 * max_routed, Workspace::kFfnRows)) * sizeof(int32_t),
           size_t(std::max(max_routed, s.max_rows)) * sizeof(float),
-          sizeof(uint64_t),
+          2 * sizeof(uint64_t),  // the misfit, and the place
           corrected ? size_t(most_ranks(s)) * sizeof(RankRow) : 0};
 }
 
@@ -280,9 +280,10 @@ void DeviceWorkspace::attention(float* q, float* k, float* v, int T, int pos, co
                   p.norm_eps,
                   p.clip,
                   kv,
-                  pos,
+                  is_noting_ ? 0 : pos,
                   p.layer,
-                  misfit_.as<uint64_t>()};
+                  misfit_.as<uint64_t>(),
+                  now()};
   for (HeadChange* change : {&heads.q, &heads.k}) {  // a norm of the whole row comes first
     if (!change->norm || p.norm_per_head) continue;
     const int cols = change == &heads.q ? q_cols : kv_cols;
@@ -292,8 +293,7 @@ void DeviceWorkspace::attention(float* q, float* k, float* v, int T, int pos, co
   }
   const float* out_bias = nullptr;  // what values in 8 bits lack; their weights sum to 1
   if (kv.value_type == KvType::kQ8 && !(p.clip > 0) && !p.v_norm) std::swap(heads.v.bias, out_bias);
-  key_type_ = kv.key_type;
-  value_type_ = kv.value_type;
+  note_types(p.layer, kv);
   d.prepare_heads(heads, T);
   attend({q, kv, s, pos, out_bias, p.sinks, parts_.as<float>(), out}, T);
 }
@@ -313,7 +313,8 @@ void DeviceWorkspace::attend(AttendCall call, int T) {
     while (n > 1 && part * size_t(n) * size_t(num_blocks(pos + t, n)) > parts_floats_) n /= 2;
     call.q = q + size_t(t) * q_cols;
     call.out = out + size_t(t) * out_cols;
-    call.pos = pos + t;
+    call.pos = is_noting_ ? t : pos + t;
+    call.now = now();
     device().attend(call, n, num_blocks(pos + t, n));
     t += n;
   }
@@ -328,10 +329,11 @@ void DeviceWorkspace::latent_attention(const float* q, float* absorbed, float* k
     throw std::invalid_argument("device attention: expected at most " + std::to_string(shape_.num_heads) +
                                 " heads of " + std::to_string(shape_.head_dim));
   }
-  key_type_ = value_type_ = kv.key_type;
-  device().prepare_latents({s, q, absorbed, keys, p.norm, p.norm_eps, p.cos, p.sin,
-                            grown(T, pos, 0, s.growth, s.grow_every), kv, pos, p.layer, misfit_.as<uint64_t>()},
-                           T);
+  note_types(p.layer, kv);
+  device().prepare_latents(
+      {s, q, absorbed, keys, p.norm, p.norm_eps, p.cos, p.sin, grown(T, pos, 0, s.growth, s.grow_every), kv,
+       is_noting_ ? 0 : pos, p.layer, misfit_.as<uint64_t>(), now()},
+      T);
   const AttentionShape shape{s.num_heads, 1, width, 0, s.scale, 0};
   attend({absorbed, kv, shape, pos, nullptr, nullptr, parts_.as<float>(), out}, T);
 }
@@ -358,13 +360,66 @@ void DeviceWorkspace::download(std::vector<DeviceSpace::Fetch> what) {
   uint64_t code;
   what.push_back({&code, misfit_.as(), sizeof code});
   space_->download(what);
+  look_at_misfit(code);
+}
+
+bool DeviceWorkspace::post(std::vector<DeviceSpace::Fetch> what) {
+  what.push_back({nullptr, misfit_.as(), sizeof(uint64_t)});
+  return space_->post(what);
+}
+
+void DeviceWorkspace::collect(std::vector<DeviceSpace::Fetch> what) {
+  uint64_t code;
+  what.push_back({&code, nullptr, sizeof code});
+  space_->collect(what);
+  look_at_misfit(code);
+}
+
+void DeviceWorkspace::place(int pos) { space_->upload(misfit_.as() + sizeof(uint64_t), &pos, sizeof pos); }
+
+void DeviceWorkspace::begin_noting() {
+  space_->begin_noting();
+  is_noting_ = true;
+}
+
+int DeviceWorkspace::end_noting() {
+  is_noting_ = false;
+  return space_->end_noting();
+}
+
+void DeviceWorkspace::chosen_ffn(const float* x, Activation activation, const Chosen& c, float* parts, float* out) {
+  if (c.count > Workspace::kFfnRows || c.hidden > shape_.max_hidden || c.cols > shape_.max_cols) {
+    throw std::invalid_argument("device chosen_ffn: more than there is scratch for");
+  }
+  Device& d = device();
+  const QuantizedBuffer q = buffer(activations_, 1, c.cols), h = buffer(hidden_, c.count, c.hidden);
+  d.quantize_rows(plain(x, 1, c.cols), q);
+  auto *const gate = gate_.as<float>(), *const up = up_.as<float>();
+  if (activation == Activation::kRelu2) {
+    d.chosen_products({c.table, c.experts, c.count, 1, 1, q.rows(), true, c.hidden, {up}, {c.biases[1]}});
+  } else {
+    d.chosen_products(
+        {c.table, c.experts, c.count, 0, 2, q.rows(), true, c.hidden, {gate, up}, {c.biases[0], c.biases[1]}});
+  }
+  d.quantize_hidden(activation, gate, up, c.count, c.hidden, h, nullptr);
+  d.chosen_products({c.table, c.experts, c.count, 2, 1, h.rows(), false, c.cols, {parts}, {c.biases[2]}});
+  d.combine(parts, nullptr, c.gates, 1, c.count, c.cols, out);
+}
+
+void DeviceWorkspace::note_types(int layer, const KvLayer& kv) {
+  types_.resize(std::max(types_.size(), size_t(layer) + 1));
+  types_[size_t(layer)] = {kv.key_type, kv.value_type};
+}
+
+void DeviceWorkspace::look_at_misfit(uint64_t code) {
   if (code == Misfit::kNone) return;
   device().fill(misfit_.as(), 0xff, sizeof code);
   const Misfit m = Misfit::from(code);
+  const auto at = size_t(m.layer);
   float x;
   std::memcpy(&x, &m.magnitude, sizeof x);
   throw RangeError("layer " + std::to_string(m.layer) + ": " +
-                   misfit(&x, 1, m.is_value ? value_type_ : key_type_, !m.is_value));
+                   misfit(&x, 1, m.is_value ? types_[at].second : types_[at].first, !m.is_value));
 }
 
 void DeviceWorkspace::combine(const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols,

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "dense.h"
@@ -63,6 +64,27 @@ class DeviceWorkspace {
   /// `download`, and throws RangeError if a key or value did not fit since the last time.
   void download(std::vector<DeviceSpace::Fetch> what);
 
+  /// The halves of `download`, for what fits the mailbox: see DeviceSpace.
+  bool post(std::vector<DeviceSpace::Fetch> what);
+  void collect(std::vector<DeviceSpace::Fetch> what);
+
+  /// Says where the token is with which work is noted or repeated from now on, at `pos`.
+  void place(int pos);
+  /// See DeviceSpace. Attention that is noted has the place of each time it is repeated, which must be in the same
+  /// block of positions, and see as many.
+  void begin_noting();
+  int end_noting();
+
+  /// The FFN of the experts that `choose` chose for one token x [cols], and what their gates make of it: out [cols].
+  struct Chosen {
+    const NestedMatrix* table;  ///< [num_experts, 3], without corrections
+    const int32_t* experts;     ///< [count]
+    const float* gates;         ///< [count]
+    int count, hidden, cols;
+    const float* biases[3];  ///< of gate, up and down [num_experts, hidden or cols], or null
+  };
+  void chosen_ffn(const float* x, Activation activation, const Chosen& chosen, float* parts, float* out);
+
   /// parts is the device's, rows and gates the host's.
   void combine(const float* parts, const int32_t* rows, const float* gates, int T, int K, int cols, float* out);
 
@@ -89,7 +111,12 @@ class DeviceWorkspace {
   size_t parts_floats_;
   int max_ranks_, ranks_taken_ = 0;
   DeviceMemory activations_, hidden_, gate_, up_, parts_, rows_, gates_, misfit_, ranks_;
-  KvType key_type_ = KvType::kF16, value_type_ = KvType::kF16;  ///< of the last attention, for errors
+  bool is_noting_ = false;
+  /// Throws what a key or value that did not fit is.
+  void look_at_misfit(uint64_t code);
+  const int32_t* now() const { return is_noting_ ? reinterpret_cast<const int32_t*>(misfit_.as() + 8) : nullptr; }
+  void note_types(int layer, const KvLayer& kv);
+  std::vector<std::pair<KvType, KvType>> types_;  ///< of each layer's keys and values, for errors
 };
 
 }  // namespace edgemoe

@@ -77,8 +77,20 @@ class ThreadedDevice final : public IdleDevice {
       for (int i = 0; i < kMostPosted; to += call.sizes[i++]) {
         if (call.sizes[i]) std::memcpy(to, call.from[i], size_t(call.sizes[i]) * sizeof *to);
       }
-      __atomic_store_n(call.turn, call.number, __ATOMIC_RELEASE);
+      __atomic_store_n(call.turn, *call.number, __ATOMIC_RELEASE);
     });
+  }
+
+  void begin_noting() override {
+    noted_.emplace_back();
+    is_noting_ = true;
+  }
+  int end_noting() override {
+    is_noting_ = false;
+    return int(noted_.size()) - 1;
+  }
+  void repeat(int noted) override {
+    for (const std::function<void()>& work : noted_[size_t(noted)]) push(kCompute, work);
   }
 
   Fence make_fence() override {
@@ -126,6 +138,10 @@ class ThreadedDevice final : public IdleDevice {
 
   void push(int queue, std::function<void()> work) {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (is_noting_) {
+      noted_.back().push_back(std::move(work));
+      return;
+    }
     queues_[queue].push_back(std::move(work));
     changed_.notify_all();
   }
@@ -150,7 +166,8 @@ class ThreadedDevice final : public IdleDevice {
   std::deque<std::function<void()>> queues_[kNumQueues];
   bool busy_[kNumQueues] = {};
   std::deque<Point> fences_;
-  bool is_over_ = false;
+  bool is_over_ = false, is_noting_ = false;
+  std::vector<std::vector<std::function<void()>>> noted_;
   std::vector<std::thread> threads_;
 };
 

@@ -25,7 +25,7 @@ struct Config {
   bool may_copy = true;  ///< else copies fail
 };
 struct Stats {
-  uint64_t kernels, blocks, threads;
+  uint64_t kernels, blocks, threads, graphs;
   uint64_t copies, copied_bytes, pageable_copies;
   uint64_t device_bytes, pinned_bytes, peak_device_bytes;
 };

@@ -3,6 +3,8 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "device/device.h"
 
@@ -33,14 +35,15 @@ class IdleDevice : public Device {
     std::strcpy(out.name, "device that does nothing");
     out.major = 9;
     out.num_processors = 1;
-    out.total_bytes = out.free_bytes = size_t(8) << 30;
+    out.total_bytes = out.free_bytes = size_t(64) << 30;
     return out;
   }
   void* alloc(size_t bytes, Room) override { return std::calloc(bytes, 1); }
   void free(void* p, Room) noexcept override { std::free(p); }
   void fill(void* to, int byte, size_t n) override { std::memset(to, byte, n); }
   void copy_in(int, void* to, const void* pinned, size_t n) override {
-    std::memcpy(to, pinned, n);
+    constexpr size_t kSmall = size_t(1) << 17;  // what is larger is weights, which nobody looks at
+    if (n <= kSmall) std::memcpy(to, pinned, n);
     ++g_counts.copies_in;
   }
   void copy_out(int, void* pinned, const void* from, size_t n) override {
@@ -55,12 +58,47 @@ class IdleDevice : public Device {
   void sync(Fence) override {}
   bool progress() override { return false; }
   void post(const PostCall& call) override {
+    launched(1);
+    is_noting_ ? posts_.push_back(call) : send(call);
+  }
+  static void send(const PostCall& call) {
     uint32_t* to = call.to;
     for (int i = 0; i < kMostPosted; to += call.sizes[i++]) {
       if (call.sizes[i]) std::memcpy(to, call.from[i], size_t(call.sizes[i]) * sizeof *to);
     }
-    *call.turn = call.number;
+    *call.turn = *call.number;
+  }
+
+  void begin_noting() override {
+    before_ = g_counts;
+    is_noting_ = true;
+  }
+  int end_noting() override {
+    is_noting_ = false;
+    const Counts &now = g_counts, &then = before_;
+    made_.push_back(
+        {{now.launches - then.launches, now.weight_bytes - then.weight_bytes, now.state_bytes - then.state_bytes, 0, 0},
+         std::move(posts_)});
+    posts_.clear();
+    g_counts = before_;
+    return int(made_.size()) - 1;
+  }
+  void repeat(int noted) override {
+    const Noted& all = made_[size_t(noted)];
+    launched(all.counts.launches, all.counts.weight_bytes, all.counts.state_bytes);
+    for (const PostCall& call : all.posts) send(call);
+  }
+  void forget(int) noexcept override {}
+
+  void choose(const ChooseCall& call, int T) override {
+    for (int i = 0; !is_noting_ && i < T * call.rule.top_k; ++i) call.experts[i] = i % call.rule.top_k;
     launched(1);
+  }
+  void chosen_products(const ChosenCall& call) override {
+    launched(1);
+    for (int i = 0; i < call.count; ++i) {
+      for (int p = 0; p < call.parts; ++p) launched(0, bytes_of(call.table[3 * i + call.first + p]));
+    }
   }
 
   void quantize_rows(const RowsCall&, const QuantizedBuffer&) override { launched(1); }
@@ -84,7 +122,7 @@ class IdleDevice : public Device {
     const KvLayer& kv = call.kv;
     uint64_t each = kv_tile_bytes(kv.key_type, kv.head_stride) / uint64_t(kv_tile_rows(kv.key_type));
     if (kv.values) each += kv_tile_bytes(kv.value_type, kv.head_stride) / uint64_t(kv_tile_rows(kv.value_type));
-    const int seen = call.pos + T - first_seen(call.shape, call.pos);
+    const int pos = call.pos + (call.now ? *call.now : 0), seen = pos + T - first_seen(call.shape, pos);
     launched(2, 0, each * uint64_t(seen) * uint64_t(call.shape.num_kv_heads) * uint64_t(T));
   }
   void combine(const float*, const int32_t*, const float*, int, int, int, float*) override { launched(1); }
@@ -109,6 +147,17 @@ class IdleDevice : public Device {
     launched(2, 0, 2 * size_t(s.num_heads) * size_t(s.state_dim) * size_t(s.head_dim) * sizeof(float) * size_t(T));
   }
   void prepare_latents(const LatentsCall&, int) override { launched(1); }
+
+ private:
+  /// What was noted: its counts, and what is sent to the host.
+  struct Noted {
+    Counts counts;
+    std::vector<PostCall> posts;
+  };
+  Counts before_{};
+  bool is_noting_ = false;
+  std::vector<PostCall> posts_;
+  std::vector<Noted> made_;
 };
 
 }  // namespace edgemoe

@@ -115,8 +115,13 @@ struct Operation {
   std::function<bool()> is_ready;
   std::function<void()> run;
 };
+/// What one stream noted: operations with their arguments, which a launch queues again.
+struct Graph {
+  std::vector<Operation> operations;
+};
 struct Stream {
   std::deque<Operation> queue;
+  Graph* capture = nullptr;
 };
 struct Event {
   uint64_t recorded = 0, reached = 0;
@@ -128,7 +133,14 @@ Stream* stream_of(cudaStream_t s) { return reinterpret_cast<Stream*>(s); }
 Event* event_of(cudaEvent_t e) { return reinterpret_cast<Event*>(e); }
 
 void push(cudaStream_t s, std::function<void()> run, std::function<bool()> is_ready = {}) {
-  stream_of(s)->queue.push_back({++g_number, std::move(is_ready), std::move(run)});
+  Stream* const to = stream_of(s);
+  Operation op{++g_number, std::move(is_ready), std::move(run)};
+  to->capture ? to->capture->operations.push_back(std::move(op)) : to->queue.push_back(std::move(op));
+}
+
+/// Of what may not be asked for while a stream's work is noted.
+bool is_capturing() {
+  return std::any_of(g_streams.begin(), g_streams.end(), [](const Stream* s) { return s->capture != nullptr; });
 }
 
 /// Runs the head of one of the streams that can go on.
@@ -231,7 +243,8 @@ using namespace cudasim;
 
 /// Sets one thing and returns what it was, for tests that have only the plug-in: "seed", the stream that is "starved"
 /// (-1 for none), "devices", the "driver" as CUDA numbers it, "integrated", whether copies "may_copy". What is to be
-/// read alone is "peak", in device bytes, and "pageable", the copies that were not from pinned memory.
+/// read alone is "peak", in device bytes, and "pageable", the copies that were not from pinned memory, and
+/// "graphs", how often noted work was repeated.
 extern "C" int cudasim_configure(const char* name, int value) {
   const std::lock_guard<std::recursive_mutex> lock(g_mutex);
   const std::string what = name;
@@ -249,6 +262,7 @@ extern "C" int cudasim_configure(const char* name, int value) {
   if (what == "may_copy") return std::exchange(c.may_copy, value != 0);
   if (what == "peak") return int(stats().peak_device_bytes);
   if (what == "pageable") return int(stats().pageable_copies);
+  if (what == "graphs") return int(stats().graphs);
   std::fprintf(stderr, "cudasim_configure: there is no %s\n", name);
   std::abort();
 }
@@ -256,6 +270,8 @@ extern "C" int cudasim_configure(const char* name, int value) {
 #define CUDASIM_ENTER                                        \
   const std::lock_guard<std::recursive_mutex> lock(g_mutex); \
   if (g_sticky) return t_last = g_sticky
+#define CUDASIM_NOT_CAPTURED \
+  if (is_capturing()) return fail(cudaErrorStreamCaptureUnsupported, std::string(__func__) + " while work is noted")
 
 extern "C" {
 
@@ -293,6 +309,7 @@ cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
 
 cudaError_t cudaMalloc(void** to, size_t bytes) {
   CUDASIM_ENTER;
+  CUDASIM_NOT_CAPTURED;
   char* p = g_stats.device_bytes + bytes > g_config.total_bytes ? nullptr : arena().take(bytes);
   if (!p) return fail(cudaErrorMemoryAllocation, "device memory is full");
   g_ranges[p] = {bytes, true};
@@ -307,6 +324,7 @@ cudaError_t cudaMalloc(void** to, size_t bytes) {
 }
 cudaError_t cudaFree(void* p) {
   const std::lock_guard<std::recursive_mutex> lock(g_mutex);
+  CUDASIM_NOT_CAPTURED;
   if (!p) return cudaSuccess;
   const auto it = g_ranges.find(static_cast<char*>(p));
   if (it == g_ranges.end() || !it->second.is_device)
@@ -349,6 +367,7 @@ cudaError_t cudaFreeHost(void* p) {
 
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   CUDASIM_ENTER;
+  CUDASIM_NOT_CAPTURED;  // a copy would have the addresses of then
   const bool in = kind == cudaMemcpyHostToDevice;
   const void *device = in ? to : from, *host = in ? from : to;
   if (!g_config.may_copy) return fail(cudaErrorInvalidValue, "copies fail, as the test wants");
@@ -393,10 +412,12 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   CUDASIM_ENTER;
+  CUDASIM_NOT_CAPTURED;
   return t_last = run_until([=] { return stream_of(stream)->queue.empty(); });
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   CUDASIM_ENTER;
+  CUDASIM_NOT_CAPTURED;
   Event* e = event_of(event);
   const uint64_t count = e->recorded;
   push(stream, [] {}, [=] { return e->reached >= count; });
@@ -411,13 +432,48 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* to, unsigned) {
 cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   CUDASIM_ENTER;
+  CUDASIM_NOT_CAPTURED;
   Event* e = event_of(event);
   const uint64_t count = ++e->recorded;
   push(stream, [=] { e->reached = std::max(e->reached, count); });
   return cudaSuccess;
 }
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  CUDASIM_ENTER;
+  CUDASIM_NOT_CAPTURED;
+  stream_of(stream)->capture = new Graph;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* to) {
+  const std::lock_guard<std::recursive_mutex> lock(g_mutex);
+  Stream* const s = stream_of(stream);
+  if (!s->capture) return fail(cudaErrorIllegalState, "nothing is noted");
+  *to = reinterpret_cast<cudaGraph_t>(std::exchange(s->capture, nullptr));
+  return g_sticky;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* to, cudaGraph_t graph, unsigned long long) {
+  CUDASIM_ENTER;
+  *to = reinterpret_cast<cudaGraphExec_t>(new Graph(*reinterpret_cast<Graph*>(graph)));
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  CUDASIM_ENTER;
+  CUDASIM_NOT_CAPTURED;
+  for (const Operation& op : reinterpret_cast<const Graph*>(graph)->operations) push(stream, op.run, op.is_ready);
+  ++g_stats.graphs;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete reinterpret_cast<Graph*>(graph);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  delete reinterpret_cast<Graph*>(graph);
+  return cudaSuccess;
+}
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   CUDASIM_ENTER;
+  CUDASIM_NOT_CAPTURED;
   const Stream* s = stream_of(stream);
   if (!s->queue.empty()) {
     DeviceWork work;
