@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from edgemoe.ops import Array, Beside, ExpertLayer, Ops
+from edgemoe.ops import Array, Beside, ExpertLayer, Ops, RouteRule
 from edgemoe.plan import Plan, Routing
 from edgemoe.scheduler import Scheduler
 from edgemoe.store import ExpertStore
@@ -63,6 +64,8 @@ class Experts:
         """Pairs of a token and an expert that routers chose, and those of them that no plan ran."""
         self._ops = ops
         self._parts = parts
+        self._bits: NDArray[np.int8] | None = None
+        self._levels: NDArray[np.int8] | None = None  # for these bits
 
     def __call__(
         self,
@@ -85,6 +88,8 @@ class Experts:
         store, ops = self.store, self._ops
         residency = store.residency
         if len(routing.experts) == 1:
+            if self._run_hits(routing, layer, x, out):
+                return False
             ops.expect(store.cache, routing.layer * residency.shape[1], routing.experts[0], beside)
         plan = self.scheduler.plan(routing, residency)
         if self.observer is not None:
@@ -103,3 +108,50 @@ class Experts:
         if self.observer is not None:
             self.observer.done(*store.progress)
         return is_beside_done
+
+    def ahead(self, rule: RouteRule, *, is_start: bool) -> frozenset[int]:
+        """Returns the layers whose experts operations choose and run without a plan in a pass of one token.
+
+        See `Ops.ahead`: nobody must want to see a plan, and there is nothing to read that one would begin with.
+        """
+        scheduler, store = self.scheduler, self.store
+        if (levels := self._levels_of_routed()) is None:
+            return frozenset()
+        layers = self._ops.ahead(store.cache, levels, rule, is_start=is_start)
+        is_part = len(layers) < len(store.residency)
+        return frozenset() if scheduler.look_ahead and is_part else layers
+
+    def _run_hits(self, routing: Routing, layer: ExpertLayer, x: Array, out: Array) -> bool:
+        """Runs a token's experts without a plan, where none need be read now nor ahead; returns whether."""
+        levels = self._levels_of_routed() if routing.ahead_experts is None else None
+        if levels is None:
+            return False
+        chosen, slots = routing.experts, self.store.cache
+        first, parts = routing.layer * self.store.residency.shape[1], self._parts
+        if not self._ops.run_hits(
+            x, layer, slots, first, chosen, routing.gates, levels, parts, out
+        ):
+            return False
+        self.routed += chosen.size
+        return True
+
+    def _levels_of_routed(self) -> NDArray[np.int8] | None:
+        """Returns what experts run at, [layers * E], where routers alone decide and nobody looks; None elsewhere."""
+        scheduler = self.scheduler
+        if self.observer is not None or not scheduler.is_routed or scheduler.fixed_bits is None:
+            return None
+        if self._bits is not scheduler.fixed_bits:
+            self._bits = scheduler.fixed_bits
+            self._levels = self.store.levels(self._bits.reshape(-1))
+        return self._levels
+
+    def run_chosen(self, layer: int, weights: ExpertLayer, x: Array, out: Array) -> None:
+        """Does for x [1, D] what a call does in a layer that is ahead, once its experts were chosen."""
+        self._ops.run_chosen(layer, x, weights, self._parts, out)
+
+    def count(self, layers: Sequence[int]) -> None:
+        """Counts what was chosen in layers that were ahead."""
+        experts = self._ops.chosen()[layers]
+        self.routed += experts.size
+        if self._levels is not None:
+            self.store.count(layers, experts, self._levels)

@@ -10,7 +10,7 @@ Shape letters: T tokens of a batch, D hidden, K experts per token, E experts, V 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -250,6 +250,25 @@ class Ops(Protocol):
     def rope_table(self, frequencies: Array, scale: float) -> RopeTable:
         """Returns what turns positions; `scale` multiplies cosines and sines."""
 
+    # ------------------------------------------------------------ work that is repeated
+
+    def place(self, spec: AttentionSpec | MlaSpec, pos: int) -> Hashable | None:
+        """Says that a pass of one token is at `pos`, where others may come to be.
+
+        Returns:
+            What tells apart passes whose attention is not the same work; None where none is repeated.
+        """
+
+    def repeat(self, key: Hashable | None, run: Callable[[], None]) -> None:
+        """Calls `run`, which does the same work whenever the key is the same, or does that work without it.
+
+        Args:
+            key: None for work that is never the same.
+        """
+
+    def forget_work(self) -> None:
+        """Says that the same keys mean other work from now on."""
+
     # ------------------------------------------------------------ rows
 
     def embed(self, table: Matrix, ids: Ids, scale: float, out: Array) -> None:
@@ -478,6 +497,9 @@ class Ops(Protocol):
     def route_rule(self, spec: RouterSpec) -> RouteRule:
         """Returns what `route` and `look_ahead` need to know of a model's routers."""
 
+    def begin_route(self, x: Array, router: RouterWeights) -> None:
+        """Begins the next `route`, which is for the same: all of it that a device does without the host."""
+
     def route(
         self,
         x: Array,
@@ -490,8 +512,38 @@ class Ops(Protocol):
     ) -> None:
         """Writes each token's experts and gates [T, K], best first, and the scores of all, scores [T, E].
 
-        The three are the host's.
+        The three are the host's, which waits for them.
         """
+
+    def ahead(
+        self, slots: Any, levels: NDArray[np.int8], rule: RouteRule, *, is_start: bool
+    ) -> frozenset[int]:
+        """Returns the layers with experts for which `choose` and `run_chosen` may be called, in a pass of one token.
+
+        Args:
+            slots: where experts lie, as in `Request`.
+            levels: [layers * E], what experts run at.
+            is_start: a pass begins. In the middle of one layers may leave, and none come.
+        """
+
+    def choose(self, layer: int, x: Array, router: RouterWeights, rule: RouteRule) -> None:
+        """Chooses a layer's experts for x [1, D], as `route` does, where the host does not look.
+
+        Args:
+            layer: its place among those with experts.
+        """
+
+    def run_chosen(
+        self, layer: int, x: Array, weights: ExpertLayer, parts: Array, out: Array
+    ) -> None:
+        """out [1, D] = the gated sum of what the experts that were chosen last for a layer make of x [1, D].
+
+        Args:
+            parts: scratch [K or more, D].
+        """
+
+    def chosen(self) -> Ids:
+        """Returns the experts that `choose` chose last for each layer, [layers, K]: the host's; waits."""
 
     def slot_scores(
         self,
@@ -541,6 +593,29 @@ class Ops(Protocol):
         parts: Array,
     ) -> None:
         """Runs the experts at positions `group` of a plan that was requested; writes their rows of `parts` [m, D]."""
+
+    def run_hits(
+        self,
+        x: Array,
+        layer: ExpertLayer,
+        slots: Any,
+        first: int,
+        chosen: Ids,
+        gates: Array,
+        levels: NDArray[np.int8],
+        parts: Array,
+        out: Array,
+    ) -> bool:
+        """Runs what a router chose for x [1, D], as `run_experts` would if it were planned, where none has to come.
+
+        Args:
+            first: the layer's first expert, as the file numbers them.
+            chosen: [1, K], with gates [1, K].
+            levels: [layers * E], what experts run at.
+
+        Returns:
+            Whether it did; else it is to be planned.
+        """
 
     def run_experts(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, cast
 
@@ -129,6 +129,16 @@ class CpuOps:
     def rope_table(self, frequencies: Array, scale: float) -> RopeTable:
         """See `Ops.rope_table`."""
         return _core.Rope(frequencies, scale)
+
+    def place(self, spec: AttentionSpec | MlaSpec, pos: int) -> None:
+        """See `Ops.place`: nothing is repeated."""
+
+    def repeat(self, key: Hashable | None, run: Callable[[], None]) -> None:
+        """See `Ops.repeat`."""
+        run()
+
+    def forget_work(self) -> None:
+        """See `Ops.forget_work`."""
 
     def embed(self, table: Matrix, ids: Ids, scale: float, out: Array) -> None:
         """See `Ops.embed`."""
@@ -344,6 +354,9 @@ class CpuOps:
             used_groups=spec.used_groups, group_by_two=spec.group_score == "top2",
         )  # fmt: skip
 
+    def begin_route(self, x: Array, router: RouterWeights) -> None:
+        """See `Ops.begin_route`: there is nothing that the host could do meanwhile."""
+
     def route(
         self,
         x: Array,
@@ -367,12 +380,37 @@ class CpuOps:
             gates,
         )
 
-    def choose(
-        self, router: RouterWeights, rule: RouteRule, scores: Array, experts: Ids, gates: Array
+    def choose_by(
+        self,
+        bias: Array | None,
+        choice_bias: Array | None,
+        rule: RouteRule,
+        scores: Array,
+        experts: Ids,
+        gates: Array,
     ) -> None:
         """Is the second half of `Ops.route`: scores [T, E] are the products with the router's weight."""
-        bias, choice_bias = router.bias, router.choice_bias
         _core.choose(self._ws, bias, choice_bias, rule, scores, experts, gates)
+
+    def ahead(
+        self, slots: Any, levels: NDArray[np.int8], rule: RouteRule, *, is_start: bool
+    ) -> frozenset[int]:
+        """See `Ops.ahead`: the host is here, so that `choose` and what follows it are never called."""
+        return frozenset()
+
+    def choose(self, layer: int, x: Array, router: RouterWeights, rule: RouteRule) -> None:
+        """See `Ops.choose`."""
+        raise NotImplementedError
+
+    def run_chosen(
+        self, layer: int, x: Array, weights: ExpertLayer, parts: Array, out: Array
+    ) -> None:
+        """See `Ops.run_chosen`."""
+        raise NotImplementedError
+
+    def chosen(self) -> Ids:
+        """See `Ops.chosen`."""
+        raise NotImplementedError
 
     def slot_scores(
         self,
@@ -434,6 +472,21 @@ class CpuOps:
         if layer.basis is not None and request.projected is None and len(x) > _FEW_TOKENS:
             request.projected = np.empty((len(x), MOST_RANK), np.float32)
             _core.project(self._ws, x, layer.basis, request.projected)
+
+    def run_hits(
+        self,
+        x: Array,
+        layer: ExpertLayer,
+        slots: Any,
+        first: int,
+        chosen: Ids,
+        gates: Array,
+        levels: NDArray[np.int8],
+        parts: Array,
+        out: Array,
+    ) -> bool:
+        """See `Ops.run_hits`: plans cost a processor little of its time."""
+        return False
 
     def run_experts(
         self,

@@ -7,7 +7,7 @@ them itself. See `Ops` for the verbs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import Any, cast
 
@@ -25,10 +25,12 @@ from edgemoe.ops import (
     run_experts_in_steps,
 )  # fmt: skip
 from edgemoe.ops_cpu import CpuOps
+from edgemoe.ops_cuda_ahead import Ahead
 from edgemoe.ops_cuda_mixers import Array, CudaMixers
+from edgemoe.ops_cuda_notes import Notes
 from edgemoe.placement import MOST_HEAD_DIM, Both, lacks
 from edgemoe.plan import Plan
-from edgemoe.specs import Activation, AttentionSpec, MixerSpec, RouterSpec
+from edgemoe.specs import Activation, AttentionSpec, MixerSpec, MlaSpec, RouterSpec
 from edgemoe.store import Request
 from edgemoe.tiers import Tiers
 
@@ -42,6 +44,11 @@ _LOGIT_ROWS = 16  # of which logits are made at once
 
 class CudaOps(CudaMixers):
     """Runs operations on a device, and experts that are not there on the host. One caller at a time."""
+
+    repeats = True
+    """Work is noted and repeated; without that what comes is the same, later."""
+    runs_ahead = True
+    """Layers of which it has all experts need no host; likewise."""
 
     def __init__(
         self,
@@ -63,6 +70,11 @@ class CudaOps(CudaMixers):
         d, e, k = config.hidden_size, config.num_experts, config.experts_per_token
         self._logits = self.empty(min(shape.max_tokens, _LOGIT_ROWS), config.vocab_size)
         self._scores = self.empty(shape.max_tokens, max(e, 1))
+        self._unturned = self.empty(shape.max_tokens, 0)
+        self._is_posted = False
+        """Logits are on their way to the host, and the rows that they are of if these are few."""
+        self._notes = Notes(self._ws)
+        self._ahead = Ahead(device, self._ws, config) if _may_run_ahead(config, corrected) else None
         self._x = np.empty((shape.max_tokens, d), np.float32)
         self._parts = np.empty((shape.max_tokens * max(k, 1), d), np.float32)
         self._layers: dict[int, tuple[ExpertLayer, list[Any], Any]] = {}
@@ -72,8 +84,10 @@ class CudaOps(CudaMixers):
     def scratch_bytes(shape: OpsShape, config: ModelConfig, *, corrected: bool) -> int:
         """Returns what the operations' own scratch takes of a device."""
         rows = min(shape.max_tokens, _LOGIT_ROWS)
-        floats = (rows * config.vocab_size, shape.max_tokens * max(config.num_experts, 1))
+        floats = (rows * config.vocab_size, shape.max_tokens * max(config.num_experts, 1), 0)
         own = sum(_core.Device.taken(4 * n) for n in floats)
+        if _may_run_ahead(config, corrected):
+            own += Ahead.bytes(config)
         return own + _core.DeviceWorkspace.bytes(*_workspace(shape, config, corrected))
 
     @staticmethod
@@ -136,6 +150,23 @@ class CudaOps(CudaMixers):
     def rope_table(self, frequencies: HostArray, scale: float) -> _core.Rope:
         """See `Ops.rope_table`."""
         return _core.Rope(frequencies, scale)
+
+    # ------------------------------------------------------------ work that is repeated
+
+    def place(self, spec: AttentionSpec | MlaSpec, pos: int) -> Hashable | None:
+        """See `Ops.place`."""
+        return self._notes.place(spec, pos) if self.repeats else None
+
+    def repeat(self, key: Hashable | None, run: Callable[[], None]) -> None:
+        """See `Ops.repeat`."""
+        if key is None or (note := self._notes.of(key, run)) is None:
+            run()
+        else:
+            self._is_posted, self._x_of = self._ws.repeat(note), None
+
+    def forget_work(self) -> None:
+        """See `Ops.forget_work`."""
+        self._notes.forget()
 
     # ------------------------------------------------------------ rows
 
@@ -247,7 +278,7 @@ class CudaOps(CudaMixers):
     ) -> None:
         """See `Ops.attention`; what it raises is raised by the next verb that waits."""
         if cos is None or sin is None:
-            cos = sin = self.empty(len(q), 0)
+            cos = sin = self._unturned[: len(q)]
         _core.device_attention(self._ws, weights, q, k, v, pos, cos, sin, kv, out)
 
     attend = attend_in_steps  # a queue waits for nobody
@@ -256,7 +287,16 @@ class CudaOps(CudaMixers):
 
     def route_rule(self, spec: RouterSpec) -> _core.RouteRule:
         """See `Ops.route_rule`."""
+        if self._ahead is not None:
+            self._ahead.change(spec.top_k)
         return self._cpu.route_rule(spec)
+
+    def begin_route(self, x: Array, router: RouterWeights) -> None:
+        """See `Ops.begin_route`: logits are the device's, and on their way to the host with a few tokens' rows."""
+        logits = self._scores[: len(x)]
+        _core.device_matmul(self._ws, x, cast(Any, router.weight), logits)
+        there = [logits, x] if len(x) <= _FEW_TOKENS else [logits]
+        self._is_posted = _core.device_post(self._ws, there)
 
     def route(
         self,
@@ -268,16 +308,15 @@ class CudaOps(CudaMixers):
         experts: Ids,
         gates: HostArray,
     ) -> None:
-        """See `Ops.route`: logits are the device's, the choice is the host's, which plans by it."""
-        logits = self._scores[: len(x)]
-        _core.device_matmul(self._ws, x, cast(Any, router.weight), logits)
-        self._x_of = None
-        if len(x) <= _FEW_TOKENS:
-            _core.device_download(self._ws, [logits, x], [scores, self._x[: len(x)]])
-            self._x_of = x
+        """See `Ops.route`: the choice is the host's, which plans by it."""
+        is_few = len(x) <= _FEW_TOKENS
+        outs = [scores, self._x[: len(x)]] if is_few else [scores]
+        if self._is_posted:
+            _core.device_collect(self._ws, outs)
         else:
-            _core.device_download(self._ws, [logits], [scores])
-        self._cpu.choose(router, rule, scores, experts, gates)
+            _core.device_download(self._ws, [self._scores[: len(x)], x][: len(outs)], outs)
+        self._x_of = x if is_few else None
+        self._cpu.choose_by(*_biases(router), rule, scores, experts, gates)
 
     def slot_scores(
         self,
@@ -310,7 +349,31 @@ class CudaOps(CudaMixers):
         logits = np.empty(scores.shape, np.float32)
         _core.device_download(self._ws, [scores], [logits])
         for i, router in enumerate(routers):
-            self._cpu.choose(router, rule, logits[i], experts[i], gates[i])
+            self._cpu.choose_by(*_biases(router), rule, logits[i], experts[i], gates[i])
+
+    def ahead(
+        self, slots: Any, levels: NDArray[np.int8], rule: _core.RouteRule, *, is_start: bool
+    ) -> frozenset[int]:
+        """See `Ops.ahead`: layers of which the device has all experts."""
+        if self._ahead is None or not self.runs_ahead or not isinstance(slots, Tiers):
+            return frozenset()
+        return self._ahead.layers(slots.device, levels, rule, is_start)
+
+    def choose(self, layer: int, x: Array, router: RouterWeights, rule: _core.RouteRule) -> None:
+        """See `Ops.choose`."""
+        _core.device_matmul(self._ws, x, cast(Any, router.weight), self._scores[:1])
+        cast(Ahead, self._ahead).choose(layer, self._scores[:1], router, rule)
+
+    def run_chosen(
+        self, layer: int, x: Array, weights: ExpertLayer, parts: Array, out: Array
+    ) -> None:
+        """See `Ops.run_chosen`."""
+        _, biases, _ = self._layer(weights)
+        cast(Ahead, self._ahead).run(layer, x, weights.activation, biases, parts, out)
+
+    def chosen(self) -> Ids:
+        """See `Ops.chosen`."""
+        return cast(Ahead, self._ahead).chosen()
 
     def expect(self, slots: Any, first: int, experts: NDArray[np.int32], beside: Any) -> None:
         """See `Ops.expect`: of no use to a device."""
@@ -342,6 +405,30 @@ class CudaOps(CudaMixers):
             parts[first:end].upload(rows[first:end])
 
     run_experts = run_experts_in_steps
+
+    def run_hits(
+        self,
+        x: Array,
+        layer: ExpertLayer,
+        slots: Any,
+        first: int,
+        chosen: Ids,
+        gates: HostArray,
+        levels: NDArray[np.int8],
+        parts: Array,
+        out: Array,
+    ) -> bool:
+        """See `Ops.run_hits`: it has them where no copy is under way."""
+        if not self.repeats or not isinstance(slots, Tiers) or not slots.is_settled:
+            return False
+        _, biases, basis = self._layer(layer)
+        has_all = _core.device_run_hits(
+            self._ws, x, slots.device, first, chosen, gates, levels, slots.weights, slots.unit, parts, out,
+            layer.activation, biases, basis,
+        )  # fmt: skip
+        if has_all:
+            slots.advance(first, 1)
+        return has_all
 
     def combine(self, parts: Array, plan: Plan, out: Array) -> None:
         """See `Ops.combine`."""
@@ -380,6 +467,19 @@ class CudaOps(CudaMixers):
             _core.device_download(self._ws, [x], [out])
             self._x_of = x
         return out
+
+
+def _may_run_ahead(config: ModelConfig, corrected: bool) -> bool:
+    """Returns whether the device could choose experts by itself: where these take what the router gives them."""
+    return bool(config.moe_layers) and not corrected and not config.gate_input
+
+
+def _biases(router: RouterWeights) -> tuple[HostArray | None, HostArray | None]:
+    """Returns those of a router, the host's."""
+    bias, choice_bias = (
+        None if b is None else cast(Any, b).host for b in (router.bias, router.choice_bias)
+    )
+    return bias, choice_bias
 
 
 def _workspace(s: OpsShape, config: ModelConfig, corrected: bool) -> tuple[Any, ...]:

@@ -155,10 +155,11 @@ def places(moe: MoeFile, mixers: Container[int]) -> Iterator[tuple[str, Place]]:
         last = name.rsplit(".", 1)[-1]
         if name == "embed":
             yield name, "both" if config.tied else "host"
-        elif name in kept or last in ("choice_bias", "router_bias"):
+        elif name in kept:
             yield name, "host"
         else:
-            yield name, "both" if ".expert_bias." in name else "device"
+            is_both = ".expert_bias." in name or last in ("choice_bias", "router_bias")
+            yield name, "both" if is_both else "device"
 
 
 def host_bytes(moe: MoeFile, level: int, mixers: Container[int]) -> int:

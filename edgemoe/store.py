@@ -342,6 +342,11 @@ class ExpertStore:
         E]; wraps around. Any thread may look."""
         return self.cache.lacks.reshape(-1, self._num_experts)
 
+    def levels(self, bits: NDArray[np.int8]) -> NDArray[np.int8]:
+        """Returns the level of each precision, of the same shape."""
+        levels: NDArray[np.int8] = self._levels[bits]
+        return levels
+
     def sizes(self, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> NDArray[np.int64]:
         """Returns the memory of experts at some bits, [n] each; experts as layer * num_experts + expert."""
         return self._level_bytes[np.minimum(self._levels[bits], self._rungs[experts])]
@@ -379,6 +384,18 @@ class ExpertStore:
                 yield group
         finally:
             self.cache.close()
+
+    def count(
+        self, layers: Sequence[int], experts: NDArray[np.int32], levels: NDArray[np.int8]
+    ) -> None:
+        """Counts uses by one token of experts that were here, and that nobody asked for.
+
+        Args:
+            experts: [n, K], of each of `layers` [n].
+            levels: [layers * E], at which they ran.
+        """
+        used = experts + self._first[layers][:, None]
+        cast(Any, self.cache).count(used, levels[used])
 
     def lower(self, bits: NDArray[np.int8]) -> None:
         """Gives back what experts have in memory beyond `bits` [layers * E]; but for what is being read."""

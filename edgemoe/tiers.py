@@ -21,6 +21,7 @@ _PROMOTED = 2  # experts of a request that are copied to the device at most: mor
 _GAIN = 1.2  # by how much one must be used more than the one whose place it takes on a full device
 _HALF_LIFE = 64  # tokens after which a use counts half
 _LARGEST = 1e100
+_FILLED = 64  # experts that are copied at once before there is anything to compute
 
 
 class Tiers:
@@ -97,6 +98,21 @@ class Tiers:
             self._ran, self._ran_levels = here[0], here[1]
         np.maximum(self.host.residency, self.device.residency, out=self.residency)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether no request is open and nothing on its way to the device, so that it may run what it has."""
+        return not self._is_open and not len(self._promoted)
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """Uses of each expert so far, of which one of now weighs `unit`: who adds one says `advance`."""
+        return self._uses
+
+    @property
+    def unit(self) -> float:
+        """What a use of now weighs."""
+        return self._unit
+
     def next(self) -> list[int]:
         """See `_core.Cache.next`; a group is all the device's or all the host's, as `is_there` says."""
         if not self._given:
@@ -133,13 +149,23 @@ class Tiers:
         if not tokens or len(experts) == 0:
             return
         self._uses[experts] += counts * self._unit
-        self._order.version[experts[0] // self._order.scores.shape[1]] += 1
+        self.advance(experts[0], tokens)
+
+    def advance(self, experts: Any, tokens: int) -> None:
+        """Uses have changed in the layers of some experts, which tokens have passed."""
+        self._order.version[experts // self._order.scores.shape[1]] += 1
         # Each layer comes once for a token, so that a layer's share of the time is its share of the experts.
         self._unit *= 2.0 ** (tokens / _HALF_LIFE * self._layer_share)
         if self._unit > _LARGEST:
             self._uses /= self._unit
             self._order.version[:] += np.uint32(1)
             self._unit = 1.0
+
+    def count(self, experts: NDArray[np.int32], levels: NDArray[np.int8]) -> None:
+        """See `_core.Cache.count`: of some layers' experts [n, K] that the device ran by itself."""
+        self.device.count(experts.reshape(-1), levels.reshape(-1))
+        self._uses[experts] += self._unit
+        self.advance(experts[:, 0], len(experts))
 
     def _choose(self) -> None:
         """Chooses what is promoted: of what the host ran, what is used most."""
@@ -194,6 +220,33 @@ class Tiers:
             size = int(sizes[self.host.residency[expert]])
             if need > 0 and self.host.shrink(expert, 0):
                 need -= size
+
+    def fill(self, levels: NDArray[np.int8]) -> None:
+        """Copies all experts to the device at `levels`, if it has room for all, through the host's memory.
+
+        Raises:
+            ReadError: a read failed.
+            FormatError: an expert's checksum does not match.
+        """
+        if self._num_slots < len(levels):
+            return
+        room = self.host.stats["budget_bytes"] // self.host.slot_bytes(int(levels.max()))
+        step = min(max(room, 1), _FILLED)
+        every = np.arange(len(levels), dtype=np.int32)
+        unused = np.zeros(step + 1, np.int32)
+        for first in range(0, len(levels), step):
+            part = every[first : first + step]
+            wish = part, levels[part], unused[: len(part) + 1], 0
+            for cache in (self.host, self.device):
+                try:
+                    cache.begin(*wish)
+                    while cache.next():
+                        pass
+                finally:
+                    cache.close()
+            for expert in part.tolist():  # which nobody will ask the host for
+                self.host.shrink(expert, 0)
+        np.maximum(self.host.residency, self.device.residency, out=self.residency)
 
     # ------------------------------------------------------------ of one or of both
 

@@ -10,6 +10,8 @@ __all__ = ["DEVICE"]
 PLAIN = ("tests/core/test_device.py",)
 MIXERS = ("tests/core/test_device_mixers.py",)
 ENGINE = ("tests/runtime/test_on_device.py",)
+CHOICE = ("tests/core/test_device_choice.py",)
+REPEATED = ("tests/runtime/test_repeated_work.py",)
 
 
 def _of(file: str, tests: tuple[str, ...], *mistakes: tuple[str, ...]) -> list[Mutation]:
@@ -138,5 +140,32 @@ DEVICE = (
         "heads.cuh", MIXERS,
         ("latents' queries are not turned", "for (int i = lane; s.rotates && i < half; i += 32) {", "for (int i = lane; is_key && s.rotates && i < half; i += 32) {"),
         ("latents' keys have no norm", "    norm_head(mine, call.norm, call.norm_eps, s.latent_dim);", "    ;"),
+    ),
+    *_of(
+        "choose.cuh", CHOICE,
+        ("of equal scores the higher expert is chosen", "value == other.value && of < other.of", "value == other.value && of > other.of"),
+        ("groups go by their best expert", "const bool sum = rule.group_by_two && size > 1;", "const bool sum = false;"),
+        ("what is no number is chosen in any order", "if (__any_sync(kAllLanes, is_odd)) {", "if (false) {"),
+        ("gates of a device's choice are not scaled", "if (rule.gate_scale != 1.0f) gate = gate * rule.gate_scale;", ";"),
+    ),
+    *_of(
+        "products.cuh", REPEATED,
+        ("chosen experts have the first one's bias", "size_t(e) * call.rows : nullptr", "size_t(0) : nullptr"),
+        ("chosen experts are the first ones", "call.table[3 * e + call.first + part]", "call.table[3 * k + call.first + part]"),
+    ),
+    *(
+        Mutation("device", name, file, old, new, REPEATED)
+        for name, file, old, new in (
+            ("repeated attention stays in its first blocks", "edgemoe/ops_cuda_notes.py", "return first // _core.KEY_BLOCK, pos // _core.KEY_BLOCK", "return 0, 0"),
+            ("repeated work stays at its position", "edgemoe/ops_cuda_notes.py", "if self._pos != pos:", "if self._pos < 0:"),
+            ("what failed while it was noted stays so", "edgemoe/ops_cuda_notes.py", "                self._forget(self._ws.end_noting())\n                raise", "                raise"),
+            ("sequences share what is repeated", "edgemoe/model/decoder.py", "(batch.slices[0].state.number, *parts)", "(0, *parts)"),
+            ("what is repeated outlives a change", "edgemoe/model/decoder.py", "        self._ops.forget_work()\n", ""),
+            ("recurrent states take turns unseen", "edgemoe/model/recurrent.py", "tuple(id(arrays) for both in parts[0][0].values() for arrays in both)", "()"),
+            ("tables are not filled anew", "edgemoe/ops_cuda_ahead.py", "where != self._where or", "self._where is None or"),
+            ("experts that left are chosen", "edgemoe/model/decoder.py", "ahead = ahead and self._routers.ahead(is_start=False)", "pass"),
+            ("who looks on sees no plan", "edgemoe/experts.py", "if self.observer is not None or not scheduler", "if not scheduler"),
+            ("what ran ahead is not counted", "edgemoe/model/decoder.py", "self._experts.count(ran)", "pass"),
+        )
     ),
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -13,6 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from edgemoe.runtime.vram import Vram
+from edgemoe.store import expert_bytes
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,3 +56,32 @@ def configured(**values: int):
     finally:
         for name, value in before.items():
             library.cudasim_configure(name.encode(), value)
+
+
+def on_device() -> dict[str, str]:
+    """Returns the options that load a model there."""
+    return {"device": "cuda:0", "plug_in": plug_in()}
+
+
+def with_vram(monkeypatch, experts, moe):
+    """Gives a device room for so many experts beside all else."""
+    real = Vram.divide.__func__
+
+    def divide(cls, moe, **kwargs):
+        v = real(cls, moe, **kwargs)
+        room = experts * expert_bytes(moe, len(moe.ladder)) + 512
+        return dataclasses.replace(v, total=v.dense + v.kv + v.scratch + room)
+
+    monkeypatch.setattr(Vram, "divide", classmethod(divide))
+
+
+def small_moe(name, folder, **changes):
+    """Returns the path of a small model of a family, made there."""
+    import families  # and transformers with it
+
+    from edgemoe.convert.convert import convert
+    from edgemoe.convert.hf import HFCheckpoint
+
+    path = folder / f"{name}.moe"
+    convert(HFCheckpoint(families.make(name, folder / name, **changes)), path)
+    return path

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, cast
 
 from edgemoe.model.batch import Batch
@@ -25,6 +25,7 @@ class Attention:
         self.spec, self.ops, self.hidden_size = spec, setup.ops, setup.config.hidden_size
         self.rope = None if spec.rope is None else setup.ropes[spec.rope]
         self.context, self.types, self._chunk = setup.context, setup.types, setup.chunk
+        self._layers: dict[int, None] = {}  # its own, in order
         self._rows = setup.scratch.rows(*self.scratch_widths(spec))
 
     @staticmethod
@@ -48,7 +49,7 @@ class Attention:
         """See `Mixer.make_state`."""
         return KvState(self.ops, self.spec, self.context, self.types, self._chunk)
 
-    def start(self, batch: Batch) -> None:
+    def start(self, batch: Batch) -> Hashable | None:
         """See `Mixer.start`: cuts the rows of each sequence, once for all layers."""
         q, k, v, heads, *gate = self._rows.first(len(batch.ids))
         parts: list[tuple[Any, ...]] = []
@@ -58,11 +59,15 @@ class Attention:
             if self.rope is not None:
                 cos, sin = self.rope.rows.between(part.start, part.stop)
                 turn = cos, sin, self.rope.table(state)
-            parts.append((state.layers, state.held, part.count, rows[:3], *turn, rows[3]))
+            pos, states = state.held, cast("list[KvState]", state.layers)
+            kvs = {i: states[i].step(pos, part.count) for i in self._layers}
+            parts.append((kvs, pos, rows[:3], *turn, rows[3]))
         batch.shared[self] = ((q, k, v), heads, gate, parts)
+        return self.ops.place(self.spec, pos) if len(batch.ids) == 1 else None
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> AttentionLayer:
         """See `Mixer.layer`."""
+        self._layers[index] = None
         return AttentionLayer(self, index, weights)
 
 
@@ -85,10 +90,9 @@ class AttentionLayer:
         ops, index = self._ops, self._index
         qkv, attended, gate, parts = batch.shared[self._shared]
         if len(parts) == 1 and not gate:
-            states, pos, count, rows, cos, sin, table, heads = parts[0]
-            kv = states[index].step(pos, count)
+            kvs, pos, rows, cos, sin, table, heads = parts[0]
             ops.attend(
-                self._weights, normed, self._matrices, rows, pos, cos, sin, table, kv, heads, out,
+                self._weights, normed, self._matrices, rows, pos, cos, sin, table, kvs[index], heads, out,
             )  # fmt: skip
         else:
             self._attend_apart(normed, qkv, attended, gate, parts, out)
@@ -112,9 +116,8 @@ class AttentionLayer:
             if gate:
                 ops.linear_f32(normed, (cast(Array, self._gate),), gate)
             ops.linear(normed, matrices, qkv)
-        for states, pos, count, (q, k, v), cos, sin, table, heads in parts:
-            kv = states[self._index].step(pos, count)
-            ops.attention(self._weights, q, k, v, pos, cos, sin, table, kv, heads)
+        for kvs, pos, (q, k, v), cos, sin, table, heads in parts:
+            ops.attention(self._weights, q, k, v, pos, cos, sin, table, kvs[self._index], heads)
         if gate:
             ops.gate_heads(attended, gate[0], self._gate_kind)
         ops.linear(attended, (o,), (out,))

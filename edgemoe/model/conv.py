@@ -18,6 +18,7 @@ class Conv(Recurrent):
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> ConvLayer:
         """See `Mixer.layer`."""
+        self.join(index)
         return ConvLayer(self, index, weights)
 
 
@@ -37,8 +38,8 @@ class ConvLayer:
         u, b, c = rows
         ops.linear(normed, self._in, rows)
         ops.multiply(b, u)
-        for states, pos, count, (x, _, _) in parts:
-            (tail,), (next_tail,) = states[index].step(pos, count)
+        for states, (x, _, _) in parts:
+            (tail,), (next_tail,) = states[index]
             ops.short_conv(x, self._conv, None, tail, next_tail, x, silu=False)
         ops.multiply(c, u)
         ops.linear(u, self._out, (out,))

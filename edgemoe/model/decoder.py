@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 from edgemoe.config import ModelConfig
@@ -85,6 +86,11 @@ class Decoder:
             places: see `Routers`.
         """
         self.config, self.max_tokens, self.context, self._ops = config, max_tokens, context, ops
+        self._experts = experts
+        self._stops = [
+            next((j for j in config.moe_layers if j >= i), config.num_layers)
+            for i in range(config.num_layers + 1)
+        ]  # of each layer, the next one with experts
         d = config.hidden_size
         self._rows = Rows(*(ops.empty(max_tokens, d) for _ in range(3)))  # x, normed, added
         shared = Rows(ops.empty(max_tokens, d))
@@ -145,6 +151,7 @@ class Decoder:
     def change(self, config: ModelConfig) -> None:
         """Takes another number of experts per token, and another scheduler; see `Routers.change`."""
         self._routers.change(config)
+        self._ops.forget_work()
         self.config = config
 
     def make_state(self) -> SequenceState:
@@ -161,24 +168,56 @@ class Decoder:
         Returns:
             [T, D], normed; scratch, valid until the next call.
         """
-        config, ops = self.config, self._ops
-        eps, residual = config.norm_eps, config.residual_multiplier
-        x, normed, added = self._rows.first(len(batch.ids))
-        stack = self._stacks[batch.variant]
+        config, ops, after, stack = self.config, self._ops, -1, self._stacks[batch.variant]
+        x, normed, added = rows = self._rows.first(len(batch.ids))
         ops.embed(stack.embed, batch.ids, config.embedding_multiplier, x)
         for rope in self._ropes.values():
             rope.start(batch)
-        for mixer in self._mixers.values():
-            mixer.start(batch)
-        ops.norm(x, stack.first_norm, eps, normed)
-        for layer in stack.layers:
+        parts = [mixer.start(batch) for mixer in self._mixers.values()]
+        is_alike = len(batch.ids) == 1 and None not in parts
+        work = (batch.slices[0].state.number, batch.variant, *parts) if is_alike else None
+        ahead = self._routers.ahead(is_start=True) if is_alike else frozenset()
+        ran: list[int] = []
+        ops.norm(x, stack.first_norm, config.norm_eps, normed)
+        while after < config.num_layers:
             batch.check()
-            layer.mixer.forward(normed, batch, added)
-            if layer.ffn is not None and layer.ffn_norm is not None:
-                ops.add_norm(added, residual, x, layer.ffn_norm, eps, normed)
-                layer.ffn.forward(x, normed, batch, added)
-            ops.add_norm(added, residual, x, layer.next_norm, eps, normed)
+            stop = self._stops[after + 1]
+            while stop < config.num_layers and (index := config.moe_index(stop)) in ahead:
+                ran.append(index)
+                stop = self._stops[stop + 1]
+            key = None if work is None else (after, stop, work)
+            ops.repeat(key, partial(self._run, stack.layers, after, stop, batch, rows))
+            if stop < config.num_layers and (ffn := stack.layers[stop].ffn) is not None:
+                ffn.run_experts(x, normed, batch, added)
+                ahead = ahead and self._routers.ahead(is_start=False)
+            after = stop
+        if ran:
+            self._experts.count(ran)
         return cast(Array, normed)
+
+    def _run(
+        self,
+        layers: Sequence[_Layer],
+        after: int,
+        stop: int,
+        batch: Batch,
+        rows: tuple[Array, Array, Array],
+    ) -> None:
+        """Runs from the experts of layer `after`, -1 for the start, to the choice of those of layer `stop`."""
+        ops, eps, residual = self._ops, self.config.norm_eps, self.config.residual_multiplier
+        x, normed, added = rows
+        for i in range(max(after, 0), min(stop + 1, len(layers))):
+            layer = layers[i]
+            if i > after:
+                layer.mixer.forward(normed, batch, added)
+                if layer.ffn is not None and layer.ffn_norm is not None:
+                    ops.add_norm(added, residual, x, layer.ffn_norm, eps, normed)
+                    part = layer.ffn.begin if i == stop else layer.ffn.run
+                    part(x, normed, batch, added)
+            if i < stop:
+                if layer.ffn is not None:
+                    layer.ffn.end(x, normed, added)
+                ops.add_norm(added, residual, x, layer.next_norm, eps, normed)
 
     def logits(self, hidden: Array, out: Array, variant: int = 0) -> None:
         """out [T, V] = the head on hidden [T, D] of a batch of this variant."""

@@ -18,6 +18,7 @@ class Delta(Recurrent):
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> DeltaLayer:
         """See `Mixer.layer`."""
+        self.join(index)
         return DeltaLayer(self, index, weights)
 
 
@@ -62,8 +63,8 @@ class DeltaLayer:
             ops.linear(rows[_GATE_IN], (self._gate_out,), (rows[_GATE],))
         if self._decay_out is not None:
             ops.linear_f32(rows[_DECAY_IN], (self._decay_out,), (rows[_DECAY],))
-        for states, pos, count, (x, decay, beta, _, mixed, *_) in parts:
-            (tail, state), (next_tail, next_state) = states[index].step(pos, count)
+        for states, (x, decay, beta, _, mixed, *_) in parts:
+            (tail, state), (next_tail, next_state) = states[index]
             ops.short_conv(x, self._conv, None, tail, next_tail, x, silu=True)
             ops.delta_rule(x, decay, beta, self._rule, state, next_state, mixed)
         heads = rows[_HEADS]

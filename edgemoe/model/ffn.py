@@ -18,10 +18,22 @@ __all__ = ["BranchedFfn", "ClosedFfn", "DenseFfn", "Ffn", "RoutedFfn"]
 
 
 class Ffn(Protocol):
-    """Is the FFN of one layer."""
+    """Is the FFN of one layer, in parts: between the first and the last the host may have to choose experts.
 
-    def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
-        """out [T, D] = what the layer adds to the residual x [T, D], which it may scale, for normed [T, D]."""
+    All take the residual x, normed and out, each [T, D]; a part goes on where the one before left off.
+    """
+
+    def begin(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """Runs what comes before `run_experts`."""
+
+    def run_experts(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """Chooses experts, as planned by the host, and runs them."""
+
+    def run(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """Does in place of both what needs no host: of a token whose experts are ahead, or of one without experts."""
+
+    def end(self, x: Array, normed: Array, out: Array) -> None:
+        """Runs the rest: out = what the layer adds to the residual, which it may scale."""
 
 
 class DenseFfn:
@@ -33,9 +45,18 @@ class DenseFfn:
         """
         self._ops, self._matrices, self._activation = ops, _shared(weights), activation
 
-    def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
-        """See `Ffn.forward`."""
+    def begin(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.begin`: never called."""
+
+    def run_experts(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.run_experts`: likewise."""
+
+    def run(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.run`."""
         self._ops.ffn(normed, *self._matrices, out, activation=self._activation)
+
+    def end(self, x: Array, normed: Array, out: Array) -> None:
+        """See `Ffn.end`."""
 
 
 class RoutedFfn:
@@ -61,21 +82,36 @@ class RoutedFfn:
         self._shared = _shared(weights) if "shared.up" in weights else None
         self._sigmoid = cast("Array | None", weights.get("shared.sigmoid"))
         self._scratch, self._gates_input = scratch, config.gate_input
+        self._has_shared = False  # what `run_experts` may have run too
 
-    def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
-        """See `Ffn.forward`."""
+    def begin(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.begin`."""
+        self._routers.begin(self._index, normed, batch)
+
+    def run_experts(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.run_experts`."""
         routing, inner = self._routers.route(self._index, x, normed, batch), normed
         if self._gates_input:
             (inner,) = self._scratch.first(len(x))
             self._ops.weigh(normed, routing.gates, inner)
             routing.gates[...] = 1
+        beside = None
+        if self._shared is not None and inner is normed:
+            beside = Beside(self._shared, *self._scratch.first(len(x)))
+        self._has_shared = self._experts(routing, self._layer, inner, out, beside)
+
+    def run(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.run`."""
+        self._routers.choose(self._index, normed, batch)
+        self._experts.run_chosen(self._index, self._layer, normed, out)
+
+    def end(self, x: Array, normed: Array, out: Array) -> None:
+        """See `Ffn.end`."""
         if self._shared is None:
-            self._experts(routing, self._layer, inner, out)
             return
         (shared,) = self._scratch.first(len(x))
-        beside = Beside(self._shared, shared) if inner is normed else None
         ops, sigmoid = self._ops, self._sigmoid
-        if not self._experts(routing, self._layer, inner, out, beside):
+        if not self._has_shared:
             ops.ffn(normed, *self._shared, shared, activation=self._layer.activation)
         ops.add(
             shared, 1.0, out, gate_weight=sigmoid, gate_input=None if sigmoid is None else normed
@@ -108,15 +144,32 @@ class BranchedFfn:
             for name in ("router_norm", "experts_norm", "experts_out_norm", "shared.out_norm")
         ]
 
-    def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
-        """See `Ffn.forward`."""
-        ops, eps = self._ops, self._eps
-        before_router, before, after, after_shared = self._norms
+    def begin(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.begin`."""
         (inner,) = self._scratch.first(len(x))
-        ops.norm(x, before_router, eps, inner)
+        self._ops.norm(x, self._norms[0], self._eps, inner)
+        self._routers.begin(self._index, inner, batch)
+
+    def run_experts(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.run_experts`."""
+        (inner,) = self._scratch.first(len(x))
         routing = self._routers.route(self._index, x, inner, batch)
-        ops.norm(x, before, eps, inner)
+        self._ops.norm(x, self._norms[1], self._eps, inner)
         self._experts(routing, self._layer, inner, out)
+
+    def run(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.run`."""
+        ops, eps = self._ops, self._eps
+        (inner,) = self._scratch.first(len(x))
+        ops.norm(x, self._norms[0], eps, inner)
+        self._routers.choose(self._index, inner, batch)
+        ops.norm(x, self._norms[1], eps, inner)
+        self._experts.run_chosen(self._index, self._layer, inner, out)
+
+    def end(self, x: Array, normed: Array, out: Array) -> None:
+        """See `Ffn.end`."""
+        ops, eps, (_, _, after, after_shared) = self._ops, self._eps, self._norms
+        (inner,) = self._scratch.first(len(x))
         ops.norm(out, after, eps, out)
         ops.ffn(normed, *self._shared, inner, activation=self._layer.activation)
         ops.norm(inner, after_shared, eps, inner)
@@ -134,9 +187,21 @@ class ClosedFfn:
         self._norm = cast(Array, weights["ffn_out_norm"])
         self._scale = cast("Array | None", weights.get("layer_scale"))
 
-    def forward(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
-        """See `Ffn.forward`; x is scaled, and the norm's weight has the layer's scale in it."""
-        self._ffn.forward(x, normed, batch, out)
+    def begin(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.begin`."""
+        self._ffn.begin(x, normed, batch, out)
+
+    def run_experts(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.run_experts`."""
+        self._ffn.run_experts(x, normed, batch, out)
+
+    def run(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
+        """See `Ffn.run`."""
+        self._ffn.run(x, normed, batch, out)
+
+    def end(self, x: Array, normed: Array, out: Array) -> None:
+        """See `Ffn.end`; x is scaled, and the norm's weight has the layer's scale in it."""
+        self._ffn.end(x, normed, out)
         self._ops.norm(out, self._norm, self._eps, out)
         if self._scale is not None:
             self._ops.multiply(self._scale, x)

@@ -39,7 +39,7 @@ class _Hosted:
         return self._inner.make_state()
 
     def start(self, batch: Batch) -> None:
-        """See `Mixer.start`."""
+        """See `Mixer.start`: the host's work is never repeated by a device."""
         for rope in self._ropes:
             rope.start(batch)
         self._inner.start(batch)

@@ -18,6 +18,7 @@ class Mamba(Recurrent):
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> MambaLayer:
         """See `Mixer.layer`."""
+        self.join(index)
         return MambaLayer(self, index, weights)
 
 
@@ -41,8 +42,8 @@ class MambaLayer:
         (xbc, step, _, gate, heads), parts = batch.shared[self._shared]
         ops.linear(normed, self._in, (xbc, gate))
         ops.linear_f32(normed, self._step, (step,))
-        for states, pos, count, (x, s, decay, _, mixed) in parts:
-            (tail, state), (next_tail, next_state) = states[index].step(pos, count)
+        for states, (x, s, decay, _, mixed) in parts:
+            (tail, state), (next_tail, next_state) = states[index]
             ops.short_conv(x, self._conv, self._conv_bias, tail, next_tail, x, silu=True)
             ops.mamba2(x, s, decay, self._rule, state, next_state, mixed)
         ops.gated_norm(heads, gate, self._norm, spec.norm_eps, spec.groups, "silu_first")

@@ -5,7 +5,7 @@ Everything else of a layer treats each row of a batch alone; a mixer sees which 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Protocol
 
 from edgemoe.model.attention import Attention
@@ -71,8 +71,12 @@ class Mixer(Protocol):
     def make_state(self) -> State:
         """Returns the state of one layer for a new sequence."""
 
-    def start(self, batch: Batch) -> None:
-        """All layers will now run for a batch."""
+    def start(self, batch: Batch) -> Hashable | None:
+        """All layers will now run for a batch, and their states make way for it.
+
+        Returns:
+            For a batch of one token, what tells apart those that are not the same work; None where none is.
+        """
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> MixerLayer:
         """Returns the mixer of layer `index`, whose tensors are given by their names within the layer."""

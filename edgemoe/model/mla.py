@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, cast
 
 from edgemoe.model.batch import Batch
@@ -90,7 +90,7 @@ class Mla:
         """See `Mixer.make_state`."""
         return Latents(self.ops, self.spec, self.context, self.types.keys)
 
-    def start(self, batch: Batch) -> None:
+    def start(self, batch: Batch) -> Hashable | None:
         """See `Mixer.start`: cuts the rows of each sequence, once for all layers."""
         parts: list[tuple[list[Any], int, Any, Any, Any, Any, Any, Any]] = []
         for part in batch.slices:
@@ -101,6 +101,7 @@ class Mla:
             state = part.state
             parts.append((state.layers, state.held, q, absorbed, keys, *turn, out))
         batch.shared[self] = (self._rows.first(len(batch.ids)), parts)
+        return self.ops.place(self.spec, state.held) if len(batch.ids) == 1 else None
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> MlaLayer:
         """See `Mixer.layer`."""

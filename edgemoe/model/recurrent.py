@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from collections.abc import Hashable
+from typing import Any, Protocol, cast
 
 from edgemoe.model.batch import Batch
 from edgemoe.model.kv import KvTypes
@@ -93,6 +94,7 @@ class Recurrent:
     def __init__(self, spec: Any, setup: Setup) -> None:
         self.spec, self.ops = spec, setup.ops
         self._rows = setup.scratch.rows(*spec.scratch_widths)
+        self._layers: dict[int, None] = {}  # its own, in order
 
     @staticmethod
     def scratch_widths(spec: RecurrentSpec) -> tuple[int, ...]:
@@ -113,10 +115,18 @@ class Recurrent:
         """See `Mixer.make_state`."""
         return RecurrentState(self.ops, *self.spec.state_shapes)
 
-    def start(self, batch: Batch) -> None:
-        """See `Mixer.start`: all rows of scratch, and for each sequence its states, position, count and rows."""
-        parts = [
-            (s.state.layers, s.state.held, s.count, self._rows.between(s.start, s.stop))
-            for s in batch.slices
-        ]
+    def join(self, index: int) -> None:
+        """Takes layer `index`, whose states are asked to make way with the others'."""
+        self._layers[index] = None
+
+    def start(self, batch: Batch) -> Hashable | None:
+        """See `Mixer.start`: all rows of scratch, and for each sequence its rows, and arrays of each layer to read and
+        to write, which are what tells passes apart."""
+        parts = []
+        for part in batch.slices:
+            states = cast("list[RecurrentState]", part.state.layers)
+            steps = {i: states[i].step(part.state.held, part.count) for i in self._layers}
+            parts.append((steps, self._rows.between(part.start, part.stop)))
         batch.shared[self] = (self._rows.first(len(batch.ids)), parts)
+        # A state's arrays live as long as it does.
+        return tuple(id(arrays) for both in parts[0][0].values() for arrays in both)

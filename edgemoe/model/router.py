@@ -82,6 +82,20 @@ class Routers:
         ahead = MOST_AHEAD * (config.hidden_size + E + 2 * K) * max_sequences
         return 4 * ((E + 2 * K) * max_tokens + ahead)
 
+    def begin(self, index: int, normed: Array, batch: Batch) -> None:
+        """Begins what `route` ends, which the next call must be: all of it that needs no host."""
+        self._ops.begin_route(normed, self._sets[batch.variant][index])
+
+    def ahead(self, *, is_start: bool) -> frozenset[int]:
+        """Returns the layers for which `choose` may take the place of both; see `Experts.ahead`."""
+        if self._places is not None:
+            return frozenset()
+        return self._experts.ahead(self._rule, is_start=is_start)
+
+    def choose(self, index: int, normed: Array, batch: Batch) -> None:
+        """Chooses for normed [1, D] where the host does not look."""
+        self._ops.choose(index, normed, self._sets[batch.variant][index], self._rule)
+
     def route(self, index: int, x: Array, normed: Array, batch: Batch) -> Routing:
         """Returns what the router chooses for normed [T, D], the input of the experts; it lies in scratch.
 

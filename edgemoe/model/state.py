@@ -7,6 +7,7 @@ written by then for tokens that do not count is theirs to ignore, and it never t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -48,10 +49,15 @@ class State(Protocol):
         """Returns what `parts` does of a layer at the start, to be filled: `length` tokens are there then."""
 
 
+_numbers = itertools.count()
+
+
 class SequenceState:
     """Holds the tokens that count and the layers' states. One thread at a time."""
 
     def __init__(self, layers: Sequence[State], capacity: int) -> None:
+        self.number = next(_numbers)
+        """Of no other, also once it is gone."""
         self.ids: list[int] = []
         """The tokens that the states stand for."""
         self.layers = list(layers)

@@ -7,6 +7,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from edgemoe import _core
 from edgemoe.config import ModelConfig
 from edgemoe.devices import DeviceName, open_device
@@ -77,13 +80,24 @@ class OnDevice:
             Ops, CudaOps(shape, self.device, self.moe.config, hosts=hosts, corrected=corrected)
         )
 
-    def over(self, store: ExpertStore) -> ExpertStore:
-        """Returns a store of the same experts that has some of them on the device, if there is room for one."""
+    def over(self, store: ExpertStore, bits: NDArray[np.int8]) -> ExpertStore:
+        """Returns a store of the same experts that has some of them on the device, if there is room for one.
+
+        Where there is room for all, all are there when this returns.
+
+        Args:
+            bits: [layers, E], what each runs at.
+
+        Raises:
+            ReadError: a read failed.
+            FormatError: an expert's checksum does not match.
+        """
         host, config = store.cache, self.moe.config
         if self.vram.room < host.slot_bytes(len(store.level_bits)):
             return store
         there = _core.Cache.on_device(self.device, host, self.vram.room - _core.Device.taken(1))
         tiers = Tiers(host, there, len(config.moe_layers))
+        tiers.fill(store.levels(bits.reshape(-1)))
         return ExpertStore(
             cast(_core.Cache, tiers), num_experts=config.num_experts, level_bits=store.level_bits,
             rungs=self.moe.experts.rungs,

@@ -201,7 +201,7 @@ def _assembled(
     store.cache.keep(scheduler.keep_level)
     slots = store.cache
     if there is not None:
-        store = there.over(store)
+        store = there.over(store, bits.each)
     parts = ops.empty(budget.chunk * config.experts_per_token, config.hidden_size)
     experts = Experts(scheduler, store, ops, parts=parts, observer=options.observer)
     return Model(

@@ -83,6 +83,8 @@ class Scheduler(ABC):
     """What the cache lowers experts to before it evicts any; 0: it evicts at once."""
     bit_routers: BitRouters | None = None
     """Routers of precisions whose logits it wants to be told with every routing."""
+    is_routed: bool = False
+    """Whether plans are what routers choose, at `fixed_bits`, so that they need not be asked for where experts are."""
     leaves_out: bool = False
     """Whether plans may leave experts out."""
     stand_ins: StandIns | None = None

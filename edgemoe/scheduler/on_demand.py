@@ -36,6 +36,7 @@ class OnDemand(Scheduler):
     """
 
     Options = OnDemandOptions
+    is_routed = True
 
     def __init__(
         self, setting: Setting, *, bits: NDArray[np.int8] | None = None, **options: Any

@@ -1,0 +1,178 @@
+"""What stands between two choices of experts is noted by a device and repeated, and layers whose experts are all there
+choose by themselves: both give the processor's bits, whatever moves meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+
+import families
+import numpy as np
+import pytest
+from simulated import configured, on_device, small_moe, with_vram
+
+import edgemoe
+from edgemoe import _core, ops_cuda_notes
+from edgemoe.file.format import open_moe
+from edgemoe.model import Batch
+from edgemoe.ops_cuda import CudaOps
+from edgemoe.runtime.trace import read
+
+IDS = np.random.default_rng(7).integers(0, 250, 300).tolist()
+
+
+def params(count, **more):
+    return edgemoe.SamplingParams(**{"temperature": 0, **more}, max_tokens=count, ignore_eos=True)
+
+
+def told(engine, ids, how):
+    """A reply, the hash of its last logits, and how often experts ran."""
+    reply = list(engine.generate(ids, how))
+    return reply, engine.stats.logits_hash, engine.model.store.runs.tolist()
+
+
+def graphs():
+    with configured() as simulator:
+        return simulator.cudasim_configure(b"graphs", 0)
+
+
+@pytest.fixture(params=["none", "repeated", "ahead"])
+def stage(request, monkeypatch):
+    """How much the host is out of the way."""
+    monkeypatch.setattr(CudaOps, "repeats", request.param != "none")
+    monkeypatch.setattr(CudaOps, "runs_ahead", request.param == "ahead")
+    return request.param
+
+
+def test_each_stage_is_the_processors_and_does_what_it_says(tiny_moe, stage):
+    how = params(12)
+    with edgemoe.load(tiny_moe, context=64) as engine:
+        expected = told(engine, IDS[:5], how)
+        counted, routed = engine.stats, engine.model.counters.routed
+    with edgemoe.load(tiny_moe, context=64, **on_device()) as engine:
+        before = graphs()
+        assert told(engine, IDS[:5], how) == expected
+        layers, tokens = engine.config.num_layers, 11  # and one from the prompt's logits
+        ran, stats = graphs() - before, engine.stats
+        assert engine.model.counters.routed == routed
+    assert stats.hits + stats.misses == counted.hits + counted.misses
+    assert stats.device_hits == stats.hits  # there is room for all
+    each = {"none": 0, "repeated": layers + 1, "ahead": 1}[stage]
+    assert each * (tokens - 4) <= ran <= each * tokens
+    assert bool(ran) == (stage != "none")
+
+
+@pytest.mark.parametrize("slots", [5, 13, 15])
+def test_while_experts_come_and_go(tiny_moe, monkeypatch, slots):
+    """16 are more than there is room for, and some tokens find all of one layer there."""
+    how = params(40, temperature=2.0, seed=3)
+    with edgemoe.load(tiny_moe, context=64) as engine:
+        expected = told(engine, IDS[:5], how)
+    with_vram(monkeypatch, slots, tiny_moe)
+    with edgemoe.load(tiny_moe, context=64, **on_device()) as engine:
+        assert told(engine, IDS[:5], how) == expected
+        engine.model.store.cache.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [("qwen2_moe-window", 2), ("qwen3_next", 2), ("qwen2_moe-window", 1000), ("gpt_oss", 1000), ("gemma4_text", 1000),
+     ("deepseek_v3", 1000), ("nemotron_h", 1000), ("llama4_text", 1000)],
+)  # fmt: skip
+def test_families_that_go_back_and_on(tmp_path, monkeypatch, name, experts):
+    """Turns that go on, begin anew in the middle, and begin with something else."""
+    path = small_moe(name, tmp_path)
+    ids = families.random_ids(40)
+    turns = ids[:12], ids[:20], ids[:6] + ids[30:34], ids[25:30]
+
+    def play(**options):
+        with edgemoe.load(path, context=64, **options) as engine:
+            return [told(engine, turn, params(7)) for turn in turns]
+
+    expected = play()
+    with_vram(monkeypatch, experts, path)
+    before = graphs()
+    assert play(**on_device()) == expected
+    grows = any(getattr(mixer, "growth", 0) for mixer in open_moe(path).config.mixers)
+    assert (graphs() > before) == (not grows)  # logarithms are the host's
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen2_moe-window", "deepseek_v3"])
+def test_where_a_block_of_positions_ends(tiny_moe, tmp_path, name):
+    longer = {"max_position_embeddings": 512}
+    path = tiny_moe if name == "tiny" else small_moe(name, tmp_path, changes=longer)
+    ids = [i % 90 for i in IDS[: _core.KEY_BLOCK - 5]]
+    with edgemoe.load(path, context=300, bits=2) as engine:
+        expected = told(engine, ids, params(12))
+    with edgemoe.load(path, context=300, bits=2, **on_device()) as engine:
+        assert told(engine, ids, params(12)) == expected
+
+
+@pytest.mark.parametrize("most", [2, ops_cuda_notes.MOST_NOTED])
+def test_sequences_in_turn(tiny_moe, monkeypatch, most):
+    """Each has keys and values of its own; the notes of one are not those of another, and the oldest are forgotten."""
+    monkeypatch.setattr(ops_cuda_notes, "MOST_NOTED", most)
+
+    def play(**options):
+        out = []
+        with edgemoe.load(tiny_moe, context=64, sequences=3, **options) as engine:
+            model = engine.model
+            states = [model.make_state() for _ in range(2)]
+            row = np.empty((1, model.config.vocab_size), np.float32)
+            for i in range(8):
+                for j, state in enumerate(states):
+                    ids = np.array([IDS[3 * i + j]], np.int32)
+                    model.logits(model.forward(Batch.of((state, ids))), row)
+                    out.append(row.tobytes())
+            both = [(state, np.array([9], np.int32)) for state in states]
+            rows = np.empty((2, model.config.vocab_size), np.float32)
+            model.logits(model.forward(Batch.of(*both)), rows)
+        return [*out, rows.tobytes()]
+
+    assert play(**on_device()) == play()
+
+
+def test_fewer_experts_and_bits_are_other_work(tiny_moe):
+    def play(**options):
+        out = []
+        with edgemoe.load(tiny_moe, context=64, **options) as engine:
+            for more in ({}, {"experts": 1}, {"bits": 3}, {"experts": 2}):
+                engine.change(**more)
+                out.append(told(engine, IDS[:6], params(6)))
+        return out
+
+    assert play(**on_device()) == play()
+
+
+def test_what_fails_while_it_is_noted_is_not_repeated(tiny_moe, monkeypatch):
+    real, calls = _core.device_post, []
+
+    def post(ws, arrays):
+        calls.append(len(calls))
+        if len(calls) == 12:
+            raise KeyboardInterrupt
+        return real(ws, arrays)
+
+    how = params(9)
+    with edgemoe.load(tiny_moe, context=64) as engine:
+        expected = told(engine, IDS[:5], how)[:2]
+    monkeypatch.setattr(CudaOps, "runs_ahead", False)
+    with edgemoe.load(tiny_moe, context=64, **on_device()) as engine:
+        monkeypatch.setattr(_core, "device_post", post)
+        for at in (8, 10, 11):
+            calls[:] = range(at)
+            with contextlib.suppress(KeyboardInterrupt):
+                told(engine, IDS[:5], how)
+            calls[:] = range(100)
+            assert told(engine, IDS[:5], how)[:2] == expected
+
+
+def test_somebody_who_looks_sees_every_plan(tiny_moe, tmp_path):
+    """So nothing runs ahead then."""
+    rows = []
+    for options in (on_device(), {}):
+        path = tmp_path / f"{len(rows)}.trace"
+        with edgemoe.load(tiny_moe, context=64, trace=path, **options) as engine:
+            told(engine, IDS[:5], params(6))
+        rows.append(read(path).rows)
+    for field in ("token", "layer", "experts", "gates", "bits"):
+        np.testing.assert_array_equal(rows[0][field], rows[1][field])
