@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from synth import SHAPES, attention
 
@@ -34,14 +35,19 @@ SHAPES_TOO = {
     ),
 }  # fmt: skip
 CARDS = {
-    "272 GB/s (4060)": 272e9,
-    "360 GB/s (3060)": 360e9,
-    "1008 GB/s (4090)": 1008e9,
-    "102 GB/s (Orin Nano)": 102e9,
+    "272 GB/s, 8 GiB (4060)": (272e9, 8),
+    "360 GB/s, 12 GiB (3060)": (360e9, 12),
+    "1008 GB/s, 24 GiB (4090)": (1008e9, 24),
+    "102 GB/s, 8 GiB (Orin Nano)": (102e9, 8),
 }
 REACHED = 0.75  # of a card's bandwidth, as is hoped
 BETWEEN_US = 2.5  # from one kernel's end to the next one's start, in a queue that is full
 POSITION = 1024  # of the token that is predicted
+STAGES = {  # whether work is repeated, and whether layers run ahead
+    "each kernel is queued by the host": (False, False),
+    "what stands between two choices is repeated": (True, False),
+    "the device chooses": (True, True),
+}
 
 
 class Counts(ctypes.Structure):
@@ -62,48 +68,53 @@ def plug_in(folder: Path) -> str:
 
 
 def one(name: str, config: ModelConfig, library: str, folder: Path, tokens: int) -> None:
-    """Prints what a token costs."""
+    """Prints what a token costs where the device has all experts, with the host more and more out of the way."""
     path = folder / f"{name}.moe"
     write_hollow(path, config, bits=6, scheme=SCHEMES["nested"], sections={})
+    with edgemoe.load(
+        path, device="cuda", plug_in=library, vram="40GiB", context=POSITION + tokens, bits=4, verify=False,
+    ) as engine:  # fmt: skip
+        ops: Any = engine.model.ops
+        for stage, (ops.repeats, ops.runs_ahead) in STAGES.items():
+            print(f"{name}: {stage}")
+            stage_of(engine, config, library, tokens, waits=not ops.runs_ahead)
+    path.unlink()
+
+
+def stage_of(
+    engine: edgemoe.Engine, config: ModelConfig, library: str, tokens: int, *, waits: bool
+) -> None:
+    """Prints it for one stage.
+
+    Args:
+        waits: the device waits for the host in every layer.
+    """
     params = edgemoe.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     count = ctypes.CDLL(library).edgemoe_idle_counts
     before, after, times = Counts(), Counts(), []
-    with edgemoe.load(
-        path,
-        device="cuda",
-        plug_in=library,
-        vram="6GiB",
-        context=POSITION + tokens,
-        bits=4,
-        verify=False,
-    ) as engine:
-        for _ in range(5):
-            at, stamps = time.perf_counter(), []
-            for _ in engine.generate([1, 2, 3], params):
-                stamps.append(time.perf_counter() - at)
-                at = time.perf_counter()
-                count(ctypes.byref(before if len(stamps) == tokens // 2 else after))
-            times.append(statistics.median(stamps[1:]))
-        stats = engine.stats
-    n, layers = tokens - tokens // 2, config.num_layers
+    for _ in range(5):
+        at, stamps = time.perf_counter(), []
+        for _ in engine.generate([1, 2, 3], params):
+            stamps.append(time.perf_counter() - at)
+            at = time.perf_counter()
+            count(ctypes.byref(before if len(stamps) == tokens // 2 else after))
+        times.append(statistics.median(stamps[1:]))
+    n, layers, host = tokens - tokens // 2, config.num_layers, statistics.median(times)
     each = {key: (getattr(after, key) - getattr(before, key)) / n for key, _ in Counts._fields_}
-    host = statistics.median(times)
-    print(f"{name}: {stats.device_hits} of {stats.hits + stats.misses} experts on the device")
     print(
-        f"  host {host * 1e6 / layers:.0f} us per layer and token ({min(times) * 1e6 / layers:.0f} at least)"
-    )
-    print(
-        f"  a token: {each['launches']:.0f} kernels, {each['weights'] / 1e9:.3f} GB of weights, "
+        f"    host {host * 1e6 / layers:.1f} us per layer and token ({min(times) * 1e6 / layers:.1f} at least), "
+        f"{host * 1e6:.0f} us a token; {each['launches']:.0f} kernels, {each['weights'] / 1e9:.3f} GB of weights, "
         f"{each['copies_in']:.0f} copies in, {each['copies_out']:.0f} out"
     )
     states = each["states"] * POSITION / (tokens * 3 / 4 + 3)  # grow with the position
-    for card, bandwidth in CARDS.items():
+    size = engine.model.ops._device.stats["used_bytes"] / 2**30
+    rates = []
+    for card, (bandwidth, memory) in CARDS.items():
         read = (each["weights"] + states) / (REACHED * bandwidth)
         gaps = each["launches"] * BETWEEN_US * 1e-6
-        print(
-            f"  {card}: {1 / (read + gaps):.0f} tok/s where the host is ahead, "
-            f"{1 / (read + gaps + host):.0f} where each layer waits for it"
-        )
+        rate = f"{1 / (read + gaps + (host if waits else 0)):.0f}"
+        rates.append(f"{rate if size < memory else 'too large'} on {card}")
+    print(f"    tok/s: {'; '.join(rates)}")
 
 
 def main() -> None:
