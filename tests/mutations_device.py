@@ -151,7 +151,7 @@ DEVICE = (
     *_of(
         "products.cuh", REPEATED,
         ("chosen experts have the first one's bias", "size_t(e) * call.rows : nullptr", "size_t(0) : nullptr"),
-        ("chosen experts are the first ones", "call.table[3 * e + call.first + part]", "call.table[3 * k + call.first + part]"),
+        ("chosen experts are the first ones", "call.table + 3 * e + call.first + part", "call.table + 3 * k + call.first + part"),
     ),
     *(
         Mutation("device", name, file, old, new, REPEATED)

@@ -5,6 +5,7 @@
 // multiply-adds, some hundred cycles that other blocks' loads hide. So a product has the CPU's bits, whatever the grid.
 #pragma once
 
+#include <cstddef>
 #include <type_traits>
 
 #include "codes.cuh"
@@ -256,15 +257,20 @@ __global__ void __launch_bounds__(kWarps * 32) chosen_products(ChosenCall call) 
   EDGEMOE_SHARED(uint64_t, room, sizeof(Product) / sizeof(uint64_t));
   static_assert(sizeof(Product) % sizeof(uint64_t) == 0 && std::is_trivially_copyable<Product>::value,
                 "it lies in words");
+  constexpr int kWords = int(sizeof(NestedMatrix) / sizeof(uint64_t));
+  static_assert(sizeof(NestedMatrix) % sizeof(uint64_t) == 0 && offsetof(Product, w) == 0, "it comes first");
   Product& p = *reinterpret_cast<Product*>(room);
+  const int k = int(blockIdx.y) / call.parts, part = int(blockIdx.y) % call.parts, e = call.experts[k];
+  // A thread for each word: as a whole it would lie on a stack.
+  const auto* w = reinterpret_cast<const uint64_t*>(call.table + 3 * e + call.first + part);
+  if (threadIdx.x < kWords) room[threadIdx.x] = w[threadIdx.x];
   if (threadIdx.x == 0) {
-    const int k = int(blockIdx.y) / call.parts, part = int(blockIdx.y) % call.parts, e = call.experts[k];
-    p.w = call.table[3 * e + call.first + part];
+    const float* bias = part ? call.bias[1] : call.bias[0];
     p.x = rows_from(call.x, call.is_shared ? 0 : k);
-    p.y = call.y[part] + size_t(k) * call.rows;
+    p.y = (part ? call.y[1] : call.y[0]) + size_t(k) * call.rows;
     p.n = 1;
     p.stride = call.rows;
-    p.bias = call.bias[part] ? call.bias[part] + size_t(e) * call.rows : nullptr;
+    p.bias = bias ? bias + size_t(e) * call.rows : nullptr;
     p.ranks = nullptr;
     p.heads = 1;
     p.head_stride = 0;
