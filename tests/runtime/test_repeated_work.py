@@ -4,11 +4,12 @@ choose by themselves: both give the processor's bits, whatever moves meanwhile."
 from __future__ import annotations
 
 import contextlib
+import ctypes
 
 import families
 import numpy as np
 import pytest
-from simulated import configured, on_device, small_moe, with_vram
+from simulated import on_device, plug_in, small_moe, with_vram
 
 import edgemoe
 from edgemoe import _core, ops_cuda_notes
@@ -31,8 +32,10 @@ def told(engine, ids, how):
 
 
 def graphs():
-    with configured() as simulator:
-        return simulator.cudasim_configure(b"graphs", 0)
+    """How often work was repeated; None of a real device, which does not tell."""
+    library = ctypes.CDLL(plug_in())
+    simulated = hasattr(library, "cudasim_configure")
+    return library.cudasim_configure(b"graphs", 0) if simulated else None
 
 
 @pytest.fixture(params=["none", "repeated", "ahead"])
@@ -52,13 +55,13 @@ def test_each_stage_is_the_processors_and_does_what_it_says(tiny_moe, stage):
         before = graphs()
         assert told(engine, IDS[:5], how) == expected
         layers, tokens = engine.config.num_layers, 11  # and one from the prompt's logits
-        ran, stats = graphs() - before, engine.stats
+        after, stats = graphs(), engine.stats
         assert engine.model.counters.routed == routed
     assert stats.hits + stats.misses == counted.hits + counted.misses
     assert stats.device_hits == stats.hits  # there is room for all
-    each = {"none": 0, "repeated": layers + 1, "ahead": 1}[stage]
-    assert each * (tokens - 4) <= ran <= each * tokens
-    assert bool(ran) == (stage != "none")
+    if before is not None:
+        each = {"none": 0, "repeated": layers + 1, "ahead": 1}[stage]
+        assert each * (tokens - 4) <= after - before <= each * tokens
 
 
 @pytest.mark.parametrize("slots", [5, 13, 15])
@@ -93,7 +96,7 @@ def test_families_that_go_back_and_on(tmp_path, monkeypatch, name, experts):
     before = graphs()
     assert play(**on_device()) == expected
     grows = any(getattr(mixer, "growth", 0) for mixer in open_moe(path).config.mixers)
-    assert (graphs() > before) == (not grows)  # logarithms are the host's
+    assert before is None or (graphs() > before) == (not grows)  # logarithms are the host's
 
 
 @pytest.mark.parametrize("name", ["tiny", "qwen2_moe-window", "deepseek_v3"])
