@@ -124,11 +124,11 @@ def test_sequences_in_turn(tiny_moe, monkeypatch, most):
             for i in range(8):
                 for j, state in enumerate(states):
                     ids = np.array([IDS[3 * i + j]], np.int32)
-                    model.logits(model.forward(Batch.of((state, ids))), row)
+                    model.logits(model.forward(Batch.of((state, ids))), row, state)
                     out.append(row.tobytes())
             both = [(state, np.array([9], np.int32)) for state in states]
             rows = np.empty((2, model.config.vocab_size), np.float32)
-            model.logits(model.forward(Batch.of(*both)), rows)
+            model.logits(model.forward(Batch.of(*both)), rows, states[0])
         return [*out, rows.tobytes()]
 
     assert play(**on_device()) == play()
