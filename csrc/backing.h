@@ -59,6 +59,8 @@ class Backing {
   virtual void release(int slot, size_t begin, size_t end) = 0;
   /// The first byte of a slot.
   virtual const uint8_t* view(int slot) const = 0;
+  /// The same for the kernels of a device.
+  virtual const uint8_t* view_there(int slot) const { return view(slot); }
 
   /// Any thread may ask.
   virtual LoaderStats stats() const = 0;

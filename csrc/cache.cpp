@@ -124,21 +124,21 @@ Cache::~Cache() {
   }
 }
 
-ExpertView Cache::view(int e, int level) const {
+ExpertView Cache::view(int e, int level, bool there) const {
   require(backing_->keeps_bytes(), "view of an expert that was never read: the cache is dry");
   require(e >= 0 && e < num_experts() && level >= 1 && levels_[e] >= level && pins_[e] > 0,
           "view of an expert that is not pinned at that level");
-  return laid_out(e, rungs_at(e, level));
+  return laid_out(e, rungs_at(e, level), there);
 }
 
-std::optional<ExpertView> Cache::glance(int e, int level) const {
+std::optional<ExpertView> Cache::glance(int e, int level, bool there) const {
   require(e >= 0 && e < num_experts() && level >= 1, "glance at no expert");
   if (!backing_->keeps_bytes() || levels_[e] < level) return std::nullopt;
-  return laid_out(e, rungs_at(e, level));
+  return laid_out(e, rungs_at(e, level), there);
 }
 
 /// Where the first `level` rungs of an expert that has a slot lie in it.
-ExpertView Cache::laid_out(int e, int level) const {
+ExpertView Cache::laid_out(int e, int level, bool there) const {
   ExpertView v;
   NestedMatrix* matrices[3] = {&v.gate, &v.up, &v.down};
   for (size_t m = 0; m < 3; ++m) {
@@ -148,7 +148,7 @@ ExpertView Cache::laid_out(int e, int level) const {
     std::tie(matrices[m]->rows, matrices[m]->cols) = matrix_shape(shape_, m);
     matrices[m]->num_rungs = level;
   }
-  const uint8_t* base = backing_->view(slot_of_[e]);
+  const uint8_t* base = there ? backing_->view_there(slot_of_[e]) : backing_->view(slot_of_[e]);
   for (int r = 0; r < level; ++r) {
     const uint8_t* p = base + (r == 0 ? 0 : shape_.ends[r - 1]);
     for (int m = 0; m < 3; ++m) {

@@ -103,9 +103,11 @@ class Cache {
   void count(const Wish& used);
 
   /// A resident expert's matrices at `level`, or at its last. Valid while pinned.
-  ExpertView view(int expert, int level) const;
-  /// The same where it is resident so, pinned or not: what lies there may change.
-  std::optional<ExpertView> glance(int expert, int level) const;
+  ExpertView view(int expert, int level) const { return view(expert, level, false); }
+  /// The same for the kernels of a device, where its memory holds the slots, or shares them.
+  ExpertView view_there(int expert, int level) const { return view(expert, level, true); }
+  /// One of both, `there` or not, where it is resident so, pinned or not: what lies there may change.
+  std::optional<ExpertView> glance(int expert, int level, bool there) const;
 
   /// Level of each expert, 0 = absent; `max_level` once all that it has is there. Any thread may look.
   const std::vector<Relaxed<int8_t>>& residency() const { return levels_; }
@@ -168,7 +170,8 @@ class Cache {
  private:
   static uint32_t pages_in(size_t bytes);
   static void require(bool ok, const char* what);
-  ExpertView laid_out(int expert, int level) const;
+  ExpertView view(int expert, int level, bool there) const;
+  ExpertView laid_out(int expert, int level, bool there) const;
   enum class Step : uint8_t { kWaiting, kLoading, kReady, kGiven, kDone };
   struct Use {
     int expert;

@@ -201,7 +201,7 @@ void expect_experts(Workspace& ws, const Cache& cache, int first, const int32_t*
   for (int i = 0; i < ws.pool.size(); ++i) {
     const int begin = ws.pool.first(total, grain_of(ws, total, 1), i);
     if (begin >= n * each) return;
-    const auto w = cache.glance(first + experts[begin / each], cache.max_level());
+    const auto w = cache.glance(first + experts[begin / each], cache.max_level(), false);
     if (w) ws.pool.expect(i, ahead_of({&w->gate, &w->up}, begin % each));
   }
 }

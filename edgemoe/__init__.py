@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgemoe.errors import (
         Cancelled,
         DeviceError,
+        DeviceLost,
         EdgemoeError,
         FormatError,
         OutOfBudget,
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
     from edgemoe.text.sampler import SamplingParams
 
 __all__ = [
-    "Cancelled", "Chat", "DeviceError", "EdgemoeError", "Engine", "EngineOptions", "FormatError", "OutOfBudget",
-    "RangeError", "ReadError", "SamplingParams", "Stats", "load",
+    "Cancelled", "Chat", "DeviceError", "DeviceLost", "EdgemoeError", "Engine", "EngineOptions", "FormatError",
+    "OutOfBudget", "RangeError", "ReadError", "SamplingParams", "Stats", "load",
 ]  # fmt: skip
 
 __version__ = "0.1.0"
@@ -39,8 +40,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "Cancelled": "errors", "Chat": "runtime.chat", "EdgemoeError": "errors", "Engine": "runtime.engine",
     "EngineOptions": "runtime.options",
-    "DeviceError": "errors", "FormatError": "errors", "OutOfBudget": "errors", "RangeError": "errors",
-    "ReadError": "errors",
+    "DeviceError": "errors", "DeviceLost": "errors", "FormatError": "errors", "OutOfBudget": "errors",
+    "RangeError": "errors", "ReadError": "errors",
     "SamplingParams": "text.sampler", "Stats": "runtime.meter", "load": "runtime.engine",
 }  # fmt: skip
 

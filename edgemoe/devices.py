@@ -8,11 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgemoe import _core
-from edgemoe.errors import DeviceError
+from edgemoe.errors import DeviceError, OutOfBudget
 
-__all__ = ["DeviceName", "found", "open_device", "plug_ins"]
+__all__ = ["DeviceName", "Seen", "found", "looked_at", "open_device", "plug_ins"]
 
 _FOLDER = Path(__file__).parent / "backends"
+_LINK_BYTES = 16 << 20  # copied to measure a link
+_SLOW_LINK = 5e9  # bytes per second: four lanes of PCIe 3, or a slot that has fallen back to a generation before
+_LITTLE_FREE = 0.5  # of a device's memory
+_AGAIN = "EDGEMOE_CUDA=1 pip install --force-reinstall --no-deps . builds both together"
+_CURES = (
+    ("no plug-in", "EDGEMOE_CUDA=1 pip install . builds one, where nvcc is"),
+    ("no NVIDIA driver", "install NVIDIA's driver; nvidia-smi then lists the device"),
+    ("the driver is too old", "a newer driver, or a plug-in that was built with the driver's CUDA"),
+    (
+        "no device",
+        "nvidia-smi says what the driver sees; CUDA_VISIBLE_DEVICES hides some; in a container, --gpus all",
+    ),
+    ("has compute capability", "--device cpu runs every model"),
+    ("plug-in", _AGAIN),
+)  # the first that a reason contains
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +96,59 @@ def found(plug_in: str | os.PathLike[str] | None = None) -> list[str]:
     return lines[:1] or [
         "no CUDA device: no plug-in in this install (EDGEMOE_CUDA=1 pip install . builds it)"
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Is a line about a device, or about why there is none, and what repairs it."""
+
+    text: str
+    is_device: bool
+    cure: str = ""
+
+
+def looked_at() -> list[Seen]:
+    """Returns what there is to say of this machine's devices: plug-in and driver, then each with its link."""
+    out = []
+    paths = plug_ins()
+    if not paths:
+        return [Seen(found()[0], False, _cure("no plug-in"))]
+    for path in paths:
+        probe = _core.probe_device(str(path))
+        if why := probe["why_not"]:
+            out.append(Seen(f"no CUDA device: {why}", False, _cure(why)))
+            continue
+        driver, runtime = (
+            f"{v // 1000}.{v % 1000 // 10}" for v in (probe["driver"], probe["runtime"])
+        )
+        out = [Seen(f"{path.name} for CUDA {runtime}, driver for CUDA {driver}", False)]
+        return out + [_seen(path, i) for i in range(probe["num_devices"])]
+    return out
+
+
+def _seen(path: Path, ordinal: int) -> Seen:
+    line = _line(path, ordinal)
+    try:
+        device = _core.Device(str(path), ordinal, 4 * _LINK_BYTES)
+        info = device.info
+        link, _ = device.measure(_LINK_BYTES)
+    except (DeviceError, OutOfBudget) as error:
+        return Seen(
+            line, False, _cure(str(error)) or "nvidia-smi names the programs that have its memory"
+        )
+    cure = f"--device cuda:{ordinal} uses it; the answer is the same"
+    if info["is_unified"]:
+        return Seen(line, True, cure)
+    line = f"{line}, link {link / 1e9:.1f} GB/s"
+    if info["free_bytes"] < _LITTLE_FREE * info["total_bytes"]:
+        cure = f"nvidia-smi names the programs that have the rest; {cure}"
+    if link < _SLOW_LINK:
+        cure = f"a slot with more lanes makes the link faster (nvidia-smi -q says which it has); {cure}"
+    return Seen(line, True, cure)
+
+
+def _cure(why: str) -> str:
+    return next((cure for part, cure in _CURES if part in why), "")
 
 
 def _line(path: Path, ordinal: int) -> str:

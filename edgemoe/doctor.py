@@ -196,10 +196,10 @@ def _memory() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    for line in devices.found():
-        is_there = line.startswith("cuda:")
-        cure = "--device cuda:0 uses it; the answer is the same" if is_there else ""
-        yield Finding("note" if is_there else "ok", "device", line, cure)
+    wanted = bool(devices.plug_ins())  # who has built one has a device
+    for seen in devices.looked_at():
+        kind = "note" if seen.is_device else "problem" if wanted and seen.cure else "ok"
+        yield Finding(kind, "device", seen.text, seen.cure)
 
 
 def _settings(unknown: Sequence[str]) -> Iterator[Finding]:

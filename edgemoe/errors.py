@@ -6,6 +6,7 @@
     ├── OutOfBudget(MemoryError)     the memory budget is too small; says the smallest that works
     ├── ReadError(OSError)           the disk failed while weights were read; says path and offset
     ├── DeviceError(RuntimeError)    a device failed or cannot be had; says which call, or why
+    │   └── DeviceLost               it does nothing any more, and what was on it is gone: open the model again
     └── RangeError(ArithmeticError)  a number of the model does not fit where it is kept; says where, and what does
 
 Wrong arguments are plain `ValueError`. What a file may hold is quoted by `quoted`, at most so much of it.
@@ -19,6 +20,7 @@ from typing import Any
 __all__ = [
     "Cancelled",
     "DeviceError",
+    "DeviceLost",
     "EdgemoeError",
     "FormatError",
     "OutOfBudget",
@@ -76,6 +78,10 @@ class OutOfBudget(EdgemoeError, MemoryError):
 
 class DeviceError(EdgemoeError, RuntimeError):
     """Says that a device failed, or why there is none."""
+
+
+class DeviceLost(DeviceError):
+    """Says that a device does nothing any more, and why: the model has to be opened again, by another process."""
 
 
 class RangeError(EdgemoeError, ArithmeticError):

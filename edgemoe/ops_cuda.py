@@ -58,10 +58,12 @@ class CudaOps(CudaMixers):
         *,
         hosts: bool,
         corrected: bool,
+        shares: bool = False,
     ) -> None:
         """Args:
         hosts: the host runs some mixers.
         corrected: matrices may have corrections.
+        shares: experts in the host's memory are lent to the device, which runs all of them.
         """
         super().__init__(
             device, _core.DeviceWorkspace(device, *_workspace(shape, config, corrected))
@@ -77,6 +79,7 @@ class CudaOps(CudaMixers):
         self._ahead = Ahead(device, self._ws, config) if _may_run_ahead(config, corrected) else None
         self._x = np.empty((shape.max_tokens, d), np.float32)
         self._parts = np.empty((shape.max_tokens * max(k, 1), d), np.float32)
+        self._shares = shares
         self._layers: dict[int, tuple[ExpertLayer, list[Any], Any]] = {}
         """By its identity, what the experts of a layer have: on the host; biases and basis on the device."""
 
@@ -390,14 +393,16 @@ class CudaOps(CudaMixers):
         """See `Ops.expert_ffn`: a group is all the device's, or all the host's."""
         slots: Any = request.slots
         layer, biases, basis = self._layer(layer)
+        there = slots if self._shares else None
         if isinstance(slots, Tiers):
-            if slots.is_there:
-                _core.device_expert_ffn(
-                    self._ws, x, slots.device, request.experts, request.levels, plan.offsets,
-                    plan.tokens, group, parts, layer.activation, biases, basis,
-                )  # fmt: skip
-                return
+            there = slots.device if slots.is_there else None
             request = replace(request, slots=slots.host)
+        if there is not None:
+            _core.device_expert_ffn(
+                self._ws, x, there, request.experts, request.levels, plan.offsets,
+                plan.tokens, group, parts, layer.activation, biases, basis,
+            )  # fmt: skip
+            return
         rows = self._parts[: len(plan.tokens)]
         self._cpu.expert_ffn(self._copy(x), layer, request, plan, group, rows)
         for i in group:

@@ -196,9 +196,15 @@ class ExpertStore:
         num_experts: int,
         level_bits: Sequence[int],
         rungs: NDArray[np.uint8],
+        is_lent: bool = False,
     ) -> None:
-        """See `open` and `dry`."""
+        """See `open` and `dry`.
+
+        Args:
+            is_lent: a device runs all experts, from the host's memory.
+        """
         self.cache = cache
+        self._is_lent = is_lent
         self._num_experts = num_experts
         self._rungs = rungs
         self.level_bits = tuple(level_bits)
@@ -224,6 +230,7 @@ class ExpertStore:
         most_bytes: int = 0,
         verify: bool,
         policy: Policy = "lfu",
+        device: _core.Device | None = None,
     ) -> ExpertStore:
         """Returns a store of a file's experts.
 
@@ -233,6 +240,8 @@ class ExpertStore:
             most_bytes: to what `cache.set_budget` may raise that later.
             policy: what is dropped first: the least frequently or the least recently used, "lfu" or "lru", or the
                 lowest of a live array [layers * experts].
+            device: one that has no memory of its own, and computes the experts where they lie; slots are whole experts
+                then, and all of them are taken at once.
 
         Raises:
             OutOfBudget: not even one expert fits.
@@ -266,10 +275,11 @@ class ExpertStore:
             others=moe.experts.others,
             file_of=moe.experts.file_of,
             names=moe.experts.names,
+            device=device,
         )
         return cls(
             cache, num_experts=moe.places, level_bits=[r[0] for r in ladder],
-            rungs=moe.experts.rungs,
+            rungs=moe.experts.rungs, is_lent=device is not None,
         )  # fmt: skip
 
     @classmethod
@@ -450,4 +460,7 @@ class ExpertStore:
     def stats(self) -> dict[str, Any]:
         """Counters since the start; see `CacheStats` and `LoaderStats` in csrc."""
         stats: dict[str, Any] = self.cache.stats
+        if self._is_lent:
+            stats["device_hits"] = stats["hits"] + stats["misses"]
+            stats["device_bytes"], stats["device_bytes_in"] = stats["resident_bytes"], 0
         return stats

@@ -63,7 +63,7 @@ void bind_making(Class& cache) {
                        const py::object& policy, const std::string& scheme_name, size_t most_bytes, bool gated,
                        const std::vector<uint8_t>& row_scales, const std::array<std::vector<uint8_t>, 3>& ranks,
                        const std::vector<std::shared_ptr<File>>& others, const std::optional<Array<uint8_t>>& file_of,
-                       const std::optional<Array<int32_t>>& names) {
+                       const std::optional<Array<int32_t>>& names, const std::shared_ptr<DeviceSpace>& device) {
              expect(offsets, "offsets", {-1});
              expect(crcs, "crcs", {offsets.size(), py::ssize_t(ends.size())});
              expect(rungs, "rungs", {offsets.size()});
@@ -79,6 +79,11 @@ void bind_making(Class& cache) {
                if (file_of) table.file_of.assign(file_of->data(), file_of->data() + file_of->size());
                if (names) table.names.assign(names->data(), names->data() + names->size());
                backing = make_host_backing(file, std::move(table), verify, num_readers);
+               if (device) {
+                 expect_within("Cache max_level", max_level, 1, int(ends.size()));
+                 const size_t window = round_up(ends[size_t(max_level) - 1], backing->granule());
+                 backing = make_shared_backing(device, std::move(backing), ends, window);
+               }
              } else {
                backing = make_dry_backing();
              }
@@ -104,7 +109,7 @@ void bind_making(Class& cache) {
            py::arg("most_bytes") = 0, py::arg("gated") = true, py::arg("row_scales") = std::vector<uint8_t>{1},
            py::arg("ranks") = std::array<std::vector<uint8_t>, 3>{},
            py::arg("others") = std::vector<std::shared_ptr<File>>{}, py::arg("file_of").noconvert() = py::none(),
-           py::arg("names").noconvert() = py::none())
+           py::arg("names").noconvert() = py::none(), py::arg("device") = py::none())
       .def_static(
           "on_device",
           [](const std::shared_ptr<DeviceSpace>& device, const Cache& host, size_t budget_bytes) {

@@ -6,6 +6,7 @@
 #include "bindings/bindings.h"
 #include "bindings/device_arrays.h"
 #include "device/backend.h"
+#include "error.h"
 
 namespace edgemoe {
 namespace {
@@ -30,6 +31,16 @@ py::dict info_of(DeviceSpace& space) {
   out["free_bytes"] = info.free_bytes;
   out["is_unified"] = info.is_unified;
   return out;
+}
+
+/// A lost device reports its error to whoever asks for anything.
+bool is_lost(DeviceSpace& space) {
+  try {
+    space.device().progress();
+    return false;
+  } catch (const DeviceError&) {
+    return true;
+  }
 }
 
 py::dict stats_of(const DeviceSpace& space) {
@@ -153,6 +164,18 @@ void bind_device(py::module_& m) {
            py::arg("path"), py::arg("ordinal"), py::arg("budget_bytes"))
       .def_property_readonly("info", &info_of)
       .def_property_readonly("stats", &stats_of)
+      .def_property_readonly("is_lost", &is_lost, "Whether it answers everything with an error.")
+      .def(
+          "measure",
+          [](DeviceSpace& space, size_t bytes) {
+            DeviceRates rates{};
+            {
+              py::gil_scoped_release release;
+              rates = space.measure(bytes);
+            }
+            return py::make_tuple(rates.link, rates.memory);
+          },
+          py::arg("bytes"), "Bytes per second of copies over the link, and of reads and writes of its own memory.")
       .def("use_mailbox", &DeviceSpace::use_mailbox, py::arg("yes"),
            "Whether what is small comes through memory that both see; what comes is the same.")
       .def("limit", &DeviceSpace::limit, py::arg("budget_bytes"), "Changes what may be taken from now on.")

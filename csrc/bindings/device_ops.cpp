@@ -175,7 +175,8 @@ struct ExpertsOf {
     const size_t e = size_t(expert % cache.shape().num_experts), d = size_t(cache.shape().hidden),
                  h = size_t(cache.shape().expert_hidden);
     const auto bias = [&](size_t which, size_t width) { return of_all[which] ? of_all[which] + e * width : nullptr; };
-    const FfnUse made{cache.view(expert, level), tokens, count, out, nullptr, {bias(0, h), bias(1, h), bias(2, d)}};
+    const FfnUse made{cache.view_there(expert, level),     tokens, count, out, nullptr,
+                      {bias(0, h), bias(1, h), bias(2, d)}};
     if (std::max(rank_of(made.w.gate), rank_of(made.w.up)) > ranks) {
       throw std::invalid_argument("basis: expected one for corrections");
     }
@@ -375,7 +376,7 @@ void fill_table(DeviceTable& table, const Cache& cache, int layer, const Array<i
   for (int e = 0; e < E; ++e) {
     const int expert = layer * E + e;
     const bool exists = layer >= 0 && expert < cache.num_experts();
-    const auto v = exists ? cache.glance(expert, levels.data()[e]) : std::nullopt;
+    const auto v = exists ? cache.glance(expert, levels.data()[e], true) : std::nullopt;
     if (!v) throw std::invalid_argument("DeviceTable: an expert is not on the device");
     for (const NestedMatrix* w : {&v->gate, &v->up, &v->down}) {
       if (rank_of(*w)) throw std::invalid_argument("DeviceTable: matrices with corrections are chosen by the host");

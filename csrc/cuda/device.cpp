@@ -63,6 +63,16 @@ class CudaDevice final : public Device {
     return p;
   }
   void free(void* p, Room room) noexcept override { room == Room::kPinned ? cudaFreeHost(p) : cudaFree(p); }
+  const void* lend(void* host, size_t bytes) override {
+    check(cudaHostRegister(host, bytes, cudaHostRegisterMapped), "cudaHostRegister");
+    void* there = nullptr;
+    check(cudaHostGetDevicePointer(&there, host, 0), "cudaHostGetDevicePointer");
+    return there;
+  }
+  void take_back(void* host) noexcept override {
+    cudaDeviceSynchronize();
+    cudaHostUnregister(host);
+  }
   void fill(void* to, int byte, size_t n) override {
     check(cudaMemsetAsync(to, byte, n, queues_[kCompute]), "cudaMemsetAsync");
   }

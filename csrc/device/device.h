@@ -235,6 +235,11 @@ class Device {
   virtual void* alloc(size_t bytes, Room room) = 0;
   /// Waits for all work.
   virtual void free(void* p, Room room) noexcept = 0;
+  /// Lets kernels read memory that is the host's, all of it resident, until it is taken back; returns where it is for
+  /// them. Only where both have one memory is that as fast as the device's own.
+  virtual const void* lend(void* host, size_t) { return host; }
+  /// Waits for all work.
+  virtual void take_back(void*) noexcept {}
   virtual void fill(void* to, int byte, size_t n) = 0;
   virtual void copy_in(int queue, void* to, const void* pinned, size_t n) = 0;
   virtual void copy_out(int queue, void* pinned, const void* from, size_t n) = 0;

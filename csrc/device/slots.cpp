@@ -1,5 +1,7 @@
 #include "device/slots.h"
 
+#include <algorithm>
+#include <cstring>
 #include <exception>
 #include <stdexcept>
 #include <utility>
@@ -89,7 +91,81 @@ class DeviceBacking : public Backing {
   Relaxed<uint64_t> bytes_, copies_;
 };
 
+/// The slots of another backing, lent to a device.
+class SharedBacking : public Backing {
+ public:
+  SharedBacking(std::shared_ptr<DeviceSpace> space, std::unique_ptr<Backing> from, std::vector<uint32_t> ends,
+                size_t window)
+      : space_(std::move(space)),
+        from_(std::move(from)),
+        ends_(std::move(ends)),
+        window_(window),
+        computed_(space_->device().make_fence()) {}
+  ~SharedBacking() override {
+    if (there_) space_->device().take_back(base());
+  }
+
+  bool keeps_bytes() const override { return true; }
+  size_t granule() const override { return window_; }
+
+  void reserve(int num_experts, int num_slots, size_t window) override {
+    from_->reserve(num_experts, num_slots, window);
+    const size_t bytes = size_t(num_slots) * window;
+    std::memset(base(), 0, bytes);  // a page that is not there cannot be lent
+    there_ = static_cast<const uint8_t*>(space_->device().lend(base(), bytes));
+  }
+  void expect_all(bool) override {}
+
+  bool fetch(const Fetch& what) override {
+    try {  // or a kernel would read what comes next in this slot
+      space_->device().record(computed_, kCompute);
+      space_->device().sync(computed_);
+    } catch (...) {
+      failed_.push_back({what.slot, std::current_exception()});
+      return false;
+    }
+    const auto end_of = [this](int rungs) { return rungs ? round_up(ends_[size_t(rungs) - 1], from_->granule()) : 0; };
+    Fetch rungs = what;
+    rungs.begin = end_of(what.from);
+    rungs.end = end_of(what.to);
+    return from_->fetch(rungs);
+  }
+  bool cancel(int slot) override {
+    const auto is_its = [slot](const Arrival& a) { return a.slot == slot; };
+    return std::none_of(failed_.begin(), failed_.end(), is_its) && from_->cancel(slot);
+  }
+  void promote(int slot) override { from_->promote(slot); }
+  void collect(bool wait, std::vector<Arrival>* done) override {
+    const bool any = !failed_.empty();
+    done->insert(done->end(), failed_.begin(), failed_.end());
+    failed_.clear();
+    from_->collect(wait && !any, done);
+  }
+  int num_pending() const override { return from_->num_pending() + int(failed_.size()); }
+
+  void release(int, size_t, size_t) override {}
+  const uint8_t* view(int slot) const override { return from_->view(slot); }
+  const uint8_t* view_there(int slot) const override { return there_ + size_t(slot) * window_; }
+  LoaderStats stats() const override { return from_->stats(); }
+
+ private:
+  uint8_t* base() const { return const_cast<uint8_t*>(from_->view(0)); }
+
+  std::shared_ptr<DeviceSpace> space_;
+  std::unique_ptr<Backing> from_;
+  std::vector<uint32_t> ends_;
+  size_t window_;
+  Fence computed_;
+  const uint8_t* there_ = nullptr;
+  std::vector<Arrival> failed_;
+};
+
 }  // namespace
+
+std::unique_ptr<Backing> make_shared_backing(std::shared_ptr<DeviceSpace> space, std::unique_ptr<Backing> from,
+                                             std::vector<uint32_t> ends, size_t window) {
+  return std::make_unique<SharedBacking>(std::move(space), std::move(from), std::move(ends), window);
+}
 
 std::unique_ptr<Backing> make_device_backing(std::shared_ptr<DeviceSpace> space, const Cache& host, size_t window) {
   return std::make_unique<DeviceBacking>(std::move(space), host, window);

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "clock.h"
 #include "error.h"
 
 namespace edgemoe {
@@ -63,6 +64,34 @@ void DeviceSpace::upload(void* to, const void* from, size_t n, int queue) {
     device_->record(piece.done, queue);
   }
   stats_.bytes_in += n;
+}
+
+DeviceRates DeviceSpace::measure(size_t bytes) {
+  bytes = std::max(bytes / kPieceBytes, size_t(1)) * kPieceBytes;
+  const auto give_back = [this, bytes](uint8_t* p) { free(p, bytes); };
+  const auto taken = [&] {
+    return std::unique_ptr<uint8_t, decltype(give_back)>(static_cast<uint8_t*>(alloc(bytes)), give_back);
+  };
+  const auto to = taken(), from = taken();
+  const Piece& piece = next_piece();
+  const auto rate = [&](int queue, double moved, const auto& copy) {
+    const auto seconds = [&] {
+      const double start = now_s();
+      copy();
+      device_->record(piece.done, queue);
+      device_->sync(piece.done);
+      return std::max(now_s() - start, 1e-9);
+    };
+    seconds();  // clocks may be low the first time
+    return moved / seconds();
+  };
+  return {rate(kCopy, double(bytes),
+               [&] {
+                 for (size_t at = 0; at < bytes; at += kPieceBytes) {
+                   device_->copy_in(kCopy, to.get() + at, piece.bytes, kPieceBytes);
+                 }
+               }),
+          rate(kCompute, 2.0 * double(bytes), [&] { device_->copy(to.get(), from.get(), bytes); })};
 }
 
 bool DeviceSpace::fits_mailbox(const std::vector<Fetch>& what) {

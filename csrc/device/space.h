@@ -17,6 +17,11 @@ struct SpaceStats {
   Relaxed<uint64_t> bytes_in, bytes_out;  ///< copied to the device and from it
 };
 
+/// Bytes per second: over the link to the device, and of reading and writing its memory together.
+struct DeviceRates {
+  double link, memory;
+};
+
 /// Owns an open device. One thread at a time.
 class DeviceSpace {
  public:
@@ -52,6 +57,10 @@ class DeviceSpace {
   bool post(const std::vector<Fetch>& what);
   /// The second: waits for what was posted last, and copies it to `what`, of which only `to` and `n` count.
   void collect(const std::vector<Fetch>& what);
+  /// Copies `bytes` to the device over the link, and as many within its memory, which has room for twice as many.
+  /// Waits. Throws OutOfBudget.
+  DeviceRates measure(size_t bytes);
+
   /// Switches the mailbox on or off; what comes is the same.
   void use_mailbox(bool yes) { uses_mailbox_ = yes; }
 

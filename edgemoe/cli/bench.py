@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace) -> None:
     levels = None if args.bits == "auto" else args.bits
 
     def machine() -> Roof:
-        return roof(args.model, bits=levels, threads=args.threads, ram=args.ram)
+        return roof(args.model, bits=levels, threads=args.threads, ram=args.ram, device=args.device)
 
     before = machine()
     with Engine(args.model, EngineOptions(**engine_flags(args, context=context))) as engine:
@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
         return
     note(
         f"# roof, before and after: memory {_span([r.memory for r in roofs], 1)} GB/s, "
-        f"disk {_span([r.disk for r in roofs], 2)} GB/s; "
+        f"disk {_span([r.disk for r in roofs], 2)} GB/s{_there(roofs)}; "
         f"experts {budget.slots / 2**30:.2f} of {budget.experts / 2**30:.2f} GiB"
     )
     if said:
@@ -99,6 +99,14 @@ def _span(rates: Sequence[float], digits: int) -> str:
     """Returns the least and the most of bytes per second in GB/s, one figure where they are the same."""
     low, high = (f"{rate / 1e9:.{digits}f}" for rate in (min(rates), max(rates)))
     return low if low == high else f"{low}–{high}"
+
+
+def _there(roofs: Sequence[Roof]) -> str:
+    """Returns what a device's memory and link can do."""
+    if not roofs[0].link:
+        return ""
+    vram, link = ([getattr(r, name) for r in roofs] for name in ("vram", "link"))
+    return f", device memory {_span(vram, 0)} GB/s, link {_span(link, 1)} GB/s"
 
 
 _ABOUT = """\
@@ -133,6 +141,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--ram", type=ram_size, metavar="SIZE",
                         help="memory for the whole process: 4GiB, 50%% of what is free")  # fmt: skip
+    parser.add_argument("--device", default="cpu", metavar="NAME",
+                        help="cpu, cuda or cuda:N (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--vram", type=ram_size, metavar="SIZE",
+                        help="memory of the device (default: most of what is free)")  # fmt: skip
     parser.add_argument(
         "--bits",
         type=bits_or_auto,

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import _core
-from edgemoe.errors import Cancelled, EdgemoeError
+from edgemoe.errors import Cancelled, DeviceLost, EdgemoeError
 from edgemoe.model import Batch, SequenceState
 from edgemoe.runtime.change import change
 from edgemoe.runtime.errands import Errands
@@ -256,6 +256,8 @@ class Batcher:
             hidden = self._model.forward(batch)
         except Cancelled:
             return
+        except DeviceLost:
+            raise  # no other request will fare better
         except (EdgemoeError, ValueError) as error:
             if len(parts) == 1:
                 self._finish(parts[0][0], "error", error)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgemoe import hardware
+from edgemoe.devices import DeviceName, open_device
 from edgemoe.file.format import open_moe
 from edgemoe.runtime.budget import default_ram
 from edgemoe.runtime.engine import Engine
@@ -19,15 +20,20 @@ from edgemoe.store import disk_rate
 
 __all__ = ["Result", "Roof", "measure", "roof"]
 
+_DEVICE_BYTES = 256 << 20  # copied to measure a device
 _MARGIN_BYTES = 16 << 20  # stacks of the threads that read, page tables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roof:
-    """Says what memory and disk can do, in bytes per second."""
+    """Says what memory and disk can do, and a device if there is one, in bytes per second."""
 
     memory: float
     disk: float
+    vram: float = 0.0
+    """Reads and writes of a device's memory."""
+    link: float = 0.0
+    """Copies from pinned memory to a device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +76,8 @@ def roof(
     bits: int | None,
     threads: int | None,
     ram: int | None = None,
+    device: str = "cpu",
+    plug_in: str | os.PathLike[str] | None = None,
     seconds: float = 1.0,
 ) -> Roof:
     """Measures memory with `threads` threads, and the disk with reads like the cache's for about `seconds`.
@@ -79,13 +87,25 @@ def roof(
     moe = open_moe(path)
     total = default_ram() if ram is None else ram
     room = max(total - hardware.process_bytes() - _MARGIN_BYTES, 1 << 20)
+    link, vram = _device_rates(DeviceName.parse(device), plug_in)
     best = Roof(
+        link=link,
+        vram=vram,
         memory=hardware.memory_rate(threads or hardware.num_threads(), room=room),
         disk=disk_rate(moe, moe.level(bits), seconds=seconds, room=room),
     )
     hardware.trim()
     hardware.forget_peak()  # the engine's is reported
     return best
+
+
+def _device_rates(name: DeviceName, plug_in: str | os.PathLike[str] | None) -> tuple[float, float]:
+    """Returns the bytes per second of a device's link and of its memory; nothing of the processor's."""
+    if name.ordinal is None:
+        return 0.0, 0.0
+    device = open_device(name, None, plug_in)
+    # More than what a device keeps at hand of its memory, where there is room for it.
+    return device.measure(min(_DEVICE_BYTES, device.info["free_bytes"] // 4))
 
 
 def measure(

@@ -153,6 +153,10 @@ class Budget:
     """Tokens of a prompt that are computed at once."""
     slack: int
     """What must stay free however exactly the process is measured."""
+    device: int = 0
+    """What a device takes of the same memory, but for experts."""
+    is_shared: bool = False
+    """A device runs the experts where they lie: slots are taken at once, and all of them."""
     fixed_slots: int | None = None
     """What expert slots get whatever is left, in measurements; None for what is left."""
 
@@ -201,6 +205,7 @@ class Budget:
         context = context if vram is None else vram.context
         embedding = 0 if config.tied else sum(moe.tensors["embed"].lengths[:dense_level])
         sampler = _SAMPLER_BYTES * config.vocab_size
+        shared = vram is not None and vram.is_shared
         row = scratch_bytes(config, 1) - scratch_bytes(config, 0) + beside[1]
         states = _States(config, kv_types, None if vram is None else vram.hosted)
 
@@ -218,7 +223,8 @@ class Budget:
                 scratch=own + scratch_bytes(config, chunk, sequences) + rope + beside[1] * chunk,
                 row=row,
                 expert=expert, experts=all_expert_bytes(moe, level),
-                context=context, chunk=chunk, slack=_JITTER_BYTES + sampler + rope, fixed_slots=slots,
+                context=context, chunk=chunk, slack=_JITTER_BYTES + sampler + rope,
+                device=vram.taken if vram is not None and shared else 0, is_shared=shared, fixed_slots=slots,
             )  # fmt: skip
 
         least = sized(context or min(SMALLEST_CONTEXT, config.context_length), CHUNKS[-1])
@@ -251,7 +257,8 @@ class Budget:
     @property
     def fixed(self) -> int:
         """Everything but experts."""
-        return self.process + self.growth + self.tables + self.dense + self.kv + self.scratch
+        own = self.process + self.growth + self.tables + self.dense + self.kv + self.scratch
+        return own + self.device
 
     @property
     def room(self) -> int:
@@ -267,7 +274,7 @@ class Budget:
     @property
     def most_slots(self) -> int:
         """What they may get as long as nothing else takes what is kept for it."""
-        if self.fixed_slots is not None:
+        if self.fixed_slots is not None or self.is_shared:
             return self.slots
         taken = self.process + self.tables + self.dense + self.sequences * self.kv_at_once
         return max(min(self.ram - taken, self.experts), self.slots)
@@ -287,10 +294,11 @@ class Budget:
     def parts(self, outside: int = 0) -> str:
         """Returns what takes room that experts cannot have, and how much; `outside` is left out of the process's."""
         each = f"{self.sequences} times " if self.sequences > 1 else ""
+        there = f", {_mib(self.device)} for what the device has" if self.device else ""
         return (
             f"{_mib(self.process - outside)} for the process, {_mib(self.growth)} for what it grows by, "
             f"{_mib(self.tables)} for page tables, {_mib(self.dense)} for dense weights, "
-            f"{_mib(self.kv)} for {each}{self.context} tokens of context, {_mib(self.scratch)} for scratch"
+            f"{_mib(self.kv)} for {each}{self.context} tokens of context, {_mib(self.scratch)} for scratch{there}"
         )
 
 

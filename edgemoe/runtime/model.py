@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe import _core
 from edgemoe.arguments import path_of, whole
 from edgemoe.config import ModelConfig
+from edgemoe.errors import DeviceError, DeviceLost
 from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile
 from edgemoe.model import MOST_AHEAD, Batch, Decoder, SequenceState, read_bytes
@@ -62,6 +64,8 @@ class Model:
     setting: Setting
     """What the scheduler decides about; without the file's sections."""
     ops: Ops
+    device: _core.Device | None = None
+    """Where `ops` run; None for the processor."""
     store: ExpertStore
     experts: Experts
     decoder: Decoder
@@ -110,6 +114,8 @@ class Model:
             ReadError: the disk failed; likewise.
             FormatError: a checksum does not match; likewise.
             RangeError: a key or value does not fit the type of the KV cache; likewise.
+            DeviceError: the device failed; likewise.
+            DeviceLost: it will do so from now on.
         """
         if len(batch) > self.budget.chunk:
             raise ValueError(
@@ -173,6 +179,12 @@ class Model:
             scheduler.tokens(batch.ids, sequences)
             hidden = self.decoder.forward(batch)
             scheduler.passed(len(batch), time.perf_counter() - start, sequences)
+        except DeviceError as error:
+            if self.device is None or not self.device.is_lost:
+                raise
+            raise DeviceLost(
+                f"{self.options.device} is lost, and the model has to be opened again: {error}"
+            ) from error
         finally:
             self.count()
         return hidden

@@ -10,14 +10,15 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe import _core
+from edgemoe import _core, hardware
 from edgemoe.config import ModelConfig
 from edgemoe.devices import DeviceName, open_device
+from edgemoe.errors import OutOfBudget, size_text
 from edgemoe.file.format import MoeFile
 from edgemoe.ops import Ops, OpsShape
 from edgemoe.ops_cuda import CudaOps
 from edgemoe.placement import hosted, load_on, unsupported
-from edgemoe.runtime.budget import parse_size
+from edgemoe.runtime.budget import default_ram, parse_size
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.vram import Vram, default_vram
 from edgemoe.store import ExpertStore, Told
@@ -55,15 +56,30 @@ class OnDevice:
                 f"device {name}: {what} has no kernels there yet; --device cpu runs it"
             )
         device = open_device(name, None, options.plug_in)
-        total = default_vram(device.info["free_bytes"])
-        if options.vram is not None:
-            total = parse_size(options.vram)
+        is_shared = device.info["is_unified"]
+        if is_shared and options.vram is not None:
+            raise ValueError(
+                f"vram: {name} has the processor's memory and none of its own; ram is for both"
+            )
+        if (
+            is_shared
+        ):  # context and chunk are fitted to it; experts get what the host's budget leaves
+            total = default_ram() if options.ram is None else parse_size(options.ram)
+            total = max(total - hardware.process_bytes() * options.whole_process, 1)
+        else:
+            free = device.info["free_bytes"]  # as the driver says: other programs have the rest
+            total = default_vram(free) if options.vram is None else parse_size(options.vram)
+            if total > free:
+                raise OutOfBudget(
+                    f"vram: {size_text(total)} are more than the {size_text(free)} of {name} that are free; "
+                    "nvidia-smi names the programs that have the rest"
+                )
         vram = Vram.divide(
             moe, vram=total, dense_level=dense_level, context=options.context,
             kv_types=options.kv_types, ops=shape, sequences=options.sequences,
-            hosted=hosted(moe.config, _kinds(moe.config, options)),
+            hosted=hosted(moe.config, _kinds(moe.config, options)), is_shared=is_shared,
         )  # fmt: skip
-        device.limit(total)
+        device.limit(vram.taken if is_shared else total)
         logger.info("%s: %s; %d bytes of it for experts", name, device.info["name"], vram.room)
         return cls(device, vram, moe)
 
@@ -76,9 +92,16 @@ class OnDevice:
         """Returns the device's operations."""
         corrected = bool(self.moe.scheme.correction)
         hosts = bool(self.vram.hosted)
-        return cast(
-            Ops, CudaOps(shape, self.device, self.moe.config, hosts=hosts, corrected=corrected)
-        )
+        ops = CudaOps(
+            shape, self.device, self.moe.config, hosts=hosts, corrected=corrected,
+            shares=self.vram.is_shared,
+        )  # fmt: skip
+        return cast(Ops, ops)
+
+    @property
+    def lender(self) -> _core.Device | None:
+        """The device, if it computes experts in the host's memory; see `ExpertStore.open`."""
+        return self.device if self.vram.is_shared else None
 
     def over(self, store: ExpertStore, bits: NDArray[np.int8]) -> ExpertStore:
         """Returns a store of the same experts that has some of them on the device, if there is room for one.
@@ -93,7 +116,7 @@ class OnDevice:
             FormatError: an expert's checksum does not match.
         """
         host, config = store.cache, self.moe.config
-        if self.vram.room < host.slot_bytes(len(store.level_bits)):
+        if self.vram.is_shared or self.vram.room < host.slot_bytes(len(store.level_bits)):
             return store
         there = _core.Cache.on_device(self.device, host, self.vram.room - _core.Device.taken(1))
         tiers = Tiers(host, there, len(config.moe_layers))

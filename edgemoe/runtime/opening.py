@@ -196,7 +196,7 @@ def _assembled(
     ops: Ops = CpuOps(shape) if there is None else there.ops(shape)
     store = ExpertStore.open(
         moe, bits=bits.most, budget_bytes=budget.slots, most_bytes=budget.most_slots,
-        verify=options.verify, policy=scheduler.policy,
+        verify=options.verify, policy=scheduler.policy, device=None if there is None else there.lender,
     )  # fmt: skip
     store.cache.keep(scheduler.keep_level)
     slots = store.cache
@@ -208,9 +208,9 @@ def _assembled(
         moe=moe, options=options, bits=bits.most, top_bits=bits.each.reshape(-1), threads=threads,
         budget=budget, room=Room(
             budget, slots, is_measured=options.whole_process,
-            is_steady=options.steady or budget.fixed_slots is not None,
+            is_steady=options.steady or budget.fixed_slots is not None or budget.is_shared,
         ), setting=replace(setting, sections={}), store=store, experts=experts,
-        ops=ops, decoder=Decoder(
+        ops=ops, device=None if there is None else there.device, decoder=Decoder(
             config, weights, ops, experts, max_tokens=budget.chunk, context=budget.context,
             types=options.kv_types, others=others, places=adapters.places,
         ),

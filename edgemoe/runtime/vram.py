@@ -41,6 +41,8 @@ class Vram:
     """The layers whose mixers the host runs, and why."""
     held: int
     """What of the weights outside the experts is the host's."""
+    is_shared: bool
+    """The memory is the host's: what experts get is a matter of the host's budget."""
 
     @classmethod
     def divide(
@@ -54,11 +56,13 @@ class Vram:
         ops: OpsShape,
         sequences: int,
         hosted: Mapping[int, str],
+        is_shared: bool = False,
     ) -> Vram:
         """Fits context and chunk into `vram`; arguments as those of `Budget.divide`.
 
         Args:
             hosted: the layers whose mixers the host runs.
+            is_shared: the device has no memory of its own.
 
         Raises:
             OutOfBudget: says the smallest that works, and what takes the room.
@@ -84,7 +88,9 @@ class Vram:
             kv = kv_bytes(context, chunk)
             scratch = scratch_bytes(config, chunk, sequences) + _ROUNDING_BYTES
             scratch += CudaOps.scratch_bytes(shape, config, corrected=corrected)
-            return cls(vram, dense, sequences * kv, scratch, context, chunk, hosted, held)
+            return cls(
+                vram, dense, sequences * kv, scratch, context, chunk, hosted, held, is_shared
+            )
 
         least = sized(context or min(SMALLEST_CONTEXT, config.context_length), CHUNKS[-1])
         if least.room < 0:
@@ -103,9 +109,14 @@ class Vram:
         )
 
     @property
+    def taken(self) -> int:
+        """Everything but experts."""
+        return self.dense + self.kv + self.scratch
+
+    @property
     def room(self) -> int:
         """What is left for experts; negative when `total` is too small."""
-        return self.total - self.dense - self.kv - self.scratch
+        return self.total - self.taken
 
     def parts(self) -> str:
         """Returns what takes room that experts cannot have, and how much."""

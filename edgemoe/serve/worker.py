@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from edgemoe.errors import EdgemoeError
 from edgemoe.runtime.batching import Batcher
 
 __all__ = ["Worker"]
@@ -55,5 +56,6 @@ class Worker:
         except BaseException as error:
             self.error = error
             logger.critical("the engine's thread has ended: %s: %s", type(error).__name__, error)
-            self.batcher.end(RuntimeError("the engine has failed"))
+            why = f": {error}" if isinstance(error, EdgemoeError) else ""
+            self.batcher.end(RuntimeError(f"the engine has failed{why}"))
             self._on_death(error)

@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from simulated import configured, plug_in
 
-from edgemoe import doctor, hardware
+from edgemoe import devices, doctor, hardware
 from edgemoe.cli.main import main
 from edgemoe.file.format import open_moe
 
@@ -116,3 +117,37 @@ def test_a_bundle_has_nothing_private(models: Path, tmp_path: Path, capfd, monke
         assert word in text
     assert main(["doctor", "--bundle", str(tmp_path / "no/x.txt")]) == 1
     assert "no such directory" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "kind", "text", "cure"),
+    [
+        ({}, "note", "cuda:0  simulated device (8.7), 1.0 of 1.0 GiB free, link ", "--device cuda:0 uses it"),
+        ({"others": 700 << 20}, "note", "0.3 of 1.0 GiB free, link", "nvidia-smi names the programs"),
+        ({"others": 1 << 30}, "problem", "0.0 of 1.0 GiB free", "nvidia-smi names the programs"),
+        ({"integrated": 1}, "note", "memory shared with the processor", "--device cuda:0 uses it"),
+        ({"driver": 0}, "problem", "no CUDA device: no NVIDIA driver", "install NVIDIA's driver"),
+        ({"driver": 12020}, "problem", "it is for CUDA 12.2, this plug-in for 13.0", "a newer driver"),
+        ({"devices": 0}, "problem", "no CUDA device: no device", "CUDA_VISIBLE_DEVICES"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_devices_and_why_there_is_none(monkeypatch, setting, kind, text, cure) -> None:
+    path = Path(plug_in())
+    monkeypatch.setattr(devices, "plug_ins", lambda: [path])
+    with configured(**setting):
+        *first, found = doctor._devices()
+    assert (found.kind, text in found.text, cure in found.cure) == (kind, True, True), found
+    if not text.startswith("no CUDA") and "driver" not in setting:
+        assert first[0].text == f"{path.name} for CUDA 13.0, driver for CUDA 13.0"
+
+
+def test_without_a_plug_in_no_device_is_no_problem(monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(devices, "plug_ins", list)
+    (found,) = doctor._devices()
+    assert (found.kind, "no plug-in in this install" in found.text) == ("ok", True)
+    assert "EDGEMOE_CUDA=1" in found.cure
+    monkeypatch.setattr(devices, "plug_ins", lambda: [tmp_path / "gone.so"])
+    (found,) = doctor._devices()
+    assert (found.kind, "cannot open" in found.text) == ("problem", True)
+    assert "builds both together" in found.cure

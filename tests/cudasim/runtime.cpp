@@ -127,6 +127,7 @@ struct Event {
   uint64_t recorded = 0, reached = 0;
 };
 std::vector<Stream*> g_streams;
+std::deque<Event> g_events;  ///< kept for ever: queued work may name them
 uint64_t g_number = 0;
 
 Stream* stream_of(cudaStream_t s) { return reinterpret_cast<Stream*>(s); }
@@ -180,6 +181,17 @@ cudaError_t run_until(const Done& done) {
 cudaError_t run_all() {
   return run_until(
       [] { return std::all_of(g_streams.begin(), g_streams.end(), [](auto* s) { return s->queue.empty(); }); });
+}
+
+/// What every call returns from now on; a device that is found again has forgotten its work.
+cudaError_t lose(bool yes) {
+  if (yes) {
+    g_report = "the device is gone, as the test wants";
+    return cudaErrorLaunchFailure;
+  }
+  for (Stream* s : g_streams) s->queue.clear();
+  for (Event& e : g_events) e.reached = e.recorded;
+  return cudaSuccess;
 }
 
 }  // namespace
@@ -242,9 +254,9 @@ cudaError_t enqueue_kernel(dim3 grid, dim3 block, cudaStream_t stream, const cha
 using namespace cudasim;
 
 /// Sets one thing and returns what it was, for tests that have only the plug-in: "seed", the stream that is "starved"
-/// (-1 for none), "devices", the "driver" as CUDA numbers it, "integrated", whether copies "may_copy". What is to be
-/// read alone is "peak", in device bytes, and "pageable", the copies that were not from pinned memory, and
-/// "graphs", how often noted work was repeated.
+/// (-1 for none), "devices", the "driver" as CUDA numbers it, "integrated", the bytes that "others" have, whether it is
+/// "lost", whether copies "may_copy", whether the host "may_lend" memory. What is to be read alone is "peak", in device
+/// bytes, "pageable", the copies that were not from pinned memory, and "graphs", how often noted work was repeated.
 extern "C" int cudasim_configure(const char* name, int value) {
   const std::lock_guard<std::recursive_mutex> lock(g_mutex);
   const std::string what = name;
@@ -259,6 +271,9 @@ extern "C" int cudasim_configure(const char* name, int value) {
   if (what == "devices") return std::exchange(c.num_devices, value);
   if (what == "driver") return std::exchange(c.driver, value);
   if (what == "integrated") return std::exchange(c.integrated, value);
+  if (what == "others") return int(std::exchange(c.others_bytes, size_t(value)));
+  if (what == "lost") return std::exchange(g_sticky, lose(value != 0)) != cudaSuccess;
+  if (what == "may_lend") return std::exchange(c.may_lend, value != 0);
   if (what == "may_copy") return std::exchange(c.may_copy, value != 0);
   if (what == "peak") return int(stats().peak_device_bytes);
   if (what == "pageable") return int(stats().pageable_copies);
@@ -303,14 +318,14 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* to, int) {
 }
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
   *total = g_config.total_bytes;
-  *free = *total - g_stats.device_bytes;
+  *free = *total - g_stats.device_bytes - g_config.others_bytes;
   return cudaSuccess;
 }
 
 cudaError_t cudaMalloc(void** to, size_t bytes) {
   CUDASIM_ENTER;
   CUDASIM_NOT_CAPTURED;
-  char* p = g_stats.device_bytes + bytes > g_config.total_bytes ? nullptr : arena().take(bytes);
+  char* p = g_stats.device_bytes + g_config.others_bytes + bytes > g_config.total_bytes ? nullptr : arena().take(bytes);
   if (!p) return fail(cudaErrorMemoryAllocation, "device memory is full");
   g_ranges[p] = {bytes, true};
   g_stats.device_bytes += bytes;
@@ -362,6 +377,30 @@ cudaError_t cudaFreeHost(void* p) {
   g_stats.pinned_bytes -= it->second.size;
   g_ranges.erase(it);
   std::free(p);
+  return g_sticky;
+}
+
+cudaError_t cudaHostRegister(void* p, size_t bytes, unsigned) {
+  CUDASIM_ENTER;
+  if (!g_config.may_lend) return fail(cudaErrorInvalidValue, "no memory can be pinned, as the test wants");
+  if (find(p)) return fail(cudaErrorInvalidValue, "cudaHostRegister: it is pinned already");
+  g_ranges[static_cast<char*>(p)] = {bytes, false};
+  g_stats.pinned_bytes += bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaHostGetDevicePointer(void** to, void* p, unsigned) {
+  CUDASIM_ENTER;
+  if (!find(p)) return fail(cudaErrorInvalidValue, "cudaHostGetDevicePointer: not pinned");
+  *to = p;
+  return cudaSuccess;
+}
+cudaError_t cudaHostUnregister(void* p) {
+  const std::lock_guard<std::recursive_mutex> lock(g_mutex);
+  const auto it = g_ranges.find(static_cast<char*>(p));
+  if (it == g_ranges.end()) return fail(cudaErrorInvalidValue, "cudaHostUnregister: not pinned");
+  run_all();
+  g_stats.pinned_bytes -= it->second.size;
+  g_ranges.erase(it);
   return g_sticky;
 }
 
@@ -425,8 +464,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* to, unsigned) {
   CUDASIM_ENTER;
-  static std::deque<Event> all;  // kept for ever: queued work may name them
-  *to = reinterpret_cast<cudaEvent_t>(&all.emplace_back());
+  *to = reinterpret_cast<cudaEvent_t>(&g_events.emplace_back());
   return cudaSuccess;
 }
 cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+from simulated import plug_in
 
 import edgemoe
 import edgemoe.runtime.bench
@@ -148,3 +150,21 @@ def test_wrong_numbers_are_wrong_usage(flags, message, capsys):
 def test_ram_may_be_a_share(tiny_moe, no_roof, capsys):
     assert main([str(tiny_moe), "-p", "0", "-n", "2", "-r", "1", "-t", "1", "--ram", "50%"]) == 0
     assert "| tg2 |" in capsys.readouterr().out
+
+
+def test_a_device_has_roofs_of_its_own(tiny_moe, monkeypatch, capsys):
+    path = Path(plug_in())
+    monkeypatch.setattr("edgemoe.devices.plug_ins", lambda: [path])
+    monkeypatch.setattr(hardware, "memory_rate", lambda *_, **__: 1e9)
+    monkeypatch.setattr(edgemoe.runtime.bench, "disk_rate", lambda *_, **__: 1e9)
+    monkeypatch.setattr(edgemoe.runtime.bench, "_DEVICE_BYTES", 4 << 20)
+    assert roof(tiny_moe, bits=None, threads=1).link == 0
+    flags = [str(tiny_moe), "-p", "4", "-n", "1", "-r", "1", "--ram", "200MiB", "--vram", "8MiB"]
+    assert main([*flags, "--device", "cuda", "--json"]) == 0
+    for found in json.loads(capsys.readouterr().out)["roofs"]:
+        assert found["vram"] > 0
+        assert found["link"] > 0
+    roofs = Roof(memory=1e9, disk=1e9, vram=2e11, link=1.2e10)
+    monkeypatch.setattr(edgemoe.runtime.bench, "roof", lambda *_, **__: roofs)
+    assert main([*flags, "--device", "cuda"]) == 0
+    assert "disk 1.00 GB/s, device memory 200 GB/s, link 12.0 GB/s; " in capsys.readouterr().err

@@ -16,7 +16,7 @@ import edgemoe.ops_cuda
 import edgemoe.runtime.on_device
 from edgemoe import placement
 from edgemoe.devices import DeviceName, found
-from edgemoe.errors import DeviceError, OutOfBudget
+from edgemoe.errors import DeviceError, DeviceLost, OutOfBudget
 from edgemoe.file.format import open_moe
 from edgemoe.model import KvTable
 from edgemoe.ops import Ops
@@ -257,6 +257,40 @@ def test_a_copy_that_fails_is_one_line(tiny_moe):
         with configured(may_copy=0), pytest.raises(DeviceError, match="copies fail"):
             engine.logits(IDS[:5])
         assert engine.logits(IDS[:5]).tobytes() == expected
+
+
+def test_a_device_that_is_lost_says_so_from_then_on(tiny_moe):
+    with edgemoe.load(tiny_moe, context=64, **on_device()) as engine:
+        engine.logits(IDS[:5])
+        with configured(lost=1):
+            for _ in range(2):
+                with pytest.raises(DeviceLost, match=r"cuda:0 is lost, and .*: .*device is gone"):
+                    engine.logits(IDS[:5])
+            assert engine.model.device.is_lost
+
+
+def test_what_other_programs_have_of_a_device_is_not_taken(tiny_moe):
+    with configured(others=768 << 20), edgemoe.load(tiny_moe, context=64, **on_device()) as engine:
+        assert engine.model.device.stats["budget_bytes"] <= 256 << 20
+        assert found(plug_in())[0].endswith(" 0.2 of 1.0 GiB free")
+        with pytest.raises(
+            OutOfBudget,
+            match=r"vram: 512 MiB are more than the 2\d\d MiB of cuda:0 that are free; nvidia-smi",
+        ):
+            edgemoe.load(tiny_moe, context=64, vram="512MiB", **on_device())
+        expected = engine.logits(IDS[:5]).tobytes()
+    with edgemoe.load(tiny_moe, context=64, vram="512MiB", **on_device()) as engine:
+        assert engine.logits(IDS[:5]).tobytes() == expected
+    real = edgemoe.runtime.on_device.load_on
+
+    def late(*args, **kwargs):  # another program comes in between
+        with configured(others=1023 << 20):
+            return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(edgemoe.runtime.on_device, "load_on", late)
+        with pytest.raises(OutOfBudget, match=r"the device has no room for \d+ bytes"):
+            edgemoe.load(tiny_moe, context=64, vram="512MiB", **on_device())
 
 
 def test_every_verb_is_there():
