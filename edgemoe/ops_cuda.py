@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import astuple, replace
+from time import perf_counter
 from typing import Any, cast
 
 import numpy as np
@@ -393,21 +394,39 @@ class CudaOps(CudaMixers):
         """See `Ops.expert_ffn`: a group is all the device's, or all the host's."""
         slots: Any = request.slots
         layer, biases, basis = self._layer(layer)
-        there = slots if self._shares else None
-        if isinstance(slots, Tiers):
-            there = slots.device if slots.is_there else None
-            request = replace(request, slots=slots.host)
-        if there is not None:
+
+        def run_there(cache: Any, positions: Sequence[int], stream: Any = None) -> None:
             _core.device_expert_ffn(
-                self._ws, x, there, request.experts, request.levels, plan.offsets,
-                plan.tokens, group, parts, layer.activation, biases, basis,
+                self._ws, x, cache, request.experts, request.levels, plan.offsets, plan.tokens,
+                positions, parts, layer.activation, biases, basis, stream,
             )  # fmt: skip
-            return
-        rows = self._parts[: len(plan.tokens)]
-        self._cpu.expert_ffn(self._copy(x), layer, request, plan, group, rows)
+
+        if self._shares:
+            return run_there(slots, group)
+        rates = None
+        if isinstance(slots, Tiers):
+            if slots.is_there:
+                return run_there(slots.device, group)
+            passing, group = slots.passing(request.levels, plan.offsets, list(group))
+            if passing:
+                if group:  # which the processor runs meanwhile: it must not wait for what passes
+                    self._copy(x)
+                run_there(slots.host, passing, slots.stream)
+            rates, sizes = slots.rates, slots.sizes
+            request = replace(request, slots=slots.host)
+        if not group:
+            return None
+        rows, x_here = self._parts[: len(plan.tokens)], self._copy(x)
+        start = perf_counter()
+        self._cpu.expert_ffn(x_here, layer, request, plan, group, rows)
+        if rates is not None:
+            tokens = sum(int(plan.offsets[i + 1] - plan.offsets[i]) for i in group)
+            size = int(sizes[request.levels[list(group)]].sum())
+            rates.note(size, tokens, len(group), perf_counter() - start)
         for i in group:
             first, end = int(plan.offsets[i]), int(plan.offsets[i + 1])
             parts[first:end].upload(rows[first:end])
+        return None
 
     run_experts = run_experts_in_steps
 

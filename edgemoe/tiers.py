@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.plan import Priorities
+from edgemoe.rates import Rates
 
 __all__ = ["Tiers"]
 
@@ -27,11 +28,23 @@ _FILLED = 64  # experts that are copied at once before there is anything to comp
 class Tiers:
     """Is a `_core.Cache` in the host's memory and one on a device, with the interface of one. One thread at a time."""
 
-    def __init__(self, host: _core.Cache, device: _core.Cache, num_layers: int) -> None:
+    def __init__(
+        self,
+        host: _core.Cache,
+        device: _core.Cache,
+        num_layers: int,
+        stream: _core.DeviceStream | None = None,
+        rates: Rates | None = None,
+    ) -> None:
         """Args:
         num_layers: of how many layers requests come in turn.
+        stream: by which experts pass through the device, if there is room for that.
+        rates: by which they do.
         """
         self.host, self.device = host, device
+        self.stream, self.rates = stream, rates
+        self.streamed = 0
+        """Uses of experts that passed through the device."""
         self.residency: NDArray[np.int8] = np.maximum(host.residency, device.residency)
         """The higher level of both: a live view for others."""
         self.is_there = False
@@ -46,7 +59,9 @@ class Tiers:
         self._levels = np.empty(0, np.int8)
         self._ran = np.empty(0, np.int32)
         self._ran_levels = np.empty(0, np.int8)
-        self._sizes = np.array([host.slot_bytes(i) for i in range(host.max_level + 1)])
+        self.sizes: NDArray[np.int64] = np.array(
+            [host.slot_bytes(i) for i in range(host.max_level + 1)]
+        )
         # A slot takes the same, whatever the level of what lies there.
         self._num_slots = device.stats["budget_bytes"] // device.slot_bytes(1)
         self._layer_share = 1.0 / num_layers
@@ -207,7 +222,7 @@ class Tiers:
         lacks = has < levels
         if not lacks.any():
             return
-        sizes = self._sizes
+        sizes = self.sizes
         need = int((sizes[levels[lacks]] - sizes[has[lacks]]).sum())
         stats = self.host.stats
         need -= stats["budget_bytes"] - stats["resident_bytes"]
@@ -247,6 +262,18 @@ class Tiers:
             for expert in part.tolist():  # which nobody will ask the host for
                 self.host.shrink(expert, 0)
         np.maximum(self.host.residency, self.device.residency, out=self.residency)
+
+    def passing(
+        self, levels: NDArray[np.int8], offsets: NDArray[np.int32], group: list[int]
+    ) -> tuple[list[int], list[int]]:
+        """Returns which of a group of the host's pass through the device, and which the processor runs."""
+        if self.stream is None or self.rates is None:
+            return [], group
+        at = np.array(group)
+        tokens = (offsets[at + 1] - offsets[at]).astype(np.int64)
+        goes = self.rates.split(self.sizes[levels[at]], tokens)
+        self.streamed += int(goes.sum())
+        return at[goes].tolist(), at[~goes].tolist()
 
     # ------------------------------------------------------------ of one or of both
 
@@ -319,9 +346,10 @@ class Tiers:
         out, there = self.host.stats, self.device.stats
         out["hits"] += there["hits"]
         out["bits"] += there["bits"]
-        out["device_hits"] = there["hits"]
+        out["device_hits"] = there["hits"] + self.streamed
         out["device_bytes"] = there["resident_bytes"]
-        out["device_bytes_in"] = there["bytes_read"]
+        passed = 0 if self.stream is None else self.stream.bytes_in
+        out["device_bytes_in"] = there["bytes_read"] + passed
         return out
 
 

@@ -118,7 +118,8 @@ DEVICE = (
     ),
     *_of(
         "attend.cuh", MIXERS,
-        ("latents' lanes begin at the first position", "for (int s = from / 16 * 16 + lane;", "for (int s = from + lane;"),
+        ("latents' lanes begin at the first position", "for (int s = from / 16 * 16 + lane;", "for (int s = from + lane;",
+         "latents have no windows, so that blocks begin at multiples of 256"),
         ("latents' codes keep their offset", "4 * (s % 16) + c % 4)) - 128);", "4 * (s % 16) + c % 4)));"),
     ),
     *_of(

@@ -22,6 +22,7 @@ ROWS = [
         "placement",
         "tap",
         "store",
+        "rates",
         "tiers",
         "file",
         "hardware",

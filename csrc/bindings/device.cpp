@@ -6,6 +6,7 @@
 #include "bindings/bindings.h"
 #include "bindings/device_arrays.h"
 #include "device/backend.h"
+#include "device/stream.h"
 #include "error.h"
 
 namespace edgemoe {
@@ -180,6 +181,16 @@ void bind_device(py::module_& m) {
            "Whether what is small comes through memory that both see; what comes is the same.")
       .def("limit", &DeviceSpace::limit, py::arg("budget_bytes"), "Changes what may be taken from now on.")
       .def_static("taken", &DeviceSpace::taken, py::arg("bytes"), "What an allocation of so many bytes takes.");
+
+  py::class_<DeviceStream, Held<DeviceStream>>(m, "DeviceStream", "Two places for experts that pass through a device.")
+      .def(py::init([](const std::shared_ptr<DeviceSpace>& device, size_t window) {
+             return Held<DeviceStream>(new DeviceStream(device, window));
+           }),
+           py::arg("device").none(false), py::arg("window"))
+      .def_static("bytes", &DeviceStream::bytes, py::arg("window"), "What it takes of a device.")
+      .def("measure", &DeviceStream::measure, py::call_guard<py::gil_scoped_release>(),
+           "Bytes per second that it copies.")
+      .def_property_readonly("bytes_in", &DeviceStream::bytes_in);
 
   py::class_<DeviceArray>(m, "DeviceArray", "float32 in a device's memory.")
       .def(py::init(&make_array), py::arg("device").none(false), py::arg("shape"))

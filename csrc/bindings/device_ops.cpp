@@ -6,6 +6,7 @@
 #include "bindings/bindings.h"
 #include "bindings/device_arrays.h"
 #include "cache.h"
+#include "device/stream.h"
 #include "device/workspace.h"
 
 namespace edgemoe {
@@ -154,7 +155,6 @@ void matmul_on(DeviceWorkspace& ws, const DeviceArray& x, const DeviceArray& w, 
   ws.device().matmul_f32(b, a, int(x.at(0)), int(w.at(0)), int(x.at(1)), o);
 }
 
-/// Runs the experts at positions `group` of a plan, all of which are pinned in a cache on the device.
 /// What a layer's experts have, beside their matrices.
 struct ExpertsOf {
   ExpertsOf(const Cache& cache, const std::string& activation, const std::vector<const DeviceArray*>& biases,
@@ -170,13 +170,13 @@ struct ExpertsOf {
     if (basis) ranks = int(basis->at(0));
   }
 
-  /// The use of one that is pinned.
-  FfnUse use(int expert, int level, const int32_t* tokens, int count, float* out) const {
+  /// The use of one that is pinned, `there` or where the host has it.
+  FfnUse use(int expert, int level, const int32_t* tokens, int count, float* out, bool there = true) const {
     const size_t e = size_t(expert % cache.shape().num_experts), d = size_t(cache.shape().hidden),
                  h = size_t(cache.shape().expert_hidden);
     const auto bias = [&](size_t which, size_t width) { return of_all[which] ? of_all[which] + e * width : nullptr; };
-    const FfnUse made{cache.view_there(expert, level),     tokens, count, out, nullptr,
-                      {bias(0, h), bias(1, h), bias(2, d)}};
+    const ExpertView w = there ? cache.view_there(expert, level) : cache.view(expert, level);
+    const FfnUse made{w, tokens, count, out, nullptr, {bias(0, h), bias(1, h), bias(2, d)}};
     if (std::max(rank_of(made.w.gate), rank_of(made.w.up)) > ranks) {
       throw std::invalid_argument("basis: expected one for corrections");
     }
@@ -190,10 +190,12 @@ struct ExpertsOf {
   int ranks = 0;
 };
 
+/// Runs the experts at positions `group` of a plan, all of which are pinned in a cache on the device, or in the host's
+/// and pass through a stream.
 void expert_ffn_on(DeviceWorkspace& ws, const DeviceArray& x, const Cache& cache, const Array<int32_t>& experts,
                    const Array<int8_t>& levels, const Array<int32_t>& offsets, const Array<int32_t>& tokens,
                    const std::vector<int>& group, const DeviceArray& parts, const std::string& activation,
-                   const std::vector<const DeviceArray*>& biases, const DeviceArray* basis) {
+                   const std::vector<const DeviceArray*>& biases, const DeviceArray* basis, DeviceStream* stream) {
   const py::ssize_t d = cache.shape().hidden, n = experts.size();
   const ExpertsOf all(cache, activation, biases, basis);
   expect_device(x, "expert_ffn x", {-1, d});
@@ -203,6 +205,7 @@ void expert_ffn_on(DeviceWorkspace& ws, const DeviceArray& x, const Cache& cache
   expect(offsets, "offsets", {n + 1});
   const int32_t *o = offsets.data(), *t = tokens.data();
   std::vector<FfnUse> uses;
+  std::vector<int> of;  // the expert of each, as the file numbers them
   for (int i : group) {
     if (i < 0 || i >= n || o[i] < 0 || o[i + 1] <= o[i] || o[i + 1] > tokens.size() || o[i + 1] > parts.at(0)) {
       throw std::invalid_argument("expert_ffn: offsets do not fit tokens and parts");
@@ -210,11 +213,17 @@ void expert_ffn_on(DeviceWorkspace& ws, const DeviceArray& x, const Cache& cache
     for (int32_t j = o[i]; j < o[i + 1]; ++j) {
       if (t[j] < 0 || t[j] >= x.at(0)) throw std::invalid_argument("expert_ffn: a token is outside x");
     }
-    uses.push_back(
-        all.use(experts.data()[i], levels.data()[i], t + o[i], o[i + 1] - o[i], parts.data + size_t(o[i]) * size_t(d)));
+    of.push_back(i);
+    uses.push_back(all.use(experts.data()[i], levels.data()[i], t + o[i], o[i + 1] - o[i],
+                           parts.data + size_t(o[i]) * size_t(d), stream == nullptr));
   }
   py::gil_scoped_release release;
-  ws.ffns(x.data, int(x.at(0)), all.kind, uses, all.v);
+  if (!stream) return ws.ffns(x.data, int(x.at(0)), all.kind, uses, all.v);
+  for (size_t i = 0; i < uses.size(); ++i) {
+    uses[i].w = stream->bring(cache, experts.data()[of[i]], levels.data()[of[i]]);
+    ws.ffns(x.data, int(x.at(0)), all.kind, {uses[i]}, all.v);
+    stream->leave();
+  }
 }
 
 void combine_on(DeviceWorkspace& ws, const DeviceArray& parts, const Array<int32_t>& rows, const Array<float>& gates,
@@ -517,7 +526,8 @@ void bind_device_ops(py::module_& m) {
   m.def("device_expert_ffn", &expert_ffn_on, py::arg("ws"), py::arg("x"), py::arg("cache"),
         py::arg("experts").noconvert(), py::arg("levels").noconvert(), py::arg("offsets").noconvert(),
         py::arg("tokens").noconvert(), py::arg("group"), py::arg("parts"), py::arg("activation") = "swiglu",
-        py::arg("biases") = std::vector<const DeviceArray*>(), py::arg("basis") = py::none());
+        py::arg("biases") = std::vector<const DeviceArray*>(), py::arg("basis") = py::none(),
+        py::arg("stream") = py::none());
   m.def("device_run_hits", &run_hits_on, py::arg("ws"), py::arg("x"), py::arg("cache"), py::arg("first"),
         py::arg("chosen").noconvert(), py::arg("gates").noconvert(), py::arg("levels").noconvert(),
         py::arg("counts").noconvert(), py::arg("weight"), py::arg("parts"), py::arg("out"), py::arg("activation"),

@@ -18,6 +18,7 @@ from edgemoe.file.format import MoeFile
 from edgemoe.ops import Ops, OpsShape
 from edgemoe.ops_cuda import CudaOps
 from edgemoe.placement import hosted, load_on, unsupported
+from edgemoe.rates import Rates
 from edgemoe.runtime.budget import default_ram, parse_size
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.vram import Vram, default_vram
@@ -25,6 +26,8 @@ from edgemoe.store import ExpertStore, Told
 from edgemoe.tiers import Tiers
 
 __all__ = ["OnDevice", "device_notes"]
+
+_LEAST_WITH_STREAM = 4  # experts of room, of which those that only pass take two
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +121,15 @@ class OnDevice:
         host, config = store.cache, self.moe.config
         if self.vram.is_shared or self.vram.room < host.slot_bytes(len(store.level_bits)):
             return store
-        there = _core.Cache.on_device(self.device, host, self.vram.room - _core.Device.taken(1))
-        tiers = Tiers(host, there, len(config.moe_layers))
+        room, window = self.vram.room, host.slot_bytes(len(store.level_bits))
+        stream = rates = None
+        if _LEAST_WITH_STREAM * window <= room < len(host.residency) * window:
+            room -= _core.DeviceStream.bytes(window)
+            stream = _core.DeviceStream(self.device, window)
+            weights = sum(rows * cols for rows, cols in config.expert_shapes)
+            rates = Rates(stream.measure(), weights)
+        there = _core.Cache.on_device(self.device, host, room - _core.Device.taken(1))
+        tiers = Tiers(host, there, len(config.moe_layers), stream, rates)
         tiers.fill(store.levels(bits.reshape(-1)))
         return ExpertStore(
             cast(_core.Cache, tiers), num_experts=config.num_experts, level_bits=store.level_bits,

@@ -60,7 +60,8 @@ struct cudaDeviceProp {
   int major, minor, multiProcessorCount, integrated;
   size_t totalGlobalMem;
 };
-constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocMapped = 2;
+constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2, cudaHostAllocMapped = 2,
+                   cudaHostRegisterMapped = 2;
 
 extern "C" {
 cudaError_t cudaDriverGetVersion(int* version);
@@ -73,6 +74,9 @@ cudaError_t cudaMalloc(void** to, size_t bytes);
 cudaError_t cudaFree(void* p);
 cudaError_t cudaHostAlloc(void** to, size_t bytes, unsigned flags);
 cudaError_t cudaFreeHost(void* p);
+cudaError_t cudaHostRegister(void* p, size_t bytes, unsigned flags);
+cudaError_t cudaHostGetDevicePointer(void** to, void* p, unsigned flags);
+cudaError_t cudaHostUnregister(void* p);
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream);
 cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* to, unsigned flags);
