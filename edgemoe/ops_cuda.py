@@ -407,7 +407,9 @@ class CudaOps(CudaMixers):
         if isinstance(slots, Tiers):
             if slots.is_there:
                 return run_there(slots.device, group)
-            passing, group = slots.passing(request.levels, plan.offsets, list(group))
+            passing, group = slots.passing(
+                request.experts, request.levels, plan.offsets, list(group)
+            )
             if passing:
                 if group:  # which the processor runs meanwhile: it must not wait for what passes
                     self._copy(x)

@@ -357,6 +357,18 @@ class ExpertStore:
         levels: NDArray[np.int8] = self._levels[bits]
         return levels
 
+    def watch(self) -> NDArray[np.uint8] | None:
+        """Returns where each expert ran last, from now on [layers, E]: 1 on a device, 0 on the processor. A live view;
+        None where there is no device."""
+        if self._is_lent:
+            return np.ones(self._residency.shape, np.uint8)
+        watch = getattr(self.cache, "watch", None)  # of tiers
+        return (
+            None
+            if watch is None
+            else cast("NDArray[np.uint8]", watch()).reshape(self._residency.shape)
+        )
+
     def sizes(self, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> NDArray[np.int64]:
         """Returns the memory of experts at some bits, [n] each; experts as layer * num_experts + expert."""
         return self._level_bytes[np.minimum(self._levels[bits], self._rungs[experts])]

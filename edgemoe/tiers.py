@@ -47,6 +47,7 @@ class Tiers:
         """Uses of experts that passed through the device."""
         self.residency: NDArray[np.int8] = np.maximum(host.residency, device.residency)
         """The higher level of both: a live view for others."""
+        self._ran_there: NDArray[np.uint8] | None = None
         self.is_there = False
         """The group that `next` gave last is the device's."""
         self._there: NDArray[np.int64] | None = np.empty(0, np.int64)
@@ -85,6 +86,8 @@ class Tiers:
         counts = offsets[1:] - offsets[:-1]
         there = self.device.residency[experts] >= levels
         self._count, self._is_open = len(experts), True
+        if self._ran_there is not None:
+            self._ran_there[experts] = there
         self._note(experts, counts, num_tokens)
         self._ran, self._ran_levels = self._ran[:0], self._ran_levels[:0]
         if len(self._promoted):
@@ -263,8 +266,18 @@ class Tiers:
                 self.host.shrink(expert, 0)
         np.maximum(self.host.residency, self.device.residency, out=self.residency)
 
+    def watch(self) -> NDArray[np.uint8]:
+        """See `ExpertStore.watch`."""
+        if self._ran_there is None:
+            self._ran_there = np.zeros(len(self.residency), np.uint8)
+        return self._ran_there
+
     def passing(
-        self, levels: NDArray[np.int8], offsets: NDArray[np.int32], group: list[int]
+        self,
+        experts: NDArray[np.int32],
+        levels: NDArray[np.int8],
+        offsets: NDArray[np.int32],
+        group: list[int],
     ) -> tuple[list[int], list[int]]:
         """Returns which of a group of the host's pass through the device, and which the processor runs."""
         if self.stream is None or self.rates is None:
@@ -273,6 +286,8 @@ class Tiers:
         tokens = (offsets[at + 1] - offsets[at]).astype(np.int64)
         goes = self.rates.split(self.sizes[levels[at]], tokens)
         self.streamed += int(goes.sum())
+        if self._ran_there is not None:
+            self._ran_there[experts[at[goes]]] = 1
         return at[goes].tolist(), at[~goes].tolist()
 
     # ------------------------------------------------------------ of one or of both

@@ -265,6 +265,6 @@ class Model:
             reads_ahead=self.scheduler.look_ahead > 0,
             threads=self.threads,
         )
-        writer = TraceWriter(path_of("path", path), header)
+        writer = TraceWriter(path_of("path", path), header, ran_there=self.store.watch())
         self.room.hold()  # whoever replays it counts on the header's slots
         self.experts.scheduler, self.experts.observer = scheduler, writer

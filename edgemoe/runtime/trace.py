@@ -14,6 +14,8 @@ layer 0, then T of layer 1, and so on:
     resident       u1 [K]     level of each in memory when the layer was planned, 0 = absent; the highest level of all
                               where everything that the file has of it was there
     bits           u1 [K]     that each ran at, 0 = skipped
+    device         u1 [K]     1 where a device ran it, else 0; the processor's was in memory where `resident` has its
+                              level, else read from the file. Not in versions 2 to 4
     ahead_experts  u2 [p, K]  what the routers of the next p layers chose for this layer's input, best first;
                               65535 where they were not asked. Absent when p is 0
     ahead_gates    f2 [p, K]  likewise
@@ -26,7 +28,7 @@ and of the chunk's layer as a whole, in its first record, 0 in the others:
     experts_us     f4         from the plan to the sum of the experts' outputs
     wait_us        f4         of that, standing still for reads
 
-`read` gives all of it back, of versions 2 and 3 too.
+`read` gives all of it back, of versions 2 to 4 too.
 """
 
 from __future__ import annotations
@@ -46,8 +48,10 @@ from edgemoe.file.parse import parse_object
 
 __all__ = ["MAGIC", "NO_EXPERT", "NO_TOKEN", "Trace", "TraceHeader", "read", "record"]
 
-_VERSION = 4
-_LACKS: Mapping[int, Sequence[str]] = {2: ("id", "sequences"), 3: ("sequences",), _VERSION: ()}
+_VERSION = 5
+_LACKS: Mapping[int, Sequence[str]] = {
+    2: ("id", "sequences", "device"), 3: ("sequences", "device"), 4: ("device",), _VERSION: (),
+}  # fmt: skip
 """Fields that records of a version do not have, for those that are read."""
 MAGIC = b'{"edgemoe_trace"'
 """What every trace begins with."""
@@ -113,7 +117,8 @@ def record(experts_per_token: int, look_ahead: int = 0) -> np.dtype[Any]:
     return np.dtype(
         [
             ("token", "<u4"), ("id", "<u4"), ("layer", "<u2"), ("tokens", "<u2"), ("sequences", "<u2"),
-            ("experts", "<u2", (K,)), ("gates", "<f2", (K,)), ("resident", "u1", (K,)), ("bits", "u1", (K,)), *ahead,
+            ("experts", "<u2", (K,)), ("gates", "<f2", (K,)), ("resident", "u1", (K,)), ("bits", "u1", (K,)),
+            ("device", "u1", (K,)), *ahead,
             ("bytes_read", "<u8"), ("before_us", "<f4"), ("experts_us", "<f4"), ("wait_us", "<f4"),
         ]
     )  # fmt: skip
@@ -206,6 +211,7 @@ def _are_inside(rows: NDArray[Any], header: TraceHeader) -> bool:
         and ((rows["sequences"] > 0) == (rows["tokens"] > 0)).all()
         and (rows["resident"] <= len(header.level_bits)).all()
         and levels[rows["bits"]].all()
+        and (rows["device"] <= 1).all()
         and np.isfinite(rows["gates"]).all()
         and ((ahead < E) | (ahead == NO_EXPERT)).all()
         and (rows["bytes_read"] <= _MOST_BYTES).all()
@@ -246,7 +252,8 @@ def read(path: str | os.PathLike[str]) -> Trace:
 
 
 def _as_now(body: bytes, dtype: np.dtype[Any], lacks: Sequence[str]) -> NDArray[Any]:
-    """Returns the records of a version that lacks some fields: tokens that are not known, one sequence at a time."""
+    """Returns the records of a version that lacks some fields: tokens that are not known, one sequence at a time, no
+    device."""
     names = [name for name in dtype.names or () if name not in lacks]
     old = np.dtype([(name, dtype[name]) for name in names])
     found = np.frombuffer(body[: len(body) // old.itemsize * old.itemsize], old)
@@ -255,7 +262,8 @@ def _as_now(body: bytes, dtype: np.dtype[Any], lacks: Sequence[str]) -> NDArray[
     rows = np.zeros(len(found), dtype)
     for name in names:
         rows[name] = found[name]
-    rows["sequences"] = rows["tokens"] > 0
+    if "sequences" in lacks:
+        rows["sequences"] = rows["tokens"] > 0
     if "id" in lacks:
         rows["id"] = NO_TOKEN
     return rows

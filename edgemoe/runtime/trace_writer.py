@@ -32,8 +32,17 @@ class TraceWriter(Observer):
     A token's layer costs a few copies of some bytes; what they mean is worked out for many at once.
     """
 
-    def __init__(self, path: str | os.PathLike[str], header: TraceHeader) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        header: TraceHeader,
+        *,
+        ran_there: NDArray[np.uint8] | None = None,
+    ) -> None:
         """Opens the file and writes the header.
+
+        Args:
+            ran_there: see `ExpertStore.watch`.
 
         Raises:
             ValueError: there is a file that is not a trace; it is left alone.
@@ -50,7 +59,10 @@ class TraceWriter(Observer):
         self._blocks: list[NDArray[Any]] = []
         self._num_rows = 0
         self._single: list[tuple[Any, ...]] = []
-        self._times: list[tuple[float, float, float, int]] = []
+        self._times: list[tuple[float, float, float, int, bytes]] = []
+        self._ran_there = ran_there
+        self._nowhere = bytes(header.num_experts)
+        self._layer = 0
         self._planned: float | None = None
         self._last = _clock()
         self._tail = 0.0
@@ -69,7 +81,8 @@ class TraceWriter(Observer):
     def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
         """Copies what was routed, planned and resident."""
         if self._planned is not None:  # an error or Ctrl-C ended the layer before
-            self._times.append((0.0, 0.0, 0.0, 0))
+            self._times.append((0.0, 0.0, 0.0, 0, self._nowhere))
+        self._layer = routing.layer
         if len(routing.experts) == 1 and routing.ahead_experts is None:
             self._single.append(
                 (
@@ -87,8 +100,9 @@ class TraceWriter(Observer):
         """Notes what the layer took, from the cache's counters since the start."""
         now, planned = _clock(), self._planned
         assert planned is not None
+        there = self._nowhere if self._ran_there is None else self._ran_there[self._layer].tobytes()
         self._times.append(
-            (planned - self._last, now - planned, wait_s - self._wait_s, bytes_read - self._bytes_read)
+            (planned - self._last, now - planned, wait_s - self._wait_s, bytes_read - self._bytes_read, there)
         )  # fmt: skip
         self._bytes_read, self._wait_s = bytes_read, wait_s
         self._last, self._planned = now, None
@@ -157,18 +171,22 @@ class TraceWriter(Observer):
         if not self._blocks:
             return
         if self._planned is not None:
-            self._times.append((0.0, 0.0, 0.0, 0))
+            self._times.append((0.0, 0.0, 0.0, 0, self._nowhere))
             self._planned = None
         rows = np.concatenate(self._blocks)
         if self._own is not None:  # plans ask all alike
             own = self._own[rows["layer"].astype(int)[:, None], rows["experts"]]
             rows["bits"] = np.minimum(rows["bits"], own)
         first = np.flatnonzero(rows["tokens"])
-        before, experts, wait, bytes_read = zip(*self._times, strict=True)
+        before, experts, wait, bytes_read, there = zip(*self._times, strict=True)
         rows["before_us"][first] = np.array(before) * 1e6
         rows["experts_us"][first] = np.array(experts) * 1e6
         rows["wait_us"][first] = np.array(wait) * 1e6
         rows["bytes_read"][first] = bytes_read
+        if self._ran_there is not None:
+            of_layers = np.frombuffer(b"".join(there), np.uint8).reshape(len(first), -1)
+            of_rows = np.repeat(np.arange(len(first)), rows["tokens"][first])[:, None]
+            rows["device"] = of_layers[of_rows, rows["experts"]] * (rows["bits"] > 0)
         self._blocks.clear()
         self._times.clear()
         self._num_rows = 0

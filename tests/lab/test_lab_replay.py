@@ -10,6 +10,7 @@ import pytest
 
 import edgemoe
 from edgemoe.file.format import open_moe
+from edgemoe.lab.report import tables
 from edgemoe.lab.routing.oracles import Oracle
 from edgemoe.lab.routing.predictors import predictions
 from edgemoe.lab.routing.record import follow
@@ -338,6 +339,24 @@ def test_a_study_always_has_its_lines_and_orders_them():
         study(trace, lines(["nosuch"], ["lfu"], {}), [budget], timing=None)
     with pytest.raises(edgemoe.OutOfBudget):
         study(trace, ways, [100], timing=None)
+
+
+def test_a_device_over_the_memory_says_what_vram_is_worth():
+    trace = made(routing(6, 400, 3, 8, 2), 8, chunk=10)
+    ways, whole = lines(["on-demand"], ["lfu"], {"on-demand": {"look_ahead": False}}), 24 * 2 * SIZE
+    rows = study(trace, ways, [whole // 2], vrams=[0, whole // 6, whole // 2, whole], timing=None)
+    mine = [r for r in rows if r["name"] == "on-demand"]
+    assert [r["vram_share"] for r in mine] == pytest.approx([0, 1 / 6, 1 / 2, 1])
+    assert mine[0]["hit_rate"] == study(trace, ways, [whole // 2], timing=None)[-3]["hit_rate"]
+    there, hits = ([r[name] for r in mine] for name in ("device_rate", "hit_rate"))
+    assert there[0] == 0 < there[1] < there[2] < there[3]
+    assert there[3] > 0.9  # all fit; each is copied once
+    assert sum(r["device_bytes_in"] for r in mine[3:]) <= whole
+    assert hits == sorted(hits)  # what the device has, the memory has room for others
+    assert all(r["rate"] == 0 for r in mine)
+    _, columns, out = tables.studied(rows)
+    assert columns[7:10] == ["of a device", "run there", "copied/token"]
+    assert {len(row) for row in out} == {len(columns)}
 
 
 # --- HOBBIT's four weights

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from engines import with_slots
 from simulated import configured
-from test_on_device import on_device, play, with_vram
+from test_on_device import IDS, on_device, play, with_vram
 
 import edgemoe
 from edgemoe.file.format import open_moe
 from edgemoe.rates import Rates
+from edgemoe.runtime.trace import read
 from edgemoe.store import expert_bytes
 
 WEIGHTS = 1 << 20
@@ -105,6 +106,28 @@ def test_the_answer_is_the_processors(tiny_moe, monkeypatch, choice, setting, mo
         stats["hits"] + stats["misses"]
     )
     assert stats["device_bytes"] <= 3 * expert_bytes(open_moe(tiny_moe), 5)
+
+
+def test_a_trace_says_where_each_use_ran(tiny_moe, monkeypatch, tmp_path):
+    path, ran = tmp_path / "x.trace", []
+    with_slots(monkeypatch, 5 * expert_bytes(open_moe(tiny_moe), 5))
+    with_vram(monkeypatch, 5, tiny_moe)
+    monkeypatch.setattr(Rates, "split", lambda self, *given: CHOICES["every other"](*given))
+    for more in (on_device(), {}):
+        with edgemoe.load(tiny_moe, context=64, trace=path, **more) as engine:
+            for i in IDS[:30]:
+                engine.extend([i])
+            stats = engine.model.store.stats
+        rows = read(path).rows
+        assert (rows["tokens"] == 1).all()
+        assert rows["device"].sum() == stats.get("device_hits", 0)
+        ran.append(rows["device"].mean())
+    assert 0.2 < ran[0] < 1
+    assert ran[1] == 0
+    with configured(integrated=1):
+        with edgemoe.load(tiny_moe, context=64, trace=path, **on_device()) as engine:
+            engine.logits(IDS[:5])
+        assert (read(path).rows["device"] == 1).all()
 
 
 def test_with_little_room_none_pass(tiny_moe, monkeypatch):

@@ -142,7 +142,10 @@ def test_many_tokens_are_written_in_blocks_and_a_cut_end_is_left_out(tmp_path):
     assert len(read(path).by_token("experts")) == 1499
 
 
-@pytest.mark.parametrize(("version", "lacks"), [(2, ("id", "sequences")), (3, ("sequences",))])
+@pytest.mark.parametrize(
+    ("version", "lacks"),
+    [(2, ("id", "sequences", "device")), (3, ("sequences", "device")), (4, ("device",))],
+)
 def test_older_versions_are_read_without_what_they_lack(tiny_moe, tmp_path, version, lacks):
     path = tmp_path / "x.trace"
     with edgemoe.load(tiny_moe, trace=path, bits=4) as engine:
@@ -157,7 +160,7 @@ def test_older_versions_are_read_without_what_they_lack(tiny_moe, tmp_path, vers
     trace = read(path)
     assert len(trace.rows) == len(old) - 1
     assert ((trace.rows["id"] == NO_TOKEN) == ("id" in lacks)).all()
-    for name in {*names, "sequences"}:  # there was one sequence
+    for name in {*names, "sequences", "device"}:  # there was one sequence, and no device
         np.testing.assert_array_equal(trace.rows[name], new.rows[name][:-1])
 
 
@@ -196,8 +199,8 @@ def test_what_is_no_trace_is_refused_in_a_line(tiny_moe, tmp_path):
         (b"{}", "not a trace"),
         (b"", "not a trace"),
         (b"[1]\n", "not a trace"),
-        (line.encode(), "trace version 1; expected 4"),
-        (b'{"edgemoe_trace": 4}\n', "damaged header"),
+        (line.encode(), "trace version 1; expected 5"),
+        (b'{"edgemoe_trace": 5}\n', "damaged header"),
     ]:
         path.write_bytes(content)
         with pytest.raises(edgemoe.FormatError, match=what):

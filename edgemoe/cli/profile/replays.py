@@ -27,6 +27,8 @@ def add_flags(command: argparse.ArgumentParser, *, model_is_for: str) -> None:
     command.add_argument("--budgets", nargs="+", default=_BUDGETS, metavar="SIZE",
                          help="memory for experts: a share of all of them, or a size "
                          "(default: 10%% 25%% 50%% 75%%)")
+    command.add_argument("--vram", nargs="+", default=[], metavar="SIZE",
+                         help="what of a device's memory experts have, likewise; 0 for no device")
     command.add_argument("--schedulers", nargs="*", default=["on-demand"], metavar="NAME",
                          help="(default: on-demand)")
     command.add_argument("--policies", nargs="+", default=["lfu"], metavar="NAME",
@@ -54,11 +56,14 @@ def studied(args: argparse.Namespace, trace: Trace) -> tuple[Timing | None, list
             raise ValueError(f"--set {name}: expected one of --schedulers, {known}")
     ways = lines(args.schedulers, args.policies, given)
     budgets = list(dict.fromkeys(budget_of(text, trace) for text in args.budgets))
+    vrams = [0 if text == "0" else budget_of(text, trace) for text in args.vram] or [0]
     timed = trace if args.timing is None else read(args.timing)
     timing = or_note(lambda: fit(timed), what="no prediction of times")
     sections = {} if args.model is None else open_moe(model_path(args.model)).sections
     with Progress("replaying", unit="run") as progress:
-        rows = study(trace, ways, budgets, timing=timing, sections=sections, progress=progress)
+        rows = study(
+            trace, ways, budgets, vrams=vrams, timing=timing, sections=sections, progress=progress
+        )
     for line in remarks(trace, rows):
         note(f"# {line}")
     return timing, rows

@@ -143,6 +143,8 @@ def studied(rows: Sequence[Mapping[str, Any]]) -> Table:
         "read/token",
         "bits",
     ]
+    has_device = any(r["vram_bytes"] for r in rows)
+    columns += ["of a device", "run there", "copied/token"] * has_device
     columns += ["predicted t/s", "waiting"] * has_rate
     out = []
     for r in rows:
@@ -151,7 +153,13 @@ def studied(rows: Sequence[Mapping[str, Any]]) -> Table:
             _percent(r["ahead_hits"] / r["hits"]) if r["ahead_hits"] else "", _percent(r["shuffled_hit_rate"]),
             _megabytes(r["bytes_per_token"]), f"{r['average_bits']:.2f}",
         ]  # fmt: skip
-        if has_rate:
+        if has_device:
+            line += [
+                _percent(r["vram_share"], 0), _percent(r["device_rate"]), _megabytes(r["copied_per_token"])
+            ]  # fmt: skip
+        if has_rate and not r["rate"]:
+            line += ["", ""]
+        elif has_rate:
             line += [f"{r['rate']:.1f}", _percent(r["wait_s"] / r["seconds"], 0)]
         out.append([*line, "" if r["is_oracle"] else f"{r['plan_us']:.1f}"])
     return "Replays of the single tokens", [*columns, "plan µs"], out

@@ -10,7 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from edgemoe.runtime.trace import NO_EXPERT, NO_TOKEN, Trace, TraceHeader
 from edgemoe.scheduler import SCHEDULERS, Scheduler, Setting
 from edgemoe.scheduler.watched import seen
 from edgemoe.store import ExpertStore
+from edgemoe.tiers import Tiers
 
 __all__ = ["Replay", "Tape", "make_scheduler", "replay", "setting"]
 
@@ -46,6 +47,10 @@ class Replay:
     prompt_hits: int
     """Of chunks."""
     prompt_misses: int
+    device_hits: int
+    """Of the hits, those that a device has."""
+    device_bytes_in: int
+    """Copied to the device."""
     plan_us: float
     """Median time of `Scheduler.plan` for one token and layer."""
     seconds: float
@@ -58,6 +63,12 @@ class Replay:
         """Hits per use of an expert, 1 when there was none."""
         uses = self.hits + self.misses
         return self.hits / uses if uses else 1.0
+
+    @property
+    def device_rate(self) -> float:
+        """Uses on the device per use of an expert."""
+        uses = self.hits + self.misses
+        return self.device_hits / uses if uses else 0.0
 
     @property
     def bytes_per_token(self) -> float:
@@ -190,6 +201,7 @@ def replay(
     scheduler: Scheduler,
     *,
     budget_bytes: int,
+    vram_bytes: int = 0,
     policy: str = "lfu",
     timing: Timing | None = None,
     progressive: float = 0.0,
@@ -199,8 +211,9 @@ def replay(
 
     Args:
         scheduler: made for this budget, and not used before.
+        vram_bytes: what a device has for experts; 0 for no device. Which of them it gets is what `Tiers` decides.
         policy: "lfu" or "lru"; for a scheduler that is made with another one it is that.
-        timing: predicts the time; None for none.
+        timing: predicts the time, where there is no device; None for none.
         progressive: see `edgemoe.lab.routing.timing.Pipeline`.
         each: is told of each layer before it is planned, with the live residency [layers, E].
 
@@ -215,9 +228,11 @@ def replay(
         policy=policy if scheduler.policy == "lfu" else scheduler.policy,
     )  # fmt: skip
     store.cache.keep(scheduler.keep_level)
+    if vram_bytes:
+        timing, store = None, _over(store, header, vram_bytes)
     pipeline = None if timing is None else _Player(timing, header, progressive)
     residency = store.residency
-    sums = np.zeros((2, 6), np.int64)
+    sums = np.zeros((2, 8), np.int64)
     seconds = waited = 0.0
     spent: list[float] = []
     counts = _counts(store)
@@ -254,18 +269,36 @@ def replay(
         scheduler.passed(len(layers[0].experts), float(spent_s), layers[0].sequences)
         if is_single:
             seconds, waited = seconds + took[0] - start[0], waited + took[1] - start[1]
-    hits, misses, evictions, bytes_read, bits, ahead_hits = sums[1].tolist()
+    hits, misses, evictions, bytes_read, bits, ahead_hits, device_hits, copied = sums[1].tolist()
     return Replay(
         hits=hits, misses=misses, evictions=evictions, bytes_read=bytes_read, bits=bits,
-        tokens=tape.num_tokens, ahead_hits=ahead_hits, prompt_hits=int(sums[0, 0]), prompt_misses=int(sums[0, 1]),
+        tokens=tape.num_tokens, ahead_hits=ahead_hits, device_hits=device_hits, device_bytes_in=copied,
+        prompt_hits=int(sums[0, 0]), prompt_misses=int(sums[0, 1]),
         plan_us=1e6 * float(np.median(spent)) if spent else 0.0, seconds=seconds, wait_s=waited,
     )  # fmt: skip
 
 
 def _counts(store: ExpertStore) -> NDArray[np.int64]:
-    names = ("hits", "misses", "evictions", "bytes_read", "bits", "ahead_used")
+    names = (
+        "hits", "misses", "evictions", "bytes_read", "bits", "ahead_used", "device_hits", "device_bytes_in",
+    )  # fmt: skip
     stats = store.stats
-    return np.array([stats[name] for name in names], np.int64)
+    return np.array([stats.get(name, 0) for name in names], np.int64)
+
+
+def _over(store: ExpertStore, header: TraceHeader, vram_bytes: int) -> ExpertStore:
+    """Returns the same experts with a device, whose slots are whole ones."""
+    rungs = np.array(header.rungs, np.uint8) if header.rungs else None
+    there = ExpertStore.dry(
+        num_layers=header.num_layers, num_experts=header.num_experts, level_bits=header.level_bits,
+        level_bytes=[header.level_bytes[-1]] * len(header.level_bytes), budget_bytes=vram_bytes, rungs=rungs,
+    )  # fmt: skip
+    tiers = Tiers(store.cache, there.cache, header.num_layers)
+    every = header.num_layers * header.num_experts
+    return ExpertStore(
+        cast(Any, tiers), num_experts=header.num_experts, level_bits=header.level_bits,
+        rungs=np.full(every, len(header.level_bits), np.uint8) if rungs is None else rungs,
+    )  # fmt: skip
 
 
 class _Player:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -99,6 +100,7 @@ def study(
     ways: Sequence[Line],
     budgets: Sequence[int],
     *,
+    vrams: Sequence[int] = (0,),
     timing: Timing | None,
     sections: Mapping[str, bytes] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -110,13 +112,14 @@ def study(
 
     Args:
         budgets: bytes for experts.
+        vrams: bytes for experts on a device; 0 for no device.
         sections: of the model's file, where a scheduler may have tables of its own.
     """
     everything = _everything(trace)
     tape, control = Tape(trace), Tape(trace, shuffle=True)
     rows: list[dict[str, Any]] = []
-    total = len(ways) * len(budgets)
-    for done, (budget, way) in enumerate((b, w) for b in budgets for w in ways):
+    total = len(ways) * len(budgets) * len(vrams)
+    for done, (budget, vram, way) in enumerate(itertools.product(budgets, vrams, ways)):
         progress(done, total)
 
         def scheduler(of: Tape, way: Line = way, budget: int = budget) -> Scheduler:
@@ -127,13 +130,15 @@ def study(
         first = scheduler(tape)
         own = first.policy != "lfu"
         if own and any(
-            r["scheduler"] == way.scheduler and r["budget_bytes"] == budget for r in rows
+            (r["scheduler"], r["budget_bytes"], r["vram_bytes"]) == (way.scheduler, budget, vram)
+            for r in rows
         ):
             continue
-        r: Replay = replay(tape, first, budget_bytes=budget, policy=way.policy, timing=timing)
-        mixed = replay(
-            control, scheduler(control), budget_bytes=budget, policy=way.policy, timing=timing
-        )
+        given: dict[str, Any] = {
+            "budget_bytes": budget, "vram_bytes": vram, "policy": way.policy, "timing": timing,
+        }  # fmt: skip
+        r: Replay = replay(tape, first, **given)
+        mixed = replay(control, scheduler(control), **given)
         rows.append(
             {
                 "name": way.scheduler if own and way.scheduler not in ORACLES else way.name,
@@ -143,8 +148,12 @@ def study(
                 "is_oracle": way.scheduler in ORACLES,
                 "budget_bytes": budget,
                 "share": budget / everything,
+                "vram_bytes": vram,
+                "vram_share": vram / everything,
                 **asdict(r),
                 "hit_rate": r.hit_rate,
+                "device_rate": r.device_rate,
+                "copied_per_token": r.device_bytes_in / r.tokens if r.tokens else 0.0,
                 "shuffled_hit_rate": mixed.hit_rate,
                 "bytes_per_token": r.bytes_per_token,
                 "average_bits": r.average_bits,
