@@ -84,7 +84,12 @@ def _run(args: argparse.Namespace) -> None:
     # A machine that others use is not the same for long: the roof is measured on both sides.
     roofs = (before, machine())
     if args.json:
-        say_json({**report, "roofs": [dataclasses.asdict(r) for r in roofs]})
+        say_json(
+            {
+                **report,
+                "roofs": [{k: v for k, v in dataclasses.asdict(r).items() if v} for r in roofs],
+            }
+        )
         return
     note(
         f"# roof, before and after: memory {_span([r.memory for r in roofs], 1)} GB/s, "

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe import _core, hardware
+from edgemoe import _core
 from edgemoe.config import ModelConfig
 from edgemoe.devices import DeviceName, open_device
 from edgemoe.errors import OutOfBudget, size_text
@@ -19,7 +20,7 @@ from edgemoe.ops import Ops, OpsShape
 from edgemoe.ops_cuda import CudaOps
 from edgemoe.placement import hosted, load_on, unsupported
 from edgemoe.rates import Rates
-from edgemoe.runtime.budget import default_ram, parse_size
+from edgemoe.runtime.budget import parse_size
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.vram import Vram, default_vram
 from edgemoe.store import ExpertStore, Told
@@ -42,9 +43,18 @@ class OnDevice:
 
     @classmethod
     def open(
-        cls, moe: MoeFile, options: EngineOptions, dense_level: int, shape: OpsShape
+        cls,
+        moe: MoeFile,
+        options: EngineOptions,
+        dense_level: int,
+        shape: OpsShape,
+        spare: Callable[[Vram], int],
     ) -> OnDevice | None:
         """Opens the device that the options name, and divides its memory; None for the processor.
+
+        Args:
+            spare: says what the host's budget leaves beside one expert if a device takes so much of it; raises
+                OutOfBudget where that is not there.
 
         Raises:
             ValueError: the model has something that no device knows.
@@ -64,11 +74,17 @@ class OnDevice:
             raise ValueError(
                 f"vram: {name} has the processor's memory and none of its own; ram is for both"
             )
-        if (
-            is_shared
-        ):  # context and chunk are fitted to it; experts get what the host's budget leaves
-            total = default_ram() if options.ram is None else parse_size(options.ram)
-            total = max(total - hardware.process_bytes() * options.whole_process, 1)
+
+        def divide(total: int) -> Vram:
+            return Vram.divide(
+                moe, vram=total, dense_level=dense_level, context=options.context,
+                kv_types=options.kv_types, ops=shape, sequences=options.sequences,
+                hosted=hosted(moe.config, _kinds(moe.config, options)), is_shared=is_shared,
+            )  # fmt: skip
+
+        if is_shared:  # context and chunk take a part of what is spare, and experts the rest
+            least = divide(0)
+            total = least.taken + spare(least)
         else:
             free = device.info["free_bytes"]  # as the driver says: other programs have the rest
             total = default_vram(free) if options.vram is None else parse_size(options.vram)
@@ -77,11 +93,7 @@ class OnDevice:
                     f"vram: {size_text(total)} are more than the {size_text(free)} of {name} that are free; "
                     "nvidia-smi names the programs that have the rest"
                 )
-        vram = Vram.divide(
-            moe, vram=total, dense_level=dense_level, context=options.context,
-            kv_types=options.kv_types, ops=shape, sequences=options.sequences,
-            hosted=hosted(moe.config, _kinds(moe.config, options)), is_shared=is_shared,
-        )  # fmt: skip
+        vram = divide(total)
         device.limit(vram.taken if is_shared else total)
         logger.info("%s: %s; %d bytes of it for experts", name, device.info["name"], vram.room)
         return cls(device, vram, moe)

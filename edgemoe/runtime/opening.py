@@ -28,6 +28,7 @@ from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.precisions import Bits, bits_of, dense_level, with_dense_bits, with_kv_table
 from edgemoe.runtime.profile import ProfileFile
 from edgemoe.runtime.room import Room
+from edgemoe.runtime.vram import Vram
 from edgemoe.scheduler import SCHEDULERS, SECTIONS, Setting
 from edgemoe.store import ExpertStore, Told, level_bytes, load_dense, nobody, num_there
 from edgemoe.text.sampler import SamplingParams
@@ -159,10 +160,8 @@ def _assembled(
     total = default_ram() if options.ram is None else parse_size(options.ram)
     is_added = options.ram is not None and not options.whole_process
     chosen = bits.told(options)
-    there = OnDevice.open(moe, options, dense_level, shape)
-    vram = None if there is None else there.vram
 
-    def divide(process: int) -> Budget:
+    def divide(process: int, vram: Vram | None) -> Budget:
         return Budget.divide(
             moe, ram=total + before if is_added else total, process=process, level=level,
             dense_level=dense_level, context=options.context, kv_types=options.kv_types, ops=shape,
@@ -171,8 +170,14 @@ def _assembled(
             beside=adapters.beside(dense_level, config.hidden_size),
         )  # fmt: skip
 
-    # Both refuse what is wrong before anything large is read.
-    estimate = divide(hardware.process_bytes())
+    def spare(least: Vram) -> int:
+        budget = divide(hardware.process_bytes(), least)
+        return budget.room - budget.expert
+
+    # All refuse what is wrong before anything large is read.
+    there = OnDevice.open(moe, options, dense_level, shape, spare)
+    vram = None if there is None else there.vram
+    estimate = divide(hardware.process_bytes(), vram)
     make = SCHEDULERS[options.scheduler]
     first = make(model_setting(moe, bits.most, estimate.slots, sections), **chosen)
     if first.stand_ins is None:  # megabytes, which slots shall have
@@ -189,7 +194,7 @@ def _assembled(
     # Slots are sized last, from what the process really has by now.
     every = {id(weight): weight for of in (weights, *others) for weight in of.values()}
     dense = sum(map(_host_bytes, every.values()))
-    budget = divide(max(hardware.process_bytes() - dense, 0))
+    budget = divide(max(hardware.process_bytes() - dense, 0), vram)
     setting = model_setting(moe, bits.most, budget.slots, sections)
     scheduler = make(setting, **chosen)
     shape = replace(shape, max_tokens=budget.chunk, max_context=budget.context)

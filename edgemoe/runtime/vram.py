@@ -93,6 +93,8 @@ class Vram:
             )
 
         least = sized(context or min(SMALLEST_CONTEXT, config.context_length), CHUNKS[-1])
+        if least.room < 0 and is_shared:
+            return least  # the host's budget says how much is missing of it
         if least.room < 0:
             raise OutOfBudget(
                 f"{_mib(vram)} of the device are too little; the smallest that works is "

@@ -56,6 +56,8 @@ class Worker:
         except BaseException as error:
             self.error = error
             logger.critical("the engine's thread has ended: %s: %s", type(error).__name__, error)
-            why = f": {error}" if isinstance(error, EdgemoeError) else ""
-            self.batcher.end(RuntimeError(f"the engine has failed{why}"))
+            if isinstance(error, EdgemoeError):  # which says itself what failed
+                self.batcher.end(error)
+            else:
+                self.batcher.end(RuntimeError("the engine has failed"))
             self._on_death(error)

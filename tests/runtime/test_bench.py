@@ -159,7 +159,7 @@ def test_a_device_has_roofs_of_its_own(tiny_moe, monkeypatch, capsys):
     monkeypatch.setattr(edgemoe.runtime.bench, "disk_rate", lambda *_, **__: 1e9)
     monkeypatch.setattr(edgemoe.runtime.bench, "_DEVICE_BYTES", 4 << 20)
     assert roof(tiny_moe, bits=None, threads=1).link == 0
-    flags = [str(tiny_moe), "-p", "4", "-n", "1", "-r", "1", "--ram", "200MiB", "--vram", "8MiB"]
+    flags = [str(tiny_moe), "-p", "4", "-n", "1", "-r", "1", "--vram", "8MiB"]
     assert main([*flags, "--device", "cuda", "--json"]) == 0
     for found in json.loads(capsys.readouterr().out)["roofs"]:
         assert found["vram"] > 0

@@ -284,7 +284,7 @@ def test_what_other_programs_have_of_a_device_is_not_taken(tiny_moe):
     real = edgemoe.runtime.on_device.load_on
 
     def late(*args, **kwargs):  # another program comes in between
-        with configured(others=1023 << 20):
+        with configured(others=1 << 30):
             return real(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -65,9 +65,9 @@ def test_one_budget_is_for_both(tiny_moe, integrated):
         OutOfBudget, match=r"a budget of 1 MiB is too small; .* for what the device has"
     ) as least:
         edgemoe.load(tiny_moe, ram="1MiB", context=128, whole_process=False, **SHARED)
-    smallest = re.search(r"smallest that works is (\d+) MiB", str(least.value))[1]
+    smallest = int(re.search(r"smallest that works is (\d+) MiB", str(least.value))[1])
     with edgemoe.load(
-        tiny_moe, ram=f"{smallest}MiB", context=128, whole_process=False, **SHARED
+        tiny_moe, ram=f"{smallest + 8}MiB", context=128, whole_process=False, **SHARED
     ) as engine:
         budget, there = engine.model.budget, engine.model.ops._device.stats
         list(engine.generate(IDS[:5], GREEDY))
