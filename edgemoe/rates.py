@@ -13,10 +13,11 @@ __all__ = ["Rates"]
 _DEVICE_PRODUCTS = 1e12
 """Of a weight and an activation, per second, of a small device without tensor cores; what it has more is not needed."""
 _SHARE = 0.2  # of a new measurement in an average
-_FEW, _MANY = (
-    2,
-    16,
-)  # tokens of an expert up to which the weights decide how long it takes, and from which products do
+_FEW = 2  # tokens of an expert up to which its bytes decide how long it takes
+_MANY = 16  # and from which its products do
+_AGAIN = (
+    32  # times that all go, after which the processor is measured again: it may have been busy then
+)
 
 
 class Rates:
@@ -33,6 +34,7 @@ class Rates:
         """Bytes per second of experts that the processor runs for few tokens; 0 until it was measured."""
         self.products = 0.0
         """Products per second of experts that it runs for many; likewise."""
+        self._unmeasured = 0
 
     def note(self, size: int, tokens: int, experts: int, seconds: float) -> None:
         """The processor has run some experts.
@@ -57,11 +59,11 @@ class Rates:
             sizes: [n] bytes.
             tokens: [n]
         """
-        none = np.zeros(len(sizes), np.bool_)
+        goes = np.zeros(len(sizes), np.bool_)
         products = tokens * float(self._weights)
         known = self.products if tokens.sum() > _FEW * len(sizes) else self.read
         if not known or not self.link:
-            return none
+            return goes
         here = np.zeros(len(sizes))
         for work, rate in ((sizes, self.read), (products, self.products)):
             if rate:
@@ -71,8 +73,12 @@ class Rates:
         # [n + 1], when the first 0, 1, … of them go
         link = np.concatenate([[0.0], np.cumsum(there[order])])
         left = here.sum() - np.concatenate([[0.0], np.cumsum(here[order])])
-        none[order[: int(np.maximum(link, left).argmin())]] = True
-        return none
+        count = int(np.maximum(link, left).argmin())
+        self._unmeasured = self._unmeasured + 1 if count == len(sizes) else 0
+        if self._unmeasured > _AGAIN:
+            count, self._unmeasured = count - 1, 0
+        goes[order[:count]] = True
+        return goes
 
 
 def _mixed(before: float, now: float) -> float:

@@ -80,6 +80,13 @@ def test_the_processor_is_measured_by_what_it_does():
     assert rates.products == 64 * WEIGHTS
 
 
+def test_a_processor_that_was_busy_is_tried_again():
+    rates, one = Rates(1e9, WEIGHTS), (np.array([MIB]), np.array([1]))
+    rates.read = 1.0
+    chosen = [bool(rates.split(*one)[0]) for _ in range(80)]
+    assert [i for i, goes in enumerate(chosen) if not goes] == [32, 65]
+
+
 CHOICES = {
     "all": lambda sizes, tokens: np.ones(len(sizes), bool),
     "every other": lambda sizes, tokens: np.arange(len(sizes)) % 2 == 0,
