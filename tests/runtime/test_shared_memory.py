@@ -7,15 +7,13 @@ import re
 import pytest
 from engines import with_slots
 from simulated import configured, plug_in
-from test_on_device import GREEDY, IDS, play
+from test_on_device import GREEDY, IDS, on_device, play
 
 import edgemoe
 from edgemoe import _core
 from edgemoe.errors import DeviceError, OutOfBudget
 from edgemoe.file.format import open_moe
 from edgemoe.store import ExpertStore, expert_bytes
-
-SHARED = {"device": "cuda:0", "plug_in": plug_in()}
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +26,7 @@ def integrated():
 @pytest.mark.parametrize("more", [{}, {"bits": 3, "scheduler": "expertflow"}], ids=str)
 def test_the_answer_is_the_processors(tiny_moe, monkeypatch, slots, more):
     with_slots(monkeypatch, slots * expert_bytes(open_moe(tiny_moe), 5), chunk=16)
-    expected, got = play(tiny_moe, **more), play(tiny_moe, **more, **SHARED)
+    expected, got = play(tiny_moe, **more), play(tiny_moe, **more, **on_device())
     assert got[:4] == expected[:4]
     stats = got[4]
     assert stats["device_hits"] == stats["hits"] + stats["misses"] > 0  # all ran there
@@ -41,7 +39,7 @@ def test_no_slot_is_read_into_while_a_kernel_may_read_it(tiny_moe, monkeypatch, 
     with_slots(monkeypatch, 2 * expert_bytes(open_moe(tiny_moe), 5), chunk=16)
     expected = play(tiny_moe)
     with configured(**setting):
-        assert play(tiny_moe, **SHARED)[:4] == expected[:4]
+        assert play(tiny_moe, **on_device())[:4] == expected[:4]
 
 
 def test_levels_that_rise_read_what_is_missing(tiny_moe):
@@ -60,14 +58,14 @@ def test_levels_that_rise_read_what_is_missing(tiny_moe):
 
 def test_one_budget_is_for_both(tiny_moe, integrated):
     with pytest.raises(ValueError, match="vram: cuda:0 has the processor's memory and none of its"):
-        edgemoe.load(tiny_moe, vram="1GiB", **SHARED)
+        edgemoe.load(tiny_moe, vram="1GiB", **on_device())
     with pytest.raises(
         OutOfBudget, match=r"a budget of 1 MiB is too small; .* for what the device has"
     ) as least:
-        edgemoe.load(tiny_moe, ram="1MiB", context=128, whole_process=False, **SHARED)
+        edgemoe.load(tiny_moe, ram="1MiB", context=128, whole_process=False, **on_device())
     smallest = int(re.search(r"smallest that works is (\d+) MiB", str(least.value))[1])
     with edgemoe.load(
-        tiny_moe, ram=f"{smallest + 8}MiB", context=128, whole_process=False, **SHARED
+        tiny_moe, ram=f"{smallest + 8}MiB", context=128, whole_process=False, **on_device()
     ) as engine:
         budget, there = engine.model.budget, engine.model.ops._device.stats
         list(engine.generate(IDS[:5], GREEDY))
@@ -78,4 +76,4 @@ def test_one_budget_is_for_both(tiny_moe, integrated):
 
 def test_memory_that_cannot_be_lent_is_said(tiny_moe):
     with configured(may_lend=0), pytest.raises(DeviceError, match="cudaHostRegister: .*no memory"):
-        edgemoe.load(tiny_moe, context=64, **SHARED)
+        edgemoe.load(tiny_moe, context=64, **on_device())
