@@ -23,8 +23,8 @@ struct Config {
   int driver = 13000;  ///< version
   int integrated = 0;
   size_t others_bytes = 0;  ///< what other programs have of it
-  bool may_copy = true;  ///< else copies fail
-  bool may_lend = true;  ///< else the host's memory cannot be pinned
+  bool may_copy = true;     ///< else copies fail
+  bool may_lend = true;     ///< else the host's memory cannot be pinned
 };
 struct Stats {
   uint64_t kernels, blocks, threads, graphs;
