@@ -180,7 +180,8 @@ class Decoder:
         ran: list[int] = []
         ops.norm(x, stack.first_norm, config.norm_eps, normed)
         while after < config.num_layers:
-            batch.check()
+            if after + 1 < config.num_layers:
+                batch.check()
             stop = self._stops[after + 1]
             while stop < config.num_layers and (index := config.moe_index(stop)) in ahead:
                 ran.append(index)
