@@ -21,7 +21,7 @@ Array = NDArray[np.float32]
 Patch = Callable[[Array], Array]
 """Returns what a tensor becomes; the one that it is given is its own."""
 
-_WHOLE = "config.json"
+_WHOLE, _ESFT = "config.json", "expert_cfg.json"
 
 
 class PatchedCheckpoint:
@@ -46,9 +46,13 @@ class PatchedCheckpoint:
 
 def is_partial(path: Path) -> bool:
     """Says whether a directory holds only what a fine-tune has changed: a LoRA of peft, or some tensors."""
-    if not path.is_dir() or exists(path / _WHOLE):
+    if not path.is_dir():
         return False
-    return exists(path / CONFIG) or any(path.glob("*.safetensors"))
+    if exists(path / CONFIG) or exists(
+        path / _ESFT
+    ):  # beside either there may be the model's config.json
+        return True
+    return not exists(path / _WHOLE) and any(path.glob("*.safetensors"))
 
 
 def patched(path: Path, original: Checkpoint) -> PatchedCheckpoint:

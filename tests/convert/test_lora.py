@@ -198,6 +198,10 @@ def test_a_folder_of_some_tensors(tmp_path):
     new = source.tensor(name) + 1
     save_file({name.removeprefix("model."): new}, folder / "model.safetensors")
     assert is_partial(folder)
+    (folder / "config.json").write_text("{}")
+    assert not is_partial(folder)
+    (folder / "expert_cfg.json").write_text("{}")
+    assert is_partial(folder)
     found = patched(folder, source)
     assert np.array_equal(found.tensor(name), new)
     assert set(found.patches) == {name}
