@@ -7,7 +7,7 @@ adapters share is one expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,29 +29,16 @@ class Places:
     owner: NDArray[np.int32]
     """[layers, places - E]: whose the further ones are, adapters counted from 1; 0 for nobody's."""
 
-    @property
-    def count(self) -> int:
-        """Places of a layer."""
-        return int(self.names.shape[1])
-
-    def put(
-        self, routing: Routing, rows: Iterable[tuple[slice, int]], scores: NDArray[np.float32]
-    ) -> None:
-        """Calls the experts of a routing by their places, in place.
+    def put(self, routing: Routing, rows: Sequence[tuple[slice, int]]) -> None:
+        """Calls the experts of a routing by their places, in place; its scores are of no use any more, and left out.
 
         Args:
-            rows: of each sequence, and the number of its adapter; 0 for the model alone.
-            scores: scratch [T, places] for the routing's scores: 0 at places of others.
+            rows: of each sequence that has an adapter, and its number.
         """
-        scores[...] = 0
+        routing.scores = None
         for mine, adapter in rows:
-            tables = self.tables[adapter]
-            at = tables[routing.layer]
-            if routing.scores is not None:
-                scores[mine, at] = routing.scores[mine]
-            if adapter:
-                routing.experts[mine] = at[routing.experts[mine]]
-            if adapter and routing.ahead_experts is not None:
+            tables, experts = self.tables[adapter], routing.experts[mine]
+            experts[...] = tables[routing.layer].take(experts)
+            if routing.ahead_experts is not None:
                 for layer, later in enumerate(routing.ahead_experts, start=routing.layer + 1):
-                    later[mine] = tables[layer][later[mine]]
-        routing.scores = None if routing.scores is None else scores
+                    later[mine] = tables[layer].take(later[mine])

@@ -43,6 +43,10 @@ class Batch:
         """What mixers keep for the length of the pass, by mixer."""
         self.variant = 0
         """With which weights, see `Decoder`."""
+        self.adapted = [
+            (slice(s.start, s.stop), s.state.adapter) for s in slices if s.state.adapter
+        ]
+        """The rows of each sequence that has an adapter, and its number."""
         self.is_cancelled: Callable[[], bool] | None = None
         """Whether nobody waits for it any more; asked before each layer. None for one that is always wanted."""
 

@@ -57,8 +57,6 @@ class Routers:
             ops.host(max_tokens, K, dtype="int32"),
             ops.host(max_tokens, K, dtype="float32"),
         )
-        if self._places is not None:
-            self._wide = ops.host(max_tokens, self._places.count, dtype="float32")
         self._ahead: tuple[Any, ...] = ()
         self._ahead_rows = 0
         self._bit_routers: list[tuple[Array, Array, Array]] | None = None
@@ -117,8 +115,7 @@ class Routers:
         if batch.is_decoding and self._experts.scheduler.look_ahead:
             self._look_ahead(routing, x, routers)
         if self._places is not None:
-            rows = ((slice(s.start, s.stop), s.state.adapter) for s in batch.slices)
-            self._places.put(routing, rows, self._wide[: len(normed)])
+            self._places.put(routing, batch.adapted)
         return routing
 
     def _look_ahead(self, routing: Routing, x: Array, routers: Sequence[RouterWeights]) -> None:

@@ -110,10 +110,8 @@ class Adapters:
         """Returns what they take beside experts, as `Budget.divide` takes it; `hidden` is the model's width."""
         if self.places is None:
             return 0, 0
-        # Scores by places; and hidden states, which passes with other weights bring one after the other.
-        return self._dense_bytes(level), 4 * (
-            self.places.count + (hidden if any(self.variants) else 0)
-        )
+        # Hidden states: passes with other weights bring them one after the other.
+        return self._dense_bytes(level), 4 * hidden if any(self.variants) else 0
 
     def _dense_bytes(self, level: int) -> int:
         """Returns the memory of what `load` and `widen_biases` add to a model's weights."""
