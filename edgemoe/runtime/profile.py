@@ -11,7 +11,7 @@ A profile is a safetensors file. `L` is the layers with routed experts, `E` expe
     frequency.values     float64 [L, E]     of `edgemoe.scheduler.predict.Frequency`, likewise
     hobbit.thresholds    float64 [5]        of HOBBIT: T1, T2, the shares that they were fitted to (low, skip), tokens
     transitions.far_pairs  float32 [L, E, E]  the same of two layers before
-    transitions.pairs    float32 [L, E, E]  of `edgemoe.scheduler.predict.Transitions`: what ran after what
+    transitions.pairs    float32 [L, E, E]  of `edgemoe.scheduler.transitions.Transitions`: what ran after what
     transitions.totals   float32 [L, E]     uses
     transitions.keys     float32 [n, 1+2K]  where K is 1 or 2: layer and experts of the two layers before, -1 for none
     transitions.followers  float32 [n, E]   what ran after each of these, in this layer

@@ -15,7 +15,7 @@ from edgemoe.scheduler.allocation import allocated_bits
 from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.options import check, option, read_options
 from edgemoe.scheduler.plans import plan_slots, plan_token
-from edgemoe.scheduler.predict import Transitions
+from edgemoe.scheduler.transitions import Transitions
 
 __all__ = ["Expertwise"]
 

@@ -29,7 +29,8 @@ from edgemoe.scheduler.levers import small_gates
 from edgemoe.scheduler.mc import Mc
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.plans import keep_slots, plan_slots, slot_bits
-from edgemoe.scheduler.predict import NextUse, Transitions, Turns
+from edgemoe.scheduler.predict import NextUse, Turns
+from edgemoe.scheduler.transitions import Transitions
 from edgemoe.scheduler.trial import Trial
 from edgemoe.store import ExpertStore
 

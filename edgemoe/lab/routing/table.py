@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from edgemoe.runtime.trace import Trace
-from edgemoe.scheduler.predict import Transitions
+from edgemoe.scheduler.transitions import Transitions
 
 __all__ = ["count_paths"]
 
