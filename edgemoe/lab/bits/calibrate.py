@@ -155,31 +155,32 @@ def calibrate(
     for i, (names, part) in enumerate(zip(passes, parts, strict=True)):
         sums = Products(moe.config, names) if names else _moments(moe)
         state = _State(part, identity, json.dumps(passes), sums)
-        if state.done < len(pieces) and not (state.done >= needed and _is_balanced(state.sums)):
+        if state.lacks(pieces, needed):
             with TappedModel(
                 moe, state.sums, ram=total_ram, process=process, window=window, threads=threads
             ) as run:
-                while state.done < len(pieces):
-                    if state.done >= needed and _is_balanced(state.sums):
-                        break
+                while state.lacks(pieces, needed):
                     run(pieces[state.done])
                     state.end_window()
                     if progress is not None:
                         progress(i * len(pieces) + state.done, len(passes) * len(pieces))
-                state.save()
+            state.save()
         if i == 0:
             starved = _starved(state.sums)
             needed, pieces = state.done, pieces[: state.done]  # other passes are of the same text
-    write_calibration(
-        out, _Joined(parts, scales), {
-            "source": "edgemoe", "model": str(moe.source.get("name", moe.path.name)),
-            "tokens": str(pieces.size), "window": str(window),
-            "bits": " ".join(str(rung[0]) for rung in moe.ladder),
-        },
-    )  # fmt: skip
+    write_calibration(out, _Joined(parts, scales), _meta(moe, pieces))
     for part in parts:
         part.unlink()
     return starved
+
+
+def _meta(moe: MoeFile, pieces: NDArray[np.int32]) -> dict[str, str]:
+    """Returns what a calibration says of itself."""
+    return {
+        "source": "edgemoe", "model": str(moe.source.get("name", moe.path.name)),
+        "tokens": str(pieces.size), "window": str(pieces.shape[1]),
+        "bits": " ".join(str(rung[0]) for rung in moe.ladder),
+    }  # fmt: skip
 
 
 def _starved(sums: Moments | Products) -> list[tuple[int, int]]:
@@ -282,6 +283,12 @@ class _State:
         for name, array in self.sums.sums.items():
             array[...] = file.tensor(name)
         self.done = int(file.meta["windows"])
+
+    def lacks(self, pieces: NDArray[np.int32], needed: int) -> bool:
+        """Says whether there is more to run: the first `needed` pieces, and of the others as many as balance takes."""
+        return self.done < min(needed, len(pieces)) or (
+            self.done < len(pieces) and not _is_balanced(self.sums)
+        )
 
     def end_window(self) -> None:
         self.sums.end_window()

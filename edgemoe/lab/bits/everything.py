@@ -86,26 +86,20 @@ def search_everything(
     calibration.check(moe.config)
     units, last = Units(moe, context=context), rounds.windows[-1]
     errors, spared = _errors(calibration, units), _super_experts(calibration) if protect else []
-    lowest = np.zeros(len(units), np.int64)
-    for layer, expert in spared:
-        unit = layer * moe.config.num_experts + expert
-        lowest[unit] = units.top[unit]
+    lowest = _lowest(units, spared)
     if len(windows) < last:
         raise ValueError(f"the text has {len(windows)} windows; expected {last}")
     if (least := units.bytes(lowest)) > total:
         raise ValueError(f"{total} bytes; the fewest that this model takes are {least}")
     identity = {
         **KvTable.identity(moe), "bytes": total, "context": context, "protected": len(spared),
-        "rounds": {**asdict(rounds), "generations": None},
-        "tokens": zlib.crc32(windows[:last].tobytes()), "errors": zlib.crc32(errors.tobytes()),
+        **_sums(rounds, windows, errors),
     }  # fmt: skip
-    saved = SearchFile(keep, json.loads(json.dumps(identity)), is_new=is_new)
-    steps, done = _steps(units, lowest), 0
+    saved = SearchFile(keep, identity, is_new=is_new)
+    steps = _steps(units, lowest)
     work = len(steps) + rounds.generations * rounds.offspring
 
-    def tick(count: int = 1) -> None:
-        nonlocal done
-        done += count
+    def tell(done: int) -> None:
         if progress is not None:
             progress(min(done, work), work)
 
@@ -114,25 +108,17 @@ def search_everything(
     def measure(choice: Choice, count: int) -> float:
         return float(_tokens(loss, units, choice, range(count)).mean())
 
-    losses = {}
-    try:
-        for name, choice in steps.items():
-            losses[name] = saved.cost(name, partial(measure, choice, rounds.alone))
-            tick()
-    finally:
-        saved.keep()
-    cost = _costs(losses, units, errors)
-    field = Field(cost=cost, sizes=units.sizes, lowest=lowest, highest=units.top, total=total)
+    losses = _measured(steps, saved, partial(measure, count=rounds.alone), tell)
+    field = Field(
+        cost=_costs(losses, units, errors), sizes=units.sizes, lowest=lowest, highest=units.top, total=total
+    )  # fmt: skip
     first = field.least_sum()
-    state = saved.standing(len(units))
-    if state is None:
-        state = Standing(0, first, measure(first, last))
-        saved.begin(state)
-    tick(state.generation * rounds.offspring)
+    if (state := saved.standing(len(units))) is None:
+        saved.begin(state := Standing(0, first, measure(first, last)))
 
     def after(state: Standing) -> None:
         saved.write(state)
-        tick(rounds.offspring)
+        tell(len(steps) + state.generation * rounds.offspring)
 
     evolve(state, measure, field, rounds, done=after)
     judged = None
@@ -140,15 +126,63 @@ def search_everything(
         del loss
         judged = _judged(MixedLoss(path, held_out, **options), units, first, state.parent)
     settings = {"bytes": total, "context": context, "seed": rounds.seed, "loss": state.loss}
-    layers, rows = moe.config.moe_layers, units.kv_rows(state.parent)
+    return _found(units, state, settings, spared, saved.start_loss, judged)
+
+
+def _sums(rounds: Rounds, windows: NDArray[np.int32], errors: Floats) -> dict[str, Any]:
+    """Returns what of a search decides what is measured, as JSON has it; how long it goes on does not."""
+    settings = json.loads(json.dumps(asdict(rounds) | {"generations": None}))
+    tokens = windows[: rounds.windows[-1]]
+    return {
+        "rounds": settings, "tokens": zlib.crc32(tokens.tobytes()), "errors": zlib.crc32(errors.tobytes())
+    }  # fmt: skip
+
+
+def _measured(
+    steps: dict[str, Choice],
+    saved: SearchFile,
+    measure: Callable[[Choice], float],
+    tell: Callable[[int], None],
+) -> dict[str, float]:
+    """Measures steps that were not measured before, and keeps what came of it whatever happens."""
+    losses: dict[str, float] = {}
+    try:
+        for name, choice in steps.items():
+            losses[name] = saved.cost(name, partial(measure, choice))
+            tell(len(losses))
+    finally:
+        saved.keep()
+    return losses
+
+
+def _lowest(units: Units, spared: list[tuple[int, int]]) -> Choice:
+    """Returns the fewest levels that units may have: all that there is of what is spared."""
+    lowest = np.zeros(len(units), np.int64)
+    for layer, expert in spared:
+        unit = layer * units.moe.config.num_experts + expert
+        lowest[unit] = units.top[unit]
+    return lowest
+
+
+def _found(
+    units: Units,
+    state: Standing,
+    settings: dict[str, Any],
+    spared: list[tuple[int, int]],
+    start_loss: float,
+    judged: tuple[float, float, float] | None,
+) -> Found:
+    """Returns where a search ended, in the forms that files have."""
+    moe, choice = units.moe, state.parent
+    layers = moe.config.moe_layers
     allocation = Allocation(
-        method="search", settings=settings, layers=layers, bits=units.expert_bits(state.parent),
-        protected=tuple((layers[i], e) for i, e in spared), dense=units.dense_bits(state.parent),
+        method="search", settings=settings, layers=layers, bits=units.expert_bits(choice),
+        protected=tuple((layers[i], e) for i, e in spared), dense=units.dense_bits(choice),
     )  # fmt: skip
-    table = KvTable(of=KvTable.identity(moe), layers=rows, settings=settings)
+    table = KvTable(of=KvTable.identity(moe), layers=units.kv_rows(choice), settings=settings)
     return Found(
-        allocation=allocation, table=table if units.cells else None, bytes=units.bytes(state.parent),
-        start_loss=saved.start_loss, loss=state.loss, held_out=judged, kept=state.kept,
+        allocation=allocation, table=table if units.cells else None, bytes=units.bytes(choice),
+        start_loss=start_loss, loss=state.loss, held_out=judged, kept=state.kept,
     )  # fmt: skip
 
 
