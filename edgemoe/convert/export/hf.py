@@ -87,11 +87,13 @@ def pieces(moe: MoeFile, model_type: str) -> dict[str, Piece]:
         raise refused("what LayerNorms became")
     shapes = {name: spec.shape for name, spec in dense_tensors(config).items()}
     experts = dict(zip(MATRICES, config.expert_shapes, strict=True))
-    out = {}
-    for name, source in family.sources(config, {}):
+    sources = dict(family.sources(config, {}))
+    for source in sources.values():
         is_lost = source.fold is not None and source.moved is None
         if is_lost or source.times or source.more:
             raise refused(source.name)
+    out = {}
+    for name, source in sources.items():
         shape = shapes.get(name) or experts[name.rpartition(".")[2]]
         out[name] = _piece(name, source, shape, config)
     return out
