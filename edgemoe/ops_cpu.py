@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, cast
@@ -37,7 +36,6 @@ from edgemoe.store import Request
 __all__ = ["CpuOps"]
 
 _FEW_TOKENS = 4
-_LINE = 64
 
 
 class CpuOps:
@@ -52,11 +50,8 @@ class CpuOps:
         return _core.Workspace.bytes(*astuple(shape))
 
     def empty(self, *shape: int) -> Array:
-        """See `Ops.empty`; begins a cache line, so that kernels may write whole ones past the caches."""
-        size = 4 * math.prod(shape)
-        lines = np.empty(size + _LINE, np.uint8)
-        first = -lines.ctypes.data % _LINE
-        return lines[first : first + size].view(np.float32).reshape(shape)
+        """See `Ops.empty`."""
+        return np.empty(shape, np.float32)
 
     def beside(self, spec: MixerSpec, keys: str, values: str) -> None:
         """See `Ops.beside`."""

@@ -111,11 +111,6 @@ struct Avx2 {
     _mm256_storeu_ps(p, a.lo);
     _mm256_storeu_ps(p + 8, a.hi);
   }
-  static void store_past(float* p, F a) {
-    _mm256_stream_ps(p, a.lo);
-    _mm256_stream_ps(p + 8, a.hi);
-  }
-  static void finish_past() { _mm_sfence(); }
   static F add(F a, F b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
   static F sub(F a, F b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
   static F mul(F a, F b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }

@@ -127,8 +127,6 @@ struct Neon {
   static void store(float* p, const F& a) {
     for (int i = 0; i < 4; ++i) vst1q_f32(p + 4 * i, a.v[i]);
   }
-  static void store_past(float* p, const F& a) { store(p, a); }
-  static void finish_past() {}
   static F add(const F& a, const F& b) {
     return map([&](int i) { return vaddq_f32(a.v[i], b.v[i]); });
   }

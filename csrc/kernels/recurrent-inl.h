@@ -10,23 +10,8 @@
 namespace edgemoe {
 namespace {
 
-/// Whether a state goes past the caches when it is written: that of a single token is read with the next one, after all
-/// the weights. Ordinary stores would read first what they write over.
-inline bool goes_past(const float* before, const float* state, int T) {
-  return T == 1 && before != state && reinterpret_cast<uintptr_t>(state) % 64 == 0;
-}
-
-template <class V, bool kPast>
-inline void store_state(float* p, typename V::F value) {
-  if constexpr (kPast) {
-    V::store_past(p, value);
-  } else {
-    V::store(p, value);
-  }
-}
-
 /// 16 * M columns of a head's state over T tokens; see `Kernels::delta_rule`.
-template <class V, int M, bool kPast>
+template <class V, int M>
 void delta_columns(const DeltaHead& h, int T, int column) {
   const float* from = h.before + column;
   float* state = h.state + column;
@@ -52,7 +37,7 @@ void delta_columns(const DeltaHead& h, int T, int column) {
       float* row = state + size_t(i) * h.value_dim;
       for (int j = 0; j < M; ++j) {
         const auto s = V::fma(key, change[j], V::mul(V::load(old + 16 * j), a));
-        store_state<V, kPast>(row + 16 * j, s);
+        V::store(row + 16 * j, s);
         out[j] = V::fma(s, query, out[j]);
       }
     }
@@ -61,7 +46,7 @@ void delta_columns(const DeltaHead& h, int T, int column) {
 }
 
 /// The same of Mamba-2; see `Kernels::mamba2`.
-template <class V, int M, bool kPast>
+template <class V, int M>
 void mamba_columns(const MambaHead& h, int T, int column) {
   const float* from = h.before + column;
   float* state = h.state + column;
@@ -80,7 +65,7 @@ void mamba_columns(const MambaHead& h, int T, int column) {
       float* row = state + size_t(i) * h.head_dim;
       for (int j = 0; j < M; ++j) {
         const auto s = V::fma(bi, in[j], V::mul(decay, V::load(old + 16 * j)));
-        store_state<V, kPast>(row + 16 * j, s);
+        V::store(row + 16 * j, s);
         out[j] = V::fma(s, ci, out[j]);
       }
     }
@@ -88,36 +73,23 @@ void mamba_columns(const MambaHead& h, int T, int column) {
   }
 }
 
-template <class V, bool kPast>
-void delta_rule_to(const DeltaHead& h, int T, int begin, int end) {
+template <class V>
+void delta_rule(const DeltaHead& h, int T, int begin, int end) {
   constexpr int M = V::kHeadVectors;
   int c = begin;
   if constexpr (M > 1) {  // whole rows of 128, so that memory is read in one run
-    for (; c + 32 * M <= end; c += 32 * M) delta_columns<V, 2 * M, kPast>(h, T, c);
+    for (; c + 32 * M <= end; c += 32 * M) delta_columns<V, 2 * M>(h, T, c);
   }
-  for (; c + 16 * M <= end; c += 16 * M) delta_columns<V, M, kPast>(h, T, c);
-  for (; c < end; c += 16) delta_columns<V, 1, kPast>(h, T, c);
-  if constexpr (kPast) V::finish_past();
-}
-
-template <class V>
-void delta_rule(const DeltaHead& h, int T, int begin, int end) {
-  goes_past(h.before, h.state, T) ? delta_rule_to<V, true>(h, T, begin, end)
-                                  : delta_rule_to<V, false>(h, T, begin, end);
-}
-
-template <class V, bool kPast>
-void mamba2_to(const MambaHead& h, int T, int begin, int end) {
-  constexpr int M = V::kHeadVectors;
-  int c = begin;
-  for (; c + 16 * M <= end; c += 16 * M) mamba_columns<V, M, kPast>(h, T, c);
-  for (; c < end; c += 16) mamba_columns<V, 1, kPast>(h, T, c);
-  if constexpr (kPast) V::finish_past();
+  for (; c + 16 * M <= end; c += 16 * M) delta_columns<V, M>(h, T, c);
+  for (; c < end; c += 16) delta_columns<V, 1>(h, T, c);
 }
 
 template <class V>
 void mamba2(const MambaHead& h, int T, int begin, int end) {
-  goes_past(h.before, h.state, T) ? mamba2_to<V, true>(h, T, begin, end) : mamba2_to<V, false>(h, T, begin, end);
+  constexpr int M = V::kHeadVectors;
+  int c = begin;
+  for (; c + 16 * M <= end; c += 16 * M) mamba_columns<V, M>(h, T, c);
+  for (; c < end; c += 16) mamba_columns<V, 1>(h, T, c);
 }
 
 template <class V>

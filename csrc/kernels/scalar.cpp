@@ -118,8 +118,6 @@ struct Scalar {
     return r;
   }
   static void store(float* p, const F& a) { std::memcpy(p, a.v, 64); }
-  static void store_past(float* p, const F& a) { store(p, a); }
-  static void finish_past() {}
   static F add(const F& a, const F& b) {
     return map([&](int i) { return a.v[i] + b.v[i]; });
   }

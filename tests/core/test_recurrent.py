@@ -177,27 +177,6 @@ def test_the_state_before_stays_where_another_takes_what_comes_after(case, T):
     np.testing.assert_array_equal(state, start)
 
 
-@pytest.mark.parametrize("case", [name for name in CASES if "conv" not in name])
-def test_where_the_state_lies_does_not_matter(case):
-    mixer, isa = CASES[case](1), _core.isa()
-    expected = mixer.start.copy()
-    out = mixer.run(workspace(), expected, expected, *mixer.inputs)
-    try:
-        for name in _core.usable_isas().split():
-            _core.use_isa(name)
-            for beside in (0, 4):  # whole cache lines are written past the caches
-                room = np.full(mixer.start.nbytes + 128, 0xFF, np.uint8)
-                first = -room.ctypes.data % 64 + beside
-                state = room[first:][: mixer.start.nbytes].view(F).reshape(mixer.start.shape)
-                given = tuple(a.copy() for a in mixer.inputs)
-                np.testing.assert_array_equal(
-                    mixer.run(workspace(3), mixer.start, state, *given), out
-                )
-                np.testing.assert_array_equal(state, expected)
-    finally:
-        _core.use_isa(isa)
-
-
 def test_small_matrices_are_float32():
     rng = RNG(4)
     x, w = rng.standard_normal((5, 70)).astype(F), rng.standard_normal((9, 70)).astype(F)
