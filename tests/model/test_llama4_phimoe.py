@@ -16,7 +16,7 @@ from edgemoe.config import dense_tensors
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.ops import OpsShape, RouterWeights
+from edgemoe.ops import OpsShape
 from edgemoe.ops_cpu import CpuOps
 
 
@@ -108,10 +108,7 @@ def test_sparsemixer_shares_among_those_near_and_leaves_out_the_first(tmp_path: 
     ops = CpuOps(OpsShape.of(config, 1))
     rule, scores = ops.route_rule(config.router), z[None].copy()
     ids, shares = np.empty((1, 2), np.int32), np.empty((1, 2), np.float32)
-    weights = RouterWeights(
-        norm=z, weight=np.empty((8, 64), np.float32), bias=None, choice_bias=None
-    )
-    ops.choose(weights, rule, scores, ids, shares)
+    ops.choose_by(None, None, rule, scores, ids, shares)
     assert ids.tolist() == [[1, 3]]
     np.testing.assert_allclose(shares[0], gates, rtol=1e-5)
     np.testing.assert_allclose(scores.sum(), 1, rtol=1e-5)
