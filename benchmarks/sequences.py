@@ -51,7 +51,7 @@ class Sequences:
     def _pass(self, parts: list[Any], rows: slice) -> None:
         hidden = self.model.forward(Batch.of(*parts))
         last = np.cumsum([len(ids) for _, ids in parts]) - 1
-        self.model.logits(np.ascontiguousarray(hidden[last]), self.rows[rows])
+        self.model.logits(np.ascontiguousarray(hidden[last]), self.rows[rows], parts[0][0])
 
     def decode(self, tokens: int) -> tuple[float, float]:
         """Returns the seconds and the bytes read of a token of any."""

@@ -174,7 +174,7 @@ def _alone(model: Any, state: Any, ids: list[int], count: int) -> float:
     for i in range(count + 1):
         if i == 1:
             start = time.perf_counter()
-        model.logits(model.forward(Batch.of((state, token)))[-1:], row)
+        model.logits(model.forward(Batch.of((state, token)))[-1:], row, state)
         token = np.array([row[0].argmax()], np.int32)
     return (time.perf_counter() - start) / count
 
