@@ -12,7 +12,8 @@ import pytest
 from simulated import on_device, plug_in, small_moe, with_vram
 
 import edgemoe
-from edgemoe import _core, ops_cuda_notes
+from edgemoe import _core, ops_cuda_notes, tiers
+from edgemoe.experts import Experts
 from edgemoe.file.format import open_moe
 from edgemoe.model import Batch
 from edgemoe.ops_cuda import CudaOps
@@ -166,6 +167,54 @@ def test_what_fails_while_it_is_noted_is_not_repeated(tiny_moe, monkeypatch, fai
         with contextlib.suppress(KeyboardInterrupt):
             told(engine, IDS[:5], how)
         assert told(engine, IDS[:5], how)[:2] == expected
+
+
+def moved(cache, experts):
+    """Makes experts leave a device and come back in this order, and so to other places."""
+    for e in sorted(experts):
+        assert cache.device.shrink(e, 0)
+    for e in experts:
+        for one in (cache.host, cache.device):
+            one.begin(np.array([e], np.int32), np.array([5], np.int8), np.zeros(2, np.int32), 0)
+            while one.next():
+                pass
+            one.close()
+
+
+def test_experts_that_have_moved_are_found(tiny_moe):
+    how = params(9)
+    with edgemoe.load(tiny_moe, context=64) as engine:
+        expected = told(engine, IDS[:5], how)[:2]
+    with edgemoe.load(tiny_moe, context=64, **on_device()) as engine:
+        for order in (range(8), range(7, -1, -1), range(8)):
+            assert told(engine, IDS[:5], how)[:2] == expected
+            moved(engine.model.store.cache, list(order))
+        assert told(engine, IDS[:5], how)[:2] == expected
+
+
+@pytest.mark.parametrize("order", [range(8, 16), range(15, 7, -1)])
+def test_experts_may_move_while_a_pass_is_under_way(tiny_moe, monkeypatch, order):
+    """The host runs the first layer, of which the device lacks one; meanwhile those of the second move."""
+    real, ran, moves = Experts.__call__, [], []
+
+    def run(self, routing, *rest):
+        out = real(self, routing, *rest)
+        ran.append(routing.layer)
+        if ran[-3:] == [0, 0, 0]:  # the second was ahead twice
+            moved(self.store.cache, list(order))
+            moves.append(len(ran))
+            ran.clear()
+        return out
+
+    how = params(40, temperature=2.0, seed=3)
+    with edgemoe.load(tiny_moe, context=64) as engine:
+        expected = told(engine, IDS[:5], how)[:2]
+    monkeypatch.setattr(tiers, "_PROMOTED", 0)
+    with edgemoe.load(tiny_moe, context=64, **on_device()) as engine:
+        assert engine.model.store.cache.device.shrink(0, 0)
+        monkeypatch.setattr(Experts, "__call__", run)
+        assert told(engine, IDS[:5], how)[:2] == expected
+    assert len(moves) > 4
 
 
 def test_somebody_who_looks_sees_every_plan(tiny_moe, tmp_path):
