@@ -238,7 +238,8 @@ def test_reads_ahead_take_nothing_that_is_wanted(moe):
     for _ in range(3):
         run(cache, [0], [5])
     begin(cache, [1, 2], [5, 5], [8, 9, 10], [5, 5, 5])
-    given = cache.next()  # of one or of both: until the next call each of them is in use, or waited for
+    # Of one or of both: until the next call each of them is in use, or waited for.
+    given = cache.next()
     assert set(np.flatnonzero(cache.residency)) <= {1, 2, 8}
     while group := cache.next():
         given += group
