@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from halves import divergences, log_probs
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -95,16 +96,10 @@ def main() -> None:
     def cut(path: Path, n: int) -> NDArray[np.int32]:
         return windows_of(moe, path.read_text(encoding="utf-8"), window=args.window, count=n)
 
-    def log_probs(windows: NDArray[np.int32]) -> NDArray[np.float64]:
-        half = windows.shape[1] // 2
-        z = np.stack([model.logits(w[None])[0, half - 1 : -1].astype(np.float64) for w in windows])
-        z -= z.max(-1, keepdims=True)
-        return z - np.log(np.exp(z).sum(-1, keepdims=True))
-
     model.logits(cut(args.text, 8))
     scores = [torch.cat(model.scores[i]).numpy() for i in range(L)]
     windows = cut(args.held_out, args.windows)
-    reference = log_probs(windows)
+    reference = log_probs(model, windows)
     print("| experts of their own | what becomes of the others | KL |\n|---|---|---|")
     for keep in (7 * E // 8, 3 * E // 4, E // 2):
         groups = [groups_of(scores[i], count[i], keep) for i in range(L)]
@@ -119,7 +114,7 @@ def main() -> None:
                     elif what == "nothing" and e != of:
                         row = tuple(torch.zeros_like(m) for m in row)
                     model.experts[i * E + e] = row
-            kl = (np.exp(reference) * (reference - log_probs(windows))).sum(-1).reshape(-1)
+            kl = divergences(reference, log_probs(model, windows))
             print(
                 f"| {keep} of {E} | {what} | {kl.mean():.4f} ± {kl.std() / np.sqrt(len(kl)):.4f} |",
                 flush=True,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from halves import divergences, log_probs
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -72,13 +73,7 @@ def main() -> None:
         moe, args.text.read_text(encoding="utf-8"), window=args.window, count=args.windows
     )
 
-    def log_probs() -> NDArray[np.float64]:
-        half = windows.shape[1] // 2
-        z = np.stack([model.logits(w[None])[0, half - 1 : -1].astype(np.float64) for w in windows])
-        z -= z.max(-1, keepdims=True)
-        return z - np.log(np.exp(z).sum(-1, keepdims=True))
-
-    reference = log_probs()
+    reference = log_probs(model, windows)
 
     def known(what: str) -> NDArray[np.float64]:
         return np.concatenate([c.layer(i, what) for i in c.layers]).astype(np.float64)
@@ -96,7 +91,7 @@ def main() -> None:
 
     def row(name: str, choice: NDArray[np.int64]) -> None:
         model.experts[:] = [versions[level][i] for i, level in enumerate(choice)]
-        kl = (np.exp(reference) * (reference - log_probs())).sum(-1).reshape(-1)
+        kl = divergences(reference, log_probs(model, windows))
         counts = np.bincount(choice, minlength=3)
         print(
             f"| {name} | {np.array(levels)[choice].mean():.2f} | {counts.tolist()} "

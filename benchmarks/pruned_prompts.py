@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from halves import divergences, log_probs
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -105,28 +106,22 @@ def main() -> None:
     def cut(path: Path, count: int) -> NDArray[np.int32]:
         return windows_of(moe, path.read_text(encoding="utf-8"), window=args.window, count=count)
 
-    def log_probs(windows: NDArray[np.int32]) -> NDArray[np.float64]:
-        half = windows.shape[1] // 2
-        z = np.stack([model.logits(w[None])[0, half - 1 : -1].astype(np.float64) for w in windows])
-        z -= z.max(-1, keepdims=True)
-        return z - np.log(np.exp(z).sum(-1, keepdims=True))
-
     ranking, windows = cut(args.text, args.ranking_windows), cut(args.held_out, args.windows)
-    first = log_probs(ranking)
+    first = log_probs(model, ranking)
     model.betas = [float(torch.cat(r).median()) for r in model.ratios]
     alone = []
     for layer in every:
         model.layers = {layer}
-        alone.append(float((np.exp(first) * (first - log_probs(ranking))).sum(-1).mean()))
+        alone.append(float(divergences(first, log_probs(model, ranking)).mean()))
     print("KL of pruning one layer, by layer:", " ".join(f"{x:.5f}" for x in alone))
     model.layers = set()
-    reference = log_probs(windows)
+    reference = log_probs(model, windows)
     print("| layers | protected | skipped | KL |\n|---|---|---|---|")
 
     def row(name: str, layers: Any, share: float = 0.0, by: str = "importance") -> None:
         model.layers, model.protected, model.by = set(layers), share, by
         model.slots = model.skipped = 0
-        kl = (np.exp(reference) * (reference - log_probs(windows))).sum(-1).reshape(-1)
+        kl = divergences(reference, log_probs(model, windows))
         said = f"{100 * share:g}% by {by}" if share else "none"
         print(
             f"| {name} | {said} | {100 * model.skipped / model.slots:.2f}% "

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from halves import divergences, log_probs
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -73,23 +74,16 @@ def main() -> None:
     functional.scaled_dot_product_attention = heads  # type: ignore[assignment]
     model = Routed(moe, (moe.ladder[-1][0],), rate=1.0)
 
-    def log_probs(windows: NDArray[np.int32]) -> NDArray[np.float64]:
-        half = windows.shape[1] // 2
-        rows = [model.logits(w[None])[0, half - 1 : -1].astype(np.float64) for w in windows]
-        z = np.stack(rows)
-        z -= z.max(-1, keepdims=True)
-        return z - np.log(np.exp(z).sum(-1, keepdims=True))
-
     def cut(path: Path, count: int) -> NDArray[np.int32]:
         return windows_of(moe, path.read_text(encoding="utf-8"), window=args.window, count=count)
 
     def divergence(
         reference: NDArray[np.float64], windows: NDArray[np.int32]
     ) -> NDArray[np.float64]:
-        return (np.exp(reference) * (reference - log_probs(windows))).sum(-1).reshape(-1)
+        return divergences(reference, log_probs(model, windows))
 
     ranking = cut(args.text, args.ranking_windows)
-    reference = log_probs(ranking)
+    reference = log_probs(model, ranking)
     outside = heads.outside / (reference.shape[0] * reference.shape[1])
     alone = np.zeros(heads.streams.shape)
     for at in np.ndindex(alone.shape):
@@ -100,7 +94,7 @@ def main() -> None:
     print("KL when one alone streams\n", np.array2string(alone, precision=5, suppress_small=True))
     windows = cut(args.held_out, args.windows)
     heads.streams[:] = False
-    reference = log_probs(windows)
+    reference = log_probs(model, windows)
     print(
         "| heads that stream | of the KV bytes | by attention: KL | by KL alone: KL |\n|---|---|---|---|"
     )

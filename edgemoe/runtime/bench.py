@@ -131,9 +131,8 @@ def measure(
     """
     if repetitions < 1:
         raise ValueError(f"repetitions: expected at least 1, got {repetitions}")
-    if (
-        engine.budget.slots >= engine.budget.experts
-    ):  # else tokens would meet some for the first time
+    if engine.budget.slots >= engine.budget.experts:
+        # Else tokens would meet some for the first time while they are timed.
         model = engine.model
         model.store.load(np.arange(model.top_bits.size, dtype=np.int32), model.top_bits)
     rng = np.random.default_rng(seed)
