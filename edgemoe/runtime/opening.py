@@ -90,6 +90,7 @@ def open_model(
         OutOfBudget: says the smallest budget that works.
         ReadError: the disk failed.
     """
+    hardware.trim()  # what is thrown away already is not the process's
     before, peak_before = hardware.process_bytes(), hardware.peak_bytes()
     moe = open_moe(path)
     given = moe.config
