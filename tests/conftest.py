@@ -32,6 +32,14 @@ def isa(request):
     _core.use_isa(before)
 
 
+@pytest.fixture
+def isas():
+    """Returns the names of all that this processor has; the one in use comes back afterwards."""
+    before = _core.isa()
+    yield _core.usable_isas().split()
+    _core.use_isa(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small real model with tokenizer and ChatML template: 2 layers of 8 experts, 512 tokens of context."""

@@ -64,13 +64,6 @@ def products_of(matrix, x):
     return out, alone
 
 
-@pytest.fixture
-def isas():
-    before = _core.isa()
-    yield _core.usable_isas().split()
-    _core.use_isa(before)
-
-
 @pytest.mark.parametrize("ladder", LADDERS, ids=str)
 @pytest.mark.parametrize(("rows", "cols"), [(16, 64), (5, 7), (33, 130), (20, 320)])
 def test_kernels_agree_with_numpy_and_with_each_other(isas, ladder, rows, cols):
