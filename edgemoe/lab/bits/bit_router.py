@@ -144,7 +144,7 @@ class Routed:
         """Does a step of Adam on the loss of sequences [N, T]; the arguments are those of `loss`."""
         loss, step = self.loss(ids, alpha=alpha, capacities=capacities, seed=seed)
         self._adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._adam.step()
         return step
 

@@ -123,7 +123,7 @@ def train(
             loss = loss_of(now(torch.cat([state, x], dim=-1)), y)
             loss = loss + loss_of(after(state[:, :-1]), y[:, 1:])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             rate.step()
             done += 1
