@@ -10,6 +10,8 @@ With `--alike` large matrices of one shape have the same codes, which are made o
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tqdm import tqdm
 
 from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.file.writer import Writer
+from edgemoe.quant import SCHEMES, Scheme
 from edgemoe.specs import AttentionSpec, DeltaSpec, MlaSpec, RopeSpec
 
 COMMON = {"tied": False, "norm_eps": 1e-5}
@@ -83,15 +86,18 @@ SHAPES = {
 }  # fmt: skip
 
 
-class AlikeWriter(Writer):
-    """Makes the codes of matrices of one shape once."""
+def alike_scheme() -> Scheme:
+    """Returns nested codes that are made once for all matrices of a shape with the same first weight."""
+    made: dict[tuple[Any, ...], list[np.ndarray]] = {}
+    plain = SCHEMES["nested"]
 
-    def _quantize(self, name: str, w: np.ndarray, *rest: Any) -> list[np.ndarray]:
-        made = self.__dict__.setdefault("made", {})
-        key = (w.shape, name == "embed")
+    def quantize(w: np.ndarray, ladder: Sequence[int], **rest: Any) -> list[np.ndarray]:
+        key = (w.shape, float(w[0, 0]), *ladder)
         if key not in made:
-            made[key] = super()._quantize(name, w, *rest)
+            made[key] = plain.quantize(w, ladder, **rest)
         return made[key]
+
+    return replace(plain, quantize=quantize)
 
 
 def write(
@@ -110,8 +116,8 @@ def write(
         return w
 
     source = {"name": name, "embedding": embedding}
-    kind = AlikeWriter if alike else Writer
-    with kind(out, config, bits=bits, sections={}, source=source) as writer:
+    scheme = alike_scheme() if alike else SCHEMES["nested"]
+    with Writer(out, config, bits=bits, scheme=scheme, sections={}, source=source) as writer:
         bar = tqdm(total=writer.total_bytes, unit="B", unit_scale=True)
         for tensor, spec in dense_tensors(config).items():
             if tensor.startswith("rope"):
