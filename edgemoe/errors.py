@@ -62,8 +62,9 @@ class OutOfBudget(EdgemoeError, MemoryError):
     @classmethod
     def of(cls, ram: int, smallest: int, parts: str, note: str = "") -> OutOfBudget:
         """Returns the error of a division in bytes; `parts` is what takes them, `note` what else there is to say."""
+        given = _mib(ram) if ram >= 1 << 20 else size_text(ram)
         error = cls(
-            f"a budget of {_mib(ram)} is too small; the smallest that works is {_mib(smallest)}: {parts}{note}"
+            f"a budget of {given} is too small; the smallest that works is {_mib(smallest)}: {parts}{note}"
         )
         error._smallest, error._parts, error._note = smallest, parts, note
         return error

@@ -12,6 +12,7 @@ from edgemoe.cli.names import model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import ram_size
+from edgemoe.errors import size_text
 
 __all__ = ["main"]
 
@@ -90,7 +91,7 @@ def _calibrate(args: argparse.Namespace) -> None:
             note(
                 f"# fewer than {ENOUGH} tokens for expert {some}{also} (layer.expert); --more goes on with more text"
             )
-    note(f"{_PROG}: wrote {out}: {out.stat().st_size / 2**20:.1f} MiB")
+    note(f"{_PROG}: wrote {out}: {size_text(out.stat().st_size)}")
 
 
 def _out(args: argparse.Namespace) -> Path:

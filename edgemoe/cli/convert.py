@@ -86,6 +86,8 @@ def _convert(args: argparse.Namespace) -> None:
         allocation = Allocation.from_json(args.allocation.read_bytes(), str(args.allocation))
     if correction is not None:
         check_rank(correction, scheme, calibration)
+    if args.base is None and out.suffix == ".moea":
+        raise ValueError(f"{out}: is the name of an adapter; expected --base BASE.moe too")
     if args.base is not None or args.checkpoint is not None:
         _convert_adapter(args, calibration)
         return
@@ -110,7 +112,7 @@ def _convert(args: argparse.Namespace) -> None:
     note(f"{_PROG}: wrote {out}: {size_text(out.stat().st_size)}")
 
 
-_OF_BASE = ("bits", "allocation", "favour", "prune", "thorough", "carve")
+_OF_BASE = ("bits", "allocation", "favour", "prune", "thorough", "carve", "no_column_scales")
 """Flags that say what a base's file says of itself."""
 
 
@@ -121,7 +123,11 @@ def _convert_adapter(args: argparse.Namespace, calibration: Calibration | None) 
 
     if args.base is None:
         raise ValueError("--checkpoint: is what --base was made of; expected --base too")
-    given = [f"--{name}" for name in _OF_BASE if getattr(args, name) not in (None, False)]
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in _OF_BASE
+        if getattr(args, name) not in (None, False)
+    ]
     given += ["--scheme"] if args.scheme != "nested" else []
     given += ["--correction"] if args.correction != "auto" else []
     if given:

@@ -10,6 +10,7 @@ from pathlib import Path
 from edgemoe import library
 from edgemoe.cli.apart import run_apart
 from edgemoe.cli.console import note
+from edgemoe.errors import size_text
 
 __all__ = ["converted", "is_source"]
 
@@ -66,4 +67,4 @@ def _effort(path: Path) -> str:
     weights = sum(math.prod(shape) for shape in open_checkpoint(path).shapes.values())
     minutes = weights / (_WEIGHTS_PER_SECOND * hardware.num_threads()) / 60
     time = f"about {minutes:.0f} minutes" if minutes >= 2 else "a few minutes at most"
-    return f"about {weights * _BYTES_PER_WEIGHT / 2**30:.2g} GiB, {time}"
+    return f"about {size_text(weights * _BYTES_PER_WEIGHT)}, {time}"

@@ -10,6 +10,7 @@ from edgemoe.cli.console import note, run_command
 from edgemoe.cli.names import model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
+from edgemoe.errors import size_text
 
 __all__ = ["main"]
 
@@ -61,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
             export_hf(moe, args.out, progress=progress, **levels)
     files = [args.out] if is_gguf else args.out.iterdir()
     size = sum(file.stat().st_size for file in files)
-    note(f"{_PROG}: wrote {args.out}: {size / 2**20:.1f} MiB")
+    note(f"{_PROG}: wrote {args.out}: {size_text(size)}")
     return 0
 
 

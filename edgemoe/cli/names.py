@@ -10,7 +10,7 @@ from edgemoe.cli.apart import run_apart
 from edgemoe.cli.converted import converted, is_source
 from edgemoe.errors import quoted
 
-__all__ = ["add_model", "demo_model", "fetched", "kept_model", "model_path"]
+__all__ = ["add_model", "choose_model", "demo_model", "fetched", "kept_model", "model_path"]
 
 
 def add_model(
@@ -47,6 +47,26 @@ def model_path(text: str | None, *, converts: bool = False) -> Path:
     raise _unknown(text)
 
 
+def choose_model(parser: ArgumentParser, args: Namespace) -> None:
+    """Makes `args.model` what the command line names in any of three ways; that wins over the environment.
+
+    Raises:
+        ValueError: the command line names two.
+    """
+    flags = {"-m": "model", "-hf": "hf_repo"}
+    given = {flag: getattr(args, dest) for flag, dest in flags.items()}
+    for flag, dest in flags.items():
+        if given[flag] == parser.get_default(dest):
+            given[flag] = None
+    named = {name: text for name, text in {"MODEL": args.path, **given}.items() if text is not None}
+    if len(named) > 1:
+        said = " and ".join(f"{name} {quoted(text)}" for name, text in named.items())
+        raise ValueError(f"expected one model, got {said}")
+    if named:
+        args.hf_repo = given["-hf"]
+        args.model = None if args.hf_repo is not None else next(iter(named.values()))
+
+
 def kept_model(text: str) -> Path | None:
     """Returns the model that is kept under a name, which may be one of a hub, as user/repo:4; None if there is none."""
     found = library.find(text)
@@ -64,13 +84,15 @@ def fetched(args: Namespace) -> str | None:
     """Returns what is to be run, with what -hf names fetched at the first time; None for the demo.
 
     Raises:
-        ValueError: -hf and MODEL are both there, or -hf has no name of a hub.
+        ValueError: the environment names two models, or -hf has no name of a hub.
         SystemExit: it could not be fetched, and that has been said.
     """
     if args.hf_repo is None:
         return None if args.model is None else str(args.model)
     if args.model is not None:
-        raise ValueError(f"expected MODEL or -hf, got both: {args.model} and {args.hf_repo}")
+        raise ValueError(
+            f"expected EDGEMOE_MODEL or EDGEMOE_HF_REPO, got both: {args.model} and {args.hf_repo}"
+        )
     from edgemoe.hub.name import HubName
 
     name = HubName.parse(args.hf_repo)
@@ -101,14 +123,15 @@ def demo_model() -> Path:
 
 
 def _unknown(text: str) -> Exception:
-    if " " in text or "\n" in text:
-        return ValueError(f"{quoted(text)}: no such model; a prompt is what -p takes")
+    is_path = text.endswith((".moe", ".moea", ".gguf")) or text.startswith((".", "/", "~"))
+    if not is_path and (" " in text or "\n" in text):
+        return ValueError(f"{quoted(text)}: no such model; a prompt is what edgemoe-run -p takes")
     meant = library.near(text)
     if meant:
         return FileNotFoundError(
             f"{text}: no such file or model; did you mean {' or '.join(meant)}?"
         )
-    if text.endswith((".moe", ".gguf")) or text.startswith((".", "/", "~")):
+    if is_path:
         return FileNotFoundError(f"{text}: no such file")
     if text.count("/") == 1:
         return FileNotFoundError(f"{text}: no such file or model; edgemoe pull {text} gets it")

@@ -22,7 +22,7 @@ from edgemoe.cli.engine import engine_flags, sampling_flags
 from edgemoe.cli.foreign import without_foreign
 from edgemoe.cli.form import keep_to, opened_beside, schema_of
 from edgemoe.cli.measured import check, cost, pick
-from edgemoe.cli.names import demo_model, fetched, model_path
+from edgemoe.cli.names import choose_model, demo_model, fetched, model_path
 from edgemoe.cli.options import run_parser, unknown_variables
 from edgemoe.cli.prompt import read_text
 from edgemoe.cli.reasoning import apart, set_reasoning
@@ -62,9 +62,8 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "edgemoe-run") -> int
         args = parser.parse_args(argv)
         for line in (*notes, *unknown_variables()):
             note(f"# {line}")
-        if args.path is not None:
-            args.model = args.path
         try:
+            choose_model(parser, args)
             from edgemoe.text.sampler import SamplingParams
 
             _sampling(args, SamplingParams())  # before the model is loaded
@@ -114,7 +113,6 @@ def _run(args: Namespace, schema: object) -> int:
         from edgemoe.cli.sessions import session_path
 
         session = session_path(args.session)
-    _note_threads(args.threads)
     if args.verbose:
         _describe_machine()
     if args.max_quality_loss is not None:
@@ -131,6 +129,7 @@ def _run(args: Namespace, schema: object) -> int:
         if schema is None
         else opened_beside(flags, args.model)
     ) as engine:
+        _note_threads(args.threads)
         for line in engine.notes:
             note(f"# {line}")
         bits = engine.expert_bits

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.cli.console import note, run_command, say
+from edgemoe.cli.console import error_line, note, run_command, say
 from edgemoe.cli.engine import engine_flags, sampling_flags
 from edgemoe.cli.measured import check, cost, pick
-from edgemoe.cli.names import fetched, model_path
+from edgemoe.cli.names import choose_model, fetched, model_path
 from edgemoe.cli.options import serve_parser
 from edgemoe.cli.run import set_up_logging
 from edgemoe.cli.scheduling import options_text, read_settings
@@ -47,13 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = serve_parser()
     args = parser.parse_args(argv)
-    if args.path is not None:
-        args.model = args.path
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         note('edgemoe serve: expected the extra: pip install "edgemoe[serve]"')
         return 1
     try:
+        choose_model(parser, args)
         if "help" in args.set:
             say(*options_text(args.scheduler).split("\n"))
             return 0
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     except OSError as error:
-        note(f"edgemoe serve: {error}")
+        note(f"edgemoe serve: {error_line(error)}")
         return 1
     return run_command("edgemoe serve", lambda: _run(args, settings), verbose=args.verbose)
 

@@ -12,6 +12,7 @@ from edgemoe.cli.names import model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
 from edgemoe.cli.values import ram_size
+from edgemoe.errors import size_text
 
 __all__ = ["main"]
 
@@ -65,7 +66,7 @@ def _fit(args: argparse.Namespace) -> None:
     content = found.to_bytes()
     add_sections(model, {"stand-ins": content})
     note(
-        f"{_PROG}: stored in {model}: {len(content) / 2**20:.1f} MiB, resident where experts may be left out"
+        f"{_PROG}: stored in {model}: {size_text(len(content))}, resident where experts may be left out"
     )
 
 

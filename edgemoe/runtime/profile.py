@@ -26,6 +26,7 @@ what the profile is of: family, layers, experts, experts_per_token and fingerpri
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -89,6 +90,8 @@ def read_profile(path: Path, of: Mapping[str, str]) -> Profile | None:
     Raises:
         FormatError: not a profile, damaged, or another model's.
     """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     try:
         with _open(path) as file:
             meta = file.metadata() or {}

@@ -109,6 +109,16 @@ def test_command_says_what_of_a_scaling_is_not_used(tmp_path, capsys) -> None:
             2,
             "--thorough: not for the scheme mwq",
         ),
+        (
+            ("convert", "absent", "x.moea"),
+            2,
+            "x.moea: is the name of an adapter; expected --base BASE.moe too",
+        ),
+        (
+            ("convert", "absent", "x.moea", "--base", "b.moe", "--no-column-scales"),
+            2,
+            "--no-column-scales: with --base all is made as the base was; leave it out",
+        ),
         (("convert", "absent", "x.moe", "--carve"), 1, "absent: no such folder or file"),
         (("convert", "x.gguf", "x.moe"), 1, "x.gguf: no such file"),
     ],

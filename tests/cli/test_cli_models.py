@@ -66,7 +66,7 @@ def test_a_name_is_a_path_or_one_of_the_list(kept: Path, monkeypatch) -> None:
         "demmo": "did you mean demo?",
         "nothing/like-it": "edgemoe pull nothing/like-it gets it",
         "unlike": "edgemoe list shows what is here",
-        "Say hi": "a prompt is what -p takes",
+        "Say hi": "a prompt is what edgemoe-run -p takes",
         "./x.moe": "no such file",
     }.items():
         with pytest.raises((FileNotFoundError, ValueError), match=message.replace("?", r"\?")):
@@ -158,5 +158,5 @@ def test_hf_fetches_once_and_plan_only_looks(tmp_path: Path, folder: Path) -> No
         assert run("edgemoe.cli.run", *flags).returncode == first.returncode
         assert hub.requests == []
         both = run("edgemoe.cli.run", "x.moe", "-hf", "user/tiny")
-        assert both.returncode == 1
-        assert b"expected MODEL or -hf, got both" in both.stderr
+        assert both.returncode == 2
+        assert b"expected one model, got MODEL 'x.moe' and -hf 'user/tiny'" in both.stderr

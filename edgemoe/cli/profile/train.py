@@ -9,6 +9,7 @@ from typing import Any
 from edgemoe.cli.console import note
 from edgemoe.cli.names import model_path
 from edgemoe.cli.profile.common import add_command
+from edgemoe.errors import size_text
 
 __all__ = ["add"]
 
@@ -64,5 +65,5 @@ def _train(args: argparse.Namespace) -> None:
             ids, uses, width=args.width, rows=args.rows, epochs=args.epochs, progress=progress
         )
     add_sections(args.model, {SECTION: section})
-    note(f"# stored in {args.model}: {len(section) / 2**20:.1f} MiB; --scheduler expertflow uses it, "
+    note(f"# stored in {args.model}: {size_text(len(section))}; --scheduler expertflow uses it, "
          "and --set eviction=next-path")  # fmt: skip
