@@ -9,15 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgemoe.cli.console import argument_text, error_line, note, write_reply
+from edgemoe.cli.console import argument_text, check_output, error_line, note, write_reply
 from edgemoe.cli.line import LineReader
 from edgemoe.cli.prompt import read_text
 from edgemoe.cli.reasoning import KINDS, apart, set_reasoning
 from edgemoe.cli.stats import say_stats, stats_table, too_long
 from edgemoe.cli.waiting import watched
-from edgemoe.errors import size_text
+from edgemoe.errors import FormatError, size_text
 from edgemoe.runtime.adapters import NO_ADAPTER
-from edgemoe.runtime.chat import TooLong
+from edgemoe.runtime.chat import TooLong, saved_messages
 
 if TYPE_CHECKING:
     from edgemoe.runtime.chat import Chat
@@ -33,7 +33,7 @@ _HELP = '''\
 /system [TEXT]     what the model is told before the conversation; alone, nothing
 /read FILE         say a file's text
 /reasoning [KIND]  what the model reasoned last; dim, fold: how it is shown; off: none
-/set [NAME VALUE]  change how replies are sampled; alone, show how
+/set [NAME VALUE]  change how replies are sampled, the experts per token or the scheduler; alone, show how
 /bits N            from now on experts run at N bits: fewer are faster and worse; alone, which there are
 /adapter [NAME]    from now on with this adapter, none for the model alone; alone, which there are
 /save FILE         write the conversation to a file
@@ -233,7 +233,9 @@ class _Session:
     def _sessions(self, _: str) -> None:
         from edgemoe.cli.sessions import listed
 
-        note(*(f"# {name}" for name in listed()), "# edgemoe-run --session NAME goes on with one")
+        names = [f"# {name}" for name in listed()]
+        end = "goes on with one" if names else "keeps one; there are none yet"
+        note(*names, f"# edgemoe-run --session NAME {end}")
 
     def _reset(self, _: str) -> None:
         self._chat.reset()
@@ -270,11 +272,17 @@ class _Session:
         name = _SHORT.get(name, name).replace("-", "_")
         if not name:
             plain, own = dataclasses.asdict(type(params)()), self._engine.sampling
+            engine = self._engine
+            live = {
+                "bits": engine.bits, "experts": engine.config.experts_per_token,
+                "scheduler": engine.options.scheduler,
+            }  # fmt: skip
             note(
+                *(f"{n:<24}{v}" for n, v in live.items()),
                 *(
                     f"{n:<24}{_shown(v)}{'  (the model asks for it)' * (v == getattr(own, n) != plain[n])}"
                     for n, v in dataclasses.asdict(params).items()
-                )
+                ),
             )
             return
         if name in _LIVE:
@@ -313,16 +321,27 @@ class _Session:
 
     def _change(self, name: str, text: str) -> None:
         value: int | str = text
+        if not text:
+            raise ValueError(f"/set {name}: expected a value")
         if name != "scheduler":
             try:
                 value = int(text)
             except ValueError:
-                raise ValueError(f"/{name}: expected a whole number, got {text!r}") from None
+                command = "/bits" if name == "bits" else f"/set {name}"
+                raise ValueError(f"{command}: expected a whole number, got {text!r}") from None
         self._engine.change(**{name: value})
         note(f"# {name}: {value}", *(f"# {line}" for line in self._engine.notes))
 
     def _save(self, rest: str) -> None:
         path = _path("/save", rest)
+        check_output(path)
+        if path.is_file() and path.stat().st_size:
+            try:
+                saved_messages(path)
+            except FormatError:
+                raise FileExistsError(
+                    f"{path}: exists and is not a saved chat; it is left as it is"
+                ) from None
         self._chat.save(path)
         note(f"# {path}: {len(self._chat.messages)} messages")
 

@@ -20,12 +20,15 @@ from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.stops import ReplyText
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["Chat", "Message", "TextEngine", "TooLong"]
+__all__ = ["Chat", "Message", "TextEngine", "TooLong", "saved_messages"]
 
 Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}, and "reasoning_content" where an assistant reasoned."""
 
 _SURELY_LONG = 8  # characters per token; text has about four
+_TEMPLATE_CHARACTERS = (
+    4096  # of a template's own; a context that is smaller is then said to be too small
+)
 _LARGEST_CHAT = 64 << 20  # bytes of a saved conversation
 
 _ROLES = ("system", "user", "assistant")
@@ -250,20 +253,7 @@ class Chat:
             OSError: the file cannot be read.
             FormatError: it is no saved conversation; this one stays as it was.
         """
-        source = path_of("path", path)
-        if source.exists() and not (source.is_file() and source.stat().st_size <= _LARGEST_CHAT):
-            raise FormatError(f"{path}: not a saved chat; expected a file of at most 64 MiB")
-        try:
-            messages = parse_json(source.read_bytes(), "chat", most=_LARGEST_CHAT)["messages"]
-            if not all(m["role"] in _ROLES and isinstance(m["content"], str) for m in messages):
-                raise ValueError
-            messages = [
-                {k: v for k, v in m.items() if k in _KEPT and isinstance(v, str)} for m in messages
-            ]
-        except (ValueError, TypeError, KeyError):
-            raise FormatError(
-                f'{path}: not a saved chat; expected {{"messages": [{{"role", "content"}}, ...]}}'
-            ) from None
+        messages = saved_messages(path)
         self._close_reply()
         self._messages = messages
         self._system = [m for m in messages[:1] if m["role"] == "system"]
@@ -312,7 +302,7 @@ class Chat:
             from edgemoe.text.jinja.meter import Meter  # with Jinja, which raw chats need not load
 
             given = sum(len(m["content"]) for m in messages)
-            most = _SURELY_LONG * self._engine.context + 2 * given
+            most = _SURELY_LONG * self._engine.context + 2 * given + _TEMPLATE_CHARACTERS
             self._engine.lend(Meter.most_bytes(given))
             text = self._tokenizer.render_chat(messages, most_characters=most, **self.variables)
             ids = self._tokenizer.encode(text, add_special=False)
@@ -340,3 +330,25 @@ class Chat:
         if self._reply is not None:
             self._reply.close()
             self._reply = None
+
+
+def saved_messages(path: str | os.PathLike[str]) -> list[Message]:
+    """Returns the messages of a saved conversation.
+
+    Raises:
+        OSError: the file cannot be read.
+        FormatError: it is no saved conversation.
+    """
+    source = path_of("path", path)
+    is_other = source.exists() and not (source.is_file() or source.is_dir())
+    if is_other or (source.is_file() and source.stat().st_size > _LARGEST_CHAT):
+        raise FormatError(f"{path}: not a saved chat; expected a file of at most 64 MiB")
+    try:
+        messages = parse_json(source.read_bytes(), "chat", most=_LARGEST_CHAT)["messages"]
+        if not all(m["role"] in _ROLES and isinstance(m["content"], str) for m in messages):
+            raise ValueError
+        return [{k: v for k, v in m.items() if k in _KEPT and isinstance(v, str)} for m in messages]
+    except (ValueError, TypeError, KeyError):
+        raise FormatError(
+            f'{path}: not a saved chat; expected {{"messages": [{{"role", "content"}}, ...]}}'
+        ) from None

@@ -295,6 +295,12 @@ def test_the_environment_gives_defaults(env: dict[str, str], tiny_moe: Path) -> 
             1,
             r"the conversation is too long for the context; .*; -c N makes it longer, the model's most is 512",
         ),
+        (
+            ("MODEL", "-c", "1", "-p", "Hi"),
+            b"",
+            1,
+            r"the conversation is too long for .* less than 1 tokens, got 21;",
+        ),
     ],
 )
 def test_an_error_is_one_line(
@@ -429,7 +435,12 @@ def test_a_session_that_cannot_be_kept_stays_new(
         ),
         (("smollm2-moe",), "smollm2-moe: no such file or model; did you mean smollm2-moe-v3?"),
         (("mixtral",), "mixtral: no such file or model; edgemoe list shows"),
-        (("Say hi",), "'Say hi': no such model; a prompt is what -p takes"),
+        (("Say hi",), "'Say hi': no such model; a prompt is what edgemoe-run -p takes"),
+        (("my models/tiny.moe",), "my models/tiny.moe: no such file"),
+        (("MODEL", "-m", "other.moe"), "expected one model, got MODEL '"),
+        (("MODEL", "-p", "Hi", "-t", "9999"), "threads: expected 1 to 1024, got 9999"),
+        (("MODEL", "-p", "Hi", "--profile", "."), ".: Is a directory"),
+        (("MODEL", "-p", "Hi", "--ram", "1B"), "a budget of 1 B is too small; the smallest"),
     ],
 )
 def test_what_people_type_first_is_answered_about_that(
@@ -660,6 +671,26 @@ def test_ctrl_c_clears_the_line_and_twice_tells_how_to_leave(brief: Terminal) ->
     assert brief.end() == 0
 
 
+def test_what_is_saved_replaces_no_other_file(
+    brief: Terminal, tmp_path: Path, tiny_moe: Path
+) -> None:
+    model, notes, empty = tmp_path / "tiny.moe", tmp_path / "notes.txt", tmp_path / "empty"
+    shutil.copy(tiny_moe, model)
+    notes.write_text("dear diary")
+    empty.touch()
+    for path, answer in (
+        (model, "tiny.moe: is a .moe file; expected another file to write"),
+        (notes, "notes.txt: exists and is not a saved chat; it is left as it is"),
+        (empty, "empty: 0 messages"),
+        (empty, "empty: 0 messages"),  # a saved chat now
+    ):
+        brief.send(f"/save {path}\r")
+        brief.expect(answer)
+        brief.expect(READY)
+    assert model.read_bytes() == tiny_moe.read_bytes()
+    assert notes.read_text() == "dear diary"
+
+
 def test_commands(brief: Terminal, tmp_path: Path) -> None:
     def ask(line: str, answer: str) -> None:
         brief.send(line + "\r")
@@ -671,7 +702,9 @@ def test_commands(brief: Terminal, tmp_path: Path) -> None:
     ask("/nonsense", "/nonsense: unknown command; /help lists them, and a space before it says it")
     ask("Hello", " + 6 tokens")
     ask("/stats", "hash of the last logits")
-    ask("/set", "ignore_eos")
+    ask("/set", "scheduler               on-demand")
+    ask("/set experts few", "/set experts: expected a whole number, got 'few'")
+    ask("/set scheduler", "/set scheduler: expected a value")
     ask("/set temp 0.5", "temperature is 0.5")
     ask("/set dense_bits 4", "dense_bits is set when the model is opened: --dense-bits VALUE")
     ask("/bits", "experts run at 8 bits; there are 2, 3, 4, 6, 8")
@@ -683,7 +716,7 @@ def test_commands(brief: Terminal, tmp_path: Path) -> None:
     ask("/bits few", "/bits: expected a whole number, got 'few'")
     ask("/set system Be brief", "/system TEXT says what the model is told first")
     ask("/help stats", "share of experts that were in memory when they were wanted")
-    ask("/sessions", "edgemoe-run --session NAME goes on with one")
+    ask("/sessions", "edgemoe-run --session NAME keeps one; there are none yet")
     ask("/set temp hot", "temperature must be a number, got 'hot'")
     ask("/set top_p 3", "top_p: expected 0 to 1, got 3.0")
     ask("/set wrong 3", "no setting is called 'wrong'")
@@ -695,7 +728,7 @@ def test_commands(brief: Terminal, tmp_path: Path) -> None:
     ask(f"/load {tmp_path}/chat.json", "chat.json: 2 messages")
     ask(f"/load {tmp_path}/absent.json", "absent.json: No such file or directory")
     ask("/save", "/save: expected a file's name")
-    ask(f"/save {tmp_path}/no/where", "No such file or directory")
+    ask(f"/save {tmp_path}/no/where", "no: no such directory")
     ask("word " * 300, "too long for the context")
     ask("/system Be brief", "the model is told this first")
     ask("/undo", "taken back; 1 messages are left")
