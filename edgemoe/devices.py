@@ -16,6 +16,7 @@ _FOLDER = Path(__file__).parent / "backends"
 _LINK_BYTES = 16 << 20  # copied to measure a link
 _SLOW_LINK = 5e9  # bytes per second: four lanes of PCIe 3, or a slot that has fallen back to a generation before
 _LITTLE_FREE = 0.5  # of a device's memory
+_NO_PLUG_IN = "no plug-in in this install"
 _AGAIN = "EDGEMOE_CUDA=1 pip install --force-reinstall --no-deps . builds both together"
 _CURES = (
     ("no plug-in", "EDGEMOE_CUDA=1 pip install . builds one, where nvcc is"),
@@ -73,7 +74,7 @@ def open_device(
         DeviceError: there is none; says why.
     """
     assert name.ordinal is not None
-    why = "no plug-in in this install: it was built without one (EDGEMOE_CUDA=1 pip install .)"
+    why = f"{_NO_PLUG_IN}: it was built without one (EDGEMOE_CUDA=1 pip install .)"
     for path in plug_ins() if plug_in is None else [Path(plug_in)]:
         probe = _core.probe_device(str(path))
         if not probe["why_not"]:
@@ -93,9 +94,7 @@ def found(plug_in: str | os.PathLike[str] | None = None) -> list[str]:
         if lines:
             return lines
         lines.append(f"no CUDA device: {probe['why_not']}")
-    return lines[:1] or [
-        "no CUDA device: no plug-in in this install (EDGEMOE_CUDA=1 pip install . builds it)"
-    ]
+    return lines[:1] or [f"no CUDA device: {_NO_PLUG_IN} (EDGEMOE_CUDA=1 pip install . builds it)"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,7 @@ def looked_at() -> list[Seen]:
     out = []
     paths = plug_ins()
     if not paths:
-        return [Seen(found()[0], False, _cure("no plug-in"))]
+        return [Seen(f"no CUDA device: {_NO_PLUG_IN}", False, _cure(_NO_PLUG_IN))]
     for path in paths:
         probe = _core.probe_device(str(path))
         if why := probe["why_not"]:

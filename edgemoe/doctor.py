@@ -289,13 +289,13 @@ def _model(
         moe = open_moe(path)
         broken = verified(moe, progress=progress, sample=None if verify else _SAMPLE)
     except (EdgemoeError, OSError) as error:
-        return Finding(
-            "problem", "model", f"{name}: {error}", f"edgemoe rm {name}, and pull it again"
-        ), None
+        # Errors begin with the path, which is said by its name; the folder is the user's own.
+        why = str(error).removeprefix(f"{path}: ")
+        return Finding("problem", "model", f"{name}: {why}", _mended(name, path)), None
     if broken:
         return (
             Finding("problem", "model", f"{name}: {broken[0]}: the sum does not match",
-                    f"edgemoe inspect {name} --verify lists all; pull or convert it again"),
+                    f"edgemoe inspect {name} --verify lists all; {_mended(name, path)}"),
             None,
         )  # fmt: skip
     text = (
@@ -306,6 +306,13 @@ def _model(
         return Finding("note", "model", f"{text}; what fewer bits cost was not measured",
                        f"edgemoe quality {name} --store"), moe  # fmt: skip
     return Finding("ok", "model", text), moe
+
+
+def _mended(name: str, path: Path) -> str:
+    """Returns how a broken model is replaced."""
+    if any(path == kept.path for kept in library.models()):
+        return f"edgemoe rm {name}, and pull or convert it again"
+    return "where it should be a model: convert or copy it again"
 
 
 def _disk(moe: MoeFile) -> Iterator[Finding]:

@@ -85,7 +85,7 @@ def _bundle(path: Path, found: Sequence[Finding]) -> None:
             name = text.partition(":")[0].split(" is unfinished")[0]
             called = f"model {numbers.setdefault(name, len(numbers) + 1)}"
             text, cure = text.replace(name, called), cure.replace(name, called)
-        kept.append(dataclasses.replace(finding, text=private(text), cure=private(cure)))
+        kept.append(dataclasses.replace(finding, text=private(text), cure=cure))
     write_whole(path, ("\n".join(_lines(kept)) + "\n").encode())
 
 

@@ -68,7 +68,8 @@ def test_a_broken_model_is_a_problem_with_its_cure(models: Path, capfd) -> None:
     half, changed = of(report(capfd, code=1), "model")
     assert half["kind"] == changed["kind"] == "problem"
     assert half["text"].startswith("half: ")
-    assert half["cure"] == "edgemoe rm half, and pull it again"
+    assert str(models) not in half["text"]
+    assert half["cure"] == "edgemoe rm half, and pull or convert it again"
     assert changed["text"].startswith("my-plan: expert 0 of layer 0, rung 0, bytes ")
     assert changed["text"].endswith(": the sum does not match")
 
@@ -115,6 +116,16 @@ def test_a_bundle_has_nothing_private(models: Path, tmp_path: Path, capfd, monke
         "a token",
     ):
         assert word in text
+    broken = tmp_path / "our secret-folder" / "half.moe"
+    broken.parent.mkdir(exist_ok=True)
+    broken.write_bytes(b"no model")
+    monkeypatch.chdir(tmp_path)
+    path = str(broken.relative_to(tmp_path))
+    assert main(["doctor", path, "--bundle", str(out)]) == 1
+    text = out.read_text()
+    assert "model 2: not a .moe file" in text
+    for word in ("half", "secret", "our"):
+        assert word not in text.replace("yours", "")
     assert main(["doctor", "--bundle", str(tmp_path / "no/x.txt")]) == 1
     assert "no such directory" in capfd.readouterr().err
 
@@ -147,6 +158,7 @@ def test_without_a_plug_in_no_device_is_no_problem(monkeypatch, tmp_path) -> Non
     (found,) = doctor._devices()
     assert (found.kind, "no plug-in in this install" in found.text) == ("ok", True)
     assert "EDGEMOE_CUDA=1" in found.cure
+    assert "EDGEMOE_CUDA=1" not in found.text  # said once
     monkeypatch.setattr(devices, "plug_ins", lambda: [tmp_path / "gone.so"])
     (found,) = doctor._devices()
     assert (found.kind, "cannot open" in found.text) == ("problem", True)
