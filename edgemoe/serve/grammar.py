@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -17,7 +18,7 @@ from edgemoe.text.calls import markers
 from edgemoe.text.replies import ReplyFormat
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["Grammars", "grammar_bytes"]
+__all__ = ["Grammars", "grammar_bytes", "lost"]
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +66,12 @@ class Grammars:
         return self._checked(param, LLMatcher.grammar_from_regex(_text(param, regex)))
 
     def choice(self, param: str, texts: Sequence[str]) -> str:
-        """Returns the grammar of one of some texts."""
-        lines = " | ".join(json.dumps(t, ensure_ascii=False) for t in texts)
-        return self.lark(param, f"start: {lines}")
+        """Returns the grammar of one of some texts; raises as `json_schema` does."""
+        if not texts:
+            raise wrong(param, "expected at least one text, got none")
+        # One terminal, which is an automaton: as rules of their own, thousands are too many for the parser.
+        lines = " | ".join(json.dumps(t, ensure_ascii=False) for t in dict.fromkeys(texts))
+        return self.lark(param, f"start: ONE\nONE: {lines}")
 
     def lark(self, param: str, text: str) -> str:
         """Returns a Lark grammar; raises as `json_schema` does."""
@@ -245,21 +249,31 @@ class Grammars:
         return self._matcher(grammar).deep_copy()
 
     def mask(self, matcher: Any) -> NDArray[np.int32]:
-        """Returns which tokens a matcher lets come next."""
+        """Returns which tokens a matcher lets come next.
+
+        Raises:
+            Problem: it does not know; the reply is lost.
+        """
         mask = np.zeros(-(-self._vocab_size // 32), np.int32)
         matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if matcher.is_error():  # the mask is that of the end then, as if all were said
+            raise lost(matcher)
         return mask
 
     def _checked(self, param: str, grammar: str) -> str:
         matcher = self._matcher(grammar)
         if matcher.is_error():
-            raise wrong(param, f"cannot be kept to: {' '.join(matcher.get_error().split())[:500]}")
+            raise wrong(param, f"cannot be kept to: {_why(matcher)}")
         return grammar
 
     def _compiled(self, grammar: str) -> Any:
         from llguidance import LLMatcher
 
-        return LLMatcher(self._backend, grammar, log_level=0)
+        matcher = LLMatcher(self._backend, grammar, log_level=0)
+        first = matcher.deep_copy()
+        with contextlib.suppress(Problem):  # some have no beginning, which the first mask finds
+            self.mask(first)
+        return first if first.is_error() else matcher
 
     @property
     def _backend(self) -> Any:
@@ -271,6 +285,17 @@ class Grammars:
         from llguidance import LLTokenizer
 
         return LLTokenizer(self._tokenizer.to_json(), n_vocab=self._vocab_size, eos_token=self._eos)
+
+
+def lost(matcher: Any) -> Problem:
+    """Returns the error of a reply whose matcher fails on the way: asked again, it would fail again."""
+    return Problem(400, f"grammar: cannot be kept to: {_why(matcher)}")
+
+
+def _why(matcher: Any) -> str:
+    """Returns why a matcher fails in llguidance's words, without the state that it adds for its makers."""
+    text = " ".join(matcher.get_error().partition("<state>")[0].split())[:500]
+    return "no text is of this form" if text == "NoExtensionBias" else text
 
 
 def _spaced(schema: object) -> object:

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.serve.grammar import Grammars
-from edgemoe.serve.problems import Problem
+from edgemoe.serve.grammar import Grammars, lost
 
 __all__ = ["Guide"]
 
@@ -92,7 +91,7 @@ class Guide:
             if self._grammar is None:  # a call that goes on freely is better than none
                 self._matcher = None
                 return False
-            raise Problem(500, f"grammar: {self._matcher.get_error()}")
+            raise lost(self._matcher)
         if not self._matcher.is_stopped() and not (self._lazy and self._matcher.is_accepting()):
             return False
         if self._grammar is None:  # a call is whole; text may follow

@@ -79,7 +79,7 @@ def _form(request: Any) -> tuple[str, str, Any] | None:
         ("guided_choice", "choice"), ("guided_grammar", "gbnf"), ("grammar", "gbnf"),
     ):  # fmt: skip
         value = getattr(request, name)
-        if value:
+        if value not in (None, ""):  # llama.cpp's clients send an empty grammar for none
             found.append((kind, name, value))
     for name, value in (request.structured_outputs or {}).items():
         takes = _STRUCTURED.get(name)

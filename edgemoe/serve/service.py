@@ -35,6 +35,7 @@ __all__ = ["Service", "Wanted"]
 logger = logging.getLogger(__name__)
 
 _LOOKED_AT = 4096  # characters at the end of a prompt, in which a reply may have begun
+_NO_GRAMMAR = "cannot be kept to: this server was started with --no-grammar"
 _SURELY_LONG = 8  # characters per token; text has about four
 
 
@@ -234,7 +235,7 @@ class Service:
         if wanted.form is not None and tools:
             raise wrong(wanted.form[1], "not together with tools; tool_choice none leaves them out")
         if must and grammars is None:
-            raise wrong("tool_choice", "needs --grammar, with which this server was not started")
+            raise wrong("tool_choice", _NO_GRAMMAR)
         # Where only the model's own template knows its calls, free ones are read by it and kept to nothing.
         knows = self.speaks_of_tools or self.reading.template is None or must
         if grammars is not None and (tools or form.is_channelled) and knows:
@@ -259,7 +260,7 @@ class Service:
             return None
         kind, param, value = form
         if self.grammars is None:
-            raise wrong(param, "needs --grammar, with which this server was not started")
+            raise wrong(param, _NO_GRAMMAR)
         make: Callable[[str, Any], str] = {
             "json": self.grammars.json_schema, "regex": self.grammars.regex,
             "choice": self.grammars.choice, "gbnf": self.grammars.gbnf, "lark": self.grammars.lark,

@@ -86,6 +86,8 @@ def test_any_object_will_do(client):
         ({"guided_regex": "[a-c]{3}"}, r"[a-c]{3}"), ({"guided_choice": ["up", 'do"wn']}, r"up|do\"wn"),
         ({"structured_outputs": {"choice": ["1"]}}, "1"), ({"json_schema": {"const": 5}}, "5"),
         ({"guided_json": {"type": "boolean"}}, "true|false"),
+        ({"guided_choice": [f"w{i}" for i in range(5000)]}, r"w\d{1,4}"),
+        ({"guided_choice": ["up"] * 5000}, "up"), ({"guided_choice": ["", "up"]}, "|up"),
     ],
 )  # fmt: skip
 def test_other_spellings_are_honoured(client, more, pattern):
@@ -119,6 +121,8 @@ def test_a_response_is_of_its_schema(client):
          "response_format.json_schema.schema"),
         ({"grammar": "root = what"}, "grammar"), ({"guided_regex": "["}, "guided_regex"),
         ({"grammar": 'root ::= "x"', "json_schema": {"const": 1}}, "grammar"),
+        ({"grammar": "root ::= root root"}, "grammar"), ({"json_schema": {"$ref": "#"}}, "json_schema"),
+        ({"guided_choice": []}, "guided_choice"),
         ({"structured_outputs": {"tags": 1}}, "structured_outputs.tags"),
         ({"json_schema": {"description": "x" * 300_000}}, "json_schema"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}],
@@ -130,14 +134,39 @@ def test_a_response_is_of_its_schema(client):
 def test_what_cannot_be_kept_to_is_refused(server, more, param):
     done = server.post("/v1/chat/completions", {"messages": ASK, **more})
     assert done.status_code == 400, done.text
-    assert done.json()["error"]["param"] == param
+    error = done.json()["error"]
+    assert error["param"] == param
+    assert "\n" not in error["message"]
+    assert len(error["message"]) < 400
+
+
+def test_an_empty_schema_is_of_all_values(server):
+    asked = {"messages": ASK, "seed": 1, "max_tokens": 300, "temperature": 2}
+    done = server.post("/v1/chat/completions", {**asked, "json_schema": {}}).json()["choices"][0]
+    if done["finish_reason"] == "stop":
+        json.loads(done["message"]["content"])
+    free = server.post("/v1/chat/completions", {**asked, "grammar": ""}).json()["choices"][0]
+    assert free["message"]["content"] != done["message"]["content"]
+
+
+def test_a_grammar_that_fails_on_the_way_fails_the_request(server):
+    large = "root ::= " + " | ".join(
+        f'"w{i}"' for i in range(3000)
+    )  # 3000 items in a row of a parser
+    done = server.post("/v1/chat/completions", {"messages": ASK, "grammar": large})
+    assert done.status_code == 400
+    message = done.json()["error"]["message"]
+    assert message.startswith(
+        "grammar: cannot be kept to: Parser Error: Current row has 3001 items"
+    )
+    assert "<state>" not in message
 
 
 def test_without_grammars_they_are_refused(tiny_moe):
     with running(tiny_moe, has_grammar=False) as server:
         done = server.post("/v1/chat/completions", {"messages": ASK, "json_schema": {"const": 1}})
         assert done.status_code == 400
-        assert "--grammar" in done.json()["error"]["message"]
+        assert "was started with --no-grammar" in done.json()["error"]["message"]
 
 
 def checked(name, arguments):
