@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from edgemoe.errors import shortened
 from edgemoe.serve import about, connections, messages, openai, responses
 from edgemoe.serve.actions import act
 from edgemoe.serve.answers import Answer
@@ -196,10 +197,8 @@ def _problem(request: Request, error: Problem) -> Response:
 
 
 def _http_problem(request: Request, error: HTTPException) -> Response:
-    what = {
-        404: f"there is no {request.url.path}",
-        405: f"{request.method} is not for {request.url.path}",
-    }
+    path = shortened(request.url.path)
+    what = {404: f"there is no {path}", 405: f"{request.method} is not for {path}"}
     problem = Problem(error.status_code, what.get(error.status_code, str(error.detail)))
     response = _said(problem, request.url.path)
     response.headers.update(error.headers or {})
@@ -225,6 +224,10 @@ async def body_of(request: Request) -> bytes:
     Raises:
         Problem: it is too large, or does not come.
     """
+    too_large = Problem(413, f"body: expected at most {_LARGEST_BODY >> 20} MiB")
+    said = request.headers.get("content-length", "")
+    if said.isdecimal() and int(said) > _LARGEST_BODY:  # before any of it is waited for
+        raise too_large
     parts: list[bytes] = []
     size = 0
     stream = request.stream()
@@ -237,7 +240,7 @@ async def body_of(request: Request) -> bytes:
             raise Problem(408, f"body: nothing came for {connections.PATIENCE:g} s") from None
         size += len(part)
         if size > _LARGEST_BODY:
-            raise Problem(413, f"body: expected at most {_LARGEST_BODY >> 20} MiB")
+            raise too_large
         parts.append(part)
 
 

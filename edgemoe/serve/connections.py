@@ -47,6 +47,9 @@ class _Connection(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Says nothing of what uvicorn would have installed: here is nothing to upgrade to, and HTTP goes on."""
+
     def _watch(self) -> None:
         """Waits for a head, where none is whole."""
         if self.cycle is not None and not self.cycle.response_complete:

@@ -8,6 +8,7 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import Response
 
+from edgemoe.errors import shortened
 from edgemoe.serve.problems import Problem
 
 __all__ = ["page_file"]
@@ -32,7 +33,7 @@ def page_file(request: Request, name: str) -> Response:
     """
     path = _FILES.get(name)
     if path is None:
-        raise Problem(404, f"there is no {request.url.path}")
+        raise Problem(404, f"there is no {shortened(request.url.path)}")
     content = path.read_bytes()
     headers = {
         "ETag": f'"{hashlib.sha256(content).hexdigest()[:24]}"',

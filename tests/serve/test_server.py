@@ -101,6 +101,18 @@ def test_other_machines_need_a_key():
 def test_a_body_is_not_taken_without_end(server):
     done = httpx.post(server.url + "/v1/chat/completions", content=b"x" * (17 << 20), timeout=30)
     assert done.status_code == 413
+    port = int(server.url.rsplit(":", 1)[1])
+    with socket.create_connection(("127.0.0.1", port), timeout=5) as raw:
+        raw.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999\r\n\r\n"
+        )
+        assert raw.recv(100).startswith(b"HTTP/1.1 413 ")  # before any of it came
+
+
+def test_a_long_name_is_not_said_back_in_full(server):
+    done = server.get("/" + "a" * 50_000)
+    assert done.status_code == 404
+    assert len(done.content) < 500
 
 
 @pytest.mark.parametrize(
