@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.cli.console import note, run_command, say, say_json
-from edgemoe.cli.engine import engine_flags
+from edgemoe.cli.engine import ONE_ADAPTER_HELP, engine_flags, one_adapter
 from edgemoe.cli.measured import MAX_LOSS_HELP, check, cost, pick
 from edgemoe.cli.names import add_model, model_path
 from edgemoe.cli.parser import Parser
@@ -55,6 +55,7 @@ def _run(args: argparse.Namespace) -> None:
         raise ValueError("expected at least one test of at least one token")
     context = max(args.n_depth) + longest + 2
     args.model = model_path(args.model, converts=True)
+    one_adapter(args)
     if args.max_quality_loss is not None:
         check(args)
         note(f"# {pick(args, context=context)}")
@@ -68,6 +69,8 @@ def _run(args: argparse.Namespace) -> None:
     with Engine(args.model, EngineOptions(**engine_flags(args, context=context))) as engine:
         for line in engine.notes:
             note(f"# {line}")
+        if engine.adapter:
+            note(f"# adapter: {engine.adapter}")
         if engine.notes and known:
             note(f"# {known}")
         results = []
@@ -158,6 +161,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--allocation", type=Path, metavar="FILE",
                         help="for --bits auto (default: the model file's own)")  # fmt: skip
+    parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]FILE",
+                        help=ONE_ADAPTER_HELP)  # fmt: skip
     parser.add_argument("--dense-bits", type=int, metavar="N",
                         help="bits of everything else (default: the file's)")  # fmt: skip
     parser.add_argument("--max-quality-loss", metavar="X", help=MAX_LOSS_HELP)
@@ -196,6 +201,7 @@ def _report(engine: Engine, results: Sequence[Result]) -> dict[str, object]:
     return {
         "command": sys.argv,
         "family": engine.config.family,
+        "adapter": engine.adapter,
         "bits": engine.bits,
         "cache_types": dataclasses.asdict(engine.options.kv_types),
         "scheduler": engine.options.scheduler,

@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["engine_flags", "sampling_flags"]
+__all__ = ["ONE_ADAPTER_HELP", "engine_flags", "one_adapter", "sampling_flags"]
 
 _SAME = (
     "ram", "bits", "allocation", "dense_bits", "experts", "cache_type_k", "cache_type_v", "kv_table", "threads",
     "scheduler", "device", "vram",
 )  # fmt: skip
 """Flags that have an option's name and its meaning."""
+
+ONE_ADAPTER_HELP = "a fine-tune of the model, of edgemoe convert --base: it is what is measured"
+"""Of commands that measure."""
 
 
 def engine_flags(args: Namespace, **given: Any) -> dict[str, Any]:
@@ -50,6 +53,17 @@ def _adapters(given: Sequence[str]) -> Mapping[str, str]:
             raise ValueError(f"--adapter: two are called {name}; NAME=FILE gives one another name")
         out[name] = path
     return out
+
+
+def one_adapter(args: Namespace) -> Mapping[str, str]:
+    """Returns the adapter that a command measures, by its name; none for the model alone.
+
+    Raises:
+        ValueError: there are several.
+    """
+    if len(args.adapter) > 1:
+        raise ValueError(f"--adapter: expected one, which is measured, got {len(args.adapter)}")
+    return _adapters(args.adapter)
 
 
 def sampling_flags(args: Namespace) -> dict[str, Any]:

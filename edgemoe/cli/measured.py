@@ -136,6 +136,8 @@ def cost(args: Namespace) -> str | None:
     top = [moe.ladder[-1][0], moe.dense_ladder[-1]]
     if report is None or report["reference"] != top or args.experts is not None:
         return None
+    if getattr(args, "adapter", None):
+        return None
     if getattr(args, "allocation", None) is not None:
         return None
     row = find(

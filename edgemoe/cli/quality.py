@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from edgemoe.cli.console import check_output, note, run_command, say
-from edgemoe.cli.engine import engine_flags
+from edgemoe.cli.engine import ONE_ADAPTER_HELP, engine_flags, one_adapter
 from edgemoe.cli.names import add_model, model_path
 from edgemoe.cli.parser import Parser
 from edgemoe.cli.progress import Progress
@@ -88,6 +88,8 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     args.model = model_path(args.model)
     _check(args)  # before hours are spent
+    for name in one_adapter(args):
+        note(f"# adapter: {name}")
     moe = open_moe(args.model)
     sizes = levels(moe)
     trials = _trials(args, moe)
@@ -106,6 +108,8 @@ def _run(args: argparse.Namespace) -> int:
             "reference": None if known is None or base is None else [base.bits, base.dense_bits],
             "rows": rows,
         }
+        if args.adapter:
+            report["adapter"] = args.adapter[0]
         if args.store:
             _warn_of_replaced(moe, report)
         say(*QUALITY_HEAD.split("\n"))
@@ -167,6 +171,10 @@ def _warn_of_replaced(moe: MoeFile, report: Mapping[str, Any]) -> None:
 def _check(args: argparse.Namespace) -> None:
     from edgemoe.runtime.options import EngineOptions
 
+    if one_adapter(args) and args.store:
+        raise ValueError(
+            "--store: keeps what was measured of the model alone; expected no --adapter"
+        )
     EngineOptions(cache_type_k=args.cache_type_k, cache_type_v=args.cache_type_v)
     if args.tasks is not None:
         check_tasks(args)
@@ -293,6 +301,8 @@ def _parser() -> argparse.ArgumentParser:
                         help="levels to measure, or auto, the file's allocation (default: all levels)")  # fmt: skip
     parser.add_argument("--dense-bits", type=bits_or_auto, metavar="N",
                         help="of all that is no expert, or auto, as allocated (default: as --bits)")  # fmt: skip
+    parser.add_argument("--adapter", action="append", default=[], metavar="[NAME=]FILE",
+                        help=f"{ONE_ADAPTER_HELP}; a --reference FILE.moe is without it")  # fmt: skip
     parser.add_argument("--scheduler", action="append", metavar="NAME",
                         help="may be repeated (default: on-demand)")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help=SET_HELP)

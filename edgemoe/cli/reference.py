@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edgemoe.cli.engine import one_adapter
 from edgemoe.cli.progress import Progress
 from edgemoe.errors import FormatError
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from edgemoe.lab.quality.logprobs import LogProbs
     from edgemoe.lab.quality.quality import Quality, Sample, Trial
 
-__all__ = ["CHUNK", "EXACT", "reference"]
+__all__ = ["CHUNK", "EXACT", "exact_run", "reference", "reference_name"]
 
 CHUNK = 512
 """Tokens, as in llama-perplexity."""
@@ -39,8 +40,7 @@ def reference(
     """
     from edgemoe.file.format import open_moe
     from edgemoe.lab.quality.logprobs import LogProbs
-    from edgemoe.lab.quality.quality import Sample, Trial, first_token, recorded
-    from edgemoe.lab.report.levels import dense_bits_at
+    from edgemoe.lab.quality.quality import Sample, first_token, recorded
     from edgemoe.text.tokenizer import Tokenizer
 
     given: str | None = args.reference
@@ -81,14 +81,32 @@ def reference(
         if other.config.vocab_size != moe.config.vocab_size:
             raise ValueError(f"--reference: {given} has another vocabulary than {moe.path}")
         bits = other.ladder[-1][0]
-    trial = Trial(
-        bits=bits, dense_bits=dense_bits_at(other, bits), scheduler=EXACT, ram=args.ram,
-        threads=args.threads, verify=not args.no_verify,
-    )  # fmt: skip
+    trial = exact_run(args, other, bits)
     with Progress(f"reference, {bits} bits", unit="chunk") as progress:
         quality, log_probs = stack.enter_context(recorded(path, trial, sample, progress=progress))
-    about = f"text: {name}, {_shape(sample)}; reference: {path.name}, {bits} bits"
+    about = f"text: {name}, {_shape(sample)}; reference: {reference_name(path, trial)}"
     return sample, about, log_probs, trial, quality if path == args.model else None
+
+
+def exact_run(args: argparse.Namespace, moe: MoeFile, bits: int) -> Trial:
+    """Returns how a reference is run: a level of what is measured, its adapter included, or another file alone."""
+    from edgemoe.lab.quality.quality import Trial
+    from edgemoe.lab.report.levels import dense_bits_at
+
+    is_other = args.reference is not None and not args.reference.isdecimal()
+    return Trial(
+        bits=bits, dense_bits=dense_bits_at(moe, bits), scheduler=EXACT, ram=args.ram,
+        threads=args.threads, verify=not args.no_verify,
+        adapters=None if is_other else one_adapter(args),
+    )  # fmt: skip
+
+
+def reference_name(path: Path, trial: Trial) -> str:
+    """Returns what a run that is the reference is called."""
+    return (
+        " ".join([path.name, *(f"with {name}" for name in trial.adapters or ())])
+        + f", {trial.bits} bits"
+    )
 
 
 def _checkpoint(path: Path, sample: Sample, moe: MoeFile, stack: ExitStack) -> LogProbs:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgemoe.cli.console import note, say
 from edgemoe.cli.progress import Progress
-from edgemoe.cli.reference import EXACT
+from edgemoe.cli.reference import exact_run, reference_name
 from edgemoe.cli.table import run_name
 from edgemoe.file.whole import write_whole
 
@@ -79,7 +79,7 @@ def run_tasks(args: argparse.Namespace, moe: MoeFile, trials: Sequence[Trial]) -
             rows.append(_row(trial, score))
             say(_line(rows[-1]))
     note(
-        f"# {len(items)} items; reference: {path.name}, {base.bits} bits; ± standard errors over items"
+        f"# {len(items)} items; reference: {reference_name(path, base)}; ± standard errors over items"
     )
     if args.json is not None:
         report = {"command": sys.argv, "model": args.model.name, "rows": rows}
@@ -100,8 +100,6 @@ def _items(args: argparse.Namespace) -> list[Item]:
 def _reference(args: argparse.Namespace, moe: MoeFile) -> tuple[Path, Trial]:
     """Returns the file and the way to run it that others are compared with."""
     from edgemoe.file.format import open_moe
-    from edgemoe.lab.quality.quality import Trial
-    from edgemoe.lab.report.levels import dense_bits_at
 
     given: str | None = args.reference
     path, other, bits = args.model, moe, moe.ladder[-1][0]
@@ -116,11 +114,7 @@ def _reference(args: argparse.Namespace, moe: MoeFile) -> tuple[Path, Trial]:
             )
         other = open_moe(path)
         bits = other.ladder[-1][0]
-    trial = Trial(
-        bits=bits, dense_bits=dense_bits_at(other, bits), scheduler=EXACT, ram=args.ram,
-        threads=args.threads, verify=not args.no_verify,
-    )  # fmt: skip
-    return path, trial
+    return path, exact_run(args, other, bits)
 
 
 def _row(trial: Trial, score: Score) -> dict[str, Any]:

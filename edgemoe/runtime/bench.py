@@ -134,7 +134,11 @@ def measure(
     if engine.budget.slots >= engine.budget.experts:
         # Else tokens would meet some for the first time while they are timed.
         model = engine.model
-        model.store.load(np.arange(model.top_bits.size, dtype=np.int32), model.top_bits)
+        places = model.adapters.places
+        every = np.arange(model.top_bits.size, dtype=np.int32)
+        if places is not None:  # some are nobody's
+            every = every[places.names.reshape(-1) >= 0]
+        model.store.load(every, model.top_bits[every])
     rng = np.random.default_rng(seed)
     tests = [*((True, n) for n in prompts), *((False, n) for n in generations)]
     for depth, (is_prompt, count) in itertools.product(depths, tests):

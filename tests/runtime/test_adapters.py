@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import families
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from tiny import tiny_checkpoint
 from tuned import DENSE, tune
 
 import edgemoe
+from edgemoe.cli.main import main as edgemoe_main
 from edgemoe.cli.run import main
 from edgemoe.convert.adapter import convert_adapter
 from edgemoe.convert.convert import convert
@@ -213,6 +216,45 @@ def test_the_command_line(files, capsys):
         assert message in line
     assert main([str(files["law.moea"]), "-p", "Hello"]) == 1
     assert "law.moea: is an adapter; expected the model that it is for" in capsys.readouterr().err
+
+
+def test_an_adapter_is_measured_as_the_fine_tune_is(files, capsys, tmp_path):
+    def rows(command, model, *flags):
+        out = tmp_path / "out.json"
+        text = ["--json", str(out)] if command == "quality" else ["--json"]
+        assert edgemoe_main([command, str(model), *flags, *text]) == 0, capsys.readouterr().err
+        said = capsys.readouterr().out
+        report = json.loads(out.read_text() if command == "quality" else said)
+        for row in report.get("rows", ()):
+            row.pop("slots_bytes", None)  # an adapter's experts have some of their own
+        return report
+
+    model, adapter, tuned = files["base.moe"], str(files["law.moea"]), files["law.moe"]
+    asked = ["--bits", "8", "4", "--chunks", "1", "--chunk", "64"]
+    whole = rows("quality", tuned, *asked)
+    beside = rows("quality", model, "--adapter", adapter, *asked)
+    assert beside["rows"] == whole["rows"]
+    assert beside["adapter"] == adapter
+    against = rows("quality", model, "--adapter", adapter, "--reference", str(tuned), *asked)
+    first = against["rows"][0]
+    assert first["loss_change"] == 0
+    assert first["same_experts"] == 1
+    without = rows("quality", model, "--adapter", adapter, "--reference", str(model), *asked)
+    assert without["rows"][0]["loss_change"] != 0
+    asked = ["--tasks", "copying", "--items", "2", "--bits", "4"]
+    assert (
+        rows("quality", model, "--adapter", adapter, *asked)["rows"]
+        == rows("quality", tuned, *asked)["rows"]
+    )
+    measured = rows("bench", model, "--adapter", adapter, "-p", "8", "-n", "2", "-r", "1")
+    assert measured["adapter"] == "law"
+    assert [r["hit_rate"] for r in measured["results"]] == [1, 1]  # all were there before
+    for flags, message in (
+        (["--store"], "--store: keeps what was measured of the model alone"),
+        (["--adapter", adapter], "--adapter: expected one, which is measured, got 2"),
+    ):
+        assert edgemoe_main(["quality", str(model), "--adapter", adapter, *flags]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_what_adapters_take_is_counted(files):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from edgemoe.experts import Observer
 from edgemoe.file.format import open_moe
 from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
+from edgemoe.places import Places
 from edgemoe.plan import Plan, Routing
 from edgemoe.runtime.engine import Engine
 from edgemoe.runtime.options import EngineOptions
@@ -139,12 +140,17 @@ class Routes(Observer):
 
     def __init__(self) -> None:
         self.is_on = False
+        self.places: Places | None = None
+        """Those of the engine that is observed, with whose adapter experts have other places than their own."""
         self._layers: dict[int, list[NDArray[np.int32]]] = {}
 
     def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
         """See `Observer.planned`."""
         if self.is_on:
-            self._layers.setdefault(routing.layer, []).append(routing.experts.copy())
+            experts = routing.experts.copy()
+            if self.places is not None:
+                experts = self.places.names[routing.layer].take(experts)
+            self._layers.setdefault(routing.layer, []).append(experts)
 
     def taken(self) -> list[NDArray[np.int32]]:
         """Returns the choices [n, K] of each layer."""
@@ -182,6 +188,7 @@ def measure(
     """
     routes = Routes()
     with Engine(path, replace(trial, context=sample.windows.shape[1], observer=routes)) as engine:
+        routes.places = engine.model.adapters.places
         step = 1 if trial.decode else None
         return score(
             engine, sample, reference=reference, record=record, step=step, routes=routes, progress=progress
