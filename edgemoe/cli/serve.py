@@ -31,6 +31,7 @@ _NEEDED = ("starlette", "uvicorn", "sse_starlette", "msgspec", "llguidance")
 _LARGEST_KEYS = 64 << 10  # bytes
 _PER_SEQUENCE = 1 << 20  # of what a connection and its texts take, beside the engine
 _SMALLEST_CONTEXT = 256
+_SAVED_BYTES = 8 << 30  # the default of --slot-save-size
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             check(args)
         if args.slot_save_path is not None and args.device != "cpu":
             raise ValueError("--slot-save-path: prefixes are not saved where a device holds them")
+        if args.slot_save_path is None and args.slot_save_size != _SAVED_BYTES:
+            raise ValueError("--slot-save-size: expected --slot-save-path DIR, which it bounds")
         if args.cache_ram and args.device != "cpu":
             raise ValueError("--cache-ram: prefixes are not kept where a device holds them")
         if args.warm and args.profile is None:

@@ -207,7 +207,11 @@ class Reader:
         self.need(
             version in (2, VERSION),
             f"format version {version}; this edgemoe reads versions 2 and {VERSION}"
-            + (": convert the checkpoint again" if version < VERSION else ""),
+            + (
+                ": convert the checkpoint again"
+                if version < VERSION
+                else "; a newer edgemoe reads it"
+            ),
         )
         self.need(_core.crc32c(head[16:]) == crc, "checksum of the preamble does not match")
         self.need(

@@ -65,6 +65,20 @@ class Settings:
                 f"host: {self.host} lets other machines in; give --api-key or --api-key-file, "
                 "or --no-auth if anyone may use it"
             )
+        if self.keys and self.no_auth:
+            raise ValueError("--no-auth: expected no key beside it")
+        for name in self.hosts:  # as takes_host compares them
+            if not _NAME.fullmatch(name) and not is_address(name):
+                raise ValueError(
+                    f"--allowed-hosts: expected a name or an address without a port, got {name!r:.80}"
+                )
+        for origin in self.origins:  # as browsers say them
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"--cors-origins: expected one like http://localhost:3000, or *, got {origin!r:.80}"
+                )
+        if not all(alias.strip() for alias in self.aliases):
+            raise ValueError("--alias: expected a name, got nothing")
 
     def takes_host(self, header: str) -> bool:
         """Returns whether a Host header names this server, and not a name that a web page made lead here."""
@@ -83,13 +97,11 @@ class Settings:
         """Returns whether a name is a bare address, which no DNS answer can change, where all addresses are served."""
         if self.host not in ("0.0.0.0", "::"):
             return False
-        try:
-            ipaddress.ip_address(name)
-        except ValueError:
-            return False
-        return True
+        return is_address(name)
 
 
+_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*\.?")
+_ORIGIN = re.compile(r"\*|null|[A-Za-z][A-Za-z0-9+.-]*://[^\s/]+")
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)(ms|s|m|h)?")
 _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
@@ -106,6 +118,15 @@ def seconds(text: str) -> float:
     if text.strip().startswith("-"):
         return math.inf
     return float(match[1]) * _UNITS[match[2] or "s"]
+
+
+def is_address(host: str) -> bool:
+    """Returns whether it is an address of IP, and no name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_loopback(host: str) -> bool:

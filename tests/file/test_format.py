@@ -88,7 +88,11 @@ def test_other_files_are_refused(data, broken):
     broken(b"GGUF" + bytes(100), "not a .moe file")
     broken(
         data[:8] + struct.pack("<I", 1) + data[12:],
-        "format version 1; this edgemoe reads versions 2 and 3",
+        "format version 1; this edgemoe reads versions 2 and 3: convert the checkpoint again",
+    )
+    broken(
+        data[:8] + struct.pack("<I", 99) + data[12:],
+        "format version 99; this edgemoe reads versions 2 and 3; a newer edgemoe reads it",
     )
     with pytest.raises(FormatError, match="No such file"):
         open_moe("/nonexistent/x.moe")

@@ -98,6 +98,24 @@ def test_other_machines_need_a_key():
         assert not settings.takes_host("evil.com:8080")
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"keys": ("k",), "no_auth": True}, "--no-auth: expected no key beside it"),
+        ({"hosts": ("http://box",)}, "--allowed-hosts: expected a name or an address without a port"),
+        ({"hosts": ("box:8080",)}, "--allowed-hosts: .* got 'box:8080'"),
+        ({"origins": ("box",)}, r"--cors-origins: expected one like http://localhost:3000, or \*, got"),
+        ({"origins": ("http://box/",)}, "--cors-origins: .* got 'http://box/'"),
+        ({"aliases": (" ",)}, "--alias: expected a name"),
+    ],
+)  # fmt: skip
+def test_what_no_client_could_match_is_refused(more, said):
+    with pytest.raises(ValueError, match=said):
+        Settings(**more)
+    Settings(hosts=("box", "a_b.corp.", "::1", "10.0.0.1"), aliases=("m",))
+    Settings(origins=("*", "null", "http://box:3000", "chrome-extension://abc"))
+
+
 def test_a_body_is_not_taken_without_end(server):
     done = httpx.post(server.url + "/v1/chat/completions", content=b"x" * (17 << 20), timeout=30)
     assert done.status_code == 413
@@ -332,7 +350,8 @@ def test_a_second_signal_does_not_wait(tiny_moe):
     [
         (["--host", "0.0.0.0"], "lets other machines in"), (["--port", "70000"], "--port"),
         (["--queue", "-1"], "--queue"), (["--temp", "-1"], "temperature"), (["--timeout", "0"], "--timeout"),
-        (["--warm"], "--profile"), (["--frob"], "--frob"), (["--ram", "90MiB"], "MiB for the server itself"),
+        (["--warm"], "--profile"), (["--slot-save-size", "1GiB"], "--slot-save-path"), (["--frob"], "--frob"),
+        (["--ram", "90MiB"], "MiB for the server itself"),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_one_line(tiny_moe, flags, words, capsys):
