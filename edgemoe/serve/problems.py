@@ -23,7 +23,10 @@ _TYPES = {
 
 
 class Problem(Exception):
-    """Says why a request gets no answer; becomes the HTTP response, or the last event of a stream."""
+    """Says why a request gets no answer; becomes the HTTP response, or the last event of a stream.
+
+    A message names its field, which `param` repeats for programs.
+    """
 
     def __init__(
         self,
@@ -43,11 +46,8 @@ class Problem(Exception):
         """Returns it as OpenAI says it, or as Anthropic does."""
         ours, theirs = _TYPES.get(self.status, _TYPES[500])
         if is_messages:
-            where = f"{self.param}: " if self.param else ""
-            if self.code == "context_length_exceeded":
-                where = ""
             text = self.extra.get("messages_text", self.message)
-            return {"type": "error", "error": {"type": theirs, "message": where + text}}
+            return {"type": "error", "error": {"type": theirs, "message": text}}
         extra = {k: v for k, v in self.extra.items() if k != "messages_text"}
         error = {"message": self.message, "type": ours, "param": self.param, "code": self.code}
         return {"error": {**error, **extra}}
