@@ -44,6 +44,9 @@ _OTHERS = (
 _NESTED = ".base_layer"
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 _ONLY_AT_START = ("corda_config", "eva_config", "lora_ga_config")
+_RESIDUAL = ("pissa", "corda", "olora", "loftq")
+"""Beginnings of `init_lora_weights` with which factors add to another matrix than the checkpoint's: peft takes from
+it what they began as, each time that it loads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,12 @@ class _Config:
                 raise FormatError(
                     f"{where}: {name} is not supported, only a LoRA of whole matrices"
                 )
+        begun = values.get("init_lora_weights")
+        if isinstance(begun, str) and begun.lower().startswith(_RESIDUAL):
+            raise FormatError(
+                f"{where}: init_lora_weights {quoted(begun)} changes the model that the factors add to; expected a "
+                "LoRA of the model itself, which peft saves with path_initial_model_for_weight_conversion"
+            )
         if settings.flag("fan_in_fan_out", False):
             raise FormatError(f"{where}: fan_in_fan_out is not supported")
         if settings.text("bias", "none") != "none":
@@ -145,6 +154,8 @@ def lora_patches(path: Path, original: Checkpoint) -> dict[str, Callable[[Array]
         saved = _SAVED.fullmatch(short)
         target = short if saved is None else f"{saved[1]}.{saved[2]}"
         _require(where, name, target, original, tensor.shape)
+        if target in out:
+            raise FormatError(f"{where}: {shortened(target)}: is there twice")
         out[target] = lambda _, tensor=tensor: tensor.read()  # type: ignore[misc]
     for (module, is_embedding), pair in factors.items():
         if set(pair) != {"A", "B"}:

@@ -86,6 +86,7 @@ def test_logits_are_those_of_the_merged_checkpoint(tmp_path):
     [
         ({}, {Q: 4, OUT: 4}),
         ({"use_rslora": True}, {Q: 8, OUT: 8}),
+        ({"init_lora_weights": "gaussian"}, {Q: 4, OUT: 4}),
         ({"alpha_pattern": {"o_proj": 2}}, {Q: 4, OUT: 0.5}),
         ({"alpha_pattern": {"model.layers.1.self_attn.o_proj": 2, "q_proj": 8}}, {Q: 2, OUT: 0.5}),
     ],
@@ -224,6 +225,8 @@ def test_what_is_refused(tmp_path):
     cases = [
         (good, {"peft_type": "IA3"}, "peft_type 'IA3' is not supported; supported: LORA"),
         (good, {"use_dora": True}, "use_dora is not supported"),
+        (good, {"init_lora_weights": "pissa_niter_16"}, "init_lora_weights 'pissa_niter_16' changes the model"),
+        (good, {"init_lora_weights": "OLoRA"}, "init_lora_weights 'OLoRA' changes the model"),
         (good, {"trainable_token_indices": [1]}, "trainable_token_indices is not supported"),
         (good, {"bias": "all"}, "bias 'all' is not supported, only none"),
         (good, {"fan_in_fan_out": True}, "fan_in_fan_out is not supported"),
@@ -240,6 +243,10 @@ def test_what_is_refused(tmp_path):
         ({**good, f"{prefix}what.lora_magnitude_vector": good[a]}, {}, "tiny has no tensor what.lora_magnitude"),
         ({**good, f"{prefix}{Q}.weight": source.tensor(f"{Q}.weight")}, {}, "has factors and is there as a whole"),
         ({a: good[a], b: good[b].astype("i4")}, {}, "dtype I32 is not supported"),
+        (
+            {f"{prefix}{Q}.{part}weight": source.tensor(f"{Q}.weight") for part in ("", "modules_to_save.")}, {},
+            r"self_attn.q_proj.weight: is there twice",
+        ),
     ]  # fmt: skip
     for i, (tensors, config, message) in enumerate(cases):
         folder = write(tmp_path / f"x{i}", tensors, CONFIG | config)
