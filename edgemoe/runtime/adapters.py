@@ -100,6 +100,10 @@ class Adapters:
             raise ValueError(f"adapter: expected one of {known}, got {quoted(name)}")
         return self.names.index(name) + 1
 
+    def told(self, sections: dict[str, bytes]) -> dict[str, bytes]:
+        """Returns what of a file's sections schedulers are told, which beside adapters decide by none of them."""
+        return {} if self.names else sections
+
     @property
     def variants(self) -> tuple[int, ...]:
         """With which set of weights each computes, by number: 0 is the model's, then come those that `load` returns."""

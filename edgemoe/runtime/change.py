@@ -7,6 +7,7 @@ would give for the text before it.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +38,7 @@ def change(model: Model, **wanted: Any) -> bool:
 
     Raises:
         ValueError: something cannot be changed, or not to this; the model is as it was.
-        FormatError: a section of the file does not fit the scheduler; likewise.
+        FormatError: a section of the file does not fit the scheduler, or the file is another one now; likewise.
     """
     for name in wanted:
         if name not in CHANGEABLE:
@@ -57,7 +58,8 @@ def change(model: Model, **wanted: Any) -> bool:
     moe = with_experts(replace(file, sections={}), options.experts)
     if moe.config.experts_per_token > model.most_experts:
         raise _too_much("experts", moe.config.experts_per_token, model.most_experts)
-    setting = model_setting(moe, bits.most, model.budget.slots, sections)
+    told = model.adapters.told(sections)
+    setting = model_setting(moe, bits.most, model.budget.slots, told)
     scheduler = SCHEDULERS[options.scheduler](setting, **bits.told(options))
     before = model.experts.scheduler
     scheduler.restore(before.state())
@@ -85,8 +87,12 @@ def _sections(model: Model) -> dict[str, bytes]:
     if not model.sections_bytes:
         return {}
     model.room.lend(2 * model.sections_bytes)
-    found = open_moe(model.moe.path).sections
-    return {name: found[name] for name in SECTIONS if name in found}
+    found = open_moe(model.moe.path)
+    if not os.path.sameopenfile(found.file.fileno(), model.moe.file.fileno()):
+        raise FormatError(
+            f"{found.path}: was replaced by another file; expected the one that is open"
+        )
+    return {name: found.sections[name] for name in SECTIONS if name in found.sections}
 
 
 def _too_much(name: str, got: int, most: int) -> ValueError:

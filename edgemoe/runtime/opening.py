@@ -94,10 +94,11 @@ def open_model(
     before, peak_before = hardware.process_bytes(), hardware.peak_bytes()
     moe = open_moe(path)
     given = moe.config
+    # Adapters are of the file, not of what options make of it.
+    moe, adapters = Adapters.open(moe, named_adapters(options.adapters))
     moe = with_experts(moe, options.experts)
     options = with_kv_table(moe, options)
     moe = with_dense_bits(moe, options)
-    moe, adapters = Adapters.open(moe, named_adapters(options.adapters))
     bits = bits_of(moe, options)
     profile = None if options.profile is None else ProfileFile.open(Path(options.profile), moe)
     rungs = dense_level(moe, options)
@@ -108,9 +109,8 @@ def open_model(
     text = Text.of(moe)
     # What needs them keeps what it needs; the files' text must not count against the experts.
     sections = {name: moe.sections[name] for name in SECTIONS if name in moe.sections}
-    if adapters.names:  # the scheduler is one that decides by none of them
-        sections = {}
     sections_bytes = sum(map(len, moe.sections.values())) if sections else 0
+    sections = adapters.told(sections)
     moe = replace(moe, sections={})
     hardware.trim()
     peak = hardware.peak_bytes()

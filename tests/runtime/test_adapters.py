@@ -19,8 +19,11 @@ from edgemoe.convert.adapter import convert_adapter
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.source import SourceModel
+from edgemoe.errors import FormatError
+from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
 from edgemoe.model import Batch
+from edgemoe.quant import Allocation
 
 IDS = np.random.default_rng(0).integers(0, 256, 40).tolist()
 OTHERS = ("0.mlp.experts.3", "0.mlp.experts.7", "1.mlp.experts.2")
@@ -136,6 +139,35 @@ def test_bits_change_while_it_runs(files):
         assert engine.expert_bits.shape == (2, 8)
         with pytest.raises(ValueError, match="adapters: expected the scheduler on-demand"):
             engine.change(scheduler="hobbit")
+
+
+def test_with_another_number_of_experts(files):
+    fewer = alone(files["law.moe"], experts=1)
+    assert same(alone(files["base.moe"], adapters=files["law.moea"], experts=1), fewer)
+
+
+def test_a_models_own_allocation_holds_for_adapters_and_after_a_change(files, tmp_path):
+    """An adapter's expert has the bits of the one in whose place it is, also when something else is changed."""
+    base, law = (tmp_path / files[name].name for name in ("base.moe", "law.moe"))
+    for path in (base, law):
+        path.write_bytes(files[path.name].read_bytes())
+        moe = open_moe(path)
+        levels = [rung[0] for rung in moe.ladder]
+        bits = np.random.default_rng(4).choice(levels, (2, 8)).astype(np.int8)
+        found = Allocation(method="x", layers=moe.config.moe_layers, bits=bits)
+        add_sections(path, {"allocation": found.to_json()})
+    wanted, fewer = (alone(law, bits="auto", **more) for more in ({}, {"experts": 1}))
+    options = {"adapters": files["law.moea"], "bits": "auto", "ram": "64MiB"}
+    with edgemoe.load(base, **options) as engine:
+        assert same(engine.logits(IDS), wanted)
+        engine.change(experts=1)
+        assert same(engine.logits(IDS), fewer)
+        content = base.read_bytes()
+        base.unlink()
+        base.write_bytes(content)
+        with pytest.raises(FormatError, match="base.moe: was replaced by another file"):
+            engine.change(experts=2)
+        assert same(engine.logits(IDS), fewer)
 
 
 def test_biases_of_experts(tmp_path):
