@@ -142,6 +142,8 @@ def lora_patches(path: Path, original: Checkpoint) -> dict[str, Callable[[Array]
     if not exists(path / _WEIGHTS):
         raise FormatError(f"{path}: no {_WEIGHTS}; only safetensors are supported")
     where = path / _WEIGHTS
+    # No longer than this directory's patches: another may come to lie under its name.
+    read = functools.lru_cache(maxsize=4)(StoredTensor.read)
     factors: dict[tuple[str, bool], dict[str, StoredTensor]] = {}
     out: dict[str, Callable[[Array], Array]] = {}
     for name, tensor in read_header(where).items():
@@ -172,7 +174,7 @@ def lora_patches(path: Path, original: Checkpoint) -> dict[str, Callable[[Array]
         while experts.endswith(_NESTED):  # peft wraps one parameter of a module around another
             experts = experts.removesuffix(_NESTED)
         if f"{experts}.0.{_PARTS[0]}.weight" in original.shapes and not is_embedding:
-            adding = _of_experts(where, module, experts, (a, b), config, original)
+            adding = _of_experts(where, module, experts, (a, b), config, original, read)
             if not out.keys().isdisjoint(adding):
                 raise FormatError(f"{where}: {shortened(module)}: has factors twice")
             out |= adding
@@ -209,12 +211,16 @@ def _of_experts(
     pair: tuple[StoredTensor, StoredTensor],
     config: _Config,
     original: Checkpoint,
+    read: Callable[[StoredTensor], Array],
 ) -> dict[str, Callable[[Array], Array]]:
     """Returns what factors of all experts of a layer add to each, where transformers has these as one parameter.
 
     Of expert e are rows e * r to e * r + r - 1 of A, and columns e, E + e, 2 * E + e, … of B. Which of the two
     parameters they are for their shapes tell, and whether for what it is, or, as before peft 0.19, for its transpose;
     where both have that shape, it is the version that wrote them.
+
+    Args:
+        read: returns a factor, which is wanted once for each expert.
     """
     a, b = pair
     count = next(
@@ -237,7 +243,7 @@ def _of_experts(
 
     def adding(e: int, rows: slice) -> Callable[[Array], Array]:
         def add(values: Array) -> Array:
-            product = _read(b)[:, e::count] @ _read(a)[e * rank : (e + 1) * rank]
+            product = read(b)[:, e::count] @ read(a)[e * rank : (e + 1) * rank]
             return np.asarray(values + (product.T if is_turned else product)[rows] * scaling)
 
         return add
@@ -252,12 +258,6 @@ def _of_experts(
         for e in range(count)
         for part, rows in parts
     }
-
-
-@functools.lru_cache(maxsize=4)
-def _read(tensor: StoredTensor) -> Array:
-    """Reads factors of all experts, which are wanted once for each."""
-    return tensor.read()
 
 
 def _adding(

@@ -176,6 +176,23 @@ def test_experts_as_one_parameter(tmp_path, width, version):
             assert np.allclose(found.tensor(name) - source.tensor(name), added, atol=1e-5)
 
 
+def test_a_directory_that_was_written_anew_is_read_anew(tmp_path):
+    """As one is that was trained further: the same names, the same shapes."""
+    source, experts = tiny_checkpoint(width=32), "model.layers.0.mlp.experts"
+    name, added = f"{experts}.3.down_proj.weight", []
+    lora = write(tmp_path / "lora", {"none": np.ones(1, "f4")})
+    for value in (1, 2):
+        tensors = {
+            f"base_model.model.{experts}.lora_A.weight": np.full((8, 32), value, "f4"),
+            f"base_model.model.{experts}.lora_B.weight": np.ones((96, 8), "f4"),
+        }
+        save_file(tensors, lora / "adapter_model.safetensors")
+        (lora / "adapter_config.json").write_text(json.dumps(CONFIG | {"r": 1, "lora_alpha": 1}))
+        added.append(patched(lora, source).tensor(name) - source.tensor(name))
+    assert np.allclose(added[0], 1, atol=1e-5)
+    assert np.allclose(added[1], 2, atol=1e-5)
+
+
 def test_factors_that_may_be_for_several_parameters(tmp_path):
     experts = "base_model.model.model.layers.0.mlp.experts"
     tensors = {
