@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgemoe.errors import FormatError, quoted
 from edgemoe.file.parse import parse_object
 
-__all__ = ["is_finite", "view"]
+__all__ = ["is_finite", "no_form", "read_form", "view"]
 
 _MOST_HEADER = 100_000_000  # bytes, as the library has it
 _TYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
@@ -46,6 +47,39 @@ def view(content: bytes) -> tuple[dict[str, NDArray[np.floating]], Mapping[str, 
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         raise ValueError("not safetensors") from None
     return tensors, meta
+
+
+def read_form(
+    content: bytes, where: str, what: str, field: str, names: Sequence[str]
+) -> tuple[list[NDArray[np.floating]], Mapping[str, str], dict[str, Any]]:
+    """Returns the tensors of a form of edgemoe's own, all float32 and finite, its metadata, and how it was made.
+
+    Args:
+        where: what errors call it.
+        what: it should be.
+        field: of the metadata, which is its version: "1".
+        names: of the tensors.
+
+    Raises:
+        FormatError: it is none, or of another version.
+    """
+    try:
+        tensors, meta = view(content)
+        if (version := meta[field]) != "1":
+            raise FormatError(f"{where}: {what} of version {quoted(version)}; expected 1")
+        own = [tensors[name] for name in names]
+        if not all(a.dtype == np.float32 and is_finite(a) for a in own):
+            raise no_form(where, what)
+        return own, meta, parse_object(meta["settings"], where)
+    except FormatError:
+        raise
+    except (ValueError, TypeError, KeyError):
+        raise no_form(where, what) from None
+
+
+def no_form(where: str, what: str) -> FormatError:
+    """Returns the error of what is not what it should be."""
+    return FormatError(f"{where}: not {what} of edgemoe")
 
 
 def is_finite(tensor: NDArray[np.floating]) -> bool:

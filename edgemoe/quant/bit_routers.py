@@ -22,13 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from edgemoe.errors import FormatError, quoted
-from edgemoe.file.parse import parse_object
-from edgemoe.file.tensors import is_finite, view
+from edgemoe.file.tensors import no_form, read_form
 
 __all__ = ["BitRouters"]
 
-_VERSION = "1"
+_FIELD, _WHAT = "edgemoe_bit_routers", "bit routers"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +51,7 @@ class BitRouters:
             more: tensors beside its own; readers leave them alone.
         """
         meta = {
-            "edgemoe_bit_routers": _VERSION, "levels": " ".join(map(str, self.levels)),
+            _FIELD: "1", "levels": " ".join(map(str, self.levels)),
             "settings": json.dumps(dict(self.settings)),
         }  # fmt: skip
         return save({**self.tensors, **(more or {})}, meta)
@@ -73,27 +71,19 @@ class BitRouters:
         Raises:
             FormatError: these are no such routers, or they do not agree with themselves.
         """
+        names = ("weight", "gate_weight", "bias")
+        (weight, *rest), meta, settings = read_form(content, where, _WHAT, _FIELD, names)
         try:
-            tensors, meta = view(content)
-            if meta["edgemoe_bit_routers"] != _VERSION:
-                raise FormatError(
-                    f"{where}: bit routers of version {quoted(meta['edgemoe_bit_routers'])}; expected {_VERSION}"
-                )
             levels = tuple(map(int, meta["levels"].split()))
-            weight, *rest = own = [tensors[name] for name in ("weight", "gate_weight", "bias")]
-            is_sound = (
-                all(a.dtype == np.float32 and is_finite(a) for a in own)
-                and weight.ndim == 4 and all(a.shape == weight.shape[:3] for a in rest)
-                and 0 < len(levels) == weight.shape[2] and list(levels) == sorted(set(levels))
-                and levels[0] >= 0 < levels[-1]
-            )  # fmt: skip
-            if not is_sound:
-                raise ValueError
-            settings = parse_object(meta["settings"], where)
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            if isinstance(e, FormatError):
-                raise
-            raise FormatError(f"{where}: not bit routers of edgemoe") from None
+        except (ValueError, KeyError, AttributeError):
+            raise no_form(where, _WHAT) from None
+        is_sound = (
+            weight.ndim == 4 and all(a.shape == weight.shape[:3] for a in rest)
+            and 0 < len(levels) == weight.shape[2] and list(levels) == sorted(set(levels))
+            and levels[0] >= 0 < levels[-1]
+        )  # fmt: skip
+        if not is_sound:
+            raise no_form(where, _WHAT)
         gate_weight, bias = rest
         return cls(
             levels=levels, weight=weight, gate_weight=gate_weight, bias=bias, settings=settings

@@ -24,13 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import save
 
-from edgemoe.errors import FormatError, quoted
-from edgemoe.file.parse import parse_object
-from edgemoe.file.tensors import is_finite, view
+from edgemoe.errors import FormatError
+from edgemoe.file.tensors import no_form, read_form
 
 __all__ = ["StandIns"]
 
-_VERSION = "1"
+_FIELD, _WHAT = "edgemoe_stand_ins", "stand-ins"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,8 +47,13 @@ class StandIns:
 
     def to_bytes(self) -> bytes:
         """Returns the form as bytes."""
-        meta = {"edgemoe_stand_ins": _VERSION, "settings": json.dumps(dict(self.settings))}
-        return save({"up": self.up, "bias": self.bias, "down": self.down}, meta)
+        meta = {_FIELD: "1", "settings": json.dumps(dict(self.settings))}
+        return save(self.tensors, meta)
+
+    @property
+    def tensors(self) -> dict[str, NDArray[np.float32]]:
+        """Its own, by name."""
+        return {"up": self.up, "bias": self.bias, "down": self.down}
 
     def check(self, num_layers: int, num_experts: int, where: str, hidden: int = 0) -> None:
         """Checks that they are for a model.
@@ -79,23 +83,8 @@ class StandIns:
         Raises:
             FormatError: these are no stand-ins, or they do not agree with themselves.
         """
-        try:
-            tensors, meta = view(content)
-            if meta["edgemoe_stand_ins"] != _VERSION:
-                raise FormatError(
-                    f"{where}: stand-ins of version {quoted(meta['edgemoe_stand_ins'])}; expected {_VERSION}"
-                )
-            up, bias, down = own = [tensors[name] for name in ("up", "bias", "down")]
-            is_sound = (
-                all(a.dtype == np.float32 and is_finite(a) for a in own)
-                and up.ndim == 4 and up.shape[2] > 0 and bias.shape == up.shape[:3]
-                and down.shape == up.shape
-            )  # fmt: skip
-            if not is_sound:
-                raise ValueError
-            settings = parse_object(meta["settings"], where)
-        except (ValueError, TypeError, KeyError, AttributeError) as e:
-            if isinstance(e, FormatError):
-                raise
-            raise FormatError(f"{where}: not stand-ins of edgemoe") from None
+        own, _, settings = read_form(content, where, _WHAT, _FIELD, ("up", "bias", "down"))
+        up, bias, down = own
+        if up.ndim != 4 or up.shape[2] == 0 or bias.shape != up.shape[:3] or down.shape != up.shape:
+            raise no_form(where, _WHAT)
         return cls(up=up, bias=bias, down=down, settings=settings)
