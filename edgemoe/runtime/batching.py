@@ -215,8 +215,6 @@ class Batcher:
                 if request.slot is None:
                     return
                 continue
-            with self._changed:
-                self._waiting.remove(item)
             is_new = request.prompt_logprobs is not None or not request.reuses
             most = 0 if is_new else len(tokens) - 1
             adapter = request.adapter
@@ -225,6 +223,8 @@ class Batcher:
                 shared = self._prefixes.exchange(slot.state, tokens, shared, most, adapter)
             slot.state.use(adapter)
             slot.start(request, tokens, slot.state.rewind(shared), self._model.counters)
+            with self._changed:  # now that it has a sequence: whatever fails, somebody ends it
+                self._waiting.remove(item)
 
     def _parts(self) -> list[tuple[Slot, NDArray[np.int32]]]:
         """Returns who gets how many tokens into the next pass: prompts first, so that wanted rows are neighbours."""
@@ -278,7 +278,14 @@ class Batcher:
                 rows.append((span.stop - 1, slot))
         for run in _runs(rows, self._model):
             out = self._rows[: len(run)]
-            self._model.logits(hidden[run[0][0] : run[-1][0] + 1], out, run[0][1].state)
+            try:
+                self._model.logits(hidden[run[0][0] : run[-1][0] + 1], out, run[0][1].state)
+            except DeviceLost:
+                raise
+            except EdgemoeError as error:
+                for _, slot in run:
+                    self._finish(slot, "error", error)
+                continue
             for row, (_, slot) in zip(out, run, strict=True):
                 self._reply(slot, row)
 

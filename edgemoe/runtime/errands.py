@@ -51,14 +51,21 @@ class Errands:
             return
         with self._changed:
             ready = [item for item in self._queue if item[2]()]
-            self._queue = [item for item in self._queue if item not in ready]
-        for done, run, _ in ready:
+        for item in ready:
+            with (
+                self._changed
+            ):  # one after the other: what ends this thread leaves the rest to `end`
+                self._queue.remove(item)
+            done, run, _ = item
             if not done.set_running_or_notify_cancel():
                 continue
             try:
                 result = run()
             except (EdgemoeError, ValueError, OSError) as error:
                 done.set_exception(error)
+            except BaseException:
+                done.set_exception(RuntimeError("the batcher has ended"))
+                raise
             else:
                 done.set_result(result)
 

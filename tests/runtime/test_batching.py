@@ -12,10 +12,14 @@ from engines import with_slots
 from test_sequences import Broken, broken, slots  # noqa: F401 (a fixture)
 
 import edgemoe
+from edgemoe.errors import DeviceError
 from edgemoe.file.format import open_moe
 from edgemoe.runtime.batching import Batcher, QueueFull
+from edgemoe.runtime.errands import Errands
+from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
+from edgemoe.runtime.prefixes import PrefixStore
 from edgemoe.runtime.requests import Request
 from edgemoe.text.logprobs import log_softmax
 from edgemoe.text.sampler import SamplingParams
@@ -280,6 +284,58 @@ def test_wrong_requests_are_refused_and_change_nothing(tiny_moe):
     assert first.outcome.reason == "error"
     with pytest.raises(RuntimeError, match="has ended"):
         batcher.submit(second.request)
+
+
+def test_who_is_given_a_sequence_is_told_what_fails_meanwhile(tiny_moe, tmp_path, monkeypatch):
+    found = open_model(tiny_moe, EngineOptions(sequences=1))
+    store = PrefixStore(tmp_path, found.model, most_bytes=1 << 20)
+    batcher = Batcher(found.model, found.text.eos_ids, prefixes=store)
+    one = Asked(PROMPTS[0], PARAMS[0])
+
+    def fails(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(PrefixStore, "exchange", fails)
+    batcher.submit(one.request)
+    with pytest.raises(MemoryError, match="no room"):
+        batcher.step()
+    batcher.end(RuntimeError("over"))  # as the server's thread does
+    assert one.outcome.reason == "error"
+
+
+def test_logits_that_fail_end_the_replies_that_wait_for_them(tiny_moe, alone, monkeypatch):
+    batcher, _ = opened(tiny_moe, 2)
+    real, left = Model.logits, [DeviceError("broken")]
+
+    def logits(self, *args):
+        if left:
+            raise left.pop()
+        real(self, *args)
+
+    monkeypatch.setattr(Model, "logits", logits)
+    first, second = (Asked(PROMPTS[i], PARAMS[i]) for i in (0, 1))
+    run(batcher, first)
+    assert str(first.outcome.error) == "broken"
+    run(batcher, second)
+    assert second.tokens == alone[1][0]
+
+
+def test_an_errand_that_ends_the_thread_leaves_nobody_waiting():
+    errands = Errands(threading.Condition())
+
+    def fails():
+        raise RuntimeError("a fault of ours")
+
+    first = errands.add(lambda: 1, when=lambda: True)
+    second = errands.add(fails, when=lambda: True)
+    third = errands.add(lambda: 3, when=lambda: True)
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        errands.run()
+    errands.end(RuntimeError("over"))
+    assert first.result(0) == 1
+    for one in (second, third):
+        with pytest.raises(RuntimeError, match="the batcher has ended"):
+            one.result(0)
 
 
 def test_a_reply_ends_with_the_context(tiny_moe):
