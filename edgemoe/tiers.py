@@ -114,7 +114,7 @@ class Tiers:
         self.host.begin(*here, num_tokens, ahead=ahead, ahead_levels=ahead_levels)
         if num_tokens:
             self._ran, self._ran_levels = here[0], here[1]
-        np.maximum(self.host.residency, self.device.residency, out=self.residency)
+        self._look()
 
     @property
     def is_settled(self) -> bool:
@@ -156,6 +156,10 @@ class Tiers:
             return
         self.host.close()
         self._choose()
+        self._look()
+
+    def _look(self) -> None:
+        """Brings `residency` up to date."""
         np.maximum(self.host.residency, self.device.residency, out=self.residency)
 
     def _promote(self, keep: NDArray[np.bool_]) -> None:
@@ -264,7 +268,7 @@ class Tiers:
                     cache.close()
             for expert in part.tolist():  # which nobody will ask the host for
                 self.host.shrink(expert, 0)
-        np.maximum(self.host.residency, self.device.residency, out=self.residency)
+        self._look()
 
     def watch(self) -> NDArray[np.uint8]:
         """See `ExpertStore.watch`."""
@@ -295,11 +299,14 @@ class Tiers:
     def shrink(self, expert: int, level: int) -> bool:
         """See `_core.Cache.shrink`."""
         shrunk = self.host.shrink(expert, level)
-        return self.device.shrink(expert, level) and shrunk
+        shrunk = self.device.shrink(expert, level) and shrunk
+        self.residency[expert] = max(self.host.residency[expert], self.device.residency[expert])
+        return shrunk
 
     def set_budget(self, bytes: int) -> None:
         """See `_core.Cache.set_budget`: the host's."""
         self.host.set_budget(bytes)
+        self._look()
 
     def keep(self, level: int) -> None:
         """See `_core.Cache.keep`: the host's."""

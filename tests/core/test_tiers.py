@@ -206,10 +206,12 @@ def test_random_requests_equal_the_model(moe, slots, in_ram, mixed):
             settle(device)
             tiers.shrink(e, level)
             model.shrink(e, level)
+            assert tiers.residency[e] == model.residency()[e]
         elif what < 0.07:
             limit = int(rng.integers(MOST, 8)) * each
             tiers.set_budget(limit)
             model.limit(limit)
+            assert tiers.residency.tolist() == model.residency()
         n, layer = int(rng.integers(1, MOST + 1)), int(rng.integers(2))
         # Some are wanted more often, and others at times.
         p = np.roll(0.5 ** np.arange(EACH), rng.integers(EACH) if rng.random() < 0.1 else 0)
