@@ -76,6 +76,12 @@ class AdapterFile:
         layer, expert = self.which[row].tolist()
         return self.config.moe_layers[layer], expert
 
+    def digest(self) -> str:
+        """Returns what names its weights, in hexadecimal."""
+        sums = [[name, list(tensor.crcs)] for name, tensor in sorted(self.tensors.items())]
+        said = json.dumps([self.base, self.which.tolist(), self.experts.crcs.tolist(), sums])
+        return hashlib.sha256(said.encode()).hexdigest()
+
     @property
     def dense(self) -> Mapping[str, Tensor]:
         """The tensors that all of a token's experts share; the others are biases of single experts."""

@@ -154,10 +154,10 @@ def identity(model: Model, adapter: int = 0) -> str:
     for name, tensor in sorted(moe.tensors.items()):
         weights.update(f"{name}{tensor.crcs}".encode())
     if adapter:
-        file = model.adapters.files[adapter - 1]
-        weights.update(file.which.tobytes() + file.experts.crcs.tobytes())
-        for name, tensor in sorted(file.tensors.items()):
-            weights.update(f"{name}{tensor.crcs}".encode())
+        weights.update(model.adapters.files[adapter - 1].digest().encode())
+    for own in (model.scheduler.bit_routers, model.scheduler.stand_ins):
+        for array in () if own is None else own.tensors.values():
+            weights.update(np.ascontiguousarray(array))
     said = json.dumps([
         edgemoe.__version__, weights.hexdigest(), repr(model.config), options.dense_bits,
         hashlib.sha256(np.ascontiguousarray(bits).tobytes()).hexdigest(), options.scheduler,
@@ -295,7 +295,7 @@ class PrefixStore:
             if adapter is None:
                 raise FormatError(f"{name}: of another model, other settings or another version")
             state.use(adapter)
-            ids = file.tensor("ids")
+            ids = self._ids(file)
             if len(ids) > state.capacity:
                 raise FormatError(
                     f"{name}: {len(ids)} tokens do not fit a context of {state.capacity}"
@@ -332,17 +332,17 @@ class PrefixStore:
         length = len(entry.ids)
         try:
             file = SummedFile(entry.path, "a saved prefix")
-            if not np.array_equal(file.tensor("ids"), entry.ids):
+            if not np.array_equal(self._ids(file), entry.ids):
                 raise FormatError(f"{entry.path}: another prefix than it was")
             beside = entry.size // max(len(state.layers), 1)
             fill(self._model, state, entry.ids, entry.turned, file.tensor, beside)
             os.utime(entry.path)
+            entry.used = entry.path.stat().st_mtime
         except (FormatError, OSError, KeyError, ValueError) as error:
             logger.warning("a saved prefix of %d tokens is computed again: %s", length, error)
             state.rewind(0)
             self._remove(entry)
             return 0
-        entry.used = entry.path.stat().st_mtime
         return length
 
     def _read(self, path: Path) -> _Entry | None:
@@ -352,7 +352,7 @@ class PrefixStore:
             meta, ids = file.meta, np.empty(0, np.int64)
             adapter = self._adapter_of(meta)
             if adapter is not None:
-                ids = file.tensor("ids")
+                ids = self._ids(file)
             turned = int(meta.get("turned", "0"))
         except (FormatError, OSError, KeyError, ValueError) as error:
             if _OURS.fullmatch(path.name):  # others' may be anything
@@ -361,6 +361,19 @@ class PrefixStore:
                     path.unlink(missing_ok=True)
             return None
         return _Entry(path, ids, turned, adapter or 0, found.st_size, found.st_mtime)
+
+    def _ids(self, file: SummedFile) -> NDArray[np.int64]:
+        """Returns the tokens of a file.
+
+        Raises:
+            FormatError: these are none of the model's.
+            KeyError: there are none.
+        """
+        ids = file.tensor("ids")
+        is_sound = ids.dtype == np.int64 and ids.ndim == 1
+        if not is_sound or ((ids < 0) | (ids >= self._model.config.vocab_size)).any():
+            raise FormatError(f"{file.path}: holds no tokens of the model")
+        return ids
 
     def _adapter_of(self, meta: Mapping[str, str]) -> int | None:
         """Returns with which adapter a file was computed; None where it is of another model, or none that is here."""

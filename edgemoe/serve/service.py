@@ -368,6 +368,6 @@ def _fingerprint(opened: Opened) -> str:
         edgemoe.__version__, str(model.moe.source), model.config.family, model.config.experts_per_token,
         hashlib.sha256(model.top_bits.tobytes()).hexdigest(), dense, o.scheduler,
         str(sorted(o.options.items())), repr(o.kv_types),
-        *(hashlib.sha256(file.experts.crcs.tobytes()).hexdigest() for file in model.adapters.files),
+        *(file.digest() for file in model.adapters.files),
     ])  # fmt: skip
     return "em_" + hashlib.sha256(said.encode()).hexdigest()[:12]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import shutil
 
 import families
 import numpy as np
@@ -13,11 +14,15 @@ from test_batching import Asked, run
 
 from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
+from edgemoe.errors import FormatError
+from edgemoe.file.append import add_sections
+from edgemoe.file.summed import write_summed
+from edgemoe.quant import BitRouters
 from edgemoe.runtime.batching import Batcher
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.pool import PrefixPool
-from edgemoe.runtime.prefixes import PrefixStore
+from edgemoe.runtime.prefixes import PrefixStore, identity
 from edgemoe.text.sampler import SamplingParams
 
 RNG = np.random.default_rng(5)
@@ -126,6 +131,38 @@ def test_a_damaged_prefix_is_computed_again_and_said(tiny_moe, tmp_path, caplog,
         _, store = batcher(tiny_moe, tmp_path)
     assert "is removed" in caplog.text
     assert len(store) == 0
+
+
+@pytest.mark.parametrize(
+    "ids", [np.full(80, 264), np.full(80, -1), np.zeros((80, 2), np.int64), np.zeros(80, np.float32)], ids=str
+)  # fmt: skip
+def test_what_are_no_tokens_of_the_model_is_no_prefix(tiny_moe, tmp_path, caplog, ids):
+    one, store = batcher(tiny_moe, tmp_path)
+    meta = {"edgemoe_prefix": "1", "identity": identity(store._model), "turned": "0"}
+    write_summed(tmp_path / f"{'0' * 16}.prefix", {"ids": ids}, meta)
+    write_summed(tmp_path / "named", {"ids": ids}, meta)
+    with pytest.raises(FormatError, match="holds no tokens of the model"):
+        store.restore_from(one._slots[0].state, "named")
+    with caplog.at_level(logging.WARNING):
+        one, store = batcher(tiny_moe, tmp_path)
+    assert "holds no tokens of the model" in caplog.text
+    assert len(store) == 0
+    asked(one, LONG)
+
+
+def test_what_schedulers_are_trained_to_decides_what_is_held(tiny_moe, tmp_path):
+    found = []
+    for seed in (1, 1, 2):
+        rng, path = np.random.default_rng(seed), tmp_path / "x.moe"
+        arrays = [rng.random(shape, np.float32) for shape in ((2, 8, 2, 96), (2, 8, 2), (2, 8, 2))]
+        weight, gate_weight, bias = arrays
+        routers = BitRouters(levels=(2, 4), weight=weight, gate_weight=gate_weight, bias=bias)
+        shutil.copy(tiny_moe, path)
+        add_sections(path, {"bit-routers": routers.to_bytes()})
+        opened = open_model(path, EngineOptions(scheduler="d2moe", bits=4))
+        assert opened.model.scheduler.bit_routers is not None
+        found.append(identity(opened.model))
+    assert found[0] == found[1] != found[2]
 
 
 def test_what_is_not_ours_stays(tiny_moe, tmp_path):

@@ -15,6 +15,9 @@ import edgemoe
 from edgemoe.convert.adapter import convert_adapter
 from edgemoe.convert.convert import convert
 from edgemoe.file.format import open_moe
+from edgemoe.runtime.opening import open_model
+from edgemoe.runtime.options import EngineOptions
+from edgemoe.serve.service import _fingerprint
 
 TEXT = "Once upon a time there was a model which had been told to speak of nothing but itself, " * 2
 NAMES = ("tiny", "tiny:law", "tiny:care")
@@ -60,6 +63,16 @@ def said(client, name, **more):
     )
     assert done.model == more.get("shown", name if ":" in name else "tiny")
     return (done.choices[0].text, done.edgemoe["logits_hash"]), done.usage
+
+
+def test_a_fingerprint_is_of_all_weights(files, tmp_path):
+    """Also of those that are no experts'."""
+    base, found = open_moe(files / "base.moe"), []
+    for seed in (1, 1, 2):
+        convert_adapter(tune((), DENSE[:1], seed=seed), tmp_path / "x.moea", base)
+        options = EngineOptions(adapters=tmp_path / "x.moea", ram="64MiB")
+        found.append(_fingerprint(open_model(files / "base.moe", options)))
+    assert found[0] == found[1] != found[2]
 
 
 def test_the_list_has_each(server):
