@@ -32,6 +32,9 @@ NO_ADAPTER = "none"
 """The name that stands for the model alone."""
 _NAME = re.compile(r"[A-Za-z0-9_-][\w.-]{0,63}", re.ASCII)
 
+_PLACE_BYTES = 128
+"""What a cache's books take for each place of an expert; those of the model's own are in what a process grows by."""
+
 Weights = Mapping[str, Weight]
 
 
@@ -118,9 +121,13 @@ class Adapters:
         return self._dense_bytes(level), 4 * hidden if any(self.variants) else 0
 
     def _dense_bytes(self, level: int) -> int:
-        """Returns the memory of what `load` and `widen_biases` add to a model's weights."""
+        """Returns the memory of what `load` and `widen_biases` add to a model's weights, and of further places."""
         own = sum(dense_pages(file.dense.values(), level) for file in self.files)
-        return own + self._bias_bytes
+        return (
+            own
+            + self._bias_bytes
+            + _PLACE_BYTES * (0 if self.places is None else self.places.owner.size)
+        )
 
     @property
     def _bias_bytes(self) -> int:

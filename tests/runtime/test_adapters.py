@@ -295,11 +295,12 @@ def test_what_adapters_take_is_counted(files):
     with edgemoe.load(files["base.moe"], ram="64MiB", adapters=files["law.moea"]) as engine:
         budget, each = engine.budget, engine.model.store.cache.slot_bytes(5)
         assert budget.experts == before.experts + 3 * each
-        assert budget.dense == before.dense
+        # Two layers of one place and two, which both have: what caches keep of each place.
+        assert 2 * 2 * 100 <= budget.dense - before.dense <= 2 * 2 * 200
     with edgemoe.load(files["base.moe"], ram="64MiB", adapters=files["care.moea"]) as engine:
         adapter = engine.model.adapters.files[0]
         own = sum(sum(t.lengths) for t in adapter.tensors.values())
-        assert own <= engine.budget.dense - before.dense <= own + 4096 * len(adapter.tensors)
+        assert own <= engine.budget.dense - before.dense <= own + 4096 * (len(adapter.tensors) + 1)
 
 
 @pytest.mark.parametrize(
