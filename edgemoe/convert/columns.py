@@ -120,5 +120,8 @@ def _sample(model: SourceModel, calibration: Calibration, row: int) -> _Sample |
     if moments is None:
         return None
     w = model.expert(layer, index)[1] if name.startswith("experts.") else model.tensor(name)
+    squares = moments.diagonal() if squares is None else squares
+    if not squares.any():  # nothing came through it, so that no column is stronger than another
+        return None
     some = np.ascontiguousarray(w[:: max(len(w) // _ROWS, 1)][:_ROWS], np.float32)
-    return _Sample(some, moments, moments.diagonal() if squares is None else squares)
+    return _Sample(some, moments, squares)

@@ -144,6 +144,15 @@ def test_narrower_experts_have_them_too(source, calibration, tmp_path):
         assert np.isfinite(engine.logits([1, 2, 3])).all()
 
 
+def test_columns_through_which_nothing_came_are_left_alone(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "corrected.products", lambda rng, cols, count=(), **_: np.zeros((*count, cols, cols), "f4")
+    )
+    model = SourceModel(source)
+    scales = choose_scales(model, calibrated(tmp_path / "x.calib", model.config))
+    assert (scales.values == 1).all()
+
+
 def test_powers_of_strength_have_mean_one():
     found = strength(np.array([16.0, 1, 1, 0], np.float32), 0.25)
     assert found[0] == pytest.approx(2 * found[1])
