@@ -80,7 +80,7 @@ class Allocation:
             raise FormatError(f"{where}: allocation version {quoted(version)}; expected 1 or 2")
         try:
             bits = np.array(value["bits"])
-            layers = tuple(map(int, value["layers"]))
+            layers = tuple(value["layers"])
             if (
                 bits.dtype.kind != "i"
                 or bits.ndim != 2
@@ -90,7 +90,9 @@ class Allocation:
                 raise ValueError
             if ("dense" in value) != (version == 2):
                 raise ValueError
-            dense = {str(name): int(b) for name, b in dict(value.get("dense", {})).items()}
+            dense = dict(value.get("dense", {}))
+            if not all(type(n) is int for n in (*layers, *dense.values())):
+                raise ValueError
             return cls(
                 method=str(value["method"]), settings=dict(value["settings"]), layers=layers,
                 bits=bits.astype(np.int8),

@@ -100,7 +100,8 @@ def read_profile(path: Path, of: Mapping[str, str]) -> Profile | None:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         return None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, TypeError, AttributeError) as error:
+        # The latter two are the library's, of types that numpy does not have.
         raise FormatError(f"{path}: not a profile: {error}") from None
     if meta.get("crc") != _crc(tensors):
         raise FormatError(f"{path}: damaged: its checksum does not match")

@@ -138,7 +138,7 @@ def test_json_round_trip(tiny_moe):
     [
         {"bits": [[2, 3], [2]]}, {"bits": [2, 3]}, {"bits": [[2, 9]] * 2}, {"bits": [["x", 2]] * 2},
         {"layers": [0]}, {"layers": None}, {"edgemoe_allocation": 2}, {"protected": [[1]]},
-        {"settings": 3}, {"bits": None},
+        {"settings": 3}, {"bits": None}, {"layers": [0.2, 1]}, {"edgemoe_allocation": 2, "dense": {"head": 2.5}},
     ],
 )  # fmt: skip
 def test_broken_allocations_are_refused(change):

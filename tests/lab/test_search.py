@@ -279,6 +279,12 @@ def test_a_search_goes_on_where_it_was(tiny_moe, calibrated, windows, tmp_path):
     (tmp_path / "b").write_text("{}")
     with pytest.raises(FormatError, match="no search of edgemoe; --overwrite begins anew"):
         searched(tiny_moe, calibrated, windows, tmp_path / "b")
+    damaged = json.loads((tmp_path / "a").read_bytes())
+    for level in (-1, 5, 1 << 70):
+        damaged["state"]["parent"][3] = level
+        (tmp_path / "b").write_text(json.dumps(damaged))
+        with pytest.raises(FormatError, match="no search of edgemoe; --overwrite begins anew"):
+            searched(tiny_moe, calibrated, windows, tmp_path / "b")
     with pytest.raises(ValueError, match=r"1000 bytes; the fewest that this model takes are \d+"):
         searched(tiny_moe, calibrated, windows, tmp_path / "c", total=1000)
     assert not (tmp_path / "c").exists()

@@ -231,6 +231,12 @@ def test_wrong_contents_are_refused(change, message, tiny_moe, tmp_path):
     with pytest.raises(FormatError, match=message):
         read_profile(tmp_path / "p", of)
     save_file({"uses": np.ones((L, E))}, tmp_path / "q", {"edgemoe_profile": "2"})
+    header = b'{"uses":{"dtype":"%s","shape":[1],"data_offsets":[0,%d]},"__metadata__":{"edgemoe_profile":"1"}}'
+    for odd in ((b"BF16", 2), (b"F8_E4M3", 1)):  # which numpy does not have
+        text = header % odd
+        (tmp_path / "r").write_bytes(len(text).to_bytes(8, "little") + text + bytes(odd[1]))
+        with pytest.raises(FormatError, match="not a profile: "):
+            read_profile(tmp_path / "r", of)
     with pytest.raises(FormatError, match="not a profile of version 1"):
         read_profile(tmp_path / "q", of)
 

@@ -113,7 +113,7 @@ def search_everything(
         cost=_costs(losses, units, errors), sizes=units.sizes, lowest=lowest, highest=units.top, total=total
     )  # fmt: skip
     first = field.least_sum()
-    if (state := saved.standing(len(units))) is None:
+    if (state := saved.standing(units.top)) is None:
         saved.begin(state := Standing(0, first, measure(first, last)))
 
     def after(state: Standing) -> None:

@@ -15,6 +15,7 @@ from edgemoe.errors import FormatError, quoted
 from edgemoe.file.parse import parse_json
 from edgemoe.file.whole import write_whole
 from edgemoe.lab.bits.search import Standing
+from edgemoe.lab.bits.units import Choice
 
 __all__ = ["SearchFile"]
 
@@ -69,8 +70,15 @@ class SearchFile:
                 self.keep()
         return self._costs[name]
 
-    def standing(self, units: int) -> Standing | None:
-        """Returns where the search of so many units stands; None where it has not begun."""
+    def standing(self, top: Choice) -> Standing | None:
+        """Returns where the search stands; None where it has not begun.
+
+        Args:
+            top: the highest level that each unit may have.
+
+        Raises:
+            FormatError: the file says something else.
+        """
         if self._state is None:
             return None
         try:
@@ -78,9 +86,9 @@ class SearchFile:
                 int(self._state["generation"]), np.array(self._state["parent"], np.int64),
                 float(self._state["loss"]), int(self._state["kept"]),
             )  # fmt: skip
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             raise self._wrong() from None
-        if found.parent.shape != (units,):
+        if found.parent.shape != top.shape or ((found.parent < 0) | (found.parent > top)).any():
             raise self._wrong()
         return found
 
