@@ -14,15 +14,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import results
+from halves import cut
 
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.allocate import Settings, allocate
-from edgemoe.lab.bits.calibrate import windows_of
 from edgemoe.lab.quality.loss import Loss
 from edgemoe.quant import Calibration
 
@@ -68,10 +69,9 @@ def main() -> None:
     moe, calibration = open_moe(args.model), Calibration(args.calibration)
     shape = (len(moe.config.moe_layers), moe.config.num_experts)
 
-    def cut(path: Path, count: int) -> Any:
-        return windows_of(moe, path.read_text(encoding="utf-8"), window=args.window, count=count)
+    pieces = partial(cut, moe, args.window)
 
-    measured = None if args.measure is None else cut(args.measure, args.measured_windows)
+    measured = None if args.measure is None else pieces(args.measure, args.measured_windows)
     rows: list[dict[str, Any]] = []
 
     def add(label: str, bits: np.ndarray) -> None:
@@ -79,7 +79,7 @@ def main() -> None:
         print(f"| {label} | {bits.mean():.3f} | {rows[-1]['kl']:.5f} |", flush=True)
 
     print("| method | bits | KL |\n|---|---|---|")
-    with Loss(args.model, cut(args.text, args.windows), reference=moe.ladder[-1][0]) as loss:
+    with Loss(args.model, pieces(args.text, args.windows), reference=moe.ladder[-1][0]) as loss:
         for rung in moe.ladder:
             add(f"uniform {rung[0]}", np.full(shape, rung[0], np.int8))
         for label, method, settings in candidates(args.average):

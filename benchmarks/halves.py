@@ -1,11 +1,21 @@
-"""What a model of torch says of the second halves of windows, for benchmarks that change it and ask what that cost."""
+"""Windows of a text, and what a model of torch says of their second halves, for benchmarks that change it and ask what
+that cost."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from edgemoe.file.format import MoeFile
+from edgemoe.lab.bits.calibrate import windows_of
+
+
+def cut(moe: MoeFile, window: int, path: Path, count: int) -> NDArray[np.int32]:
+    """Returns the first pieces of a text, [count, window]; see `windows_of`."""
+    return windows_of(moe, path.read_text(encoding="utf-8"), window=window, count=count)
 
 
 def log_probs(model: Any, windows: NDArray[np.int32]) -> NDArray[np.float64]:

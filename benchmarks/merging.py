@@ -12,18 +12,18 @@ frequency. All members keep their gates. Needs the extra `train`.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from halves import divergences, log_probs
+from halves import cut, divergences, log_probs
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.bit_router import Routed
-from edgemoe.lab.bits.calibrate import windows_of
 from edgemoe.quant import Calibration
 
 Matrices = tuple[Tensor, ...]
@@ -93,12 +93,11 @@ def main() -> None:
     count = np.stack([calibration.layer(i, "count") for i in calibration.layers])
     original = list(model.experts)
 
-    def cut(path: Path, n: int) -> NDArray[np.int32]:
-        return windows_of(moe, path.read_text(encoding="utf-8"), window=args.window, count=n)
+    pieces = partial(cut, moe, args.window)
 
-    model.logits(cut(args.text, 8))
+    model.logits(pieces(args.text, 8))
     scores = [torch.cat(model.scores[i]).numpy() for i in range(L)]
-    windows = cut(args.held_out, args.windows)
+    windows = pieces(args.held_out, args.windows)
     reference = log_probs(model, windows)
     print("| experts of their own | what becomes of the others | KL |\n|---|---|---|")
     for keep in (7 * E // 8, 3 * E // 4, E // 2):

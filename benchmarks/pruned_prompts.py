@@ -12,19 +12,18 @@ on the first text; all figures are of the second. Float32. Needs the extra `trai
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from halves import divergences, log_probs
-from numpy.typing import NDArray
+from halves import cut, divergences, log_probs
 from torch import Tensor
 from torch.nn import functional
 
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.bit_router import Routed, ffn
-from edgemoe.lab.bits.calibrate import windows_of
 
 
 class Pruned(Routed):
@@ -103,10 +102,9 @@ def main() -> None:
     model = Pruned(moe, (moe.ladder[-1][0],), rate=1.0)
     every = range(len(moe.config.moe_layers))
 
-    def cut(path: Path, count: int) -> NDArray[np.int32]:
-        return windows_of(moe, path.read_text(encoding="utf-8"), window=args.window, count=count)
+    pieces = partial(cut, moe, args.window)
 
-    ranking, windows = cut(args.text, args.ranking_windows), cut(args.held_out, args.windows)
+    ranking, windows = pieces(args.text, args.ranking_windows), pieces(args.held_out, args.windows)
     first = log_probs(model, ranking)
     model.betas = [float(torch.cat(r).median()) for r in model.ratios]
     alone = []

@@ -11,19 +11,19 @@ another text; everything else is float32. Needs the extra `train`.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from halves import divergences, log_probs
+from halves import cut, divergences, log_probs
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.bit_router import Routed
-from edgemoe.lab.bits.calibrate import windows_of
 from edgemoe.specs import AttentionSpec
 
 FIRST, LAST = 16, 64
@@ -74,15 +74,14 @@ def main() -> None:
     functional.scaled_dot_product_attention = heads  # type: ignore[assignment]
     model = Routed(moe, (moe.ladder[-1][0],), rate=1.0)
 
-    def cut(path: Path, count: int) -> NDArray[np.int32]:
-        return windows_of(moe, path.read_text(encoding="utf-8"), window=args.window, count=count)
+    pieces = partial(cut, moe, args.window)
 
     def divergence(
         reference: NDArray[np.float64], windows: NDArray[np.int32]
     ) -> NDArray[np.float64]:
         return divergences(reference, log_probs(model, windows))
 
-    ranking = cut(args.text, args.ranking_windows)
+    ranking = pieces(args.text, args.ranking_windows)
     reference = log_probs(model, ranking)
     outside = heads.outside / (reference.shape[0] * reference.shape[1])
     alone = np.zeros(heads.streams.shape)
@@ -92,7 +91,7 @@ def main() -> None:
         alone[at] = divergence(reference, ranking).mean()
     print("attention outside, by layer and head\n", np.array2string(outside, precision=3))
     print("KL when one alone streams\n", np.array2string(alone, precision=5, suppress_small=True))
-    windows = cut(args.held_out, args.windows)
+    windows = pieces(args.held_out, args.windows)
     heads.streams[:] = False
     reference = log_probs(model, windows)
     print(
