@@ -157,7 +157,7 @@ def identity(model: Model, adapter: int = 0) -> str:
         weights.update(model.adapters.files[adapter - 1].digest().encode())
     for own in (model.scheduler.bit_routers, model.scheduler.stand_ins):
         for array in () if own is None else own.tensors.values():
-            weights.update(np.ascontiguousarray(array))
+            weights.update(np.ascontiguousarray(array).data)
     said = json.dumps([
         edgemoe.__version__, weights.hexdigest(), repr(model.config), options.dense_bits,
         hashlib.sha256(np.ascontiguousarray(bits).tobytes()).hexdigest(), options.scheduler,

@@ -134,7 +134,8 @@ def test_a_damaged_prefix_is_computed_again_and_said(tiny_moe, tmp_path, caplog,
 
 
 @pytest.mark.parametrize(
-    "ids", [np.full(80, 264), np.full(80, -1), np.zeros((80, 2), np.int64), np.zeros(80, np.float32)], ids=str
+    "ids", [np.full(80, 264), np.full(80, -1), np.zeros((80, 2), np.int64), np.zeros(80, np.float32)],
+    ids=["above", "below", "pairs", "floats"],
 )  # fmt: skip
 def test_what_are_no_tokens_of_the_model_is_no_prefix(tiny_moe, tmp_path, caplog, ids):
     one, store = batcher(tiny_moe, tmp_path)
