@@ -104,6 +104,7 @@ class RoutedFfn:
         """See `Ffn.run`."""
         self._routers.choose(self._index, normed, batch)
         self._experts.run_chosen(self._index, self._layer, normed, out)
+        self._has_shared = False
 
     def end(self, x: Array, normed: Array, out: Array) -> None:
         """See `Ffn.end`."""
