@@ -212,6 +212,9 @@ class Ops(Protocol):
     def upload(self, x: Array, out: Array) -> None:
         """Copies from the host's x."""
 
+    def settle(self) -> None:
+        """Raises what attention could not store, and no verb since has raised."""
+
     def host(self, *shape: int, dtype: str) -> NDArray[Any]:
         """Returns a new array that Python reads after a verb has written it: what routers choose, for schedulers."""
 

@@ -64,6 +64,9 @@ class CpuOps:
         """See `Ops.upload`."""
         out[...] = x
 
+    def settle(self) -> None:
+        """See `Ops.settle`: nothing is left for later."""
+
     def host(self, *shape: int, dtype: str) -> NDArray[Any]:
         """See `Ops.host`."""
         return np.empty(shape, dtype)

@@ -81,8 +81,8 @@ class CudaOps(CudaMixers):
         self._x = np.empty((shape.max_tokens, d), np.float32)
         self._parts = np.empty((shape.max_tokens * max(k, 1), d), np.float32)
         self._shares = shares
-        self._layers: dict[int, tuple[ExpertLayer, list[Any], Any]] = {}
-        """By its identity, what the experts of a layer have: on the host; biases and basis on the device."""
+        self._layers: dict[int, tuple[ExpertLayer, tuple[ExpertLayer, list[Any], Any]]] = {}
+        """By its identity, a layer, and what its experts have: on the host; biases and basis on the device."""
 
     @staticmethod
     def scratch_bytes(shape: OpsShape, config: ModelConfig, *, corrected: bool) -> int:
@@ -112,6 +112,10 @@ class CudaOps(CudaMixers):
         """See `Ops.upload`."""
         self._x_of = None
         out.upload(x)
+
+    def settle(self) -> None:
+        """See `Ops.settle`; waits."""
+        _core.device_download(self._ws, [], [])
 
     def host(self, *shape: int, dtype: str) -> NDArray[Any]:
         """See `Ops.host`."""
@@ -483,8 +487,9 @@ class CudaOps(CudaMixers):
                 basis=None if basis is None else basis.host,
             )  # fmt: skip
             there = [] if biases is None else [b.device for b in biases]
-            self._layers[id(layer)] = host, there, None if basis is None else basis.device
-        return self._layers[id(layer)]
+            own = host, there, None if basis is None else basis.device
+            self._layers[id(layer)] = layer, own  # which keeps its identity from being another's
+        return self._layers[id(layer)][1]
 
     def _copy(self, x: Array) -> HostArray:
         """Returns the host's copy of what was routed last."""

@@ -91,6 +91,9 @@ class Decoder:
             next((j for j in config.moe_layers if j >= i), config.num_layers)
             for i in range(config.num_layers + 1)
         ]  # of each layer, the next one with experts
+        behind = config.mixer_by_layer[max(config.moe_layers, default=-1) + 1 :]
+        # To choose experts the host waits, and is told what earlier layers could not store.
+        self._stores_last = any(spec.cached_heads[0] for spec in behind)
         d = config.hidden_size
         self._rows = Rows(*(ops.empty(max_tokens, d) for _ in range(3)))  # x, normed, added
         shared = Rows(ops.empty(max_tokens, d))
@@ -194,6 +197,8 @@ class Decoder:
             after = stop
         if ran:
             self._experts.count(ran)
+        elif self._stores_last:
+            ops.settle()
         return cast(Array, normed)
 
     def _run(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -176,22 +178,35 @@ class Model:
                 scheduler.begin()
         start, sequences = time.perf_counter(), len(batch.slices)
         try:
-            scheduler.tokens(batch.ids, sequences)
-            hidden = self.decoder.forward(batch)
-            scheduler.passed(len(batch), time.perf_counter() - start, sequences)
+            with self._says_whether_lost():
+                scheduler.tokens(batch.ids, sequences)
+                hidden = self.decoder.forward(batch)
+                scheduler.passed(len(batch), time.perf_counter() - start, sequences)
+        finally:
+            self.count()
+        return hidden
+
+    @contextlib.contextmanager
+    def _says_whether_lost(self) -> Iterator[None]:
+        """Raises DeviceLost in place of an error of a device that does nothing any more."""
+        try:
+            yield
         except DeviceError as error:
             if self.device is None or not self.device.is_lost:
                 raise
             raise DeviceLost(
                 f"{self.options.device} is lost, and the model has to be opened again: {error}"
             ) from error
-        finally:
-            self.count()
-        return hidden
 
     def logits(self, hidden: Array, out: NDArray[np.float32], of: SequenceState) -> None:
-        """out [T, V] = the logits of rows of `forward`'s result: of a sequence, or of some with the same `variant`."""
-        self.decoder.logits(hidden, out, self.variant(of))
+        """out [T, V] = the logits of rows of `forward`'s result: of a sequence, or of some with the same `variant`.
+
+        Raises:
+            DeviceError: the device failed.
+            DeviceLost: it will do so from now on.
+        """
+        with self._says_whether_lost():
+            self.decoder.logits(hidden, out, self.variant(of))
         if self.experts.observer is not None:
             self.experts.observer.end()
 

@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 from engines import with_slots
 from simulated import configured, on_device, plug_in, small_moe, with_vram
+from tiny import tiny_checkpoint
 
 import edgemoe
 import edgemoe.ops_cuda
 import edgemoe.runtime.on_device
 from edgemoe import placement
+from edgemoe.convert.convert import convert
 from edgemoe.devices import DeviceName, found
-from edgemoe.errors import DeviceError, DeviceLost, OutOfBudget
+from edgemoe.errors import DeviceError, DeviceLost, OutOfBudget, RangeError
 from edgemoe.file.format import open_moe
-from edgemoe.model import KvTable
+from edgemoe.model import Batch, KvTable
 from edgemoe.ops import Ops
 from edgemoe.ops_cuda import CudaOps
 from edgemoe.placement import hosted, lacks, unsupported
@@ -257,6 +259,39 @@ def test_a_copy_that_fails_is_one_line(tiny_moe):
         with configured(may_copy=0), pytest.raises(DeviceError, match="copies fail"):
             engine.logits(IDS[:5])
         assert engine.logits(IDS[:5]).tobytes() == expected
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_what_no_cache_can_hold_is_said_before_it_counts(tmp_path, tokens):
+    """By a layer behind the last one that chooses experts, after which nobody waits for the device."""
+    source, prefix = tiny_checkpoint(), "model.layers.1."
+    source.config["mlp_only_layers"] = [1]
+    for name in list(source.shapes):
+        if name.startswith(f"{prefix}mlp"):
+            part = source._tensors.pop(name)
+            if "shared_expert." in name:
+                source._tensors[name.replace("shared_expert.", "")] = part
+    source.tensor(f"{prefix}self_attn.v_proj.weight")[:] *= 1e5
+    convert(source, tmp_path / "x.moe")
+    said = []
+    for where in ({}, on_device()):
+        with edgemoe.load(tmp_path / "x.moe", context=64, **where) as engine:
+            with pytest.raises(RangeError, match="^layer 1: a value of") as caught:
+                engine.logits(IDS[:tokens], last_only=True)
+            said.append(str(caught.value))
+            with pytest.raises(RangeError, match="^layer 1: a value of"):
+                engine.extend(IDS[:1])
+            assert engine._sequence.state.length == 0
+    assert said[0] == said[1]
+
+
+def test_a_device_that_is_lost_before_logits_says_so(tiny_moe):
+    with edgemoe.load(tiny_moe, context=64, sequences=2, **on_device()) as engine:
+        model, out = engine.model, np.empty((1, engine.config.vocab_size), np.float32)
+        state = model.make_state()
+        hidden = model.forward(Batch.of((state, np.array(IDS[:5], np.int32))))
+        with configured(lost=1), pytest.raises(DeviceLost, match="cuda:0 is lost"):
+            model.logits(hidden[-1:], out, state)
 
 
 def test_a_device_that_is_lost_says_so_from_then_on(tiny_moe):
