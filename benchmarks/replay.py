@@ -77,7 +77,7 @@ def replayed(trace: Trace, slots: int, timing: Timing) -> tuple[Replay, NDArray[
     scheduler = make_scheduler(tape, "on-demand", budget_bytes=slots, options=PLAIN)
     seconds: list[float] = []
 
-    def passed(tokens: int, took: float) -> None:
+    def passed(tokens: int, took: float, sequences: int = 1) -> None:
         if tokens == 1:
             seconds.append(took)
 

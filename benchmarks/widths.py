@@ -140,9 +140,10 @@ def milliseconds(engine: edgemoe.Engine) -> dict[str, float]:
     clock, model = Clock(), engine.model
     for verb in _VERBS:
         clock.time(model.ops, verb)
-    for i, layer in enumerate(model.decoder._layers):
+    for i, layer in enumerate(model.decoder._stacks[0].layers):
         clock.time(layer.mixer, "forward", f"mixer {i}")
-        clock.time(layer.ffn, "forward", f"ffn {i}")
+        for part in () if layer.ffn is None else ("begin", "run_experts", "run", "end"):
+            clock.time(layer.ffn, part, f"ffn {i}")
     tokens = []
     for _ in decoded(engine):
         tokens.append(dict(clock.seconds))
