@@ -167,7 +167,8 @@ class SourceModel:
                     f"{source.name}: expected shape {list(shape)}, got {list(stored[source.name])}"
                 )
         if missing:
-            raise FormatError(f"missing {listed(missing)}")
+            # Once, where several of ours are made of one.
+            raise FormatError(f"missing {listed(dict.fromkeys(missing))}")
         for name, source in sources.items():
             count = config.num_experts if name.startswith("experts.") else 1
             if source.times and stored.get(source.times) != (count,):

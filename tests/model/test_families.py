@@ -241,6 +241,16 @@ def test_refuses_other_tensors(
     assert message in str(error.value)
 
 
+def test_what_several_tensors_are_made_of_is_named_once(tmp_path: Path) -> None:
+    path = families.make("glm4_moe_lite", tmp_path) / "model.safetensors"
+    tensors = load_file(path)
+    gone = "model.layers.0.self_attn.kv_b_proj.weight"
+    del tensors[gone]
+    save_file(tensors, path)
+    with pytest.raises(FormatError, match=f"missing tensor {gone}$"):
+        open_model(tmp_path)
+
+
 def test_accepts_harmless_extra_tensors(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     tensors = load_file(checkpoints["olmoe"] / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
