@@ -241,6 +241,16 @@ def test_refuses_other_tensors(
     assert message in str(error.value)
 
 
+def test_a_floor_of_the_sum_of_gates_is_refused(tmp_path: Path) -> None:
+    """llama.cpp has one for all models; ERNIE's config.json can ask for one."""
+    path = families.make("ernie4_5_moe", tmp_path) / "config.json"
+    config = json.loads(path.read_text())
+    assert config["moe_norm_min"] == 1e-12
+    path.write_text(json.dumps(config | {"moe_norm_min": 2.0**-14}))
+    with pytest.raises(FormatError, match="moe_norm_min: expected at most 1e-12, got 6.1"):
+        open_model(tmp_path)
+
+
 def test_what_several_tensors_are_made_of_is_named_once(tmp_path: Path) -> None:
     path = families.make("glm4_moe_lite", tmp_path) / "model.safetensors"
     tensors = load_file(path)

@@ -10,6 +10,8 @@ from edgemoe.convert.settings import Settings
 __all__ = ["FAMILY"]
 
 _BIAS = "mlp.moe_statics.e_score_correction_bias"
+_LEAST = 1e-12
+"""What a sum of gates counts as at least, which none is below; we have no floor."""
 
 
 def _config(settings: Settings) -> ModelConfig:
@@ -24,6 +26,8 @@ def _config(settings: Settings) -> ModelConfig:
     bias = settings.flag("use_bias", False)
     if bias:
         raise settings.error("use_bias", "biases in the FFNs are not supported")
+    if (floor := settings.number("moe_norm_min", _LEAST)) > _LEAST:
+        raise settings.error("moe_norm_min", f"expected at most {_LEAST:g}, got {floor:g}")
     return decoder_config(
         settings,
         family="ernie4_5_moe",
