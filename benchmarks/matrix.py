@@ -65,7 +65,12 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"norm_topk_prob": False},
     "qwen3_moe": {"norm_topk_prob": True},
     "qwen3_next": _DELTA,
-    "qwen3_5_moe": _DELTA,
+    "qwen3_5_moe": {  # sections of positions in pictures, without which its files do not load
+        **_DELTA,
+        "rope_parameters": {
+            "rope_type": "default", "rope_theta": 5000.0, "partial_rotary_factor": 0.5, "mrope_section": [2, 2, 2],
+        },
+    },
     # llama.cpp rounds YaRN's range, which the released model does not: here it ends at 1.9996 and 2.
     "gpt_oss": {
         "rope_parameters": {
@@ -88,6 +93,9 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_shared_experts": 1, "intermediate_size": 512},
     "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "default", "rope_theta": 11158840.0}},
 }  # fmt: skip
+
+# What is multiplied. A sum of gates below 2**-14 counts as 2**-14 in llama.cpp; ERNIE's bias chooses such as well.
+_FACTORS: dict[str, tuple[str, float]] = {"ernie4_5_moe": ("mlp.gate.weight", 0.25)}
 
 _OTHERS = ("phimoe",)
 """Families that llama.cpp computes otherwise: its router for Phi is a plain softmax."""
@@ -166,9 +174,18 @@ def rows(name: str, folder: Path, llama_cpp: Path, program: Path) -> Iterator[st
     setting = {**families.SETTINGS[name], "hidden_size": 256}
     changes = {key: 256 for key in _WIDTHS if key in setting} | _CHANGES.get(name, {})
     import torch
+    from safetensors.torch import load_file, save_file
 
     path, texts = folder / "hf", [families.random_ids(_TOKENS, seed=i) for i in range(_TEXTS)]
     families.make(name, path, dtype=torch.bfloat16, changes=changes)
+    if name in _FACTORS:
+        (end, factor), file = _FACTORS[name], path / "model.safetensors"
+        tensors = load_file(file)
+        save_file(
+            {n: t * factor if n.endswith(end) else t for n, t in tensors.items()},
+            file,
+            {"format": "pt"},
+        )
     expected = [transformers_on(name, path, ids) for ids in texts]
     got = compared(ours(HFCheckpoint(path), texts, folder / "x.moe"), expected)
     yield f"| {name} | HF bf16 | transformers | {got} |"
