@@ -382,7 +382,9 @@ def _given_up(slots: list[Slot]) -> Callable[[], bool]:
     wanted = [slot.request for slot in slots if slot.request is not None]
 
     def ask() -> bool:
-        return all(request.is_cancelled for request in wanted)
+        while wanted and wanted[-1].is_cancelled:  # who has left does not come back: one is asked
+            wanted.pop()
+        return not wanted
 
     return ask
 

@@ -291,7 +291,7 @@ def _streamed(service: Service, answer: Answer, limit: asyncio.TimerHandle) -> R
 
     return EventSourceResponse(
         body(), ping=settings.ping, ping_message_factory=lambda: answer.ping(), sep="\n",  # type: ignore[arg-type,return-value]
-        headers={"Cache-Control": "no-cache"}, send_timeout=60, shutdown_grace_period=settings.grace,
+        headers={"Cache-Control": "no-cache"}, shutdown_grace_period=settings.grace,
         client_close_handler_callable=gone,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Connections: how many an address may have, and how long one may take to say what it wants."""
+"""Connections: how many an address may have, how long one may take to say what it wants, and to take the answer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["PATIENCE", "connections"]
+__all__ = ["PATIENCE", "TAKING", "connections"]
 
 PATIENCE = 30.0
 """Seconds in which a request's head has to be whole, and between two parts of its body."""
+TAKING = 60.0
+"""Seconds in which a client has to read what waits for it, once no more can wait."""
 
 
 def connections(most: int) -> type[H11Protocol]:
@@ -26,6 +28,7 @@ class _Connection(H11Protocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._timer: asyncio.TimerHandle | None = None
+        self._full: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -41,6 +44,7 @@ class _Connection(H11Protocol):
         if not self.counts[self._address]:
             del self.counts[self._address]
         self._calm()
+        self._taken()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -49,6 +53,19 @@ class _Connection(H11Protocol):
 
     def _unsupported_upgrade_warning(self) -> None:
         """Says nothing of what uvicorn would have installed: here is nothing to upgrade to, and HTTP goes on."""
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._full = self.loop.call_later(TAKING, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._taken()
+        super().resume_writing()
+
+    def _taken(self) -> None:
+        if self._full is not None:
+            self._full.cancel()
+            self._full = None
 
     def _watch(self) -> None:
         """Waits for a head, where none is whole."""

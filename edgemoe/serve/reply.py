@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,8 +24,8 @@ __all__ = ["Ask", "Ended", "Part", "Progress", "Reply", "call_id", "timings", "u
 
 _LOOKS = 0.05
 """Seconds between two looks at how far a prompt is, for who wants to know."""
-_TOGETHER = 0.03
-"""Seconds within which tokens go out together: waking a client takes time that the engine's threads could use."""
+_TOGETHER = 0.05
+"""Seconds within which tokens go out together: an event, and waking a client, take time that the engine could use."""
 _SELDOM = 0.5
 """The same for a reply that goes out as a whole."""
 
@@ -279,15 +277,16 @@ class Reply:
         Raises:
             Problem: it failed.
         """
-        async with contextlib.aclosing(self.watched(math.inf)) as items:
-            async for item in items:
-                if not isinstance(item, Progress):
-                    yield item
+        try:
+            while not isinstance(item := await self._next(), Ended):
+                yield item
+            yield item
+        finally:
+            self.request.is_cancelled = True
 
-    async def watched(self, every: float = _LOOKS) -> AsyncGenerator[Part | Ended | Progress, None]:
+    async def watched(self) -> AsyncIterator[Part | Ended | Progress]:
         """Yields what `parts` does, and how far the prompt is whenever it has come further."""
         request, told, total = self.request, -1, len(self.request.ids)
-        tells = every < math.inf
 
         def progress(computed: int) -> Progress:
             passed = time.perf_counter() - request.began
@@ -295,17 +294,15 @@ class Reply:
 
         try:
             while True:
-                wait = every if tells and told < total else None
+                wait = _LOOKS if told < total else None
                 try:
-                    item = await asyncio.wait_for(self._parts.get(), wait)
+                    item = await asyncio.wait_for(self._next(), wait)
                 except asyncio.TimeoutError:
                     if request.has_begun and request.computed != told:
                         told = request.computed
                         yield progress(told)
                     continue
-                if isinstance(item, Exception):
-                    raise _problem(item)
-                if tells and told < total:
+                if told < total:
                     told = total
                     yield progress(told)
                 yield item
@@ -313,6 +310,12 @@ class Reply:
                     return
         finally:
             self.request.is_cancelled = True
+
+    async def _next(self) -> Part | Ended:
+        item = await self._parts.get()
+        if isinstance(item, Exception):
+            raise _problem(item)
+        return item
 
 
 def _problem(error: Exception) -> Problem:

@@ -46,9 +46,7 @@ class Watch:
         """
         if self._viewers >= _MOST_VIEWERS:
             raise Problem(429, f"{_MOST_VIEWERS} pages look already", retry_after=10)
-        return EventSourceResponse(
-            self._events(), sep="\n", headers={"Cache-Control": "no-cache"}, send_timeout=30
-        )
+        return EventSourceResponse(self._events(), sep="\n", headers={"Cache-Control": "no-cache"})
 
     async def _events(self) -> AsyncIterator[bytes]:
         service = self._service

@@ -7,9 +7,10 @@ import resource
 import signal
 import socket
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import httpx2 as httpx
+import psutil
 from served import running, started
 
 from edgemoe.serve import connections
@@ -99,6 +100,29 @@ def test_who_does_not_read_holds_up_nobody(server):
             text += raw.recv(1 << 20)
     assert text.count(b'"finish_reason":"length"') == 2
     server.settle()
+
+
+def test_who_never_reads_is_left(server, monkeypatch):
+    monkeypatch.setattr(connections, "TAKING", 0.2)
+    body = json.dumps({
+        **ASK, "max_tokens": 400, "ignore_eos": True, "stream": True, "logprobs": True, "top_logprobs": 20, "n": 8,
+    }).encode()  # fmt: skip
+    with socket.socket() as raw:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        raw.connect(("127.0.0.1", port_of(server)))
+        raw.settimeout(20)
+        raw.sendall(head(len(body)) + body)
+        raw.recv(1)
+        here, end = raw.getsockname(), time.monotonic() + 20
+        while any(c.raddr == here for c in psutil.Process().net_connections("tcp4")):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        text = b""
+        with suppress(ConnectionError):
+            while more := raw.recv(1 << 20):
+                text += more
+    assert text.startswith(b"TTP/1.1 200")
+    assert b"[DONE]" not in text
 
 
 def test_two_hundred_connections_are_answered(server):
