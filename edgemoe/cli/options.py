@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import edgemoe
 from edgemoe.cli.console import say
 from edgemoe.cli.measured import MAX_LOSS_HELP
-from edgemoe.cli.parser import Parser
+from edgemoe.cli.parser import NUMBERS, Parser
 from edgemoe.cli.scheduling import SET_HELP
 from edgemoe.cli.values import bits_or_auto, ram_size, reasoning_kind, stats_kind
 
@@ -332,7 +332,8 @@ def _add(
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"{variable}: {error}") from None
         except ValueError:
-            raise ValueError(f"{variable}: invalid {type.__name__} value: {text!r}") from None
+            expected = NUMBERS.get(type, "another value")
+            raise ValueError(f"{variable}: expected {expected}, got {text!r}") from None
         default = [value] if isinstance(default, list) else value
     group.add_argument(*names, type=type, default=default, **rest)
 

@@ -11,10 +11,11 @@ from typing import Any, ClassVar, NoReturn
 from edgemoe.cli.console import note, run_command, say
 from edgemoe.errors import quoted
 
-__all__ = ["Parser", "parser_of"]
+__all__ = ["NUMBERS", "Parser", "parser_of"]
 
 _USAGE_ERROR = 2
-_NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
+NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
+"""What is expected of a flag's value, by its type."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,9 +69,9 @@ class Parser(argparse.ArgumentParser):
         try:
             return super()._get_value(action, arg_string)
         except argparse.ArgumentError:
-            if action.type not in _NUMBERS:
+            if action.type not in NUMBERS:
                 raise
-            message = f"expected {_NUMBERS[action.type]}, got {quoted(arg_string)}"
+            message = f"expected {NUMBERS[action.type]}, got {quoted(arg_string)}"
             raise argparse.ArgumentError(action, message) from None
 
     def error(self, message: str) -> NoReturn:

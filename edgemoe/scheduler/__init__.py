@@ -89,6 +89,8 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
     for name in ("protect", "admit"):
         if name in options and not levers.cache_prior:
             raise ValueError(f"{name}: only with cache_prior")
+    if levers.renormalise and not (levers.top_p < 1 or levers.skip_below):
+        raise ValueError("renormalise: only with top_p or skip_below")
     if dropping.eviction in CACHE_OWN:
         inner.policy = dropping.eviction
     # Bits that were decided offline are no choice of the moment, and spare whom they protect by themselves.

@@ -238,10 +238,16 @@ def test_the_environment_gives_defaults(env: dict[str, str], tiny_moe: Path) -> 
                  "EDGEMOE_IGNORE_EOS": "1"}  # fmt: skip
     assert b" + 5 tokens" in run(env, "-p", "Hi", **variables).stderr
     assert b" + 3 tokens" in run(env, "-p", "Hi", "-n", "3", **variables).stderr
-    for name, value in {"TOP_K": "many", "RAW": "maybe"}.items():
+    for name, value, expected in (
+        ("TOP_K", "many", "a whole number"),
+        ("TOP_P", "most", "a number"),
+        ("RAW", "maybe", "1 or 0"),
+    ):
         result = run(env, "-p", "Hi", **variables, **{f"EDGEMOE_{name}": value})
         assert result.returncode == 2
-        assert re.fullmatch(rb"edgemoe-run: EDGEMOE_%b: [^\n]*\n" % name.encode(), result.stderr)
+        line = f"edgemoe-run: EDGEMOE_{name}: expected {expected}, got '{value}'; "
+        assert result.stderr.decode().startswith(line)
+        assert result.stderr.count(b"\n") == 1
 
 
 @pytest.mark.parametrize(

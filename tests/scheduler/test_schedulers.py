@@ -1104,6 +1104,7 @@ def test_auto_tries_nothing_when_all_fits():
         ("on-demand", {"top_p": "1.5"}, "top_p: expected 0 to 1, got 1.5"),
         ("on-demand", {"w_recency": "1"}, "w_recency: only the eviction hobbit"),
         ("on-demand", {"protect": "2"}, "protect: only with cache_prior"),
+        ("on-demand", {"renormalise": "on"}, "renormalise: only with top_p or skip_below"),
         ("auto", {"lossy": "on", "miss_bits": "5"}, "miss_bits: expected one of"),
     ],
 )  # fmt: skip
