@@ -120,7 +120,7 @@ def near(text: str) -> list[str]:
     wanted = text.casefold()
     close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)
     close += [key for key in names if len(wanted) > 2 and wanted in key]
-    return list(dict.fromkeys(names[key] for key in close))[:3]
+    return [name for name in dict.fromkeys(names[key] for key in close) if name != text][:3]
 
 
 def unfinished() -> list[Unfinished]:

@@ -63,7 +63,10 @@ class Parser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Reads one argument. A path that is empty would be the current folder, and often is a variable not set."""
-        is_name = action.type is Path or action.metavar == "FILE" or not action.option_strings
+        words = str(action.metavar)
+        is_name = (
+            action.type is Path or "FILE" in words or "DIR" in words or not action.option_strings
+        )
         if is_name and not arg_string:
             raise argparse.ArgumentError(action, "expected a value, got ''")
         try:

@@ -53,7 +53,8 @@ def test_what_peers_call_it(capsys):
 
 @pytest.mark.parametrize(
     "words",
-    [["run"], ["plan"], ["serve"], ["rm"], ["doctor"], ["quality"], ["convert"], ["run", "-f"], ["run", "--trace"]],
+    [["run"], ["plan"], ["serve"], ["rm"], ["doctor"], ["quality"], ["convert"], ["run", "-f"], ["run", "--trace"],
+     ["run", "--json-schema"], ["serve", "--slot-save-path"]],
     ids=" ".join,
 )  # fmt: skip
 def test_what_is_empty_is_no_path(words, capsys):

@@ -118,6 +118,8 @@ def test_rm_removes_what_is_named_and_asks(kept: Path, capfd) -> None:
     assert library.unfinished() == []
     assert main(["rm", "B/on-4bit", "-y"]) == 1
     assert "no such model; did you mean B/one-4bit?" in capfd.readouterr().err
+    assert main(["rm", "demo", "-y"]) == 1
+    assert capfd.readouterr().err == "edgemoe rm: demo: no such model\n"  # which one may mean, too
 
 
 def test_show_and_others_take_names(kept: Path, capfd) -> None:
