@@ -46,6 +46,8 @@ async def act(service: Service, slot: int, action: str, body: bytes) -> dict[str
     store, start = service.store, time.perf_counter()
 
     def save(state: SequenceState) -> tuple[int, int]:
+        if not state.length:
+            raise ValueError(f"sequence {slot} holds no conversation to save")
         return state.length, store.save_as(state, name)
 
     def restore(state: SequenceState) -> tuple[int, int]:

@@ -70,7 +70,9 @@ def test_what_cannot_be_done_is_refused(saving, action, name, slot, param):
 
 def test_an_empty_sequence_is_not_saved_and_a_damaged_one_not_restored(saving):
     act(saving, "erase", slot=3)
-    assert act(saving, "save", slot=3).status_code == 400
+    done = act(saving, "save", slot=3)
+    assert done.status_code == 400
+    assert done.json()["error"]["message"] == "filename: sequence 3 holds no conversation to save"
     cached(saving, id_slot=0)
     act(saving, "save", "y", slot=0)
     path = saving.folder / "y"
