@@ -81,6 +81,8 @@ def _convert(args: argparse.Namespace) -> None:
             note(
                 f"{_PROG}: --thorough changes nothing: with the matrices of {args.calibration} the search is full"
             )
+    if args.no_column_scales and args.base is None and calibration is None:
+        note(f"{_PROG}: --no-column-scales changes nothing: only with a calibration are there any")
     allocation = None
     if args.allocation is not None:
         allocation = Allocation.from_json(args.allocation.read_bytes(), str(args.allocation))

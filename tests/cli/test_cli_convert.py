@@ -49,7 +49,8 @@ def test_what_is_no_checkpoint_is_named(tiny_moe, tmp_path, capsys) -> None:
 
 def test_the_full_search_is_asked_for_and_kept_in_the_file(checkpoint, tmp_path, capsys) -> None:
     quick, thorough = tmp_path / "quick.moe", tmp_path / "thorough.moe"
-    assert run("convert", checkpoint, quick) == 0
+    assert run("convert", checkpoint, quick, "--no-column-scales") == 0
+    assert "--no-column-scales changes nothing" in capsys.readouterr().err
     assert run("convert", checkpoint, thorough, "--thorough") == 0
     assert "thorough" not in open_moe(quick).source
     assert open_moe(thorough).source["thorough"] is True
