@@ -30,7 +30,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "quality": ("edgemoe.cli.quality", "measure what levels and schedulers cost in quality"),
     "rm": ("edgemoe.cli.rm", "remove models that are here"),
     "run": ("edgemoe.cli.run", "chat with a model; also installed as edgemoe-run"),
-    "schedulers": ("edgemoe.cli.scheduling", "tell what may decide, and its options"),
+    "schedulers": ("edgemoe.cli.scheduling", "list who may decide what is loaded, and the options"),
     "serve": ("edgemoe.cli.serve", "answer programs: OpenAI's, Anthropic's and llama.cpp's routes"),
     "stand-ins": ("edgemoe.cli.stand_ins", "fit what takes the place of experts that are left out"),
     "train-bit-router": (
@@ -41,9 +41,12 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
 """What each command is: the module whose `main(argv)` runs it, and a line about it."""
 
 _GROUPS = {
-    "use": ("run", "serve", "plan", "pull", "list", "rm", "convert", "inspect", "doctor", "demo"),
+    "use": (
+        "run", "serve", "plan", "pull", "list", "rm", "convert", "families", "inspect", "export", "doctor", "demo",
+        "completion",
+    ),
     "measure": ("bench", "quality", "profile", "schedulers"),
-}
+}  # fmt: skip
 """What comes first in the help; all others follow."""
 
 ALIASES: Mapping[str, str] = {"chat": "run", "show": "inspect"}
