@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -21,6 +22,8 @@ from edgemoe.text.stops import ReplyText
 from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["Ask", "Ended", "Part", "Progress", "Reply", "call_id", "timings", "usage_extras"]
+
+logger = logging.getLogger(__name__)
 
 _LOOKS = 0.05
 """Seconds between two looks at how far a prompt is, for who wants to know."""
@@ -319,13 +322,15 @@ class Reply:
 
 
 def _problem(error: Exception) -> Problem:
-    """Returns what a client is told of an error of the engine."""
+    """Returns what a client is told of an error of the engine; what is not the client's is told to the log too."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, ValueError) and not isinstance(error, EdgemoeError):
         return Problem(400, str(error))
     if isinstance(error, EdgemoeError):
+        logger.error("a request failed: %s", error)
         return Problem(500, str(error))
+    logger.error("a request failed: %s: %s", type(error).__name__, error)
     return Problem(500, f"{type(error).__name__}: the server failed at this request")
 
 

@@ -259,7 +259,7 @@ def test_a_lost_engine_ends_the_server_with_a_code(tiny_moe):
         assert server.code == 1
 
 
-def test_a_failed_read_is_one_failed_request(tmp_path):
+def test_a_failed_read_is_one_failed_request(tmp_path, caplog):
     from tiny import tiny_checkpoint
 
     from edgemoe.convert.convert import convert
@@ -272,7 +272,9 @@ def test_a_failed_read_is_one_failed_request(tmp_path):
             file.truncate(len(whole) // 2)
         done = server.post("/v1/chat/completions", chat(max_tokens=4, seed=1))
         assert done.status_code == 500
-        assert str(path) in done.json()["error"]["message"]
+        message = done.json()["error"]["message"]
+        assert str(path) in message
+        assert f"a request failed: {message}" in caplog.text  # who keeps the server learns it too
         stream = server.post("/v1/chat/completions", chat(max_tokens=4, seed=1, stream=True))
         last = [line for line in stream.text.splitlines() if line.startswith("data:")][-1]
         assert json.loads(last[5:])["error"]["type"] == "server_error"
