@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,10 +110,12 @@ def _run(args: Namespace, schema: object) -> int:
     if args.model is None:
         args.model = demo_model()
     session = None
+    held: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if args.session is not None:
-        from edgemoe.cli.sessions import session_path
+        from edgemoe.cli.sessions import hold, session_path
 
         session = session_path(args.session)
+        held = hold(session)
     if args.verbose:
         _describe_machine()
     if args.max_quality_loss is not None:
@@ -125,10 +128,13 @@ def _run(args: Namespace, schema: object) -> int:
     given = {"context": args.ctx_size or None, "trace": args.trace, "profile": args.profile}
     flags = engine_flags(args, **given)
     with (
-        Engine(args.model, EngineOptions(**flags))
-        if schema is None
-        else opened_beside(flags, args.model)
-    ) as engine:
+        held,
+        (
+            Engine(args.model, EngineOptions(**flags))
+            if schema is None
+            else opened_beside(flags, args.model)
+        ) as engine,
+    ):
         _note_threads(args.threads)
         for line in engine.notes:
             note(f"# {line}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from edgemoe.file.whole import locked
 from edgemoe.runtime.chat import Chat
 
-__all__ = ["keep", "listed", "resume", "session_path"]
+__all__ = ["hold", "keep", "listed", "resume", "session_path"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -26,6 +28,19 @@ def session_path(name: str) -> Path:
     folder = _folder()
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     return folder / f"{name}.json"
+
+
+def hold(path: Path) -> io.FileIO:
+    """Keeps a conversation from other processes, which would write theirs over it, until what is returned is closed.
+
+    Raises:
+        ValueError: another process has it.
+        OSError: the folder cannot be written.
+    """
+    try:
+        return locked(path.with_suffix(".lock"), busy="is open elsewhere", create=True, ours=True)
+    except BlockingIOError:
+        raise ValueError(f"--session: {path.stem} is open in another process") from None
 
 
 def resume(chat: Chat, path: Path) -> str:

@@ -389,6 +389,8 @@ def test_how_much_is_said_after_a_reply(env: dict[str, str], tiny_moe: Path) -> 
 def test_a_session_goes_on_where_it_was(
     env: dict[str, str], tiny_moe: Path, tmp_path: Path
 ) -> None:
+    from edgemoe.cli.sessions import hold
+
     env["XDG_STATE_HOME"] = str(tmp_path / "state")
     flags = (tiny_moe, "-n", 3, "--temp", 0, "--ignore-eos", "--stats", "off")
     path = tmp_path / "state/edgemoe/sessions/work.json"
@@ -407,6 +409,11 @@ def test_a_session_goes_on_where_it_was(
         )
         both = ["".join(chat.say(text)) for text in ("Hi", "And you?")]
     assert [first.stdout.decode(), second.stdout.decode()] == [replied(text) for text in both]
+    with hold(path):  # as another process that has it does
+        busy = run(env, *flags, "--session", "work", "-p", "Third")
+    assert (busy.returncode, busy.stdout) == (1, b"")
+    assert busy.stderr == b"edgemoe-run: --session: work is open in another process\n"
+    assert json.loads(path.read_text())["messages"] == kept
     wrong = run(env, *flags, "--session", "../x", "-p", "Hi")
     assert b"--session: expected a name of letters" in wrong.stderr
 
