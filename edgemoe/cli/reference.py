@@ -103,10 +103,8 @@ def exact_run(args: argparse.Namespace, moe: MoeFile, bits: int) -> Trial:
 
 def reference_name(path: Path, trial: Trial) -> str:
     """Returns what a run that is the reference is called."""
-    return (
-        " ".join([path.name, *(f"with {name}" for name in trial.adapters or ())])
-        + f", {trial.bits} bits"
-    )
+    beside = "".join(f" with {name}" for name in trial.adapters or ())
+    return f"{path.name}{beside}, {trial.bits} bits"
 
 
 def _checkpoint(path: Path, sample: Sample, moe: MoeFile, stack: ExitStack) -> LogProbs:

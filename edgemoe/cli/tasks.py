@@ -82,7 +82,9 @@ def run_tasks(args: argparse.Namespace, moe: MoeFile, trials: Sequence[Trial]) -
         f"# {len(items)} items; reference: {reference_name(path, base)}; ± standard errors over items"
     )
     if args.json is not None:
-        report = {"command": sys.argv, "model": args.model.name, "rows": rows}
+        report: dict[str, Any] = {"command": sys.argv, "model": args.model.name, "rows": rows}
+        if args.adapter:
+            report["adapter"] = args.adapter[0]
         write_whole(args.json, f"{json.dumps(report, indent=1)}\n".encode())
     return 0
 

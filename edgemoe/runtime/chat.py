@@ -26,9 +26,7 @@ Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}, and "reasoning_content" where an assistant reasoned."""
 
 _SURELY_LONG = 8  # characters per token; text has about four
-_TEMPLATE_CHARACTERS = (
-    4096  # of a template's own; a context that is smaller is then said to be too small
-)
+_TEMPLATE_CHARACTERS = 4096  # of its own; what is too small then is the context, and is said to be
 _LARGEST_CHAT = 64 << 20  # bytes of a saved conversation
 
 _ROLES = ("system", "user", "assistant")
