@@ -131,6 +131,8 @@ class Trace:
     header: TraceHeader
     rows: NDArray[Any]
     """[n] of `record`."""
+    is_cut: bool = False
+    """A last record was cut off, as of a recording that was killed, and is left out."""
 
     def passes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Returns each pass through all layers: its first record [P] and its number of tokens [P].
@@ -223,7 +225,7 @@ def read(path: str | os.PathLike[str]) -> Trace:
     """Reads a trace.
 
     Raises:
-        FormatError: not a trace of this version. A last record that was cut off is left out.
+        FormatError: not a trace of this version.
     """
     data = Path(path).read_bytes()
     line, _, body = data.partition(b"\n")
@@ -245,20 +247,22 @@ def read(path: str | os.PathLike[str]) -> Trace:
         is_sound = False
     if not is_sound:
         raise FormatError(f"{path}: a trace with a damaged header")
-    rows = _as_now(body, record(header.experts_per_token, header.look_ahead), _LACKS[version])
+    dtype = record(header.experts_per_token, header.look_ahead)
+    rows, is_cut = _as_now(body, dtype, _LACKS[version])
     if not _are_inside(rows, header):
         raise FormatError(f"{path}: a trace with records outside its model")
-    return Trace(header, rows)
+    return Trace(header, rows, is_cut)
 
 
-def _as_now(body: bytes, dtype: np.dtype[Any], lacks: Sequence[str]) -> NDArray[Any]:
+def _as_now(body: bytes, dtype: np.dtype[Any], lacks: Sequence[str]) -> tuple[NDArray[Any], bool]:
     """Returns the records of a version that lacks some fields: tokens that are not known, one sequence at a time, no
-    device."""
+    device; and whether a part of another one follows."""
     names = [name for name in dtype.names or () if name not in lacks]
     old = np.dtype([(name, dtype[name]) for name in names])
-    found = np.frombuffer(body[: len(body) // old.itemsize * old.itemsize], old)
+    count, rest = divmod(len(body), old.itemsize)
+    found = np.frombuffer(body[: count * old.itemsize], old)
     if not lacks:
-        return found
+        return found, rest > 0
     rows = np.zeros(len(found), dtype)
     for name in names:
         rows[name] = found[name]
@@ -266,4 +270,4 @@ def _as_now(body: bytes, dtype: np.dtype[Any], lacks: Sequence[str]) -> NDArray[
         rows["sequences"] = rows["tokens"] > 0
     if "id" in lacks:
         rows["id"] = NO_TOKEN
-    return rows
+    return rows, rest > 0

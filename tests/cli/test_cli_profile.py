@@ -53,7 +53,7 @@ def test_a_trace_follows_the_text(traced, tiny_moe, tmp_path, capsys):
     assert "30 tokens" in capsys.readouterr().err
 
 
-def test_a_report_says_what_numpy_says(traced, capsys):
+def test_a_report_says_what_numpy_says(traced, capsys, tmp_path):
     assert run("report", traced, "--json") == 0
     report = json.loads(capsys.readouterr().out)
     experts = read(traced).by_token("experts")
@@ -70,6 +70,11 @@ def test_a_report_says_what_numpy_says(traced, capsys):
     out = capsys.readouterr().out
     for word in ("SRP", "Belady", "router ahead", "waiting for reads", "Most used experts"):
         assert word in out
+    assert "its end is missing" not in out
+    cut = tmp_path / "cut.trace"
+    cut.write_bytes(traced.read_bytes()[:-5])
+    assert run("report", cut) == 0
+    assert "threads; its end is missing\n" in capsys.readouterr().out
 
 
 def test_a_replay_prints_a_row_per_line_and_budget(traced, capsys):

@@ -137,7 +137,9 @@ def test_many_tokens_are_written_in_blocks_and_a_cut_end_is_left_out(tmp_path):
     assert trace.by_token("experts").tolist() == [[[t % 6, (t + 1) % 6]] * 2 for t in range(1500)]
     assert trace.rows["bytes_read"].sum() == 1499
     assert trace.rows["wait_us"].sum() == pytest.approx(1499e3)
+    assert not trace.is_cut
     path.write_bytes(path.read_bytes()[:-5])
+    assert read(path).is_cut
     assert len(read(path).rows) == 2999
     assert len(read(path).by_token("experts")) == 1499
 

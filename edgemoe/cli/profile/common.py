@@ -51,6 +51,7 @@ def title(trace: Trace) -> str:
         f"{name}: {h.num_layers} layers of {h.num_experts} experts, {h.experts_per_token} per token, {h.bits} bits; "
         f"{int(tokens.sum())} tokens, {int((tokens == 1).sum())} of them one at a time; recorded with {by}, "
         f"{h.slots_bytes / 2**20:.0f} MiB for experts, {h.threads} threads"
+        f"{'; its end is missing' * trace.is_cut}"
     )
 
 
