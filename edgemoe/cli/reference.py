@@ -103,7 +103,9 @@ def exact_run(args: argparse.Namespace, moe: MoeFile, bits: int) -> Trial:
 
 def reference_name(path: Path, trial: Trial) -> str:
     """Returns what a run that is the reference is called."""
-    beside = "".join(f" with {name}" for name in trial.adapters or ())
+    from edgemoe.runtime.adapters import named_adapters
+
+    beside = "".join(f" with {name}" for name in named_adapters(trial.adapters))
     return f"{path.name}{beside}, {trial.bits} bits"
 
 
