@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,7 @@ def choose_scales(
     *,
     bits: int | None = None,
     favour: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> ColumnScales:
     """Returns powers of columns' strengths where these make the error of the output less; of each norm its own.
 
@@ -77,12 +78,16 @@ def choose_scales(
         calibration: with products, without scales.
         bits: of the last level that is stored; None for all.
         favour: the level, from 1, that counts alone.
+        progress: is told the norms that were seen to, and how many there are.
     """
     scales = ColumnScales(model.config)
     levels = slice(None) if bits is None else slice(DEFAULT_LADDER.index(bits) + 1)
     if favour is not None:
         levels = slice(favour - 1, favour)
-    for row in filter(scales.can_scale, range(len(scales.values))):
+    norms = len(scales.values)
+    for row in filter(scales.can_scale, range(norms)):
+        if progress is not None:
+            progress(row, norms)
         sample = _sample(model, calibration, row)
         if sample is None:
             continue

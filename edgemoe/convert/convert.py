@@ -47,6 +47,7 @@ it is asked for the next."""
 
 _LONGEST = 1000  # characters
 _WHOLE = 1000  # steps of reading a calibration
+_READINGS = 3
 _PROVENANCE = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
 
 
@@ -90,8 +91,8 @@ def convert(
             codes then err less; by a calibration with products.
         prune: share of each expert's neurons that are left out, see `edgemoe.convert.prune`; takes a calibration.
         progress: called after every tensor and expert.
-        reading: is told how far the calibration is read, which is done before the first of these: first to check it,
-            then for the directions of gates' and ups' corrections.
+        reading: is told how far the calibration is read, which is done before the first of these: to check it, for
+            scales of columns, and for the directions of gates' and ups' corrections.
         say: is told, a line each, what of the checkpoint is not used.
         arrivals: waits for weights that are not there yet; None: all are.
         origin: where the checkpoint comes from and which it is, sums of its files among that: is kept in the file,
@@ -121,13 +122,16 @@ def convert(
     check_text(source, config.vocab_size)
     if calibration is not None:
         calibration.check(config)
-        calibration.verify(_half(reading, 0))
+        calibration.verify(_part(reading, 0))
         if calibration.note:
             say(calibration.note)
     added = sections(source)
     is_fitted = calibration is not None and calibration.is_full and scheme.name == "nested"
     if calibration is not None and is_fitted and scale_columns:
-        scales = choose_scales(model, calibration, bits=bits, favour=scheme.favoured(bits, favour))
+        scales = choose_scales(
+            model, calibration, bits=bits, favour=scheme.favoured(bits, favour),
+            progress=_part(reading, 1),
+        )  # fmt: skip
         model, calibration = ScaledModel(model, scales), calibration.with_scales(scales)
         added = {**added, COLUMN_SCALES: scales.section()}
     if calibration is not None and is_fitted and not scheme.correction:
@@ -144,18 +148,20 @@ def convert(
     with Writer(
         out, config, bits=bits, scheme=scheme, sections=added, source=provenance,
         calibration=calibration, allocation=allocation, favour=favour, down_bits=down_bits,
-        reading=_half(reading, 1),
+        reading=_part(reading, 2),
     ) as writer:  # fmt: skip
         if reading is not None and calibration is not None:
             reading(_WHOLE, _WHOLE)
         _write(writer, model, arrivals, progress or (lambda done, total: None))
 
 
-def _half(reading: Progress | None, index: int) -> Progress | None:
-    """Returns what is told of one of the two times that a calibration is read."""
+def _part(reading: Progress | None, index: int) -> Progress | None:
+    """Returns what is told of one of the times that a calibration is read."""
     if reading is None:
         return None
-    return lambda done, total: reading((index * total + done) * _WHOLE // (2 * total), _WHOLE)
+    return lambda done, total: reading(
+        (index * total + done) * _WHOLE // (_READINGS * total), _WHOLE
+    )
 
 
 def opened_model(

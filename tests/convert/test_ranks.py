@@ -84,8 +84,9 @@ def test_tells_how_far_the_calibration_is_read(tmp_path, source, calibration, ra
     assert shares == sorted(shares)
     assert {total for kind, _, total in told if kind == "read"} == {1000}
     assert shares[-1] == 1000
-    assert (750 in shares) == bool(rank)  # one layer of two, the second time
-    assert 500 in shares
+    assert 333 in shares  # all was checked
+    assert 400 in shares  # one norm of five, for scales of columns
+    assert (833 in shares) == bool(rank)  # one layer of two, for directions
 
 
 def test_a_kind_of_which_one_matrix_is_unknown_has_none(tmp_path, source, config):
