@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 DEMO = "demo"
-DEMO_FILE = "smollm2-moe-v3.moe"  # a new number whenever what is built changes
+DEMO_FILE = "smollm2-moe-v4.moe"  # a new number whenever what is built changes
 _ENDING, _PART, _PULL = ".moe", ".moe.part", ".moe.pull"
 
 

@@ -62,7 +62,7 @@ def test_a_name_is_a_path_or_one_of_the_list(kept: Path, monkeypatch) -> None:
     for text, message in {
         "tow": "did you mean two?",
         "A/oen": "did you mean A/one?",
-        "smolm2-moe-v3": "did you mean smollm2-moe-v3?",
+        "smolm2-moe-v4": "did you mean smollm2-moe-v4?",
         "demmo": "did you mean demo?",
         "nothing/like-it": "edgemoe pull nothing/like-it gets it",
         "unlike": "edgemoe list shows what is here",

@@ -446,7 +446,7 @@ def test_a_session_that_cannot_be_kept_stays_new(
             ("Qwen/Qwen3-30B-A3B",),
             "Qwen/Qwen3-30B-A3B: no such file or model; edgemoe pull Qwen/Qwen3-30B-A3B gets it",
         ),
-        (("smollm2-moe",), "smollm2-moe: no such file or model; did you mean smollm2-moe-v3?"),
+        (("smollm2-moe",), "smollm2-moe: no such file or model; did you mean smollm2-moe-v4?"),
         (("mixtral",), "mixtral: no such file or model; edgemoe list shows"),
         (("Say hi",), "'Say hi': no such model; a prompt is what edgemoe-run -p takes"),
         (("my models/tiny.moe",), "my models/tiny.moe: no such file"),

