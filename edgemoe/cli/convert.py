@@ -306,7 +306,8 @@ def _parser() -> argparse.ArgumentParser:
         "--prune",
         type=share,
         metavar="X%",
-        help="leave out this share of every expert's neurons, those that matter least by the calibration",
+        help="leave out this share of every expert's neurons, those that matter least by the calibration; those "
+        "that are left make up for them, if it has matrices of inputs, as --full sums them",
     )
     parser.add_argument(
         "--base",

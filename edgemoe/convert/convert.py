@@ -171,7 +171,7 @@ def opened_model(
     if prune is None:
         return SourceModel(source, are_there=are_there), calibration
     if calibration is None:
-        raise ValueError("prune: takes a calibration, which says what matters")
+        raise ValueError("prune: takes a calibration; edgemoe calibrate makes it")
     model = PrunedModel(source, number("prune", prune, 0, 1), calibration, are_there=are_there)
     return model, PrunedCalibration(calibration, model)
 

@@ -1,9 +1,12 @@
 """Leaves neurons out of experts as they are converted: those that matter least, the same number in every expert.
 
-Neuron k of an expert is row k of w_gate and w_up and column k of w_down. Its score is the energy of what it adds, the
-mean of h_k^2 times ||w_k||^2, after CAMERA (arXiv 2508.02322). Slopes of the loss, by which HEAPr (arXiv 2509.22299)
-weighs it, tell which experts can do with fewer neurons; among the neurons of one expert they choose no better. A file
-has one width for all.
+Neuron k of an expert is row k of w_gate and w_up and column k of w_down. With a calibration that has products of h,
+those that are left make up for the others, as in Optimal Brain Surgeon (Hassibi and Stork, 1993): of all w_down with
+their columns alone it is the one whose output is nearest, and that neuron goes which costs least then, one after the
+other. With squares alone, w_down stays as it is and a neuron's score is the energy of what it adds, the mean of h_k^2
+times ||w_k||^2, after CAMERA (arXiv 2508.02322). Slopes of the loss, by which HEAPr (arXiv 2509.22299) weighs that,
+tell which experts can do with fewer neurons; among those of one expert they choose no better. A file has one width for
+all.
 """
 
 from __future__ import annotations
@@ -16,15 +19,18 @@ from numpy.typing import NDArray
 from edgemoe.config import ModelConfig
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.source import SourceModel
+from edgemoe.errors import FormatError
 from edgemoe.quant import Calibration
 
-__all__ = ["PrunedCalibration", "PrunedModel", "kept_width"]
+__all__ = ["PrunedCalibration", "PrunedModel", "kept_width", "made_up", "needed"]
 
 Array = NDArray[np.float32]
 Places = NDArray[np.intp]
 
 _WIDE, _WIDE_STEP, _STEP = 640, 64, 16
 _BIASES = ("expert_bias.gate", "expert_bias.up")
+_DAMPING = 0.01  # of the mean square, as for codes
+_AT_ONCE = 128  # so many times are neurons left out at most, several at once of wide experts
 
 
 def kept_width(width: int, share: float) -> int:
@@ -44,6 +50,51 @@ def kept_width(width: int, share: float) -> int:
             f"prune: {100 * share:g}% of {width} neurons is less than {step}, the fewest that can be left out"
         )
     return kept
+
+
+def needed(down: Array, moments: Array, count: int) -> Places:
+    """Returns the columns of a matrix that are left when those go that the others can best make up for, ascending.
+
+    Args:
+        down: [rows, cols].
+        moments: mean products of its inputs, [cols, cols].
+        count: how many are left.
+
+    Raises:
+        ValueError: these are no products of inputs with each other.
+    """
+    w, damped = down.astype(np.float64), _damped(moments)
+    try:
+        np.linalg.cholesky(damped)
+    except np.linalg.LinAlgError:
+        raise ValueError("expected products of inputs with each other") from None
+    inverse = np.linalg.inv(damped)
+    left = np.arange(len(moments))
+    step = -(-(len(left) - count) // _AT_ONCE)
+    while len(left) > count:
+        costs = np.square(w).sum(axis=0) / inverse.diagonal()
+        gone = np.argsort(costs, kind="stable")[: min(step, len(left) - count)]
+        shares = np.linalg.solve(inverse[np.ix_(gone, gone)], inverse[gone])
+        stay = np.setdiff1d(np.arange(len(left)), gone)
+        w = (w - w[:, gone] @ shares)[:, stay]
+        inverse = (inverse - inverse[:, gone] @ shares)[np.ix_(stay, stay)]
+        left = left[stay]
+    return left
+
+
+def made_up(down: Array, moments: Array, kept: Places) -> Array:
+    """Returns the columns `kept` of a matrix, changed so that they make up for the others: [rows, kept].
+
+    Of all such matrices it has the output that is nearest on inputs of these moments, but for some damping.
+    """
+    damped = _damped(moments)
+    return np.linalg.solve(damped[np.ix_(kept, kept)], damped[kept] @ down.T).T.astype(np.float32)
+
+
+def _damped(moments: Array) -> NDArray[np.float64]:
+    cols = len(moments)
+    mean = float(moments.diagonal().mean()) or 1.0
+    return moments.astype(np.float64) + _DAMPING * mean * np.eye(cols)
 
 
 class PrunedModel(SourceModel):
@@ -69,36 +120,59 @@ class PrunedModel(SourceModel):
         self._whole = self.config
         width = kept_width(self._whole.expert_hidden, share)
         calibration.check(self._whole)
+        if not (calibration.has("hidden.products") or calibration.has("hidden.squares")):
+            raise FormatError(
+                f"{calibration.path}: has no squares of what w_down takes; edgemoe calibrate sums them"
+            )
         self._calibration = calibration
         self._kept: dict[tuple[int, int], Places] = {}
         self.config = replace(self._whole, expert_hidden=width)
-        self.notes += (f"{width} of {self._whole.expert_hidden} neurons of every expert are kept",)
+        how = (
+            "make up for the others"
+            if calibration.has("hidden.products")
+            else "stay as they are; with a calibration of --full they make up for the others"
+        )
+        of = self._whole.expert_hidden
+        self.notes += (f"{width} of {of} neurons of every expert are kept, and {how}",)
 
     def kept(self, layer: int, index: int) -> Places:
         """Returns which neurons of an expert are left, ascending."""
         if (layer, index) not in self._kept:
             *_, down = super().expert(layer, index)
-            self._kept[layer, index] = self._best(layer, index, down)
+            self._choose(layer, index, down)
         return self._kept[layer, index]
 
-    def _best(self, layer: int, index: int, down: Array) -> Places:
-        name = f"experts.{layer}.{index}.down"
-        squares = self._calibration.diagonal(name)
-        if squares is None and (products := self._calibration.matrix(name)) is not None:
-            squares = products.diagonal()
-        scores = np.square(down, dtype=np.float64).sum(axis=0)
-        if squares is not None:  # else no token reached the layer
-            scores *= squares
-        order = np.argsort(-scores, kind="stable")
-        return np.sort(order[: self.config.expert_hidden])
+    def _choose(self, layer: int, index: int, down: Array) -> Array:
+        """Returns an expert's w_down of the neurons that are left; which these are is found once."""
+        name, place, width = (
+            f"experts.{layer}.{index}.down",
+            (layer, index),
+            self.config.expert_hidden,
+        )
+        moments = self._calibration.matrix(name)
+        if place not in self._kept:
+            if moments is not None:
+                try:
+                    self._kept[place] = needed(down, moments, width)
+                except ValueError as e:
+                    raise FormatError(f"{self._calibration.path}: {name}: {e}") from None
+            else:
+                scores = np.square(down, dtype=np.float64).sum(axis=0)
+                squares = self._calibration.diagonal(name)
+                if squares is not None:  # else no token reached the layer
+                    scores *= squares
+                self._kept[place] = np.sort(np.argsort(-scores, kind="stable")[:width])
+        kept = self._kept[place]
+        if moments is None:
+            return np.ascontiguousarray(down[:, kept])
+        return np.ascontiguousarray(made_up(down, moments, kept))
 
     def expert(self, layer: int, index: int) -> tuple[Array, Array, Array]:
         """See `SourceModel.expert`."""
         gate, up, down = super().expert(layer, index)
-        if (layer, index) not in self._kept:
-            self._kept[layer, index] = self._best(layer, index, down)
+        down = self._choose(layer, index, down)
         kept = self._kept[layer, index]
-        return gate[kept] if len(gate) else gate, up[kept], np.ascontiguousarray(down[:, kept])
+        return gate[kept] if len(gate) else gate, up[kept], down
 
     def tensor(self, name: str) -> Array:
         """See `SourceModel.tensor`."""

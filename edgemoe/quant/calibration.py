@@ -251,7 +251,7 @@ class Calibration:
         """
         key = f"experts.{layer}.{what}"
         if key not in self._file.shapes:
-            raise FormatError(f"{self.path}: has no {key}")
+            raise FormatError(f"{self.path}: has no {key}, which edgemoe calibrate sums")
         return self._tensor(key)
 
     def has(self, what: str) -> bool:

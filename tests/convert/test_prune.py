@@ -11,12 +11,14 @@ from tiny import tiny_checkpoint
 
 import edgemoe
 from edgemoe.cli.main import main
+from edgemoe.convert import prune
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
-from edgemoe.convert.prune import PrunedCalibration, PrunedModel, kept_width
+from edgemoe.convert.prune import PrunedCalibration, PrunedModel, kept_width, made_up, needed
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
+from edgemoe.quant import Calibration, write_calibration
 
 H, KEPT = 48, 32
 DEAD = 16
@@ -47,15 +49,30 @@ def test_widths_are_whole_tiles(width, share, expected):
     assert kept_width(width, share) == expected
 
 
-def test_those_of_least_energy_go(source, calibration):
-    model = PrunedModel(source, 1 / 3, calibration)
+@pytest.fixture(scope="module")
+def squares(source, calibration, tmp_path_factory):
+    """The same calibration without products."""
+    path = tmp_path_factory.mktemp("prune") / "squares.calib"
+    tensors = {}
+    for layer in (0, 1):
+        tensors[f"experts.{layer}.count"] = calibration.layer(layer, "count")
+        tensors[f"experts.{layer}.hidden.squares"] = np.stack(
+            [400 * calibration.matrix(f"experts.{layer}.{e}.down").diagonal() for e in range(8)]
+        )
+    write_calibration(path, tensors, dict.fromkeys(("source", "model", "bits"), ""))
+    return Calibration(path)
+
+
+def test_those_of_least_energy_go_where_no_more_is_known(source, squares):
+    model = PrunedModel(source, 1 / 3, squares)
     whole = SourceModel(source)
+    assert model.notes[-1].endswith("with a calibration of --full they make up for the others")
     assert model.config.expert_hidden == KEPT
     for layer in (0, 1):
         for e in range(8):
             gate, up, down = whole.expert(layer, e)
-            squares = calibration.matrix(f"experts.{layer}.{e}.down").diagonal()
-            energy = [squares[k] * sum(float(x) ** 2 for x in down[:, k]) for k in range(H)]
+            means = squares.diagonal(f"experts.{layer}.{e}.down")
+            energy = [means[k] * sum(float(x) ** 2 for x in down[:, k]) for k in range(H)]
             kept = sorted(sorted(range(H), key=lambda k: -energy[k])[:KEPT])
             assert model.kept(layer, e).tolist() == kept
             assert not set(np.flatnonzero(~down.any(0)).tolist()) & set(kept)
@@ -63,6 +80,67 @@ def test_those_of_least_energy_go(source, calibration):
                 model.expert(layer, e), (gate[kept], up[kept], down[:, kept]), strict=True
             ):
                 np.testing.assert_array_equal(got, expected)
+
+
+def nearest(down, inputs, kept):
+    """The w_down of the neurons `kept` whose output is nearest, by least squares over the inputs themselves, and its
+    squared error; the damping is further inputs, one for each neuron."""
+    damping = np.sqrt(0.01 * np.square(inputs).mean() * len(inputs)) * np.eye(inputs.shape[1])
+    x = np.concatenate([inputs, damping])
+    found = np.linalg.lstsq(x[:, kept], x @ down.T, rcond=None)[0]
+    return found.T, np.square(x[:, kept] @ found - x @ down.T).sum()
+
+
+def inputs_of(rng, count, cols):
+    """Inputs of which each is mostly a mixture of a few others."""
+    few = rng.standard_normal((count, cols // 2)) @ rng.standard_normal((cols // 2, cols))
+    return few + 0.3 * rng.standard_normal((count, cols))
+
+
+def test_others_make_up_for_what_is_left_out():
+    """Against trying each neuron in turn, with least squares over all inputs."""
+    rng = np.random.default_rng(1)
+    inputs = inputs_of(rng, 200, 12)
+    down = rng.standard_normal((7, 12)).astype(np.float32)
+    moments = (inputs.T @ inputs / len(inputs)).astype(np.float32)
+    left = list(range(12))
+    for count in range(11, 3, -1):
+        left = min(
+            ([k for k in left if k != gone] for gone in left),
+            key=lambda kept: nearest(down, inputs, kept)[1],
+        )
+        assert needed(down, moments, count).tolist() == left
+        np.testing.assert_allclose(
+            made_up(down, moments, np.array(left)), nearest(down, inputs, left)[0], atol=1e-4
+        )
+
+
+def test_of_wide_experts_several_go_at_once(monkeypatch):
+    rng = np.random.default_rng(2)
+    inputs = inputs_of(rng, 200, 64)
+    down = rng.standard_normal((5, 64)).astype(np.float32)
+    moments = (inputs.T @ inputs / len(inputs)).astype(np.float32)
+    monkeypatch.setattr(prune, "_AT_ONCE", 8)
+    kept = needed(down, moments, 33)  # 31 go, four at a time
+    assert len(kept) == 33
+    assert (np.diff(kept) > 0).all()
+    drawn = np.sort(rng.permutation(64)[:33])
+    strong = np.sort(np.argsort(-np.square(down).sum(0) * moments.diagonal())[:33])
+    ours, chance, energy = (nearest(down, inputs, k)[1] for k in (kept, drawn, strong))
+    assert ours < 0.9 * min(energy, chance)
+
+
+def test_experts_are_what_they_are_made_up_to(source, calibration):
+    model, whole = PrunedModel(source, 1 / 3, calibration), SourceModel(source)
+    gate, up, down = whole.expert(1, 5)
+    moments = calibration.matrix("experts.1.5.down")
+    kept = needed(down, moments, KEPT)
+    assert not set(np.flatnonzero(~down.any(0)).tolist()) & set(kept.tolist())
+    for _ in range(2):
+        for got, expected in zip(
+            model.expert(1, 5), (gate[kept], up[kept], made_up(down, moments, kept)), strict=True
+        ):
+            np.testing.assert_array_equal(got, expected)
 
 
 def test_the_calibration_is_of_what_is_left(source, calibration):
@@ -83,7 +161,8 @@ def test_without_neurons_that_add_nothing_answers_stay(source, calibration, corr
     options = {"calibration": calibration, "correction": correction, "scale_columns": False}
     convert(source, whole, **options)
     convert(source, pruned, prune=0.33, say=said.append, **options)
-    assert said == [f"{KEPT} of {H} neurons of every expert are kept"]
+    (line,) = said
+    assert line == f"{KEPT} of {H} neurons of every expert are kept, and make up for the others"
     assert open_moe(pruned).source["pruned"] == 0.33
     assert Decoded(pruned).expert(0, 0)[0].shape == (KEPT, 96)
     assert pruned.stat().st_size < whole.stat().st_size
@@ -113,6 +192,19 @@ def test_biases_go_with_their_neurons(tmp_path):
         np.testing.assert_array_equal(model.tensor(name), expected)
 
 
+def test_products_that_can_be_none_are_refused_by_name(source, tmp_path):
+    whole = SourceModel(source)
+    found = calibrated(tmp_path / "x.calib", whole.config)
+    tensors = {name: found._file.tensor(name).copy() for name in found._file.shapes}
+    tensors["experts.1.hidden.products"][5] *= -1
+    meta = {key: value for key, value in found.meta.items() if key != "edgemoe_calibration"}
+    write_calibration(tmp_path / "x.calib", tensors, meta)
+    model = PrunedModel(source, 0.5, Calibration(tmp_path / "x.calib"))
+    model.expert(1, 4)
+    with pytest.raises(FormatError, match=r"x.calib: experts\.1\.5\.down: expected products"):
+        model.expert(1, 5)
+
+
 def test_what_cannot_be_pruned_is_said_and_nothing_written(source, calibration, tmp_path):
     out = tmp_path / "x.moe"
     for share, words in (
@@ -122,12 +214,21 @@ def test_what_cannot_be_pruned_is_said_and_nothing_written(source, calibration, 
     ):
         with pytest.raises(ValueError, match=f"^prune: .*{words}"):
             convert(source, out, calibration=calibration, prune=share)
-    with pytest.raises(ValueError, match="^prune: takes a calibration"):
+    with pytest.raises(
+        ValueError, match=r"^prune: takes a calibration; edgemoe calibrate makes it$"
+    ):
         convert(source, out, prune=0.5)
+    config = SourceModel(tiny_checkpoint()).config
+    names = [f"experts.{layer}.hidden.products" for layer in config.moe_layers]
+    poor = calibrated(tmp_path / "z.calib", config, leaving=names)
+    with pytest.raises(
+        FormatError, match=r"no squares of what w_down takes; edgemoe calibrate sums"
+    ):
+        convert(source, out, calibration=poor, prune=0.5)
     other = calibrated(tmp_path / "y.calib", SourceModel(tiny_checkpoint(experts=4)).config)
     with pytest.raises(FormatError, match="is of layers"):
         convert(source, out, calibration=other, prune=0.5)
-    assert {path.name for path in tmp_path.iterdir()} == {"y.calib"}
+    assert {path.name for path in tmp_path.iterdir()} == {"y.calib", "z.calib"}
 
 
 def test_the_command_takes_shares(tmp_path, capsys):

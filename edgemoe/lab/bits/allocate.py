@@ -148,7 +148,9 @@ class _Model:
         have = self._calibration.bits
         missing = sorted(set(levels) - set(have))
         if missing:
-            raise ValueError(f"calibration: has no errors at {missing[0]} bits")
+            raise ValueError(
+                f"calibration: has no errors at {missing[0]} bits; edgemoe calibrate measures them"
+            )
         return table[:, :, [have.index(b) for b in levels]]
 
     def levels(self, default: Sequence[int], *, count: int | None = None) -> tuple[int, ...]:

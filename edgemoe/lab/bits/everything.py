@@ -215,7 +215,9 @@ def _errors(calibration: Calibration, units: Units) -> Floats:
     ladder = [rung[0] for rung in units.moe.ladder]
     missing = [bits for bits in ladder if bits not in calibration.bits]
     if missing:
-        raise ValueError(f"calibration: has no errors at {missing[0]} bits")
+        raise ValueError(
+            f"calibration: has no errors at {missing[0]} bits; edgemoe calibrate measures them"
+        )
     return _known(calibration, "error2")[:, :, [calibration.bits.index(bits) for bits in ladder]]
 
 
