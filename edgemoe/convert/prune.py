@@ -30,7 +30,7 @@ Places = NDArray[np.intp]
 _WIDE, _WIDE_STEP, _STEP = 640, 64, 16
 _BIASES = ("expert_bias.gate", "expert_bias.up")
 _DAMPING = 0.01  # of the mean square, as for codes
-_AT_ONCE = 128  # so many times are neurons left out at most, several at once of wide experts
+_AT_ONCE = 32  # so many times are neurons left out at most, several at once of wide experts
 
 
 def kept_width(width: int, share: float) -> int:
