@@ -88,7 +88,8 @@ def made_up(down: Array, moments: Array, kept: Places) -> Array:
     Of all such matrices it has the output that is nearest on inputs of these moments, but for some damping.
     """
     damped = _damped(moments)
-    return np.linalg.solve(damped[np.ix_(kept, kept)], damped[kept] @ down.T).T.astype(np.float32)
+    found = np.linalg.solve(damped[np.ix_(kept, kept)], damped[kept] @ down.T)
+    return np.asarray(found.T, np.float32)
 
 
 def _damped(moments: Array) -> NDArray[np.float64]:
