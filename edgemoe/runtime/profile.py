@@ -26,7 +26,6 @@ what the profile is of: family, layers, experts, experts_per_token and fingerpri
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -91,7 +90,7 @@ def read_profile(path: Path, of: Mapping[str, str]) -> Profile | None:
         FormatError: not a profile, damaged, or another model's.
     """
     if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise FormatError(f"{path}: is a folder, not a profile")
     try:
         with _open(path) as file:
             meta = file.metadata() or {}

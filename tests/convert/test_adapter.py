@@ -148,7 +148,7 @@ def test_what_cannot_be_an_adapter(there, tmp_path, capsys):
         ((there.tuned, out, "--base", there.a), "is an adapter; expected the model that it is for"),
         ((there.tuned, out, "--base", tmp_path / "no.moe"), "no.moe"),
         ((there.tuned, out, *base, "--checkpoint", other), "is not what .* was made of"),
-        ((there.tuned, out, "--checkpoint", there.original), "expected --base too"),
+        ((there.tuned, out, "--checkpoint", there.original), "expected --base BASE.moe too"),
         ((there.tuned, out, *base, "--bits", "4"), "--bits: with --base all is made as the base was"),
         ((there.tuned, out, *base, "--calibration", calib.path), "was made without a calibration"),
         ((there.tuned, there.a, *base), "exists; --overwrite"),
