@@ -107,7 +107,7 @@ def stage_of(
         f"{each['copies_in']:.0f} copies in, {each['copies_out']:.0f} out"
     )
     states = each["states"] * POSITION / (tokens * 3 / 4 + 3)  # grow with the position
-    size = engine.model.ops._device.stats["used_bytes"] / 2**30
+    size = engine.model.device.stats["used_bytes"] / 2**30
     rates = []
     for card, (bandwidth, memory) in CARDS.items():
         read = (each["weights"] + states) / (REACHED * bandwidth)

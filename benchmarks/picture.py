@@ -15,6 +15,7 @@ import matplotlib as mpl
 
 mpl.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.patches import Rectangle
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
     for side in axes.spines.values():
         side.set_visible(False)
     axes.set_title(f"{model}, 4 bits: tokens per second", loc="left", fontsize=11)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=c) for c in ("#d9480f", "#868e96")]
+    handles = [Rectangle((0, 0), 1, 1, color=c) for c in ("#d9480f", "#868e96")]
     axes.legend(handles, ["edgemoe", "llama.cpp"], loc="lower right", frameon=False)
     figure.tight_layout()
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgemoe.file.format import open_moe
-from edgemoe.lab.bits.bit_router import Routed, ffn
+from edgemoe.lab.bits.bit_router import Routed
+from edgemoe.lab.bits.choosing import ffn
 
 
 class Pruned(Routed):
