@@ -52,9 +52,8 @@ class Errands:
         with self._changed:
             ready = [item for item in self._queue if item[2]()]
         for item in ready:
-            with (
-                self._changed
-            ):  # one after the other: what ends this thread leaves the rest to `end`
+            # One after the other: what ends this thread leaves the rest to `end`.
+            with self._changed:
                 self._queue.remove(item)
             done, run, _ = item
             if not done.set_running_or_notify_cancel():
