@@ -56,6 +56,11 @@ class Conversation:
                     f"tools[{i}]",
                     f"expected a name of letters, digits and _ . : / -, got {tool['name']!r:.80}",
                 )
+            if any(tool["name"] == other["name"] for other in tools[:i]):
+                # Which of them a call would mean, nobody could say.
+                raise wrong(
+                    f"tools[{i}]", f"expected a name of its own, got {tool['name']!r} again"
+                )
         self.tools = [dict(tool) for tool in tools]
 
 

@@ -122,7 +122,7 @@ def test_a_response_is_of_its_schema(client):
         ({"grammar": "root = what"}, "grammar"), ({"guided_regex": "["}, "guided_regex"),
         ({"grammar": 'root ::= "x"', "json_schema": {"const": 1}}, "grammar"),
         ({"grammar": "root ::= root root"}, "grammar"), ({"json_schema": {"$ref": "#"}}, "json_schema"),
-        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_choice": []}, "guided_choice"), ({"tools": [*CHAT_TOOLS, CHAT_TOOLS[0]]}, f"tools[{len(TOOLS)}]"),
         ({"structured_outputs": {"tags": 1}}, "structured_outputs.tags"),
         ({"json_schema": {"description": "x" * 300_000}}, "json_schema"),
         ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "nothing"}}}],
