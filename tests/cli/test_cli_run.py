@@ -452,7 +452,7 @@ def test_a_session_that_cannot_be_kept_stays_new(
         (("my models/tiny.moe",), "my models/tiny.moe: no such file"),
         (("MODEL", "-m", "other.moe"), "expected one model, got MODEL '"),
         (("MODEL", "-p", "Hi", "-t", "9999"), "threads: expected 1 to 1024, got 9999"),
-        (("MODEL", "-p", "Hi", "--profile", "."), ".: Is a directory"),
+        (("MODEL", "-p", "Hi", "--profile", "."), ".: is a folder, not a profile"),
         (("MODEL", "-p", "Hi", "--ram", "1B"), "a budget of 1 B is too small; the smallest"),
     ],
 )
