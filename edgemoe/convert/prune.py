@@ -3,10 +3,10 @@
 Neuron k of an expert is row k of w_gate and w_up and column k of w_down. With a calibration that has products of h,
 those that are left make up for the others, as in Optimal Brain Surgeon (Hassibi and Stork, 1993): of all w_down with
 their columns alone it is the one whose output is nearest, and that neuron goes which costs least then, one after the
-other. With squares alone, w_down stays as it is and a neuron's score is the energy of what it adds, the mean of h_k^2
-times ||w_k||^2, after CAMERA (arXiv 2508.02322). Slopes of the loss, by which HEAPr (arXiv 2509.22299) weighs that,
-tell which experts can do with fewer neurons; among those of one expert they choose no better. A file has one width for
-all.
+other. With squares alone, and in experts that saw few tokens, w_down stays as it is, and a neuron's score is the energy
+of what it adds, the mean of h_k^2 times ||w_k||^2, after CAMERA (arXiv 2508.02322). Slopes of the loss, by which HEAPr
+(arXiv 2509.22299) weighs that, tell which experts can do with fewer neurons; among those of one expert they choose no
+better. A file has one width for all.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from edgemoe.config import ModelConfig
 from edgemoe.convert.checkpoint import Checkpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.quant import Calibration
+from edgemoe.quant import MIN_TOKENS, Calibration
 
-__all__ = ["PrunedCalibration", "PrunedModel", "kept_width", "made_up", "needed"]
+__all__ = ["PrunedCalibration", "PrunedModel", "kept_width", "made_up", "needed", "strongest"]
 
 Array = NDArray[np.float32]
 Places = NDArray[np.intp]
@@ -50,6 +50,20 @@ def kept_width(width: int, share: float) -> int:
             f"prune: {100 * share:g}% of {width} neurons is less than {step}, the fewest that can be left out"
         )
     return kept
+
+
+def strongest(down: Array, squares: Array | None, count: int) -> Places:
+    """Returns the columns of a matrix that add the most energy, ascending.
+
+    Args:
+        down: [rows, cols].
+        squares: means of its inputs' squares, [cols]; None where no token came.
+        count: how many are left.
+    """
+    scores = np.square(down, dtype=np.float64).sum(axis=0)
+    if squares is not None:
+        scores *= squares
+    return np.sort(np.argsort(-scores, kind="stable")[:count])
 
 
 def needed(down: Array, moments: Array, count: int) -> Places:
@@ -151,22 +165,17 @@ class PrunedModel(SourceModel):
             self.config.expert_hidden,
         )
         moments = self._calibration.matrix(name)
+        squares = self._calibration.diagonal(name) if moments is None else moments.diagonal()
+        if moments is None or self._calibration.count(name) < MIN_TOKENS:
+            if place not in self._kept:
+                self._kept[place] = strongest(down, squares, width)
+            return np.ascontiguousarray(down[:, self._kept[place]])
         if place not in self._kept:
-            if moments is not None:
-                try:
-                    self._kept[place] = needed(down, moments, width)
-                except ValueError as e:
-                    raise FormatError(f"{self._calibration.path}: {name}: {e}") from None
-            else:
-                scores = np.square(down, dtype=np.float64).sum(axis=0)
-                squares = self._calibration.diagonal(name)
-                if squares is not None:  # else no token reached the layer
-                    scores *= squares
-                self._kept[place] = np.sort(np.argsort(-scores, kind="stable")[:width])
-        kept = self._kept[place]
-        if moments is None:
-            return np.ascontiguousarray(down[:, kept])
-        return np.ascontiguousarray(made_up(down, moments, kept))
+            try:
+                self._kept[place] = needed(down, moments, width)
+            except ValueError as e:
+                raise FormatError(f"{self._calibration.path}: {name}: {e}") from None
+        return np.ascontiguousarray(made_up(down, moments, self._kept[place]))
 
     def expert(self, layer: int, index: int) -> tuple[Array, Array, Array]:
         """See `SourceModel.expert`."""

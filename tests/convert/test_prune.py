@@ -192,14 +192,35 @@ def test_biases_go_with_their_neurons(tmp_path):
         np.testing.assert_array_equal(model.tensor(name), expected)
 
 
-def test_products_that_can_be_none_are_refused_by_name(source, tmp_path):
-    whole = SourceModel(source)
-    found = calibrated(tmp_path / "x.calib", whole.config)
+def changed(path, found, change):
+    """Writes a calibration with other tensors."""
     tensors = {name: found._file.tensor(name).copy() for name in found._file.shapes}
-    tensors["experts.1.hidden.products"][5] *= -1
+    change(tensors)
     meta = {key: value for key, value in found.meta.items() if key != "edgemoe_calibration"}
-    write_calibration(tmp_path / "x.calib", tensors, meta)
-    model = PrunedModel(source, 0.5, Calibration(tmp_path / "x.calib"))
+    write_calibration(path, tensors, meta)
+    return Calibration(path)
+
+
+def test_an_expert_that_saw_few_tokens_keeps_what_it_has(source, calibration, tmp_path):
+    def change(tensors):
+        tensors["experts.1.count"][5] = 63
+
+    few = changed(tmp_path / "x.calib", calibration, change)
+    model, whole = PrunedModel(source, 2 / 3, few), SourceModel(source)
+    down = whole.expert(1, 5)[2]
+    energy = np.square(down).sum(0) * few.matrix("experts.1.5.down").diagonal()
+    kept = np.sort(np.argsort(-energy)[: model.config.expert_hidden])
+    assert model.kept(1, 5).tolist() == kept.tolist()
+    np.testing.assert_array_equal(model.expert(1, 5)[2], down[:, kept])
+    assert not np.array_equal(model.expert(1, 4)[2], whole.expert(1, 4)[2][:, model.kept(1, 4)])
+
+
+def test_products_that_can_be_none_are_refused_by_name(source, calibration, tmp_path):
+    def change(tensors):
+        tensors["experts.1.hidden.products"][5] *= -1
+
+    found = changed(tmp_path / "x.calib", calibration, change)
+    model = PrunedModel(source, 0.5, found)
     model.expert(1, 4)
     with pytest.raises(FormatError, match=r"x.calib: experts\.1\.5\.down: expected products"):
         model.expert(1, 5)
