@@ -87,16 +87,23 @@ def main() -> None:
             # Bytes of a bit of all experts are the same at every level but for scales and padding: tried from above.
             low, high = moe.ladder[0][0], moe.ladder[-1][0]
             ladder = [rung[0] for rung in moe.ladder]
+            kept = None
             for _ in range(12):
                 average = (low + high) / 2
-                given = allocate(
-                    args.model, "error", Settings(average_bits=average), calibration=calibration
-                )
+                try:
+                    given = allocate(
+                        args.model, "error", Settings(average_bits=average), calibration=calibration
+                    )
+                except ValueError:  # those that are protected alone take more
+                    low = average
+                    continue
                 choice[:E] = [ladder.index(b) for b in given.bits.reshape(-1).tolist()]
                 if units.bytes(choice) <= total:
                     low, kept = average, choice.copy()
                 else:
                     high = average
+            if kept is None:
+                continue
             kl = measure(
                 f"error, {units.expert_bits(kept).mean():.2f} bits; others {bits}; {kind}", kept
             )
