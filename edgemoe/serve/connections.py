@@ -13,7 +13,7 @@ __all__ = ["PATIENCE", "TAKING", "connections"]
 PATIENCE = 30.0
 """Seconds in which a request's head has to be whole, and between two parts of its body."""
 TAKING = 60.0
-"""Seconds in which a client has to read what waits for it, once no more can wait."""
+"""Seconds in which a client has to read some of what waits for it, once no more can wait."""
 
 
 def connections(most: int) -> type[H11Protocol]:
@@ -56,7 +56,15 @@ class _Connection(H11Protocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._full = self.loop.call_later(TAKING, self.transport.abort)
+        self._wait_for_reader()
+
+    def _wait_for_reader(self, before: int | None = None) -> None:
+        """Leaves who has read nothing since so many bytes waited."""
+        size = self.transport.get_write_buffer_size()
+        if before is None or size < before:
+            self._full = self.loop.call_later(TAKING, self._wait_for_reader, size)
+        else:
+            self.transport.abort()
 
     def resume_writing(self) -> None:
         self._taken()
