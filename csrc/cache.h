@@ -212,6 +212,7 @@ class Cache {
     return kept_level_ > 0 && may_go(expert) && bytes_at(expert, levels_[expert]) > bytes_at(expert, kept_level_);
   }
   void note(int expert);
+  void hit(int expert);
   void trim(int slot, uint32_t keep);
   void check(const Wish& wish) const;
   void check_budget(size_t bytes) const;

@@ -161,15 +161,20 @@ void Cache::begin(const Wish& now, const int32_t* offsets, int num_tokens, const
       continue;
     }
     pin(e, 1);
-    stats_.hits += 1;
-    Slot& slot = slots_[slot_of_[e]];
-    if (slot.target == 0 && slot.is_ahead) {
-      slot.is_ahead = false;
-      stats_.ahead_used += 1;
-    }
+    hit(e);
   }
   set_ahead(ahead);
   if (load_waiting()) load_ahead();
+}
+
+/// A use found an expert there, which may have left since.
+void Cache::hit(int e) {
+  stats_.hits += 1;
+  if (slot_of_[e] < 0) return;
+  Slot& slot = slots_[slot_of_[e]];
+  if (slot.target != 0 || !slot.is_ahead) return;
+  slot.is_ahead = false;
+  stats_.ahead_used += 1;
 }
 
 void Cache::count(const Wish& used) {
@@ -181,7 +186,7 @@ void Cache::count(const Wish& used) {
     policy_.use(e, 1);
     runs_[e] += 1;
     stats_.bits += level_bits_[size_t(rungs_at(e, level_of(e, used.levels[i])))];
-    stats_.hits += 1;
+    hit(e);
   }
 }
 

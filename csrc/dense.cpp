@@ -137,6 +137,16 @@ size_t Workspace::bytes(int num_threads, const WorkspaceShape& shape) {
          attention_floats(num_threads, shape) * sizeof(float);
 }
 
+void Workspace::begin_noting() {
+  notes.begin();
+  pool.refuse(true);
+}
+
+int Workspace::end_noting() {
+  pool.refuse(false);
+  return notes.end();
+}
+
 QuantizedRows Workspace::view(const Memory& memory, int n, int tiles, int8_t** codes, float** scales,
                               float** sums) const {
   *codes = reinterpret_cast<int8_t*>(memory.bytes());
@@ -354,6 +364,22 @@ void add_norm(Workspace& ws, const float* added, float scale, float* x, const fl
       const size_t at = size_t(t) * cols;
       k.add_scaled(added + at, scale, cols, x + at);
       k.rms_norm(x + at, weight, eps, cols, out + at);
+    }
+  });
+}
+
+void add_bias(Workspace& ws, const float* bias, int T, int cols, float* out) {
+  const Kernels& k = kernels();
+  ws.pool.run(T, 16, [&](int begin, int end) {
+    for (int t = begin; t < end; ++t) k.add_scaled(bias, 1.0f, cols, out + size_t(t) * cols);
+  });
+}
+
+void multiply(Workspace& ws, const Factors& factors, int T, int cols, float* out) {
+  ws.pool.run(T, 16, [&](int begin, int end) {
+    for (int t = begin; t < end; ++t) {
+      const float* f = factors.data + size_t(t) * factors.per_row;
+      for (size_t i = 0; i < size_t(cols); ++i) out[size_t(t) * cols + i] *= f[i * factors.step];
     }
   });
 }

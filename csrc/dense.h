@@ -6,6 +6,7 @@
 
 #include "kernels/kernels.h"
 #include "memory.h"
+#include "notes.h"
 #include "order.h"
 #include "route_rule.h"
 #include "threads.h"
@@ -64,6 +65,12 @@ class Workspace {
  public:
   ThreadPool pool;  // after the scratch: its threads end before that goes
   ProductOrder order{pool};
+  Notes notes;
+
+  /// From now on steps are noted; what would run meanwhile throws std::logic_error, so that none gets lost.
+  void begin_noting();
+  /// Returns the number of what was noted.
+  int end_noting();
 };
 
 /// V x of one row, computed once for matrices with the same V.
@@ -150,6 +157,19 @@ void rms_norm(Workspace& ws, const float* x, const float* weight, float eps, int
 /// x [T, cols] += scale * added, and out = its RMS norm.
 void add_norm(Workspace& ws, const float* added, float scale, float* x, const float* weight, float eps, int T, int cols,
               float* out);
+
+/// out [T, cols] += bias [cols].
+void add_bias(Workspace& ws, const float* bias, int T, int cols, float* out);
+
+/// Numbers that a matrix is multiplied with: those of row t begin at data + t * per_row, and are `step` apart.
+struct Factors {
+  const float* data;
+  size_t per_row;
+  size_t step;
+};
+
+/// out [T, cols] *= factors.
+void multiply(Workspace& ws, const Factors& factors, int T, int cols, float* out);
 
 /// x [n] = cap * tanh(x / cap), in place; what is not finite becomes no number.
 void soft_cap(Workspace& ws, float cap, int64_t n, float* x);

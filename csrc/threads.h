@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <functional>
 #include <mutex>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -35,6 +36,9 @@ class ThreadPool {
 
   int size() const { return int(workers_.size()) + 1; }
 
+  /// Whether loops throw std::logic_error from now on.
+  void refuse(bool yes) { refuses_ = yes; }
+
   /// Inside a body: the number of the thread that runs it, 0 for the caller.
   static int worker();
 
@@ -51,6 +55,7 @@ class ThreadPool {
   /// places. `body` must not throw.
   template <class Body>
   void run(int count, int grain, const Body& body) {
+    if (refuses_) throw std::logic_error("threads: work runs while it should be noted");
     if (count <= 0) return;
     if (workers_.empty() || count <= grain) return body(0, count);
     start(count, grain, [](const void* b, int begin, int end) { (*static_cast<const Body*>(b))(begin, end); }, &body);
@@ -86,6 +91,7 @@ class ThreadPool {
   // because its core was taken, finds the round over; nobody waits for it.
   static constexpr uint64_t kWorkers = 0xffff, kOver = 0x10000, kRound = 0x20000;
 
+  bool refuses_ = false;
   Call call_ = nullptr;
   const void* body_ = nullptr;
   int count_ = 0;

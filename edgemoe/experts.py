@@ -145,13 +145,20 @@ class Experts:
             self._levels = self.store.levels(self._bits.reshape(-1))
         return self._levels
 
-    def run_chosen(self, layer: int, weights: ExpertLayer, x: Array, out: Array) -> None:
+    def run_chosen(
+        self,
+        layer: int,
+        weights: ExpertLayer,
+        x: Array,
+        out: Array,
+        beside: Beside | None = None,
+    ) -> bool:
         """Does for x [1, D] what a call does in a layer that is ahead, once its experts were chosen."""
-        self._ops.run_chosen(layer, x, weights, self._parts, out)
+        return self._ops.run_chosen(layer, x, weights, self._parts, out, beside)
 
     def count(self, layers: Sequence[int]) -> None:
         """Counts what was chosen in layers that were ahead."""
         experts = self._ops.chosen()[layers]
         self.routed += experts.size
-        if self._levels is not None:
+        if self._levels is not None and not self._ops.counts_chosen:
             self.store.count(layers, experts, self._levels)

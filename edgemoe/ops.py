@@ -537,13 +537,26 @@ class Ops(Protocol):
         """
 
     def run_chosen(
-        self, layer: int, x: Array, weights: ExpertLayer, parts: Array, out: Array
-    ) -> None:
+        self,
+        layer: int,
+        x: Array,
+        weights: ExpertLayer,
+        parts: Array,
+        out: Array,
+        beside: Beside | None,
+    ) -> bool:
         """out [1, D] = the gated sum of what the experts that were chosen last for a layer make of x [1, D].
 
         Args:
             parts: scratch [K or more, D].
+            beside: what may be run with them.
+
+        Returns:
+            Whether it was: always the same.
         """
+
+    counts_chosen: bool
+    """Whether `run_chosen` counts uses where experts lie, as a request does; else who called it is to."""
 
     def chosen(self) -> Ids:
         """Returns the experts that `choose` chose last for each layer, [layers, K]: the host's; waits."""

@@ -28,6 +28,8 @@ from edgemoe.ops import (
     RouteRule,
     RouterWeights,
 )
+from edgemoe.ops_cpu_ahead import Ahead
+from edgemoe.ops_notes import CpuNotes
 from edgemoe.plan import Plan
 from edgemoe.quant.correction import MOST_RANK
 from edgemoe.specs import Activation, AttentionSpec, MixerSpec, MlaSpec, RouterSpec
@@ -41,8 +43,16 @@ _FEW_TOKENS = 4
 class CpuOps:
     """Runs operations on some threads with scratch of its own. One caller at a time. See `Ops` for the verbs."""
 
+    repeats = True
+    """Work is noted and repeated without Python; without that what comes is the same, later."""
+    runs_ahead = True
+    """Layers of which all experts are there are part of that; likewise."""
+    counts_chosen = True
+
     def __init__(self, shape: OpsShape) -> None:
         self._ws = _core.Workspace(*astuple(shape))
+        self._notes = CpuNotes(self._ws)
+        self._ahead = Ahead()
 
     @staticmethod
     def scratch_bytes(shape: OpsShape) -> int:
@@ -128,15 +138,23 @@ class CpuOps:
         """See `Ops.rope_table`."""
         return _core.Rope(frequencies, scale)
 
-    def place(self, spec: AttentionSpec | MlaSpec, pos: int) -> None:
-        """See `Ops.place`: nothing is repeated."""
+    def place(self, spec: AttentionSpec | MlaSpec, pos: int) -> Hashable | None:
+        """See `Ops.place`: attention is the same work wherever it is."""
+        if not self.repeats:
+            return None
+        self._ws.place(pos)
+        return True
 
     def repeat(self, key: Hashable | None, run: Callable[[], None]) -> None:
         """See `Ops.repeat`."""
-        run()
+        if key is None or not self.repeats or (note := self._notes.of(key, run)) is None:
+            run()
+        else:
+            self._ws.repeat(note)
 
     def forget_work(self) -> None:
         """See `Ops.forget_work`."""
+        self._notes.forget()
 
     def embed(self, table: Matrix, ids: Ids, scale: float, out: Array) -> None:
         """See `Ops.embed`."""
@@ -193,7 +211,7 @@ class CpuOps:
 
     def add_bias(self, bias: Array, out: Array) -> None:
         """See `Ops.add_bias`."""
-        out += bias
+        _core.add_bias(self._ws, bias, out)
 
     def scale(self, factor: float, out: Array) -> None:
         """See `Ops.scale`."""
@@ -201,7 +219,7 @@ class CpuOps:
 
     def multiply(self, factors: Array, out: Array) -> None:
         """See `Ops.multiply`."""
-        out *= factors
+        _core.multiply(self._ws, factors, out)
 
     def weigh(self, x: Array, gates: Array, out: Array) -> None:
         """See `Ops.weigh`."""
@@ -393,22 +411,43 @@ class CpuOps:
     def ahead(
         self, slots: Any, levels: NDArray[np.int8], rule: RouteRule, *, is_start: bool
     ) -> frozenset[int]:
-        """See `Ops.ahead`: the host is here, so that `choose` and what follows it are never called."""
-        return frozenset()
+        """See `Ops.ahead`: layers of which all experts are there."""
+        if not (self.repeats and self.runs_ahead):
+            return frozenset()
+        if self._ahead.take(slots, levels, rule):
+            self.forget_work()
+        if is_start:
+            slots.close()  # what Ctrl-C may have left open
+        return self._ahead.layers(is_start=is_start)
 
     def choose(self, layer: int, x: Array, router: RouterWeights, rule: RouteRule) -> None:
         """See `Ops.choose`."""
-        raise NotImplementedError
+        ahead, at = self._ahead, slice(layer, layer + 1)
+        self.route(
+            x, router, rule, scores=ahead.scores, experts=ahead.experts[at], gates=ahead.gates[at]
+        )
 
     def run_chosen(
-        self, layer: int, x: Array, weights: ExpertLayer, parts: Array, out: Array
-    ) -> None:
+        self,
+        layer: int,
+        x: Array,
+        weights: ExpertLayer,
+        parts: Array,
+        out: Array,
+        beside: Beside | None,
+    ) -> bool:
         """See `Ops.run_chosen`."""
-        raise NotImplementedError
+        ahead, at = self._ahead, slice(layer, layer + 1)
+        matrices, to = (None, None) if beside is None else beside
+        _core.run_chosen(
+            self._ws, x, ahead.slots, layer, ahead.experts[at], ahead.gates[at], ahead.levels, parts, out,
+            weights.activation, weights.biases, weights.basis, matrices, to,
+        )  # fmt: skip
+        return beside is not None
 
     def chosen(self) -> Ids:
         """See `Ops.chosen`."""
-        raise NotImplementedError
+        return self._ahead.experts
 
     def slot_scores(
         self,

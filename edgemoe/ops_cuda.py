@@ -28,7 +28,7 @@ from edgemoe.ops import (
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.ops_cuda_ahead import Ahead
 from edgemoe.ops_cuda_mixers import Array, CudaMixers
-from edgemoe.ops_cuda_notes import Notes
+from edgemoe.ops_notes import DeviceNotes
 from edgemoe.placement import MOST_HEAD_DIM, Both, lacks
 from edgemoe.plan import Plan
 from edgemoe.specs import Activation, AttentionSpec, MixerSpec, MlaSpec, RouterSpec
@@ -50,6 +50,7 @@ class CudaOps(CudaMixers):
     """Work is noted and repeated; without that what comes is the same, later."""
     runs_ahead = True
     """Layers of which it has all experts need no host; likewise."""
+    counts_chosen = False
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class CudaOps(CudaMixers):
         self._unturned = self.empty(shape.max_tokens, 0)
         self._is_posted = False
         """Logits are on their way to the host, and the rows that they are of if these are few."""
-        self._notes = Notes(self._ws)
+        self._notes = DeviceNotes(self._ws)
         self._ahead = Ahead(device, self._ws, config) if _may_run_ahead(config, corrected) else None
         self._x = np.empty((shape.max_tokens, d), np.float32)
         self._parts = np.empty((shape.max_tokens * max(k, 1), d), np.float32)
@@ -373,11 +374,12 @@ class CudaOps(CudaMixers):
         cast(Ahead, self._ahead).choose(layer, self._scores[:1], router, rule)
 
     def run_chosen(
-        self, layer: int, x: Array, weights: ExpertLayer, parts: Array, out: Array
-    ) -> None:
-        """See `Ops.run_chosen`."""
+        self, layer: int, x: Array, weights: ExpertLayer, parts: Array, out: Array, beside: Any
+    ) -> bool:
+        """See `Ops.run_chosen`: what is beside them is for itself."""
         _, biases, _ = self._layer(weights)
         cast(Ahead, self._ahead).run(layer, x, weights.activation, biases, parts, out)
+        return False
 
     def chosen(self) -> Ids:
         """See `Ops.chosen`."""

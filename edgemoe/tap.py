@@ -53,6 +53,8 @@ class Tap(Protocol):
 class TapOps(CpuOps):
     """Shows a `Tap` what it computes with."""
 
+    repeats = False
+
     def __init__(
         self, shape: OpsShape, tap: Tap, names: Mapping[int, str], *, max_parts: int, hidden: int
     ) -> None:

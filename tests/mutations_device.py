@@ -157,9 +157,9 @@ DEVICE = (
     *(
         Mutation("device", name, file, old, new, REPEATED)
         for name, file, old, new in (
-            ("repeated attention stays in its first blocks", "edgemoe/ops_cuda_notes.py", "return first // _core.KEY_BLOCK, pos // _core.KEY_BLOCK", "return 0, 0"),
-            ("repeated work stays at its position", "edgemoe/ops_cuda_notes.py", "if self._pos != pos:", "if self._pos < 0:"),
-            ("what failed while it was noted stays so", "edgemoe/ops_cuda_notes.py", "                self._forget(self._ws.end_noting())\n                raise", "                raise"),
+            ("repeated attention stays in its first blocks", "edgemoe/ops_notes.py", "return first // _core.KEY_BLOCK, pos // _core.KEY_BLOCK", "return 0, 0"),
+            ("repeated work stays at its position", "edgemoe/ops_notes.py", "if self._pos != pos:", "if self._pos < 0:"),
+            ("what failed while it was noted stays so", "edgemoe/ops_notes.py", "                self._forget(self._ws.end_noting())\n                raise", "                raise"),
             ("sequences share what is repeated", "edgemoe/model/decoder.py", "(batch.slices[0].state.number, batch.variant", "(0, batch.variant"),
             ("what is repeated outlives a change", "edgemoe/model/decoder.py", "        self._ops.forget_work()\n", ""),
             ("recurrent states take turns unseen", "edgemoe/model/recurrent.py", "tuple(id(arrays) for both in parts[0][0].values() for arrays in both)", "()"),

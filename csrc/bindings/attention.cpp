@@ -9,6 +9,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "bindings/work.h"
 #include "dense.h"
 #include "kv.h"
 #include "matrix.h"
@@ -39,8 +40,8 @@ Held<Kv> kv_of(const std::string& key_type, const std::string& value_type, int n
 
 /// What a call of `attention` has beside its arrays, which must fit.
 AttentionParts parts_of(const AttentionLayer& layer, const Array<float>& q, const Array<float>& k,
-                        const Array<float>& v, int pos, const Array<float>& cos, const Array<float>& sin,
-                        const Rope* rope, const Kv& kv, const Array<float>& out) {
+                        const Array<float>& v, const Array<float>& cos, const Array<float>& sin, const Rope* rope,
+                        const Kv& kv, const Array<float>& out) {
   AttentionParts parts = layer.parts;
   const AttentionShape& s = parts.shape;
   const py::ssize_t T = q.shape(0), half = s.rope_dim / 2;
@@ -56,8 +57,14 @@ AttentionParts parts_of(const AttentionLayer& layer, const Array<float>& q, cons
   parts.cos = cos.data();
   parts.sin = sin.data();
   if (rope && rope->half() != half) throw std::invalid_argument("attention: the Rope is of another head");
-  parts.turns = rope ? rope->tiles(pos + int(T)) : nullptr;
   return parts;
+}
+
+/// What has such parts, at a position.
+void attend_at(Workspace& ws, AttentionParts parts, const Rope* rope, float* q, float* k, float* v, int T, int pos,
+               const KvLayer& kv, float* out) {
+  parts.turns = rope ? rope->tiles(pos + T) : nullptr;
+  attention(ws, q, k, v, T, pos, parts, kv, out);
 }
 
 void bind_rope(py::module_& m) {
@@ -191,11 +198,10 @@ void bind_attending(py::module_& m) {
       "attention",
       [](Workspace& ws, const AttentionLayer& layer, Array<float> q, Array<float> k, Array<float> v, int pos,
          const Array<float>& cos, const Array<float>& sin, const Rope* rope, Kv& kv, Array<float> out) {
-        const AttentionParts parts = parts_of(layer, q, k, v, pos, cos, sin, rope, kv, out);
+        const AttentionParts parts = parts_of(layer, q, k, v, cos, sin, rope, kv, out);
         const int T = int(q.shape(0));
         float *qp = q.mutable_data(), *kp = k.mutable_data(), *vp = v.mutable_data(), *o = out.mutable_data();
-        py::gil_scoped_release release;
-        attention(ws, qp, kp, vp, T, pos, parts, kv.layer, o);
+        run_at(ws, pos, [=, &ws, &kv](int at) { attend_at(ws, parts, rope, qp, kp, vp, T, at, kv.layer, o); });
       },
       py::arg("ws"), py::arg("layer"), py::arg("q").noconvert(), py::arg("k").noconvert(), py::arg("v").noconvert(),
       py::arg("pos"), py::arg("cos").noconvert(), py::arg("sin").noconvert(), py::arg("rope"), py::arg("kv"),
@@ -206,7 +212,7 @@ void bind_attending(py::module_& m) {
       [](Workspace& ws, const AttentionLayer& layer, const Array<float>& x, const std::array<const Nested*, 3>& qkv,
          const Nested& o, Array<float> q, Array<float> k, Array<float> v, int pos, const Array<float>& cos,
          const Array<float>& sin, const Rope* rope, Kv& kv, Array<float> heads, Array<float> out) {
-        const AttentionParts parts = parts_of(layer, q, k, v, pos, cos, sin, rope, kv, heads);
+        const AttentionParts parts = parts_of(layer, q, k, v, cos, sin, rope, kv, heads);
         expect(x, "attend x", {q.shape(0), -1});
         expect(out, "attend out", {q.shape(0), o.matrix.rows});
         const py::ssize_t rows[] = {q.shape(1), k.shape(1), v.shape(1)};
@@ -222,10 +228,12 @@ void bind_attending(py::module_& m) {
         float *qp = q.mutable_data(), *kp = k.mutable_data(), *vp = v.mutable_data();
         float *h = heads.mutable_data(), *to = out.mutable_data();
         const int T = int(x.shape(0));
-        py::gil_scoped_release release;
-        linear(ws, a, T, matrices, {qp, kp, vp});
-        attention(ws, qp, kp, vp, T, pos, parts, kv.layer, h);
-        linear(ws, h, T, {&o.matrix}, {to});
+        const NestedMatrix* last = &o.matrix;
+        run_at(ws, pos, [=, &ws, &kv](int at) {
+          linear(ws, a, T, matrices, {qp, kp, vp});
+          attend_at(ws, parts, rope, qp, kp, vp, T, at, kv.layer, h);
+          linear(ws, h, T, {last}, {to});
+        });
       },
       py::arg("ws"), py::arg("layer"), py::arg("x").noconvert(), py::arg("qkv"), py::arg("o"), py::arg("q").noconvert(),
       py::arg("k").noconvert(), py::arg("v").noconvert(), py::arg("pos"), py::arg("cos").noconvert(),

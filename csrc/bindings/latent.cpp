@@ -6,6 +6,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "bindings/work.h"
 #include "kv.h"
 #include "matrix.h"
 
@@ -81,8 +82,9 @@ void bind_layer_of_latents(py::module_& m) {
         expect(out, "attend_latents out", {T, matrices.out->rows});
         const float* a = x.data();
         float* o = out.mutable_data();
-        py::gil_scoped_release release;
-        attend_latents(ws, a, int(T), pos, parts, matrices, {to[0], to[1], to[2], to[3], to[4], to[5]}, kv.layer, o);
+        run_at(ws, pos, [=, &ws, &kv](int at) {
+          attend_latents(ws, a, int(T), at, parts, matrices, {to[0], to[1], to[2], to[3], to[4], to[5]}, kv.layer, o);
+        });
       },
       py::arg("ws"), py::arg("layer"), py::arg("x").noconvert(), py::arg("projections"), py::arg("q_norm"),
       py::arg("eps"), py::arg("rows").noconvert(), py::arg("pos"), py::arg("cos"), py::arg("sin"), py::arg("kv"),
@@ -132,8 +134,7 @@ void bind_latent(py::module_& m) {
         expect(out, "out", {T, s.num_heads * s.latent_dim});
         const float* a = q.data();
         float *b = absorbed.mutable_data(), *k = keys.mutable_data(), *o = out.mutable_data();
-        py::gil_scoped_release release;
-        latent_attention(ws, a, b, k, int(T), pos, parts, kv.layer, o);
+        run_at(ws, pos, [=, &ws, &kv](int at) { latent_attention(ws, a, b, k, int(T), at, parts, kv.layer, o); });
       },
       py::arg("ws"), py::arg("layer"), py::arg("q").noconvert(), py::arg("absorbed").noconvert(),
       py::arg("keys").noconvert(), py::arg("pos"), py::arg("cos"), py::arg("sin"), py::arg("kv"),

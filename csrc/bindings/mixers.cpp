@@ -3,6 +3,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "bindings/work.h"
 #include "mixers/conv.h"
 #include "mixers/delta.h"
 #include "mixers/gated_norm.h"
@@ -39,8 +40,9 @@ void bind_convolution(py::module_& m) {
         const float* b = bias.is_none() ? nullptr : floats(bias, "bias", {C});
         const float *a = x.data(), *w = weight.data();
         float *next = tail.mutable_data(), *o = out.mutable_data();
-        py::gil_scoped_release release;
-        short_conv(ws, {int(C), int(taps), silu, size_t(C), size_t(C)}, a, w, b, past, next, int(T), o);
+        run(ws, [=, &ws] {
+          short_conv(ws, {int(C), int(taps), silu, size_t(C), size_t(C)}, a, w, b, past, next, int(T), o);
+        });
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("bias"), py::arg("before"),
       py::arg("tail").noconvert(), py::arg("silu"), py::arg("out").noconvert(),
@@ -77,8 +79,7 @@ void bind_delta_rule(py::module_& m) {
         float *q = qkv.mutable_data(), *k = q + key_heads * dk, *v = k + key_heads * dk;
         float *a = decay.mutable_data(), *b = beta.mutable_data(), *s = state.mutable_data(), *o = out.mutable_data();
         const auto stride = size_t(qkv.shape(1));
-        py::gil_scoped_release release;
-        delta_rule(ws, parts, q, k, v, stride, a, b, int(T), past, s, o);
+        run(ws, [=, &ws] { delta_rule(ws, parts, q, k, v, stride, a, b, int(T), past, s, o); });
       },
       py::arg("ws"), py::arg("qkv").noconvert(), py::arg("decay").noconvert(), py::arg("beta").noconvert(),
       py::arg("rate").noconvert(), py::arg("bias").noconvert(), py::arg("key_heads"), py::arg("bounded"),
@@ -114,8 +115,7 @@ void bind_mamba2(py::module_& m) {
         const float *x = xbc.data(), *b = x + H * P, *c = b + groups * N;
         const auto stride = size_t(xbc.shape(1));
         float *d = step.mutable_data(), *a = decay.mutable_data(), *s = state.mutable_data(), *o = out.mutable_data();
-        py::gil_scoped_release release;
-        mamba2(ws, parts, x, b, c, stride, d, a, int(T), past, s, o);
+        run(ws, [=, &ws] { mamba2(ws, parts, x, b, c, stride, d, a, int(T), past, s, o); });
       },
       py::arg("ws"), py::arg("xbc").noconvert(), py::arg("step").noconvert(), py::arg("decay").noconvert(),
       py::arg("rate").noconvert(), py::arg("step_bias").noconvert(), py::arg("skip").noconvert(), py::arg("groups"),
@@ -139,8 +139,7 @@ void bind_gates(py::module_& m) {
         const Gate how = gate_named(kind);
         const float *z = gate.data(), *w = weight.data();
         float* v = x.mutable_data();
-        py::gil_scoped_release release;
-        gated_norm(ws, v, z, size_t(C), w, per_group, eps, how, int(T), groups, int(C / groups));
+        run(ws, [=, &ws] { gated_norm(ws, v, z, size_t(C), w, per_group, eps, how, int(T), groups, int(C / groups)); });
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("gate").noconvert(), py::arg("weight").noconvert(),
       py::arg("eps"), py::arg("groups"), py::arg("kind"),
@@ -161,9 +160,10 @@ void bind_gates(py::module_& m) {
         if (heads < 1 || C % heads) throw std::invalid_argument("gate_attention: expected whole heads");
         const float* g = gate.data();
         float* v = x.mutable_data();
-        py::gil_scoped_release release;
-        if (by_element) return sigmoid_gate(ws, v, g, int(T), int(C));
-        head_gate(ws, v, g, softplus, int(T), int(heads), int(C / heads));
+        run(ws, [=, &ws] {
+          if (by_element) return sigmoid_gate(ws, v, g, int(T), int(C));
+          head_gate(ws, v, g, softplus, int(T), int(heads), int(C / heads));
+        });
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("gate").noconvert(), py::arg("kind"),
       "x [T, heads * head_dim] *= sigmoid of gate [T, heads * head_dim] (\"sigmoid\"), or sigmoid or softplus of gate "

@@ -4,6 +4,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "bindings/work.h"
 #include "dense.h"
 #include "expert.h"
 #include "kv.h"
@@ -33,8 +34,7 @@ void bind_matrices(py::module_& m) {
         }
         const float* p = x.data();
         const int T = int(x.shape(0));
-        py::gil_scoped_release release;
-        linear(ws, p, T, ms, ys);
+        run(ws, [=, &ws] { linear(ws, p, T, ms, ys); });
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("matrices"), py::arg("outs").noconvert(),
       "outs[i] [T, rows_i] = x [T, cols] times matrices[i] transposed.");
@@ -65,8 +65,7 @@ void bind_matrices(py::module_& m) {
         const float *p = x.data(), *w = matrix.data();
         float* o = out.mutable_data();
         const int T = int(x.shape(0)), rows = int(matrix.shape(0)), cols = int(x.shape(1));
-        py::gil_scoped_release release;
-        linear_f32(ws, p, T, w, rows, cols, o);
+        run(ws, [=, &ws] { linear_f32(ws, p, T, w, rows, cols, o); });
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("matrix").noconvert(), py::arg("out").noconvert(),
       "out [T, rows] = x [T, cols] times a float32 matrix transposed.");
@@ -96,8 +95,7 @@ void bind_matrix_of_heads(py::module_& m) {
         const float* a = x.data();
         float* o = out.mutable_data();
         const int T = int(x.shape(0)), x_stride = int(x.shape(1)) / heads, out_stride = int(out.shape(1)) / heads;
-        py::gil_scoped_release release;
-        linear_heads(ws, {a, x_stride}, m, T, heads, o, out_stride);
+        run(ws, [=, &ws] { linear_heads(ws, {a, x_stride}, m, T, heads, o, out_stride); });
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("w"), py::arg("heads"), py::arg("out").noconvert(),
       "A matrix for each head: out [T, heads * n][t, h, :rows / heads] = w[rows of h] x [T, heads * m][t, h, :cols].");
@@ -118,8 +116,7 @@ void bind_rows(py::module_& m) {
         const float *a = x.data(), *w = weight.data();
         float* o = out.mutable_data();
         const int T = int(x.shape(0)), cols = int(x.shape(1));
-        py::gil_scoped_release release;
-        rms_norm(ws, a, w, eps, T, cols, o);
+        run(ws, [=, &ws] { rms_norm(ws, a, w, eps, T, cols, o); });
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("weight").noconvert(), py::arg("eps"),
       py::arg("out").noconvert());
@@ -134,6 +131,37 @@ void bind_rows(py::module_& m) {
         soft_cap(ws, cap, n, p);
       },
       py::arg("ws"), py::arg("cap"), py::arg("x").noconvert(), "x = cap * tanh(x / cap), in place.");
+
+  m.def(
+      "add_bias",
+      [](Workspace& ws, const Array<float>& bias, Array<float> out) {
+        expect(out, "add_bias out", {-1, -1});
+        expect(bias, "bias", {out.shape(1)});
+        const float* b = bias.data();
+        float* o = out.mutable_data();
+        const int T = int(out.shape(0)), cols = int(out.shape(1));
+        run(ws, [=, &ws] { add_bias(ws, b, T, cols, o); });
+      },
+      py::arg("ws"), py::arg("bias").noconvert(), py::arg("out").noconvert(), "out [T, n] += bias [n].");
+
+  m.def(
+      "multiply",
+      [](Workspace& ws, const Array<float>& factors, Array<float> out) {
+        expect(out, "multiply out", {-1, -1});
+        const int T = int(out.shape(0)), cols = int(out.shape(1));
+        Factors f{factors.data(), 0, 1};
+        if (factors.ndim() == 2) {
+          expect(factors, "factors", {T, cols});
+          f.per_row = size_t(cols);
+        } else {
+          f.step = factors.size() == 1 ? 0 : 1;
+          expect(factors, "factors", {f.step ? cols : 1});
+        }
+        float* o = out.mutable_data();
+        run(ws, [=, &ws] { multiply(ws, f, T, cols, o); });
+      },
+      py::arg("ws"), py::arg("factors").noconvert(), py::arg("out").noconvert(),
+      "out [T, n] *= factors, [T, n], [n] or [1].");
 
   m.def(
       "combine",
@@ -161,8 +189,7 @@ void bind_rows(py::module_& m) {
         const float *a = added.data(), *w = weight.data();
         float *to = x.mutable_data(), *o = out.mutable_data();
         const int T = int(x.shape(0)), cols = int(x.shape(1));
-        py::gil_scoped_release release;
-        add_norm(ws, a, scale, to, w, eps, T, cols, o);
+        run(ws, [=, &ws] { add_norm(ws, a, scale, to, w, eps, T, cols, o); });
       },
       py::arg("ws"), py::arg("added").noconvert(), py::arg("scale"), py::arg("x").noconvert(),
       py::arg("weight").noconvert(), py::arg("eps"), py::arg("out").noconvert(),
@@ -182,8 +209,7 @@ void bind_rows(py::module_& m) {
         const float* a = x.data();
         float* o = out.mutable_data();
         const int T = int(x.shape(0)), cols = int(x.shape(1));
-        py::gil_scoped_release release;
-        add_rows(ws, a, scale, w, in, T, cols, o);
+        run(ws, [=, &ws] { add_rows(ws, a, scale, w, in, T, cols, o); });
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("scale"), py::arg("gate_weight"), py::arg("gate_input"),
       py::arg("out").noconvert(), "out += scale * sigmoid(gate_weight · gate_input) * x; no sigmoid when None.");
@@ -206,7 +232,19 @@ void bind_ops(py::module_& m) {
             return Workspace::bytes(threads, {max_rows, max_cols, max_hidden, max_context, head_dim, num_heads});
           },
           py::arg("threads"), py::arg("max_rows"), py::arg("max_cols"), py::arg("max_hidden"), py::arg("max_context"),
-          py::arg("head_dim"), py::arg("num_heads") = 1, "What such a workspace takes once all of it was used.");
+          py::arg("head_dim"), py::arg("num_heads") = 1, "What such a workspace takes once all of it was used.")
+      .def(
+          "place", [](Workspace& ws, int pos) { ws.notes.pos = pos; }, py::arg("pos"),
+          "Where the token is with which work is repeated.")
+      .def("begin_noting", &Workspace::begin_noting, "From now on work is noted instead of run.")
+      .def("end_noting", &Workspace::end_noting, "Returns the number of what was noted.")
+      .def(
+          "repeat", [](const Workspace& ws, int noted) { ws.notes.repeat(noted); }, py::arg("noted"),
+          py::call_guard<py::gil_scoped_release>(), "Runs what was noted.")
+      .def(
+          "forget", [](Workspace& ws, int noted) { ws.notes.forget(noted); }, py::arg("noted"), "Drops what was noted.")
+      .def_property_readonly(
+          "noted", [](const Workspace& ws) { return ws.notes.size(); }, "Steps of all that was noted.");
 
   bind_products(m);
   bind_rows(m);

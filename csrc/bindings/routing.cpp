@@ -3,6 +3,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "bindings/work.h"
 #include "dense.h"
 
 namespace edgemoe {
@@ -45,7 +46,9 @@ void bind_choices(py::module_& m) {
   py::class_<RouteRule>(m, "RouteRule", "How a router's logits become a choice; see dense.h.")
       .def(py::init(&route_rule), py::kw_only(), py::arg("num_experts"), py::arg("top_k"), py::arg("scoring"),
            py::arg("renormalise"), py::arg("gate_scale") = 1.0f, py::arg("groups") = 1, py::arg("used_groups") = 1,
-           py::arg("group_by_two") = false);
+           py::arg("group_by_two") = false)
+      .def_readonly("num_experts", &RouteRule::num_experts)
+      .def_readonly("top_k", &RouteRule::top_k);
 
   m.def(
       "route",
@@ -63,8 +66,7 @@ void bind_choices(py::module_& m) {
         const float* a = x.data();
         int32_t* e = experts.mutable_data();
         float *g = gates.mutable_data(), *s = scores.mutable_data();
-        py::gil_scoped_release release;
-        route(ws, a, r, T, cols, rule, s, e, g);
+        run(ws, [=, &ws] { route(ws, a, r, T, cols, rule, s, e, g); });
       },
       py::arg("ws"), py::arg("x").noconvert(), py::arg("router").noconvert(), py::arg("bias"), py::arg("choice_bias"),
       py::arg("rule"), py::arg("scores").noconvert(), py::arg("experts").noconvert(), py::arg("gates").noconvert());

@@ -63,7 +63,9 @@ class Attention:
             kvs = {i: states[i].step(pos, part.count) for i in self._layers}
             parts.append((kvs, pos, rows[:3], *turn, rows[3]))
         batch.shared[self] = ((q, k, v), heads, gate, parts)
-        return self.ops.place(self.spec, pos) if len(batch.ids) == 1 else None
+        if len(batch.ids) > 1 or (place := self.ops.place(self.spec, pos)) is None:
+            return None
+        return place, turn[2]  # what turns positions may change with a sequence's length
 
     def layer(self, index: int, weights: Mapping[str, Weight]) -> AttentionLayer:
         """See `Mixer.layer`."""

@@ -95,16 +95,19 @@ class RoutedFfn:
             (inner,) = self._scratch.first(len(x))
             self._ops.weigh(normed, routing.gates, inner)
             routing.gates[...] = 1
-        beside = None
-        if self._shared is not None and inner is normed:
-            beside = Beside(self._shared, *self._scratch.first(len(x)))
+        beside = self._beside(x) if inner is normed else None
         self._has_shared = self._experts(routing, self._layer, inner, out, beside)
 
     def run(self, x: Array, normed: Array, batch: Batch, out: Array) -> None:
         """See `Ffn.run`."""
         self._routers.choose(self._index, normed, batch)
-        self._experts.run_chosen(self._index, self._layer, normed, out)
-        self._has_shared = False
+        self._has_shared = self._experts.run_chosen(
+            self._index, self._layer, normed, out, self._beside(x)
+        )
+
+    def _beside(self, x: Array) -> Beside | None:
+        """Returns the FFN that every token takes, if there is one."""
+        return None if self._shared is None else Beside(self._shared, *self._scratch.first(len(x)))
 
     def end(self, x: Array, normed: Array, out: Array) -> None:
         """See `Ffn.end`."""

@@ -86,7 +86,7 @@ class Routers:
 
     def ahead(self, *, is_start: bool) -> frozenset[int]:
         """Returns the layers for which `choose` may take the place of both; see `Experts.ahead`."""
-        if self._places is not None:
+        if self._places is not None or self._config.gate_input:
             return frozenset()
         return self._experts.ahead(self._rule, is_start=is_start)
 

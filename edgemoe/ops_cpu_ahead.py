@@ -1,0 +1,63 @@
+"""Layers that the core runs without Python between them, as all of their experts are there. See `edgemoe.ops_cpu`."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+
+__all__ = ["Ahead"]
+
+
+class Ahead:
+    """Says which layers these are, and holds what is chosen for one token. One caller at a time."""
+
+    def __init__(self) -> None:
+        self._wish: tuple[Any, Any, Any] = (None, None, None)
+        self._residency = np.empty(0, np.int8)
+        self._all = self._layers = frozenset[int]()
+        self.scores = np.empty((1, 0), np.float32)
+        """[1, E], scratch."""
+        self.experts = np.empty((0, 0), np.int32)
+        """[layers, K], of each layer what was chosen last, with its gates."""
+        self.gates = np.empty((0, 0), np.float32)
+
+    @property
+    def slots(self) -> _core.Cache:
+        """Where experts lie."""
+        slots: _core.Cache = self._wish[0]
+        return slots
+
+    @property
+    def levels(self) -> NDArray[np.int8]:
+        """[layers * E], what they run at."""
+        levels: NDArray[np.int8] = self._wish[1]
+        return levels
+
+    def take(self, slots: _core.Cache, levels: NDArray[np.int8], rule: _core.RouteRule) -> bool:
+        """Takes what layers are asked for with, and returns whether it is another, and work is not the same."""
+        wish = slots, levels, rule
+        if not any(map(operator.is_not, wish, self._wish)):
+            return False
+        self._wish, self._residency = wish, slots.residency
+        layers = len(levels) // rule.num_experts
+        self._all = frozenset(range(layers))
+        self.scores = np.empty((1, rule.num_experts), np.float32)
+        self.experts = np.empty((layers, rule.top_k), np.int32)
+        self.gates = np.empty((layers, rule.top_k), np.float32)
+        return True
+
+    def layers(self, *, is_start: bool) -> frozenset[int]:
+        """See `Ops.ahead`."""
+        is_there = self._residency >= self.levels
+        if is_there.all():
+            whole = self._all
+        else:
+            by_layer = is_there.reshape(len(self._all), -1).all(1)
+            whole = frozenset(by_layer.nonzero()[0].tolist())
+        self._layers = whole if is_start else self._layers & whole
+        return self._layers

@@ -1,0 +1,198 @@
+"""What stands between two choices of experts is told to the core once and repeated without Python, and layers whose
+experts are all there choose by themselves: the same bits, and the same books, whatever moves meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+
+import edgemoe
+from edgemoe import _core, ops_notes
+from edgemoe.model import Batch
+from edgemoe.ops_cpu import CpuOps
+from edgemoe.ops_notes import Notes
+from edgemoe.runtime.trace import read
+
+IDS = np.random.default_rng(7).integers(0, 250, 300).tolist()
+STAGES = {"none": (False, False), "repeated": (True, False), "ahead": (True, True)}
+
+
+def params(count, **more):
+    return edgemoe.SamplingParams(**{"temperature": 0, **more}, max_tokens=count, ignore_eos=True)
+
+
+def told(engine, ids, how):
+    """A reply, the hash of its last logits, and all that is counted."""
+    reply = list(engine.generate(ids, how))
+    store, stats = engine.model.store, engine.stats
+    books = store.runs.tolist(), store.reads.tolist(), store.lacks.tolist(), store.uses.tolist()
+    counted = stats.hits, stats.misses, stats.average_bits, engine.model.counters[1:]
+    return reply, stats.logits_hash, books, counted
+
+
+@pytest.fixture
+def stage(monkeypatch):
+    """Sets how much Python is out of the way, and returns how often work was repeated since."""
+    real, found = Notes.of, []
+
+    def of(self, key, work):
+        note = real(self, key, work)
+        if note is not None:
+            found.append(note)
+        return note
+
+    monkeypatch.setattr(Notes, "of", of)
+
+    def choose(name):
+        repeats, ahead = STAGES[name]
+        monkeypatch.setattr(CpuOps, "repeats", repeats)
+        monkeypatch.setattr(CpuOps, "runs_ahead", ahead)
+        found.clear()
+        return found
+
+    return choose
+
+
+def test_each_stage_has_the_same_bits_and_books(tiny_moe, stage):
+    all_told, times = {}, {}
+    for name in STAGES:
+        found = stage(name)
+        with edgemoe.load(tiny_moe, context=64) as engine:
+            all_told[name] = [told(engine, IDS[:n], params(12)) for n in (5, 9)]
+            layers = engine.config.num_layers
+        times[name] = len(found)
+    assert all_told["none"] == all_told["repeated"] == all_told["ahead"]
+    tokens = 2 * 11  # and two from the prompts' logits
+    assert times["none"] == 0
+    assert (tokens - 4) * (layers + 1) <= times["repeated"] <= tokens * (layers + 1)
+    # Some tokens come while experts are still missing.
+    assert tokens // 2 < times["ahead"] < times["repeated"]
+
+
+@pytest.mark.parametrize("experts", [9, 13, 15])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "next-use"])
+def test_while_experts_come_and_go(tiny_moe, stage, experts, policy):
+    """16 are more than there is room for, and some tokens find all of one layer there."""
+    how, out = params(30, temperature=2.0, seed=3), []
+    for name in ("none", "ahead"):
+        stage(name)
+        options = {"options": {"eviction": policy, "look_ahead": False}}
+        with edgemoe.load(tiny_moe, context=64, **options) as engine:
+            cache = engine.model.store.cache
+            cache.set_budget(experts * cache.slot_bytes(5))
+            out.append(told(engine, IDS[:5], how))
+            cache.check_integrity()
+    assert out[0] == out[1]
+    assert sum(map(sum, out[0][2][1])) > 16  # reads
+
+
+@pytest.mark.parametrize("most", [2, ops_notes.MOST_NOTED])
+def test_sequences_in_turn(tiny_moe, monkeypatch, stage, most):
+    """Each has keys and values of its own; the notes of one are not those of another, and the oldest are forgotten."""
+    monkeypatch.setattr(ops_notes, "MOST_NOTED", most)
+    monkeypatch.setattr(ops_notes, "MOST_STEPS", 8 * most)
+    found = []
+    for name in ("none", "ahead"):
+        stage(name)
+        out = []
+        with edgemoe.load(tiny_moe, context=64, sequences=3) as engine:
+            model = engine.model
+            states = [model.make_state() for _ in range(2)]
+            rows = np.empty((2, model.config.vocab_size), np.float32)
+            for i in range(8):
+                for j, state in enumerate(states):
+                    ids = np.array([IDS[3 * i + j]], np.int32)
+                    model.logits(model.forward(Batch.of((state, ids))), rows[:1], state)
+                    out.append(rows[:1].tobytes())
+            both = [(state, np.array([9], np.int32)) for state in states]
+            model.logits(model.forward(Batch.of(*both)), rows, states[0])
+            found.append([*out, rows.tobytes()])
+    assert found[0] == found[1]
+
+
+def test_fewer_experts_and_bits_are_other_work(tiny_moe, stage):
+    found = []
+    for name in ("none", "ahead"):
+        stage(name)
+        out = []
+        with edgemoe.load(tiny_moe, context=64) as engine:
+            for more in ({}, {"experts": 1}, {"bits": 3}, {"experts": 2}):
+                engine.change(**more)
+                out.append(told(engine, IDS[:6], params(6)))
+        found.append(out)
+    assert found[0] == found[1]
+
+
+def test_where_blocks_of_positions_end(tiny_moe, stage):
+    ids, found = [i % 90 for i in IDS[: _core.KEY_BLOCK - 5]], []
+    for name in ("none", "ahead"):
+        stage(name)
+        with edgemoe.load(tiny_moe, context=300, bits=2, cache_type_k="q8_0") as engine:
+            found.append(told(engine, ids, params(12)))
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("fails", [1, 5, 9, 11])
+def test_what_fails_while_it_is_noted_is_not_repeated(tiny_moe, monkeypatch, stage, fails):
+    """In the prompt, in the first tokens, and in the one whose work is noted; afterwards all is as it was."""
+    real, calls, how = _core.add_norm, [], params(9)
+
+    def add_norm(*args):
+        calls.append(args)
+        if len(calls) == fails:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    stage("none")
+    with edgemoe.load(tiny_moe, context=64) as engine:
+        expected = told(engine, IDS[:5], how)[:2]
+    stage("ahead")
+    with edgemoe.load(tiny_moe, context=64) as engine:
+        monkeypatch.setattr(_core, "add_norm", add_norm)
+        with contextlib.suppress(KeyboardInterrupt):
+            told(engine, IDS[:5], how)
+        assert told(engine, IDS[:5], how)[:2] == expected
+    assert len(calls) > fails
+
+
+def test_a_request_that_was_left_open_is_closed(tiny_moe):
+    """As by Ctrl-C, before a token that makes none."""
+    with edgemoe.load(tiny_moe, context=64) as engine:
+        expected = told(engine, IDS[:5], params(30))[:2]
+        cache = engine.model.store.cache
+        assert (cache.residency >= 5).all()
+        cache.begin(np.array([3], np.int32), np.array([5], np.int8), np.array([0, 1], np.int32), 1)
+        assert told(engine, IDS[:5], params(30))[:2] == expected
+        cache.check_integrity()
+
+
+def test_somebody_who_looks_sees_every_plan(tiny_moe, tmp_path, stage):
+    rows = []
+    for name in ("none", "ahead"):
+        stage(name)
+        path = tmp_path / f"{name}.trace"
+        with edgemoe.load(tiny_moe, context=64, trace=path) as engine:
+            told(engine, IDS[:5], params(8))
+        rows.append(read(path).rows)
+    np.testing.assert_array_equal(rows[0]["experts"], rows[1]["experts"])
+    assert len(rows[0]) == len(rows[1])
+
+
+def test_what_computes_is_not_lost_while_work_is_noted():
+    ws = _core.Workspace(2, 4, 64, 64, 64, 16)
+    x, out = np.ones((2, 64), np.float32), np.zeros((2, 64), np.float32)
+    rows, gates = np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32)
+    ws.begin_noting()
+    with pytest.raises(RuntimeError, match="should be noted"):
+        _core.combine(ws, x, rows, gates, out)  # which is not between two choices
+    _core.add_rows(ws, x, 2.0, None, None, out)
+    note = ws.end_noting()
+    assert not out.any()
+    for times in (2, 4):
+        ws.repeat(note)
+        np.testing.assert_array_equal(out, times)
+    ws.forget(note)
+    with pytest.raises(ValueError, match="there is no such work"):
+        ws.repeat(note)
