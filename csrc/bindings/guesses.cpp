@@ -97,17 +97,6 @@ void bind_guesses(py::module_& m) {
           "out [rows] = the matrix times x [cols], which is rounded to 8 bits, plus the bias.");
 
   m.def(
-      "times",
-      [](const Array<float>& matrix, const Array<float>& x, Array<float>& out) {
-        expect(matrix, "matrix", {-1, -1});
-        expect(x, "x", {matrix.shape(1)});
-        expect(out, "out", {matrix.shape(0)});
-        const int rows = int(matrix.shape(0)), cols = int(matrix.shape(1));
-        kernels().matmul_f32(matrix.data(), x.data(), 1, rows, cols, 0, rows, out.mutable_data());
-      },
-      py::arg("matrix").noconvert(), py::arg("x").noconvert(), py::arg("out").noconvert(),
-      "out [rows] = a small matrix times x [cols], by the thread that calls and in the same order everywhere.");
-  m.def(
       "decay_uses",
       [](Array<double>& uses, const Array<int32_t>& chosen, double left) {
         expect(uses, "uses", {-1});

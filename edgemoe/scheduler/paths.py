@@ -14,7 +14,7 @@ the model's file as the section "paths", a safetensors file. V rows of embedding
     next       float32 [L*E, d]    from the state alone to those of the token after it, not yet known
     next_bias  float32 [L*E]
 
-`now` and `next` are nearly all of it, and a token reads them whole: they are kept in 4 bits with a scale per row.
+A token reads all of it but the embedding: its matrices are kept in 4 bits with a scale per row.
 """
 
 from __future__ import annotations
@@ -57,8 +57,9 @@ class PathPredictor:
         """
         self._embedding = tensors["embedding"].copy()
         self._rows, d = self._embedding.shape
-        self._w_input, self._w_state, self._b_input, self._b_state = (
-            tensors[name].copy() for name in ("w_input", "w_state", "b_input", "b_state")
+        self._of_input, self._of_state = (
+            _core.RoundedRows(tensors[f"w_{name}"], tensors[f"b_{name}"])
+            for name in ("input", "state")
         )
         self._heads = [
             _core.RoundedRows(tensors[name], tensors[f"{name}_bias"]) for name in ("now", "next")
@@ -113,10 +114,8 @@ class PathPredictor:
         inputs = self._embedding[rows].astype(np.float32)
         state, x, h = self._state, self._from_input, self._from_state
         for token in inputs:
-            _core.times(self._w_input, token, x)
-            x += self._b_input
-            _core.times(self._w_state, state, h)
-            h += self._b_state
+            self._of_input.dot(token, x)
+            self._of_state.dot(state, h)
             gates = 1.0 / (1.0 + np.exp(-x[: 2 * d] - h[: 2 * d]))
             update = gates[d:]
             new = np.tanh(x[2 * d :] + gates[:d] * h[2 * d :])

@@ -254,14 +254,6 @@ def test_rounded_rows_are_their_matrix_in_4_bits(rows, cols):
     _core.use_isa(_core.usable_isas().split()[0])
 
 
-def test_a_small_matrix_times_a_vector():
-    rng = np.random.default_rng(1)
-    matrix, x = rng.normal(size=(37, 29)).astype(np.float32), rng.normal(size=29).astype(np.float32)
-    out = np.empty(37, np.float32)
-    _core.times(matrix, x, out)
-    np.testing.assert_allclose(out, matrix.astype(float) @ x, rtol=1e-4, atol=1e-5)
-
-
 def test_products_that_do_not_fit_are_refused():
     matrix, bias, out = np.ones((3, 4), np.float32), np.ones(3, np.float32), np.ones(3, np.float32)
     rounded = _core.RoundedRows(matrix, bias)
@@ -271,5 +263,3 @@ def test_products_that_do_not_fit_are_refused():
         rounded.dot(np.ones(4, np.float32), np.ones(4, np.float32))
     with pytest.raises(ValueError, match=r"bias: expected shape \[3\]"):
         _core.RoundedRows(matrix, np.ones(4, np.float32))
-    with pytest.raises(ValueError, match=r"x: expected shape \[4\]"):
-        _core.times(matrix, np.ones(3, np.float32), out)
