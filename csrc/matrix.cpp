@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 #include "crc32c.h"
@@ -10,25 +11,6 @@
 
 namespace edgemoe {
 namespace {
-
-/// A matrix of rungs that are nowhere yet. Throws std::invalid_argument unless there can be such a one.
-NestedMatrix hollow(int rows, int cols, const std::vector<uint8_t>& widths, const Coding& coding) {
-  check_widths(coding.scheme, widths);
-  check_shape(rows, cols);
-  NestedMatrix m;
-  m.scheme = coding.scheme;
-  m.rows = rows;
-  m.cols = cols;
-  m.num_rungs = int(widths.size());
-  m.row_scales = check_row_scales(coding.scheme, coding.row_scales);
-  std::copy(widths.begin(), widths.end(), m.widths);
-  check_ranks(coding.scheme, coding.ranks);
-  if (!coding.ranks.empty()) {
-    std::copy_n(coding.ranks.begin(), std::min(widths.size(), coding.ranks.size()), m.ranks);
-    if (!coding.basis) m.basis_rank = uint8_t(highest_rank(coding.ranks));
-  }
-  return m;
-}
 
 size_t rung_bytes(const NestedMatrix& m, int rung) { return rung_bytes(m.scheme, m.rows, m.cols, form_of(m, rung)); }
 
@@ -113,9 +95,27 @@ void check_shape(int rows, int cols) {
   expect_within("nested cols", cols, 1, kMaxSize);
 }
 
+NestedMatrix hollow_matrix(int rows, int cols, const std::vector<uint8_t>& widths, const Coding& coding) {
+  check_widths(coding.scheme, widths);
+  check_shape(rows, cols);
+  NestedMatrix m;
+  m.scheme = coding.scheme;
+  m.rows = rows;
+  m.cols = cols;
+  m.num_rungs = int(widths.size());
+  m.row_scales = check_row_scales(coding.scheme, coding.row_scales);
+  std::copy(widths.begin(), widths.end(), m.widths);
+  check_ranks(coding.scheme, coding.ranks);
+  if (!coding.ranks.empty()) {
+    std::copy_n(coding.ranks.begin(), std::min(widths.size(), coding.ranks.size()), m.ranks);
+    if (!coding.basis) m.basis_rank = uint8_t(highest_rank(coding.ranks));
+  }
+  return m;
+}
+
 std::unique_ptr<Nested> nested_from_rungs(const std::vector<RungBytes>& rungs, int rows, int cols,
                                           const std::vector<uint8_t>& widths, const Coding& coding) {
-  NestedMatrix m = hollow(rows, cols, widths, coding);
+  NestedMatrix m = hollow_matrix(rows, cols, widths, coding);
   if (rungs.size() != widths.size()) throw std::invalid_argument("nested: expected one array per rung");
   size_t total = 0;
   for (int r = 0; r < m.num_rungs; ++r) {
@@ -140,29 +140,36 @@ std::unique_ptr<Nested> nested_from_rungs(const std::vector<RungBytes>& rungs, i
   return std::make_unique<Nested>(Nested{m, round_up(total, system_page()), arena});
 }
 
+void check_stored(const NestedMatrix& m, const StoredRungs& stored) {
+  const size_t count = size_t(m.num_rungs);
+  if (stored.lengths.size() != count || stored.crcs.size() != count) {
+    throw std::invalid_argument("nested: expected one length and one checksum per rung");
+  }
+  for (int r = 0; r < m.num_rungs; ++r) {
+    if (stored.lengths[size_t(r)] != rung_bytes(m, r)) throw std::invalid_argument("nested: wrong length");
+  }
+}
+
+void check_rung(const File& file, const std::string& name, int rung, uint32_t crc, uint32_t expected) {
+  if (crc == expected) return;
+  char text[96];
+  std::snprintf(text, sizeof text, ", rung %d, is %08x; expected %08x", rung, crc, expected);
+  throw FormatError(file.path() + ": checksum of tensor " + name + text);
+}
+
 std::unique_ptr<Nested> nested_from_file(const std::shared_ptr<Arena>& arena, const File& file,
                                          const StoredRungs& stored, int rows, int cols,
                                          const std::vector<uint8_t>& widths, bool verify, const std::string& name,
                                          const Coding& coding) {
-  NestedMatrix m = hollow(rows, cols, widths, coding);
-  if (stored.lengths.size() != widths.size() || stored.crcs.size() != widths.size()) {
-    throw std::invalid_argument("nested: expected one length and one checksum per rung");
-  }
-  size_t total = 0;
-  for (int r = 0; r < m.num_rungs; ++r) {
-    if (stored.lengths[size_t(r)] != rung_bytes(m, r)) throw std::invalid_argument("nested: wrong length");
-    total += stored.lengths[size_t(r)];
-  }
+  NestedMatrix m = hollow_matrix(rows, cols, widths, coding);
+  check_stored(m, stored);
+  const size_t total = std::accumulate(stored.lengths.begin(), stored.lengths.end(), size_t(0));
   const size_t bytes = round_up(total, system_page());
   uint8_t* const to = arena->take(total);
   read_range(file, stored.offset, bytes, to);
   point_at_rungs(&m, to);
   for (size_t r = 0; verify && r < widths.size(); ++r) {
-    const uint32_t crc = crc32c(m.rungs[r], stored.lengths[r]);
-    if (crc == stored.crcs[r]) continue;
-    char text[96];
-    std::snprintf(text, sizeof text, ", rung %d, is %08x; expected %08x", int(r), crc, stored.crcs[r]);
-    throw FormatError(file.path() + ": checksum of tensor " + name + text);
+    check_rung(file, name, int(r), crc32c(m.rungs[r], stored.lengths[r]), stored.crcs[r]);
   }
   return std::make_unique<Nested>(Nested{m, bytes, arena});
 }

@@ -66,6 +66,9 @@ using RungBytes = std::pair<const uint8_t*, size_t>;
 /// Throws std::invalid_argument unless a matrix [rows, cols] is of a size that a model may have.
 void check_shape(int rows, int cols);
 
+/// A matrix of rungs that are nowhere yet. Throws std::invalid_argument unless there can be such a one.
+NestedMatrix hollow_matrix(int rows, int cols, const std::vector<uint8_t>& widths, const Coding& coding);
+
 /// Copies the rungs of a matrix [rows, cols]. Throws std::invalid_argument unless each has the bytes that it must have.
 std::unique_ptr<Nested> nested_from_rungs(const std::vector<RungBytes>& rungs, int rows, int cols,
                                           const std::vector<uint8_t>& widths, const Coding& coding);
@@ -76,6 +79,12 @@ struct StoredRungs {
   std::vector<uint64_t> lengths;
   std::vector<uint32_t> crcs;
 };
+
+/// Throws std::invalid_argument unless what is stored has the lengths of the matrix's rungs, and a checksum for each.
+void check_stored(const NestedMatrix& m, const StoredRungs& stored);
+
+/// Throws FormatError when a rung's checksum is not the `expected` one. `name` is the tensor's.
+void check_rung(const File& file, const std::string& name, int rung, uint32_t crc, uint32_t expected);
 
 /// Reads a matrix [rows, cols] into an arena. `name` is the tensor's, for errors. Throws std::invalid_argument when the
 /// lengths are not those of such a matrix, ReadError, and FormatError when a sum is wrong and `verify`.

@@ -91,6 +91,41 @@ class Nested:
     def share_basis(self, other: Nested) -> None: ...
     def decode_rows(self, ids: _I32, out: _F32, scale: float = 1.0) -> None: ...
 
+class StoredRows:
+    def __init__(
+        self,
+        file: File,
+        offset: int,
+        lengths: Sequence[int],
+        crcs: Sequence[int],
+        rows: int,
+        cols: int,
+        widths: Sequence[int],
+        resident: Nested | None,
+        verify: bool,
+        name: str,
+        scheme: str = "nested",
+        row_scales: Sequence[int] = [1],
+        ranks: Sequence[int] = [],
+    ) -> None: ...
+    @staticmethod
+    def bytes_for(
+        rows: int,
+        cols: int,
+        widths: Sequence[int],
+        resident: int,
+        scheme: str = "nested",
+        row_scales: Sequence[int] = [1],
+        ranks: Sequence[int] = [],
+    ) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def cols(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def decode_rows(self, ids: _I32, out: _F32, scale: float = 1.0) -> None: ...
+
 class Workspace:
     def __init__(
         self,

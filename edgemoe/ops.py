@@ -26,7 +26,7 @@ from edgemoe.store import Request
 __all__ = [
     "Array", "AttentionMatrices", "AttentionWeights", "Basis", "Beside", "DeltaRule", "ExpertLayer", "Ids", "KvLayer",
     "LatentMatrices", "LatentWeights", "MambaRule", "Matrix", "Ops", "OpsShape", "RopeTable", "RouteRule",
-    "RouterWeights", "absorb_queries", "attend_in_steps", "attend_latents_in_steps", "kv_bytes", "kv_parts",
+    "RouterWeights", "RowTable", "absorb_queries", "attend_in_steps", "attend_latents_in_steps", "kv_bytes", "kv_parts",
     "kv_ring", "rope_bytes", "run_experts_in_steps",
 ]  # fmt: skip
 
@@ -37,6 +37,8 @@ Basis = NDArray[np.int8]
 Ids = NDArray[np.int32]
 Matrix = _core.Nested
 """A resident matrix [rows, cols] as the file has it."""
+RowTable = _core.Nested | _core.StoredRows
+"""What rows are looked up in: a matrix that is resident, or is so in part."""
 RouteRule = _core.RouteRule
 """How a router's logits become a choice."""
 AttentionWeights = _core.AttentionLayer
@@ -274,7 +276,7 @@ class Ops(Protocol):
 
     # ------------------------------------------------------------ rows
 
-    def embed(self, table: Matrix, ids: Ids, scale: float, out: Array) -> None:
+    def embed(self, table: RowTable, ids: Ids, scale: float, out: Array) -> None:
         """out [T, D] = scale * table[ids]."""
 
     def norm(self, x: Array, weight: Array, eps: float, out: Array) -> None:

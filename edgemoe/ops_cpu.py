@@ -27,6 +27,7 @@ from edgemoe.ops import (
     RopeTable,
     RouteRule,
     RouterWeights,
+    RowTable,
 )
 from edgemoe.ops_cpu_ahead import Ahead
 from edgemoe.ops_notes import CpuNotes
@@ -156,7 +157,7 @@ class CpuOps:
         """See `Ops.forget_work`."""
         self._notes.forget()
 
-    def embed(self, table: Matrix, ids: Ids, scale: float, out: Array) -> None:
+    def embed(self, table: RowTable, ids: Ids, scale: float, out: Array) -> None:
         """See `Ops.embed`."""
         table.decode_rows(ids, out, scale)
 

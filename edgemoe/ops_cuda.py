@@ -22,6 +22,7 @@ from edgemoe.ops import (
     Ids,
     OpsShape,
     RouterWeights,
+    RowTable,
     attend_in_steps,
     run_experts_in_steps,
 )  # fmt: skip
@@ -179,7 +180,7 @@ class CudaOps(CudaMixers):
 
     # ------------------------------------------------------------ rows
 
-    def embed(self, table: _core.Nested | Both, ids: Ids, scale: float, out: Array) -> None:
+    def embed(self, table: RowTable | Both, ids: Ids, scale: float, out: Array) -> None:
         """See `Ops.embed`."""
         self._x_of = None
         rows = self._x[: len(ids)]

@@ -24,7 +24,15 @@ from edgemoe.specs import (
     MixerSpec,
     MlaSpec,
 )
-from edgemoe.store import Told, nobody, read_dense
+from edgemoe.store import (
+    EMBED_ROWS,
+    Told,
+    has_stored_rows,
+    load_rows,
+    nobody,
+    read_dense,
+    rows_bytes,
+)
 
 __all__ = [
     "MOST_HEAD_DIM",
@@ -140,10 +148,12 @@ def _unknown(spec: Any, known: frozenset[str]) -> str | None:
     return None
 
 
-def places(moe: MoeFile, mixers: Container[int]) -> Iterator[tuple[str, Place]]:
-    """Yields where each tensor outside the routed experts lies.
+def places(moe: MoeFile, level: int, mixers: Container[int]) -> Iterator[tuple[str, Place]]:
+    """Yields where each tensor outside the routed experts lies; the host has none of an embedding whose rows it looks
+    up in the file.
 
     Args:
+        level: rungs of the matrices.
         mixers: the layers whose mixers the host runs.
     """
     config = moe.config
@@ -153,7 +163,10 @@ def places(moe: MoeFile, mixers: Container[int]) -> Iterator[tuple[str, Place]]:
             kept |= {f"layers.{i}.{name}" for name in spec.tensors(config.hidden_size)}
     for name in moe.tensors:
         last = name.rsplit(".", 1)[-1]
-        if name == "embed":
+        if name == "embed" and has_stored_rows(moe, level):
+            if config.tied:
+                yield name, "device"
+        elif name == "embed":
             yield name, "both" if config.tied else "host"
         elif name in kept:
             yield name, "host"
@@ -165,8 +178,9 @@ def places(moe: MoeFile, mixers: Container[int]) -> Iterator[tuple[str, Place]]:
 def host_bytes(moe: MoeFile, level: int, mixers: Container[int]) -> int:
     """Returns the host's memory of the tensors that `load_on` reads to there."""
     bases = 0 if moe.bases is None else moe.bases.nbytes
-    here = (name for name, place in places(moe, mixers) if place != "device")
-    return bases + sum(sum(moe.tensors[name].lengths[:level]) for name in here)
+    here = (name for name, place in places(moe, level, mixers) if place != "device")
+    rows = rows_bytes(moe, 0) if has_stored_rows(moe, level) else 0
+    return bases + rows + sum(sum(moe.tensors[name].lengths[:level]) for name in here)
 
 
 def load_on(
@@ -183,12 +197,14 @@ def load_on(
     Args:
         mixers: the layers whose mixers the host runs.
     """
-    where = dict(places(moe, mixers))
+    where = dict(places(moe, level, mixers))
     out: dict[str, Any] = {}
-    for name, weight in read_dense(moe, level, verify=verify, told=told):
+    for name, weight in read_dense(moe, where, level, verify=verify, told=told):
         place = where[name]
         there = None if place == "host" else _uploaded(device, weight)
         out[name] = weight if place == "host" else Both(weight, there) if place == "both" else there
+    if has_stored_rows(moe, level):
+        out[EMBED_ROWS] = load_rows(moe, None, verify=verify)
     if moe.bases is not None:
         for layer, basis in zip(moe.config.moe_layers, moe.bases, strict=True):
             # Rows of whole tiles: bytes that are moved as floats are.

@@ -5,7 +5,7 @@
 
 namespace edgemoe {
 
-void bind_matrix(pybind11::module_& m);     ///< File, Nested, read_f32
+void bind_matrix(pybind11::module_& m);     ///< File, Nested, StoredRows, read_f32
 void bind_quantize(pybind11::module_& m);   ///< quantize
 void bind_cache(pybind11::module_& m);      ///< Cache
 void bind_use_rows(pybind11::module_& m);   ///< UseRows

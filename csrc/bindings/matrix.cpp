@@ -8,6 +8,7 @@
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
 #include "file.h"
+#include "stored_rows.h"
 
 namespace edgemoe {
 namespace {
@@ -49,6 +50,27 @@ py::array_t<float> read_floats(const std::shared_ptr<File>& file, uint64_t offse
   return out;
 }
 
+/// Throws unless `ids` are rows of a matrix and `out` has room for them.
+void check_ids(const Array<int32_t>& ids, const Array<float>& out, int rows, int cols) {
+  expect(ids, "ids", {-1});
+  expect(out, "out", {ids.size(), cols});
+  for (py::ssize_t i = 0; i < ids.size(); ++i) {
+    if (ids.data()[i] < 0 || ids.data()[i] >= rows) {
+      throw std::invalid_argument("decode_rows: row " + std::to_string(ids.data()[i]) + " is outside [0, " +
+                                  std::to_string(rows) + ")");
+    }
+  }
+}
+
+Held<StoredRows> stored_rows(const std::shared_ptr<File>& file, uint64_t offset, const std::vector<uint64_t>& lengths,
+                             const std::vector<uint32_t>& crcs, int rows, int cols, const std::vector<uint8_t>& widths,
+                             const Nested* resident, bool verify, const std::string& name, const std::string& scheme,
+                             const std::vector<uint8_t>& row_scales, const std::vector<uint8_t>& ranks) {
+  py::gil_scoped_release release;
+  return Held<StoredRows>(new StoredRows(file, {offset, lengths, crcs}, rows, cols, widths, resident, verify, name,
+                                         {scheme_named(scheme), row_scales, ranks}));
+}
+
 }  // namespace
 
 void bind_matrix(py::module_& m) {
@@ -88,14 +110,7 @@ void bind_matrix(py::module_& m) {
       .def(
           "decode_rows",
           [](const Nested& n, const Array<int32_t>& ids, Array<float> out, float scale) {
-            expect(ids, "ids", {-1});
-            expect(out, "out", {ids.size(), n.matrix.cols});
-            for (py::ssize_t i = 0; i < ids.size(); ++i) {
-              if (ids.data()[i] < 0 || ids.data()[i] >= n.matrix.rows) {
-                throw std::invalid_argument("decode_rows: row " + std::to_string(ids.data()[i]) + " is outside [0, " +
-                                            std::to_string(n.matrix.rows) + ")");
-              }
-            }
+            check_ids(ids, out, n.matrix.rows, n.matrix.cols);
             float* o = out.mutable_data();
             const int32_t* id = ids.data();
             py::gil_scoped_release release;
@@ -103,6 +118,37 @@ void bind_matrix(py::module_& m) {
               decode_row(kernels(), n.matrix, id[i], o);
               for (int c = 0; scale != 1.0f && c < n.matrix.cols; ++c) o[c] *= scale;
             }
+          },
+          py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("scale") = 1.0f,
+          "Writes rows `ids` [n] int32, times scale, to out [n, cols] float32.");
+
+  py::class_<StoredRows, Held<StoredRows>>(
+      m, "StoredRows",
+      "Rows of a tensor at all its rungs, of which those that are not resident are read when asked for.")
+      .def(py::init(&stored_rows), py::arg("file").none(false), py::arg("offset"), py::arg("lengths"), py::arg("crcs"),
+           py::arg("rows"), py::arg("cols"), py::arg("widths"), py::arg("resident"), py::arg("verify"), py::arg("name"),
+           py::arg("scheme") = "nested", py::arg("row_scales") = std::vector<uint8_t>{1},
+           py::arg("ranks") = std::vector<uint8_t>{},
+           "resident: the tensor's first rungs, None for none. With verify all others are gone through once.")
+      .def_static(
+          "bytes_for",
+          [](int rows, int cols, const std::vector<uint8_t>& widths, int resident, const std::string& scheme,
+             const std::vector<uint8_t>& row_scales, const std::vector<uint8_t>& ranks) {
+            return StoredRows::bytes_for(rows, cols, widths, resident, {scheme_named(scheme), row_scales, ranks});
+          },
+          py::arg("rows"), py::arg("cols"), py::arg("widths"), py::arg("resident"), py::arg("scheme") = "nested",
+          py::arg("row_scales") = std::vector<uint8_t>{1}, py::arg("ranks") = std::vector<uint8_t>{},
+          "The memory that one takes beside its resident rungs, of which there are `resident`.")
+      .def_property_readonly("rows", &StoredRows::rows)
+      .def_property_readonly("cols", &StoredRows::cols)
+      .def_property_readonly("bytes", &StoredRows::bytes)
+      .def(
+          "decode_rows",
+          [](StoredRows& r, const Array<int32_t>& ids, Array<float> out, float scale) {
+            check_ids(ids, out, r.rows(), r.cols());
+            float* o = out.mutable_data();
+            py::gil_scoped_release release;
+            r.decode(ids.data(), size_t(ids.size()), scale, o);
           },
           py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("scale") = 1.0f,
           "Writes rows `ids` [n] int32, times scale, to out [n, cols] float32.");

@@ -42,7 +42,7 @@ def dense_weights(moe: MoeFile, level: int) -> Iterator[tuple[str, Array]]:
         FormatError: a checksum does not match.
         ReadError: the disk failed.
     """
-    for name, weight in read_dense(moe, level, verify=True):
+    for name, weight in read_dense(moe, moe.tensors, level, verify=True):
         yield name, _decode(weight) if isinstance(weight, _core.Nested) else weight
 
 

@@ -23,10 +23,10 @@ from edgemoe.model.router import Routers
 from edgemoe.model.scratch import Rows, Scratch
 from edgemoe.model.setup import Setup
 from edgemoe.model.state import SequenceState
-from edgemoe.ops import Array, Matrix, Ops, rope_bytes
+from edgemoe.ops import Array, Matrix, Ops, RowTable, rope_bytes
 from edgemoe.places import Places
 from edgemoe.specs import MixerSpec
-from edgemoe.store import Weight
+from edgemoe.store import EMBED_ROWS, Weight
 
 __all__ = [
     "Decoder", "kept_rope_bytes", "layer_state_bytes", "read_bytes", "scratch_bytes", "state_bytes",
@@ -50,7 +50,7 @@ class _Layer:
 class _Stack:
     """One set of weights."""
 
-    embed: Matrix
+    embed: RowTable
     head: Matrix
     head_bias: Array | None
     first_norm: Array
@@ -147,8 +147,8 @@ class Decoder:
             _Layer(mixer(i), cast("Array | None", tensors[i].get("ffn_norm")), ffn(i), norms[i + 1])
             for i in range(config.num_layers)
         ]
-        embed = cast(Matrix, weights["embed"])
-        head = embed if config.tied else cast(Matrix, weights["head"])
+        embed = cast(RowTable, weights[EMBED_ROWS if EMBED_ROWS in weights else "embed"])
+        head = cast(Matrix, weights["embed" if config.tied else "head"])
         return _Stack(embed, head, cast("Array | None", weights.get("head_bias")), norms[0], layers)
 
     def change(self, config: ModelConfig) -> None:

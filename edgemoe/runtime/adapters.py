@@ -24,7 +24,7 @@ from edgemoe.errors import quoted
 from edgemoe.file.adapter import MOST_ADAPTERS, AdapterFile, open_adapter, with_adapters
 from edgemoe.file.format import MoeFile
 from edgemoe.places import Places
-from edgemoe.store import Weight, dense_pages, load_tensors
+from edgemoe.store import Weight, load_tensors, tensors_bytes
 
 __all__ = ["NO_ADAPTER", "Adapters", "named_adapters"]
 
@@ -122,7 +122,7 @@ class Adapters:
 
     def _dense_bytes(self, level: int) -> int:
         """Returns the memory of what `load` and `widen_biases` add to a model's weights, and of further places."""
-        own = sum(dense_pages(file.dense.values(), level) for file in self.files)
+        own = sum(tensors_bytes(file, file.dense, level) for file in self.files)
         return (
             own
             + self._bias_bytes
@@ -152,7 +152,7 @@ class Adapters:
         for file in self.files:
             if not file.dense:
                 continue
-            own = load_tensors(file, list(file.dense), level, verify=verify)
+            own = load_tensors(file, file.dense, level, verify=verify)
             every = {name: own.get(name, weight) for name, weight in weights.items()}
             matrices = [w for name, w in own.items() if isinstance(w, _core.Nested)]
             for before, after in pairwise(matrices):

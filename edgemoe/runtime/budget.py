@@ -29,7 +29,7 @@ from edgemoe.runtime.context import (
     longest_context,
 )
 from edgemoe.runtime.vram import Vram
-from edgemoe.store import all_expert_bytes, dense_bytes, expert_bytes
+from edgemoe.store import all_expert_bytes, dense_bytes, expert_bytes, looked_up_bytes
 
 __all__ = ["Budget", "default_ram", "parse_size"]
 
@@ -203,7 +203,6 @@ class Budget:
         dense = dense_bytes(moe, dense_level)
         held = dense + beside[0] if vram is None else vram.held
         context = context if vram is None else vram.context
-        embedding = 0 if config.tied else sum(moe.tensors["embed"].lengths[:dense_level])
         sampler = _SAMPLER_BYTES * config.vocab_size
         shared = vram is not None and vram.is_shared
         row = scratch_bytes(config, 1) - scratch_bytes(config, 0) + beside[1]
@@ -218,7 +217,8 @@ class Budget:
             return cls(
                 ram=ram, process=process, growth=_GROWTH_BYTES + sampler,
                 tables=ram // _PER_TABLE,
-                dense=held, active_dense=dense - embedding, sequences=sequences,
+                dense=held, active_dense=dense - looked_up_bytes(moe, dense_level),
+                sequences=sequences,
                 kv=sequences * states.total(context, chunk), **states.growth(context, chunk),
                 scratch=own + scratch_bytes(config, chunk, sequences) + rope + beside[1] * chunk,
                 row=row,

@@ -229,7 +229,7 @@ def _host_bytes(weight: object) -> int:
     """Returns what of a tensor lies in this process's memory."""
     if isinstance(weight, Both):
         weight = weight.host
-    if isinstance(weight, _core.Nested):
+    if isinstance(weight, _core.Nested | _core.StoredRows):
         return weight.bytes
     return weight.nbytes if isinstance(weight, np.ndarray) else 0
 

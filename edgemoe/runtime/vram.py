@@ -68,7 +68,7 @@ class Vram:
             OutOfBudget: says the smallest that works, and what takes the room.
         """
         config = moe.config
-        names = [name for name, place in places(moe, hosted) if place != "host"]
+        names = [name for name, place in places(moe, dense_level, hosted) if place != "host"]
         dense = sum(_core.Device.taken(sum(moe.tensors[n].lengths[:dense_level])) for n in names)
         if moe.bases is not None:
             dense += len(moe.bases) * _core.Device.taken(moe.bases[0].nbytes)

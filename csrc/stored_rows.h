@@ -1,0 +1,91 @@
+// Rows of a matrix at all of its rungs, of which the first are resident or none: what is missing of a row's block is
+// read from the file when the row is asked for.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "file.h"
+#include "kernels/kernels.h"
+#include "loader.h"
+#include "matrix.h"
+#include "memory.h"
+
+namespace edgemoe {
+
+/// Looks up rows in a file, as an embedding's, of which a token needs one. Each block of 16 rows is read once in a
+/// call, several reads at a time, and compared with what it was at the start. Thread-safe.
+class StoredRows {
+ public:
+  /// Goes through the rungs that are missing. Scales of rows and corrections, which are small, stay in memory; if
+  /// `verify` the rungs' sums are compared, and those of all blocks kept. `resident` has the matrix's first rungs, null
+  /// for none. Throws std::invalid_argument when it has all, or what is stored is not of such a matrix, ReadError, and
+  /// FormatError when a sum is wrong.
+  StoredRows(std::shared_ptr<const File> file, const StoredRungs& stored, int rows, int cols,
+             const std::vector<uint8_t>& widths, const Nested* resident, bool verify, std::string name,
+             const Coding& coding);
+  StoredRows(const StoredRows&) = delete;
+  StoredRows& operator=(const StoredRows&) = delete;
+
+  /// The memory that one takes beside its `resident` rungs.
+  static size_t bytes_for(int rows, int cols, const std::vector<uint8_t>& widths, int resident, const Coding& coding);
+
+  /// Writes rows `ids` [n], which are inside the matrix, times `scale` to out [n, cols]. Throws ReadError, and
+  /// FormatError when a block is another than at the start; the object stays usable.
+  void decode(const int32_t* ids, size_t n, float scale, float* out);
+
+  int rows() const { return rows_; }
+  int cols() const { return block_.cols; }
+  size_t bytes() const { return memory_.size(); }
+
+ private:
+  struct Layout;
+
+  /// The tiles of blocks in one rung.
+  struct Part {
+    size_t stride;            ///< bytes of a block's
+    size_t to;                ///< where they lie in the block that is decoded
+    const uint8_t* resident;  ///< the first block's, null where they are in the file
+    uint64_t offset;          ///< of the first block's in the file
+    uint32_t* sums;           ///< [blocks]
+  };
+
+  /// Bytes of a rung that stay in memory.
+  struct Kept {
+    size_t begin, length;
+    uint8_t* to;
+  };
+
+  void go_through(const StoredRungs& stored, size_t rung, const Layout& at, const std::vector<Kept>& kept);
+  void read(const std::vector<int>& blocks);
+  void assemble(int block, size_t place);
+  const float* find_recent(int32_t id) const;
+  const float* decode_one(int32_t id);
+
+  std::shared_ptr<const File> file_;
+  std::shared_ptr<const Arena> arena_;  ///< of the resident rungs
+  std::string name_;
+  int rows_;
+  bool verify_;
+  NestedMatrix block_;  ///< 16 rows at a time, of all rungs, in `assembled_`; its scales are in rung 0
+  Memory memory_;
+  std::vector<Part> parts_;
+  size_t num_missing_ = 0;
+  size_t slot_ = 0;           ///< bytes of a read, at most
+  uint8_t* slots_ = nullptr;  ///< [blocks at once, missing rungs, slot_]
+  uint8_t* assembled_ = nullptr;
+  size_t assembled_bytes_ = 0;
+  const uint8_t* scales_ = nullptr;      ///< of all rows; null for none
+  const uint8_t* correction_ = nullptr;  ///< u, and the codes of all blocks; null for none
+  float* recent_ = nullptr;              ///< [kRecent, cols], the rows that were read last
+  std::vector<int32_t> recent_ids_;
+  size_t next_recent_ = 0;
+  std::mutex mutex_;
+  std::vector<ReadJob> jobs_;
+  std::unique_ptr<Loader> loader_;  // last: its threads end before what they write to goes
+};
+
+}  // namespace edgemoe
