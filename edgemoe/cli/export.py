@@ -22,6 +22,7 @@ bfloat16, with config.json and the tokenizer, that transformers, vLLM and SGLang
 An OUT that ends with .gguf becomes a file for llama.cpp, of Q8_0 or F16.
 The weights are those of the level that is asked for, exactly as they are computed
 with here but for the rounding to bfloat16: what a quantisation lost stays lost.
+An embedding that is the head too has one level there; here its rows have the highest.
 
 Families whose tensors the conversion changed for good are refused by name.
 """

@@ -36,14 +36,17 @@ def dense_floats(moe: MoeFile) -> dict[str, Array]:
 
 
 def dense_weights(moe: MoeFile, level: int) -> Iterator[tuple[str, Array]]:
-    """Yields the same of a level, each tensor by itself.
+    """Yields the same of a level, each tensor by itself; an embedding that is not the head at its highest, as it runs.
 
     Raises:
         FormatError: a checksum does not match.
         ReadError: the disk failed.
     """
-    for name, weight in read_dense(moe, moe.tensors, level, verify=True):
-        yield name, _decode(weight) if isinstance(weight, _core.Nested) else weight
+    for name, tensor in moe.tensors.items():
+        is_looked_up = name == "embed" and not moe.config.tied
+        own = len(tensor.lengths) if is_looked_up else level
+        for _, weight in read_dense(moe, (name,), own, verify=True):
+            yield name, _decode(weight) if isinstance(weight, _core.Nested) else weight
 
 
 def checkpoint_weights(

@@ -54,8 +54,8 @@ class EngineOptions:
     """Files of `edgemoe convert --base`, or such by the names that they shall have; without, a name is the file's. An
     `Engine` begins with the first, see `Engine.adapter`."""
     dense_bits: int | Literal["auto"] | None = None
-    """Precision of all other matrices, one of the file's levels; None for all that the file has, "auto" for each
-    matrix's own, which `edgemoe allocate --method search` chose."""
+    """Precision of all other matrices, one of the file's levels; the embedding's rows are looked up at the highest.
+    None for all that the file has, "auto" for each matrix's own, which `edgemoe allocate --method search` chose."""
     experts: int | None = None
     """Routed experts per token; None for the model's own number. Another number is another model."""
     context: int | None = None
