@@ -38,7 +38,7 @@ __all__ = ["LEAST", "Prefix", "PrefixStore", "covers", "fill", "identity", "shar
 
 logger = logging.getLogger(__name__)
 
-_VERSION = "1"
+_VERSION = "2"
 LEAST = 64
 """Tokens that are worth a file."""
 _WORDS = np.dtype("<u4")

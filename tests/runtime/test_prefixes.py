@@ -139,7 +139,7 @@ def test_a_damaged_prefix_is_computed_again_and_said(tiny_moe, tmp_path, caplog,
 )  # fmt: skip
 def test_what_are_no_tokens_of_the_model_is_no_prefix(tiny_moe, tmp_path, caplog, ids):
     one, store = batcher(tiny_moe, tmp_path)
-    meta = {"edgemoe_prefix": "1", "identity": identity(store._model), "turned": "0"}
+    meta = {"edgemoe_prefix": "2", "identity": identity(store._model), "turned": "0"}
     write_summed(tmp_path / f"{'0' * 16}.prefix", {"ids": ids}, meta)
     write_summed(tmp_path / "named", {"ids": ids}, meta)
     with pytest.raises(FormatError, match="holds no tokens of the model"):
