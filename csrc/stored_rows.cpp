@@ -231,14 +231,27 @@ void StoredRows::read(const std::vector<int>& blocks) {
     jobs_[i].length = size_t(round_up(begin + part.stride, kPage) - jobs_[i].offset);
     jobs_[i].to = slots_ + i * slot_;
   }
-  if (jobs_.size() > 1 && !loader_) loader_ = std::make_unique<Loader>(file_, kReaders);
-  for (size_t i = 1; i < jobs_.size(); ++i) loader_->submit(&jobs_[i]);
   try {
-    file_->read_pages(jobs_[0].offset, jobs_[0].length, jobs_[0].to);  // before another thread would be awake
-  } catch (...) {
-    jobs_[0].error = std::current_exception();
+    if (jobs_.size() > 1 && !loader_) loader_ = std::make_unique<Loader>(file_, kReaders);
+  } catch (const OutOfBudget&) {  // no more threads are to be had: one after the other then
   }
-  for (std::vector<ReadJob*> done; done.size() + 1 < jobs_.size();) loader_->collect(true, &done);
+  const size_t own = loader_ ? 1 : jobs_.size();  // of this thread
+  std::vector<ReadJob*> done;
+  done.reserve(jobs_.size());
+  try {
+    for (size_t i = own; i < jobs_.size(); ++i) loader_->submit(&jobs_[i]);
+  } catch (...) {
+    loader_.reset();  // waits for what has begun
+    throw;
+  }
+  for (size_t i = 0; i < own; ++i) {  // before another thread would be awake
+    try {
+      file_->read_pages(jobs_[i].offset, jobs_[i].length, jobs_[i].to);
+    } catch (...) {
+      jobs_[i].error = std::current_exception();
+    }
+  }
+  while (done.size() + own < jobs_.size()) loader_->collect(true, &done);
   for (size_t i = 0; i < jobs_.size(); ++i) {
     if (!jobs_[i].error) continue;
     try {

@@ -145,6 +145,10 @@ class Experts:
             self._levels = self.store.levels(self._bits.reshape(-1))
         return self._levels
 
+    def look_again(self) -> None:
+        """Is told when a scheduler's `fixed_bits` have changed in place."""
+        self._bits = None
+
     def run_chosen(
         self,
         layer: int,

@@ -415,8 +415,9 @@ class CpuOps:
         """See `Ops.ahead`: layers of which all experts are there."""
         if not (self.repeats and self.runs_ahead):
             return frozenset()
-        if self._ahead.take(slots, levels, rule):
+        if self._ahead.is_other(slots, levels, rule):
             self.forget_work()
+            self._ahead.take(slots, levels, rule)
         if is_start:
             slots.close()  # what Ctrl-C may have left open
         return self._ahead.layers(is_start=is_start)

@@ -38,18 +38,19 @@ class Ahead:
         levels: NDArray[np.int8] = self._wish[1]
         return levels
 
-    def take(self, slots: _core.Cache, levels: NDArray[np.int8], rule: _core.RouteRule) -> bool:
-        """Takes what layers are asked for with, and returns whether it is another, and work is not the same."""
-        wish = slots, levels, rule
-        if not any(map(operator.is_not, wish, self._wish)):
-            return False
-        self._wish, self._residency = wish, slots.residency
+    def is_other(self, slots: _core.Cache, levels: NDArray[np.int8], rule: _core.RouteRule) -> bool:
+        """Returns whether layers are asked for with something else than was taken, so that work is not the same."""
+        return any(map(operator.is_not, (slots, levels, rule), self._wish))
+
+    def take(self, slots: _core.Cache, levels: NDArray[np.int8], rule: _core.RouteRule) -> None:
+        """Takes what layers are asked for with."""
         layers = len(levels) // rule.num_experts
+        self._residency = slots.residency
         self._all = frozenset(range(layers))
         self.scores = np.empty((1, rule.num_experts), np.float32)
         self.experts = np.empty((layers, rule.top_k), np.int32)
         self.gates = np.empty((layers, rule.top_k), np.float32)
-        return True
+        self._wish = slots, levels, rule  # last: Ctrl-C may come at any moment
 
     def layers(self, *, is_start: bool) -> frozenset[int]:
         """See `Ops.ahead`."""

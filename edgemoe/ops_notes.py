@@ -62,10 +62,10 @@ class Notes:
         return note
 
     def forget(self) -> None:
-        """Forgets everything."""
-        for note in self._made.values():
+        """Forgets everything, the keys first: Ctrl-C may come at any moment."""
+        made, self._made = self._made, {}
+        for note in made.values():
             self._forget(note)
-        self._made.clear()
 
     def _is_full(self) -> bool:
         return len(self._made) >= MOST_NOTED

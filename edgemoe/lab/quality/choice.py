@@ -19,7 +19,7 @@ from edgemoe.file.format import MoeFile
 from edgemoe.file.parse import parse_json
 from edgemoe.quant import Allocation
 from edgemoe.scheduler import SECTIONS
-from edgemoe.store import all_expert_bytes, dense_bytes, level_bytes
+from edgemoe.store import all_expert_bytes, dense_bytes, level_bytes, looked_up_bytes
 
 __all__ = [
     "Choice",
@@ -238,9 +238,13 @@ def _reads(moe: MoeFile, bits: int | str, slots: int) -> float:
 
 
 def _used(moe: MoeFile, bits: int | str, dense_bits: int) -> float:
-    """Returns the bytes that computing one token reads from memory, the whole embedding among them."""
-    share = moe.config.experts_per_token / moe.config.num_experts
-    return share * _expert_bytes(moe, bits) + dense_bytes(moe, moe.dense_level(dense_bits))
+    """Returns the bytes that computing one token reads from memory."""
+    share, level = (
+        moe.config.experts_per_token / moe.config.num_experts,
+        moe.dense_level(dense_bits),
+    )
+    dense = dense_bytes(moe, level) - looked_up_bytes(moe, level)
+    return share * _expert_bytes(moe, bits) + dense
 
 
 def _expert_bytes(moe: MoeFile, bits: int | str) -> int:

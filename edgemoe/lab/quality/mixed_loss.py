@@ -83,6 +83,7 @@ class MixedLoss:
         """Returns the log-probabilities of the second half of some windows, [T - T // 2, V] each."""
         model, budget = self._model, self._model.budget
         self._bits[:] = bits
+        model.experts.look_again()
         weights = {
             name: cast(Any, w).first(rungs[name]) if name in rungs else w
             for name, w in self._weights.items()
