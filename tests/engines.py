@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 import edgemoe
+from edgemoe.model import Batch
 from edgemoe.runtime.budget import Budget
 
 GREEDY = edgemoe.SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
@@ -30,3 +31,18 @@ def begin(cache, experts, levels, ahead=(), ahead_levels=()):
         np.arange(len(experts) + 1, dtype=np.int32), 1,
         ahead=np.array(ahead, np.int32), ahead_levels=np.array(ahead_levels, np.int8),
     )  # fmt: skip
+
+
+def logits_in_turn(engine, ids):
+    """The bytes of the logits of two sequences that decode eight tokens of `ids` in turn, then one together."""
+    model, out = engine.model, []
+    states = [model.make_state() for _ in range(2)]
+    rows = np.empty((2, model.config.vocab_size), np.float32)
+    for i in range(8):
+        for j, state in enumerate(states):
+            token = np.array([ids[3 * i + j]], np.int32)
+            model.logits(model.forward(Batch.of((state, token))), rows[:1], state)
+            out.append(rows[:1].tobytes())
+    both = [(state, np.array([9], np.int32)) for state in states]
+    model.logits(model.forward(Batch.of(*both)), rows, states[0])
+    return [*out, rows.tobytes()]

@@ -7,10 +7,10 @@ import contextlib
 
 import numpy as np
 import pytest
+from engines import logits_in_turn
 
 import edgemoe
 from edgemoe import _core, ops_notes
-from edgemoe.model import Batch
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.ops_notes import Notes
 from edgemoe.runtime.trace import read
@@ -96,19 +96,8 @@ def test_sequences_in_turn(tiny_moe, monkeypatch, stage, most):
     found = []
     for name in ("none", "ahead"):
         stage(name)
-        out = []
         with edgemoe.load(tiny_moe, context=64, sequences=3) as engine:
-            model = engine.model
-            states = [model.make_state() for _ in range(2)]
-            rows = np.empty((2, model.config.vocab_size), np.float32)
-            for i in range(8):
-                for j, state in enumerate(states):
-                    ids = np.array([IDS[3 * i + j]], np.int32)
-                    model.logits(model.forward(Batch.of((state, ids))), rows[:1], state)
-                    out.append(rows[:1].tobytes())
-            both = [(state, np.array([9], np.int32)) for state in states]
-            model.logits(model.forward(Batch.of(*both)), rows, states[0])
-            found.append([*out, rows.tobytes()])
+            found.append(logits_in_turn(engine, IDS))
     assert found[0] == found[1]
 
 

@@ -9,13 +9,13 @@ import ctypes
 import families
 import numpy as np
 import pytest
+from engines import logits_in_turn
 from simulated import on_device, plug_in, small_moe, with_vram
 
 import edgemoe
 from edgemoe import _core, ops_notes, tiers
 from edgemoe.experts import Experts
 from edgemoe.file.format import open_moe
-from edgemoe.model import Batch
 from edgemoe.ops_cpu import CpuOps
 from edgemoe.ops_cuda import CudaOps
 from edgemoe.runtime.trace import read
@@ -121,20 +121,8 @@ def test_sequences_in_turn(tiny_moe, monkeypatch, most):
     monkeypatch.setattr(ops_notes, "MOST_NOTED", most)
 
     def play(**options):
-        out = []
         with edgemoe.load(tiny_moe, context=64, sequences=3, **options) as engine:
-            model = engine.model
-            states = [model.make_state() for _ in range(2)]
-            row = np.empty((1, model.config.vocab_size), np.float32)
-            for i in range(8):
-                for j, state in enumerate(states):
-                    ids = np.array([IDS[3 * i + j]], np.int32)
-                    model.logits(model.forward(Batch.of((state, ids))), row, state)
-                    out.append(row.tobytes())
-            both = [(state, np.array([9], np.int32)) for state in states]
-            rows = np.empty((2, model.config.vocab_size), np.float32)
-            model.logits(model.forward(Batch.of(*both)), rows, states[0])
-        return [*out, rows.tobytes()]
+            return logits_in_turn(engine, IDS)
 
     assert play(**on_device()) == play()
 

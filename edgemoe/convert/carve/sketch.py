@@ -103,7 +103,7 @@ class _Expanded(Mapping[str, NDArray[Any]]):
             count = self._tensors[f"experts.{rest.partition('.')[0]}.count"]
             if what == "count":
                 return count.astype(np.int64)
-            hidden: Array = self._tensors[f"{name.removesuffix('.squares')}"].astype(np.float32)
+            hidden: Array = self._tensors[name.removesuffix(".squares")].astype(np.float32)
             return hidden * count.astype(np.float32)[:, None]
         if what == "count":
             return np.ones(1, np.int64)
