@@ -209,9 +209,9 @@ def test_parts_are_added_in_the_order_of_a_plan(both):
 def run_attention(
     both, types, pieces, *, window=0, heads=6, kv_heads=2, head_dim=18, seed=0, gain=1.0, **more
 ):
-    """Attention to sum(pieces) positions, piece by piece, on both."""
+    """Attention piece by piece, on both; a piece below 0 are positions left as a new cache has them."""
     rng = np.random.default_rng(seed)
-    T, q, kv = sum(pieces), heads * head_dim, kv_heads * head_dim
+    T, q, kv = sum(map(abs, pieces)), heads * head_dim, kv_heads * head_dim
     rope_dim, is_ring = more.pop("rope_dim", 0), more.pop("is_ring", False)
     extra = dict.fromkeys(("q_bias", "k_bias", "v_bias", "q_norm", "k_norm", "sinks"))
     if more.pop("sinks", False):
@@ -244,6 +244,9 @@ def run_attention(
     host_kv, device_kv = _core.KvLayer(**sizes), _core.DeviceKvLayer(device=both.device, **sizes)
     pos = 0
     for n in pieces:
+        if n < 0:
+            pos -= n
+            continue
         arrays = [rng.standard_normal((n, w)).astype(np.float32) * gain for w in (q, kv, kv)]
         angle = rng.uniform(-3, 3, (n, rope_dim // 2))
         turns = [np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)]
@@ -267,7 +270,7 @@ def run_attention(
 
 @pytest.mark.parametrize("types", TYPES, ids="-".join)
 def test_attention_of_every_type(both, types):
-    run_attention(both, types, (20, 1, 240, 1, 1), rope_dim=16)
+    run_attention(both, types, (20, 1, -220, 20, 1, 1), rope_dim=16)
 
 
 def test_values_below_what_a_half_can_scale_are_clamped(both):
@@ -285,8 +288,8 @@ def test_what_rounds_to_a_negative_zero_is_padded_to_a_positive_one(both):
 
 @pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "q8_0")], ids="-".join)
 def test_attention_sees_a_window(both, types):
-    run_attention(both, types, (300, 1, 9), window=37)
-    run_attention(both, types, (257, 1), window=256)
+    run_attention(both, types, (80, -170, 50, 1, 9), window=37)
+    run_attention(both, types, (20, -230, 7, 1), window=256)
 
 
 @pytest.mark.parametrize("types", [("f16", "f32"), ("q8_0", "q8_0")], ids="-".join)
@@ -346,7 +349,7 @@ def test_what_comes_before_attention(both, more):
 )  # fmt: skip
 @pytest.mark.parametrize("types", [("f16", "f32"), ("f32", "q8_0")], ids="-".join)
 def test_sinks_chunks_growth_and_norms_of_values(both, types, more):
-    run_attention(both, types, (280, 1, 9, 30), **more)
+    run_attention(both, types, (30, -220, 20, 1, 9, 30), **more)
 
 
 @pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "q8_0")], ids="-".join)
