@@ -35,7 +35,7 @@ from test_published import PUBLISHED, Shapes  # noqa: E402
 
 import edgemoe  # noqa: E402
 from edgemoe.convert.convert import convert  # noqa: E402
-from edgemoe.ops_cpu import CpuOps  # noqa: E402
+from edgemoe.ops.cpu import CpuOps  # noqa: E402
 
 _SLIDING = ["sliding_attention", "full_attention"]
 

@@ -134,9 +134,9 @@ MUTATIONS = (
     Mutation("attention", "what a cache cannot hold is stored", "csrc/mixers/kv_store.cpp",
              "    return all_finite(halves, head_dim);", "    return true;", ATTENTION),
     # ------------------------------------------------------------ the store, experts, engine
-    Mutation("store", "all experts are of layer 0", "edgemoe/store.py",
+    Mutation("store", "all experts are of layer 0", "edgemoe/store/experts.py",
              "plan.experts + self._first[plan.layer]", "plan.experts + self._first[0]", STORE),
-    Mutation("store", "the last group is not given", "edgemoe/store.py",
+    Mutation("store", "the last group is not given", "edgemoe/store/experts.py",
              "while left and (group := self.cache.next()):", "while left > 1 and (group := self.cache.next()):", STORE),
     Mutation("experts", "skipped slots are not counted", "edgemoe/experts.py",
              "        self.skipped += plan.rows.size - len(plan.tokens)\n", "", (*STORE, *SCHEDULERS)),

@@ -157,13 +157,13 @@ DEVICE = (
     *(
         Mutation("device", name, file, old, new, REPEATED)
         for name, file, old, new in (
-            ("repeated attention stays in its first blocks", "edgemoe/ops_notes.py", "return first // _core.KEY_BLOCK, pos // _core.KEY_BLOCK", "return 0, 0"),
-            ("repeated work stays at its position", "edgemoe/ops_notes.py", "if self._pos != pos:", "if self._pos < 0:"),
-            ("what failed while it was noted stays so", "edgemoe/ops_notes.py", "                self._forget(self._ws.end_noting())\n                raise", "                raise"),
+            ("repeated attention stays in its first blocks", "edgemoe/ops/notes.py", "return first // _core.KEY_BLOCK, pos // _core.KEY_BLOCK", "return 0, 0"),
+            ("repeated work stays at its position", "edgemoe/ops/notes.py", "if self._pos != pos:", "if self._pos < 0:"),
+            ("what failed while it was noted stays so", "edgemoe/ops/notes.py", "                self._forget(self._ws.end_noting())\n                raise", "                raise"),
             ("sequences share what is repeated", "edgemoe/model/decoder.py", "(batch.slices[0].state.number, batch.variant", "(0, batch.variant"),
             ("what is repeated outlives a change", "edgemoe/model/decoder.py", "        self._ops.forget_work()\n", ""),
             ("recurrent states take turns unseen", "edgemoe/model/recurrent.py", "tuple(id(arrays) for both in parts[0][0].values() for arrays in both)", "()"),
-            ("tables are not filled anew", "edgemoe/ops_cuda_ahead.py", "where != self._where or", "self._where is None or"),
+            ("tables are not filled anew", "edgemoe/ops/cuda/ahead.py", "where != self._where or", "self._where is None or"),
             ("experts that left are chosen", "edgemoe/model/decoder.py", "ahead = ahead and self._routers.ahead(is_start=False)", "pass"),
             ("who looks on sees no plan", "edgemoe/experts.py", "if self.observer is not None or not scheduler", "if not scheduler"),
             ("what ran ahead is not counted", "edgemoe/model/decoder.py", "self._experts.count(ran)", "pass"),

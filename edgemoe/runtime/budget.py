@@ -19,8 +19,8 @@ from edgemoe.model import (
     state_pieces,
 )
 from edgemoe.ops import OpsShape
-from edgemoe.ops_cpu import CpuOps
-from edgemoe.ops_cuda import CudaOps
+from edgemoe.ops.cpu import CpuOps
+from edgemoe.ops.cuda import CudaOps
 from edgemoe.runtime.context import (
     CHUNKS,
     DEFAULT_CONTEXT,

@@ -17,14 +17,14 @@ from edgemoe.devices import DeviceName, open_device
 from edgemoe.errors import OutOfBudget, size_text
 from edgemoe.file.format import MoeFile
 from edgemoe.ops import Ops, OpsShape
-from edgemoe.ops_cuda import CudaOps
-from edgemoe.placement import hosted, load_on, unsupported
-from edgemoe.rates import Rates
+from edgemoe.ops.cuda import CudaOps
+from edgemoe.ops.cuda.placement import hosted, load_on, unsupported
 from edgemoe.runtime.budget import parse_size
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.vram import Vram, default_vram
 from edgemoe.store import ExpertStore, Told
-from edgemoe.tiers import Tiers
+from edgemoe.store.rates import Rates
+from edgemoe.store.tiers import Tiers
 
 __all__ = ["OnDevice", "device_notes"]
 

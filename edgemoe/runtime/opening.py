@@ -17,8 +17,8 @@ from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile, open_moe
 from edgemoe.model import Decoder
 from edgemoe.ops import Ops, OpsShape
-from edgemoe.ops_cpu import CpuOps
-from edgemoe.placement import Both
+from edgemoe.ops.cpu import CpuOps
+from edgemoe.ops.cuda.placement import Both
 from edgemoe.runtime.adapters import Adapters, named_adapters
 from edgemoe.runtime.budget import Budget, default_ram, parse_size
 from edgemoe.runtime.model import Model

@@ -10,8 +10,8 @@ from edgemoe.errors import OutOfBudget
 from edgemoe.file.format import MoeFile
 from edgemoe.model import KvTypes, layer_state_bytes, scratch_bytes
 from edgemoe.ops import OpsShape
-from edgemoe.ops_cuda import CudaOps
-from edgemoe.placement import host_bytes, places
+from edgemoe.ops.cuda import CudaOps
+from edgemoe.ops.cuda.placement import host_bytes, places
 from edgemoe.runtime.context import CHUNKS, DEFAULT_CONTEXT, SMALLEST_CONTEXT, longest_context
 
 __all__ = ["Vram", "default_vram"]

@@ -9,7 +9,7 @@ from simulated import configured, plug_in
 from edgemoe import _core
 from edgemoe.file.format import open_moe
 from edgemoe.store import ExpertStore, expert_bytes
-from edgemoe.tiers import Tiers
+from edgemoe.store.tiers import Tiers
 
 N, EACH, TOP = 16, 8, 5
 """Experts of the tiny model, those of a layer, and its levels."""

@@ -22,18 +22,18 @@ from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.errors import FormatError, OutOfBudget
 from edgemoe.experts import Observer
 from edgemoe.file.append import add_sections
-from edgemoe.file.floats import dense_floats, expert_floats
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.bit_router import Routed
 from edgemoe.lab.bits.choosing import Choosing, ffn, keep_within
 from edgemoe.lab.bits.train_bit_router import RouterSettings, train_bit_router
 from edgemoe.ops import OpsShape
-from edgemoe.ops_cpu import CpuOps
+from edgemoe.ops.cpu import CpuOps
 from edgemoe.plan import Routing
 from edgemoe.quant import SCHEMES, BitRouters
 from edgemoe.scheduler import SCHEDULERS, Setting
 from edgemoe.scheduler.d2moe import D2moe
 from edgemoe.scheduler.plans import slot_bits
+from edgemoe.store.floats import dense_floats, expert_floats
 
 TEXT = "The sea is never still, and the whale knows why it is so. " * 12
 L, E, K, D = 2, 8, 2, 96  # of the tiny model

@@ -19,7 +19,7 @@ from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.calibrate import default_text, windows_of
 from edgemoe.lab.bits.stand_ins import fit_stand_in
 from edgemoe.ops import OpsShape
-from edgemoe.ops_cpu import CpuOps
+from edgemoe.ops.cpu import CpuOps
 from edgemoe.plan import Routing
 from edgemoe.quant import StandIns
 from edgemoe.scheduler import SCHEDULERS, Setting

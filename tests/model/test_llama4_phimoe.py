@@ -17,7 +17,7 @@ from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
 from edgemoe.ops import OpsShape
-from edgemoe.ops_cpu import CpuOps
+from edgemoe.ops.cpu import CpuOps
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from tiny import tiny_checkpoint
 import edgemoe
 from edgemoe.convert.convert import convert
 from edgemoe.model import MOST_AHEAD, scratch_bytes
-from edgemoe.ops_cpu import CpuOps
+from edgemoe.ops.cpu import CpuOps
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.file.format import open_moe
 from edgemoe.ops import attend_latents_in_steps, run_experts_in_steps
-from edgemoe.ops_cpu import CpuOps
+from edgemoe.ops.cpu import CpuOps
 
 IDS = families.random_ids(60)
 # Shared experts as wide as the routed ones, wider ones, and with a gate; the second has queries without a low rank.

@@ -20,13 +20,13 @@ from edgemoe.cli import main as edgemoe_cli
 from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
 from edgemoe.errors import FormatError
-from edgemoe.file.floats import expert_floats
 from edgemoe.file.format import open_moe
 from edgemoe.file.verify import verify
-from edgemoe.placement import unsupported
+from edgemoe.ops.cuda.placement import unsupported
 from edgemoe.quant import SCHEMES
 from edgemoe.quant.float4 import mxfp4, nvfp4, rung_bytes
 from edgemoe.store import expert_bytes
+from edgemoe.store.floats import expert_floats
 
 IDS = list(range(1, 60))
 FORMS = {

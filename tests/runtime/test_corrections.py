@@ -18,11 +18,11 @@ from tiny import tiny_checkpoint
 import edgemoe
 from edgemoe import _core
 from edgemoe.errors import FormatError
-from edgemoe.file.floats import dense_floats, expert_floats
 from edgemoe.file.format import open_moe
 from edgemoe.quant import Allocation
 from edgemoe.runtime.trace import read
 from edgemoe.store import ExpertStore, dense_bytes, expert_bytes
+from edgemoe.store.floats import dense_floats, expert_floats
 
 IDS = np.random.default_rng(1).integers(0, 256, 60)
 BITS = np.array([[2, 3, 4, 8, 6, 2, 3, 4], [3, 2, 2, 8, 4, 4, 6, 2]], np.int8)

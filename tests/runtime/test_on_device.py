@@ -13,17 +13,15 @@ from simulated import configured, on_device, plug_in, small_moe, with_vram
 from tiny import tiny_checkpoint
 
 import edgemoe
-import edgemoe.ops_cuda
 import edgemoe.runtime.on_device
-from edgemoe import placement
 from edgemoe.convert.convert import convert
 from edgemoe.devices import DeviceName, found
 from edgemoe.errors import DeviceError, DeviceLost, OutOfBudget, RangeError
 from edgemoe.file.format import open_moe
 from edgemoe.model import Batch, KvTable
 from edgemoe.ops import Ops
-from edgemoe.ops_cuda import CudaOps
-from edgemoe.placement import hosted, lacks, unsupported
+from edgemoe.ops.cuda import CudaOps, memory, placement
+from edgemoe.ops.cuda.placement import hosted, lacks, unsupported
 from edgemoe.store import expert_bytes
 
 IDS = np.random.default_rng(5).integers(0, 250, 40).tolist()
@@ -178,7 +176,7 @@ def test_all_families_are_tried():
 
 def test_heads_that_are_too_wide_run_beside_a_device(tiny_moe, monkeypatch):
     expected = play(tiny_moe)
-    for module in (placement, edgemoe.ops_cuda):
+    for module in (placement, memory):
         monkeypatch.setattr(module, "MOST_HEAD_DIM", 16)
     assert play(tiny_moe, **on_device())[:4] == expected[:4]
 

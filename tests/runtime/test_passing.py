@@ -10,9 +10,9 @@ from test_on_device import IDS, on_device, play, with_vram
 
 import edgemoe
 from edgemoe.file.format import open_moe
-from edgemoe.rates import Rates
 from edgemoe.runtime.trace import read
 from edgemoe.store import expert_bytes
+from edgemoe.store.rates import Rates
 
 WEIGHTS = 1 << 20
 MIB = 1 << 20

@@ -10,9 +10,10 @@ import pytest
 from engines import logits_in_turn
 
 import edgemoe
-from edgemoe import _core, ops_notes
-from edgemoe.ops_cpu import CpuOps
-from edgemoe.ops_notes import Notes
+from edgemoe import _core
+from edgemoe.ops import notes
+from edgemoe.ops.cpu import CpuOps
+from edgemoe.ops.notes import Notes
 from edgemoe.runtime.trace import read
 
 IDS = np.random.default_rng(7).integers(0, 250, 300).tolist()
@@ -88,11 +89,11 @@ def test_while_experts_come_and_go(tiny_moe, stage, experts, policy):
     assert sum(map(sum, out[0][2][1])) > 16  # reads
 
 
-@pytest.mark.parametrize("most", [2, ops_notes.MOST_NOTED])
+@pytest.mark.parametrize("most", [2, notes.MOST_NOTED])
 def test_sequences_in_turn(tiny_moe, monkeypatch, stage, most):
     """Each has keys and values of its own; the notes of one are not those of another, and the oldest are forgotten."""
-    monkeypatch.setattr(ops_notes, "MOST_NOTED", most)
-    monkeypatch.setattr(ops_notes, "MOST_STEPS", 8 * most)
+    monkeypatch.setattr(notes, "MOST_NOTED", most)
+    monkeypatch.setattr(notes, "MOST_STEPS", 8 * most)
     found = []
     for name in ("none", "ahead"):
         stage(name)

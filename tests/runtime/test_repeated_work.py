@@ -13,12 +13,14 @@ from engines import logits_in_turn
 from simulated import on_device, plug_in, small_moe, with_vram
 
 import edgemoe
-from edgemoe import _core, ops_notes, tiers
+from edgemoe import _core
 from edgemoe.experts import Experts
 from edgemoe.file.format import open_moe
-from edgemoe.ops_cpu import CpuOps
-from edgemoe.ops_cuda import CudaOps
+from edgemoe.ops import notes
+from edgemoe.ops.cpu import CpuOps
+from edgemoe.ops.cuda import CudaOps
 from edgemoe.runtime.trace import read
+from edgemoe.store import tiers
 
 IDS = np.random.default_rng(7).integers(0, 250, 300).tolist()
 
@@ -115,10 +117,10 @@ def test_where_a_block_of_positions_ends(tiny_moe, tmp_path, name):
         assert told(engine, ids, params(12)) == expected
 
 
-@pytest.mark.parametrize("most", [2, ops_notes.MOST_NOTED])
+@pytest.mark.parametrize("most", [2, notes.MOST_NOTED])
 def test_sequences_in_turn(tiny_moe, monkeypatch, most):
     """Each has keys and values of its own; the notes of one are not those of another, and the oldest are forgotten."""
-    monkeypatch.setattr(ops_notes, "MOST_NOTED", most)
+    monkeypatch.setattr(notes, "MOST_NOTED", most)
 
     def play(**options):
         with edgemoe.load(tiny_moe, context=64, sequences=3, **options) as engine:

@@ -17,10 +17,10 @@ from edgemoe.convert.export.tokenizer import tokenizer_metadata
 from edgemoe.convert.gguf import GGUFCheckpoint
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError
-from edgemoe.file.floats import checkpoint_weights, dense_weights
 from edgemoe.file.format import MoeFile
 from edgemoe.file.whole import locked, named, pwrite, rename, require_new
 from edgemoe.specs import AttentionSpec
+from edgemoe.store.floats import checkpoint_weights, dense_weights
 
 __all__ = ["TYPES", "export_gguf"]
 

@@ -17,10 +17,10 @@ from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.convert.families import FAMILIES
 from edgemoe.convert.families.family import Family, Fold, Source
 from edgemoe.errors import FormatError, quoted
-from edgemoe.file.floats import checkpoint_weights
 from edgemoe.file.format import MoeFile
 from edgemoe.file.parse import parse_object
 from edgemoe.file.whole import new_folder
+from edgemoe.store.floats import checkpoint_weights
 
 __all__ = ["CONFIG", "Piece", "checkpoint_config", "export_hf", "pieces"]
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from edgemoe.errors import FormatError
-from edgemoe.file.floats import dense_floats, expert_floats
 from edgemoe.file.format import MoeFile
 from edgemoe.lab.bits.choosing import Choosing, ffn
 from edgemoe.specs import AttentionSpec, MixerSpec, RouterSpec
+from edgemoe.store.floats import dense_floats, expert_floats
 
 __all__ = ["Routed", "Step", "model_bytes", "use_threads"]
 

@@ -14,11 +14,11 @@ from edgemoe.experts import Experts
 from edgemoe.file.format import MoeFile
 from edgemoe.model import Batch, Decoder, KvTypes
 from edgemoe.ops import OpsShape
+from edgemoe.ops.tap import Tap, TapOps
 from edgemoe.runtime.budget import Budget
 from edgemoe.runtime.opening import model_setting
 from edgemoe.scheduler import OnDemand
 from edgemoe.store import ExpertStore, load_dense
-from edgemoe.tap import Tap, TapOps
 
 __all__ = ["Sums", "TappedModel"]
 

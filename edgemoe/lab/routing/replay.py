@@ -22,7 +22,7 @@ from edgemoe.runtime.trace import NO_EXPERT, NO_TOKEN, Trace, TraceHeader
 from edgemoe.scheduler import SCHEDULERS, Scheduler, Setting
 from edgemoe.scheduler.watched import seen
 from edgemoe.store import ExpertStore
-from edgemoe.tiers import Tiers
+from edgemoe.store.tiers import Tiers
 
 __all__ = ["Replay", "Tape", "make_scheduler", "replay", "setting"]
 

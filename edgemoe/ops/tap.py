@@ -17,7 +17,7 @@ from edgemoe.ops import (
     attend_latents_in_steps,
     run_experts_in_steps,
 )  # fmt: skip
-from edgemoe.ops_cpu import CpuOps
+from edgemoe.ops.cpu import CpuOps
 from edgemoe.plan import Plan
 from edgemoe.specs import Activation
 from edgemoe.store import Request

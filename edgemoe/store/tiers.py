@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.plan import Priorities
-from edgemoe.rates import Rates
+from edgemoe.store.rates import Rates
 
 __all__ = ["Tiers"]
 

@@ -1,10 +1,8 @@
-"""Where weights live: dense ones resident, experts in the cache, both read from one `.moe` file."""
+"""Experts in the cache: brought there from the file, inside a budget, and lent group by group."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -12,259 +10,16 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.config import MATRICES
-from edgemoe.file.adapter import AdapterFile
-from edgemoe.file.format import ALIGNMENT, MoeFile, Tensor
+from edgemoe.file.format import MoeFile
 from edgemoe.plan import Plan, Priorities
-from edgemoe.quant import plane_widths
+from edgemoe.store.records import NUM_READERS
+from edgemoe.store.request import Request
 
-__all__ = [
-    "EMBED_ROWS", "ExpertStore", "Request", "Told", "all_expert_bytes", "dense_bytes", "disk_rate",
-    "expert_bytes", "has_stored_rows", "level_bytes", "load_dense", "load_rows", "load_tensors", "looked_up_bytes",
-    "nobody", "num_there", "read_dense", "read_rate", "rows_bytes", "tensors_bytes",
-]  # fmt: skip
+__all__ = ["ExpertStore"]
 
 _REQUEST = 256  # experts that `load` asks for at once: the cache looks through all of a request's at every arrival
-_NUM_READERS = 4  # reads in flight; more added latency and no throughput (benchmarks/LOG.md)
 
 Policy = str | Priorities
-Weight = _core.Nested | NDArray[np.float32]
-EMBED_ROWS = "embed.rows"
-"""Name of what looks up the embedding's rows at the file's highest level, where its matrices are at a lower one."""
-Told = Callable[[float], object]
-"""Is called with the share of the bytes that has been read."""
-
-
-def nobody(share: float) -> None:
-    """Is told, where nobody asked."""
-
-
-def dense_bytes(moe: MoeFile, level: int) -> int:
-    """Returns the memory that `load_dense` takes."""
-    return tensors_bytes(moe, moe.tensors, level) + (0 if moe.bases is None else moe.bases.nbytes)
-
-
-def tensors_bytes(of: MoeFile | AdapterFile, names: Iterable[str], level: int) -> int:
-    """Returns the memory that `load_tensors` takes, each tensor in whole pages."""
-    whole, stored = _divided(of, names, level)
-    rows = rows_bytes(of, level if of.config.tied else 0) if stored else 0
-    return _pages([of.tensors[name] for name in whole], level) + rows
-
-
-def looked_up_bytes(moe: MoeFile, level: int) -> int:
-    """Returns what of `dense_bytes` only the look-up of the embedding's rows needs, of which a token reads one."""
-    if has_stored_rows(moe, level):
-        return rows_bytes(moe, level if moe.config.tied else 0)
-    return 0 if moe.config.tied else sum(moe.tensors["embed"].lengths[:level])
-
-
-def has_stored_rows(of: MoeFile | AdapterFile, level: int) -> bool:
-    """Says whether the file has more of the embedding than a level: its rows are looked up there then."""
-    return "embed" in of.tensors and level < len(of.tensors["embed"].lengths)
-
-
-def rows_bytes(of: MoeFile | AdapterFile, resident: int) -> int:
-    """Returns the memory of what `load_rows` returns, beside the resident rungs."""
-    rows, cols = of.tensors["embed"].spec.shape
-    return _core.StoredRows.bytes_for(
-        rows, cols, _widths(of, "embed"), resident, *_coding(of, "embed")
-    )
-
-
-def _divided(of: MoeFile | AdapterFile, names: Iterable[str], level: int) -> tuple[list[str], bool]:
-    """Returns which tensors are resident at a level, and whether the embedding's rows are looked up in the file.
-
-    An embedding that is not the head is not resident then: nobody computes with it as a whole.
-    """
-    stored = "embed" in (whole := list(names)) and has_stored_rows(of, level)
-    if stored and not of.config.tied:
-        whole.remove("embed")
-    return whole, stored
-
-
-def _pages(tensors: Iterable[Tensor], level: int) -> int:
-    page = _core.system_page()
-    return sum(-(-sum(t.lengths[:level]) // page) * page for t in tensors)
-
-
-def _expert_pages(moe: MoeFile, level: int) -> NDArray[np.int64]:
-    """Returns the memory of each expert at a level, whole pages."""
-    page = _core.system_page()
-    pages: NDArray[np.int64] = -(-moe.experts.sizes(level) // page) * page
-    return pages
-
-
-def expert_bytes(moe: MoeFile, level: int) -> int:
-    """Returns the memory of the largest expert at a level, and of the window that each lies in."""
-    return int(_expert_pages(moe, level).max())
-
-
-def all_expert_bytes(moe: MoeFile, level: int) -> int:
-    """Returns the memory of all experts at a level."""
-    return int(_expert_pages(moe, level).sum())
-
-
-def level_bytes(moe: MoeFile, level: int) -> tuple[int, ...]:
-    """Returns the mean memory of an expert at each level up to `level`, rounded down."""
-    return tuple(all_expert_bytes(moe, i) // num_there(moe) for i in range(1, level + 1))
-
-
-def num_there(moe: MoeFile) -> int:
-    """Returns how many experts there are: places may be without."""
-    return int(np.count_nonzero(moe.experts.rungs))
-
-
-def load_dense(moe: MoeFile, level: int, *, verify: bool, told: Told = nobody) -> dict[str, Weight]:
-    """Reads every tensor outside the routed experts into memory of its own.
-
-    With them come the bases of experts' corrections as "layers.I.experts.basis", which the file has read already.
-
-    Args:
-        level: rungs of the matrices.
-        told: is called after each tensor.
-
-    Raises:
-        FormatError: a checksum does not match.
-        ReadError: the disk failed.
-    """
-    weights = load_tensors(moe, moe.tensors, level, verify=verify, told=told)
-    matrices = [w for w in weights.values() if isinstance(w, _core.Nested)]
-    for before, after in pairwise(matrices):  # as those of q, k and v
-        after.share_basis(before)
-    if moe.bases is not None:
-        for layer, basis in zip(moe.config.moe_layers, moe.bases, strict=True):
-            weights[f"layers.{layer}.experts.basis"] = cast(
-                Weight, basis
-            )  # int8, for experts alone
-    return weights
-
-
-def load_tensors(
-    of: MoeFile | AdapterFile,
-    names: Iterable[str],
-    level: int,
-    *,
-    verify: bool,
-    told: Told = nobody,
-) -> dict[str, Weight]:
-    """Reads tensors of a file outside the routed experts; see `load_dense`.
-
-    Below the highest level of the embedding its rows come with it, as `EMBED_ROWS`, or instead of it.
-    """
-    whole, stored = _divided(of, names, level)
-    nested = [of.tensors[name] for name in whole if of.tensors[name].spec.kind == "nested"]
-    arena = _core.Arena(_pages(nested, level)) if nested else None
-    every = _told_of({name: of.tensors[name] for name in whole}, level, told)
-    out = {name: _read(of, name, level, verify, arena) for name in every}
-    if stored:
-        resident = cast("_core.Nested | None", out.get("embed"))
-        rows = load_rows(of, resident, verify=verify)
-        out[EMBED_ROWS] = cast(Weight, rows)  # for look-ups alone
-    return out
-
-
-def load_rows(
-    of: MoeFile | AdapterFile, resident: _core.Nested | None, *, verify: bool
-) -> _core.StoredRows:
-    """Returns what looks up rows of the embedding at the highest level of its file.
-
-    Args:
-        resident: its first rungs, None for none.
-        verify: goes through the others once, and compares every read with what they were.
-
-    Raises:
-        FormatError: a checksum does not match.
-        ReadError: the disk failed.
-    """
-    t = of.tensors["embed"]
-    rows, cols = t.spec.shape
-    return _core.StoredRows(
-        of.file, t.offset, t.lengths, t.crcs, rows, cols, _widths(of, "embed"), resident, verify, "embed",
-        *_coding(of, "embed"),
-    )  # fmt: skip
-
-
-def read_dense(
-    moe: MoeFile, names: Iterable[str], level: int, *, verify: bool, told: Told = nobody
-) -> Iterator[tuple[str, Weight]]:
-    """Yields tensors of a level, each by itself: for who takes it elsewhere before the next is read."""
-    for name in _told_of({name: moe.tensors[name] for name in names}, level, told):
-        t = moe.tensors[name]
-        arena = _core.Arena(_pages([t], level)) if t.spec.kind == "nested" else None
-        yield name, _read(moe, name, level, verify, arena)
-
-
-def _told_of(tensors: Mapping[str, Tensor], level: int, told: Told) -> Iterator[str]:
-    """Yields each tensor's name, and tells after it which share has been read."""
-    sizes = {name: sum(t.lengths[:level]) for name, t in tensors.items()}
-    total, done = sum(sizes.values()), 0
-    for name, size in sizes.items():
-        yield name
-        done += size
-        told(done / total)
-
-
-def _read(
-    moe: MoeFile | AdapterFile, name: str, level: int, verify: bool, arena: _core.Arena | None
-) -> Weight:
-    """Reads a tensor; a matrix into an arena."""
-    t = moe.tensors[name]
-    if arena is None or t.spec.kind == "f32":
-        return _core.read_f32(moe.file, t.offset, t.spec.shape, t.crcs[0], verify, name)
-    rows, cols = t.spec.shape
-    count = min(level, len(t.lengths))
-    return _core.Nested.from_file(
-        arena, moe.file, t.offset, t.lengths[:count], t.crcs[:count], rows, cols,
-        _widths(moe, name)[:count], verify, name, *_coding(moe, name),
-    )  # fmt: skip
-
-
-def _widths(of: MoeFile | AdapterFile, name: str) -> Sequence[int]:
-    """Returns the bits that each rung of a matrix adds."""
-    return plane_widths(of.dense_ladder)[: len(of.tensors[name].lengths)]
-
-
-def _coding(of: MoeFile | AdapterFile, name: str) -> tuple[str, Sequence[int], Sequence[int]]:
-    """Returns what a matrix's rungs mean, as `_core` takes it."""
-    scheme = of.scheme.of(name)
-    return scheme.name, scheme.row_scales, scheme.ranks(name)
-
-
-def disk_rate(moe: MoeFile, level: int, *, seconds: float, room: int) -> float:
-    """Returns the bytes per second of reading experts in random order as the cache does, for about `seconds`.
-
-    Where `room` bytes do not hold as many experts as are read at once, only the first part of each is read.
-    """
-    rng = np.random.default_rng(0)
-    most = max(room // (2 * _NUM_READERS) // ALIGNMENT, 1) * ALIGNMENT
-    length, count = min(expert_bytes(moe, level), most), 32
-    starts = moe.experts.offsets[moe.experts.offsets + np.uint64(length) <= moe.file_bytes]
-    while True:
-        offsets = rng.permutation(starts)[:count].tolist()
-        rate = _core.disk_rate(moe.file, offsets, length, _NUM_READERS)
-        if length * count / rate >= seconds or count >= len(starts):
-            return rate
-        count *= 2
-
-
-def read_rate(moe: MoeFile, size: int, *, total: int) -> float:
-    """Returns the bytes per second of reads of `size` bytes at scattered places of a file, `total` bytes of them."""
-    rng = np.random.default_rng(0)
-    places = rng.integers((moe.file_bytes - size) // ALIGNMENT + 1, size=max(1, total // size))
-    return _core.disk_rate(moe.file, (places * ALIGNMENT).tolist(), size, _NUM_READERS)
-
-
-@dataclass(slots=True)
-class Request:
-    """A plan's experts under way, or here: what operations find their weights by."""
-
-    slots: _core.Cache
-    """Where they lie; the operations of the device that made it know what it is."""
-    experts: NDArray[np.int32]
-    """[n], as the file numbers them, in the plan's order."""
-    levels: NDArray[np.int8]
-    """[n]"""
-    projected: Any = None
-    """What operations made of the tokens for the corrections of all groups; theirs alone."""
 
 
 class ExpertStore:
@@ -346,7 +101,7 @@ class ExpertStore:
             max_level=moe.level(bits),
             budget_bytes=budget_bytes,
             verify=verify,
-            num_readers=_NUM_READERS,
+            num_readers=NUM_READERS,
             policy=policy,
             scheme=moe.scheme.name,
             row_scales=moe.scheme.row_scales,

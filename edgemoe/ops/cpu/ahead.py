@@ -1,4 +1,4 @@
-"""Layers that the core runs without Python between them, as all of their experts are there. See `edgemoe.ops_cpu`."""
+"""Layers that the core runs without Python between them, as all of their experts are there. See `edgemoe.ops.cpu`."""
 
 from __future__ import annotations
 

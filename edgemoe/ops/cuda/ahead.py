@@ -1,4 +1,4 @@
-"""Layers that run without the host: the device has all of their experts, and chooses. See `edgemoe.ops_cuda`."""
+"""Layers that run without the host: the device has all of their experts, and chooses. See `edgemoe.ops.cuda`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,33 @@
+"""Where weights live: dense ones resident, experts in the cache, both read from one `.moe` file."""
+
+from edgemoe.store.dense import (
+    EMBED_ROWS,
+    Told,
+    Weight,
+    dense_bytes,
+    has_stored_rows,
+    load_dense,
+    load_rows,
+    load_tensors,
+    looked_up_bytes,
+    nobody,
+    read_dense,
+    rows_bytes,
+    tensors_bytes,
+)
+from edgemoe.store.experts import ExpertStore
+from edgemoe.store.records import (
+    all_expert_bytes,
+    disk_rate,
+    expert_bytes,
+    level_bytes,
+    num_there,
+    read_rate,
+)
+from edgemoe.store.request import Request
+
+__all__ = [
+    "EMBED_ROWS", "ExpertStore", "Request", "Told", "Weight", "all_expert_bytes", "dense_bytes", "disk_rate",
+    "expert_bytes", "has_stored_rows", "level_bytes", "load_dense", "load_rows", "load_tensors",
+    "looked_up_bytes", "nobody", "num_there", "read_dense", "read_rate", "rows_bytes", "tensors_bytes",
+]  # fmt: skip
