@@ -95,10 +95,11 @@ def _remote(text: str | None) -> HubName | None:
 def _of_hub(args: argparse.Namespace, name: HubName) -> int:
     """Fetches the headers of a checkpoint and plans that."""
     from edgemoe.hub.outline import choose, outline
-    from edgemoe.hub.pull import open_repository
+    from edgemoe.hub.pull import open_repository, saying_what_is_here
 
-    repository = open_repository(name)
-    chosen = choose(repository, name)
+    with saying_what_is_here(name):
+        repository = open_repository(name)
+        chosen = choose(repository, name)
     if chosen.note:
         note(f"# {name}: {chosen.note}")
     largest = max(file.size for file in chosen.weights)

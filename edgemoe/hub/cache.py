@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from edgemoe.hub.remote import HubError, RemoteFile, is_sound
+from edgemoe.hub.remote import HubError, RemoteFile, Unreachable, is_sound
 
 __all__ = ["CachedRepository"]
 
@@ -21,7 +21,7 @@ class CachedRepository:
         """Finds the revision.
 
         Raises:
-            HubError: it is not in the cache.
+            Unreachable: it is not in the cache.
         """
         from huggingface_hub import snapshot_download
 
@@ -29,7 +29,7 @@ class CachedRepository:
         try:
             folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         except (OSError, ValueError):
-            raise HubError(
+            raise Unreachable(
                 f"{repo}: HF_HUB_OFFLINE is set, and it is not in Hugging Face's cache"
             ) from None
         self._folder = folder

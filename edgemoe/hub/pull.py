@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -17,15 +18,15 @@ from edgemoe import library
 from edgemoe.convert.checkpoint import Bytes, StoredCheckpoint
 from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, size_text
 from edgemoe.file.whole import locked, write_whole
 from edgemoe.hub.cache import CachedRepository
 from edgemoe.hub.landing import Landing
 from edgemoe.hub.name import HubName
 from edgemoe.hub.outline import Chosen, Source, choose, outline
-from edgemoe.hub.remote import Repository
+from edgemoe.hub.remote import HubError, Repository, Unreachable
 
-__all__ = ["kept_path", "open_repository", "pull"]
+__all__ = ["kept_path", "open_repository", "pull", "saying_what_is_here"]
 
 _ORIGIN = "origin"
 
@@ -39,6 +40,7 @@ def open_repository(name: HubName, *, retries: int = 5) -> Source:
     """Opens a repository, where HF_HUB_OFFLINE is set in Hugging Face's cache.
 
     Raises:
+        Unreachable: no hub can be asked.
         HubError: it is not there, or not for everyone.
     """
     from huggingface_hub.constants import is_offline_mode
@@ -46,6 +48,36 @@ def open_repository(name: HubName, *, retries: int = 5) -> Source:
     if is_offline_mode():
         return CachedRepository(name.repo, name.revision)
     return Repository(name.repo, name.revision, retries=retries)
+
+
+@contextlib.contextmanager
+def saying_what_is_here(name: HubName) -> Iterator[None]:
+    """Adds to the error that no hub can be asked what of a model is here, and what to do."""
+    try:
+        yield
+    except Unreachable as error:
+        raise Unreachable(f"{error}; {_here(name)}") from None
+
+
+def _here(name: HubName) -> str:
+    if kept_path(name).is_file():
+        return f"what was fetched of it before is here, and edgemoe-run {name.kept} runs it"
+    if _is_cached(name):
+        return f"Hugging Face's cache has it: HF_HUB_OFFLINE=1 edgemoe pull {name} makes the model of that"
+    again = f"edgemoe pull {name}"
+    for left in library.unfinished():
+        if left.name == name.kept:
+            return f"{size_text(left.size)} of it are here, and {again} goes on there once a hub can be asked"
+    return f"nothing of it is here: {again} fetches it once a hub can be asked; edgemoe list shows what runs without"
+
+
+def _is_cached(name: HubName) -> bool:
+    """Says whether Hugging Face's cache has all files that a model would be made of."""
+    try:
+        choose(CachedRepository(name.repo, name.revision), name)
+    except (HubError, FormatError, OSError):
+        return False
+    return True
 
 
 def pull(
@@ -67,6 +99,7 @@ def pull(
         retries: how often a hub that is busy is asked again.
 
     Raises:
+        Unreachable: no hub can be asked; says what is here.
         HubError: the hub does not give something, or gave something else.
         FormatError: the model is not sound, or not supported.
         ValueError: the bits are no level.
@@ -77,7 +110,7 @@ def pull(
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, "cannot be written", str(out.parent))
     lock = out.with_name(f".{out.name}.lock")
-    with locked(
+    with saying_what_is_here(name), locked(
         lock, create=True, ours=True, busy="",
         wait=lambda: say(f"another process pulls {name}; waiting for it"),
     ):  # fmt: skip

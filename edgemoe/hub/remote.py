@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from edgemoe.errors import EdgemoeError, quoted, shortened
 from edgemoe.file.whole import locked, named, pwrite
 
-__all__ = ["HubError", "RemoteFile", "Repository", "is_sound"]
+__all__ = ["HubError", "RemoteFile", "Repository", "Unreachable", "is_sound"]
 
 _BLOCK = 1 << 20
 _PATIENCE = 4  # times that nothing more came before a download is given up
@@ -25,6 +26,10 @@ _PROXIES = {"Accept-Encoding": "identity"}  # or ranges are of what is compresse
 
 class HubError(EdgemoeError, OSError):
     """Says what a hub did not give, and what can be done."""
+
+
+class Unreachable(HubError):
+    """Says that no hub can be asked, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +58,8 @@ class Repository:
             retries: how often a hub that is busy is asked again.
 
         Raises:
-            HubError: it says no, cannot be reached, or HF_HUB_OFFLINE forbids to ask.
+            Unreachable: it does not answer.
+            HubError: it says no, or HF_HUB_OFFLINE forbids to ask.
         """
         logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our one line says it
         self.repo = repo
@@ -211,8 +217,8 @@ class Repository:
         except HTTPError as error:
             response = getattr(error, "response", None)
             if response is None:
-                raise HubError(
-                    f"{where}{_endpoint()} cannot be reached: {_first_line(error)}"
+                raise Unreachable(
+                    f"{where}{_endpoint()} cannot be reached: {_without_number(_first_line(error))}"
                 ) from None
             raise HubError(f"{where}{_meaning(response, error)}") from None
 
@@ -292,6 +298,11 @@ def _meaning(response: Any, error: BaseException) -> str:
         wait = response.headers.get("Retry-After", "")
         return f"the hub has had too many requests from here; try again {f'in {wait} s' if wait else 'later'}"
     return f"the hub answered {code}: {_first_line(error)}"
+
+
+def _without_number(text: str) -> str:
+    """Returns the words of an error of the system."""
+    return re.sub(r"^\[Errno -?\d+\] ", "", text)
 
 
 def _first_line(error: BaseException) -> str:

@@ -24,7 +24,7 @@ from edgemoe.errors import EdgemoeError
 from edgemoe.file.format import open_moe
 from edgemoe.hub.name import HubName
 from edgemoe.hub.pull import pull
-from edgemoe.hub.remote import HubError, Repository
+from edgemoe.hub.remote import HubError, Repository, Unreachable
 
 
 @pytest.fixture
@@ -192,6 +192,40 @@ def test_what_a_hub_refuses_is_one_line_and_leaves_nothing(hub, tmp_path) -> Non
     assert "ended after 0 of 82832 bytes" in refused()
 
 
+def test_without_a_network_one_line_says_what_is_here_and_what_to_do(
+    hub, tmp_path, monkeypatch
+) -> None:
+    from huggingface_hub import constants
+
+    def unreachable(address: str = "http://no-such-host.invalid") -> str:
+        with monkeypatch.context() as patch, pytest.raises(Unreachable) as error:
+            patch.setattr(constants, "ENDPOINT", address)
+            template = address + "/{repo_id}/resolve/{revision}/{filename}"
+            patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+            fetch()
+        said = str(error.value)
+        assert said.startswith(f"user/tiny: {address} cannot be reached: ")
+        assert "Errno" not in said
+        assert "\n" not in said
+        return said
+
+    save(hub, size="1GB")
+    nothing = "; nothing of it is here: edgemoe pull user/tiny fetches it once a hub can be asked"
+    assert nothing in unreachable()
+    assert f"Connection refused{nothing}" in unreachable("http://127.0.0.1:1")
+    hub.answer = lambda path: (404, {}) if ".safetensors" in path and has_begun(tmp_path) else None
+    with pytest.raises(HubError, match="there is no such model"):
+        fetch()
+    assert " of it are here, and edgemoe pull user/tiny goes on there once" in unreachable()
+    hub.answer = lambda path: None
+    fetch()
+    assert "is here, and edgemoe-run user/tiny runs it" in unreachable()
+
+
+def has_begun(tmp_path: Path) -> bool:
+    return any((tmp_path / "models").rglob("*.part"))
+
+
 def test_wrong_bytes_and_half_a_file_are_never_converted(hub, tmp_path) -> None:
     source = save(hub)
     name = "model-00004-of-00011.safetensors"
@@ -270,6 +304,10 @@ def test_what_hugging_face_s_cache_has_is_used_and_stays(hub, tmp_path, monkeypa
         (folder / "blobs" / name).write_bytes(content)
         (folder / "snapshots" / commit / path.name).symlink_to(folder / "blobs" / name)
     assert snapshot_download("user/tiny", local_files_only=True)  # the library agrees
+    with monkeypatch.context() as patch, pytest.raises(Unreachable) as error:
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+        fetch()
+    assert "cache has it: HF_HUB_OFFLINE=1 edgemoe pull user/tiny makes" in str(error.value)
     hub.sent.clear()
     path, _ = fetch()
     assert_as_converted(path, source, tmp_path)
