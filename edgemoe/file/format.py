@@ -68,6 +68,16 @@ class Tensor:
     offset: int
     lengths: tuple[int, ...]
     crcs: tuple[int, ...]
+    most: int | None = None
+    """How many rungs are computed with at any level, where an allocation says so; None for as many as there are."""
+
+    def rungs(self, level: int) -> int:
+        """Returns how many rungs are computed with at a level."""
+        return min(level, len(self.lengths) if self.most is None else self.most)
+
+    def size(self, level: int) -> int:
+        """Returns the bytes of these."""
+        return sum(self.lengths[: self.rungs(level)])
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ def notes_of(
         notes.append(f"lossy: experts at {_mean_bits(bits)} of the file's {_mean_bits(have)} bits")
     if options.dense_bits == "auto":
         matrices = [t for t in moe.tensors.values() if t.spec.kind == "nested"]
-        own = [moe.dense_ladder[len(t.lengths) - 1] for t in matrices]
+        own = [moe.dense_ladder[t.rungs(len(moe.dense_ladder)) - 1] for t in matrices]
         notes.append(f"lossy: dense weights at {min(own)} to {max(own)} of the file's {dense} bits")
     elif options.dense_bits is not None and options.dense_bits < dense:
         notes.append(f"lossy: dense weights at {options.dense_bits} of the file's {dense} bits")

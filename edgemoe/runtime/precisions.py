@@ -37,7 +37,7 @@ class Bits:
 
 
 def with_dense_bits(moe: MoeFile, options: EngineOptions) -> MoeFile:
-    """Returns a file whose matrices outside the experts have the bits that an allocation gives each, if they shall.
+    """Returns a file whose matrices outside the experts run at the bits that an allocation gives each, if they shall.
 
     Raises:
         ValueError: there is no allocation.
@@ -56,8 +56,7 @@ def with_dense_bits(moe: MoeFile, options: EngineOptions) -> MoeFile:
     names = [name for name, t in tensors.items() if t.spec.kind == "nested"]
     found.check_dense(names, moe.dense_ladder, where)
     for name in names:
-        t, level = tensors[name], moe.dense_level(found.dense[name])
-        tensors[name] = replace(t, lengths=t.lengths[:level], crcs=t.crcs[:level])
+        tensors[name] = replace(tensors[name], most=moe.dense_level(found.dense[name]))
     return replace(moe, tensors=tensors)
 
 

@@ -152,7 +152,8 @@ def identity(model: Model, adapter: int = 0) -> str:
     bits = model.top_bits.reshape(layers, -1)[:, :count]
     weights = hashlib.sha256(np.ascontiguousarray(crcs).tobytes())
     for name, tensor in sorted(moe.tensors.items()):
-        weights.update(f"{name}{tensor.crcs}".encode())
+        most = "" if tensor.most is None else tensor.most
+        weights.update(f"{name}{tensor.crcs}{most}".encode())
     if adapter:
         weights.update(model.adapters.files[adapter - 1].digest().encode())
     for own in (model.scheduler.bit_routers, model.scheduler.stand_ins):

@@ -69,7 +69,7 @@ class Vram:
         """
         config = moe.config
         names = [name for name, place in places(moe, dense_level, hosted) if place != "host"]
-        dense = sum(_core.Device.taken(sum(moe.tensors[n].lengths[:dense_level])) for n in names)
+        dense = sum(_core.Device.taken(moe.tensors[n].size(dense_level)) for n in names)
         if moe.bases is not None:
             dense += len(moe.bases) * _core.Device.taken(moe.bases[0].nbytes)
         corrected = bool(moe.scheme.correction)

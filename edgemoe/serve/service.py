@@ -363,7 +363,7 @@ def _fingerprint(opened: Opened) -> str:
     model, o = opened.model, opened.model.options
     dense: object = o.dense_bits
     if dense == "auto":  # each matrix its own
-        dense = [len(tensor.lengths) for tensor in model.moe.tensors.values()]
+        dense = [tensor.most for tensor in model.moe.tensors.values()]
     said = json.dumps([
         edgemoe.__version__, str(model.moe.source), model.config.family, model.config.experts_per_token,
         hashlib.sha256(model.top_bits.tobytes()).hexdigest(), dense, o.scheduler,

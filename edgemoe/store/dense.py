@@ -38,25 +38,32 @@ def dense_bytes(moe: MoeFile, level: int) -> int:
 def tensors_bytes(of: MoeFile | AdapterFile, names: Iterable[str], level: int) -> int:
     """Returns the memory that `load_tensors` takes, each tensor in whole pages."""
     whole, stored = _divided(of, names, level)
-    rows = rows_bytes(of, level if of.config.tied else 0) if stored else 0
+    rows = rows_bytes(of, level) if stored else 0
     return _pages([of.tensors[name] for name in whole], level) + rows
 
 
 def looked_up_bytes(moe: MoeFile, level: int) -> int:
     """Returns what of `dense_bytes` only the look-up of the embedding's rows needs, of which a token reads one."""
     if has_stored_rows(moe, level):
-        return rows_bytes(moe, level if moe.config.tied else 0)
-    return 0 if moe.config.tied else sum(moe.tensors["embed"].lengths[:level])
+        return rows_bytes(moe, level)
+    return 0 if moe.config.tied else moe.tensors["embed"].size(level)
 
 
 def has_stored_rows(of: MoeFile | AdapterFile, level: int) -> bool:
     """Says whether the file has more of the embedding than a level: its rows are looked up there then."""
-    return "embed" in of.tensors and level < len(of.tensors["embed"].lengths)
+    embed = of.tensors.get("embed")
+    return embed is not None and embed.rungs(level) < len(embed.lengths)
 
 
-def rows_bytes(of: MoeFile | AdapterFile, resident: int) -> int:
-    """Returns the memory of what `load_rows` returns, beside the resident rungs."""
-    rows, cols = of.tensors["embed"].spec.shape
+def rows_bytes(of: MoeFile | AdapterFile, level: int, *, is_alone: bool = False) -> int:
+    """Returns the memory of what `load_rows` returns, beside the rungs that are resident at a level.
+
+    Args:
+        is_alone: none are, as where the head is a device's.
+    """
+    embed = of.tensors["embed"]
+    rows, cols = embed.spec.shape
+    resident = embed.rungs(level) if of.config.tied and not is_alone else 0
     return _core.StoredRows.bytes_for(
         rows, cols, _widths(of, "embed"), resident, *_coding(of, "embed")
     )
@@ -75,7 +82,7 @@ def _divided(of: MoeFile | AdapterFile, names: Iterable[str], level: int) -> tup
 
 def _pages(tensors: Iterable[Tensor], level: int) -> int:
     page = _core.system_page()
-    return sum(-(-sum(t.lengths[:level]) // page) * page for t in tensors)
+    return sum(-(-t.size(level) // page) * page for t in tensors)
 
 
 def load_dense(moe: MoeFile, level: int, *, verify: bool, told: Told = nobody) -> dict[str, Weight]:
@@ -160,7 +167,7 @@ def read_dense(
 
 def _told_of(tensors: Mapping[str, Tensor], level: int, told: Told) -> Iterator[str]:
     """Yields each tensor's name, and tells after it which share has been read."""
-    sizes = {name: sum(t.lengths[:level]) for name, t in tensors.items()}
+    sizes = {name: t.size(level) for name, t in tensors.items()}
     total, done = sum(sizes.values()), 0
     for name, size in sizes.items():
         yield name
@@ -176,7 +183,7 @@ def _read(
     if arena is None or t.spec.kind == "f32":
         return _core.read_f32(moe.file, t.offset, t.spec.shape, t.crcs[0], verify, name)
     rows, cols = t.spec.shape
-    count = min(level, len(t.lengths))
+    count = t.rungs(level)
     return _core.Nested.from_file(
         arena, moe.file, t.offset, t.lengths[:count], t.crcs[:count], rows, cols,
         _widths(moe, name)[:count], verify, name, *_coding(moe, name),

@@ -14,7 +14,7 @@ from test_allocate import TEXT
 import edgemoe
 from edgemoe.cli.main import main
 from edgemoe.errors import FormatError
-from edgemoe.file.format import align, open_moe
+from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.calibrate import calibrate, windows_of
 from edgemoe.lab.bits.everything import search_everything
 from edgemoe.lab.bits.kv_types import KINDS
@@ -173,23 +173,21 @@ def test_each_matrix_has_its_own_bits(tiny_moe, windows, tmp_path):
     moe = open_moe(tiny_moe)
     units = Units(moe, context=64)
     four = np.full(len(units), 2)
-    four[units.num_experts + units.matrices.index("embed")] = 4  # 4 bits look its rows up at all
     for choice, plain in ((units.top, {}), (four, {"bits": 4, "dense_bits": 4})):
         options = written(units, choice, tmp_path)
         del options["kv_table"], options["cache_type_k"], options["cache_type_v"]
         with edgemoe.load(tiny_moe, **options) as engine, edgemoe.load(tiny_moe, **plain) as other:
             assert np.array_equal(engine.logits(windows[0]), other.logits(windows[0]))
-            whole = align(sum(moe.tensors["embed"].lengths)) if plain else 0
-            rows = looked_up_bytes(moe, 3) if plain else 0  # instead of them
-            assert engine.budget.dense - whole == other.budget.dense - rows
+            assert engine.budget.dense == other.budget.dense
+            assert engine.budget.active_dense == other.budget.active_dense
     choice = some(units)
     options = written(units, choice, tmp_path)
     logits = []
     for room in ({}, {"slots": 3 * expert_bytes(moe, len(moe.ladder))}):
         with edgemoe.load(tiny_moe, **options, **room) as engine:
             logits.append(engine.logits(windows[0]))
-            fewest = dense_bytes(moe, 1) - looked_up_bytes(moe, 1)
-            assert fewest < engine.budget.dense < dense_bytes(moe, len(moe.ladder))
+            fewest, most = (dense_bytes(moe, n) - looked_up_bytes(moe, n) for n in (1, 5))
+            assert fewest < engine.budget.active_dense < most
             assert engine.notes[0] == "lossy: dense weights at 2 to 8 of the file's 8 bits"
             for n in range(24, 26):
                 engine.logits(windows[0][:n])

@@ -19,7 +19,7 @@ from edgemoe.lab.bits.units import Choice
 
 __all__ = ["SearchFile"]
 
-_VERSION = 1
+_VERSION = 2  # 1: rows of the embedding were looked up at its own bits
 _SECONDS = 10.0  # at most, that may be lost
 
 

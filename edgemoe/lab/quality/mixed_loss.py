@@ -16,7 +16,7 @@ from edgemoe.model.kv_table import Row
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.sequence import Sequence as Conversation
-from edgemoe.store import load_dense
+from edgemoe.store import EMBED_ROWS, load_dense
 
 __all__ = ["MixedLoss"]
 
@@ -88,6 +88,7 @@ class MixedLoss:
             name: cast(Any, w).first(rungs[name]) if name in rungs else w
             for name, w in self._weights.items()
         }
+        weights[EMBED_ROWS] = self._weights["embed"]  # at the highest level, whatever the head has
         model.decoder = Decoder(
             model.config, weights, model.ops, model.experts, max_tokens=budget.chunk,
             context=budget.context, types=KvTypes("auto", "auto", tuple(kv_rows)),

@@ -93,7 +93,7 @@ def bits_per_weight(moe: MoeFile, average_bits: float, dense_bits: int | Literal
 
 def _dense_bytes(moe: MoeFile, level: int) -> int:
     """Returns the bytes of all matrices but the routed experts'."""
-    return sum(sum(t.lengths[:level]) for t in _dense(moe))
+    return sum(t.size(level) for t in _dense(moe))
 
 
 def _dense(moe: MoeFile) -> list[Tensor]:

@@ -179,8 +179,8 @@ def host_bytes(moe: MoeFile, level: int, mixers: Container[int]) -> int:
     """Returns the host's memory of the tensors that `load_on` reads to there."""
     bases = 0 if moe.bases is None else moe.bases.nbytes
     here = (name for name, place in places(moe, level, mixers) if place != "device")
-    rows = rows_bytes(moe, 0) if has_stored_rows(moe, level) else 0
-    return bases + rows + sum(sum(moe.tensors[name].lengths[:level]) for name in here)
+    rows = rows_bytes(moe, level, is_alone=True) if has_stored_rows(moe, level) else 0
+    return bases + rows + sum(moe.tensors[name].size(level) for name in here)
 
 
 def load_on(
