@@ -16,7 +16,7 @@ from edgemoe.quant import plane_widths
 
 __all__ = [
     "EMBED_ROWS", "Told", "Weight", "dense_bytes", "has_stored_rows", "load_dense", "load_rows", "load_tensors",
-    "looked_up_bytes", "nobody", "read_dense", "rows_bytes", "tensors_bytes",
+    "looked_up_bytes", "nobody", "read_dense", "rows_bytes", "rows_read", "tensors_bytes",
 ]  # fmt: skip
 
 Weight = _core.Nested | NDArray[np.float32]
@@ -125,23 +125,31 @@ def load_tensors(
     whole, stored = _divided(of, names, level)
     nested = [of.tensors[name] for name in whole if of.tensors[name].spec.kind == "nested"]
     arena = _core.Arena(_pages(nested, level)) if nested else None
-    every = _told_of({name: of.tensors[name] for name in whole}, level, told)
+    resident = 0 if "embed" not in whole else of.tensors["embed"].rungs(level)
+    beside = rows_read(of, resident) if stored and verify else 0
+    every = _told_of({name: of.tensors[name] for name in whole}, level, told, beside)
     out = {name: _read(of, name, level, verify, arena) for name in every}
     if stored:
-        resident = cast("_core.Nested | None", out.get("embed"))
-        rows = load_rows(of, resident, verify=verify)
+        first = cast("_core.Nested | None", out.get("embed"))
+        rows = load_rows(of, first, verify=verify, told=told)
         out[EMBED_ROWS] = cast(Weight, rows)  # for look-ups alone
     return out
 
 
+def rows_read(of: MoeFile | AdapterFile, resident: int) -> int:
+    """Returns the bytes that `load_rows` goes through once, beside the resident rungs."""
+    return sum(of.tensors["embed"].lengths[resident:])
+
+
 def load_rows(
-    of: MoeFile | AdapterFile, resident: _core.Nested | None, *, verify: bool
+    of: MoeFile | AdapterFile, resident: _core.Nested | None, *, verify: bool, told: Told = nobody
 ) -> _core.StoredRows:
     """Returns what looks up rows of the embedding at the highest level of its file.
 
     Args:
         resident: its first rungs, None for none.
         verify: goes through the others once, and compares every read with what they were.
+        told: that all has been read.
 
     Raises:
         FormatError: a checksum does not match.
@@ -149,26 +157,40 @@ def load_rows(
     """
     t = of.tensors["embed"]
     rows, cols = t.spec.shape
-    return _core.StoredRows(
+    out = _core.StoredRows(
         of.file, t.offset, t.lengths, t.crcs, rows, cols, _widths(of, "embed"), resident, verify, "embed",
         *_coding(of, "embed"),
     )  # fmt: skip
+    told(1.0)
+    return out
 
 
 def read_dense(
-    moe: MoeFile, names: Iterable[str], level: int, *, verify: bool, told: Told = nobody
+    moe: MoeFile,
+    names: Iterable[str],
+    level: int,
+    *,
+    verify: bool,
+    told: Told = nobody,
+    beside: int = 0,
 ) -> Iterator[tuple[str, Weight]]:
-    """Yields tensors of a level, each by itself: for who takes it elsewhere before the next is read."""
-    for name in _told_of({name: moe.tensors[name] for name in names}, level, told):
+    """Yields tensors of a level, each by itself: for who takes it elsewhere before the next is read.
+
+    Args:
+        beside: bytes that are read after them, as far as `told` is concerned.
+    """
+    for name in _told_of({name: moe.tensors[name] for name in names}, level, told, beside):
         t = moe.tensors[name]
         arena = _core.Arena(_pages([t], level)) if t.spec.kind == "nested" else None
         yield name, _read(moe, name, level, verify, arena)
 
 
-def _told_of(tensors: Mapping[str, Tensor], level: int, told: Told) -> Iterator[str]:
-    """Yields each tensor's name, and tells after it which share has been read."""
+def _told_of(
+    tensors: Mapping[str, Tensor], level: int, told: Told, beside: int = 0
+) -> Iterator[str]:
+    """Yields each tensor's name, and tells after it which share of all has been read, and of `beside` bytes more."""
     sizes = {name: t.size(level) for name, t in tensors.items()}
-    total, done = sum(sizes.values()), 0
+    total, done = sum(sizes.values()) + beside, 0
     for name, size in sizes.items():
         yield name
         done += size

@@ -93,6 +93,19 @@ def test_only_what_is_computed_with_is_resident(model):
             assert engine.budget.active_dense == active
 
 
+@pytest.mark.parametrize("level", [1, 2])
+def test_all_has_been_read_when_that_is_told(model, level):
+    """What is looked up is gone through once, after all else."""
+    moe, shares = open_moe(model), []
+    load_dense(moe, level, verify=True, told=shares.append)
+    missing = sum(moe.tensors["embed"].lengths[level if moe.config.tied else 0 :])
+    there = sum(t.size(level) for n, t in moe.tensors.items() if n != "embed" or moe.config.tied)
+    assert shares == sorted(shares)
+    assert shares[-2:] == [there / (there + missing), 1]
+    load_dense(moe, level, verify=False, told=shares.append)
+    assert shares[-2:] == [1, 1]  # of which only scales and corrections are read
+
+
 def test_a_block_that_is_damaged_later_leaves_the_sequence_as_it_was(model, tmp_path):
     path = tmp_path / "x.moe"
     path.write_bytes(model.read_bytes())

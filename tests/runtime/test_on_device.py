@@ -22,6 +22,8 @@ from edgemoe.model import Batch, KvTable
 from edgemoe.ops import Ops
 from edgemoe.ops.cuda import CudaOps, memory, placement
 from edgemoe.ops.cuda.placement import hosted, lacks, unsupported
+from edgemoe.runtime.opening import open_model
+from edgemoe.runtime.options import EngineOptions
 from edgemoe.store import expert_bytes
 
 IDS = np.random.default_rng(5).integers(0, 250, 40).tolist()
@@ -74,6 +76,14 @@ def test_at_every_level(tiny_moe, monkeypatch, more):
     with_slots(monkeypatch, 4 * expert_bytes(open_moe(tiny_moe), 5), chunk=7)
     with_vram(monkeypatch, 3, tiny_moe)
     assert play(tiny_moe, **more, **on_device())[:4] == play(tiny_moe, **more)[:4]
+
+
+def test_all_has_been_read_when_that_is_told(tiny_moe):
+    """Rows of the embedding, which the host looks up in the file, come after all else."""
+    shares: list[float] = []
+    open_model(tiny_moe, EngineOptions(dense_bits=4, context=64, **on_device()), told=shares.append)
+    assert shares == sorted(shares)
+    assert shares[-2] < shares[-1] == 1
 
 
 def test_layers_whose_cache_a_device_does_not_store_run_beside_it(tiny_moe):

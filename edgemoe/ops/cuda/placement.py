@@ -32,6 +32,7 @@ from edgemoe.store import (
     nobody,
     read_dense,
     rows_bytes,
+    rows_read,
 )
 
 __all__ = [
@@ -199,12 +200,14 @@ def load_on(
     """
     where = dict(places(moe, level, mixers))
     out: dict[str, Any] = {}
-    for name, weight in read_dense(moe, where, level, verify=verify, told=told):
+    is_stored = has_stored_rows(moe, level)
+    beside = rows_read(moe, 0) if is_stored and verify else 0
+    for name, weight in read_dense(moe, where, level, verify=verify, told=told, beside=beside):
         place = where[name]
         there = None if place == "host" else _uploaded(device, weight)
         out[name] = weight if place == "host" else Both(weight, there) if place == "both" else there
-    if has_stored_rows(moe, level):
-        out[EMBED_ROWS] = load_rows(moe, None, verify=verify)
+    if is_stored:
+        out[EMBED_ROWS] = load_rows(moe, None, verify=verify, told=told)
     if moe.bases is not None:
         for layer, basis in zip(moe.config.moe_layers, moe.bases, strict=True):
             # Rows of whole tiles: bytes that are moved as floats are.
