@@ -157,6 +157,11 @@ class MoeFile:
         """Returns how many rungs of a dense matrix `bits` are; see `level`."""
         return _level(self.dense_ladder, bits, "dense_bits")
 
+    def dense_level_beside(self, bits: int | None) -> int:
+        """Returns how many rungs of dense matrices go with a level of the experts: all of them with the highest."""
+        level, most = self.level(bits), len(self.dense_ladder)
+        return most if level == len(self.ladder) else min(level, most)
+
 
 def _level(ladder: Sequence[int], bits: int | None, name: str) -> int:
     if bits is None:

@@ -94,7 +94,7 @@ class Forecast:
     def file_bytes(self, bits: int) -> int:
         """Returns about how large a file is that ends at a level."""
         level, moe = self.moe.level(bits), self.moe
-        dense = sum(sum(t.lengths[:level]) for t in moe.tensors.values())
+        dense = sum(t.size(moe.dense_level_beside(bits)) for t in moe.tensors.values())
         return dense + num_there(moe) * level_bytes(moe, level)[-1]
 
     def row(self, ram: int, bits: int) -> Row:

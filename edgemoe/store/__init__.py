@@ -12,6 +12,7 @@ from edgemoe.store.dense import (
     looked_up_bytes,
     nobody,
     read_dense,
+    resident_matrices,
     rows_bytes,
     rows_read,
     tensors_bytes,
@@ -30,5 +31,6 @@ from edgemoe.store.request import Request
 __all__ = [
     "EMBED_ROWS", "ExpertStore", "Request", "Told", "Weight", "all_expert_bytes", "dense_bytes", "disk_rate",
     "expert_bytes", "has_stored_rows", "level_bytes", "load_dense", "load_rows", "load_tensors",
-    "looked_up_bytes", "nobody", "num_there", "read_dense", "read_rate", "rows_bytes", "rows_read", "tensors_bytes",
+    "looked_up_bytes", "nobody", "num_there", "read_dense", "read_rate", "resident_matrices", "rows_bytes", "rows_read",
+    "tensors_bytes",
 ]  # fmt: skip

@@ -16,7 +16,7 @@ from edgemoe.quant import plane_widths
 
 __all__ = [
     "EMBED_ROWS", "Told", "Weight", "dense_bytes", "has_stored_rows", "load_dense", "load_rows", "load_tensors",
-    "looked_up_bytes", "nobody", "read_dense", "rows_bytes", "rows_read", "tensors_bytes",
+    "looked_up_bytes", "nobody", "read_dense", "resident_matrices", "rows_bytes", "rows_read", "tensors_bytes",
 ]  # fmt: skip
 
 Weight = _core.Nested | NDArray[np.float32]
@@ -53,6 +53,12 @@ def has_stored_rows(of: MoeFile | AdapterFile, level: int) -> bool:
     """Says whether the file has more of the embedding than a level: its rows are looked up there then."""
     embed = of.tensors.get("embed")
     return embed is not None and embed.rungs(level) < len(embed.lengths)
+
+
+def resident_matrices(of: MoeFile | AdapterFile, level: int) -> dict[str, Tensor]:
+    """Returns the matrices outside the routed experts that are resident at a level, by name."""
+    whole, _ = _divided(of, of.tensors, level)
+    return {name: of.tensors[name] for name in whole if of.tensors[name].spec.kind == "nested"}
 
 
 def rows_bytes(of: MoeFile | AdapterFile, level: int, *, is_alone: bool = False) -> int:

@@ -30,6 +30,7 @@ from edgemoe.lab.bits.calibrate import calibrate
 from edgemoe.lab.report.levels import levels
 from edgemoe.lab.routing.replay import Tape, replay, setting
 from edgemoe.quant import SCHEMES, Allocation, Calibration, quantize
+from edgemoe.runtime.forecast import Forecast
 from edgemoe.runtime.trace import read
 from edgemoe.scheduler import OnDemand
 from edgemoe.store import ExpertStore, all_expert_bytes, expert_bytes
@@ -86,6 +87,9 @@ def test_it_holds_those_bits_and_no_more(small, tiny_moe):
     saved = tiny_moe.stat().st_size - small.stat().st_size
     assert abs(saved - missing * ALIGNMENT) < 2 * ALIGNMENT
     assert verify(moe) == []
+    experts = int((-(-moe.experts.sizes(4) // ALIGNMENT)).mean() * ALIGNMENT) * 16
+    dense = sum(sum(t.lengths) for t in moe.tensors.values())  # all of it goes with the highest
+    assert Forecast(small).file_bytes(6) == experts + dense
 
 
 def test_its_weights_are_those_of_the_whole_file(small, tiny_moe):

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import edgemoe
+from edgemoe import _core
 from edgemoe.cli import main as edgemoe_cli
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
@@ -22,7 +23,7 @@ from edgemoe.lab.quality.logprobs import LogProbs, LogProbsWriter
 from edgemoe.lab.quality.quality import Quality, Sample, Trial, agreement, measure, recorded, score
 from edgemoe.lab.quality.text import default_text
 from edgemoe.lab.report.levels import bits_per_weight, levels
-from edgemoe.store import expert_bytes
+from edgemoe.store import expert_bytes, load_dense
 from edgemoe.text.logprobs import log_softmax
 from edgemoe.text.tokenizer import Tokenizer
 
@@ -246,9 +247,17 @@ def test_another_reference_is_refused(tiny_moe: Path, sample: Sample, tmp_path: 
 def test_sizes_are_those_of_the_file(tiny_moe: Path) -> None:
     moe = open_moe(tiny_moe)
     sizes = levels(moe)
-    nested = [t for t in moe.tensors.values() if t.spec.kind == "nested"]
+    nested = {n: t for n, t in moe.tensors.items() if t.spec.kind == "nested"}
     assert [level.bits for level in sizes] == [2, 3, 4, 6, 8]
-    assert sizes[-1].dense_bytes == sum(sum(t.lengths) for t in nested)
+    assert sizes[-1].dense_bytes == sum(sum(t.lengths) for t in nested.values())
+    embed = nested.pop("embed")  # below the highest level only its rows are looked up
+    for i, level in enumerate(sizes[:-1], start=1):
+        assert level.dense_bytes == sum(sum(t.lengths[:i]) for t in nested.values())
+        assert level.dense_weights == sizes[-1].dense_weights - np.prod(embed.spec.shape)
+        # In memory they are whole pages, beside vectors and what looks rows up.
+        held = load_dense(moe, i, verify=False).values()
+        pages = sum(-(-sum(t.lengths[:i]) // 4096) * 4096 for t in nested.values())
+        assert pages == sum(w.bytes for w in held if isinstance(w, _core.Nested))
     assert sizes[-1].expert_bytes == len(moe.experts.offsets) * moe.experts.ends[-1]
     assert sizes[0].expert_weights == 2 * 8 * 3 * 96 * 48
     for level in sizes:

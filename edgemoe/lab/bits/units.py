@@ -12,6 +12,7 @@ from edgemoe.lab.bits.kv_types import KINDS, cells_of
 from edgemoe.model.kv_table import Row
 from edgemoe.ops import kv_bytes
 from edgemoe.specs import AttentionSpec
+from edgemoe.store import resident_matrices
 
 __all__ = ["Choice", "Units"]
 
@@ -36,7 +37,8 @@ class Units:
             [int(size[e]) for size in each[:rungs]] for e, rungs in enumerate(moe.experts.rungs)
         ]
         for name in self.matrices:
-            sizes.append(np.cumsum(moe.tensors[name].lengths).tolist())
+            tensor = moe.tensors[name]
+            sizes.append([_resident_bytes(moe, name, i) for i in range(1, len(tensor.lengths) + 1)])
         for cell in self.cells:
             spec = config.mixer(cell.layer)
             window = spec.window if isinstance(spec, AttentionSpec) else 0
@@ -45,7 +47,7 @@ class Units:
         self.counts = np.array([len(row) for row in sizes])
         """[U]: how many levels each has."""
         self.sizes = np.array([row + [row[-1]] * (max(self.counts) - len(row)) for row in sizes])
-        """[U, B] bytes, ascending; beyond its levels those of the last."""
+        """[U, B] bytes, ascending; beyond its levels those of the last. Without what looks rows up."""
 
     def __len__(self) -> int:
         return len(self.counts)
@@ -82,3 +84,9 @@ class Units:
             kind, keys = KINDS[level], rows[cell.layer]
             rows[cell.layer] = (kind, kind) if keys is None else (keys[0], kind)
         return tuple(rows)
+
+
+def _resident_bytes(moe: MoeFile, name: str, level: int) -> int:
+    """Returns the bytes that a matrix takes at a level: none if only its rows are looked up, which the file has."""
+    tensor = resident_matrices(moe, level).get(name)
+    return 0 if tensor is None else tensor.size(level)

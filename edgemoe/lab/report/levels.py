@@ -1,4 +1,7 @@
-"""What each level of a file takes, counted from the file: bytes, and bits per weight with scales and padding."""
+"""What each level of a file takes, counted from the file: bytes, and bits per weight with scales and padding.
+
+An embedding of which a level only looks rows up is not resident, and does not count there.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from typing import Literal
 
 import numpy as np
 
-from edgemoe.file.format import MoeFile, Tensor
+from edgemoe.file.format import MoeFile
+from edgemoe.store import resident_matrices
 
 __all__ = ["Level", "bits_per_weight", "dense_bits_at", "levels"]
 
@@ -27,43 +31,42 @@ class Level:
     expert_bytes: int
     """Of all routed experts."""
     dense_bytes: int
-    """Of all other matrices."""
+    """Of all other matrices that are resident."""
     expert_weights: int
     dense_weights: int
+    """Of these matrices."""
 
     @property
     def bytes(self) -> int:
-        """Returns the bytes of all matrices; routers, norms and biases are float32 and not counted."""
+        """Returns the bytes of all of these; routers, norms and biases are float32 and not counted."""
         return self.expert_bytes + self.dense_bytes
 
     @property
     def bits_per_weight(self) -> float:
-        """Returns the average over all matrices."""
+        """Returns the average over all of these."""
         return 8 * self.bytes / (self.expert_weights + self.dense_weights)
 
 
 def dense_bits_at(moe: MoeFile, bits: int | None) -> int:
     """Returns the bits of dense matrices that go with a level of the experts; None for the highest."""
-    level = moe.level(bits)
-    highest = level == len(moe.ladder)
-    return moe.dense_ladder[-1 if highest else min(level, len(moe.dense_ladder)) - 1]
+    return moe.dense_ladder[moe.dense_level_beside(bits) - 1]
 
 
 def levels(moe: MoeFile) -> list[Level]:
     """Returns a file's levels, ascending."""
     config, count = moe.config, len(moe.experts.offsets)
-    dense_weights = sum(int(np.prod(t.spec.shape)) for t in _dense(moe))
     out = []
     for rung, ladder in enumerate(moe.ladder):
-        dense_rung = moe.dense_ladder.index(dense_bits_at(moe, ladder[0]))
+        dense_bits = dense_bits_at(moe, ladder[0])
+        dense_bytes, dense_weights = _dense(moe, moe.dense_level(dense_bits))
         out.append(
             Level(
                 bits=ladder[0],
                 ladder=ladder,
                 average_bits=float(np.minimum(moe.expert_bits, ladder[0]).mean()),
-                dense_bits=moe.dense_ladder[dense_rung],
+                dense_bits=dense_bits,
                 expert_bytes=int(moe.experts.sizes(rung + 1).sum()),
-                dense_bytes=_dense_bytes(moe, dense_rung + 1),
+                dense_bytes=dense_bytes,
                 expert_weights=count * 3 * config.hidden_size * config.expert_hidden,
                 dense_weights=dense_weights,
             )
@@ -72,7 +75,7 @@ def levels(moe: MoeFile) -> list[Level]:
 
 
 def bits_per_weight(moe: MoeFile, average_bits: float, dense_bits: int | Literal["auto"]) -> float:
-    """Returns bits per weight over all matrices where experts have `average_bits`, between levels by interpolation.
+    """Returns bits per weight over all resident matrices at experts of `average_bits`, between levels by interpolation.
 
     Args:
         dense_bits: one of the dense ladder, which may have more levels than the experts'; "auto" for what the file
@@ -84,17 +87,14 @@ def bits_per_weight(moe: MoeFile, average_bits: float, dense_bits: int | Literal
         [level.average_bits for level in all_levels],
         [8 * level.expert_bytes / level.expert_weights for level in all_levels],
     )
-    last = all_levels[-1]
-    dense = 8 * _dense_bytes(moe, moe.dense_level(None if dense_bits == "auto" else dense_bits))
-    return (float(experts) * last.expert_weights + dense) / (
-        last.expert_weights + last.dense_weights
+    weights = all_levels[-1].expert_weights
+    dense_bytes, dense_weights = _dense(
+        moe, moe.dense_level(None if dense_bits == "auto" else dense_bits)
     )
+    return (float(experts) * weights + 8 * dense_bytes) / (weights + dense_weights)
 
 
-def _dense_bytes(moe: MoeFile, level: int) -> int:
-    """Returns the bytes of all matrices but the routed experts'."""
-    return sum(t.size(level) for t in _dense(moe))
-
-
-def _dense(moe: MoeFile) -> list[Tensor]:
-    return [t for t in moe.tensors.values() if t.spec.kind == "nested"]
+def _dense(moe: MoeFile, level: int) -> tuple[int, int]:
+    """Returns the bytes and the number of weights of all matrices that are resident but the routed experts'."""
+    matrices = resident_matrices(moe, level).values()
+    return sum(t.size(level) for t in matrices), sum(int(np.prod(t.spec.shape)) for t in matrices)
