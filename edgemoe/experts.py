@@ -61,7 +61,8 @@ class Experts:
         self.store = store
         self.observer = observer
         self.routed = self.skipped = 0
-        """Pairs of a token and an expert that routers chose, and those of them that no plan ran."""
+        """Pairs of a token and an expert that routers chose, and those of them that no plan ran; of layers that are
+        ahead the decoder counts."""
         self._ops = ops
         self._parts = parts
         self._bits: NDArray[np.int8] | None = None
@@ -161,8 +162,10 @@ class Experts:
         return self._ops.run_chosen(layer, x, weights, self._parts, out, beside)
 
     def count(self, layers: Sequence[int]) -> None:
-        """Counts what was chosen in layers that were ahead."""
+        """Counts uses of what was chosen in layers that were ahead, as far as operations have not; waits for these.
+
+        Of a token that fails half-way a device's are not counted, as it may have nothing to say any more.
+        """
         experts = self._ops.chosen()[layers]
-        self.routed += experts.size
         if self._levels is not None and not self._ops.counts_chosen:
             self.store.count(layers, experts, self._levels)

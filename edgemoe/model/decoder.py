@@ -185,12 +185,13 @@ class Decoder:
         while after < config.num_layers:
             if after + 1 < config.num_layers:
                 batch.check()
-            stop = self._stops[after + 1]
+            stop, before = self._stops[after + 1], len(ran)
             while stop < config.num_layers and (index := config.moe_index(stop)) in ahead:
                 ran.append(index)
                 stop = self._stops[stop + 1]
             key = None if work is None else (after, stop, work)
             ops.repeat(key, partial(self._run, stack.layers, after, stop, batch, rows))
+            self._experts.routed += (len(ran) - before) * config.experts_per_token
             if stop < config.num_layers and (ffn := stack.layers[stop].ffn) is not None:
                 ffn.run_experts(x, normed, batch, added)
                 ahead = ahead and self._routers.ahead(is_start=False)

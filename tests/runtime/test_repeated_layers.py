@@ -4,6 +4,7 @@ experts are all there choose by themselves: the same bits, and the same books, w
 from __future__ import annotations
 
 import contextlib
+import os
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from engines import logits_in_turn
 
 import edgemoe
 from edgemoe import _core
+from edgemoe.errors import FormatError
+from edgemoe.file.format import open_moe
 from edgemoe.ops import notes
 from edgemoe.ops.cpu import CpuOps
 from edgemoe.ops.notes import Notes
@@ -145,6 +148,34 @@ def test_what_fails_while_it_is_noted_is_not_repeated(tiny_moe, monkeypatch, sta
             told(engine, IDS[:5], how)
         assert told(engine, IDS[:5], how)[:2] == expected
     assert len(calls) > fails
+
+
+def test_a_token_that_fails_half_way_counts_as_far_as_it_came(tiny_moe, tmp_path, stage):
+    """Its first layer runs, without Python where that may be; an expert of its second is damaged."""
+    path, moe = tmp_path / "x.moe", open_moe(tiny_moe)
+    first = int(moe.experts.offsets[8:].min())
+    found = []
+    for name in STAGES:
+        stage(name)
+        path.write_bytes(tiny_moe.read_bytes())
+        with edgemoe.load(path, context=64) as engine, path.open("r+b") as file:
+            told(engine, IDS[:5], params(30))
+            store, before = engine.model.store, engine.model.counters
+            assert (store.residency == 5).all()
+            bits = np.repeat(np.array([8, 0], np.int8), 8)
+            store.lower(bits)
+            file.seek(first)
+            file.write(bytes(os.path.getsize(path) - first))
+            file.flush()
+            with pytest.raises(FormatError, match="checksum"):
+                engine.extend([3])
+            now = engine.model.counters
+        change = [now.store[n] - before.store[n] for n in ("hits", "misses")]
+        found.append((change, now.routed - before.routed, store.runs.tolist()))
+    assert found[0] == found[1] == found[2]
+    assert found[0][0][0] == 2  # of the first layer
+    assert found[0][1] == 4
+    assert sum(found[0][0]) == 4
 
 
 def test_a_request_that_was_left_open_is_closed(tiny_moe):
