@@ -12,7 +12,8 @@ __all__ = ["MOST_NOTED", "CpuNotes", "DeviceNotes", "Notes"]
 
 MOST_NOTED = 512
 """Pieces of work: what a driver keeps of each is not counted in the budget."""
-MOST_STEPS = 4096  # of all on a processor: a MiB, which is left to the budget's margin
+MOST_STEPS = 4096
+"""Of all work on a processor, before another piece is noted: a MiB, which is left to the budget's margin."""
 
 
 class _Noting(Protocol):
@@ -46,12 +47,15 @@ class Notes:
         It is made the second time, by `work`, which is noted then and does not run.
         """
         if key not in self._made:
-            while self._made and self._is_full():
+            if len(self._made) >= MOST_NOTED:
                 self._forget(self._made.pop(next(iter(self._made))))
             self._made[key] = None
             return None
         note = self._made[key]
         if note is None:
+            noted = iter([other for other, there in self._made.items() if there is not None])
+            while self._is_long() and (oldest := next(noted, None)) is not None:
+                self._forget(self._made.pop(oldest))
             try:
                 self._ws.begin_noting()
                 work()
@@ -67,8 +71,9 @@ class Notes:
         for note in made.values():
             self._forget(note)
 
-    def _is_full(self) -> bool:
-        return len(self._made) >= MOST_NOTED
+    def _is_long(self) -> bool:
+        """Says whether there are too many steps for one more piece."""
+        return False
 
     def _forget(self, note: int | None) -> None:
         if note is not None:
@@ -82,8 +87,8 @@ class CpuNotes(Notes):
         super().__init__(ws)
         self._cpu_ws = ws
 
-    def _is_full(self) -> bool:
-        return super()._is_full() or self._cpu_ws.noted >= MOST_STEPS
+    def _is_long(self) -> bool:
+        return self._cpu_ws.noted >= MOST_STEPS
 
 
 class DeviceNotes(Notes):

@@ -16,7 +16,7 @@ from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
 from edgemoe.ops import notes
 from edgemoe.ops.cpu import CpuOps
-from edgemoe.ops.notes import Notes
+from edgemoe.ops.notes import CpuNotes, Notes
 from edgemoe.runtime.trace import read
 
 IDS = np.random.default_rng(7).integers(0, 250, 300).tolist()
@@ -103,6 +103,29 @@ def test_sequences_in_turn(tiny_moe, monkeypatch, stage, most):
         with edgemoe.load(tiny_moe, context=64, sequences=3) as engine:
             found.append(logits_in_turn(engine, IDS))
     assert found[0] == found[1]
+
+
+def test_what_is_noted_is_bounded_however_it_comes(monkeypatch):
+    """Many pieces that came once, all of which come again."""
+    monkeypatch.setattr(notes, "MOST_NOTED", 6)
+    monkeypatch.setattr(notes, "MOST_STEPS", 5)
+    ws = _core.Workspace(1, 4, 64, 64, 64, 16)
+    x, out = np.ones((1, 64), np.float32), np.zeros((1, 64), np.float32)
+    mine = CpuNotes(ws)
+
+    def work():
+        _core.add_rows(ws, x, 1.0, None, None, out)
+        _core.add_rows(ws, x, 1.0, None, None, out)
+
+    for key in range(8):
+        assert mine.of(key, work) is None
+    assert [key for key in range(8) if key in mine._made] == [2, 3, 4, 5, 6, 7]
+    for key in range(2, 8):
+        ws.repeat(mine.of(key, work))  # what was just noted is there
+        assert ws.noted <= 5 + 1
+    assert out[0, 0] == 12
+    again = mine.of(7, work)
+    assert again == mine.of(7, work)  # and stays
 
 
 def test_fewer_experts_and_bits_are_other_work(tiny_moe, stage):
