@@ -26,18 +26,20 @@ void check(cudaError_t e, const char* call) {
 
 class CudaDevice final : public Device {
  public:
-  explicit CudaDevice(int ordinal) {
+  explicit CudaDevice(int ordinal) : CudaDevice() {
     check(cudaSetDevice(ordinal), "cudaSetDevice");
     check(cudaGetDeviceProperties(&properties_, ordinal), "cudaGetDeviceProperties");
     for (cudaStream_t& s : queues_) check(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking), "cudaStreamCreate");
   }
   ~CudaDevice() override {
-    cudaDeviceSynchronize();
+    if (queues_[0]) cudaDeviceSynchronize();
     for (cudaGraphExec_t g : noted_) {
       if (g) cudaGraphExecDestroy(g);
     }
     for (cudaEvent_t e : events_) cudaEventDestroy(e);
-    for (cudaStream_t s : queues_) cudaStreamDestroy(s);
+    for (cudaStream_t s : queues_) {
+      if (s) cudaStreamDestroy(s);
+    }
   }
 
   DeviceInfo info() const override {
@@ -193,10 +195,12 @@ class CudaDevice final : public Device {
   }
 
  private:
+  CudaDevice() = default;  // so that what was made before the other constructor fails is given back
+
   cudaStream_t main() const { return queues_[kCompute]; }
   static void launched(cudaError_t e, const char* kernel) { check(e, kernel); }
 
-  cudaDeviceProp properties_;
+  cudaDeviceProp properties_{};
   cudaStream_t queues_[kNumQueues] = {};
   std::vector<cudaEvent_t> events_;
   std::vector<cudaGraphExec_t> noted_;  ///< by their numbers; null where forgotten

@@ -9,10 +9,12 @@
 
 namespace edgemoe {
 
-DeviceSpace::DeviceSpace(std::unique_ptr<Device> device, size_t budget_bytes) : device_(std::move(device)) {
+DeviceSpace::DeviceSpace(std::unique_ptr<Device> device, size_t budget_bytes) : DeviceSpace(std::move(device)) {
   stats_.budget_bytes = budget_bytes;
-  for (int i = 0; i < kPieces; ++i) {
-    pieces_.push_back({static_cast<uint8_t*>(device_->alloc(kPieceBytes, Room::kPinned)), device_->make_fence()});
+  pieces_.resize(kPieces);
+  for (Piece& p : pieces_) {
+    p.bytes = static_cast<uint8_t*>(device_->alloc(kPieceBytes, Room::kPinned));
+    p.done = device_->make_fence();
   }
   mail_ = static_cast<uint32_t*>(device_->alloc(kMailBytes + 2 * sizeof(uint32_t), Room::kPinned));
   turn_of_mail_ = mail_ + kMailBytes / sizeof *mail_;
@@ -20,7 +22,9 @@ DeviceSpace::DeviceSpace(std::unique_ptr<Device> device, size_t budget_bytes) : 
 }
 
 DeviceSpace::~DeviceSpace() {
-  for (const Piece& p : pieces_) device_->free(p.bytes, Room::kPinned);
+  for (const Piece& p : pieces_) {
+    if (p.bytes) device_->free(p.bytes, Room::kPinned);
+  }
   if (mail_) device_->free(mail_, Room::kPinned);
 }
 

@@ -74,14 +74,17 @@ class DeviceSpace {
   SpaceStats stats() const { return stats_; }
 
  private:
+  /// Without anything yet, so that what is taken before the other constructor fails is given back.
+  explicit DeviceSpace(std::unique_ptr<Device> device) : device_(std::move(device)) {}
+
   static constexpr size_t kUnit = 512;
   static constexpr int kPieces = 4;
   static constexpr size_t kPieceBytes = size_t(1) << 20;
 
   /// A pinned buffer, and when its copy is done.
   struct Piece {
-    uint8_t* bytes;
-    Fence done;
+    uint8_t* bytes = nullptr;
+    Fence done{};
   };
   Piece& next_piece();
   static bool fits_mailbox(const std::vector<Fetch>& what);

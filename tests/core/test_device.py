@@ -24,6 +24,27 @@ def device():
     return _core.Device(plug_in(), 0, ROOM)
 
 
+def test_what_fails_while_it_is_opened_leaves_nothing():
+    """Whichever of its streams, buffers and events is the one that cannot be had."""
+    counts = (b"pinned", b"streams")
+    with configured(may_make=-1) as simulator:
+        before = [simulator.cudasim_configure(name, 0) for name in counts]
+        space = _core.Device(plug_in(), 0, ROOM)
+        now = [simulator.cudasim_configure(name, 0) for name in counts]
+        assert all(a < b for a, b in zip(before, now, strict=True))
+        del space
+        for count in itertools.count():
+            simulator.cudasim_configure(b"may_make", count)
+            try:
+                _core.Device(plug_in(), 0, ROOM)
+            except (DeviceError, OutOfBudget):
+                pass
+            else:
+                break
+            assert [simulator.cudasim_configure(name, 0) for name in counts] == before
+        assert count > 10  # streams, four buffers with an event each, and a mailbox
+
+
 @dataclasses.dataclass
 class Both:
     """Runs the same on both, and compares."""

@@ -25,6 +25,7 @@ struct Config {
   size_t others_bytes = 0;  ///< what other programs have of it
   bool may_copy = true;     ///< else copies fail
   bool may_lend = true;     ///< else the host's memory cannot be pinned
+  int may_make = -1;        ///< how many streams, events and pinned buffers until one fails; -1 for any number
 };
 struct Stats {
   uint64_t kernels, blocks, threads, graphs;

@@ -255,8 +255,9 @@ using namespace cudasim;
 
 /// Sets one thing and returns what it was, for tests that have only the plug-in: "seed", the stream that is "starved"
 /// (-1 for none), "devices", the "driver" as CUDA numbers it, "integrated", the bytes that "others" have, whether it is
-/// "lost", whether copies "may_copy", whether the host "may_lend" memory. What is to be read alone is "peak", in device
-/// bytes, "pageable", the copies that were not from pinned memory, and "graphs", how often noted work was repeated.
+/// "lost", whether copies "may_copy", whether the host "may_lend" memory, and how many streams, events and pinned
+/// buffers one "may_make". What is to be read alone is "peak", in device bytes, "pinned", in KiB of the host,
+/// "streams", "pageable", the copies that were not from pinned memory, and "graphs", how often noted work was repeated.
 extern "C" int cudasim_configure(const char* name, int value) {
   const std::lock_guard<std::recursive_mutex> lock(g_mutex);
   const std::string what = name;
@@ -275,6 +276,9 @@ extern "C" int cudasim_configure(const char* name, int value) {
   if (what == "lost") return std::exchange(g_sticky, lose(value != 0)) != cudaSuccess;
   if (what == "may_lend") return std::exchange(c.may_lend, value != 0);
   if (what == "may_copy") return std::exchange(c.may_copy, value != 0);
+  if (what == "may_make") return std::exchange(c.may_make, value);
+  if (what == "pinned") return int(stats().pinned_bytes >> 10);
+  if (what == "streams") return int(g_streams.size());
   if (what == "peak") return int(stats().peak_device_bytes);
   if (what == "pageable") return int(stats().pageable_copies);
   if (what == "graphs") return int(stats().graphs);
@@ -287,6 +291,10 @@ extern "C" int cudasim_configure(const char* name, int value) {
   if (g_sticky) return t_last = g_sticky
 #define CUDASIM_NOT_CAPTURED \
   if (is_capturing()) return fail(cudaErrorStreamCaptureUnsupported, std::string(__func__) + " while work is noted")
+
+#define CUDASIM_MADE                                                                                  \
+  if (g_config.may_make == 0) return fail(cudaErrorInvalidValue, "no more of it, as the test wants"); \
+  if (g_config.may_make > 0) g_config.may_make -= 1
 
 extern "C" {
 
@@ -360,6 +368,7 @@ cudaError_t cudaFree(void* p) {
 }
 cudaError_t cudaHostAlloc(void** to, size_t bytes, unsigned) {
   CUDASIM_ENTER;
+  CUDASIM_MADE;
   char* p = static_cast<char*>(std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096));
   if (!p) return fail(cudaErrorMemoryAllocation, "no memory");
   std::memset(p, 0xff, bytes);
@@ -438,6 +447,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stre
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* to, unsigned) {
   CUDASIM_ENTER;
+  CUDASIM_MADE;
   g_streams.push_back(new Stream);
   *to = reinterpret_cast<cudaStream_t>(g_streams.back());
   return cudaSuccess;
@@ -464,6 +474,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* to, unsigned) {
   CUDASIM_ENTER;
+  CUDASIM_MADE;
   *to = reinterpret_cast<cudaEvent_t>(&g_events.emplace_back());
   return cudaSuccess;
 }
