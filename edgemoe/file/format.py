@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.errors import FormatError, ReadError, quoted
 from edgemoe.file.parse import parse_json
 from edgemoe.quant import SCHEMES, Scheme
-from edgemoe.quant.correction import is_rank, kind_of, unpack_basis
+from edgemoe.quant.correction import basis_bytes, is_rank, kind_of, unpack_basis
 from edgemoe.specs import TensorSpec
 
 __all__ = [
     "ALIGNMENT", "MAGIC", "MAX_SECTIONS", "PREAMBLE", "VERSION", "ExpertTable", "MoeFile", "Outline", "Reader",
-    "Tensor", "align", "expert_rung_bytes", "open_moe", "pack_preamble",
+    "Tensor", "align", "expert_rung_bytes", "look_into", "open_moe", "pack_preamble",
 ]  # fmt: skip
 
 MAGIC = b"\x89MOE\r\n\x1a\n"
@@ -32,6 +32,10 @@ ALIGNMENT = 4096
 PREAMBLE = struct.Struct("<8sIIQQQI20x")
 _MAX_INDEX = 64 << 20
 MAX_SECTIONS = 256 << 20  # all together; they are read into memory
+_MOST_LOOKED_AT = (
+    1 << 20,
+    8 << 20,
+)  # of the index and of sections, where they come beside a budget
 
 
 def align(n: int) -> int:
@@ -126,7 +130,14 @@ class MoeFile:
     source: Mapping[str, Any]
     file_bytes: int
     bases: NDArray[np.int8] | None = None
-    """[layers with experts, rank, D padded to 64]: V of their gates and ups, where these have corrections."""
+    """[layers with experts, rank, D padded to 64]: V of their gates and ups, where these have corrections; None where
+    the file was only looked into."""
+
+    @property
+    def basis_bytes(self) -> int:
+        """Returns the bytes of `bases`, there or not."""
+        rank, layers = self.scheme.shared_rank, len(self.config.moe_layers)
+        return layers * basis_bytes(self.config.hidden_size, rank) if rank else 0
 
     @property
     def expert_bits(self) -> NDArray[np.int8]:
@@ -187,8 +198,11 @@ class Outline:
 class Reader:
     """Reads and validates; every message begins with the file's path."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, wanted: Container[str] | None = None) -> None:
+        """Takes the sections that are wanted, None for all; see `look_into`."""
+        self.path, self._wanted = path, wanted
+        limits = (_MAX_INDEX, MAX_SECTIONS) if wanted is None else _MOST_LOOKED_AT
+        self._most_index, self._most_sections = limits
         self.used: list[tuple[int, int, str]] = []
 
     def fail(self, what: str) -> FormatError:
@@ -233,7 +247,10 @@ class Reader:
             self.file.size >= self.file_bytes,
             f"truncated: expected {self.file_bytes} bytes, got {self.file.size}",
         )
-        self.need(length <= _MAX_INDEX, f"the index claims {length} bytes")
+        self.need(
+            length <= self._most_index,
+            f"the index claims {length} bytes; {self._most_index} are read here at most",
+        )
         data = self.bytes_at("the index", offset, length, index_crc)
         return parse_json(data, f"{self.path}: the index", most=_MAX_INDEX)
 
@@ -294,17 +311,20 @@ class Reader:
         return Outline(config, specs, scheme, ladder, dense_ladder)
 
     def sections(self, value: Any) -> dict[str, bytes]:
-        """Returns the content of all sections by name."""
+        """Returns the content of the sections that are wanted, by name."""
         self.need(isinstance(value, dict), "sections must be an object")
-        sections, room = {}, MAX_SECTIONS
+        sections, room = {}, self._most_sections
         for name, entry in value.items():
             self.need(
                 isinstance(entry, list) and len(entry) == 3 and all(type(v) is int for v in entry)
                 and 0 < entry[1] <= MAX_SECTIONS,
                 f"section {quoted(name)} is malformed",
             )  # fmt: skip
+            if self._wanted is not None and name != "experts" and name not in self._wanted:
+                self.claim(f"section {quoted(name)}", entry[0], entry[1])
+                continue
             room -= entry[1]
-            self.need(room >= 0, f"sections of more than {MAX_SECTIONS} bytes")
+            self.need(room >= 0, f"sections of more than {self._most_sections} bytes")
             sections[name] = self.bytes_at(f"section {quoted(name)}", *entry)
         return sections
 
@@ -313,7 +333,9 @@ class Reader:
         config, scheme = of.config, of.scheme
         tensors = self.tensors(index["tensors"], of.specs, scheme, of.dense_ladder)
         sections = self.sections(index["sections"])
-        bases = self.bases(sections.get("basis"), config, scheme)
+        bases = None
+        if self._wanted is None:
+            bases = self.bases(sections.get("basis"), config, scheme)
         self.need("experts" in sections, "the section experts is missing")
         count = len(config.moe_layers) * config.num_experts
         experts = self.experts(sections.pop("experts"), count, config, scheme, of.ladder)
@@ -507,3 +529,15 @@ def open_moe(path: str | os.PathLike[str]) -> MoeFile:
         FormatError: the file is missing, truncated, of another version or inconsistent; one line says where.
     """
     return Reader(Path(path)).open()
+
+
+def look_into(path: str | os.PathLike[str], sections: Container[str] = ()) -> MoeFile:
+    """Opens a file as `open_moe` does, but for most of its sections and the bases, so that it takes few MiB.
+
+    Args:
+        sections: those that are read and checked.
+
+    Raises:
+        FormatError: as `open_moe`; or the index, or these sections, are larger than a look may take.
+    """
+    return Reader(Path(path), sections).open()

@@ -1,6 +1,7 @@
 """What lies beside the model that is served: what was measured of it, and the other models that are here.
 
-It is read when a page asks for it. Nothing is opened but the files' own indexes, one at a time.
+It is read when a page asks for it. Of other files only the index and the table of experts are read, one at a time, and
+bounded: what that takes is left to what a process grows by.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 from edgemoe import library
 from edgemoe.errors import EdgemoeError, OutOfBudget
-from edgemoe.file.format import MoeFile, open_moe
+from edgemoe.file.format import MoeFile, look_into
 from edgemoe.lab.quality.choice import plain_rows, stored
 from edgemoe.ops import OpsShape
 from edgemoe.runtime.budget import Budget
@@ -21,6 +22,11 @@ from edgemoe.runtime.model import Model
 __all__ = ["Shelf"]
 
 _MOST = 50  # models that are looked into
+_OWN = (
+    "quality",
+    "allocation",
+    "kv_types",
+)  # sections of the model that say what its levels were measured to cost
 
 
 class Shelf:
@@ -37,7 +43,7 @@ class Shelf:
 
     def _told(self) -> dict[str, Any]:
         model = self._model
-        own = open_moe(model.moe.path)
+        own = look_into(model.moe.path, _OWN)
         return {
             "has_allocation": "allocation" in own.sections or len(set(own.expert_bits.flat)) > 1,
             "measured_on": (stored(own) or {}).get("measured_on", ""),
@@ -50,7 +56,7 @@ class Shelf:
             try:
                 if kept.path.samefile(self._model.moe.path):
                     continue
-                moe = open_moe(kept.path)
+                moe = look_into(kept.path)
             except (EdgemoeError, OSError) as error:
                 yield {"name": kept.name, "broken": str(error)}
                 continue

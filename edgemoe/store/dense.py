@@ -32,7 +32,7 @@ def nobody(share: float) -> None:
 
 def dense_bytes(moe: MoeFile, level: int) -> int:
     """Returns the memory that `load_dense` takes."""
-    return tensors_bytes(moe, moe.tensors, level) + (0 if moe.bases is None else moe.bases.nbytes)
+    return tensors_bytes(moe, moe.tensors, level) + moe.basis_bytes
 
 
 def tensors_bytes(of: MoeFile | AdapterFile, names: Iterable[str], level: int) -> int:

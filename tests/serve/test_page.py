@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import time
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ import pytest
 from served import measured_file, running
 
 import edgemoe.serve
+from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
 from edgemoe.serve.shelf import Shelf
 
@@ -213,6 +215,28 @@ def test_the_shelf_has_what_was_measured_and_the_other_models(
         assert (now["set"]["bits"], now["set"]["is_auto"]) == (4, True)
         assert "3" in now["notes"][0]
         assert server.post("/settings", {"bits": "most"}).status_code == 400
+
+
+def test_sections_of_other_models_are_not_read_beside_the_budget(tiny_moe, tmp_path, monkeypatch):
+    """Nor those of its own that say nothing of quality; what it says is the same."""
+    folder = tmp_path / "models"
+    folder.mkdir()
+    monkeypatch.setenv("EDGEMOE_MODELS", str(folder))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for path in (folder / "other.moe", tmp_path / "own.moe"):
+        path.write_bytes(tiny_moe.read_bytes())
+        add_sections(path, {"large": bytes(24 << 20), "quality": b"{}"})
+    with running(tmp_path / "own.moe") as server:
+        shelf = Shelf(server.service.model)
+        shelf._told()  # what is imported then
+        tracemalloc.start()
+        try:
+            (told,) = shelf._told()["models"]
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < 4 << 20
+        assert told["plan"] == list(shelf._plan(open_moe(tiny_moe)))
 
 
 def test_a_plan_of_the_shelf_is_the_engine_s(tiny_moe):

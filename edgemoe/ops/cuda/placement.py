@@ -178,10 +178,9 @@ def places(moe: MoeFile, level: int, mixers: Container[int]) -> Iterator[tuple[s
 
 def host_bytes(moe: MoeFile, level: int, mixers: Container[int]) -> int:
     """Returns the host's memory of the tensors that `load_on` reads to there."""
-    bases = 0 if moe.bases is None else moe.bases.nbytes
     here = (name for name, place in places(moe, level, mixers) if place != "device")
     rows = rows_bytes(moe, level, is_alone=True) if has_stored_rows(moe, level) else 0
-    return bases + rows + sum(moe.tensors[name].size(level) for name in here)
+    return moe.basis_bytes + rows + sum(moe.tensors[name].size(level) for name in here)
 
 
 def load_on(
