@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -208,6 +209,44 @@ def test_what_the_format_does_not_hold_is_refused(name: str, what: str, tmp_path
     with pytest.raises(FormatError, match=what):
         export_gguf(open_moe(path), tmp_path / "x.gguf")
     assert not list(tmp_path.glob("x.gguf*"))
+
+
+BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]}
+
+
+@pytest.mark.parametrize(
+    ("model", "what"),
+    [
+        ({"type": "Unigram", "vocab": [["a", -1.0], ["b", -2.0]], "unk_id": 0}, "is Unigram, and only"),
+        ({"type": "WordPiece", "vocab": {"a": 0, "##b": 1}}, "is WordPiece, and only byte-level BPE"),
+        ({"type": "WordLevel", "vocab": {"a": 0, "b": 1}}, "is WordLevel, and only byte-level BPE"),
+        ({"vocab": [["a", -1.0]]}, "is BPE without merges, and only"),
+        ({**BPE, "merges": None}, "is BPE without merges, and only"),
+        ({**BPE, "byte_fallback": True}, "is SentencePiece's BPE, and only"),
+        ({**BPE, "vocab": {"a": 0, "b": 1, "ab": 264}}, "token 'ab' has number 264 of 264; GGUF has no place"),
+    ],
+)  # fmt: skip
+def test_tokenizers_of_other_kinds_are_refused_by_name(
+    qwen: Path, model: dict[str, object], what: str, tmp_path: Path
+) -> None:
+    moe = open_moe(qwen)
+    content = {"version": "1.0", "added_tokens": [], "model": model}
+    assert moe.config.vocab_size == 264
+    moe = dataclasses.replace(moe, sections={"tokenizer.json": json.dumps(content).encode()})
+    with pytest.raises(FormatError, match=what):
+        export_gguf(moe, tmp_path / "x.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that a GGUF file can hold."""
+    folder = tmp_path_factory.mktemp("qwen")
+    changes = {"norm_topk_prob": True, "vocab_size": 264}
+    convert(
+        HFCheckpoint(families.make("qwen3_moe", folder / "hf", changes=changes)), folder / "x.moe"
+    )
+    return folder / "x.moe"
 
 
 @pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "gpt-2", "gpt-4o", "laguna"])

@@ -6,7 +6,7 @@ from typing import Any
 
 from edgemoe.convert.gguf.tokenizer import tokenizer_files
 from edgemoe.convert.gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, quoted
 from edgemoe.file.format import MoeFile
 from edgemoe.file.parse import parse_object
 
@@ -38,9 +38,10 @@ def tokenizer_metadata(moe: MoeFile) -> dict[str, Any]:
 
     content = parse_object(moe.sections[_FILE], _FILE, most=_MOST)
     model = content.get("model") or {}
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
+    if (kind := _other_kind(model)) is not None:
         raise FormatError(
-            f"{moe.path}: a tokenizer that is no byte-level BPE cannot be exported to GGUF; a directory can hold it"
+            f"{moe.path}: the tokenizer is {kind}, and only byte-level BPE can be exported to GGUF; a directory can "
+            "hold it"
         )
     out = {"tokenizer.ggml.model": "gpt2", **_tokens(moe, content), **_special(moe)}
     theirs = tokenizers.Tokenizer.from_str(moe.sections[_FILE].decode())
@@ -57,6 +58,16 @@ def tokenizer_metadata(moe: MoeFile) -> dict[str, Any]:
     )
 
 
+def _other_kind(model: dict[str, Any]) -> str | None:
+    """Returns what a tokenizer's model is, None for BPE that may be of bytes."""
+    if model.get("type", "BPE") != "BPE":
+        return str(quoted(model["type"])).strip("'")
+    if model.get("byte_fallback"):
+        return "SentencePiece's BPE"
+    is_whole = isinstance(model.get("vocab"), dict) and isinstance(model.get("merges"), list)
+    return None if is_whole else "BPE without merges"
+
+
 def _cut(tokenizer: Any) -> tuple[list[tuple[int, int]], list[int]]:
     """Returns where words of a text begin and end, and its tokens."""
     words = tokenizer.pre_tokenizer.pre_tokenize_str(_TEXT) if tokenizer.pre_tokenizer else []
@@ -67,11 +78,16 @@ def _tokens(moe: MoeFile, content: dict[str, Any]) -> dict[str, Any]:
     """Returns tokens, their types and merges."""
     size = moe.config.vocab_size
     tokens, kinds = [f"[PAD{i}]" for i in range(size)], [_UNUSED] * size
-    for token, i in content["model"]["vocab"].items():
-        tokens[i], kinds[i] = token, _NORMAL
+    found = [(i, token, _NORMAL) for token, i in content["model"]["vocab"].items()]
     for added in content.get("added_tokens") or []:
-        i = added["id"]
-        tokens[i], kinds[i] = added["content"], _CONTROL if added["special"] else _USER_DEFINED
+        kind = _CONTROL if added["special"] else _USER_DEFINED
+        found.append((added["id"], added["content"], kind))
+    for i, token, kind in found:
+        if not 0 <= i < size:
+            raise FormatError(
+                f"{moe.path}: token {quoted(token)} has number {i} of {size}; GGUF has no place for it"
+            )
+        tokens[i], kinds[i] = token, kind
     merges = [m if isinstance(m, str) else " ".join(m) for m in content["model"]["merges"]]
     return {
         "tokenizer.ggml.tokens": tokens,
