@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mutation import Mutation
 from mutations_device import DEVICE
+from mutations_rows import ROWS
 
 __all__ = ["MUTATIONS", "Mutation"]
 
@@ -249,5 +250,6 @@ MUTATIONS = (
     Mutation("levers", "cache-prior never reads what it displaced", "edgemoe/scheduler/combined.py",
              "        if displaced is not None and levers.admit:", "        if displaced is None and levers.admit:",
              SCHEDULERS),
+    *ROWS,
     *DEVICE,
 )  # fmt: skip

@@ -45,9 +45,23 @@ def test_gives_back_what_matters(tmp_path, calibration):
         np.testing.assert_allclose(like.diagonal(), m.diagonal() / scale, rtol=0.02)
         assert np.linalg.norm(like - m / scale) < 0.01 * np.linalg.norm(m / scale)
     assert found.layer(0, "count").tolist() == [300, 0, 100]
-    m, like = (c.diagonal("experts.0.2.down") for c in (whole, found))
+    both = [f"experts.0.{e}.down" for e in (0, 2)]  # as they are to each other
+    m, like = (np.concatenate([c.diagonal(name) for name in both]) for c in (whole, found))
     np.testing.assert_allclose(like / like.mean(), m / m.mean(), rtol=2e-3)
     assert found.meta["tokens"] == "400"
+
+
+def test_squares_are_there_where_directions_do_not_suffice(tmp_path):
+    x = np.random.default_rng(5).normal(0, 1, (TOKENS, 48)) * np.geomspace(1, 9, 48)
+    tensors = {"dense.embed.count": np.array([TOKENS])}
+    tensors["dense.embed.products"] = (x.T @ x).astype(np.float32)
+    meta = {"model": "m", "tokens": "400", "window": "100", "bits": ""}
+    write_calibration(tmp_path / "whole", tensors, meta)
+    write_sketch(tmp_path / "whole", tmp_path / "sketch")
+    expand_sketch(tmp_path / "sketch", tmp_path / "out")
+    squares = np.square(x).sum(0)
+    found = Calibration(tmp_path / "out").matrix("embed").diagonal()
+    np.testing.assert_allclose(found, squares / squares.mean(), rtol=0.02)
 
 
 def test_is_the_same_every_time(tmp_path, calibration):

@@ -16,8 +16,9 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
 from edgemoe.errors import FormatError
 from edgemoe.file.append import add_sections
-from edgemoe.file.summed import write_summed
-from edgemoe.quant import BitRouters
+from edgemoe.file.format import open_moe
+from edgemoe.file.summed import SummedFile, write_summed
+from edgemoe.quant import Allocation, BitRouters
 from edgemoe.runtime.batching import Batcher
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
@@ -149,6 +150,40 @@ def test_what_are_no_tokens_of_the_model_is_no_prefix(tiny_moe, tmp_path, caplog
     assert "holds no tokens of the model" in caplog.text
     assert len(store) == 0
     asked(one, LONG)
+
+
+def test_a_prefix_of_another_version_is_not_used(tiny_moe, tmp_path):
+    one, _ = batcher(tiny_moe, tmp_path)
+    expected, _ = asked(one, LONG)
+    one.save()
+    (path,) = tmp_path.iterdir()
+    file = SummedFile(path, "a saved prefix")
+    tensors = {name: file.tensor(name) for name in file.shapes}
+    for version, cached in (("2", len(LONG) - 1), ("1", 0)):
+        meta = {"edgemoe_prefix": version, "identity": file.meta["identity"], "turned": "0"}
+        write_summed(path, tensors, meta)
+        again, store = batcher(tiny_moe, tmp_path)
+        tokens, figures = asked(again, LONG)
+        assert (tokens, figures.cached_tokens) == (expected, cached)
+    write_summed(tmp_path / "named", tensors, meta)
+    with pytest.raises(
+        FormatError, match="named: of another model, other settings or another version"
+    ):
+        store.restore_from(again._slots[0].state, "named")
+
+
+def test_bits_of_single_matrices_decide_what_is_held(tiny_moe, tmp_path):
+    moe, found = open_moe(tiny_moe), []
+    names = [name for name, t in moe.tensors.items() if t.spec.kind == "nested"]
+    for bits in (2, 2, 8):
+        dense = {**dict.fromkeys(names, 6), "layers.1.q": bits}
+        allocation = Allocation(
+            method="search", layers=moe.config.moe_layers, bits=moe.expert_bits, dense=dense
+        )
+        (tmp_path / "a.json").write_bytes(allocation.to_json())
+        options = EngineOptions(dense_bits="auto", allocation=tmp_path / "a.json")
+        found.append(identity(open_model(tiny_moe, options).model))
+    assert found[0] == found[1] != found[2]
 
 
 def test_what_schedulers_are_trained_to_decides_what_is_held(tiny_moe, tmp_path):
