@@ -161,6 +161,43 @@ def test_fewer_experts_and_bits_are_other_work(tiny_moe, stage):
     assert found[0] == found[1]
 
 
+def test_levels_that_change_in_place_are_other_work(tiny_moe, stage):
+    found = []
+    for name in ("none", "ahead"):
+        stage(name)
+        bits, out = np.full((2, 8), 8, np.int8), []
+        with edgemoe.load(tiny_moe, context=64, options={"bits": bits}) as engine:
+            for lower in (8, 3, 6):
+                bits[:] = lower
+                engine.model.experts.look_again()
+                out.append(told(engine, IDS[:6], params(6)))
+        found.append(out)
+    assert found[0] == found[1]
+    assert len({logits_hash for _, logits_hash, *_ in found[0]}) == 3
+
+
+def test_a_layer_that_loses_an_expert_in_the_middle_is_not_ahead_any_more(tiny_moe, stage, ahead):
+    """All of the second are there at the start, and what the first one reads takes the place of one of them."""
+    found, lost = [], 0
+    options = {"options": {"eviction": "lru", "look_ahead": False}}
+    for name in ("none", "ahead"):
+        stage(name)
+        out, lost = [], 0
+        with edgemoe.load(tiny_moe, context=64, **options) as engine:
+            store = engine.model.store
+            store.cache.set_budget(15 * store.cache.slot_bytes(5))
+            engine.logits(IDS[:2])
+            for token in IDS[2:40]:
+                store.lower(np.zeros(16, np.int8))
+                store.load(np.r_[8:16, 0:7].astype(np.int32), np.full(15, 8, np.int8))
+                out.append(engine.extend([token]).copy())
+                lost += not (store.residency[1] == 5).all()
+        found.append(out)
+    assert np.array_equal(*found)
+    assert 0 < lost < 38
+    assert ahead == [(1,)] * (38 - lost)
+
+
 def test_where_blocks_of_positions_end(tiny_moe, stage):
     ids, found = [i % 90 for i in IDS[: _core.KEY_BLOCK - 5]], []
     for name in ("none", "ahead"):
