@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -150,11 +151,16 @@ def _adapter_lines(adapter: AdapterFile) -> Iterator[str]:
 
 def _quality(moe: MoeFile, stored: dict[str, Any]) -> Iterator[str]:
     """Yields the table that `edgemoe quality --store` has kept, and which of it is of the past."""
-    from edgemoe.lab.quality.choice import applies
+    from edgemoe.lab.quality.choice import applies, reference_sum
 
     try:
         lines = [quality_line(row) for row in stored["rows"]]
-        stale = [run_name(row) for row in stored["rows"] if not applies(moe, row)]
+        is_past = stored.get("reference_sections") != reference_sum(moe, stored["reference"])
+        stale = [
+            f"{run_name(row)} at {row['bits']} and {row['dense_bits']} bits"
+            for row in stored["rows"]
+            if is_past or not applies(moe, row)
+        ]
         yield f"quality, measured on {stored['measured_on']}"
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         yield "quality: stored by another version; --json shows it"
@@ -162,7 +168,11 @@ def _quality(moe: MoeFile, stored: dict[str, Any]) -> Iterator[str]:
     yield from QUALITY_HEAD.split("\n")
     yield from lines
     if stale:
-        yield f"measured with other sections than the file has now: {', '.join(dict.fromkeys(stale))}"
+        which = "all rows" if is_past else ", ".join(dict.fromkeys(stale))
+        yield (
+            f"no longer holds, as sections or the look-up of the embedding's rows have changed: {which}; "
+            f"edgemoe quality {shlex.quote(str(moe.path))} --store measures again"
+        )
 
 
 def _ranks(of: Sequence[int]) -> str:

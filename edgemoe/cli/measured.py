@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from argparse import Namespace
 from typing import TYPE_CHECKING
@@ -74,7 +75,7 @@ def pick(args: Namespace, *, context: int | None) -> str:
     """
     from edgemoe.errors import OutOfBudget
     from edgemoe.file.format import open_moe
-    from edgemoe.lab.quality.choice import choose, is_plain, stored
+    from edgemoe.lab.quality.choice import applies, choose, is_plain, stored
     from edgemoe.runtime.opening import room_for_experts
     from edgemoe.runtime.options import EngineOptions
 
@@ -84,8 +85,7 @@ def pick(args: Namespace, *, context: int | None) -> str:
     top = [moe.ladder[-1][0], moe.dense_ladder[-1]]
     if report is None or report["reference"] != top:
         raise ValueError(
-            f"{args.model}: holds no quality measured against its highest level; "
-            f"edgemoe quality {shlex.quote(str(args.model))} --store measures it"
+            f"{args.model}: holds no quality measured against its highest level; {_command(args)} measures it"
         )
 
     def slots(dense_bits: int) -> int:
@@ -110,7 +110,9 @@ def pick(args: Namespace, *, context: int | None) -> str:
         args.bits, args.dense_bits = found.row["bits"], found.row["dense_bits"]
         if args.scheduler != "auto":
             args.scheduler, args.set = found.row["scheduler"], dict(found.row["options"])
-    return f"--max-quality-loss {args.max_quality_loss}: {_about(found, report)}"
+    old = sum(not applies(moe, row) for row in report["rows"])
+    again = f"; {old} of its rows no longer hold: {_command(args)} measures again" if old else ""
+    return f"--max-quality-loss {args.max_quality_loss}: {_about(found, report)}{again}"
 
 
 def cost(args: Namespace) -> str | None:
@@ -140,14 +142,22 @@ def cost(args: Namespace) -> str | None:
         return None
     if getattr(args, "allocation", None) is not None:
         return None
-    row = find(
-        moe, report["rows"], bits=args.bits or top[0], dense_bits=args.dense_bits or top[1],
+    mine = functools.partial(
+        find, moe, report["rows"], bits=args.bits or top[0], dense_bits=args.dense_bits or top[1],
         scheduler=args.scheduler, options=args.set, cache_types=caches,
     )  # fmt: skip
-    if row is None:
-        return None
+    if (row := mine()) is None:
+        if mine(outdated=True) is None:
+            return None
+        return (
+            f"what was measured of these settings no longer holds: {_command(args)} measures again"
+        )
     room = "" if is_plain(row) else f", with {row['slots_bytes'] / 2**20:.0f} MiB for experts"
     return f"measured: perplexity {_loss(row)} {_where(report)}{room}"
+
+
+def _command(args: Namespace) -> str:
+    return f"edgemoe quality {shlex.quote(str(args.model))} --store"
 
 
 def _where(report: Mapping[str, Any]) -> str:

@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from edgemoe.file.format import open_moe
+    from edgemoe.lab.quality.choice import reference_sum
     from edgemoe.lab.quality.quality import measure
     from edgemoe.lab.report.levels import bits_per_weight, levels
     from edgemoe.runtime.precisions import with_dense_bits
@@ -108,6 +109,7 @@ def _run(args: argparse.Namespace) -> int:
             "reference": None if known is None or base is None else [base.bits, base.dense_bits],
             "rows": rows,
         }
+        report["reference_sections"] = reference_sum(moe, report["reference"])
         if args.adapter:
             report["adapter"] = args.adapter[0]
         if args.store:
@@ -161,6 +163,8 @@ def _warn_of_replaced(moe: MoeFile, report: Mapping[str, Any]) -> None:
     from edgemoe.lab.quality.choice import stored
 
     before = stored(moe)
+    if before is None and "quality" in moe.sections:
+        note("# --store will replace what cannot be compared with these: it is of another time")
     if before and any(before[name] != report[name] for name in ("tokens", "reference")):
         note(
             f"# --store will replace {len(before['rows'])} rows that cannot be compared with these: "
@@ -273,14 +277,14 @@ def _row(trial: Trial, size: float, quality: Quality, moe: MoeFile) -> dict[str,
     from edgemoe.lab.quality.choice import sections_sum
 
     options, caches = dict(trial.options), [trial.cache_type_k, trial.cache_type_v]
+    chosen = {"bits": trial.bits, "dense_bits": trial.dense_bits}
     return {
         "scheduler": trial.scheduler,
         "options": options,
         "sections": sections_sum(
-            moe, bits=trial.bits, scheduler=trial.scheduler, options=options, cache_types=caches
+            moe, **chosen, scheduler=trial.scheduler, options=options, cache_types=caches
         ),
-        "bits": trial.bits,
-        "dense_bits": trial.dense_bits,
+        **chosen,
         "cache_types": caches,
         "bits_per_weight": size,
         **dataclasses.asdict(quality),

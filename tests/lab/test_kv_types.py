@@ -181,6 +181,6 @@ def test_a_setting_s_rows_are_of_its_table(tiny_moe):
 
     moe = open_moe(tiny_moe)
     with_table = dataclasses.replace(moe, sections={**moe.sections, "kv_types": b"x"})
-    how = {"bits": 8, "scheduler": "on-demand", "options": {}}
+    how = {"bits": 8, "dense_bits": 8, "scheduler": "on-demand", "options": {}}
     assert sections_sum(with_table, **how, cache_types=("f16", "f16")) is None
     assert sections_sum(with_table, **how, cache_types=("auto", "f16"))

@@ -17,7 +17,7 @@ from edgemoe.cli.measured import share
 from edgemoe.cli.table import change
 from edgemoe.file.append import add_sections
 from edgemoe.file.format import open_moe
-from edgemoe.lab.quality.choice import choose, find, merged, sections_sum, stored
+from edgemoe.lab.quality.choice import applies, choose, find, merged, sections_sum, stored
 from edgemoe.quant import Allocation
 from edgemoe.store import expert_bytes
 
@@ -77,7 +77,7 @@ def test_rows_that_do_not_apply_are_left_out(tiny_moe, tmp_path) -> None:
 
     add_sections(path, {"allocation": allocation(3)})
     assert pick() is None  # measured with another allocation
-    plain = {"scheduler": "on-demand", "options": {}}
+    plain = {"dense_bits": 8, "scheduler": "on-demand", "options": {}}
     rows[0]["sections"] = sections_sum(open_moe(path), bits="auto", **plain)
     assert pick() == ("auto", 8, "on-demand")
     assert pick(("q8_0", "f16")) == (2, 8, "on-demand")
@@ -101,7 +101,7 @@ def test_a_row_of_what_a_section_decided_goes_with_it(tiny_moe, tmp_path, name) 
     assert all(mine())
     add_sections(path, {name: b"trained"})
     assert mine() == (None, None)  # it was measured without
-    found = sections_sum(open_moe(path), **how)
+    found = sections_sum(open_moe(path), **how, dense_bits=8)
     assert all(mine())
     add_sections(path, {name: b"trained again"})
     assert mine() == (None, None)
@@ -135,6 +135,7 @@ def allocation(bits: int) -> bytes:
 def test_fewer_dense_bits_leave_more_slots(tiny_moe) -> None:
     moe = open_moe(tiny_moe)
     rows = [row(8, 0.0), row(6, 0.0, dense=8), row(6, 0.0, dense=6), row(4, 0.0, dense=8)]
+    rows[2]["sections"] = sections_sum(moe, bits=6, dense_bits=6, scheduler="on-demand", options={})
 
     def pick(room):
         return names(
@@ -143,6 +144,63 @@ def test_fewer_dense_bits_leave_more_slots(tiny_moe) -> None:
 
     assert pick({8: 0, 6: 1000}) == (4, 8, "on-demand")
     assert pick({8: 0, 6: 10**9}) == (6, 6, "on-demand")  # reads nothing
+
+
+def before_look_ups(report):
+    """Returns a report as it was stored while rows of the embedding were looked up at the level itself."""
+    rows = [{**row, "sections": None} for row in report["rows"]]
+    return {**report, "rows": rows, "reference_sections": None}
+
+
+def test_few_dense_bits_of_before_the_rows_were_looked_up_are_measured_again(
+    tiny_moe, tmp_path, capsys
+) -> None:
+    path = Path(shutil.copy(tiny_moe, tmp_path / "x.moe"))
+    short = ("--chunk", "24", "--chunks", "2", "-t", "1", "--store")
+    store = ("quality", str(path), *short, "--bits", "8", "4")
+    assert edgemoe_cli.main(store) == 0
+    now = stored(open_moe(path))
+    assert [(r["bits"], r["dense_bits"]) for r in now["rows"]] == [(8, 8), (4, 4)]
+
+    def run(*flags) -> str:
+        argv = (str(path), "-p", "Hi", "-n", "1", "--temp", "0", "-t", "1", *flags)
+        assert run_cli.main(argv) == 0
+        return capsys.readouterr().err
+
+    few = ("--bits", "4", "--dense-bits", "4")
+    assert " --bits 4 --dense-bits 4, perplexity" in run("--max-quality-loss", "99%")
+    assert "# measured: perplexity " in run(*few)
+    old = before_look_ups(now)
+    add_sections(path, {"quality": json.dumps(old).encode()})
+    assert [r["dense_bits"] for r in stored(open_moe(path))["rows"] if applies(open_moe(path), r)] == [8]  # fmt: skip
+    again = f"edgemoe quality {path} --store measures again\n"
+    said = run("--max-quality-loss", "99%")
+    assert f"for these flags and this memory; 1 of its rows no longer hold: {again}" in said
+    assert f"# what was measured of these settings no longer holds: {again}" in run(*few)
+    assert edgemoe_cli.main(["inspect", str(path)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert f" on-demand at 4 and 4 bits; {again.strip()}" in last
+    assert edgemoe_cli.main(store) == 0
+    assert stored(open_moe(path)) == now
+
+
+def test_rows_beside_a_reference_of_before_are_no_rows(tiny_moe, tmp_path, capsys) -> None:
+    path = Path(shutil.copy(tiny_moe, tmp_path / "x.moe"))
+    short = ("--chunk", "24", "--chunks", "2", "-t", "1", "--store", "--reference", "4")
+    store = ("quality", str(path), *short, "--bits", "8", "4")
+    assert edgemoe_cli.main(store) == 0
+    report = json.loads(open_moe(path).sections["quality"])
+    assert stored(open_moe(path))["reference"] == [4, 4]
+    old = json.dumps(before_look_ups(report)).encode()
+    assert merged(old, report) == report
+    add_sections(path, {"quality": old})
+    assert stored(open_moe(path)) is None
+    capsys.readouterr()
+    assert edgemoe_cli.main(["inspect", str(path)]) == 0
+    assert " have changed: all rows; " in capsys.readouterr().out.splitlines()[-1]
+    assert edgemoe_cli.main(store) == 0
+    assert "--store will replace what cannot be compared with these" in capsys.readouterr().err
+    assert len(stored(open_moe(path))["rows"]) == 2
 
 
 def test_options_save_what_they_were_measured_to_save(tiny_moe) -> None:

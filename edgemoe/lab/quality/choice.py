@@ -19,7 +19,13 @@ from edgemoe.file.format import MoeFile
 from edgemoe.file.parse import parse_json
 from edgemoe.quant import Allocation
 from edgemoe.scheduler import SECTIONS
-from edgemoe.store import all_expert_bytes, dense_bytes, level_bytes, looked_up_bytes
+from edgemoe.store import (
+    all_expert_bytes,
+    dense_bytes,
+    has_stored_rows,
+    level_bytes,
+    looked_up_bytes,
+)
 
 __all__ = [
     "Choice",
@@ -29,6 +35,7 @@ __all__ = [
     "is_plain",
     "merged",
     "plain_rows",
+    "reference_sum",
     "sections_sum",
     "stored",
     "stored_rows",
@@ -38,6 +45,9 @@ Row = Mapping[str, Any]
 
 _SURE = 1.645
 """Standard errors above the mean: with that many the true loss lies below in 19 of 20 measurements."""
+
+_COMPARED = ("tokens", "reference", "reference_sections")
+"""What of two reports must be the same for rows of both to stand beside each other."""
 
 _KEY = ("scheduler", "options", "bits", "dense_bits", "cache_types")
 
@@ -53,12 +63,17 @@ class Choice:
 
 
 def stored(moe: MoeFile) -> Mapping[str, Any] | None:
-    """Returns what `edgemoe quality --store` has kept; None for nothing, or nothing of this version."""
+    """Returns what `edgemoe quality --store` has kept; None for nothing, or nothing of this version.
+
+    Nor anything whose reference is of the past: every row was compared with it.
+    """
     try:
         report = parse_json(moe.sections["quality"], "quality")
         rows = report["rows"]
         is_sound = isinstance(report["measured_on"], str) and all(_is_row(row) for row in rows)
         found = {name: report[name] for name in ("measured_on", "tokens", "reference", "rows")}
+        was = report.get("reference_sections")
+        is_sound = is_sound and was == reference_sum(moe, report["reference"])
     except (KeyError, TypeError, ValueError, OverflowError):
         return None
     return found if is_sound else None
@@ -87,7 +102,7 @@ def merged(old: bytes | None, report: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a new report with the rows of the stored one that it does not replace, if they can be compared."""
     try:
         before = parse_json(old or b"", "quality")
-        if any(before[name] != report[name] for name in ("tokens", "reference")):
+        if any(before.get(name) != report.get(name) for name in _COMPARED):
             return dict(report)
         new = [_key(row) for row in report["rows"]]
         kept = [row for row in before["rows"] if _key(row) not in new]
@@ -104,28 +119,40 @@ def sections_sum(
     moe: MoeFile,
     *,
     bits: int | str,
+    dense_bits: int | str,
     scheduler: str,
     options: Mapping[str, Any],
     cache_types: Sequence[str] = (),
 ) -> str | None:
     """Returns a sum of what of a file decides beside settings: a row is of them only while that is the same.
 
-    A level alone rests on weights only, which never change in a file. None where there is nothing.
+    A level alone rests on weights only, which never change in a file. None where there is nothing. The sum also has
+    at which level rows of the embedding are looked up, where it is not that of `dense_bits`, as it was before.
     """
     names: tuple[str, ...] = ()
     if scheduler != "on-demand" or options:
         names = SECTIONS
-    elif bits == "auto":
+    elif "auto" in (bits, dense_bits):
         names = ("allocation",)
     if "auto" in cache_types:
         names = (*names, "kv_types")
     sums = [(name, zlib.crc32(moe.sections[name])) for name in names if name in moe.sections]
+    if dense_bits in moe.dense_ladder and has_stored_rows(moe, moe.dense_level(dense_bits)):
+        sums.append(("rows", moe.dense_ladder[-1]))
     return f"{zlib.crc32(repr(sums).encode()):08x}" if sums else None
 
 
+def reference_sum(moe: MoeFile, reference: Sequence[Any] | None) -> str | None:
+    """Returns the sum of a level of the file that others are compared with; None for nothing, and for no level."""
+    if reference is None:
+        return None
+    bits, dense_bits = reference
+    return sections_sum(moe, bits=bits, dense_bits=dense_bits, scheduler="on-demand", options={})
+
+
 def applies(moe: MoeFile, row: Row) -> bool:
-    """Says whether a row was measured with what the file holds now."""
-    names = ("bits", "scheduler", "options", "cache_types")
+    """Says whether a row was measured with what the file holds now, and as it would be today."""
+    names = ("bits", "dense_bits", "scheduler", "options", "cache_types")
     now = sections_sum(moe, **{name: row[name] for name in names})
     return bool(row["sections"] == now)
 
@@ -158,15 +185,20 @@ def find(
     scheduler: str,
     options: Mapping[str, Any],
     cache_types: tuple[str, str],
+    outdated: bool = False,
 ) -> Row | None:
-    """Returns the row of exactly these settings, if they were measured; the last of several."""
+    """Returns the row of exactly these settings, if they were measured; the last of several.
+
+    Args:
+        outdated: among those that no longer apply.
+    """
     texts = {name: str(value) for name, value in options.items()}
     for row in reversed(rows):
         if (
             [row["bits"], row["dense_bits"], row["scheduler"]] == [bits, dense_bits, scheduler]
             and {name: str(value) for name, value in row["options"].items()} == texts
             and row["cache_types"] == list(cache_types)
-            and applies(moe, row)
+            and applies(moe, row) != outdated
         ):
             return row
     return None
