@@ -84,12 +84,15 @@ def test_stored_quality_is_shown(path: Path, capsys) -> None:
     assert run(path, "--verify") == 0
     out = capsys.readouterr().out
     assert table in out
-    assert "other sections" not in out
+    assert "no longer holds" not in out
     assert edgemoe_cli.main([*map(str, argv[:-3]), "-t", "1", "--run", "mc", "--store"]) == 0
     add_sections(path, {"bit-routers": b"trained later"})
     assert run(path) == 0
     end = capsys.readouterr().out.splitlines()[-1]
-    assert end == "measured with other sections than the file has now: mc"
+    assert end == (
+        "no longer holds, as sections or the look-up of the embedding's rows have changed: mc at 8 and 8 bits, "
+        f"mc at 2 and 2 bits; edgemoe quality {path} --store measures again"
+    )
     add_sections(path, {"quality": b'{"rows": [1]}'})
     assert run(path) == 0
     assert "quality: stored by another version" in capsys.readouterr().out
