@@ -1,11 +1,12 @@
 """Runs edgemoe and llama.cpp side by side: in memory, and under kernel-enforced memory caps.
 
     python benchmarks/llama_cpp.py --llama-bench PATH --pair MODEL.gguf MODEL.moe BITS [--pair …] \\
-        [--memory] [--caps 0.75 0.5 0.25] [--first-token 0.5] [--read-ahead 128] [--json FILE]
+        [--memory] [--caps 0.5 0.25] [--first-token 0.5] [--read-ahead 128] [--json FILE]
 
-Both sides of a pair have the same shapes and bits per weight. Runs are interleaved; figures are medians. Under a cap,
-both get a control group of that share of the GGUF file's size and an empty page cache. llama.cpp maps the file
-(mmap, no repacking: a repacked copy would not fit), with the disk's read-ahead as it is and as `--read-ahead` says.
+Both files of a pair are of the same weights (benchmarks/synth_gguf.py). Runs are in turns; the table has medians, the
+least and the most. `--json` adds a row for each run to FILE, and the table is of all that are there. Under a cap, both
+get a control group of that share of the GGUF file's size and an empty page cache. llama.cpp maps the file (mmap, no
+repacking: a repacked copy would not fit), with the disk's read-ahead as `--read-ahead` says.
 `--first-token` times a whole process under a cap, from its start with an empty page cache to the logits after a prompt
 of 128 tokens. Needs root for the caps.
 """
@@ -14,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import limits
+import results
 
 
 def ours(args: argparse.Namespace, moe: str, bits: str, tests: Sequence[str], limit: int) -> dict:
@@ -52,31 +53,16 @@ def theirs(
 
 def in_memory(args: argparse.Namespace, pair: Sequence[str]) -> list[dict]:
     gguf, moe, bits = pair
-    tests = ["-p", "128,512", "-n", "128"]
-    mine: dict[str, list[float]] = {}
-    other: dict[str, list[float]] = {}
-    roofs = []
-    for _ in range(args.repetitions):
-        for name, rate in theirs(args, gguf, tests, 0).items():
-            other.setdefault(name, []).append(rate)
-        report = ours(args, moe, bits, tests, 0)
-        for result in report["results"]:
-            roofs += result["memory_roofs"]
-        for result in report["results"]:
-            mine.setdefault(result["test"], []).append(result["rate"])
-    rows = []
-    for name, rates in mine.items():
-        a, b = statistics.median(rates), statistics.median(other.get(name, [float("nan")]))
-        rows.append({"model": Path(moe).stem, "bits": bits, "test": name, "ours": a, "theirs": b})
-        print(
-            f"| {Path(moe).stem} | {bits} | {name} | {a:.1f} | {b:.1f} | {a / b:.2f}× |", flush=True
-        )
-    low, middle, high = min(roofs) / 1e9, statistics.median(roofs) / 1e9, max(roofs) / 1e9
-    print(
-        f"# memory roof beside our tests: median {middle:.1f} GB/s, {low:.1f} to {high:.1f}",
-        file=sys.stderr,
-    )
-    return rows
+    tests = ["-p", "512", "-n", "128"]
+    other = theirs(args, gguf, tests, 0)
+    return [
+        {
+            "model": Path(moe).stem, "bits": bits, "test": result["test"],
+            "ours": result["rate"], "theirs": other.get(result["test"]),
+            "memory_roofs": result["memory_roofs"], "used_per_token": result["used_per_token"],
+        }
+        for result in ours(args, moe, bits, tests, 0)["results"]
+    ]  # fmt: skip
 
 
 def over_bounds(report: dict) -> tuple[float, float]:
@@ -94,48 +80,25 @@ def over_bounds(report: dict) -> tuple[float, float]:
     return over(min(disks), min(memories)), over(max(disks), max(memories))
 
 
-def capped(args: argparse.Namespace, pair: Sequence[str], share: float) -> list[dict]:
+def capped(args: argparse.Namespace, pair: Sequence[str], share: float) -> dict:
     gguf, moe, bits = pair
     limit = int(share * Path(gguf).stat().st_size)
     test = ["-p", "0", "-n", str(args.tokens)]
-    cells: dict[str, list[float]] = {"ours": []}
-    reports = []
-    for _ in range(args.repetitions):
-        limits.drop_caches()
-        report = ours(args, moe, bits, test, limit)
-        reports.append(report)
-        cells["ours"].append(report["results"][0]["rate"])
-        for name, kib in (("default", None), ("best", args.read_ahead)):
-            if name == "default" and not args.default_read_ahead:
-                continue
-            with _read_ahead(gguf, kib):
-                limits.drop_caches()
-                rates = theirs(args, gguf, test, limit)
-            cells.setdefault(name, []).extend(rates.values())
-    result = reports[-1]["results"][0]
-    mine = statistics.median(cells["ours"])
-    bounds = [bound for report in reports for bound in over_bounds(report)]
-    disks = [roof["disk"] for report in reports for roof in report["roofs"]]
+    limits.drop_caches()
+    report = ours(args, moe, bits, test, limit)
+    result = report["results"][0]
     row = {
-        "model": Path(moe).stem, "bits": bits, "share": share, "limit": limit, "ours": mine,
-        **{k: statistics.median(v) if v else None for k, v in cells.items() if k != "ours"},
-        "hit_rate": result["hit_rate"], "read_per_token": result["read_per_token"],
-        "disk_roofs": disks, "over_bounds": bounds,
-        "group_peak": max(r["group_peak"] for r in reports),
+        "model": Path(moe).stem, "bits": bits, "share": share, "limit": limit, "test": f"tg{args.tokens}",
+        "ours": result["rate"], "hit_rate": result["hit_rate"], "read_per_token": result["read_per_token"],
+        "disk_roofs": [roof["disk"] for roof in report["roofs"]], "over_bounds": over_bounds(report),
+        "group_peak": report["group_peak"],
     }  # fmt: skip
-
-    def against(name: str) -> str:
-        rate = row.get(name)
-        return f"{rate:.2f} | {mine / rate:.1f}×" if rate else "– | –"
-
-    print(
-        f"| {row['model']} | {bits} | {100 * share:.0f}% | {mine:.2f} | {against('best')} | "
-        f"{against('default')} | {100 * row['hit_rate']:.0f}% | {row['read_per_token'] / 1e6:.0f} MB | "
-        f"{min(disks) / 1e9:.2f}–{max(disks) / 1e9:.2f} | {min(bounds):.2f}–{max(bounds):.2f} | "
-        f"{row['group_peak'] / limit:.2f} |",
-        flush=True,
-    )
-    return [row]
+    read_aheads = {"theirs": args.read_ahead, "default_read_ahead": None}
+    for name in list(read_aheads)[: 1 + args.default_read_ahead]:
+        with _read_ahead(gguf, read_aheads[name]):
+            limits.drop_caches()
+            row[name] = theirs(args, gguf, test, limit).get(row["test"])
+    return row
 
 
 _FIRST = """
@@ -148,7 +111,7 @@ with edgemoe.load(model, ram=int(ram), whole_process=True, bits=int(bits), dense
 """
 
 
-def first_token(args: argparse.Namespace, pair: Sequence[str], share: float) -> list[dict]:
+def first_token(args: argparse.Namespace, pair: Sequence[str], share: float) -> dict:
     gguf, moe, bits = pair
     limit = int(share * Path(gguf).stat().st_size)
     threads = str(args.threads)
@@ -159,22 +122,61 @@ def first_token(args: argparse.Namespace, pair: Sequence[str], share: float) -> 
             "--repack", "0", "--load-mode", "mmap",
         ],
     }  # fmt: skip
-    seconds: dict[str, list[float]] = {}
-    for _ in range(args.repetitions):
-        for name, command in commands.items():
-            with _read_ahead(gguf, args.read_ahead if name == "theirs" else None):
-                limits.drop_caches()
-                done = limits.run(command, limit=limit, timeout=args.timeout)
-            if done.code:
-                sys.exit(f"{name}: {done.err[-500:]}")
-            seconds.setdefault(name, []).append(done.seconds)
-    row = {"model": Path(moe).stem, "bits": bits, "share": share, "test": "first token", **seconds}
-    a, b = statistics.median(seconds["ours"]), statistics.median(seconds["theirs"])
-    print(
-        f"| {row['model']} | {bits} | {100 * share:.0f}% | {a:.2f} | {b:.2f} | {b / a:.1f}× |",
-        flush=True,
-    )
-    return [row]
+    row = {"model": Path(moe).stem, "bits": bits, "share": share, "test": "first token, s"}
+    for name, command in commands.items():
+        with _read_ahead(gguf, args.read_ahead if name == "theirs" else None):
+            limits.drop_caches()
+            done = limits.run(command, limit=limit, timeout=args.timeout)
+        if done.code:
+            sys.exit(f"{name}: {done.err[-500:]}")
+        row[name] = done.seconds
+    return row
+
+
+_HEAD = (
+    "model", "bits", "memory", "test", "runs", "edgemoe", "llama.cpp", "ratio",
+    "hit", "read/token", "disk GB/s", "over bound", "peak/cap",
+)  # fmt: skip
+
+
+def table(rows: Sequence[dict]) -> Iterator[str]:
+    """Yields lines of Markdown: medians of all runs of a cell, with the least and the most."""
+    yield f"| {' | '.join(_HEAD)} |"
+    yield "|---" * len(_HEAD) + "|"
+    cells: dict[tuple, list[dict]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["bits"], row.get("share"), row["test"]), []).append(row)
+    for (model, bits, share, test), runs in cells.items():
+        pairs = [(r["ours"], r["theirs"]) for r in runs if r.get("theirs")]
+        speeds = [_spread([r[x] for r in runs if r.get(x)]) for x in ("ours", "theirs")]
+        ratio = f"{_spread([mine / other for mine, other in pairs], 2)}"
+        memory = f"{share:.0%}" if share else "all"
+        cell = [model, bits, memory, test, str(len(runs)), *speeds, ratio, *_under(runs)]
+        yield f"| {' | '.join(cell)} |"
+
+
+def _under(runs: Sequence[dict]) -> list[str]:
+    """Returns what only runs under a cap have."""
+    if "hit_rate" not in runs[0]:
+        return [""] * 5
+    hit, read = (statistics.median(r[x] for r in runs) for x in ("hit_rate", "read_per_token"))
+    disks = [disk / 1e9 for r in runs for disk in r["disk_roofs"]]
+    bounds = [bound for r in runs for bound in r["over_bounds"]]
+    peak = max(r["group_peak"] / r["limit"] for r in runs)
+    return [
+        f"{hit:.0%}",
+        f"{read / 1e6:.0f} MB",
+        _spread(disks, 2),
+        _spread(bounds, 2),
+        f"{peak:.2f}",
+    ]
+
+
+def _spread(values: Sequence[float], digits: int = 1) -> str:
+    if not values:
+        return "–"
+    middle, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
+    return f"{middle} ({low}–{high})"
 
 
 class _read_ahead:  # noqa: N801 (reads like a function)
@@ -214,32 +216,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--timeout", type=float, default=400)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="of this and earlier calls")
     args = parser.parse_args()
-    rows = []
-    if args.memory:
-        print("| model | bits | test | edgemoe | llama.cpp | ratio |\n|---|---|---|---|---|---|")
+    rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    for _ in range(args.repetitions):
         for pair in args.pair:
-            rows += in_memory(args, pair)
-    if args.caps:
-        print(
-            "| model | bits | cap | edgemoe t/s | llama.cpp, best read-ahead | ratio | "
-            "default read-ahead | ratio | hit | read/token | disk roof GB/s | over bound | peak/cap |\n"
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-        )
-        for pair in args.pair:
-            for share in args.caps:
-                rows += capped(args, pair, share)
-    if args.first_token:
-        print(
-            "| model | bits | cap | edgemoe s | llama.cpp s | faster |\n|---|---|---|---|---|---|"
-        )
-        for pair in args.pair:
-            for share in args.first_token:
-                rows += first_token(args, pair, share)
-    if args.json:
-        head = {"command": sys.argv, "machine": platform.platform()}
-        args.json.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+            rows += in_memory(args, pair) if args.memory else []
+            rows += [capped(args, pair, share) for share in args.caps]
+            rows += [first_token(args, pair, share) for share in args.first_token]
+            if args.json:
+                results.write(args.json, rows)
+    print(*table(rows), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Writes a GGUF file with the true shapes of a published model and random weights in Q4_0, to run it beside llama.cpp.
 
-    python benchmarks/synth_gguf.py qwen3.6|gpt-oss|glm-flash|qwen3 OUT.gguf [--layers 8] [--experts 128]
+    python benchmarks/synth_gguf.py olmoe|granite|qwen3.6|gpt-oss|glm-flash|qwen3 OUT.gguf [--layers 8] [--experts 128]
     edgemoe convert OUT.gguf OUT.moe --bits 4
     python benchmarks/llama_cpp.py --llama-bench PATH --pair OUT.gguf OUT.moe 4 --memory
 
-With fewer layers than the release the vocabulary is cut to the same share, so that embedding and head weigh what they
-weigh there. There is no tokenizer. `--embedding` is a factor, see benchmarks/synth.py.
+`--layers 0` makes all of the release's; with fewer the vocabulary is cut to the same share, so that embedding and head
+weigh what they weigh there. There is no tokenizer. `--embedding` is a factor, see benchmarks/synth.py.
 """
 
 from __future__ import annotations
@@ -72,6 +72,17 @@ SHAPES = {
         "qwen3moe", 2048, 48, 151936, 128, 8, 768, 32, 4, 128,
         {"rope.freq_base": 1e6, "rope.dimension_count": 128},
     ),
+    "olmoe": Shape(
+        "olmoe", 2048, 16, 50304, 64, 8, 1024, 16, 16, 128,
+        {"rope.freq_base": 1e4, "rope.dimension_count": 128},
+    ),
+    "granite": Shape(
+        "granitemoe", 1024, 24, 49155, 32, 8, 512, 16, 8, 64,
+        {
+            "rope.freq_base": 1e4, "rope.dimension_count": 64, "attention.scale": 0.015625,
+            "embedding_scale": 12.0, "residual_scale": 0.22, "logit_scale": 6.0,
+        },
+    ),
 }  # fmt: skip
 
 
@@ -111,8 +122,10 @@ def _attention(shape: Shape) -> Iterator[Tensor]:
     yield "attn_output.weight", (d, own), None
     if shape.arch == "gpt-oss":
         yield from (("attn_output.bias", (d,), 0.01), ("attn_sinks.weight", (shape.heads,), 0.5))
-    else:
-        yield from ((f"attn_{x}_norm.weight", (shape.head_dim,), 1.0) for x in "qk")
+    elif shape.arch != "granitemoe":
+        of_all = shape.arch == "olmoe"  # else of each head
+        for x, heads in (("q", shape.heads), ("k", shape.kv_heads)):
+            yield f"attn_{x}_norm.weight", (shape.head_dim * (heads if of_all else 1),), 1.0
 
 
 def _ffn(shape: Shape, experts: int, is_dense: bool) -> Iterator[Tensor]:
@@ -144,9 +157,11 @@ def _ffn(shape: Shape, experts: int, is_dense: bool) -> Iterator[Tensor]:
 def tensors(shape: Shape, layers: int, experts: int, vocabulary: int) -> Iterator[Tensor]:
     """Yields all of a model, in order."""
     yield from (("token_embd.weight", (vocabulary, shape.hidden), None),)
-    yield from (("output.weight", (vocabulary, shape.hidden), None),)
+    if shape.arch != "granitemoe":  # there the embedding is the head
+        yield "output.weight", (vocabulary, shape.hidden), None
     yield "output_norm.weight", (shape.hidden,), 1.0
-    second = "ffn_norm" if shape.arch in ("deepseek2", "qwen3moe") else "post_attention_norm"
+    late = shape.arch in ("qwen35moe", "gpt-oss")
+    second = "post_attention_norm" if late else "ffn_norm"
     for i in range(layers):
         mixer = _latent if shape.arch == "deepseek2" else _attention
         if (i + 1) % shape.keys.get("full_attention_interval", 1):
@@ -160,7 +175,9 @@ def tensors(shape: Shape, layers: int, experts: int, vocabulary: int) -> Iterato
 def write(out: Path, shape: Shape, layers: int, experts: int, embedding: float) -> None:
     """Writes a file of random weights; the embedding is multiplied by a factor."""
     rng = np.random.Generator(np.random.SFC64(20261129))
-    vocabulary = shape.vocabulary * layers // shape.layers // 64 * 64
+    vocabulary = shape.vocabulary
+    if layers < shape.layers:
+        vocabulary = vocabulary * layers // shape.layers // 64 * 64
     writer = gguf.GGUFWriter(out, shape.arch)
     keys = {
         "block_count": layers, "context_length": 32768, "embedding_length": shape.hidden,
@@ -189,10 +206,13 @@ def write(out: Path, shape: Shape, layers: int, experts: int, embedding: float) 
     for name, size, value in listed:
         if value is None:
             factor = embedding if name == "token_embd.weight" else 1.0
-            # Codes are uniform in -8 to 7, so that weights deviate by 0.02.
+            # Codes are uniform in -8 to 7, so that weights deviate by 0.02. Their mean is -0.5: a block's sign is a bit
+            # of chance, or all rows would have a direction in common and tokens would choose the same experts.
             blocks = rng.integers(0, 2**64, -(-int(np.prod(size)) // 32 * 18 // 8), np.uint64)
             blocks = blocks.view(np.uint8)[: int(np.prod(size)) // 32 * 18].reshape(-1, 18)
+            signs = blocks[:, 1] & 0x80
             blocks[:, :2] = np.array([0.02 / 4.6 * factor], np.float16).view(np.uint8)
+            blocks[:, 1] |= signs
             writer.write_tensor_data(blocks.reshape(*size[:-1], -1))
         elif len(size) > 1 and "bias" not in name:
             noise = rng.standard_normal(size, np.float32)
@@ -209,12 +229,13 @@ def main() -> None:
     )
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, default=8, help="0: as many as in the release")
     parser.add_argument("--experts", type=int, default=0, help="default: as many as in the release")
     parser.add_argument("--embedding", type=float, default=50.0)
     args = parser.parse_args()
     shape = SHAPES[args.shape]
-    write(args.out, shape, args.layers, args.experts or shape.experts, args.embedding)
+    layers, experts = args.layers or shape.layers, args.experts or shape.experts
+    write(args.out, shape, layers, experts, args.embedding)
 
 
 if __name__ == "__main__":
