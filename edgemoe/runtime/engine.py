@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 from collections import abc
@@ -15,15 +14,15 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.arguments import kind, path_of, whole
 from edgemoe.errors import quoted
-from edgemoe.runtime.alone import Alone
 from edgemoe.runtime.change import change
+from edgemoe.runtime.held import Held
 from edgemoe.runtime.meter import Stats
 from edgemoe.runtime.model import Model
 from edgemoe.runtime.opening import open_model
 from edgemoe.runtime.options import EngineOptions
 from edgemoe.runtime.replying import reply
 from edgemoe.runtime.requests import Constraint
-from edgemoe.runtime.sequence import Sequence, token_ids
+from edgemoe.runtime.sequence import token_ids
 from edgemoe.scheduler import Scheduler
 from edgemoe.text.sampler import SamplingParams
 from edgemoe.text.stops import ReplyText
@@ -59,17 +58,12 @@ class Engine:
     def __init__(self, path: str | os.PathLike[str], options: EngineOptions) -> None:
         """See `load`."""
         opened = open_model(path_of("path", path), kind("options", options, EngineOptions))
+        self._held = Held(opened)
         model, text = opened.model, opened.text
-        self._model: Model | None = model
-        self._profile = opened.profile
         self.budget, self.threads = model.budget, model.threads
         self._describe(model)
         self.tokenizer, self.sampling, self._eos = text.tokenizer, text.sampling, text.eos_ids
         self.sampling_notes = text.notes
-        self._sequence: Sequence | None = Sequence(model)
-        self._sequence.state.use(min(len(model.adapters.names), 1))
-        self._meter = self._sequence.meter
-        self._turn = Alone()
 
     sampling: SamplingParams
     """How replies are sampled unless said otherwise: the model's own settings, or the defaults."""
@@ -89,9 +83,7 @@ class Engine:
         Raises:
             ValueError: the engine is closed.
         """
-        if self._model is None:
-            raise ValueError("the engine is closed")
-        return self._model
+        return self._held.model
 
     @property
     def scheduler(self) -> Scheduler:
@@ -128,12 +120,12 @@ class Engine:
 
         Any thread may ask at any time.
         """
-        return self._meter.stats()
+        return self._held.meter.stats()
 
     @property
     def progress(self) -> tuple[int, int]:
         """How many tokens of what is computed now are done, and how many there are; any thread may ask."""
-        return self._meter.prompt_progress
+        return self._held.meter.prompt_progress
 
     @property
     def source(self) -> Mapping[str, Any]:
@@ -159,7 +151,7 @@ class Engine:
             ValueError: too many tokens, none, or one outside the vocabulary.
             ReadError: the disk failed; the engine stays usable.
         """
-        with self._alone() as sequence:
+        with self._held.alone() as sequence:
             tokens = self._tokens(ids)
             sequence.begin(tokens, kept=0)
             out = np.empty((1 if last_only else len(tokens), self.config.vocab_size), np.float32)
@@ -182,7 +174,7 @@ class Engine:
             ValueError: too many tokens, none, or one outside the vocabulary.
             ReadError: the disk failed; the engine stays usable.
         """
-        with self._alone() as sequence:
+        with self._held.alone() as sequence:
             tokens = self._tokens(ids, known=sequence.state.length)
             sequence.go_on()
             out = sequence.row
@@ -195,7 +187,7 @@ class Engine:
     def lend(self, size: int) -> None:
         """Makes room for `size` bytes that the caller needs until the next call; experts have it back then."""
         size = whole("size", size, 0)
-        with self._alone():
+        with self._held.alone():
             self.model.room.lend(size)
 
     def generate(
@@ -230,7 +222,7 @@ class Engine:
             raise ValueError(
                 f"a prompt of {len(tokens)} tokens does not fit a context of {self.context} with a reply"
             )
-        with self._alone() as sequence:
+        with self._held.alone() as sequence:
             # The last token is always computed, for its logits.
             cached = sequence.begin(tokens, kept=len(tokens) - 1)
             sequence.is_cancelled = is_cancelled
@@ -238,21 +230,9 @@ class Engine:
         if params.stop and self.tokenizer is not None:
             text = ReplyText(self.tokenizer, params.stop, continues=True)
         return reply(
-            functools.partial(self._alone, sequence.call), tokens[cached:], params, context=self.context,
+            functools.partial(self._held.alone, sequence.call), tokens[cached:], params, context=self.context,
             eos=frozenset() if params.ignore_eos else self._eos, constraint=constraint, text=text,
         )  # fmt: skip
-
-    @contextlib.contextmanager
-    def _alone(self, call: int | None = None) -> Iterator[Sequence]:
-        """Keeps other threads out, and a generator of an earlier call; gives the engine's sequence."""
-        _ = self.model  # or it says that it is closed
-        with self._turn.hold():
-            sequence = self._sequence
-            if sequence is None:
-                raise ValueError("the engine is closed")
-            if call not in (None, sequence.call):
-                raise RuntimeError("generate: the engine was used for something else meanwhile")
-            yield sequence
 
     def _tokens(self, ids: abc.Sequence[int] | NDArray[Any], known: int = 0) -> NDArray[np.int32]:
         """Returns tokens as an array, which come after `known` others."""
@@ -267,7 +247,7 @@ class Engine:
             ValueError: something cannot be changed, or not to this, such as more bits than the engine was opened with.
             RuntimeError: the engine is in use by another thread.
         """
-        with self._alone() as sequence:
+        with self._held.alone() as sequence:
             change(self.model, **wanted)
             sequence.call += 1
             self._describe(self.model)
@@ -287,13 +267,13 @@ class Engine:
             ValueError: there is none of that name, or the engine is closed.
             RuntimeError: the engine is in use by another thread.
         """
-        sequence, names = self._sequence, self.model.adapters.names
+        sequence, names = self._held.sequence, self.model.adapters.names
         number = 0 if sequence is None else sequence.state.adapter
         return names[number - 1] if number else None
 
     @adapter.setter
     def adapter(self, name: str | None) -> None:
-        with self._alone() as sequence:
+        with self._held.alone() as sequence:
             sequence.state.use(self.model.adapters.number(name))
             sequence.call += 1
 
@@ -309,7 +289,7 @@ class Engine:
             OSError: the file cannot be written.
             RuntimeError: the engine is in use by another thread.
         """
-        with self._alone():
+        with self._held.alone():
             self.model.record(path, look_ahead=look_ahead)
 
     def warm(self) -> int:
@@ -324,10 +304,7 @@ class Engine:
             ValueError: the engine has no profile.
             ReadError: the disk failed; the engine stays usable.
         """
-        if self._profile is None:
-            raise ValueError("warm: expected an engine with a profile")
-        with self._alone():
-            return self.model.warm()
+        return self._held.warm()
 
     def chat(self, *, system: str | None = None, params: SamplingParams | None = None) -> Chat:
         """Opens a conversation.
@@ -348,22 +325,7 @@ class Engine:
             OSError: the profile or the trace cannot be written; what was there stays, and the engine is closed.
             RuntimeError: called by what the engine calls, such as an observer.
         """
-        if self._turn.is_foreign:  # a child drops what it cannot use
-            self._model = self._sequence = None
-            return
-        with self._turn.last():
-            model, profile, self._sequence = self._model, self._profile, None
-            if model is None:
-                return
-            learned = None if profile is None else profile.learned(model.store, model.scheduler)
-            self._meter.freeze()
-            self._model = None
-        try:
-            if model.experts.observer is not None:
-                model.experts.observer.close()
-        finally:
-            if profile is not None and learned is not None:
-                profile.write(learned)
+        self._held.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -343,7 +343,7 @@ def test_a_models_own_sampling_is_the_default(tmp_path):
 def test_an_interrupt_between_computing_and_counting_is_forgotten(tiny_moe, expected):
     with edgemoe.load(tiny_moe) as engine:
         engine.logits(IDS[:149])
-        state = engine._sequence.state
+        state = engine._held.sequence.state
         state.begin(3)
         engine.model.decoder.forward(Batch.of((state, IDS[:3].astype(np.int32))))  # and Ctrl-C here
         assert np.array_equal(engine.extend(IDS[149:150])[0], expected[8][0][-1])
@@ -390,7 +390,7 @@ def test_a_prompt_is_cancelled_between_its_layers(tiny_moe, monkeypatch):
             with pytest.raises(edgemoe.Cancelled):
                 next(reply)
             assert len(asked) == wanted
-            assert engine._sequence.state.length == (wanted - 1) // layers * 16
+            assert engine._held.sequence.state.length == (wanted - 1) // layers * 16
             # What was computed is kept, and nobody asks the next call.
             assert (list(engine.generate(ids, GREEDY)), engine.stats.logits_hash) == expected
             assert engine.stats.cached_tokens == (wanted - 1) // layers * 16

@@ -289,7 +289,7 @@ def test_what_no_cache_can_hold_is_said_before_it_counts(tmp_path, tokens):
             said.append(str(caught.value))
             with pytest.raises(RangeError, match="^layer 1: a value of"):
                 engine.extend(IDS[:1])
-            assert engine._sequence.state.length == 0
+            assert engine._held.sequence.state.length == 0
     assert said[0] == said[1]
 
 

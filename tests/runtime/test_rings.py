@@ -50,7 +50,7 @@ def plain(model):
         patch.setattr(kv, "_positions", lambda spec, capacity, types, chunk: (capacity, 0))
         engine = edgemoe.load(model, context=CONTEXT)
     with engine:
-        assert not engine._sequence.state.needs_snapshots
+        assert not engine._held.sequence.state.needs_snapshots
         yield engine
 
 
@@ -123,7 +123,7 @@ def test_a_conversation_goes_on_where_it_was(model, rings, plain):
 
 def test_a_little_is_taken_back_without_a_snapshot(model, rings, plain):
     with edgemoe.load(model, context=CONTEXT) as engine:
-        state = engine._sequence.state
+        state = engine._held.sequence.state
         for length in (450, 300, 275):  # 275 + 1 - 32 = 500 - 256
             engine.logits(IDS[:500])
             assert state.rewind(length) == length
@@ -136,7 +136,7 @@ def test_a_little_is_taken_back_without_a_snapshot(model, rings, plain):
 
 def test_a_snapshot_is_saved_as_soon_as_one_position_of_it_goes(model, rings, plain):
     with edgemoe.load(model, context=CONTEXT) as engine:
-        state = engine._sequence.state
+        state = engine._held.sequence.state
         engine.logits(IDS[:274])
         state.snapshot()
         engine.extend(IDS[274:500])  # of what it sees, 274 + 1 - 32 = 243 alone is written over
@@ -185,7 +185,7 @@ def test_a_snapshot_needs_no_pass_of_its_own(model, monkeypatch, plain):
 
 def test_a_pass_that_is_broken_off_leaves_the_rings(model, rings, plain):
     with edgemoe.load(model, context=CONTEXT) as engine:
-        state = engine._sequence.state
+        state = engine._held.sequence.state
         engine.logits(IDS[:500])
         calls = []
         for _ in range(4):
@@ -203,7 +203,7 @@ def test_whatever_is_done_in_whatever_order(model, rings, plain, seed):
     rng = np.random.default_rng(seed)
     reached_snapshots = 0
     with edgemoe.load(model, context=CONTEXT) as engine:
-        state, other = engine._sequence.state, plain._sequence.state
+        state, other = engine._held.sequence.state, plain._held.sequence.state
         state.rewind(0)
         other.rewind(0)
         for _ in range(100):
@@ -263,7 +263,7 @@ def test_a_chat_takes_turns_back(model, rings, plain):
 def test_a_ring_is_saved_whole_and_brought_back(model, rings, plain):
     expected = plain.logits(IDS[:420])
     with edgemoe.load(model, context=CONTEXT, sequences=2) as engine:
-        state, other = engine._sequence.state, engine.model.make_state()
+        state, other = engine._held.sequence.state, engine.model.make_state()
         engine.logits(IDS[:400])
         saved = [[part.copy() for part in layer.parts(400)] for layer in state.layers]
         state.rewind(0)
@@ -272,7 +272,7 @@ def test_a_ring_is_saved_whole_and_brought_back(model, rings, plain):
             for target, part in zip(layer.make_parts(400), parts, strict=True):
                 target[...] = part
         other.commit(IDS[:400])
-        engine._sequence.state = other
+        engine._held.sequence.state = other
         assert np.array_equal(engine.extend(IDS[400:420], last_only=False), expected[400:])
         assert other.rewind(401) == 401
         assert (

@@ -70,8 +70,8 @@ def play(model):
 def test_each_sequence_has_the_same_bits_as_alone(tiny_moe, alone, monkeypatch, share, scheduler):
     with_slots(monkeypatch, slots(tiny_moe, share))
     with edgemoe.load(tiny_moe, sequences=3, scheduler=scheduler) as engine:
-        del engine._sequence  # the engine's own takes one of three
-        engine._sequence = None
+        del engine._held.sequence  # the engine's own takes one of three
+        engine._held.sequence = None
         gc.collect()
         for mine, expected in zip(play(engine.model), alone, strict=True):
             assert np.array_equal(mine, expected)
@@ -124,7 +124,7 @@ def test_there_are_as_many_sequences_as_the_memory_was_divided_for(tiny_moe):
 def test_a_batch_is_no_longer_than_a_chunk(tiny_moe, monkeypatch):
     with_slots(monkeypatch, 1 << 20, chunk=16)
     with edgemoe.load(tiny_moe) as engine:
-        state = engine._sequence.state
+        state = engine._held.sequence.state
         with pytest.raises(ValueError, match="batch: expected at most 16 tokens, got 17"):
             engine.model.forward(Batch.of((state, TEXTS[0][:17])))
         assert not state.is_dirty
@@ -192,7 +192,7 @@ def test_a_read_that_fails_in_a_late_layer_leaves_every_sequence_as_it_was(broke
             assert [state.length for state in states] == [9, 9, 9]
         with pytest.raises(edgemoe.ReadError):
             engine.logits(TEXTS[0])
-        assert engine._sequence.state.length == 0
+        assert engine._held.sequence.state.length == 0
         file.mend()
         model.experts.observer = None
         for i, (state, text) in enumerate(zip(states, TEXTS, strict=True)):
