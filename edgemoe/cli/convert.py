@@ -248,6 +248,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="the checkpoint")
     parser.add_argument("out", type=Path, metavar="OUT.moe", help="the file to make")
+    _add_codes(parser)
+    parser.add_argument(
+        "--base",
+        metavar="BASE.moe",
+        help="SOURCE is a fine-tune of this model: write what differs to OUT.moea, an adapter, which --adapter takes",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        metavar="DIR",
+        help="with --base, the checkpoint that it was made of: what is the same there need not be converted",
+    )
+    parser.add_argument("--carve", action="store_true", help="cut a dense model into experts")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT.moe if it exists")
+    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
+    return parser
+
+
+def _add_codes(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say which codes become of weights."""
     parser.add_argument(
         "--bits",
         type=int,
@@ -309,18 +329,3 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out this share of every expert's neurons, those that matter least by the calibration; those "
         "that are left make up for them, if it has matrices of inputs, as --full sums them",
     )
-    parser.add_argument(
-        "--base",
-        metavar="BASE.moe",
-        help="SOURCE is a fine-tune of this model: write what differs to OUT.moea, an adapter, which --adapter takes",
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        metavar="DIR",
-        help="with --base, the checkpoint that it was made of: what is the same there need not be converted",
-    )
-    parser.add_argument("--carve", action="store_true", help="cut a dense model into experts")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT.moe if it exists")
-    parser.add_argument("-v", "--verbose", action="store_true", help="tracebacks of errors")
-    return parser

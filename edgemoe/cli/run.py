@@ -98,17 +98,7 @@ def _run(args: Namespace, schema: object) -> int:
     if sys.stdout is None:
         raise ValueError("stdout is closed; expected somewhere to write the reply")
     set_up_logging(verbose=args.verbose)
-    args.prompt, args.system_prompt = (
-        text and argument_text(text, name)
-        for text, name in ((args.prompt, "-p"), (args.system_prompt, "-sys"))
-    )
-    args.stop = [argument_text(text, "-r") for text in args.stop]
-    args.model = fetched(args)
-    if args.model is not None:  # before the prompt is read, which may take a person's time
-        args.model = model_path(args.model, converts=True)
-    prompt = _prompt(args)  # before the model is loaded, so that a mistake costs no time
-    if args.model is None:
-        args.model = demo_model()
+    prompt = _texts(args)
     session = None
     held: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
     if args.session is not None:
@@ -121,7 +111,6 @@ def _run(args: Namespace, schema: object) -> int:
     if args.max_quality_loss is not None:
         note(f"# {pick(args, context=args.ctx_size or None)}")
     known = None if args.max_quality_loss is not None else cost(args)
-    from edgemoe.runtime.chat import Chat
     from edgemoe.runtime.engine import Engine
     from edgemoe.runtime.options import EngineOptions
 
@@ -135,52 +124,90 @@ def _run(args: Namespace, schema: object) -> int:
             else opened_beside(flags, args.model)
         ) as engine,
     ):
-        _note_threads(args.threads)
-        for line in engine.notes:
-            note(f"# {line}")
-        bits = engine.expert_bits
-        if (
-            not any(line.startswith("lossy: experts") for line in engine.notes)
-            and bits.min() < bits.max()
-        ):
-            note(
-                f"# the file's experts: {bits.mean():.2f} bits on average, {bits.min()} to {bits.max()}"
-            )
-        if engine.notes and known:
-            note(f"# {known}")
-        if engine.adapter:
-            note(f"# adapter: {engine.adapter}")
-        if args.warm:
-            _warm(engine, args.profile)
-        for line in engine.sampling_notes:
-            note(f"# {line}")
-        params = _sampling(args, engine.sampling)
-        chat = Chat(engine, system=args.system_prompt, params=params, raw=args.raw)
-        if chat.note:
-            note(f"# {chat.note}")
-        if schema is not None:
-            keep_to(engine, chat, schema)
-        if chat.is_raw and not args.raw:
-            note("# the model has no chat template: it continues your text instead of answering it")
-        if session is not None:
-            from edgemoe.cli.sessions import keep, resume
+        _note_engine(engine, args, known)
+        return _talk(engine, args, prompt, schema, session)
 
-            note(f"# {resume(chat, session)}")
-            if args.system_prompt:
-                chat.instruct(args.system_prompt)
-        set_reasoning(chat, args.reasoning)
-        if prompt is None:
-            from edgemoe.cli.repl import interact
 
-            return interact(
-                engine, chat, name=Path(args.model).stem, stats=args.stats, reasoning=args.reasoning,
-                keep=None if session is None else lambda: keep(chat, session),
-                keeps_history=not args.no_history,
-            )  # fmt: skip
-        code = _answer(engine, chat, prompt, stats=args.stats, reasoning=args.reasoning)
-        if session is not None:
-            keep(chat, session)
-        return code
+def _texts(args: Namespace) -> str | None:
+    """Reads the texts that are given and finds the model, before that is loaded: a mistake costs no time.
+
+    Returns:
+        The one prompt to answer, None for an interactive chat.
+    """
+    args.prompt, args.system_prompt = (
+        text and argument_text(text, name)
+        for text, name in ((args.prompt, "-p"), (args.system_prompt, "-sys"))
+    )
+    args.stop = [argument_text(text, "-r") for text in args.stop]
+    args.model = fetched(args)
+    if args.model is not None:  # before the prompt is read, which may take a person's time
+        args.model = model_path(args.model, converts=True)
+    prompt = _prompt(args)
+    if args.model is None:
+        args.model = demo_model()
+    return prompt
+
+
+def _note_engine(engine: Engine, args: Namespace, known: str | None) -> None:
+    """Says what was chosen that changes answers or speed, and loads the experts that were used most.
+
+    Args:
+        known: what is known of the cost in quality.
+    """
+    _note_threads(args.threads)
+    for line in engine.notes:
+        note(f"# {line}")
+    bits = engine.expert_bits
+    if (
+        not any(line.startswith("lossy: experts") for line in engine.notes)
+        and bits.min() < bits.max()
+    ):
+        note(
+            f"# the file's experts: {bits.mean():.2f} bits on average, {bits.min()} to {bits.max()}"
+        )
+    if engine.notes and known:
+        note(f"# {known}")
+    if engine.adapter:
+        note(f"# adapter: {engine.adapter}")
+    if args.warm:
+        _warm(engine, args.profile)
+    for line in engine.sampling_notes:
+        note(f"# {line}")
+
+
+def _talk(
+    engine: Engine, args: Namespace, prompt: str | None, schema: object, session: Path | None
+) -> int:
+    """Answers the prompt, or chats where there is none; keeps the session."""
+    from edgemoe.runtime.chat import Chat
+
+    params = _sampling(args, engine.sampling)
+    chat = Chat(engine, system=args.system_prompt, params=params, raw=args.raw)
+    if chat.note:
+        note(f"# {chat.note}")
+    if schema is not None:
+        keep_to(engine, chat, schema)
+    if chat.is_raw and not args.raw:
+        note("# the model has no chat template: it continues your text instead of answering it")
+    if session is not None:
+        from edgemoe.cli.sessions import keep, resume
+
+        note(f"# {resume(chat, session)}")
+        if args.system_prompt:
+            chat.instruct(args.system_prompt)
+    set_reasoning(chat, args.reasoning)
+    if prompt is None:
+        from edgemoe.cli.repl import interact
+
+        return interact(
+            engine, chat, name=Path(args.model).stem, stats=args.stats, reasoning=args.reasoning,
+            keep=None if session is None else lambda: keep(chat, session),
+            keeps_history=not args.no_history,
+        )  # fmt: skip
+    code = _answer(engine, chat, prompt, stats=args.stats, reasoning=args.reasoning)
+    if session is not None:
+        keep(chat, session)
+    return code
 
 
 def _warm(engine: Engine, profile: str) -> None:

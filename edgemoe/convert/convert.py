@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -110,49 +110,107 @@ def convert(
         for name, value in (("bits", bits), ("favour", favour), ("correction", correction))
     )
     down_bits = None if down_bits is None else wholes("down_bits", down_bits, 0)
-    scheme.favoured(bits, favour)  # or it says so before what takes long
-    if correction is not None:
-        check_rank(correction, scheme, calibration)
-    if prune is not None and allocation is not None:
-        raise ValueError("prune: takes no allocation, which is of whole experts")
+    codes = _Codes(scheme, bits, calibration, allocation, favour, down_bits, prune)
+    codes.check(correction)
     model, calibration = opened_model(source, prune, calibration, are_there=arrivals is None)
-    config, say = model.config, say or (lambda text: None)
-    for line in model.notes:
-        say(line)
-    check_text(source, config.vocab_size)
-    if calibration is not None:
-        calibration.check(config)
-        calibration.verify(_part(reading, 0))
-        if calibration.note:
-            say(calibration.note)
+    codes = replace(codes, calibration=calibration)
+    _check(source, model, calibration, reading, say or (lambda text: None))
     added = sections(source)
-    is_fitted = calibration is not None and calibration.is_full and scheme.name == "nested"
-    if calibration is not None and is_fitted and scale_columns:
-        scales = choose_scales(
-            model, calibration, bits=bits, favour=scheme.favoured(bits, favour),
-            progress=_part(reading, 1),
-        )  # fmt: skip
-        model, calibration = ScaledModel(model, scales), calibration.with_scales(scales)
-        added = {**added, COLUMN_SCALES: scales.section()}
-    if calibration is not None and is_fitted and not scheme.correction:
-        found = (
-            choose_ranks(model, calibration, bits=bits, allocation=allocation, favour=favour)
-            if correction is None
-            else same_ranks(config, calibration, correction)
-        )
-        scheme = replace(scheme, correction=found)
-    provenance = _provenance(
-        model, source, origin, calibration=calibration, allocation=allocation, favour=favour,
-        prune=prune, is_thorough=scheme.is_thorough,
-    )  # fmt: skip
-    with Writer(
-        out, config, bits=bits, scheme=scheme, sections=added, source=provenance,
-        calibration=calibration, allocation=allocation, favour=favour, down_bits=down_bits,
-        reading=_part(reading, 2),
-    ) as writer:  # fmt: skip
+    model, codes, scales = _fitted(model, codes, correction, reading, scale_columns=scale_columns)
+    provenance = _provenance(model, source, origin, codes)
+    with codes.writer(out, model, {**added, **scales}, provenance, _part(reading, 2)) as writer:
         if reading is not None and calibration is not None:
             reading(_WHOLE, _WHOLE)
         _write(writer, model, arrivals, progress or (lambda done, total: None))
+
+
+@dataclass(frozen=True, slots=True)
+class _Codes:
+    """Says how weights become codes; see `convert`."""
+
+    scheme: Scheme
+    bits: int | None
+    calibration: Calibration | None
+    allocation: Allocation | None
+    favour: int | None
+    down_bits: tuple[int, ...] | None
+    prune: float | None
+
+    def check(self, correction: int | None) -> None:
+        """Raises what can be said before what takes long."""
+        self.scheme.favoured(self.bits, self.favour)
+        if correction is not None:
+            check_rank(correction, self.scheme, self.calibration)
+        if self.prune is not None and self.allocation is not None:
+            raise ValueError("prune: takes no allocation, which is of whole experts")
+
+    def writer(
+        self,
+        out: str | os.PathLike[str],
+        model: SourceModel,
+        added: Mapping[str, bytes],
+        provenance: dict[str, Any],
+        reading: Progress | None,
+    ) -> Writer:
+        """Returns what writes the file; it reads the calibration first."""
+        return Writer(
+            out, model.config, bits=self.bits, scheme=self.scheme, sections=added, source=provenance,
+            calibration=self.calibration, allocation=self.allocation, favour=self.favour,
+            down_bits=self.down_bits, reading=reading,
+        )  # fmt: skip
+
+
+def _check(
+    source: Checkpoint,
+    model: SourceModel,
+    calibration: Calibration | None,
+    reading: Progress | None,
+    say: Callable[[str], None],
+) -> None:
+    """Checks what comes with a model, and says what of it is worth knowing."""
+    for line in model.notes:
+        say(line)
+    check_text(source, model.config.vocab_size)
+    if calibration is not None:
+        calibration.check(model.config)
+        calibration.verify(_part(reading, 0))
+        if calibration.note:
+            say(calibration.note)
+
+
+def _fitted(
+    model: SourceModel,
+    codes: _Codes,
+    correction: int | None,
+    reading: Progress | None,
+    *,
+    scale_columns: bool,
+) -> tuple[SourceModel, _Codes, dict[str, bytes]]:
+    """Returns the model and its codes as the inputs of its matrices say, and the section that tells the first."""
+    calibration, scheme, added = codes.calibration, codes.scheme, {}
+    if calibration is None or not calibration.is_full or scheme.name != "nested":
+        return model, codes, added
+    if scale_columns:
+        favour = scheme.favoured(codes.bits, codes.favour)
+        scales = choose_scales(
+            model, calibration, bits=codes.bits, favour=favour, progress=_part(reading, 1)
+        )
+        model, calibration = ScaledModel(model, scales), calibration.with_scales(scales)
+        added[COLUMN_SCALES] = scales.section()
+    if not scheme.correction:
+        found = (
+            choose_ranks(
+                model,
+                calibration,
+                bits=codes.bits,
+                allocation=codes.allocation,
+                favour=codes.favour,
+            )
+            if correction is None
+            else same_ranks(model.config, calibration, correction)
+        )
+        scheme = replace(scheme, correction=found)
+    return model, replace(codes, calibration=calibration, scheme=scheme), added
 
 
 def _part(reading: Progress | None, index: int) -> Progress | None:
@@ -180,12 +238,7 @@ def _provenance(
     model: SourceModel,
     source: Checkpoint,
     origin: Mapping[str, Any] | None,
-    *,
-    calibration: Calibration | None,
-    allocation: Allocation | None,
-    favour: int | None,
-    prune: float | None,
-    is_thorough: bool,
+    codes: _Codes,
 ) -> dict[str, Any]:
     """Returns what the file says of where its weights come from, and what its codes were chosen by."""
     out: dict[str, Any] = {
@@ -196,15 +249,15 @@ def _provenance(
     }
     if origin is not None:
         out["origin"] = dict(origin)
-    if calibration is not None:
-        out["calibration"] = {**calibration.meta, "checksum": calibration.digest()}
-    if allocation is not None:
-        out["allocation"] = {"method": allocation.method, **allocation.settings}
-    if favour is not None:
-        out["favour"] = favour
-    if prune is not None:
-        out["pruned"] = prune
-    if is_thorough:
+    if codes.calibration is not None:
+        out["calibration"] = {**codes.calibration.meta, "checksum": codes.calibration.digest()}
+    if codes.allocation is not None:
+        out["allocation"] = {"method": codes.allocation.method, **codes.allocation.settings}
+    if codes.favour is not None:
+        out["favour"] = codes.favour
+    if codes.prune is not None:
+        out["pruned"] = codes.prune
+    if codes.scheme.is_thorough:
         out["thorough"] = True
     return out
 

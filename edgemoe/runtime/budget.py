@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from edgemoe import hardware
@@ -230,19 +230,11 @@ class Budget:
         least = sized(context or min(SMALLEST_CONTEXT, config.context_length), CHUNKS[-1])
         if least.room < expert or ram < opening:
             raise least._too_small(opening, outside)
-        # Context and chunk may take an eighth each of what would else hold experts.
-        spare = least.room - expert
         if context is None:
-            most = min(DEFAULT_CONTEXT, config.context_length)
-            room = (least.kv + spare // 8) // sequences
-            context = longest_context(
-                least.context, most, room, lambda n: states.total(n, CHUNKS[0])
-            )
-        most_chunk = CHUNKS[0] if vram is None else vram.chunk
-        fits = (sized(context, chunk) for chunk in CHUNKS if chunk <= most_chunk)
-        small = sized(context, CHUNKS[-1])
-        limit = small.scratch + small.kv + spare // 8
-        return next(b for b in fits if b.scratch + b.kv <= limit)
+            context = _context_of(least, states, config)
+        return _fitting(
+            sized, context, least.room - expert, CHUNKS[0] if vram is None else vram.chunk
+        )
 
     def _too_small(self, opening: int, outside: int) -> OutOfBudget:
         needed = self.fixed - self.tables + self.expert + _JITTER_BYTES
@@ -300,6 +292,28 @@ class Budget:
             f"{_mib(self.tables)} for page tables, {_mib(self.dense)} for dense weights, "
             f"{_mib(self.kv)} for {each}{self.context} tokens of context, {_mib(self.scratch)} for scratch{there}"
         )
+
+
+# Context and chunk may take an eighth each of what would else hold experts.
+
+
+def _context_of(least: Budget, states: _States, config: ModelConfig) -> int:
+    """Returns the context that fits well, where the least one leaves some room."""
+    spare = least.room - least.expert
+    return longest_context(
+        least.context, min(DEFAULT_CONTEXT, config.context_length),
+        (least.kv + spare // 8) // least.sequences, lambda n: states.total(n, CHUNKS[0]),
+    )  # fmt: skip
+
+
+def _fitting(
+    sized: Callable[[int, int], Budget], context: int, spare: int, most_chunk: int
+) -> Budget:
+    """Returns the division with the longest chunk that fits well, where the least one leaves `spare` bytes."""
+    fits = (sized(context, chunk) for chunk in CHUNKS if chunk <= most_chunk)
+    small = sized(context, CHUNKS[-1])
+    limit = small.scratch + small.kv + spare // 8
+    return next(b for b in fits if b.scratch + b.kv <= limit)
 
 
 def _mib(n: int) -> str:

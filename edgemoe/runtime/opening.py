@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,18 +159,7 @@ def _assembled(
     config, level = moe.config, moe.level(bits.most)
     threads = hardware.num_threads() if options.threads is None else options.threads
     shape = OpsShape.of(config, threads)
-    total = default_ram() if options.ram is None else parse_size(options.ram)
-    is_added = options.ram is not None and not options.whole_process
-    chosen = bits.told(options)
-
-    def divide(process: int, vram: Vram | None) -> Budget:
-        return Budget.divide(
-            moe, ram=total + before if is_added else total, process=process, level=level,
-            dense_level=dense_level, context=options.context, kv_types=options.kv_types, ops=shape,
-            sequences=options.sequences, slots=options.slots, opening=opening,
-            outside=before if is_added else 0, vram=vram,
-            beside=adapters.beside(dense_level, config.hidden_size),
-        )  # fmt: skip
+    divide = _divider(moe, options, level, dense_level, shape, before, opening, adapters)
 
     def spare(least: Vram) -> int:
         budget = divide(hardware.process_bytes(), least)
@@ -179,25 +169,17 @@ def _assembled(
     there = OnDevice.open(moe, options, dense_level, shape, spare)
     vram = None if there is None else there.vram
     estimate = divide(hardware.process_bytes(), vram)
-    make = SCHEDULERS[options.scheduler]
-    first = make(model_setting(moe, bits.most, estimate.slots, sections), **chosen)
+    make = partial(SCHEDULERS[options.scheduler], **bits.told(options))
+    first = make(model_setting(moe, bits.most, estimate.slots, sections))
     if first.stand_ins is None:  # megabytes, which slots shall have
         sections.pop("stand-ins", None)
     del first
-    weights: Mapping[str, Any]
-    if there is None:
-        weights = own = load_dense(moe, dense_level, verify=options.verify, told=told)
-        adapters.widen_biases(own, verify=options.verify)
-    else:
-        weights = there.load(dense_level, verify=options.verify, told=told)
-    others = adapters.load(weights, dense_level, verify=options.verify)
+    weights, others = _loaded(moe, options, dense_level, there, adapters, told)
     hardware.trim()
     # Slots are sized last, from what the process really has by now.
-    every = {id(weight): weight for of in (weights, *others) for weight in of.values()}
-    dense = sum(map(_host_bytes, every.values()))
-    budget = divide(max(hardware.process_bytes() - dense, 0), vram)
+    budget = divide(max(hardware.process_bytes() - _dense_bytes(weights, *others), 0), vram)
     setting = model_setting(moe, bits.most, budget.slots, sections)
-    scheduler = make(setting, **chosen)
+    scheduler = make(setting)
     shape = replace(shape, max_tokens=budget.chunk, max_context=budget.context)
     ops: Ops = CpuOps(shape) if there is None else there.ops(shape)
     store = ExpertStore.open(
@@ -223,6 +205,56 @@ def _assembled(
         adapters=adapters, given=given, most_bits=bits.most, most_experts=config.experts_per_token,
         sections_bytes=0,
     )  # fmt: skip
+
+
+def _divider(
+    moe: MoeFile,
+    options: EngineOptions,
+    level: int,
+    dense_level: int,
+    shape: OpsShape,
+    before: int,
+    opening: int,
+    adapters: Adapters,
+) -> Callable[[int, Vram | None], Budget]:
+    """Returns what divides the memory, given the bytes of the process and how a device's memory is divided."""
+    total = default_ram() if options.ram is None else parse_size(options.ram)
+    is_added = options.ram is not None and not options.whole_process
+
+    def divide(process: int, vram: Vram | None) -> Budget:
+        return Budget.divide(
+            moe, ram=total + before if is_added else total, process=process, level=level,
+            dense_level=dense_level, context=options.context, kv_types=options.kv_types, ops=shape,
+            sequences=options.sequences, slots=options.slots, opening=opening,
+            outside=before if is_added else 0, vram=vram,
+            beside=adapters.beside(dense_level, moe.config.hidden_size),
+        )  # fmt: skip
+
+    return divide
+
+
+def _loaded(
+    moe: MoeFile,
+    options: EngineOptions,
+    dense_level: int,
+    there: OnDevice | None,
+    adapters: Adapters,
+    told: Told,
+) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
+    """Returns the model's weights outside the routed experts, and those that adapters have otherwise."""
+    weights: Mapping[str, Any]
+    if there is None:
+        weights = own = load_dense(moe, dense_level, verify=options.verify, told=told)
+        adapters.widen_biases(own, verify=options.verify)
+    else:
+        weights = there.load(dense_level, verify=options.verify, told=told)
+    return weights, adapters.load(weights, dense_level, verify=options.verify)
+
+
+def _dense_bytes(*weights: Mapping[str, Any]) -> int:
+    """Returns what of some tensors lies in this process's memory, where several may be the same one."""
+    every = {id(weight): weight for of in weights for weight in of.values()}
+    return sum(map(_host_bytes, every.values()))
 
 
 def _host_bytes(weight: object) -> int:
