@@ -151,9 +151,7 @@ Held<DeviceKv> device_kv_of(const std::shared_ptr<DeviceSpace>& space, const std
   return out;
 }
 
-}  // namespace
-
-void bind_device(py::module_& m) {
+void bind_space(py::module_& m) {
   m.def("probe_device", &probed, py::arg("path"), "What a plug-in for devices says of itself and of the machine.");
 
   py::class_<DeviceSpace, std::shared_ptr<DeviceSpace>>(m, "Device", "An open device, and what may be taken of it.")
@@ -191,7 +189,9 @@ void bind_device(py::module_& m) {
       .def("measure", &DeviceStream::measure, py::call_guard<py::gil_scoped_release>(),
            "Bytes per second that it copies.")
       .def_property_readonly("bytes_in", &DeviceStream::bytes_in);
+}
 
+void bind_arrays(py::module_& m) {
   py::class_<DeviceArray>(m, "DeviceArray", "float32 in a device's memory.")
       .def(py::init(&make_array), py::arg("device").none(false), py::arg("shape"))
       .def_property_readonly("shape", [](const DeviceArray& a) { return py::tuple(py::cast(a.shape)); })
@@ -218,7 +218,9 @@ void bind_device(py::module_& m) {
       .def_property_readonly("cols", [](const DeviceMatrix& d) { return d.matrix.cols; })
       .def_property_readonly("bits", [](const DeviceMatrix& d) { return bits_of(d.matrix); })
       .def_property_readonly("bytes", [](const DeviceMatrix& d) { return d.memory.size(); });
+}
 
+void bind_device_kv(py::module_& m) {
   py::class_<DeviceKv, Held<DeviceKv>>(m, "DeviceKvLayer", "Keys and values of one layer in a device's memory.")
       .def(py::init(&device_kv_of), py::kw_only(), py::arg("device").none(false), py::arg("key_type"),
            py::arg("value_type"), py::arg("num_heads"), py::arg("capacity"), py::arg("head_dim"))
@@ -239,6 +241,14 @@ void bind_device(py::module_& m) {
         kv.memory.space().download({{out.mutable_data(), kv.memory.as(), kv.memory.size()}});
         return out;
       });
+}
+
+}  // namespace
+
+void bind_device(py::module_& m) {
+  bind_space(m);
+  bind_arrays(m);
+  bind_device_kv(m);
 }
 
 }  // namespace edgemoe

@@ -15,86 +15,6 @@
 namespace edgemoe {
 namespace {
 
-/// What an FFN's matrices must be for each other, and without a gate only for an activation that needs none.
-void check_ffn(const ExpertView& w, Activation activation) {
-  const bool gated = activation != Activation::kRelu2;
-  if (w.gate.rows != (gated ? w.up.rows : 0) || (gated && w.gate.cols != w.up.cols) || w.down.cols != w.up.rows) {
-    throw std::invalid_argument("ffn: the matrices do not fit each other or the activation");
-  }
-}
-
-/// Gate, up and down.
-using FfnMatrices = std::tuple<const Nested*, const Nested*, const Nested*>;
-
-/// Biases of an expert among those of all, arrays [E, H], [E, H] and [E, D], or None for no gate's.
-class ExpertBiases {
- public:
-  ExpertBiases(const py::object& arrays, int d, int h) : d_(d), h_(h) {
-    if (arrays.is_none()) return;
-    const auto parts = arrays.cast<std::vector<py::object>>();
-    if (parts.size() != 3) throw std::invalid_argument("biases: expected those of gate, up and down");
-    for (int i = 0; i < 3; ++i) {
-      if (!parts[size_t(i)].is_none()) all_[i] = floats(parts[size_t(i)], "biases", {-1, i < 2 ? h : d});
-      if (all_[i]) count_ = std::min(count_, py::reinterpret_borrow<Array<float>>(parts[size_t(i)]).shape(0));
-    }
-  }
-
-  FfnBiases of(py::ssize_t expert) const {
-    if (expert >= count_) throw std::invalid_argument("biases: there is no such expert");
-    const size_t e = size_t(expert);
-    return {all_[0] ? all_[0] + e * size_t(h_) : nullptr, all_[1] ? all_[1] + e * size_t(h_) : nullptr,
-            all_[2] ? all_[2] + e * size_t(d_) : nullptr};
-  }
-
- private:
-  int d_, h_;
-  py::ssize_t count_ = PY_SSIZE_T_MAX;
-  const float* all_[3] = {};
-};
-
-/// A basis of corrections and its rows, null where there is none. Throws unless it is for matrices of `cols` columns.
-struct BasisRows {
-  const int8_t* v = nullptr;
-  int rows = 0;
-
-  BasisRows(const std::optional<Array<int8_t>>& basis, int cols) {
-    if (!basis) return;
-    expect(*basis, "basis", {-1, py::ssize_t(basis_stride(cols))});
-    v = basis->data();
-    rows = int(basis->shape(0));
-  }
-};
-
-/// Runs FFNs on x [T, d]: experts, which may have corrections with a basis, and at the end one beside them.
-/// z: what `project` makes of x with the basis, or null.
-void run_uses(Workspace& ws, const float* x, int T, int d, Activation kind, const BasisRows& basis, const float* z,
-              bool has_beside, std::vector<FfnUse>* uses) {
-  const auto end = uses->end() - int(has_beside);
-  int rank = 0;
-  for (auto use = uses->begin(); use != end; ++use) rank = std::max({rank, rank_of(use->w.gate), rank_of(use->w.up)});
-  const bool projects = rank > 0 && !z;
-  if (projects && !basis.v) throw std::invalid_argument("basis: expected one for matrices with corrections, got None");
-  if (projects && basis.rows < rank) {
-    throw std::invalid_argument("basis: expected " + std::to_string(rank) + " rows, got " + std::to_string(basis.rows));
-  }
-  std::vector<float> own(projects ? size_t(T) * kMaxRank : 0);
-  if (projects) project(ws, x, T, basis.v, rank, d, own.data());
-  for (auto use = uses->begin(); use != end; ++use) use->z = projects ? own.data() : z;
-  run_ffns(ws, x, T, kind, *uses);
-}
-
-/// An FFN that all of T tokens of width d take: without a gate where there is none.
-FfnUse use_beside(const FfnMatrices& matrices, int T, int d, Activation kind, Array<float>& out) {
-  const auto& [gate, up, down] = matrices;
-  if (!up || !down) throw py::type_error("ffn: expected matrices, got None");
-  FfnUse use{{gate ? gate->matrix : NestedMatrix{}, up->matrix, down->matrix}, nullptr, T, nullptr};
-  check_ffn(use.w, kind);
-  if (up->matrix.cols != d) throw std::invalid_argument("ffn: the matrices do not fit x");
-  expect(out, "ffn out", {T, down->matrix.rows});
-  use.out = out.mutable_data();
-  return use;
-}
-
 /// The FFNs of a plan, checked, so that groups of them can run without Python.
 class PlannedFfns {
  public:
@@ -264,95 +184,12 @@ void bind_run_experts(py::module_& m) {
       "the matrices of an FFN on all of x with the same activation, whose result beside_out [T, D] gets.");
 }
 
-/// A layer's experts that are chosen for one token where nobody looks, all of which are there.
-struct ChosenFfns {
-  Cache& cache;
-  int first;  ///< the layer's first expert
-  int count;
-  const int32_t* chosen;
-  const float* gates;
-  const int8_t* levels;  ///< of all experts
-  Activation kind;
-  ExpertBiases biases;
-  BasisRows basis;
-  std::optional<FfnUse> beside;
-  std::vector<int32_t> rows;  ///< of parts, in their order
-
-  void run(Workspace& ws, const float* x, float* parts, float* out) const {
-    const int d = cache.shape().hidden;
-    std::vector<FfnUse> uses;
-    std::vector<int32_t> experts;
-    std::vector<int8_t> at;
-    uses.reserve(size_t(count) + 1);
-    for (int i = 0; i < count; ++i) {
-      if (chosen[i] < 0 || chosen[i] >= cache.shape().num_experts) {
-        throw std::invalid_argument("run_chosen: there is no such expert");
-      }
-      const int e = first + chosen[i];
-      const auto w = cache.glance(e, levels[e], false);
-      if (!w) throw std::logic_error("run_chosen: an expert is not there");
-      uses.push_back({*w, nullptr, 1, parts + size_t(i) * d, nullptr, biases.of(chosen[i])});
-      check_ffn(uses.back().w, kind);
-      experts.push_back(e);
-      at.push_back(levels[e]);
-    }
-    cache.count({experts.data(), at.data(), count});
-    if (beside) uses.push_back(*beside);
-    run_uses(ws, x, 1, d, kind, basis, nullptr, beside.has_value(), &uses);
-    combine(ws, parts, rows.data(), gates, 1, count, d, out);
-  }
-};
-
-void bind_run_chosen(py::module_& m) {
-  m.def(
-      "run_chosen",
-      [](Workspace& ws, const Array<float>& x, Cache& cache, int layer, const Array<int32_t>& chosen,
-         const Array<float>& gates, const Array<int8_t>& levels, Array<float> parts, Array<float> out,
-         const std::string& activation, const py::object& biases, const std::optional<Array<int8_t>>& basis,
-         const std::optional<FfnMatrices>& beside, std::optional<Array<float>> beside_out) {
-        const ExpertShape& s = cache.shape();
-        expect(x, "run_chosen x", {1, s.hidden});
-        expect(chosen, "chosen", {1, -1});
-        expect(gates, "gates", {1, chosen.size()});
-        expect(levels, "levels", {cache.num_experts()});
-        expect(parts, "parts", {-1, s.hidden});
-        expect(out, "run_chosen out", {1, s.hidden});
-        expect_within("layer", layer, 0, cache.num_experts() / s.num_experts - 1);
-        if (chosen.size() > parts.shape(0)) throw std::invalid_argument("run_chosen: parts are too few");
-        if (beside.has_value() != beside_out.has_value()) throw py::type_error("run_chosen: beside wants beside_out");
-        const Activation kind = activation_of(activation);
-        ChosenFfns ffns{cache,
-                        layer * s.num_experts,
-                        int(chosen.size()),
-                        chosen.data(),
-                        gates.data(),
-                        levels.data(),
-                        kind,
-                        ExpertBiases(biases, s.hidden, s.expert_hidden),
-                        BasisRows(basis, s.hidden),
-                        {},
-                        {}};
-        if (beside) ffns.beside = use_beside(*beside, 1, s.hidden, kind, *beside_out);
-        for (int i = 0; i < ffns.count; ++i) ffns.rows.push_back(i);
-        const float* a = x.data();
-        float *p = parts.mutable_data(), *o = out.mutable_data();
-        run(ws, [=, &ws] { ffns.run(ws, a, p, o); });
-      },
-      py::arg("ws"), py::arg("x").noconvert(), py::arg("cache"), py::arg("layer"), py::arg("chosen").noconvert(),
-      py::arg("gates").noconvert(), py::arg("levels").noconvert(), py::arg("parts").noconvert(),
-      py::arg("out").noconvert(), py::arg("activation"), py::arg("biases"), py::arg("basis").noconvert(),
-      py::arg("beside") = py::none(), py::arg("beside_out").noconvert() = py::none(),
-      "What `run_experts` does for experts chosen [1, K] of a layer and x [1, D], without a request: all are there at "
-      "`levels`, of all experts. Their uses are counted.");
-}
-
 }  // namespace
 
 void bind_ffn(py::module_& m) {
   bind_dense_ffn(m);
   bind_expert_ffn(m);
   bind_run_experts(m);
-  bind_run_chosen(m);
 }
 
 }  // namespace edgemoe

@@ -74,9 +74,7 @@ void choose(const PrecisionRule& rule, const Array<float>& gates, const Array<in
   rule.choose(gates.data(), int(gates.size()), some, int(experts.size()), has.data(), out);
 }
 
-}  // namespace
-
-void bind_guesses(py::module_& m) {
+void bind_rounded_rows(py::module_& m) {
   py::class_<RoundedRows, Held<RoundedRows>>(m, "RoundedRows", "A matrix in 4 bits with a scale per row, and a bias.")
       .def(py::init([](const Array<float>& matrix, const Array<float>& bias) {
              expect(matrix, "matrix", {-1, -1});
@@ -95,7 +93,9 @@ void bind_guesses(py::module_& m) {
           },
           py::arg("x").noconvert(), py::arg("out").noconvert(),
           "out [rows] = the matrix times x [cols], which is rounded to 8 bits, plus the bias.");
+}
 
+void bind_records(py::module_& m) {
   m.def(
       "decay_uses",
       [](Array<double>& uses, const Array<int32_t>& chosen, double left) {
@@ -121,6 +121,9 @@ void bind_guesses(py::module_& m) {
       py::arg("records").noconvert(), py::arg("last").noconvert(), py::arg("chosen").noconvert(),
       py::arg("bits").noconvert(), py::arg("worth").noconvert(), py::arg("now"),
       "Moves HOBBIT's records of a layer on by one token.");
+}
+
+void bind_path_scores(py::module_& m) {
   m.def(
       "follow_path",
       [](Array<double>& scores, Array<double>& late, const Array<int32_t>& chosen, const Array<double>& odds,
@@ -168,6 +171,9 @@ void bind_guesses(py::module_& m) {
       },
       py::arg("scores").noconvert(), py::arg("odds").noconvert(), py::arg("now"), py::arg("round"),
       "Scores a layer's experts by when they run again, by the odds against that whenever the layer runs.");
+}
+
+void bind_odds(py::module_& m) {
   m.def(
       "lacking",
       [](const Array<int32_t>& experts, const Array<int8_t>& has, int level, int first) {
@@ -215,6 +221,9 @@ void bind_guesses(py::module_& m) {
       },
       py::arg("scores").noconvert(), py::arg("has").noconvert(), py::arg("wanted").noconvert(), py::arg("most"),
       "The experts of the highest scores above 0 that have less than they are wanted at, highest first.");
+}
+
+void bind_path_table(py::module_& m) {
   py::class_<LivePaths>(m, "PathTable", "What followed what; see csrc/guesses.h.")
       .def(py::init<Array<float>, std::optional<Array<float>>, Array<float>, Array<float>>(), py::kw_only(),
            py::arg("pairs").noconvert(), py::arg("far").noconvert(), py::arg("totals").noconvert(),
@@ -225,6 +234,9 @@ void bind_guesses(py::module_& m) {
            py::arg("out").noconvert(),
            "Scores a layer's experts by what ran in the layer before and, if given, in the one before that; says "
            "whether any is not 0.");
+}
+
+void bind_precision_rule(py::module_& m) {
   py::class_<PrecisionRule>(m, "PrecisionRule", "HOBBIT's choice of precisions.")
       .def(py::init([](const std::vector<int>& level_bits, int low, int high, bool strict) {
              expect_within("levels", py::ssize_t(level_bits.size()), 1, kMaxRungs);
@@ -272,6 +284,17 @@ void bind_guesses(py::module_& m) {
           py::arg("gates").noconvert(), py::arg("experts").noconvert(), py::arg("has").noconvert(), py::arg("first"),
           "Experts that are not skipped, as first + expert, their bits, and whether any lacks some of them; without "
           "gates all at the high ones.");
+}
+
+}  // namespace
+
+void bind_guesses(py::module_& m) {
+  bind_rounded_rows(m);
+  bind_records(m);
+  bind_path_scores(m);
+  bind_odds(m);
+  bind_path_table(m);
+  bind_precision_rule(m);
 }
 
 }  // namespace edgemoe

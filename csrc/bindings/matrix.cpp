@@ -71,9 +71,7 @@ Held<StoredRows> stored_rows(const std::shared_ptr<File>& file, uint64_t offset,
                                          {scheme_named(scheme), row_scales, ranks}));
 }
 
-}  // namespace
-
-void bind_matrix(py::module_& m) {
+void bind_file(py::module_& m) {
   py::class_<File, std::shared_ptr<File>>(m, "File", "A file opened for positioned, direct reads.")
       .def(py::init<std::string>(), py::arg("path"))  // bytes where it is no UTF-8
       .def_property_readonly("size", &File::size)
@@ -83,7 +81,9 @@ void bind_matrix(py::module_& m) {
   py::class_<Arena, std::shared_ptr<Arena>>(m, "Arena", "Memory that several matrices share.")
       .def(py::init([](size_t bytes) { return std::shared_ptr<Arena>(new Arena(bytes), InItsProcess<Arena>()); }),
            py::arg("bytes"));
+}
 
+void bind_nested(py::module_& m) {
   py::class_<Nested, Held<Nested>>(m, "Nested", "A resident nested matrix [rows, cols].")
       .def_static(
           "from_rungs", &from_rungs, py::arg("rungs").noconvert(), py::arg("rows"), py::arg("cols"), py::arg("widths"),
@@ -121,7 +121,9 @@ void bind_matrix(py::module_& m) {
           },
           py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("scale") = 1.0f,
           "Writes rows `ids` [n] int32, times scale, to out [n, cols] float32.");
+}
 
+void bind_stored_rows(py::module_& m) {
   py::class_<StoredRows, Held<StoredRows>>(
       m, "StoredRows",
       "Rows of a tensor at all its rungs, of which those that are not resident are read when asked for.")
@@ -152,9 +154,20 @@ void bind_matrix(py::module_& m) {
           },
           py::arg("ids").noconvert(), py::arg("out").noconvert(), py::arg("scale") = 1.0f,
           "Writes rows `ids` [n] int32, times scale, to out [n, cols] float32.");
+}
 
+void bind_floats(py::module_& m) {
   m.def("read_f32", &read_floats, py::arg("file").none(false), py::arg("offset"), py::arg("shape"), py::arg("crc"),
         py::arg("verify"), py::arg("name"), "Reads a float32 tensor.");
+}
+
+}  // namespace
+
+void bind_matrix(py::module_& m) {
+  bind_file(m);
+  bind_nested(m);
+  bind_stored_rows(m);
+  bind_floats(m);
 }
 
 }  // namespace edgemoe

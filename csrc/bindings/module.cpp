@@ -96,9 +96,12 @@ PYBIND11_MODULE(_core, m) {
   bind_ops(m);
   bind_routing(m);
   bind_ffn(m);
+  bind_chosen_ffn(m);
   bind_attention(m);
   bind_latent(m);
   bind_mixers(m);
   bind_device_ops(m);
+  bind_device_attention(m);
   bind_device_mixers(m);
+  bind_device_experts(m);
 }

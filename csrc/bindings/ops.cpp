@@ -162,7 +162,9 @@ void bind_rows(py::module_& m) {
       },
       py::arg("ws"), py::arg("factors").noconvert(), py::arg("out").noconvert(),
       "out [T, n] *= factors, [T, n], [n] or [1].");
+}
 
+void bind_sums(py::module_& m) {
   m.def(
       "combine",
       [](Workspace& ws, const Array<float>& parts, const Array<int32_t>& rows, const Array<float>& gates,
@@ -248,6 +250,7 @@ void bind_ops(py::module_& m) {
 
   bind_products(m);
   bind_rows(m);
+  bind_sums(m);
 }
 
 }  // namespace edgemoe
