@@ -6,6 +6,7 @@
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "bindings/ffns.h"
 #include "bindings/work.h"
 #include "cache.h"
 #include "dense.h"
