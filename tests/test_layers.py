@@ -8,6 +8,7 @@ from pathlib import Path
 import edgemoe
 
 ROOT = Path(__file__).parent.parent / "edgemoe"
+CSRC = ROOT.parent / "csrc"
 ROWS = [
     {"arguments", "errors", "places", "plan", "config", "space", "specs"},
     {"devices", "file", "hardware", "library", "quant"},
@@ -129,3 +130,61 @@ def test_only_the_console_writes_to_the_terminal():
                 called = ast.unparse(node.func)
                 writes = called == "print" or called.startswith(("sys.stdout.", "sys.stderr."))
                 assert not writes or called.endswith(".flush"), f"{path}:{node.lineno}: {called}"
+
+
+MOST_LINES = 80
+"""Of a function: from its first line, decorators left out, to its last, with what is said of it."""
+MOST_OF_FILE = 350
+FILES = (
+    "edgemoe/runtime/engine.py",
+    "edgemoe/file/writer.py",
+    "edgemoe/cli/profile/*.py",
+    "csrc/bindings/*",
+)
+"""Files that were larger once."""
+
+
+def test_functions_are_short():
+    for path, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= MOST_LINES, f"{path}: {node.name} has {lines} lines"
+
+
+def test_functions_of_the_core_are_short():
+    seen = 0
+    for path in sorted(CSRC.rglob("*")):
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh"):
+            for first, lines in blocks(path.read_text().split("\n")):
+                seen += 1
+                assert lines <= MOST_LINES, f"{path.name}: {first} has {lines} lines"
+    assert seen > 1000
+
+
+def blocks(lines):
+    """Yields the first line of each function, and how many it has.
+
+    As clang-format lays it out: at the start of a line or, in a class, two spaces from it, and a brace ends it that
+    stands alone below its first letter. What is taken for a function and is none is a part of one.
+    """
+    for indent in ("", "  "):
+        start = 0
+        for i, line in enumerate(lines):
+            text = line.removeprefix(indent) if line.startswith(indent) else ""
+            if not text or text[0] in " #":
+                continue
+            if text == "}" and not lines[start].lstrip().startswith(
+                ("class", "struct", "namespace")
+            ):
+                yield lines[start].strip(), i - start + 1
+            start = i
+
+
+def test_files_that_were_large_stay_small():
+    for pattern in FILES:
+        files = list(ROOT.parent.glob(pattern))
+        assert files, pattern
+        for path in files:
+            lines = len(path.read_text().splitlines())
+            assert lines < MOST_OF_FILE, f"{path.name} has {lines} lines"
