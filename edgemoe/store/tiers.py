@@ -15,13 +15,12 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.plan import Priorities
 from edgemoe.store.rates import Rates
+from edgemoe.store.uses import Uses
 
 __all__ = ["Tiers"]
 
 _PROMOTED = 2  # experts of a request that are copied to the device at most: more would delay those that it has
 _GAIN = 1.2  # by how much one must be used more than the one whose place it takes on a full device
-_HALF_LIFE = 64  # tokens after which a use counts half
-_LARGEST = 1e100
 _FILLED = 64  # experts that are copied at once before there is anything to compute
 
 
@@ -65,13 +64,9 @@ class Tiers:
         )
         # A slot takes the same, whatever the level of what lies there.
         self._num_slots = device.stats["budget_bytes"] // device.slot_bytes(1)
-        self._layer_share = 1.0 / num_layers
-        # Uses so far, a use of now weighing `_unit`, which doubles every half-life: as good as forgetting, and cheaper.
-        # By them the device drops, which would know those of its own only.
-        self._order = Priorities.zeros(num_layers, len(self.residency) // num_layers)
-        self._uses = self._order.scores.reshape(-1)
-        self._unit = 1.0
-        device.set_policy(self._order)
+        self.used = Uses(num_layers, len(self.residency))
+        """By these the device drops, which would know those of its own only."""
+        device.set_policy(self.used.order)
 
     def begin(
         self,
@@ -88,7 +83,7 @@ class Tiers:
         self._count, self._is_open = len(experts), True
         if self._ran_there is not None:
             self._ran_there[experts] = there
-        self._note(experts, counts, num_tokens)
+        self.used.count(experts, counts, num_tokens)
         self._ran, self._ran_levels = self._ran[:0], self._ran_levels[:0]
         if len(self._promoted):
             self._promote(self.device.residency[self._promoted] < self._levels)  # the rest is there
@@ -120,16 +115,6 @@ class Tiers:
     def is_settled(self) -> bool:
         """Whether no request is open and nothing on its way to the device, so that it may run what it has."""
         return not self._is_open and not len(self._promoted)
-
-    @property
-    def weights(self) -> NDArray[np.float64]:
-        """Uses of each expert so far, of which one of now weighs `unit`: who adds one says `advance`."""
-        return self._uses
-
-    @property
-    def unit(self) -> float:
-        """What a use of now weighs."""
-        return self._unit
 
     def next(self) -> list[int]:
         """See `_core.Cache.next`; a group is all the device's or all the host's, as `is_there` says."""
@@ -166,28 +151,11 @@ class Tiers:
         """Leaves those of what is promoted."""
         self._promoted, self._levels = self._promoted[keep], self._levels[keep]
 
-    def _note(self, experts: NDArray[np.int32], counts: NDArray[np.int32], tokens: int) -> None:
-        """Counts uses; a use of an earlier layer counts as much as one of this."""
-        if not tokens or len(experts) == 0:
-            return
-        self._uses[experts] += counts * self._unit
-        self.advance(experts[0], tokens)
-
-    def advance(self, experts: Any, tokens: int) -> None:
-        """Uses have changed in the layers of some experts, which tokens have passed."""
-        self._order.version[experts // self._order.scores.shape[1]] += 1
-        # Each layer comes once for a token, so that a layer's share of the time is its share of the experts.
-        self._unit *= 2.0 ** (tokens / _HALF_LIFE * self._layer_share)
-        if self._unit > _LARGEST:
-            self._uses /= self._unit
-            self._order.version[:] += np.uint32(1)
-            self._unit = 1.0
-
     def count(self, experts: NDArray[np.int32], levels: NDArray[np.int8]) -> None:
         """See `_core.Cache.count`: of some layers' experts [n, K] that the device ran by itself."""
         self.device.count(experts.reshape(-1), levels.reshape(-1))
-        self._uses[experts] += self._unit
-        self.advance(experts[:, 0], len(experts))
+        self.used.scores[experts] += self.used.unit
+        self.used.advance(experts[:, 0], len(experts))
 
     def _choose(self) -> None:
         """Chooses what is promoted: of what the host ran, what is used most."""
@@ -195,7 +163,7 @@ class Tiers:
         self._ran, self._ran_levels = ran[:0], levels[:0]
         if not len(ran):
             return
-        order = np.argsort(-self._uses[ran], kind="stable")[:_PROMOTED]
+        order = np.argsort(-self.used.scores[ran], kind="stable")[:_PROMOTED]
         order = order[self._admitted(ran[order], ran[:0])]
         self._promoted, self._levels = ran[order], levels[order]
 
@@ -209,14 +177,14 @@ class Tiers:
         free = self._num_slots - self.device.taken_slots
         if free >= len(experts) - int(out.sum()):
             return np.ones(len(experts), np.bool_)
-        uses = np.where(self.device.residency > 0, self._uses, np.inf)
+        uses = np.where(self.device.residency > 0, self.used.scores, np.inf)
         uses[wanted] = uses[experts] = np.inf
         least = iter(np.sort(np.partition(uses, min(_PROMOTED, len(uses)) - 1)[:_PROMOTED]))
         victim = next(least)
         for i in np.flatnonzero(~out):
             if free > 0:
                 free -= 1
-            elif self._uses[experts[i]] > _GAIN * victim:
+            elif self.used.scores[experts[i]] > _GAIN * victim:
                 victim = next(least, np.inf)
             else:
                 continue
@@ -238,7 +206,7 @@ class Tiers:
         twice = (self.host.residency > 0) & (self.device.residency >= self.host.residency)
         twice[experts] = twice[self._promoted] = False
         spare = np.flatnonzero(twice)
-        for expert in spare[np.argsort(self._uses[spare], kind="stable")].tolist():
+        for expert in spare[np.argsort(self.used.scores[spare], kind="stable")].tolist():
             size = int(sizes[self.host.residency[expert]])
             if need > 0 and self.host.shrink(expert, 0):
                 need -= size
@@ -353,9 +321,7 @@ class Tiers:
     def uses(self, uses: NDArray[np.float64]) -> None:
         self.host.uses = uses
         self.device.uses = np.zeros_like(uses)
-        self._uses[:] = uses
-        self._unit = 1.0
-        self._order.version[:] += np.uint32(1)
+        self.used.take(uses)
 
     @property
     def progress(self) -> tuple[int, float]:

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe.runtime.trace import Trace
+from edgemoe.store.records import NUM_READERS
 
 __all__ = ["Pipeline", "Timing", "fit", "quiet_tokens"]
 
-_NUM_READERS = 4  # as the runtime's (edgemoe.store)
 _DOUBT = 0.02  # how much worse a fit may be for a rate e times lower
 
 
@@ -55,7 +55,7 @@ class Pipeline:
         self.now = 0.0
         self.wait_us = 0.0
         self.timing = timing
-        self._readers = [0.0] * _NUM_READERS
+        self._readers = [0.0] * NUM_READERS
         self._link = 0.0
         # Reads ahead that have not begun: bytes, and when they were asked for.
         self._queue: dict[int, tuple[int, float]] = {}
@@ -117,7 +117,7 @@ class Pipeline:
 
     def _read(self, size: float, at: float) -> float:
         """Returns when a read that is asked for now will have arrived."""
-        reader = min(range(_NUM_READERS), key=self._readers.__getitem__)
+        reader = min(range(NUM_READERS), key=self._readers.__getitem__)
         asked = max(at, self._readers[reader])
         end = max(asked + self.timing.latency_us, self._link) + size / self.timing.rate
         self._readers[reader] = self._link = end

@@ -161,11 +161,11 @@ class CudaExperts(CudaMemory):
             return False
         _, biases, basis = self._layer(layer)
         has_all = _core.device_run_hits(
-            self._ws, x, slots.device, first, chosen, gates, levels, slots.weights, slots.unit, parts, out,
-            layer.activation, biases, basis,
+            self._ws, x, slots.device, first, chosen, gates, levels, slots.used.scores, slots.used.unit, parts,
+            out, layer.activation, biases, basis,
         )  # fmt: skip
         if has_all:
-            slots.advance(first, 1)
+            slots.used.advance(first, 1)
         return has_all
 
     run_experts = run_experts_in_steps
