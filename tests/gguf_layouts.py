@@ -4,7 +4,7 @@ them, values as the converter folds, joins, splits and reorders them, metadata k
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -209,8 +209,6 @@ def _mamba(arch: str, config: Config, name: str, values: Array) -> Iterator[tupl
 def metadata(arch: str, config: Config) -> Config:
     """Returns what the file says of a checkpoint, without the architecture's name."""
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    types = config.get("layer_types") or []
     out: Config = {
         "block_count": layers,
         "context_length": config["max_position_embeddings"],
@@ -227,99 +225,124 @@ def metadata(arch: str, config: Config) -> Config:
             if config.get(k)
         ),
         "expert_used_count": config["num_experts_per_tok"],
-        "attention.key_length": head_dim,
+        "attention.key_length": _head_dim(config),
     }
     if "linear_num_key_heads" in config:
-        out |= {
-            "ssm.group_count": config["linear_num_key_heads"],
-            "ssm.time_step_rank": config["linear_num_value_heads"],
-            "ssm.state_size": config["linear_key_head_dim"],
-            "ssm.inner_size": config["linear_value_head_dim"] * config["linear_num_value_heads"],
-            "ssm.conv_kernel": config["linear_conv_kernel_dim"],
-            "rope.dimension_count": head_dim // 4,
-        }
+        out |= _linear(config)
     if arch in ("gpt-oss", "laguna"):
-        out |= {"attention.sliding_window": config["sliding_window"]}
-    if arch == "gpt-oss":
-        rope = config["rope_parameters"]
-        out |= {
-            "rope.freq_base": rope["rope_theta"],
-            "rope.scaling.type": rope["rope_type"],
-            "rope.scaling.factor": rope["factor"],
-            "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
-        }
-    if arch == "laguna":
-        out |= {
-            "attention.head_count": config["num_attention_heads_per_layer"],
-            "leading_dense_block_count": 1,
-        }
-    if arch == "deepseek2":
-        out |= {
-            "attention.head_count_kv": 1,
-            "attention.key_length": config["kv_lora_rank"] + config["qk_rope_head_dim"],
-            "attention.value_length": config["kv_lora_rank"],
-            "attention.key_length_mla": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
-            "attention.value_length_mla": config["v_head_dim"],
-            "attention.q_lora_rank": config["q_lora_rank"],
-            "attention.kv_lora_rank": config["kv_lora_rank"],
-            "rope.dimension_count": config["qk_rope_head_dim"],
-            "leading_dense_block_count": 1,
-            "expert_gating_func": 2,
-            "expert_group_count": config["n_group"],
-            "expert_group_used_count": config["topk_group"],
-        }
-    if arch == "kimi-linear":
-        out |= {
-            "attention.head_count_kv": [int("full" in kind) for kind in types],
-            "attention.key_length": config["kv_lora_rank"] + config["qk_rope_head_dim"],
-            "attention.key_length_mla": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
-            "attention.value_length_mla": config["v_head_dim"],
-            "attention.kv_lora_rank": config["kv_lora_rank"],
-            "rope.dimension_count": config["qk_rope_head_dim"],
-            "leading_dense_block_count": 0,
-            "kda.head_dim": config["linear_head_dim"],
-            "ssm.conv_kernel": config["linear_conv_kernel_dim"],
-        }
-    if arch == "gemma4":
-        slides = [kind == "sliding_attention" for kind in types]
-        out |= {
-            "attention.key_length": config["global_head_dim"],
-            "attention.key_length_swa": config["head_dim"],
-            "attention.head_count_kv": [2 if slide else 1 for slide in slides],
-            "attention.sliding_window_pattern": slides,
-            "attention.sliding_window": config["sliding_window"],
-            "expert_used_count": config["top_k_experts"],
-        }
-    if arch == "llama4":
-        out |= {"interleave_moe_layer_step": config["interleave_moe_layer_step"]}
-    if arch == "lfm2moe":
-        out |= {
-            "attention.head_count_kv": [2 if "attention" in kind else 0 for kind in types],
-            "leading_dense_block_count": 1,
-            "shortconv.l_cache": 3,
-        }
-    if arch in ("granitehybrid", "nemotron_h_moe"):
-        is_granite = arch == "granitehybrid"
-        numbers = [
-            config[k]
-            for k in (
-                ("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv")
-                if is_granite
-                else (
-                    "mamba_num_heads",
-                    "mamba_head_dim",
-                    "ssm_state_size",
-                    "n_groups",
-                    "conv_kernel",
-                )
-            )
-        ]
-        out |= {
-            "attention.head_count_kv": [0, 2, 0, 0],
-            "ssm.time_step_rank": numbers[0],
-            "ssm.inner_size": numbers[0] * numbers[1],
-            "ssm.state_size": numbers[2],
-            "ssm.group_count": numbers[3],
-            "ssm.conv_kernel": numbers[4],
-        }
-    return out
+        out["attention.sliding_window"] = config["sliding_window"]
+    return out | _OWN.get(arch, lambda config: {})(config)
+
+
+def _linear(config: Config) -> Config:
+    return {
+        "ssm.group_count": config["linear_num_key_heads"],
+        "ssm.time_step_rank": config["linear_num_value_heads"],
+        "ssm.state_size": config["linear_key_head_dim"],
+        "ssm.inner_size": config["linear_value_head_dim"] * config["linear_num_value_heads"],
+        "ssm.conv_kernel": config["linear_conv_kernel_dim"],
+        "rope.dimension_count": _head_dim(config) // 4,
+    }
+
+
+def _gpt_oss(config: Config) -> Config:
+    rope = config["rope_parameters"]
+    return {
+        "rope.freq_base": rope["rope_theta"],
+        "rope.scaling.type": rope["rope_type"],
+        "rope.scaling.factor": rope["factor"],
+        "rope.scaling.original_context_length": rope["original_max_position_embeddings"],
+    }
+
+
+def _laguna(config: Config) -> Config:
+    return {
+        "attention.head_count": config["num_attention_heads_per_layer"],
+        "leading_dense_block_count": 1,
+    }
+
+
+def _deepseek2(config: Config) -> Config:
+    return {
+        "attention.head_count_kv": 1,
+        "attention.key_length": config["kv_lora_rank"] + config["qk_rope_head_dim"],
+        "attention.value_length": config["kv_lora_rank"],
+        "attention.key_length_mla": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
+        "attention.value_length_mla": config["v_head_dim"],
+        "attention.q_lora_rank": config["q_lora_rank"],
+        "attention.kv_lora_rank": config["kv_lora_rank"],
+        "rope.dimension_count": config["qk_rope_head_dim"],
+        "leading_dense_block_count": 1,
+        "expert_gating_func": 2,
+        "expert_group_count": config["n_group"],
+        "expert_group_used_count": config["topk_group"],
+    }
+
+
+def _kimi_linear(config: Config) -> Config:
+    return {
+        "attention.head_count_kv": [int("full" in kind) for kind in _types(config)],
+        "attention.key_length": config["kv_lora_rank"] + config["qk_rope_head_dim"],
+        "attention.key_length_mla": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
+        "attention.value_length_mla": config["v_head_dim"],
+        "attention.kv_lora_rank": config["kv_lora_rank"],
+        "rope.dimension_count": config["qk_rope_head_dim"],
+        "leading_dense_block_count": 0,
+        "kda.head_dim": config["linear_head_dim"],
+        "ssm.conv_kernel": config["linear_conv_kernel_dim"],
+    }
+
+
+def _gemma4(config: Config) -> Config:
+    slides = [kind == "sliding_attention" for kind in _types(config)]
+    return {
+        "attention.key_length": config["global_head_dim"],
+        "attention.key_length_swa": config["head_dim"],
+        "attention.head_count_kv": [2 if slide else 1 for slide in slides],
+        "attention.sliding_window_pattern": slides,
+        "attention.sliding_window": config["sliding_window"],
+        "expert_used_count": config["top_k_experts"],
+    }
+
+
+def _llama4(config: Config) -> Config:
+    return {"interleave_moe_layer_step": config["interleave_moe_layer_step"]}
+
+
+def _lfm2moe(config: Config) -> Config:
+    return {
+        "attention.head_count_kv": [2 if "attention" in kind else 0 for kind in _types(config)],
+        "leading_dense_block_count": 1,
+        "shortconv.l_cache": 3,
+    }
+
+
+def _mamba(
+    heads: str, head_dim: str, state: str, groups: str, taps: str
+) -> Callable[[Config], Config]:
+    """Returns what says so of a checkpoint whose fields have these names."""
+    return lambda config: {
+        "attention.head_count_kv": [0, 2, 0, 0],
+        "ssm.time_step_rank": config[heads],
+        "ssm.inner_size": config[heads] * config[head_dim],
+        "ssm.state_size": config[state],
+        "ssm.group_count": config[groups],
+        "ssm.conv_kernel": config[taps],
+    }
+
+
+_OWN: dict[str, Callable[[Config], Config]] = {
+    "deepseek2": _deepseek2, "gemma4": _gemma4, "gpt-oss": _gpt_oss, "kimi-linear": _kimi_linear, "laguna": _laguna,
+    "lfm2moe": _lfm2moe, "llama4": _llama4,
+    "granitehybrid": _mamba("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv"),
+    "nemotron_h_moe": _mamba("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"),
+}  # fmt: skip
+"""What an architecture says otherwise, or besides."""
+
+
+def _head_dim(config: Config) -> int:
+    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+
+
+def _types(config: Config) -> list[str]:
+    return config.get("layer_types") or []

@@ -37,7 +37,8 @@ class Hub:
         """Method, path and range of every request."""
         self.sent: dict[str, int] = {}
         """Bytes of every file."""
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server.hub = self
         self._server.daemon_threads = True
         self._server.handle_error = lambda *_: None  # a client that was killed is none
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -55,96 +56,100 @@ class Hub:
         text = " ".join(f"{p.name} {p.stat().st_size} {p.stat().st_mtime_ns}" for p in files)
         return hashlib.sha1(text.encode()).hexdigest()
 
-    def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
 
-            def log_message(self, *_: object) -> None:
-                pass
+class _Handler(BaseHTTPRequestHandler):
+    """Answers one connection of `server.hub`."""
 
-            def do_HEAD(self) -> None:
-                self.respond(is_head=True)
+    protocol_version = "HTTP/1.1"
 
-            def do_GET(self) -> None:
-                self.respond(is_head=False)
+    @property
+    def hub(self) -> Hub:
+        return self.server.hub
 
-            def respond(self, *, is_head: bool) -> None:
-                path = unquote(urlsplit(self.path).path)
-                hub.requests.append((self.command, path, self.headers.get("Range", "")))
-                refused = hub.answer(path)
-                if refused is not None:
-                    return self.finish_with(*refused)
-                if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
-                    return self.finish_with(401, {"X-Error-Code": "GatedRepo"})
-                if found := _API.fullmatch(path):
-                    return self.info(found[1], found[2])
-                if found := _RESOLVE.fullmatch(path):
-                    return self.file(found[1], found[2], found[3], is_head)
-                return self.finish_with(404, {})
+    def log_message(self, *_: object) -> None:
+        pass
 
-            def finish_with(self, code: int, headers: dict[str, str], body: bytes = b"") -> None:
-                self.send_response(code)
-                for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
+    def do_HEAD(self) -> None:
+        self.respond(is_head=True)
 
-            def info(self, repo: str, revision: str | None) -> None:
-                folder = hub.root / repo
-                if not folder.is_dir():
-                    return self.finish_with(401, {"X-Error-Code": "RepoNotFound"})
-                if revision not in (None, "main", hub.commit(repo)):
-                    return self.finish_with(404, {"X-Error-Code": "RevisionNotFound"})
-                files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-                body = {
-                    "id": repo,
-                    "modelId": repo,
-                    "sha": hub.commit(repo),
-                    "siblings": [_sibling(folder, p) for p in files],
-                }
-                return self.finish_with(
-                    200, {"Content-Type": "application/json"}, json.dumps(body).encode()
-                )
+    def do_GET(self) -> None:
+        self.respond(is_head=False)
 
-            def file(self, repo: str, revision: str, name: str, is_head: bool) -> None:
-                path = hub.root / repo / name
-                if revision != hub.commit(repo) or not path.is_file():
-                    return self.finish_with(404, {"X-Error-Code": "EntryNotFound"})
-                size = path.stat().st_size
-                start, stop = 0, size
-                if asked := re.fullmatch(r"bytes=(\d+)-(\d+)?", self.headers.get("Range", "")):
-                    start, stop = int(asked[1]), min(int(asked[2] or stop) + 1, stop)
-                self.send_response(206 if asked else 200)
-                self.send_header("Content-Length", str(stop - start))
-                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
-                self.send_header("X-Repo-Commit", revision)
-                self.end_headers()
-                if is_head:
-                    return None
-                with open(path, "rb") as file:
-                    file.seek(start)
-                    content = file.read(stop - start)
-                swapped = hub.swap.get(path.name, b"")[start:stop]
-                return self.send(path.name, swapped + content[len(swapped) :])
+    def respond(self, *, is_head: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append((self.command, path, self.headers.get("Range", "")))
+        refused = self.hub.answer(path)
+        if refused is not None:
+            return self.finish_with(*refused)
+        if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            return self.finish_with(401, {"X-Error-Code": "GatedRepo"})
+        if found := _API.fullmatch(path):
+            return self.info(found[1], found[2])
+        if found := _RESOLVE.fullmatch(path):
+            return self.file(found[1], found[2], found[3], is_head)
+        return self.finish_with(404, {})
 
-            def send(self, name: str, content: bytes) -> None:
-                cut = hub.cut.get(name)
-                content = content if cut is None else content[:cut]
-                step = 1 << 16 if hub.rate is None else max(1, int(hub.rate / 100))
-                for at in range(0, len(content), step):
-                    try:
-                        self.wfile.write(content[at : at + step])
-                    except OSError:  # nobody reads any more
-                        self.close_connection = True
-                        return
-                    hub.sent[name] = hub.sent.get(name, 0) + len(content[at : at + step])
-                    if hub.rate is not None:
-                        time.sleep(0.01)
-                if cut is not None:
-                    self.close_connection = True
+    def finish_with(self, code: int, headers: dict[str, str], body: bytes = b"") -> None:
+        self.send_response(code)
+        for name, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
-        return Handler
+    def info(self, repo: str, revision: str | None) -> None:
+        folder = self.hub.root / repo
+        if not folder.is_dir():
+            return self.finish_with(401, {"X-Error-Code": "RepoNotFound"})
+        if revision not in (None, "main", self.hub.commit(repo)):
+            return self.finish_with(404, {"X-Error-Code": "RevisionNotFound"})
+        files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+        body = {
+            "id": repo,
+            "modelId": repo,
+            "sha": self.hub.commit(repo),
+            "siblings": [_sibling(folder, p) for p in files],
+        }
+        return self.finish_with(
+            200, {"Content-Type": "application/json"}, json.dumps(body).encode()
+        )
+
+    def file(self, repo: str, revision: str, name: str, is_head: bool) -> None:
+        path = self.hub.root / repo / name
+        if revision != self.hub.commit(repo) or not path.is_file():
+            return self.finish_with(404, {"X-Error-Code": "EntryNotFound"})
+        size = path.stat().st_size
+        start, stop = 0, size
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)?", self.headers.get("Range", "")):
+            start, stop = int(asked[1]), min(int(asked[2] or stop) + 1, stop)
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(stop - start))
+        self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+        self.send_header("X-Repo-Commit", revision)
+        self.end_headers()
+        if is_head:
+            return None
+        with open(path, "rb") as file:
+            file.seek(start)
+            content = file.read(stop - start)
+        swapped = self.hub.swap.get(path.name, b"")[start:stop]
+        return self.send(path.name, swapped + content[len(swapped) :])
+
+    def send(self, name: str, content: bytes) -> None:
+        cut = self.hub.cut.get(name)
+        content = content if cut is None else content[:cut]
+        step = 1 << 16 if self.hub.rate is None else max(1, int(self.hub.rate / 100))
+        for at in range(0, len(content), step):
+            try:
+                self.wfile.write(content[at : at + step])
+            except OSError:  # nobody reads any more
+                self.close_connection = True
+                return
+            self.hub.sent[name] = self.hub.sent.get(name, 0) + len(content[at : at + step])
+            if self.hub.rate is not None:
+                time.sleep(0.01)
+        if cut is not None:
+            self.close_connection = True
 
 
 def _sibling(folder: Path, path: Path) -> dict[str, object]:
