@@ -32,10 +32,7 @@ ALIGNMENT = 4096
 PREAMBLE = struct.Struct("<8sIIQQQI20x")
 _MAX_INDEX = 64 << 20
 MAX_SECTIONS = 256 << 20  # all together; they are read into memory
-_MOST_LOOKED_AT = (
-    1 << 20,
-    8 << 20,
-)  # of the index and of sections, where they come beside a budget
+_MOST_LOOKED_AT = (1 << 20, 8 << 20)  # of index and sections, where they come beside a budget
 
 
 def align(n: int) -> int:
