@@ -13,7 +13,9 @@
 namespace edgemoe {
 namespace {
 
-constexpr size_t kAtOnce = 8;               // blocks that are read together
+constexpr size_t kRuns = 8;                 // reads of each rung that are under way together
+constexpr int kBlocks = 16;                 // of all of these, with those between that nobody asked for
+constexpr int kNear = 5;                    // blocks so near are one read: those between take less than another
 constexpr int kReaders = 4;                 // as experts have
 constexpr size_t kRecent = 256;             // texts repeat their tokens: 60 to 75% are among the last 256
 constexpr size_t kPiece = size_t(1) << 20;  // of a rung that is gone through
@@ -39,7 +41,7 @@ struct StoredRows::Layout {
   NestedMatrix matrix, block;
   int resident;     ///< rungs
   int scaled = -1;  ///< the rung whose scales of rows count, if it is missing
-  size_t slot = 0;  ///< bytes of a read
+  size_t slot = 0;  ///< bytes of a rung's reads
   size_t assembled, scales = 0, correction = 0, basis = 0, sums, recent;  ///< where they start in memory, after reads
   size_t total;
 
@@ -53,8 +55,10 @@ struct StoredRows::Layout {
     std::fill_n(block.ranks, last, uint8_t(0));
     size_t at = 0;
     const auto take = [&at](size_t bytes) { return std::exchange(at, at + round_up(bytes, kAlign)); };
-    for (int r = resident; r <= last; ++r) slot = std::max(slot, round_up(stride(r), kPage) + kPage);
-    take(kAtOnce * (matrix.num_rungs - resident) * slot);
+    // A run takes two pages more than its blocks at most, as it begins and ends within some.
+    const size_t most = std::min(size_t(kBlocks), num_blocks()), runs = std::min(kRuns, num_blocks());
+    for (int r = resident; r <= last; ++r) slot = std::max(slot, round_up(most * stride(r), kPage) + 2 * runs * kPage);
+    take((matrix.num_rungs - resident) * slot);
     assembled = take(block_bytes());
     if (matrix.scheme == Scheme::kNested) {
       int r = last;
@@ -194,42 +198,55 @@ void StoredRows::decode(const int32_t* ids, size_t n, float scale, float* out) {
   }
   std::sort(missing.begin(), missing.end(),
             [ids](size_t a, size_t b) { return std::make_pair(ids[a], a) < std::make_pair(ids[b], b); });
-  std::vector<int> blocks;
   for (size_t i = 0; i < missing.size();) {
-    blocks.clear();
+    std::vector<Run> runs;
     size_t stop = i;
-    for (; stop < missing.size(); ++stop) {
+    for (int room = kBlocks; stop < missing.size(); ++stop) {
       const int block = ids[missing[stop]] / kTileRows;
-      if (!blocks.empty() && blocks.back() == block) continue;
-      if (blocks.size() == kAtOnce) break;
-      blocks.push_back(block);
-    }
-    read(blocks);
-    for (size_t place = 0; place < blocks.size(); ++place) {
-      assemble(blocks[place], place);
-      const float* row = nullptr;
-      for (int32_t before = -1; i < stop && ids[missing[i]] / kTileRows == blocks[place]; ++i) {
-        const int32_t id = ids[missing[i]];
-        if (id != before) row = decode_one(id);
-        before = id;
-        std::copy_n(row, cols, out + missing[i] * cols);
+      const bool is_near = !runs.empty() && block - runs.back().last <= kNear;
+      const int more = is_near ? block - runs.back().last : 1;
+      if (more > room || (!is_near && runs.size() == kRuns)) break;
+      room -= more;
+      if (is_near) {
+        runs.back().last = block;
+      } else {
+        runs.push_back({block, block});
       }
+    }
+    read(runs);
+    const float* row = nullptr;
+    int assembled = -1;
+    size_t run = 0;
+    for (int32_t before = -1; i < stop; ++i) {
+      const int32_t id = ids[missing[i]];
+      const int block = id / kTileRows;
+      while (block > runs[run].last) ++run;
+      if (block != assembled) assemble(block, run);
+      assembled = block;
+      if (id != before) row = decode_one(id);
+      before = id;
+      std::copy_n(row, cols, out + missing[i] * cols);
     }
   }
   for (size_t i = 0; scale != 1.0f && i < n * cols; ++i) out[i] *= scale;
 }
 
-/// Reads what is missing of at most kAtOnce blocks, into `slots_`.
-void StoredRows::read(const std::vector<int>& blocks) {
+/// Reads what is missing of at most kBlocks blocks in kRuns runs, into `slots_`.
+void StoredRows::read(const std::vector<Run>& runs) {
   jobs_.clear();
-  jobs_.resize(blocks.size() * num_missing_);
+  jobs_.resize(runs.size() * num_missing_);
   const size_t first = parts_.size() - num_missing_;
-  for (size_t i = 0; i < jobs_.size(); ++i) {
-    const Part& part = parts_[first + i % num_missing_];
-    const uint64_t begin = part.offset + uint64_t(blocks[i / num_missing_]) * part.stride;
-    jobs_[i].offset = begin / kPage * kPage;
-    jobs_[i].length = size_t(round_up(begin + part.stride, kPage) - jobs_[i].offset);
-    jobs_[i].to = slots_ + i * slot_;
+  for (size_t k = 0; k < num_missing_; ++k) {
+    const Part& part = parts_[first + k];
+    uint8_t* to = slots_ + k * slot_;
+    for (size_t i = 0; i < runs.size(); ++i) {
+      ReadJob& job = jobs_[i * num_missing_ + k];
+      const uint64_t begin = part.offset + uint64_t(runs[i].first) * part.stride;
+      const uint64_t end = part.offset + uint64_t(runs[i].last + 1) * part.stride;
+      job.offset = begin / kPage * kPage;
+      job.length = size_t(round_up(end, kPage) - job.offset);
+      job.to = std::exchange(to, to + job.length);
+    }
   }
   try {
     if (jobs_.size() > 1 && !loader_) loader_ = std::make_unique<Loader>(file_, kReaders);
@@ -257,14 +274,14 @@ void StoredRows::read(const std::vector<int>& blocks) {
     try {
       std::rethrow_exception(jobs_[i].error);
     } catch (const ReadError& e) {
-      throw ReadError(std::string(e.what()) + ": rows " + std::to_string(blocks[i / num_missing_] * kTileRows) +
+      throw ReadError(std::string(e.what()) + ": rows " + std::to_string(runs[i / num_missing_].first * kTileRows) +
                       " and further of tensor " + name_);
     }
   }
 }
 
-/// Puts a block together: the one that was read as the `place`-th.
-void StoredRows::assemble(int block, size_t place) {
+/// Puts a block together, of the `run`-th that was read.
+void StoredRows::assemble(int block, size_t run) {
   const size_t first = parts_.size() - num_missing_;
   for (size_t r = 0; r < parts_.size(); ++r) {
     const Part& part = parts_[r];
@@ -273,7 +290,8 @@ void StoredRows::assemble(int block, size_t place) {
       from = part.resident + size_t(block) * part.stride;
     } else {
       const uint64_t offset = part.offset + uint64_t(block) * part.stride;
-      from = slots_ + (place * num_missing_ + r - first) * slot_ + offset % kPage;
+      const ReadJob& job = jobs_[run * num_missing_ + r - first];
+      from = job.to + (offset - job.offset);
       const uint32_t crc = verify_ ? crc32c(from, part.stride) : 0;
       if (verify_ && crc != part.sums[block]) {
         char text[160];

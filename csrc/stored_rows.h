@@ -17,7 +17,7 @@
 namespace edgemoe {
 
 /// Looks up rows in a file, as an embedding's, of which a token needs one. Each block of 16 rows is read once in a
-/// call, several reads at a time, and compared with what it was at the start. Thread-safe.
+/// call, near ones by one read, several reads at a time, and compared with what it was at the start. Thread-safe.
 class StoredRows {
  public:
   /// Goes through the rungs that are missing. Scales of rows and corrections, which are small, stay in memory; if
@@ -53,6 +53,11 @@ class StoredRows {
     uint32_t* sums;           ///< [blocks]
   };
 
+  /// Blocks that are read together.
+  struct Run {
+    int first, last;
+  };
+
   /// Bytes of a rung that stay in memory.
   struct Kept {
     size_t begin, length;
@@ -60,8 +65,8 @@ class StoredRows {
   };
 
   void go_through(const StoredRungs& stored, size_t rung, const Layout& at, const std::vector<Kept>& kept);
-  void read(const std::vector<int>& blocks);
-  void assemble(int block, size_t place);
+  void read(const std::vector<Run>& runs);
+  void assemble(int block, size_t run);
   const float* find_recent(int32_t id) const;
   const float* decode_one(int32_t id);
 
@@ -74,8 +79,8 @@ class StoredRows {
   Memory memory_;
   std::vector<Part> parts_;
   size_t num_missing_ = 0;
-  size_t slot_ = 0;           ///< bytes of a read, at most
-  uint8_t* slots_ = nullptr;  ///< [blocks at once, missing rungs, slot_]
+  size_t slot_ = 0;           ///< bytes of a rung's reads, at most
+  uint8_t* slots_ = nullptr;  ///< [missing rungs, slot_]
   uint8_t* assembled_ = nullptr;
   size_t assembled_bytes_ = 0;
   const uint8_t* scales_ = nullptr;      ///< of all rows; null for none

@@ -99,6 +99,20 @@ def test_rows_are_those_of_the_whole_matrix(tmp_path, coding, shape, verify):
         assert np.array_equal(rows_of(rows, ids, SCALE), rows_of(stored.first(count), ids, SCALE))
 
 
+@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize("cols", [64, 1100])
+def test_blocks_near_each_other_and_far_apart(tmp_path, cols, verify):
+    """Near ones are one read, as far as there is room; some are not asked for; the last one ends the matrix."""
+    stored = Stored(tmp_path / "x", 16 * 130 - 7, cols, ranks=(0, 8, 8, 0, 8))
+    whole = stored.first(5)
+    for resident in (0, 3):
+        rows = stored.open(resident, verify=verify)
+        for step in (1, 2, 5, 6, 7, 30):
+            blocks = np.arange(128, -1, -step)
+            ids = np.concatenate([16 * blocks + 15, 16 * blocks[::3] + 2, [16 * 129 + 8]])
+            assert np.array_equal(rows_of(rows, ids), rows_of(whole, ids))
+
+
 def test_whatever_instruction_set(tmp_path, isa):
     stored = Stored(tmp_path / "x", 40, 200, ranks=(8, 8, 8, 8, 8))
     ids = list(range(40))
