@@ -1,10 +1,12 @@
 """Writes a `.moe` file with the true shapes of a published model and random weights, for speed measurements.
 
-    python benchmarks/synth.py olmoe|granite|qwen3.6|tiny OUT.moe [--embedding 500] [--alike]
+    python benchmarks/synth.py olmoe|granite|qwen3.6|tiny OUT.moe [--embedding 500] [--alike] [--layers 3]
 
 Random weights do not route uniformly: the residual stream is dominated by what attention adds, so that consecutive
 tokens choose the same experts. `--embedding` multiplies the embedding; at 500 the routing is close to uniform.
 With `--alike` large matrices of one shape have the same codes, which are made once: a file of 19 GB in a minute.
+`--layers` leaves only so many, and their share of the vocabulary. `--correction RANK` gives every matrix what a
+calibrated conversion has: scales of rows for 2 bits, and corrections of 2, 3 and 4 bits (0: none), of any directions.
 """
 
 from __future__ import annotations
@@ -18,9 +20,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from edgemoe.config import ModelConfig, dense_tensors
+from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.file.writer import Writer
 from edgemoe.quant import SCHEMES, Scheme
+from edgemoe.quant.correction import kind_of
+from edgemoe.quant.lowrank import Directions
+from edgemoe.quant.nested import ROW_SCALES
+from edgemoe.quant.ranks import same_rank
 from edgemoe.specs import AttentionSpec, DeltaSpec, MlaSpec, RopeSpec
 
 COMMON = {"tied": False, "norm_eps": 1e-5}
@@ -86,22 +92,79 @@ SHAPES = {
 }  # fmt: skip
 
 
-def alike_scheme() -> Scheme:
-    """Returns nested codes that are made once for all matrices of a shape with the same first weight."""
-    made: dict[tuple[Any, ...], list[np.ndarray]] = {}
+def fewer_layers(config: ModelConfig, layers: int) -> ModelConfig:
+    """Returns a model of the first layers, which all have experts, with their share of the vocabulary."""
+    return replace(
+        config, num_layers=layers, moe_layers=tuple(range(layers)), layer_mixers=config.layer_mixers[:layers],
+        shared_hidden=config.shared_hidden[:layers],
+        vocab_size=config.vocab_size * layers // config.num_layers // 16 * 16,
+    )  # fmt: skip
+
+
+def corrected(config: ModelConfig, rank: int) -> Scheme:
+    """Returns nested codes with what calibrated conversions have; the codes themselves are not refined."""
     plain = SCHEMES["nested"]
 
-    def quantize(w: np.ndarray, ladder: Sequence[int], **rest: Any) -> list[np.ndarray]:
-        key = (w.shape, float(w[0, 0]), *ladder)
+    def quantize(
+        w: np.ndarray, ladder: Sequence[int], *, second_moments: np.ndarray | None = None,
+        directions: Directions | None = None, **rest: Any,
+    ) -> list[np.ndarray]:  # fmt: skip
+        rungs = plain.quantize(w, ladder, second_moments=None, row_scales=ROW_SCALES, **rest)
+        if directions is None:
+            return rungs
+        return directions.correct(w, rungs, ladder, ROW_SCALES, second_moments)
+
+    matrices = [name for name, spec in dense_tensors(config).items() if spec.kind == "nested"]
+    kinds = map(kind_of, [*matrices, *(f"experts.{part}" for part in MATRICES)])
+    correction = {kind: same_rank(rank) for kind in kinds} if rank else {}
+    return replace(plain, quantize=quantize, row_scales=ROW_SCALES, correction=correction)
+
+
+class Alike:
+    """Stands for a calibration: all inputs are independent of each other and alike."""
+
+    is_full = False  # what that makes of a scheme, `corrected` has done
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config, self._dense = config, dense_tensors(config)
+
+    def matrix(self, name: str) -> np.ndarray:
+        """See `Calibration.matrix`."""
+        if name.endswith(".down") and name.startswith("experts."):
+            return np.eye(self._config.expert_hidden, dtype=np.float32)
+        of = self._dense.get(name)
+        return np.eye(of.shape[-1] if of else self._config.hidden_size, dtype=np.float32)
+
+    def layer_matrix(self, layer: int) -> np.ndarray:
+        """See `Calibration.layer_matrix`."""
+        return np.eye(self._config.hidden_size, dtype=np.float32)
+
+
+def once(plain: Scheme) -> Scheme:
+    """Returns a scheme whose codes are made once for all matrices of a shape with the same first weight."""
+    made: dict[tuple[Any, ...], list[np.ndarray]] = {}
+
+    def quantize(
+        w: np.ndarray, ladder: Sequence[int], directions: Directions | None = None, **rest: Any
+    ) -> list[np.ndarray]:
+        more = (directions.stored, *directions.ranks) if directions else ()
+        key = (w.shape, float(w[0, 0]), *ladder, more)
         if key not in made:
-            made[key] = plain.quantize(w, ladder, **rest)
+            made[key] = plain.quantize(w, ladder, directions=directions, **rest)
         return made[key]
 
     return replace(plain, quantize=quantize)
 
 
 def write(
-    out: Path, config: ModelConfig, *, bits: int, embedding: float, name: str, alike: bool = False
+    out: Path,
+    config: ModelConfig,
+    *,
+    bits: int,
+    embedding: float,
+    name: str,
+    alike: bool = False,
+    correction: int | None = None,
 ) -> None:
     """Writes a model of random weights; the embedding is multiplied by a factor."""
     rng = np.random.Generator(np.random.SFC64(20261122))
@@ -111,13 +174,17 @@ def write(
         if (rows, cols) in made:
             return made[rows, cols]
         w = rng.standard_normal((rows, cols), np.float32) * np.float32(0.02)
-        if alike and w.size >= 1 << 20:
+        if alike and w.size >= 1 << 19 and rows != config.num_experts:  # routers differ
             made[rows, cols] = w
         return w
 
     source = {"name": name, "embedding": embedding}
-    scheme = alike_scheme() if alike else SCHEMES["nested"]
-    with Writer(out, config, bits=bits, scheme=scheme, sections={}, source=source) as writer:
+    scheme = SCHEMES["nested"] if correction is None else corrected(config, correction)
+    seen: Any = None if correction is None else Alike(config)
+    with Writer(
+        out, config, bits=bits, scheme=once(scheme) if alike else scheme, sections={}, source=source,
+        calibration=seen,
+    ) as writer:  # fmt: skip
         bar = tqdm(total=writer.total_bytes, unit="B", unit_scale=True)
         for tensor, spec in dense_tensors(config).items():
             if tensor.startswith("rope"):
@@ -146,14 +213,18 @@ def main() -> None:
     parser.add_argument("--embedding", type=float, default=1.0, help="factor on the embedding")
     parser.add_argument("--bits", type=int, default=8)
     parser.add_argument("--alike", action="store_true", help="matrices of a shape are the same")
+    parser.add_argument("--layers", type=int, help="only so many, and less of the vocabulary")
+    parser.add_argument("--correction", type=int, metavar="RANK", help="of every matrix")
     args = parser.parse_args()
+    config = SHAPES[args.shape]
     write(
         args.out,
-        SHAPES[args.shape],
+        fewer_layers(config, args.layers) if args.layers else config,
         bits=args.bits,
         embedding=args.embedding,
         name=f"random {args.shape}",
         alike=args.alike,
+        correction=args.correction,
     )
 
 
