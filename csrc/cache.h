@@ -126,6 +126,12 @@ class Cache {
   const ExpertShape& shape() const { return shape_; }
   const std::vector<uint8_t>& rungs() const { return rungs_; }
   int max_level() const { return max_level_; }
+  /// The level of a precision, as the ladder counts it for w_gate; 0 for none.
+  int8_t level_of_bits(int bits) const {
+    size_t level = level_bits_.size() - 1;
+    while (level > 0 && level_bits_[level] != uint32_t(bits)) --level;
+    return int8_t(level);
+  }
   /// Slots that an expert has, or is being read to.
   int taken_slots() const { return int(slots_.size()) - free_.count(); }
 

@@ -5,28 +5,23 @@
 namespace edgemoe {
 namespace {
 
-constexpr double kMostOdds = 20, kLeastOdds = -700;  // in logarithms
-
-/// Keeps the best `most` of what it is told in order: by value, where `better` is strict, and of equals the first.
-template <typename T, typename Better>
-class Best {
+/// Keeps the highest `most` of the values that it is told of in order, of equals the first.
+class Highest {
  public:
-  Best(const T* values, int32_t* out, int most, Better better)
-      : values_(values), out_(out), most_(most), better_(better) {}
+  Highest(const float* values, int32_t* out, int most) : values_(values), out_(out), most_(most) {}
 
   void take(int i) {
-    if (count_ == most_ && (most_ == 0 || !better_(values_[i], values_[out_[most_ - 1]]))) return;
+    if (count_ == most_ && !(values_[i] > values_[out_[most_ - 1]])) return;
     int at = count_ < most_ ? count_++ : most_ - 1;
-    for (; at > 0 && better_(values_[i], values_[out_[at - 1]]); --at) out_[at] = out_[at - 1];
+    for (; at > 0 && values_[i] > values_[out_[at - 1]]; --at) out_[at] = out_[at - 1];
     out_[at] = i;
   }
   int count() const { return count_; }
 
  private:
-  const T* values_;
+  const float* values_;
   int32_t* out_;
   int most_, count_ = 0;
-  Better better_;
 };
 
 /// out [n] += the sum over rows of `table` of what share of their uses it is; in the order of `which`.
@@ -62,51 +57,39 @@ void renew_records(double* records, double* last, const int32_t* chosen, const i
   }
 }
 
-int PathRow::follow(const int32_t* chosen, int k, const double* odds, int32_t* path, int count, double now,
-                    double round, double penalty) const {
+int PathRow::follow(const int32_t* chosen, int k, const double* odds, double now, double round, double penalty) const {
   int right = 0;
   for (int i = 0; i < k; ++i) {
     right += late[chosen[i]] != 0;
     late[chosen[i]] = 0;
   }
-  Best least(odds, path, count, [](double a, double b) { return a < b; });
   const double base = now + 2 * round;
-  for (int e = 0; e < num_experts; ++e) {
-    least.take(e);
+  kernels().moments(odds, num_experts, round, base, scores);
+  for (int i = 0; i < count; ++i) {
+    const int e = path[i];
+    if (late[e] == 0) continue;
     scores[e] = (odds[e] + late[e]) * -round - base;
     late[e] = 0;
   }
-  for (int i = 0; i < count; ++i) {
-    scores[path[i]] = -round - now;
-    late[path[i]] = penalty;
-  }
+  predict(odds, round + now, penalty);
   return right;
 }
 
-void PathRow::foresee(const double* odds, int32_t* path, int count, double then, double round, double penalty) const {
-  Best least(odds, path, count, [](double a, double b) { return a < b; });
-  for (int e = 0; e < num_experts; ++e) {
-    least.take(e);
+void PathRow::foresee(const double* odds, double then, double round, double penalty) const {
+  for (int i = 0; i < count; ++i) {
+    const int e = path[i];
     if (late[e] > 0) scores[e] -= 2 * round;
     late[e] = 0;
   }
+  predict(odds, then, penalty);
+}
+
+void PathRow::predict(const double* odds, double moment, double penalty) const {
+  kernels().least(odds, num_experts, count, path);
   for (int i = 0; i < count; ++i) {
-    scores[path[i]] = -then;
+    scores[path[i]] = -moment;
     late[path[i]] = penalty;
   }
-}
-
-void mix_odds(const double* habit, const float* text, int n, const double* weights, double* out) {
-  const double one = weights[0], of_habit = weights[1], of_text = weights[2];
-  for (int e = 0; e < n; ++e) out[e] = one + of_habit * habit[e] + of_text * double(text[e]);
-}
-
-void raise_odds(double* odds, int n) {
-  for (int e = 0; e < n; ++e) {
-    const double most = odds[e] < kMostOdds ? odds[e] : kMostOdds;
-    odds[e] = most > kLeastOdds ? most : kLeastOdds;
-  }
-  kernels().powers(odds, n);
 }
 
 void PathTable::count(const int32_t* path, int k) const {
@@ -152,7 +135,7 @@ void PrecisionRule::choose(const float* gates, int k, const int32_t* experts, in
 
 int likeliest(const float* scores, const int8_t* has, const int8_t* wanted, int n, int32_t* out, int most) {
   if (most == 0) return 0;
-  Best best(scores, out, most, [](float a, float b) { return a > b; });
+  Highest best(scores, out, most);
   float above = 0;  // what a score must be: asked first, as few are
   for (int e = 0; e < n; ++e) {
     if (!(scores[e] > above) || has[e] >= wanted[e]) continue;

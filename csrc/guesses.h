@@ -19,26 +19,23 @@ void renew_records(double* records, double* last, const int32_t* chosen, const i
 /// ExpertFlow's moments at which the experts of a layer are expected to run again, which the cache drops by.
 struct PathRow {
   double* scores;  ///< minus the moment, in layers since the start
-  double* late;    ///< rounds later for what was predicted, until it runs
-  int num_experts;
+  double* late;    ///< rounds later for what was predicted, until it runs; 0 for all that is not in `path`
+  int32_t* path;   ///< [count]: what is predicted, the likeliest first
+  int num_experts, count;
 
-  /// The layer has run `chosen` [k] at the moment `now`: predicts the `count` experts of the least `odds` against use,
-  /// and writes them to `path`, the likeliest first. These come up a round of `round` layers from now, the others when
-  /// they are expected, but a round later at the earliest; what was predicted and did not run `late` rounds later
-  /// still, and what is predicted will be that by `penalty`. Returns how many of `chosen` had been predicted.
-  int follow(const int32_t* chosen, int k, const double* odds, int32_t* path, int count, double now, double round,
-             double penalty) const;
+  /// The layer has run `chosen` [k] at the moment `now`: predicts the experts of the least `odds` against use. These
+  /// come up a round of `round` layers from now, the others when they are expected, but a round later at the earliest;
+  /// what was predicted and did not run `late` rounds later still, and what is predicted will be that by `penalty`.
+  /// Returns how many of `chosen` had been predicted.
+  int follow(const int32_t* chosen, int k, const double* odds, double now, double round, double penalty) const;
 
   /// The token is known that runs next: predicts again, as above, for a layer that runs at the moment `then`. What was
   /// predicted and no longer is runs a round later than was thought.
-  void foresee(const double* odds, int32_t* path, int count, double then, double round, double penalty) const;
+  void foresee(const double* odds, double then, double round, double penalty) const;
+
+ private:
+  void predict(const double* odds, double moment, double penalty) const;
 };
-
-/// out [n] = weights [3] times one, the odds by habit and those by the text, all in logarithms; `text` is for use.
-void mix_odds(const double* habit, const float* text, int n, const double* weights, double* out);
-
-/// Turns odds [n] in logarithms into odds; what is above e^20 is all the same.
-void raise_odds(double* odds, int n);
 
 /// Which experts of a layer followed those of the layers before it (EdgeMoE's table), of all layers: arrays of somebody
 /// else.

@@ -251,28 +251,43 @@ class RouteRule:
 
 class UseRows:
     def __init__(
-        self, *, raw: NDArray[np.float64], now: NDArray[np.float64], before: NDArray[np.float64]
-    ) -> None: ...
-    def keep(self, layer: int) -> None: ...
-    def token(
         self,
-        layer: int,
-        chosen: _I32,
-        scores: _F32,
+        *,
+        raw: NDArray[np.float64],
+        now: NDArray[np.float64],
+        before: NDArray[np.float64],
+        odds: NDArray[np.float64],
+        weights: NDArray[np.float64],
         left: float,
         share: float,
-        weights: NDArray[np.float64],
-        odds: NDArray[np.float64],
     ) -> None: ...
-    def weigh(
+    def mix(
+        self, *, habit: NDArray[np.float64], text: _F32, weights: NDArray[np.float64]
+    ) -> None: ...
+    def token(self, layer: int, chosen: _I32, scores: _F32, keep: bool) -> None: ...
+    def weigh(self, layer: int, chosen: _I32, against: _I32, keep: bool) -> None: ...
+
+class PathRows:
+    def __init__(
+        self,
+        *,
+        scores: NDArray[np.float64],
+        late: NDArray[np.float64],
+        paths: _I32,
+        version: NDArray[np.uint32],
+        penalty: float,
+    ) -> None: ...
+    def follow(
         self,
         layer: int,
         chosen: _I32,
-        against: _I32,
-        share: float,
-        weights: NDArray[np.float64],
         odds: NDArray[np.float64],
-    ) -> None: ...
+        now: float,
+        stop: int,
+        has: NDArray[np.int8],
+        level: int,
+    ) -> tuple[int, _I32]: ...
+    def foresee(self, odds: NDArray[np.float64], now: float) -> None: ...
 
 class RoundedRows:
     def __init__(self, matrix: _F32, bias: _F32) -> None: ...
@@ -287,32 +302,12 @@ def renew_records(
     worth: NDArray[np.float64],
     now: float,
 ) -> None: ...
-def follow_path(
-    scores: NDArray[np.float64],
-    late: NDArray[np.float64],
-    chosen: _I32,
-    odds: NDArray[np.float64],
-    path: _I32,
-    now: float,
-    round: float,
-    penalty: float,
-) -> int: ...
-def foresee_paths(
-    scores: NDArray[np.float64],
-    late: NDArray[np.float64],
-    odds: NDArray[np.float64],
-    paths: _I32,
-    now: float,
-    penalty: float,
-) -> None: ...
 def expect_uses(
     scores: NDArray[np.float64], odds: NDArray[np.float64], now: float, round: float
 ) -> None: ...
-def lacking(experts: _I32, has: NDArray[np.int8], level: int, first: int) -> _I32: ...
 def mix_odds(
     habit: NDArray[np.float64], text: _F32, weights: NDArray[np.float64], out: NDArray[np.float64]
 ) -> None: ...
-def raise_odds(odds: NDArray[np.float64]) -> None: ...
 def likeliest(scores: _F32, has: NDArray[np.int8], wanted: NDArray[np.int8], most: int) -> _I32: ...
 
 class PathTable:
@@ -369,6 +364,16 @@ class Cache:
         ahead: _I32 | None = None,
         ahead_levels: NDArray[np.int8] | None = None,
     ) -> None: ...
+    def ask(
+        self,
+        layer: int,
+        experts: _I32,
+        bits: NDArray[np.int8],
+        offsets: _I32,
+        num_tokens: int,
+        ahead: _I32 | None = None,
+        ahead_bits: NDArray[np.int8] | None = None,
+    ) -> tuple[_I32, NDArray[np.int8]]: ...
     def next(self) -> list[int]: ...
     def count(self, experts: _I32, levels: NDArray[np.int8]) -> None: ...
     def close(self) -> None: ...
@@ -378,6 +383,8 @@ class Cache:
     def set_policy(self, policy: str | Priorities) -> None: ...
     def check_integrity(self) -> None: ...
     def slot_bytes(self, level: int) -> int: ...
+    @property
+    def levels(self) -> NDArray[np.int8]: ...
     @property
     def max_level(self) -> int: ...
     @property

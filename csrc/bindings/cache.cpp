@@ -52,6 +52,55 @@ py::object counts(const std::vector<Relaxed<uint32_t>>& of, const py::object& ow
   return lend(reinterpret_cast<const uint32_t*>(of.data()), of.size(), owner);
 }
 
+/// The levels of some precisions; 0 for one that is none of the cache's.
+Array<int8_t> levels_of(const Cache& cache, const Array<int8_t>& bits) {
+  expect(bits, "bits", {-1});
+  Array<int8_t> levels(bits.size());
+  int8_t* out = levels.mutable_data();
+  for (py::ssize_t i = 0; i < bits.size(); ++i) {
+    expect_within("bits", bits.data()[i], 0, 8);
+    out[i] = cache.level_of_bits(bits.data()[i]);
+  }
+  return levels;
+}
+
+/// Begins what a plan wants of a layer; returns its experts as the file numbers them, and their levels.
+py::tuple ask(Cache& c, int layer, const Array<int32_t>& experts, const Array<int8_t>& bits,
+              const Array<int32_t>& offsets, int num_tokens, const std::optional<Array<int32_t>>& ahead,
+              const std::optional<Array<int8_t>>& ahead_bits) {
+  const int E = c.shape().num_experts;
+  expect_within("layer", layer, 0, c.shape().num_layers - 1);
+  expect(experts, "experts", {-1});
+  expect(bits, "bits", {experts.size()});
+  expect(offsets, "offsets", {experts.size() + 1});
+  Array<int32_t> numbered(experts.size());
+  int32_t* out = numbered.mutable_data();
+  for (py::ssize_t i = 0; i < experts.size(); ++i) {
+    expect_within("experts", experts.data()[i], 0, E - 1);
+    out[i] = layer * E + experts.data()[i];
+  }
+  const Array<int8_t> levels = levels_of(c, bits);
+  const Wish now{numbered.data(), levels.data(), int(experts.size())};
+  if (ahead.has_value() != ahead_bits.has_value()) {
+    throw std::invalid_argument("ask: expected experts ahead and their bits together");
+  }
+  Wish later{nullptr, nullptr, 0};
+  Array<int8_t> later_levels;
+  if (ahead) {
+    expect(*ahead, "ahead", {-1});
+    expect(*ahead_bits, "ahead_bits", {ahead->size()});
+    later_levels = levels_of(c, *ahead_bits);
+    later = {ahead->data(), later_levels.data(), int(ahead->size())};
+  }
+  {
+    const int32_t* o = offsets.data();
+    py::gil_scoped_release release;
+    c.close();
+    c.begin(now, o, num_tokens, later);
+  }
+  return py::make_tuple(numbered, levels);
+}
+
 using Class = py::class_<Cache, Held<Cache>>;
 
 void bind_making(Class& cache) {
@@ -150,6 +199,11 @@ void bind_requests(Class& cache) {
           py::arg("experts").noconvert(), py::arg("levels").noconvert(), py::arg("offsets").noconvert(),
           py::arg("num_tokens"), py::arg("ahead").noconvert() = py::none(),
           py::arg("ahead_levels").noconvert() = py::none())
+      .def("ask", &ask, py::arg("layer"), py::arg("experts").noconvert(), py::arg("bits").noconvert(),
+           py::arg("offsets").noconvert(), py::arg("num_tokens"), py::arg("ahead").noconvert() = py::none(),
+           py::arg("ahead_bits").noconvert() = py::none(),
+           "Begins what a plan wants, in place of what may be open; returns its experts as the file numbers them, and "
+           "their levels.")
       .def("next",
            [](Cache& c) {
              std::vector<int> group;
@@ -185,6 +239,14 @@ void bind_figures(Class& cache) {
   cache.def("check_integrity", &Cache::check_integrity)
       .def("slot_bytes", &Cache::slot_bytes, py::arg("level"))
       .def_property_readonly("max_level", &Cache::max_level)
+      .def_property_readonly(
+          "levels",
+          [](const Cache& c) {
+            Array<int8_t> levels(9);
+            for (int bits = 0; bits <= 8; ++bits) levels.mutable_data()[bits] = c.level_of_bits(bits);
+            return levels;
+          },
+          "int8 [9]: the level of each precision; 0 for one that is none.")
       .def_property_readonly("taken_slots", &Cache::taken_slots, "Slots that an expert has, or is being read to.")
       .def_property_readonly(
           "content",

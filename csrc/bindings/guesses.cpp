@@ -63,6 +63,75 @@ class LivePaths {
   Array<float> totals_, uses_;
 };
 
+/// What ExpertFlow predicts of all layers, and the arrays that it is in.
+class LivePathRows {
+ public:
+  LivePathRows(Array<double> scores, Array<double> late, Array<int32_t> paths, Array<uint32_t> version, double penalty)
+      : scores_(std::move(scores)),
+        late_(std::move(late)),
+        paths_(std::move(paths)),
+        version_(std::move(version)),
+        penalty_(penalty) {
+    expect(scores_, "scores", {-1, -1});
+    const py::ssize_t L = scores_.shape(0), E = scores_.shape(1);
+    expect_within("layers", L, 1, INT32_MAX);
+    expect_within("experts", E, 1, INT32_MAX / L);
+    expect(late_, "late", {L, E});
+    expect(paths_, "paths", {L, -1});
+    expect_within("paths", paths_.shape(1), 0, E);
+    for (py::ssize_t i = 0; i < paths_.size(); ++i) expect_within("paths", paths_.data()[i], 0, E - 1);
+    expect(version_, "version", {L});
+  }
+
+  /// See `PathRow::follow`. Then those of the layers after it before `stop` that have less than `level`, and how many
+  /// of `chosen` had been predicted.
+  py::tuple follow(int layer, const Array<int32_t>& chosen, const Array<double>& odds, double now, int stop,
+                   const Array<int8_t>& has, int level) {
+    expect_within("layer", layer, 0, layers() - 1);
+    expect_within("stop", stop, 0, layers());
+    expect(odds, "odds", {experts()});
+    expect(has, "has", {layers(), experts()});
+    expect(chosen, "chosen", {-1, -1});
+    const py::ssize_t k = chosen.shape(1), last = chosen.size() - k;
+    expect_within("chosen", last, 0, INT32_MAX);
+    for (py::ssize_t i = last; i < chosen.size(); ++i) expect_within("chosen", chosen.data()[i], 0, experts() - 1);
+    const int32_t* ran = chosen.data() + last;
+    const int right = row(layer).follow(ran, int(k), odds.data(), now, double(layers()), penalty_);
+    version_.mutable_data()[layer] += 1;
+    std::vector<int32_t> lacking;
+    for (int i = layer + 1; i < stop; ++i) {
+      const int first = i * int(experts());
+      const PathRow later = row(i);
+      for (int j = 0; j < later.count; ++j) {
+        if (has.data()[first + later.path[j]] < level) lacking.push_back(first + later.path[j]);
+      }
+    }
+    return py::make_tuple(right, Array<int32_t>(py::ssize_t(lacking.size()), lacking.data()));
+  }
+
+  void foresee(const Array<double>& odds, double now) {
+    expect(odds, "odds", {layers(), experts()});
+    for (int i = 0; i < int(layers()); ++i) {
+      row(i).foresee(odds.data() + i * experts(), now + double(i + 1), double(layers()), penalty_);
+      version_.mutable_data()[i] += 1;
+    }
+  }
+
+ private:
+  py::ssize_t layers() const { return scores_.shape(0); }
+  py::ssize_t experts() const { return scores_.shape(1); }
+  PathRow row(int layer) {
+    const py::ssize_t at = layer * experts(), count = paths_.shape(1);
+    return {scores_.mutable_data() + at, late_.mutable_data() + at, paths_.mutable_data() + layer * count,
+            int(experts()), int(count)};
+  }
+
+  Array<double> scores_, late_;
+  Array<int32_t> paths_;
+  Array<uint32_t> version_;
+  double penalty_;
+};
+
 /// See `PrecisionRule::choose`; what it is given is looked at.
 void choose(const PrecisionRule& rule, const Array<float>& gates, const Array<int32_t>& experts,
             const Array<int8_t>& has, int8_t* out) {
@@ -123,70 +192,17 @@ void bind_records(py::module_& m) {
       "Moves HOBBIT's records of a layer on by one token.");
 }
 
-void bind_path_scores(py::module_& m) {
-  m.def(
-      "follow_path",
-      [](Array<double>& scores, Array<double>& late, const Array<int32_t>& chosen, const Array<double>& odds,
-         Array<int32_t>& path, double now, double round, double penalty) {
-        expect(scores, "scores", {-1});
-        expect(late, "late", {scores.size()});
-        expect(odds, "odds", {scores.size()});
-        expect(path, "path", {-1});
-        expect_within("path", path.size(), 0, scores.size());
-        const int32_t* experts = within(chosen, "chosen", scores.size());
-        const PathRow row{scores.mutable_data(), late.mutable_data(), int(scores.size())};
-        return row.follow(experts, int(chosen.size()), odds.data(), path.mutable_data(), int(path.size()), now, round,
-                          penalty);
-      },
-      py::arg("scores").noconvert(), py::arg("late").noconvert(), py::arg("chosen").noconvert(),
-      py::arg("odds").noconvert(), py::arg("path").noconvert(), py::arg("now"), py::arg("round"), py::arg("penalty"),
-      "Predicts what a layer runs next into `path`, likeliest first, and scores its experts by when they run.");
-  m.def(
-      "foresee_paths",
-      [](Array<double>& scores, Array<double>& late, const Array<double>& odds, Array<int32_t>& paths, double now,
-         double penalty) {
-        expect(scores, "scores", {-1, -1});
-        const py::ssize_t L = scores.shape(0), E = scores.shape(1);
-        expect(late, "late", {L, E});
-        expect(odds, "odds", {L, E});
-        expect(paths, "paths", {L, -1});
-        const py::ssize_t K = paths.shape(1);
-        expect_within("paths", K, 0, E);
-        for (py::ssize_t i = 0; i < L; ++i) {
-          const PathRow row{scores.mutable_data() + i * E, late.mutable_data() + i * E, int(E)};
-          row.foresee(odds.data() + i * E, paths.mutable_data() + i * K, int(K), now + double(i + 1), double(L),
-                      penalty);
-        }
-      },
-      py::arg("scores").noconvert(), py::arg("late").noconvert(), py::arg("odds").noconvert(),
-      py::arg("paths").noconvert(), py::arg("now"), py::arg("penalty"),
-      "Predicts what all layers run for the token that is next; see `follow_path`.");
+void bind_odds(py::module_& m) {
   m.def(
       "expect_uses",
       [](Array<double>& scores, const Array<double>& odds, double now, double round) {
         expect(scores, "scores", {-1});
         expect(odds, "odds", {scores.size()});
-        double* out = scores.mutable_data();
-        for (py::ssize_t i = 0; i < odds.size(); ++i) out[i] = odds.data()[i] * -round - (now + round);
+        expect_within("scores", scores.size(), 0, INT32_MAX);
+        kernels().moments(odds.data(), int(odds.size()), round, now + round, scores.mutable_data());
       },
       py::arg("scores").noconvert(), py::arg("odds").noconvert(), py::arg("now"), py::arg("round"),
       "Scores a layer's experts by when they run again, by the odds against that whenever the layer runs.");
-}
-
-void bind_odds(py::module_& m) {
-  m.def(
-      "lacking",
-      [](const Array<int32_t>& experts, const Array<int8_t>& has, int level, int first) {
-        expect(has, "has", {-1});
-        const int32_t* some = within(experts, "experts", has.size());
-        std::vector<int32_t> found;
-        for (py::ssize_t i = 0; i < experts.size(); ++i) {
-          if (has.data()[some[i]] < level) found.push_back(first + some[i]);
-        }
-        return Array<int32_t>(py::ssize_t(found.size()), found.data());
-      },
-      py::arg("experts").noconvert(), py::arg("has").noconvert(), py::arg("level"), py::arg("first"),
-      "Those of a layer's experts that have less than a level, as first + expert.");
   m.def(
       "mix_odds",
       [](const Array<double>& habit, const Array<float>& text, const Array<double>& weights, Array<double>& out) {
@@ -195,18 +211,10 @@ void bind_odds(py::module_& m) {
           if (n != habit.size()) throw std::invalid_argument(std::string(name) + ": expected as many as of habit");
         }
         expect_within("habit", habit.size(), 0, INT32_MAX);
-        mix_odds(habit.data(), text.data(), int(habit.size()), weights.data(), out.mutable_data());
+        kernels().mix_odds(habit.data(), text.data(), int(habit.size()), weights.data(), out.mutable_data());
       },
       py::arg("habit").noconvert(), py::arg("text").noconvert(), py::arg("weights").noconvert(),
       py::arg("out").noconvert(), "Weighs odds by habit and by the text, of any shape, all in logarithms.");
-  m.def(
-      "raise_odds",
-      [](Array<double>& odds) {
-        expect(odds, "odds", {-1});
-        expect_within("odds", odds.size(), 0, INT32_MAX);
-        raise_odds(odds.mutable_data(), int(odds.size()));
-      },
-      py::arg("odds").noconvert(), "Turns odds in logarithms into odds, in place; above e^20 they are all the same.");
   m.def(
       "likeliest",
       [](const Array<float>& scores, const Array<int8_t>& has, const Array<int8_t>& wanted, int most) {
@@ -223,7 +231,22 @@ void bind_odds(py::module_& m) {
       "The experts of the highest scores above 0 that have less than they are wanted at, highest first.");
 }
 
-void bind_path_table(py::module_& m) {
+void bind_paths(py::module_& m) {
+  py::class_<LivePathRows>(m, "PathRows", "What ExpertFlow predicts, layer by layer; see csrc/guesses.h.")
+      .def(py::init<Array<double>, Array<double>, Array<int32_t>, Array<uint32_t>, double>(), py::kw_only(),
+           py::arg("scores").noconvert(), py::arg("late").noconvert(), py::arg("paths").noconvert(),
+           py::arg("version").noconvert(), py::arg("penalty"),
+           "Arrays [layers, experts] twice, [layers, k] of the experts of each layer's path, and [layers], which is "
+           "counted up where scores change; they are written in place. `late` is 0 at first.")
+      .def("follow", &LivePathRows::follow, py::arg("layer"), py::arg("chosen").noconvert(),
+           py::arg("odds").noconvert(), py::arg("now"), py::arg("stop"), py::arg("has").noconvert(), py::arg("level"),
+           "A layer has run `chosen` [T, k], of which the last row counts: predicts what it runs next, and scores its "
+           "experts "
+           "by when they run. Returns how many of `chosen` had been predicted; and what is predicted of the layers "
+           "after it before `stop` and has less than a level, as "
+           "layer * experts + expert.")
+      .def("foresee", &LivePathRows::foresee, py::arg("odds").noconvert(), py::arg("now"),
+           "Predicts what all layers run for the token that is next.");
   py::class_<LivePaths>(m, "PathTable", "What followed what; see csrc/guesses.h.")
       .def(py::init<Array<float>, std::optional<Array<float>>, Array<float>, Array<float>>(), py::kw_only(),
            py::arg("pairs").noconvert(), py::arg("far").noconvert(), py::arg("totals").noconvert(),
@@ -291,9 +314,8 @@ void bind_precision_rule(py::module_& m) {
 void bind_guesses(py::module_& m) {
   bind_rounded_rows(m);
   bind_records(m);
-  bind_path_scores(m);
   bind_odds(m);
-  bind_path_table(m);
+  bind_paths(m);
   bind_precision_rule(m);
 }
 

@@ -1,18 +1,27 @@
 #include "use_rows.h"
 
-#include <stdexcept>
+#include <optional>
+#include <utility>
 
 #include "bindings/arrays.h"
 #include "bindings/bindings.h"
+#include "kernels/kernels.h"
 
 namespace edgemoe {
 namespace {
 
-/// The rows of all layers, and the arrays that they are in.
+/// The rows of all layers, what becomes of them, and the arrays that all of it is in.
 class LiveRows {
  public:
-  LiveRows(Array<double> raw, Array<double> now, Array<double> before)
-      : raw_(std::move(raw)), now_(std::move(now)), before_(std::move(before)) {
+  LiveRows(Array<double> raw, Array<double> now, Array<double> before, Array<double> odds, Array<double> weights,
+           double left, double share)
+      : raw_(std::move(raw)),
+        now_(std::move(now)),
+        before_(std::move(before)),
+        odds_(std::move(odds)),
+        weights_(std::move(weights)),
+        left_(left),
+        share_(share) {
     expect(raw_, "raw", {-1, 2, -1});
     layers_ = int(raw_.shape(0));
     experts_ = int(raw_.shape(2));
@@ -21,67 +30,99 @@ class LiveRows {
     for (const auto& [rows, name] : {std::pair{&now_, "now"}, {&before_, "before"}}) {
       expect(*rows, name, {layers_, 5, experts_});
     }
+    expect(odds_, "odds", {experts_});
+    expect(weights_, "weights", {5});
+    odds_.mutable_data();  // throws where it may not be written
   }
 
-  UseRows layer(int i) {
+  void mix(Array<double> habit, Array<float> text, Array<double> weights) {
+    expect(habit, "habit", {layers_, experts_});
+    expect(text, "text", {layers_, experts_});
+    expect(weights, "weights", {3});
+    habit.mutable_data();
+    text_ = Text{std::move(habit), std::move(text), std::move(weights)};
+  }
+
+  void token(int layer, const Array<int32_t>& chosen, const Array<float>& scores, bool keep) {
+    const UseRows rows = of_layer(layer);
+    expect(chosen, "chosen", {1, -1});
+    expect(scores, "scores", {1, experts_});
+    const int32_t* ran = some(chosen, "chosen");
+    if (keep) rows.keep();
+    rows.token(ran, int(chosen.size()), scores.data(), left_, share_, weights_.data(), logarithms(layer));
+    raise(layer);
+  }
+
+  void weigh(int layer, const Array<int32_t>& chosen, const Array<int32_t>& against, bool keep) {
+    const UseRows rows = of_layer(layer);
+    expect(chosen, "chosen", {-1});
+    expect(against, "against", {-1});
+    const int32_t *ran = some(chosen, "chosen"), *lowest = some(against, "against");
+    if (keep) rows.keep();
+    rows.weigh(ran, int(chosen.size()), lowest, int(against.size()), share_, weights_.data(), logarithms(layer));
+    raise(layer);
+  }
+
+ private:
+  struct Text {
+    Array<double> habit;
+    Array<float> text;
+    Array<double> weights;
+  };
+
+  UseRows of_layer(int i) {
     expect_within("layer", i, 0, layers_ - 1);
     const size_t at = size_t(i) * size_t(experts_);
     return {raw_.mutable_data() + 2 * at, now_.mutable_data() + 5 * at, before_.mutable_data() + 5 * at, experts_};
   }
 
-  /// Experts of the layer; throws unless there are some.
-  const Array<int32_t>& chosen(const Array<int32_t>& experts, const char* name) const {
-    expect(experts, name, {-1});
+  /// Experts of a layer; throws unless there are some.
+  const int32_t* some(const Array<int32_t>& experts, const char* name) const {
     expect_within(name, experts.size(), 1, INT32_MAX);
     for (py::ssize_t i = 0; i < experts.size(); ++i) expect_within(name, experts.data()[i], 0, experts_ - 1);
-    return experts;
+    return experts.data();
   }
 
-  int num_experts() const { return experts_; }
+  /// Where the odds by habit go.
+  double* logarithms(int layer) {
+    return text_ ? text_->habit.mutable_data() + size_t(layer) * size_t(experts_) : odds_.mutable_data();
+  }
 
- private:
-  Array<double> raw_, now_, before_;
+  void raise(int layer) {
+    double* odds = odds_.mutable_data();
+    if (text_) {
+      const float* text = text_->text.data() + size_t(layer) * size_t(experts_);
+      kernels().mix_odds(logarithms(layer), text, experts_, text_->weights.data(), odds);
+    }
+    kernels().powers(odds, experts_);
+  }
+
+  Array<double> raw_, now_, before_, odds_, weights_;
+  double left_, share_;
   int layers_, experts_;
+  std::optional<Text> text_;
 };
 
 }  // namespace
 
 void bind_use_rows(py::module_& m) {
   py::class_<LiveRows>(m, "UseRows", "Rows of features of the experts of all layers; see csrc/use_rows.h.")
-      .def(py::init<Array<double>, Array<double>, Array<double>>(), py::kw_only(), py::arg("raw").noconvert(),
-           py::arg("now").noconvert(), py::arg("before").noconvert(),
-           "Arrays [layers, 2, experts], and [layers, 5, experts] twice; they are written in place.")
-      .def(
-          "keep", [](LiveRows& f, int layer) { f.layer(layer).keep(); }, py::arg("layer"))
-      .def(
-          "token",
-          [](LiveRows& f, int layer, const Array<int32_t>& chosen, const Array<float>& scores, double left,
-             double share, const Array<double>& weights, Array<double>& odds) {
-            const UseRows rows = f.layer(layer);
-            f.chosen(chosen, "chosen");
-            expect(scores, "scores", {f.num_experts()});
-            expect(weights, "weights", {5});
-            expect(odds, "odds", {f.num_experts()});
-            rows.token(chosen.data(), int(chosen.size()), scores.data(), left, share, weights.data(),
-                       odds.mutable_data());
-          },
-          py::arg("layer"), py::arg("chosen").noconvert(), py::arg("scores").noconvert(), py::arg("left"),
-          py::arg("share"), py::arg("weights").noconvert(), py::arg("odds").noconvert(),
-          "One token has passed a layer: moves its rows on, and writes the odds against use in logarithms.")
-      .def(
-          "weigh",
-          [](LiveRows& f, int layer, const Array<int32_t>& chosen, const Array<int32_t>& against, double share,
-             const Array<double>& weights, Array<double>& odds) {
-            const UseRows rows = f.layer(layer);
-            f.chosen(chosen, "chosen");
-            f.chosen(against, "against");
-            expect(weights, "weights", {5});
-            expect(odds, "odds", {f.num_experts()});
-            rows.weigh(chosen.data(), int(chosen.size()), against.data(), int(against.size()), share, weights.data(),
-                       odds.mutable_data());
-          },
-          py::arg("layer"), py::arg("chosen").noconvert(), py::arg("against").noconvert(), py::arg("share"),
-          py::arg("weights").noconvert(), py::arg("odds").noconvert(), "The same after `raw` was written.");
+      .def(py::init<Array<double>, Array<double>, Array<double>, Array<double>, Array<double>, double, double>(),
+           py::kw_only(), py::arg("raw").noconvert(), py::arg("now").noconvert(), py::arg("before").noconvert(),
+           py::arg("odds").noconvert(), py::arg("weights").noconvert(), py::arg("left"), py::arg("share"),
+           "Arrays [layers, 2, experts], [layers, 5, experts] twice, and [experts], which are written in place; and "
+           "weights [5], which are read.")
+      .def("mix", &LiveRows::mix, py::kw_only(), py::arg("habit").noconvert(), py::arg("text").noconvert(),
+           py::arg("weights").noconvert(),
+           "From now on odds are weights [3] times one, those by the rows, which `habit` [layers, experts] gets, and "
+           "`text` [layers, experts], all in logarithms.")
+      .def("token", &LiveRows::token, py::arg("layer"), py::arg("chosen").noconvert(), py::arg("scores").noconvert(),
+           py::arg("keep"),
+           "One token has passed a layer, which chose [1, k] by its scores [1, experts]: keeps its rows, if asked, "
+           "moves "
+           "them on, and writes the odds against use, of which those above e^20 are all the same.")
+      .def("weigh", &LiveRows::weigh, py::arg("layer"), py::arg("chosen").noconvert(), py::arg("against").noconvert(),
+           py::arg("keep"), "The same after `raw` was written; `chosen` and `against` are [k].");
 }
 
 }  // namespace edgemoe

@@ -51,9 +51,11 @@ void logs(const double* x, int n, double* out) {
 template <class V>
 void powers(double* x, int n) {
   constexpr double kShift = 6755399441055744.0;  // 1.5 * 2^52: what is added to it is rounded to a whole number
+  constexpr double kMost = 20, kLeast = -700;
   for (int i = 0; i < n; ++i) {
-    const double shifted = x[i] * 1.44269504088896338700e+00 + kShift, whole = shifted - kShift;
-    const double r = (x[i] - whole * kLn2High) - whole * kLn2Low;
+    const double up_to = x[i] < kMost ? x[i] : kMost, at = up_to > kLeast ? up_to : kLeast;
+    const double shifted = at * 1.44269504088896338700e+00 + kShift, whole = shifted - kShift;
+    const double r = (at - whole * kLn2High) - whole * kLn2Low;
     double p = 1.0 / 6227020800.0;
     p = p * r + 1.0 / 479001600.0;
     p = p * r + 1.0 / 39916800.0;
@@ -69,6 +71,66 @@ void powers(double* x, int n) {
     p = p * r + 1.0;
     p = p * r + 1.0;
     x[i] = p * of_bits((bits_of_double(shifted) << 52) + 0x3ff0000000000000);
+  }
+}
+
+// ---------------------------------------------------------------- rows of a layer's experts
+
+template <class V>
+void pass_token(const float* scores, int n, double left, double less, double* raw, double* logs_of) {
+  constexpr double kTiny = 1e-9;  // a probability that is nothing
+  double* __restrict to = raw + n;
+  for (int i = 0; i < n; ++i) raw[i] *= left;
+  for (int i = 0; i < n; ++i) logs_of[i] += less;
+  for (int i = 0; i < n; ++i) to[i] = double(scores[i]) + kTiny;
+  logs<V>(to, n, logs_of + n);
+}
+
+template <class V>
+void weigh_rows(double* __restrict margin, double* __restrict average, const double* __restrict used,
+                const double* __restrict frequency, int n, double base, double share, const double* weights,
+                double* __restrict out) {
+  const double one = weights[0], of_used = weights[1], of_frequency = weights[2], of_margin = weights[3],
+               of_average = weights[4];
+  for (int i = 0; i < n; ++i) {
+    const double above = margin[i] - base, now = average[i] + (above - average[i]) * share;
+    margin[i] = above;
+    average[i] = now;
+    out[i] = one + of_used * used[i] + of_frequency * frequency[i] + of_margin * above + of_average * now;
+  }
+}
+
+template <class V>
+void mix_odds(const double* __restrict habit, const float* __restrict text, int n, const double* weights,
+              double* __restrict out) {
+  const double one = weights[0], of_habit = weights[1], of_text = weights[2];
+  for (int i = 0; i < n; ++i) out[i] = one + of_habit * habit[i] + of_text * double(text[i]);
+}
+
+template <class V>
+void moments(const double* __restrict odds, int n, double round, double base, double* __restrict out) {
+  for (int i = 0; i < n; ++i) out[i] = odds[i] * -round - base;
+}
+
+template <class V>
+void least(const double* x, int n, int most, int32_t* out) {
+  constexpr int kBlock = 32;  // of which one look says that none is among the least, as is so of most
+  if (most == 0) return;
+  int count = 0;
+  for (int first = 0; first < n; first += kBlock) {
+    const int end = first + kBlock < n ? first + kBlock : n;
+    if (count == most && end - first == kBlock) {
+      const double bound = x[out[most - 1]];
+      int64_t lower = 0;
+      for (int i = 0; i < kBlock; ++i) lower |= x[first + i] < bound;
+      if (!lower) continue;
+    }
+    for (int i = first; i < end; ++i) {
+      if (count == most && !(x[i] < x[out[most - 1]])) continue;
+      int at = count < most ? count++ : most - 1;
+      for (; at > 0 && x[i] < x[out[at - 1]]; --at) out[at] = out[at - 1];
+      out[at] = i;
+    }
   }
 }
 

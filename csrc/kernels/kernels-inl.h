@@ -653,7 +653,12 @@ constexpr Kernels make_kernels(const char* name) {
                  decays<V>,
                  matmul_rounded<V>,
                  logs<V>,
-                 powers<V>};
+                 powers<V>,
+                 pass_token<V>,
+                 weigh_rows<V>,
+                 mix_odds<V>,
+                 moments<V>,
+                 least<V>};
 }
 
 }  // namespace

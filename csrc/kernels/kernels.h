@@ -471,8 +471,26 @@ struct Kernels {
   /// out[i] = log x[i], of normal numbers above 0. out may be x.
   void (*logs)(const double* x, int n, double* out);
 
-  /// x[i] = e^x[i], in place, of numbers between -700 and 700.
+  /// x[i] = e^x[i], in place; what is above 20 counts as that, and what is below -700.
   void (*powers)(double* x, int n);
+
+  /// A token has passed a layer: raw [2, n] are its uses, which count `left` of what they did, and then the router's
+  /// scores [n]; logs [2, n] their logarithms, of which those of uses are `less` lower.
+  void (*pass_token)(const float* scores, int n, double left, double less, double* raw, double* logs);
+
+  /// Moves a layer's `UseRows` on, see there: margin [n] -= base, average [n] goes `share` of the way to it, and out
+  /// [n] = weights [5] times one, used, frequency, margin, average.
+  void (*weigh_rows)(double* margin, double* average, const double* used, const double* frequency, int n, double base,
+                     double share, const double* weights, double* out);
+
+  /// out[i] = weights [3] times one, habit[i] and text[i].
+  void (*mix_odds)(const double* habit, const float* text, int n, const double* weights, double* out);
+
+  /// out[i] = -round odds[i] - base.
+  void (*moments)(const double* odds, int n, double round, double base, double* out);
+
+  /// Writes to `out` where the least `most` <= n of x are, the least first and of equals the first.
+  void (*least)(const double* x, int n, int most, int32_t* out);
 };
 
 /// y = w x, as `matmul_nested` says, with w's correction if it has one: then z [n] has what `quantize_ranks` gave.

@@ -64,44 +64,40 @@ class ExpertFlow(Scheduler):
             o.predictor == "default" and SECTION in setting.sections
         )
         self._predictor = PathUse(setting) if self._is_trained else NextUse(L, E, K)
-        self._K, self._num_layers, self._num_experts = K, L, E
+        self._K, self._num_layers = K, L
         self._top_level = len(setting.level_bits)
         self._prefetch = o.prefetch
         self._bits = np.full(L * E, setting.bits, np.int8)
-        self._paths = np.zeros((L, K), np.int32)  # predicted
+        self._token_bits = self._bits[:K]
         self._known = 0  # layers that have a prediction
-        self._late = np.zeros((L, E))  # rounds later for what is predicted, until it runs
-        self._late_rows, self._path_rows = list(self._late), list(self._paths)
         self._step = 0.0
         self.policy = self.priorities = Priorities.zeros(L, E)
-        self._rows = list(self.priorities.scores)
+        self._paths = _core.PathRows(
+            scores=self.priorities.scores, late=np.zeros((L, E)), paths=np.zeros((L, K), np.int32),
+            version=self.priorities.version, penalty=_UNUSED,
+        )  # fmt: skip
         self.predicted = self.right = 0
         """Experts that were predicted, and those of them that ran."""
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""
-        layer, K = routing.layer, self._K
+        layer, experts = routing.layer, routing.experts
         self._step += 1.0
         if self._known > layer:
-            self.predicted += K
+            self.predicted += self._K
         else:
             self._known = layer + 1
-        self.right += _core.follow_path(
-            self._rows[layer], self._late_rows[layer], routing.experts[-1],
-            self._predictor.update(routing), self._path_rows[layer], self._step, self._num_layers, _UNUSED,
-        )  # fmt: skip
-        self.priorities.version[layer] += 1
-        if len(routing.experts) > 1:
-            return self._exact.plan(routing, residency)
+        odds = self._predictor.update(routing)
         stop = min(layer + 1 + self._prefetch, self._known)
-        parts = [
-            _core.lacking(self._path_rows[i], residency[i], self._top_level, i * self._num_experts)
-            for i in range(layer + 1, stop)
-        ]
-        if not parts:
-            return plan_token(routing, self._bits[:K])
-        ahead = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return plan_token(routing, self._bits[:K], None, ahead, self._bits[: len(ahead)])
+        right, ahead = self._paths.follow(
+            layer, experts, odds, self._step, stop, residency, self._top_level
+        )
+        self.right += right
+        if len(experts) > 1:
+            return self._exact.plan(routing, residency)
+        if stop == layer + 1:
+            return plan_token(routing, self._token_bits)
+        return plan_token(routing, self._token_bits, None, ahead, self._bits[: len(ahead)])
 
     def begin(self) -> None:
         """See `Scheduler.begin`."""
@@ -113,9 +109,7 @@ class ExpertFlow(Scheduler):
         against = self._predictor.path()
         if against is None:
             return
-        scores = self.priorities.scores
-        _core.foresee_paths(scores, self._late, against, self._paths, self._step, _UNUSED)
-        self.priorities.version[:] += 1
+        self._paths.foresee(against, self._step)
         self._known = self._num_layers
 
     def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:

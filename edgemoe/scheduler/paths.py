@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from edgemoe import _core
 from edgemoe.errors import FormatError
 from edgemoe.file.tensors import is_finite, view
-from edgemoe.plan import Routing
 from edgemoe.scheduler.base import Setting
 from edgemoe.scheduler.predict import Logistic, NextUse, Turns
 
@@ -165,12 +164,14 @@ class PathUse(NextUse):
         # Odds against use by habit, for the token after the one that a layer ran last; and what was said of the layers
         # that are learned from a token before.
         self._habit = np.zeros((L, E))
-        self._habit_rows, self._text_rows = list(self._habit), list(self._path.next)
         self._turns = Turns(L, E)
         self._asked = self._asked_now = np.zeros((3, 0))
         self._path_odds = np.empty((L, E))
         self._weigh_after = Logistic([0.0, -0.5, 0.5])
         self._weigh_at = Logistic([0.0, -0.3, 0.7])
+        self._features.mix(
+            habit=self._habit, text=self._path.next, weights=self._weigh_after.against
+        )
         self._has_run = self._can_learn = self._was_asked = False
 
     def begin(self) -> None:
@@ -187,7 +188,7 @@ class PathUse(NextUse):
         if self._weigh_after.is_next_due:
             self._asked = self._lesson_of(self._path.next)
         self._path.follow(ids)
-        _ = self._path.next  # which the rows are of
+        _ = self._path.next  # which `update` reads
         self._can_learn, self._was_asked = self._has_run and len(ids) == 1, False
         self._has_run = True
 
@@ -210,14 +211,6 @@ class PathUse(NextUse):
         layers = slice(self._turns.now.start, self._turns.now.stop)
         habit = self._habit[layers].reshape(-1)
         return np.stack([np.ones_like(habit), habit, text[layers].reshape(-1)])
-
-    def update(self, routing: Routing) -> NDArray[np.float64]:
-        """See `NextUse.update`."""
-        layer, odds = routing.layer, self._odds
-        habit = self.log_odds(routing, out=self._habit_rows[layer])
-        _core.mix_odds(habit, self._text_rows[layer], self._weigh_after.against, odds)
-        _core.raise_odds(odds)
-        return odds
 
     def learn(self) -> None:
         """See `NextUse.learn`."""

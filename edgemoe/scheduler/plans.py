@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,18 +93,32 @@ def plan_token(
         gates: [1, K] in place of the routing's.
     """
     experts = routing.experts[0]
-    K = len(experts)
-    rows = _COUNT[:K]
+    K = n = len(experts)
     if 0 in bits.tolist():  # for so few of them faster than `all`
         kept = bits.nonzero()[0]
+        n = len(kept)
         rows = _SKIPPED[:K].copy()
-        rows[kept] = _COUNT[: len(kept)]
+        rows[kept] = _COUNT[:n]
+        rows = rows.reshape(1, K)
         experts, bits = experts.take(kept), bits.take(kept)
-    n = len(experts)
+    else:
+        rows = _all_rows(K)
     return Plan(
-        routing.layer, experts, bits, _COUNT[: n + 1], _ONE_TOKEN[:n], rows.reshape(1, K),
+        routing.layer, experts, bits, *_one_token(n), rows,
         routing.gates if gates is None else gates, ahead, ahead_bits,
     )  # fmt: skip
+
+
+@cache
+def _one_token(n: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Returns the offsets and tokens of a plan of `n` experts for one token."""
+    return _COUNT[: n + 1], _ONE_TOKEN[:n]
+
+
+@cache
+def _all_rows(K: int) -> NDArray[np.int32]:
+    """Returns the rows of a plan that skips nothing of one token."""
+    return _COUNT[:K].reshape(1, K)
 
 
 def _demand(experts: NDArray[np.int32], counts: NDArray[np.intp]) -> NDArray[np.intp]:

@@ -117,27 +117,25 @@ class NextUse:
     traces of benchmarks/LOG.md this was as good after 32 tokens as a fit on another text.
     """
 
-    _HALF_LIFE, _AVERAGE = (
-        64.0,
-        4.0,
-    )  # tokens; longer and shorter ones, and all of them, did no better
+    # Half-lives of 64 and 4 tokens; longer and shorter ones, and all of them, did no better.
+    _KEEP, _SHARE = 0.5 ** (1.0 / 64), 1.0 - 0.5 ** (1.0 / 4)
 
     def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
         L, E = num_layers, num_experts
-        self._keep = 0.5 ** (1.0 / self._HALF_LIFE)
-        self._decay = 0.5 ** (1.0 / self._AVERAGE)
         # Per layer what logarithms are taken of: frequencies and router scores.
         self._raw = np.full((L, 2, E), experts_per_token / E)
         # Rows: one, used, log frequency, margin, its average. Of the last token and of the one before.
         self._now, self._before = np.zeros((2, L, 5, E))
         self._now[:, 0] = 1.0
         self._now[:, 2] = np.log(experts_per_token / E)
-        self._features = _core.UseRows(raw=self._raw, now=self._now, before=self._before)
         self._raw_rows = list(self._raw)
         self._odds = np.empty(E)
         self.habit = Logistic([0.0, 0.0, 1.0, 0.0, 0.0])
         """Of the features."""
-        self._against = self.habit.against
+        self._features = _core.UseRows(
+            raw=self._raw, now=self._now, before=self._before, odds=self._odds,
+            weights=self.habit.against, left=self._KEEP, share=self._SHARE,
+        )  # fmt: skip
         self._is_first = self._is_lesson = True
         self._lesson = Turns(L, E)
 
@@ -153,31 +151,20 @@ class NextUse:
 
     def update(self, routing: Routing) -> Array:
         """Takes one layer's routing and returns the odds against each expert's next use, [E]; scratch of one call."""
-        odds = self.log_odds(routing)
-        _core.raise_odds(odds)
-        return odds
-
-    def log_odds(self, routing: Routing, out: Array | None = None) -> Array:
-        """As `update`, and returns the logarithms of these odds; in `out` [E], if given."""
-        layer, features = routing.layer, self._features
-        if self._is_lesson and layer in self._lesson.now:
-            features.keep(layer)
-        odds = self._odds if out is None else out
-        chosen, share = routing.experts[-1], 1.0 - self._decay
-        if len(routing.experts) == 1 and routing.scores is not None:
-            scores = routing.scores[0]
-            features.token(layer, chosen, scores, self._keep, share, self._against, odds)
+        layer, experts, scores = routing.layer, routing.experts, routing.scores
+        keep = self._is_lesson and layer in self._lesson.now
+        if len(experts) == 1 and scores is not None:
+            self._features.token(layer, experts, scores, keep)
         else:
-            chosen, against = self._several(routing)
-            features.weigh(layer, chosen, against, share, self._against, odds)
-        return odds
+            self._features.weigh(layer, *self._several(routing), keep)
+        return self._odds
 
     def _several(self, routing: Routing) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         """Takes the routing of any number of tokens; returns which experts ran, and those that margins are against."""
         f, s = self._raw_rows[routing.layer]
         several = routing.sequences > 1 and routing.is_decoding
         chosen = np.unique(routing.experts) if several else routing.experts[-1]
-        _decayed(f, routing.experts, self._keep)
+        _decayed(f, routing.experts, self._KEEP)
         if routing.scores is None:  # gates alone say nothing about the experts that were not chosen
             s.fill(routing.gates[-1, -1])
             s[routing.experts[-1]] = routing.gates[-1]

@@ -211,21 +211,21 @@ class ExpertStore:
 
     def request(self, plan: Plan) -> Request:
         """Starts what a plan needs."""
-        self.cache.close()  # what Ctrl-C may have left open
         if plan.drop is not None and plan.drop_bits is not None:
+            self.cache.close()  # what Ctrl-C may have left open
             for expert, bits in zip(plan.drop.tolist(), plan.drop_bits.tolist(), strict=True):
                 self.cache.shrink(expert, self._levels[bits])
-        experts = plan.experts + self._first[plan.layer]
-        levels = self._levels.take(plan.bits)
-        if plan.ahead is None or plan.ahead_bits is None:
-            self._count = len(experts)
-            self.cache.begin(experts, levels, plan.offsets, len(plan.gates))
-        else:
-            later = self._levels.take(plan.ahead_bits)
-            self._count = -1
-            self.cache.begin(
-                experts, levels, plan.offsets, len(plan.gates), ahead=plan.ahead, ahead_levels=later
-            )
+        ahead = plan.ahead
+        self._count = len(plan.experts) if ahead is None else -1
+        experts, levels = self.cache.ask(
+            plan.layer,
+            plan.experts,
+            plan.bits,
+            plan.offsets,
+            len(plan.gates),
+            ahead,
+            plan.ahead_bits,
+        )
         return Request(self.cache, experts, levels)
 
     def ready_groups(self) -> Iterator[list[int]]:

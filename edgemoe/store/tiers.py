@@ -55,6 +55,7 @@ class Tiers:
         self._count = 0
         self._given = True
         self._is_open = False
+        self._levels_of = host.levels
         self._promoted = np.empty(0, np.int32)
         self._levels = np.empty(0, np.int8)
         self._ran = np.empty(0, np.int32)
@@ -67,6 +68,24 @@ class Tiers:
         self.used = Uses(num_layers, len(self.residency))
         """By these the device drops, which would know those of its own only."""
         device.set_policy(self.used.order)
+
+    def ask(
+        self,
+        layer: int,
+        experts: NDArray[np.int32],
+        bits: NDArray[np.int8],
+        offsets: NDArray[np.int32],
+        num_tokens: int,
+        ahead: NDArray[np.int32] | None = None,
+        ahead_bits: NDArray[np.int8] | None = None,
+    ) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
+        """See `_core.Cache.ask`."""
+        self.close()
+        experts = experts + np.int32(layer * self._order.scores.shape[1])
+        levels: NDArray[np.int8] = self._levels_of[bits]
+        later = None if ahead_bits is None else self._levels_of[ahead_bits]
+        self.begin(experts, levels, offsets, num_tokens, ahead, later)
+        return experts, levels
 
     def begin(
         self,

@@ -386,6 +386,34 @@ def test_a_dry_cache_has_no_weights_to_give():
     assert run(cache, [0, 1], [1, 2]) == [0, 1]
 
 
+def test_a_plan_is_asked_for_by_layer_and_bits():
+    cache = ExpertStore.dry(
+        num_layers=2, num_experts=4, level_bits=(2, 4, 8), level_bytes=(4096, 8192, 16384),
+        budget_bytes=4 * 16384,
+    ).cache  # fmt: skip
+    assert cache.levels.tolist() == [0, 0, 1, 0, 2, 0, 0, 0, 3]
+    some, bits = np.array([3, 1], np.int32), np.array([8, 2], np.int8)
+    offsets = np.array([0, 1, 1], np.int32)
+    experts, levels = cache.ask(1, some, bits, offsets, 1, np.array([6], np.int32), bits[:1] // 2)
+    assert experts.tolist() == [7, 5]
+    assert levels.tolist() == [3, 1]
+    experts, levels = cache.ask(0, some, bits, offsets, 1)  # in place of what is open
+    assert experts.tolist() == [3, 1]
+    while cache.next():
+        pass
+    assert cache.residency.tolist() == [0, 1, 0, 3, 0, 1, 2, 3]
+    for given, what in [
+        ({"layer": 2}, "layer"), ({"layer": -1}, "layer"), ({"experts": some + 1}, "experts"),
+        ({"bits": bits + 1}, "bits"), ({"bits": bits - 1}, "Cache"), ({"bits": bits[:1]}, "bits"),
+        ({"offsets": offsets[1:]}, "offsets"), ({"ahead": some}, "together"),
+        ({"ahead": some, "ahead_bits": bits[:1]}, "ahead_bits"),
+    ]:  # fmt: skip
+        right = {"layer": 0, "experts": some, "bits": bits, "offsets": offsets, "num_tokens": 1}
+        with pytest.raises(ValueError, match=what):
+            cache.ask(**{**right, **given})
+        cache.check_integrity()
+
+
 def test_an_expert_is_used_as_often_as_it_has_tokens():
     cache = ExpertStore.dry(
         num_layers=1, num_experts=4, level_bits=(8,), level_bytes=(4096,), budget_bytes=2 * 4096

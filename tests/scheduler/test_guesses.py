@@ -8,7 +8,7 @@ import pytest
 from edgemoe import _core
 
 E, K = 70, 5
-ROUND, PENALTY = 6.0, 4.0
+PENALTY = 4.0
 
 
 def experts(rng, count=K):
@@ -19,41 +19,92 @@ def likely(odds, count):
     return sorted(range(E), key=lambda e: (odds[e], e))[:count]
 
 
+def path_rows(layers=1, n=E, count=K):
+    """A `PathRows`, and its scores, moments that are late, paths, and versions."""
+    arrays = {
+        "scores": np.zeros((layers, n)), "late": np.zeros((layers, n)),
+        "paths": np.zeros((layers, count), np.int32), "version": np.zeros(layers, np.uint32),
+    }  # fmt: skip
+    return _core.PathRows(**arrays, penalty=PENALTY), *arrays.values()
+
+
 def test_a_path_is_followed_and_foreseen():
     rng = np.random.default_rng(0)
-    scores, late, path = np.zeros(E), np.zeros(E), np.zeros(K, np.int32)
+    rows, (scores, _), (late, _), (path, _), version = path_rows(2)
+    has = np.zeros((2, E), np.int8)
     expected, wait = np.zeros(E), np.zeros(E)
     for step in range(1, 30):
-        chosen, odds = experts(rng), rng.integers(1, 30, E).astype(float)  # with equals
-        right = _core.follow_path(scores, late, chosen, odds, path, step, ROUND, PENALTY)
-        assert right == np.count_nonzero(wait[chosen])
-        wait[chosen] = 0
-        expected = -(odds + wait) * ROUND - step - 2 * ROUND
+        chosen = np.stack([experts(rng), experts(rng)])  # the last of two tokens counts
+        odds = rng.integers(1, 30, E).astype(float)  # with equals
+        right, ahead = rows.follow(0, chosen, odds, step, 1, has, 1)
+        ran = chosen[1]
+        assert right == np.count_nonzero(wait[ran])
+        assert len(ahead) == 0
+        wait[ran] = 0
+        expected = -(odds + wait) * 2 - step - 2 * 2
         best = likely(odds, K)
-        expected[best] = -ROUND - step
+        expected[best] = -2 - step
         wait = np.where(np.isin(np.arange(E), best), PENALTY, 0)
         assert path.tolist() == best
         np.testing.assert_array_equal(scores, expected)
         np.testing.assert_array_equal(late, wait)
         if step % 3 == 0:
-            odds = rng.normal(size=(1, E))
-            _core.foresee_paths(scores[None], late[None], odds, path[None], step, PENALTY)
-            expected -= np.where(wait > 0, 2.0, 0)  # a round of one layer
+            odds = rng.normal(size=(2, E))
+            rows.foresee(odds, step)
+            expected -= np.where(wait > 0, 4.0, 0)  # a round of two layers
             best = likely(odds[0], K)
             expected[best] = -1.0 - step
             wait = np.where(np.isin(np.arange(E), best), PENALTY, 0)
             assert path.tolist() == best
             np.testing.assert_array_equal(scores, expected)
             np.testing.assert_array_equal(late, wait)
+    assert version.tolist() == [29 + 9, 9]
 
 
 def test_layers_run_one_after_the_other():
-    scores, late = np.zeros((3, 2)), np.zeros((3, 2))
-    odds = np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
-    paths = np.zeros((3, 1), np.int32)
-    _core.foresee_paths(scores, late, odds, paths, 10.0, PENALTY)
+    rows, scores, _, paths, _ = path_rows(3, 2, 1)
+    rows.foresee(np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), 10.0)
     assert scores.tolist() == [[0, -11], [-12, 0], [0, -13]]
     assert paths[:, 0].tolist() == [1, 0, 1]
+
+
+def test_what_layers_to_come_lack_is_told():
+    rows, *_ = path_rows(4, 6, 2)
+    odds = np.array(
+        [[0.0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0], [1, 0, 3, 2, 5, 4], [0, 1, 2, 3, 4, 5]]
+    )
+    rows.foresee(odds, 0.0)
+    has = np.zeros((4, 6), np.int8)
+    has[1, 4], has[2, 0] = 2, 1
+    for stop, ahead in [(1, []), (2, [6 + 5]), (3, [6 + 5, 12 + 1, 12 + 0]), (0, [])]:
+        _, found = rows.follow(0, np.array([[3]], np.int32), odds[0], 1.0, stop, has, 2)
+        assert found.tolist() == ahead
+
+
+def test_path_rows_refuse_what_they_cannot_index():
+    rows, scores, late, paths, version = path_rows(2)
+    has, chosen = np.zeros((2, E), np.int8), np.zeros((1, 1), np.int32)
+    for bad in ([[-1]], [[E]]):
+        with pytest.raises(ValueError, match="chosen"):
+            rows.follow(0, np.array(bad, np.int32), scores[0], 0.0, 1, has, 1)
+    with pytest.raises(ValueError, match="chosen: expected shape"):
+        rows.follow(0, chosen[0], scores[0], 0.0, 1, has, 1)
+    with pytest.raises(ValueError, match="chosen"):
+        rows.follow(0, chosen[:0], scores[0], 0.0, 1, has, 1)
+    for layer, stop, what in [(2, 2, "layer"), (-1, 1, "layer"), (0, 3, "stop")]:
+        with pytest.raises(ValueError, match=what):
+            rows.follow(layer, chosen, scores[0], 0.0, stop, has, 1)
+    with pytest.raises(ValueError, match="has"):
+        rows.follow(0, chosen, scores[0], 0.0, 1, has[:1], 1)
+    with pytest.raises(ValueError, match="odds"):
+        rows.foresee(scores[:1], 0.0)
+    for name, wrong in [
+        ("late", late[:1]), ("version", version[:1]), ("paths", paths + E),
+        ("paths", np.zeros((2, E + 1), np.int32)), ("scores", scores[:0]),
+    ]:  # fmt: skip
+        arrays = {"scores": scores, "late": late, "paths": paths, "version": version, name: wrong}
+        with pytest.raises(ValueError, match="layers" if name == "scores" else name):
+            _core.PathRows(**arrays, penalty=1.0)
 
 
 def tables(layers):
@@ -123,22 +174,16 @@ def test_records_and_uses():
 @pytest.mark.parametrize("bad", [[-1], [E]])
 def test_there_is_no_such_expert(bad):
     bad = np.array(bad, np.int32)
-    row, path, one = np.zeros(E), np.zeros(K, np.int32), np.zeros(1, np.int8)
+    row, one = np.zeros(E), np.zeros(1, np.int8)
     with pytest.raises(ValueError, match="chosen"):
         _core.decay_uses(row, bad, 0.5)
     with pytest.raises(ValueError, match="chosen"):
         _core.renew_records(row, row.copy(), bad, one, np.zeros(9), 0.0)
-    with pytest.raises(ValueError, match="chosen"):
-        _core.follow_path(row, row.copy(), bad, row, path, 0.0, 1.0, 1.0)
-    with pytest.raises(ValueError, match="experts"):
-        _core.lacking(bad, one.repeat(E), 1, 0)
     rule = _core.PrecisionRule(level_bits=[4, 8], low=4, high=8, strict=True)
     with pytest.raises(ValueError, match="experts"):
         rule.token(np.ones(1, np.float32), bad, one.repeat(E))
     with pytest.raises(ValueError, match="experts"):
         rule.ahead(None, bad, one.repeat(E), 0)
-    with pytest.raises(ValueError, match="path"):
-        _core.follow_path(row, row.copy(), bad[:0], row, np.zeros(E + 1, np.int32), 0.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="bits"):
         _core.renew_records(row, row.copy(), bad[:1] * 0, np.array([9], np.int8), np.zeros(9), 0.0)
 
@@ -167,7 +212,7 @@ def test_a_path_is_counted():
         _core.PathTable(**{**t, "far": t["far"][:2].copy()})
 
 
-def test_odds_are_mixed_and_raised():
+def test_odds_are_mixed_and_uses_expected():
     rng = np.random.default_rng(0)
     habit, text = 10 * rng.normal(size=(2, 3, 41)), rng.normal(size=(3, 41)).astype(np.float32)
     weights, out = rng.normal(size=3), np.empty((3, 41))
@@ -176,20 +221,9 @@ def test_odds_are_mixed_and_raised():
     np.testing.assert_allclose(out, expected, rtol=1e-12, atol=1e-12)
     with pytest.raises(ValueError, match="text: expected as many"):
         _core.mix_odds(habit[0], text[:2].copy(), weights, out)
-    odds = np.concatenate([rng.normal(0, 30, 500), [-np.inf, np.inf, np.nan, 0.0, 20.0]])
-    with np.errstate(invalid="ignore"):
-        expected = np.exp(np.where(odds < 20, odds, 20))
-    _core.raise_odds(odds)
-    np.testing.assert_allclose(odds, expected, rtol=1e-13, atol=1e-300)
     row, odds = np.zeros(E), rng.random(E)
-    _core.expect_uses(row, odds, 7.0, ROUND)
-    np.testing.assert_allclose(row, -7 - ROUND - ROUND * odds, rtol=1e-14)
-
-
-def test_what_lacks_a_level():
-    has = np.array([0, 2, 1, 2, 0], np.int8)
-    assert _core.lacking(np.array([3, 0, 2], np.int32), has, 2, 100).tolist() == [100, 102]
-    assert _core.lacking(np.array([1, 3], np.int32), has, 2, 100).tolist() == []
+    _core.expect_uses(row, odds, 7.0, 6.0)
+    np.testing.assert_allclose(row, -7 - 6 - 6 * odds, rtol=1e-14)
 
 
 def precision(gates, levels, *, strict, t1=0.4, t2=0.7, low=4, high=8, bits_of=(0, 2, 4, 8)):

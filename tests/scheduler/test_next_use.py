@@ -66,14 +66,38 @@ def test_odds_are_those_of_the_rows(tokens, sequences, has_scores):
             expected = ref.log_odds(
                 weights, r.experts, scores, ran, ran if several else r.experts[-1, -1:]
             )
-            np.testing.assert_allclose(model.log_odds(r), expected, rtol=1e-12, atol=1e-12)
+            odds = np.exp(np.minimum(expected, 20.0))
+            np.testing.assert_allclose(model.update(r), odds, rtol=1e-11, atol=1e-300)
             np.testing.assert_allclose(model.frequency[layer], ref.frequency, rtol=1e-12)
 
 
-def test_odds_against_have_a_bound():
+@pytest.mark.parametrize("power", [-np.inf, -800.0, -3.5, 0.0, 0.1, 19.9, 20.0, 100.0, np.inf])
+def test_odds_against_have_bounds(power):
     model = NextUse(L, E, K)
-    model.habit.against[:] = [100.0, 0.0, 0.0, 0.0, 0.0]
-    assert model.update(routing(np.random.default_rng(0), 0, 1)) == pytest.approx(np.exp(20.0))
+    model.habit.against[:] = [power, 0.0, 0.0, 0.0, 0.0]
+    odds = model.update(routing(np.random.default_rng(0), 0, 1))
+    np.testing.assert_allclose(odds, np.exp(np.clip(power, -700, 20)), rtol=1e-13)
+
+
+def test_odds_are_mixed_with_those_of_a_text():
+    rng = np.random.default_rng(0)
+    plain, mixed = NextUse(L, E, K), NextUse(L, E, K)
+    for model in (plain, mixed):
+        model.habit.against[:] = [-0.3, 0.5, -0.9, 0.2, -0.1]
+    habit, text = np.zeros((L, E)), rng.normal(size=(L, E)).astype(np.float32)
+    weights = np.array([0.2, -0.4, 0.6])
+    mixed._features.mix(habit=habit, text=text, weights=weights)
+    for layer in range(L):
+        for tokens in (1, 3):
+            r = routing(rng, layer, tokens)
+            logs = np.log(plain.update(r))
+            expected = np.exp(weights @ [np.ones(E), logs, text[layer]])
+            np.testing.assert_allclose(mixed.update(r), expected, rtol=1e-11)
+            np.testing.assert_allclose(habit[layer], logs, rtol=1e-11, atol=1e-13)
+    for name in ("habit", "text"):
+        given = {"habit": habit, "text": text, name: {"habit": habit, "text": text}[name][:1]}
+        with pytest.raises(ValueError, match=name):
+            mixed._features.mix(**given, weights=weights)
 
 
 def test_it_learns_from_what_it_knew_a_token_before():
@@ -100,24 +124,28 @@ def test_it_learns_from_what_it_knew_a_token_before():
 
 def test_rows_refuse_what_they_cannot_index():
     raw, rows = np.zeros((2, 2, 8)), np.zeros((2, 5, 8))
-    with pytest.raises(ValueError, match="before: expected shape"):
-        _core.UseRows(raw=raw, now=rows, before=rows[:, :4].copy())
-    live = _core.UseRows(raw=raw, now=rows, before=rows.copy())
-    some, scores = np.array([7], np.int32), np.ones(8, np.float32)
     odds, weights = np.zeros(8), np.zeros(5)
-    with pytest.raises(ValueError, match="layer"):
-        live.keep(2)
-    for bad in ([8], [-1], []):
-        with pytest.raises(ValueError, match="chosen"):
-            live.token(0, np.array(bad, np.int32), scores, 0.5, 0.5, weights, odds)
-    with pytest.raises(ValueError, match="scores"):
-        live.token(0, some, scores[:7], 0.5, 0.5, weights, odds)
-    with pytest.raises(ValueError, match="against"):
-        live.weigh(0, some, np.array([9], np.int32), 0.5, weights, odds)
-    with pytest.raises(ValueError, match="odds"):
-        live.weigh(0, some, some, 0.5, weights, odds[:7])
+    given = {"raw": raw, "now": rows, "before": rows.copy(), "odds": odds, "weights": weights}
+    rest = {"left": 0.5, "share": 0.5}
+    for name, wrong in [
+        ("before", rows[:, :4].copy()), ("odds", odds[:7]), ("weights", weights[:4]),
+    ]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"{name}: expected shape"):
+            _core.UseRows(**{**given, name: wrong}, **rest)
     with pytest.raises(TypeError):
-        live.weigh(0, some, some, 0.5, weights.astype(np.float32), odds)
+        _core.UseRows(**{**given, "weights": weights.astype(np.float32)}, **rest)
+    live = _core.UseRows(**given, **rest)
+    some, scores = np.array([[7]], np.int32), np.ones((1, 8), np.float32)
+    for layer in (-1, 2):
+        with pytest.raises(ValueError, match="layer"):
+            live.token(layer, some, scores, False)
+    for bad in ([[8]], [[-1]], [[]], [[1], [2]]):
+        with pytest.raises(ValueError, match="chosen"):
+            live.token(0, np.array(bad, np.int32), scores, False)
+    with pytest.raises(ValueError, match="scores"):
+        live.token(0, some, scores[:, :7].copy(), False)
+    with pytest.raises(ValueError, match="against"):
+        live.weigh(0, some[0], np.array([9], np.int32), False)
     odds.flags.writeable = False
     with pytest.raises(ValueError, match="writ"):
-        live.weigh(0, some, some, 0.5, weights, odds)
+        _core.UseRows(**given, **rest)
