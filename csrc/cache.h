@@ -254,6 +254,7 @@ class Cache {
   std::vector<int8_t> asked_;    ///< scratch of `begin`
   std::vector<int8_t> ahead_;    ///< level that is wanted soon, 0 = not
   std::vector<int> ahead_list_;
+  std::vector<int> ahead_before_;  ///< scratch of `set_ahead`
   std::vector<Slot> slots_;
   SlotList free_;              ///< slots without an owner; the last one that was freed is taken first
   SlotList free_committed_;    ///< those of them that have pages

@@ -94,9 +94,9 @@ void Cache::check(const Wish& wish) const {
 }
 
 void Cache::set_ahead(const Wish& ahead) {
-  const std::vector<int> before = std::move(ahead_list_);
+  ahead_before_.swap(ahead_list_);
   ahead_list_.clear();
-  for (int e : before) ahead_[e] = 0;
+  for (int e : ahead_before_) ahead_[e] = 0;
   for (int i = 0; i < ahead.count; ++i) {
     const int e = ahead.experts[i];
     if (rungs_[size_t(e)] == 0) continue;  // a guess may be of a place without an expert
@@ -104,7 +104,7 @@ void Cache::set_ahead(const Wish& ahead) {
     ahead_[e] = std::max(ahead_[e], int8_t(level_of(e, ahead.levels[i])));
   }
   for (int e : ahead_list_) note(e);
-  for (int e : before) {
+  for (int e : ahead_before_) {
     note(e);
     const int slot = slot_of_[e];
     if (ahead_[e] || slot < 0 || slots_[slot].target == 0 || !slots_[slot].is_ahead || wanted_[e]) continue;

@@ -1,5 +1,6 @@
 #include "victims.h"
 
+#include <algorithm>
 #include <limits>
 
 namespace edgemoe {
@@ -17,16 +18,16 @@ void Victims::add(int expert, int slot, const Policy& policy) {
   slots_[size_t(expert)] = slot;
   Row& row = rows_[size_t(expert / num_experts_)];
   if (!row.is_known) return;
+  const double score = policy.raw()[expert];
   if (row.best < 0) {
     row.best = expert;
+    row.least = score;
     row.next = std::numeric_limits<double>::infinity();
-    return;
-  }
-  const double score = policy.raw()[expert], best = policy.raw()[row.best];
-  if (score < best) {
+  } else if (score < row.least) {
     row.best = expert;
-    row.next = best;
-  } else if (score > best) {
+    row.next = row.least;
+    row.least = score;
+  } else if (score > row.least) {
     if (score < row.next) row.next = score;
   } else if (slot < slots_[size_t(row.best)]) {
     row.best = expert;
@@ -66,26 +67,27 @@ Victims::Row Victims::look_through(int layer, const Policy& policy) const {
       best = e;
     }
   });
-  return {best, next, policy.version(layer), true};
+  return {best, least, next, policy.version(layer), true};
 }
 
 int Victims::lowest(const Policy& policy) {
   const int num_layers = int(rows_.size());
-  const double* scores = policy.raw();
   int victim = -1;
-  double least = 0;
+  double least = 0, next = std::numeric_limits<double>::infinity();
   for (int layer = 0; layer < num_layers; ++layer) {
     Row& row = rows_[size_t(layer)];
     if (!row.is_known || row.version != policy.version(layer)) row = look_through(layer, policy);
     if (row.best < 0) continue;
-    const double score = policy.at(layer, scores[row.best]);
+    const double score = policy.at(layer, row.least);
+    next = std::min(next, policy.at(layer, row.next));
     if (victim < 0 || score < least || (score == least && slots_[size_t(row.best)] < slots_[size_t(victim)])) {
       victim = row.best;
       least = score;
     }
   }
   // A layer's scale and shift keep the order of its scores, but rounding may make equals of some.
-  for (int layer = 0; victim >= 0 && layer < num_layers; ++layer) {
+  const double* scores = policy.raw();
+  for (int layer = 0; next == least && layer < num_layers; ++layer) {
     const Row& row = rows_[size_t(layer)];
     if (row.best < 0 || policy.at(layer, row.next) != least) continue;
     each(layer, [&](int e) {
@@ -100,7 +102,7 @@ bool Victims::is_sound(const Policy& policy) const {
     const Row& row = rows_[size_t(layer)];
     if (!row.is_known || row.version != policy.version(layer)) continue;
     const Row found = look_through(layer, policy);
-    if (row.best != found.best || (row.best >= 0 && row.next > found.next)) return false;
+    if (row.best != found.best || (row.best >= 0 && (row.least != found.least || row.next > found.next))) return false;
   }
   return true;
 }

@@ -29,8 +29,9 @@ class Victims {
 
  private:
   struct Row {
-    int best = -1;    ///< its lowest before the layer's scale and shift, of equals that in the lowest slot; -1 for none
-    double next = 0;  ///< none of the others that score more than it scores less than this
+    int best = -1;  ///< its lowest before the layer's scale and shift, of equals that in the lowest slot; -1 for none
+    double least = 0;      ///< what that one scores
+    double next = 0;       ///< none of the others that score more than it scores less than this
     uint64_t version = 0;  ///< of the policy's scores of the layer that this is true for
     bool is_known = false;
   };
