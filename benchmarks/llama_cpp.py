@@ -148,7 +148,8 @@ def table(rows: Sequence[dict]) -> Iterator[str]:
     yield "|---" * len(_HEAD) + "|"
     cells: dict[tuple, list[dict]] = {}
     for row in rows:
-        cells.setdefault((row["model"], row["bits"], row.get("share"), row["test"]), []).append(row)
+        test = "tg" if "hit_rate" in row else row["test"]  # however many tokens
+        cells.setdefault((row["model"], row["bits"], row.get("share"), test), []).append(row)
     for (model, bits, share, test), runs in cells.items():
         pairs = [(r["ours"], r["theirs"]) for r in runs if r.get("theirs")]
         speeds = [_spread([r[x] for r in runs if r.get(x)]) for x in ("ours", "theirs")]
