@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +21,9 @@ _NAMED = 8  # of the experts that saw few tokens
 _EPILOG = """\
 OUT.calib is read by `edgemoe convert --calibration` and `edgemoe allocate`.
 The text should be like what the model will be used for, and not what it is
-judged by. An interrupted run leaves OUT.calib.part0 and so on; the same
-command goes on there.
+judged by. All of it goes through one layer before the next: an interrupted run
+leaves OUT.calib.part and OUT.calib.part.state, and the same command goes on
+behind the last layer that was done.
 """
 
 
@@ -47,9 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _interrupted(args: argparse.Namespace) -> str:
-    out = _out(args)
-    is_saved = any(out.parent.glob(f"{glob.escape(out.name)}.part*"))
-    what = "the same command goes on from what was saved" if is_saved else "nothing was saved yet"
+    from edgemoe.lab.bits.calibrate import is_begun
+
+    is_saved = args.imatrix is None and is_begun(_out(args))
+    what = (
+        "the same command goes on behind the last layer that was done"
+        if is_saved
+        else "no layer was done yet, so that nothing was saved"
+    )
     return f"interrupted; {what}"
 
 
@@ -79,11 +84,20 @@ def _calibrate(args: argparse.Namespace) -> None:
             default_text() if args.text is None else decode_text(args.text.read_bytes(), args.text)
         )
         more = None if args.more is None else decode_text(args.more.read_bytes(), args.more)
-        with Progress("calibrating", unit="window") as progress:
+        with (
+            Progress("counting", unit="window") as counting,
+            Progress("calibrating", unit="window") as progress,
+        ):
+
+            def say(text: str) -> None:
+                counting.close()  # or its bar would move below the other
+                note(f"# {text}")
+
             starved = calibrate(
                 args.model, text, out, full=args.full, layers=args.layers,
                 window=WINDOW if args.window is None else args.window, count=args.chunks,
-                more=more, ram=args.ram, threads=args.threads, progress=progress,
+                more=more, ram=args.ram, threads=args.threads, counting=counting, progress=progress,
+                say=say,
             )  # fmt: skip
         if starved:
             some = ", ".join(f"{layer}.{expert}" for layer, expert in starved[:_NAMED])
@@ -112,8 +126,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--out", type=Path, metavar="OUT.calib",
                         help="the file to make (default: beside the model)")  # fmt: skip
     parser.add_argument("--full", action="store_true",
-                        help="also sum the products of all pairs of inputs, for compensation; takes "
-                        "4 bytes for each, and a pass over the text for as many as fit in memory")  # fmt: skip
+                        help="also keep what the products of all pairs of inputs are made of, for compensation: "
+                        "of a large model gigabytes, which are said at the start")  # fmt: skip
     parser.add_argument("--layers", action="store_true",
                         help="the same with one matrix for all experts of a layer, and none for w_down: much less "
                         "to sum, and most of what --full gains")  # fmt: skip

@@ -29,7 +29,7 @@ from edgemoe.file.parse import parse_object
 from edgemoe.file.tensors import is_finite
 from edgemoe.file.whole import whole_file
 
-__all__ = ["SummedFile", "write_summed"]
+__all__ = ["BLOCK", "SummedFile", "header_of", "write_summed"]
 
 _SUMS = "checksums"
 _TYPES: dict[str, np.dtype[Any]] = {
@@ -37,7 +37,8 @@ _TYPES: dict[str, np.dtype[Any]] = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _MOST_HEADER = 100_000_000  # bytes, as the library has it
-_BLOCK = 16 << 20
+BLOCK = 16 << 20
+"""Bytes that are read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class SummedFile:
     def rows(self, name: str) -> Iterator[NDArray[Any]]:
         """Reads a tensor, some rows at a time."""
         place = self._places[name]
-        step = max(1, _BLOCK // max(place.row_bytes, 1))
+        step = max(1, BLOCK // max(place.row_bytes, 1))
         for first in range(0, place.num_rows, step):
             yield self._rows(name, first, min(step, place.num_rows - first))
 
@@ -138,7 +139,7 @@ class SummedFile:
         sha = hashlib.sha256(np.array(self._sums, "<u4").tobytes())
         at, size = 0, 0 if self.is_summed else self._size
         while at < size:
-            block = self._bytes(at, min(_BLOCK, size - at))
+            block = self._bytes(at, min(BLOCK, size - at))
             sha.update(block)
             at += len(block)
         return sha.hexdigest()
@@ -202,23 +203,7 @@ def write_summed(
     Raises:
         OSError: the file cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": dict(meta)}
-    at, num_sums = 0, 2
-
-    def enter(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
-        nonlocal at
-        end = at + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [at, end]}
-        at = end
-
-    assert _SUMS not in tensors
-    for name, array in tensors.items():
-        enter(name, array.dtype, array.shape)
-        num_sums += len(array) if array.ndim > 1 else 1
-    enter(_SUMS, _TYPES["U32"], (num_sums,))
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    head = struct.pack("<Q", len(text)) + text
+    head = header_of({name: (a.dtype, a.shape) for name, a in tensors.items()}, meta)
     sums = [_core.crc32c(head)]
     with whole_file(path, is_private=is_private) as file:
         file.write(head)
@@ -228,6 +213,27 @@ def write_summed(
             sums += map(_core.crc32c, array if array.ndim > 1 else [array])
         numbers = np.array(sums, "<u4").tobytes()
         file.write(numbers + struct.pack("<I", _core.crc32c(numbers)))
+
+
+def header_of(
+    forms: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], meta: Mapping[str, str]
+) -> bytes:
+    """Returns the beginning of a file.
+
+    Args:
+        forms: type and shape of each tensor, in order.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(meta)}
+    rows = [shape[0] if len(shape) > 1 else 1 for _, shape in forms.values()]
+    assert _SUMS not in forms
+    at = 0
+    for name, (dtype, shape) in {**forms, _SUMS: (_TYPES["U32"], (2 + sum(rows),))}.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def _meta(header: dict[str, Any]) -> Mapping[str, str]:

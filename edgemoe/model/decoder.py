@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts
@@ -27,6 +27,10 @@ from edgemoe.ops import Array, Matrix, Ops, RowTable, rope_bytes
 from edgemoe.places import Places
 from edgemoe.specs import MixerSpec
 from edgemoe.store import EMBED_ROWS, Weight
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "Decoder", "kept_rope_bytes", "layer_state_bytes", "read_bytes", "scratch_bytes", "state_bytes",
@@ -200,6 +204,42 @@ class Decoder:
             self._experts.count(ran)
         elif self._stores_last:
             ops.settle()
+        return cast(Array, normed)
+
+    def embed(self, ids: NDArray[np.int32], out: Array) -> None:
+        """out [T, D] = what the first layer takes of T tokens, at most `max_tokens`."""
+        self._ops.embed(self._stacks[0].embed, ids, self.config.embedding_multiplier, out)
+
+    def run_layer(self, index: int, batch: Batch, x: Array) -> Array:
+        """Runs one layer alone: for all of a text before the next one is.
+
+        Args:
+            index: the layer's; its part of the states is all that this call looks at.
+            batch: T tokens, at most `max_tokens`.
+            x: [T, D], what it takes, as `embed` or the layer before gave it; becomes what the next one takes.
+
+        Returns:
+            [T, D], normed for what comes next; scratch, valid until the next call.
+        """
+        ops, eps, residual = self._ops, self.config.norm_eps, self.config.residual_multiplier
+        stack = self._stacks[batch.variant]
+        layer, ffn = stack.layers[index], stack.layers[index].ffn
+        _, normed, added = self._rows.first(len(batch.ids))
+        for rope in self._ropes.values():
+            rope.start(batch)
+        for mixer in self._mixers.values():
+            mixer.start(batch)
+        ops.norm(x, stack.layers[index - 1].next_norm if index else stack.first_norm, eps, normed)
+        layer.mixer.forward(normed, batch, added)
+        if ffn is not None and layer.ffn_norm is not None:
+            ops.add_norm(added, residual, x, layer.ffn_norm, eps, normed)
+            if self._stops[index] == index:
+                ffn.begin(x, normed, batch, added)
+                ffn.run_experts(x, normed, batch, added)
+            else:
+                ffn.run(x, normed, batch, added)
+            ffn.end(x, normed, added)
+        ops.add_norm(added, residual, x, layer.next_norm, eps, normed)
         return cast(Array, normed)
 
     def _run(

@@ -28,6 +28,9 @@ __all__ = ["Tap", "TapOps"]
 class Tap(Protocol):
     """Is shown activations. All arrays are valid for the call alone."""
 
+    def begin(self, first: int) -> None:
+        """Tokens come, of which the first is number `first` of all."""
+
     def dense(self, name: str, x: Array) -> None:
         """The matrix `name` is applied to x [T, cols]; shown once where matrices share their input."""
 
@@ -55,8 +58,11 @@ class TapOps(CpuOps):
 
     repeats = False
 
+    tap: Tap
+    """Who is shown it; may be replaced."""
+
     def __init__(
-        self, shape: OpsShape, tap: Tap, names: Mapping[int, str], *, max_parts: int, hidden: int
+        self, shape: OpsShape, names: Mapping[int, str], *, max_parts: int, hidden: int
     ) -> None:
         """Args:
         names: of the dense matrices, by `id`.
@@ -64,7 +70,6 @@ class TapOps(CpuOps):
         hidden: H, the width of routed experts.
         """
         super().__init__(shape)
-        self._tap = tap
         self._names = names
         self._max_hidden = shape.max_hidden
         self._hidden = np.empty((max_parts, hidden), np.float32)
@@ -73,7 +78,7 @@ class TapOps(CpuOps):
     def linear(self, x: Array, weights: Sequence[Matrix], outs: Sequence[Array]) -> None:
         """See `CpuOps.linear`."""
         super().linear(x, weights, outs)
-        self._tap.dense(self._names[id(weights[0])], x)
+        self.tap.dense(self._names[id(weights[0])], x)
 
     attend, attend_latents = attend_in_steps, attend_latents_in_steps  # which the tap sees
 
@@ -81,7 +86,7 @@ class TapOps(CpuOps):
         """See `CpuOps.linear_heads`; the tap sees a row for each head."""
         super().linear_heads(x, weight, heads, out)
         rows = x.reshape(len(x) * heads, -1)[:, : weight.cols]
-        self._tap.dense(self._names[id(weight)], rows)
+        self.tap.dense(self._names[id(weight)], rows)
 
     def ffn(
         self,
@@ -98,8 +103,8 @@ class TapOps(CpuOps):
         if hidden is None:
             hidden = np.empty((len(x), up.rows), np.float32)
         super().ffn(x, gate, up, down, out, activation=activation, hidden=hidden)
-        self._tap.dense(self._names[id(up if gate is None else gate)], x)
-        self._tap.dense(self._names[id(down)], hidden)
+        self.tap.dense(self._names[id(up if gate is None else gate)], x)
+        self.tap.dense(self._names[id(down)], hidden)
 
     run_experts = run_experts_in_steps
 
@@ -126,4 +131,4 @@ class TapOps(CpuOps):
             run(x, layer, fewer, plan, group, self._again)
             return self._again
 
-        self._tap.experts(plan, group, x, inner, parts, at_level)
+        self.tap.experts(plan, group, x, inner, parts, at_level)

@@ -2,7 +2,8 @@
 
 A `.calib` file is a safetensors file with checksums (`edgemoe.file.summed`). Sums are over the tokens of the text (for
 an expert: the tokens routed to it).
-`L` is the model's layer index, `E` experts, `D` hidden, `H` expert hidden; `X` names an input, see below.
+`L` is the model's layer index, `E` experts, `K` of them per token, `D` hidden, `H` expert hidden, `T` the text's
+tokens; `X` names an input, see below.
 
     dense.X.count       int64   [1]        tokens
     dense.X.squares     float32 [cols]     sum of x², per input column
@@ -12,7 +13,9 @@ an expert: the tokens routed to it).
     experts.L.gates2    float64 [E]        sum of their squared gate weights
     experts.L.in.squares      float32 [E, D]     inputs of w_gate and w_up
     experts.L.hidden.squares  float32 [E, H]     inputs of w_down, silu(w_gate x) * (w_up x)
-    experts.L.in.products     float32 [E, D, D]  (--full only)
+    experts.L.in.products     float32 [E, D, D]  (--full only, of texts of E D tokens or more)
+    experts.L.in.rows         float32 [T, D]     (--full only, of shorter texts) what each token gives the experts
+    experts.L.in.chosen       int64   [T, K]     with it: which experts take it, ascending; E for none
     experts.L.hidden.products float32 [E, H, H]  (--full only)
     experts.L.output2   float64 [E]        sum of the squared norm of the expert's output, without its gate
     experts.L.output_max float32 [E]       largest |value| of the expert's output, without its gate
@@ -46,8 +49,9 @@ from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.errors import FormatError, quoted
 from edgemoe.file.summed import SummedFile, write_summed
 from edgemoe.quant.columns import ColumnScales
+from edgemoe.quant.expert_sums import ExpertSums, checked
 
-__all__ = ["MIN_TOKENS", "SAME_INPUT", "Calibration", "write_calibration"]
+__all__ = ["MIN_TOKENS", "SAME_INPUT", "Calibration", "calibration_meta", "write_calibration"]
 
 Array = NDArray[np.float32]
 
@@ -65,9 +69,11 @@ _FORMS = {
     "experts.count": ("int64", 0), "experts.gates": ("float64", 0), "experts.gates2": ("float64", 0),
     "experts.in.squares": ("float32", 1), "experts.in.products": ("float32", 2),
     "experts.hidden.squares": ("float32", 1), "experts.hidden.products": ("float32", 2),
+    "experts.in.rows": ("float32", 2), "experts.in.chosen": ("int64", 2),
     "experts.output2": ("float64", 0), "experts.output_max": ("float32", 0),
     "experts.error": ("float64", 1), "experts.error2": ("float64", 1),
 }  # fmt: skip
+_OF_TOKENS = ("experts.in.rows", "experts.in.chosen")  # not of experts
 _LONGEST_LAYER = 4  # digits
 SAME_INPUT = {
     "k": "q",
@@ -111,8 +117,8 @@ class Calibration:
         layers = {int(place) for place, form in self._keys.values() if form == "experts.count"}
         self.layers = tuple(sorted(layers))
         """Model layers with routed experts."""
-        self._min_tokens = max(min_tokens, 1)
         self._scales: ColumnScales | None = None
+        self._experts = ExpertSums(self._file, max(min_tokens, 1))
 
     def with_scales(self, scales: ColumnScales) -> Calibration:
         """Returns the same as seen by a file whose columns have such scales; without any before."""
@@ -139,6 +145,12 @@ class Calibration:
         """Checks that a tensor has its type and shape; its experts are those that its layer counts."""
         shape, (place, form) = self._file.shapes[name], self._keys[name]
         kind, axes = _FORMS[form]
+        if form in _OF_TOKENS:
+            others = [self._file.shapes.get(f"experts.{place}.{f[8:]}", ()) for f in _OF_TOKENS]
+            is_sound = all(len(s) == 2 and s[0] == shape[0] for s in others)
+            if is_sound and self._file.dtypes[name] == kind:
+                return
+            raise self._unfit(name, kind)
         experts: tuple[int, ...] = ()
         if form.startswith("experts."):
             experts = self._file.shapes.get(f"experts.{place}.count", (0,))[:1]
@@ -149,7 +161,11 @@ class Calibration:
         }
         cols = width.get(form, shape[-1])
         if self._file.dtypes[name] != kind or shape != experts + (cols,) * axes:
-            raise FormatError(f"{self.path}: {name}: {kind} {list(shape)} does not fit the others")
+            raise self._unfit(name, kind)
+
+    def _unfit(self, name: str, kind: str) -> FormatError:
+        shape = list(self._file.shapes[name])
+        return FormatError(f"{self.path}: {name}: {kind} {shape} does not fit the others")
 
     @property
     def note(self) -> str:
@@ -170,10 +186,13 @@ class Calibration:
         done, total = 0, sum(map(self._file.num_bytes, self._file.shapes))
         for name in self._file.shapes:
             for rows in self._file.rows(name):
-                self._checked(name, rows)
+                checked(self._file, name, rows)
                 done += rows.nbytes
                 if progress is not None:
                     progress(done, total)
+        for place, form in self._keys.values():
+            if form == "experts.in.chosen":
+                self._experts.chosen(int(place))
 
     def digest(self) -> str:
         """Returns a sum of the content, in hexadecimal."""
@@ -182,7 +201,7 @@ class Calibration:
     @property
     def is_full(self) -> bool:
         """Says whether the file holds products, not only squares."""
-        return any(n.endswith(".products") for n in self._file.shapes)
+        return any(n.endswith((".products", ".in.rows")) for n in self._file.shapes)
 
     def diagonal(self, name: str) -> Array | None:
         """Returns the mean square of each input column of a matrix, float32 [cols]; None if nothing is known.
@@ -204,14 +223,11 @@ class Calibration:
 
     def layer_matrix(self, layer: int) -> Array:
         """Returns the mean of x xᵀ over all that was routed to a layer's experts, [D, D]; for what `knows` knows."""
-        key = f"experts.{layer}.in.products"
-        if key not in self._file.shapes:
+        total = self._experts.layer_products(layer)
+        if total is None:
             known = self._mean(_experts_input(layer), "products")
             assert known is not None
             return known
-        total = np.zeros(self._file.shapes[key][1:], np.float32)
-        for rows in self._file.rows(key):  # an expert at a time: they are large
-            total += self._checked(key, rows).reshape(-1, *total.shape).sum(axis=0)
         mean = np.asarray(total / np.float32(self.layer(layer, "count").sum()), np.float32)
         return self._scaled(_experts_input(layer), mean)
 
@@ -228,7 +244,7 @@ class Calibration:
         if name.startswith("experts."):
             _, layer, _, part = name.split(".")
             port = "hidden" if part == "down" else "in"
-            if f"experts.{layer}.{port}.products" in self._file.shapes:
+            if self._experts.has_products(int(layer), port):
                 return bool(self.layer(int(layer), "count").any())
             if part == "down":
                 return False
@@ -277,17 +293,11 @@ class Calibration:
             port = form.split(".")[1]
             cols = dense.get(place, 0) if form.startswith("dense") else widths.get(port, -1)
             found = self._file.shapes[name][-1]
-            if form != "dense.count" and cols not in (-1, found):
+            if form not in ("dense.count", "experts.in.chosen") and cols not in (-1, found):
                 raise FormatError(f"{self.path}: {name} has {found} inputs; the model's has {cols}")
 
     def _tensor(self, name: str) -> NDArray[Any]:
-        return self._checked(name, self._file.tensor(name))
-
-    def _checked(self, name: str, rows: NDArray[Any]) -> NDArray[Any]:
-        """Returns a tensor or some of its rows; but for products of different inputs, nothing is below 0."""
-        if not name.endswith(".products") and rows.size and rows.min() < 0:
-            raise FormatError(f"{self.path}: {name}: expected sums, none below 0")
-        return rows
+        return checked(self._file, name, self._file.tensor(name))
 
     def _scaled(self, name: str, mean: Array) -> Array:
         """Returns means of squares or products of inputs as they are divided by the scales of their columns."""
@@ -303,32 +313,12 @@ class Calibration:
     def _mean_as_is(self, name: str, what: str) -> Array | None:
         if name.startswith("experts."):
             _, layer, index, part = name.split(".")
-            return self._expert_mean(
-                int(layer), int(index), "hidden" if part == "down" else "in", what
-            )
+            port = "hidden" if part == "down" else "in"
+            return self._experts.mean(int(layer), int(index), port, what)
         key, count = f"dense.{_input(name)}.{what}", self.count(name)
         if key not in self._file.shapes or count == 0:
             return None
         return np.asarray(self._tensor(key) / np.float32(count), np.float32)
-
-    def _expert_mean(self, layer: int, index: int, port: str, what: str) -> Array | None:
-        key = f"experts.{layer}.{port}.{what}"
-        if key not in self._file.shapes:
-            return None
-        counts = self.layer(layer, "count")
-        n, needed = int(counts[index]), self._min_tokens
-        own = self._checked(key, self._file.row(key, index))
-        if counts.sum() == 0:
-            return None
-        if n >= needed:
-            return np.asarray(own / np.float32(n), np.float32)
-        total = np.zeros_like(own)
-        for e in range(len(counts)):  # one expert at a time: products are large
-            total += self._file.row(key, e)
-        layer_mean = total / np.float32(counts.sum())
-        return np.asarray(
-            (own + np.float32(needed - n) * layer_mean) / np.float32(needed), np.float32
-        )
 
 
 def _experts_input(layer: int) -> str:
@@ -353,4 +343,9 @@ def write_calibration(
     Raises:
         OSError: the file cannot be written.
     """
-    write_summed(path, tensors, {"edgemoe_calibration": _VERSIONS[-1], **meta})
+    write_summed(path, tensors, calibration_meta(meta))
+
+
+def calibration_meta(meta: Mapping[str, str]) -> dict[str, str]:
+    """Returns what a calibration file says of itself, with the version."""
+    return {"edgemoe_calibration": _VERSIONS[-1], **meta}

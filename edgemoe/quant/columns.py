@@ -115,7 +115,7 @@ class ColumnScales:
             name: of a calibration's tensor.
         """
         place, _, what = name.rpartition(".")
-        if what not in ("squares", "products"):
+        if what not in ("squares", "products", "rows"):
             return
         kind, _, where = place.partition(".")
         if kind == "experts":

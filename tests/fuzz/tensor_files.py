@@ -222,6 +222,8 @@ def _calibrations() -> list[Case]:
     for port, width in (("in", d), ("hidden", h)):
         tensors[f"experts.0.{port}.squares"] = (900 * rng.random((E, width))).astype(np.float32)
     x = rng.normal(size=(E, 40, h)).astype(np.float32)
+    tensors["experts.0.in.rows"] = rng.normal(size=(30, d)).astype(np.float32)
+    tensors["experts.0.in.chosen"] = np.sort(rng.integers(0, E + 1, (30, 2)), axis=1)
     tensors["experts.0.hidden.products"] = x.swapaxes(1, 2) @ x
     for name, width in (("q", d), ("o", d), ("shared.gate", d), ("shared.down", 80)):
         tensors[f"dense.layers.0.{name}.count"] = np.array([1600], np.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from pathlib import Path
 
@@ -17,9 +18,12 @@ from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.imatrix import convert_imatrix
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
+from edgemoe.lab.bits import balanced, moments
 from edgemoe.lab.bits import calibrate as lab
-from edgemoe.lab.bits.calibrate import calibrate, windows_of
+from edgemoe.lab.bits.calibrate import calibrate, is_begun, windows_of
 from edgemoe.quant import Calibration, write_calibration
+from edgemoe.quant.calibration import MIN_TOKENS
+from edgemoe.quant.columns import ColumnScales
 from edgemoe.store import ExpertStore
 
 TEXT = "".join(f"line {i}: the quick brown fox, {i * i} times. " for i in range(12))
@@ -28,7 +32,7 @@ WINDOW = 96
 
 @pytest.fixture(scope="module")
 def made(tiny_moe, tmp_path_factory):
-    """A calibration with products, made in as many passes as there are."""
+    """A calibration with products."""
     path = tmp_path_factory.mktemp("calib") / "tiny.calib"
     calibrate(tiny_moe, TEXT, path, full=True, window=WINDOW, threads=1)
     return path
@@ -189,43 +193,127 @@ def test_errors_are_the_change_of_the_layers_output(tiny_moe, made):
     assert (error**2 >= error2 * (1 - 1e-9)).all()
 
 
-def test_a_run_that_was_interrupted_goes_on(tiny_moe, made, tmp_path, monkeypatch):
-    monkeypatch.setattr(lab, "_SAVE_SECONDS", 0.0)
-    monkeypatch.setattr(lab, "_SAVE_SHARE", 0)
-    cuts = iter([4, 5, 6])  # what is free, and so the runs, differs from call to call
-    monkeypatch.setattr(
-        lab, "_runs", lambda shapes, room: [tuple(shapes)[: (n := next(cuts))], tuple(shapes)[n:]]
-    )
-    out = tmp_path / "again.calib"
-    seen = []
+class Stopped(Exception):
+    pass
 
-    class Stopped(Exception):
-        pass
+
+def stop_at(*at):
+    """Returns what is told of progress, and breaks off when it is told one of these; and what it was told."""
+    seen, left = [], list(at)
 
     def stop(done, total):
         seen.append(done)
-        if done in (2, total - 1):
+        if left and done == left[0]:
+            left.pop(0)
             raise Stopped
 
-    for _ in range(2):
+    return stop, seen
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_a_run_that_was_interrupted_goes_on(tiny_moe, made, tmp_path, full):
+    """It goes on behind the last layer that was done, whatever the memory; of the two each has N windows."""
+    out, run = tmp_path / "again.calib", {"full": full, "window": WINDOW, "threads": 2}
+    n = len(windows_of(open_moe(tiny_moe), TEXT, window=WINDOW, count=None))
+    stop, seen = stop_at(1, n + 2, 2 * n)
+    for is_saved in (False, True, True):
         with pytest.raises(Stopped):
-            calibrate(tiny_moe, TEXT, out, full=True, window=WINDOW, threads=2, progress=stop)
+            calibrate(tiny_moe, TEXT, out, progress=stop, **run)
         assert not out.exists()
-    calibrate(tiny_moe, TEXT, out, full=True, window=WINDOW, threads=2, progress=stop)
-    assert seen == sorted(set(seen))  # nothing was done twice
+        assert is_begun(out) == is_saved
+    said = []
+    calibrate(tiny_moe, TEXT, out, progress=stop, say=said.append, ram="1GiB", **run)
+    second = [*range(n + 1, 2 * n + 1)]
+    assert seen == [1, *range(1, n + 1), *second[:2], *second, *second]
+    assert f"{n} windows of {WINDOW} tokens through 2 layers, from layer 1 on; again" in said[0]
     assert list(tmp_path.iterdir()) == [out]
-    a, b = Calibration(out), Calibration(made)
-    assert a.meta == b.meta
-    for name in ("layers.0.q", "experts.0.3.down", "experts.1.0.gate", "head"):
-        assert np.array_equal(a.matrix(name), b.matrix(name))
-        assert np.array_equal(a.diagonal(name), b.diagonal(name))
+    if full:
+        assert out.read_bytes() == made.read_bytes()
+    else:
+        a, b = Calibration(out), Calibration(made)
+        for name in ("layers.0.q", "experts.0.3.down", "experts.1.0.gate", "head"):
+            assert a.matrix(name) is None
+            assert np.array_equal(a.diagonal(name), b.diagonal(name))
+
+
+@pytest.mark.parametrize("name", ["x.calib.part", "x.calib.part.state"])
+def test_a_damaged_part_is_made_again(tiny_moe, made, tmp_path, name):
+    out = tmp_path / "x.calib"
+    n = len(windows_of(open_moe(tiny_moe), TEXT, window=WINDOW, count=None))
+    run = {"full": True, "window": WINDOW, "threads": 1}
+    stop, seen = stop_at(n + 1)
+    with pytest.raises(Stopped):
+        calibrate(tiny_moe, TEXT, out, progress=stop, **run)
+    content = bytearray((tmp_path / name).read_bytes())
+    content[-1000] ^= 1
+    (tmp_path / name).write_bytes(content)
+    calibrate(tiny_moe, TEXT, out, progress=stop, **run)
+    assert seen == [*range(1, n + 2), *range(1, 2 * n + 1)]
+    assert out.read_bytes() == made.read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_parts_of_another_text_or_form_are_not_used(tiny_moe, tmp_path):
+    out = tmp_path / "x.calib"
+    n = len(windows_of(open_moe(tiny_moe), TEXT, window=WINDOW, count=None))
+    stop, seen = stop_at(n + 1)
+    with pytest.raises(Stopped):
+        calibrate(tiny_moe, TEXT, out, window=WINDOW, progress=stop)
+    for text, layers in ((TEXT[7:], False), (TEXT, True)):
+        with pytest.raises(Stopped):
+            calibrate(tiny_moe, text, out, layers=layers, window=WINDOW, progress=stop_at(1)[0])
+        assert is_begun(out)  # until a layer is done, and as long as it is not asked for
+    calibrate(tiny_moe, TEXT[7:], out, window=WINDOW, progress=stop)
+    assert seen[n + 1] == 1
+
+
+def test_two_at_once_do_not_write_the_same_file(tiny_moe, tmp_path):
+    out = tmp_path / "x.calib"
+
+    def other(done, total):
+        with pytest.raises(BlockingIOError, match="another calibration is writing it"):
+            calibrate(tiny_moe, TEXT, out, window=WINDOW)
+
+    calibrate(tiny_moe, TEXT, out, window=WINDOW, count=1, progress=other)
+
+
+def test_a_disk_that_is_too_small_is_seen_before_the_work(tiny_moe, tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    stop, seen = stop_at()
+    with pytest.raises(OSError, match=r"the disk has 1 MiB free; this takes \d"):
+        calibrate(tiny_moe, TEXT, tmp_path / "x.calib", full=True, window=WINDOW, progress=stop)
+    assert seen == []
+
+
+def test_inputs_stand_for_their_products(tiny_moe, made, tmp_path, monkeypatch):
+    """Of a short text the inputs are kept, of a long one their products: what is read of both is the same."""
+    monkeypatch.setattr(moments, "keeps_rows", lambda config, tokens: False)
+    calibrate(tiny_moe, TEXT, tmp_path / "x", full=True, window=WINDOW, threads=1)
+    summed, kept = Calibration(tmp_path / "x"), Calibration(made)
+    assert summed.has("in.products")
+    assert not summed.has("in.rows")
+    assert kept.has("in.rows")
+    assert not kept.has("in.products")
+    s = ColumnScales(open_moe(tiny_moe).config, 1 + np.random.default_rng(0).random((5, 96), "f4"))
+    few = [np.flatnonzero(kept.layer(i, "count") < MIN_TOKENS) for i in (0, 1)]
+    assert any(len(experts) for experts in few)
+    for a, b in ((summed, kept), (summed.with_scales(s), kept.with_scales(s))):
+        for layer in (0, 1):
+            for e in range(8):
+                name = f"experts.{layer}.{e}.up"
+                np.testing.assert_allclose(a.matrix(name), b.matrix(name), rtol=1e-4, atol=1e-5)
+            of_layer = a.layer_matrix(layer), b.layer_matrix(layer)
+            np.testing.assert_allclose(*of_layer, rtol=1e-4, atol=1e-5)
+            assert np.array_equal(b.layer_matrix(layer), b.layer_matrix(layer).T)
 
 
 def test_more_text_is_taken_until_experts_have_seen_enough(tiny_moe, tmp_path, monkeypatch):
     """A text that repeats itself starves experts; what they gain comes from the other one, and no more than needed."""
     skewed, more = "aaaa" * (WINDOW // 2), "".join(map(chr, range(33, 126))) * 16
     monkeypatch.setattr(lab, "ENOUGH", 40)
-    monkeypatch.setattr(lab, "BALANCED", 1.0)
+    monkeypatch.setattr(balanced, "ENOUGH", 40)
+    monkeypatch.setattr(balanced, "BALANCED", 1.0)
 
     def made(name, **given):
         path = tmp_path / name
@@ -236,11 +324,11 @@ def test_more_text_is_taken_until_experts_have_seen_enough(tiny_moe, tmp_path, m
     counts = {i: alone.layer(i, "count") for i in (0, 1)}
     assert starved == [(i, e) for i in (0, 1) for e in range(8) if counts[i][e] < 40]
     assert starved
-    none, balanced = made("b", more=more)
+    none, filled = made("b", more=more)
     assert none == []
-    after = {i: balanced.layer(i, "count") for i in (0, 1)}
+    after = {i: filled.layer(i, "count") for i in (0, 1)}
     assert min(n.min() for n in after.values()) >= 40
-    tokens = int(balanced.meta["tokens"])
+    tokens = int(filled.meta["tokens"])
     assert tokens < len(skewed) + len(more) // WINDOW * WINDOW
     # One window less was not enough, and the first text is there whole.
     whole = f"{skewed}{more}"[: tokens - WINDOW]
@@ -248,59 +336,21 @@ def test_more_text_is_taken_until_experts_have_seen_enough(tiny_moe, tmp_path, m
     assert calibrate(tiny_moe, whole, short, window=WINDOW, threads=1)
     assert (after[0] >= counts[0]).all()
 
-    # Products are of the same text, and what is stopped goes on.
-    def stop(done, total):
-        if done == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(lab, "_SAVE_SECONDS", 0.0)
-    with pytest.raises(KeyboardInterrupt):
-        made("d", more=more, full=True, progress=stop)
-    _, full = made("d", more=more, full=True)
+    # Products are of the same text; what is stopped goes on, and what was counted is not counted again.
+    stop, counted = stop_at(2 * len(skewed) // WINDOW + 1)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            made("d", more=more, full=True, counting=stop, progress=stop_at(3)[0])
+        assert is_begun(tmp_path / "d")
+    assert counted == [*range(1, 6), *range(5, len(counted))]
+    before = len(counted)
+    _, full = made("d", more=more, full=True, counting=stop)
+    assert len(counted) == before
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "c", "d"}
     assert np.array_equal(full.layer(0, "count"), after[0])
     assert np.trace(full.matrix("experts.0.1.gate")) == pytest.approx(
         full.diagonal("experts.0.1.gate").sum(), rel=1e-3
     )
-
-
-def test_a_damaged_part_is_made_again(tiny_moe, made, tmp_path):
-    out = tmp_path / "x.calib"
-    done = []
-
-    def stop(*progress):
-        done.append(progress[0])
-        if len(done) == 8:  # in the second pass
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(tiny_moe, TEXT, out, full=True, window=WINDOW, threads=1, progress=stop)
-    part = tmp_path / "x.calib.part0"
-    content = bytearray(part.read_bytes())
-    content[-1000] ^= 1
-    part.write_bytes(content)
-    done += [None] * 100
-    calibrate(tiny_moe, TEXT, out, full=True, window=WINDOW, threads=1, progress=stop)
-    assert done[108] == 1
-    assert out.read_bytes() == made.read_bytes()
-    assert list(tmp_path.iterdir()) == [out]
-
-
-def test_parts_of_another_text_are_not_used(tiny_moe, tmp_path, monkeypatch):
-    out = tmp_path / "x.calib"
-    monkeypatch.setattr(lab, "_SAVE_SECONDS", 0.0)
-    done = []
-
-    def stop(*progress):
-        done.append(progress[0])
-        if len(done) == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        calibrate(tiny_moe, TEXT, out, window=WINDOW, progress=stop)
-    assert (tmp_path / "x.calib.part0").exists()
-    done += [None]
-    calibrate(tiny_moe, TEXT[7:], out, window=WINDOW, progress=stop)
-    assert done[3] == 1
 
 
 def test_rare_experts_lean_on_their_layer(tmp_path):

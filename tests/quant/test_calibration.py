@@ -37,6 +37,9 @@ def tensors() -> dict[str, np.ndarray[Any, Any]]:
             p + "output_max": rng.random(E, np.float32), p + "error": rng.random((E, 2)),
             p + "error2": rng.random((E, 2)),
         }  # fmt: skip
+    # Of layer 1 the inputs of 200 tokens, every other of which goes to all experts.
+    out["experts.1.in.rows"] = rng.standard_normal((200, D)).astype(np.float32)
+    out["experts.1.in.chosen"] = np.tile([np.arange(E), np.full(E, E)], (100, 1))
     return out
 
 
@@ -91,6 +94,15 @@ def test_a_sound_one_is_taken(tmp_path: Path) -> None:
         ("experts__1__hidden__products", np.ones((8, 9, 9), np.float32), "has 9 inputs; the model's has 48"),
         ("dense__layers__0__q__squares", np.ones(9, np.float32), "has 9 inputs; the model's has 96"),
         ("dense__nobody__squares", np.ones(9, np.float32), "dense.nobody.squares has 9 inputs; the model's has 0"),
+        ("experts__0__in__rows", np.ones((9, 96), np.float32), "in.rows: float32 [9, 96] does not fit"),
+        ("experts__0__in__chosen", np.ones((9, 2), np.int64), "in.chosen: int64 [9, 2] does not fit"),
+        ("experts__1__in__rows", np.ones((200, 5), np.float32), "in.rows has 5 inputs; the model's has 96"),
+        ("experts__1__in__rows", np.ones((8, 96), np.float32), "in.rows: float32 [8, 96] does not fit"),
+        ("experts__1__in__rows", np.ones((200, 96)), "in.rows: float32 [200, 96] does not fit"),
+        ("experts__1__in__chosen", np.ones(9, np.int64), "does not fit the others"),
+        ("experts__1__in__chosen", np.full((200, 2), -1), "in.chosen: expected sums, none below 0"),
+        ("experts__1__in__chosen", np.full((200, 8), 7), "in.chosen does not fit the counts"),
+        ("experts__1__in__chosen", np.full((200, 8), 10**9), "in.chosen does not fit the counts"),
         ("experts__0__count", np.full(8, -1), "experts.0.count: expected sums, none below 0"),
         ("experts__0__error2", np.full((8, 2), -1.0), "experts.0.error2: expected sums, none below 0"),
     ],

@@ -1,57 +1,51 @@
 """Collects a calibration: runs a text through a model and sums what flows into every matrix.
 
-Squares and everything small are collected in one pass over the text. Products (`full`, `layers`) take a pass for
-every run of layers whose matrices fit in memory. Every pass saves where it is from time to time, and an interrupted
-calibration goes on there.
+All of the text goes through one layer before it goes through the next. So each expert is read once, only the sums of
+one layer are in memory, and a layer that is done is written and never seen again. What the next layer takes is kept
+beside it, from which an interrupted calibration goes on.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
-import json
-import math
 import os
-import re
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgemoe import hardware
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, size_text
 from edgemoe.file.columns import column_scales
 from edgemoe.file.format import MoeFile, open_moe
-from edgemoe.file.parse import parse_json
-from edgemoe.file.summed import SummedFile
-from edgemoe.lab.bits.moments import Moments, Products, product_shapes
+from edgemoe.file.summed import write_summed
+from edgemoe.file.summing import SummedWriter
+from edgemoe.lab.bits.balanced import ENOUGH, Machine, balanced, saved
+from edgemoe.lab.bits.moments import (
+    Form,
+    LayerSums,
+    Products,
+    SumForm,
+    sum_bytes,
+    sum_forms,
+)
 from edgemoe.lab.bits.tapped import TappedModel
-from edgemoe.quant import write_calibration
-from edgemoe.quant.columns import ColumnScales
+from edgemoe.quant import Calibration
+from edgemoe.quant.calibration import calibration_meta
 from edgemoe.runtime.budget import default_ram, parse_size
 from edgemoe.text.tokenizer import Tokenizer
 
-__all__ = ["ENOUGH", "WINDOW", "calibrate", "default_text", "windows_of"]
+__all__ = ["ENOUGH", "WINDOW", "calibrate", "default_text", "is_begun", "windows_of"]
 
 Progress = Callable[[int, int], None]
 
 WINDOW = 512
 """Tokens of each piece of text, as llama.cpp's imatrix takes them."""
 
-ENOUGH, BALANCED = 128, 0.99
-"""Tokens that say enough of an expert, and the share of all experts that must have seen as many."""
-
-_COUNT = re.compile(r"experts\.[0-9]+\.count$")
-
-_PART = "a part of a calibration"
-_SAVE_SHARE = 20  # saving may take a twentieth of the time
-_SAVE_SECONDS = 30.0
+Array = NDArray[np.float32]
 
 
 def default_text() -> str:
@@ -92,6 +86,11 @@ def windows_of(moe: MoeFile, text: str, *, window: int, count: int | None) -> ND
     return windows
 
 
+def is_begun(out: Path) -> bool:
+    """Says whether a call that was interrupted has left something that the same call goes on from."""
+    return _state(out).exists() or _counts(out).exists()
+
+
 def calibrate(
     path: str | os.PathLike[str],
     text: str,
@@ -104,12 +103,15 @@ def calibrate(
     more: str | None = None,
     ram: int | str | None = None,
     threads: int | None = None,
+    counting: Progress | None = None,
     progress: Progress | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[tuple[int, int]]:
     """Writes a calibration of a model, at the highest precision of its file.
 
     The result depends on the model, the text and the arguments up to `more` alone; `full` ones on the numpy's
-    matrix product too. An interrupted call leaves parts beside `out`, from which the same call goes on.
+    matrix product too. An interrupted call leaves files beside `out`, from which the same call goes on behind the last
+    layer that was done.
 
     Args:
         path: a `.moe` file.
@@ -117,10 +119,12 @@ def calibrate(
         layers: the same, but for experts only what a layer's all take together: one matrix in place of two for each.
         window: tokens of each piece of text.
         count: most pieces; None for the whole text.
-        more: what to go on with until most experts of each layer have seen enough tokens (`BALANCED` of them
-            `ENOUGH`), or it ends: EAQuant's expert balance (arXiv 2506.13329).
+        more: what to go on with until most experts of each layer have seen enough tokens (99% of them
+            `ENOUGH`), or it ends: EAQuant's expert balance (arXiv 2506.13329). How much that takes is found first.
         ram: memory for the whole process; None for what is free, less a margin.
-        progress: called with the pieces that are done and their number, over all passes.
+        counting: called with the pieces that were counted for `more`, each in every layer, and the most there may be.
+        progress: called with the pieces that went through a layer, over all layers, and how many there are.
+        say: is told in a line what there is to do, before it begins.
 
     Returns:
         The experts that saw fewer tokens than `ENOUGH`, as (layer, expert).
@@ -129,201 +133,146 @@ def calibrate(
         ValueError: the text or an argument does not do.
         FormatError: the model is not sound.
         OutOfBudget: says the smallest budget that works.
-        OSError: reading or writing failed.
+        OSError: the disk is too small, reading or writing failed, or another process makes the same file.
     """
     if full and layers:
         raise ValueError("layers: not together with full, which has more")
     moe = open_moe(path)
-    scales = column_scales(moe)
     pieces = windows_of(moe, text, window=window, count=count)
-    needed = len(pieces)
+    total = default_ram() if ram is None else parse_size(ram)
+    # Before there are sums, which take their memory as they fill.
+    machine = Machine(moe, total, hardware.process_bytes(), threads)
+    products: Products = "full" if full else "layers" if layers else "none"
     if more is not None:
-        pieces = np.concatenate([pieces, windows_of(moe, more, window=window, count=None)])
-    total_ram = default_ram() if ram is None else parse_size(ram)
-    process = (
-        hardware.process_bytes()
-    )  # before there are sums, which take their memory as they fill
-    passes: list[tuple[str, ...]] = [()]
-    if full or layers:
-        shapes = product_shapes(moe.config, layers=layers)
-        _check_disk(out, shapes)
-        room = (total_ram - process) // 2
-        saved = _saved_passes(out.with_name(f"{out.name}.part0"), moe, pieces, shapes, room)
-        passes = saved or [(), *_runs(shapes, room)]
-    parts = [out.with_name(f"{out.name}.part{i}") for i in range(len(passes))]
-    identity = _identity(moe, pieces, passes)
-    for i, (names, part) in enumerate(zip(passes, parts, strict=True)):
-        sums = Products(moe.config, names) if names else _moments(moe)
-        state = _State(part, identity, json.dumps(passes), sums)
-        if state.lacks(pieces, needed):
-            with TappedModel(
-                moe, state.sums, ram=total_ram, process=process, window=window, threads=threads
-            ) as run:
-                while state.lacks(pieces, needed):
-                    run(pieces[state.done])
-                    state.end_window()
-                    if progress is not None:
-                        progress(i * len(pieces) + state.done, len(passes) * len(pieces))
-            state.save()
-        if i == 0:
-            starved = _starved(state.sums)
-            needed, pieces = state.done, pieces[: state.done]  # other passes are of the same text
-    write_calibration(out, _Joined(parts, scales), _meta(moe, pieces))
-    for part in parts:
-        part.unlink()
-    return starved
+        others = windows_of(moe, more, window=window, count=None)
+        pieces = balanced(machine, pieces, others, _counts(out), counting or _nobody)
+    _Calibration(machine, pieces, products, out).run(
+        say or (lambda line: None), progress or _nobody
+    )
+    for kept in (_state(out), _counts(out)):
+        kept.unlink(missing_ok=True)
+    made = Calibration(out)
+    return [
+        (i, int(e)) for i in made.layers for e in np.flatnonzero(made.layer(i, "count") < ENOUGH)
+    ]
 
 
-def _meta(moe: MoeFile, pieces: NDArray[np.int32]) -> dict[str, str]:
-    """Returns what a calibration says of itself."""
-    return {
-        "source": "edgemoe", "model": str(moe.source.get("name", moe.path.name)),
-        "tokens": str(pieces.size), "window": str(pieces.shape[1]),
-        "bits": " ".join(str(rung[0]) for rung in moe.ladder),
-    }  # fmt: skip
+def _state(out: Path) -> Path:
+    return out.with_name(f"{out.name}.part.state")
 
 
-def _starved(sums: Moments | Products) -> list[tuple[int, int]]:
-    """Returns the experts that saw fewer tokens than `ENOUGH`; none of sums that do not count them."""
-    counts = {int(name.split(".")[1]): n for name, n in sums.sums.items() if _COUNT.match(name)}
-    return [(layer, e) for layer, n in counts.items() for e in np.flatnonzero(n < ENOUGH).tolist()]
+def _counts(out: Path) -> Path:
+    return out.with_name(f"{out.name}.part.counts")
 
 
-def _is_balanced(sums: Moments | Products) -> bool:
-    """Says whether enough experts have seen enough; of sums that do not count them it was seen to before."""
-    total = sum(len(n) for name, n in sums.sums.items() if _COUNT.match(name))
-    return len(_starved(sums)) <= (1 - BALANCED) * total
+def _nobody(done: int, total: int) -> None:
+    """Is told, where nobody asked."""
 
 
-def _check_disk(out: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses what the disk cannot hold; the parts and the whole lie beside each other at the end."""
-    wanted = 2 * sum(4 * math.prod(shape) for shape in shapes.values())
-    free = shutil.disk_usage(out.parent).free
-    if free < wanted:
-        raise OSError(
-            errno.ENOSPC,
-            f"the disk has {free / 1e6:.0f} MB free; products take {wanted / 1e6:.0f} MB",
-            str(out),
+class _Calibration:
+    """Is one in the making."""
+
+    def __init__(
+        self, machine: Machine, pieces: NDArray[np.int32], products: Products, out: Path
+    ) -> None:
+        moe = machine.moe
+        self._machine, self._pieces, self._out = machine, pieces, out
+        self._form = SumForm([rung[0] for rung in moe.ladder], pieces.size, products)
+        self._identity = machine.identity(pieces, products)
+        self._forms = [
+            sum_forms(moe.config, layer, self._form) for layer in range(moe.config.num_layers)
+        ]
+        self._scales = column_scales(moe)
+        self._x = machine.activations(pieces)
+
+    def run(self, say: Callable[[str], None], progress: Progress) -> None:
+        """Makes it, or goes on."""
+        pieces, x, config = self._pieces, self._x, self._machine.moe.config
+        taken = (
+            sum_bytes(sum_forms(config, i, self._form, is_filed=False))
+            for i in range(config.num_layers)
+        )
+        with SummedWriter(self._out, self._all_forms(), self._meta()) as file:
+            begin = self._resume(file)
+            self._require_room(file)
+            say(self._plan(file, begin))
+            with self._machine.tapped(x.nbytes + max(taken), pieces.shape[1]) as model:
+                if begin == 0:
+                    for ids, to in zip(pieces, x, strict=True):
+                        model.embed(ids, to)
+                for layer in range(begin, config.num_layers):
+                    self._add(file, layer, self._run_layer(model, layer, progress))
+                    file.sync()
+                    if layer + 1 < config.num_layers:
+                        self._save(file, layer + 1)
+            file.finish()
+
+    def _run_layer(self, model: TappedModel, layer: int, progress: Progress) -> LayerSums:
+        """Runs all of the text through a layer."""
+        pieces, config = self._pieces, self._machine.moe.config
+        window = pieces.shape[1]
+        sums = LayerSums(config, layer, self._form)
+        for n, ids in enumerate(pieces):
+            model.run_layer(layer, ids, self._x[n], sums, first=n * window)
+            sums.end_window()
+            progress(layer * len(pieces) + n + 1, config.num_layers * len(pieces))
+        sums.finish()
+        return sums
+
+    def _add(self, file: SummedWriter, layer: int, sums: LayerSums) -> None:
+        """Writes the sums of a layer, over the checkpoint's inputs."""
+        for name, (kind, _) in self._forms[layer].items():
+            array = sums.sums.pop(name)
+            if self._scales is not None:
+                self._scales.restore(name, array)
+            file.add(name, array.astype(kind, copy=False))
+
+    def _resume(self, file: SummedWriter) -> int:
+        """Returns the layer to begin with, for which `x` is as it was."""
+        found = saved(_state(self._out), self._identity)
+        if found is None or not file.resume(found.tensor("sums").tolist()):
+            return 0
+        at = 0
+        for some in found.rows("x"):
+            self._x[at : at + len(some)] = some
+            at += len(some)
+        return int(found.meta["layers"])
+
+    def _save(self, file: SummedWriter, layers: int) -> None:
+        meta = {"identity": self._identity, "layers": str(layers)}
+        write_summed(_state(self._out), {"x": self._x, "sums": np.array(file.sums)}, meta)
+
+    def _require_room(self, file: SummedWriter) -> None:
+        """Refuses what the disk cannot hold, in which `x` is twice for a moment."""
+        wanted = file.total_bytes + 2 * self._x.nbytes - file.kept_bytes
+        free = shutil.disk_usage(self._out.parent).free
+        if free < wanted:
+            raise OSError(
+                errno.ENOSPC,
+                f"the disk has {size_text(free)} free; this takes {size_text(wanted)}",
+                str(self._out),
+            )
+
+    def _plan(self, file: SummedWriter, begin: int) -> str:
+        """Returns what there is to do."""
+        count, window = self._pieces.shape
+        layers = len(self._forms)
+        goes_on = f", from layer {begin} on" if begin else ""
+        return (
+            f"{count} windows of {window} tokens through {layers} layers{goes_on}; {self._out.name} takes "
+            f"{size_text(file.total_bytes)} of the disk, and {size_text(2 * self._x.nbytes)} meanwhile"
         )
 
+    def _all_forms(self) -> dict[str, Form]:
+        return {name: form for forms in self._forms for name, form in forms.items()}
 
-def _moments(moe: MoeFile) -> Moments:
-    return Moments(moe.config, level_bits=[rung[0] for rung in moe.ladder])
-
-
-def _runs(shapes: Mapping[str, tuple[int, ...]], room: int) -> list[tuple[str, ...]]:
-    """Divides products into runs that fit in `room` bytes, each of at least one."""
-    runs: list[tuple[str, ...]] = []
-    current: list[str] = []
-    used = 0
-    for name, shape in shapes.items():
-        size = 4 * math.prod(shape)
-        if current and used + size > room:
-            runs.append(tuple(current))
-            current, used = [], 0
-        current.append(name)
-        used += size
-    return [*runs, tuple(current)]
-
-
-def _saved_passes(
-    part: Path,
-    moe: MoeFile,
-    pieces: NDArray[np.int32],
-    shapes: Mapping[str, tuple[int, ...]],
-    room: int,
-) -> list[tuple[str, ...]] | None:
-    """Returns the passes that an interrupted call has begun; None if there are none, or they are too large by now.
-
-    What is free differs from call to call, so that other passes would throw away what was saved.
-    """
-    try:
-        meta = SummedFile(part, _PART).meta
-        passes = [tuple(names) for names in parse_json(meta["passes"], "passes")]
-    except (OSError, KeyError, TypeError, ValueError):
-        return None
-    if meta.get("identity") != _identity(moe, pieces, passes):
-        return None
-    if sorted(name for names in passes for name in names) != sorted(shapes):  # not of these
-        return None
-    largest = max(sum(4 * math.prod(shapes[name]) for name in names) for names in passes)
-    single = max(4 * math.prod(shape) for shape in shapes.values())
-    return passes if largest <= max(1.5 * room, single) else None
-
-
-def _identity(moe: MoeFile, pieces: NDArray[np.int32], passes: list[tuple[str, ...]]) -> str:
-    """Returns a sum of what the result depends on."""
-    digest = hashlib.sha256(repr((moe.config, moe.ladder, pieces.shape, passes)).encode())
-    for array in (moe.experts.crcs, pieces):
-        digest.update(array.tobytes())
-    digest.update(repr([t.crcs for t in moe.tensors.values()]).encode())
-    return digest.hexdigest()
-
-
-@dataclass(slots=True)
-class _State:
-    """Is one pass's sums and how many windows they are of, saved under a name of its own."""
-
-    path: Path
-    identity: str
-    passes: str
-    sums: Moments | Products
-    done: int = 0
-    saved_at: float = field(default_factory=time.monotonic)
-    pause_s: float = field(default_factory=lambda: _SAVE_SECONDS)
-
-    def __post_init__(self) -> None:
-        try:
-            file = SummedFile(self.path, _PART)
-            if file.meta.get("identity") != self.identity or not file.is_summed:
-                return
-            file.verify()
-        except (OSError, FormatError):  # there is none, or not a sound one
-            return
-        for name, array in self.sums.sums.items():
-            array[...] = file.tensor(name)
-        self.done = int(file.meta["windows"])
-
-    def lacks(self, pieces: NDArray[np.int32], needed: int) -> bool:
-        """Says whether there is more to run: the first `needed` pieces, and of the others as many as balance takes."""
-        return self.done < min(needed, len(pieces)) or (
-            self.done < len(pieces) and not _is_balanced(self.sums)
-        )
-
-    def end_window(self) -> None:
-        self.sums.end_window()
-        self.done += 1
-        if time.monotonic() - self.saved_at > self.pause_s:
-            self.save()
-
-    def save(self) -> None:
-        start = time.monotonic()
-        write_calibration(
-            self.path, self.sums.sums,
-            {"identity": self.identity, "windows": str(self.done), "passes": self.passes},
+    def _meta(self) -> dict[str, str]:
+        """Returns what a calibration says of itself."""
+        moe, pieces = self._machine.moe, self._pieces
+        return calibration_meta(
+            {
+                "source": "edgemoe", "model": str(moe.source.get("name", moe.path.name)),
+                "tokens": str(pieces.size), "window": str(pieces.shape[1]),
+                "bits": " ".join(str(rung[0]) for rung in moe.ladder),
+            }
         )  # fmt: skip
-        self.saved_at = time.monotonic()
-        self.pause_s = max(_SAVE_SECONDS, _SAVE_SHARE * (self.saved_at - start))
-
-
-class _Joined(Mapping[str, NDArray[Any]]):
-    """Reads the tensors of several parts, one at a time, as a calibration has them: over the checkpoint's inputs."""
-
-    def __init__(self, parts: list[Path], scales: ColumnScales | None) -> None:
-        self._scales = scales
-        self._files: dict[str, SummedFile] = {}
-        for part in parts:
-            file = SummedFile(part, _PART)
-            self._files |= dict.fromkeys(file.shapes, file)
-
-    def __getitem__(self, name: str) -> NDArray[Any]:
-        array = self._files[name].tensor(name)
-        if self._scales is not None:
-            self._scales.restore(name, array)
-        return array.astype(np.float32) if name.endswith(".squares") else array
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)

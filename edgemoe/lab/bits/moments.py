@@ -1,9 +1,11 @@
-"""The sums that a calibration collects; `edgemoe.quant.calibration` specifies their names."""
+"""The sums that a calibration collects of a layer; `edgemoe.quant.calibration` specifies their names."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,102 +14,52 @@ from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.plan import Plan
 from edgemoe.quant.calibration import SAME_INPUT
 
-__all__ = ["Moments", "Products", "product_shapes"]
+__all__ = ["Counts", "Form", "LayerSums", "Products", "SumForm", "sum_bytes", "sum_forms"]
 
 Array = NDArray[np.float32]
+Form = tuple[np.dtype[Any], tuple[int, ...]]
+"""Type and shape of a tensor."""
+Products = Literal["none", "layers", "full"]
+"""Of which inputs x xᵀ is wanted: of none, of a layer's experts together, or of each of them."""
+
 _OF_LAYER = ".experts.products"
 
 
-class Moments:
-    """Sums squares, counts, gates, outputs and errors. A `Tap`."""
+@dataclass(frozen=True, slots=True)
+class SumForm:
+    """Says what of each layer is summed."""
 
-    def __init__(self, config: ModelConfig, *, level_bits: Sequence[int]) -> None:
-        """Args:
-        level_bits: of the file's levels, ascending; errors are measured against the last.
-        """
-        self._layers = config.moe_layers
-        self._levels = range(1, len(level_bits))
-        E, levels = config.num_experts, len(level_bits)
-        self.sums: dict[str, NDArray[Any]] = {}
-        """What to save, by name; squares are float64 here."""
-        for name, cols in _dense_inputs(config).items():
-            self.sums[f"dense.{name}.count"] = np.zeros(1, np.int64)
-            self.sums[f"dense.{name}.squares"] = np.zeros(cols)
-        for i in config.moe_layers:
-            p = f"experts.{i}."
-            self.sums |= {
-                p + "count": np.zeros(E, np.int64), p + "gates": np.zeros(E), p + "gates2": np.zeros(E),
-                p + "in.squares": np.zeros((E, config.hidden_size)),
-                p + "hidden.squares": np.zeros((E, config.expert_hidden)),
-                p + "output2": np.zeros(E), p + "output_max": np.zeros(E, np.float32),
-                p + "error": np.zeros((E, levels)), p + "error2": np.zeros((E, levels)),
-            }  # fmt: skip
-        self._window = np.zeros((len(config.moe_layers), E, levels))
+    level_bits: Sequence[int]
+    """Of the file's levels, ascending; errors are measured against the last."""
+    tokens: int
+    """Of the text."""
+    products: Products
+
+
+class LayerSums:
+    """Sums what flows into the matrices of one layer, with the last one also into the head. A `Tap`."""
+
+    def __init__(self, config: ModelConfig, layer: int, of: SumForm) -> None:
+        self._prefix = f"experts.{layer}."
+        self._of_layer = f"dense.layers.{layer}{_OF_LAYER}"
+        self._levels = range(1, len(of.level_bits))
+        forms = sum_forms(config, layer, of, is_filed=False)
+        self.sums: dict[str, NDArray[Any]] = {n: np.zeros(s, t) for n, (t, s) in forms.items()}
+        """By name; squares are float64 here."""
+        if (chosen := self.sums.get(self._prefix + "in.chosen")) is not None:
+            chosen[...] = config.num_experts
+        self._window = np.zeros((config.num_experts, len(of.level_bits)))
+        self._first = 0
+        self._seen = np.zeros(of.tokens, np.int16)  # experts of each token
+
+    def begin(self, first: int) -> None:
+        """See `Tap.begin`."""
+        self._first = first
 
     def dense(self, name: str, x: Array) -> None:
         """See `Tap.dense`."""
         self.sums[f"dense.{name}.count"] += len(x)
         self.sums[f"dense.{name}.squares"] += _squares(x)
-
-    def experts(
-        self,
-        plan: Plan,
-        group: Sequence[int],
-        x: Array,
-        hidden: Array,
-        parts: Array,
-        at_level: Callable[[int], Array],
-    ) -> None:
-        """See `Tap.experts`."""
-        p = f"experts.{self._layers[plan.layer]}."
-        sums, window = self.sums, self._window[plan.layer]
-        gates = _row_gates(plan)
-        for i in group:
-            e, rows = plan.experts[i], slice(plan.offsets[i], plan.offsets[i + 1])
-            g, out = gates[rows], parts[rows]
-            sums[p + "count"][e] += len(g)
-            sums[p + "gates"][e] += g.sum()
-            sums[p + "gates2"][e] += g @ g
-            sums[p + "in.squares"][e] += _squares(x[plan.tokens[rows]])
-            sums[p + "hidden.squares"][e] += _squares(hidden[rows])
-            sums[p + "output2"][e] += np.einsum("td,td->", out, out, dtype=np.float64)
-            sums[p + "output_max"][e] = max(sums[p + "output_max"][e], np.abs(out).max())
-        for level in self._levels:
-            lower = at_level(level)
-            for i in group:
-                rows = slice(plan.offsets[i], plan.offsets[i + 1])
-                change = (lower[rows] - parts[rows]).astype(np.float64)
-                norms = np.einsum("td,td->t", change, change)
-                window[plan.experts[i], level - 1] += gates[rows] ** 2 @ norms
-
-    def end_window(self) -> None:
-        """Ends a piece of text."""
-        for i, squares in zip(self._layers, self._window, strict=True):
-            self.sums[f"experts.{i}.error2"] += squares
-            self.sums[f"experts.{i}.error"] += np.sqrt(squares)
-        self._window[:] = 0
-
-
-class Products:
-    """Sums x xᵀ of some layers. A `Tap`."""
-
-    def __init__(self, config: ModelConfig, names: Sequence[str]) -> None:
-        """Args:
-        names: of `product_shapes`, those that are wanted now.
-        """
-        self._layers = config.moe_layers
-        shapes = {**product_shapes(config), **product_shapes(config, layers=True)}
-        self.sums: dict[str, NDArray[Any]] = {}
-        """What to save, by name."""
-        for name in names:
-            self.sums[name] = np.zeros(shapes[name], np.float32)
-            if name.endswith(
-                _OF_LAYER
-            ):  # an input that no dense matrix takes, so that nobody else counts it
-                self.sums[name.removesuffix("products") + "count"] = np.zeros(1, np.int64)
-
-    def dense(self, name: str, x: Array) -> None:
-        """See `Tap.dense`."""
         _add_product(self.sums.get(f"dense.{name}.products"), x)
 
     def experts(
@@ -120,44 +72,155 @@ class Products:
         at_level: Callable[[int], Array],
     ) -> None:
         """See `Tap.experts`."""
-        p = f"experts.{self._layers[plan.layer]}."
-        of_layer = f"dense.layers.{self._layers[plan.layer]}{_OF_LAYER}"
-        if of_layer in self.sums and 0 in group:  # once for each plan
-            _add_product(self.sums[of_layer], x)
-            self.sums[of_layer.removesuffix("products") + "count"] += len(x)
-        inputs, hiddens = self.sums.get(p + "in.products"), self.sums.get(p + "hidden.products")
+        p, sums, window = self._prefix, self.sums, self._window
+        if 0 in group:  # once for each plan
+            self._all(x)
+        gates = _row_gates(plan)
         for i in group:
             e, rows = plan.experts[i], slice(plan.offsets[i], plan.offsets[i + 1])
-            if inputs is not None:
-                _add_product(inputs[e], x[plan.tokens[rows]])
-            if hiddens is not None:
-                _add_product(hiddens[e], hidden[rows])
+            g, out = gates[rows], parts[rows]
+            sums[p + "count"][e] += len(g)
+            sums[p + "gates"][e] += g.sum()
+            sums[p + "gates2"][e] += g @ g
+            sums[p + "in.squares"][e] += _squares(x[plan.tokens[rows]])
+            sums[p + "hidden.squares"][e] += _squares(hidden[rows])
+            sums[p + "output2"][e] += np.einsum("td,td->", out, out, dtype=np.float64)
+            sums[p + "output_max"][e] = max(sums[p + "output_max"][e], np.abs(out).max())
+            self._products(e, plan.tokens[rows], x, hidden[rows])
+        for level in self._levels:
+            lower = at_level(level)
+            for i in group:
+                rows = slice(plan.offsets[i], plan.offsets[i + 1])
+                change = (lower[rows] - parts[rows]).astype(np.float64)
+                norms = np.einsum("td,td->t", change, change)
+                window[plan.experts[i], level - 1] += gates[rows] ** 2 @ norms
+
+    def _all(self, x: Array) -> None:
+        """Takes x [T, D] of all tokens of a plan."""
+        if (total := self.sums.get(self._of_layer)) is not None:
+            _add_product(total, x)
+            # An input that no dense matrix takes, so that nobody else counts it.
+            self.sums[self._of_layer.removesuffix("products") + "count"] += len(x)
+        if (kept := self.sums.get(self._prefix + "in.rows")) is not None:
+            kept[self._first : self._first + len(x)] = x
+
+    def _products(self, e: int, tokens: NDArray[np.integer], x: Array, hidden: Array) -> None:
+        """Takes an expert's inputs: x of some tokens, and what its w_down takes of them."""
+        p, sums = self._prefix, self.sums
+        if (chosen := sums.get(p + "in.chosen")) is not None:
+            at = self._first + tokens
+            chosen[at, self._seen[at]] = e
+            self._seen[at] += 1
+        elif (inputs := sums.get(p + "in.products")) is not None:
+            _add_product(inputs[e], x[tokens])
+        if (hiddens := sums.get(p + "hidden.products")) is not None:
+            _add_product(hiddens[e], hidden)
 
     def end_window(self) -> None:
         """Ends a piece of text."""
+        if (errors := self.sums.get(self._prefix + "error")) is not None:
+            self.sums[self._prefix + "error2"] += self._window
+            errors += np.sqrt(self._window)
+            self._window[:] = 0
+
+    def finish(self) -> None:
+        """Ends the text: the experts of each token get an order that does not depend on when they arrived."""
+        if (chosen := self.sums.get(self._prefix + "in.chosen")) is not None:
+            chosen.sort(axis=1)
 
 
-def product_shapes(config: ModelConfig, *, layers: bool = False) -> Mapping[str, tuple[int, ...]]:
-    """Returns the names and shapes of all products of a model, layer by layer.
+class Counts:
+    """Counts the tokens of each expert. A `Tap`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.counts = np.zeros((len(config.moe_layers), config.num_experts), np.int64)
+
+    def begin(self, first: int) -> None:
+        """See `Tap.begin`."""
+
+    def dense(self, name: str, x: Array) -> None:
+        """See `Tap.dense`."""
+
+    def experts(
+        self,
+        plan: Plan,
+        group: Sequence[int],
+        x: Array,
+        hidden: Array,
+        parts: Array,
+        at_level: Callable[[int], Array],
+    ) -> None:
+        """See `Tap.experts`."""
+        for i in group:
+            self.counts[plan.layer, plan.experts[i]] += plan.offsets[i + 1] - plan.offsets[i]
+
+
+def sum_forms(
+    config: ModelConfig, layer: int, of: SumForm, *, is_filed: bool = True
+) -> dict[str, Form]:
+    """Returns the names, types and shapes of what is summed of a layer, in the order of the file.
 
     Args:
-        layers: experts have one matrix for each layer, of what they all take, in place of their own.
+        is_filed: as they are in the file; else as they are summed.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    E, d, h = config.num_experts, config.hidden_size, config.expert_hidden
-    dense = _dense_inputs(config)
-    for i in range(config.num_layers):
-        for name, cols in dense.items():
-            if name.startswith(f"layers.{i}."):
-                shapes[f"dense.{name}.products"] = (cols, cols)
-        if i in config.moe_layers and layers:
-            shapes[f"dense.layers.{i}{_OF_LAYER}"] = (d, d)
-        elif i in config.moe_layers:
-            shapes[f"experts.{i}.in.products"] = (E, d, d)
-            shapes[f"experts.{i}.hidden.products"] = (E, h, h)
-    head = "embed" if config.tied else "head"
-    shapes[f"dense.{head}.products"] = (d, d)
-    return shapes
+    heads = ("embed", "head") if layer == config.num_layers - 1 else ()
+    out: dict[str, tuple[type, tuple[int, ...]]] = {}
+    for name, cols in _dense_inputs(config).items():
+        if name in heads or name.startswith(f"layers.{layer}."):
+            out |= {
+                f"dense.{name}.count": (np.int64, (1,)),
+                f"dense.{name}.squares": (np.float64, (cols,)),
+            }
+            if of.products != "none":
+                out[f"dense.{name}.products"] = (np.float32, (cols, cols))
+    if layer in config.moe_layers:
+        out |= _of_experts(config, layer, of)
+    return {
+        name: (
+            np.dtype(kind if not (is_filed and name.endswith(".squares")) else np.float32),
+            shape,
+        )
+        for name, (kind, shape) in out.items()
+    }
+
+
+def _of_experts(
+    config: ModelConfig, layer: int, of: SumForm
+) -> dict[str, tuple[type, tuple[int, ...]]]:
+    tokens, levels = of.tokens, len(of.level_bits)
+    E, D, H, p = config.num_experts, config.hidden_size, config.expert_hidden, f"experts.{layer}."
+    out: dict[str, tuple[type, tuple[int, ...]]] = {
+        p + "count": (np.int64, (E,)), p + "gates": (np.float64, (E,)), p + "gates2": (np.float64, (E,)),
+        p + "in.squares": (np.float64, (E, D)), p + "hidden.squares": (np.float64, (E, H)),
+        p + "output2": (np.float64, (E,)), p + "output_max": (np.float32, (E,)),
+        p + "error": (np.float64, (E, levels)), p + "error2": (np.float64, (E, levels)),
+    }  # fmt: skip
+    of_layer = f"dense.layers.{layer}.experts."
+    if of.products == "layers":
+        out |= {
+            of_layer + "count": (np.int64, (1,)),
+            of_layer + "products": (np.float32, (D, D)),
+        }
+    elif of.products == "full":
+        if keeps_rows(config, tokens):
+            out |= {
+                p + "in.rows": (np.float32, (tokens, D)),
+                p + "in.chosen": (np.int64, (tokens, config.experts_per_token)),
+            }
+        else:
+            out[p + "in.products"] = (np.float32, (E, D, D))
+        out[p + "hidden.products"] = (np.float32, (E, H, H))
+    return out
+
+
+def keeps_rows(config: ModelConfig, tokens: int) -> bool:
+    """Says whether the inputs of a text's tokens are kept, which take less than the products of each expert's."""
+    return tokens < config.num_experts * config.hidden_size
+
+
+def sum_bytes(forms: Mapping[str, Form]) -> int:
+    """Returns the bytes of tensors."""
+    return sum(kind.itemsize * math.prod(shape) for kind, shape in forms.values())
 
 
 def _dense_inputs(config: ModelConfig) -> dict[str, int]:

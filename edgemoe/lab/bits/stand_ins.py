@@ -49,6 +49,9 @@ class _Pairs:
     def dense(self, name: str, x: Array) -> None:
         """See `Tap.dense`."""
 
+    def begin(self, first: int) -> None:
+        """See `Tap.begin`."""
+
     def experts(
         self,
         plan: Plan,
@@ -67,9 +70,6 @@ class _Pairs:
             inputs = np.pad(x[plan.tokens[rows]], ((0, 0), (0, 1)), constant_values=1)
             self.sums["inputs"][at] += inputs.T @ inputs
             self.sums["outputs"][at] += inputs.T @ parts[rows]
-
-    def end_window(self) -> None:
-        """Ends a piece of text."""
 
 
 def fit_stand_ins(
@@ -111,11 +111,16 @@ def fit_stand_ins(
     down = np.zeros_like(up)
     for i, which in enumerate(runs):
         pairs = _Pairs(moe, which)
+        beside = sum(a.nbytes for a in pairs.sums.values()) + 4 * windows.shape[1] * D
         with TappedModel(
-            moe, pairs, ram=total_ram, process=process, window=windows.shape[1], threads=threads
-        ) as run:
+            moe, ram=total_ram, process=process, beside=beside, window=windows.shape[1],
+            threads=threads,
+        ) as model:  # fmt: skip
+            x = np.empty((windows.shape[1], D), np.float32)
             for n, ids in enumerate(windows):
-                run(ids)
+                model.embed(ids, x)
+                for layer in range(moe.config.num_layers):
+                    model.run_layer(layer, ids, x, pairs)
                 if progress is not None:
                     progress(i * len(windows) + n + 1, len(runs) * len(windows))
         for at, pair in enumerate(which):

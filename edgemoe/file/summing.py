@@ -1,0 +1,142 @@
+"""Writes a file with checksums in the order of its tensors, over hours: what was written can be gone on with."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from itertools import accumulate, chain
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe import _core
+from edgemoe.file.summed import BLOCK, header_of
+from edgemoe.file.whole import locked, named, pwrite, rename
+
+__all__ = ["SummedWriter"]
+
+_BUSY = "another calibration is writing it"
+
+
+class SummedWriter:
+    """Is `path`.part, locked, which becomes `path` when all its tensors are there. Also a context manager."""
+
+    def __init__(
+        self,
+        path: Path,
+        forms: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
+        meta: Mapping[str, str],
+    ) -> None:
+        """Opens the partial file, and keeps what is in it until `resume` or the first `add`.
+
+        Args:
+            forms: type and shape of each tensor, in order.
+
+        Raises:
+            BlockingIOError: another process is writing it.
+            OSError: it cannot be written.
+        """
+        self._path, self._part = path, path.with_name(path.name + ".part")
+        self._forms = dict(forms)
+        self._head = header_of(forms, meta)
+        self._rows = [shape[0] if len(shape) > 1 else 1 for _, shape in forms.values()]
+        sizes = (kind.itemsize * int(np.prod(shape)) for kind, shape in forms.values())
+        self._ends = list(accumulate(chain([len(self._head)], sizes)))
+        self.sums = [_core.crc32c(self._head)]
+        """Checksums of the header and of every row that is there."""
+        self._count = 0  # tensors that are there
+        self._file = locked(self._part, create=True, ours=True, busy=_BUSY)
+
+    @property
+    def total_bytes(self) -> int:
+        """What the whole file takes."""
+        return self._ends[-1] + 4 * (2 + sum(self._rows))
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the partial file has of the disk."""
+        return os.fstat(self._file.fileno()).st_blocks * 512
+
+    def resume(self, sums: list[int]) -> bool:
+        """Goes on behind the tensors of which an earlier writer of the same file had these sums; says if it can."""
+        count, rows = 0, 1
+        while rows < len(sums) and count < len(self._rows):
+            rows += self._rows[count]
+            count += 1
+        if rows != len(sums) or sums[0] != self.sums[0] or self._read_sums(count) != sums:
+            return False
+        self.sums, self._count = list(sums), count
+        return True
+
+    def add(self, name: str, array: NDArray[Any]) -> None:
+        """Writes the next tensor.
+
+        Raises:
+            OSError: the disk is full; names the partial file.
+        """
+        expected, (kind, shape) = list(self._forms.items())[self._count]
+        assert (name, array.dtype, array.shape) == (expected, kind, shape)
+        array = np.ascontiguousarray(array)
+        with named(self._part):
+            if self._count == 0:
+                self._file.truncate(0)
+                pwrite(self._file, self._head, 0)
+            if array.size:
+                pwrite(self._file, array.data.cast("B"), self._ends[self._count])
+        self.sums += map(_core.crc32c, array if array.ndim > 1 else [array])
+        self._count += 1
+
+    def sync(self) -> None:
+        """Brings what was added to the disk."""
+        with named(self._part):
+            os.fsync(self._file.fileno())
+
+    def finish(self) -> None:
+        """Writes the checksums and gives the file its name."""
+        assert self._count == len(self._rows)
+        numbers = np.array(self.sums, "<u4").tobytes()
+        with named(self._part):
+            pwrite(self._file, numbers + struct.pack("<I", _core.crc32c(numbers)), self._ends[-1])
+            self._file.truncate(self.total_bytes)
+            self.sync()
+            rename(self._part, self._path)
+        self._file.close()
+
+    def _read_sums(self, count: int) -> list[int] | None:
+        """Returns the sums of the first `count` tensors as they are on the disk; None where the file is too short."""
+        fd, out = (
+            self._file.fileno(),
+            [_core.crc32c(os.pread(self._file.fileno(), len(self._head), 0))],
+        )
+        for i in range(count):
+            size = (self._ends[i + 1] - self._ends[i]) // max(self._rows[i], 1)
+            for row in range(self._rows[i]):
+                crc, left = 0, size
+                for block in _blocks(fd, self._ends[i] + row * size, size):
+                    crc, left = _core.crc32c(block, crc), left - len(block)
+                if left:
+                    return None
+                out.append(crc)
+        return out
+
+    def __enter__(self) -> SummedWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def _blocks(fd: int, at: int, size: int) -> Iterator[bytes]:
+    end = at + size
+    while at < end and (block := os.pread(fd, min(BLOCK, end - at), at)):
+        yield block
+        at += len(block)
