@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -146,7 +147,7 @@ class _Codes:
 
     def writer(
         self,
-        out: str | os.PathLike[str],
+        out: Path,
         model: SourceModel,
         added: Mapping[str, bytes],
         provenance: dict[str, Any],
@@ -187,7 +188,8 @@ def _fitted(
     scale_columns: bool,
 ) -> tuple[SourceModel, _Codes, dict[str, bytes]]:
     """Returns the model and its codes as the inputs of its matrices say, and the section that tells the first."""
-    calibration, scheme, added = codes.calibration, codes.scheme, {}
+    calibration, scheme = codes.calibration, codes.scheme
+    added: dict[str, bytes] = {}
     if calibration is None or not calibration.is_full or scheme.name != "nested":
         return model, codes, added
     if scale_columns:

@@ -81,7 +81,7 @@ class Tiers:
     ) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
         """See `_core.Cache.ask`."""
         self.close()
-        experts = experts + np.int32(layer * self._order.scores.shape[1])
+        experts = experts + np.int32(layer * self.used.order.scores.shape[1])
         levels: NDArray[np.int8] = self._levels_of[bits]
         later = None if ahead_bits is None else self._levels_of[ahead_bits]
         self.begin(experts, levels, offsets, num_tokens, ahead, later)
