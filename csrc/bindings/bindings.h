@@ -5,17 +5,18 @@
 
 namespace edgemoe {
 
-void bind_matrix(pybind11::module_& m);      ///< File, Nested, StoredRows, read_f32
-void bind_quantize(pybind11::module_& m);    ///< quantize
-void bind_cache(pybind11::module_& m);       ///< Cache
-void bind_use_rows(pybind11::module_& m);    ///< UseRows
-void bind_guesses(pybind11::module_& m);     ///< what schedulers work out of all experts of a layer
-void bind_ops(pybind11::module_& m);         ///< Workspace, products, what is done to rows
-void bind_routing(pybind11::module_& m);     ///< RouteRule, routers
-void bind_ffn(pybind11::module_& m);         ///< FFNs, experts
-void bind_chosen_ffn(pybind11::module_& m);  ///< experts that are chosen where nobody looks
-void bind_attention(pybind11::module_& m);   ///< Rope, AttentionLayer, KvLayer, attention
-void bind_latent(pybind11::module_& m);      ///< LatentLayer, latent_attention
+void bind_matrix(pybind11::module_& m);                         ///< File, Nested, StoredRows, read_f32
+void bind_quantize(pybind11::module_& m);                       ///< quantize
+void bind_cache(pybind11::module_& m);                          ///< Cache
+void bind_cache_requests(const pybind11::object& cache_class);  ///< its requests, which it asks for itself
+void bind_use_rows(pybind11::module_& m);                       ///< UseRows
+void bind_guesses(pybind11::module_& m);                        ///< what schedulers work out of all experts of a layer
+void bind_ops(pybind11::module_& m);                            ///< Workspace, products, what is done to rows
+void bind_routing(pybind11::module_& m);                        ///< RouteRule, routers
+void bind_ffn(pybind11::module_& m);                            ///< FFNs, experts
+void bind_chosen_ffn(pybind11::module_& m);                     ///< experts that are chosen where nobody looks
+void bind_attention(pybind11::module_& m);                      ///< Rope, AttentionLayer, KvLayer, attention
+void bind_latent(pybind11::module_& m);                         ///< LatentLayer, latent_attention
 
 void bind_mixers(pybind11::module_& m);  ///< recurrent mixers, gates
 

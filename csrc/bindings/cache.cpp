@@ -52,55 +52,6 @@ py::object counts(const std::vector<Relaxed<uint32_t>>& of, const py::object& ow
   return lend(reinterpret_cast<const uint32_t*>(of.data()), of.size(), owner);
 }
 
-/// The levels of some precisions; 0 for one that is none of the cache's.
-Array<int8_t> levels_of(const Cache& cache, const Array<int8_t>& bits) {
-  expect(bits, "bits", {-1});
-  Array<int8_t> levels(bits.size());
-  int8_t* out = levels.mutable_data();
-  for (py::ssize_t i = 0; i < bits.size(); ++i) {
-    expect_within("bits", bits.data()[i], 0, 8);
-    out[i] = cache.level_of_bits(bits.data()[i]);
-  }
-  return levels;
-}
-
-/// Begins what a plan wants of a layer; returns its experts as the file numbers them, and their levels.
-py::tuple ask(Cache& c, int layer, const Array<int32_t>& experts, const Array<int8_t>& bits,
-              const Array<int32_t>& offsets, int num_tokens, const std::optional<Array<int32_t>>& ahead,
-              const std::optional<Array<int8_t>>& ahead_bits) {
-  const int E = c.shape().num_experts;
-  expect_within("layer", layer, 0, c.shape().num_layers - 1);
-  expect(experts, "experts", {-1});
-  expect(bits, "bits", {experts.size()});
-  expect(offsets, "offsets", {experts.size() + 1});
-  Array<int32_t> numbered(experts.size());
-  int32_t* out = numbered.mutable_data();
-  for (py::ssize_t i = 0; i < experts.size(); ++i) {
-    expect_within("experts", experts.data()[i], 0, E - 1);
-    out[i] = layer * E + experts.data()[i];
-  }
-  const Array<int8_t> levels = levels_of(c, bits);
-  const Wish now{numbered.data(), levels.data(), int(experts.size())};
-  if (ahead.has_value() != ahead_bits.has_value()) {
-    throw std::invalid_argument("ask: expected experts ahead and their bits together");
-  }
-  Wish later{nullptr, nullptr, 0};
-  Array<int8_t> later_levels;
-  if (ahead) {
-    expect(*ahead, "ahead", {-1});
-    expect(*ahead_bits, "ahead_bits", {ahead->size()});
-    later_levels = levels_of(c, *ahead_bits);
-    later = {ahead->data(), later_levels.data(), int(ahead->size())};
-  }
-  {
-    const int32_t* o = offsets.data();
-    py::gil_scoped_release release;
-    c.close();
-    c.begin(now, o, num_tokens, later);
-  }
-  return py::make_tuple(numbered, levels);
-}
-
 using Class = py::class_<Cache, Held<Cache>>;
 
 void bind_making(Class& cache) {
@@ -169,64 +120,7 @@ void bind_making(Class& cache) {
                                          Policy("lfu", shape.num_layers, shape.num_experts)));
           },
           py::arg("device").none(false), py::arg("host"), py::arg("budget_bytes"), py::keep_alive<0, 2>(),
-          "A cache of the same experts in a device's memory, which takes what it fetches from `host`.");
-}
-
-void bind_requests(Class& cache) {
-  cache
-      .def(
-          "begin",
-          [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels, const Array<int32_t>& offsets,
-             int num_tokens, const std::optional<Array<int32_t>>& ahead,
-             const std::optional<Array<int8_t>>& ahead_levels) {
-            expect(experts, "experts", {-1});
-            expect(levels, "levels", {experts.size()});
-            expect(offsets, "offsets", {experts.size() + 1});
-            Wish later{nullptr, nullptr, 0};
-            if (ahead.has_value() != ahead_levels.has_value()) {
-              throw std::invalid_argument("begin: expected experts ahead and their levels together");
-            }
-            if (ahead) {
-              expect(*ahead, "ahead", {-1});
-              expect(*ahead_levels, "ahead_levels", {ahead->size()});
-              later = {ahead->data(), ahead_levels->data(), int(ahead->size())};
-            }
-            const Wish now{experts.data(), levels.data(), int(experts.size())};
-            const int32_t* o = offsets.data();
-            py::gil_scoped_release release;
-            c.begin(now, o, num_tokens, later);
-          },
-          py::arg("experts").noconvert(), py::arg("levels").noconvert(), py::arg("offsets").noconvert(),
-          py::arg("num_tokens"), py::arg("ahead").noconvert() = py::none(),
-          py::arg("ahead_levels").noconvert() = py::none())
-      .def("ask", &ask, py::arg("layer"), py::arg("experts").noconvert(), py::arg("bits").noconvert(),
-           py::arg("offsets").noconvert(), py::arg("num_tokens"), py::arg("ahead").noconvert() = py::none(),
-           py::arg("ahead_bits").noconvert() = py::none(),
-           "Begins what a plan wants, in place of what may be open; returns its experts as the file numbers them, and "
-           "their levels.")
-      .def("next",
-           [](Cache& c) {
-             std::vector<int> group;
-             {
-               py::gil_scoped_release release;
-               c.next(&group);
-             }
-             return group;
-           })
-      .def(
-          "count",
-          [](Cache& c, const Array<int32_t>& experts, const Array<int8_t>& levels) {
-            expect(experts, "experts", {-1});
-            expect(levels, "levels", {experts.size()});
-            c.count({experts.data(), levels.data(), int(experts.size())});
-          },
-          py::arg("experts").noconvert(), py::arg("levels").noconvert(),
-          "Counts uses that nothing was asked for: one token's of experts that were here, layer after layer.")
-      .def("close", &Cache::close, py::call_guard<py::gil_scoped_release>())
-      .def("shrink", &Cache::shrink, py::arg("expert"), py::arg("level"))
-      .def("keep", &Cache::keep, py::arg("level"),
-           "What has to go is lowered to this level first, and goes as a whole only when all has no more than that.")
-      .def("set_budget", &Cache::set_budget, py::arg("bytes"), py::call_guard<py::gil_scoped_release>())
+          "A cache of the same experts in a device's memory, which takes what it fetches from `host`.")
       .def(
           "set_policy",
           [](Cache& c, const py::object& policy) {
@@ -347,7 +241,7 @@ void bind_decode(Class& cache) {
 void bind_cache(py::module_& m) {
   Class cache(m, "Cache", "The expert cache; see csrc/cache.h.");
   bind_making(cache);
-  bind_requests(cache);
+  bind_cache_requests(cache);
   bind_figures(cache);
   bind_decode(cache);
 }
