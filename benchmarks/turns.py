@@ -28,6 +28,10 @@ import numpy as np
 import edgemoe
 path, bits, threads, context = sys.argv[1], *map(int, sys.argv[2:])
 with edgemoe.load(path, bits=bits, dense_bits=bits, threads=threads, context=context) as engine:
+    model = engine.model
+    if hasattr(model.store, "load"):
+        every = np.arange(model.top_bits.size, dtype=np.int32)
+        model.store.load(every, model.top_bits[every])
     for line in sys.stdin:
         prompt, count, words, seed = map(int, line.split())
         vocabulary = engine.config.vocab_size
