@@ -32,6 +32,9 @@ _ONLY_FOR = {
     "context": ("search",),
     "generations": ("search",),
     "held_out": ("search",),
+    "minutes": ("search",),
+    "ram": ("search",),
+    "threads": ("search",),
 }
 
 _EPILOG = """\
@@ -57,8 +60,8 @@ of the experts. What search finds is used by
 
     edgemoe-run MODEL.moe --bits auto --dense-bits auto -ctk auto -ctv auto
 
-after --store, or with --allocation OUT.json --kv-table OUT.kv.json. After
-Ctrl-C the same command goes on where it was.
+after --store, or with --allocation OUT.json --kv-table OUT.kv.json. Ctrl-C ends
+a search with the best so far; the same command goes on where it was.
 """
 
 
@@ -88,7 +91,7 @@ def _interrupted(args: argparse.Namespace) -> str:
     return f"interrupted; the same command goes on from {kept(args)}" if is_saved else "interrupted"
 
 
-def _allocate(args: argparse.Namespace) -> None:
+def _allocate(args: argparse.Namespace) -> int | None:
     if args.store and args.out is not None:
         raise ValueError("expected either --store or -o")
     if not args.kv:
@@ -101,13 +104,12 @@ def _allocate(args: argparse.Namespace) -> None:
     if args.method == "search" and not args.kv:
         from edgemoe.cli.allocate_search import search
 
-        search(args)
-        return
+        return search(args)
     if (args.avg_bits is None) == (args.max_loss is None):
         raise ValueError("expected either --avg-bits or --max-loss")
     if args.kv:
         _allocate_kv(args)
-        return
+        return None
     args.model = model_path(str(args.model))
     out: Path = args.out or args.model.with_suffix(".allocation.json")
     check_target(args, out)
@@ -134,6 +136,7 @@ def _allocate(args: argparse.Namespace) -> None:
     keep(args, out, "allocation", found.to_json())
     show(found)
     note(f"{_PROG}: {f'stored in {args.model}' if args.store else f'wrote {out}'}")
+    return None
 
 
 def _allocate_kv(args: argparse.Namespace) -> None:
@@ -146,6 +149,9 @@ def _allocate_kv(args: argparse.Namespace) -> None:
         "context",
         "generations",
         "held_out",
+        "minutes",
+        "ram",
+        "threads",
     ):
         if getattr(args, name) is not None:
             raise ValueError(f"--{name}: is for experts, not for --kv")
@@ -222,6 +228,11 @@ def _parser() -> argparse.ArgumentParser:
                         help="search: tokens whose keys and values count (default: 4096, or the model's)")
     parser.add_argument("--generations", type=whole(0), metavar="N",
                         help="search: rounds of 16 offspring (default: 40)")
+    parser.add_argument("--minutes", type=whole(1), metavar="N",
+                        help="search: begin no generation that would end later")
+    parser.add_argument("--ram", type=ram_size, metavar="SIZE",
+                        help="search: memory for the whole process (default: what is free, less a margin)")
+    parser.add_argument("-t", "--threads", type=whole(1), metavar="N", help="search: (default: all cores)")
     parser.add_argument("--held-out", type=Path, metavar="FILE",
                         help="search: another text, to measure the result on (default: the package's)")
     parser.add_argument("--overwrite", action="store_true", help="search: begin anew")

@@ -30,8 +30,11 @@ def kept(args: argparse.Namespace) -> Path:
     return path.with_suffix(".search")
 
 
-def search(args: argparse.Namespace) -> None:
+def search(args: argparse.Namespace) -> int:
     """Searches, writes what it found, and prints it.
+
+    Returns:
+        The exit code: 130 where Ctrl-C ended it, else 0.
 
     Raises:
         ValueError: a flag is missing, or one is of no use here.
@@ -84,15 +87,24 @@ def search(args: argparse.Namespace) -> None:
         generations=_GENERATIONS if args.generations is None else args.generations, seed=args.seed or 0,
         alone=-(-len(tokens) // 2), windows=(few, min(2 * few, len(tokens)), len(tokens)),
     )  # fmt: skip
-    with Progress("searching", unit="choice") as progress:
+    seconds = None if args.minutes is None else 60 * args.minutes
+    with Progress("searching", unit="layer") as progress:
         found = search_everything(
             args.model, calibration, tokens, args.bytes, kept(args), context=context, rounds=rounds,
-            held_out=held_out, protect=not args.no_protect, is_new=args.overwrite, progress=progress,
+            held_out=held_out, protect=not args.no_protect, is_new=args.overwrite, seconds=seconds,
+            progress=progress, ram=args.ram, threads=args.threads,
         )  # fmt: skip
     _write(args, found, out)
-    kept(args).unlink(missing_ok=True)
     show(found.allocation)
     _show_rest(found, context)
+    if found.generation < rounds.generations or found.is_interrupted:
+        note(
+            f"{_PROG}: {'interrupted' if found.is_interrupted else 'time is over'} after "
+            f"{found.generation} of {rounds.generations} generations; the same command goes on from {kept(args)}"
+        )
+    else:
+        kept(args).unlink(missing_ok=True)
+    return 130 if found.is_interrupted else 0
 
 
 def _table_path(out: Path) -> Path:

@@ -33,13 +33,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = [
-    "Decoder", "kept_rope_bytes", "layer_state_bytes", "read_bytes", "scratch_bytes", "state_bytes",
+    "Decoder", "Kind", "Layer", "kept_rope_bytes", "layer_state_bytes", "read_bytes", "scratch_bytes", "state_bytes",
     "state_pieces",
 ]  # fmt: skip
 
 
+Kind = tuple[MixerSpec, KvTypes]
+"""What a layer mixes tokens with, and how it stores their keys and values."""
+
+
 @dataclass(frozen=True, slots=True)
-class _Layer:
+class Layer:
     """One block."""
 
     mixer: MixerLayer
@@ -58,7 +62,7 @@ class _Stack:
     head: Matrix
     head_bias: Array | None
     first_norm: Array
-    layers: list[_Layer]
+    layers: list[Layer]
 
 
 class Decoder:
@@ -100,60 +104,59 @@ class Decoder:
         self._stores_last = any(spec.cached_heads[0] for spec in behind)
         d = config.hidden_size
         self._rows = Rows(*(ops.empty(max_tokens, d) for _ in range(3)))  # x, normed, added
-        shared = Rows(ops.empty(max_tokens, d))
+        self._shared = Rows(ops.empty(max_tokens, d))
         self._ropes = {spec: Rope(spec, ops, weights, max_tokens) for spec in config.ropes}
-        setup = Setup(
+        self._setup = Setup(
             config, ops, self._ropes, Scratch(ops, max_tokens), context, max_tokens, types
         )
         self._kinds = _kinds(config, types)
-        self._mixers = make_mixers(setup, weights, dict.fromkeys(self._kinds))
+        self._mixers = make_mixers(self._setup, weights, dict.fromkeys(self._kinds))
         sets = [_by_layer(of, config.num_layers) for of in (weights, *others)]
         self._routers = Routers(
             config, ops, experts, [[of[i] for i in config.moe_layers] for of in sets],
             max_tokens=max_tokens, places=places,
         )  # fmt: skip
         self._stacks = [
-            self._stack(of, tensors, experts, shared)
-            for of, tensors in zip((weights, *others), sets, strict=True)
+            self._stack(of, tensors) for of, tensors in zip((weights, *others), sets, strict=True)
         ]
 
     def _stack(
-        self,
-        weights: Mapping[str, Weight],
-        tensors: Sequence[Mapping[str, Weight]],
-        experts: Experts,
-        shared: Rows,
+        self, weights: Mapping[str, Weight], tensors: Sequence[Mapping[str, Weight]]
     ) -> _Stack:
         """Returns what computes with one set of weights, which are those of layers too, by their names within one."""
-        config, ops, routers = self.config, self._ops, self._routers
-
-        def ffn(i: int) -> Ffn | None:
-            index = config.moe_index(i)
-            if not config.ffn(i).exists:
-                return None
-            if index < 0:
-                inner: Ffn = DenseFfn(ops, tensors[i], config.activation)
-            else:
-                routed = BranchedFfn if config.branch_norms else RoutedFfn
-                inner = routed(index, ops, routers, experts, tensors[i], config, shared)
-            return ClosedFfn(inner, ops, tensors[i], config.norm_eps) if config.out_norms else inner
-
-        def mixer(i: int) -> MixerLayer:
-            inner = self._mixers[self._kinds[i]].layer(i, tensors[i])
-            if not config.out_norms:
-                return inner
-            return ClosedMixer(
-                inner, ops, cast(Array, tensors[i]["attn_out_norm"]), config.norm_eps
-            )
-
+        config = self.config
         norms = [cast(Array, t["attn_norm"]) for t in tensors] + [cast(Array, weights["norm"])]
         layers = [
-            _Layer(mixer(i), cast("Array | None", tensors[i].get("ffn_norm")), ffn(i), norms[i + 1])
+            self._layer(i, self._kinds[i], tensors[i], norms[i + 1])
             for i in range(config.num_layers)
         ]
         embed = cast(RowTable, weights[EMBED_ROWS if EMBED_ROWS in weights else "embed"])
         head = cast(Matrix, weights["embed" if config.tied else "head"])
         return _Stack(embed, head, cast("Array | None", weights.get("head_bias")), norms[0], layers)
+
+    def _layer(
+        self, i: int, kind: Kind, tensors: Mapping[str, Weight], next_norm: Array
+    ) -> Layer:
+        """Returns layer `i` with tensors by their names within it."""
+        mixer, norm = self._mixers[kind].layer(i, tensors), tensors.get("ffn_norm")
+        if self.config.out_norms:
+            out_norm = cast(Array, tensors["attn_out_norm"])
+            mixer = ClosedMixer(mixer, self._ops, out_norm, self.config.norm_eps)
+        return Layer(mixer, cast("Array | None", norm), self._ffn(i, tensors), next_norm)
+
+    def _ffn(self, i: int, tensors: Mapping[str, Weight]) -> Ffn | None:
+        """Returns that of layer `i`, if it has one."""
+        config, ops, index = self.config, self._ops, self.config.moe_index(i)
+        if not config.ffn(i).exists:
+            return None
+        if index < 0:
+            inner: Ffn = DenseFfn(ops, tensors, config.activation)
+        else:
+            routed = BranchedFfn if config.branch_norms else RoutedFfn
+            inner = routed(
+                index, ops, self._routers, self._experts, tensors, config, self._shared
+            )
+        return ClosedFfn(inner, ops, tensors, config.norm_eps) if config.out_norms else inner
 
     def change(self, config: ModelConfig) -> None:
         """Takes another number of experts per token, and another scheduler; see `Routers.change`."""
@@ -244,34 +247,50 @@ class Decoder:
 
     def _run(
         self,
-        layers: Sequence[_Layer],
+        layers: Sequence[Layer],
         after: int,
         stop: int,
         batch: Batch,
         rows: tuple[Array, Array, Array],
     ) -> None:
         """Runs from the experts of layer `after`, -1 for the start, to the choice of those of layer `stop`."""
-        ops, eps, residual = self._ops, self.config.norm_eps, self.config.residual_multiplier
-        x, normed, added = rows
         for i in range(max(after, 0), min(stop + 1, len(layers))):
-            layer = layers[i]
             if i > after:
-                layer.mixer.forward(normed, batch, added)
-                if layer.ffn is not None and layer.ffn_norm is not None:
-                    ops.add_norm(added, residual, x, layer.ffn_norm, eps, normed)
-                    part = layer.ffn.begin if i == stop else layer.ffn.run
-                    part(x, normed, batch, added)
+                self._enter(layers[i], batch, rows, stops=i == stop)
             if i < stop:
-                if layer.ffn is not None:
-                    layer.ffn.end(x, normed, added)
-                ops.add_norm(added, residual, x, layer.next_norm, eps, normed)
+                self._leave(layers[i], rows)
+
+    def _enter(
+        self, layer: Layer, batch: Batch, rows: tuple[Array, Array, Array], *, stops: bool
+    ) -> None:
+        """Runs a layer up to its end, or to the choice of its experts if it stops there."""
+        x, normed, added = rows
+        layer.mixer.forward(normed, batch, added)
+        if layer.ffn is not None and layer.ffn_norm is not None:
+            self._add_norm(added, x, layer.ffn_norm, normed)
+            part = layer.ffn.begin if stops else layer.ffn.run
+            part(x, normed, batch, added)
+
+    def _leave(self, layer: Layer, rows: tuple[Array, Array, Array]) -> None:
+        """Runs the end of a layer, and the norm of the next one."""
+        x, normed, added = rows
+        if layer.ffn is not None:
+            layer.ffn.end(x, normed, added)
+        self._add_norm(added, x, layer.next_norm, normed)
+
+    def _add_norm(self, added: Array, x: Array, norm: Array, normed: Array) -> None:
+        config = self.config
+        self._ops.add_norm(added, config.residual_multiplier, x, norm, config.norm_eps, normed)
 
     def logits(self, hidden: Array, out: Array, variant: int = 0) -> None:
         """out [T, V] = the head on hidden [T, D] of a batch of this variant."""
         stack = self._stacks[variant]
-        self._ops.linear(hidden, (stack.head,), (out,))
-        if stack.head_bias is not None:
-            self._ops.add_bias(stack.head_bias, out)
+        self._logits(hidden, stack.head, stack.head_bias, out)
+
+    def _logits(self, hidden: Array, head: Matrix, bias: Array | None, out: Array) -> None:
+        self._ops.linear(hidden, (head,), (out,))
+        if bias is not None:
+            self._ops.add_bias(bias, out)
         if self.config.logits_divisor != 1.0:
             self._ops.scale(1.0 / self.config.logits_divisor, out)
         if self.config.soft_cap is not None:
@@ -329,8 +348,8 @@ def read_bytes(config: ModelConfig, length: int, types: KvTypes) -> int:
     return sum(mixer_class(spec).read_bytes(spec, length, kinds) for spec, kinds in layers)
 
 
-def _kinds(config: ModelConfig, types: KvTypes) -> list[tuple[MixerSpec, KvTypes]]:
-    """Returns each layer's mixer, and how it holds keys and values; layers alike in both share scratch."""
+def _kinds(config: ModelConfig, types: KvTypes) -> list[Kind]:
+    """Returns each layer's; layers alike share scratch."""
     return [
         (spec, types.of(i) if spec.cached_heads[0] else KvTypes())
         for i, spec in enumerate(config.mixer_by_layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,6 +71,8 @@ class Model:
     store: ExpertStore
     experts: Experts
     decoder: Decoder
+    weights: Mapping[str, Any]
+    """Of all but routed experts, by name, as the decoder has them."""
     adapters: Adapters
     given: ModelConfig
     """As the file has it, whatever number of experts per token the options say."""

@@ -202,7 +202,7 @@ def _assembled(
             config, weights, ops, experts, max_tokens=budget.chunk, context=budget.context,
             types=options.kv_types, others=others, places=adapters.places,
         ),
-        adapters=adapters, given=given, most_bits=bits.most, most_experts=config.experts_per_token,
+        weights=weights, adapters=adapters, given=given, most_bits=bits.most, most_experts=config.experts_per_token,
         sections_bytes=0,
     )  # fmt: skip
 

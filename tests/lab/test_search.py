@@ -7,12 +7,15 @@ import json
 import shutil
 from dataclasses import replace
 
+import families
 import numpy as np
 import pytest
 from test_allocate import TEXT
 
 import edgemoe
 from edgemoe.cli.main import main
+from edgemoe.convert.convert import convert
+from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.calibrate import calibrate, windows_of
@@ -85,8 +88,8 @@ def test_losses_that_do_not_add_are_found():
     f = field(units=8, cost=np.zeros((8, 2)), sizes=np.tile([1, 2], (8, 1)), highest=np.ones(8, int),
               total=10)  # fmt: skip
 
-    def measure(choice, count):
-        return 10.0 - 9 * (choice[3] and choice[6]) - 0.1 * choice[:3].sum() / count
+    def measure(choices, count):
+        return [10.0 - 9 * (c[3] and c[6]) - 0.1 * c[:3].sum() / count for c in choices]
 
     begin = Standing(0, np.array([1, 1, 0, 0, 0, 0, 0, 0]), 9.8)
     rounds = Rounds(generations=20, offspring=8, survivors=3, windows=(1, 2, 2))
@@ -100,6 +103,9 @@ def test_losses_that_do_not_add_are_found():
     again = evolve(replace(seen[3]), measure, f, rounds)
     assert again.parent.tolist() == found.parent.tolist()
     assert (again.loss, again.kept) == (found.loss, found.kept)
+    # When the time is over it stops before the next one.
+    stopped = evolve(replace(seen[3]), measure, f, rounds, is_over=iter([False, True]).__next__)
+    assert stopped == seen[4]
 
 
 # ---------------------------------------------------------------- a model
@@ -137,6 +143,16 @@ def written(units, choice, folder):
     }  # fmt: skip
 
 
+def divergences(path, windows, **options):
+    """Returns what a choice costs by engines that are opened with it."""
+    found = []
+    for given in ({}, options):
+        with edgemoe.load(path, threads=1, **given) as engine:
+            found.append([half_log_softmax(engine.logits(w)) for w in windows])
+    pairs = zip(*found, strict=True)
+    return np.array([(np.exp(p) * (p - q)).sum(1, dtype=np.float64) for p, q in pairs])
+
+
 def test_bytes_are_those_of_the_file_and_the_cache(tiny_moe):
     moe = open_moe(tiny_moe)
     units = Units(moe, context=256)
@@ -156,19 +172,51 @@ def test_a_mixed_model_is_measured_as_it_runs(tiny_moe, windows, tmp_path):
     loss = MixedLoss(tiny_moe, windows, threads=1)
 
     def measured(choice, which=None):
-        return loss(units.expert_bits(choice), units.rungs(choice), units.kv_rows(choice), which)
+        (found,) = loss([units.mix(choice)], which)
+        return found
 
-    with edgemoe.load(tiny_moe, threads=1) as engine:
-        reference = [half_log_softmax(engine.logits(w)) for w in windows]
     assert not measured(units.top).any()
     for seed in range(3):
         choice = some(units, seed)
-        with edgemoe.load(tiny_moe, threads=1, **written(units, choice, tmp_path)) as engine:
-            own = [half_log_softmax(engine.logits(w)) for w in windows]
-        expected = [(np.exp(p) * (p - q)).sum(1) for p, q in zip(reference, own, strict=True)]
-        assert np.allclose(measured(choice), np.concatenate(expected), rtol=1e-4, atol=1e-7)
-        assert np.array_equal(measured(choice, range(1, 2)), measured(choice)[24:])
+        expected = divergences(tiny_moe, windows, **written(units, choice, tmp_path))
+        assert np.array_equal(measured(choice), expected)
+        assert np.array_equal(measured(choice, range(1, 2)), expected[1:])
     assert measured(some(units)).mean() > 1e-4
+
+
+# Windows and branches, recurrent layers, latents, layers without an FFN, frequencies that depend on the length.
+@pytest.mark.parametrize(
+    "name", ["gemma4_text", "qwen3_next", "deepseek_v3", "nemotron_h", "phimoe", "gpt_oss"]
+)
+def test_layers_one_by_one_give_what_a_pass_gives(name, tmp_path):
+    path = tmp_path / "x.moe"
+    convert(HFCheckpoint(families.make(name, tmp_path)), path)
+    windows = np.array(families.random_ids(3 * 40), np.int32).reshape(3, 40)
+    units = Units(open_moe(path), context=64)
+    loss = MixedLoss(path, windows, threads=1)
+    choices = [some(units, seed) for seed in range(2)]
+    for choice, found in zip(choices, loss([units.mix(c) for c in choices]), strict=True):
+        expected = divergences(path, windows, **written(units, choice, tmp_path))
+        assert np.array_equal(found, expected)
+
+
+def test_together_is_what_each_is_alone(tiny_moe, windows, monkeypatch):
+    """Whatever mixes have alike, however many go through the layers at once, and with room for few experts."""
+    units = Units(open_moe(tiny_moe), context=64)
+    first = units.top
+    choices = [first]
+    for unit in (0, 3, 9, units.num_experts + 2, len(units) - 1, units.num_experts):
+        choices.append(choices[-1].copy())
+        choices[-1][unit] = 0
+    choices += [choices[2], some(units)]
+    mixes = [units.mix(choice) for choice in choices]
+    told = []
+    loss = MixedLoss(tiny_moe, windows, threads=1, told=told.append)
+    together = loss(mixes)
+    ran = sum(told)
+    # The first window-layer of each is of all of them: choices part where they differ, and no earlier.
+    for mix, found in zip(mixes, together, strict=True):
+        assert np.array_equal(loss([mix])[0], found)
 
 
 def test_each_matrix_has_its_own_bits(tiny_moe, windows, tmp_path):

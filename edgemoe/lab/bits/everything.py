@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits import rules
+from edgemoe.lab.bits.measuring import Clock, Measured, Progress, Work, measure_alone
 from edgemoe.lab.bits.search import Field, Rounds, Standing, evolve
 from edgemoe.lab.bits.search_file import SearchFile
 from edgemoe.lab.bits.units import Choice, Units
@@ -26,7 +26,6 @@ from edgemoe.quant import Allocation, Calibration
 __all__ = ["Found", "search_everything"]
 
 Floats = NDArray[np.float64]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +45,10 @@ class Found:
     """On another text: where it began, what it found, and the standard error of the difference, as pairs of tokens."""
     kept: int
     """How many generations were better than what was before."""
+    generation: int
+    """How many there were: fewer than asked for where the time was over or Ctrl-C came."""
+    is_interrupted: bool
+    """Whether Ctrl-C came."""
 
 
 def search_everything(
@@ -60,12 +63,14 @@ def search_everything(
     held_out: NDArray[np.int32] | None = None,
     protect: bool = True,
     is_new: bool = False,
+    seconds: float | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> Found:
     """Searches bits of all experts and matrices and types of keys and values, all of which take `total` bytes at most.
 
-    What was found so far lies in `keep`; the same call goes on from there, after Ctrl-C too.
+    What was found so far lies in `keep`; the same call goes on from there. Once there is a choice, Ctrl-C returns the
+    best so far.
 
     Args:
         path: a `.moe` file.
@@ -75,8 +80,9 @@ def search_everything(
         held_out: other tokens, which only the result is measured on.
         protect: Super Experts have the most bits that the file has of them.
         is_new: begin anew, whatever lies in `keep`.
-        progress: called with what is measured and how much there is.
-        options: of `EngineOptions`: ram, threads.
+        seconds: no generation begins that would end later, if it took as long as the one before; None for no limit.
+        progress: called with how much is done and how much there is, in windows that go through a layer.
+        options: of `MixedLoss`: ram, threads.
 
     Raises:
         ValueError: the bytes do not suffice, there are too few windows, or the calibration lacks errors.
@@ -96,37 +102,48 @@ def search_everything(
         **_sums(rounds, windows, errors),
     }  # fmt: skip
     saved = SearchFile(keep, identity, is_new=is_new)
-    steps = _steps(units, lowest)
-    work = len(steps) + rounds.generations * rounds.offspring
-
-    def tell(done: int) -> None:
-        if progress is not None:
-            progress(min(done, work), work)
-
-    loss = MixedLoss(path, windows[:last], **options)
-
-    def measure(choice: Choice, count: int) -> float:
-        return float(_tokens(loss, units, choice, range(count)).mean())
-
-    losses = _measured(steps, saved, partial(measure, count=rounds.alone), tell)
+    steps, clock = _steps(units, lowest), Clock(seconds)
+    depth, judges = moe.config.num_layers, 0 if held_out is None else 3 * len(held_out)
+    efforts = {name: rounds.alone * (depth - units.first_layer(of)) for name, of in steps.items()}
+    each = depth * rounds.measured
+    work = Work(
+        sum(efforts.values()) + depth * (last + judges) + rounds.generations * each, progress
+    )
+    measured = Measured(MixedLoss(path, windows[:last], told=work.count, **options), units)
+    measure_alone(steps, efforts, saved, measured, rounds.alone, work)
     field = Field(
-        cost=_costs(losses, units, errors), sizes=units.sizes, lowest=lowest, highest=units.top, total=total
+        cost=_costs(saved.costs, units, errors), sizes=units.sizes, lowest=lowest, highest=units.top, total=total
     )  # fmt: skip
     first = field.least_sum()
+    work.begin(depth * last)
     if (state := saved.standing(units.top)) is None:
-        saved.begin(state := Standing(0, first, measure(first, last)))
+        saved.begin(state := Standing(0, first, measured([first], last)[0]))
+    work.begin(state.generation * each)
 
     def after(state: Standing) -> None:
         saved.write(state)
-        tell(len(steps) + state.generation * rounds.offspring)
+        measured.forget()
+        clock.lap()
+        work.begin(each)
 
-    evolve(state, measure, field, rounds, done=after)
-    judged = None
-    if held_out is not None:
-        del loss
-        judged = _judged(MixedLoss(path, held_out, **options), units, first, state.parent)
+    judged, is_interrupted = None, False
+    try:
+        clock.lap(is_first=True)
+        work.begin(each)
+        evolve(state, measured, field, rounds, done=after, is_over=clock.is_over)
+        if held_out is not None:
+            del measured
+            loss = MixedLoss(path, held_out, told=work.count, **options)
+            judged = _judged(loss, units, first, state.parent)
+    except KeyboardInterrupt:
+        is_interrupted, state = True, saved.standing(units.top) or state
     settings = {"bytes": total, "context": context, "seed": rounds.seed, "loss": state.loss}
-    return _found(units, state, settings, spared, saved.start_loss, judged)
+    allocation, table = _files(units, state.parent, settings, spared)
+    return Found(
+        allocation=allocation, table=table, bytes=units.bytes(state.parent),
+        start_loss=saved.start_loss, loss=state.loss, held_out=judged, kept=state.kept,
+        generation=state.generation, is_interrupted=is_interrupted,
+    )  # fmt: skip
 
 
 def _sums(rounds: Rounds, windows: NDArray[np.int32], errors: Floats) -> dict[str, Any]:
@@ -138,23 +155,6 @@ def _sums(rounds: Rounds, windows: NDArray[np.int32], errors: Floats) -> dict[st
     }  # fmt: skip
 
 
-def _measured(
-    steps: dict[str, Choice],
-    saved: SearchFile,
-    measure: Callable[[Choice], float],
-    tell: Callable[[int], None],
-) -> dict[str, float]:
-    """Measures steps that were not measured before, and keeps what came of it whatever happens."""
-    losses: dict[str, float] = {}
-    try:
-        for name, choice in steps.items():
-            losses[name] = saved.cost(name, partial(measure, choice))
-            tell(len(losses))
-    finally:
-        saved.keep()
-    return losses
-
-
 def _lowest(units: Units, spared: list[tuple[int, int]]) -> Choice:
     """Returns the fewest levels that units may have: all that there is of what is spared."""
     lowest = np.zeros(len(units), np.int64)
@@ -164,38 +164,27 @@ def _lowest(units: Units, spared: list[tuple[int, int]]) -> Choice:
     return lowest
 
 
-def _found(
-    units: Units,
-    state: Standing,
-    settings: dict[str, Any],
-    spared: list[tuple[int, int]],
-    start_loss: float,
-    judged: tuple[float, float, float] | None,
-) -> Found:
-    """Returns where a search ended, in the forms that files have."""
-    moe, choice = units.moe, state.parent
+def _files(
+    units: Units, choice: Choice, settings: dict[str, Any], spared: list[tuple[int, int]]
+) -> tuple[Allocation, KvTable | None]:
+    """Returns a choice in the forms that files have."""
+    moe = units.moe
     layers = moe.config.moe_layers
     allocation = Allocation(
         method="search", settings=settings, layers=layers, bits=units.expert_bits(choice),
         protected=tuple((layers[i], e) for i, e in spared), dense=units.dense_bits(choice),
     )  # fmt: skip
-    table = KvTable(of=KvTable.identity(moe), layers=units.kv_rows(choice), settings=settings)
-    return Found(
-        allocation=allocation, table=table if units.cells else None, bytes=units.bytes(choice),
-        start_loss=start_loss, loss=state.loss, held_out=judged, kept=state.kept,
-    )  # fmt: skip
-
-
-def _tokens(loss: MixedLoss, units: Units, choice: Choice, which: range | None) -> Floats:
-    """Returns each token's divergence."""
-    return loss(units.expert_bits(choice), units.rungs(choice), units.kv_rows(choice), which)
+    if not units.cells:
+        return allocation, None
+    rows = units.kv_rows(choice)
+    return allocation, KvTable(of=KvTable.identity(moe), layers=rows, settings=settings)
 
 
 def _judged(
     loss: MixedLoss, units: Units, first: Choice, found: Choice
 ) -> tuple[float, float, float]:
     """Returns what two choices cost, and the standard error of the difference."""
-    before, now = (_tokens(loss, units, choice, None) for choice in (first, found))
+    before, now = (of.reshape(-1) for of in loss([units.mix(first), units.mix(found)]))
     return float(before.mean()), float(now.mean()), float((now - before).std() / len(now) ** 0.5)
 
 
@@ -238,10 +227,11 @@ def _steps(units: Units, lowest: Choice) -> dict[str, Choice]:
             choice = units.top
             choice[unit] = level
             out[f"{unit}, {level}"] = choice
-    return out
+    # Those that differ late have most in common, and come last.
+    return dict(sorted(out.items(), key=lambda step: units.first_layer(step[1])))
 
 
-def _costs(losses: dict[str, float], units: Units, errors: Floats) -> Floats:
+def _costs(losses: Mapping[str, float], units: Units, errors: Floats) -> Floats:
     """Returns what each level of each unit costs if losses add, [U, B].
 
     An expert's share of its layer's loss at a level is that of its squared error.

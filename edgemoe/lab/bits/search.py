@@ -9,7 +9,7 @@ are better.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +21,8 @@ from edgemoe.lab.bits.units import Choice
 __all__ = ["Field", "Rounds", "Standing", "evolve"]
 
 Floats = NDArray[np.float64]
-Measure = Callable[[Choice, int], float]
-"""Returns a choice's loss on the first so many windows."""
+Measure = Callable[[Sequence[Choice], int], Sequence[float]]
+"""Returns the loss of each of some choices on the first so many windows."""
 
 MOST_CHANGES = 10
 """Of one offspring, as published."""
@@ -45,6 +45,12 @@ class Rounds:
     windows: tuple[int, int, int] = (2, 4, 16)
     """How many each stage measures on: all offspring, the survivors, the last with its parent."""
     seed: int = 0
+
+    @property
+    def measured(self) -> int:
+        """Windows that a generation measures."""
+        few, more, every = self.windows
+        return few * self.offspring + (more - few) * self.survivors + every - more
 
 
 @dataclass(slots=True)
@@ -187,20 +193,22 @@ def evolve(
     rounds: Rounds,
     *,
     done: Callable[[Standing], Any] | None = None,
+    is_over: Callable[[], bool] = lambda: False,
 ) -> Standing:
     """Goes on from a state until its last generation; each generation's chances depend on its number alone.
 
     Args:
         done: called after every generation.
+        is_over: whether to stop before the next one.
     """
     few, more, every = rounds.windows
-    while state.generation < rounds.generations:
+    while state.generation < rounds.generations and not is_over():
         rng = np.random.default_rng((rounds.seed, state.generation))
         children = field.offspring(state.parent, rounds.offspring, rng)
         for count, left in ((few, rounds.survivors), (more, 1)):
-            losses = [measure(child, count) for child in children]
+            losses = measure(children, count)
             children = [children[i] for i in np.argsort(losses, kind="stable")[:left]]
-        loss = measure(children[0], every) if children else np.inf
+        loss = measure(children, every)[0] if children else np.inf
         state.generation += 1
         if loss < state.loss:
             state.parent, state.loss, state.kept = children[0], loss, state.kept + 1

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ from edgemoe.lab.bits.units import Choice
 __all__ = ["SearchFile"]
 
 _VERSION = 2  # 1: rows of the embedding were looked up at its own bits
-_SECONDS = 10.0  # at most, that may be lost
 
 
 class SearchFile:
@@ -36,7 +34,7 @@ class SearchFile:
         Raises:
             FormatError: the file is none of a search, or of another.
         """
-        self._path, self._identity, self._kept_at = path, identity, time.monotonic()
+        self._path, self._identity = path, identity
         self._costs: dict[str, float] = {}
         self._state: dict[str, Any] | None = None
         self.start_loss = 0.0
@@ -62,13 +60,15 @@ class SearchFile:
     def _wrong(self) -> FormatError:
         return FormatError(f"{self._path}: no search of edgemoe; --overwrite begins anew")
 
-    def cost(self, name: str, measure: Callable[[], float]) -> float:
-        """Returns a loss, measured now or before; `keep` it."""
-        if name not in self._costs:
-            self._costs[name] = measure()
-            if time.monotonic() - self._kept_at > _SECONDS:
-                self.keep()
-        return self._costs[name]
+    @property
+    def costs(self) -> Mapping[str, float]:
+        """The losses that were measured."""
+        return self._costs
+
+    def add(self, costs: Mapping[str, float]) -> None:
+        """Keeps losses by name."""
+        self._costs.update(costs)
+        self.keep()
 
     def standing(self, top: Choice) -> Standing | None:
         """Returns where the search stands; None where it has not begun.
@@ -104,7 +104,6 @@ class SearchFile:
 
     def keep(self) -> None:
         """Writes all that is known."""
-        self._kept_at = time.monotonic()
         value = {
             "edgemoe_search": _VERSION, "of": self._identity, "costs": self._costs,
             "state": self._state, "start_loss": self.start_loss,

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from edgemoe.file.format import MoeFile
 from edgemoe.lab.bits.kv_types import KINDS, cells_of
+from edgemoe.lab.quality.mixed_loss import Mix
 from edgemoe.model.kv_table import Row
 from edgemoe.ops import kv_bytes
 from edgemoe.specs import AttentionSpec
@@ -49,6 +50,11 @@ class Units:
         self.sizes = np.array([row + [row[-1]] * (max(self.counts) - len(row)) for row in sizes])
         """[U, B] bytes, ascending; beyond its levels those of the last. Without what looks rows up."""
 
+        layers = [_layer_of(moe, name) for name in self.matrices] + [c.layer for c in self.cells]
+        self._layers = np.concatenate(
+            [np.repeat(config.moe_layers, config.num_experts), np.array(layers, np.int64)]
+        )
+
     def __len__(self) -> int:
         return len(self.counts)
 
@@ -56,6 +62,11 @@ class Units:
     def top(self) -> Choice:
         """All that there is of each."""
         return self.counts - 1
+
+    def first_layer(self, choice: Choice) -> int:
+        """Returns the first layer in which a choice is not all that there is; all of them for one in the head alone."""
+        differs = self._layers[choice != self.top]
+        return int(differs.min(initial=self.moe.config.num_layers))
 
     def bytes(self, choice: Choice) -> int:
         """Returns what a choice takes."""
@@ -76,6 +87,10 @@ class Units:
         ladder = self.moe.dense_ladder
         return {name: ladder[rungs - 1] for name, rungs in self.rungs(choice).items()}
 
+    def mix(self, choice: Choice) -> Mix:
+        """Returns a choice as it is measured."""
+        return Mix(self.expert_bits(choice), self.rungs(choice), self.kv_rows(choice))
+
     def kv_rows(self, choice: Choice) -> tuple[Row, ...]:
         """Returns the types of each layer's keys and values."""
         rows: list[Row] = [None] * self.moe.config.num_layers
@@ -90,3 +105,8 @@ def _resident_bytes(moe: MoeFile, name: str, level: int) -> int:
     """Returns the bytes that a matrix takes at a level: none if only its rows are looked up, which the file has."""
     tensor = resident_matrices(moe, level).get(name)
     return 0 if tensor is None else tensor.size(level)
+
+
+def _layer_of(moe: MoeFile, name: str) -> int:
+    """Returns the layer of a matrix: as many as there are for the head, which an embedding may be too."""
+    return int(name.split(".")[1]) if name.startswith("layers.") else moe.config.num_layers

@@ -1,0 +1,108 @@
+"""How a search measures: units alone, then choices; how far it is, and when its time is over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgemoe.lab.bits.search_file import SearchFile
+from edgemoe.lab.bits.units import Choice, Units
+from edgemoe.lab.quality.mixed_loss import MixedLoss
+
+__all__ = ["Clock", "Measured", "Progress", "Work", "measure_alone"]
+
+Progress = Callable[[int, int], None]
+
+
+class Clock:
+    """Says when to stop."""
+
+    def __init__(self, seconds: float | None) -> None:
+        """Args:
+        seconds: from now on; None for no end.
+        """
+        self._begun, self._seconds = time.monotonic(), seconds
+        self._last, self._took = self._begun, 0.0
+
+    def lap(self, *, is_first: bool = False) -> None:
+        """A generation has ended, or the first one begins."""
+        now = time.monotonic()
+        self._took, self._last = 0.0 if is_first else now - self._last, now
+
+    def is_over(self) -> bool:
+        """Whether a generation as long as the last one would end too late."""
+        spent = self._last - self._begun + self._took
+        return self._seconds is not None and spent >= self._seconds
+
+
+class Work:
+    """Says how much is done, in windows that go through a layer."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._progress, self._done, self._end = total, progress, 0, 0
+
+    def begin(self, amount: int) -> None:
+        """What was under way is done; `amount` more begins."""
+        self._done = self._end
+        self._end += amount
+        self.count(0)
+
+    def count(self, windows: int) -> None:
+        """Takes how many went through a layer: fewer than was thought where choices have layers alike."""
+        self._done = min(self._done + windows, self._end)
+        if self._progress is not None:
+            self._progress(min(self._done, self._total), self._total)
+
+
+class Measured:
+    """Returns losses of choices, and measures no window twice until it forgets."""
+
+    def __init__(self, loss: MixedLoss, units: Units) -> None:
+        self.loss, self._units = loss, units
+        self._known: dict[bytes, list[NDArray[np.float64]]] = {}
+
+    def __call__(self, choices: Sequence[Choice], count: int) -> list[float]:
+        """Returns the mean over tokens of the first `count` windows, for each choice."""
+        by_name = {choice.tobytes(): choice for choice in choices}
+        starts: dict[int, list[bytes]] = {}
+        for name in by_name:
+            starts.setdefault(len(self._known.setdefault(name, [])), []).append(name)
+        for start, names in starts.items():
+            if start >= count:
+                continue
+            mixes = [self._units.mix(by_name[name]) for name in names]
+            for name, windows in zip(names, self.loss(mixes, range(start, count)), strict=True):
+                self._known[name].extend(windows)
+        found = (np.concatenate(self._known[choice.tobytes()][:count]) for choice in choices)
+        return [float(tokens.mean()) for tokens in found]
+
+    def forget(self) -> None:
+        """Forgets what it has measured."""
+        self._known.clear()
+
+
+def measure_alone(
+    steps: Mapping[str, Choice],
+    efforts: Mapping[str, int],
+    saved: SearchFile,
+    measured: Measured,
+    windows: int,
+    work: Work,
+) -> None:
+    """Measures steps that were not measured before, as many at once as go through the layers together.
+
+    Args:
+        efforts: of each, in what `work` counts.
+    """
+    left = [name for name in steps if name not in saved.costs]
+    work.begin(sum(efforts[name] for name in steps if name in saved.costs))
+    most = measured.loss.most(windows)
+    for first in range(0, len(left), most):
+        some = left[first : first + most]
+        work.begin(sum(efforts[name] for name in some))
+        losses = measured([steps[name] for name in some], windows)
+        saved.add(dict(zip(some, losses, strict=True)))
+        measured.forget()
