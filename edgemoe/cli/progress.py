@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+import time
 from types import TracebackType
 from typing import Any
 
 from edgemoe.cli.console import is_terminal, note, shown
 from edgemoe.errors import shortened
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "time_left"]
 
 
 class Progress:
@@ -26,14 +27,19 @@ class Progress:
         self._unit = unit
         self._bar: Any = None  # tqdm has no types
         self._tenths = 0
+        self._begun: tuple[float, int] | None = None
 
     def __call__(self, done: int, total: int) -> None:
         """Takes how much is done by now, and how much there is to do."""
         if not is_terminal(sys.stderr):
+            now = time.monotonic()
+            self._begun = self._begun or (now, done)
             tenths = 10 * done // total if total else 0
             if tenths > self._tenths:
                 self._tenths = tenths
-                note(f"# {self._task}: {10 * tenths}%")
+                since, before = now - self._begun[0], done - self._begun[1]
+                left = time_left(since * (total - done) / before) if before else ""
+                note(f"# {self._task}: {10 * tenths}%{left}")
             return
         if self._bar is None:
             from tqdm import tqdm
@@ -66,3 +72,11 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def time_left(seconds: float) -> str:
+    """Returns what a line says of it: nothing of less than a minute."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if seconds < 60:
+        return ""
+    return f", {hours} h {minutes} min left" if hours else f", {minutes} min left"

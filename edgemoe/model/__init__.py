@@ -17,6 +17,7 @@ from edgemoe.model.router import MOST_AHEAD
 from edgemoe.model.state import SequenceState, State
 
 __all__ = [
-    "KV_BITS", "KV_TYPES", "MOST_AHEAD", "Batch", "Decoder", "KvTable", "KvTypes", "Layered", "SequenceState", "Slice", "State",
-    "kept_rope_bytes", "layer_state_bytes", "read_bytes", "scratch_bytes", "state_bytes", "state_pieces",
+    "KV_BITS", "KV_TYPES", "MOST_AHEAD", "Batch", "Decoder", "KvTable", "KvTypes", "Layered", "SequenceState",
+    "Slice", "State", "kept_rope_bytes", "layer_state_bytes", "read_bytes", "scratch_bytes", "state_bytes",
+    "state_pieces",
 ]  # fmt: skip

@@ -134,9 +134,7 @@ class Decoder:
         head = cast(Matrix, weights["embed" if config.tied else "head"])
         return _Stack(embed, head, cast("Array | None", weights.get("head_bias")), norms[0], layers)
 
-    def _layer(
-        self, i: int, kind: Kind, tensors: Mapping[str, Weight], next_norm: Array
-    ) -> Layer:
+    def _layer(self, i: int, kind: Kind, tensors: Mapping[str, Weight], next_norm: Array) -> Layer:
         """Returns layer `i` with tensors by their names within it."""
         mixer, norm = self._mixers[kind].layer(i, tensors), tensors.get("ffn_norm")
         if self.config.out_norms:
@@ -153,9 +151,7 @@ class Decoder:
             inner: Ffn = DenseFfn(ops, tensors, config.activation)
         else:
             routed = BranchedFfn if config.branch_norms else RoutedFfn
-            inner = routed(
-                index, ops, self._routers, self._experts, tensors, config, self._shared
-            )
+            inner = routed(index, ops, self._routers, self._experts, tensors, config, self._shared)
         return ClosedFfn(inner, ops, tensors, config.norm_eps) if config.out_norms else inner
 
     def change(self, config: ModelConfig) -> None:

@@ -28,8 +28,8 @@ class Version(NamedTuple):
 class Layered(Decoder):
     """A decoder whose caller keeps what goes from one layer to the next, so that versions share what they have alike.
 
-    A version of a layer has its own tensors, and types of keys and values; scratch is the decoder's. Layers run on whole
-    sequences, so that all that are of one kind share a state for each sequence of a batch.
+    A version of a layer has tensors, and types of keys and values, of its own; scratch is the decoder's. Layers run on
+    whole sequences, so that all of one kind share a state for each sequence of a batch.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import edgemoe.convert.convert as module
 from edgemoe.cli import convert as cli
 from edgemoe.cli import main as edgemoe_cli
+from edgemoe.cli import progress
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
 from edgemoe.file.writer import Writer
@@ -35,6 +36,20 @@ def test_command_reports_in_lines_where_there_is_no_terminal(checkpoint, tmp_pat
     assert [line for line in lines if line in tenths] == tenths
     assert lines[-1].startswith(f"edgemoe convert: wrote {out}: ")
     assert open_moe(out).ladder[-1] == (3, 3, 3)
+
+
+def test_a_long_task_says_how_long_it_takes(monkeypatch, capsys):
+    clock = iter([0.0, 1080.0, 4000.0, 8970.0, 9000.0])
+    monkeypatch.setattr(progress.time, "monotonic", clock.__next__)
+    with progress.Progress("searching", unit="layer") as tell:
+        for done in (40, 136, 520, 997, 1000):  # 40 were done before
+            tell(done, 1000)
+    assert capsys.readouterr().err.splitlines() == [
+        "# searching: 10%, 2 h 42 min left",
+        "# searching: 50%, 1 h 7 min left",
+        "# searching: 90%",
+        "# searching: 100%",
+    ]
 
 
 def test_what_is_no_checkpoint_is_named(tiny_moe, tmp_path, capsys) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import families
 import numpy as np
 import pytest
+from engines import with_slots
 from test_allocate import TEXT
 
 import edgemoe
@@ -23,6 +24,7 @@ from edgemoe.lab.bits.everything import search_everything
 from edgemoe.lab.bits.kv_types import KINDS
 from edgemoe.lab.bits.search import MOST_CHANGES, Field, Rounds, Standing, evolve
 from edgemoe.lab.bits.units import Units
+from edgemoe.lab.quality import mixed_loss
 from edgemoe.lab.quality.loss import half_log_softmax
 from edgemoe.lab.quality.mixed_loss import MixedLoss
 from edgemoe.model import KvTable, KvTypes, state_bytes
@@ -128,6 +130,13 @@ def some(units, seed=0):
     return np.random.default_rng(seed).integers(0, units.counts)
 
 
+def lowered(units, unit):
+    """Returns all that there is but of one unit."""
+    choice = units.top
+    choice[unit] = 0
+    return choice
+
+
 def written(units, choice, folder):
     """Writes a choice as the two files that engines read; returns their options."""
     moe = units.moe
@@ -186,7 +195,7 @@ def test_a_mixed_model_is_measured_as_it_runs(tiny_moe, windows, tmp_path):
 
 # Windows and branches, recurrent layers, latents, layers without an FFN, frequencies that depend on the length.
 @pytest.mark.parametrize(
-    "name", ["gemma4_text", "qwen3_next", "deepseek_v3", "nemotron_h", "phimoe", "gpt_oss"]
+    "name", ["gemma4_text", "qwen3_next", "deepseek_v3", "nemotron_h", "phimoe"]
 )
 def test_layers_one_by_one_give_what_a_pass_gives(name, tmp_path):
     path = tmp_path / "x.moe"
@@ -200,23 +209,40 @@ def test_layers_one_by_one_give_what_a_pass_gives(name, tmp_path):
         assert np.array_equal(found, expected)
 
 
-def test_together_is_what_each_is_alone(tiny_moe, windows, monkeypatch):
-    """Whatever mixes have alike, however many go through the layers at once, and with room for few experts."""
-    units = Units(open_moe(tiny_moe), context=64)
-    first = units.top
-    choices = [first]
+def test_what_choices_have_alike_is_computed_once(tiny_moe, windows, monkeypatch):
+    """And experts are read once for all, with room for those of one layer; each is what it is alone."""
+    moe = open_moe(tiny_moe)
+    units = Units(moe, context=64)
+    choices = [units.top]
     for unit in (0, 3, 9, units.num_experts + 2, len(units) - 1, units.num_experts):
         choices.append(choices[-1].copy())
         choices[-1][unit] = 0
     choices += [choices[2], some(units)]
     mixes = [units.mix(choice) for choice in choices]
+    alone = [MixedLoss(tiny_moe, windows, threads=1)([mix])[0] for mix in mixes]
+    layers = np.array([units.first_layer(lowered(units, unit)) for unit in range(len(units))])
+    ran = sum(len({choice[layers <= i].tobytes() for choice in choices}) for i in range(2))
+    assert 2 < ran < 2 * len(choices)
+    monkeypatch.setattr(mixed_loss, "_TOKENS", 2 * windows.shape[1])
+    with_slots(monkeypatch, 9 * expert_bytes(moe, len(moe.ladder)))
     told = []
     loss = MixedLoss(tiny_moe, windows, threads=1, told=told.append)
-    together = loss(mixes)
-    ran = sum(told)
-    # The first window-layer of each is of all of them: choices part where they differ, and no earlier.
-    for mix, found in zip(mixes, together, strict=True):
-        assert np.array_equal(loss([mix])[0], found)
+    loss([units.mix(units.top)])
+    assert sum(told) == 2 * 2 * len(windows)  # the reference too
+    told.clear()
+    store = loss._experts.store
+    before = store.stats["bytes_read"]
+    assert np.array_equal(loss(mixes), alone)
+    assert sum(told) == ran * len(windows)
+    assert max(told) == 2
+    # An upgrade reads whole pages.
+    most = 1.1 * moe.experts.sizes(len(moe.ladder)).sum()
+    assert store.stats["bytes_read"] - before <= most
+    # A few at a time they are the same.
+    monkeypatch.setattr(mixed_loss, "_STATES", 3 * 4 * windows.shape[1] * moe.config.hidden_size)
+    loss = MixedLoss(tiny_moe, windows, threads=1)
+    assert loss.most(1) == 3
+    assert np.array_equal(loss(mixes), alone)
 
 
 def test_each_matrix_has_its_own_bits(tiny_moe, windows, tmp_path):
@@ -301,6 +327,59 @@ def choice_of(units, found):
     return np.array([*experts, *dense, *kv])
 
 
+def same(found, whole):
+    """Says whether two searches found the same."""
+    return (
+        found.allocation.to_json() == whole.allocation.to_json()
+        and found.table.to_json() == whole.table.to_json()
+        and (found.start_loss, found.loss, found.kept) == (whole.start_loss, whole.loss, whole.kept)
+    )
+
+
+def interrupted(at):
+    """Returns a progress that is interrupted at its n-th call."""
+    calls = itertools.count()
+
+    def progress(done, total):
+        assert 0 <= done <= total
+        if next(calls) == at:
+            raise KeyboardInterrupt
+
+    return progress
+
+
+def test_ctrl_c_ends_with_the_best_so_far(tiny_moe, calibrated, windows, tmp_path):
+    """Wherever it comes, nothing is lost, and the same call goes on."""
+    calls = []
+    whole = searched(
+        tiny_moe, calibrated, windows, tmp_path / "w", progress=lambda *at: calls.append(at)
+    )
+    assert not whole.is_interrupted
+    assert whole.generation == ROUNDS.generations
+    ended = set()
+    for at in range(0, len(calls), 7):
+        keep = tmp_path / f"{at}"
+        try:
+            found = searched(tiny_moe, calibrated, windows, keep, progress=interrupted(at))
+        except KeyboardInterrupt:  # while there is no choice yet
+            ended.add(-1)
+        else:
+            assert found.is_interrupted
+            assert found.loss == json.loads(keep.read_bytes())["state"]["loss"]
+            ended.add(found.generation)
+        assert same(searched(tiny_moe, calibrated, windows, keep), whole)
+    assert ended == {-1, 0, 1}
+
+
+def test_time_that_is_over_ends_between_generations(tiny_moe, calibrated, windows, tmp_path):
+    found = searched(tiny_moe, calibrated, windows, tmp_path / "a", seconds=0, held_out=windows)
+    assert (found.generation, found.is_interrupted) == (0, False)
+    assert found.loss == found.start_loss
+    assert found.held_out[:2] == (found.loss, found.loss)
+    whole = searched(tiny_moe, calibrated, windows, tmp_path / "b")
+    assert same(searched(tiny_moe, calibrated, windows, tmp_path / "a", seconds=1000), whole)
+
+
 def test_a_search_goes_on_where_it_was(tiny_moe, calibrated, windows, tmp_path):
     whole = searched(tiny_moe, calibrated, windows, tmp_path / "a")
     assert whole.loss <= whole.start_loss
@@ -311,19 +390,14 @@ def test_a_search_goes_on_where_it_was(tiny_moe, calibrated, windows, tmp_path):
     assert whole.allocation.bits[layer, expert] == 8
     count = len(json.loads((tmp_path / "a").read_bytes())["costs"])
     assert count == 2 * 4 + 4 * (len(units) - 16)
-    for stop in (5, count + 4):  # while units are measured alone, and after the first generation
-
-        def progress(done, total, stop=stop):
-            if done >= stop:
-                raise KeyboardInterrupt
-
-        keep = tmp_path / f"{stop}"
-        with pytest.raises(KeyboardInterrupt):
-            searched(tiny_moe, calibrated, windows, keep, progress=progress)
-        again = searched(tiny_moe, calibrated, windows, keep)
-        assert np.array_equal(again.allocation.bits, whole.allocation.bits)
-        assert (again.allocation.dense, again.table) == (whole.allocation.dense, whole.table)
-        assert (again.start_loss, again.loss) == (whole.start_loss, whole.loss)
+    # Once it has ended nothing is measured again.
+    told = []
+    again = searched(
+        tiny_moe, calibrated, windows, tmp_path / "a", progress=lambda *at: told.append(at)
+    )
+    assert same(again, whole)
+    assert len(told) < 10
+    assert told[-1][0] == told[-1][1]
     with pytest.raises(
         FormatError, match="with other settings: context is 64, not 32; --overwrite"
     ):

@@ -129,7 +129,9 @@ class MixedLoss:
 
         def judge(front: _Front, q: NDArray[np.float32]) -> None:
             p = self._reference[front.window]
-            out[front.mixes, which.index(front.window)] = (np.exp(p) * (p - q)).sum(1, dtype=np.float64)
+            out[front.mixes, which.index(front.window)] = (np.exp(p) * (p - q)).sum(
+                1, dtype=np.float64
+            )
 
         for windows in _pieces(which, self.most(1)):
             for some in _pieces(range(len(mixes)), self.most(len(windows))):
@@ -167,7 +169,9 @@ class MixedLoss:
         while fronts:
             front = fronts.pop()
             for rungs, mine in _alike(front.mixes, lambda m: mixes[m].rungs.get(self._head)):
-                decoder.head(front.x[self._half :], _first(self._shared[self._head], rungs), self._logits)
+                decoder.head(
+                    front.x[self._half :], _first(self._shared[self._head], rungs), self._logits
+                )
                 done(_Front(front.window, mine, front.x), log_softmax_rows(self._logits))
 
     def _through(self, i: int, mixes: Sequence[Mix], fronts: Sequence[_Front]) -> list[_Front]:
