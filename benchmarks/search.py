@@ -63,7 +63,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
 
     def measure(label: str, choice: Choice) -> NDArray[np.float64]:
-        kl = loss(units.expert_bits(choice), units.rungs(choice), units.kv_rows(choice))
+        kl = loss([units.mix(choice)]).reshape(-1)
         rows.append({"what": label, "bytes": units.bytes(choice), "kl": float(kl.mean())})
         error = kl.std() / np.sqrt(len(kl))
         print(

@@ -20,7 +20,7 @@ __all__ = ["Layered", "Version"]
 class Version(NamedTuple):
     """Is a layer with tensors and types of its own."""
 
-    index: int
+    number: int
     mixer: Mixer
     layer: Layer
 
@@ -82,7 +82,7 @@ class Layered(Decoder):
         for part, own in zip(batch.slices, xs, strict=True):
             ops.upload(own, x[part.start : part.stop])
         ops.norm(x, layer.next_norm, self.config.norm_eps, normed)
-        is_routed = self.config.moe_index(version.index) >= 0
+        is_routed = self.config.moe_index(version.number) >= 0
         self._enter(layer, batch, rows, stops=is_routed)
         if is_routed and layer.ffn is not None:
             layer.ffn.run_experts(x, normed, batch, added)

@@ -14,7 +14,9 @@ from engines import with_slots
 from test_allocate import TEXT
 
 import edgemoe
+from edgemoe.cli import allocate_search
 from edgemoe.cli.main import main
+from edgemoe.cli.progress import Progress
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.errors import FormatError
@@ -337,12 +339,11 @@ def same(found, whole):
 
 
 def interrupted(at):
-    """Returns a progress that is interrupted at its n-th call."""
-    calls = itertools.count()
+    """Returns a progress that is interrupted as soon as so much is done: from the end if it is negative."""
 
     def progress(done, total):
         assert 0 <= done <= total
-        if next(calls) == at:
+        if done >= at % total:
             raise KeyboardInterrupt
 
     return progress
@@ -350,25 +351,20 @@ def interrupted(at):
 
 def test_ctrl_c_ends_with_the_best_so_far(tiny_moe, calibrated, windows, tmp_path):
     """Wherever it comes, nothing is lost, and the same call goes on."""
-    calls = []
-    whole = searched(
-        tiny_moe, calibrated, windows, tmp_path / "w", progress=lambda *at: calls.append(at)
-    )
-    assert not whole.is_interrupted
-    assert whole.generation == ROUNDS.generations
-    ended = set()
-    for at in range(0, len(calls), 7):
+    whole = searched(tiny_moe, calibrated, windows, tmp_path / "whole")
+    assert (whole.generation, whole.is_interrupted) == (ROUNDS.generations, False)
+    each = 2 * ROUNDS.measured  # layers
+    for generation, at in ((None, 200), (0, 1 - 2 * each), (1, 1 - each)):
         keep = tmp_path / f"{at}"
-        try:
-            found = searched(tiny_moe, calibrated, windows, keep, progress=interrupted(at))
-        except KeyboardInterrupt:  # while there is no choice yet
-            ended.add(-1)
+        if generation is None:  # while there is no choice yet
+            with pytest.raises(KeyboardInterrupt):
+                searched(tiny_moe, calibrated, windows, keep, progress=interrupted(at))
+            assert len(json.loads(keep.read_bytes())["costs"]) >= 16
         else:
-            assert found.is_interrupted
+            found = searched(tiny_moe, calibrated, windows, keep, progress=interrupted(at))
+            assert (found.generation, found.is_interrupted) == (generation, True)
             assert found.loss == json.loads(keep.read_bytes())["state"]["loss"]
-            ended.add(found.generation)
         assert same(searched(tiny_moe, calibrated, windows, keep), whole)
-    assert ended == {-1, 0, 1}
 
 
 def test_time_that_is_over_ends_between_generations(tiny_moe, calibrated, windows, tmp_path):
@@ -465,9 +461,47 @@ def test_command(tiny_moe, calibrated, tmp_path, capsys):
             "--bytes: for --method search only",
         ),
         (
+            ["allocate", str(model), "--avg-bits", "3", "--minutes", "5"],
+            "--minutes: for --method search only",
+        ),
+        (
             ["allocate", str(model), "--avg-bits", "3", "--overwrite"],
             "--overwrite: for --method search only",
         ),
     ):
         assert main(more) == (1 if more[0] == "quality" else 2)
         assert what in capsys.readouterr().err
+
+
+def test_command_that_is_interrupted(tiny_moe, calibrated, tmp_path, capsys, monkeypatch):
+    text, out = tmp_path / "text.txt", tmp_path / "x.json"
+    text.write_text(TEXT)
+    command = [
+        "allocate", str(tiny_moe), "--method", "search", "--text", str(text), "--held-out", str(text),
+        "--chunks", "2", "--window", "32", "--generations", "2", "--context", "64", "--bytes", "300KiB",
+        "--calibration", str(calibrated), "-o", str(out), "--ram", "2GiB", "-t", "1", "--minutes", "60",
+    ]  # fmt: skip
+
+    class Interrupted(Progress):
+        def __call__(self, done, total):
+            if done >= share * total:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(allocate_search, "Progress", Interrupted)
+    share = 0.5  # while each is measured alone
+    assert main(command) == 130
+    assert (
+        f"interrupted; the same command goes on from {tmp_path / 'x.search'}"
+        in capsys.readouterr().err
+    )
+    assert not out.exists()
+    share = 0.85
+    assert main(command) == 130
+    said = capsys.readouterr()
+    assert f"wrote {out} and {tmp_path / 'x.kv.json'}" in said.err
+    assert " of 2 generations; the same command goes on from" in said.err
+    assert "KL" in said.out
+    assert Allocation.from_json(out.read_bytes(), "x").dense
+    monkeypatch.undo()
+    assert main(command) == 0
+    assert not (tmp_path / "x.search").exists()

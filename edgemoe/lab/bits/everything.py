@@ -102,13 +102,11 @@ def search_everything(
         **_sums(rounds, windows, errors),
     }  # fmt: skip
     saved = SearchFile(keep, identity, is_new=is_new)
-    steps, clock = _steps(units, lowest), Clock(seconds)
-    depth, judges = moe.config.num_layers, 0 if held_out is None else 3 * len(held_out)
+    steps, clock, depth = _steps(units, lowest), Clock(seconds), moe.config.num_layers
     efforts = {name: rounds.alone * (depth - units.first_layer(of)) for name, of in steps.items()}
-    each = depth * rounds.measured
-    work = Work(
-        sum(efforts.values()) + depth * (last + judges) + rounds.generations * each, progress
-    )
+    judges, each = 0 if held_out is None else 3 * len(held_out), depth * rounds.measured
+    effort = sum(efforts.values()) + depth * (last + judges) + rounds.generations * each
+    work = Work(effort, progress)
     measured = Measured(MixedLoss(path, windows[:last], told=work.count, **options), units)
     measure_alone(steps, efforts, saved, measured, rounds.alone, work)
     field = Field(
@@ -135,6 +133,7 @@ def search_everything(
             del measured
             loss = MixedLoss(path, held_out, told=work.count, **options)
             judged = _judged(loss, units, first, state.parent)
+        work.begin(0)
     except KeyboardInterrupt:
         is_interrupted, state = True, saved.standing(units.top) or state
     settings = {"bytes": total, "context": context, "seed": rounds.seed, "loss": state.loss}

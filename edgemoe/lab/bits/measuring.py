@@ -16,6 +16,9 @@ __all__ = ["Clock", "Measured", "Progress", "Work", "measure_alone"]
 
 Progress = Callable[[int, int], None]
 
+_TOGETHER = 16
+"""Steps that are measured at once: the more, the more they have alike, and the more Ctrl-C may lose."""
+
 
 class Clock:
     """Says when to stop."""
@@ -99,7 +102,7 @@ def measure_alone(
     """
     left = [name for name in steps if name not in saved.costs]
     work.begin(sum(efforts[name] for name in steps if name in saved.costs))
-    most = measured.loss.most(windows)
+    most = min(measured.loss.most(windows), _TOGETHER)
     for first in range(0, len(left), most):
         some = left[first : first + most]
         work.begin(sum(efforts[name] for name in some))

@@ -88,14 +88,14 @@ class MixedLoss:
         self._top = moe.expert_bits
         self._bits = self._top.copy()
         total = default_ram() if ram is None else parse_size(ram)
-        self._states = max(min(_STATES, total // _SHARE), self._x_bytes)
+        self._states: int = max(min(_STATES, total // _SHARE), self._x_bytes)
         beside = self._states + 4 * (T - self._half) * config.vocab_size * (N + 3)
         try:
-            # The scheduler reads the array again at every plan. What a layer has read stays until the next one.
+            # The scheduler reads the array again at every plan. What a layer reads stays until the next one reads.
             model = open_model(
                 path,
                 EngineOptions(
-                    context=T, options={"bits": self._bits, "eviction": "lru"},
+                    context=T, options={"bits": self._bits, "eviction": "lru", "look_ahead": False},
                     ram=max(total - beside, 1), whole_process=True, threads=threads,
                 ),
             ).model  # fmt: skip
@@ -227,7 +227,8 @@ def _by_layer(
     weights: Mapping[str, Weight], num_layers: int
 ) -> tuple[dict[str, Weight], list[dict[str, tuple[str, Weight]]]]:
     """Returns what no layer has, by name; and of each layer by the names within it, names and tensors."""
-    shared, layers = {}, [{} for _ in range(num_layers)]
+    shared: dict[str, Weight] = {}
+    layers: list[dict[str, tuple[str, Weight]]] = [{} for _ in range(num_layers)]
     for name, weight in weights.items():
         if name.startswith("layers."):
             _, i, inner = name.split(".", 2)
