@@ -84,7 +84,7 @@ class MixedLoss:
         config, (N, T) = moe.config, windows.shape
         self.windows = windows
         self._told, self._half = told, T // 2
-        self._x_bytes = 4 * T * config.hidden_size
+        self._x_bytes: int = 4 * T * config.hidden_size
         self._top = moe.expert_bits
         self._bits = self._top.copy()
         total = default_ram() if ram is None else parse_size(ram)
