@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from edgemoe.config import ModelConfig
 from edgemoe.experts import Experts
@@ -17,20 +17,16 @@ from edgemoe.model.batch import Batch
 from edgemoe.model.ffn import BranchedFfn, ClosedFfn, DenseFfn, Ffn, RoutedFfn
 from edgemoe.model.hosted import make_mixers
 from edgemoe.model.kv import KV_BITS, KvTypes
-from edgemoe.model.mixer import ClosedMixer, MixerLayer, mixer_class
+from edgemoe.model.mixer import ClosedMixer, Mixer, MixerLayer, mixer_class
 from edgemoe.model.rope import Rope
 from edgemoe.model.router import Routers
 from edgemoe.model.scratch import Rows, Scratch
 from edgemoe.model.setup import Setup
 from edgemoe.model.state import SequenceState
-from edgemoe.ops import Array, Matrix, Ops, RowTable, rope_bytes
+from edgemoe.ops import Array, Ids, Matrix, Ops, RowTable, rope_bytes
 from edgemoe.places import Places
 from edgemoe.specs import MixerSpec
 from edgemoe.store import EMBED_ROWS, Weight
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
 
 __all__ = [
     "Decoder", "Kind", "Layer", "kept_rope_bytes", "layer_state_bytes", "read_bytes", "scratch_bytes", "state_bytes",
@@ -205,9 +201,12 @@ class Decoder:
             ops.settle()
         return cast(Array, normed)
 
-    def embed(self, ids: NDArray[np.int32], out: Array) -> None:
-        """out [T, D] = what the first layer takes of T tokens, at most `max_tokens`."""
-        self._ops.embed(self._stacks[0].embed, ids, self.config.embedding_multiplier, out)
+    def embed(self, ids: Ids, out: Array) -> None:
+        """out [T, D] = what the first layer takes of T tokens."""
+        for first in range(0, len(ids), self.max_tokens):
+            part = slice(first, first + self.max_tokens)
+            factor = self.config.embedding_multiplier
+            self._ops.embed(self._stacks[0].embed, ids[part], factor, out[part])
 
     def run_layer(self, index: int, batch: Batch, x: Array) -> Array:
         """Runs one layer alone: for all of a text before the next one is.
@@ -220,25 +219,25 @@ class Decoder:
         Returns:
             [T, D], normed for what comes next; scratch, valid until the next call.
         """
-        ops, eps, residual = self._ops, self.config.norm_eps, self.config.residual_multiplier
-        stack = self._stacks[batch.variant]
-        layer, ffn = stack.layers[index], stack.layers[index].ffn
-        _, normed, added = self._rows.first(len(batch.ids))
+        stack, mixer = self._stacks[batch.variant], self._mixers[self._kinds[index]]
+        norm = stack.layers[index - 1].next_norm if index else stack.first_norm
+        return self._run_alone(index, mixer, stack.layers[index], norm, batch, x)
+
+    def _run_alone(
+        self, index: int, mixer: Mixer, layer: Layer, norm: Array, batch: Batch, x: Array
+    ) -> Array:
+        """Runs a layer that no other is run with, on what `norm` makes of x; see `run_layer`."""
+        _, normed, added = self._rows.first(len(batch))
+        rows = x, normed, added
         for rope in self._ropes.values():
             rope.start(batch)
-        for mixer in self._mixers.values():
-            mixer.start(batch)
-        ops.norm(x, stack.layers[index - 1].next_norm if index else stack.first_norm, eps, normed)
-        layer.mixer.forward(normed, batch, added)
-        if ffn is not None and layer.ffn_norm is not None:
-            ops.add_norm(added, residual, x, layer.ffn_norm, eps, normed)
-            if self._stops[index] == index:
-                ffn.begin(x, normed, batch, added)
-                ffn.run_experts(x, normed, batch, added)
-            else:
-                ffn.run(x, normed, batch, added)
-            ffn.end(x, normed, added)
-        ops.add_norm(added, residual, x, layer.next_norm, eps, normed)
+        mixer.start(batch)
+        self._ops.norm(x, norm, self.config.norm_eps, normed)
+        is_routed = self.config.moe_index(index) >= 0
+        self._enter(layer, batch, rows, stops=is_routed)
+        if is_routed and layer.ffn is not None:
+            layer.ffn.run_experts(x, normed, batch, added)
+        self._leave(layer, rows)
         return cast(Array, normed)
 
     def _run(

@@ -11,7 +11,7 @@ from edgemoe.model.hosted import make_mixers
 from edgemoe.model.kv import KvTypes
 from edgemoe.model.mixer import Mixer
 from edgemoe.model.state import SequenceState
-from edgemoe.ops import Array, Ids, Matrix, RowTable
+from edgemoe.ops import Array, Ids, Matrix
 from edgemoe.store import Weight
 
 __all__ = ["Layered", "Version"]
@@ -36,10 +36,6 @@ class Layered(Decoder):
         """Args as those of `Decoder`."""
         super().__init__(*args, **options)
         self._states: dict[Mixer, list[SequenceState]] = {}
-
-    def embed(self, table: Weight, ids: Ids, x: Array) -> None:
-        """x [T, D] = what enters the first layer."""
-        self._ops.embed(cast(RowTable, table), ids, self.config.embedding_multiplier, x)
 
     def version(self, i: int, tensors: Mapping[str, Weight], types: KvTypes) -> Version:
         """Returns layer `i` with other tensors, by their names within the layer, and types of keys and values."""
@@ -68,27 +64,19 @@ class Layered(Decoder):
         for first in range(0, length, step):
             pieces = [window[first : first + step] for window in windows]
             batch = Batch.of(*zip(states, pieces, strict=False))
-            self._run_alone(version, batch, [x[first : first + step] for x in xs])
+            self._run_version(version, batch, [x[first : first + step] for x in xs])
             for state, piece in zip(states, pieces, strict=False):
                 state.commit(piece.tolist())
 
-    def _run_alone(self, version: Version, batch: Batch, xs: Sequence[Array]) -> None:
+    def _run_version(self, version: Version, batch: Batch, xs: Sequence[Array]) -> None:
         """Runs a layer on a batch; xs are the rows of each of its sequences."""
-        ops, layer = self._ops, version.layer
-        x, normed, added = rows = self._rows.first(len(batch))
-        for rope in self._ropes.values():
-            rope.start(batch)
-        version.mixer.start(batch)
+        index, mixer, layer = version
+        x, *_ = self._rows.first(len(batch))
         for part, own in zip(batch.slices, xs, strict=True):
-            ops.upload(own, x[part.start : part.stop])
-        ops.norm(x, layer.next_norm, self.config.norm_eps, normed)
-        is_routed = self.config.moe_index(version.number) >= 0
-        self._enter(layer, batch, rows, stops=is_routed)
-        if is_routed and layer.ffn is not None:
-            layer.ffn.run_experts(x, normed, batch, added)
-        self._leave(layer, rows)
+            self._ops.upload(own, x[part.start : part.stop])
+        self._run_alone(index, mixer, layer, layer.next_norm, batch, x)
         for part, own in zip(batch.slices, xs, strict=True):
-            ops.download(x[part.start : part.stop], own)
+            self._ops.download(x[part.start : part.stop], own)
 
     def head(self, x: Array, head: Weight, out: Array) -> None:
         """out [T, V] = the logits of x [T, D], what leaves the last layer."""

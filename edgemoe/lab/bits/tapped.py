@@ -75,9 +75,7 @@ class TappedModel:
 
     def embed(self, ids: NDArray[np.int32], x: Array) -> None:
         """x [T, D] = what the first layer takes of tokens."""
-        for first in range(0, len(ids), self._chunk):
-            part = slice(first, first + self._chunk)
-            self._decoder.embed(ids[part], x[part])
+        self._decoder.embed(ids, x)
 
     def run_layer(
         self, index: int, ids: NDArray[np.int32], x: Array, tap: Tap, *, first: int = 0

@@ -160,10 +160,9 @@ class MixedLoss:
         """Takes some of the mixes on some windows through all layers, and tells the log-probabilities of each."""
         decoder, fronts = self._decoder, []
         for window in windows:
-            for rungs, mine in _alike(which, lambda m: mixes[m].rungs.get("embed")):
-                x = np.empty((self.windows.shape[1], decoder.config.hidden_size), np.float32)
-                decoder.embed(_first(self._shared["embed"], rungs), self.windows[window], x)
-                fronts.append(_Front(window, mine, x))
+            x = np.empty((self.windows.shape[1], decoder.config.hidden_size), np.float32)
+            decoder.embed(self.windows[window], x)  # at the highest level, whatever the head has
+            fronts.append(_Front(window, list(which), x))
         for i in range(decoder.config.num_layers):
             fronts = self._through(i, mixes, fronts)
         while fronts:
