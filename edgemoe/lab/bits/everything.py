@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,7 @@ def search_everything(
     units, last = Units(moe, context=context), rounds.windows[-1]
     errors, spared = _errors(calibration, units), _super_experts(calibration) if protect else []
     lowest = _lowest(units, spared)
-    if len(windows) < last:
-        raise ValueError(f"the text has {len(windows)} windows; expected {last}")
-    if (least := units.bytes(lowest)) > total:
-        raise ValueError(f"{total} bytes; the fewest that this model takes are {least}")
+    _check(len(windows), last, units.bytes(lowest), total)
     identity = {
         **KvTable.identity(moe), "bytes": total, "context": context, "protected": len(spared),
         **_sums(rounds, windows, errors),
@@ -117,18 +115,9 @@ def search_everything(
     if (state := saved.standing(units.top)) is None:
         saved.begin(state := Standing(0, first, measured([first], last)[0]))
     work.begin(state.generation * each)
-
-    def after(state: Standing) -> None:
-        saved.write(state)
-        measured.forget()
-        clock.lap()
-        work.begin(each)
-
     judged, is_interrupted = None, False
     try:
-        clock.lap(is_first=True)
-        work.begin(each)
-        evolve(state, measured, field, rounds, done=after, is_over=clock.is_over)
+        _evolve(state, measured, field, rounds, saved, clock, partial(work.begin, each))
         if held_out is not None:
             del measured
             loss = MixedLoss(path, held_out, told=work.count, **options)
@@ -143,6 +132,35 @@ def search_everything(
         start_loss=saved.start_loss, loss=state.loss, held_out=judged, kept=state.kept,
         generation=state.generation, is_interrupted=is_interrupted,
     )  # fmt: skip
+
+
+def _check(windows: int, wanted: int, least: int, total: int) -> None:
+    if windows < wanted:
+        raise ValueError(f"the text has {windows} windows; expected {wanted}")
+    if least > total:
+        raise ValueError(f"{total} bytes; the fewest that this model takes are {least}")
+
+
+def _evolve(
+    state: Standing,
+    measured: Measured,
+    field: Field,
+    rounds: Rounds,
+    saved: SearchFile,
+    clock: Clock,
+    begin: Callable[[], object],
+) -> None:
+    """Runs the generations; each is saved."""
+
+    def after(state: Standing) -> None:
+        saved.write(state)
+        measured.forget()
+        clock.lap()
+        begin()
+
+    clock.lap(is_first=True)
+    begin()
+    evolve(state, measured, field, rounds, done=after, is_over=clock.is_over)
 
 
 def _sums(rounds: Rounds, windows: NDArray[np.int32], errors: Floats) -> dict[str, Any]:
