@@ -137,7 +137,7 @@ def first_token(args: argparse.Namespace, pair: Sequence[str], share: float) -> 
 
 
 _HEAD = (
-    "model", "bits", "memory", "test", "runs", "edgemoe", "llama.cpp", "ratio",
+    "model", "bits", "memory", "test", "runs", "edgemoe", "llama.cpp", "times as fast",
     "hit", "read/token", "disk GB/s", "over bound", "peak/cap",
 )  # fmt: skip
 
@@ -153,9 +153,9 @@ def table(rows: Sequence[dict]) -> Iterator[str]:
     for (model, bits, share, test), runs in cells.items():
         pairs = [(r["ours"], r["theirs"]) for r in runs if r.get("theirs")]
         speeds = [_spread([r[x] for r in runs if r.get(x)]) for x in ("ours", "theirs")]
-        ratio = f"{_spread([mine / other for mine, other in pairs], 2)}"
+        times = [other / mine if test.endswith(", s") else mine / other for mine, other in pairs]
         memory = f"{share:.0%}" if share else "all"
-        cell = [model, bits, memory, test, str(len(runs)), *speeds, ratio, *_under(runs)]
+        cell = [model, bits, memory, test, str(len(runs)), *speeds, _spread(times), *_under(runs)]
         yield f"| {' | '.join(cell)} |"
 
 
