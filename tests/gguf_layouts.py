@@ -245,7 +245,7 @@ def _linear(config: Config) -> Config:
     }
 
 
-def _gpt_oss(config: Config) -> Config:
+def _gpt_oss_metadata(config: Config) -> Config:
     rope = config["rope_parameters"]
     return {
         "rope.freq_base": rope["rope_theta"],
@@ -317,7 +317,7 @@ def _lfm2moe(config: Config) -> Config:
     }
 
 
-def _mamba(
+def _mamba_metadata(
     heads: str, head_dim: str, state: str, groups: str, taps: str
 ) -> Callable[[Config], Config]:
     """Returns what says so of a checkpoint whose fields have these names."""
@@ -332,11 +332,20 @@ def _mamba(
 
 
 _OWN: dict[str, Callable[[Config], Config]] = {
-    "deepseek2": _deepseek2, "gemma4": _gemma4, "gpt-oss": _gpt_oss, "kimi-linear": _kimi_linear, "laguna": _laguna,
-    "lfm2moe": _lfm2moe, "llama4": _llama4,
-    "granitehybrid": _mamba("mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv"),
-    "nemotron_h_moe": _mamba("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"),
-}  # fmt: skip
+    "deepseek2": _deepseek2,
+    "gemma4": _gemma4,
+    "gpt-oss": _gpt_oss_metadata,
+    "kimi-linear": _kimi_linear,
+    "laguna": _laguna,
+    "lfm2moe": _lfm2moe,
+    "llama4": _llama4,
+    "granitehybrid": _mamba_metadata(
+        "mamba_n_heads", "mamba_d_head", "mamba_d_state", "mamba_n_groups", "mamba_d_conv"
+    ),
+    "nemotron_h_moe": _mamba_metadata(
+        "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel"
+    ),
+}
 """What an architecture says otherwise, or besides."""
 
 

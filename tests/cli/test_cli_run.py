@@ -80,15 +80,10 @@ def greedy_reply(path: Path, prompt: str, tokens: int, **options: object) -> str
 # --- in pipes and scripts
 
 
-def test_help_is_instant(env: dict[str, str]) -> None:
-    took = []
-    for _ in range(3):
-        start = time.perf_counter()
-        result = run(env, "--help")
-        took.append(time.perf_counter() - start)
-        assert result.returncode == 0
-        assert b"--ram SIZE" in result.stdout
-    assert min(took) < 0.5
+def test_help_takes_nothing_heavy(env: dict[str, str]) -> None:
+    result = run(env, "--help")
+    assert result.returncode == 0
+    assert b"--ram SIZE" in result.stdout
     heavy = "import sys, edgemoe.cli.run as r\nassert not {'numpy', 'tokenizers'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", heavy], env=env, check=True)
 

@@ -218,12 +218,13 @@ def _use_profile(folder: Path) -> None:
 def _calibrations() -> list[Case]:
     rng = np.random.default_rng(4)
     d, h, E = 96, 16, 4
-    tensors: Tensors = {"experts.0.count": np.array([900, 3, 0, 700], np.int64)}
+    chosen = np.sort(rng.integers(0, E + 1, (30, 2)), axis=1)
+    tensors: Tensors = {"experts.0.count": np.bincount(chosen.ravel(), minlength=E + 1)[:E]}
     for port, width in (("in", d), ("hidden", h)):
         tensors[f"experts.0.{port}.squares"] = (900 * rng.random((E, width))).astype(np.float32)
     x = rng.normal(size=(E, 40, h)).astype(np.float32)
     tensors["experts.0.in.rows"] = rng.normal(size=(30, d)).astype(np.float32)
-    tensors["experts.0.in.chosen"] = np.sort(rng.integers(0, E + 1, (30, 2)), axis=1)
+    tensors["experts.0.in.chosen"] = chosen
     tensors["experts.0.hidden.products"] = x.swapaxes(1, 2) @ x
     for name, width in (("q", d), ("o", d), ("shared.gate", d), ("shared.down", 80)):
         tensors[f"dense.layers.0.{name}.count"] = np.array([1600], np.int64)
@@ -266,7 +267,8 @@ def _change_calibration(rng: Random, case: Case) -> Case:
 def _use_calibration(folder: Path) -> None:
     found = Calibration(folder / "calibration")
     found.check(model().config)
-    weights = np.random.default_rng(1).normal(size=(16, 16)).astype(np.float32)
+    rng = np.random.default_rng(1)
+    of = {width: rng.normal(size=(16, width)).astype(np.float32) for width in (16, 96)}
     for index in range(4):
         for part in ("gate", "up", "down"):
             name = f"experts.0.{index}.{part}"
@@ -274,11 +276,11 @@ def _use_calibration(folder: Path) -> None:
             found.count(name)
             moments = found.matrix(name) if found.is_full else None
             if moments is not None:
-                quantize(weights, second_moments=moments, threads=1)
+                quantize(of[len(moments)], second_moments=moments, threads=1)
     for name in ("layers.0.q", "layers.0.o", "layers.0.shared.down", "head"):
         squares = found.diagonal(name)
         if squares is not None and squares.shape == (16,):
-            quantize(weights, second_moments=squares, threads=1)
+            quantize(of[16], second_moments=squares, threads=1)
     for what in ("gates", "gates2", "output2", "error", "error2"):
         if found.has(what):
             found.layer(0, what)
