@@ -112,26 +112,47 @@ void moments(const double* __restrict odds, int n, double round, double base, do
   for (int i = 0; i < n; ++i) out[i] = odds[i] * -round - base;
 }
 
+/// What the `most` least of x are not above, as so many of the least of every kLanes-th number are not; infinite where
+/// that says nothing.
+template <class V>
+double bound_of_least(const double* x, int n, int most) {
+  constexpr int kLanes = 32;
+  double bound = __builtin_inf(), lanes[kLanes];
+  if (n < kLanes || most > kLanes) return bound;
+  for (int j = 0; j < kLanes; ++j) lanes[j] = bound;
+  for (int first = 0; first + kLanes <= n; first += kLanes) {
+    for (int j = 0; j < kLanes; ++j) lanes[j] = x[first + j] < lanes[j] ? x[first + j] : lanes[j];
+  }
+  int64_t below[kLanes] = {};
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < kLanes; ++j) below[j] += lanes[i] <= lanes[j];
+  }
+  for (int j = 0; j < kLanes; ++j) {
+    if (below[j] >= most && lanes[j] < bound) bound = lanes[j];
+  }
+  return bound;
+}
+
 template <class V>
 void least(const double* x, int n, int most, int32_t* out) {
-  constexpr int kBlock = 32;  // of which one look says that none is among the least, as is so of most
-  if (most == 0) return;
+  constexpr int kBlock = 16;  // of which one look says that none is among the least, as is so of most
   int count = 0;
-  for (int first = 0; first < n; first += kBlock) {
+  const double bound = bound_of_least<V>(x, n, most);
+  for (int first = 0; first < n && most > 0; first += kBlock) {
     const int end = first + kBlock < n ? first + kBlock : n;
-    if (count == most && end - first == kBlock) {
-      const double bound = x[out[most - 1]];
-      int64_t lower = 0;
-      for (int i = 0; i < kBlock; ++i) lower |= x[first + i] < bound;
-      if (!lower) continue;
+    if (end - first == kBlock) {
+      int64_t any = 0;
+      for (int i = 0; i < kBlock; ++i) any |= x[first + i] <= bound;
+      if (!any) continue;
     }
     for (int i = first; i < end; ++i) {
-      if (count == most && !(x[i] < x[out[most - 1]])) continue;
+      if (!(x[i] <= bound) || (count == most && !(x[i] < x[out[most - 1]]))) continue;
       int at = count < most ? count++ : most - 1;
       for (; at > 0 && x[i] < x[out[at - 1]]; --at) out[at] = out[at - 1];
       out[at] = i;
     }
   }
+  while (count < most) out[count++] = 0;  // of what is no number
 }
 
 // ---------------------------------------------------------------- rows in 4 bits
