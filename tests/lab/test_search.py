@@ -193,6 +193,11 @@ def test_a_mixed_model_is_measured_as_it_runs(tiny_moe, windows, tmp_path):
         assert np.array_equal(measured(choice), expected)
         assert np.array_equal(measured(choice, range(1, 2)), expected[1:])
     assert measured(some(units)).mean() > 1e-4
+    # Other windows take the place of these, and of what they were compared with.
+    loss.take(windows[::-1])
+    assert np.array_equal(measured(choice), expected[::-1])
+    with pytest.raises(ValueError, match="windows: expected 48 tokens each, got 20"):
+        loss.take(windows[:, :20])
 
 
 # Windows and branches, recurrent layers, latents, layers without an FFN, frequencies that depend on the length.

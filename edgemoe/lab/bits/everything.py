@@ -78,7 +78,7 @@ def search_everything(
         calibration: of this model, with the errors of its levels.
         windows: int32 [N, T] tokens to measure on, at least as many as the last stage of `rounds` has.
         context: tokens whose keys and values count.
-        held_out: other tokens, which only the result is measured on.
+        held_out: int32 [M, T], other tokens, which only the result is measured on.
         protect: Super Experts have the most bits that the file has of them.
         is_new: begin anew, whatever lies in `keep`.
         seconds: no generation begins that would end later, if it took as long as the one before; None for no limit.
@@ -102,10 +102,11 @@ def search_everything(
     saved = SearchFile(keep, identity, is_new=is_new)
     steps, clock, depth = _steps(units, lowest), Clock(seconds), moe.config.num_layers
     efforts = {name: rounds.alone * (depth - units.first_layer(of)) for name, of in steps.items()}
-    judges, each = 0 if held_out is None else 3 * len(held_out), depth * rounds.measured
-    effort = sum(efforts.values()) + depth * (last + judges) + rounds.generations * each
+    judges, each = 0 if held_out is None else len(held_out), depth * rounds.measured
+    effort = sum(efforts.values()) + depth * (last + 3 * judges) + rounds.generations * each
     work = Work(effort, progress)
-    measured = Measured(MixedLoss(path, windows[:last], told=work.count, **options), units)
+    loss = MixedLoss(path, windows[:last], most=judges, told=work.count, **options)
+    measured = Measured(loss, units)
     measure_alone(steps, efforts, saved, measured, rounds.alone, work)
     field = Field(
         cost=_costs(saved.costs, units, errors), sizes=units.sizes, lowest=lowest, highest=units.top, total=total
@@ -119,8 +120,7 @@ def search_everything(
     try:
         _evolve(state, measured, field, rounds, saved, clock, partial(work.begin, each))
         if held_out is not None:
-            del measured
-            loss = MixedLoss(path, held_out, told=work.count, **options)
+            loss.take(held_out)
             judged = _judged(loss, units, first, state.parent)
         work.begin(0)
     except KeyboardInterrupt:

@@ -67,12 +67,14 @@ class MixedLoss:
         path: str | os.PathLike[str],
         windows: NDArray[np.int32],
         *,
+        most: int = 0,
         ram: int | str | None = None,
         threads: int | None = None,
         told: Callable[[int], object] = lambda windows: None,
     ) -> None:
         """Args:
         windows: [N, T] tokens, each a sequence of its own.
+        most: windows that `take` will bring at most.
         ram: memory for the whole process; None for what is free, less a margin.
         threads: None for the machine's cores.
         told: is called with how many windows have gone through a layer, each time that some have.
@@ -89,7 +91,7 @@ class MixedLoss:
         self._bits = self._top.copy()
         total = default_ram() if ram is None else parse_size(ram)
         self._states: int = max(min(_STATES, total // _SHARE), self._x_bytes)
-        beside = self._states + 4 * (T - self._half) * config.vocab_size * (N + 3)
+        beside = self._states + 4 * (T - self._half) * config.vocab_size * (max(N, most) + 3)
         try:
             # The scheduler reads the array again at every plan. What a layer reads stays until the next one reads.
             model = open_model(
@@ -111,6 +113,15 @@ class MixedLoss:
         self._reference: dict[int, NDArray[np.float32]] = {}
         self._shared, self._layers = _by_layer(model.weights, config.num_layers)
         self._head = "embed" if config.tied else "head"
+
+    def take(self, windows: NDArray[np.int32]) -> None:
+        """Measures on other windows from now on, [N, T] with the same T."""
+        if windows.shape[1] != self.windows.shape[1]:
+            raise ValueError(
+                f"windows: expected {self.windows.shape[1]} tokens each, got {windows.shape[1]}"
+            )
+        self.windows = windows
+        self._reference.clear()
 
     def most(self, windows: int) -> int:
         """Returns how many mixes go through the layers together on so many windows."""
