@@ -44,13 +44,14 @@ def slots(err: str) -> int:
 
 def ram_for(args: argparse.Namespace, wanted: int) -> int:
     """Finds the budget that leaves `wanted` bytes for experts."""
-    ram = smallest(args) + wanted
+    least = smallest(args)
+    ram = least + wanted
     for _ in range(3):
         quick = argparse.Namespace(**{**vars(args), "n": 1})
         got = slots(limits.run(command(quick, ram), stdin=" ").err)
         if got == 0 or abs(got - wanted) < 1 << 19:
             break
-        ram += wanted - got
+        ram = max(ram + wanted - got, least)
     return ram
 
 
