@@ -76,6 +76,7 @@ int Victims::lowest(const Policy& policy) {
   double least = 0, next = std::numeric_limits<double>::infinity();
   for (int layer = 0; layer < num_layers; ++layer) {
     Row& row = rows_[size_t(layer)];
+    if (row.is_known && row.best < 0) continue;  // whatever its scores are
     if (!row.is_known || row.version != policy.version(layer)) row = look_through(layer, policy);
     if (row.best < 0) continue;
     const double score = policy.at(layer, row.least);

@@ -15,7 +15,7 @@ from edgemoe.scheduler.base import Scheduler, Setting
 from edgemoe.scheduler.on_demand import OnDemand
 from edgemoe.scheduler.options import check, option, read_options
 from edgemoe.scheduler.paths import SECTION, PathUse
-from edgemoe.scheduler.plans import plan_token
+from edgemoe.scheduler.plans import plan_whole
 from edgemoe.scheduler.predict import NextUse
 
 __all__ = ["ExpertFlow"]
@@ -96,8 +96,8 @@ class ExpertFlow(Scheduler):
         if len(experts) > 1:
             return self._exact.plan(routing, residency)
         if stop == layer + 1:
-            return plan_token(routing, self._token_bits)
-        return plan_token(routing, self._token_bits, None, ahead, self._bits[: len(ahead)])
+            return plan_whole(routing, self._token_bits)
+        return plan_whole(routing, self._token_bits, ahead, self._bits[: len(ahead)])
 
     def begin(self) -> None:
         """See `Scheduler.begin`."""

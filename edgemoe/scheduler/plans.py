@@ -17,6 +17,7 @@ __all__ = [
     "look_ahead",
     "plan_slots",
     "plan_token",
+    "plan_whole",
     "prompt_ahead",
     "slot_bits",
     "with_ahead",
@@ -93,32 +94,37 @@ def plan_token(
         gates: [1, K] in place of the routing's.
     """
     experts = routing.experts[0]
-    K = n = len(experts)
+    K = len(experts)
+    offsets, tokens, rows = _whole(K)
     if 0 in bits.tolist():  # for so few of them faster than `all`
         kept = bits.nonzero()[0]
-        n = len(kept)
-        rows = _SKIPPED[:K].copy()
-        rows[kept] = _COUNT[:n]
-        rows = rows.reshape(1, K)
+        offsets, tokens, _ = _whole(len(kept))
+        rows = _SKIPPED[:K].copy().reshape(1, K)
+        rows[0, kept] = _COUNT[: len(kept)]
         experts, bits = experts.take(kept), bits.take(kept)
-    else:
-        rows = _all_rows(K)
     return Plan(
-        routing.layer, experts, bits, *_one_token(n), rows,
+        routing.layer, experts, bits, offsets, tokens, rows,
         routing.gates if gates is None else gates, ahead, ahead_bits,
     )  # fmt: skip
 
 
-@cache
-def _one_token(n: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Returns the offsets and tokens of a plan of `n` experts for one token."""
-    return _COUNT[: n + 1], _ONE_TOKEN[:n]
+def plan_whole(
+    routing: Routing,
+    bits: NDArray[np.int8],
+    ahead: NDArray[np.int32] | None = None,
+    ahead_bits: NDArray[np.int8] | None = None,
+) -> Plan:
+    """Is `plan_token` for bits [K] of which none is 0."""
+    offsets, tokens, rows = _whole(len(bits))
+    return Plan(
+        routing.layer, routing.experts[0], bits, offsets, tokens, rows, routing.gates, ahead, ahead_bits,
+    )  # fmt: skip
 
 
 @cache
-def _all_rows(K: int) -> NDArray[np.int32]:
-    """Returns the rows of a plan that skips nothing of one token."""
-    return _COUNT[:K].reshape(1, K)
+def _whole(K: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Returns the offsets, tokens and rows of a plan that skips none of one token's K slots."""
+    return _COUNT[: K + 1], _ONE_TOKEN[:K], _COUNT[:K].reshape(1, K)
 
 
 def _demand(experts: NDArray[np.int32], counts: NDArray[np.intp]) -> NDArray[np.intp]:
