@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from edgemoe.config import MATRICES, ModelConfig, dense_tensors
 from edgemoe.file.writer import Writer
-from edgemoe.quant import SCHEMES, Scheme
+from edgemoe.quant import SCHEMES, Scheme, nested
 from edgemoe.quant.correction import kind_of
 from edgemoe.quant.lowrank import Directions
 from edgemoe.quant.nested import ROW_SCALES
@@ -109,7 +109,7 @@ def corrected(config: ModelConfig, rank: int) -> Scheme:
         w: np.ndarray, ladder: Sequence[int], *, second_moments: np.ndarray | None = None,
         directions: Directions | None = None, **rest: Any,
     ) -> list[np.ndarray]:  # fmt: skip
-        rungs = plain.quantize(w, ladder, second_moments=None, row_scales=ROW_SCALES, **rest)
+        rungs = nested.quantize(w, ladder, second_moments=None, row_scales=ROW_SCALES, **rest)
         if directions is None:
             return rungs
         return directions.correct(w, rungs, ladder, ROW_SCALES, second_moments)
