@@ -223,11 +223,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="of this and earlier calls")
     args = parser.parse_args()
     rows = json.loads(args.json.read_text())["rows"] if args.json and args.json.exists() else []
+    mine = {"commit": results.commit(), "machine": results.machine()}  # earlier calls had others
     for _ in range(args.repetitions):
         for pair in args.pair:
-            rows += in_memory(args, pair) if args.memory else []
-            rows += [capped(args, pair, share) for share in args.caps]
-            rows += [first_token(args, pair, share) for share in args.first_token]
+            new = in_memory(args, pair) if args.memory else []
+            new += [capped(args, pair, share) for share in args.caps]
+            new += [first_token(args, pair, share) for share in args.first_token]
+            rows += [{**row, **mine} for row in new]
             if args.json:
                 results.write(args.json, rows)
     print(*table(rows), sep="\n")

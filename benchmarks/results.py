@@ -41,7 +41,9 @@ def machine() -> dict[str, Any]:
 
 
 def write(path: Path, rows: Sequence[Any]) -> None:
-    """Writes them as JSON; benchmarks/results/ keeps those that the documentation quotes."""
+    """Writes them as JSON; benchmarks/results/ keeps those that the documentation quotes. A note in it stays."""
     command = [Path(sys.argv[0]).name, *sys.argv[1:]]
     value = {"command": command, "commit": commit(), "machine": machine(), "rows": rows}
+    if path.exists() and (note := json.loads(path.read_text()).get("note")):
+        value = {"note": note, **value}
     path.write_text(json.dumps(value, indent=1) + "\n")
