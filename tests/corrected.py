@@ -10,7 +10,7 @@ from edgemoe.config import dense_tensors
 from edgemoe.convert.convert import convert
 from edgemoe.convert.source import SourceModel
 from edgemoe.quant import SCHEMES, Calibration, write_calibration
-from edgemoe.quant.calibration import SAME_INPUT
+from edgemoe.quant.calibration import input_name
 
 RANKS = {
     "experts.gate": (8, 8, 0, 0, 0), "experts.up": (16, 8, 8, 0, 0), "experts.down": (8, 16, 8, 0, 0),
@@ -42,8 +42,7 @@ def calibrated(path, config, *, leaving=(), more=(), **kind):
     rng = np.random.default_rng(3)
     tensors = {}
     for name, spec in dense_tensors(config).items():
-        head, dot, last = name.rpartition(".")
-        key = f"dense.{head}{dot}{SAME_INPUT.get(last, last)}"
+        key = f"dense.{input_name(name)}"
         if spec.kind == "nested" and f"{key}.count" not in tensors:
             tensors[f"{key}.count"] = np.array([400])
             tensors[f"{key}.products"] = products(rng, spec.shape[1], **kind)

@@ -23,7 +23,7 @@ from edgemoe.convert.gguf.architectures.qwen3next import grouped
 from edgemoe.errors import FormatError, shortened
 from edgemoe.file.format import open_moe
 from edgemoe.quant import write_calibration
-from edgemoe.quant.calibration import SAME_INPUT
+from edgemoe.quant.calibration import input_name
 from edgemoe.specs import DeltaSpec, TensorSpec
 
 __all__ = ["convert_imatrix", "read_imatrix"]
@@ -35,10 +35,7 @@ _MIXER = {
     "q": ("attn_q", "attn_k", "attn_v"),
     "qkv": ("attn_qkv", "attn_q"),
     "xbc": ("ssm_in",),
-    "x_gate": ("ssm_in",),
     "u": ("shortconv.in_proj",),
-    "b": ("shortconv.in_proj",),
-    "c": ("shortconv.in_proj",),
     "kv_a": ("attn_kv_a_mqa", "attn_q_a", "attn_q"),
     "q_b": ("attn_q_b",),
     "z_out": ("ssm_g_b",),
@@ -162,9 +159,8 @@ def _inputs(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
     """Returns the columns of each input that quantised matrices of a layer's part have, by the role of one of these."""
     inputs = {}
     for name, spec in specs.items():
-        head, dot, last = name.rpartition(".")
         if spec.kind == "nested":
-            inputs[head + dot + SAME_INPUT.get(last, last)] = spec.shape[1]
+            inputs[input_name(name)] = spec.shape[1]
     return inputs
 
 

@@ -24,9 +24,10 @@ tokens; `X` names an input, see below.
     experts.L.error2    float64 [E, levels]  the same, summed squared over tokens: sum of gate² ‖change‖²
 
 Experts that no token reached have zeros. The inputs `X` of dense matrices are named by the first matrix that takes
-them, as `edgemoe.config.dense_tensors` names it: layers.L.q (also k, v), layers.L.o, layers.L.shared.gate (also up),
-layers.L.shared.down, head (embed where it is tied), and with --layers also layers.L.experts, without
-squares: what w_gate and w_up of all routed experts take. An imatrix of llama.cpp gives counts and squares alone.
+them, as `edgemoe.config.dense_tensors` names it: layers.L.q (also k, v), layers.L.o, layers.L.shared.gate (also up,
+and up alone where an FFN has no gate), layers.L.shared.down, head (embed where it is tied), and with --layers also
+layers.L.experts, without squares: what w_gate and w_up of all routed experts take. An imatrix of llama.cpp gives
+counts and squares alone.
 
 The metadata (strings) are: edgemoe_calibration "2", source "edgemoe" or "imatrix", model, tokens, window (tokens
 of each piece of text, every one a sequence of its own) and bits (of `error`, separated by spaces; may be empty).
@@ -51,7 +52,7 @@ from edgemoe.file.summed import SummedFile, write_summed
 from edgemoe.quant.columns import ColumnScales
 from edgemoe.quant.expert_sums import ExpertSums, checked
 
-__all__ = ["MIN_TOKENS", "SAME_INPUT", "Calibration", "calibration_meta", "write_calibration"]
+__all__ = ["MIN_TOKENS", "Calibration", "calibration_meta", "input_name", "write_calibration"]
 
 Array = NDArray[np.float32]
 
@@ -75,7 +76,7 @@ _FORMS = {
 }  # fmt: skip
 _OF_TOKENS = ("experts.in.rows", "experts.in.chosen")  # not of experts
 _LONGEST_LAYER = 4  # digits
-SAME_INPUT = {
+_SAME_INPUT = {
     "k": "q",
     "v": "q",
     "q_gate": "q",
@@ -85,6 +86,9 @@ SAME_INPUT = {
     "up": "gate",
     "q_a": "kv_a",
     "q_direct": "kv_a",
+    "x_gate": "xbc",
+    "b": "u",
+    "c": "u",
 }
 """Matrices that are applied to what another one is, by the last part of their names."""
 
@@ -249,14 +253,14 @@ class Calibration:
             if part == "down":
                 return False
             name = _experts_input(int(layer))
-        return f"dense.{_input(name)}.products" in self._file.shapes and self.count(name) > 0
+        return f"dense.{input_name(name)}.products" in self._file.shapes and self.count(name) > 0
 
     def count(self, name: str) -> int:
         """Returns the tokens that a matrix was seen with; 0 if nothing is known."""
         if name.startswith("experts."):
             _, layer, index, _ = name.split(".")
             return int(self.layer(int(layer), "count")[int(index)])
-        key = f"dense.{_input(name)}.count"
+        key = f"dense.{input_name(name)}.count"
         return int(self._tensor(key)[0]) if key in self._file.shapes else 0
 
     def layer(self, layer: int, what: str) -> NDArray[Any]:
@@ -286,7 +290,10 @@ class Calibration:
                 f"{self.path}: is of layers {list(self.layers)} with {sorted(counts)} experts; the model has "
                 f"layers {list(config.moe_layers)} with {config.num_experts}"
             )
-        dense = {name: spec.shape[-1] for name, spec in dense_tensors(config).items()}
+        specs = dense_tensors(config)
+        # The matrix that an input is named by may not be there: an FFN can do without a gate.
+        dense = {input_name(n): s.shape[-1] for n, s in specs.items() if s.kind == "nested"}
+        dense |= {name: spec.shape[-1] for name, spec in specs.items()}
         dense |= {_experts_input(i): config.hidden_size for i in config.moe_layers}
         widths = {"in": config.hidden_size, "hidden": config.expert_hidden}
         for name, (place, form) in self._keys.items():
@@ -315,7 +322,7 @@ class Calibration:
             _, layer, index, part = name.split(".")
             port = "hidden" if part == "down" else "in"
             return self._experts.mean(int(layer), int(index), port, what)
-        key, count = f"dense.{_input(name)}.{what}", self.count(name)
+        key, count = f"dense.{input_name(name)}.{what}", self.count(name)
         if key not in self._file.shapes or count == 0:
             return None
         return np.asarray(self._tensor(key) / np.float32(count), np.float32)
@@ -326,9 +333,10 @@ def _experts_input(layer: int) -> str:
     return f"layers.{layer}.experts"
 
 
-def _input(name: str) -> str:
+def input_name(name: str) -> str:
+    """Returns what a calibration calls the input of a dense matrix."""
     head, dot, last = name.rpartition(".")
-    return head + dot + SAME_INPUT.get(last, last)
+    return head + dot + _SAME_INPUT.get(last, last)
 
 
 def write_calibration(

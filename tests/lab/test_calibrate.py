@@ -13,12 +13,13 @@ import reference
 from decoded import Decoded
 
 from edgemoe.cli.main import main
+from edgemoe.config import dense_tensors
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.imatrix import convert_imatrix
 from edgemoe.errors import FormatError
 from edgemoe.file.format import open_moe
-from edgemoe.lab.bits import balanced, moments
+from edgemoe.lab.bits import balanced, moments, tapped
 from edgemoe.lab.bits import calibrate as lab
 from edgemoe.lab.bits.calibrate import calibrate, is_begun, windows_of
 from edgemoe.quant import Calibration, write_calibration
@@ -90,6 +91,36 @@ def reference_sums(decoded, windows):
             x = x + out
         sums.see("dense.head", reference.rms_norm(x, decoded.tensors["norm"], config.norm_eps))
     return sums
+
+
+# Mamba-2 and FFNs without a gate, Mamba-2, short convolutions, delta rules whose decays come through a rank.
+@pytest.mark.parametrize("name", ["nemotron_h", "granitemoehybrid", "lfm2_moe", "kimi_linear"])
+def test_the_input_of_every_matrix_is_summed(name, tmp_path):
+    convert(HFCheckpoint(families.make(name, tmp_path / "hf")), tmp_path / "x.moe")
+    moe = open_moe(tmp_path / "x.moe")
+    config, ids = moe.config, np.array(families.random_ids(20), np.int32)
+    form, tensors = moments.SumForm([rung[0] for rung in moe.ladder], len(ids), "full"), {}
+    with tapped.TappedModel(
+        moe, ram=1 << 30, process=1 << 28, beside=0, window=len(ids), threads=1
+    ) as model:
+        x = np.empty((len(ids), config.hidden_size), np.float32)
+        model.embed(ids, x)
+        for layer in range(config.num_layers):
+            sums = moments.LayerSums(config, layer, form)
+            model.run_layer(layer, ids, x, sums)
+            for key, (kind, _) in moments.sum_forms(config, layer, form).items():
+                tensors[key] = sums.sums[key].astype(kind)
+    bits = " ".join(map(str, form.level_bits))
+    meta = {"source": "test", "model": name, "tokens": "20", "window": "20", "bits": bits}
+    write_calibration(tmp_path / "x.calib", tensors, meta)
+    c = Calibration(tmp_path / "x.calib")
+    c.check(config)
+    heads = ("k_b", "v_b")  # see a row for each head
+    for matrix, spec in dense_tensors(config).items():
+        if spec.kind == "nested" and (config.tied or matrix != "embed"):
+            assert c.count(matrix) == len(ids) or matrix.endswith(heads), matrix
+            assert c.diagonal(matrix).any(), matrix
+            assert c.matrix(matrix).shape == (spec.shape[1],) * 2
 
 
 def silu(x):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.plan import Plan
-from edgemoe.quant.calibration import SAME_INPUT
+from edgemoe.quant.calibration import input_name
 
 __all__ = ["Counts", "Form", "LayerSums", "Products", "SumForm", "sum_bytes", "sum_forms"]
 
@@ -58,6 +58,7 @@ class LayerSums:
 
     def dense(self, name: str, x: Array) -> None:
         """See `Tap.dense`."""
+        name = input_name(name)
         self.sums[f"dense.{name}.count"] += len(x)
         self.sums[f"dense.{name}.squares"] += _squares(x)
         _add_product(self.sums.get(f"dense.{name}.products"), x)
@@ -224,13 +225,12 @@ def sum_bytes(forms: Mapping[str, Form]) -> int:
 
 
 def _dense_inputs(config: ModelConfig) -> dict[str, int]:
-    """Returns the columns of every matrix that is the first to take its input."""
-    skipped = SAME_INPUT.keys() | (set() if config.tied else {"embed"})
-    return {
-        name: spec.shape[1]
-        for name, spec in dense_tensors(config).items()
-        if spec.kind == "nested" and name.rpartition(".")[2] not in skipped
-    }
+    """Returns the width of every input of dense matrices, by its name."""
+    out: dict[str, int] = {}
+    for name, spec in dense_tensors(config).items():
+        if spec.kind == "nested" and (config.tied or name != "embed"):
+            out.setdefault(input_name(name), spec.shape[1])
+    return out
 
 
 def _row_gates(plan: Plan) -> NDArray[np.float64]:
