@@ -97,7 +97,7 @@ class SummedFile:
         place = self._places.pop(_SUMS, None)
         self.is_summed: bool = place is not None
         """Whether the file has checksums."""
-        self._sums: list[int] = []
+        self._sums: NDArray[np.uint32] = np.zeros(0, "<u4")
         if place is not None:
             self._take_sums(place, head + text)
         self.shapes: Mapping[str, tuple[int, ...]] = {n: p.shape for n, p in self._places.items()}
@@ -136,7 +136,7 @@ class SummedFile:
 
     def digest(self) -> str:
         """Returns a sum of the content, in hexadecimal; of all of it where there are no checksums to stand for it."""
-        sha = hashlib.sha256(np.array(self._sums, "<u4").tobytes())
+        sha = hashlib.sha256(self._sums.tobytes())
         at, size = 0, 0 if self.is_summed else self._size
         while at < size:
             block = self._bytes(at, min(BLOCK, size - at))
@@ -161,11 +161,11 @@ class SummedFile:
         return array
 
     def _take_sums(self, place: _Place, head: bytearray) -> None:
-        data = self._bytes(place.offset, place.row_bytes)
-        self._sums = np.frombuffer(data, "<u4").tolist()
         expected = 2 + sum(p.num_rows for p in self._places.values())
         if place.dtype != _TYPES["U32"] or place.shape != (expected,):
             raise self._none(f"{_SUMS} does not hold {expected} numbers")
+        data = self._bytes(place.offset, place.row_bytes)
+        self._sums = np.frombuffer(data, "<u4")
         if self._sums[-1] != _core.crc32c(data[:-4]) or self._sums[0] != _core.crc32c(head):
             raise self._damaged("the header")
 

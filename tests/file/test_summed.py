@@ -162,6 +162,27 @@ def test_what_is_no_such_file_is_refused(tmp_path: Path) -> None:
             opened(tmp_path / name)
 
 
+@pytest.mark.parametrize(("kind", "width"), [("U32", 4), ("F64", 8)])
+def test_too_many_checksums_are_refused_before_they_are_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, width: int
+) -> None:
+    """A file may be sparse: a header alone makes it large."""
+    size, most = 1 << 34, 1 << 20
+    header = {"checksums": {"dtype": kind, "shape": [size // width], "data_offsets": [0, size]}}
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + size)
+    read = SummedFile._bytes
+
+    def some(self: SummedFile, offset: int, count: int) -> bytearray:
+        assert count < most
+        return read(self, offset, count)
+
+    monkeypatch.setattr(SummedFile, "_bytes", some)
+    with pytest.raises(FormatError, match="/x: not a test: checksums does not hold 2 numbers"):
+        opened(path)
+
+
 def test_random_damage_ends_in_one_way(path: Path) -> None:
     whole, rng = path.read_bytes(), random.Random(3)
     for _ in range(500):
