@@ -146,12 +146,13 @@ class Calibration:
         return place, f"{kind}.{what}"
 
     def _check_form(self, name: str) -> None:
-        """Checks that a tensor has its type and shape; its experts are those that its layer counts."""
+        """Checks that a tensor has its type and shape; its experts are those that its layer counts, as it must."""
         shape, (place, form) = self._file.shapes[name], self._keys[name]
         kind, axes = _FORMS[form]
         if form in _OF_TOKENS:
             others = [self._file.shapes.get(f"experts.{place}.{f[8:]}", ()) for f in _OF_TOKENS]
-            is_sound = all(len(s) == 2 and s[0] == shape[0] for s in others)
+            counts = self._file.shapes.get(f"experts.{place}.count", ())
+            is_sound = len(counts) == 1 and all(len(s) == 2 and s[0] == shape[0] for s in others)
             if is_sound and self._file.dtypes[name] == kind:
                 return
             raise self._unfit(name, kind)
@@ -284,7 +285,7 @@ class Calibration:
         Raises:
             FormatError: it has other layers, another number of experts, or inputs of another width.
         """
-        counts = {len(self.layer(i, "count")) for i in self.layers}
+        counts = {self._file.shapes[f"experts.{i}.count"][0] for i in self.layers}
         if self.layers != config.moe_layers or counts != {config.num_experts}:
             raise FormatError(
                 f"{self.path}: is of layers {list(self.layers)} with {sorted(counts)} experts; the model has "

@@ -113,6 +113,27 @@ def test_what_is_no_calibration_of_the_model_is_refused(
     assert message in refused(written(tmp_path / "x", **{name: value}))
 
 
+def test_what_tokens_give_to_a_layer_that_counts_none_is_refused(tmp_path: Path) -> None:
+    known = tensors()
+    changes = {
+        f"experts__7__in__{what}": known[f"experts.1.in.{what}"] for what in ("rows", "chosen")
+    }
+    assert "experts.7.in.rows: float32 [200, 96] does not fit the others" in refused(
+        written(tmp_path / "x", **changes)
+    )
+
+
+def test_the_number_of_experts_is_not_read_from_damaged_counts(tmp_path: Path) -> None:
+    path = written(tmp_path / "x")
+    content = bytearray(path.read_bytes())
+    content[content.index(np.full(8, 100).tobytes())] ^= 1
+    path.write_bytes(content)
+    calibration = Calibration(path)
+    calibration.check(SourceModel(tiny_checkpoint()).config)
+    with pytest.raises(FormatError, match=r"damaged: checksum of experts\.0\.count"):
+        calibration.verify()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_product_that_is_no_number_is_refused_before_the_work(
     tmp_path: Path, value: float
