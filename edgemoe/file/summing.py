@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from edgemoe import _core
 from edgemoe.file.summed import BLOCK, header_of
-from edgemoe.file.whole import locked, named, pwrite, rename
+from edgemoe.file.whole import is_at, locked, named, pwrite, rename
 
 __all__ = ["SummedWriter"]
 
@@ -23,7 +24,10 @@ _BUSY = "another calibration is writing it"
 
 
 class SummedWriter:
-    """Is `path`.part, locked, which becomes `path` when all its tensors are there. Also a context manager."""
+    """Is `path`.part, locked, which becomes `path` when all its tensors are there. Also a context manager.
+
+    Left before the first `add`, it leaves nothing where there was nothing.
+    """
 
     def __init__(
         self,
@@ -132,7 +136,15 @@ class SummedWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._discard()
         self._file.close()
+
+    def _discard(self) -> None:
+        """Removes the partial file where nothing is in it; it is still locked, so that nobody else writes it."""
+        file = self._file
+        if not file.closed and os.fstat(file.fileno()).st_size == 0 and is_at(file, self._part):
+            with contextlib.suppress(OSError):
+                self._part.unlink()
 
 
 def _blocks(fd: int, at: int, size: int) -> Iterator[bytes]:

@@ -17,7 +17,7 @@ from edgemoe.config import dense_tensors
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.imatrix import convert_imatrix
-from edgemoe.errors import FormatError
+from edgemoe.errors import FormatError, OutOfBudget
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits import balanced, moments, tapped
 from edgemoe.lab.bits import calibrate as lab
@@ -308,6 +308,13 @@ def test_two_at_once_do_not_write_the_same_file(tiny_moe, tmp_path):
     calibrate(tiny_moe, TEXT, out, window=WINDOW, count=1, progress=other)
 
 
+def test_what_ends_before_a_layer_is_written_leaves_nothing(tiny_moe, tmp_path):
+    for error, given in ((Stopped, {"progress": stop_at(1)[0]}), (OutOfBudget, {"ram": "100KiB"})):
+        with pytest.raises(error):
+            calibrate(tiny_moe, TEXT, tmp_path / "x.calib", window=WINDOW, count=1, **given)
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_a_disk_that_is_too_small_is_seen_before_the_work(tiny_moe, tmp_path, monkeypatch):
     free = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
@@ -315,6 +322,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_work(tiny_moe, tmp_path, mo
     with pytest.raises(OSError, match=r"the disk has 1 MiB free; this takes \d"):
         calibrate(tiny_moe, TEXT, tmp_path / "x.calib", full=True, window=WINDOW, progress=stop)
     assert seen == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_inputs_stand_for_their_products(tiny_moe, made, tmp_path, monkeypatch):
