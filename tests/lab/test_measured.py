@@ -230,6 +230,8 @@ def test_stored_rows_stay_beside_new_ones_of_the_same_tokens() -> None:
     for other in ({"tokens": "b"}, {"reference": [4, 4]}, {"rows": [{"kl": 1}]}):
         assert merged(json.dumps({**old, **other}).encode(), new) == new
     assert merged(None, new) == merged(b"?", new) == new
+    for damaged in (b"[1]", b"[]", b"null", b'"rows"', b"1"):  # JSON, but no report
+        assert merged(damaged, new) == new
 
 
 def test_a_share_is_a_number_or_a_percentage() -> None:

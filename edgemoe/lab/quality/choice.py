@@ -106,7 +106,7 @@ def merged(old: bytes | None, report: Mapping[str, Any]) -> dict[str, Any]:
             return dict(report)
         new = [_key(row) for row in report["rows"]]
         kept = [row for row in before["rows"] if _key(row) not in new]
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         return dict(report)
     return {**report, "rows": [*kept, *report["rows"]]}
 
