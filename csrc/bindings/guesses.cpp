@@ -29,38 +29,39 @@ class LivePaths {
     const py::ssize_t L = totals_.shape(0), E = totals_.shape(1);
     expect_within("layers", L, 1, INT32_MAX);
     expect_within("experts", E, 1, INT32_MAX);
+    layers_ = int(L);
+    experts_ = int(E);
     expect(uses_, "uses", {L, E});
     expect(pairs_, "pairs", {L, E, E});
     if (far_) expect(*far_, "far", {L, E, E});
   }
 
   void count(const Array<int32_t>& path) {
-    expect(path, "path", {layers(), -1});
-    for (py::ssize_t i = 0; i < path.size(); ++i) expect_within("path", path.data()[i], 0, experts() - 1);
+    expect(path, "path", {layers_, -1});
+    for (py::ssize_t i = 0; i < path.size(); ++i) expect_within("path", path.data()[i], 0, experts_ - 1);
     table().count(path.data(), int(path.shape(1)));
   }
 
   bool follow(int layer, const Array<int32_t>& last, const std::optional<Array<int32_t>>& before, Array<float>& out) {
-    expect_within("layer", layer, before ? 2 : 1, layers() - 1);
-    expect(out, "out", {experts()});
+    expect_within("layer", layer, before ? 2 : 1, layers_ - 1);
+    expect(out, "out", {experts_});
     if (before && !far_) throw std::invalid_argument("before: the table has no pairs two layers apart");
-    const int32_t* earlier = before ? within(*before, "before", experts()) : nullptr;
-    return table().follow(layer, within(last, "last", experts()), int(last.size()), earlier,
+    const int32_t* earlier = before ? within(*before, "before", experts_) : nullptr;
+    return table().follow(layer, within(last, "last", experts_), int(last.size()), earlier,
                           before ? int(before->size()) : 0, out.mutable_data());
   }
 
  private:
-  py::ssize_t layers() const { return totals_.shape(0); }
-  py::ssize_t experts() const { return totals_.shape(1); }
   PathTable table() {
     return {pairs_.mutable_data(),  far_ ? far_->mutable_data() : nullptr,
             totals_.mutable_data(), uses_.mutable_data(),
-            int(layers()),          int(experts())};
+            layers_,                experts_};
   }
 
   Array<float> pairs_;
   std::optional<Array<float>> far_;
   Array<float> totals_, uses_;
+  int layers_ = 0, experts_ = 0;  // as the shapes were; whoever has the arrays may give them others
 };
 
 /// What ExpertFlow predicts of all layers, and the arrays that it is in.
@@ -76,10 +77,13 @@ class LivePathRows {
     const py::ssize_t L = scores_.shape(0), E = scores_.shape(1);
     expect_within("layers", L, 1, INT32_MAX);
     expect_within("experts", E, 1, INT32_MAX / L);
+    layers_ = int(L);
+    experts_ = int(E);
     expect(late_, "late", {L, E});
     expect(paths_, "paths", {L, -1});
     expect_within("paths", paths_.shape(1), 0, E);
-    for (py::ssize_t i = 0; i < paths_.size(); ++i) expect_within("paths", paths_.data()[i], 0, E - 1);
+    count_ = int(paths_.shape(1));
+    for (int i = 0; i < layers_; ++i) row(i);
     expect(version_, "version", {L});
   }
 
@@ -87,20 +91,20 @@ class LivePathRows {
   /// of `chosen` had been predicted.
   py::tuple follow(int layer, const Array<int32_t>& chosen, const Array<double>& odds, double now, int stop,
                    const Array<int8_t>& has, int level) {
-    expect_within("layer", layer, 0, layers() - 1);
-    expect_within("stop", stop, 0, layers());
-    expect(odds, "odds", {experts()});
-    expect(has, "has", {layers(), experts()});
+    expect_within("layer", layer, 0, layers_ - 1);
+    expect_within("stop", stop, 0, layers_);
+    expect(odds, "odds", {experts_});
+    expect(has, "has", {layers_, experts_});
     expect(chosen, "chosen", {-1, -1});
     const py::ssize_t k = chosen.shape(1), last = chosen.size() - k;
     expect_within("chosen", last, 0, INT32_MAX);
-    for (py::ssize_t i = last; i < chosen.size(); ++i) expect_within("chosen", chosen.data()[i], 0, experts() - 1);
+    for (py::ssize_t i = last; i < chosen.size(); ++i) expect_within("chosen", chosen.data()[i], 0, experts_ - 1);
     const int32_t* ran = chosen.data() + last;
-    const int right = row(layer).follow(ran, int(k), odds.data(), now, double(layers()), penalty_);
+    const int right = row(layer).follow(ran, int(k), odds.data(), now, double(layers_), penalty_);
     version_.mutable_data()[layer] += 1;
     std::vector<int32_t> lacking;
     for (int i = layer + 1; i < stop; ++i) {
-      const int first = i * int(experts());
+      const int first = i * experts_;
       const PathRow later = row(i);
       for (int j = 0; j < later.count; ++j) {
         if (has.data()[first + later.path[j]] < level) lacking.push_back(first + later.path[j]);
@@ -110,26 +114,27 @@ class LivePathRows {
   }
 
   void foresee(const Array<double>& odds, double now) {
-    expect(odds, "odds", {layers(), experts()});
-    for (int i = 0; i < int(layers()); ++i) {
-      row(i).foresee(odds.data() + i * experts(), now + double(i + 1), double(layers()), penalty_);
+    expect(odds, "odds", {layers_, experts_});
+    for (int i = 0; i < layers_; ++i) {
+      row(i).foresee(odds.data() + i * experts_, now + double(i + 1), double(layers_), penalty_);
       version_.mutable_data()[i] += 1;
     }
   }
 
  private:
-  py::ssize_t layers() const { return scores_.shape(0); }
-  py::ssize_t experts() const { return scores_.shape(1); }
+  /// Throws unless the path, which others may have written, has experts of the layer.
   PathRow row(int layer) {
-    const py::ssize_t at = layer * experts(), count = paths_.shape(1);
-    return {scores_.mutable_data() + at, late_.mutable_data() + at, paths_.mutable_data() + layer * count,
-            int(experts()), int(count)};
+    const py::ssize_t at = py::ssize_t(layer) * experts_;
+    int32_t* const path = paths_.mutable_data() + py::ssize_t(layer) * count_;
+    for (int j = 0; j < count_; ++j) expect_within("paths", path[j], 0, experts_ - 1);
+    return {scores_.mutable_data() + at, late_.mutable_data() + at, path, experts_, count_};
   }
 
   Array<double> scores_, late_;
   Array<int32_t> paths_;
   Array<uint32_t> version_;
   double penalty_;
+  int layers_ = 0, experts_ = 0, count_ = 0;  // as the shapes were; whoever has the arrays may give them others
 };
 
 /// See `PrecisionRule::choose`; what it is given is looked at.

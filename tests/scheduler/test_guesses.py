@@ -107,6 +107,35 @@ def test_path_rows_refuse_what_they_cannot_index():
             _core.PathRows(**arrays, penalty=1.0)
 
 
+def test_arrays_that_change_in_place_are_not_trusted():
+    rows, scores, _, paths, version = path_rows(2)
+    has, chosen, odds = np.zeros((2, E), np.int8), np.zeros((1, 1), np.int32), np.zeros((2, E))
+    for layer in (0, 1):  # that which runs, and one that it looks at
+        for wrong in (-1, E, 2**31 - 1):
+            paths[layer, K - 1] = wrong
+            with pytest.raises(ValueError, match="paths"):
+                rows.follow(0, chosen, odds[0], 0.0, 2, has, 1)
+            with pytest.raises(ValueError, match="paths"):
+                rows.foresee(odds, 0.0)
+            paths[layer] = 0
+    for array in (scores, paths, version):
+        array.resize((array.size, 1), refcheck=False)  # in place, and no smaller
+    with pytest.raises(ValueError, match="layer: "):
+        rows.follow(2, chosen, odds[0], 0.0, 2, has, 1)
+    with pytest.raises(ValueError, match="odds: "):
+        rows.foresee(np.zeros((2 * E, 1)), 0.0)
+    rows.foresee(odds, 0.0)
+
+    t = tables(2)
+    table = _core.PathTable(**t)
+    t["totals"].resize((2 * E, 1), refcheck=False)
+    with pytest.raises(ValueError, match="layer: "):
+        table.follow(2, chosen[0], None, np.zeros(1, np.float32))
+    with pytest.raises(ValueError, match="path: "):
+        table.count(np.zeros((2 * E, 1), np.int32))
+    table.count(np.zeros((2, 1), np.int32))
+
+
 def tables(layers):
     """Pairs, pairs two layers apart, totals, and uses, of which nothing has run."""
     pairs, far = np.zeros((2, layers, E, E), np.float32)
