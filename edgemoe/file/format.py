@@ -32,7 +32,8 @@ ALIGNMENT = 4096
 PREAMBLE = struct.Struct("<8sIIQQQI20x")
 _MAX_INDEX = 64 << 20
 MAX_SECTIONS = 256 << 20  # all together; they are read into memory
-_MOST_LOOKED_AT = (1 << 20, 8 << 20)  # of index and sections, where they come beside a budget
+_MOST_LOOKED_AT = (1 << 20, 2 << 20)  # of index and sections, where they come beside a budget
+_MOST_APART = 1 << 14  # runs of expert records, likewise
 
 
 def align(n: int) -> int:
@@ -495,12 +496,15 @@ class Reader:
         room = -(-stops[:-1].astype(np.int64) // ALIGNMENT) * ALIGNMENT
         gaps = starts[1:].astype(np.int64) - room
         self.need(bool((gaps >= 0).all()), "expert records overlap")
-        # Records may lie anywhere; where they are one run, as written, it is checked against the rest as one.
-        if not gaps.any():
-            self.claim("the experts", int(starts[0]), int(stops[-1] - starts[0]))
-        else:
-            for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-                self.claim("an expert record", start, stop - start)
+        # Records may lie anywhere; each run of them, as written a single one, is checked against the rest as one.
+        apart = np.flatnonzero(gaps)
+        self.need(
+            self._wanted is None or len(apart) < _MOST_APART,
+            f"expert records lie in {len(apart) + 1} runs; {_MOST_APART} are looked through here at most",
+        )
+        starts, stops = starts[np.append(0, apart + 1)], stops[np.append(apart, -1)]
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            self.claim("the experts" if not apart.size else "expert records", start, stop - start)
         return ExpertTable(
             offsets,
             tuple(int(e) for e in ends),

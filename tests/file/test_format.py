@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ from edgemoe.config import ModelConfig, dense_tensors
 from edgemoe.convert.convert import convert
 from edgemoe.convert.source import SourceModel
 from edgemoe.errors import FormatError, ReadError
-from edgemoe.file.format import MAGIC, PREAMBLE, open_moe
+from edgemoe.file.append import add_sections
+from edgemoe.file.format import MAGIC, PREAMBLE, Reader, expert_rung_bytes, look_into, open_moe
 from edgemoe.file.writer import Writer
 from edgemoe.specs import AttentionSpec, RopeSpec
 
@@ -184,6 +186,52 @@ def test_a_wrong_expert_table_is_refused(data, broken, word, value, match):
     struct.pack_into("<Q" if word == 0 else "<I", data, at + 8 * word, value)
     crc = _core.crc32c(bytes(data[at : at + size]))
     broken(edit(data, setter("sections", "experts", [at, size, crc])), match)
+
+
+def read_table(tiny_moe, n, every, wanted):
+    """Reads a table of `n` records, a page free before each `every`th; returns what is claimed."""
+    moe = open_moe(tiny_moe)
+    ends = expert_rung_bytes(moe.config, moe.scheme, moe.ladder)
+    row = np.dtype([("offset", "<u8"), ("rungs", [("end", "<u4"), ("crc", "<u4")], len(ends))])
+    table = np.zeros(n, row)
+    table["rungs"]["end"] = np.cumsum(ends)
+    size = -(-sum(ends) // 4096) * 4096
+    at = np.arange(n)
+    table["offset"] = 4096 + at * size + at // every * 4096
+    data, reader = table.tobytes(), Reader(tiny_moe, wanted)
+    reader.file_bytes = 1 << 50
+    reader.experts(data, n, moe.config, moe.scheme, moe.ladder)
+    return reader.used
+
+
+def test_runs_of_expert_records_are_checked_as_one(tiny_moe):
+    used = read_table(tiny_moe, 10, 10, None)
+    assert [name for *_, name in used] == ["the experts"]
+    used = read_table(tiny_moe, 10, 4, None)
+    assert [name for *_, name in used] == ["expert records"] * 3
+    page = -(-used[0][1] // 4096) * 4096 - 4096
+    assert page % 4 == 0
+    assert [start - 4096 for start, *_ in used] == [0, page + 4096, 2 * page + 2 * 4096]
+
+
+def test_a_look_into_a_file_takes_few_mib(tiny_moe, tmp_path):
+    most = (2 << 20) // 48  # records of five rungs that are looked at
+    tracemalloc.start()
+    try:
+        read_table(tiny_moe, most, 3, ())
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 << 20  # the table itself among it, twice
+    with pytest.raises(FormatError, match="in 16385 runs; 16384 are looked through here at most"):
+        read_table(tiny_moe, (1 << 14) + 1, 1, ())
+    assert len(read_table(tiny_moe, (1 << 14) + 1, 1, None)) == (1 << 14) + 1  # where it is run
+    path = tmp_path / "x.moe"
+    path.write_bytes(tiny_moe.read_bytes())
+    add_sections(path, {"quality": bytes(2 << 20)})
+    look_into(path)
+    with pytest.raises(FormatError, match="sections of more than 2097152 bytes"):
+        look_into(path, ("quality",))
 
 
 def test_random_damage_never_crashes(data, tmp_path):
