@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import families
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits import tapped
-from edgemoe.lab.bits.moments import Counts
+from edgemoe.lab.bits.moments import Counts, LayerSums, SumForm, sum_bytes, sum_forms
 from edgemoe.model import Batch
 
 IDS = np.array(families.random_ids(60), np.int32).reshape(3, 20)
@@ -63,3 +65,50 @@ def test_layers_in_turn(name, tmp_path, monkeypatch):
     assert np.array_equal(in_turn, np.concatenate(whole))
     assert np.array_equal(counts, tap.counts)
     assert counts.sum() == IDS.size * config.experts_per_token * len(config.moe_layers)
+
+
+# Latents of all heads at once, and FFNs of their own; the last has no FFN beside its experts.
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe"])
+def test_what_sums_take_for_a_moment_is_counted(name, tmp_path, monkeypatch):
+    """Whatever a layer takes beside what is there before it runs is in the budget, but for small objects."""
+    convert(HFCheckpoint(families.make(name, tmp_path / "hf")), tmp_path / "x.moe")
+    moe = open_moe(tmp_path / "x.moe")
+    config, counted = moe.config, []
+    divide = tapped.Budget.divide
+
+    def seen(*args, **given):
+        counted.append(given.get("beside", (0, 0))[1])
+        return divide(*args, **given)
+
+    monkeypatch.setattr(tapped.Budget, "divide", seen)
+    ids = np.array(families.random_ids(60), np.int32)
+    form = SumForm([rung[0] for rung in moe.ladder], 2 * len(ids), "none")
+    with tapped.TappedModel(
+        moe, ram=1 << 30, process=1 << 28, beside=0, window=len(ids), threads=1
+    ) as model:
+        x = np.empty((len(ids), config.hidden_size), np.float32)
+        for layer in range(config.num_layers):
+            sums = LayerSums(config, layer, form)
+            model.embed(ids, x)
+            model.run_layer(layer, ids, x, sums)  # which makes what stays
+            tracemalloc.start()
+            model.run_layer(layer, ids, x, sums, first=len(ids))
+            _, peak = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert peak <= counted[0] * len(ids) + (16 << 10)
+
+
+@pytest.mark.parametrize("products", ["none", "layers", "full"])
+def test_a_product_is_counted_before_it_is_added(tiny_moe, products):
+    config = open_moe(tiny_moe).config
+    form = SumForm([8], 1, products)
+    sums, forms = LayerSums(config, 1, form), sum_forms(config, 1, form, is_filed=False)
+    made = sum_bytes(forms) - sum(array.nbytes for array in sums.sums.values())
+    names = [n[6:-8] for n in forms if n.startswith("dense.") and n.endswith(".squares")]
+    tracemalloc.start()
+    for name in names:
+        sums.dense(name, np.ones((1, *forms[f"dense.{name}.squares"][1]), np.float32))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert made == (0 if products == "none" else 4 * 96 * 96)
+    assert peak <= made + (8 << 10)

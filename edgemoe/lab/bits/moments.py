@@ -220,8 +220,14 @@ def keeps_rows(config: ModelConfig, tokens: int) -> bool:
 
 
 def sum_bytes(forms: Mapping[str, Form]) -> int:
-    """Returns the bytes of tensors."""
-    return sum(kind.itemsize * math.prod(shape) for kind, shape in forms.values())
+    """Returns the bytes of tensors, and of the largest product, which is made before it is added to them."""
+    made = (
+        kind.itemsize * math.prod(shape[-2:])
+        for name, (kind, shape) in forms.items()
+        if name.endswith(".products")
+    )
+    held = sum(kind.itemsize * math.prod(shape) for kind, shape in forms.values())
+    return held + max(made, default=0)
 
 
 def _dense_inputs(config: ModelConfig) -> dict[str, int]:

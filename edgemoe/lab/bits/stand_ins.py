@@ -111,7 +111,8 @@ def fit_stand_ins(
     down = np.zeros_like(up)
     for i, which in enumerate(runs):
         pairs = _Pairs(moe, which)
-        beside = sum(a.nbytes for a in pairs.sums.values()) + 4 * windows.shape[1] * D
+        made = 4 * (D + 1) ** 2  # a product, before it is added
+        beside = sum(a.nbytes for a in pairs.sums.values()) + made + 4 * windows.shape[1] * D
         with TappedModel(
             moe, ram=total_ram, process=process, beside=beside, window=windows.shape[1],
             threads=threads,

@@ -48,9 +48,12 @@ class TappedModel:
         # Beside the engine's own: what the experts give at fewer bits, and what flows inside them.
         widths = config.hidden_size + config.expert_hidden
         beside += 4 * window * config.experts_per_token * widths
+        # For each token of a chunk: what flows inside an FFN, or a copy of an input, and either once more in float64.
+        copies = 12 * max(shape.max_cols, shape.max_hidden)
         budget = Budget.divide(
             moe, ram=ram, process=process + beside, level=level,
             dense_level=len(moe.dense_ladder), context=window, kv_types=kv_types, ops=shape,
+            beside=(0, copies),
         )  # fmt: skip
         weights = load_dense(moe, len(moe.dense_ladder), verify=True)
         max_parts = budget.chunk * config.experts_per_token
