@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgemoe.cli.allocated import check_target, keep, show
-from edgemoe.cli.console import decode_text, note, say
+from edgemoe.cli.console import check_output, decode_text, note, say
 from edgemoe.cli.names import model_path
 from edgemoe.cli.progress import Progress
 from edgemoe.file.whole import write_whole
@@ -50,9 +51,7 @@ def search(args: argparse.Namespace) -> int:
         raise ValueError("--method search: expected --calibration; edgemoe calibrate makes it")
     args.model = model_path(str(args.model))
     out: Path = args.out or args.model.with_suffix(".allocation.json")
-    check_target(args, out)
-    if not args.store:
-        check_target(args, _table_path(out))
+    _check_targets(args, out)
     import numpy as np
 
     from edgemoe.file.format import open_moe
@@ -105,6 +104,21 @@ def search(args: argparse.Namespace) -> int:
     else:
         kept(args).unlink(missing_ok=True)
     return 130 if found.is_interrupted else 0
+
+
+def _check_targets(args: argparse.Namespace, out: Path) -> None:
+    """Checks that all that is written can be, and is nothing that is read or written besides."""
+    search = kept(args)
+    check_output(search, args.model, args.calibration, args.text, args.held_out)
+    check_target(args, out)
+    if args.store:
+        return
+    check_target(args, _table_path(out))
+    for path in (out, _table_path(out)):
+        if os.path.realpath(path) == os.path.realpath(search):
+            raise ValueError(
+                f"-o: {path} is where the search lies while it is under way; expected another name"
+            )
 
 
 def _table_path(out: Path) -> Path:

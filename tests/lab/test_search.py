@@ -510,3 +510,25 @@ def test_command_that_is_interrupted(tiny_moe, calibrated, tmp_path, capsys, mon
     monkeypatch.undo()
     assert main(command) == 0
     assert not (tmp_path / "x.search").exists()
+
+
+def test_the_search_itself_lies_beside_what_is_read_and_written(tiny_moe, tmp_path, capsys):
+    """It is removed at the end: neither the result nor a file of the user's may have its name."""
+    link = tmp_path / "link.json"
+    link.symlink_to("link.search")
+    text = tmp_path / "notes.search"
+    text.write_text(TEXT)
+    model = shutil.copy(tiny_moe, tmp_path / "m.search")
+    command = ["--method", "search", "--calibration", str(text), "--bytes", "300KiB", "--overwrite"]
+    for where, out, code, said in (
+        (tiny_moe, "best.search", 2, "best.search is where the search lies while it is under way"),
+        (tiny_moe, "link.json", 2, "link.json is where the search lies while it is under way"),
+        (tiny_moe, "notes.json", 1, "notes.search: is read by this command"),
+        (model, "m.json", 1, "m.search: is read by this command"),
+    ):
+        found = main(["allocate", str(where), *command, "-o", str(tmp_path / out)])
+        err = capsys.readouterr().err
+        assert said in err
+        assert found == code
+    assert text.read_text() == TEXT
+    assert {path.name for path in tmp_path.iterdir()} == {"link.json", "notes.search", "m.search"}
