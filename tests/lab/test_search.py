@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from engines import with_slots
 from test_allocate import TEXT
+from tiny import tiny_checkpoint
 
 import edgemoe
 from edgemoe.cli import allocate_search
@@ -403,6 +404,14 @@ def test_a_search_goes_on_where_it_was(tiny_moe, calibrated, windows, tmp_path):
         FormatError, match="with other settings: context is 64, not 32; --overwrite"
     ):
         searched(tiny_moe, calibrated, windows, tmp_path / "a", context=32)
+    # Converted anew, the same checkpoint has other codes.
+    anew = tmp_path / "anew.moe"
+    convert(tiny_checkpoint(), anew, calibration=Calibration(calibrated))
+    with pytest.raises(FormatError, match=r"with other settings: weights is \d+, not \d+; --over"):
+        searched(anew, calibrated, windows, tmp_path / "a")
+    (tmp_path / "b").write_text(json.dumps({"edgemoe_search": 1}))
+    with pytest.raises(FormatError, match="a search of version 1, not 2; --overwrite begins anew"):
+        searched(tiny_moe, calibrated, windows, tmp_path / "b")
     (tmp_path / "b").write_text("{}")
     with pytest.raises(FormatError, match="no search of edgemoe; --overwrite begins anew"):
         searched(tiny_moe, calibrated, windows, tmp_path / "b")

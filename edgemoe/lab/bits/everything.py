@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgemoe.file.format import open_moe
+from edgemoe.file.format import MoeFile, open_moe
 from edgemoe.lab.bits import rules
 from edgemoe.lab.bits.measuring import Clock, Measured, Progress, Work, measure_alone
 from edgemoe.lab.bits.search import Field, Rounds, Standing, evolve
@@ -97,7 +97,7 @@ def search_everything(
     _check(len(windows), last, units.bytes(lowest), total)
     identity = {
         **KvTable.identity(moe), "bytes": total, "context": context, "protected": len(spared),
-        **_sums(rounds, windows, errors),
+        "weights": _weights(moe), **_sums(rounds, windows, errors),
     }  # fmt: skip
     saved = SearchFile(keep, identity, is_new=is_new)
     steps, clock, depth = _steps(units, lowest), Clock(seconds), moe.config.num_layers
@@ -170,6 +170,12 @@ def _sums(rounds: Rounds, windows: NDArray[np.int32], errors: Floats) -> dict[st
     return {
         "rounds": settings, "tokens": zlib.crc32(tokens.tobytes()), "errors": zlib.crc32(errors.tobytes())
     }  # fmt: skip
+
+
+def _weights(moe: MoeFile) -> int:
+    """Returns a sum of the codes: a checkpoint that is converted anew has the same fingerprint, and other codes."""
+    dense = repr([tensor.crcs for tensor in moe.tensors.values()])
+    return zlib.crc32(moe.experts.crcs.tobytes(), zlib.crc32(dense.encode()))
 
 
 def _lowest(units: Units, spared: list[tuple[int, int]]) -> Choice:

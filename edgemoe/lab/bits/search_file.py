@@ -43,8 +43,14 @@ class SearchFile:
             return
         try:
             value = parse_json(path.read_bytes(), str(path))
-            if value["edgemoe_search"] != _VERSION:
-                raise ValueError
+            version = value["edgemoe_search"]
+        except (FormatError, TypeError, KeyError):
+            raise self._wrong() from None
+        if version != _VERSION:
+            raise FormatError(
+                f"{path}: a search of version {quoted(version)}, not {_VERSION}; --overwrite begins anew"
+            )
+        try:
             other, self._state = dict(value["of"]), value["state"]
             self._costs = {str(name): float(loss) for name, loss in dict(value["costs"]).items()}
             self.start_loss = float(value["start_loss"])
