@@ -100,12 +100,14 @@ class SummedWriter:
             os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Writes the checksums and gives the file its name."""
+        """Writes the checksums and gives the file its name, and the mode of the one that had it."""
         assert self._count == len(self._rows)
         numbers = np.array(self.sums, "<u4").tobytes()
         with named(self._part):
             pwrite(self._file, numbers + struct.pack("<I", _core.crc32c(numbers)), self._ends[-1])
             self._file.truncate(self.total_bytes)
+            with contextlib.suppress(FileNotFoundError):
+                os.fchmod(self._file.fileno(), os.stat(self._path).st_mode & 0o777)
             self.sync()
             rename(self._part, self._path)
         self._file.close()

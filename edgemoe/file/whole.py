@@ -23,6 +23,7 @@ from typing import BinaryIO
 __all__ = [
     "is_at",
     "locked",
+    "meant",
     "named",
     "new_folder",
     "pwrite",
@@ -57,7 +58,7 @@ def whole_file(path: Name, *, is_private: bool = False) -> Iterator[BinaryIO]:
         OSError: the file cannot be written; names `path`.
     """
     with named(path):
-        target, mode = _meant(path), _mode(path)
+        target, mode = meant(path), _mode(path)
     if mode is not None and not stat.S_ISREG(mode):
         with named(path), open(path, "wb") as file:
             yield file
@@ -154,7 +155,7 @@ def locked(
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     with named(path):
-        target = Path(path) if ours else _meant(path)
+        target = Path(path) if ours else meant(path)
         while True:
             file = open(_open(target, flags), "r+b", buffering=0)  # noqa: SIM115 (the caller's)
             try:
@@ -197,8 +198,12 @@ def named(path: Name, *others: Name) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
-def _meant(path: Name) -> Path:
-    """Returns what a name of the user's leads to, whether that exists or not."""
+def meant(path: Name) -> Path:
+    """Returns what a name of the user's leads to, whether that exists or not.
+
+    Raises:
+        OSError: a link cannot be followed.
+    """
     with contextlib.suppress(FileNotFoundError):
         os.stat(path)  # the kernel refuses to follow a link that others left in a shared directory
     return Path(os.path.realpath(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -323,6 +324,32 @@ def test_a_disk_that_is_too_small_is_seen_before_the_work(tiny_moe, tmp_path, mo
         calibrate(tiny_moe, TEXT, tmp_path / "x.calib", full=True, window=WINDOW, progress=stop)
     assert seen == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_of_a_link_what_it_leads_to_is_made(tiny_moe, tmp_path):
+    """Its parts lie beside that; a device or a pipe is no place for it."""
+    link, far = tmp_path / "link.calib", tmp_path / "far"
+    far.mkdir()
+    link.symlink_to("far/real.calib")
+    run = {"window": WINDOW, "threads": 1}
+    n = len(windows_of(open_moe(tiny_moe), TEXT, window=WINDOW, count=None))
+    with pytest.raises(Stopped):
+        calibrate(tiny_moe, TEXT, link, progress=stop_at(n + 1)[0], **run)
+    assert is_begun(link)
+    assert {path.name for path in tmp_path.iterdir()} == {"link.calib", "far"}
+    calibrate(tiny_moe, TEXT, link, **run)
+    real = far / "real.calib"
+    assert [*far.iterdir()] == [real]
+    real.chmod(0o600)
+    calibrate(tiny_moe, TEXT, link, count=1, **run)
+    assert link.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o600
+    assert Calibration(link).meta["tokens"] == str(WINDOW)
+    os.mkfifo(tmp_path / "pipe")
+    for there in (tmp_path / "pipe", far):
+        with pytest.raises(FileExistsError, match="is no regular file; expected one to write"):
+            calibrate(tiny_moe, TEXT, there, **run)
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_inputs_stand_for_their_products(tiny_moe, made, tmp_path, monkeypatch):

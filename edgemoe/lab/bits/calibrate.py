@@ -23,6 +23,7 @@ from edgemoe.file.columns import column_scales
 from edgemoe.file.format import MoeFile, open_moe
 from edgemoe.file.summed import write_summed
 from edgemoe.file.summing import SummedWriter
+from edgemoe.file.whole import meant
 from edgemoe.lab.bits.balanced import ENOUGH, Machine, balanced, saved
 from edgemoe.lab.bits.moments import (
     Form,
@@ -88,6 +89,7 @@ def windows_of(moe: MoeFile, text: str, *, window: int, count: int | None) -> ND
 
 def is_begun(out: Path) -> bool:
     """Says whether a call that was interrupted has left something that the same call goes on from."""
+    out = Path(os.path.realpath(out))
     return _state(out).exists() or _counts(out).exists()
 
 
@@ -115,6 +117,7 @@ def calibrate(
 
     Args:
         path: a `.moe` file.
+        out: is replaced if it is there; of a link what it leads to.
         full: also collect x xᵀ.
         layers: the same, but for experts only what a layer's all take together: one matrix in place of two for each.
         window: tokens of each piece of text.
@@ -133,8 +136,12 @@ def calibrate(
         ValueError: the text or an argument does not do.
         FormatError: the model is not sound.
         OutOfBudget: says the smallest budget that works.
-        OSError: the disk is too small, reading or writing failed, or another process makes the same file.
+        OSError: the disk is too small, reading or writing failed, another process makes the same file, or `out` is
+            there and no regular file.
     """
+    out = meant(out)
+    if out.exists() and not out.is_file():
+        raise FileExistsError(f"{out}: is no regular file; expected one to write, or none")
     if full and layers:
         raise ValueError("layers: not together with full, which has more")
     moe = open_moe(path)
