@@ -192,6 +192,7 @@ def write_summed(
     meta: Mapping[str, str],
     *,
     is_private: bool = False,
+    ours: bool = False,
 ) -> None:
     """Writes a file, one tensor at a time, under its name only when it is whole.
 
@@ -199,13 +200,14 @@ def write_summed(
         tensors: float32, float64 or int64; read once for their shapes and once for their content, in order, so that
             a mapping may make them as they are asked for.
         is_private: only its owner may read a new file.
+        ours: the name is made up; see `whole_file`.
 
     Raises:
         OSError: the file cannot be written.
     """
     head = header_of({name: (a.dtype, a.shape) for name, a in tensors.items()}, meta)
     sums = [_core.crc32c(head)]
-    with whole_file(path, is_private=is_private) as file:
+    with whole_file(path, is_private=is_private, ours=ours) as file:
         file.write(head)
         for array in tensors.values():
             array = np.ascontiguousarray(array)

@@ -38,14 +38,16 @@ Name = str | os.PathLike[str]
 Buffer = bytes | memoryview
 
 
-def write_whole(path: Name, content: bytes, *, is_private: bool = False) -> None:
+def write_whole(
+    path: Name, content: bytes, *, is_private: bool = False, ours: bool = False
+) -> None:
     """Writes a file at once; see `whole_file`."""
-    with whole_file(path, is_private=is_private) as file:
+    with whole_file(path, is_private=is_private, ours=ours) as file:
         file.write(content)
 
 
 @contextlib.contextmanager
-def whole_file(path: Name, *, is_private: bool = False) -> Iterator[BinaryIO]:
+def whole_file(path: Name, *, is_private: bool = False, ours: bool = False) -> Iterator[BinaryIO]:
     """Gives a file to write, which gets its name when the block ends; after an error all is as it was.
 
     An existing file is replaced and its mode kept. What is there and no regular file, such as a pipe, is written as
@@ -53,12 +55,13 @@ def whole_file(path: Name, *, is_private: bool = False) -> Iterator[BinaryIO]:
 
     Args:
         is_private: only its owner may read a new one.
+        ours: the name is made up: whatever has it, such as a link, is replaced and nothing of it kept.
 
     Raises:
         OSError: the file cannot be written; names `path`.
     """
     with named(path):
-        target, mode = meant(path), _mode(path)
+        target, mode = (Path(path), None) if ours else (meant(path), _mode(path))
     if mode is not None and not stat.S_ISREG(mode):
         with named(path), open(path, "wb") as file:
             yield file

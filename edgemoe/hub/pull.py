@@ -194,7 +194,7 @@ def _keep_or_clear(folder: Path, files: str) -> None:
     if folder.is_dir() and (not mark.is_file() or mark.read_bytes() != files.encode()):
         shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
-    write_whole(mark, files.encode())
+    write_whole(mark, files.encode(), ours=True)
 
 
 class _Current:

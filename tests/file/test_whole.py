@@ -87,6 +87,29 @@ def test_a_link_of_the_users_leads_to_the_file(tmp_path: Path) -> None:
     assert error.value.filename == str(tmp_path / "loop")
 
 
+def test_a_link_of_others_is_replaced(tmp_path: Path) -> None:
+    """Of a name that was made up, nothing is followed, written through, or kept."""
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / "theirs").chmod(0o666)
+    (tmp_path / "link").symlink_to("theirs")
+    (tmp_path / "other").hardlink_to(tmp_path / "theirs")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    made = ("link", "other", "loop", "pipe")
+    old = os.umask(0o027)
+    try:
+        for name in made:
+            write_whole(tmp_path / name, b"ours", ours=True)
+    finally:
+        os.umask(old)
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
+    for name in made:
+        found = (tmp_path / name).lstat()
+        assert stat.S_ISREG(found.st_mode)
+        assert stat.S_IMODE(found.st_mode) == 0o640
+        assert (tmp_path / name).read_bytes() == b"ours"
+
+
 def test_a_pipe_is_written_as_it_is(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)

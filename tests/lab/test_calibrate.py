@@ -326,6 +326,16 @@ def test_a_disk_that_is_too_small_is_seen_before_the_work(tiny_moe, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["state", "counts"])
+def test_a_link_of_others_beside_it_is_not_followed(tiny_moe, tmp_path, kind):
+    out, theirs = tmp_path / "x.calib", tmp_path / "theirs"
+    theirs.write_text("theirs")
+    (tmp_path / f"x.calib.part.{kind}").symlink_to("theirs")
+    calibrate(tiny_moe, TEXT, out, window=WINDOW, count=1, threads=1, more=TEXT)
+    assert theirs.read_text() == "theirs"
+    assert {path.name for path in tmp_path.iterdir()} == {"x.calib", "theirs"}
+
+
 def test_of_a_link_what_it_leads_to_is_made(tiny_moe, tmp_path):
     """Its parts lie beside that; a device or a pipe is no place for it."""
     link, far = tmp_path / "link.calib", tmp_path / "far"

@@ -106,5 +106,6 @@ def balanced(
                 n += 1
                 if is_enough():
                     break
-            write_summed(kept, {"counts": total}, {"identity": identity, "windows": str(n)})
+            meta = {"identity": identity, "windows": str(n)}
+            write_summed(kept, {"counts": total}, meta, ours=True)
     return every[:n]

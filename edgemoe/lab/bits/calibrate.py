@@ -247,7 +247,8 @@ class _Calibration:
 
     def _save(self, file: SummedWriter, layers: int) -> None:
         meta = {"identity": self._identity, "layers": str(layers)}
-        write_summed(_state(self._out), {"x": self._x, "sums": np.array(file.sums)}, meta)
+        sums = np.array(file.sums)
+        write_summed(_state(self._out), {"x": self._x, "sums": sums}, meta, ours=True)
 
     def _require_room(self, file: SummedWriter) -> None:
         """Refuses what the disk cannot hold, in which `x` is twice for a moment."""

@@ -114,4 +114,4 @@ class SearchFile:
             "edgemoe_search": _VERSION, "of": self._identity, "costs": self._costs,
             "state": self._state, "start_loss": self.start_loss,
         }  # fmt: skip
-        write_whole(self._path, json.dumps(value).encode() + b"\n")
+        write_whole(self._path, json.dumps(value).encode() + b"\n", ours=True)
