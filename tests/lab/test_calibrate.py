@@ -326,6 +326,28 @@ def test_a_disk_that_is_too_small_is_seen_before_the_work(tiny_moe, tmp_path, mo
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_sufficed_suffices_to_go_on(tiny_moe, tmp_path, monkeypatch):
+    """Of the two states that it asks for one is there then."""
+    out, run = tmp_path / "x.calib", {"window": WINDOW, "threads": 1}
+    n = len(windows_of(open_moe(tiny_moe), TEXT, window=WINDOW, count=None))
+    usage, disk = shutil.disk_usage(tmp_path), 0
+
+    def free(path):
+        taken = sum(file.stat().st_blocks * 512 for file in tmp_path.iterdir())
+        return usage._replace(free=disk - taken)
+
+    monkeypatch.setattr(shutil, "disk_usage", free)
+    monkeypatch.setattr(lab, "size_text", str)
+    with pytest.raises(OSError, match="the disk has 0 free; this takes ") as error:
+        calibrate(tiny_moe, TEXT, out, **run)
+    disk = int(error.value.strerror.split()[-1])
+    with pytest.raises(Stopped):
+        calibrate(tiny_moe, TEXT, out, progress=stop_at(n + 1)[0], **run)
+    stop, seen = stop_at()
+    calibrate(tiny_moe, TEXT, out, progress=stop, **run)
+    assert seen == [*range(n + 1, 2 * n + 1)]
+
+
 @pytest.mark.parametrize("kind", ["state", "counts"])
 def test_a_link_of_others_beside_it_is_not_followed(tiny_moe, tmp_path, kind):
     out, theirs = tmp_path / "x.calib", tmp_path / "theirs"

@@ -7,6 +7,7 @@ beside it, from which an interrupted calibration goes on.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -47,6 +48,8 @@ WINDOW = 512
 """Tokens of each piece of text, as llama.cpp's imatrix takes them."""
 
 Array = NDArray[np.float32]
+
+_HEADER = 8192  # bytes of a small file's header, with the rest of its last block
 
 
 def default_text() -> str:
@@ -191,6 +194,9 @@ class _Calibration:
         ]
         self._scales = column_scales(moe)
         self._x = machine.activations(pieces)
+        rows = sum(shape[0] if len(shape) > 1 else 1 for _, shape in self._all_forms().values())
+        self._state_bytes = self._x.nbytes + 8 * rows + 4 * len(pieces) + _HEADER
+        """Most of the disk that what is gone on from takes: `x`, checksums, and those of `x`."""
 
     def run(self, say: Callable[[str], None], progress: Progress) -> None:
         """Makes it, or goes on."""
@@ -251,8 +257,10 @@ class _Calibration:
         write_summed(_state(self._out), {"x": self._x, "sums": sums}, meta, ours=True)
 
     def _require_room(self, file: SummedWriter) -> None:
-        """Refuses what the disk cannot hold, in which `x` is twice for a moment."""
-        wanted = file.total_bytes + 2 * self._x.nbytes - file.kept_bytes
+        """Refuses what the disk cannot hold, in which the state is twice for a moment."""
+        wanted = file.total_bytes + 2 * self._state_bytes - file.kept_bytes
+        with contextlib.suppress(FileNotFoundError):  # one of the two is there already
+            wanted -= min(os.lstat(_state(self._out)).st_blocks * 512, self._state_bytes)
         free = shutil.disk_usage(self._out.parent).free
         if free < wanted:
             raise OSError(
@@ -268,7 +276,7 @@ class _Calibration:
         goes_on = f", from layer {begin} on" if begin else ""
         return (
             f"{count} windows of {window} tokens through {layers} layers{goes_on}; {self._out.name} takes "
-            f"{size_text(file.total_bytes)} of the disk, and {size_text(2 * self._x.nbytes)} meanwhile"
+            f"{size_text(file.total_bytes)} of the disk, and {size_text(2 * self._state_bytes)} meanwhile"
         )
 
     def _all_forms(self) -> dict[str, Form]:
