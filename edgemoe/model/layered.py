@@ -53,7 +53,9 @@ class Layered(Decoder):
         Args:
             windows: the sequences' tokens, at most `max_tokens` sequences.
         """
-        states = self._states.setdefault(version.mixer, [])
+        if version.mixer not in self._states:  # of one kind at a time, not of all that ever ran
+            self._states = {version.mixer: []}
+        states = self._states[version.mixer]
         while len(states) < len(windows):
             one = version.mixer.make_state()
             states.append(SequenceState([one] * self.config.num_layers, self.context))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import tracemalloc
+import weakref
 from dataclasses import replace
 
 import families
@@ -30,7 +32,7 @@ from edgemoe.lab.bits.units import Units
 from edgemoe.lab.quality import mixed_loss
 from edgemoe.lab.quality.loss import half_log_softmax
 from edgemoe.lab.quality.mixed_loss import MixedLoss
-from edgemoe.model import KvTable, KvTypes, state_bytes
+from edgemoe.model import KvTable, KvTypes, layered, state_bytes
 from edgemoe.quant import Allocation, Calibration
 from edgemoe.store import dense_bytes, expert_bytes, looked_up_bytes
 
@@ -251,6 +253,47 @@ def test_what_choices_have_alike_is_computed_once(tiny_moe, windows, monkeypatch
     loss = MixedLoss(tiny_moe, windows, threads=1)
     assert loss.most(1) == 3
     assert np.array_equal(loss(mixes), alone)
+
+
+def test_what_is_made_of_predictions_is_counted(tmp_path, monkeypatch):
+    """They are what takes memory here; the book has the engine's, what goes from layer to layer, and these."""
+    path = tmp_path / "x.moe"
+    convert(HFCheckpoint(families.make("qwen3_moe", tmp_path, changes={"vocab_size": 8000})), path)
+    windows = np.array(families.random_ids(3 * 40), np.int32).reshape(3, 40)
+    units, counted, opened = Units(open_moe(path), context=64), [], mixed_loss.open_model
+
+    def seen(path, options):
+        counted.append((1 << 30) - options.ram)
+        return opened(path, options)
+
+    monkeypatch.setattr(mixed_loss, "open_model", seen)
+    MixedLoss(path, windows, ram="1GiB", threads=1)([units.mix(units.top)])  # maps code
+    loss = MixedLoss(path, windows, ram="1GiB", threads=1)
+    one = loss._logits.nbytes
+    assert counted == [mixed_loss._STATES // 2 + one * (len(windows) + 3)] * 2
+    tracemalloc.start()
+    loss([units.mix(some(units)), units.mix(units.top)])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    # The logits were there already; sixteen arrays of what goes from layer to layer are less than one of these.
+    assert peak + one <= one * (len(windows) + 3) + one // 2
+
+
+def test_states_of_one_kind_at_a_time(tiny_moe, windows, monkeypatch):
+    units, alive, most = Units(open_moe(tiny_moe), context=64), weakref.WeakSet(), []
+    make = layered.SequenceState
+
+    def made(*args):
+        state = make(*args)
+        alive.add(state)
+        most.append(len(alive))
+        return state
+
+    monkeypatch.setattr(layered, "SequenceState", made)
+    loss = MixedLoss(tiny_moe, windows, threads=1)
+    loss([units.mix(some(units, seed)) for seed in range(4)])
+    assert len(most) > 2 * len(windows)  # states were made for several kinds
+    assert max(most) <= len(windows)  # as many as any batch of these has sequences
 
 
 def test_each_matrix_has_its_own_bits(tiny_moe, windows, tmp_path):

@@ -91,6 +91,7 @@ class MixedLoss:
         self._bits = self._top.copy()
         total = default_ram() if ram is None else parse_size(ram)
         self._states: int = max(min(_STATES, total // _SHARE), self._x_bytes)
+        # Beside what is kept: the logits, and two arrays like them while log-probabilities are made or judged.
         beside = self._states + 4 * (T - self._half) * config.vocab_size * (max(N, most) + 3)
         try:
             # The scheduler reads the array again at every plan. What a layer reads stays until the next one reads.
@@ -140,9 +141,9 @@ class MixedLoss:
 
         def judge(front: _Front, q: NDArray[np.float32]) -> None:
             p = self._reference[front.window]
-            out[front.mixes, which.index(front.window)] = (np.exp(p) * (p - q)).sum(
-                1, dtype=np.float64
-            )
+            np.subtract(p, q, out=q)  # in place, as nobody else has it
+            q *= np.exp(p)
+            out[front.mixes, which.index(front.window)] = q.sum(1, dtype=np.float64)
 
         for windows in _pieces(which, self.most(1)):
             for some in _pieces(range(len(mixes)), self.most(len(windows))):
