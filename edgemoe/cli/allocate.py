@@ -61,7 +61,8 @@ of the experts. What search finds is used by
     edgemoe-run MODEL.moe --bits auto --dense-bits auto -ctk auto -ctv auto
 
 after --store, or with --allocation OUT.json --kv-table OUT.kv.json. Ctrl-C ends
-a search with the best so far; the same command goes on where it was.
+a search with the best so far, once units are measured; the same command goes on
+where it was.
 """
 
 
@@ -229,7 +230,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--generations", type=whole(0), metavar="N",
                         help="search: rounds of 16 offspring (default: 40)")
     parser.add_argument("--minutes", type=whole(1), metavar="N",
-                        help="search: begin no generation that would end later")
+                        help="search: begin no generation that would end later; what each unit costs alone is measured "
+                        "first, however long it takes")
     parser.add_argument("--ram", type=ram_size, metavar="SIZE",
                         help="search: memory for the whole process (default: what is free, less a margin)")
     parser.add_argument("-t", "--threads", type=whole(1), metavar="N", help="search: (default: all cores)")
