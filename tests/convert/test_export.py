@@ -238,6 +238,37 @@ def test_tokenizers_of_other_kinds_are_refused_by_name(
     assert not list(tmp_path.iterdir())
 
 
+ADDED = {"id": 7, "content": "<x>", "special": True} | dict.fromkeys(
+    ("single_word", "lstrip", "rstrip", "normalized"), False
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"model": [1]}, r"tokenizer.json: model must be an object, got \[1\]"),
+        ({"model": {**BPE, "vocab": {"a": 1.0}}}, "tokenizer.json: .* `1.0`, expected u32"),
+        ({"model": {**BPE, "merges": [1]}}, "tokenizer.json: .* MergeType"),
+        ({"added_tokens": [{**ADDED, "id": "7"}]}, 'tokenizer.json: .* "7", expected u32'),
+        ({"added_tokens": [{**ADDED, "id": 1.0}]}, "tokenizer.json: .* `1.0`, expected u32"),
+        ({"added_tokens": [{**ADDED, "content": 3}]}, "tokenizer.json: .* expected a string"),
+        ({"added_tokens": [{"id": 7}]}, "tokenizer.json: .* missing field"),
+        ({"added_tokens": 1}, "tokenizer.json: .* expected a sequence"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_in_a_line(
+    qwen: Path, change: dict[str, object], what: str, tmp_path: Path
+) -> None:
+    content = {"version": "1.0", "added_tokens": [], "model": BPE, **change}
+    moe = open_moe(qwen)
+    moe = dataclasses.replace(moe, sections={"tokenizer.json": json.dumps(content).encode()})
+    with pytest.raises(FormatError, match=what) as error:
+        export_gguf(moe, tmp_path / "x.gguf")
+    assert str(error.value).startswith(f"{moe.path}: ")
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that a GGUF file can hold."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgemoe.convert.gguf.tokenizer import tokenizer_files
 from edgemoe.convert.gguf.tokenizer.pre_tokenizers import PRE_TOKENIZERS
 from edgemoe.errors import FormatError, quoted
 from edgemoe.file.format import MoeFile
 from edgemoe.file.parse import parse_object
+
+if TYPE_CHECKING:
+    from edgemoe.text.tokenizer import Tokenizer
 
 __all__ = ["tokenizer_metadata"]
 
@@ -30,20 +33,28 @@ def tokenizer_metadata(moe: MoeFile) -> dict[str, Any]:
     """Returns the metadata by key.
 
     Raises:
-        FormatError: the tokenizer is of a kind that is not exported.
+        FormatError: the tokenizer is of a kind that is not exported, or its files are not sound.
     """
     if _FILE not in moe.sections:
         return {"tokenizer.ggml.model": "none"}
     import tokenizers
 
-    content = parse_object(moe.sections[_FILE], _FILE, most=_MOST)
+    from edgemoe.text.tokenizer import Tokenizer
+
+    content = parse_object(moe.sections[_FILE], f"{moe.path}: {_FILE}", most=_MOST)
     model = content.get("model") or {}
+    if not isinstance(model, dict):
+        raise FormatError(f"{moe.path}: {_FILE}: model must be an object, got {quoted(model)}")
     if (kind := _other_kind(model)) is not None:
         raise FormatError(
             f"{moe.path}: the tokenizer is {kind}, and only byte-level BPE can be exported to GGUF; a directory can "
             "hold it"
         )
-    out = {"tokenizer.ggml.model": "gpt2", **_tokens(moe, content), **_special(moe)}
+    try:
+        ours = Tokenizer.from_files(moe.sections)  # checks all that is taken from its files here
+    except FormatError as error:
+        raise FormatError(f"{moe.path}: {error}") from None
+    out = {"tokenizer.ggml.model": "gpt2", **_tokens(moe, content), **_special(moe, ours)}
     theirs = tokenizers.Tokenizer.from_str(moe.sections[_FILE].decode())
     for name in (*_USUAL, *PRE_TOKENIZERS):
         if PRE_TOKENIZERS[name].ignore_merges != bool(model.get("ignore_merges")):
@@ -96,15 +107,13 @@ def _tokens(moe: MoeFile, content: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _special(moe: MoeFile) -> dict[str, Any]:
+def _special(moe: MoeFile, tokenizer: Tokenizer) -> dict[str, Any]:
     """Returns tokens with a meaning, and the chat template."""
-    from edgemoe.text.tokenizer import Tokenizer
-
     out: dict[str, Any] = {}
     for key, index in zip(("eos", "eot", "eom"), moe.config.eos_ids, strict=False):
         out[f"tokenizer.ggml.{key}_token_id"] = index
     settings = parse_object(moe.sections.get(_CONFIG, b"{}"), _CONFIG)
-    first = Tokenizer.from_files(moe.sections).encode("")
+    first = tokenizer.encode("")
     out["tokenizer.ggml.add_bos_token"] = bool(first)
     if first:
         out["tokenizer.ggml.bos_token_id"] = int(first[0])
