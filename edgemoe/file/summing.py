@@ -50,7 +50,7 @@ class SummedWriter:
         self._rows = [shape[0] if len(shape) > 1 else 1 for _, shape in forms.values()]
         sizes = (kind.itemsize * int(np.prod(shape)) for kind, shape in forms.values())
         self._ends = list(accumulate(chain([len(self._head)], sizes)))
-        self.sums = [_core.crc32c(self._head)]
+        self.sums = np.array([_core.crc32c(self._head)], np.uint32)
         """Checksums of the header and of every row that is there."""
         self._count = 0  # tensors that are there
         self._file = locked(self._part, create=True, ours=True, busy=_BUSY)
@@ -61,19 +61,27 @@ class SummedWriter:
         return self._ends[-1] + 4 * (2 + sum(self._rows))
 
     @property
+    def sums_bytes(self) -> int:
+        """What of that are checksums, which are in memory until it is whole."""
+        return self.total_bytes - self._ends[-1]
+
+    @property
     def kept_bytes(self) -> int:
         """What the partial file has of the disk."""
         return os.fstat(self._file.fileno()).st_blocks * 512
 
-    def resume(self, sums: list[int]) -> bool:
+    def resume(self, sums: NDArray[np.integer]) -> bool:
         """Goes on behind the tensors of which an earlier writer of the same file had these sums; says if it can."""
         count, rows = 0, 1
         while rows < len(sums) and count < len(self._rows):
             rows += self._rows[count]
             count += 1
-        if rows != len(sums) or sums[0] != self.sums[0] or self._read_sums(count) != sums:
+        if rows != len(sums) or sums[0] != self.sums[0]:
             return False
-        self.sums, self._count = list(sums), count
+        found = self._read_sums(count)
+        if found is None or not np.array_equal(found, sums):
+            return False
+        self.sums, self._count = found, count
         return True
 
     def add(self, name: str, array: NDArray[Any]) -> None:
@@ -91,7 +99,9 @@ class SummedWriter:
                 pwrite(self._file, self._head, 0)
             if array.size:
                 pwrite(self._file, array.data.cast("B"), self._ends[self._count])
-        self.sums += map(_core.crc32c, array if array.ndim > 1 else [array])
+        rows = array if array.ndim > 1 else [array]
+        more = np.fromiter(map(_core.crc32c, rows), np.uint32, len(rows))
+        self.sums = np.concatenate([self.sums, more])
         self._count += 1
 
     def sync(self) -> None:
@@ -102,7 +112,7 @@ class SummedWriter:
     def finish(self) -> None:
         """Writes the checksums and gives the file its name, and the mode of the one that had it."""
         assert self._count == len(self._rows)
-        numbers = np.array(self.sums, "<u4").tobytes()
+        numbers = self.sums.astype("<u4", copy=False).tobytes()
         with named(self._part):
             pwrite(self._file, numbers + struct.pack("<I", _core.crc32c(numbers)), self._ends[-1])
             self._file.truncate(self.total_bytes)
@@ -112,12 +122,11 @@ class SummedWriter:
             rename(self._part, self._path)
         self._file.close()
 
-    def _read_sums(self, count: int) -> list[int] | None:
+    def _read_sums(self, count: int) -> NDArray[np.uint32] | None:
         """Returns the sums of the first `count` tensors as they are on the disk; None where the file is too short."""
-        fd, out = (
-            self._file.fileno(),
-            [_core.crc32c(os.pread(self._file.fileno(), len(self._head), 0))],
-        )
+        fd, at = self._file.fileno(), 1
+        out = np.empty(1 + sum(self._rows[:count]), np.uint32)
+        out[0] = _core.crc32c(os.pread(fd, len(self._head), 0))
         for i in range(count):
             size = (self._ends[i + 1] - self._ends[i]) // max(self._rows[i], 1)
             for row in range(self._rows[i]):
@@ -126,7 +135,8 @@ class SummedWriter:
                     crc, left = _core.crc32c(block, crc), left - len(block)
                 if left:
                     return None
-                out.append(crc)
+                out[at] = crc
+                at += 1
         return out
 
     def __enter__(self) -> SummedWriter:

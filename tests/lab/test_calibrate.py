@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import tracemalloc
 from pathlib import Path
 
 import families
@@ -20,6 +21,7 @@ from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.convert.imatrix import convert_imatrix
 from edgemoe.errors import FormatError, OutOfBudget
 from edgemoe.file.format import open_moe
+from edgemoe.file.summing import SummedWriter
 from edgemoe.lab.bits import balanced, moments, tapped
 from edgemoe.lab.bits import calibrate as lab
 from edgemoe.lab.bits.calibrate import calibrate, is_begun, windows_of
@@ -297,6 +299,41 @@ def test_parts_of_another_text_or_form_are_not_used(tiny_moe, tmp_path):
         assert is_begun(out)  # until a layer is done, and as long as it is not asked for
     calibrate(tiny_moe, TEXT[7:], out, window=WINDOW, progress=stop)
     assert seen[n + 1] == 1
+
+
+def test_checksums_are_four_bytes_a_row_and_counted(tiny_moe, tmp_path, monkeypatch):
+    array = np.zeros((20_000, 1), np.float32)
+    with SummedWriter(tmp_path / "x", {"a": (array.dtype, array.shape)}, {}) as file:
+        tracemalloc.start()
+        file.add("a", array)
+        held, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert file.sums_bytes == 4 * (len(array) + 2)
+        assert held <= file.sums_bytes + (4 << 10)
+        again, sums = file.sums.astype(np.int64), file.sums
+        assert file.resume(again)
+        assert np.array_equal(file.sums, sums)
+        again[-1] ^= 1
+        assert not file.resume(again)
+
+    books, tapped = [], balanced.Machine.tapped
+
+    def seen(machine, beside, window):
+        books.append(beside)
+        return tapped(machine, beside, window)
+
+    monkeypatch.setattr(balanced.Machine, "tapped", seen)
+    calibrate(tiny_moe, TEXT, tmp_path / "y", full=True, window=WINDOW, count=2, more=TEXT)
+    config, made = open_moe(tiny_moe).config, Calibration(tmp_path / "y")
+    tokens = int(made.meta["tokens"])
+    counts = 2 * 8 * config.num_experts * config.num_layers  # of two windows at a time
+    assert books[0] == 4 * 2 * WINDOW * config.hidden_size + counts
+    # Two rows of each layer for every token, three times.
+    form = moments.SumForm(made.bits, tokens, "full")
+    sums = moments.sum_bytes(moments.sum_forms(config, 1, form, is_filed=False))
+    assert (
+        books[1] >= 4 * tokens * config.hidden_size + sums + 3 * 4 * 2 * config.num_layers * tokens
+    )
 
 
 def test_two_at_once_do_not_write_the_same_file(tiny_moe, tmp_path):

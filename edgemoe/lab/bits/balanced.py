@@ -90,7 +90,9 @@ def balanced(
 
     if n == len(every) or is_enough():
         return every[:n]
-    with machine.tapped(x.nbytes, pieces.shape[1]) as model:
+    # Each window of a round is counted apart.
+    beside = x.nbytes + needed * total.nbytes
+    with machine.tapped(beside, pieces.shape[1]) as model:
         while n < len(every) and not is_enough():
             some = every[n : n + needed]
             each = np.zeros((len(some), *total.shape), np.int64)

@@ -209,7 +209,9 @@ class _Calibration:
             begin = self._resume(file)
             self._require_room(file)
             say(self._plan(file, begin))
-            with self._machine.tapped(x.nbytes + max(taken), pieces.shape[1]) as model:
+            # Checksums three times: they are saved as twice as long integers.
+            beside = x.nbytes + max(taken) + 3 * file.sums_bytes
+            with self._machine.tapped(beside, pieces.shape[1]) as model:
                 if begin == 0:
                     for ids, to in zip(pieces, x, strict=True):
                         model.embed(ids, to)
@@ -243,7 +245,7 @@ class _Calibration:
     def _resume(self, file: SummedWriter) -> int:
         """Returns the layer to begin with, for which `x` is as it was."""
         found = saved(_state(self._out), self._identity)
-        if found is None or not file.resume(found.tensor("sums").tolist()):
+        if found is None or not file.resume(found.tensor("sums")):
             return 0
         at = 0
         for some in found.rows("x"):
@@ -253,7 +255,7 @@ class _Calibration:
 
     def _save(self, file: SummedWriter, layers: int) -> None:
         meta = {"identity": self._identity, "layers": str(layers)}
-        sums = np.array(file.sums)
+        sums = file.sums.astype(np.int64)
         write_summed(_state(self._out), {"x": self._x, "sums": sums}, meta, ours=True)
 
     def _require_room(self, file: SummedWriter) -> None:
