@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgemoe.cli.allocated import check_target, keep, show
+from edgemoe.cli.allocated import check_target, show
 from edgemoe.cli.console import check_output, decode_text, note, say
 from edgemoe.cli.names import model_path
 from edgemoe.cli.progress import Progress
@@ -76,7 +76,8 @@ def search(args: argparse.Namespace) -> int:
     def cut(path: Path | None, default: str) -> NDArray[np.int32]:
         """Returns pieces from all over a text."""
         text = default if path is None else decode_text(path.read_bytes(), path)
-        every = windows_of(moe, text, window=args.window or _WINDOW, count=None)
+        window = _WINDOW if args.window is None else args.window
+        every = windows_of(moe, text, window=window, count=None)
         which = np.linspace(0, len(every) - 1, min(count, len(every))).round().astype(int)
         return every[np.random.default_rng(0).permutation(which)]
 
@@ -130,9 +131,12 @@ def _table_path(out: Path) -> Path:
 def _write(args: argparse.Namespace, found: Found, out: Path) -> None:
     """Keeps the allocation, and the table of keys and values beside it."""
     if args.store:
-        keep(args, out, "allocation", found.allocation.to_json())
+        from edgemoe.file.append import add_sections
+
+        sections = {"allocation": found.allocation.to_json()}
         if found.table is not None:
-            keep(args, out, "kv_types", found.table.to_json())
+            sections["kv_types"] = found.table.to_json()
+        add_sections(args.model, sections)  # at once: neither is without the other
         note(f"{_PROG}: stored in {args.model}")
         return
     write_whole(out, found.allocation.to_json())

@@ -23,6 +23,7 @@ from edgemoe.cli.progress import Progress
 from edgemoe.convert.convert import convert
 from edgemoe.convert.hf import HFCheckpoint
 from edgemoe.errors import FormatError
+from edgemoe.file import append
 from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.calibrate import calibrate, windows_of
 from edgemoe.lab.bits.everything import search_everything
@@ -469,7 +470,7 @@ def test_a_search_goes_on_where_it_was(tiny_moe, calibrated, windows, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_command(tiny_moe, calibrated, tmp_path, capsys):
+def test_command(tiny_moe, calibrated, tmp_path, capsys, monkeypatch):
     model = shutil.copy(tiny_moe, tmp_path / "m.moe")
     text = tmp_path / "text.txt"
     text.write_text(TEXT)
@@ -489,7 +490,10 @@ def test_command(tiny_moe, calibrated, tmp_path, capsys):
     files = {"allocation": tmp_path / "x.json", "kv_table": tmp_path / "x.kv.json"}
     with edgemoe.load(model, **options, **files) as engine:
         expected = engine.logits([1, 2, 3])
+    real, stored = append.add_sections, []
+    monkeypatch.setattr(append, "add_sections", lambda *to: (stored.append(list(to[1])), real(*to)))
     assert main([*sized, "--store"]) == 0
+    assert stored == [["allocation", "kv_types"]]  # at once
     with edgemoe.load(model, **options) as engine:
         assert np.array_equal(engine.logits([1, 2, 3]), expected)
     quality = [
@@ -513,6 +517,7 @@ def test_command(tiny_moe, calibrated, tmp_path, capsys):
         ([*sized, "--avg-bits", "3"], "--avg-bits: search takes --bytes alone"),
         ([*sized, "--per-layer"], "--per-layer: search takes --bytes alone"),
         ([*sized, "--context", "1000"], "--context: expected at most 512"),
+        ([*sized, "--window", "0"], "window: expected 1 to 512 (the model's), got 0"),
         (
             ["allocate", str(model), "--avg-bits", "3", "--bytes", "1MiB"],
             "--bytes: for --method search only",
