@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["main"]
 
 _PROG = "edgemoe allocate"
+_METHOD = "error"
 
 _ONLY_FOR = {
     "max_loss": ("expertwise",),
@@ -96,11 +97,12 @@ def _allocate(args: argparse.Namespace) -> int | None:
     if args.store and args.out is not None:
         raise ValueError("expected either --store or -o")
     if not args.kv:
+        args.method = args.method or _METHOD
         for name, methods in _ONLY_FOR.items():
             if getattr(args, name) is not None and args.method not in methods:
                 flag = name.replace("_", "-")
                 raise ValueError(f"--{flag}: for --method {' or '.join(methods)} only")
-    if args.overwrite and args.method != "search":
+    if args.overwrite and not args.kv and args.method != "search":
         raise ValueError("--overwrite: for --method search only")
     if args.method == "search" and not args.kv:
         from edgemoe.cli.allocate_search import search
@@ -142,6 +144,10 @@ def _allocate(args: argparse.Namespace) -> int | None:
 
 def _allocate_kv(args: argparse.Namespace) -> None:
     for name in (
+        "method",
+        "per_layer",
+        "no_protect",
+        "overwrite",
         "calibration",
         "levels",
         "exponents",
@@ -154,8 +160,9 @@ def _allocate_kv(args: argparse.Namespace) -> None:
         "ram",
         "threads",
     ):
-        if getattr(args, name) is not None:
-            raise ValueError(f"--{name}: is for experts, not for --kv")
+        if getattr(args, name) is not None and getattr(args, name) is not False:
+            flag = name.replace("_", "-")
+            raise ValueError(f"--{flag}: is for experts, not for --kv")
     args.model = model_path(str(args.model))
     out: Path = args.out or args.model.with_suffix(".kv.json")
     check_target(args, out)
@@ -206,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
                         help="the mean over all experts, at most; --kv: of a number, with its share of the scales")
     parser.add_argument("--kv", action="store_true",
                         help="of keys and values: a type for each layer's keys and for its values")
-    parser.add_argument("--method", default="error", metavar="METHOD", help="(default: %(default)s)")
+    parser.add_argument("--method", metavar="METHOD", help=f"(default: {_METHOD})")
     parser.add_argument("--calibration", type=Path, metavar="FILE", help="of edgemoe calibrate")
     parser.add_argument("-o", "--out", type=Path, metavar="OUT.json",
                         help="(default: MODEL.allocation.json)")

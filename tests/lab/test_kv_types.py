@@ -174,6 +174,10 @@ def test_command(tiny_moe, tmp_path, capsys):
     for wrong in (["--avg-bits", "6", "--seed", "1"], [], ["--avg-bits", "1"]):
         assert main([*run, *wrong]) == 2
         assert capsys.readouterr().err.count("\n") == 1
+    for flag in (["--method", "search"], ["--overwrite"], ["--per-layer"], ["--no-protect"]):
+        assert main([*run, "--max-loss", "1", *flag]) == 2
+        assert f"{flag[0]}: is for experts, not for --kv" in capsys.readouterr().err
+    assert main([*run, "--max-loss", "1", "--seed", "0"]) == 2
 
 
 def test_a_setting_s_rows_are_of_its_table(tiny_moe):
