@@ -108,7 +108,8 @@ def _of_hub(args: argparse.Namespace, name: HubName) -> int:
         f"them, the disk holds the .moe file and one of them, {size_text(largest)} at most"
     )
     with tempfile.TemporaryDirectory(prefix="edgemoe-plan-") as folder:
-        path = outline(repository, chosen, Path(folder) / name.repo.replace("/", "-"))
+        with saying_what_is_here(name):
+            path = outline(repository, chosen, Path(folder) / name.repo.replace("/", "-"))
         if args.bits is None:
             args.bits = name.bits
         args.name = str(name)

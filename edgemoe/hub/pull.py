@@ -74,10 +74,10 @@ def _here(name: HubName) -> str:
 def _is_cached(name: HubName) -> bool:
     """Says whether Hugging Face's cache has all files that a model would be made of."""
     try:
-        choose(CachedRepository(name.repo, name.revision), name)
+        chosen = choose(CachedRepository(name.repo, name.revision), name)
     except (HubError, FormatError, OSError):
         return False
-    return True
+    return chosen.is_gguf or any(file.name == "config.json" for file in chosen.small)
 
 
 def pull(

@@ -18,6 +18,7 @@ import hubs
 import pytest
 
 from edgemoe import library
+from edgemoe.cli import main as edgemoe_cli
 from edgemoe.convert.convert import convert
 from edgemoe.convert.open import open_checkpoint
 from edgemoe.errors import EdgemoeError
@@ -222,6 +223,20 @@ def test_without_a_network_one_line_says_what_is_here_and_what_to_do(
     assert "is here, and edgemoe-run user/tiny runs it" in unreachable()
 
 
+def test_a_plan_says_what_is_here_when_the_hub_goes_away_amid_it(hub, monkeypatch, capfd) -> None:
+    save(hub, size="1GB")
+
+    def read(self: Repository, name: str, *_: object) -> bytes:
+        raise Unreachable(f"{self.repo}: {name}")
+
+    monkeypatch.setattr(Repository, "read", read)
+    monkeypatch.setattr(Repository, "read_whole", read)
+    assert edgemoe_cli.main(["plan", "user/tiny"]) == 1
+    assert (
+        "; nothing of it is here: edgemoe pull user/tiny fetches it once" in capfd.readouterr().err
+    )
+
+
 def has_begun(tmp_path: Path) -> bool:
     return any((tmp_path / "models").rglob("*.part"))
 
@@ -308,6 +323,15 @@ def test_what_hugging_face_s_cache_has_is_used_and_stays(hub, tmp_path, monkeypa
         patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
         fetch()
     assert "cache has it: HF_HUB_OFFLINE=1 edgemoe pull user/tiny makes" in str(error.value)
+    config = folder / "snapshots" / commit / "config.json"
+    with monkeypatch.context() as patch, pytest.raises(Unreachable, match="nothing of it is here"):
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+        blob = config.readlink()
+        config.unlink()  # another program wanted the weights alone
+        try:
+            fetch()
+        finally:
+            config.symlink_to(blob)
     hub.sent.clear()
     path, _ = fetch()
     assert_as_converted(path, source, tmp_path)
