@@ -573,12 +573,14 @@ void test_instruction_sets_agree(const ExpertFile& file) {
     const KvType types[] = {KvType::kF16, KvType::kF32, KvType::kQ8, KvType::kQ4, KvType::kQ3, KvType::kQ2};
     for (const KvType key_type : types) {
       for (const KvType value_type : types) {
-        if (key_type != value_type && key_type != KvType::kF16 && value_type != KvType::kF16) continue;
+        // Two different types of which none is f16: two chunks are enough.
+        const bool is_mixed = key_type != value_type && key_type != KvType::kF16 && value_type != KvType::kF16;
         const size_t keys = kv_heads * kv_head_bytes(key_type, capacity, stride);
         std::vector<uint8_t> kv(keys + kv_heads * kv_head_bytes(value_type, capacity, stride));
         const KvLayer layer{kv.data(), kv.data() + keys, key_type, value_type, capacity, stride, stride};
         auto q = q0, k = k0, v = v0;
         for (const auto& [pos, n] : chunks) {
+          if (is_mixed && pos > 36) break;
           attention(ws, q.data(), k.data(), v.data(), n, pos, parts, layer, attended.data());
           got.push_back(attended);
         }
