@@ -53,9 +53,12 @@ class LivePaths {
 
  private:
   PathTable table() {
-    return {pairs_.mutable_data(),  far_ ? far_->mutable_data() : nullptr,
-            totals_.mutable_data(), uses_.mutable_data(),
-            layers_,                experts_};
+    return {pairs_.mutable_data(),
+            far_ ? far_->mutable_data() : nullptr,
+            totals_.mutable_data(),
+            uses_.mutable_data(),
+            layers_,
+            experts_};
   }
 
   Array<float> pairs_;
