@@ -237,8 +237,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--generations", type=whole(0), metavar="N",
                         help="search: rounds of 16 offspring (default: 40)")
     parser.add_argument("--minutes", type=whole(1), metavar="N",
-                        help="search: begin no generation that would end later; what each unit costs alone is measured "
-                        "first, however long it takes")
+                        help="search: stop in time, between two rounds of measurements; the same command goes on")
     parser.add_argument("--ram", type=ram_size, metavar="SIZE",
                         help="search: memory for the whole process (default: what is free, less a margin)")
     parser.add_argument("-t", "--threads", type=whole(1), metavar="N", help="search: (default: all cores)")

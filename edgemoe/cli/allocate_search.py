@@ -88,12 +88,15 @@ def search(args: argparse.Namespace) -> int:
         alone=-(-len(tokens) // 2), windows=(few, min(2 * few, len(tokens)), len(tokens)),
     )  # fmt: skip
     seconds = None if args.minutes is None else 60 * args.minutes
-    with Progress("searching", unit="layer") as progress:
-        found = search_everything(
-            args.model, calibration, tokens, args.bytes, kept(args), context=context, rounds=rounds,
-            held_out=held_out, protect=not args.no_protect, is_new=args.overwrite, seconds=seconds,
-            progress=progress, ram=args.ram, threads=args.threads,
-        )  # fmt: skip
+    try:
+        with Progress("searching", unit="layer") as progress:
+            found = search_everything(
+                args.model, calibration, tokens, args.bytes, kept(args), context=context, rounds=rounds,
+                held_out=held_out, protect=not args.no_protect, is_new=args.overwrite, seconds=seconds,
+                progress=progress, ram=args.ram, threads=args.threads,
+            )  # fmt: skip
+    except TimeoutError as error:
+        raise TimeoutError(f"{error}; the same command goes on from {kept(args)}") from None
     _write(args, found, out)
     show(found.allocation)
     _show_rest(found, context)

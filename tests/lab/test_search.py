@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shutil
 import tracemalloc
 import weakref
@@ -28,6 +29,7 @@ from edgemoe.file.format import open_moe
 from edgemoe.lab.bits.calibrate import calibrate, windows_of
 from edgemoe.lab.bits.everything import search_everything
 from edgemoe.lab.bits.kv_types import KINDS
+from edgemoe.lab.bits.measuring import Clock
 from edgemoe.lab.bits.search import MOST_CHANGES, Field, Rounds, Standing, evolve
 from edgemoe.lab.bits.units import Units
 from edgemoe.lab.quality import mixed_loss
@@ -417,13 +419,25 @@ def test_ctrl_c_ends_with_the_best_so_far(tiny_moe, calibrated, windows, tmp_pat
         assert same(searched(tiny_moe, calibrated, windows, keep), whole)
 
 
-def test_time_that_is_over_ends_between_generations(tiny_moe, calibrated, windows, tmp_path):
-    found = searched(tiny_moe, calibrated, windows, tmp_path / "a", seconds=0, held_out=windows)
+def test_time_that_is_over(tiny_moe, calibrated, windows, tmp_path):
+    """It ends what costs alone are measured for, as it ends generations; each call gets on."""
+    keep, calls = tmp_path / "a", 0
+    while True:
+        try:
+            found = searched(tiny_moe, calibrated, windows, keep, seconds=0, held_out=windows)
+        except TimeoutError as error:
+            calls += 1
+            known = len(json.loads(keep.read_bytes())["costs"])
+            assert str(error).startswith(f"the time is over, with {known} of ")
+            assert known == 16 * calls
+        else:
+            break
+    assert calls > 1
     assert (found.generation, found.is_interrupted) == (0, False)
     assert found.loss == found.start_loss
     assert found.held_out[:2] == (found.loss, found.loss)
     whole = searched(tiny_moe, calibrated, windows, tmp_path / "b")
-    assert same(searched(tiny_moe, calibrated, windows, tmp_path / "a", seconds=1000), whole)
+    assert same(searched(tiny_moe, calibrated, windows, keep, seconds=1000), whole)
 
 
 def test_a_search_goes_on_where_it_was(tiny_moe, calibrated, windows, tmp_path):
@@ -549,6 +563,14 @@ def test_command_that_is_interrupted(tiny_moe, calibrated, tmp_path, capsys, mon
             if done >= share * total:
                 raise KeyboardInterrupt
 
+    with monkeypatch.context() as patched:
+        patched.setattr(Clock, "is_over", lambda self: True)
+        assert main(command) == 1
+    assert re.search(
+        rf"the time is over, with 16 of \d+ costs measured; the same command goes on from {tmp_path / 'x.search'}$",
+        capsys.readouterr().err.strip(),
+    )
+    assert not out.exists()
     monkeypatch.setattr(allocate_search, "Progress", Interrupted)
     share = 0.5  # while each is measured alone
     assert main(command) == 130

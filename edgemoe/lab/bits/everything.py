@@ -81,12 +81,14 @@ def search_everything(
         held_out: int32 [M, T], other tokens, which only the result is measured on.
         protect: Super Experts have the most bits that the file has of them.
         is_new: begin anew, whatever lies in `keep`.
-        seconds: no generation begins that would end later, if it took as long as the one before; None for no limit.
+        seconds: no round of measurements begins that would end later, if it took as long as the one before it; None
+            for no limit. Held-out text is measured after that.
         progress: called with how much is done and how much there is, in windows that go through a layer.
         options: of `MixedLoss`: ram, threads.
 
     Raises:
         ValueError: the bytes do not suffice, there are too few windows, or the calibration lacks errors.
+        TimeoutError: `seconds` were over before there was a choice. What was measured is in `keep`.
         FormatError: the model, its calibration or `keep` is not sound, or they do not belong together.
     """
     moe = open_moe(path)
@@ -107,7 +109,7 @@ def search_everything(
     work = Work(effort, progress)
     loss = MixedLoss(path, windows[:last], most=judges, told=work.count, **options)
     measured = Measured(loss, units)
-    measure_alone(steps, efforts, saved, measured, rounds.alone, work)
+    measure_alone(steps, efforts, saved, measured, rounds.alone, work, clock)
     field = Field(
         cost=_costs(saved.costs, units, errors), sizes=units.sizes, lowest=lowest, highest=units.top, total=total
     )  # fmt: skip

@@ -31,12 +31,12 @@ class Clock:
         self._last, self._took = self._begun, 0.0
 
     def lap(self, *, is_first: bool = False) -> None:
-        """A generation has ended, or the first one begins."""
+        """A round of measurements has ended, or the first one begins."""
         now = time.monotonic()
         self._took, self._last = 0.0 if is_first else now - self._last, now
 
     def is_over(self) -> bool:
-        """Whether a generation as long as the last one would end too late."""
+        """Whether a round as long as the last one would end too late."""
         spent = self._last - self._begun + self._took
         return self._seconds is not None and spent >= self._seconds
 
@@ -94,18 +94,27 @@ def measure_alone(
     measured: Measured,
     windows: int,
     work: Work,
+    clock: Clock,
 ) -> None:
     """Measures steps that were not measured before, as many at once as go through the layers together.
 
     Args:
         efforts: of each, in what `work` counts.
+
+    Raises:
+        TimeoutError: the time is over. What was measured is kept.
     """
     left = [name for name in steps if name not in saved.costs]
     work.begin(sum(efforts[name] for name in steps if name in saved.costs))
     most = min(measured.loss.most(windows), _TOGETHER)
+    clock.lap(is_first=True)
     for first in range(0, len(left), most):
+        if first and clock.is_over():  # so each call gets on
+            known = len(steps) - len(left) + first
+            raise TimeoutError(f"the time is over, with {known} of {len(steps)} costs measured")
         some = left[first : first + most]
         work.begin(sum(efforts[name] for name in some))
         losses = measured([steps[name] for name in some], windows)
         saved.add(dict(zip(some, losses, strict=True)))
         measured.forget()
+        clock.lap()
