@@ -1,4 +1,4 @@
-"""Makes the pages that are written elsewhere: the repository's own texts, and every program's --help."""
+"""Pages of the site that are not in docs/: the repository's own texts, and every program's --help."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def on_files(files, config):
 
 
 def flags() -> str:
-    """Returns a page with the help of every command and of the commands below it."""
+    """Returns a page with the help of every command and its subcommands."""
     from edgemoe.cli.main import COMMANDS
 
     names = [["edgemoe-run"], *(["edgemoe", name] for name in COMMANDS if name != "run")]
@@ -51,7 +51,7 @@ def flags() -> str:
 
 
 def families() -> str:
-    """Returns a page with what converts."""
+    """Returns a page with the families and formats that convert."""
     text = output_of(["edgemoe", "families"])
     compared = re.findall(r'<a id="(\w+)">', (ROOT / "docs/matrix.md").read_text(encoding="utf-8"))
     links = ", ".join(f"[{name}](../matrix.md#{name})" for name in sorted(compared))
@@ -62,13 +62,13 @@ def families() -> str:
 
 
 def help_of(command: list[str]) -> str:
-    """Returns what a command says of itself."""
+    """Returns a command's help: that of `--help-all` if there is one."""
     text = output_of([*command, "--help"])
     return output_of([*command, "--help-all"]) if "--help-all" in text else text
 
 
 def output_of(command: list[str]) -> str:
-    """Runs one of the programs."""
+    """Runs one of the programs and returns what it prints."""
     entry = "edgemoe_run" if command[0] == "edgemoe-run" else "edgemoe"
     code = f"import sys; sys.argv = {command!r}; from edgemoe.cli.entry import {entry} as e; sys.exit(e())"
     done = subprocess.run(
