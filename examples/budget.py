@@ -24,7 +24,7 @@ def run(ram):
 
 try:
     run("1KiB")
-except edgemoe.OutOfBudget as error:  # says the smallest that works
+except edgemoe.OutOfBudget as error:  # names the smallest budget that works
     print(error)
     smallest = re.search(r"smallest that works is (\d+ MiB)", str(error))[1].replace(" ", "")
 assert (run(None) == run(smallest)).all()

@@ -1,4 +1,4 @@
-"""Holds a conversation of two turns, saves it, and goes on from the saved one.
+"""Holds a conversation of two turns: saves it after the first turn and continues from the file.
 
 python examples/conversation.py MODEL.moe
 """

@@ -1,4 +1,4 @@
-"""Compares the levels of one file: how often each predicts the same next token as the highest.
+"""Compares the levels of one file: how often each predicts the same next token as the highest level.
 
 python examples/levels.py MODEL.moe
 """

@@ -1,4 +1,4 @@
-"""Decodes with a loop of one's own: the likeliest token, but never the same one twice.
+"""Decodes with a custom loop: takes the likeliest token, but never the same token twice.
 
 python examples/own_loop.py MODEL.moe
 """

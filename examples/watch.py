@@ -1,4 +1,4 @@
-"""Counts which experts a prompt uses, with an observer that is told of every layer.
+"""Counts which experts a prompt uses, with an observer that is called for every layer.
 
 python examples/watch.py MODEL.moe
 """
