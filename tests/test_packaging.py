@@ -34,13 +34,33 @@ def test_users_get_the_types() -> None:
     assert (ROOT / "edgemoe" / "py.typed").is_file()
 
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
-LINKS = [(p.name, x) for p in PAGES for x in re.findall(r"\]\(([\w/.-]+)\)", p.read_text())]
+PAGES = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "csrc/README.md"]  # mkdocs checks docs/
+LINKS = [
+    (page, *link)
+    for page in PAGES
+    for link in re.findall(r"\]\(([\w/.-]+)(?:#([\w-]+))?\)", (ROOT / page).read_text())
+]
 
 
-@pytest.mark.parametrize(("page", "link"), LINKS)
-def test_what_a_text_links_to_exists(page: str, link: str) -> None:
-    assert (ROOT / link).exists()
+@pytest.mark.parametrize(("page", "link", "anchor"), LINKS)
+def test_what_a_text_links_to_exists(page: str, link: str, anchor: str) -> None:
+    path = (ROOT / page).parent / link
+    assert path.exists()
+    if anchor:
+        titles = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+        assert anchor in [re.sub(r"[^\w -]", "", t).lower().replace(" ", "-") for t in titles]
+
+
+SCRIPTS = {
+    (page.name, name)
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    for name in re.findall(r"\b((?:benchmarks|scripts|examples)/[\w/.-]*\w)", page.read_text())
+}
+
+
+@pytest.mark.parametrize(("page", "name"), sorted(SCRIPTS))
+def test_a_script_that_a_text_names_exists(page: str, name: str) -> None:
+    assert (ROOT / name).exists()
 
 
 def test_the_version_is_said_in_one_place_and_has_its_notes() -> None:
