@@ -1,1 +1,1 @@
-"""What programs use: the engine, its budget, chats, traces, profiles, benchmarks."""
+"""The library that programs use: the engine, its memory budget, chats, traces, profiles and benchmarks."""

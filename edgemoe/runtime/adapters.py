@@ -1,8 +1,9 @@
-"""The adapters of an open model: by name, where their experts are, and the weights that are theirs alone.
+"""The adapters of an open model: their names, the places of their experts, and the weights that they do not share.
 
-An adapter's experts have places of their own in the one table of experts; which expert of its layer a token's adapter
-means by a number is looked up after its router has chosen. What adapters share with the model is there once. Dense
-tensors that an adapter has otherwise are resident beside the model's.
+The model and its adapters share one table of experts (`edgemoe.places`). An expert that an adapter changes has a place
+of its own in it. A router chooses experts by number; the number is then translated to a place, through the table of the
+token's adapter. What an adapter shares with the model is in memory once. Dense tensors that an adapter changes are
+resident beside the model's.
 """
 
 from __future__ import annotations
@@ -33,19 +34,20 @@ NO_ADAPTER = "none"
 _NAME = re.compile(r"[A-Za-z0-9_-][\w.-]{0,63}", re.ASCII)
 
 _PLACE_BYTES = 128
-"""What a cache's books take for each place of an expert; those of the model's own are in what a process grows by."""
+"""Bookkeeping of the cache for each place that adapters add; the model's own places are counted in the growth of the
+process (`Budget.growth`)."""
 
 Weights = Mapping[str, Weight]
 
 
 def named_adapters(given: object) -> dict[str, str]:
-    """Returns files of adapters by name: a file's own is that of the file, without its ending.
+    """Returns the paths of adapters by name. Without a given name, an adapter is called like its file, without `.moea`.
 
     Args:
-        given: a path, several, or a mapping of names to paths.
+        given: one path, a list of paths, or a mapping of names to paths.
 
     Raises:
-        ValueError: a name is none, or there twice, or there are too many.
+        ValueError: a name is not valid or is given twice, or there are too many adapters.
     """
     if given is None:
         return {}
@@ -71,7 +73,7 @@ def named_adapters(given: object) -> dict[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class Adapters:
-    """Is all of them; the model alone has number 0."""
+    """All adapters of a model, numbered from 1 in the order in which they were given; 0 is the model alone."""
 
     names: tuple[str, ...] = ()
     files: tuple[AdapterFile, ...] = ()
@@ -79,10 +81,10 @@ class Adapters:
 
     @classmethod
     def open(cls, moe: MoeFile, given: Mapping[str, str]) -> tuple[MoeFile, Adapters]:
-        """Opens adapters, and returns the model with their experts in its table.
+        """Opens adapters, and returns the model with their experts added to its table, and the adapters.
 
         Raises:
-            FormatError: one is not sound, or of another model.
+            FormatError: an adapter is not sound, or belongs to another model.
         """
         if not given:
             return moe, cls()
@@ -94,7 +96,7 @@ class Adapters:
         """Returns an adapter's number; 0 for None and `NO_ADAPTER`.
 
         Raises:
-            ValueError: there is none of that name.
+            ValueError: no adapter has that name.
         """
         if name is None or name == NO_ADAPTER:
             return 0
@@ -104,24 +106,35 @@ class Adapters:
         return self.names.index(name) + 1
 
     def told(self, sections: dict[str, bytes]) -> dict[str, bytes]:
-        """Returns what of a file's sections schedulers are told, which beside adapters decide by none of them."""
+        """Returns the file's sections that schedulers may use: none with adapters, as the sections are of the model."""
         return {} if self.names else sections
 
     @property
     def variants(self) -> tuple[int, ...]:
-        """With which set of weights each computes, by number: 0 is the model's, then come those that `load` returns."""
+        """The set of dense weights that each adapter computes with, by its number.
+
+        Set 0 is the model's; the others are those that `load` returns, in order. An adapter without dense tensors of
+        its own computes with set 0.
+        """
         sets = accumulate(bool(file.dense) for file in self.files)
         return (0, *(n if f.dense else 0 for f, n in zip(self.files, sets, strict=True)))
 
     def beside(self, level: int, hidden: int) -> tuple[int, int]:
-        """Returns what they take beside experts, as `Budget.divide` takes it; `hidden` is the model's width."""
+        """Returns the bytes that adapters take apart from experts: of dense weights, and of scratch for each token.
+
+        See `beside` of `Budget.divide`.
+
+        Args:
+            level: how many rungs of dense matrices are used.
+            hidden: the model's width, D.
+        """
         if self.places is None:
             return 0, 0
-        # Hidden states: passes with other weights bring them one after the other.
+        # Sets of weights run one after the other (`Model._pass`); their hidden states, float32 [T, D], are gathered.
         return self._dense_bytes(level), 4 * hidden if any(self.variants) else 0
 
     def _dense_bytes(self, level: int) -> int:
-        """Returns the memory of what `load` and `widen_biases` add to a model's weights, and of further places."""
+        """Returns the bytes of what `load` and `widen_biases` add to a model's weights, and of the added places."""
         own = sum(tensors_bytes(file, file.dense, level) for file in self.files)
         return (
             own
@@ -138,11 +151,13 @@ class Adapters:
         return 4 * width * int(layers * places)
 
     def load(self, weights: Weights, level: int, *, verify: bool) -> list[Weights]:
-        """Returns the weights of each number whose dense ones are not the model's, which shares with it what it can.
+        """Returns a set of weights for each adapter that has dense tensors of its own; see `variants`.
+
+        A set holds all dense weights by name. Those that the adapter does not change are the model's own objects.
 
         Args:
-            weights: of the model, with biases as `widen_biases` leaves them.
-            level: rungs of the matrices.
+            weights: the model's, with biases as `widen_biases` leaves them.
+            level: how many rungs of the matrices are used.
 
         Raises:
             FormatError: a checksum does not match.
@@ -161,7 +176,7 @@ class Adapters:
         return out
 
     def widen_biases(self, weights: dict[str, Weight], *, verify: bool) -> None:
-        """Gives the biases of experts a row for each place, in place."""
+        """Extends the biases of experts, in place, to a row for each place of a layer instead of each expert."""
         places = self.places
         if places is None or not self.files[0].config.expert_bias:
             return
@@ -185,7 +200,10 @@ class Adapters:
 
 
 def _apart(moe: MoeFile, adapter: AdapterFile) -> NDArray[np.bool_]:
-    """Returns which experts have other biases than the model's, [layers, E]."""
+    """Returns which experts have biases that differ from the model's, [layers, E].
+
+    Such an expert needs a place of its own even where its matrices are the model's.
+    """
     out = np.zeros((len(moe.config.moe_layers), moe.config.num_experts), np.bool_)
     names = [name for name in adapter.tensors if name not in adapter.dense]
     mine = load_tensors(moe, names, 1, verify=True)

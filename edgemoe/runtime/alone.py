@@ -1,4 +1,4 @@
-"""One caller at a time: who may compute with what an engine has."""
+"""Exclusive use of an engine: one caller at a time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Alone"]
 
 
 class Alone:
-    """Keeps other threads and other processes out while one caller computes."""
+    """A lock that keeps other threads and other processes out while one caller computes."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
@@ -20,15 +20,15 @@ class Alone:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether another process asks than the one that made it: a child after a fork."""
+        """Whether the calling process is not the one that made the lock: it is a child after a fork."""
         return os.getpid() != self._pid
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[None]:
-        """Is the caller's turn; others are refused at once.
+        """Holds the lock within a `with` block; a second caller is refused at once and does not wait.
 
         Raises:
-            RuntimeError: another thread has it, or it belongs to another process.
+            RuntimeError: another thread holds it, or it belongs to another process.
         """
         if self.is_foreign:
             raise RuntimeError("the engine belongs to the process that opened it")
@@ -43,10 +43,10 @@ class Alone:
 
     @contextlib.contextmanager
     def last(self) -> Iterator[None]:
-        """Is the turn of who closes: waits for the others.
+        """Holds the lock to close the engine: unlike `hold`, waits for the thread that has it.
 
         Raises:
-            RuntimeError: the caller is called by who has it.
+            RuntimeError: this thread has it already, so that waiting would never end.
         """
         if self._owner == threading.get_ident():
             raise RuntimeError("the engine cannot be closed by what it calls")

@@ -1,10 +1,10 @@
-"""Runs the requests of many on one model: continuous batching.
+"""Continuous batching: many requests on one model.
 
-Each pass goes over one new token of every reply and, in what room the chunk has left, over the next tokens of prompts.
-So the experts that a layer needs are read once for all, and nobody's reply stands still for longer than a chunk. What a
-token's neighbours are does not matter: a reply has the bits, and with a seed the words, that it has alone.
+Each pass computes one new token of every running reply. Prompts get the rest of the chunk. So the experts that a layer
+needs are read once for all sequences, and no reply waits longer than one chunk for its next token. The other tokens of
+a batch do not change a result: a reply has the same bits, and with a seed the same words, as when it runs alone.
 
-`Batcher.step` is called on one thread; requests may come from any.
+`Batcher.step` is called on one thread; requests may be submitted on any thread.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _T = TypeVar("_T")
 
 
 class QueueFull(EdgemoeError):
-    """Says that too many requests wait already."""
+    """The error of a request that is refused because too many are waiting already."""
 
 
 class Batcher:
-    """Owns all sequences of a model, and gives them to requests."""
+    """The owner of all sequences of a model, which gives them to requests."""
 
     def __init__(
         self,
@@ -55,10 +55,10 @@ class Batcher:
         """Takes all states that the model has room for.
 
         Args:
-            model: opened for as many sequences as shall run at once.
+            model: opened for as many sequences as may run at once (`EngineOptions.sequences`).
             eos_ids: tokens that end a reply.
-            most_waiting: requests beyond these are refused.
-            prefixes: where what sequences lose is kept; None for nowhere.
+            most_waiting: how many requests may wait; more are refused.
+            prefixes: keeps the tokens and states that sequences give up to other prompts; None keeps nothing.
         """
         self._model, self._eos, self._most_waiting = model, frozenset(eos_ids), most_waiting
         self._prefixes = prefixes
@@ -71,14 +71,14 @@ class Batcher:
         self._ending: Exception | None = None
         self._errands = Errands(self._changed)
         self.computed = self.made = 0
-        """Tokens of prompts that were computed so far, and tokens of replies; any thread may look."""
+        """Prompt tokens computed so far, and reply tokens made so far; any thread may read them."""
         self.views: tuple[SlotView, ...] = ()
-        """What each sequence does: replaced as a whole after each pass."""
+        """What each sequence is doing. Replaced as a whole after each pass; any thread may read it."""
         self._look()
 
     @property
     def waiting(self) -> int:
-        """Requests that have not begun."""
+        """How many requests have not begun."""
         return len(self._waiting)
 
     def running(self) -> list[Request]:
@@ -87,11 +87,11 @@ class Batcher:
         return [request for request in found if request is not None]
 
     def submit(self, request: Request) -> None:
-        """Takes a request on any thread.
+        """Queues a request. May be called on any thread.
 
         Raises:
             ValueError: no tokens, too many, or one outside the vocabulary.
-            QueueFull: too many wait; nothing is changed.
+            QueueFull: too many requests are waiting; this one is not queued.
             RuntimeError: the batcher has ended.
         """
         context = self._model.budget.context
@@ -109,27 +109,29 @@ class Batcher:
             self._changed.notify()
 
     def change(self, **wanted: Any) -> Future[None]:
-        """Changes the model before the next pass; see `edgemoe.runtime.change`. Any thread may ask.
+        """Changes the model before the next pass; see `edgemoe.runtime.change`. May be called on any thread.
 
-        Replies that run go on: what was computed for them is computed again, so that each further token is the one that
-        the changed model gives for the text before it. A prompt that is scored is finished before.
+        Running replies go on. Where the change affects answers, what was computed for them is computed again, so that
+        each further token is the one that the changed model gives for the text before it. A prompt whose
+        log-probabilities are being computed is finished first.
 
         Returns:
-            Is done when it is so; raises ValueError for what cannot be, and RuntimeError when the batcher has ended.
+            A future that is done when the change is. It raises ValueError where the change is impossible, and
+            RuntimeError when the batcher has ended.
         """
         return self._errands.add(lambda: self._change(wanted), when=self._can_change)
 
     def with_slot(self, number: int, use: Callable[[SequenceState], _T]) -> Future[_T]:
-        """Does something with what a sequence holds, once no request has it. Any thread may ask.
+        """Calls `use` with the state of a sequence as soon as no request has it. May be called on any thread.
 
         Returns:
-            What `use` does, errors too; raises RuntimeError when the batcher has ended.
+            A future of what `use` returns or raises. It raises RuntimeError when the batcher has ended.
         """
         slot = self._slots[number]
         return self._errands.add(lambda: use(slot.state), when=lambda: slot.request is None)
 
     def _can_change(self) -> bool:
-        """Returns whether no prompt is scored, whose parts have to be of one model."""
+        """Returns whether no prompt is being scored: all its log-probabilities have to come from one model."""
         busy = [(slot, slot.request) for slot in self._slots if slot.request is not None]
         return not any(r.prompt_logprobs is not None and slot.is_filling for slot, r in busy)
 
@@ -154,7 +156,7 @@ class Batcher:
             self._changed.notify()
 
     def step(self) -> bool:
-        """Runs one pass for whoever is there; returns whether there was something to do."""
+        """Runs one pass for all requests that have a sequence; returns whether there was something to compute."""
         self._errands.run()
         self._drop_cancelled()
         self._admit()
@@ -165,7 +167,7 @@ class Batcher:
         return bool(parts)
 
     def end(self, error: Exception) -> None:
-        """Ends all requests with an error, those that wait too; takes no others from now on."""
+        """Ends all requests with an error, including those that wait, and refuses new ones from now on."""
         with self._changed:
             self._ending = error
             waiting, self._waiting = list(self._waiting), deque()
@@ -178,11 +180,11 @@ class Batcher:
         self._look()
 
     def rest(self) -> None:
-        """Gives back what experts take, until there is something to do. Not beside `step`."""
+        """Gives the experts' memory back to the system until the next pass. Not to be called during `step`."""
         self._model.room.rest()
 
     def save(self) -> None:
-        """Saves what all sequences hold, where there is a place for it. Not beside `step`."""
+        """Saves what all sequences hold, if prefixes are kept. Not to be called during `step`."""
         if self._prefixes is not None:
             for slot in self._slots:
                 self._prefixes.save(slot.state)
@@ -201,7 +203,7 @@ class Batcher:
             self._refuse(request, tokens, "cancelled")
 
     def _admit(self) -> None:
-        """Gives idle sequences to those who wait, in the order in which they came; some want a certain one."""
+        """Gives idle sequences to waiting requests, first come, first served; some ask for a particular sequence."""
         if not self._waiting:
             return
         with self._changed:
@@ -223,11 +225,14 @@ class Batcher:
                 shared = self._prefixes.exchange(slot.state, tokens, shared, most, adapter)
             slot.state.use(adapter)
             slot.start(request, tokens, slot.state.rewind(shared), self._model.counters)
-            with self._changed:  # now that it has a sequence: whatever fails, somebody ends it
+            with self._changed:  # only now: if anything above fails, `end` still finds the request
                 self._waiting.remove(item)
 
     def _parts(self) -> list[tuple[Slot, NDArray[np.int32]]]:
-        """Returns who gets how many tokens into the next pass: prompts first, so that wanted rows are neighbours."""
+        """Returns the tokens that each sequence contributes to the next pass, replies last.
+
+        In this order the rows whose logits are wanted are mostly adjacent, and `_runs` computes them together.
+        """
         busy = [slot for slot in self._slots if slot.request is not None]
         for slot in busy:
             if slot.state.is_dirty:
@@ -247,7 +252,7 @@ class Batcher:
         return parts
 
     def _advance(self, parts: list[tuple[Slot, NDArray[np.int32]]]) -> None:
-        """Runs a pass. Where it fails each goes on alone, so that only those fail who need what cannot be read."""
+        """Runs a pass. If it fails, each sequence is tried alone, so that only those that need unreadable data fail."""
         batch = Batch.of(*((slot.state, ids) for slot, ids in parts))
         batch.is_cancelled = _given_up(
             [s for s, _ in parts if s.is_filling] or [s for s, _ in parts]
@@ -257,7 +262,7 @@ class Batcher:
         except Cancelled:
             return
         except DeviceLost:
-            raise  # no other request will fare better
+            raise  # every other request would fail too
         except (EdgemoeError, ValueError) as error:
             if len(parts) == 1:
                 self._finish(parts[0][0], "error", error)
@@ -290,7 +295,13 @@ class Batcher:
                 self._reply(slot, row)
 
     def _score(self, slot: Slot, hidden: NDArray[np.float32]) -> None:
-        """Tells the log-probabilities of the prompt's tokens that follow rows of a pass, a few rows at a time."""
+        """Passes on the log-probabilities of the prompt's tokens, as far as a pass has come.
+
+        A row scores the token that follows it. Only a few rows are done at a time, as logits take V floats a row.
+
+        Args:
+            hidden: the pass's hidden states of this sequence, [T, D].
+        """
         request = slot.request
         assert request is not None
         assert request.prompt_logprobs is not None
@@ -304,7 +315,7 @@ class Batcher:
             request.prompt_logprobs(token_logprobs(out, tokens, request.top or 0))
 
     def _reply(self, slot: Slot, row: NDArray[np.float32]) -> None:
-        """Chooses the next token of a reply by its logits."""
+        """Samples the next token of a reply from its logits, `row` [V]."""
         request, state = slot.request, slot.state
         assert request is not None
         if slot.made == 0:
@@ -326,7 +337,7 @@ class Batcher:
             if request.top is not None:
                 said = token_logprobs(row[None], [token], request.top)[0]
             goes_on = request.take(token, said)
-        except Exception as error:  # of one request, whatever it is
+        except Exception as error:  # whatever it is, it ends one request and not the batcher
             self._finish(slot, "error", error)
             return
         slot.tokens.append(token)
@@ -343,7 +354,7 @@ class Batcher:
         error: Exception | None = None,
         row: NDArray[np.float32] | None = None,
     ) -> None:
-        """Ends a slot's request; `row` are its last logits."""
+        """Ends a slot's request; `row` [V] are its last logits, if there are any."""
         request = slot.request
         assert request is not None
         logits_hash = "" if row is None else f"{_core.crc32c(row):08x}"
@@ -378,11 +389,11 @@ class Batcher:
 
 
 def _given_up(slots: list[Slot]) -> Callable[[], bool]:
-    """Returns what says whether nobody waits for these any more; it is asked before each layer."""
+    """Returns a function that says whether all of these requests were cancelled; it is called before each layer."""
     wanted = [slot.request for slot in slots if slot.request is not None]
 
     def ask() -> bool:
-        while wanted and wanted[-1].is_cancelled:  # who has left does not come back: one is asked
+        while wanted and wanted[-1].is_cancelled:  # cancelled for good: mostly one is asked
             wanted.pop()
         return not wanted
 
@@ -390,7 +401,7 @@ def _given_up(slots: list[Slot]) -> Callable[[], bool]:
 
 
 def _runs(rows: list[tuple[int, Slot]], model: Model) -> list[list[tuple[int, Slot]]]:
-    """Returns rows in runs of neighbours, whose logits are computed together, with one set of weights."""
+    """Returns rows grouped into runs of adjacent ones with the same weights; a run's logits are computed at once."""
     runs: list[list[tuple[int, Slot]]] = []
     variant = 0
     for row in rows:

@@ -1,4 +1,4 @@
-"""Measures speed as llama-bench does: prompts and single tokens, repeated, each beside the machine's roof."""
+"""Speed, measured as llama-bench does: prompts and single tokens, repeated, each beside the machine's bandwidths."""
 
 from __future__ import annotations
 
@@ -26,47 +26,52 @@ _MARGIN_BYTES = 16 << 20  # stacks of the threads that read, page tables
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roof:
-    """Says what memory and disk can do, and a device if there is one, in bytes per second."""
+    """The bandwidths that bound speed: of memory, of the disk, and of a device if there is one, in bytes per second."""
 
     memory: float
     disk: float
     vram: float = 0.0
-    """Reads and writes of a device's memory."""
+    """Reads and writes within a device's memory; 0 without a device."""
     link: float = 0.0
-    """Copies from pinned memory to a device."""
+    """Copies from pinned host memory to a device; 0 without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """Is one test over all its repetitions."""
+    """The figures of one test over all its repetitions."""
 
     test: str
-    """"pp512" or "tg128", with "@ d1024" after it for tokens that were there before."""
+    """The name, as in llama-bench: "pp512" for a prompt of 512 tokens, "tg128" for 128 single tokens; with "@ d1024"
+    after it when 1,024 tokens were in the context before."""
     rates: tuple[float, ...]
     """Tokens per second of each repetition."""
     hit_rate: float
     read_per_token: float
-    """Bytes."""
+    """Bytes read from disk for each token."""
     read_rate: float
-    """Bytes per second while reading."""
+    """Bytes per second while at least one read was in flight."""
     memory_roofs: tuple[float, float]
-    """Bytes per second that the same threads read of the experts in memory, just before the test and just after."""
+    """Bytes per second at which the same threads read the experts in memory, just before the test and just after."""
     used_per_token: float
-    """Bytes of weights, keys and values that computing one token reads; 0 where it depends on the batch."""
+    """Bytes of weights, keys and values that computing one token reads from memory; 0 for prompts, where it depends on
+    the batch."""
     wait_share: float
-    """Share of the time in which computing stood still for reads."""
+    """Share of the time in which computing stalled on reads."""
     average_bits: float
+    """The mean of the experts that ran, in the last call."""
     peak_bytes: int
+    """The process's highest resident memory."""
     logits_hash: str
+    """CRC-32C of the last logits; see `Stats.logits_hash`."""
 
     @property
     def rate(self) -> float:
-        """Returns the median of the rates."""
+        """The median of the rates, in tokens per second."""
         return statistics.median(self.rates)
 
     @property
     def deviation(self) -> float:
-        """Returns the standard deviation of the rates."""
+        """The standard deviation of the rates; 0 for a single repetition."""
         return statistics.stdev(self.rates) if len(self.rates) > 1 else 0.0
 
 
@@ -80,9 +85,16 @@ def roof(
     plug_in: str | os.PathLike[str] | None = None,
     seconds: float = 1.0,
 ) -> Roof:
-    """Measures memory with `threads` threads, and the disk with reads like the cache's for about `seconds`.
+    """Measures the bandwidths of memory, disk and device. To be called before an engine is opened.
 
-    Before an engine is opened, with the memory that it will have: `ram` bytes for the process, None for what is free.
+    Args:
+        path: the `.moe` file. The disk is measured with reads of its experts, like the cache's.
+        bits: the level whose experts are read; None for the highest.
+        threads: that read memory; None for the machine's cores.
+        ram: bytes that the process will have, which the measurement keeps to; None for what is free.
+        device: as in `EngineOptions`.
+        plug_in: likewise.
+        seconds: about how long the disk is measured.
     """
     moe = open_moe(path)
     total = default_ram() if ram is None else ram
@@ -95,16 +107,16 @@ def roof(
         disk=disk_rate(moe, moe.level(bits), seconds=seconds, room=room),
     )
     hardware.trim()
-    hardware.forget_peak()  # the engine's is reported
+    hardware.forget_peak()  # the peak that is reported later is the engine's alone
     return best
 
 
 def _device_rates(name: DeviceName, plug_in: str | os.PathLike[str] | None) -> tuple[float, float]:
-    """Returns the bytes per second of a device's link and of its memory; nothing of the processor's."""
+    """Returns the bytes per second of a device's link and of its memory; zeros for the processor."""
     if name.ordinal is None:
         return 0.0, 0.0
     device = open_device(name, None, plug_in)
-    # More than what a device keeps at hand of its memory, where there is room for it.
+    # More than the device's caches hold, where there is room for it.
     return device.measure(min(_DEVICE_BYTES, device.info["free_bytes"] // 4))
 
 
@@ -117,26 +129,28 @@ def measure(
     repetitions: int = 5,
     seed: int = 1,
 ) -> Iterator[Result]:
-    """Yields a result per test, after one unmeasured repetition of each. Where all experts fit, all are there before.
+    """Yields a result per test, each after one repetition that is not measured.
+
+    If all experts fit in memory, all are loaded first. Tokens are drawn at random, as in llama-bench.
 
     Args:
         prompts: lengths of prompts, evaluated in chunks.
-        generations: numbers of single tokens.
-        depths: tokens that are in the context before; each test is run at each.
-
-    Tokens are drawn at random, as in llama-bench; the same `seed` gives the same ones.
+        generations: numbers of single tokens, computed one after another.
+        depths: tokens that are in the context before a test; each test runs at each depth.
+        repetitions: measured runs of each test.
+        seed: of the random tokens; the same seed gives the same tokens.
 
     Raises:
-        ValueError: a test does not fit the engine's context, or there is nothing to repeat.
+        ValueError: a test does not fit the engine's context, or `repetitions` is less than 1.
     """
     if repetitions < 1:
         raise ValueError(f"repetitions: expected at least 1, got {repetitions}")
     if engine.budget.slots >= engine.budget.experts:
-        # Else tokens would meet some for the first time while they are timed.
+        # Otherwise some experts would be read for the first time during a timed run.
         model = engine.model
         places = model.adapters.places
         every = np.arange(model.top_bits.size, dtype=np.int32)
-        if places is not None:  # some are nobody's
+        if places is not None:  # not every place has an expert
             every = every[places.names.reshape(-1) >= 0]
         model.store.load(every, model.top_bits[every])
     rng = np.random.default_rng(seed)
@@ -161,7 +175,7 @@ def _run(
 ) -> Result:
     engine.logits(
         rng.integers(0, engine.config.vocab_size, 1), last_only=True
-    )  # some experts are there
+    )  # loads some experts, which `read_rate` reads
     roof_before = engine.model.store.read_rate(engine.threads)
     rates: list[float] = []
     total_s, did = 0.0, dict.fromkeys(("hits", "misses", "bytes_read", "read_s", "wait_s"), 0.0)
@@ -183,7 +197,7 @@ def _run(
                 engine.extend(tokens)
         seconds = time.perf_counter() - start
         after = engine.model.counters.store
-        if repetition:  # the first one warms caches
+        if repetition:  # the first warms the caches and is not counted
             rates.append(count / seconds)
             total_s += seconds
             for figure in did:

@@ -1,4 +1,4 @@
-"""Divides the memory budget: what must be resident, what the context takes, and what is left for expert slots."""
+"""The division of the memory budget: what must be resident, what the context takes, and what is left for experts."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from edgemoe.store import all_expert_bytes, dense_bytes, expert_bytes, looked_up
 
 __all__ = ["Budget", "default_ram", "parse_size"]
 
-# What a process grows by from its opening to the end of its first reply: code that is mapped when it is first run,
-# stacks, the interpreter; and what a chat template may take for a moment (`Meter.most_bytes`).
+# What a process grows by from the opening of a model to the end of its first reply: code that is mapped when it first
+# runs, stacks and the interpreter (8 MiB); and what rendering a chat template may take (12 MiB, `Meter.most_bytes`).
 _GROWTH_BYTES = (8 << 20) + (12 << 20)
 
-# Float64 and index arrays of a sampler that keeps the whole vocabulary, as bytes for each token.
+# Float64 and index arrays of a sampler that keeps the whole vocabulary: bytes for each token of the vocabulary.
 _SAMPLER_BYTES = 33
 
-# What the resident size of a process differs by from run to run, and from one time that it is measured to the next.
+# How much the resident size of a process varies from run to run, and from one measurement to the next.
 _JITTER_BYTES = 1 << 20
 
-# Bytes for each of page tables: eight for every 4 KiB, and a little for the levels above.
+# One byte of page tables for so many bytes of memory: 8 bytes for every 4 KiB (1 in 512), and the levels above.
 _PER_TABLE = 480
 
-# A layer's state from this size on is resident as soon as it is made; see `Mixer.state_bytes`.
+# A layer's state of this size or larger is resident as soon as it is made; see `Mixer.state_bytes`.
 _HUGE_STATE_BYTES = 4 << 20
 
 _SIZE = re.compile(r"([0-9]+\.?[0-9]*|\.[0-9]+) *([KMGT]?)(?:iB|B)?", re.IGNORECASE | re.ASCII)
@@ -77,13 +77,20 @@ def parse_size(text: str | int) -> int:
 
 
 def default_ram() -> int:
-    """Returns what this process may take in all when the user set nothing: what is free, less a margin."""
+    """Returns the bytes that this process may take in all when the user sets no limit.
+
+    That is what it has and what is free, less a margin: a tenth of what is free, and at least 256 MiB or, on a small
+    machine, a quarter of it.
+    """
     free = hardware.available_bytes()
     return hardware.process_bytes() + free - max(free // 10, min(256 << 20, free // 4))
 
 
 class _States:
-    """Says what the layers of a sequence take of the host's memory."""
+    """The host memory that the layers of one sequence take, as a function of the context and the chunk.
+
+    With a device, only the layers that the host runs count.
+    """
 
     def __init__(
         self, config: ModelConfig, kv_types: KvTypes, hosted: Iterable[int] | None
@@ -92,16 +99,17 @@ class _States:
         self._hosted = None if hosted is None else tuple(hosted)
         first, second = (self._layers(n * KV_STEP, n * KV_STEP) for n in (1, 2))
         self._steps = [b - a for a, b in zip(first, second, strict=True)]
-        self._same = [a - n for a, n in zip(first, self._steps, strict=True)]  # at every length
+        self._same = [a - n for a, n in zip(first, self._steps, strict=True)]  # at any context
 
     def total(self, context: int, chunk: int) -> int:
-        """Returns the bytes of all of them."""
+        """Returns the bytes of all layers together."""
         return sum(self._layers(context, chunk))
 
     def growth(self, context: int, chunk: int) -> dict[str, int]:
-        """Returns what of it is there at once and what comes with positions, as fields of `Budget`."""
+        """Returns what a new sequence takes at once and what each position adds, as fields of `Budget`."""
         layers = self._layers(context, chunk)
-        growing = self._layers(context, context)  # what a shorter chunk makes smaller is at once
+        # A layer whose state a shorter chunk makes smaller is resident at once.
+        growing = self._layers(context, context)
         small = [
             n < _HUGE_STATE_BYTES and n == most for n, most in zip(layers, growing, strict=True)
         ]
@@ -119,46 +127,50 @@ class _States:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Is a division of `ram` bytes; all fields in bytes but the two counts."""
+    """A division of `ram` bytes. All fields are bytes, except `sequences`, `context`, `chunk` and `is_shared`."""
 
     ram: int
+    """The whole budget: the process and the engine together."""
     process: int
-    """What the process takes that is not the engine's."""
+    """What the process takes apart from the engine."""
     growth: int
-    """What it will grow by until it has made a reply, and what sampling takes for a moment."""
+    """What the process will grow by until it has made a reply, and what sampling takes while it runs."""
     tables: int
-    """Page tables of all of it."""
+    """Page tables for `ram` bytes."""
     dense: int
+    """Resident weights: all but the routed experts, those of adapters included. With a device, the host's part."""
     active_dense: int
-    """Of `dense`, what computing one token reads: all but the embedding, unless that is also the head."""
+    """Dense weights of the model that computing a token reads: all but the embedding, unless it is also the head."""
     sequences: int
-    """How many `kv` is for."""
+    """How many sequences `kv` is for."""
     kv: int
+    """The states of all sequences with a full context: keys and values, and what recurrent layers remember."""
     kv_at_once: int
-    """Of a sequence's, what it takes as soon as it is made."""
+    """The part of one sequence's state that is resident as soon as it is made."""
     kv_step: int
-    """Of a sequence's, what every 32 positions take beside that."""
+    """What every 32 positions (`KV_STEP`) of one sequence add to `kv_at_once`."""
     kv_edges: int
-    """What pages that are filled in part may add to that."""
+    """What pages that are filled in part may add to that, for one sequence."""
     scratch: int
+    """Activations of a pass over `chunk` tokens."""
     row: int
-    """Of `scratch`, what each token of a chunk takes."""
+    """The part of `scratch` that each token of a chunk takes."""
     expert: int
-    """The largest expert, the least that can be resident."""
+    """The largest expert: the least that must be resident."""
     experts: int
-    """Every routed expert at the bits in use."""
+    """All routed experts at the bits in use."""
     context: int
-    """Positions."""
+    """Positions of each sequence, prompt and reply together."""
     chunk: int
-    """Tokens of a prompt that are computed at once."""
+    """Tokens of a prompt that are computed in one pass."""
     slack: int
-    """What must stay free however exactly the process is measured."""
+    """What must stay free even when the process has just been measured exactly."""
     device: int = 0
-    """What a device takes of the same memory, but for experts."""
+    """What a device that shares the host's memory takes of it, apart from experts."""
     is_shared: bool = False
-    """A device runs the experts where they lie: slots are taken at once, and all of them."""
+    """Whether a device runs the experts in host memory. Then the slots have their full size from the start."""
     fixed_slots: int | None = None
-    """What expert slots get whatever is left, in measurements; None for what is left."""
+    """What expert slots get in measurements, whatever is left; None for what is left."""
 
     @classmethod
     def divide(
@@ -179,24 +191,26 @@ class Budget:
         vram: Vram | None = None,
         beside: tuple[int, int] = (0, 0),
     ) -> Budget:
-        """Fits context and chunk into `ram`.
+        """Returns a division of `ram` with the context and the chunk that fit. All sizes are bytes.
 
         Args:
-            ram: for process and engine together.
-            process: what is taken already.
-            level: rungs of an expert.
-            context: positions that must fit; None for what fits well.
-            kv_types: how their keys and values are stored.
-            sequences: how many have a context each.
-            ops: the operations' shape but for chunk and context.
+            moe: the file.
+            ram: for the process and the engine together.
+            process: what the process takes already.
+            level: how many rungs of an expert are used.
+            dense_level: how many rungs of all other matrices are used.
+            context: positions that must fit; None for as many as fit well.
+            kv_types: how keys and values are stored.
+            ops: the shape of the operations; its chunk and context are replaced.
+            sequences: how many sequences have a context each.
             slots: what experts get, whatever is left; None for what is left.
-            opening: what the process has taken for a moment already.
-            outside: what of `process` the caller's budget does not count; errors leave it out.
-            vram: how a device's memory is divided, which has the context and most weights then.
+            opening: the peak of the process while it read the file, which `ram` must cover too.
+            outside: the part of `process` that the caller's budget does not count; error messages leave it out.
+            vram: how a device's memory is divided. The context and most weights are in it then, not in `ram`.
             beside: what adapters take: of dense weights, and of scratch for each token of a chunk.
 
         Raises:
-            OutOfBudget: says the smallest budget that works, and what takes the room.
+            OutOfBudget: nothing fits; says the smallest budget that works, and what takes the room.
         """
         config = moe.config
         expert = expert_bytes(moe, level)
@@ -238,7 +252,7 @@ class Budget:
 
     def _too_small(self, opening: int, outside: int) -> OutOfBudget:
         needed = self.fixed - self.tables + self.expert + _JITTER_BYTES
-        smallest = needed + needed // (_PER_TABLE - 1) + 1  # with the tables of as much
+        smallest = needed + needed // (_PER_TABLE - 1) + 1  # with its own page tables
         least = replace(self, tables=smallest // _PER_TABLE)
         read = f"; reading the tokenizer takes {_mib(opening)}" if opening > smallest else ""
         return OutOfBudget.of(
@@ -248,31 +262,31 @@ class Budget:
 
     @property
     def fixed(self) -> int:
-        """Everything but experts."""
+        """What everything but the experts takes."""
         own = self.process + self.growth + self.tables + self.dense + self.kv + self.scratch
         return own + self.device
 
     @property
     def room(self) -> int:
-        """What is left; negative when `ram` is too small."""
+        """What is left for experts; negative when `ram` is too small."""
         return self.ram - self.fixed
 
     @property
     def slots(self) -> int:
-        """What expert slots get for certain."""
+        """What expert slots are certain to have."""
         room = self.room if self.fixed_slots is None else self.fixed_slots
         return min(room, self.experts)
 
     @property
     def most_slots(self) -> int:
-        """What they may get as long as nothing else takes what is kept for it."""
+        """What expert slots may have while contexts and scratch do not use what is reserved for them."""
         if self.fixed_slots is not None or self.is_shared:
             return self.slots
         taken = self.process + self.tables + self.dense + self.sequences * self.kv_at_once
         return max(min(self.ram - taken, self.experts), self.slots)
 
     def kv_bytes(self, positions: int) -> int:
-        """Returns what a sequence's first positions take once they are stored, beside what was there at once."""
+        """Returns what the first `positions` of a sequence add to `kv_at_once` once they are stored."""
         if positions == 0:
             return 0
         late = self.kv // self.sequences - self.kv_at_once
@@ -280,11 +294,15 @@ class Budget:
 
     @property
     def kv_late(self) -> int:
-        """What a sequence may take after the position for which `kv_bytes` counted it."""
+        """What a sequence may take beyond `kv_bytes` of the last position that was counted."""
         return self.kv_step + self.kv_edges if self.kv_step else 0
 
     def parts(self, outside: int = 0) -> str:
-        """Returns what takes room that experts cannot have, and how much; `outside` is left out of the process's."""
+        """Returns text for an error: what takes room that experts cannot have, and how much of it.
+
+        Args:
+            outside: bytes that are left out of the process's.
+        """
         each = f"{self.sequences} times " if self.sequences > 1 else ""
         there = f", {_mib(self.device)} for what the device has" if self.device else ""
         return (
@@ -294,11 +312,11 @@ class Budget:
         )
 
 
-# Context and chunk may take an eighth each of what would else hold experts.
+# The context and the chunk may each take an eighth of what would otherwise hold experts.
 
 
 def _context_of(least: Budget, states: _States, config: ModelConfig) -> int:
-    """Returns the context that fits well, where the least one leaves some room."""
+    """Returns the context that fits well, given a division with the smallest context and chunk."""
     spare = least.room - least.expert
     return longest_context(
         least.context, min(DEFAULT_CONTEXT, config.context_length),
@@ -309,7 +327,12 @@ def _context_of(least: Budget, states: _States, config: ModelConfig) -> int:
 def _fitting(
     sized: Callable[[int, int], Budget], context: int, spare: int, most_chunk: int
 ) -> Budget:
-    """Returns the division with the longest chunk that fits well, where the least one leaves `spare` bytes."""
+    """Returns the division with the longest chunk that fits well.
+
+    Args:
+        sized: makes a division from a context and a chunk.
+        spare: bytes that the smallest context and chunk leave beside one expert.
+    """
     fits = (sized(context, chunk) for chunk in CHUNKS if chunk <= most_chunk)
     small = sized(context, CHUNKS[-1])
     limit = small.scratch + small.kv + spare // 8

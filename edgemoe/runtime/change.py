@@ -1,8 +1,8 @@
-"""Changes how an open model runs: bits, experts per token, scheduler. Between two passes; what is there stays.
+"""Changes to an open model, between two passes: bits, experts per token, the scheduler and its options.
 
-Fewer bits give memory back at once; more are read when they are wanted, only what is missing. Sequences stay. Where
-answers change, what layers hold of them is computed again, so that each token is the one that a model opened like this
-would give for the text before it.
+Fewer bits free memory at once. With more bits, only the missing part of an expert is read, when the expert is wanted.
+Sequences keep their tokens. If the change affects answers, the layers' states are computed again, so that each further
+token is the one that a model opened with the new options would give for the text before it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from edgemoe.scheduler import SCHEDULERS, SECTIONS, Scheduler
 __all__ = ["CHANGEABLE", "change"]
 
 CHANGEABLE = ("bits", "experts", "scheduler", "options")
-"""Fields of `EngineOptions` that can be changed."""
+"""The fields of `EngineOptions` that can be changed."""
 
 
 def change(model: Model, **wanted: Any) -> bool:
-    """Changes a model, on its thread and not in a pass; what is not named stays.
+    """Changes a model. To be called on the model's thread, and not during a pass.
 
     Args:
-        wanted: fields of `EngineOptions`, of CHANGEABLE.
+        wanted: new values of fields of `EngineOptions`, named in CHANGEABLE. The other options stay.
 
     Returns:
-        Whether answers may be others than before. What sequences hold is computed again then.
+        Whether answers may differ from now on. If so, what sequences hold is computed again.
 
     Raises:
-        ValueError: something cannot be changed, or not to this; the model is as it was.
-        FormatError: a section of the file does not fit the scheduler, or the file is another one now; likewise.
+        ValueError: the option cannot be changed, or not to this value; the model is as it was.
+        FormatError: a section of the file does not fit the scheduler, or the file was replaced; likewise.
     """
     for name in wanted:
         if name not in CHANGEABLE:
@@ -48,7 +48,7 @@ def change(model: Model, **wanted: Any) -> bool:
     if model.experts.observer is not None:
         raise ValueError("change: a trace is recorded, or somebody else observes")
     if wanted.get("scheduler", model.options.scheduler) != model.options.scheduler:
-        wanted.setdefault("options", {})  # those of the other one mean nothing to it
+        wanted.setdefault("options", {})  # the options of one scheduler mean nothing to another
     options: EngineOptions = replace(model.options, **wanted)
     sections = _sections(model)
     file = replace(model.moe, config=model.given, sections=sections)
@@ -83,7 +83,11 @@ def change(model: Model, **wanted: Any) -> bool:
 
 
 def _sections(model: Model) -> dict[str, bytes]:
-    """Returns what of the file schedulers decide by; experts make room for reading it."""
+    """Returns the sections of the file that schedulers use. Experts make room while it is read.
+
+    Raises:
+        FormatError: another file has its name now.
+    """
     if not model.sections_bytes:
         return {}
     model.room.lend(2 * model.sections_bytes)
@@ -100,7 +104,7 @@ def _too_much(name: str, got: int, most: int) -> ValueError:
 
 
 def _exchange(model: Model, scheduler: Scheduler, config: ModelConfig) -> None:
-    """Lets another scheduler decide, or raises and changes nothing."""
+    """Replaces the scheduler, and the config with its experts per token; an error changes nothing."""
     before, cache = model.experts.scheduler, model.store.cache
     model.experts.scheduler = scheduler
     try:

@@ -1,4 +1,4 @@
-"""A conversation: keeps the messages, asks the engine for a reply, streams its text."""
+"""A conversation with a model: its messages, and replies that are streamed as text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Message = dict[str, str]
 """{"role": "system" | "user" | "assistant", "content": text}, and "reasoning_content" where an assistant reasoned."""
 
 _SURELY_LONG = 8  # characters per token; text has about four
-_TEMPLATE_CHARACTERS = 4096  # of its own; what is too small then is the context, and is said to be
+_TEMPLATE_CHARACTERS = 4096  # that a template may add of its own; see `Chat._prompt`
 _LARGEST_CHAT = 64 << 20  # bytes of a saved conversation
 
 _ROLES = ("system", "user", "assistant")
@@ -34,7 +34,7 @@ _KEPT = ("role", "content", "reasoning_content")
 
 
 class TooLong(ValueError):
-    """Says that a conversation does not fit the context."""
+    """The error of a conversation that does not fit the context."""
 
 
 class TextEngine(Protocol):
@@ -46,14 +46,14 @@ class TextEngine(Protocol):
 
     @property
     def context(self) -> int:
-        """The most tokens that prompt and reply may have together."""
+        """The most tokens that a prompt and its reply may have together."""
 
     @property
     def sampling(self) -> SamplingParams:
         """How replies are sampled unless said otherwise."""
 
     def lend(self, size: int) -> None:
-        """Makes room for `size` bytes that are needed until the next `generate`."""
+        """Frees `size` bytes of the budget for the caller, until the next `generate`."""
 
     def generate(
         self, ids: Sequence[int], params: SamplingParams, *, constraint: Constraint | None = None
@@ -62,7 +62,7 @@ class TextEngine(Protocol):
 
 
 class _Reply:
-    """Takes one reply apart while it is made."""
+    """The parser of one reply, which separates text from reasoning while tokens arrive."""
 
     def __init__(self, chat: Chat, params: SamplingParams, prompt: str) -> None:
         shown = chat._reading.shown(tools=False) if chat._reasons else ()
@@ -72,14 +72,14 @@ class _Reply:
         self._texts = {"content": "", "reasoning": ""}
 
     def push(self, token: int) -> list[Piece]:
-        """Takes a token, and returns what is certain by now."""
+        """Takes a token, and returns the pieces that later tokens cannot change any more."""
         text = self.made.push(token)
         if self._parser is None:
             return [Piece("content", text)] if text else []
         return [e for e in self._parser.push(text) if isinstance(e, Piece)] if text else []
 
     def flush(self) -> list[Piece]:
-        """Ends the reply."""
+        """Ends the reply, and returns the pieces that were held back."""
         text = self.made.flush()
         if self._parser is None:
             return [Piece("content", text)] if text else []
@@ -87,7 +87,7 @@ class _Reply:
         return [e for e in joined(events) if isinstance(e, Piece)]
 
     def message(self, *pieces: Piece) -> Message:
-        """Returns the reply so far, with some more."""
+        """Adds pieces to the reply, and returns the reply so far as a message."""
         for piece in pieces:
             self._texts[piece.kind] += piece.text
         message = {"role": "assistant", "content": self._texts["content"]}
@@ -97,7 +97,7 @@ class _Reply:
 
 
 class Chat:
-    """Is one conversation with a model. One thread at a time, one reply at a time."""
+    """One conversation with a model. One thread at a time, and one reply at a time."""
 
     def __init__(
         self,
@@ -110,15 +110,15 @@ class Chat:
         """Starts an empty conversation.
 
         Args:
-            engine: makes the tokens; stays the caller's to close.
-            system: what the model is told before the conversation.
-            params: how replies are sampled; None for the model's settings. May be replaced between replies.
-            raw: use no chat template; the model continues the text. Always so where the model has
-                no template.
+            engine: generates the tokens. The caller still closes it.
+            system: the system message; None for none.
+            params: how replies are sampled; None for the model's settings. `Chat.params` may be replaced between
+                replies.
+            raw: use no chat template: the model continues the text. Always so if the model has no template.
 
         Raises:
             FormatError: the model has no tokenizer, or its chat template is broken.
-            ValueError: an argument is of the wrong kind.
+            ValueError: an argument is of the wrong type.
         """
         if engine.tokenizer is None:
             raise FormatError("chat: the model has no tokenizer, so that it takes ids only")
@@ -130,7 +130,7 @@ class Chat:
         self._engine = engine
         self._tokenizer: Tokenizer = engine.tokenizer
         self._is_raw = raw or not engine.tokenizer.has_chat_template
-        if not self._is_raw:  # takes memory for a moment, best before experts fill theirs
+        if not self._is_raw:  # parsing takes memory for a moment: now, before experts fill theirs
             engine.tokenizer.read_templates()
         self._system: list[Message] = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._system)
@@ -139,9 +139,9 @@ class Chat:
         self._reading = Reading(engine.tokenizer)
         self._reasons = not self._is_raw and self._reading.reasons
         self.variables: Mapping[str, Any] = {}
-        """Of the template, such as {"enable_thinking": False}."""
+        """Variables for the chat template, such as {"enable_thinking": False}."""
         self.constraint: Callable[[list[int]], Constraint] | None = None
-        """Makes what each reply keeps to, from its prompt's tokens."""
+        """Makes the constraint of each reply from the tokens of its prompt; None for none."""
 
     @property
     def messages(self) -> list[Message]:
@@ -150,37 +150,37 @@ class Chat:
 
     @property
     def is_raw(self) -> bool:
-        """Whether the model continues the text instead of answering turns."""
+        """Whether the model continues the text, without a chat template, instead of answering turns."""
         return self._is_raw
 
     @property
     def must_reason(self) -> bool:
-        """Whether the model reasons and its template reads no variable, enable_thinking, that ends it."""
+        """Whether the model reasons and its template has no variable `enable_thinking` to switch that off."""
         return self._reasons and "enable_thinking" not in self._tokenizer.chat_template
 
     @property
     def note(self) -> str:
-        """Why the model's own way to read its replies is not followed, "" where it is or there is none."""
+        """Why the model's own `response_template` is not followed; "" if it is, or if there is none."""
         return "" if self._is_raw else self._reading.note
 
     @property
     def finish(self) -> Literal["stop", "length", "context"] | None:
-        """Why the last reply ended, None while it runs or when it was interrupted.
+        """Why the last reply ended; None while it runs, or if it was interrupted.
 
-        "stop": the model ended it, or a stop text did; "length": `max_tokens`; "context": full.
+        "stop": the model or a stop text ended it; "length": it has `max_tokens`; "context": the context is full.
         """
         return self._finish
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """Yields the reply to `text` in pieces, as they are made; without its reasoning.
+        """Yields the reply to `text`, without its reasoning, in pieces as they are made.
 
-        What has been yielded is in `messages`, however the reply ends: closed half-way, an error,
-        Ctrl-C. A reply that ends before its first piece leaves the conversation as it was. A new
-        `say` closes the one before.
+        What has been yielded is in `messages`, however the reply ends: closed half-way, by an error, by Ctrl-C. A reply
+        that is interrupted before its first piece leaves the conversation as it was. A new `say` closes the reply
+        before it.
 
         Raises:
-            ValueError: `text` is no text, the conversation does not fit the context, or the template refuses it.
-                Like every error of the engine, at the first step and not at the call.
+            ValueError: `text` is not a string, the conversation does not fit the context (`TooLong`), or the template
+                refuses it. Apart from the type of `text`, errors are raised by the first step and not by the call.
         """
         return self._answer(self.pieces(text))
 
@@ -192,7 +192,7 @@ class Chat:
                     yield piece.text
 
     def pieces(self, text: str) -> Generator[Piece, None, None]:
-        """Yields what `say` does, and the reasoning before it, where the model marks it as such."""
+        """Yields the reply as `say` does, with its reasoning where the model marks it; see `Piece.kind`."""
         kind("say", text, str)
         self._close_reply()
         self._reply = self._say(text)
@@ -218,10 +218,10 @@ class Chat:
         return question
 
     def instruct(self, system: str) -> None:
-        """Replaces what the model is told before the conversation; empty for nothing.
+        """Replaces the system message; "" removes it.
 
         Raises:
-            ValueError: it is no text.
+            ValueError: `system` is not a string.
         """
         kind("system", system, str)
         self._close_reply()
@@ -230,12 +230,13 @@ class Chat:
         self._messages = [*self._system, *rest]
 
     def save(self, path: str | os.PathLike[str], *, is_private: bool = False) -> None:
-        """Writes the conversation to a JSON file, which is replaced as a whole or not at all, and keeps its mode.
+        """Writes the conversation to a JSON file: {"messages": [...]}.
 
-        A link leads to the file to replace. What is no regular file, such as a device, is written as it is.
+        An existing file is replaced as a whole or not at all, and keeps its mode. A symbolic link is followed. Anything
+        but a regular file, such as a device, is written to directly.
 
         Args:
-            is_private: only its owner may read a new file.
+            is_private: a new file can be read by its owner alone.
 
         Raises:
             OSError: the file cannot be written; its name is in the error.
@@ -249,7 +250,7 @@ class Chat:
 
         Raises:
             OSError: the file cannot be read.
-            FormatError: it is no saved conversation; this one stays as it was.
+            FormatError: the file is not a saved conversation; this one stays as it was.
         """
         messages = saved_messages(path)
         self._close_reply()
@@ -265,7 +266,7 @@ class Chat:
         count = 0
         # A file may name only the base model's end token, while turns end with another.
         ends = () if params.ignore_eos or self._is_raw else self._tokenizer.eos_ids
-        # Stop texts are looked for here, in the text as it is shown.
+        # `_Reply` looks for stop texts, in the text as it is shown.
         more = {} if self.constraint is None else {"constraint": self.constraint(ids)}
         generator = self._engine.generate(ids, replace(params, stop=()), **more)
         with contextlib.closing(generator):  # type: ignore[type-var]
@@ -291,7 +292,12 @@ class Chat:
         yield from rest
 
     def _prompt(self, messages: Sequence[Message]) -> tuple[list[int], str]:
-        """Returns a conversation's tokens and text."""
+        """Returns a conversation as the tokens and the text of a prompt.
+
+        Raises:
+            ValueError: the conversation is empty, or the template refuses it.
+            TooLong: it does not fit the context.
+        """
         self._check_length(messages)
         if self._is_raw:
             text = "".join(m["content"] for m in messages)
@@ -314,7 +320,7 @@ class Chat:
         return ids, text
 
     def _check_length(self, messages: Sequence[Message]) -> None:
-        """Refuses what is far too long before all of it is tokenized, which takes many times its memory."""
+        """Refuses a text that is far too long before it is tokenized, as that takes many times the text's memory."""
         text = "".join(m["content"] for m in messages)
         context = self._engine.context
         few = text[: _SURELY_LONG * context]
@@ -335,7 +341,7 @@ def saved_messages(path: str | os.PathLike[str]) -> list[Message]:
 
     Raises:
         OSError: the file cannot be read.
-        FormatError: it is no saved conversation.
+        FormatError: it is not a saved conversation.
     """
     source = path_of("path", path)
     is_other = source.exists() and not (source.is_file() or source.is_dir())

@@ -1,4 +1,4 @@
-"""How long contexts and the chunks of prompts are, where nobody says so."""
+"""Default lengths of contexts and of the chunks in which prompts are computed."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ __all__ = ["CHUNKS", "DEFAULT_CONTEXT", "KV_STEP", "SMALLEST_CONTEXT", "longest_
 DEFAULT_CONTEXT, SMALLEST_CONTEXT = 4096, 256
 CHUNKS = (512, 256, 128, 64, 32, 16)
 KV_STEP = 32
-"""Positions that a layer of keys and values grows by."""
+"""Positions by which a layer's keys and values grow."""
 
 
 def longest_context(least: int, most: int, room: int, taken: Callable[[int], int]) -> int:
-    """Returns for how many positions, from `least` to `most`, a sequence's state takes at most `room` bytes.
+    """Returns the longest context, from `least` to `most` positions, whose state takes at most `room` bytes.
 
     Args:
-        taken: says that for so many positions.
+        taken: returns the bytes of a sequence's state for a number of positions.
+
+    Returns:
+        `least` if not even that fits.
     """
     if most <= least or taken(most) <= room:
         return max(least, most)
-    # In steps of what the cache grows by, so that rounding takes no more than its share.
+    # In steps of KV_STEP, by which the state grows: no memory goes to positions that the context does not have.
     steps = range(least, most, KV_STEP)
     return steps[max(bisect_right(steps, room, key=taken) - 1, 0)]
