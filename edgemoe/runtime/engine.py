@@ -1,4 +1,4 @@
-"""The engine: one open model, one sequence, one budget."""
+"""The engine: one open model with one sequence, inside one memory budget."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def load(path: str | os.PathLike[str], **options: Any) -> Engine:
 
     Args:
         path: a `.moe` file.
-        options: the fields of `EngineOptions`, which says what they mean.
+        options: fields of `EngineOptions`, where each is described.
 
     Raises:
-        ValueError: an option is of the wrong kind or out of range.
+        ValueError: an option is of the wrong type or out of range.
         FormatError: the file is not a sound `.moe` file.
-        OutOfBudget: says the smallest budget that works.
+        OutOfBudget: the model does not fit; says the smallest budget that works.
         ReadError: the disk failed.
     """
     return Engine(path, EngineOptions(**options))
 
 
 class Engine:
-    """Runs one model inside one budget. One thread at a time; several engines can live in one process.
+    """One open model with one sequence, inside one memory budget. Also a context manager.
 
-    Also a context manager.
+    One thread at a time may use it. Several engines can live in one process.
     """
 
     def __init__(self, path: str | os.PathLike[str], options: EngineOptions) -> None:
@@ -66,11 +66,11 @@ class Engine:
         self.sampling_notes = text.notes
 
     sampling: SamplingParams
-    """How replies are sampled unless said otherwise: the model's own settings, or the defaults."""
+    """How replies are sampled by default: the model's own settings, or those of `SamplingParams`."""
     sampling_notes: tuple[str, ...]
-    """What of the model's own settings is not honoured, one line each."""
+    """The model's own sampling settings that are not honoured, one line each."""
     notes: tuple[str, ...]
-    """What the user chose that changes the answer, one line each; empty when exact."""
+    """The chosen options that change the answer, one line each; empty if the engine is exact."""
 
     def _describe(self, model: Model) -> None:
         self.options, self.config = model.options, model.config
@@ -78,7 +78,7 @@ class Engine:
 
     @property
     def model(self) -> Model:
-        """What runs: weights, store, scheduler.
+        """The model itself: weights, expert store, scheduler.
 
         Raises:
             ValueError: the engine is closed.
@@ -87,12 +87,12 @@ class Engine:
 
     @property
     def scheduler(self) -> Scheduler:
-        """Who decides."""
+        """The scheduler, which decides which experts are read when, and at how many bits."""
         return self.model.scheduler
 
     @property
     def context(self) -> int:
-        """Tokens of prompt and reply together."""
+        """The most tokens of a prompt and its reply together."""
         return self.budget.context
 
     @property
@@ -107,7 +107,7 @@ class Engine:
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that computing one token reads from memory, at the bits in use."""
+        """Bytes of weights that computing one token reads from memory, at the bits in use: the mean over experts."""
         return self.model.bytes_per_token
 
     def kv_bytes(self, length: int) -> int:
@@ -116,36 +116,36 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        """What the last call of `generate` or `logits` did, as of its last pass through the layers.
+        """What the last call of `generate`, `logits` or `extend` did, as of its last pass through the layers.
 
-        Any thread may ask at any time.
+        Any thread may read it at any time.
         """
         return self._held.meter.stats()
 
     @property
     def progress(self) -> tuple[int, int]:
-        """How many tokens of what is computed now are done, and how many there are; any thread may ask."""
+        """How many tokens of the current input are computed, and how many there are. Any thread may read it."""
         return self._held.meter.prompt_progress
 
     @property
     def source(self) -> Mapping[str, Any]:
-        """Where the weights came from, as the file says."""
+        """The origin of the weights, such as the checkpoint's name, as the file gives it."""
         return self.model.moe.source
 
     def logits(
         self, ids: abc.Sequence[int] | NDArray[np.integer[Any]], *, last_only: bool = False
     ) -> NDArray[np.float32]:
-        """Computes a new sequence from its start.
+        """Starts a new sequence and returns its logits.
 
-        With LongRoPE all positions have the frequencies of the sequence's length, as in transformers: the logits of
-        the first tokens depend on how many follow.
+        With LongRoPE, all positions are rotated at the frequencies for the sequence's length, as in transformers. Then
+        the logits of the first tokens depend on how many tokens follow.
 
         Args:
             ids: [T] tokens, T from 1 to `context`.
-            last_only: return the last position alone.
+            last_only: return the logits of the last position alone.
 
         Returns:
-            float32 [T, V], or [1, V]; the caller's own.
+            float32 [T, V], or [1, V] with `last_only`; a new array.
 
         Raises:
             ValueError: too many tokens, none, or one outside the vocabulary.
@@ -162,13 +162,14 @@ class Engine:
     def extend(
         self, ids: abc.Sequence[int] | NDArray[np.integer[Any]], *, last_only: bool = True
     ) -> NDArray[np.float32]:
-        """Adds tokens to the sequence of the last call and returns the logits of the last, float32 [1, V].
-
-        For decoding loops of one's own. The result is scratch, valid until the next call.
+        """Adds tokens to the sequence of the last call and returns the logits of the last one, for decoding loops.
 
         Args:
             ids: [T] tokens, at least one.
-            last_only: False for the logits of all of them, float32 [T, V]; the caller's own.
+            last_only: return the logits of the last position alone.
+
+        Returns:
+            float32 [1, V], which the next call overwrites; or, without `last_only`, a new array [T, V].
 
         Raises:
             ValueError: too many tokens, none, or one outside the vocabulary.
@@ -185,7 +186,7 @@ class Engine:
         return out
 
     def lend(self, size: int) -> None:
-        """Makes room for `size` bytes that the caller needs until the next call; experts have it back then."""
+        """Frees `size` bytes of the budget for the caller, until the next call; then experts may use them again."""
         size = whole("size", size, 0)
         with self._held.alone():
             self.model.room.lend(size)
@@ -196,34 +197,34 @@ class Engine:
     ) -> Iterator[int]:  # fmt: skip
         """Yields tokens as they are made, until an end token, a stop text, `max_tokens` or the end of the context.
 
-        The token that completes a stop text is the last.
-
-        What the sequence shares with the one before is not computed again; the result is the same, bit for bit.
+        An end token is not yielded; the token that completes a stop text is. The prefix that `ids` share with the
+        sequence of the last call is not computed again. The result is the same, bit for bit.
 
         Args:
             ids: [T] the prompt, T from 1 to `context` - 1.
             params: how to sample; None for `sampling`.
             constraint: says which tokens may come next; None for all.
-            is_cancelled: asked before each layer, of the prompt too; True ends the call with Cancelled.
+            is_cancelled: is called before each layer, of the prompt too; True ends the call with Cancelled.
 
         Raises:
             ValueError: too many tokens, none, or one outside the vocabulary; stop texts without a tokenizer.
+            RuntimeError: the engine is in use by another thread, or was used for something else since the last token.
             ReadError: the disk failed; the engine stays usable.
-            Cancelled: likewise, and what was computed is not computed again.
+            Cancelled: `is_cancelled` returned True; the engine stays usable, and keeps what was computed.
         """
         params = self.sampling if params is None else kind("params", params, SamplingParams)
         if not (is_cancelled is None or callable(is_cancelled)):
             raise ValueError(f"is_cancelled: expected a function, got {quoted(is_cancelled)}")
         if params.stop and self.tokenizer is None:
             raise ValueError("stop: expected no texts, as the model has no tokenizer")
-        _ = self.model  # or it says that it is closed
+        _ = self.model  # raises if the engine is closed
         tokens = self._tokens(ids)
         if len(tokens) >= self.context:
             raise ValueError(
                 f"a prompt of {len(tokens)} tokens does not fit a context of {self.context} with a reply"
             )
         with self._held.alone() as sequence:
-            # The last token is always computed, for its logits.
+            # The last token is always computed again, as its logits are needed.
             cached = sequence.begin(tokens, kept=len(tokens) - 1)
             sequence.is_cancelled = is_cancelled
         text = None
@@ -235,16 +236,22 @@ class Engine:
         )  # fmt: skip
 
     def _tokens(self, ids: abc.Sequence[int] | NDArray[Any], known: int = 0) -> NDArray[np.int32]:
-        """Returns tokens as an array, which come after `known` others."""
+        """Returns tokens as a checked array; they come after `known` others in the context."""
         return token_ids(ids, self.config.vocab_size, self.context, known)
 
     def change(self, **wanted: Any) -> None:
-        """Changes `bits`, `experts`, `scheduler` or its `options`: from now on it is the engine that `load` opens so.
+        """Changes `bits`, `experts`, `scheduler` or its `options`. Later answers are those of an engine opened so.
 
-        What is in memory stays as far as it is of use. A reply under way ends: its generator raises RuntimeError.
+        Experts in memory stay as far as they are of use. A reply in progress ends: its generator raises RuntimeError.
+
+        Args:
+            wanted: the options that change, as in `EngineOptions`. A new scheduler starts without the old one's
+                `options`.
 
         Raises:
-            ValueError: something cannot be changed, or not to this, such as more bits than the engine was opened with.
+            ValueError: an option that cannot be changed, or not to this value, such as more bits than the engine was
+                opened with.
+            FormatError: a section of the file does not fit the scheduler, or the file was replaced.
             RuntimeError: the engine is in use by another thread.
         """
         with self._held.alone() as sequence:
@@ -254,17 +261,18 @@ class Engine:
 
     @property
     def adapters(self) -> tuple[str, ...]:
-        """The names of those that the engine was opened with."""
+        """The names of the adapters that the engine was opened with."""
         return self.model.adapters.names
 
     @property
     def adapter(self) -> str | None:
-        """With which of them the sequence is computed; None for none. To set another one ends a reply under way.
+        """The name of the adapter that the sequence is computed with; None for the model alone.
 
-        What is shared stays in memory; a text so far is computed again when it is wanted.
+        An engine begins with the first of `adapters`. Setting another one ends a reply in progress. Experts that both
+        share stay in memory; the text so far is computed again when it is used next.
 
         Raises:
-            ValueError: there is none of that name, or the engine is closed.
+            ValueError: no adapter has that name, or the engine is closed.
             RuntimeError: the engine is in use by another thread.
         """
         sequence, names = self._held.sequence, self.model.adapters.names
@@ -278,14 +286,15 @@ class Engine:
             sequence.call += 1
 
     def record(self, path: str | os.PathLike[str], *, look_ahead: int = 0) -> None:
-        """Records from now on what is routed, resident and waited for; see `edgemoe.runtime.trace`.
+        """Records a trace from now on: what is routed, resident and waited for; see `edgemoe.runtime.trace`.
 
         Args:
-            look_ahead: for the record, how many of the next layers' routers are asked for each layer's input; at
-                least as many as the scheduler asks for.
+            path: the trace file; an existing trace is replaced.
+            look_ahead: how many of the next layers' routers are asked for each layer's input, so that the trace has
+                their guesses. If the scheduler asks for more, those are recorded.
 
         Raises:
-            ValueError: the engine has an observer or a trace already, or there is a file that is not a trace.
+            ValueError: the engine has an observer or a trace already, or `path` is a file that is not a trace.
             OSError: the file cannot be written.
             RuntimeError: the engine is in use by another thread.
         """
@@ -293,12 +302,12 @@ class Engine:
             self.model.record(path, look_ahead=look_ahead)
 
     def warm(self) -> int:
-        """Loads the experts that were used most, until the slots are full; changes no answer.
+        """Loads the most used experts, according to the profile, until the slots are full. Changes no answer.
 
-        They are loaded at the highest bits that they may run at, the most used first; Ctrl-C leaves those that came.
+        The most used come first, each at the highest bits that it may run at. After Ctrl-C those already read stay.
 
         Returns:
-            The bytes read: 0 when the profile knows of no use yet, or all is there.
+            The bytes read: 0 if the profile knows of no uses yet, or if everything is in memory.
 
         Raises:
             ValueError: the engine has no profile.
@@ -309,21 +318,25 @@ class Engine:
     def chat(self, *, system: str | None = None, params: SamplingParams | None = None) -> Chat:
         """Opens a conversation.
 
+        Args:
+            system: the system message; None for none.
+            params: how replies are sampled; None for `sampling`.
+
         Raises:
-            FormatError: the file has no tokenizer.
+            FormatError: the file has no tokenizer, or its chat template is broken.
         """
         from edgemoe.runtime.chat import Chat
 
         return Chat(self, system=system, params=params)
 
     def close(self) -> None:
-        """Saves the profile and gives all memory back; the engine cannot be used afterwards.
+        """Saves the profile and frees all memory; the engine cannot be used afterwards.
 
-        What another thread is computing is waited for; it finds the engine closed when it wants to go on.
+        Waits for a pass on another thread to end; that thread's next call then raises ValueError.
 
         Raises:
-            OSError: the profile or the trace cannot be written; what was there stays, and the engine is closed.
-            RuntimeError: called by what the engine calls, such as an observer.
+            OSError: the profile or the trace cannot be written; the earlier file stays, and the engine is closed.
+            RuntimeError: called from something that the engine calls, such as an observer.
         """
         self._held.close()
 

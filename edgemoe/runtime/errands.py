@@ -1,4 +1,4 @@
-"""What is asked of the thread that owns a model, and done between two passes."""
+"""Jobs for the thread that owns a model, which runs them between two passes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _T = TypeVar("_T")
 
 
 class Errands:
-    """Is a queue of them. Any thread may add; one runs them."""
+    """A queue of jobs. Any thread may add one; the model's thread runs them."""
 
     def __init__(self, changed: threading.Condition) -> None:
         """Args:
-        changed: is notified of what is added, and protects the queue.
+        changed: protects the queue, and is notified when a job is added.
         """
         self._changed = changed
         self._queue: list[tuple[Future[Any], Callable[[], Any], Callable[[], bool]]] = []
@@ -29,10 +29,15 @@ class Errands:
         return len(self._queue)
 
     def add(self, run: Callable[[], _T], *, when: Callable[[], bool]) -> Future[_T]:
-        """Takes one that is to be run as soon as `when` says so.
+        """Queues a job.
+
+        Args:
+            run: the job.
+            when: whether it can run now; asked between passes, with `changed` held.
 
         Returns:
-            What `run` does; raises its EdgemoeError, ValueError and OSError, and RuntimeError if the thread ended.
+            A future of what `run` returns. It raises what `run` raises (EdgemoeError, ValueError or OSError), and
+            RuntimeError if the thread ends before.
 
         Raises:
             RuntimeError: the thread has ended.
@@ -46,13 +51,13 @@ class Errands:
         return done
 
     def run(self) -> None:
-        """Runs those that can be run now, in the order in which they came."""
+        """Runs the jobs that can run now, in the order in which they came."""
         if not self._queue:
             return
         with self._changed:
             ready = [item for item in self._queue if item[2]()]
         for item in ready:
-            # One after the other: what ends this thread leaves the rest to `end`.
+            # Removed one by one: if a job ends this thread, `end` still finds the rest.
             with self._changed:
                 self._queue.remove(item)
             done, run, _ = item
@@ -69,7 +74,7 @@ class Errands:
                 done.set_result(result)
 
     def end(self, error: Exception) -> None:
-        """Ends those that wait; takes no others from now on."""
+        """Fails the jobs that wait, and refuses new ones from now on."""
         with self._changed:
             self._ending = error
             left, self._queue = self._queue, []
