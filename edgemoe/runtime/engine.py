@@ -332,10 +332,10 @@ class Engine:
     def close(self) -> None:
         """Saves the profile and frees all memory; the engine cannot be used afterwards.
 
-        Waits for a pass on another thread to end; that thread's next call then raises ValueError.
+        If another thread is computing, waits until it is done; that thread's next call then raises ValueError.
 
         Raises:
-            OSError: the profile or the trace cannot be written; the earlier file stays, and the engine is closed.
+            OSError: the profile or the trace cannot be written; what is on disk stays, and the engine is closed.
             RuntimeError: called from something that the engine calls, such as an observer.
         """
         self._held.close()

@@ -1,4 +1,4 @@
-"""How a model would fit a machine: the engine's own division of memory, before any weight is read."""
+"""Forecasts of how a model would fit a machine: the engine's own division of memory, before any weight is read."""
 
 from __future__ import annotations
 
@@ -18,60 +18,61 @@ from edgemoe.store import expert_bytes, level_bytes, num_there
 
 __all__ = ["Band", "Forecast", "Row"]
 
-_STEP = 1 << 20  # of the search for the smallest budget
-_WIDTH = 2  # of a band: alone, and at its best, a machine does what was measured; in use often half of that
-_READS = 1.3  # of the probe's rate, which reads between computing reach (benchmarks/forecast.py)
-_REPEATS = 1.75  # a wanted expert is absent as often as experts are, to this power; 1: all alike
-_GROWN = 6 << 20  # what a process has grown by when it has replied, of all that is kept for it
-_REPLY = 256  # tokens of a conversation that a band is for
-_NEAR = 0.75  # kernels that reach this share of what memory gives are bounded by it
+_STEP = 1 << 20  # bytes: the resolution of the search for the smallest budget
+_WIDTH = 2  # ratio of a band's ends: an idle machine reaches what was measured, a busy one often half of it
+_READS = 1.3  # times the probe's rate: what reads between computing reach (benchmarks/forecast.py)
+_REPEATS = 1.75  # the miss rate is the absent share to this power, as text repeats; 1: all alike
+_GROWN = 6 << 20  # bytes of `Budget.growth` that a process has really used after its first reply
+_REPLY = 256  # tokens of the conversation that a band is for
+_NEAR = 0.75  # kernels that reach this share of the memory bandwidth are bounded by it
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Is one way to run a model."""
+    """One way to run a model: at so many bits, with this division of memory."""
 
     bits: int
     budget: Budget
     token_bytes: int
-    """What a token of the reply reads from the file if every expert is as likely as any other."""
+    """Bytes that a token of a reply reads from the file if all experts are equally likely."""
 
     used_bytes: int
-    """What computing a token reads of memory, for its experts."""
+    """Bytes of its experts' weights that computing a token reads from memory."""
     read_size: int
-    """What one expert is read in."""
+    """Bytes of one read: a whole expert at `bits`."""
 
     @property
     def resident(self) -> float:
-        """Share of the experts that is in memory."""
+        """The share of the experts that is certain to be in memory."""
         return min(1.0, self.budget.slots / self.budget.experts)
 
 
 @dataclass(frozen=True, slots=True)
 class Band:
-    """Is between which speeds one reply is written, in tokens per second, at a short context."""
+    """The range of speeds at which one reply is written, in tokens per second, at a short context."""
 
     low: float
     high: float
     bound: str
-    """What takes most of the time: "disk", "memory", "computing" of weights, or "layers", what they cost beside it."""
+    """What takes most of the time: "disk"; "memory" or "computing" for the weights; or "layers", their overhead."""
 
 
 class Forecast:
-    """Divides budgets for a file, whose weights are not looked at and may be holes."""
+    """Forecasts for one file. Only its index and sections are read; its weights may be holes of a sparse file."""
 
     def __init__(
         self, path: Path, *, context: int | None = None, options: EngineOptions | None = None
     ) -> None:
-        """Opens a file, and its tokenizer, which takes memory too.
+        """Opens a file and its tokenizer, whose memory counts too.
 
         Args:
-            context: tokens that must fit; None for what fits well.
-            options: how keys and values are held.
+            path: the `.moe` file.
+            context: tokens that must fit; None for as many as fit well.
+            options: the types of keys and values, and their table; the other options have no effect.
 
         Raises:
-            FormatError: it is no sound `.moe` file, or its table of KV types is none.
-            ValueError: the model has no such context, or no such table.
+            FormatError: it is not a sound `.moe` file, or its table of KV types is not sound.
+            ValueError: the model has no such context, or no table of KV types where one is asked for.
             OSError: the table cannot be read.
         """
         moe = open_moe(path)
@@ -88,20 +89,20 @@ class Forecast:
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """The bits that experts may run at."""
+        """The bits that experts may run at, ascending."""
         return tuple(bits for bits, _, _ in self.moe.ladder)
 
     def file_bytes(self, bits: int) -> int:
-        """Returns about how large a file is that ends at a level."""
+        """Returns the approximate size in bytes of a file that has no more than a level's bits."""
         level, moe = self.moe.level(bits), self.moe
         dense = sum(t.size(moe.dense_level_beside(bits)) for t in moe.tensors.values())
         return dense + num_there(moe) * level_bytes(moe, level)[-1]
 
     def row(self, ram: int, bits: int) -> Row:
-        """Returns how a budget for the whole process is divided at a level.
+        """Returns how `ram` bytes for the whole process are divided at a level.
 
         Raises:
-            OutOfBudget: says the smallest that works.
+            OutOfBudget: says the smallest budget that works.
         """
         budget = self._divide(ram, bits)
         config = self.moe.config
@@ -115,16 +116,21 @@ class Forecast:
     def band(
         self, row: Row, pace: Pace, disk: float | None, misses: float | None = None
     ) -> Band | None:
-        """Returns how fast one reply is written, or None where that hangs on a disk that nobody measured.
+        """Returns how fast one reply is written; None if that depends on a disk that was not measured.
 
-        At the upper end, what a token computes takes its bytes divided by what the kernels do, and what each layer
-        costs beside them; and reads are hidden behind half of that. Experts have what is kept for a longer context and
-        is not used yet. Text repeats itself: where a share m of the experts is absent, m ** 1.75 of the wanted ones
-        were, in measurements m ** 1.5 to m ** 2 (docs/benchmarks.md).
+        The upper end is 1 / (max(c, r) + min(c, r) / 2) for c seconds of computing and r seconds of reading per token:
+        half of the shorter one is hidden behind the longer one. c is the bytes of weights divided by the kernels' rate,
+        and the overhead of each layer. r is the bytes of the experts that miss, divided by the disk's rate.
+
+        Experts also use the memory that is reserved for a longer context (`lent`). If a share m of the experts is
+        absent, a share m ** 1.75 of the wanted ones is taken to miss, as text repeats itself; measurements were between
+        m ** 1.5 and m ** 2 (docs/benchmarks.md).
 
         Args:
-            disk: bytes per second of reads of an expert.
-            misses: share of the wanted experts that are absent, where a trace tells it.
+            row: the way to run the model.
+            pace: what this machine does.
+            disk: bytes per second of reads of one expert; None if unknown.
+            misses: the share of the wanted experts that are absent, if a trace gives it.
         """
         config = self.moe.config
         dense_bits = self.moe.dense_ladder[-1]
@@ -150,14 +156,17 @@ class Forecast:
         return Band(1 / (_WIDTH * least), 1 / least, bound)
 
     def lent(self, row: Row) -> float:
-        """Returns the share of the experts that is in memory as long as a conversation is short."""
+        """Returns the share of the experts that is in memory as long as the conversation is short.
+
+        Until a context fills up, experts use the memory that is reserved for it.
+        """
         b = row.budget
         kv = b.sequences * (b.kv_at_once + b.kv_bytes(min(_REPLY, b.context)))
         spare = b.ram - b.process - b.tables - b.dense - kv - b.scratch - _GROWN
         return min(1.0, max(spare, b.slots) / b.experts)
 
     def smallest(self, bits: int) -> Row:
-        """Returns the smallest budget that works at a level, in whole MiB."""
+        """Returns the division of the smallest budget that works at a level, in whole MiB."""
         low, high = 1, 2
         while self._is_too_small(high * _STEP, bits):
             low, high = high, 2 * high

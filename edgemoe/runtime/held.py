@@ -1,4 +1,4 @@
-"""What an engine holds until it is closed: a model, the one sequence on it, and whose turn it is."""
+"""What an engine owns until it is closed: a model, its one sequence, and the lock on both."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["Held"]
 
 
 class Held:
-    """Lends a model's sequence to one caller at a time, and gives all of it back in the end. Any thread may ask."""
+    """The owner of a model and its sequence, which it lends to one caller at a time. Any thread may call it."""
 
     def __init__(self, opened: Opened) -> None:
         self._model: Model | None = opened.model
         self._profile = opened.profile
         self._turn = Alone()
         self.sequence: Sequence | None = Sequence(opened.model)
-        """Who computes with it asks `alone`."""
+        """None once the engine is closed. To compute with it, take it from `alone`."""
         self.sequence.state.use(min(len(opened.model.adapters.names), 1))
         self.meter = self.sequence.meter
-        """Of the sequence, also when that is gone."""
+        """The sequence's meter, which outlives it."""
 
     @property
     def model(self) -> Model:
-        """What runs: weights, store, scheduler.
+        """The model: weights, expert store, scheduler.
 
         Raises:
             ValueError: the engine is closed.
@@ -39,13 +39,16 @@ class Held:
 
     @contextlib.contextmanager
     def alone(self, call: int | None = None) -> Iterator[Sequence]:
-        """Keeps other threads out, and a generator of an earlier call; gives the sequence.
+        """Lends the sequence within a `with` block, while other threads are refused.
+
+        Args:
+            call: the number of the call that goes on, as a generator does; None for a new call.
 
         Raises:
             ValueError: the engine is closed.
-            RuntimeError: another thread computes, or the call is over.
+            RuntimeError: another thread is computing, or another call has begun since `call`.
         """
-        _ = self.model  # or it says that it is closed
+        _ = self.model  # raises if the engine is closed
         with self._turn.hold():
             sequence = self.sequence
             if sequence is None:
@@ -63,7 +66,7 @@ class Held:
 
     def close(self) -> None:
         """See `Engine.close`."""
-        if self._turn.is_foreign:  # a child drops what it cannot use
+        if self._turn.is_foreign:  # a forked child drops what it cannot use
             self._model = self.sequence = None
             return
         with self._turn.last():

@@ -1,4 +1,4 @@
-"""Counts what one call of an engine does: `Stats` is what it says, `Meter` how it is counted."""
+"""The figures of one call of an engine: `Stats` holds them, `Meter` counts them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from edgemoe.runtime.model import Model
 __all__ = ["Meter", "Stats"]
 
 _CHANGES = ("hits", "misses", "evictions", "bytes_read", "read_s", "wait_s")
-_DEVICE_CHANGES = ("device_hits", "device_bytes_in")  # of stores that have experts there
+_DEVICE_CHANGES = ("device_hits", "device_bytes_in")  # only of stores with experts on a device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stats:
-    """Says what one call of `generate` or `logits` did; counters of a running call so far."""
+    """What one call of `generate`, `logits` or `extend` did; for a running call, what it did so far."""
 
     prompt_tokens: int = 0
     """Tokens of the prompt that were computed."""
@@ -28,52 +28,54 @@ class Stats:
     new_tokens: int = 0
     prompt_s: float = 0.0
     decode_s: float = 0.0
-    """Time in which the tokens after the first were made."""
+    """Time from the first token of the reply to the last, in seconds, as are all times."""
     first_token_s: float = 0.0
-    """From the call to the first token."""
+    """Time from the start of the reply to its first token."""
     hits: int = 0
-    """Experts that were wanted and resident."""
+    """Uses of an expert that was resident. An expert that several tokens of a pass use in a layer counts once."""
     misses: int = 0
+    """Uses of an expert that had to be read first."""
     device_hits: int = 0
-    """Of `hits`, those in a device's memory, which ran there; all others ran on the processor."""
+    """Uses of an expert that ran on a device; all others ran on the processor. The device runs experts that are in its
+    memory, and some that are copied to it for the occasion, whether they were hits or misses."""
     device_bytes_in: int = 0
-    """Of experts, copied to a device's memory."""
+    """Bytes of experts that were copied to a device's memory."""
     device_bytes: int = 0
-    """Of experts in a device's memory, now."""
+    """Bytes of experts in a device's memory now."""
     evictions: int = 0
     bytes_read: int = 0
     read_s: float = 0.0
-    """Time with at least one read under way."""
+    """Time with at least one read in flight."""
     wait_s: float = 0.0
-    """Time that computing stood still for reads."""
+    """Time for which computing stalled on reads."""
     average_bits: float = 0.0
-    """Of the experts that ran."""
+    """The mean over the experts that ran."""
     skipped_share: float = 0.0
-    """Of what the routers chose, pairs of a token and an expert."""
+    """The share of the pairs of a token and an expert, as the routers chose them, that did not run."""
     substituted_share: float = 0.0
-    """The same, of those for which another expert ran."""
+    """The share of these pairs for which another expert ran."""
     peak_bytes: int = 0
     """The process's highest resident memory since its start."""
     resident_bytes: int = 0
-    """Of experts, now."""
+    """Bytes of experts in memory now."""
     kv_bytes: int = 0
     """What the KV cache takes once the context is full."""
     scheduler: str = ""
-    """What the scheduler says of itself, if anything."""
+    """What the scheduler reports about itself, if anything."""
     logits_hash: str = ""
-    """CRC-32C of the last logits: the same on every budget and thread count."""
+    """CRC-32C of the last logits, in hexadecimal: the same for every budget and number of threads."""
 
     @property
     def hit_rate(self) -> float:
-        """Returns hits per use of an expert, 1 when there was none."""
+        """Hits per use of an expert; 1 if there were no uses."""
         uses = self.hits + self.misses
         return self.hits / uses if uses else 1.0
 
 
 class Meter:
-    """Turns a model's counters since it was opened into those of one call of a sequence.
+    """The counters of one call of a sequence, as differences of the model's counters, which run since it was opened.
 
-    Counted on the thread that runs the model; `stats` may be asked for on any.
+    Updated on the thread that runs the model; `stats` may be called on any thread.
     """
 
     def __init__(self, model: Model, kv_bytes: int) -> None:
@@ -81,34 +83,34 @@ class Meter:
         self._kv_bytes = kv_bytes
         self._frozen = Stats()
         self.row_lock = threading.Lock()
-        """Held while the logits are written that `hash` was told of."""
+        """Held while the logits that `hash` was given are overwritten."""
         self.start()
 
     def start(self) -> None:
-        """A call begins."""
+        """Notes that a call begins."""
         assert self._model is not None
         self._base = self._model.counters
         self._prompt = (0, 0, 0.0)
         self.prompt_progress = (0, 0)
-        """Tokens of the prompt that were computed so far, and in all; replaced as a whole."""
+        """Tokens of the prompt computed so far, and in all. Replaced as a whole, so that any thread may read it."""
         self._times = (0, 0.0, 0.0)
         self._row: NDArray[np.float32] | None = None
 
     def prompt(self, computed: int, cached: int, seconds: float) -> None:
-        """So many tokens of the prompt were computed, and so many were there."""
+        """Notes how many tokens of the prompt were computed, how many were kept from before, and the time it took."""
         self._prompt = (computed, cached, seconds)
 
     def token(self, seconds: float) -> None:
-        """A token was made, so long after the call began."""
+        """Notes that a token was made, `seconds` after the reply began."""
         count, first, _ = self._times
         self._times = (count + 1, first if count else seconds, seconds)
 
     def hash(self, row: NDArray[np.float32]) -> None:
-        """These are the last logits, [V]; written over under `row_lock` alone."""
+        """Notes the last logits, [V]; whoever overwrites them must hold `row_lock`."""
         self._row = row
 
     def stats(self) -> Stats:
-        """Returns what the call did so far, as of the model's last pass."""
+        """Returns what the call has done so far, as of the model's last pass."""
         model = self._model
         if model is None:
             return self._frozen
@@ -143,6 +145,6 @@ class Meter:
         )
 
     def freeze(self) -> None:
-        """Keeps the last figures when the model goes."""
+        """Keeps the last figures and lets go of the model."""
         self._frozen = self.stats()
         self._model = None
