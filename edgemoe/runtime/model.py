@@ -1,4 +1,4 @@
-"""A model that is ready to run: what a file and options become. No sequence, no position, no sampler."""
+"""A model that is ready to run, made from a file and options. It has no sequence, no position and no sampler."""
 
 from __future__ import annotations
 
@@ -34,37 +34,37 @@ __all__ = ["Counters", "Model"]
 
 
 class Counters(NamedTuple):
-    """Counts what a model has done since it was opened."""
+    """What a model has done since it was opened."""
 
     store: dict[str, Any]
     """See `ExpertStore.stats`."""
     routed: int
-    """Pairs of a token and an expert that routers chose."""
+    """Pairs of a token and an expert, as the routers chose them."""
     skipped: int
-    """Those of them that no plan ran."""
+    """Pairs that were not run."""
     substituted: int
-    """Those for which another expert ran."""
+    """Pairs for which another expert ran."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Model:
-    """Holds weights, operations, store and scheduler, and runs batches. Made by `opening.open_model`.
+    """Weights, operations, expert store and scheduler, which together run batches. Made by `opening.open_model`.
 
-    One thread at a time, but for `counters`, which any may read.
+    One thread at a time may use it, except for `counters`, which any thread may read.
     """
 
     moe: MoeFile
-    """Without its sections."""
+    """The file, without its sections."""
     options: EngineOptions
     bits: int
-    """The most precision that an expert may run at."""
+    """The most bits that any expert may run at."""
     top_bits: NDArray[np.int8]
-    """[layers * E]: the same for each."""
+    """[layers * E]: the most bits that each expert may run at; with adapters, at each place."""
     threads: int
     budget: Budget
     room: Room
     setting: Setting
-    """What the scheduler decides about; without the file's sections."""
+    """What the scheduler knows of the model; without the file's sections."""
     ops: Ops
     device: _core.Device | None = None
     """Where `ops` run; None for the processor."""
@@ -72,20 +72,20 @@ class Model:
     experts: Experts
     decoder: Decoder
     weights: Mapping[str, Any]
-    """Of all but routed experts, by name, as the decoder has them."""
+    """All weights except those of the routed experts, by name, as the decoder has them."""
     adapters: Adapters
     given: ModelConfig
-    """As the file has it, whatever number of experts per token the options say."""
+    """The file's config, whose experts per token the options may have changed in `config`."""
     most_bits: int
-    """For which the memory was divided: `bits` can be changed up to it."""
+    """The bits for which memory was divided: `bits` can be changed up to this value."""
     most_experts: int
-    """The same of experts per token."""
+    """The experts per token for which memory was divided, likewise."""
     sections_bytes: int
-    """What reading the file's sections takes for a moment; 0 where schedulers find nothing in them."""
+    """Memory that reading the file's sections takes; 0 if none of them is of use to schedulers."""
     notes: tuple[str, ...] = ()
-    """What the user chose that changes the answer, one line each; empty when exact."""
+    """The chosen options that change the answer, one line each; empty if the model is exact."""
     counters: Counters = field(init=False)
-    """As of the last pass: replaced as a whole, never changed."""
+    """The counters as of the last pass. Replaced as a whole and never modified, so that any thread may read them."""
 
     def __post_init__(self) -> None:
         self.count()
@@ -94,7 +94,7 @@ class Model:
         """Returns the state of a new sequence.
 
         Raises:
-            ValueError: there are as many as the memory was divided for.
+            ValueError: there are already as many states as memory was divided for.
         """
         most = self.options.sequences
         if len(self.room.states) >= most:
@@ -104,22 +104,22 @@ class Model:
         return state
 
     def forward(self, batch: Batch) -> Array:
-        """Runs tokens of one sequence or of several through all layers; when it returns, they count.
+        """Runs tokens of one sequence or several through all layers, and adds them to the sequences.
 
         Args:
             batch: at most `budget.chunk` tokens.
 
         Returns:
-            [T, D], for `logits`; scratch, valid until the next call.
+            The last hidden states [T, D], for `logits`; scratch, valid until the next call.
 
         Raises:
             ValueError: tokens do not fit a sequence's context; nothing has run.
-            Cancelled: the batch was; the sequences are as they were, and everything is usable.
+            Cancelled: the batch was cancelled; the sequences are as they were, and everything stays usable.
             ReadError: the disk failed; likewise.
             FormatError: a checksum does not match; likewise.
             RangeError: a key or value does not fit the type of the KV cache; likewise.
             DeviceError: the device failed; likewise.
-            DeviceLost: it will do so from now on.
+            DeviceLost: the device failed for good, and the model must be opened again.
         """
         if len(batch) > self.budget.chunk:
             raise ValueError(
@@ -135,10 +135,11 @@ class Model:
         return hidden
 
     def _catch_up(self, state: SequenceState, batch: Batch, count: int) -> None:
-        """Computes again what layers hold of a sequence whose next `count` tokens bring it to other frequencies.
+        """Computes a sequence's states again if its next `count` tokens change the frequencies of its positions.
 
-        So logits are those of the whole sequence computed at once, as in transformers for the models that have such
-        frequencies. An error leaves the sequence as it was; the next call goes on here.
+        With LongRoPE the frequencies depend on the sequence's length. Logits are always those of the whole sequence
+        computed at once, as in transformers. An error leaves the sequence's tokens as they were; the next call goes on
+        where this one ended.
         """
         length = max(state.goal, state.length + count)
         if not self.config.turns_alike(state.turned, length):
@@ -152,7 +153,10 @@ class Model:
             state.held += len(ids)
 
     def _pass(self, batch: Batch) -> Array:
-        """Runs a batch through all layers: tokens with one set of weights after the other, experts are shared."""
+        """Runs a batch through all layers: one pass for each set of dense weights; all passes share the experts.
+
+        Adapters with dense tensors of their own have a set of their own; see `Adapters.variants`.
+        """
         variants = self.adapters.variants
         sets = sorted({variants[part.state.adapter] for part in batch.slices})
         if len(sets) == 1:
@@ -170,7 +174,7 @@ class Model:
         return out
 
     def _pass_of_one(self, batch: Batch) -> Array:
-        """Runs a batch of one set of weights through all layers."""
+        """Runs a batch whose tokens all have the same dense weights through all layers."""
         scheduler, observer = self.scheduler, self.experts.observer
         self.room.fit(batch)
         if observer is not None:
@@ -190,7 +194,7 @@ class Model:
 
     @contextlib.contextmanager
     def _says_whether_lost(self) -> Iterator[None]:
-        """Raises DeviceLost in place of an error of a device that does nothing any more."""
+        """Raises DeviceLost in place of a DeviceError if the device is lost."""
         try:
             yield
         except DeviceError as error:
@@ -201,11 +205,16 @@ class Model:
             ) from error
 
     def logits(self, hidden: Array, out: NDArray[np.float32], of: SequenceState) -> None:
-        """out [T, V] = the logits of rows of `forward`'s result: of a sequence, or of some with the same `variant`.
+        """Computes logits from rows of `forward`'s result.
+
+        Args:
+            hidden: [T, D]: rows of one sequence, or of several with the same `variant`.
+            out: [T, V], where the logits are written.
+            of: one of these sequences; says which weights to use.
 
         Raises:
             DeviceError: the device failed.
-            DeviceLost: it will do so from now on.
+            DeviceLost: the device failed for good, and the model must be opened again.
         """
         with self._says_whether_lost():
             self.decoder.logits(hidden, out, self.variant(of))
@@ -213,7 +222,7 @@ class Model:
             self.experts.observer.end()
 
     def variant(self, state: SequenceState) -> int:
-        """Returns with which set of weights a sequence is computed."""
+        """Returns the number of the set of dense weights that a sequence is computed with; see `Adapters.variants`."""
         return self.adapters.variants[state.adapter]
 
     def count(self) -> None:
@@ -223,17 +232,17 @@ class Model:
 
     @property
     def config(self) -> ModelConfig:
-        """What the model is."""
+        """The model's shape, with the experts per token of the options."""
         return self.moe.config
 
     @property
     def scheduler(self) -> Scheduler:
-        """Who decides."""
+        """The scheduler, which decides which experts are read when, and at how many bits."""
         return self.experts.scheduler
 
     @property
     def bytes_per_token(self) -> int:
-        """Bytes of weights that computing one token reads from memory, at the bits in use."""
+        """Bytes of weights that computing one token reads from memory, at the bits in use: the mean over experts."""
         c, every = self.config, np.arange(len(self.top_bits), dtype=np.int32)
         sizes = self.store.sizes(every, self.top_bits)
         expert = float(sizes[sizes > 0].mean())
@@ -244,7 +253,12 @@ class Model:
         return read_bytes(self.config, length, self.options.kv_types)
 
     def warm(self) -> int:
-        """Loads the experts that were used most, until the slots are full; returns the bytes read."""
+        """Loads the experts that were used most, until the slots are full; returns the bytes read.
+
+        Raises:
+            ReadError: the disk failed.
+            FormatError: a checksum does not match.
+        """
         uses, store = self.store.uses.reshape(-1), self.store
         order = np.argsort(-uses, kind="stable")[: np.count_nonzero(uses)].astype(np.int32)
         bits = self.top_bits[order]
@@ -258,7 +272,7 @@ class Model:
         return int(store.stats["bytes_read"]) - before
 
     def record(self, path: str | os.PathLike[str], *, look_ahead: int = 0) -> None:
-        """Observes with a trace from now on; see `Engine.record`."""
+        """Records a trace from now on; see `Engine.record`."""
         if self.experts.observer is not None:
             raise ValueError("record: the engine is observed already")
         look_ahead = whole("look_ahead", look_ahead, 0, MOST_AHEAD)
@@ -283,5 +297,5 @@ class Model:
             threads=self.threads,
         )
         writer = TraceWriter(path_of("path", path), header, ran_there=self.store.watch())
-        self.room.hold()  # whoever replays it counts on the header's slots
+        self.room.hold()  # a replay relies on the slots having the size that the header says
         self.experts.scheduler, self.experts.observer = scheduler, writer

@@ -1,4 +1,4 @@
-"""What options change of the answer, as it is said at start."""
+"""Notes on how options change the answer, as they are shown at start."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ __all__ = ["notes_of"]
 def notes_of(
     moe: MoeFile, given: ModelConfig, bits: NDArray[np.int8], options: EngineOptions
 ) -> tuple[str, ...]:
-    """Returns what the options change of the answer, one line each."""
+    """Returns how the options change the answer, one line each; none if they do not.
+
+    Args:
+        moe: the file as it runs.
+        given: the file's own config.
+        bits: [L, E]: the bits of each expert, apart from those that a scheduler's own notes name.
+        options: as they are in use.
+    """
     notes, have, dense = [], moe.expert_bits, moe.dense_ladder[-1]
     if (bits < have).any():
         notes.append(f"lossy: experts at {_mean_bits(bits)} of the file's {_mean_bits(have)} bits")
@@ -40,7 +47,7 @@ def notes_of(
 
 
 def _cache_notes(config: ModelConfig, types: KvTypes) -> Iterator[str]:
-    """Yields what the types of keys and values change."""
+    """Yields notes on the types of keys and values."""
     layers = [i for i, spec in enumerate(config.mixer_by_layer) if spec.cached_heads[0]]
     has_latents = [config.mixer(i).values_are_keys for i in layers]
     if any(has_latents) and types.keys != types.values:
@@ -57,5 +64,5 @@ def _cache_notes(config: ModelConfig, types: KvTypes) -> Iterator[str]:
 
 
 def _mean_bits(bits: NDArray[np.int8]) -> str:
-    """Returns how many bits experts have, the mean where they differ."""
+    """Returns the number of bits of experts as text; the mean if they differ."""
     return f"{bits.flat[0]}" if (bits == bits.flat[0]).all() else f"{bits.mean():.2f}"

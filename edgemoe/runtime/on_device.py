@@ -1,4 +1,4 @@
-"""An engine's part on a device: opened by name, its memory divided, and what is put there."""
+"""The part of an engine that is on a device: opens it, divides its memory, and puts weights and experts there."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from edgemoe.store.tiers import Tiers
 
 __all__ = ["OnDevice", "device_notes"]
 
-_LEAST_WITH_STREAM = 4  # experts of room, of which those that only pass take two
+_LEAST_WITH_STREAM = 4  # room for so many experts, as those that only pass through take two
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class OnDevice:
-    """Is a device that is open for a model."""
+    """A device that is open for a model."""
 
     device: _core.Device
     vram: Vram
@@ -50,16 +50,20 @@ class OnDevice:
         shape: OpsShape,
         spare: Callable[[Vram], int],
     ) -> OnDevice | None:
-        """Opens the device that the options name, and divides its memory; None for the processor.
+        """Opens the device that the options name, and divides its memory; returns None for the processor.
 
         Args:
-            spare: says what the host's budget leaves beside one expert if a device takes so much of it; raises
-                OutOfBudget where that is not there.
+            moe: the model's file.
+            options: `device`, `vram`, `plug_in`, and those that decide sizes.
+            dense_level: how many rungs of matrices outside the experts are used.
+            shape: the shape of the operations.
+            spare: for a device that shares the host's memory: returns how many bytes the host's budget leaves beside
+                one expert, given such a division; raises OutOfBudget if not even that fits.
 
         Raises:
-            ValueError: the model has something that no device knows.
+            ValueError: the model has something that devices do not support.
             DeviceError: there is no such device.
-            OutOfBudget: says the smallest memory that works.
+            OutOfBudget: the memory is too small; says the smallest that works.
         """
         name = DeviceName.parse(options.device)
         if name.ordinal is None:
@@ -82,11 +86,11 @@ class OnDevice:
                 hosted=hosted(moe.config, _kinds(moe.config, options)), is_shared=is_shared,
             )  # fmt: skip
 
-        if is_shared:  # context and chunk take a part of what is spare, and experts the rest
+        if is_shared:  # context and chunk take a share of the spare memory, and experts the rest
             least = divide(0)
             total = least.taken + spare(least)
         else:
-            free = device.info["free_bytes"]  # as the driver says: other programs have the rest
+            free = device.info["free_bytes"]  # from the driver: other programs have the rest
             total = default_vram(free) if options.vram is None else parse_size(options.vram)
             if total > free:
                 raise OutOfBudget(
@@ -99,7 +103,7 @@ class OnDevice:
         return cls(device, vram, moe)
 
     def load(self, dense_level: int, *, verify: bool, told: Told) -> dict[str, Any]:
-        """See `load_on`."""
+        """Loads the model's weights outside the routed experts; see `load_on`."""
         hosted = self.vram.hosted
         return load_on(self.device, self.moe, dense_level, hosted, verify=verify, told=told)
 
@@ -115,16 +119,17 @@ class OnDevice:
 
     @property
     def lender(self) -> _core.Device | None:
-        """The device, if it computes experts in the host's memory; see `ExpertStore.open`."""
+        """The device, if it runs experts in the host's memory; see `ExpertStore.open`."""
         return self.device if self.vram.is_shared else None
 
     def over(self, store: ExpertStore, bits: NDArray[np.int8]) -> ExpertStore:
-        """Returns a store of the same experts that has some of them on the device, if there is room for one.
+        """Returns a store that keeps some of the experts on the device; `store` itself if there is no room for any.
 
-        Where there is room for all, all are there when this returns.
+        If all experts fit on the device, all are loaded before this returns.
 
         Args:
-            bits: [layers, E], what each runs at.
+            store: the experts in the host's memory.
+            bits: [layers, E]: the bits that each expert runs at.
 
         Raises:
             ReadError: a read failed.
@@ -150,7 +155,7 @@ class OnDevice:
 
 
 def device_notes(config: ModelConfig, options: EngineOptions) -> list[str]:
-    """Returns what of a model runs on the processor beside the device that the options name, a line each."""
+    """Returns which parts of a model the processor runs although the options name a device, one line each."""
     if DeviceName.parse(options.device).ordinal is None:
         return []
     reasons = Counter(hosted(config, _kinds(config, options)).values())
@@ -162,6 +167,6 @@ def device_notes(config: ModelConfig, options: EngineOptions) -> list[str]:
 
 
 def _kinds(config: ModelConfig, options: EngineOptions) -> list[tuple[str, str]]:
-    """Returns how each layer holds keys and values."""
+    """Returns the types of keys and of values in each layer."""
     types = [options.kv_types.of(i) for i in range(config.num_layers)]
     return [(t.keys, t.values) for t in types]
