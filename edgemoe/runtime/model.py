@@ -119,7 +119,7 @@ class Model:
             FormatError: a checksum does not match; likewise.
             RangeError: a key or value does not fit the type of the KV cache; likewise.
             DeviceError: the device failed; likewise.
-            DeviceLost: the device failed for good, and the model must be opened again.
+            DeviceLost: the device failed for good; the model must be opened again, by another process.
         """
         if len(batch) > self.budget.chunk:
             raise ValueError(
@@ -214,7 +214,7 @@ class Model:
 
         Raises:
             DeviceError: the device failed.
-            DeviceLost: the device failed for good, and the model must be opened again.
+            DeviceLost: the device failed for good; the model must be opened again, by another process.
         """
         with self._says_whether_lost():
             self.decoder.logits(hidden, out, self.variant(of))

@@ -1,4 +1,4 @@
-"""Makes a model of a file and options: checks both, divides the memory, and puts the parts together."""
+"""The opening of a model from a file and options: checks both, divides the memory, and assembles the parts."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Is what a file has for texts: how they become tokens, and how replies are sampled and end."""
+    """What a file has for text: the tokenizer, how replies are sampled, and which tokens end them."""
 
     tokenizer: Tokenizer | None
     sampling: SamplingParams
     eos_ids: frozenset[int]
     notes: tuple[str, ...]
-    """What of the file's settings for sampling is not honoured, a line each."""
+    """The file's sampling settings that are not honoured, one line each."""
 
     @classmethod
     def of(cls, moe: MoeFile) -> Text:
-        """Reads it; keeps nothing of the file's sections."""
+        """Reads it from a file's sections, and keeps no reference to them."""
         files = moe.sections
         tokenizer = Tokenizer.from_files(files) if "tokenizer.json" in files else None
         eos = frozenset(moe.config.eos_ids)
@@ -70,7 +70,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Is a model that is ready, and what it needs for texts."""
+    """A model that is ready to run, what it needs for text, and its profile if it has one."""
 
     model: Model
     text: Text
@@ -80,22 +80,24 @@ class Opened:
 def open_model(
     path: str | os.PathLike[str], options: EngineOptions, *, told: Told = nobody
 ) -> Opened:
-    """Opens a `.moe` file. What is wrong is refused before anything large is read.
+    """Opens a `.moe` file. Errors in the file's index or the options are found before anything large is read.
 
     Args:
-        told: how far the reading has come.
+        path: the file.
+        options: how it is run.
+        told: is called with the share of the weights that has been read, 0 to 1.
 
     Raises:
         ValueError: an option does not fit the file.
         FormatError: the file is not a sound `.moe` file.
-        OutOfBudget: says the smallest budget that works.
+        OutOfBudget: the model does not fit; says the smallest budget that works.
         ReadError: the disk failed.
     """
-    hardware.trim()  # what is thrown away already is not the process's
+    hardware.trim()  # memory that is already freed must not count as the process's
     before, peak_before = hardware.process_bytes(), hardware.peak_bytes()
     moe = open_moe(path)
     given = moe.config
-    # Adapters are of the file, not of what options make of it.
+    # Adapters are matched with the file itself, before options change its config.
     moe, adapters = Adapters.open(moe, named_adapters(options.adapters))
     moe = with_experts(moe, options.experts)
     options = with_kv_table(moe, options)
@@ -108,7 +110,7 @@ def open_model(
             f"context: expected 1 to {moe.config.context_length} (the model's), got {options.context}"
         )
     text = Text.of(moe)
-    # What needs them keeps what it needs; the files' text must not count against the experts.
+    # Each part keeps what it needs of the sections; their full text must not count against the experts.
     sections = {name: moe.sections[name] for name in SECTIONS if name in moe.sections}
     sections_bytes = sum(map(len, moe.sections.values())) if sections else 0
     sections = adapters.told(sections)
@@ -148,13 +150,19 @@ def _assembled(
     told: Told,
     adapters: Adapters,
 ) -> Model:
-    """Returns a model inside its budget, and inside that of a device, if it has one.
+    """Returns a model that fits its budget, and that of a device if it has one.
 
     Args:
-        given: the file's config.
-        sections: those that schedulers decide by; what this one does not need is taken out.
-        before: what the process took before.
-        opening: what it took at most since then, if that counts.
+        moe: the file, as the options change it.
+        given: the file's own config.
+        options: how it is run.
+        bits: the bits of its experts.
+        dense_level: how many rungs of matrices outside the experts are used.
+        sections: those that schedulers use; what this scheduler does not need is removed.
+        before: bytes that the process took before the file was opened.
+        opening: its peak since then, in bytes; 0 where that does not count.
+        told: is called with the share of the weights that has been read.
+        adapters: the open adapters.
     """
     config, level = moe.config, moe.level(bits.most)
     threads = hardware.num_threads() if options.threads is None else options.threads
@@ -165,18 +173,18 @@ def _assembled(
         budget = divide(hardware.process_bytes(), least)
         return budget.room - budget.expert
 
-    # All refuse what is wrong before anything large is read.
+    # All of these raise their errors before anything large is read.
     there = OnDevice.open(moe, options, dense_level, shape, spare)
     vram = None if there is None else there.vram
     estimate = divide(hardware.process_bytes(), vram)
     make = partial(SCHEDULERS[options.scheduler], **bits.told(options))
     first = make(model_setting(moe, bits.most, estimate.slots, sections))
-    if first.stand_ins is None:  # megabytes, which slots shall have
+    if first.stand_ins is None:  # not needed: these megabytes are for the slots
         sections.pop("stand-ins", None)
     del first
     weights, others = _loaded(moe, options, dense_level, there, adapters, told)
     hardware.trim()
-    # Slots are sized last, from what the process really has by now.
+    # The slots are sized last, from what the process really takes by now.
     budget = divide(max(hardware.process_bytes() - _dense_bytes(weights, *others), 0), vram)
     setting = model_setting(moe, bits.most, budget.slots, sections)
     scheduler = make(setting)
@@ -217,7 +225,7 @@ def _divider(
     opening: int,
     adapters: Adapters,
 ) -> Callable[[int, Vram | None], Budget]:
-    """Returns what divides the memory, given the bytes of the process and how a device's memory is divided."""
+    """Returns a function that divides the memory, given the bytes of the process and the division of a device."""
     total = default_ram() if options.ram is None else parse_size(options.ram)
     is_added = options.ram is not None and not options.whole_process
 
@@ -241,7 +249,7 @@ def _loaded(
     adapters: Adapters,
     told: Told,
 ) -> tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]:
-    """Returns the model's weights outside the routed experts, and those that adapters have otherwise."""
+    """Returns the model's weights outside the routed experts, and those of adapters (see `Adapters.load`)."""
     weights: Mapping[str, Any]
     if there is None:
         weights = own = load_dense(moe, dense_level, verify=options.verify, told=told)
@@ -252,13 +260,13 @@ def _loaded(
 
 
 def _dense_bytes(*weights: Mapping[str, Any]) -> int:
-    """Returns what of some tensors lies in this process's memory, where several may be the same one."""
+    """Returns the bytes of this process's memory that sets of weights take; shared tensors count once."""
     every = {id(weight): weight for of in weights for weight in of.values()}
     return sum(map(_host_bytes, every.values()))
 
 
 def _host_bytes(weight: object) -> int:
-    """Returns what of a tensor lies in this process's memory."""
+    """Returns the bytes of this process's memory that a tensor takes; 0 for one on a device."""
     if isinstance(weight, Both):
         weight = weight.host
     if isinstance(weight, _core.Nested | _core.StoredRows):
@@ -267,11 +275,11 @@ def _host_bytes(weight: object) -> int:
 
 
 def room_for_experts(moe: MoeFile, options: EngineOptions) -> int:
-    """Returns about how many bytes of experts would fit beside all else, with `ram` for the whole process.
+    """Returns about how many bytes of experts would fit besides everything else, with `ram` for the whole process.
 
     Raises:
         ValueError: an option does not fit the file.
-        OutOfBudget: not one expert at its fewest bits fits.
+        OutOfBudget: not even one expert at the lowest level fits.
     """
     threads = hardware.num_threads() if options.threads is None else options.threads
     options = with_kv_table(moe, options)
@@ -287,7 +295,7 @@ def room_for_experts(moe: MoeFile, options: EngineOptions) -> int:
 def model_setting(
     moe: MoeFile, bits: int, slots: int, sections: Mapping[str, bytes] | None = None
 ) -> Setting:
-    """Returns what a scheduler decides about when `slots` bytes hold experts of at most `bits`."""
+    """Returns what a scheduler knows of a model whose experts run at up to `bits`, in `slots` bytes of memory."""
     config, levels = moe.config, range(1, moe.level(bits) + 1)
     return Setting(
         num_layers=len(config.moe_layers),
@@ -304,7 +312,11 @@ def model_setting(
 
 
 def with_experts(moe: MoeFile, experts: int | None) -> MoeFile:
-    """Returns a file with another number of experts per token, None for its own."""
+    """Returns a file with another number of experts per token; None keeps the file's own.
+
+    Raises:
+        ValueError: the model has fewer experts, or `experts` is less than 1.
+    """
     if experts is None:
         return moe
     if not 1 <= experts <= moe.config.num_experts:

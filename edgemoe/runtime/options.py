@@ -1,4 +1,4 @@
-"""How a model is opened and run: one value, which `load`, the command line, the lab and a server fill alike."""
+"""The options of opening and running a model: one value that `load`, the command line, the lab and the server share."""
 
 from __future__ import annotations
 
@@ -19,77 +19,82 @@ from edgemoe.scheduler import SCHEDULERS
 __all__ = ["EngineOptions"]
 
 _MOST_THREADS = 1024
-_MOST_SEQUENCES = 16  # as many tokens as the smallest batch holds
+_MOST_SEQUENCES = 16  # the smallest chunk: a pass must hold one token of each sequence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineOptions:
-    """Says how a model is opened and run.
+    """How a model is opened and run.
 
-    Checked when it is made, as far as that needs no model; numpy's numbers become Python's.
+    Options are checked when the value is made, as far as that needs no model. numpy's numbers become Python's.
 
     Raises:
-        ValueError: an option is of the wrong kind or out of range; says which.
+        ValueError: an option is of the wrong type or out of range; says which.
     """
 
     ram: int | str | None = None
-    """What the engine may add to this process's memory, as bytes or "4GiB"; None for what is free, less a margin."""
+    """How much memory the engine may add to this process, in bytes or as "4GiB"; None for what is free, less a
+    margin."""
     whole_process: bool = False
-    """`ram` bounds the whole process, not only what the engine adds."""
+    """Whether `ram` bounds the whole process, and not only what the engine adds to it."""
     slots: int | None = None
-    """Bytes for experts, whatever else takes room, for measurements; None for what `ram` leaves."""
+    """Bytes for experts, whatever else takes memory, for measurements; None for what `ram` leaves."""
     steady: bool = False
-    """Experts have the same room throughout, so that runs can be compared; else they have what nothing else uses yet.
-    Always so with `slots` and while a trace is recorded."""
+    """Whether experts have the same room throughout, so that runs can be compared. Otherwise they also use what
+    contexts and scratch do not use yet. Always True with `slots` and while a trace is recorded."""
     bits: int | Literal["auto"] | None = None
-    """Most precision of routed experts, one of the file's levels; None for all that the file has of each, "auto" for
-    each expert's own."""
+    """The most bits of routed experts, one of the file's levels; None for all that the file has of each expert, "auto"
+    for the bits that an allocation gives each expert."""
     allocation: str | os.PathLike[str] | None = None
-    """With bits or dense bits "auto", a file that says each expert's, or each matrix's (`edgemoe allocate`); None for
-    the model file's own."""
+    """With `bits` or `dense_bits` "auto": a file that gives the bits of each expert or matrix, as `edgemoe allocate`
+    writes it; None for the allocation in the model file."""
     adapters: (
         str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
         | Mapping[str, str | os.PathLike[str]] | None
     ) = None  # fmt: skip
-    """Files of `edgemoe convert --base`, or such by the names that they shall have; without, a name is the file's. An
-    `Engine` begins with the first, see `Engine.adapter`."""
+    """Adapter files, as `edgemoe convert --base` writes them, or a mapping of names to such files. Without a mapping, a
+    name is the file's, without `.moea`. An `Engine` begins with the first; see `Engine.adapter`."""
     dense_bits: int | Literal["auto"] | None = None
-    """Precision of all other matrices, one of the file's levels; the embedding's rows are looked up at the highest.
-    None for all that the file has, "auto" for each matrix's own, which `edgemoe allocate --method search` chose."""
+    """Bits of all other matrices, one of the file's levels; rows of the embedding are looked up at the highest. None
+    for all that the file has, "auto" for the bits of each matrix that `edgemoe allocate --method search` chose."""
     experts: int | None = None
-    """Routed experts per token; None for the model's own number. Another number is another model."""
+    """Routed experts per token; None for the model's own number. Another number is, in effect, another model."""
     context: int | None = None
-    """Tokens of prompt and reply together; None for what fits well."""
+    """The most tokens of a prompt and its reply together; None for as many as fit well."""
     cache_type_k: str = "f16"
-    """How the KV cache holds keys: "f16" or "f32", or, not exact, "q8_0" in half the memory, "q4_0" in less than a
-    third of it, "q3_0" or "q2_0"; "auto" for each layer's own, which `edgemoe allocate --kv` chose."""
+    """The type of keys in the KV cache: "f16" or "f32", which are exact; "q8_0" in half the memory of "f16", "q4_0" in
+    less than a third of it, "q3_0" or "q2_0", which are not; or "auto" for the type of each layer that `edgemoe
+    allocate --kv` chose."""
     cache_type_v: str = "f16"
-    """The same for values."""
+    """The type of values, likewise."""
     kv_table: str | os.PathLike[str] | KvTable | None = None
-    """With a cache type "auto", what says each layer's (`edgemoe allocate --kv`); None for the model file's own."""
+    """With a cache type "auto": the table of each layer's types, as `edgemoe allocate --kv` writes it; None for the one
+    in the model file."""
     device: str = "cpu"
     """Where the model runs: "cpu", or "cuda" or "cuda:N" for an NVIDIA device. The answer is the same, bit for bit."""
     vram: int | str | None = None
-    """What the engine may take of the device's memory; None for what is free, less a margin."""
+    """How much of the device's memory the engine may take, in bytes or as "4GiB"; None for what is free, less a
+    margin."""
     plug_in: str | os.PathLike[str] | None = None
-    """The library that knows devices; None for the one of this install."""
+    """The library that drives devices; None for the one of this installation."""
     sequences: int = 1
-    """How many have a context each, inside the budget; an `Engine` needs one, see `Model.make_state` for others."""
+    """How many sequences, each with a context of its own, the budget is divided for. An `Engine` uses one; see
+    `Model.make_state` for more."""
     threads: int | None = None
-    """None for the machine's cores."""
+    """How many threads compute; None for the machine's cores."""
     scheduler: str = "on-demand"
-    """A name of `edgemoe.scheduler.SCHEDULERS`."""
+    """One of `edgemoe.scheduler.SCHEDULERS`."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The scheduler's own."""
+    """The scheduler's own options."""
     verify: bool = True
-    """Check the sum of everything that is read."""
+    """Whether the checksum of everything that is read is checked."""
     trace: str | os.PathLike[str] | None = None
-    """A file that records the routing; see `edgemoe.runtime.trace`."""
+    """A file in which the routing is recorded; see `edgemoe.runtime.trace`."""
     profile: str | os.PathLike[str] | None = None
-    """A file of what was learned about this model's use: loaded if there is one, and saved at `close`; see
+    """A file of what was learned about this model's use: loaded if it exists, and saved at `close`; see
     `edgemoe.runtime.profile` and `Engine.warm`."""
     observer: Observer | None = None
-    """Is told of every layer; not together with `trace`."""
+    """Is called in every layer; not together with `trace`."""
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -105,7 +110,7 @@ class EngineOptions:
         for name in ("bits", "dense_bits"):
             if getattr(self, name) not in (None, "auto"):
                 put(name, whole(name, getattr(self, name)))
-        for name in ("experts", "context"):  # their ranges are the model's
+        for name in ("experts", "context"):  # their ranges depend on the model
             if getattr(self, name) is not None:
                 put(name, whole(name, getattr(self, name)))
         if self.threads is not None:
@@ -160,6 +165,6 @@ class EngineOptions:
 
     @property
     def kv_types(self) -> KvTypes:
-        """How the KV cache holds keys and values."""
+        """The types of keys and values in the KV cache."""
         layers = self.kv_table.layers if isinstance(self.kv_table, KvTable) else ()
         return KvTypes(self.cache_type_k, self.cache_type_v, layers)

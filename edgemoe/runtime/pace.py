@@ -1,4 +1,4 @@
-"""What this machine does in a second, measured once and kept: memory, kernels, what a layer costs beside weights."""
+"""The speed of this machine, measured once and kept: memory, kernels, and the overhead of a layer."""
 
 from __future__ import annotations
 
@@ -30,43 +30,43 @@ __all__ = ["Pace", "disk_pace", "pace"]
 
 _KEPT_S = 7 * 86400  # a machine changes: kernels, neighbours, firmware
 _FILE = "machine.json"
-_ROWS, _COLS, _COUNT = 2048, 2048, 12  # 48 MiB at 8 bits, more than most caches
+_ROWS, _COLS, _COUNT = 2048, 2048, 12  # matrices of 48 MiB at 8 bits, more than most caches hold
 _MEMORY_BYTES = 96 << 20
 _ROUNDS, _PASSES = 4, 4
-_PARKED_S = 0.001  # until threads that wait have parked, and what they computed is counted
+_PARKED_S = 0.001  # until waiting threads have parked, and their processor time is accounted
 _SMALL = ModelConfig(
     family="a plan", vocab_size=256, hidden_size=64, context_length=256, num_layers=8,
     mixers=(AttentionSpec(num_heads=2, num_kv_heads=2, head_dim=32, scale=1.0, rope=RopeSpec(dim=32)),),
     layer_mixers=(0,) * 8, num_experts=8, experts_per_token=8, expert_hidden=32,
     moe_layers=tuple(range(8)), tied=True, norm_eps=1e-5,
 )  # fmt: skip
-"""A model of which next to nothing is weights, so that what a layer costs beside them is seen."""
+"""A model with hardly any weights, so that its time per layer is nearly all overhead."""
 _TOKENS = 48
-_PROBE_BYTES, _PROBE_LEAST = 192 << 20, 16  # of reads of one size: bytes, and how many at least
+_PROBE_BYTES, _PROBE_LEAST = 192 << 20, 16  # a probe's least: bytes, and number of reads
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """Says what this machine does."""
+    """The speed of this machine."""
 
     memory: float
-    """Bytes per second that all threads read together."""
+    """Memory bandwidth: bytes per second that all threads read together."""
     kernels: Mapping[int, float]
-    """Bytes per second of weights that are multiplied by one token, at each level of a scheme."""
+    """Bytes of weights per second in the product of matrices with one token, by the bits of a scheme's levels."""
     layer_s: float
-    """Seconds that a layer takes beside its weights."""
+    """Overhead of a layer in seconds: its time for one token, apart from weights."""
     measured: float = field(default_factory=time.time)
-    """When, in seconds since 1970."""
+    """When it was measured, in seconds since 1970."""
 
     def kernel(self, bits: float) -> float:
-        """Returns the rate at a level, or of the nearest one that was measured."""
+        """Returns the kernels' rate at a level, in bytes per second; at the nearest one if it was not measured."""
         return self.kernels[min(self.kernels, key=lambda level: abs(level - bits))]
 
 
 def pace(scheme: Scheme) -> Pace:
-    """Returns what this machine does with a scheme's matrices; it is measured if it was not within a week.
+    """Returns the speed of this machine with a quantisation scheme's matrices.
 
-    Measuring takes about a second and 100 MiB.
+    It is measured, and kept in the cache folder for a week. Measuring takes about a second and 100 MiB.
     """
     key, kept = _machine(scheme), _read()
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
@@ -92,11 +92,12 @@ def disk_pace(moe: MoeFile | None, folder: Path, size: int) -> float | None:
     """Returns the bytes per second of direct reads of `size` bytes at scattered places.
 
     Args:
-        moe: is read from, for some tenths of a second, and its disk is meant; None to take what was measured earlier.
-        folder: whose disk is meant else.
+        moe: a file to measure with, for some tenths of a second; None to use what was measured earlier.
+        folder: is on the disk in question, if `moe` is None.
+        size: bytes of one read.
 
     Returns:
-        None where nothing was measured with reads about as large.
+        None if nothing was measured with reads of about this size.
     """
     device = f"{os.stat(folder if moe is None else moe.path).st_dev:x}"
     if moe is not None:
@@ -106,7 +107,8 @@ def disk_pace(moe: MoeFile | None, folder: Path, size: int) -> float | None:
         rate = read_rate(moe, size, total=max(_PROBE_BYTES, _PROBE_LEAST * size))
         _keep("disks", f"{device}:{size}", [rate, time.time()])
         return rate
-    near: dict[float, float] = {}  # a larger read is as fast or faster
+    # By how far sizes differ. The range reaches further down, as a larger read is as fast or faster.
+    near: dict[float, float] = {}
     with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):
         for key, (rate, when) in _read()["disks"].items():  # type: ignore[attr-defined]
             of, _, length = key.partition(":")
@@ -120,15 +122,15 @@ def disk_pace(moe: MoeFile | None, folder: Path, size: int) -> float | None:
 
 
 def _kernels(scheme: Scheme, threads: int) -> dict[int, float]:
-    """Measures the product of one token with matrices at every level of a scheme.
+    """Measures the product of matrices with one token at every level of a scheme; returns bytes per second by bits.
 
-    In time of the processor, which threads have together: others use the machine too, and while they do, time by the
-    clock is half or a quarter of a core's.
+    It uses the processor time of all threads together. On a machine that others use too, elapsed time would show half
+    or a quarter of a core's speed.
     """
-    scheme = SCHEMES[scheme.name]  # corrections and row scales cost a few per cent
+    scheme = SCHEMES[scheme.name]  # without corrections and row scales: they cost a few per cent
     ladder = scheme.ladders[0]
     sizes = scheme.rung_bytes(_ROWS, _COLS, ladder)
-    # As scales, that byte makes small floats, and none of them special.
+    # The byte 0x11 also makes the scales: small floats, none of them special (NaN, infinite, denormal).
     planes = [np.full(size, 0x11, np.uint8) for size in sizes]
     workspace = _core.Workspace(threads, 1, _COLS, 64, 1, 16)
     x, out = np.ones((1, _COLS), np.float32), np.zeros((1, _ROWS), np.float32)
@@ -153,7 +155,7 @@ def _kernels(scheme: Scheme, threads: int) -> dict[int, float]:
 
 
 def _layer_s() -> float:
-    """Measures what a layer costs beside its weights, with the engine itself."""
+    """Measures the overhead of a layer in seconds, with the engine itself."""
     with tempfile.TemporaryDirectory(prefix="edgemoe-pace-") as folder:
         path = Path(folder) / "pace.moe"
         write_hollow(path, _SMALL, scheme=SCHEMES["nested"], sections={})
@@ -164,11 +166,11 @@ def _layer_s() -> float:
                 start = time.perf_counter()
                 engine.extend([token])
                 times.append(time.perf_counter() - start)
-    return sorted(times)[_TOKENS // 4] / _SMALL.num_layers  # others use the machine too
+    return sorted(times)[_TOKENS // 4] / _SMALL.num_layers  # a quartile, as others use the machine
 
 
 def _machine(scheme: Scheme) -> str:
-    """Returns what the figures are of: another processor, core or number of threads has its own."""
+    """Returns the key of kept figures: the processor, threads, instruction set, scheme, version and compiler."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     model = next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), ""
@@ -188,7 +190,7 @@ def _read() -> dict[str, object]:
 
 
 def _keep(kind: str, key: str, value: object) -> None:
-    """Keeps a figure; where the cache folder cannot be written it is measured again the next time."""
+    """Keeps a figure in the cache folder; if that cannot be written, it is measured again the next time."""
     kept = _read()
     of_kind = kept.get(kind)
     kept[kind] = {**(of_kind if isinstance(of_kind, dict) else {}), key: value}

@@ -1,4 +1,4 @@
-"""Prefixes in memory: what sequences lose, kept inside the budget; what it has no room for goes to disk."""
+"""A pool of prefixes in memory: what sequences give up is kept inside the budget, and overflows to disk."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ __all__ = ["PrefixPool"]
 
 
 class PrefixPool:
-    """Keeps prefixes in memory that experts would have. One thread at a time, that of the model.
+    """Prefixes in memory that would otherwise hold experts. Used on the model's thread alone.
 
-    A prefix that a sequence takes back leaves the pool: it is kept again when the sequence loses it.
+    A prefix that a sequence takes back leaves the pool. It is kept again when the sequence gives it up again.
     """
 
     def __init__(self, model: Model, *, most_bytes: int, below: PrefixStore | None) -> None:
-        """Starts without any.
+        """Makes an empty pool.
 
         Args:
-            most_bytes: beyond that those that came first leave.
-            below: where these go; None for nowhere.
+            model: whose sequences it serves; its experts give up memory as the pool grows.
+            most_bytes: the most bytes of all prefixes. Beyond that, the oldest leave.
+            below: takes those that leave; None to drop them.
 
         Raises:
-            ValueError: experts keep their size.
+            ValueError: the model's expert slots have a fixed size (`EngineOptions.steady`).
         """
         self._model, self._most, self._below = model, most_bytes, below
         self._kept: list[Prefix] = []
@@ -41,7 +42,7 @@ class PrefixPool:
         return sum(prefix.size for prefix in self._kept)
 
     def look(self) -> None:
-        """Forgets all: the model is another one, and what is kept of it is wrong."""
+        """Drops all prefixes: the model has changed, and they are no longer right."""
         self._kept = []
         self._model.room.keep(0)
         if self._below is not None:
@@ -51,7 +52,7 @@ class PrefixPool:
         self, state: SequenceState, tokens: NDArray[np.int32], shared: int, most: int,
         adapter: int = 0,
     ) -> int:  # fmt: skip
-        """Does what `PrefixStore.exchange` does, in memory first."""
+        """Does what `PrefixStore.exchange` does, but looks in memory first."""
         found, best = None, shared + LEAST - 1
         for prefix in self._kept:
             if prefix.adapter != adapter:
@@ -62,7 +63,7 @@ class PrefixPool:
             if count > best:
                 found, best = prefix, count
         if found is not None:
-            self._kept.remove(found)  # first: it needs no place while the other one takes it
+            self._kept.remove(found)  # before `_keep`, which needs its place
         if state.length - shared >= LEAST:
             self._keep(state, beside=0 if found is None else found.size)
         state.use(adapter)
@@ -79,14 +80,14 @@ class PrefixPool:
         return best
 
     def save(self, state: SequenceState) -> None:
-        """Saves what a sequence holds on disk, and all that is kept, where there is a place for it."""
+        """Saves what a sequence holds, and all prefixes of the pool, to disk, if there is a store for them."""
         if self._below is not None:
             self._below.save(state)
             for prefix in self._kept:
                 self._below.put(prefix)
 
     def _keep(self, state: SequenceState, *, beside: int) -> None:
-        """Keeps what a sequence holds, while `beside` bytes more are in use."""
+        """Keeps what a sequence holds; `beside` bytes of another prefix are in memory at the same time."""
         prefix = Prefix.of(state)
         if prefix is None or any(kept.covers(prefix) for kept in self._kept):
             return
@@ -105,7 +106,7 @@ class PrefixPool:
         self._model.room.keep(self.size)
 
     def _drop(self, most: int) -> None:
-        """Lets those go that came first, until the rest takes no more than `most` bytes."""
+        """Moves the oldest prefixes to disk, or drops them, until the rest takes at most `most` bytes."""
         while self.size > most:
             oldest = self._kept.pop(0)
             if self._below is not None:

@@ -1,4 +1,4 @@
-"""At which bits a model's parts run: experts, the other matrices, keys and values, as options and allocations say."""
+"""The precision of each part of a model (experts, other matrices, keys and values), from options and allocations."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ __all__ = ["Bits", "bits_of", "dense_level", "with_dense_bits", "with_kv_table"]
 
 @dataclass(frozen=True, slots=True)
 class Bits:
-    """Says at which bits experts may run."""
+    """The bits that experts may run at."""
 
     most: int
+    """The most of any expert."""
     each: NDArray[np.int8]
-    """[L, E]"""
+    """[L, E]: the most of each expert."""
     noted: NDArray[np.int8]
-    """[L, E]: the same as far as no scheduler has a note of its own."""
+    """[L, E]: what `notes_of` reports. It differs from `each` where the scheduler is given `each` and reports it."""
 
     def told(self, options: EngineOptions) -> dict[str, Any]:
-        """Returns what the scheduler is told beside its setting."""
+        """Returns the options that the scheduler is made with: its own, and the bits of an allocation."""
         chosen = dict(options.options)
-        if (self.each != self.noted).any():  # the scheduler has a note of its own
+        if (self.each != self.noted).any():  # the scheduler reports these bits itself
             chosen["bits"] = self.each
         return chosen
 
 
 def with_dense_bits(moe: MoeFile, options: EngineOptions) -> MoeFile:
-    """Returns a file whose matrices outside the experts run at the bits that an allocation gives each, if they shall.
+    """Returns a file whose matrices outside the experts run at the bits of an allocation, if `dense_bits` is "auto".
 
     Raises:
         ValueError: there is no allocation.
-        FormatError: it is none, another model's, or says nothing of these matrices.
+        FormatError: it is not sound, is another model's, or does not cover these matrices.
         OSError: its file cannot be read.
     """
     if options.dense_bits != "auto":
@@ -61,16 +62,16 @@ def with_dense_bits(moe: MoeFile, options: EngineOptions) -> MoeFile:
 
 
 def dense_level(moe: MoeFile, options: EngineOptions) -> int:
-    """Returns how many rungs of a matrix outside the experts are used at most."""
+    """Returns the most rungs of any matrix outside the experts that are used."""
     return moe.dense_level(None if options.dense_bits == "auto" else options.dense_bits)
 
 
 def with_kv_table(moe: MoeFile, options: EngineOptions) -> EngineOptions:
-    """Returns options that hold the types of keys and values of each layer, if they are to be a table's.
+    """Returns options with the table of each layer's types of keys and values, if a cache type is "auto".
 
     Raises:
         ValueError: there is no table.
-        FormatError: it is none, or another model's.
+        FormatError: it is not sound, or is another model's.
         OSError: its file cannot be read.
     """
     given = options.kv_table
@@ -93,23 +94,33 @@ def with_kv_table(moe: MoeFile, options: EngineOptions) -> EngineOptions:
 
 
 def bits_of(moe: MoeFile, options: EngineOptions) -> Bits:
-    """Returns at which bits a file's experts run."""
+    """Returns the bits that a file's experts run at.
+
+    Raises:
+        ValueError: the file has no such level, or no allocation where one is asked for.
+        FormatError: the allocation is not sound, or is another model's.
+        OSError: the allocation's file cannot be read.
+    """
     have = moe.expert_bits
     if options.bits == "auto":
         each = _allocated_bits(moe, options.allocation)
         if moe.experts.names is not None:
-            # An adapter's expert has the bits of the one in whose place it is.
+            # An adapter's expert has the bits of the model's expert that it replaces.
             names = np.maximum(moe.experts.names, 0).reshape(len(each), -1)
             each = np.take_along_axis(each, names, axis=1)
         return Bits(int(each.max()), each, have)
     bits = moe.ladder[-1][0] if options.bits is None else options.bits
-    moe.level(bits)  # or it says which there are
+    moe.level(bits)  # raises if the file has no such level
     each = np.minimum(have, np.int8(bits))
     return Bits(bits, each, each)
 
 
 def _allocated_bits(moe: MoeFile, path: str | os.PathLike[str] | None) -> NDArray[np.int8]:
-    """Returns each expert's bits [L, E]: a file's, the model's section, or what is there where experts differ."""
+    """Returns each expert's bits [L, E].
+
+    They come from an allocation, in a file or in the model's section. Without one, they are the bits that the model
+    file has of each expert, if these differ.
+    """
     have = moe.expert_bits[:, : moe.config.num_experts]
     found, where = _allocation(moe, path)
     if found is not None:
@@ -123,7 +134,7 @@ def _allocated_bits(moe: MoeFile, path: str | os.PathLike[str] | None) -> NDArra
 
 
 def _allocation(moe: MoeFile, path: str | os.PathLike[str] | None) -> tuple[Allocation | None, str]:
-    """Returns a file's allocation, or the model's own, and what errors call it."""
+    """Returns the allocation of a file, or else of the model, and the name that errors use for it."""
     if path is not None:
         return Allocation.from_json(Path(path).read_bytes(), str(path)), str(path)
     where = f"{moe.path}: section allocation"

@@ -1,14 +1,16 @@
-"""Prefixes: what sequences held, kept so that a prompt that comes back is not computed again. In memory, then on disk.
+"""Prefixes: the tokens and states of sequences, kept so that a prompt that comes back is not computed again.
 
-A file is one of `edgemoe.file.summed`: checksums for every row, and it appears whole or not at all.
+They are kept in memory (`edgemoe.runtime.pool`) or on disk. A file has the format of `edgemoe.file.summed`: it has
+checksums for every row, and appears whole or not at all.
 
     ids                  int64 [n]      the tokens
-    LAYER.PART           uint32         what a layer remembers of them, as it lies in memory
+    LAYER.PART           uint32         a part of the layer's state after these tokens, as it lies in memory
 
-The metadata says of which model, at which bits, and by which scheduler it was computed: `identity`. What is another's
-is not used; what is damaged is removed, and computed again. A disk that is full costs nothing but the prefix.
+The metadata has the `identity` of what computed the prefix: the model, its bits, the scheduler and more. A prefix of
+another identity is not used. A damaged file is removed, and its prefix is computed again. If the disk is full, the
+prefix is lost and nothing else happens.
 
-Files that somebody named are read by their name alone, and stay until somebody removes them.
+A file that a user named is read only by its name, and stays until the user removes it.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 _VERSION = "2"
 LEAST = 64
-"""Tokens that are worth a file."""
+"""The fewest tokens that are worth keeping."""
 _WORDS = np.dtype("<u4")
 
 
@@ -50,19 +52,23 @@ _OURS = re.compile(r"[0-9a-f]{16}\.prefix")  # a name that this module made
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prefix:
-    """Is what a sequence holds."""
+    """The tokens of a sequence, and the states of its layers after them."""
 
     ids: NDArray[np.int64]
-    """[n]"""
+    """[n]: the tokens."""
     turned: int
+    """The sequence's length for which positions were rotated; see `SequenceState.turned`."""
     adapter: int
-    """The number of the one that it was computed with."""
+    """The number of the adapter that it was computed with; 0 for the model alone."""
     parts: dict[str, NDArray[np.uint32]]
-    """LAYER.PART of all layers."""
+    """The parts of all layers' states, by LAYER.PART."""
 
     @classmethod
     def of(cls, state: SequenceState) -> Prefix | None:
-        """Returns what a sequence holds, as it lies there; None where it cannot be taken."""
+        """Returns what a sequence holds; None if a layer's state cannot be taken.
+
+        The arrays are views of the sequence's memory; see `copy`.
+        """
         ids = np.array(state.ids, np.int64)
         parts: dict[str, NDArray[np.uint32]] = {}
         if state.held < len(ids):
@@ -76,28 +82,40 @@ class Prefix:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Its memory in bytes."""
         return self.ids.nbytes + sum(part.nbytes for part in self.parts.values())
 
     def covers(self, other: Prefix) -> bool:
-        """Returns whether its first tokens are all of another's, computed alike."""
+        """Returns whether it begins with all of another's tokens, computed with the same adapter."""
         return self.adapter == other.adapter and covers(self.ids, other.ids)
 
     def copy(self) -> Prefix:
-        """Returns one of its own memory."""
+        """Returns a prefix with arrays of its own."""
         parts = {name: np.array(part) for name, part in self.parts.items()}
         return Prefix(self.ids, self.turned, self.adapter, parts)
 
 
 def covers(ids: NDArray[np.int64], others: NDArray[np.int64]) -> bool:
-    """Returns whether the first tokens of `ids` are `others`."""
+    """Returns whether `ids` begin with all of `others`."""
     return len(ids) >= len(others) and bool(np.array_equal(ids[: len(others)], others))
 
 
 def shared_tokens(
     model: Model, state: SequenceState, ids: NDArray[np.int64], turned: int, tokens: NDArray[np.int32], length: int
 ) -> int:  # fmt: skip
-    """Returns with how many of a prefix's tokens a prompt of `length` begins, of those that can be gone back to."""
+    """Returns how many of a prefix's tokens can be used for a prompt.
+
+    That is the length of their common beginning; 0 where the layers cannot go back to it, as recurrent layers go back
+    to snapshots only, or where the prompt's length changes the frequencies of RoPE.
+
+    Args:
+        model: that both are for.
+        state: a sequence that would take the prefix.
+        ids: [n]: the prefix's tokens.
+        turned: see `Prefix.turned`.
+        tokens: the tokens of the prompt that may be taken from the prefix.
+        length: the number of tokens of the whole prompt.
+    """
     if not model.config.turns_alike(turned, length):
         return 0
     count = min(len(ids), len(tokens))
@@ -110,10 +128,19 @@ def fill(
     model: Model, state: SequenceState, ids: NDArray[np.int64], turned: int,
     part: Callable[[str], NDArray[np.uint32]], beside: int,
 ) -> None:  # fmt: skip
-    """Puts a prefix into a sequence, part after part, each of which takes at most `beside` bytes.
+    """Puts a prefix into a sequence, one part after another.
+
+    Args:
+        model: that the sequence belongs to.
+        state: the sequence, which loses what it holds.
+        ids: [n]: the prefix's tokens.
+        turned: see `Prefix.turned`.
+        part: returns a part by its name, LAYER.PART.
+        beside: the most bytes that `part` allocates at a time; experts make room for them.
 
     Raises:
-        FormatError, KeyError: a part is none of this sequence's; it is in disorder until it is rewound to the start.
+        FormatError, KeyError: a part does not fit this sequence. Then the sequence must be rewound to the start before
+            it is used again.
     """
     length = len(ids)
     state.rewind(0)
@@ -133,19 +160,28 @@ def fill(
 
 @dataclass(slots=True)
 class _Entry:
-    """Is one file."""
+    """One file of the folder, as far as it is known without its states."""
 
     path: Path
     ids: NDArray[np.int64]
-    """[n]; none where it is of another model."""
+    """[n]: the tokens; none if the file is another model's, so that it matches no prompt."""
     turned: int
     adapter: int
     size: int
+    """Bytes of the file."""
     used: float
+    """When it was last used, in seconds since 1970: the file's modification time."""
 
 
 def identity(model: Model, adapter: int = 0) -> str:
-    """Returns a name of all that decides what sequences of a model hold that are computed with an adapter."""
+    """Returns a hash, in hexadecimal, of everything that decides the states of sequences.
+
+    That is the version of edgemoe, the weights and their bits, the model's config, the scheduler and its options, and
+    the types of keys and values.
+
+    Args:
+        adapter: the number of the adapter that the sequences are computed with; 0 for the model alone.
+    """
     moe, options = model.moe, model.options
     layers, count = len(model.config.moe_layers), model.config.num_experts
     crcs = moe.experts.crcs.reshape(layers, moe.places, -1)[:, :count]
@@ -168,13 +204,15 @@ def identity(model: Model, adapter: int = 0) -> str:
 
 
 class PrefixStore:
-    """Keeps prefixes in a folder. One thread at a time, that of the model."""
+    """Prefixes in a folder. Used on the model's thread alone."""
 
     def __init__(self, folder: str | os.PathLike[str], model: Model, *, most_bytes: int) -> None:
-        """Looks through a folder, which is made where there is none; only its owner can read what is saved.
+        """Opens a folder, or makes it. Only its owner can read what is saved.
 
         Args:
-            most_bytes: files beyond that are removed, those first that were used longest ago.
+            folder: its path.
+            model: whose sequences it serves.
+            most_bytes: the most bytes of all files. Beyond that, the least recently used are removed.
 
         Raises:
             OSError: the folder cannot be made or read.
@@ -185,7 +223,7 @@ class PrefixStore:
         self.look()
 
     def look(self) -> None:
-        """Looks through the folder for what is of the model as it is now: after a change others' prefixes are wrong."""
+        """Reads the folder again, for prefixes of the model as it is now: after a change, earlier ones are wrong."""
         every = range(len(self._model.adapters.names) + 1)
         self._identities = [identity(self._model, adapter) for adapter in every]
         found = map(self._read, sorted(self._folder.glob("*.prefix")))
@@ -197,23 +235,24 @@ class PrefixStore:
 
     @property
     def size(self) -> int:
-        """Bytes on disk."""
+        """Bytes of all files."""
         return sum(entry.size for entry in self._entries)
 
     def exchange(
         self, state: SequenceState, tokens: NDArray[np.int32], shared: int, most: int,
         adapter: int = 0,
     ) -> int:  # fmt: skip
-        """Saves what a sequence loses to a prompt, and restores what is known of the prompt.
+        """Prepares a sequence for a prompt: saves what it would lose, and restores a longer prefix if there is one.
 
         Args:
+            state: the sequence.
             tokens: the prompt, [T].
-            shared: with how many of the sequence's tokens it begins.
-            most: how many of its tokens may be taken from before.
-            adapter: with which the prompt is computed.
+            shared: how many of the sequence's tokens the prompt begins with.
+            most: how many tokens of the prompt may be reused at most.
+            adapter: the number of the adapter that the prompt is computed with.
 
         Returns:
-            With how many it begins now.
+            How many of the sequence's tokens the prompt begins with now.
         """
         if state.length - shared >= LEAST:
             self.save(state)
@@ -224,7 +263,14 @@ class PrefixStore:
     def find(
         self, state: SequenceState, tokens: NDArray[np.int32], least: int, most: int
     ) -> tuple[_Entry | None, int]:
-        """Returns what shares most with a prompt's first `most` tokens, more than `least`, and how much."""
+        """Returns the file that shares the most tokens with a prompt, and how many it shares.
+
+        Args:
+            state: the sequence that would take it.
+            tokens: the prompt, [T].
+            least: the file must share more tokens than this; otherwise the result is (None, `least`).
+            most: how many tokens of the prompt may be reused at most.
+        """
         found, best = None, least
         for entry in self._entries:
             if entry.adapter != state.adapter:
@@ -237,12 +283,12 @@ class PrefixStore:
         return found, best
 
     def save(self, state: SequenceState) -> bool:
-        """Saves what a sequence holds, if it is long enough and not there yet; returns whether it is there then."""
+        """Saves what a sequence holds, if it is long enough and not saved yet; returns whether it is saved now."""
         prefix = Prefix.of(state) if state.length >= LEAST else None
         return prefix is not None and self.put(prefix)
 
     def put(self, prefix: Prefix) -> bool:
-        """Saves a prefix, if it is not there yet; returns whether it is there then."""
+        """Saves a prefix, if it is not saved yet; returns whether it is saved now. Errors are only logged."""
         ids, alike = prefix.ids, [e for e in self._entries if e.adapter == prefix.adapter]
         if any(covers(entry.ids, ids) for entry in alike):
             return True
@@ -253,12 +299,12 @@ class PrefixStore:
             self._write(path, prefix)
             found = path.stat()
         except OSError as error:
-            if not self._is_full:  # once: it costs nothing but time
+            if not self._is_full:  # logged once, as only time is lost
                 logger.warning("a prefix of %d tokens is not saved: %s", len(ids), error)
             self._is_full = True
             return False
         self._is_full = False
-        for entry in alike:  # what it begins with is not needed any more
+        for entry in alike:  # shorter prefixes that it covers are not needed any more
             if len(entry.ids) and covers(ids, entry.ids):
                 self._remove(entry)
         self._entries.append(
@@ -268,11 +314,11 @@ class PrefixStore:
         return True
 
     def save_as(self, state: SequenceState, name: str) -> int:
-        """Saves what a sequence holds under a name, in place of what had it; returns the file's bytes.
+        """Saves what a sequence holds under a name, replacing an earlier file; returns the file's bytes.
 
         Raises:
-            ValueError: it is no name, or the sequence holds nothing that can be saved.
-            OSError: it cannot be written; nothing is changed then.
+            ValueError: the name is not valid, or the sequence holds nothing that can be saved.
+            OSError: the file cannot be written; an earlier one stays.
         """
         path, prefix = self._named(name), Prefix.of(state)
         if prefix is None or not len(prefix.ids):
@@ -281,12 +327,12 @@ class PrefixStore:
         return path.stat().st_size
 
     def restore_from(self, state: SequenceState, name: str) -> int:
-        """Puts what was saved under a name into a sequence; returns the file's bytes.
+        """Restores a sequence from what was saved under a name; returns the file's bytes.
 
         Raises:
-            ValueError: it is no name.
-            FormatError: there is none, it is damaged, or of another model or settings; the sequence is empty then.
-            OSError: it cannot be read; likewise.
+            ValueError: the name is not valid.
+            FormatError: the file is missing, damaged, or of another model or settings; the sequence is then empty.
+            OSError: the file cannot be read; likewise.
         """
         path = self._named(name)
         state.rewind(0)
@@ -329,7 +375,10 @@ class PrefixStore:
         write_summed(path, tensors, meta, is_private=True)
 
     def restore(self, entry: _Entry, state: SequenceState) -> int:
-        """Puts a file's content into a sequence; returns how many tokens it holds then: 0 where it is damaged."""
+        """Restores a sequence from a file; returns how many tokens it holds then, 0 if the file is damaged.
+
+        A damaged file is removed, with a line in the log.
+        """
         length = len(entry.ids)
         try:
             file = SummedFile(entry.path, "a saved prefix")
@@ -347,7 +396,7 @@ class PrefixStore:
         return length
 
     def _read(self, path: Path) -> _Entry | None:
-        """Returns a file of the folder; None where it was damaged, and removed."""
+        """Returns a file of the folder; None if it is damaged. Then it is removed if its name is one of ours."""
         try:
             file, found = SummedFile(path, "a saved prefix"), path.stat()
             meta, ids = file.meta, np.empty(0, np.int64)
@@ -356,7 +405,7 @@ class PrefixStore:
                 ids = self._ids(file)
             turned = int(meta.get("turned", "0"))
         except (FormatError, OSError, KeyError, ValueError) as error:
-            if _OURS.fullmatch(path.name):  # others' may be anything
+            if _OURS.fullmatch(path.name):  # other files are not ours to remove
                 logger.warning("a saved prefix is removed: %s", error)
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
@@ -367,8 +416,8 @@ class PrefixStore:
         """Returns the tokens of a file.
 
         Raises:
-            FormatError: these are none of the model's.
-            KeyError: there are none.
+            FormatError: they are not tokens of the model.
+            KeyError: the file has no tokens.
         """
         ids = file.tensor("ids")
         is_sound = ids.dtype == np.int64 and ids.ndim == 1
@@ -377,13 +426,13 @@ class PrefixStore:
         return ids
 
     def _adapter_of(self, meta: Mapping[str, str]) -> int | None:
-        """Returns with which adapter a file was computed; None where it is of another model, or none that is here."""
+        """Returns the number of the adapter that a file was computed with; None for another model or adapter."""
         if meta.get("edgemoe_prefix") != _VERSION or meta.get("identity") not in self._identities:
             return None
         return self._identities.index(meta["identity"])
 
     def _trim(self) -> None:
-        """Removes files until the rest fits."""
+        """Removes the least recently used files until the rest fits `most_bytes`."""
         self._entries.sort(key=lambda entry: entry.used)
         while sum(entry.size for entry in self._entries) > self._most:
             self._remove(self._entries[0])

@@ -1,27 +1,29 @@
-"""Profiles: what the runtime learned about one model's use, kept from one run to the next. Format, reader and writer.
+"""Profiles: what the runtime learned about the use of one model, kept from run to run. Format, reader and writer.
 
-A profile is a safetensors file. `L` is the layers with routed experts, `E` experts per layer, `K` those per token.
+A profile is a safetensors file. `L` is the number of layers with routed experts, `E` that of experts per layer, `K`
+that of experts per token. "Decayed" sums count recent tokens more.
 
-    uses                 float64 [L, E]     uses of each expert; one of now counts 1, one of 64 tokens ago half
-    look_ahead.right     float64 [K]        of guesses of each rank that were absent, those that were wanted, decayed
-    look_ahead.seen      float64 [K]        all of these guesses, decayed
+    uses                 float64 [L, E]     uses of each expert; a use now counts 1, one 64 tokens ago counts 1/2
+    look_ahead.right     float64 [K]        guesses of each rank that were not in memory and turned out right, decayed
+    look_ahead.seen      float64 [K]        all guesses of each rank that were not in memory, decayed
     next_use.weights     float64 [5]        of `edgemoe.scheduler.predict.NextUse`, which predicts an expert's next use
-    next_use.curvature   float64 [5, 5]     what these weights rest on; zeros when nothing
+    next_use.curvature   float64 [5, 5]     of the fit of these weights; zeros without any data
     next_use.frequency   float64 [L, E]     uses per token, decayed
     frequency.values     float64 [L, E]     of `edgemoe.scheduler.predict.Frequency`, likewise
     hobbit.thresholds    float64 [5]        of HOBBIT: T1, T2, the shares that they were fitted to (low, skip), tokens
-    transitions.far_pairs  float32 [L, E, E]  the same of two layers before
     transitions.pairs    float32 [L, E, E]  of `edgemoe.scheduler.transitions.Transitions`: what ran after what
+    transitions.far_pairs  float32 [L, E, E]  the same, for the layer two before
     transitions.totals   float32 [L, E]     uses
-    transitions.keys     float32 [n, 1+2K]  where K is 1 or 2: layer and experts of the two layers before, -1 for none
-    transitions.followers  float32 [n, E]   what ran after each of these, in this layer
+    transitions.keys     float32 [n, 1+2K]  if K is 1 or 2: layer, and experts of the two layers before it, -1 for none
+    transitions.followers  float32 [n, E]   what ran in this layer after each of these keys
 
-`uses` is always there, the others where a scheduler has learned them; a scheduler takes what it knows and leaves the
-others as they are. For 48 layers of 128 experts, 8 per token, the default scheduler's file takes 50 kB; each further
-[L, E] as much again, and transitions 6 MB. Earlier profiles may have `frequent.uses`, which was `uses` once more.
+`uses` is always present, the others if a scheduler has learned them. A scheduler uses the tensors that it knows and
+leaves the others as they are. For 48 layers of 128 experts, 8 per token, the default scheduler's file takes 50 kB. Each
+further [L, E] adds as much again, and transitions 6 MB. Earlier profiles may have `frequent.uses`, a copy of `uses`.
 
-The metadata (strings) are: edgemoe_profile "1", crc (CRC-32C of all tensors' bytes, by name, in hexadecimal) and
-what the profile is of: family, layers, experts, experts_per_token and fingerprint (of the weights' source).
+The metadata (strings) are: edgemoe_profile "1"; crc (CRC-32C of all tensors' bytes in the order of their names, in
+hexadecimal); and the model's `identity`: family, layers, experts, experts_per_token and fingerprint (of the weights'
+source).
 """
 
 from __future__ import annotations
@@ -60,16 +62,16 @@ _SHAPES = {
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Holds what was learned."""
+    """What was learned about the use of a model."""
 
     uses: NDArray[np.float64]
     """[L, E]"""
     state: State = field(default_factory=dict)
-    """Of schedulers, by the names above; see `edgemoe.scheduler.Scheduler.state`."""
+    """What schedulers learned, by the names above; see `edgemoe.scheduler.Scheduler.state`."""
 
 
 def identity(moe: MoeFile) -> dict[str, str]:
-    """Returns what a profile is of; any other model's profile is refused."""
+    """Returns what identifies a profile's model; a profile of any other model is refused."""
     config = moe.config
     return {
         "family": config.family,
@@ -81,13 +83,14 @@ def identity(moe: MoeFile) -> dict[str, str]:
 
 
 def read_profile(path: Path, of: Mapping[str, str]) -> Profile | None:
-    """Reads a profile; None when there is no such file yet.
+    """Reads a profile; returns None if there is no such file yet.
 
     Args:
+        path: the file.
         of: the model's `identity`.
 
     Raises:
-        FormatError: not a profile, damaged, or another model's.
+        FormatError: the file is not a profile, is damaged, or is another model's.
     """
     if path.is_dir():
         raise FormatError(f"{path}: is a folder, not a profile")
@@ -100,7 +103,7 @@ def read_profile(path: Path, of: Mapping[str, str]) -> Profile | None:
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError, TypeError, AttributeError) as error:
-        # The latter two are the library's, of types that numpy does not have.
+        # safetensors raises the latter two for types that numpy does not have.
         raise FormatError(f"{path}: not a profile: {error}") from None
     if meta.get("crc") != _crc(tensors):
         raise FormatError(f"{path}: damaged: its checksum does not match")
@@ -129,7 +132,12 @@ def read_profile(path: Path, of: Mapping[str, str]) -> Profile | None:
 
 
 def write_profile(path: Path, profile: Profile, of: Mapping[str, str]) -> None:
-    """Writes a profile under its name only when it is whole.
+    """Writes a profile; an existing file is replaced as a whole or not at all.
+
+    Args:
+        path: the file.
+        profile: what was learned.
+        of: the model's `identity`.
 
     Raises:
         OSError: the file cannot be written.
@@ -153,7 +161,7 @@ def _crc(tensors: State) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ProfileFile:
-    """Is where what was learned about one model is kept, and what was there when it was opened."""
+    """The file of a model's profile, and what it held when it was opened."""
 
     path: Path
     of: Mapping[str, str]
@@ -162,12 +170,12 @@ class ProfileFile:
 
     @classmethod
     def open(cls, path: Path, moe: MoeFile) -> ProfileFile:
-        """Reads a profile if there is one, before anything is learned that could not be kept.
+        """Reads a profile if there is one, and checks early that it can be written later.
 
         Raises:
             ValueError: there is no such folder.
             PermissionError: the folder cannot be written.
-            FormatError: not a profile, damaged, or another model's.
+            FormatError: the file is not a profile, is damaged, or is another model's.
         """
         folder = path.absolute().parent
         if not folder.is_dir():
@@ -178,13 +186,13 @@ class ProfileFile:
         return cls(path, of, read_profile(path, of))
 
     def restore(self, store: ExpertStore, scheduler: Scheduler) -> None:
-        """Tells what was learned before."""
+        """Gives the store and the scheduler what was learned before."""
         if self.before is not None:
             store.uses = self.before.uses
             scheduler.restore(self.before.state)
 
     def learned(self, store: ExpertStore, scheduler: Scheduler) -> Profile | None:
-        """Returns what to keep: what other schedulers learned stays. None when nothing has run."""
+        """Returns the profile to keep, in which what other schedulers learned stays; None if nothing has run."""
         uses = store.uses
         before = {} if self.before is None else self.before.state
         return Profile(uses, {**before, **scheduler.state()}) if uses.any() else None

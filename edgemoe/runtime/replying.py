@@ -1,4 +1,4 @@
-"""The loop of a lone reply: compute, sample, give the token away, until something ends it."""
+"""The decoding loop of a single reply: compute, sample, yield the token, until something ends the reply."""
 
 from __future__ import annotations
 
@@ -26,14 +26,16 @@ def reply(
     constraint: Constraint | None,
     text: ReplyText | None,
 ) -> Iterator[int]:
-    """Yields the tokens after a prompt; the sequence is held while a token is computed, and not between two.
+    """Yields the tokens after a prompt. The sequence is locked while a token is computed, and not between tokens.
 
     Args:
-        alone: gives the sequence, whose caller has it for itself.
-        prompt: [T] what of it is to be computed.
-        context: tokens of the sequence and the reply together.
-        eos: the tokens that end it.
-        text: looks for stop texts.
+        alone: lends the sequence to one caller at a time.
+        prompt: [T]: the tokens of the prompt that are still to be computed.
+        params: how to sample; `max_tokens` of the reply, less than 0 for no limit.
+        context: the most tokens of the prompt and the reply together.
+        eos: tokens that end the reply and are not yielded.
+        constraint: says which tokens may come next; None for all.
+        text: looks for stop texts; None if there are none.
     """
     with alone() as sequence:
         sequence.reply(params, constraint)

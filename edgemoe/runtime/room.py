@@ -1,4 +1,4 @@
-"""Keeps an engine inside its budget while it runs, and the budget in use."""
+"""The room for experts, which follows what the rest of an engine takes, so that the budget is kept and used."""
 
 from __future__ import annotations
 
@@ -16,38 +16,39 @@ __all__ = ["Room"]
 logger = logging.getLogger(__name__)
 
 _WARM_TOKENS = 3
-"""Single tokens after which a process has grown by what the reserve is for."""
+"""Single tokens after which a process has grown by about what `Budget.growth` reserves."""
 _SHARE = 0.005
-"""Of the time, that measuring may take: it walks the page tables, some 30 ms for each GiB."""
+"""The most of the time that measuring may take: it walks the page tables, in some 30 ms for each GiB."""
 
 
 class Room:
-    """Sizes the expert slots before each pass.
+    """The size of the expert slots, which is adjusted before each pass.
 
-    What a sequence and a chunk may take is promised when a model is opened, and touched later or never. Until then it
-    holds experts. Where the whole process is to stay below a bound, it is measured now and then: slots take what the
-    reserve turned out not to need, and give back what the process has grown by. Exact schedulers give the same answers
-    at any size.
+    Memory for contexts and chunks is reserved when a model is opened, but used later or never. Until then it holds
+    experts. If the whole process must stay below a bound, its size is measured now and then: the slots then take what
+    the reserve turned out not to need, and give back what the process has grown by. Exact schedulers give the same
+    answers at any size.
     """
 
     def __init__(
         self, budget: Budget, slots: _core.Cache, *, is_measured: bool, is_steady: bool
     ) -> None:
         """Args:
-        budget: how the memory was divided; slots have `budget.slots` now.
-        is_measured: `budget.ram` bounds the whole process.
-        is_steady: slots keep their size, as where results are compared.
+        budget: how the memory was divided.
+        slots: the expert slots, of `budget.slots` bytes now.
+        is_measured: `budget.ram` bounds the whole process, so that its size must be measured.
+        is_steady: the slots keep their size, so that runs can be compared.
         """
         self._budget, self._slots = budget, slots
         self._is_measured, self._is_steady = is_measured, is_steady
         self.states: WeakSet[SequenceState] = WeakSet()
-        """Those of the sequences that there are."""
-        self._tokens = 0  # of the largest pass
-        self._singles = 0
+        """The states of all sequences that exist."""
+        self._tokens = 0  # of the largest pass so far
+        self._singles = 0  # passes of single tokens so far, up to the last call of `fit`
         self._is_lent = False
         self._beside = 0
         self.is_resting = False
-        """The slots were given back, until the next pass."""
+        """Whether the slots' memory was given back to the system, until the next pass."""
         self._base = budget.fixed - budget.kv - budget.chunk * budget.row
         self._base += budget.sequences * budget.kv_at_once
         self._size = budget.slots
@@ -55,17 +56,17 @@ class Room:
 
     @property
     def size(self) -> int:
-        """What the slots may take now."""
+        """Bytes that the slots may take now."""
         return self._size
 
     def hold(self) -> None:
-        """Slots have the size that the budget promised, from now on."""
+        """Fixes the slots at the size that the budget reserved for them, from now on."""
         if not self._is_steady:
             self._is_steady = True
             self._resize(self._budget.slots)
 
     def fit(self, batch: Batch) -> None:
-        """Makes room for a pass: called before each."""
+        """Makes room for a pass. Called before each pass."""
         if self._is_steady:
             return
         if self.is_resting:
@@ -92,7 +93,7 @@ class Room:
         self._resize(self._left())
 
     def reach(self, state: SequenceState, length: int) -> None:
-        """Makes room for a sequence that will hold `length` tokens at once, as one that is restored does."""
+        """Makes room for a sequence that gets `length` tokens at once, without a pass, as a restored one does."""
         if not self._is_steady and length > state.reach:
             self._reach(state, length)
             self._resize(self._left())
@@ -102,22 +103,25 @@ class Room:
         state.reach = min(-(-length // KV_STEP) * KV_STEP, state.capacity)
 
     def lend(self, size: int) -> None:
-        """Takes `size` bytes from the slots until the next pass; before a reply was made the reserve is for that."""
+        """Takes `size` bytes from the slots until the next pass.
+
+        Does nothing until the first reply: until then `Budget.growth` covers it.
+        """
         if self._is_measured and not self._is_steady and self._singles > _WARM_TOKENS:
             self._is_lent = True
             self._resize(self._left(size))
 
     def rest(self) -> None:
-        """Gives the slots' memory back to the system, but for one expert; the next pass takes it again."""
+        """Gives the slots' memory back to the system, except for one expert; the next pass takes it again."""
         if not self._is_steady:
             self.is_resting = True
             self._resize(self._budget.expert)
 
     def keep(self, size: int) -> None:
-        """Takes `size` bytes from the slots for what is kept beside them, in place of what `keep` took before.
+        """Takes `size` bytes from the slots for good, in place of what the last `keep` took; prefixes are kept there.
 
         Raises:
-            ValueError: the slots keep their size.
+            ValueError: the slots have a fixed size.
         """
         if self._is_steady:
             raise ValueError("room: the slots keep their size")
@@ -125,18 +129,18 @@ class Room:
         self._resize(self._left())
 
     def _left(self, beside: int = 0) -> int:
-        """Returns what is left for slots beside all that is counted and so many bytes."""
+        """Returns the bytes that are left for slots when everything that is counted, and `beside` bytes, are taken."""
         budget = self._budget
         left = budget.ram - self._base - self._counted() - beside
         return min(max(left, budget.expert), budget.experts)
 
     def _counted(self) -> int:
-        """Returns what sequences and passes so far take, beside what was there at once."""
+        """Returns the bytes that sequences, passes so far and `keep` take, beyond `_base`."""
         states = sum(self._budget.kv_bytes(state.reach) for state in self.states)
         return states + self._tokens * self._budget.row + self._beside
 
     def _measured(self) -> int:
-        """Returns what all but the slots takes, or may take before it is measured again."""
+        """Returns the bytes that everything but the slots takes, or may take before the next measurement."""
         start = time.perf_counter()
         taken = self._taken(hardware.exact_process_bytes())
         now = time.perf_counter()
@@ -150,7 +154,7 @@ class Room:
         return process - slots + budget.tables + late + budget.slack
 
     def _resize(self, size: int) -> None:
-        # A little more is not worth a change; a little less is.
+        # Growing by less than an expert is not worth a change. Shrinking always is, to keep the budget.
         grows = size >= self._size + self._budget.expert or size == self._budget.experts
         if size == self._size or (size > self._size and not grows):
             return

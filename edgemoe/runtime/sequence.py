@@ -1,4 +1,4 @@
-"""One conversation with a model: its tokens and states, how its reply is sampled, and what its last call did."""
+"""One sequence on a model: its tokens and states, how its reply is sampled, and the figures of its last call."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Sequence", "shared_length", "token_ids"]
 
 
 class Sequence:
-    """Runs one sequence on a model that others may share. One thread at a time, that of the model."""
+    """One sequence on a model, which other sequences may share. Used on the model's thread alone."""
 
     def __init__(self, model: Model) -> None:
         """Takes one of the model's states; raises what `Model.make_state` does."""
@@ -30,26 +30,30 @@ class Sequence:
         """The last logits, [1, V]: scratch."""
         self.meter = Meter(model, model.budget.kv // model.options.sequences)
         self.call = 0
-        """Counts calls: what an earlier one began has ended."""
+        """The number of the current call. A generator of an earlier call has ended."""
         self.is_cancelled: abc.Callable[[], bool] | None = None
-        """Of the call; see `Batch.is_cancelled`."""
+        """Of the current call; see `Batch.is_cancelled`."""
         self._model = model
         self._sampler = Sampler(SamplingParams())
         self._constraint: Constraint | None = None
         self._start = 0.0
 
     def begin(self, tokens: NDArray[np.int32], *, kept: int) -> int:
-        """Starts a call, and keeps at most `kept` tokens of what is there if `tokens` [T] begin with them.
+        """Starts a call, and keeps the tokens that the sequence shares with `tokens` [T].
+
+        Args:
+            tokens: the new sequence.
+            kept: the most tokens to keep.
 
         Returns:
-            How many were kept: the position of the first token that is to be computed.
+            How many were kept: the position of the first token that must be computed.
         """
         self._start_call()
         shared = shared_length(self._model.config, self.state, tokens, kept)
         return self.state.rewind(shared)
 
     def go_on(self) -> None:
-        """Starts a call that adds tokens to what is there."""
+        """Starts a call that adds tokens to the sequence."""
         self._start_call()
 
     def _start_call(self) -> None:
@@ -58,7 +62,12 @@ class Sequence:
         self.meter.start()
 
     def evaluate(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
-        """Appends tokens [T], chunk by chunk; logits of the last ones go to `out` [1 or T, V]."""
+        """Appends tokens, chunk by chunk.
+
+        Args:
+            tokens: [T].
+            out: [1, V] for the logits of the last token, or [T, V] for those of all.
+        """
         model, chunk, state = self._model, self._model.budget.chunk, self.state
         self.meter.prompt_progress = (0, len(tokens))
         state.goal = state.length + len(tokens)
@@ -79,19 +88,19 @@ class Sequence:
             state.goal = 0
 
     def prompt(self, tokens: NDArray[np.int32], out: NDArray[np.float32]) -> None:
-        """Does `evaluate` for the first tokens of a call, and counts them."""
+        """Does `evaluate` for the first tokens of a call, and counts them as its prompt."""
         known, start = self.state.length, time.perf_counter()
         self.evaluate(tokens, out)
         self.meter.prompt(len(tokens), known, time.perf_counter() - start)
 
     def reply(self, params: SamplingParams, constraint: Constraint | None = None) -> None:
-        """A reply begins, which is sampled so, of the tokens that a constraint allows."""
+        """Begins a reply: `sample` uses these parameters, and chooses among the tokens that the constraint allows."""
         self._constraint = constraint
         self._sampler = Sampler(params)
         self._start = time.perf_counter()
 
     def sample(self) -> int:
-        """Returns the next token of the reply, from the last logits."""
+        """Returns the next token of the reply, sampled from the last logits."""
         self.meter.hash(self.row[0])
         mask = None if self._constraint is None else self._constraint.allowed()
         token = self._sampler.sample(self.row[0], self.state.ids, allowed=mask)
@@ -102,9 +111,12 @@ class Sequence:
 def shared_length(
     config: ModelConfig, state: SequenceState, tokens: NDArray[np.int32], most: int
 ) -> int:
-    """Returns with how many of the tokens that a state holds, `most` at most, `tokens` [T] begin and can go on."""
+    """Returns how many of a state's tokens `tokens` [T] begin with, `most` at most.
+
+    That is 0 where `tokens` are so many that RoPE has other frequencies.
+    """
     if not config.turns_alike(state.turned, len(tokens)):
-        return 0  # all that is there would be computed again
+        return 0  # all of it would be computed again anyway
     held, given = state.ids[:most], tokens[: min(most, state.length)].tolist()
     if held[: len(given)] == given:
         return len(given)
@@ -116,13 +128,16 @@ def shared_length(
 def token_ids(
     ids: abc.Sequence[int] | NDArray[Any], vocab_size: int, context: int, known: int
 ) -> NDArray[np.int32]:
-    """Returns tokens of a caller as an array [T].
+    """Returns the tokens that a caller gave as a checked array [T].
 
     Args:
-        known: how many are in the context before them.
+        ids: the tokens.
+        vocab_size: tokens are from 0 to below this.
+        context: the most tokens of the sequence.
+        known: how many tokens are in the context before them.
 
     Raises:
-        ValueError: there are none, they do not fit, or one is outside the vocabulary; says what came.
+        ValueError: there are none, they do not fit the context, or one is outside the vocabulary; says what came.
     """
     try:
         tokens = np.asarray(ids)

@@ -1,4 +1,4 @@
-"""The sequences of a batcher: what each holds, who has it, and which of them a prompt takes."""
+"""The sequences of a batcher: what each holds, which request has it, and which of them a prompt takes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ from edgemoe.text.sampler import Sampler
 
 __all__ = ["Slot", "SlotView", "best_slot"]
 
-_WORTH_KEEPING = (
-    0.1  # of a sequence: who shares less with it takes the one that was used longest ago
-)
+# The share of a sequence that a prompt must have in common with it; else it takes the least recently used one.
+_WORTH_KEEPING = 0.1
 
 
 class SlotView(NamedTuple):
-    """Is what a sequence does, as of the last pass."""
+    """What a sequence is doing, as of the last pass."""
 
     length: int
     """Tokens that it holds."""
@@ -36,19 +35,26 @@ class SlotView(NamedTuple):
 
 
 class Slot:
-    """Is one sequence's place, and the request that has it."""
+    """One sequence, and the request that has it."""
 
     def __init__(self, state: SequenceState) -> None:
         self.state = state
         self.request: Request | None = None
         self.tokens: list[int] = []
-        """Prompt and reply so far; what the state does not hold of them is to be computed."""
+        """Prompt and reply so far. Tokens beyond those that the state holds are still to be computed."""
         self.last_used = 0
 
     def start(
         self, request: Request, tokens: NDArray[np.int32], cached: int, now: Counters
     ) -> None:
-        """Takes a request, of whose tokens `cached` are there."""
+        """Gives the sequence to a request.
+
+        Args:
+            request: the request.
+            tokens: its prompt, [T].
+            cached: how many of these tokens the sequence holds already.
+            now: the model's counters at the start.
+        """
         self.request, self.tokens, self.sampler = request, tokens.tolist(), Sampler(request.params)
         self.prompt, self.cached, self.before, self.beside = len(tokens), cached, now, 0
         self.started = self.first = self.last = time.perf_counter()
@@ -72,7 +78,7 @@ class Slot:
         return held < self.prompt or held + 1 < len(self.tokens)
 
     def view(self) -> SlotView:
-        """Returns what it does."""
+        """Returns what the sequence is doing."""
         is_busy = self.request is not None
         made = self.made if is_busy else 0
         return SlotView(self.state.length, is_busy, self.prompt if is_busy else 0, made)
@@ -81,9 +87,18 @@ class Slot:
 def best_slot(
     config: ModelConfig, idle: Sequence[Slot], tokens: NDArray[np.int32], most: int, adapter: int
 ) -> tuple[Slot, int]:
-    """Returns the sequence that shares most with a prompt, and how much; a short question spoils no long text.
+    """Returns the idle sequence that a prompt should take, and how many tokens it shares.
 
-    What was computed with another adapter is another text's.
+    It is the one that shares the most, but no long text is given up for a short common beginning: if less than a tenth
+    of that sequence is shared, the prompt takes an empty sequence or the least recently used one. What was computed
+    with another adapter is not shared.
+
+    Args:
+        config: the model's.
+        idle: the sequences without a request, at least one.
+        tokens: the prompt, [T].
+        most: how many tokens may be shared at most.
+        adapter: the number of the adapter that the prompt is computed with.
     """
     shared = [
         shared_length(config, slot.state, tokens, most) if slot.state.adapter == adapter else 0

@@ -1,34 +1,35 @@
-"""Records what the router asked for, what was in memory, and what each layer took, in a compact file.
+"""Traces: what the router asked for, what was in memory, and what each layer took, in a compact file.
 
 A trace is one line of JSON, the fields of `TraceHeader`, then fixed-size little-endian records (numpy dtype
-`record(K, p)`), one per token and layer with experts, in the order of computing. A chunk of T tokens is T records of
-layer 0, then T of layer 1, and so on:
+`record(K, p)`). There is one record per token and layer with experts, in the order in which they were computed: a chunk
+of T tokens is T records of layer 0, then T of layer 1, and so on. K is the experts per token, p the look-ahead.
 
-    token          u4         position in its sequence; a sequence starts at 0
-    id             u4         the token itself; 4294967295 where it is not known. Not in version 2
+    token          u4         position in its sequence, from 0
+    id             u4         the token itself; 4294967295 if it is not known. Not in version 2
     layer          u2         position among the layers with routed experts
-    tokens         u2         T in the first record of a chunk's layer, 0 in the others
-    sequences      u2         how many the T are of, likewise; as many as T while decoding. Not in versions 2 and 3
-    experts        u2 [K]     chosen by the router, best first
-    gates          f2 [K]
-    resident       u1 [K]     level of each in memory when the layer was planned, 0 = absent; the highest level of all
-                              where everything that the file has of it was there
-    bits           u1 [K]     that each ran at, 0 = skipped
-    device         u1 [K]     1 where a device ran it, else 0; the processor's was in memory where `resident` has its
-                              level, else read from the file. Not in versions 2 to 4
+    tokens         u2         T in the first record of each layer of a chunk, 0 in the others
+    sequences      u2         how many sequences the T tokens belong to, likewise; T while decoding. Not in versions 2
+                              and 3
+    experts        u2 [K]     the experts that the router chose, best first
+    gates          f2 [K]     their gates
+    resident       u1 [K]     the level of each in memory when the layer was planned, 0 = absent; the highest level of
+                              the file if all that the file has of the expert was in memory
+    bits           u1 [K]     the bits that each ran at, 0 = skipped
+    device         u1 [K]     1 if a device ran it, else 0. An expert that the processor ran was in memory if `resident`
+                              has its level, else it was read from the file. Not in versions 2 to 4
     ahead_experts  u2 [p, K]  what the routers of the next p layers chose for this layer's input, best first;
-                              65535 where they were not asked. Absent when p is 0
+                              65535 if they were not asked. Absent if p is 0
     ahead_gates    f2 [p, K]  likewise
 
-and of the chunk's layer as a whole, in its first record, 0 in the others:
+The following fields describe the chunk's layer as a whole. They are in its first record, and 0 in the others:
 
-    bytes_read     u8         that arrived since the layer before
-    before_us      f4         since the experts of the layer before were done: head, embedding, attention, router
-                              and scheduler, but not what the caller did between tokens
-    experts_us     f4         from the plan to the sum of the experts' outputs
-    wait_us        f4         of that, standing still for reads
+    bytes_read     u8         bytes that arrived since the layer before
+    before_us      f4         microseconds since the experts of the layer before were done: head, embedding, attention,
+                              router and scheduler, but not what the caller did between tokens
+    experts_us     f4         microseconds from the plan to the sum of the experts' outputs
+    wait_us        f4         the part of experts_us for which computing stalled on reads
 
-`read` gives all of it back, of versions 2 to 4 too.
+`read` also reads versions 2 to 4.
 """
 
 from __future__ import annotations
@@ -52,21 +53,21 @@ _VERSION = 5
 _LACKS: Mapping[int, Sequence[str]] = {
     2: ("id", "sequences", "device"), 3: ("sequences", "device"), 4: ("device",), _VERSION: (),
 }  # fmt: skip
-"""Fields that records of a version do not have, for those that are read."""
+"""The versions that `read` knows, and the fields that their records lack."""
 MAGIC = b'{"edgemoe_trace"'
-"""What every trace begins with."""
-_MOST_BYTES = 1 << 53  # of memory or a read; beyond, floats skip numbers
+"""The first bytes of every trace."""
+_MOST_BYTES = 1 << 53  # of memory or a read; above this, floats skip whole numbers
 
 NO_EXPERT = 0xFFFF
-"""In `ahead_experts`, where no router was asked."""
+"""The value of `ahead_experts` where no router was asked."""
 
 NO_TOKEN = 0xFFFFFFFF
-"""In `id`, where it is not known."""
+"""The value of `id` where the token is not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TraceHeader:
-    """Says which model and settings a trace is of."""
+    """The model and the settings that a trace was recorded with."""
 
     edgemoe_trace: int = _VERSION
     """Version of the format."""
@@ -78,23 +79,23 @@ class TraceHeader:
     bits: int
     """The highest precision that may be planned."""
     level_bits: tuple[int, ...]
-    """Of each level, ascending; `bits` is the last."""
+    """The bits of each level, ascending; `bits` is the last."""
     level_bytes: tuple[int, ...]
-    """Memory and reading of one expert that has it, at each level."""
+    """Bytes of an expert at each level that it has, in memory and to be read."""
     rungs: tuple[int, ...] = ()
-    """How many of the levels each expert has, layer by layer; none when all have all."""
+    """How many of the levels each expert has, layer by layer; empty if all have all."""
     slots_bytes: int
-    """Memory for experts."""
+    """Memory for experts, in bytes."""
     scheduler: str
     look_ahead: int = 0
     """p of the records."""
     reads_ahead: bool = False
-    """The scheduler asked for look-ahead, so that reads and waits are not those of single layers."""
+    """Whether the scheduler read ahead, so that the reads and waits of a layer are not for this layer alone."""
     threads: int
 
     @property
     def mean_bytes(self) -> tuple[int, ...]:
-        """Returns the memory of an expert at each level, averaged over what each has, rounded down."""
+        """The mean bytes of an expert at each level, rounded down; experts that lack a level count at their highest."""
         if not self.rungs:
             return self.level_bytes
         sizes, rungs = np.array(self.level_bytes), np.array(self.rungs)
@@ -102,7 +103,7 @@ class TraceHeader:
         return tuple(int(sizes[np.minimum(rungs, i) - 1].mean()) for i in levels)
 
     def own_bits(self) -> NDArray[np.uint8] | None:
-        """Returns the most bits that each expert has, [layers, E]; None when all have all."""
+        """Returns the most bits that each expert has, [layers, E]; None if all experts have all levels."""
         if not self.rungs:
             return None
         rungs = np.array(self.rungs).reshape(self.num_layers, self.num_experts)
@@ -126,18 +127,18 @@ def record(experts_per_token: int, look_ahead: int = 0) -> np.dtype[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """Is a trace in memory."""
+    """A trace in memory."""
 
     header: TraceHeader
     rows: NDArray[Any]
-    """[n] of `record`."""
+    """[n], of the dtype `record`."""
     is_cut: bool = False
-    """A last record was cut off, as of a recording that was killed, and is left out."""
+    """Whether the last record was cut off, as when the recording was killed; it is left out."""
 
     def passes(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Returns each pass through all layers: its first record [P] and its number of tokens [P].
+        """Returns the passes through all layers: the index of each one's first record [P], and its tokens [P].
 
-        The record of its token t in layer l is first + l * tokens + t. A pass that was broken off is left out.
+        The record of token t in layer l is at first + l * tokens + t. A pass that was interrupted is left out.
         """
         L = self.header.num_layers
         starts = np.flatnonzero(self.rows["tokens"])
@@ -152,10 +153,11 @@ class Trace:
         return starts[at].astype(np.int64), tokens[at]
 
     def by_token(self, field: str, *, single: bool = False) -> NDArray[Any]:
-        """Returns a column as [T, L, …], all tokens of whole passes in their order.
+        """Returns a field as [T, L, …], for all tokens of complete passes in their order.
 
         Args:
-            single: only those that were computed one at a time.
+            field: its name.
+            single: only tokens that were computed one at a time.
         """
         first, tokens = self.passes()
         if single:
@@ -169,10 +171,10 @@ class Trace:
 
 
 def _is_sound(header: TraceHeader) -> bool:
-    """Says whether a header has the types and ranges that are computed with.
+    """Returns whether a header's values have the right types and ranges.
 
     Raises:
-        TypeError: it does not.
+        TypeError: a value has a type that cannot even be compared.
     """
     E, L, bits, sizes = header.num_experts, header.num_layers, header.level_bits, header.level_bytes
     whole = (
@@ -201,7 +203,7 @@ def _is_sound(header: TraceHeader) -> bool:
 
 
 def _are_inside(rows: NDArray[Any], header: TraceHeader) -> bool:
-    """Says whether records are of the header's model."""
+    """Returns whether all records are possible for the header's model."""
     E, levels = header.num_experts, np.zeros(256, bool)
     levels[[0, *header.level_bits]] = True
     times = [rows[name] for name in ("before_us", "experts_us", "wait_us")]
@@ -225,7 +227,8 @@ def read(path: str | os.PathLike[str]) -> Trace:
     """Reads a trace.
 
     Raises:
-        FormatError: not a trace of this version.
+        FormatError: the file is not a trace, is of an unknown version, or is damaged.
+        OSError: the file cannot be read.
     """
     data = Path(path).read_bytes()
     line, _, body = data.partition(b"\n")
@@ -255,8 +258,10 @@ def read(path: str | os.PathLike[str]) -> Trace:
 
 
 def _as_now(body: bytes, dtype: np.dtype[Any], lacks: Sequence[str]) -> tuple[NDArray[Any], bool]:
-    """Returns the records of a version that lacks some fields: tokens that are not known, one sequence at a time, no
-    device; and whether a part of another one follows."""
+    """Returns the records of an earlier version in today's dtype, and whether a cut record follows them.
+
+    Fields that the version lacks get defaults: the token is unknown, a pass is of one sequence, no device ran.
+    """
     names = [name for name in dtype.names or () if name not in lacks]
     old = np.dtype([(name, dtype[name]) for name in names])
     count, rest = divmod(len(body), old.itemsize)

@@ -1,4 +1,4 @@
-"""Records what layers do while they run; the format is that of `edgemoe.runtime.trace`."""
+"""The recording of traces while a model runs; `edgemoe.runtime.trace` describes the format."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _clock = time.perf_counter
 
 
 class TraceWriter(Observer):
-    """Writes a trace as layers run; an earlier trace of that name is replaced.
+    """An observer that writes a trace as layers run. An earlier trace of that name is replaced.
 
-    A token's layer costs a few copies of some bytes; what they mean is worked out for many at once.
+    In a layer of a single token it only copies a few bytes. They are turned into records later, for many tokens at
+    once.
     """
 
     def __init__(
@@ -42,10 +43,13 @@ class TraceWriter(Observer):
         """Opens the file and writes the header.
 
         Args:
-            ran_there: see `ExpertStore.watch`.
+            path: the trace file.
+            header: the model and the settings.
+            ran_there: [layers, E], live: which experts a device ran in the last pass of a layer, see
+                `ExpertStore.watch`; None without a device.
 
         Raises:
-            ValueError: there is a file that is not a trace; it is left alone.
+            ValueError: the file exists and is not a trace; it is left as it is.
             OSError: the file cannot be written, or another process is recording it.
         """
         self.header = header
@@ -69,18 +73,18 @@ class TraceWriter(Observer):
         self._bytes_read, self._wait_s = 0, 0.0
 
     def begin(self, batch: Batch) -> None:
-        """A batch starts."""
+        """See `Observer.begin`."""
         self._positions, self._ids = batch.positions, batch.ids
         self._last = _clock() - self._tail
         self._tail = 0.0
 
     def end(self) -> None:
-        """The batch is done, its logits too."""
+        """See `Observer.end`."""
         self._tail = _clock() - self._last
 
     def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
-        """Copies what was routed, planned and resident."""
-        if self._planned is not None:  # an error or Ctrl-C ended the layer before
+        """Copies what was routed, planned and resident; see `Observer.planned`."""
+        if self._planned is not None:  # an error or Ctrl-C ended the last layer before `done`
             self._times.append((0.0, 0.0, 0.0, 0, self._nowhere))
         self._layer = routing.layer
         if len(routing.experts) == 1 and routing.ahead_experts is None:
@@ -97,7 +101,7 @@ class TraceWriter(Observer):
         self._planned = _clock()
 
     def done(self, bytes_read: int, wait_s: float) -> None:
-        """Notes what the layer took, from the cache's counters since the start."""
+        """Notes what the layer took, as differences of the totals; see `Observer.done`."""
         now, planned = _clock(), self._planned
         assert planned is not None
         there = self._nowhere if self._ran_there is None else self._ran_there[self._layer].tobytes()
@@ -110,7 +114,7 @@ class TraceWriter(Observer):
             self._flush()
 
     def close(self) -> None:
-        """Writes what is left and ends the file."""
+        """Writes what is left and closes the file; see `Observer.close`."""
         with named(self._path):
             self._flush()
             self._file.flush()
@@ -120,7 +124,7 @@ class TraceWriter(Observer):
             self._file.close()
 
     def _settle(self) -> None:
-        """Turns the single tokens gathered so far into a block of records."""
+        """Turns the single tokens that were gathered into a block of records."""
         if not self._single:
             return
         position, ids, layer, experts, gates, bits, order, resident = zip(
@@ -134,7 +138,7 @@ class TraceWriter(Observer):
         rows["gates"] = np.frombuffer(b"".join(gates), np.float32).reshape(n, K)
         levels = np.frombuffer(b"".join(resident), np.int8).reshape(n, E)
         rows["resident"] = np.take_along_axis(levels, chosen, axis=1)
-        # A single token's uses have one part each, so that its row of parts names uses.
+        # For a single token, every use of the plan has one part, so that the plan's rows are positions of uses.
         at = np.frombuffer(b"".join(order), np.int32).reshape(n, K)
         starts = np.cumsum([0, *map(len, bits)])[:-1]
         ran = np.frombuffer(b"".join(bits), np.uint8)
@@ -174,7 +178,7 @@ class TraceWriter(Observer):
             self._times.append((0.0, 0.0, 0.0, 0, self._nowhere))
             self._planned = None
         rows = np.concatenate(self._blocks)
-        if self._own is not None:  # plans ask all alike
+        if self._own is not None:  # a plan may ask for more bits than an expert has
             own = self._own[rows["layer"].astype(int)[:, None], rows["experts"]]
             rows["bits"] = np.minimum(rows["bits"], own)
         first = np.flatnonzero(rows["tokens"])
@@ -195,7 +199,7 @@ class TraceWriter(Observer):
 
 
 def _emptied(path: Path) -> BinaryIO:
-    """Opens a trace to write; what is no regular file, such as a pipe, is written as it is."""
+    """Opens and empties a trace file for writing; anything but a regular file, such as a pipe, is just opened."""
     if path.exists() and not path.is_file():
         return open(path, "wb")
     file = locked(path, create=True, busy="another process is recording it")

@@ -1,4 +1,4 @@
-"""Divides a device's memory: what must lie there, what the context takes, and what is left for experts."""
+"""The division of a device's memory: what must be there, what the context takes, and what is left for experts."""
 
 from __future__ import annotations
 
@@ -16,33 +16,39 @@ from edgemoe.runtime.context import CHUNKS, DEFAULT_CONTEXT, SMALLEST_CONTEXT, l
 
 __all__ = ["Vram", "default_vram"]
 
-_ROUNDING_BYTES = 1 << 16  # arrays of a few bytes take whole units
-_STATE_ROUNDING = 1 << 13  # likewise of a layer's state, which may be of several arrays
+_ROUNDING_BYTES = 1 << 16  # for small arrays of scratch, which take whole allocation units
+_STATE_ROUNDING = 1 << 13  # likewise for a layer's state, which may consist of several arrays
 
 
 def default_vram(device_free: int) -> int:
-    """Returns what an engine may take of a device when the user set nothing: what is free, less a margin."""
+    """Returns the bytes that an engine may take of a device when the user sets no limit: what is free, less a margin.
+
+    The margin is 8% of what is free, and at least 256 MiB or, on a small device, a quarter of it.
+    """
     return device_free - max(device_free * 8 // 100, min(256 << 20, device_free // 4))
 
 
 @dataclass(frozen=True, slots=True)
 class Vram:
-    """Is a division of `total` bytes of a device; all fields in bytes but the two counts."""
+    """A division of `total` bytes of a device's memory. All numbers are bytes, except `context` and `chunk`."""
 
     total: int
     dense: int
+    """Weights outside the routed experts."""
     kv: int
+    """The states of all sequences with a full context."""
     scratch: int
+    """Activations of a pass over `chunk` tokens."""
     context: int
-    """Positions."""
+    """Positions of each sequence."""
     chunk: int
-    """Tokens of a prompt that are computed at once."""
+    """Tokens of a prompt that are computed in one pass."""
     hosted: Mapping[int, str]
     """The layers whose mixers the host runs, and why."""
     held: int
-    """What of the weights outside the experts is the host's."""
+    """Weights outside the routed experts that are in the host's memory, in bytes."""
     is_shared: bool
-    """The memory is the host's: what experts get is a matter of the host's budget."""
+    """Whether the memory is also the host's. Then the host's budget decides what experts get."""
 
     @classmethod
     def divide(
@@ -58,14 +64,17 @@ class Vram:
         hosted: Mapping[int, str],
         is_shared: bool = False,
     ) -> Vram:
-        """Fits context and chunk into `vram`; arguments as those of `Budget.divide`.
+        """Returns a division of `vram` bytes with the context and the chunk that fit.
 
         Args:
-            hosted: the layers whose mixers the host runs.
+            vram: bytes of the device's memory.
+            hosted: the layers whose mixers the host runs, and why.
             is_shared: the device has no memory of its own.
 
+        The others are as in `Budget.divide`.
+
         Raises:
-            OutOfBudget: says the smallest that works, and what takes the room.
+            OutOfBudget: nothing fits; says the smallest size that works, and what takes the room.
         """
         config = moe.config
         names = [name for name, place in places(moe, dense_level, hosted) if place != "host"]
@@ -94,13 +103,13 @@ class Vram:
 
         least = sized(context or min(SMALLEST_CONTEXT, config.context_length), CHUNKS[-1])
         if least.room < 0 and is_shared:
-            return least  # the host's budget says how much is missing of it
+            return least  # the host's budget will say how much is missing
         if least.room < 0:
             raise OutOfBudget(
                 f"{_mib(vram)} of the device are too little; the smallest that works is "
                 f"{_mib(vram - least.room)}: {least.parts()}; --device cpu needs none"
             )
-        if context is None:  # it may take a quarter of what is left
+        if context is None:  # the context may take a quarter of what is left
             most = min(DEFAULT_CONTEXT, config.context_length)
             held = (least.kv + least.room // 4) // sequences
             context = longest_context(least.context, most, held, lambda n: kv_bytes(n, CHUNKS[0]))
@@ -112,7 +121,7 @@ class Vram:
 
     @property
     def taken(self) -> int:
-        """Everything but experts."""
+        """What everything but the experts takes."""
         return self.dense + self.kv + self.scratch
 
     @property
@@ -121,7 +130,7 @@ class Vram:
         return self.total - self.taken
 
     def parts(self) -> str:
-        """Returns what takes room that experts cannot have, and how much."""
+        """Returns text for an error: what takes room that experts cannot have, and how much of it."""
         return (
             f"{_mib(self.dense)} for dense weights, {_mib(self.kv)} for {self.context} tokens of context, "
             f"{_mib(self.scratch)} for scratch"
