@@ -1,1 +1,1 @@
-"""A server on one engine, for the programs that people use: OpenAI's, Anthropic's and llama.cpp's routes."""
+"""An HTTP server for one model, with the routes that existing clients use: OpenAI's, Anthropic's and llama.cpp's."""

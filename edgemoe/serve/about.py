@@ -1,4 +1,4 @@
-"""What a server says of itself and of its model, and its model's tokens."""
+"""Routes that describe the server and its model, and those of its tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def _json(value: object, status: int = 200) -> Response:
 
 
 def root(service: Service, request: Request) -> Response:
-    """Shows a browser the page, and says who is here to others; some clients ask for it first."""
+    """Returns the page to a browser, and name and version to other clients, some of which ask for / first."""
     if service.settings.has_page and "text/html" in request.headers.get("accept", ""):
         return page_file(request, "index.html")
     return PlainTextResponse(f"edgemoe {edgemoe.__version__}\n")
 
 
 def health(service: Service) -> Response:
-    """Says whether the server answers."""
+    """Returns whether the server can answer requests."""
     if service.worker.error is not None:
         return _json({"status": "error"}, 500)
     if service.is_stopping:
@@ -45,7 +45,7 @@ def health(service: Service) -> Response:
 
 
 def models(service: Service) -> Response:
-    """Lists the model, under all its names, and with each of its adapters."""
+    """Lists the model under each of its names, and with each of its adapters."""
     model, config = service.model, service.model.config
     capabilities = ["completion", "chat", "tools"] + ["reasoning"] * service.can_reason
     capabilities += ["grammar"] * (service.grammars is not None)
@@ -70,7 +70,7 @@ def models(service: Service) -> Response:
 
 
 def _parameters(service: Service) -> int:
-    """Returns how many weights the model has."""
+    """Returns the number of parameters of the model."""
     moe = service.model.moe
     each = sum(rows * columns for rows, columns in moe.config.expert_shapes)
     dense = [t.spec.shape for name, t in moe.tensors.items() if not name.startswith("rope")]
@@ -78,7 +78,7 @@ def _parameters(service: Service) -> int:
 
 
 def props(service: Service) -> Response:
-    """Says how the model runs, as llama.cpp does and more."""
+    """Returns how the model runs: what llama.cpp's /props has, and more under "edgemoe"."""
     model, budget = service.model, service.model.budget
     source = service.tokenizer.chat_template
     return _json({
@@ -108,7 +108,7 @@ def props(service: Service) -> Response:
 
 
 def _kept(service: Service) -> dict[str, tuple[int, int, int]]:
-    """Returns how many prefixes are kept beside the sequences, their bytes, and the most of these, by place."""
+    """Returns what is kept of prefixes, by place: their number, their bytes, and the most bytes allowed."""
     settings = service.settings
     places = {
         "memory": (service.pool, settings.pool_bytes),
@@ -121,7 +121,7 @@ def _kept(service: Service) -> dict[str, tuple[int, int, int]]:
 
 
 def slots(service: Service) -> Response:
-    """Says what each sequence does."""
+    """Returns what each sequence is doing."""
     return _json([
         {
             "id": i, "n_ctx": service.context, "is_processing": view.is_busy, "n_held": view.length,
@@ -132,7 +132,11 @@ def slots(service: Service) -> Response:
 
 
 def metrics(service: Service) -> Response:
-    """Tells all figures."""
+    """Returns all figures in the format of Prometheus.
+
+    Raises:
+        Problem: the server runs without --metrics.
+    """
     if not service.settings.has_metrics:
         raise Problem(404, "there is no /metrics without --metrics")
     return PlainTextResponse(
@@ -142,7 +146,7 @@ def metrics(service: Service) -> Response:
 
 
 class Tokenize(msgspec.Struct):
-    """Is the body of /tokenize."""
+    """The body of /tokenize."""
 
     content: str
     add_special: bool = False
@@ -150,13 +154,13 @@ class Tokenize(msgspec.Struct):
 
 
 class Detokenize(msgspec.Struct):
-    """Is the body of /detokenize."""
+    """The body of /detokenize."""
 
     tokens: list[int]
 
 
 class Template(msgspec.Struct):
-    """Is the body of /apply-template."""
+    """The body of /apply-template."""
 
     messages: list[dict[str, Any]]
     tools: list[fields.Tool] | None = None

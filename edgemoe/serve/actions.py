@@ -1,4 +1,4 @@
-"""What is done with a sequence by hand: saved under a name, restored, emptied; as llama.cpp has it."""
+"""Actions on a sequence, as llama.cpp's /slots has them: save under a name, restore, erase."""
 
 from __future__ import annotations
 
@@ -21,16 +21,22 @@ _ACTIONS = ("save", "restore", "erase")
 
 
 class Named(msgspec.Struct):
-    """Is the body of a save or restore."""
+    """The body of a save or restore."""
 
     filename: str
 
 
 async def act(service: Service, slot: int, action: str, body: bytes) -> dict[str, Any]:
-    """Does an action with a sequence, once no request has it; returns what was done.
+    """Performs an action on a sequence, once no request has it; returns what was done.
+
+    Args:
+        service: the server's model.
+        slot: the number of the sequence.
+        action: "save", "restore" or "erase".
+        body: a `Named`, except for "erase".
 
     Raises:
-        Problem: there is no such sequence or action, or it failed.
+        Problem: there is no such sequence or action, the server has no folder for prefixes, or the action failed.
     """
     if service.store is None:
         raise Problem(

@@ -1,4 +1,4 @@
-"""What an answer is in every dialect: replies of the engine that become events, or one whole."""
+"""The base of answers in every dialect: replies of the engine, as a stream of events or as a whole."""
 
 from __future__ import annotations
 
@@ -13,21 +13,30 @@ __all__ = ["Answer"]
 
 
 class Answer:
-    """Is one request's answer. Submitted when it is made, so that what is wrong is said before a stream begins."""
+    """The answer to one request. It is submitted when it is made, so that errors come before a stream begins."""
 
     def __init__(self, service: Service, asks: list[Ask], *, streams: bool) -> None:
-        """Hands the first choice to the engine; raises what `Service.begin` does."""
+        """Submits the first choice to the engine; raises what `Service.begin` does.
+
+        Args:
+            service: the server's model.
+            asks: one for each prompt of the request.
+            streams: the answer is sent as a stream of events.
+        """
         self.service, self.asks, self._streams = service, asks, streams
         self.replies: list[Reply] = []
         self.first = self._begin(0)
 
     @property
     def count(self) -> int:
-        """How many choices there are."""
+        """How many choices the answer has: those of each prompt, for all prompts."""
         return len(self.asks) * self.asks[0].choices
 
     def reply(self, index: int) -> Reply:
-        """Returns a choice's reply; those of one prompt come one after the other, so that it is computed once."""
+        """Returns the reply of a choice, and submits it unless it is the first.
+
+        The choices of one prompt run one after another, so that the prompt is computed only once.
+        """
         return self.first if index == 0 else self._begin(index)
 
     def _begin(self, index: int) -> Reply:
@@ -37,16 +46,16 @@ class Answer:
         return reply
 
     def cancel(self) -> None:
-        """Nobody waits for it."""
+        """Cancels all replies, as the client has left or the time is up."""
         for reply in self.replies:
             reply.request.is_cancelled = True
 
     def comment(self) -> bytes:
-        """Returns how far it is, as a stream's comment."""
+        """Returns the progress as a comment in a stream of server-sent events."""
         return f": {self.replies[-1].progress(self.service.batcher.waiting)}\n\n".encode()
 
     def ping(self) -> bytes:
-        """Returns what keeps a stream alive."""
+        """Returns what is sent to keep a stream alive."""
         return self.comment()
 
     async def whole(self) -> dict[str, Any]:

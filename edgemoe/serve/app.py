@@ -1,4 +1,4 @@
-"""The routes, and what stands before them: who may ask, and how much."""
+"""The routes, and what every request passes before them: checks of the host name and of the key."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ def make_app(service: Service) -> Starlette:
 
 
 class _Door:
-    """Refuses requests for another name than this server's, and counts all. Before routing and all else."""
+    """The outermost middleware: refuses requests for another host name than this server's, and counts all requests.
+
+    It also adds security headers to every response.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._service = app, service
@@ -152,7 +155,7 @@ _HEADERS = (
 
 
 class _Key:
-    """Lets in who has a key."""
+    """The middleware that refuses requests without a valid key."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app, self._keys = app, [k.encode() for k in service.settings.keys]
@@ -164,7 +167,7 @@ class _Key:
             bearer = headers.get(b"authorization", b"")
             if bearer[:7].lower() == b"bearer ":
                 given = bearer[7:].strip() or given
-            # All are compared, and each in constant time.
+            # All keys are compared, each in constant time, so that timing tells nothing about them.
             if not sum(hmac.compare_digest(given, key) for key in self._keys):
                 problem = Problem(
                     401,
@@ -177,7 +180,7 @@ class _Key:
 
 
 def _is_free(path: str) -> bool:
-    """Returns whether no key is needed: what is there tells nothing of the model or of anyone."""
+    """Returns whether a path needs no key, as it reveals nothing about the model or its users."""
     return path in _FREE or path.startswith("/page/")
 
 
@@ -222,11 +225,11 @@ async def body_of(request: Request) -> bytes:
     """Returns a request's body.
 
     Raises:
-        Problem: it is too large, or does not come.
+        Problem: it is larger than 16 MiB, or no part of it came for `connections.PATIENCE` seconds.
     """
     too_large = Problem(413, f"body: expected at most {_LARGEST_BODY >> 20} MiB")
     said = request.headers.get("content-length", "")
-    if said.isdecimal() and int(said) > _LARGEST_BODY:  # before any of it is waited for
+    if said.isdecimal() and int(said) > _LARGEST_BODY:  # without waiting for any of it
         raise too_large
     parts: list[bytes] = []
     size = 0
@@ -247,7 +250,12 @@ async def body_of(request: Request) -> bytes:
 async def answered(
     service: Service, request: Request, answer: Answer, *, streams: bool
 ) -> Response:
-    """Returns an answer as a response; who leaves is not computed for."""
+    """Returns an answer as a response. It is cancelled if the client leaves, or after `Settings.timeout` seconds.
+
+    Raises:
+        Problem: a reply failed.
+        ClientDisconnect: the client has left.
+    """
     limit = asyncio.get_running_loop().call_later(service.settings.timeout, answer.cancel)
     if streams:
         return _streamed(service, answer, limit)
@@ -275,7 +283,7 @@ def _streamed(service: Service, answer: Answer, limit: asyncio.TimerHandle) -> R
     settings = service.settings
 
     async def gone(_: object) -> None:
-        answer.cancel()  # also where the stream has not begun
+        answer.cancel()  # `body` does that too, but only if the stream has begun
 
     async def body() -> AsyncIterator[bytes]:
         events = answer.events()

@@ -1,4 +1,4 @@
-"""Answers to chats and completions, as OpenAI has them: whole and streamed."""
+"""Answers to chats and completions in OpenAI's format, whole and streamed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["ChatAnswer", "TextAnswer"]
 
 
 class _Completion(Answer):
-    """Is one request's answer, in OpenAI's form."""
+    """The answer to one request, in OpenAI's format."""
 
     object = chunk_object = prefix = ""
 
@@ -39,7 +39,7 @@ class _Completion(Answer):
         }  # fmt: skip
 
     def usage(self, ended: list[Ended]) -> dict[str, Any]:
-        """Returns what it took."""
+        """Returns the number of tokens of all choices, as OpenAI's "usage"; a prompt counts once for its choices."""
         per = self.asks[0].choices
         prompt = sum(e.figures.prompt_tokens for e in ended[::per])
         cached = sum(e.figures.cached_tokens for e in ended[::per])
@@ -70,7 +70,7 @@ class _Completion(Answer):
         raise NotImplementedError
 
     async def stream(self) -> AsyncIterator[dict[str, Any]]:
-        """Yields the answer's chunks.
+        """Yields the answer's chunks, one choice after another.
 
         Raises:
             Problem: a reply failed.
@@ -105,7 +105,7 @@ class _Completion(Answer):
         raise NotImplementedError
 
     def _parts(self, reply: Reply) -> AsyncIterator[Part | Ended | Progress]:
-        """Returns a reply's parts, and how far its prompt is where the client wants to know."""
+        """Returns a reply's parts, with the progress of its prompt if the client asked for it."""
         return reply.watched() if self.request.return_progress else reply.parts()
 
     async def events(self) -> AsyncIterator[bytes]:
@@ -120,7 +120,7 @@ class _Completion(Answer):
 
 
 class ChatAnswer(_Completion):
-    """Is the answer to a chat."""
+    """The answer to a chat."""
 
     object, chunk_object, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
@@ -211,12 +211,12 @@ class ChatAnswer(_Completion):
 
 
 class TextAnswer(_Completion):
-    """Is the answer to a completion."""
+    """The answer to a completion."""
 
     object, chunk_object, prefix = "text_completion", "text_completion", "cmpl"
 
     async def whole(self) -> dict[str, Any]:
-        """Returns the answer once it is complete. Prompts of one request run beside each other."""
+        """Returns the answer once it is complete. The prompts of one request run at the same time."""
         room = asyncio.Semaphore(max(1, len(self.service.batcher.views)))
         per = self.asks[0].choices
         ends: dict[int, Ended] = {}
@@ -266,7 +266,14 @@ class TextAnswer(_Completion):
     def _lists(
         self, ask: Ask, before: list[TokenLogprob], said: list[TokenLogprob], at: int = 0
     ) -> dict[str, Any]:
-        """Returns log-probabilities in the form of completions: lists, the first of an echo without one."""
+        """Returns log-probabilities as completions have them: parallel lists, with an entry for each token.
+
+        Args:
+            ask: with `echo`, the prompt's tokens come first; the first of them has no log-probability.
+            before: those of the prompt's other tokens.
+            said: those of the reply's tokens.
+            at: the offset of the first token in the text, in characters.
+        """
         text: Callable[[int], str] = self.service.tokenizer.token_text
         tokens, values, tops = [], [], []
         if ask.echo:
@@ -318,7 +325,7 @@ class TextAnswer(_Completion):
 
 
 def _progress(part: Progress) -> dict[str, Any]:
-    """Returns how far a prompt is, as llama.cpp says it."""
+    """Returns the progress of a prompt in llama.cpp's format."""
     return {
         "total": part.total, "cache": part.cached, "processed": part.computed, "time_ms": 1000 * part.seconds
     }  # fmt: skip
@@ -329,5 +336,5 @@ def _content(part: Part) -> str:
 
 
 def _finite(value: float) -> float:
-    """Returns a number that JSON can write: no token is less likely."""
+    """Returns a log-probability that JSON can represent: -9999 in place of minus infinity."""
     return max(value, -9999.0)

@@ -1,4 +1,4 @@
-"""Connections: how many an address may have, how long one may take to say what it wants, and to take the answer."""
+"""Limits on connections: how many each address may have, and how long a client may take to send and to read."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 __all__ = ["PATIENCE", "TAKING", "connections"]
 
 PATIENCE = 30.0
-"""Seconds in which a request's head has to be whole, and between two parts of its body."""
+"""Seconds until a request's head must be complete, and between two parts of its body."""
 TAKING = 60.0
-"""Seconds in which a client has to read some of what waits for it, once no more can wait."""
+"""Seconds in which a client must read some of the answer, once the buffer for it is full."""
 
 
 def connections(most: int) -> type[H11Protocol]:
-    """Returns the protocol of a server's connections, of which one address may have `most`; 0 for no limit."""
+    """Returns a protocol class for uvicorn. One address may have `most` connections; 0 for no limit."""
     return type("Connection", (_Connection,), {"most": most, "counts": Counter()})
 
 
@@ -52,14 +52,18 @@ class _Connection(H11Protocol):
         self._watch()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Says nothing of what uvicorn would have installed: here is nothing to upgrade to, and HTTP goes on."""
+        """Logs nothing, where uvicorn would advise to install a library: this server has no WebSockets."""
 
     def pause_writing(self) -> None:
         super().pause_writing()
         self._wait_for_reader()
 
     def _wait_for_reader(self, before: int | None = None) -> None:
-        """Leaves who has read nothing since so many bytes waited."""
+        """Closes the connection if the client has read nothing for TAKING seconds.
+
+        Args:
+            before: bytes in the write buffer at the last look; None at first.
+        """
         size = self.transport.get_write_buffer_size()
         if before is None or size < before:
             self._full = self.loop.call_later(TAKING, self._wait_for_reader, size)
@@ -76,7 +80,7 @@ class _Connection(H11Protocol):
             self._full = None
 
     def _watch(self) -> None:
-        """Waits for a head, where none is whole."""
+        """Starts the timer for a request's head, unless a request is being answered."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._calm()
         elif self._timer is None:

@@ -1,4 +1,4 @@
-"""The fields of requests: those that are honoured have a type here; those that have no effect are known by name."""
+"""The fields of requests. Those that are honoured are typed here; any other is refused or reported as ignored."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Function(msgspec.Struct):
     strict: bool | None = None
 
     def plain(self) -> dict[str, Any]:
-        """Returns it as templates see it."""
+        """Returns it as chat templates see it."""
         return {
             "name": self.name,
             "description": self.description or "",
@@ -58,7 +58,7 @@ class Function(msgspec.Struct):
 
 
 class Tool(msgspec.Struct):
-    """Is a tool in OpenAI's chat form."""
+    """A tool in the format of OpenAI's chats."""
 
     type: str
     function: Function | None = None
@@ -84,7 +84,7 @@ class _Completion(_Base, kw_only=True):
 
 
 class ChatRequest(_Completion, kw_only=True):
-    """Is the body of /v1/chat/completions."""
+    """The body of /v1/chat/completions."""
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -101,7 +101,7 @@ class ChatRequest(_Completion, kw_only=True):
 
 
 class CompletionRequest(_Completion, kw_only=True):
-    """Is the body of /v1/completions."""
+    """The body of /v1/completions."""
 
     prompt: str | list[Any]
     logprobs: int | None = None
@@ -118,11 +118,11 @@ class _MessagesBase(msgspec.Struct, kw_only=True):
 
 
 class CountRequest(_MessagesBase, kw_only=True):
-    """Is the body of /v1/messages/count_tokens."""
+    """The body of /v1/messages/count_tokens."""
 
 
 class MessagesRequest(_MessagesBase, kw_only=True):
-    """Is the body of /v1/messages."""
+    """The body of /v1/messages."""
 
     max_tokens: int
     stop_sequences: list[str] | None = None
@@ -133,7 +133,7 @@ class MessagesRequest(_MessagesBase, kw_only=True):
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True):
-    """Is the body of /v1/responses."""
+    """The body of /v1/responses."""
 
     input: str | list[dict[str, Any]]
     model: str | None = None
@@ -167,27 +167,32 @@ _REFUSED: Mapping[str, str] = {
     "conversation": "this server keeps no conversations; send the whole input",
     "prompt_template": "not supported",
 }
-"""Fields without which the answer would be another one than was asked for."""
+"""Fields that are refused, and why: to ignore one would give another answer than was asked for."""
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],), "best_of": (1,), "suffix": ("",), "background": (False,),
     "truncation": ("disabled", "auto"),
 }  # fmt: skip
-"""Values of fields that ask for nothing."""
+"""Values of otherwise refused fields that ask for nothing special, and so are accepted."""
 
 
 _LISTS = ("messages", "system", "tools", "input")
-"""Fields whose items, and the parts of these, may be marked for a cache that others have."""
+"""Fields whose items, and the parts of these, may have a `cache_control`, which has no effect here."""
 
 
 def read(body: bytes, kind: type[_T], *, is_strict: bool) -> tuple[_T, list[str]]:
     """Reads a request's body.
 
+    Args:
+        body: JSON.
+        kind: the type of the request.
+        is_strict: refuse fields that have no effect.
+
     Returns:
-        The fields that are honoured, and the names of those that came and have no effect here.
+        The request, and the names of the fields that were sent and have no effect here.
 
     Raises:
-        Problem: no JSON, a field of a wrong kind, or one that cannot be honoured; says where.
+        Problem: the body is not JSON, or a field has the wrong type or cannot be honoured; says which.
     """
     try:
         raw = msgspec.json.decode(body)
@@ -214,7 +219,7 @@ def read(body: bytes, kind: type[_T], *, is_strict: bool) -> tuple[_T, list[str]
 
 
 def _nested(raw: Mapping[str, Any]) -> list[str]:
-    """Returns what has no effect within fields that are honoured."""
+    """Returns the names of fields without effect that are inside honoured fields."""
     found = []
     options = raw.get("stream_options")
     if isinstance(options, dict):
@@ -240,7 +245,7 @@ def _parts(item: Mapping[str, Any]) -> list[Any]:
 
 
 def _located(text: str) -> Problem:
-    """Turns msgspec's error, which ends with where it is, into one of ours."""
+    """Turns the text of a msgspec error, which ends with the field's path, into a `Problem` that names the field."""
     match = re.fullmatch(r"(.*) - at `\$\.?(.*)`", text)
     if match:
         return Problem(400, f"{match[2]}: {match[1]}", param=match[2] or None)
@@ -250,7 +255,11 @@ def _located(text: str) -> Problem:
 
 
 def _check_numbers(found: Any) -> None:
-    """Checks how much of everything there is."""
+    """Checks lengths of lists and ranges of numbers.
+
+    Raises:
+        Problem: names the field.
+    """
     limits = {"messages": _MOST_MESSAGES, "tools": _MOST_TOOLS}
     for name, most in limits.items():
         items = getattr(found, name, None)

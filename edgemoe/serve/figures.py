@@ -1,4 +1,4 @@
-"""Counts what a server does, as Prometheus reads it. No text of anyone's is in it."""
+"""The server's counters, in the format of Prometheus. They contain no texts of users."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Histogram:
 
 
 class ServerFigures:
-    """Counts. Any thread."""
+    """The counters of a server. Any thread may call it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -48,22 +48,22 @@ class ServerFigures:
         self._tokens: Counter[str] = Counter()
         self._first, self._between, self._queue = _Histogram(), _Histogram(), _Histogram()
         self.pace = 1.0
-        """Seconds that requests took lately: how long another may have to wait."""
+        """Seconds that a request takes, as a moving average: estimates how long another one may have to wait."""
 
     def request(self, route: str, status: int) -> None:
-        """A request was answered."""
+        """Counts a request that was answered."""
         with self._lock:
             self._requests[route, status] += 1
 
     def ignored(self, names: Sequence[str]) -> list[str]:
-        """Fields came that have no effect; returns those that never came before."""
+        """Counts fields that have no effect; returns those that are seen for the first time."""
         with self._lock:
             new = [n for n in names if n not in self._ignored and len(self._ignored) < 1000]
             self._ignored.update(n for n in names if n in self._ignored or n in new)
         return new
 
     def reply(self, outcome: Outcome) -> None:
-        """A reply has ended."""
+        """Counts a reply that has ended."""
         f = outcome.figures
         with self._lock:
             self._tokens["cached"] += f.cached_tokens
@@ -77,7 +77,13 @@ class ServerFigures:
             self.pace += 0.2 * (f.prompt_s + f.decode_s - self.pace)
 
     def text(self, model: Model, batcher: Batcher, kept: Mapping[str, tuple[int, int, int]]) -> str:
-        """Returns all figures, a line each; `kept` are prefixes by place: how many, their bytes, the most of these."""
+        """Returns all figures as text for Prometheus.
+
+        Args:
+            model: what runs.
+            batcher: its requests.
+            kept: what is kept of prefixes, by place: their number, their bytes, and the most bytes allowed.
+        """
         store, budget = model.counters.store, model.budget
         with self._lock:
             lines = [
@@ -125,7 +131,7 @@ class ServerFigures:
 
 
 def _resident(model: Model) -> dict[str, float]:
-    """Returns how many experts are in memory, by their bits there."""
+    """Returns the number of experts in memory at each level, by a label with its bits."""
     levels = np.bincount(
         model.store.residency.reshape(-1), minlength=len(model.store.level_bits) + 1
     )
@@ -141,5 +147,5 @@ def _counter(name: str, values: Mapping[str, float], kind: str = "counter") -> l
 
 
 def _label(text: str) -> str:
-    """Returns a client's word as it may stand in a label."""
+    """Returns a name that a client sent in a form that is safe in a label."""
     return "".join(c if c.isalnum() or c in "_.-" else "_" for c in text[:60])

@@ -1,4 +1,4 @@
-"""The files of the page, from the package: nothing comes from elsewhere."""
+"""The files of the page. All of them come from the package; nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _FILES = {
     for path in _ROOT.rglob("*.*")
     if path.suffix[1:] in _TYPES
 }
-"""By what follows /page/ in their addresses: nothing else is ever read."""
+"""The files, by what follows /page/ in their URLs. No other file is ever read."""
 
 
 def page_file(request: Request, name: str) -> Response:
-    """Returns a file; a browser that has it already is told so.
+    """Returns a file; 304 if the browser has it already.
 
     Raises:
         Problem: there is no such file.
@@ -37,7 +37,7 @@ def page_file(request: Request, name: str) -> Response:
     content = path.read_bytes()
     headers = {
         "ETag": f'"{hashlib.sha256(content).hexdigest()[:24]}"',
-        "Cache-Control": "no-cache",  # asked for again each time, so that it fits the server
+        "Cache-Control": "no-cache",  # checked each time, so that the page fits the server's version
     }
     if request.headers.get("if-none-match") == headers["ETag"]:
         return Response(status_code=304, headers=headers)
