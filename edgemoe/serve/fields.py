@@ -173,7 +173,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "modalities": (["text"],), "best_of": (1,), "suffix": ("",), "background": (False,),
     "truncation": ("disabled", "auto"),
 }  # fmt: skip
-"""Values of otherwise refused fields that ask for nothing special, and so are accepted."""
+"""Values of fields that ask for nothing, and so are neither refused nor reported."""
 
 
 _LISTS = ("messages", "system", "tools", "input")

@@ -1,4 +1,4 @@
-"""Grammars of what a reply has to be: JSON, a schema, a call of a tool. Masks are llguidance's."""
+"""Grammars that constrain replies: JSON schemas, regular expressions, tool calls. llguidance makes the masks."""
 
 from __future__ import annotations
 
@@ -24,21 +24,24 @@ logger = logging.getLogger(__name__)
 
 _LARGEST = 256 << 10  # characters of a schema or grammar
 _KEPT = 64
-_MOST_CALLS = 16  # of a reply that must call: a weak model does not find an end
-_MOST_BEFORE = 8  # messages before an answer in channels; likewise
+_MOST_CALLS = 16  # in a reply that must call a tool: a weak model may never end by itself
+_MOST_BEFORE = 8  # messages before the answer, for models that write in channels; likewise
 _NAMED, _VALUES = ("properties", "$defs", "definitions"), ("enum", "const", "default", "examples")
 _JOINED = ("allOf", "anyOf", "oneOf", "not", "if", "$ref", "unevaluatedProperties")
-"""Words beside which a schema's own properties are not all."""
+"""Keywords next to which a schema may have more properties than "properties" lists; see `_closed`."""
 _SPACE = r"[\x20\x0A]{0,12}"
 
 
 def grammar_bytes(vocab_size: int) -> int:
-    """Returns about the memory that masks of a vocabulary take, measured at 49,152 tokens and 151,936."""
+    """Returns about how many bytes the masks of a vocabulary take; measured with 49,152 and with 151,936 tokens."""
     return (16 << 20) + 600 * vocab_size
 
 
 class Grammars:
-    """Makes guides for replies of one model. Any thread; what is slow happens once."""
+    """The grammars and matchers for replies of one model. Any thread may call it.
+
+    A grammar is a string in llguidance's notation. Compiled ones are cached.
+    """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: Sequence[int]) -> None:
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_ids)
@@ -48,8 +51,12 @@ class Grammars:
     def json_schema(self, param: str, schema: object) -> str:
         """Returns the grammar of a JSON schema.
 
+        Args:
+            param: the field that it comes from, for errors.
+            schema: the schema.
+
         Raises:
-            Problem: it cannot be kept to; llguidance's words.
+            Problem: it cannot be enforced, with llguidance's reason.
         """
         text = _text(param, _spaced(schema))
         from llguidance import LLMatcher
@@ -66,21 +73,21 @@ class Grammars:
         return self._checked(param, LLMatcher.grammar_from_regex(_text(param, regex)))
 
     def choice(self, param: str, texts: Sequence[str]) -> str:
-        """Returns the grammar of one of some texts; raises as `json_schema` does."""
+        """Returns the grammar that allows exactly one of some texts; raises as `json_schema` does."""
         if not texts:
             raise wrong(param, "expected at least one text, got none")
-        # One terminal, which is an automaton: as rules of their own, thousands are too many for the parser.
+        # One terminal, which becomes an automaton: thousands of separate rules would be too many for the parser.
         lines = " | ".join(json.dumps(t, ensure_ascii=False) for t in dict.fromkeys(texts))
         return self.lark(param, f"start: ONE\nONE: {lines}")
 
     def lark(self, param: str, text: str) -> str:
-        """Returns a Lark grammar; raises as `json_schema` does."""
+        """Returns a grammar in Lark's notation as it is, once it is checked; raises as `json_schema` does."""
         from llguidance import LLMatcher
 
         return self._checked(param, LLMatcher.grammar_from_lark(_text(param, text)))
 
     def gbnf(self, param: str, text: str) -> str:
-        """Returns the grammar of llama.cpp's notation; raises as `json_schema` does."""
+        """Returns the grammar of a text in GBNF, llama.cpp's notation; raises as `json_schema` does."""
         from llguidance import gbnf_to_lark
 
         if len(text) > _LARGEST:
@@ -89,7 +96,7 @@ class Grammars:
             lark = (
                 text if "start:" in text and "::=" not in text else gbnf_to_lark.any_to_lark(text)
             )
-        except Exception as error:  # a converter's own
+        except Exception as error:  # the converter has error types of its own
             raise wrong(param, f"not GBNF: {' '.join(str(error).split())}") from None
         return self.lark(param, lark)
 
@@ -97,19 +104,23 @@ class Grammars:
         self, form: ReplyFormat, tools: Sequence[Mapping[str, Any]], answer: str | None, *,
         must: bool, several: bool, most_reasoning: int,
     ) -> tuple[str | None, dict[int, str]]:  # fmt: skip
-        """Returns what keeps a reply to its form: a grammar of it all, and those that begin after a token.
+        """Returns the grammars that constrain a reply.
 
-        A tool whose schema cannot be kept to is called freely, where it need not be called.
+        If a tool's schema cannot be enforced and no tool has to be called, the arguments of calls are not constrained.
 
         Args:
-            tools: that may be called; none for none.
+            form: how the model writes reasoning and calls.
+            tools: those that may be called; empty for none.
             answer: the grammar of the answer; None for free text.
             must: one of the tools has to be called.
-            several: more than one may be.
-            most_reasoning: tokens of it, where a grammar bounds it; -1 for no limit.
+            several: more than one call is allowed.
+            most_reasoning: the most tokens of reasoning, where a grammar limits it; -1 for no limit.
+
+        Returns:
+            A grammar of the whole reply, or None; and grammars that begin after a certain token, by that token.
 
         Raises:
-            Problem: it cannot be kept to what it must be.
+            Problem: what the reply must be cannot be enforced.
         """
         try:
             if form.is_channelled:
@@ -136,10 +147,13 @@ class Grammars:
         several: bool,
         after: str = "",
     ) -> str:
-        """Returns the grammar of calls of tools, as a model writes them.
+        """Returns the grammar of tool calls, as a model writes them.
 
         Args:
-            after: what has been written of the first one already.
+            form: how the model writes.
+            tools: those that may be called.
+            several: more than one call is allowed.
+            after: the beginning of the first call, if that is written already.
         """
         one = " | ".join(f"call{i}" for i in range(len(tools)))
         many = several and not after and bool(form.closer)
@@ -151,7 +165,7 @@ class Grammars:
         return self.lark("tools", "\n".join([start, *self._each(form, tools, after)]))
 
     def free_calls(self, form: ReplyFormat, tools: Sequence[Mapping[str, Any]]) -> str:
-        """Returns the grammar of free text in which calls keep to their schemas once they have begun."""
+        """Returns the grammar of free text with tool calls, whose arguments must follow their schemas."""
         rules = ["start: (begun call)* TEXT", f"begun[lazy]: TEXT {json.dumps(form.opener)}"]
         rules += ["TEXT: /(.|\\n)*/", f"call: {' | '.join(f'call{i}' for i in range(len(tools)))}"]
         return self.lark("tools", "\n".join([*rules, *self._each(form, tools, form.opener)]))
@@ -159,7 +173,7 @@ class Grammars:
     def _each(
         self, form: ReplyFormat, tools: Sequence[Mapping[str, Any]], after: str
     ) -> Iterator[str]:
-        """Yields the rules of each tool's call, callN, of which `after` has been written already."""
+        """Yields the rules of each tool's call, callN; `after` is its beginning that is written already."""
         for i, tool in enumerate(tools):
             before = form.before.replace("{name}", str(tool["name"])).removeprefix(after)
             yield f"call{i}: {self._literal(before)} args{i} {self._literal(form.after)}"
@@ -173,14 +187,15 @@ class Grammars:
         must: bool,
         most_reasoning: int = -1,
     ) -> str:
-        """Returns the grammar of a whole reply that stands in channels, as gpt-oss writes it.
+        """Returns the grammar of a whole reply in channels, as gpt-oss writes it.
 
-        What is reasoned stays free, also before a call that must come.
+        Reasoning is free text, even before a call that has to come.
 
         Args:
+            tools: those that may be called.
             answer: the grammar of the final channel; None for free text.
             must: a tool has to be called.
-            most_reasoning: tokens of it; -1 for no limit.
+            most_reasoning: the most tokens of reasoning; -1 for no limit.
         """
         end, on = self._literal("<|end|><|start|>"), self._literal("<|channel|>")
         body, form = self._literal("<|message|>"), self._literal("<|constrain|>")
@@ -227,7 +242,7 @@ class Grammars:
         return f"args{i}: %json {json.dumps(_spaced(schema))}"
 
     def _literal(self, text: str) -> str:
-        """Returns text as Lark has it, with tokens that are no text by their numbers."""
+        """Returns a text in Lark's notation, in which special tokens are written as token numbers."""
         parts: list[str] = []
         while text:
             found = [(text.find(m), m) for m in markers(text) if self._special(m) is not None]
@@ -240,7 +255,7 @@ class Grammars:
         return " ".join(parts) or '""'
 
     def _special(self, text: str) -> int | None:
-        """Returns the token that llguidance takes for no text, though it may be shown as some."""
+        """Returns the number of a token that is special to llguidance, so that no text matches it; else None."""
         token = self._tokenizer.token_id(text)
         return token if token is not None and self._backend.is_special_token(token) else None
 
@@ -249,14 +264,14 @@ class Grammars:
         return self._matcher(grammar).deep_copy()
 
     def mask(self, matcher: Any) -> NDArray[np.int32]:
-        """Returns which tokens a matcher lets come next.
+        """Returns the mask of the tokens that may come next: int32 [ceil(V / 32)], a bit for each token.
 
         Raises:
-            Problem: it does not know; the reply is lost.
+            Problem: the matcher failed, and the reply cannot go on.
         """
         mask = np.zeros(-(-self._vocab_size // 32), np.int32)
         matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if matcher.is_error():  # the mask is that of the end then, as if all were said
+        if matcher.is_error():  # then the mask allows only the end, as if the reply were complete
             raise lost(matcher)
         return mask
 
@@ -271,7 +286,7 @@ class Grammars:
 
         matcher = LLMatcher(self._backend, grammar, log_level=0)
         first = matcher.deep_copy()
-        with contextlib.suppress(Problem):  # some have no beginning, which the first mask finds
+        with contextlib.suppress(Problem):  # the first mask finds grammars that match nothing
             self.mask(first)
         return first if first.is_error() else matcher
 
@@ -288,27 +303,27 @@ class Grammars:
 
 
 def lost(matcher: Any) -> Problem:
-    """Returns the error of a reply whose matcher fails on the way: asked again, it would fail again."""
+    """Returns the error of a reply whose matcher failed. It is a 400, as the same request would fail again."""
     return Problem(400, f"grammar: cannot be kept to: {_why(matcher)}")
 
 
 def _why(matcher: Any) -> str:
-    """Returns why a matcher fails in llguidance's words, without the state that it adds for its makers."""
+    """Returns why a matcher failed in llguidance's words, without the internal state that it adds."""
     text = " ".join(matcher.get_error().partition("<state>")[0].split())[:500]
     return "no text is of this form" if text == "NoExtensionBias" else text
 
 
 def _spaced(schema: object) -> object:
-    """Returns a schema that allows no endless space between values, in which a weak model loses itself."""
+    """Returns a schema that limits the whitespace between values, as a weak model may write it endlessly."""
     if isinstance(schema, dict) and "x-guidance" not in schema:
         return {**schema, "x-guidance": {"whitespace_pattern": _SPACE}}
     return schema
 
 
 def _closed(schema: Any) -> Any:
-    """Returns a schema whose objects have the properties that it names alone, where it does not say otherwise.
+    """Returns a schema whose objects have no other properties than it names, unless it says otherwise.
 
-    What a tool does not know is of no use to it, and a weak model does not find an end.
+    A tool has no use for properties that it does not know, and a weak model may add them endlessly.
     """
     if isinstance(schema, list):
         return [_closed(item) for item in schema]
@@ -316,7 +331,7 @@ def _closed(schema: Any) -> Any:
         return schema
     out: dict[str, Any] = {}
     for key, value in schema.items():
-        if key in _NAMED and isinstance(value, dict):  # its keys are names, not words of a schema
+        if key in _NAMED and isinstance(value, dict):  # its keys are names, not keywords
             out[key] = {name: _closed(inner) for name, inner in value.items()}
         else:
             out[key] = value if key in _VALUES else _closed(value)

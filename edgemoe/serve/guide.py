@@ -1,4 +1,4 @@
-"""Keeps a reply to what it has to be, token by token."""
+"""The constraint on one reply: which tokens may come next, so that it follows a grammar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ __all__ = ["Guide"]
 
 
 class Guide:
-    """Keeps one reply to a grammar: after its reasoning, or from where a call begins. One thread at a time."""
+    """A `Constraint` that makes one reply follow a grammar, after its reasoning or from where a call begins.
+
+    One thread at a time.
+    """
 
     def __init__(
         self,
@@ -31,12 +34,12 @@ class Guide:
 
         Args:
             grammars: makes the matchers.
-            grammar: that the answer keeps to; None for what `lazy` says.
-            is_reasoning: the prompt has opened the reasoning.
-            reasoning: the tokens that open and close it, where they are single ones.
-            most_reasoning: tokens of it, after which it is closed; -1 for no limit.
-            lazy: grammars that begin after a token.
-            several: whether more may follow after a lazy one's end.
+            grammar: the grammar of the answer; None for free text, apart from `lazy`.
+            is_reasoning: the prompt has opened the reasoning already.
+            reasoning: the tokens that open and close the reasoning; None for one that is not a single token.
+            most_reasoning: the tokens of reasoning after which it is closed; -1 for no limit.
+            lazy: grammars that begin after a certain token, by that token.
+            several: whether the reply goes on after the end of a lazy grammar.
         """
         self._grammars, self._grammar, self._lazy, self._several = (
             grammars,
@@ -52,7 +55,7 @@ class Guide:
             self._matcher = grammars.matcher(grammar)
 
     def allowed(self) -> NDArray[np.int32] | None:
-        """Returns a mask; None for all tokens."""
+        """See `Constraint.allowed`."""
         if self._is_reasoning:
             if self._close is None or not 0 <= self._most <= self._thought:
                 return None
@@ -71,7 +74,7 @@ class Guide:
         return mask.view(np.int32)
 
     def take(self, token: int) -> bool:
-        """Is told of the token that came; returns whether the reply is complete."""
+        """See `Constraint.take`."""
         was_first, self._is_first = self._is_first, False
         if self._is_reasoning:
             self._thought += 1
@@ -88,13 +91,13 @@ class Guide:
                 self._matcher = self._grammars.matcher(self._lazy[token])
             return False
         if not self._matcher.consume_token(token):
-            if self._grammar is None:  # a call that goes on freely is better than none
+            if self._grammar is None:  # an unconstrained call is better than none
                 self._matcher = None
                 return False
             raise lost(self._matcher)
         if not self._matcher.is_stopped() and not (self._lazy and self._matcher.is_accepting()):
             return False
-        if self._grammar is None:  # a call is whole; text may follow
+        if self._grammar is None:  # a call is complete; text may follow
             self._matcher = None
             return not self._several
         return True

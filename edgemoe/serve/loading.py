@@ -1,4 +1,4 @@
-"""Answers who comes before the model is loaded: that it loads, and when to come again."""
+"""The server while the model is loading: every request gets 503, with the time after which to try again."""
 
 from __future__ import annotations
 
@@ -21,10 +21,15 @@ _MOST_READ = 1 << 20  # bytes of a body, so that a client has sent it before it 
 
 
 class Loading:
-    """Answers 503 at an open port until it is closed. Also a context manager."""
+    """A small server that answers 503 until it is closed. Also a context manager."""
 
     def __init__(self, door: socket.socket, settings: Settings) -> None:
-        """Starts; `door` is of `listen`, and stays open."""
+        """Starts to answer, on a thread of its own.
+
+        Args:
+            door: the socket that `listen` returned; it stays open at the end.
+            settings: the server's; they say which host names are served.
+        """
         handler: type[_Handler] = type("Handler", (_Handler,), {"settings": settings})
         self._handler = handler
         address = door.getsockname()[:2]
@@ -39,11 +44,11 @@ class Loading:
         self._thread.start()
 
     def tell(self, share: float) -> None:
-        """Says from now on which share of the weights has been read."""
+        """Sets the share of the weights that has been read, 0 to 1, which /health reports."""
         self._handler.share = share
 
     def close(self) -> None:
-        """Ends; who comes from now on waits for who takes the port next."""
+        """Stops answering. New connections wait in the socket's queue until the real server takes it over."""
         if self._thread is not None:
             self._server.shutdown()
             self._thread.join()
@@ -62,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     timeout = 5
     settings: Settings
-    share: float | None = None  # as long as the model is fetched or converted
+    share: float | None = None  # None while the model is fetched or converted
 
     def _answer(self) -> None:
         if not self.settings.takes_host(self.headers.get("Host", "")):
@@ -75,7 +80,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_OPTIONS = _answer  # noqa: N815 (names of the library)
 
     def _health(self) -> dict[str, Any]:
-        """Returns what llama.cpp's server says, its words of before too, and how far the reading is."""
+        """Returns what llama.cpp's server says, in its present and its earlier words, and the progress of reading."""
         error = {"code": 503, "message": "Loading model", "type": "unavailable_error"}
         told = {} if self.share is None else {"progress": round(self.share, 3)}
         return {"status": "loading model", **told, "error": error}
@@ -99,4 +104,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Logs nothing."""

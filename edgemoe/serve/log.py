@@ -1,4 +1,4 @@
-"""The last requests, for who runs the server: what was asked and how it went, and nothing of what was said."""
+"""The log of the last requests for the operator: their routes and figures, and none of their texts."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ route_of: ContextVar[str] = ContextVar("route_of", default="")
 
 
 class RequestLog:
-    """Keeps the last requests. Any thread."""
+    """The last 200 requests. Any thread may call it."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._entries: deque[tuple[int, dict[str, Any]]] = deque(maxlen=_MOST)
         self.count = 0
-        """How many there were."""
+        """How many requests were logged in all."""
 
     def refused(self, route: str, status: int) -> None:
-        """A request was answered with an error."""
+        """Logs a request that was answered with an error."""
         self._add({"at": time.time(), "route": route, "status": status})
 
     def reply(self, route: str, outcome: Outcome, ignored: list[str]) -> None:
-        """A reply has ended."""
+        """Logs a reply that has ended."""
         f = outcome.figures
         entry = {
             "at": time.time(), "route": route, "status": 500 if outcome.reason == "error" else 200,
@@ -49,6 +49,6 @@ class RequestLog:
             self.count += 1
 
     def since(self, count: int) -> list[dict[str, Any]]:
-        """Returns those after the first `count`, the oldest first."""
+        """Returns the requests after the first `count` of all, oldest first, as far as they are kept."""
         with self._lock:
             return [entry for number, entry in self._entries if number >= count]

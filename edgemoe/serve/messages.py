@@ -1,4 +1,4 @@
-"""Anthropic's dialect: messages, whole and streamed, and the count of their tokens."""
+"""Anthropic's dialect: messages, whole and streamed, and counting their tokens."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from edgemoe.text.calls import ToolCall
 
 __all__ = ["MessagesAnswer", "count", "read_messages"]
 
-_SIGNATURE = "edgemoe"  # of thinking: clients send it back, and nothing is made of it
+_SIGNATURE = "edgemoe"  # of thinking: clients send it back, and it is not checked
 
 
 def read_messages(service: Service, body: bytes) -> tuple[fields.MessagesRequest, Ask]:
-    """Reads a request; takes a while for long ones.
+    """Reads a request, and renders and tokenizes its prompt, which takes a while for a long one.
 
     Raises:
         Problem: names what is wrong.
@@ -42,14 +42,18 @@ def read_messages(service: Service, body: bytes) -> tuple[fields.MessagesRequest
 
 
 def count(service: Service, body: bytes) -> dict[str, Any]:
-    """Returns how many tokens a request's prompt has."""
+    """Returns the number of tokens of a request's prompt.
+
+    Raises:
+        Problem: names what is wrong.
+    """
     request, ignored = fields.read(body, fields.CountRequest, is_strict=False)
     wanted = Wanted(ignored=ignored)
     return {"input_tokens": len(service.converse(_talk(request, wanted), wanted).ids)}
 
 
 def _talk(request: Any, wanted: Wanted) -> Conversation:
-    """Returns the conversation, and puts into `wanted` what is said of tools and thinking."""
+    """Returns the conversation of a request, and sets what the request says about tools and thinking in `wanted`."""
     choice = request.tool_choice or {"type": "auto"}
     kind = choice.get("type")
     if kind not in ("auto", "any", "tool", "none"):
@@ -67,7 +71,7 @@ def _talk(request: Any, wanted: Wanted) -> Conversation:
     tools = []
     for i, tool in enumerate(request.tools or ()):
         name, schema = tool.get("name"), tool.get("input_schema")
-        if tool.get("type", "custom") != "custom":  # one that Anthropic's servers run
+        if tool.get("type", "custom") != "custom":  # a tool that Anthropic's servers would run
             wanted.ignored.append(f"tools[{i}]: {tool['type']}")
         elif not isinstance(name, str) or not isinstance(schema, dict):
             raise wrong(f"tools[{i}]", "expected a name and an input_schema")
@@ -97,7 +101,7 @@ def _system(system: str | list[dict[str, Any]] | None) -> list[str]:
 
 
 def _messages(message: Mapping[str, Any], where: str) -> list[dict[str, Any]]:
-    """Returns one of Anthropic's messages as OpenAI has it: results of tools are messages of their own."""
+    """Returns one of Anthropic's messages in OpenAI's format, where each result of a tool is a message of its own."""
     role, content = message.get("role"), message.get("content")
     if role not in ("user", "assistant", "system"):
         raise wrong(f"{where}.role", f"expected user or assistant, got {role!r}")
@@ -153,14 +157,14 @@ def _result(parts: Any, where: str) -> str:
 
 
 class MessagesAnswer(Answer):
-    """Is the answer to messages."""
+    """The answer to a request for messages."""
 
     def __init__(self, service: Service, request: fields.MessagesRequest, ask: Ask) -> None:
         super().__init__(service, [ask], streams=bool(request.stream))
         self.id = f"msg_{uuid.uuid4().hex}"
 
     def ping(self) -> bytes:
-        """Returns what keeps a stream alive."""
+        """See `Answer.ping`."""
         return b'event: ping\ndata: {"type": "ping"}\n\n'
 
     def failure(self, problem: Problem) -> bytes:
@@ -173,7 +177,7 @@ class MessagesAnswer(Answer):
             yield _event(event["type"], event)
 
     async def whole(self) -> dict[str, Any]:
-        """Returns the answer once it is complete: what its events come to."""
+        """Returns the answer once it is complete, assembled from its events."""
         message: dict[str, Any] = {}
         async for event in self._events():
             kind = event["type"]
@@ -241,20 +245,20 @@ class MessagesAnswer(Answer):
 
 
 class _Blocks:
-    """Writes content as blocks, one after the other."""
+    """The content blocks of a message, as events, one block after another."""
 
     def __init__(self, message: str) -> None:
         self._message, self._kind, self._index, self._calls = message, "", -1, 0
 
     def text(self, kind: str, text: str) -> list[dict[str, Any]]:
-        """Returns the events of more text or thinking."""
+        """Returns the events that add text or thinking."""
         out = [] if kind == self._kind else self._open(
             kind, {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
         )  # fmt: skip
         return [*out, self._delta({"type": f"{kind}_delta", kind: text})]
 
     def call(self, call: ToolCall) -> list[dict[str, Any]]:
-        """Returns the events of a call."""
+        """Returns the events of a tool call."""
         name = call_id("toolu_", self._message.replace("msg_", "-"), self._calls)
         self._calls += 1
         out = self._open("call", {"type": "tool_use", "id": name, "name": call.name, "input": {}})
@@ -265,7 +269,7 @@ class _Blocks:
         ]
 
     def close(self) -> list[dict[str, Any]]:
-        """Returns the events that end what is open."""
+        """Returns the events that end the open block, if there is one."""
         if not self._kind:
             return []
         out = [{"type": "content_block_stop", "index": self._index}]

@@ -1,4 +1,4 @@
-"""OpenAI's dialect, read: chats and completions."""
+"""Requests in OpenAI's dialect: chats and completions."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _SAMPLING = (
 _STRUCTURED: Mapping[str, tuple[type, ...]] = {
     "json": (dict, str), "regex": (str,), "choice": (list,), "grammar": (str,),
 }  # fmt: skip
-"""What vLLM's structured_outputs has, and of which kind each is."""
+"""The fields of vLLM's structured_outputs, and their types."""
 
 
 def _wanted(service: Service, request: Any, ignored: list[str]) -> Wanted:
-    """Returns what both kinds of completions say."""
+    """Returns what chats and completions have in common."""
     sampling = {name: getattr(request, name) for name in _SAMPLING}
     sampling["max_tokens"] = request.max_tokens
     stop = request.stop
@@ -57,7 +57,11 @@ def _wanted(service: Service, request: Any, ignored: list[str]) -> Wanted:
 
 
 def _form(request: Any) -> tuple[str, str, Any] | None:
-    """Returns what an answer must keep to, however it is said."""
+    """Returns the form of the answer, whichever field asks for it; see `Wanted.form`.
+
+    Raises:
+        Problem: several fields ask for a form, or one is wrong.
+    """
     found: list[tuple[str, str, Any]] = []
     form = request.response_format
     if form is not None:
@@ -96,7 +100,7 @@ def _form(request: Any) -> tuple[str, str, Any] | None:
 
 
 def thinking(*said: object) -> bool | None:
-    """Returns what the spellings of "do not reason" come to: None where nothing is said."""
+    """Returns whether to reason, from the values of all fields that may say so; None if none of them does."""
     for word in said:
         if word in (False, "none", "disabled", "off"):
             return False
@@ -106,7 +110,11 @@ def thinking(*said: object) -> bool | None:
 
 
 def tool_choice(choice: object) -> str:
-    """Reads OpenAI's tool_choice, of chats and of responses."""
+    """Returns `Wanted.tool_choice` from OpenAI's tool_choice, of chats or of responses.
+
+    Raises:
+        Problem: it is not valid.
+    """
     if choice is None:
         return "auto"
     if choice in ("auto", "none", "required"):
@@ -120,7 +128,7 @@ def tool_choice(choice: object) -> str:
 
 
 def read_chat(service: Service, body: bytes) -> tuple[fields.ChatRequest, Ask]:
-    """Reads a chat's request; takes a while for long ones.
+    """Reads a chat's request, and renders and tokenizes its prompt, which takes a while for a long one.
 
     Raises:
         Problem: names what is wrong.
@@ -151,7 +159,7 @@ def read_chat(service: Service, body: bytes) -> tuple[fields.ChatRequest, Ask]:
 
 
 def read_completion(service: Service, body: bytes) -> tuple[fields.CompletionRequest, list[Ask]]:
-    """Reads a completion's request: one text or several, as text or as tokens.
+    """Reads a completion's request: one prompt or several, each as text or as tokens.
 
     Raises:
         Problem: names what is wrong.

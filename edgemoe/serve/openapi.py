@@ -1,4 +1,4 @@
-"""The server's description of itself, as OpenAPI: what it takes, made from the types by which it reads."""
+"""The server's OpenAPI description, made from the types by which it reads requests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _MESSAGE = {
         "content": {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]},
     },
 }  # fmt: skip
-"""What all dialects have in common; the rest of a message is read by hand."""
+"""What messages of all dialects have in common. The rest of a message has no type, as code reads it."""
 _ERRORS = {
     "400": "What was sent is wrong; the error names the field.",
     "401": "A key is needed.",
@@ -53,7 +53,7 @@ _ERRORS = {
 
 @functools.cache
 def description() -> bytes:
-    """Returns it, as JSON."""
+    """Returns the description as JSON."""
     kinds = [kind for _, kind in _POSTS.values()]
     schemas, components = msgspec.json.schema_components(
         kinds, ref_template="#/components/schemas/{name}"

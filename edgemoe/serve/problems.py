@@ -1,4 +1,4 @@
-"""What is wrong with a request, as each dialect says it."""
+"""Errors of requests, and how each dialect reports them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _TYPES = {
     501: ("not_supported", "invalid_request_error"),
     503: ("overloaded", "overloaded_error"),
 }
-"""By status: OpenAI's type, and Anthropic's."""
+"""The types of errors by status: OpenAI's, and Anthropic's."""
 
 
 class Problem(Exception):
-    """Says why a request gets no answer; becomes the HTTP response, or the last event of a stream.
+    """The reason why a request gets no answer. It becomes the HTTP response, or the last event of a stream.
 
-    A message names its field, which `param` repeats for programs.
+    The message names the field that is wrong; `param` repeats the name for programs.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Problem(Exception):
         self.retry_after, self.extra = retry_after, extra
 
     def body(self, *, is_messages: bool) -> dict[str, Any]:
-        """Returns it as OpenAI says it, or as Anthropic does."""
+        """Returns the body of the response: Anthropic's format with `is_messages`, else OpenAI's."""
         ours, theirs = _TYPES.get(self.status, _TYPES[500])
         if is_messages:
             text = self.extra.get("messages_text", self.message)
@@ -54,12 +54,12 @@ class Problem(Exception):
 
 
 def wrong(param: str, message: str) -> Problem:
-    """Returns what says that a field is wrong."""
+    """Returns the error of a field that is wrong."""
     return Problem(400, f"{param}: {message}", param=param)
 
 
 def too_long(param: str, tokens: int, context: int) -> Problem:
-    """Returns what says that a prompt does not fit, in the words by which clients know it."""
+    """Returns the error of a prompt that does not fit, in words that clients recognise."""
     return Problem(
         400,
         f"This model's maximum context length is {context} tokens; the prompt has {tokens}. "

@@ -1,4 +1,7 @@
-"""Conversations as clients send them, made into prompts as models know them. Deterministic, or prefixes are lost."""
+"""Rendering of conversations, as clients send them, into prompts, as models know them.
+
+It must be deterministic: a prompt that differs shares no prefix with what was computed before.
+"""
 
 from __future__ import annotations
 
@@ -22,24 +25,27 @@ _ROLES = ("system", "user", "assistant", "tool")
 _NAME = re.compile(r"[\w.:/-]{1,128}")
 _BILLING = "x-anthropic-billing-header:"
 _TAKEN = {"messages", "tools", "most_characters", "self"}
-"""Variables of templates that are no client's to set."""
+"""Variables of templates that a client must not set."""
 _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 
 
 class Conversation:
-    """Is messages and tools in OpenAI's chat form, read and checked."""
+    """Messages and tools in the format of OpenAI's chats, checked and normalised.
+
+    Leading system messages are joined into one.
+    """
 
     def __init__(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
     ) -> None:
-        """Reads them.
+        """Reads messages and tools.
 
         Args:
             messages: as in a chat's request.
             tools: {"name", "description", "parameters"} each.
 
         Raises:
-            Problem: names the message, and what of it is wrong.
+            Problem: names the message or tool, and what is wrong with it.
         """
         if not messages:
             raise wrong("messages", "expected at least one, got none")
@@ -57,7 +63,7 @@ class Conversation:
                     f"expected a name of letters, digits and _ . : / -, got {tool['name']!r:.80}",
                 )
             if any(tool["name"] == other["name"] for other in tools[:i]):
-                # Which of them a call would mean, nobody could say.
+                # A call could not say which of the two it means.
                 raise wrong(
                     f"tools[{i}]", f"expected a name of its own, got {tool['name']!r} again"
                 )
@@ -115,7 +121,7 @@ def _call(call: object, where: str) -> dict[str, Any]:
             read = json.loads(arguments or "{}")
         except (ValueError, RecursionError):
             read = None
-        if isinstance(read, dict):  # as templates expect them
+        if isinstance(read, dict):  # templates expect an object
             arguments = read
     function = {"name": name, "arguments": arguments}
     return {"id": str(call.get("id") or ""), "type": "function", "function": function}
@@ -131,11 +137,19 @@ def render(
 ) -> str:
     """Returns the prompt of a conversation.
 
-    What a template refuses is tried in other words, always in the same order: a later system message as the user's,
-    neighbours of one role as one message, the system's words before the user's first.
+    If the template refuses the messages, they are reworded, always in the same order: later system messages become the
+    user's; adjacent messages of one role become one; the system text is put before the first message; and, of the
+    original messages, arguments of calls become text.
+
+    Args:
+        tokenizer: has the template.
+        talk: the conversation.
+        form: how the model writes reasoning and calls.
+        most_characters: the longest prompt.
+        variables: further variables of the template.
 
     Raises:
-        Problem: the template refuses it in all words, or it becomes too long.
+        Problem: the template refuses all wordings, or the prompt becomes too long.
     """
     messages, tools = talk.messages, talk.tools
     given: dict[str, Any] = dict(variables)
@@ -197,7 +211,7 @@ def _merged(messages: list[Message]) -> list[Message]:
 
 
 def _with_described(messages: list[Message], tools: list[dict[str, Any]]) -> list[Message]:
-    """Returns messages whose system text tells of tools, for a template that has no words for them."""
+    """Returns messages whose system text describes the tools, for a template that does not know tools."""
     text = (
         "You may call tools. To call one, write exactly\n<tool_call>\n"
         '{"name": the tool\'s name, "arguments": an object}\n</tool_call>\nThe tools are, one a line:\n'
@@ -209,7 +223,7 @@ def _with_described(messages: list[Message], tools: list[dict[str, Any]]) -> lis
 
 
 def _plain(message: Message) -> Message:
-    """Returns a message of calls or of a tool as one of plain text."""
+    """Returns a message of plain text for one with tool calls or with the result of a tool."""
     if message["role"] == "tool":
         return {
             "role": "user",

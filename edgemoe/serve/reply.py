@@ -1,4 +1,4 @@
-"""One reply on its way from the engine's thread to a client: tokens become events."""
+"""One reply on its way from the model's thread to a client: tokens become events."""
 
 from __future__ import annotations
 
@@ -26,36 +26,40 @@ __all__ = ["Ask", "Ended", "Part", "Progress", "Reply", "call_id", "timings", "u
 logger = logging.getLogger(__name__)
 
 _LOOKS = 0.05
-"""Seconds between two looks at how far a prompt is, for who wants to know."""
+"""Seconds between two reports of a prompt's progress, for clients that ask for it."""
 _TOGETHER = 0.05
-"""Seconds within which tokens go out together: an event, and waking a client, take time that the engine could use."""
+"""Seconds whose tokens are sent together: making an event and waking a client take time from the model."""
 _SELDOM = 0.5
-"""The same for a reply that goes out as a whole."""
+"""The same for a reply that is sent as a whole."""
 
 
 @dataclass(slots=True, kw_only=True)
 class Ask:
-    """Is what a request of any dialect comes down to."""
+    """What a request of any dialect asks of the engine."""
 
     ids: list[int]
+    """The tokens of the prompt."""
     params: SamplingParams
     choices: int = 1
+    """How many replies are wanted."""
     top: int | None = None
-    """Of each token's log-probabilities; None for none."""
+    """See `Request`."""
     echo: bool = False
-    """The prompt is part of the reply."""
+    """Whether the reply repeats the prompt."""
     is_raw: bool = False
-    """The model continues a text: no reasoning, no calls."""
+    """Whether the model continues a text, without reasoning and calls."""
     schemas: Schemas | None = None
-    """Of the tools that may be called."""
+    """The schemas of the tools that may be called; None for no tools."""
     prompt: str = ""
-    """The end of a chat's, in text."""
+    """The end of a chat's prompt, as text."""
     must_call: bool = False
-    """A grammar makes it a call."""
+    """Whether a grammar makes the reply a call."""
     constraint: Callable[[], Constraint | None] = lambda: None
-    """Makes a choice's own."""
+    """Makes the constraint of one choice; None for none."""
     several_calls: bool = True
+    """Whether the reply may have more than one call."""
     slot: int | None = None
+    """See `Request`."""
     reuses: bool = True
     """See `Request`."""
     adapter: int = 0
@@ -63,6 +67,7 @@ class Ask:
     keep_alive: float | None = None
     """See `Wanted`."""
     ignored: list[str] = field(default_factory=list)
+    """The fields of the request that have no effect."""
 
 
 _Token = tuple[int, TokenLogprob | None]
@@ -70,32 +75,34 @@ _Token = tuple[int, TokenLogprob | None]
 
 @dataclass(slots=True)
 class Part:
-    """Is what some tokens brought."""
+    """What some tokens of a reply add to it."""
 
     events: list[Event]
     logprobs: list[TokenLogprob]
     tokens: int
-    """Of the reply, so far."""
+    """Tokens of the reply so far."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """Says how far a prompt is."""
+    """The progress of a prompt."""
 
     total: int
+    """Tokens of the prompt."""
     cached: int
+    """Tokens that were reused."""
     computed: int
-    """The cached ones among them."""
+    """Tokens that are computed so far, the reused ones included."""
     seconds: float
-    """Since it began."""
+    """Time since it began."""
 
 
 @dataclass(slots=True)
 class Ended:
-    """Is the last part of a reply."""
+    """The last part of a reply."""
 
     finish: str
-    """stop, length or tool_calls."""
+    """Why it ended: "stop", "length" or "tool_calls"."""
     figures: Figures
     reasoning_tokens: int
     stop: str | None = None
@@ -103,10 +110,10 @@ class Ended:
 
 
 class Reply:
-    """Is one choice of one request. Made and read on the event loop; `take` and `end` run on the engine's thread.
+    """One choice of one request. Made and read on the event loop; `take` and `end` run on the model's thread.
 
-    Tokens become text on the loop's thread, while the engine computes the next ones; on the engine's thread only where
-    the text decides whether the reply goes on.
+    Tokens are turned into text on the event loop's thread, while the model computes the next ones. Only where the text
+    decides whether the reply goes on (stop texts, or at most one call) is this done on the model's thread.
     """
 
     def __init__(
@@ -119,15 +126,20 @@ class Reply:
         *,
         streams: bool,
     ) -> None:
-        """Makes ready for a choice; `request` is to be submitted.
+        """Prepares a choice. The caller then submits `request`.
 
         Args:
+            ask: what is asked.
+            choice: the number of the choice, which changes the seed.
+            tokenizer: the model's.
+            reading: how the model's replies are read.
+            on_end: is called with the outcome, on the model's thread.
             streams: parts are passed on as they come; False for one part at the end.
         """
         self._loop, self._on_end = asyncio.get_running_loop(), on_end
         self._parts: asyncio.Queue[Part | Ended | Exception] = asyncio.Queue()
         self._fresh: deque[_Token | Part | Outcome] = deque()
-        self._looks = False  # soon, without being woken
+        self._looks = False  # whether `_look` is scheduled, so that the loop need not be woken
         self._timer: asyncio.TimerHandle | None = None
         self._every = _TOGETHER if streams else _SELDOM
         params, shown = ask.params, frozenset[int]()
@@ -151,7 +163,7 @@ class Reply:
         )  # fmt: skip
 
     def take(self, token: int, said: TokenLogprob | None) -> bool:
-        """Takes a token; returns whether the reply goes on."""
+        """Takes a token on the model's thread; returns whether the reply goes on."""
         self._count += 1
         self._last = time.perf_counter()
         self._first = self._first or self._last
@@ -161,7 +173,7 @@ class Reply:
         )
 
     def _read(self, token: int, said: TokenLogprob | None) -> Part:
-        """Turns a token into text, and that into events."""
+        """Turns a token into text, and the text into events."""
         self._read_so_far += 1
         if self._parser is not None and self._parser.state == "reasoning":
             self._reasoning += 1
@@ -184,12 +196,15 @@ class Reply:
         return found
 
     def end(self, outcome: Outcome) -> None:
-        """The engine is done with it."""
+        """Takes the outcome, on the model's thread."""
         self._on_end(outcome)
         self._put(outcome)
 
     def _put(self, item: _Token | Part | Outcome) -> None:
-        """Hands something to the loop, on the engine's thread; wakes it only where it will not look by itself soon."""
+        """Hands an item from the model's thread to the event loop, and wakes the loop unless it will look soon anyway.
+
+        The outcome always wakes it.
+        """
         self._fresh.append(item)
         is_last = isinstance(item, Outcome)
         if self._looks and not is_last:
@@ -197,20 +212,20 @@ class Reply:
         self._looks = True
         try:
             self._loop.call_soon_threadsafe(self._look)
-        except RuntimeError:  # the loop has ended, and with it who waits
+        except RuntimeError:  # the loop has ended, so that nobody waits any more
             self.request.is_cancelled = True
 
     def _look(self) -> None:
-        """Passes on what has come, and looks again when more may go out; where nothing came it is woken."""
+        """Passes on what has come, and schedules the next look. If nothing came, `_put` will wake it."""
         if self._timer is not None:
             self._timer.cancel()
-        self._looks = False  # before it looks: what comes from now on wakes it
+        self._looks = False  # before looking, so that an item that comes now wakes it
         if not self._fresh:
             return
         self._looks = True
         try:
             is_last = self._take_fresh()
-        except Exception as error:  # of one reply, whatever it is
+        except Exception as error:  # whatever it is, it ends one reply and not the server
             self.request.is_cancelled = True
             self._parts.put_nowait(error)
             return
@@ -218,7 +233,7 @@ class Reply:
             self._timer = self._loop.call_later(self._every, self._look)
 
     def _take_fresh(self) -> bool:
-        """Makes parts of what has come; returns whether that was the last."""
+        """Turns what has come into parts; returns whether the reply has ended."""
         outcome = None
         while self._fresh:
             item = self._fresh.popleft()
@@ -255,7 +270,7 @@ class Reply:
         self._made, self._said = [], []
 
     def progress(self, waiting: int) -> str:
-        """Returns how far it is."""
+        """Returns the progress as text; `waiting` is the number of requests that wait, this one included."""
         request, total = self.request, len(self.request.ids)
         if self._count:
             return f"{self._count} tokens"
@@ -264,7 +279,7 @@ class Reply:
         return f"prompt {request.computed}/{total}"
 
     def timings(self) -> dict[str, Any]:
-        """Returns llama.cpp's figures of the reply so far."""
+        """Returns the figures of the reply so far, in llama.cpp's format."""
         r = self.request
         return _timings(
             r.cached,
@@ -275,10 +290,10 @@ class Reply:
         )
 
     async def parts(self) -> AsyncIterator[Part | Ended]:
-        """Yields the reply as it is made; one that is closed early is cancelled.
+        """Yields the reply as it is made; closing the iterator early cancels the reply.
 
         Raises:
-            Problem: it failed.
+            Problem: the reply failed.
         """
         try:
             while not isinstance(item := await self._next(), Ended):
@@ -288,7 +303,7 @@ class Reply:
             self.request.is_cancelled = True
 
     async def watched(self) -> AsyncIterator[Part | Ended | Progress]:
-        """Yields what `parts` does, and how far the prompt is whenever it has come further."""
+        """Yields what `parts` does, and the progress of the prompt whenever it has changed."""
         request, told, total = self.request, -1, len(self.request.ids)
 
         def progress(computed: int) -> Progress:
@@ -322,7 +337,7 @@ class Reply:
 
 
 def _problem(error: Exception) -> Problem:
-    """Returns what a client is told of an error of the engine; what is not the client's is told to the log too."""
+    """Returns what a client is told about an error of the engine. Errors that are not the client's are also logged."""
     if isinstance(error, Problem):
         return error
     if isinstance(error, ValueError) and not isinstance(error, EdgemoeError):
@@ -335,12 +350,12 @@ def _problem(error: Exception) -> Problem:
 
 
 def call_id(prefix: str, reply_id: str, number: int) -> str:
-    """Returns the name of a call, the same whenever it is asked for."""
+    """Returns the id of a call: the same for the same arguments."""
     return f"{prefix}{reply_id.rpartition('-')[2][:20]}{number}"
 
 
 def usage_extras(figures: Figures, ignored: list[str], notes: tuple[str, ...]) -> dict[str, Any]:
-    """Returns what a reply says of the engine."""
+    """Returns the field "edgemoe" of a reply: what the engine did for it."""
     uses = figures.hits + figures.misses
     out: dict[str, Any] = {
         "hit_rate": figures.hits / uses if uses else 1.0, "bytes_read": figures.bytes_read,
@@ -356,7 +371,7 @@ def usage_extras(figures: Figures, ignored: list[str], notes: tuple[str, ...]) -
 
 
 def timings(figures: Figures) -> dict[str, Any]:
-    """Returns llama.cpp's figures of a reply."""
+    """Returns the figures of a reply in llama.cpp's format."""
     f = figures
     computed = f.prompt_tokens - f.cached_tokens
     return _timings(f.cached_tokens, computed, f.prompt_s, f.new_tokens, f.decode_s) | {

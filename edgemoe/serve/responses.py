@@ -1,4 +1,4 @@
-"""OpenAI's newer dialect: responses, without any that the server would keep."""
+"""OpenAI's newer dialect: responses. The server keeps none of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["ResponsesAnswer", "read_responses"]
 
 
 def read_responses(service: Service, body: bytes) -> tuple[fields.ResponsesRequest, Ask]:
-    """Reads a request; takes a while for long ones.
+    """Reads a request, and renders and tokenizes its prompt, which takes a while for a long one.
 
     Raises:
         Problem: names what is wrong.
@@ -79,7 +79,7 @@ def _form(text: dict[str, Any]) -> tuple[str, str, Any] | None:
 
 
 def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns a response's input as messages of a chat: calls belong to the message before them."""
+    """Returns the input of a response as messages of a chat, where calls belong to the message before them."""
     out: list[dict[str, Any]] = []
     thought = ""
     for i, item in enumerate(items):
@@ -113,7 +113,7 @@ def _messages(items: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class ResponsesAnswer(Answer):
-    """Is the answer to a response's request."""
+    """The answer to a request for a response."""
 
     def __init__(self, service: Service, request: fields.ResponsesRequest, ask: Ask) -> None:
         super().__init__(service, [ask], streams=bool(request.stream))
@@ -189,7 +189,7 @@ class ResponsesAnswer(Answer):
 
 
 class _Items:
-    """Writes output as items, one after the other."""
+    """The output items of a response, as events, one item after another."""
 
     def __init__(self, response: str) -> None:
         self._response, self._kind, self._text = response.replace("resp_", "-"), "", ""
@@ -203,7 +203,7 @@ class _Items:
         return call_id(prefix, self._response, len(self.done))
 
     def text(self, kind: str, text: str) -> list[dict[str, Any]]:
-        """Returns the events of more text or reasoning."""
+        """Returns the events that add text or reasoning."""
         out = []
         if kind != self._kind:
             out = self.close()
@@ -226,7 +226,7 @@ class _Items:
         return out
 
     def call(self, call: ToolCall) -> list[dict[str, Any]]:
-        """Returns the events of a call."""
+        """Returns the events of a tool call."""
         out = self.close()
         self._kind = "call"
         item = {
@@ -248,7 +248,7 @@ class _Items:
         return out
 
     def close(self) -> list[dict[str, Any]]:
-        """Returns the events that end what is open."""
+        """Returns the events that end the open item, if there is one."""
         if not self._kind:
             return []
         item, out = self._item("completed"), []

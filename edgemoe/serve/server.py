@@ -1,4 +1,4 @@
-"""Runs a server until it is told to stop, and stops it gracefully."""
+"""The life of a server: it opens its port, runs until it is told to stop, and stops gracefully."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = ["listen", "serve"]
 logger = logging.getLogger(__name__)
 
 _FAILED = 1
-_PER_ADDRESS = 64  # connections, where other machines may ask
+_PER_ADDRESS = 64  # connections, where other machines may connect
 
 
 def listen(settings: Settings) -> socket.socket:
-    """Opens the port, before a model is loaded for nothing.
+    """Binds the port. This comes before loading a model, which would be in vain if the port is taken.
 
     Raises:
-        OSError: it is taken, or may not be had; names another one that is free.
+        OSError: the port is taken or not permitted; names another one that is free, if there is one.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
@@ -51,7 +51,7 @@ def listen(settings: Settings) -> socket.socket:
 
 
 def _free(settings: Settings, family: int) -> int:
-    """Returns the next port that can be had, 0 for none."""
+    """Returns the next free port, 0 if none of the next ones is free."""
     for port in range(settings.port + 1, min(settings.port + 20, 65536)):
         with socket.socket(family, socket.SOCK_STREAM) as tried, contextlib.suppress(OSError):
             tried.bind((settings.host, port))
@@ -60,7 +60,7 @@ def _free(settings: Settings, family: int) -> int:
 
 
 class _Server(uvicorn.Server):
-    """Tells the service of signals, and does not raise them again when all is closed."""
+    """A uvicorn server that passes signals to the service, and does not raise them again when it has closed."""
 
     service: Service
 
@@ -92,17 +92,19 @@ def serve(
     sampling: SamplingParams,
     ready: Callable[[Service, int, Callable[[], None]], None],
 ) -> int:
-    """Serves until SIGTERM or Ctrl-C; the second one does not wait for replies.
+    """Serves until SIGTERM or Ctrl-C; a second signal does not wait for replies to end.
 
     Args:
         opened: the model; closed at the end.
-        door: of `listen`.
-        name: the model's.
-        sampling: how replies are sampled where a request says nothing.
-        ready: called when requests are taken, with the port and with what stops the server as a signal does.
+        settings: how the server is run.
+        door: the socket that `listen` returned.
+        name: the model's name.
+        sampling: how replies are sampled by default.
+        ready: is called when requests are taken, with the service, the port, and a function that stops the server as
+            a signal does.
 
     Returns:
-        The exit code: 0, or 1 when the engine's thread was lost.
+        The exit code: 0, or 1 if the model's thread has died.
 
     Raises:
         FormatError: the model has no tokenizer, or its chat template is broken.
@@ -127,7 +129,7 @@ def serve(
         server.service = service
         servers.append(server)
         stop = functools.partial(server.handle_exit, signal.SIGTERM, None)
-        door.listen(config.backlog)  # who comes from now on is answered
+        door.listen(config.backlog)  # connections are accepted from now on
         ready(service, door.getsockname()[1], stop)
         server.run(sockets=[door])
     finally:

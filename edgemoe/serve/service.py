@@ -1,4 +1,4 @@
-"""What all dialects share: from a conversation and what is wanted of it to tokens, and from there to replies."""
+"""What all dialects share: turns a conversation and what is wanted into tokens, and these into replies."""
 
 from __future__ import annotations
 
@@ -34,39 +34,46 @@ __all__ = ["Service", "Wanted"]
 
 logger = logging.getLogger(__name__)
 
-_LOOKED_AT = 4096  # characters at the end of a prompt, in which a reply may have begun
+_LOOKED_AT = 4096  # characters at the end of a prompt that may be the beginning of the reply
 _NO_GRAMMAR = "cannot be kept to: this server was started with --no-grammar"
 _SURELY_LONG = 8  # characters per token; text has about four
 
 
 @dataclass(slots=True, kw_only=True)
 class Wanted:
-    """Is what a request wants, in no dialect."""
+    """What a request wants, independent of the dialect."""
 
     sampling: dict[str, Any] = field(default_factory=dict)
-    """Fields of `SamplingParams` that the client said; None for those it did not."""
+    """Fields of `SamplingParams`; None for those that the client did not set."""
     choices: int = 1
+    """How many replies are wanted."""
     top: int | None = None
+    """See `Request`."""
     tool_choice: str = "auto"
-    """auto, none, required, or "=" and a tool's name."""
+    """"auto", "none", "required", or "=" and a tool's name."""
     several_calls: bool = True
+    """Whether the reply may have more than one call."""
     thinks: bool | None = None
-    """None for the model's own way."""
+    """Whether the model reasons; None for its default."""
     effort: str | None = None
+    """The effort of reasoning, as the client named it."""
     most_reasoning: int | None = None
+    """The most tokens of reasoning, -1 for no limit; None for the server's setting."""
     variables: Mapping[str, Any] = field(default_factory=dict)
-    """Of the template."""
+    """Further variables of the chat template."""
     form: tuple[str, str, Any] | None = None
-    """What the answer keeps to: json, regex, choice, gbnf or lark; the field that says it; and its value."""
+    """The form that the answer must follow: its kind ("json", "regex", "choice", "gbnf" or "lark"), the field of the
+    request that asks for it, and the field's value."""
     slot: int | None = None
-    """The sequence that it waits for; None for the best one."""
+    """See `Request`."""
     reuses: bool = True
-    """Begins with what was computed before of the same tokens."""
+    """See `Request`."""
     adapter: int = 0
     """See `Request`."""
     keep_alive: float | None = None
-    """Seconds after which experts leave memory, from now on."""
+    """Seconds without a request after which experts leave memory, from now on for the whole server; None keeps it."""
     ignored: list[str] = field(default_factory=list)
+    """The fields of the request that have no effect."""
 
     @property
     def must_call(self) -> bool:
@@ -75,8 +82,8 @@ class Wanted:
 
 
 class Service:
-    """Is one model that is ready to answer. Its thread is the model's; everything here runs on the event loop's or
-    on helpers of it."""
+    """One model that is ready to answer requests. The model runs on a thread of its own (`Worker`); the methods here
+    run on the event loop's thread, or on threads that it starts."""
 
     def __init__(
         self, opened: Opened, settings: Settings, *, name: str, sampling: SamplingParams,
@@ -85,9 +92,11 @@ class Service:
         """Takes an opened model.
 
         Args:
-            name: the model's.
-            sampling: how replies are sampled where a request says nothing.
-            on_death: called when the engine's thread has ended by itself.
+            opened: the model; `close` saves its profile.
+            settings: how the server is run.
+            name: the model's name.
+            sampling: how replies are sampled by default.
+            on_death: is called, on the model's thread, when that thread dies.
 
         Raises:
             FormatError: the model has no tokenizer, or its chat template is broken.
@@ -131,24 +140,28 @@ class Service:
 
     @property
     def fingerprint(self) -> str:
-        """A name of all that decides which text a seed gives now."""
+        """A hash of everything that decides which text a seed gives now; see `_fingerprint`."""
         return _fingerprint(self.opened)
 
     @property
     def batcher(self) -> Batcher:
-        """Who runs requests."""
+        """The batcher, which runs the requests."""
         return self.worker.batcher
 
     @property
     def can_reason(self) -> bool:
-        """Whether the model's template speaks of reasoning."""
+        """Whether the model may reason before it answers, according to its templates."""
         return self.reading.reasons
 
     def adapter(self, model: str | None, name: str | None = None) -> int:
-        """Returns the number of the adapter that a request means, by a name of its own or by that of its model.
+        """Returns the number of the adapter that a request asks for; 0 for the model alone.
 
-        One model is served, and the reply says which: any other name is taken for it. "MODEL:ADAPTER" is an adapter of
-        it, and so is "ADAPTER" alone.
+        As only one model is served, any name of a model stands for it. The names "MODEL:ADAPTER" and "ADAPTER" stand
+        for one of its adapters.
+
+        Args:
+            model: the request's "model".
+            name: the request's "adapter", which takes precedence.
 
         Raises:
             Problem: there is no such adapter.
@@ -166,12 +179,15 @@ class Service:
             raise Problem(404, f"{param}: {said}", param=param, code="model_not_found") from None
 
     def shown(self, adapter: int) -> str:
-        """Returns what replies call the model with an adapter."""
+        """Returns the name of the model with an adapter, as replies show it."""
         name = self.names[0]
         return f"{name}:{self.model.adapters.names[adapter - 1]}" if adapter else name
 
     def sampled(self, said: Mapping[str, Any]) -> SamplingParams:
-        """Returns how a reply is sampled: what a request says, else what the server was told, else the model's own.
+        """Returns how a reply is sampled: as the request says, else as the server's `sampling` says.
+
+        Args:
+            said: fields of `SamplingParams`; None for those that the request does not set.
 
         Raises:
             Problem: a value is out of range.
@@ -184,7 +200,11 @@ class Service:
             raise wrong(name, rest) from None
 
     def converse(self, talk: Conversation, wanted: Wanted) -> Ask:
-        """Returns what a conversation comes down to; takes a while, and raises `Problem` for all that is wrong."""
+        """Returns what is asked of the engine for a conversation. Rendering and tokenizing may take a while.
+
+        Raises:
+            Problem: something in the conversation or in `wanted` is wrong, or the prompt is too long.
+        """
         params = self.sampled(wanted.sampling)
         tools = [] if wanted.tool_choice == "none" else talk.tools
         if wanted.tool_choice.startswith("="):
@@ -227,7 +247,14 @@ class Service:
     def _constraint(
         self, wanted: Wanted, tools: Sequence[Mapping[str, Any]], is_reasoning: bool, most: int
     ) -> Callable[[], Constraint | None]:
-        """Returns what makes the guide of each choice."""
+        """Returns a function that makes the constraint of a choice, or None if nothing is constrained.
+
+        Args:
+            wanted: what the request wants.
+            tools: those that may be called.
+            is_reasoning: the prompt has opened the reasoning already.
+            most: the most tokens of reasoning; -1 for no limit.
+        """
         form, grammars = self.form, self.grammars
         lazy: dict[int, str] = {}
         grammar = self.grammar(wanted.form)
@@ -236,7 +263,7 @@ class Service:
             raise wrong(wanted.form[1], "not together with tools; tool_choice none leaves them out")
         if must and grammars is None:
             raise wrong("tool_choice", _NO_GRAMMAR)
-        # Where only the model's own template knows its calls, free ones are read by it and kept to nothing.
+        # If only the model's own response template knows its calls, and none has to come, they are not constrained.
         knows = self.speaks_of_tools or self.reading.template is None or must
         if grammars is not None and (tools or form.is_channelled) and knows:
             grammar, lazy = grammars.reply(
@@ -255,7 +282,11 @@ class Service:
         )  # fmt: skip
 
     def grammar(self, form: tuple[str, str, Any] | None) -> str | None:
-        """Returns the grammar that an answer keeps to."""
+        """Returns the grammar of a form of answers, see `Wanted.form`; None for free text.
+
+        Raises:
+            Problem: the form cannot be enforced, or the server runs without grammars.
+        """
         if form is None:
             return None
         kind, param, value = form
@@ -270,7 +301,17 @@ class Service:
     def continue_text(
         self, ids: list[int], params: SamplingParams, wanted: Wanted, *, echo: bool
     ) -> Ask:
-        """Returns what a text to go on with comes down to."""
+        """Returns what is asked of the engine to continue a text.
+
+        Args:
+            ids: the tokens of the text.
+            params: how to sample.
+            wanted: what the request wants.
+            echo: the reply repeats the text.
+
+        Raises:
+            Problem: the form cannot be enforced.
+        """
         grammar = self.grammar(wanted.form)
         grammars = self.grammars
         ask = Ask(
@@ -286,7 +327,7 @@ class Service:
         """Returns the tokens of a prompt.
 
         Raises:
-            Problem: it is no text, is empty, or is too long for the context with a reply.
+            Problem: the text is not valid Unicode, is empty, or is too long for the context.
         """
         few = text[: _SURELY_LONG * self.context]
         try:
@@ -300,10 +341,15 @@ class Service:
         return ids
 
     def begin(self, ask: Ask, choice: int = 0, *, streams: bool = True) -> Reply:
-        """Hands a choice to the engine.
+        """Submits a choice to the engine.
+
+        Args:
+            ask: what is asked.
+            choice: the number of the choice.
+            streams: its parts are passed on as they come.
 
         Raises:
-            Problem: the prompt is too long, too many wait, or the server is ending.
+            Problem: the prompt is too long, too many requests wait, or the server is stopping.
         """
         if self.is_stopping:
             raise Problem(503, "the server is stopping", retry_after=10)
@@ -332,7 +378,7 @@ class Service:
         return reply
 
     def close(self) -> None:
-        """Ends the thread, and keeps what was learned.
+        """Ends the model's thread, and saves the prefixes, the trace and the profile.
 
         Raises:
             OSError: the profile or the trace cannot be written.
@@ -350,7 +396,7 @@ class Service:
                 profile.write(learned)
 
     def tool_words(self) -> str:
-        """Returns how calls are written, for a note."""
+        """Returns the name of the format of calls, for a note at start."""
         return (
             self.reading.name
             if self.speaks_of_tools or self.reading.template is not None
@@ -359,7 +405,11 @@ class Service:
 
 
 def _fingerprint(opened: Opened) -> str:
-    """Returns a name of all that decides which text a seed gives."""
+    """Returns a hash of everything that decides which text a seed gives.
+
+    That is the version of edgemoe, the model and its bits, the scheduler and its options, the types of keys and values,
+    and the adapters.
+    """
     model, o = opened.model, opened.model.options
     dense: object = o.dense_bits
     if dense == "auto":  # each matrix its own

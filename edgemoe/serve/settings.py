@@ -1,4 +1,4 @@
-"""How a server is run: one checked value."""
+"""The settings of a server: one checked value."""
 
 from __future__ import annotations
 
@@ -12,52 +12,54 @@ __all__ = ["Settings", "is_loopback", "seconds"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Says how a server is run.
+    """How a server is run.
 
     Raises:
-        ValueError: the settings would open the engine to others without a key.
+        ValueError: a setting is not valid, or the settings would let other machines in without a key.
     """
 
     host: str = "127.0.0.1"
+    """The address to listen on."""
     port: int = 8080
     """0 for a free one."""
     keys: tuple[str, ...] = ()
-    """Of which a client must send one; none for all clients."""
+    """Keys, of which a client must send one; empty if no key is needed."""
     no_auth: bool = False
-    """Take requests from other machines without a key."""
+    """Whether requests from other machines are taken without a key."""
     aliases: tuple[str, ...] = ()
-    """Further names of the model; the first is the one that replies carry."""
+    """Further names of the model; replies show the first of them."""
     queue: int = 64
-    """Requests that may wait."""
+    """How many requests may wait."""
     timeout: float = 3600.0
-    """Seconds after which a request is given up."""
+    """Seconds after which a request is cancelled."""
     ping: float = 5.0
-    """Seconds between comments in a stream."""
+    """Seconds between comments in a stream, which keep the connection alive."""
     keep_alive: float = math.inf
     """Seconds without a request after which experts leave memory."""
     grace: float = 10.0
-    """Seconds that replies get to end in when the server stops."""
+    """Seconds that running replies have to end when the server stops."""
     origins: tuple[str, ...] = ()
-    """Web pages of which scripts may ask; "*" for all."""
+    """Origins of web pages whose scripts may send requests; "*" for all."""
     hosts: tuple[str, ...] = ()
-    """Further names under which the server is asked for."""
+    """Further host names of the server, in lower case."""
     is_strict: bool = False
-    """Refuse fields that have no effect."""
+    """Whether fields that have no effect are refused."""
     has_metrics: bool = False
+    """Whether there is a route /metrics."""
     has_page: bool = True
-    """Show the page at /."""
+    """Whether there is a page at /, with the routes that it needs."""
     reserved: int = 0
-    """Bytes of the budget that the server itself keeps, for masks and connections."""
+    """Bytes of the budget that the server itself takes, for masks and connections."""
     has_grammar: bool = True
-    """Reserve the memory that masks take."""
+    """Whether replies can be constrained by grammars, whose masks take memory."""
     reasoning_budget: int = -1
     """The most tokens of reasoning; -1 for no limit."""
     prefixes: str | None = None
-    """The folder where prefixes are saved."""
+    """The folder where prefixes are saved; None for none."""
     prefix_bytes: int = 8 << 30
-    """The most that they take there."""
+    """The most bytes of prefixes in that folder."""
     pool_bytes: int = 0
-    """The most that prefixes take in memory, beside the sequences; 0 for none."""
+    """The most bytes of prefixes in memory, apart from the sequences; 0 for none."""
 
     def __post_init__(self) -> None:
         if not is_loopback(self.host) and not self.keys and not self.no_auth:
@@ -67,12 +69,12 @@ class Settings:
             )
         if self.keys and self.no_auth:
             raise ValueError("--no-auth: expected no key beside it")
-        for name in self.hosts:  # as takes_host compares them
+        for name in self.hosts:  # in the form in which `takes_host` compares them
             if not _NAME.fullmatch(name) and not is_address(name):
                 raise ValueError(
                     f"--allowed-hosts: expected a name or an address without a port, got {name!r:.80}"
                 )
-        for origin in self.origins:  # as browsers say them
+        for origin in self.origins:  # in the form in which browsers send them
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(
                     f"--cors-origins: expected one like http://localhost:3000, or *, got {origin!r:.80}"
@@ -81,7 +83,10 @@ class Settings:
             raise ValueError("--alias: expected a name, got nothing")
 
     def takes_host(self, header: str) -> bool:
-        """Returns whether a Host header names this server, and not a name that a web page made lead here."""
+        """Returns whether a Host header names this server.
+
+        Any other name may be one that a web page has made to point here, by DNS rebinding.
+        """
         name = header.rsplit(":", 1)[0] if header.count(":") == 1 else header
         if header.startswith("["):
             name = header[1:].partition("]")[0]
@@ -94,7 +99,7 @@ class Settings:
         )
 
     def _is_own(self, name: str) -> bool:
-        """Returns whether a name is a bare address, which no DNS answer can change, where all addresses are served."""
+        """Returns whether a name is an IP address and the server listens on all addresses; DNS cannot rebind it."""
         if self.host not in ("0.0.0.0", "::"):
             return False
         return is_address(name)
@@ -107,10 +112,10 @@ _UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def seconds(text: str) -> float:
-    """Returns a duration such as 5m, 30s or 300; below 0 is for ever.
+    """Returns a duration such as 5m, 30s or 300 in seconds; infinity for a negative one.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a duration.
     """
     match = _DURATION.fullmatch(text.strip().removeprefix("-"))
     if match is None:
@@ -121,7 +126,7 @@ def seconds(text: str) -> float:
 
 
 def is_address(host: str) -> bool:
-    """Returns whether it is an address of IP, and no name."""
+    """Returns whether it is an IP address, and not a name."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -130,7 +135,7 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Returns whether a name or address is this machine's own."""
+    """Returns whether a name or address is that of the loopback interface."""
     if host.lower() == "localhost":
         return True
     try:

@@ -1,7 +1,7 @@
-"""What lies beside the model that is served: what was measured of it, and the other models that are here.
+"""What the page shows besides the running model: the measured cost of its levels, and the other models on this machine.
 
-It is read when a page asks for it. Of other files only the index and the table of experts are read, one at a time, and
-bounded: what that takes is left to what a process grows by.
+It is read when a page asks for it. Of other files only the index and the table of experts are read, one file at a time.
+Their size is bounded, so that `Budget.growth` covers it.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from edgemoe.runtime.model import Model
 
 __all__ = ["Shelf"]
 
-_MOST = 50  # models that are looked into
+_MOST = 50  # models that are listed
 _OWN = (
     "quality",
     "allocation",
     "kv_types",
-)  # sections of the model that say what its levels were measured to cost
+)  # sections of the model about the measured cost of its levels
 
 
 class Shelf:
-    """Tells pages. On the event loop, which goes on meanwhile."""
+    """The source of /shelf. Used on the event loop; files are read on another thread."""
 
     def __init__(self, model: Model) -> None:
         self._model = model
         self._turn = asyncio.Lock()
 
     async def told(self) -> dict[str, Any]:
-        """Returns what was measured of the model, whether it has an allocation, and the other models."""
+        """Returns the measured cost of the model's levels, whether it has an allocation, and the other models."""
         async with self._turn:  # one file at a time is open
             return await asyncio.to_thread(self._told)
 
@@ -67,7 +67,10 @@ class Shelf:
             }  # fmt: skip
 
     def _plan(self, moe: MoeFile) -> Iterator[dict[str, Any]]:
-        """Yields for each level, the most bits first, which share of the experts this server's memory would hold."""
+        """Yields the share of the experts that this server's memory would hold, for each level from the highest down.
+
+        It ends at the first level at which all experts fit.
+        """
         budget, options = self._model.budget, self._model.options
         shape = OpsShape.of(moe.config, self._model.threads)
         for bits in sorted({bits for bits, _, _ in moe.ladder}, reverse=True):
@@ -83,11 +86,11 @@ class Shelf:
                 share = min(1.0, found.slots / found.experts)
                 yield {"bits": bits, "resident": share, "context": found.context}
                 if share == 1:
-                    return  # fewer bits fit all the more
+                    return  # all lower levels fit too
 
 
 def _quality(moe: MoeFile, model: Model) -> dict[str, dict[str, Any]]:
-    """Returns what each level was measured to cost, by its bits, with the other settings of now."""
+    """Returns the measured cost of each level, by its bits, for the present bits of other weights and cache types."""
     options = model.options
     rows = plain_rows(
         moe, dense_bits=options.dense_bits or moe.dense_ladder[-1],
@@ -97,7 +100,7 @@ def _quality(moe: MoeFile, model: Model) -> dict[str, dict[str, Any]]:
 
 
 def _cost(row: Mapping[str, Any]) -> dict[str, Any]:
-    if row["kl"] is None:  # what the others are measured against
+    if row["kl"] is None:  # the reference of the others
         return {"is_reference": True}
     return {
         "change": math.expm1(row["loss_change"]), "error": row["loss_error"], "kl": row["kl"],

@@ -1,4 +1,4 @@
-"""Changes how the model runs while it runs, for who may use the server."""
+"""The route that changes how the model runs, for all users of the server."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ class _Change(msgspec.Struct):
 
 
 async def change_settings(service: Service, request: Request, body: bytes) -> dict[str, Any]:
-    """Changes bits, experts per token, scheduler or its options for all, from the next pass on; returns what holds.
+    """Changes bits, experts per token, the scheduler or its options, from the next pass on.
+
+    Returns:
+        The settings that hold now; see `set_now`.
 
     Raises:
-        Problem: a page from elsewhere asks, or something cannot be changed to this; nothing is then.
+        Problem: the request comes from another web page, or a value is not possible; then nothing has changed.
     """
     _check_origin(service, request)
     said, unknown = fields.read(body, _Change, is_strict=False)
@@ -41,7 +44,7 @@ async def change_settings(service: Service, request: Request, body: bytes) -> di
         await asyncio.wrap_future(service.batcher.change(**wanted))
     except ValueError as error:
         name, _, rest = str(error).partition(": ")
-        if name not in CHANGEABLE:  # of an option of the scheduler, or of the model as a whole
+        if name not in CHANGEABLE:  # it names an option of the scheduler, or the model as a whole
             name, rest = "options", str(error)
         raise wrong(name, rest) from None
     except RuntimeError as error:
@@ -50,7 +53,13 @@ async def change_settings(service: Service, request: Request, body: bytes) -> di
 
 
 def _check_origin(service: Service, request: Request) -> None:
-    """Refuses what a page from elsewhere makes a browser send: it cannot read the answer, and needs not to."""
+    """Refuses requests that a browser sends for another web page.
+
+    Such a page could not read the answer, but the change would take effect all the same.
+
+    Raises:
+        Problem: the Origin header is neither this server's nor one of `Settings.origins`.
+    """
     origin = request.headers.get("origin")
     if origin is None or origin in service.settings.origins or "*" in service.settings.origins:
         return

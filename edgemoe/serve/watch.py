@@ -1,7 +1,7 @@
-"""What the page shows while somebody looks: memory, which experts are in it, what is read, who waits.
+"""The stream of events behind the page: memory, the experts in it, reads, and running and waiting requests.
 
-A stream of events: first all that there is, then several times a second what has changed since. What a viewer costs is
-bounded, and nobody who looks costs nothing.
+The first event has the whole state; later ones, up to four a second, have what has changed. The cost of a viewer is
+bounded, and without viewers there is none.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ __all__ = ["Watch", "set_now"]
 
 _PAUSE = 0.25  # seconds
 _MOST_VIEWERS = 8
-_READ, _RAN, _LACKED = 16, 32, 64  # beside an expert's bits, which take the rest
+_READ, _RAN, _LACKED = 16, 32, 64  # flags of an expert's byte, above its bits (0 to 8)
 
 
 class Watch:
-    """Tells viewers. On the event loop."""
+    """The source of /events for all viewers. Used on the event loop."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
@@ -42,7 +42,7 @@ class Watch:
         """Returns a stream for one more viewer.
 
         Raises:
-            Problem: there are too many.
+            Problem: there are too many viewers.
         """
         if self._viewers >= _MOST_VIEWERS:
             raise Problem(429, f"{_MOST_VIEWERS} pages look already", retry_after=10)
@@ -67,7 +67,7 @@ class Watch:
                     yield _event("set", set_now(service))
                 if service.log.count != log:
                     what["log"], log = service.log.since(log), service.log.count
-                if what == before:  # nothing happens, so that nothing need be said
+                if what == before:  # nothing has changed since the last event
                     continue
                 before = now
                 yield _event("now", what)
@@ -76,7 +76,7 @@ class Watch:
 
 
 class _Experts:
-    """Is which experts are in memory, in how many bits, as one viewer has seen it."""
+    """The bits of each expert in memory, and the counts of its uses, as one viewer has seen them last."""
 
     def __init__(self, service: Service) -> None:
         store, moe = service.model.store, service.model.moe
@@ -87,7 +87,7 @@ class _Experts:
         self._counts = self._counted()
 
     def _counted(self) -> tuple[NDArray[np.uint32], ...]:
-        """Returns how often each expert was read, ran, and was wanted in vain, [layers * E] each."""
+        """Returns how often each expert was read, how often it ran, and how often it missed, [layers * E] each."""
         store = self._store
         return store.reads.flatten(), store.runs.flatten(), store.lacks.flatten()
 
@@ -96,13 +96,15 @@ class _Experts:
         return np.minimum(self._bits[self._store.residency.reshape(-1)], self._have)
 
     def whole(self) -> str:
-        """Returns all of it: a byte for each expert."""
+        """Returns the bits of all experts, a byte for each, in base64."""
         return _text(self._seen)
 
     def changed(self) -> dict[str, str]:
-        """Returns what is new: bits, and who was read, ran, or was wanted in vain.
+        """Returns what has changed since the last call; empty if nothing has.
 
-        A byte for each expert, or four for each that changed.
+        An expert's state is a byte: its bits, and flags for whether it was read, ran, or missed since the last call.
+        "map" has the state of every expert; "cells" has a little-endian word for each expert that changed, its number
+        times 256 plus its state. Both are in base64; the shorter one is sent.
         """
         bits, counts = self._resident(), self._counted()
         state = bits.copy()
@@ -126,11 +128,11 @@ def _event(name: str, what: dict[str, Any]) -> bytes:
 
 
 def everything(service: Service) -> dict[str, Any]:
-    """Returns what seldom or never changes."""
+    """Returns what seldom or never changes, for the first event."""
     model, config = service.model, service.model.config
     return {
         "version": edgemoe.__version__, "name": service.names[0], "family": config.family,
-        "layers": len(config.moe_layers), "experts": model.moe.places,  # those of adapters too
+        "layers": len(config.moe_layers), "experts": model.moe.places,  # including those of adapters
         "context": service.context, "isa": hardware.isa(), "threads": model.threads,
         "level_bits": model.store.level_bits, "file_bytes": model.moe.file_bytes,
         "dense_bits": model.options.dense_bits or model.moe.dense_ladder[-1],
@@ -144,7 +146,7 @@ def everything(service: Service) -> dict[str, Any]:
 
 
 def set_now(service: Service) -> dict[str, Any]:
-    """Returns what can be set while the model runs, and what hangs on it."""
+    """Returns what can be changed while the model runs, and what depends on it."""
     model = service.model
     now = {
         "bits": model.bits, "is_auto": model.options.bits == "auto",
@@ -157,7 +159,7 @@ def set_now(service: Service) -> dict[str, Any]:
 
 
 def _budget(service: Service) -> dict[str, int]:
-    """Returns how the memory was divided, in bytes."""
+    """Returns the division of the memory, in bytes."""
     model = service.model
     b, every = model.budget, np.arange(len(model.top_bits), dtype=np.int32)
     return {
@@ -168,7 +170,7 @@ def _budget(service: Service) -> dict[str, int]:
 
 
 def _figures(service: Service) -> dict[str, Any]:
-    """Returns the figures of now; those that count do so since the start."""
+    """Returns the present figures; those under "count" are totals since the start."""
     model, batcher = service.model, service.batcher
     s, views = model.store.stats, batcher.views
     budget = model.budget

@@ -1,4 +1,4 @@
-"""The engine's thread: it alone runs the model."""
+"""The model's thread, which alone runs it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """Runs a batcher on a thread of its own."""
+    """A thread that runs a batcher."""
 
     def __init__(self, batcher: Batcher, on_death: Callable[[BaseException], None]) -> None:
-        """Starts.
+        """Starts the thread.
 
         Args:
-            on_death: called on the thread when it ends otherwise than by `stop`.
+            batcher: runs on it.
+            on_death: is called on the thread if it ends with an error, and not by `stop`.
         """
         self.batcher, self._on_death = batcher, on_death
         self.error: BaseException | None = None
-        """Why the thread has ended, if it was not told to."""
+        """The error that ended the thread; None while it runs, or if `stop` ended it."""
         self.keep_alive = math.inf
         """Seconds without a request after which experts leave memory; any thread may set it."""
         self._is_stopping = False
@@ -35,14 +36,14 @@ class Worker:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends what runs, and the thread."""
+        """Ends all requests, and then the thread."""
         self._is_stopping = True
         self.batcher.wake()
         self._thread.join()
 
     def _run(self) -> None:
         try:
-            idle = math.inf  # since when, for as long as experts are in memory
+            idle = math.inf  # when the last pass ended; infinity before the first and after `rest`
             while not self._is_stopping:
                 if self.batcher.step():
                     idle = time.monotonic()
@@ -56,7 +57,7 @@ class Worker:
         except BaseException as error:
             self.error = error
             logger.critical("the engine's thread has ended: %s: %s", type(error).__name__, error)
-            if isinstance(error, EdgemoeError):  # which says itself what failed
+            if isinstance(error, EdgemoeError):  # its text says what failed
                 self.batcher.end(error)
             else:
                 self.batcher.end(RuntimeError("the engine has failed"))

@@ -1,4 +1,4 @@
-// What model runs, and how.
+// The panel "Model": which model runs, and how.
 import { bytes, h } from "./dom.js";
 
 export class About {

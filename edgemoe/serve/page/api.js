@@ -1,4 +1,4 @@
-// Asks the server. Where it wants a key the person is asked once; it is kept until the tab is closed.
+// Requests to the server. If it wants a key, the user is asked once; the key is kept until the tab is closed.
 import { $ } from "./dom.js";
 
 const KEY = "edgemoe.key";
@@ -19,7 +19,7 @@ function askKey(wasWrong) {
   return asking;
 }
 
-/** Returns a response; raises an Error with the server's words for one that is not good. */
+/** Returns a response; throws an Error with the server's message for one that is not OK. */
 export async function call(path, { body, signal } = {}) {
   for (;;) {
     const key = sessionStorage.getItem(KEY);
@@ -38,7 +38,7 @@ export async function call(path, { body, signal } = {}) {
   }
 }
 
-/** Yields [name, value] for each event of a stream. */
+/** Yields [name, value] for each event of a stream of server-sent events. */
 export async function* events(path, options) {
   const response = await call(path, options);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();

@@ -1,4 +1,4 @@
-// The budget bar: what takes how much of --ram, and what the kernel says.
+// The budget bar: what each part takes of --ram, and the resident memory that the kernel counts.
 import { bytes, h } from "./dom.js";
 
 const PARTS = [

@@ -1,11 +1,11 @@
-// The chat: asks for replies and shows them as they come.
+// The chat: requests replies and shows them as they arrive.
 import { events } from "./api.js";
 import { Conversations, messages } from "./conversations.js";
 import { $ } from "./dom.js";
 import { Turn } from "./turns.js";
 
 export class Chat {
-  /** `wanted` returns what requests say beside the messages. */
+  /** `wanted` returns the fields of requests other than the messages. */
   constructor(wanted) {
     this.wanted = wanted;
     this.running = null;
@@ -77,7 +77,7 @@ export class Chat {
 
   stop() { this.running?.abort(); }
 
-  /** Asks for the next turn. What came before somebody stops it is kept. */
+  /** Requests the next turn. If it is stopped, what has come so far is kept. */
   async reply() {
     const asked = messages(this.talk), running = (this.running = new AbortController());
     const turn = { role: "assistant", text: "", reasoning: "", calls: [], isRunning: true };
@@ -113,7 +113,7 @@ export class Chat {
   }
 }
 
-/** Adds what a chunk brings to a turn. */
+/** Adds a chunk of the stream to a turn. */
 function take(turn, chunk) {
   const choice = chunk.choices[0];
   if (chunk.timings) turn.figures = { timings: chunk.timings, edgemoe: chunk.edgemoe };

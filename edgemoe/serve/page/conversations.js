@@ -1,10 +1,10 @@
-// The conversations of this browser: which there are, and which is open. Saved in the form of the chat's /save.
+// The conversations of this browser, and which of them is open. Saved files have the format of the chat's /save.
 import { h } from "./dom.js";
 import { load, save } from "./kept.js";
 
 const fresh = () => ({ id: crypto.randomUUID?.() ?? String(Date.now() + Math.random()), system: "", turns: [] });
 
-/** Returns a conversation as messages of a request; `until` turns of it. */
+/** Returns the first `until` turns of a conversation as the messages of a request. */
 export function messages(talk, until = talk.turns.length) {
   const system = talk.system.trim() ? [{ role: "system", content: talk.system }] : [];
   return [...system, ...talk.turns.slice(0, until).map(message)];
@@ -23,7 +23,7 @@ export function title(talk) {
 }
 
 export class Conversations {
-  /** `changed` is called when another conversation is open. */
+  /** `changed` is called when another conversation is opened. */
   constructor(place, changed) {
     this.all = load("chats", []);
     if (!this.all.length) this.all = [fresh()];
@@ -63,7 +63,7 @@ export class Conversations {
     this.choose(this.all[0].id);
   }
 
-  /** Keeps all in this browser. */
+  /** Saves all conversations in this browser. */
   keep() {
     const isKept = save("chats", this.all);
     this.said.textContent = isKept ? "" : "This browser has no room for more: delete or save conversations.";

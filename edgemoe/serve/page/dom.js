@@ -1,4 +1,4 @@
-// Makes elements, and says numbers.
+// Helpers: make elements, and format numbers.
 
 /** Returns an element with properties, listeners (`onclick`) and attributes (`aria-label`, `data-x`, `for`). */
 export function h(tag, props = {}, ...children) {
@@ -14,7 +14,7 @@ export function h(tag, props = {}, ...children) {
 
 export const $ = (id) => document.getElementById(id);
 
-/** Says bytes as the command line does: powers of 1024. */
+/** Formats bytes as the command line does, in powers of 1024. */
 export function bytes(n) {
   for (const [unit, size] of [["GiB", 2 ** 30], ["MiB", 2 ** 20], ["KiB", 2 ** 10]]) {
     if (n >= size) return `${(n / size).toFixed(n >= 10 * size ? 0 : 1)} ${unit}`;

@@ -1,4 +1,4 @@
-// What stays in this browser: conversations and settings. Nothing of it is sent but what a request says.
+// What is stored in this browser: conversations and settings. They leave it only as the fields of requests.
 
 export function load(name, otherwise) {
   try {
@@ -8,7 +8,7 @@ export function load(name, otherwise) {
   }
 }
 
-/** Returns whether there was room. */
+/** Stores a value; returns whether there was room for it. */
 export function save(name, value) {
   try {
     localStorage.setItem(`edgemoe.${name}`, JSON.stringify(value));

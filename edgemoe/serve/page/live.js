@@ -1,8 +1,8 @@
-// What can be changed while the model runs: for all who use the server, from the next token on.
+// Settings that can be changed while the model runs: for all users of the server, from the next token on.
 import { call } from "./api.js";
 import { h, percent } from "./dom.js";
 
-/** Says what a level was measured to cost. */
+/** Formats the measured cost of a level. */
 const said = (cost) => (cost.is_reference ? "the reference" : `${cost.change >= 0 ? "+" : ""}${(100 * cost.change).toFixed(2)} ± ${(100 * cost.error).toFixed(2)}%`);
 
 export class Live {
@@ -47,7 +47,7 @@ export class Live {
 
   chosen() { return this.levels[Number(this.bits.value)]; }
 
-  /** Takes what is known of the file beside what runs. */
+  /** Takes what the server found in the model's file: the measured cost of levels, and whether it has an allocation. */
   know(told) {
     this.told = told;
     if (this.all) this.begin(this.all);

@@ -1,4 +1,4 @@
-// The last requests: how they went, and nothing of what they said.
+// The last requests: their figures, and none of their texts.
 import { bytes, h, percent, seconds } from "./dom.js";
 
 const MOST = 200;

@@ -1,4 +1,4 @@
-// The page: parts that show what the server tells, and a chat.
+// The page: a chat, and parts that show the state of the server.
 import { About } from "./about.js";
 import { Budget } from "./budget.js";
 import { Chat } from "./chat.js";

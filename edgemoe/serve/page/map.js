@@ -1,14 +1,14 @@
-// The residency map: a cell for each expert, whose colour is how many bits of it are in memory; a flash where one was
-// read from disk just now. Drawn when something changes, so that looking costs little.
+// The residency map: a cell for each expert, whose colour shows how many of its bits are in memory. A cell flashes when
+// its expert is read from disk. The map is drawn only when something changes, so that an open page costs little.
 import { h } from "./dom.js";
 import { colour } from "./theme.js";
 
 const READ = 16, RAN = 32, LACKED = 64, BITS = 15;
-const FADE = 4; // pictures that a flash lasts
-const PAUSE = 400; // milliseconds after which the next is drawn even if the server has nothing to say
+const FADE = 4; // frames for which a flash lasts
+const PAUSE = 400; // milliseconds after which the next frame is drawn even if the server sends nothing
 const VIEWS = [["bits", "In memory"], ["reads", "Reads since the page opened"], ["runs", "Uses since the page opened"]];
 
-/** Returns the bytes, or the words of four, of a text in base64. */
+/** Decodes base64 into bytes, or into words of `kind`. */
 function decoded(text, kind = Uint8Array) {
   const raw = atob(text), out = new Uint8Array(raw.length);
   for (let i = 0; i < raw.length; i++) out[i] = raw.charCodeAt(i);
@@ -34,7 +34,7 @@ export class ResidencyMap {
     if (all.map === undefined) return;
     this.all = all;
     [this.layers, this.experts] = [all.layers, all.experts];
-    // The longer side lies across. Cell i of the file's order is at column x[i], row y[i].
+    // The longer of the two sides is horizontal; see `at`.
     this.columns = Math.max(this.layers, this.experts);
     this.rows = Math.min(this.layers, this.experts);
     this.isTurned = this.layers > this.experts;
@@ -60,7 +60,7 @@ export class ResidencyMap {
     this.later = setTimeout(() => this.now({}), PAUSE);
   }
 
-  /** Lets flashes grow weaker; returns whether there were some. */
+  /** Fades all flashes by a step; returns whether there were any. */
   fade() {
     const isNew = this.flash.some((f) => f > 0) || this.lacked.some((f) => f > 0) || this.ran.includes(1);
     if (!isNew) return false;
@@ -69,7 +69,7 @@ export class ResidencyMap {
     return true;
   }
 
-  /** Where a cell lies: column and row. */
+  /** Returns the column and the row of cell i, in the file's order of experts. */
   at(i) {
     const [layer, expert] = [Math.floor(i / this.experts), i % this.experts];
     return this.isTurned ? [layer, expert] : [expert, layer];
@@ -82,7 +82,7 @@ export class ResidencyMap {
     if (state & RAN) { this.ran[i] = 1; this.runs[i] += 1; }
   }
 
-  /** Sizes the canvas: cells as large as fit, 3 to 16 pixels. */
+  /** Sizes the canvas: cells as large as fit, 2 to 16 pixels; returns whether it is visible. */
   size() {
     const width = this.canvas.parentElement.clientWidth;
     if (!width) return false;
@@ -125,11 +125,11 @@ export class ResidencyMap {
       }
       pen.fillStyle = of[this.bits[i]];
       pen.fillRect(x, y, cell - gap, cell - gap);
-      const fading = this.lacked[i] || this.flash[i]; // who was waited for was read too
+      const fading = this.lacked[i] || this.flash[i]; // an expert that missed was read too
       if (fading) {
         pen.globalAlpha = fading / FADE;
         pen.fillStyle = this.lacked[i] ? lacked : flash;
-        const edge = cell > 7 ? Math.floor(cell / 4) : 0; // so that the bits are still seen around it
+        const edge = cell > 7 ? Math.floor(cell / 4) : 0; // so that the colour of the bits still shows around it
         pen.fillRect(x + edge, y + edge, cell - gap - 2 * edge, cell - gap - 2 * edge);
         pen.globalAlpha = 1;
       }

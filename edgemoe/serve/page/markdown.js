@@ -1,5 +1,5 @@
-// Markdown of a model, which nobody vouches for: made into HTML by marked, and cleaned by DOMPurify. HTML in it is shown
-// as text, and a picture is a link, so that nothing is fetched unless a person clicks.
+// The Markdown that a model writes, which is not trusted: marked turns it into HTML, and DOMPurify sanitises that. HTML
+// in it is shown as text, and an image becomes a link, so that nothing is fetched unless the user clicks.
 import { marked } from "./vendor/marked.js";
 import DOMPurify from "./vendor/purify.js";
 import { h } from "./dom.js";
@@ -21,7 +21,7 @@ marked.use({
   },
 });
 
-/** Returns what a text looks like. */
+/** Returns a text rendered as a fragment of the document. */
 export function shown(text) {
   const found = DOMPurify.sanitize(marked.parse(text), {
     ALLOWED_TAGS: TAGS, ALLOWED_ATTR: ["href", "start"], ALLOW_DATA_ATTR: false, ALLOW_ARIA_ATTR: false,

@@ -1,4 +1,4 @@
-// Settings that act at once: how replies are sampled, and what they keep to.
+// Settings that act at once: how replies are sampled, and the form that they follow.
 import { h } from "./dom.js";
 import { load, save } from "./kept.js";
 import { Live } from "./live.js";
@@ -79,7 +79,7 @@ export class Settings {
     this.schema.area.disabled = !all.can_form;
   }
 
-  /** Returns what a request says beside its messages. */
+  /** Returns the fields of a request other than its messages. */
   request() {
     const out = {};
     for (const [name] of NUMBERS) if (this.own[name] !== undefined && Number.isFinite(Number(this.own[name]))) out[name] = Number(this.own[name]);

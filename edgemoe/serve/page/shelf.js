@@ -1,11 +1,11 @@
-// The other models that are here: how each would fit this server's memory, and the command that serves it.
+// The other models on the server's machine: how each would fit this server's memory, and the command that serves it.
 import { call } from "./api.js";
 import { bytes, h, percent } from "./dom.js";
 
 const HEADS = ["Name", "Size", "Family", "Context", "In this server's memory", "To serve it instead"];
 
 export class Shelf {
-  /** `tell` is called with all that the server says of what lies there. */
+  /** `tell` is called with the server's answer each time it comes. */
   constructor(place, tell) {
     this.tell = tell;
     this.body = h("tbody");

@@ -1,4 +1,4 @@
-// Tabs. On a wide page the chat is always there and the others take turns beside it.
+// Tabs. On a wide page the chat is always visible, and one of the other tabs is shown next to it.
 import { $, h } from "./dom.js";
 import { load, save } from "./kept.js";
 
@@ -20,7 +20,7 @@ export function tabs(place, names) {
       all[i].hidden = WIDE.matches && id === "chat";
       $(`panel-${id}`).hidden = !(isOpen || (WIDE.matches && id === "chat"));
     });
-    dispatchEvent(new Event("resize")); // canvases that were hidden have a size now
+    dispatchEvent(new Event("resize")); // canvases that were hidden now have a size
   }
 
   function open(id) {

@@ -1,4 +1,4 @@
-// The last five minutes: tokens a second, hits, what was read, and how much of the time was spent waiting for it.
+// The last five minutes: tokens per second, the hit rate, bytes read, and the share of time spent waiting for reads.
 import { h } from "./dom.js";
 import { colour } from "./theme.js";
 import uPlot from "./vendor/uplot.js";
@@ -38,7 +38,7 @@ export class Timeline {
     const d = Object.fromEntries(Object.keys(c).map((name) => [name, c[name] - this.before.c[name]]));
     this.before = { t, c };
     const uses = d.hits + d.misses;
-    if (s > 3 * STEP) this.rows.push([t - s + 0.01, 0, 0, null, 0, 0]); // nothing has happened, so that nothing was told
+    if (s > 3 * STEP) this.rows.push([t - s + 0.01, 0, 0, null, 0, 0]); // the server sends nothing while nothing happens
     this.rows.push([t, d.made / s, d.computed / s, uses ? (100 * d.hits) / uses : null, Math.min(100, (100 * d.wait_s) / s), d.read / s / 2 ** 20]);
     while (this.rows.length && this.rows[0][0] < t - SPAN) this.rows.shift();
     this.draw();

@@ -1,4 +1,4 @@
-// One turn of a conversation as it looks.
+// The view of one turn of a conversation.
 import { bytes, h, percent, seconds } from "./dom.js";
 import { shown } from "./markdown.js";
 
@@ -18,7 +18,7 @@ export class Turn {
     this.draw(turn.isRunning);
   }
 
-  /** Shows the turn as it is now; while it runs not more often than drawing takes a small share of the time. */
+  /** Shows the turn as it is now. While it runs, draws are spaced so that they take a small share of the time. */
   draw(isRunning = false) {
     const now = performance.now();
     if (isRunning && now < (this.due ?? 0)) {
@@ -94,7 +94,7 @@ function pretty(words) {
   }
 }
 
-/** Says what a reply took. */
+/** Formats the figures of a reply. */
 function said({ timings: t, edgemoe: e }) {
   const first = (t.queue_ms + t.prompt_ms) / 1000;
   return [

@@ -1,9 +1,9 @@
-// Listens to what the server tells, as long as the page can be seen.
+// Listens to the server's events while the page is visible.
 import { events } from "./api.js";
 
 const PAUSE = 2000;
 
-/** Calls begin(all), now(now, all) and lost(why). */
+/** Calls begin(all) on `who` for a new state, now(now, all) for new figures, and lost(why) when the stream ends. */
 export function watch(who) {
   let running = null;
 
