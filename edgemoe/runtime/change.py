@@ -113,7 +113,7 @@ def _exchange(model: Model, scheduler: Scheduler, config: ModelConfig) -> None:
         model.experts.scheduler = before
         model.decoder.change(model.config)
         raise
-    cache.close()  # what Ctrl-C may have left open
+    cache.close()  # a request that Ctrl-C may have left open
     if not (isinstance(scheduler.policy, str) and scheduler.policy == before.policy):
         cache.set_policy(scheduler.policy)
     cache.keep(scheduler.keep_level)

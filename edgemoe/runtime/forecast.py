@@ -119,8 +119,9 @@ class Forecast:
         """Returns how fast one reply is written; None if that depends on a disk that was not measured.
 
         The upper end is 1 / (max(c, r) + min(c, r) / 2) for c seconds of computing and r seconds of reading per token:
-        half of the shorter one is hidden behind the longer one. c is the bytes of weights divided by the kernels' rate,
-        and the overhead of each layer. r is the bytes of the experts that miss, divided by the disk's rate.
+        half of the shorter one is hidden behind the longer one. The lower end is half of that. c is the bytes of
+        weights divided by the kernels' rate, and the overhead of each layer. r is the bytes of the experts that miss,
+        divided by 1.3 times `disk`, as reads between computing are faster than the probe's.
 
         Experts also use the memory that is reserved for a longer context (`lent`). If a share m of the experts is
         absent, a share m ** 1.75 of the wanted ones is taken to miss, as text repeats itself; measurements were between

@@ -30,7 +30,7 @@ class Stats:
     decode_s: float = 0.0
     """Time from the first token of the reply to the last, in seconds, as are all times."""
     first_token_s: float = 0.0
-    """Time from the start of the reply to its first token."""
+    """Time to the first token, computing the prompt included."""
     hits: int = 0
     """Uses of an expert that was resident. An expert that several tokens of a pass use in a layer counts once."""
     misses: int = 0

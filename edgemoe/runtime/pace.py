@@ -28,7 +28,7 @@ from edgemoe.store import read_rate
 
 __all__ = ["Pace", "disk_pace", "pace"]
 
-_KEPT_S = 7 * 86400  # a machine changes: kernels, neighbours, firmware
+_KEPT_S = 7 * 86400  # a machine's speed changes: its kernel, neighbours, firmware
 _FILE = "machine.json"
 _ROWS, _COLS, _COUNT = 2048, 2048, 12  # matrices of 48 MiB at 8 bits, more than most caches hold
 _MEMORY_BYTES = 96 << 20

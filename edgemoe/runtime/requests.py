@@ -32,8 +32,11 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """The figures of one request. Hits, misses, reads, waits and shares are those of its passes as a whole, and so also
-    of the requests that ran in the same passes."""
+    """The figures of one request.
+
+    Hits, misses, reads, waits, bits and shares are those of its passes as a whole, and so include the requests that ran
+    in the same passes.
+    """
 
     prompt_tokens: int
     cached_tokens: int

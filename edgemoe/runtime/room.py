@@ -16,7 +16,7 @@ __all__ = ["Room"]
 logger = logging.getLogger(__name__)
 
 _WARM_TOKENS = 3
-"""Single tokens after which a process has grown by about what `Budget.growth` reserves."""
+"""Decoding passes after which a process has grown by about what `Budget.growth` reserves."""
 _SHARE = 0.005
 """The most of the time that measuring may take: it walks the page tables, in some 30 ms for each GiB."""
 
@@ -44,7 +44,7 @@ class Room:
         self.states: WeakSet[SequenceState] = WeakSet()
         """The states of all sequences that exist."""
         self._tokens = 0  # of the largest pass so far
-        self._singles = 0  # passes of single tokens so far, up to the last call of `fit`
+        self._singles = 0  # decoding passes so far
         self._is_lent = False
         self._beside = 0
         self.is_resting = False
@@ -118,7 +118,7 @@ class Room:
             self._resize(self._budget.expert)
 
     def keep(self, size: int) -> None:
-        """Takes `size` bytes from the slots for good, in place of what the last `keep` took; prefixes are kept there.
+        """Takes `size` bytes from the slots for prefixes in memory, in place of what the last `keep` took.
 
         Raises:
             ValueError: the slots have a fixed size.
@@ -158,7 +158,7 @@ class Room:
         grows = size >= self._size + self._budget.expert or size == self._budget.experts
         if size == self._size or (size > self._size and not grows):
             return
-        self._slots.close()  # what Ctrl-C may have left open
+        self._slots.close()  # a request that Ctrl-C may have left open
         self._slots.set_budget(size)
         self._size = size
         logger.debug("room: %d of %d bytes for experts", size, self._budget.experts)

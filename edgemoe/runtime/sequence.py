@@ -113,7 +113,7 @@ def shared_length(
 ) -> int:
     """Returns how many of a state's tokens `tokens` [T] begin with, `most` at most.
 
-    That is 0 where `tokens` are so many that RoPE has other frequencies.
+    That is 0 where the number of `tokens` changes the frequencies of RoPE.
     """
     if not config.turns_alike(state.turned, len(tokens)):
         return 0  # all of it would be computed again anyway
@@ -141,7 +141,7 @@ def token_ids(
     """
     try:
         tokens = np.asarray(ids)
-    except ValueError:  # lists of several lengths
+    except ValueError:  # lists of different lengths
         tokens = np.empty(0)
     if tokens.ndim != 1 or len(tokens) == 0 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(

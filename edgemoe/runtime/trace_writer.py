@@ -45,7 +45,7 @@ class TraceWriter(Observer):
         Args:
             path: the trace file.
             header: the model and the settings.
-            ran_there: [layers, E], live: which experts a device ran in the last pass of a layer, see
+            ran_there: [layers, E], a live view: 1 for each expert that ran on a device the last time, see
                 `ExpertStore.watch`; None without a device.
 
         Raises:

@@ -35,7 +35,7 @@ class Loading:
         address = door.getsockname()[:2]
         self._server = ThreadingHTTPServer(address, handler, bind_and_activate=False)
         self._server.daemon_threads = True
-        self._server.socket.close()  # its own, which was not bound
+        self._server.socket.close()  # the server's own socket, which was not bound
         self._server.socket = door
         door.listen()
         self._thread: threading.Thread | None = threading.Thread(

@@ -32,7 +32,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text", "refusal")
 class Conversation:
     """Messages and tools in the format of OpenAI's chats, checked and normalised.
 
-    Leading system messages are joined into one.
+    Leading system messages are joined into one, without the billing attributions that some clients send.
     """
 
     def __init__(

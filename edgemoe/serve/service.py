@@ -82,8 +82,11 @@ class Wanted:
 
 
 class Service:
-    """One model that is ready to answer requests. The model runs on a thread of its own (`Worker`); the methods here
-    run on the event loop's thread, or on threads that it starts."""
+    """One model that is ready to answer requests.
+
+    The model runs on a thread of its own (`Worker`). The methods here run on the event loop's thread, or on threads
+    that it starts.
+    """
 
     def __init__(
         self, opened: Opened, settings: Settings, *, name: str, sampling: SamplingParams,
@@ -412,7 +415,7 @@ def _fingerprint(opened: Opened) -> str:
     """
     model, o = opened.model, opened.model.options
     dense: object = o.dense_bits
-    if dense == "auto":  # each matrix its own
+    if dense == "auto":  # each matrix has its own bits
         dense = [tensor.most for tensor in model.moe.tensors.values()]
     said = json.dumps([
         edgemoe.__version__, str(model.moe.source), model.config.family, model.config.experts_per_token,
