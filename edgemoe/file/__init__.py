@@ -1,1 +1,1 @@
-"""Everything about bytes at rest: the `.moe` file and who reads, writes and checks it."""
+"""Files on disk: the `.moe` format, and the code that reads, writes and checks it."""

@@ -1,7 +1,7 @@
-"""Adapters (`.moea`): what a fine-tune of a model has otherwise, in the container of a `.moe` file.
+"""Adapters (`.moea`): the weights in which a fine-tune differs from its base model, in the container of a `.moe` file.
 
-The index has one more field, `base`, which names the model by the sum of its weights, and of tensors and experts only
-those that differ. docs/format.md specifies it.
+The index has one field more, `base`, which identifies the base model by a hash of its weights. It lists only the
+tensors and experts that differ. docs/format.md specifies the format.
 """
 
 from __future__ import annotations
@@ -37,62 +37,62 @@ __all__ = [
 ]
 
 MOST_ADAPTERS = 64
-"""Beside one model."""
+"""How many adapters may be loaded with one model."""
 _SUM = 64  # hexadecimal digits
 _ENTRY = np.dtype([("layer", "<u4"), ("expert", "<u4")])
 _OF_TEXT = ("eos_ids", "context_length", "family")
-"""Fields of a config that say nothing of what its weights compute."""
+"""Fields of a config that do not affect what the weights compute."""
 
 
 def turning_tensors(config: ModelConfig) -> set[str]:
-    """Returns the tensors that say how positions turn queries and keys: of these there is one set for all sequences."""
+    """Returns the names of the RoPE frequency tensors. All sequences share one set, so no adapter may replace them."""
     return {name for rope in config.ropes for name in rope.tensors()}
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterFile:
-    """Is an opened, validated adapter: everything but the weights."""
+    """An opened, validated adapter: everything but the weights."""
 
     path: Path
     file: _core.File
     base: str
-    """The `weights_sum` of the model that it is for."""
+    """The `weights_sum` of the model that the adapter is for."""
     config: ModelConfig
-    """Of the fine-tune."""
+    """The config of the fine-tune."""
     scheme: Scheme
     ladder: tuple[tuple[int, int, int], ...]
     dense_ladder: tuple[int, ...]
     tensors: Mapping[str, Tensor]
-    """Dense ones that are other than the model's."""
+    """The dense tensors that differ from the model's."""
     which: NDArray[np.int64]
-    """[n, 2]: position of the layer among those with experts, and number of each expert that is another."""
+    """[n, 2]: for each expert that differs, the position of its layer among the layers with experts, and its number."""
     experts: ExpertTable
-    """[n]"""
+    """The records of these experts, [n]."""
     source: Mapping[str, Any]
     file_bytes: int
 
     def expert_at(self, row: int) -> tuple[int, int]:
-        """Returns the layer and the number of an expert in the table."""
+        """Returns the model layer and the number of the expert in a row of the table."""
         layer, expert = self.which[row].tolist()
         return self.config.moe_layers[layer], expert
 
     def digest(self) -> str:
-        """Returns what names its weights, in hexadecimal."""
+        """Returns a SHA-256 that identifies the adapter's weights, in hexadecimal."""
         sums = [[name, list(tensor.crcs)] for name, tensor in sorted(self.tensors.items())]
         said = json.dumps([self.base, self.which.tolist(), self.experts.crcs.tolist(), sums])
         return hashlib.sha256(said.encode()).hexdigest()
 
     @property
     def dense(self) -> Mapping[str, Tensor]:
-        """The tensors that all of a token's experts share; the others are biases of single experts."""
+        """The tensors outside the experts; the others are biases of individual experts."""
         return {name: t for name, t in self.tensors.items() if ".expert_bias." not in name}
 
 
 def open_adapter(path: str | os.PathLike[str]) -> AdapterFile:
-    """Opens an adapter, validates its index and checks every section's sum.
+    """Opens an adapter, validates its index and checks the checksum of every section.
 
     Raises:
-        FormatError: the file is missing, truncated, no adapter, or not sound; one line says where.
+        FormatError: the file is missing, truncated, damaged or not an adapter; the message is one line that says where.
     """
     reader = _Reader(Path(path))
     return reader.parse_adapter(reader.index())
@@ -139,7 +139,7 @@ class _Reader(Reader):
         )  # fmt: skip
 
     def which(self, data: bytes, config: ModelConfig) -> NDArray[np.int64]:
-        """Returns which experts there are, [n, 2]."""
+        """Returns the experts that the section `which` lists, [n, 2]; see `AdapterFile.which`."""
         self.need(len(data) % _ENTRY.itemsize == 0, "section which is cut short")
         table = np.frombuffer(data, _ENTRY)
         layers = np.array(config.moe_layers, np.int64)
@@ -160,10 +160,10 @@ def _no_experts(of: Outline) -> ExpertTable:
 
 
 def weights_sum(moe: MoeFile) -> str:
-    """Returns what names a model to its adapters: the SHA-256 of what its weights are, wherever they lie in the file.
+    """Returns the SHA-256 by which adapters identify their model. It depends on the weights, not on where they lie.
 
-    It is that of the JSON text of a list: the index's scheme, ladders, row scales and corrections, the name, kind,
-    shape and sums of each tensor by name, and the sums of each expert's rungs in order.
+    The hash is over the JSON text of a list: the scheme, ladders, row scales and corrections of the index; the name,
+    kind, shape and rung checksums of each tensor, ordered by name; and the rung checksums of each expert, in order.
     """
     experts = moe.experts
     sums = [
@@ -178,7 +178,10 @@ def weights_sum(moe: MoeFile) -> str:
 
 
 def meaning(of: MoeFile | AdapterFile) -> list[Any]:
-    """Returns what rungs mean, as JSON values."""
+    """Returns the fields of the index that define how rungs are decoded, as JSON values.
+
+    They are: scheme name, ladder, dense ladder, row scales without trailing zeros, corrections.
+    """
     scheme, count = of.scheme, max(len(of.ladder), len(of.dense_ladder))
     scales = list(scheme.row_scales[:count])
     while len(scales) > 1 and not scales[-1]:
@@ -188,7 +191,7 @@ def meaning(of: MoeFile | AdapterFile) -> list[Any]:
 
 
 def differing_field(mine: ModelConfig, theirs: ModelConfig) -> tuple[str, Any, Any] | None:
-    """Returns the first field by which models compute otherwise, and what each has there; None for none."""
+    """Returns the first config field that makes two models compute differently, and both its values; else None."""
     for name in mine.__dataclass_fields__:
         a, b = getattr(mine, name), getattr(theirs, name)
         if name not in _OF_TEXT and a != b:
@@ -199,20 +202,20 @@ def differing_field(mine: ModelConfig, theirs: ModelConfig) -> tuple[str, Any, A
 def with_adapters(
     moe: MoeFile, adapters: Sequence[AdapterFile], apart: Sequence[NDArray[np.bool_]] | None = None
 ) -> tuple[MoeFile, Places]:
-    """Returns a model whose table has the adapters' experts too, and where all are.
+    """Returns a model whose expert table includes the adapters' experts, and the place of each expert.
 
     Args:
-        apart: [layers, E] for each adapter: experts that need a place of their own though their matrices are the
-            model's, because their biases are not; None for none.
+        apart: [layers, E] for each adapter: True for experts that need a place of their own although their matrices
+            are the model's, because their biases differ. None if there are none.
 
     Raises:
-        FormatError: an adapter is of another model.
+        FormatError: an adapter does not fit the model.
     """
     named = weights_sum(moe)
     for adapter in adapters:
         _check(adapter, moe, named)
     L, E = len(moe.config.moe_layers), moe.config.num_experts
-    rows = [np.full((L, E), -1) for _ in adapters]  # of each adapter's table
+    rows = [np.full((L, E), -1) for _ in adapters]  # in each adapter's table; -1: not there
     own = []
     for i, adapter in enumerate(adapters):
         rows[i][adapter.which[:, 0], adapter.which[:, 1]] = np.arange(len(adapter.which))
@@ -240,7 +243,7 @@ def _joined(
     names: NDArray[np.int32],
     owner: NDArray[np.int32],
 ) -> ExpertTable:
-    """Returns the table of all places."""
+    """Returns the expert table of all places, of the model and of its adapters."""
     L, P = names.shape
     E = P - owner.shape[1]
     offsets, rungs = np.zeros((L, P), np.uint64), np.zeros((L, P), np.uint8)
@@ -252,7 +255,7 @@ def _joined(
     for at, j in np.argwhere(owner > 0).tolist():
         place, i, e = E + j, int(owner[at, j]), int(names[at, E + j])
         row = int(rows[i - 1][at, e])
-        if row < 0:  # the model's own, once more
+        if row < 0:  # only its biases differ: a second place for the model's own record
             offsets[at, place], rungs[at, place], crcs[at, place] = (
                 offsets[at, e],
                 rungs[at, e],
@@ -273,7 +276,7 @@ def _joined(
 
 
 def _check(adapter: AdapterFile, moe: MoeFile, named: str) -> None:
-    """Raises FormatError for an adapter of another model."""
+    """Raises FormatError if an adapter does not fit the model."""
     if adapter.base != named:
         raise FormatError(
             f"{adapter.path}: is for a model of weights {adapter.base[:12]}…; {moe.path} has {named[:12]}…"

@@ -1,4 +1,4 @@
-"""Writes adapters: records as they come, then who they are, then what makes it all a file."""
+"""Writes adapters: the records in the order they arrive, then the sections and the index, and the preamble last."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ Rungs = Sequence[NDArray[np.uint8]]
 def adapter_writer(
     path: Path, base: MoeFile, config: ModelConfig, source: Mapping[str, Any]
 ) -> Iterator[AdapterWriter]:
-    """Gives what takes records; `path` appears when the block ends, and after an error all is as it was.
+    """Yields a writer for an adapter. `path` appears when the block ends; after an error nothing has changed on disk.
 
     Args:
-        config: the fine-tune's.
+        base: the model that the adapter is for.
+        config: the config of the fine-tune.
         source: JSON values that say where the weights came from.
 
     Raises:
@@ -47,7 +48,7 @@ def adapter_writer(
 
 
 class AdapterWriter:
-    """Takes the records of a fine-tune that are not its base's."""
+    """A writer for the records of a fine-tune that differ from its base model's."""
 
     def __init__(
         self, file: BinaryIO, base: MoeFile, config: ModelConfig, source: Mapping[str, Any]
@@ -60,7 +61,7 @@ class AdapterWriter:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """How many experts were added, and how many other tensors."""
+        """The number of experts added so far, and the number of dense tensors."""
         return len(self._experts), len(self._tensors)
 
     def add(self, name: str, rungs: Rungs) -> None:
@@ -75,7 +76,11 @@ class AdapterWriter:
             self._tensors[name] = [of.spec.kind, list(of.spec.shape), offset, sums]
 
     def finish(self) -> None:
-        """Writes what follows the records, and the preamble."""
+        """Writes the sections, the index and the preamble.
+
+        Raises:
+            FormatError: nothing was added.
+        """
         if not self._tensors and not self._experts:
             raise FormatError("nothing differs from the model that it would be an adapter for")
         sections = {}
@@ -117,7 +122,7 @@ class AdapterWriter:
         return bytes(out)
 
     def _append(self, rungs: Rungs) -> int:
-        """Writes bytes at the next place, and returns where that is."""
+        """Writes a record at the next aligned offset, and returns that offset."""
         start = at = self._at
         for rung in rungs:
             self._put(at, rung.data)

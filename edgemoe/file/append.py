@@ -19,25 +19,25 @@ __all__ = ["add_sections"]
 
 
 def add_sections(path: str | os.PathLike[str], sections: Mapping[str, bytes]) -> None:
-    """Appends sections to a complete file; one that has the name already is replaced.
+    """Appends sections to a complete file. A new section replaces an existing one of the same name.
 
-    The sections and a new index go after the file's end and reach the disk before the preamble, in one write of 64
-    bytes, makes them part of the file: whenever this is interrupted, the file is the old one. What they replace
-    stays where it is, as waste, and engines that have the file open are not disturbed.
+    The sections and a new index are written after the end of the file and synced to disk. Only then does a single write
+    of the 64-byte preamble make them part of the file, so an interruption leaves the old file intact. Replaced sections
+    and the old index remain in the file as unused bytes. Engines that have the file open are not disturbed.
 
     Args:
-        sections: content by name; "experts" is the format's own.
+        sections: content by name; "experts" is reserved by the format.
 
     Raises:
-        ValueError: a section is empty or has a reserved name, or all together are too large.
-        FormatError: the file is not a sound `.moe` file.
-        OSError: the disk is full, the file cannot be written, another process is adding to it, or has put another
-            file in its place: what was added then is in neither.
+        ValueError: a section is empty or has the reserved name, or all sections together are too large.
+        FormatError: the file is not a valid `.moe` file.
+        OSError: the disk is full, the file cannot be written, another process is adding to it, or another process has
+            replaced it. In the last case the file that now has the name is without the sections.
     """
     for name, data in sections.items():
         if not data or name == "experts":
             raise ValueError(f"section {quoted(name)}: expected another name and at least one byte")
-    # A link leads to the file that is meant.
+    # Where the path is a link, the file that it leads to is changed.
     target = Path(os.path.realpath(path))
     with named(path, target), locked(path, busy="another process is adding to it") as file:
         moe = open_moe(path)
@@ -61,7 +61,7 @@ def _append(file: io.FileIO, moe: MoeFile, sections: Mapping[str, bytes]) -> Non
     if total > MAX_SECTIONS:
         raise ValueError(f"sections of {total} bytes; expected at most {MAX_SECTIONS} in a file")
     *_, end, offset, length, _ = PREAMBLE.unpack(os.pread(fd, PREAMBLE.size, 0))
-    index = json.loads(os.pread(fd, length, offset))  # as `open_moe` has read it
+    index = json.loads(os.pread(fd, length, offset))  # `open_moe` has validated it
     try:
         at = align(end)
         for name, data in sections.items():
@@ -70,7 +70,7 @@ def _append(file: io.FileIO, moe: MoeFile, sections: Mapping[str, bytes]) -> Non
             at = align(at + len(data))
         new = json.dumps(index).encode()
         pwrite(file, new, at)
-        file.truncate(at + len(new))  # an interrupted append may have left more
+        file.truncate(at + len(new))  # an interrupted append may have left bytes beyond
         os.fsync(fd)
     except OSError:
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Makes the bytes of records of float weights: which level is favoured, what flows into a matrix, its corrections."""
+"""Encodes float weights as records: quantises each matrix with its calibration, favoured level and corrections."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgemoe.quant.lowrank import Directions, directions
 
 __all__ = ["Coder", "sums_of"]
 
-_LOOKED_UP = 0.3  # of a tied embedding's error; 0.1 to 0.6 made no difference that could be told
+_LOOKED_UP = 0.3  # look-ups' share of a tied embedding's error; 0.1 to 0.6 did as well
 
 
 def sums_of(rungs: Sequence[NDArray[np.uint8]]) -> list[int]:
@@ -26,7 +26,7 @@ def sums_of(rungs: Sequence[NDArray[np.uint8]]) -> list[int]:
 
 
 class Coder:
-    """Quantises one model's records, each by itself: equal weights have equal bytes."""
+    """A quantiser for the records of one model. Each is encoded by itself, so equal weights give equal bytes."""
 
     def __init__(
         self,
@@ -40,15 +40,16 @@ class Coder:
         reading: Callable[[int, int], None] | None = None,
     ) -> None:
         """Args:
-        layout: of the file; says how many rungs each expert has.
-        scheme: with the corrections of all levels of its ladders.
-        favoured: how many rungs the level has whose error matters most; None for all alike.
-        favours_own: it is the last of each expert's.
-        calibration: what flows into the matrices.
-        reading: is told the layers whose products have been read for corrections, and how many there are.
+            layout: the layout of the file, which says how many rungs each expert has.
+            scheme: the scheme, with the corrections of all levels of its ladders.
+            favoured: the level whose error matters most, as a number of rungs; None to weigh all levels alike.
+            favours_own: favour the last level that each expert has instead.
+            calibration: statistics of the inputs of the matrices.
+            threads: CPU threads; 0 for the default of `edgemoe.hardware`.
+            reading: called with how many layers' input products have been read for the corrections, and the total.
 
         Raises:
-            FormatError: there are corrections and no calibration.
+            FormatError: there are corrections but no calibration.
         """
         self._layout, self._scheme, self._calibration = layout, scheme, calibration
         self._favoured, self._favours_own = favoured, favours_own
@@ -58,7 +59,7 @@ class Coder:
 
     @property
     def basis(self) -> bytes:
-        """The section of that name; empty where there is none."""
+        """The content of the section `basis`; empty if the file needs none."""
         stored = self._layout.scheme.shared_rank
         return pack_basis([v[:stored] for v in self._bases.values()]) if stored else b""
 
@@ -88,7 +89,7 @@ class Coder:
         up: NDArray[np.float32],
         down: NDArray[np.float32],
     ) -> list[NDArray[np.uint8]]:
-        """Returns those of a routed expert: gate and up [H, D], down [D, H]; gate [0, D] where experts have none.
+        """Returns the rungs of a routed expert: gate and up [H, D], down [D, H]; gate [0, D] if experts have no gate.
 
         Raises:
             FormatError: there is no such expert, a shape differs, or a weight is not finite.
@@ -105,7 +106,7 @@ class Coder:
         ):  # fmt: skip
             if w.shape != shape:
                 raise FormatError(f"{name}.{part}: expected shape {shape}, got {w.shape}")
-            nothing = [np.empty(0, np.uint8)] * levels  # of a gate that experts do without
+            nothing = [np.empty(0, np.uint8)] * levels  # the rungs of an absent gate
             rungs.append(
                 self._quantize(f"{name}.{part}", w, ladder[:levels], favour) if len(w) else nothing
             )
@@ -128,7 +129,7 @@ class Coder:
             raise FormatError(f"{name}: {e}") from None
 
     def _find_bases(self, reading: Callable[[int, int], None]) -> dict[int, NDArray[np.int8]]:
-        """Returns V of each layer's gates and ups, where they have corrections."""
+        """Returns by layer the basis V that the experts' gates and ups share; empty if they have no corrections."""
         rank = self._scheme.shared_rank
         if not rank:
             return {}
@@ -142,7 +143,7 @@ class Coder:
         return out
 
     def _directions(self, name: str, moments: NDArray[np.float32] | None) -> Directions | None:
-        """Returns V of a matrix's corrections; None where it has none."""
+        """Returns the basis V and the ranks of a matrix's corrections; None if it has none."""
         ranks = self._scheme.ranks(name)
         if not any(ranks):
             return None
@@ -161,7 +162,7 @@ class Coder:
             moments = self._calibration.diagonal(name)
         if moments is None or name != "embed":
             return moments
-        # The tied embedding is the head, which was calibrated, and is looked up, where every column counts alike.
+        # A tied embedding is used twice. As the head it was calibrated; in look-ups every column counts alike.
         diagonal = np.diagonal(moments) if moments.ndim == 2 else moments
         alike = _LOOKED_UP / (1 - _LOOKED_UP) * diagonal.mean()
         spread = np.eye(len(moments)) if moments.ndim == 2 else np.ones(len(moments))

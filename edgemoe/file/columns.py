@@ -1,4 +1,4 @@
-"""The scales of a file's columns, for those who compare it with its checkpoint."""
+"""The column scales of a file, for code that compares the file with its checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["column_scales"]
 
 
 def column_scales(moe: MoeFile) -> ColumnScales | None:
-    """Returns what the columns of a file were scaled by; None where they are the checkpoint's.
+    """Returns the scales of a file's columns; None if the columns are as in the checkpoint.
 
     Raises:
         FormatError: the section is damaged.

@@ -1,4 +1,4 @@
-"""The `.moe` file, version 3 (docs/format.md specifies it): the index as objects, its reader, and sizes."""
+"""The `.moe` file, version 3 (specified in docs/format.md): the index as objects, the reader, and record sizes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ __all__ = [
 
 MAGIC = b"\x89MOE\r\n\x1a\n"
 VERSION = 3
-"""What is written; version 2, whose config describes attention otherwise (`edgemoe.specs.flat`), is read too."""
+"""The version written. Version 2, whose config describes attention differently (`edgemoe.specs.flat`), is read too."""
 ALIGNMENT = 4096
 PREAMBLE = struct.Struct("<8sIIQQQI20x")
 _MAX_INDEX = 64 << 20
-MAX_SECTIONS = 256 << 20  # all together; they are read into memory
-_MOST_LOOKED_AT = (1 << 20, 2 << 20)  # of index and sections, where they come beside a budget
-_MOST_APART = 1 << 14  # runs of expert records, likewise
+MAX_SECTIONS = 256 << 20  # bytes, of all sections together; they are read into memory
+# `look_into` runs beside an engine, outside its memory budget, so its limits are lower:
+_MOST_LOOKED_AT = (1 << 20, 2 << 20)  # bytes of the index, and of the sections that are read
+_MOST_APART = 1 << 14  # contiguous runs of expert records
 
 
 def align(n: int) -> int:
@@ -63,7 +64,7 @@ def expert_rung_bytes(
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Is one dense tensor's place in the file: rungs for a nested matrix, one run of bytes for float32."""
+    """The place of one dense tensor in the file: the rungs of a nested matrix, or one run of bytes of float32."""
 
     name: str
     spec: TensorSpec
@@ -71,52 +72,52 @@ class Tensor:
     lengths: tuple[int, ...]
     crcs: tuple[int, ...]
     most: int | None = None
-    """How many rungs are computed with at any level, where an allocation says so; None for as many as there are."""
+    """The most rungs that any level uses, if an allocation limits them; None for no limit."""
 
     def rungs(self, level: int) -> int:
-        """Returns how many rungs are computed with at a level."""
+        """Returns how many rungs are used at a level."""
         return min(level, len(self.lengths) if self.most is None else self.most)
 
     def size(self, level: int) -> int:
-        """Returns the bytes of these."""
+        """Returns the bytes of the rungs used at a level."""
         return sum(self.lengths[: self.rungs(level)])
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertTable:
-    """Is where every expert lies; row layer_index * places + place, where a layer has a place for each expert.
+    """The location of every expert: row layer_index * places + place. A layer has one place per expert.
 
-    Beside adapters there are further places behind these, as many in every layer: those of their experts.
+    With adapters loaded, every layer has the same number of further places after these, for the adapters' experts.
     """
 
     offsets: NDArray[np.uint64]
     """[n]: start of the record."""
     ends: tuple[int, ...]
-    """[rungs]: end of each rung from a record's start, the same for all that have it."""
+    """[rungs]: end of each rung in bytes from the start of its record, the same for all experts that have the rung."""
     crcs: NDArray[np.uint32]
-    """[n, rungs]"""
+    """[n, rungs]: checksum of each rung."""
     rungs: NDArray[np.uint8]
-    """[n]: how many of the ladder's rungs each has; 0 where there is none, see `edgemoe.file.adapter`."""
+    """[n]: how many of the ladder's rungs each expert has; 0 for an unused place, see `edgemoe.file.adapter`."""
     others: tuple[_core.File, ...] = ()
-    """Files beside the model's, which adapters' experts lie in."""
+    """The adapters' files."""
     file_of: NDArray[np.uint8] | None = None
-    """[n]: in which of them each lies, counted from 1, 0 for the model's; None where there are no others."""
+    """[n]: the file that each record lies in, 0 for the model's, then `others` from 1; None without adapters."""
     names: NDArray[np.int32] | None = None
-    """[n]: which expert of its layer each is; None where that is its place."""
+    """[n]: the number of each expert in its layer, -1 for an unused place; None where it equals the place."""
 
     def sizes(self, level: int) -> NDArray[np.int64]:
-        """Returns the bytes that each expert has up to a level, [n]."""
+        """Returns the bytes of each expert up to a level, [n]."""
         sizes: NDArray[np.int64] = np.array((0, *self.ends))[np.minimum(self.rungs, level)]
         return sizes
 
 
 @dataclass(frozen=True, slots=True)
 class MoeFile:
-    """Is an opened, validated `.moe` file: everything but the weights."""
+    """An opened, validated `.moe` file: everything but the weights."""
 
     path: Path
     file: _core.File
-    """The descriptor that the weights are read from; what was validated is what is read."""
+    """The descriptor that the weights are read from: that of the validated file, even if the path is replaced later."""
     config: ModelConfig
     scheme: Scheme
     """What the planes mean: one of `edgemoe.quant.SCHEMES`, with this file's row scales."""
@@ -128,34 +129,34 @@ class MoeFile:
     source: Mapping[str, Any]
     file_bytes: int
     bases: NDArray[np.int8] | None = None
-    """[layers with experts, rank, D padded to 64]: V of their gates and ups, where these have corrections; None where
-    the file was only looked into."""
+    """[layers with experts, rank, D padded to 64]: V of each layer's gates and ups; None if these have no corrections,
+    and after `look_into`."""
 
     @property
     def basis_bytes(self) -> int:
-        """Returns the bytes of `bases`, there or not."""
+        """The bytes that `bases` takes, whether it was read or not."""
         rank, layers = self.scheme.shared_rank, len(self.config.moe_layers)
         return layers * basis_bytes(self.config.hidden_size, rank) if rank else 0
 
     @property
     def expert_bits(self) -> NDArray[np.int8]:
-        """Returns the most bits that each expert has, [layers with experts, E]; at places without one the file's."""
+        """The highest bits of each expert, [layers with experts, places]; for an unused place, the file's highest."""
         rungs = self.experts.rungs.astype(np.intp) - 1
         bits = np.array([rung[0] for rung in self.ladder], np.int8)[rungs]
         return bits.reshape(len(self.config.moe_layers), -1)
 
     @property
     def places(self) -> int:
-        """Returns how many places for experts a layer has: E, and those for adapters' experts."""
+        """The number of expert places in a layer: E, plus those of adapters' experts."""
         return len(self.experts.offsets) // len(self.config.moe_layers)
 
     def expert_at(self, row: int) -> tuple[int, int]:
-        """Returns the layer and the number of an expert in the table."""
+        """Returns the model layer and the number of the expert in a row of the table, of a file without adapters."""
         layer, expert = divmod(row, self.config.num_experts)
         return self.config.moe_layers[layer], expert
 
     def level(self, bits: int | None) -> int:
-        """Returns how many rungs of an expert `bits` are; the whole ladder for None.
+        """Returns how many rungs of an expert make up `bits`; all of the ladder for None.
 
         Raises:
             ValueError: the file has no such level.
@@ -163,11 +164,11 @@ class MoeFile:
         return _level([rung[0] for rung in self.ladder], bits, "bits")
 
     def dense_level(self, bits: int | None) -> int:
-        """Returns how many rungs of a dense matrix `bits` are; see `level`."""
+        """Returns how many rungs of a dense matrix make up `bits`; see `level`."""
         return _level(self.dense_ladder, bits, "dense_bits")
 
     def dense_level_beside(self, bits: int | None) -> int:
-        """Returns how many rungs of dense matrices go with a level of the experts: all of them with the highest."""
+        """Returns how many rungs of dense matrices go with a level of the experts: as many, or all for the highest."""
         level, most = self.level(bits), len(self.dense_ladder)
         return most if level == len(self.ladder) else min(level, most)
 
@@ -184,7 +185,7 @@ def _level(ladder: Sequence[int], bits: int | None, name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """Is what the beginning of an index says: what there can be, and what it means."""
+    """The fields of an index that come first: which tensors a file can have, and how its rungs are decoded."""
 
     config: ModelConfig
     specs: Mapping[str, TensorSpec]
@@ -194,10 +195,10 @@ class Outline:
 
 
 class Reader:
-    """Reads and validates; every message begins with the file's path."""
+    """A reader that validates a file. Every error message begins with the file's path."""
 
     def __init__(self, path: Path, wanted: Container[str] | None = None) -> None:
-        """Takes the sections that are wanted, None for all; see `look_into`."""
+        """Takes the names of the sections to read, None for all; see `look_into`."""
         self.path, self._wanted = path, wanted
         limits = (_MAX_INDEX, MAX_SECTIONS) if wanted is None else _MOST_LOOKED_AT
         self._most_index, self._most_sections = limits
@@ -219,7 +220,7 @@ class Reader:
         return self.parse(index)
 
     def index(self) -> Any:
-        """Returns the index, a JSON value whose sum is right."""
+        """Opens the file and returns its index: a JSON value whose checksum matches, otherwise unchecked."""
         if self.path.is_dir():
             raise self.fail("is a directory; edgemoe convert makes a .moe file of a checkpoint")
         try:
@@ -261,7 +262,7 @@ class Reader:
         return data
 
     def claim(self, name: str, offset: int, length: int) -> None:
-        """Checks that a range lies in the file and belongs to nobody else."""
+        """Checks that a range is aligned and within the file, and records it for `check_overlaps`."""
         self.need(
             type(offset) is int and type(length) is int and offset >= ALIGNMENT and length > 0
             and offset % ALIGNMENT == 0 and offset + length <= self.file_bytes,
@@ -276,7 +277,7 @@ class Reader:
         return data
 
     def outline(self, index: Any, *more: str) -> Outline:
-        """Returns what an index begins with; it has the fields of a model's and `more`."""
+        """Validates the fields that come first. The index must have the fields of a model's index, and `more`."""
         keys = {"config", "ladder", "dense_ladder", "group", "tensors", "sections", "source", *more}
         self.need(
             isinstance(index, dict) and set(index) - {"scheme", "row_scales", "correction"} == keys,
@@ -309,7 +310,7 @@ class Reader:
         return Outline(config, specs, scheme, ladder, dense_ladder)
 
     def sections(self, value: Any) -> dict[str, bytes]:
-        """Returns the content of the sections that are wanted, by name."""
+        """Returns the content of the wanted sections and of `experts`, by name."""
         self.need(isinstance(value, dict), "sections must be an object")
         sections, room = {}, self._most_sections
         for name, entry in value.items():
@@ -344,13 +345,13 @@ class Reader:
         )  # fmt: skip
 
     def check_overlaps(self) -> None:
-        """Checks that no two ranges of bytes that were claimed overlap."""
+        """Checks that no two claimed ranges overlap."""
         self.used.sort()
         for (_, end, first), (start, _, second) in zip(self.used, self.used[1:], strict=False):
             self.need(end <= start, f"{first} and {second} overlap")
 
     def row_scales(self, index: dict[str, Any], scheme: str) -> tuple[int, ...]:
-        """Returns which rungs begin with scales of rows; without the field the first one alone does."""
+        """Returns for each rung whether it begins with row scales, 1 or 0; without the field only the first does."""
         value = index.get("row_scales", [1])
         most = max(len(_list(index["ladder"])), len(_list(index["dense_ladder"])))
         self.need(
@@ -369,7 +370,7 @@ class Reader:
         rungs: int,
         dense_rungs: int,
     ) -> dict[str, tuple[int, ...]]:
-        """Returns the ranks of corrections by kinds of matrices."""
+        """Returns the rank of each rung's correction, by kind of matrix."""
         self.need(isinstance(value, dict), "correction must be an object")
         self.need(
             not value or scheme == "nested", f"correction: matrices of scheme {scheme} have none"
@@ -402,7 +403,7 @@ class Reader:
     def bases(
         self, data: bytes | None, config: ModelConfig, scheme: Scheme
     ) -> NDArray[np.int8] | None:
-        """Returns what gates and ups of a layer's experts share."""
+        """Returns the bases V that the gates and ups of each layer's experts share, as in `MoeFile.bases`."""
         rank = scheme.shared_rank
         if not rank:
             self.need(data is None, "section basis: the index has no correction that it is for")
@@ -478,7 +479,7 @@ class Reader:
         offsets = table["offset"].astype(np.uint64)
         self.need(int(ends[-1]) < 1 << 32, "an expert is larger than 4 GiB")
         rungs = np.maximum((table["rungs"]["end"] == ends).cumprod(1).sum(1), 1)
-        kept = np.minimum(np.arange(len(ends)), rungs[:, None] - 1)  # the last one that each has
+        kept = np.minimum(np.arange(len(ends)), rungs[:, None] - 1)  # where absent: the last one
         lacks = np.arange(len(ends)) >= rungs[:, None]
         bad = np.flatnonzero(
             (table["rungs"]["end"] != ends[kept]).any(1)
@@ -496,7 +497,7 @@ class Reader:
         room = -(-stops[:-1].astype(np.int64) // ALIGNMENT) * ALIGNMENT
         gaps = starts[1:].astype(np.int64) - room
         self.need(bool((gaps >= 0).all()), "expert records overlap")
-        # Records may lie anywhere; each run of them, as written a single one, is checked against the rest as one.
+        # Records may lie anywhere. Adjacent ones are claimed as one range: all of them, in files that edgemoe writes.
         apart = np.flatnonzero(gaps)
         self.need(
             self._wanted is None or len(apart) < _MOST_APART,
@@ -524,23 +525,24 @@ def tensor_bytes(spec: TensorSpec, scheme: Scheme, ladder: Sequence[int], name: 
 
 
 def open_moe(path: str | os.PathLike[str]) -> MoeFile:
-    """Opens a `.moe` file, validates its index and checks every section's sum.
+    """Opens a `.moe` file, validates its index and checks the checksum of every section.
 
     Raises:
-        FormatError: the file is missing, truncated, of another version or inconsistent; one line says where.
+        FormatError: the file is missing, truncated, of another version or inconsistent; the message is one line that
+            says where.
     """
     return Reader(Path(path)).open()
 
 
 def look_into(path: str | os.PathLike[str], sections: Container[str] = ()) -> MoeFile:
-    """Opens a file as `open_moe` does, but for most of its sections and the bases, so that it takes few MiB.
+    """Opens a file as `open_moe` does, but skips the bases and all sections but a few, so that it takes a few MiB.
 
-    What a stranger made may take some 30 MiB: an index of 1 MiB whose values are as small as can be.
+    A hostile file can make it take about 30 MiB: an index of 1 MiB whose JSON values are as small as possible.
 
     Args:
-        sections: those that are read and checked.
+        sections: names of the sections to read and check; `experts` always is.
 
     Raises:
-        FormatError: as `open_moe`; or the index, or these sections, are larger than a look may take.
+        FormatError: as `open_moe`; or the index or these sections exceed the limits, which are lower here.
     """
     return Reader(Path(path), sections).open()

@@ -1,4 +1,4 @@
-"""A `.moe` file without its weights: everything that a plan needs, as the reader itself sees it."""
+"""`.moe` files without weights. They have all that planning needs, and the ordinary reader opens them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def write_hollow(
     scheme: Scheme,
     sections: Mapping[str, bytes],
 ) -> None:
-    """Writes what `Writer` would, but for the weights: there the file has holes, which take no room.
+    """Writes the file that `Writer` would, with holes in place of the weights; they take no disk space.
 
     Args:
-        bits: the last rung, as `Writer` takes it.
-        sections: of the file, by name.
+        bits: the last level stored, as for `Writer`.
+        sections: content by name.
 
     Raises:
-        ValueError: `bits` is no level.
+        ValueError: `bits` is not a level of the scheme.
         OSError: the file cannot be written.
     """
     ladder = scheme.ladder(bits, "bits")

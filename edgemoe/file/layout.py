@@ -1,4 +1,4 @@
-"""Where everything of a `.moe` file lies, known before its first byte is written, and how it ends; touches no file."""
+"""The layout of a `.moe` file, computed before its first byte is written, and its ending. Does no I/O."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ Sums = Mapping[str, Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Is where a record lies: a dense tensor's or an expert's."""
+    """The place of a record: a dense tensor or an expert."""
 
     offset: int
     sizes: tuple[int, ...]
-    """Bytes of each rung; they follow each other."""
+    """Bytes of each rung; rungs are contiguous."""
 
     @property
     def padded_bytes(self) -> int:
@@ -36,7 +36,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """Is what follows the records, and the preamble that makes it all a model."""
+    """Everything that follows the records, and the preamble, which makes the file valid."""
 
     pieces: tuple[tuple[int, bytes], ...]
     """Offset and content: sections, then the index."""
@@ -46,19 +46,20 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Says where tensors and experts go, for a model, a scheme and how many rungs each expert has."""
+    """The offsets of tensors and experts, for a model, a scheme and the number of rungs of each expert."""
 
     config: ModelConfig
     scheme: Scheme
     ladder: tuple[int, ...]
-    """Of dense matrices."""
+    """Bits of dense matrices after each rung."""
     expert_ladder: tuple[tuple[int, int, int], ...]
+    """Bits of w_gate, w_up and w_down after each rung."""
     rungs: tuple[int, ...]
-    """Of each expert, layer by layer."""
+    """The number of rungs of each expert, layer by layer."""
     places: Mapping[str, Place] = field(init=False)
-    """By name: those of `dense_tensors`, then "experts.LAYER.INDEX"."""
+    """By record name: the tensors of `dense_tensors`, then "experts.LAYER.INDEX"."""
     tail: int = field(init=False)
-    """Where sections start."""
+    """Offset in bytes at which the sections start."""
 
     def __post_init__(self) -> None:
         cut = self.scheme.cut(len(self.ladder), len(self.expert_ladder))
@@ -78,7 +79,7 @@ class Layout:
         object.__setattr__(self, "tail", at)
 
     def expert_names(self) -> list[str]:
-        """Returns the names of the experts' records, in the order of the file."""
+        """Returns the names of the expert records, in file order."""
         count = self.config.num_experts
         return [f"experts.{layer}.{i}" for layer in self.config.moe_layers for i in range(count)]
 
@@ -91,17 +92,17 @@ class Layout:
         return len(self.rungs) * (8 + 8 * len(self.expert_ladder))
 
     def section_bytes(self, sections: Mapping[str, bytes]) -> int:
-        """Returns the bytes of these sections and the experts'."""
+        """Returns the bytes of these sections and of the section `experts`, without padding."""
         return sum(map(len, sections.values())) + self._table_bytes
 
     def total_bytes(self, sections: Mapping[str, bytes]) -> int:
-        """Returns about what a file with these sections takes; its index is not counted."""
+        """Returns the approximate size in bytes of a file with these sections; the index is not counted."""
         return self.tail + sum(align(len(v)) for v in sections.values()) + align(self._table_bytes)
 
     def ending(
         self, sums: Sums, sections: Mapping[str, bytes], source: Mapping[str, Any]
     ) -> Ending:
-        """Returns how a file ends whose records have these checksums."""
+        """Returns the ending of a file whose records have these checksums."""
         pieces, entries, at = [], {}, self.tail
         for name, data in [*sections.items(), ("experts", self._expert_table(sums))]:
             pieces.append((at, data))
@@ -116,7 +117,7 @@ class Layout:
                 "tensors": self._tensors(sums),
                 "sections": entries,
                 "source": source,
-                # What is absent is as it was before the field existed.
+                # An absent field means what held before the field existed.
                 **({} if self.scheme.name == "nested" else {"scheme": self.scheme.name}),
                 **({"row_scales": scales} if any((scales := self._row_scales)[1:]) else {}),
                 **({"correction": self.scheme.correction} if self.scheme.correction else {}),
@@ -150,10 +151,11 @@ def expert_ladder(
     """Returns the bits of w_gate, w_up and w_down after each rung.
 
     Args:
-        down_bits: those of w_down; None for the same.
+        ladder: bits of w_gate and w_up after each rung.
+        down_bits: bits of w_down after each rung; None for those of `ladder`.
 
     Raises:
-        ValueError: they do not climb, or are no ladder of the scheme.
+        ValueError: `down_bits` has another length, does not ascend, or is not a ladder of the scheme.
     """
     down = tuple(ladder if down_bits is None else down_bits)
     climbs = all(a < b <= 8 for a, b in pairwise((0, *down)))

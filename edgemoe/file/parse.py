@@ -1,4 +1,4 @@
-"""Reads JSON that somebody else wrote: whatever the bytes, it is a value of bounded size and depth, or an error."""
+"""Reads untrusted JSON: any bytes yield either a value of bounded size and depth, or an error."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from edgemoe.errors import FormatError
 __all__ = ["parse_json", "parse_object"]
 
 _MOST_BYTES = 16 << 20
-_MOST_DEPTH = 64  # what is deeper would fail later, where it is printed or written
+_MOST_DEPTH = 64  # deeper values would fail later, when they are printed or written
 
 
 def parse_json(data: bytes | bytearray | str, where: str, *, most: int = _MOST_BYTES) -> Any:
-    """Returns the value of a JSON text, whose strings can all be encoded.
+    """Returns the value of a JSON text. All its strings can be encoded as UTF-8.
 
     Args:
-        where: what errors begin with.
-        most: bytes; a value takes up to some thirty times as many in memory.
+        where: the beginning of error messages.
+        most: the longest text accepted, in bytes; its value can take about thirty times as much memory.
 
     Raises:
-        FormatError: not JSON, too long or too deep.
+        FormatError: the text is not JSON, too long or nested too deeply.
     """
     if len(data) > most:
         raise FormatError(f"{where}: has {len(data)} bytes; expected JSON of at most {most}")
@@ -30,7 +30,7 @@ def parse_json(data: bytes | bytearray | str, where: str, *, most: int = _MOST_B
         is_deep = _is_deeper(value, _MOST_DEPTH)
         if not is_deep and _may_halve(data):
             json.dumps(value, ensure_ascii=False).encode()  # UnicodeEncodeError is a ValueError
-    except RecursionError:  # the parser's own limit, which depends on its caller
+    except RecursionError:  # the parser's own limit, which depends on the depth of the call stack
         is_deep = True
     except ValueError as error:
         raise FormatError(f"{where}: not valid JSON: {error}") from None
@@ -42,10 +42,10 @@ def parse_json(data: bytes | bytearray | str, where: str, *, most: int = _MOST_B
 def parse_object(
     data: bytes | bytearray | str, where: str, *, most: int = _MOST_BYTES
 ) -> dict[str, Any]:
-    """Returns the object that a JSON text is.
+    """Returns the value of a JSON text that is an object.
 
     Raises:
-        FormatError: it is none; see `parse_json`.
+        FormatError: the text is not an object; or as `parse_json`.
     """
     value = parse_json(data, where, most=most)
     if not isinstance(value, dict):
@@ -54,7 +54,7 @@ def parse_object(
 
 
 def _may_halve(data: bytes | bytearray | str) -> bool:
-    """Says whether a text may hold half of a surrogate pair, which nothing can encode: by escape, or as it is."""
+    """Returns whether a text may contain an unpaired surrogate, which UTF-8 cannot encode, escaped or raw."""
     if isinstance(data, str):
         data = data.encode("utf-8", "surrogatepass")
     return b"\\u" in data or b"\xed" in data

@@ -1,8 +1,8 @@
-"""A file in the making: records at known places, under `X.part` until all are there, resumable by its log.
+"""A file under construction: records at known offsets in `X.part`, with a log from which writing can be resumed.
 
-The order is what an interruption or a power cut is survived by. A record is in the log (`X.part.log`) only after it is
-on the disk. The first 64 bytes stay zero until all else is on the disk, and the file gets its name after these are,
-while it is still locked.
+The order of writes makes it survive an interruption or a power cut. A record is logged (in `X.part.log`) only after it
+is on disk. The first 64 bytes, the preamble, stay zero until everything else is on disk. The file is renamed to `X`
+only after the preamble is on disk too, while it is still locked.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from edgemoe.file.whole import locked, named, pwrite, rename
 
 __all__ = ["PartialFile"]
 
-_SYNC_BYTES = 64 << 20  # what an interruption may cost
+_SYNC_BYTES = 64 << 20  # the most that an interruption may lose
 _BLOCK = 16 << 20
 _BUSY = "another conversion is writing it"
 
 
 class PartialFile:
-    """Is `path`.part, locked: what an earlier process finished of the same thing is kept."""
+    """The locked file `path`.part. Records that an earlier process finished are kept if the fingerprint is the same."""
 
     def __init__(
         self, path: Path, fingerprint: str, places: Mapping[str, Place], total_bytes: int
@@ -37,14 +37,15 @@ class PartialFile:
         """Opens or resumes it.
 
         Args:
-            path: the name that the file gets at the end.
-            fingerprint: of all that the content depends on; a partial file with another is started over.
-            places: of records, by name.
-            total_bytes: what the whole file takes.
+            path: the name of the complete file.
+            fingerprint: a hash of all that the content depends on; a partial file with another one is started over.
+            places: the places of the records, by name.
+            total_bytes: the size of the complete file.
 
         Raises:
             BlockingIOError: another process is writing it.
-            FileExistsError: another process has just written `path`, or a name that is needed is no regular file.
+            FileExistsError: another process has just written `path`, or something that is not a regular file has the
+                name of the partial file or the log.
             OSError: the disk is too small (ENOSPC) or not writable.
         """
         self._path = path
@@ -55,7 +56,7 @@ class PartialFile:
         self._unlogged: list[str] = []
         self._unsynced = 0
         self.sums: dict[str, list[int]] = {}
-        """The checksum of every rung of the records that are there."""
+        """The checksum of every rung of the records written so far, by name."""
         self._require_room(total_bytes)
         with contextlib.ExitStack() as opened:
             self._file = opened.enter_context(
@@ -70,7 +71,7 @@ class PartialFile:
 
     @property
     def written_bytes(self) -> int:
-        """The bytes of the records that are there."""
+        """The bytes of the records written so far, with padding."""
         return sum(self._places[name].padded_bytes for name in self.sums)
 
     def write(self, name: str, rungs: Sequence[NDArray[np.uint8]]) -> None:
@@ -93,7 +94,7 @@ class PartialFile:
                 self.sync()
 
     def sync(self) -> None:
-        """Brings the records to the disk, and then logs them."""
+        """Syncs the records to disk, and then logs them."""
         os.fsync(self._file.fileno())
         lines = [f"{n} {' '.join(f'{crc:x}' for crc in self.sums[n])}\n" for n in self._unlogged]
         os.write(self._log.fileno(), "".join(lines).encode())
@@ -101,10 +102,10 @@ class PartialFile:
         self._unsynced = 0
 
     def finish(self, ending: Ending) -> None:
-        """Writes what follows the records, makes the file valid and gives it its name.
+        """Writes the ending, makes the file valid and renames it to `path`.
 
         Raises:
-            FileExistsError: another process has written `path` meanwhile; that stays, and so does the partial file.
+            FileExistsError: another process has written `path` meanwhile; its file stays, and so does the partial file.
             OSError: the disk is full.
         """
         with named(self._part):
@@ -117,13 +118,13 @@ class PartialFile:
             self._require_unchanged()
             rename(
                 self._part, self._path
-            )  # still locked: who waits finds another file of that name
+            )  # still locked: a process waiting for the lock finds another file under the name
             self._unlogged.clear()
             self._log_path.unlink(missing_ok=True)
         self.close()
 
     def close(self) -> None:
-        """Gives up the lock; what is there stays, and is logged if the disk lets it be."""
+        """Releases the lock. The records stay, and are logged if the disk permits."""
         if self._file.closed:
             return
         with contextlib.suppress(OSError):  # a full disk must not hide the first error
@@ -134,11 +135,11 @@ class PartialFile:
 
     def _require_room(self, total_bytes: int) -> None:
         try:
-            kept = os.lstat(self._part).st_blocks * 512  # gone on with, or freed
+            kept = os.lstat(self._part).st_blocks * 512  # will be reused, or freed
         except FileNotFoundError:
             kept = 0
         free = shutil.disk_usage(self._path.parent).free + kept
-        wanted = total_bytes + (1 << 20)  # for index and log
+        wanted = total_bytes + (1 << 20)  # 1 MiB for the index and the log
         if free < wanted:
             raise OSError(
                 errno.ENOSPC,
@@ -147,7 +148,7 @@ class PartialFile:
             )
 
     def _require_unchanged(self) -> None:
-        """Another conversion may have finished between our start and our lock: it wins."""
+        """Raises if another conversion has written `path` since this one started: its file stays."""
         if _identity(self._path) == self._replaces:
             return
         if not os.fstat(self._file.fileno()).st_size:
@@ -167,7 +168,7 @@ class PartialFile:
             os.write(self._log.fileno(), f"{fingerprint}\n".encode())
 
     def _logged(self, fingerprint: str) -> dict[str, list[int]]:
-        """Returns what an interrupted conversion of the same thing says that it finished."""
+        """Returns the checksums of the records that an interrupted conversion with this fingerprint logged, by name."""
         content = self._log.read()
         lines = content.decode(errors="replace").splitlines()
         done: dict[str, list[int]] = {}
@@ -183,7 +184,7 @@ class PartialFile:
         return done
 
     def _is_there(self, place: Place, sums: Sequence[int]) -> bool:
-        """Says whether a record is what the log says it is, a block at a time."""
+        """Returns whether a record on disk has the checksums of the log, reading a block at a time."""
         at = place.offset
         for size, expected in zip(place.sizes, sums, strict=True):
             end, crc = at + size, 0

@@ -1,9 +1,9 @@
-"""Safetensors files whose every row has a checksum, so that what is read is what was written, a row at a time.
+"""Safetensors files with a checksum for every row, so that each row can be read and verified by itself.
 
-The last tensor is `checksums`, uint32 [n], CRC-32C: of the header (its length and text); of every other tensor in the
-order of the file, one for each index of its first axis, or one for a tensor of a single axis; and of the numbers
-before. They take 4 bytes a row. A file without that tensor can be read, and then nothing of it is checked but that
-numbers are finite.
+The last tensor is `checksums`, uint32 [n], CRC-32C: first of the header (its length and text); then of every other
+tensor in file order, one for each index of the first axis, or one for a tensor of a single axis; last of the checksums
+before it. They take 4 bytes a row. A file without that tensor can be read too; then only its form is checked, and that
+its floats are finite.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ _TYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8"), "U32": np.dtype("<u4"),
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
-_MOST_HEADER = 100_000_000  # bytes, as the library has it
+_MOST_HEADER = 100_000_000  # bytes, the library's limit
 BLOCK = 16 << 20
-"""Bytes that are read at a time."""
+"""Bytes to read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class _Place:
     shape: tuple[int, ...]
     offset: int
     sums: int
-    """Position of its first checksum."""
+    """Index of the tensor's first checksum."""
 
     @property
     def num_rows(self) -> int:
@@ -59,17 +59,17 @@ class _Place:
 
 
 class SummedFile:
-    """Reads a file. The descriptor stays open with it: what was checked is what is read. Immutable."""
+    """An open file. It keeps its descriptor, so what was checked is what is read. Immutable."""
 
     def __init__(self, path: str | os.PathLike[str], what: str) -> None:
         """Opens a file; reads its header and checksums.
 
         Args:
-            what: a file of this kind is, for messages: "a calibration file".
+            what: the kind of file, for error messages, such as "a calibration file".
 
         Raises:
-            FormatError: there is no such file, or it is none of these, or damaged.
-            OSError: it cannot be read.
+            FormatError: the file does not exist, is of another kind, or is damaged.
+            OSError: the file cannot be read.
         """
         self.path, self._what = Path(path), what
         try:
@@ -118,24 +118,24 @@ class SummedFile:
         return self._rows(name, 0, place.num_rows).reshape(place.shape)
 
     def row(self, name: str, index: int) -> NDArray[Any]:
-        """Reads what an index of a tensor's first axis selects, of two axes or more; errors as `tensor`."""
+        """Reads one index of the first axis of a tensor with two axes or more; errors as `tensor`."""
         return self._rows(name, index, 1).reshape(self._places[name].shape[1:])
 
     def rows(self, name: str) -> Iterator[NDArray[Any]]:
-        """Reads a tensor, some rows at a time."""
+        """Reads a tensor in batches of rows of about `BLOCK` bytes; errors as `tensor`."""
         place = self._places[name]
         step = max(1, BLOCK // max(place.row_bytes, 1))
         for first in range(0, place.num_rows, step):
             yield self._rows(name, first, min(step, place.num_rows - first))
 
     def verify(self) -> None:
-        """Reads all; errors as `tensor`."""
+        """Reads all tensors, which checks them; errors as `tensor`."""
         for name in self.shapes:
             for _ in self.rows(name):
                 pass
 
     def digest(self) -> str:
-        """Returns a sum of the content, in hexadecimal; of all of it where there are no checksums to stand for it."""
+        """Returns a hexadecimal SHA-256 that identifies the content: of the checksums or, without any, of the file."""
         sha = hashlib.sha256(self._sums.tobytes())
         at, size = 0, 0 if self.is_summed else self._size
         while at < size:
@@ -194,13 +194,13 @@ def write_summed(
     is_private: bool = False,
     ours: bool = False,
 ) -> None:
-    """Writes a file, one tensor at a time, under its name only when it is whole.
+    """Writes a file, one tensor at a time. The file gets its name only when it is complete.
 
     Args:
-        tensors: float32, float64 or int64; read once for their shapes and once for their content, in order, so that
-            a mapping may make them as they are asked for.
+        tensors: float32, float64 or int64. Iterated once for their shapes and once for their content, in order, so
+            the mapping may compute them on access.
         is_private: only its owner may read a new file.
-        ours: the name is made up; see `whole_file`.
+        ours: the name is not the user's but made up by edgemoe; see `whole_file`.
 
     Raises:
         OSError: the file cannot be written.
@@ -220,10 +220,11 @@ def write_summed(
 def header_of(
     forms: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]], meta: Mapping[str, str]
 ) -> bytes:
-    """Returns the beginning of a file.
+    """Returns the header of a file: its length and its JSON text.
 
     Args:
-        forms: type and shape of each tensor, in order.
+        forms: type and shape of each tensor, in order, without `checksums`.
+        meta: the metadata.
     """
     header: dict[str, Any] = {"__metadata__": dict(meta)}
     rows = [shape[0] if len(shape) > 1 else 1 for _, shape in forms.values()]
@@ -246,11 +247,11 @@ def _meta(header: dict[str, Any]) -> Mapping[str, str]:
 
 
 def _places(header: Mapping[str, Any], start: int, size: int) -> dict[str, _Place]:
-    """Returns where tensors lie, in the order of the file, which they fill without gaps.
+    """Returns the places of the tensors, in file order. They must fill the file without gaps.
 
     Raises:
-        FormatError: says which does not.
-        TypeError, KeyError, ValueError: an entry has another form.
+        FormatError: a tensor has an unsupported type, is misplaced or is empty; or the file has another size.
+        TypeError, KeyError, ValueError: an entry is malformed.
     """
     places, at, sums = {}, start, 1
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

@@ -1,4 +1,4 @@
-"""Writes a file with checksums in the order of its tensors, over hours: what was written can be gone on with."""
+"""Writes a file with checksums one tensor at a time, over hours; an interrupted writer can be resumed."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _BUSY = "another calibration is writing it"
 
 
 class SummedWriter:
-    """Is `path`.part, locked, which becomes `path` when all its tensors are there. Also a context manager.
+    """The locked file `path`.part, which is renamed to `path` when all tensors are written. Also a context manager.
 
-    Left before the first `add`, it leaves nothing where there was nothing.
+    If the context is left before the first `add`, an empty partial file is removed.
     """
 
     def __init__(
@@ -35,14 +35,15 @@ class SummedWriter:
         forms: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
         meta: Mapping[str, str],
     ) -> None:
-        """Opens the partial file, and keeps what is in it until `resume` or the first `add`.
+        """Opens the partial file. Its content is kept until the first `add`, and beyond that if `resume` accepted it.
 
         Args:
             forms: type and shape of each tensor, in order.
+            meta: the metadata.
 
         Raises:
             BlockingIOError: another process is writing it.
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         self._path, self._part = path, path.with_name(path.name + ".part")
         self._forms = dict(forms)
@@ -51,27 +52,30 @@ class SummedWriter:
         sizes = (kind.itemsize * int(np.prod(shape)) for kind, shape in forms.values())
         self._ends = list(accumulate(chain([len(self._head)], sizes)))
         self.sums = np.array([_core.crc32c(self._head)], np.uint32)
-        """Checksums of the header and of every row that is there."""
-        self._count = 0  # tensors that are there
+        """Checksums of the header and of every row written so far."""
+        self._count = 0  # tensors written so far
         self._file = locked(self._part, create=True, ours=True, busy=_BUSY)
 
     @property
     def total_bytes(self) -> int:
-        """What the whole file takes."""
+        """The size of the complete file."""
         return self._ends[-1] + 4 * (2 + sum(self._rows))
 
     @property
     def sums_bytes(self) -> int:
-        """What of that are checksums, which are in memory until it is whole."""
+        """The part of `total_bytes` that are checksums, which stay in memory until the file is complete."""
         return self.total_bytes - self._ends[-1]
 
     @property
     def kept_bytes(self) -> int:
-        """What the partial file has of the disk."""
+        """The disk space that the partial file takes."""
         return os.fstat(self._file.fileno()).st_blocks * 512
 
     def resume(self, sums: NDArray[np.integer]) -> bool:
-        """Goes on behind the tensors of which an earlier writer of the same file had these sums; says if it can."""
+        """Continues after the tensors for which an earlier writer of the same file had these `sums`.
+
+        Returns whether it could: the sums must be those of whole tensors, of this header, and of what is on disk.
+        """
         count, rows = 0, 1
         while rows < len(sums) and count < len(self._rows):
             rows += self._rows[count]
@@ -88,7 +92,7 @@ class SummedWriter:
         """Writes the next tensor.
 
         Raises:
-            OSError: the disk is full; names the partial file.
+            OSError: the disk is full; the error names the partial file.
         """
         expected, (kind, shape) = list(self._forms.items())[self._count]
         assert (name, array.dtype, array.shape) == (expected, kind, shape)
@@ -105,12 +109,12 @@ class SummedWriter:
         self._count += 1
 
     def sync(self) -> None:
-        """Brings what was added to the disk."""
+        """Syncs to disk what was added."""
         with named(self._part):
             os.fsync(self._file.fileno())
 
     def finish(self) -> None:
-        """Writes the checksums and gives the file its name, and the mode of the one that had it."""
+        """Writes the checksums and renames the file to `path`, with the mode of the file that had the name."""
         assert self._count == len(self._rows)
         numbers = self.sums.astype("<u4", copy=False).tobytes()
         with named(self._part):
@@ -123,7 +127,7 @@ class SummedWriter:
         self._file.close()
 
     def _read_sums(self, count: int) -> NDArray[np.uint32] | None:
-        """Returns the sums of the first `count` tensors as they are on the disk; None where the file is too short."""
+        """Returns the checksums of the header and the first `count` tensors on disk; None if the file is too short."""
         fd, at = self._file.fileno(), 1
         out = np.empty(1 + sum(self._rows[:count]), np.uint32)
         out[0] = _core.crc32c(os.pread(fd, len(self._head), 0))
@@ -152,7 +156,7 @@ class SummedWriter:
         self._file.close()
 
     def _discard(self) -> None:
-        """Removes the partial file where nothing is in it; it is still locked, so that nobody else writes it."""
+        """Removes the partial file if it is empty. It is still locked, so no other process is writing it."""
         file = self._file
         if not file.closed and os.fstat(file.fileno()).st_size == 0 and is_at(file, self._part):
             with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Reads safetensors that lie in memory, such as a file's section, in place: the library's `load` copies all of it."""
+"""Reads safetensors from memory, such as a section of a file, without copying; the library's `load` copies them."""
 
 from __future__ import annotations
 
@@ -14,15 +14,17 @@ from edgemoe.file.parse import parse_object
 
 __all__ = ["is_finite", "no_form", "read_form", "view"]
 
-_MOST_HEADER = 100_000_000  # bytes, as the library has it
+_MOST_HEADER = 100_000_000  # bytes, the library's limit
 _TYPES: dict[str, np.dtype[Any]] = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}
 
 
 def view(content: bytes) -> tuple[dict[str, NDArray[np.floating]], Mapping[str, str]]:
-    """Returns the float16 and float32 tensors by name, read-only views that keep `content` alive, and the metadata.
+    """Returns the float16 and float32 tensors by name, as read-only views of `content`, and the metadata.
+
+    Tensors of other types are left out. A tensor that is not aligned in memory is copied.
 
     Raises:
-        ValueError: not safetensors.
+        ValueError: `content` is not safetensors.
     """
     try:
         start = 8 + int.from_bytes(content[:8], "little")
@@ -52,16 +54,19 @@ def view(content: bytes) -> tuple[dict[str, NDArray[np.floating]], Mapping[str, 
 def read_form(
     content: bytes, where: str, what: str, field: str, names: Sequence[str]
 ) -> tuple[list[NDArray[np.floating]], Mapping[str, str], dict[str, Any]]:
-    """Returns the tensors of a form of edgemoe's own, all float32 and finite, its metadata, and how it was made.
+    """Reads a safetensors-based format of edgemoe's own: its tensors, all float32 and finite, metadata and settings.
 
     Args:
-        where: what errors call it.
-        what: it should be.
-        field: of the metadata, which is its version: "1".
-        names: of the tensors.
+        where: the name of the content in error messages.
+        what: what the content should be, for error messages.
+        field: the metadata field that holds the version, which must be "1".
+        names: the tensors to return, in order.
+
+    Returns:
+        The tensors, the metadata, and the JSON object in its field `settings`, which says how they were made.
 
     Raises:
-        FormatError: it is none, or of another version.
+        FormatError: the content is not of this format, or of another version.
     """
     try:
         tensors, meta = view(content)
@@ -78,10 +83,10 @@ def read_form(
 
 
 def no_form(where: str, what: str) -> FormatError:
-    """Returns the error of what is not what it should be."""
+    """Returns the error for content that is not what it should be."""
     return FormatError(f"{where}: not {what} of edgemoe")
 
 
 def is_finite(tensor: NDArray[np.floating]) -> bool:
-    """Says whether all values are numbers, without memory of its own: the least and the largest are."""
+    """Returns whether all values are finite, by checking the minimum and the maximum: this takes no temporary array."""
     return bool(tensor.size == 0 or (np.isfinite(tensor.min()) and np.isfinite(tensor.max())))

@@ -1,4 +1,4 @@
-"""Checks every sum of a `.moe` file, a piece at a time."""
+"""Checks every checksum of a `.moe` file, one rung at a time."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
     sample: int | None = None,
 ) -> list[str]:
-    """Reads all weights, in the order of the file, and returns what does not match its sum; empty when sound.
+    """Reads all weights in file order and returns which rungs do not match their checksum; empty if all do.
 
     Sections, index and preamble were checked when the file was opened. Memory: one rung.
 
     Args:
-        progress: is told of bytes.
-        sample: look at about so many of the smaller rungs only, spread over the file; None looks at all.
+        progress: called with the bytes read so far and the total.
+        sample: check only about this many rungs, of at most 4 MiB each and spread over the file; None checks all.
 
     Raises:
         OSError: the file cannot be read.
@@ -51,7 +51,7 @@ def verify(
 
 
 def _pieces(moe: MoeFile | AdapterFile) -> Iterator[tuple[int, int, int, str]]:
-    """Yields offset, length, sum and name of every rung."""
+    """Yields offset, length, checksum and name of every rung."""
     for tensor in moe.tensors.values():
         at = tensor.offset
         for rung, (length, crc) in enumerate(zip(tensor.lengths, tensor.crcs, strict=True)):

@@ -1,9 +1,9 @@
-"""Files that appear whole or not at all, and files that one process at a time may change.
+"""Files that are written atomically, and files that only one process at a time may change.
 
-A name that the user gives may be a link: what it leads to is meant, and is replaced or locked. A name that is made up
-here or by a caller (`X.part`, a lock, a temporary file) is `ours`: somebody else may have put a link of that name into
-a shared directory, so that it is never followed. What was written has reached the disk before it gets its name, and
-the directory before the caller goes on.
+A name that the user gives may be a symbolic link; then the file that it leads to is replaced or locked. A name that is
+made up here or by a caller (`X.part`, a lock, a temporary file) is `ours`. Such a link is never followed, as somebody
+else may have planted it in a shared directory. Content is on disk before it gets its name, and the directory entry is
+on disk before the caller goes on.
 """
 
 from __future__ import annotations
@@ -48,17 +48,17 @@ def write_whole(
 
 @contextlib.contextmanager
 def whole_file(path: Name, *, is_private: bool = False, ours: bool = False) -> Iterator[BinaryIO]:
-    """Gives a file to write, which gets its name when the block ends; after an error all is as it was.
+    """Yields a file to write, which gets its name when the block ends; after an error nothing has changed on disk.
 
-    An existing file is replaced and its mode kept. What is there and no regular file, such as a pipe, is written as
-    it is.
+    An existing file is replaced and its mode kept. Something that is not a regular file, such as a pipe, is written
+    directly.
 
     Args:
-        is_private: only its owner may read a new one.
-        ours: the name is made up: whatever has it, such as a link, is replaced and nothing of it kept.
+        is_private: only its owner may read a new file.
+        ours: the name is not the user's: whatever has it, such as a link, is replaced, and its mode is not kept.
 
     Raises:
-        OSError: the file cannot be written; names `path`.
+        OSError: the file cannot be written; the error names `path`.
     """
     with named(path):
         target, mode = (Path(path), None) if ours else (meant(path), _mode(path))
@@ -66,7 +66,7 @@ def whole_file(path: Name, *, is_private: bool = False, ours: bool = False) -> I
         with named(path), open(path, "wb") as file:
             yield file
         return
-    # A name of its own: two processes may write the same file, and the last one wins.
+    # A unique temporary name: two processes may write the same file, and the last one wins.
     temporary = target.with_name(f".edgemoe-{secrets.token_hex(8)}.tmp")
     with named(path, temporary, target):
         rights = 0o600 if is_private else 0o666
@@ -87,22 +87,22 @@ def whole_file(path: Name, *, is_private: bool = False, ours: bool = False) -> I
 
 
 def require_new(path: Name) -> None:
-    """Raises FileExistsError where something has the name, be it a link to nothing."""
+    """Raises FileExistsError if anything has the name, even a dangling link."""
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, "exists; expected a name that nothing has", str(path))
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder to fill, `path`.part, which gets the name `path` when the block ends; an error removes it.
+    """Yields a folder to fill, `path`.part, which is renamed to `path` when the block ends; an error removes it.
 
     Raises:
-        FileExistsError: something has one of the names.
-        OSError: it cannot be made.
+        FileExistsError: `path` or `path`.part exists.
+        OSError: the folder cannot be made.
     """
     require_new(path)
     part = path.with_name(f"{path.name}.part")
-    require_new(part)  # may be another process's, or the user's: it is not ours to remove
+    require_new(part)  # an existing one may be another process's or the user's: not ours to remove
     part.mkdir(parents=True)
     try:
         with named(path):
@@ -126,7 +126,7 @@ def _sync(path: Path) -> None:
 
 
 def rename(old: Path, new: Path) -> None:
-    """Gives a file that is on the disk its last name, also on the disk."""
+    """Renames a file whose content is on disk, and syncs the directory."""
     os.replace(old, new)
     sync_directory(new)
 
@@ -139,22 +139,22 @@ def locked(
     ours: bool = False,
     wait: Callable[[], None] | None = None,
 ) -> io.FileIO:
-    """Opens a regular file to read and write, and locks it until it is closed, or the process ends however it does.
+    """Opens a regular file to read and write, and locks it (flock) until it is closed or the process ends in any way.
 
-    What is returned is what has the name: it may have been replaced or renamed between opening and locking.
+    If the file was replaced or renamed between opening and locking, the file that now has the name is opened instead.
 
     Args:
-        busy: what the error says when another process has the lock.
-        create: make the file if there is none.
-        ours: the name is made up; it is no link, nor another name of some file.
-        wait: is called before waiting for another process; None raises instead.
+        busy: the error's text when another process has the lock.
+        create: make the file if it does not exist.
+        ours: the name is not the user's: a symbolic link, or a file with another hard link, is refused.
+        wait: called before waiting for another process to release the lock; None raises instead.
 
     Returns:
-        The file, unbuffered: what could not be written must not be tried again when it is closed.
+        The file, unbuffered: a failed write must not be retried when the file is closed.
 
     Raises:
-        BlockingIOError: another process has it.
-        OSError: the file cannot be opened, or is a link or no regular file.
+        BlockingIOError: another process has the lock.
+        OSError: the file cannot be opened, or is not a regular file; with `ours`, also if it is a link.
     """
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_CREAT if create else 0)
     with named(path):
@@ -173,7 +173,7 @@ def locked(
 
 
 def pwrite(file: io.FileIO, data: Buffer, offset: int) -> None:
-    """Writes all of some bytes at an offset."""
+    """Writes all of `data` at an offset."""
     view = memoryview(data)
     while view:
         count = os.pwrite(file.fileno(), view, offset)
@@ -181,7 +181,7 @@ def pwrite(file: io.FileIO, data: Buffer, offset: int) -> None:
 
 
 def is_at(file: io.FileIO, path: Name) -> bool:
-    """Says whether an open file still has the name `path`."""
+    """Returns whether `path` still names an open file."""
     try:
         there = os.lstat(path)
     except FileNotFoundError:
@@ -191,7 +191,7 @@ def is_at(file: io.FileIO, path: Name) -> bool:
 
 @contextlib.contextmanager
 def named(path: Name, *others: Name) -> Iterator[None]:
-    """Gives an error of the disk that has no name, or one of `others`, the name `path`."""
+    """Makes an OSError without a file name, or with one of `others`, name `path` instead."""
     try:
         yield
     except OSError as error:
@@ -202,7 +202,7 @@ def named(path: Name, *others: Name) -> Iterator[None]:
 
 
 def meant(path: Name) -> Path:
-    """Returns what a name of the user's leads to, whether that exists or not.
+    """Returns the path that a name given by the user leads to through links, whether a file exists there or not.
 
     Raises:
         OSError: a link cannot be followed.
@@ -251,10 +251,10 @@ def _lock(file: io.FileIO, wait: Callable[[], None] | None, busy: BlockingIOErro
 
 
 def sync_directory(path: Path) -> None:
-    """Brings the name of a file in its directory to the disk."""
+    """Syncs the directory entry of a file to disk."""
     try:
         fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:  # one that may be written and not read
+    except PermissionError:  # a directory that may be written but not read
         return
     try:
         os.fsync(fd)

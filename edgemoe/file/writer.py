@@ -1,4 +1,4 @@
-"""Makes `.moe` files of float weights: quantises, and streams into a `PartialFile`."""
+"""Writes `.moe` files from float weights: quantises them and streams them into a `PartialFile`."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ __all__ = ["Writer"]
 
 
 class Writer:
-    """Streams a model into `path`.part and renames it when it is complete.
+    """A writer that streams a model into `path`.part and renames it when it is complete.
 
-    The layout is known before the first byte: tensors may come in any order, and a second writer with the same
-    arguments goes on where an interrupted one stopped (`path`.part.log says how far it came). Each record is written
-    while the next one is quantised, so that two are held in memory, and an error of writing is raised when the next
-    record is added, or by `sync` and `finish`. Use as a context manager; leaving without `finish` keeps the partial
-    file.
+    The layout is known before the first byte is written, so tensors may come in any order. A second writer with the
+    same arguments continues where an interrupted one stopped; `path`.part.log lists the finished records. Each record
+    is written while the next one is quantised, so two are held in memory. A write error is raised when the next record
+    is added, or by `sync` or `finish`. Use as a context manager; leaving without `finish` keeps the partial file.
     """
 
     def __init__(
@@ -60,22 +59,25 @@ class Writer:
         """Plans the file and opens or resumes `path`.part.
 
         Args:
-            bits: the last rung that is stored, a level of one of the scheme's ladders; None for all of the first.
-            scheme: what the planes mean; one of `edgemoe.quant.SCHEMES`, or with a quantiser of its own.
-            sections: the tokenizer's files and the like, by name; empty ones are left out.
-            source: JSON values that say where the weights and the calibration came from; a change starts over.
-            calibration: what flows into the matrices; the quantiser then minimises the error of what comes out.
-            allocation: of each expert only so many bits are stored; None stores `bits` of all.
-            favour: bits of the level whose error matters most. None: all levels alike, but with an allocation the last
-                of each expert, as it will mostly run at that.
-            down_bits: bits of experts' w_down at each level; None for those of the other two.
-            reading: is told the layers whose products have been read for corrections, and how many there are.
+            bits: the highest level stored, from one of the scheme's ladders; None for the whole first ladder.
+            scheme: how weights are encoded: one of `edgemoe.quant.SCHEMES`, or one with a quantiser of its own.
+            sections: content by name, such as the tokenizer's files; empty ones are left out.
+            source: JSON values that say where the weights and the calibration came from; if they change, a partial file
+                is started over.
+            calibration: statistics of the matrices' inputs; the quantiser then minimises the error of their outputs.
+            allocation: how many bits of each expert to store; None stores `bits` of all.
+            favour: bits of the level whose error matters most. None weighs all levels alike; but with an allocation, it
+                favours the last level of each expert, which the expert will mostly run at.
+            down_bits: bits of the experts' w_down at each level; None for those of w_gate and w_up.
+            threads: CPU threads; 0 for the default of `edgemoe.hardware`.
+            reading: called with how many layers' input products have been read for the corrections, and the total.
 
         Raises:
-            ValueError: bits are on no ladder of the scheme, `favour` is not one of the levels or the scheme cannot, or
-                `down_bits` do not climb.
-            FormatError: the allocation is of another model, or asks for more than `bits`.
-            FileExistsError: another process has just written `path`, or a name that is needed is no regular file.
+            ValueError: `bits` is on no ladder of the scheme; `favour` is not one of the levels, or the scheme cannot
+                favour one; or `down_bits` do not ascend.
+            FormatError: the allocation is for another model or exceeds `bits`, or the sections are too large.
+            FileExistsError: another process has just written `path`, or something that is not a regular file has the
+                name of the partial file or the log.
             OSError: the disk is too small (ENOSPC) or not writable, or another process is writing the file.
         """
         self._config = config
@@ -110,12 +112,12 @@ class Writer:
             Path(path), self._fingerprint(), self._layout.places, self.total_bytes
         )
         self.written_bytes = self._part.written_bytes
-        """How much of `total_bytes` is there, or was added."""
+        """How much of `total_bytes` was found in the partial file or has been added."""
         self._behind = ThreadPoolExecutor(1, "write")
         self._last: Future[None] | None = None
 
     def _fingerprint(self) -> str:
-        """Returns a sum of all that the records depend on."""
+        """Returns a CRC-32C of all that the records depend on."""
         layout = self._layout
         plan = [
             self._config.to_json(),
@@ -133,12 +135,12 @@ class Writer:
         return f"{_core.crc32c(json.dumps(plan, sort_keys=True).encode()):08x}"
 
     def sync(self) -> None:
-        """Brings what was added to the disk, so that no interruption can lose it."""
+        """Syncs to disk what was added, so that no interruption can lose it."""
         self._wait()
         self._part.sync()
 
     def is_done(self, name: str) -> bool:
-        """Says whether a tensor, or "experts.LAYER.INDEX", is in the file already."""
+        """Returns whether a tensor, or the expert "experts.LAYER.INDEX", is in the file already."""
         return name in self._part.sums
 
     # ------------------------------------------------------------ adding
@@ -159,7 +161,7 @@ class Writer:
         up: NDArray[np.float32],
         down: NDArray[np.float32],
     ) -> None:
-        """Writes one routed expert: gate and up [H, D], down [D, H]; gate [0, D] where experts have none.
+        """Writes one routed expert: gate and up [H, D], down [D, H]; gate [0, D] if experts have no gate.
 
         Raises:
             FormatError: there is no such expert, a shape differs, or a weight is not finite.
@@ -173,17 +175,17 @@ class Writer:
         self.written_bytes += self._layout.places[name].padded_bytes
 
     def _wait(self) -> None:
-        """Waits for the record that is being written."""
+        """Waits for the record that is being written, and raises its error."""
         last, self._last = self._last, None
         if last is not None:
             last.result()
 
     def finish(self) -> None:
-        """Writes index and preamble, and gives the file its name.
+        """Writes the sections, the index and the preamble, and renames the file to `path`.
 
         Raises:
             FormatError: a tensor or expert was not added.
-            FileExistsError: another process has written a file of that name meanwhile.
+            FileExistsError: another process has written `path` meanwhile.
             OSError: the disk is full.
         """
         self._wait()
