@@ -1,1 +1,1 @@
-"""Turns checkpoints into `.moe` files; the only place that knows model families."""
+"""Conversion of checkpoints to `.moe` files. No other package knows about model families."""

@@ -1,4 +1,4 @@
-"""Makes an adapter of a fine-tune: what of its conversion is not what its base's file has, bit for bit."""
+"""Makes an adapter from a fine-tune: the converted records that are not bit-identical to those of the base's file."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ __all__ = ["Differences", "convert_adapter"]
 Arrays = tuple[NDArray[np.float32], ...]
 
 _UNUSED = ("config.json", "LICENSE")
-"""Files of a checkpoint that may differ without a word: the first is compared by what it means."""
-_SAMPLED = 4  # experts of a checkpoint that is said to be a base's
+"""Files whose differences are not reported. What config.json means for the model is compared separately."""
+_SAMPLED = 4  # experts that are converted to verify `original`
 _LONGEST = 100  # characters of a value in an error
 
 
 @dataclass(frozen=True, slots=True)
 class Differences:
-    """Says how much of a model an adapter has."""
+    """How much of a model an adapter replaces."""
 
     experts: int
     of_experts: int
     tensors: int
-    """Other than experts'."""
+    """Tensors outside the experts."""
     of_tensors: int
 
     def __str__(self) -> str:
@@ -70,23 +70,24 @@ def convert_adapter(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> Differences:
-    """Writes what of `source` differs from `base` to `out`, which appears only when it is whole.
+    """Writes the records in which `source` differs from `base` to `out`, which appears only when it is complete.
 
-    Every record is made with the settings that the base was made with: beside the base the adapter is what a conversion
-    of `source` with these would be.
+    Every record is made with the settings that the base was made with. So the base with the adapter equals a conversion
+    of `source` with these settings.
 
     Args:
         source: the fine-tune; read one expert or one resident tensor at a time.
         out: the `.moea` file to make.
         base: the model's file, with its sections.
-        original: the checkpoint that the base was made of, which saves time: what is the same in both is not converted.
-            A `PatchedCheckpoint` is one of this.
-        calibration: the one that the base was made with; None if there was none.
+        original: the checkpoint that the base was converted from. It saves time: records that are equal in both
+            checkpoints are not converted. If `source` is a `PatchedCheckpoint`, it must be a patch of this one.
+        calibration: the calibration that the base was made with; None if there was none.
         progress: called after every tensor and expert.
-        say: is told, a line each, what of the checkpoint is not used.
+        say: called with a line for each part of the checkpoint that is not used.
 
     Raises:
-        FormatError: a checkpoint is broken or of another architecture, the base was made otherwise, or nothing differs.
+        FormatError: a checkpoint is broken or of another architecture; the base was made with other settings or by
+            another version; or nothing differs.
         OSError: reading or writing failed.
     """
     out = path_of("out", out)
@@ -129,7 +130,7 @@ def convert_adapter(
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """Is what a file's records are, by their names."""
+    """The sizes in bytes and the rung checksums of a file's records, by name."""
 
     sizes: dict[str, int]
     sums: dict[str, list[int]]
@@ -148,7 +149,7 @@ class _Made:
 def _opened(
     source: Checkpoint, base: MoeFile, calibration: Calibration | None
 ) -> tuple[SourceModel, Calibration | None]:
-    """Returns the model of a checkpoint as one was written to a file: pruned, with that file's scales of columns."""
+    """Returns a checkpoint's model, pruned and column-scaled as the base was, and the calibration to match."""
     model, fitted = opened_model(source, base.source.get("pruned"), calibration, are_there=True)
     scales = column_scales(base)
     if scales is None:
@@ -162,7 +163,7 @@ def _coded(coder: Coder, name: str, values: Arrays) -> list[NDArray[np.uint8]]:
 
 
 def _coder(base: MoeFile, calibration: Calibration | None) -> Coder:
-    """Returns what makes records as those of a file were made."""
+    """Returns a coder that encodes records as those of the base were encoded."""
     source, scheme = base.source, SCHEMES[base.scheme.name]
     if source.get("thorough"):
         scheme = scheme.thorough()
@@ -205,10 +206,10 @@ def _comparison(
     coder: Coder,
     made: _Made,
 ) -> Callable[[str], bool]:
-    """Returns what says of a record that it is the base's, without converting it.
+    """Returns a function that says whether a record equals the base's, without converting it.
 
     Raises:
-        FormatError: `original` is not what the base was made of.
+        FormatError: the base was not made from `original`.
     """
     if original is None:
         return lambda name: False
@@ -233,8 +234,8 @@ def _comparison(
 
 
 def _samples(made: _Made) -> list[str]:
-    """Returns some records, by which another checkpoint is noticed: a few experts spread over all, the last matrix of
-    all that is no expert's, and what is not quantised."""
+    """Returns a sample of records that reveals a wrong checkpoint: a few experts spread over all, the last dense
+    matrix, and all tensors that are not quantised."""
     experts = [name for name in made.sums if expert_of(name) is not None]
     matrices = [n for n, sums in made.sums.items() if len(sums) > 1 and expert_of(n) is None]
     plain = [n for n, sums in made.sums.items() if len(sums) == 1 and expert_of(n) is None]
@@ -242,7 +243,7 @@ def _samples(made: _Made) -> list[str]:
 
 
 def _check_calibration(base: MoeFile, calibration: Calibration | None) -> None:
-    """Raises FormatError where a base was made with another calibration, or one was given or was not."""
+    """Raises FormatError unless the calibration is the one that the base was made with, or both are absent."""
     said = base.source.get("calibration")
     wanted = said.get("checksum") if isinstance(said, dict) else None
     if calibration is None and said is not None:
@@ -268,7 +269,7 @@ def _words(found: tuple[str, Any, Any]) -> str:
 
 
 def _text_notes(source: Checkpoint, base: MoeFile) -> Iterator[str]:
-    """Yields what of a fine-tune's files is not used: an adapter has weights alone."""
+    """Yields a line on the fine-tune's files that are not used, if any: an adapter holds only weights."""
     mine = sections(source)
     other = [n for n, data in mine.items() if n not in _UNUSED and base.sections.get(n) != data]
     if other:

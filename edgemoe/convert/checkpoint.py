@@ -1,4 +1,4 @@
-"""What a converter reads: named float tensors, a config, and the tokenizer's files."""
+"""The interface of a checkpoint: named float tensors, a config, and the tokenizer's files."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ __all__ = [
 
 
 class Checkpoint(Protocol):
-    """A model as Hugging Face lays it out, whatever it is stored in. Tensors are read one at a time."""
+    """A model in Hugging Face's layout, whatever the file format. Tensors are read one at a time."""
 
     @property
     def name(self) -> str:
-        """A short name for messages and provenance (a directory's or file's name)."""
+        """A short name for messages and provenance: the name of the directory or file."""
 
     @property
     def identity(self) -> str:
-        """Differs when the weights' files do: their names, sizes and times."""
+        """A text that changes when the weights' files do: their names, sizes and modification times."""
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -43,12 +43,12 @@ class Checkpoint(Protocol):
 
     @property
     def files(self) -> Mapping[str, bytes]:
-        """Those that exist of tokenizer.json, tokenizer_config.json, special_tokens_map.json,
+        """The content, by name, of those that exist of tokenizer.json, tokenizer_config.json, special_tokens_map.json,
         chat_template.jinja, generation_config.json and LICENSE."""
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Every tensor's name and shape."""
+        """The shape of every tensor, by name."""
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """Reads one tensor as float32, C-contiguous. Raises FormatError when it is missing or broken."""
@@ -56,7 +56,7 @@ class Checkpoint(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """Some bytes of a file."""
+    """A range of bytes in a file, `stop` excluded."""
 
     path: Path
     start: int
@@ -64,26 +64,26 @@ class Bytes:
 
 
 class StoredCheckpoint(Checkpoint, Protocol):
-    """A checkpoint that knows where in its files a tensor lies, so that the others need not be there yet."""
+    """A checkpoint that knows where its tensors lie, so that one can be read before all files are downloaded."""
 
     def places(self, name: str) -> Iterator[Bytes]:
-        """Yields all bytes that `tensor(name)` reads. Raises FormatError when there is no such tensor."""
+        """Yields all byte ranges that `tensor(name)` reads. Raises FormatError when there is no such tensor."""
 
 
 def sections(checkpoint: Checkpoint) -> dict[str, bytes]:
-    """Returns what a `.moe` file keeps of a checkpoint besides its weights: config.json, and its files."""
+    """Returns the sections that a `.moe` file keeps of a checkpoint: config.json and `Checkpoint.files`, by name."""
     config = json.dumps(dict(checkpoint.config), ensure_ascii=False, separators=(",", ":"))
     return {"config.json": config.encode(), **checkpoint.files}
 
 
 def file_identity(paths: Sequence[Path]) -> str:
-    """Returns names, sizes and times of files as one text."""
+    """Returns the names, sizes in bytes and modification times in nanoseconds of files as one text."""
     stats = [(p.name, p.stat()) for p in paths]
     return " ".join(f"{name}:{s.st_size}:{s.st_mtime_ns}" for name, s in stats)
 
 
 def listed(names: Iterable[str]) -> str:
-    """Returns the first three names of tensors and how many more there are; empty for none."""
+    """Returns words for a list of tensors: the first three names and how many more there are; empty for none."""
     shown: list[str] = []
     count = 0
     for count, name in enumerate(names, start=1):  # noqa: B007 (a stack may have millions)
@@ -98,10 +98,10 @@ HEAD = "lm_head.weight"
 
 
 def require_tied(checkpoint: Checkpoint, embed: str) -> None:
-    """Checks that a head which is stored beside a tied embedding is a copy of that.
+    """Checks that a head stored in addition to a tied embedding is a copy of the embedding.
 
     Raises:
-        FormatError: it is another one.
+        FormatError: it differs.
     """
     if not np.array_equal(checkpoint.tensor(HEAD), checkpoint.tensor(embed)):
         raise FormatError(f"{HEAD}: differs from {embed}, though tie_word_embeddings is true")
@@ -116,24 +116,24 @@ def refuse_unused(
     embed: str = "model.embed_tokens.weight",
     are_there: bool = True,
 ) -> None:
-    """Checks that a model uses all that is stored, so that nothing of it is silently left out.
+    """Checks that a model uses every stored tensor, so that none is silently left out.
 
     Args:
-        used: the names of the tensors that it uses.
-        family: of the model, for the message.
-        tied: the head is the embedding; a copy of it may be stored.
+        used: the names of the tensors that the model uses.
+        family: the model's family, for the message.
+        tied: whether the head is the embedding; a copy of the embedding may then be stored as the head.
         embed: the name of the embedding.
-        are_there: the weights can be read; else whoever waits for them calls `require_tied`.
+        are_there: whether the weights can be read now; if not, the caller must call `require_tied` once they can.
 
     Raises:
-        FormatError: names the tensors that are left over.
+        FormatError: a tensor is left over; the message names up to three.
     """
     known = set(used)
     if tied and HEAD in checkpoint.shapes and HEAD not in known:
         if are_there:
             require_tied(checkpoint, embed)
         known.add(HEAD)
-    # Old checkpoints store the RoPE frequencies, which config.json determines.
+    # Old checkpoints store the RoPE frequencies too; they follow from config.json.
     unused = listed(
         n for n in checkpoint.shapes if n not in known and not n.endswith("rotary_emb.inv_freq")
     )

@@ -1,4 +1,4 @@
-"""Chooses scales of columns by what a calibration saw, and moves them from norms into the matrices behind them."""
+"""Chooses column scales from a calibration, and moves them from norms into the matrices that follow."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["ScaledModel", "choose_scales"]
 
 Array = NDArray[np.float32]
 
-_EXPONENTS = (0.125, 0.25)  # of columns' mean squares
-_ROWS = 32  # of a matrix, by which they are judged
+_EXPONENTS = (0.125, 0.25)  # candidate powers of the columns' mean squares
+_ROWS = 32  # rows of a matrix that candidates are judged by
 
 
 class ScaledModel(SourceModel):
-    """Is a checkpoint's model whose norms and matrices have such scales; it computes the same."""
+    """A checkpoint's model with column scales applied to its norms and matrices. It computes the same function."""
 
     def __init__(self, model: SourceModel, scales: ColumnScales) -> None:
         self._model, self._scales = model, scales
@@ -55,13 +55,13 @@ class ScaledModel(SourceModel):
 
 @dataclass(frozen=True, slots=True)
 class _Sample:
-    """Is a matrix that stands for all that take a norm's output."""
+    """A matrix that represents all matrices that take a norm's output."""
 
     w: Array
     moments: Array
-    """Mean products of its inputs."""
+    """[cols, cols]: mean of x xᵀ over the matrix's inputs."""
     squares: Array
-    """Mean squares of what all take."""
+    """[cols]: mean squares of the inputs of all these matrices."""
 
 
 def choose_scales(
@@ -72,13 +72,13 @@ def choose_scales(
     favour: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ColumnScales:
-    """Returns powers of columns' strengths where these make the error of the output less; of each norm its own.
+    """Returns for each norm the scales that minimise the output error: powers of the columns' mean squares, or 1.
 
     Args:
-        calibration: with products, without scales.
-        bits: of the last level that is stored; None for all.
-        favour: the level, from 1, that counts alone.
-        progress: is told the norms that were seen to, and how many there are.
+        calibration: a calibration with input products, of the unscaled model.
+        bits: the highest level stored; None for all.
+        favour: the only level, counted from 1, whose error counts; None for the mean over all stored levels.
+        progress: called with the number of norms done and the total.
     """
     scales = ColumnScales(model.config)
     levels = slice(None) if bits is None else slice(DEFAULT_LADDER.index(bits) + 1)
@@ -98,13 +98,13 @@ def choose_scales(
 
 
 def _errors(sample: _Sample, s: Array, favour: int | None) -> NDArray[np.float64]:
-    """Returns the logarithm of the error at each level with scales."""
+    """Returns the logarithm of the output error at each level with scales `s`."""
     moments = np.asarray(sample.moments / np.outer(s, s), np.float32)
     return np.log(output_errors(sample.w * s, moments, None, favour))
 
 
 def _sample(model: SourceModel, calibration: Calibration, row: int) -> _Sample | None:
-    """Returns what a row of scales is judged by; None where the calibration does not know it."""
+    """Returns the matrix that a row of scales is judged by; None if the calibration has no input products for it."""
     config = model.config
     layer, is_ffn = divmod(row, 2)
     tensors = dense_tensors(config)
@@ -126,7 +126,7 @@ def _sample(model: SourceModel, calibration: Calibration, row: int) -> _Sample |
         return None
     w = model.expert(layer, index)[1] if name.startswith("experts.") else model.tensor(name)
     squares = moments.diagonal() if squares is None else squares
-    if not squares.any():  # nothing came through it, so that no column is stronger than another
+    if not squares.any():  # no token reached it, so no column is stronger than another
         return None
     some = np.ascontiguousarray(w[:: max(len(w) // _ROWS, 1)][:_ROWS], np.float32)
     return _Sample(some, moments, squares)

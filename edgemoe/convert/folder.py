@@ -1,4 +1,4 @@
-"""The files beside the weights: read whole, of bounded size, and only those that belong to the checkpoint."""
+"""Reads a checkpoint's small files: whole, of bounded size, and only if they belong to the checkpoint."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _POINTER = b"version https://git-lfs"
 
 
 def read_file(folder: Path, name: str, *, is_copied: bool = True) -> bytes | None:
-    """Returns the content of a file of a checkpoint's directory, None where there is none.
+    """Returns the content of a file in a checkpoint's directory; None if it does not exist.
 
     Args:
-        is_copied: the content goes into the model, and so to others: a link to a file outside of the directory, and
-            of the Hugging Face cache that it lies in, is refused.
+        is_copied: the content will be copied into the model, which may be published. So a link to a file outside
+            the directory is refused, unless it leads into the Hugging Face cache that the directory belongs to.
 
     Raises:
-        FormatError: it is such a link, leads to nothing, is no regular file, too large, or a git-lfs pointer.
+        FormatError: the file is a refused or dangling link, not a regular file, too large, or a git-lfs pointer.
         OSError: it cannot be read.
     """
     path = folder / name
@@ -41,10 +41,10 @@ def read_file(folder: Path, name: str, *, is_copied: bool = True) -> bytes | Non
 
 
 def exists(path: Path) -> bool:
-    """Says whether there is something of this name.
+    """Returns whether something has this name.
 
     Raises:
-        FormatError: it is a link to nothing, as an interrupted download leaves in the Hugging Face cache.
+        FormatError: it is a dangling link, as an interrupted download leaves in the Hugging Face cache.
     """
     if path.is_symlink() and not path.exists():
         raise missing(path)
@@ -52,7 +52,7 @@ def exists(path: Path) -> bool:
 
 
 def missing(path: Path) -> FormatError:
-    """Returns the error that says that a file is not there, though perhaps its name is."""
+    """Returns the error for a file that does not exist, or whose name is a dangling link."""
     if path.is_symlink():
         target = os.readlink(path)
         return FormatError(
@@ -62,10 +62,10 @@ def missing(path: Path) -> FormatError:
 
 
 def require_file(path: Path) -> None:
-    """Checks that there is a file, and not what git or a download that was broken off has left in its place.
+    """Checks that a file exists and is not a git-lfs pointer or the dangling link of an interrupted download.
 
     Raises:
-        FormatError: there is none, or it cannot be read.
+        FormatError: it does not exist, is not a regular file, is such a pointer or link, or cannot be read.
     """
     if not exists(path):
         raise missing(path)
@@ -76,7 +76,7 @@ def require_file(path: Path) -> None:
 
 
 def other_tokenizer(folder: Path) -> str:
-    """Returns the files of a tokenizer in a form that is not read, in words; empty where there are none."""
+    """Returns, in words, the files of a tokenizer in an unsupported format; empty if there are none."""
     for names in _OTHER_TOKENIZERS:
         if all((folder / name).is_file() for name in names):
             return " and ".join(names)
@@ -84,12 +84,12 @@ def other_tokenizer(folder: Path) -> str:
 
 
 def _start(target: Path, path: Path, most: int) -> bytes:
-    """Returns the first bytes of a file, which errors call `path`."""
+    """Returns the first `most` bytes of a file; error messages name `path`."""
     with open(target, "rb", opener=_opener) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise FormatError(f"{path}: expected a regular file")
-        content = file.read(min(most, found.st_size))  # which takes the memory at once
+        content = file.read(min(most, found.st_size))  # `read` allocates what it is asked for
     if content.startswith(_POINTER):
         raise FormatError(f"{path}: is a git-lfs pointer, not the file; git lfs pull fetches that")
     return content
@@ -98,11 +98,11 @@ def _start(target: Path, path: Path, most: int) -> bytes:
 def _opener(path: str, flags: int) -> int:
     return os.open(
         path, flags | os.O_NONBLOCK | os.O_CLOEXEC
-    )  # a pipe's other end is not waited for
+    )  # does not wait for the other end of a pipe
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Returns where the files of a checkpoint may lie: a snapshot's are links into its repository's `blobs`."""
+    """Returns the folders in which a checkpoint's files may lie. Files of a cache snapshot are links to `blobs`."""
     folder = Path(os.path.realpath(folder))
     blobs = [folder.parents[1] / "blobs"] if folder.parent.name == "snapshots" else []
     return [folder, *blobs]

@@ -36,20 +36,20 @@ _LONGEST_NUMBER = 8  # digits of an index into a stack
 
 
 class HFCheckpoint:
-    """Reads a checkpoint directory; implements `StoredCheckpoint`.
+    """A checkpoint directory; implements `StoredCheckpoint`.
 
-    A stack of matrices `name` [N, R, C], in which some families store their experts, is presented
-    as N matrices `name.0`, `name.1`, …, so that one expert can be read without the others. The weights of a convolution
-    of each channel by itself, [C, 1, taps], are a matrix [C, taps].
-    Quantised weights are presented as floats, under the names that a float checkpoint has for them, and config.json
-    without what it says of their quantisation. Opening reads no weights. Immutable.
+    A stack of matrices `name` [N, R, C], in which some families store their experts, is presented as N matrices
+    `name.0`, `name.1`, …, so that one expert can be read without the others. The weights of a depthwise convolution,
+    [C, 1, taps], are presented as a matrix [C, taps].
+    Quantised weights are presented as floats, under the names that a float checkpoint has for them. `config` is
+    config.json without its quantisation settings. Opening reads no weights. Immutable.
     """
 
     def __init__(self, path: Path | str) -> None:
         """Opens a directory.
 
         Raises:
-            FormatError: it is no checkpoint, or a file in it is missing, truncated or malformed.
+            FormatError: it is not a checkpoint, or a file in it is missing, truncated or malformed.
         """
         path = Path(path)
         if not path.is_dir():
@@ -74,7 +74,7 @@ class HFCheckpoint:
         return self._tensor(name).read()
 
     def places(self, name: str) -> Iterator[Bytes]:
-        """Yields where the bytes are that `tensor` reads. Raises FormatError when there is no such tensor."""
+        """Yields the byte ranges that `tensor` reads. Raises FormatError when there is no such tensor."""
         return self._tensor(name).places()
 
     def _tensor(self, name: str) -> Tensor:
@@ -92,7 +92,7 @@ def _as_matrix(tensor: StoredTensor) -> StoredTensor:
 
 
 class _Tensors(Mapping[str, Tensor]):
-    """Stored tensors by name; the matrices of a stack are made when they are asked for, however many it has."""
+    """Stored tensors by name. The matrices of a stack are created on access, as a stack may have millions."""
 
     def __init__(self, stored: Mapping[str, Tensor]) -> None:
         self._stored = stored
@@ -143,7 +143,7 @@ class _Shapes(Mapping[str, tuple[int, ...]]):
 
 
 def _with_quantisation(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Adds what older releases of ModelOpt say of the quantisation in a file of its own."""
+    """Adds the quantisation settings that older releases of ModelOpt write to a separate file."""
     key, content = "quantization_config", read_file(path, _MODELOPT, is_copied=False)
     if content is None or config.get(key):
         return config
@@ -158,10 +158,10 @@ def _with_quantisation(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 def _floats(
     path: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]
 ) -> Mapping[str, Tensor]:
-    """Returns the tensors with those that are quantised as floats.
+    """Returns the tensors, quantised ones presented as floats.
 
     Raises:
-        FormatError: some are of a kind that is not supported.
+        FormatError: a tensor's type or quantisation is not supported.
     """
     tensors = as_floats(config, stored, where=str(path / _CONFIG))
     for tensor in tensors.values():
@@ -172,7 +172,7 @@ def _floats(
 
 def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """Returns all tensors of a single or sharded checkpoint."""
-    # transformers, too, prefers the single file where a directory has both.
+    # If a directory has both, the single file is used, as in transformers.
     if exists(path / _SINGLE):
         return read_header(path / _SINGLE)
     if not exists(path / _INDEX):
@@ -194,7 +194,7 @@ def _stored_tensors(path: Path) -> dict[str, StoredTensor]:
             raise FormatError(
                 f"{path / shard}: no tensor {shortened(name)}, which {_INDEX} places there"
             )
-    # Those that the index forgot count too, so that they are reported as unknown, not dropped.
+    # Tensors that the index omits count too, so that they are reported as unknown rather than dropped.
     tensors = {name: tensor for shard in shards.values() for name, tensor in shard.items()}
     return tensors | {name: shards[shard][name] for name, shard in weight_map.items()}
 

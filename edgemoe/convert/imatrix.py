@@ -1,8 +1,8 @@
-"""Reads an importance matrix of llama.cpp, in its GGUF or its older `.dat` form, into a calibration file.
+"""Converts an importance matrix (imatrix) of llama.cpp, in GGUF or the older `.dat` format, to a calibration file.
 
-Per matrix it holds the sum of the squares of each input column, and in the GGUF form how many tokens each expert saw
-(llama.cpp, tools/imatrix/imatrix.cpp). The older form holds means alone: every expert gets the same count there, of
-chunks of 512 tokens as llama.cpp itself assumes, so that the reader's rule for rarely used experts does not act.
+For each matrix an imatrix holds the sum of squares of each input column, and in GGUF how many tokens each expert saw
+(llama.cpp, tools/imatrix/imatrix.cpp). The older format holds only means. From it every expert gets the same count,
+in chunks of 512 tokens as llama.cpp itself assumes, so `Calibration`'s rule for rarely used experts has no effect.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from edgemoe.specs import DeltaSpec, TensorSpec
 __all__ = ["convert_imatrix", "read_imatrix"]
 
 Entry = tuple[NDArray[np.float32], NDArray[np.int64]]
-"""Sums of squares [matrices, cols] and the tokens of each matrix."""
+"""Sums of squares [matrices, cols], and the number of tokens that each matrix saw [matrices]."""
 
 _MIXER = {
     "q": ("attn_q", "attn_k", "attn_v"),
@@ -49,22 +49,24 @@ _EXPERTS = {
     "in": ("ffn_gate_exps", "ffn_up_exps", "ffn_gate_up_exps"),
     "hidden": ("ffn_down_exps",),
 }
-_CHUNK = 512  # tokens of a call
+_CHUNK = 512  # tokens of a call in the `.dat` format
 _LONGEST_NAME, _MOST_VALUES, _MOST_TOKENS = 1 << 10, 1 << 28, 1 << 53
 
 
 def convert_imatrix(model: str | os.PathLike[str], imatrix: Path, out: Path) -> tuple[str, ...]:
-    """Writes what an imatrix knows of a model to a calibration file.
+    """Writes the statistics that an imatrix has for a model to a calibration file.
 
     Args:
-        model: the `.moe` file that it is for.
+        model: the model's `.moe` file.
+        imatrix: the imatrix to read.
+        out: the calibration file to write.
 
     Returns:
-        The inputs of the model, as the file names them, of which the imatrix knows nothing.
+        The names of the model's inputs, as in a calibration file, that the imatrix lacks.
 
     Raises:
-        FormatError: not an imatrix, or not of this model.
-        ImportError: a GGUF file, and the package gguf is not installed.
+        FormatError: not an imatrix, or one of another model.
+        ImportError: the imatrix is a GGUF file, and the package gguf is not installed.
     """
     moe = open_moe(model)
     entries = read_imatrix(imatrix)
@@ -79,11 +81,11 @@ def convert_imatrix(model: str | os.PathLike[str], imatrix: Path, out: Path) -> 
 
 
 def read_imatrix(path: Path) -> dict[str, Entry]:
-    """Returns the entries of an imatrix by llama.cpp's tensor names.
+    """Returns the entries of an imatrix, by llama.cpp's tensor names.
 
     Raises:
         FormatError: not an imatrix.
-        ImportError: a GGUF file, and the package gguf is not installed.
+        ImportError: the imatrix is a GGUF file, and the package gguf is not installed.
     """
     try:
         with open(path, "rb") as file:
@@ -92,7 +94,7 @@ def read_imatrix(path: Path) -> dict[str, Entry]:
         raise FormatError(f"{path}: no such file") from None
     entries = _read_gguf(path) if magic == b"GGUF" else _read_dat(path)
     for name, (sums, counts) in entries.items():
-        # Sums of squares; a model that was run in half precision may have overflowed.
+        # A model that was run in half precision may have overflowed.
         if not (np.isfinite(sums).all() and (sums >= 0).all() and (counts >= 0).all()):
             raise FormatError(f"{path}: {shortened(name)} holds what is no sum of squares")
     return entries
@@ -110,7 +112,7 @@ def _tensors(
             missing.append(ours)
             return None
         sums, counts = entry
-        if len(counts) == 1 and sums.size == shape[0] * shape[1]:  # the older form is flat
+        if len(counts) == 1 and sums.size == shape[0] * shape[1]:  # the older format is flat
             return sums.reshape(shape), np.repeat(counts, shape[0])
         if sums.shape != shape:
             raise FormatError(f"{path}: {names[0]} is {list(sums.shape)}; expected {list(shape)}")
@@ -147,7 +149,7 @@ def _tensors(
 
 
 def _blocks(config: ModelConfig) -> Iterator[tuple[int, int]]:
-    """Yields, for each layer, which block of a GGUF file has its mixer and which its FFN."""
+    """Yields for each layer the GGUF block (`blk.N`) that holds its mixer, and the one that holds its FFN."""
     family, block = FAMILIES.get(config.family), 0
     for i in range(config.num_layers):
         last = block + int(family is not None and family.apart and config.ffn(i).exists)
@@ -156,7 +158,7 @@ def _blocks(config: ModelConfig) -> Iterator[tuple[int, int]]:
 
 
 def _inputs(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """Returns the columns of each input that quantised matrices of a layer's part have, by the role of one of these."""
+    """Returns the width of each input of a layer part's quantised matrices, by the calibration's name for the input."""
     inputs = {}
     for name, spec in specs.items():
         if spec.kind == "nested":
@@ -165,7 +167,7 @@ def _inputs(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
 
 
 def _regroup(config: ModelConfig, layer: int, tensors: dict[str, NDArray[Any]]) -> None:
-    """Orders what comes out of Qwen3.5's value heads as checkpoints do."""
+    """Reorders the outputs of Qwen3.5's value heads from llama.cpp's order to that of checkpoints."""
     spec, name = config.mixer(layer), f"dense.layers.{layer}.o.squares"
     if config.family == "qwen3_5_moe" and isinstance(spec, DeltaSpec) and name in tensors:
         tensors[name] = grouped(tensors[name], spec.key_heads, spec.value_dim)
@@ -180,10 +182,10 @@ def _read_gguf(path: Path) -> dict[str, Entry]:
             base, dot, kind = name.rpartition(".")
             if kind == "in_sum2":
                 counts = tensors[f"{base}{dot}counts"].reshape(-1).astype(np.float64)
-                if not (np.abs(counts) < _MOST_TOKENS).all():  # nor NaN
+                if not (np.abs(counts) < _MOST_TOKENS).all():  # also catches NaN
                     raise ValueError(f"{base} has counts that no text gives")
                 tokens = counts.astype(np.int64)
-                with np.errstate(all="ignore"):  # `write_calibration` finds what is not finite
+                with np.errstate(all="ignore"):  # `read_imatrix` refuses what is not finite
                     out[base] = (sums.reshape(len(tokens), -1).astype(np.float32), tokens)
     except BROKEN as error:
         raise FormatError(f"{path}: broken GGUF imatrix: {error}") from error
@@ -193,7 +195,11 @@ def _read_gguf(path: Path) -> dict[str, Entry]:
 
 
 def _read_dat(path: Path) -> dict[str, Entry]:
-    """Reads i32 entries, then per entry i32 length, name, i32 calls, i32 values, float32 mean squares * calls."""
+    """Reads the `.dat` format.
+
+    It has i32 number of entries, then per entry i32 length of the name, the name, i32 calls, i32 number of values, and
+    as many float32 mean squares, each times the calls.
+    """
     data, at, out = path.read_bytes(), 0, {}
 
     def number() -> int:

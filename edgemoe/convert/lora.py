@@ -1,6 +1,6 @@
-"""LoRA directories of peft: what they add to the matrices of a checkpoint, W + (alpha / r) B A.
+"""LoRA directories of peft, and what they add to the matrices of a checkpoint: W + (alpha / r) B A.
 
-With `use_rslora` it is alpha / sqrt(r). What peft can also be told and what is not read here is refused by name.
+With `use_rslora` the factor is alpha / sqrt(r). Settings of peft that are not supported here are refused by name.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ _OTHERS = (
     "lora_bias", "lora_ga_config", "megatron_config", "monteclora_config",
     "trainable_token_indices", "use_bdlora", "use_dora", "use_qalora", "velora_config",
 )  # fmt: skip
-"""Settings that change what the factors mean, or that there are others; some only how they were begun with."""
+"""Settings that change what the factors mean or add other ones; those of `_ONLY_AT_START` only initialise them."""
 _NESTED = ".base_layer"
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 _ONLY_AT_START = ("corda_config", "eva_config", "lora_ga_config")
 _RESIDUAL = ("pissa", "corda", "olora", "loftq")
-"""Beginnings of `init_lora_weights` with which factors add to another matrix than the checkpoint's: peft takes from
-it what they began as, each time that it loads them."""
+"""Prefixes of `init_lora_weights` values with which the factors do not add to the checkpoint's matrix: each time peft
+loads them, it first subtracts from the matrix the product that the factors were initialised to."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Config:
-    """Is what `adapter_config.json` says."""
+    """The settings of `adapter_config.json`."""
 
     where: str
     rank: int
@@ -60,7 +60,7 @@ class _Config:
     alphas: Mapping[str, Any]
     by_root: bool
     turns: bool | None
-    """It was written by a peft that turned parameters of experts over; None where it does not say by which."""
+    """Whether it was written by a peft that transposed expert parameters (before 0.19); None if it names no version."""
 
     @classmethod
     def read(cls, path: Path) -> _Config:
@@ -103,10 +103,10 @@ class _Config:
         )  # fmt: skip
 
     def scaling(self, module: str, rank: int) -> float:
-        """Returns what B A counts in a module.
+        """Returns the factor of B A in a module.
 
         Raises:
-            FormatError: its factors are of another rank than is said.
+            FormatError: its factors have another rank than the settings say, or its alpha is not a number.
         """
         said = _of(self.ranks, module, self.rank)
         if said != rank:
@@ -127,22 +127,22 @@ def _turns(version: object) -> bool | None:
 
 
 def _of(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """Returns what is said of a module: the first name that it is, or that it ends with."""
+    """Returns a module's value in a pattern: that of the first name that equals the module's or its last parts."""
     return next((v for name, v in pattern.items() if f".{module}".endswith(f".{name}")), default)
 
 
 def lora_patches(path: Path, original: Checkpoint) -> dict[str, Callable[[Array], Array]]:
-    """Returns what a LoRA directory makes of the tensors of a checkpoint, by their names.
+    """Returns for each tensor that a LoRA directory changes a function from its old to its new values, by name.
 
     Raises:
-        FormatError: it is broken, has targets that the checkpoint lacks or that have another shape, or something that
-            is not supported.
+        FormatError: the directory is broken, has a target that the checkpoint lacks or that has another shape, or uses
+            something that is not supported.
     """
     config = _Config.read(path)
     if not exists(path / _WEIGHTS):
         raise FormatError(f"{path}: no {_WEIGHTS}; only safetensors are supported")
     where = path / _WEIGHTS
-    # No longer than this directory's patches: another may come to lie under its name.
+    # The cache lives only as long as these patches: another directory may later have the same path.
     read = functools.lru_cache(maxsize=4)(StoredTensor.read)
     factors: dict[tuple[str, bool], dict[str, StoredTensor]] = {}
     out: dict[str, Callable[[Array], Array]] = {}
@@ -192,7 +192,7 @@ def lora_patches(path: Path, original: Checkpoint) -> dict[str, Callable[[Array]
 def _require(
     where: Path, name: str, target: str, original: Checkpoint, shape: tuple[int, ...]
 ) -> None:
-    """Checks that there is a tensor which something is meant for."""
+    """Checks that the checkpoint has a target tensor, of the right shape."""
     if target not in original.shapes:
         raise FormatError(
             f"{where}: {shortened(name)}: {original.name} has no tensor {shortened(target)}"
@@ -213,14 +213,14 @@ def _of_experts(
     original: Checkpoint,
     read: Callable[[StoredTensor], Array],
 ) -> dict[str, Callable[[Array], Array]]:
-    """Returns what factors of all experts of a layer add to each, where transformers has these as one parameter.
+    """Returns the patches of a layer's experts, from factors for all of them: transformers has them as one parameter.
 
-    Of expert e are rows e * r to e * r + r - 1 of A, and columns e, E + e, 2 * E + e, … of B. Which of the two
-    parameters they are for their shapes tell, and whether for what it is, or, as before peft 0.19, for its transpose;
-    where both have that shape, it is the version that wrote them.
+    Expert e has rows e * r to e * r + r - 1 of A, and columns e, E + e, 2 * E + e, … of B. The shapes of the factors
+    tell which of the two parameters they are for (gate and up, or down), and whether for the parameter itself or, as
+    before peft 0.19, for its transpose. Where the shapes fit both, the version of peft that wrote them decides.
 
     Args:
-        read: returns a factor, which is wanted once for each expert.
+        read: returns the values of a factor; it is called once for each expert.
     """
     a, b = pair
     count = next(

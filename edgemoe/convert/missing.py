@@ -1,4 +1,4 @@
-"""What the runtime would need for models that it cannot run yet, in words for an error."""
+"""What the runtime lacks for models that it cannot run yet, in words for an error message."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BY_NAME: Mapping[str, str] = {
     "qwen4_exp": f"{_HYPER}, a sparse indexer and n-gram embeddings",
     "smallthinker": "a router that reads a layer's input",
 }
-"""By model_type; of one that is supported nobody asks."""
+"""By model_type. Only unsupported ones are looked up."""
 
 _BY_KEY: Mapping[str, str] = {
     "hc_mult": _HYPER,
@@ -40,7 +40,7 @@ _EXPERTS = (
 
 
 def missing(config: Mapping[str, Any]) -> str:
-    """Returns what a model of no supported family needs and is not there; empty where nothing tells.
+    """Returns what the runtime lacks for a model of an unsupported family; empty if the config does not tell.
 
     Args:
         config: the content of config.json.

@@ -1,4 +1,4 @@
-"""A transformer's operations in float32 numpy, on whole sequences: for models as they are before any quantisation."""
+"""The operations of a transformer in float32 numpy, on whole sequences: for models before any quantisation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def silu(x: Array) -> Array:
 
 
 def activated(kind: str, gate: Array, up: Array) -> Array:
-    """Returns what an FFN makes of gate and up; see `edgemoe.specs.Activation`."""
+    """Returns the input of w_down from the outputs of w_gate and w_up; see `edgemoe.specs.Activation`."""
     if kind == "relu2":
         return np.asarray(np.square(np.maximum(up, 0)))
     if kind == "geglu":  # (1 + tanh(z / 2)) / 2 is the sigmoid of z
@@ -53,9 +53,9 @@ def attention(
 
     Args:
         scale: multiplies q · k.
-        window: how many last positions each sees; 0 for all.
-        chunk: of so many positions each sees only its own; 0 for all.
-        sinks: [H], a further logit of each head whose value is zero.
+        window: each position sees this many last positions, itself included; 0 for all.
+        chunk: positions are divided into chunks of this many, and each sees only its own chunk; 0 for all.
+        sinks: [H], an additional logit for each head, whose value vector is zero.
     """
     (count, heads, length, _), dim = q.shape, v.shape[3]
     group = heads // k.shape[1]

@@ -1,6 +1,6 @@
-"""Opens a checkpoint, whatever it is stored in.
+"""Opens a checkpoint in any supported format.
 
-Readers are imported on use: what runs a `.moe` file asks `is_gguf` first.
+The readers are imported only when needed, because running a `.moe` file calls `is_gguf` too.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _MAGIC = b"GGUF"
 
 
 def is_gguf(path: Path) -> bool:
-    """Says whether a path means a GGUF file, by its name or its first bytes."""
+    """Returns whether a path is that of a GGUF file, by its name or its first bytes."""
     if path.suffix == ".gguf" and not path.is_dir():
         return True
     return path.is_file() and _start(path) == _MAGIC
 
 
 def open_checkpoint(path: Path) -> StoredCheckpoint:
-    """Opens a Hugging Face directory, or a GGUF file or the first part of one.
+    """Opens a Hugging Face directory, a GGUF file, or the first part of a split GGUF file.
 
     Raises:
-        FormatError: it is neither, or broken, or of a kind that is not supported.
+        FormatError: it is none of these, broken or not supported.
         ImportError: it is a GGUF file, and the package gguf is not installed.
     """
     if is_gguf(path):

@@ -1,4 +1,4 @@
-"""A checkpoint of which some tensors are other ones: what a fine-tune leaves that stores only what it has changed."""
+"""A checkpoint with some tensors replaced or changed, for fine-tunes that store only what they have changed."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ __all__ = ["Patch", "PatchedCheckpoint", "is_partial", "patched"]
 
 Array = NDArray[np.float32]
 Patch = Callable[[Array], Array]
-"""Returns what a tensor becomes; the one that it is given is its own."""
+"""Returns the new values of a tensor. It owns the values that it is given, and may overwrite them."""
 
 _WHOLE, _ESFT = "config.json", "expert_cfg.json"
 
 
 class PatchedCheckpoint:
-    """Implements `Checkpoint`: another one with some tensors changed. Immutable."""
+    """A checkpoint with some of its tensors changed; implements `Checkpoint`. Immutable."""
 
     def __init__(self, name: str, original: Checkpoint, patches: Mapping[str, Patch]) -> None:
-        """Args:
-        patches: by names of the original's tensors.
-        """
+        """Takes the original, and a patch for each of its tensors that changes, by name."""
         self.name, self.identity = name, original.identity
         self.config: Mapping[str, Any] = original.config
         self.files: Mapping[str, bytes] = original.files
@@ -45,21 +43,21 @@ class PatchedCheckpoint:
 
 
 def is_partial(path: Path) -> bool:
-    """Says whether a directory holds only what a fine-tune has changed: a LoRA of peft, or some tensors."""
+    """Returns whether a directory holds only what a fine-tune has changed: a LoRA of peft, or some tensors."""
     if not path.is_dir():
         return False
     if exists(path / CONFIG) or exists(
         path / _ESFT
-    ):  # beside either there may be the model's config.json
+    ):  # the model's config.json may be there as well
         return True
     return not exists(path / _WHOLE) and any(path.glob("*.safetensors"))
 
 
 def patched(path: Path, original: Checkpoint) -> PatchedCheckpoint:
-    """Returns a checkpoint with what a directory says that is otherwise, see `is_partial`.
+    """Returns a checkpoint with the changes of a fine-tune's directory applied; see `is_partial`.
 
     Raises:
-        FormatError: it is broken, or of another model, or has something that is not supported.
+        FormatError: the directory is broken, for another model, or uses something that is not supported.
     """
     name = path.resolve().name
     patches = (
@@ -69,7 +67,7 @@ def patched(path: Path, original: Checkpoint) -> PatchedCheckpoint:
 
 
 def _replacements(path: Path, original: Checkpoint) -> dict[str, Patch]:
-    """Returns what puts tensors in the place of those of the same names, as ESFT's checkpoints mean it."""
+    """Returns patches that replace the tensors a directory holds, by name; ESFT's checkpoints omit "model."."""
     out: dict[str, Patch] = {}
     for file in sorted(path.glob("*.safetensors")):
         for name, tensor in read_header(file).items():

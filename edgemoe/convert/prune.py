@@ -1,12 +1,14 @@
-"""Leaves neurons out of experts as they are converted: those that matter least, the same number in every expert.
+"""Prunes the neurons of experts during conversion: the least important ones, the same number in every expert.
 
-Neuron k of an expert is row k of w_gate and w_up and column k of w_down. With a calibration that has products of h,
-those that are left make up for the others, as in Optimal Brain Surgeon (Hassibi and Stork, 1993): of all w_down with
-their columns alone it is the one whose output is nearest, and that neuron goes which costs least then, one after the
-other. With squares alone, and in experts that saw few tokens, w_down stays as it is, and a neuron's score is the energy
-of what it adds, the mean of h_k^2 times ||w_k||^2, after CAMERA (arXiv 2508.02322). Slopes of the loss, by which HEAPr
-(arXiv 2509.22299) weighs that, tell which experts can do with fewer neurons; among those of one expert they choose no
-better. A file has one width for all.
+Neuron k of an expert is row k of w_gate and w_up and column k of w_down; h is the input of w_down. With a calibration
+that has products of h, pruning follows Optimal Brain Surgeon (Hassibi and Stork, 1993). Neurons are removed greedily,
+each time those whose removal costs least, and the remaining columns of w_down make up for them: of all matrices with
+these columns, the new w_down is the one whose output is nearest to the old.
+
+With squares alone, and in experts that saw few tokens, w_down stays as it is. A neuron's score is then the energy of
+its contribution, the mean of h_k^2 times ||w_k||^2 with w_k its column, after CAMERA (arXiv 2508.02322). HEAPr (arXiv
+2509.22299) weighs that by gradients of the loss. These tell which experts can do with fewer neurons, but a file has
+one width for all experts; among the neurons of one expert, gradients choose no better.
 """
 
 from __future__ import annotations
@@ -29,17 +31,17 @@ Places = NDArray[np.intp]
 
 _WIDE, _WIDE_STEP, _STEP = 640, 64, 16
 _BIASES = ("expert_bias.gate", "expert_bias.up")
-_DAMPING = 0.01  # of the mean square, as for codes
-_AT_ONCE = 32  # so many times are neurons left out at most, several at once of wide experts
+_DAMPING = 0.01  # of the mean square, as in `edgemoe.quant.mwq`
+_AT_ONCE = 32  # the most rounds of removal; wide experts lose several neurons in each
 
 
 def kept_width(width: int, share: float) -> int:
-    """Returns how many of an expert's neurons are left without a share of them.
+    """Returns how many of an expert's neurons remain when a share of them is removed.
 
-    Rounded to whole tiles of columns, of narrow experts to tiles of rows.
+    The width is rounded to multiples of 64, the columns of a tile; below 640 neurons, of 16, the rows of a tile.
 
     Raises:
-        ValueError: the share is not below 1, or so small that nothing is left out.
+        ValueError: the share is not between 0 and 1, or so small that nothing would be removed.
     """
     if not 0 < share < 1:
         raise ValueError(f"prune: expected more than 0% and less than 100%, got {100 * share:g}%")
@@ -53,12 +55,12 @@ def kept_width(width: int, share: float) -> int:
 
 
 def strongest(down: Array, squares: Array | None, count: int) -> Places:
-    """Returns the columns of a matrix that add the most energy, ascending.
+    """Returns the columns of a matrix that contribute the most energy to its output, ascending.
 
     Args:
         down: [rows, cols].
-        squares: means of its inputs' squares, [cols]; None where no token came.
-        count: how many are left.
+        squares: mean squares of its inputs, [cols]; None if no token reached it.
+        count: how many columns to return.
     """
     scores = np.square(down, dtype=np.float64).sum(axis=0)
     if squares is not None:
@@ -67,15 +69,15 @@ def strongest(down: Array, squares: Array | None, count: int) -> Places:
 
 
 def needed(down: Array, moments: Array, count: int) -> Places:
-    """Returns the columns of a matrix that are left when those go that the others can best make up for, ascending.
+    """Returns the columns of a matrix that remain after removing those the others can best make up for, ascending.
 
     Args:
         down: [rows, cols].
-        moments: mean products of its inputs, [cols, cols].
-        count: how many are left.
+        moments: mean of x xᵀ over its inputs, [cols, cols].
+        count: how many columns remain.
 
     Raises:
-        ValueError: these are no products of inputs with each other.
+        ValueError: `moments` is not positive semi-definite, so it cannot be such a mean.
     """
     w, damped = down.astype(np.float64), _damped(moments)
     try:
@@ -99,7 +101,8 @@ def needed(down: Array, moments: Array, count: int) -> Places:
 def made_up(down: Array, moments: Array, kept: Places) -> Array:
     """Returns the columns `kept` of a matrix, changed so that they make up for the others: [rows, kept].
 
-    Of all such matrices it has the output that is nearest on inputs of these moments, but for some damping.
+    Of all matrices [rows, kept], this has the output nearest to the whole matrix's on inputs of these moments, apart
+    from damping.
     """
     damped = _damped(moments)
     found = np.linalg.solve(damped[np.ix_(kept, kept)], damped[kept] @ down.T)
@@ -113,7 +116,7 @@ def _damped(moments: Array) -> NDArray[np.float64]:
 
 
 class PrunedModel(SourceModel):
-    """Is a checkpoint's model with narrower experts."""
+    """A checkpoint's model with narrower experts."""
 
     def __init__(
         self,
@@ -124,8 +127,8 @@ class PrunedModel(SourceModel):
         are_there: bool = True,
     ) -> None:
         """Args:
-        share: of each expert's neurons, those that are left out.
-        calibration: of the whole model.
+            share: the share of each expert's neurons to remove, above 0 and below 1.
+            calibration: a calibration of the unpruned model.
 
         Raises:
             ValueError: see `kept_width`.
@@ -151,14 +154,14 @@ class PrunedModel(SourceModel):
         self.notes += (f"{width} of {of} neurons of every expert are kept, and {how}",)
 
     def kept(self, layer: int, index: int) -> Places:
-        """Returns which neurons of an expert are left, ascending."""
+        """Returns which neurons of an expert remain, ascending."""
         if (layer, index) not in self._kept:
             *_, down = super().expert(layer, index)
             self._choose(layer, index, down)
         return self._kept[layer, index]
 
     def _choose(self, layer: int, index: int, down: Array) -> Array:
-        """Returns an expert's w_down of the neurons that are left; which these are is found once."""
+        """Returns an expert's w_down for the neurons that remain; which they are is determined once and remembered."""
         name, place, width = (
             f"experts.{layer}.{index}.down",
             (layer, index),
@@ -194,14 +197,14 @@ class PrunedModel(SourceModel):
 
 
 class PrunedCalibration(Calibration):
-    """Is a calibration of the whole model, as one of its pruned form."""
+    """A calibration of the unpruned model, presented as one of the pruned model."""
 
     def __init__(self, calibration: Calibration, model: PrunedModel) -> None:
         super().__init__(calibration.path)
         self._model = model
 
     def check(self, config: ModelConfig) -> None:
-        """See `Calibration.check`; done before anything was left out."""
+        """Does nothing: `PrunedModel` has checked the calibration with the unpruned config."""
 
     def diagonal(self, name: str) -> Array | None:
         """See `Calibration.diagonal`."""

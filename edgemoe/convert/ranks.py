@@ -1,4 +1,4 @@
-"""Chooses which matrices get corrections of low rank, and of which rank: those that are worth their bytes."""
+"""Chooses the ranks of low-rank corrections: each kind of matrix gets one only if it is worth its bytes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ Array = NDArray[np.float32]
 
 
 def check_rank(rank: int, scheme: Scheme, calibration: Calibration | None) -> None:
-    """Checks a rank that all corrections shall have; 0 is none.
+    """Checks a rank requested for all corrections; 0 for no corrections.
 
     Raises:
-        ValueError: no correction can have it, or nothing is known that one could be fitted to.
+        ValueError: the rank is not valid, the scheme has no corrections, or the calibration has no input products to
+            fit them to.
     """
     if not is_rank(rank):
         listed = ", ".join(map(str, range(0, MOST_RANK, RANK_STEP)))
@@ -34,10 +35,10 @@ def check_rank(rank: int, scheme: Scheme, calibration: Calibration | None) -> No
 
 
 def same_ranks(config: ModelConfig, calibration: Calibration, rank: int) -> Correction:
-    """Returns corrections of one rank, at 2, 3 and 4 bits, of each kind of matrix that can have one.
+    """Returns corrections of one rank, at 2, 3 and 4 bits, for each kind of matrix that can have it.
 
     Raises:
-        ValueError: none can.
+        ValueError: no kind can.
     """
     kinds = [kind for kind, least in _kinds(config, calibration).items() if least >= rank]
     if rank and not kinds:
@@ -53,14 +54,16 @@ def choose_ranks(
     allocation: Allocation | None = None,
     favour: int | None = None,
 ) -> Correction:
-    """Returns the ranks of each kind of matrix whose inputs' products the calibration has: those worth their bytes.
+    """Returns the ranks worth their bytes, for each kind of matrix whose input products the calibration has.
 
-    One matrix of a kind stands for all, and a gate for the ups, which have its basis.
+    One matrix represents all of its kind. Gates and ups of experts share a basis, so they are judged together and get
+    the same ranks.
 
     Args:
-        bits: of the last level that is stored; None for all.
-        allocation: levels of experts count as often as they are an expert's last; without one all alike.
-        favour: bits of the only level that counts.
+        bits: the highest level stored; None for all.
+        allocation: weighs each level of the experts by the share of experts for which it is the highest; without one,
+            all levels count alike.
+        favour: bits of the only level that counts; None for no such level.
     """
     levels = [level for level in DEFAULT_LADDER if level <= (bits or 8)]
     uses = [float(favour in (None, level)) for level in levels]
@@ -85,7 +88,7 @@ def choose_ranks(
 
 
 def _kinds(config: ModelConfig, calibration: Calibration) -> dict[str, int]:
-    """Returns the highest rank that fits each kind of matrix of which the calibration knows every one."""
+    """Returns the highest possible rank of each kind of matrix, if the calibration has input products for all of it."""
     out: dict[str, int] = {}
     unknown = set()
     for name, spec in dense_tensors(config).items():
@@ -96,7 +99,7 @@ def _kinds(config: ModelConfig, calibration: Calibration) -> dict[str, int]:
                 unknown.add(kind)
     for part, shape in zip(MATRICES, config.expert_shapes, strict=True):
         kind = f"experts.{part}"
-        if config.moe_layers and shape[0]:  # experts may do without gates
+        if config.moe_layers and shape[0]:  # experts may have no gate
             out[kind] = min(MOST_RANK, *shape)
         if not all(calibration.knows(f"experts.{layer}.0.{part}") for layer in config.moe_layers):
             unknown.add(kind)
@@ -106,7 +109,7 @@ def _kinds(config: ModelConfig, calibration: Calibration) -> dict[str, int]:
 def _samples(
     model: SourceModel, calibration: Calibration, kinds: Collection[str]
 ) -> Iterator[tuple[str, Array, Array]]:
-    """Yields a matrix of each kind by its name, and the products of its inputs."""
+    """Yields one matrix of each kind: its name, its values, and the mean of x xᵀ over its inputs."""
     config, seen = model.config, set()
     for name, spec in dense_tensors(config).items():
         kind = kind_of(name)

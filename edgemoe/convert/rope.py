@@ -1,7 +1,7 @@
-"""Rotary position frequencies, with every scaling that the supported families use.
+"""Frequencies of rotary position embeddings (RoPE), with every scaling that the supported families use.
 
-The formulas are those of transformers (`modeling_rope_utils.py`), which is the reference for what
-a config.json means. How far a scaling reaches is vLLM's rule: `factor` times the original length.
+The formulas are those of transformers (`modeling_rope_utils.py`), the reference for what a config.json means. The
+context length that a scaling extends to follows vLLM's rule: `factor` times the original length.
 """
 
 from __future__ import annotations
@@ -24,35 +24,35 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Rope:
-    """What rotates q and k: position p turns pair i by p * frequencies[i]."""
+    """The rotation of q and k: at position p, pair i is rotated by p * frequencies[i] radians."""
 
     frequencies: NDArray[np.float32]
     """[dim / 2]"""
     scale: float
     """Multiplies cos and sin."""
     context_length: int
-    """Positions that can be used: those of config.json, or more where the scaling is for more."""
+    """The longest context in tokens: that of config.json, or a longer one that the scaling is for."""
     note: str = ""
-    """What of the scaling is not used, in a line for the user; empty for nothing."""
+    """A line for the user about the part of the scaling that is not used; empty if all of it is."""
     short: NDArray[np.float32] | None = None
-    """[dim / 2]: what sequences of up to `short_length` tokens have in place of `frequencies`; None for those."""
+    """[dim / 2]: the frequencies of sequences of up to `short_length` tokens; None for `frequencies`."""
     short_length: int = 0
 
     def of(self, length: int) -> NDArray[np.float32]:
-        """Returns the frequencies of a sequence of `length` tokens: they hold for all of them."""
+        """Returns the frequencies of a sequence of `length` tokens; they apply to all its positions."""
         if self.short is None or length > self.short_length:
             return self.frequencies
         return self.short
 
     def tensors(self, name: str) -> dict[str, NDArray[np.float32]]:
-        """Returns them by their names in a file, as `RopeSpec.tensors` has them."""
+        """Returns the frequency tensors by their names in a file, as in `RopeSpec.tensors`."""
         short = {} if self.short is None else {f"{name}_short": self.short}
         return {name: self.frequencies, **short}
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """What a scaling may ask for: its own parameters, and the model's sizes."""
+    """The inputs of a scaling: its parameters, and the model's sizes."""
 
     parameters: Settings
     dim: int
@@ -67,13 +67,13 @@ class _Request:
         return frequencies
 
     def stretch(self) -> float:
-        """Returns how many times longer than the original the context is, unless `factor` says."""
+        """Returns `factor` or, without it, how many times longer than the original length the context is."""
         return self.parameters.positive("factor", self.max_positions / self.original_length)
 
     def context_length(self) -> int:
-        """Returns the positions of a scaling that reaches `factor` times the original length.
+        """Returns the context length of a scaling: `factor` times the original, or that of config.json if longer.
 
-        Published recipes add it to a config.json and leave `max_position_embeddings` as it was.
+        Published recipes add a scaling to config.json and leave `max_position_embeddings` as it was.
         """
         reach = self.stretch() * self.original_length
         if reach >= LIMIT:
@@ -86,11 +86,12 @@ class _Request:
 def rope(settings: Settings, *, dim: int, default_theta: float) -> Rope:
     """Computes the frequencies that config.json asks for.
 
-    Args:
-        dim: columns of queries and keys that are rotated.
-        default_theta: the base where config.json names none.
+    Reads `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (earlier versions).
 
-    Reads `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` (before).
+    Args:
+        settings: the settings of config.json.
+        dim: columns of each query and key head that are rotated.
+        default_theta: the base if config.json names none.
 
     Raises:
         FormatError: the scaling is unknown, or a parameter is missing or out of range.
@@ -139,7 +140,7 @@ def rope(settings: Settings, *, dim: int, default_theta: float) -> Rope:
 
 
 def rotated_columns(settings: Settings, head_dim: int, default: float = 1.0) -> int:
-    """Returns how many leading columns of a head RoPE rotates: the share that config.json names, or the default."""
+    """Returns how many leading columns of a head RoPE rotates: the share that config.json gives, or `default`."""
     parameters = _parameters(settings)
     factor = parameters.positive(
         "partial_rotary_factor", settings.positive("partial_rotary_factor", default)
@@ -148,10 +149,10 @@ def rotated_columns(settings: Settings, head_dim: int, default: float = 1.0) -> 
 
 
 def check_rotated(settings: Settings, head_dim: int, dim: int) -> None:
-    """Checks that config.json names no other share of a head's columns than the `dim` that a family rotates.
+    """Checks that config.json, if it gives a share of a head's columns to rotate, gives the `dim` of the family.
 
     Raises:
-        FormatError: it does.
+        FormatError: it gives another share.
     """
     for source in (_parameters(settings), settings):
         factor = source.number("partial_rotary_factor", dim / head_dim)
@@ -163,9 +164,9 @@ def check_rotated(settings: Settings, head_dim: int, dim: int) -> None:
 
 
 def score_gain(settings: Settings) -> float:
-    """Returns by how much scaled RoPE multiplies scores, where config.json has `mscale_all_dim` (DeepSeek-V2).
+    """Returns the factor by which scaled RoPE multiplies scores if config.json has `mscale_all_dim` (DeepSeek-V2).
 
-    This is beside `Rope.scale`, which then is a quotient of two of these, mostly 1.
+    It applies in addition to `Rope.scale`, which is then a quotient of two such magnitudes, usually 1.
     """
     parameters = _parameters(settings)
     mscale = parameters.number("mscale_all_dim", 0.0)
@@ -176,7 +177,10 @@ def score_gain(settings: Settings) -> float:
 
 
 def query_growth(settings: Settings) -> tuple[float, int]:
-    """Returns how queries grow with the position, and after how many (Llama 4, Mistral 4); zeros for never."""
+    """Returns how queries grow with their position: the factor, and the positions of a step; zeros for no growth.
+
+    Llama 4 and Mistral 4 have it: `growth` and `grow_every` of `edgemoe.specs.AttentionSpec`.
+    """
     parameters = _parameters(settings)
     growth = parameters.number("llama_4_scaling_beta", 0.0)
     if growth < 0:
@@ -187,23 +191,23 @@ def query_growth(settings: Settings) -> tuple[float, int]:
 
 
 def _magnitude(factor: float, mscale: float) -> float:
-    """YaRN's rule for longer contexts, whose scores would otherwise be flatter."""
+    """Returns YaRN's gain for longer contexts, whose attention scores would otherwise be flatter."""
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
 def _parameters(settings: Settings) -> Settings:
-    # In transformers too, the older key wins where a file has both.
+    # If a file has both, the older key wins, as in transformers.
     return settings.section("rope_scaling") or settings.section("rope_parameters") or Settings({})
 
 
 def _default(request: _Request) -> tuple[Array, float]:
-    # "dynamic" too: it changes the base only past max_position_embeddings, where the context ends. And "mrope": the
-    # three positions that it gives each token are one and the same in text.
+    # Also for "dynamic", which changes the base only beyond max_position_embeddings, where the context ends; and for
+    # "mrope", which gives each token three positions that are equal in text.
     return request.plain(), 1.0
 
 
 def _dynamic(request: _Request) -> tuple[Array, float]:
-    """Hunyuan's form with `alpha` raises the base once, for all lengths (NTK); without it, see `_default`."""
+    """With `alpha`, Hunyuan's form, raises the base once, for all lengths (NTK); without it, see `_default`."""
     if request.parameters.get("alpha") is None:
         return request.plain(), 1.0
     dim, alpha = request.dim, request.parameters.positive("alpha")
@@ -211,7 +215,7 @@ def _dynamic(request: _Request) -> tuple[Array, float]:
 
 
 def _proportional(request: _Request) -> tuple[Array, float]:
-    """Turns the first pairs of all columns, and the others not at all."""
+    """Rotates only a leading share of the pairs of all columns, and the other pairs not at all."""
     turned = int(request.parameters.positive("partial_rotary_factor", 1.0) * request.dim // 2)
     frequencies = request.plain()
     frequencies[turned:] = 0
@@ -223,7 +227,7 @@ def _linear(request: _Request) -> tuple[Array, float]:
 
 
 def _yarn(request: _Request) -> tuple[Array, float]:
-    """Interpolates slow frequencies and keeps fast ones, with a ramp between (Peng et al. 2023)."""
+    """Interpolates low frequencies and keeps high ones, with a ramp between them (YaRN, Peng et al. 2023)."""
     parameters, dim, factor = request.parameters, request.dim, request.stretch()
 
     scale = _magnitude(factor, 1)
@@ -243,7 +247,7 @@ def _yarn(request: _Request) -> tuple[Array, float]:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
-        high += 0.001  # As in the paper's code: a step instead of a division by zero.
+        high += 0.001  # as in the paper's code: a step instead of a division by zero
     interpolated = np.clip((np.arange(dim // 2) - low) / (high - low), 0, 1)
     plain = request.plain()
     frequencies = plain / factor * interpolated + plain * (1 - interpolated)
@@ -251,9 +255,9 @@ def _yarn(request: _Request) -> tuple[Array, float]:
 
 
 def _longrope(request: _Request, rounded: Callable[[Array], NDArray[np.float32]]) -> Rope:
-    """Divides each frequency by a factor found by search (arXiv 2402.13753).
+    """Divides each frequency by a factor that was found by search (LongRoPE, arXiv 2402.13753).
 
-    There is a set of factors for sequences within the original length, and one for longer ones.
+    There is one set of factors for sequences within the original length, and one for longer sequences.
     """
     parameters, factor = request.parameters, request.stretch()
     context_length, original_length = request.context_length(), request.original_length
@@ -271,7 +275,7 @@ def _longrope(request: _Request, rounded: Callable[[Array], NDArray[np.float32]]
 
 
 def _llama3(request: _Request) -> tuple[Array, float]:
-    """Divides slow frequencies, keeps fast ones, and blends between two wavelengths."""
+    """Divides low frequencies, keeps high ones, and blends between two wavelengths (Llama 3.1)."""
     parameters = request.parameters
     factor = parameters.positive("factor")
     low, high = parameters.positive("low_freq_factor"), parameters.positive("high_freq_factor")

@@ -1,7 +1,7 @@
-"""Reads tensors from a safetensors file, one at a time; those of floats as float32.
+"""Reads tensors from a safetensors file, one at a time; float tensors as float32.
 
-The safetensors library checks the file. It cannot hand out bfloat16 without torch or another
-package that knows it, so the bytes are read here.
+The safetensors library validates the file. It cannot return bfloat16 without torch or another package that has the
+type, so the bytes are read here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from edgemoe.file.parse import parse_object
 
 __all__ = ["StoredTensor", "read_header", "require_floats"]
 
-_MOST_HEADER = 100_000_000  # bytes, as the library has it
+_MOST_HEADER = 100_000_000  # bytes, the library's limit
 _FLOATS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _CODES = {"U8": "u1", "I8": "i1", "I32": "<i4", "I64": "<i8", "F8_E4M3": "u1", "F8_E8M0": "u1"}
 _DTYPES = {**_FLOATS, **_CODES}
@@ -37,24 +37,24 @@ class StoredTensor:
     path: Path
     name: str
     dtype: str
-    """A key of safetensors' dtypes: F32, F16 or BF16, or one that quantised checkpoints have."""
+    """A dtype name of safetensors: F32, F16 or BF16, or one used by quantised checkpoints."""
     shape: tuple[int, ...]
     offset: int
     """Bytes from the start of the file."""
 
     def part(self, index: int) -> StoredTensor:
-        """Returns what an index along the first axis selects, named `name.index`."""
+        """Returns the tensor that an index of the first axis selects, named `name.index`."""
         _, *shape = self.shape
         at = self.offset + index * math.prod(shape) * np.dtype(_DTYPES[self.dtype]).itemsize
         return StoredTensor(self.path, f"{self.name}.{index}", self.dtype, tuple(shape), at)
 
     def places(self) -> Iterator[Bytes]:
-        """Yields where its bytes are."""
+        """Yields the range of its bytes."""
         size = math.prod(self.shape) * np.dtype(_DTYPES[self.dtype]).itemsize
         yield Bytes(self.path, self.offset, self.offset + size)
 
     def read(self) -> NDArray[np.float32]:
-        """Reads a tensor of floats as float32, C-contiguous and owned by the caller.
+        """Reads a float tensor as float32, C-contiguous and owned by the caller.
 
         Raises:
             FormatError: the file has become shorter since it was opened.
@@ -65,7 +65,7 @@ class StoredTensor:
         return values
 
     def raw(self) -> NDArray[Any]:
-        """Reads the values: floats as float32, whole numbers and the codes of other types as they are.
+        """Reads the values: floats as float32; integers and the codes of other types unchanged.
 
         Raises:
             FormatError: the file has become shorter since it was opened.
@@ -79,7 +79,7 @@ class StoredTensor:
                 f"{self.path}: {self.name}: file is truncated; expected {count} values, "
                 f"got {raw.size}"
             )
-        if self.dtype == "BF16":  # The upper half of a float32.
+        if self.dtype == "BF16":  # the upper half of a float32
             wide = raw.astype("<u4")
             wide <<= 16
             return wide.view(np.float32).reshape(self.shape)
@@ -92,8 +92,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """Returns the tensors of a safetensors file by name, reading none of them.
 
     Raises:
-        FormatError: the file is missing, truncated or not safetensors, or a tensor is empty or of
-            a type that no checkpoint has.
+        FormatError: the file is missing, truncated or not safetensors, or a tensor is empty or of an unsupported type.
     """
     require_file(path)
     try:
@@ -102,7 +101,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         with path.open("rb") as file:
             (size,) = struct.unpack("<Q", file.read(8))
             header = parse_object(file.read(size), "header", most=_MOST_HEADER)
-    except OSError as error:  # the library's do not name the file
+    except OSError as error:  # the library's errors do not name the file
         raise FormatError(f"{path}: cannot be read: {error}") from None
     except (SafetensorError, ValueError, struct.error) as error:
         raise FormatError(f"{path}: truncated or not a safetensors file: {error}") from error
@@ -124,7 +123,7 @@ def require_floats(tensor: StoredTensor) -> None:
     """Checks that a tensor holds floats.
 
     Raises:
-        FormatError: it is of another type.
+        FormatError: it has another type.
     """
     if tensor.dtype not in _FLOATS:
         raise _not_floats(tensor.path, tensor.name, tensor.dtype)

@@ -1,4 +1,4 @@
-"""Reads a checkpoint's config.json, naming the key that is missing or wrong."""
+"""Reads the settings of a checkpoint's config.json. Errors name the key that is missing or wrong."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from edgemoe.file.parse import parse_object
 __all__ = ["Settings", "eos_ids", "text_settings"]
 
 _OF_THE_WHOLE = ("tie_word_embeddings", "quantization_config", "eos_token_id")
-"""What holds for the text too where it stands outside of its section."""
+"""Keys outside the section `text_config` that apply to the text model too."""
 
-_LARGEST = 1 << 53  # floats hold every whole number up to here
+_LARGEST = 1 << 53  # float64 represents every integer up to here
 
 
 class Settings:
@@ -65,7 +65,7 @@ class Settings:
         return value
 
     def integers(self, key: str) -> tuple[int, ...]:
-        """Returns a list of whole numbers, or one of them as such; empty when absent."""
+        """Returns a list of whole numbers, or a single one as a tuple of one; empty when absent."""
         value = self._values.get(key)
         values = [] if value is None else value if isinstance(value, list) else [value]
         if not all(type(v) is int for v in values):
@@ -89,11 +89,11 @@ class Settings:
         return Settings(value, where=f"{self._where}: {key}") if value else None
 
     def replaced(self, **values: Any) -> Settings:
-        """Returns settings with other values of some keys."""
+        """Returns settings with the values of some keys replaced."""
         return Settings({**self._values, **values}, where=self._where)
 
     def error(self, key: str, what: str) -> FormatError:
-        """Returns the error that blames one key."""
+        """Returns the error for one key."""
         return FormatError(f"{self._where}: {key}: {what}")
 
     def _value(self, key: str, default: Any) -> Any:
@@ -112,7 +112,7 @@ def _is_number(value: object) -> bool:
 
 
 def text_settings(values: Mapping[str, Any]) -> Settings:
-    """Returns the settings of the part for text, which models of pictures and sound too have in a section."""
+    """Returns the settings of the text model, which multimodal models have in the section `text_config`."""
     section = Settings(values).section("text_config")
     if section is None:
         return Settings(values)
@@ -121,12 +121,12 @@ def text_settings(values: Mapping[str, Any]) -> Settings:
 
 
 def eos_ids(checkpoint: Checkpoint, vocab_size: int) -> tuple[int, ...]:
-    """Returns the tokens that end a reply: those of generation_config.json, else of config.json.
+    """Returns the tokens that end a reply: those of generation_config.json, or else of config.json.
 
-    Chat models list their end of turn only in the former.
+    Chat models list their end-of-turn token only in the former.
 
     Raises:
-        FormatError: they are none of the model's.
+        FormatError: a token is outside the vocabulary.
     """
     name = "generation_config.json"
     if name in checkpoint.files:

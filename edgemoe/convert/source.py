@@ -1,4 +1,4 @@
-"""A checkpoint seen through its family: a `ModelConfig` and canonical tensors, one at a time."""
+"""A checkpoint mapped by its family: a `ModelConfig` and canonical tensors, one at a time."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ Array = NDArray[np.float32]
 
 
 class SourceModel:
-    """Reads a checkpoint's tensors under the names of `edgemoe.config.dense_tensors`.
+    """A checkpoint's tensors under the names of `edgemoe.config.dense_tensors`.
 
-    Opening checks that every tensor exists with its shape and that none is left over, so that a
-    long conversion does not fail at its end. Holds no tensor but the RoPE frequencies. Immutable.
+    Opening checks that every tensor exists with its shape and that none is left over, so that a long conversion does
+    not fail near its end. Holds no tensors in memory except the RoPE frequencies. Immutable.
     """
 
     config: ModelConfig
     notes: tuple[str, ...]
-    """What of config.json is not used, in lines for the user."""
+    """Lines for the user about parts of the checkpoint that are not used."""
 
     def __init__(self, checkpoint: Checkpoint, *, are_there: bool = True) -> None:
         """Maps a checkpoint.
 
         Args:
-            are_there: the weights can be read; else whoever waits for them checks `tied`.
+            are_there: whether the weights can be read now; if not, the caller must check `tied` once they can.
 
         Raises:
-            FormatError: the family is unsupported, config.json asks for what the runtime cannot
-                do, or a tensor is missing, unknown or of another shape.
+            FormatError: the family is unsupported, config.json asks for something that the runtime cannot do, or a
+                tensor is missing, unknown or of another shape.
         """
         self._checkpoint = checkpoint
         self._are_there = are_there
@@ -77,7 +77,7 @@ class SourceModel:
             raise FormatError(f"{checkpoint.name}: {error}") from error
 
     def tensor(self, name: str) -> Array:
-        """Reads one tensor of `dense_tensors(config)`, float32 in its shape there.
+        """Reads one tensor of `dense_tensors(config)` as float32, in the shape given there.
 
         Raises:
             FormatError: the tensor is broken or not finite.
@@ -87,7 +87,7 @@ class SourceModel:
         return self._read(name).reshape(dense_tensors(self.config)[name].shape)
 
     def expert(self, layer: int, index: int) -> tuple[Array, Array, Array]:
-        """Reads one expert: gate [H, D], up [H, D] and down [D, H], float32; gate [0, D] where experts have none.
+        """Reads one expert as float32: gate [H, D], up [H, D] and down [D, H]; gate [0, D] if experts have no gate.
 
         Raises:
             FormatError: a tensor is broken or not finite.
@@ -99,7 +99,7 @@ class SourceModel:
         return gate, up, down
 
     def needs(self, name: str) -> Iterator[str]:
-        """Yields the names of the checkpoint's tensors that a record is made of, see `Writer.is_done`."""
+        """Yields the names of the checkpoint's tensors that a record is made from; `Writer.is_done` names records."""
         if name in self._frequencies:
             return
         names = [name]
@@ -113,7 +113,7 @@ class SourceModel:
 
     @property
     def tied(self) -> tuple[str, str] | None:
-        """The names of a head that is stored and must be a copy of the embedding, and of that; None for none."""
+        """The names of the stored head and of the embedding, if the head must be a copy of it; None otherwise."""
         embed = self._sources["embed"].name
         has_copy = self.config.tied and HEAD in self._checkpoint.shapes
         return (HEAD, embed) if has_copy and embed != HEAD else None
@@ -162,12 +162,12 @@ class SourceModel:
             elif stored[source.name] != shape and stored[source.name] != (
                 1,
                 *shape,
-            ):  # a matrix of one row
+            ):  # a vector may be stored as a matrix of one row
                 raise FormatError(
                     f"{source.name}: expected shape {list(shape)}, got {list(stored[source.name])}"
                 )
         if missing:
-            # Once, where several of ours are made of one.
+            # Each name once: several canonical tensors may be made from one stored tensor.
             raise FormatError(f"missing {listed(dict.fromkeys(missing))}")
         for name, source in sources.items():
             count = config.num_experts if name.startswith("experts.") else 1
@@ -188,7 +188,7 @@ class SourceModel:
 
 
 def _mixer_of(name: str, config: ModelConfig) -> MixerSpec | None:
-    """Returns the mixer of the layer that a tensor is of; None outside of layers."""
+    """Returns the mixer of the layer that a tensor belongs to; None for tensors outside layers."""
     kind, _, rest = name.partition(".")
     return config.mixer(int(rest.split(".")[0])) if kind in ("layers", "experts") else None
 
@@ -200,7 +200,7 @@ def _check_fold(
     shape: tuple[int, ...],
     config: ModelConfig,
 ) -> None:
-    """Checks that what is stored becomes a tensor of `shape`, without reading it."""
+    """Checks that a fold of the stored tensors yields `shape`, by folding placeholders of their shapes."""
     assert source.fold is not None
     first, *more = [np.broadcast_to(np.False_, stored[n]) for n in (source.name, *source.more)]
     try:
@@ -215,7 +215,7 @@ def _check_fold(
 
 
 def _with_turns(mixer: MixerSpec, turns: Mapping[RopeSpec, Rope]) -> MixerSpec:
-    """Returns a mixer that knows what the frequencies of its positions are like."""
+    """Returns a mixer whose RoPE spec has the scale and the short length of its frequencies."""
     if not mixer.ropes:
         return mixer
     (spec,) = mixer.ropes
@@ -225,7 +225,7 @@ def _with_turns(mixer: MixerSpec, turns: Mapping[RopeSpec, Rope]) -> MixerSpec:
 
 
 def _in_halves(values: Array, mixer: MixerSpec) -> Array:
-    """Orders the rows of q or k [heads * head_dim, D] as `dense_tensors` says: scores stay the same."""
+    """Reorders the rows of q or k [heads * head_dim, D] from interleaved pairs to halves; scores stay the same."""
     if not mixer.ropes:
         return values
     _, width = mixer.heads

@@ -1,4 +1,4 @@
-"""What can be converted, read off the tables that decide it; and what is missing for what cannot."""
+"""Lists what can be converted, read from the tables that decide it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from edgemoe.convert.quantised import METHODS
 __all__ = ["models", "supported"]
 
 _DENSE = ("llama",)
-"""What `--carve` makes a Mixture of Experts of."""
+"""The model_types of dense models that `--carve` turns into a Mixture of Experts."""
 
 
 def models(family: Family) -> str:
-    """Returns a family's models in words: what its module's docstring says before the colon."""
+    """Returns a family's models in words: the part of its module's docstring before the colon."""
     module = sys.modules[family.config.__module__]
     return (module.__doc__ or module.__name__.rpartition(".")[2]).partition(":")[0].strip()
 
 
 def supported() -> dict[str, Any]:
-    """Returns families, their model_types and GGUF architectures, quantised formats and GGUF's types and tokenizers."""
+    """Returns families with their model_types and GGUF architectures, and the quantised formats, GGUF types and GGUF
+    tokenizers that can be read."""
     by_family: dict[int, list[str]] = {}
     for name, family in FAMILIES.items():
         by_family.setdefault(id(family), []).append(name)
@@ -53,7 +54,7 @@ def _gguf(model_types: list[str] | tuple[str, ...]) -> list[str]:
 
 
 def _types() -> list[str]:
-    """Returns the names of the types that the package gguf decodes; empty where it is not installed."""
+    """Returns the names of the tensor types that the package gguf decodes; empty if it is not installed."""
     try:
         traits: Mapping[Any, Any] = importlib.import_module("gguf.quants")._type_traits
     except ImportError:

@@ -1,4 +1,4 @@
-"""Finds, before hours of work, what would make a converted file useless for text."""
+"""Finds, before hours of conversion, the faults that would make the file useless for text."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["check_text"]
 
 
 def check_text(checkpoint: Checkpoint, vocab_size: int) -> None:
-    """Checks a checkpoint's tokenizer, chat template and end tokens, as far as there are some.
+    """Checks a checkpoint's tokenizer, chat template and end tokens, if it has them.
 
     Args:
         vocab_size: rows of the embedding.
 
     Raises:
-        FormatError: names the checkpoint, the file and what is wrong in it.
+        FormatError: one of them is wrong; the message names the checkpoint, the file and the fault.
     """
     try:
         eos_ids(checkpoint, vocab_size)
