@@ -1,4 +1,4 @@
-"""Ling-3.0: Kimi Delta Attention with bounded decays; every sixth layer is latent attention behind a gate."""
+"""Ling-3.0: Kimi Delta Attention with bounded decays; every sixth layer is gated latent attention."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _config(settings: Settings) -> ModelConfig:
     heads, width = settings.integer("num_attention_heads"), settings.integer("head_dim", 128)
     if (
         settings.get("linear_head_dim") is not None
-    ):  # transformers 5 writes RoPE's columns as head_dim
+    ):  # transformers 5 then writes the rotated columns as head_dim
         width = settings.integer("linear_head_dim")
     delta = DeltaSpec(
         key_heads=heads, value_heads=heads, key_dim=width, value_dim=width,

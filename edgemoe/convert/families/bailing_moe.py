@@ -29,7 +29,7 @@ _BIAS = "mlp.gate.expert_bias"
 
 def _config(settings: Settings) -> ModelConfig:
     names = settings.get("architectures")
-    if names == ["BailingMoeForCausalLM"]:  # of the same model_type
+    if names == ["BailingMoeForCausalLM"]:  # has the same model_type
         raise settings.error("architectures", "Ling-1 (BailingMoeForCausalLM) is not supported")
     expect(settings, "score_function", "sigmoid")
     for key in ("use_qk_norm", "moe_router_enable_expert_bias", "norm_topk_prob"):
@@ -43,7 +43,7 @@ def _config(settings: Settings) -> ModelConfig:
     attention = attention_spec(
         settings,
         head_dim=head_dim,
-        # Ling-1T says it in columns, mini and flash by their share.
+        # Ling-1T gives the number of rotated columns, mini and flash their share.
         rotated=settings.integer("rotary_dim", rotated_columns(settings, head_dim)),
         qkv_bias=settings.flag("use_qkv_bias", False),
         o_bias=settings.flag("use_bias", False),
@@ -68,7 +68,7 @@ def _config(settings: Settings) -> ModelConfig:
 
 
 def _rows(index: int, values: NDArray[Any], spec: AttentionSpec) -> NDArray[Any]:
-    """Returns the rows of queries (0), keys (1) or values (2)."""
+    """Returns the rows of the queries (index 0), keys (1) or values (2) of a joint matrix or bias."""
     counts = (spec.num_heads, spec.num_kv_heads, spec.num_kv_heads)
     start = sum(counts[:index]) * spec.head_dim
     return values[start : start + counts[index] * spec.head_dim]

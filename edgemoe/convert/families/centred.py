@@ -1,8 +1,8 @@
-"""Checkpoints with LayerNorm, seen as ones with RMS norms.
+"""Checkpoints with LayerNorm, presented as checkpoints with RMS norms.
 
-What is added to the residual may be centred at conversion: of every embedding, and of every column of the matrices that
-write to it, the mean is taken off. Then the residual has no mean that a LayerNorm would take off, and is scaled as an
-RMS norm scales it. A LayerNorm's own bias goes through the matrices behind it and becomes theirs.
+Everything that is added to the residual stream is centred at conversion: the mean is subtracted from every embedding,
+and from every column of the matrices that write to the stream. The residual then has mean zero, and on such vectors a
+LayerNorm equals an RMS norm. A LayerNorm's bias is multiplied by the matrices that follow it, and becomes their bias.
 """
 
 from __future__ import annotations
@@ -22,24 +22,26 @@ Array = NDArray[np.float32]
 
 
 class Biases:
-    """Is the biases that a LayerNorm's becomes: of one matrix, or of one of each expert's, a row for each."""
+    """The bias that a LayerNorm's bias becomes: of one matrix, or of one matrix per expert, with a row for each."""
 
     def __init__(self, norm: str, weights: Sequence[str], own: str = "", *, stacked: bool) -> None:
-        """Args:
-        norm: the LayerNorm's bias.
-        weights: the matrices that are applied behind it.
-        own: the matrix's own bias, if there is one.
-        stacked: there is a row for each matrix.
+        """Takes the names of the stored tensors.
+
+        Args:
+            norm: the LayerNorm's bias.
+            weights: the matrices that follow the LayerNorm.
+            own: the matrix's own bias, if there is one.
+            stacked: whether the result has a row for each matrix.
         """
         self.norm, self.weights, self.own, self.stacked = norm, weights, own, stacked
 
     def shape(self, stored: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-        """Returns theirs, from those of what is stored."""
+        """Returns the shape of the result, from the shapes of the stored tensors."""
         rows = stored[self.weights[0]][0]
         return (len(self.weights), rows) if self.stacked else (rows,)
 
     def read(self, tensor: Callable[[str], Array]) -> Array:
-        """Returns them; reads one matrix at a time."""
+        """Returns the bias; reads one matrix at a time."""
         bias = tensor(self.norm)
         rows = [tensor(name) @ bias for name in self.weights]
         out = np.stack(rows) if self.stacked else rows[0]
@@ -47,7 +49,7 @@ class Biases:
 
 
 class Centred:
-    """Implements `Checkpoint`: another one, with `biases` in place of its LayerNorms' own. Immutable."""
+    """A checkpoint with `biases` in place of its LayerNorms' own; implements `Checkpoint`. Immutable."""
 
     def __init__(
         self,
@@ -59,11 +61,11 @@ class Centred:
         zeros: Mapping[str, tuple[int, ...]],
     ) -> None:
         """Args:
-        inner: what is stored.
-        embed: the embedding, whose rows are centred.
-        writers: matrices and biases whose columns are.
-        biases: by their names, some of which may be stored.
-        zeros: biases that are none, and their shapes, for experts of which others have some.
+            inner: the stored checkpoint.
+            embed: the embedding, whose rows are centred.
+            writers: matrices and biases that write to the residual stream; their columns are centred.
+            biases: the biases that LayerNorms' become, by name; a stored tensor of the name is replaced.
+            zeros: shapes of biases that are all zeros, by name: where experts have some biases, all must exist.
 
         Raises:
             FormatError: a tensor is missing.

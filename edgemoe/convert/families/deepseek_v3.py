@@ -19,14 +19,14 @@ __all__ = ["FAMILY", "SIGMOID_EXPERTS", "sigmoid_router"]
 
 _BIAS = "mlp.gate.e_score_correction_bias"
 SIGMOID_EXPERTS = (choosing(NAMED_EXPERTS, _BIAS), choosing(FUSED_EXPERTS, _BIAS))
-"""Experts beside which the router's bias lies."""
+"""The ways in which experts are stored, with the router's choice bias."""
 
 
 def sigmoid_router(settings: Settings) -> dict[str, Any]:
-    """Returns the switches of a router that is a sigmoid, whether or not config.json says so.
+    """Returns the `ModelConfig` fields of a sigmoid router, which config.json need not name.
 
     Raises:
-        FormatError: it says something else.
+        FormatError: config.json names another kind of router.
     """
     expect(settings, "scoring_func", "sigmoid")
     expect(settings, "topk_method", "noaux_tc")

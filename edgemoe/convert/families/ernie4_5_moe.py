@@ -1,4 +1,4 @@
-"""ERNIE-4.5: softmax router with a choice bias, RoPE of neighbouring columns, ungated shared experts."""
+"""ERNIE-4.5: softmax router with a choice bias, RoPE on adjacent columns, ungated shared experts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["FAMILY"]
 
 _BIAS = "mlp.moe_statics.e_score_correction_bias"
 _LEAST = 1e-12
-"""What a sum of gates counts as at least, which none is below; we have no floor."""
+"""No sum of gates is below this, so a smaller floor (`moe_norm_min`) has no effect. The runtime has no floor."""
 
 
 def _config(settings: Settings) -> ModelConfig:

@@ -1,7 +1,7 @@
-"""What a model family is: how its config.json and its tensors' names read as ours.
+"""Model families: how their config.json and tensor names map to edgemoe's.
 
-The reference for what a config.json means is transformers: a key that its model class does not
-read changes nothing here either, and what it does read is honoured or refused.
+The reference for what a config.json means is transformers. A key that its model class does not read has no effect
+here either; a key that it does read is honoured or refused.
 """
 
 from __future__ import annotations
@@ -32,35 +32,35 @@ __all__ = [
 
 
 Fold = Callable[[Any, Any], NDArray[Any]]
-"""Makes a tensor of a stored one, or of a list of them, and the spec of its layer's mixer: picks rows, transposes, adds
-1. May give views."""
+"""Makes a canonical tensor from a stored one, or from a list of them, and the spec of its layer's mixer: picks rows,
+transposes, adds 1. May return views."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a tensor comes from: a stored one, or one half of its rows.
+    """The origin of a canonical tensor: a stored tensor, or half of its rows.
 
-    A name may contain `{expert}`. Inside a layer it is relative to `layers.I.` of the root, see `Family.roots`.
+    A name may contain `{expert}`. Inside a layer it is relative to `layers.I.` of the root; see `Family.roots`.
     """
 
     name: str
     half: int | None = None
-    """0 or 1: the first or second half of the rows, where gate and up are stored as one."""
+    """0 or 1: the first or second half of the rows, if gate and up are stored as one tensor."""
     interleaved: bool = False
-    """RoPE turns neighbouring rows of each head; ours are half of what is rotated apart."""
+    """The stored tensor has RoPE pairs in adjacent rows of each head; in ours a pair is half the rotated rows apart."""
     fold: Fold | None = None
-    """Makes ours of the stored tensor."""
+    """Makes the canonical tensor from the stored one."""
     moved: Callable[[tuple[int, ...], Any], tuple[int, ...]] | None = None
-    """Where `fold` moves numbers and changes none: the shape of what is stored, from that of ours and the spec of its
-    layer's mixer. An export moves them back."""
+    """Set if `fold` only moves values: returns the stored shape from the canonical shape and the spec of the layer's
+    mixer. An export moves the values back."""
     more: tuple[str, ...] = ()
-    """Further stored tensors, of which, with the first, `fold` gets a list."""
+    """Further stored tensors; `fold` then gets a list of all, the first one first."""
     row: bool = False
     """A vector is stored as a matrix of one row."""
     other: str = ""
-    """Another name that the first one may have; "" for none."""
+    """An alternative to `name`; "" for none."""
     times: str = ""
-    """A stored tensor that ours is multiplied by: of one number, or of one for each expert; "" for none."""
+    """A stored tensor of factors for the canonical tensor, [1], or [E] for experts; "" for none."""
 
 
 NAMED_EXPERTS: Mapping[str, Source] = {
@@ -69,7 +69,7 @@ NAMED_EXPERTS: Mapping[str, Source] = {
     "up": Source("mlp.experts.{expert}.up_proj.weight"),
     "down": Source("mlp.experts.{expert}.down_proj.weight"),
 }
-"""The usual names on disk."""
+"""The usual names in checkpoints."""
 
 FUSED_EXPERTS: Mapping[str, Source] = {
     "router": Source("mlp.gate.weight"),
@@ -77,7 +77,7 @@ FUSED_EXPERTS: Mapping[str, Source] = {
     "up": Source("mlp.experts.gate_up_proj.{expert}", half=1),
     "down": Source("mlp.experts.down_proj.{expert}"),
 }
-"""The names in the memory of transformers 5, also written by its save_original_format=False.
+"""The in-memory names of transformers 5, which it also writes with save_original_format=False.
 
 A checkpoint presents a stack of matrices as one matrix per index.
 """
@@ -104,41 +104,41 @@ _DENSE_FFN: Mapping[str, Source] = {f"shared.{x}": Source(f"mlp.{x}_proj.weight"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """Maps one family of checkpoints to a `ModelConfig` and canonical tensors. Immutable."""
+    """A mapping of one family of checkpoints to a `ModelConfig` and canonical tensors. Immutable."""
 
     config: Callable[[Settings], ModelConfig]
     """Reads config.json; raises FormatError for what the runtime cannot do."""
     default_theta: float = 10_000.0
-    """The RoPE base of a config.json that names none."""
+    """The RoPE base if config.json names none."""
     experts: tuple[Mapping[str, Source], ...] = (NAMED_EXPERTS, FUSED_EXPERTS)
-    """Ways in which router, gate, up and down of a layer may be stored."""
+    """The ways in which router, gate, up and down of a layer may be stored."""
     shared: Mapping[str, Source] = field(default_factory=dict)
     """The `shared.*` tensors of a layer with routed experts."""
     layer: Mapping[str, Source] = field(default_factory=dict)
-    """Where other tensors of a layer are, if not under their usual names."""
+    """Other tensors of a layer that do not have their usual names."""
     mixers: Mapping[str, Mapping[str, Source]] = field(default_factory=dict)
-    """The same of layers whose mixer is of a kind."""
+    """By kind of mixer: the same for layers with such a mixer."""
     model: Mapping[str, Source] = field(default_factory=dict)
-    """Where embedding and last norm are in the root, if not under their usual names."""
+    """The embedding and the last norm, relative to the root, if they do not have their usual names."""
     apart: bool = False
-    """A layer's mixer and its FFN are stored as two layers, one after the other, each with a norm of its own."""
+    """A layer's mixer and its FFN are stored as two successive layers, each with a norm of its own."""
     roots: tuple[str, ...] = ("model.",)
-    """How names of all but the head may begin; the first where it finds an embedding."""
+    """Possible prefixes of all names but the head's; the first one under which there is an embedding is the root."""
     rope: Callable[[Settings, RopeSpec], Settings] = lambda settings, spec: settings
-    """Returns config.json with the `rope_parameters` of one table, where a family has several."""
+    """Returns config.json with the `rope_parameters` of one RoPE table, for families with several."""
     view: Callable[[Checkpoint, ModelConfig], Checkpoint] = lambda checkpoint, config: checkpoint
-    """Returns the checkpoint as it is read, where tensors are made of several."""
+    """Returns the checkpoint to read from, for families that compute tensors from several stored ones."""
     left_out: Callable[[ModelConfig, str], str] = lambda config, name: ""
-    """Says what a tensor that is not used belongs to, such as "layers that predict several tokens"; "" for nothing."""
+    """Returns what an unused tensor belongs to, such as "layers that predict several tokens"; "" if it is not known."""
 
     def sources(
         self, config: ModelConfig, stored: Mapping[str, tuple[int, ...]]
     ) -> Iterator[tuple[str, Source]]:
-        """Yields every canonical tensor but those of RoPE and where it comes from.
+        """Yields every canonical tensor except those of RoPE, with its source.
 
         Args:
-            config: what `self.config` returned.
-            stored: the checkpoint's tensors; decides between the ways to store experts.
+            config: the result of `self.config`.
+            stored: the shapes of the checkpoint's tensors; they decide between the ways of storing experts.
 
         Yields:
             The names of `dense_tensors`, and `experts.I.J.gate .up .down` of layer I, expert J.
@@ -157,7 +157,7 @@ class Family:
         root = next(embeds, self.roots[0])
         places = self._places(config, root)
         for name in dense_tensors(config):
-            if name in _HEAD:  # beside the root, in a model of more than text
+            if name in _HEAD:  # in a multimodal model it lies next to the root
                 own = _within(root.removesuffix("model."), _HEAD[name])
                 yield name, own if own.name in stored else _HEAD[name]
             elif name in model:
@@ -173,12 +173,12 @@ class Family:
             names = self._layer_names(config, layer, place, stored)
             for index in range(config.num_experts):
                 for part, (rows, _) in zip(MATRICES, config.expert_shapes, strict=True):
-                    if not rows:  # a gate that experts do without
+                    if not rows:  # experts without a gate
                         continue
                     yield f"experts.{layer}.{index}.{part}", _within(place, names[part], index)
 
     def _places(self, config: ModelConfig, root: str) -> list[tuple[str, str]]:
-        """Returns how names of each layer begin: those of its mixer, and those of what follows it."""
+        """Returns for each layer the prefix of its mixer's names, and that of its FFN's."""
         if not self.apart:
             return [(f"{root}layers.{i}.",) * 2 for i in range(config.num_layers)]
         out, at = [], 0
@@ -200,20 +200,20 @@ class Family:
             for e in there
             if _fits(e["up"], stored[_within(place, e["up"], 0).name], config.expert_shapes[1])
         )
-        # So that what is missing is reported by its usual name.
+        # Falls back to the first way, so that missing tensors are reported by their usual names.
         experts = next(fitting, (there or self.experts)[0])
         return {**_LAYER, **own, **self.shared, **experts}
 
 
 def _fits(source: Source, stored: tuple[int, ...], shape: tuple[int, int]) -> bool:
-    """Returns whether a matrix of a stored shape, which may hold another one too, becomes one of `shape`."""
+    """Returns whether a stored matrix, which may hold the gate too, yields one of `shape`."""
     if source.fold is not None:
         return source.fold(np.broadcast_to(np.False_, stored), None).shape == shape
     return stored == (shape if source.half is None else (2 * shape[0], shape[1]))
 
 
 def is_of_ffn(config: ModelConfig, layer: int, part: str) -> bool:
-    """Returns whether a tensor of a layer is not its mixer's."""
+    """Returns whether a tensor of a layer belongs to its FFN rather than its mixer."""
     return part == "ffn_norm" or part in config.ffn(layer).tensors(config.hidden_size)
 
 
@@ -228,19 +228,19 @@ def _within(place: str, source: Source, expert: int | None = None) -> Source:
 
 
 def as_ours(shape: tuple[int, ...], spec: Any) -> tuple[int, ...]:
-    """Says that what is stored has the shape of ours; see `Source.moved`."""
+    """Returns the shape unchanged, for folds that keep it; see `Source.moved`."""
     return shape
 
 
 def choosing(
     experts: Mapping[str, Source], bias: str, *, row: bool = False
 ) -> Mapping[str, Source]:
-    """Returns names of experts with that of the bias by which they are chosen."""
+    """Returns the sources of experts with that of the bias that is added to scores when choosing them."""
     return {**experts, "choice_bias": Source(bias, row=row)}
 
 
 def further_layers(config: ModelConfig, name: str) -> str:
-    """Says that a tensor is of a layer behind the last one, which predicts further tokens; see `Family.left_out`."""
+    """Recognises layers beyond the last one, which predict further tokens; see `Family.left_out`."""
     match = re.match(r"model\.layers\.(\d+)\.", name)
     return (
         "layers that predict several tokens" if match and int(match[1]) >= config.num_layers else ""

@@ -1,7 +1,7 @@
-"""Gemma 4 26B-A4B: experts beside an FFN, each between norms of its own; heads of two sizes; values that are keys.
+"""Gemma 4 26B-A4B: experts parallel to an FFN, each with norms before and after; two head sizes; values equal to keys.
 
-Norms are plain. The scale of a layer goes into the norm before it, that of an expert into its last matrix, and that of
-the router's input into a norm. What sees and hears is left out.
+Norm weights are plain, not offsets from 1. A layer's scale is folded into its last norm, an expert's scale into its
+w_down, and the scale of the router's input becomes a norm. The vision and audio towers are left out.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _EXPECTED = {
     "attention_k_eq_v": (False, True),
     "use_double_wide_mlp": (False, False),
 }
-"""The class's default and what is supported."""
+"""For each flag: the default of transformers' class, and the supported value."""
 
 
 def _config(settings: Settings) -> ModelConfig:
@@ -79,8 +79,8 @@ def _config(settings: Settings) -> ModelConfig:
 
 
 def _attention(settings: Settings, layer: int, kind: str) -> AttentionSpec:
-    """Returns that of one layer. Values of full layers are their keys; their sizes are in other keys of config.json,
-    or, as transformers 5 writes it, in the layer's own section."""
+    """Returns the attention of one layer. In full-attention layers, values are the keys. The sizes of these layers are
+    under other keys of config.json or, as transformers 5 writes it, in a section for each layer."""
     own = Settings({})
     if (sections := settings.section("per_layer_config")) is not None:
         digits = len(str(num_layers(settings) - 1))
@@ -105,7 +105,7 @@ def _attention(settings: Settings, layer: int, kind: str) -> AttentionSpec:
 
 
 def _rope(settings: Settings, spec: RopeSpec) -> Settings:
-    """Returns the settings of one table; the full layers' turns a quarter of the pairs of all columns."""
+    """Returns the settings of one RoPE table; full-attention layers rotate a quarter of the pairs of all columns."""
     kind = _TABLES[spec.name]
     default: dict[str, Any] = {"rope_type": "default", "rope_theta": 10_000.0}
     if kind == _FULL:
@@ -116,7 +116,7 @@ def _rope(settings: Settings, spec: RopeSpec) -> Settings:
 
 
 def _scale(stored: NDArray[Any], _: object) -> NDArray[Any]:
-    """The router's input is x / rms(x) * scale / sqrt(D)."""
+    """Folds 1 / sqrt(D) into the scale: the router's input is x / rms(x) * scale / sqrt(D)."""
     return np.asarray(stored * len(stored) ** -0.5)
 
 

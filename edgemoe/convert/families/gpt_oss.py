@@ -1,7 +1,7 @@
 """gpt-oss: attention sinks, a window in every other layer, biases everywhere, a clamped GLU.
 
-Experts are stored with inputs first, [D, 2H] and [H, D], gate and up in alternate columns; the release has them in
-MXFP4, which is read as the same.
+Experts are stored with inputs first, [D, 2H] and [H, D], with gate and up in alternate columns. The release has them
+in MXFP4, which is presented in the same form.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def _config(settings: Settings) -> ModelConfig:
 
 
 def scalars(settings: Settings) -> dict[str, float]:
-    """Returns the multipliers of Granite models."""
+    """Returns the `ModelConfig` fields of the scalar multipliers of Granite models."""
     return {
         "embedding_multiplier": settings.number("embedding_multiplier", 1.0),
         "residual_multiplier": settings.number("residual_multiplier", 1.0),

@@ -1,4 +1,4 @@
-"""Granite-4.0-H: Mamba-2 between a few layers of attention without positions; experts beside a shared FFN."""
+"""Granite-4.0-H: Mamba-2 with a few layers of attention without positions; experts parallel to a shared FFN."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgemoe.specs import MambaSpec
 __all__ = ["FAMILY", "mamba_sources"]
 
 _NO_LIMIT = ("None", "[0.0, inf]", "[0.0, {'__float__': 'Infinity'}]")
-"""How files say that steps are not cut."""
+"""The spellings of a time step limit that never applies."""
 
 
 def _config(settings: Settings) -> ModelConfig:
@@ -71,7 +71,7 @@ def _mamba(settings: Settings) -> MambaSpec:
 
 
 def _rows(part: int) -> Fold:
-    """A projection has the rows of the gate, of what is convolved, and of the steps."""
+    """Returns a fold that picks from the input projection the rows of the gate (0), of x, B and C (1) or steps (2)."""
 
     def fold(x: NDArray[Any], spec: MambaSpec) -> NDArray[Any]:
         ends = (
@@ -86,7 +86,7 @@ def _rows(part: int) -> Fold:
 
 
 def mamba_sources(place: str) -> dict[str, Source]:
-    """Returns where Mamba-2's tensors are that begin with `place` within a layer."""
+    """Returns the sources of Mamba-2's tensors, whose names within a layer begin with `place`."""
     return {
         "x_gate": Source(f"{place}.in_proj.weight", fold=_rows(0)),
         "xbc": Source(f"{place}.in_proj.weight", fold=_rows(1)),

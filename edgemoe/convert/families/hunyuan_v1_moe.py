@@ -1,4 +1,4 @@
-"""Hunyuan-A13B: norm of q and k after RoPE, ungated shared expert, a RoPE base scaled by NTK."""
+"""Hunyuan-A13B: norm of q and k after RoPE, ungated shared expert, NTK-scaled RoPE base."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["FAMILY"]
 
 
 def _everywhere(settings: Settings, key: str, default: int) -> int:
-    """Returns a number that may be given once or for each layer, and is the same in all."""
+    """Returns a number that may be given once or for each layer, and must be the same for all."""
     values = set(settings.integers(key)) or {default}
     if len(values) > 1 or min(values) < 1:
         raise settings.error(key, "numbers that differ by layer are not supported")

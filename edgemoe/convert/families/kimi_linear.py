@@ -1,4 +1,4 @@
-"""Kimi-Linear: Kimi Delta Attention, with a decay for each channel; every fourth layer is latent, without RoPE."""
+"""Kimi-Linear: Kimi Delta Attention, with a decay per channel; every fourth layer is latent attention without RoPE."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _USUAL = {
     "num_experts_per_token": "num_experts_per_tok",
     "num_shared_experts": "n_shared_experts",
 }
-"""Keys of the releases, and what transformers 5 writes for them."""
+"""Keys of the released config.json, and the names under which transformers 5 writes them."""
 
 
 def with_usual_names(settings: Settings) -> Settings:
@@ -58,7 +58,7 @@ def _config(settings: Settings) -> ModelConfig:
 
 
 def _layer_types(settings: Settings, linear: Settings) -> list[str]:
-    """Returns the kinds of layers, which releases list by numbers from 1."""
+    """Returns the kind of each layer; releases list the layers of each kind, numbered from 1."""
     layers = num_layers(settings)
     if linear.get("full_attn_layers") is None:
         return [_FULL if i and i % 4 == 0 else _LINEAR for i in range(layers)]
@@ -73,7 +73,12 @@ def _layer_types(settings: Settings, linear: Settings) -> list[str]:
 def hybrid_config(
     settings: Settings, *, family: str, mixers: list[MixerSpec], first_dense: int
 ) -> ModelConfig:
-    """Fills in what Ling 3 has likewise: experts like DeepSeek-V3's, and dense layers, `first_dense` by default."""
+    """Returns the config of Kimi-Linear and Ling-3.0, which share experts like DeepSeek-V3's.
+
+    Args:
+        mixers: the mixer of each layer.
+        first_dense: how many leading layers are dense, if config.json does not say.
+    """
     layers = num_layers(settings)
     kinds = settings.get("mlp_layer_types")
     if kinds is None:
@@ -106,7 +111,7 @@ def _taps(parts: list[Array], _: object) -> Array:
 
 
 def delta_sources(place: str) -> dict[str, Source]:
-    """Returns where Kimi Delta Attention's tensors are that Ling 3 has likewise, within the layer and `place`."""
+    """Returns the sources of the Kimi Delta Attention tensors that Ling-3.0 stores alike; names begin with `place`."""
     q, k, v = (f"{place}{x}_proj.weight" for x in "qkv")
     conv, *more = (f"{place}{x}_conv1d.weight" for x in "qkv")
     return {

@@ -1,6 +1,6 @@
-"""Laguna: full layers have fewer heads than sliding ones and another RoPE; a gate of softplus for each head.
+"""Laguna: full-attention layers have fewer heads and another RoPE than sliding-window ones; a softplus gate per head.
 
-The router is that of DeepSeek-V3: sigmoids, a choice bias and a factor.
+The router is that of DeepSeek-V3: sigmoid scores, a choice bias and a scaling factor.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _config(settings: Settings) -> ModelConfig:
 
 
 def _attention(settings: Settings, kind: str, heads: int) -> AttentionSpec:
-    """Returns that of one layer."""
+    """Returns the attention of one layer."""
     if settings.flag("attention_bias", False):
         raise settings.error("attention_bias", "true is not supported")
     head_dim, is_full = settings.integer("head_dim", 128), kind == _FULL
@@ -91,7 +91,7 @@ FAMILY = Family(
     config=_config,
     rope=_rope,
     layer={"q_gate": Source("self_attn.g_proj.weight")},
-    experts=(  # as released, and in the memory of transformers 5
+    experts=(  # as released, and as in memory in transformers 5
         choosing(
             {**NAMED_EXPERTS, **_shared("shared_expert")}, "mlp.experts.e_score_correction_bias"
         ),

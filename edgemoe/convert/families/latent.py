@@ -1,4 +1,4 @@
-"""What the families with multi-head latent attention share: its spec, and where its matrices come from."""
+"""The common parts of families with multi-head latent attention: its spec, and the sources of its matrices."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Array = NDArray[Any]
 
 
 def _turned_last(heads: int, turned: int, values: Array) -> Array:
-    """Orders the rows of each head, of which the last `turned` come as pairs: halves apart, as we turn them."""
+    """Reorders the last `turned` rows of each head, which RoPE rotates, from adjacent pairs to halves, as we rotate."""
     rows = values.reshape(heads, -1, values.shape[1])
     first = rows.shape[1] - turned
     parts = [rows[:, :first], rows[:, first::2], rows[:, first + 1 :: 2]]
@@ -39,7 +39,7 @@ def _keys(values: Array, spec: MlaSpec) -> Array:
 
 
 def _k_b(values: Array, spec: MlaSpec) -> Array:
-    """Of all heads' [nope | value, latent], the keys' part, transposed."""
+    """Returns the keys' part of each head's [nope_dim + value_dim, latent_dim], transposed."""
     heads = values.reshape(spec.num_heads, spec.nope_dim + spec.value_dim, spec.latent_dim)
     part: Array = heads[:, : spec.nope_dim].transpose(0, 2, 1)
     return part.reshape(-1, spec.nope_dim)
@@ -67,19 +67,19 @@ LATENT: Mapping[str, Mapping[str, Source]] = {
         "v_b": Source(_P + "kv_b_proj.weight", fold=_v_b, moved=_kv_b),
     }
 }
-"""Where the matrices are: those of `Family.mixers`."""
+"""The sources of the matrices, for `Family.mixers`."""
 
 SHARED: Mapping[str, Source] = {
     f"shared.{x}": Source(f"mlp.shared_experts.{x}_proj.weight") for x in MATRICES
 }
-"""Where the experts are that every token takes."""
+"""The sources of the shared experts."""
 
 
 def expect(settings: Settings, key: str, default: str, *others: str) -> str:
-    """Returns the value of a key that may be some words.
+    """Returns the value of a key, which must be `default` (assumed if absent) or one of `others`.
 
     Raises:
-        FormatError: it is another one.
+        FormatError: it has another value.
     """
     value, known = settings.text(key, default), (default, *others)
     if value not in known:
@@ -90,10 +90,10 @@ def expect(settings: Settings, key: str, default: str, *others: str) -> str:
 
 
 def refuse(settings: Settings, **wrong: bool) -> None:
-    """Checks that flags which no published model has set so are not.
+    """Checks that no flag has the given unsupported value, which no published model has.
 
     Raises:
-        FormatError: names the first that is.
+        FormatError: a flag has it; the message names the first one.
     """
     for key, value in wrong.items():
         if settings.flag(key, not value) == value:
@@ -101,10 +101,10 @@ def refuse(settings: Settings, **wrong: bool) -> None:
 
 
 def first_dense(settings: Settings, default: int) -> tuple[int, ...]:
-    """Returns the layers with routed experts, where the first ones have none.
+    """Returns the layers with routed experts: all but the first ones, `default` of them if config.json does not say.
 
     Raises:
-        FormatError: config.json asks for another order.
+        FormatError: config.json asks for another arrangement.
     """
     if settings.integer("moe_layer_freq", 1) != 1:
         raise settings.error("moe_layer_freq", "only 1 is supported")
@@ -115,7 +115,7 @@ def first_dense(settings: Settings, default: int) -> tuple[int, ...]:
 def latent_config(
     settings: Settings, *, family: str, moe_layers: tuple[int, ...], **switches: Any
 ) -> ModelConfig:
-    """Fills in what the families share; `switches` are the other fields of `ModelConfig`.
+    """Returns the config of a family, with the fields that all these families share; `switches` are the other fields.
 
     Raises:
         FormatError: a key is missing, wrong, or asks for what the runtime cannot do.

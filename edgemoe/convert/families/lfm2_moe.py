@@ -1,4 +1,4 @@
-"""LFM2-MoE and LFM2.5: short convolutions between layers of attention, sigmoid routers with a bias for choosing."""
+"""LFM2-MoE and LFM2.5: short convolutions between layers of attention, sigmoid router with a choice bias."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _config(settings: Settings) -> ModelConfig:
 
 
 def _third(x: int) -> Source:
-    """One of the three projections that are stored as one: b, c, u."""
+    """Returns the source of one of the three projections that are stored as one: b (0), c (1) or u (2)."""
     return Source(
         "conv.in_proj.weight",
         fold=lambda w, spec: w.reshape(3, -1, w.shape[1])[x],

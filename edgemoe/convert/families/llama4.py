@@ -1,7 +1,7 @@
-"""Llama-4-Scout: attention in chunks, but for layers without positions; one expert, whose input is weighed.
+"""Llama-4-Scout: chunked attention, except in layers without positions; one expert, its input times its gate.
 
-Queries and keys are normed after their rotation, without a weight. Experts are stored with inputs first, [D, 2H] and
-[H, D]. What sees is left out.
+Queries and keys are normalised after RoPE, without a weight. Experts are stored with inputs first, [D, 2H] and [H, D].
+The vision tower is left out.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def _config(settings: Settings) -> ModelConfig:
 
 
 def _attention(settings: Settings, turns: bool, chunk: int) -> AttentionSpec:
-    """Returns that of one layer: queries without positions grow with them instead."""
+    """Returns the attention of one layer; without RoPE, queries grow with the position instead."""
     bias = settings.flag("attention_bias", False)
     spec = attention_spec(settings, qkv_bias=bias, o_bias=bias, chunk=chunk)
     changes: dict[str, object] = {}
@@ -70,7 +70,7 @@ def _attention(settings: Settings, turns: bool, chunk: int) -> AttentionSpec:
 
 
 def _is_tuned(settings: Settings) -> bool:
-    """Returns a flag that early releases have as a number."""
+    """Returns whether queries grow with the position; early releases have this flag as a number."""
     key = "attn_temperature_tuning"
     value = settings.get(key)
     if not isinstance(value, (bool, int, type(None))):

@@ -1,4 +1,4 @@
-"""MiniMax-M2: sigmoid router with a choice bias, partial RoPE, norm of q and k over the whole projection."""
+"""MiniMax-M2: sigmoid router with a choice bias, partial RoPE, RMS norm over the whole q and k projections."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ _OTHERS = ("vision_tower.", "multi_modal_projector.")
 
 
 def _config(settings: Settings) -> ModelConfig:
-    expect(settings, "model_type", "mistral4")  # Mistral 3 is around it, and around others
+    expect(settings, "model_type", "mistral4")  # a mistral3 config can wrap other text models too
     return latent_config(
         settings,
         family="mistral4",

@@ -1,4 +1,4 @@
-"""Nemotron-3-Nano: Mamba-2, attention without positions, experts of two matrices, each stored as a layer."""
+"""Nemotron-3-Nano: Mamba-2, attention without positions, experts without w_gate; mixers and FFNs stored as layers."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _mamba(settings: Settings, eps: float) -> MambaSpec:
 
 
 def _pairs(settings: Settings) -> list[tuple[str, str]]:
-    """Returns the mixer of every layer of ours and the FFN behind it, "" for none; each is stored as a layer."""
+    """Returns for each layer of ours its mixer and its FFN, "" for none; each of them is stored as a layer."""
     pairs: list[tuple[str, str]] = []
     for kind in _kinds(settings):
         if kind in ("mamba", "attention"):

@@ -1,7 +1,7 @@
 """Phi-3.5-MoE: SparseMixer, LayerNorm and biases everywhere; its LayerNorms become RMS norms, see `centred`.
 
-transformers 5 turns all lengths by LongRoPE's factors for short ones; here those beyond the original length have the
-long factors, as the release has it.
+transformers 5 uses LongRoPE's short factors for sequences of all lengths. Here sequences beyond the original length
+have the long factors, as in the released code.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _config(settings: Settings) -> ModelConfig:
 
 
 def _rope(settings: Settings, spec: RopeSpec) -> Settings:
-    """Returns the settings with the factor of cos and sin where `rope` looks for it."""
+    """Returns the settings with the factor of cos and sin under the key that `rope` reads."""
     key = "rope_scaling" if settings.section("rope_scaling") else "rope_parameters"
     parameters = settings.section(key)
     if parameters is None or parameters.get("long_mscale") is None:

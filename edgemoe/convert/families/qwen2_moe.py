@@ -1,4 +1,4 @@
-"""Qwen2-MoE: biases on q, k and v, a shared expert behind a sigmoid gate, dense layers between."""
+"""Qwen2-MoE: biases on q, k and v, a shared expert with a sigmoid gate, dense layers in between."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3.5 and Qwen3.6 MoE: Qwen3-Next with projections that are stored apart, and a tower that sees, left out."""
+"""Qwen3.5 and Qwen3.6 MoE: Qwen3-Next with separately stored projections; the vision tower is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: RMS norm of q and k per head, a head size of its own, dense layers between."""
+"""Qwen3-MoE: RMS norm of q and k per head, an explicit head size, dense layers in between."""
 
 from __future__ import annotations
 

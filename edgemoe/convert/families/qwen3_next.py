@@ -1,7 +1,7 @@
-"""Qwen3-Next and Qwen3-Coder-Next: three of four layers are Gated DeltaNet, the fourth is attention behind a gate.
+"""Qwen3-Next and Qwen3-Coder-Next: three of four layers are Gated DeltaNet, the fourth is gated attention.
 
-Norms hold what is added to 1. Projections are stored together: query and gate of a head of attention, and all that a
-key head of DeltaNet needs.
+Norm weights are stored as offsets from 1. Projections are stored jointly: the query and gate of each attention head,
+and everything for each key head of DeltaNet.
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def mixers(settings: Settings) -> list[MixerSpec]:
 
 
 def plus_one(x: Array, spec: Any) -> Array:
-    """Weights of norms hold what is added to 1."""
+    """Returns a norm's weight from its stored offset from 1."""
     return np.add(x, np.float32(1))
 
 
 def _of_head(half: int) -> Fold:
-    """Each head of attention has its query's rows and then its gate's."""
+    """Returns a fold that picks from each attention head its query's rows (0) or its gate's (1), which follow them."""
 
     def fold(x: Array, spec: AttentionSpec) -> Array:
         parts = x.reshape(spec.num_heads, 2, spec.head_dim, -1)
@@ -87,7 +87,7 @@ def _of_head(half: int) -> Fold:
 
 
 def _parts(x: Array, spec: DeltaSpec, *widths: int) -> list[Array]:
-    """Returns the parts of each key head's rows, of so many rows each."""
+    """Splits each key head's rows into parts of the given numbers of rows; returns each part for all heads."""
     heads = x.reshape(spec.key_heads, sum(widths), -1)
     cuts = np.split(heads, np.cumsum(widths)[:-1], axis=1)
     return [cut.reshape(-1, x.shape[1]) for cut in cuts]
@@ -120,7 +120,7 @@ DELTA: Mapping[str, Source] = {
     "decay_bias": Source("linear_attn.dt_bias"),
     "head_norm": Source("linear_attn.norm.weight"),
 }
-"""What Qwen3.5 stores likewise."""
+"""The sources of the DeltaNet tensors that Qwen3.5 stores alike."""
 
 SHARED: Mapping[str, Source] = {
     **{f"shared.{x}": Source(f"mlp.shared_expert.{x}_proj.weight") for x in MATRICES},

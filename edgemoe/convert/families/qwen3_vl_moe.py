@@ -1,4 +1,4 @@
-"""Qwen3-VL-MoE's text: Qwen3-MoE with its experts in stacks, inputs first; a tower that sees, left out."""
+"""Qwen3-VL-MoE's text: Qwen3-MoE with experts stored in stacks, inputs first; the vision tower is left out."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = ["FAMILY", "transposed", "transposed_gate", "transposed_up"]
 
 
 def _config(settings: Settings) -> ModelConfig:
-    """The gates are renormalised whatever `norm_topk_prob` says."""
+    """Returns the config of Qwen3-MoE, but with gates renormalised whatever `norm_topk_prob` says."""
     config = qwen3_moe.FAMILY.config(settings)
     return dataclasses.replace(config, family="qwen3_vl_moe", renormalise=True)
 
 
 def transposed(stored: NDArray[Any], _: object) -> NDArray[Any]:
-    """Returns a matrix that is stored with its inputs first."""
+    """Returns a matrix that is stored with its inputs first, [cols, rows]."""
     return np.asarray(stored.T)
 
 
 def transposed_gate(stored: NDArray[Any], _: object) -> NDArray[Any]:
-    """Returns the first of two such."""
+    """Returns the first of two matrices that are stored together with their inputs first, [cols, 2 rows]."""
     return np.asarray(stored[:, : stored.shape[1] // 2].T)
 
 
 def transposed_up(stored: NDArray[Any], _: object) -> NDArray[Any]:
-    """Returns the second of two such."""
+    """Returns the second of two matrices that are stored together with their inputs first, [cols, 2 rows]."""
     return np.asarray(stored[:, stored.shape[1] // 2 :].T)
 
 
@@ -45,7 +45,7 @@ FAMILY = Family(
     config=_config,
     default_theta=5_000_000.0,
     roots=("model.language_model.", "model."),
-    experts=(  # as released; as transformers 5 writes them; as quantised releases have them
+    experts=(  # as released; as written by transformers 5; as in quantised releases
         {
             **FUSED_EXPERTS,
             "gate": Source("mlp.experts.gate_up_proj.{expert}", fold=transposed_gate),

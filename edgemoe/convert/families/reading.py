@@ -1,4 +1,4 @@
-"""What families read of a config.json alike: the decoder's fields, attention, and what each layer is."""
+"""The parts of config.json that families read alike: the decoder's fields, attention, and the kinds of layers."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def decoder_config(
     mixers: Sequence[MixerSpec] | MixerSpec,
     **switches: Any,
 ) -> ModelConfig:
-    """Fills in what all families share.
+    """Returns a config with the fields that all families share filled in.
 
-    What RoPE decides, `context_length` too, and `eos_ids` are left to whoever opens the checkpoint.
+    `SourceModel` later sets the fields that depend on RoPE, `context_length` among them, and `eos_ids`.
 
     Args:
-        mixers: of each layer, or the one of all.
+        mixers: the mixer of each layer, or one for all.
         switches: the other fields of `ModelConfig`.
 
     Raises:
@@ -66,7 +66,7 @@ def decoder_config(
         "tied": settings.flag("tie_word_embeddings", False),
     }
     if "num_experts" not in switches:
-        # Qwen3-MoE says num_local_experts on disk since transformers 5, and num_experts before.
+        # Qwen3-MoE has num_local_experts in files of transformers 5, and num_experts in earlier ones.
         local = "num_experts" if settings.get("num_local_experts") is None else "num_local_experts"
         fields["num_experts"] = settings.integer(local)
     if "norm_eps" not in switches:
@@ -79,11 +79,11 @@ def decoder_config(
 def attention_spec(
     settings: Settings, *, rope: str = "rope", rotated: int | None = None, **switches: Any
 ) -> AttentionSpec:
-    """Fills in what attention of most families shares.
+    """Returns an attention spec with the fields that most families share filled in.
 
     Args:
-        rope: the table by which positions turn queries and keys.
-        rotated: leading columns of each head that it turns; None for all.
+        rope: the name of the RoPE table.
+        rotated: leading columns of each head that RoPE rotates; None for all.
         switches: the other fields of `AttentionSpec`.
 
     Raises:
@@ -108,7 +108,7 @@ def attention_spec(
 
 
 def by_layer(windows: Sequence[int], spec: AttentionSpec) -> list[AttentionSpec]:
-    """Returns attention of every layer, which differs by its window alone."""
+    """Returns the attention of every layer, which differ only in their windows."""
     return [replace(spec, window=width) for width in windows]
 
 
@@ -126,7 +126,7 @@ def by_type(settings: Settings, kinds: Mapping[str, MixerSpec]) -> list[MixerSpe
 
 
 def num_layers(settings: Settings) -> int:
-    """Returns the number of layers, bounded so that a wrong one costs no time or memory."""
+    """Returns the number of layers, which is bounded so that a wrong number costs no time or memory."""
     count = settings.integer("num_hidden_layers")
     if count > _MAX_LAYERS:
         raise settings.error("num_hidden_layers", f"at most {_MAX_LAYERS} are supported: {count}")
@@ -134,17 +134,17 @@ def num_layers(settings: Settings) -> int:
 
 
 def sparse_layers(settings: Settings) -> tuple[int, ...]:
-    """Returns the layers with routed experts of the Qwen families."""
+    """Returns the layers with routed experts, by the rules of the Qwen families."""
     step = settings.integer("decoder_sparse_step", 1)
     dense = settings.integers("mlp_only_layers")
     return tuple(i for i in range(num_layers(settings)) if i not in dense and (i + 1) % step == 0)
 
 
 def layer_types(settings: Settings, *names: str) -> tuple[str, ...] | None:
-    """Returns the name of every layer's kind, each of which is one of `names`; None where config.json has none.
+    """Returns the kind of every layer, each one of `names`; None if config.json does not list them.
 
     Raises:
-        FormatError: there are more or fewer, or another one.
+        FormatError: the list has another length, or a kind that is not in `names`.
     """
     types, layers = settings.get("layer_types"), num_layers(settings)
     if types is None:
@@ -160,10 +160,11 @@ def layer_types(settings: Settings, *names: str) -> tuple[str, ...] | None:
 
 
 def table_of(settings: Settings, kind: str, default: Mapping[str, Any]) -> Settings:
-    """Returns config.json with the `rope_parameters` of one kind of layers, a section of them; see `Family.rope`.
+    """Returns config.json with the `rope_parameters` of one kind of layers at the top level; see `Family.rope`.
 
     Args:
-        default: what they are where config.json has none.
+        kind: the kind of layers, a section of `rope_parameters`.
+        default: the parameters if config.json has no `rope_parameters`.
     """
     tables = settings.section("rope_parameters")
     own = default if tables is None else tables.get(kind)
@@ -171,5 +172,5 @@ def table_of(settings: Settings, kind: str, default: Mapping[str, Any]) -> Setti
 
 
 def window(settings: Settings) -> int:
-    """Returns the sliding window of config.json, 0 for none."""
+    """Returns the sliding window of config.json in tokens; 0 for none."""
     return settings.integer("sliding_window", 0, at_least=0)
