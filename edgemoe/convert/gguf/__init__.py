@@ -1,4 +1,4 @@
-"""GGUF files read as if they were Hugging Face checkpoints, one small module an architecture."""
+"""GGUF files presented as Hugging Face checkpoints, with one small module per architecture."""
 
 from edgemoe.convert.gguf.checkpoint import GGUFCheckpoint
 from edgemoe.convert.gguf.reader import BROKEN, header_end, open_gguf

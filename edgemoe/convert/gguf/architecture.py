@@ -1,4 +1,4 @@
-"""What an architecture of GGUF files is: how its names and metadata read as a Hugging Face checkpoint's."""
+"""Architectures of GGUF files: how their names and metadata map to those of a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -34,49 +34,49 @@ Shape: TypeAlias = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A tensor that is made of others, or of one by more than its name."""
+    """A tensor that is computed from stored tensors, rather than only renamed."""
 
     of: tuple[str, ...]
-    """Names within a block, ending included; stacks of experts give one matrix each."""
+    """Names of the stored tensors within a block, with endings; of stacks of experts, one matrix of each is taken."""
     make: Callable[[Mapping[str, Any], Sequence[Array]], Array]
-    """From config.json and what is read."""
+    """Computes the tensor from config.json and the stored values."""
     shape: Callable[[Mapping[str, Any], Sequence[Shape]], Shape]
-    """The same for the shapes."""
+    """Computes its shape from config.json and the stored shapes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """Maps one architecture of GGUF files to checkpoints of one model_type. Immutable."""
+    """A mapping of one architecture of GGUF files to Hugging Face checkpoints. Immutable."""
 
     model_type: str
-    """The family, as config.json names it, unless `config` says another one."""
+    """The model_type of config.json, unless `config` returns another one."""
     others: tuple[str, ...] = ()
-    """Those other ones."""
+    """The other model_types that `config` may return."""
     config: Callable[[Meta], dict[str, Any]]
-    """Returns config.json, but for what all share and `settings` adds; raises FormatError for unknown values."""
+    """Returns config.json without the common keys, which `settings` adds; raises FormatError for unknown values."""
     layer: Mapping[str, str]
-    """Names within a block and what they are within `model.layers.I.`.
+    """Names within a block, and the corresponding names within `model.layers.I.`.
 
-    With an ending (`.weight`, `.bias`) they are whole names, and without one both have the same. `{expert}` stands
-    where the tensor is a stack of one for each expert.
+    Names with an ending (`.weight`, `.bias`) are complete; names without one apply to all endings. `{expert}` marks
+    a tensor that is a stack with one matrix for each expert.
     """
     made: Mapping[str, Made] = field(default_factory=dict)
-    """Tensors that are not found under one name, by their own within `model.layers.I.`."""
+    """Tensors that must be computed, by their names within `model.layers.I.`."""
     halves: Mapping[str, str] = field(default_factory=dict)
-    """Names within a block, without ending, of q and k whose rows llama.cpp has put in neighbouring pairs for RoPE,
-    though here they lie half a head apart; and the key of config.json that has the number of their heads."""
+    """Names within a block, without ending, of q and k whose rows llama.cpp has reordered to adjacent RoPE pairs, where
+    the checkpoint has them half a head apart; and the key of config.json that has their number of heads."""
     whole: Mapping[str, str] = field(default_factory=dict)
-    """Tensors outside of the blocks, if not under their usual names."""
+    """Names of tensors outside the blocks that do not have their usual names in the checkpoint."""
     made_whole: Mapping[str, Made] = field(default_factory=dict)
-    """Those that are not found under one name, by their own."""
+    """Tensors outside the blocks that must be computed, by their names in the checkpoint."""
     rope: Mapping[str, Any] = field(default_factory=dict)
-    """What a scaling of RoPE has besides what the file says."""
+    """Keys of `rope_scaling` that the file does not give."""
     prefix: str = "model.layers."
-    """What the names of a layer's tensors begin with, before its number."""
+    """The prefix of the names of a layer's tensors, before its number."""
 
     @property
     def makes(self) -> frozenset[str]:
-        """Every model_type that files of the architecture may be."""
+        """Every model_type that files of the architecture may have."""
         return frozenset((self.model_type, *self.others))
 
 
@@ -92,7 +92,7 @@ ATTENTION_POST: Mapping[str, str] = {
     ("post_attention_norm" if name == "ffn_norm" else name): ours
     for name, ours in ATTENTION.items()
 }
-"""The same, of architectures that name the norm before the FFN by what comes before it."""
+"""The same for architectures that name the norm before the FFN after the attention that precedes it."""
 
 QK_NORM: Mapping[str, str] = {f"attn_{x}_norm": f"self_attn.{x}_norm" for x in "qk"}
 
@@ -110,7 +110,7 @@ HALVES: Mapping[str, str] = {"attn_q": "num_attention_heads", "attn_k": "num_key
 
 
 def joined(*of: str) -> Made:
-    """Returns what puts the rows of several matrices under one another."""
+    """Returns a tensor that concatenates the rows of several matrices."""
     return Made(
         of,
         lambda config, values: np.concatenate(values),
@@ -119,7 +119,7 @@ def joined(*of: str) -> Made:
 
 
 def one(name: str, make: Callable[[Mapping[str, Any], Array], Array]) -> Made:
-    """Returns what changes one tensor's values and not its shape."""
+    """Returns a tensor that changes the values of a stored one but not its shape."""
     return Made(
         (name,), lambda config, values: make(config, values[0]), lambda config, shapes: shapes[0]
     )
@@ -132,13 +132,13 @@ def dense_layers(meta: Meta) -> list[int]:
 
 
 def settings(meta: Meta) -> dict[str, Any]:
-    """Returns what config.json has in every family, special tokens apart."""
+    """Returns the keys of config.json that all families share, without special tokens."""
     embedding = meta.shapes.get("token_embd.weight")
     if embedding is None:
         raise meta.missing("token_embd.weight")
     hidden, heads = meta.whole("embedding_length"), meta.most("attention.head_count")
     head_dim = meta.whole("attention.key_length", hidden // heads)
-    latent = meta.get("attention.kv_lora_rank") is not None  # then keys are wider than values
+    latent = meta.get("attention.kv_lora_rank") is not None  # keys are then wider than values
     if not latent and meta.whole("attention.value_length", head_dim) != head_dim:
         raise meta.error(
             "attention.value_length",

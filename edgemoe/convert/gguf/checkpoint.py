@@ -1,4 +1,4 @@
-"""A GGUF file with the names, layouts and config.json of the Hugging Face checkpoint that it was made from."""
+"""A GGUF file presented with the names, layouts and config.json of the Hugging Face checkpoint it was made from."""
 
 from __future__ import annotations
 
@@ -35,27 +35,27 @@ _BLOCK = re.compile(r"blk\.(\d{1,8})\.(.+)")
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
-    """Where a tensor comes from."""
+    """The origin of one tensor of the checkpoint."""
 
     of: tuple[ReaderTensor, ...]
     shape: tuple[int, ...]
     expert: int | None = None
-    """Which of the stacks' matrices, None where they are no stacks."""
+    """The index of the matrix in the stacks; None if they are not stacks."""
     made: Made | None = None
     heads: str | None = None
-    """The key of config.json with the number of heads whose rows are put half a head apart; None to leave them."""
+    """The key of config.json with the number of heads, if RoPE pairs must be moved half a head apart; else None."""
     scales: ReaderTensor | None = None
-    """One for each expert, or for all: what a tensor in NVFP4 is multiplied by."""
+    """The factors of a tensor in NVFP4: one for each expert, or one for all."""
 
 
 class GGUFCheckpoint:
-    """A GGUF file, or the parts of one, as a Hugging Face checkpoint.
+    """A GGUF file, or all parts of a split one, as a Hugging Face checkpoint.
 
-    Tensors are dequantised one at a time, of a stack of experts one matrix; the file stays mapped while the object
-    lives. A file named LICENSE beside it is taken along. Implements `StoredCheckpoint`. Immutable.
+    Tensors are dequantised one at a time, and one matrix at a time from a stack of experts. The file stays mapped while
+    the object lives. A file named LICENSE in the same directory is included. Implements `StoredCheckpoint`. Immutable.
 
     Raises:
-        FormatError: not a GGUF file, truncated, or of an architecture, value or tokenizer that is not supported.
+        FormatError: the file is not GGUF or truncated, or has an unsupported architecture, value or tokenizer.
         ImportError: the package gguf is not installed.
     """
 
@@ -94,22 +94,22 @@ class GGUFCheckpoint:
         """Dequantises one tensor, in the layout of a Hugging Face checkpoint.
 
         Raises:
-            FormatError: there is no such tensor, or its type or shape is not what it should be.
+            FormatError: there is no such tensor, or its type or shape cannot be decoded.
         """
         entry = self._entry(name)
         parts = [self._dequantised(tensor, entry.expert) for tensor in entry.of]
-        with np.errstate(all="ignore"):  # what is not finite is found where it is used
+        with np.errstate(all="ignore"):  # the users of tensors check that values are finite
             values = parts[0] if entry.made is None else entry.made.make(self.config, parts)
             if entry.scales is not None:
                 scales = self._dequantised(entry.scales, None).reshape(-1)
                 values = values * scales[entry.expert if entry.expert and len(scales) > 1 else 0]
         if entry.heads is not None:
             values = _unpermuted(values, self.config[entry.heads])
-        # Never a view of the mapped file.
+        # A copy, never a view of the mapped file.
         return np.array(values.reshape(entry.shape), np.float32, order="C")
 
     def places(self, name: str) -> Iterator[Bytes]:
-        """Yields where the bytes are that `tensor` reads. Raises FormatError when there is no such tensor."""
+        """Yields the byte ranges that `tensor` reads. Raises FormatError when there is no such tensor."""
         entry = self._entry(name)
         for tensor in entry.of:
             size, start = int(tensor.n_bytes), int(tensor.data_offset)
@@ -133,7 +133,7 @@ class GGUFCheckpoint:
         shape = _shape(tensor)
         try:
             data = tensor.data if expert is None else tensor.data[expert]
-            with np.errstate(all="ignore"):  # what is not finite is found where it is used
+            with np.errstate(all="ignore"):  # the users of tensors check that values are finite
                 values = dequantize(data, tensor.tensor_type)
             return np.asarray(values.reshape(shape if expert is None else shape[1:]))
         except BROKEN as error:
@@ -150,7 +150,7 @@ class GGUFCheckpoint:
 
 
 class _Entries:
-    """Finds where the tensors of a checkpoint come from."""
+    """A search for the origins of a checkpoint's tensors."""
 
     def __init__(
         self, where: str, meta: Meta, arch: Architecture, config: Mapping[str, Any]
@@ -160,7 +160,7 @@ class _Entries:
         self._heads = {f"{n}{e}": key for n, key in arch.halves.items() for e in _ENDINGS}
 
     def of(self, tensors: Mapping[str, ReaderTensor]) -> dict[str, _Entry]:
-        """Returns the tensors of the checkpoint by name."""
+        """Returns the origin of every tensor of the checkpoint, by name."""
         out: dict[str, _Entry] = {}
         blocks: dict[int, dict[str, ReaderTensor]] = {}
         whole = {**_WHOLE, **self._arch.whole}
@@ -177,7 +177,7 @@ class _Entries:
                 raise self._unknown(name)
         for layer, block in blocks.items():
             prefix = f"{self._arch.prefix}{layer}."
-            if layer >= self._layers:  # of what predicts further tokens
+            if layer >= self._layers:  # a layer that predicts further tokens
                 out |= {f"{prefix}{n}": _Entry((t,), _shape(t)) for n, t in block.items()}
                 continue
             for name, entry in self._of_block(layer, dict(block)):
@@ -208,7 +208,7 @@ class _Entries:
             left.pop(f"{stem}.input_scale", None)
             if known:
                 out += self._entries(known, (tensor,), None, self._heads.get(part), scales)
-        # A scale may come before what it belongs to.
+        # Checked last, as a scale may come before the tensor that claims it.
         for part in left:
             raise self._unknown(f"blk.{layer}.{part}")
         return out
@@ -272,6 +272,6 @@ def _shape(tensor: ReaderTensor) -> tuple[int, ...]:
 
 
 def _unpermuted(values: Array, heads: int) -> Array:
-    # llama.cpp rotates neighbouring rows, transformers rows half a head apart.
+    # llama.cpp rotates pairs of adjacent rows, transformers pairs half a head apart.
     split = values.reshape(heads, -1, 2, *values.shape[1:])
     return np.asarray(split.swapaxes(1, 2).reshape(values.shape))

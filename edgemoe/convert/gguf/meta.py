@@ -1,4 +1,4 @@
-"""Reads a GGUF file's metadata and the shapes of its tensors, naming the key that is missing or wrong."""
+"""Reads a GGUF file's metadata and tensor shapes. Errors name the key that is missing or wrong."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Meta"]
 
 
 class Meta:
-    """A file's metadata, keys relative to its architecture's, and the shapes of its tensors. Immutable."""
+    """A file's metadata, with keys relative to its architecture, and the shapes of its tensors. Immutable."""
 
     def __init__(
         self,
@@ -24,9 +24,9 @@ class Meta:
     ) -> None:
         self._values = values
         self.shapes = shapes
-        """Of every tensor by its name in the file, rows first."""
+        """The shape of every tensor by its name in the file, rows first."""
         self.rope_factors = rope_factors
-        """What divides the frequencies of RoPE, None where they are as they are."""
+        """Divisors of the RoPE frequencies; None if they are not divided."""
         self._where = where
         arch = values.get("general.architecture")
         if not isinstance(arch, str):
@@ -38,13 +38,13 @@ class Meta:
         return self._values.get(f"{self.architecture}.{key}")
 
     def of_file(self, key: str) -> Any:
-        """Returns the raw value of a key that is no architecture's, None when absent."""
+        """Returns the raw value of a key that does not belong to the architecture, None when absent."""
         return self._values.get(key)
 
     def whole(self, key: str, default: int | None = None, *, at_least: int = 1) -> int:
         """Returns a whole number; without a default the key must exist.
 
-        A list of one number for each block is taken where they are all the same.
+        A list with one number for each block is accepted if all are equal.
         """
         value = self._value(key, default)
         if isinstance(value, list) and len(set(map(repr, value))) == 1:
@@ -55,7 +55,7 @@ class Meta:
         return value
 
     def most(self, key: str, default: int | None = None) -> int:
-        """Returns a whole number, of a list of one for each block the largest: those that have none say 0."""
+        """Returns a whole number, or the largest of a list with one for each block: blocks without any have 0."""
         value = self._value(key, default)
         values = value if isinstance(value, list) and value else [value]
         if not all(type(v) is int and v >= 0 for v in values) or max(values) < 1:
@@ -65,10 +65,11 @@ class Meta:
     def positive(self, key: str, default: float | None = None) -> float:
         """Returns a finite number above zero; without a default the key must exist.
 
-        Files hold float32. Of the numbers that round to one, config.json had the shortest: 1e-05, not 9.99999975e-06.
+        Files hold float32. Of the numbers that round to the same float32, the shortest is returned: config.json had
+        1e-05, not 9.99999975e-06.
         """
         value = self._value(key, default)
-        # Some writers store whole numbers as such.
+        # Some writers store whole numbers as integers.
         if (
             isinstance(value, bool)
             or not isinstance(value, (int, float))
@@ -79,7 +80,7 @@ class Meta:
         return shortest if np.float32(value) == value else float(value)
 
     def optional(self, key: str) -> float | None:
-        """Returns a finite number above zero; None where the key is absent or 0."""
+        """Returns a finite number above zero; None if the key is absent or 0."""
         return self.positive(key) if self.get(key) else None
 
     def flag(self, key: str, default: bool) -> bool:
@@ -90,9 +91,9 @@ class Meta:
         return value
 
     def per_layer(self, key: str, count: int, kind: type = int) -> list[Any]:
-        """Returns a list of one value for each of `count` blocks; one alone is that of all.
+        """Returns a list with one value for each of `count` blocks; a single value applies to all.
 
-        A list for more blocks, which predict further tokens, is cut.
+        A longer list, which has values for blocks that predict further tokens, is cut.
         """
         value = self._value(key, None)
         values = value if isinstance(value, list) else [value] * count
@@ -104,7 +105,7 @@ class Meta:
 
     @property
     def layers(self) -> int:
-        """Blocks of the model itself, without those behind them that predict further tokens."""
+        """The number of the model's blocks, without those after them that predict further tokens."""
         count = self.whole("block_count")
         further = self.whole("nextn_predict_layers", 0, at_least=0)
         if further >= count:
@@ -114,18 +115,19 @@ class Meta:
         return count - further
 
     def layers_with(self, name: str) -> list[int]:
-        """Returns the layers that have a tensor `name`, its ending included."""
+        """Returns the layers that have a tensor `name`, which includes its ending (`.weight`)."""
         return [i for i in range(self.layers) if f"blk.{i}.{name}" in self.shapes]
 
     def has(self, name: str) -> bool:
-        """Says whether some layer has a tensor `name`, its ending included."""
+        """Returns whether any layer has a tensor `name`, which includes its ending."""
         return bool(self.layers_with(name))
 
     def rows(self, name: str, *, columns: bool = False) -> int:
-        """Returns the rows of the matrices `name`, its ending included, of the first layer that has some; 0 if none.
+        """Returns the number of rows of the first layer's matrix, or matrices, `name`; 0 if no layer has it.
 
         Args:
-            columns: returns these.
+            name: the name within a block, with its ending.
+            columns: return the number of columns instead.
         """
         for i in self.layers_with(name)[:1]:
             shape = (1, *self.shapes[f"blk.{i}.{name}"])
@@ -133,11 +135,11 @@ class Meta:
         return 0
 
     def missing(self, tensor: str) -> FormatError:
-        """Returns the error that a tensor is not there."""
+        """Returns the error for a missing tensor."""
         return FormatError(f"{self._where}: no tensor {tensor}")
 
     def error(self, key: str, what: str) -> FormatError:
-        """Returns the error that blames one key."""
+        """Returns the error for one key."""
         return FormatError(f"{self._where}: {self.architecture}.{key} {what}")
 
     def _value(self, key: str, default: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Opens GGUF files: one, or all parts of one that was split."""
+"""Opens GGUF files, single or split into parts."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ BROKEN = (
     NotImplementedError,
     RecursionError,
 )
-"""What the gguf package raises on malformed input; every one of them is the file's fault."""
+"""The exceptions that the gguf package raises on malformed input."""
 
 READ_AT_ONCE = "rope_freqs.weight"
-"""The tensor whose values are needed to open a file."""
+"""The only tensor whose values are needed to open a file."""
 
 _PART = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _MOST_PARTS = 1000
 
 
 class GGUFFile:
-    """The metadata and tensors of a GGUF file, whose other parts are found by its name. Immutable.
+    """The metadata and tensors of a GGUF file. The other parts of a split file are found by its name. Immutable.
 
     Raises:
-        FormatError: not a GGUF file, truncated, not the first part of a split one, or another part is missing.
+        FormatError: the file is not GGUF, truncated, or a part other than the first; or another part is missing.
         ImportError: the package gguf is not installed.
     """
 
@@ -54,7 +54,7 @@ class GGUFFile:
         self.tensors: dict[str, ReaderTensor] = {}
         self.paths = [path]
         self.path_of: dict[str, Path] = {}
-        """The file of each tensor."""
+        """The path of the part that holds each tensor."""
         self._add(reader, path)
         count = self.meta.get("split.count", 0)
         if count not in (0, 1):
@@ -98,14 +98,15 @@ class GGUFFile:
 
 
 class _NotThere(Exception):
-    """Says up to which byte a header needs a file of which only the beginning is there."""
+    """Raised when a header extends beyond the bytes that are there; its argument is how many it needs at least."""
 
 
 def header_end(path: Path, there: int) -> tuple[int, list[tuple[int, int]]]:
-    """Returns where a file's header ends, and where in what follows are the values that opening it reads.
+    """Returns the offset at which a file's header ends, and the byte ranges after it that opening the file reads.
 
     Args:
-        there: bytes of the file that are there; where the header goes on behind, what it needs at least is returned.
+        there: how many bytes of the file have been downloaded. If the header extends beyond them, the number of bytes
+            that it needs at least is returned, and no ranges.
 
     Raises:
         FormatError: it is not a readable GGUF file.
@@ -124,10 +125,10 @@ def open_gguf(path: Path, *, there: int | None = None) -> GGUFReader:
     """Opens any GGUF file.
 
     Args:
-        there: see `header_end`; None: all of it.
+        there: see `header_end`; None if the whole file is there.
 
     Raises:
-        FormatError: no such file, or not a readable one.
+        FormatError: there is no such file, or it is not a readable GGUF file.
         ImportError: the package gguf is not installed.
     """
     try:

@@ -1,4 +1,4 @@
-"""What a GGUF file says of RoPE, in the words of config.json."""
+"""Converts a GGUF file's RoPE metadata to the `rope_scaling` of config.json."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _P = "rope.scaling."
 
 
 def rope_scaling(meta: Meta) -> dict[str, Any] | None:
-    """Returns `rope_scaling`; None for none.
+    """Returns `rope_scaling`; None if RoPE is not scaled.
 
     Raises:
-        FormatError: it is of a kind that is not supported, or a number of it is wrong.
+        FormatError: the kind of scaling is not supported, or a number is wrong.
     """
-    if meta.rope_factors is not None:  # in the words of the scaling that has such a list
+    if meta.rope_factors is not None:  # expressed as LongRoPE, which has such a list of divisors
         return {
             "rope_type": "longrope",
             "factor": 1.0,
@@ -26,7 +26,7 @@ def rope_scaling(meta: Meta) -> dict[str, Any] | None:
             "short_factor": meta.rope_factors,
             "long_factor": meta.rope_factors,
         }
-    kind = meta.get(_P + "type") or "linear"  # llama.cpp's default, too
+    kind = meta.get(_P + "type") or "linear"  # llama.cpp's default
     factor = _factor(meta)
     if kind == "none" or (kind == "linear" and factor is None):
         return None
@@ -35,7 +35,7 @@ def rope_scaling(meta: Meta) -> dict[str, Any] | None:
             _P + "type", f"{quoted(kind)} is not supported in GGUF; supported: none, linear, yarn"
         )
     if kind == "linear":
-        for key in (_P + "attn_factor", _P + "yarn_attn_factor"):  # llama.cpp uses it without yarn
+        for key in (_P + "attn_factor", _P + "yarn_attn_factor"):  # llama.cpp applies it here too
             if meta.positive(key, 1.0) != 1.0:
                 raise meta.error(key, f"must be 1, got {meta.get(key)}")
     scaling: dict[str, Any] = {"rope_type": kind, "factor": factor}
@@ -56,7 +56,7 @@ def rope_scaling(meta: Meta) -> dict[str, Any] | None:
 
 
 def _factor(meta: Meta) -> float | None:
-    # The second is the old name.
+    # The second key is the old name.
     for key in (_P + "factor", "rope.scale_linear"):
         if meta.get(key) is not None:
             return meta.positive(key) if meta.get(key) != 0 else None

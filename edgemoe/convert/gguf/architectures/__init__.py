@@ -1,4 +1,4 @@
-"""The architectures of GGUF files that are read, by the file's `general.architecture`."""
+"""The supported architectures of GGUF files, by the file's `general.architecture`."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ __all__ = ["ARCHITECTURE", "KV_B", "MISTRAL4"]
 
 _SOFTMAX, _SIGMOID = 1, 2
 _GLM_VOCABULARY = (
-    154880  # whose first files name no function of the router, or a wrong one: it is a sigmoid
+    154880  # GLM's first files omit the router's function or give a wrong one: it is a sigmoid
 )
 
 
@@ -38,7 +38,7 @@ def _config(meta: Meta) -> dict[str, Any]:
     is_sigmoid = function == _SIGMOID
     groups, turned = meta.whole("expert_group_count", 1), meta.whole("rope.dimension_count")
     unlimited = "noaux_tc" if is_sigmoid else "greedy"
-    # Older files do not split kv_b, and have no keys of their own for what they call the head.
+    # Older files do not split kv_b, and give the sizes of keys and values as those of the head.
     key, value = (
         meta.whole(f"attention.{x}_length_mla", meta.whole(f"attention.{x}_length"))
         for x in ("key", "value")
@@ -76,7 +76,7 @@ def _mistral(meta: Meta) -> dict[str, Any]:
 
 
 def _scaling(meta: Meta) -> dict[str, Any] | None:
-    """Adds what the scores gain: a tenth of `mscale_all_dim` is stored, and `mscale` is the same in all models."""
+    """Adds the gain of scores: files store a tenth of `mscale_all_dim`, and in all models `mscale` equals that."""
     scaling, gain = rope_scaling(meta), "rope.scaling.yarn_log_multiplier"
     if scaling is None or not meta.get(gain):
         return scaling
@@ -85,7 +85,7 @@ def _scaling(meta: Meta) -> dict[str, Any] | None:
 
 
 def _kv_b(config: Mapping[str, Any], values: Sequence[Array]) -> Array:
-    """Of each head the rows of keys [nope, latent], which are stored transposed, and of values [v, latent]."""
+    """Joins for each head the rows of keys [nope, latent], which are stored transposed, and of values [v, latent]."""
     keys, heads = values
     rows = np.concatenate([keys.transpose(0, 2, 1), heads], axis=1)
     return rows.reshape(-1, rows.shape[2])
@@ -112,7 +112,7 @@ KV_B = Made(
         shapes[0][1],
     ),
 )
-"""The matrix of all heads' keys and values, of which files have two."""
+"""The joint matrix of all heads' keys and values, which files store as two."""
 _MADE = {"self_attn.kv_b_proj.weight": KV_B}
 
 ARCHITECTURE = Architecture(
@@ -122,7 +122,7 @@ ARCHITECTURE = Architecture(
     layer=_LAYER,
     made=_MADE,
 )
-MISTRAL4 = Architecture(  # experts have gate and up in one, which others may have split
+MISTRAL4 = Architecture(  # gate and up of experts are one stack; some files have them split
     model_type="mistral4",
     config=_mistral,
     layer={

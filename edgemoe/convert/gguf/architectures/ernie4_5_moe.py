@@ -1,4 +1,4 @@
-"""`ernie4_5-moe`: rows of q and k in neighbouring pairs, as in the checkpoints."""
+"""`ernie4_5-moe`: RoPE pairs in adjacent rows of q and k, as in the checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`gemma4` with experts: norms around them, heads that differ by layer, values that are the keys in some."""
+"""`gemma4` with experts: norms around them, heads that differ by layer, values equal to keys in some layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edgemoe.convert.gguf.meta import Meta
 
 __all__ = ["ARCHITECTURE"]
 
-_STILL = 1e10  # what divides a frequency that turns is far below
+_STILL = 1e10  # a frequency divided by this or more does not rotate
 
 
 def _config(meta: Meta) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def _config(meta: Meta) -> dict[str, Any]:
 
 
 def _turned(meta: Meta) -> float:
-    """Returns the share of a head that turns in layers without a window: elsewhere frequencies are divided by 1e30."""
+    """Returns the share of a head that RoPE rotates in layers without a window; the rest is divided by 1e30."""
     factors = meta.rope_factors or [1.0]
     return sum(factor < _STILL for factor in factors) / len(factors)
 

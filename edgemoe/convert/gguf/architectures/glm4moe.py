@@ -21,7 +21,7 @@ SHARED_EXPERTS = {f"ffn_{x}_shexp": f"mlp.shared_experts.{x}_proj" for x in ("ga
 
 
 def sigmoid_router(meta: Meta) -> dict[str, Any]:
-    """Returns what config.json says of a sigmoid router with groups."""
+    """Returns the config.json keys of a sigmoid router with groups."""
     if meta.whole("expert_gating_func", 2) != 2:
         raise meta.error(
             "expert_gating_func", f"must be 2 (sigmoid), got {meta.get('expert_gating_func')}"

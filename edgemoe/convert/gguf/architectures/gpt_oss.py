@@ -1,4 +1,4 @@
-"""`gpt-oss`: experts with biases; every second layer slides, which no key says."""
+"""`gpt-oss`: experts with biases; every second layer has a sliding window, which is not in the metadata."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _config(meta: Meta) -> dict[str, Any]:
 
 
 def _turns(values: Sequence[Array], axis: int) -> Array:
-    """Puts gate and up in turns along the last axis, of matrices transposed."""
+    """Interleaves gate and up along the last axis; matrices (`axis` 1) are transposed first."""
     pair = np.stack([x.T if axis else x for x in values], axis=-1)
     return pair.reshape(*pair.shape[:-2], -1)
 

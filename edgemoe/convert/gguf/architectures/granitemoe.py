@@ -1,4 +1,4 @@
-"""`granitemoe`, with and without a shared expert: q and k permuted, gate and up apart."""
+"""`granitemoe`, with and without a shared expert: rows of q and k permuted, gate and up stored separately."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHARED = {
 
 
 def multipliers(meta: Meta) -> dict[str, Any]:
-    """Returns the four numbers that Granite multiplies by; where a file has none they do nothing."""
+    """Returns Granite's four multipliers, with neutral values where the file has none."""
     head_dim = meta.whole("embedding_length") // meta.whole("attention.head_count")
     return {
         "attention_multiplier": meta.positive("attention.scale", head_dim**-0.5),

@@ -1,4 +1,4 @@
-"""`hunyuan-moe`: the RoPE base is stored as NTK has scaled it."""
+"""`hunyuan-moe`: the RoPE base is stored with its NTK scaling applied."""
 
 from __future__ import annotations
 

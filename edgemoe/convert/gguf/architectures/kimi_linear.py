@@ -1,4 +1,4 @@
-"""`kimi-linear`, and `bailingmoe3`, Ling-3.0: delta rules with decays of channels beside latent attention."""
+"""`kimi-linear`, and `bailingmoe3` (Ling-3.0): delta rules with a decay per channel, and latent attention."""
 
 from __future__ import annotations
 
@@ -69,17 +69,17 @@ def _flat(name: str, change: Callable[[Array], Array] = lambda x: x) -> Made:
 
 
 def _log(sign: float) -> Callable[[Array], Array]:
-    """The file holds exp(A_log), with a sign."""
+    """Returns a function that gives A_log from the file's `sign` * exp(A_log)."""
 
     def make(x: Array) -> Array:
-        with np.errstate(all="ignore"):  # no number stays none, which is found where it is used
+        with np.errstate(all="ignore"):  # NaN stays NaN, which the users of tensors check for
             return np.log(sign * x.astype(np.float64)).astype(np.float32)
 
     return make
 
 
 def _taps(name: str) -> Made:
-    """The taps of each channel, which are stored with axes of one between."""
+    """Returns the convolution taps of each channel [C, taps], which are stored with axes of size 1 in between."""
     return Made(
         (name,),
         lambda config, values: values[0].reshape(-1, values[0].shape[-1]),

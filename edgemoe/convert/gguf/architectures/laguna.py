@@ -1,4 +1,4 @@
-"""`laguna`: heads, windows and RoPE that differ by layer, a gate for each head."""
+"""`laguna`: heads, windows and RoPE that differ by layer, and a gate for each head."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgemoe.convert.gguf.rope import rope_scaling
 
 __all__ = ["ARCHITECTURE"]
 
-_EVERY = 4  # the layers without a window, which no key says
+_EVERY = 4  # every fourth layer has no window, which is not in the metadata
 
 
 def _config(meta: Meta) -> dict[str, Any]:

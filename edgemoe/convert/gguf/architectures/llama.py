@@ -1,4 +1,4 @@
-"""`llama`: dense Llama, and Mixtral where there are experts."""
+"""`llama`: dense Llama, or Mixtral if there are experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`llama4`: attention in chunks of 8192 in three of four layers, which no key says."""
+"""`llama4`: attention in chunks of 8192 tokens in three of four layers, which is not in the metadata."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _config(meta: Meta) -> dict[str, Any]:
         "floor_scale": _CHUNK,
         "attn_scale": 0.1,
         "attn_temperature_tuning": True,
-        # Maverick with its 128 experts has no norms of queries and keys.
+        # Maverick, which has 128 experts, does not normalise queries and keys.
         "use_qk_norm": meta.whole("expert_count") != 128,
     }
 

@@ -1,4 +1,4 @@
-"""What the architectures with Mamba-2 layers share: their numbers, and tensors that are stored in other shapes."""
+"""The common parts of architectures with Mamba-2 layers: their sizes, and tensors that are stored differently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["mamba2", "sizes"]
 
 
 def sizes(meta: Meta) -> dict[str, int]:
-    """Returns heads, their size, states, groups and taps of the convolution."""
+    """Returns the numbers of heads, states, groups and convolution taps, and the head size."""
     heads = meta.whole("ssm.time_step_rank")
     return {
         "heads": heads,
@@ -25,13 +25,13 @@ def sizes(meta: Meta) -> dict[str, int]:
 
 
 def _log_rate(x: Array) -> Array:
-    """The file holds -exp(A_log)."""
-    with np.errstate(all="ignore"):  # no number stays none, which is found where it is used
+    """Returns A_log from the file's -exp(A_log)."""
+    with np.errstate(all="ignore"):  # NaN stays NaN, which the users of tensors check for
         return np.log(-x.astype(np.float64)).astype(np.float32)
 
 
 def mamba2(prefix: str) -> dict[str, Made]:
-    """Returns a layer's tensors that are not stored as they are, within the layer and `prefix`."""
+    """Returns the tensors of a layer that are stored differently; `prefix` begins their names within the layer."""
 
     def flat(name: str, change: Any = lambda x: x) -> Made:
         return Made(

@@ -1,4 +1,4 @@
-"""`nemotron_h_moe`: each layer is Mamba-2, attention or experts of two matrices."""
+"""`nemotron_h_moe`: each layer is Mamba-2, attention or experts; experts have no gate matrix."""
 
 from __future__ import annotations
 
@@ -67,5 +67,5 @@ ARCHITECTURE = Architecture(
         **{f"ffn_{x}_shexp": f"mixer.shared_experts.{x}_proj" for x in ("up", "down")},
     },
     made=mamba2("mixer."),
-    halves=HALVES,  # though nothing turns them
+    halves=HALVES,  # llama.cpp permutes their rows although there is no RoPE
 )

@@ -11,7 +11,7 @@ __all__ = ["ARCHITECTURE"]
 
 
 def _config(meta: Meta) -> dict[str, Any]:
-    # llama.cpp, too, knows it without renormalised gates only.
+    # llama.cpp, too, supports it only without renormalised gates.
     out: dict[str, Any] = {
         "norm_topk_prob": False,
         "intermediate_size": meta.rows("ffn_gate_exps.weight"),

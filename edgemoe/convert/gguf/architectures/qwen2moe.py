@@ -1,4 +1,4 @@
-"""`qwen2moe`: a shared expert behind a gate, which llama.cpp never renormalises the others for."""
+"""`qwen2moe`: a gated shared expert; llama.cpp never renormalises the gates of the routed ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHARED_EXPERT = {
     "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     **{f"ffn_{x}_shexp": f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down")},
 }
-"""The names of a shared expert behind a gate."""
+"""The names of a gated shared expert."""
 
 
 def _config(meta: Meta) -> dict[str, Any]:

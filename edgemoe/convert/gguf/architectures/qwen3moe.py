@@ -1,4 +1,4 @@
-"""`qwen3moe`, and the text part of `qwen3vlmoe`, which is the same."""
+"""`qwen3moe`, and `qwen3vlmoe`, whose text part is the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ARCHITECTURE"]
 
 def _config(meta: Meta) -> dict[str, Any]:
     return {
-        "norm_topk_prob": True,  # llama.cpp knows no other
+        "norm_topk_prob": True,  # the only setting in llama.cpp
         "use_sliding_window": False,
     }
 

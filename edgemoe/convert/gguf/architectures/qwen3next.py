@@ -1,4 +1,4 @@
-"""`qwen3next`, and `qwen35moe`, whose value heads lie in another order: tiled, where checkpoints have them grouped."""
+"""`qwen3next`, and `qwen35moe`, whose value heads are tiled, while checkpoints have them grouped by key head."""
 
 from __future__ import annotations
 
@@ -43,18 +43,18 @@ def _config(meta: Meta) -> dict[str, Any]:
 
 
 def _less_one(name: str) -> Made:
-    """Norms hold what is added to 1; the file holds the sum."""
+    """Returns a norm's weight as its offset from 1, as checkpoints have it; the file holds the sum."""
     return one(name, lambda config, x: x - np.float32(1))
 
 
 def _log_rate(x: Array) -> Array:
-    """The file holds -exp(A_log)."""
-    with np.errstate(all="ignore"):  # no number stays none, which is found where it is used
+    """Returns A_log from the file's -exp(A_log)."""
+    with np.errstate(all="ignore"):  # NaN stays NaN, which the users of tensors check for
         return np.log(-x.astype(np.float64)).astype(np.float32)
 
 
 def _joined_heads(config: Config, values: Sequence[Array]) -> Array:
-    """Of all q, k and v, and z: what each key head has of them, one head after another."""
+    """Joins [q, k, v] and z so that the rows of q, k, v and z of each key head follow one another."""
     qkv, z = values
     heads, dim = config["linear_num_key_heads"], config["linear_key_head_dim"]
     q, k, v = np.split(qkv, [heads * dim, 2 * heads * dim])
@@ -101,7 +101,7 @@ QWEN3NEXT = Architecture(
 
 
 def grouped(x: Array, keys: int, dim: int) -> Array:
-    """Puts value heads, of `dim` rows each, that take turns with key heads beside those of their key head."""
+    """Reorders value heads of `dim` rows from tiled (one per key head, in turns) to grouped by key head."""
     heads = x.reshape(-1, keys, dim, *x.shape[1:])
     return np.asarray(heads.swapaxes(0, 1).reshape(x.shape))
 
@@ -111,7 +111,7 @@ def _grouped(config: Config, x: Array, dim: int) -> Array:
 
 
 def _grouped_last(config: Config, x: Array) -> Array:
-    """The same for what comes behind all of q and k."""
+    """Groups the value heads, which come after all of q and k."""
     first = 2 * config["linear_num_key_heads"] * config["linear_key_head_dim"]
     values = _grouped(config, x[first:], config["linear_value_head_dim"])
     return np.concatenate([x[:first], values])

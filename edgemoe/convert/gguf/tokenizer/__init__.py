@@ -25,22 +25,25 @@ KINDS: Mapping[str, Callable[[Mapping[str, Any], Tokens, str], tuple[dict[str, A
     "llama": sentencepiece,
     "gemma4": gemma,
 }
-"""By `tokenizer.ggml.model`."""
+"""Builders of the parts of tokenizer.json that depend on the kind, by `tokenizer.ggml.model`.
+
+They also return whether a text begins with the first (BOS) token, if the file does not say.
+"""
 _NONE = (None, "none", "no_vocab")
 
 
 def tokenizer_files(
     meta: Mapping[str, Any], *, context_length: int, where: str
 ) -> dict[str, bytes]:
-    """Builds the files of a tokenizer; none of it where the file has no tokenizer.
+    """Builds the files of a tokenizer, by name; those of the tokenizer only if the GGUF file has one.
 
     Args:
         meta: the GGUF file's metadata by key.
-        context_length: goes into tokenizer_config.json.
+        context_length: the `model_max_length` of tokenizer_config.json.
         where: the file's name, for messages.
 
     Raises:
-        FormatError: the tokenizer is of another kind, or its tables contradict each other.
+        FormatError: the kind of tokenizer is not supported, or its tables contradict each other.
     """
     files: dict[str, dict[str, Any]] = {}
     kind = meta.get("tokenizer.ggml.model")
@@ -90,13 +93,13 @@ _SAMPLING = {
     "penalty_repeat": "repetition_penalty",
     "penalty_last_n": "repeat_last_n",
 }
-"""Settings for sampling in GGUF files that are called something else in generation_config.json."""
+"""Names of sampling settings in GGUF files whose names in generation_config.json differ, and the latter."""
 
 
 def _sampling(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings for sampling of `general.sampling.*`, all of them: readers say which they honour."""
+    """Returns all settings of `general.sampling.*`; readers of generation_config.json say which they honour."""
     start = "general.sampling."
     found = {key.removeprefix(start): value for key, value in meta.items() if key.startswith(start)}
-    # Last, as the window belongs to the penalty.
+    # The window last, after the penalty that it belongs to.
     found = dict(sorted(found.items(), key=lambda item: item[0] == "penalty_last_n"))
     return {_SAMPLING.get(name, name): value for name, value in found.items()}

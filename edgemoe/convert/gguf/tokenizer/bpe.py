@@ -1,4 +1,4 @@
-"""Byte-level BPE (`gpt2`), and BPE over whole texts with bytes for what has no token (`gemma4`)."""
+"""Byte-level BPE (`gpt2`), and BPE over whole texts with a fallback to byte tokens (`gemma4`)."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SPACE = "▁"  # stands for a space in tokens
 
 
 def byte_level(meta: Mapping[str, Any], tokens: Tokens, where: str) -> tuple[dict[str, Any], bool]:
-    """Returns the parts of tokenizer.json that depend on the kind, and whether a text begins with the first token.
+    """Returns the parts of tokenizer.json that depend on the kind, and whether texts begin with BOS by default.
 
     Raises:
-        FormatError: the pre-tokenizer is unknown, or a merge is not of tokens.
+        FormatError: the pre-tokenizer is unknown, or a merge has parts or a result that are not tokens.
     """
     pre = meta.get("tokenizer.ggml.pre")
     known = PRE_TOKENIZERS.get(pre) if isinstance(pre, str) else None
@@ -46,7 +46,7 @@ def byte_level(meta: Mapping[str, Any], tokens: Tokens, where: str) -> tuple[dic
 
 
 def gemma(meta: Mapping[str, Any], tokens: Tokens, where: str) -> tuple[dict[str, Any], bool]:
-    """The same for Gemma's kind."""
+    """Returns the same for Gemma's kind of tokenizer."""
     parts = {
         "normalizer": {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
         "pre_tokenizer": None,

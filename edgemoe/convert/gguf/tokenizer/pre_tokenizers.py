@@ -1,6 +1,6 @@
-"""How byte-level tokenizers cut a text into words, by llama.cpp's names for it.
+"""Pre-tokenizers, which split a text into words before byte-level BPE, by llama.cpp's names.
 
-The expressions are those of the models' own tokenizer.json, where llama.cpp has others that its engine can do.
+The regular expressions are those of the models' own tokenizer.json. llama.cpp has variants that suit its regex engine.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ __all__ = ["PRE_TOKENIZERS", "PreTokenizer"]
 
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
-    """What a name stands for."""
+    """The behaviour that a name stands for."""
 
     cuts: tuple[str, ...]
-    """Regular expressions; each cuts out of the pieces that the one before has left what it matches."""
+    """Regular expressions, applied one after the other; each isolates its matches in the pieces so far."""
     ignore_merges: bool = False
-    """A word that is a token is that, whatever its merges would give."""
+    """A word that is a token becomes that token, whatever its merges would give."""
     adds_bos: bool = False
-    """Where a file does not say whether the first token comes before a text."""
+    """Whether BOS comes before a text, if the file does not say."""
     composes: bool = False
-    """Unicode's NFC comes first, which llama.cpp leaves out."""
+    """The text is first normalised to Unicode NFC, which llama.cpp does not do."""
 
 
 _ENDINGS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -30,7 +30,7 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ASIAN = "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+"
 _UPPER, _LOWER = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
-# Escapes, as some of these letters are another one's composition, which editors may put in their place.
+# Escapes, because editors may normalise some of these letters to other code points.
 _DEEPSEEK_LETTERS = (
     "\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af"
     "\u0370-\u0373\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5"
@@ -49,12 +49,12 @@ _HAN = "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+"
 
 
 def _words(letters: str, numbers: str, *, endings: str = _ENDINGS, also: str = "") -> str:
-    """Returns the expression of words with one sign before them, numbers, signs and spaces."""
+    """Returns the expression for words, optionally after one sign, and for numbers, signs and spaces."""
     return rf"{endings}|[^\r\n\p{{L}}\p{{N}}]?[{letters}]+|{numbers}| ?[^\s{letters}\p{{N}}]+[\r\n{also}]*|{_SPACES}"
 
 
 def _cases(numbers: str, *, endings: str = "", but: str = "") -> str:
-    """Returns the expression that also cuts where lower case goes over into upper case."""
+    """Returns the expression that also splits words where lower case is followed by upper case."""
     upper, lower = (f"[{letters}{but}]" for letters in (_UPPER, _LOWER))
     sign = r"[^\r\n\p{L}\p{N}]?"
     return rf"{sign}{upper}*{lower}+{endings}|{sign}{upper}+{lower}*{endings}|{numbers}"
@@ -118,4 +118,4 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "starcoder": _DIGITS_FIRST,
     "tekken": PreTokenizer((_cases(_ONE) + _TAIL,), ignore_merges=True, adds_bos=True),
 }
-"""By `tokenizer.ggml.pre`."""
+"""Pre-tokenizers by `tokenizer.ggml.pre`."""

@@ -1,4 +1,4 @@
-"""SentencePiece's BPE (`llama`): tokens with scores, of which merges are made as transformers makes them."""
+"""SentencePiece's BPE (`llama`): tokens with scores, from which merges are derived as in transformers."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from edgemoe.errors import FormatError
 __all__ = ["sentencepiece"]
 
 _SPACE = "▁"
-_NORMAL = 1  # of llama.cpp's token types
+_NORMAL = 1  # one of llama.cpp's token types
 
 
 def sentencepiece(
     meta: Mapping[str, Any], tokens: Tokens, where: str
 ) -> tuple[dict[str, Any], bool]:
-    """Returns the parts of tokenizer.json that depend on the kind, and whether a text begins with the first token.
+    """Returns the parts of tokenizer.json that depend on the kind, and whether texts begin with BOS by default.
 
     Raises:
-        FormatError: there is not a score and a type for each token, or no token for what is unknown.
+        FormatError: a token lacks its score or its type, or the unknown token is outside the vocabulary.
     """
     scores, kinds = (_numbers(meta, key, len(tokens), where) for key in ("scores", "token_type"))
     unknown = meta.get("tokenizer.ggml.unknown_token_id", 0)
@@ -66,7 +66,7 @@ def _numbers(meta: Mapping[str, Any], key: str, count: int, where: str) -> list[
 
 
 def _merges(tokens: Tokens, scores: list[float], kinds: list[int]) -> list[list[str]]:
-    """Returns every pair of tokens that makes a token, the best first."""
+    """Returns every pair of normal tokens that concatenates to one, in order of descending score of the result."""
     vocab = {
         token: i
         for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))

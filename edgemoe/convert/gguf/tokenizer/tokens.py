@@ -1,4 +1,4 @@
-"""What tokenizers of every kind have in a GGUF file: tokens with a type, and those with a meaning."""
+"""The parts that all kinds of tokenizers share in a GGUF file: tokens with types, and special tokens."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from edgemoe.errors import FormatError, quoted
 
 __all__ = ["Tokens", "added_tokens", "end_tokens", "first_token", "special_tokens", "strings"]
 
-_CONTROL, _USER_DEFINED = 3, 4  # of llama.cpp's token types, those found in text before all others
+_CONTROL, _USER_DEFINED = 3, 4  # the token types that llama.cpp matches in a text first
 
-# That a reply ends is told by texts in llama.cpp, too: files name two or three ends, and models have more.
+# Like llama.cpp, we recognise end tokens by their texts too: files name two or three, and models have more.
 _ENDS = (
     "<|eot_id|>",
     "<|im_end|>",
@@ -44,7 +44,7 @@ def strings(meta: Mapping[str, Any], key: str, where: str) -> list[str]:
 
 
 def special_tokens(meta: Mapping[str, Any], tokens: Tokens, where: str) -> dict[str, str]:
-    """Returns those of bos_token, eos_token, unk_token and pad_token that the file names."""
+    """Returns bos_token, eos_token, unk_token and pad_token, as far as the file names them."""
     found = {}
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         index = meta.get(f"tokenizer.ggml.{key}_token_id")
@@ -57,7 +57,7 @@ def special_tokens(meta: Mapping[str, Any], tokens: Tokens, where: str) -> dict[
 
 
 def end_tokens(meta: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns bos_token_id, eos_token_id and pad_token_id of config.json; several where several end a reply."""
+    """Returns bos_token_id, eos_token_id (a list if several tokens end a reply) and pad_token_id of config.json."""
     ids = {
         f"{role}_token_id": meta.get(f"tokenizer.ggml.{key}_token_id")
         for role, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
@@ -65,7 +65,7 @@ def end_tokens(meta: Mapping[str, Any]) -> dict[str, Any]:
     tokens = meta.get("tokenizer.ggml.tokens")
     tokens = tokens if isinstance(tokens, list) else []
     places = {token: i for i, token in enumerate(tokens) if token in _ENDS}
-    if "<|return|>" in places and "<|call|>" in places:  # there the other one ends a message only
+    if "<|return|>" in places and "<|call|>" in places:  # <|end|> then ends only a message
         places.pop("<|end|>", None)
     named = [ids["eos_token_id"]]
     named += [meta.get(f"tokenizer.ggml.{key}_token_id") for key in ("eot", "eom")]
@@ -74,7 +74,7 @@ def end_tokens(meta: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def added_tokens(meta: Mapping[str, Any], tokens: Tokens, where: str) -> list[dict[str, Any]]:
-    """Returns the tokens that are found in a text before all others, as tokenizer.json has them."""
+    """Returns the tokens that are matched in a text before all others, in the form of tokenizer.json."""
     kinds = meta.get("tokenizer.ggml.token_type")
     if not isinstance(kinds, list) or len(kinds) != len(tokens):
         raise FormatError(f"{where}: tokenizer.ggml.token_type must hold {len(tokens)} numbers")
@@ -96,10 +96,10 @@ def added_tokens(meta: Mapping[str, Any], tokens: Tokens, where: str) -> list[di
 def first_token(
     meta: Mapping[str, Any], vocab: Mapping[str, int], bos: str | None, *, default: bool
 ) -> dict[str, Any] | None:
-    """Returns what puts the first token before a text, or None where the file wants none.
+    """Returns the post-processor that puts BOS before a text; None if the file wants none.
 
     Args:
-        default: what is done where the file does not say.
+        default: whether to add BOS if the file does not say.
     """
     if bos is None or meta.get("tokenizer.ggml.add_bos_token", default) is not True:
         return None
