@@ -1,1 +1,1 @@
-"""Makes a Mixture of Experts of a dense Llama-architecture checkpoint."""
+"""Carving: turns a dense Llama-architecture checkpoint into a Mixture of Experts."""

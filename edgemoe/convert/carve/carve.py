@@ -1,12 +1,12 @@
 """Carves a dense Llama-architecture checkpoint into a Mixture of Experts of the Qwen2-MoE shape.
 
-Every layer's FFN is cut, neuron by neuron, into one shared expert and routed ones; with all experts
-active the function is that of the dense model. Scales make the standard architecture fit:
+The neurons of every layer's FFN are divided among one shared expert and E routed ones. With all experts active, the
+model computes the same function as the dense one. Two scales make it fit the standard architecture:
 
-- the shared expert's gate is zero, sigmoid(0) = 1/2, so its w_down is stored doubled;
-- the router's logits are tiny, so softmax over E experts is 1/E for each, and the routed w_down is
-  stored times E. What an expert adds is then right for every number of active experts, which is
-  therefore a knob of the run and not of the file. E is a power of two: both scales are exact.
+- The shared expert's gate is zero and sigmoid(0) = 1/2, so its w_down is stored doubled.
+- The router's logits are tiny, so softmax gives each expert about 1/E, and the routed w_down is stored times E. An
+  expert's contribution is then right for any number of active experts. So that number can be chosen for each run,
+  and is not fixed by the file. E is a power of two, so both scales are exact.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from edgemoe.text.tokenizer import Tokenizer
 __all__ = ["CarvedCheckpoint", "Progress", "carve", "default_widths"]
 
 Progress = Callable[[int, int], None]
-"""Is told how many layers are calibrated, and of how many."""
+"""A callback that receives how many layers are calibrated, and the total."""
 
 _CALIBRATION = Path(__file__).parents[1] / "data" / "calibration.txt"
-_SEQUENCES, _LENGTH = 16, 512  # what calibration looks at: 8,192 tokens
+_SEQUENCES, _LENGTH = 16, 512  # calibration runs on 8,192 tokens
 
 _ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 _TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -54,22 +54,23 @@ def carve(
     update: Path | None = None,
     progress: Progress | None = None,
 ) -> CarvedCheckpoint:
-    """Sees a dense Llama-architecture checkpoint as a Mixture of Experts; tensors are made lazily.
+    """Presents a dense Llama-architecture checkpoint as a Mixture of Experts; tensors are made when they are read.
 
     Args:
-        dense: the checkpoint; it stays in use.
+        dense: the checkpoint, which must stay open.
         num_experts: routed experts per layer, a power of two (default 16, or the update's).
         shared: neurons of the shared expert (default about a third, or the update's).
         active: routed experts per token (default two thirds, rounded down).
-        calibration: a text, or token ids, to watch the dense model on; default is a text that the
-            package ships. Not used with an update.
-        update: a file of trained labels, routers, norms and low-rank corrections for exactly this
-            checkpoint; see `carve_update`.
-        progress: is told how calibration goes.
+        calibration: a text, or token ids, to run the dense model on; default is a text that ships with the package.
+            Not used with an update.
+        update: a file of trained labels, routers, norms and low-rank corrections for exactly this checkpoint; see
+            `edgemoe.convert.carve.update`.
+        progress: called after each layer that was calibrated.
 
     Raises:
-        ValueError: the widths do not fit the model or the update.
-        FormatError: the checkpoint or the update is broken or of an unsupported kind.
+        ValueError: the widths do not fit the model or the update, or `calibration` is empty or has token ids outside
+            the vocabulary.
+        FormatError: the checkpoint or the update is broken or not supported.
         ImportError: scipy is not installed, and there is no update.
     """
     shape = llama_shape(dense)
@@ -93,10 +94,10 @@ def carve(
 
 
 class CarvedCheckpoint:
-    """A dense checkpoint seen as a Qwen2-MoE one; implements `Checkpoint`.
+    """A dense checkpoint presented as a Qwen2-MoE one; implements `Checkpoint`.
 
-    Keeps labels, routers and corrections in memory, and the corrected FFN matrices of the layer
-    that was read last. One thread at a time.
+    Keeps labels, routers and corrections in memory, and the corrected FFN matrices of the layer that was read last.
+    Only one thread may use it at a time.
     """
 
     def __init__(
@@ -131,7 +132,7 @@ class CarvedCheckpoint:
         return self._dense.tensor(name) if norm is None else norm
 
     def _part(self, layer: int, expert: int, matrix: str) -> Array:
-        """Cuts the rows (of w_down, columns) of one expert out; 0 is the shared one."""
+        """Returns the rows (of w_down, the columns) of one expert; expert 0 is the shared one."""
         neurons = np.flatnonzero(self._update.partitions[layer].labels == expert)
         whole = self._matrix(layer, matrix)
         if matrix != "down":
@@ -140,7 +141,7 @@ class CarvedCheckpoint:
         return np.ascontiguousarray(whole[:, neurons] * np.float32(scale))
 
     def _matrix(self, layer: int, matrix: str) -> Array:
-        """Returns a whole corrected FFN matrix of the dense model; remembers those of one layer."""
+        """Returns a whole FFN matrix of the dense model with its correction; caches the matrices of one layer."""
         if (layer, matrix) not in self._matrices:
             self._matrices = {k: v for k, v in self._matrices.items() if k[0] == layer}
             values = self._dense.tensor(f"model.layers.{layer}.mlp.{matrix}_proj.weight")
@@ -152,10 +153,10 @@ class CarvedCheckpoint:
 
 
 def default_widths(intermediate: int, num_experts: int | None = None) -> tuple[int, int]:
-    """Returns how many routed experts and shared neurons suit an FFN of `intermediate` neurons.
+    """Returns the default numbers of routed experts and of shared neurons for an FFN of `intermediate` neurons.
 
-    16 experts; about a third of the neurons shared; experts in steps of 64 neurons, the
-    quantisation group, or of a smaller power of two where the FFN is narrow.
+    There are 16 experts, and about a third of the neurons are shared. Experts have a multiple of 64 neurons, the width
+    of a tile, or of a smaller power of two if the FFN is narrow.
     """
     num_experts = 16 if num_experts is None else num_experts
     ideal = intermediate * 2 / 3 / max(1, num_experts)
@@ -206,7 +207,7 @@ def _calibrated(
 def _calibration_ids(
     dense: Checkpoint, shape: LlamaShape, calibration: str | Sequence[int] | None
 ) -> NDArray[np.int64]:
-    """Returns token ids [N, S], taken evenly from all of the text."""
+    """Returns N sequences of S token ids, [N, S], spread evenly over the text."""
     if calibration is None:
         calibration = _CALIBRATION.read_text(encoding="utf-8")
     if isinstance(calibration, str):

@@ -1,6 +1,6 @@
-"""Runs a dense Llama-architecture checkpoint in numpy: to calibrate, and as a yardstick of quality.
+"""Runs a dense Llama-architecture checkpoint in numpy, for calibration and as a reference for quality.
 
-It is no inference engine: float32, whole sequences, one layer's weights in memory at a time.
+It is not an inference engine: it computes whole sequences in float32, with one layer's weights in memory at a time.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from edgemoe.errors import FormatError, quoted
 __all__ = ["DEFAULT_THETA", "Array", "LlamaShape", "OnFFN", "head", "hidden_states", "llama_shape"]
 
 DEFAULT_THETA = 10000.0
-"""The RoPE base of a Llama whose config.json names none."""
+"""The RoPE base of a Llama if config.json names none."""
 
 Array: TypeAlias = NDArray[np.float32]
 OnFFN: TypeAlias = Callable[[int, Array, Array, Array], None]
-"""Is told a layer, its FFN's input x [T, D], silu(x Wg) * (x Wu) [T, I] and w_down [D, I].
+"""A callback that receives a layer's number, its FFN's input x [T, D], silu(x Wg) * (x Wu) [T, I] and w_down [D, I].
 
-The arrays are lent for the call."""
+The arrays are valid only during the call."""
 
 
 @dataclass(frozen=True, slots=True)
 class LlamaShape:
-    """The part of a dense Llama's config.json that its arithmetic needs."""
+    """The values of a dense Llama's config.json that its arithmetic needs."""
 
     num_layers: int
     hidden_size: int
@@ -44,13 +44,13 @@ class LlamaShape:
     num_kv_heads: int
     head_dim: int
     context_length: int
-    """As config.json has it: position scaling may reach further."""
+    """That of config.json; RoPE scaling may extend it."""
     norm_eps: float
     tied: bool
     rope: Rope
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Returns every tensor's name and shape."""
+        """Returns the shape of every tensor, by name."""
         d, i = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, d)}
@@ -69,11 +69,11 @@ class LlamaShape:
 
 
 def llama_shape(dense: Checkpoint) -> LlamaShape:
-    """Reads the config of a dense Llama and checks that all its tensors are there.
+    """Reads the config of a dense Llama and checks that all its tensors exist.
 
     Raises:
-        FormatError: another architecture, a feature that is not supported, a number that is missing
-            or senseless, a tensor that is missing or of another shape.
+        FormatError: the architecture or a feature is not supported, a number is missing or senseless, or a tensor is
+            missing, unknown or of another shape.
     """
     try:
         settings = Settings(dense.config)
@@ -111,7 +111,7 @@ def llama_shape(dense: Checkpoint) -> LlamaShape:
             if dense.shapes.get(name) != size:
                 raise FormatError(f"{name} must be {size}, got {dense.shapes.get(name, 'none')}")
         refuse_unused(dense, shape.tensors().keys(), family=kind, tied=shape.tied)
-        # Last, when the tensors have vouched for the size of a head.
+        # Last, because the shapes of the tensors have now confirmed the head size.
         check_rotated(settings, head_dim, head_dim)
         angles = rope(settings, dim=head_dim, default_theta=DEFAULT_THETA)
         shape = replace(shape, rope=angles)
@@ -123,12 +123,12 @@ def llama_shape(dense: Checkpoint) -> LlamaShape:
 def hidden_states(
     dense: Checkpoint, ids: NDArray[np.int64], *, on_ffn: OnFFN | None = None
 ) -> Array:
-    """Computes the normed output [N, S, D] of the last layer for N independent sequences.
+    """Computes the output [N, S, D] of the last layer, after the final norm, for N independent sequences.
 
     Args:
         dense: a dense Llama.
         ids: token ids [N, S].
-        on_ffn: sees the inside of every layer's FFN, layer by layer, all tokens at once.
+        on_ffn: called for every layer's FFN, with all tokens at once.
 
     Raises:
         FormatError: the checkpoint is not a dense Llama, or a tensor is broken.
@@ -162,7 +162,7 @@ def hidden_states(
 
 
 def head(dense: Checkpoint) -> Array:
-    """Reads the matrix [V, D] that turns hidden states into logits."""
+    """Reads the output head [V, D], which maps hidden states to logits."""
     tied = llama_shape(dense).tied
     return dense.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
 

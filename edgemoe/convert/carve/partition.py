@@ -1,8 +1,8 @@
-"""Cuts one dense FFN into experts, from its activations, and fits a router to them.
+"""Divides one dense FFN into experts by its activations, and fits a router to them.
 
-After CMoE (arXiv 2502.04416): the neurons that matter most become the shared expert, the rest are
-clustered by when they matter. Its router fits no standard architecture; ours is a linear gate,
-fitted to how much each cluster matters.
+After CMoE (arXiv 2502.04416): the neurons with the largest effect on the output become the shared expert, and the
+rest are clustered by the tokens on which they have an effect. CMoE's router fits no standard architecture. Ours is a
+linear gate, fitted to the effect of each cluster.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from edgemoe.convert.carve.llama import Array
 __all__ = ["Partition", "partition", "require_scipy"]
 
 _ROUNDS = 10
-_BLOCK = 2048  # the assignment problem is cubic; more neurons are assigned in random blocks
+_BLOCK = 2048  # assignment takes cubic time, so more neurons are assigned in random blocks
 _RIDGE = 1e-2
 _ROUTER_SCALE = 2.0**-8
 
 
 @dataclass(frozen=True, slots=True)
 class Partition:
-    """Says where one layer's neurons go, and how tokens find them."""
+    """The expert of each neuron of one layer, and the router."""
 
     labels: NDArray[np.int64]
-    """Per neuron [I]: 0 for the shared expert, 1 … E for the routed ones."""
+    """[I]: the expert of each neuron, 0 for the shared one, 1 … E for the routed ones."""
     router: Array
-    """[E, D]: router @ x are the gate's logits, so small that softmax is 1 / E within about 1 %."""
+    """[E, D]: router @ x are the logits, so small that softmax is 1 / E within about 1 %."""
 
 
 def partition(
     x: Array, inner: Array, down: Array, *, num_experts: int, shared: int, seed: int
 ) -> Partition:
-    """Splits one layer's FFN.
+    """Divides the neurons of one layer's FFN.
 
     Args:
         x: the FFN's input over the calibration tokens [T, D].
@@ -43,9 +43,9 @@ def partition(
         down: w_down [D, I].
         num_experts: E; must divide I - shared.
         shared: neurons of the shared expert.
-        seed: of the clustering.
+        seed: the random seed of the clustering.
     """
-    # How far neuron j moves the output for token t.
+    # [T, I]: how far neuron j moves the output for token t.
     impact = np.abs(inner) * np.linalg.norm(down, axis=0)
     np.square(impact, out=impact)
     order = np.argsort(-impact.sum(axis=0), kind="stable")
@@ -75,7 +75,7 @@ def _balanced_clusters(points: Array, count: int, rng: np.random.Generator) -> N
 
 
 def _spread_centres(points: Array, count: int, rng: np.random.Generator) -> Array:
-    """Picks `count` rows that lie apart, as k-means++ does."""
+    """Picks `count` rows that are far apart, as k-means++ does."""
     chosen = [int(rng.integers(len(points)))]
     distance = np.full(len(points), np.inf)
     for _ in range(count - 1):
@@ -87,7 +87,10 @@ def _spread_centres(points: Array, count: int, rng: np.random.Generator) -> Arra
 
 
 def _balanced_assignment(likeness: Array, rng: np.random.Generator) -> NDArray[np.int64]:
-    """Gives each row of likeness [N, C] a column, each column N / C times, for the greatest sum."""
+    """Assigns each row of likeness [N, C] to a column, N / C rows to each, such that the sum is largest.
+
+    With more than `_BLOCK` rows, the sum is maximised within random blocks of rows. Returns labels [N].
+    """
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = likeness.shape
@@ -107,7 +110,7 @@ def _balanced_assignment(likeness: Array, rng: np.random.Generator) -> NDArray[n
 def _router(x: Array, target: Array) -> Array:
     """Fits W [E, D] by ridge regression, so that W x ranks the experts as target [T, E] does."""
     wide = x.astype(np.float64)
-    # What all experts share in a token changes no ranking; leave the fit free of it.
+    # A token's mean over all experts does not affect the ranking, so it is removed before the fit.
     y = target - target.mean(axis=1, keepdims=True)
     gram = wide.T @ wide
     gram[np.diag_indices_from(gram)] += _RIDGE * np.trace(gram) / len(gram)
@@ -117,10 +120,10 @@ def _router(x: Array, target: Array) -> Array:
 
 
 def require_scipy() -> None:
-    """Fails early, before minutes of calibration, when scipy is not there.
+    """Checks that scipy is installed, before minutes of calibration.
 
     Raises:
-        ImportError: says how to install it.
+        ImportError: it is not; the message says how to install it.
     """
     try:
         import scipy.optimize  # noqa: F401

@@ -1,17 +1,19 @@
-"""A sketch of a calibration, small enough to lie beside an update: of every input its squares and a few directions.
+"""Sketches of calibrations, small enough to ship with an update: the mean squares of every input and a few directions.
 
-All products of the demo's inputs take 190 MB, and most of what they tell beside the squares lies in few directions. So
-M is kept as U^T U and a diagonal, U [R, cols] of 8-bit codes. A safetensors file with, X an input of dense matrices by
-its name in a calibration, over the mean square of all its columns,
+All products of the demo's inputs take 190 MB, and most of their information beyond the squares lies in few directions.
+So the mean products M of an input, divided by the mean square of all its columns, are kept as U^T U and a diagonal,
+with U [R, cols] in 8-bit codes. A sketch is a safetensors file. X is an input of dense matrices by its name in a
+calibration:
 
-    X.squares      float16 [cols]     mean squares: the diagonal of M
+X.squares      float16 [cols]     mean squares: the diagonal of M
     X.codes        int8 [R, cols]     U = codes * steps
     X.steps        float16 [R]
     experts.L.count    int32 [E]      tokens that were routed to each expert
-    experts.L.hidden   float16 [E, H] mean squares of what their w_down take, over the mean of all
+    experts.L.hidden   float16 [E, H] mean squares of the inputs of their w_down, divided by the mean of all
 
-and in its metadata what the calibration says of itself. Gates and ups of routed experts take what the shared one's do.
-It is expanded by sums in a fixed order, so that every machine makes the same calibration of it.
+    Its metadata is that of the calibration: model, tokens, window. The gates and ups of routed experts have the same
+    input as those of the shared expert. A sketch is expanded by sums in a fixed order, so that every machine makes the
+    same calibration from it.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ def write_sketch(calibration: Path, out: Path) -> None:
     """Writes the sketch of a calibration that was made with `--layers`.
 
     Raises:
-        FormatError: not such a calibration.
+        FormatError: the file is not a calibration.
     """
     file = SummedFile(calibration, "a calibration file")
     tensors: dict[str, NDArray[Any]] = {}
@@ -60,7 +62,7 @@ def write_sketch(calibration: Path, out: Path) -> None:
 
 
 def _drawn(products: Array) -> dict[str, NDArray[Any]]:
-    """Returns what is kept of one input's products."""
+    """Returns the squares, codes and steps that represent the products of one input."""
     moments = products.astype(np.float64)
     moments /= moments.diagonal().mean()
     values, vectors = np.linalg.eigh(moments)
@@ -75,15 +77,15 @@ def _drawn(products: Array) -> dict[str, NDArray[Any]]:
 
 
 def expand_sketch(path: Path, out: Path) -> None:
-    """Writes the calibration that a sketch stands for.
+    """Writes the calibration that a sketch represents.
 
     Raises:
-        FormatError: not a sketch.
+        FormatError: the file is not a sketch.
         OSError: a file cannot be read or written.
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            meta = dict(sorted((file.metadata() or {}).items()))  # the library has no order
+            meta = dict(sorted((file.metadata() or {}).items()))  # the library's order is undefined
             tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
         write_calibration(out, _Expanded(tensors), {"source": "edgemoe", "bits": "", **meta})
     except (SafetensorError, KeyError) as error:
@@ -91,7 +93,7 @@ def expand_sketch(path: Path, out: Path) -> None:
 
 
 class _Expanded(Mapping[str, NDArray[Any]]):
-    """Makes the tensors of a calibration, one at a time; each input counts as a single token with its mean products."""
+    """The tensors of a calibration, computed on access. Each dense input counts as one token with its mean products."""
 
     def __init__(self, tensors: Mapping[str, NDArray[Any]]) -> None:
         self._tensors = tensors

@@ -1,10 +1,10 @@
-"""The file of what training found for one carved checkpoint, so that nothing is calibrated again.
+"""Updates: files with the results of training for one carved checkpoint, which make its calibration unnecessary.
 
-A safetensors file whose metadata names `experts` (E) and `shared`, with, per layer i:
+An update is a safetensors file whose metadata gives `experts` (E) and `shared`. For each layer i it has:
 
-    layers.i.assign               uint8 [I]      0: shared expert, 1 … E: routed experts
+    layers.i.assign               uint8 [I]      the expert of each neuron; 0: shared, 1 … E: routed
     layers.i.router               float [E, D]   logits = router @ x, as in `carve`
-    layers.i.{gate,up,down}.A     [R, in]        W becomes W + (B * scale) @ A before it is cut up;
+    layers.i.{gate,up,down}.A     [R, in]        W becomes W + (B * scale) @ A before it is divided;
     layers.i.{gate,up,down}.B     [out, R]       float, or int8 codes
     layers.i.{gate,up,down}.scale float [R]      absent: 1
     layers.i.input_norm .post_norm, norm  float [D]   replace the dense ones
@@ -29,23 +29,23 @@ __all__ = ["CarveUpdate", "read_update"]
 
 @dataclass(frozen=True, slots=True)
 class CarveUpdate:
-    """Everything by which a carved model differs from its dense one."""
+    """Everything in which a carved model differs from its dense one."""
 
     num_experts: int
     shared: int
     partitions: tuple[Partition, ...]
     """One per layer."""
     norms: Mapping[str, Array]
-    """Replacements by tensor name."""
+    """Replacements for norms, by tensor name."""
     corrections: Mapping[tuple[int, str], tuple[Array, Array]]
-    """By layer and matrix ("gate"): B [out, R] and A [R, in], to be added as B @ A."""
+    """By layer and matrix, such as "gate": B [out, R] and A [R, in], to be added as B @ A."""
 
 
 def read_update(path: Path, shape: LlamaShape) -> CarveUpdate:
     """Reads an update for a checkpoint of the given shape.
 
     Raises:
-        FormatError: not an update, or one for another model.
+        FormatError: the file is not an update, or one for another model.
         OSError: the file cannot be read.
     """
     try:

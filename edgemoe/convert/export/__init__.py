@@ -1,1 +1,1 @@
-"""Writes `.moe` files as other programs read models."""
+"""Export of `.moe` files to formats that other programs read."""

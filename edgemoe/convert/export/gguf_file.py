@@ -1,4 +1,4 @@
-"""A `.moe` file as a GGUF file, for llama.cpp: Q8_0, or F16."""
+"""Export of a `.moe` file to GGUF, for llama.cpp, in Q8_0 or F16."""
 
 from __future__ import annotations
 
@@ -59,20 +59,22 @@ def export_gguf(
     kind: str = "Q8_0",
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes a file, which appears under its name only when it is whole.
+    """Writes a GGUF file, which appears under its name only when it is complete.
 
-    Before any weight is written, what stands in the file is read back and compared: a model that the format cannot hold
-    is refused.
+    Before any weights are written, the file's header is read back and the model in it compared with the original, so
+    that a model which the format cannot represent is refused.
 
     Args:
+        moe: the model.
+        out: the file to write.
         bits: level of the experts; None for the highest.
-        dense_bits: of everything else.
-        kind: of matrices, one of `TYPES`; vectors and routers are F32.
-        progress: is told the bytes written and the bytes in total.
+        dense_bits: level of all other matrices; None for the highest.
+        kind: GGUF type of matrices, one of `TYPES`; vectors and routers are F32.
+        progress: called with the bytes written and the total.
 
     Raises:
-        FormatError: the file's model cannot be held by a GGUF file, or it is broken.
-        FileExistsError: there is something under that name.
+        FormatError: a GGUF file cannot represent the model, or the `.moe` file is broken.
+        FileExistsError: `out`, or `out` with `.part` appended, exists.
         ImportError: the package gguf is not installed.
         OSError: the disk is full, or failed.
     """
@@ -85,7 +87,7 @@ def export_gguf(
     level, dense_level = moe.level(bits), moe.dense_level(dense_bits)
     part = out.with_name(f"{out.name}.part")
     require_new(out)
-    require_new(part)  # a browser may be loading something of that name
+    require_new(part)  # may be another program's, such as a browser's download
     with tempfile.TemporaryDirectory(prefix="edgemoe-") as folder:
         draft = Path(folder) / out.name
         starts, kinds, end = _write_head(draft, moe, _rope_base(moe), kind)
@@ -114,7 +116,7 @@ def export_gguf(
 
 
 def _rope_base(moe: MoeFile) -> float:
-    """Returns the base of the frequencies, which must be plain."""
+    """Returns the base of the RoPE frequencies, which must not be scaled."""
     (spec,) = moe.config.ropes
     table = next(values for name, values in dense_weights(moe, 1) if name == spec.name)
     exponents = np.arange(0, spec.dim, 2) / spec.dim
@@ -132,7 +134,7 @@ def _rope_base(moe: MoeFile) -> float:
 
 
 def _names(config: ModelConfig, name: str) -> str:
-    """Returns what a tensor is called."""
+    """Returns the name of a tensor in a GGUF file."""
     if name in _WHOLE:
         return _WHOLE[name]
     kind, layer, part = name.split(".", 2)
@@ -146,7 +148,7 @@ def _names(config: ModelConfig, name: str) -> str:
 def _write_head(
     path: Path, moe: MoeFile, base: float, kind: str
 ) -> tuple[dict[str, int], dict[str, str], int]:
-    """Writes all but the weights; returns where each tensor starts and its type, and the file's length."""
+    """Writes everything but the weights; returns each tensor's offset and type, and the file's length in bytes."""
     try:
         import gguf
     except ImportError as error:
@@ -225,7 +227,7 @@ def _metadata(moe: MoeFile, base: float) -> dict[str, Any]:
 
 
 def _compare(moe: MoeFile, path: Path) -> None:
-    """Checks that the model that llama.cpp makes of the file is the one that was asked for."""
+    """Checks that the GGUF file, which must have all metadata and shapes, describes the same model."""
     found = SourceModel(GGUFCheckpoint(path)).config
     for field in dataclasses.fields(found):
         ours, theirs = getattr(moe.config, field.name), getattr(found, field.name)
@@ -237,7 +239,7 @@ def _compare(moe: MoeFile, path: Path) -> None:
 
 
 def _weights(moe: MoeFile, level: int, dense_level: int) -> Iterator[tuple[str, int, Array]]:
-    """Yields every tensor, and its place in a stack."""
+    """Yields every tensor to be written, with its index in its stack; 0 for tensors that are no stack."""
     for name, index, values in checkpoint_weights(moe, level, dense_level):
         kind, *place = name.split(".")
         if kind == "experts":
@@ -247,7 +249,7 @@ def _weights(moe: MoeFile, level: int, dense_level: int) -> Iterator[tuple[str, 
 
 
 def _turned(values: Array, name: str, config: ModelConfig) -> Array:
-    """Orders the rows of q and k of Mixtral's as the architecture llama wants them: in neighbouring pairs."""
+    """Reorders the rows of Mixtral's q and k to adjacent RoPE pairs, as the architecture `llama` has them."""
     part = name.rpartition(".")[2].removesuffix("_bias")
     if config.family != "mixtral" or not name.startswith("layers.") or part not in ("q", "k"):
         return values

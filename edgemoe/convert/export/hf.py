@@ -1,4 +1,4 @@
-"""A `.moe` file as a Hugging Face directory: bfloat16 safetensors, config.json and the tokenizer's files."""
+"""Export of a `.moe` file to a Hugging Face directory: bfloat16 safetensors, config.json and tokenizer files."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ __all__ = ["CONFIG", "Piece", "checkpoint_config", "export_hf", "pieces"]
 
 Array = NDArray[np.float32]
 CONFIG = "config.json"
-"""The section that has the checkpoint's."""
+"""The section that holds the checkpoint's config.json."""
 _PLAIN = Family(config=lambda settings: None)  # type: ignore[arg-type, return-value]
 _WIDE = {"BF16": 2, "F32": 4}
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Where a canonical tensor lies in a checkpoint."""
+    """The place of a canonical tensor in a checkpoint."""
 
     name: str
-    """Of the stored tensor."""
+    """The name of the stored tensor."""
     shape: tuple[int, ...]
-    """Of the stored tensor."""
+    """The shape of the stored tensor."""
     first: int
-    """Values of it that come before."""
+    """How many values of the stored tensor come before this piece."""
     pairs: int
-    """Of so many leading rows of each head, those that RoPE turns together are neighbours; 0 for none."""
+    """How many leading rows of each head are stored in adjacent RoPE pairs; 0 for none."""
     kind: str
-    """How it is stored, as safetensors calls it."""
+    """The type in which it is stored, by safetensors' name."""
     order: Callable[[], NDArray[np.int32]] | None = None
-    """Where each of its values lies behind the first, where they are not in one run."""
+    """Returns the position of each value relative to `first`; None if the values are contiguous."""
 
 
 def checkpoint_config(moe: MoeFile) -> dict[str, Any]:
-    """Returns the config.json of the checkpoint that a file was made of.
+    """Returns the config.json of the checkpoint that a file was converted from.
 
     Raises:
-        FormatError: the file has none, or is of narrower experts, or its family's tensors cannot be made back.
+        FormatError: the file has none, its experts were pruned, or its model_type is not known.
     """
     if CONFIG not in moe.sections:
         raise FormatError(
@@ -71,10 +71,10 @@ def checkpoint_config(moe: MoeFile) -> dict[str, Any]:
 
 
 def pieces(moe: MoeFile, model_type: str) -> dict[str, Piece]:
-    """Returns where each canonical tensor goes; those of RoPE follow from config.json.
+    """Returns the place of each canonical tensor, by name. RoPE tensors have none, as they follow from config.json.
 
     Raises:
-        FormatError: the family stores tensors that cannot be made back.
+        FormatError: the family stores tensors in a form that cannot be restored.
     """
     family, config = FAMILIES[model_type], moe.config
 
@@ -110,7 +110,7 @@ def _piece(name: str, source: Source, shape: tuple[int, ...], config: ModelConfi
         whole = source.moved(shape, spec)
         order = partial(_order, source.fold, whole, spec)
     stack, _, number = stored.rpartition(".")
-    if number.isdecimal():  # a matrix of a stack
+    if number.isdecimal():  # one matrix of a stack
         first += int(number) * int(np.prod(whole))
         stored, whole = stack, (config.num_experts, *whole)
     if source.row:
@@ -124,7 +124,7 @@ def _piece(name: str, source: Source, shape: tuple[int, ...], config: ModelConfi
 
 @lru_cache(maxsize=4)
 def _order(fold: Fold, stored: tuple[int, ...], spec: Any) -> NDArray[np.int32]:
-    """Returns where the numbers of a tensor are that a fold makes of a stored one, by folding their places."""
+    """Returns the position in the stored tensor of each value of a folded one, found by folding positions."""
     places = np.arange(int(np.prod(stored)), dtype=np.int32).reshape(stored)
     return np.ascontiguousarray(fold(places, spec), np.int32).reshape(-1)
 
@@ -137,16 +137,18 @@ def export_hf(
     dense_bits: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Writes a directory, which appears under its name only when it is whole.
+    """Writes a directory, which appears under its name only when it is complete.
 
     Args:
+        moe: the model.
+        out: the directory to make.
         bits: level of the experts; None for the highest.
-        dense_bits: of everything else.
-        progress: is told the bytes written and the bytes in total.
+        dense_bits: level of all other matrices; None for the highest.
+        progress: called with the bytes written and the total.
 
     Raises:
-        FormatError: the file or its family cannot be exported, or it is broken.
-        FileExistsError: there is something under that name.
+        FormatError: the file or its family cannot be exported, or the file is broken.
+        FileExistsError: `out`, or `out` with `.part` appended, exists.
         OSError: the disk is full, or failed.
     """
     config = checkpoint_config(moe)
@@ -174,12 +176,12 @@ def _write(
     weights: Iterator[tuple[str, int, Array]],
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Writes a safetensors file, each tensor to its place."""
+    """Writes a safetensors file, with each tensor at its place."""
     starts, total = _write_header(file, places)
     done = 0
     for name, _, values in weights:
         place = places.get(name)
-        if place is None:  # of RoPE
+        if place is None:  # a RoPE tensor
             continue
         data, wide = _stored(values, place, moe.config, name), _WIDE[place.kind]
         start = starts[place.name] + place.first * wide
@@ -196,7 +198,7 @@ def _write(
 
 
 def _scatter(file: BinaryIO, start: int, values: NDArray[Any], order: NDArray[np.int32]) -> None:
-    """Writes values to their places behind `start`, and leaves what lies between as it is."""
+    """Writes values to their positions relative to `start`, and leaves the bytes between them unchanged."""
     file.seek(start)
     count = int(order.max()) + 1
     kept = np.frombuffer(file.read(count * values.itemsize), values.dtype)
@@ -208,7 +210,7 @@ def _scatter(file: BinaryIO, start: int, values: NDArray[Any], order: NDArray[np
 
 
 def _write_header(file: BinaryIO, places: Mapping[str, Piece]) -> tuple[dict[str, int], int]:
-    """Writes what a safetensors file begins with; returns where each tensor starts, and the bytes of all."""
+    """Writes the header of a safetensors file; returns the offset of each tensor, and the bytes of all tensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     starts, at = {}, 0
     for place in {p.name: p for p in places.values()}.values():
@@ -225,7 +227,7 @@ def _write_header(file: BinaryIO, places: Mapping[str, Piece]) -> tuple[dict[str
 
 
 def _stored(values: Array, place: Piece, config: ModelConfig, name: str) -> bytes:
-    """Returns a tensor as the file has it."""
+    """Returns the bytes of a tensor as they are stored: bfloat16 rounded to nearest, ties to even, or float32."""
     if place.pairs:
         _, width = config.mixer(int(name.split(".")[1])).heads
         values = _in_pairs(values, width, place.pairs)
@@ -237,7 +239,7 @@ def _stored(values: Array, place: Piece, config: ModelConfig, name: str) -> byte
 
 
 def _in_pairs(values: Array, width: int, turned: int) -> Array:
-    """Orders the rows of q or k as RoPE of neighbouring pairs wants them."""
+    """Reorders the first `turned` rows of each head of q or k from halves to adjacent RoPE pairs."""
     heads = values.reshape(-1, width, *values.shape[1:]).copy()
     halves = heads[:, :turned].copy()
     heads[:, 0:turned:2], heads[:, 1:turned:2] = np.split(halves, 2, axis=1)

@@ -1,4 +1,4 @@
-"""What a GGUF file says of the tokenizer inside a `.moe` file: byte-level BPE."""
+"""GGUF metadata for the tokenizer in a `.moe` file, which must be byte-level BPE."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _TEXT = (
     "caf\u00e9s __init__(self): return [x for x in y]  # ok\r\n HelloWorld camelCase ABCdef \U0001f600\U0001f680 "
     "1/2 a_b.c 0x1F4A9 e\u0301   end "
 )
-"""By which ways to cut a text are told apart."""
+"""A text by which pre-tokenizers are told apart."""
 _USUAL = ("qwen2", "llama-bpe", "gpt-2", "gpt-4o", "deepseek-v3")
-"""Those that are tried first, as others cut alike."""
+"""Pre-tokenizers that are tried first, because less common ones split texts in the same way."""
 
 
 def tokenizer_metadata(moe: MoeFile) -> dict[str, Any]:
-    """Returns the metadata by key.
+    """Returns the tokenizer's metadata by key.
 
     Raises:
-        FormatError: the tokenizer is of a kind that is not exported, or its files are not sound.
+        FormatError: the kind of tokenizer cannot be exported, or its files are broken.
     """
     if _FILE not in moe.sections:
         return {"tokenizer.ggml.model": "none"}
@@ -51,7 +51,7 @@ def tokenizer_metadata(moe: MoeFile) -> dict[str, Any]:
             "hold it"
         )
     try:
-        ours = Tokenizer.from_files(moe.sections)  # checks all that is taken from its files here
+        ours = Tokenizer.from_files(moe.sections)  # validates all that is used of its files
     except FormatError as error:
         raise FormatError(f"{moe.path}: {error}") from None
     out = {"tokenizer.ggml.model": "gpt2", **_tokens(moe, content), **_special(moe, ours)}
@@ -70,7 +70,7 @@ def tokenizer_metadata(moe: MoeFile) -> dict[str, Any]:
 
 
 def _other_kind(model: dict[str, Any]) -> str | None:
-    """Returns what a tokenizer's model is, None for BPE that may be of bytes."""
+    """Returns in words the kind of a tokenizer that cannot be exported; None for BPE that may be byte-level."""
     if model.get("type", "BPE") != "BPE":
         return str(quoted(model["type"])).strip("'")
     if model.get("byte_fallback"):
@@ -80,13 +80,13 @@ def _other_kind(model: dict[str, Any]) -> str | None:
 
 
 def _cut(tokenizer: Any) -> tuple[list[tuple[int, int]], list[int]]:
-    """Returns where words of a text begin and end, and its tokens."""
+    """Returns the start and end of each word of `_TEXT`, and its token ids."""
     words = tokenizer.pre_tokenizer.pre_tokenize_str(_TEXT) if tokenizer.pre_tokenizer else []
     return [place for _, place in words], tokenizer.encode(_TEXT, add_special_tokens=False).ids
 
 
 def _tokens(moe: MoeFile, content: dict[str, Any]) -> dict[str, Any]:
-    """Returns tokens, their types and merges."""
+    """Returns the metadata for tokens, their types and merges."""
     size = moe.config.vocab_size
     tokens, kinds = [f"[PAD{i}]" for i in range(size)], [_UNUSED] * size
     found = [(i, token, _NORMAL) for token, i in content["model"]["vocab"].items()]
@@ -108,7 +108,7 @@ def _tokens(moe: MoeFile, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _special(moe: MoeFile, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns tokens with a meaning, and the chat template."""
+    """Returns the metadata for special tokens and the chat template."""
     out: dict[str, Any] = {}
     for key, index in zip(("eos", "eot", "eom"), moe.config.eos_ids, strict=False):
         out[f"tokenizer.ggml.{key}_token_id"] = index

@@ -1,7 +1,7 @@
-"""Quantised checkpoints as their makers release them, read as the floats that they stand for.
+"""Quantised checkpoints as their makers release them, dequantised to floats when read.
 
-A method is chosen by config.json's `quantization_config`. It finds the stored tensors that together make one weight and
-presents that under the name which a float checkpoint has for it.
+A method is chosen by the `quantization_config` of config.json. It finds the stored tensors that together make one
+weight, and presents the weight under the name that it has in a float checkpoint.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ METHODS: Mapping[str, Method] = {
     "modelopt": modelopt.METHOD,
     "mxfp4": mxfp4.METHOD,
 }
-"""By the `quant_method` of config.json."""
+"""Methods by the `quant_method` of config.json."""
 
-_KEYS = ("quantization_config", "compression_config")  # the second is the older name of one method
+_KEYS = ("quantization_config", "compression_config")  # compressed-tensors' older name
 
-# What was measured of activations, keys and values. They stay floats here.
+# Scales of activations, keys and values. They are ignored, as these stay floats here.
 _OF_ACTIVATIONS = (
     "input_scale",
     "input_global_scale",
@@ -47,15 +47,15 @@ _OF_ACTIVATIONS = (
 def as_floats(
     config: Mapping[str, Any], stored: Mapping[str, StoredTensor], *, where: str
 ) -> Mapping[str, Tensor]:
-    """Returns a checkpoint's tensors with those that are quantised as floats, reading no weight.
+    """Returns a checkpoint's tensors, with quantised ones presented as floats; reads no weights.
 
     Args:
         config: the content of config.json.
         stored: every stored tensor by name.
-        where: config.json's path, for messages.
+        where: the path of config.json, for messages.
 
     Raises:
-        FormatError: the method or a value of it is not supported, or a scale is missing or of another shape.
+        FormatError: the method or one of its settings is not supported, or a scale is missing or has another shape.
     """
     settings = _settings(config, where)
     if settings is None:
@@ -72,7 +72,7 @@ def as_floats(
 
 
 def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns config.json as the float checkpoint would have it."""
+    """Returns config.json without the quantisation settings, as in a float checkpoint."""
     inner = config.get("text_config")
     kept = {key: value for key, value in config.items() if key not in _KEYS}
     if isinstance(inner, Mapping):
@@ -81,7 +81,7 @@ def without_quantisation(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _settings(config: Mapping[str, Any], where: str) -> Settings | None:
-    """Returns the section that describes the quantisation, which may lie beside the text model's other keys."""
+    """Returns the section that describes the quantisation, which may be inside `text_config`; None if there is none."""
     whole = Settings(config, where=where)
     for key in _KEYS:
         if found := whole.section(key):

@@ -1,7 +1,7 @@
-"""AWQ: 4-bit whole numbers with a scale and a zero for each group of inputs.
+"""AWQ: 4-bit integers with a scale and a zero point for each group of inputs.
 
-Stored with inputs first, eight outputs to a word in an order of their own: `qweight` [C, R / 8], `qzeros` [G, R / 8],
-`scales` [G, R].
+Stored with inputs first, for C inputs, R outputs and G groups: `qweight` [C, R / 8], `qzeros` [G, R / 8], `scales`
+[G, R]. A 32-bit word holds eight outputs, in the order of `_PLACES`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from edgemoe.errors import FormatError, quoted, shortened
 
 __all__ = ["METHOD"]
 
-_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # where in its word output 8 w + i lies
+_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)  # the 4-bit field of word w that holds output 8 w + i
 
 
 def _read(pieces: Pieces, settings: Settings) -> None:

@@ -1,7 +1,7 @@
-"""What compressed-tensors (llm-compressor, vLLM) writes, in its formats that hold all weights.
+"""The formats of compressed-tensors (llm-compressor, vLLM) that hold all weights, that is, no sparse ones.
 
-Which tensors are quantised and how is read off their names, types and shapes, as several groups of modules may differ
-in that; config.json is checked for what is not known here.
+Names, types and shapes of tensors tell which are quantised and how, because groups of modules may differ in that.
+config.json is only checked for unsupported settings.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _read(pieces: Pieces, settings: Settings) -> None:
 
 
 def _groups(settings: Settings) -> list[Settings]:
-    """Returns the groups of modules, each checked for what its weights are."""
+    """Returns the groups of modules, after checking the type and width of each group's weights."""
     section = settings.section("config_groups")
     if section is None:
         raise settings.error("config_groups", "is missing")
@@ -84,7 +84,7 @@ def _groups(settings: Settings) -> list[Settings]:
 
 
 def _read_packed(pieces: Pieces, widths: list[int], *, all_zeros: bool) -> None:
-    """`weight_packed` [R, C * bits / 32], `weight_scale` [R, G], zeros [R * bits / 32, G]."""
+    """Reads `weight_packed` [R, C * bits / 32], `weight_scale` [R, G] and `weight_zero_point` [R * bits / 32, G]."""
     for name in pieces.ending(".weight_packed", "I32"):
         found = pieces.claim(
             name,
@@ -99,7 +99,7 @@ def _read_packed(pieces: Pieces, widths: list[int], *, all_zeros: bool) -> None:
 
 
 def _width(group: Settings) -> int:
-    """Returns the bits of weights that are whole numbers, 0 for none."""
+    """Returns the bits of a group's weights if they are integers, otherwise 0."""
     weights = group.section("weights")
     if weights is None or weights.text("type", "int") != "int":
         return 0
@@ -157,7 +157,7 @@ def _unpacked(values: Values, *, columns: int, bits: int) -> Array:
 
 
 def _read_plain(pieces: Pieces, block: tuple[int, ...] | None) -> None:
-    """`weight` in one byte, `weight_scale` for rows, groups, blocks or the tensor."""
+    """Reads `weight` with one byte a value, and `weight_scale` for rows, groups, blocks or the whole tensor."""
     for name in pieces.ending(".weight", "F8_E4M3"):
         claim_scaled(pieces, f"{name}.weight", block, lambda codes: E4M3[codes])
     for name in pieces.ending(".weight", "I8"):

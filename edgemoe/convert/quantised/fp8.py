@@ -1,7 +1,7 @@
-"""FP8 (e4m3) with a scale for each block of 128 x 128, each row or the whole tensor.
+"""FP8 (e4m3) with a scale for each block (such as 128 x 128), each row or the whole tensor.
 
-`X` is stored as codes of one byte, and beside it `X_scale_inv` or `X_scale`, by which they are multiplied in spite of
-the first one's name.
+`X` is stored as codes of one byte, next to `X_scale_inv` or `X_scale`. Codes are multiplied by either, in spite of the
+first one's name.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ def _claim_all(pieces: Pieces, block: tuple[int, ...] | None) -> None:
 def claim_scaled(
     pieces: Pieces, name: str, block: tuple[int, ...] | None, floats: Callable[[NDArray[np.uint8]], Array]
 ) -> None:  # fmt: skip
-    """Presents a tensor of codes under its own name, times the scales beside it.
+    """Adds a tensor of codes as a decoded one of the same name: the values of the codes times their scales.
 
     Args:
-        block: rows and columns of a block, where config.json says them.
-        floats: gives the values of codes.
+        block: rows and columns of a block, if config.json gives them.
+        floats: returns the values of codes.
 
     Raises:
-        FormatError: there are no scales, or not for these blocks.
+        FormatError: scales are missing, or do not fit the blocks.
     """
     found = pieces.claim(
         name, optional=("inverse", "scale"), codes="", inverse="_scale_inv", scale="_scale"

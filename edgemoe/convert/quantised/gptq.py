@@ -1,7 +1,7 @@
-"""GPTQ: whole numbers of 2, 4 or 8 bits with a scale and a zero for each group of inputs.
+"""GPTQ: integers of 2, 4 or 8 bits, with a scale and a zero point for each group of inputs.
 
-Stored with inputs first: `qweight` [C * bits / 32, R], `qzeros` [G, R * bits / 32], `scales` [G, R], and `g_idx` [C],
-the group of each input.
+Stored with inputs first, for C inputs, R outputs and G groups: `qweight` [C * bits / 32, R], `qzeros`
+[G, R * bits / 32], `scales` [G, R], and `g_idx` [C], the group of each input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgemoe.errors import FormatError, quoted, shortened
 __all__ = ["METHOD"]
 
 _BITS = (2, 4, 8)
-_FORMATS = {"gptq": 1, "gptq_v2": 0}  # what the stored zeros are less than the real ones
+_FORMATS = {"gptq": 1, "gptq_v2": 0}  # how much is added to the stored zero points
 
 
 def _read(pieces: Pieces, settings: Settings) -> None:
@@ -46,7 +46,7 @@ def _read(pieces: Pieces, settings: Settings) -> None:
 
 
 def _checked(found: dict[str, StoredTensor], bits: int) -> tuple[int, int]:
-    """Returns inputs and outputs."""
+    """Checks types and shapes; returns the numbers of inputs and outputs."""
     codes, scale = found["codes"], found["scale"]
     for role in found.keys() - {"scale"}:
         expect_dtype(found[role], "I32")

@@ -1,4 +1,4 @@
-"""What NVIDIA's ModelOpt writes: NVFP4, and FP8 with one scale for the tensor."""
+"""The formats of NVIDIA's ModelOpt: NVFP4, and FP8 with one scale for the tensor."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _read(pieces: Pieces, settings: Settings) -> None:
             "quant_algo",
             f"{quoted(algorithm)} is not supported; supported: {', '.join(_ALGORITHMS)}",
         )
-    # The types tell which is which, as one model may have both.
+    # Told apart by the types of the tensors, as one model may have both.
     for name in pieces.ending(".weight", "U8"):
         claim_nvfp4(
             pieces, name, codes=".weight", tensor_scale=".weight_scale_2", divides=False

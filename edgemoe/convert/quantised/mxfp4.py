@@ -1,7 +1,7 @@
-"""MXFP4 as gpt-oss is released: experts in 4-bit floats, 32 of them to a power of two.
+"""MXFP4, in which gpt-oss is released: experts in 4-bit floats, with a power of two as scale for every 32.
 
-A stack of experts `X` is stored as `X_blocks` [E, outputs, N, 16] and `X_scales` [E, outputs, N]: 32 N inputs. It is
-presented as transformers has it in memory, [E, inputs, outputs].
+A stack of experts `X` with 32 N inputs is stored as `X_blocks` [E, outputs, N, 16] and `X_scales` [E, outputs, N]. It
+is presented as transformers has it in memory, [E, inputs, outputs].
 """
 
 from __future__ import annotations

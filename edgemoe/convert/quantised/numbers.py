@@ -1,4 +1,4 @@
-"""The small number formats, and arithmetic that several methods share."""
+"""Small number formats, and arithmetic that several methods share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Array = NDArray[np.float32]
 
 
 def _e4m3() -> Array:
-    """Values of the 256 codes s eeee mmm of e4m3fn: bias 7, no infinity, NaN where all of e and m are 1."""
+    """Returns the values of the 256 codes s eeee mmm of e4m3fn: bias 7, no infinity, NaN if all of e and m are 1."""
     codes = np.arange(256)
     exponent, mantissa = codes >> 3 & 15, codes & 7
     normal = np.ldexp(1 + mantissa / 8, exponent - 7)
@@ -28,11 +28,11 @@ E2M1: Array = np.array(
 )
 
 E8M0: Array = np.array([*(2.0 ** (code - 127) for code in range(255)), np.nan], np.float32)
-"""Powers of two."""
+"""The values of the 256 codes: powers of two, 2^(code - 127), and NaN for 255."""
 
 
 def fours(packed: NDArray[np.uint8]) -> Array:
-    """Returns the values [R, 2 N] of 4-bit floats packed [R, N], the low half of a byte first."""
+    """Returns the values [R, 2 N] of 4-bit floats packed in bytes [R, N], the low half of a byte first."""
     out = np.zeros((packed.shape[0], 2 * packed.shape[1]), np.float32)
     out[:, 0::2] = E2M1[packed & 15]
     out[:, 1::2] = E2M1[packed >> 4]
@@ -56,11 +56,11 @@ def unpacked(words: NDArray[np.int32], bits: int) -> NDArray[np.uint8]:
 
 
 def scaled(values: Array, scale: Array, rows: int, columns: int) -> Array:
-    """Multiplies blocks of a matrix [R, C] by scales [R / rows, C / columns], rounded up, in place."""
+    """Multiplies blocks of a matrix [R, C] by their scales [ceil(R / rows), ceil(C / columns)], in place."""
     if rows > 1:
         scale = np.repeat(scale, rows, axis=0)[: len(values)]
     whole = values.shape[1] // columns
-    # Splitting an axis makes a view.
+    # Splitting an axis makes a view, so this writes to `values`.
     blocks = values[:, : whole * columns].reshape(len(values), whole, columns)
     blocks *= scale[:, :whole, None]
     values[:, whole * columns :] *= scale[:, whole:]
@@ -76,13 +76,13 @@ def affine(
     """Returns (codes - zero) * scale.
 
     Args:
-        codes: whole numbers [R, C].
-        scale: [R, G], of groups of C / G neighbouring columns.
-        zero: [R, G], or one for all.
-        groups: [C], the group of each column, where they are not neighbours.
+        codes: integers [R, C].
+        scale: [R, G], for groups of C / G adjacent columns.
+        zero: the zero points, [R, G], or one for all.
+        groups: [C], the group of each column, if groups are not of adjacent columns.
 
     Raises:
-        ValueError: `groups` names one that is not there.
+        ValueError: `groups` names a group that does not exist.
     """
     out = codes.astype(np.float32)
     if groups is not None:

@@ -1,4 +1,4 @@
-"""NVFP4: 4-bit floats, 16 of them to an e4m3 scale, and one scale for the tensor."""
+"""NVFP4: 4-bit floats, with an e4m3 scale for every 16 of them and one scale for the whole tensor."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _GROUP = 16
 
 
 def claim_nvfp4(pieces: Pieces, name: str, *, codes: str, tensor_scale: str, divides: bool) -> None:
-    """Presents `name.weight` [R, C] of packed codes [R, C / 2] and scales [R, C / 16].
+    """Adds `name.weight` [R, C], decoded from packed codes [R, C / 2] and scales [R, C / 16].
 
     Args:
         codes: the suffix of the codes' name.
-        tensor_scale: that of the scale of the whole tensor.
-        divides: that scale is the inverse of what it multiplies by.
+        tensor_scale: the suffix of the name of the tensor's scale.
+        divides: whether values are divided by the tensor's scale, rather than multiplied.
 
     Raises:
-        FormatError: a scale is missing or of another shape.
+        FormatError: a scale is missing or has another shape.
     """
     found = pieces.claim(name, codes=codes, scale=".weight_scale", whole=tensor_scale)
     expect(found["whole"], (), (1,))
@@ -43,7 +43,7 @@ def claim_fours(
     group: int,
     decode: Callable[[Values], Array],
 ) -> None:
-    """Presents `name.weight` of 4-bit floats and a scale for each group.
+    """Adds `name.weight`, decoded from 4-bit floats and a scale for each group of `group` columns.
 
     Raises:
         FormatError: a shape or type does not fit.

@@ -1,4 +1,4 @@
-"""Tensors that several stored ones make, and what finds those."""
+"""Tensors that are decoded from several stored ones, and the search for these."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgemoe.errors import FormatError, shortened
 __all__ = ["Decoded", "Method", "Pieces", "Tensor", "Values", "expect", "expect_dtype"]
 
 Values: TypeAlias = Mapping[str, NDArray[Any]]
-"""What a decoder is given, by role: `codes` as they are stored, and all others as numbers."""
+"""The input of a decoder, by role: `codes` and integers as stored, all others as floats."""
 _CODES = "codes"
 
 
@@ -33,13 +33,13 @@ class Tensor(Protocol):
     @property
     def shape(self) -> tuple[int, ...]: ...
     def part(self, index: int) -> Tensor:
-        """Returns what an index along the first axis selects, named `name.index`."""
+        """Returns the tensor that an index of the first axis selects, named `name.index`."""
 
     def places(self) -> Iterator[Bytes]:
-        """Yields where the bytes are that `read` reads."""
+        """Yields the byte ranges that `read` reads."""
 
     def read(self) -> NDArray[np.float32]:
-        """Reads the values as float32, C-contiguous. Raises FormatError when they are broken."""
+        """Reads the values as float32, C-contiguous. Raises FormatError if they are broken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +47,9 @@ class Method:
     """A way to quantise a checkpoint."""
 
     title: str
-    """For people: what is read."""
+    """What the method reads, in words for people."""
     read: Callable[[Pieces, Settings], None]
-    """Finds the quantised tensors among the pieces; is given `quantization_config`."""
+    """Finds the quantised tensors among the pieces; the settings are those of `quantization_config`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +59,16 @@ class Decoded:
     name: str
     shape: tuple[int, ...]
     pieces: Mapping[str, StoredTensor]
-    """By role. `codes` is one of them; its file is the one that errors name."""
+    """By role. One of them is `codes`, whose file errors name."""
     decode: Callable[[Values], NDArray[np.float32]]
-    """Makes a matrix of `shape`'s last two axes."""
+    """Makes a matrix whose shape is the last two axes of `shape`."""
 
     @property
     def path(self) -> Path:
         return self.pieces[_CODES].path
 
     def part(self, index: int) -> Decoded:
-        """Returns one matrix of a stack. A piece with as many entries as the stack has one for each of them."""
+        """Returns one matrix of a stack. Pieces as long as the stack have one entry per matrix; others are shared."""
         count = self.shape[0]
         pieces = {
             role: piece.part(index) if piece.shape and piece.shape[0] == count else piece
@@ -79,7 +79,7 @@ class Decoded:
         )  # fmt: skip
 
     def places(self) -> Iterator[Bytes]:
-        """Yields where the bytes of all pieces are."""
+        """Yields the byte ranges of all pieces."""
         for piece in self.pieces.values():
             yield from piece.places()
 
@@ -87,11 +87,11 @@ class Decoded:
         """Reads the pieces and decodes them.
 
         Raises:
-            FormatError: a file has become shorter since it was opened, a scale is no number, or codes contradict it.
+            FormatError: a file has become shorter since it was opened, a scale is not finite, or a code is invalid.
         """
         values = {role: self._values(role) for role in self.pieces}
         try:
-            with np.errstate(all="ignore"):  # what is not finite is found where it is used
+            with np.errstate(all="ignore"):  # the users of tensors check that values are finite
                 out = self.decode(values)
         except ValueError as error:
             raise FormatError(f"{self.path}: {shortened(self.name)}: {error}") from None
@@ -113,14 +113,14 @@ class Decoded:
 
 
 class Pieces:
-    """The stored tensors of a checkpoint, of which decoders claim those that belong together."""
+    """The stored tensors of a checkpoint, from which methods claim those that belong together."""
 
     def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
         self._left = dict(stored)
         self._found: dict[str, Decoded] = {}
 
     def ending(self, suffix: str, *dtypes: str) -> list[str]:
-        """Returns the names that end so, without the ending, of tensors of these types; of all types for none."""
+        """Returns the names that end in `suffix`, without it, of tensors of `dtypes`; without any, of all types."""
         return [
             name.removesuffix(suffix)
             for name, tensor in self._left.items()
@@ -130,10 +130,14 @@ class Pieces:
     def claim(
         self, start: str, *, optional: tuple[str, ...] = (), **suffixes: str
     ) -> dict[str, StoredTensor]:
-        """Takes the tensors named `start` and a suffix, by role.
+        """Takes the tensors named `start` plus a suffix, and returns them by role.
+
+        Args:
+            optional: roles that may be missing.
+            suffixes: the suffix of each role.
 
         Raises:
-            FormatError: one is not there, and is not optional.
+            FormatError: a tensor that is not optional is missing.
         """
         found = {}
         for role, suffix in suffixes.items():
@@ -154,17 +158,17 @@ class Pieces:
         pieces: Mapping[str, StoredTensor],
         decode: Callable[[Values], NDArray[np.float32]],
     ) -> None:
-        """Presents a decoded tensor.
+        """Adds a decoded tensor.
 
         Raises:
-            FormatError: one of this name is stored, too.
+            FormatError: a tensor of this name is stored too.
         """
         if name in self._left or name in self._found:
             raise FormatError(f"{pieces[_CODES].path}: {shortened(name)}: is stored twice")
         self._found[name] = Decoded(name, shape, pieces, decode)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns what was added and, as they are, those that nobody claimed."""
+        """Returns the decoded tensors and, unchanged, the stored ones that were not claimed."""
         return {**self._left, **self._found}
 
 
@@ -172,7 +176,7 @@ def expect(piece: StoredTensor, *shapes: tuple[int, ...]) -> None:
     """Checks a piece's shape.
 
     Raises:
-        FormatError: it is none of `shapes`.
+        FormatError: it is not one of `shapes`.
     """
     if piece.shape not in shapes:
         expected = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
@@ -185,7 +189,7 @@ def expect_dtype(piece: StoredTensor, *dtypes: str) -> None:
     """Checks a piece's type.
 
     Raises:
-        FormatError: it is none of `dtypes`.
+        FormatError: it is not one of `dtypes`.
     """
     if piece.dtype not in dtypes:
         raise FormatError(
