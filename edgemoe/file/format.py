@@ -120,7 +120,7 @@ class MoeFile:
     """The descriptor that the weights are read from: that of the validated file, even if the path is replaced later."""
     config: ModelConfig
     scheme: Scheme
-    """What the planes mean: one of `edgemoe.quant.SCHEMES`, with this file's row scales."""
+    """How weights are encoded: one of `edgemoe.quant.SCHEMES`, with this file's row scales and corrections."""
     ladder: tuple[tuple[int, int, int], ...]
     dense_ladder: tuple[int, ...]
     tensors: Mapping[str, Tensor]
@@ -205,13 +205,16 @@ class Reader:
         self.used: list[tuple[int, int, str]] = []
 
     def fail(self, what: str) -> FormatError:
+        """Returns the error for a fault of this file."""
         return FormatError(f"{self.path}: {what}")
 
     def need(self, ok: bool, what: str) -> None:
+        """Raises FormatError unless `ok`."""
         if not ok:
             raise self.fail(what)
 
     def open(self) -> MoeFile:
+        """Opens a model; see `open_moe`."""
         index = self.index()
         self.need(
             not isinstance(index, dict) or "base" not in index,
@@ -254,6 +257,7 @@ class Reader:
         return parse_json(data, f"{self.path}: the index", most=_MAX_INDEX)
 
     def read(self, name: str, offset: int, length: int) -> bytes:
+        """Reads a range of bytes, all of which must be there."""
         try:
             data = os.pread(self.file.fileno(), length, offset)
         except OSError as e:
@@ -271,6 +275,7 @@ class Reader:
         self.used.append((offset, offset + length, name))
 
     def bytes_at(self, name: str, offset: int, length: int, crc: int) -> bytes:
+        """Claims and reads a range of bytes, and checks its CRC-32C."""
         self.claim(name, offset, length)
         data = self.read(name, offset, length)
         self.need(_core.crc32c(data) == crc, f"checksum of {name} does not match")
@@ -328,6 +333,7 @@ class Reader:
         return sections
 
     def parse(self, index: Any) -> MoeFile:
+        """Validates the index of a model, and reads its sections."""
         of = self.outline(index)
         config, scheme = of.config, of.scheme
         tensors = self.tensors(index["tensors"], of.specs, scheme, of.dense_ladder)
@@ -416,6 +422,7 @@ class Reader:
             raise self.fail(f"section basis is of another model: {e}") from None
 
     def ladder(self, value: Any, scheme: Scheme) -> tuple[tuple[int, int, int], ...]:
+        """Returns the bits of w_gate, w_up and w_down after each rung; they must be a ladder of the scheme."""
         rungs = _list(value)
         self.need(0 < len(rungs) <= 8, "a ladder has 1 to 8 rungs")
         last = (0, 0, 0)
@@ -437,6 +444,7 @@ class Reader:
     def tensors(
         self, value: Any, specs: Mapping[str, TensorSpec], scheme: Scheme, ladder: Sequence[int]
     ) -> dict[str, Tensor]:
+        """Returns the dense tensors by name; they must be those of `specs`, and sized as the ladder says."""
         self.need(isinstance(value, dict), "tensors must be an object")
         missing, extra = sorted(set(specs) - set(value)), sorted(set(value) - set(specs))
         self.need(not missing, f"tensor {missing[0] if missing else ''} is missing")
@@ -470,6 +478,7 @@ class Reader:
         scheme: Scheme,
         ladder: Sequence[Sequence[int]],
     ) -> ExpertTable:
+        """Returns the table of `n` experts in the section `experts`, after checking rungs, places and overlaps."""
         row = np.dtype(
             [("offset", "<u8"), ("rungs", [("end", "<u4"), ("crc", "<u4")], len(ladder))]
         )
@@ -519,6 +528,7 @@ def _list(value: Any) -> list[Any]:
 
 
 def tensor_bytes(spec: TensorSpec, scheme: Scheme, ladder: Sequence[int], name: str) -> list[int]:
+    """Returns the bytes of each rung of a dense tensor; float32 tensors have one."""
     if spec.kind == "f32":
         return [4 * int(np.prod(spec.shape))]
     return scheme.rung_bytes(spec.shape[0], spec.shape[1], ladder, name)
