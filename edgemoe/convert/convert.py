@@ -92,8 +92,8 @@ def convert(
             this lowers the quantisation error. Needs a calibration with input products; otherwise ignored.
         prune: share of each expert's neurons to leave out, see `edgemoe.convert.prune`; takes a calibration.
         progress: called after every tensor and expert with the bytes written and the total.
-        reading: called with how far the calibration has been read, in thousandths and 1000. It is read before the
-            first weights are written: to check it, for the column scales, and for the directions of corrections.
+        reading: called with how far the calibration has been read, in steps, and the number of steps. It is read before
+            the first weights are written: to check it, for the column scales, and for the directions of corrections.
         say: called with a line for each part of the checkpoint that is not used.
         arrivals: waits for weights that are still arriving; None if all can be read now.
         origin: JSON values that identify the checkpoint, such as its source and the hashes of its files. They are

@@ -39,7 +39,7 @@ _DATA = Path(__file__).parent / "data"
 
 @dataclass(frozen=True, slots=True)
 class _Package:
-    """The package that holds the dense model; `…_sum` are SHA-256."""
+    """The package that holds the dense model; `wheel_sum` and `model_sum` are SHA-256."""
 
     requirement: str
     wheel: str

@@ -19,7 +19,7 @@ __all__ = ["Patch", "PatchedCheckpoint", "is_partial", "patched"]
 
 Array = NDArray[np.float32]
 Patch = Callable[[Array], Array]
-"""Returns the new values of a tensor. It owns the values that it is given, and may overwrite them."""
+"""A function that returns the new values of a tensor. It may overwrite the old values that it is given."""
 
 _WHOLE, _ESFT = "config.json", "expert_cfg.json"
 
@@ -67,7 +67,7 @@ def patched(path: Path, original: Checkpoint) -> PatchedCheckpoint:
 
 
 def _replacements(path: Path, original: Checkpoint) -> dict[str, Patch]:
-    """Returns patches that replace the tensors a directory holds, by name; ESFT's checkpoints omit "model."."""
+    """Returns patches that replace the tensors in a directory, by name; ESFT's checkpoints omit the prefix `model.`."""
     out: dict[str, Patch] = {}
     for file in sorted(path.glob("*.safetensors")):
         for name, tensor in read_header(file).items():

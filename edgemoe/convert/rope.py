@@ -177,9 +177,9 @@ def score_gain(settings: Settings) -> float:
 
 
 def query_growth(settings: Settings) -> tuple[float, int]:
-    """Returns how queries grow with their position: the factor, and the positions of a step; zeros for no growth.
+    """Returns how much queries grow with their position, and the number of positions in a step; zeros for no growth.
 
-    Llama 4 and Mistral 4 have it: `growth` and `grow_every` of `edgemoe.specs.AttentionSpec`.
+    These are `growth` and `grow_every` of a mixer: the scaling of Llama 4, which Mistral 4 has too.
     """
     parameters = _parameters(settings)
     growth = parameters.number("llama_4_scaling_beta", 0.0)
@@ -207,7 +207,7 @@ def _default(request: _Request) -> tuple[Array, float]:
 
 
 def _dynamic(request: _Request) -> tuple[Array, float]:
-    """With `alpha`, Hunyuan's form, raises the base once, for all lengths (NTK); without it, see `_default`."""
+    """Raises the base once, for all lengths, if there is an `alpha` (NTK, as Hunyuan has it); else see `_default`."""
     if request.parameters.get("alpha") is None:
         return request.plain(), 1.0
     dim, alpha = request.dim, request.parameters.positive("alpha")

@@ -185,7 +185,7 @@ def _level(ladder: Sequence[int], bits: int | None, name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Outline:
-    """The fields of an index that come first: which tensors a file can have, and how its rungs are decoded."""
+    """The fields of an index that are read first: which tensors a file can have, and how its rungs are decoded."""
 
     config: ModelConfig
     specs: Mapping[str, TensorSpec]
@@ -282,7 +282,7 @@ class Reader:
         return data
 
     def outline(self, index: Any, *more: str) -> Outline:
-        """Validates the fields that come first. The index must have the fields of a model's index, and `more`."""
+        """Validates the fields that are read first. The index must have the fields of a model's index, and `more`."""
         keys = {"config", "ladder", "dense_ladder", "group", "tensors", "sections", "source", *more}
         self.need(
             isinstance(index, dict) and set(index) - {"scheme", "row_scales", "correction"} == keys,

@@ -1,9 +1,9 @@
 """Files that are written atomically, and files that only one process at a time may change.
 
 A name that the user gives may be a symbolic link; then the file that it leads to is replaced or locked. A name that is
-made up here or by a caller (`X.part`, a lock, a temporary file) is `ours`. Such a link is never followed, as somebody
-else may have planted it in a shared directory. Content is on disk before it gets its name, and the directory entry is
-on disk before the caller goes on.
+made up here or by a caller (`X.part`, a lock, a temporary file) is `ours`. A link of such a name is never followed, as
+somebody else may have planted it in a shared directory. Content is on disk before it gets its name, and the directory
+entry is on disk before the caller continues.
 """
 
 from __future__ import annotations
