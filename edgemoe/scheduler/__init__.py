@@ -1,4 +1,4 @@
-"""Schedulers: what to run at which bits, and what to load. Each paper is one file beside `base`."""
+"""Schedulers: which experts run, at how many bits, and which are read. Each paper is one file next to `base`."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ KINDS: Mapping[str, type[Scheduler]] = {
     "mc": Mc,
     "auto": Auto,
 }
-"""By the name that `--scheduler` takes."""
+"""The scheduler classes, by the name that `--scheduler` takes."""
 
 SHARED: tuple[type, ...] = (Dropping, Levers)
-"""Options that every scheduler takes beside its own."""
+"""Options that every scheduler takes in addition to its own."""
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Checks what needs no model: names and types of the options of one of KINDS.
+    """Checks the names and types of options for one of `KINDS`, which needs no model.
 
     Raises:
         ValueError: there is no such option, or a value is of the wrong kind.
@@ -57,13 +57,17 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _names(kind: type[Scheduler], options: Mapping[str, Any]) -> tuple[set[str], set[str]]:
-    """Returns what a scheduler's own options are called, and those of all; the names given are among them."""
+    """Returns the names of a scheduler's own options and of the shared ones.
+
+    Raises:
+        ValueError: an option in `options` is neither.
+    """
     own = {f.name for f in fields(kind.Options)}
     shared = {
         f.name for c in SHARED for f in fields(c)
-    } - own  # a scheduler's own option goes first
+    } - own  # a scheduler's own option takes precedence
     if kind is OnDemand and isinstance(options.get("bits"), np.ndarray):
-        own.add("bits")  # the engine's; no option of users
+        own.add("bits")  # set by the engine, not an option for users
     for name in options:
         if name not in own | shared:
             listed = ", ".join([*(f.name for f in fields(kind.Options)), *sorted(shared)])
@@ -93,13 +97,14 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
         raise ValueError("renormalise: only with top_p or skip_below")
     if dropping.eviction in CACHE_OWN:
         inner.policy = dropping.eviction
-    # Bits that were decided offline are no choice of the moment, and spare whom they protect by themselves.
+    # Bits that were fixed offline do not make a scheduler lossy here: such an allocation already gives protected
+    # experts their bits.
     is_lossy = bool(levers.notes or (inner.notes and kind in (Hobbit, D2moe, Mc, Auto)))
     if "spare" in options and not is_lossy:
         raise ValueError("spare: nothing here is lossy")
     spared = spared_experts(setting, levers.spare) if is_lossy else None
     if dropping.eviction in ("own", *CACHE_OWN) and not levers.notes and spared is None:
-        made_of: Scheduler = inner  # at no cost
+        made_of: Scheduler = inner  # nothing to combine, so no overhead
     else:
         made_of = Combined(inner, setting, dropping=dropping, levers=levers, spared=spared)
     made_of.stand_ins = _stand_ins(setting, levers) if made_of.leaves_out else None
@@ -113,10 +118,10 @@ def _make(kind: type[Scheduler], setting: Setting, **options: Any) -> Scheduler:
 
 
 def _stand_ins(setting: Setting, levers: Levers) -> StandIns | None:
-    """Returns the file's if it has some and they are wanted.
+    """Returns the file's stand-ins; None if it has none or the options exclude them.
 
     Raises:
-        FormatError: the section is not sound, or of another model.
+        FormatError: the section is damaged, or belongs to another model.
     """
     section = setting.sections.get("stand-ins")
     if section is None or levers.stand_ins == "none" or levers.cache_prior:
@@ -128,7 +133,11 @@ def _stand_ins(setting: Setting, levers: Levers) -> StandIns | None:
 
 
 def _level_below(setting: Setting, bits: int) -> int:
-    """Returns the level of `bits`, which is not the highest; 0 for 0."""
+    """Returns the level that has `bits`; 0 for 0.
+
+    Raises:
+        ValueError: no level below the highest has `bits`.
+    """
     below = setting.level_bits[:-1]
     if bits and bits not in below:
         listed = ", ".join(map(str, below)) or "none"
@@ -143,4 +152,7 @@ def _of(kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
 SCHEDULERS: Mapping[str, Callable[..., Scheduler]] = {
     name: partial(_make, kind) for name, kind in KINDS.items()
 }
-"""By the same names. Each is made as `cls(setting, **options)`; options may be texts, as a command line has them."""
+"""Makers of schedulers with shared options applied, by the same names as `KINDS`.
+
+Each is called as `make(setting, **options)`. Options may be strings, as they come from a command line.
+"""

@@ -1,4 +1,4 @@
-"""Bits per expert, fixed offline: the section `allocation` of a file."""
+"""Bits per expert, fixed offline: the section `allocation` of a `.moe` file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def allocated_bits(setting: Setting) -> NDArray[np.int8] | None:
     """Returns the bits of every expert [num_layers, num_experts], at most `setting.bits`; None without a section.
 
     Raises:
-        FormatError: the section is not an `Allocation` of this model.
+        FormatError: the section is not an `Allocation` for this model.
     """
     section = setting.sections.get("allocation")
     if section is None:

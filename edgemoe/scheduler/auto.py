@@ -1,4 +1,4 @@
-"""Tries levers one after another while running and keeps those that make tokens faster."""
+"""A scheduler that tries levers one after another while running and keeps those that make tokens faster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Auto"]
 
 @dataclass(frozen=True, slots=True)
 class AutoOptions:
-    """What auto may be told."""
+    """The options of auto."""
 
     window: int = option(12, "tokens of a window; the first quarter is not counted")
     rounds: int = option(3, "windows with and windows without a lever, in turn")
@@ -45,7 +45,7 @@ class AutoOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Says which levers are on."""
+    """The levers that are on, and their values."""
 
     eviction: str = "lfu"
     look_ahead: bool = False
@@ -54,11 +54,12 @@ class _Choice:
 
 
 class Auto(Scheduler):
-    """Starts exact and on demand, measures one lever after another, keeps what pays and says so.
+    """Starts exact and on demand, measures one lever after another, keeps what pays and reports it.
 
-    Levers, in order: drop what is expected to be used last; look ahead; with `lossy` also fewer
-    bits on a miss and skipping small gates. Each runs in windows in turn with what is kept so far; medians of
-    seconds per token decide. Answers stay exact unless `lossy` is on. Nothing is tried when every expert fits.
+    The levers, in order: the eviction `next-use`; look-ahead; with `lossy`, also fewer bits on a miss, then skipping
+    experts with small gates. Each lever runs in windows of tokens that alternate with windows of what has been kept so
+    far; the medians of seconds per token decide. Answers stay exact unless `lossy` is on. Nothing is tried when every
+    expert fits in memory.
     """
 
     Options = AutoOptions
@@ -114,7 +115,7 @@ class Auto(Scheduler):
         return plan
 
     def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
-        """Counts single tokens, and decides when a trial is over."""
+        """See `Scheduler.passed`. Times decoding passes only, and decides on a lever when its trial is over."""
         if self._soonest is not None:
             self._soonest.passed()
         if self._now.look_ahead:
@@ -158,5 +159,5 @@ class Auto(Scheduler):
             self._soonest.restore(state)
 
     def report(self) -> str:
-        """Returns what was kept (+) and what was not (-), with the time that it saved."""
+        """Returns the levers that were kept (+) and those that were not (-), with the share of time that each saved."""
         return "auto " + (", ".join(self._done) or "measuring") if self._done or self._trial else ""

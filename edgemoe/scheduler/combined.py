@@ -1,4 +1,4 @@
-"""Any scheduler together with a choice of what the cache drops first, and with levers."""
+"""Any scheduler, combined with an eviction policy and with levers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["Combined", "Dropping"]
 
 @dataclass(frozen=True, slots=True)
 class Dropping:
-    """The exact options that every scheduler takes: what the cache drops first."""
+    """The exact options that every scheduler takes: what the cache evicts first."""
 
     eviction: str = option(
         "default", "what the cache drops first; the default is what the scheduler was made with",
@@ -45,7 +45,7 @@ class Dropping:
 
 
 class Combined(Scheduler):
-    """Plans as another scheduler does, with levers before and after, and tells the cache what to drop."""
+    """Plans as another scheduler does, applies levers before and after, and tells the cache what to evict."""
 
     def __init__(
         self,
@@ -57,8 +57,8 @@ class Combined(Scheduler):
         spared: NDArray[np.bool_] | None = None,
     ) -> None:
         """Args:
-        dropping: whose `eviction` is none of "default".
-        spared: [num_layers, num_experts], see `spared_experts`.
+        dropping: its `eviction` is not "default".
+        spared: [num_layers, num_experts], see `spared_experts`; None for none.
         """
         d = dropping
         weights = HobbitWeights(d.w_recency, d.w_frequency, d.w_high, d.w_distance)

@@ -1,4 +1,4 @@
-"""D2MoE: bits per token and expert, planes in the order of their demand, high planes dropped first."""
+"""D2MoE: bits for each token and expert, planes read in the order of demand, and high planes dropped first."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["D2moe"]
 
 @dataclass(frozen=True, slots=True)
 class D2moeOptions:
-    """What d2moe may be told."""
+    """The options of d2moe."""
 
     router: str = option(
         "default", "who chooses the bits: the file's trained routers (edgemoe train-bit-router), or the rule "
@@ -51,18 +51,19 @@ class D2moeOptions:
 
 
 class D2moe(Scheduler):
-    """Gives every token its own bits of every expert and reads planes by demand. Lossy.
+    """Chooses the bits of every expert for each token, and reads planes by demand. Lossy.
 
-    A router of precisions per expert chooses, if the file has trained ones. Else a rule does: a slot's share of its
-    token's gates is compared with each layer's running quantiles, so that the paper's capacities hold on average.
-    The hottest plane is read first (HEBF), and room is made by its memory rule: while a layer does not fit, the high
-    planes of the layer just run go, then its base. For prompts mostly: a single token has no two demands.
+    If the file has trained bit routers, one per expert, they choose the bits. Otherwise a rule does: a slot's share of
+    its token's gates is compared with running quantiles of the layer, so that the paper's capacities hold on average.
+    The hottest plane is read first (HEBF, hottest expert bit first). Room is made by the paper's memory rule: while a
+    layer does not fit, the high planes of the layer before it are dropped, then its base. All this is mostly for
+    prompts: a single token asks for each plane only once, so no plane is hotter than another.
     """
 
     Options = D2moeOptions
     paper = "D2MoE, arXiv 2504.15299 (MobiCom'25), sections 3.2 and 3.4"
 
-    _STEP = 0.02  # of a quantile per token, in units of the mean share
+    _STEP = 0.02  # how far a quantile moves per token, in units of the mean share 1 / K
 
     def __init__(self, setting: Setting, **options: Any) -> None:
         self.options = o = read_options(D2moeOptions, options)
@@ -81,7 +82,7 @@ class D2moe(Scheduler):
         self._targets = np.cumsum(shares)[: n - 1].tolist() if n > 1 else []
         self._choice = bits
         K = setting.experts_per_token
-        # Cuts between precisions, of gate shares; gates are skewed, and the mean share is the start of all.
+        # Cuts between precisions, in shares of gates. Gates are skewed; all cuts start at the mean share.
         self.cuts = [[1.0 / K] * (n - 1) for _ in range(setting.num_layers)]
         """[num_layers][precisions - 1]: a share of the gates above cut i takes at least precision i + 1."""
         self._step = self._STEP / K
@@ -93,8 +94,8 @@ class D2moe(Scheduler):
         self._sizes = [0, *setting.level_bytes]
         self._layer_bytes = [
             0
-        ] * setting.num_layers  # resident, when the layer or the next one ran last
-        self._is_counted = False  # whether the line above is so
+        ] * setting.num_layers  # resident bytes, when the layer or the next one last ran
+        self._is_counted = False  # whether `_layer_bytes` is up to date
         self._slots_bytes = setting.slots_bytes
         self.leaves_out = 0 in bits.tolist()
         if n > 1:
@@ -122,10 +123,13 @@ class D2moe(Scheduler):
         return plan
 
     def slot_precisions(self, routing: Routing) -> NDArray[np.int8]:
-        """Returns the bits of each slot, [T, K]: as trained, or by the cuts, which move towards their quantiles."""
+        """Returns the bits of each slot, [T, K], by trained routers or by the cuts.
+
+        In the second case it also moves the cuts towards their quantiles.
+        """
         if routing.bit_logits is not None:
             index = routing.bit_logits.argmax(axis=2)
-            if self._choice[0] == 0:  # not for a token's best expert
+            if self._choice[0] == 0:  # a token's best expert is never left out
                 index[:, 0] = 1 + routing.bit_logits[:, 0, 1:].argmax(axis=1)
             trained: NDArray[np.int8] = self._choice.take(index)
             return trained
@@ -137,7 +141,7 @@ class D2moe(Scheduler):
         shares = gates / np.maximum(gates.sum(axis=1, keepdims=True), 1e-30)
         cuts = self.cuts[routing.layer]
         above = shares[:, :, None] > np.array(cuts)
-        # A quantile is where as many lie below as it says: step by the difference (Robbins and Monro).
+        # A cut is at its quantile if the target share lies below it: step by the difference (Robbins and Monro).
         step = self._step * min(len(gates), 16)
         for i, share in enumerate(above.mean(axis=(0, 1)).tolist()):
             cuts[i] += step * (self._targets[i] - 1.0 + share)
@@ -146,7 +150,7 @@ class D2moe(Scheduler):
         return chosen
 
     def _token_precisions(self, layer: int, gates: list[float]) -> NDArray[np.int8]:
-        """Is `slot_precisions` for one token, in plain numbers: those of eight experts are faster so."""
+        """Does what `slot_precisions` does by cuts, for one token. Plain Python numbers are faster for so few gates."""
         cuts, total = self.cuts[layer], max(sum(gates), 1e-30)
         index = [0] * len(gates)
         for i, cut in enumerate(cuts):
@@ -162,7 +166,7 @@ class D2moe(Scheduler):
         return one
 
     def _with_drop(self, plan: Plan, residency: NDArray[np.int8]) -> Plan:
-        """Adds what to drop of the layer before (D2MoE, algorithm 2): the highest planes first, bases last."""
+        """Returns the plan with planes of the layer before to drop (D2MoE, algorithm 2): highest first, bases last."""
         layer, before = plan.layer, (plan.layer - 1) % len(residency)
         here, sizes = residency[layer], self._sizes
         if len(plan.gates) > 1:
@@ -175,17 +179,19 @@ class D2moe(Scheduler):
         for w, h in zip(wanted, has, strict=True):
             if w > h:
                 need += sizes[w] - sizes[h]
-        if not self._is_counted:  # passes went by that freed nothing
+        if not self._is_counted:  # some passes did not come here
             for i in range(len(residency)):
                 self._count(i, residency)
             self._is_counted = True
         counts = self._count(before, residency)
         self._count(layer, residency)
-        # What the cache itself has dropped elsewhere is noted when that layer runs; there is never more than fits.
+        # Drops by the cache itself in other layers are counted only when those layers run, so the sum may be too high;
+        # it is capped at what fits.
         missing = need + min(sum(self._layer_bytes), self._slots_bytes) - self._slots_bytes
         if need == 0 or missing <= 0 or before == layer:
             return plan
-        above, level = 0, len(sizes) - 1  # experts of the layer before at more than `level`, and it
+        # `above` counts the experts of the layer before that are at more than `level`.
+        above, level = 0, len(sizes) - 1
         while missing > 0 and level > 0:
             above += counts[level]
             freed = above * (sizes[level] - sizes[level - 1])
@@ -203,9 +209,9 @@ class D2moe(Scheduler):
         )  # fmt: skip
 
     def _count(self, layer: int, residency: NDArray[np.int8]) -> list[int]:
-        """Returns how many experts of a layer are at each level, and notes what memory they take.
+        """Returns how many experts of a layer are at each level, and records the bytes that they take.
 
-        Counting all layers each time would cost more than all else here; a layer changes mostly when it runs.
+        Counting all layers each time would cost more than everything else here. A layer changes mostly when it runs.
         """
         counts: list[int] = np.bincount(residency[layer], minlength=len(self._sizes)).tolist()
         self._layer_bytes[layer] = sum(map(mul, counts, self._sizes))
@@ -213,11 +219,11 @@ class D2moe(Scheduler):
 
 
 def _trained(setting: Setting, router: str) -> BitRouters | None:
-    """Returns the file's trained routers if it has any and they are wanted.
+    """Returns the file's trained routers; None if the file has none or the option `router` is "rule".
 
     Raises:
-        ValueError: they are asked for, and there are none.
-        FormatError: the section is not sound, or of another model.
+        ValueError: `router` is "trained" and the file has none.
+        FormatError: the section is damaged, or belongs to another model.
     """
     section = setting.sections.get("bit-routers")
     if router == "rule":

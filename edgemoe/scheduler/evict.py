@@ -1,6 +1,7 @@
-"""What the cache drops first: policies that any scheduler can be combined with. All are exact.
+"""Eviction policies, which any scheduler can be combined with. All are exact.
 
-Each keeps live scores of all experts, of which the cache drops the lowest that is not in use (`Scheduler.policy`).
+Each keeps a live score of every expert. The cache evicts the expert with the lowest score among those not in use
+(`Scheduler.policy`).
 """
 
 from __future__ import annotations
@@ -23,33 +24,33 @@ from edgemoe.scheduler.predict import Frequency, NextUse
 __all__ = ["CACHE_OWN", "EVICTIONS", "Eviction", "HobbitWeights", "SoonestUse", "make_eviction"]
 
 CACHE_OWN = ("lfu", "lru")
-"""Those that the cache goes by itself."""
+"""The policies that the cache implements itself."""
 EVICTIONS = (*CACHE_OWN, "next-use", "next-path", "frequency-distance", "hobbit")
-"""lfu: the least frequently used, where a use counts half after 64 tokens. lru: the least recently used.
-next-use: the one whose next use is expected last. next-path: the same, by the file's trained predictor of paths too.
-frequency-distance: EdgeMoE's. hobbit: HOBBIT's four terms."""
+"""What each evicts first. lfu: the least frequently used, where a use counts half after 64 tokens. lru: the least
+recently used. next-use: the expert whose next use is expected last. next-path: the same, predicted with the file's
+trained path predictor too. frequency-distance: EdgeMoE's rule. hobbit: HOBBIT's four terms."""
 
 
 class Eviction(ABC):
-    """Scores experts by what runs. Made for one engine."""
+    """The base class of policies that score experts by what runs. Each object serves one engine."""
 
     def __init__(self, setting: Setting) -> None:
         self.num_layers, self.num_experts = setting.num_layers, setting.num_experts
         self.priorities = Priorities.zeros(self.num_layers, self.num_experts)
-        """The same object always; the cache reads it."""
+        """Always the same object; the cache reads it."""
 
     @abstractmethod
     def planned(self, routing: Routing, plan: Plan) -> None:
-        """A layer was planned and nothing is loaded yet."""
+        """Called when a layer has been planned and nothing of it is loaded yet."""
 
     def begin(self) -> None:  # noqa: B027 (there may be nothing to do)
-        """A new sequence starts."""
+        """See `Scheduler.begin`."""
 
     def tokens(self, ids: NDArray[np.int32], sequences: int = 1) -> None:  # noqa: B027 (likewise)
         """See `Scheduler.tokens`."""
 
     def passed(self) -> None:  # noqa: B027 (likewise)
-        """All layers have run."""
+        """Called after all layers have run."""
 
     def state(self) -> Mapping[str, NDArray[Any]]:
         """See `Scheduler.state`."""
@@ -60,7 +61,12 @@ class Eviction(ABC):
 
 
 def make_eviction(name: str, setting: Setting, weights: HobbitWeights) -> Eviction | None:
-    """Returns a policy by its name in `EVICTIONS`; None for the cache's own."""
+    """Returns the policy of a name in `EVICTIONS`; None for those that the cache implements itself.
+
+    Raises:
+        ValueError: the file has no path predictor and `name` is "next-path".
+        FormatError: the file's path predictor is damaged, or belongs to another model.
+    """
     if name == "next-use":
         return SoonestUse(setting)
     if name == "next-path":
@@ -73,11 +79,12 @@ def make_eviction(name: str, setting: Setting, weights: HobbitWeights) -> Evicti
 
 
 class SoonestUse(Eviction):
-    """The one whose next use is expected last goes first, after Belady's optimum.
+    """Evicts the expert whose next use is expected last, after Belady's optimum.
 
-    An expert that is used with probability p whenever its layer runs is expected to run L / p layers after its layer
-    ran last, if a model has L layers with experts and uses were independent. This moment does not move until the
-    layer runs again, so a layer changes its own row only. What was just used may go at once.
+    Let a model have L layers with experts, and let an expert be used with probability p whenever its layer runs. If
+    uses are independent, its next use is expected L / p layers after its layer last ran. This moment does not move
+    until the layer runs again, so each layer changes only its own row of scores. An expert that was just used may be
+    evicted at once.
     """
 
     def __init__(self, setting: Setting, predictor: NextUse | None = None) -> None:
@@ -89,7 +96,7 @@ class SoonestUse(Eviction):
         self._expect()
 
     def _expect(self) -> None:
-        """Scores all experts by their frequency alone."""
+        """Scores all experts by their frequencies alone."""
         L = self.num_layers
         first = L / np.maximum(self.predictor.frequency, 1e-9)
         self.priorities.scores[:] = -(np.arange(L)[:, None] + first)
@@ -97,7 +104,7 @@ class SoonestUse(Eviction):
 
     def planned(self, routing: Routing, plan: Plan) -> None:
         self._step += 1.0
-        odds = self.predictor.update(routing)  # L / p = L + L * odds against
+        odds = self.predictor.update(routing)  # odds against a use: L / p = L + L * odds
         _core.expect_uses(self._rows[routing.layer], odds, self._step, float(self.num_layers))
         self._version[routing.layer] += 1
 
@@ -121,10 +128,11 @@ class SoonestUse(Eviction):
 
 
 class _FrequencyDistance(Eviction):
-    """EdgeMoE III-C-2: the smallest frequency / distance goes first, distance in layers until its layer runs again.
+    """Evicts the expert with the smallest frequency / distance (EdgeMoE III-C-2).
 
-    The printed distance has the opposite sign of the text's intent and divides by zero at the present layer; this is
-    the intent (the layer just run is a whole round away).
+    The distance of an expert is the number of layers until its layer runs again. The formula printed in the paper has
+    the opposite sign of what its text intends, and divides by zero at the current layer. The code follows the intent:
+    the layer that has just run is a whole round away.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -133,7 +141,7 @@ class _FrequencyDistance(Eviction):
         self._frequency = Frequency(self.priorities.scores, 1e-3, half_life=256)
         distance = (np.arange(L)[None, :] - np.arange(L)[:, None]) % L
         distance[distance == 0] = L
-        self._nearness = list(1.0 / distance)  # by the layer that runs
+        self._nearness = list(1.0 / distance)  # one row for each layer that may be running
 
     def planned(self, routing: Routing, plan: Plan) -> None:
         self._frequency.update(routing)
@@ -153,14 +161,14 @@ class _FrequencyDistance(Eviction):
 
 @dataclass(frozen=True, slots=True)
 class HobbitWeights:
-    """The four weights of HOBBIT's cache priority; the paper fits them and does not print them."""
+    """The four weights of HOBBIT's cache priority. The paper fits them and does not print them."""
 
     recency: float = 0.25
     frequency: float = 0.25
     high: float = 0.25
-    """Of uses at high precision."""
+    """Of the frequency of uses at high precision."""
     distance: float = 0.25
-    """Of being near in layers."""
+    """Of the nearness in layers."""
 
     def __post_init__(self) -> None:
         total = self.recency + self.frequency + self.high + self.distance
@@ -173,27 +181,27 @@ class HobbitWeights:
 
 
 class _HobbitMix(Eviction):
-    """HOBBIT 3.4: the lowest weighted sum of four terms goes first; records are of this sequence only.
+    """Evicts the expert with the lowest weighted sum of four terms (HOBBIT 3.4), recorded for this sequence only.
 
-    Recency R/T, frequency F/T, frequency at high precision H/T, and nearness of the layer,
-    1 - ((l_expert - l_now + L) mod L) / L, where T counts tokens. All are kept times T, which changes no order. High
-    is all above the best of at most half the bits.
+    The terms are recency R/T, frequency F/T, frequency at high precision H/T, and nearness of the layer,
+    1 - ((l_expert - l_now + L) mod L) / L, where T counts tokens. All are stored multiplied by T, which does not change
+    their order. Every level above the best one of at most half the bits counts as high precision.
     """
 
     def __init__(self, setting: Setting, weights: HobbitWeights) -> None:
         super().__init__(setting)
         L = self.num_layers
         self._recency = weights.recency
-        self._worth = np.full(9, weights.frequency)  # of a use, by its bits
+        self._worth = np.full(9, weights.frequency)  # what a use adds, by its bits
         low = max((b for b in setting.level_bits if b <= setting.bits // 2), default=0)
         self._worth[low + 1 :] += weights.high
         self._records = (
             self.priorities.scores
-        )  # the first three terms times T; the fourth is their shift
+        )  # the first three terms, times T; the fourth is `Priorities.shift`
         self._last = np.zeros((L, self.num_experts))
         self._records_rows, self._last_rows = list(self._records), list(self._last)
         near = 1.0 - ((np.arange(L)[None, :] - np.arange(L)[:, None]) % L) / L
-        self._near = weights.distance * near  # by the layer that runs
+        self._near = weights.distance * near  # one row for each layer that may be running
         self.begin()
 
     def _start_token(self, count: int) -> None:
@@ -216,7 +224,7 @@ class _HobbitMix(Eviction):
         records, last = self._records_rows[layer], self._last_rows[layer]
         now = self._recency * self._tokens
         if len(routing.experts) == 1:
-            # Recency was what `last` says and is T.
+            # The term of recency was `last` and becomes weight * T.
             _core.renew_records(records, last, experts, plan.bits, self._worth_now, now)
         else:
             worth = self._worth.take(plan.bits) * np.diff(plan.offsets)

@@ -1,4 +1,4 @@
-"""ExpertFlow: the path of the next token through the experts is predicted, and the cache is divided by it."""
+"""ExpertFlow: the next token's path through the experts is predicted, and cache slots are given out by it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from edgemoe.scheduler.predict import NextUse
 __all__ = ["ExpertFlow"]
 
 _UNUSED = 4.0
-"""Rounds of all layers: what was predicted and not used goes before what was not predicted."""
+"""By how many rounds of all layers the next use of an expert is put off that was predicted and did not run.
+
+So it is evicted before experts that were not predicted.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertFlowOptions:
-    """What expertflow may be told."""
+    """The options of expertflow."""
 
     prefetch: int = option(
         1, "read what is predicted for the next so many layers ahead; 0 for none"
@@ -42,14 +45,16 @@ class ExpertFlowOptions:
 
 
 class ExpertFlow(Scheduler):
-    """Predicts the experts of all layers for the next token and gives slots to layers in their order. Exact.
+    """Predicts the experts of all layers for the next token and gives slots to layers in the order they run. Exact.
 
-    The paper trains a small encoder and decoder that predicts the whole path from the text. Here a smaller network does
-    that, if the file has one (`edgemoe.scheduler.paths`), together with what needs no training and else decides
-    alone: the routing of the prompt and the reply so far (`edgemoe.scheduler.predict.NextUse`). Slots go to
-    predicted experts, the layers that run next first (PLEC); what a layer has used and is not predicted again
-    gives its slots up, before that what was predicted and not used. What the router wants and is not there is read at
-    once. The paper's grouping of tokens into batches is left out: there is one sequence here.
+    The paper trains a small encoder and decoder that predict the whole path from the text. Here the path is predicted
+    from the routing of the prompt and the reply so far, without training (`edgemoe.scheduler.predict.NextUse`). If the
+    file has a trained network for it, smaller than the paper's (`edgemoe.scheduler.paths`), the two are mixed.
+
+    Slots go to predicted experts, those of the layers that run next first (PLEC). Evicted first are experts that were
+    predicted and not used, then experts that were used and are not predicted again. An expert that the router wants and
+    that is not in memory is read at once. The paper's grouping of tokens into batches is left out: there is one
+    sequence here.
     """
 
     Options = ExpertFlowOptions
@@ -77,7 +82,7 @@ class ExpertFlow(Scheduler):
             version=self.priorities.version, penalty=_UNUSED,
         )  # fmt: skip
         self.predicted = self.right = 0
-        """Experts that were predicted, and those of them that ran."""
+        """How many experts were predicted, and how many of those ran."""
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""
@@ -104,7 +109,7 @@ class ExpertFlow(Scheduler):
         self._predictor.begin()
 
     def tokens(self, ids: NDArray[np.int32], sequences: int = 1) -> None:
-        """Predicts the paths again, now that the token is known, where there is a trained predictor."""
+        """See `Scheduler.tokens`. Now that the token is known, a trained predictor predicts all layers again."""
         self._predictor.tokens(ids, sequences)
         against = self._predictor.path()
         if against is None:
@@ -113,7 +118,7 @@ class ExpertFlow(Scheduler):
         self._known = self._num_layers
 
     def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
-        """Learns from the token."""
+        """See `Scheduler.passed`. Learns from the token."""
         self._predictor.learn()
 
     def state(self) -> Mapping[str, NDArray[Any]]:
@@ -125,7 +130,7 @@ class ExpertFlow(Scheduler):
         self._predictor.restore(state)
 
     def report(self) -> str:
-        """Returns how many predicted experts ran."""
+        """Returns the share of predicted experts that ran."""
         if not self.predicted:
             return ""
         kind = "trained path" if self._is_trained else "path"

@@ -1,4 +1,4 @@
-"""HOBBIT: less important experts that are not in memory are loaded at fewer bits, or skipped."""
+"""HOBBIT: experts that are not in memory are read at fewer bits, or skipped, if they matter less to the token."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _FIRST_FIT, _LAST_FIT = 16, 512  # tokens
 
 @dataclass(frozen=True, slots=True)
 class HobbitOptions:
-    """What hobbit may be told."""
+    """The options of hobbit."""
 
     t1: float = option(
         -1.0, "a missing expert scoring above this is loaded at low_bits; -1 fits it to the model on the way, "
@@ -67,7 +67,11 @@ class HobbitOptions:
 
 
 def unimportance(gates: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns s_i = g_0 + … + g_(i-1) of gates [T, K], best first and normalised to sum 1; s_0 = 0 (HOBBIT 3.2)."""
+    """Returns HOBBIT's scores of unimportance, [T, K]: s_i = g_0 + … + g_(i-1), s_0 = 0 (HOBBIT 3.2).
+
+    Args:
+        gates: [T, K], best first; each token's are normalised to sum 1 here.
+    """
     total: NDArray[np.float32] = np.cumsum(gates, axis=1, dtype=np.float32)
     scores: NDArray[np.float32] = total - gates
     scores /= np.maximum(total[:, -1:], np.float32(1e-30))
@@ -75,17 +79,18 @@ def unimportance(gates: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def fit_thresholds(scores: NDArray[np.float32], *, low: float, skip: float) -> tuple[float, float]:
-    """Returns T1 and T2 so that the shares of scores above them are low + skip and skip."""
+    """Returns the thresholds T1 and T2 above which lie shares of `low` + `skip` and of `skip` of the scores."""
     t1, t2 = np.quantile(scores, [1.0 - low - skip, 1.0 - skip])
     return float(t1), float(t2)
 
 
 class Hobbit(Scheduler):
-    """Loads missing experts at high or low bits or not at all, by the gates of those before them. Lossy.
+    """Reads missing experts at high bits, at low bits or not at all, by the gates of the better experts. Lossy.
 
-    For every token the score of an expert is the share of gates of the better ones. Only misses are scored: what is in
-    memory runs as it is. In prompts an expert takes the highest precision that any of its tokens asks for, and all use
-    it, since it is one read. The routers of the next layers, applied to this layer's input, say what to read ahead.
+    The score of a token's expert is the share of the token's gates that its better experts have: the higher, the less
+    important. Only misses are scored; an expert that is in memory runs as it is. In prompts an expert is read once, at
+    the highest precision that any of its tokens asks for, and all of them use that. The routers of the next layers,
+    applied to this layer's input, predict what to read ahead.
     """
 
     Options = HobbitOptions
@@ -116,7 +121,7 @@ class Hobbit(Scheduler):
         self._fits_itself = o.t1 < 0 and setting.experts_per_token > 2
         self._gates_seen: list[NDArray[np.float32]] = []
         self._tokens, self._next_fit = 0, _FIRST_FIT
-        self._rest_on = 0  # tokens of the fit
+        self._rest_on = 0  # how many tokens the thresholds were fitted to
         self.notes = (
             f"lossy: less important experts are read at {low} bits, and the least skipped, when not in memory",
         )
@@ -131,7 +136,7 @@ class Hobbit(Scheduler):
             gates = self._gates(routing.gates, bits)
             return plan_token(routing, bits, gates, *self._wishes(routing, residency))
         resident = self._bits_of[residency[routing.layer]]
-        # One read serves all tokens of an expert: it is worth what the most demanding of them asks for.
+        # One read serves all tokens of an expert, so it is read at the highest bits that any of them asks for.
         scores = unimportance(routing.gates)
         wanted = np.where(scores <= self.t1, self._high, np.where(scores <= self.t2, self._low, 0))
         most = np.zeros(self._num_experts, np.int64)
@@ -158,9 +163,10 @@ class Hobbit(Scheduler):
     def _wishes(
         self, routing: Routing, residency: NDArray[np.int8]
     ) -> tuple[NDArray[np.int32] | None, NDArray[np.int8] | None]:
-        """Returns what the next layers' routers choose, up to the first layer with a miss (HOBBIT 3.3).
+        """Returns `Plan.ahead` and `Plan.ahead_bits`: what the next layers' routers choose (HOBBIT 3.3).
 
-        What is predicted and here already is listed too, at the bits that it has: that keeps it from being dropped.
+        It stops after the first layer with a miss. Predicted experts that are in memory are listed too, at the bits
+        that they have, which keeps them from being evicted.
         """
         if self._watch is not None:
             self._watch.note(routing, residency)
@@ -185,13 +191,16 @@ class Hobbit(Scheduler):
         ids, bits = np.concatenate(all_ids), np.concatenate(all_bits)
         if routing.sequences == 1:
             return ids, bits
-        most: dict[int, int] = {}  # one read serves all
+        most: dict[int, int] = {}  # one read serves all sequences
         for id, want in zip(ids.tolist(), bits.tolist(), strict=True):
             most[id] = max(want, most.get(id, 0))
         return np.array(list(most), np.int32), np.array(list(most.values()), np.int8)
 
     def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
-        """Fits the thresholds to the scores so far, ever more seldom, and then leaves them."""
+        """See `Scheduler.passed`. Fits the thresholds to all scores so far each time their number of tokens doubles.
+
+        After `_LAST_FIT` tokens they stay.
+        """
         if self._watch is not None:
             self._watch.passed(tokens, seconds, sequences)
             self.look_ahead = self.options.look_ahead if self._watch.is_on else 0
@@ -217,7 +226,11 @@ class Hobbit(Scheduler):
         }
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """See `Scheduler.restore`. A fit to other shares is left; this run fits again once it has seen more."""
+        """See `Scheduler.restore`.
+
+        Thresholds that were fitted to other shares are ignored. This run fits again once it has seen more tokens than
+        the restored fit.
+        """
         if self._watch is not None:
             self._watch.restore(state)
         found = state.get("hobbit.thresholds")
@@ -231,6 +244,6 @@ class Hobbit(Scheduler):
             self._fits_itself = self._rest_on < _LAST_FIT
 
     def report(self) -> str:
-        """Returns the thresholds, and how look-ahead does."""
+        """Returns the thresholds, and how well look-ahead does."""
         watched = self._watch.report() if self._watch is not None else ""
         return f"T1 {self.t1:.2f}, T2 {self.t2:.2f}" + (f", {watched}" if watched else "")

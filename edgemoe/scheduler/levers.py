@@ -1,6 +1,6 @@
-"""Levers that give up exactness for speed, usable with any scheduler and off by default.
+"""Levers that trade exactness for speed, usable with any scheduler and off by default.
 
-Each turns a value into another: a routing before the scheduler plans, or its plan after.
+Each is a function of values: it turns a routing into another before the scheduler plans, or a plan into another after.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from edgemoe.scheduler.plans import add_ahead, keep_first, keep_slots
 
 __all__ = ["CachePrior", "Levers", "low_bits_first", "skip_small", "small_gates", "without_misses"]
 
-_TINY = 1e-30  # a probability whose logarithm is finite
+_TINY = 1e-30  # added to probabilities so that their logarithms are finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +69,12 @@ class Levers:
 
     @property
     def leaves_out(self) -> bool:
-        """Says whether they may leave experts out."""
+        """Whether the levers may leave experts out."""
         return self.top_p < 1 or self.skip_below > 0 or self.stand_in_below > 0
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is on, one line each."""
+        """The levers that are on, one line each."""
         lines = []
         if self.cache_prior:
             lines.append(
@@ -98,10 +98,11 @@ class Levers:
 
 
 class CachePrior:
-    """Chooses experts again with resident ones favoured (Cache-Prior, arXiv 2412.00099).
+    """A second choice of experts that favours resident ones (Cache-Prior, arXiv 2412.00099).
 
-    The logit of a resident expert counts strength * D more, D = running mean of the layer's range of logits. The
-    router's first `protect` stay. Gates are the true probabilities of the chosen, scaled to the same sum as before.
+    strength * D is added to the logit of a resident expert, where D is the running mean of the layer's range of logits.
+    The router's first `protect` experts always stay. Gates are the router's probabilities of the experts chosen now,
+    scaled to the sum that the gates had before.
     """
 
     def __init__(
@@ -112,22 +113,25 @@ class CachePrior:
         spared: NDArray[np.bool_] | None = None,
     ) -> None:
         """Args:
-        spared: [num_layers, num_experts], experts that stay whenever the router has chosen them.
+        spared: [num_layers, num_experts], experts that stay whenever the router has chosen them; None for none.
         """
         self._strength, self._protect, self._spared = strength, protect, spared
         self._range = [0.0] * setting.num_layers
         self._logits = np.empty(setting.num_experts)
         self._tokens = [0] * setting.num_layers
         self.substituted = 0
-        """Experts that were chosen in place of the router's, so far."""
+        """How many experts have been chosen in place of the router's so far."""
 
     def choose(
         self, routing: Routing, resident: NDArray[np.bool_]
     ) -> tuple[Routing, NDArray[np.int32]]:
-        """Returns the new routing of decoding tokens, best first, and the experts that no token has any more.
+        """Returns the new routing of decoding tokens, best first, and the displaced experts, which no token has now.
 
         Args:
-            resident: [E], of the layer, at the bits that will be planned.
+            resident: [E], whether each of the layer's experts is in memory at the bits that will be planned.
+
+        Raises:
+            ValueError: the routing has no scores.
         """
         if routing.scores is None:
             raise ValueError("cache_prior: needs the router's scores, which a trace does not have")
@@ -149,10 +153,10 @@ class CachePrior:
     def _choose_one(
         self, routing: Routing, resident: NDArray[np.bool_]
     ) -> tuple[Routing, NDArray[np.int32]]:
-        """Is `choose` for one token."""
+        """Does what `choose` does, for one token."""
         assert routing.scores is not None
         layer, scores, logits = routing.layer, routing.scores[0], self._logits
-        chosen = routing.experts[0].astype(np.intp)  # other indices are converted at every use
+        chosen = routing.experts[0].astype(np.intp)  # numpy converts other indices at every use
         logits[...] = scores
         logits += _TINY
         np.log(logits, logits)
@@ -186,9 +190,10 @@ class CachePrior:
 def small_gates(
     gates: NDArray[np.float32], *, top_p: float, skip_below: float
 ) -> NDArray[np.bool_]:
-    """Returns which slots stay, [T, K], for gates [T, K], best first; the first of a token always does.
+    """Returns which slots stay, [T, K], for gates [T, K], best first. A token's first slot always stays.
 
-    Top-p keeps the shortest prefix whose share of the token's gates exceeds p, the crossing one included.
+    Top-p keeps the shortest prefix of a token's slots whose share of its gates exceeds p, including the slot that
+    crosses p.
     """
     counts = [_num_large(token, top_p, skip_below) for token in gates.tolist()]
     keep: NDArray[np.bool_] = np.arange(gates.shape[1]) < np.array(counts)[:, None]
@@ -196,7 +201,7 @@ def small_gates(
 
 
 def _num_large(gates: list[float], top_p: float, skip_below: float) -> int:
-    """Returns how many of one token's gates stay; plain numbers, since those of eight experts are faster so."""
+    """Returns how many of one token's gates stay. Plain Python numbers are faster than numpy for about eight gates."""
     least, sums = skip_below * gates[0], list(accumulate(gates))
     most = top_p * sums[-1]
     for i in range(1, len(gates)):
@@ -208,13 +213,14 @@ def _num_large(gates: list[float], top_p: float, skip_below: float) -> int:
 def skip_small(
     plan: Plan, gates: NDArray[np.float32], *, top_p: float, skip_below: float, renormalise: bool
 ) -> Plan:
-    """Returns the plan without slots of small gates; `renormalise` gives a token's other gates their old sum.
+    """Returns the plan without the slots that have small gates.
 
     Args:
         gates: [T, K], the routing's, best first.
+        renormalise: scale a token's other gates so that they sum to what all its gates summed to.
     """
     T, K = gates.shape
-    if T == 1:  # a decoding token is worth a faster way
+    if T == 1:  # the fast path for decoding
         count = _num_large(gates[0].tolist(), top_p, skip_below)
         if count == K:
             return plan
@@ -233,12 +239,13 @@ def skip_small(
 
 
 def without_misses(plan: Plan, routing: Routing, residency: NDArray[np.int8], share: float) -> Plan:
-    """Returns the plan without experts of which nothing is resident and whose share of a token's gates is below one.
+    """Returns the plan without slots of experts that are absent from memory and have a small gate.
 
-    A token's first stays.
+    A token's first slot always stays.
 
     Args:
-        residency: [E], of the plan's layer.
+        residency: [E], levels in memory of the experts of the plan's layer, 0 = absent.
+        share: an absent expert stays if it has at least this share of the sum of its token's gates.
     """
     gates = routing.gates
     keep = gates >= share * gates.sum(axis=1, keepdims=True)
@@ -249,13 +256,14 @@ def without_misses(plan: Plan, routing: Routing, residency: NDArray[np.int8], sh
 
 
 def low_bits_first(plan: Plan, resident_bits: NDArray[np.int8], least: int, first: int) -> Plan:
-    """Returns the plan with experts that lack bits at what is resident, at least `least`; the rest is read ahead.
+    """Returns the plan in which experts run at the bits that are resident, and their missing bits are read ahead.
 
-    While decoding: in a prompt the read of an expert serves many tokens.
+    It is meant for decoding. In a prompt one read of an expert serves many tokens, so that waiting for it pays.
 
     Args:
-        resident_bits: [E], of the plan's layer.
-        first: number of the layer's first expert in the file.
+        resident_bits: [E], of the plan's layer; 0 for an absent expert.
+        least: bits at which an expert runs at least, but never at more than were planned.
+        first: the index of the layer's first expert, layer * num_experts.
     """
     has = resident_bits[plan.experts]
     lacks = has < plan.bits

@@ -1,7 +1,8 @@
-"""Guesses what the next layer will want from this layer's input, and finds out whether reading it early pays.
+"""Look-ahead: the next layer's experts are guessed from this layer's input and read early, as long as that pays.
 
-After HOBBIT (arXiv 2411.01433, section 3.3). There every guess is loaded. Here a guess is loaded if guesses of its rank
-were right often enough, and all of it is switched off when tokens are faster without.
+After HOBBIT (arXiv 2411.01433, section 3.3), which loads every guess. Here a guess is loaded if guesses of its rank
+(its place in the router's order, best first) were right often enough. All look-ahead is switched off while tokens are
+faster without it.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ from edgemoe.scheduler.trial import Trial
 __all__ = ["LookAhead"]
 
 _WORTH = 0.5
-"""A rank is loaded ahead when at least this share of its absent experts was wanted (benchmarks/LOG.md)."""
+"""A rank is read ahead while at least this share of its guesses that were not in memory ran (benchmarks/LOG.md)."""
 _KEEP = 0.98
-"""What the counts of a rank are worth after a token."""
+"""The factor by which the counts of a rank decay with each token."""
 _WARM, _WINDOW, _ROUNDS, _PAUSE = 16, 8, 4, 1000
-"""Tokens before the first trial, tokens and pairs of windows of a trial, and tokens from one trial to the next."""
+"""Tokens before the first trial, tokens per window, pairs of windows per trial, and tokens between starts of trials."""
 _MARGIN = 0.02
-"""By how much tokens must be faster without it to switch it off."""
+"""The share of a token's time by which tokens must be faster without look-ahead for it to be switched off."""
 
 
 class LookAhead:
-    """Is asked by a scheduler in each layer while decoding; exact, as it only reads early."""
+    """The look-ahead of a scheduler, which asks it in each layer while decoding. Exact: it only reads early."""
 
     def __init__(
         self, setting: Setting, bits: NDArray[np.int8] | None = None, *, trials: bool = True
     ) -> None:
         """Args:
-        bits: what each expert runs at, [num_layers, num_experts]; None for the setting's.
-        trials: find out now and then whether tokens are faster without, and switch it off if so.
+        bits: [num_layers, num_experts], the bits of each expert; None for the setting's.
+        trials: time tokens now and then with and without look-ahead, and switch it off if they are faster without.
         """
         L, E, K = setting.num_layers, setting.num_experts, setting.experts_per_token
         self._shape = (L, K)
@@ -44,7 +45,7 @@ class LookAhead:
         self._bits = np.full(L * E, setting.bits, np.int8) if bits is None else bits.reshape(-1)
         self._start(1)
         self._right, self._seen = np.full(K, 6.0), np.full(K, 8.0)
-        self._cut = K  # ranks that are worth it
+        self._cut = K  # ranks that are worth reading
         self._last = L - 1
         self._tokens = 0
         self._trials = trials
@@ -53,20 +54,20 @@ class LookAhead:
 
     @property
     def ranks(self) -> int:
-        """How many of a token's guesses are worth reading, the best ones."""
+        """How many of a token's best guesses are worth reading."""
         return self._cut
 
     def _start(self, rows: int) -> None:
-        """Guesses for so many tokens at once from now on, one of each sequence."""
+        """From now on, guesses for `rows` tokens at once, one of each sequence."""
         (L, K), self._rows = self._shape, rows
-        self._guess = np.full((L, rows, K), -1, np.int32)  # of each layer, made in the layer before
-        self._had = np.ones((L, rows, K), np.int8)  # levels of the guesses then
+        self._guess = np.full((L, rows, K), -1, np.int32)  # for each layer, made one layer before
+        self._had = np.ones((L, rows, K), np.int8)  # levels of the guessed experts at that time
         self._actual = np.zeros((L, rows, K), np.int32)
 
     def wishes(
         self, routing: Routing, residency: NDArray[np.int8]
     ) -> tuple[NDArray[np.int32] | None, NDArray[np.int8] | None]:
-        """Returns `Plan.ahead` and `Plan.ahead_bits` of a layer: best guesses first, those of all tokens in turn."""
+        """Returns `Plan.ahead` and `Plan.ahead_bits` for a layer's plan: guesses of all tokens, best ranks first."""
         self.note(routing, residency)
         layer = routing.layer
         if routing.ahead_experts is None or layer == self._last:
@@ -79,7 +80,7 @@ class LookAhead:
         return wishes, self._bits.take(wishes)
 
     def note(self, routing: Routing, residency: NDArray[np.int8]) -> None:
-        """Notes what a layer runs, and what its input says of the next one, to learn from both."""
+        """Records which experts a layer runs and which are guessed for the next layer, to learn from both."""
         layer, T = routing.layer, len(routing.experts)
         if self._rows != T:
             self._start(T)
@@ -91,7 +92,7 @@ class LookAhead:
         self._had[layer + 1] = residency[layer + 1].take(guess)
 
     def passed(self, tokens: int, seconds: float, sequences: int = 1) -> None:
-        """See `Scheduler.passed`: learns from the guesses of this pass, and which is faster: with or without."""
+        """See `Scheduler.passed`. Learns from this pass's guesses, and by trials whether look-ahead makes it faster."""
         if tokens != sequences:
             return
         if self.is_on:
@@ -117,9 +118,9 @@ class LookAhead:
         self._cut = self._worth()
 
     def _worth(self) -> int:
-        """Returns how many ranks are worth it."""
+        """Returns how many ranks are worth reading."""
         worth = self._right >= _WORTH * self._seen
-        # Ranks get worse one after the other; one that was never absent does not matter.
+        # Each rank is worse than the one before it; a rank whose guesses were all in memory does not matter.
         return int(np.argmin(np.append(worth, False)))
 
     def state(self) -> dict[str, NDArray[Any]]:
@@ -133,7 +134,7 @@ class LookAhead:
         self._cut = self._worth()
 
     def report(self) -> str:
-        """Returns how it does, in a few words."""
+        """Returns how well look-ahead does, in a few words."""
         if not self.is_on and self._trial is None:
             return "look-ahead off: it was slower"
         right, seen = self._right[: self._cut].sum(), self._seen[: self._cut].sum()

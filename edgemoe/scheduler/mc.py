@@ -19,7 +19,7 @@ __all__ = ["Mc"]
 
 @dataclass(frozen=True, slots=True)
 class McOptions:
-    """What mc may be told."""
+    """The options of mc."""
 
     prune: bool = option(True, "leave experts out while decoding")
     beta: float = option(
@@ -56,14 +56,17 @@ class McOptions:
 
 
 class Mc(Scheduler):
-    """Runs each expert at bits fixed beforehand and prunes experts per token by the ratio of gates. Lossy.
+    """Runs each expert at bits fixed beforehand and prunes a token's experts by the ratio of its gates. Lossy.
 
-    Online dynamic pruning after its code: an expert is left out where its gate is below beta of the token's largest, in
-    some layers only. There the other gates take over its share, which made answers worse where it was measured;
-    `renormalise` does so. The paper has two experts per token and the median over a calibration text; here only the
-    last expert goes and beta is the running median, by a sign step. Prompts are not pruned: the paper protects their
-    important tokens by attention mass, which schedulers do not see. The paper ranks layers by the loss that was
-    measured; here a user does, and names them.
+    This is the paper's online dynamic pruning, as its code has it: in some layers, an expert is left out if its gate is
+    below beta times the token's largest. It differs as follows:
+
+    - In the paper the other gates take over the share of what is left out. Here only `renormalise` does so, because it
+      made answers worse where it was measured.
+    - The paper has two experts per token and takes the median over a calibration text as beta. Here at most `most`
+      experts are left out, the last ones (one by default), and beta is the running median, found by fixed steps.
+    - Prompts are not pruned. The paper protects their important tokens by attention mass, which schedulers do not see.
+    - The paper ranks layers by measured loss. Here the user measures and names them (`prune_in`).
     """
 
     Options = McOptions
@@ -92,7 +95,7 @@ class Mc(Scheduler):
         self._bits, self._num_experts = bits, setting.num_experts
         self.fixed_bits = bits
         self.betas = [0.5 if o.beta < 0 else o.beta] * L
-        """Per layer."""
+        """The threshold of each layer, as a share of a token's largest gate."""
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
         """See `Scheduler.plan`."""
@@ -109,10 +112,10 @@ class Mc(Scheduler):
     def _pruned(
         self, layer: int, gates: NDArray[np.float32], bits: NDArray[np.int8]
     ) -> NDArray[np.float32]:
-        """Sets the bits [T, K] of what is left out to 0, and returns the gates [T, K] of the others."""
+        """Sets the bits [T, K] of slots that are left out to 0, in place, and returns the gates [T, K] to use."""
         for t, shares in enumerate(gates.tolist()):
             least = self.betas[layer] * shares[0]
-            if self.options.beta < 0:  # a step up or down finds the median
+            if self.options.beta < 0:  # steps of one size, up or down, find the median
                 step = self._STEP if shares[-1] > least else -self._STEP
                 self.betas[layer] = min(max(self.betas[layer] + step, 0.0), 1.0)
             if shares[-1] < least:
@@ -125,17 +128,17 @@ class Mc(Scheduler):
         return gates
 
     def report(self) -> str:
-        """Returns the middle threshold."""
+        """Returns the median of the thresholds of the layers that are pruned."""
         if not self._prunes:
             return ""
         return f"beta {float(np.median([self.betas[layer] for layer in self._where])):.2f}"
 
 
 def _layers_of(o: McOptions, setting: Setting) -> list[int]:
-    """Returns the layers that are pruned, by their position among those with routed experts.
+    """Returns the layers that are pruned, as positions among the layers with routed experts.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: `prune_in` names a layer that does not exist or has no routed experts.
     """
     if not o.prune_in:
         return list(range(setting.num_layers))[max(setting.num_layers - o.layers, 0) :]

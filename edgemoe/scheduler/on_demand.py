@@ -1,4 +1,4 @@
-"""The exact baseline: what the router asked for, at the bits asked for, loaded now; and what comes next, early."""
+"""The exact baseline: experts that the router chose, at the bits asked for, read on demand, with optional lookahead."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["OnDemand"]
 
 @dataclass(frozen=True, slots=True)
 class OnDemandOptions:
-    """What on-demand may be told."""
+    """The options of on-demand."""
 
     look_ahead: bool = option(
         True,
@@ -29,10 +29,11 @@ class OnDemandOptions:
 
 
 class OnDemand(Scheduler):
-    """Plans every routed expert at one precision, or each at its own that was decided offline. Exact.
+    """Plans every routed expert at one precision, or each at its own, fixed offline. Exact.
 
-    A single token's experts are read best first, and those that the next layer will probably want ahead of it; a
-    prompt's in the order of the file, into the next layer.
+    A single token's experts are read best first; then come the experts that the next layer will probably want. A
+    prompt's experts are read in the order of the file. If a prompt uses every expert of a layer, the first missing
+    experts of the next layer are read ahead too.
     """
 
     Options = OnDemandOptions
@@ -42,7 +43,8 @@ class OnDemand(Scheduler):
         self, setting: Setting, *, bits: NDArray[np.int8] | None = None, **options: Any
     ) -> None:
         """Args:
-        bits: [num_layers, num_experts], levels of the file; None for the setting's alone.
+        bits: [num_layers, num_experts], the bits of each expert, all among the file's levels; None for the setting's
+            bits everywhere.
         """
         o = read_options(OnDemandOptions, options)
         L, E = shape = setting.num_layers, setting.num_experts
@@ -62,7 +64,7 @@ class OnDemand(Scheduler):
         self.look_ahead = int(self._ahead is not None)
 
     def plan(self, routing: Routing, residency: NDArray[np.int8]) -> Plan:
-        """See `Scheduler.plan`; only what is read ahead depends on the residency."""
+        """See `Scheduler.plan`. Only the experts to read ahead depend on the residency."""
         T, K = routing.experts.shape
         ahead = self._ahead
         if T == 1:

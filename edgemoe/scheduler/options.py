@@ -1,4 +1,4 @@
-"""Options of schedulers: one frozen dataclass each, with a sentence per option and checked values."""
+"""Options of schedulers: one frozen dataclass per scheduler, with a help sentence per option and checked values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _WORDS = {"true": True, "on": True, "yes": True, "false": False, "off": False, "
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """Says what a user may set."""
+    """The description of one option that a user may set."""
 
     name: str
     default: Any
@@ -24,12 +24,12 @@ class Option:
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = ()) -> Any:
-    """Returns a dataclass field with its sentence of help; its type is that of the default."""
+    """Returns a dataclass field with its help sentence. The option's type is that of its default."""
     return field(default=default, metadata={"help": help, "choices": choices})
 
 
 def describe(options: type) -> list[Option]:
-    """Returns what an options dataclass offers, in its order."""
+    """Returns the options of an options dataclass, in its order."""
     return [
         Option(f.name, f.default, f.metadata["help"], f.metadata["choices"])
         for f in fields(options)
@@ -38,10 +38,10 @@ def describe(options: type) -> list[Option]:
 
 
 def read_options(options: type[T], given: Mapping[str, Any]) -> T:
-    """Returns the options with what is given in place of the defaults; texts become what the default is.
+    """Returns the options with the given values in place of defaults. Strings are converted to the default's type.
 
     Raises:
-        ValueError: there is no such option, which lists those there are, or its value is wrong.
+        ValueError: there is no such option (the message lists those that exist), or a value is wrong.
     """
     known = {f.name: f for f in fields(options)}  # type: ignore[arg-type]
     for name in given:
@@ -52,7 +52,7 @@ def read_options(options: type[T], given: Mapping[str, Any]) -> T:
 
 
 def check(name: str, value: float, low: float, high: float) -> None:
-    """Raises a ValueError that names the option when its value lies outside a range."""
+    """Raises a ValueError that names the option if its value lies outside [low, high]."""
     if not low <= value <= high:
         raise ValueError(f"{name}: expected {low:g} to {high:g}, got {value:g}")
 

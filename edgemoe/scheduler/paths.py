@@ -1,20 +1,21 @@
 """A trained predictor of routing paths: from the tokens so far to the experts of all layers.
 
-After ExpertFlow's routing-path predictor (arXiv 2410.17954), with a recurrent state in place of its encoder and
-decoder, because here it must answer in a fraction of a layer's time. `edgemoe profile train` makes one and keeps it in
-the model's file as the section "paths", a safetensors file. V rows of embedding, width d, L layers of E experts:
+A path is the set of experts that one token uses in every layer. The predictor follows ExpertFlow's (arXiv 2410.17954),
+with a recurrent state in place of its encoder and decoder, because here it must answer in a fraction of a layer's time.
+`edgemoe profile train` makes one and stores it in the model's file as the section "paths", a safetensors file. For V
+rows of embedding, width d and L layers of E experts its tensors are:
 
-    embedding  float16 [V, d]      of a token, or, where V is smaller than the vocabulary, of all with the same hash
+    embedding  float16 [V, d]      one row for all tokens with the same hash (`hashed`)
     w_input    float32 [3d, d]     of a gated recurrent unit (GRU): reset, update, candidate
     w_state    float32 [3d, d]
     b_input    float32 [3d]
     b_state    float32 [3d]
-    now        float32 [L*E, 2d]   from state and embedding of the last token to the logits of its own path
+    now        float32 [L*E, 2d]   from the state and the last token's embedding to the logits of that token's path
     now_bias   float32 [L*E]
-    next       float32 [L*E, d]    from the state alone to those of the token after it, not yet known
+    next       float32 [L*E, d]    from the state alone to the logits of the path of the token after, not yet known
     next_bias  float32 [L*E]
 
-A token reads all of it but the embedding: its matrices are kept in 4 bits with a scale per row.
+Every token reads all tensors but the embedding, so matrices are kept in memory at 4 bits, with a scale per row.
 """
 
 from __future__ import annotations
@@ -36,23 +37,23 @@ __all__ = ["SECTION", "PathPredictor", "PathUse", "hashed"]
 Array = NDArray[np.float32]
 
 SECTION = "paths"
-_MOST = 64  # tokens of a prompt's chunk that are looked at: it is trained on pieces not much longer
+_MOST = 64  # tokens at the end of a prompt's chunk that it follows: it is trained on pieces not much longer
 
 
 def hashed(ids: NDArray[np.integer[Any]], rows: int) -> NDArray[np.int64]:
-    """Returns the row of the embedding for tokens: multiplicative hashing, `rows` a power of two."""
+    """Returns the embedding row of each token, by multiplicative hashing; `rows` is a power of two."""
     mixed = (ids.astype(np.uint64) * np.uint64(2654435761)) & np.uint64(0xFFFFFFFF)
     return (mixed >> np.uint64(33 - int(rows).bit_length())).astype(np.int64)
 
 
 class PathPredictor:
-    """Follows a text token by token and tells the path of the last token and of the one after it."""
+    """A predictor that follows a text token by token and predicts the paths of its last token and of the one after."""
 
     def __init__(
         self, tensors: Mapping[str, NDArray[Any]], num_layers: int, num_experts: int
     ) -> None:
         """Args:
-        tensors: as in a section; their shapes fit each other. None of them is kept.
+        tensors: as in the section, with shapes that fit each other. They are copied.
         """
         self._embedding = tensors["embedding"].copy()
         self._rows, d = self._embedding.shape
@@ -72,10 +73,10 @@ class PathPredictor:
 
     @classmethod
     def from_section(cls, content: bytes, num_layers: int, num_experts: int) -> PathPredictor:
-        """Reads one, which keeps nothing of `content`.
+        """Reads a predictor from a section. The result keeps no reference to `content`.
 
         Raises:
-            FormatError: damaged, or of another model.
+            FormatError: the section is damaged, or belongs to another model.
         """
         try:
             t, _ = view(content)
@@ -102,12 +103,12 @@ class PathPredictor:
         return cls(t, num_layers, num_experts)
 
     def begin(self) -> None:
-        """A new text starts."""
+        """Starts a new text."""
         self._seen.fill(0.0)
         self._is_known = [False, False]
 
     def follow(self, ids: NDArray[np.integer[Any]]) -> None:
-        """Takes the next tokens [T] of the text, of many only the last."""
+        """Takes the next tokens [T] of the text; if there are many, only the last `_MOST`."""
         d = len(self._state)
         rows = hashed(ids[-_MOST:], self._rows)
         inputs = self._embedding[rows].astype(np.float32)
@@ -124,12 +125,15 @@ class PathPredictor:
 
     @property
     def now(self) -> Array:
-        """[L, E]: logits of the last token's path; its own array. Computed when first asked for: it takes longest."""
+        """[L, E]: logits of the last token's path, always in the same array.
+
+        They are computed when first asked for, since that takes longest.
+        """
         return self._path(0, self._seen)
 
     @property
     def next(self) -> Array:
-        """[L, E]: of the token after it; likewise."""
+        """[L, E]: logits of the path of the token after the last; likewise."""
         return self._path(1, self._state)
 
     def _path(self, i: int, seen: Array) -> Array:
@@ -140,19 +144,20 @@ class PathPredictor:
 
 
 class PathUse(NextUse):
-    """`NextUse`, which knows the text too: what it says and the trained predictor's logits are weighed on the way.
+    """`NextUse` mixed with a trained path predictor, which knows the text.
 
-    Two logistic regressions of both: one for the token after, when a layer has run; one for the token that runs next,
-    as soon as it is known, for all layers at once.
+    The mixture weighs the log-odds of `NextUse` ("habit") and the predictor's logits ("text") by two logistic
+    regressions that learn while running. One is for the token after the current one, as soon as a layer has run. The
+    other is for the token that runs next, for all layers at once, as soon as that token is known.
     """
 
     def __init__(self, setting: Setting) -> None:
         """Args:
-        setting: whose model has the section.
+        setting: its `sections` must include the path predictor.
 
         Raises:
-            ValueError: it has none.
-            FormatError: it is damaged, or of another model.
+            ValueError: there is no path predictor.
+            FormatError: the section is damaged, or belongs to another model.
         """
         L, E = setting.num_layers, setting.num_experts
         if SECTION not in setting.sections:
@@ -161,8 +166,8 @@ class PathUse(NextUse):
             )
         super().__init__(L, E, setting.experts_per_token)
         self._path = PathPredictor.from_section(setting.sections[SECTION], L, E)
-        # Odds against use by habit, for the token after the one that a layer ran last; and what was said of the layers
-        # that are learned from a token before.
+        # Log-odds against use by habit, for the token after the one that a layer ran last; then the features of the
+        # layers that are learned from, as they were one token before.
         self._habit = np.zeros((L, E))
         self._turns = Turns(L, E)
         self._asked = self._asked_now = np.zeros((3, 0))
@@ -180,7 +185,7 @@ class PathUse(NextUse):
         self._has_run = False
 
     def tokens(self, ids: NDArray[np.int32], sequences: int = 1) -> None:
-        """See `Scheduler.tokens`. It follows one text: of several at once it says nothing."""
+        """See `Scheduler.tokens`. It follows one text, and predicts no path while several sequences run at once."""
         if sequences > 1:
             self.begin()
             self._can_learn = self._was_asked = False
@@ -188,14 +193,14 @@ class PathUse(NextUse):
         if self._weigh_after.is_next_due:
             self._asked = self._lesson_of(self._path.next)
         self._path.follow(ids)
-        _ = self._path.next  # which `update` reads
+        _ = self._path.next  # computes the array that `update` reads
         self._can_learn, self._was_asked = self._has_run and len(ids) == 1, False
         self._has_run = True
 
     def path(self) -> NDArray[np.float64] | None:
-        """Returns the odds against each expert's use by the token that runs next, [L, E], in logarithms.
+        """Returns the log-odds against each expert's use by the token that runs next, [L, E].
 
-        None where there is no saying: for a prompt, and for the first token of a sequence.
+        None where none are known: for a prompt, for the first token of a sequence, and for several sequences at once.
         """
         if not self._can_learn:
             return None
@@ -207,7 +212,7 @@ class PathUse(NextUse):
         return odds
 
     def _lesson_of(self, text: Array) -> NDArray[np.float64]:
-        """Returns those of the layers whose turn it is: one, what habit says, what the text says; [3, n]."""
+        """Returns the features [3, n] of the n experts whose layers' turn it is: one, habit, and the logits `text`."""
         layers = slice(self._turns.now.start, self._turns.now.stop)
         habit = self._habit[layers].reshape(-1)
         return np.stack([np.ones_like(habit), habit, text[layers].reshape(-1)])

@@ -1,4 +1,4 @@
-"""Makes and changes plans: from the bits of every routed slot, or from another plan. Values only."""
+"""Functions that make plans from the bits of every routed slot, or from another plan. They change no plan in place."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ def plan_slots(
 ) -> Plan:
     """Plans every routed slot at its own bits.
 
-    A single token's experts keep the order of the routing, always. A prompt's are in the order of the file and of
-    ascending bits, or by demand: the planes that most tokens use come first, where a token that uses more planes uses
-    all below them too (D2MoE 3.4, hottest expert bit first; a greedy walk over queues of non-increasing demand is a
-    sort), and what is resident comes before everything.
+    A single token's experts always keep the order of the routing. A prompt's experts are in the order of the file and,
+    for each expert, of ascending bits. With `hottest_first` they are in the order of demand instead: the planes that
+    most tokens use come first, where a token that uses a plane uses all planes below it too (D2MoE 3.4, hottest expert
+    bit first; its greedy walk over queues of non-increasing demand is a sort). Resident planes come before all others.
 
     Args:
         bits: [T, K]; 0 skips the slot.
-        gates: [T, K] in place of the routing's.
-        resident_bits: [E], of this layer; for `hottest_first`.
+        gates: [T, K], used in place of the routing's.
+        resident_bits: [E], the bits of this layer's experts that are in memory; for `hottest_first`.
     """
     gates = routing.gates if gates is None else gates
     T, K = routing.experts.shape
@@ -87,16 +87,18 @@ def plan_token(
     ahead: NDArray[np.int32] | None = None,
     ahead_bits: NDArray[np.int8] | None = None,
 ) -> Plan:
-    """Plans a single token's slots in the order of the routing: the whole of a scheduler's work while decoding.
+    """Plans a single token's slots in the order of the routing. It runs for every layer and token while decoding.
 
     Args:
         bits: [K]; 0 skips the slot.
-        gates: [1, K] in place of the routing's.
+        gates: [1, K], used in place of the routing's.
+        ahead: see `Plan.ahead`.
+        ahead_bits: see `Plan.ahead_bits`.
     """
     experts = routing.experts[0]
     K = len(experts)
     offsets, tokens, rows = _whole(K)
-    if 0 in bits.tolist():  # for so few of them faster than `all`
+    if 0 in bits.tolist():  # faster than `all` for so few values
         kept = bits.nonzero()[0]
         offsets, tokens, _ = _whole(len(kept))
         rows = _SKIPPED[:K].copy().reshape(1, K)
@@ -114,7 +116,7 @@ def plan_whole(
     ahead: NDArray[np.int32] | None = None,
     ahead_bits: NDArray[np.int8] | None = None,
 ) -> Plan:
-    """Is `plan_token` for bits [K] of which none is 0."""
+    """Returns what `plan_token` does, for bits [K] of which none is 0."""
     offsets, tokens, rows = _whole(len(bits))
     return Plan(
         routing.layer, routing.experts[0], bits, offsets, tokens, rows, routing.gates, ahead, ahead_bits,
@@ -123,12 +125,12 @@ def plan_whole(
 
 @cache
 def _whole(K: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-    """Returns the offsets, tokens and rows of a plan that skips none of one token's K slots."""
+    """Returns the offsets, tokens and rows of a plan for one token that skips none of its K slots."""
     return _COUNT[: K + 1], _ONE_TOKEN[:K], _COUNT[:K].reshape(1, K)
 
 
 def _demand(experts: NDArray[np.int32], counts: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Returns how many tokens use each group's planes: those of the group and of the same expert's later ones."""
+    """Returns how many tokens use each group's planes: its own, and those of later groups of the same expert."""
     total = np.cumsum(counts)
     last = np.append(np.flatnonzero(experts[1:] != experts[:-1]), len(experts) - 1)
     ends = total[last][np.searchsorted(last, np.arange(len(experts)))]
@@ -137,14 +139,14 @@ def _demand(experts: NDArray[np.int32], counts: NDArray[np.intp]) -> NDArray[np.
 
 
 def slot_bits(plan: Plan) -> NDArray[np.int8]:
-    """Returns the bits of every routed slot of a plan, int8 [T, K]; 0 where it is skipped."""
+    """Returns the bits of every routed slot of a plan, int8 [T, K]; 0 where the slot is skipped."""
     of_row = np.append(np.repeat(plan.bits, np.diff(plan.offsets)), np.int8(0))
     bits: NDArray[np.int8] = of_row[plan.rows]
     return bits
 
 
 def keep_first(plan: Plan, count: int, gates: NDArray[np.float32]) -> Plan:
-    """Returns a single token's plan with its best `count` slots only; for plans in the order of the routing."""
+    """Returns a single token's plan with its best `count` slots only. The plan must be in the order of the routing."""
     rows = plan.rows.copy()
     rows[0, count:] = -1
     n = int(rows.max()) + 1
@@ -155,15 +157,15 @@ def keep_first(plan: Plan, count: int, gates: NDArray[np.float32]) -> Plan:
 
 
 def keep_slots(plan: Plan, keep: NDArray[np.bool_], gates: NDArray[np.float32]) -> Plan:
-    """Returns the plan without the slots that are not to be kept; what is left keeps its order.
+    """Returns the plan without the slots that are not to be kept; the others keep their order.
 
     Args:
-        keep: [T, K].
-        gates: [T, K] of the new plan.
+        keep: [T, K], True for a slot that stays.
+        gates: [T, K], of the new plan.
     """
     kept = np.zeros(
         len(plan.tokens) + 1, bool
-    )  # the last entry takes the rows of what was skipped before
+    )  # the last entry stands for slots that were skipped before, whose row is -1
     kept[plan.rows[keep]] = True
     kept[-1] = False
     new_row = np.append(np.cumsum(kept[:-1], dtype=np.int32) - np.int32(1), np.int32(-1))
@@ -180,7 +182,12 @@ def keep_slots(plan: Plan, keep: NDArray[np.bool_], gates: NDArray[np.float32]) 
 
 
 def add_ahead(plan: Plan, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> Plan:
-    """Returns the plan with more experts at the end of what is read ahead, layer * num_experts + expert."""
+    """Returns the plan with more experts at the end of `Plan.ahead`.
+
+    Args:
+        experts: [a], as layer * num_experts + expert.
+        bits: [a].
+    """
     if len(experts) == 0:
         return plan
     if plan.ahead is not None and plan.ahead_bits is not None:
@@ -190,7 +197,7 @@ def add_ahead(plan: Plan, experts: NDArray[np.int32], bits: NDArray[np.int8]) ->
 
 
 def with_ahead(plan: Plan, experts: NDArray[np.int32], bits: NDArray[np.int8]) -> Plan:
-    """Returns the plan with another list of what is read ahead. Several times as fast as `replace`."""
+    """Returns the plan with another list in `Plan.ahead`. Several times as fast as `replace`."""
     return Plan(
         plan.layer, plan.experts, plan.bits, plan.offsets, plan.tokens, plan.rows, plan.gates,
         experts, bits, plan.drop, plan.drop_bits,
@@ -198,9 +205,9 @@ def with_ahead(plan: Plan, experts: NDArray[np.int32], bits: NDArray[np.int8]) -
 
 
 def prompt_ahead(layer: int, residency: NDArray[np.int8]) -> NDArray[np.int32]:
-    """Returns the first experts that a layer lacks, as layer * num_experts + expert, for a prompt on its way to it.
+    """Returns the first experts of a layer that are not in memory, as layer * num_experts + expert.
 
-    A prompt that wants everything in one layer will want nearly everything in the next.
+    They are read ahead for a prompt: one that uses all experts of a layer will use nearly all of the next layer's.
     """
     soon = np.flatnonzero(residency[layer] == 0)[:_PROMPT_AHEAD].astype(np.int32)
     soon += np.int32(layer * residency.shape[1])
@@ -208,7 +215,10 @@ def prompt_ahead(layer: int, residency: NDArray[np.int8]) -> NDArray[np.int32]:
 
 
 def look_ahead(routing: Routing, num_experts: int) -> NDArray[np.int32]:
-    """Returns what the next layers' routers choose as layer * num_experts + expert, each once, nearest layers first."""
+    """Returns the experts that the next layers' routers choose, as layer * num_experts + expert.
+
+    Each is listed once, those of the nearest layers first.
+    """
     assert routing.ahead_experts is not None
     p, T, _ = routing.ahead_experts.shape
     first = np.arange(routing.layer + 1, routing.layer + 1 + p, dtype=np.int32) * num_experts

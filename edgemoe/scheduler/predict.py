@@ -1,4 +1,4 @@
-"""Predictors that several schedulers share: which experts will run next. Numpy only, learned while running."""
+"""Predictors of which experts will run next, shared by several schedulers. Numpy only, learned while running."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["Frequency", "Logistic", "NextUse", "Turns", "features_first"]
 Array = NDArray[np.float64]
 
 
-_TINY = 1e-9  # a probability that is nothing
+_TINY = 1e-9  # stands in for a probability of 0
 _LESSON = 4096
-"""Experts to learn five numbers from at once; more of one token would cost more and say hardly more."""
+"""How many experts of one token the five weights are learned from; more would cost more and add hardly anything."""
 
 
 def _decayed(row: Array, experts: NDArray[np.int32], keep: float) -> None:
-    """Adds the uses of T tokens, [T, K], to decayed frequencies [E], where each token leaves `keep` of those before."""
+    """Adds the uses by T tokens, experts [T, K], to the frequencies in row [E], which each token decays by `keep`."""
     T, K = experts.shape
     weights = (1.0 - keep) * keep ** np.arange(T - 1, -1, -1.0)
     row *= keep**T
@@ -30,12 +30,13 @@ def _decayed(row: Array, experts: NDArray[np.int32], keep: float) -> None:
 
 
 class Frequency:
-    """How often each expert runs, per token, where a use counts half after `half_life` tokens."""
+    """How often each expert runs, in uses per token, where a use counts half after `half_life` tokens."""
 
     def __init__(self, values: Array, start: float, half_life: float) -> None:
         """Args:
-        values: [num_layers, num_experts], where to keep them.
-        start: what it takes for the frequency of every expert before anything is known, above 0.
+        values: [num_layers, num_experts], the array that frequencies are kept in; it is overwritten.
+        start: the frequency of every expert before anything is known, above 0.
+        half_life: in tokens.
         """
         values.fill(start)
         self.values = values
@@ -44,7 +45,7 @@ class Frequency:
         self._keep = 0.5 ** (1.0 / half_life)
 
     def update(self, routing: Routing) -> None:
-        """One layer has routed its tokens."""
+        """Counts the experts that one layer has routed its tokens to."""
         row = self._rows[routing.layer]
         if len(routing.experts) == 1:
             _core.decay_uses(row, routing.experts[0], self._keep)
@@ -53,39 +54,39 @@ class Frequency:
 
 
 class Logistic:
-    """An online logistic regression: the probability that an expert is used is that of the logits weights · features.
+    """An online logistic regression: the probability that an expert is used is sigmoid(weights · features).
 
-    Weights follow by one Newton step per token with all tokens' curvature.
+    Each token moves the weights by one Newton step, whose curvature is the sum over all tokens so far.
     """
 
-    _CALM, _EVERY = 256, 8  # after so many tokens weights hardly move: learn from every eighth only
+    _CALM, _EVERY = 256, 8  # after 256 tokens weights hardly move: learn from every eighth only
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.weights: Array = np.array(weights)
         """[n]"""
         self.against: Array = -self.weights
-        """[n], live: their negatives, for the logarithms of the odds against use."""
+        """[n], kept up to date: -weights; against · features is the logarithm of the odds against use."""
         self.curvature: Array | None = None
         """[n, n]; None before anything is learned."""
         self._tokens = 0
 
     @property
     def is_due(self) -> bool:
-        """Counts a token, and says whether to learn from it."""
+        """Whether to learn from this token. Reading it counts the token."""
         due = self.is_next_due
         self._tokens += 1
         return due
 
     @property
     def is_next_due(self) -> bool:
-        """Says whether to learn from the next token."""
+        """Whether to learn from the next token."""
         return self._tokens < self._CALM or (self._tokens + 1) % self._EVERY == 0
 
     def learn(self, x: Array, used: Array) -> None:
-        """Learns from features [n, m] and what happened [m], 1.0 for a use."""
+        """Learns from the features [n, m] of m experts and from what happened [m]: 1.0 for a use, else 0.0."""
         p = 1.0 / (1.0 + np.exp(np.minimum(self.against @ x, 20.0)))
         if self.curvature is None:
-            # A prior as heavy as ten uses, in units of each feature's own size: margins differ much between models.
+            # A prior with the weight of ten uses, scaled to each feature: margins differ much between models.
             self.curvature = np.diag(10.0 * np.mean(x * x, axis=1) + 1e-6)
         self.curvature += (x * (p * (1.0 - p))) @ x.T
         self.weights += np.linalg.solve(self.curvature, x @ (used - p))
@@ -93,15 +94,15 @@ class Logistic:
 
 
 class Turns:
-    """Which layers are learned from: as many at once as have `_LESSON` experts, in turn; of small models all."""
+    """The layers that are learned from next: in turn, as many as have about `_LESSON` experts; all in a small model."""
 
     def __init__(self, num_layers: int, num_experts: int) -> None:
         self._num_layers, self._count = num_layers, max(_LESSON // num_experts, 1)
         self.now = range(min(self._count, num_layers))
-        """Those whose turn it is."""
+        """The layers whose turn it is."""
 
     def take(self) -> slice:
-        """Returns them, and it is the next ones' turn."""
+        """Returns the layers whose turn it is, and moves on to the next ones."""
         taken = slice(self.now.start, self.now.stop)
         start = taken.stop % self._num_layers
         self.now = range(start, min(start + self._count, self._num_layers))
@@ -109,29 +110,31 @@ class Turns:
 
 
 class NextUse:
-    """The probability that an expert is used when its layer runs next, by logistic regression, learned on the way.
+    """The probability that an expert is used when its layer runs next, by a logistic regression learned while running.
 
-    Features of an expert, for the token that its layer saw last: whether it was used, the logarithm of its decayed
-    frequency, how far its router score lies above the last chosen one's (in logarithms, that is a difference of
-    logits), and a moving average of that. Before anything is learned the odds are the frequency's. On the
-    traces of benchmarks/LOG.md this was as good after 32 tokens as a fit on another text.
+    The features of an expert, for the token that its layer saw last, are: a constant 1; whether it was used; the
+    logarithm of its decayed frequency; the margin, which is how far its router score lies above that of the last expert
+    chosen (a difference of logarithms, so of logits); and a moving average of the margin. Before anything is learned,
+    the odds are those of the frequency. On the traces of benchmarks/LOG.md this was as good after 32 tokens as a fit on
+    another text.
     """
 
-    # Half-lives of 64 and 4 tokens; longer and shorter ones, and all of them, did no better.
+    # Half-lives of 64 tokens (frequency) and 4 (margin); longer ones, shorter ones and all together did no better.
     _KEEP, _SHARE = 0.5 ** (1.0 / 64), 1.0 - 0.5 ** (1.0 / 4)
 
     def __init__(self, num_layers: int, num_experts: int, experts_per_token: int) -> None:
         L, E = num_layers, num_experts
-        # Per layer what logarithms are taken of: frequencies and router scores.
+        # Per layer the values whose logarithms are features: frequencies and router scores.
         self._raw = np.full((L, 2, E), experts_per_token / E)
-        # Rows: one, used, log frequency, margin, its average. Of the last token and of the one before.
+        # The five features as rows, for the last token and for the one before: one, used, log frequency, margin, its
+        # moving average.
         self._now, self._before = np.zeros((2, L, 5, E))
         self._now[:, 0] = 1.0
         self._now[:, 2] = np.log(experts_per_token / E)
         self._raw_rows = list(self._raw)
         self._odds = np.empty(E)
         self.habit = Logistic([0.0, 0.0, 1.0, 0.0, 0.0])
-        """Of the features."""
+        """The regression on these five features."""
         self._features = _core.UseRows(
             raw=self._raw, now=self._now, before=self._before, odds=self._odds,
             weights=self.habit.against, left=self._KEEP, share=self._SHARE,
@@ -140,17 +143,20 @@ class NextUse:
         self._lesson = Turns(L, E)
 
     def begin(self) -> None:
-        """A new sequence starts."""
+        """See `Scheduler.begin`."""
 
     def tokens(self, ids: NDArray[np.int32], sequences: int = 1) -> None:
         """See `Scheduler.tokens`."""
 
     def path(self) -> Array | None:
-        """Returns the odds against each expert's use by the token that runs next, [L, E], in logarithms, if known."""
+        """Returns the log-odds against each expert's use by the token that runs next, [L, E]; None if not known."""
         return None
 
     def update(self, routing: Routing) -> Array:
-        """Takes one layer's routing and returns the odds against each expert's next use, [E]; scratch of one call."""
+        """Takes one layer's routing and returns the odds against each expert's next use, [E].
+
+        The array is overwritten by the next call.
+        """
         layer, experts, scores = routing.layer, routing.experts, routing.scores
         keep = self._is_lesson and layer in self._lesson.now
         if len(experts) == 1 and scores is not None:
@@ -160,12 +166,16 @@ class NextUse:
         return self._odds
 
     def _several(self, routing: Routing) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Takes the routing of any number of tokens; returns which experts ran, and those that margins are against."""
+        """Takes the routing of any number of tokens.
+
+        Returns the experts that ran, and the experts whose scores margins are measured from. Both are those of the
+        last token, or of all tokens while several sequences decode.
+        """
         f, s = self._raw_rows[routing.layer]
         several = routing.sequences > 1 and routing.is_decoding
         chosen = np.unique(routing.experts) if several else routing.experts[-1]
         _decayed(f, routing.experts, self._KEEP)
-        if routing.scores is None:  # gates alone say nothing about the experts that were not chosen
+        if routing.scores is None:  # gates say nothing about the experts that were not chosen
             s.fill(routing.gates[-1, -1])
             s[routing.experts[-1]] = routing.gates[-1]
         else:
@@ -174,7 +184,7 @@ class NextUse:
         return chosen, chosen if several else chosen[-1:]
 
     def learn(self) -> None:
-        """All layers have run: learns from what was said about them one token before."""
+        """Called after all layers have run. Learns from what was predicted for them one token before."""
         if self._is_first:
             self._is_first = False
         elif self.habit.is_due:
@@ -184,7 +194,7 @@ class NextUse:
 
     @property
     def frequency(self) -> Array:
-        """Uses per token, decayed, [num_layers, num_experts]; a live view."""
+        """[num_layers, num_experts]: decayed uses per token; a live view."""
         return self._raw[:, 0]
 
     def state(self) -> dict[str, NDArray[Any]]:
@@ -209,6 +219,6 @@ class NextUse:
 
 
 def features_first(x: Array) -> Array:
-    """Returns features [L, n, E] as [n, L * E]."""
+    """Returns features [L, n, E] reordered to [n, L * E]."""
     flat: Array = x.transpose(1, 0, 2).reshape(x.shape[1], -1)
     return flat

@@ -1,4 +1,4 @@
-"""Experts that nothing lossy touches: Super Experts (arXiv 2507.23279), or those that a user names."""
+"""Experts that no lossy mechanism touches: Super Experts (arXiv 2507.23279), or those that a user names."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def spared_experts(setting: Setting, given: str) -> NDArray[np.bool_] | None:
     """Returns which experts are spared, [num_layers, num_experts]; None for none.
 
     Args:
-        given: "file" for those that the file's section `allocation` protects, "none", or "LAYER.EXPERT,…" with layers
-            of the model.
+        given: "file" for the experts that the file's section `allocation` protects, "none", or "LAYER.EXPERT,…" with
+            the model's layer numbers.
 
     Raises:
         ValueError: there is no such expert.
-        FormatError: the section is no allocation.
+        FormatError: the section is not an allocation.
     """
     layers = setting.layers or tuple(range(setting.num_layers))
     if given == _NONE:
@@ -55,13 +55,13 @@ def _pair(text: str) -> tuple[int, int]:
 
 
 def spare(plan: Plan, routing: Routing, spared: NDArray[np.bool_], bits: NDArray[np.int8]) -> Plan:
-    """Returns the plan with each spared expert that the router chose run, at its bits.
+    """Returns the plan in which every spared expert that the router chose runs at its full bits.
 
-    Where one had been left out, all gates of the token are the router's own again.
+    If one had been left out, all gates of its token are set back to the router's own.
 
     Args:
-        spared: [E], of the layer.
-        bits: [E], what each runs at where nothing is lossy.
+        spared: [E], for the experts of this layer.
+        bits: [E], the bits of each expert without any lossy mechanism.
     """
     of_slots, wanted = slot_bits(plan), bits[routing.experts]
     lacks = spared[routing.experts] & (of_slots < wanted)

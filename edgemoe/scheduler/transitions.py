@@ -1,4 +1,4 @@
-"""Which experts follow which, layer by layer: EdgeMoE's table, learned while running or kept from before."""
+"""EdgeMoE's table of which experts follow which from layer to layer, learned while running or counted beforehand."""
 
 from __future__ import annotations
 
@@ -17,22 +17,27 @@ __all__ = ["Transitions"]
 
 
 class Transitions:
-    """Which experts of the next layer follow those of the layers before it (EdgeMoE III-C-1).
+    """A table of which experts of a layer follow those of the layers before it (EdgeMoE III-C-1).
 
-    The paper's table, for one or two experts per token: the key is the sorted experts of the two previous layers, the
-    value counts of what ran next; where the key is new, that of one layer. Larger sets hardly ever repeat, so
-    for them, and where both keys are new, the answer is the mean over the experts of the two previous layers of what
-    followed each; at last it is the layer's own frequencies. These are ours: the paper has one expert per token.
+    With one or two experts per token it is the paper's table. The key is the sorted experts of the two previous layers
+    and the value counts what ran next. If that key is new, the key is the experts of one previous layer.
+
+    Larger sets of experts hardly ever repeat. For them, and where both keys are new, the prediction is the mean, over
+    the experts of the two previous layers, of what followed each. The last fallback is the layer's own frequencies.
+    Both fallbacks are ours: the paper has one expert per token.
     """
 
-    _MOST_PAIRS = 1 << 27  # half a gigabyte; 48 layers of 512 experts have a tenth
-    _LARGEST = 1 << 12  # keys; then the tables of tuples no longer grow
+    _MOST_PAIRS = 1 << 27  # half a gigabyte per table; 48 layers of 512 experts have a tenth
+    _LARGEST = 1 << 12  # keys; from then on the tables of tuples no longer grow
 
     def __init__(
         self, num_layers: int, num_experts: int, experts_per_token: int, *, depth: int = 2
     ) -> None:
         """Args:
-        depth: how many previous layers the mean is over, 1 or 2; there is a table for each.
+        depth: how many previous layers the mean is over, 1 or 2; there is a table of pairs for each.
+
+        Raises:
+            ValueError: the model has too many pairs of experts.
         """
         L, E = num_layers, num_experts
         if L * E * E > self._MOST_PAIRS:
@@ -53,14 +58,14 @@ class Transitions:
         self._total = np.empty(E, np.float32)
 
     def update(self, routing: Routing) -> None:
-        """One layer has routed its tokens, of which the last one's path counts."""
+        """Takes one layer's routing. Of several tokens only the last one's path is followed."""
         if routing.layer == 0:
             self._path.clear()
         self._path.append(routing.experts[-1].copy())
 
     def learn(self) -> None:
-        """All layers have run: counts the path."""
-        if len(self._totals) == len(self._path):  # else it did not begin with the first layer
+        """Called after all layers have run. Counts the path."""
+        if len(self._totals) == len(self._path):  # else the path did not begin with the first layer
             self.count(np.array(self._path))
 
     def count(self, path: NDArray[np.int32]) -> None:
@@ -88,9 +93,9 @@ class Transitions:
         yield layer, last
 
     def predict(self, layer: int) -> NDArray[np.float32]:
-        """Returns a score per expert of a layer that follows the one just routed, [E]; larger is likelier.
+        """Returns a score for each expert of the layer after the one just routed, [E]; larger is likelier.
 
-        It is valid until the next call, and live.
+        The array is valid until the next call and is a live view: do not change it.
         """
         marginal: NDArray[np.float32] = self._totals[layer]
         if not 0 < layer == len(self._path):
@@ -107,8 +112,8 @@ class Transitions:
     def state(self) -> dict[str, NDArray[Any]]:
         """See `Scheduler.state`.
 
-        A key of the table of tuples is a row: its layer, the experts two layers before, -1 where the key has none, and
-        those of one layer before.
+        Each key of the tables of tuples is a row: its layer, the experts two layers before (-1 if the key has none),
+        and the experts one layer before.
         """
         state = {"transitions.pairs": self._pairs, "transitions.totals": self._totals}
         if self._far_pairs is not None:
@@ -124,11 +129,13 @@ class Transitions:
         return state
 
     def take(self, section: bytes) -> None:
-        """Takes what `edgemoe profile train --table` has learned: the section "transitions" of a file, safetensors
-        of what `state` returns.
+        """Takes the section "transitions" of a file, which `edgemoe profile train --table` makes.
+
+        Args:
+            section: a safetensors file of the arrays that `state` returns.
 
         Raises:
-            FormatError: damaged, or of another model.
+            FormatError: the section is damaged, or belongs to another model.
         """
         L, E, K = *self._totals.shape, self._experts_per_token
         try:
@@ -165,7 +172,7 @@ class Transitions:
         keys, counts = state.get("transitions.keys"), state.get("transitions.followers")
         if not self._has_tuples or keys is None or counts is None:
             return
-        # What is no key of this model is never asked for.
+        # Clipping may make rows that are no keys of this model; they are never looked up.
         ids = np.clip(keys, -1, self._num_experts + len(self._totals)).astype(np.int32)
         for row, followers in zip(ids[: self._LARGEST], counts, strict=False):
             experts = row[1:][row[1:] >= 0]

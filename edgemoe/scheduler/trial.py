@@ -1,4 +1,4 @@
-"""Finds out which of two ways makes tokens faster, while running."""
+"""Timed trials, while the model runs, of which of two ways makes tokens faster."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Trial"]
 
 
 class Trial:
-    """Compares two ways by the seconds of tokens, in alternating windows."""
+    """A comparison of two ways by the seconds that each token takes, in alternating windows of tokens."""
 
     def __init__(self, window: int, rounds: int) -> None:
         self._window, self._rounds = window, rounds
@@ -17,18 +17,18 @@ class Trial:
 
     @property
     def is_new(self) -> bool:
-        """Says whether the next token runs the new way. The old one has the first window."""
+        """Whether the next token runs the new way. The old way has the first window."""
         return self._tokens // self._window % 2 == 1
 
     def add(self, seconds: float) -> bool:
         """Counts a token; returns whether the trial is over."""
-        if self._tokens % self._window >= self._window // 4:  # caches follow a change with delay
+        if self._tokens % self._window >= self._window // 4:  # caches adapt with a delay
             self._seconds[self.is_new].append(seconds)
         self._tokens += 1
         return self._tokens >= 2 * self._window * self._rounds
 
     @property
     def saved(self) -> float:
-        """The share of a token's time that the new way saves, by medians."""
+        """The share of a token's time that the new way saves, by medians; negative if it is slower."""
         old, new = self._seconds
         return 1.0 - median(new) / median(old)

@@ -1,4 +1,4 @@
-"""A scheduler whose look-ahead is watched further than it asks for, so that a trace can record it."""
+"""A wrapper that asks for more look-ahead than its scheduler needs, so that a trace can record it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Watched", "seen"]
 
 
 class Watched(Scheduler):
-    """Asks for more look-ahead than its scheduler wants, for the trace alone."""
+    """A scheduler that plans as another one does but asks for more look-ahead, which only the trace sees."""
 
     def __init__(self, scheduler: Scheduler, look_ahead: int) -> None:
         self._inner = scheduler
@@ -57,7 +57,7 @@ class Watched(Scheduler):
 
 
 def seen(routing: Routing, look_ahead: int) -> Routing:
-    """Returns a routing with no more look-ahead than was asked for."""
+    """Returns the routing with at most `look_ahead` layers of look-ahead."""
     if routing.ahead_experts is None or routing.ahead_gates is None:
         return routing
     if look_ahead <= 0:
