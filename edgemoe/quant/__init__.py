@@ -1,4 +1,4 @@
-"""Codes of which every prefix is a model: one 8-bit code per weight, or a base and planes of signs (MWQ)."""
+"""Codes whose every prefix is a model: one 8-bit code per weight, or a base and planes of signs (MWQ)."""
 
 from edgemoe.quant.allocation import Allocation
 from edgemoe.quant.bit_routers import BitRouters

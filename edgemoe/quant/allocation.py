@@ -1,12 +1,12 @@
-"""Bits per expert, decided offline: the value and its JSON form.
+"""Bits per expert, fixed offline: the value and its JSON form.
 
-    edgemoe_allocation  1, or 2 where there is "dense"
+    edgemoe_allocation  the version: 1, or 2 if there is "dense"
     method     how it was found, as `edgemoe allocate --method` names it
-    settings   what else it was found with: strings, numbers and lists
-    layers     [L] model layers with routed experts
-    bits       [L][E] bits of each expert, levels of the file
+    settings   the other settings that it was found with: strings, numbers and lists
+    layers     [L] the model's layers with routed experts
+    bits       [L][E] the bits of each expert, all levels of the file
     protected  [[layer, expert], …]: Super Experts, which were given the highest level in use
-    dense      {tensor: bits} of all other matrices, if these were decided too
+    dense      {tensor: bits} for all other matrices, if these were decided too
 
 It is a file of its own, or the section "allocation" of a `.moe` file.
 """
@@ -32,22 +32,22 @@ _VERSIONS = (1, 2)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Allocation:
-    """Says how many bits each routed expert runs at."""
+    """The bits that each routed expert runs at, and optionally the bits of all other matrices."""
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     layers: tuple[int, ...]
-    """Model layers with routed experts."""
+    """The model's layers with routed experts."""
     bits: NDArray[np.int8]
     """[L, E]"""
     protected: tuple[tuple[int, int], ...] = ()
-    """(layer, expert)"""
+    """The Super Experts, as (layer, expert) with the model's layer numbers."""
     dense: Mapping[str, int] = field(default_factory=dict)
-    """Bits of each matrix outside the routed experts; empty where nothing was decided of them."""
+    """Bits of each matrix outside the routed experts; empty if these were not decided."""
 
     @property
     def average(self) -> float:
-        """Returns the mean bits of an expert."""
+        """The mean bits of an expert."""
         return float(self.bits.mean())
 
     def to_json(self) -> bytes:
@@ -69,7 +69,7 @@ class Allocation:
             where: what errors call it.
 
         Raises:
-            FormatError: not an allocation.
+            FormatError: `content` is not an allocation.
         """
         try:
             value = parse_json(content, where)
@@ -114,10 +114,11 @@ class Allocation:
 
         Args:
             levels: bits of the file's levels.
-            most: [L, E], bits that the file has of each expert; None for all of the levels.
+            where: what errors call it.
+            most: [L, E], the most bits that the file has of each expert; None if every expert has all levels.
 
         Raises:
-            FormatError: it is of another model, or asks for what the file lacks.
+            FormatError: it is for another model, or asks for bits that the file lacks.
         """
         expected = (len(config.moe_layers), config.num_experts)
         if self.layers != config.moe_layers or self.bits.shape != expected:
@@ -138,10 +139,10 @@ class Allocation:
             )
 
     def check_dense(self, matrices: Collection[str], levels: tuple[int, ...], where: str) -> None:
-        """Checks that it says the bits of exactly these matrices, which a file has at some levels.
+        """Checks that `dense` has bits for exactly these matrices, and only bits among a file's levels.
 
         Raises:
-            FormatError: it does not; says which.
+            FormatError: a matrix is missing, is one too many, or has other bits; the message names it.
         """
         if not self.dense:
             raise FormatError(

@@ -1,14 +1,14 @@
-"""D2MoE's trained routers of precisions: the value, and its form as bytes.
+"""D2MoE's trained bit routers, which choose an expert's precision for each token, and their form as bytes.
 
 The bytes are a safetensors file, which is a file of its own or the section "bit-routers" of a `.moe` file:
 
-    weight      float32 [L, E, B, D]: one linear layer per routed expert, from the layer's normed input to B logits
-    gate_weight  float32 [L, E, B]: the same layer's weight of the slot's gate
-    bias        float32 [L, E, B]
-    metadata    edgemoe_bit_routers 1; levels, ascending bits that the logits are of ("2 3 4"); settings, JSON of how
-                it was trained
+    weight       float32 [L, E, B, D]: one linear layer per routed expert, from the layer's normed input to B logits
+    gate_weight  float32 [L, E, B]: the same linear layer's weight for the slot's gate
+    bias         float32 [L, E, B]
+    metadata     edgemoe_bit_routers 1; levels, the bits that the B logits stand for, ascending ("2 3 4"); settings,
+                 JSON of how they were trained
 
-Weights are float32 because they are used as they are: halves would have to be widened into memory of their own.
+Weights are float32 because they are used in place: float16 would have to be widened into memory of its own.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _FIELD, _WHAT = "edgemoe_bit_routers", "bit routers"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BitRouters:
-    """Says at which of some precisions an expert should run for a token: the one of the largest logit."""
+    """One linear layer per routed expert. The precision with the largest logit is the one to run a token at."""
 
     levels: tuple[int, ...]
-    """Bits, ascending. 0 leaves the expert out, which the best expert of a token does not take."""
+    """Bits, ascending. 0 leaves the expert out; it is never taken for the best expert of a token."""
     weight: NDArray[np.float32]
     """[L, E, B, D]"""
     gate_weight: NDArray[np.float32]
@@ -42,13 +42,13 @@ class BitRouters:
     bias: NDArray[np.float32]
     """[L, E, B]"""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """How it was trained."""
+    """How they were trained."""
 
     def to_bytes(self, more: Mapping[str, NDArray[Any]] | None = None) -> bytes:
         """Returns the form as bytes.
 
         Args:
-            more: tensors beside its own; readers leave them alone.
+            more: further tensors, which readers ignore.
         """
         meta = {
             _FIELD: "1", "levels": " ".join(map(str, self.levels)),
@@ -58,18 +58,18 @@ class BitRouters:
 
     @property
     def tensors(self) -> dict[str, NDArray[np.float32]]:
-        """Its own, by name."""
+        """The tensors, by name."""
         return {"weight": self.weight, "gate_weight": self.gate_weight, "bias": self.bias}
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> BitRouters:
-        """Reads the form as bytes, which it keeps.
+        """Reads the form as bytes. The result refers to `content`.
 
         Args:
             where: what errors call it.
 
         Raises:
-            FormatError: these are no such routers, or they do not agree with themselves.
+            FormatError: these are no bit routers, or their parts contradict each other.
         """
         names = ("weight", "gate_weight", "bias")
         (weight, *rest), meta, settings = read_form(content, where, _WHAT, _FIELD, names)

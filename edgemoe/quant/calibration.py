@@ -1,38 +1,37 @@
-"""Calibration files: what flows into every matrix of a model, summed over a text. Format, reader and writer.
+"""Calibration files: statistics of the inputs of every matrix of a model, summed over a text. Format, reader, writer.
 
-A `.calib` file is a safetensors file with checksums (`edgemoe.file.summed`). Sums are over the tokens of the text (for
-an expert: the tokens routed to it).
-`L` is the model's layer index, `E` experts, `K` of them per token, `D` hidden, `H` expert hidden, `T` the text's
-tokens; `X` names an input, see below.
+A `.calib` file is a safetensors file with checksums (`edgemoe.file.summed`). Sums are over the tokens of the text; for
+an expert, over the tokens routed to it. `L` is the model's layer index, `E` the experts per layer, `K` the experts per
+token, `D` the hidden size, `H` the experts' hidden size, `T` the text's tokens; `X` names an input, see below.
 
     dense.X.count       int64   [1]        tokens
     dense.X.squares     float32 [cols]     sum of x², per input column
-    dense.X.products    float32 [cols, cols]  sum of x xᵀ (files made with --full or --layers only)
+    dense.X.products    float32 [cols, cols]  sum of x xᵀ (only in files made with --full or --layers)
     experts.L.count     int64   [E]        tokens that were routed to each expert
-    experts.L.gates     float64 [E]        sum of their gate weights
-    experts.L.gates2    float64 [E]        sum of their squared gate weights
-    experts.L.in.squares      float32 [E, D]     inputs of w_gate and w_up
-    experts.L.hidden.squares  float32 [E, H]     inputs of w_down, silu(w_gate x) * (w_up x)
-    experts.L.in.products     float32 [E, D, D]  (--full only, of texts of E D tokens or more)
-    experts.L.in.rows         float32 [T, D]     (--full only, of shorter texts) what each token gives the experts
-    experts.L.in.chosen       int64   [T, K]     with it: which experts take it, ascending; E for none
+    experts.L.gates     float64 [E]        sum of their gates
+    experts.L.gates2    float64 [E]        sum of their squared gates
+    experts.L.in.squares      float32 [E, D]     of the input of w_gate and w_up
+    experts.L.hidden.squares  float32 [E, H]     of the input of w_down, silu(w_gate x) * (w_up x)
+    experts.L.in.products     float32 [E, D, D]  (--full only, for texts of E D tokens or more)
+    experts.L.in.rows         float32 [T, D]     (--full only, for shorter texts) the input of each token's experts
+    experts.L.in.chosen       int64   [T, K]     with `rows`: the experts of each token, ascending; E for none
     experts.L.hidden.products float32 [E, H, H]  (--full only)
     experts.L.output2   float64 [E]        sum of the squared norm of the expert's output, without its gate
     experts.L.output_max float32 [E]       largest |value| of the expert's output, without its gate
-    experts.L.error     float64 [E, levels]  sum over the text's windows of the Frobenius norm of the change of the
-                                           layer's routed output when this expert alone runs at bits[level]
-    experts.L.error2    float64 [E, levels]  the same, summed squared over tokens: sum of gate² ‖change‖²
+    experts.L.error     float64 [E, levels]  sum, over the text's windows, of the Frobenius norm of the change of the
+                                           layer's routed output when only this expert runs at bits[level]
+    experts.L.error2    float64 [E, levels]  the same change, squared and summed over tokens: sum of gate² ‖change‖²
 
-Experts that no token reached have zeros. The inputs `X` of dense matrices are named by the first matrix that takes
-them, as `edgemoe.config.dense_tensors` names it: layers.L.q (also k, v), layers.L.o, layers.L.shared.gate (also up,
-and up alone where an FFN has no gate), layers.L.shared.down, head (embed where it is tied), and with --layers also
-layers.L.experts, without squares: what w_gate and w_up of all routed experts take. An imatrix of llama.cpp gives
-counts and squares alone.
+Experts that no token reached have zeros. An input `X` is named by the first dense matrix that takes it, with the name
+that `edgemoe.config.dense_tensors` gives: layers.L.q (also for k, v), layers.L.o, layers.L.shared.gate (also for up; an
+FFN without a gate has up), layers.L.shared.down, head (embed if it is tied). With --layers there is also
+layers.L.experts, the input of w_gate and w_up of all routed experts together, without squares. An imatrix of llama.cpp
+gives only counts and squares.
 
 The metadata (strings) are: edgemoe_calibration "2", source "edgemoe" or "imatrix", model, tokens, window (tokens
 of each piece of text, every one a sequence of its own) and bits (of `error`, separated by spaces; may be empty).
 
-Version 1 had no checksums. It is read, with a notice to the user; version 2 without them is refused.
+Version 1 had no checksums. It is still read, with a notice to the user. Version 2 without checksums is refused.
 """
 
 from __future__ import annotations
@@ -57,14 +56,16 @@ __all__ = ["MIN_TOKENS", "Calibration", "calibration_meta", "input_name", "write
 Array = NDArray[np.float32]
 
 MIN_TOKENS = 64
-"""What an expert must have seen to be judged by its own tokens alone; the best of those tried (benchmarks/LOG.md).
+"""How many tokens an expert must have seen to be judged by its own tokens alone; the best value of those tried
+(benchmarks/LOG.md).
 
-EAQuant (arXiv 2506.13329) asks for twice the mean of the layer's experts, of more text. Filling that up with the
-layer's average makes moments much worse: even an expert's first 100 tokens tell more of it than all other experts'.
+EAQuant (arXiv 2506.13329) asks for twice the mean of the layer's experts, with more text. Filling experts up to that
+with the layer's average makes moments much worse: even an expert's first 100 tokens say more about it than the tokens
+of all other experts.
 """
 
 _VERSIONS = ("1", "2")
-# Of each statistic, its type and how many axes it has beside that of experts.
+# The type of each statistic, and how many axes it has besides that of experts.
 _FORMS = {
     "dense.count": ("int64", 1), "dense.squares": ("float32", 1), "dense.products": ("float32", 2),
     "experts.count": ("int64", 0), "experts.gates": ("float64", 0), "experts.gates2": ("float64", 0),
@@ -74,7 +75,7 @@ _FORMS = {
     "experts.output2": ("float64", 0), "experts.output_max": ("float32", 0),
     "experts.error": ("float64", 1), "experts.error2": ("float64", 1),
 }  # fmt: skip
-_OF_TOKENS = ("experts.in.rows", "experts.in.chosen")  # not of experts
+_OF_TOKENS = ("experts.in.rows", "experts.in.chosen")  # the first axis is tokens, not experts
 _LONGEST_LAYER = 4  # digits
 _SAME_INPUT = {
     "k": "q",
@@ -90,19 +91,19 @@ _SAME_INPUT = {
     "b": "u",
     "c": "u",
 }
-"""Matrices that are applied to what another one is, by the last part of their names."""
+"""Matrices that have the same input as another one: the last part of its name, by the last part of theirs."""
 
 
 class Calibration:
-    """Reads a calibration file, one tensor at a time."""
+    """A calibration file, read one tensor at a time."""
 
     def __init__(self, path: str | os.PathLike[str], *, min_tokens: int = MIN_TOKENS) -> None:
         """Args:
-            min_tokens: an expert with fewer gets its own moments mixed with the average over the layer's routed
-                tokens, which stands in for the tokens that are missing: (n * own + (m - n) * layer) / m.
+            min_tokens: an expert that saw only n < m = min_tokens tokens has its mean moments mixed with the mean over
+                the layer's routed tokens, in place of the missing tokens: (n * own + (m - n) * layer) / m.
 
         Raises:
-            FormatError: not a calibration file.
+            FormatError: it is not a calibration file, or its tensors do not fit each other.
         """
         self.path = Path(path)
         self._file = SummedFile(path, "a calibration file")
@@ -120,18 +121,22 @@ class Calibration:
             self._check_form(name)
         layers = {int(place) for place, form in self._keys.values() if form == "experts.count"}
         self.layers = tuple(sorted(layers))
-        """Model layers with routed experts."""
+        """The model's layers with routed experts."""
         self._scales: ColumnScales | None = None
         self._experts = ExpertSums(self._file, max(min_tokens, 1))
 
     def with_scales(self, scales: ColumnScales) -> Calibration:
-        """Returns the same as seen by a file whose columns have such scales; without any before."""
+        """Returns the calibration as a file with these column scales sees it. Scales set before are replaced."""
         out = copy.copy(self)
         out._scales = scales
         return out
 
     def _key(self, name: str) -> tuple[str, str]:
-        """Returns the input or layer that a tensor is of, and which of the `_FORMS` it has."""
+        """Returns the input or layer that a tensor belongs to, and its key in `_FORMS`.
+
+        Raises:
+            FormatError: the name is unknown.
+        """
         kind, _, rest = name.partition(".")
         if kind == "dense":
             place, _, what = rest.rpartition(".")
@@ -146,7 +151,7 @@ class Calibration:
         return place, f"{kind}.{what}"
 
     def _check_form(self, name: str) -> None:
-        """Checks that a tensor has its type and shape; its experts are those that its layer counts, as it must."""
+        """Checks that a tensor has its type and shape, and as many experts as the `count` of its layer."""
         shape, (place, form) = self._file.shapes[name], self._keys[name]
         kind, axes = _FORMS[form]
         if form in _OF_TOKENS:
@@ -174,19 +179,19 @@ class Calibration:
 
     @property
     def note(self) -> str:
-        """What the user must know of the file, in a line; empty for nothing."""
+        """A line that the user must see about this file; empty for nothing."""
         if self._file.is_summed:
             return ""
         return f"{self.path}: of an earlier version of edgemoe, without checksums to check"
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Reads all, which takes as long as the disk does, so that no hours are lost to a damaged file.
+        """Reads and checks the whole file, so that a damaged file costs no hours of work. As fast as the disk.
 
         Args:
-            progress: is told the bytes that were read, and those of all.
+            progress: called with the bytes that have been read and the bytes of the whole file.
 
         Raises:
-            FormatError: a checksum does not match, or what is not one can be no sum: NaN, infinity, below 0.
+            FormatError: a checksum does not match, or a value cannot be a sum: NaN, infinity, or below 0.
         """
         done, total = 0, sum(map(self._file.num_bytes, self._file.shapes))
         for name in self._file.shapes:
@@ -200,26 +205,27 @@ class Calibration:
                 self._experts.chosen(int(place))
 
     def digest(self) -> str:
-        """Returns a sum of the content, in hexadecimal."""
+        """Returns a checksum of the content, in hexadecimal."""
         return self._file.digest()
 
     @property
     def is_full(self) -> bool:
-        """Says whether the file holds products, not only squares."""
+        """Whether the file has products, not only squares."""
         return any(n.endswith((".products", ".in.rows")) for n in self._file.shapes)
 
     def diagonal(self, name: str) -> Array | None:
         """Returns the mean square of each input column of a matrix, float32 [cols]; None if nothing is known.
 
         Args:
-            name: a dense tensor's, or "experts.LAYER.INDEX.gate", ".up" or ".down".
+            name: of a dense tensor, or "experts.LAYER.INDEX.gate", ".up" or ".down".
         """
         return self._mean(name, "squares")
 
     def matrix(self, name: str) -> Array | None:
-        """Returns the mean of x xᵀ over a matrix's inputs, float32 [cols, cols]; None where the file has none.
+        """Returns the mean of x xᵀ over a matrix's inputs, float32 [cols, cols]; None if the file has none.
 
-        Gates and ups of which it knows no products of their own have those of their layer, if it knows these.
+        If the file has no products for the gate and up of each expert but has those of the layer, it returns the
+        layer's.
         """
         own = self._mean(name, "products")
         if own is None and name.startswith("experts.") and not name.endswith(".down"):
@@ -227,7 +233,10 @@ class Calibration:
         return own
 
     def layer_matrix(self, layer: int) -> Array:
-        """Returns the mean of x xᵀ over all that was routed to a layer's experts, [D, D]; for what `knows` knows."""
+        """Returns the mean of x xᵀ over all inputs routed to a layer's experts, [D, D].
+
+        `knows` must be true of the layer's gates and ups.
+        """
         total = self._experts.layer_products(layer)
         if total is None:
             known = self._mean(_experts_input(layer), "products")
@@ -237,7 +246,10 @@ class Calibration:
         return self._scaled(_experts_input(layer), mean)
 
     def layer_diagonal(self, layer: int) -> Array:
-        """Returns the mean square of each column of what was routed to a layer's experts, [D]; as `layer_matrix`."""
+        """Returns the mean square of each column over all inputs routed to a layer's experts, [D].
+
+        As for `layer_matrix`, `knows` must be true if the file has no squares.
+        """
         key = f"experts.{layer}.in.squares"
         if key not in self._file.shapes:
             return self.layer_matrix(layer).diagonal()
@@ -245,7 +257,7 @@ class Calibration:
         return self._scaled(_experts_input(layer), np.asarray(mean, np.float32))
 
     def knows(self, name: str) -> bool:
-        """Says whether `matrix` has something of a matrix."""
+        """Returns whether `matrix` has products for a matrix."""
         if name.startswith("experts."):
             _, layer, _, part = name.split(".")
             port = "hidden" if part == "down" else "in"
@@ -257,7 +269,7 @@ class Calibration:
         return f"dense.{input_name(name)}.products" in self._file.shapes and self.count(name) > 0
 
     def count(self, name: str) -> int:
-        """Returns the tokens that a matrix was seen with; 0 if nothing is known."""
+        """Returns how many tokens the statistics of a matrix's input are over; 0 if there are none."""
         if name.startswith("experts."):
             _, layer, index, _ = name.split(".")
             return int(self.layer(int(layer), "count")[int(index)])
@@ -276,11 +288,11 @@ class Calibration:
         return self._tensor(key)
 
     def has(self, what: str) -> bool:
-        """Says whether the file has a statistic of experts, as `layer` names it."""
+        """Returns whether the file has a statistic of experts, as `layer` names it, for every layer."""
         return all(f"experts.{i}.{what}" in self._file.shapes for i in self.layers)
 
     def check(self, config: ModelConfig) -> None:
-        """Checks that the file is of a model like this one.
+        """Checks that the file fits this model.
 
         Raises:
             FormatError: it has other layers, another number of experts, or inputs of another width.
@@ -292,7 +304,7 @@ class Calibration:
                 f"layers {list(config.moe_layers)} with {config.num_experts}"
             )
         specs = dense_tensors(config)
-        # The matrix that an input is named by may not be there: an FFN can do without a gate.
+        # The matrix that an input is named after may be missing: some FFNs have no gate.
         dense = {input_name(n): s.shape[-1] for n, s in specs.items() if s.kind == "nested"}
         dense |= {name: spec.shape[-1] for name, spec in specs.items()}
         dense |= {_experts_input(i): config.hidden_size for i in config.moe_layers}
@@ -308,7 +320,7 @@ class Calibration:
         return checked(self._file, name, self._file.tensor(name))
 
     def _scaled(self, name: str, mean: Array) -> Array:
-        """Returns means of squares or products of inputs as they are divided by the scales of their columns."""
+        """Returns mean squares or products of inputs, for inputs that are divided by their column scales."""
         s = None if self._scales is None else self._scales.of(name)
         if s is None:
             return mean
@@ -330,12 +342,12 @@ class Calibration:
 
 
 def _experts_input(layer: int) -> str:
-    """Returns the name of what all routed experts of a layer take."""
+    """Returns the name of the input that all routed experts of a layer share."""
     return f"layers.{layer}.experts"
 
 
 def input_name(name: str) -> str:
-    """Returns what a calibration calls the input of a dense matrix."""
+    """Returns the name of a dense matrix's input in a calibration file."""
     head, dot, last = name.rpartition(".")
     return head + dot + _SAME_INPUT.get(last, last)
 
@@ -343,11 +355,11 @@ def input_name(name: str) -> str:
 def write_calibration(
     path: str | os.PathLike[str], tensors: Mapping[str, NDArray[Any]], meta: Mapping[str, str]
 ) -> None:
-    """Writes a calibration file, one tensor at a time, under its name only when it is whole.
+    """Writes a calibration file, one tensor at a time. It appears under its name only once it is complete.
 
     Args:
         tensors: by the names above; see `edgemoe.file.summed.write_summed`.
-        meta: but for the version.
+        meta: the metadata without the version.
 
     Raises:
         OSError: the file cannot be written.
@@ -356,5 +368,5 @@ def write_calibration(
 
 
 def calibration_meta(meta: Mapping[str, str]) -> dict[str, str]:
-    """Returns what a calibration file says of itself, with the version."""
+    """Returns the metadata of a calibration file, with the version added."""
     return {"edgemoe_calibration": _VERSIONS[-1], **meta}

@@ -1,12 +1,12 @@
-"""Scales of columns that a conversion moves from norms into the matrices behind them, where codes then err less.
+"""Column scales, which a conversion moves from norms into the matrices that follow them, to reduce quantisation error.
 
-A matrix takes what a norm gives. With its column c multiplied by s_c, and number c of the norm's weight divided by
-that, the product is the same, and strong and weak columns are more alike (AWQ, arXiv 2306.00978). Whatever takes that
-norm's output must have the same s: queries, keys and values; router, experts and the FFN beside them.
+A matrix takes the output of a norm. If its column c is multiplied by s_c, and element c of the norm's weight is divided
+by s_c, the product is the same, and strong and weak columns become more alike (AWQ, arXiv 2306.00978). All matrices
+that take the same norm's output need the same s: queries, keys and values; or router, experts and the shared FFN.
 
-What runs a file need not know. Who compares its inputs or weights with the checkpoint's does: the section
-`column_scales` has s, float32 [2 layers + 1, D]: for each layer of what its mixer takes and of what its FFN takes, and
-at last of what the head takes; 1 where nothing was scaled.
+To run such a file one need not know s. To compare its inputs or weights with the checkpoint's one must. So the section
+`column_scales` has s, float32 [2 layers + 1, D]: for each layer, one row for the input of its mixer and one for the
+input of its FFN; the last row is for the input of the head. s is 1 where nothing was scaled.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ __all__ = ["COLUMN_SCALES", "ColumnScales", "strength"]
 Array = NDArray[np.float32]
 
 COLUMN_SCALES = "column_scales"
-"""The section."""
+"""The name of the section."""
 
 _OF_FFN = ("router", "shared.gate", "shared.up", "shared.sigmoid", "experts")
-_WEAKEST = 1e-6  # of the mean square: a column that is always 0 has a scale too
+_WEAKEST = 1e-6  # of the mean of all squares, at least: columns of zeros have a scale too
 
 
 class ColumnScales:
-    """Is s of all norms of a model."""
+    """The column scales s of all norms of a model."""
 
     def __init__(self, config: ModelConfig, values: Array | None = None) -> None:
         """Args:
@@ -46,7 +46,7 @@ class ColumnScales:
         """Reads what `section` wrote.
 
         Raises:
-            FormatError: it is of another model, or no scales.
+            FormatError: it is for another model, or its values are not scales.
         """
         shape = 2 * config.num_layers + 1, config.hidden_size
         if len(content) != 4 * shape[0] * shape[1]:
@@ -59,13 +59,13 @@ class ColumnScales:
         return cls(config, values)
 
     def section(self) -> bytes:
-        """Returns the section of a file, empty where nothing was scaled."""
+        """Returns the content of the section; empty if nothing was scaled."""
         return b"" if (self.values == 1).all() else self.values.astype("<f4").tobytes()
 
     def can_scale(self, row: int) -> bool:
-        """Says whether all that takes a norm's output can be scaled.
+        """Returns whether everything that takes the output of the norm of a row of `values` can be scaled.
 
-        Where router, experts and the FFN beside them have norms of their own, the layer's is left alone.
+        It cannot where router, experts and shared FFN have norms of their own, nor where the head is tied.
         """
         layer, is_ffn = divmod(row, 2)
         if layer == self._config.num_layers:
@@ -76,10 +76,11 @@ class ColumnScales:
         return self._config.ffn(layer).exists and not has_own
 
     def of(self, name: str) -> Array | None:
-        """Returns s of the columns of a matrix, or of a calibration's input; None for those without.
+        """Returns s [cols] for the columns of a matrix or of an input of a calibration; None for those without scales.
 
         Args:
-            name: a tensor's, "experts.LAYER.INDEX.gate" and the like, or "layers.LAYER.experts" for what all take.
+            name: of a tensor, "experts.LAYER.INDEX.gate" and the like, or "layers.LAYER.experts" for the input that all
+                routed experts of a layer share.
         """
         kind, _, rest = name.partition(".")
         if name == "head":
@@ -109,10 +110,11 @@ class ColumnScales:
         return w if s is None else np.asarray(w / s, np.float32)
 
     def restore(self, name: str, sums: NDArray[Any]) -> None:
-        """Turns sums over inputs of the file into those of the checkpoint, in place.
+        """Turns sums over the file's inputs into sums over the checkpoint's inputs, in place.
 
         Args:
-            name: of a calibration's tensor.
+            name: of a tensor of a calibration file; others than squares, products and rows stay as they are.
+            sums: the tensor.
         """
         place, _, what = name.rpartition(".")
         if what not in ("squares", "products", "rows"):
@@ -142,7 +144,7 @@ class ColumnScales:
 
 
 def strength(squares: Array, exponent: float) -> Array:
-    """Returns s for columns of these mean squares: their powers, whose geometric mean is 1."""
+    """Returns s [cols] for columns with these mean squares: squares ** exponent, scaled to a geometric mean of 1."""
     wide = np.asarray(squares, np.float64)
     wide = np.maximum(wide, _WEAKEST * wide.mean()) ** exponent
     return np.asarray(wide / np.exp(np.log(wide).mean()), np.float32)

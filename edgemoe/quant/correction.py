@@ -1,7 +1,7 @@
 """The low-rank correction of a level: W_b + A_b V, with A in 4 bits and V in 8; docs/format.md specifies the layout.
 
-V [R, cols] holds the few directions in which most of a matrix's input lies, A_b [rows, r] what a level lacks there. So
-y = W_b x + A_b (V x) takes r more columns for each row, whatever the matrix's width.
+V [R, cols] holds the few directions in which most of a matrix's input lies. A_b [rows, r] holds what the weights W_b of
+level b lack in these directions. So y = W_b x + A_b (V x) costs r more columns per row, whatever the matrix's width.
 """
 
 from __future__ import annotations
@@ -17,24 +17,23 @@ __all__ = [
 ]  # fmt: skip
 
 Correction = Mapping[str, tuple[int, ...]]
-"""The rank at each rung, by what `kind_of` says of a matrix's name."""
+"""The rank of the correction at each rung, by the kind of matrix (`kind_of`)."""
 
 RANK_STEP = 8
-"""Ranks are multiples of this: so many columns of 16 rows are 64 bytes."""
+"""Ranks are multiples of this: 8 columns of 16 rows, at 4 bits, are 64 bytes."""
 MOST_RANK = 32
 
 SHARED = ("experts.gate", "experts.up")
-"""Matrices without a V of their own: a layer's experts have the same one, in the section `basis`."""
+"""Matrices without a V of their own: all experts of a layer share one, in the section `basis`."""
 
 _ROWS, _COLS = 16, 64
 _LINE = 64
-_STEP = (
-    0.335  # between 16 values that stand for a bell of width 1, whose mean square error is least
-)
+_STEP = 0.335
+"""The step of 16 evenly spaced values that have the least mean square error for a standard normal distribution."""
 
 
 def kind_of(name: str) -> str:
-    """Returns what a matrix is called in every layer: "q", "shared.up", "embed", or of all experts "experts.down"."""
+    """Returns the kind of a matrix, its name without layer and expert: "q", "shared.up", "embed", "experts.down"."""
     parts = name.split(".")
     if parts[0] == "layers":
         return ".".join(parts[2:])
@@ -42,12 +41,12 @@ def kind_of(name: str) -> str:
 
 
 def is_rank(rank: object) -> bool:
-    """Says whether a correction may have such a rank; 0 is none."""
+    """Returns whether a correction may have this rank; 0 means no correction."""
     return type(rank) is int and 0 <= rank <= MOST_RANK and rank % RANK_STEP == 0
 
 
 def correction_bytes(rows: int, rank: int) -> int:
-    """Returns the bytes of A of a matrix at one rung."""
+    """Returns the bytes of one rung's A [rows, rank]."""
     return _LINE + -(-rows // _ROWS) * 8 * rank if rank else 0
 
 
@@ -57,7 +56,7 @@ def basis_bytes(cols: int, rank: int) -> int:
 
 
 def basis_codes(v: NDArray[np.floating]) -> NDArray[np.int8]:
-    """Returns V [R, cols] as it is stored: each row a multiple of the one given, A has the factor.
+    """Returns V [R, cols] as it is stored: each row is scaled to 8-bit codes, and A takes up the factor.
 
     A is to be fitted to these codes, so that their rounding costs nothing.
     """
@@ -69,10 +68,11 @@ def basis_codes(v: NDArray[np.floating]) -> NDArray[np.int8]:
 def factor_codes(
     a: NDArray[np.floating], units: NDArray[np.floating]
 ) -> tuple[NDArray[np.float16], NDArray[np.uint8]]:
-    """Rounds A [rows, r] to 4 bits: the scale of each column, [r], and the codes [rows, r].
+    """Rounds A [rows, r] to 4 bits and returns the scale of each column, [r], and the codes [rows, r].
 
     Args:
-        units: [rows], the step of the level's code in a group of relative scale 1: R / 4096 * 2^(8 - b).
+        units: [rows], the step of the level's code in a group of relative scale 1: R / 4096 * 2^(8 - b), where R is the
+            row's scale and b the level's bits.
 
     Raises:
         ValueError: a number is not finite, or beyond float16 in these units.
@@ -80,7 +80,7 @@ def factor_codes(
     wide = np.asarray(units, np.float64)[:, None]
     relative = np.divide(a, wide, out=np.zeros(a.shape), where=wide > 0)
     scales = _STEP * np.sqrt(np.square(relative).mean(axis=0))
-    if not (scales < 65504).all():  # neither of what is no number
+    if not (scales < 65504).all():  # this is false for NaN too
         raise ValueError("correction: a factor is not finite, or too large for float16 scales")
     u = scales.astype(np.float16)
     steps = u.astype(np.float64)
@@ -91,7 +91,7 @@ def factor_codes(
 def factor(
     u: NDArray[np.float16], codes: NDArray[np.uint8], units: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """Returns A [rows, r] as it is stored; see `factor_codes`."""
+    """Returns A [rows, r] as the stored codes mean it; see `factor_codes`."""
     out: NDArray[np.float64] = (
         np.asarray(units, np.float64)[:, None] * u.astype(np.float64) * (codes - 7.5)
     )
@@ -99,7 +99,11 @@ def factor(
 
 
 def pack_factor(u: NDArray[np.float16], codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Returns the bytes of A: 32 scales, then for 16 rows and 8 columns 64 bytes of two codes each."""
+    """Returns the bytes of A: 32 scales, then 64 bytes for each 16 rows and 8 columns, with two codes in each byte.
+
+    Raises:
+        ValueError: the rank is not one of those that `is_rank` allows above 0.
+    """
     rows, rank = codes.shape
     if rank % RANK_STEP or not 0 < rank <= MOST_RANK or u.shape != (rank,):
         raise ValueError(
@@ -127,15 +131,15 @@ def with_correction(
     factors: Mapping[int, tuple[NDArray[np.float16], NDArray[np.uint8]]],
     basis: NDArray[np.int8] | None,
 ) -> list[NDArray[np.uint8]]:
-    """Returns the rungs of a matrix with its correction behind them.
+    """Returns the rungs of a matrix with the correction of each appended to it.
 
     Args:
-        rungs: those of `quantize`.
-        factors: of `factor_codes`, by the number of the rung, from 0.
-        basis: V [R, cols] of `basis_codes`, of which each rung uses the first rows; None where it lies elsewhere.
+        rungs: from `quantize`.
+        factors: from `factor_codes`, by the number of the rung, from 0.
+        basis: V [R, cols] from `basis_codes`; each rung uses its first rows. None if it is stored elsewhere.
 
     Raises:
-        ValueError: a rank is none, or exceeds that of the basis.
+        ValueError: a rank is not allowed, or exceeds that of the basis.
     """
     out = [np.asarray(rung, np.uint8) for rung in rungs]
     for at, (u, codes) in factors.items():
@@ -148,15 +152,15 @@ def with_correction(
 
 
 def pack_basis(layers: Sequence[NDArray[np.int8]]) -> bytes:
-    """Returns the section `basis`: V [R, D] of the experts' gates and ups, of each layer that has experts."""
+    """Returns the section `basis`: V [R, D] of the experts' gates and ups, for each layer that has experts."""
     return b"".join(_padded(basis).tobytes() for basis in layers)
 
 
 def unpack_basis(data: bytes, layers: int, rank: int, cols: int) -> NDArray[np.int8]:
-    """Returns the bases of `pack_basis`, [layers, R, cols padded to 64]; a view.
+    """Returns the bases from `pack_basis`, int8 [layers, R, cols padded to a multiple of 64]; a view.
 
     Raises:
-        ValueError: it has other bytes.
+        ValueError: `data` has another length.
     """
     expected = layers * basis_bytes(cols, rank)
     if len(data) != expected:

@@ -1,4 +1,4 @@
-"""What a calibration file holds of the inputs of routed experts, whichever way: products, or what they are made of."""
+"""Sums over the inputs of routed experts in a calibration file, stored as products or as the inputs themselves."""
 
 from __future__ import annotations
 
@@ -18,18 +18,21 @@ _BLOCK = 4096  # tokens whose products are summed at a time
 
 
 class ExpertSums:
-    """Reads sums over the tokens of an expert, or of all of a layer's. Names are those of `Calibration`."""
+    """Sums over the tokens of one expert, or of all experts of a layer. Names are those of `Calibration`.
+
+    A `port` is "in" for the input of gate and up, or "hidden" for the input of down.
+    """
 
     def __init__(self, file: SummedFile, min_tokens: int) -> None:
         """Args:
         min_tokens: see `Calibration`.
         """
         self._file, self._min_tokens = file, min_tokens
-        self._last: dict[str, tuple[int, Array]] = {}  # of each sum over a layer's experts
-        self._choices: tuple[int, NDArray[np.int64]] | None = None  # of a layer
+        self._last: dict[str, tuple[int, Array]] = {}  # the last layer's sums over experts
+        self._choices: tuple[int, NDArray[np.int64]] | None = None  # the last layer's
 
     def has_products(self, layer: int, port: str) -> bool:
-        """Says whether there are an expert's products, or inputs that they are made of."""
+        """Returns whether there are products for each expert, or the inputs to compute them from."""
         names = (f"experts.{layer}.{port}.{what}" for what in ("products", "rows"))
         return any(name in self._file.shapes for name in names)
 
@@ -39,10 +42,10 @@ class ExpertSums:
         return checked(self._file, name, self._file.tensor(name))
 
     def chosen(self, layer: int) -> NDArray[np.int64]:
-        """Returns the experts of each token, [T, K]; those of the last layer are kept.
+        """Returns the experts of each token, [T, K]. The last layer's are cached.
 
         Raises:
-            FormatError: they are not as many as were counted.
+            FormatError: they do not fit the counts.
         """
         if self._choices is None or self._choices[0] != layer:
             name, counts = f"experts.{layer}.in.chosen", self.count(layer)
@@ -54,7 +57,10 @@ class ExpertSums:
         return self._choices[1]
 
     def mean(self, layer: int, index: int, port: str, what: str) -> Array | None:
-        """Returns the mean of an expert's squares or products, float32; None where nothing is known."""
+        """Returns the mean of an expert's squares [cols] or products [cols, cols], float32; None if there are none.
+
+        An expert with few tokens gets the layer's mean mixed in; see `Calibration`.
+        """
         is_there = f"experts.{layer}.{port}.{what}" in self._file.shapes
         if not is_there and not (what == "products" and self.has_products(layer, port)):
             return None
@@ -71,7 +77,7 @@ class ExpertSums:
         )
 
     def layer_products(self, layer: int) -> Array | None:
-        """Returns the products of all that was routed to a layer's experts, [D, D]; None where these have none."""
+        """Returns the sum of products over all inputs routed to a layer's experts, [D, D]; None if there are none."""
         key = f"experts.{layer}.in.products"
         if key not in self._file.shapes:
             return self._total(layer, "in.products") if self.has_products(layer, "in") else None
@@ -88,7 +94,7 @@ class ExpertSums:
         return self._products(layer, np.flatnonzero((self.chosen(layer) == index).any(axis=1)))
 
     def _total(self, layer: int, what: str) -> Array:
-        """Returns a sum over the tokens of all of a layer's experts; that of the last layer is kept."""
+        """Returns a sum over the tokens of all experts of a layer. The last layer's is cached."""
         last = self._last.get(what)
         if last is not None and last[0] == layer:
             return last[1]
@@ -106,7 +112,7 @@ class ExpertSums:
     def _products(
         self, layer: int, tokens: NDArray[np.int64], weights: NDArray[np.floating] | None = None
     ) -> Array:
-        """Returns the sum of x xᵀ over tokens of a layer, each x times its weight."""
+        """Returns the sum of x xᵀ over some tokens of a layer, with each x multiplied by its weight."""
         key = f"experts.{layer}.in.rows"
         cols = self._file.shapes[key][1]
         total = np.zeros((cols, cols), np.float32)
@@ -122,7 +128,11 @@ class ExpertSums:
 
 
 def checked(file: SummedFile, name: str, rows: NDArray[Any]) -> NDArray[Any]:
-    """Returns a tensor or some of its rows; but for inputs and products of different ones nothing is below 0."""
+    """Returns a tensor or some of its rows, after a check of its values.
+
+    Raises:
+        FormatError: a value is below 0, in a tensor other than products and rows of inputs.
+    """
     if not name.endswith((".products", ".rows")) and rows.size and rows.min() < 0:
         raise FormatError(f"{file.path}: {name}: expected sums, none below 0")
     return rows

@@ -1,7 +1,8 @@
-"""Four-bit floats (E2M1) as models are released in them, stored as they are; docs/format.md has the layout.
+"""The 4-bit floats (E2M1) in which some models are released, stored unchanged; docs/format.md has the layout.
 
-MXFP4 (OCP Microscaling Formats 1.0) has a power of two for each 32 columns of a row, in E8M0. NVFP4 has an E4M3 for
-each 16 columns, and a float32 for the matrix. Nothing is rounded here: weights that are not of such a form are refused.
+MXFP4 (OCP Microscaling Formats 1.0) has a power of two as the scale of each 32 columns of a row, in E8M0. NVFP4 has an
+E4M3 scale for each 16 columns, and a float32 scale for the matrix. Nothing is rounded here: weights that the format
+cannot represent are refused.
 """
 
 from __future__ import annotations
@@ -17,25 +18,25 @@ Array = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
 LADDER = (4,)
-"""There is one level."""
+"""There is only one level."""
 
 _ROWS = 16
 _COLS = 64
 _SCALE_BYTES = 64
-_CHUNK = 64  # rows that are coded together, small enough for the caches
-_HALVES = np.array([0, 1, 2, 3, 4, 6, 8, 12])  # what codes 0 to 7 stand for; 8 to 15 are negative
+_CHUNK = 64  # rows that are coded together, few enough for the processor's caches
+_HALVES = np.array([0, 1, 2, 3, 4, 6, 8, 12])  # twice the values of codes 0 to 7; 8 to 15: negative
 _NO_CODE = 255
 _CODES = np.full(13, _NO_CODE, np.uint8)
 _CODES[_HALVES] = np.arange(8)
-_SIGNED = np.full(27, _NO_CODE, np.uint8)  # of -13 to 13 halves
+_SIGNED = np.full(27, _NO_CODE, np.uint8)  # codes of -13 to 13 halves
 _SIGNED[13 - _HALVES] = 8 + np.arange(8)
 _SIGNED[13 + _HALVES] = np.arange(8)
 _NO_MXFP4 = "not numbers of MXFP4: 4-bit floats with a power of two for each 32 columns"
-_SLACK = 2.0**-22  # of a product, whose last bit depends on the order of its factors
+_SLACK = 2.0**-22  # relative, for products whose last bit depends on the order of their factors
 
 
 def rung_bytes(rows: int, cols: int, group: int) -> int:
-    """Returns the bytes of a matrix [rows, cols] whose scales are of 32 columns (MXFP4) or 16 (NVFP4)."""
+    """Returns the bytes of a matrix [rows, cols] with a scale for each `group` columns: 32 (MXFP4) or 16 (NVFP4)."""
     tiles = -(-cols // _COLS)
     scales = -(-cols // (4 * group)) * _SCALE_BYTES
     header = 4 * _ROWS if group == 16 else 0
@@ -43,13 +44,13 @@ def rung_bytes(rows: int, cols: int, group: int) -> int:
 
 
 def mxfp4(w: Array) -> Bytes:
-    """Returns a matrix's one rung.
+    """Returns the one rung of a matrix in MXFP4.
 
     Args:
         w: [rows, cols].
 
     Raises:
-        ValueError: w is not such numbers.
+        ValueError: w is not exactly representable in MXFP4.
     """
     if not is_finite(w):
         raise ValueError(_NO_MXFP4)
@@ -59,7 +60,7 @@ def mxfp4(w: Array) -> Bytes:
 def _mxfp4(w: Array) -> Bytes:
     groups = _grouped(w, 32)
     top = np.maximum(groups.max(-1), -groups.min(-1))
-    # The largest becomes 4 or 6, so that the others are numbers of halves of the scale, if they are of any.
+    # The scale makes the largest 4 or 6. Then all others are multiples of half the scale, if they fit any scale.
     exponents = np.where(top > 0, np.frexp(top)[1] - 3, 0)
     scales = np.clip(exponents + 127, 0, 254).astype(np.uint8)
     halves = groups / np.ldexp(np.float32(0.5), scales.astype(np.int32) - 127)[..., None]
@@ -71,13 +72,13 @@ def _mxfp4(w: Array) -> Bytes:
 
 
 def nvfp4(w: Array) -> Bytes:
-    """Returns a matrix's one rung.
+    """Returns the one rung of a matrix in NVFP4.
 
     Args:
         w: [rows, cols].
 
     Raises:
-        ValueError: w is not such numbers.
+        ValueError: w is not representable in NVFP4, up to the rounding of products in float32.
     """
     groups = _grouped(w, 16)
     top = np.maximum(groups.max(-1), -groups.min(-1)).astype(np.float64)
@@ -96,10 +97,10 @@ def nvfp4(w: Array) -> Bytes:
 
 
 def _nvfp4(groups: Array, top: NDArray[np.float64], whole: np.float32, cols: int) -> Bytes | None:
-    """Returns some rows' bytes, given what all scales are multiplied with; None where it is not that."""
+    """Returns some rows' bytes, given the scale `whole` of the matrix; None if the rows do not fit that scale."""
     scales, codes = np.zeros(top.shape, np.uint8), np.full(groups.shape, _NO_CODE, np.uint8)
     codes[top == 0] = 0
-    # The largest of a group is a code times a scale: each code that leaves such a scale is tried.
+    # The largest of a group is a code times the group's scale: try each code for which that scale is an E4M3.
     for halves in _HALVES[:0:-1]:
         left = codes[..., 0] == _NO_CODE
         bits, values = _e4m3(np.where(left, 2 * top / (halves * np.float64(whole)), 0))
@@ -115,7 +116,7 @@ def _nvfp4(groups: Array, top: NDArray[np.float64], whole: np.float32, cols: int
 
 
 def _grouped(w: Array, size: int) -> Array:
-    """Returns [rows, groups, size], with zeros beyond the last column."""
+    """Returns w [rows, cols] as [rows, groups, size], with zeros beyond the last column."""
     rows, cols = w.shape
     padded = np.zeros((rows, -(-cols // size) * size), np.float32)
     padded[:, :cols] = w
@@ -123,7 +124,7 @@ def _grouped(w: Array, size: int) -> Array:
 
 
 def _codes(groups: Array, steps: NDArray[np.float64]) -> Bytes:
-    """Returns the codes of weights whose halves are `steps`, but for rounding; `_NO_CODE` for those that have none."""
+    """Returns the codes of weights, where half a unit is `steps`, up to rounding; `_NO_CODE` for those without one."""
     halves = groups / steps[..., None]
     whole = np.rint(np.abs(halves))
     codes = _CODES[np.minimum(whole, 12).astype(np.int64)]
@@ -133,9 +134,9 @@ def _codes(groups: Array, steps: NDArray[np.float64]) -> Bytes:
 
 
 def _e4m3(x: NDArray[np.float64]) -> tuple[Bytes, NDArray[np.float64]]:
-    """Returns the bits and values of positive numbers that are E4M3 but for rounding of float32; 0 for others."""
+    """Returns the bits and values of positive numbers that are E4M3 up to rounding in float32; 0 for others."""
     exponent = np.clip(np.frexp(x * (1 + _SLACK))[1] - 1, -6, 8)
-    mantissa = np.rint(np.ldexp(x, 3 - exponent))  # 8 to 15, less where subnormal
+    mantissa = np.rint(np.ldexp(x, 3 - exponent))  # 8 to 15, or less if subnormal
     is_one = (np.abs(np.ldexp(x, 3 - exponent) - mantissa) <= _SLACK * mantissa) & (mantissa > 0)
     is_one &= (mantissa < 16) & ~((exponent == 8) & (mantissa == 15))
     bits = np.where(mantissa < 8, mantissa, (exponent + 7) * 8 + mantissa - 8)
@@ -144,9 +145,10 @@ def _e4m3(x: NDArray[np.float64]) -> tuple[Bytes, NDArray[np.float64]]:
 
 
 def _factors(top: NDArray[np.float64]) -> list[np.float32]:
-    """Returns what the matrix's own scale may be, given the largest number of each group, which has it as a factor.
+    """Returns the candidates for the matrix's own scale, which is a factor of the largest number of every group.
 
-    A largest number is a code, 1 or 3 times a power of two, times a scale, 8 to 15 times one.
+    Such a largest number is that factor times a code (1 or 3 times a power of two) times an E4M3 scale (8 to 15 times a
+    power of two).
     """
     largest = float(top.max(initial=0))
     if largest == 0:
@@ -161,8 +163,8 @@ def _factors(top: NDArray[np.float64]) -> list[np.float32]:
         off -= np.rint(off)
         nearest = off[np.arange(len(known)), np.abs(off).argmin(1)]
         if (np.abs(nearest) <= 4 * _SLACK).all():
-            whole *= 2 ** float(np.median(nearest))  # largest itself is rounded
-            # The largest scale is as large as can be, so that the others are as fine as can be.
+            whole *= 2 ** float(np.median(nearest))  # since `largest` itself is rounded
+            # Put the largest group scale near the top of E4M3, so that small ones are not subnormal.
             exponent = int(np.frexp(largest / 6 / whole)[1])
             found += [np.float32(np.ldexp(whole, exponent - e)) for e in range(9, 4, -1)]
     return found
@@ -171,7 +173,7 @@ def _factors(top: NDArray[np.float64]) -> list[np.float32]:
 def _packed(
     codes: Bytes, scales: Bytes, group: int, whole: np.float32 | None, rows: int, cols: int
 ) -> Bytes:
-    """Brings codes [rows, groups, group] and scales [rows, groups] into the order of the file."""
+    """Returns codes [rows, groups, group] and scales [rows, groups] in the order of the file."""
     blocks, tiles, runs = -(-rows // _ROWS), -(-cols // _COLS), -(-cols // (4 * group))
     padded = np.zeros((blocks * _ROWS, tiles * _COLS), np.uint8)
     padded[:rows, : codes.shape[1] * group] = codes.reshape(rows, -1)

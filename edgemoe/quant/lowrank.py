@@ -1,8 +1,9 @@
 """Fits corrections of low rank: the principal directions of a matrix's inputs, and what each level lacks in them.
 
-With V x known, an error E of the codes costs E M' E^T, where M' are the products of what V x does not tell of the
-inputs; the best factor makes up for the rest. So the codes of corrected levels are refined on M', and A is fitted to
-what they then lack: A = (W - Wb) M V^T (V M V^T)^-1, V as stored.
+Let M be the products (second moments) of the inputs x. With V x known, an error E of the codes costs E M' E^T, where M'
+are the products of the part of x that V x does not determine; the best factor A makes up for the rest. So the codes of
+corrected levels are refined on M'. Then A is fitted to what they still lack: A = (W - Wb) M V^T (V M V^T)^-1, with V as
+it is stored.
 """
 
 from __future__ import annotations
@@ -21,34 +22,40 @@ __all__ = ["Directions", "directions"]
 
 Array = NDArray[np.float32]
 
-_MORE = 8  # vectors beside those that are wanted, which makes the last of these good
-_ROUNDS = 4
+_MORE = 8  # extra vectors in the subspace iteration, which make the last wanted ones accurate
+_ROUNDS = 4  # of subspace iteration
 _BLOCK = 256  # rows that are decoded at a time
-_DAMPING = 1e-4  # of the mean square: what V tells of is not for nothing
+_DAMPING = 1e-4  # of the mean square, so that errors in the directions of V still cost something
 
 
 @dataclass(frozen=True, slots=True)
 class Directions:
-    """Is the V of a matrix's corrections, and which rungs have one."""
+    """The V of a matrix's corrections, and the rank of the correction at each rung."""
 
     basis: NDArray[np.int8]
     """[R, cols], as stored."""
     ranks: tuple[int, ...]
-    """The rank at each rung, at most R; it may be longer than the ladder, as row scales may."""
+    """The rank at each rung, at most R; 0 for no correction. It may be longer than the ladder, as row scales may."""
     stored: int
-    """How many rows of V follow the first rung; 0 where it lies elsewhere."""
+    """How many rows of V are stored after the first rung; 0 if V is stored elsewhere."""
 
     def corrected(self, ladder: Sequence[int]) -> int:
-        """Returns a mask of 1 to 8 bits, bit b - 1 for b: the levels that have a correction of their own."""
+        """Returns a mask of the levels with a correction of their own: bit b - 1 stands for the level of b bits.
+
+        Levels between two rungs belong to the upper one.
+        """
         mask = 0
         for (low, high), rank in zip(pairwise((0, *ladder)), self.ranks, strict=False):
             mask |= sum(1 << b for b in range(low, high)) if rank else 0
         return mask
 
     def rest(self, moments: Array) -> Array:
-        """Returns the products of what V x does not tell of the inputs, for mean products of mean 1.
+        """Returns M', the products of the part of the inputs that V x does not determine (see the module).
 
-        V has as many rows here as each of the corrections has.
+        Only the first rows of V count that all corrections use.
+
+        Args:
+            moments: M [cols, cols], with a mean of 1 on the diagonal.
         """
         v = self.basis[: min(rank for rank in self.ranks if rank)].astype(np.float64)
         seen = _dot(v, moments)
@@ -67,7 +74,15 @@ class Directions:
         row_scales: Sequence[int],
         moments: Array,
     ) -> list[NDArray[np.uint8]]:
-        """Returns the rungs with what each level lacks behind them."""
+        """Returns the rungs with the correction of each level appended.
+
+        Args:
+            w: [rows, cols], the weights.
+            rungs: their codes, without corrections.
+            ladder: bits in use after each rung.
+            row_scales: which rungs begin with scales of rows.
+            moments: M [cols, cols].
+        """
         v = self.basis.astype(np.float64)
         seen = _dot(v, moments)
         inner = _dot(seen, v)
@@ -83,7 +98,7 @@ class Directions:
                 rungs[:level], len(w), w.shape[1], widths[:level], row_scales=row_scales
             )
             a = np.zeros((len(w), rank))
-            for first in range(0, len(w), _BLOCK):  # an embedding is large
+            for first in range(0, len(w), _BLOCK):  # an embedding has many rows
                 rows = np.arange(first, min(first + _BLOCK, len(w)), dtype=np.int32)
                 coded = np.zeros((len(rows), w.shape[1]), np.float32)
                 matrix.decode_rows(rows, coded)
@@ -94,9 +109,9 @@ class Directions:
 
 
 def directions(moments: Array, rank: int) -> NDArray[np.int8]:
-    """Returns V [rank, n] of mean products [n, n], as it is stored.
+    """Returns V [rank, n] for mean products [n, n], as it is stored.
 
-    It is about their first eigenvectors, by subspace iteration from a fixed start.
+    Its rows approximate the first eigenvectors, by subspace iteration from a fixed start.
     """
     n = len(moments)
     vectors = np.random.default_rng(0).standard_normal((min(rank + _MORE, n), n), np.float32)
@@ -108,6 +123,6 @@ def directions(moments: Array, rank: int) -> NDArray[np.int8]:
 
 
 def _dot(a: NDArray[np.floating], b: NDArray[np.floating]) -> NDArray[np.floating]:
-    """Returns a b^T. Not by BLAS: threads of its own would wait for each other longer than so few rows take."""
+    """Returns a b^T. Not by BLAS, whose threads would wait for each other longer than so few rows take."""
     out: NDArray[np.floating] = np.einsum("ik,jk->ij", a, b)
     return out

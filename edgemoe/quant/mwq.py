@@ -1,7 +1,7 @@
 """Matryoshka quantisation (MWQ) of D2MoE (arXiv 2504.15299, section 3.3); docs/format.md has the layout.
 
-A base of 2 or 5 bits with a scale and a zero per row and group of columns, and one plane of signs for each further bit,
-with scales of its own. It is here to be compared with nested codes in the same runtime.
+It has a base of 2 or 5 bits, with a scale and a zero for each row and group of columns, and one plane of signs for each
+further bit, with scales of its own. It is here so that it can be compared with nested codes in the same runtime.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ LADDERS = ((2, 3, 4), (5, 6, 7, 8))
 _ROWS = 16
 _COLS = 64
 _SHRINKS = np.linspace(1.0, 0.5, 21).tolist()  # of a group's range, tried for the base
-_DAMPING = 0.01  # of the mean square, as GPTQ has it
-_CHUNK = 256  # rows that are fitted together, small enough for the caches
+_DAMPING = 0.01  # of the mean square, as in GPTQ
+_CHUNK = 256  # rows that are fitted together, few enough for the processor's caches
 
 
 def is_ladder(ladder: Sequence[int]) -> bool:
-    """Says whether a file may have these levels: one of `LADDERS`, or its beginning."""
+    """Returns whether a file may have these levels: one of `LADDERS`, or a prefix of one."""
     return any(tuple(ladder) == full[: len(ladder)] for full in LADDERS)
 
 
@@ -48,14 +48,14 @@ def rung_bytes(rows: int, cols: int, ladder: Sequence[int]) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Matryoshka:
-    """Is a matrix [rows, cols] as codes and scales."""
+    """A matrix [rows, cols] as codes and scales."""
 
     codes: tuple[Codes, ...]
-    """Per rung [rows, cols]: the base's codes; 1 and 0 for a plane's plus and minus."""
+    """Per rung, [rows, cols]: the codes of the base; for a plane, 1 and 0 for plus and minus."""
     scales: tuple[Half, ...]
-    """Per rung [rows, groups]."""
+    """Per rung, [rows, groups]."""
     lowest: Half
-    """[rows, groups]: what code 0 of the base means, -zero * scale of the paper."""
+    """[rows, groups]: the value of code 0 of the base, which is -zero * scale in the paper."""
 
     @classmethod
     def empty(cls, rows: int, cols: int, rungs: int) -> Matryoshka:
@@ -82,7 +82,7 @@ class Matryoshka:
         return np.where(codes, scale, -scale)
 
     def decode(self, rungs: int) -> Array:
-        """Returns the weights [rows, cols] that the first rungs mean."""
+        """Returns the weights [rows, cols] that the first `rungs` rungs stand for."""
         rows, cols = self.codes[0].shape
         out = np.zeros((rows, cols), np.float32)
         for rung in range(rungs):
@@ -102,11 +102,12 @@ def quantize(
 
     Args:
         w: [rows, cols].
+        ladder: bits in use after each rung, one of `LADDERS` or a prefix of one.
         second_moments: of the matrix's inputs, [cols] mean squares or [cols, cols] mean products; any scale.
         compensated: as in `fit`.
 
     Raises:
-        ValueError: as `fit`.
+        ValueError: as in `fit`.
     """
     m = fit(w, ladder, second_moments, compensated=compensated)
     base = _pack(m.codes[0], ladder[0], np.stack([m.scales[0], m.lowest], -1))
@@ -124,15 +125,16 @@ def fit(
 ) -> Matryoshka:
     """Chooses codes and scales.
 
-    Without moments: the base spans its group's range, a plane's scale is the mean of what is left. With them every
-    scale has the least error of the output that its group can have alone, and the error of a group is made up for in
-    later columns (algorithm 1).
+    Without moments, the base spans its group's range, and a plane's scale is the mean magnitude of the residual. With
+    moments, every scale minimises the output error of its group alone, and the error of a group is compensated in later
+    columns (algorithm 1).
 
     Args:
         second_moments: as in `quantize`.
-        compensated: None is the published order: rung after rung over the whole matrix, each making up for its own
-            error. A number is a place in the ladder: every group gets all its rungs before the next group, and the
-            error of this level alone is made up for. The last is better there and worse below (benchmarks/LOG.md).
+        compensated: None is the published order: rung after rung over the whole matrix, each compensating for its own
+            error. A number is an index into the ladder: every group gets all its rungs before the next group, and only
+            the error of this level is compensated. The last index is better at that level and worse at lower ones
+            (benchmarks/LOG.md).
 
     Raises:
         ValueError: a weight is not finite or beyond float16, or the moments are not finite or of another shape.
@@ -154,7 +156,7 @@ def fit(
 
 
 def _moments(given: Array, cols: int) -> Array | None:
-    """Returns mean products [cols, cols] of mean 1 on the diagonal; None if nothing was ever seen."""
+    """Returns mean products [cols, cols] scaled to a mean of 1 on the diagonal; None if all are 0."""
     if given.shape not in ((cols,), (cols, cols)):
         raise ValueError(
             f"second_moments: expected [{cols}] or [{cols}, {cols}], got {list(given.shape)}"
@@ -168,9 +170,9 @@ def _moments(given: Array, cols: int) -> Array | None:
 
 
 def _pushes(moments: Array) -> list[Array]:
-    """Returns, per group, what its error [rows, g] is multiplied with and then taken from the columns after it.
+    """Returns a matrix per group. The group's error [rows, g] times it is subtracted from the columns after the group.
 
-    That is H[g, g]^-1 H[g, after] of the upper Cholesky factor H of the damped moments' inverse.
+    It is H[g, g]^-1 H[g, after], where H is the upper Cholesky factor of the inverse of the damped moments.
     """
     cols = len(moments)
     damped = moments.astype(np.float64) + _DAMPING * np.eye(cols)
@@ -191,7 +193,7 @@ def _group_by_group(
     out: Matryoshka,
     compensated: int,
 ) -> None:
-    """Gives every group all its rungs before the next one. `w` is scratch."""
+    """Fits all rungs of a group before the next group. `w` is overwritten."""
     rungs = range(len(out.codes))
     for i, g in enumerate(_groups(w.shape[1])):
         rest = w[:, g].copy()
@@ -205,7 +207,7 @@ def _group_by_group(
 def _rung_by_rung(
     w: Array, bits: int, moments: Array | None, pushes: list[Array] | None, out: Matryoshka
 ) -> None:
-    """Quantises the whole matrix at the base, then what is left of it at the next rung."""
+    """Quantises the whole matrix to the base, then the residual to each next rung."""
     for rung in range(len(out.codes)):
         target = w - out.decode(rung)
         for i, g in enumerate(_groups(w.shape[1])):
@@ -217,7 +219,7 @@ def _rung_by_rung(
 def _put(
     out: Matryoshka, rung: int, g: slice, target: Array, bits: int, moments: Array | None
 ) -> None:
-    """Chooses a rung's codes and scales for a group's target [rows, g]; moments [g, g]."""
+    """Chooses a rung's codes and scales for a group's target [rows, g], with moments [g, g]."""
     group = g.start // GROUP
     if rung == 0:
         codes, out.scales[0][:, group], out.lowest[:, group] = _base(target, bits, moments)
@@ -227,7 +229,10 @@ def _put(
 
 
 def _base(target: Array, bits: int, moments: Array | None) -> tuple[Codes, Half, Half]:
-    """Returns codes [rows, g], scales and what code 0 means: the range, or the narrower one of least error."""
+    """Returns codes [rows, g], scales [rows] and the values of code 0 [rows].
+
+    Codes span the range of the target; with moments, the range or a narrower one, whichever has the least error.
+    """
     low, high, top = target.min(1), target.max(1), 2**bits - 1
     best: tuple[NDArray[Any], ...] | None = None
     least = np.zeros(len(target), np.float32)
@@ -252,7 +257,7 @@ def _base(target: Array, bits: int, moments: Array | None) -> tuple[Codes, Half,
 
 
 def _plane(target: Array, moments: Array | None) -> tuple[Codes, Half]:
-    """Returns signs as 0 and 1 [rows, g], and the scale of least error."""
+    """Returns signs as 0 and 1 [rows, g], and the scales [rows] of least error."""
     is_plus = target >= 0
     if moments is None:
         return is_plus.astype(np.uint8), _half(np.abs(target).mean(1))
@@ -272,7 +277,7 @@ def _groups(cols: int) -> Iterator[slice]:
 
 
 def _pack(codes: Codes, width: int, scales: Half) -> Codes:
-    """Returns a rung: for each of the `strips` along the columns, two float16 of each row, then the strip's tiles.
+    """Returns a rung's bytes: for each strip of columns, two float16 for each row, then the strip's tiles.
 
     Args:
         codes: [rows, cols].
@@ -291,7 +296,7 @@ def _pack(codes: Codes, width: int, scales: Half) -> Codes:
 
 
 def _tiles(codes: Codes, width: int) -> Codes:
-    """[rows, cols] → [row blocks, tiles, bytes]: of each tile its planes, widest first."""
+    """Returns codes [rows, cols] as [row blocks, tiles, bytes]: the planes of each tile, widest first."""
     rows, cols = codes.shape
     padded = np.pad(codes, ((0, -rows % _ROWS), (0, -cols % _COLS)))
     tiles = padded.reshape(-(-rows // _ROWS), _ROWS, -(-cols // _COLS), 16, 4)

@@ -1,4 +1,4 @@
-"""Quantises float matrices to nested planes; docs/format.md specifies the layout."""
+"""Quantisation of float matrices to nested planes; docs/format.md specifies the layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DEFAULT_LADDER = (2, 3, 4, 6, 8)
 """Bits in use after each rung."""
 
 ROW_SCALES = (1, 1, 0, 0, 0)
-"""Which rungs begin with scales of rows: 2 bits have their own, the rest share theirs."""
+"""Which rungs begin with scales of rows: 2 bits have their own, and all levels from 3 bits share theirs."""
 
 GROUP = 16
 """Columns that share a scale and a middle."""
@@ -35,14 +35,14 @@ _ROWS = 16
 _COLS = 64
 _SCALE_BYTES = 64
 
-# How much the squared error at 1 to 8 bits counts. The error falls about fourfold per bit; 2 bits count more than
-# that would give them, because without it they lose most to the others: benchmarks/LOG.md has the trade.
+# How much the squared error at 1 to 8 bits counts. The error falls about fourfold per bit, so weights rise about
+# fourfold. 2 bits count more than that, because otherwise they lose most to the other levels (benchmarks/LOG.md).
 LEVEL_WEIGHTS = np.array([0, 20, 16, 28, 0, 512, 0, 8192], dtype=np.float32)
-# The same without products of the inputs: nothing is compensated then, and 8 bits must stay near the checkpoint.
+# The same without products of the inputs. Then no error is compensated, and 8 bits must stay near the checkpoint.
 ROUNDING_WEIGHTS = np.array([0, 20, 16, 28, 0, 512, 0, 32768], dtype=np.float32)
 FAVOUR = 100.0
 """How many times as much a favoured level counts; benchmarks/LOG.md has what that costs the others."""
-_SWEEPS = 3
+_SWEEPS = 3  # of coordinate descent
 _DAMPING = 0.02  # of the mean square, so that an input that calibration never saw still counts
 
 
@@ -70,10 +70,10 @@ def rung_bytes(
 def _level_weights(
     ladder: Sequence[int], favour: int | None, *, is_compensated: bool
 ) -> NDArray[np.float32]:
-    """Returns how much each of 1 to 8 bits counts; levels between the known ones as these.
+    """Returns how much the error at each of 1 to 8 bits counts, [8]; levels without a known weight are interpolated.
 
-    Where none is favoured, levels above the ladder's last count too: without them the last one, which such a file is
-    mostly run at, gets worse in favour of the others (benchmarks/LOG.md).
+    If no level is favoured, levels above the ladder's last count too. Without them the last level, at which such a file
+    is mostly run, gets worse in favour of the others (benchmarks/LOG.md).
     """
     known = LEVEL_WEIGHTS if is_compensated else ROUNDING_WEIGHTS
     used = np.flatnonzero(known)
@@ -99,28 +99,32 @@ def quantize(
 ) -> list[NDArray[np.uint8]]:
     """Quantises a matrix and returns its rungs as the file stores them.
 
-    Scale and middle of each group of 16 columns are the best of eight that mostly win, for the best of three scales
-    of the row, judged at all levels at once. Fewer bits in the ladder store a prefix of the same code, unless a level
-    is favoured.
+    Scale and middle of each group of 16 columns are chosen among the eight candidates that win most often, for the best
+    of three scales of the row, by the error at all levels together. A shorter ladder stores a prefix of the same code,
+    unless a level is favoured.
 
-    With the full matrix of second moments the codes are then refined: coordinate descent on the squared error of the
-    output, again summed over the levels. It is GPTQ's objective (arXiv 2210.17323) for all levels of one code; an
-    error of one level is compensated where that costs the others least. Where levels have scales of rows of their
-    own, these are fitted by least squares, and the codes refined again. Without products they stay alike.
+    With the full matrix of second moments the codes are then refined by coordinate descent on the squared error of the
+    output, again summed over the levels. This is GPTQ's objective (arXiv 2210.17323) for all levels of one code: an
+    error of one level is compensated where that costs the others least. If levels have row scales of their own, these
+    are fitted by least squares, and the codes are refined again. Without products all levels keep the same row scales.
 
     Args:
         w: [rows, cols], contiguous.
+        ladder: bits in use after each rung, ascending.
         second_moments: of the matrix's inputs, [cols] mean squares or [cols, cols] mean products; any scale.
             None counts every input alike.
         favour: the level, 1 for the first rung, whose error matters much more than that of the others; None for none.
-        row_scales: which rungs begin with scales of rows, for themselves and those after them. It may be longer than
-            the ladder, whose codes then are those of a longer one.
-        directions: V of the levels' corrections, which follow their rungs then; None for none. Only with products.
-        thorough: tries all of some 25 scales and middles, for five scales of each row. It takes twelve times the time
+        row_scales: which rungs begin with scales of rows, for themselves and the rungs after them. It may be longer
+            than the ladder; then the codes are those of a longer ladder.
+        directions: V of the levels' corrections, which are appended to their rungs; None for no corrections. Needs
+            mean products.
+        thorough: tries all of some 25 scales and middles, for five scales of each row. It takes twelve times as long
             and leaves 0.4% less error (benchmarks/LOG.md). With a full matrix of second moments that is done anyway.
+        threads: how many the core uses.
 
     Raises:
-        ValueError: a weight is not finite or beyond float16, or the moments are not finite or of another shape.
+        ValueError: a weight is not finite or beyond float16, the moments are not finite or have another shape, or
+            `directions` is given without mean products.
     """
     cols = w.shape[1]
     squares, moments = np.ones(cols, np.float32), None
@@ -135,7 +139,7 @@ def quantize(
         if not (is_finite(second_moments) and np.isfinite(mean) and diagonal.min() >= 0):
             raise ValueError("second_moments: expected mean squares, finite and not negative")
         if directions is not None:
-            mean = mean or 1.0  # of inputs that were all zeros
+            mean = mean or 1.0  # if all inputs were zeros
         if mean > 0:
             squares = np.asarray(diagonal / mean + _DAMPING, np.float32)
             if is_full:

@@ -1,4 +1,4 @@
-"""Which rank of a correction is worth its bytes."""
+"""The choice of ranks for corrections: which rank is worth its bytes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["CORRECTED", "best_ranks", "gains", "output_errors", "same_rank"]
 Array = NDArray[np.float32]
 
 CORRECTED = 3
-"""Rungs that may have corrections: 2, 3 and 4 bits. What more bits lack lies in no few directions."""
+"""How many rungs may have corrections: those of 2, 3 and 4 bits. At more bits the error lies in no few directions."""
 
 _RANKS = (8, 16)
-_ROWS = 64  # of a matrix, by which it is judged
+_ROWS = 64  # how many rows of a matrix it is judged by
 _LEVELS = len(DEFAULT_LADDER)
 
 
 def same_rank(rank: int, begin: int = 0, end: int = CORRECTED) -> tuple[int, ...]:
-    """Returns ranks of the default ladder's rungs: one from `begin` to before `end`, none elsewhere."""
+    """Returns the ranks of the default ladder's rungs: `rank` for rungs in [begin, end), 0 elsewhere."""
     return (0,) * begin + (rank,) * (end - begin) + (0,) * (_LEVELS - end)
 
 
 def candidates(favour: int | None = None) -> list[tuple[int, ...]]:
-    """Returns the ranks that are tried: of the first rungs, or where a level is favoured, from 1, of its rung alone."""
+    """Returns the ranks to try: on the first rungs, or only on the rung of the favoured level, counted from 1."""
     if favour is not None:
         rungs = [(favour - 1, favour)] if favour <= CORRECTED else []
     else:
@@ -42,16 +42,17 @@ def candidates(favour: int | None = None) -> list[tuple[int, ...]]:
 def gains(
     w: Array, moments: Array, shared: Array | None, favour: int | None = None
 ) -> NDArray[np.float64]:
-    """Returns what each candidate gains at each level, in bits per weight, less what it takes: [candidates, levels].
+    """Returns the net gain of each candidate at each level, in bits per weight, [candidates, levels].
 
-    A bit more or less for each weight makes about four times more or less error. So a correction is worth its bytes
-    where the logarithm of the error to base 4 falls by more than the bits that it takes; a level has those of the
-    levels before it too. A rank that the matrix cannot have gains minus infinity.
+    One bit per weight more or less changes the error about fourfold. So a correction is worth its bytes if the
+    logarithm of the error to base 4 falls by more than the bits per weight that the correction takes. Those of a level
+    include the corrections of the levels below it. A rank that the matrix cannot have gains minus infinity.
 
     Args:
-        w: [rows, cols], of which some rows are looked at.
-        moments: the mean products of its inputs.
-        shared: those that the basis is of, where it lies elsewhere; None for a basis of the matrix's own.
+        w: [rows, cols]; some rows are sampled.
+        moments: [cols, cols], the mean products of its inputs.
+        shared: the mean products that a shared basis, stored elsewhere, is made from; None if the matrix has a basis of
+            its own.
         favour: the level, from 1, that is favoured; None for none.
     """
     sample = np.ascontiguousarray(w[:: max(len(w) // _ROWS, 1)][:_ROWS], np.float32)
@@ -74,10 +75,11 @@ def gains(
 def best_ranks(
     found: NDArray[np.float64], uses: Sequence[float], favour: int | None = None
 ) -> tuple[int, ...]:
-    """Returns the ranks that gain most, of what `gains` found; () where all lose.
+    """Returns the ranks that gain most; () if every candidate loses.
 
     Args:
-        uses: how much each level counts; those beyond its end do not.
+        found: [candidates, levels], from `gains`.
+        uses: how much each level counts; levels beyond its end do not count.
         favour: as for `gains`.
     """
     worth: dict[tuple[int, ...], float] = {(): 0.0}
@@ -90,7 +92,10 @@ def best_ranks(
 def output_errors(
     w: Array, moments: Array, v: Directions | None, favour: int | None
 ) -> NDArray[np.float64]:
-    """Returns the error of the output at each level of the default ladder, as it comes out of the file."""
+    """Returns the squared output error at each level of the default ladder, [levels], with weights decoded from rungs.
+
+    The error is the sum of e M e^T over the rows of w, where e is the error of a row and M are the moments.
+    """
     rungs = quantize(w, second_moments=moments, favour=favour, row_scales=ROW_SCALES, directions=v)
     widths, rows = plane_widths(DEFAULT_LADDER), np.arange(len(w), dtype=np.int32)
     out, decoded = np.zeros(_LEVELS), np.zeros_like(w)

@@ -1,4 +1,4 @@
-"""What a file's planes mean: the schemes that `edgemoe convert` writes and the kernels compute with."""
+"""Quantisation schemes: what a file's planes mean, as `edgemoe convert` writes them and the kernels read them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Bytes = NDArray[np.uint8]
 
 
 class Quantize(Protocol):
-    """Is what makes a matrix's rungs; see `edgemoe.quant.nested.quantize`."""
+    """A function that quantises a matrix to its rungs; see `edgemoe.quant.nested.quantize`."""
 
     def __call__(
         self,
@@ -43,36 +43,38 @@ class Quantize(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """Is a way to store a matrix of which every prefix of rungs is a model."""
+    """A way to store a matrix as rungs, each of which adds bits, so that every prefix of the rungs is a model."""
 
     name: str
-    """As the index of a file and `edgemoe._core` call it."""
+    """Its name in the index of a file and in `edgemoe._core`."""
     about: str
+    """A description for users."""
     group: int
     """Columns that share a scale."""
     ladders: tuple[tuple[int, ...], ...]
-    """Bits in use after each rung, as `edgemoe convert` writes them; the first is the default."""
+    """The ladders that `edgemoe convert` writes: bits in use after each rung. The first ladder is the default."""
     is_ladder: Callable[[Sequence[int]], bool]
-    """Says whether a file may have such levels."""
+    """Returns whether a file may have these levels."""
     measure: Callable[[int, int, Sequence[int], Sequence[int]], list[int]]
-    """See `rung_bytes`; takes `row_scales` too."""
+    """Returns the bytes of each rung without corrections, from rows, columns, ladder and `row_scales`."""
     quantize: Quantize
     can_favour: bool
-    """Says whether `quantize` can make one level better at the cost of the others."""
+    """Whether `quantize` can make one level better at the cost of the others."""
     row_scales: tuple[int, ...] = (1,)
-    """Which rungs begin with scales of rows, 1 or 0; those beyond its end do not. A file may have others."""
+    """Whether each rung begins with scales of rows, 1 or 0; rungs beyond its end do not. A file may have others."""
     correction: Correction = field(default_factory=dict)
     """Ranks of the corrections that a file has."""
     dense: Scheme | None = None
-    """That of all matrices but the experts'; None for the same."""
+    """The scheme of all matrices outside the experts; None for this one."""
     is_thorough: bool = False
-    """Says whether `quantize` tries all that it could; see `thorough`."""
+    """Whether `quantize` searches in full; see `thorough`."""
 
     def rung_bytes(self, rows: int, cols: int, ladder: Sequence[int], name: str = "") -> list[int]:
         """Returns the bytes of each rung of a matrix [rows, cols].
 
         Args:
-            name: the matrix's, which says what corrections it has; without it none.
+            name: the matrix's name, which determines its scheme and corrections. Without it the matrix is an expert's
+                and has no corrections.
         """
         if name and self.of(name) is not self:
             return self.of(name).rung_bytes(rows, cols, ladder, name)
@@ -87,23 +89,23 @@ class Scheme:
         return sizes
 
     def of(self, name: str) -> Scheme:
-        """Returns the scheme of a matrix, "experts.…" or the name of a tensor."""
+        """Returns the scheme of a matrix, by its name: "experts.…" or a dense tensor's."""
         return self if self.dense is None or name.startswith("experts.") else self.dense
 
     def ranks(self, name: str) -> tuple[int, ...]:
-        """Returns the rank of each rung's correction of a matrix; none where it has no corrections."""
+        """Returns the rank of each rung's correction of a matrix; () if it has no corrections."""
         return self.correction.get(kind_of(name), ())
 
     @property
     def shared_rank(self) -> int:
-        """How many rows the bases of the section `basis` have; 0 for no such section."""
+        """How many rows each basis in the section `basis` has; 0 if there is no such section."""
         return max((max(self.ranks(name), default=0) for name in SHARED), default=0)
 
     def fitted(self) -> Scheme:
-        """Returns the scheme for weights that are fitted to products of their inputs.
+        """Returns the scheme for weights that are fitted to products (second moments) of their inputs.
 
-        Nested codes of 2 bits have row scales of their own then. Without products these would only take room: fitted to
-        the weights alone they make the model worse.
+        Nested codes of 2 bits then have row scales of their own. Without products these would only take space: fitted
+        to the weights alone, they make the model worse.
         """
         if self.quantize not in (nested.quantize, _THOROUGH):
             return self
@@ -117,7 +119,7 @@ class Scheme:
         """Returns the scheme with the full search for scales, which takes several times as long.
 
         Raises:
-            ValueError: the scheme has but one search; the message begins with `name`.
+            ValueError: the scheme has only one search; the message begins with `name`.
         """
         if self.dense is not None:
             return replace(self, is_thorough=True, dense=self.dense.thorough(name))
@@ -126,7 +128,12 @@ class Scheme:
         return replace(self, is_thorough=True, quantize=_THOROUGH)
 
     def cut(self, dense: int, experts: int) -> Scheme:
-        """Returns the scheme with corrections of the first rungs alone: so many of dense matrices and of experts."""
+        """Returns the scheme with corrections of the first rungs only.
+
+        Args:
+            dense: how many rungs of dense matrices keep theirs.
+            experts: the same for experts.
+        """
         ranks = {
             name: of[: experts if name.startswith("experts.") else dense]
             for name, of in self.correction.items()
@@ -134,11 +141,12 @@ class Scheme:
         return replace(self, correction={name: of for name, of in ranks.items() if any(of)})
 
     def ladder(self, bits: int | None, name: str = "bits") -> tuple[int, ...]:
-        """Returns the levels up to `bits`; the whole default ladder for None. Where experts have a scheme of their own,
-        it is that of the other matrices.
+        """Returns the levels up to `bits`; for None, the whole default ladder.
+
+        If experts have a scheme of their own, this is the ladder of the other matrices.
 
         Raises:
-            ValueError: no ladder has such a level; the message begins with `name`.
+            ValueError: no ladder has this level; the message begins with `name`.
         """
         if self.dense is not None:
             return self.dense.ladder(bits, name)
@@ -151,11 +159,15 @@ class Scheme:
     def favoured(
         self, bits: int | None, favour: int | None, names: tuple[str, str] = ("bits", "favour")
     ) -> int | None:
-        """Returns how many planes the level has whose error matters most; None for none of the levels up to `bits`.
+        """Returns the favoured level as a number from 1, its place in the ladder up to `bits`; None for `favour` None.
+
+        Args:
+            bits: as for `ladder`.
+            favour: bits of the level whose error matters most.
+            names: what errors call the two arguments.
 
         Raises:
-            ValueError: it is not one of these levels, or the scheme favours none; or `ladder` raises it. The message
-                begins with one of `names`.
+            ValueError: `favour` is not one of these levels, the scheme cannot favour any, or `ladder` raises it.
         """
         ladder = self.ladder(bits, names[0])
         if favour is None:
@@ -168,7 +180,7 @@ class Scheme:
         return ladder.index(favour) + 1
 
     def levels_of_experts(self, ladder: tuple[int, ...]) -> tuple[int, ...]:
-        """Returns the levels that experts have beside other matrices of `ladder`."""
+        """Returns the levels that experts have when the other matrices have those of `ladder`."""
         return ladder if self.dense is None else self.ladders[0]
 
 
@@ -186,7 +198,7 @@ def _quantize_mwq(
 ) -> list[NDArray[np.uint8]]:
     assert favour is None
     assert directions is None
-    del threads  # numpy's products have their own; more beside these made it slower
+    del threads  # numpy's matrix products use threads of their own; more on top made it slower
     return mwq.quantize(w, ladder, second_moments=second_moments)
 
 
@@ -203,7 +215,7 @@ _NESTED = Scheme(
 
 
 def _float4(name: str, about: str, group: int, encode: Callable[[Array], Bytes]) -> Scheme:
-    """Returns a scheme of floats of 4 bits, which experts alone are of."""
+    """Returns a scheme of 4-bit floats for experts; other matrices have nested codes."""
 
     def quantize(
         w: Array,
@@ -251,4 +263,4 @@ SCHEMES = {
         _float4("nvfp4", "4-bit floats with an 8-bit one for each 16 columns", 16, float4.nvfp4),
     )
 }
-"""By name."""
+"""All schemes, by name."""

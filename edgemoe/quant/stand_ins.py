@@ -1,16 +1,16 @@
-"""Stand-ins: small affine maps that take the place of experts that do not run; the value, and its form as bytes.
+"""Stand-ins: small affine maps that run in place of experts that are left out, and their form as bytes.
 
     S_e(x) = (up_e x + bias_e) down_e,   up [r, D], bias [r], down [r, D]
 
-is the affine map of rank r whose outputs are nearest to those of expert e on a calibration text; `edgemoe stand-ins`
-fits them. The bytes are a safetensors file, the section "stand-ins" of a `.moe` file:
+S_e is the affine map of rank r whose outputs are nearest to those of expert e on a calibration text; `edgemoe
+stand-ins` fits it. The bytes are a safetensors file, the section "stand-ins" of a `.moe` file:
 
     up        float32 [L, E, r, D]
     bias      float32 [L, E, r]
     down      float32 [L, E, r, D]
     metadata  edgemoe_stand_ins 1; settings, JSON of how they were fitted
 
-They are resident and used as they are, like routers of precisions.
+They are resident and used in place, like bit routers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _FIELD, _WHAT = "edgemoe_stand_ins", "stand-ins"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StandIns:
-    """Is an affine map of low rank for every routed expert."""
+    """An affine map of low rank for every routed expert."""
 
     up: NDArray[np.float32]
     """[L, E, r, D]"""
@@ -52,18 +52,20 @@ class StandIns:
 
     @property
     def tensors(self) -> dict[str, NDArray[np.float32]]:
-        """Its own, by name."""
+        """The tensors, by name."""
         return {"up": self.up, "bias": self.bias, "down": self.down}
 
     def check(self, num_layers: int, num_experts: int, where: str, hidden: int = 0) -> None:
-        """Checks that they are for a model.
+        """Checks that they are for this model.
 
         Args:
-            num_layers: those with routed experts.
-            hidden: D; 0 where it is not known.
+            num_layers: how many layers have routed experts.
+            num_experts: per layer.
+            where: what errors call it.
+            hidden: D; 0 if it is not known.
 
         Raises:
-            FormatError: they are another model's.
+            FormatError: they are for another model.
         """
         L, E, _, D = self.up.shape
         if (num_layers, num_experts) != (L, E):
@@ -75,13 +77,13 @@ class StandIns:
 
     @classmethod
     def from_bytes(cls, content: bytes, where: str) -> StandIns:
-        """Reads the form as bytes, which it keeps.
+        """Reads the form as bytes. The result refers to `content`.
 
         Args:
             where: what errors call it.
 
         Raises:
-            FormatError: these are no stand-ins, or they do not agree with themselves.
+            FormatError: these are no stand-ins, or their parts contradict each other.
         """
         own, _, settings = read_form(content, where, _WHAT, _FIELD, ("up", "bias", "down"))
         up, bias, down = own
