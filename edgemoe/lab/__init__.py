@@ -1,1 +1,1 @@
-"""Measures models: what levels and schedulers cost in quality, and what recorded routing allows."""
+"""Measurements of models: what levels and schedulers cost in quality, and what recorded routing allows."""

@@ -1,1 +1,1 @@
-"""What was found, as tables, pictures and a page."""
+"""Results of measurements, as tables, pictures and a page."""

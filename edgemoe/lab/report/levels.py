@@ -1,6 +1,6 @@
-"""What each level of a file takes, counted from the file: bytes, and bits per weight with scales and padding.
+"""The size of each level of a file, counted from the file: bytes, and bits per weight with scales and padding.
 
-An embedding of which a level only looks rows up is not resident, and does not count there.
+If a level only looks up rows of the embedding, the embedding is not resident and does not count there.
 """
 
 from __future__ import annotations
@@ -18,32 +18,33 @@ __all__ = ["Level", "bits_per_weight", "dense_bits_at", "levels"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """Is one prefix of the file's matrices."""
+    """One level of a file: the same prefix of rungs of all its matrices."""
 
     bits: int
-    """By which the level is called: those of w_gate."""
+    """The bits by which the level is called, those of w_gate."""
     ladder: tuple[int, int, int]
     """Bits of w_gate, w_up and w_down."""
     average_bits: float
-    """Of an expert, of those that have fewer than this level too."""
+    """Mean bits of an expert, including experts that have fewer bits than this level."""
     dense_bits: int
-    """Bits of the other matrices: at the same rung, and all of them at the last."""
+    """Bits of the other matrices: at the same rung; at the last rung, the highest that they have."""
     expert_bytes: int
-    """Of all routed experts."""
+    """Bytes of all routed experts."""
     dense_bytes: int
-    """Of all other matrices that are resident."""
+    """Bytes of all other matrices that are resident."""
     expert_weights: int
+    """Weights of all routed experts."""
     dense_weights: int
-    """Of these matrices."""
+    """Weights of all other matrices that are resident."""
 
     @property
     def bytes(self) -> int:
-        """Returns the bytes of all of these; routers, norms and biases are float32 and not counted."""
+        """The bytes of all these matrices. Routers, norms and biases are float32 and not counted."""
         return self.expert_bytes + self.dense_bytes
 
     @property
     def bits_per_weight(self) -> float:
-        """Returns the average over all of these."""
+        """The average over all these matrices."""
         return 8 * self.bytes / (self.expert_weights + self.dense_weights)
 
 
@@ -75,11 +76,11 @@ def levels(moe: MoeFile) -> list[Level]:
 
 
 def bits_per_weight(moe: MoeFile, average_bits: float, dense_bits: int | Literal["auto"]) -> float:
-    """Returns bits per weight over all resident matrices at experts of `average_bits`, between levels by interpolation.
+    """Returns bits per weight over all resident matrices if experts have `average_bits`, interpolated between levels.
 
     Args:
-        dense_bits: one of the dense ladder, which may have more levels than the experts'; "auto" for what the file
-            has of each matrix.
+        dense_bits: one of the dense ladder, which may have more levels than the experts'; "auto" for all the bits that
+            the file has of each matrix.
     """
     all_levels = levels(moe)
     experts = np.interp(
@@ -95,6 +96,6 @@ def bits_per_weight(moe: MoeFile, average_bits: float, dense_bits: int | Literal
 
 
 def _dense(moe: MoeFile, level: int) -> tuple[int, int]:
-    """Returns the bytes and the number of weights of all matrices that are resident but the routed experts'."""
+    """Returns the bytes and the number of weights of all resident matrices outside the routed experts."""
     matrices = resident_matrices(moe, level).values()
     return sum(t.size(level) for t in matrices), sum(int(np.prod(t.spec.shape)) for t in matrices)

@@ -1,4 +1,4 @@
-"""Puts a trace's report and its pictures into one HTML file that needs nothing else."""
+"""A trace's report and pictures as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ def page(
     tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[str]]]],
     pictures: Sequence[tuple[str, str, bytes]],
 ) -> str:
-    """Returns the page.
+    """Returns the page as HTML.
 
     Args:
+        note: a line below the title.
         tables: heading, column names and rows of each.
-        pictures: heading, what it shows, and a PNG file of each.
+        pictures: heading, a line on what it shows, and a PNG file, for each.
     """
     parts = [f"<h1>{html.escape(title)}</h1>", f'<p class="note">{html.escape(note)}</p>']
     for heading, about, picture in pictures:

@@ -20,7 +20,7 @@ _BEFORE, _COMPUTING, _WAITING, _READING = "#9aa5b1", "#2b6cb0", "#e05d44", "#3a9
 
 
 def check() -> None:
-    """Raises an ImportError that says what to install, where pictures cannot be drawn."""
+    """Raises an ImportError that says what to install if pictures cannot be drawn."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -76,7 +76,7 @@ def budgets(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def qualities(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draws what settings cost in perplexity against their predicted speed; bars are one standard error.
+    """Draws each setting's change of perplexity against its predicted speed; bars are one standard error.
 
     Args:
         rows: as `edgemoe.lab.routing.study.measured` returns them.
@@ -96,9 +96,9 @@ def qualities(rows: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def heat_maps(trace: Trace) -> Figure:
-    """Draws, layer by expert, how often an expert was chosen, and how often it was in memory then."""
+    """Draws, by layer and expert, how often an expert was chosen, and how often it was in memory then."""
     _, tokens = trace.passes()
-    single = bool((tokens == 1).any())  # a chunk finds the memory that its first layers left
+    single = bool((tokens == 1).any())  # a chunk finds what its own first layers left
     experts = trace.by_token("experts", single=single).astype(np.int64)
     resident = trace.by_token("resident", single=single) > 0
     T, L, _ = experts.shape
@@ -121,10 +121,10 @@ def heat_maps(trace: Trace) -> Figure:
 
 
 def timeline(trace: Trace, *, timing: Timing | None, tokens: int = 2) -> Figure:
-    """Draws some single tokens from the middle of the trace: compute, reads, and the bubbles between.
+    """Draws some single tokens from the middle of the trace: compute, reads, and waiting in between.
 
-    Reads are drawn from the start of their layer's experts, as long as their bytes take at the fitted rate; a trace
-    does not say when each one ended.
+    Reads are drawn from the start of their layer's experts, with the length that their bytes take at the fitted rate:
+    a trace does not record when each read ended.
     """
     before = trace.by_token("before_us", single=True)
     first = max(0, min(len(before) // 2, len(before) - tokens))

@@ -1,4 +1,4 @@
-"""Draws figures with matplotlib, which only this needs."""
+"""Plots of quality, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _ENDINGS = (".png", ".svg", ".pdf")
 
 
 def check_plot(path: str | os.PathLike[str]) -> None:
-    """Checks that a plot can be made, which may be long before there is something to draw.
+    """Checks that a plot can be made, before the measurements that it will show.
 
     Raises:
-        ImportError: matplotlib is missing; says what to install.
+        ImportError: matplotlib is missing; the message says what to install.
         ValueError: the file's name has an unknown ending.
     """
     if importlib.util.find_spec("matplotlib") is None:
@@ -32,14 +32,16 @@ def plot_quality(
     """Draws KL divergence over bits per weight, a line per scheduler.
 
     Args:
-        rows: scheduler, bits_per_weight, kl (mean) and kl_99; the reference, whose kl is None, is left out.
+        rows: each with scheduler, bits_per_weight, kl (mean) and kl_99 (99th percentile), KL in nats; the reference,
+            whose kl is None, is left out.
+        path: of the file to write, .png, .svg or .pdf.
 
     Raises:
         ValueError: there is nothing to draw, or the file's name has an unknown ending.
         ImportError: matplotlib is missing.
     """
     check_plot(path)
-    from matplotlib.figure import Figure  # and not pyplot, which keeps state and may want a display
+    from matplotlib.figure import Figure  # not pyplot, which keeps state and may need a display
 
     known = [row for row in rows if row["kl"] is not None]
     if not known:

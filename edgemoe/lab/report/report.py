@@ -1,4 +1,4 @@
-"""Sums a trace up: which experts are used, how consistently, how predictably, and where the time went."""
+"""Summaries of a trace: which experts are used, how consistently, and where the time went."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ __all__ = ["locality", "to_json", "usage", "waits"]
 _SHARES = (0.1, 0.25, 0.5)
 _WINDOWS = (4, 16, 64, 256)
 _RATIOS = (1.0, 1.5, 2.0, 3.0, 4.0)
-_SAMPLE = 512  # tokens: the paper's sample, and enough for hit rates
+_SAMPLE = 512  # tokens: the sample of arXiv 2505.16056, and enough for hit rates
 
 
 def usage(trace: Trace, *, top: int = 10) -> dict[str, Any]:
     """Returns how often experts are used, over all tokens.
 
+    Args:
+        top: how many of the most used experts to list.
+
     Raises:
-        ValueError: the trace has no whole pass.
+        ValueError: the trace has no complete pass.
     """
     experts = trace.by_token("experts").astype(np.int64)
     T, L, _ = experts.shape
@@ -52,10 +55,10 @@ def usage(trace: Trace, *, top: int = 10) -> dict[str, Any]:
 
 
 def locality(trace: Trace) -> dict[str, Any]:
-    """Returns SRP, and the hit rates of caches of rho times a token's experts, each beside its shuffled control.
+    """Returns the SRP, and the hit rates of caches of rho times a token's experts, with shuffled tokens as a control.
 
-    Hit rates are of the first 512 tokens: "layers" is the mean over layers with a cache each, "pool" one cache for
-    all of them.
+    Hit rates are over the first 512 tokens. "layers" is the mean over layers with a cache each; "pool" is one cache for
+    all layers.
     """
     experts = trace.by_token("experts").astype(np.int64)
     T, L, K = experts.shape
@@ -99,10 +102,10 @@ def locality(trace: Trace) -> dict[str, Any]:
 
 
 def waits(trace: Trace) -> dict[str, Any]:
-    """Returns where the time of single tokens went, and what they found in memory.
+    """Returns where the time of single tokens went, and how often their experts were in memory.
 
     Raises:
-        ValueError: fewer than two single tokens; the first one's time is not counted.
+        ValueError: there are fewer than two single tokens; the first one is not counted.
     """
     header = trace.header
     column = {
@@ -137,7 +140,7 @@ def waits(trace: Trace) -> dict[str, Any]:
 
 
 def to_json(report: Mapping[str, Any]) -> str:
-    """Returns a report as JSON, in which what cannot be said is null: JSON has no nan."""
+    """Returns a report as JSON, with null for nan and infinity, which JSON does not have."""
     return json.dumps(_plain(report), indent=1, allow_nan=False)
 
 

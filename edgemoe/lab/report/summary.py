@@ -1,4 +1,4 @@
-"""What a `.moe` file holds, as JSON values."""
+"""The contents of a `.moe` file as JSON values."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from edgemoe.lab.report.levels import levels
 __all__ = ["adapter_summary", "groups", "summary"]
 
 _MEASURED = ("quality", "allocation")
-"""Sections that hold JSON and were added after the conversion."""
+"""JSON sections that measurements add after the conversion."""
 
 
 def summary(moe: MoeFile) -> dict[str, Any]:
-    """Returns everything about a file but its weights and texts.
+    """Returns everything about a file except its weights and texts.
 
-    Keys: file, bytes, config, source, weights (by which adapters name it), scheme, correction (ranks of each kind of
-    matrix), levels (bytes and bits per weight of each), tensors (kind, shape, offset, and bytes and checksum of each
-    rung), experts (count, bytes of all, end of each rung, mean bits, how many have which bits), sections (bytes), and
-    the content of those that measurements have added.
+    Keys: file, bytes, config, source, weights (the checksum by which adapters refer to the file), scheme, correction
+    (ranks of each kind of matrix), levels (bytes and bits per weight of each), tensors (kind, shape, offset, and bytes
+    and checksum of each rung), experts (count, total bytes, end of each rung, mean bits, how many have which bits),
+    sections (bytes), and the contents of the sections that measurements have added.
     """
     added = {name: _json(moe.sections[name]) for name in _MEASURED if name in moe.sections}
     return {
@@ -73,7 +73,7 @@ def summary(moe: MoeFile) -> dict[str, Any]:
 
 
 def adapter_summary(adapter: AdapterFile) -> dict[str, Any]:
-    """Returns what an adapter's index says, as JSON values."""
+    """Returns the contents of an adapter's index as JSON values."""
     return {
         "file": adapter.path.name,
         "bytes": adapter.file_bytes,
@@ -86,7 +86,7 @@ def adapter_summary(adapter: AdapterFile) -> dict[str, Any]:
 
 
 def groups(moe: MoeFile | AdapterFile) -> list[tuple[str, str, tuple[int, ...], int, int]]:
-    """Returns tensors that differ in the layer only as one: name, kind, shape, how many, bytes of all."""
+    """Returns tensors grouped over layers: name with N for numbers, kind, shape, how many, total bytes."""
     found: dict[tuple[str, str, tuple[int, ...]], list[int]] = {}
     for name, tensor in moe.tensors.items():
         key = (re.sub(r"\d+", "N", name), tensor.spec.kind, tuple(tensor.spec.shape))

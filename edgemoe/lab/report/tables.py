@@ -1,4 +1,4 @@
-"""Words a report and a study as tables: heading, column names, rows of text."""
+"""Reports and studies as tables of text: heading, column names, rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def markdown(table: Table) -> str:
 
 
 def usage(values: Mapping[str, Any]) -> list[Table]:
-    """Takes what `report.usage` returns."""
+    """Returns tables of what `report.usage` returns."""
     entropies = values["entropy"]
     shares = [_percent(s, 0) for s in values["shares"]]
     return [
@@ -51,7 +51,7 @@ def usage(values: Mapping[str, Any]) -> list[Table]:
 
 
 def srp(values: Mapping[str, Any]) -> Table:
-    """Takes what `report.locality` returns."""
+    """Returns a table of the SRP in what `report.locality` returns."""
     return (
         "Segment routing best performance (SRP)",
         ["window m", "SRP", "95% interval", "samples", "size ρ", "mean of layers", "shuffled"],
@@ -68,7 +68,7 @@ def srp(values: Mapping[str, Any]) -> Table:
 
 
 def hit_rates(values: Mapping[str, Any]) -> Table:
-    """Takes what `report.locality` returns."""
+    """Returns a table of the hit rates in what `report.locality` returns."""
     names = {"lru": "LRU", "lfu": "LFU", "sch": "SCH(16)", "belady": "Belady"}
     return (
         "Hit rates of caches of ρ times a token's experts",
@@ -84,7 +84,7 @@ def hit_rates(values: Mapping[str, Any]) -> Table:
 
 
 def predictors(values: Sequence[Prediction]) -> Table:
-    """Takes what `predictors.predictions` returns."""
+    """Returns a table of what `predictors.predictions` returns."""
     return (
         "Predictors, second half of the single tokens",
         ["guess", "layers ahead", "recall", "useful of the bytes read", "of missed bytes in time", "in time per token"],
@@ -99,7 +99,7 @@ def predictors(values: Sequence[Prediction]) -> Table:
 
 
 def waits(values: Mapping[str, Any]) -> list[Table]:
-    """Takes what `report.waits` returns."""
+    """Returns tables of what `report.waits` returns."""
     parts = values["per_token"]
     total = sum(parts.values())
     words = {
@@ -132,7 +132,7 @@ def waits(values: Mapping[str, Any]) -> list[Table]:
 
 
 def studied(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Takes what `study.study` returns."""
+    """Returns a table of what `study.study` returns."""
     has_rate = any(r["rate"] for r in rows)
     columns = [
         "experts that fit",

@@ -1,6 +1,7 @@
 """Measures of local routing consistency, as in "Not All Models Suit Expert Offloading" (arXiv 2505.16056).
 
-Everything here takes the experts that each token was routed to, [T, L, K], T tokens of one text in their order.
+Everything here takes the experts that each token was routed to, [T, L, K]: K experts in each of L layers, for T tokens
+of one text in order.
 """
 
 from __future__ import annotations
@@ -23,39 +24,39 @@ Floats = NDArray[np.float64]
 Rule = Literal["lru", "lfu", "sch", "belady"]
 RULES: tuple[Rule, ...] = ("lru", "lfu", "sch", "belady")
 
-_LATER = 1 << 32  # above any time of use, so that it breaks ties only
+_LATER = 1 << 32  # above any time of use, so that times only break ties
 
 
 @dataclass(frozen=True, slots=True)
 class Srp:
-    """Says how well one on/off decision per window can stand for the router's per token."""
+    """Segment routing best performance: how well one on/off decision per window can replace the router's per token."""
 
     f1: float
-    """SRP: the best F1 over all thresholds; nan where nothing was ever active."""
+    """SRP: the best F1 score over all thresholds; nan if no expert was ever active."""
     size: float
-    """rho: what the best segment router switches on, relative to what the real router does."""
+    """rho: how much the best segment router switches on, relative to what the real router does."""
     threshold: int
-    """Of the best one: on in windows with at least as many uses."""
+    """The best threshold: an expert is on in windows with at least this many uses of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class SegmentCounts:
-    """Counts windows of `window` tokens by how often they use an expert."""
+    """Counts of windows of `window` tokens, by how often they use each expert."""
 
     window: int
     counts: NDArray[np.int64]
-    """[samples, L, E, window + 1]: windows of that sample in which that expert was active so many times."""
+    """[samples, L, E, window + 1]: how many windows of a sample use an expert 0 to `window` times."""
 
 
 def segment_counts(
     experts: Ids, num_experts: int, *, window: int, sample: int = 512
 ) -> SegmentCounts:
-    """Slides a window over samples of a text, one token at a time.
+    """Slides a window over samples of a text, one token at a time, and counts uses of experts.
 
     Args:
         experts: [T, L, K]
         window: m, in tokens.
-        sample: tokens per sample, the paper's 512; a window lies within one. A last, shorter one counts if a
+        sample: tokens per sample, 512 in the paper; windows do not cross samples. A last, shorter sample counts if a
             window fits into it.
 
     Raises:
@@ -82,7 +83,7 @@ def segment_counts(
 
 
 def _srp(histogram: Floats | NDArray[np.int64], window: int) -> Srp:
-    """`histogram` [window + 1] counts windows by uses."""
+    """Returns the SRP for a histogram [window + 1] of windows by uses."""
     uses = np.arange(window + 1)
     match = (histogram * uses)[::-1].cumsum()[::-1][
         1:
@@ -97,11 +98,11 @@ def _srp(histogram: Floats | NDArray[np.int64], window: int) -> Srp:
 
 
 def srp(counts: SegmentCounts, *, layer: int | None = None, expert: int | None = None) -> Srp:
-    """Returns SRP(m) of an expert, of a layer, or of the whole model, with one threshold for all it covers.
+    """Returns SRP(m) of an expert, of a layer or of the whole model, with one threshold for everything that it covers.
 
     Args:
-        layer: None for the model.
-        expert: of that layer; None for all of them.
+        layer: None for the whole model.
+        expert: of that layer; None for all experts of the layer.
     """
     h = counts.counts.sum(axis=0)
     if layer is None:
@@ -116,7 +117,7 @@ def srp(counts: SegmentCounts, *, layer: int | None = None, expert: int | None =
 def srp_interval(
     counts: SegmentCounts, *, draws: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Returns the bootstrap interval of the model's SRP over samples: the basic one, twice the value less quantiles.
+    """Returns the basic bootstrap interval of the model's SRP over samples: twice the value, less the quantiles.
 
     With one sample both ends are the value itself.
     """
@@ -131,32 +132,33 @@ def srp_interval(
 
 
 def merged(experts: Ids, num_experts: int) -> Ids:
-    """Returns the same uses [T, 1, L * K] of a model whose layers share one pool of L * E experts."""
+    """Returns the same uses as [T, 1, L * K], those of a model whose layers share one pool of L * E experts."""
     T, L, K = experts.shape
     return (experts.astype(np.int64) + num_experts * np.arange(L)[:, None]).reshape(T, 1, L * K)
 
 
 def shuffled(experts: Ids, *, seed: int = 0) -> Ids:
-    """Returns the tokens in random order: what then remains of a hit rate is frequency, not locality."""
+    """Returns the tokens in random order. What then remains of a hit rate comes from frequency, not locality."""
     return experts[np.random.default_rng(seed).permutation(len(experts))]
 
 
 def hit_rate(experts: Ids, num_experts: int, slots: int, rule: Rule, *, window: int = 16) -> Floats:
-    """Returns each layer's hit rate [L] with a cache of its own, where every expert that a token needs is loaded.
+    """Returns each layer's hit rate [L] with a cache of its own, into which every expert that a token needs is loaded.
 
-    As in the paper and its code: a hit is what is there when the token comes; the token's experts then enter one
-    after the other, best first, each in place of the least worthy other. The cold start counts. (The published code
-    takes the first filling for hits.) `merged` makes one pool of all layers.
+    As in the paper and its code, an expert is a hit if it is cached when the token comes. The token's experts then
+    enter one after the other, best first, each in place of the least valuable one in the cache. Misses of the cold
+    start count as misses; the published code counts the first filling as hits. `merged` makes one pool of all layers.
 
     Args:
         experts: [T, L, K]
-        slots: C; the paper's rho is slots / K.
-        rule: who goes: "lru", the least recently used; "lfu", the least often used so far; "sch", SCH(window), the
-            least often used in the next `window` tokens; "belady", the one whose next use is farthest. The least
-            recently used of equals.
+        slots: C, experts that fit each cache; the paper's rho is slots / K.
+        rule: which expert is evicted. "lru": the least recently used. "lfu": the least often used so far. "sch",
+            SCH(window): the least often used in the next `window` tokens. "belady": the one whose next use is farthest.
+            Ties go to the least recently used.
+        window: of "sch", in tokens.
 
     Raises:
-        ValueError: fewer slots than a token needs.
+        ValueError: there are fewer slots than a token needs.
     """
     T, L, K = experts.shape
     if slots < K:
@@ -169,9 +171,9 @@ def hit_rate(experts: Ids, num_experts: int, slots: int, rule: Rule, *, window: 
 
 def _hits(tokens: list[list[int]], num_experts: int, slots: int, rule: Rule, window: int) -> int:
     worth = [0] * num_experts
-    """Of every expert; the time of its last use in the lower digits breaks ties, as in the paper's code."""
+    """Of every expert; the low digits are the time of its last use, which breaks ties as in the paper's code."""
     key = np.full(num_experts, np.inf)
-    """The same of those in the cache; absent ones never are the least."""
+    """The worth of experts in the cache; infinite for others, so that they are never the least."""
     here = [False] * num_experts
     free, hits, time = slots, 0, 0
     if rule == "sch":
@@ -208,7 +210,7 @@ def _hits(tokens: list[list[int]], num_experts: int, slots: int, rule: Rule, win
 
 
 def _next_uses(tokens: list[list[int]], num_experts: int) -> list[list[int]]:
-    """Returns the token at which each use's expert is used again, len(tokens) for never."""
+    """Returns, for each use, the token at which the same expert is used again; len(tokens) for never."""
     coming = [len(tokens)] * num_experts
     out = []
     for t in range(len(tokens) - 1, -1, -1):
@@ -219,7 +221,10 @@ def _next_uses(tokens: list[list[int]], num_experts: int) -> list[list[int]]:
 
 
 def entropy(counts: Ids | Floats) -> float:
-    """Returns the entropy of uses, as a share of that of equal use: 1 when all experts are used alike."""
+    """Returns the entropy of uses, relative to that of uniform use: 1 if all experts are used equally.
+
+    It is nan for fewer than two experts or without uses.
+    """
     p = np.asarray(counts, np.float64)
     if len(p) < 2 or p.sum() == 0:
         return float("nan")
@@ -228,6 +233,9 @@ def entropy(counts: Ids | Floats) -> float:
 
 
 def share_of_hottest(counts: Ids | Floats, shares: Sequence[float]) -> list[float]:
-    """Returns which share of all uses the hottest 10%, say, of the experts take; at least one expert each."""
+    """Returns the share of all uses that the most used experts take, for each share of the experts, as 0.1 for 10%.
+
+    Each share is of at least one expert.
+    """
     ranked = np.sort(np.asarray(counts, np.float64))[::-1]
     return [float(ranked[: max(1, round(s * len(ranked)))].sum() / ranked.sum()) for s in shares]

@@ -1,4 +1,4 @@
-"""Schedulers that know the future of a trace: the lines that no policy can reach."""
+"""Schedulers that know the future of a trace: reference lines for policies that do not."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LATER = float(1 << 32)
 
 
 class Oracle(Scheduler):
-    """Loads on demand and drops what the future wants least.
+    """Loads on demand, and evicts by what the future will use.
 
-    "belady": what is wanted again last, which no policy beats that loads all that is asked for. "sch": what is used
-    least often in the next 16 passes, the least recently used of equals; arXiv 2505.16056 calls it a fair practical
-    ideal. A prompt's chunk is one pass.
+    "belady" evicts the expert whose next use is last. No policy that loads everything it is asked for can do better.
+    "sch" evicts the expert that is used least often in the next 16 passes, and of equals the least recently used;
+    arXiv 2505.16056 calls it a fair practical ideal. A prompt's chunk is one pass.
     """
 
     def __init__(
@@ -35,7 +35,9 @@ class Oracle(Scheduler):
         window: int = 16,
     ) -> None:
         """Args:
-        requests: the experts that each call of `plan` will be for, layer after layer.
+        requests: the experts of each coming call of `plan`, layer after layer, pass after pass.
+        rule: "belady" or "sch".
+        window: of "sch", in passes.
         """
         self.policy = self.priorities = Priorities.zeros(setting.num_layers, setting.num_experts)
         self._scores = self.priorities.scores.reshape(-1)
@@ -58,7 +60,7 @@ class Oracle(Scheduler):
         """See `Scheduler.plan`.
 
         Raises:
-            ValueError: not the layer that was said to come.
+            ValueError: this layer was not the next one in `requests`.
         """
         at, scores = self._at, self._scores
         if at >= len(self._requests) or at % self._setting.num_layers != routing.layer:

@@ -1,4 +1,4 @@
-"""Trains the predictor of routing paths, `edgemoe.scheduler.paths`, on traces. The only module that needs torch."""
+"""Training of the path predictor, `edgemoe.scheduler.paths`, on traces. The only module here that needs torch."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from edgemoe.scheduler.paths import hashed
 
 __all__ = ["pieces", "train"]
 
-_LENGTH = 128  # tokens of a piece: what a state reaches back to
+_LENGTH = 128  # tokens of a piece: how far back the recurrent state is trained to reach
 _BATCH = 16
 _RATE = 4e-3
-_LEAST = 2 * _LENGTH  # tokens, below which there is nothing to learn from
+_LEAST = 2 * _LENGTH  # the fewest tokens to train on
 
 
 def pieces(
     traces: Iterable[Trace], length: int = _LENGTH
 ) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
-    """Cuts the texts of traces of one model into pieces of `length` tokens; what is left over goes.
+    """Cuts the texts of traces of one model into pieces of `length` tokens; a shorter rest of a text is dropped.
 
     Returns:
-        Tokens [n, length], and 1 for the experts that they were routed to [n, length, L, E].
+        The tokens [n, length], and the experts that they were routed to, as 1 in [n, length, L, E].
 
     Raises:
-        ValueError: traces of models of different shape, without tokens, or with too few of them.
+        ValueError: the models of the traces have different shapes, or a trace lacks its tokens, or there are too few.
     """
     all_ids, all_uses = [], []
     shape: tuple[int, ...] | None = None
@@ -74,15 +74,18 @@ def train(
 ) -> bytes:
     """Trains on pieces of text and returns the section for the model's file.
 
-    The loss is ExpertFlow's: binary cross-entropy of each expert of each layer, in the mean; here the sum of that for
-    the token's own path and of that for the next token's. Adam, rate up and down once.
+    The loss is ExpertFlow's, the mean binary cross-entropy over all experts of all layers. Here it is the sum of the
+    loss for the token's own path and of the loss for the next token's path. The optimiser is AdamW with a one-cycle
+    learning rate.
 
     Args:
-        ids: [n, T]
-        uses: [n, T, L, E], 1 for what the router chose; see `pieces`.
-        width: of embedding and state.
-        rows: of the embedding, a power of two.
-        epochs: times that every piece is seen.
+        ids: [n, T], tokens.
+        uses: [n, T, L, E], 1 for experts that the router chose; see `pieces`.
+        width: of the embedding and the state, 8 to 1024.
+        rows: of the embedding, a power of two up to 2^20.
+        epochs: how many times every piece is seen.
+        seed: of the weights and the order of pieces.
+        progress: called with the steps done and all steps.
 
     Raises:
         ValueError: torch is not installed, or a size is out of range.

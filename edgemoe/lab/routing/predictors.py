@@ -1,4 +1,4 @@
-"""How well the next experts can be told in advance, and how much of that would have arrived in time."""
+"""How well the next experts can be predicted, and how much of what is predicted would have arrived in time."""
 
 from __future__ import annotations
 
@@ -21,42 +21,42 @@ __all__ = ["Prediction", "predictions"]
 Ids = NDArray[np.integer[Any]]
 Floats = NDArray[np.float64]
 
-_PRIOR = 0.5  # seen before anything was, so that what never happened is unlikely and not impossible
+_PRIOR = 0.5  # a pseudocount, so that what was never seen is unlikely but not impossible
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """Says how one predictor did on single tokens, guessing as many experts as a token uses."""
+    """How one predictor did on single tokens, when it guesses as many experts as a token uses."""
 
     name: str
     distance: int
-    """Layers between the guess and its use; 0 for a guess from the token before."""
+    """Layers between the guess and its use; 0 for a guess that needs no layer of the same token."""
     recall: float
-    """Share of the experts used that were guessed."""
+    """The share of the experts used that were guessed."""
     useful: float
-    """Of the bytes that it would have had read, the share that was used; nan where none were absent."""
+    """The share of the bytes read for its guesses that would have been used; nan if no guess was absent from memory."""
     in_time: float
-    """Of the bytes that had to be read, the share that it would have brought before they were wanted."""
+    """The share of the bytes that had to be read that its guesses would have brought before they were wanted."""
     in_time_bytes: float
-    """The same, per token."""
+    """The bytes that its guesses would have brought in time, per token."""
 
 
 def predictions(
     trace: Trace, timing: Timing | None, sections: Mapping[str, bytes] | None = None
 ) -> list[Prediction]:
-    """Judges look-ahead routers, tables and habit on the second half of a trace; what learns does so on the first.
+    """Judges look-ahead by routers, tables and habit on the second half of a trace. Tables learn from the first half.
 
-    Residency is that of reading on demand in the trace's own memory. A guess made when layer l starts its experts
-    may use the link after that layer's own reads, until its target is planned.
+    Residency is that of reading on demand with the trace's own memory. A guess is made when layer l starts its experts.
+    Its reads may use the disk from the end of that layer's own reads until the guessed layer is planned.
 
     Args:
-        timing: of this machine; without it nothing is said about time, and those fields are nan.
-        sections: of the model's file; with a trained predictor of paths among them, and a trace that knows its tokens,
-            it is judged too.
+        timing: the timing model of this machine; None leaves the fields about time at nan.
+        sections: of the model's file. If there is a trained path predictor among them, and the trace has its tokens,
+            the predictor is judged too.
 
     Raises:
-        ValueError: fewer than 16 single tokens.
-        FormatError: the predictor is damaged, or of another model.
+        ValueError: the trace has fewer than 16 single tokens.
+        FormatError: the path predictor is damaged, or belongs to another model.
     """
     header = trace.header
     experts = trace.by_token("experts", single=True).astype(np.int64)
@@ -120,7 +120,7 @@ def predictions(
 
 
 def _trained(trace: Trace, section: bytes | None, K: int) -> list[tuple[str, int, Ids]]:
-    """Returns what a trained predictor says when a token is known, and when only the one before it is."""
+    """Returns a trained predictor's guesses when the token is known, and when only the token before it is known."""
     header, ids = trace.header, trace.by_token("id")[:, 0]
     if section is None or (ids == NO_TOKEN).any():
         return []
@@ -144,16 +144,17 @@ def _trained(trace: Trace, section: bytes | None, K: int) -> list[tuple[str, int
 
 
 def _best(scores: NDArray[Any], K: int) -> Ids:
-    """Returns the K highest, best first."""
+    """Returns the indices of the K highest scores [T, L, E] in each layer, [T, L, K], best first."""
     best: Ids = np.argsort(-scores, axis=2, kind="stable")[:, :, :K]
     return best
 
 
 def _transitions(uses: NDArray[np.bool_], half: int) -> tuple[Floats, Floats]:
-    """Returns log-odds of each expert given the experts of the layer before, and of the two layers before.
+    """Returns scores [T, L, E] of each expert, given the experts of the layer before and of the two layers before.
 
-    After EdgeMoE's table (arXiv 2308.14352, 3.2). Its key, the experts of two layers, hardly comes twice when a
-    token uses many; here each expert of the key has a say.
+    The scores are log-probabilities up to a constant, learned from the first `half` tokens. They follow EdgeMoE's table
+    (arXiv 2308.14352, 3.2). Its key, the experts of two layers, hardly ever repeats if a token uses many experts; so
+    here each expert of the key contributes evidence of its own.
     """
     _, L, _ = uses.shape
     learn = uses[:half].astype(np.float64)
@@ -177,8 +178,8 @@ def _transitions(uses: NDArray[np.bool_], half: int) -> tuple[Floats, Floats]:
 
 
 def _room(trace: Trace, timing: Timing | None) -> tuple[NDArray[np.bool_], dict[int, Floats]]:
-    """Returns which experts were absent when their layer was planned, [T, L, E] of single tokens, and how many bytes
-    the link could have brought by then since the layer that many before it began, [T, L]."""
+    """Returns which experts were absent when their layer was planned, [T, L, E] of single tokens, and the room for
+    guesses: by distance d, the bytes [T, L] that could have been read since the layer d before it began."""
     header, tape = trace.header, Tape(trace)
     rows: list[NDArray[np.bool_]] = []
 

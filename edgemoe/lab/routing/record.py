@@ -1,4 +1,4 @@
-"""Runs a text through a model as if it had written it, so that a trace can be recorded of it."""
+"""Runs a given text through a model as if the model had written it, so that a trace of it can be recorded."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def follow(
     """Computes a new sequence: its first `prompt` tokens as a prompt, the others one at a time.
 
     Args:
-        progress: takes the tokens done and all of them.
+        ids: the tokens of the text.
+        prompt: how many of them are the prompt.
+        progress: called with the tokens done and all tokens.
 
     Raises:
         ValueError: the text does not fit the engine's context, or has no token after the prompt.
@@ -39,10 +41,12 @@ def follow_pieces(
     length: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Computes a text as sequences of `length` tokens, each at once: many times as fast as one token at a time.
+    """Computes a text as sequences of `length` tokens, each in one pass: many times as fast as one token at a time.
 
     Args:
-        progress: takes the tokens done and all of them.
+        ids: the tokens of the text.
+        length: tokens of each sequence; the last may be shorter.
+        progress: called with the tokens done and all tokens.
 
     Raises:
         ValueError: a piece does not fit the engine's context.

@@ -1,7 +1,7 @@
-"""Replays a trace through any scheduler, policy and budget, with the runtime's own cache code and no weights.
+"""Replays of a trace through any scheduler, policy and budget, with the runtime's own cache code and no weights.
 
-Hits, misses and evictions are those of a real run, exactly, as long as they do not depend on how fast reads are:
-for schedulers that read nothing ahead, on single tokens and on chunks whose experts fit the budget together.
+Hits, misses and evictions are exactly those of a real run as long as they do not depend on the speed of reads. That is
+so for schedulers that read nothing ahead, on single tokens and on chunks whose experts all fit the budget together.
 """
 
 from __future__ import annotations
@@ -27,40 +27,42 @@ from edgemoe.store.tiers import Tiers
 __all__ = ["Replay", "Tape", "make_scheduler", "replay", "setting"]
 
 
-_NOMINAL_S, _NOMINAL_RATE = 1e-2, 1e9  # of a token, and bytes per second
+_NOMINAL_S, _NOMINAL_RATE = 1e-2, 1e9  # seconds of a token besides reads, and bytes per second
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replay:
-    """Says what would have happened. Sums are over single tokens, after what the chunks left in memory."""
+    """What would have happened. Sums are over single tokens, with memory as the chunks before them left it."""
 
     hits: int
-    """Experts that were wanted and resident."""
+    """Uses of an expert that was resident."""
     misses: int
+    """Uses of an expert that had to be read."""
     evictions: int
     bytes_read: int
     bits: int
-    """Summed over uses."""
+    """Bits, summed over uses of experts."""
     tokens: int
     ahead_hits: int
-    """Of the hits, those that were read ahead for it. A real run counts the late ones as misses."""
+    """How many of the hits were read ahead. A real run counts those that arrive late as misses."""
     prompt_hits: int
-    """Of chunks."""
+    """Hits of chunks, which are not in `hits`."""
     prompt_misses: int
+    """Misses of chunks, which are not in `misses`."""
     device_hits: int
-    """Of the hits, those that a device has."""
+    """How many of the hits were on experts in the device's memory."""
     device_bytes_in: int
-    """Copied to the device."""
+    """Bytes copied to the device."""
     plan_us: float
-    """Median time of `Scheduler.plan` for one token and layer."""
+    """Median time of `Scheduler.plan` for one token and layer, in microseconds."""
     seconds: float
-    """That the timing model says; 0 without one."""
+    """Time predicted by the timing model; 0 without one."""
     wait_s: float
-    """Of these, standing still for reads."""
+    """The part of `seconds` that is spent waiting for reads."""
 
     @property
     def hit_rate(self) -> float:
-        """Hits per use of an expert, 1 when there was none."""
+        """Hits per use of an expert; 1 if there were no uses."""
         uses = self.hits + self.misses
         return self.hits / uses if uses else 1.0
 
@@ -72,32 +74,32 @@ class Replay:
 
     @property
     def bytes_per_token(self) -> float:
-        """Bytes read."""
+        """Bytes read per token."""
         return self.bytes_read / self.tokens if self.tokens else 0.0
 
     @property
     def rate(self) -> float:
-        """Predicted tokens per second, 0 without a timing."""
+        """Predicted tokens per second; 0 without a timing model."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     @property
     def average_bits(self) -> float:
-        """Of the experts that ran."""
+        """Mean bits over uses of experts; 0 if there were no uses."""
         uses = self.hits + self.misses
         return self.bits / uses if uses else 0.0
 
 
 class Tape:
-    """Is a trace made ready for replaying, in its own order or, as a control, with its single tokens shuffled."""
+    """A trace prepared for replays, in its own order or, as a control, with its single tokens shuffled."""
 
     def __init__(self, trace: Trace, *, shuffle: bool = False, seed: int = 0) -> None:
         first, tokens = trace.passes()
-        if shuffle:  # chunks stay: they fill the cache
+        if shuffle:  # chunks stay in place: they fill the cache
             single = np.flatnonzero(tokens == 1)
             first[single] = first[np.random.default_rng(seed).permutation(single)]
         self.header = trace.header
         self.num_tokens = int((tokens == 1).sum())
-        """Computed one at a time."""
+        """How many tokens were computed one at a time."""
         rows, L = trace.rows, trace.header.num_layers
         experts, gates = rows["experts"].astype(np.int32), rows["gates"].astype(np.float32)
         p = trace.header.look_ahead
@@ -107,9 +109,9 @@ class Tape:
         self.passes: list[list[Routing]] = []
         self.begins: list[bool] = []
         self.ids: list[NDArray[np.int32] | None] = []
-        """Per pass its tokens [T]; None where the trace does not know them."""
+        """The tokens [T] of each pass; None if the trace does not have them."""
         self.computing_us: list[list[tuple[float, float]]] = []
-        """Per pass and layer, the time before the experts and that of computing them, as it was recorded."""
+        """Per pass and layer, the recorded times before the experts and of computing them, in microseconds."""
         for f, T in zip(first.tolist(), tokens.tolist(), strict=True):
             layers, times = [], []
             for layer in range(L):
@@ -132,7 +134,7 @@ class Tape:
             self.computing_us.append(times)
 
     def halves(self) -> tuple[Tape, Tape]:
-        """Returns two tapes, each with half of the single tokens; a half that begins within a sequence begins one.
+        """Returns two tapes, each with half of the single tokens. Each begins a sequence, even in the middle of one.
 
         Raises:
             ValueError: there are fewer than two single tokens.
@@ -153,14 +155,14 @@ class Tape:
 
     @property
     def requests(self) -> list[NDArray[np.int32]]:
-        """The experts of every layer of every pass, for an oracle."""
+        """The experts of every pass and layer, [T, K] each, for an oracle."""
         return [routing.experts for layers in self.passes for routing in layers]
 
 
 def setting(
     header: TraceHeader, budget_bytes: int, sections: Mapping[str, bytes] | None = None
 ) -> Setting:
-    """Returns what a scheduler would be told with another budget; `sections` are those of the model's file."""
+    """Returns the setting that a scheduler would have with this budget; `sections` are those of the model's file."""
     return Setting(
         num_layers=header.num_layers,
         num_experts=header.num_experts,
@@ -185,7 +187,7 @@ def make_scheduler(
     """Returns a scheduler of `edgemoe.scheduler`, or the oracle "sch" or "belady".
 
     Raises:
-        ValueError: no such scheduler, or a wrong option.
+        ValueError: there is no such scheduler, or an option is wrong.
     """
     given = setting(tape.header, budget_bytes, sections)
     if name in ORACLES:
@@ -207,15 +209,16 @@ def replay(
     progressive: float = 0.0,
     each: Callable[[Routing, NDArray[np.int8]], None] | None = None,
 ) -> Replay:
-    """Replays.
+    """Replays a tape through a scheduler and returns what would have happened.
 
     Args:
         scheduler: made for this budget, and not used before.
-        vram_bytes: what a device has for experts; 0 for no device. Which of them it gets is what `Tiers` decides.
-        policy: "lfu" or "lru"; for a scheduler that is made with another one it is that.
-        timing: predicts the time, where there is no device; None for none.
+        budget_bytes: memory for experts.
+        vram_bytes: a device's memory for experts; 0 for no device. `Tiers` decides which experts it gets.
+        policy: "lfu" or "lru"; ignored for a scheduler that has a policy other than "lfu".
+        timing: predicts the time; None for no prediction. Ignored if there is a device.
         progressive: see `edgemoe.lab.routing.timing.Pipeline`.
-        each: is told of each layer before it is planned, with the live residency [layers, E].
+        each: called before each layer is planned, with its recorded routing and the live residency [layers, E].
 
     Raises:
         OutOfBudget: not even one expert fits.
@@ -262,7 +265,7 @@ def replay(
         took = (pipeline.now_s, pipeline.wait_s) if pipeline else (0.0, 0.0)
         last, counts = counts, _counts(store)
         sums[int(is_single)] += counts - last
-        # Schedulers that try things out must see some time; without a timing, reading is all that takes any.
+        # Schedulers with timed trials need some time to measure. Without a timing model only reads make a difference.
         spent_s = (
             took[0] - start[0] if pipeline else _NOMINAL_S + (counts - last)[3] / _NOMINAL_RATE
         )
@@ -287,7 +290,7 @@ def _counts(store: ExpertStore) -> NDArray[np.int64]:
 
 
 def _over(store: ExpertStore, header: TraceHeader, vram_bytes: int) -> ExpertStore:
-    """Returns the same experts with a device, whose slots are whole ones."""
+    """Returns a store of the same experts with a device on top, whose slots hold whole experts."""
     rungs = np.array(header.rungs, np.uint8) if header.rungs else None
     there = ExpertStore.dry(
         num_layers=header.num_layers, num_experts=header.num_experts, level_bits=header.level_bits,
@@ -302,7 +305,7 @@ def _over(store: ExpertStore, header: TraceHeader, vram_bytes: int) -> ExpertSto
 
 
 class _Player:
-    """Turns plans into what the pipeline plays."""
+    """Turns plans into layers for the pipeline."""
 
     def __init__(self, timing: Timing, header: TraceHeader, progressive: float) -> None:
         self._pipeline = Pipeline(timing, progressive=progressive)
@@ -326,7 +329,11 @@ class _Player:
     def play(
         self, plan: Plan, residency: NDArray[np.int8], time_us: tuple[float, float]
     ) -> Callable[[], None]:
-        """Takes what is resident before a request; the rest follows when the cache has done its part."""
+        """Records what is resident before a request; call the returned function after the request.
+
+        Args:
+            time_us: the recorded times before the experts and of computing them; used for chunks.
+        """
         timing, sizes = self._timing, self._sizes
         single = len(plan.gates) == 1
         before = timing.before_us[plan.layer] if single else time_us[0]
@@ -334,7 +341,8 @@ class _Player:
         most = [self._rungs[e] for e in wanted]
         have = list(map(min, residency[plan.layer][plan.experts].tolist(), most))
         need = list(map(min, self._levels[plan.bits].tolist(), most))
-        # Compute is as the bytes that it reads from memory; a chunk's was measured, with as many tokens.
+        # Compute time is proportional to the bytes that it reads from memory. For a chunk it was measured with as many
+        # tokens.
         one = (
             timing.expert_us / self._mean
             if single

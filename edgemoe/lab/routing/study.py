@@ -1,4 +1,4 @@
-"""Replays one trace through many schedulers, policies and budgets, always beside the lines to judge them by."""
+"""Replays of one trace through many schedulers, policies and budgets, next to the baselines to judge them by."""
 
 from __future__ import annotations
 
@@ -23,27 +23,27 @@ _BASELINES = ("lru", "lfu")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """Is a way to run the trace."""
+    """One way to run the trace: a scheduler with its policy and options."""
 
     name: str
     scheduler: str
     policy: str
-    """For schedulers that go by the cache's own count of uses."""
+    """"lru" or "lfu", for schedulers that leave eviction to the cache's own counts."""
     options: Mapping[str, Any]
 
 
 def lines(
     schedulers: Sequence[str], policies: Sequence[str], options: Mapping[str, Mapping[str, Any]]
 ) -> list[Line]:
-    """Returns LRU, LFU, the schedulers under each policy, SCH(16) and Belady.
+    """Returns the lines for LRU, LFU, each scheduler under each policy, SCH(16) and Belady.
 
     Args:
         options: of each scheduler, by its name.
 
     Raises:
-        ValueError: no such policy, or no such option of a scheduler.
+        ValueError: there is no such policy, or a scheduler has no such option.
     """
-    for name, given in options.items():  # before replays take minutes
+    for name, given in options.items():  # check first: replays take minutes
         if name in KINDS:
             check_options(name, given)
     for policy in policies:
@@ -63,10 +63,10 @@ def lines(
 
 
 def budget_of(text: str, trace: Trace) -> int:
-    """Returns the bytes of a size like 200MiB, or of a share like 25% of all experts.
+    """Returns the bytes of a size like 200MiB, or of a share of all experts like 25%.
 
     Raises:
-        ValueError: neither.
+        ValueError: the text is neither.
     """
     if not text.endswith("%"):
         return parse_size(text)
@@ -86,7 +86,7 @@ def _everything(trace: Trace) -> int:
 
 
 def remarks(trace: Trace, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns what a reader of the rows of `study` must know: where a trace is less than a run."""
+    """Returns caveats for a reader of the rows of `study`: where a replay differs from a run for lack of data."""
     said = sorted({line for r in rows for line in r["notes"] if line.startswith("a trace")})
     further = {r["scheduler"] for r in rows if r["look_ahead"] > trace.header.look_ahead}
     return said + [
@@ -105,15 +105,18 @@ def study(
     sections: Mapping[str, bytes] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[dict[str, Any]]:
-    """Returns a row per budget and line: the fields of `Replay` and its rates, and the hit rate when the single
-    tokens come in random order.
+    """Returns a row for each budget, device size and line: the fields of `Replay`, its rates, and the hit rate when the
+    single tokens come in random order.
 
-    A scheduler with a policy of its own is replayed under that only.
+    A scheduler with a policy of its own is replayed only under that policy.
 
     Args:
+        ways: from `lines`.
         budgets: bytes for experts.
         vrams: bytes for experts on a device; 0 for no device.
-        sections: of the model's file, where a scheduler may have tables of its own.
+        timing: the timing model of this machine; None for no predicted speeds.
+        sections: of the model's file, which some schedulers read.
+        progress: called with the replayed lines done and all of them.
     """
     everything = _everything(trace)
     tape, control = Tape(trace), Tape(trace, shuffle=True)
@@ -177,11 +180,12 @@ def measured(
 
     Args:
         qualities: rows that `edgemoe quality --store` keeps, all with the dense bits of the trace.
+        timing: the timing model of this machine, for the trace's bits.
         sections: of the model's file.
 
     Returns:
-        Per setting its name, predicted rate, and the change of perplexity with its standard error, as shares; and why
-        others cannot be replayed, a line each.
+        For each setting its name, its predicted rate in tokens per second, and the change of perplexity with its
+        standard error, as shares; then a line for each setting that cannot be replayed, saying why.
     """
     header, tape = trace.header, Tape(trace)
     out, refused = [], []
@@ -191,7 +195,7 @@ def measured(
         name = f"{row['bits']} bits{'' if name == 'on-demand' else f', {name}'}"
         bits = row["bits"]
         if bits == "auto" and "allocation" not in sections:
-            bits = header.bits  # all that the file has of each
+            bits = header.bits  # the highest bits that the file has of each expert
         elif bits == "auto":
             options["bits"] = Allocation.from_json(sections["allocation"], "allocation").bits
             bits = int(options["bits"].max())
@@ -203,7 +207,7 @@ def measured(
         tape.header = replace(
             header, bits=bits, level_bits=header.level_bits[:n], level_bytes=header.level_bytes[:n], rungs=rungs
         )  # fmt: skip
-        # Computing an expert takes as long as reading its bytes from memory.
+        # The time to compute an expert is proportional to its bytes.
         size = tape.header.mean_bytes[-1] / header.mean_bytes[-1]
         try:
             scheduler = make_scheduler(

@@ -1,4 +1,4 @@
-"""Counts on traces which experts follow which: EdgeMoE's table, built offline from several texts (arXiv 2308.14352)."""
+"""EdgeMoE's table of which experts follow which (arXiv 2308.14352), counted offline on traces of several texts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ __all__ = ["count_paths"]
 
 
 def count_paths(traces: Iterable[Trace], shape: tuple[int, int, int]) -> tuple[bytes, int]:
-    """Counts the paths of all tokens of traces of one model.
+    """Counts the paths of all tokens in traces of one model.
 
     Args:
-        shape: layers with routed experts, experts in each, experts per token.
+        shape: the number of layers with routed experts, experts per layer, experts per token.
 
     Returns:
         The section "transitions" for the model's file, and how many tokens were counted.
 
     Raises:
-        ValueError: a trace of a model of another shape, or no token.
+        ValueError: a trace is of a model with another shape, or there are no tokens.
     """
     table, tokens = Transitions(*shape), 0
     for trace in traces:

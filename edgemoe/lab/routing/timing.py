@@ -1,8 +1,9 @@
-"""What a layer takes on this machine: reads and compute side by side, fitted to a trace's own times.
+"""A timing model of a layer on this machine, with overlapping reads and compute, fitted to a trace's own times.
 
-The model: what comes before the experts takes its time; then reads start while the experts in memory are computed,
-the others as they arrive. A few readers hide each other's latency and share one link. A miss costs some computing
-of its own: system calls, checksums, a smaller group. Reads ahead use the link when nothing else wants it.
+The part of a layer before its experts takes a fixed time. Then reads start while the experts in memory are computed;
+the other experts are computed as they arrive. A few readers hide each other's latency and share one link, the disk. A
+miss costs some computing of its own: system calls, checksums, a smaller group. Reads ahead use the link when nothing
+else needs it.
 """
 
 from __future__ import annotations
@@ -18,23 +19,23 @@ from edgemoe.store.records import NUM_READERS
 
 __all__ = ["Pipeline", "Timing", "fit", "quiet_tokens"]
 
-_DOUBT = 0.02  # how much worse a fit may be for a rate e times lower
+_DOUBT = 0.02  # how much worse, relatively, a fit may be with a rate lower by a factor of e
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Says what the parts of a single token's layer take, in microseconds and bytes per microsecond."""
+    """The times of the parts of a layer for a single token, in microseconds, and the rate of reads."""
 
     before_us: tuple[float, ...]
-    """Per layer, until its experts begin."""
+    """Per layer, the time until its experts begin."""
     expert_us: float
-    """Computing one expert at the trace's bits, of a group that is in memory."""
+    """The time to compute one expert at the trace's bits, in a group that is in memory."""
     miss_us: float
-    """More than that in a layer with reads, times the root of their number: few come one by one, many in groups."""
+    """Extra computing time in a layer with n reads, divided by √n: few reads arrive one by one, many in groups."""
     latency_us: float
-    """From asking for a read to its first byte."""
+    """The time from asking for a read to its first byte."""
     rate: float
-    """Bytes per microsecond of all readers together."""
+    """The rate of all readers together, in bytes per microsecond."""
 
     @property
     def rate_gb_s(self) -> float:
@@ -43,13 +44,13 @@ class Timing:
 
 
 class Pipeline:
-    """Plays layers one after the other, and keeps the time. Microseconds."""
+    """A simulation that plays layers one after the other and keeps the time, in microseconds."""
 
     def __init__(self, timing: Timing, *, progressive: float = 0.0) -> None:
         """Args:
-        progressive: share of an expert's computing that could be done in idle moments before its last byte is here, if
-            its planes were multiplied as they come. That is an upper bound of what this could gain: all of the
-            share may be done at any moment of the wait, at no cost of its own.
+        progressive: the share of an expert's computing that could be done while waiting for its last byte, if its
+            planes were multiplied as they arrive. This gives an upper bound of the gain: all of the share may be done
+            at any moment of the wait, at no extra cost.
         """
         self._progressive = progressive
         self.now = 0.0
@@ -59,8 +60,8 @@ class Pipeline:
         self._link = 0.0
         # Reads ahead that have not begun: bytes, and when they were asked for.
         self._queue: dict[int, tuple[int, float]] = {}
-        self._arrivals: dict[int, float] = {}  # those that have
-        self._begun = 0  # of these, since the layer before
+        self._arrivals: dict[int, float] = {}  # when reads ahead that have begun arrive
+        self._begun = 0  # how many reads ahead have begun since the layer before
 
     def layer(
         self,
@@ -74,9 +75,10 @@ class Pipeline:
         """Plays one layer.
 
         Args:
-            ready: computing time of each expert that is in memory, or was asked for ahead.
-            reads: bytes and computing time of each expert that must be read, in their order.
-            wanted: the experts that run, to find those among them that are still on their way.
+            before_us: the time until the experts begin.
+            ready: the computing time of each expert that is in memory or was read ahead.
+            reads: the bytes and the computing time of each expert that must be read, in order.
+            wanted: the experts that run, to find those that are still being read ahead.
             ahead: experts to read ahead and their bytes, in addition to those asked for before.
         """
         self.now += before_us
@@ -91,9 +93,9 @@ class Pipeline:
                 elif (end := self._arrivals.pop(expert, 0.0)) > self.now:
                     late.append(end)
         order = sorted(ready)
-        for end in late:  # which of the ready ones they are does not matter: they are alike
+        for end in late:  # which of the ready experts is late does not matter: they are alike
             arrivals.append((end, order.pop() if order else 0.0))
-        # A read costs computing time whatever it is for; those for later layers do so beside this one's.
+        # Every read costs computing time. Reads for later layers cost theirs during this layer.
         begun, self._begun = self._begun, 0
         extra = self.timing.miss_us / max(len(arrivals) + begun, 1) ** 0.5
         arrivals = [(end, compute + extra) for end, compute in arrivals]
@@ -116,7 +118,7 @@ class Pipeline:
         self._begin_ahead(done)
 
     def _read(self, size: float, at: float) -> float:
-        """Returns when a read that is asked for now will have arrived."""
+        """Returns when a read that is asked for at `at` will have arrived."""
         reader = min(range(NUM_READERS), key=self._readers.__getitem__)
         asked = max(at, self._readers[reader])
         end = max(asked + self.timing.latency_us, self._link) + size / self.timing.rate
@@ -124,7 +126,7 @@ class Pipeline:
         return end
 
     def _begin_ahead(self, until: float) -> None:
-        """Starts reads ahead as readers come free before a moment; one reader is kept for what is wanted now."""
+        """Starts reads ahead as readers become free before `until`; one reader is kept free for reads on demand."""
         while self._queue:
             expert, (size, asked) = next(iter(self._queue.items()))
             start = max(sorted(self._readers)[1], asked)
@@ -138,8 +140,8 @@ class Pipeline:
 def fit(trace: Trace) -> Timing:
     """Fits the model to the single tokens of a trace.
 
-    To the means of its quiet tokens: other work on the machine makes some slow, and what this predicts is a machine
-    without it. Means add up to a token's time, which medians of its parts do not.
+    It is fitted to means over the quiet tokens (`quiet_tokens`). Other work on the machine makes some tokens slow, and
+    the model is of a machine without it. Means of the parts of a token add up to its time; medians do not.
 
     Raises:
         ValueError: the trace has too few single tokens, or no miss among them, or its scheduler read ahead.
@@ -165,7 +167,7 @@ def fit(trace: Trace) -> Timing:
     ran, misses, computing, wait, size = (
         a[quiet].ravel() for a in (ran, misses, computing, wait, size)
     )
-    # Each number of experts that ran and of misses among them, and how often it came.
+    # For each pair of numbers, of experts that ran and of misses among them: how often it came, and mean times.
     kinds = np.unique(np.stack([ran, misses], axis=1), axis=0)
     table = []
     for r, m in kinds.tolist():
@@ -191,10 +193,10 @@ def fit(trace: Trace) -> Timing:
             one = (bytes_read / m, expert_us)
             play.layer(0.0, [expert_us] * (r - m), [one] * m)
             total += count * (play.wait_us - waited) ** 2
-        # Where layers all read much, latency and rate can stand for each other: then the lower rate is the likelier.
+        # If all layers read much, latency and rate cannot be told apart. Then the lower rate is likelier.
         return total * (1 + _DOUBT * float(np.log(max(rate, slowest) / slowest)) ** 2)
 
-    # A grid, then finer ones around the best: the error has no derivative, and more than one valley.
+    # A grid search, then finer grids around the best: the error is not smooth and has several minima.
     latency, rate = 100.0, 10 * slowest
     for span, points in ((20.0, 25), (1.3, 9), (1.05, 9)):
         steps = span ** np.linspace(-1, 1, points)
@@ -205,10 +207,10 @@ def fit(trace: Trace) -> Timing:
 
 
 def quiet_tokens(trace: Trace) -> NDArray[np.bool_]:
-    """Returns which half of the single tokens was least disturbed, [T]: the faster ones for what they had to do.
+    """Returns the half of the single tokens that was least disturbed, as a mask [T]: those fastest for their work.
 
-    What they had to do is how many experts ran and how many of them were missing, layer by layer; the usual time of
-    that is its median. The faster half alone would be the tokens with few misses.
+    A token's work is how many experts ran and how many of them were missing in each layer; the median time of equal
+    work is the expected time. The fastest half without regard to work would be the tokens with few misses.
     """
     before, experts = (trace.by_token(n, single=True) for n in ("before_us", "experts_us"))
     ran, misses = _counts(trace)
@@ -233,10 +235,10 @@ def _counts(trace: Trace) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _computing(table: NDArray[np.float64]) -> tuple[float, float]:
-    """Returns expert_us and miss_us that fit best, neither of them negative.
+    """Returns the expert_us and miss_us that fit best, neither negative.
 
     Args:
-        table: [n, …]: experts that ran, misses, how often, computing time.
+        table: [n, …], with columns for the experts that ran, misses, how often this came, and mean computing time.
     """
     ran, misses, count, computing = table.T[:4]
     weights = np.sqrt(count)

@@ -1,7 +1,7 @@
 """Fits the four weights of HOBBIT's cache priority to a trace, by replays (arXiv 2411.01433, section 3.4).
 
-The paper says that its weights were fitted and prints none. Here they are fitted to the fewest bytes read on the first
-half of a trace, and judged on the second.
+The paper says that its weights were fitted, and prints none. Here they minimise the bytes read on the first half of a
+trace, and are judged on the second half.
 """
 
 from __future__ import annotations
@@ -16,24 +16,25 @@ from edgemoe.lab.routing.replay import Replay, Tape, make_scheduler, replay
 __all__ = ["NAMES", "Fitted", "Weights", "fit_weights"]
 
 NAMES = ("w_recency", "w_frequency", "w_high", "w_distance")
-"""The options of every scheduler that hold them."""
+"""The scheduler options that set the weights; every scheduler takes them."""
 
 Weights = tuple[float, float, float, float]
-"""In the order of `NAMES`; they sum to 1."""
+"""The four weights in the order of `NAMES`; they sum to 1."""
 
-_OTHERS = ("lru", "lfu", "next-use")  # to judge them by
-_QUARTERS = 4  # the first grid
-_FINEST = 1 / 32
+_OTHERS = ("lru", "lfu", "next-use")  # evictions to compare with
+_QUARTERS = 4  # steps of the first grid
+_FINEST = 1 / 32  # the smallest share that is moved between weights
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What was found."""
+    """The fitted weights, and how they compare."""
 
     weights: Weights
     rows: tuple[tuple[str, Replay, Replay], ...]
-    """A way to evict, and what it did on the first and on the second half; the fitted weights last."""
+    """For each eviction its name and its replays of the first and of the second half; the fitted weights come last."""
     replays: int
+    """How many sets of weights were tried, each by one replay."""
 
 
 def fit_weights(
@@ -44,18 +45,19 @@ def fit_weights(
     options: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Fitted:
-    """Searches the weights under which a scheduler reads the fewest bytes.
+    """Searches for the weights under which a scheduler reads the fewest bytes.
 
-    All weights in quarters are tried; then the best one's neighbours, with shares of 1/8, 1/16 and 1/32 moved from one
-    weight to another, as long as one is better.
+    First all weights that are multiples of 1/4 are tried. Then a local search moves a share of 1/8 from one weight to
+    another as long as that helps, then shares of 1/16, then of 1/32.
 
     Args:
-        scheduler: which one plans.
+        budget_bytes: memory for experts.
+        scheduler: the name of the scheduler that plans.
         options: of the scheduler.
-        progress: is told how many replays are done.
+        progress: called with the number of replays done.
 
     Raises:
-        ValueError: too few single tokens to halve, or an option is wrong.
+        ValueError: there are too few single tokens to halve, or an option is wrong.
         OutOfBudget: not even one expert fits.
     """
     first, second = tape.halves()
