@@ -1,1 +1,1 @@
-"""Which bits each expert should have: calibration, allocation, trained routers."""
+"""How many bits each part of a model should have: calibration, allocation, search, trained bit routers, stand-ins."""

@@ -1,11 +1,11 @@
-"""Decides offline how many bits each routed expert runs at: the papers' rules on what a calibration knows.
+"""The offline choice of bits for each routed expert, by rules from papers applied to a calibration or to measured loss.
 
-error       least sum of what each expert's level changes in its layer's output, squared; over all layers at once
-pmq         MC-MoE's integer programme, phi^a * w^b * eps^c, solved exactly
-expertwise  EdgeMoE's search: each expert's measured loss at the low level, then as many low ones as may be
+error       least sum, over all layers at once, of the squared change of a layer's output by each expert's level
+pmq         MC-MoE's integer programme, with cost phi^a * w^b * eps^c, solved exactly
+expertwise  EdgeMoE's search: measures each expert's loss at the low level, then gives it to as many as allowed
 frequency   QuantMoE-Bench: experts that are often chosen get the higher level
-first-blocks, outlier    its other rules: early layers; matrices with outliers
-random      the control
+first-blocks, outlier    its other rules: early layers, or matrices with outliers, get the higher level
+random      a control
 """
 
 from __future__ import annotations
@@ -34,21 +34,23 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Says what is asked for. None is each method's own default, as `allocate` says."""
+    """The settings of an allocation."""
 
     average_bits: float | None = None
+    """The most bits of an expert on average; all methods need it, except expertwise with `max_loss`."""
     max_loss: float | None = None
-    """expertwise alone, instead of `average_bits`: most mean KL divergence to the file's highest level."""
+    """Only for expertwise, in place of `average_bits`: the most mean KL divergence from the file's highest level, in
+    nats."""
     levels: tuple[int, ...] | None = None
-    """Bits that may be given, ascending."""
+    """Bits to choose from, ascending; None for the method's own default (see `allocate`)."""
     exponents: tuple[float, float, float] = (1, 1, 2)
-    """Of pmq: of frequency, gate weight and error."""
+    """For pmq: the exponents of frequency, gate and error."""
     per_layer: bool = False
-    """Every layer gets the same average, as published for pmq; else the model as a whole."""
+    """Every layer gets the same average, as published for pmq; otherwise the model as a whole."""
     protect: bool = True
-    """Give Super Experts the highest of `levels`, inside the same average."""
+    """Super Experts get the highest of `levels`, within the same average."""
     seed: int = 0
-    """Of random."""
+    """For random."""
 
 
 def allocate(
@@ -62,19 +64,19 @@ def allocate(
 ) -> Allocation:
     """Returns bits for every routed expert of a model.
 
-    Levels are by default all of the file for error, its lowest three for pmq, as published, and for the others the
-    two next to the average; of 2, 4, 8 for expertwise, as published.
+    By default the levels are all of the file's for error, its lowest three for pmq, as published, and the two next to
+    the average for the others; for expertwise these are among 2, 4 and 8, as published.
 
     Args:
         path: a `.moe` file.
-        method: a name of METHODS.
+        method: a name in METHODS.
         calibration: of this model; error, pmq and frequency need it, and so does finding Super Experts.
-        windows: int32 [N, T] tokens that expertwise measures loss on.
-        progress: called with what is measured and how much there is to measure.
+        windows: int32 [N, T], tokens on which expertwise measures loss.
+        progress: called with the number of experts measured and of all experts.
 
     Raises:
-        ValueError: a setting does not do, or something is missing.
-        FormatError: the model or the calibration is not sound, or they do not belong together.
+        ValueError: a setting is wrong, or something that the method needs is missing.
+        FormatError: the model or the calibration is damaged, or they do not belong together.
     """
     moe = open_moe(path)
     if method not in METHODS:
@@ -104,7 +106,7 @@ def allocate(
 
 
 class _Model:
-    """Gives the rules what they ask for, and says what is missing."""
+    """The model, calibration and settings as the methods need them; raises a ValueError for what is missing."""
 
     def __init__(
         self,
@@ -154,7 +156,7 @@ class _Model:
         return table[:, :, [have.index(b) for b in levels]]
 
     def levels(self, default: Sequence[int], *, count: int | None = None) -> tuple[int, ...]:
-        """Returns the levels to choose from."""
+        """Returns the levels to choose from: those of the settings, or the default; `count` of them if given."""
         have = tuple(rung[0] for rung in self.moe.ladder)
         levels = tuple(default) if self.settings.levels is None else self.settings.levels
         if list(levels) != sorted(set(levels)) or not set(levels) <= set(have):
@@ -166,7 +168,7 @@ class _Model:
         return levels
 
     def pair(self, among: Sequence[int] = ()) -> tuple[int, int]:
-        """Returns the two levels next to the average, or those that are set."""
+        """Returns the two levels of the settings, or the two next to the average, of those in `among` if it has any."""
         have = [rung[0] for rung in self.moe.ladder]
         if self.settings.levels is None:
             have = [b for b in have if not among or b in among]
@@ -178,7 +180,13 @@ class _Model:
     def cheapest(
         self, cost: Floats, levels: Sequence[int], one: Sequence[int] = ()
     ) -> rules.Choice:
-        """Solves for all layers at once, or for each alone; cost [L, E, B]."""
+        """Returns the cheapest allocation for all layers at once, or for each layer with `per_layer`.
+
+        Args:
+            cost: [L, E, B]; it is changed.
+            levels: [B], bits.
+            one: with `per_layer`, levels (indices) that at least one expert of every layer must have.
+        """
         lacks = np.array(levels) > self.moe.expert_bits[:, :, None]
         for layer, expert in self.protected:
             cost[layer, expert, : max((~lacks[layer, expert]).sum() - 1, 0)] = np.inf
@@ -191,7 +199,7 @@ class _Model:
         return np.stack([rules.cheapest(c, levels, total, at_least_one=one) for c in cost])
 
     def ranked(self, scores: Floats, levels: Sequence[int]) -> rules.Choice:
-        """Gives the highest scores the higher of two levels."""
+        """Returns the allocation that gives the highest scores [L, E] the higher of two levels; `scores` is changed."""
         for layer, expert in self.protected:
             scores[layer, expert] = np.inf
         return rules.by_rank(scores, levels, self.average, per_layer=self.settings.per_layer)
@@ -218,7 +226,7 @@ def _pmq(model: _Model) -> _Answer:
             for c, g, e in zip(counts, gates, errors, strict=True)
         ]
     )
-    # As published: in every block at least one expert at each level but the lowest.
+    # As published: every layer has at least one expert at each level but the lowest.
     return levels, model.cheapest(cost, levels, one=range(1, len(levels)))
 
 
@@ -256,7 +264,7 @@ def _outlier(model: _Model) -> _Answer:
 
 
 def _expertwise(model: _Model) -> _Answer:
-    """EdgeMoE III-B, steps 1 to 3; its quantiser is ours, its accuracy loss the KL divergence."""
+    """EdgeMoE III-B, steps 1 to 3, with our quantiser, and with the KL divergence in place of its accuracy loss."""
     if model.windows is None:
         raise ValueError("expertwise: expected a text to measure loss on")
     have = [rung[0] for rung in model.moe.ladder]
@@ -288,7 +296,7 @@ def _expertwise(model: _Model) -> _Answer:
         few, many = (
             0,
             n - len(model.protected),
-        )  # the largest K whose loss is small enough lies between
+        )  # the largest count whose loss is small enough lies in [few, many]
         while few < many:
             middle = (few + many + 1) // 2
             if loss(np.array(levels, np.int8)[mix(middle)]) <= most:
@@ -299,7 +307,7 @@ def _expertwise(model: _Model) -> _Answer:
 
 
 def _bracket(model: _Model, loss: Loss, most: float) -> tuple[int, int]:
-    """Step 2: the two uniform levels whose losses enclose the one that is allowed."""
+    """Step 2: returns the two levels, used for all experts, whose losses enclose the one that is allowed."""
     if model.settings.levels is not None:
         first, second = model.levels((), count=2)
         return first, second
@@ -320,4 +328,4 @@ METHODS: Mapping[str, Callable[[_Model], _Answer]] = {
     "outlier": _outlier,
     "random": _random,
 }
-"""By the name that `edgemoe allocate --method` takes."""
+"""All methods, by the name that `edgemoe allocate --method` takes."""

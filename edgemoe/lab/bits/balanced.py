@@ -1,4 +1,4 @@
-"""How much of a further text a calibration takes, for most experts to have seen enough."""
+"""How much of a second text a calibration needs so that most experts have seen enough tokens."""
 
 from __future__ import annotations
 
@@ -22,25 +22,28 @@ Array = NDArray[np.float32]
 Progress = Callable[[int, int], None]
 
 ENOUGH, BALANCED = 128, 0.99
-"""Tokens that say enough of an expert, and the share of all experts that must have seen as many."""
+"""How many tokens are enough for one expert, and the share of all experts that must have seen that many."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Is a model and what running it may take."""
+    """A model and the resources that running it may take."""
 
     moe: MoeFile
     ram: int
+    """Bytes for the whole process."""
     process: int
+    """Bytes that the process took at the start."""
     threads: int | None
 
     def tapped(self, beside: int, window: int) -> TappedModel:
+        """Returns the model with taps; the arguments are those of `TappedModel`."""
         return TappedModel(
             self.moe, ram=self.ram, process=self.process, beside=beside, window=window, threads=self.threads
         )  # fmt: skip
 
     def identity(self, pieces: NDArray[np.int32], *more: object) -> str:
-        """Returns a sum of what the result depends on."""
+        """Returns a hash of everything that a calibration depends on: the model, the pieces of text, and `more`."""
         moe = self.moe
         digest = hashlib.sha256(repr((moe.config, moe.ladder, pieces.shape, more)).encode())
         for array in (moe.experts.crcs, pieces):
@@ -49,12 +52,12 @@ class Machine:
         return digest.hexdigest()
 
     def activations(self, pieces: NDArray[np.int32]) -> Array:
-        """Returns room for what a layer hands on, of every token."""
+        """Returns an uninitialised array for the output of a layer for every token, [N, T, D]."""
         return np.empty((*pieces.shape, self.moe.config.hidden_size), np.float32)
 
 
 def saved(path: Path, identity: str) -> SummedFile | None:
-    """Returns what an interrupted call has left; None if it did not, or it is of something else, or not sound."""
+    """Returns the file that an interrupted call has left; None if there is none, or it is damaged or another's."""
     try:
         file = SummedFile(path, "a part of a calibration")
         if file.meta.get("identity") != identity or not file.is_summed:
@@ -72,9 +75,16 @@ def balanced(
     kept: Path,
     progress: Progress,
 ) -> NDArray[np.int32]:
-    """Returns pieces with as many of the others behind them as it takes for most experts to have seen enough.
+    """Returns `pieces`, followed by as many of `others` as it takes for most experts to have seen enough tokens.
 
-    Some go through all layers at a time, so that no more are looked at than need be. What was counted is kept.
+    Pieces go through all layers in batches, so that hardly more of them are run than needed. Counts are saved after
+    each batch, and an interrupted call goes on from there.
+
+    Args:
+        pieces: [N, T] tokens.
+        others: [M, T] tokens.
+        kept: the file for the counts.
+        progress: called with the pieces that were counted, each in every layer, and the most that there may be.
     """
     layers, needed = machine.moe.config.num_layers, len(pieces)
     every = np.concatenate([pieces, others])
@@ -90,7 +100,7 @@ def balanced(
 
     if n == len(every) or is_enough():
         return every[:n]
-    # Each window of a round is counted apart.
+    # Each window of a batch has counts of its own.
     beside = x.nbytes + needed * total.nbytes
     with machine.tapped(beside, pieces.shape[1]) as model:
         while n < len(every) and not is_enough():

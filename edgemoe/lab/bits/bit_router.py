@@ -1,9 +1,9 @@
 """A decoder in torch whose routed experts choose their bits by trainable routers: D2MoE's dual routing, for training.
 
-Per expert one linear layer to a logit per precision, from the layer's normed input and the slot's gate. The paper
-(D2MoE, arXiv 2504.15299, section 3.2) does not spell the architecture out; its reported cost is that of one linear
-layer, and the gate is ours. Only these layers are trained. The forward pass is that of `edgemoe.model`, without 8-bit
-activations. The module imports torch, and is imported by a call that trains.
+Each expert has one linear layer, from the MoE layer's normed input and the slot's gate to one logit per precision. The
+paper (D2MoE, arXiv 2504.15299, section 3.2) does not describe the architecture; its reported cost is that of one linear
+layer, and the gate as an input is ours. Only these linear layers are trained. The forward pass is that of
+`edgemoe.model`, without 8-bit activations. This module needs torch, so it is imported only when training starts.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ __all__ = ["Routed", "Step", "model_bytes", "use_threads"]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Says what one forward pass gave."""
+    """The figures of one forward pass."""
 
     divergence: float
-    """Mean KL of the routed model from the full one, in nats per token."""
+    """Mean KL divergence of the routed model from the full one, in nats per token."""
     bits: float
-    """Average of what the chosen precisions are, dropped slots included."""
+    """The average of the chosen precisions, including dropped slots."""
     dropped: float
-    """Share of slots that exceeded a capacity."""
+    """The share of slots that exceeded a capacity."""
 
 
 def model_bytes(moe: MoeFile, levels: Sequence[int]) -> int:
-    """Returns the memory of the weights as float32, at the precisions `levels` and the highest."""
+    """Returns the bytes of the weights as float32, at the precisions `levels` and at the highest."""
     c = moe.config
     dense = sum(int(np.prod(t.spec.shape)) for t in moe.tensors.values())
     expert = 3 * c.hidden_size * c.expert_hidden
@@ -53,22 +53,21 @@ def use_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-_SHARPNESS = (
-    3.0  # of the rule that routers begin as: logits at one standard deviation of gates from a cut
-)
-_FEW_RATE = 10.0  # for what has one input, where `weight` has D that move together
+_SHARPNESS = 3.0
+"""Of the initial rule: the difference of logits at one standard deviation of gates from a cut."""
+_FEW_RATE = 10.0  # factor for `gate_weight` and `bias`: they have one input, `weight` has D
 
 
 class Routed:
-    """Is a model at its full bits and, from the same weights, with each slot's bits chosen by routers."""
+    """A model that runs at its full bits or, with the same weights, with each slot's bits chosen by routers."""
 
     def __init__(self, moe: MoeFile, levels: Sequence[int], *, rate: float) -> None:
         """Args:
-        levels: precisions to choose from, ascending, of the file's; the first may be 0, which does not run.
-        rate: of Adam.
+        levels: precisions of the file to choose from, ascending; the first may be 0, which does not run the expert.
+        rate: the learning rate of Adam.
 
         Raises:
-            FormatError: a checksum does not match, or the model has what this decoder does not know.
+            FormatError: a checksum does not match, or the model has parts that this decoder does not support.
         """
         self.config = c = moe.config
         simple = RouterSpec(
@@ -116,11 +115,11 @@ class Routed:
         self._gates: list[Tensor] | None = None
 
     def begin(self, ids: NDArray[np.int32], shares: Sequence[float]) -> None:
-        """Lets the routers begin as the rule of those who do not train: a larger gate gets more bits.
+        """Initialises the routers to D2MoE's untrained rule: a larger gate gets more bits.
 
         Args:
-            ids: [N, T], sequences whose gates tell where each layer's cuts between precisions lie.
-            shares: of slots, at each precision.
+            ids: [N, T], sequences whose gates determine each layer's cuts between precisions.
+            shares: the share of slots at each precision.
         """
         self._gates = []
         self.logits(ids)
@@ -128,7 +127,7 @@ class Routed:
         for layer, gates in enumerate(self._gates):
             slope = _SHARPNESS / float(gates.std().clamp(min=1e-6))
             cuts = torch.cat([torch.zeros(1), gates.flatten().quantile(at)])
-            # Of logits slope * sum over i <= k of (gate - cut i), the k-th is largest between cuts k and k + 1.
+            # Logit k is slope * sum over i <= k of (gate - cut i), so it is the largest between cuts k and k + 1.
             self.gate_weight.data[layer] = slope * torch.arange(len(shares))
             self.bias.data[layer] = -slope * cuts.cumsum(0)
         self._gates = None
@@ -141,7 +140,7 @@ class Routed:
         capacities: Sequence[float] | None,
         seed: int,
     ) -> Step:
-        """Does a step of Adam on the loss of sequences [N, T]; the arguments are those of `loss`."""
+        """Does one step of Adam on the loss of sequences [N, T]; arguments are those of `loss`."""
         loss, step = self.loss(ids, alpha=alpha, capacities=capacities, seed=seed)
         self._adam.zero_grad()
         loss.backward()
@@ -156,20 +155,20 @@ class Routed:
         capacities: Sequence[float] | None,
         seed: int,
     ) -> tuple[Tensor, Step]:
-        """Returns the paper's loss: distillation plus alpha times the bits to be expected, mean over layers.
+        """Returns the paper's loss: distillation plus alpha times the expected bits, as a mean over layers.
 
         Args:
-            ids: [N, T].
-            alpha: nats per bit.
+            ids: [N, T], tokens.
+            alpha: the price of a bit, in nats.
             capacities: see `keep_within`; None drops nothing.
-            seed: of what is drawn.
+            seed: of the random choices.
         """
         tokens = torch.from_numpy(ids).long()
         with torch.no_grad():
             teacher = functional.log_softmax(self._forward(tokens, None), -1)
         choosing = Choosing(self, capacities, torch.Generator().manual_seed(seed))
         student = functional.log_softmax(self._forward(tokens, choosing), -1)
-        # The cross-entropy less the teacher's own entropy, which no router changes.
+        # The cross-entropy less the teacher's entropy, which does not depend on the routers.
         divergence = (
             functional.kl_div(student, teacher, reduction="sum", log_target=True) / tokens.numel()
         )
@@ -189,7 +188,7 @@ class Routed:
         return {"weight": self.weight, "gate_weight": self.gate_weight, "bias": self.bias}
 
     def state(self) -> dict[str, NDArray[Any]]:
-        """Returns copies of the routers and of what Adam knows, by name."""
+        """Returns copies of the routers and of the state of Adam, by name."""
         out = {}
         for name, tensor in self._trained.items():
             out[name] = tensor.detach().numpy().copy()
@@ -198,10 +197,10 @@ class Routed:
         return out
 
     def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
-        """Takes what `state` of the same model returned.
+        """Restores what `state` returned for the same model.
 
         Raises:
-            KeyError: something is missing.
+            KeyError: an array is missing.
         """
         for name, tensor in self._trained.items():
             tensor.data = torch.tensor(state[name])
@@ -233,7 +232,7 @@ class Routed:
         return x @ w["embed" if c.tied else "head"].T / c.logits_divisor
 
     def _moe(self, layer: int, x: Tensor, choosing: Choosing | None) -> Tensor:
-        """The gated sum [T, D] of a layer's experts on x [T, D]."""
+        """Returns the gated sum [T, D] of a layer's experts on x [T, D]."""
         c = self.config
         scores = x @ self._dense[f"layers.{c.moe_layers[layer]}.router"].T
         top, chosen = scores.topk(c.experts_per_token)
@@ -291,7 +290,7 @@ class Routed:
 
 
 def _is_known(mixer: MixerSpec) -> bool:
-    """Returns whether `Routed` computes it."""
+    """Returns whether `Routed` can compute this mixer."""
     return (
         isinstance(mixer, AttentionSpec)
         and mixer.rope_dim == mixer.head_dim

@@ -1,8 +1,8 @@
-"""Collects a calibration: runs a text through a model and sums what flows into every matrix.
+"""Collects a calibration: runs a text through a model and sums statistics of the input of every matrix.
 
-All of the text goes through one layer before it goes through the next. So each expert is read once, only the sums of
-one layer are in memory, and a layer that is done is written and never seen again. What the next layer takes is kept
-beside it, from which an interrupted calibration goes on.
+The whole text goes through one layer before it goes through the next. So each expert is read once, only the sums of one
+layer are in memory, and a finished layer is written and not needed again. The input of the next layer is saved in a
+file of its own, from which an interrupted calibration goes on.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["ENOUGH", "WINDOW", "calibrate", "default_text", "is_begun", "windows
 Progress = Callable[[int, int], None]
 
 WINDOW = 512
-"""Tokens of each piece of text, as llama.cpp's imatrix takes them."""
+"""Tokens of each piece of text, as in llama.cpp's imatrix."""
 
 Array = NDArray[np.float32]
 
@@ -59,12 +59,13 @@ def default_text() -> str:
 
 
 def windows_of(moe: MoeFile, text: str, *, window: int, count: int | None) -> NDArray[np.int32]:
-    """Returns a text's tokens, cut into windows [N, window]; what is left over at the end is dropped.
+    """Returns a text's tokens, cut into windows [N, window]; a shorter rest at the end is dropped.
 
-    What the model expects before every text takes the place of each window's first token, as in llama.cpp.
+    If the model expects a token at the start of every text, it replaces each window's first token, as in llama.cpp.
 
     Args:
-        count: most windows; None for all.
+        window: tokens of each window.
+        count: the most windows to return; None for all.
 
     Raises:
         ValueError: the text is shorter than a window, or the window longer than the model's context.
@@ -91,7 +92,7 @@ def windows_of(moe: MoeFile, text: str, *, window: int, count: int | None) -> ND
 
 
 def is_begun(out: Path) -> bool:
-    """Says whether a call that was interrupted has left something that the same call goes on from."""
+    """Returns whether an interrupted call has left files from which the same call goes on."""
     out = Path(os.path.realpath(out))
     return _state(out).exists() or _counts(out).exists()
 
@@ -112,35 +113,38 @@ def calibrate(
     progress: Progress | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[tuple[int, int]]:
-    """Writes a calibration of a model, at the highest precision of its file.
+    """Writes a calibration of a model, run at the highest precision of its file.
 
-    The result depends on the model, the text and the arguments up to `more` alone; `full` ones on the numpy's
-    matrix product too. An interrupted call leaves files beside `out`, from which the same call goes on behind the last
-    layer that was done.
+    The result depends only on the model, the text and the arguments up to `more`; with products, also on numpy's matrix
+    product. An interrupted call leaves files next to `out`, from which the same call goes on after the last finished
+    layer.
 
     Args:
         path: a `.moe` file.
-        out: is replaced if it is there; of a link what it leads to.
-        full: also collect x xᵀ.
-        layers: the same, but for experts only what a layer's all take together: one matrix in place of two for each.
+        text: the text to run through the model.
+        out: the file to write. An existing file is replaced; if it is a link, the file that it leads to.
+        full: also collect products x xᵀ.
+        layers: the same, but for the gates and ups of all experts of a layer together, not for each, and not for their
+            downs: one matrix per layer in place of two per expert.
         window: tokens of each piece of text.
-        count: most pieces; None for the whole text.
-        more: what to go on with until most experts of each layer have seen enough tokens (99% of them
-            `ENOUGH`), or it ends: EAQuant's expert balance (arXiv 2506.13329). How much that takes is found first.
+        count: the most pieces; None for the whole text.
+        more: a second text to go on with, until 99% of all experts have seen `ENOUGH` tokens, or it ends. This is
+            EAQuant's expert balance (arXiv 2506.13329). How much of it is needed is found first.
         ram: memory for the whole process; None for what is free, less a margin.
+        threads: None for the machine's number.
         counting: called with the pieces that were counted for `more`, each in every layer, and the most there may be.
         progress: called with the pieces that went through a layer, over all layers, and how many there are.
-        say: is told in a line what there is to do, before it begins.
+        say: called with a line that describes the work, before it begins.
 
     Returns:
         The experts that saw fewer tokens than `ENOUGH`, as (layer, expert).
 
     Raises:
-        ValueError: the text or an argument does not do.
-        FormatError: the model is not sound.
-        OutOfBudget: says the smallest budget that works.
-        OSError: the disk is too small, reading or writing failed, another process makes the same file, or `out` is
-            there and no regular file.
+        ValueError: the text or an argument is not usable.
+        FormatError: the model is damaged.
+        OutOfBudget: `ram` is too small; the message says the smallest budget that works.
+        OSError: the disk is too small, reading or writing failed, another process makes the same file, or `out` exists
+            and is not a regular file.
     """
     out = meant(out)
     if out.exists() and not out.is_file():
@@ -150,7 +154,7 @@ def calibrate(
     moe = open_moe(path)
     pieces = windows_of(moe, text, window=window, count=count)
     total = default_ram() if ram is None else parse_size(ram)
-    # Before there are sums, which take their memory as they fill.
+    # The process is measured before there are sums, whose memory is taken only as they fill.
     machine = Machine(moe, total, hardware.process_bytes(), threads)
     products: Products = "full" if full else "layers" if layers else "none"
     if more is not None:
@@ -176,11 +180,11 @@ def _counts(out: Path) -> Path:
 
 
 def _nobody(done: int, total: int) -> None:
-    """Is told, where nobody asked."""
+    """Ignores progress."""
 
 
 class _Calibration:
-    """Is one in the making."""
+    """A calibration in progress."""
 
     def __init__(
         self, machine: Machine, pieces: NDArray[np.int32], products: Products, out: Path
@@ -196,10 +200,10 @@ class _Calibration:
         self._x = machine.activations(pieces)
         rows = sum(shape[0] if len(shape) > 1 else 1 for _, shape in self._all_forms().values())
         self._state_bytes = self._x.nbytes + 8 * rows + 4 * len(pieces) + _HEADER
-        """Most of the disk that what is gone on from takes: `x`, checksums, and those of `x`."""
+        """The most bytes of disk that the saved state takes: `x`, checksums of the sums, and checksums of `x`."""
 
     def run(self, say: Callable[[str], None], progress: Progress) -> None:
-        """Makes it, or goes on."""
+        """Makes the calibration, or goes on with one that was interrupted."""
         pieces, x, config = self._pieces, self._x, self._machine.moe.config
         taken = (
             sum_bytes(sum_forms(config, i, self._form, is_filed=False))
@@ -209,7 +213,7 @@ class _Calibration:
             begin = self._resume(file)
             self._require_room(file)
             say(self._plan(file, begin))
-            # Checksums three times: they are saved as twice as long integers.
+            # Checksums count three times: they are saved as integers of twice their size.
             beside = x.nbytes + max(taken) + 3 * file.sums_bytes
             with self._machine.tapped(beside, pieces.shape[1]) as model:
                 if begin == 0:
@@ -223,7 +227,7 @@ class _Calibration:
             file.finish()
 
     def _run_layer(self, model: TappedModel, layer: int, progress: Progress) -> LayerSums:
-        """Runs all of the text through a layer."""
+        """Runs the whole text through a layer and returns its sums."""
         pieces, config = self._pieces, self._machine.moe.config
         window = pieces.shape[1]
         sums = LayerSums(config, layer, self._form)
@@ -235,7 +239,7 @@ class _Calibration:
         return sums
 
     def _add(self, file: SummedWriter, layer: int, sums: LayerSums) -> None:
-        """Writes the sums of a layer, over the checkpoint's inputs."""
+        """Writes the sums of a layer, converted to the checkpoint's inputs (see `ColumnScales`)."""
         for name, (kind, _) in self._forms[layer].items():
             array = sums.sums.pop(name)
             if self._scales is not None:
@@ -243,7 +247,7 @@ class _Calibration:
             file.add(name, array.astype(kind, copy=False))
 
     def _resume(self, file: SummedWriter) -> int:
-        """Returns the layer to begin with, for which `x` is as it was."""
+        """Returns the layer to begin with, and restores `x`, its input."""
         found = saved(_state(self._out), self._identity)
         if found is None or not file.resume(found.tensor("sums")):
             return 0
@@ -259,9 +263,9 @@ class _Calibration:
         write_summed(_state(self._out), {"x": self._x, "sums": sums}, meta, ours=True)
 
     def _require_room(self, file: SummedWriter) -> None:
-        """Refuses what the disk cannot hold, in which the state is twice for a moment."""
+        """Raises an OSError if the disk is too small. For a moment it holds the state twice."""
         wanted = file.total_bytes + 2 * self._state_bytes - file.kept_bytes
-        with contextlib.suppress(FileNotFoundError):  # one of the two is there already
+        with contextlib.suppress(FileNotFoundError):  # one copy of the state may exist already
             wanted -= min(os.lstat(_state(self._out)).st_blocks * 512, self._state_bytes)
         free = shutil.disk_usage(self._out.parent).free
         if free < wanted:
@@ -272,7 +276,7 @@ class _Calibration:
             )
 
     def _plan(self, file: SummedWriter, begin: int) -> str:
-        """Returns what there is to do."""
+        """Returns a line that describes the work."""
         count, window = self._pieces.shape
         layers = len(self._forms)
         goes_on = f", from layer {begin} on" if begin else ""
@@ -285,7 +289,7 @@ class _Calibration:
         return {name: form for forms in self._forms for name, form in forms.items()}
 
     def _meta(self) -> dict[str, str]:
-        """Returns what a calibration says of itself."""
+        """Returns the calibration's metadata."""
         moe, pieces = self._machine.moe, self._pieces
         return calibration_meta(
             {

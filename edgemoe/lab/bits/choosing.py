@@ -1,4 +1,4 @@
-"""How trainable routers choose each slot's bits in one forward pass of `bit_router.Routed`, differentiably."""
+"""The differentiable choice of each slot's bits by trainable routers, in one forward pass of `bit_router.Routed`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["Choosing", "ffn", "keep_within"]
 
 
 class Choosing:
-    """Chooses the bits of every slot in one forward pass and counts.
+    """Chooses the bits of every slot in one forward pass, and counts them.
 
-    The forward pass is that of one precision, drawn by its probability; gradients are those of the mixture of all,
-    each with its own output (straight-through). So a router is told how another precision would change the loss,
-    which the chosen one's output alone does not tell, and what is trained is what will run.
+    Each slot runs at one precision, drawn by its probability. Its gradient is that of the mixture of all precisions,
+    each with its own output (a straight-through estimator). So a router learns how other precisions would change the
+    loss, which the output of the chosen one alone does not show, while training still runs what inference will run.
 
-    A level of 0 bits does not run the expert at all: with it the routers also prune online, as OTP does (MC#,
-    arXiv 2510.10962). A token's best expert never takes it.
+    A level of 0 bits does not run the expert at all. With it the routers also prune online, as OTP does (MC#, arXiv
+    2510.10962). A token's best expert never takes it.
     """
 
     def __init__(
@@ -36,9 +36,11 @@ class Choosing:
         self._sums: list[Tensor] = []
         self._count = 0
         self.expected: list[Tensor] = []
-        """Per layer, the mean over its slots of the bits that are to be expected."""
+        """Per layer, the mean over its slots of the expected bits."""
         self.bits = 0.0
+        """The sum of the chosen bits over all slots."""
         self.slots = self.dropped = 0
+        """How many slots there were, and how many exceeded a capacity."""
 
     def __call__(
         self,
@@ -49,15 +51,16 @@ class Choosing:
         is_best: Tensor,
         levels: Sequence[tuple[Tensor, ...] | None],
     ) -> Tensor:
-        """An expert's output [n, D] on x [n, D].
+        """Returns an expert's output [n, D] on x [n, D], each row at the bits that the router chooses for it.
 
         Args:
-            gates: [n].
-            is_best: bool [n], where it is the token's first choice.
-            levels: its matrices at each precision; None for 0 bits.
+            layer: the position among the layers with routed experts.
+            gates: [n], of the slots.
+            is_best: bool [n], whether the expert is the token's first choice.
+            levels: the expert's matrices gate, up and down at each precision; None for 0 bits.
         """
         m = self._model
-        # The input is taken as it is: what routers would like it to be is not for earlier layers to learn.
+        # Detached: earlier layers must not learn to please this router.
         scores = x.detach() @ m.weight[layer, expert].T + m.bias[layer, expert]
         scores = scores + gates[:, None] * m.gate_weight[layer, expert]
         if levels[0] is None:
@@ -72,7 +75,7 @@ class Choosing:
         out = torch.zeros_like(x)
         for k, matrices in enumerate(levels):
             if matrices is None:
-                continue  # adds nothing, and has no output to weigh
+                continue  # 0 bits: no output
             mine = choice == k
             here, others = mine.nonzero()[:, 0], (~mine).nonzero()[:, 0]
             ran = ffn(x[here], *matrices)
@@ -87,20 +90,20 @@ class Choosing:
         return out
 
     def end_layer(self) -> None:
-        """All experts of a layer have run."""
+        """Called after all experts of a layer have run."""
         self.expected.append(torch.stack(self._sums).sum() / self._count)
         self._sums, self._count = [], 0
 
 
 def keep_within(choice: Tensor, capacities: Sequence[float], generator: torch.Generator) -> Tensor:
-    """Drops at random what exceeds the capacity of a precision at one expert.
+    """Drops random tokens of one expert that exceed the capacity of their precision.
 
     Args:
-        choice: int64 [n], the precision of each of the expert's tokens.
-        capacities: share of the n tokens that may use each; rounded up to whole tokens.
+        choice: int64 [n], the index of the precision of each of the expert's tokens.
+        capacities: the share of the n tokens that may use each precision, rounded up to whole tokens.
 
     Returns:
-        Which tokens are kept, bool [n].
+        bool [n], which tokens are kept.
     """
     n = len(choice)
     order = torch.randperm(n, generator=generator)
@@ -113,5 +116,5 @@ def keep_within(choice: Tensor, capacities: Sequence[float], generator: torch.Ge
 
 
 def ffn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """A SwiGLU expert on x [n, D]."""
+    """Returns the output [n, D] of a SwiGLU expert on x [n, D]."""
     return (functional.silu(x @ gate.T) * (x @ up.T)) @ down.T

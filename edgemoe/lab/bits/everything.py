@@ -1,4 +1,4 @@
-"""Searches bits for everything of a model under one number of bytes; see `edgemoe.lab.bits.search` for how."""
+"""A search for the bits of every part of a model within one budget of bytes; `edgemoe.lab.bits.search` explains how."""
 
 from __future__ import annotations
 
@@ -31,23 +31,26 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """Is what a search chose, and what it costs."""
+    """The result of a search: the choice, and its cost."""
 
     allocation: Allocation
-    """Of experts and all other matrices."""
+    """The bits of experts and of all other matrices."""
     table: KvTable | None
-    """Of keys and values; None where the model has none."""
+    """The types of keys and values; None if the model has none."""
     bytes: int
+    """What the choice takes."""
     start_loss: float
-    """Mean KL divergence from the highest level with float16 keys and values, where the search began, in nats."""
+    """The loss where the search began: mean KL divergence, in nats, from the highest level with float16 keys and
+    values."""
     loss: float
-    """The same of what it found, on the text that it searched on."""
+    """The loss of the choice, on the text that was searched on."""
     held_out: tuple[float, float, float] | None
-    """On another text: where it began, what it found, and the standard error of the difference, as pairs of tokens."""
+    """On another text: the loss where the search began, the loss of the choice, and the standard error of the
+    difference over pairs of the same tokens. None without such a text, or if Ctrl-C came before."""
     kept: int
-    """How many generations were better than what was before."""
+    """How many generations were better than the best before them."""
     generation: int
-    """How many there were: fewer than asked for where the time was over or Ctrl-C came."""
+    """How many generations were done; fewer than asked for if the time was over or Ctrl-C came."""
     is_interrupted: bool
     """Whether Ctrl-C came."""
 
@@ -68,28 +71,31 @@ def search_everything(
     progress: Progress | None = None,
     **options: Any,
 ) -> Found:
-    """Searches bits of all experts and matrices and types of keys and values, all of which take `total` bytes at most.
+    """Searches for the bits of all experts and matrices and the types of keys and values, in at most `total` bytes.
 
-    What was found so far lies in `keep`; the same call goes on from there. Once there is a choice, Ctrl-C returns the
-    best so far.
+    Results so far are kept in the file `keep`, and the same call goes on from there. Once there is a choice, Ctrl-C
+    returns the best so far.
 
     Args:
         path: a `.moe` file.
         calibration: of this model, with the errors of its levels.
-        windows: int32 [N, T] tokens to measure on, at least as many as the last stage of `rounds` has.
-        context: tokens whose keys and values count.
-        held_out: int32 [M, T], other tokens, which only the result is measured on.
+        windows: int32 [N, T], tokens to measure on; N is at least the windows of the last stage of `rounds`.
+        total: the most bytes that experts, resident matrices, and keys and values may take together.
+        keep: the file for results so far.
+        context: for how many tokens keys and values count.
+        rounds: how much is tried.
+        held_out: int32 [M, T], other tokens, on which only the result is measured.
         protect: Super Experts have the most bits that the file has of them.
-        is_new: begin anew, whatever lies in `keep`.
-        seconds: no round of measurements begins that would end later, if it took as long as the one before it; None
-            for no limit. Held-out text is measured after that.
-        progress: called with how much is done and how much there is, in windows that go through a layer.
+        is_new: begin anew, whatever is in `keep`.
+        seconds: no round of measurements begins that would end later than this if it took as long as the one before;
+            None for no limit. Held-out text is measured after that.
+        progress: called with the work done and all the work, in windows that go through a layer.
         options: of `MixedLoss`: ram, threads.
 
     Raises:
         ValueError: the bytes do not suffice, there are too few windows, or the calibration lacks errors.
         TimeoutError: `seconds` were over before there was a choice. What was measured is in `keep`.
-        FormatError: the model, its calibration or `keep` is not sound, or they do not belong together.
+        FormatError: the model, its calibration or `keep` is damaged, or they do not belong together.
     """
     moe = open_moe(path)
     calibration.check(moe.config)
@@ -152,7 +158,7 @@ def _evolve(
     clock: Clock,
     begin: Callable[[], object],
 ) -> None:
-    """Runs the generations; each is saved."""
+    """Runs the generations, and saves the state after each."""
 
     def after(state: Standing) -> None:
         saved.write(state)
@@ -166,7 +172,7 @@ def _evolve(
 
 
 def _sums(rounds: Rounds, windows: NDArray[np.int32], errors: Floats) -> dict[str, Any]:
-    """Returns what of a search decides what is measured, as JSON has it; how long it goes on does not."""
+    """Returns the settings that determine what a search measures, as JSON values: all but the number of generations."""
     settings = json.loads(json.dumps(asdict(rounds) | {"generations": None}))
     tokens = windows[: rounds.windows[-1]]
     return {
@@ -175,13 +181,13 @@ def _sums(rounds: Rounds, windows: NDArray[np.int32], errors: Floats) -> dict[st
 
 
 def _weights(moe: MoeFile) -> int:
-    """Returns a sum of the codes: a checkpoint that is converted anew has the same fingerprint, and other codes."""
+    """Returns a checksum of the codes, which differ if a checkpoint is converted anew; the fingerprint does not."""
     dense = repr([tensor.crcs for tensor in moe.tensors.values()])
     return zlib.crc32(moe.experts.crcs.tobytes(), zlib.crc32(dense.encode()))
 
 
 def _lowest(units: Units, spared: list[tuple[int, int]]) -> Choice:
-    """Returns the fewest levels that units may have: all that there is of what is spared."""
+    """Returns the lowest levels that units may have: for spared experts, their highest."""
     lowest = np.zeros(len(units), np.int64)
     for layer, expert in spared:
         unit = layer * units.moe.config.num_experts + expert
@@ -192,7 +198,7 @@ def _lowest(units: Units, spared: list[tuple[int, int]]) -> Choice:
 def _files(
     units: Units, choice: Choice, settings: dict[str, Any], spared: list[tuple[int, int]]
 ) -> tuple[Allocation, KvTable | None]:
-    """Returns a choice in the forms that files have."""
+    """Returns a choice as an allocation and a table of key and value types."""
     moe = units.moe
     layers = moe.config.moe_layers
     allocation = Allocation(
@@ -208,13 +214,13 @@ def _files(
 def _judged(
     loss: MixedLoss, units: Units, first: Choice, found: Choice
 ) -> tuple[float, float, float]:
-    """Returns what two choices cost, and the standard error of the difference."""
+    """Returns the losses of two choices, and the standard error of the difference."""
     before, now = (of.reshape(-1) for of in loss([units.mix(first), units.mix(found)]))
     return float(before.mean()), float(now.mean()), float((now - before).std() / len(now) ** 0.5)
 
 
 def _known(calibration: Calibration, what: str) -> Floats:
-    """Returns a statistic of all layers, [L, E, …]."""
+    """Returns a calibration's statistic of all layers, [L, E, …]."""
     return np.stack([calibration.layer(i, what) for i in calibration.layers]).astype(np.float64)
 
 
@@ -236,9 +242,10 @@ def _errors(calibration: Calibration, units: Units) -> Floats:
 
 
 def _steps(units: Units, lowest: Choice) -> dict[str, Choice]:
-    """Returns what is measured before the search, by name.
+    """Returns the choices that are measured before the search, by name.
 
-    That is each layer's experts, and each matrix, key and value, at each level but the last.
+    In each, either all experts of one layer, or one matrix, or one layer's keys or values are at one of their lower
+    levels; everything else is at its highest.
     """
     out, E = {}, units.moe.config.num_experts
     for layer in range(units.num_experts // E):
@@ -252,14 +259,14 @@ def _steps(units: Units, lowest: Choice) -> dict[str, Choice]:
             choice = units.top
             choice[unit] = level
             out[f"{unit}, {level}"] = choice
-    # Those that differ late have most in common, and come last.
+    # In order of the first layer that differs: choices that differ late have most in common.
     return dict(sorted(out.items(), key=lambda step: units.first_layer(step[1])))
 
 
 def _costs(losses: Mapping[str, float], units: Units, errors: Floats) -> Floats:
-    """Returns what each level of each unit costs if losses add, [U, B].
+    """Returns the cost of each level of each unit, [U, B], as if losses added up.
 
-    An expert's share of its layer's loss at a level is that of its squared error.
+    An expert's share of its layer's loss at a level is its share of the layer's squared error.
     """
     cost = np.zeros(units.sizes.shape)
     L, E, B = errors.shape

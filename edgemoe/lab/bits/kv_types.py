@@ -1,7 +1,7 @@
-"""Chooses types of keys and values for each layer, by the loss that each costs alone (after KVTuner, arXiv 2502.04420).
+"""A choice of key and value types for each layer, by the loss that each costs alone (after KVTuner, arXiv 2502.04420).
 
-A cell is one layer's keys or values. Each type of each cell is measured with all others in float16. Losses nearly add,
-so that an exact programme over their sums says which types cost least under a number of bytes.
+A cell is one layer's keys or values. Each type of each cell is measured while all other cells are in float16. Losses
+nearly add up, so an exact dynamic programme over their sums finds the types that cost least within a number of bytes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["KINDS", "Cell", "Found", "cells_of", "choose_kv_types"]
 KINDS = ("q2_0", "q3_0", "q4_0", "q8_0", "f16")
 """Types that may be chosen, smallest first."""
 
-_SOME = 256  # positions of which bytes are counted: whole tiles of every type
+_SOME = 256  # positions whose bytes are counted: whole tiles of every type
 
 Progress = Callable[[int, int], None]
 Rows = list[tuple[str, str] | None]
@@ -34,30 +34,31 @@ Rows = list[tuple[str, str] | None]
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Is one layer's keys or values."""
+    """One layer's keys or values."""
 
     layer: int
     side: int
-    """0 for keys, or what is keys and values at once, 1 for values."""
+    """0 for keys, or for keys that are values too; 1 for values."""
     heads: int
     columns: int
+    """Per head."""
 
     def bytes(self, kind: str) -> int:
-        """Returns what `_SOME` positions take."""
+        """Returns the bytes of `_SOME` positions in a type."""
         return kv_bytes(kind, self.heads, _SOME, self.columns)
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Is a table, and what it costs."""
+    """A table of types, and its cost."""
 
     table: KvTable
     average_bits: float
-    """Of a number, with its share of the scales."""
+    """Mean bits of a number, including its share of the scales."""
     loss: float
-    """Mean KL divergence from a cache in float16, in nats, measured."""
+    """The measured mean KL divergence from a cache in float16, in nats."""
     expected: float
-    """The sum of what its cells cost alone."""
+    """The sum of the losses that its cells cost alone, in nats."""
 
 
 def cells_of(moe: MoeFile) -> list[Cell]:
@@ -80,19 +81,21 @@ def choose_kv_types(
     progress: Progress | None = None,
     **options: Any,
 ) -> Found:
-    """Measures and chooses; one of `average_bits` and `max_loss`.
+    """Measures types and chooses one for each cell, within `average_bits` or `max_loss`, of which one must be given.
 
     Args:
         path: a `.moe` file.
-        windows: int32 [N, T] tokens, of each of which the second half counts.
-        average_bits: the most, with scales.
-        max_loss: the most that the cells' own losses may add up to: then the fewest bytes are taken.
-        kinds: types that may be given, smallest first; float16 is measured against.
-        progress: called with how many engines have measured and how many will.
+        windows: int32 [N, T], tokens; the second half of each window counts.
+        average_bits: the most bits of a number on average, including scales.
+        max_loss: the most, in nats, that the losses of the cells alone may add up to; the fewest bytes within it are
+            chosen.
+        kinds: types to choose from, smallest first; the reference is float16.
+        progress: called with how many measurements are done and how many there are.
         options: of `edgemoe.load`.
 
     Raises:
-        ValueError: the model has no keys and values, or the smallest types take more.
+        ValueError: the model has no keys and values, the smallest types take more than `average_bits`, or the largest
+            cost more than `max_loss`.
     """
     moe = open_moe(path)
     cells = cells_of(moe)
@@ -138,7 +141,11 @@ def choose_kv_types(
 def _fewest_bytes(
     cost: NDArray[np.float64], sizes: NDArray[np.int64], most: float
 ) -> NDArray[np.int64]:
-    """Returns the choice of fewest bytes whose costs add up to `most` at most, by halving."""
+    """Returns the choice of fewest bytes whose costs add up to at most `most`, by bisection.
+
+    Raises:
+        ValueError: even the largest types cost more.
+    """
     low, high = int(sizes[:, 0].sum()), int(sizes[:, -1].sum())
     every = np.arange(len(cost))
     best = cheapest(cost, sizes, high)
@@ -156,7 +163,7 @@ def _fewest_bytes(
 
 
 class _Measure:
-    """Measures one choice of types after another on the same tokens."""
+    """The loss of one choice of types after another, measured on the same tokens."""
 
     def __init__(
         self,
@@ -171,7 +178,7 @@ class _Measure:
         self._reference: list[NDArray[np.float32]] = []
 
     def rows(self, choice: Sequence[str]) -> tuple[tuple[str, str] | None, ...]:
-        """Returns the table's rows for a type for each cell."""
+        """Returns the rows of a table, given a type for each cell."""
         rows: Rows = [None] * len(self._moe.config.mixer_by_layer)
         for cell, kind in zip(self._cells, choice, strict=True):
             keys = rows[cell.layer]
@@ -179,7 +186,7 @@ class _Measure:
         return tuple(rows)
 
     def __call__(self, choice: Sequence[str]) -> float:
-        """Returns the mean over tokens of KL(the first choice ‖ this one); the first is the reference."""
+        """Returns the mean over tokens of KL(reference ‖ this choice), in nats. The first call sets the reference."""
         table = KvTable(of=KvTable.identity(self._moe), layers=self.rows(choice))
         with load(
             self._path, context=self._windows.shape[1], cache_type_k="auto", cache_type_v="auto",

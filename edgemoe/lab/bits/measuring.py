@@ -1,4 +1,4 @@
-"""How a search measures: units alone, then choices; how far it is, and when its time is over."""
+"""The measurements of a search: units alone, then choices; its progress, and its time limit."""
 
 from __future__ import annotations
 
@@ -17,58 +17,58 @@ __all__ = ["Clock", "Measured", "Progress", "Work", "measure_alone"]
 Progress = Callable[[int, int], None]
 
 _TOGETHER = 16
-"""Steps that are measured at once: the more, the more they have alike, and the more Ctrl-C may lose."""
+"""How many steps are measured at once. With more, more layers are alike and shared, and Ctrl-C may lose more."""
 
 
 class Clock:
-    """Says when to stop."""
+    """The time limit of a search."""
 
     def __init__(self, seconds: float | None) -> None:
         """Args:
-        seconds: from now on; None for no end.
+        seconds: from now on; None for no limit.
         """
         self._begun, self._seconds = time.monotonic(), seconds
         self._last, self._took = self._begun, 0.0
 
     def lap(self, *, is_first: bool = False) -> None:
-        """A round of measurements has ended, or the first one begins."""
+        """Called when a round of measurements has ended, and with `is_first` when the first one begins."""
         now = time.monotonic()
         self._took, self._last = 0.0 if is_first else now - self._last, now
 
     def is_over(self) -> bool:
-        """Whether a round as long as the last one would end too late."""
+        """Returns whether a round as long as the last one would end too late."""
         spent = self._last - self._begun + self._took
         return self._seconds is not None and spent >= self._seconds
 
 
 class Work:
-    """Says how much is done, in windows that go through a layer."""
+    """The progress of a search, counted in windows that go through a layer."""
 
     def __init__(self, total: int, progress: Progress | None) -> None:
         self._total, self._progress, self._done, self._end = total, progress, 0, 0
 
     def begin(self, amount: int) -> None:
-        """What was under way is done; `amount` more begins."""
+        """Ends the task under way, whatever was counted of it, and begins one of `amount`."""
         self._done = self._end
         self._end += amount
         self.count(0)
 
     def count(self, windows: int) -> None:
-        """Takes how many went through a layer: fewer than was thought where choices have layers alike."""
+        """Counts windows that went through a layer; fewer than planned if choices have layers in common."""
         self._done = min(self._done + windows, self._end)
         if self._progress is not None:
             self._progress(min(self._done, self._total), self._total)
 
 
 class Measured:
-    """Returns losses of choices, and measures no window twice until it forgets."""
+    """The losses of choices, of which no window is measured twice until `forget`."""
 
     def __init__(self, loss: MixedLoss, units: Units) -> None:
         self.loss, self._units = loss, units
         self._known: dict[bytes, list[NDArray[np.float64]]] = {}
 
     def __call__(self, choices: Sequence[Choice], count: int) -> list[float]:
-        """Returns the mean over tokens of the first `count` windows, for each choice."""
+        """Returns the mean loss over the tokens of the first `count` windows, for each choice."""
         by_name = {choice.tobytes(): choice for choice in choices}
         starts: dict[int, list[bytes]] = {}
         for name in by_name:
@@ -83,7 +83,7 @@ class Measured:
         return [float(tokens.mean()) for tokens in found]
 
     def forget(self) -> None:
-        """Forgets what it has measured."""
+        """Forgets all measurements."""
         self._known.clear()
 
 
@@ -96,13 +96,16 @@ def measure_alone(
     work: Work,
     clock: Clock,
 ) -> None:
-    """Measures steps that were not measured before, as many at once as go through the layers together.
+    """Measures the steps that are not in `saved` yet, as many at once as can go through the layers together.
 
     Args:
-        efforts: of each, in what `work` counts.
+        steps: the choices to measure, by name.
+        efforts: the effort of each, as `work` counts it.
+        saved: gets the losses.
+        windows: how many windows to measure on.
 
     Raises:
-        TimeoutError: the time is over. What was measured is kept.
+        TimeoutError: the time is over. What was measured is in `saved`.
     """
     left = [name for name in steps if name not in saved.costs]
     work.begin(sum(efforts[name] for name in steps if name in saved.costs))

@@ -1,4 +1,4 @@
-"""The sums that a calibration collects of a layer; `edgemoe.quant.calibration` specifies their names."""
+"""The sums that a calibration collects for each layer; `edgemoe.quant.calibration` specifies their names."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ __all__ = ["Counts", "Form", "LayerSums", "Products", "SumForm", "sum_bytes", "s
 
 Array = NDArray[np.float32]
 Form = tuple[np.dtype[Any], tuple[int, ...]]
-"""Type and shape of a tensor."""
+"""The type and shape of a tensor."""
 Products = Literal["none", "layers", "full"]
-"""Of which inputs x xᵀ is wanted: of none, of a layer's experts together, or of each of them."""
+"""For which inputs products x xᵀ are summed: for none; for dense inputs and a layer's experts together; or for dense
+inputs and each expert."""
 
 _OF_LAYER = ".experts.products"
 
 
 @dataclass(frozen=True, slots=True)
 class SumForm:
-    """Says what of each layer is summed."""
+    """Which sums are collected for each layer."""
 
     level_bits: Sequence[int]
-    """Of the file's levels, ascending; errors are measured against the last."""
+    """Bits of the file's levels, ascending; errors are measured against the last level."""
     tokens: int
-    """Of the text."""
+    """How many the text has."""
     products: Products
 
 
 class LayerSums:
-    """Sums what flows into the matrices of one layer, with the last one also into the head. A `Tap`."""
+    """The sums over the inputs of one layer's matrices; for the last layer, also over the head's input. A `Tap`."""
 
     def __init__(self, config: ModelConfig, layer: int, of: SumForm) -> None:
         self._prefix = f"experts.{layer}."
@@ -45,12 +46,12 @@ class LayerSums:
         self._levels = range(1, len(of.level_bits))
         forms = sum_forms(config, layer, of, is_filed=False)
         self.sums: dict[str, NDArray[Any]] = {n: np.zeros(s, t) for n, (t, s) in forms.items()}
-        """By name; squares are float64 here."""
+        """The sums, by name; squares are float64 here."""
         if (chosen := self.sums.get(self._prefix + "in.chosen")) is not None:
             chosen[...] = config.num_experts
         self._window = np.zeros((config.num_experts, len(of.level_bits)))
         self._first = 0
-        self._seen = np.zeros(of.tokens, np.int16)  # experts of each token
+        self._seen = np.zeros(of.tokens, np.int16)  # how many experts of each token came
 
     def begin(self, first: int) -> None:
         """See `Tap.begin`."""
@@ -97,16 +98,16 @@ class LayerSums:
                 window[plan.experts[i], level - 1] += gates[rows] ** 2 @ norms
 
     def _all(self, x: Array) -> None:
-        """Takes x [T, D] of all tokens of a plan."""
+        """Adds the input x [T, D] of all tokens of a plan."""
         if (total := self.sums.get(self._of_layer)) is not None:
             _add_product(total, x)
-            # An input that no dense matrix takes, so that nobody else counts it.
+            # No dense matrix takes this input, so `dense` does not count it.
             self.sums[self._of_layer.removesuffix("products") + "count"] += len(x)
         if (kept := self.sums.get(self._prefix + "in.rows")) is not None:
             kept[self._first : self._first + len(x)] = x
 
     def _products(self, e: int, tokens: NDArray[np.integer], x: Array, hidden: Array) -> None:
-        """Takes an expert's inputs: x of some tokens, and what its w_down takes of them."""
+        """Adds one expert's inputs: those of w_gate and w_up, x[tokens], and those of w_down, hidden."""
         p, sums = self._prefix, self.sums
         if (chosen := sums.get(p + "in.chosen")) is not None:
             at = self._first + tokens
@@ -118,20 +119,20 @@ class LayerSums:
             _add_product(hiddens[e], hidden)
 
     def end_window(self) -> None:
-        """Ends a piece of text."""
+        """Ends a piece of text: adds its errors to the sums."""
         if (errors := self.sums.get(self._prefix + "error")) is not None:
             self.sums[self._prefix + "error2"] += self._window
             errors += np.sqrt(self._window)
             self._window[:] = 0
 
     def finish(self) -> None:
-        """Ends the text: the experts of each token get an order that does not depend on when they arrived."""
+        """Ends the text: sorts the experts of each token, so that they do not depend on the order of arrival."""
         if (chosen := self.sums.get(self._prefix + "in.chosen")) is not None:
             chosen.sort(axis=1)
 
 
 class Counts:
-    """Counts the tokens of each expert. A `Tap`."""
+    """The number of tokens routed to each expert. A `Tap`."""
 
     def __init__(self, config: ModelConfig) -> None:
         self.counts = np.zeros((len(config.moe_layers), config.num_experts), np.int64)
@@ -159,10 +160,10 @@ class Counts:
 def sum_forms(
     config: ModelConfig, layer: int, of: SumForm, *, is_filed: bool = True
 ) -> dict[str, Form]:
-    """Returns the names, types and shapes of what is summed of a layer, in the order of the file.
+    """Returns the names, types and shapes of a layer's sums, in the order of the file.
 
     Args:
-        is_filed: as they are in the file; else as they are summed.
+        is_filed: types as they are in the file; otherwise as they are in memory.
     """
     heads = ("embed", "head") if layer == config.num_layers - 1 else ()
     out: dict[str, tuple[type, tuple[int, ...]]] = {}
@@ -215,12 +216,12 @@ def _of_experts(
 
 
 def keeps_rows(config: ModelConfig, tokens: int) -> bool:
-    """Says whether the inputs of a text's tokens are kept, which take less than the products of each expert's."""
+    """Returns whether the inputs of the tokens are kept, because they take less than the products for each expert."""
     return tokens < config.num_experts * config.hidden_size
 
 
 def sum_bytes(forms: Mapping[str, Form]) -> int:
-    """Returns the bytes of tensors, and of the largest product, which is made before it is added to them."""
+    """Returns the bytes of tensors, plus those of the largest product, which is computed before it is added to one."""
     made = (
         kind.itemsize * math.prod(shape[-2:])
         for name, (kind, shape) in forms.items()
@@ -231,7 +232,7 @@ def sum_bytes(forms: Mapping[str, Form]) -> int:
 
 
 def _dense_inputs(config: ModelConfig) -> dict[str, int]:
-    """Returns the width of every input of dense matrices, by its name."""
+    """Returns the width of every input of dense matrices, by the input's name."""
     out: dict[str, int] = {}
     for name, spec in dense_tensors(config).items():
         if spec.kind == "nested" and (config.tied or name != "embed"):

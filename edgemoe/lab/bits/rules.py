@@ -1,7 +1,7 @@
-"""Rules that turn what is known of experts into bits: pure functions of arrays, one per paper.
+"""Rules that turn statistics of experts into bits: pure functions of arrays, one per paper.
 
-Shapes: L layers, E experts per layer, B candidate levels, ascending. An allocation here is int64 [L, E], an index into
-the levels.
+Shapes: L layers, E experts per layer, B candidate levels, ascending. An allocation here is int64 [L, E], of indices
+into the levels.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ _INFINITY = math.inf
 def cheapest(
     cost: Floats, bits: Sequence[int] | Choice, total_bits: int, *, at_least_one: Sequence[int] = ()
 ) -> Choice:
-    """Chooses one level per expert so that their cost is least and their bits are at most `total_bits`.
+    """Chooses one level per expert, so that the sum of costs is least and the sum of bits is at most `total_bits`.
 
-    An exact dynamic programme over (expert, bits used); O(experts * budget * levels).
+    It is an exact dynamic programme over (expert, bits used), in O(experts * budget * levels).
 
     Args:
         cost: [n, B]; infinite where a level is not allowed.
-        bits: [B], ascending, or each expert's own [n, B].
-        at_least_one: levels (indices) that some expert must have, as PMQ asks.
+        bits: [B], ascending, or [n, B] for each expert's own. Any unit of size will do.
+        total_bits: the budget, in the same unit.
+        at_least_one: levels (indices) each of which at least one expert must have, as in PMQ.
 
     Returns:
-        [n] levels. Of equally good ones those with fewer bits for the later experts.
+        [n], levels. Of equally good choices, the one with fewer bits for the later experts.
 
     Raises:
         ValueError: not even the lowest levels fit, or a level of `at_least_one` does not.
@@ -53,7 +54,7 @@ def cheapest(
     every = (1 << len(flags)) - 1
     best = np.full((every + 1, room + 1), _INFINITY)
     best[0, 0] = 0
-    # How each state was reached: flag * levels + level of the last expert.
+    # How each state was reached: previous flag * levels + level of this expert.
     came = np.zeros((len(cost), every + 1, room + 1), np.int16)
     for i, row in enumerate(cost):
         new = np.full_like(best, _INFINITY)
@@ -83,14 +84,17 @@ def cheapest(
 def pmq_cost(
     count: Floats, gates: Floats, error: Floats, exponents: tuple[float, float, float]
 ) -> Floats:
-    """Returns what each level of each expert of a layer costs: phi^alpha * w^beta * eps^gamma, [E, B].
+    """Returns the cost of each level of each expert of a layer, phi^alpha * w^beta * eps^gamma, [E, B].
 
-    MC-MoE (arXiv 2410.06270): exponents 1, 1, 2 as published; 1, 1.5, 1 is what the released solver computes.
+    This is the cost in MC-MoE (arXiv 2410.06270). The exponents alpha, beta, gamma are 1, 1, 2 as published; the
+    released solver computes 1, 1.5, 1.
 
     Args:
-        count: [E] times that an expert was chosen.
-        gates: [E] sum of its gate weights.
-        error: [E, B] change of the layer's output when it alone runs at a level, summed Frobenius norms.
+        count: [E], how often an expert was chosen.
+        gates: [E], the sum of its gates.
+        error: [E, B], the change of the layer's output when only this expert runs at a level, as a sum of Frobenius
+            norms.
+        exponents: alpha, beta, gamma.
     """
     alpha, beta, gamma = exponents
     phi = count / max(count.sum(), 1)
@@ -100,14 +104,16 @@ def pmq_cost(
 
 
 def by_rank(scores: Floats, bits: Sequence[int], average_bits: float, *, per_layer: bool) -> Choice:
-    """Gives the experts with the highest scores the higher of two levels, as many as the average allows, [L, E].
+    """Returns an allocation [L, E] in which as many experts as the average allows have the higher of two levels.
 
-    QuantMoE-Bench (arXiv 2406.08155) ranks by frequency, by position and by outliers, EdgeMoE by measured loss.
-    Equal scores: the earlier expert first.
+    These are the experts with the highest scores. QuantMoE-Bench (arXiv 2406.08155) ranks by frequency, by position and
+    by outliers; EdgeMoE ranks by measured loss. Of equal scores, the earlier expert comes first.
 
     Args:
         scores: [L, E]
-        bits: the two levels' bits.
+        bits: the bits of the two levels.
+        average_bits: the most bits on average.
+        per_layer: every layer has this average; otherwise the model as a whole.
 
     Raises:
         ValueError: the average is outside the levels.
@@ -116,7 +122,7 @@ def by_rank(scores: Floats, bits: Sequence[int], average_bits: float, *, per_lay
     if not low <= average_bits <= high:
         raise ValueError(f"average bits: expected {low} to {high}, got {average_bits:g}")
     rows = scores if per_layer else scores.reshape(1, -1)
-    # A hair more, or 0.1 * 30 would be 2.
+    # The small addend corrects rounding: without it 0.1 * 30 would give 2.
     count = int((average_bits - low) / (high - low) * rows.shape[1] + 1e-9)
     out = np.zeros(rows.shape, np.int64)
     order = np.argsort(-rows, axis=1, kind="stable")[:, :count]
@@ -125,7 +131,7 @@ def by_rank(scores: Floats, bits: Sequence[int], average_bits: float, *, per_lay
 
 
 def outlier_score(w: NDArray[np.float32]) -> float:
-    """Returns QuantMoE-Bench's score of a matrix: max over columns of max |w| / mean |w| in the column.
+    """Returns QuantMoE-Bench's outlier score of a matrix: the maximum over columns of max |w| / mean |w|.
 
     Args:
         w: [rows, cols]
@@ -135,13 +141,13 @@ def outlier_score(w: NDArray[np.float32]) -> float:
 
 
 def super_experts(output_max: Floats) -> list[tuple[int, int]]:
-    """Returns the (layer position, expert) whose outputs are extreme, in order.
+    """Returns the Super Experts (arXiv 2507.23279), whose outputs are extreme, as (layer position, expert) in order.
 
-    Super Experts (arXiv 2507.23279): in the first three quarters of the layers, the largest |output| lies above the
-    99.5th percentile of all experts there and above a tenth of the largest.
+    They are in the first three quarters of the layers. Their largest |output| lies above the 99.5th percentile of all
+    experts there, and above a tenth of the largest there.
 
     Args:
-        output_max: [L, E], largest |value| of each expert's output.
+        output_max: [L, E], the largest |value| of each expert's output.
     """
     early = output_max[: max(1, int(0.75 * len(output_max)))]
     found = (early > np.percentile(early, 99.5)) & (early > early.max() / 10)

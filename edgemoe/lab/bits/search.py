@@ -1,10 +1,10 @@
-"""One search over experts, matrices, and keys and values, under one number of bytes (after EvoPress, arXiv 2410.14649).
+"""One search over experts, matrices, and keys and values, within a budget of bytes (after EvoPress, arXiv 2410.14649).
 
-It begins at the exact programme's answer, as if losses added: those of each matrix, key and value alone are measured,
-those of experts are what a calibration knows, weighed by one measurement for each layer. Losses do not quite add, so
-an evolution goes on from there: offspring are the parent with a few units lowered and others raised; all are measured
-on a few tokens, the best of them on more, and the last with the parent on all. Offspring take its place only if they
-are better.
+It begins at the choice with the least sum of losses, as if losses added up (`Field.least_sum`). The losses of each
+matrix and of each layer's keys and values alone are measured. Those of experts are the calibration's errors, scaled by
+one measurement per layer and level. Losses do not quite add up, so an evolutionary search goes on from there. Offspring
+are the parent with a few units lowered and others raised. All offspring are measured on a few tokens, the best of them
+on more, and the best of those on all. It replaces the parent only if it is better.
 """
 
 from __future__ import annotations
@@ -22,61 +22,66 @@ __all__ = ["Field", "Rounds", "Standing", "evolve"]
 
 Floats = NDArray[np.float64]
 Measure = Callable[[Sequence[Choice], int], Sequence[float]]
-"""Returns the loss of each of some choices on the first so many windows."""
+"""Returns the loss of each of some choices, measured on the first so many windows."""
 
 MOST_CHANGES = 10
-"""Of one offspring, as published."""
+"""The most units that an offspring changes, as published."""
 DRAWS = 4
-"""Changes of which one of the offspring is the best by the sum of costs, which takes no measuring; published: 1."""
-_TRIES = 10  # for each of the offspring
-_HALVINGS = 200
+"""How many random changes are drawn for each offspring. The one with the least sum of costs is taken, which needs no
+measuring; published: 1."""
+_TRIES = 10  # for each offspring
+_HALVINGS = 200  # of the interval for the price
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rounds:
-    """Says how much is tried."""
+    """How much a search tries: generations, offspring, and windows of text to measure on."""
 
     generations: int = 40
     offspring: int = 16
     survivors: int = 4
-    """Of them, those that are measured on more."""
+    """How many of the offspring are measured on more windows."""
     alone: int = 8
-    """Windows that each unit's own cost is measured on."""
+    """Windows on which each unit's own cost is measured."""
     windows: tuple[int, int, int] = (2, 4, 16)
-    """How many each stage measures on: all offspring, the survivors, the last with its parent."""
+    """Windows that each stage measures on: all offspring, the survivors, and the last one for comparison with its
+    parent."""
     seed: int = 0
 
     @property
     def measured(self) -> int:
-        """Windows that a generation measures."""
+        """How many windows a generation measures in all."""
         few, more, every = self.windows
         return few * self.offspring + (more - few) * self.survivors + every - more
 
 
 @dataclass(slots=True)
 class Standing:
-    """Is where a search stands."""
+    """The state of a search."""
 
     generation: int
+    """How many generations are done."""
     parent: Choice
     loss: float
-    """On all windows."""
+    """The parent's, on all windows."""
     kept: int = 0
-    """Generations whose best offspring took the parent's place."""
+    """How many generations had an offspring that replaced the parent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """Is what is chosen from: U units, each at one of B levels."""
+    """The space of choices: U units, each at one of B levels."""
 
     cost: Floats
-    """[U, B]: what each costs, if losses add."""
+    """[U, B]: the loss that each level of each unit costs, if losses add up."""
     sizes: NDArray[np.int64]
-    """[U, B] bytes, ascending."""
+    """[U, B]: bytes, ascending."""
     lowest: Choice
+    """The lowest level that each unit may have."""
     highest: Choice
+    """The highest level that each unit may have."""
     total: int
-    """Bytes that may be taken."""
+    """The most bytes that a choice may take."""
 
     def takes(self, choice: Choice) -> int:
         """Returns the bytes of a choice."""
@@ -87,10 +92,11 @@ class Field:
         return float(self.cost[np.arange(len(choice)), choice].sum())
 
     def least_sum(self) -> Choice:
-        """Chooses levels whose costs add up to little.
+        """Returns a choice with a low sum of costs that fits the budget.
 
-        By a price of a byte, found by halving, that makes the sum of cost and price least; what is left then goes to
-        whoever gains most for a byte. Exact for the bytes that it takes but for this last step.
+        It is a Lagrangian relaxation. Given a price per byte, every unit takes the level with the least cost plus
+        price; bisection finds a price at which the choice just fits. No choice of as many bytes or fewer has a lower
+        sum. Then a greedy step spends the bytes that are left on the levels that gain most per byte.
 
         Raises:
             ValueError: the lowest levels do not fit.
@@ -111,7 +117,7 @@ class Field:
             0.0,
             float(self.cost.max()) + 1,
             self.lowest,
-        )  # at `high` a byte is dearer than any loss
+        )  # at the price `high` a byte costs more than any loss
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
             found = at(middle)
@@ -122,7 +128,7 @@ class Field:
         return self._filled(choice, cost)
 
     def _filled(self, choice: Choice, cost: Floats) -> Choice:
-        """Raises units by the level that gains most for a byte, as long as one fits."""
+        """Raises units greedily, each time to the level that gains most per byte, as long as one fits."""
         choice, every = choice.copy(), np.arange(len(choice))
         room = self.total - self.takes(choice)
         while True:
@@ -137,20 +143,24 @@ class Field:
             choice[unit] = level
 
     def changed(self, parent: Choice, rng: np.random.Generator) -> Choice | None:
-        """Returns a parent with min(rand 1..3, rand 1..3) units raised by a level, and others lowered until all fits.
+        """Returns a random change of a parent that fits the budget.
 
-        What room is left then goes to others that are raised. Units are of many sizes, so that one is paid for by
-        several.
+        First min(rand 1..3, rand 1..3) units are raised by one level. Then others are lowered by one level until the
+        choice fits, and the bytes that are left are spent on raising further units. Units have different sizes, so one
+        that is raised may need several that are lowered.
 
         Returns:
-            None where it took more than MOST_CHANGES, or came back to the parent.
+            The changed choice; None if that took more than MOST_CHANGES units, or if nothing could be changed.
         """
         every, child = np.arange(len(parent)), parent.copy()
         touched = np.zeros(len(parent), bool)
         room = self.total - self.takes(parent)
 
         def step(direction: int, most: int) -> bool:
-            """Moves a unit that was not moved yet, if there is one whose step is small enough."""
+            """Moves a random unit by one level: one that was not moved yet and then takes at most `most` more bytes.
+
+            Returns whether there was one.
+            """
             nonlocal room
             to = child + direction
             may = ~touched & (to >= self.lowest) & (to <= self.highest)
@@ -174,7 +184,7 @@ class Field:
         return None if (child == parent).all() else child
 
     def offspring(self, parent: Choice, count: int, rng: np.random.Generator) -> list[Choice]:
-        """Returns up to `count` changed choices, each the best of DRAWS by the sum of costs."""
+        """Returns up to `count` changed choices, each the best of DRAWS draws by the sum of costs."""
         out: list[Choice] = []
         for _ in range(_TRIES * count):
             if len(out) == count:
@@ -195,11 +205,16 @@ def evolve(
     done: Callable[[Standing], Any] | None = None,
     is_over: Callable[[], bool] = lambda: False,
 ) -> Standing:
-    """Goes on from a state until its last generation; each generation's chances depend on its number alone.
+    """Goes on from a state until the last generation, and returns it.
+
+    The random numbers of a generation depend only on the seed and its number, so an interrupted search continues as it
+    would have.
 
     Args:
+        state: where to go on from; it is changed.
+        measure: measures choices.
         done: called after every generation.
-        is_over: whether to stop before the next one.
+        is_over: returns whether to stop before the next generation.
     """
     few, more, every = rounds.windows
     while state.generation < rounds.generations and not is_over():

@@ -1,4 +1,4 @@
-"""The file that a search lies in while it is under way, so that it can go on."""
+"""The file that keeps the state of a search, so that an interrupted search can go on."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from edgemoe.lab.bits.units import Choice
 
 __all__ = ["SearchFile"]
 
-_VERSION = 2  # 1: rows of the embedding were looked up at its own bits
+_VERSION = 2  # in version 1, rows of the embedding were looked up at its own bits
 
 
 class SearchFile:
-    """Keeps what was measured, which belongs to one search."""
+    """The measurements and the state of one search, in a file."""
 
     def __init__(self, path: Path, identity: dict[str, Any], *, is_new: bool) -> None:
-        """Reads what is there.
+        """Reads the file if it exists.
 
         Args:
-            identity: what all depends on, as JSON has it.
+            identity: everything that the search depends on, as JSON values.
             is_new: begin anew, whatever is there.
 
         Raises:
-            FormatError: the file is none of a search, or of another.
+            FormatError: the file is not of a search, or is of another search.
         """
         self._path, self._identity = path, identity
         self._costs: dict[str, float] = {}
         self._state: dict[str, Any] | None = None
         self.start_loss = 0.0
-        """Where the search began."""
+        """The loss where the search began."""
         if is_new or not path.exists():
             return
         try:
@@ -68,22 +68,22 @@ class SearchFile:
 
     @property
     def costs(self) -> Mapping[str, float]:
-        """The losses that were measured."""
+        """The losses that were measured, by name."""
         return self._costs
 
     def add(self, costs: Mapping[str, float]) -> None:
-        """Keeps losses by name."""
+        """Adds losses by name, and writes the file."""
         self._costs.update(costs)
         self.keep()
 
     def standing(self, top: Choice) -> Standing | None:
-        """Returns where the search stands; None where it has not begun.
+        """Returns the state of the search; None if it has not begun.
 
         Args:
             top: the highest level that each unit may have.
 
         Raises:
-            FormatError: the file says something else.
+            FormatError: the file has no valid state.
         """
         if self._state is None:
             return None
@@ -99,17 +99,17 @@ class SearchFile:
         return found
 
     def begin(self, state: Standing) -> None:
-        """Keeps where the search begins."""
+        """Records the state in which the search begins, and writes the file."""
         self.start_loss = state.loss
         self.write(state)
 
     def write(self, state: Standing) -> None:
-        """Keeps where the search stands."""
+        """Records the state of the search, and writes the file."""
         self._state = {**asdict(state), "parent": state.parent.tolist()}
         self.keep()
 
     def keep(self) -> None:
-        """Writes all that is known."""
+        """Writes the file."""
         value = {
             "edgemoe_search": _VERSION, "of": self._identity, "costs": self._costs,
             "state": self._state, "start_loss": self.start_loss,

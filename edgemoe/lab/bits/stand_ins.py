@@ -1,8 +1,9 @@
-"""Fits stand-ins: for every expert the affine map of low rank that is nearest to it on a text.
+"""Fits stand-ins: for every expert, the affine map of low rank that is nearest to it on a text.
 
-With X the expert's inputs, a 1 behind each, and Y its outputs, least squares give B = A^-1 X^T Y for A = X^T X and a
-ridge; of all maps of rank r, B V V^T is the best, V the first r eigenvectors of what B predicts, (X B)^T X B. All of it
-follows from the sums X^T X and X^T Y, which a pass over the text collects for as many experts as fit in memory.
+This is reduced-rank regression. Let X be the expert's inputs, each with a 1 appended, and Y its outputs. Least squares
+give B = A^-1 X^T Y, where A is X^T X plus a ridge. Of all maps of rank r the best is B V V^T, where V are the first r
+eigenvectors of (X B)^T X B, the products of what B predicts. All of this follows from the sums X^T X and X^T Y. One
+pass over the text collects them for as many experts as fit in memory.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ Progress = Callable[[int, int], None]
 
 _RIDGE = 0.02  # of the mean square of an input
 _MOST_RANK = 64
-_MORE = 8  # vectors beside those that are wanted, which makes the last of these good
-_ROUNDS = 12
+_MORE = 8  # extra vectors in the subspace iteration, which make the last wanted ones accurate
+_ROUNDS = 12  # of subspace iteration
 
 
 class _Pairs:
-    """Sums the products of inputs and outputs of some experts. A `Sums`."""
+    """The sums X^T X and X^T Y of inputs and outputs of some experts. A `Tap`."""
 
     def __init__(self, moe: MoeFile, which: Sequence[tuple[int, int]]) -> None:
         """Args:
-        which: (layer among those with experts, expert).
+        which: the experts, as (position of the layer among those with experts, expert).
         """
         D = moe.config.hidden_size
         self._at = {pair: i for i, pair in enumerate(which)}
@@ -81,18 +82,19 @@ def fit_stand_ins(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> StandIns:
-    """Returns stand-ins for all routed experts of a file, at its highest bits.
+    """Returns stand-ins for all routed experts of a file, fitted at its highest bits.
 
     Args:
         path: a `.moe` file.
-        windows: [N, T] tokens, each row a text of its own.
+        windows: [N, T], tokens; each row is a text of its own.
         rank: of each map.
-        ram: memory for the whole process; None for what is free.
+        ram: memory for the whole process; None for what is free, less a margin.
+        threads: None for the machine's number.
         progress: called with the pieces of text that are done, over all passes, and their number.
 
     Raises:
-        ValueError: there can be no maps of this rank, or no routed experts.
-        FormatError, OutOfBudget, OSError: as `edgemoe.load`.
+        ValueError: the rank is out of range, or the model has no routed experts.
+        FormatError, OutOfBudget, OSError: as for `edgemoe.load`.
     """
     moe = open_moe(path)
     L, E, D = len(moe.config.moe_layers), moe.config.num_experts, moe.config.hidden_size
@@ -111,7 +113,7 @@ def fit_stand_ins(
     down = np.zeros_like(up)
     for i, which in enumerate(runs):
         pairs = _Pairs(moe, which)
-        made = 4 * (D + 1) ** 2  # a product, before it is added
+        made = 4 * (D + 1) ** 2  # a product, which is computed before it is added
         beside = sum(a.nbytes for a in pairs.sums.values()) + made + 4 * windows.shape[1] * D
         with TappedModel(
             moe, ram=total_ram, process=process, beside=beside, window=windows.shape[1],
@@ -134,11 +136,12 @@ def fit_stand_ins(
 def fit_stand_in(
     inputs: NDArray[np.floating], outputs: NDArray[np.floating], rank: int
 ) -> tuple[Array, Array, Array]:
-    """Returns up [r, D], bias [r] and down [r, D] of one expert; nothing but zeros for one without tokens.
+    """Returns up [r, D], bias [r] and down [r, D] of one expert; all zeros for an expert without tokens.
 
     Args:
-        inputs: [D + 1, D + 1], X^T X with a 1 behind each row of X.
+        inputs: [D + 1, D + 1], X^T X, where each row of X ends with a 1.
         outputs: [D + 1, D], X^T Y.
+        rank: r.
     """
     D = len(inputs) - 1
     if not inputs[D, D] > 0:

@@ -1,5 +1,5 @@
-"""A model that shows a `Tap` what flows through it, a layer at a time; without the engine's conversation, sampling and
-statistics.
+"""A model that runs a layer at a time and shows its activations to a `Tap`, without the engine's conversation, sampling
+and statistics.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["TappedModel"]
 
 
 class TappedModel:
-    """Runs windows of tokens, each as a sequence of its own. Also a context manager, which frees the memory."""
+    """A model that runs windows of tokens, each as a sequence of its own. As a context manager it frees its memory."""
 
     def __init__(
         self,
@@ -37,18 +37,19 @@ class TappedModel:
         threads: int | None,
     ) -> None:
         """Args:
-        ram: memory for the whole process.
-        process: what it took before there was anything of this.
-        beside: what taps take, and who runs the layers.
+        ram: bytes for the whole process.
+        process: bytes that the process took before anything of this was allocated.
+        beside: bytes that taps and the caller take.
         window: the most tokens of a sequence.
+        threads: None for the machine's number.
         """
         config, level, kv_types = moe.config, len(moe.ladder), KvTypes()
         bits = moe.ladder[-1][0]
         shape = OpsShape.of(config, hardware.num_threads() if threads is None else threads)
-        # Beside the engine's own: what the experts give at fewer bits, and what flows inside them.
+        # In addition to the engine's memory: outputs of experts at fewer bits, and their hidden activations.
         widths = config.hidden_size + config.expert_hidden
         beside += 4 * window * config.experts_per_token * widths
-        # For each token of a chunk: what flows inside an FFN, or a copy of an input, and either once more in float64.
+        # For each token of a chunk: the hidden activations of an FFN or a copy of an input, in float32 and in float64.
         copies = 12 * max(shape.max_cols, shape.max_hidden)
         budget = Budget.divide(
             moe, ram=ram, process=process + beside, level=level,
@@ -65,7 +66,7 @@ class TappedModel:
         setting = model_setting(moe, bits, budget.slots)
         self._store = ExpertStore.open(moe, bits=bits, budget_bytes=budget.slots, verify=True)
         parts = self._ops.empty(max_parts, config.hidden_size)
-        # A layer is run for all windows before the next one's experts are wanted.
+        # No look-ahead: a layer runs for all windows before any expert of the next layer is needed.
         experts = Experts(OnDemand(setting, look_ahead=False), self._store, self._ops, parts=parts)
         self._decoder = Decoder(
             config, weights, self._ops, experts,
@@ -77,17 +78,18 @@ class TappedModel:
         self._head = "embed" if config.tied else "head"
 
     def embed(self, ids: NDArray[np.int32], x: Array) -> None:
-        """x [T, D] = what the first layer takes of tokens."""
+        """Writes the embeddings of tokens [T], the input of the first layer, to x [T, D]."""
         self._decoder.embed(ids, x)
 
     def run_layer(
         self, index: int, ids: NDArray[np.int32], x: Array, tap: Tap, *, first: int = 0
     ) -> None:
-        """Runs a layer for a window; x [T, D] is what it takes, and becomes what the next one takes.
+        """Runs one layer for a window. x [T, D] is its input, and is replaced by its output.
 
         Args:
-            index: the layer's; the last one also shows what the head takes.
-            first: is added to the window's positions in what `Tap.begin` is told.
+            index: of the layer; the last layer also shows the head's input to the tap.
+            ids: [T], the tokens of the window.
+            first: added to the positions in the window that `Tap.begin` gets.
         """
         state, ops = self._state, self._ops
         ops.tap = tap

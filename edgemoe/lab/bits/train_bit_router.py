@@ -1,4 +1,4 @@
-"""Trains the routers of precisions of D2MoE on a text, in steps that can be interrupted."""
+"""Training of D2MoE's bit routers on a text, in steps that can be interrupted."""
 
 from __future__ import annotations
 
@@ -27,40 +27,43 @@ if TYPE_CHECKING:
 
 __all__ = ["RouterSettings", "Row", "train_bit_router"]
 
-_CONTROL = 0.2  # how fast alpha follows the average, per bit and step
-_LINE = 10  # steps of a row of the record
+_CONTROL = 0.2  # change of log alpha per step, for each bit that the average is off
+_LINE = 10  # steps in a row of the record
 _SAVE_EVERY = 50  # steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RouterSettings:
-    """Says how routers are trained."""
+    """How bit routers are trained."""
 
     levels: tuple[int, ...] = (2, 3, 4)
-    """Precisions to choose from, ascending; the paper's V1. A first one of 0 leaves the expert out."""
+    """Precisions to choose from, ascending; the default is the paper's V1. A first one of 0 leaves the expert out."""
     average_bits: float | None = None
-    """What alpha is steered to; None for the middle of the levels, or a fixed alpha."""
+    """The average that alpha is steered towards; None for the middle of the levels, or with a fixed alpha."""
     alpha: float | None = None
-    """Price of a bit in nats, the paper's fixed alpha; None to steer it."""
+    """The price of a bit in nats, fixed as in the paper; None to steer it."""
     capacities: tuple[float, ...] | None = None
-    """Share of an expert's tokens that may use each precision while training; None for all."""
+    """The share of an expert's tokens that may use each precision while training; None for no limits."""
     window: int = 256
     """Tokens of each piece of text."""
     batch: int = 4
-    """Pieces of a step."""
+    """Pieces of text in a step."""
     rate: float = 0.003
-    """Of Adam."""
+    """The learning rate of Adam."""
     seed: int = 0
 
     @property
     def target(self) -> float:
-        """Average bits that are aimed at; where they begin, with a fixed alpha."""
+        """The average bits to aim at. With a fixed alpha, they are only where training begins."""
         middle = (self.levels[0] + self.levels[-1]) / 2
         return middle if self.average_bits is None else self.average_bits
 
     @property
     def shares(self) -> list[float]:
-        """Of each precision in the beginning, about `target` on average; for its middle the paper's capacities."""
+        """The share of slots at each precision where training begins.
+
+        The average is about `target`. If that is the middle of the levels, the shares are the paper's capacities.
+        """
         n, reach = len(self.levels), self.levels[-1] - self.levels[0]
         outer = 0.3 if n > 2 else 0.5
         shares = [outer] + [(1 - 2 * outer) / max(n - 2, 1)] * (n - 2) + [outer]
@@ -69,7 +72,7 @@ class RouterSettings:
         return [outer - more, *shares[1:-1], outer + more]
 
     def check(self, moe: MoeFile) -> None:
-        """Raises a ValueError that names what is out of range."""
+        """Raises a ValueError that names a setting that is out of range."""
         n = len(self.levels)
         if n < 2 or list(self.levels) != sorted(set(self.levels)):
             raise ValueError(f"levels: expected two or more, ascending, got {self.levels}")
@@ -96,18 +99,18 @@ class RouterSettings:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Is the mean of some steps."""
+    """A row of the record of training: means over some steps."""
 
     step: int
-    """Steps by then."""
+    """The last of these steps, counted from the beginning."""
     divergence: float
-    """KL of the routed model from the full one, in nats per token."""
+    """KL divergence of the routed model from the full one, in nats per token."""
     bits: float
-    """Average of the chosen precisions."""
+    """The average of the chosen precisions."""
     dropped: float
-    """Share of slots that exceeded a capacity."""
+    """The share of slots that exceeded a capacity."""
     alpha: float
-    """At the end."""
+    """After the last of these steps."""
 
 
 def train_bit_router(
@@ -123,24 +126,27 @@ def train_bit_router(
     is_new: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[BitRouters, list[Row]]:
-    """Trains routers, or goes on with those that `out` holds, up to `steps` steps; returns them and how it went.
+    """Trains bit routers up to `steps` steps, or goes on with those in `out`; returns them and the record.
 
-    `out` is written from time to time and when the call is interrupted: a form of `BitRouters` that also holds what
-    training needs. The same model, text and settings give the same routers on one machine, interrupted or not.
+    `out` is written from time to time and when the call is interrupted. It is the form of `BitRouters` with the state
+    of training added. The same model, text and settings give the same routers on one machine, interrupted or not.
 
     Args:
         path: a `.moe` file.
-        count: most pieces of the text; None for all.
+        text: the text to train on.
+        out: the file to write.
+        steps: in all, including those that were done before.
+        count: the most pieces of the text; None for all.
         ram: memory for the whole process; None for what is free, less a margin.
-        threads: of torch, which keeps the number; None for its own choice.
-        is_new: begin anew whatever `out` holds.
-        progress: is told of each step.
+        threads: of torch, for the whole process from now on; None for torch's default.
+        is_new: begin anew, whatever `out` holds.
+        progress: called after each step with the steps done and all steps.
 
     Raises:
-        ModuleNotFoundError: torch is not installed; one line says how to get it.
-        ValueError: a setting, the text or `out` does not do.
-        FormatError: the model is not sound.
-        OutOfBudget: the weights would not fit as float32.
+        ModuleNotFoundError: torch is not installed; the message says how to install it.
+        ValueError: a setting, the text or `out` is not usable.
+        FormatError: the model is damaged, or its family is not supported.
+        OutOfBudget: the weights do not fit as float32.
         OSError: `out` cannot be written.
     """
     try:
@@ -180,14 +186,14 @@ def train_bit_router(
                 progress(saved.step, steps)
             if saved.step % _SAVE_EVERY == 0:
                 saved.save(settings)
-    finally:  # Ctrl-C too: what is saved is that of whole steps
+    finally:  # after Ctrl-C too: the state is always that of whole steps
         if saved.tensors:
             saved.save(settings)
     return saved.routers(settings), saved.rows
 
 
 def _one(model: Routed, pieces: NDArray[np.int32], settings: RouterSettings, saved: _Saved) -> None:
-    """Does a step and keeps what came of it."""
+    """Does one step and records its result in `saved`."""
     rng = np.random.default_rng([settings.seed, saved.step])
     chosen = rng.choice(len(pieces), min(settings.batch, len(pieces)), replace=False)
     alpha = settings.alpha if settings.alpha is not None else saved.alpha
@@ -195,13 +201,14 @@ def _one(model: Routed, pieces: NDArray[np.int32], settings: RouterSettings, sav
         pieces[chosen], alpha=alpha, capacities=settings.capacities, seed=int(rng.integers(1 << 31))
     )
     if settings.alpha is None:
-        # The first step has no price; it tells of what order one is: a tenth, on the model that this was tried on.
+        # The first step has no price and shows of what order of magnitude one should be: a tenth of its divergence, on
+        # the model that this was tried on.
         alpha = (alpha or step.divergence / 10) * math.exp(_CONTROL * (step.bits - settings.target))
     saved.add(model.state(), (step.divergence, step.bits, step.dropped), alpha)
 
 
 class _Saved:
-    """Is what `out` holds: the routers, what Adam knows, and the record."""
+    """The contents of `out`: the routers, the state of Adam, and the record."""
 
     def __init__(self, path: Path, identity: str) -> None:
         self.path = path
@@ -222,7 +229,7 @@ class _Saved:
             kl, bits, dropped = (sum(x) / len(sums) for x in zip(*sums, strict=True))
             rows = [*rows, Row(step, kl, bits, dropped, alpha)]
             sums = []
-        # One assignment: an interrupt comes before or after a step, not within.
+        # In one assignment, so that an interrupt leaves the state before or after a step, not in between.
         self.tensors, self.step, self.alpha, self.rows, self._sums = (
             tensors, step, alpha, rows, sums,
         )  # fmt: skip
@@ -242,10 +249,10 @@ class _Saved:
         write_whole(self.path, self.routers(settings).to_bytes(more))
 
     def load(self) -> None:
-        """Takes what there is.
+        """Loads the file if it exists.
 
         Raises:
-            ValueError: it is something else.
+            ValueError: it is something else, or belongs to another training.
         """
         try:
             content = self.path.read_bytes()
@@ -267,7 +274,7 @@ class _Saved:
 
 
 def _activations(config: ModelConfig, settings: RouterSettings) -> int:
-    """Returns about what flows through a step, which autograd keeps."""
+    """Returns an estimate of the bytes of a step's activations, which autograd keeps."""
     tokens = settings.window * settings.batch
     slots = config.experts_per_token * len(settings.levels)
     per_layer = 12 * config.hidden_size + slots * (config.hidden_size + 4 * config.expert_hidden)
@@ -275,7 +282,7 @@ def _activations(config: ModelConfig, settings: RouterSettings) -> int:
 
 
 def _identity(moe: MoeFile, pieces: NDArray[np.int32], settings: RouterSettings) -> str:
-    """Returns a sum of what the result depends on, but for the number of steps."""
+    """Returns a hash of everything that the result depends on, except the number of steps."""
     digest = hashlib.sha256(repr((moe.config, moe.ladder, pieces.shape, settings)).encode())
     digest.update(moe.experts.crcs.tobytes())
     digest.update(pieces.tobytes())

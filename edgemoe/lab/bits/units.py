@@ -1,4 +1,4 @@
-"""What of a model may have more or fewer bits: experts, the other matrices, and each layer's keys and values."""
+"""The parts of a model that may have more or fewer bits: experts, other matrices, and each layer's keys and values."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from edgemoe.store import resident_matrices
 __all__ = ["Choice", "Units"]
 
 Choice = NDArray[np.int64]
-"""[U]: each unit's level, 0 for the fewest bits."""
+"""[U]: the level of each unit, 0 for the fewest bits."""
 
 
 class Units:
-    """Numbers everything that a choice gives a level: all experts, layer by layer; matrices; keys and values."""
+    """The numbering of all units that a choice gives a level: experts, layer by layer; matrices; keys and values."""
 
     def __init__(self, moe: MoeFile, *, context: int) -> None:
         """Args:
-        context: tokens whose keys and values count; a layer with a window has at most those of it.
+        context: for how many tokens keys and values count; a layer with a sliding window has at most as many as that.
         """
         config = moe.config
         self.moe, self.context = moe, context
@@ -46,9 +46,10 @@ class Units:
             held = min(context, window or context)
             sizes.append([kv_bytes(kind, cell.heads, held, cell.columns) for kind in KINDS])
         self.counts = np.array([len(row) for row in sizes])
-        """[U]: how many levels each has."""
+        """[U]: how many levels each unit has."""
         self.sizes = np.array([row + [row[-1]] * (max(self.counts) - len(row)) for row in sizes])
-        """[U, B] bytes, ascending; beyond its levels those of the last. Without what looks rows up."""
+        """[U, B]: bytes in memory, ascending; beyond a unit's levels, those of its last. A matrix whose rows are only
+        looked up in the file takes none."""
 
         layers = [_layer_of(moe, name) for name in self.matrices] + [c.layer for c in self.cells]
         self._layers = np.concatenate(
@@ -60,16 +61,16 @@ class Units:
 
     @property
     def top(self) -> Choice:
-        """All that there is of each."""
+        """The highest level of every unit."""
         return self.counts - 1
 
     def first_layer(self, choice: Choice) -> int:
-        """Returns the first layer in which a choice is not all that there is; all of them for one in the head alone."""
+        """Returns the first layer in which a choice is below `top`; the number of layers if at most the head is."""
         differs = self._layers[choice != self.top]
         return int(differs.min(initial=self.moe.config.num_layers))
 
     def bytes(self, choice: Choice) -> int:
-        """Returns what a choice takes."""
+        """Returns the bytes that a choice takes."""
         return int(self.sizes[np.arange(len(self)), choice].sum())
 
     def expert_bits(self, choice: Choice) -> NDArray[np.int8]:
@@ -78,17 +79,17 @@ class Units:
         return bits[choice[: self.num_experts]].reshape(-1, self.moe.config.num_experts)
 
     def rungs(self, choice: Choice) -> Mapping[str, int]:
-        """Returns how many rungs each matrix has that is no expert's."""
+        """Returns how many rungs each matrix outside the experts has."""
         first = self.num_experts
         return {name: int(choice[first + i]) + 1 for i, name in enumerate(self.matrices)}
 
     def dense_bits(self, choice: Choice) -> Mapping[str, int]:
-        """Returns the bits of each matrix that is no expert's."""
+        """Returns the bits of each matrix outside the experts."""
         ladder = self.moe.dense_ladder
         return {name: ladder[rungs - 1] for name, rungs in self.rungs(choice).items()}
 
     def mix(self, choice: Choice) -> Mix:
-        """Returns a choice as it is measured."""
+        """Returns a choice in the form that `MixedLoss` measures."""
         return Mix(self.expert_bits(choice), self.rungs(choice), self.kv_rows(choice))
 
     def kv_rows(self, choice: Choice) -> tuple[Row, ...]:
@@ -102,11 +103,11 @@ class Units:
 
 
 def _resident_bytes(moe: MoeFile, name: str, level: int) -> int:
-    """Returns the bytes that a matrix takes at a level: none if only its rows are looked up, which the file has."""
+    """Returns the bytes that a matrix takes in memory at a level: 0 if its rows are only looked up in the file."""
     tensor = resident_matrices(moe, level).get(name)
     return 0 if tensor is None else tensor.size(level)
 
 
 def _layer_of(moe: MoeFile, name: str) -> int:
-    """Returns the layer of a matrix: as many as there are for the head, which an embedding may be too."""
+    """Returns the layer of a matrix; for others, as the head and the embedding, the number of layers."""
     return int(name.split(".")[1]) if name.startswith("layers.") else moe.config.num_layers
