@@ -1,1 +1,1 @@
-"""What a level, a scheduler or a conversion costs in quality."""
+"""Measurements of what a level, a scheduler or a conversion costs in quality."""

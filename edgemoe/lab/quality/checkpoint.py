@@ -1,7 +1,7 @@
-"""The predictions of a checkpoint before any quantisation: the reference that says what a conversion lost.
+"""The predictions of a checkpoint before any quantisation: the reference for what a conversion lost.
 
-Float32 in numpy, a layer at a time over all chunks of a text: every weight is read once, and memory holds the chunks'
-hidden states, one layer's dense matrices and one expert.
+They are computed in float32 with numpy, a layer at a time over all chunks of a text. So every weight is read once, and
+memory holds only the chunks' hidden states, one layer's dense matrices and one expert.
 """
 
 from __future__ import annotations
@@ -41,17 +41,20 @@ Layer = dict[str, Array]
 Turns = dict[RopeSpec, tuple[Array, Array]]
 
 _STATES = 1 << 28  # bytes of hidden states; a longer text takes more passes over the checkpoint
-_VALUES = 1 << 22  # of logits, or inside an FFN, at once
+_VALUES = 1 << 22  # logits, or hidden values of an FFN, that are computed at once
 
 
 @contextlib.contextmanager
 def recorded_checkpoint(
     model: SourceModel, sample: Sample, *, progress: Callable[[int, int], None] | None = None
 ) -> Iterator[LogProbs]:
-    """Runs a checkpoint and yields its predictions, which lie in a temporary file meanwhile.
+    """Runs a checkpoint and yields its predictions, which are in a temporary file for as long as the context lasts.
+
+    Args:
+        progress: called with the layers done and all layers, the head counted as one.
 
     Raises:
-        FormatError: a tensor is broken or not finite.
+        FormatError: a tensor is broken or not finite, or the model has a mixer that is not supported here.
         OSError: the disk is full.
     """
     with tempfile.NamedTemporaryFile(prefix="edgemoe-", suffix=".logprobs") as file:
@@ -72,10 +75,10 @@ def record_predictions(
     """Writes the log-probabilities that a checkpoint gives to each chunk's second half.
 
     Args:
-        progress: is told the layers done and the layers in total.
+        progress: called with the layers done and all layers, the head counted as one.
 
     Raises:
-        FormatError: a tensor is broken or not finite.
+        FormatError: a tensor is broken or not finite, or the model has a mixer that is not supported here.
         OSError: the disk is full.
     """
     config, windows = model.config, sample.windows.copy()
@@ -106,7 +109,7 @@ def record_predictions(
 def head_logits(
     config: ModelConfig, states: Array, head: Array, bias: Array | None = None
 ) -> Array:
-    """Returns the logits [T, V] of states [T, D], for a head [D, V] and its bias [V]."""
+    """Returns the logits [T, V] for states [T, D], given a head [D, V] and its bias [V]."""
     logits: Array = states @ head
     if bias is not None:
         logits += bias
@@ -123,7 +126,7 @@ def final_states(
     *,
     layer_done: Callable[[], None] = lambda: None,
 ) -> Array:
-    """Runs sequences of tokens [N, C] and returns what the head is applied to, [N, C, D]."""
+    """Runs sequences of tokens [N, C] through all layers and returns the input of the head, [N, C, D]."""
     config = model.config
     x: Array = model.tensor("embed")[windows]
     x *= np.float32(config.embedding_multiplier)
@@ -159,7 +162,7 @@ def final_states(
 
 
 def _ffns(x: Array, model: SourceModel, i: int, layer: Layer) -> Array:
-    """Returns what the FFNs of a layer give for x [T, D], the residual before it."""
+    """Returns the sum of the outputs of a layer's FFNs, [T, D], for the residual x [T, D]."""
     config = model.config
     normed = rms_norm(x, layer["ffn_norm"], config.norm_eps)
     out = np.zeros_like(x)
@@ -182,7 +185,7 @@ def _ffns(x: Array, model: SourceModel, i: int, layer: Layer) -> Array:
 
 
 def _shared(x: Array, layer: Layer, activation: Activation, out: Array) -> None:
-    """out = the FFN that every token takes."""
+    """Writes to `out` [T, D] the output of the FFN that every token takes, for x [T, D]."""
     gate, up, down = (layer.get(f"shared.{name}") for name in MATRICES)
     assert up is not None
     assert down is not None
@@ -195,7 +198,12 @@ def _shared(x: Array, layer: Layer, activation: Activation, out: Array) -> None:
 def _routed(
     to_router: Array, x: Array, model: SourceModel, i: int, layer: Layer, out: Array
 ) -> None:
-    """out += the experts that a layer's router chooses."""
+    """Adds to `out` [T, D] the gated outputs of the experts that a layer's router chooses.
+
+    Args:
+        to_router: [T, D], the input of the router.
+        x: [T, D], the input of the experts.
+    """
     nothing = np.float32(0)
     chosen, gates = _route(
         model.config.router, to_router @ layer["router"].T + layer.get("router_bias", nothing),
@@ -216,7 +224,11 @@ def _routed(
 def _route(
     spec: RouterSpec, logits: Array, bias: Array | np.float32
 ) -> tuple[NDArray[np.intp], Array]:
-    """Returns each token's experts and gates, [T, K], best first, for router logits [T, E]."""
+    """Returns each token's experts and gates, [T, K], best first, for router logits [T, E].
+
+    Args:
+        bias: [E], added to scores for the choice only; or 0.
+    """
     scores = sigmoid(logits) if spec.scoring == "sigmoid" else _softmax(logits)
     choice = scores + bias
     if spec.groups > 1:
@@ -237,12 +249,12 @@ def _route(
 
 
 def _mixed_sparsely(logits: Array, chosen: NDArray[np.intp]) -> Array:
-    """Returns the gates of scoring "sparsemixer"."""
+    """Returns the gates [T, K] of the scoring "sparsemixer"."""
     gates, rest = np.empty(chosen.shape, np.float32), logits.copy()
     for i, best in enumerate(chosen.T):
         at = best[:, None]
         top = np.take_along_axis(logits, at, 1)
-        with np.errstate(invalid="ignore"):  # 0 / 0 is near
+        with np.errstate(invalid="ignore"):  # 0 / 0 gives nan, which does not count as far
             is_far = (top - logits) / np.maximum(np.abs(logits), top) > np.float32(0.02)
         shares = np.exp(np.where(is_far, -np.inf, rest - top))
         gates[:, i] = 1 / shares.sum(axis=1)
@@ -251,7 +263,11 @@ def _mixed_sparsely(logits: Array, chosen: NDArray[np.intp]) -> Array:
 
 
 def _mix(spec: MixerSpec, layer: Layer, x: Array, turns: Turns) -> Array:
-    """Returns what a layer's mixer makes of one sequence x [T, D]."""
+    """Returns the output [T, D] of a layer's mixer on one sequence x [T, D].
+
+    Raises:
+        FormatError: there is no mixer of this kind here.
+    """
     if isinstance(spec, AttentionSpec):
         return _attention(spec, layer, x, turns)
     if isinstance(spec, DeltaSpec):
@@ -266,7 +282,7 @@ def _mix(spec: MixerSpec, layer: Layer, x: Array, turns: Turns) -> Array:
 
 
 def _attention(spec: AttentionSpec, layer: Layer, x: Array, turns: Turns) -> Array:
-    """Causal grouped-query attention."""
+    """Returns the output [T, D] of causal grouped-query attention on one sequence x [T, D]."""
     heads, kv_heads, width, T = spec.num_heads, spec.num_kv_heads, spec.head_dim, len(x)
     q, k, v = (
         x @ layer[name].T + layer.get(f"{name}_bias", np.float32(0))
@@ -312,7 +328,7 @@ def _attention(spec: AttentionSpec, layer: Layer, x: Array, turns: Turns) -> Arr
 
 
 def _turns(model: SourceModel, spec: RopeSpec, count: int) -> tuple[Array, Array]:
-    """Returns cos and sin of positions [0, count) in a sequence of `count` tokens, [count, rotated / 2]."""
+    """Returns cos and sin for RoPE at positions [0, count) of a sequence of `count` tokens, [count, rotated / 2]."""
     frequencies = model.tensor(spec.frequencies(count))
     angles = (np.arange(count, dtype=np.float32)[:, None] * frequencies).astype(np.float64)
     cos, sin = np.cos(angles) * spec.scale, np.sin(angles) * spec.scale
@@ -341,6 +357,6 @@ def _softmax(x: Array) -> Array:
 
 
 def _blocks(count: int, matrix: Array) -> Iterator[slice]:
-    """Yields the rows of activations that are multiplied with a matrix [H, D] at once."""
+    """Returns slices of `count` rows of activations, each small enough to multiply with a matrix [H, D] at once."""
     rows = max(1, _VALUES // len(matrix))
     return (slice(first, first + rows) for first in range(0, count, rows))

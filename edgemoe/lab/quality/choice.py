@@ -1,8 +1,9 @@
-"""Picks the cheapest settings whose measured perplexity is near enough to the exact run's.
+"""The choice of the cheapest settings whose measured perplexity is close enough to the exact run's.
 
-What settings cost is the bytes that they would read per token, with the slots that there are. For a level it is what
-routing to all experts alike would read: real routing reads less, but levels keep their order. A scheduler's options
-save the share that they were measured to save, token by token, beside the exact run with the same memory.
+The cost of settings is the bytes that they would read per token with the memory that is available for experts. For a
+level it is computed as if all experts were used equally often. Real routing reads less, but the order of levels stays
+the same. For a scheduler's options this is multiplied by the share of reads that they were measured to need, token by
+token, relative to the exact run with the same memory.
 """
 
 from __future__ import annotations
@@ -44,28 +45,29 @@ __all__ = [
 Row = Mapping[str, Any]
 
 _SURE = 1.645
-"""Standard errors above the mean: with that many the true loss lies below in 19 of 20 measurements."""
+"""How many standard errors are added to the mean: the true loss lies below the sum in 19 of 20 measurements."""
 
 _COMPARED = ("tokens", "reference", "reference_sections")
-"""What of two reports must be the same for rows of both to stand beside each other."""
+"""The fields in which two reports must agree for their rows to be comparable."""
 
 _KEY = ("scheduler", "options", "bits", "dense_bits", "cache_types")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Says what to run, and why nothing cheaper."""
+    """The settings to run, and the nearest that were refused."""
 
     row: Row | None
-    """What was measured; None for the exact run."""
+    """The row that was chosen; None for the exact run."""
     nearest: Row | None
-    """Of the cheaper rows that were refused for their loss, that of the least; None where there is none."""
+    """If no row was chosen: of the cheaper rows, all refused for their loss, the one that loses least. Else None."""
 
 
 def stored(moe: MoeFile) -> Mapping[str, Any] | None:
-    """Returns what `edgemoe quality --store` has kept; None for nothing, or nothing of this version.
+    """Returns the report that `edgemoe quality --store` has kept in the file.
 
-    Nor anything whose reference is of the past: every row was compared with it.
+    It is None if there is none of this version, or if its reference is outdated, since every row was compared with
+    that.
     """
     try:
         report = parse_json(moe.sections["quality"], "quality")
@@ -80,7 +82,7 @@ def stored(moe: MoeFile) -> Mapping[str, Any] | None:
 
 
 def _is_row(row: Any) -> bool:
-    """Says whether a row has the types that are computed with.
+    """Returns whether the fields of a row that are computed with have the right types.
 
     Raises:
         KeyError, TypeError: it has other fields.
@@ -90,7 +92,7 @@ def _is_row(row: Any) -> bool:
     numbers = [row["dense_bits"], row["slots_bytes"], *change, *(n for n in maybe if n is not None)]
     return (
         all(type(n) in (int, float) and math.isfinite(n) for n in numbers)
-        and all(n < 100 for n in change)  # beyond, what perplexity becomes is not finite
+        and all(n < 100 for n in change)  # beyond, perplexity may not be finite
         and isinstance(row["scheduler"], str)
         and isinstance(row["options"], dict)
         and len(row["cache_types"]) == 2
@@ -99,7 +101,11 @@ def _is_row(row: Any) -> bool:
 
 
 def merged(old: bytes | None, report: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a new report with the rows of the stored one that it does not replace, if they can be compared."""
+    """Returns a new report, with the rows of the stored one that it does not replace added if they are comparable.
+
+    Args:
+        old: the stored report as JSON; None for none.
+    """
     try:
         before = parse_json(old or b"", "quality")
         if any(before.get(name) != report.get(name) for name in _COMPARED):
@@ -124,10 +130,11 @@ def sections_sum(
     options: Mapping[str, Any],
     cache_types: Sequence[str] = (),
 ) -> str | None:
-    """Returns a sum of what of a file decides beside settings: a row is of them only while that is the same.
+    """Returns a checksum of the file's sections that influence a run with these settings; None if there are none.
 
-    A level alone rests on weights only, which never change in a file. None where there is nothing. The sum also has
-    at which level rows of the embedding are looked up, where it is not that of `dense_bits`, as it was before.
+    A measured row is valid only as long as this checksum stays the same. A level alone depends only on weights, which
+    never change in a file. The checksum also includes the level at which rows of the embedding are looked up, if it is
+    not that of `dense_bits`; in earlier versions it always was.
     """
     names: tuple[str, ...] = ()
     if scheduler != "on-demand" or options:
@@ -143,7 +150,7 @@ def sections_sum(
 
 
 def reference_sum(moe: MoeFile, reference: Sequence[Any] | None) -> str | None:
-    """Returns the sum of a level of the file that others are compared with; None for nothing, and for no level."""
+    """Returns `sections_sum` for the reference (bits, dense bits), a level of the file; None if there is none."""
     if reference is None:
         return None
     bits, dense_bits = reference
@@ -151,14 +158,14 @@ def reference_sum(moe: MoeFile, reference: Sequence[Any] | None) -> str | None:
 
 
 def applies(moe: MoeFile, row: Row) -> bool:
-    """Says whether a row was measured with what the file holds now, and as it would be today."""
+    """Returns whether a row was measured with the sections that the file has now, and as it would be measured today."""
     names = ("bits", "dense_bits", "scheduler", "options", "cache_types")
     now = sections_sum(moe, **{name: row[name] for name in names})
     return bool(row["sections"] == now)
 
 
 def stored_rows(moe: MoeFile, *, dense_bits: int | str) -> list[Row]:
-    """Returns the rows that the file holds at these dense bits and that were measured with what it holds now."""
+    """Returns the stored rows at these dense bits that still apply (see `applies`)."""
     report = stored(moe)
     rows = () if report is None else report["rows"]
     return [row for row in rows if row["dense_bits"] == dense_bits and applies(moe, row)]
@@ -167,7 +174,7 @@ def stored_rows(moe: MoeFile, *, dense_bits: int | str) -> list[Row]:
 def plain_rows(
     moe: MoeFile, *, dense_bits: int | str, cache_types: tuple[str, str]
 ) -> dict[int | str, Row]:
-    """Returns what was measured of each level alone, by its bits; "auto" where each expert has its own."""
+    """Returns the stored rows of levels alone, by their bits; "auto" is the allocation, with bits for each expert."""
     rows = stored_rows(moe, dense_bits=dense_bits)
     return {
         row["bits"]: row
@@ -187,10 +194,10 @@ def find(
     cache_types: tuple[str, str],
     outdated: bool = False,
 ) -> Row | None:
-    """Returns the row of exactly these settings, if they were measured; the last of several.
+    """Returns the last row with exactly these settings; None if they were not measured.
 
     Args:
-        outdated: among those that no longer apply.
+        outdated: search among the rows that no longer apply.
     """
     texts = {name: str(value) for name, value in options.items()}
     for row in reversed(rows):
@@ -212,13 +219,13 @@ def choose(
     cache_types: tuple[str, str],
     slots: Callable[[int], int],
 ) -> Choice:
-    """Picks the cheapest row.
+    """Returns the cheapest row that surely loses at most `max_loss`, or the exact run if none is cheaper.
 
     Args:
         rows: measured against the file's highest level.
-        max_loss: most change of the perplexity, as a share of it.
-        cache_types: of keys and values, which the rows must have.
-        slots: bytes that experts would have, by the bits of dense matrices.
+        max_loss: the most increase of the perplexity, as a share of it.
+        cache_types: the types of keys and values that rows must have.
+        slots: returns the bytes that experts would have, given the bits of dense matrices.
     """
     top = (moe.ladder[-1][0], moe.dense_ladder[-1])
     mine = [row for row in rows if row["cache_types"] == list(cache_types)]
@@ -232,7 +239,7 @@ def choose(
         share, room = 1.0, slots(row["dense_bits"])
         if not is_plain(row):
             saving = _saving(moe, row)
-            # With fewer slots than were measured more is missing, and what is done about a miss costs more.
+            # With fewer slots than were measured there are more misses, so that handling them loses more quality.
             if not saving or not base or room < row["slots_bytes"]:
                 continue
             share = saving / base
@@ -247,30 +254,30 @@ def choose(
 
 
 def is_plain(row: Row) -> bool:
-    """Says whether a row is of a level alone, so that what it costs does not depend on memory."""
+    """Returns whether a row is of a level alone, so that its loss does not depend on memory."""
     return row["scheduler"] == "on-demand" and not row["options"]
 
 
 def _bound(row: Row) -> float:
-    """Returns what the loss surely is at most; the reference's own is none."""
+    """Returns an upper bound of the row's loss in ln perplexity, by `_SURE`; 0 for the reference."""
     return 0.0 if row["kl"] is None else float(row["loss_change"] + _SURE * row["loss_error"])
 
 
 def _saving(moe: MoeFile, row: Row) -> float | None:
-    """Returns what a row was measured to read, relative to what routing all experts alike would."""
+    """Returns the bytes that a row was measured to read, relative to `_reads`; None if it was not measured."""
     expected = _reads(moe, row["bits"], row["slots_bytes"])
     read = row["read_per_token"]
     return None if read is None or expected <= 0 else float(read / expected)
 
 
 def _reads(moe: MoeFile, bits: int | str, slots: int) -> float:
-    """Returns bytes per token if all experts were routed to alike and kept alike."""
+    """Returns the bytes read per token if all experts were used, and kept in memory, equally often."""
     share = moe.config.experts_per_token / moe.config.num_experts
     return share * max(_expert_bytes(moe, bits) - slots, 0)
 
 
 def _used(moe: MoeFile, bits: int | str, dense_bits: int) -> float:
-    """Returns the bytes that computing one token reads from memory."""
+    """Returns the bytes of weights that computing one token reads from memory."""
     share, level = (
         moe.config.experts_per_token / moe.config.num_experts,
         moe.dense_level(dense_bits),
@@ -280,7 +287,7 @@ def _used(moe: MoeFile, bits: int | str, dense_bits: int) -> float:
 
 
 def _expert_bytes(moe: MoeFile, bits: int | str) -> int:
-    """Returns what all experts take."""
+    """Returns the bytes of all experts at some bits."""
     if bits != "auto":
         return all_expert_bytes(moe, moe.level(int(bits)))
     if "allocation" not in moe.sections:

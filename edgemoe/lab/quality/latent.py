@@ -1,4 +1,4 @@
-"""Multi-head latent attention in floats, in the paper's form: every head has keys and values of its own."""
+"""Multi-head latent attention in float32, in the paper's form, where every head has keys and values of its own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,12 @@ def latent_attention(
     x: Array,
     turns: Mapping[RopeSpec, tuple[Array, Array]],
 ) -> Array:
-    """Returns what a layer makes of one sequence x [T, D]; `turns` are cos and sin of its positions, [T, rope / 2]."""
+    """Returns the output [T, D] of a layer's attention on one sequence x [T, D].
+
+    Args:
+        layer: the layer's tensors, by their names within it.
+        turns: for each kind of RoPE, cos and sin of the positions, [T, rope_dim / 2].
+    """
     heads, T = spec.num_heads, len(x)
     if spec.q_rank:
         q = rms_norm(x @ layer["q_a"].T, layer["q_a_norm"], spec.norm_eps) @ layer["q_b"].T

@@ -1,16 +1,16 @@
-"""A reference model's log-probabilities as a file: that of llama.cpp's `llama-perplexity --kl-divergence-base`.
+"""A reference model's log-probabilities as a file in the format of `llama-perplexity --kl-divergence-base` (llama.cpp).
 
-One format serves for levels of our own files, for checkpoints in other runtimes, and for comparing with llama.cpp on
-exactly the same tokens. Little-endian:
+One format serves for levels of our own files, for checkpoints in other runtimes, and for comparisons with llama.cpp on
+exactly the same tokens. All numbers are little-endian:
 
     "_logits_", i32 tokens per chunk C, i32 vocabulary V, i32 chunks N, i32 tokens [N, C]
     then for each chunk, for each position p from C // 2 to C - 2, the distribution of token p + 1 given those before:
-    f32 scale, f32 minimum, u16 [V] of values q, and one unused u16 where V is odd
+    f32 scale, f32 minimum, u16 [V] of values q, and one unused u16 if V is odd
 
 The log-probability of a token is scale * q + minimum, in nats. The range of q is the 16 nats below the likeliest token;
-what lies further below is put there. Rounding moves the KL divergence at a position by 1e-5 either way, and its mean
-over 1,000 positions by 3e-7 (measured: a model of 4,096 tokens against itself). Where a tokenizer has a first token,
-the models saw it in the place of each chunk's first one.
+lower log-probabilities are clipped to it. Rounding changes the KL divergence at a position by up to 1e-5 either way,
+and its mean over 1,000 positions by 3e-7 (measured: a model with a vocabulary of 4,096 against itself). If a tokenizer
+has a first token, the models saw it in place of each chunk's first token.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ _STEPS = 65535
 
 
 class LogProbs:
-    """Reads a file, a few rows at a time. Also a context manager."""
+    """A file of log-probabilities, read a few rows at a time. Also a context manager."""
 
     windows: NDArray[np.int32]
     """[N, C]: the tokens of each chunk."""
     vocab_size: int
     losses: NDArray[np.float64] | None = None
-    """[N * positions of a chunk]: the exact -log p of the tokens that came, of who wrote them; the file clips it."""
+    """[N * scored positions of a chunk]: the writer's exact -log p of actual tokens, if known; the file clips it."""
     routes: list[NDArray[np.int32]] | None = None
-    """For each layer with routed experts [N * positions of a chunk, K]: what the writer's routers chose, if known."""
+    """For each layer with routed experts [N * scored positions of a chunk, K]: the writer's routing, if known."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Opens a file and checks that it is complete.
 
         Raises:
-            FormatError: it is not what it claims to be.
+            FormatError: it is not such a file, or is incomplete or damaged.
             OSError: it cannot be read.
         """
         self._path = Path(path)
@@ -83,7 +83,11 @@ class LogProbs:
         self.windows = tokens.reshape(count, chunk).astype(np.int32)
 
     def rows(self, window: int, first: int, count: int) -> NDArray[np.float64]:
-        """Returns log-probabilities [count, V] of a chunk's scored positions from the `first` on."""
+        """Returns the log-probabilities [count, V] at a chunk's scored positions, from position `first` on.
+
+        Raises:
+            FormatError: the file is damaged.
+        """
         scored = _scored(self.windows.shape[1])
         self._file.seek(self._start + (window * scored + first) * self._row.itemsize)
         data = self._file.read(count * self._row.itemsize)
@@ -98,10 +102,10 @@ class LogProbs:
         return out
 
     def loss(self, window: int, first: int, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Returns -log p [count] of the tokens that came at the positions of `rows`.
+        """Returns -log p [count] of the actual tokens at some scored positions.
 
         Args:
-            rows: of `rows`, with the same window and first.
+            rows: from the method `rows`, with the same window and first.
         """
         tokens = self.windows[window]
         if self.losses is not None:
@@ -123,13 +127,13 @@ class LogProbs:
 
 
 class LogProbsWriter:
-    """Writes a file, chunk by chunk from the first. The caller opens and closes it."""
+    """A writer of such a file, chunk by chunk in order. The caller opens and closes the file."""
 
     def __init__(self, file: IO[bytes], windows: NDArray[np.int32], vocab_size: int) -> None:
         """Writes the head.
 
         Args:
-            windows: [N, C] the tokens of each chunk.
+            windows: [N, C], the tokens of each chunk.
         """
         count, chunk = windows.shape
         self._file = file
@@ -138,12 +142,12 @@ class LogProbsWriter:
         self._came = windows[:, chunk // 2 + 1 :].reshape(-1)
         self._losses: list[float] = []
         self.routes: list[NDArray[np.int32]] | None = None
-        """What routers chose meanwhile, see `LogProbs.routes`; whoever measures sets it."""
+        """The routing, see `LogProbs.routes`; set by the code that measures."""
         file.write(MAGIC + _HEAD.pack(chunk, vocab_size, count))
         file.write(np.ascontiguousarray(windows, "<i4").tobytes())
 
     def add(self, log_probs: NDArray[np.float64]) -> None:
-        """Writes the next positions' log-probabilities [T, V].
+        """Writes the log-probabilities [T, V] of the next T positions.
 
         Raises:
             OSError: the disk is full.
@@ -166,7 +170,7 @@ class LogProbsWriter:
 
     @property
     def losses(self) -> NDArray[np.float64]:
-        """Returns the exact -log p of the tokens that came, of all positions so far."""
+        """The exact -log p of the actual tokens, at all positions so far."""
         return np.array(self._losses)
 
 
@@ -177,5 +181,5 @@ def _row_type(vocab_size: int) -> np.dtype[np.void]:
 
 
 def _scored(chunk: int) -> int:
-    """Returns how many positions of a chunk are scored: those of its second half that have a successor."""
+    """Returns how many positions of a chunk are scored: those of its second half that have a next token."""
     return chunk - 1 - chunk // 2

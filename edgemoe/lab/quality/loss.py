@@ -1,4 +1,4 @@
-"""Measures what fewer bits cost: the mean KL divergence to a model's own highest level on some text."""
+"""The loss of fewer bits: the mean KL divergence from a level of the same file on some text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Loss", "half_log_softmax", "log_softmax_rows"]
 
 
 class Loss:
-    """Keeps a model open and measures one map of bits after another on the same tokens. A context manager.
+    """An open model that measures one map of bits after another on the same tokens. A context manager.
 
     The second half of each window counts. The reference's log-probabilities stay in memory: N * T/2 * V float32.
     """
@@ -22,8 +22,8 @@ class Loss:
         self, path: str | os.PathLike[str], windows: NDArray[np.int32], *, reference: int
     ) -> None:
         """Args:
-        windows: [N, T] tokens, each a sequence of its own.
-        reference: a level of the file, in bits, that losses are measured against; the most that may be asked for.
+        windows: [N, T], tokens; each row is a sequence of its own.
+        reference: the bits of a level of the file. Losses are measured against it, and no map may have more bits.
         """
         self._windows = windows
         self._bits: NDArray[np.int8] | None = None
@@ -31,7 +31,7 @@ class Loss:
             config = engine.config
             self._reference = [half_log_softmax(engine.logits(w)) for w in windows]
         self._bits = np.full((len(config.moe_layers), config.num_experts), reference, np.int8)
-        # The scheduler reads the array again at every plan.
+        # The scheduler reads the array of bits at every plan, so it can be changed in place.
         self._engine = load(
             path, context=windows.shape[1], bits=reference, options={"bits": self._bits}
         )
@@ -54,12 +54,12 @@ class Loss:
 
 
 def half_log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns the log-probabilities of the second half of a window, [T - T // 2, V]."""
+    """Returns the log-probabilities of the second half of a window, [T - T // 2, V], from its logits [T, V]."""
     return log_softmax_rows(logits[len(logits) // 2 :])
 
 
 def log_softmax_rows(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Returns the log-probabilities of logits [T, V], in float32."""
+    """Returns the log-probabilities for logits [T, V], in float32."""
     shifted = logits - logits.max(1, keepdims=True)
     out: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
     return out

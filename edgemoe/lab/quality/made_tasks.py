@@ -1,7 +1,7 @@
-"""Items that are made from a seed, for what perplexity does not show: sums, copies, and looking up in a context.
+"""Tasks made from a seed, for damage that perplexity does not show: sums, copies, and looking up in a context.
 
-What a model knows and what it finds in its context are damaged at different bits (LLM-KICK, arXiv 2310.01382), and
-the mean loss over a text hardly moves with either. The items need no download, and nobody was trained on them.
+What a model knows and what it finds in its context are damaged at different bits (LLM-KICK, arXiv 2310.01382), and the
+mean loss over a text hardly changes with either. The items need no download, and no model was trained on them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHOWN, _COPIED, _LINES = 4, 8, 20
 
 
 class _Dice:
-    """Draws numbers that are the same in every version of Python: only `random()` is promised to be."""
+    """Random numbers that are the same in every version of Python, which promises that only for `random()`."""
 
     def __init__(self, seed: str) -> None:
         self._random = random.Random(seed)
@@ -38,7 +38,7 @@ class _Dice:
         return int(self._random.random() * n)
 
     def some(self, words: list[str], count: int) -> list[str]:
-        """Returns `count` of the words, none of them twice."""
+        """Returns `count` different words."""
         left = list(words)
         return [left.pop(self.below(len(left))) for _ in range(count)]
 
@@ -71,9 +71,9 @@ MADE: Mapping[str, Callable[[_Dice], Item]] = {
     "copying": _copy,
     "needle": _needle,
 }
-"""How an item of each kind is made."""
+"""The function that makes an item of each kind."""
 
 
 def made(kinds: list[str], count: int, seed: int) -> list[Item]:
-    """Returns `count` items of each kind, the same for the same seed whichever others are made."""
+    """Returns `count` items of each kind. The items of a kind depend only on the seed, not on the other kinds."""
     return [MADE[kind](_Dice(f"{kind} {seed} {i}")) for kind in kinds for i in range(count)]

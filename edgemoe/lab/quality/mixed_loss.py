@@ -1,4 +1,4 @@
-"""Measures what choices of bits cost: experts, the other matrices, and keys and values at once."""
+"""The loss of choices of bits for experts, other matrices, and keys and values together."""
 
 from __future__ import annotations
 
@@ -23,43 +23,45 @@ from edgemoe.store import Weight
 __all__ = ["Mix", "MixedLoss"]
 
 _STATES = 256 << 20
-"""Most bytes of what goes from layer to layer: 16 choices on 8 windows of 256 tokens, 2,048 wide."""
-_SHARE = 8  # of the memory, which that takes at most
-_TOKENS = 512  # of a pass: with more the kernels are no faster
+"""The most bytes of hidden states between layers: 16 choices on 8 windows of 256 tokens, 2,048 wide."""
+_SHARE = 8  # hidden states take at most 1 / _SHARE of the memory
+_TOKENS = 512  # in one pass: with more, the kernels are no faster
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mix:
-    """Is a choice of bits for everything."""
+    """A choice of bits for every part of a model."""
 
     bits: NDArray[np.int8]
-    """[L, E] of experts."""
+    """[L, E]: the bits of experts."""
     rungs: Mapping[str, int]
-    """Of each matrix that is no expert's."""
+    """How many rungs each matrix outside the experts has; all, for a matrix that is missing here."""
     kv_rows: tuple[Row, ...]
-    """Types of each layer's keys and values."""
+    """The types of each layer's keys and values; None for a layer without any."""
 
 
 @dataclass(slots=True)
 class _Front:
-    """Is how far a window has come, for mixes that are alike up to there."""
+    """The progress of one window, for mixes that are alike in all layers so far."""
 
     window: int
     mixes: list[int]
+    """The indices of these mixes."""
     x: NDArray[np.float32]
-    """[T, D], what enters the next layer."""
+    """[T, D]: the input of the next layer."""
 
 
 class MixedLoss:
-    """Keeps a model open and measures choices on the same tokens, layer by layer.
+    """An open model that measures choices on the same tokens, layer by layer.
 
-    All choices that are measured together go through a layer before any goes through the next one. What they have
-    alike up to a layer is computed once; those that have a layer alike go through it in one batch; and experts are read
-    once for all of them, however little of the model is in memory. The second half of each window counts. The
-    reference, the file's highest level with keys and values in float16, is computed when it is first needed, and stays
-    in memory: N * T/2 * V float32.
+    All choices that are measured together go through a layer before any of them goes through the next one. If choices
+    are alike up to a layer, these layers are computed once. Choices with the same bits in a layer go through it in one
+    batch. Experts are read once for all choices, however little of the model is in memory.
+
+    The second half of each window counts. The reference is the file's highest level with keys and values in float16. It
+    is computed when it is first needed, and its log-probabilities stay in memory: N * T/2 * V float32.
     """
 
     def __init__(
@@ -73,14 +75,14 @@ class MixedLoss:
         told: Callable[[int], object] = lambda windows: None,
     ) -> None:
         """Args:
-        windows: [N, T] tokens, each a sequence of its own.
-        most: windows that `take` will bring at most.
+        windows: [N, T], tokens; each row is a sequence of its own.
+        most: the most windows that `take` will bring.
         ram: memory for the whole process; None for what is free, less a margin.
-        threads: None for the machine's cores.
-        told: is called with how many windows have gone through a layer, each time that some have.
+        threads: None for the machine's number.
+        told: called with the number of windows that have just gone through a layer.
 
         Raises:
-            OutOfBudget: says the smallest budget that works.
+            OutOfBudget: `ram` is too small; the message says the smallest budget that works.
         """
         moe = open_moe(path)
         config, (N, T) = moe.config, windows.shape
@@ -91,10 +93,11 @@ class MixedLoss:
         self._bits = self._top.copy()
         total = default_ram() if ram is None else parse_size(ram)
         self._states: int = max(min(_STATES, total // _SHARE), self._x_bytes)
-        # Beside what is kept: the logits, and two arrays like them while log-probabilities are made or judged.
+        # In addition to the references: the logits, and two arrays of their size while log-probabilities are computed.
         beside = self._states + 4 * (T - self._half) * config.vocab_size * (max(N, most) + 3)
         try:
-            # The scheduler reads the array again at every plan. What a layer reads stays until the next one reads.
+            # The scheduler reads the array of bits at every plan, so it can be changed in place. With "lru" the experts
+            # of a layer stay in memory until the next layer's are read.
             model = open_model(
                 path,
                 EngineOptions(
@@ -116,7 +119,11 @@ class MixedLoss:
         self._head = "embed" if config.tied else "head"
 
     def take(self, windows: NDArray[np.int32]) -> None:
-        """Measures on other windows from now on, [N, T] with the same T."""
+        """From now on measures on other windows, [N, T] with the same T.
+
+        Raises:
+            ValueError: T is another.
+        """
         if windows.shape[1] != self.windows.shape[1]:
             raise ValueError(
                 f"windows: expected {self.windows.shape[1]} tokens each, got {windows.shape[1]}"
@@ -125,15 +132,15 @@ class MixedLoss:
         self._reference.clear()
 
     def most(self, windows: int) -> int:
-        """Returns how many mixes go through the layers together on so many windows."""
+        """Returns how many mixes can go through the layers together on this number of windows."""
         return max(self._states // (self._x_bytes * windows), 1)
 
     def __call__(self, mixes: Sequence[Mix], which: range | None = None) -> Floats:
-        """Returns KL(reference ‖ model) of each token, in nats, [M, windows, T - T // 2].
+        """Returns KL(reference ‖ model) for each token, in nats, [M, windows, T - T // 2].
 
         Args:
-            mixes: M of them.
-            which: windows to measure on; None for all.
+            mixes: M choices.
+            which: the indices of the windows to measure on; None for all.
         """
         which = range(len(self.windows)) if which is None else which
         self._refer([i for i in which if i not in self._reference])
@@ -141,7 +148,7 @@ class MixedLoss:
 
         def judge(front: _Front, q: NDArray[np.float32]) -> None:
             p = self._reference[front.window]
-            np.subtract(p, q, out=q)  # in place, as nobody else has it
+            np.subtract(p, q, out=q)  # in place: q is not used elsewhere
             q *= np.exp(p)
             out[front.mixes, which.index(front.window)] = q.sum(1, dtype=np.float64)
 
@@ -151,7 +158,7 @@ class MixedLoss:
         return out
 
     def _refer(self, windows: Sequence[int]) -> None:
-        """Keeps the reference's log-probabilities of the second half of windows, [T - T // 2, V] each."""
+        """Computes the reference's log-probabilities for the second half of windows, [T - T // 2, V] each."""
         specs = self._decoder.config.mixer_by_layer
         plain = tuple(("f16", "f16") if spec.cached_heads[0] else None for spec in specs)
         top = Mix(self._top, {}, plain)
@@ -169,11 +176,11 @@ class MixedLoss:
         windows: Sequence[int],
         done: Callable[[_Front, NDArray[np.float32]], None],
     ) -> None:
-        """Takes some of the mixes on some windows through all layers, and tells the log-probabilities of each."""
+        """Runs some of the mixes on some windows through all layers, and calls `done` with the log-probabilities."""
         decoder, fronts = self._decoder, []
         for window in windows:
             x = np.empty((self.windows.shape[1], decoder.config.hidden_size), np.float32)
-            decoder.embed(self.windows[window], x)  # at the highest level, whatever the head has
+            decoder.embed(self.windows[window], x)  # always at the highest level
             fronts.append(_Front(window, list(which), x))
         for i in range(decoder.config.num_layers):
             fronts = self._through(i, mixes, fronts)
@@ -186,7 +193,7 @@ class MixedLoss:
                 done(_Front(front.window, mine, front.x), log_softmax_rows(self._logits))
 
     def _through(self, i: int, mixes: Sequence[Mix], fronts: Sequence[_Front]) -> list[_Front]:
-        """Takes fronts through layer `i`; where mixes differ in it, they part."""
+        """Runs fronts through layer `i`, and splits those whose mixes differ in it."""
         names, index = self._layers[i], self._decoder.config.moe_index(i)
 
         def key(m: int) -> tuple[Any, ...]:
@@ -217,12 +224,12 @@ class MixedLoss:
 
 
 def _pieces(of: Sequence[Any], most: int) -> Iterator[Any]:
-    """Cuts a sequence."""
+    """Yields a sequence in pieces of at most `most`."""
     return (of[i : i + most] for i in range(0, len(of), most))
 
 
 def _alike(which: Sequence[int], key: Callable[[int], Any]) -> list[tuple[Any, list[int]]]:
-    """Returns each key that there is, and whose it is."""
+    """Groups mixes by a key: returns each key, and the mixes that have it."""
     out: dict[Any, list[int]] = {}
     for m in which:
         out.setdefault(key(m), []).append(m)
@@ -230,14 +237,15 @@ def _alike(which: Sequence[int], key: Callable[[int], Any]) -> list[tuple[Any, l
 
 
 def _first(weight: Weight, rungs: int | None) -> Weight:
-    """Returns a tensor with its first rungs; None for all, or for one that has none."""
+    """Returns a tensor with only its first rungs; None for all of them, or for a tensor that has no rungs."""
     return weight if rungs is None else cast(Any, weight).first(rungs)
 
 
 def _by_layer(
     weights: Mapping[str, Weight], num_layers: int
 ) -> tuple[dict[str, Weight], list[dict[str, tuple[str, Weight]]]]:
-    """Returns what no layer has, by name; and of each layer by the names within it, names and tensors."""
+    """Returns the tensors outside the layers, by name; and for each layer, by the names within it, the full names and
+    tensors."""
     shared: dict[str, Weight] = {}
     layers: list[dict[str, tuple[str, Weight]]] = [{} for _ in range(num_layers)]
     for name, weight in weights.items():

@@ -1,8 +1,8 @@
 """Measures what a level or a scheduler costs in quality, on the engine itself.
 
-A text is cut into chunks and the second half of each chunk is scored, so that every token has at least half a chunk
-before it: the rule of llama.cpp's `llama-perplexity`, with which the figures can be compared. Nothing is sampled: the
-same file, text and settings give the same figures, on every instruction set.
+A text is cut into chunks, and the second half of each chunk is scored, so that every scored token has at least half a
+chunk before it. This is the rule of llama.cpp's `llama-perplexity`, so figures can be compared with it. Nothing is
+sampled: the same file, text and settings give the same figures on every instruction set.
 """
 
 from __future__ import annotations
@@ -41,32 +41,32 @@ __all__ = [
 ]
 
 Progress = Callable[[int, int], None]
-"""Is told of each chunk that is done: how many are, and how many there are."""
+"""Called after each chunk with how many chunks are done and how many there are."""
 
-_LOGITS = 1 << 24  # at once, 64 MiB; a chunk of a large vocabulary would have 300
-_BLOCK = 1 << 20  # the same in float64, where several arrays of a size are needed
-_CAPACITY_OFFSET = 24.0  # bits; the published one for mixed text
-_SMALLEST = -16.0  # nats; llama.cpp leaves out what the reference finds less likely
+_LOGITS = 1 << 24  # at once, 64 MiB; a whole chunk with a large vocabulary would take 300 MiB
+_BLOCK = 1 << 20  # at once in float64, where several arrays of this size are needed
+_CAPACITY_OFFSET = 24.0  # bits; the published offset for mixed text
+_SMALLEST = -16.0  # nats; as in llama.cpp, tokens that the reference finds less likely do not count
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Is a text as the models see it."""
+    """A text, cut into chunks of tokens."""
 
     windows: NDArray[np.int32]
     """[N, C]: the tokens of each chunk."""
     first_token: int | None
-    """What the model expects before every text; it takes the place of each chunk's first token."""
+    """The token that the model expects before every text; it replaces each chunk's first token. None for none."""
 
     @classmethod
     def of_text(
         cls, text: str, tokenizer: Tokenizer, *, chunk: int, chunks: int | None = None
     ) -> Sample:
-        """Cuts a text.
+        """Cuts a text into chunks.
 
         Args:
-            chunk: tokens of each, at least 4.
-            chunks: how many; None for all that the text fills.
+            chunk: tokens of each chunk, at least 4.
+            chunks: how many chunks; None for all that the text fills.
 
         Raises:
             ValueError: the text is too short, or a number is out of range.
@@ -87,24 +87,25 @@ class Sample:
 
     @property
     def positions(self) -> int:
-        """Returns how many positions are scored."""
+        """How many positions are scored."""
         count, chunk = self.windows.shape
         return int(count * (chunk - 1 - chunk // 2))
 
 
 def first_token(tokenizer: Tokenizer) -> int | None:
-    """Returns the token that a model expects before every text, if it does."""
+    """Returns the token that a model expects before every text; None if it expects none."""
     around = tokenizer.encode("")
     return around[0] if around else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """Says how well a model predicts a text, and how far it is from a reference."""
+    """How well a model predicts a text, and how far it is from a reference. Fields are None if they do not apply."""
 
     positions: int
+    """How many were scored."""
     perplexity: float
-    """exp of the mean negative log-likelihood of the tokens that came."""
+    """exp of the mean negative log-likelihood of the actual tokens."""
     kl: float | None = None
     """Mean KL divergence of the model's distribution from the reference's, in nats."""
     kl_error: float | None = None
@@ -112,36 +113,37 @@ class Quality:
     kl_99: float | None = None
     """The 99th percentile over positions."""
     same_top: float | None = None
-    """Share of positions where both find the same token likeliest."""
+    """The share of positions where both models find the same token likeliest."""
     loss_change: float | None = None
-    """Mean loss of the tokens that came less the reference's: ln of the ratio of the two perplexities."""
+    """Mean loss on the actual tokens, less the reference's: ln of the ratio of the two perplexities."""
     loss_error: float | None = None
-    """Its standard error over positions, as pairs: far smaller than that of either perplexity."""
+    """Its standard error over pairs of the same position, far smaller than that of either perplexity."""
     bits_per_byte: float | None = None
-    """Of the scored text, which does not depend on the tokenizer; None without one."""
+    """The loss in bits per byte of scored text, which does not depend on the tokenizer; None without a tokenizer."""
     same_experts: float | None = None
-    """Of the experts that the reference's routers chose, the share that this one's chose too; None where the reference
-    is no run of edgemoe's, or no layer has routed experts."""
+    """Of the experts that the reference's routers chose, the share that this model's routers chose too. None if the
+    reference is not a run of edgemoe, or no layer has routed experts."""
     capacity: float | None = None
-    """Information capacity (arXiv 2511.08066) by bytes read in place of operations: the bits of a token's text that are
-    not paid in loss, less 24, by the binary logarithm of `read_per_token`. None where nothing was read."""
+    """Information capacity (arXiv 2511.08066), with bytes read in place of operations: (b - loss - 24) / log2 r. Here b
+    is the bits of a token's text, the loss is in bits per token, and r is `read_per_token`. None if r is unknown or
+    below 2."""
     average_bits: float
-    """Of the experts that ran."""
+    """Mean bits over the experts that ran."""
     skipped_share: float
-    """Of the experts that the model's routers chose, those that did not run."""
+    """The share of the experts chosen by the model's routers that did not run."""
     read_per_token: float | None = field(default=None, compare=False)
-    """Bytes of experts, of what was scored token by token; None where it was not."""
+    """Bytes of experts read per token, if tokens were scored one by one; else None."""
     slots_bytes: int = field(default=0, compare=False)
-    """What experts could take meanwhile."""
+    """The bytes of memory that experts had."""
 
 
 class Routes(Observer):
-    """Keeps what routers choose, while it is on."""
+    """An observer that records the routers' choices while `is_on` is true."""
 
     def __init__(self) -> None:
         self.is_on = False
         self.places: Places | None = None
-        """Those of the engine that is observed, with whose adapter experts have other places than their own."""
+        """The places of the observed engine's experts; with an adapter they differ from the experts' own numbers."""
         self._layers: dict[int, list[NDArray[np.int32]]] = {}
 
     def planned(self, routing: Routing, plan: Plan, residency: NDArray[np.int8]) -> None:
@@ -153,20 +155,20 @@ class Routes(Observer):
             self._layers.setdefault(routing.layer, []).append(experts)
 
     def taken(self) -> list[NDArray[np.int32]]:
-        """Returns the choices [n, K] of each layer."""
+        """Returns the recorded choices [n, K] of each layer."""
         return [np.concatenate(rows) for _, rows in sorted(self._layers.items())]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial(EngineOptions):
-    """Is one way to run a model, whose precisions are always said; the context is that of the text."""
+    """One way to run a model. The precisions must be given; the context is that of the text."""
 
     bits: int | Literal["auto"]
     dense_bits: int | Literal["auto"]
     whole_process: bool = True
     steady: bool = True
     decode: bool = False
-    """Evaluate what is scored token by token, as in a reply. The same unless the scheduler changes the answer."""
+    """Score token by token, as in a reply. The figures are the same unless the scheduler changes the answer."""
 
 
 def measure(
@@ -178,12 +180,12 @@ def measure(
     record: LogProbsWriter | None = None,
     progress: Progress | None = None,
 ) -> Quality:
-    """Runs one trial; the arguments are those of `score`.
+    """Runs one trial and returns its quality; the other arguments are those of `score`.
 
     Raises:
         ValueError: a setting is out of range, or the chunks are longer than the model's context.
-        FormatError: the file is not a sound `.moe` file.
-        OutOfBudget: says the smallest budget that works.
+        FormatError: the file is not a valid `.moe` file.
+        OutOfBudget: the budget is too small; the message says the smallest that works.
         ReadError: the disk failed.
     """
     routes = Routes()
@@ -199,13 +201,13 @@ def measure(
 def recorded(
     path: str | os.PathLike[str], trial: Trial, sample: Sample, *, progress: Progress | None = None
 ) -> Iterator[tuple[Quality, LogProbs]]:
-    """Runs one trial and yields it as a reference for others.
+    """Runs one trial and yields its quality, and its predictions as a reference for others.
 
-    Its log-probabilities lie in a temporary file meanwhile: a text's are gigabytes where the vocabulary is large, and a
-    second engine beside the first would have to share its budget.
+    The log-probabilities are in a temporary file for as long as the context lasts. For a large vocabulary they take
+    gigabytes, and a second engine at the same time would have to share the budget.
 
     Raises:
-        OSError: the disk is full; and what `measure` raises.
+        OSError: the disk is full; also all that `measure` raises.
     """
     vocab_size = open_moe(path).config.vocab_size
     with tempfile.NamedTemporaryFile(prefix="edgemoe-", suffix=".logprobs") as file:
@@ -226,13 +228,14 @@ def score(
     routes: Routes | None = None,
     progress: Progress | None = None,
 ) -> Quality:
-    """Scores a sample.
+    """Scores a sample and returns the model's quality on it.
 
     Args:
-        reference: what to compare with; its first chunks are those of the sample.
-        record: takes this model's log-probabilities, to be a reference later.
-        step: tokens to evaluate at once in the scored half; None for what memory suggests.
-        routes: the engine's observer; None for not looking at what routers choose.
+        reference: predictions to compare with; their first chunks must be those of the sample.
+        record: gets this model's log-probabilities, to be a reference later.
+        step: how many tokens to evaluate at once in the scored half; None for as many as memory allows.
+        routes: the engine's observer; None to ignore what routers choose.
+        progress: see `Progress`.
 
     Raises:
         ValueError: the reference has another vocabulary or other tokens.
@@ -310,7 +313,12 @@ def _check(reference: LogProbs, windows: NDArray[np.int32], vocab_size: int) -> 
 def agreement(
     reference: list[NDArray[np.int32]] | None, chosen: list[NDArray[np.int32]] | None
 ) -> float | None:
-    """Returns of the reference's choices [n, K] of each layer the share that was chosen again; None without choices."""
+    """Returns the share of the reference's choices that were chosen again, as a mean over layers; None without choices.
+
+    Args:
+        reference: for each layer, the experts [n, K] that the reference's routers chose.
+        chosen: likewise; n may be smaller.
+    """
     if not reference or not chosen:
         return None
     pairs = zip(reference, chosen, strict=True)
@@ -324,7 +332,7 @@ def _text_bits(tokenizer: Tokenizer | None, windows: NDArray[np.int32]) -> float
         return None
     half, total = windows.shape[1] // 2, 0
     for window in windows:
-        # A space before the first of them may be left out, where it is first.
+        # Decoding may drop a space before the first token, so one more token is decoded and its text subtracted.
         whole, before = (
             tokenizer.decode(ids.tolist(), skip_special=False)
             for ids in (window[half:], window[half : half + 1])
@@ -346,7 +354,7 @@ def _second_half(
     step: int,
     routes: Routes | None,
 ) -> Iterator[NDArray[np.float32]]:
-    """Yields the logits [≤ step, V] of positions C // 2 to C - 2, which predict the tokens after them."""
+    """Yields the logits [≤ step, V] at positions C // 2 to C - 2, which predict the tokens after these positions."""
     tokens = window.copy()
     if first_token is not None:
         tokens[0] = first_token
@@ -367,7 +375,7 @@ def _blocks(logits: NDArray[np.float32]) -> Iterator[NDArray[np.float32]]:
 
 
 def _divergence(reference: NDArray[np.float64], model: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Returns KL(reference ‖ model) [T] of log-probabilities [T, V]."""
+    """Returns KL(reference ‖ model) [T] in nats, for log-probabilities [T, V]."""
     terms = np.exp(reference)
     terms *= reference - model
     terms[reference <= _SMALLEST] = 0

@@ -1,4 +1,4 @@
-"""Mixers with a state that does not grow, in float32 numpy, on one sequence from its start."""
+"""Mixers with a state of fixed size, in float32 numpy, on one sequence from its start."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LENGTH_EPS = np.float32(1e-6)
 
 
 def delta(spec: DeltaSpec, layer: Mapping[str, Array], x: Array) -> Array:
-    """Returns what the gated delta rule makes of x [T, D]."""
+    """Returns the output [T, D] of the gated delta rule on x [T, D]."""
     T, keys, values = len(x), spec.key_heads, spec.value_heads
     qkv = silu(_short_conv(x @ layer["qkv"].T, layer["conv"]))
     q, k, v = np.split(qkv, [spec.key_width, 2 * spec.key_width], axis=1)
@@ -45,7 +45,7 @@ def delta(spec: DeltaSpec, layer: Mapping[str, Array], x: Array) -> Array:
 
 
 def mamba(spec: MambaSpec, layer: Mapping[str, Array], x: Array) -> Array:
-    """Returns what Mamba-2 makes of x [T, D]."""
+    """Returns the output [T, D] of Mamba-2 on x [T, D]."""
     T, heads, groups = len(x), spec.num_heads, spec.groups
     bias = layer.get("conv_bias", np.float32(0))
     xbc = silu(_short_conv(x @ layer["xbc"].T, layer["conv"]) + bias)
@@ -69,7 +69,7 @@ def mamba(spec: MambaSpec, layer: Mapping[str, Array], x: Array) -> Array:
 
 
 def conv(spec: ConvSpec, layer: Mapping[str, Array], x: Array) -> Array:
-    """Returns what the gated short convolution makes of x [T, D]."""
+    """Returns the output [T, D] of the gated short convolution on x [T, D]."""
     u, b, c = (x @ layer[name].T for name in "ubc")
     added: Array = (c * _short_conv(b * u, layer["conv"])) @ layer["o"].T
     return added
@@ -88,7 +88,7 @@ def softplus(x: Array) -> Array:
 
 
 def _short_conv(x: Array, weight: Array) -> Array:
-    """Convolves each channel of x [T, C] with the last tokens' values; weight [taps, C], the newest one's last."""
+    """Returns a causal convolution of each channel of x [T, C]; weight [taps, C] ends with the newest token's tap."""
     past = np.concatenate([np.zeros((len(weight) - 1, x.shape[1]), np.float32), x])
     out = np.zeros_like(x)
     for j, w in enumerate(weight):

@@ -1,8 +1,8 @@
 """Tasks with right and wrong answers: which choice a model finds likeliest, or whether it would write the answer.
 
-As in EleutherAI's lm-evaluation-harness: nothing is sampled. A choice's likelihood is the sum over its tokens; an
-answer is right where each of its tokens is the likeliest after those before it, which is what greedy decoding writes.
-So both kinds are one evaluation of what is known, and a reference is compared with item by item.
+As in EleutherAI's lm-evaluation-harness, nothing is sampled. A choice's log-likelihood is the sum over its tokens. A
+written answer is right if each of its tokens is the likeliest after those before it, as greedy decoding would write it.
+So both kinds need only an evaluation of known tokens, and a reference can be compared item by item.
 """
 
 from __future__ import annotations
@@ -33,29 +33,30 @@ _LARGEST = 64 << 20  # bytes of a file of items
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """Is one question. Either one of `choices` is right, or `answer` is what should be written."""
+    """One question. Either one of `choices` is right, or `answer` should be written."""
 
     task: str
+    """What the item is counted under."""
     prompt: str
     answer: str
-    """The text that is right; of a choice too."""
+    """The right text, to be written or chosen."""
     choices: tuple[str, ...] = ()
-    """Texts that may follow the prompt, `answer` among them; none where the answer is written."""
+    """Texts that may follow the prompt, including `answer`; empty if the answer is to be written."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """Says how a model did at one item."""
+    """How a model did on one item."""
 
     task: str
     is_right: bool
     logprob: float
-    """Of the right answer's text after the prompt, in nats."""
+    """The log-likelihood of the right answer's text after the prompt, in nats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """Sums up a task's items, ± standard errors over items; changes are from the reference's same items."""
+    """Mean results of a task with standard errors over items. Changes are from the reference, on the same items."""
 
     task: str
     items: int
@@ -69,12 +70,13 @@ class Score:
 
 
 def read_items(path: str | os.PathLike[str]) -> list[Item]:
-    """Reads items, one JSON object a line: `prompt`, and `answer`, which is a text, or the number of one of `choices`.
+    """Reads items from a file with one JSON object per line.
 
-    `task`, if there, is what the item is counted under; else the file's name.
+    An object has `prompt` and `answer`. The answer is a text or, if there are `choices`, one of them or its index from
+    0. `task`, if present, is what the item is counted under; otherwise that is the file's name without its ending.
 
     Raises:
-        ValueError: a line is not such an object; names it.
+        ValueError: a line is not such an object (the message names it), or the file is empty or too large.
         OSError: the file cannot be read.
     """
     path = Path(path)
@@ -122,7 +124,12 @@ def judge(
     *,
     progress: Progress | None = None,
 ) -> list[Outcome]:
-    """Runs one trial and returns how each item went.
+    """Runs one trial and returns the outcome of each item.
+
+    Args:
+        path: a `.moe` file.
+        tokenizer: of this model.
+        progress: called with the items done and all items.
 
     Raises:
         ValueError: an item is longer than the model's context, or its answer has no tokens; and what `load` raises.
@@ -148,7 +155,11 @@ def judge(
 
 
 def _split(tokenizer: Tokenizer, item: Item, text: str) -> tuple[list[int], list[int]]:
-    """Returns the tokens that prompt and text begin with whatever follows, and those that the text decides."""
+    """Returns the tokens of prompt and text in two parts: those shared with the prompt alone, and the rest.
+
+    Raises:
+        ValueError: one of the two parts is empty.
+    """
     first = first_token(tokenizer)
     start = [] if first is None else [first]
     before, whole = (
@@ -165,8 +176,8 @@ def _split(tokenizer: Tokenizer, item: Item, text: str) -> tuple[list[int], list
 def _logprob(
     engine: Engine, before: list[int], after: list[int], *, decode: bool
 ) -> tuple[float, bool]:
-    """Returns the log-likelihood of tokens after others, and whether each of them is the likeliest."""
-    if before[:-1]:  # what several choices share is computed once
+    """Returns the log-likelihood, in nats, of the tokens `after` given `before`, and whether each is the likeliest."""
+    if before[:-1]:  # the prompt, which several choices share, is computed only once
         for _ in engine.generate(before[:-1], SamplingParams(max_tokens=0)):
             pass
         fed = [before[-1], *after[:-1]]
@@ -180,10 +191,10 @@ def _logprob(
 
 
 def scores(outcomes: Sequence[Outcome], reference: Sequence[Outcome] | None) -> list[Score]:
-    """Returns a score for each task, in the order in which they come.
+    """Returns a score for each task, in the order of their first items.
 
     Args:
-        reference: of the same items; None for no changes.
+        reference: the outcomes of a reference on the same items; None for no changes.
     """
     tasks = list(dict.fromkeys(outcome.task for outcome in outcomes))
     found = []

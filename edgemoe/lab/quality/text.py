@@ -8,7 +8,7 @@ __all__ = ["default_text"]
 
 
 def default_text() -> str:
-    """Returns 66 KB of Moby-Dick and State of the Union addresses; data/NOTICE.md says which."""
+    """Returns 66 KiB of Moby-Dick and State of the Union addresses; data/NOTICE.md says which parts."""
     return (resources.files("edgemoe.lab.quality") / "data" / "held_out.txt").read_text(
         encoding="utf-8"
     )
