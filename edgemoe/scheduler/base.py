@@ -35,8 +35,8 @@ class Setting:
     level_bytes: tuple[int, ...]
     """Bytes of one expert at each of these levels, in memory and to read; the mean where experts have other levels.
 
-    An expert that lacks a level is planned like all others. It runs at the best level that it has. Once that level is
-    in memory, the expert counts as resident at the highest level.
+    An expert that lacks a level is planned like all others. It runs at the highest level that it has, and once that is
+    in memory it counts as resident at the highest level of all.
     """
     slots_bytes: int
     """Memory for experts, in bytes."""

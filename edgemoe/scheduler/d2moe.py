@@ -185,8 +185,8 @@ class D2moe(Scheduler):
             self._is_counted = True
         counts = self._count(before, residency)
         self._count(layer, residency)
-        # Drops by the cache itself in other layers are counted only when those layers run, so the sum may be too high;
-        # it is capped at what fits.
+        # What the cache itself has dropped in another layer is noted only when that layer runs, so the sum may be too
+        # high; it is capped at what fits.
         missing = need + min(sum(self._layer_bytes), self._slots_bytes) - self._slots_bytes
         if need == 0 or missing <= 0 or before == layer:
             return plan

@@ -224,7 +224,7 @@ class _HobbitMix(Eviction):
         records, last = self._records_rows[layer], self._last_rows[layer]
         now = self._recency * self._tokens
         if len(routing.experts) == 1:
-            # The term of recency was `last` and becomes weight * T.
+            # The recency term was `last` and becomes its weight times T.
             _core.renew_records(records, last, experts, plan.bits, self._worth_now, now)
         else:
             worth = self._worth.take(plan.bits) * np.diff(plan.offsets)

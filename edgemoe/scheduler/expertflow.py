@@ -49,7 +49,7 @@ class ExpertFlow(Scheduler):
 
     The paper trains a small encoder and decoder that predict the whole path from the text. Here the path is predicted
     from the routing of the prompt and the reply so far, without training (`edgemoe.scheduler.predict.NextUse`). If the
-    file has a trained network for it, smaller than the paper's (`edgemoe.scheduler.paths`), the two are mixed.
+    file has a trained network, smaller than the paper's (`edgemoe.scheduler.paths`), both predictions are mixed.
 
     Slots go to predicted experts, those of the layers that run next first (PLEC). Evicted first are experts that were
     predicted and not used, then experts that were used and are not predicted again. An expert that the router wants and

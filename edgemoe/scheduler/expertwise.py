@@ -1,4 +1,4 @@
-"""EdgeMoE: fixed bits per expert, and lookahead by guessing the next layer's experts from the path so far."""
+"""EdgeMoE: fixed bits per expert, and look-ahead by guessing the next layer's experts from the path so far."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class ExpertwiseOptions:
 class Expertwise(Scheduler):
     """Runs each expert at bits fixed beforehand and reads the next layer's likely experts ahead.
 
-    While a layer computes, it reads the experts of the next layer that most often followed those of the last two
-    layers, likeliest first. Once the next layer's router has chosen, reads of wrong guesses are cancelled. Which
+    While a layer computes, the experts of the next layer that most often followed those of the last two layers are
+    read, likeliest first. Once the next layer's router has chosen, reads of wrong guesses are cancelled. Which
     experts follow which is learned while running, on top of the counts of `edgemoe profile train --table`, if the file
     has them. Without an allocation in the file it is exact, at the bits of `--bits`. Reading ahead is for single
     tokens: a prompt needs all experts anyway.
@@ -81,7 +81,7 @@ class Expertwise(Scheduler):
         bits = self._bits[layer].take(routing.experts[0])
         if transitions is None or layer + 1 == self._num_layers:
             return plan_token(routing, bits)
-        # Only experts that are missing in memory and have followed this path before.
+        # Only experts that are missing from memory and have followed this path before.
         most = min(self._preload, len(bits))
         scores, has = transitions.predict(layer + 1), residency[layer + 1]
         ahead = _core.likeliest(scores, has, self._levels[layer + 1], most)

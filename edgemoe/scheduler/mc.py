@@ -59,14 +59,11 @@ class Mc(Scheduler):
     """Runs each expert at bits fixed beforehand and prunes a token's experts by the ratio of its gates. Lossy.
 
     This is the paper's online dynamic pruning, as its code has it: in some layers, an expert is left out if its gate is
-    below beta times the token's largest. It differs as follows:
-
-    - In the paper the other gates take over the share of what is left out. Here only `renormalise` does so, because it
-      made answers worse where it was measured.
-    - The paper has two experts per token and takes the median over a calibration text as beta. Here at most `most`
-      experts are left out, the last ones (one by default), and beta is the running median, found by fixed steps.
-    - Prompts are not pruned. The paper protects their important tokens by attention mass, which schedulers do not see.
-    - The paper ranks layers by measured loss. Here the user measures and names them (`prune_in`).
+    below beta times the token's largest. In the paper the other gates take over its share; here only `renormalise` does
+    that, because it made answers worse where it was measured. The paper has two experts per token and takes the median
+    over a calibration text as beta; here only a token's last experts go (one, unless `most` says more), and beta is the
+    running median, found by fixed steps. Prompts are not pruned: the paper protects their important tokens by attention
+    mass, which schedulers do not see. The paper ranks layers by measured loss; here the user measures and names them.
     """
 
     Options = McOptions

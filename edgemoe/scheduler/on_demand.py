@@ -1,4 +1,4 @@
-"""The exact baseline: experts that the router chose, at the bits asked for, read on demand, with optional lookahead."""
+"""The exact baseline: experts that the router chose, at the bits asked for, read on demand or a layer ahead."""
 
 from __future__ import annotations
 
