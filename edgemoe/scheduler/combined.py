@@ -45,7 +45,7 @@ class Dropping:
 
 
 class Combined(Scheduler):
-    """Plans as another scheduler does, applies levers before and after, and tells the cache what to evict."""
+    """A scheduler that plans as another one does, with levers before and after and an eviction policy of its own."""
 
     def __init__(
         self,

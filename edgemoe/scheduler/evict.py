@@ -79,7 +79,7 @@ def make_eviction(name: str, setting: Setting, weights: HobbitWeights) -> Evicti
 
 
 class SoonestUse(Eviction):
-    """Evicts the expert whose next use is expected last, after Belady's optimum.
+    """The eviction of the expert whose next use is expected last, after Belady's optimum.
 
     Let a model have L layers with experts, and let an expert be used with probability p whenever its layer runs. If
     uses are independent, its next use is expected L / p layers after its layer last ran. This moment does not move
@@ -128,7 +128,7 @@ class SoonestUse(Eviction):
 
 
 class _FrequencyDistance(Eviction):
-    """Evicts the expert with the smallest frequency / distance (EdgeMoE III-C-2).
+    """The eviction of the expert with the smallest frequency / distance (EdgeMoE III-C-2).
 
     The distance of an expert is the number of layers until its layer runs again. The formula printed in the paper has
     the opposite sign of what its text intends, and divides by zero at the current layer. The code follows the intent:
@@ -181,7 +181,7 @@ class HobbitWeights:
 
 
 class _HobbitMix(Eviction):
-    """Evicts the expert with the lowest weighted sum of four terms (HOBBIT 3.4), recorded for this sequence only.
+    """The eviction of the expert with the lowest weighted sum of four terms, over this sequence only (HOBBIT 3.4).
 
     The terms are recency R/T, frequency F/T, frequency at high precision H/T, and nearness of the layer,
     1 - ((l_expert - l_now + L) mod L) / L, where T counts tokens. All are stored multiplied by T, which does not change

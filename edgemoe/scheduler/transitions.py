@@ -172,7 +172,7 @@ class Transitions:
         keys, counts = state.get("transitions.keys"), state.get("transitions.followers")
         if not self._has_tuples or keys is None or counts is None:
             return
-        # Clipping may make rows that are no keys of this model; they are never looked up.
+        # Rows that are no keys of this model do no harm: they are never looked up.
         ids = np.clip(keys, -1, self._num_experts + len(self._totals)).astype(np.int32)
         for row, followers in zip(ids[: self._LARGEST], counts, strict=False):
             experts = row[1:][row[1:] >= 0]

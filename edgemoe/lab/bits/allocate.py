@@ -2,7 +2,7 @@
 
 error       least sum, over all layers at once, of the squared change of a layer's output by each expert's level
 pmq         MC-MoE's integer programme, with cost phi^a * w^b * eps^c, solved exactly
-expertwise  EdgeMoE's search: measures each expert's loss at the low level, then gives it to as many as allowed
+expertwise  EdgeMoE's search: measures each expert's loss at the low level, then lowers as many experts as allowed
 frequency   QuantMoE-Bench: experts that are often chosen get the higher level
 first-blocks, outlier    its other rules: early layers, or matrices with outliers, get the higher level
 random      a control

@@ -17,7 +17,7 @@ __all__ = ["Choosing", "ffn", "keep_within"]
 
 
 class Choosing:
-    """Chooses the bits of every slot in one forward pass, and counts them.
+    """The choice of every slot's bits in one forward pass, with counts of what was chosen.
 
     Each slot runs at one precision, drawn by its probability. Its gradient is that of the mixture of all precisions,
     each with its own output (a straight-through estimator). So a router learns how other precisions would change the

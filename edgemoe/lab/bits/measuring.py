@@ -17,7 +17,7 @@ __all__ = ["Clock", "Measured", "Progress", "Work", "measure_alone"]
 Progress = Callable[[int, int], None]
 
 _TOGETHER = 16
-"""How many steps are measured at once. With more, more layers are alike and shared, and Ctrl-C may lose more."""
+"""How many steps are measured at once. With more of them, more layers are shared, but Ctrl-C may lose more."""
 
 
 class Clock:
@@ -100,8 +100,8 @@ def measure_alone(
 
     Args:
         steps: the choices to measure, by name.
-        efforts: the effort of each, as `work` counts it.
-        saved: gets the losses.
+        efforts: the work that each takes, in the units of `work`.
+        saved: the losses are added to it.
         windows: how many windows to measure on.
 
     Raises:

@@ -233,9 +233,9 @@ def entropy(counts: Ids | Floats) -> float:
 
 
 def share_of_hottest(counts: Ids | Floats, shares: Sequence[float]) -> list[float]:
-    """Returns the share of all uses that the most used experts take, for each share of the experts, as 0.1 for 10%.
+    """Returns the share of all uses that the most used experts take, for each of `shares` of the experts (0.1 for 10%).
 
-    Each share is of at least one expert.
+    Each share counts at least one expert.
     """
     ranked = np.sort(np.asarray(counts, np.float64))[::-1]
     return [float(ranked[: max(1, round(s * len(ranked)))].sum() / ranked.sum()) for s in shares]

@@ -19,7 +19,7 @@ _LATER = float(1 << 32)
 
 
 class Oracle(Scheduler):
-    """Loads on demand, and evicts by what the future will use.
+    """A scheduler that loads on demand, and evicts by what the future will use.
 
     "belady" evicts the expert whose next use is last. No policy that loads everything it is asked for can do better.
     "sch" evicts the expert that is used least often in the next 16 passes, and of equals the least recently used;

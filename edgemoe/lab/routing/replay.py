@@ -305,7 +305,7 @@ def _over(store: ExpertStore, header: TraceHeader, vram_bytes: int) -> ExpertSto
 
 
 class _Player:
-    """Turns plans into layers for the pipeline."""
+    """An adapter that turns plans into layers of the pipeline."""
 
     def __init__(self, timing: Timing, header: TraceHeader, progressive: float) -> None:
         self._pipeline = Pipeline(timing, progressive=progressive)
