@@ -1,4 +1,4 @@
-"""`edgemoe allocate --method search`: bits for everything under one number of bytes."""
+"""`edgemoe allocate --method search`: bits for experts, other matrices, keys and values within one number of bytes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CONTEXT, _WINDOW, _WINDOWS, _GENERATIONS = 4096, 256, 16, 40
 
 
 def kept(args: argparse.Namespace) -> Path:
-    """Returns where a search lies while it is under way."""
+    """Returns the file that holds the state of an unfinished search."""
     path: Path = args.out or args.model
     return path.with_suffix(".search")
 
@@ -38,7 +38,7 @@ def search(args: argparse.Namespace) -> int:
         The exit code: 130 where Ctrl-C ended it, else 0.
 
     Raises:
-        ValueError: a flag is missing, or one is of no use here.
+        ValueError: a flag is missing, or one does not apply to a search.
     """
     for name in ("avg_bits", "levels"):
         if getattr(args, name) is not None:
@@ -74,7 +74,7 @@ def search(args: argparse.Namespace) -> int:
         raise ValueError(f"chunks: expected at least 1, got {count}")
 
     def cut(path: Path | None, default: str) -> NDArray[np.int32]:
-        """Returns pieces from all over a text."""
+        """Returns windows [N, T], spread evenly over a text and shuffled with a fixed seed."""
         text = default if path is None else decode_text(path.read_bytes(), path)
         window = _WINDOW if args.window is None else args.window
         every = windows_of(moe, text, window=window, count=None)
@@ -111,7 +111,7 @@ def search(args: argparse.Namespace) -> int:
 
 
 def _check_targets(args: argparse.Namespace, out: Path) -> None:
-    """Checks that all that is written can be, and is nothing that is read or written besides."""
+    """Checks that every output can be written, and that none is also an input or another output."""
     search = kept(args)
     check_output(search, args.model, args.calibration, args.text, args.held_out)
     check_target(args, out)
@@ -126,20 +126,20 @@ def _check_targets(args: argparse.Namespace, out: Path) -> None:
 
 
 def _table_path(out: Path) -> Path:
-    """Returns where the table of keys and values goes."""
+    """Returns the file for the table of KV cache types."""
     stem = out.name.removesuffix(".json").removesuffix(".allocation")
     return out.with_name(f"{stem}.kv.json")
 
 
 def _write(args: argparse.Namespace, found: Found, out: Path) -> None:
-    """Keeps the allocation, and the table of keys and values beside it."""
+    """Writes the allocation and, if there is one, the table of KV cache types."""
     if args.store:
         from edgemoe.file.append import add_sections
 
         sections = {"allocation": found.allocation.to_json()}
         if found.table is not None:
             sections["kv_types"] = found.table.to_json()
-        add_sections(args.model, sections)  # at once: neither is without the other
+        add_sections(args.model, sections)  # in one step, so that neither is stored alone
         note(f"{_PROG}: stored in {args.model}")
         return
     write_whole(out, found.allocation.to_json())
@@ -150,7 +150,7 @@ def _write(args: argparse.Namespace, found: Found, out: Path) -> None:
 
 
 def _show_rest(found: Found, context: int) -> None:
-    """Prints the bits of all but experts, and what the choice costs."""
+    """Prints the bits of everything but the experts, and what the choice costs."""
     say("", "| matrices | bits |", "|---|---|")
     for name, bits in found.allocation.dense.items():
         say(f"| {name} | {bits} |")

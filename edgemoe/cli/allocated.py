@@ -1,4 +1,4 @@
-"""What the ways to allocate share: the text, where the result goes, and how it is shown."""
+"""What the methods of `edgemoe allocate` share: the text to measure on, where the result goes, how it is shown."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["check_target", "keep", "show", "windows"]
 
 
 def check_target(args: argparse.Namespace, out: Path) -> None:
-    """Checks that the result can be written, before hours are spent."""
+    """Checks that the result can be written, before hours are spent on it."""
     if not args.store:
         check_output(out, args.model, args.calibration, args.text, args.held_out)
     elif args.model.exists() and not os.access(args.model, os.W_OK):
@@ -28,7 +28,7 @@ def check_target(args: argparse.Namespace, out: Path) -> None:
 
 
 def windows(args: argparse.Namespace) -> NDArray[np.int32]:
-    """Returns the tokens that losses are measured on."""
+    """Returns the tokens that losses are measured on, as windows [N, T]."""
     from edgemoe.file.format import open_moe
     from edgemoe.lab.bits.calibrate import default_text, windows_of
 
@@ -51,7 +51,7 @@ def keep(args: argparse.Namespace, out: Path, name: str, content: bytes) -> None
 
 
 def show(found: Allocation) -> None:
-    """Prints how many experts of each layer got which bits."""
+    """Prints, for each layer, how many experts got each number of bits."""
     given = sorted(set(found.bits.reshape(-1).tolist()))
     say(
         "| layer | average |" + "".join(f" {b} bits |" for b in given),

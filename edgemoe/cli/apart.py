@@ -13,10 +13,10 @@ __all__ = ["run_apart"]
 
 
 def run_apart(*arguments: str) -> int:
-    """Runs `edgemoe ARGUMENTS` in another process, so that its memory is not this one's, and returns its exit code.
+    """Runs `edgemoe ARGUMENTS` in another process and returns its exit code. Its memory does not count as this one's.
 
-    It reads nothing from stdin. It starts where this package lies, or a folder of its name in the current one would be
-    taken for it: paths among the arguments have to be absolute.
+    The process reads nothing from stdin. It starts in the folder that holds this package: elsewhere, a folder named
+    edgemoe in the current directory would be imported instead. So paths among the arguments must be absolute.
     """
     command = [sys.executable, "-m", "edgemoe", *arguments]
     folder = Path(__file__).parents[2]

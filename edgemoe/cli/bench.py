@@ -1,4 +1,4 @@
-"""`edgemoe bench`: how fast a model runs here, beside what the machine could do."""
+"""`edgemoe bench`: how fast a model runs here, compared with what the machine could do."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> None:
             if not args.json:
                 say(_row(result))
         report, said, budget = _report(engine, results), engine.scheduler.report(), engine.budget
-    # A machine that others use is not the same for long: the roof is measured on both sides.
+    # On a shared machine the roof changes within minutes, so it is measured before and after.
     roofs = (before, machine())
     if args.json:
         say_json(
@@ -104,13 +104,13 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _span(rates: Sequence[float], digits: int) -> str:
-    """Returns the least and the most of bytes per second in GB/s, one figure where they are the same."""
+    """Returns the lowest and highest of rates in bytes per second, as GB/s; one figure where both round to the same."""
     low, high = (f"{rate / 1e9:.{digits}f}" for rate in (min(rates), max(rates)))
     return low if low == high else f"{low}–{high}"
 
 
 def _there(roofs: Sequence[Roof]) -> str:
-    """Returns what a device's memory and link can do."""
+    """Returns the rates of a device's memory and link as text, "" without a device."""
     if not roofs[0].link:
         return ""
     vram, link = ([getattr(r, name) for r in roofs] for name in ("vram", "link"))

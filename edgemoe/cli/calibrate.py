@@ -1,4 +1,4 @@
-"""`edgemoe calibrate`: sums what flows into a model's matrices, for better quantisation and allocation."""
+"""`edgemoe calibrate`: collects statistics of the inputs of a model's matrices, for quantisation and allocation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgemoe.errors import size_text
 __all__ = ["main"]
 
 _PROG = "edgemoe calibrate"
-_NAMED = 8  # of the experts that saw few tokens
+_NAMED = 8  # experts with few tokens that are named; the others are counted
 
 _EPILOG = """\
 OUT.calib is read by `edgemoe convert --calibration` and `edgemoe allocate`.
@@ -90,7 +90,7 @@ def _calibrate(args: argparse.Namespace) -> None:
         ):
 
             def say(text: str) -> None:
-                counting.close()  # or its bar would move below the other
+                counting.close()  # otherwise its bar would move below the other one
                 note(f"# {text}")
 
             starved = calibrate(

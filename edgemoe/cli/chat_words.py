@@ -1,4 +1,4 @@
-"""What /help of the chat says."""
+"""The texts of the chat's /help."""
 
 from __future__ import annotations
 

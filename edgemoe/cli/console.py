@@ -1,6 +1,6 @@
-"""Writes replies and results to stdout and everything else to stderr, plainly where they are no terminals.
+"""Writes replies and results to stdout and everything else to stderr, as plain text where they are no terminals.
 
-The one place that writes to them: whatever a model file, a trace or a checkpoint brings into a line passes `shown`.
+Only this module writes to them: a line with text from a model file, a trace or a checkpoint passes through `shown`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _LONGEST_NOTE = 4000  # characters of a line on stderr
 
 _CONTROLS = [*range(32), *range(127, 160), 0x2028, 0x2029]
 _TURNS = [0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-"""Characters that change the direction of what is around them, so that a line reads as another."""
+"""Characters that change the direction of the text around them, so that a line can be made to read differently."""
 
-# A reply may have lines, tabs, and the marks of scripts that run from right to left, but turn nothing around.
+# A reply may have newlines, tabs and right-to-left marks, but nothing that reverses the text around it.
 _NOT_IN_REPLIES = dict.fromkeys(i for i in [*_CONTROLS, *_TURNS[3:]] if chr(i) not in "\n\t")
 
 
 def _escape(char: int) -> str:
-    if 0xDC80 <= char <= 0xDCFF:  # a byte of a name that is no UTF-8
+    if 0xDC80 <= char <= 0xDCFF:  # a byte of a file name that is not UTF-8
         return f"\\x{char - 0xDC00:02x}"
     return {9: "\\t", 10: "\\n", 13: "\\r"}.get(
         char, f"\\x{char:02x}" if char < 256 else f"\\u{char:04x}"
@@ -58,7 +58,7 @@ _ESCAPES = {char: _escape(char) for char in [*_CONTROLS, *_TURNS, *range(0xD800,
 
 
 def shown(text: str) -> str:
-    """Returns a text as one line that a terminal takes for nothing else: controls as Python writes them."""
+    """Returns a text as one line that a terminal only shows: control characters are escaped as Python writes them."""
     return text.translate(_ESCAPES)
 
 
@@ -80,26 +80,26 @@ def note(*lines: str) -> None:
 
 
 def dim(text: str, stream: object) -> str:
-    """Returns a text that a terminal shows dimmed; as it is for anything else, and for who wants no colours."""
+    """Returns a text that a terminal shows dimmed; unchanged for other streams, with NO_COLOR, and with TERM=dumb."""
     is_plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") in (None, "dumb")
     return text if is_plain or not text or not is_terminal(stream) else f"\x1b[2m{text}\x1b[0m"
 
 
 def passing(line: str) -> None:
-    """Writes a line to a terminal's stderr in place of the one before, without an end; an empty one clears it."""
+    """Replaces the last line of stderr, a terminal, and writes no newline; an empty line clears it."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
             print(f"\r\x1b[K{shown(line)}", end="", file=sys.stderr, flush=True)
 
 
 def ask(prompt: str) -> None:
-    """Writes what stands before the user's line to stderr."""
+    """Writes the prompt of an input line to stderr."""
     if sys.stderr is not None:
         print(prompt, end="", file=sys.stderr, flush=True)
 
 
 def say(*lines: str) -> None:
-    """Writes lines of a result to stdout, at once.
+    """Writes lines of a result to stdout and flushes it.
 
     Raises:
         BrokenPipeError: nobody reads stdout any more.
@@ -116,13 +116,13 @@ def say_json(value: object) -> None:
 
 
 def check_output(path: Path | None, *inputs: Path | None) -> None:
-    """Refuses to write a result over a model, or over what the command reads: a slip of the hand may cost hours.
+    """Refuses to write a result over a model, or over a file that the command reads: a typo could cost hours of work.
 
     Raises:
-        FileNotFoundError: there is no such directory.
-        PermissionError: it cannot be written.
+        FileNotFoundError: the directory of `path` does not exist.
+        PermissionError: `path` cannot be written.
         FileExistsError: `path` is a `.moe` file, or one of `inputs`.
-        OSError: it cannot be looked into.
+        OSError: `path` cannot be read, to see what it is.
     """
     if path is None:
         return
@@ -144,7 +144,7 @@ def check_output(path: Path | None, *inputs: Path | None) -> None:
 
 
 def write_reply(pieces: Iterable[str]) -> None:
-    """Writes a reply to stdout as it comes, and ends its line however it ends.
+    """Writes a reply to stdout as it comes, and ends its last line even after an error or Ctrl-C.
 
     Raises:
         BrokenPipeError: nobody reads stdout any more.
@@ -155,7 +155,7 @@ def write_reply(pieces: Iterable[str]) -> None:
     try:
         for piece in pieces:
             text = piece.translate(_NOT_IN_REPLIES) if is_tty else piece
-            last = text or last  # first, as Ctrl-C may come while it is written
+            last = text or last  # before the write, during which Ctrl-C may come
             _put(text)
     finally:
         if last and not last.endswith("\n"):
@@ -163,7 +163,7 @@ def write_reply(pieces: Iterable[str]) -> None:
 
 
 def write_aside(text: str) -> None:
-    """Writes what is beside a reply, such as its reasoning, dimmed, to a stdout that is a terminal."""
+    """Writes the part of a reply that is not its answer, such as reasoning: dimmed, to a stdout that is a terminal."""
     _put(dim(text.translate(_NOT_IN_REPLIES), sys.stdout))
 
 
@@ -196,17 +196,17 @@ def error_line(error: BaseException) -> str:
 
 
 def traceback_lines(error: BaseException) -> list[str]:
-    """Returns an error with where it was raised, as Python itself would write it."""
+    """Returns an error with its traceback, as Python itself would write it."""
     import traceback
 
     return "".join(traceback.format_exception(error)).splitlines()
 
 
 def decode_text(content: bytes, name: object) -> str:
-    """Returns a text that the user gave.
+    """Returns a text that the user gave as bytes.
 
     Raises:
-        ValueError: not UTF-8; names `name`, the byte and where it is.
+        ValueError: not UTF-8; names `name`, the byte and its offset.
     """
     try:
         return content.decode()
@@ -218,10 +218,10 @@ def decode_text(content: bytes, name: object) -> str:
 
 
 def argument_text(text: str, name: str) -> str:
-    """Returns a text that was given on the command line or typed, whatever the locale took its bytes for.
+    """Returns a text from the command line or the keyboard, decoded as UTF-8 whatever the locale says.
 
     Raises:
-        ValueError: its bytes are not UTF-8; names `name`, the byte and where it is.
+        ValueError: its bytes are not UTF-8; names `name`, the byte and its offset.
     """
     try:
         text.encode()
@@ -232,12 +232,12 @@ def argument_text(text: str, name: str) -> str:
 
 def replace_unwritable() -> None:
     """Makes stdout write "?" for what its encoding lacks, instead of failing in the middle of a result."""
-    with contextlib.suppress(AttributeError):  # not so where a caller put a stream of its own
+    with contextlib.suppress(AttributeError):  # a caller may have replaced the stream
         sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
 
 
 def drop_stdout() -> None:
-    """Forgets what a broken stdout still holds, or Python would complain about it at exit."""
+    """Discards what a broken stdout still holds; otherwise Python would report an error at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
@@ -255,13 +255,13 @@ def run_command(
     interrupted: Callable[[], str] | None = None,
     blames_arguments: bool = False,
 ) -> int:
-    """Runs what a command does and turns however it ends into an exit code.
+    """Runs the body of a command and turns every way it can end into an exit code.
 
     Args:
-        name: what errors begin with.
+        name: the program's name, with which error lines begin.
         verbose: write an error's traceback instead of its line.
-        interrupted: says what to say after Ctrl-C.
-        blames_arguments: a plain ValueError is wrong usage; those of files are EdgemoeErrors too.
+        interrupted: returns the text of the line after Ctrl-C; None for no line.
+        blames_arguments: a plain ValueError is wrong usage; one about a file is an EdgemoeError too, and is not.
 
     Returns:
         What `body` returns, 0 for None; 1 for an error, which is one line on stderr, or 2 for wrong usage; 1 when

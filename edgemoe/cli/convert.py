@@ -71,7 +71,7 @@ def _convert(args: argparse.Namespace) -> None:
     scheme = SCHEMES.get(args.scheme)
     if scheme is None:
         raise ValueError(f"--scheme: expected one of {', '.join(SCHEMES)}, got {args.scheme}")
-    # Carving takes minutes before the writer says so.
+    # The writer checks this too, but only after the minutes that carving takes.
     scheme.favoured(args.bits, args.favour, ("--bits", "--favour"))
     correction = _rank(args.correction)
     calibration = None if args.calibration is None else Calibration(args.calibration)
@@ -102,7 +102,7 @@ def _convert(args: argparse.Namespace) -> None:
     ):
 
         def writing(done: int, total: int) -> None:
-            reading.close()  # or its bar would move below the other
+            reading.close()  # otherwise its bar would move below the other one
             progress(done, total)
 
         convert(
@@ -115,11 +115,11 @@ def _convert(args: argparse.Namespace) -> None:
 
 
 _OF_BASE = ("bits", "allocation", "favour", "prune", "thorough", "carve", "no_column_scales")
-"""Flags that say what a base's file says of itself."""
+"""Flags that an adapter may not set: its base decides them."""
 
 
 def _convert_adapter(args: argparse.Namespace, calibration: Calibration | None) -> None:
-    """Makes an adapter of a fine-tune."""
+    """Writes the adapter of a fine-tune."""
     from edgemoe.convert.adapter import convert_adapter
     from edgemoe.file.format import open_moe
 
@@ -156,7 +156,7 @@ def _convert_adapter(args: argparse.Namespace, calibration: Calibration | None) 
 
 
 def _tuned(path: Path, original: Checkpoint | None) -> Checkpoint:
-    """Opens a fine-tune: a whole checkpoint, or what of `original` is otherwise."""
+    """Opens a fine-tune: a whole checkpoint, or changed tensors in place of those of `original`."""
     from edgemoe.convert.patched import is_partial, patched
 
     if not is_partial(path):
@@ -169,7 +169,7 @@ def _tuned(path: Path, original: Checkpoint | None) -> Checkpoint:
 
 
 def _rank(text: str) -> int | None:
-    """Returns what `--correction` asks for, as `convert` takes it."""
+    """Returns the rank that `--correction` asks for, as `convert` takes it: None for auto, 0 for none."""
     if text in ("auto", "none"):
         return {"auto": None, "none": 0}[text]
     if not (text.isascii() and text.isdecimal()):
@@ -191,7 +191,7 @@ def _without_tokenizer(path: Path) -> str:
 
 
 def _check_target(out: Path, *, overwrite: bool) -> None:
-    """Refuses to replace what is not a `.moe` file, such as a file of the source or a device."""
+    """Refuses to replace anything but a `.moe` file, such as a file of the source or a device."""
     from edgemoe.file.format import MAGIC
 
     if not out.exists() and not out.is_symlink():
@@ -217,7 +217,7 @@ def _checkpoint(path: Path) -> Checkpoint:
 
 
 def _expect_here(path: Path) -> None:
-    """Raises FileNotFoundError for what is not here; it may be meant as a name of the hub."""
+    """Raises FileNotFoundError for a path that does not exist; one that may be a hub's name gets a hint."""
     if path.exists() or path.is_symlink():
         return
     is_file = path.suffix == ".gguf" or path.is_absolute() or path.parts[:1] == ("..",)
@@ -267,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_codes(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that say which codes become of weights."""
+    """Adds the flags that say how weights are quantised."""
     parser.add_argument(
         "--bits",
         type=int,

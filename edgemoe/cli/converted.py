@@ -1,4 +1,4 @@
-"""Makes a `.moe` file of a checkpoint that is to be run, once, and keeps it with the other models."""
+"""Converts a checkpoint that is to be run, once, and keeps the `.moe` file with the other models."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from edgemoe.errors import size_text
 
 __all__ = ["converted", "is_source"]
 
-_BYTES_PER_WEIGHT = 8.5 / 8  # at the most bits
-_WEIGHTS_PER_SECOND = 4_000_000  # and core
+_BYTES_PER_WEIGHT = 8.5 / 8  # with all 8 bits
+_WEIGHTS_PER_SECOND = 4_000_000  # for each core
 
 
 def is_source(path: Path) -> bool:
-    """Says whether it is what a model is converted from: a checkpoint's directory or a GGUF file."""
+    """Returns whether a path is a source of conversions: a checkpoint's directory or a GGUF file."""
     from edgemoe.convert.open import is_gguf
 
     return (path / "config.json").is_file() or (path.exists() and is_gguf(path))
 
 
 def converted(path: Path) -> Path:
-    """Returns the `.moe` file of a checkpoint, which is made at the first time.
+    """Returns the `.moe` file of a checkpoint, which is converted the first time.
 
-    Making it takes memory that `--ram` does not allow for, so that another process does it. What was interrupted goes
-    on at the next start.
+    Conversion takes memory that `--ram` does not account for, so another process does it. An interrupted conversion
+    goes on at the next start.
 
     Raises:
         FormatError: the checkpoint is not sound, or of a kind that is not supported.
-        OSError: a file cannot be read, or there is no place for the cache.
-        SystemExit: it could not be made, and has said why.
+        OSError: a file cannot be read, or the folder of models cannot be made.
+        SystemExit: the conversion failed, and its process has said why.
     """
     folder = library.folders()[0]
     out = folder / _name(path)
@@ -48,7 +48,7 @@ def converted(path: Path) -> Path:
 
 
 def _name(path: Path) -> str:
-    """Returns a name that is another one when the checkpoint's files are others."""
+    """Returns a file name that changes whenever the checkpoint's files change."""
     from edgemoe.convert.checkpoint import file_identity
 
     files = (
@@ -60,7 +60,7 @@ def _name(path: Path) -> str:
 
 
 def _effort(path: Path) -> str:
-    """Returns in words what a conversion takes."""
+    """Returns the size and the time that a conversion is expected to take, in words."""
     from edgemoe import hardware
     from edgemoe.convert.open import open_checkpoint
 

@@ -81,7 +81,7 @@ def _bundle(path: Path, found: Sequence[Finding]) -> None:
     kept = []
     for finding in found:
         text, cure = finding.text, finding.cure
-        if finding.subject == "model":  # named by the user, perhaps
+        if finding.subject == "model":  # its name may be private
             name = text.partition(":")[0].split(" is unfinished")[0]
             called = f"model {numbers.setdefault(name, len(numbers) + 1)}"
             text, cure = text.replace(name, called), cure.replace(name, called)

@@ -1,4 +1,4 @@
-"""Turns the flags of a command into options of an engine: one reader for all commands."""
+"""Turns a command's flags into options of an engine, in the same way for all commands."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ _SAME = (
     "ram", "bits", "allocation", "dense_bits", "experts", "cache_type_k", "cache_type_v", "kv_table", "threads",
     "scheduler", "device", "vram",
 )  # fmt: skip
-"""Flags that have an option's name and its meaning."""
+"""Flags with the name and the meaning of an engine option."""
 
 ONE_ADAPTER_HELP = "a fine-tune of the model, of edgemoe convert --base: it is what is measured"
-"""Of commands that measure."""
+"""The help of --adapter in commands that measure."""
 
 
 def engine_flags(args: Namespace, **given: Any) -> dict[str, Any]:
-    """Returns what the flags of a command say, as arguments of `EngineOptions`; `ram` is for the whole process.
+    """Returns a command's flags as arguments of `EngineOptions`; `ram` is for the whole process.
 
     Args:
-        args: as parsed; what the command has no flag for is left out.
-        given: options that the command decides itself, in place of flags.
+        args: the parsed arguments; options that the command has no flag for are left out.
+        given: options that the command decides itself; they replace those of flags.
     """
     flags = vars(args)
     said: dict[str, Any] = {"whole_process": True}
@@ -32,17 +32,17 @@ def engine_flags(args: Namespace, **given: Any) -> dict[str, Any]:
     if "adapter" in flags:
         said["adapters"] = _adapters(flags["adapter"])
     if "set" in flags:
-        said["options"] = flags["set"] or {}  # what is given is read by the command
+        said["options"] = flags["set"] or {}  # the command has turned its texts into a mapping
     if "no_verify" in flags:
         said["verify"] = not flags["no_verify"]
     return {**said, **given}
 
 
 def _adapters(given: Sequence[str]) -> Mapping[str, str]:
-    """Returns what `--adapter` names: NAME=FILE, or a file by its own name.
+    """Returns the files of `--adapter` by name; a file without NAME= goes by its own name.
 
     Raises:
-        ValueError: two have one name.
+        ValueError: two adapters have the same name.
     """
     out: dict[str, str] = {}
     for text in given:
@@ -56,10 +56,10 @@ def _adapters(given: Sequence[str]) -> Mapping[str, str]:
 
 
 def one_adapter(args: Namespace) -> Mapping[str, str]:
-    """Returns the adapter that a command measures, by its name; none for the model alone.
+    """Returns the one adapter that a command measures, as its file by name; empty for the model alone.
 
     Raises:
-        ValueError: there are several.
+        ValueError: more than one is given.
     """
     if len(args.adapter) > 1:
         raise ValueError(f"--adapter: expected one, which is measured, got {len(args.adapter)}")
@@ -67,7 +67,7 @@ def one_adapter(args: Namespace) -> Mapping[str, str]:
 
 
 def sampling_flags(args: Namespace) -> dict[str, Any]:
-    """Returns what the flags of a command say of sampling, as arguments of `SamplingParams`."""
+    """Returns a command's sampling flags as arguments of `SamplingParams`."""
     given = {
         "temperature": args.temp,
         "top_k": args.top_k,

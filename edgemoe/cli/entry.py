@@ -1,4 +1,4 @@
-"""What the installed programs call. Ctrl-C while a program is still being imported ends it without a traceback."""
+"""Entry points of the installed programs. Ctrl-C during a program's imports ends it without a traceback."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ __all__ = ["edgemoe", "edgemoe_run"]
 
 
 def edgemoe() -> int:
-    """Is the program `edgemoe`."""
+    """Runs the program `edgemoe` and returns its exit code."""
     return _run("edgemoe", "edgemoe.cli.main")
 
 
 def edgemoe_run() -> int:
-    """Is the program `edgemoe-run`."""
+    """Runs the program `edgemoe-run` and returns its exit code."""
     return _run("edgemoe-run", "edgemoe.cli.run")
 
 
 _SPACE, _SPACE_PER_CORE = (
     160 << 20,
     16 << 20,
-)  # of addresses, for numpy's threads and the tokenizers' library
+)  # bytes of address space, for numpy's threads and the tokenizers library
 
 
 def _run(name: str, module: str) -> int:
@@ -36,7 +36,7 @@ def _run(name: str, module: str) -> int:
         note(f"{name}: {error}")
         return 1
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.default_int_handler:  # a program in the background may have to ignore it
+    if before is signal.default_int_handler:  # a background job may have to ignore it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     main = importlib.import_module(module).main
     signal.signal(signal.SIGINT, before)

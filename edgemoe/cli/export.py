@@ -1,4 +1,4 @@
-"""`edgemoe export`: writes a .moe file as other programs read models."""
+"""`edgemoe export`: writes a .moe file as a checkpoint that other programs load."""
 
 from __future__ import annotations
 

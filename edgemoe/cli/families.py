@@ -1,4 +1,4 @@
-"""`edgemoe families`: which checkpoints can be converted, from the tables that decide it."""
+"""`edgemoe families`: lists which checkpoints can be converted, from the same tables that the conversion uses."""
 
 from __future__ import annotations
 

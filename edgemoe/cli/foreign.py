@@ -1,4 +1,4 @@
-"""Flags of other programs that people paste from recipes, and what to say about them."""
+"""Flags of other programs, such as llama.cpp, that people paste from recipes, and the answer to each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ALREADY_SO = {
     "--mmap": "weights are read from the file as they are needed anyway",
     "--log-disable": "stdout has the reply alone anyway; --stats off ends the rest",
 }
-"""Flags that ask for what is done anyway: they are left out with a note."""
+"""Flags for what edgemoe does anyway: they are dropped, with a note."""
 
 _QUANT = "-hf user/repo:QUANT says which of a repository's GGUF files; leave it out"
 _BUDGET = "there is one budget for all memory, --ram"
@@ -41,14 +41,14 @@ _REFUSED = {
     "-e": "write $'a\\nb' in the shell, or use -f FILE",
     "--escape": "write $'a\\nb' in the shell, or use -f FILE",
 }  # fmt: skip
-"""Flags that cannot be honoured, and what to do in their place."""
+"""Flags that cannot be honoured, and what to do instead."""
 
 
 def without_foreign(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Returns the arguments without those that ask for what is done anyway, and a note for each.
+    """Returns the arguments without flags for what edgemoe does anyway, and a note for each such flag.
 
     Raises:
-        ValueError: one cannot be honoured; says what to do.
+        ValueError: a flag cannot be honoured; says what to do instead.
     """
     end = argv.index("--") if "--" in argv else len(argv)
     kept: list[str] = []

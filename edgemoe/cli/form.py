@@ -1,4 +1,4 @@
-"""`--json-schema`: a reply that keeps to a form."""
+"""`--json-schema`: replies that follow a JSON schema."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LARGEST = 1 << 20  # bytes of a file
 
 
 def schema_of(given: str) -> object:
-    """Returns a JSON schema that stands on the command line, or in a file.
+    """Returns the JSON schema that `--json-schema` gives, as text or in a file.
 
     Raises:
-        ValueError: what came is no JSON object, or what it takes is not installed.
+        ValueError: it is no JSON object, or the packages that enforce schemas are not installed.
         OSError: the file cannot be read.
     """
     text = given
@@ -42,7 +42,7 @@ def schema_of(given: str) -> object:
 
 
 def opened_beside(options: dict[str, Any], model: str) -> Engine:
-    """Opens a model whose budget, of its `options`, the masks of its vocabulary are in too."""
+    """Opens a model with room left, within the budget of its `options`, for token masks over its vocabulary."""
     from edgemoe.errors import OutOfBudget
     from edgemoe.file.format import open_moe
     from edgemoe.runtime.budget import default_ram
@@ -59,10 +59,10 @@ def opened_beside(options: dict[str, Any], model: str) -> Engine:
 
 
 def keep_to(engine: Engine, chat: Chat, schema: object) -> None:
-    """Makes replies of a chat keep to a schema; they do from where their reasoning ends.
+    """Makes a chat's replies follow a schema; it applies to what comes after the reasoning.
 
     Raises:
-        ValueError: it is none that can be kept to.
+        ValueError: the model has no tokenizer, or the schema cannot be enforced.
     """
     from edgemoe.serve.grammar import Grammars
     from edgemoe.serve.guide import Guide
@@ -86,7 +86,7 @@ def keep_to(engine: Engine, chat: Chat, schema: object) -> None:
     first, last = (tokenizer.token_id(word) if word else None for word in words)
 
     def constraint(ids: list[int]) -> Constraint:
-        end = ids[-4:]  # how a template opens the reply
+        end = ids[-4:]  # the words with which a template opens the reply
         is_reasoning = first in end and last not in end and last is not None
         return Guide(grammars, grammar, is_reasoning=is_reasoning, reasoning=(first, last))
 

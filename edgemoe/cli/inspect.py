@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "edgemoe inspect") ->
         prog: what the command was called.
 
     Returns:
-        The exit code: 0; 1 for an error or a file with a wrong sum, which is one line each on stderr; 130 after Ctrl-C.
+        The exit code: 0; 1 for an error or a wrong checksum, each of which is one line on stderr; 130 after Ctrl-C.
 
     Raises:
         SystemExit: with code 2 at wrong usage.
@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace, prog: str) -> int:
 
 
 def _level_name(level: dict[str, Any]) -> str:
-    """Returns a level's bits, and which matrices have others."""
+    """Returns a level's bits, and those of the matrices that differ from it."""
     (gate, up, down), dense, bits = level["ladder"], level["dense_bits"], level["bits"]
     others = [] if gate == up == down else [f"gate {gate}, up {up}, down {down}"]
     others += [] if dense == bits else [f"everything else {dense}"]
@@ -150,7 +150,7 @@ def _adapter_lines(adapter: AdapterFile) -> Iterator[str]:
 
 
 def _quality(moe: MoeFile, stored: dict[str, Any]) -> Iterator[str]:
-    """Yields the table that `edgemoe quality --store` has kept, and which of it is of the past."""
+    """Yields the table that `edgemoe quality --store` has kept, and which of its rows no longer hold."""
     from edgemoe.lab.quality.choice import applies, reference_sum
 
     try:

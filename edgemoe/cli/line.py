@@ -1,4 +1,4 @@
-"""Reads the user's lines from a terminal, with editing and history where that can be had."""
+"""Reads the user's lines from a terminal, with editing and history where prompt_toolkit is installed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from edgemoe.library import cache_dir
 __all__ = ["LineReader"]
 
 _PROMPT, _MORE = "> ", ". "
-_LONGEST_LINE = 4095  # bytes that the kernel gives of one line (N_TTY_BUF_SIZE)
+_LONGEST_LINE = 4095  # bytes: the kernel cuts a terminal's lines there (N_TTY_BUF_SIZE - 1)
 
 
 class LineReader:
@@ -25,7 +25,7 @@ class LineReader:
         """Sets up prompt_toolkit, or plain input where that is missing or the terminal is dumb.
 
         Args:
-            commands: that Tab completes.
+            commands: the words that Tab completes.
             keeps_history: keep what is typed for later chats.
         """
         self.was_empty = True
@@ -39,7 +39,7 @@ class LineReader:
         if self._session is None and sys.stdin is not None:
             with contextlib.suppress(
                 AttributeError
-            ):  # as for arguments: a file's name may be no UTF-8
+            ):  # as for arguments: a file name need not be UTF-8
                 sys.stdin.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]
 
     def read(self) -> str:
@@ -53,7 +53,7 @@ class LineReader:
         return self._one(_PROMPT)
 
     def read_block(self, end: str) -> str:
-        """Returns the lines up to one that is `end`, or to Ctrl-D. The errors are those of `read`, but EOFError."""
+        """Returns the lines up to one that is `end`, or up to Ctrl-D. It raises what `read` does, except EOFError."""
         lines: list[str] = []
         with contextlib.suppress(EOFError):
             while (line := self._one(_MORE)).strip() != end:
@@ -120,7 +120,7 @@ def _session(commands: Sequence[str], keeps_history: bool = True) -> Any:
     history: History = _Kept(str(path)) if path else InMemoryHistory()
     output = create_output(stdout=sys.stderr)
     if hasattr(output, "enable_cpr"):
-        output.enable_cpr = False  # asks the terminal where the cursor is, and not all answer
+        output.enable_cpr = False  # asks for the cursor's position; not all terminals answer
     return PromptSession(
         history=history,
         completer=WordCompleter(list(commands), sentence=True),
@@ -133,7 +133,7 @@ def _session(commands: Sequence[str], keeps_history: bool = True) -> Any:
 
 
 def _history_path() -> Path | None:
-    """Returns the file of earlier messages, which only the user may read; None if it cannot be."""
+    """Returns the file of earlier messages, which only the user may read; None if it cannot be made."""
     try:
         path = cache_dir() / "history"
         path.parent.mkdir(parents=True, exist_ok=True)

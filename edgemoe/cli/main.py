@@ -1,4 +1,4 @@
-"""`edgemoe`: picks a command and hands the rest of the arguments to it."""
+"""`edgemoe`: picks a command and passes the other arguments to it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
         "train who chooses each expert's bits, for the scheduler d2moe",
     ),
 }
-"""What each command is: the module whose `main(argv)` runs it, and a line about it."""
+"""For each command, the module whose `main(argv)` runs it, and a line about it."""
 
 _GROUPS = {
     "use": (
@@ -47,17 +47,17 @@ _GROUPS = {
     ),
     "measure": ("bench", "quality", "profile", "schedulers"),
 }  # fmt: skip
-"""What comes first in the help; all others follow."""
+"""The groups that come first in the help; all other commands follow."""
 
 ALIASES: Mapping[str, str] = {"chat": "run", "show": "inspect"}
-"""Other words for commands."""
+"""Other names of commands."""
 
 _PEERS = {
     "cli": "run", "generate": "run", "start": "run", "server": "serve", "download": "pull", "get": "pull",
     "install": "pull", "ls": "list", "models": "list", "delete": "rm", "remove": "rm", "info": "inspect",
     "quantize": "convert", "benchmark": "bench", "perplexity": "quality", "check": "doctor",
 }  # fmt: skip
-"""What other programs call it."""
+"""What other programs call a command: such a name gets a hint."""
 
 _USAGE_ERROR, _INTERRUPTED = 2, 130
 

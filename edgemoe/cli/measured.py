@@ -1,4 +1,4 @@
-"""What the quality that a file holds says about settings: those of `--max-quality-loss`, and the cost of others."""
+"""Uses the quality stored in a model's file: picks settings for `--max-quality-loss`, and tells the cost of others."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _PICKED = ("bits", "allocation", "dense_bits", "experts", "scheduler", "set")
 
 
 def share(text: str) -> float:
-    """Reads "0.01" or "1%".
+    """Returns the share that "0.01" or "1%" stands for.
 
     Raises:
-        ValueError: neither, or not below 1.
+        ValueError: neither, or not from 0 to below 1.
     """
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
@@ -43,10 +43,10 @@ def share(text: str) -> float:
 
 
 def check(args: Namespace) -> None:
-    """Checks the flag and those that it replaces.
+    """Checks `--max-quality-loss` and the flags that it replaces.
 
     Raises:
-        ValueError: not a share, or other flags decide already.
+        ValueError: it is no share, or another flag sets what it would pick.
     """
     share(args.max_quality_loss)
     if getattr(args, "adapter", None):
@@ -63,10 +63,10 @@ def check(args: Namespace) -> None:
 
 
 def pick(args: Namespace, *, context: int | None) -> str:
-    """Puts what is picked into the arguments of a command, and returns a line about it.
+    """Picks settings, puts them into the arguments of a command, and returns a line about them.
 
     Args:
-        args: as checked, with model, ram, threads, cache_type_k and _v.
+        args: arguments that `check` has accepted, with model, ram, threads, cache_type_k and cache_type_v.
         context: tokens that must fit; None for what fits well.
 
     Raises:
@@ -103,7 +103,7 @@ def pick(args: Namespace, *, context: int | None) -> str:
     rows = report["rows"]
     if (
         args.scheduler == "auto"
-    ):  # it finds what is exact and pays; the bits are left to pick, one for all
+    ):  # auto finds the exact settings that pay; only the bits are left to pick, the same for all experts
         rows = [row for row in rows if is_plain(row) and row["bits"] != "auto"]
     found = choose(moe, rows, max_loss=limit, cache_types=caches, slots=slots)
     if found.row is not None:
@@ -116,12 +116,12 @@ def pick(args: Namespace, *, context: int | None) -> str:
 
 
 def cost(args: Namespace) -> str | None:
-    """Returns a line about what was measured of the settings in the arguments, None if nothing was.
+    """Returns a line about the measured cost of the settings in the arguments; None if they were not measured.
 
-    To be called before the engine is loaded: the file's sections are read, for which the budget then has no room.
+    Call it before the engine is loaded: it reads the file's sections, for which the budget has no room afterwards.
 
     Args:
-        args: with model, bits, dense_bits, allocation, experts, scheduler, set, cache_type_k and _v.
+        args: with model, bits, dense_bits, allocation, experts, scheduler, set, cache_type_k and cache_type_v.
 
     Raises:
         FormatError: the file is not a sound `.moe` file.
@@ -182,7 +182,7 @@ def _loss(row: Mapping[str, Any]) -> str:
 
 
 def _settings(row: Mapping[str, Any]) -> str:
-    """Returns the flags that a row is the measurement of."""
+    """Returns the flags that a row was measured with."""
     flags = [f"--bits {row['bits']} --dense-bits {row['dense_bits']}"]
     if row["scheduler"] != "on-demand":
         flags.append(f"--scheduler {row['scheduler']}")

@@ -1,4 +1,4 @@
-"""What stands for MODEL on a command line: a path, the name of a model that is kept, or nothing for the demo."""
+"""Finds the model that MODEL on a command line means: a path, the name of a kept model, or nothing for the demo."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ __all__ = ["add_model", "choose_model", "demo_model", "fetched", "kept_model", "
 def add_model(
     parser: ArgumentParser, *, help: str = "a .moe file or a name of edgemoe list"
 ) -> None:
-    """Adds the positional MODEL; without it the demo model is meant."""
+    """Adds the positional MODEL; without it the command uses the demo model."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help=f"{help} (default: the demo)")
 
 
 def model_path(text: str | None, *, converts: bool = False) -> Path:
-    """Returns the file that is meant; the demo model is built at the first time.
+    """Returns the file that a MODEL means; the demo model is built the first time.
 
     Args:
-        converts: a checkpoint's directory or a GGUF file is taken too, and converted at the first time.
+        converts: take a checkpoint's directory or a GGUF file too, and convert it the first time.
 
     Raises:
-        FileNotFoundError: there is no such file, and no model of that name; says which names are near.
-        ValueError: it looks like something else.
-        SystemExit: something could not be made, and has said why.
+        FileNotFoundError: there is no such file, and no model of that name; names similar ones.
+        ValueError: it has spaces and is no path, so it was probably meant as a prompt.
+        SystemExit: the demo or the conversion failed, and its process has said why.
     """
     if text is None:
         return demo_model()
@@ -48,10 +48,12 @@ def model_path(text: str | None, *, converts: bool = False) -> Path:
 
 
 def choose_model(parser: ArgumentParser, args: Namespace) -> None:
-    """Makes `args.model` what the command line names in any of three ways; that wins over the environment.
+    """Sets `args.model` or `args.hf_repo` to what the command line names, as MODEL or with -m or -hf.
+
+    What the command line names wins over the environment.
 
     Raises:
-        ValueError: the command line names two.
+        ValueError: the command line names more than one model.
     """
     flags = {"-m": "model", "-hf": "hf_repo"}
     given = {flag: getattr(args, dest) for flag, dest in flags.items()}
@@ -68,7 +70,7 @@ def choose_model(parser: ArgumentParser, args: Namespace) -> None:
 
 
 def kept_model(text: str) -> Path | None:
-    """Returns the model that is kept under a name, which may be one of a hub, as user/repo:4; None if there is none."""
+    """Returns the file of a kept model; None if there is none. The name may be a hub's, such as user/repo:4."""
     found = library.find(text)
     if found is None and "/" in text:
         from edgemoe.hub.name import HubName
@@ -81,11 +83,11 @@ def kept_model(text: str) -> Path | None:
 
 
 def fetched(args: Namespace) -> str | None:
-    """Returns what is to be run, with what -hf names fetched at the first time; None for the demo.
+    """Returns the path or name of the model to run; None for the demo. A model of -hf is fetched the first time.
 
     Raises:
-        ValueError: the environment names two models, or -hf has no name of a hub.
-        SystemExit: it could not be fetched, and that has been said.
+        ValueError: the environment names two models, or what -hf names cannot be a hub's.
+        SystemExit: it could not be fetched, and the fetching process has said why.
     """
     if args.hf_repo is None:
         return None if args.model is None else str(args.model)
@@ -107,12 +109,12 @@ def fetched(args: Namespace) -> str | None:
 
 
 def demo_model() -> Path:
-    """Returns the demo model, which is built at the first time.
+    """Returns the file of the demo model, which is built the first time.
 
-    Building takes memory that `--ram` does not allow for, so that another process does it.
+    Building takes memory that `--ram` does not account for, so another process does it.
 
     Raises:
-        SystemExit: it could not be built, and has said why.
+        SystemExit: it could not be built, and its process has said why.
     """
     path = library.demo_path()
     if not path.is_file():

@@ -60,7 +60,7 @@ Chat with a Mixture-of-Experts model, inside a memory budget.
 
 
 def run_parser(prog: str = "edgemoe-run") -> argparse.ArgumentParser:
-    """Returns the parser. It ends the program at wrong usage, with one line and exit code 2."""
+    """Returns the parser of `edgemoe-run`. On wrong usage it ends the program with one line and exit code 2."""
     parser = Parser(
         prog=prog, usage="%(prog)s [MODEL] [flags]", description=_EXAMPLES, epilog=_EPILOG,
         first=[_DAILY],
@@ -69,7 +69,7 @@ def run_parser(prog: str = "edgemoe-run") -> argparse.ArgumentParser:
 
 
 def serve_parser() -> argparse.ArgumentParser:
-    """Returns the parser of the server; like `run_parser`."""
+    """Returns the parser of `edgemoe serve`. It ends the program as that of `run_parser` does."""
     parser = Parser(
         prog="edgemoe serve",
         usage="%(prog)s [MODEL] [flags]",
@@ -81,7 +81,7 @@ def serve_parser() -> argparse.ArgumentParser:
 
 
 def version_line(prog: str) -> str:
-    """Returns a program's version and what it runs on, for reports of faults."""
+    """Returns a program's version and what it runs on, for bug reports."""
     import platform
 
     from edgemoe import hardware
@@ -97,20 +97,20 @@ def _filled(
 ) -> argparse.ArgumentParser:
     try:
         add(parser)
-    except ValueError as error:  # in the environment
+    except ValueError as error:  # the value of an environment variable
         parser.error(str(error))
     return parser
 
 
 # fmt: off
 def _add_temp(group: argparse._ActionsContainer) -> None:
-    """Adds the one flag of sampling that is used every day."""
+    """Adds the one sampling flag that is used every day."""
     _add(group, "--temp", type=float, metavar="N",
          help="0 always takes the likeliest token, 1 follows the model (default: the model's, else 0.8)")
 
 
 def _add_sampling_flags(sampling: argparse._ActionsContainer) -> None:
-    """Adds the other flags that say how replies are sampled."""
+    """Adds the other sampling flags."""
     _add(sampling, "--top-k", type=int, metavar="N",
          help="keep the N likeliest, 0 for all (default: the model's, else 40)")
     _add(sampling, "--top-p", type=float, metavar="N",
@@ -130,13 +130,13 @@ def _add_sampling_flags(sampling: argparse._ActionsContainer) -> None:
 
 
 def _add_path(parser: argparse.ArgumentParser) -> None:
-    """Adds what says which model is opened."""
+    """Adds the positional argument that names the model."""
     parser.add_argument("path", nargs="?", metavar="MODEL",
                         help="a .moe file, a name of edgemoe list, or a folder or .gguf file to convert")
 
 
 def _add_daily_flags(daily: argparse._ActionsContainer) -> None:
-    """Adds what decides most about memory and speed, for whoever opens a model."""
+    """Adds the flags that matter most for memory and speed, to either program."""
     _add(daily, "--ram", type=ram_size, metavar="SIZE",
          help="memory for the whole process: 4GiB, 512MB, 50%% of what is free "
          "(default: that, less a margin)")
@@ -150,7 +150,7 @@ def _add_daily_flags(daily: argparse._ActionsContainer) -> None:
 
 
 def _add_model_flags(model: argparse._ActionsContainer) -> None:
-    """Adds the further flags of whoever opens a model."""
+    """Adds the other flags about the model, to either program."""
     _add(model, "--allocation", metavar="FILE",
          help="for --bits or --dense-bits auto: of edgemoe allocate (default: the model file's own)")
     _add(model, "--adapter", action=_Collect, default=[], metavar="[NAME=]FILE",
@@ -278,13 +278,13 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_version(parser: argparse._ActionsContainer) -> None:
-    """Adds what every program has."""
+    """Adds --verbose and --version."""
     _add_switch(parser, "-v", "--verbose", help="more messages, and tracebacks of errors")
     parser.add_argument("--version", action=_Version, help="print the version and leave")
 
 
 class _Version(argparse.Action):
-    """Prints the version; looks it up only then, since that takes a while."""
+    """The action of --version, which looks the version up only when asked, since that takes a while."""
 
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
@@ -295,7 +295,7 @@ class _Version(argparse.Action):
 
 
 class _Devices(argparse.Action):
-    """Lists the devices."""
+    """The action of --list-devices."""
 
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
@@ -308,7 +308,7 @@ class _Devices(argparse.Action):
 
 
 class _Collect(argparse.Action):
-    """Collects the values of a repeated flag; the first one replaces the default."""
+    """An action that collects the values of a repeated flag; the first one replaces the default."""
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, *_: object
@@ -324,7 +324,7 @@ def _add(
     default: Any = None,
     **rest: Any,
 ) -> None:
-    """Adds a flag with a value, whose default is the environment's or `default`."""
+    """Adds a flag with a value; its default is the value of its environment variable, else `default`."""
     variable = _variable(names)
     if text := os.environ.get(variable):
         try:
@@ -339,7 +339,7 @@ def _add(
 
 
 def _add_switch(group: argparse._ActionsContainer, *names: str, **rest: Any) -> None:
-    """Adds a flag without a value, which the environment may switch on."""
+    """Adds a flag without a value, which its environment variable may switch on."""
     variable = _variable(names)
     text = os.environ.get(variable, "").lower()
     if text not in (*_NO, *_YES):
@@ -348,7 +348,7 @@ def _add_switch(group: argparse._ActionsContainer, *names: str, **rest: Any) -> 
 
 
 def unknown_variables() -> list[str]:
-    """Returns a line for every variable EDGEMOE_... of the environment that no program reads."""
+    """Returns a line for every environment variable EDGEMOE_... that no program reads."""
     names = [name for name in sorted(os.environ) if name.startswith(_PREFIX)]
     if all(name in _known for name in names):
         return []
@@ -366,7 +366,7 @@ def unknown_variables() -> list[str]:
 
 _PREFIX = "EDGEMOE_"
 _known: set[str] = {"EDGEMOE_MODELS"}
-"""The variables that flags have been given, and those that are read elsewhere."""
+"""The variables of the flags added so far, and those that are read elsewhere."""
 
 
 def _variable(names: tuple[str, ...]) -> str:

@@ -19,16 +19,16 @@ NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with one line about wrong usage instead of a screen of flags; takes no abbreviations."""
+    """A parser that answers wrong usage with one line instead of a screen of flags, and takes no abbreviations."""
 
     is_wanted: ClassVar[bool] = False
-    """Whether the parser itself is wanted, by `parser_of`, and no arguments are to be read."""
+    """Whether `parser_of` wants the parser itself, so that no arguments are read."""
 
     def __init__(self, *, first: Sequence[str] = (), **kwargs: Any) -> None:
         """Takes what `ArgumentParser` takes.
 
         Args:
-            first: the titles of the groups that --help shows; --help-all shows the others too. None for all.
+            first: the titles of the groups that --help shows, while --help-all shows all; empty for one full --help.
         """
         if first:
             kwargs["add_help"] = False
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("--help-all", action="help", help="show all flags and leave")
 
     def format_first_help(self) -> str:
-        """Returns the help with the first groups alone, and what the others are."""
+        """Returns the help of the first groups, and the titles of the others."""
         groups = self._action_groups
         shown = [
             g for g in groups if g.title in self._first or g in (self._positionals, self._optionals)
@@ -62,7 +62,7 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        """Reads one argument. A path that is empty would be the current folder, and often is a variable not set."""
+        """Reads one argument. An empty path, often an unset variable, is refused: it would be the current folder."""
         words = str(action.metavar)
         is_name = (
             action.type is Path or "FILE" in words or "DIR" in words or not action.option_strings
@@ -93,7 +93,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class _FirstHelp(argparse.Action):
-    """Prints the help of every day."""
+    """The action of --help where there is --help-all: prints the first groups."""
 
     def __init__(self, option_strings: list[str], dest: str, **kwargs: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, **kwargs)
@@ -110,12 +110,12 @@ class _Taken(BaseException):  # commands turn every Exception into a line
 
 
 def parser_of(main: Callable[[Sequence[str]], int]) -> Parser:
-    """Returns the parser that a command's `main` would read its arguments with: a new one, which may be changed.
+    """Returns the parser that a command's `main` reads its arguments with: a new one, which the caller may change.
 
-    So no command has to be written for it, and what completes and the manual cannot differ from what is taken.
+    Commands need no code for this, and shell completion and the manual cannot differ from what a command accepts.
 
     Raises:
-        SystemExit: a variable of the environment has no value that its flag could have.
+        SystemExit: an environment variable has a value that its flag does not take.
     """
     Parser.is_wanted = True
     try:

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for those of the process.
 
     Returns:
-        The exit code: 0; 1 for an error, which is one line on stderr; 3 where no budget that was asked for is enough.
+        The exit code: 0; 1 for an error, which is one line on stderr; 3 where no budget that was asked for suffices.
 
     Raises:
         SystemExit: with code 2 at wrong usage.
@@ -81,7 +81,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _remote(text: str | None) -> HubName | None:
-    """Returns what of a hub is meant, None for what is here."""
+    """Returns the hub's name that a text means; None for a model that is here."""
     if text is None or Path(text).exists() or kept_model(text) is not None:
         return None
     from edgemoe.hub.name import HubName
@@ -93,7 +93,7 @@ def _remote(text: str | None) -> HubName | None:
 
 
 def _of_hub(args: argparse.Namespace, name: HubName) -> int:
-    """Fetches the headers of a checkpoint and plans that."""
+    """Fetches the headers of a hub's checkpoint and plans it."""
     from edgemoe.hub.outline import choose, outline
     from edgemoe.hub.pull import open_repository, saying_what_is_here
 
@@ -117,7 +117,10 @@ def _of_hub(args: argparse.Namespace, name: HubName) -> int:
 
 
 def _of_checkpoint(args: argparse.Namespace, source: Path) -> int:
-    """Makes a file with holes for weights, and plans that in a process which has read no checkpoint."""
+    """Writes a `.moe` file with holes for weights, and plans it in another process, which has not read the checkpoint.
+
+    Memory that was used for the checkpoint would count against the budget.
+    """
     from edgemoe.cli.apart import run_apart
     from edgemoe.convert.checkpoint import sections
     from edgemoe.convert.open import open_checkpoint
@@ -149,7 +152,7 @@ def _of_checkpoint(args: argparse.Namespace, source: Path) -> int:
 
 
 def _tell(args: argparse.Namespace) -> int:
-    # What runs the model has these in memory too.
+    # `edgemoe-run` has these in memory too, so that the forecast must count them.
     import edgemoe.cli.run
     import edgemoe.runtime.chat  # noqa: F401
     from edgemoe.errors import OutOfBudget
@@ -163,7 +166,7 @@ def _tell(args: argparse.Namespace) -> int:
     forecast = Forecast(args.model, context=args.ctx_size, options=options)
     levels = forecast.levels[::-1] if args.bits is None else (args.bits,)
     for bits in levels:
-        forecast.moe.level(bits)  # or it says which there are
+        forecast.moe.level(bits)  # a ValueError names the levels there are
     free = default_ram()
     rams = [free, free // 2, free // 4] if args.ram is None else [args.ram]
     rows: list[Row] = []
@@ -176,7 +179,7 @@ def _tell(args: argparse.Namespace) -> int:
                     note(f"{_PROG}: {bits} bits: {error}")
             else:
                 if rows[-1].resident == 1:
-                    break  # fewer bits fit all the more
+                    break  # with fewer bits everything fits too
     smallest = forecast.smallest(levels[-1])
     name = args.name or args.model.name
     speed = speeds(args, forecast, rows)
@@ -189,7 +192,7 @@ def _tell(args: argparse.Namespace) -> int:
 
 
 def _costs(args: argparse.Namespace) -> Mapping[int | str, Mapping[str, Any]]:
-    """Returns what each level was measured to cost, where the file holds that."""
+    """Returns the measured quality of each level, by bits, as far as the file holds it."""
     from edgemoe.file.format import open_moe
     from edgemoe.lab.quality.choice import plain_rows
 
@@ -232,7 +235,7 @@ def _lines(
 
 
 def _change(row: Mapping[str, Any] | None) -> str:
-    """Says how much worse a level was measured to be."""
+    """Returns how much a level was measured to change perplexity, as text."""
     if row is None:
         return "?"
     return "reference" if row["kl"] is None else change(row)

@@ -1,4 +1,4 @@
-"""Shows how far a long task is."""
+"""The progress of long tasks, on stderr."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Progress", "time_left"]
 
 
 class Progress:
-    """Is a bar on a terminal, and a line for every tenth elsewhere. Also a context manager."""
+    """A progress bar on a terminal; elsewhere, a line for every tenth of the task. Also a context manager."""
 
     def __init__(self, task: str, *, unit: str) -> None:
         """Names the task.
@@ -30,7 +30,7 @@ class Progress:
         self._begun: tuple[float, int] | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        """Takes how much is done by now, and how much there is to do."""
+        """Shows that `done` units of `total` are done by now."""
         if not is_terminal(sys.stderr):
             now = time.monotonic()
             self._begun = self._begun or (now, done)
@@ -58,7 +58,7 @@ class Progress:
         self._bar.update(done - self._bar.n)
 
     def close(self) -> None:
-        """Leaves the bar as it is. What is told afterwards is not shown."""
+        """Ends the bar and leaves it on the screen; later calls show nothing."""
         if self._bar is not None:
             self._bar.close()
 
@@ -75,7 +75,7 @@ class Progress:
 
 
 def time_left(seconds: float) -> str:
-    """Returns what a line says of it: nothing of less than a minute."""
+    """Returns the end of a line, such as ", 5 min left"; "" for less than a minute."""
     hours, minutes = divmod(round(seconds / 60), 60)
     if seconds < 60:
         return ""

@@ -1,4 +1,4 @@
-"""`edgemoe quality`: what each level of a file, or each scheduler, costs in quality."""
+"""`edgemoe quality`: measures what each level of a file, or each scheduler, costs in quality."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _warn_of_replaced(moe: MoeFile, report: Mapping[str, Any]) -> None:
-    """Says, while Ctrl-C still keeps them, that rows of other tokens will not stay beside these."""
+    """Warns, while Ctrl-C can still save them, that --store will replace rows that are not comparable with these."""
     from edgemoe.lab.quality.choice import stored
 
     before = stored(moe)
@@ -197,7 +197,7 @@ def _bits(args: argparse.Namespace, moe: MoeFile) -> list[int | Literal["auto"]]
     given = args.bits or [rung[0] for rung in moe.ladder]
     levels = {b for b in given if b != "auto"}
     for b in levels:
-        moe.level(b)  # a ValueError names those that there are
+        moe.level(b)  # a ValueError names the levels there are
     return [*sorted(levels, reverse=True), *(["auto"] if "auto" in given else [])]
 
 
@@ -242,7 +242,7 @@ def _trial(
 
     if scheduler not in SCHEDULERS:
         raise ValueError(f"--scheduler: expected one of {', '.join(SCHEDULERS)}, got {scheduler}")
-    options = dict(options)  # of one trial, where several share what --set says
+    options = dict(options)  # a copy, as several trials share the options of --set
     given = options.pop("dense_bits", args.dense_bits)
     check_options(scheduler, options)  # before other runs take hours
     differ = (moe.experts.rungs != len(moe.ladder)).any()
@@ -256,7 +256,7 @@ def _trial(
         moe.dense_level(dense)
     said = engine_flags(args, bits=bits, dense_bits=dense, scheduler=scheduler, options=options)
     trial = Trial(**said, decode=args.decode)
-    with_dense_bits(moe, trial)  # or it says what is missing
+    with_dense_bits(moe, trial)  # an error says what is missing
     return trial
 
 
@@ -264,7 +264,7 @@ def _trial(
 
 
 def _average_bits(moe: MoeFile, sizes: list[Level], trial: Trial, quality: Quality) -> float:
-    """Returns the mean bits of an expert: of all alike where they are known, else of those that ran."""
+    """Returns the mean bits of an expert: over all experts where all run as stored, else over those that ran."""
     plain = trial.scheduler == EXACT and not trial.options  # else some may run at fewer bits
     if plain and (trial.bits != "auto" or "allocation" not in moe.sections):
         return next(

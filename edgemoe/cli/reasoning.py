@@ -20,10 +20,10 @@ _EVERY_S = 0.5
 
 
 def set_reasoning(chat: Chat, kind: str) -> None:
-    """Lets a model reason, or tells its template not to let it.
+    """Lets a model reason, or for "off" tells its chat template to switch reasoning off.
 
     Raises:
-        ValueError: it cannot be told.
+        ValueError: the template cannot switch it off.
     """
     if kind == "off" and chat.must_reason:
         raise ValueError("reasoning: the model's template has no word for switching it off")
@@ -31,7 +31,7 @@ def set_reasoning(chat: Chat, kind: str) -> None:
 
 
 def apart(pieces: Iterator[Piece], kind: str) -> Iterator[str]:
-    """Yields the answer of a reply; what is reasoned before it is shown beside it.
+    """Yields the answer of a reply; the reasoning before it is shown, but not yielded.
 
     Args:
         kind: "dim" writes it to a terminal, dimmed; else, and where stdout is no terminal, a line on stderr says how
@@ -51,7 +51,7 @@ def apart(pieces: Iterator[Piece], kind: str) -> Iterator[str]:
 
 
 class _Thought:
-    """Is what is reasoned before one answer."""
+    """The display of the reasoning before one answer."""
 
     def __init__(self, shows: bool) -> None:
         self._shows, self._is_live = shows, not shows and is_terminal(sys.stderr)
@@ -67,7 +67,7 @@ class _Thought:
             passing(f"# reasoning for {now - self._start:.0f} s")
 
     def end(self) -> None:
-        """Closes what was shown; nothing where there was no reasoning, or it is closed already."""
+        """Ends the display; does nothing where there was no reasoning, or it has ended already."""
         if not self._start:
             return
         took, self._start = time.monotonic() - self._start, 0.0

@@ -1,4 +1,4 @@
-"""What `edgemoe quality` measures on, and what with: the text's tokens, and the reference's predictions."""
+"""What `edgemoe quality` measures on and compares with: a text's tokens, and the reference's predictions."""
 
 from __future__ import annotations
 
@@ -27,10 +27,14 @@ EXACT = "on-demand"
 def reference(
     args: argparse.Namespace, moe: MoeFile, stack: ExitStack
 ) -> tuple[Sample, str, LogProbs, Trial | None, Quality | None]:
-    """Returns what is measured on, a line about it, the reference, and what of this file that has measured already.
+    """Returns the sample to measure on, a line about it, and the reference's log-probabilities.
+
+    The last two items are the run of a `.moe` file that made the reference, and that run's quality. Both are None where
+    the reference came from a checkpoint or another program; the quality is None, too, where the run was of another
+    file.
 
     Args:
-        args: of `edgemoe quality`.
+        args: the arguments of `edgemoe quality`.
         stack: closes what is opened.
 
     Raises:
@@ -89,7 +93,7 @@ def reference(
 
 
 def exact_run(args: argparse.Namespace, moe: MoeFile, bits: int) -> Trial:
-    """Returns how a reference is run: a level of what is measured, its adapter included, or another file alone."""
+    """Returns the run that makes a reference: a level of the measured model with its adapter, or another file alone."""
     from edgemoe.lab.quality.quality import Trial
     from edgemoe.lab.report.levels import dense_bits_at
 
@@ -102,7 +106,7 @@ def exact_run(args: argparse.Namespace, moe: MoeFile, bits: int) -> Trial:
 
 
 def reference_name(path: Path, trial: Trial) -> str:
-    """Returns what a run that is the reference is called."""
+    """Returns the name of the run that makes the reference."""
     from edgemoe.runtime.adapters import named_adapters
 
     beside = "".join(f" with {name}" for name in named_adapters(trial.adapters))
@@ -122,7 +126,7 @@ def _checkpoint(path: Path, sample: Sample, moe: MoeFile, stack: ExitStack) -> L
 
 
 def _is_source(path: Path) -> bool:
-    """Says whether it is what a model is converted from."""
+    """Returns whether a path is a checkpoint's directory or a GGUF file."""
     from edgemoe.convert.open import is_gguf
 
     return path.is_dir() or is_gguf(path)
@@ -138,7 +142,7 @@ def _is_saved(path: Path) -> bool:
 
 
 def _text(path: Path | None) -> tuple[str, str]:
-    """Returns a text and what it is called; for None the one that comes with the package."""
+    """Returns a text and its name; for None the text that comes with the package."""
     from edgemoe.lab.quality.text import default_text
 
     if path is None:

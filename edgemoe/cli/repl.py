@@ -27,24 +27,24 @@ if TYPE_CHECKING:
 __all__ = ["interact"]
 
 _AT_START = ("dense_bits", "ram", "ctx_size", "context", "threads")
-"""What is set by a flag, when the model is opened."""
+"""Settings that only a flag can change, when the model is opened."""
 
 _LIVE = ("bits", "experts", "scheduler")
-"""What the engine changes while it is open."""
+"""Settings that the engine can change while it is open."""
 
 _QUOTES = '"""'
-"""A line of these alone begins a text of several lines, and another ends it."""
+"""A line of these alone begins a message of several lines, and another such line ends it."""
 
 _COMMAND = re.compile(r"/([A-Za-z]+|\?)( [^\n]*)?")
 
 _WORDS = ("exit", "quit", "bye", "clear", "help", "?")
-"""What people type who mean a command."""
+"""Words that people type when they mean a command."""
 
 _WILD = 2.0
-"""Of temperatures."""
+"""A temperature above this gets a warning."""
 
 _SHORT = {"temp": "temperature", "n": "max_tokens", "predict": "max_tokens", "s": "seed"}
-"""What /set also understands: the names of the flags, where they differ from the fields'."""
+"""Other names that /set understands: those of the flags, where they differ from those of the fields."""
 
 
 def interact(
@@ -60,12 +60,12 @@ def interact(
     """Chats until the user leaves.
 
     Args:
-        engine: makes the replies; stays the caller's to close.
+        engine: makes the replies; the caller closes it.
         chat: the conversation to go on with.
         name: what the model is called in the greeting.
-        stats: what is said after a reply: "short", "full" or "off".
-        reasoning: how it is shown: "dim", "fold" or "off".
-        keep: is called when the conversation may be another.
+        stats: the line after a reply: "short", "full" or "off".
+        reasoning: how reasoning is shown: "dim", "fold" or "off".
+        keep: is called whenever the conversation may have changed.
         keeps_history: keep what is typed for later chats.
 
     Returns:
@@ -127,7 +127,7 @@ def _greeting(engine: Engine, name: str) -> str:
 
 
 class _Session:
-    """Does what one line asks for."""
+    """The state of a chat, and its commands."""
 
     def __init__(
         self, engine: Engine, chat: Chat, stats: str = "short", reasoning: str = "dim"
@@ -162,7 +162,7 @@ class _Session:
     def take(self, line: str) -> None:
         """Runs a command, or says the line to the model.
 
-        A command is one line that begins with a slash and letters: a path, a comment or pasted code is a text.
+        A command is one line that begins with a slash and letters; a path, a comment or pasted code is a message.
         """
         if line.strip() in _WORDS:
             raise ValueError(
@@ -329,7 +329,7 @@ def _path(command: str, rest: str) -> Path:
 
 
 def _parsed(name: str, text: str, kind: type) -> Any:
-    """Returns a setting's value; `kind` says what is expected."""
+    """Returns the value of a setting, which is of type `kind`, from its text."""
     if name == "stop":
         return (text,) if text else ()
     if kind is tuple:

@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _meant(text: str) -> tuple[str, list[Path]]:
-    """Returns the name and the files of a model, and of what was left unfinished under that name."""
+    """Returns the name of a model, and its files with those that were left unfinished under that name."""
     path = kept_model(text)
     named = {model.path: model.name for model in library.models()}
     name = text if path is None else named[path]

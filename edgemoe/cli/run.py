@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None, *, prog: str = "edgemoe-run") -> int
         return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our text has enough of it: nothing to say
+    except BrokenPipeError:  # the reader of stdout has gone: nothing to say
         return 1
     except Exception as error:
         is_verbose = args is not None and args.verbose
@@ -129,7 +129,7 @@ def _run(args: Namespace, schema: object) -> int:
 
 
 def _texts(args: Namespace) -> str | None:
-    """Reads the texts that are given and finds the model, before that is loaded: a mistake costs no time.
+    """Reads the given texts and finds the model before it is loaded, so that a mistake costs no time.
 
     Returns:
         The one prompt to answer, None for an interactive chat.
@@ -140,7 +140,7 @@ def _texts(args: Namespace) -> str | None:
     )
     args.stop = [argument_text(text, "-r") for text in args.stop]
     args.model = fetched(args)
-    if args.model is not None:  # before the prompt is read, which may take a person's time
+    if args.model is not None:  # before the prompt is read, which someone may be typing
         args.model = model_path(args.model, converts=True)
     prompt = _prompt(args)
     if args.model is None:
@@ -149,10 +149,10 @@ def _texts(args: Namespace) -> str | None:
 
 
 def _note_engine(engine: Engine, args: Namespace, known: str | None) -> None:
-    """Says what was chosen that changes answers or speed, and loads the experts that were used most.
+    """Tells which settings change answers or speed; with --warm, loads the experts that were used most.
 
     Args:
-        known: what is known of the cost in quality.
+        known: a line about the measured cost in quality, if there is one.
     """
     _note_threads(args.threads)
     for line in engine.notes:
@@ -259,7 +259,7 @@ def _describe_machine() -> None:
 
 
 def _sampling(args: Namespace, base: SamplingParams) -> SamplingParams:
-    """Returns `base` with what the flags say."""
+    """Returns `base` with the values of the flags."""
     import dataclasses
 
     return dataclasses.replace(
@@ -274,7 +274,8 @@ def _sampling(args: Namespace, base: SamplingParams) -> SamplingParams:
 def _prompt(args: Namespace) -> str | None:
     """Returns the one prompt to answer, None for an interactive chat.
 
-    Standard input is read only where no flag gives a prompt: it may be a loop's, or a pipe that nobody closes.
+    Standard input is read only where no flag gives a prompt: it may be that of a shell's loop, or a pipe that nobody
+    closes.
     """
     if args.prompt is None and args.file is None:
         return None if is_terminal(sys.stdin) else _piped()
@@ -300,7 +301,7 @@ def _not_empty(text: str, where: str) -> str:
 
 
 def set_up_logging(*, verbose: bool) -> None:
-    """Makes notes of what the package logs."""
+    """Writes what the package logs to stderr, as notes."""
     import logging
 
     class Notes(logging.Handler):

@@ -1,4 +1,4 @@
-"""The flags `--scheduler` and `--set`, and `edgemoe schedulers`, which tells what they may be."""
+"""The flags `--scheduler` and `--set`, and `edgemoe schedulers`, which lists their values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`edgemoe serve`: answers the programs that people use."""
+"""`edgemoe serve`: answers the requests of OpenAI's, Anthropic's and llama.cpp's clients."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["main"]
 
 _NEEDED = ("starlette", "uvicorn", "sse_starlette", "msgspec", "llguidance")
 _LARGEST_KEYS = 64 << 10  # bytes
-_PER_SEQUENCE = 1 << 20  # of what a connection and its texts take, beside the engine
+_PER_SEQUENCE = 1 << 20  # bytes that a connection and its texts take, besides the engine
 _SMALLEST_CONTEXT = 256
 _SAVED_BYTES = 8 << 30  # the default of --slot-save-size
 
@@ -149,7 +149,7 @@ def _run(args: Namespace, settings: Settings) -> int:
 
 
 def _reserved(args: Namespace, moe: MoeFile) -> int:
-    """Returns what of the budget the server itself takes."""
+    """Returns the bytes of the budget that the server itself takes."""
     from edgemoe.serve.grammar import grammar_bytes
 
     masks = 0 if args.no_grammar else grammar_bytes(moe.config.vocab_size)
@@ -158,7 +158,7 @@ def _reserved(args: Namespace, moe: MoeFile) -> int:
 
 
 def _options(args: Namespace, moe: MoeFile, reserved: int) -> EngineOptions:
-    """Returns how the engine is opened: with room for what the server itself takes."""
+    """Returns the engine's options; its budget leaves room for what the server itself takes."""
     from edgemoe.runtime.budget import default_ram
     from edgemoe.runtime.options import EngineOptions
 
@@ -174,7 +174,10 @@ def _options(args: Namespace, moe: MoeFile, reserved: int) -> EngineOptions:
 
 
 def _context(moe: MoeFile, options: EngineOptions) -> int | None:
-    """Returns as long a context as a quarter of the room holds, as agents open with long prompts."""
+    """Returns the longest context, in tokens, that fits all sequences into a quarter of the room for experts.
+
+    Agents begin with long prompts, so that a context of this size is worth the memory.
+    """
     from edgemoe.errors import OutOfBudget
     from edgemoe.model import state_bytes
     from edgemoe.runtime.context import longest_context

@@ -20,8 +20,8 @@ def session_path(name: str) -> Path:
     """Returns where a conversation is kept, in a folder that only the user may read.
 
     Raises:
-        ValueError: it is no name.
-        OSError: there is no place for the folder.
+        ValueError: the name has other characters than it may have, or too many.
+        OSError: the folder cannot be made.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"--session: expected a name of letters, digits, ., _ and -, got {name!r}")
@@ -31,7 +31,7 @@ def session_path(name: str) -> Path:
 
 
 def hold(path: Path) -> io.FileIO:
-    """Keeps a conversation from other processes, which would write theirs over it, until what is returned is closed.
+    """Locks a conversation against other processes, which would overwrite it, until the returned file is closed.
 
     Raises:
         ValueError: another process has it.
@@ -44,7 +44,7 @@ def hold(path: Path) -> io.FileIO:
 
 
 def resume(chat: Chat, path: Path) -> str:
-    """Goes on with a kept conversation, where there is one, and returns a line about it.
+    """Loads a kept conversation, if there is one, and returns a line about it.
 
     Raises:
         FormatError: the file is no conversation.

@@ -1,4 +1,4 @@
-"""All commands as one parser, and what shells complete by it."""
+"""`edgemoe completion`: all commands as one parser, and the scripts by which shells complete them."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _CHOICES = {
     "--device": ("cpu", "cuda:0"), "--scheme": ("nested", "mwq", "mxfp4", "nvfp4"),
     "--stats": ("short", "full", "off"),
 }  # fmt: skip
-"""What flags take that check their values later than the parser does."""
+"""The values of flags that are checked only after parsing."""
 
 _FILES = ("FILE", "MODEL", "SOURCE", "OUT")
-"""How the words begin that stand for a file."""
+"""How the metavar of an argument begins that is a file."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +90,7 @@ def completion(name: str, shell: str) -> str:
     parser = program(name)
     _say_values(parser)
     text = str(shtab.complete(parser, shell)).rstrip("\n")
-    # For fish -s is one letter, and -o what has one dash and several.
+    # In fish, -s is for flags of one letter, and -o for those of several letters after one dash.
     if shell == "fish":
         text = re.sub(r"(?m)^complete .*?(?= -d |$)", _dashed_once, text)
     return text
@@ -115,7 +115,7 @@ def _command(name: str) -> Parser:
 
 
 def _say_values(parser: Parser) -> None:
-    """Says of every argument what its value is: a file, or one of a few words."""
+    """Tells shtab what the value of each argument is: a file, or one of a few words."""
     from shtab import FILE
 
     from edgemoe.scheduler import KINDS

@@ -1,4 +1,4 @@
-"""How fast each way to run a model is, and what that comes from: what `edgemoe plan` measures of this machine."""
+"""The speeds that `edgemoe plan` predicts, and the measurements of this machine that they come from."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ __all__ = ["Speeds", "measured", "rate_text", "speeds"]
 
 @dataclass(frozen=True, slots=True)
 class Speeds:
-    """Is how fast each row is, and what that comes from."""
+    """The predicted speed of each row, and the measurements that it comes from."""
 
     bands: list[Band | None]
     pace: Pace | None
     disks: dict[int, float | None]
-    """Bytes per second by size of reads."""
+    """Bytes per second by the size of a read in bytes; None where it is not known."""
     disk_of: str
-    """What was read; "" for nothing."""
+    """The name of the file that was read; "" for none."""
     is_probed: bool
     """Whether the disk was to be measured."""
 
 
 def speeds(args: argparse.Namespace, forecast: Forecast, rows: Sequence[Row]) -> Speeds:
-    """Measures what is not known yet of this machine."""
+    """Measures what is not yet known of this machine, and predicts the speed of each row."""
     from edgemoe import library
     from edgemoe.runtime.pace import disk_pace, pace
 
@@ -63,7 +63,7 @@ def speeds(args: argparse.Namespace, forecast: Forecast, rows: Sequence[Row]) ->
 
 
 def _probed(moe: MoeFile, *, is_hollow: bool) -> MoeFile | None:
-    """Returns the file whose reads tell what the disk does: the model, or the largest that is kept for one of holes."""
+    """Returns the file to measure the disk with: the model, or the largest kept one if the model has only holes."""
     from edgemoe import library
     from edgemoe.file.format import open_moe
 
@@ -77,7 +77,7 @@ def _probed(moe: MoeFile, *, is_hollow: bool) -> MoeFile | None:
 
 
 def _misses(path: Path, forecast: Forecast, rows: Sequence[Row]) -> list[float | None]:
-    """Returns which share of the wanted experts was absent when a trace is replayed in each row's memory."""
+    """Returns, for each row, the share of wanted experts that are absent when a trace is replayed in its memory."""
     from edgemoe.lab.routing.replay import Tape, make_scheduler, replay
     from edgemoe.runtime.trace import read
 
@@ -103,7 +103,7 @@ def _misses(path: Path, forecast: Forecast, rows: Sequence[Row]) -> list[float |
 
 
 def measured(speed: Speeds) -> Iterator[str]:
-    """Yields what the speeds come from."""
+    """Yields lines about the measurements that the speeds come from."""
     if speed.pace is None:
         return
     days = int((time.time() - speed.pace.measured) / 86400)
@@ -128,7 +128,7 @@ def measured(speed: Speeds) -> Iterator[str]:
 
 
 def _span(rates: Iterable[float], digits: int) -> str:
-    """Returns bytes per second in GB/s: the least and the most, or one figure where they are the same."""
+    """Returns the lowest and highest of rates in bytes per second, as GB/s; one figure where both round to the same."""
     given = list(rates)
     low, high = (f"{rate / 1e9:.{digits}f}" for rate in (min(given), max(given)))
     return low if low == high else f"{low} to {high}"
@@ -139,7 +139,7 @@ def rate_text(rate: float) -> str:
 
 
 def _standing(folder: Path) -> Path:
-    """Returns a folder, or what of its parents is there."""
+    """Returns a folder, or its nearest parent that exists."""
     while not folder.exists():
         folder = folder.parent
     return folder

@@ -21,7 +21,7 @@ def say_stats(engine: Engine, kind: str) -> None:
 
 
 def too_long(engine: Engine, error: TooLong) -> ValueError:
-    """Returns an error about a context that is full, with how to have more, if there is more."""
+    """Returns an error about a full context, which says how to make it longer where the model allows that."""
     most = engine.config.context_length
     more = f"; -c N makes it longer, the model's most is {most}" if engine.context < most else ""
     return ValueError(f"{error}{more}".removeprefix("say: "))
@@ -93,7 +93,7 @@ def stats_table(stats: Stats) -> str:
 
 
 def _changed(stats: Stats) -> list[str]:
-    """Returns what of the routers' choice did not run."""
+    """Returns the shares of the routers' choices that did not run, as text."""
     shares = {"skipped": stats.skipped_share, "substituted": stats.substituted_share}
     return [f"{what} {100 * share:.1f}%" for what, share in shares.items() if share]
 
@@ -118,7 +118,7 @@ def _copied(stats: Stats) -> str:
 
 
 def _device_rows(stats: Stats) -> list[tuple[str, str]]:
-    """Returns what the table says of a device; nothing without one."""
+    """Returns the table's rows about a device; none without one."""
     if not _has_device(stats):
         return []
     return [

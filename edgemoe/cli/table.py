@@ -22,7 +22,7 @@ def quality_line(row: Mapping[str, Any]) -> str:
             f"{change(row)} | {round(row['kl'], 6) + 0.0:.6f} ± {row['kl_error']:.6f} | {row['kl_99']:.5f} "
             f"| {100 * row['same_top']:.2f}% | {_percent(row.get('same_experts'))}"
         )
-    read, per_byte = row["read_per_token"], row.get("bits_per_byte")  # which earlier rows lack
+    read, per_byte = row["read_per_token"], row.get("bits_per_byte")  # older rows lack it
     return (
         f"| {run_name(row)} | {row['average_bits']:.3g} | {row['dense_bits']} "
         f"| {row['bits_per_weight']:.3f} | {row['perplexity']:.6g} "
@@ -36,7 +36,7 @@ def _percent(share: float | None) -> str:
 
 
 def run_name(row: Mapping[str, Any]) -> str:
-    """Returns a row's scheduler, its options, and what of the KV cache is not float16."""
+    """Returns a row's scheduler, its options, and the types of the KV cache that are not float16."""
     options = [f"{name}={value}" for name, value in row["options"].items()]
     caches = [
         f"-ct{letter} {kind}"

@@ -51,7 +51,7 @@ def check_tasks(args: argparse.Namespace) -> None:
 
 
 def run_tasks(args: argparse.Namespace, moe: MoeFile, trials: Sequence[Trial]) -> int:
-    """Judges every trial beside the reference and prints the table; returns the exit code.
+    """Judges the reference and every trial, prints the table, and returns the exit code.
 
     Raises:
         ValueError: an item or the reference is not what it should be.
@@ -100,7 +100,7 @@ def _items(args: argparse.Namespace) -> list[Item]:
 
 
 def _reference(args: argparse.Namespace, moe: MoeFile) -> tuple[Path, Trial]:
-    """Returns the file and the way to run it that others are compared with."""
+    """Returns the file of the reference, and how to run it."""
     from edgemoe.file.format import open_moe
 
     given: str | None = args.reference

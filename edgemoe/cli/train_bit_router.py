@@ -1,4 +1,4 @@
-"""`edgemoe train-bit-router`: trains what chooses each expert's bits, token by token, for the scheduler d2moe."""
+"""`edgemoe train-bit-router`: trains the routers that choose each expert's bits per token, for the scheduler d2moe."""
 
 from __future__ import annotations
 
@@ -97,12 +97,12 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _show(rows: Sequence[Row]) -> None:
-    """Prints how training went, in some lines; nothing where it was too short to say."""
+    """Prints about ten rows of the training's progress; nothing where there are none."""
     if not rows:
         return
     say("| steps | KL | average bits | dropped | alpha |", "|---|---|---|---|---|")
     every = -(-len(rows) // _ROWS) or 1
-    for row in rows[::-1][::every][::-1]:  # with the last
+    for row in rows[::-1][::every][::-1]:  # the last row included
         say(
             f"| {row.step} | {row.divergence:.6f} | {row.bits:.2f} "
             f"| {100 * row.dropped:.1f}% | {row.alpha:.2e} |"

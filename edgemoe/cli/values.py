@@ -1,4 +1,4 @@
-"""Reads the values of flags; what is wrong with one is said as wrong usage, before any work."""
+"""Readers of flags' values: a wrong value is reported as wrong usage, before any work."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ __all__ = [
 ]  # fmt: skip
 
 CACHE_TYPES = ("f16", "f32", "q8_0", "q4_0", "q3_0", "q2_0")
-"""`edgemoe.model.KV_TYPES`, which takes long to import."""
+"""A copy of `edgemoe.model.KV_TYPES`, which takes long to import."""
 CACHE_TYPES_TEXT = f"{', '.join(CACHE_TYPES[:-1])} or {CACHE_TYPES[-1]}"
 
 _LEAST_BYTES = 1 << 20
-"""Of a size that may be meant as bytes."""
+"""A smaller size without a unit is refused, as it was hardly meant as bytes."""
 
 
 def ram_size(text: str) -> int:
-    """Returns the bytes of a size like 4GiB, or of a percentage of what this process could have now."""
+    """Returns the bytes of a size like 4GiB, or of a percentage of the memory that this process could have now."""
     wrong = ArgumentTypeError(f"expected a size like 4GiB or 50%, got {text!r}")
     try:
         if not text.endswith("%"):

@@ -1,4 +1,4 @@
-"""Says how far a long prompt is while nothing of the reply can be shown yet."""
+"""Shows the progress of a long prompt until the reply begins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`edgemoe profile`: records how a model routes a text, and tells what that means for caches and schedulers."""
+"""`edgemoe profile`: records how a model routes a text, and shows what that means for caches and schedulers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     args = parser.parse_args(argv)
-    if args.command is None:  # which there are, as edgemoe alone says
+    if args.command is None:  # list the subcommands, as `edgemoe` alone lists the commands
         parser.print_help()
         return 0
     return run_command(

@@ -32,7 +32,7 @@ def add_command(commands: Any, name: str, run: Any, about: str) -> argparse.Argu
 
 
 def or_note(make: Callable[[], _T], *, what: str) -> _T | None:
-    """Returns what is made; None, and says why, where the trace has too little for it."""
+    """Returns what `make` makes; None, with a note of the reason, where the trace has too little for it."""
     try:
         return make()
     except FormatError:

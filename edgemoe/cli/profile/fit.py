@@ -33,7 +33,7 @@ def _fit(args: argparse.Namespace) -> None:
     from edgemoe.runtime.trace import read
 
     trace, options = read(args.trace), read_settings(args.set)
-    if args.scheduler == "on-demand":  # what it reads ahead, by trials, would blur what is compared
+    if args.scheduler == "on-demand":  # it tries out reading ahead, which would blur the comparison
         options = {"look_ahead": False, **options}
     with Progress("fitting", unit="replay") as progress:
         found = fit_weights(

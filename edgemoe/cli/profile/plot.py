@@ -37,7 +37,7 @@ def _plot(args: argparse.Namespace) -> None:
     from edgemoe.runtime.trace import read
 
     check_output(Path(args.output), Path(args.trace), args.timing and Path(args.timing))
-    pictures.check()  # before it takes minutes
+    pictures.check()  # before the minutes of replaying
     trace = read(args.trace)
     used, local, waits = report.usage(trace), report.locality(trace), report.waits(trace)
     timing, rows = studied(args, trace)

@@ -1,4 +1,4 @@
-"""The flags of replays, and replays as they say."""
+"""The flags of subcommands that replay traces, and the replays that the flags ask for."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BUDGETS = ["10%", "25%", "50%", "75%"]
 
 # fmt: off
 def add_flags(command: argparse.ArgumentParser, *, model_is_for: str) -> None:
-    """Adds a trace and what to replay it through."""
+    """Adds the trace, and the flags that say what to replay it through."""
     command.add_argument("trace", metavar="TRACE")
     command.add_argument("--budgets", nargs="+", default=_BUDGETS, metavar="SIZE",
                          help="memory for experts: a share of all of them, or a size "
@@ -42,7 +42,7 @@ def add_flags(command: argparse.ArgumentParser, *, model_is_for: str) -> None:
 
 
 def studied(args: argparse.Namespace, trace: Trace) -> tuple[Timing | None, list[dict[str, Any]]]:
-    """Returns what layers take, if the trace says it, and a row for each replay that the flags ask for."""
+    """Returns the times of layers, if a trace tells them, and a row for each replay that the flags ask for."""
     from edgemoe.cli.progress import Progress
     from edgemoe.file.format import open_moe
     from edgemoe.lab.routing.study import budget_of, lines, remarks, study

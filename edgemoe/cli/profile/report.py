@@ -1,4 +1,4 @@
-"""`edgemoe profile report`: says what a trace holds."""
+"""`edgemoe profile report`: shows what a trace holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`edgemoe profile trace`: runs a text through a model and records it."""
+"""`edgemoe profile trace`: runs a text through a model and records the routing."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _say_traced(engine: Engine, path: str, count: int) -> None:
 
 
 def _ids(model: str, text: str | None, limit: int | None, *, cut: bool) -> list[int]:
-    """Returns the tokens of a text, or random ones; with `cut` no more than one sequence may have."""
+    """Returns the tokens of a text, or random ones; with `cut`, no more than the model's context holds."""
     import numpy as np
 
     from edgemoe.file.format import open_moe

@@ -1,4 +1,4 @@
-"""`edgemoe profile train`: trains what predicts routing paths on traces, and keeps it in the model's file."""
+"""`edgemoe profile train`: trains a predictor of routing paths on traces, and stores it in the model's file."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _train(args: argparse.Namespace) -> None:
 
     args.model = model_path(args.model)
     config = open_moe(args.model).config
-    if not os.access(args.model, os.W_OK):  # before it takes minutes
+    if not os.access(args.model, os.W_OK):  # before the minutes of training
         raise PermissionError(f"{args.model} cannot be written")
     if args.table:
         shape = (len(config.moe_layers), config.num_experts, config.experts_per_token)
