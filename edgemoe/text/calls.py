@@ -1,4 +1,4 @@
-"""Calls of tools as models write them, read; no reader raises: None is what is no call."""
+"""Readers of tool calls, as models write them. No reader raises an error: it returns None for what is no call."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ Schemas = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """Is one call."""
+    """One call of a tool."""
 
     name: str
     arguments: str
-    """A JSON object, as it was written where it was written as one."""
+    """A JSON object; verbatim, where the model wrote one."""
 
 
 _MARK = re.compile(r"<[^<>\s]*>|\[[A-Z_]+\]")
 
 
 def markers(text: str) -> list[str]:
-    """Returns the words of a call's text that may be tokens of their own."""
+    """Returns the markers in the text of a call, such as <tool_call>, each of which may be a special token."""
     return _MARK.findall(text)
 
 
 def _object(text: str) -> str | None:
-    """Returns text if it is a JSON object."""
+    """Returns the text if it is a JSON object, else None."""
     try:
         return text.strip() if isinstance(json.loads(text), dict) else None
     except (ValueError, RecursionError):
@@ -50,7 +50,7 @@ def _object(text: str) -> str | None:
 
 
 def _call(value: object) -> ToolCall | None:
-    """Reads {"name", "arguments"}."""
+    """Reads an object with "name" and "arguments" (or "parameters")."""
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
     arguments = value.get("arguments", value.get("parameters", {}))
@@ -73,7 +73,7 @@ def json_calls(text: str, schemas: Schemas) -> list[ToolCall] | None:
 
 
 def mistral(text: str, schemas: Schemas) -> list[ToolCall] | None:
-    """Reads a list of objects, or name[ARGS]{...} once or several times, each with its own [TOOL_CALLS]."""
+    """Reads Mistral's calls: a list of objects, or name[ARGS]{...} one or more times, each after [TOOL_CALLS]."""
     if (found := json_calls(text, schemas)) is not None:
         return found
     calls = []
@@ -88,7 +88,7 @@ def mistral(text: str, schemas: Schemas) -> list[ToolCall] | None:
 
 
 def pythonic(text: str, schemas: Schemas) -> list[ToolCall] | None:
-    """Reads LFM2's list of calls as Python writes them, or of objects where it was told so."""
+    """Reads LFM2's list of calls in Python's syntax, or its list of JSON objects."""
     try:
         found = [_call(value) for value in python_calls(text)]
     except (ValueError, RecursionError):
@@ -97,7 +97,7 @@ def pythonic(text: str, schemas: Schemas) -> list[ToolCall] | None:
 
 
 def tagged(text: str, schemas: Schemas) -> list[ToolCall] | None:
-    """Reads what stands in <tool_call>: an object (Qwen, Hermes), <function=name> (Qwen3-Coder), or GLM's keys."""
+    """Reads the inside of <tool_call>: an object (Qwen, Hermes), <function=name> (Qwen3-Coder), or GLM's <arg_key>."""
     text = text.strip()
     if text.startswith(("{", "[")):
         return json_calls(text, schemas)
@@ -114,7 +114,7 @@ def tagged(text: str, schemas: Schemas) -> list[ToolCall] | None:
 
 
 def _from_text(name: str, pairs: list[tuple[str, str]], schemas: Schemas) -> ToolCall:
-    """Returns a call whose values were written bare: as the tool's schema says, else JSON where it is some."""
+    """Returns a call whose values have no quotes: text where the tool's schema says so, else JSON if it parses."""
     schema = schemas.get(name)
     properties = schema.get("properties") if isinstance(schema, dict) else None
     arguments: dict[str, Any] = {}
@@ -146,7 +146,7 @@ def deepseek(text: str, schemas: Schemas) -> list[ToolCall] | None:
 
 
 def gemma(text: str, schemas: Schemas) -> list[ToolCall] | None:
-    """Reads Gemma's call, call:name{key:value}: keys are bare, and texts stand between marks of their own."""
+    """Reads Gemma's call, call:name{key:value}: keys have no quotes, and strings stand between `GEMMA_QUOTE`s."""
     match = re.fullmatch(r"\s*call:([\w.-]+)\s*(\{.*\})\s*", text, re.S)
     if match is None:
         return None
@@ -173,19 +173,19 @@ def kimi(text: str, schemas: Schemas) -> list[ToolCall] | None:
 
 
 def channel(head: str) -> str:
-    """Returns a channel's name, by what stands before its message."""
+    """Returns a channel's name, from the head before its message."""
     words = head.rpartition("<|channel|>")[2].split()
     return words[0] if words else ""
 
 
 def recipient(head: str) -> str:
-    """Returns the tool that a message is for, "" for none."""
+    """Returns the tool that a message's head addresses, "" for none."""
     match = re.search(r"to=(?:functions\.)?([\w.-]+)", head)
     return match[1] if match else ""
 
 
 def in_channel(text: str, schemas: Schemas) -> list[ToolCall] | None:
-    """Reads a channel's head and message."""
+    """Reads the head and the message of one of gpt-oss's channels."""
     head, _, body = text.partition("<|message|>")
     arguments, name = _object(body), recipient(head)
     return [ToolCall(name, arguments)] if name and arguments is not None else None

@@ -1,4 +1,4 @@
-"""What stands in a field of a `response_template`, read: the parsers that transformers defines."""
+"""Readers for the contents of a `response_template`'s fields: the parsers that transformers defines."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _bool(text: str, args: Args) -> bool:
 
 
 def _json(text: str, args: Args) -> Any:
-    """Reads JSON; keys may be bare, and texts may stand between marks of their own."""
+    """Reads JSON; `args` may allow keys without quotes, and strings between other marks."""
     texts: list[str] = []
     work = text
     for first, last in args.get("string_delims", ()):
@@ -60,7 +60,7 @@ def _inner(text: str, reader: object) -> Any:
 
 
 def _tags(text: str, args: Args) -> dict[str, Any]:
-    """Reads pairs of a pattern's groups key and value."""
+    """Reads pairs: the groups key and value of each match of a pattern."""
     import regex
 
     try:
@@ -81,7 +81,7 @@ def _tags(text: str, args: Args) -> dict[str, Any]:
 
 
 def _lines(text: str, args: Args) -> dict[str, Any]:
-    """Reads a pair a line."""
+    """Reads one pair per line."""
     out, between = {}, args.get("kv_sep", ":")
     for line in text.split(args.get("line_sep", "\n")):
         key, found, value = _text(line, args).partition(between)
@@ -94,14 +94,20 @@ READERS: Mapping[str, Callable[[str, Args], Any]] = {
     "text": _text, "int": lambda t, a: int(_text(t, a)), "float": lambda t, a: float(_text(t, a)), "bool": _bool,
     "json": _json, "xml-inline": _tags, "kv-lines": _lines, "python-call-list": lambda t, a: python_calls(t),
 }  # fmt: skip
-"""They raise ValueError, KeyError, TypeError or TimeoutError."""
+"""The readers by the name of the parser. They raise ValueError, KeyError, TypeError or TimeoutError."""
 
 
 def transformed(form: object, value: Any, captures: Mapping[str, str], *, each: bool) -> Any:
-    """Returns what was read in the form that the message has; None for as it is.
+    """Returns a value that was read, put into the form of the message; unchanged where the form is None.
+
+    Args:
+        form: the field's `transform`: JSON in which "{name}" stands for a value.
+        value: what was read; its name in the form is content.
+        captures: named groups of the patterns around the field.
+        each: apply the form to every item of `value`, whose keys are names then.
 
     Raises:
-        KeyError, ValueError, TypeError: the form names what there is not.
+        KeyError, ValueError, TypeError: the form names a value that does not exist.
     """
     if form is None:
         return value
@@ -125,7 +131,7 @@ def _formed(form: Any, names: Mapping[str, Any]) -> Any:
 
 
 def call_of(value: object, schemas: Mapping[str, Any]) -> ToolCall | None:
-    """Returns a message's call; arguments that were written bare become what the tool's schema says."""
+    """Returns a message's call, None if it is none. Arguments that are text are converted to the schema's types."""
     function = value.get("function") if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(name := function.get("name"), str):
         return None
@@ -145,7 +151,7 @@ def call_of(value: object, schemas: Mapping[str, Any]) -> ToolCall | None:
 
 
 def _cast(value: Any, schema: object) -> Any:
-    """Returns text as the first type of a schema that it can be."""
+    """Returns a text as a value of the first of a schema's types that it fits; any other value unchanged."""
     types = _types(schema)
     if isinstance(value, list) and types and "array" not in types:
         return [_cast(item, schema) for item in value]

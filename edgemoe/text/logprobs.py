@@ -1,4 +1,4 @@
-"""Logits to log-probabilities."""
+"""Log-probabilities of tokens, from logits."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Says how likely the model itself found a token: before temperature, penalties, masks and all else."""
+    """How likely the model itself found a token: before temperature, penalties, masks and anything else."""
 
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
-    """The likeliest tokens with theirs, likeliest first, equals by id."""
+    """The likeliest tokens with their log-probabilities, likeliest first; equal ones by id."""
 
 
 def token_logprobs(
     logits: NDArray[np.float32], tokens: Sequence[int], top: int
 ) -> list[TokenLogprob]:
-    """Returns the log-probabilities of `tokens` [T] by logits [T, V], with those of the `top` likeliest."""
+    """Returns the log-probabilities of `tokens` [T] under logits [T, V], each with those of the `top` likeliest."""
     found = []
     for row, token in zip(log_softmax(logits), tokens, strict=True):
         best = most_likely(row, top) if top else ()

@@ -1,7 +1,7 @@
-"""Calls of tools written as Python writes them, [get_weather(city="Paris", days=3)]: transformers' python-call-list.
+"""Tool calls in Python's syntax, [get_weather(city="Paris", days=3)]: the python-call-list of transformers.
 
-https://huggingface.co/docs/transformers/main/chat_response_parsing has the grammar: keywords only, texts with JSON's
-escapes, names with dots and hyphens, no comma at an end.
+https://huggingface.co/docs/transformers/main/chat_response_parsing has the grammar: keyword arguments only, strings
+with JSON's escapes, names with dots and hyphens, no trailing commas.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _MOST_DEPTH = 100
 
 
 def python_calls(text: str) -> list[dict[str, Any]]:
-    """Returns the calls of a list as {"name", "arguments"}.
+    """Returns the calls of a list, each as {"name": ..., "arguments": {...}}.
 
     Raises:
-        ValueError: it is no such list; says where.
+        ValueError: the text is no such list; says where.
     """
     reader = _Reader(text)
     reader.expect("[")
@@ -45,7 +45,7 @@ def python_calls(text: str) -> list[dict[str, Any]]:
 
 
 class _Reader:
-    """Goes through a text token by token."""
+    """A recursive-descent parser over the tokens of a text."""
 
     def __init__(self, text: str) -> None:
         self._text, self._at = text, 0
@@ -60,7 +60,7 @@ class _Reader:
         self._kind, self._word, self._at = str(token.lastgroup), token[0], token.end()
 
     def take(self, kind: str) -> str:
-        """Returns the token that comes, which has to be of a kind, and goes on."""
+        """Returns the next token, which must be of a kind, and moves past it."""
         if self._kind != kind:
             raise ValueError(f"expected a {kind} before {self._at}")
         word = self._word
@@ -69,13 +69,13 @@ class _Reader:
         return word
 
     def expect(self, mark: str) -> None:
-        """Goes past a mark."""
+        """Moves past the next token, which must be a mark."""
         if self._word != mark:
             raise ValueError(f"expected {mark!r} before {self._at}")
         self._next()
 
     def items(self, last: str, item: Callable[[], _T]) -> list[_T]:
-        """Returns what stands between commas, and goes past the last mark."""
+        """Returns items that commas separate, and moves past the mark that ends them."""
         out: list[_T] = []
         while self._word != last:
             if out:
@@ -100,7 +100,7 @@ class _Reader:
         return key, self._value(depth)
 
     def _value(self, depth: int) -> Any:
-        """Reads a value inside of `depth` others."""
+        """Reads a value that is nested in `depth` others."""
         if self._word in ("[", "{"):
             if depth >= _MOST_DEPTH:
                 raise ValueError(f"more than {_MOST_DEPTH} levels")
@@ -138,10 +138,10 @@ def _number(word: str) -> int | float:
 
 
 def _unescaped(quoted: str) -> str:
-    """Returns a text without its quotes, whose escapes are JSON's, \\' beside them."""
+    """Returns a string without its quotes. Its escapes are JSON's, and \\'."""
     body = re.sub(r'\\.|"', _as_json, quoted[1:-1], flags=re.DOTALL)
     text: str = json.loads(f'"{body}"', strict=False)
-    text.encode()  # half of a surrogate pair is an error of it
+    text.encode()  # raises a ValueError at half of a surrogate pair
     return text
 
 

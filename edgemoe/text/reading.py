@@ -1,4 +1,4 @@
-"""How the replies of a model are read: by its own `response_template`, else by what its chat template shows."""
+"""How a model's replies are parsed: by its own `response_template`, else by the format that its chat template shows."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ __all__ = ["Reader", "Reading"]
 
 
 class Reader(Protocol):
-    """Takes one reply apart."""
+    """A parser of one reply."""
 
     @property
     def state(self) -> str:
-        """In what the next text will be: content, reasoning or call."""
+        """What the next text will belong to: "content", "reasoning" or "call"."""
 
     def push(self, text: str) -> list[Event]:
-        """Takes more text and returns what is certain by now."""
+        """Takes more text and returns the events that are certain by now."""
 
     def flush(self) -> list[Event]:
-        """Ends the reply."""
+        """Ends the reply and returns the last events."""
 
 
 class Reading:
-    """Knows how a model writes. Immutable."""
+    """The way in which a model's replies are parsed. Immutable."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        """Looks at a model's templates."""
+        """Reads a model's templates."""
         self._tokenizer, self._source = tokenizer, tokenizer.chat_template
         self.form, self.speaks_of_tools = reply_format(self._source)
-        """How calls are written that must come, and whether the chat template itself says so."""
+        """The format of calls that are forced, and whether the chat template itself shows that format."""
         self.template: ResponseTemplate | None = None
         self.note = ""
-        """Why the model's own template is not followed."""
+        """Why the model's own response template is not followed; "" if it is, or there is none."""
         if tokenizer.response_template is not None:
             try:
                 self.template = ResponseTemplate(tokenizer.response_template)
@@ -46,7 +46,7 @@ class Reading:
 
     @property
     def name(self) -> str:
-        """What the format is called."""
+        """The name of the format."""
         return self.form.name if self.template is None else "response_template"
 
     @property
@@ -58,32 +58,32 @@ class Reading:
         return "enable_thinking" in self._source or any(w in self._source for w in words)
 
     def is_opened(self, prompt: str) -> bool:
-        """Returns whether a prompt has opened the reasoning of the reply."""
+        """Returns whether a prompt ends with the words that open the reply's reasoning."""
         form = self.form
         opener = "" if form.is_channelled or form.reasoning is None else form.reasoning[0]
         return bool(opener) and prompt.rstrip().endswith(opener.rstrip())
 
     def shown(self, *, tools: bool) -> frozenset[int]:
-        """Returns the tokens that a reader has to see, though they are not shown."""
+        """Returns the special tokens that a reader must get as text, though users do not see them."""
         words = self.form.markers(tools=tools)
         found = {i for w in words if (i := self._tokenizer.token_id(w)) is not None}
         return self._named | found
 
     @functools.cached_property
     def _named(self) -> frozenset[int]:
-        """The special tokens that the model's own template speaks of."""
+        """The special tokens that occur in the model's own response template."""
         template, text = self.template, self._tokenizer.token_text
         if template is None:
             return frozenset()
         return frozenset(i for i in self._tokenizer.special_ids if template.speaks_of(text(i)))
 
     def reader(self, schemas: Schemas | None, prompt: str, *, must_call: bool = False) -> Reader:
-        """Returns what takes a reply apart.
+        """Returns a parser for one reply.
 
         Args:
-            schemas: of the tools that may be called; None for none: what looks like a call is text.
-            prompt: that the reply follows.
-            must_call: a grammar makes it a call, in the words of `form`.
+            schemas: the schemas of the tools that may be called; None for no tools: what looks like a call is text.
+            prompt: the prompt that the reply follows.
+            must_call: a grammar forces the reply to be a call, in the format `form`.
         """
         if self.template is not None and not must_call:
             return TemplateParser(self.template, schemas, prompt)

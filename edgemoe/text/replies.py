@@ -1,7 +1,7 @@
-"""What a model writes, taken apart while it is written: its reasoning, its answer, and its calls of tools.
+"""Parsers that split a reply, while it is generated, into reasoning, answer and tool calls.
 
-Each family has its own words around them; `reply_format` finds them by a chat template. A parser never fails: what is
-no call, though it began like one, is part of the answer.
+Each family of models marks these parts with its own words, which `reply_format` finds by the chat template. A parser
+never fails: text that begins like a call and is none becomes part of the answer.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Schemas = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Is some more text."""
+    """A piece of text of a reply."""
 
     kind: Literal["content", "reasoning"]
     text: str
@@ -35,29 +35,30 @@ Event = Piece | ToolCall
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplyFormat:
-    """Is how a family of models writes."""
+    """The format in which a family of models writes replies."""
 
     name: str
     signs: tuple[str, ...]
-    """Of which one stands in the family's chat template."""
+    """Words of which at least one occurs in the family's chat template."""
     opener: str
-    """What calls of tools begin with."""
+    """The word that begins tool calls."""
     closer: str
-    """What they end with; "" for the end of the reply."""
+    """The word that ends them; "" if they end with the reply."""
     read: Callable[[str, Schemas], list[ToolCall] | None]
-    """Reads what is between; None if it is no call."""
+    """Reads the text between `opener` and `closer`; returns None if it is no call."""
     before: str
-    """One whole call, for a grammar: all that comes before the arguments, {name} where the tool's name stands."""
+    """The text of one whole call before its arguments, from which a grammar is made; {name} is the tool's name."""
     after: str
+    """The text of one whole call after its arguments."""
     reasoning: tuple[str, str] | None = None
-    """The words around reasoning."""
+    """The words before and after reasoning."""
     is_channelled: bool = False
-    """Everything stands in channels, as gpt-oss writes; `read` gets a channel's head and text."""
+    """Whether the whole reply is in channels, as gpt-oss writes it; `read` then gets a channel's head and text."""
     inner: tuple[str, ...] = ()
-    """Further words inside of calls."""
+    """Further words that occur inside calls."""
 
     def markers(self, *, tools: bool) -> tuple[str, ...]:
-        """Returns the words that a parser has to see, also where they are tokens that are not shown."""
+        """Returns the words that a parser must get as text, even if they are special tokens."""
         if self.is_channelled:
             return calls.CHANNEL_MARKS
         words = [*(self.reasoning or ())]
@@ -118,13 +119,13 @@ FORMATS = (
         before='<tool_call>\n{"name": "{name}", "arguments": ', after="}\n</tool_call>",
     ),
 )  # fmt: skip
-"""In the order in which their signs are looked for."""
+"""All formats, in the order in which their signs are looked for; the last is also the fallback."""
 
 
 def reply_format(template: str) -> tuple[ReplyFormat, bool]:
-    """Returns how a model with a chat template writes, and whether the template itself speaks of tools.
+    """Returns the format of a model with a chat template, and whether the template contains that format's signs.
 
-    Where it does not, the words are those that most models have seen.
+    Where it contains none, the format is the one that most models have seen, `tagged`.
     """
     for form in FORMATS:
         if any(sign in template for sign in form.signs):
@@ -133,13 +134,14 @@ def reply_format(template: str) -> tuple[ReplyFormat, bool]:
 
 
 class _Text:
-    """Finds words in text that comes in pieces; what may be the beginning of one is held back."""
+    """Text that arrives in pieces and is searched for words; a possible beginning of a word is held back."""
 
     def __init__(self) -> None:
         self.held = ""
 
     def until(self, words: Collection[str]) -> tuple[str, str]:
-        """Takes what is before the first of `words`, with the word; with "" for what is certainly before any."""
+        """Takes the text before the first of `words`, and that word; if there is none, the text that is surely no part
+        of one, and ""."""
         found = [(at, -len(w), w) for w in words if (at := self.held.find(w)) >= 0]
         if found:
             at, _, word = min(found)
@@ -151,20 +153,20 @@ class _Text:
         return before, ""
 
     def rest(self) -> str:
-        """Takes all."""
+        """Takes all text."""
         text, self.held = self.held, ""
         return text
 
 
 class ReplyParser:
-    """Takes a reply apart. One thread at a time."""
+    """A parser that splits a reply into pieces of text and tool calls. One thread at a time."""
 
     def __init__(self, form: ReplyFormat, schemas: Schemas | None, *, is_reasoning: bool) -> None:
         """Starts a reply.
 
         Args:
-            form: how the model writes.
-            schemas: of the tools that may be called; None for none: what looks like a call is text.
+            form: the model's format.
+            schemas: the schemas of the tools that may be called; None for no tools: what looks like a call is text.
             is_reasoning: the prompt has opened the reasoning already.
         """
         self._form, self._schemas, self._text = form, schemas, _Text()
@@ -174,16 +176,16 @@ class ReplyParser:
         self._call = self._spaces = ""
         self._is_fresh = (
             self._state == "reasoning"
-        )  # spaces that follow a marker are not of the text
+        )  # spaces after a marker do not belong to the text
         self.calls = 0
 
     @property
     def state(self) -> str:
-        """In what the next text will be."""
+        """What the next text will belong to: "content", "reasoning" or "call"."""
         return self._state
 
     def push(self, text: str) -> list[Event]:
-        """Takes more text and returns what is certain by now."""
+        """Takes more text and returns the events that are certain by now."""
         self._text.held += text
         out: list[Event] = []
         while self._step(out):
@@ -191,7 +193,7 @@ class ReplyParser:
         return joined(out)
 
     def flush(self) -> list[Event]:
-        """Ends the reply."""
+        """Ends the reply and returns the last events."""
         out: list[Event] = []
         rest = self._text.rest()
         if self._state == "call":
@@ -207,7 +209,7 @@ class ReplyParser:
         return joined(out)
 
     def _step(self, out: list[Event]) -> bool:
-        """Takes what is held up to the next marker; returns whether there was one."""
+        """Handles the held text up to the next marker; returns whether there was a marker."""
         form = self._form
         if self._state == "reasoning":
             assert form.reasoning is not None
@@ -233,7 +235,7 @@ class ReplyParser:
         return bool(word)
 
     def _say(self, out: list[Event], text: str) -> None:
-        """Passes text on: without the spaces after a marker, and those before one."""
+        """Passes text on, without the spaces after a marker and before one."""
         if self._is_fresh:
             text = text.lstrip()
             self._is_fresh = not text
@@ -248,7 +250,7 @@ class ReplyParser:
             out.append(Piece("reasoning" if self._state == "reasoning" else "content", text))
 
     def _read(self, out: list[Event], *, closer: str) -> None:
-        """Reads a whole call."""
+        """Reads a whole call; what cannot be read is text."""
         found = self._form.read(self._call, self._schemas or {})
         if found is None:
             out.append(Piece("content", self._form.opener + self._call + closer))
@@ -262,21 +264,21 @@ _TO = " to="
 
 
 class _Channels:
-    """Takes apart what stands in channels, as gpt-oss writes it. One thread at a time."""
+    """A parser of replies in channels, as gpt-oss writes them. One thread at a time."""
 
     def __init__(self, form: ReplyFormat, schemas: Schemas | None) -> None:
         self._form, self._schemas, self._text = form, schemas, _Text()
         self._head: str | None = None
-        """Of what is being written; None for text outside of all channels, as before the first mark."""
+        """The head of the present channel; None outside all channels, as before the first mark."""
         self._lead: str | None = ""
-        """What the reply begins with, as long as it may be whom its first message is for; None when that is over."""
+        """The beginning of the reply, as long as it may be the recipient of the first message; None afterwards."""
         self._body = ""
         self._is_headed = False
         self.calls = 0
 
     @property
     def state(self) -> str:
-        """In what the next text will be."""
+        """What the next text will belong to: "content", "reasoning" or "call"."""
         if self._head is not None and self._is_headed:
             if calls.recipient(self._head):
                 return "call"
@@ -285,7 +287,7 @@ class _Channels:
         return "content"
 
     def push(self, text: str) -> list[Event]:
-        """Takes more text and returns what is certain by now."""
+        """Takes more text and returns the events that are certain by now."""
         self._text.held += text
         out: list[Event] = []
         while True:
@@ -296,7 +298,7 @@ class _Channels:
             self._mark(out, word)
 
     def flush(self) -> list[Event]:
-        """Ends the reply."""
+        """Ends the reply and returns the last events."""
         out: list[Event] = []
         self._take(out, self._text.rest())
         self._mark(out, "<|end|>")
@@ -343,14 +345,14 @@ class _Channels:
 def parser(
     form: ReplyFormat, schemas: Schemas | None, *, is_reasoning: bool
 ) -> ReplyParser | _Channels:
-    """Returns what takes a reply apart; see `ReplyParser`."""
+    """Returns a parser for one reply in a format; see `ReplyParser` for the arguments."""
     if form.is_channelled:
         return _Channels(form, schemas)
     return ReplyParser(form, schemas, is_reasoning=is_reasoning)
 
 
 def joined(events: Sequence[Event]) -> list[Event]:
-    """Returns events with neighbouring pieces of one kind as one."""
+    """Returns the events, with neighbouring pieces of the same kind joined."""
     out: list[Event] = []
     for event in events:
         last = out[-1] if out else None

@@ -1,9 +1,11 @@
-"""`response_template` of a model's tokenizer_config.json: how what it writes is read, as transformers defines it.
+"""`response_template` in a model's tokenizer_config.json: how its replies are parsed, as transformers defines it.
 
-A template names fields of a message and the words, or patterns, that open and close them in the text. One field without
-an opening is what everything else belongs to. https://huggingface.co/docs/transformers/main/chat_response_parsing
+A template names the fields of a message, and the words or patterns that open and close each field in the text. Text
+outside these belongs to the one field without an opening.
+https://huggingface.co/docs/transformers/main/chat_response_parsing
 
-Patterns come from strangers: each search has an end, and a template that needs longer is not followed any more.
+Patterns come with the model file and are not trusted: each search has a time limit, and after the first one that
+reaches it the template is not followed any more.
 """
 
 from __future__ import annotations
@@ -25,21 +27,22 @@ _FIELD_KEYS = {
     "transform", "transform_each",
 }  # fmt: skip
 _LONGEST = 64 << 10  # characters of a template
-_SEARCH_S = 0.1
+_SEARCH_S = 0.1  # limit of one search
 _REASONING, _CALLS = ("reasoning_content", "reasoning", "thinking"), "tool_calls"
 
 
 @dataclass(frozen=True, slots=True)
 class _Anchor:
-    """Is what opens or closes a field."""
+    """What opens or closes a field: a pattern, or words."""
 
     pattern: Any
+    """A compiled `regex` pattern; that of `words` where there are any."""
     words: tuple[str, ...]
-    """Instead of a pattern."""
+    """The words that the template gives instead of a pattern."""
 
     @property
     def can_grow(self) -> bool:
-        """Whether a match at the end of the text so far may become another one."""
+        """Whether a match at the end of the text so far may become a different one when more text comes."""
         return not self.words or any(
             a != b and a.startswith(b) for a in self.words for b in self.words
         )
@@ -57,7 +60,7 @@ class _Field:
 
     @property
     def is_text(self) -> bool:
-        """Whether its text is passed on as it comes."""
+        """Whether the field's text is passed on as it comes."""
         return self.name != _CALLS and self.content == "text" and self.transform is None
 
     @property
@@ -66,14 +69,14 @@ class _Field:
 
 
 class ResponseTemplate:
-    """Is one, checked. Immutable."""
+    """A response template that has been checked. Immutable."""
 
     def __init__(self, spec: object) -> None:
         """Reads a template.
 
         Raises:
-            FormatError: it is none; says what of it.
-            ImportError: the package regex is not there.
+            FormatError: it is not a valid template; says what is wrong.
+            ImportError: the package regex is not installed.
         """
         if not isinstance(spec, dict) or len(json.dumps(spec)) > _LONGEST:
             raise FormatError("response_template: expected an object of at most 64 Ki characters")
@@ -97,15 +100,15 @@ class ResponseTemplate:
 
     @property
     def reasons(self) -> bool:
-        """Whether it has a field for reasoning."""
+        """Whether the template has a field for reasoning."""
         return any(field.kind == "reasoning" for field in self.fields)
 
     def speaks_of(self, word: str) -> bool:
-        """Returns whether a word occurs in it, so that a parser has to see it."""
+        """Returns whether a word occurs in the template, so that a parser must get it as text."""
         return word.replace("\\", "") in self._text
 
     def after_start(self, prompt: str) -> str:
-        """Returns what of a prompt belongs to the reply already."""
+        """Returns the end of a prompt that already belongs to the reply: what follows the last start anchor."""
         end = 0
         for match in self._start.pattern.finditer(prompt, timeout=_SEARCH_S):
             end = match.end()
@@ -149,14 +152,15 @@ def _anchor(where: str, spec: Mapping[str, Any], key: str) -> _Anchor | None:
 
 
 class TemplateParser:
-    """Takes a reply apart by its model's template; like `ReplyParser`. One thread at a time."""
+    """A parser of one reply by its model's response template; like `ReplyParser`. One thread at a time."""
 
     def __init__(self, template: ResponseTemplate, schemas: Schemas | None, prompt: str) -> None:
         """Starts a reply.
 
         Args:
-            schemas: of the tools that may be called; None for none: what looks like a call is text.
-            prompt: that it follows, of which it may have begun in.
+            template: the model's response template.
+            schemas: the schemas of the tools that may be called; None for no tools: what looks like a call is text.
+            prompt: the prompt that the reply follows; it may contain the beginning of the reply.
         """
         self._template, self._schemas = template, schemas
         self._field, self._opener = template.rest, ""
@@ -172,20 +176,20 @@ class TemplateParser:
 
     @property
     def state(self) -> str:
-        """In what the next text will be."""
+        """What the next text will belong to: "content", "reasoning" or "call"."""
         if self._field is None or self._field is self._template.rest:
             return "content"
         return "call" if self._field.name == _CALLS else self._field.kind
 
     def push(self, text: str) -> list[Event]:
-        """Takes more text and returns what is certain by now."""
+        """Takes more text and returns the events that are certain by now."""
         self._text += text
         out: list[Event] = []
         self._go_on(out, is_last=False)
         return joined(out)
 
     def flush(self) -> list[Event]:
-        """Ends the reply."""
+        """Ends the reply and returns the last events."""
         out: list[Event] = []
         self._go_on(out, is_last=True)
         self._close(out, "")
@@ -220,7 +224,11 @@ class TemplateParser:
             self._text = ""
 
     def _next(self, *, is_last: bool) -> tuple[tuple[_Field | None, Any] | None, int]:
-        """Returns what opens a field, or closes the present one (None), first; and from where on text is held back."""
+        """Returns the first anchor in the text, and the offset from which on text is held back.
+
+        The anchor is a field that it opens, or None for the close of the present field, and the match. There is no
+        anchor (None) until it is certain.
+        """
         template = self._template
         watched: list[tuple[_Field | None, _Anchor]] = []
         if self._field is template.rest:
@@ -240,13 +248,13 @@ class TemplateParser:
             key = (match.start(), -len(match[0]), field is None)
             if best is None or key < best[0]:
                 best = (key, (field, match))
-        # What may still come begins before it, and would be the one that counts.
+        # A match that is not certain yet begins earlier, and would come first.
         if best is None or (best[1][1].start() >= hold and not is_last):
             return None, hold
         return best[1], hold
 
     def _may_change(self, anchor: _Anchor, match: Any) -> bool:
-        """Returns whether a match may be another one when more text has come."""
+        """Returns whether a match may be a different one when more text has come."""
         if match.end() == len(self._text):
             return match.start() == match.end() or anchor.can_grow
         if anchor.words:
@@ -286,7 +294,7 @@ class TemplateParser:
         self._captures, self._is_fresh = {}, True
 
     def _read(self, field: _Field, word: str) -> list[Event]:
-        """Reads a field that means something as a whole only; what cannot be read is text."""
+        """Reads a field that has to be read as a whole; what cannot be read is text."""
         as_text = Piece("content", self._opener + self._body + word)
         try:
             value = contents.READERS[field.content](self._body, field.args)

@@ -1,4 +1,4 @@
-"""Chooses the next token from logits: llama.cpp's filters, in its order, with its defaults."""
+"""The choice of the next token from logits: llama.cpp's filters, in its order, with its defaults."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _BLOCK = 128  # logits per block maximum: 1,200 maxima for a vocabulary of 150,0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """Says how a reply is sampled and when it ends. Names and defaults are llama.cpp's."""
+    """How a reply is sampled and when it ends. Names and defaults are llama.cpp's."""
 
     temperature: float = 0.8
     """0 takes the most likely token always."""
     top_k: int = 40
     """Keep this many of the most likely tokens; 0 keeps all."""
     top_p: float = 0.95
-    """Keep the fewest most likely tokens that have this probability together; 1 keeps all."""
+    """Keep the smallest set of most likely tokens whose probabilities sum to at least this; 1 keeps all."""
     min_p: float = 0.05
-    """Keep tokens at least this likely, relative to the most likely one; 0 keeps all."""
+    """Keep tokens whose probability is at least this share of the most likely one's; 0 keeps all."""
     repeat_penalty: float = 1.0
     """Divides (multiplies, where negative) the logits of recent tokens; 1 does nothing."""
     repeat_last_n: int = 64
-    """How many last tokens the three penalties look at; 0 for none, -1 for all."""
+    """How many of the last tokens count as recent for the three penalties; 0 for none, -1 for all."""
     presence_penalty: float = 0.0
     """Subtracted from the logit of every recent token."""
     frequency_penalty: float = 0.0
@@ -49,20 +49,21 @@ class SamplingParams:
     """Go on after the tokens with which the model ends a reply."""
 
     typical_p: float = 1.0
-    """Keep the tokens whose surprise is nearest to the mean, with this probability together; 1 keeps all."""
+    """Keep the tokens whose surprise (negative log-probability) is nearest to its mean, the entropy, until their
+    probabilities sum to this; 1 keeps all."""
     suppress_tokens: tuple[int, ...] = ()
     """Tokens that are never taken."""
     begin_suppress_tokens: tuple[int, ...] = ()
     """Tokens that are not taken as the first of a reply."""
     bad_words_ids: tuple[tuple[int, ...], ...] = ()
-    """Sequences of tokens that are never completed, prompt and reply together."""
+    """Sequences of tokens that are never completed, in prompt and reply together."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """Tokens, and what is added to the logit of each before all else; also given as a mapping."""
+    """Pairs of a token and what is added to its logit, before anything else; may be given as a mapping."""
     no_repeat_ngram_size: int = 0
-    """No sequence of so many tokens comes twice, prompt and reply together; 0 lets all."""
+    """No sequence of this many tokens occurs twice, in prompt and reply together; 0 allows all."""
 
     def __post_init__(self) -> None:
-        """Checks every field; numpy's numbers and lists become Python's numbers and tuples.
+        """Checks every field, and turns numpy's numbers and lists into Python's numbers and tuples.
 
         Raises:
             ValueError: a field is of the wrong kind or outside its range; says which.
@@ -74,7 +75,7 @@ class SamplingParams:
         put("temperature", number, 0, math.inf)
         for name in ("top_p", "min_p", "typical_p"):
             put(name, number, 0, 1)
-        # Within these no logit leaves the range of its type; honest ones are near 1 and 0.
+        # Within these limits no logit overflows float32; sensible values are near 1 and 0.
         put("repeat_penalty", number, 0.01, 100)
         for name in ("presence_penalty", "frequency_penalty"):
             put(name, number, -1000, 1000)
@@ -120,7 +121,7 @@ def _biases(name: str, value: object) -> tuple[tuple[int, float], ...]:
 
 
 class Sampler:
-    """Draws the tokens of one reply. One thread at a time."""
+    """The sampler of one reply's tokens. One thread at a time."""
 
     def __init__(self, params: SamplingParams) -> None:
         """Starts a reply; draws are a function of `params.seed` and of what `sample` is given."""
@@ -140,12 +141,12 @@ class Sampler:
 
         Args:
             logits: float32 [V], not changed.
-            history: the tokens before, prompt included; the penalties and what may not repeat look at it.
-            allowed: the tokens to choose from, a bit for each, token i at bit i % 32 of word i // 32; None for all.
+            history: the tokens before this one, prompt included, for the penalties and the bans on repetition.
+            allowed: a bit mask of the tokens to choose from: token i is bit i % 32 of word i // 32; None for all.
 
         Raises:
             ValueError: the shape is wrong, or no token is allowed.
-            RangeError: the largest logit is not a finite number, as damaged weights make it.
+            RangeError: the largest logit is not a finite number, as with damaged weights.
         """
         if logits.ndim != 1 or not len(logits):
             raise ValueError(f"sample: expected logits [V], got {list(logits.shape)}")
@@ -159,7 +160,7 @@ class Sampler:
             logits = _among(logits, allowed)
         bans = params.bans or allowed is not None
         self._is_first = False
-        best = int(logits.argmax())  # the lowest id of equals; of a NaN, if there is one
+        best = int(logits.argmax())  # the lowest id among equals; that of a NaN, if any
         if not math.isfinite(logits[best]):
             if bans and logits[best] == -math.inf:
                 raise ValueError("sample: no token is left that is not suppressed")
@@ -176,7 +177,7 @@ class Sampler:
         if params.typical_p < 1:
             ids, gaps = _typical(ids, gaps, params.typical_p)
         ids, gaps = _filtered(ids, gaps, params)
-        with np.errstate(over="ignore"):  # next to no temperature: all but the best have no chance
+        with np.errstate(over="ignore"):  # near temperature 0 all but the best become 0
             chance = np.cumsum(np.exp(gaps / params.temperature))
         at = np.searchsorted(chance, self._random.random() * chance[-1], side="right")
         return int(ids[min(int(at), len(ids) - 1)])
@@ -213,14 +214,14 @@ def _banned(history: Sequence[int], params: SamplingParams, *, is_first: bool) -
         ids = np.asarray(history, dtype=np.int64)
         starts = len(ids) - size + 1
         is_same = np.ones(starts, dtype=bool)
-        for at in range(size - 1):  # where the last tokens have come before
+        for at in range(size - 1):  # where the last size - 1 tokens have occurred before
             is_same &= ids[at : at + starts] == ids[starts + at]
         banned.update(ids[size - 1 :][is_same].tolist())
     return banned
 
 
 def _without(logits: NDArray[np.float32], banned: set[int]) -> NDArray[np.float32]:
-    """Returns a copy of the logits in which tokens have no chance."""
+    """Returns a copy of the logits in which banned tokens have no chance."""
     ids = np.fromiter(banned, np.int64, len(banned))
     logits = logits.copy()
     logits[ids[ids < len(logits)]] = -np.inf
@@ -239,7 +240,7 @@ def _biased(
 
 
 def _among(logits: NDArray[np.float32], allowed: NDArray[np.int32]) -> NDArray[np.float32]:
-    """Returns a copy of the logits in which tokens that a mask does not allow have no chance."""
+    """Returns a copy of the logits in which only the tokens of a bit mask have a chance."""
     bits = np.unpackbits(np.ascontiguousarray(allowed).view(np.uint8), bitorder="little")
     if len(bits) < len(logits):
         raise ValueError(f"sample: expected a mask of {len(logits)} tokens, got {len(bits)}")
@@ -249,24 +250,27 @@ def _among(logits: NDArray[np.float32], allowed: NDArray[np.int32]) -> NDArray[n
 def _typical(
     ids: NDArray[np.intp], gaps: NDArray[np.float64], mass: float
 ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-    """Returns what typical_p keeps (Meister et al., arXiv 2202.00666), gaps now to the likeliest that is left."""
+    """Returns what typical_p keeps (Meister et al., arXiv 2202.00666); gaps are then to the likeliest token left."""
     weights = np.exp(gaps)
     chance = weights / weights.sum()
     surprise = math.log(float(weights.sum())) - gaps
     order = np.argsort(np.abs(surprise - float((chance * surprise).sum())), kind="stable")
     count = int(np.searchsorted(np.cumsum(chance[order]), mass)) + 1
-    kept = np.sort(order[:count])  # in the order that they had
+    kept = np.sort(order[:count])  # in their former order
     return ids[kept], gaps[kept] - gaps[kept].max()
 
 
 def most_likely(logits: NDArray[np.floating[Any]], k: int) -> NDArray[np.intp]:
-    """Returns the k tokens with the largest logits, largest first, equals by id; all for k = 0."""
+    """Returns the k tokens with the largest logits, largest first, equal ones by id.
+
+    For k = 0, and for k of at least the vocabulary, it returns all tokens in the order of their ids.
+    """
     if k == 0 or k >= len(logits):
         return np.arange(len(logits))
     blocks = len(logits) // _BLOCK
     if k <= blocks:
-        # The k-th largest block maximum has k logits at or above it, so none of the top k is
-        # below: two passes of SIMD compares instead of a partition of the whole vocabulary.
+        # At least k logits are at or above the k-th largest block maximum, so none of the top k
+        # is below it: two passes of SIMD compares instead of a partition of the whole vocabulary.
         maxima = logits[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(axis=1)
         floor = np.partition(maxima, blocks - k)[blocks - k]
     else:
@@ -284,7 +288,7 @@ def _filtered(
         return ids[near], gaps[near]
     weights = np.exp(gaps)
     total = float(weights.sum())
-    # Tokens lighter than this weigh, all together, less than what top_p leaves out: so only the
+    # All tokens with less weight than this have, together, less than top_p leaves out. So only the
     # few others need sorting, even where top_k lets the whole vocabulary through.
     light = (1 - params.top_p) * total / len(ids)
     near = gaps >= _log(min(max(light, params.min_p), 1.0))

@@ -1,4 +1,4 @@
-"""How a model's files say that replies are sampled: what is honoured here, and what has no effect is named."""
+"""The sampling settings in a model's files: which are honoured here; a note names those that are not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SAME = frozenset({
     "temperature", "top_p", "min_p", "typical_p", "presence_penalty", "frequency_penalty", "repeat_last_n",
     "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
 })  # fmt: skip
-"""Settings that are called here what they are called there."""
+"""Settings with the same name here."""
 
 _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences", "encoder_repetition_penalty",
@@ -28,7 +28,7 @@ _NEUTRAL: Mapping[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("remove_invalid_values", "token_healing", "is_assistant"), lambda v: v is False),
     "generation_kwargs": lambda v: v == {},
 }  # fmt: skip
-"""Settings that are not honoured, and whether a value of theirs has no effect anyway."""
+"""Settings that are not honoured, and for each a test whether a value has no effect anyway."""
 
 _NO_EFFECT = frozenset({
     "do_sample", "early_stopping", "length_penalty", "renormalize_logits", "low_memory", "use_cache",
@@ -39,22 +39,22 @@ _NO_EFFECT = frozenset({
     "disable_compile", "compile_config", "prefill_chunk_size", "transformers_version", "trust_remote_code",
     "mirostat_tau", "mirostat_eta", "xtc_threshold",
 })  # fmt: skip
-"""What says nothing of which token comes next, or only of beams and the like, which are named themselves."""
+"""Settings that do not influence which token comes next, or only with others, such as beams, that get a note."""
 
 
 def model_sampling(
     content: bytes | None, *, vocab_size: int, context: int
 ) -> tuple[SamplingParams, tuple[str, ...]]:
-    """Returns the defaults, with what a model's generation_config.json says of sampling instead.
+    """Returns the sampling settings of a model's generation_config.json, and the defaults for the others.
 
     Args:
-        content: of the file; None where there is none.
-        vocab_size: tokens that there are.
-        context: the model's own.
+        content: the content of the file; None where there is none.
+        vocab_size: the number of tokens of the model.
+        context: the model's own context length, in tokens.
 
     Returns:
-        How replies are sampled, and a line about each kind of setting that is not honoured: a file that others made
-        must not stop a chat, nor be ignored without a word.
+        How replies are sampled, and lines about settings that are not honoured. A downloaded file must neither stop a
+        chat nor be ignored silently.
     """
     try:
         said = parse_json(content or b"{}", FILE)
@@ -85,16 +85,16 @@ def model_sampling(
 
 
 def _is_other(name: str) -> bool:
-    """Says whether a setting is none of sampling: ids are the tokenizer's, the rest is for the making of the file."""
+    """Returns whether a setting is not about sampling: a token id, which the tokenizer reads, or one of no effect."""
     is_id = name.endswith("_token_id") and not name.startswith("forced_")
     return name in _NO_EFFECT or name.startswith("_") or is_id
 
 
 def _ours(name: str, value: Any, vocab_size: int, context: int) -> dict[str, Any] | None:
-    """Returns a setting as fields of `SamplingParams`, none where it has no effect; None where it cannot be honoured.
+    """Returns a setting as fields of `SamplingParams`: {} where it has no effect, None where it cannot be honoured.
 
     Raises:
-        ValueError: the value is not one of its kind.
+        ValueError: the value is of the wrong kind.
     """
     if name in _NEUTRAL:
         return {} if _NEUTRAL[name](value) else None
@@ -103,8 +103,8 @@ def _ours(name: str, value: Any, vocab_size: int, context: int) -> dict[str, Any
     if name == "max_new_tokens":
         return {"max_tokens": value}
     if name == "top_k":
-        return {"top_k": 0 if value == -1 else value}  # some say all so
-    if name == "repetition_penalty":  # there it looks at all tokens, not only at the last
+        return {"top_k": 0 if value == -1 else value}  # some files write -1 for all
+    if name == "repetition_penalty":  # in transformers it looks at all tokens
         return (
             {"repeat_penalty": value}
             if value == 1
@@ -120,7 +120,7 @@ def _ours(name: str, value: Any, vocab_size: int, context: int) -> dict[str, Any
 
 
 def _check_ids(value: Any, vocab_size: int) -> None:
-    """Refuses tokens that the model has not; what else is wrong `SamplingParams` says."""
+    """Refuses tokens that the model does not have; `SamplingParams` checks the rest."""
     for item in value if isinstance(value, list) else ():
         if isinstance(item, list):
             _check_ids(item, vocab_size)

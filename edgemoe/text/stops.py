@@ -1,4 +1,4 @@
-"""The text of a reply while its tokens are made: up to the first stop text, whatever tokens that is made of."""
+"""The text of a reply while its tokens are generated, up to the first stop text, however that is split into tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["ReplyText", "StopFilter", "overlap"]
 
 
 class _Decoder(Protocol):
-    """What is needed of a tokenizer."""
+    """The part of a tokenizer that is needed here."""
 
     def stream(
         self, *, skip_special: bool = ..., continues: bool = ..., shown: Collection[int] = ...
@@ -21,7 +21,7 @@ class _Decoder(Protocol):
 
 
 class ReplyText:
-    """Turns the tokens of a reply into text. Special tokens are not shown, but may stop it. One thread at a time."""
+    """The text of a reply, from its tokens. Special tokens are not shown, but may stop it. One thread at a time."""
 
     def __init__(
         self,
@@ -34,10 +34,10 @@ class ReplyText:
         """Starts a reply.
 
         Args:
-            tokenizer: of the model.
+            tokenizer: the model's tokenizer.
             stops: texts that end the reply.
             continues: the reply goes on in the middle of a text, so that a leading space counts.
-            shown: special tokens that are text here all the same.
+            shown: special tokens whose text is returned all the same.
         """
         self._tokenizer = tokenizer
         self._shown = frozenset(shown)
@@ -55,7 +55,7 @@ class ReplyText:
         return self._filter.stopped_by
 
     def push(self, token: int) -> str:
-        """Takes the next token and returns the text that is certainly before any stop text, often empty."""
+        """Takes the next token and returns the text that is surely before any stop text, often empty."""
         hidden = self._tokenizer.special_text(token)
         if hidden and token not in self._shown:
             return self._filter.push(hidden, is_hidden=True)
@@ -68,23 +68,24 @@ class ReplyText:
 
 
 class StopFilter:
-    """Passes text on up to the first stop text, and never a part of one. One thread at a time."""
+    """A filter that passes text on up to the first stop text, and never a part of one. One thread at a time."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         """Watches for any of `stops`; an empty sequence lets all text through."""
         self._stops = tuple(stops)
         self._held = ""
-        self._is_shown = b""  # of what is held, a byte for every character
+        self._is_shown = b""  # one byte for every character of what is held
         self.is_stopped = False
         """Whether a stop text was met."""
         self.stopped_by: str | None = None
-        """Which."""
+        """Which stop text was met."""
 
     def push(self, text: str, *, is_hidden: bool = False) -> str:
-        """Takes more text and returns what is certainly before any stop text.
+        """Takes more text and returns what is surely before any stop text.
 
         Args:
-            is_hidden: the text is looked at, and not passed on.
+            text: the next text.
+            is_hidden: search the text for stop texts, but do not pass it on.
         """
         if self.is_stopped or not text:
             return ""
@@ -95,7 +96,7 @@ class StopFilter:
         found = [(at + len(s), at) for s in self._stops if (at := self._held.find(s)) >= 0]
         if (
             found
-        ):  # of several the one that ends first, so that it does not matter how the text is cut
+        ):  # of several, the one that ends first: then it does not matter how the text is cut
             self.is_stopped = True
             end, at = min(found)
             self.stopped_by = self._held[at:end]

@@ -1,4 +1,4 @@
-"""Token ids to text while they are made: never a broken character, one step per token."""
+"""Decoding of token ids to text while they are generated: one step per token, and never a broken character."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 __all__ = ["TextStream", "TokenBytes", "panics_blamed", "token_bytes"]
 
 TokenBytes = Callable[[str, bool], bytes]
-"""Maps a token's text to the bytes that it stands for; the flag says that it is a text's first."""
+"""Maps a token's text to the bytes that it stands for; the flag says whether it is the first of a text."""
 
 _WINDOW = 4  # tokens of context for a decoder whose rules are not known here
 
 
 class TextStream:
-    """Decodes ids one at a time; the pieces joined are the text of all ids.
+    """A decoder that takes ids one at a time; the pieces joined are the text of all ids.
 
-    The end of a character that spans tokens is held back until it is whole. Where a model emits
-    bytes that are no UTF-8, they become U+FFFD one by one, while `decode` of a byte-fallback
-    tokenizer blanks the whole run of bytes, characters that were already shown included.
+    A character that spans tokens is held back until it is whole. Where a model emits bytes that
+    are not UTF-8, they become U+FFFD one by one, while `decode` of a byte-fallback tokenizer
+    replaces the whole run of bytes, including characters that were already shown.
     One thread at a time.
     """
 
@@ -43,9 +43,9 @@ class TextStream:
 
         Args:
             backend: maps ids to tokens.
-            to_bytes: what `token_bytes(backend)` found.
+            to_bytes: the result of `token_bytes(backend)`.
             skip: ids that are left out.
-            continues: the text goes on from another, so that its first space counts.
+            continues: the text continues another one, so that its first space counts.
         """
         self._backend = backend
         self._to_bytes = to_bytes
@@ -69,7 +69,7 @@ class TextStream:
         return self._utf8.decode(b"", final=True)
 
     def _push_windowed(self, token: int) -> str:
-        # Such decoders (WordPiece, CTC) have no bytes, and look at a neighbour at most.
+        # Such decoders (WordPiece, CTC) emit no single bytes, and look at one neighbour at most.
         def text(ids: list[int]) -> str:
             with panics_blamed():
                 return self._backend.decode(ids, skip_special_tokens=False)
@@ -82,10 +82,10 @@ class TextStream:
 
 @contextlib.contextmanager
 def panics_blamed() -> Iterator[None]:
-    """Makes an error of a panic of the library, which is no Exception: what it was built of is at fault.
+    """Turns a panic of the tokenizers library, which is no Exception, into an error about the file behind it.
 
     Raises:
-        FormatError: names tokenizer.json, as a regular expression of which may need more steps than there are.
+        FormatError: names tokenizer.json: for example, one of its regular expressions may exceed its limit of steps.
     """
     try:
         yield
@@ -96,7 +96,7 @@ def panics_blamed() -> Iterator[None]:
 
 
 def token_bytes(backend: tokenizers.Tokenizer) -> TokenBytes | None:
-    """Returns how a tokenizer's tokens are written out, None where the decoder is not known here.
+    """Returns the function from a tokenizer's tokens to bytes; None where its decoder is not known here.
 
     Known are byte-level BPE (GPT-2 and most since), sentencepiece's metaspace with and without
     byte fallback (Llama 2, Mixtral, Gemma), and the absence of a decoder.
@@ -118,7 +118,7 @@ def token_bytes(backend: tokenizers.Tokenizer) -> TokenBytes | None:
 
 @functools.cache
 def _byte_of_char() -> dict[str, int]:
-    """Returns GPT-2's table: printable bytes stand for themselves, the rest for U+0100 onwards."""
+    """Returns GPT-2's table: printable bytes stand for themselves, and U+0100 onwards for the other bytes."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [b for b in range(256) if b not in set(printable)]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -128,7 +128,7 @@ def _byte_level(token: str, first: bool) -> bytes:
     table = _byte_of_char()
     try:
         return bytes([table[char] for char in token])
-    except KeyError:  # an added token, written as it is
+    except KeyError:  # an added token, whose text is not encoded
         return token.encode()
 
 
@@ -137,7 +137,8 @@ def _metaspace(mark: str, prefixed: bool, token: str, first: bool) -> bytes:
 
 
 def _sentencepiece(steps: list[Mapping[str, Any]]) -> TokenBytes | None:
-    """Reads Replace*, ByteFallback?, Fuse?, Strip?: how sentencepiece models are converted."""
+    """Returns the decoder Replace*, ByteFallback?, Fuse?, Strip?, the usual form of sentencepiece models; None if it
+    has any other steps."""
     replaces: list[tuple[str, str]] = []
     while steps and steps[0]["type"] == "Replace" and "String" in steps[0]["pattern"]:
         step = steps.pop(0)
@@ -150,7 +151,7 @@ def _sentencepiece(steps: list[Mapping[str, Any]]) -> TokenBytes | None:
     if is_fused and steps and steps[0]["type"] == "Strip" and steps[0]["stop"] == 0:
         step = steps.pop(0)
         if step["start"] > 1:
-            return None  # could reach into the second token
+            return None  # it could strip from the second token too
         strip = (step["content"] * step["start"]).encode()
     if steps:
         return None

@@ -1,4 +1,4 @@
-"""Chat templates: renders messages to a prompt as transformers does, in a sandbox and within limits."""
+"""Chat templates, which render messages to a prompt as transformers does, in a sandbox and within limits."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from edgemoe.text.jinja.sandbox import Sandbox
 
 __all__ = ["ChatTemplate"]
 
-_LARGEST_SOURCE = 128 << 10  # characters; the longest that is known has 17,000
-_MOST_TOKENS = 32 << 10  # a parsed one takes about 120 bytes
+_LARGEST_SOURCE = 128 << 10  # characters; the longest known template has 17,000
+_MOST_TOKENS = 32 << 10  # each takes about 120 bytes once parsed
 _MOST_DIGITS = 1000  # the lexer takes 270 bytes for each digit of a number
 _LONGEST_ERROR = 300
 
 
 class ChatTemplate:
-    """Is one parsed template, or the named templates of one model.
+    """The parsed chat template, or named templates, of one model.
 
-    Templates come with the model file and are not trusted: they see JSON values only, and what they
-    take is limited. Immutable.
+    Templates come with the model file and are not trusted: they see JSON values only, and their
+    steps and memory are limited. Immutable.
     """
 
     def __init__(self, sources: Mapping[str, str], variables: Mapping[str, str]) -> None:
@@ -34,10 +34,10 @@ class ChatTemplate:
 
         Args:
             sources: Jinja text by name; "default" is for chats, "tool_use" for those with tools.
-            variables: what every template sees, such as `bos_token`.
+            variables: variables that every template sees, such as `bos_token`.
 
         Raises:
-            FormatError: a template is no Jinja, or far too long; says the line.
+            FormatError: a template is not valid Jinja, with the line, or is far too long.
         """
         self._sandbox = Sandbox()
         self._variables = dict(variables)
@@ -54,21 +54,21 @@ class ChatTemplate:
         """Returns the prompt for `messages`.
 
         Args:
-            messages: {"role": ..., "content": ...} and what else the template knows; JSON values.
+            messages: {"role": ..., "content": ...} and other keys that the template uses; JSON values.
             add_generation_prompt: end with the words that open the assistant's reply.
-            most_characters: longer prompts are refused; None for what a template may make at all.
+            most_characters: longer prompts are refused; None for the limit of any template.
             kwargs: further variables of the template, such as `tools` or `enable_thinking`.
 
         Raises:
             ValueError: there are no messages, the template refuses them (its words, in one line), or it
-                takes more steps or memory than any honest one.
-            FormatError: no template of the model is for chats.
+                takes more steps or memory than any honest template.
+            FormatError: none of the model's templates is for chats.
         """
         if not messages:
             raise ValueError("chat template: expected at least one message, got none")
         try:
-            # A round trip through JSON leaves no object whose methods a template could call.
-            # Keys without a value are dropped, as transformers does: many templates print "None".
+            # After a round trip through JSON there is no object whose methods a template could call.
+            # Keys without a value are dropped, as in transformers: many templates print "None".
             plain = json.dumps([{k: v for k, v in m.items() if v is not None} for m in messages])
             variables = json.dumps({"tools": None, "documents": None} | kwargs)
         except (TypeError, AttributeError) as error:
@@ -119,7 +119,7 @@ def _parsed(sandbox: Sandbox, name: str, source: str) -> Program:
         raise
     except jinja2.TemplateSyntaxError as error:
         raise FormatError(f"{where}, line {error.lineno}: {_one_line(error)}") from None
-    except Exception as error:  # deep nesting fails in Python
+    except Exception as error:  # deep nesting is a RecursionError
         raise FormatError(f"{where}: {_one_line(error)}") from None
 
 

@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Tokenizer"]
 
-# Some files name only the base model's end token; a turn of theirs ends with one of these.
+# Some files name only the end token of the base model, while a chat's turn ends with one of these.
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 _SPACE, _SPACE_PER_BYTE = (
     32 << 20,
     24,
-)  # of addresses, where the library aborts without: SmolLM2's takes 20 a byte
+)  # bytes of address space, without which the library aborts; SmolLM2's file takes 20 for each byte
 
 
 class Tokenizer:
-    """Encodes and decodes text as the model was trained to see it. Immutable."""
+    """A model's tokenizer and chat templates: text to ids and back, and messages to a prompt. Immutable."""
 
     def __init__(
         self,
@@ -46,7 +46,8 @@ class Tokenizer:
             special_tokens: text by name, such as {"bos_token": "<s>"}; templates see them.
             templates: Jinja chat templates by name; empty for none.
             eos_ids: tokens that end a reply.
-            response_template: see `edgemoe.text.response_template`; None for none.
+            response_template: that of tokenizer_config.json, not checked yet (see `edgemoe.text.response_template`);
+                None for none.
         """
         self._backend = backend
         self.response_template = response_template
@@ -91,7 +92,7 @@ class Tokenizer:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a reply, ascending: of the tokenizer, generation config and template."""
+        """Tokens that end a reply, ascending: those of the tokenizer, generation config and chat template."""
         return self._eos_ids
 
     @property
@@ -101,12 +102,12 @@ class Tokenizer:
 
     @property
     def special_ids(self) -> frozenset[int]:
-        """Tokens that are no text."""
+        """Tokens that mark something and are not text, such as the end of a turn."""
         return self._special_ids
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model knows turns; without a template it only continues text."""
+        """Whether the model has a chat template; without one it only continues text."""
         return bool(self._sources)
 
     @property
@@ -120,7 +121,7 @@ class Tokenizer:
         return "tool_use" in self._sources or "tools" in self.chat_template
 
     def encode(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Returns the ids of `text`; the special tokens written in it are recognised.
+        """Returns the ids of `text`; special tokens that are written in it are recognised.
 
         Args:
             text: any text.
@@ -128,8 +129,8 @@ class Tokenizer:
                 Rendered chats have it already.
 
         Raises:
-            ValueError: it is no text, or holds half of a surrogate pair, which no encoding can write.
-            FormatError: the tokenizer fails at it.
+            ValueError: it is not a string, or holds half of a surrogate pair, which has no UTF-8.
+            FormatError: the tokenizer itself fails.
         """
         if not isinstance(text, str):
             raise ValueError(f"encode: expected a text, got {quoted(text)}")
@@ -167,11 +168,11 @@ class Tokenizer:
         return TextStream(self._backend, self._bytes, skip=skip, continues=continues)
 
     def token_id(self, text: str) -> int | None:
-        """Returns the token that is written so; None if there is none."""
+        """Returns the token with this text; None if there is none."""
         return self._backend.token_to_id(text)
 
     def token_text(self, token: int) -> str:
-        """Returns a token's own text, special or not; U+FFFD for bytes that are no whole character."""
+        """Returns a token's own text, special or not; U+FFFD for bytes that are not a whole character."""
         return self.decode([token], skip_special=False)
 
     def to_json(self) -> str:
@@ -179,7 +180,7 @@ class Tokenizer:
         return self._backend.to_str()
 
     def special_text(self, token: int) -> str:
-        """Returns what a special token is written as, "" for any other token."""
+        """Returns the text of a special token, "" for any other token."""
         return (self._backend.id_to_token(token) or "") if token in self._special_ids else ""
 
     def render_chat(
@@ -197,11 +198,12 @@ class Tokenizer:
         Args:
             messages: {"role": "system" | "user" | "assistant" | ..., "content": text}, ...
             add_generation_prompt: end with the words that open the assistant's reply.
-            most_characters: longer prompts are refused; None for what a template may make at all.
+            most_characters: longer prompts are refused; None for the limit of any template.
             kwargs: further variables of the template, such as `tools` or `enable_thinking`.
 
         Raises:
-            ValueError: the template refuses the messages (its words, in one line), or takes too much.
+            ValueError: the template refuses the messages (its words, in one line), or takes too many
+                steps or too much memory.
             FormatError: the template itself is broken.
         """
         if not self._sources:
@@ -231,10 +233,10 @@ class Tokenizer:
         return self.encode(text, add_special=not self._sources)
 
     def check_vocabulary(self, size: int) -> None:
-        """Checks that a model with so many tokens knows all ids that texts may become.
+        """Checks that every id of the tokenizer is below the model's vocabulary of `size` tokens.
 
         Raises:
-            FormatError: names a token that it does not know.
+            FormatError: one is not; names the token.
         """
         vocabulary = self._backend.get_vocab(with_added_tokens=True)
         token, largest = max(vocabulary.items(), key=lambda entry: entry[1], default=("", -1))
@@ -244,7 +246,7 @@ class Tokenizer:
             )
 
     def read_templates(self) -> None:
-        """Parses the chat templates, which else happens when the first chat is rendered.
+        """Parses the chat templates, which otherwise happens when the first chat is rendered.
 
         Raises:
             FormatError: a template is broken; says which and where.
@@ -275,7 +277,7 @@ def _load(content: bytes) -> tokenizers.Tokenizer:
             return backend
     except FormatError:
         raise
-    except Exception as error:  # the library's are plain ones
+    except Exception as error:  # the library raises plain Exceptions
         raise FormatError(f"tokenizer.json: {' '.join(str(error).split())}") from None
 
 
@@ -285,7 +287,7 @@ def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
 
 
 def _text(token: object) -> str | None:
-    """Returns a special token's text, which is written as itself or as {"content": text}."""
+    """Returns the text of a special token, which a file gives as it is or as {"content": text}; None for neither."""
     if isinstance(token, Mapping):
         token = token.get("content")
     return token if isinstance(token, str) else None
@@ -300,7 +302,8 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _add_declared_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Adds what tokenizer_config.json declares further; its flags win, as in transformers."""
+    """Adds tokens that only tokenizer_config.json declares; where both files have one, its flags win, as in
+    transformers."""
     import tokenizers
 
     declared = config.get("added_tokens_decoder", {})
@@ -325,7 +328,7 @@ def _add_declared_tokens(backend: tokenizers.Tokenizer, config: Mapping[str, Any
 
 
 def _templates(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the chat templates by name; a file of their own wins over the config."""
+    """Returns the chat templates by name; chat_template.jinja wins over tokenizer_config.json."""
     if "chat_template.jinja" in files:
         try:
             return {"default": files["chat_template.jinja"].decode()}

@@ -1,1 +1,1 @@
-"""Jinja templates within limits: parsed and filtered by Jinja itself, run here."""
+"""Jinja templates within limits: Jinja itself parses them and has the filters, an interpreter here runs them."""

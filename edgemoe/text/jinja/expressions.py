@@ -1,4 +1,4 @@
-"""The values of a template's expressions. Rules of scope are Jinja's."""
+"""Evaluation of a template's expressions. The scoping rules are Jinja's."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ _MISSING = object()
 
 
 class Scope:
-    """Holds names, and knows the scope around it.
+    """The names of one scope, with a link to the scope around it.
 
-    A loop's pass, a macro, a `with` and a captured block have names of their own, an `if` has not.
+    A loop's pass, a macro, a `with` and a captured block each have their own scope; an `if` has none.
     """
 
     __slots__ = ("_around", "_unset", "names")
 
     def __init__(self, around: Scope | None, unset: frozenset[str]) -> None:
-        """Starts one; `unset` are names that are undefined until they are set here."""
+        """Starts an empty scope; names in `unset` are undefined until they are set here."""
         self.names: dict[str, Any] = {}
         self._around, self._unset = around, unset
 
     def find(self, name: str, given: Mapping[str, Any], default: Any) -> Any:
-        """Returns the value of a name, here, around here, or in what the caller has given."""
+        """Returns the value of a name: from this scope, a scope around it, or `given`, the caller's variables."""
         scope: Scope | None = self
         while scope is not None:
             if name in scope.names:
@@ -46,15 +46,15 @@ class Scope:
 
 
 class Expressions:
-    """Evaluates expressions within one rendering. One thread at a time."""
+    """The evaluator of expressions in one rendering. One thread at a time."""
 
     def __init__(self, sandbox: Sandbox, meter: Meter, variables: Mapping[str, Any]) -> None:
         """Starts a rendering.
 
         Args:
-            sandbox: what the template was parsed by.
+            sandbox: the environment that parsed the template.
             meter: ends the rendering at a limit.
-            variables: what the template sees.
+            variables: the variables that the template sees.
         """
         self._sandbox = sandbox
         self._meter = meter
@@ -68,13 +68,13 @@ class Expressions:
         return EXPRESSIONS[type(node)](self, node, scope)
 
     def _sized(self, node: nodes.Node, scope: Scope) -> Any:
-        """Returns the value of an expression that is going to be walked through, so that it counts."""
+        """Returns the value of an expression, metered by its size: for values that will be walked through."""
         value = self.value(node, scope)
         self._meter.size(value)
         return value
 
     def assign(self, target: nodes.Node, value: Any, scope: Scope) -> None:
-        """Gives a name, an attribute of a namespace or several names a value."""
+        """Assigns a value to a name, to an attribute of a namespace, or to several names."""
         if isinstance(target, nodes.Name):
             scope.names[target.name] = value
         elif isinstance(target, nodes.NSRef):
@@ -90,7 +90,7 @@ class Expressions:
                 self.assign(part, one, scope)
 
     def whole(self, pieces: list[str]) -> str:
-        """Returns one text of many."""
+        """Returns pieces of text joined into one."""
         self._meter.expect(sum(map(sys.getsizeof, pieces)))
         return str(self._meter.made("".join(pieces)))
 
@@ -163,7 +163,7 @@ class Expressions:
         return self._filtered_value(node, scope, self.value(node.node, scope))
 
     def _through(self, node: nodes.Filter, scope: Scope, text: str) -> Any:
-        """Returns what the filters of a block, of which the innermost has no value, make of its text."""
+        """Returns a block's text after its filters; the innermost filter has no value of its own, and gets the text."""
         inner = node.node
         value = self._through(inner, scope, text) if isinstance(inner, nodes.Filter) else text
         return self._filtered_value(node, scope, value)
@@ -223,7 +223,7 @@ EXPRESSIONS: Mapping[type[nodes.Node], Callable[[Expressions, Any, Scope], Any]]
 }  # fmt: skip
 
 PARTS = (nodes.Pair, nodes.Keyword, nodes.Operand, nodes.Slice, nodes.NSRef)
-"""Nodes that are read by the one that holds them."""
+"""Nodes that have no value of their own: the node that contains one reads it."""
 
 _COMPARE: Mapping[str, Callable[[Any, Any], Any]] = {
     "eq": operator.eq, "ne": operator.ne, "gt": operator.gt, "gteq": operator.ge,

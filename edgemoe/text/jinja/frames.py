@@ -1,7 +1,8 @@
-"""Which names of a template mean nothing before they are set, whatever its caller gives.
+"""Which names of a template are undefined before they are set, even if the caller gives them a value.
 
-In Jinja a name belongs to the part of a template (the whole, a loop's body, a macro, a captured block) whose first word
-of it is a `set`; parts inside of it that run earlier find it undefined, not the caller's value. An `if` is no part.
+In Jinja, a name belongs to a part of a template (the whole, a loop's body, a macro, a captured block) if its first use
+in that part is a `set`. Parts inside it that run before the `set` find the name undefined, not the caller's value. An
+`if` is not a part.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ __all__ = ["unset_names"]
 _INNER = (
     nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With, nodes.Scope, nodes.AssignBlock,
 )  # fmt: skip
-"""What has names of its own."""
+"""Statements that have names of their own."""
 
 
 def unset_names(template: nodes.Template) -> Mapping[int, frozenset[str]]:
-    """Returns, by the ids of the nodes that have names of their own, those which are undefined until they are set.
+    """Returns, for each part of a template, the names that are undefined until they are set there.
 
-    A loop has three: its body, under its own id, its `else` and its test. The rules are those of `jinja2.idtracking`,
-    which takes the square of a template's length.
+    Keys are the ids of the parts' nodes. A loop has three parts: its body, under the loop's own id, its `else` and its
+    test. The rules are those of `jinja2.idtracking`, whose time grows with the square of a template's length.
     """
     found: dict[int, frozenset[str]] = {}
     waiting: list[tuple[int, Iterable[nodes.Node], _Frame | None]] = [
@@ -38,7 +39,7 @@ def unset_names(template: nodes.Template) -> Mapping[int, frozenset[str]]:
 
 
 def _parts(node: nodes.Node) -> Iterator[tuple[int, Sequence[nodes.Node]]]:
-    """Yields what has names of its own in a statement, in the order in which its names are met."""
+    """Yields the parts of a statement, each as its key and its nodes, in the order in which its names occur."""
     if isinstance(node, nodes.For):
         yield id(node), [node.target, *node.body]
         if node.else_:
@@ -56,7 +57,7 @@ def _parts(node: nodes.Node) -> Iterator[tuple[int, Sequence[nodes.Node]]]:
 
 
 class _Frame:
-    """Is a part of a template that has names of its own."""
+    """A part of a template, which has names of its own."""
 
     def __init__(self, around: _Frame | None) -> None:
         self._around = around
@@ -73,7 +74,7 @@ class _Frame:
         return False
 
     def look(self, parts: Iterable[nodes.Node], *, is_certain: bool) -> None:
-        """Goes through statements and expressions in their order; those within an `if` are not certain."""
+        """Visits statements and expressions in their order; those within an `if` are not certain to run."""
         for node in parts:
             if isinstance(node, nodes.If):
                 self.look([node.test], is_certain=is_certain)

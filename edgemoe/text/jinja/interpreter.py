@@ -1,7 +1,7 @@
-"""Runs a parsed Jinja template node by node, so that every step and every value can be metered.
+"""An interpreter of parsed Jinja templates: it runs them node by node, so that every step and value can be metered.
 
-Jinja's own compiler makes Python code of a template. That evaluates constants, takes 10 s and 800 MiB
-for a template of 256 KiB, and leaves slices, comparisons, texts put together and loops to Python alone.
+Jinja's own compiler turns a template into Python code. It evaluates constants while compiling, takes 10 s and 800 MiB
+for a template of 256 KiB, and leaves slices, comparisons, string concatenation and loops to Python, unmetered.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from edgemoe.text.jinja.sandbox import Sandbox
 __all__ = ["Program"]
 
 _Flow = Literal["break", "continue"] | None
-"""How a list of statements ended, when a loop has to know."""
+"""How a list of statements ended, where a loop must react to it."""
 
 
 class Program:
-    """Is a template that is ready to run. Immutable."""
+    """A template that is ready to run. Immutable."""
 
     def __init__(self, template: nodes.Template) -> None:
-        """Looks through a parsed template.
+        """Checks a parsed template.
 
         Raises:
-            TemplateSyntaxError: a statement is for several templates or for web pages; says which and where.
+            TemplateSyntaxError: a statement is not supported, as it is for several templates or for web pages; names it
+                and its line.
         """
         self.template, self.unset = template, unset_names(template)
         self.special: dict[int, frozenset[str]] = {}
-        """What macros, by the id of their nodes, use of the names that only macros have."""
+        """For each macro, by its node's id, which of the names varargs, kwargs and caller it uses."""
         known = {*_STATEMENTS, *EXPRESSIONS, *PARTS}
         for node in template.find_all(nodes.Node):
             if type(node) not in known:
@@ -50,8 +51,8 @@ class Program:
         """Yields the text, piece by piece.
 
         Args:
-            sandbox: what the template was parsed by.
-            variables: what the template sees.
+            sandbox: the environment that parsed the template.
+            variables: the variables that the template sees.
             meter: ends the run at a limit.
         """
         run = _Run(self, sandbox, meter, variables)
@@ -63,7 +64,7 @@ class Program:
 
 
 class _Macro:
-    """Is a macro, or the body of a `call` block. Its names are looked up where it was written."""
+    """A macro, or the body of a `call` block. Its names are looked up in the scope where it is defined."""
 
     def __init__(
         self, run: _Run, node: nodes.Macro | nodes.CallBlock, name: str | None, scope: Scope
@@ -110,7 +111,7 @@ class _Macro:
 
 
 class _Run(Expressions):
-    """Is one rendering."""
+    """One rendering of a template."""
 
     def __init__(
         self, program: Program, sandbox: Sandbox, meter: Meter, variables: Mapping[str, Any]
@@ -119,7 +120,7 @@ class _Run(Expressions):
         self.program = program
 
     def scope(self, part: object, around: Scope) -> Scope:
-        """Returns a new place for the names of a part of the template; see `unset_names`."""
+        """Returns a new scope for a part of the template; see `unset_names`."""
         return Scope(around, self.program.unset[id(part)])
 
     def body(self, statements: Sequence[nodes.Node], scope: Scope, out: list[str]) -> _Flow:
@@ -175,7 +176,7 @@ class _Run(Expressions):
         return self.whole(out)
 
     def _loop(self, node: nodes.For, scope: Scope, out: list[str], loop: LoopContext) -> None:
-        is_first = True  # as long as no pass has reached its end: what `else` means in Jinja
+        is_first = True  # until a pass reaches its end; if none does, Jinja runs `else`
         for item, _ in loop:
             self._meter.step()
             inner = self.scope(node, scope)
@@ -189,7 +190,7 @@ class _Run(Expressions):
             self.body(node.else_, self.scope(node.else_, scope), out)
 
     def _kept(self, node: nodes.For, scope: Scope, iterable: Any) -> Iterable[Any]:
-        """Returns what a loop runs through: all, or what its `if` keeps."""
+        """Returns the items of a loop: all, or those that its `if` keeps."""
         return iterable if node.test is None else self._filtered(node, scope, iterable)
 
     def _filtered(self, node: nodes.For, scope: Scope, iterable: Any) -> Iterator[Any]:

@@ -1,4 +1,4 @@
-"""Bounds what a chat template may take: steps, memory, and the size of any one value."""
+"""Limits for chat templates: of steps, of memory, and of the size of any one value."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ __all__ = ["LimitExceeded", "Meter"]
 _STEPS = 1_000_000
 _MADE_BYTES = 8 << 20
 _VALUE_BYTES = 1 << 20
-_PARSED_BYTES = 4 << 20  # of a source of as many words as are allowed
+_PARSED_BYTES = 4 << 20  # of a parsed source with as many tokens as are allowed
 _NUMBER_BITS = 8192
-_OBJECT_BYTES = 512  # of a namespace, a macro, a loop and the like, generously
+_OBJECT_BYTES = 512  # a generous size for a namespace, a macro, a loop and the like
 _ITEM_BYTES = 72  # of a list's item that may be new: a pointer and a small tuple
 
 
 class LimitExceeded(jinja2.TemplateRuntimeError):
-    """Says which limit a template has reached."""
+    """A template has reached a limit; the message says which."""
 
 
 class Meter:
-    """Counts what one rendering takes and ends it at a limit. One thread at a time.
+    """A count of what one rendering takes, which ends it at a limit. One thread at a time.
 
-    Limits grow with what the user gave, since honest templates handle all of it several times; that
-    is bounded by the context. Whoever renders makes room for both: `Meter.most_bytes`.
+    Limits grow with the size of the input, since honest templates handle all of it several times;
+    the context bounds the input. The caller reserves memory for both: `Meter.most_bytes`.
     """
 
     @staticmethod
     def most_bytes(given: int) -> int:
-        """Returns the memory that a rendering of `given` bytes may take, its parsed source included."""
+        """Returns the bytes of memory that a rendering of `given` bytes may take, its parsed source included."""
         return _MADE_BYTES + 16 * given + _PARSED_BYTES
 
     def __init__(self, given: int) -> None:
@@ -43,23 +43,23 @@ class Meter:
         self._known: dict[int, int] = {}
 
     def step(self, count: int = 1) -> None:
-        """Takes steps: one for every node of the template that is evaluated, more for large values."""
+        """Counts steps: one for every node of the template that is evaluated, more for large values."""
         self._steps_left -= count
         if self._steps_left < 0:
             raise LimitExceeded(f"it takes more than {self._most_steps:,} steps")
 
     def expect(self, size: int) -> None:
-        """Refuses a result of `size` bytes, before it is made, if that is too large for one value."""
+        """Refuses a result of `size` bytes, before it is computed, if that is too large for one value."""
         if size > self._largest:
             raise LimitExceeded(f"it makes a value of more than {self._largest / 2**20:.3g} MiB")
 
     def expect_bits(self, bits: int) -> None:
-        """Refuses a whole number of so many bits before it is made."""
+        """Refuses an integer of more than 8192 bits, before it is computed."""
         if bits > _NUMBER_BITS:
             raise LimitExceeded(f"it makes a number of more than {_NUMBER_BITS} bits")
 
     def know(self, value: Any) -> int:
-        """Looks through what the user gave, which is there until the end, once and for all.
+        """Records the size of the caller's input, which lives until the end, so that it need not be walked again.
 
         Returns:
             Its size in bytes.
@@ -76,9 +76,9 @@ class Meter:
         return size
 
     def size(self, value: Any) -> int:
-        """Returns a value's size in bytes with all that is inside, shared parts as often as they occur.
+        """Returns a value's size in bytes, contents included; shared parts count as often as they occur.
 
-        As nothing larger than the limit gets through here, whatever walks through a value ends soon.
+        Nothing larger than the limit passes, so that any walk through a value that passed ends soon.
         """
         if type(value) is str:  # nearly always
             size = sys.getsizeof(value)
@@ -114,23 +114,23 @@ class Meter:
         return total
 
     def sizes(self, *values: Any) -> None:
-        """Counts operands, as whatever is done with them may walk through all of them."""
+        """Counts the sizes of operands, since an operation may walk through all of them."""
         for value in values:
             if value is not None:
                 self.size(value)
 
     def made(self, value: Any) -> Any:
-        """Takes a result, which is new in memory; what is run through once is so from now on."""
+        """Counts the memory of a new result and returns it; an iterator is first run to its end."""
         if value is None or value is True or value is False:
             return value
-        if isinstance(value, range):  # nothing yet, and every pass of a loop is a step
+        if isinstance(value, range):  # it holds no items yet, and every pass of a loop is a step
             self.spend(_OBJECT_BYTES)
             return value
         if not isinstance(value, Iterator):
             size = self.size(value)
             self.spend(_OBJECT_BYTES + _ITEM_BYTES * len(value) if _is_list(value) else size)
             return value
-        items = []  # at once, or they could be stacked up without an end
+        items = []  # run at once: otherwise iterators could be nested without limit
         for item in value:
             self.step()
             items.append(item)
@@ -138,7 +138,7 @@ class Meter:
         return iter(self.made(items))
 
     def spend(self, size: int) -> None:
-        """Takes bytes of memory, which are not given back before the end."""
+        """Counts bytes of memory; they are never given back."""
         self._made_left -= size
         if self._made_left < 0:
             raise LimitExceeded(f"it makes more than {self._most_made / 2**20:.3g} MiB of values")

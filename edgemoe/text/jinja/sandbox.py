@@ -1,4 +1,4 @@
-"""What a chat template may use: Jinja's filters, tests and methods, each within a template's limits."""
+"""What a chat template may use: Jinja's filters, tests and methods, all of them metered."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ _FILTERS = _words(
     "join last length list lower map max min reject rejectattr replace reverse round safe select selectattr "
     "sort string sum title trim truncate unique upper"
 )
-"""What templates of chats use, and their like. The rest (urlize, pprint, random, ...) is for web pages."""
+"""The filters that chat templates use, and similar ones. The rest (urlize, pprint, random, ...) is for web pages."""
 
 _SHALLOW = _words(
     "attr boolean callable count d default defined false first float integer iterable last length mapping none "
     "number sequence string true undefined"
 ) - {"float", "string"}
-"""Filters and tests that do not look at what is inside their value."""
+"""Filters and tests that do not look inside their value."""
 
 _METHODS: Mapping[type, frozenset[str]] = {
     str: _words(
@@ -57,14 +57,14 @@ _METHODS: Mapping[type, frozenset[str]] = {
     tuple: _words("count index"),
     range: _words("count index start step stop"),
 }
-"""The attributes of values of Python's own types that may be reached."""
+"""The attributes that templates may use on values of Python's own types."""
 
 _LARGEST_INDENT = 256
 _LARGEST_FORM = 256  # characters of strftime's argument
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Is Jinja's environment as transformers sets it up, whose parts take what they use from a meter.
+    """Jinja's environment as transformers sets it up, with calls, filters, tests and operators metered.
 
     Only its parser, getattr, getitem, call, call_binop, filters and tests are in use: templates are
     interpreted (`edgemoe.text.jinja.interpreter`), as compiling one of 256 KiB takes 10 s and 800 MiB.
@@ -105,18 +105,18 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> Any:
-        """Returns what stands for a text's own `format`, None for any other value."""
+        """Returns a metered replacement for a string's `format` or `format_map`, None for any other value."""
         is_method = isinstance(value, (types.MethodType, types.BuiltinMethodType))
         if not is_method or value.__name__ not in ("format", "format_map"):
             return None
         if not isinstance(value.__self__, str):
             return None
-        if isinstance(value.__self__, Markup):  # it would escape for HTML
+        if isinstance(value.__self__, Markup):  # its format would escape for HTML
             raise jinja2.exceptions.SecurityError("format is not for what is marked as safe")
         return _Format(value.__self__, is_map=value.__name__ == "format_map")
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        """Calls what a template calls."""
+        """Calls a function or method for a template, metered."""
         meter: Meter = __context.parent[METER]
         if isinstance(__obj, _Format):
             return meter.made(__obj.run(__self, meter, args, kwargs))
@@ -142,11 +142,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _metered(func: Any, predict: Predict | None = None, *, is_shallow: bool) -> Callable[..., Any]:
-    """Returns a filter or test of Jinja's with its use of memory and time metered.
+    """Returns one of Jinja's filters or tests, with its use of memory and time metered.
 
     Args:
-        is_shallow: it does not look at what is inside its value.
-        predict: refuses what would be too large, before it is made.
+        func: the filter or test.
+        predict: refuses a result that would be too large, before it is computed.
+        is_shallow: it does not look inside its value.
     """
     takes = getattr(getattr(func, "jinja_pass_arg", None), "name", None)
 
@@ -166,7 +167,7 @@ def _metered(func: Any, predict: Predict | None = None, *, is_shallow: bool) -> 
 
 
 class _Format:
-    """Stands for the method `format` or `format_map` of a text; `Sandbox.call` runs it."""
+    """A stand-in for the method `format` or `format_map` of a string; `Sandbox.call` runs it."""
 
     def __init__(self, text: str, *, is_map: bool) -> None:
         self._text = text
@@ -186,7 +187,7 @@ class _Format:
 
 
 class _Formatter(SandboxedFormatter):
-    """Is Jinja's formatter, metered."""
+    """Jinja's formatter, metered."""
 
     def __init__(self, sandbox: Sandbox, meter: Meter) -> None:
         super().__init__(sandbox)
@@ -201,7 +202,7 @@ class _Formatter(SandboxedFormatter):
 
 
 class _Generation(Extension):
-    """Accepts `{% generation %}`, with which templates mark the assistant's words for training."""
+    """The statement `{% generation %}`, with which templates mark the assistant's words for training."""
 
     tags = {"generation"}  # noqa: RUF012  (Jinja declares it so)
 
@@ -212,14 +213,14 @@ class _Generation(Extension):
 
 
 class _Dict:
-    """Stands for Jinja's `dict`: Python's own type would be a way out of the sandbox."""
+    """A stand-in for Jinja's global `dict`: Python's own type would be a way out of the sandbox."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """Is Jinja's namespace without underscored names, a way to Python's internals."""
+    """Jinja's namespace without names that begin with an underscore, which lead to Python's internals."""
 
     def __setitem__(self, name: str, value: Any) -> None:
         if name.startswith("_"):
@@ -227,7 +228,7 @@ class _Namespace(jinja2.utils.Namespace):
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
-        return "<Namespace>"  # Jinja's shows what is inside, which may be itself
+        return "<Namespace>"  # Jinja's shows the contents, which may include itself
 
 
 def _to_json(

@@ -1,4 +1,4 @@
-"""Refuses what a filter, a method or an operator would make too large, before it is made."""
+"""Predictions of the size of results: a filter, method or operator is refused before it makes one too large."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from edgemoe.text.jinja.meter import LimitExceeded, Meter
 
 __all__ = ["OF_FILTERS", "OF_METHODS", "Predict", "percent", "times", "width"]
 
-_PART_BYTES = 80  # of one character as a text of its own, with its place in a list
+_PART_BYTES = 80  # of a string of one character, with its place in a list
 
 Predict = Callable[[Meter, Any, tuple[Any, ...], Mapping[str, Any]], None]
-"""Looks at a value and what a filter or method of it is given, and refuses too large a result."""
+"""Refuses too large a result, from a value and the arguments that its filter or method is given."""
 
 
 def _texts(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[str]:
@@ -83,7 +83,7 @@ def _rounded(meter: Meter, value: Any, args: tuple[Any, ...], kwargs: Mapping[st
 
 
 def _as_number(meter: Meter, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    if isinstance(value, str) and len(value) > 4300:  # Python's own limit, younger than 3.10
+    if isinstance(value, str) and len(value) > 4300:  # Python's own limit, which 3.10.0 lacks
         raise LimitExceeded("it reads a number of more than 4300 digits")
 
 
@@ -108,7 +108,7 @@ OF_FILTERS: Mapping[str, Predict] = {
 
 
 def times(meter: Meter, left: Any, right: Any) -> None:
-    """Looks at `left * right`."""
+    """Refuses `left * right` if it would be too large."""
     if isinstance(left, int) and isinstance(right, int):
         meter.expect_bits(left.bit_length() + right.bit_length())
     elif isinstance(left, int) or isinstance(right, int):
@@ -119,7 +119,7 @@ def times(meter: Meter, left: Any, right: Any) -> None:
 
 
 def percent(meter: Meter, form: str, values: Any) -> None:
-    """Looks at `form % values`."""
+    """Refuses `form % values` if it would be too large."""
     if re.search(r"%[^%A-Za-z]*\*|%\([^)]*\(", form):
         raise LimitExceeded("it formats to a width that is a value, or by a name with brackets")
     for found in re.findall(r"%(?:\([^)]*\))?[-+ #0]*(\d*)\.?(\d*)", form):
@@ -129,5 +129,5 @@ def percent(meter: Meter, form: str, values: Any) -> None:
 
 
 def width(meter: Meter, digits: str) -> None:
-    """Looks at a width or precision in a format."""
+    """Refuses a width or precision in a format that would make too large a text."""
     meter.expect(4 * int(digits or 0) if len(digits) < 9 else 1 << 40)
